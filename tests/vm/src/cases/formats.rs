@@ -213,8 +213,12 @@ pub(super) fn sum_of(guest: &Guest, device: &str) -> Result<String> {
 /// What QEMU reads of an image, which nobody serves.
 fn of_image(context: &mut Context, format: &str, path: &str) -> Result<String> {
     let copy = place(context, "content.raw")?;
-    qemu_img(&["convert", "-f", format, "-O", "raw", path, &copy])?;
-    backing::sha256(&copy, SIZE)
+    read_by_qemu(&copy, format, path)
+}
+
+fn read_by_qemu(copy: &str, format: &str, path: &str) -> Result<String> {
+    qemu_img(&["convert", "-f", format, "-O", "raw", path, copy])?;
+    backing::sha256(copy, SIZE)
 }
 
 /// QEMU finds no wrong entry in the tables of an image. Space may be lost that a process had prepared
@@ -369,7 +373,8 @@ fn long_chain(context: &mut Context) -> Result<()> {
         let write = format!("write -P {number} {}k 96k", number * 512 + 16);
         sh::run(&["qemu-io", "-f", format, "-c", &write, &top])?;
     }
-    let expected = of_image(context, format, &top)?;
+    let copy = place(context, "content.raw")?;
+    let expected = read_by_qemu(&copy, format, &top)?;
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&format!("qcow2:{top}"), VDEV, "w"))?;
     let seen = of_guest(guest)?;
@@ -382,7 +387,7 @@ fn long_chain(context: &mut Context) -> Result<()> {
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
     check(format, &top)?;
-    let found = of_image(context, format, &top)?;
+    let found = read_by_qemu(&copy, format, &top)?;
     ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
     Ok(())
 }

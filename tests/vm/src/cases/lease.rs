@@ -2,7 +2,8 @@
 //! An image that several hosts reach, with a record of who writes it: `lease=record`.
 
 use super::tap::{
-    end_load, forget_refused, image, same, stand_in, start_load, wait_progress, VDEV,
+    end_load, forget_refused, image, same, stand_in, start_load, start_load_with, wait_progress,
+    VDEV,
 };
 use super::{Case, Context, Needs};
 use crate::sh;
@@ -108,7 +109,7 @@ fn phy(context: &mut Context) -> Result<()> {
     let target = format!("lease=record:{record},phy:{}", device.path());
     let guest = context.pv()?;
     let disk = Served::attach(guest, &format!("script=block,vdev={VDEV},target={target}"))?;
-    let load = start_load(guest)?;
+    let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
     let held = generation(&target)?;
     let second = sh::status(&["tap-ctl", "check", "-a", &target], LONG)?;

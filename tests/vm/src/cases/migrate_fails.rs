@@ -8,7 +8,7 @@ use super::death::holding;
 use super::migrate::{arrived, MOVE, SOON, WRITES};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
 use super::{Case, Context, Needs};
-use crate::guest::{Guest, Vbd, RUN_DIR};
+use crate::guest::{Config, Guest, Kind, Vbd, RUN_DIR};
 use crate::sh::{self, Output};
 use crate::tap::{self, EventLog, Served};
 use crate::xs;
@@ -23,9 +23,9 @@ const THERE: &str = "there";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::Pvh;
-    let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Pvh, run)
+    use Needs::{Nothing, Pvh};
+    let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
+        Case::new(name, about, needs, run)
             .supervised()
             .no_leaks()
             .nightly()
@@ -34,21 +34,25 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "migrate.s21_failed",
             "a move fails when the guest is suspended: it goes on where it was, with the same ring",
+            Pvh,
             failed,
         ),
         case(
             "migrate.s21_after_go",
             "a move fails after the other side was told to go on: the guest goes on where it was",
+            Nothing,
             after_go,
         ),
         case(
             "migrate.s21_both_ran",
             "the other side has worked before it failed: what the guest knows of its image is old, and it gets nothing",
+            Nothing,
             both_ran,
         ),
         case(
             "migrate.s36_deaths",
             "the source's process dies while it finishes slow writes, the destination's as soon as it has the image",
+            Pvh,
             deaths,
         ),
     ]
@@ -143,23 +147,23 @@ fn told_to_go(config: &str, meanwhile: &str) -> String {
 fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> {
     let disk = tap::disk(target, VDEV, "w");
     let events = EventLog::follow()?;
-    let guest = context.pvh()?;
-    let domid = guest.domid;
-    let config = arriving(guest, &disk)?;
-    let source = Served::attach(guest, &disk)?;
-    let load = start_load(guest)?;
+    let guest = Guest::create(Config::new("leaving", Kind::Pvh, 1))?;
+    let config = arriving(&guest, &disk)?;
+    let source = Served::attach(&guest, &disk)?;
+    let load = start_load(&guest)?;
     wait_progress(&source, 50)?;
     context.at_end("end what has arrived", || {
         // It ended if all went well.
         sh::status(&["xl", "destroy", THERE], SOON).map(drop)
     });
-    let receiver = Receiver::start(context, domid, &told_to_go(&config, meanwhile));
+    let receiver = Receiver::start(context, guest.domid, &told_to_go(&config, meanwhile));
     let told = Path::new(RUN_DIR).join("told");
     let is_told = sh::wait_for("the word to go on", MOVE, || Ok(told.exists()));
     if let Err(error) = is_told {
         return Err(error.context(format!("xl said: {}", sh::tail(&receiver.fails()?, 600))));
     }
     Ok(Going {
+        guest,
         source,
         load,
         events,
@@ -179,6 +183,7 @@ fn arriving(guest: &Guest, disk: &str) -> Result<String> {
 }
 
 struct Going {
+    guest: Guest,
     source: Served,
     load: [crate::console::Job; 2],
     events: EventLog,
@@ -202,10 +207,10 @@ fn after_go(context: &mut Context) -> Result<()> {
     there.wait_gone()?;
     going.events.wait_for("active", going.source.minor, SOON)?;
     wait_progress(&going.source, 50)?;
-    let guest = context.pvh()?;
-    let told = end_load(guest, going.load)?;
-    same(guest, &image, 16)?;
-    going.source.detach(guest)?;
+    let told = end_load(&going.guest, going.load)?;
+    same(&going.guest, &image, 16)?;
+    going.source.detach(&going.guest)?;
+    going.guest.destroy()?;
     context.note(&told)
 }
 
@@ -226,7 +231,7 @@ fn both_ran(context: &mut Context) -> Result<()> {
     );
     let answered = going.source.info()?.committed;
     // What the guest knows is old, so nothing of it is of use to anybody.
-    context.take(Needs::Pvh)?.destroy()?;
+    going.guest.destroy()?;
     going.source.wait_gone()?;
     context.note(&format!("nothing after the {answered} answers before"))
 }
