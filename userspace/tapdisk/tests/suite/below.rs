@@ -83,7 +83,7 @@ impl Clones {
     /// A guest reads all of its disk, and writes something; bytes that were read from storage for the first.
     fn read_all(&self, name: &str) -> u64 {
         let (clone, fake) = (self.served(name), Fake::new(16).expect("a node"));
-        let (process, reads) = start(&clone, &fake);
+        let (mut process, reads) = start(&clone, &fake);
         // Its tables.
         answered(&fake, Op::Read, 0, &[0; 512]);
         let before = reads.bytes();
@@ -92,8 +92,10 @@ impl Clones {
         answered(&fake, Op::Write, 8, &[9; 512]);
         let written = answered(&fake, Op::Read, 8, &[0; 512]);
         assert_eq!(written, [9; 512]);
-        process.exit();
+        // Another host may have the image now.
+        assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
         assert_eq!(cached(&clone.path), 0, "what is written is never there");
+        process.exit();
         bytes
     }
 }
