@@ -122,6 +122,7 @@ fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
         cache: share.max(CACHE),
         snapshot: None,
         parents: options.parents,
+        key: None,
     }
 }
 

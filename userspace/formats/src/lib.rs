@@ -9,6 +9,7 @@ mod chain;
 mod clusters;
 mod field;
 mod locks;
+pub mod luks;
 mod needs;
 mod open;
 mod overlay;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the name of a format and an image to a disk, whatever the format.
 
+use crate::luks::{Key, Luks};
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::vhd::Vhd;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
-use crate::{qcow, qcow2, vhd, vhdx, vmdk, Needs, Storage};
+use crate::{luks, qcow, qcow2, vhd, vhdx, vmdk, Needs, Storage};
 use control::Failure;
 use drivers::Disk;
 use std::fmt;
@@ -25,11 +26,20 @@ pub enum Kind {
     Vhdx,
     /// VMDK.
     Vmdk,
+    /// LUKS, version 1.
+    Luks,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Qcow2, Self::Qcow, Self::Vhd, Self::Vhdx, Self::Vmdk];
+    pub const ALL: [Self; 6] = [
+        Self::Qcow2,
+        Self::Qcow,
+        Self::Vhd,
+        Self::Vhdx,
+        Self::Vmdk,
+        Self::Luks,
+    ];
 
     /// The name in a configuration.
     pub fn name(self) -> &'static str {
@@ -39,6 +49,7 @@ impl Kind {
             Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
+            Self::Luks => "luks",
         }
     }
 }
@@ -110,6 +121,8 @@ pub struct Options {
     pub snapshot: Option<String>,
     /// What a parent is whose child does not say it. Without this such a child is refused.
     pub parents: Option<Below>,
+    /// What opens an encrypted image. An image below another one has none.
+    pub key: Option<Key>,
 }
 
 impl Options {
@@ -122,6 +135,7 @@ impl Options {
             cache: 32 << 20,
             snapshot: None,
             parents: None,
+            key: None,
         }
     }
 
@@ -167,6 +181,7 @@ pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
         Kind::Vhd => Ok(vhd::look(image).await?.1),
         Kind::Vhdx => vhdx::look(image).await,
         Kind::Vmdk => vmdk::look(image).await,
+        Kind::Luks => luks::look(image).await,
     }
 }
 
@@ -174,7 +189,7 @@ pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
 /// format knows no such thing.
 pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<String>, Failure> {
     match kind {
-        Kind::Qcow2 | Kind::Qcow => Ok(None),
+        Kind::Qcow2 | Kind::Qcow | Kind::Luks => Ok(None),
         Kind::Vhd => Ok(Some(vhd::spelled(vhd::id(image).await?))),
         Kind::Vhdx => Ok(Some(vhdx::id(image).await?)),
         Kind::Vmdk => Ok(Some(vmdk::id(image).await?)),
@@ -189,5 +204,6 @@ pub fn open<S: Storage>(kind: Kind, image: S, parts: Parts<S>, options: Options)
         Kind::Vhd => Disk::new(Vhd::new(image, parts, options)),
         Kind::Vhdx => Disk::new(Vhdx::new(image, parts, options)),
         Kind::Vmdk => Disk::new(Vmdk::new(image, parts, options)),
+        Kind::Luks => Disk::new(Luks::new(image, parts, options)),
     }
 }

@@ -124,6 +124,9 @@ pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
             "the parent of a VMDK is a VMDK: use qcow2",
         )),
         (Kind::Vhdx, _) => Err(Failure::invalid("a VHDX is read and not made: use qcow2")),
+        (Kind::Luks, _) => Err(Failure::invalid(
+            "an image of LUKS goes on from no other one: use qcow2",
+        )),
     }
 }
 
@@ -158,8 +161,8 @@ pub async fn overlay<S: Storage>(
             vhd::create(file, &what).await?;
         }
         // The first does not say what lies below it, the second is served with the number of the parent's
-        // content, which changes when that is written, and the third is never made.
-        Kind::Qcow | Kind::Vmdk | Kind::Vhdx => {
+        // content, which changes when that is written, and the others are never made.
+        Kind::Qcow | Kind::Vmdk | Kind::Vhdx | Kind::Luks => {
             return Err(Failure::unsupported(format!(
                 "a disk that is served does not go on in a {kind} image: use qcow2 or vhd"
             )))

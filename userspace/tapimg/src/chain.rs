@@ -21,7 +21,7 @@ pub(crate) fn below(opener: &Opener, image: &Named, needs: &Needs) -> Option<Nam
         .collect();
     let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
     let path = there.or(paths.first())?.clone();
-    Some(Named { kind, path })
+    Some(Named::plain(kind, path))
 }
 
 /// Refuses to put an image over itself, or over one that goes on from it.

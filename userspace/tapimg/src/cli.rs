@@ -33,6 +33,8 @@ Kinds of images:
   vhd     fixed, dynamic, differencing (also: vpc)
   vhdx    fixed, dynamic, differencing; only read
   vmdk    sparse or flat; made with one sparse file
+  luks    raw, encrypted; read and not made. The file with its key is said in front, as for a qcow2 image that is
+          encrypted: key=/etc/xentap/a.key,luks:/srv/a.img
 
 Examples:
   tapimg info --chain qcow2:/srv/a.qcow2            # what it is, and all below it
@@ -42,6 +44,8 @@ Examples:
   tapimg convert vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # the same disk in another format
   tapimg convert qcow2:/srv/a.qcow2 aio:/dev/vg/a --force
                                                     # onto a volume, whose content is lost
+  tapimg convert key=/etc/xentap/a.key,luks:/srv/a.img qcow2:/srv/a.qcow2
+                                                    # which is encrypted no more
   tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
   tapimg check --repair qcow2:/srv/a.qcow2
   tapimg map qcow2:/srv/a.qcow2                     # where there is data

@@ -105,10 +105,16 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
 
 /// The image below, which must be one that may change below `image`.
 async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named, Failure> {
+    if image.key.is_some() {
+        return Err(Failure::invalid(format!(
+            "{image} is encrypted and what is below it is not: make a new image with qemu-img convert, which may be \
+             encrypted, too"
+        )));
+    }
     let kind = match image.kind {
         // The number of a VMDK's parent changes with the first write, and then it is not its parent any more. That of
         // a VHDX is only read.
-        Below::Raw | Below::Format(Kind::Vmdk | Kind::Vhdx) => {
+        Below::Raw | Below::Format(Kind::Vmdk | Kind::Vhdx | Kind::Luks) => {
             return Err(Failure::invalid(format!(
                 "{image}: only qcow2, qcow and VHD images are committed: make a new image with tapimg convert {image} NEW"
             )))

@@ -66,6 +66,9 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
     if kind == Some(Kind::Vhdx) {
         return Err(read_only(image));
     }
+    if image.is_sealed() {
+        return Err(not_made(image));
+    }
     if kind != Some(Kind::Qcow2) && (layout.cluster_size.is_some() || layout.subclusters) {
         return refuse(
             "only qcow2 images are made with clusters of any size",
@@ -106,6 +109,11 @@ impl Parent {
         child: &Named,
     ) -> Result<Self, Failure> {
         apart(image, child)?;
+        if image.is_sealed() {
+            return Err(Failure::invalid(format!(
+                "{image} is encrypted, and {child} over it would not be: no image goes on from one that is"
+            )));
+        }
         let (disk, shape) = opener.disk(image, None).await?;
         let file = opener.file(&image.path, opener.reading).await?;
         let base = Base::of(image.kind, &image.path, &file, &child.path).await;
@@ -160,6 +168,7 @@ pub(crate) async fn make(
         }
         Kind::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
         Kind::Vhdx => Err(read_only(image)),
+        Kind::Luks => Err(not_made(image)),
         Kind::Vmdk => {
             let what = vmdk::Create {
                 form: vmdk::Form::MonolithicSparse,
@@ -171,6 +180,14 @@ pub(crate) async fn make(
             vmdk::create(file, &[], &what).await
         }
     }
+}
+
+/// What is said of an image that is encrypted.
+fn not_made(image: &Named) -> Failure {
+    Failure::invalid(format!(
+        "{image}: an encrypted image is read and not made: use qemu-img create -f luks, or -f qcow2 -o \
+         encrypt.format=luks, and qemu-img convert -n to fill it"
+    ))
 }
 
 /// What is said of an image of a kind that is never written.

@@ -8,7 +8,7 @@ use crate::open::Opener;
 use crate::progress::bytes;
 use control::{Code, Failure};
 use diskio::File;
-use formats::{look, qcow2, vhdx, Below, Kind, Needs, LAYERS};
+use formats::{look, luks, qcow2, vhdx, Below, Kind, Needs, LAYERS};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -33,6 +33,9 @@ pub(crate) struct Facts {
     extents: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     qcow2: Option<Qcow2Facts>,
+    /// How it is encrypted, and how many keys open it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encryption: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotFacts>,
     /// It, or one below it, cannot be served as it is, and why.
@@ -95,7 +98,11 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         }
     }
     // Whether it can be served shows when it is opened with all that it needs.
-    if all.iter().all(|facts| facts.problems.is_empty()) {
+    let is_closed = all[0].encryption.is_some() && args.image.key.is_none();
+    if is_closed {
+        let note = "without its key nothing more can be said: name the file with that, as key=FILE before the kind";
+        all[0].notes.push(note.into());
+    } else if all.iter().all(|facts| facts.problems.is_empty()) {
         match opener.disk(&args.image, None).await {
             Ok(_) => {}
             // It may be in order when it is free.
@@ -170,6 +177,9 @@ impl Facts {
                 &format!("{}{parts}, {}", bytes(its.cluster_size), its.compression),
             );
         }
+        if let Some(how) = &self.encryption {
+            say("encrypted", how);
+        }
         for one in &self.snapshots {
             say("snapshot", &one.text());
         }
@@ -224,12 +234,26 @@ async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), F
             );
         }
     }
+    match encryption(kind, &file).await {
+        Ok(how) => facts.encryption = how,
+        Err(failure) => facts.problems.push(failure.message),
+    }
     if kind == Kind::Qcow2 {
         if let Err(failure) = add_qcow2(&file, &mut facts).await {
             facts.problems.push(failure.message);
         }
     }
     Ok((facts, Some(needs)))
+}
+
+/// How an image is encrypted, if it is.
+async fn encryption(kind: Kind, file: &File) -> Result<Option<String>, Failure> {
+    let header = match kind {
+        Kind::Luks => Some(luks::header(file).await?),
+        Kind::Qcow2 => qcow2::encryption(file).await?,
+        _ => None,
+    };
+    Ok(header.map(|its| format!("LUKS, {}, keys: {}", its.cipher(), its.keys())))
 }
 
 async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {

@@ -2,8 +2,10 @@
 //! Images as they are named on the command line: `qcow2:/srv/a.qcow2`.
 
 use control::Failure;
+use formats::luks::Key;
 use formats::{Below, Kind};
 use std::fmt;
+use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -14,6 +16,8 @@ pub(crate) struct Named {
     pub(crate) kind: Below,
     /// Absolute.
     pub(crate) path: PathBuf,
+    /// The file with its key, if it is encrypted.
+    pub(crate) key: Option<PathBuf>,
 }
 
 /// The name of a kind, as a configuration has it.
@@ -40,6 +44,34 @@ pub(crate) fn parse_kind(name: &str) -> Result<Below, Failure> {
 }
 
 impl Named {
+    /// One that is not encrypted.
+    pub(crate) fn plain(kind: Below, path: PathBuf) -> Self {
+        Self {
+            kind,
+            path,
+            key: None,
+        }
+    }
+
+    /// What opens it, if it is said to be encrypted.
+    pub(crate) fn secret(&self) -> Result<Option<Key>, Failure> {
+        let Some(path) = &self.key else {
+            return Ok(None);
+        };
+        let name = path.display();
+        let file = fs::File::open(path)
+            .map_err(|error| Failure::system(format!("cannot open key={name}"), &error))?;
+        let key = Key::read(file).map_err(|failure| {
+            Failure::new(failure.code, format!("key={name}: {}", failure.message))
+        })?;
+        Ok(Some(key))
+    }
+
+    /// It is encrypted, by what was said of it.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.key.is_some() || self.kind == Below::Format(Kind::Luks)
+    }
+
     /// What is wrong, and with which image.
     pub(crate) fn said(&self, failure: Failure) -> Failure {
         let path = self.path.display().to_string();
@@ -61,6 +93,7 @@ impl FromStr for Named {
 
     fn from_str(text: &str) -> Result<Self, Failure> {
         let rest = text.strip_prefix("tap:").unwrap_or(text);
+        let (key, rest) = key_before(rest)?;
         let (kind, path) = rest
             .split_once(':')
             .filter(|(kind, _)| !kind.contains('/'))
@@ -80,8 +113,31 @@ impl FromStr for Named {
         }
         let path = std::path::absolute(path)
             .map_err(|error| Failure::system(format!("cannot find {path:?}"), &error))?;
-        Ok(Self { kind, path })
+        let may_have = matches!(kind, Below::Format(Kind::Luks | Kind::Qcow2));
+        match may_have || key.is_none() {
+            true => Ok(Self { kind, path, key }),
+            false => Err(Failure::invalid(format!(
+                "{text:?} is no image that could be encrypted, which is luks: and qcow2:; leave key= away"
+            ))),
+        }
     }
+}
+
+/// The file with a key, if it is said, and what is behind that.
+fn key_before(text: &str) -> Result<(Option<PathBuf>, &str), Failure> {
+    let Some(rest) = text.strip_prefix("key=") else {
+        return Ok((None, text));
+    };
+    let (path, rest) = rest
+        .split_once(',')
+        .filter(|(path, _)| !path.is_empty())
+        .ok_or_else(|| {
+            Failure::invalid(format!(
+                "{text:?} names no key and no image: write key=FILE,KIND:PATH, such as \
+                 key=/etc/xentap/a.key,luks:/srv/a.img"
+            ))
+        })?;
+    Ok((Some(path.into()), rest))
 }
 
 #[cfg(test)]
@@ -105,8 +161,19 @@ mod tests {
         }
         let named: Named = "raw:a.img".parse().unwrap();
         assert!(named.path.is_absolute() && named.path.ends_with("a.img"));
+        let named: Named = "tap:key=a=b.key,luks:/a,b".parse().unwrap();
+        assert_eq!(
+            (named.kind, named.path.as_path()),
+            (Below::Format(Kind::Luks), Path::new("/a,b"))
+        );
+        assert_eq!(named.key.as_deref(), Some(Path::new("a=b.key")));
         for text in [
             "",
+            "key=",
+            "key=a",
+            "key=,luks:/a",
+            "key=a,vhd:/a",
+            "key=a,aio:/a",
             "/a",
             "qcow2",
             "qcow2:",

@@ -77,7 +77,7 @@ fn run<F: Future<Output = Result<String, Failure>> + 'static>(
 fn named(path: &Path, kind: Below) -> Result<Named, Failure> {
     let path = std::path::absolute(path)
         .map_err(|error| Failure::system(format!("cannot find {}", path.display()), &error))?;
-    Ok(Named { kind, path })
+    Ok(Named::plain(kind, path))
 }
 
 /// A size of so many MiB.

@@ -187,6 +187,7 @@ impl Opener {
             Below::Format(kind) => {
                 let options = Options {
                     parents: self.parents,
+                    key: image.secret()?,
                     ..options
                 };
                 let chain = open_chain(kind, file, &image.path, options, self);

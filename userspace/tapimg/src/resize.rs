@@ -90,6 +90,10 @@ async fn grow(
             let grown = vhd::grow(file, size).await;
             grown.map_err(|failure| image.said(failure))
         }
+        Below::Format(Kind::Luks) => Err(Failure::invalid(format!(
+            "{image}: what an image of LUKS gets at its end would be anything but zeroes: make a larger one with \
+             qemu-img create, and copy the disk there with qemu-img convert -n"
+        ))),
         Below::Format(kind @ (Kind::Qcow | Kind::Vmdk | Kind::Vhdx)) => Err(Failure::invalid(
             format!("{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"),
         )),
@@ -118,7 +122,10 @@ async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> R
         let path = resolve(&extent.name, &image.path)?;
         parts.extents.push(opener.file(&path, Use::Write).await?);
     }
-    let options = Options::new(image.path.display().to_string());
+    let options = Options {
+        key: image.secret()?,
+        ..Options::new(image.path.display().to_string())
+    };
     let disk = qcow2::Qcow2::new(file.clone(), parts, options);
     disk.activate().await?;
     let grown = disk.grow(size).await;

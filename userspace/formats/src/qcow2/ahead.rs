@@ -57,8 +57,8 @@ impl Rows {
 impl<S: Storage> Image<S> {
     /// How many clusters may get their place ahead of a write that begins in cluster `first` and needs `count`.
     pub(crate) fn wanted_ahead(&self, first: u64, count: u64) -> u64 {
-        if self.geometry.external {
-            // There everything has its place already.
+        // In another file everything has its place already; and what is encrypted is never zeroes by itself.
+        if !self.prepares_zeroes() {
             return 0;
         }
         let most = MOST / self.geometry.cluster();

@@ -91,6 +91,7 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     let mut ranges = Vec::new();
     // The header's.
     ranges.push(0..cluster);
+    ranges.extend(header.crypt.map(|crypt| crypt.at..crypt.at + crypt.len));
     if header.snapshots > 0 {
         ranges.push(header.snapshots_at..header.snapshots_at + bytes);
     }

@@ -2,6 +2,7 @@
 //! What tools ask of an image that is not served.
 
 use super::check::{self, Findings};
+use super::content::Content;
 use super::header::{Header, CORRUPT, DIRTY};
 use super::Qcow2;
 use crate::field::refused;
@@ -46,7 +47,9 @@ pub async fn check<S: Storage>(file: &S, name: &str, repair: bool) -> Result<Fin
         )));
     }
     let alone = Qcow2::new(file.clone(), Parts::default(), options.clone());
-    let image = alone.image_of(&header).await.map_err(said)?;
+    // Nothing that is encrypted is looked at.
+    let content = Content::Plain(file.clone());
+    let image = alone.image_of(&header, content).await.map_err(said)?;
     let others = check::others(file, &header).await.map_err(said)?;
     let done = match repair {
         true => image.repair(&others).await,

@@ -35,12 +35,18 @@ pub(crate) const EXT_BACKING: u32 = 0xe279_2aca;
 pub(crate) const EXT_FEATURES: u32 = 0x6803_f857;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
+pub(crate) const EXT_CRYPT: u32 = 0x0537_be77;
+
+/// The method of encryption that is known.
+const LUKS: u32 = 2;
 
 /// Limits, those of QEMU.
 const MAX_L1: u64 = 32 << 20;
 const MAX_REFTABLE: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_NAME: u32 = 1023;
+/// Bytes of a header of LUKS with its keys: those of today have two MiB.
+const MAX_CRYPT: u64 = 16 << 20;
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +64,13 @@ pub struct Backing {
     pub name: String,
     /// The format; nothing if the header does not say. It is never guessed from the content.
     pub format: Option<String>,
+}
+
+/// Where the header of LUKS is, with its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Crypt {
+    pub(crate) at: u64,
+    pub(crate) len: u64,
 }
 
 /// What a header says.
@@ -85,6 +98,8 @@ pub struct Header {
     pub(crate) autoclear: u64,
     /// The directory of bitmaps: offset and bytes.
     pub(crate) bitmaps: Option<(u64, u64)>,
+    /// The clusters of the disk are encrypted with a key that is there.
+    pub(crate) crypt: Option<Crypt>,
 }
 
 /// Bytes of the cluster that a header is in: what has to be read to understand it.
@@ -154,6 +169,7 @@ impl Header {
             incompatible,
             autoclear,
             bitmaps: None,
+            crypt: None,
         };
         Some(header.checked(bytes, length, kind))
     }
@@ -163,11 +179,11 @@ impl Header {
         if self.incompatible & !known != 0 {
             return Err(unknown_features(bytes, length, self.incompatible & !known));
         }
-        match be32_at(bytes, 32) {
-            Some(0) => {}
-            Some(1) => return Err(encrypted("AES")),
-            Some(2) => return Err(encrypted("LUKS")),
-            _ => return Err(encrypted("an unknown method")),
+        let method = be32_at(bytes, 32).unwrap_or(u32::MAX);
+        match method {
+            0 | LUKS => {}
+            1 => return Err(encrypted("AES in a way that nobody should rely on")),
+            _ => return Err(encrypted("a method that is not known here")),
         }
         if (self.version >= 3 && length < V3) || length % 8 != 0 || length > bytes.len() {
             return Err(refused("the header's own length is impossible"));
@@ -180,6 +196,7 @@ impl Header {
         self.check_sizes()?;
         self.read_extensions(bytes, length)?;
         self.read_backing(bytes)?;
+        self.check_crypt(method)?;
         Ok(self)
     }
 
@@ -254,10 +271,43 @@ impl Header {
                         place.ok_or_else(|| refused("the extension of bitmaps is too short"))?,
                     );
                 }
+                EXT_CRYPT => {
+                    let place = be64_at(data, 0).zip(be64_at(data, 8));
+                    let (at, len) = place
+                        .ok_or_else(|| refused("the extension of the encryption is too short"))?;
+                    self.crypt = Some(Crypt { at, len });
+                }
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// An image is encrypted if it says so and where its keys are, and not otherwise.
+    fn check_crypt(&mut self, method: u32) -> Result<(), Failure> {
+        if method != LUKS {
+            self.crypt = None;
+            return Ok(());
+        }
+        let Some(Crypt { at, len }) = self.crypt else {
+            return Err(refused(
+                "the image is encrypted with LUKS and does not say where its keys are: the header is damaged",
+            ));
+        };
+        let cluster = self.geometry.cluster();
+        let is_inside = at.checked_add(len).is_some_and(|end| end <= MAX_OFFSET);
+        if at < cluster || at % cluster != 0 || len > MAX_CRYPT || !is_inside {
+            return Err(refused(format!(
+                "the keys of {len} bytes at {at} cannot be there: the header is damaged"
+            )));
+        }
+        match self.geometry.external {
+            true => Err(Failure::unsupported(
+                "the image is encrypted and has its data in another file, which is not supported: make one of both \
+                 with qemu-img convert",
+            )),
+            false => Ok(()),
+        }
     }
 
     fn read_backing(&mut self, bytes: &[u8]) -> Result<(), Failure> {
@@ -281,7 +331,8 @@ impl Header {
 
 fn encrypted(how: &str) -> Failure {
     Failure::unsupported(format!(
-        "the image is encrypted with {how}, which is not supported: decrypt it with qemu-img convert"
+        "the image is encrypted with {how}, which is not supported: copy it with qemu-img convert into one that is \
+         encrypted with LUKS, or not at all"
     ))
 }
 

@@ -4,9 +4,10 @@
 use super::ahead::Rows;
 use super::alloc::Allocator;
 use super::compressed::Unpacked;
+use super::content::Content;
 use super::entry::{Broken, Entry, Part, Place, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
-use super::header::{Compression, Header};
+use super::header::{Compression, Crypt, Header};
 use super::slices::{Slice, Slices};
 use super::users::Users;
 use crate::barrier::Barrier;
@@ -36,8 +37,10 @@ pub(crate) struct Image<S> {
     pub(crate) discard: bool,
     /// The metadata.
     pub(crate) file: S,
-    /// The clusters: the same file, or another one.
-    pub(crate) data: S,
+    /// The clusters: in the same file, or another one.
+    pub(crate) data: Content<S>,
+    /// Where the keys are, if those are encrypted.
+    pub(crate) crypt: Option<Crypt>,
     pub(crate) below: RefCell<Option<Rc<Base>>>,
     pub(crate) l1: Cell<Table>,
     pub(crate) reftable: Cell<Table>,
@@ -256,6 +259,11 @@ impl<S: Storage> Image<S> {
         below.as_ref().is_none_or(|below| guest >= below.size())
     }
 
+    /// Clusters that were prepared are zeroes of the disk.
+    pub(crate) fn prepares_zeroes(&self) -> bool {
+        !self.geometry.external && self.data.is_plain()
+    }
+
     /// A run from a byte on reads as zeroes.
     pub(crate) fn is_zero(&self, run: Run, guest: u64) -> bool {
         match run {
@@ -280,10 +288,14 @@ impl<S: Storage> Image<S> {
         let end =
             end.ok_or_else(|| self.damaged(format_args!("a cluster at {at:#x} is out of reach")))?;
         let (l1, refs) = (self.l1.get(), self.reftable.get());
+        let keys = self
+            .crypt
+            .map_or((0, 0), |crypt| (crypt.at, crypt.at + crypt.len));
         let tables = [
             (0, self.geometry.cluster()),
             (l1.at, l1.at + l1.entries * 8),
             (refs.at, refs.at + refs.entries * 8),
+            keys,
         ];
         match tables.iter().any(|(from, to)| at < *to && *from < end) {
             true => Err(self.damaged(format_args!("a cluster at {at:#x} is where a table is"))),

@@ -6,6 +6,7 @@ mod alloc;
 mod alone;
 mod check;
 mod compressed;
+mod content;
 mod create;
 mod entry;
 mod facts;
@@ -35,9 +36,10 @@ use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::field::{counters, refused};
 use crate::Extent as Part;
-use crate::{storage, Needs, Options, Parent, Parts, Storage};
+use crate::{luks, storage, Needs, Options, Parent, Parts, Storage};
 use alloc::Allocator;
 use compressed::Unpacked;
+use content::Content;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
@@ -72,6 +74,17 @@ pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     let len = header::needed(&begin)?;
     let bytes = storage::bytes(file, 0, len).await.map_err(failed)?;
     Header::parse(&bytes)
+}
+
+/// How the clusters of an image are encrypted; nothing if they are not.
+///
+/// # Errors
+/// It cannot be read, or not be served.
+pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::Header>, Failure> {
+    match header(file).await?.crypt {
+        Some(place) => Ok(Some(luks::header_at(file, place.at, place.len).await?)),
+        None => Ok(None),
+    }
 }
 
 /// What an image needs beside itself, of which nothing is followed.
@@ -177,7 +190,10 @@ impl<S: Storage> Qcow2<S> {
     async fn open(&self) -> Result<Image<S>, Failure> {
         let header = header(&self.file).await?;
         self.check(&header)?;
-        let image = self.image_of(&header).await?;
+        // With a wrong key nothing of the image is changed.
+        let (data, key) = (self.data_file.as_ref(), self.options.key.as_ref());
+        let content = Content::of(&self.file, data, &header, key).await?;
+        let image = self.image_of(&header, content).await?;
         if let Some(wanted) = &self.options.snapshot {
             image.show(&snapshot::find(&self.file, &header, wanted).await?);
         }
@@ -203,11 +219,10 @@ impl<S: Storage> Qcow2<S> {
         image.check(&others, false).await.map_err(failed)
     }
 
-    async fn image_of(&self, header: &Header) -> Result<Image<S>, Failure> {
+    async fn image_of(&self, header: &Header, content: Content<S>) -> Result<Image<S>, Failure> {
         let geometry = header.geometry;
-        let data = self.data_file.clone();
         let mut storages = vec![self.file.clone()];
-        storages.splice(0..0, data.clone());
+        storages.splice(0..0, self.data_file.clone());
         let (l1, reftable) = Image::tables_of(header);
         let budget = self.options.cache;
         Ok(Image {
@@ -218,7 +233,8 @@ impl<S: Storage> Qcow2<S> {
             writable: self.options.writable,
             discard: self.options.discard,
             file: self.file.clone(),
-            data: data.unwrap_or_else(|| self.file.clone()),
+            data: content,
+            crypt: header.crypt,
             below: RefCell::new(self.active_below().await?),
             l1: Cell::new(l1),
             reftable: Cell::new(reftable),
@@ -287,8 +303,8 @@ impl<S: Storage> Driver for Qcow2<S> {
     }
 
     fn has_places(&self) -> bool {
-        // Of another file the kernel does not know.
-        self.data_file.is_none() && self.file.is_direct()
+        // Of another file the kernel does not know, nor of a key.
+        self.data_file.is_none() && self.options.key.is_none() && self.file.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {

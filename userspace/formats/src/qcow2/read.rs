@@ -50,7 +50,7 @@ impl<S: Storage> Image<S> {
     async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {
         match run {
             Run::Zero => data.fill(0, data.len(), 0),
-            Run::Data { at, .. } => self.data.read_padded(at, data).await?,
+            Run::Data { at, .. } => self.data.read(at, data).await?,
             Run::Below => base::read(self.below().as_deref(), guest, data).await?,
             Run::Packed { at, len, skip } => {
                 let content = self.unpacked(at, len).await?;
@@ -65,6 +65,12 @@ impl<S: Storage> Image<S> {
     async fn unpacked(&self, at: u64, len: u64) -> Result<Rc<Vec<u8>>, Errno> {
         if let Some(content) = self.unpacked.get(at) {
             return Ok(content);
+        }
+        if !self.data.is_plain() {
+            // Whoever wrote it had no key.
+            return Err(self.damaged(format_args!(
+                "the cluster at {at:#x} is compressed, and what is encrypted is not"
+            )));
         }
         // CAST: at most two clusters.
         let data = self.file.buffer(len as usize)?;

@@ -201,7 +201,7 @@ impl<S: Storage> Image<S> {
                 &wide,
                 shift + (wide.start - from),
                 bytes,
-                !self.geometry.external,
+                self.prepares_zeroes(),
             );
             if let Err(error) = written.await {
                 self.drop_new(all.first, all.count);
@@ -290,7 +290,7 @@ impl<S: Storage> Image<S> {
             self.data.write(place, data).await?;
         } else {
             // CAST: at most what is copied at once and two clusters.
-            let all = self.data.buffer((wide.end - wide.start) as usize)?;
+            let all = self.file.buffer((wide.end - wide.start) as usize)?;
             self.read_around(range, wide, &all).await?;
             data.copy_to(&all, (range.start - wide.start) as usize);
             self.data.write(place, all.into()).await?;

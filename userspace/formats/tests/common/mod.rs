@@ -4,6 +4,7 @@
 pub(crate) mod history;
 pub(crate) mod places;
 pub(crate) mod qemu;
+pub(crate) mod secret;
 pub(crate) mod tools;
 
 use diskio::{Bytes, Data, Errno, Runtime};

@@ -5,6 +5,7 @@
 mod chain;
 #[path = "../common/mod.rs"]
 mod common;
+mod luks;
 mod moves;
 mod qcow;
 mod qcow2;

@@ -5,6 +5,7 @@ mod bench;
 mod commit;
 mod convert;
 mod create;
+mod encrypted;
 mod look;
 mod old;
 #[path = "../../../formats/tests/common/qemu.rs"]

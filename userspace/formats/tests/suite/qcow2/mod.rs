@@ -11,3 +11,4 @@ mod memory;
 mod oracle;
 mod places;
 mod rename;
+mod sealed;

@@ -429,22 +429,18 @@ fn what_is_not_supported_is_named() {
     }
     let folder = folder();
     let secret = "secret,id=s,data=abc";
-    for (options, name) in [
-        ("encrypt.format=luks,encrypt.key-secret=s", "LUKS"),
-        ("encrypt.format=aes,encrypt.key-secret=s", "AES"),
-    ] {
-        let args = [
-            "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
-        ];
-        tool("qemu-img", &args, folder.path());
-        let runtime = Runtime::new();
-        let image = file(&runtime, &folder.path().join("image"));
-        let failure = runtime
-            .block_on(async move { header(&image).await })
-            .unwrap()
-            .unwrap_err();
-        assert!(failure.message.contains(name), "{failure}");
-    }
+    let options = "encrypt.format=aes,encrypt.key-secret=s";
+    let args = [
+        "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
+    ];
+    tool("qemu-img", &args, folder.path());
+    let runtime = Runtime::new();
+    let image = file(&runtime, &folder.path().join("image"));
+    let failure = runtime
+        .block_on(async move { header(&image).await })
+        .unwrap()
+        .unwrap_err();
+    assert!(failure.message.contains("with AES"), "{failure}");
     made(folder.path(), "compat=1.1", false);
     let path = folder.path().join("image");
     let mut bytes = std::fs::read(&path).unwrap();

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What opens an encrypted image.
+
+use control::Failure;
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::sync::Arc;
+use zeroize::Zeroizing;
+
+/// Bytes of a passphrase at most.
+const MOST: usize = 64 << 10;
+
+/// The passphrase of an image: bytes, whatever they are. Copies are the same bytes, which are wiped with the last one.
+#[derive(Clone)]
+pub struct Key(Arc<Zeroizing<Vec<u8>>>);
+
+impl Key {
+    /// It is these bytes. Who has made them must have made no other copy that stays.
+    pub fn new(bytes: Zeroizing<Vec<u8>>) -> Self {
+        Self(Arc::new(bytes))
+    }
+
+    /// All that a file holds, each byte of it.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no key.
+    pub fn read(mut file: impl Read) -> Result<Self, Failure> {
+        // It never grows: what it would leave behind would not be wiped.
+        let mut bytes = Zeroizing::new(vec![0; MOST + 1]);
+        let mut len = 0;
+        while len < bytes.len() {
+            match file.read(&mut bytes[len..]) {
+                Ok(0) => break,
+                Ok(count) => len += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(Failure::system("cannot read the key", &error)),
+            }
+        }
+        bytes.truncate(len);
+        match len {
+            0 => Err(Failure::invalid(
+                "the file of the key is empty: write the passphrase there, without a line's end unless it has one",
+            )),
+            1..=MOST => Ok(Self::new(bytes)),
+            _ => Err(Failure::invalid(format!(
+                "the file of the key has more than {MOST} bytes, as no passphrase has"
+            ))),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Nobody sees it, not even in a message of who is looking for a fault.
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Key, MOST};
+
+    #[test]
+    fn each_byte_of_a_file_counts() {
+        let key = Key::read(&b"one\0two\n"[..]).expect("a key");
+        assert_eq!(key.bytes(), b"one\0two\n");
+        assert_eq!(
+            Key::read(&vec![7; MOST][..]).expect("a key").bytes().len(),
+            MOST
+        );
+        for (bytes, why) in [(0, "is empty"), (MOST + 1, "more than 65536 bytes")] {
+            let failure = Key::read(&vec![7; bytes][..]).expect_err("no key");
+            assert!(failure.message.contains(why), "{failure}");
+        }
+    }
+}

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! LUKS, version 1: a disk, encrypted sector by sector behind a header with its key, which a passphrase opens.
+
+mod hash;
+mod header;
+mod key;
+mod sealed;
+mod unlock;
+mod xts;
+
+pub use header::Header;
+pub use key::Key;
+pub(crate) use sealed::Sealed;
+pub(crate) use xts::Cipher;
+
+use crate::field::{failed, no_extents, refused};
+use crate::{storage, Needs, Options, Parts, Storage};
+use control::{Code, Failure};
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, Driver, Fence, Limits, Shape};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Bytes of a read or a write at once: to encrypt more would keep other requests waiting.
+const TRANSFER: u64 = 1 << 20;
+/// Bytes that are forgotten at once.
+const ZEROES: u64 = 256 << 20;
+/// Bytes of a hole that file systems can make.
+const HOLE: u32 = 4096;
+
+/// What the header at a byte says, of which `room` bytes from there on are that and its keys.
+pub(crate) async fn header_at<S: Storage>(file: &S, at: u64, room: u64) -> Result<Header, Failure> {
+    let bytes = storage::bytes(file, at, header::LEN).await;
+    let bytes = bytes.map_err(failed("cannot read the header of LUKS"))?;
+    Header::parse(&bytes, room)
+}
+
+/// What the header of an image says.
+///
+/// # Errors
+/// It cannot be served.
+pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
+    let size = file.size();
+    let size = size.map_err(failed("cannot see the size of the image"))?;
+    header_at(file, 0, size).await
+}
+
+/// What an image needs beside itself: nothing but its key.
+pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
+    let header = header(file).await?;
+    Ok(Needs {
+        size: payload(file, &header)?,
+        ..Needs::default()
+    })
+}
+
+/// Bytes of the disk in an image.
+fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
+    let size = file.size();
+    let size = size.map_err(failed("cannot see the size of the image"))?;
+    let slots = header.slots.iter().map(|slot| slot.at);
+    // CAST: a few hundred KiB.
+    let keys = slots.max().unwrap_or(0) + header.stripes() as u64;
+    if header.payload < keys {
+        return Err(refused(format!(
+            "the content begins at {}, where the keys are: the header of LUKS is damaged, or another file's",
+            header.payload
+        )));
+    }
+    match size.checked_sub(header.payload).unwrap_or(0) {
+        0 => Err(refused(format!(
+            "the image has {size} bytes, and its content begins behind them: it is cut off"
+        ))),
+        bytes if bytes % 512 != 0 => Err(refused(format!(
+            "the content of the image has {bytes} bytes, which are no whole sectors: make it larger with truncate \
+             --size=%512"
+        ))),
+        bytes => Ok(bytes),
+    }
+}
+
+/// The cipher of the image whose header is at a byte, once the key has opened it: that is computed elsewhere.
+///
+/// # Errors
+/// There is no key, or a wrong one.
+pub(crate) async fn unlock<S: Storage>(
+    file: &S,
+    at: u64,
+    header: &Header,
+    key: Option<&Key>,
+) -> Result<Cipher, Failure> {
+    let key = key.cloned().ok_or_else(no_key)?;
+    let mut materials = Vec::new();
+    for slot in &header.slots {
+        let material = storage::bytes(file, at + slot.at, header.stripes()).await;
+        materials.push(material.map_err(failed("cannot read a key slot"))?);
+    }
+    let its = header.clone();
+    let work = move || unlock::unlock(&its, materials, &key);
+    let opened = file.elsewhere(work).await;
+    opened.map_err(failed("cannot open a key slot"))?.ok_or_else(|| {
+        Failure::new(
+            Code::Denied,
+            format!(
+                "the key opens none of the {} key slots of the image: name the file with the right one, of which each \
+                 byte counts, a line's end too",
+                header.keys()
+            ),
+        )
+    })
+}
+
+/// What is said of an image that is encrypted, and of which no key is said.
+pub(crate) fn no_key() -> Failure {
+    Failure::new(
+        Code::Denied,
+        "the image is encrypted with LUKS, and no key was named: write key=FILE, before the driver; an image below \
+         another one cannot have one: decrypt it with qemu-img convert",
+    )
+}
+
+/// An image as a driver.
+pub struct Luks<S: Storage> {
+    file: S,
+    has_parent: bool,
+    extents: usize,
+    options: Options,
+    content: RefCell<Option<Rc<Sealed<S>>>>,
+}
+
+impl<S: Storage> Luks<S> {
+    /// The image in `file`, which is looked at when it is activated.
+    pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
+        Self {
+            file,
+            has_parent: parts.parent.is_some(),
+            extents: parts.extents.len(),
+            options,
+            content: RefCell::new(None),
+        }
+    }
+
+    fn content(&self) -> Result<Rc<Sealed<S>>, Errno> {
+        self.content.borrow().clone().ok_or(Errno::BADFD)
+    }
+
+    /// The same for who changes it.
+    fn changed(&self) -> Result<Rc<Sealed<S>>, Errno> {
+        match self.options.writable {
+            true => self.content(),
+            false => Err(Errno::ROFS),
+        }
+    }
+
+    async fn open(&self) -> Result<u64, Failure> {
+        no_extents("image of LUKS", self.extents)?;
+        if self.has_parent {
+            return Err(refused(
+                "an image of LUKS goes on from no other one, and one was given along",
+            ));
+        }
+        let header = header(&self.file).await?;
+        let size = payload(&self.file, &header)?;
+        let cipher = unlock(&self.file, 0, &header, self.options.key.as_ref()).await?;
+        // Its last block need not be a whole one of its storage, and no write makes it longer.
+        let file = match self.options.writable {
+            true => self.file.keep_size(),
+            false => Ok(self.file.clone()),
+        };
+        let file = file.map_err(failed("cannot look at the image"))?;
+        let sealed = Sealed::new(file, header.payload, cipher);
+        *self.content.borrow_mut() = Some(Rc::new(sealed));
+        Ok(size)
+    }
+}
+
+impl<S: Storage> Driver for Luks<S> {
+    async fn activate(&self) -> Result<Shape, Failure> {
+        let size = self.open().await;
+        Ok(Shape {
+            size: size.map_err(|failure| self.options.named(failure))?,
+            logical_block: 512,
+            physical_block: 4096,
+            discard: self.options.discard.then_some(HOLE),
+            write_cache: true,
+            fua: false,
+            limits: Limits {
+                transfer: TRANSFER,
+                zeroes: ZEROES,
+                align: HOLE,
+            },
+        })
+    }
+
+    fn fence(&self) -> Fence {
+        self.file.fence()
+    }
+
+    async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
+        self.content()?.read(offset, data).await
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
+        self.changed()?.write(offset, data).await
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.file.flush().await
+    }
+
+    async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
+        match self.options.discard {
+            true => self.changed()?.discard(offset, len).await,
+            false => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    async fn resize(&self) -> Result<u64, Failure> {
+        let named = |failure| self.options.named(failure);
+        let header = header(&self.file).await.map_err(named)?;
+        payload(&self.file, &header).map_err(named)
+    }
+
+    async fn inactivate(&self) -> Result<(), Errno> {
+        // The next to use it may have another key.
+        self.content.borrow_mut().take();
+        if self.options.may_write(&self.file)? {
+            self.file.flush().await?;
+        }
+        self.file.forget()
+    }
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From a passphrase to the key of an image, which may take seconds.
+
+use super::header::{Header, Slot};
+use super::key::Key;
+use super::xts::Cipher;
+use zeroize::Zeroizing;
+
+/// The cipher of an image whose key slots hold `materials`, in the order of the header's slots; nothing if the key opens
+/// none of them.
+pub(super) fn unlock(header: &Header, materials: Vec<Vec<u8>>, key: &Key) -> Option<Cipher> {
+    let slots = header.slots.iter().zip(materials);
+    slots
+        .filter_map(|(slot, material)| open(header, slot, material, key))
+        .find(|master| is_that(header, master))
+        .and_then(|master| Cipher::new(&master))
+}
+
+/// What would be the key of the image if the passphrase were that of a slot.
+fn open(header: &Header, slot: &Slot, material: Vec<u8>, key: &Key) -> Option<Zeroizing<Vec<u8>>> {
+    let mut split = Zeroizing::new(vec![0; header.key_bytes]);
+    let (secret, salt) = (key.bytes(), &slot.salt);
+    header
+        .hash
+        .derive(secret, salt, slot.iterations, &mut split);
+    let cipher = Cipher::new(&split)?;
+    let mut material = Zeroizing::new(material);
+    cipher.decrypt(0, &mut material);
+    Some(merge(header, &material))
+}
+
+/// The key that was split into stripes, of which none may be missing: so it is gone when a few bytes of it are (the LUKS
+/// specification, 2.4: `AFmerge`).
+fn merge(header: &Header, stripes: &[u8]) -> Zeroizing<Vec<u8>> {
+    let mut key = Zeroizing::new(vec![0; header.key_bytes]);
+    for (number, stripe) in stripes.chunks_exact(header.key_bytes).enumerate() {
+        if number > 0 {
+            header.hash.diffuse(&mut key);
+        }
+        key.iter_mut()
+            .zip(stripe)
+            .for_each(|(byte, other)| *byte ^= other);
+    }
+    key
+}
+
+/// The header knows the key by a digest of it.
+fn is_that(header: &Header, master: &[u8]) -> bool {
+    let mut digest = Zeroizing::new([0; 20]);
+    let (salt, iterations) = (&header.digest_salt, header.digest_iterations);
+    header.hash.derive(master, salt, iterations, &mut *digest);
+    *digest == header.digest
+}
