@@ -424,6 +424,11 @@ pub enum Needed {
         /// Which of the files.
         file: TlsFile,
     },
+    /// The file with the [key](Target::key) of an image, for reading. It is asked for with each opening.
+    Key {
+        /// What is served, or is to be.
+        target: Target,
+    },
     /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
     /// process left. A process that waits in vain for a while does without. Its size cannot change. What is
     /// in it is the processes' own affair: who does not
@@ -460,6 +465,7 @@ impl Needed {
             Self::Parent { path } | Self::Extent { path } | Self::Socket { path } => Some(path),
             Self::Server { .. }
             | Self::Credential { .. }
+            | Self::Key { .. }
             | Self::State { .. }
             | Self::Notes
             | Self::Marks

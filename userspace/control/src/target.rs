@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
+mod key;
 mod words;
 
 use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
@@ -42,6 +43,8 @@ pub enum Driver {
     Vhdx,
     /// An image of the format VMDK.
     Vmdk,
+    /// A raw image, encrypted with LUKS.
+    Luks,
     /// An export of an NBD server.
     Nbd,
     /// An image that stays as it is; what a guest writes is in memory, which ends with the disk.
@@ -50,7 +53,7 @@ pub enum Driver {
 
 impl Driver {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Aio,
         Self::Sync,
         Self::Qcow2,
@@ -58,6 +61,7 @@ impl Driver {
         Self::Vhd,
         Self::Vhdx,
         Self::Vmdk,
+        Self::Luks,
         Self::Nbd,
         Self::Cow,
         Self::Ram,
@@ -76,6 +80,7 @@ impl Driver {
             Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
+            Self::Luks => "luks",
             Self::Nbd => "nbd",
             Self::Cow => "cow",
         }
@@ -91,23 +96,23 @@ impl Driver {
         matches!(self, Self::Ram | Self::Cow)
     }
 
-    /// The image is not the disk byte for byte: it has tables of its own, which one process writes.
+    /// The image is not the disk byte for byte, and one process writes it.
     pub fn has_format(self) -> bool {
         matches!(
             self,
-            Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vhdx | Self::Vmdk
+            Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vhdx | Self::Vmdk | Self::Luks
         )
     }
 
     /// It is made of tables, be they in an image or in memory.
     pub fn has_tables(self) -> bool {
-        self.has_format() || self == Self::Cow
+        self.has_format() && self != Self::Luks || self == Self::Cow
     }
 
     /// Who writes it keeps something of its own about it, of which another writer would not learn: tables, or what an
     /// export's server has not made durable yet.
     pub fn has_one_writer(self) -> bool {
-        self.has_tables() || self == Self::Nbd
+        self.has_format() || matches!(self, Self::Cow | Self::Nbd)
     }
 
     /// An image may have its content in further files, which are written with it.
@@ -118,7 +123,7 @@ impl Driver {
     /// The kernel may do I/O on the image without its process, as far as that lets it: past the page cache, as all of
     /// that is.
     pub fn may_map(self) -> bool {
-        self.is_direct() && self != Self::Vhdx
+        self.is_direct() && !matches!(self, Self::Vhdx | Self::Luks)
     }
 
     /// I/O on the image goes past the page cache where its file system can do that.
@@ -173,7 +178,8 @@ impl FromStr for Driver {
 /// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
 /// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
 /// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
-/// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`.
+/// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
+/// `key=/etc/xentap/a.key,luks:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -192,8 +198,10 @@ pub struct Target {
     cache: Option<u64>,
     /// It is said that what is below is read through the page cache.
     below_cached: bool,
-    /// What is said of encryption.
+    /// What is said of the encryption of a connection.
     tls: Option<Tls>,
+    /// The file with the key of an image, if that is said.
+    key: Option<Box<Path>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -486,6 +494,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         cache: None,
         below_cached: false,
         tls: None,
+        key: None,
     })
 }
 
@@ -498,6 +507,12 @@ fn below(argument: &str) -> Result<Below, Failure> {
         return Err(Failure::invalid(format!(
             "cow:{argument:?} names no image that could stay as it is: write cow:DRIVER:IMAGE with the driver of an \
              image, such as cow:qcow2:/srv/a.qcow2"
+        )));
+    }
+    if driver == Driver::Luks {
+        return Err(Failure::invalid(format!(
+            "cow:{argument} keeps in memory what is written over an image, and that would be encrypted no more: decrypt \
+             the image with qemu-img convert, or serve it with luks:"
         )));
     }
     match parse(driver, path)?.argument {
@@ -574,6 +589,9 @@ impl fmt::Display for Target {
         }
         if self.below_cached {
             f.write_str("below=cached,")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, "key={},", key.display())?;
         }
         if let Some(tls) = &self.tls {
             tls.fmt(f)?;

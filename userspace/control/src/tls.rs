@@ -75,6 +75,20 @@ impl fmt::Display for Tls {
     }
 }
 
+/// The file that was said with a word.
+///
+/// # Errors
+/// It is none; `example` would be one.
+pub(crate) fn named_file(word: &str, path: &str, example: &str) -> Result<PathBuf, Failure> {
+    let place = PathBuf::from(path);
+    match place.is_absolute() && !path.contains(char::is_control) {
+        true => Ok(place),
+        false => Err(Failure::invalid(format!(
+            "{word}={path:?} names no file: write its absolute path, such as {word}={example}"
+        ))),
+    }
+}
+
 /// What was said so far.
 #[derive(Debug, Default)]
 pub(crate) struct Said([Option<PathBuf>; 3]);
@@ -87,12 +101,7 @@ impl Said {
 
     /// Takes the path that was said with a word; what was said with it before, if anything was.
     pub(crate) fn take(&mut self, word: &str, path: &str) -> Result<Option<PathBuf>, Failure> {
-        let place = PathBuf::from(path);
-        if !place.is_absolute() || path.contains(char::is_control) {
-            return Err(Failure::invalid(format!(
-                "{word}={path:?} names no file: write its absolute path, such as {word}=/etc/xentap/{word}.pem"
-            )));
-        }
+        let place = named_file(word, path, &format!("/etc/xentap/{word}.pem"))?;
         let slot = TlsFile::of_word(word).and_then(|file| self.0.get_mut(file as usize));
         Ok(slot.and_then(|slot| slot.replace(place)))
     }

@@ -38,7 +38,13 @@ pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), F
             )))
         }
         (
-            name @ (Name::Cow | Name::Qcow2 | Name::Qcow | Name::Vhd | Name::Vhdx | Name::Vmdk),
+            name @ (Name::Cow
+            | Name::Qcow2
+            | Name::Qcow
+            | Name::Vhd
+            | Name::Vhdx
+            | Name::Vmdk
+            | Name::Luks),
             _,
             _,
         ) => {

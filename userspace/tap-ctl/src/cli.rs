@@ -50,6 +50,8 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   aio:/srv/a.img      a raw file or block device, past the page cache
   sync:/srv/a.img     the same, on file systems that cannot do that
   qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:, and vhdx:, which is only read
+  luks:/srv/a.img     a raw image that is encrypted; key=/etc/xentap/a.key, in front says the file with its key, which a
+                      qcow2 image that is encrypted has, too: key=/etc/xentap/a.key,qcow2:/srv/a.qcow2
   nbd://host/disk     an export of an NBD server; nbd+unix:///disk?socket=/run/a.sock is one of this host;
                       tls-ca=/etc/xentap/ca.pem, in front has it encrypted or not used, see tapdisk(8)
   cow:qcow2:/srv/a.qcow2   an image that stays as it is; what is written is in memory until the disk is destroyed,

@@ -7,6 +7,7 @@ mod end;
 mod export;
 mod image;
 mod inactive;
+mod key;
 mod marks;
 mod mirror;
 mod note;

@@ -150,7 +150,7 @@ impl Lifecycle {
 
 /// What is below this is what the kernel could read.
 fn may_lend(open: &Open) -> bool {
-    open.target.driver().may_map() && !open.target.caches_below()
+    open.target.may_map() && !open.target.caches_below()
 }
 
 /// What is below the disk's image is about to be written.

@@ -7,6 +7,7 @@
 //! disk is the same in the image that it has. What was below is another disk from the first byte on, so no other disk
 //! may have it; and it keeps its mark as one that nobody writes until it becomes the disk.
 
+use super::key;
 use super::mirror::image_of;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
@@ -25,6 +26,7 @@ pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
             "{target} is no qcow2 image and no VHD: of others nothing is committed while they are served"
         )));
     }
+    key::must_stay_secret(&target, "the image below it")?;
     match disk.record.borrow().stream.is_some() {
         false => Ok(()),
         true => Err(Failure::new(

@@ -34,7 +34,7 @@ impl Lifecycle {
         open: &Open,
         image: Option<&Arc<Image>>,
     ) -> Result<(), Failure> {
-        if !open.target.driver().may_map() {
+        if !open.target.may_map() {
             return Ok(());
         }
         let Some(node) = self.node_of(disk)? else {
@@ -232,7 +232,7 @@ fn may_have_given(disk: &Disk) -> bool {
     let record = disk.record.borrow();
     let next = record.next.as_ref().map(|next| &next.open);
     let mut all = record.open.iter().chain(next);
-    all.any(|open| open.target.driver().may_map())
+    all.any(|open| open.target.may_map())
 }
 
 /// Asks the kernel again and again for something of which it tells nobody when it is so.

@@ -14,6 +14,7 @@ mod destroy;
 mod direct;
 mod group;
 mod handoff;
+mod key;
 mod lease;
 mod mark;
 mod mirror;

@@ -2,7 +2,7 @@
 //! Processes ask for what they cannot open themselves; what is decided is sent back.
 
 use super::trouble::{until_end, Rate};
-use super::{server, Lifecycle};
+use super::{key, server, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::Opened;
@@ -210,6 +210,7 @@ impl Lifecycle {
             Needed::Socket { path } => self.connect(&disk, path).await,
             Needed::Server { target } => self.server(&disk, target).await,
             Needed::Credential { target, file } => credential(&disk, target, *file).await,
+            Needed::Key { target } => the_key(&disk, target).await,
             Needed::Other => Err(Failure::unsupported(
                 "this blktapctrl does not know what is asked for: install the one of the tapdisk",
             )),
@@ -224,6 +225,7 @@ impl Lifecycle {
             Needed::Socket { .. } => Some(Role::Socket),
             Needed::Server { .. }
             | Needed::Credential { .. }
+            | Needed::Key { .. }
             | Needed::State { .. }
             | Needed::Notes
             | Needed::Marks
@@ -234,9 +236,13 @@ impl Lifecycle {
         let disk = self.registry.of_process(process);
         let is_its = disk.is_some_and(|disk| match (role, what.path(), what) {
             (Some(role), Some(path), _) => self.admission.known(&disk, role, path).is_some(),
-            (_, _, Needed::Server { target } | Needed::Credential { target, .. }) => {
-                serves(&disk, target)
-            }
+            (
+                _,
+                _,
+                Needed::Server { target }
+                | Needed::Credential { target, .. }
+                | Needed::Key { target },
+            ) => serves(&disk, target),
             (_, _, Needed::Changed { mark, .. }) => self.has_mark(&disk, *mark),
             _ => true,
         });
@@ -308,6 +314,15 @@ async fn credential(
         return Err(not_its(disk, target));
     }
     let opened = server::credential(target, file).await?;
+    Ok((Given::File(opened), Provided::Shared))
+}
+
+/// The file with the key of an image, which whoever made the disk has named.
+async fn the_key(disk: &Disk, target: &Target) -> Result<(Given, Provided), Failure> {
+    if !serves(disk, target) {
+        return Err(not_its(disk, target));
+    }
+    let opened = key::open(target).await?;
     Ok((Given::File(opened), Provided::Shared))
 }
 

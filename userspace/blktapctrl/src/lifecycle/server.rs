@@ -4,7 +4,7 @@
 use crate::apart::{apart, LIMIT};
 use crate::image::{Image, Opened};
 use control::{Code, Export, Failure, Listener, Target, TlsFile};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
@@ -65,21 +65,32 @@ pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened,
             format!("{target} does not say {}=, so there is none", file.word()),
         )
     })?;
+    named_file(path, file.word(), |_| Ok(())).await
+}
+
+/// Opens the file that a configuration names with a word, for reading, if `check` has nothing against it.
+///
+/// # Errors
+/// It is not there, or no file, or there is something.
+pub(super) async fn named_file(
+    path: &Path,
+    word: &'static str,
+    check: impl FnOnce(&Stat) -> Result<(), String> + Send + 'static,
+) -> Result<Opened, Failure> {
     let place = path.to_path_buf();
     apart(path, LIMIT, move || {
-        let what = format!(
-            "cannot use {}, which {}= names",
-            place.display(),
-            file.word()
-        );
+        let what = format!("cannot use {}, which {word}= names", place.display());
         // A pipe would be waited for.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let opened = rustix::fs::open(&place, flags, Mode::empty());
         let fd = opened.map_err(|error| Failure::system(&what, &error.into()))?;
         let stat = rustix::fs::fstat(&fd).map_err(|error| Failure::system(&what, &error.into()))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Ok(Opened::from(fd)),
-            _ => Err(Failure::invalid(format!("{what}: it is no regular file"))),
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Failure::invalid(format!("{what}: it is no regular file")));
+        }
+        match check(&stat) {
+            Ok(()) => Ok(Opened::from(fd)),
+            Err(why) => Err(Failure::new(Code::Denied, format!("{what}: {why}"))),
         }
     })
     .await

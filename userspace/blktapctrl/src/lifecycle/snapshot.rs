@@ -13,6 +13,7 @@
 //! no request was answered from it: then it is taken back, on the record first.
 
 use super::handoff::check_served;
+use super::key;
 use super::renew::owes_nothing;
 use super::together::Together;
 use super::{of_a_process, Lifecycle};
@@ -111,6 +112,12 @@ impl Lifecycle {
                 "{target} cannot go on from another image: use qcow2 or vhd"
             )));
         }
+        if target.key().is_some() {
+            return Err(Failure::unsupported(format!(
+                "{target} would be a new image, and none is made that is encrypted: leave key= away"
+            )));
+        }
+        key::must_stay_secret(&disk.open()?.target, "the new image")?;
         self.check_followed(disk, target)
     }
 

@@ -996,6 +996,7 @@ impl Served {
                 Ok(Reply::Done)
             }
             Request::Mirror { open, rate, below } => {
+                needs.ask_all(dir, "ask-mirror")?;
                 let (content, fd) = text(fds.remove(0));
                 let word = if below { "commit" } else { "mirror" };
                 note(

@@ -10,6 +10,7 @@ mod events;
 mod fake;
 mod groups;
 mod handoff;
+mod keys;
 mod lease;
 mod left;
 mod log;

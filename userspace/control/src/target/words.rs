@@ -2,8 +2,9 @@
 //! What is said of a target before its driver: words with a value, in any order.
 
 use super::{typed_rate, typed_size, yes_or_no, Target};
-use crate::tls::Said;
+use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
+use std::path::PathBuf;
 
 /// What was said.
 #[derive(Debug, Default)]
@@ -16,6 +17,7 @@ pub(super) struct Words {
     room: Option<u64>,
     cache: Option<u64>,
     below: Option<()>,
+    key: Option<PathBuf>,
     tls: Said,
 }
 
@@ -27,7 +29,7 @@ impl Words {
             let (name, behind) = match rest.split_once('=') {
                 Some((
                     name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"
-                    | "below"),
+                    | "below" | "key"),
                     behind,
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) => (name, behind),
@@ -46,6 +48,10 @@ impl Words {
                 "room" => self.room.replace(bytes(name, value)?).is_some(),
                 "cache" => self.cache.replace(bytes(name, value)?).is_some(),
                 "below" => self.below.replace(cached(value)?).is_some(),
+                "key" => {
+                    let file = named_file(name, value, "/etc/xentap/a.key")?;
+                    self.key.replace(file).is_some()
+                }
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
@@ -66,6 +72,7 @@ impl Words {
         let target = with(target, self.room, Target::with_room)?;
         let target = with(target, self.cache, Target::with_cache)?;
         let target = with(target, self.below, |target, ()| target.with_cached_below())?;
+        let target = with(target, self.key, Target::with_key)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
             group: self.group.map(Box::new),

@@ -22,6 +22,7 @@ pub(super) fn kind(driver: Driver) -> Option<Kind> {
         Driver::Vhd => Some(Kind::Vhd),
         Driver::Vhdx => Some(Kind::Vhdx),
         Driver::Vmdk => Some(Kind::Vmdk),
+        Driver::Luks => Some(Kind::Luks),
         Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null | Driver::Nbd => None,
     }
 }
@@ -205,6 +206,7 @@ impl Parts<'_> {
         let mut options = Options {
             writable,
             discard: open.discard && !open.read_only,
+            key: self.key().await?,
             ..self.options(path)?
         };
         if let Some(cache) = open.target.cache() {

@@ -55,7 +55,7 @@ impl Session {
         };
         let open = Open {
             // Others would have to be asked for, and belong to the image that is served.
-            may_ask: is_below || open.target.export().is_some(),
+            may_ask: is_below || open.target.export().is_some() || open.target.key().is_some(),
             kernel_holds: false,
             // The lock of who reads it is in the way.
             shared: is_below,
@@ -64,6 +64,9 @@ impl Session {
         let file = self.locked(&open, image).await?;
         if let Some(file) = file.as_ref().filter(|_| is_below) {
             self.take_lock(&open.target, file)?;
+        }
+        if let Some(file) = file.as_ref().filter(|_| !is_below && open.may_ask) {
+            check_alone(&open, file).await?;
         }
         let (disk, shape) = self.disk(&open, file).await?;
         let may = self.may_follow(&open, &shape, server.size());
@@ -199,6 +202,21 @@ impl Session {
         }
         let known = self.state.borrow().params;
         succeeds(open, known, &params(shape, open))
+    }
+}
+
+/// An image for whose key may be asked names nothing else that would be asked for then.
+async fn check_alone(open: &Open, file: &File) -> Result<(), Failure> {
+    let Some(kind) = kind(open.target.driver()) else {
+        return Ok(());
+    };
+    match formats::look(kind, file).await?.parent {
+        None => Ok(()),
+        Some(_) => Err(Failure::unsupported(format!(
+            "{} goes on from another image, and a disk is copied to one that stands alone: make that with qemu-img \
+             create, without -b",
+            open.target
+        ))),
     }
 }
 

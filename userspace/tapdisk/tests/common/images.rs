@@ -14,6 +14,7 @@ use qemu::has_qemu;
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
+use std::io::{Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,9 @@ use tapdev::fake::Fake;
 pub(crate) const SIZE: u64 = (5 << 20) + 4096;
 /// Steps of a guest with one image.
 pub(crate) const STEPS: usize = 300;
+/// The key of images that are encrypted, and the words before the name of one to [`Folder`]'s questions.
+pub(crate) const KEY: &[u8] = b"open sesame\n";
+pub(crate) const SEALED: &str = "sealed ";
 /// Deaths among them.
 pub(crate) const DEATHS: usize = 6;
 
@@ -70,23 +74,65 @@ impl Folder {
         bytes
     }
 
+    /// Words that name an image to qemu-img, after those that it begins with: of one that is encrypted its key, too.
+    fn words(&self, begin: &[&str], format: &str, name: &str) -> Vec<String> {
+        let mut words: Vec<String> = begin.iter().map(|word| word.to_string()).collect();
+        let Some(format) = format.strip_prefix(SEALED) else {
+            words.extend(["-f", format, name].map(String::from));
+            return words;
+        };
+        let key = match format {
+            "luks" => "key-secret=s",
+            _ => "encrypt.key-secret=s",
+        };
+        let image = format!("driver={format},{key},file.filename={name}");
+        words.extend(["--object", "secret,id=s,file=key", "--image-opts"].map(String::from));
+        words.push(image);
+        words
+    }
+
     /// What QEMU reads of an image.
     pub(crate) fn content(&self, format: &str, name: &str) -> Vec<u8> {
         // It need not survive a loss of power.
-        let convert = ["convert", "-t", "unsafe", "-f", format, "-O", "raw"];
-        self.img(&[&convert[..], &[name, "content.raw"]].concat());
+        let convert = ["convert", "-t", "unsafe", "-O", "raw"];
+        let words = self.words(&convert, format, name);
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+        words.push("content.raw");
+        self.img(&words);
         fs::read(self.path("content.raw")).expect("read")
+    }
+
+    /// Makes an image that is encrypted, with a key that takes so many milliseconds, and what else is behind that.
+    pub(crate) fn sealed(&self, format: &str, name: &str, options: &str, size: u64) {
+        fs::write(self.path("key"), KEY).expect("write");
+        let (how, before) = match format {
+            "luks" => ("", ""),
+            _ => ("encrypt.format=luks,", "encrypt."),
+        };
+        let options = format!("{how}{before}key-secret=s,{before}iter-time={options}");
+        let object = [
+            "create",
+            "--object",
+            "secret,id=s,file=key",
+            "-f",
+            format,
+            "-o",
+        ];
+        let size = size.to_string();
+        self.img(&[&object[..], &[&options, name, &size]].concat());
     }
 
     /// No table of an image is wrong. Space that a process had prepared when it was killed may be lost.
     pub(crate) fn check(&self, format: &str, name: &str, after_death: bool) {
-        let (status, text) = self.qemu_img(&["check", "-f", format, name]);
+        let words = self.words(&["check"], format, name);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let (status, text) = self.qemu_img(&words);
         match status {
             0 => {}
             // Only leaked clusters.
             3 if after_death => {}
             // The format has no check.
-            63 => assert!(matches!(format, "vpc" | "qcow"), "{text}"),
+            63 => assert!(matches!(format, "vpc" | "qcow" | "sealed luks"), "{text}"),
             _ => panic!("qemu-img check {name}: {text}"),
         }
     }
@@ -116,6 +162,14 @@ pub(crate) fn cached(path: &Path) -> u64 {
     text.trim().parse().expect("a number")
 }
 
+/// A file with a key.
+pub(crate) fn key(bytes: &[u8]) -> OwnedFd {
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(bytes).expect("write");
+    file.rewind().expect("seek");
+    file.into()
+}
+
 /// Gives a process so many files that it asks for. What it could leave to the next one it asks for first,
 /// and does without.
 pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
@@ -135,6 +189,7 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
             let fd = match &need.what {
                 Needed::Parent { path } => Some(opened(path, false, !cached)),
                 Needed::Extent { path } => Some(file(path, true)),
+                Needed::Key { .. } => Some(key(KEY)),
                 _ => None,
             };
             let provided = match &fd {

@@ -3,12 +3,13 @@
 //! what was answered is there, and QEMU's tools find nothing wrong.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::images::{answered, file, steps, Folder, Served, SEALED, SIZE};
 use crate::common::Process;
 use control::tapdisk::{Open, Reply, Request};
 use control::{Code, Driver};
 use ring::response::Status as Answer;
 use ring::tap::shadow::Op;
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -153,6 +154,45 @@ fn vmdk_with_sparse_files() {
 fn vmdk_with_a_flat_file() {
     let options = "subformat=monolithicFlat";
     alone("vmdk_with_a_flat_file", "vmdk", "vmdk", options, 1);
+}
+
+/// The same for one that is encrypted: what is on the storage is not what the guest wrote.
+fn alone_with_key(test: &str, driver: &'static str, format: &str, options: &str) {
+    let Some(folder) = Folder::new(test) else {
+        return;
+    };
+    folder.sealed(format, "a.img", options, SIZE);
+    let served = Served {
+        path: folder.path("a.img"),
+        driver,
+        files: 1,
+    };
+    let sealed = format!("{SEALED}{format}");
+    // What luks: has never been written is no zeroes.
+    let model = folder.content(&sealed, "a.img");
+    endure(&folder, &served, &sealed, model);
+    let content = folder.content(&sealed, "a.img");
+    let image = fs::read(&served.path).expect("read");
+    let written = content
+        .chunks(512)
+        .filter(|sector| sector.iter().any(|byte| *byte != 0));
+    let sectors: HashSet<&[u8]> = image.chunks(512).collect();
+    let seen = written.filter(|sector| sectors.contains(sector)).count();
+    assert_eq!(
+        seen, 0,
+        "sectors are on the storage as the guest wrote them"
+    );
+}
+
+#[test]
+fn luks() {
+    alone_with_key("luks", "key=/a.key,luks", "luks", "1");
+}
+
+#[test]
+fn qcow2_with_luks() {
+    let options = "1,cluster_size=4k,encrypt.cipher-alg=aes-128";
+    alone_with_key("qcow2_with_luks", "key=/a.key,qcow2", "qcow2", options);
 }
 
 #[test]

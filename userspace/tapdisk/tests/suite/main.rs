@@ -7,6 +7,7 @@ mod commit;
 mod common;
 mod cow;
 mod direct;
+mod encrypted;
 mod export;
 mod fence;
 mod formats;

@@ -61,6 +61,11 @@ fn is_same(mirror: &Mirror) -> bool {
     mirror.state == Mirroring::Same
 }
 
+/// Waits until a copy is as the disk.
+pub(crate) fn until_same(process: &mut Process) {
+    until(process, is_same);
+}
+
 fn served(folder: &Folder, name: &str, driver: &'static str) -> Served {
     Served {
         path: folder.path(name),

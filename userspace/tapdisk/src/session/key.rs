@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The key of an image that is encrypted: the supervisor opens the file with it, and nobody else hears of what that holds.
+
+use super::image::Parts;
+use control::tapdisk::Needed;
+use control::Failure;
+use formats::luks::Key;
+use std::fs::File;
+
+impl Parts<'_> {
+    /// The key of the image, if it has one.
+    pub(super) async fn key(&self) -> Result<Option<Key>, Failure> {
+        let target = &self.open.target;
+        let Some(path) = target.key() else {
+            return Ok(None);
+        };
+        if !self.open.may_ask {
+            return Err(Failure::unsupported(format!(
+                "{target} has a key, which only a supervisor gives: let blktapctrl serve it"
+            )));
+        }
+        let target = target.clone();
+        let given = self.session.needs.ask(Needed::Key { target }).await?;
+        let key = Key::read(File::from(given.fd)).map_err(|failure| {
+            let name = path.display();
+            Failure::new(failure.code, format!("key={name}: {}", failure.message))
+        })?;
+        Ok(Some(key))
+    }
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images that are encrypted, as the supervisor sees a process with one: it opens nothing by itself, and what it does with
+//! the key keeps nobody waiting.
+
+use crate::common::images::{answered, file, key, Folder, KEY, SEALED, SIZE};
+use crate::common::{needs, Process};
+use control::tapdisk::{Needed, Open, Provided, Reply, Request};
+use control::{Channel, Code, Failure};
+use ring::tap::shadow::Op;
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tapdev::fake::Fake;
+
+fn open(words: &str, path: &Path) -> Open {
+    let target = format!("{words}:{}", path.display());
+    Open {
+        may_ask: true,
+        ..Open::new(target.parse().expect("a target"))
+    }
+}
+
+/// Answers until a key was asked for, with this one.
+fn give(channel: &mut Channel, secret: &[u8]) {
+    let mut known = 0;
+    loop {
+        for need in needs(channel, known) {
+            known = known.max(need.number);
+            let is_key = matches!(need.what, Needed::Key { .. });
+            let fd = is_key.then(|| key(secret));
+            let provided = match is_key {
+                true => Provided::Shared,
+                false => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
+            };
+            let number = need.number;
+            let question = Request::Provide {
+                number,
+                provided,
+                backing: None,
+            };
+            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+            assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
+            if is_key {
+                return;
+            }
+        }
+    }
+}
+
+fn serve(process: &mut Process, open: Open, secret: &[u8]) -> Result<Reply, Failure> {
+    let image = file(open.target.path().expect("a path"), true);
+    let question = Request::Open(open);
+    process.ask_and_give(question, image.as_fd(), |needs| give(needs, secret))
+}
+
+/// A wrong key changes nothing, says which file it was in, and not what that holds.
+#[test]
+fn key_is_used_in_the_sandbox() {
+    let Some(folder) = Folder::new("key_is_used_in_the_sandbox") else {
+        return;
+    };
+    folder.sealed("luks", "a.luks", "1", SIZE);
+    folder.sealed("qcow2", "a.qcow2", "1", SIZE);
+    for (driver, format) in [("luks", "luks"), ("qcow2", "qcow2")] {
+        let path = folder.path(&format!("a.{driver}"));
+        let before = fs::read(&path).expect("read");
+        let fake = Fake::new(4).expect("a node");
+        let confine = |session: &std::rc::Rc<tapdisk::Session>| {
+            session.runtime().io.start_helpers(1).expect("a thread");
+            tapdisk::sandbox::confine(None).expect("a sandbox");
+        };
+        let mut process = Process::start_with(&fake, confine);
+        let question = open(&format!("key=/etc/a.key,{driver}"), &path);
+        for (secret, why) in [
+            (&b"wrong words"[..], "opens none of the 1 key slots"),
+            (&KEY[..KEY.len() - 1], "a line's end too"),
+            (b"", "key=/etc/a.key: the file of the key is empty"),
+        ] {
+            let failure = serve(&mut process, question.clone(), secret).expect_err("it is wrong");
+            assert!(failure.message.contains(why), "{failure}");
+            assert!(!failure.message.contains("words"), "{failure}");
+        }
+        assert!(fs::read(&path).expect("read") == before, "{driver}");
+        let reply = serve(&mut process, question, KEY);
+        assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+        answered(&fake, Op::Write, 8, &[7; 4096]);
+        process.exit();
+        let content = folder.content(&format!("{SEALED}{format}"), &format!("a.{driver}"));
+        assert_eq!(content[4096..8192], [7; 4096]);
+    }
+}
+
+#[test]
+fn without_a_supervisor_there_is_no_key() {
+    let Some(folder) = Folder::new("without_a_supervisor_there_is_no_key") else {
+        return;
+    };
+    folder.sealed("luks", "a.luks", "1", SIZE);
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let path = folder.path("a.luks");
+    let alone = Open {
+        may_ask: false,
+        ..open("key=/etc/a.key,luks", &path)
+    };
+    for (question, why) in [
+        (alone, "only a supervisor gives"),
+        (open("luks", &path), "write key=FILE"),
+    ] {
+        let image = file(&path, true);
+        let reply = process.ask_with(Request::Open(question), image.as_fd());
+        let failure = reply.expect_err("it has no key");
+        assert!(failure.message.contains(why), "{failure}");
+    }
+    process.exit();
+}
+
+/// A key that takes two seconds is computed beside the loop: the process answers meanwhile.
+#[test]
+fn process_answers_while_it_opens_an_image() {
+    let Some(folder) = Folder::new("process_answers_while_it_opens_an_image") else {
+        return;
+    };
+    folder.sealed("luks", "a.luks", "2000", SIZE);
+    let fake = Fake::new(4).expect("a node");
+    let helpers = |session: &std::rc::Rc<tapdisk::Session>| {
+        session.runtime().io.start_helpers(1).expect("a thread");
+    };
+    let mut process = Process::start_with(&fake, helpers);
+    let path = folder.path("a.luks");
+    let image = file(&path, true);
+    let question = Request::Open(open("key=/etc/a.key,luks", &path));
+    let is_open = AtomicBool::new(false);
+    let mut early = false;
+    let reply = process.ask_and_give(question, image.as_fd(), |needs| {
+        give(needs, KEY);
+        let reply = needs.ask(Request::Stats, &[]);
+        assert!(matches!(reply, Ok(Reply::Stats(_))), "{reply:?}");
+        let status = needs.ask(Request::Status, &[]);
+        let Ok(Reply::Status(status)) = status else {
+            panic!("{status:?}");
+        };
+        is_open.store(status.disk.is_some(), Ordering::Relaxed);
+        early = true;
+    });
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert!(
+        early && !is_open.load(Ordering::Relaxed),
+        "it was open before it answered"
+    );
+    process.exit();
+}
+
+/// What is in the image that a disk is copied to is encrypted.
+#[test]
+fn disk_is_copied_to_an_image_with_a_key() {
+    let Some(folder) = Folder::new("disk_is_copied_to_an_image_with_a_key") else {
+        return;
+    };
+    let model = folder.raw("a.img", 3);
+    folder.sealed("qcow2", "b.qcow2", "1", SIZE);
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let from = file(&folder.path("a.img"), true);
+    let question = Request::Open(open("aio", &folder.path("a.img")));
+    let reply = process.ask_with(question, from.as_fd());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let to = file(&folder.path("b.qcow2"), true);
+    let question = Request::Mirror {
+        open: open("key=/etc/a.key,qcow2", &folder.path("b.qcow2")),
+        rate: u64::MAX,
+        below: false,
+    };
+    let reply = process.ask_and_give(question, to.as_fd(), |needs| give(needs, KEY));
+    assert_eq!(reply, Ok(Reply::Done));
+    crate::mirror::until_same(&mut process);
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    process.exit();
+    assert!(folder.content("sealed qcow2", "b.qcow2") == model);
+}
