@@ -67,7 +67,7 @@ fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
             header.payload
         )));
     }
-    match size.checked_sub(header.payload).unwrap_or(0) {
+    match size.saturating_sub(header.payload) {
         0 => Err(refused(format!(
             "the image has {size} bytes, and its content begins behind them: it is cut off"
         ))),
