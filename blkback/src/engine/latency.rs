@@ -4,6 +4,7 @@
 //! [`Times`](crate::engine::Times) has the sums at any time.
 
 use crate::engine::backend::IoKind;
+use crate::engine::spans::Spans;
 
 /// Operations that are told apart, in the order of their histograms: reads, writes, flushes with what flushes, discards.
 pub const OPERATIONS: usize = 4;
@@ -30,6 +31,7 @@ pub const FIRST_STEP_NS: u64 = 1024;
 pub struct Latencies {
     counts: [[u64; STEPS]; ROWS],
     on: bool,
+    pub(super) spans: Spans,
 }
 
 impl Latencies {
@@ -37,6 +39,7 @@ impl Latencies {
     pub const OFF: Self = Self {
         counts: [[0; STEPS]; ROWS],
         on: false,
+        spans: Spans::NONE,
     };
 
     /// The counts, in the order of the operations, then of the spans.

@@ -23,6 +23,7 @@ mod copy_out;
 mod fetch;
 pub mod latency;
 pub mod mappings;
+mod measure;
 mod parked;
 pub mod parts;
 pub mod pass;

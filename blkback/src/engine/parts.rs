@@ -10,7 +10,6 @@ use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, Shape};
-use crate::engine::spans::Spans;
 use crate::engine::stats::{Flight, Stats};
 use crate::engine::transfers::{Fetch, Transfers};
 use crate::ring::abi::Protocol;
@@ -71,7 +70,6 @@ pub struct Engine<'a, R, G, B> {
     pub(super) short_since: Option<u64>,
     pub(super) stats: &'a mut Stats,
     pub(super) latencies: &'a mut Latencies,
-    pub(super) spans: Spans,
 }
 
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
@@ -107,7 +105,6 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             short_since: None,
             stats: tables.stats,
             latencies: tables.latencies,
-            spans: Spans::default(),
         }
     }
 

@@ -20,7 +20,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn take_waiting(&mut self) {
         let _first = self.resume_stalled();
         if let Some(Parked { request, since, .. }) = self.parked.take() {
-            self.spans.taken = since;
+            self.latencies.spans.taken = since;
             if let Err(why) = self.admit(&request) {
                 self.parked = Some(Parked {
                     request,
@@ -61,7 +61,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                         self.parked = Some(Parked {
                             request,
                             why,
-                            since: self.spans.taken,
+                            since: self.latencies.spans.taken,
                         });
                     }
                 }
@@ -190,7 +190,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     fn without_pages(&mut self, request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
-        let since = self.spans.taken;
+        let since = self.latencies.spans.taken;
         let request = PendingRequest { since, ..request };
         self.requests.take(request).ok_or(NoRoom::Turn)
     }
@@ -219,7 +219,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         };
         let (pool, chain) = found.ok_or(NoRoom::Pages)?;
         request.pool = pool;
-        request.since = self.spans.taken;
+        request.since = self.latencies.spans.taken;
         request.set_chain(chain);
         self.requests.take(request).ok_or_else(|| {
             self.requests.release(&request);
