@@ -125,28 +125,6 @@ fn what_others_may_read_or_change_is_no_key() {
     });
 }
 
-/// Images below would be the kernel's, too.
-#[test]
-fn the_kernel_is_given_nothing() {
-    test("keys-direct", |bed| async move {
-        let full = sealed(&bed, "a.qcow2");
-        let below = bed.image("below.img", "B");
-        let parent = Needed::Parent {
-            path: below.clone(),
-        };
-        ask(&bed, "ask", &[need(&full), parent]);
-        let create = Create {
-            files: vec![below],
-            ..create(&bed, &full)
-        };
-        bed.made(create).await;
-        let log = bed.log();
-        assert!(log.contains(&"given B Locked".to_string()), "{log:?}");
-        assert!(!log.iter().any(|line| line.starts_with("add ")), "{log:?}");
-        assert!(bed.kernel.nodes.borrow()[&0].backing.is_none());
-    });
-}
-
 /// Why a question is refused; the disk is served as before.
 async fn refuses(bed: &Bed, question: Request) -> Failure {
     let failure = bed.ask(question).await.expect_err("it is refused");
