@@ -176,6 +176,17 @@ pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
     give_to(channel, files, false)
 }
 
+/// Answers a need, as a supervisor does.
+pub(crate) fn provide(channel: &mut Channel, number: u64, provided: Provided, fd: Option<OwnedFd>) {
+    let question = Request::Provide {
+        number,
+        provided,
+        backing: None,
+    };
+    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+    assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
+}
+
 /// The same, with what is only read to be read through the page cache or not.
 fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
     let (mut known, mut asked) = (0, Vec::new());
@@ -196,14 +207,7 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
                 Some(_) => Provided::Locked,
                 None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
             };
-            let number = need.number;
-            let question = Request::Provide {
-                number,
-                provided,
-                backing: None,
-            };
-            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-            assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
+            provide(channel, need.number, provided, fd);
             asked.push(need.what);
         }
     }

@@ -2,7 +2,7 @@
 //! Images that are encrypted, as the supervisor sees a process with one: it opens nothing by itself, and what it does with
 //! the key keeps nobody waiting.
 
-use crate::common::images::{answered, file, key, Folder, KEY, SEALED, SIZE};
+use crate::common::images::{answered, file, key, provide, Folder, KEY, SEALED, SIZE};
 use crate::common::{needs, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
@@ -32,14 +32,7 @@ fn give(channel: &mut Channel, secret: &[u8]) {
                 true => Provided::Shared,
                 false => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
             };
-            let number = need.number;
-            let question = Request::Provide {
-                number,
-                provided,
-                backing: None,
-            };
-            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-            assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
+            provide(channel, need.number, provided, fd);
             if is_key {
                 return;
             }
