@@ -87,7 +87,7 @@ fn script(context: &mut Context, name: &str, text: &str) -> Result<String> {
 }
 
 /// Hands a disk over; returns for how many microseconds nobody served it.
-fn handoff(disk: &Served, arguments: &[&str]) -> Result<u64> {
+pub(super) fn handoff(disk: &Served, arguments: &[&str]) -> Result<u64> {
     let (old, minor) = (disk.pid()?, disk.minor.to_string());
     let told = tap::ctl_json(&[&["handoff", &minor], arguments].concat())?;
     let number = |name: &str| {

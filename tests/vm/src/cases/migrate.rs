@@ -84,7 +84,7 @@ fn moved(context: &mut Context, needs: Needs, jobs: &[Job]) -> Result<()> {
 }
 
 /// The guest moves under the load `jobs`, and reads afterwards what its image holds.
-fn moves_with(
+pub(super) fn moves_with(
     context: &mut Context,
     needs: Needs,
     target: &str,

@@ -11,6 +11,7 @@ mod death;
 mod direct;
 mod dirty;
 mod domain;
+mod encrypted;
 mod export;
 mod faults;
 mod formats;
@@ -501,6 +502,7 @@ pub(crate) fn all() -> Vec<Case> {
         tap_host::cases(),
         beside::cases(),
         death::cases(),
+        encrypted::cases(),
         handoff::cases(),
         snapshot::cases(),
         mirror::cases(),
