@@ -32,6 +32,19 @@ pub(crate) enum Store {
     Export,
     /// The same with a file below that has all of the disk, and a new qcow2 image over it.
     Clone(&'static str),
+    /// A block device in memory that holds a qcow2 image of which nothing has a place yet.
+    New,
+    /// The file system with an image that is encrypted with LUKS. All of it was written.
+    Sealed(&'static str),
+    /// The file system with a raw file and nine qcow2 images over it, each of which has a tenth of the disk.
+    Chain(&'static str),
+}
+
+impl Store {
+    /// Whether it is another one after a job: the next job needs one that is as it was.
+    pub(crate) fn is_used_up(self) -> bool {
+        matches!(self, Store::New)
+    }
 }
 
 /// How the jobs reach the store.
@@ -123,6 +136,14 @@ pub(crate) const ALL: &[Backend] = &[
     entry("qdisk-qcow2", "qdisk (QEMU), qcow2", Driver::None, Store::Image("qcow2"), Way::Guest(QDISK_QCOW2), Set::Full),
     entry("tap-direct-qcow2", "tap:qcow2, executed by the kernel", Driver::Ours, Store::Image("qcow2"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
     entry("tap-clone", "tap:qcow2, a new image over a file on ext4, executed by the kernel", Driver::Ours, Store::Clone("ext4"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Full),
+    entry("tap-qcow2-new", "tap:qcow2, an empty image", Driver::Ours, Store::New, Way::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-direct-qcow2-new", "tap:qcow2, an empty image, executed by the kernel", Driver::Ours, Store::New, Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
+    entry("qdisk-qcow2-new", "qdisk (QEMU), qcow2, an empty image", Driver::None, Store::New, Way::Guest(QDISK_QCOW2), Set::Named),
+    entry("tap-ext4", "tap:aio, a file on ext4", Driver::Ours, Store::File("ext4"), Way::Tap(PROCESS, "uring"), Set::Named),
+    entry("tap-chain", "tap:qcow2, a chain of ten on ext4", Driver::Ours, Store::Chain("ext4"), Way::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-direct-chain", "tap:qcow2, a chain of ten on ext4, executed by the kernel", Driver::Ours, Store::Chain("ext4"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
+    entry("qdisk-chain", "qdisk (QEMU), qcow2, a chain of ten on ext4", Driver::None, Store::Chain("ext4"), Way::Guest(QDISK_QCOW2), Set::Named),
+    entry("tap-luks", "tap:luks, a file on ext4", Driver::Ours, Store::Sealed("ext4"), Way::Tap("key=/run/bench.key,luks:{}", "uring"), Set::Named),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),
     entry("tap-direct-vhd", "tap:vhd, executed by the kernel", Driver::Ours, Store::Image("vpc"), Way::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
     entry("tap-vmdk", "tap:vmdk, a file on ext4", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("vmdk:{}", "uring"), Set::Named),

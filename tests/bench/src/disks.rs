@@ -22,6 +22,12 @@ const EXPORT: &str = "/run/bench.nbd";
 const SERVER: &str = "/run/bench-nbd.pid";
 /// What is below an image there.
 const BELOW: &str = "/run/bench/below.img";
+/// The key of what is encrypted.
+const KEY: &str = "/run/bench.key";
+/// Images in a chain, with the raw one at its end.
+const CHAIN: u32 = 10;
+/// What qemu-io is told.
+const WRITES: &str = "/run/bench-writes";
 /// The drivers that are compared, as modules.
 const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
 /// The drivers must come and go when we say so, not when a disk appears.
@@ -76,8 +82,12 @@ impl Stores {
         match store {
             Store::Memory => &self.memory,
             Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
-            Store::Image(_) => self.image(),
-            Store::File(_) | Store::FileOf(..) | Store::Clone(_) => MOUNTED,
+            Store::Image(_) | Store::New => self.image(),
+            Store::File(_)
+            | Store::FileOf(..)
+            | Store::Clone(_)
+            | Store::Sealed(_)
+            | Store::Chain(_) => MOUNTED,
             Store::Export => EXPORT,
         }
     }
@@ -111,6 +121,19 @@ impl Stores {
                 sh::run(&["chmod", "a-w", BELOW])?;
                 let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"];
                 sh::run(&[&over[..], &["-b", BELOW, MOUNTED]].concat()).map(drop)
+            }
+            Store::New => {
+                unmount()?;
+                let (size, new) = (format!("{SIZE_MIB}M"), ["qemu-img", "create", "-q"]);
+                sh::run(&[&new[..], &["-f", "qcow2", image, &size]].concat()).map(drop)
+            }
+            Store::Sealed(kind) => {
+                mount(kind, image)?;
+                seal(&self.memory, MOUNTED)
+            }
+            Store::Chain(kind) => {
+                mount(kind, image)?;
+                chain()
             }
         }
     }
@@ -164,6 +187,51 @@ fn convert(disk: &str, format: &str, image: &str) -> Result<()> {
     // Without looking for zeroes: all of it is written.
     let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
     sh::run(&[&convert[..], &[disk, image]].concat()).map(drop)
+}
+
+/// Writes all that a disk has to an image that is encrypted, whose key is made anew.
+fn seal(disk: &str, image: &str) -> Result<()> {
+    sh::shell(&format!(
+        "umask 077; head -c 32 /dev/urandom | base64 -w 0 > {KEY}"
+    ))?;
+    let key = format!("secret,id=s,file={KEY}");
+    // A key that takes long to try costs at the attach only.
+    let options = "key-secret=s,iter-time=10";
+    let size = format!("{SIZE_MIB}M");
+    let create = ["qemu-img", "create", "-q", "--object", &key, "-f", "luks"];
+    sh::run(&[&create[..], &["-o", options, image, &size]].concat())?;
+    let target = format!("driver=luks,key-secret=s,file.filename={image}");
+    let convert = ["qemu-img", "convert", "-n", "-S", "0", "--object", &key];
+    let source = ["-f", "raw", disk, "--target-image-opts", &target];
+    sh::run(&[&convert[..], &source].concat()).map(drop)
+}
+
+/// Makes a chain of images that have the disk together: of each [`CHAIN`] clusters one is in each image.
+fn chain() -> Result<()> {
+    let mut below = (BELOW.to_owned(), "raw");
+    sh::run(&["truncate", "--size", &format!("{SIZE_MIB}M"), BELOW])?;
+    write_tenth(&below, 0)?;
+    for number in 1..CHAIN {
+        sh::run(&["chmod", "a-w", &below.0])?;
+        let path = match number + 1 {
+            CHAIN => MOUNTED.to_owned(),
+            _ => format!("{MOUNT}/{number}.qcow2"),
+        };
+        let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", below.1];
+        sh::run(&[&over[..], &["-b", &below.0, &path]].concat())?;
+        below = (path, "qcow2");
+        write_tenth(&below, number)?;
+    }
+    Ok(())
+}
+
+/// Writes those clusters of a disk that its image number `number` is to have.
+fn write_tenth(image: &(String, &str), number: u32) -> Result<()> {
+    let clusters = (number..SIZE_MIB * 16).step_by(CHAIN as usize);
+    let writes = clusters.map(|cluster| format!("write -q {}k 64k\n", cluster * 64));
+    std::fs::write(WRITES, writes.collect::<String>())?;
+    let (path, format) = image;
+    sh::shell(&format!("qemu-io -t none -f {format} {path} < {WRITES}")).map(drop)
 }
 
 /// Exports a disk by QEMU's server, past dom0's page cache.

@@ -241,6 +241,13 @@ impl Bench<'_> {
                 let visit = Visit { round, time };
                 match setting {
                     Setting::Disks(count) => self.many(backend, &again, count, visit)?,
+                    Setting::Plain | Setting::Queues | Setting::Shared
+                        if backend.store.is_used_up() =>
+                    {
+                        for job in &again {
+                            self.plain(backend, &[*job], visit)?;
+                        }
+                    }
                     Setting::Plain | Setting::Queues | Setting::Shared => {
                         self.plain(backend, &again, visit)?
                     }
