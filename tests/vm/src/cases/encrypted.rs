@@ -2,7 +2,7 @@
 //! Disks whose images are encrypted: served under load, handed over and moved, and judged by QEMU's tools with the key.
 
 use super::basic::{verify_job, FIO};
-use super::formats::{load_and_deaths, of_guest, qemu_img, SIZE};
+use super::formats::{check_tables, load_and_deaths, of_guest, qemu_img, SIZE};
 use super::handoff::handoff;
 use super::images::refused;
 use super::migrate::moves_with;
@@ -112,7 +112,7 @@ impl Made {
     fn judge(&self, context: &mut Context, seen: &str) -> Result<()> {
         let (secret, opened) = (secret(&self.key), self.opened());
         if self.how.format == "qcow2" {
-            qemu_img(&["check", "--object", &secret, "--image-opts", &opened])?;
+            check_tables(&["--object", &secret, "--image-opts", &opened])?;
         }
         let copy = image(context, "content.raw", 1)?;
         let convert = ["convert", "--object", &secret, "--image-opts", &opened];

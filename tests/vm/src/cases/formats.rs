@@ -228,10 +228,16 @@ pub(super) fn check(format: &str, path: &str) -> Result<()> {
         // QEMU has no check for these.
         return Ok(());
     }
-    let checked = sh::status(&["qemu-img", "check", "-f", format, path], TOOL)?;
+    check_tables(&["-f", format, path])
+}
+
+/// The same of an image in the words of QEMU's tools.
+pub(super) fn check_tables(image: &[&str]) -> Result<()> {
+    let checked = sh::status(&[&["qemu-img", "check"], image].concat(), TOOL)?;
     ensure!(
         checked.rc == 0 || checked.rc == 3,
-        "the tables of {path} are wrong: {}",
+        "the tables of {} are wrong: {}",
+        image.join(" "),
         sh::tail(&checked.text, 600)
     );
     Ok(())
