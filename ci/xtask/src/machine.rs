@@ -46,6 +46,8 @@ pub(crate) struct Machine {
     pub(crate) xen_args: String,
     /// More words for dom0's command line.
     pub(crate) dom0_args: String,
+    /// How dom0 runs on Xen.
+    pub(crate) dom0: Dom0,
     /// With the kernel's run-time checks, see `CHECKS`.
     pub(crate) checks: bool,
     /// More disks (raw images); they are vdc, vdd, ...
@@ -60,6 +62,41 @@ pub(crate) struct Machine {
     pub(crate) plugin_args: String,
     /// After this long the machine is killed, and the run fails.
     pub(crate) timeout: Duration,
+}
+
+/// How dom0 runs on Xen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dom0 {
+    /// It knows where its memory is.
+    Pv,
+    /// With hardware help. Its memory is not where it takes it to be, so an IOMMU stands before its devices.
+    Pvh,
+}
+
+impl Dom0 {
+    /// The IOMMU. Xen finds that of Intel with a processor of AMD's, too, and QEMU gives it to no other than q35.
+    fn iommu(self) -> Option<&'static str> {
+        match self {
+            Dom0::Pv => None,
+            Dom0::Pvh => Some("intel-iommu,intremap=off"),
+        }
+    }
+
+    /// What makes a virtio device use it.
+    fn behind(self) -> &'static str {
+        match self {
+            Dom0::Pv => "",
+            Dom0::Pvh => ",iommu_platform=on,disable-legacy=on",
+        }
+    }
+
+    /// How Xen is told.
+    fn word(self) -> &'static str {
+        match self {
+            Dom0::Pv => "",
+            Dom0::Pvh => "dom0=pvh",
+        }
+    }
 }
 
 /// One of two hosts with a network between them, and disks that both have.
@@ -165,6 +202,7 @@ impl Machine {
             icount: false,
             xen_args: String::new(),
             dom0_args: String::new(),
+            dom0: Dom0::Pv,
             checks: true,
             disks: Vec::new(),
             root: None,
@@ -310,13 +348,15 @@ impl Machine {
             let name = disk.file_name().unwrap_or_default().to_string_lossy();
             let folder = disk.parent().unwrap_or(Path::new("/"));
             root = root.clone().bind(folder, place);
-            format!("file={place}/{name},if=virtio,format=raw,cache=unsafe{sharing}")
+            format!("file={place}/{name},format=raw,cache=unsafe{sharing}")
         };
         let first = match &self.root {
             Some(root) => shown(root),
-            None => "file=/mnt/a/dom0.img,if=virtio,format=raw,cache=unsafe,snapshot=on".into(),
+            None => "file=/mnt/a/dom0.img,format=raw,cache=unsafe,snapshot=on".into(),
         };
-        let disks: Vec<String> = self.disks.iter().map(|disk| shown(disk)).collect();
+        let payload = "file=/mnt/b/payload.tar,format=raw,readonly=on".into();
+        let mut disks = vec![first, payload];
+        disks.extend(self.disks.iter().map(|disk| shown(disk)));
         let mut qemu = root.command("chrt");
         let memory = dom0_memory(machines.kernel) + GUESTS_MEMORY;
         // Counted time does not pass while others run: they come first.
@@ -359,16 +399,19 @@ impl Machine {
             self.dom0_command_line()
         );
         qemu.args(["-initrd", &dom0]);
-        qemu.args(["-drive", &first]);
-        qemu.args([
-            "-drive",
-            "file=/mnt/b/payload.tar,if=virtio,format=raw,readonly=on",
-        ]);
-        for disk in &disks {
-            qemu.args(["-drive", disk]);
+        let behind = self.dom0.behind();
+        if let Some(iommu) = self.dom0.iommu() {
+            // Before what is behind it.
+            qemu.args(["-device", iommu]);
+        }
+        for (number, disk) in disks.iter().enumerate() {
+            let drive = format!("if=none,id=disk{number},{disk}");
+            let device = format!("virtio-blk-pci,drive=disk{number}{behind}");
+            qemu.args(["-drive", &drive, "-device", &device]);
         }
         if let Some(host) = self.host {
-            qemu.args(["-netdev", &host.network(), "-device", host.card()]);
+            let card = format!("{}{behind}", host.card());
+            qemu.args(["-netdev", &host.network(), "-device", &card]);
         }
         if self.plugin.is_some() {
             let mut plugin = String::from("/mnt/b/plugin.so,out=/mnt/b/plugin.out");
@@ -377,12 +420,8 @@ impl Machine {
             }
             qemu.args(["-plugin", &plugin]);
         }
-        qemu.args([
-            "-device",
-            "virtio-serial-pci",
-            "-device",
-            "virtserialport,chardev=report,name=report",
-        ]);
+        qemu.args(["-device", &format!("virtio-serial-pci{behind}")]);
+        qemu.args(["-device", "virtserialport,chardev=report,name=report"]);
         qemu
     }
 
@@ -394,7 +433,7 @@ impl Machine {
         if self.icount {
             line.push_str(" bootscrub=off");
         }
-        join(line, &self.xen_args)
+        join(join(line, self.dom0.word()), &self.xen_args)
     }
 
     fn dom0_command_line(&self) -> String {

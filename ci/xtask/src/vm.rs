@@ -2,7 +2,7 @@
 //! `cargo xtask vm`: a dom0 to work in, with what a package would install.
 
 use crate::kernel::Kernel;
-use crate::machine::Machine;
+use crate::machine::{Dom0, Machine};
 use crate::recipes::Machines;
 use crate::{build, payload, recipes};
 use anyhow::{Context, Result};
@@ -34,6 +34,9 @@ pub(crate) struct Args {
         allow_hyphen_values = true
     )]
     dom0_args: String,
+    /// Run dom0 with hardware help, behind an IOMMU.
+    #[arg(long)]
+    pvh_dom0: bool,
     /// Give dom0 a kernel with lockdep and kmemleak, and memory for that; it is built first (12 min).
     #[arg(long, conflicts_with_all = ["stock", "module"])]
     checked_kernel: bool,
@@ -72,6 +75,9 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
     machine.smp = args.smp;
     machine.xen_args.clone_from(&args.xen_args);
     machine.dom0_args.clone_from(&args.dom0_args);
+    if args.pvh_dom0 {
+        machine.dom0 = Dom0::Pvh;
+    }
     machine.timeout = std::time::Duration::from_secs(args.timeout);
     if args.command.is_empty() {
         eprintln!("booting; leave with `exit`, or at any time with Ctrl-A x");

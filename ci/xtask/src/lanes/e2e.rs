@@ -4,7 +4,7 @@
 use crate::build;
 use crate::kernel::Kernel;
 use crate::ktap;
-use crate::machine::{Host, Machine, Outcome};
+use crate::machine::{Dom0, Host, Machine, Outcome};
 use crate::recipes::Machines;
 use crate::tally::Tally;
 use crate::{package, payload, recipes, run, second};
@@ -116,6 +116,19 @@ pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     );
     let mut machine = machine("xenstored");
     machine.dom0_args = "xenstored=c".into();
+    cases_on(tally, machine, &script)
+}
+
+/// A dom0 with hardware help, for which each page that is mapped changes tables of the processor.
+pub(super) fn pvh(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    const CASES: &str =
+        "phy.*,rings.*,faults.*,lifecycle.*,takeover.*,tap.*,handoff.*,direct.*,snapshot.*";
+    let script = format!(
+        "exec /t/vmtest run --only '{CASES},{MOVES}'{}\n",
+        words(seed)
+    );
+    let mut machine = machine("pvh");
+    machine.dom0 = Dom0::Pvh;
     cases_on(tally, machine, &script)
 }
 

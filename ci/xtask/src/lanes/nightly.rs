@@ -39,6 +39,8 @@ const PARTS: &[(&str, Part)] = &[
     ("guests", Part::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.
     ("xenstored", Part::Own(e2e::xenstored)),
+    // A dom0 with hardware help.
+    ("pvh", Part::Own(e2e::pvh)),
     // Packages on a host with systemd.
     ("life", Part::Own(e2e::life)),
     // Two machines at once.
