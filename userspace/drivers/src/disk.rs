@@ -26,6 +26,7 @@ trait Any {
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
     fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
+    fn passed(&self, offset: u64, len: u64) -> Option<Disk>;
     fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
     fn grow(&self, size: u64) -> Later<'_, (), Failure>;
@@ -71,6 +72,9 @@ impl<D: Driver> Any for D {
     }
     fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno> {
         Box::pin(Driver::layer(self, offset, len))
+    }
+    fn passed(&self, offset: u64, len: u64) -> Option<Disk> {
+        Driver::passed(self, offset, len)
     }
     fn inactivate(&self) -> Later<'_, (), Errno> {
         Box::pin(Driver::inactivate(self))
@@ -282,6 +286,11 @@ impl Disk {
     fn whole(&self, found: Vec<Extent>, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         let block = self.0.shape.get().map_or(1, |shape| shape.logical_block);
         whole(&found, offset, len, block.max(1).into()).ok_or(Errno::IO)
+    }
+
+    /// See [`Driver::passed`].
+    pub fn passed(&self, offset: u64, len: u64) -> Option<Disk> {
+        self.0.driver.passed(offset, len)
     }
 
     /// See [`Driver::inactivate`].

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a driver does.
 
+use crate::Disk;
 use control::Failure;
 use diskio::{is_remote, Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
@@ -243,6 +244,12 @@ pub trait Driver: 'static {
     /// [`Content::Below`] shows through. For verbs that work on one image of a chain.
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.extents(offset, len).await
+    }
+
+    /// The disk below this image that has all of a range, at the same place, if that is known without asking the
+    /// storage: who reads goes on with that one.
+    fn passed(&self, _offset: u64, _len: u64) -> Option<Disk> {
+        None
     }
 
     /// Looks at the size again and returns it.

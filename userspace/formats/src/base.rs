@@ -41,13 +41,29 @@ impl Base {
         if there > 0 {
             // CAST: it is at most the data's length.
             let part = data.part(0, there as usize);
-            self.disk.read(offset, part).await?;
+            self.holder(offset, there).read(offset, part).await?;
         }
         if there < len {
             // CAST: as above.
             data.fill(there as usize, (len - there) as usize, 0);
         }
         Ok(())
+    }
+
+    /// It, as the disk that has all of a range; none if that is longer.
+    pub(crate) fn all_of(&self, offset: u64, len: u64) -> Option<Disk> {
+        let is_here = offset.checked_add(len)? <= self.size.get();
+        is_here.then(|| self.disk.clone())
+    }
+
+    /// Who is asked for a range: not those of a chain that are known to have nothing of it, each of which would be
+    /// some thousand instructions.
+    fn holder(&self, offset: u64, len: u64) -> Disk {
+        let mut holder = self.disk.clone();
+        while let Some(below) = holder.passed(offset, len) {
+            holder = below;
+        }
+        holder
     }
 
     /// Where a range is, of what the kernel has; behind the end it is nowhere.

@@ -15,6 +15,7 @@ use crate::base::Base;
 use crate::locks::Locks;
 use crate::Storage;
 use diskio::{Errno, Gate};
+use drivers::Disk;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -142,6 +143,34 @@ impl<S: Storage> Image<S> {
         Ok(Found { l1, l2: Some(l2) })
     }
 
+    /// The same, if all of it is in memory and nothing is wrong with it.
+    fn known(&self, guest: u64) -> Option<Found> {
+        let (span, table) = (self.geometry.span(), self.l1.get());
+        let number = guest / span;
+        if number >= table.entries {
+            return None;
+        }
+        let (l1, at) = self.slices.known_at(table.at + number * 8)?;
+        let l2 = match self.table_at(l1.number(at), "L2 table").ok()? {
+            Some(table) => {
+                let entry = guest % span / self.geometry.cluster() * self.geometry.entry();
+                Some(self.slices.known_at(table + entry)?)
+            }
+            None => None,
+        };
+        Some(Found { l1, l2 })
+    }
+
+    /// The disk that shows through in all of a range, if that is known.
+    pub(crate) fn passed(&self, guest: u64, len: u64) -> Option<Disk> {
+        let found = self.known(guest)?;
+        let (run, there) = self.run_at(&found, guest, len).ok()?;
+        match (run, &*self.below.borrow()) {
+            (Run::Below, Some(below)) if there == len => below.all_of(guest, len),
+            _ => None,
+        }
+    }
+
     /// The entry a number of clusters behind the one that was looked for; nothing at the end of the slice.
     pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<Entry>, Errno> {
         let Some((slice, at)) = &found.l2 else {
@@ -194,23 +223,26 @@ impl<S: Storage> Image<S> {
     /// What is at a byte of the disk, and for how many bytes, `len` at most.
     pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(Run, u64, Found), Errno> {
         let found = self.find(guest).await?;
+        let (run, len) = self.run_at(&found, guest, len)?;
+        Ok((run, len, found))
+    }
+
+    /// The same, by what was found there.
+    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(Run, u64), Errno> {
         let geometry = &self.geometry;
         if found.l2.is_none() {
-            return Ok((
-                Run::Below,
-                len.min(geometry.span() - guest % geometry.span()),
-                found,
-            ));
+            let rest = geometry.span() - guest % geometry.span();
+            return Ok((Run::Below, len.min(rest)));
         }
         let skip = guest % geometry.cluster();
-        let (run, mut count) = match self.entry(&found, 0)? {
+        let (run, mut count) = match self.entry(found, 0)? {
             Some(entry) => self.runs(&entry, skip),
             None => return Err(Errno::IO),
         };
         let mut cluster = 1;
         // Goes on as long as clusters are alike from their beginning to their end.
         while count < len && (skip + count) == cluster * geometry.cluster() {
-            let Some(entry) = self.entry(&found, cluster)? else {
+            let Some(entry) = self.entry(found, cluster)? else {
                 break;
             };
             let (next, more) = self.runs(&entry, 0);
@@ -220,7 +252,7 @@ impl<S: Storage> Image<S> {
             count += more;
             cluster += 1;
         }
-        Ok((run, count.min(len), found))
+        Ok((run, count.min(len)))
     }
 
     /// What is in a cluster from `skip` on, and for how many bytes.

@@ -42,7 +42,7 @@ use compressed::Unpacked;
 use content::Content;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
+use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Place, Shape};
 use header::{CORRUPT, DIRTY};
 use image::Image;
 use slices::Slices;
@@ -347,6 +347,10 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.image()?.extents(offset, len, false).await
+    }
+
+    fn passed(&self, offset: u64, len: u64) -> Option<Disk> {
+        self.image.borrow().as_ref()?.passed(offset, len)
     }
 
     async fn resize(&self) -> Result<u64, Failure> {

@@ -148,11 +148,24 @@ impl<S: Storage> Slices<S> {
         Ok((slice, within as usize))
     }
 
+    /// The same, if it is in memory.
+    pub(crate) fn known_at(&self, offset: u64) -> Option<(Rc<Slice>, usize)> {
+        let within = offset % self.slice_len();
+        // CAST: smaller than a slice.
+        Some((self.known(offset - within)?, within as usize))
+    }
+
+    fn known(&self, offset: u64) -> Option<Rc<Slice>> {
+        let known = self.known.borrow();
+        let slice = known.get(&offset)?;
+        slice.used.set(true);
+        Some(slice.clone())
+    }
+
     async fn get(&self, offset: u64) -> Result<Rc<Slice>, Errno> {
         loop {
-            if let Some(slice) = self.known.borrow().get(&offset) {
-                slice.used.set(true);
-                return Ok(slice.clone());
+            if let Some(slice) = self.known(offset) {
+                return Ok(slice);
             }
             if self.loading.borrow_mut().insert(offset) {
                 break;

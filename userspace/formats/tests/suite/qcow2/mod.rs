@@ -9,6 +9,7 @@ mod flush;
 mod hostile;
 mod memory;
 mod oracle;
+mod passed;
 mod places;
 mod rename;
 mod sealed;
