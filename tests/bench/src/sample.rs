@@ -203,9 +203,14 @@ pub(crate) fn fio(
 /// How the line of fio begins.
 pub(crate) const FIO: &str = "3;fio-";
 
-/// What comes before the line that begins so, the line, and what comes after.
+/// What comes before the line that begins so, the line, and what comes after. An error may have the same words
+/// further on in its line: it is no result.
 fn split<'a>(text: &'a str, begins: &str) -> Option<(&'a str, &'a str, &'a str)> {
-    let start = text.find(begins)?;
+    let start = if text.starts_with(begins) {
+        0
+    } else {
+        text.find(&format!("\n{begins}"))? + 1
+    };
     let end = text[start..].find('\n').map_or(text.len(), |at| start + at);
     Some((&text[..start], &text[start..end], &text[end..]))
 }
@@ -248,6 +253,14 @@ mod tests {
                 wakeups: 42
             }
         );
+    }
+
+    #[test]
+    fn an_error_that_has_the_word_of_a_result_is_none() {
+        let text = "ctxt 1\ncp: error writing '/tmp/copied/from'\nctxt 2\n";
+        assert_eq!(split(text, "copied"), None);
+        let found = split("copied\nctxt 2\n", "copied").unwrap();
+        assert_eq!(found, ("", "copied", "\nctxt 2\n"));
     }
 
     #[test]
