@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! What is compared. A backend is one entry of [`ALL`].
 
+use crate::tap;
+
 /// The driver that must be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Driver {
@@ -50,7 +52,7 @@ impl Store {
 /// How the jobs reach the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// From the guest, over a disk of xl; `{}` stands for the store's device node.
+    /// From the guest, over a disk of xl; `{}` stands for the store's device node, `{vdev}` for the name in the guest.
     Guest(&'static str),
     /// The same from a guest with hardware help (PVH), where a page that dom0 maps costs more.
     Pvh(&'static str),
@@ -60,6 +62,19 @@ pub(crate) enum Way {
     Tap(&'static str, &'static str),
     /// From dom0, without a guest.
     Native,
+}
+
+impl Way {
+    /// The disk on this store as xl wants it, by its name in the guest; none without a guest.
+    pub(crate) fn disk(self, store: &str, vdev: &str) -> Option<String> {
+        match self {
+            Way::Guest(disk) | Way::Pvh(disk) | Way::Direct(disk) => {
+                Some(disk.replace("{vdev}", vdev).replace("{}", store))
+            }
+            Way::Tap(target, _) => Some(tap::disk(&target.replace("{}", store), vdev)),
+            Way::Native => None,
+        }
+    }
 }
 
 /// When an entry is measured without being asked for.
@@ -92,9 +107,9 @@ pub(crate) struct Backend {
 
 /// The process does all.
 pub(crate) const PROCESS: &str = "direct=no,aio:{}";
-const PHY: &str = "phy:{},xvda,w";
-const QDISK: &str = "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target={}";
-const QDISK_QCOW2: &str = "format=qcow2,backendtype=qdisk,vdev=xvda,access=rw,target={}";
+const PHY: &str = "phy:{},{vdev},w";
+const QDISK: &str = "format=raw,backendtype=qdisk,vdev={vdev},access=rw,target={}";
+const QDISK_QCOW2: &str = "format=qcow2,backendtype=qdisk,vdev={vdev},access=rw,target={}";
 const PERSISTENT: Driver = Driver::C("feature_persistent=1");
 const PLAIN: Driver = Driver::C("feature_persistent=0");
 
@@ -144,6 +159,8 @@ pub(crate) const ALL: &[Backend] = &[
     entry("tap-direct-chain", "tap:qcow2, a chain of ten on ext4, executed by the kernel", Driver::Ours, Store::Chain("ext4"), Way::Tap("direct=yes,qcow2:{}", "uring"), Set::Named),
     entry("qdisk-chain", "qdisk (QEMU), qcow2, a chain of ten on ext4", Driver::None, Store::Chain("ext4"), Way::Guest(QDISK_QCOW2), Set::Named),
     entry("tap-luks", "tap:luks, a file on ext4", Driver::Ours, Store::Sealed("ext4"), Way::Tap("key=/run/bench.key,luks:{}", "uring"), Set::Named),
+    entry("tap-clone-process", "tap:qcow2, a new image over a file on ext4", Driver::Ours, Store::Clone("ext4"), Way::Tap("qcow2:{}", "uring"), Set::Named),
+    entry("tap-clone-cached", "tap:qcow2, a new image over a file on ext4 in dom0's cache", Driver::Ours, Store::Clone("ext4"), Way::Tap("below=cached,qcow2:{}", "uring"), Set::Named),
     entry("tap-vhd", "tap:vhd", Driver::Ours, Store::Image("vpc"), Way::Tap("vhd:{}", "uring"), Set::Full),
     entry("tap-direct-vhd", "tap:vhd, executed by the kernel", Driver::Ours, Store::Image("vpc"), Way::Tap("direct=yes,vhd:{}", "uring"), Set::Full),
     entry("tap-vmdk", "tap:vmdk, a file on ext4", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("vmdk:{}", "uring"), Set::Named),
@@ -156,3 +173,53 @@ pub(crate) const ALL: &[Backend] = &[
     entry("native", "dom0 itself, no guest", Driver::None, Store::Memory, Way::Native, Set::Full),
     entry("phy-wasteful", "this driver, built wasteful", Driver::Wasteful, Store::Memory, Way::Guest(PHY), Set::Named),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::{Way, ALL};
+    use control::Target;
+
+    fn way(name: &str) -> Way {
+        ALL.iter().find(|entry| entry.name == name).unwrap().way
+    }
+
+    #[test]
+    fn disks_are_told_apart_by_their_names_in_the_guest() {
+        let disk = |name: &str| way(name).disk("/srv/a", "xvdb");
+        assert_eq!(disk("phy").unwrap(), "phy:/srv/a,xvdb,w");
+        assert_eq!(
+            disk("tap-clone-cached").unwrap(),
+            "script=block-tap-rs,vdev=xvdb,access=rw,target=below=cached,qcow2:/srv/a"
+        );
+        assert_eq!(disk("native"), None);
+        for entry in ALL.iter().filter(|entry| entry.way != Way::Native) {
+            let disk = entry.way.disk("/srv/a", "xvdb").unwrap();
+            assert!(disk.contains("xvdb") && !disk.contains('{'), "{disk}");
+        }
+    }
+
+    #[test]
+    fn the_supervisor_knows_each_target() {
+        for entry in ALL {
+            if let Way::Tap(target, _) = entry.way {
+                let text = target.replace("{}", "/srv/a");
+                let target = text.parse::<Target>();
+                assert!(target.is_ok(), "{text}: {target:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn clones_differ_in_who_reads_below_them() {
+        let target = |name: &str| match way(name) {
+            Way::Tap(target, _) => target,
+            other => panic!("{name} is {other:?}"),
+        };
+        let process = target("tap-clone-process");
+        assert_eq!(target("tap-clone"), format!("direct=yes,{process}"));
+        assert_eq!(
+            target("tap-clone-cached"),
+            format!("below=cached,{process}")
+        );
+    }
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! What a guest does with its disk when it boots for the first time: it mounts a system, reads its files here and there,
-//! which notes when they were read, and writes its first log.
+//! which notes when they were read, and writes its first log. With several disks it does so on all of them at once.
 
 use crate::jobs::Job;
 use crate::mark::Marks;
@@ -11,36 +11,121 @@ use serde_json::Value;
 
 /// MiB of files that the system has.
 pub(crate) const SYSTEM_MIB: u32 = 60;
-const MOUNT: &str = "/tmp/booted";
+/// MiB of files that a system has if 8 boot at once. Of its 448 MiB the guest has some 350 for its page cache: it holds what
+/// is read of all the disks, and nothing is measured that the guest does for want of memory.
+pub(crate) const SMALL_SYSTEM_MIB: u32 = 24;
+const MOUNT: &str = "/tmp/system";
 /// The files in the order in which they are read.
 const LIST: &str = "list";
+/// How many bytes they have.
+const BYTES: &str = "bytes";
 /// What is printed at the end.
 const LINE: &str = "booted";
 
-/// Makes a system of dom0's own files on a device.
-pub(crate) fn put_system(device: &str) -> Result<()> {
+/// Makes a system with `files` MiB of dom0's own files in the first `size` MiB of a device.
+pub(crate) fn put_system(device: &str, files: u32, size: u32) -> Result<()> {
     let all = "/tmp/booted.list";
     sh::shell(&format!(
-        "set -e; {MKFS} {device}; mkdir -p {MOUNT}; mount -t ext4 {device} {MOUNT}; cd /; \
+        "set -e; {MKFS} {device} {size}M; mkdir -p {MOUNT}; mount -t ext4 {device} {MOUNT}; cd /; \
          find usr -xdev -type f -size -2048k -printf '%s %p\\n' | LC_ALL=C sort -k2 | \
-         awk '{{ sum += $1; if (sum > {SYSTEM_MIB} * 1048576) exit; print $2 }}' >{all}; \
+         awk '{{ sum += $1; if (sum > {files} * 1048576) exit; print $2 }}' >{all}; \
          tar -cf - -T {all} | tar -xf - -C {MOUNT}; shuf --random-source={all} {all} >{MOUNT}/{LIST}; \
+         xargs cat <{all} | wc -c >{MOUNT}/{BYTES}; \
          umount {MOUNT}"
     ))
     .map(drop)
 }
 
-/// Measures on `device`, which has such a system.
+/// Measures on `devices`, each of which has such a system.
 pub(crate) fn measure(
     place: &mut Place<'_>,
     job: &Job,
-    device: &str,
+    devices: &[String],
     marks: &mut Marks,
 ) -> Result<Value> {
-    let boot = format!(
-        "mkdir -p {MOUNT}; mount -t ext4 {device} {MOUNT} && cd {MOUNT} && xargs cat <{LIST} | wc -c >&2 && \
-         dd if=/dev/urandom of=log bs=64k count=16 conv=fsync 2>/dev/null && cd / && umount {MOUNT} && echo {LINE}"
-    );
-    let (run, _) = sample::printed(place, &boot, LINE, marks)?;
+    let (run, _) = sample::printed(place, &boot(devices, MOUNT), LINE, marks)?;
     Ok(run.whole(job.total(job.count)))
+}
+
+/// The command that boots from all of these at once, mounted below this folder. It prints its line if none failed and each
+/// gave all bytes of its files: that one could not be read does not come through a pipe.
+fn boot(devices: &[String], folder: &str) -> String {
+    let devices = devices.join(" ");
+    format!(
+        "all=; for d in {devices}; do (m={folder}$d; mkdir -p $m && mount -t ext4 $d $m && cd $m && \
+         [ $(xargs cat <{LIST} | wc -c) = $(cat {BYTES}) ] && \
+         dd if=/dev/urandom of=log bs=64k count=16 conv=fsync 2>/dev/null && cd / && umount $m) & all=\"$all $!\"; done; \
+         failed=0; for one in $all; do wait $one || failed=1; done; [ $failed = 0 ] && echo {LINE}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{boot, BYTES, LINE, LIST};
+    use std::fs;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    /// Nothing is mounted: the folders of the disks are there already.
+    const STUBS: &str = "mount() { [ -e $4/list ]; }; umount() { :; }; ";
+
+    /// A folder with two systems of two files.
+    fn systems(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("bench-{name}-{}", std::process::id()));
+        for disk in ["dev/a", "dev/b"] {
+            let system = folder.join(disk);
+            fs::create_dir_all(system.join("usr")).unwrap();
+            for (file, text) in [
+                ("usr/one", "12"),
+                ("usr/two", "345"),
+                (LIST, "usr/two\nusr/one\n"),
+                (BYTES, "5\n"),
+            ] {
+                fs::write(system.join(file), text).unwrap();
+            }
+        }
+        folder
+    }
+
+    /// All disks are said to have booted.
+    fn is_booted(folder: &Path) -> bool {
+        let devices = ["/dev/a".to_owned(), "/dev/b".to_owned()];
+        let command = boot(&devices, folder.to_str().unwrap());
+        let mut shell = Command::new("sh");
+        let output = shell.args(["-c", &format!("{STUBS}{command}")]).output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        text == format!("{LINE}\n")
+    }
+
+    #[test]
+    fn all_disks_boot() {
+        let folder = systems("all");
+        assert!(is_booted(&folder));
+        for disk in ["dev/a", "dev/b"] {
+            let log = fs::metadata(folder.join(disk).join("log")).unwrap();
+            assert_eq!(log.len(), 1 << 20, "{disk}");
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn one_disk_that_fails_is_not_overlooked() {
+        let folder = systems("one");
+        for disk in ["dev/a", "dev/b"] {
+            let system = folder.join(disk);
+            // A file that cannot be read, one that is shorter, and a disk that cannot be mounted.
+            for (file, wrong) in [("usr/one", None), ("usr/two", Some("34")), (LIST, None)] {
+                let file = system.join(file);
+                let right = fs::read(&file).unwrap();
+                match wrong {
+                    Some(text) => fs::write(&file, text).unwrap(),
+                    None => fs::remove_file(&file).unwrap(),
+                }
+                assert!(!is_booted(&folder), "{}", file.display());
+                fs::write(&file, right).unwrap();
+            }
+        }
+        assert!(is_booted(&folder));
+        fs::remove_dir_all(folder).unwrap();
+    }
 }

@@ -2,6 +2,8 @@
 //! What the disks stand on, and who serves them.
 
 use crate::backends::{Driver, Store};
+use crate::booted::SYSTEM_MIB;
+use crate::snapshots::{self, Layout};
 use crate::{booted, sh};
 use anyhow::Result;
 use std::path::Path;
@@ -11,6 +13,9 @@ const SIZE_MIB: u32 = 256;
 /// The same, and the tables of an image or the journal of a file system.
 const IMAGE_MIB: u32 = SIZE_MIB + 128;
 const SMALL_MIB: u32 = 8;
+/// MiB of a disk of which there are clones: room for a small system and its file system. The rest of the device of images
+/// is for what the clones write, 30 MiB or more each if they are 8, of which a boot needs some 10.
+const GOLDEN_MIB: u32 = 64;
 const NULL_BLK: &str = "/sys/kernel/config/nullb";
 const WASTEFUL: &str = "/t/wasteful.ko";
 const FILE: &str = "/dev/shm/bench.img";
@@ -43,8 +48,9 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Makes what `wanted` asks for, and `small` small disks, the first `used` of them to be read.
-    pub(crate) fn create(wanted: &[Store], small: u32, used: u32) -> Result<Stores> {
+    /// Makes what `wanted` asks for, and `small` small disks, the first `used` of them to be read; `cloned` if there
+    /// will be clones.
+    pub(crate) fn create(wanted: &[Store], small: u32, used: u32, cloned: bool) -> Result<Stores> {
         sh::run(&["modprobe", "null_blk", "nr_devices=0"])?;
         if !Path::new(NULL_BLK).exists() {
             sh::run(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
@@ -58,7 +64,11 @@ impl Stores {
         };
         let needs_none =
             |store: &Store| matches!(store, Store::Memory | Store::Loop | Store::Export);
-        let image = match !wanted.iter().all(needs_none) {
+        if cloned {
+            // Now, because where the modules are is asked for before a job begins.
+            sh::run(&["modprobe", "dm-snapshot"])?;
+        }
+        let image = match cloned || !wanted.iter().all(needs_none) {
             true => Some(null_blk("image", IMAGE_MIB)?),
             false => None,
         };
@@ -92,7 +102,8 @@ impl Stores {
         }
     }
 
-    fn image(&self) -> &str {
+    /// The block device that has images and clones.
+    pub(crate) fn image(&self) -> &str {
         self.image.as_deref().unwrap_or("/dev/image")
     }
 
@@ -104,7 +115,7 @@ impl Stores {
             Store::Memory | Store::Loop => Ok(()),
             Store::Export => serve(&self.memory),
             Store::Image(format) => {
-                unmount()?;
+                release()?;
                 convert(&self.memory, format, image)
             }
             Store::FileOf(kind, format) => {
@@ -113,17 +124,14 @@ impl Stores {
             }
             Store::File(kind) => {
                 mount(kind, image)?;
-                copy(&self.memory, MOUNTED)
+                copy(&self.memory, MOUNTED, SIZE_MIB)
             }
             Store::Clone(kind) => {
-                mount(kind, image)?;
-                copy(&self.memory, BELOW)?;
-                sh::run(&["chmod", "a-w", BELOW])?;
-                let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"];
-                sh::run(&[&over[..], &["-b", BELOW, MOUNTED]].concat()).map(drop)
+                self.put_below(kind, SIZE_MIB)?;
+                put_over(MOUNTED)
             }
             Store::New => {
-                unmount()?;
+                release()?;
                 let (size, new) = (format!("{SIZE_MIB}M"), ["qemu-img", "create", "-q"]);
                 sh::run(&[&new[..], &["-f", "qcow2", image, &size]].concat()).map(drop)
             }
@@ -138,12 +146,47 @@ impl Stores {
         }
     }
 
+    /// So many disks that are clones of one with a system of `files` MiB, all on the device of images: new images over
+    /// one file, or snapshots of one volume.
+    pub(crate) fn clones(&self, store: Store, count: u32, files: u32) -> Result<Vec<String>> {
+        release()?;
+        end_server()?;
+        booted::put_system(&self.memory, files, GOLDEN_MIB)?;
+        if let Store::Clone(kind) = store {
+            self.put_below(kind, GOLDEN_MIB)?;
+            let clones = (0..count).map(|index| {
+                let clone = format!("{MOUNT}/clone{index}.img");
+                put_over(&clone)?;
+                Ok(clone)
+            });
+            return clones.collect();
+        }
+        copy(&self.memory, self.image(), GOLDEN_MIB)?;
+        let layout = Layout {
+            count,
+            golden: GOLDEN_MIB,
+            all: IMAGE_MIB,
+        };
+        snapshots::create(self.image(), layout)
+    }
+
+    /// Makes a file of the first MiB of the disk for images to be over. dom0 has nothing of it in memory: who reads it
+    /// through the page cache is to find it there only if somebody read it before.
+    fn put_below(&self, kind: &str, mib: u32) -> Result<()> {
+        mount(kind, self.image())?;
+        copy(&self.memory, BELOW, mib)?;
+        sh::run(&["chmod", "a-w", BELOW])?;
+        // So dd drops what the page cache has of a file.
+        let from = format!("if={BELOW}");
+        sh::run(&["dd", &from, "iflag=nocache", "count=0", "status=none"]).map(drop)
+    }
+
     /// Makes the disk one that a system boots from, on all stores that are prepared after this.
     pub(crate) fn put_system(&self) -> Result<()> {
-        unmount()?;
-        booted::put_system(&self.memory)?;
+        release()?;
+        booted::put_system(&self.memory, SYSTEM_MIB, SIZE_MIB)?;
         match &self.of_loop {
-            Some(_) => copy(&self.memory, FILE),
+            Some(_) => copy(&self.memory, FILE, SIZE_MIB),
             None => Ok(()),
         }
     }
@@ -168,14 +211,15 @@ fn null_blk(name: &str, mib: u32) -> Result<String> {
     Ok(node)
 }
 
-/// The one before may have had a file system there.
-fn unmount() -> Result<()> {
-    sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}")).map(drop)
+/// The one before may have had a file system or clones there.
+fn release() -> Result<()> {
+    sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}"))?;
+    snapshots::remove()
 }
 
 /// Makes a file system of a device, and mounts it.
 fn mount(kind: &str, device: &str) -> Result<()> {
-    unmount()?;
+    release()?;
     sh::run(&["wipefs", "--quiet", "--all", device])?;
     sh::run(&[&format!("mkfs.{kind}"), "-q", device])?;
     std::fs::create_dir_all(MOUNT)?;
@@ -259,16 +303,27 @@ fn end_server() -> Result<()> {
     Ok(std::fs::remove_file(SERVER)?)
 }
 
-/// Writes all that a disk has to a file, which gets a place for all of it.
-fn copy(disk: &str, file: &str) -> Result<()> {
-    let (from, to) = (format!("if={disk}"), format!("of={file}"));
+/// Makes a new image over that file.
+fn put_over(image: &str) -> Result<()> {
+    let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"];
+    sh::run(&[&over[..], &["-b", BELOW, image]].concat()).map(drop)
+}
+
+/// Writes what a disk begins with to a file or device, which gets a place for all of it.
+fn copy(disk: &str, file: &str, mib: u32) -> Result<()> {
+    let (from, to, count) = (
+        format!("if={disk}"),
+        format!("of={file}"),
+        format!("count={mib}"),
+    );
     let words = [
         "dd",
         &from,
         &to,
+        &count,
         "bs=1M",
         "iflag=direct",
-        "conv=notrunc",
+        "conv=notrunc,fsync",
         "status=none",
     ];
     sh::run(&words).map(drop)

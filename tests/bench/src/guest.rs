@@ -154,14 +154,14 @@ impl Guest {
         }
     }
 
-    /// Attaches a disk as xvda and waits until the guest has it.
-    pub(crate) fn attach(&mut self, disk: &str) -> Result<()> {
+    /// Attaches a disk and waits until the guest has it as this device.
+    pub(crate) fn attach(&mut self, disk: &str, device: &str) -> Result<()> {
         sh::run(&["xl", "block-attach", &self.domid, disk])?;
-        self.run(
-            "n=0; while [ ! -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done",
-        )
+        self.run(&format!(
+            "n=0; while [ ! -b {device} ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done",
+        ))
         .with_context(|| {
-            format!("the disk did not appear in the guest; the logs say: {}", logs())
+            format!("the disk {device} did not appear in the guest; the logs say: {}", logs())
         })?;
         dom0::udev::settle()
     }
@@ -208,15 +208,18 @@ impl Guest {
         Some(target.file_name()?.to_string_lossy().into_owned())
     }
 
-    /// Takes the disk away and waits until nothing of it is left.
-    pub(crate) fn detach(&mut self) -> Result<()> {
-        sh::run(&["xl", "block-detach", &self.domid, "xvda"])?;
-        let sysfs = format!("/sys/bus/xen-backend/devices/vbd-{}-51712", self.domid);
+    /// Takes the disk of this number away and waits until nothing of it is left.
+    pub(crate) fn detach(&mut self, number: u32, device: &str) -> Result<()> {
+        let vdev = device.trim_start_matches("/dev/");
+        sh::run(&["xl", "block-detach", &self.domid, vdev])?;
+        let sysfs = format!("/sys/bus/xen-backend/devices/vbd-{}-{number}", self.domid);
         sh::wait_for("the removal of the disk", || {
             Ok(!std::path::Path::new(&sysfs).exists())
         })?;
-        self.run("n=0; while [ -b /dev/xvda ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done")
-            .context("the disk did not go away in the guest")?;
+        self.run(&format!(
+            "n=0; while [ -b {device} ]; do n=$((n+1)); [ $n -le 600 ] || exit 1; usleep 50000; done",
+        ))
+        .with_context(|| format!("the disk {device} did not go away in the guest"))?;
         dom0::udev::settle()
     }
 

@@ -3,7 +3,7 @@
 //! each backend does the same work.
 
 use crate::backends::{Backend, Set, Way};
-use crate::booted::SYSTEM_MIB;
+use crate::booted::{SMALL_SYSTEM_MIB, SYSTEM_MIB};
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub(crate) enum Work {
     Bonnie,
     /// A file of `count` MiB is copied to a new ext4.
     CopyFile,
-    /// What a guest does with its disk when it boots: it reads `count` MiB of files.
+    /// What a guest does with its disk when it boots, and with each if there are several: it reads `count` MiB of files.
     Boot,
     /// All disks appear at once.
     Attach,
@@ -43,6 +43,8 @@ pub(crate) enum Setting {
     Shared,
     /// A guest with one processor, and so many small disks that appear at once.
     Disks(u32),
+    /// As plain, but so many disks, all clones of one.
+    Clones(u32),
 }
 
 impl Setting {
@@ -50,14 +52,14 @@ impl Setting {
     pub(crate) fn processors(self) -> u32 {
         match self {
             Setting::Queues => 2,
-            Setting::Plain | Setting::Shared | Setting::Disks(_) => 1,
+            Setting::Plain | Setting::Shared | Setting::Disks(_) | Setting::Clones(_) => 1,
         }
     }
 
     /// How many disks the job uses.
     pub(crate) fn disks(self) -> u32 {
         match self {
-            Setting::Disks(disks) => disks,
+            Setting::Disks(disks) | Setting::Clones(disks) => disks,
             Setting::Plain | Setting::Queues | Setting::Shared => 1,
         }
     }
@@ -111,7 +113,7 @@ const fn entry(
     }
 }
 
-use Setting::{Disks, Plain, Queues, Shared};
+use Setting::{Clones, Disks, Plain, Queues, Shared};
 use Work::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
@@ -141,6 +143,7 @@ pub(crate) const ALL: &[Job] = &[
     entry("rr4k-4disks", "4 KiB random read, depth 32 on each of 4 disks", Fio(RR4K, 1), 800, Disks(4), Set::Full),
     entry("rr4k-16disks", "4 KiB random read, depth 32 on each of 16 disks", Fio(RR4K, 1), 250, Disks(16), Set::Full),
     entry("bonnie", "bonnie++ on ext4, a file of 128 MiB and 48 MiB of memory", Bonnie, 128, Plain, Set::Full),
+    entry("storm", "8 clones of one system boot at once: 24 MiB of files are read of each, and a log is written", Boot, SMALL_SYSTEM_MIB, Clones(8), Set::Named),
     entry("copy", "a file of 20 MiB is copied to a new ext4", CopyFile, 20, Plain, Set::Full),
     entry("attach1", "a disk appears", Attach, 1, Disks(1), Set::Full),
     entry("attach16", "16 disks appear at once", Attach, 1, Disks(16), Set::Full),
@@ -287,6 +290,7 @@ mod tests {
             ("rr4k-qd1-1p", 3),
             ("fs80-2x256", 3),
             ("rr4k-4disks", 3),
+            ("storm", 3),
             ("attach1", 4),
             ("detach64", 3),
             ("death", 20),

@@ -22,6 +22,8 @@ mod report;
 mod run;
 mod sample;
 mod sh;
+mod snapshots;
+mod storage;
 mod tap;
 mod trace;
 

@@ -223,7 +223,7 @@ fn run(words: &[String]) -> Result<()> {
 }
 
 /// The number of a disk; from the 17th on Xen counts in another way.
-fn number(index: u32) -> u32 {
+pub(crate) fn number(index: u32) -> u32 {
     if index < 16 {
         202 << 8 | index << 4
     } else {
@@ -232,7 +232,7 @@ fn number(index: u32) -> u32 {
 }
 
 /// Its device node in the guest.
-fn name(index: usize) -> String {
+pub(crate) fn name(index: usize) -> String {
     let letter = |index: usize| char::from(b'a' + u8::try_from(index % 26).unwrap_or(0));
     match index / 26 {
         0 => format!("/dev/xvd{}", letter(index)),

@@ -5,13 +5,14 @@ use crate::backends::{Backend, Driver, Store, Way, PROCESS};
 use crate::disks::{Drivers, Stores};
 use crate::guest::{Guest, Shape};
 use crate::jobs::{self, Job, Setting, Work};
-use crate::many::Disks;
+use crate::many::{self, Disks};
 use crate::mark::Marks;
 use crate::memory::Memory;
 use crate::pauses;
 use crate::plan::Plan;
 use crate::report::Report;
 use crate::sample::{self, Place};
+use crate::storage::Traffic;
 use crate::tap::{self, Supervisor};
 use crate::{bonnie, booted, copied, sh, trace};
 use anyhow::{ensure, Context, Result};
@@ -33,8 +34,7 @@ fn dom0_processors() -> u32 {
         1
     }
 }
-/// The disk in the guest, and its number.
-const DEVICE: &str = "/dev/xvda";
+/// The number of the disk in the guest, if there is one.
 const XVDA: u32 = 51712;
 
 /// Measures and reports.
@@ -123,13 +123,14 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
 }
 
 /// Jobs that are measured one after the other with a guest of their own, the most important first.
-const PARTS: [fn(&Job) -> bool; 6] = [
+const PARTS: [fn(&Job) -> bool; 7] = [
     |job| job.setting == Setting::Plain && job.work != Work::Bonnie && !job.is_change(),
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
     Job::is_change,
     |job| job.work == Work::Bonnie,
+    |job| matches!(job.setting, Setting::Clones(_)),
 ];
 
 /// The stores that these backends and jobs need.
@@ -146,7 +147,10 @@ fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
         small.max().unwrap_or(0)
     };
     let used = most(|job| matches!(job.work, Work::Fio(..)));
-    Stores::create(&wanted, most(|_| true), used)
+    let cloned = jobs
+        .iter()
+        .any(|job| matches!(job.setting, Setting::Clones(_)));
+    Stores::create(&wanted, most(|_| true), used, cloned)
 }
 
 /// When a backend is measured.
@@ -248,6 +252,7 @@ impl Bench<'_> {
                             self.plain(backend, &[*job], visit)?;
                         }
                     }
+                    Setting::Clones(count) => self.clones(backend, &again, count, visit)?,
                     Setting::Plain | Setting::Queues | Setting::Shared => {
                         self.plain(backend, &again, visit)?
                     }
@@ -276,7 +281,8 @@ impl Bench<'_> {
             self.stores.put_system()?;
         }
         self.stores.prepare(backend.store)?;
-        let (device, supervisor) = self.attach(backend, &store)?;
+        let (devices, supervisor) = self.attach(backend, &[store])?;
+        let device = &devices[0];
         for job in jobs {
             let mut place = match backend.way {
                 Way::Guest(_) | Way::Pvh(_) | Way::Direct(_) | Way::Tap(..) => {
@@ -284,13 +290,12 @@ impl Bench<'_> {
                 }
                 Way::Native => Place::Dom0,
             };
-            let devices = [device.clone()];
             let mut sample = match job.work {
                 Work::Bonnie => {
-                    bonnie::measure(&mut place, job, &device, visit.is_first(), self.marks)?
+                    bonnie::measure(&mut place, job, device, visit.is_first(), self.marks)?
                 }
-                Work::Boot => long(booted::measure(&mut place, job, &device, self.marks)?),
-                Work::CopyFile => long(copied::measure(&mut place, job, &device, self.marks)?),
+                Work::Boot => long(booted::measure(&mut place, job, &devices, self.marks)?),
+                Work::CopyFile => long(copied::measure(&mut place, job, device, self.marks)?),
                 Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
                 Work::Handoff | Work::Takeover | Work::Move => {
                     pauses::measure(&mut place, XVDA, job, self.marks)?
@@ -308,29 +313,68 @@ impl Bench<'_> {
             }
             self.say(backend, job, visit, sample)?;
         }
-        if backend.way != Way::Native {
-            self.guest.detach()?;
-        }
-        supervisor.map_or(Ok(()), Supervisor::stop)
+        self.detach(backend, &devices, supervisor)
     }
 
-    /// Gives the guest its disk; says where the jobs find it, and who supervises its process.
-    fn attach(&mut self, backend: &Backend, store: &str) -> Result<(String, Option<Supervisor>)> {
-        let mut supervisor = None;
-        let disk = match backend.way {
-            Way::Guest(disk) | Way::Pvh(disk) | Way::Direct(disk) => disk.replace("{}", store),
-            Way::Tap(target, engine) => {
-                supervisor = Some(Supervisor::start(engine)?);
-                tap::disk(&target.replace("{}", store))
-            }
-            Way::Native => return Ok((store.to_owned(), None)),
-        };
-        self.guest.attach(&disk)?;
-        self.check_server(backend.driver, XVDA)?;
-        if let Way::Direct(_) = backend.way {
-            self.guest.make_direct(store)?;
+    /// Jobs on so many disks that are clones of one.
+    fn clones(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
+        for job in jobs {
+            let clones = self.stores.clones(backend.store, count, job.count)?;
+            let (devices, supervisor) = self.attach(backend, &clones)?;
+            // What dom0 has written until now must not be part of it.
+            sh::run(&["sync"])?;
+            let storage = self.stores.image();
+            let before = Traffic::of(storage)?;
+            let mut place = Place::Guest(&mut self.guest);
+            let mut sample = long(booted::measure(&mut place, job, &devices, self.marks)?);
+            let moved = Traffic::of(storage)?.since(before);
+            sample.insert("figures".into(), json!(moved));
+            self.say(backend, job, visit, sample)?;
+            self.detach(backend, &devices, supervisor)?;
         }
-        Ok((DEVICE.to_owned(), supervisor))
+        Ok(())
+    }
+
+    /// Gives the guest its disks; says where the jobs find them, and who supervises their processes.
+    fn attach(
+        &mut self,
+        backend: &Backend,
+        stores: &[String],
+    ) -> Result<(Vec<String>, Option<Supervisor>)> {
+        let supervisor = match backend.way {
+            Way::Tap(_, engine) => Some(Supervisor::start(engine)?),
+            _ => None,
+        };
+        let mut devices = Vec::new();
+        for (number, store) in (0..).map(many::number).zip(stores) {
+            let device = many::name(devices.len());
+            let vdev = device.trim_start_matches("/dev/");
+            let Some(disk) = backend.way.disk(store, vdev) else {
+                return Ok((stores.to_vec(), None));
+            };
+            self.guest.attach(&disk, &device)?;
+            self.check_server(backend.driver, number)?;
+            if let Way::Direct(_) = backend.way {
+                self.guest.make_direct(store)?;
+            }
+            devices.push(device);
+        }
+        Ok((devices, supervisor))
+    }
+
+    /// Takes these disks from the guest.
+    fn detach(
+        &mut self,
+        backend: &Backend,
+        devices: &[String],
+        supervisor: Option<Supervisor>,
+    ) -> Result<()> {
+        if backend.way != Way::Native {
+            for (number, device) in (0..).map(many::number).zip(devices) {
+                self.guest.detach(number, device)?;
+            }
+        }
+        supervisor.map_or(Ok(()), Supervisor::stop)
     }
 
     /// Jobs on so many disks that appear at once, and what their coming and going costs.
@@ -446,6 +490,11 @@ fn fits(backend: &Backend, job: &Job) -> bool {
         // What shares a processor there is dom0 with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,
         (Setting::Plain, Work::Boot) => backend.way != Way::Native,
+        // Else there are snapshots of a block device.
+        (Setting::Clones(_), _) => {
+            let snapshots = memory && guest && backend.driver != Driver::None;
+            snapshots || matches!(backend.store, Store::Clone(_))
+        }
         // What is not in the image of a clone is there for its first boot.
         (Setting::Plain, _) => !matches!(backend.store, Store::Clone(_)),
         (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
@@ -455,4 +504,33 @@ fn fits(backend: &Backend, job: &Job) -> bool {
 /// A sample of one run.
 fn long(run: Value) -> Map<String, Value> {
     [("long".to_owned(), run)].into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{fits, PARTS};
+    use crate::{backends, jobs};
+
+    #[test]
+    fn each_job_is_in_one_part() {
+        for job in jobs::ALL {
+            let parts = PARTS.iter().filter(|part| part(job)).count();
+            assert_eq!(parts, 1, "{}", job.name);
+        }
+    }
+
+    #[test]
+    fn clones_boot_where_there_are_some() {
+        let job = jobs::ALL.iter().find(|job| job.name == "storm").unwrap();
+        assert_eq!(job.total(job.count), 8 * 24);
+        let there = backends::ALL.iter().filter(|entry| fits(entry, job));
+        let names: Vec<&str> = there.map(|entry| entry.name).collect();
+        let clones = ["tap-clone", "tap-clone-process", "tap-clone-cached"];
+        for name in ["phy", "phy-again", "c", "c-plain"].iter().chain(&clones) {
+            assert!(names.contains(name), "{name}");
+        }
+        for name in ["qdisk", "phy-loop", "phy-pvh", "tap-aio", "native"] {
+            assert!(!names.contains(&name), "{name}");
+        }
+    }
 }

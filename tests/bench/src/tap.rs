@@ -18,9 +18,9 @@ use tapdev::control::Control;
 const SETTINGS: &str = "/etc/default/xentap";
 /// Where the supervisor listens.
 const SOCKET: &str = "/run/xentap/control.sock";
-/// A disk as `xl` wants it.
-pub(crate) fn disk(target: &str) -> String {
-    format!("script=block-tap-rs,vdev=xvda,access=rw,target={target}")
+/// A disk as `xl` wants it, by its name in the guest.
+pub(crate) fn disk(target: &str, vdev: &str) -> String {
+    format!("script=block-tap-rs,vdev={vdev},access=rw,target={target}")
 }
 
 /// The supervisor, while disks of processes are measured.
