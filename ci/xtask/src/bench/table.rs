@@ -80,9 +80,11 @@ fn figures(text: &mut String, results: &Results) {
         if names.is_empty() {
             continue;
         }
+        let longest = rows.iter().map(|row| row.backend.len()).max();
+        let width = longest.unwrap_or(0).max(10);
         let _ = write!(
             text,
-            "\n{} ({}), further figures\n  {:10}",
+            "\n{} ({}), further figures\n  {:width$}",
             job.title, job.name, ""
         );
         for name in &names {
@@ -90,7 +92,7 @@ fn figures(text: &mut String, results: &Results) {
         }
         text.push('\n');
         for row in rows {
-            let _ = write!(text, "  {:10}", row.backend);
+            let _ = write!(text, "  {:width$}", row.backend);
             for name in &names {
                 let value = row.figures.get(*name);
                 let value = value.map_or("-".to_string(), |value| format!("{value:.0}"));
@@ -252,6 +254,34 @@ fn times(ratio: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::result::tests::results;
+
+    #[test]
+    fn further_figures_have_a_column_each_and_a_dash_where_there_is_none() {
+        let mut found = results(&[("phy", 50.0), ("tap-clone-cached", 100.0)]);
+        found.jobs[0].unit = "MiB of files".into();
+        let mut add = |row: usize, name: &str, value: f64| {
+            found.rows[row].figures.insert(name.into(), value);
+        };
+        add(0, "MiB the storage read", 201.4);
+        add(0, "MiB the storage wrote", 12.0);
+        add(1, "MiB the storage read", 25.6);
+        let text = super::table(&found);
+        let lines: Vec<&str> = text
+            .lines()
+            .skip_while(|line| !line.ends_with("further figures"))
+            .skip(1)
+            .take(3)
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "                    MiB the storage read  MiB the storage wrote",
+                "  phy                                201                     12",
+                "  tap-clone-cached                    26                      -",
+            ]
+        );
+        assert!(text.contains("   MiB/s "), "{text}");
+    }
 
     #[test]
     fn a_row_that_loses_is_shown_as_it_is() {
