@@ -3,6 +3,7 @@
 
 use crate::backends::{Driver, Store};
 use crate::booted::SYSTEM_MIB;
+use crate::sample::MKFS;
 use crate::snapshots::{self, Layout};
 use crate::{booted, sh};
 use anyhow::Result;
@@ -221,7 +222,10 @@ fn release() -> Result<()> {
 fn mount(kind: &str, device: &str) -> Result<()> {
     release()?;
     sh::run(&["wipefs", "--quiet", "--all", device])?;
-    sh::run(&[&format!("mkfs.{kind}"), "-q", device])?;
+    sh::shell(&match kind {
+        "ext4" => format!("{MKFS} {device}"),
+        _ => format!("mkfs.{kind} -q {device}"),
+    })?;
     std::fs::create_dir_all(MOUNT)?;
     sh::run(&["mount", device, MOUNT]).map(drop)
 }
