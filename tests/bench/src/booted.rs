@@ -11,8 +11,8 @@ use serde_json::Value;
 
 /// MiB of files that the system has.
 pub(crate) const SYSTEM_MIB: u32 = 60;
-/// MiB of files that a system has if 8 boot at once. Of its 448 MiB the guest has some 350 for its page cache: it holds what
-/// is read of all the disks, and nothing is measured that the guest does for want of memory.
+/// MiB of files that a system has if 8 boot at once. Of its 448 MiB the guest has some 350 for its page cache: it holds
+/// what is read of all the disks, and nothing is measured that the guest does for want of memory.
 pub(crate) const SMALL_SYSTEM_MIB: u32 = 24;
 const MOUNT: &str = "/tmp/system";
 /// The files in the order in which they are read.
@@ -47,8 +47,8 @@ pub(crate) fn measure(
     Ok(run.whole(job.total(job.count)))
 }
 
-/// The command that boots from all of these at once, mounted below this folder. It prints its line if none failed and each
-/// gave all bytes of its files: that one could not be read does not come through a pipe.
+/// The command that boots from all of these at once, mounted below this folder. It prints its line if none failed and
+/// each gave all bytes of its files: that one could not be read does not come through a pipe.
 fn boot(devices: &[String], folder: &str) -> String {
     let devices = devices.join(" ");
     format!(

@@ -34,7 +34,7 @@ fn dom0_processors() -> u32 {
         1
     }
 }
-/// The number of the disk in the guest, if there is one.
+/// The number of the first disk in the guest.
 const XVDA: u32 = 51712;
 
 /// Measures and reports.
