@@ -42,6 +42,13 @@ impl<S: Storage> Sealed<S> {
 
     /// Writes all of `data`, which stays as it is: what is written is a copy.
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
+        let sealed = self.sealed(offset, &data)?;
+        let at = self.begin + offset;
+        self.storage.write(at, sealed.into()).await
+    }
+
+    /// What the storage gets. Not where it is written: the piece would be kept until that is done.
+    fn sealed(&self, offset: u64, data: &Bytes) -> Result<Data, Errno> {
         let first = sector(offset, data.len())?;
         let sealed = self.storage.buffer(data.len())?;
         let mut piece = [0; PIECE];
@@ -51,8 +58,7 @@ impl<S: Storage> Sealed<S> {
             self.cipher.encrypt(number, bytes);
             sealed.write(at, bytes);
         }
-        let at = self.begin + offset;
-        self.storage.write(at, sealed.into()).await
+        Ok(sealed)
     }
 
     /// Forgets a range, which reads as anything then.
