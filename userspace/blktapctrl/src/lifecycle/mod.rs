@@ -18,6 +18,7 @@ mod key;
 mod lease;
 mod mark;
 mod mirror;
+mod named;
 mod needs;
 mod open;
 mod park;

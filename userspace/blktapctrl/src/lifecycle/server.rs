@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Connections to servers, which processes cannot make themselves, and the files that prove who both ends are.
 
+use super::named::{self, Content};
 use crate::apart::{apart, LIMIT};
 use crate::image::{Image, Opened};
 use control::{Code, Export, Failure, Listener, Target, TlsFile};
-use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
@@ -56,44 +56,14 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
 /// Opens a file of the encryption that `target` says, for reading.
 ///
 /// # Errors
-/// It says none, or there is none.
+/// It says none, there is none, or it is a key that is no secret.
 pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened, Failure> {
     let path = target.tls().and_then(|tls| tls.path(file));
-    let path = path.ok_or_else(|| {
-        Failure::new(
-            Code::Denied,
-            format!("{target} does not say {}=, so there is none", file.word()),
-        )
-    })?;
-    named_file(path, file.word(), |_| Ok(())).await
-}
-
-/// Opens the file that a configuration names with a word, for reading, if `check` has nothing against it.
-///
-/// # Errors
-/// It is not there, or no file, or there is something.
-pub(super) async fn named_file(
-    path: &Path,
-    word: &'static str,
-    check: impl FnOnce(&Stat) -> Result<(), String> + Send + 'static,
-) -> Result<Opened, Failure> {
-    let place = path.to_path_buf();
-    apart(path, LIMIT, move || {
-        let what = format!("cannot use {}, which {word}= names", place.display());
-        // A pipe would be waited for.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let opened = rustix::fs::open(&place, flags, Mode::empty());
-        let fd = opened.map_err(|error| Failure::system(&what, &error.into()))?;
-        let stat = rustix::fs::fstat(&fd).map_err(|error| Failure::system(&what, &error.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Failure::invalid(format!("{what}: it is no regular file")));
-        }
-        match check(&stat) {
-            Ok(()) => Ok(Opened::from(fd)),
-            Err(why) => Err(Failure::new(Code::Denied, format!("{what}: {why}"))),
-        }
-    })
-    .await
+    let content = match file {
+        TlsFile::Key => Content::Secret,
+        TlsFile::Authorities | TlsFile::Certificate => Content::Public,
+    };
+    named::open(target, file.word(), path, content).await
 }
 
 /// The socket at a path, unless it is one of the supervisor's own: a disk that is served from another disk's NBD

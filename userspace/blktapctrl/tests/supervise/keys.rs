@@ -22,7 +22,7 @@ fn key(bed: &Bed) -> PathBuf {
     path
 }
 
-fn allow(path: &Path, mode: u32) {
+pub(crate) fn allow(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
 }
 
@@ -96,31 +96,42 @@ fn a_key_is_that_of_the_disk_and_is_seen_by_its_process_alone() {
     });
 }
 
+/// The file at `path`, which the target of a disk names with a word, is given if nobody but root can have read or
+/// changed it.
+pub(crate) async fn assert_has_to_be_a_secret(
+    bed: &Bed,
+    path: &Path,
+    word: &str,
+    create: impl Fn() -> Create,
+) {
+    let names = format!("{}, which {word} names", path.display());
+    let refuses = async |why: &str| {
+        let told = refused(bed, create()).await;
+        assert!(told.contains(&names) && told.contains(why), "{told}");
+    };
+    for mode in [0o644, 0o604, 0o620, 0o602, 0o601] {
+        allow(path, mode);
+        refuses("chmod 600").await;
+    }
+    // Its group may be one of who makes copies.
+    allow(path, 0o640);
+    let minor = bed.made(create()).await;
+    bed.destroy(minor).await;
+    chown(path, Some(Uid::from_raw(65534)), None).expect("tests are root's");
+    refuses("belongs to the user 65534").await;
+    fs::remove_file(path).expect("remove");
+    refuses("No such file").await;
+    fs::create_dir(path).expect("a folder");
+    refuses("no regular file").await;
+}
+
 #[test]
 fn what_others_may_read_or_change_is_no_key() {
     test("keys-mode", |bed| async move {
         let full = sealed(&bed, "a.qcow2");
-        let path = bed.dir.join("a.key");
         ask(&bed, "ask", &[need(&full)]);
-        for mode in [0o644, 0o604, 0o620, 0o602, 0o601] {
-            allow(&path, mode);
-            let told = refused(&bed, create(&bed, &full)).await;
-            let is_told = told.contains("a.key, which key= names") && told.contains("chmod 600");
-            assert!(is_told, "{mode:o}: {told}");
-        }
-        // Its group may be one of who makes copies.
-        allow(&path, 0o640);
-        let minor = bed.made(create(&bed, &full)).await;
-        bed.destroy(minor).await;
-        chown(&path, Some(Uid::from_raw(65534)), None).expect("tests are root's");
-        let told = refused(&bed, create(&bed, &full)).await;
-        assert!(told.contains("belongs to the user 65534"), "{told}");
-        fs::remove_file(&path).expect("remove");
-        let told = refused(&bed, create(&bed, &full)).await;
-        assert!(told.contains("a.key, which key= names"), "{told}");
-        fs::create_dir(&path).expect("a folder");
-        let told = refused(&bed, create(&bed, &full)).await;
-        assert!(told.contains("no regular file"), "{told}");
+        let path = bed.dir.join("a.key");
+        assert_has_to_be_a_secret(&bed, &path, "key=", || create(&bed, &full)).await;
         bed.assert_nothing_left().await;
     });
 }

@@ -1,36 +1,77 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Certificates and keys of an export that is encrypted.
 
-use super::bed::test;
+use super::bed::{test, Bed};
+use super::keys::{allow, assert_has_to_be_a_secret};
 use super::needs::{ask, refused};
 use control::supervisor::Create;
 use control::tapdisk::{Needed, Open};
 use control::{Target, TlsFile};
 use std::fs;
+use std::path::PathBuf;
+
+/// The files of an export, all of them.
+struct Files {
+    authorities: PathBuf,
+    certificate: PathBuf,
+    key: PathBuf,
+}
+
+impl Files {
+    fn new(bed: &Bed) -> Files {
+        let key = bed.image("key.pem", "key.pem");
+        allow(&key, 0o600);
+        Files {
+            authorities: bed.image("ca.pem", "ca.pem"),
+            certificate: bed.image("cert.pem", "cert.pem"),
+            key,
+        }
+    }
+
+    /// An export that names all of them.
+    fn all(&self) -> Target {
+        target(&format!(
+            "tls-ca={},tls-cert={},tls-key={},",
+            self.authorities.display(),
+            self.certificate.display(),
+            self.key.display()
+        ))
+    }
+
+    /// One that shows its server nothing.
+    fn only_authorities(&self) -> Target {
+        target(&format!("tls-ca={},", self.authorities.display()))
+    }
+}
+
+fn target(words: &str) -> Target {
+    let text = format!("{words}nbd://localhost/a");
+    text.parse().expect("a target")
+}
+
+fn need(target: &Target, file: TlsFile) -> Needed {
+    Needed::Credential {
+        target: target.clone(),
+        file,
+    }
+}
+
+fn create(bed: &Bed, target: &Target) -> Create {
+    Create {
+        open: Open::new(target.clone()),
+        ..bed.create("a.img")
+    }
+}
 
 /// The files of TLS are those that the disk's target names, and no others.
 #[test]
 fn certificates_are_those_that_the_configuration_names() {
     test("needs-tls", |bed| async move {
-        let file = |name: &str| bed.image(name, name).display().to_string();
-        let (ca, cert, key) = (file("ca.pem"), file("cert.pem"), file("key.pem"));
-        let target = |words: &str| -> Target {
-            let text = format!("{words}nbd://localhost/a");
-            text.parse().expect("a target")
-        };
-        let full = target(&format!("tls-ca={ca},tls-cert={cert},tls-key={key},"));
-        let some = target(&format!("tls-ca={ca},"));
-        let need = |target: &Target, file| Needed::Credential {
-            target: target.clone(),
-            file,
-        };
-        let create = |target: &Target| Create {
-            open: Open::new(target.clone()),
-            ..bed.create("a.img")
-        };
+        let files = Files::new(&bed);
+        let (full, some) = (files.all(), files.only_authorities());
         ask(&bed, "ask", &TlsFile::ALL.map(|file| need(&full, file)));
         let before = bed.log().len();
-        let minor = bed.made(create(&full)).await;
+        let minor = bed.made(create(&bed, &full)).await;
         let given = ["ca.pem", "cert.pem", "key.pem"].map(|name| format!("given {name} Shared"));
         assert_eq!(bed.log()[before..][1..4], given);
         bed.destroy(minor).await;
@@ -40,17 +81,35 @@ fn certificates_are_those_that_the_configuration_names() {
             (need(&some, TlsFile::Key), "does not say tls-key="),
         ] {
             ask(&bed, "ask", &[wanted]);
-            let told = refused(&bed, create(&some)).await;
+            let told = refused(&bed, create(&bed, &some)).await;
             assert!(told.contains(why), "{told}");
         }
         // What is no file, or not there, is said by its name.
         ask(&bed, "ask", &[need(&some, TlsFile::Authorities)]);
-        fs::remove_file(&ca).expect("remove");
-        let told = refused(&bed, create(&some)).await;
-        assert!(told.contains(&ca) && told.contains("tls-ca="), "{told}");
-        fs::create_dir(&ca).expect("a folder");
-        let told = refused(&bed, create(&some)).await;
+        let ca = &files.authorities;
+        let names = format!("{}, which tls-ca= names", ca.display());
+        fs::remove_file(ca).expect("remove");
+        let told = refused(&bed, create(&bed, &some)).await;
+        assert!(told.contains(&names), "{told}");
+        fs::create_dir(ca).expect("a folder");
+        let told = refused(&bed, create(&bed, &some)).await;
         assert!(told.contains("no regular file"), "{told}");
+        bed.assert_nothing_left().await;
+    });
+}
+
+#[test]
+fn what_others_may_read_or_change_is_no_key_of_a_certificate() {
+    test("tls-mode", |bed| async move {
+        let files = Files::new(&bed);
+        let full = files.all();
+        ask(&bed, "ask", &[need(&full, TlsFile::Key)]);
+        assert_has_to_be_a_secret(&bed, &files.key, "tls-key=", || create(&bed, &full)).await;
+        // Certificates are no secrets.
+        allow(&files.certificate, 0o644);
+        ask(&bed, "ask", &[need(&full, TlsFile::Certificate)]);
+        let minor = bed.made(create(&bed, &full)).await;
+        bed.destroy(minor).await;
         bed.assert_nothing_left().await;
     });
 }
