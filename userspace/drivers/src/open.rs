@@ -81,7 +81,7 @@ fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
         )
     })?;
     if buffered {
-        eprintln!(
+        diskio::say!(
             "{} goes through dom0's page cache: its size is no whole number of its storage's blocks; \
              make it one with truncate --size=%4096",
             open.target

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+// It panics if nobody reads: diskio::say! does not.
+#![deny(clippy::print_stderr)]
 
 mod barrier;
 mod base;

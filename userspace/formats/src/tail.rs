@@ -101,7 +101,7 @@ impl Tail {
         }
         match storage.set_size(next).await {
             Ok(()) => self.end.set(next),
-            Err(error) => eprintln!("{name}: the image keeps the room at its end: {error}"),
+            Err(error) => diskio::say!("{name}: the image keeps the room at its end: {error}"),
         }
     }
 }

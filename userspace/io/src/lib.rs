@@ -12,6 +12,10 @@
 //! future that waits for it is dropped.
 //!
 //! [`File`] is an image: it hides short transfers, interrupted calls and alignment.
+//!
+//! [`say!`] is what a process says on its standard error without waiting or ending for that.
+// It panics if nobody reads.
+#![deny(clippy::print_stderr)]
 
 mod aio;
 mod bytes;
@@ -28,6 +32,7 @@ mod op;
 mod pool;
 mod region;
 pub mod reservation;
+mod say;
 mod signal;
 mod sync;
 mod table;
@@ -43,6 +48,8 @@ pub use inherited::inherited;
 pub use lock::{lock_part, lock_whole, LockKind, LockPart, Opened};
 pub use op::{Engine, Io, Op, Pending};
 pub use region::{Access, Region};
+#[doc(hidden)]
+pub use say::say_line;
 pub use signal::signals;
 
 /// The number of an error, as the kernel says it.

@@ -124,7 +124,7 @@ impl Drop for Opened {
         // Otherwise it ends with the last copy.
         if Arc::strong_count(&self.lent) == 1 {
             if let Err(error) = set(self.fd.as_fd(), libc::F_UNLCK, part) {
-                eprintln!("a lock is given back late, by closing the image: {error}");
+                crate::say!("a lock is given back late, by closing the image: {error}");
             }
         }
     }

@@ -207,7 +207,7 @@ impl Direct {
 
     fn told_or_vain(&self, told: io::Result<()>) {
         if let Err(error) = told {
-            eprintln!("tapdisk: the kernel does not serve the disk by itself: {error}");
+            diskio::say!("tapdisk: the kernel does not serve the disk by itself: {error}");
             self.is_vain.set(true);
         }
     }

@@ -10,6 +10,8 @@
 //! What the guest was answered is in the kernel or on the device: this process may be killed at any
 //! moment, and the next one goes on.
 #![forbid(unsafe_code)]
+// It panics if nobody reads: diskio::say! does not.
+#![deny(clippy::print_stderr)]
 
 mod bits;
 mod direct;

@@ -39,7 +39,7 @@ pub(crate) fn accept_all(
                 Ok(socket) => each(&session, socket),
                 Err(error) => {
                     // Without descriptors, for example: the next one may fare better.
-                    eprintln!("tapdisk: cannot take a connection: {error}");
+                    diskio::say!("tapdisk: cannot take a connection: {error}");
                     if session.runtime().io.sleep(PAUSE).await.is_err() {
                         return;
                     }
@@ -69,7 +69,7 @@ pub fn connected(session: &Rc<Session>, socket: OwnedFd) {
     let socket = Rc::new(socket);
     session.runtime().clone().tasks.spawn(async move {
         if let Err(failure) = converse(&session, &socket).await {
-            eprintln!("tapdisk: a connection is closed: {failure}");
+            diskio::say!("tapdisk: a connection is closed: {failure}");
         }
     });
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! tapdisk: the command line.
 #![forbid(unsafe_code)]
+// It panics if nobody reads: diskio::say! does not.
+#![deny(clippy::print_stderr)]
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
@@ -122,7 +124,7 @@ fn main() -> ExitCode {
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tapdisk: {error:#}");
+            diskio::say!("tapdisk: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -133,7 +135,7 @@ fn serve(args: &Args) -> Result<()> {
     let session = Session::new(&runtime);
     // A ring cannot be made later, in the sandbox. Where it is not allowed at all, there is AIO.
     if let Err(error) = runtime.io.prepare_uring() {
-        eprintln!("tapdisk: io_uring is not possible here: {error}");
+        diskio::say!("tapdisk: io_uring is not possible here: {error}");
     }
     end_by_signal(&session).context("cannot wait for signals")?;
     if let Some(number) = args.control_fd {
@@ -152,7 +154,7 @@ fn serve(args: &Args) -> Result<()> {
     let user = args.user.as_deref().map(User::find).transpose()?;
     if !args.no_sandbox {
         for note in sandbox::prepare().context("cannot prepare the sandbox")? {
-            eprintln!("tapdisk: {note}");
+            diskio::say!("tapdisk: {note}");
         }
     }
     // They have what was prepared and the signals that are blocked, and cannot be started later.
@@ -166,7 +168,7 @@ fn serve(args: &Args) -> Result<()> {
             .on_helpers(move || sandbox::confine(user).map(drop));
         others.context("cannot take a helper thread into the sandbox")?;
         if let Some(note) = sandbox::confine(user).context("cannot enter the sandbox")? {
-            eprintln!("tapdisk: {note}");
+            diskio::say!("tapdisk: {note}");
         }
     }
     if let Some(listener) = nbd {
@@ -212,9 +214,11 @@ async fn start(
     let target = open.target.clone();
     let fds = image.into_iter().collect();
     if let Reply::Disk(disk) = session.handle(Request::Open(open), fds).await? {
-        eprintln!(
+        diskio::say!(
             "tapdisk: serving {target}: {} bytes, blocks of {}, engine {:?}",
-            disk.size, disk.logical_block, disk.engine
+            disk.size,
+            disk.logical_block,
+            disk.engine
         );
     }
     Ok(())
@@ -300,11 +304,11 @@ fn end_by_signal(session: &Rc<Session>) -> std::io::Result<()> {
     let session = session.clone();
     session.runtime().clone().tasks.spawn(async move {
         if let Err(error) = session.runtime().io.readable(&signals).await {
-            eprintln!("tapdisk: cannot wait for signals: {error}");
+            diskio::say!("tapdisk: cannot wait for signals: {error}");
             return;
         }
         if let Err(failure) = session.leave().await {
-            eprintln!("tapdisk: {failure}");
+            diskio::say!("tapdisk: {failure}");
         }
     });
     Ok(())

@@ -476,7 +476,7 @@ impl Server {
         self.runtime.tasks.spawn(async move {
             // Who pauses the disk then tries once more, and is told.
             if let Err(failure) = direct.end().await {
-                eprintln!("tapdisk: the disk does not stop: {failure}");
+                diskio::say!("tapdisk: the disk does not stop: {failure}");
             }
         });
     }

@@ -706,7 +706,7 @@ impl Session {
         if time.is_zero() {
             return Ok(());
         }
-        eprintln!(
+        diskio::say!(
             "tapdisk: the kernel module is older and does not wait for what the process before sent over \
              a network: the disk is served {} s later",
             time.as_secs() + 1
@@ -814,7 +814,7 @@ impl Session {
 
     /// Something that an administrator may want to know, and that changes nothing.
     fn note(&self, what: &str, error: &io::Error) {
-        eprintln!("tapdisk: {what}: {error}");
+        diskio::say!("tapdisk: {what}: {error}");
     }
 }
 

@@ -191,7 +191,7 @@ impl Throttle {
             }
             if let Err(error) = self.sleep(runtime, Duration::from_nanos(wait)).await {
                 // Better it does too much than nothing.
-                eprintln!("tapdisk: cannot wait for a limit: {error}");
+                diskio::say!("tapdisk: cannot wait for a limit: {error}");
                 break;
             }
             now = now_ns();

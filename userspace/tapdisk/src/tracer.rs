@@ -53,7 +53,7 @@ impl Ended {
 
     /// One has.
     pub(crate) fn tell(&self, why: String) {
-        eprintln!("tapdisk: the trace has ended: {why}");
+        diskio::say!("tapdisk: the trace has ended: {why}");
         self.stats.borrow_mut().failed_traces += 1;
         self.why.replace(Some(why));
         for waker in self.waiting.take() {

@@ -115,7 +115,7 @@ impl Twin {
 
     fn give_up(&self, why: String) {
         if self.is_active() {
-            eprintln!("tapdisk: the mirror is ended: {why}");
+            diskio::say!("tapdisk: the mirror is ended: {why}");
             self.end(Mirroring::Failed { why });
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes are started, watched, and replaced when they have died.
 
-use super::{group, needs, trace, trouble, Lifecycle};
+use super::{group, needs, output, trace, trouble, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN, SOON};
@@ -63,7 +63,7 @@ impl Lifecycle {
         tokio::task::spawn_local(meet(self.clone(), process.clone()));
         let lifecycle = self.clone();
         tokio::task::spawn_local(async move {
-            let how = process.ended().await;
+            let how = output::log_until_end(&lifecycle.registry, &process).await;
             process.tidy();
             let pid = process.pid();
             if lifecycle.registry.remove_idle(pid) {

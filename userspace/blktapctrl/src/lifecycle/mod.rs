@@ -21,6 +21,7 @@ mod mirror;
 mod named;
 mod needs;
 mod open;
+mod output;
 mod park;
 mod pause;
 mod renew;

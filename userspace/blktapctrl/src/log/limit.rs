@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute, of warnings and of
-//! the rest apart, so that what is usual takes no room from what is not. What is left out is counted, and said later.
+//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute, of warnings, of what
+//! its process says and of the rest apart, so that none of them takes room from what is worth more. What is left out is
+//! counted, and said later.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
 /// Lines of one kind about a disk at once.
@@ -29,13 +30,18 @@ enum Kind {
     Usual,
     /// Warnings and errors.
     Trouble,
+    /// What a process says, which may have been made to say anything.
+    Said,
 }
 
 impl Kind {
-    fn of(level: Level) -> Kind {
-        match level <= Level::WARN {
-            true => Kind::Trouble,
-            false => Kind::Usual,
+    const ALL: [Kind; 3] = [Kind::Usual, Kind::Trouble, Kind::Said];
+
+    fn of(line: &Metadata<'_>) -> Kind {
+        match (line.fields().field("said"), *line.level() <= Level::WARN) {
+            (Some(_), _) => Kind::Said,
+            (None, true) => Kind::Trouble,
+            (None, false) => Kind::Usual,
         }
     }
 }
@@ -120,7 +126,7 @@ impl Limit {
     /// that was told last.
     pub fn gone(&self, minor: u32) -> u64 {
         let mut shares = self.shares();
-        let of_it = [Kind::Usual, Kind::Trouble].map(|kind| shares.remove(&(Some(minor), kind)));
+        let of_it = Kind::ALL.map(|kind| shares.remove(&(Some(minor), kind)));
         of_it
             .into_iter()
             .flatten()
@@ -147,7 +153,7 @@ impl<S: Subscriber> Layer<S> for Gate {
         let tells = event.metadata().fields().field("suppressed").is_some();
         let mut minor = Minor(None);
         event.record(&mut minor);
-        let kind = Kind::of(*event.metadata().level());
+        let kind = Kind::of(event.metadata());
         tells || self.0.admits(minor.0, kind, Instant::now())
     }
 }
@@ -219,14 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_usual_takes_no_room_from_warnings() {
+    fn what_is_usual_or_said_by_a_process_takes_no_room_from_warnings() {
         let limit = Limit::default();
         let now = Instant::now();
         while admits(&limit, 3, now) {}
+        while limit.admits(Some(3), Kind::Said, now) {}
         let warns = |_: &u32| limit.admits(Some(3), Kind::Trouble, now);
         assert_eq!((0..BURST + 2).filter(warns).count(), BURST as usize);
-        // One of what is usual, and two warnings.
-        assert_eq!(limit.left_out(now, true), BTreeMap::from([(Some(3), 3)]));
+        // One of what is usual, one that was said, and two warnings.
+        assert_eq!(limit.left_out(now, true), BTreeMap::from([(Some(3), 4)]));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk: started by us, or by the supervisor before us.
 
+mod output;
 mod system;
 
 use crate::folder::{self, Folder};
@@ -11,6 +12,7 @@ use control::stats::Stats;
 use control::supervisor::Binary;
 use control::tapdisk::{self, Reply, Request, Status};
 use control::{Code, Failure};
+pub use output::Output;
 use rustix::io::Errno;
 use rustix::process::{pidfd_send_signal, Signal};
 use std::cell::{Cell, RefCell};
@@ -57,12 +59,16 @@ pub struct Process {
     child: RefCell<Option<Child>>,
     /// Nothing once it was removed: another process' may be there by then.
     socket: RefCell<Option<PathBuf>>,
+    /// The disk that its socket is or was named after.
+    minor: Cell<Option<u32>>,
     /// Nothing until it is asked something, and after the connection has ended.
     link: Mutex<Option<Link>>,
     /// Its end is our wish.
     dismissed: Cell<bool>,
     /// The version that it says it has.
     version: RefCell<Option<String>>,
+    /// What it says; nothing once somebody listens to it.
+    output: RefCell<Option<Output>>,
 }
 
 impl Process {
@@ -71,11 +77,19 @@ impl Process {
     /// # Errors
     /// Says what is missing.
     pub fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
+        let unstarted = |error: &io::Error, remedy: &str| {
+            let what = format!("cannot start {}{remedy}", program.path.display());
+            Failure::system(what, error)
+        };
+        let (reader, writer) = output::pipe().map_err(|error| unstarted(&error, ""))?;
+        let output = Output::of(&reader).map_err(|error| unstarted(&error, ""))?;
         let listener = listen(socket)?;
         let mut command = Command::new(&program.path);
         command
             .args(["--control-fd", "0"])
             .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(Stdio::from(reader))
+            .stderr(Stdio::from(writer))
             // It has a session of its own as soon as it runs: no process group here, a leader of
             // which cannot have one.
             .current_dir("/");
@@ -83,15 +97,9 @@ impl Process {
             // It becomes that user by itself, after it has locked its memory.
             command.arg("--user").arg(format!("{uid}:{gid}"));
         }
-        let result = command.spawn().map_err(|error| {
-            Failure::system(
-                format!(
-                    "cannot start {}: install it, or name it with --tapdisk",
-                    program.path.display()
-                ),
-                &error,
-            )
-        });
+        let result = command
+            .spawn()
+            .map_err(|error| unstarted(&error, ": install it, or name it with --tapdisk"));
         let mut child = match result {
             Ok(child) => child,
             Err(failure) => {
@@ -102,6 +110,7 @@ impl Process {
         match Process::meet_child(child.id(), socket) {
             Ok(process) => {
                 process.child.replace(Some(child));
+                process.output.replace(Some(output));
                 Ok(process)
             }
             Err(failure) => {
@@ -175,9 +184,11 @@ impl Process {
             pidfd,
             child: RefCell::new(None),
             socket: RefCell::new(Some(socket.into())),
+            minor: Cell::new(minor_of(socket)),
             link: Mutex::new(None),
             dismissed: Cell::new(false),
             version: RefCell::default(),
+            output: RefCell::default(),
         })
     }
 
@@ -194,12 +205,11 @@ impl Process {
         self.known.pid
     }
 
-    /// What a line about it is about: the disk that its socket is named after, too.
+    /// What a line about it is about: the disk that its socket is or was named after, too.
     #[must_use]
     pub fn about(&self) -> About {
-        let socket = self.socket.borrow();
         About {
-            minor: socket.as_deref().and_then(minor_of),
+            minor: self.minor.get(),
             ..About::process(self.pid())
         }
     }
@@ -229,6 +239,22 @@ impl Process {
                 false => Failure::system(what, &error),
             }
         })
+    }
+
+    /// What it says, for the first who asks. That of a process which an earlier supervisor has started is found; nothing
+    /// if it has none.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn output(&self) -> io::Result<Option<Output>> {
+        if let Some(output) = self.output.take() {
+            return Ok(Some(output));
+        }
+        match Output::find(self.pid()) {
+            // Another process may have its number by now.
+            _ if self.has_ended() => Ok(None),
+            found => found,
+        }
     }
 
     /// Since we know it.
@@ -487,6 +513,7 @@ impl Process {
                 Failure::system(format!("cannot make {}", to.display()), &error)
             })?;
             *socket = Some(to.into());
+            self.minor.set(minor_of(to));
         }
         Ok(())
     }

@@ -89,11 +89,13 @@ impl Registry {
         self.all().into_iter().find(is_its)
     }
 
-    /// What a line about a process is about: its disk, too, if it has one.
+    /// What a line about a process is about: its disk, too, if it has or had one.
     pub fn about(&self, process: &Process) -> About {
-        match self.of_process(process) {
+        let about = process.about();
+        let its = self.of_process(process);
+        match its.or_else(|| about.minor.and_then(|minor| self.get(minor))) {
             Some(disk) => disk.about().of(process.pid()),
-            None => process.about(),
+            None => about,
         }
     }
 

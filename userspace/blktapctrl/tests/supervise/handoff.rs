@@ -31,7 +31,7 @@ fn request(program: Option<PathBuf>, timeout_s: u32) -> Request {
     }
 }
 
-async fn handed(bed: &Bed, program: Option<PathBuf>) -> HandedOff {
+pub(crate) async fn handed(bed: &Bed, program: Option<PathBuf>) -> HandedOff {
     match bed.ask(request(program, 20)).await {
         Ok(Reply::HandedOff(handed)) => handed,
         other => panic!("{other:?}"),

@@ -23,15 +23,15 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// A line: its fields, the message among them.
 #[derive(Clone, Default)]
-struct Line(BTreeMap<&'static str, String>);
+pub(crate) struct Line(BTreeMap<&'static str, String>);
 
 impl Line {
-    fn get(&self, name: &str) -> &str {
+    pub(crate) fn get(&self, name: &str) -> &str {
         self.0.get(name).map_or("", String::as_str)
     }
 
     /// These fields have these values.
-    fn assert_has(&self, fields: &[(&str, &str)]) {
+    pub(crate) fn assert_has(&self, fields: &[(&str, &str)]) {
         for (name, value) in fields {
             assert_eq!(self.get(name), *value, "{name} of {:?}", self.0);
         }
@@ -50,7 +50,7 @@ impl Visit for Line {
 
 /// Keeps the lines of the log.
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<Line>>>);
+pub(crate) struct Lines(Arc<Mutex<Vec<Line>>>);
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
@@ -62,7 +62,7 @@ impl<S: Subscriber> Layer<S> for Lines {
 
 impl Lines {
     /// Of what this thread does, as far as there is room for it.
-    fn kept(limit: &Arc<Limit>) -> (Lines, DefaultGuard) {
+    pub(crate) fn kept(limit: &Arc<Limit>) -> (Lines, DefaultGuard) {
         let lines = Lines::default();
         let all = tracing_subscriber::registry()
             .with(lines.clone())
@@ -71,13 +71,13 @@ impl Lines {
     }
 
     /// Those whose message has these words.
-    fn with(&self, words: &str) -> Vec<Line> {
+    pub(crate) fn with(&self, words: &str) -> Vec<Line> {
         let lines = self.0.lock().expect("no panic");
         let have = |line: &&Line| line.get("message").contains(words);
         lines.iter().filter(have).cloned().collect()
     }
 
-    fn one_with(&self, words: &str) -> Line {
+    pub(crate) fn one_with(&self, words: &str) -> Line {
         let mut lines = self.with(words);
         assert_eq!(lines.len(), 1, "{words}");
         lines.remove(0)
@@ -85,7 +85,7 @@ impl Lines {
 }
 
 /// What the supervisor of `bed` says from now on, as far as its disks may.
-fn limited(bed: &Bed) -> (Arc<Limit>, Lines, DefaultGuard) {
+pub(crate) fn limited(bed: &Bed) -> (Arc<Limit>, Lines, DefaultGuard) {
     let limit = Arc::<Limit>::default();
     let (lines, kept) = Lines::kept(&limit);
     bed.registry().limit.set(limit.clone()).expect("once");
@@ -99,8 +99,20 @@ fn refused(bed: &Bed, minor: u32, why: String) {
         .add(Some(minor), What::Refused { why });
 }
 
+/// What lines about the disk of [`of_a_guest`] say that it is.
+pub(crate) fn guests_disk<'a>(target: &'a str, pid: &'a str) -> [(&'static str, &'a str); 6] {
+    [
+        ("minor", "0"),
+        ("domid", "3"),
+        ("guest", "web"),
+        ("vdev", "xvdb"),
+        ("target", target),
+        ("pid", pid),
+    ]
+}
+
 /// A disk of a guest that xenstore knows.
-async fn of_a_guest(bed: &Rc<Bed>) -> u32 {
+pub(crate) async fn of_a_guest(bed: &Rc<Bed>) -> u32 {
     let directory = "backend/vbd/3/51728";
     bed.image("a.img", "A");
     bed.store.put("/local/domain/3", &[("name", "web")]);
@@ -147,14 +159,7 @@ fn a_line_says_which_disk_of_which_guest_it_is_about() {
             .expect("the node")
             .committed += 5;
         bed.replaced(minor, kill).await;
-        let disk = [
-            ("minor", "0"),
-            ("domid", "3"),
-            ("guest", "web"),
-            ("vdev", "xvdb"),
-            ("target", &*target),
-            ("pid", &*first),
-        ];
+        let disk = guests_disk(&target, &first);
         let died = lines.one_with("was killed by signal 9");
         died.assert_has(&disk);
         died.assert_has(&[("event", "died")]);

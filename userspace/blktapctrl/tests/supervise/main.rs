@@ -23,6 +23,7 @@ mod park;
 mod quota;
 mod reservation;
 mod rules;
+mod said;
 mod sanlock;
 mod sharing;
 mod snapshot;

@@ -270,7 +270,7 @@ impl<C: Connect> Nbd<C> {
                     let connection = &fresh.connection;
                     match self.replay(connection).await {
                         Ok(()) => {
-                            eprintln!("{} is connected again", self.options.name);
+                            diskio::say!("{} is connected again", self.options.name);
                             return Ok(fresh.taken());
                         }
                         Err(Unanswered::Lost) => loss = connection.loss().unwrap_or(loss),
@@ -303,7 +303,7 @@ impl<C: Connect> Nbd<C> {
     /// Says what is wrong, once as long as it stays the same.
     fn tell(&self, told: &mut Option<String>, what: String) {
         if told.as_ref() != Some(&what) {
-            eprintln!(
+            diskio::say!(
                 "{} is not connected, and its requests wait: {what}",
                 self.options.name
             );

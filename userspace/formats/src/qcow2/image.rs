@@ -97,7 +97,7 @@ impl<S: Storage> Image<S> {
         let count = self.reported.get();
         self.reported.set(count.saturating_add(1));
         if count < 10 {
-            eprintln!(
+            diskio::say!(
                 "{}: {what}: the image is damaged, check it with qemu-img check",
                 self.name
             );

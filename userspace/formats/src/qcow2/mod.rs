@@ -202,7 +202,7 @@ impl<S: Storage> Qcow2<S> {
             let done = image.repair(&others).await;
             let done = done
                 .map_err(|error| Failure::system("cannot repair the refcounts", &error.into()))?;
-            eprintln!(
+            diskio::say!(
                 "{}: it was not closed, its refcounts are repaired: {done:?}",
                 self.options.name
             );

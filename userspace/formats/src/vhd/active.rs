@@ -434,12 +434,12 @@ impl<S: Storage> Active<S> {
         }
         if let Some(batmap) = &self.batmap {
             if let Err(error) = batmap.write(&*self.storage, &self.blocks).await {
-                eprintln!("{name}: the VHD's batmap is not brought up to date: {error}");
+                diskio::say!("{name}: the VHD's batmap is not brought up to date: {error}");
             }
         }
         let footer = self.footer.borrow().clone();
         if let Err(error) = self.room.trim(&*self.storage, &footer).await {
-            eprintln!("{name}: the VHD keeps the room at its end: {error}");
+            diskio::say!("{name}: the VHD keeps the room at its end: {error}");
         }
     }
 

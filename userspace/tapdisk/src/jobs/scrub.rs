@@ -32,9 +32,11 @@ pub(crate) fn start(session: &Rc<Session>, rate: u64) {
         match run(&worker).await {
             Ok(End::Through | End::Stopped) => {}
             Ok(End::Closed) => {
-                eprintln!("tapdisk: the scrub is not finished: its image is not served any more");
+                diskio::say!(
+                    "tapdisk: the scrub is not finished: its image is not served any more"
+                );
             }
-            Err(failure) => eprintln!("tapdisk: the scrub is not finished: {failure}"),
+            Err(failure) => diskio::say!("tapdisk: the scrub is not finished: {failure}"),
         }
         worker.update(|progress| progress.running = false);
     });

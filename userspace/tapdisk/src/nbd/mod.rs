@@ -57,7 +57,7 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             match client.session.direct().forbid().await {
                 // A client that goes away, or makes no sense, harms nobody but itself.
                 Ok(_ban) => drop(client.serve().await),
-                Err(failure) => eprintln!("tapdisk: an NBD client is not served: {failure}"),
+                Err(failure) => diskio::say!("tapdisk: an NBD client is not served: {failure}"),
             }
             drop(seat);
         });

@@ -60,7 +60,7 @@ impl Session {
             match runtime.io.sleep(time).await {
                 Ok(()) => kept.awaited(),
                 // From now on it waits until something else happens.
-                Err(error) => eprintln!("tapdisk: what was counted is kept late: {error}"),
+                Err(error) => diskio::say!("tapdisk: what was counted is kept late: {error}"),
             }
         });
     }

@@ -232,6 +232,6 @@ fn may_move(below: &Open) -> bool {
 /// It was not used; that it cannot be closed in order harms nobody.
 async fn close(disk: Disk) {
     if let Err(error) = disk.close().await {
-        eprintln!("tapdisk: the other image was not closed: {error}");
+        diskio::say!("tapdisk: the other image was not closed: {error}");
     }
 }

@@ -3,9 +3,15 @@
 
 use control::tapdisk::{Open, Reply, Request, State};
 use control::{Channel, Code};
+use rustix::fs::OFlags;
+use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
+use std::io::ErrorKind::WouldBlock;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -15,15 +21,19 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_tapdisk");
 fn start(args: &[&str]) -> (Child, Channel) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let listener: OwnedFd = UnixListener::bind(&path).unwrap().into();
-    let child = Command::new(PROGRAM)
+    let mut command = supervised(&path);
+    command.args(args).stderr(Stdio::null());
+    (command.spawn().unwrap(), Channel::connect(&path).unwrap())
+}
+
+/// The program with its control socket at `path`.
+fn supervised(path: &Path) -> Command {
+    let listener: OwnedFd = UnixListener::bind(path).unwrap().into();
+    let mut command = Command::new(PROGRAM);
+    command
         .args(["--control-fd", "0"])
-        .args(args)
-        .stdin(Stdio::from(listener))
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    (child, Channel::connect(&path).unwrap())
+        .stdin(Stdio::from(listener));
+    command
 }
 
 /// What the kernel says of a process or a thread.
@@ -109,6 +119,77 @@ fn signal_ends_it_in_order() {
     let _: Reply = control.ask(Request::Ping, &[]).unwrap();
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// It says something, once for each time.
+fn have_it_complain(path: &Path, times: usize) {
+    for _ in 0..times {
+        let mut broken = UnixStream::connect(path).unwrap();
+        broken.write_all(b"no message\n").unwrap();
+        // It has answered, closed the connection, or lost what we have not read.
+        let _ = broken.read_to_end(&mut Vec::new());
+    }
+}
+
+/// As it is started by blktapctrl: it has both ends of the pipe in which it writes.
+#[test]
+fn a_process_goes_on_though_nobody_reads_what_it_says() {
+    if !rustix::process::geteuid().is_root() {
+        println!(
+            "SKIP a_process_goes_on_though_nobody_reads_what_it_says: only root can look at it"
+        );
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+    let (reader, writer) = pipe_with(flags).unwrap();
+    fcntl_setpipe_size(&writer, 4096).unwrap();
+    let mut command = supervised(&path);
+    command
+        .stdout(Stdio::from(reader))
+        .stderr(Stdio::from(writer));
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    have_it_complain(&path, 200);
+    let mut control = Channel::connect(&path).unwrap();
+    let reply: Reply = control.ask(Request::Ping, &[]).unwrap();
+    assert!(matches!(reply, Reply::Process(process) if process.pid == child.id()));
+    // What the next supervisor finds.
+    let mut options = std::fs::File::options();
+    // CAST: the bits are those of the kernel.
+    options
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32);
+    let mut reader = options.open(format!("/proc/{}/fd/1", child.id())).unwrap();
+    let mut said = || {
+        let mut text = Vec::new();
+        assert_eq!(
+            reader.read_to_end(&mut text).unwrap_err().kind(),
+            WouldBlock
+        );
+        String::from_utf8(text).unwrap()
+    };
+    // Complaints that are there, and those that it says were lost.
+    let count = |text: &str| {
+        let lost = text.lines().filter_map(|line| {
+            let (count, _) = line.split_once(" lines before this one were lost")?;
+            count.parse::<usize>().ok()
+        });
+        let kept = text.matches("tapdisk: a connection is closed: ").count();
+        (kept, lost.sum::<usize>())
+    };
+    let first = said();
+    let (kept, lost) = count(&first);
+    assert!(
+        (10..100).contains(&kept) && first.ends_with('\n'),
+        "{first}"
+    );
+    have_it_complain(&path, 1);
+    let next = said();
+    assert_eq!(count(&next), (1, 200 - kept - lost), "{next}");
+    let _: Reply = control.ask(Request::Exit, &[]).unwrap();
     assert!(child.wait().unwrap().success());
 }
 
