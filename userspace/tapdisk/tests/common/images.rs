@@ -5,9 +5,9 @@
 pub(crate) mod qemu;
 
 use super::guest::{step, Step};
-use super::Process;
+use super::{give_or_refuse, Process};
 use control::tapdisk::{Disk, Needed, Open, Provided, Reply, Request};
-use control::{Channel, Code, Failure};
+use control::{Channel, Failure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 use qemu::has_qemu;
@@ -176,17 +176,6 @@ pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
     give_to(channel, files, false)
 }
 
-/// Answers a need, as a supervisor does.
-pub(crate) fn provide(channel: &mut Channel, number: u64, provided: Provided, fd: Option<OwnedFd>) {
-    let question = Request::Provide {
-        number,
-        provided,
-        backing: None,
-    };
-    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-    assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
-}
-
 /// The same, with what is only read to be read through the page cache or not.
 fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
     let (mut known, mut asked) = (0, Vec::new());
@@ -203,11 +192,7 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
                 Needed::Key { .. } => Some(key(KEY)),
                 _ => None,
             };
-            let provided = match &fd {
-                Some(_) => Provided::Locked,
-                None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
-            };
-            provide(channel, need.number, provided, fd);
+            give_or_refuse(channel, need.number, fd, Provided::Locked);
             asked.push(need.what);
         }
     }

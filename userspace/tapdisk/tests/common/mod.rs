@@ -8,8 +8,8 @@ pub(crate) mod guest;
 pub(crate) mod images;
 pub(crate) mod watched;
 
-use control::tapdisk::{Engine, Need, Open, Reply, Request, Status};
-use control::{Channel, Failure};
+use control::tapdisk::{Engine, Need, Open, Provided, Reply, Request, Status};
+use control::{Channel, Code, Failure};
 use diskio::Runtime;
 use drivers::{Limits, Shape};
 use std::fs::File;
@@ -83,6 +83,41 @@ pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
         Ok(Reply::Needs { needs }) => needs,
         other => panic!("{other:?}"),
     }
+}
+
+/// Answers a need, as a supervisor does.
+pub(crate) fn provide(
+    channel: &mut Channel,
+    number: u64,
+    provided: Provided,
+    fd: Option<impl AsFd>,
+) {
+    let question = Request::Provide {
+        number,
+        provided,
+        backing: None,
+    };
+    let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+    assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
+}
+
+/// The same with what there is for it; what there is not is refused.
+pub(crate) fn give_or_refuse(
+    channel: &mut Channel,
+    number: u64,
+    given: Option<impl AsFd>,
+    provided: Provided,
+) {
+    match given {
+        Some(_) => provide(channel, number, provided, given),
+        None => refuse(channel, number),
+    }
+}
+
+/// Refuses a need.
+pub(crate) fn refuse(channel: &mut Channel, number: u64) {
+    let why = Failure::new(Code::Denied, "it is not for a test");
+    provide(channel, number, Provided::Refused(why), None::<OwnedFd>);
 }
 
 /// A tapdisk in a thread.

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A raw image, and processes that serve it and write down what is asked of it.
 
-use super::images::file;
-use super::{needs, Process};
-use control::tapdisk::{Needed, Open, Provided, Reply, Request};
-use control::{Channel, Code, Failure};
+use super::images::{answered, file};
+use super::{give_or_refuse, needs, Image, Process, SIZE};
+use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
+use control::Channel;
+use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 
 /// Where a process writes down what is asked of the disk.
@@ -55,6 +57,21 @@ impl Raw {
     }
 }
 
+/// From `begin` to `end` a process has the kernel execute nothing by itself, though it could.
+pub(crate) fn does_all_itself(begin: impl FnOnce(&mut Process), end: impl FnOnce(&mut Process)) {
+    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(SIZE));
+    fake.back(1);
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    fake.wait_for_map_ops(2);
+    begin(&mut process);
+    answered(&fake, Op::Write, 0, &[7; 512]);
+    let ops: Vec<u8> = fake.map_ops().iter().map(|op| op.op).collect();
+    assert_eq!(ops, [MAP_SET, MAP_FLUSH, MAP_RECALL]);
+    end(&mut process);
+    fake.wait_for_map_ops(5);
+    process.exit();
+}
+
 /// Answers what a process asks for when it opens the image: what it could leave to the next one it does without.
 pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
     let asked = usize::from(watched.notes.is_some()) + usize::from(watched.trace.is_some());
@@ -68,17 +85,6 @@ pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
             Needed::Trace => watched.trace,
             _ => None,
         };
-        let provided = match given {
-            Some(_) => Provided::Shared,
-            None => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
-        };
-        let number = need.number;
-        let question = Request::Provide {
-            number,
-            provided,
-            backing: None,
-        };
-        let fds: Vec<_> = given.into_iter().collect();
-        assert_eq!(channel.ask(&question, &fds), Ok(Reply::Done));
+        give_or_refuse(channel, need.number, given, Provided::Shared);
     }
 }

@@ -100,6 +100,39 @@ impl Chain {
     }
 }
 
+/// A guest, which knows what is in `model`, works on `top` while its process is killed, until `below` has all of it and
+/// gets what is written, too. What it has not done yet is left, and nothing of that is a death.
+fn commits_under_load<'a>(
+    fake: &'a Fake,
+    top: &Served,
+    below: &Served,
+    model: Vec<u8>,
+) -> (Process, Guest<'a>, impl Iterator<Item = Step>) {
+    let (mut process, _) = top.start(fake);
+    let mut guest = Guest::new(fake, model, 8);
+    let mut steps = steps().into_iter();
+    for step in steps.by_ref().take(40) {
+        guest.send(&step);
+    }
+    commit(&mut process, below).expect("it begins");
+    for step in steps.by_ref().take(160) {
+        if matches!(step, Step::Kill) {
+            process.kill();
+            process = top.start(fake).0;
+            commit(&mut process, below).expect("it begins anew");
+        }
+        guest.send(&step);
+    }
+    let same = until_same(&mut process);
+    assert_eq!(same.offset, SIZE);
+    // From now on what is written goes to both.
+    let lives = |step: &Step| !matches!(step, Step::Kill);
+    for step in steps.by_ref().take(60).filter(lives) {
+        guest.send(&step);
+    }
+    (process, guest, steps.filter(lives))
+}
+
 /// A guest works while its process is killed, and goes on in the image below.
 fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     let Some(chain) = Chain::new(test, format, PLAIN) else {
@@ -112,28 +145,7 @@ fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     };
     let root = (format != "raw").then(|| fs::read(folder.path("root.img")).expect("read"));
     let fake = Fake::new(16).expect("a node");
-    let (mut process, _) = top.start(&fake);
-    let mut guest = Guest::new(&fake, chain.model, 8);
-    let mut steps = steps().into_iter();
-    for step in steps.by_ref().take(40) {
-        guest.send(&step);
-    }
-    commit(&mut process, &below).expect("it begins");
-    for step in steps.by_ref().take(160) {
-        if matches!(step, Step::Kill) {
-            process.kill();
-            process = top.start(&fake).0;
-            commit(&mut process, &below).expect("it begins anew");
-        }
-        guest.send(&step);
-    }
-    let same = until_same(&mut process);
-    assert_eq!(same.offset, SIZE);
-    // From now on what is written goes to both.
-    let lives = |step: &Step| !matches!(step, Step::Kill);
-    for step in steps.by_ref().take(60).filter(lives) {
-        guest.send(&step);
-    }
+    let (mut process, mut guest, steps) = commits_under_load(&fake, &top, &below, chain.model);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let last = told(&mut process).expect("a commit");
     assert_eq!(last.state, Mirroring::Complete, "{last:?}");
@@ -146,7 +158,7 @@ fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     fs::remove_file(&top.path).expect("nobody needs it");
     let (process, disk) = below.start(&fake);
     assert!(matches!(disk, Disk { size: SIZE, .. }));
-    for step in steps.filter(lives) {
+    for step in steps {
         guest.send(&step);
     }
     guest.finish();
@@ -241,28 +253,7 @@ fn vhd_ends_in(test: &str, under: UnderVhd) {
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
     let root = fs::read(folder.path("base.img")).expect("read");
     let fake = Fake::new(16).expect("a node");
-    let (mut process, _) = top.start(&fake);
-    let mut guest = Guest::new(&fake, chain.model, 8);
-    let mut steps = steps().into_iter();
-    for step in steps.by_ref().take(40) {
-        guest.send(&step);
-    }
-    commit(&mut process, &below).expect("it begins");
-    for step in steps.by_ref().take(160) {
-        if matches!(step, Step::Kill) {
-            process.kill();
-            process = top.start(&fake).0;
-            commit(&mut process, &below).expect("it begins anew");
-        }
-        guest.send(&step);
-    }
-    let same = until_same(&mut process);
-    assert_eq!(same.offset, SIZE);
-    // From now on what is written goes to both.
-    let lives = |step: &Step| !matches!(step, Step::Kill);
-    for step in steps.by_ref().take(60).filter(lives) {
-        guest.send(&step);
-    }
+    let (mut process, mut guest, steps) = commits_under_load(&fake, &top, &below, chain.model);
     guest.finish();
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let last = told(&mut process).expect("a commit");
@@ -273,7 +264,7 @@ fn vhd_ends_in(test: &str, under: UnderVhd) {
     image_holds(&folder, &top, &guest.model);
     fs::remove_file(&top.path).expect("nobody needs it");
     let (process, _) = below.start(&fake);
-    for step in steps.filter(lives) {
+    for step in steps {
         guest.send(&step);
     }
     guest.finish();

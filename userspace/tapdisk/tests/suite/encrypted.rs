@@ -2,10 +2,10 @@
 //! Images that are encrypted, as the supervisor sees a process with one: it opens nothing by itself, and what it does with
 //! the key keeps nobody waiting.
 
-use crate::common::images::{answered, file, key, provide, Folder, KEY, SEALED, SIZE};
-use crate::common::{needs, Process};
+use crate::common::images::{answered, file, key, Folder, KEY, SEALED, SIZE};
+use crate::common::{give_or_refuse, needs, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
-use control::{Channel, Code, Failure};
+use control::{Channel, Failure};
 use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
@@ -28,11 +28,7 @@ fn give(channel: &mut Channel, secret: &[u8]) {
             known = known.max(need.number);
             let is_key = matches!(need.what, Needed::Key { .. });
             let fd = is_key.then(|| key(secret));
-            let provided = match is_key {
-                true => Provided::Shared,
-                false => Provided::Refused(Failure::new(Code::Denied, "it is not for a test")),
-            };
-            provide(channel, need.number, provided, fd);
+            give_or_refuse(channel, need.number, fd, Provided::Shared);
             if is_key {
                 return;
             }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk serves an export of QEMU's server, over connections that the supervisor makes.
 
-use crate::common::Process;
+use crate::common::{give_or_refuse, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
 use ring::tap::shadow::Op;
 use rustix::process::{kill_process, Pid, Signal};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -147,17 +147,7 @@ pub(crate) fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
         for need in crate::common::needs(channel, known) {
             known = known.max(need.number);
             let given = given(&need.what, socket);
-            let provided = match &given {
-                Some(_) => Provided::Shared,
-                None => Provided::Refused(control::Failure::unsupported("no memory")),
-            };
-            let question = Request::Provide {
-                number: need.number,
-                provided,
-                backing: None,
-            };
-            let fds: Vec<_> = given.iter().map(AsFd::as_fd).collect();
-            assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
+            give_or_refuse(channel, need.number, given, Provided::Shared);
             times -= u32::from(matches!(need.what, Needed::Server { .. }));
         }
     }

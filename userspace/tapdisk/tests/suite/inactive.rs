@@ -2,8 +2,8 @@
 //! A guest that moves has a disk on either side: one at a time uses the image, nothing of what was asked
 //! is lost, and nothing is read that is old.
 
-use crate::common::{needs, Image, Process, SIZE};
-use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request, Stamp, State};
+use crate::common::{needs, refuse, Image, Process, SIZE};
+use control::tapdisk::{Engine, Needed, Open, Reply, Request, Stamp, State};
 use control::{Channel, Code, Failure};
 use ring::response::Status;
 use ring::tap::shadow::Op;
@@ -207,22 +207,12 @@ fn inactive_disk_is_paused_closed_and_replaced() {
 
 /// Asks a process for what needs nothing else, and refuses the memory that it would keep.
 fn alone(process: &mut Process, question: Request, fd: impl AsFd) -> Result<Reply, Failure> {
-    let refuse = |channel: &mut Channel| {
+    let refuse_it = |channel: &mut Channel| {
         let asked = needs(channel, 0);
         assert!(matches!(asked[0].what, Needed::State { .. }), "{asked:?}");
-        let provided = Provided::Refused(Failure::unsupported("not here"));
-        let number = asked[0].number;
-        let told = channel.ask(
-            Request::Provide {
-                number,
-                provided,
-                backing: None,
-            },
-            &[],
-        );
-        assert_eq!(told, Ok(Reply::Done));
+        refuse(channel, asked[0].number);
     };
-    process.ask_and_give(question, fd.as_fd(), refuse)
+    process.ask_and_give(question, fd.as_fd(), refuse_it)
 }
 
 /// S27: the tables that the source wrote last are those that the destination reads.

@@ -294,18 +294,43 @@ fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
     assert_eq!(begun, Ok(Reply::Done));
 }
 
+/// A guest whose disk, a raw image in `folder`, is served, and a server to which it can be copied.
+struct OverNetwork {
+    folder: Folder,
+    from: Served,
+    model: Vec<u8>,
+    server: Server,
+    fake: Fake,
+}
+
+impl OverNetwork {
+    fn new(test: &str) -> Option<Self> {
+        let folder = Folder::new(test)?;
+        Some(Self {
+            model: folder.raw("from", 5),
+            from: served(&folder, "from", "aio"),
+            folder,
+            server: Server::of(SIZE),
+            fake: Fake::new(16).expect("a node"),
+        })
+    }
+
+    /// The process that serves it, and the guest.
+    fn begin(&self) -> (Process, Guest<'_>) {
+        let (process, _) = self.from.start(&self.fake);
+        (process, Guest::new(&self.fake, self.model.clone(), 8))
+    }
+}
+
 /// A server that does not answer any more makes the guest wait for a while, and not for ever: the copy is given up.
 #[test]
 fn guest_goes_on_without_a_server_that_hangs() {
-    let Some(folder) = Folder::new("server_hangs") else {
+    let Some(bed) = OverNetwork::new("server_hangs") else {
         return;
     };
-    let (model, from) = (folder.raw("from", 5), served(&folder, "from", "aio"));
-    let server = Server::of(SIZE);
-    let fake = Fake::new(16).expect("a node");
-    let (mut process, _) = from.start(&fake);
-    let mut guest = Guest::new(&fake, model, 8);
-    mirror_to_server(&mut process, &server, 1 << 30);
+    let (mut process, mut guest) = bed.begin();
+    let (fake, server) = (&bed.fake, &bed.server);
+    mirror_to_server(&mut process, server, 1 << 30);
     until(&mut process, is_same);
     server.stop();
     let begun = Instant::now();
@@ -322,20 +347,17 @@ fn guest_goes_on_without_a_server_that_hangs() {
     // What the server has been told it may still do.
     process.leave();
     assert!(!fake.looks_quiet(LATER - 1));
-    assert!(folder.content("raw", "from") == guest.model);
+    assert!(bed.folder.content("raw", "from") == guest.model);
 }
 
 /// The image is on a disk of this machine, so nobody would have waited for what goes to the server.
 #[test]
 fn raw_image_is_copied_to_a_server_and_goes_on_there() {
-    let Some(folder) = Folder::new("raw_goes_to_a_server") else {
+    let Some(bed) = OverNetwork::new("raw_goes_to_a_server") else {
         return;
     };
-    let (model, from) = (folder.raw("from", 5), served(&folder, "from", "aio"));
-    let server = Server::of(SIZE);
-    let fake = Fake::new(16).expect("a node");
-    let (mut process, _) = from.start(&fake);
-    let mut guest = Guest::new(&fake, model, 8);
+    let (mut process, mut guest) = bed.begin();
+    let (fake, server, from) = (&bed.fake, &bed.server, &bed.from);
     let mut steps = steps()
         .into_iter()
         .filter(|step| !matches!(step, Step::Kill));
@@ -345,33 +367,33 @@ fn raw_image_is_copied_to_a_server_and_goes_on_there() {
         }
     };
     go_on(&mut guest, 40);
-    mirror_to_server(&mut process, &server, 8 << 20);
+    mirror_to_server(&mut process, server, 8 << 20);
     go_on(&mut guest, 40);
     until(&mut process, |mirror| mirror.offset > 0);
     // It dies, and the kernel was told that its I/O may be over later.
     process.die();
     assert!(!fake.looks_quiet(0) && !fake.looks_quiet(LATER - 1));
     assert!(fake.looks_quiet(LATER));
-    let (mut process, _) = from.start(&fake);
-    mirror_to_server(&mut process, &server, 1 << 30);
+    let (mut process, _) = from.start(fake);
+    mirror_to_server(&mut process, server, 1 << 30);
     go_on(&mut guest, 40);
     until(&mut process, is_same);
     // It is paused, and goes on where it was.
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let (reply, _) = from.ask(&mut process, Request::Unpause(from.question()));
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-    mirror_to_server(&mut process, &server, 1 << 30);
+    mirror_to_server(&mut process, server, 1 << 30);
     go_on(&mut guest, 40);
     until(&mut process, is_same);
     go_on(&mut guest, 40);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let last = told(&mut process).expect("a mirror");
     assert_eq!(last.state, Mirroring::Complete, "{last:?}");
-    assert!(folder.content("raw", "from") == server.image());
+    assert!(bed.folder.content("raw", "from") == server.image());
     // As the supervisor does: another process serves it from there. Nothing of this one is under way.
     process.leave();
     assert!(fake.looks_quiet(0));
-    let mut process = Process::start(&fake);
+    let mut process = Process::start(fake);
     let question = Request::Open(server.open("disk"));
     let reply = process.ask_giving(question, &[], |channel| {
         give(channel, &server.socket(), 1);

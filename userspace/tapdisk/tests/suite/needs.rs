@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk asks for what it cannot open itself.
 
-use crate::common::{needs, Image, Process, SIZE};
+use crate::common::{needs, refuse, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
 use control::wire::{encode, Envelope};
 use control::{Channel, Code, Failure};
@@ -157,14 +157,8 @@ fn a_disk_is_served_without_what_it_can_do_without() {
     let mut process = Process::start(&fake);
     let reply = open(&mut process, &image, |channel| {
         let asked = needs(channel, 0);
-        let refused = Provided::Refused(Failure::new(Code::Denied, "no memory is left"));
         for need in &asked {
-            let question = Request::Provide {
-                number: need.number,
-                provided: refused.clone(),
-                backing: None,
-            };
-            assert_eq!(channel.ask(question, &[]), Ok(Reply::Done));
+            refuse(channel, need.number);
         }
     });
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");

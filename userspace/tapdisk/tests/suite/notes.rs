@@ -3,15 +3,14 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, SIZE};
-use crate::common::watched::{Raw, Watched};
-use crate::common::{needs, Image, Process};
-use control::tapdisk::{Engine, Provided, Reply, Request};
-use control::{Channel, Code, Failure};
+use crate::common::watched::{does_all_itself, Raw, Watched};
+use crate::common::{needs, refuse, Process};
+use control::tapdisk::{Reply, Request};
+use control::{Channel, Code};
 use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pread;
 use std::os::fd::{AsFd, OwnedFd};
-use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 
 /// Bytes that are told apart.
@@ -161,19 +160,13 @@ fn notes_end_and_are_refused_without_a_map() {
     // Nobody writes what nobody notes.
     let mut process = Process::start(&fake);
     let question = Request::Open(image.open(&map.watched()));
-    let refuse = |channel: &mut Channel| {
+    let refuse_all = |channel: &mut Channel| {
         for _ in 0..2 {
-            let known = needs(channel, 0)[0].number;
-            let provided = Provided::Refused(Failure::new(Code::Denied, "no"));
-            let question = Request::Provide {
-                number: known,
-                provided,
-                backing: None,
-            };
-            assert_eq!(channel.ask(&question, &[]), Ok(Reply::Done));
+            let number = needs(channel, 0)[0].number;
+            refuse(channel, number);
         }
     };
-    let opened = process.ask_and_give(question, file(&image.0, true).as_fd(), refuse);
+    let opened = process.ask_and_give(question, file(&image.0, true).as_fd(), refuse_all);
     assert_eq!(opened.expect_err("refused").code, Code::Denied);
     process.exit();
 }
@@ -181,22 +174,10 @@ fn notes_end_and_are_refused_without_a_map() {
 /// The kernel would write without a note.
 #[test]
 fn the_kernel_writes_nothing_by_itself_meanwhile() {
-    let (fake, image) = (
-        Fake::new(16).expect("a node"),
-        Image::new(crate::common::SIZE),
-    );
-    fake.back(1);
-    let mut process = Process::serving(&fake, &image, Engine::Auto);
-    fake.wait_for_map_ops(2);
     let map = Map::new();
-    map.given_to(&mut process);
-    answered(&fake, Op::Write, 0, &[7; 512]);
-    let ops: Vec<u8> = fake.map_ops().iter().map(|op| op.op).collect();
-    assert_eq!(ops, [MAP_SET, MAP_FLUSH, MAP_RECALL]);
-    assert_eq!(
-        process.ask(Request::Note { unit: None }, None),
-        Ok(Reply::Done)
-    );
-    fake.wait_for_map_ops(5);
-    process.exit();
+    let end = |process: &mut Process| {
+        let ended = process.ask(Request::Note { unit: None }, None);
+        assert_eq!(ended, Ok(Reply::Done));
+    };
+    does_all_itself(|process| map.given_to(process), end);
 }

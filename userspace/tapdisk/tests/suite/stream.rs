@@ -3,7 +3,7 @@
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
-use crate::common::{Process, LIMIT};
+use crate::common::{give_or_refuse, Process, LIMIT};
 use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
@@ -343,25 +343,13 @@ fn give_unreadable(channel: &mut Channel) {
         };
         for need in needs {
             known = need.number;
-            let number = need.number;
-            let (fd, provided) = match &need.what {
-                Needed::Parent { path } => (Some(unreadable(path)), Provided::Shared),
-                _ => {
-                    let why = Failure::new(Code::Denied, "it is not for a test");
-                    (None, Provided::Refused(why))
-                }
+            let fd = match &need.what {
+                Needed::Parent { path } => Some(unreadable(path)),
+                _ => None,
             };
-            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-            let answer = channel.ask(
-                &Request::Provide {
-                    number,
-                    provided,
-                    backing: None,
-                },
-                &fds,
-            );
-            assert_eq!(answer, Ok(Reply::Done));
-            if fd.is_some() {
+            let is_last = fd.is_some();
+            give_or_refuse(channel, need.number, fd, Provided::Shared);
+            if is_last {
                 return;
             }
         }

@@ -3,7 +3,7 @@
 //! the tests of `tapimg replay`.
 
 use crate::common::images::{answered, file, Folder};
-use crate::common::watched::{give, Raw, Watched};
+use crate::common::watched::{does_all_itself, give, Raw, Watched};
 use crate::common::{Image, Process};
 use control::tapdisk::{Engine, Reply, Request};
 use control::{Channel, Code};
@@ -14,7 +14,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 use trace::{Entry, Header, Operation, Segment, Trace, What, Writer};
 
@@ -160,22 +159,9 @@ fn what_a_dead_process_had_is_there() {
 /// The kernel would execute requests that nobody writes down.
 #[test]
 fn the_kernel_does_nothing_by_itself_meanwhile() {
-    let (fake, image) = (
-        Fake::new(16).expect("a node"),
-        Image::new(crate::common::SIZE),
-    );
-    fake.back(1);
-    let mut process = Process::serving(&fake, &image, Engine::Auto);
-    fake.wait_for_map_ops(2);
     let folder = tempfile::tempdir().expect("a folder");
     let file = create(&folder.path().join("t"));
-    trace(&mut process, &file);
-    answered(&fake, Op::Write, 0, &[7; 512]);
-    let ops: Vec<u8> = fake.map_ops().iter().map(|op| op.op).collect();
-    assert_eq!(ops, [MAP_SET, MAP_FLUSH, MAP_RECALL]);
-    end(&mut process);
-    fake.wait_for_map_ops(5);
-    process.exit();
+    does_all_itself(|process| trace(process, &file), end);
 }
 
 /// What is no trace holds no disk up.
