@@ -251,7 +251,8 @@ impl Lifecycle {
             self.lose_marks(disk, why)?;
             return Err(no_mark(disk, since));
         }
-        self.look(disk, &found, size, from).await
+        let maps = self.maps_since(disk, &found);
+        self.look(&found, maps, size, from).await
     }
 
     /// The same for the disk's process, which says how large the disk is, and knows itself that it notes. What is done
@@ -268,10 +269,10 @@ impl Lifecycle {
                 let why = format!("disk {} has no mark {number} any more", disk.minor);
                 Failure::new(Code::NotFound, why)
             })?;
-            let before = self.maps_since(disk, &found);
-            match self.look(disk, &found, size, from).await {
+            let maps = self.maps_since(disk, &found);
+            match self.look(&found, maps.clone(), size, from).await {
                 // A map became one with the one before meanwhile.
-                Err(_) if before != self.maps_since(disk, &found) => {}
+                Err(_) if maps != self.maps_since(disk, &found) => {}
                 result => return result,
             }
         }
@@ -292,15 +293,14 @@ impl Lifecycle {
             .collect()
     }
 
-    /// What the maps say.
+    /// What the maps of a mark and all later ones say.
     async fn look(
         &self,
-        disk: &Disk,
         since: &Noted,
+        maps: Vec<(PathBuf, u64)>,
         size: u64,
         from: u64,
     ) -> Result<Changed, Failure> {
-        let maps = self.maps_since(disk, since);
         let (folder, unit) = (self.registry.folder.notes(), since.unit);
         let look = move || notes::look(&maps, size, unit, from);
         let (extents, next) = apart(&folder, LIMIT, look).await?;
