@@ -102,6 +102,15 @@ impl Terminal {
         }
     }
 
+    /// Asks for help by a key, and ends the program by another one, which leaves the terminal as it was.
+    fn hears_keys(mut self, child: Child) {
+        self.presses("?");
+        self.sees(&child, "busiest");
+        self.presses("q");
+        assert!(self.ends(child).success(), "{:?}", self.text);
+        self.is_as_before();
+    }
+
     fn presses(&self, key: &str) {
         let ours = self.ours.as_ref().expect("it is there");
         rustix::io::write(ours, key.as_bytes()).expect("pressed");
@@ -154,25 +163,25 @@ fn host() -> tempfile::TempDir {
     root
 }
 
-#[test]
-fn keys_are_heard_and_q_ends_it() {
+/// That host, and a terminal on which the program shows the disk.
+fn shown() -> (tempfile::TempDir, Terminal, Child) {
     let (root, mut terminal) = (host(), Terminal::new());
     let child = terminal.run(root.path(), &[]);
     terminal.sees(&child, "xvda");
+    (root, terminal, child)
+}
+
+#[test]
+fn keys_are_heard_and_q_ends_it() {
+    let (_root, terminal, child) = shown();
     assert!(terminal.text.contains(OTHER_SCREEN) && !terminal.has_lines());
-    terminal.presses("?");
-    terminal.sees(&child, "busiest");
-    terminal.presses("q");
-    assert!(terminal.ends(child).success(), "{:?}", terminal.text);
-    terminal.is_as_before();
+    terminal.hears_keys(child);
 }
 
 #[test]
 fn a_signal_ends_it() {
     for signal in [Signal::TERM, Signal::INT, Signal::QUIT] {
-        let (root, mut terminal) = (host(), Terminal::new());
-        let child = terminal.run(root.path(), &[]);
-        terminal.sees(&child, "xvda");
+        let (_root, mut terminal, child) = shown();
         assert!(!terminal.has_lines());
         kill_process(pid(&child), signal).expect("sent");
         let status = terminal.ends(child);
@@ -188,9 +197,7 @@ fn a_signal_ends_it() {
 
 #[test]
 fn it_ends_with_its_terminal() {
-    let (root, mut terminal) = (host(), Terminal::new());
-    let child = terminal.run(root.path(), &[]);
-    terminal.sees(&child, "xvda");
+    let (_root, mut terminal, child) = shown();
     terminal.ours = None;
     assert!(!terminal.ends(child).success());
 }
@@ -206,11 +213,7 @@ fn a_look_that_hangs_keeps_no_key_from_being_heard() {
     terminal.sees(&child, "looking");
     // How long it takes is told.
     terminal.sees(&child, "answered");
-    terminal.presses("?");
-    terminal.sees(&child, "busiest");
-    terminal.presses("q");
-    assert!(terminal.ends(child).success(), "{:?}", terminal.text);
-    terminal.is_as_before();
+    terminal.hears_keys(child);
 }
 
 #[test]
