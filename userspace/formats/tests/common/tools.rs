@@ -102,6 +102,52 @@ pub(crate) fn content(format: &str, image: &Path, folder: &Path) -> Vec<u8> {
     fs::read(raw).unwrap()
 }
 
+/// Makes an image of `format` with qemu-img, which gets these words beside its size, and has it written by qemu-io, by
+/// these commands first, and by the driver in turns: each goes on with what the other one has left. `open` opens it for
+/// the driver, and `each` is to hold after each turn.
+pub(crate) fn goes_on_with_qemu(
+    format: &'static str,
+    path: &Path,
+    words: &[&str],
+    writes: &[&str],
+    open: impl AsyncFn(Io, PathBuf) -> Disk + Clone + 'static,
+    each: impl Fn(),
+) {
+    let folder = path.parent().unwrap();
+    let create = [&["create", "-q", "-f", format], words, &[text(path), "9M"]];
+    tool("qemu-img", &create.concat());
+    let written = |writes: &[&str]| {
+        let writes: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
+        let args = [&["-f", format], &writes[..], &[text(path)]];
+        tool("qemu-io", &args.concat());
+        content(format, path, folder)
+    };
+    let mut model = written(writes);
+    for seed in 0..3 {
+        let runtime = Runtime::new();
+        let (io, path_of_it, open) = (runtime.io.clone(), path.to_path_buf(), open.clone());
+        let before = model;
+        let turn = async move {
+            let disk = open(io, path_of_it).await;
+            let shape = disk.activate().await.unwrap();
+            assert_eq!(shape.size as usize, before.len());
+            assert!(whole(&disk, shape.size).await.unwrap() == before);
+            let mut model = before;
+            scribble(&disk, &mut model, seed, 12).await.unwrap();
+            match seed % 2 {
+                0 => disk.inactivate().await.unwrap(),
+                _ => disk.close().await.unwrap(),
+            }
+            model
+        };
+        model = runtime.block_on(turn).unwrap();
+        assert!(content(format, path, folder) == model, "{words:?}");
+        let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
+        model = written(&[&write]);
+        each();
+    }
+}
+
 /// All of a disk, in pieces of an odd size.
 pub(crate) async fn whole(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
     let mut bytes = Vec::new();

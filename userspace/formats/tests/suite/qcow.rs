@@ -5,16 +5,17 @@
 use crate::common::history::{lost_flush_is_told, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
-    content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder, has_qemu, parent,
-    parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
-    text, tool, try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder,
+    goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
+    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use crate::common::{run, seeds, Chance, Content, World};
 use control::Code;
-use diskio::Runtime;
+use diskio::{Io, Runtime};
 use drivers::Disk;
 use formats::qcow::{create, look, Create, Qcow};
 use formats::{Options, Parts};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 const SIZE: u64 = (5 << 20) + 3 * 512;
@@ -110,62 +111,25 @@ fn what_qemu_writes_is_read_and_both_go_on() {
     let folder = folder();
     let (path, base) = (folder.path().join("a.qcow"), folder.path().join("base.raw"));
     std::fs::write(&base, vec![0x55; 5 << 20]).unwrap();
+    let writes = [
+        "write -P 7 1M 1M",
+        "write -P 9 4095k 5k",
+        "write -P 3 8704k 4k",
+    ];
     for has_backing in [false, true] {
         let backing = ["-b", "base.raw", "-F", "raw"];
         let backing = if has_backing { &backing[..] } else { &[] };
-        tool(
-            "qemu-img",
-            &[
-                &["create", "-q", "-f", "qcow"],
-                backing,
-                &[text(&path), "9M"],
-            ]
-            .concat(),
-        );
-        let writes = [
-            "write -P 7 1M 1M",
-            "write -P 9 4095k 5k",
-            "write -P 3 8704k 4k",
-        ];
-        let args: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
-        tool(
-            "qemu-io",
-            &[&["-f", "qcow"], &args[..], &[text(&path)]].concat(),
-        );
-        let mut model = content("qcow", &path, folder.path());
-        for seed in 0..3 {
-            let runtime = Runtime::new();
-            let (io, its, base) = (runtime.io.clone(), path.clone(), base.clone());
-            let before = model.clone();
-            model = runtime
-                .block_on(async move {
-                    let storage = file(&io, &its, true);
-                    let needs = look(&storage).await.unwrap();
-                    let names: Vec<String> = needs
-                        .parent
-                        .into_iter()
-                        .flat_map(|parent| parent.names)
-                        .collect();
-                    assert_eq!(names, if has_backing { &["base.raw"][..] } else { &[] });
-                    let parent = has_backing
-                        .then(|| Disk::new(drivers::Raw::new(file(&io, &base, false), false)));
-                    let disk = Disk::new(Qcow::new(storage, parts(parent), Options::new("image")));
-                    let shape = disk.activate().await.unwrap();
-                    assert!(whole(&disk, shape.size).await.unwrap() == before);
-                    let mut model = before;
-                    scribble(&disk, &mut model, seed, 12).await.unwrap();
-                    disk.close().await.unwrap();
-                    model
-                })
-                .unwrap();
-            assert!(
-                content("qcow", &path, folder.path()) == model,
-                "{has_backing}"
-            );
-            let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
-            tool("qemu-io", &["-f", "qcow", "-c", &write, text(&path)]);
-            model = content("qcow", &path, folder.path());
-        }
+        let base = base.clone();
+        let open = async move |io: Io, path: PathBuf| {
+            let storage = file(&io, &path, true);
+            let parent = look(&storage).await.unwrap().parent;
+            let names: Vec<String> = parent.into_iter().flat_map(|parent| parent.names).collect();
+            assert_eq!(names, if has_backing { &["base.raw"][..] } else { &[] });
+            let parent =
+                has_backing.then(|| Disk::new(drivers::Raw::new(file(&io, &base, false), false)));
+            Disk::new(Qcow::new(storage, parts(parent), Options::new("image")))
+        };
+        goes_on_with_qemu("qcow", &path, backing, &writes, open, || ());
     }
 }
 

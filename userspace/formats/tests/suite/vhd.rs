@@ -5,16 +5,17 @@
 use crate::common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
-    content, failed_writes_stay_undone, file, folder, has_qemu, parent, parent_number,
-    parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble, text, tool,
-    try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, folder, goes_on_with_qemu, has_qemu, parent,
+    parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
+    text, tool, try_wrong, PARENT_SIZE,
 };
 use crate::common::{run, seeds, Chance, Content, What, World, SECTOR};
 use control::Code;
-use diskio::{Bytes, Data, Errno, Runtime};
+use diskio::{Bytes, Data, Errno, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vhd::{create, grow, id, look, set_parent, spelled, Create, Kind, ParentOf, Vhd};
 use formats::{Options, Parts};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -258,6 +259,11 @@ fn what_qemu_writes_is_read_and_both_go_on() {
     if !has_qemu("what_qemu_writes_is_read_and_both_go_on") {
         return;
     }
+    let writes = [
+        "write -P 7 1M 3M",
+        "write -P 9 4095k 5k",
+        "write -P 3 8704k 4k",
+    ];
     for options in [
         "subformat=fixed,force_size=on",
         "subformat=dynamic,force_size=on",
@@ -266,55 +272,11 @@ fn what_qemu_writes_is_read_and_both_go_on() {
     ] {
         let folder = folder();
         let path = folder.path().join("a.vhd");
-        tool(
-            "qemu-img",
-            &[
-                "create",
-                "-q",
-                "-f",
-                "vpc",
-                "-o",
-                options,
-                text(&path),
-                "9M",
-            ],
-        );
-        let writes = [
-            "write -P 7 1M 3M",
-            "write -P 9 4095k 5k",
-            "write -P 3 8704k 4k",
-        ];
-        let args: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
-        tool(
-            "qemu-io",
-            &[&["-f", "vpc"], &args[..], &[text(&path)]].concat(),
-        );
-        let mut model = content("vpc", &path, folder.path());
-        for seed in 0..3 {
-            let runtime = Runtime::new();
-            let storage = file(&runtime.io, &path, true);
-            let before = model.clone();
-            model = runtime
-                .block_on(async move {
-                    let disk =
-                        Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
-                    let shape = disk.activate().await.unwrap();
-                    assert_eq!(shape.size as usize, before.len(), "{options}");
-                    assert!(
-                        whole(&disk, shape.size).await.unwrap() == before,
-                        "{options}"
-                    );
-                    let mut model = before;
-                    scribble(&disk, &mut model, seed, 12).await.unwrap();
-                    disk.inactivate().await.unwrap();
-                    model
-                })
-                .unwrap();
-            assert!(content("vpc", &path, folder.path()) == model, "{options}");
-            let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
-            tool("qemu-io", &["-f", "vpc", "-c", &write, text(&path)]);
-            model = content("vpc", &path, folder.path());
-        }
+        let open = async |io: Io, path: PathBuf| {
+            let storage = file(&io, &path, true);
+            Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")))
+        };
+        goes_on_with_qemu("vpc", &path, &["-o", options], &writes, open, || ());
     }
 }
 

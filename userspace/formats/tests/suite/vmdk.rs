@@ -5,9 +5,9 @@
 use crate::common::history::{lost_flush_is_told, stamp, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
-    content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder, has_qemu, parent,
-    parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
-    text, tool, try_wrong, whole, PARENT_SIZE,
+    content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder,
+    goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
+    pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
 use crate::common::{run, seeds, Chance, Content, World, SECTOR};
 use control::Code;
@@ -15,7 +15,7 @@ use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vmdk::{create, id, look, plan, Create, Form, Vmdk};
 use formats::{Options, Parts};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -164,62 +164,21 @@ fn what_qemu_writes_is_read_and_both_go_on() {
     if !has_qemu("what_qemu_writes_is_read_and_both_go_on") {
         return;
     }
-    let zeroed = [("monolithicSparse,zeroed_grain=on", "monolithicSparse")];
-    for (options, name) in FORMS
-        .map(|(_, name)| (name, name))
-        .into_iter()
-        .chain(zeroed)
-    {
+    let writes = [
+        "write -P 7 1M 3M",
+        "write -P 9 4095k 5k",
+        "write -z 2M 128k",
+        "write -P 3 8704k 4k",
+    ];
+    let names = FORMS.map(|(_, name)| name).into_iter();
+    for options in names.chain(["monolithicSparse,zeroed_grain=on"]) {
         let folder = folder();
         let path = folder.path().join("a.vmdk");
         let options = format!("subformat={options}");
-        tool(
-            "qemu-img",
-            &[
-                "create",
-                "-q",
-                "-f",
-                "vmdk",
-                "-o",
-                &options,
-                text(&path),
-                "9M",
-            ],
-        );
-        let writes = [
-            "write -P 7 1M 3M",
-            "write -P 9 4095k 5k",
-            "write -z 2M 128k",
-            "write -P 3 8704k 4k",
-        ];
-        let args: Vec<&str> = writes.iter().flat_map(|write| ["-c", *write]).collect();
-        tool(
-            "qemu-io",
-            &[&["-f", "vmdk"], &args[..], &[text(&path)]].concat(),
-        );
-        let mut model = content("vmdk", &path, folder.path());
-        for seed in 0..3 {
-            let runtime = Runtime::new();
-            let (io, its, before) = (runtime.io.clone(), path.clone(), model.clone());
-            model = runtime
-                .block_on(async move {
-                    let disk = open_file(&io, &its, true).await;
-                    let shape = disk.activate().await.unwrap();
-                    assert_eq!(shape.size as usize, before.len());
-                    assert!(whole(&disk, shape.size).await.unwrap() == before);
-                    let mut model = before;
-                    scribble(&disk, &mut model, seed, 12).await.unwrap();
-                    disk.inactivate().await.unwrap();
-                    model
-                })
-                .unwrap();
-            assert!(content("vmdk", &path, folder.path()) == model, "{options}");
-            let write = format!("write -P {} {}k 70k", 20 + seed, 1000 * seed + 3);
-            tool("qemu-io", &["-f", "vmdk", "-c", &write, text(&path)]);
-            model = content("vmdk", &path, folder.path());
+        let open = async |io: Io, path: PathBuf| open_file(&io, &path, true).await;
+        goes_on_with_qemu("vmdk", &path, &["-o", &options], &writes, open, || {
             tool("qemu-img", &["check", "-f", "vmdk", text(&path)]);
-        }
-        assert!(name.starts_with('m') || name.starts_with('t'));
+        });
     }
 }
 
