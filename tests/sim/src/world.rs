@@ -425,6 +425,14 @@ impl<'a, B: Backend> World<'a, B> {
         assert!(problems.is_empty(), "{problems:#?}");
     }
 
+    /// Lets the queue end, then fails the test if anything is wrong.
+    #[track_caller]
+    pub fn close_clean(&mut self) {
+        self.close();
+        let problems = self.verdict();
+        assert!(problems.is_empty(), "{problems:#?}");
+    }
+
     /// Sends requests, runs, and fails the test if anything is wrong. Returns the answers.
     #[track_caller]
     pub fn serve(&mut self, specs: &[Spec]) -> Vec<crate::frontend::Answer> {

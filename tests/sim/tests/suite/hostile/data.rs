@@ -8,7 +8,7 @@ use sim::frontend::{BAD_GREF, RING_GREF};
 use sim::machine::Setup;
 use sim::spec::{Expect, Gref, Spec};
 
-use super::{closes_cleanly, each, requests, settle, unchanged};
+use super::{each, requests, settle, unchanged};
 
 #[test]
 fn h23_bad_grants_fail_their_request_only() {
@@ -128,7 +128,7 @@ fn h31_a_ring_page_as_data_confuses_nobody() {
                 world.send(&[honest.clone(), ring, honest]);
                 settle(world);
                 assert_eq!(world.engine.pass().broken, operation == OP_READ);
-                closes_cleanly(world);
+                world.close_clean();
                 let m = world.machine.borrow();
                 let answered: Vec<_> = m.front.answers.iter().map(|a| a.operation).collect();
                 assert_eq!(answered.len(), 3, "each is answered once: {answered:?}");

@@ -55,10 +55,3 @@ fn settle(world: &mut World<'_>) {
     }
     panic!("the engine does not come to rest");
 }
-
-#[track_caller]
-fn closes_cleanly(world: &mut World<'_>) {
-    world.close();
-    let problems = world.verdict();
-    assert!(problems.is_empty(), "{problems:#?}");
-}

@@ -11,7 +11,7 @@ use sim::ring::FakeRing;
 use sim::spec::{Expect, Spec};
 use sim::world::{Storage, World};
 
-use super::{closes_cleanly, each, settle, unchanged};
+use super::{each, settle, unchanged};
 
 #[test]
 fn h01_a_producer_index_beyond_the_ring_stops_it_for_good() {
@@ -29,7 +29,7 @@ fn h01_a_producer_index_beyond_the_ring_stops_it_for_good() {
             assert!(pass.broken && pass.taken == 0);
             assert_eq!(world.machine.borrow().host.mappings.len(), maps);
             assert_eq!(world.machine.borrow().accesses.slots, 1);
-            closes_cleanly(world);
+            world.close_clean();
             let answers = world.machine.borrow().front.answers.len();
             assert_eq!(answers, 1, "what was taken before is answered");
         });
@@ -143,7 +143,7 @@ fn h06_a_guest_that_consumes_nothing_gets_no_more_than_a_ring() {
         // The extra request is found at the next look at the index, and not served.
         assert!(world.engine.pass().broken);
         assert_eq!(world.machine.borrow().front.answers.len(), 32 * 4);
-        closes_cleanly(world);
+        world.close_clean();
     });
 }
 
