@@ -7,12 +7,13 @@ use super::tap::{
     end_load, image, same, slowest, start_load, start_load_with, wait_progress, DEVICE, VDEV,
 };
 use super::{Case, Context, Needs};
+use crate::backing::Holding;
 use crate::console::Job;
 use crate::guest::{Guest, Vbd, RUN_DIR};
 use crate::tap::{self, EventLog, Served};
 use crate::{hotplug, sh};
 use anyhow::{ensure, Context as _, Result};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How long xl may take to move a guest.
@@ -126,24 +127,85 @@ fn s27_qcow2(context: &mut Context) -> Result<()> {
 }
 
 /// Writes of the guest, more than one request each way could hold.
-pub(super) const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --direct=1 --ioengine=libaio --iodepth=64 \
+const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --direct=1 --ioengine=libaio --iodepth=64 \
      --rw=randwrite --verify=crc32c --verify_fatal=1 --do_verify=1 --serialize_overlap=1 --number_ios=256 \
      --output-format=terse";
 
+/// A guest that moves while writes of it are on their way, which their storage holds.
+pub(super) struct SlowMove {
+    pub(super) slow: Holding,
+    pub(super) events: EventLog,
+    pub(super) source: Served,
+    job: Job,
+    before: u32,
+    mover: JoinHandle<Result<Guest>>,
+}
+
+impl SlowMove {
+    /// It begins, with `words` before the target of its disk.
+    pub(super) fn begin(context: &mut Context, words: &str) -> Result<SlowMove> {
+        let slow = holding(context)?;
+        let events = EventLog::follow()?;
+        let guest = context.pvh()?;
+        let target = format!("{words}aio:{}", slow.path());
+        let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+        let job = guest.start(WRITES)?;
+        slow.wait_writes(32)?;
+        let guest = context.take(Needs::Pvh)?;
+        Ok(SlowMove {
+            slow,
+            events,
+            source,
+            job,
+            before: guest.domid,
+            mover: thread::spawn(move || guest.migrate(&[job])),
+        })
+    }
+
+    /// Waits until the guest has asked for something on the other side.
+    pub(super) fn arrived(&self) -> Result<Served> {
+        let mut found = None;
+        sh::wait_for("requests of the guest that arrived", MOVE, || {
+            let domain = crate::guest::newest_domain()?;
+            if domain <= self.before {
+                return Ok(false);
+            }
+            let Ok(disk) = Vbd::of(domain, VDEV).and_then(Served::of) else {
+                return Ok(false);
+            };
+            let waits = disk.minor != self.source.minor && disk.info()?.waiting > 0;
+            found = waits.then_some(disk);
+            Ok(waits)
+        })?;
+        found.context("the guest did not arrive")
+    }
+
+    /// It is over, with the guest served by `there`, if that is known. `check` is to be so before anything of the load.
+    pub(super) fn end(
+        self,
+        context: &mut Context,
+        there: Result<Served>,
+        check: impl FnOnce(&EventLog, &Served, &Served) -> Result<()>,
+    ) -> Result<()> {
+        let guest = self
+            .mover
+            .join()
+            .map_err(|_| anyhow::anyhow!("the move panicked"))?;
+        context.give(Needs::Pvh, guest?);
+        let there = there?;
+        check(&self.events, &self.source, &there)?;
+        let guest = context.pvh()?;
+        let done = guest.wait(self.job, MOVE)?;
+        done.succeeded("fio failed across the move of its guest")?;
+        same(guest, &self.slow.path(), 8)?;
+        there.detach(guest)
+    }
+}
+
 fn s19_slow_writes(context: &mut Context) -> Result<()> {
-    let slow = holding(context)?;
-    let events = EventLog::follow()?;
-    let guest = context.pvh()?;
-    let target = format!("aio:{}", slow.path());
-    let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
-    let job = guest.start(WRITES)?;
-    slow.wait_writes(32)?;
-    let guest = context.take(Needs::Pvh)?;
-    let before = guest.domid;
-    let mover = thread::spawn(move || guest.migrate(&[job]));
-    let arrived = arrived(before, &source);
+    let moving = SlowMove::begin(context, "")?;
     // What the destination asks for waits, as long as a write of the source is on its way.
-    let waits = arrived.and_then(|there| {
+    let waits = moving.arrived().and_then(|there| {
         let info = there.info()?;
         ensure!(
             info.committed == 0,
@@ -152,37 +214,12 @@ fn s19_slow_writes(context: &mut Context) -> Result<()> {
         );
         Ok(there)
     });
-    slow.let_go()?;
-    let guest = mover
-        .join()
-        .map_err(|_| anyhow::anyhow!("the move panicked"))?;
-    context.give(Needs::Pvh, guest?);
-    let there = waits?;
-    events.wait_for("inactive", source.minor, SOON)?;
-    events.wait_for("active", there.minor, SOON)?;
-    let guest = context.pvh()?;
-    let done = guest.wait(job, MOVE)?;
-    done.succeeded("fio failed across the move of its guest")?;
-    same(guest, &slow.path(), 8)?;
-    there.detach(guest)
-}
-
-/// Waits until the guest has asked for something on the other side.
-pub(super) fn arrived(before: u32, source: &Served) -> Result<Served> {
-    let mut found = None;
-    sh::wait_for("requests of the guest that arrived", MOVE, || {
-        let domain = crate::guest::newest_domain()?;
-        if domain <= before {
-            return Ok(false);
-        }
-        let Ok(disk) = Vbd::of(domain, VDEV).and_then(Served::of) else {
-            return Ok(false);
-        };
-        let waits = disk.minor != source.minor && disk.info()?.waiting > 0;
-        found = waits.then_some(disk);
-        Ok(waits)
-    })?;
-    found.context("the guest did not arrive")
+    moving.slow.let_go()?;
+    moving.end(context, waits, |events, source, there| {
+        events.wait_for("inactive", source.minor, SOON)?;
+        events.wait_for("active", there.minor, SOON)?;
+        Ok(())
+    })
 }
 
 /// Rounds of checkpoints.

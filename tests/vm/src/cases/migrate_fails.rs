@@ -4,8 +4,7 @@
 //! The other side is a shell that says what `xl migrate-receive` says, so that it can fail at exactly the moment that the
 //! case is about; what it has of the guest is a real domain, with a real disk.
 
-use super::death::holding;
-use super::migrate::{arrived, MOVE, SOON, WRITES};
+use super::migrate::{SlowMove, MOVE, SOON};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
 use super::{Case, Context, Needs};
 use crate::guest::{Config, Guest, Kind, Vbd, RUN_DIR};
@@ -237,36 +236,17 @@ fn both_ran(context: &mut Context) -> Result<()> {
 }
 
 fn deaths(context: &mut Context) -> Result<()> {
-    let slow = holding(context)?;
-    let events = EventLog::follow()?;
-    let guest = context.pvh()?;
     // The process does all, so it has the writes that are on their way.
-    let target = format!("direct=no,aio:{}", slow.path());
-    let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
-    let job = guest.start(WRITES)?;
-    slow.wait_writes(32)?;
-    let guest = context.take(Needs::Pvh)?;
-    let before = guest.domid;
-    let mover = thread::spawn(move || guest.migrate(&[job]));
-    let died = arrived(before, &source).and_then(|there| {
-        source.kill()?;
+    let moving = SlowMove::begin(context, "direct=no,")?;
+    let died = moving.arrived().and_then(|there| {
+        moving.source.kill()?;
         Ok(there)
     });
-    slow.let_go()?;
+    moving.slow.let_go()?;
     let there = died.and_then(|there| {
-        events.wait_for("active", there.minor, MOVE)?;
+        moving.events.wait_for("active", there.minor, MOVE)?;
         there.kill()?;
         Ok(there)
     });
-    let guest = mover
-        .join()
-        .map_err(|_| anyhow::anyhow!("the move panicked"))?;
-    context.give(Needs::Pvh, guest?);
-    let there = there?;
-    source.wait_gone()?;
-    let guest = context.pvh()?;
-    let done = guest.wait(job, MOVE)?;
-    done.succeeded("fio failed across the move of its guest")?;
-    same(guest, &slow.path(), 8)?;
-    there.detach(guest)
+    moving.end(context, there, |_, source, _| source.wait_gone())
 }
