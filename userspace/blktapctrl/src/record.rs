@@ -106,6 +106,19 @@ pub struct Part {
     pub locked: bool,
 }
 
+impl Part {
+    /// The image goes on from it.
+    #[must_use]
+    pub fn is_parent(&self) -> bool {
+        self.role == Role::Parent
+    }
+}
+
+/// Those parts from which the image goes on.
+pub fn parents(parts: &[Part]) -> impl Iterator<Item = &Part> {
+    parts.iter().filter(|part| part.is_parent())
+}
+
 /// A file below the image, as the kernel knows it: its place in the list says by which number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lent {

@@ -18,7 +18,7 @@ use super::{Admission, Beside};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
-use crate::record::{Part, Record, Role};
+use crate::record::{parents, Part, Record, Role};
 use control::supervisor::{Doing, Mode};
 use control::tapdisk::Open;
 use control::{Code, Failure};
@@ -217,9 +217,9 @@ impl Admission {
 /// what that went on from.
 fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
     let record = disk.record.borrow();
-    let parents = record.parts.iter().filter(|part| part.role == Role::Parent);
     let had = |part: &Part| file.is(part.identity, part.born);
-    role == Role::Parent && (file.is(record.identity, record.born) || parents.clone().any(had))
+    role == Role::Parent
+        && (file.is(record.identity, record.born) || parents(&record.parts).any(had))
 }
 
 /// What is in the image's own folder and cannot be another guest's disk: what nobody may write, for

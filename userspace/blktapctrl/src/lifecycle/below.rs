@@ -16,7 +16,7 @@ use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::kernel::IMAGE;
-use crate::record::{Lent, Part, Role};
+use crate::record::{parents, Lent, Part};
 use control::supervisor::What;
 use control::tapdisk::Open;
 use control::Failure;
@@ -66,15 +66,8 @@ impl Lifecycle {
         if is_written(disk) || !may_lend(open) {
             return;
         }
-        let parents: Vec<Part> = {
-            let record = disk.record.borrow();
-            let parts = record.its_parts().iter();
-            parts
-                .filter(|part| part.role == Role::Parent)
-                .cloned()
-                .collect()
-        };
-        for part in parents {
+        let all: Vec<Part> = parents(disk.record.borrow().its_parts()).cloned().collect();
+        for part in all {
             let lent = async {
                 let Some(number) = self.number(disk, &part)? else {
                     return Ok(());

@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::log::tell;
 use crate::overlay;
-use crate::record::{Mirrored, Role};
+use crate::record::{parents, Mirrored, Role};
 use control::{Code, Driver, Failure};
 use std::sync::Arc;
 
@@ -43,8 +43,7 @@ pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
 /// becomes of it is decided by who has named it.
 pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
     let record = disk.record.borrow();
-    let mut parents = record.parts.iter().filter(|part| part.role == Role::Parent);
-    if parents.any(|part| image.is(part.identity, part.born)) {
+    if parents(&record.parts).any(|part| image.is(part.identity, part.born)) {
         return Ok(());
     }
     Err(Failure::invalid(format!(

@@ -24,7 +24,7 @@ use crate::link::EVER;
 use crate::log::tell;
 use crate::overlay;
 use crate::process::OPEN;
-use crate::record::{Next, Overlay, Role, Want};
+use crate::record::{parents, Next, Overlay, Want};
 use control::supervisor::{Doing, Mode, Snapshot, What};
 use control::tapdisk::{Open, Request};
 use control::{Code, Driver, Failure, LeaseKind, Target};
@@ -385,8 +385,8 @@ pub(super) async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapsho
     let parent = {
         let record = disk.record.borrow();
         record.open.as_ref().filter(|open| open.target == *target)?;
-        let mut parts = record.parts.iter();
-        parts.find(|part| part.role == Role::Parent)?.path.clone()
+        let parent = parents(&record.parts).next()?;
+        parent.path.clone()
     };
     let found = image::find(&parent).await;
     Some(Snapshot {

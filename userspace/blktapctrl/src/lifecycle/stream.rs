@@ -11,7 +11,7 @@ use crate::disk::{Disk, Fate};
 use crate::link::unexpected;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::{Mirrored, Part, Role, Streamed};
+use crate::record::{parents, Mirrored, Streamed};
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request};
@@ -151,13 +151,12 @@ impl Lifecycle {
         if rests || disk.record.borrow().stream.as_ref() != Some(wanted) {
             return Ok(());
         }
-        let is_parent = |part: &Part| part.role == Role::Parent;
-        let has_parents = disk.record.borrow().parts.iter().any(is_parent);
+        let has_parents = parents(&disk.record.borrow().parts).next().is_some();
         if serves(disk, wanted) && outcome == Streaming::Done && has_parents {
             // Its process has them open, whatever it says.
             self.renew(disk, |record| {
                 record.stream = None;
-                record.parts.retain(|part| !is_parent(part));
+                record.parts.retain(|part| !part.is_parent());
             })
             .await?;
         } else {
