@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where the guest of a disk has written since a moment that has a name.
 
+use crate::text::as_text;
 use crate::Failure;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -37,19 +38,7 @@ impl FromStr for MarkName {
     }
 }
 
-impl TryFrom<String> for MarkName {
-    type Error = Failure;
-
-    fn try_from(text: String) -> Result<Self, Failure> {
-        text.parse()
-    }
-}
-
-impl From<MarkName> for String {
-    fn from(name: MarkName) -> Self {
-        name.0
-    }
-}
+as_text!(MarkName);
 
 impl fmt::Display for MarkName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,6 +2,7 @@
 //! Limits that several disks share: a group, and the part of its limits that a disk has for a while.
 
 use crate::changed::{is_name, LONGEST_NAME};
+use crate::text::as_text;
 use crate::{Failure, Limits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -30,19 +31,7 @@ impl FromStr for GroupName {
     }
 }
 
-impl TryFrom<String> for GroupName {
-    type Error = Failure;
-
-    fn try_from(text: String) -> Result<Self, Failure> {
-        text.parse()
-    }
-}
-
-impl From<GroupName> for String {
-    fn from(name: GroupName) -> Self {
-        name.0
-    }
-}
+as_text!(GroupName);
 
 impl fmt::Display for GroupName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -76,22 +65,16 @@ impl FromStr for InGroup {
     }
 }
 
-impl TryFrom<String> for InGroup {
-    type Error = Failure;
-
-    fn try_from(text: String) -> Result<Self, Failure> {
-        text.parse()
-    }
-}
-
-impl From<InGroup> for String {
-    fn from(group: InGroup) -> Self {
-        match group {
-            InGroup::None => InGroup::NONE.into(),
-            InGroup::Named(name) => name.into(),
+impl fmt::Display for InGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str(Self::NONE),
+            Self::Named(name) => name.fmt(f),
         }
     }
 }
+
+as_text!(InGroup);
 
 /// How much may be done in a second. What is not there is not limited; 0 is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -45,6 +45,7 @@ pub mod stats;
 pub mod supervisor;
 pub mod tapdisk;
 mod target;
+mod text;
 mod tls;
 mod trace;
 mod vdev;

@@ -4,6 +4,7 @@
 mod key;
 mod words;
 
+use crate::text::as_text;
 use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -628,19 +629,7 @@ impl FromStr for Target {
     }
 }
 
-impl TryFrom<String> for Target {
-    type Error = Failure;
-
-    fn try_from(text: String) -> Result<Self, Failure> {
-        text.parse()
-    }
-}
-
-impl From<Target> for String {
-    fn from(target: Target) -> Self {
-        target.to_string()
-    }
-}
+as_text!(Target);
 
 #[cfg(test)]
 mod tests {
