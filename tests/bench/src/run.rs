@@ -2,7 +2,8 @@
 //! A run: in each part each backend in turn, forth and back, as many rounds as wanted.
 
 use crate::backends::{Backend, Driver, Store, Way, PROCESS};
-use crate::disks::{Drivers, Stores};
+use crate::disks::Stores;
+use crate::drivers::Drivers;
 use crate::guest::{Guest, Shape};
 use crate::jobs::{self, Job, Setting, Work};
 use crate::many::{self, Disks};

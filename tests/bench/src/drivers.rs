@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Who serves the disks in the kernel.
+
+use crate::backends::Driver;
+use crate::sh;
+use anyhow::Result;
+use std::path::Path;
+
+const WASTEFUL: &str = "/t/wasteful.ko";
+/// The drivers that are compared, as modules.
+const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
+/// The drivers must come and go when we say so, not when a disk appears.
+const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
+
+/// Which driver is loaded.
+#[derive(Debug)]
+pub(crate) struct Drivers {
+    ours: String,
+    loaded: Driver,
+}
+
+impl Drivers {
+    /// Nothing may be loaded yet: the machine boots with `noblkback`.
+    pub(crate) fn new(ours: &str) -> Result<Drivers> {
+        std::fs::create_dir_all("/etc/modprobe.d")?;
+        sh::put("/etc/modprobe.d/bench.conf", NO_ALIASES)?;
+        Ok(Drivers {
+            ours: ours.to_owned(),
+            loaded: Driver::None,
+        })
+    }
+
+    /// Puts `wanted` in place of what was there. No disk may be attached.
+    pub(crate) fn switch(&mut self, wanted: Driver) -> Result<()> {
+        if self.loaded == wanted {
+            return Ok(());
+        }
+        self.unload()?;
+        let name = match wanted {
+            Driver::Ours | Driver::Wasteful => {
+                let file = match wanted {
+                    Driver::Wasteful => WASTEFUL,
+                    _ => &self.ours,
+                };
+                sh::run(&["insmod", file])?;
+                "xen-blkback-rs"
+            }
+            Driver::C(parameter) => {
+                sh::run(&["modprobe", "xen-blkback", parameter])?;
+                "vbd"
+            }
+            Driver::None => return Ok(()),
+        };
+        self.loaded = wanted;
+        let dir = Path::new("/sys/bus/xen-backend/drivers").join(name);
+        sh::wait_for("the registration of the driver", || Ok(dir.exists()))
+    }
+
+    /// Takes the driver away: the next one sees how many processors there are now.
+    pub(crate) fn unload(&mut self) -> Result<()> {
+        match std::mem::replace(&mut self.loaded, Driver::None) {
+            Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
+            Driver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
+            Driver::None => String::new(),
+        };
+        Ok(())
+    }
+
+    /// The functions of the modules of [`MODULES`] and where they are.
+    pub(crate) fn functions() -> Result<Vec<(String, String)>> {
+        let text = sh::get("/proc/kallsyms")?;
+        Ok(text.lines().filter_map(function).collect())
+    }
+
+    /// The modules of dom0 and where their text begins.
+    pub(crate) fn places() -> Result<Vec<(String, String)>> {
+        let text = sh::get("/proc/modules")?;
+        Ok(text.lines().filter_map(place).collect())
+    }
+}
+
+/// `NAME SIZE USES DEPENDENTS STATE ADDRESS`
+fn place(line: &str) -> Option<(String, String)> {
+    let mut words = line.split_whitespace();
+    let name = words.next()?.to_owned();
+    let address = words.nth(4)?.trim_start_matches("0x").to_owned();
+    Some((name, address))
+}
+
+/// `ADDRESS TYPE NAME\t[MODULE]`
+fn function(line: &str) -> Option<(String, String)> {
+    let (symbol, module) = line.split_once("\t[")?;
+    if !MODULES.contains(&module.trim_end_matches(']')) {
+        return None;
+    }
+    let mut words = symbol.split_whitespace();
+    let (address, kind, name) = (words.next()?, words.next()?, words.next()?);
+    kind.eq_ignore_ascii_case("t")
+        .then(|| (name.to_owned(), address.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{function, place};
+
+    #[test]
+    fn function_of_a_driver() {
+        let line = "ffffffffc0a11010 t submit\t[xen_blkback_rs]";
+        let found = function(line).unwrap();
+        assert_eq!(found, ("submit".into(), "ffffffffc0a11010".into()));
+        assert_eq!(function("ffffffffc0a11010 t submit\t[null_blk]"), None);
+        assert_eq!(function("ffffffffc0a11010 d data\t[xen_blkback_rs]"), None);
+        assert_eq!(function("ffffffff81000000 T _text"), None);
+    }
+
+    #[test]
+    fn place_of_a_module() {
+        let line = "null_blk 98304 1 - Live 0xffffffffc0a11000 (E)";
+        let found = place(line).unwrap();
+        assert_eq!(found, ("null_blk".into(), "ffffffffc0a11000".into()));
+    }
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Images and exports, made by QEMU's tools.
+
+use crate::sh;
+use anyhow::Result;
+use std::path::Path;
+
+/// Where QEMU's NBD server listens, and its number.
+pub(crate) const EXPORT: &str = "/run/bench.nbd";
+const SERVER: &str = "/run/bench-nbd.pid";
+/// The key of what is encrypted.
+const KEY: &str = "/run/bench.key";
+/// Images in a chain, with the raw one at its end.
+const CHAIN: u32 = 10;
+/// What qemu-io is told.
+const WRITES: &str = "/run/bench-writes";
+
+/// Writes all that a disk has to an image.
+pub(crate) fn convert(disk: &str, format: &str, image: &str) -> Result<()> {
+    // Without looking for zeroes: all of it is written.
+    let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
+    sh::run(&[&convert[..], &[disk, image]].concat()).map(drop)
+}
+
+/// Writes all that a disk has to an image that is encrypted, whose key is made anew.
+pub(crate) fn seal(disk: &str, image: &str, mib: u32) -> Result<()> {
+    sh::shell(&format!(
+        "umask 077; head -c 32 /dev/urandom | base64 -w 0 > {KEY}"
+    ))?;
+    let key = format!("secret,id=s,file={KEY}");
+    // A key that takes long to try costs at the attach only.
+    let options = "key-secret=s,iter-time=10";
+    let size = format!("{mib}M");
+    let create = ["qemu-img", "create", "-q", "--object", &key, "-f", "luks"];
+    sh::run(&[&create[..], &["-o", options, image, &size]].concat())?;
+    let target = format!("driver=luks,key-secret=s,file.filename={image}");
+    let convert = ["qemu-img", "convert", "-n", "-S", "0", "--object", &key];
+    let source = ["-f", "raw", disk, "--target-image-opts", &target];
+    sh::run(&[&convert[..], &source].concat()).map(drop)
+}
+
+/// Makes a new image over another one.
+pub(crate) fn over(below: &str, format: &str, image: &str) -> Result<()> {
+    let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", format];
+    sh::run(&[&over[..], &["-b", below, image]].concat()).map(drop)
+}
+
+/// Makes an image of which nothing has a place.
+pub(crate) fn empty(image: &str, mib: u32) -> Result<()> {
+    let new = ["qemu-img", "create", "-q", "-f", "qcow2", image];
+    sh::run(&[&new[..], &[&format!("{mib}M")]].concat()).map(drop)
+}
+
+/// Makes a chain of images, from a raw one at `bottom` to `top`, that have the disk together: of each [`CHAIN`] clusters
+/// one is in each image.
+pub(crate) fn chain(bottom: &str, top: &str, mib: u32) -> Result<()> {
+    let (mut below, mut format) = (bottom.to_owned(), "raw");
+    sh::run(&["truncate", "--size", &format!("{mib}M"), bottom])?;
+    write_part(&below, format, 0, mib)?;
+    for number in 1..CHAIN {
+        sh::run(&["chmod", "a-w", &below])?;
+        let path = match number + 1 {
+            CHAIN => top.to_owned(),
+            _ => format!("{bottom}.{number}"),
+        };
+        over(&below, format, &path)?;
+        (below, format) = (path, "qcow2");
+        write_part(&below, format, number, mib)?;
+    }
+    Ok(())
+}
+
+/// Writes those clusters of a disk that the image of this number is to have.
+fn write_part(image: &str, format: &str, number: u32, mib: u32) -> Result<()> {
+    let clusters = (number..mib * 16).step_by(CHAIN as usize);
+    let writes = clusters.map(|cluster| format!("write -q {}k 64k\n", cluster * 64));
+    std::fs::write(WRITES, writes.collect::<String>())?;
+    sh::shell(&format!("qemu-io -t none -f {format} {image} < {WRITES}")).map(drop)
+}
+
+/// Exports a disk by QEMU's server, past dom0's page cache.
+pub(crate) fn serve(disk: &str) -> Result<()> {
+    let server = [
+        "qemu-nbd",
+        "--fork",
+        "--persistent",
+        "--format=raw",
+        "--cache=none",
+        "--export-name=disk",
+    ];
+    let place = ["--socket", EXPORT, "--pid-file", SERVER, disk];
+    sh::run(&[&server[..], &place].concat()).map(drop)
+}
+
+/// Ends the server, if there is one, and waits for its end.
+pub(crate) fn end_server() -> Result<()> {
+    let Ok(pid) = std::fs::read_to_string(SERVER) else {
+        return Ok(());
+    };
+    let process = Path::new("/proc").join(pid.trim());
+    sh::run(&["kill", pid.trim()])?;
+    sh::wait_for("the end of qemu-nbd", || Ok(!process.exists()))?;
+    Ok(std::fs::remove_file(SERVER)?)
+}
