@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What a queue was to execute by itself, and the process does: what was recalled, failed, or given back.
+
+use super::{extent, number, Disk, BACKING, SIZE};
+use ring::response::Status;
+use ring::tap::abi;
+use ring::tap::extent::{Access, Extent, Sectors};
+use ring::tap::map::Refused;
+use ring::tap::shadow::{Committed, Op};
+
+#[test]
+fn what_is_recalled_before_it_was_begun_is_for_the_process() {
+    let mut disk = Disk::mapped(8);
+    disk.begin_write(0, 0);
+    disk.post(1, Op::Write, 0, 8);
+    disk.post(3, Op::Read, 0, 8);
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.told(), 0b10);
+    disk.recall(0, 8);
+    assert_eq!(disk.resume(1), []);
+    assert!(disk.shadow.has_deliverable());
+    assert_eq!(disk.tags(), [1]);
+    // The last of all is recalled: nobody sorts any more.
+    disk.done(1);
+    disk.reap(1);
+    disk.begin_write(5, 64);
+    disk.post(7, Op::Write, 64, 8);
+    assert_eq!(disk.ended(5, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.told(), 0b10);
+    disk.map().recall(&Sectors::ALL);
+    assert_eq!(disk.resume(1), []);
+    assert_eq!(disk.tags(), [3, 7]);
+}
+
+#[test]
+fn what_failed_is_executed_again_by_the_process() {
+    for (op, status) in [(Op::Write, Status::Error), (Op::Read, Status::NotSupported)] {
+        let mut disk = Disk::mapped(8);
+        disk.post(0, op, 0, 8);
+        assert!(disk.begin(0).is_some());
+        disk.post(1, Op::Write, 0, 8);
+        assert_eq!(disk.ended(0, status), None);
+        assert_eq!(
+            disk.told(),
+            0,
+            "it is not tried again, and it is in the way"
+        );
+        assert_eq!((disk.info().executing, disk.info().direct), (0, 0));
+        let descs = disk.descs();
+        let [desc] = descs.as_slice() else {
+            panic!("{descs:?}");
+        };
+        assert_eq!((desc.tag, desc.flags), (0, abi::DESC_REPLAY));
+        assert_eq!((desc.generation, desc.deliveries), (1, 1));
+        disk.done(0);
+        assert_eq!(disk.reap(0), [(0, Status::Okay)]);
+        assert_eq!(disk.told(), 0b10);
+        assert_eq!(disk.resume(1), [1]);
+    }
+}
+
+#[test]
+fn flushes_wait_for_what_failed() {
+    let mut disk = Disk::mapped(8);
+    assert_eq!(disk.map().set_flush(), Ok(()));
+    disk.begin_write(0, 0);
+    assert_eq!(disk.ended(0, Status::Error), None);
+    disk.post(1, Op::Flush, 0, 0);
+    assert_eq!(
+        disk.begin(1),
+        None,
+        "it may be of a write that is executed again"
+    );
+    assert_eq!(disk.tags(), [0]);
+    disk.done(0);
+    assert_eq!(disk.told(), 0b10);
+    assert_eq!(disk.resume(1), [1]);
+    disk.post(2, Op::Flush, 0, 0);
+    assert!(
+        disk.begin(2).is_some(),
+        "nothing is executed again any more"
+    );
+}
+
+#[test]
+fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
+    let mut disk = Disk::mapped(8);
+    disk.post(0, Op::Flush, 0, 0);
+    assert_eq!(disk.begin(0), None);
+    assert_eq!(disk.tags(), [0]);
+    assert_eq!(disk.map().set_flush(), Ok(()));
+    disk.post(1, Op::Flush, 0, 0);
+    let start = disk.begin(1).expect("now it is");
+    assert_eq!((start.op, start.backing), (abi::OP_FLUSH, Some(number(0))));
+    assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+    // Also if nothing else is mapped.
+    disk.recall(0, SIZE);
+    disk.post(1, Op::Flush, 0, 0);
+    assert!(disk.begin(1).is_some());
+    // Nobody knows what a second one would do.
+    assert_eq!(disk.ended(1, Status::Error), Some(Status::Error));
+    assert_eq!((disk.info().executing, disk.info().waiting), (0, 0));
+    assert!(disk.map().add_backing(number(1), BACKING));
+    disk.post(1, Op::Flush, 0, 0);
+    assert_eq!(disk.begin(1), None, "there are two");
+    assert_eq!(disk.map().set_flush(), Err(Refused::NoBacking));
+    assert!(disk.map().remove_backing(number(1)));
+    disk.post(2, Op::Flush, 0, 0);
+    assert_eq!(disk.begin(2), None, "all was taken back");
+    assert_eq!(disk.tags(), [1, 2]);
+}
+
+#[test]
+fn a_delivered_write_takes_back_what_may_only_be_read_of_its_range() {
+    let mut disk = Disk::unmapped(8);
+    disk.set(0, 64, Access::Read);
+    disk.post(0, Op::Write, 8, 8);
+    assert_eq!(disk.begin(0), None);
+    assert_eq!(disk.tags(), [0]);
+    let extents: Vec<Extent> = disk.map().extents().copied().collect();
+    let rest = [extent(0, 8, Access::Read), extent(16, 48, Access::Read)];
+    assert_eq!(extents, rest);
+    let between = disk.map().generation();
+    // It looks where the range is while it executes the write.
+    let old = extent(8, 8, Access::Read);
+    assert_eq!(disk.map().set(&old, between), Ok(()));
+    disk.done(0);
+    let extents: Vec<Extent> = disk.map().extents().copied().collect();
+    assert_eq!(extents, rest, "at the answer again");
+    assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+    disk.set(8, 8, Access::Read);
+    // What may be written is written where it is; here by the process, for it is no whole block.
+    disk.set(128, 64, Access::ReadWrite);
+    disk.post(1, Op::Write, 129, 1);
+    assert_eq!(disk.begin(1), None);
+    assert_eq!(disk.tags(), [1]);
+    disk.done(1);
+    disk.post(2, Op::Read, 128, 8);
+    assert!(disk.begin(2).is_some());
+}
+
+#[test]
+fn a_delivered_discard_takes_back_its_range() {
+    for op in [Op::Discard, Op::WriteZeroes, Op::SecureDiscard] {
+        let mut disk = Disk::mapped(8);
+        let before = disk.map().generation();
+        disk.post(0, op, 64, 64);
+        assert_eq!(disk.begin(0), None);
+        assert_eq!(disk.map().extents().count(), 1, "nobody has it yet");
+        assert_eq!(disk.tags(), [0]);
+        assert_eq!(disk.map().extents().count(), 2, "{op:?}");
+        let between = disk.map().generation();
+        let old = extent(64, 64, Access::ReadWrite);
+        assert_eq!(disk.map().set(&old, before), Err(Refused::Stale));
+        assert_eq!(disk.map().set(&old, between), Ok(()));
+        disk.done(0);
+        assert_eq!(disk.map().extents().count(), 2, "at the answer again");
+        assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+    }
+}
+
+#[test]
+fn a_change_that_has_no_queue_any_more_is_one_all_the_same() {
+    let mut disk = Disk::mapped(8);
+    disk.post(0, Op::Discard, 64, 64);
+    assert_eq!(disk.tags(), [0]);
+    let between = disk.map().generation();
+    assert_eq!(disk.shadow.orphan(0), 1);
+    assert_eq!(disk.commit(0, 1, 0), Committed::Released);
+    let old = extent(64, 64, Access::ReadWrite);
+    assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+}
+
+/// A process has found out where something is, discards it, and dies: nobody executes the discard again, and what was
+/// found is not true.
+#[test]
+fn a_discard_that_nobody_answers_takes_back_its_range_too() {
+    let ends: [fn(&mut Disk); 3] = [
+        |disk| {
+            disk.shadow.withdraw(0);
+        },
+        |disk| {
+            assert_eq!(disk.shadow.fail_waiting(8).count, 1);
+        },
+        // Its queue went first.
+        |_| (),
+    ];
+    for (number, end) in ends.into_iter().enumerate() {
+        let mut disk = Disk::mapped(8);
+        disk.post(0, Op::Discard, 64, 64);
+        assert_eq!(disk.tags(), [0]);
+        let between = disk.map().generation();
+        let old = extent(64, 64, Access::ReadWrite);
+        assert_eq!(disk.map().set(&old, between), Ok(()));
+        if number == 2 {
+            assert_eq!(disk.shadow.orphan(0), 1);
+        }
+        disk.die();
+        end(&mut disk);
+        let range = Sectors::new(64, 64).unwrap();
+        let left = disk
+            .map()
+            .extents()
+            .filter(|e| e.range.common(&range).is_some());
+        assert_eq!(left.count(), 0, "{number}");
+        assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+    }
+}
+
+#[test]
+fn what_the_process_gives_back_is_delivered_again() {
+    let mut disk = Disk::unmapped(8);
+    disk.post(0, Op::Write, 0, 8);
+    assert_eq!(disk.tags(), [0]);
+    let returned = disk.commit(0, 1, abi::COMPLETION_RETURNED);
+    assert_eq!(returned, Committed::Returned);
+    disk.set(0, SIZE, Access::ReadWrite);
+    assert_eq!(disk.told(), 0, "a process had it");
+    assert_eq!(disk.tags(), [0]);
+}
