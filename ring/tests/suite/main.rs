@@ -31,7 +31,7 @@ pub mod tap_case;
 pub mod tap_model;
 #[path = "../../../tests/fuzz/src/tap_oracle.rs"]
 pub mod tap_oracle;
-#[path = "../../../tests/fuzz/src/tap_pair.rs"]
+#[path = "../../../tests/fuzz/src/tap_pair/mod.rs"]
 pub mod tap_pair;
 
 mod honest;

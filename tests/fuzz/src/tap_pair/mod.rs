@@ -2,19 +2,25 @@
 
 //! The shadow of a tap disk beside its model: the same steps are done to both, and both are compared.
 
+mod direct;
+mod process;
+mod seen;
+mod step;
+
 use ring::numbers::DiskTag;
 use ring::response::Status;
 use ring::tap::abi;
-use ring::tap::checked::{Claimed, Commit, Fence, Outcome};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::{Backing, Map};
-use ring::tap::shadow::direct::{Part, Parts, Start};
-use ring::tap::shadow::{Committed, Delivered, Op, Request, Shadow};
+use ring::tap::checked::{Commit, Outcome};
+use ring::tap::extent::BackingNumber;
+use ring::tap::map::Backing;
+use ring::tap::shadow::{Committed, Delivered, Request, Shadow};
 use ring::tap::table::Entry;
 
-use crate::tap_model::{wire, Claim, For, Mappings, Model, Stage, Undone, VecMap, ARRIVED};
+use crate::tap_model::{wire, For, Mappings, Model, Stage, Undone, VecMap, ARRIVED};
 use crate::tap_oracle;
+use direct::mappings;
+pub use seen::Seen;
+pub use step::{Step, OVER};
 
 /// Queues that most requests come from.
 pub const QUEUES: u16 = 2;
@@ -39,144 +45,11 @@ pub const BACKINGS: [Backing; 2] = [
     },
 ];
 
-/// What is done to a shadow. An `ago` is how many openers earlier the process is that calls.
-#[derive(Clone, Copy, Debug)]
-pub enum Step {
-    /// A queue posts a request.
-    Post(u16, u16, Request),
-    /// The process fetches at most so many; and with its `ago`.
-    Deliver(usize, u64),
-    /// It commits a tag: with its generation or one beside it; and with its `ago`.
-    Commit(u16, Outcome, u32, u64),
-    /// It says any 16 bytes, as a completion; and with its `ago`.
-    Say([u8; 16], u64),
-    /// It asks whether there is something to fetch.
-    Look,
-    /// A queue takes at most so many results.
-    Reap(u16, usize),
-    /// A process opens the disk.
-    Open,
-    /// So many deaths at a request are enough.
-    Limit(u8),
-    /// It says that the last death was no fault of a request; and with its `ago`.
-    Excuse(u64),
-    /// It says when its I/O is over after its end; and with its `ago`.
-    Claim(Fence, u64),
-    /// It starts it; and with its `ago`.
-    Start(u64),
-    /// It is gone.
-    Close,
-    /// No I/O of it is to be seen.
-    Quiet,
-    /// So many milliseconds pass.
-    Pass(u32),
-    /// A queue begins to close.
-    Withdraw(u16),
-    /// A queue is gone.
-    Orphan(u16),
-    /// The time without a process is over: at most so many fail.
-    Fail(usize),
-    /// A queue posts a request, and begins it if it can.
-    Begin(u16, u16, Request),
-    /// A queue begins at most so many that waited.
-    Resume(u16, usize),
-    /// A queue has executed a tag, with this result.
-    End(u16, Status),
-    /// The process says that a range is in a backing, or [`ZEROES`]; it knows that many changes less than there were.
-    Set(Sectors, Access, u16, u32),
-    /// It says that much of what requests are near to is in a backing, but in parts that lie in another order.
-    Scatter(u16),
-    /// It says that a flush is one of the backing.
-    SetFlush,
-    /// It takes a range back.
-    Recall(Sectors),
-    /// The disk gets a backing.
-    Add(u16),
-    /// The disk loses a backing.
-    Remove(u16),
-}
-
-/// After the end of a process its I/O is over.
-pub const OVER: [Step; 3] = [Step::Quiet, Step::Pass(abi::MAX_SETTLE_MS), Step::Quiet];
-
-/// What happened in a run; the callers check that runs are not vacuous.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    /// Requests posted.
-    pub posted: u64,
-    /// Deliveries.
-    pub delivered: u64,
-    /// Those of requests that were delivered before.
-    pub replayed: u64,
-    /// Requests that waited for others when the process got all that it could.
-    pub blocked: u64,
-    /// Completions that gave a request its result.
-    pub committed: u64,
-    /// Requests that were returned.
-    pub returned: u64,
-    /// Requests without a queue that were released.
-    pub released: u64,
-    /// Completions that named no delivery.
-    pub refused: u64,
-    /// Completions that were malformed.
-    pub malformed: u64,
-    /// Processes that were fenced, with requests or without.
-    pub deaths: u64,
-    /// Requests that failed because nobody served them, or their queue closed.
-    pub failed: u64,
-    /// Requests that failed because processes died of them.
-    pub poisoned: u64,
-    /// Claims of processes that were served, and were not from then on.
-    pub claimed_again: u64,
-    /// Claims of processes that were served on.
-    pub widened: u64,
-    /// Looks at which I/O of a dead process could still go on where nobody sees it.
-    pub unsettled: u64,
-    /// Requests that failed because nobody can know whether they are over.
-    pub lost: u64,
-    /// Requests that a queue began at once.
-    pub begun: u64,
-    /// Of these, those that were in more than one part.
-    pub begun_in_parts: u64,
-    /// Of those that were begun, those that read zeroes.
-    pub begun_with_zeroes: u64,
-    /// Requests that a queue began when they had waited for others.
-    pub resumed: u64,
-    /// Of those that it was to begin, those that were not mapped any more.
-    pub missed: u64,
-    /// Requests that a queue executed.
-    pub executed: u64,
-    /// Requests that failed there.
-    pub redone: u64,
-}
-
 /// Takes the place of a backing's number where there is none, but zeroes.
 pub const ZEROES: u16 = BACKINGS.len() as u16;
 
 fn number(backing: u16) -> BackingNumber {
     BackingNumber::new(backing).expect("a small number")
-}
-
-/// Parts of 16 sectors, of which two have changed places.
-fn scatter(map: &mut VecMap, backing: u16) {
-    for part in 0..264 {
-        let extent = Extent {
-            range: Sectors::new(16 * part, 16).expect("it is not empty"),
-            place: 16 * (part ^ 1),
-            source: Source::Backing(number(backing)),
-            access: Access::ReadWrite,
-        };
-        let _taken = map.set(&extent, map.generation());
-    }
-}
-
-fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
-    let (slots, leaves) = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
-    let mut map = Map::new(slots, leaves, SIZE, true);
-    for (backing, what) in (0..backings).zip(BACKINGS) {
-        assert!(map.add_backing(number(backing), what));
-    }
-    Box::new(map)
 }
 
 /// Both, side by side.
@@ -309,137 +182,6 @@ impl Pair {
         self.told |= self.shadow.take_resumable();
         self.model.sort();
         self.compare();
-    }
-
-    /// A queue begins what it has just posted, or what else has this tag.
-    fn begin(&mut self, tag: u16) {
-        let waits = |s: &u64| {
-            let request = &self.model.undone[s];
-            request.stage == Stage::Waiting && request.whose == For::Unknown
-        };
-        let sequence = self.model.sequence_of(tag).filter(waits);
-        let free = sequence.filter(|s| self.model.blocker(*s).is_none());
-        let expected = free.and_then(|s| self.expect_start(s));
-        let mut parts = Parts::default();
-        let start = self.shadow.begin(DiskTag::new(tag), &mut parts);
-        let got = start.map(|start| (start, parts.as_slice().to_vec()));
-        assert_eq!(got, expected, "{self:?}");
-        self.seen.begun += u64::from(start.is_some());
-        self.seen.begun_in_parts += u64::from(start.is_some() && parts.as_slice().len() > 1);
-        let reads_zeroes = parts.as_slice().iter().any(|part| part.sector.is_none());
-        self.seen.begun_with_zeroes += u64::from(start.is_some() && reads_zeroes);
-    }
-
-    /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
-    fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<Part>)> {
-        let (backing, parts) = self.model.place(sequence)?;
-        let request = self.model.undone.get_mut(&sequence).expect("it waits");
-        request.stage = Stage::Direct(backing);
-        let start = Start {
-            backing,
-            op: wire(request.request.op),
-            sectors: request.range().end - request.range().start,
-            segments: request.request.segments,
-        };
-        Some((start, parts))
-    }
-
-    fn resume(&mut self, queue: u16, max: usize) {
-        let ready = self.model.ready(queue);
-        let gone = |s: &&u64| self.model.clone().place(**s).is_none();
-        let missed = ready.iter().filter(gone).count();
-        // Which of them it tries first is its affair.
-        let max = if missed > 0 { usize::MAX } else { max };
-        self.told &= !1u64.wrapping_shl(queue.into());
-        let mut got = Vec::new();
-        let each = |tag: DiskTag, start, parts: &[Part]| {
-            got.push((tag.number(), (start, parts.to_vec())));
-        };
-        self.shadow.resume(queue, max, each);
-        assert_eq!(got.len(), max.min(ready.len() - missed), "{self:?}");
-        for (tag, start) in &got {
-            let sequence = self.model.sequence_of(*tag).expect("it waits");
-            assert!(ready.contains(&sequence), "{self:?}");
-            let expected = self.expect_start(sequence);
-            assert_eq!(Some(start), expected.as_ref(), "{self:?}");
-        }
-        if max == usize::MAX {
-            for sequence in self.model.ready(queue) {
-                let request = self.model.undone.get_mut(&sequence);
-                request.expect("it waits").whose = For::Process;
-            }
-        }
-        self.seen.resumed += got.len() as u64;
-        self.seen.missed += missed as u64;
-    }
-
-    fn end(&mut self, tag: u16, status: Status) {
-        let result = self.shadow.ended(DiskTag::new(tag), status);
-        let direct = |s: &u64| matches!(self.model.undone[s].stage, Stage::Direct(_));
-        let Some(sequence) = self.model.sequence_of(tag).filter(direct) else {
-            return assert_eq!(result, None, "{self:?}");
-        };
-        let request = self.model.undone.get_mut(&sequence).expect("it is there");
-        if status == Status::Okay || request.request.op == Op::Flush {
-            self.model.undone.remove(&sequence);
-            self.model.executed += 1;
-            self.model.failed_flushes += u32::from(status != Status::Okay);
-            self.seen.executed += 1;
-            return assert_eq!(result, Some(status), "{self:?}");
-        }
-        request.stage = Stage::Waiting;
-        request.whose = For::Unknown;
-        request.replay = true;
-        self.seen.redone += 1;
-        assert_eq!(result, None, "{self:?}");
-    }
-
-    /// The process says something of the mappings if it is served; the host changes the backings.
-    fn map(&mut self, step: Step) {
-        let live = self.model.state == abi::STATE_LIVE;
-        let busy = |number| self.shadow.is_executing_in(number);
-        let may = match step {
-            Step::Add(backing) => !busy(number(backing)),
-            Step::Remove(_) => true,
-            _ => live,
-        };
-        let (shadow, model) = (self.shadow.map(), &mut self.model.mappings.0);
-        let (Some(shadow), Some(model), true) = (shadow, model, may) else {
-            return;
-        };
-        for map in [shadow, model] {
-            match step {
-                Step::Set(range, access, backing, ago) => {
-                    let extent = Extent {
-                        range,
-                        place: match backing {
-                            ZEROES => 0,
-                            _ => range.start(),
-                        },
-                        source: match backing {
-                            ZEROES => Source::Zeroes,
-                            _ => Source::Backing(number(backing)),
-                        },
-                        access,
-                    };
-                    let generation = map.generation().wrapping_sub(ago);
-                    let _taken = map.set(&extent, generation);
-                }
-                Step::Scatter(backing) => scatter(map, backing),
-                Step::SetFlush => {
-                    let _taken = map.set_flush();
-                }
-                Step::Recall(range) => map.recall(&range),
-                Step::Add(backing) => {
-                    let what = BACKINGS[usize::from(backing)];
-                    let _added = map.add_backing(number(backing), what);
-                }
-                Step::Remove(backing) => {
-                    let _removed = map.remove_backing(number(backing));
-                }
-                _ => {}
-            }
-        }
     }
 
     fn post(&mut self, tag: u16, queue: u16, request: Request) {
@@ -586,157 +328,6 @@ impl Pair {
         self.model.done.retain(|d| !expected.contains(d));
     }
 
-    fn open(&mut self) {
-        let may = [abi::STATE_IDLE, abi::STATE_RECOVERING].contains(&self.model.state);
-        assert_eq!(self.shadow.opened().is_ok(), may, "{self:?}");
-        if may {
-            self.model.epoch += 1;
-            self.model.state = abi::STATE_OPEN;
-            self.model.answered = false;
-            self.model.claimed = Claim::default();
-            self.model.claims.clear();
-            self.model.quiet = None;
-            self.model.started = false;
-        }
-    }
-
-    fn claim(&mut self, fence: Fence, ago: u64) {
-        let is_live = self.model.state == abi::STATE_LIVE;
-        let widens = is_live && fence > self.model.claimed.0;
-        let rests = match self.model.state {
-            abi::STATE_OPEN => true,
-            abi::STATE_LIVE => widens || self.model.count(Stage::Delivered) == 0,
-            _ => false,
-        };
-        let may = rests && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        let claimed = Claimed {
-            fence,
-            ..Claimed::BEFORE
-        };
-        assert_eq!(self.shadow.claim(epoch, claimed), may, "{self:?}");
-        if !may {
-            return;
-        }
-        if !widens {
-            self.model.state = abi::STATE_OPEN;
-        }
-        self.model.claimed = Claim(fence);
-        match fence {
-            Fence::Local => self.model.claims.clear(),
-            Fence::Session { .. } | Fence::None => self.model.claims.push(fence),
-        }
-        self.seen.claimed_again += u64::from(is_live && !widens);
-        self.seen.widened += u64::from(widens);
-    }
-
-    fn excuse(&mut self, ago: u64) {
-        let may = self.model.state == abi::STATE_OPEN && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        assert_eq!(self.shadow.excuse(epoch), may, "{self:?}");
-        if may {
-            self.model.death = None;
-            let undone = self.model.undone.values_mut();
-            undone.for_each(|request| request.in_last = false);
-        }
-    }
-
-    fn start(&mut self, ago: u64) {
-        let may = self.model.state == abi::STATE_OPEN && ago == 0;
-        let epoch = self.model.epoch.wrapping_sub(ago);
-        let started = self.shadow.started(epoch);
-        assert_eq!(started.is_ok(), may, "{self:?}");
-        let Ok(failed) = started else {
-            return;
-        };
-        self.model.state = abi::STATE_LIVE;
-        if let Some(map) = &mut self.model.mappings.0 {
-            map.clear();
-        }
-        let queues = self.model.judge().map(|sequence| {
-            let request = &self.model.undone[&sequence];
-            let (queue, what) = (request.queue, (request.request.op, request.range()));
-            self.model.poisoned.push(what);
-            self.model.unproven = true;
-            self.model.finish(sequence, Status::Error);
-            self.seen.poisoned += 1;
-            1 << queue
-        });
-        let expected = (usize::from(queues.is_some()), queues.unwrap_or(0), false);
-        let failed = (failed.count, failed.queues, failed.more);
-        assert_eq!(failed, expected, "{self:?}");
-        let again = std::mem::replace(&mut self.model.started, true);
-        if !again && self.model.isolates() {
-            // What waits is delivered in another order, also what a queue was to begin.
-            self.model.unsort();
-        }
-    }
-
-    fn close(&mut self) {
-        self.shadow.closed();
-        if [abi::STATE_OPEN, abi::STATE_LIVE].contains(&self.model.state) {
-            self.model.state = abi::STATE_FENCING;
-        }
-    }
-
-    fn quiet(&mut self) {
-        let now = self.model.clock * 1_000_000;
-        if self.model.state != abi::STATE_FENCING {
-            let nothing = self.shadow.quiet(now).map(|failed| failed.count);
-            return assert_eq!(nothing, Some(0), "{self:?}");
-        }
-        self.model.quiet.get_or_insert(self.model.clock);
-        if !self.model.is_over() {
-            self.seen.unsettled += 1;
-            return assert_eq!(self.shadow.quiet(now), None, "{self:?}");
-        }
-        let failed = self.shadow.quiet(now).map(|f| (f.count, f.queues, f.more));
-        self.seen.deaths += 1;
-        let held = self.model.count(Stage::Delivered);
-        if held > 0 {
-            self.model.death = Some((held, self.model.answered));
-        }
-        let left = self.model.undone.iter();
-        let left = left.filter(|(_, r)| r.stage == Stage::Delivered);
-        for sequence in left.map(|(sequence, _)| *sequence).collect::<Vec<_>>() {
-            self.model.changes(sequence);
-        }
-        let undone = &mut self.model.undone;
-        undone.retain(|_, r| !(r.orphan && r.stage == Stage::Delivered));
-        let lost = self.lose();
-        assert_eq!(failed, Some((lost.0, lost.1, false)), "{self:?}");
-        self.model.unsort();
-        for request in self.model.undone.values_mut() {
-            request.ordered = true;
-            if request.stage == Stage::Delivered {
-                request.stage = Stage::Waiting;
-                request.replay = true;
-                request.in_last = true;
-            }
-        }
-        self.model.state = match self.model.undone.is_empty() {
-            true => abi::STATE_IDLE,
-            false => abi::STATE_RECOVERING,
-        };
-    }
-
-    /// What changes the disk is not executed again if nobody knows when its first execution is over.
-    fn lose(&mut self) -> (usize, u64) {
-        if self.model.claimed.0 != Fence::None {
-            return (0, 0);
-        }
-        let undone = self.model.undone.iter();
-        let lost = undone.filter(|(_, r)| r.stage == Stage::Delivered && r.writes());
-        let lost: Vec<u64> = lost.map(|(sequence, _)| *sequence).collect();
-        let mut queues = 0;
-        for sequence in &lost {
-            queues |= 1 << self.model.undone[sequence].queue;
-            self.model.finish(*sequence, Status::Error);
-        }
-        self.seen.lost += lost.len() as u64;
-        (lost.len(), queues)
-    }
-
     fn orphan(&mut self, queue: u16) {
         // It has waited for what it executes.
         for tag in self.begun() {
@@ -820,42 +411,6 @@ impl Pair {
         if model.mappings.0.is_some() {
             self.compare_mapped();
         }
-    }
-
-    /// What there is only if something may be mapped.
-    fn compare_mapped(&mut self) {
-        let known = self.shadow.map().as_ref().expect("as the model");
-        let model = &self.model;
-        let expected = model.mappings.0.as_ref().expect("the caller looked");
-        assert!(known.extents().eq(expected.extents()), "{self:?}");
-        assert_eq!(known.generation(), expected.generation(), "{self:?}");
-        assert_eq!(known.flushed(), expected.flushed(), "{self:?}");
-        assert_eq!(known.evicted() + expected.evicted(), 0, "too few leaves");
-        for backing in (0..).take(BACKINGS.len()).map(number) {
-            let executing = model.executing(|of, _| of == Some(backing)) > 0;
-            assert_eq!(self.shadow.is_executing_in(backing), executing, "{self:?}");
-        }
-        let any = model.executing(|_, _| true) > 0;
-        assert_eq!(self.shadow.is_executing(&Sectors::ALL), any, "{self:?}");
-        for (sequence, request) in &model.undone {
-            let executes = |stage| stage != Stage::Waiting;
-            for (_, earlier) in model.undone.range(..sequence) {
-                let both = executes(request.stage) && executes(earlier.stage);
-                assert!(!(both && earlier.conflicts(request)), "{self:?}");
-            }
-            // Whoever could begin something was told so.
-            let waits = request.stage == Stage::Waiting && request.whose == For::Queue;
-            assert!(!waits || self.told >> request.queue & 1 == 1, "{self:?}");
-            if let Some(range) = Sectors::between(request.range().start, request.range().end) {
-                let meets = |r: &Undone| {
-                    let range = r.range().start.max(range.start())..r.range().end.min(range.end());
-                    !range.is_empty()
-                };
-                let executing = model.executing(|_, r| meets(r)) > 0;
-                assert_eq!(self.shadow.is_executing(&range), executing, "{self:?}");
-            }
-        }
-        self.look_on();
     }
 
     /// Everything that waits comes to its end. Returns what happened.

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! What a queue executes by itself, and what is mapped for that.
+
+use ring::numbers::DiskTag;
+use ring::response::Status;
+use ring::tap::abi;
+use ring::tap::extent::{Access, Extent, Sectors, Source};
+use ring::tap::map::tree::{Leaf, Slot};
+use ring::tap::map::Map;
+use ring::tap::shadow::direct::{Part, Parts, Start};
+use ring::tap::shadow::Op;
+
+use super::{number, Pair, Step, BACKINGS, SIZE, ZEROES};
+use crate::tap_model::{wire, For, Stage, Undone, VecMap};
+
+/// Parts of 16 sectors, of which two have changed places.
+fn scatter(map: &mut VecMap, backing: u16) {
+    for part in 0..264 {
+        let extent = Extent {
+            range: Sectors::new(16 * part, 16).expect("it is not empty"),
+            place: 16 * (part ^ 1),
+            source: Source::Backing(number(backing)),
+            access: Access::ReadWrite,
+        };
+        let _taken = map.set(&extent, map.generation());
+    }
+}
+
+pub(super) fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
+    let (slots, leaves) = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+    let mut map = Map::new(slots, leaves, SIZE, true);
+    for (backing, what) in (0..backings).zip(BACKINGS) {
+        assert!(map.add_backing(number(backing), what));
+    }
+    Box::new(map)
+}
+
+impl Pair {
+    /// A queue begins what it has just posted, or what else has this tag.
+    pub(super) fn begin(&mut self, tag: u16) {
+        let waits = |s: &u64| {
+            let request = &self.model.undone[s];
+            request.stage == Stage::Waiting && request.whose == For::Unknown
+        };
+        let sequence = self.model.sequence_of(tag).filter(waits);
+        let free = sequence.filter(|s| self.model.blocker(*s).is_none());
+        let expected = free.and_then(|s| self.expect_start(s));
+        let mut parts = Parts::default();
+        let start = self.shadow.begin(DiskTag::new(tag), &mut parts);
+        let got = start.map(|start| (start, parts.as_slice().to_vec()));
+        assert_eq!(got, expected, "{self:?}");
+        self.seen.begun += u64::from(start.is_some());
+        self.seen.begun_in_parts += u64::from(start.is_some() && parts.as_slice().len() > 1);
+        let reads_zeroes = parts.as_slice().iter().any(|part| part.sector.is_none());
+        self.seen.begun_with_zeroes += u64::from(start.is_some() && reads_zeroes);
+    }
+
+    /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
+    fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<Part>)> {
+        let (backing, parts) = self.model.place(sequence)?;
+        let request = self.model.undone.get_mut(&sequence).expect("it waits");
+        request.stage = Stage::Direct(backing);
+        let start = Start {
+            backing,
+            op: wire(request.request.op),
+            sectors: request.range().end - request.range().start,
+            segments: request.request.segments,
+        };
+        Some((start, parts))
+    }
+
+    pub(super) fn resume(&mut self, queue: u16, max: usize) {
+        let ready = self.model.ready(queue);
+        let gone = |s: &&u64| self.model.clone().place(**s).is_none();
+        let missed = ready.iter().filter(gone).count();
+        // Which of them it tries first is its affair.
+        let max = if missed > 0 { usize::MAX } else { max };
+        self.told &= !1u64.wrapping_shl(queue.into());
+        let mut got = Vec::new();
+        let each = |tag: DiskTag, start, parts: &[Part]| {
+            got.push((tag.number(), (start, parts.to_vec())));
+        };
+        self.shadow.resume(queue, max, each);
+        assert_eq!(got.len(), max.min(ready.len() - missed), "{self:?}");
+        for (tag, start) in &got {
+            let sequence = self.model.sequence_of(*tag).expect("it waits");
+            assert!(ready.contains(&sequence), "{self:?}");
+            let expected = self.expect_start(sequence);
+            assert_eq!(Some(start), expected.as_ref(), "{self:?}");
+        }
+        if max == usize::MAX {
+            for sequence in self.model.ready(queue) {
+                let request = self.model.undone.get_mut(&sequence);
+                request.expect("it waits").whose = For::Process;
+            }
+        }
+        self.seen.resumed += got.len() as u64;
+        self.seen.missed += missed as u64;
+    }
+
+    pub(super) fn end(&mut self, tag: u16, status: Status) {
+        let result = self.shadow.ended(DiskTag::new(tag), status);
+        let direct = |s: &u64| matches!(self.model.undone[s].stage, Stage::Direct(_));
+        let Some(sequence) = self.model.sequence_of(tag).filter(direct) else {
+            return assert_eq!(result, None, "{self:?}");
+        };
+        let request = self.model.undone.get_mut(&sequence).expect("it is there");
+        if status == Status::Okay || request.request.op == Op::Flush {
+            self.model.undone.remove(&sequence);
+            self.model.executed += 1;
+            self.model.failed_flushes += u32::from(status != Status::Okay);
+            self.seen.executed += 1;
+            return assert_eq!(result, Some(status), "{self:?}");
+        }
+        request.stage = Stage::Waiting;
+        request.whose = For::Unknown;
+        request.replay = true;
+        self.seen.redone += 1;
+        assert_eq!(result, None, "{self:?}");
+    }
+
+    /// The process says something of the mappings if it is served; the host changes the backings.
+    pub(super) fn map(&mut self, step: Step) {
+        let live = self.model.state == abi::STATE_LIVE;
+        let busy = |number| self.shadow.is_executing_in(number);
+        let may = match step {
+            Step::Add(backing) => !busy(number(backing)),
+            Step::Remove(_) => true,
+            _ => live,
+        };
+        let (shadow, model) = (self.shadow.map(), &mut self.model.mappings.0);
+        let (Some(shadow), Some(model), true) = (shadow, model, may) else {
+            return;
+        };
+        for map in [shadow, model] {
+            match step {
+                Step::Set(range, access, backing, ago) => {
+                    let extent = Extent {
+                        range,
+                        place: match backing {
+                            ZEROES => 0,
+                            _ => range.start(),
+                        },
+                        source: match backing {
+                            ZEROES => Source::Zeroes,
+                            _ => Source::Backing(number(backing)),
+                        },
+                        access,
+                    };
+                    let generation = map.generation().wrapping_sub(ago);
+                    let _taken = map.set(&extent, generation);
+                }
+                Step::Scatter(backing) => scatter(map, backing),
+                Step::SetFlush => {
+                    let _taken = map.set_flush();
+                }
+                Step::Recall(range) => map.recall(&range),
+                Step::Add(backing) => {
+                    let what = BACKINGS[usize::from(backing)];
+                    let _added = map.add_backing(number(backing), what);
+                }
+                Step::Remove(backing) => {
+                    let _removed = map.remove_backing(number(backing));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What there is only if something may be mapped.
+    pub(super) fn compare_mapped(&mut self) {
+        let known = self.shadow.map().as_ref().expect("as the model");
+        let model = &self.model;
+        let expected = model.mappings.0.as_ref().expect("the caller looked");
+        assert!(known.extents().eq(expected.extents()), "{self:?}");
+        assert_eq!(known.generation(), expected.generation(), "{self:?}");
+        assert_eq!(known.flushed(), expected.flushed(), "{self:?}");
+        assert_eq!(known.evicted() + expected.evicted(), 0, "too few leaves");
+        for backing in (0..).take(BACKINGS.len()).map(number) {
+            let executing = model.executing(|of, _| of == Some(backing)) > 0;
+            assert_eq!(self.shadow.is_executing_in(backing), executing, "{self:?}");
+        }
+        let any = model.executing(|_, _| true) > 0;
+        assert_eq!(self.shadow.is_executing(&Sectors::ALL), any, "{self:?}");
+        for (sequence, request) in &model.undone {
+            let executes = |stage| stage != Stage::Waiting;
+            for (_, earlier) in model.undone.range(..sequence) {
+                let both = executes(request.stage) && executes(earlier.stage);
+                assert!(!(both && earlier.conflicts(request)), "{self:?}");
+            }
+            // Whoever could begin something was told so.
+            let waits = request.stage == Stage::Waiting && request.whose == For::Queue;
+            assert!(!waits || self.told >> request.queue & 1 == 1, "{self:?}");
+            if let Some(range) = Sectors::between(request.range().start, request.range().end) {
+                let meets = |r: &Undone| {
+                    let range = r.range().start.max(range.start())..r.range().end.min(range.end());
+                    !range.is_empty()
+                };
+                let executing = model.executing(|_, r| meets(r)) > 0;
+                assert_eq!(self.shadow.is_executing(&range), executing, "{self:?}");
+            }
+        }
+        self.look_on();
+    }
+}
