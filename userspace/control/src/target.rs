@@ -2,6 +2,7 @@
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
 mod key;
+mod shared;
 mod words;
 
 use crate::text::as_text;
@@ -180,7 +181,8 @@ impl FromStr for Driver {
 /// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
 /// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
 /// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
-/// `key=/etc/xentap/a.key,luks:/srv/a.img`.
+/// `key=/etc/xentap/a.key,luks:/srv/a.img`; and of a new disk that others may have the same at once:
+/// `shared=yes,aio:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -203,6 +205,8 @@ pub struct Target {
     tls: Option<Tls>,
     /// The file with the key of an image, if that is said.
     key: Option<Box<Path>>,
+    /// It is said that others may have it at once.
+    shared: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -496,6 +500,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         below_cached: false,
         tls: None,
         key: None,
+        shared: false,
     })
 }
 
@@ -602,6 +607,9 @@ impl fmt::Display for Target {
         }
         if let Some(group) = &self.group {
             write!(f, "group={group},")?;
+        }
+        if self.shared {
+            f.write_str("shared=yes,")?;
         }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),

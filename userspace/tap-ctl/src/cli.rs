@@ -68,6 +68,9 @@ lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is 
   lease=record,aio:/srv/a.img
   lease=sanlock:vms:a:/dev/vg/leases:1048576,aio:/dev/vg/a
   lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
+What several guests are to write at once, a raw image, has shared=yes, in front where xl makes the disk, which knows no
+mode w!:
+  shared=yes,aio:/srv/a.img
 An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
 process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
   direct=no,aio:/srv/a.img

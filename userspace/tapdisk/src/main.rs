@@ -241,6 +241,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         target.group().is_none(),
         "{target} is in a group, whose limits only a supervisor divides: let blktapctrl serve it"
     );
+    anyhow::ensure!(
+        !target.is_shared(),
+        "{target} says who else may have the image, which a supervisor decides: leave shared=yes away, and use --shared"
+    );
     let direct = target.driver().is_direct() && !args.buffered;
     let image = target.path().map(|path| {
         open(path, direct, args.read_only).with_context(|| {

@@ -95,6 +95,12 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
             open.target
         )));
     }
+    if open.target.is_shared() {
+        return Err(Failure::invalid(format!(
+            "{}: who else may have a disk is said when it is made, or with --mode w!; leave shared=yes away",
+            open.target
+        )));
+    }
     open.read_only = mode.is_read_only();
     open.shared = mode.is_shared();
     open.whole_blocks = mode.is_shared() && !mode.is_read_only();
@@ -184,15 +190,15 @@ impl Admission {
         let mut target = check.target;
         target.take_limits();
         target.take_group();
-        let open = with_mode(Open::new(target), check.mode)?;
+        let mode = target.take_shared(check.mode);
+        let open = with_mode(Open::new(target), mode)?;
         let vbd = check.vbd.as_deref().map(relative);
-        if self.registry.made_before(vbd, &open, check.mode).is_some() {
+        if self.registry.made_before(vbd, &open, mode).is_some() {
             return Ok(());
         }
         let image = image::of(&open).await?;
         let work = |beside| beside_others(open, beside).map(drop);
-        self.admit(image.as_ref(), check.mode, vbd, None, work)
-            .await
+        self.admit(image.as_ref(), mode, vbd, None, work).await
     }
 
     /// A disk of a backend's directory that is not there would stay for ever.

@@ -34,6 +34,7 @@ impl Lifecycle {
         }
         check_files(&create.files)?;
         let (mut open, mut policy) = (create.open, create.policy);
+        let mode = open.target.take_shared(create.mode);
         if let Some(said) = open.target.take_limits() {
             let other = policy.limits;
             let is_twice = (said.bytes != 0 && other.bytes != 0)
@@ -55,11 +56,8 @@ impl Lifecycle {
             }
             policy.group = Some(said);
         }
-        let open = with_mode(open, create.mode)?;
-        if let Some(disk) = self
-            .registry
-            .made_before(vbd.as_deref(), &open, create.mode)
-        {
+        let open = with_mode(open, mode)?;
+        if let Some(disk) = self.registry.made_before(vbd.as_deref(), &open, mode) {
             return match create.no_wait {
                 true => Ok(begun(&disk)),
                 false => self.start(&disk).await,
@@ -72,7 +70,7 @@ impl Lifecycle {
         let mut record = Record::new(0, policy);
         record.identity = image.as_ref().map(|image| image.identity());
         record.born = image.as_ref().and_then(|image| image.born());
-        record.mode = create.mode;
+        record.mode = mode;
         record.vbd.clone_from(&vbd);
         record.nbd = create.nbd;
         record.files = create.files;
@@ -86,7 +84,7 @@ impl Lifecycle {
         };
         let disk = self
             .admission
-            .admit(image.as_ref(), create.mode, vbd.as_deref(), None, work)
+            .admit(image.as_ref(), mode, vbd.as_deref(), None, work)
             .await?;
         disk.image.replace(image);
         self.registry

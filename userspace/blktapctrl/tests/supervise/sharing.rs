@@ -2,9 +2,10 @@
 //! Who else uses an image.
 
 use super::bed::{test, which, Bed};
-use control::supervisor::{Check, Create, Mode, Request};
-use control::tapdisk::State;
-use control::Code;
+use super::steps::{pause, unpause};
+use control::supervisor::{Check, Create, Mode, Reply, Request};
+use control::tapdisk::{Open, State};
+use control::{Code, Target};
 use std::fs;
 use std::rc::Rc;
 
@@ -113,6 +114,57 @@ fn other_backends_are_seen() {
         assert_eq!(failure.code, Code::Busy);
         assert!(
             failure.message.contains("backend/qdisk/3/51712"),
+            "{failure}"
+        );
+    });
+}
+
+/// xl knows no mode with a `!`.
+#[test]
+fn target_says_that_others_may_have_the_image() {
+    test("said", |bed| async move {
+        bed.image("a.img", "A");
+        let target = |driver: &str| {
+            let text = format!("shared=yes,{driver}:{}", bed.dir.join("a.img").display());
+            text.parse::<Target>().expect("a target")
+        };
+        let create = |mode| Create {
+            open: Open::new(target("sync")),
+            mode,
+            ..bed.create("a.img")
+        };
+        let first = bed.made(create(Mode::Write)).await;
+        let check = Request::Check(Check {
+            target: target("sync"),
+            mode: Mode::Write,
+            vbd: None,
+        });
+        assert_eq!(bed.ask(check).await, Ok(Reply::Done));
+        bed.made(create(Mode::Write)).await;
+        bed.made(create(Mode::Read)).await;
+        let opened = bed
+            .log()
+            .into_iter()
+            .filter(|line| line.starts_with("open"));
+        let opened: Vec<String> = opened.collect();
+        assert_eq!(opened, ["open w! A", "open w! A", "open r! A"]);
+        // It is the disk's mode, and not the image's.
+        let row = bed.row(first).await;
+        assert_eq!(row.mode, Some(Mode::WriteShared));
+        assert_eq!(row.target, Some(bed.create("a.img").open.target));
+        // One with tables has one writer, however it is said.
+        let tables = Create {
+            open: Open::new(target("qcow2")),
+            ..create(Mode::Write)
+        };
+        let failure = bed.ask(Request::Create(Box::new(tables))).await;
+        let failure = failure.expect_err("two writers");
+        assert!(failure.message.contains("use the mode w,"), "{failure}");
+        bed.ask(pause(0)).await.expect("paused");
+        let failure = bed.ask(unpause(Some(target("sync")))).await;
+        let failure = failure.expect_err("too late");
+        assert!(
+            failure.message.contains("leave shared=yes away"),
             "{failure}"
         );
     });

@@ -18,6 +18,7 @@ pub(super) struct Words {
     cache: Option<u64>,
     below: Option<()>,
     key: Option<PathBuf>,
+    shared: Option<()>,
     tls: Said,
 }
 
@@ -29,7 +30,7 @@ impl Words {
             let (name, behind) = match rest.split_once('=') {
                 Some((
                     name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"
-                    | "below" | "key"),
+                    | "below" | "key" | "shared"),
                     behind,
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) => (name, behind),
@@ -52,6 +53,7 @@ impl Words {
                     let file = named_file(name, value, "/etc/xentap/a.key")?;
                     self.key.replace(file).is_some()
                 }
+                "shared" => self.shared.replace(yes(value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
@@ -76,6 +78,7 @@ impl Words {
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
             group: self.group.map(Box::new),
+            shared: self.shared.is_some(),
             ..target
         };
         if self.bytes.is_none() && self.requests.is_none() {
@@ -122,6 +125,16 @@ fn cached(text: &str) -> Result<(), Failure> {
         "cached" => Ok(()),
         _ => Err(Failure::invalid(format!(
             "below={text}: write below=cached, or leave it away, and what is below is read past the page cache"
+        ))),
+    }
+}
+
+/// That others may have it at once: there is one way to say it, because what is not said is the mode's affair.
+fn yes(text: &str) -> Result<(), Failure> {
+    match text {
+        "yes" => Ok(()),
+        _ => Err(Failure::invalid(format!(
+            "shared={text}: write shared=yes, or leave it away, and the mode says who else may have the disk"
         ))),
     }
 }
