@@ -22,6 +22,7 @@ use std::time::Duration;
 
 /// Takes over all disks that are written down, before anybody can ask for anything.
 pub async fn disks(lifecycle: &Rc<Lifecycle>) {
+    let _reading = lifecycle.registry.reading();
     match lifecycle.registry.records.all() {
         Ok(records) => {
             let one = |record: Result<Record, Unread>| async move {
@@ -36,6 +37,7 @@ pub async fn disks(lifecycle: &Rc<Lifecycle>) {
         Err(error) => {
             let folder = lifecycle.registry.folder.disks();
             let why = format!("cannot read {}: {error}", folder.display());
+            lifecycle.registry.knows_not_all();
             lifecycle.registry.events.add(None, What::Unknown { why });
         }
     }
@@ -327,6 +329,7 @@ async fn strays(lifecycle: &Rc<Lifecycle>) {
                 "cannot read {}: {error}",
                 lifecycle.registry.folder.tapdisks().display()
             );
+            lifecycle.registry.knows_not_all();
             lifecycle.registry.events.add(None, What::Unknown { why });
             return;
         }
@@ -344,6 +347,7 @@ async fn strays(lifecycle: &Rc<Lifecycle>) {
         }
         if let Err(failure) = stray(lifecycle, minor, &socket).await {
             let why = format!("a process without a disk is not understood: {failure}");
+            lifecycle.registry.knows_not_all();
             lifecycle.registry.events.add(minor, What::Unknown { why });
         }
     }
@@ -389,6 +393,7 @@ async fn stray(
 /// # Errors
 /// Not enough is known about it.
 pub async fn unknown(lifecycle: &Rc<Lifecycle>, minor: u32) -> Result<(), Failure> {
+    let _reading = lifecycle.registry.reading();
     if let Some(record) = lifecycle.registry.understand(minor).await? {
         disk(lifecycle, record).await;
     }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The folder of a running host, `/run/xentap`.
 
-use control::GroupName;
+use control::{GroupName, MemoryName};
 use rustix::fs::{flock, FlockOperation};
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+/// The extension of memory with a name, so that no name is a disk's number.
+pub const NAMED: &str = "named";
 
 /// Where everything of the running host is. What is in there belongs to root.
 #[derive(Clone, Debug)]
@@ -106,6 +109,12 @@ impl Folder {
     #[must_use]
     pub fn memory_of(&self, minor: u32) -> PathBuf {
         self.memory().join(minor.to_string())
+    }
+
+    /// The memory of this name, which several disks may have.
+    #[must_use]
+    pub fn memory_named(&self, name: &MemoryName) -> PathBuf {
+        self.memory().join(format!("{name}.{NAMED}"))
     }
 
     /// What the guest of a disk has written over an image: never what another target of it takes for the disk.

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The memory of `ram:` and `cow:` disks: a file for each of them, in a file system in memory that is ours. So it
-//! outlives every process, the supervisor's too, and goes with the disk, or with the host.
+//! outlives every process, the supervisor's too, and goes with the disk, or with the host. Memory with a name is a file of
+//! all disks that say the name; which those are the registry knows.
 
-use crate::folder::{self, Folder};
+use crate::folder::{self, Folder, NAMED};
+use crate::image::Image;
 use crate::notes;
-use control::{Code, Failure, Target};
+use control::{Code, Failure, MemoryName, Target};
 use rustix::mount::{mount, MountFlags};
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -12,6 +14,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// The extension of memory with a name that is being made.
+const UNFINISHED: &str = "unfinished";
 
 /// Mounts the file systems, unless an earlier supervisor did: one for the memory of disks, and one for where guests have
 /// written, so that neither takes the room of the other. The limit of the first one is tmpfs' own, half of dom0's memory:
@@ -33,13 +38,13 @@ fn mount_at(place: &Path, options: &CStr) -> io::Result<()> {
     Ok(mount("xentap", place, "tmpfs", flags, options)?)
 }
 
-/// Makes the memory that a disk of this target needs, if it needs some, or keeps what it has. That of a `ram:` disk is
+/// Makes the memory that a disk of this target needs for itself, if it needs some, or keeps what it has. That of a `ram:` disk is
 /// the disk, and may grow; that of a `cow:` disk holds what is written, and its process decides how.
 ///
 /// # Errors
 /// The system refuses to, or it would lose what is beyond its end.
 pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failure> {
-    if !target.driver().has_memory() {
+    if !target.has_own_memory() {
         return Ok(());
     }
     let refused =
@@ -64,7 +69,7 @@ pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failu
     file.set_len(size).map_err(refused)
 }
 
-/// Opens the memory that a disk has.
+/// Opens the memory that a disk has for itself.
 ///
 /// # Errors
 /// It has none any more: what was in it is lost, which its guest must not take for zeroes.
@@ -87,7 +92,64 @@ pub fn open(folder: &Folder, minor: u32, target: &Target, write: bool) -> Result
     }
 }
 
-/// Gives the memory of a disk back.
+/// Makes memory of this name, of so many zeroes. What had the name has it no more.
+///
+/// # Errors
+/// The system refuses to.
+pub fn make_named(folder: &Folder, name: &MemoryName, size: u64) -> Result<(), Failure> {
+    let place = folder.memory_named(name);
+    let beside = place.with_extension(UNFINISHED);
+    let make = || {
+        let file = File::options()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&beside)?;
+        file.set_len(size)?;
+        // Nobody finds it with another size.
+        fs::rename(&beside, &place)
+    };
+    make().map_err(|error| Failure::system(format!("cannot make the memory {name}"), &error))
+}
+
+/// Finds the memory of this name; nothing if there is none.
+///
+/// # Errors
+/// The system does not say.
+pub fn find_named(folder: &Folder, name: &MemoryName) -> Result<Option<Image>, Failure> {
+    match Image::find(&folder.memory_named(name)) {
+        Err(failure) if failure.code == Code::NotFound => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// The names of all memory that there is. What was not finished is removed.
+///
+/// # Errors
+/// The folder cannot be read, or that cannot be removed.
+pub fn names(folder: &Folder) -> io::Result<Vec<MemoryName>> {
+    for unfinished in folder::files(&folder.memory(), UNFINISHED)? {
+        folder::remove(&unfinished)?;
+    }
+    let files = folder::files(&folder.memory(), NAMED)?;
+    let name = |path: &PathBuf| path.file_stem()?.to_str()?.parse().ok();
+    Ok(files.iter().filter_map(name).collect())
+}
+
+/// What a disk finds whose memory is gone: its guest must not take that for zeroes.
+pub fn lost(folder: &Folder, name: &MemoryName) -> Failure {
+    let place = folder.memory_named(name);
+    Failure::new(
+        Code::Image,
+        format!(
+            "the memory {name} is lost ({} is gone): destroy the disks that have it",
+            place.display()
+        ),
+    )
+}
+
+/// Gives the memory that a disk has for itself back.
 ///
 /// # Errors
 /// The system refuses to.

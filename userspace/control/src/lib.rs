@@ -58,7 +58,7 @@ pub use failure::{Code, Failure};
 pub use group::{GroupName, InGroup, Pace, Share, Used, MILLI};
 pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
-pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, Target};
+pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, MemoryName, Target};
 pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};
 pub use vdev::vdev;

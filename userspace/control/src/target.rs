@@ -2,11 +2,13 @@
 //! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
 
 mod key;
+mod memory;
 mod shared;
 mod words;
 
 use crate::text::as_text;
 use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
+pub use memory::MemoryName;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -31,7 +33,7 @@ pub enum Driver {
     Aio,
     /// A raw file on a file system that can do neither: one call after the other.
     Sync,
-    /// Memory; its content ends with the disk.
+    /// Memory; its content ends with the disk, or with the last one of its [name](MemoryName).
     Ram,
     /// Reads as zeroes and forgets writes, for measurements.
     Null,
@@ -93,7 +95,8 @@ impl Driver {
         !matches!(self, Self::Ram | Self::Null | Self::Nbd | Self::Cow)
     }
 
-    /// What a guest writes is in memory that the supervisor keeps for the disk, and ends with that.
+    /// What a guest writes is in memory that the supervisor keeps, and ends with the disk, or with the last of those that
+    /// [have it by a name](Target::name).
     pub fn has_memory(self) -> bool {
         matches!(self, Self::Ram | Self::Cow)
     }
@@ -181,8 +184,8 @@ impl FromStr for Driver {
 /// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
 /// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
 /// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
-/// `key=/etc/xentap/a.key,luks:/srv/a.img`; and of a new disk that others may have the same at once:
-/// `shared=yes,aio:/srv/a.img`.
+/// `key=/etc/xentap/a.key,luks:/srv/a.img`. Of memory that several disks are to have it says the name:
+/// `name=scratch,ram:64M`; and of a new disk that others may have the same at once, `shared=yes,aio:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -205,6 +208,8 @@ pub struct Target {
     tls: Option<Tls>,
     /// The file with the key of an image, if that is said.
     key: Option<Box<Path>>,
+    /// The name of memory, if it has one.
+    name: Option<Box<MemoryName>>,
     /// It is said that others may have it at once.
     shared: bool,
 }
@@ -500,6 +505,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         below_cached: false,
         tls: None,
         key: None,
+        name: None,
         shared: false,
     })
 }
@@ -610,6 +616,9 @@ impl fmt::Display for Target {
         }
         if self.shared {
             f.write_str("shared=yes,")?;
+        }
+        if let Some(name) = &self.name {
+            write!(f, "name={name},")?;
         }
         match &self.argument {
             Argument::Image(path) => write!(f, "{}:{}", self.driver, path.display()),

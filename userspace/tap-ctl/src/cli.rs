@@ -56,7 +56,8 @@ A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
                       tls-ca=/etc/xentap/ca.pem, in front has it encrypted or not used, see tapdisk(8)
   cow:qcow2:/srv/a.qcow2   an image that stays as it is; what is written is in memory until the disk is destroyed,
                       1G at most, or what room= in front says: room=4G,cow:qcow2:/srv/a.qcow2
-  ram:64M             memory of dom0; the content is there until the disk is destroyed
+  ram:64M             memory of dom0; the content is there until the disk is destroyed; name=scratch, in front: that of
+                      all disks of this host with that name, until the last one is destroyed
   null:64M            zeroes; writes are forgotten
 Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
 What is below an image is read past dom0's page cache; below=cached, in front has it read through that, where all that go on
@@ -68,9 +69,9 @@ lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is 
   lease=record,aio:/srv/a.img
   lease=sanlock:vms:a:/dev/vg/leases:1048576,aio:/dev/vg/a
   lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
-What several guests are to write at once, a raw image, has shared=yes, in front where xl makes the disk, which knows no
-mode w!:
-  shared=yes,aio:/srv/a.img
+What several guests are to write at once, a raw image or memory with a name, has shared=yes, in front where xl makes the
+disk, which knows no mode w!:
+  shared=yes,name=scratch,ram:64M
 An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
 process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
   direct=no,aio:/srv/a.img

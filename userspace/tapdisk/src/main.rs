@@ -103,7 +103,8 @@ Drivers:
   qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same, and vhdx: to be read only
   nbd:EXPORT   an export of an NBD server, such as nbd://host/disk; blktapctrl makes the connection;
                tls-ca=FILE, in front: with TLS, and a certificate that an authority in FILE has signed
-  ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one
+  ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one;
+               name=NAME, in front: that of all disks with this name
   null:SIZE    zeroes; writes are forgotten
 
 The format is what you say, never what the image looks like: a guest writes the image.
@@ -240,6 +241,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
     anyhow::ensure!(
         target.group().is_none(),
         "{target} is in a group, whose limits only a supervisor divides: let blktapctrl serve it"
+    );
+    anyhow::ensure!(
+        target.name().is_none(),
+        "{target} is memory that several disks have, which only a supervisor keeps: let blktapctrl serve it, or leave name= away"
     );
     anyhow::ensure!(
         !target.is_shared(),

@@ -15,7 +15,7 @@ mod views;
 
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
-use crate::image::{self, Identity, Image};
+use crate::image::{Identity, Image};
 use crate::record::{Part, Role};
 use crate::registry::Registry;
 use crate::store::{directory, relative};
@@ -196,7 +196,7 @@ impl Admission {
         if self.registry.made_before(vbd, &open, mode).is_some() {
             return Ok(());
         }
-        let image = image::of(&open).await?;
+        let image = self.registry.image_that_would_be(&open).await?;
         let work = |beside| beside_others(open, beside).map(drop);
         self.admit(image.as_ref(), mode, vbd, None, work).await
     }

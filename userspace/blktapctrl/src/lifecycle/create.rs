@@ -4,7 +4,6 @@
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode, Beside};
 use crate::disk::{Disk, Fate};
-use crate::image;
 use crate::log::tell;
 use crate::record::{Inactive, Record};
 use crate::store::relative;
@@ -66,7 +65,7 @@ impl Lifecycle {
         if let Some(name) = &policy.group {
             self.check_group(name)?;
         }
-        let image = image::of(&open).await?;
+        let (image, pinned) = self.registry.image_for(&open).await?;
         let mut record = Record::new(0, policy);
         record.identity = image.as_ref().map(|image| image.identity());
         record.born = image.as_ref().and_then(|image| image.born());
@@ -87,6 +86,7 @@ impl Lifecycle {
             .admit(image.as_ref(), mode, vbd.as_deref(), None, work)
             .await?;
         disk.image.replace(image);
+        drop(pinned);
         self.registry
             .events
             .add(Some(disk.minor), What::Created { target });

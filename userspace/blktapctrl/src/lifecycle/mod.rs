@@ -210,5 +210,7 @@ impl Lifecycle {
             record.want = want;
         }
         self.registry.note(disk);
+        // It may have led away from memory that is nobody's now.
+        self.registry.give_memory_back();
     }
 }

@@ -4,7 +4,6 @@
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
-use crate::image;
 use crate::link::unexpected;
 use crate::process::SOON;
 use crate::record::Want;
@@ -44,7 +43,7 @@ impl Lifecycle {
         self.lose_marks(disk, why)?;
         self.lose_trace(disk, why)?;
         let open = with_mode(open, mode)?;
-        let image = image::of(&open).await?;
+        let (image, _pinned) = self.registry.image_for(&open).await?;
         let vbd = disk.record.borrow().vbd.clone();
         let work = |beside| {
             let open = beside_others(open, beside)?;

@@ -6,7 +6,7 @@ use super::renew::owes_nothing;
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
-use crate::image::{self, not_the_same};
+use crate::image::not_the_same;
 use crate::log::tell;
 use crate::memory;
 use crate::record::{Next, Want};
@@ -187,7 +187,7 @@ impl Lifecycle {
         open.target = target;
         open.may_shrink = may_shrink;
         let open = with_mode(open, mode)?;
-        let image = image::of(&open).await?;
+        let (image, _pinned) = self.registry.image_for(&open).await?;
         // What belongs to the image that is served no more leaves the record with it.
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_paused(disk)).await?;
@@ -312,7 +312,7 @@ impl Lifecycle {
         let image = match known {
             Some(image) => Some(image),
             None => {
-                let image = image::of(&next.open).await?;
+                let image = self.registry.image_of(&next.open).await?;
                 if let Some(image) = image.as_ref().filter(|i| !i.is(next.identity, next.born)) {
                     return Err(not_the_same(image));
                 }

@@ -5,7 +5,7 @@ use super::{suspend, Lifecycle};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
-use crate::image::{self, not_the_same, Image, Opened};
+use crate::image::{not_the_same, Image, Opened};
 use crate::kernel;
 use crate::link::unexpected;
 use crate::log::tell;
@@ -202,7 +202,7 @@ impl Lifecycle {
         let Some(open) = open.filter(|_| known.is_none()) else {
             return Ok(known);
         };
-        let image = image::of(&open).await?;
+        let image = self.registry.image_of(&open).await?;
         if let Some(image) = image.as_ref().filter(|image| !image.is(identity, born)) {
             return Err(not_the_same(image));
         }
@@ -279,7 +279,7 @@ impl Lifecycle {
             None => None,
         };
         let folder = &self.registry.folder;
-        let memory = match open.target.driver().has_memory() {
+        let memory = match open.target.has_own_memory() {
             true => Some(memory::open(
                 folder,
                 disk.minor,

@@ -3,6 +3,7 @@
 //! that wait for one.
 
 mod list;
+mod memories;
 mod nodes;
 pub mod unknown;
 
@@ -17,6 +18,7 @@ use crate::store::{relative, Store};
 use control::supervisor::{Counted, Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
+use memories::Memories;
 pub(crate) use nodes::unmade;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -42,6 +44,7 @@ pub struct Registry {
     unknown: RefCell<BTreeMap<u32, Unknown>>,
     /// Processes without a disk.
     idle: RefCell<BTreeMap<u32, Rc<Process>>>,
+    memories: Memories,
 }
 
 impl Registry {
@@ -59,6 +62,7 @@ impl Registry {
             disks,
             unknown: RefCell::default(),
             idle: RefCell::default(),
+            memories: Memories::default(),
         })
     }
 
@@ -127,6 +131,7 @@ impl Registry {
         // It says which one it was.
         self.events.add(Some(disk.minor), What::Destroyed);
         self.disks.borrow_mut().remove(&disk.minor);
+        self.give_memory_back();
         let left_out = self.limit.get().map_or(0, |limit| limit.gone(disk.minor));
         if left_out > 0 {
             tell_left_out(disk.about(), left_out);

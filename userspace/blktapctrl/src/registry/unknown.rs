@@ -27,6 +27,8 @@ pub struct Unknown {
     pub why: String,
     /// What is known all the same.
     pub peek: Peek,
+    /// A process may serve it.
+    pub may_be_served: bool,
 }
 
 impl Unknown {
@@ -57,6 +59,7 @@ impl Registry {
     /// get its image.
     pub async fn leave_alone(&self, unread: Unread) {
         let Some(minor) = unread.minor else {
+            self.knows_not_all();
             self.events.add(None, What::Unknown { why: unread.why });
             return;
         };
@@ -68,8 +71,10 @@ impl Registry {
             minor,
             why: why.clone(),
             peek: *unread.peek,
+            may_be_served: true,
         };
         let asked = self.ask_unknown(minor).await;
+        unknown.may_be_served = !matches!(asked, Ok(None));
         if let Ok(None) = asked {
             // Who listened there is dead.
             let socket = self.folder.tapdisk(minor);
@@ -87,7 +92,7 @@ impl Registry {
             unknown.peek.process = Some(process.known());
             if let Some(open) = status.open {
                 if unknown.peek.identity.is_none() {
-                    let image = image::of(&open).await.ok().flatten();
+                    let image = self.image_of(&open).await.ok().flatten();
                     unknown.peek.identity = image.map(|image| image.identity());
                 }
                 unknown.peek.open = Some(open);
@@ -186,7 +191,7 @@ impl Registry {
         let mut record = Record::new(minor, peek.policy.unwrap_or_default());
         record.parts = parts;
         if let Some(open) = status.open.filter(|_| status.state != State::Idle) {
-            let image = image::of(&open).await?;
+            let image = self.image_of(&open).await?;
             if let Some(image) = image {
                 let (pid, identity) = (process.pid(), image.identity());
                 let place = image.path().to_path_buf();
@@ -261,7 +266,12 @@ impl Registry {
         self.records.remove(minor).map_err(|error| {
             Failure::system(format!("cannot remove the record of disk {minor}"), &error)
         })?;
-        self.unknown.borrow_mut().remove(&minor);
+        let unknown = self.unknown.borrow_mut().remove(&minor);
+        // What it serves from is its own until the next supervisor has looked.
+        if let Some(unknown) = unknown.filter(|unknown| unknown.may_be_served) {
+            self.forgotten(unknown);
+        }
+        self.give_memory_back();
         Ok(())
     }
 }

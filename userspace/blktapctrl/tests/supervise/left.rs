@@ -25,7 +25,7 @@ fn record(host: &Succession) -> PathBuf {
 }
 
 /// Any thread of it is: what the process has open is closed by the last one.
-fn is_alive(pid: u32) -> bool {
+pub(crate) fn is_alive(pid: u32) -> bool {
     let threads = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten();

@@ -17,6 +17,7 @@ mod log;
 mod mark;
 mod memory;
 mod mirror;
+mod named;
 mod needs;
 mod nodes;
 mod park;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is said of a target before its driver: words with a value, in any order.
 
-use super::{typed_rate, typed_size, yes_or_no, Target};
+use super::{typed_rate, typed_size, yes_or_no, MemoryName, Target};
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ pub(super) struct Words {
     cache: Option<u64>,
     below: Option<()>,
     key: Option<PathBuf>,
+    name: Option<MemoryName>,
     shared: Option<()>,
     tls: Said,
 }
@@ -30,7 +31,7 @@ impl Words {
             let (name, behind) = match rest.split_once('=') {
                 Some((
                     name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"
-                    | "below" | "key" | "shared"),
+                    | "below" | "key" | "name" | "shared"),
                     behind,
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) => (name, behind),
@@ -53,6 +54,7 @@ impl Words {
                     let file = named_file(name, value, "/etc/xentap/a.key")?;
                     self.key.replace(file).is_some()
                 }
+                "name" => self.name.replace(value.parse()?).is_some(),
                 "shared" => self.shared.replace(yes(value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
@@ -75,6 +77,7 @@ impl Words {
         let target = with(target, self.cache, Target::with_cache)?;
         let target = with(target, self.below, |target, ()| target.with_cached_below())?;
         let target = with(target, self.key, Target::with_key)?;
+        let target = with(target, self.name, Target::with_name)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
             group: self.group.map(Box::new),

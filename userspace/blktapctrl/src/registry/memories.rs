@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory with a name. It is as an image that the supervisor makes for the first disk that names it, of zeroes, and gives
+//! back with the last one: who may have it beside whom is decided as of an image.
+//!
+//! It is a disk's as long as that is on record. So there is nothing to be counted, and whatever was interrupted leaves at
+//! most memory of nobody, which is found when something ends, or by the next supervisor. Where it is not known what some
+//! disk has, nothing is given back and nothing is made anew.
+
+use super::unknown::Unknown;
+use super::Registry;
+use crate::folder;
+use crate::image::{self, Identity, Image};
+use crate::log::{tell, About};
+use crate::memory;
+use crate::record::Peek;
+use control::tapdisk::Open;
+use control::{Code, Failure, MemoryName, Target};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// What is known of memory with names beside the records.
+#[derive(Default)]
+pub(super) struct Memories {
+    /// What verbs that are under way are about to have.
+    pinned: RefCell<Vec<(MemoryName, u64)>>,
+    /// How many times records are being read at the moment.
+    reading: Cell<u32>,
+    /// There are disks, or processes, of which nothing is known.
+    incomplete: Cell<bool>,
+    /// Of these nothing is written down any more, and processes may serve them.
+    forgotten: RefCell<Vec<Unknown>>,
+}
+
+/// Memory that a disk is about to have: it is not given back meanwhile.
+pub struct Pinned {
+    registry: Rc<Registry>,
+    name: MemoryName,
+    size: u64,
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        {
+            let mut pinned = self.registry.memories.pinned.borrow_mut();
+            let is_ours =
+                |(name, size): &(MemoryName, u64)| *name == self.name && *size == self.size;
+            if let Some(at) = pinned.iter().position(is_ours) {
+                pinned.swap_remove(at);
+            }
+        }
+        // Who panics has perhaps written down more than it knows.
+        if !std::thread::panicking() {
+            self.registry.give_memory_back();
+        }
+    }
+}
+
+/// Records are being read: of some disks it is not known yet what they have.
+pub struct Reading(Rc<Registry>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let left = self.0.memories.reading.get().saturating_sub(1);
+        self.0.memories.reading.set(left);
+        if !std::thread::panicking() {
+            self.0.give_memory_back();
+        }
+    }
+}
+
+/// Somebody who has memory.
+struct User {
+    /// Who, for a message.
+    name: String,
+    /// Bytes of it, if that is known.
+    size: Option<u64>,
+}
+
+impl Registry {
+    /// What is to be served, for a disk that has it already, or may have it.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub async fn image_of(&self, open: &Open) -> Result<Option<Arc<Image>>, Failure> {
+        let Some(name) = open.target.name() else {
+            return image::of(open).await;
+        };
+        match memory::find_named(&self.folder, name)? {
+            Some(image) => Ok(Some(Arc::new(image))),
+            None => Err(memory::lost(&self.folder, name)),
+        }
+    }
+
+    /// The same for a disk that is to have it from now on: memory that no disk has is made. What comes along is held until
+    /// that is written down.
+    ///
+    /// # Errors
+    /// It is not there, or has another size.
+    pub async fn image_for(
+        self: &Rc<Self>,
+        open: &Open,
+    ) -> Result<(Option<Arc<Image>>, Option<Pinned>), Failure> {
+        let Some((name, size)) = named(&open.target) else {
+            return Ok((self.image_of(open).await?, None));
+        };
+        if !self.is_memory_of_others(name, size)? {
+            memory::make_named(&self.folder, name, size)?;
+        }
+        let pin = (name.clone(), size);
+        self.memories.pinned.borrow_mut().push(pin);
+        let pinned = Pinned {
+            registry: self.clone(),
+            name: name.clone(),
+            size,
+        };
+        Ok((self.image_of(open).await?, Some(pinned)))
+    }
+
+    /// The same for who only asks: nothing is made, and what would be is nobody's.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn image_that_would_be(&self, open: &Open) -> Result<Option<Arc<Image>>, Failure> {
+        match named(&open.target) {
+            Some((name, size)) if !self.is_memory_of_others(name, size)? => Ok(None),
+            _ => self.image_of(open).await,
+        }
+    }
+
+    /// Whether disks have memory of this name, so that another one gets what they have.
+    ///
+    /// # Errors
+    /// It has another size, is lost, or it is not known whether somebody has it.
+    fn is_memory_of_others(&self, name: &MemoryName, size: u64) -> Result<bool, Failure> {
+        let image = memory::find_named(&self.folder, name)?;
+        let users = self.users_of_memory(name, image.as_ref());
+        let other = users.iter().find_map(|user| {
+            let its = user.size.filter(|its| *its != size)?;
+            Some((user, its))
+        });
+        if let Some((user, its)) = other {
+            return Err(Failure::new(
+                Code::Exists,
+                format!(
+                    "the memory {name} has {its} bytes, by which {} has it, and not {size}: write name={name},ram:{its}, \
+                     choose another name, or destroy all disks that have it first",
+                    user.name
+                ),
+            ));
+        }
+        match (image, users.first()) {
+            (Some(_), Some(_)) => Ok(true),
+            (None, Some(user)) => {
+                let lost = memory::lost(&self.folder, name);
+                let why = format!("{lost}, such as {}", user.name);
+                Err(Failure::new(lost.code, why))
+            }
+            (None, None) => Ok(false),
+            (Some(_), None) => match self.may_be_anybodys() {
+                None => Ok(false),
+                Some(why) => Err(Failure::new(
+                    Code::Busy,
+                    format!(
+                        "the memory {name} is there, and it is not known which disk has it, because {why}; or choose \
+                         another name"
+                    ),
+                )),
+            },
+        }
+    }
+
+    /// Gives back memory that no disk has any more.
+    pub fn give_memory_back(&self) {
+        let names = match memory::names(&self.folder) {
+            Ok(names) => names,
+            Err(error) => {
+                tell!(
+                    error,
+                    About::default().because(&error),
+                    "cannot see in {} which memory has a name: {error}",
+                    self.folder.memory().display()
+                );
+                return;
+            }
+        };
+        if names.is_empty() || self.may_be_anybodys().is_some() {
+            return;
+        }
+        for name in names {
+            if let Err(failure) = self.give_back(&name) {
+                tell!(
+                    error,
+                    About::default().failed(&failure),
+                    "the memory {name} is not given back: {failure}"
+                );
+            }
+        }
+    }
+
+    fn give_back(&self, name: &MemoryName) -> Result<(), Failure> {
+        let image = memory::find_named(&self.folder, name)?;
+        if !self.users_of_memory(name, image.as_ref()).is_empty() {
+            return Ok(());
+        }
+        let place = self.folder.memory_named(name);
+        folder::remove(&place)
+            .map_err(|error| Failure::system(format!("cannot remove {}", place.display()), &error))
+    }
+
+    /// Records are being read from now on, until what is returned is dropped.
+    pub fn reading(self: &Rc<Self>) -> Reading {
+        let reading = self.memories.reading.get().saturating_add(1);
+        self.memories.reading.set(reading);
+        Reading(self.clone())
+    }
+
+    /// There are disks or processes of which nothing can be known.
+    pub fn knows_not_all(&self) {
+        self.memories.incomplete.set(true);
+    }
+
+    /// Nothing is written down any more of a disk that a process may serve.
+    pub(super) fn forgotten(&self, disk: Unknown) {
+        self.memories.forgotten.borrow_mut().push(disk);
+    }
+
+    /// Who has memory of this name, or the file that this is, under whatever name.
+    fn users_of_memory(&self, name: &MemoryName, image: Option<&Image>) -> Vec<User> {
+        let file = image.map(Image::identity);
+        let mut users = Vec::new();
+        let mut look = |who: &str, target: Option<&Target>, identity: Option<Identity>| {
+            let said = target.filter(|target| target.name() == Some(name));
+            if said.is_some() || (file.is_some() && identity == file) {
+                let (name, size) = (who.to_owned(), said.and_then(Target::size));
+                users.push(User { name, size });
+            }
+        };
+        for disk in self.all() {
+            let (who, record) = (disk.name(), disk.record.borrow());
+            let open = record.open.as_ref().map(|open| &open.target);
+            look(&who, open, record.identity);
+            if let Some(next) = &record.next {
+                look(&who, Some(&next.open.target), next.identity);
+            }
+        }
+        for left in self.left_alone_or_forgotten() {
+            let who = format!("tap disk {}, which is left alone,", left.minor);
+            let open = left.peek.open.as_ref().map(|open| &open.target);
+            look(&who, open, left.peek.identity);
+            if let Some(next) = &left.peek.next {
+                let open = next.open.as_ref().map(|open| &open.target);
+                look(&who, open, next.identity);
+            }
+        }
+        let pinned = self.memories.pinned.borrow();
+        for (_, size) in pinned.iter().filter(|(pinned, _)| pinned == name) {
+            let (name, size) = ("a disk that is being made".to_owned(), Some(*size));
+            users.push(User { name, size });
+        }
+        users
+    }
+
+    fn left_alone_or_forgotten(&self) -> Vec<Unknown> {
+        let mut all = self.left_alone();
+        all.extend(self.memories.forgotten.borrow().iter().cloned());
+        all
+    }
+
+    /// Why any memory may be somebody's of whom that is not known, and what to do; nothing if all is known.
+    fn may_be_anybodys(&self) -> Option<String> {
+        if self.memories.reading.get() > 0 {
+            return Some("records are being read: wait for that".into());
+        }
+        if self.memories.incomplete.get() {
+            return Some(
+                "not all records or processes could be read: see tap-ctl events --after 0, and start blktapctrl anew"
+                    .into(),
+            );
+        }
+        let all = self.left_alone_or_forgotten();
+        let unclear = all.iter().find(|disk| has_unknown(&disk.peek))?;
+        Some(format!(
+            "tap disk {} is not understood: see tap-ctl list, tap-ctl adopt and tap-ctl forget",
+            unclear.minor
+        ))
+    }
+}
+
+/// The name and the size of the memory that is to be served, if it has a name.
+fn named(target: &Target) -> Option<(&MemoryName, u64)> {
+    target.name().zip(target.size())
+}
+
+/// A disk that is left alone has something, or is to have something, that cannot be said.
+fn has_unknown(peek: &Peek) -> bool {
+    let next = peek.next.as_ref();
+    (peek.open.is_none() && peek.identity.is_none())
+        || next.is_some_and(|next| next.open.is_none() && next.identity.is_none())
+}
