@@ -4,10 +4,12 @@
 
 use super::tap::{image, VDEV};
 use super::{Case, Context, Needs};
-use crate::backing::{linear, Dm, Lvm};
+use crate::backing::{self, linear, Dm, Lvm};
+use crate::guest::{Config, Guest, Kind};
 use crate::tap::{self, Served};
 use crate::{leaks, sh};
 use anyhow::{ensure, Context as _, Result};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -53,7 +55,87 @@ pub(super) fn cases() -> Vec<Case> {
             Pv,
             limited,
         ),
+        case(
+            "tap.shared_memory",
+            "two guests have one memory: each reads what the other writes, whose process dies, until both have left",
+            Pv,
+            shared_memory,
+        )
+        .nightly(),
     ]
+}
+
+/// The memory that two guests have, and where it is in dom0.
+const SCRATCH: &str = "name=scratch,ram:16M";
+const MEMORY: &str = "/run/xentap/ram/scratch.named";
+
+/// Writes something else into a range of the disk that begins at this MiB, past all caches of the guest.
+fn scribble(guest: &Guest, at: u32) -> Result<()> {
+    let write =
+        format!("dd if=/dev/urandom of=/dev/xvdb bs=1M count=4 seek={at} oflag=direct status=none");
+    guest.run(&write).map(drop)
+}
+
+/// All guests read what dom0 has.
+fn all_read_the_same(guests: &[&Guest]) -> Result<()> {
+    let memory = backing::sha256(MEMORY, 16)?;
+    for guest in guests {
+        let read = guest.run("dd if=/dev/xvdb bs=1M iflag=direct 2>/dev/null | sha256sum")?;
+        ensure!(
+            read.starts_with(&memory),
+            "guest {} reads {read}, and the memory has {memory}",
+            guest.domid
+        );
+    }
+    Ok(())
+}
+
+fn shared_memory(context: &mut Context) -> Result<()> {
+    let other = Guest::create(Config::new("beside", Kind::Pv, 1))?;
+    let guest = context.pv()?;
+    let specification = tap::disk(&format!("shared=yes,{SCRATCH}"), VDEV, "w");
+    let first = Served::attach(guest, &specification)?;
+    let second = Served::attach(&other, &specification)?;
+    ensure!(
+        first.minor != second.minor && first.pid()? != second.pid()?,
+        "two guests have one disk"
+    );
+    let both = [guest, &other];
+    refused(SCRATCH, "w", "not free")?;
+    let (rc, text) = check("name=scratch,ram:32M", "w!")?;
+    ensure!(
+        rc != 0 && text.contains("16777216"),
+        "another size is not refused: {text}"
+    );
+    for (writer, disk, at) in [
+        (guest, &first, 0),
+        (&other, &second, 2),
+        (guest, &second, 9),
+    ] {
+        let before = backing::sha256(MEMORY, 16)?;
+        scribble(writer, at)?;
+        disk.replace()?;
+        all_read_the_same(&both)?;
+        ensure!(
+            backing::sha256(MEMORY, 16)? != before,
+            "nothing was written"
+        );
+    }
+    guest.run("blkdiscard -o 1M -l 2M /dev/xvdb")?;
+    all_read_the_same(&both)?;
+    first.detach(guest)?;
+    ensure!(
+        Path::new(MEMORY).exists(),
+        "the memory went with a disk, and another one has it"
+    );
+    second.replace()?;
+    all_read_the_same(&[&other])?;
+    second.detach(&other)?;
+    ensure!(
+        !Path::new(MEMORY).exists(),
+        "the memory is left when both disks are gone"
+    );
+    other.destroy()
 }
 
 /// 8 MiB, past all caches of the guest.
