@@ -60,6 +60,8 @@ pub(crate) struct Config {
     pub(crate) disks: Vec<String>,
     /// Whether it serves disks of other guests.
     pub(crate) is_driver_domain: bool,
+    /// Whether xl starts it again when it has rebooted or crashed.
+    pub(crate) starts_again: bool,
 }
 
 impl Config {
@@ -74,6 +76,7 @@ impl Config {
             memory: 384,
             disks: Vec::new(),
             is_driver_domain: false,
+            starts_again: false,
         }
     }
 
@@ -95,6 +98,10 @@ impl Config {
             Kind::Pvh => "pvh",
             Kind::Hvm => "hvm",
         };
+        let again = match self.starts_again {
+            true => "restart",
+            false => "destroy",
+        };
         let disks = self
             .disks
             .iter()
@@ -103,7 +110,7 @@ impl Config {
             .join(", ");
         format!(
             "name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
-             on_poweroff = 'destroy'\non_reboot = 'destroy'\non_crash = 'destroy'\ndisk = [{disks}]\nvif = []\n\
+             on_poweroff = 'destroy'\non_reboot = '{again}'\non_crash = '{again}'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\ndriver_domain = {}\n",
             self.name, self.boot_text(), self.memory, self.vcpus, u8::from(self.is_driver_domain)
         )
@@ -111,8 +118,12 @@ impl Config {
 
     fn boot_text(&self) -> String {
         match (self.boot, self.kind) {
-            (Boot::Payload, _) => format!(
-                "kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\nextra = '{CMDLINE} {}'\n",
+            (Boot::Payload, kind) => format!(
+                "{}kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\nextra = '{CMDLINE} {}'\n",
+                match kind {
+                    Kind::Hvm => "vga = 'none'\n",
+                    Kind::Pv | Kind::Pvh => "",
+                },
                 self.cmdline
             ),
             // The BIOS reads an IDE disk sector by sector: minutes in emulation, for a kernel.

@@ -3,13 +3,14 @@
 //!
 //! One static binary with several faces: `run` executes the cases in dom0, `agent` executes commands in
 //! the guests that the cases start, `history` loads a disk there and judges what it reads,
-//! `reread` looks whether that stays, `demo` tells the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
+//! `reread` looks whether that stays, `crash-kernel` gives a guest another kernel to write a dump, `demo` tells the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
 
 mod agent;
 mod backing;
 mod boot;
 mod cases;
 mod console;
+mod crash;
 mod demo;
 mod guest;
 mod history;
@@ -78,6 +79,8 @@ enum Face {
     History(history::Args),
     /// In a guest: read a disk into memory, and look later whether it is still there.
     Reread(reread::Args),
+    /// In a guest: load the kernel that starts when it has crashed.
+    CrashKernel(crash::Args),
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent,
     /// Be the second of two hosts: execute the commands of the first one.
@@ -188,6 +191,7 @@ fn start() -> Result<ExitCode> {
         Face::Life { part } => life::run(part),
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Reread(args) => reread::main(&args).map(|()| ExitCode::SUCCESS),
+        Face::CrashKernel(args) => crash::load(&args).map(|()| ExitCode::SUCCESS),
         Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
         Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),
         Face::Reach { address, command } => {

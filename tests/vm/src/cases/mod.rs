@@ -33,6 +33,7 @@ mod permission;
 mod planted;
 mod played;
 mod reservation;
+mod restart;
 mod rings;
 mod selection;
 mod snapshot;
@@ -518,6 +519,7 @@ pub(crate) fn all() -> Vec<Case> {
         trace::cases(),
         boot::cases(),
         domain::cases(),
+        restart::cases(),
         checked::cases(),
         // Last: after the module with planted faults nothing is worth judging.
         planted::cases(),
