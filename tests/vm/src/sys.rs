@@ -2,6 +2,7 @@
 //! System calls that the standard library does not have.
 
 use anyhow::{bail, Context, Result};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -28,6 +29,28 @@ pub(crate) fn ioctl<T: IntoBytes + FromBytes>(
         return Err(io::Error::last_os_error());
     }
     Ok(result)
+}
+
+/// `KEXEC_FILE_ON_CRASH` of `linux/kexec.h`.
+const ON_CRASH: libc::c_ulong = 2;
+
+/// Loads the kernel that starts when the one that runs has crashed.
+pub(crate) fn load_for_crash(kernel: &File, initramfs: &File, words: &CStr) -> io::Result<()> {
+    // SAFETY: both files are open, and the words and their end are as many bytes as is said, across the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            kernel.as_raw_fd(),
+            initramfs.as_raw_fd(),
+            words.to_bytes_with_nul().len(),
+            words.as_ptr(),
+            ON_CRASH,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Memory that is shared with the kernel and changes at any time. It is only copied, never borrowed.
