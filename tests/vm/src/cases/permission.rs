@@ -7,6 +7,7 @@ use crate::tap::{self, Served};
 use crate::{node, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -119,8 +120,15 @@ fn refused((uid, gid): (u32, u32), argv: &[&str]) -> Result<()> {
 fn files(pid: u32) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let target = fs::read_link(entry?.path())?;
-        found.push(target.to_string_lossy().into_owned());
+        let place = entry?.path();
+        match fs::read_link(&place) {
+            Ok(target) => found.push(target.to_string_lossy().into_owned()),
+            // It was closed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot look at {}", place.display()))
+            }
+        }
     }
     Ok(found)
 }
