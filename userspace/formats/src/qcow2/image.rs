@@ -138,8 +138,7 @@ impl<S: Storage> Image<S> {
         let Some(table) = self.table_at(l1.number(at), "L2 table")? else {
             return Ok(Found { l1, l2: None });
         };
-        let entry = guest % span / self.geometry.cluster() * self.geometry.entry();
-        let l2 = self.slices.at(table + entry).await?;
+        let l2 = self.slices.at(self.entry_at(table, guest)).await?;
         Ok(Found { l1, l2: Some(l2) })
     }
 
@@ -152,13 +151,16 @@ impl<S: Storage> Image<S> {
         }
         let (l1, at) = self.slices.known_at(table.at + number * 8)?;
         let l2 = match self.table_at(l1.number(at), "L2 table").ok()? {
-            Some(table) => {
-                let entry = guest % span / self.geometry.cluster() * self.geometry.entry();
-                Some(self.slices.known_at(table + entry)?)
-            }
+            Some(table) => Some(self.slices.known_at(self.entry_at(table, guest))?),
             None => None,
         };
         Some(Found { l1, l2 })
+    }
+
+    /// Where the entry of the cluster with a byte of the disk is, in the image whose L2 table for it is at `table`.
+    fn entry_at(&self, table: u64, guest: u64) -> u64 {
+        let cluster = guest % self.geometry.span() / self.geometry.cluster();
+        table + cluster * self.geometry.entry()
     }
 
     /// The disk that shows through in all of a range, if that is known.
