@@ -2,7 +2,7 @@
 //! Disks whose images are encrypted: served under load, handed over and moved, and judged by QEMU's tools with the key.
 
 use super::basic::{verify_job, FIO};
-use super::formats::{check_tables, load_and_deaths, of_guest, qemu_img, SIZE};
+use super::formats::{check_tables, load_and_deaths, of_guest, once_more, qemu_img, SIZE};
 use super::handoff::handoff;
 use super::images::refused;
 use super::migrate::moves_with;
@@ -177,16 +177,7 @@ fn endures(context: &mut Context, how: &'static Sealed) -> Result<()> {
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
     made.judge(context, &seen)?;
-    // Once more, from what is there now.
-    let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
-    let again = of_guest(guest)?;
-    ensure!(
-        again == seen,
-        "the guest read {seen} before, and {again} now"
-    );
-    guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
-    disk.detach(guest)
+    once_more(context, &specification, &seen)
 }
 
 fn wrong_keys(context: &mut Context) -> Result<()> {

@@ -303,17 +303,21 @@ fn endures(context: &mut Context, format: &Format) -> Result<()> {
     let seen = of_guest(guest)?;
     disk.detach(guest)?;
     judge(context, format, &path, &seen)?;
-    // Once more, from what is there now.
+    once_more(context, &specification, &seen)?;
+    check(format.qemu, &path)
+}
+
+/// The guest reads what it had read of a disk, from what is there now, and writes it again.
+pub(super) fn once_more(context: &mut Context, specification: &str, seen: &str) -> Result<()> {
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = Served::attach(guest, specification)?;
     let again = of_guest(guest)?;
     ensure!(
         again == seen,
         "the guest read {seen} before, and {again} now"
     );
     guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
-    disk.detach(guest)?;
-    check(format.qemu, &path)
+    disk.detach(guest)
 }
 
 /// A raw image with something in it.
