@@ -243,6 +243,13 @@ impl Served {
         self.wait_gone()
     }
 
+    /// Destroys the guest, and waits until nothing of the disk is left.
+    pub(crate) fn goes_with(&self, guest: Guest) -> Result<()> {
+        guest.destroy()?;
+        self.vbd.wait_gone()?;
+        self.wait_gone()
+    }
+
     /// Waits until neither kernel nor supervisor knows the disk.
     pub(crate) fn wait_gone(&self) -> Result<()> {
         let (control, record) = (

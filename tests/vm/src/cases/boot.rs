@@ -138,9 +138,7 @@ fn booted(
 fn use_and_destroy(guest: Guest, disk: &Served, image: &str) -> Result<()> {
     guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
     compare(&guest, VDEV, image, 1 + DATA_MIB)?;
-    guest.destroy()?;
-    disk.vbd.wait_gone()?;
-    disk.wait_gone()
+    disk.goes_with(guest)
 }
 
 fn pygrub(context: &mut Context) -> Result<()> {
@@ -184,9 +182,7 @@ fn boots(context: &mut Context, kind: Kind, target: &str) -> Result<()> {
     let disks = vec![tap::disk(target, VDEV, "w")];
     let (guest, disk) = booted(context, kind, disks, || Ok(()))?;
     guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
-    guest.destroy()?;
-    disk.vbd.wait_gone()?;
-    disk.wait_gone()
+    disk.goes_with(guest)
 }
 
 fn pygrub_qcow2(context: &mut Context) -> Result<()> {

@@ -118,9 +118,7 @@ fn starts_again(context: &mut Context, end: fn(&Guest) -> Result<()>) -> Result<
         guest.run_for(&verify_job(&format!("/dev/{vdev}"), USED, 40, 512), FIO)?;
     }
     let disk = Served::of(Vbd::of(guest.domid, TAP)?)?;
-    guest.destroy()?;
-    disk.vbd.wait_gone()?;
-    disk.wait_gone()
+    disk.goes_with(guest)
 }
 
 /// A file with the kernel of guests and its initramfs behind that, each from a MiB on; how many bytes they have.
@@ -202,7 +200,5 @@ fn crash_dump(context: &mut Context) -> Result<()> {
         context.check_driver(&Vbd::of(guest.domid, vdev)?)?;
     }
     let disk = Served::of(Vbd::of(guest.domid, TAP)?)?;
-    guest.destroy()?;
-    disk.vbd.wait_gone()?;
-    disk.wait_gone()
+    disk.goes_with(guest)
 }
