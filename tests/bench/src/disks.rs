@@ -215,7 +215,8 @@ fn mount(kind: &str, device: &str) -> Result<()> {
     sh::run(&["mount", device, MOUNT]).map(drop)
 }
 
-/// Writes what a disk begins with to a file or device, which gets a place for all of it.
+/// Writes what a disk begins with to a file or device, which gets a place for all of it. Past the page cache: dom0 would
+/// write it to its storage while it is measured, and who writes there directly would have to drop it first.
 fn copy(disk: &str, file: &str, mib: u32) -> Result<()> {
     let (from, to, count) = (
         format!("if={disk}"),
@@ -229,6 +230,7 @@ fn copy(disk: &str, file: &str, mib: u32) -> Result<()> {
         &count,
         "bs=1M",
         "iflag=direct",
+        "oflag=direct",
         "conv=notrunc,fsync",
         "status=none",
     ];

@@ -17,9 +17,11 @@ const WRITES: &str = "/run/bench-writes";
 
 /// Writes all that a disk has to an image.
 pub(crate) fn convert(disk: &str, format: &str, image: &str) -> Result<()> {
-    // Without looking for zeroes: all of it is written.
-    let convert = ["qemu-img", "convert", "-S", "0", "-f", "raw", "-O", format];
-    sh::run(&[&convert[..], &[disk, image]].concat()).map(drop)
+    // Without looking for zeroes: all of it is written. And past the page cache: dom0 would write the image to its
+    // storage while it is measured.
+    let convert = ["qemu-img", "convert", "-t", "none", "-S", "0"];
+    let what = ["-f", "raw", "-O", format, disk, image];
+    sh::run(&[&convert[..], &what].concat()).map(drop)
 }
 
 /// Writes all that a disk has to an image that is encrypted, whose key is made anew.
@@ -34,7 +36,8 @@ pub(crate) fn seal(disk: &str, image: &str, mib: u32) -> Result<()> {
     let create = ["qemu-img", "create", "-q", "--object", &key, "-f", "luks"];
     sh::run(&[&create[..], &["-o", options, image, &size]].concat())?;
     let target = format!("driver=luks,key-secret=s,file.filename={image}");
-    let convert = ["qemu-img", "convert", "-n", "-S", "0", "--object", &key];
+    let convert = ["qemu-img", "convert", "-n", "-t", "none", "-S", "0"];
+    let convert = [&convert[..], &["--object", &key]].concat();
     let source = ["-f", "raw", disk, "--target-image-opts", &target];
     sh::run(&[&convert[..], &source].concat()).map(drop)
 }
