@@ -186,6 +186,8 @@ void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits)
 
 	*limits = (struct xbr_file_limits) {
 		.block = max(block, align),
+		.sectors = sb->s_bdev ? queue_max_sectors(bdev_get_queue(sb->s_bdev)) : 0,
+		.segments = sb->s_bdev ? queue_max_segments(bdev_get_queue(sb->s_bdev)) : 0,
 		.regular = S_ISREG(inode->i_mode),
 		.readable = file->f_op->read_iter && (file->f_mode & FMODE_READ),
 		.writable = file->f_op->write_iter && (file->f_mode & FMODE_WRITE),

@@ -37,9 +37,14 @@ struct xbr_bdev_limits {
 };
 static_assert(sizeof(struct xbr_bdev_limits) == 40);
 
-/* What matters of a file to who reads and writes it past the page cache; block in bytes. */
+/*
+ * What matters of a file to who reads and writes it past the page cache; block in bytes, sectors of 512 bytes.
+ * Its device takes so many sectors and segments at once; 0 if it has none.
+ */
 struct xbr_file_limits {
 	u32 block;
+	u32 sectors;
+	u16 segments;
 	u8 regular;
 	u8 readable;
 	u8 writable;
@@ -49,9 +54,8 @@ struct xbr_file_limits {
 	u8 nowait;
 	/* On block devices of this host, and on no other file system. */
 	u8 local;
-	u8 pad[2];
 };
-static_assert(sizeof(struct xbr_file_limits) == 12);
+static_assert(sizeof(struct xbr_file_limits) == 16);
 
 #define XBR_ATTR_DEVICE 100
 #define XBR_ATTR_MODE 101

@@ -139,13 +139,14 @@ pub(super) struct BdevLimits {
 #[derive(Clone, Copy, Default)]
 pub(super) struct FileLimits {
     pub(super) block: u32,
+    pub(super) sectors: u32,
+    pub(super) segments: u16,
     pub(super) regular: u8,
     pub(super) readable: u8,
     pub(super) writable: u8,
     pub(super) direct: u8,
     pub(super) nowait: u8,
     pub(super) local: u8,
-    pub(super) pad: [u8; 2],
 }
 
 /// `struct io_uring_cmd`, without its end.
@@ -190,7 +191,7 @@ const _: () = {
     assert!(size_of::<GnttabUnmap>() == 24);
     assert!(offset_of!(GnttabUnmap, handle) == 16);
     assert!(size_of::<BdevLimits>() == 40);
-    assert!(size_of::<FileLimits>() == 12);
+    assert!(size_of::<FileLimits>() == 16);
     assert!(offset_of!(UringCmd, sqe) == 8);
     assert!(offset_of!(UringCmd, cmd_op) == 16);
     assert!(offset_of!(UringCmd, pdu) == 24);

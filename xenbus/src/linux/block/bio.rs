@@ -13,6 +13,7 @@ mod call;
 mod transfer;
 
 use super::bdev::BlockDevice;
+use super::file::Most;
 use super::storage::Storage;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
@@ -219,18 +220,18 @@ impl Disk {
     /// Starts to build the I/O of a tag, on the disk's own device if no storage is named. `None` if there is no such
     /// tag or device, or if an earlier I/O of the tag has not been reaped.
     pub(crate) fn begin(&self, tag: QueueTag, storage: Option<Storage>) -> Option<Inflight<'_>> {
-        let device = match &storage {
-            None => self.device.as_ref()?.as_raw(),
-            Some(Storage::Device(device)) => device.as_raw(),
-            Some(Storage::File(_)) => core::ptr::null_mut(),
+        let (device, most) = match &storage {
+            None => (self.device.as_ref()?.as_raw(), Most::ALL),
+            Some(Storage::Device(device)) => (device.as_raw(), Most::ALL),
+            Some(Storage::File(file)) => (core::ptr::null_mut(), file.most()),
         };
-        self.begin_at(tag, storage, device)
+        self.begin_at(tag, storage, device, most)
     }
 
     /// The same for an I/O that goes nowhere, because all of it reads as zeroes.
     pub(crate) fn begin_nowhere(&self, tag: QueueTag) -> Option<Inflight<'_>> {
         // A bio without a device is for the record's file, of which there is none: it would fail.
-        self.begin_at(tag, None, core::ptr::null_mut())
+        self.begin_at(tag, None, core::ptr::null_mut(), Most::ALL)
     }
 
     fn begin_at(
@@ -238,6 +239,7 @@ impl Disk {
         tag: QueueTag,
         storage: Option<Storage>,
         device: *mut bindings::block_device,
+        most: Most,
     ) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
@@ -254,6 +256,7 @@ impl Disk {
             disk: self,
             record,
             device,
+            most,
             first_taken: Cell::new(false),
         })
     }
@@ -309,6 +312,8 @@ pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
     device: *mut bindings::block_device,
+    /// What each of its bios has at most.
+    most: Most,
     first_taken: Cell<bool>,
 }
 

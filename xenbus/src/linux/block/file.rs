@@ -27,8 +27,26 @@ pub(crate) struct ImageFile {
     queue: OwnQueue,
     file: ARef<File>,
     block: u32,
+    most: Most,
     can_refuse_to_wait: bool,
     writable: bool,
+}
+
+/// What is transferred at once at most.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    /// Ranges of memory.
+    pub(super) ranges: u16,
+    /// Bytes.
+    pub(super) bytes: u32,
+}
+
+impl Most {
+    /// As much as a bio can have.
+    pub(super) const ALL: Self = Self {
+        ranges: u16::MAX,
+        bytes: u32::MAX,
+    };
 }
 
 impl ImageFile {
@@ -55,6 +73,13 @@ impl ImageFile {
             queue: OwnQueue::for_files(c"xen-blkback-rs-file", CALLS)?,
             file,
             block: limits.block / 512,
+            most: match (limits.segments, limits.sectors) {
+                (0, _) | (_, 0) => Most::ALL,
+                (ranges, sectors) => Most {
+                    ranges,
+                    bytes: sectors.saturating_mul(512),
+                },
+            },
             can_refuse_to_wait: limits.nowait != 0,
             writable,
         })
@@ -82,6 +107,12 @@ impl ImageFile {
     /// Sectors of 512 bytes of which a transfer consists.
     pub(super) fn block(&self) -> u32 {
         self.block
+    }
+
+    /// What its device takes at once. More would have to be divided, and a device that was told not to wait does
+    /// not divide: all of it would fail.
+    pub(super) fn most(&self) -> Most {
+        self.most
     }
 
     /// The size in whole sectors of 512 bytes now.

@@ -237,7 +237,7 @@ impl Bios<'_> {
             }
             return reads;
         };
-        if !self.bio.add(run) {
+        if self.bio.is_full(run.len) || !self.bio.add(run) {
             // In this order: the next one may have to wait for this one.
             self.submit(self.left);
             if !self.bio.add(run) {
@@ -255,7 +255,7 @@ impl Bios<'_> {
         if self.bio.add_mapped(piece) {
             return true;
         }
-        if !self.bio.is_full() {
+        if !self.bio.is_full(piece.len) {
             return false;
         }
         self.sector = Some(self.bio.end());
@@ -278,13 +278,21 @@ impl Bio<'_> {
         u32::try_from(added) == Ok(run.len)
     }
 
-    /// Whether it has as many ranges of memory as there is room for.
-    fn is_full(&self) -> bool {
+    /// Whether there is no room for one more range of so many bytes.
+    #[inline]
+    fn is_full(&self, len: u32) -> bool {
         let Some(raw) = self.raw else {
             return false;
         };
         // SAFETY: The bio is ours.
-        unsafe { (*raw.as_ptr()).bi_vcnt >= (*raw.as_ptr()).bi_max_vecs }
+        let (ranges, room, bytes) = unsafe {
+            let bio = &*raw.as_ptr();
+            (bio.bi_vcnt, bio.bi_max_vecs, bio.bi_iter.bi_size)
+        };
+        let most = &self.inflight.most;
+        // One range goes into each.
+        let is_enough = ranges >= most.ranges || bytes.saturating_add(len) > most.bytes;
+        ranges >= room || ranges > 0 && is_enough
     }
 
     /// Ranges of memory that it has.
@@ -310,7 +318,7 @@ impl Bio<'_> {
         let (Some(raw), Some(page), true) = (self.raw, page, end <= PAGE_SIZE as u32) else {
             return false;
         };
-        if self.is_full() {
+        if self.is_full(piece.len) {
             return false;
         }
         // SAFETY: The bio is ours, and has room for one more range. The bytes are in the page, which stays where it
