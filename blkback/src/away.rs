@@ -2,7 +2,7 @@
 
 //! A queue's backend, by way of its guest's side and the trace points.
 
-use crate::engine::{Backend, Io};
+use crate::engine::{Backend, Io, IoKind};
 use crate::linux::xen::guest_side::Held;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
@@ -45,6 +45,14 @@ impl<B: Backend> Backend for Away<'_, B> {
             traced.complete(tag.number(), status.to_wire());
             done(tag, status);
         });
+    }
+
+    fn prefers_mapped(&self, kind: IoKind) -> bool {
+        self.backend.prefers_mapped(kind)
+    }
+
+    fn give_back(&mut self, each: impl FnMut(QueueTag)) {
+        self.backend.give_back(each);
     }
 
     fn now(&self) -> u64 {

@@ -214,7 +214,7 @@ fn write(preflush: bool, fua: bool) -> Operation {
 }
 
 fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
-    let pieces = io.slices().map(piece);
+    let pieces = io.slices().map(Piece::from);
     if io.is_mapped() {
         return inflight.scatter(operation, io.sector, io.count(), pieces);
     }
@@ -225,11 +225,13 @@ fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
     inflight.transfer(operation, core::iter::once(place), io.count(), pieces);
 }
 
-fn piece(slice: Slice) -> Piece {
-    Piece {
-        page: slice.page,
-        offset: slice.offset,
-        len: slice.len.into(),
+impl From<Slice> for Piece {
+    fn from(slice: Slice) -> Self {
+        Self {
+            page: slice.page,
+            offset: slice.offset,
+            len: slice.len.into(),
+        }
     }
 }
 

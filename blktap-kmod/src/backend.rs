@@ -2,14 +2,16 @@
 
 //! The engine's backend over the shadow of a disk.
 
-use super::direct::Executor;
+use super::direct::{Executor, MappedAt};
 use super::disk::{Inner, Share, TapDisk, BATCH};
 use super::place::Place;
+use crate::engine::segments::Segments;
 use crate::engine::{Backend, Io, IoKind};
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
+use crate::memory::Lease;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 use crate::ring::tap::abi::Segment;
@@ -32,13 +34,19 @@ pub(crate) struct TapQueue {
     share: Arc<Share>,
     place: Place,
     /// What is to be posted; has room for a batch.
-    ready: KVec<(QueueTag, Request)>,
+    ready: KVec<Ready>,
     /// Where the request is that was begun last. On its own: with it the queue would be too large to be moved.
     parts: KBox<Parts>,
     /// What could not be posted; has room for all tags.
     rejected: KVec<QueueTag>,
-    /// Nothing of what was posted last was begun here.
-    is_for_process: bool,
+}
+
+/// A request that is to be posted.
+struct Ready {
+    tag: QueueTag,
+    request: Request,
+    /// If its data is in pages of the guest: where.
+    mapped: Option<MappedAt>,
 }
 
 impl TapQueue {
@@ -52,10 +60,11 @@ impl TapQueue {
         wake_event: Arc<WakeEvent>,
         place: Place,
         pages: &Arc<DataPages>,
+        lease: Option<Lease>,
     ) -> Result<Self> {
         let executor = disk
             .has_backings()
-            .then(|| Executor::new(pages.clone(), &wake_event, place.depth))
+            .then(|| Executor::new(pages.clone(), &wake_event, place.depth, lease))
             .transpose()?;
         let share = super::shared(Share {
             wake_event,
@@ -86,11 +95,10 @@ impl TapQueue {
             ready,
             parts,
             rejected,
-            is_for_process: false,
         })
     }
 
-    /// Writes the segments of a request and says what to post.
+    /// Says what to post, and writes the segments of a request down that may go to the process.
     fn prepare(&self, io: &Io<'_>) -> Option<Request> {
         let (op, preflush, fua) = match io.kind {
             IoKind::Read => (Op::Read, false, false),
@@ -102,6 +110,17 @@ impl TapQueue {
             IoKind::Discard { secure: false } => (Op::Discard, false, false),
             IoKind::Discard { secure: true } => (Op::SecureDiscard, false, false),
         };
+        let request = Request {
+            op,
+            preflush,
+            fua,
+            sector: io.sector,
+            sectors: io.sectors,
+            segments: 0,
+        };
+        if io.is_mapped() {
+            return Some(request);
+        }
         let first = u32::from(self.place.first_page);
         let pieces = io.slices().map(|slice| Segment {
             offset: first
@@ -115,42 +134,51 @@ impl TapQueue {
             .areas
             .write_segments(self.place.disk_tag(io.tag), pieces)?;
         Some(Request {
-            op,
-            preflush,
-            fua,
-            sector: io.sector,
-            sectors: io.sectors,
             segments,
+            ..request
         })
     }
 
     /// Posts what is ready, and wakes the process if it waits. Begins what needs no process.
-    fn post(&mut self) {
+    fn post(&mut self, segments: &Segments<'_>) {
         let now = monotonic_ns();
         let place = self.place;
-        self.is_for_process = true;
+        let (mut begun, mut given_back) = (0u16, 0u16);
         {
             let mut inner = self.disk.inner.lock();
             let Inner {
                 shadow, backings, ..
             } = &mut *inner;
-            for (tag, request) in &self.ready {
-                let disk_tag = place.disk_tag(*tag);
-                let posted = shadow.post(disk_tag, place.index, request, now);
+            for ready in &self.ready {
+                let disk_tag = place.disk_tag(ready.tag);
+                let posted = shadow.post(disk_tag, place.index, &ready.request, now);
                 if posted.is_err() {
-                    reject(&mut self.rejected, *tag);
-                } else if let Some(executor) = &mut self.executor {
-                    if let Some(start) = shadow.begin(disk_tag, &mut self.parts) {
-                        executor.take(backings, *tag, start, self.parts.as_slice());
-                        self.is_for_process = false;
-                    }
+                    reject(&mut self.rejected, ready.tag);
+                    continue;
+                }
+                let Some(executor) = &mut self.executor else {
+                    continue;
+                };
+                let parts = &mut *self.parts;
+                let start = match ready.mapped {
+                    Some(_) => shadow.begin_mapped(disk_tag, parts),
+                    None => shadow.begin(disk_tag, parts),
+                };
+                if let Some(start) = start {
+                    begun = begun.wrapping_add(1);
+                    let parts = parts.as_slice();
+                    executor.take(backings, ready.tag, start, parts, ready.mapped);
+                } else if ready.mapped.is_some() {
+                    given_back = given_back.wrapping_add(1);
+                    executor.give_back(ready.tag);
                 }
             }
             self.disk.announce(&mut inner);
         }
         self.ready.clear();
         if let Some(executor) = &mut self.executor {
-            executor.start(&self.disk, place);
+            executor.learn(begun, given_back);
+            executor.start(&self.disk, place, Some(segments));
         }
     }
 }
@@ -162,21 +190,31 @@ fn reject(rejected: &mut KVec<QueueTag>, tag: QueueTag) {
 
 impl Backend for TapQueue {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let mut segments = None;
         for io in batch {
+            segments = Some(io.segments);
             let Some(request) = self.prepare(&io) else {
                 reject(&mut self.rejected, io.tag);
                 continue;
             };
-            if push(&mut self.ready, (io.tag, request)).is_err() {
+            let ready = Ready {
+                tag: io.tag,
+                request,
+                mapped: io.is_mapped().then_some(MappedAt {
+                    head: io.head,
+                    count: io.count,
+                }),
+            };
+            if push(&mut self.ready, ready).is_err() {
                 // There is room for a batch, and less than one is there.
                 reject(&mut self.rejected, io.tag);
             }
             if self.ready.len() >= BATCH {
-                self.post();
+                self.post(io.segments);
             }
         }
-        if !self.ready.is_empty() {
-            self.post();
+        if let Some(segments) = segments.filter(|_| !self.ready.is_empty()) {
+            self.post(segments);
         }
     }
 
@@ -200,7 +238,9 @@ impl Backend for TapQueue {
     }
 
     fn gathers(&self) -> bool {
-        self.is_for_process
+        self.executor
+            .as_ref()
+            .is_none_or(|executor| !executor.has_begun())
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
@@ -236,6 +276,18 @@ impl Backend for TapQueue {
             if count < BATCH {
                 return;
             }
+        }
+    }
+
+    fn prefers_mapped(&self, kind: IoKind) -> bool {
+        let moves_data = matches!(kind, IoKind::Read | IoKind::Write);
+        let executor = self.executor.as_ref();
+        moves_data && executor.is_some_and(|executor| executor.prefers_mapped())
+    }
+
+    fn give_back(&mut self, each: impl FnMut(QueueTag)) {
+        if let Some(executor) = &mut self.executor {
+            executor.given_back(each);
         }
     }
 

@@ -12,7 +12,11 @@ use crate::backing::{
 };
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
+use crate::engine::{Mapping, SegmentEntry};
 use crate::linux::memory::data::DataPages;
+use crate::linux::xen::grant::GuestGrants;
+use crate::memory::Lease;
+use crate::params;
 use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
@@ -93,7 +97,7 @@ impl BackingDisk for Binding {
             read_only: params.is_none_or(|params| params.read_only),
             removable: false,
             cdrom: false,
-            // Its requests are copied, whatever serves them.
+            // Nothing that the guest can change is used where that is wanted.
             stable_writes: false,
         }
     }
@@ -122,6 +126,10 @@ impl BackingDisk for Binding {
         })
     }
 
+    fn keeps_grants(&self) -> bool {
+        params::keeps_grants() && self.disk.may_use_mapped()
+    }
+
     fn prepare(&self) -> Result<(), ConnectError> {
         // Nobody but the process sees the disk in this domain: there is no cache of it.
         if self.writable && self.limits().read_only {
@@ -148,7 +156,9 @@ impl QueueBackends for Binding {
         }
         let no_memory = |error| ConnectError::Step(NO_MEMORY, error);
         let first_page = index.wrapping_mul(pages);
-        let own = DataPages::of_arena(areas.arena(), first_page, pages)
+        let lease = self.mappings(needs);
+        let map = lease.as_ref().map_or(0, |(count, _)| *count);
+        let own = DataPages::of_arena(areas.arena(), first_page, pages, map)
             .and_then(crate::tap::shared)
             .map_err(no_memory)?;
         let place = Place {
@@ -157,10 +167,14 @@ impl QueueBackends for Binding {
             first_page,
             depth,
         };
-        let backend = TapQueue::new(self.disk.clone(), needs.wake_event.clone(), place, &own)
-            .map_err(|error| match error {
-                error if error == EBUSY => ConnectError::Step(NOT_READY, error),
-                error => no_memory(error),
+        let lease = lease.map(|(_, lease)| lease);
+        let wake_event = needs.wake_event.clone();
+        let backend =
+            TapQueue::new(self.disk.clone(), wake_event, place, &own, lease).map_err(|error| {
+                match error {
+                    error if error == EBUSY => ConnectError::Step(NOT_READY, error),
+                    error => no_memory(error),
+                }
             })?;
         Ok(Part {
             backend,
@@ -180,6 +194,25 @@ impl QueueBackends for Binding {
         Drain::Detachable {
             timeout_ns: if ends { DRAIN_NS } else { 0 },
         }
+    }
+}
+
+impl Binding {
+    /// Pages at which a queue can map those of its guest, and what counts them: for what it executes itself. Mappings
+    /// are a matter of speed: without room for them everything is copied.
+    // Not part of its caller, so that both have small frames.
+    #[inline(never)]
+    fn mappings(&self, needs: &Needs<'_>) -> Option<(u16, Lease)> {
+        if !needs.keeps_grants || !self.disk.has_backings() {
+            return None;
+        }
+        let count = params::pool_sizes(needs.depth.into(), true).map;
+        let each = size_of::<Mapping>().saturating_add(size_of::<SegmentEntry>());
+        let bytes = usize::from(count).saturating_mul(each);
+        let bytes = bytes.saturating_add(GuestGrants::bytes(count));
+        let mut lease = Lease::new(needs.domain, bytes).ok()?;
+        let reserved = lease.reserve_mappings(count.into(), params::domain_mappings());
+        reserved.then_some((count, lease))
     }
 }
 

@@ -5,14 +5,20 @@
 //! The data is where it is for a process: in the arena, at the places (segments) that the queue has written down before
 //! the request was posted, and which nobody else can change. So a request can go to the process after all. What is
 //! there the process can change at any time: that is the content of its own disk.
+//!
+//! Of a guest that keeps its pages granted it may be in these pages as well, which are mapped: then nothing is copied.
+//! No process ever sees such a request: what the queue cannot begin, or has not executed well, it gives back to the
+//! engine, which brings the data to the arena.
 
 use super::disk::{Backings, Inner, TapDisk, BATCH};
 use super::place::Place;
+use crate::engine::segments::Segments;
 use crate::linux::block::bio::{self, Inflight, Operation, Piece};
 use crate::linux::block::storage::Storage;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::task::wake_event::WakeEvent;
+use crate::memory::Lease;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::response::Status;
@@ -34,6 +40,15 @@ struct Begun {
     parts: usize,
     /// Where it goes; nowhere if that is gone, or if all of it reads as zeroes.
     storage: Option<Storage>,
+    /// If its data is in pages of the guest: where.
+    mapped: Option<MappedAt>,
+}
+
+/// The chain of segments, in the engine's table, of a request whose data is in pages of the guest.
+#[derive(Clone, Copy)]
+pub(super) struct MappedAt {
+    pub(super) head: u16,
+    pub(super) count: u16,
 }
 
 /// What a queue needs to execute requests.
@@ -46,22 +61,39 @@ pub(super) struct Executor {
     parts: KVec<Part>,
     /// What has ended, and how; has room for all tags.
     ended: KVec<(QueueTag, Status)>,
+    /// What is to be given back; has room for all tags.
+    back: KVec<QueueTag>,
+    /// Of what was posted last something was begun, and most.
+    has_begun: bool,
+    begins: bool,
+    /// Pages of the guest cannot be used where requests go.
+    shuns_mapped: bool,
+    /// The queue's part of what its guest may have mapped.
+    _lease: Option<Lease>,
     /// Requests that were begun and have not ended.
     executing: u16,
 }
 
 impl Executor {
     /// Reserves what a queue needs. May sleep.
+    // Not part of its caller, so that both have small frames; so is `reap`.
+    #[inline(never)]
     pub(super) fn new(
         pages: Arc<DataPages>,
         wake_event: &Arc<WakeEvent>,
         depth: u16,
+        lease: Option<Lease>,
     ) -> Result<KBox<Self>> {
         let executor = Self {
             bios: bio::Disk::new(pages, wake_event.clone(), None, depth)?,
             begun: KVec::with_capacity(BATCH, GFP_KERNEL)?,
             parts: KVec::with_capacity(BATCH.saturating_mul(MAX_PARTS), GFP_KERNEL)?,
             ended: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
+            back: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
+            has_begun: true,
+            begins: true,
+            shuns_mapped: false,
+            _lease: lease,
             executing: 0,
         };
         Ok(KBox::new(executor, GFP_KERNEL)?)
@@ -80,12 +112,12 @@ impl Executor {
                 shadow, backings, ..
             } = &mut *inner;
             shadow.resume(place.index, BATCH, |tag, start, parts| {
-                self.take(backings, place.queue_tag(tag), start, parts);
+                self.take(backings, place.queue_tag(tag), start, parts, None);
             });
             // What is not mapped any more is for the process.
             disk.announce(&mut inner);
         }
-        self.start(disk, place);
+        self.start(disk, place, None);
     }
 
     /// Takes what the shadow has given to the queue, at most [`BATCH`] until [`start`](Self::start).
@@ -95,15 +127,22 @@ impl Executor {
         tag: QueueTag,
         start: Start,
         parts: &[Part],
+        mapped: Option<MappedAt>,
     ) {
         let number = start.backing.map(BackingNumber::index);
         let storage = number.and_then(|number| backings.get(number).cloned().flatten());
         self.executing = self.executing.wrapping_add(1);
+        let stable = |storage: &Storage| mapped.is_some() && storage.wants_stable_pages();
+        if storage.as_ref().is_some_and(stable) {
+            self.shuns_mapped = true;
+            return fail(&mut self.ended, tag);
+        }
         let begun = Begun {
             tag,
             start,
             parts: parts.len(),
             storage,
+            mapped,
         };
         let before = self.parts.len();
         let mut parts = parts.iter();
@@ -115,8 +154,8 @@ impl Executor {
         }
     }
 
-    /// Starts what was taken. May sleep.
-    pub(super) fn start(&mut self, disk: &TapDisk, place: Place) {
+    /// Starts what was taken; `segments` has what is in pages of the guest. May sleep.
+    pub(super) fn start(&mut self, disk: &TapDisk, place: Place, segments: Option<&Segments<'_>>) {
         if self.begun.is_empty() {
             return;
         }
@@ -130,9 +169,16 @@ impl Executor {
                     None if begun.start.backing.is_none() => self.bios.begin_nowhere(begun.tag),
                     None => None,
                 };
-                match inflight {
-                    Some(inflight) => start_one(&inflight, disk, place, begun, parts),
-                    None => fail(&mut self.ended, begun.tag),
+                let Some(inflight) = inflight else {
+                    fail(&mut self.ended, begun.tag);
+                    continue;
+                };
+                match begun.mapped.zip(segments) {
+                    Some((at, segments)) => {
+                        let pieces = segments.slices(at.head, at.count).map(Piece::from);
+                        transfer(&inflight, &begun.start, parts, at.count, true, pieces);
+                    }
+                    None => start_in_arena(&inflight, disk, place, begun, parts),
                 }
             }
         });
@@ -140,7 +186,36 @@ impl Executor {
         self.parts.clear();
     }
 
+    /// A request whose data is in pages of the guest cannot be begun.
+    pub(super) fn give_back(&mut self, tag: QueueTag) {
+        // There is room for all tags, and each is there once: it is submitted until it is given back.
+        let _pushed = push(&mut self.back, tag);
+    }
+
+    /// Yields what is to be submitted once more with its data in the arena.
+    pub(super) fn given_back(&mut self, mut each: impl FnMut(QueueTag)) {
+        self.back.iter().for_each(|tag| each(*tag));
+        self.back.clear();
+    }
+
+    /// Of what was posted last so many were begun, and so many given back.
+    pub(super) fn learn(&mut self, begun: u16, given_back: u16) {
+        self.has_begun = begun > 0;
+        self.begins = begun > given_back;
+    }
+
+    /// Something of what was posted last was begun.
+    pub(super) fn has_begun(&self) -> bool {
+        self.has_begun
+    }
+
+    /// Requests are best served with pages of the guest: most of them can be.
+    pub(super) fn prefers_mapped(&self) -> bool {
+        self.begins && !self.shuns_mapped
+    }
+
     /// Takes note of what has ended: `done` gets those that the process is not to execute now.
+    #[inline(never)]
     pub(super) fn reap(
         &mut self,
         disk: &TapDisk,
@@ -160,8 +235,13 @@ impl Executor {
                     break;
                 };
                 self.executing = self.executing.wrapping_sub(1);
-                let status = inner.shadow.ended(place.disk_tag(tag), status);
+                let disk_tag = place.disk_tag(tag);
+                let is_mapped = inner.shadow.is_mapped(disk_tag);
+                let status = inner.shadow.ended(disk_tag, status);
                 *answer = status.map(|status| (tag, status));
+                if is_mapped && status.is_none() {
+                    let _pushed = push(&mut self.back, tag);
+                }
             }
             disk.announce(&mut inner);
             inner.tell_recallers(&disk.ready);
@@ -173,7 +253,7 @@ impl Executor {
     }
 }
 
-/// A request ends without having been started: the process gets it.
+/// A request ends without having been started: the process gets it, or it is given back.
 fn fail(ended: &mut KVec<(QueueTag, Status)>, tag: QueueTag) {
     let _pushed = push(ended, (tag, Status::Error));
 }
@@ -186,8 +266,30 @@ fn result(status: u32) -> Status {
     }
 }
 
-fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, begun: &Begun, parts: &[Part]) {
+/// Starts a request whose data is in the arena, or that has none.
+fn start_in_arena(
+    inflight: &Inflight<'_>,
+    disk: &TapDisk,
+    place: Place,
+    begun: &Begun,
+    parts: &[Part],
+) {
     let start = &begun.start;
+    let tag = place.disk_tag(begun.tag);
+    let segments = (0..start.segments).filter_map(|index| disk.areas.segment(tag, index));
+    let pieces = segments.map(|segment| piece(&segment, place.first_page));
+    transfer(inflight, start, parts, start.segments, false, pieces);
+}
+
+/// Starts a request whose data is in so many pieces.
+fn transfer(
+    inflight: &Inflight<'_>,
+    start: &Start,
+    parts: &[Part],
+    count: u16,
+    is_mapped: bool,
+    pieces: impl Iterator<Item = Piece>,
+) {
     let operation = match start.op {
         abi::OP_READ => Operation::Read,
         abi::OP_WRITE => Operation::Write {
@@ -196,12 +298,19 @@ fn start_one(inflight: &Inflight<'_>, disk: &TapDisk, place: Place, begun: &Begu
         },
         _ => return inflight.without_data(Operation::Flush, 0, 0),
     };
-    let tag = place.disk_tag(begun.tag);
-    let segments = (0..start.segments).filter_map(|index| disk.areas.segment(tag, index));
-    let pieces = segments.map(|segment| piece(&segment, place.first_page));
+    if let (
+        true,
+        [Part {
+            sector: Some(sector),
+            ..
+        }],
+    ) = (is_mapped, parts)
+    {
+        return inflight.scatter(operation, *sector, count, pieces);
+    }
     // One for each page, and two for the ends of each segment and each part, which may lie within pages.
     let most = start.sectors / SECTORS_OF_PAGE;
-    let most = most.saturating_add(u64::from(start.segments).saturating_mul(2));
+    let most = most.saturating_add(u64::from(count).saturating_mul(2));
     // CAST: no more than `MAX_PARTS`.
     let most = most.saturating_add((parts.len() as u64).saturating_mul(2));
     let most = u16::try_from(most).unwrap_or(u16::MAX);

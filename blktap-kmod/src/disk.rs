@@ -242,6 +242,14 @@ impl TapDisk {
         self.inner.lock().backing_bits() != 0
     }
 
+    /// True if pages of the guest can be used in all devices and files in which requests can be executed, of which there
+    /// is one.
+    pub(super) fn may_use_mapped(&self) -> bool {
+        let inner = self.inner.lock();
+        let mut backings = inner.backings.iter().flatten().peekable();
+        backings.peek().is_some() && backings.all(|storage| !storage.wants_stable_pages())
+    }
+
     /// True once the disk was destroyed.
     pub(super) fn is_destroyed(&self) -> bool {
         self.destroyed.load(Relaxed)

@@ -168,6 +168,11 @@ void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits)
 	};
 }
 
+int xbr_bdev_stable_writes(struct block_device *bdev)
+{
+	return bdev_stable_writes(bdev);
+}
+
 int xbr_bdev_invalidate(struct block_device *bdev)
 {
 	return invalidate_inode_pages2(bdev->bd_mapping);
@@ -195,6 +200,11 @@ void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits)
 		.nowait = (file->f_mode & FMODE_NOWAIT) != 0,
 		.local = !sb->s_stack_depth && (sb->s_type->fs_flags & FS_REQUIRES_DEV),
 	};
+}
+
+int xbr_file_stable_writes(const struct file *file)
+{
+	return mapping_stable_writes(file->f_mapping);
 }
 
 long long xbr_file_size(const struct file *file)

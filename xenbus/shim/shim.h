@@ -82,7 +82,9 @@ struct bio *xbr_bio_alloc(struct block_device *bdev, unsigned short vecs,
 			  unsigned int opf, struct bio_set *set);
 unsigned long long xbr_bdev_nr_sectors(struct block_device *bdev);
 void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits);
+int xbr_bdev_stable_writes(struct block_device *bdev);
 int xbr_bdev_invalidate(struct block_device *bdev);
+int xbr_file_stable_writes(const struct file *file);
 void xbr_file_limits(const struct file *file, struct xbr_file_limits *limits);
 long long xbr_file_size(const struct file *file);
 int xbr_file_try_start_write(const struct file *file);

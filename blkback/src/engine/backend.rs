@@ -109,6 +109,15 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
+    /// Requests of this kind are best served where the pages are mapped that the guest keeps granted.
+    fn prefers_mapped(&self, _kind: IoKind) -> bool {
+        true
+    }
+
+    /// Yields what it does not have any more and has not completed, because it cannot serve it with pages that are
+    /// mapped: to be submitted once more with pages of the queue's own. Called after each [`reap`](Self::reap).
+    fn give_back(&mut self, _each: impl FnMut(QueueTag)) {}
+
     /// Nanoseconds since some moment, by a clock that is one for all processors. Asked for at most twice a
     /// pass, to tell how long I/O takes.
     fn now(&self) -> u64;
@@ -163,6 +172,16 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         (**self).reap(done);
+    }
+
+    #[inline]
+    fn prefers_mapped(&self, kind: IoKind) -> bool {
+        (**self).prefers_mapped(kind)
+    }
+
+    #[inline]
+    fn give_back(&mut self, each: impl FnMut(QueueTag)) {
+        (**self).give_back(each);
     }
 
     #[inline]

@@ -6,8 +6,10 @@ use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::times::Times;
+use crate::ring::grants::Grants;
+use crate::ring::ports::SharedRing;
 
-impl<R, G, B: Backend> Engine<'_, R, G, B> {
+impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn complete(&mut self) {
         let mut batch = Times::default();
         let mut any = false;
@@ -18,6 +20,22 @@ impl<R, G, B: Backend> Engine<'_, R, G, B> {
         if any {
             let now = self.clock.look(&self.backend);
             self.stats.times.add(&batch, now);
+        }
+        self.take_back();
+    }
+
+    /// Has requests wait for copy pages that the backend cannot serve where they are mapped.
+    fn take_back(&mut self) {
+        let requests = &mut self.requests;
+        let mut any = false;
+        self.backend.give_back(|tag| {
+            if let Some(handle) = requests.take_back(tag) {
+                any = true;
+                requests.push_stalled(handle);
+            }
+        });
+        if any {
+            self.unmap_stalled();
         }
     }
 }

@@ -75,6 +75,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             }
         }
         requests.taken = keep;
+        self.unmap_stalled();
+    }
+
+    /// What is set aside needs no mappings any more, and may find copy pages.
+    pub(super) fn unmap_stalled(&mut self) {
+        let requests = &mut self.requests;
         if requests.stalled.is_empty() {
             return;
         }

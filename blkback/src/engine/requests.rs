@@ -7,9 +7,9 @@
 //!       take           start          complete          end
 //! ring ------> Taken -------> Submitted -------> Completed ----> response
 //!              |  ^                                |
-//!        stall |  | resume                         | go_on (it is done piece by piece)
-//!              v  |                                v
-//!            Stalled                             Taken
+//!        stall |  | resume      |                  | go_on (it is done piece by piece)
+//!              v  |             | take_back        v
+//!            Stalled <----------+                Taken
 //! ```
 //!
 //! A [`Handle`] is the right to take the next step of one request. There is one for each, in a list of its
@@ -28,7 +28,7 @@ const END: QueueTag = QueueTag::new(u16::MAX);
 /// Stage: its data is being brought in.
 #[derive(Debug)]
 pub(crate) enum Taken {}
-/// Stage: it waits for copy pages because nothing more can be mapped.
+/// Stage: it waits for copy pages because its own cannot be mapped, or cannot be used where they are.
 #[derive(Debug)]
 pub(crate) enum Stalled {}
 /// Stage: the backend has it.
@@ -132,6 +132,8 @@ pub struct PendingRequest {
     pub(crate) refused: bool,
     /// Some of its segments are done already.
     pub(crate) continued: bool,
+    /// What is being worked on is in the counters.
+    pub(crate) counted: bool,
 }
 
 impl PendingRequest {
@@ -155,6 +157,7 @@ impl PendingRequest {
         unmappable: false,
         refused: false,
         continued: false,
+        counted: false,
     };
 
     /// True for a read whose data must be copied to the guest.
@@ -419,6 +422,18 @@ impl<'a> Requests<'a> {
             return None;
         }
         slot.status = status;
+        self.slots.remove(&mut self.submitted, tag);
+        Some(Handle(tag, PhantomData))
+    }
+
+    /// The backend gives it back as it got it. `None` if the backend does not have it.
+    pub(crate) fn take_back(&mut self, tag: QueueTag) -> Option<Handle<Stalled>> {
+        let slot = self.slots.get_mut(tag)?;
+        if !core::mem::replace(&mut slot.submitted, false) {
+            return None;
+        }
+        // It waits for pages, and not since it was submitted.
+        slot.since = 0;
         self.slots.remove(&mut self.submitted, tag);
         Some(Handle(tag, PhantomData))
     }

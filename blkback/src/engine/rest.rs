@@ -8,6 +8,7 @@ use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
 use crate::engine::transfers::Transfers;
 use crate::ring::grants::Grants;
+use crate::ring::response::Status;
 
 /// What remains of an engine whose guest is gone. Nobody is answered any more.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
         }
         // Nobody reads how long it took.
         complete(requests, &mut self.backend, |_| ());
+        self.end_given_back();
+        let requests = &mut self.requests;
         let mut at = requests.completed.first();
         while let Some(tag) = at {
             at = requests.after(tag);
@@ -57,5 +60,16 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
             let _nobody_reads_it = requests.end(handle);
         }
         self.is_bound()
+    }
+
+    // Not part of its caller, so that the one has a small frame.
+    #[inline(never)]
+    fn end_given_back(&mut self) {
+        let requests = &mut self.requests;
+        self.backend.give_back(|tag| {
+            if let Some(handle) = requests.complete(tag, Status::Error) {
+                requests.push_completed(handle);
+            }
+        });
     }
 }

@@ -22,9 +22,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let now = self.clock.look(&self.backend);
         let mut first = None;
         while let Some(handle) = self.requests.pop_taken() {
-            let request = self.requests.of(&handle);
+            let request = self.requests.of_mut(&handle);
             if request.status == Status::Okay {
-                count(self.stats, request);
+                if !core::mem::replace(&mut request.counted, true) {
+                    count(self.stats, request);
+                }
                 let since = request.since;
                 self.note_pages(since, now);
                 let tag = self.requests.start(handle, now);

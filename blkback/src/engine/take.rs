@@ -198,10 +198,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// With a chain of `request.count` pages; one that can never get them has failed.
     fn with_pages(&mut self, mut request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
         let keeps = self.transfers.mappings.keeps();
-        let wanted = if !keeps && request.count <= self.config.copy_max_segments {
-            [Pool::Copy, Pool::Map]
-        } else {
-            [Pool::Map, Pool::Copy]
+        let maps = match keeps {
+            true => self.backend.prefers_mapped(request.kind),
+            false => request.count > self.config.copy_max_segments,
+        };
+        let wanted = match maps {
+            true => [Pool::Map, Pool::Copy],
+            false => [Pool::Copy, Pool::Map],
         };
         let fits = |pool: &Pool| self.requests.segments.most(*pool) >= request.count;
         let Some(pool) = wanted.into_iter().find(fits) else {

@@ -357,8 +357,10 @@ unsafe extern "C" {
     ) -> *mut bindings::bio;
     pub(super) fn xbr_bdev_nr_sectors(bdev: *mut bindings::block_device) -> u64;
     pub(super) fn xbr_bdev_limits(bdev: *mut bindings::block_device, limits: *mut BdevLimits);
+    pub(super) fn xbr_bdev_stable_writes(bdev: *mut bindings::block_device) -> c_int;
     pub(super) fn xbr_bdev_invalidate(bdev: *mut bindings::block_device) -> c_int;
     pub(super) fn xbr_file_limits(file: *const bindings::file, limits: *mut FileLimits);
+    pub(super) fn xbr_file_stable_writes(file: *const bindings::file) -> c_int;
     pub(super) fn xbr_file_size(file: *const bindings::file) -> i64;
     pub(super) fn xbr_file_try_start_write(file: *const bindings::file) -> c_int;
     pub(super) fn xbr_file_start_write(file: *const bindings::file);

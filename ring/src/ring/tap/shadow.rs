@@ -507,6 +507,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         entry.miss = Miss::Unmapped;
         entry.ordered = ordered;
         entry.orphan = false;
+        entry.mapped = false;
         entry.suspicion = Suspicion::NONE;
         entry.waiters = List::EMPTY;
         self.sequence = sequence.wrapping_add(1);

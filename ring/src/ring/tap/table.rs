@@ -132,6 +132,8 @@ pub struct Entry {
     pub(super) ordered: bool,
     /// Its queue is gone: nobody will reap it.
     pub(super) orphan: bool,
+    /// Its data is in pages of the guest that are mapped, where no process can get it.
+    pub(super) mapped: bool,
     /// What is known of its part in the deaths of processes.
     pub(super) suspicion: Suspicion,
     links: [Neighbours; LINKS as usize],
@@ -162,6 +164,7 @@ impl Entry {
         deliveries: 0,
         ordered: false,
         orphan: false,
+        mapped: false,
         suspicion: Suspicion::NONE,
         links: [Neighbours {
             prev: Node::NONE,

@@ -4,8 +4,11 @@
 use super::basic::{flushes_arrive, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::formats::{judge, make, of_guest, over, Format, QCOW, QCOW2, VHD, VHD_FIXED, VMDK};
-use super::hung::{hangable, host_is_well, others_are_served};
+use super::hung::{
+    destroy_quickly, hangable, host_is_well, others_are_served, wait_vanished, Pages,
+};
 use super::lifecycle::own_guest;
+use super::memory::Parameter;
 use super::tap::{
     end_load, full_image, same, start_load, start_load_with, wait_progress, DEVICE, VDEV,
 };
@@ -134,9 +137,16 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case(
             "direct.hung",
-            "the guest of a disk whose device hangs below the kernel is destroyed: others are served",
+            "the guest of a disk whose device hangs below the kernel is destroyed: others are served, and it vanishes",
             Nothing,
-            hung,
+            |context| hung(context, Pages::Copied),
+        )
+        .nightly(),
+        case(
+            "direct.hung_kept",
+            "the same with pages of the guest that stay mapped: it vanishes when the device comes back",
+            Nothing,
+            |context| hung(context, Pages::Kept),
         )
         .nightly(),
     ]
@@ -573,8 +583,10 @@ fn frozen(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-fn hung(context: &mut Context) -> Result<()> {
+fn hung(context: &mut Context, pages: Pages) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
+    let copies = || Parameter::set("feature_persistent", "N");
+    let _copies = (pages == Pages::Copied).then(copies).transpose()?;
     let device = hangable(context)?;
     let guest = own_guest(2, vec![disk(&device.path(), "xvda")])?;
     let served = Served::of(Vbd::of(guest.domid, "xvda")?)?;
@@ -590,14 +602,24 @@ fn hung(context: &mut Context) -> Result<()> {
     let pid = served.pid()?;
     sys::kill(pid, libc::SIGKILL).context("cannot kill tapdisk")?;
     others_are_served(context, "a device hangs below a tap disk")?;
-    // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
-    guest.destroy()?;
+    let guest = match pages {
+        // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
+        Pages::Copied => {
+            guest.destroy()?;
+            None
+        }
+        Pages::Kept => {
+            destroy_quickly(&guest)?;
+            Some(guest)
+        }
+    };
     host_is_well(context, "its guest was destroyed")?;
     ensure!(
         served.info()?.executing > 0,
         "the kernel has forgotten requests that hang"
     );
     device.resume()?;
+    guest.map_or(Ok(()), wait_vanished)?;
     served.vbd.wait_gone()?;
     served.wait_gone()
 }

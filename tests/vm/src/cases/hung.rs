@@ -111,7 +111,7 @@ enum Step {
 
 /// What becomes of the guest's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pages {
+pub(super) enum Pages {
     /// Nothing of the guest is in the hands of the device.
     Copied,
     /// The device has them as long as it has the I/O.
@@ -239,7 +239,7 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
 }
 
 /// Destroys a guest whose pages a device still has: it does not vanish before they come back.
-fn destroy_quickly(guest: &Guest) -> Result<()> {
+pub(super) fn destroy_quickly(guest: &Guest) -> Result<()> {
     let id = guest.domid.to_string();
     let code = quickly("xl destroy", &["xl", "destroy", &id])?;
     ensure!(code == 0, "`xl destroy` ended with status {code}");
@@ -247,7 +247,7 @@ fn destroy_quickly(guest: &Guest) -> Result<()> {
 }
 
 /// Its pages have come back with the device.
-fn wait_vanished(guest: Guest) -> Result<()> {
+pub(super) fn wait_vanished(guest: Guest) -> Result<()> {
     let id = guest.domid.to_string();
     sh::wait_for("the end of the domain", QUICK, || {
         Ok(sh::status(&["xl", "list", &id], QUICK)?.rc != 0)

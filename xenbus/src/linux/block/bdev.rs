@@ -145,6 +145,12 @@ impl BlockDevice {
         }
     }
 
+    /// True if what is written must not change meanwhile.
+    pub(super) fn wants_stable_pages(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { sys::xbr_bdev_stable_writes(self.as_raw()) != 0 }
+    }
+
     /// Writes back and drops what this domain's page cache holds of the device: a boot loader or
     /// an emulator may have filled it, and the guest goes past it. May sleep.
     pub(crate) fn drop_cache(&self) -> Result {

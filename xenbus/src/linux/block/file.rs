@@ -128,6 +128,12 @@ impl ImageFile {
         unsafe { (*self.as_raw()).f_inode == (*other.as_raw()).f_inode }
     }
 
+    /// True if what is written must not change meanwhile.
+    pub(super) fn wants_stable_pages(&self) -> bool {
+        // SAFETY: The file is open.
+        unsafe { sys::xbr_file_stable_writes(self.file.as_ptr()) != 0 }
+    }
+
     /// Makes what was written durable. May sleep, and long if the storage is slow.
     pub(super) fn sync(&self) -> Result {
         // SAFETY: The file is open.

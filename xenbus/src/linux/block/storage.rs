@@ -64,6 +64,15 @@ impl Storage {
         }
     }
 
+    /// True if what is written must not change meanwhile: where a checksum that is wrong ends a connection that other
+    /// disks have, too, that is more than the loss of whoever changes it.
+    pub(crate) fn wants_stable_pages(&self) -> bool {
+        match self {
+            Storage::Device(device) => device.wants_stable_pages(),
+            Storage::File(file) => file.wants_stable_pages(),
+        }
+    }
+
     /// True if both are the same device or the same file.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {

@@ -84,16 +84,21 @@ impl DataPages {
         })
     }
 
-    /// Pages of an arena from `first` on, as those of a queue that maps nothing. The arena lives
+    /// Pages of an arena from `first` on, and `mappable` pages without memory. The arena lives
     /// as long as they do. Who else uses the same pages is the caller's affair: an arena is shared
     /// by the queues of one disk, never by two disks. May sleep.
     ///
     /// # Errors
     ///
     /// `EINVAL` if the arena has no such pages.
-    pub(crate) fn of_arena(arena: &Arc<Pages>, first: u16, count: u16) -> Result<Self> {
+    pub(crate) fn of_arena(
+        arena: &Arc<Pages>,
+        first: u16,
+        count: u16,
+        mappable: u16,
+    ) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
-        let mut table = Self::new(count, 0, Some(arena.clone()))?;
+        let mut table = Self::new(count, mappable, Some(arena.clone()))?;
         for (place, index) in table.places.iter().zip(first..end) {
             let page = arena.raw().get(usize::from(index)).ok_or(EINVAL)?;
             // INVARIANT: The page is the arena's.

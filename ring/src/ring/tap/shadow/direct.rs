@@ -25,6 +25,9 @@
 //!   it; the start of the next one ends what the last one said, so nothing more is begun.
 //! - If it fails it is not known what it did, so the process gets it as one that is executed again, and says
 //!   what became of it. A flush that failed is answered so: to try again could succeed over lost data.
+//! - The data of a request may be in pages of the guest that are mapped, where no process can get it. Such a request
+//!   is begun at once or not at all ([`Shadow::begin_mapped`]), and if it fails nothing is left of it here: its
+//!   queue brings the data to the arena, and posts it anew.
 
 use core::ops::DerefMut;
 
@@ -268,6 +271,28 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
+    /// The same for a request whose data is in mapped pages of the guest. If it cannot be begun it is taken back, as if
+    /// it had never been posted.
+    pub fn begin_mapped(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
+        let start = self.begin(tag, parts);
+        let entry = self.get_mut(tag)?;
+        if start.is_some() {
+            entry.mapped = true;
+        } else if entry.state == State::Pending {
+            self.unlist(tag);
+            self.waiting = self.waiting.wrapping_sub(1);
+            self.forget(tag);
+            self.free(tag);
+        }
+        start
+    }
+
+    /// True if a request is executed whose data is in mapped pages of the guest.
+    pub fn is_mapped(&self, tag: DiskTag) -> bool {
+        let is_mapped = |entry: &Entry| entry.mapped && entry.state == State::Direct;
+        self.get(tag).is_some_and(is_mapped)
+    }
+
     /// Begins what a queue can begin now of what waited for others, at most `max`.
     pub fn resume(
         &mut self,
@@ -293,10 +318,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// A queue has executed a request, with this result: it is the request's, whose tag is free then.
-    /// `None` if it is for the process now.
+    /// `None` if it is for the process now, or if it was a [mapped](Self::is_mapped) one: then nothing is left of it.
     pub fn ended(&mut self, tag: DiskTag, status: Status) -> Option<Status> {
         let entry = self.get_mut(tag).filter(|e| e.state == State::Direct)?;
-        let (op, backing) = (entry.op, entry.backing);
+        let (op, backing, mapped) = (entry.op, entry.backing, entry.mapped);
         self.executed.count(backing, u32::MAX);
         if status == Status::Okay || op == abi::OP_FLUSH {
             self.executed.done = self.executed.done.wrapping_add(1);
@@ -305,6 +330,11 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             self.forget(tag);
             self.free(tag);
             return Some(status);
+        }
+        if mapped {
+            self.forget(tag);
+            self.free(tag);
+            return None;
         }
         if let Some(entry) = self.get_mut(tag) {
             entry.flags |= abi::DESC_REPLAY;
