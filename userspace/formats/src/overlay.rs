@@ -4,6 +4,8 @@
 use crate::vhd::{self, ParentOf};
 use crate::{qcow2, vmdk, Below, Kind, Storage};
 use control::{Code, Failure};
+use rustix::io::Errno;
+use rustix::rand::{getrandom, GetRandomFlags};
 use std::path::Path;
 
 /// What an image calls itself, where its children say that too.
@@ -178,15 +180,28 @@ pub async fn overlay<S: Storage>(
 /// The system has none.
 pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
     let mut bytes = [0; N];
-    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    match got {
-        Ok(count) if count == N => Ok(bytes),
-        Ok(_) => Err(Failure::new(
-            Code::System,
-            "the system has no random numbers",
-        )),
-        Err(error) => Err(Failure::system("cannot get random numbers", &error.into())),
+    fill_by_chance(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The same, where they are to be.
+pub(crate) fn fill_by_chance(bytes: &mut [u8]) -> Result<(), Failure> {
+    let mut done = 0;
+    while done < bytes.len() {
+        // Of many it may give some.
+        match getrandom(&mut bytes[done..], GetRandomFlags::empty()) {
+            Ok(0) => {
+                return Err(Failure::new(
+                    Code::System,
+                    "the system has no random numbers",
+                ))
+            }
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(Failure::system("cannot get random numbers", &error.into())),
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,8 +33,8 @@ Kinds of images:
   vhd     fixed, dynamic, differencing (also: vpc)
   vhdx    fixed, dynamic, differencing; only read
   vmdk    sparse or flat; made with one sparse file
-  luks    raw, encrypted; read and not made. The file with its key is said in front, as for a qcow2 image that is
-          encrypted: key=/etc/xentap/a.key,luks:/srv/a.img
+  luks    raw, encrypted. The file with its key is said in front, as for a qcow2 image that is encrypted:
+          key=/etc/xentap/a.key,luks:/srv/a.img. It must be yours, and others may not read it (chmod 600)
 
 Examples:
   tapimg info --chain qcow2:/srv/a.qcow2            # what it is, and all below it
@@ -46,6 +46,8 @@ Examples:
                                                     # onto a volume, whose content is lost
   tapimg convert key=/etc/xentap/a.key,luks:/srv/a.img qcow2:/srv/a.qcow2
                                                     # which is encrypted no more
+  tapimg convert qcow2:/srv/a.qcow2 key=/etc/xentap/a.key,qcow2:/srv/b.qcow2
+                                                    # which is encrypted from now on
   tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
   tapimg check --repair qcow2:/srv/a.qcow2
   tapimg map qcow2:/srv/a.qcow2                     # where there is data
@@ -159,12 +161,17 @@ pub(crate) struct Layout {
     /// vhd: the disk can become as large as this while it is served
     #[arg(long, value_name = "SIZE", conflicts_with = "fixed")]
     pub(crate) reserve: Option<Size>,
+    /// With key=: milliseconds that a processor of this host takes to try a key; 2000 if not said
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub(crate) iter_time: Option<u64>,
 }
 
 /// What to make.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 An image of which there is one already is replaced with --force only, and never while somebody uses it.
+With key=FILE in front it is encrypted with LUKS, version 1 (AES-256-XTS, SHA-256), for each byte of FILE. A luks image
+reads as anything where it was not written yet.
 A parent in the same folder is named without the folder, so both can be moved together.")]
 pub(crate) struct Create {
     /// The image, KIND:PATH
@@ -181,7 +188,7 @@ pub(crate) struct Create {
 /// What to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Holes stay holes, and zeroes become holes. With --parent only what differs from the parent is written, so
+Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space. With --parent only what differs from the parent is written, so
 the parent need not be what FROM goes on from.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it

@@ -14,7 +14,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use diskio::{Bytes, Errno, Io};
 use drivers::Disk;
-use formats::{Below, Options};
+use formats::{Below, Kind, Options};
 
 /// What is read, and where it goes.
 struct Copy<'c> {
@@ -64,7 +64,7 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
                 .as_ref()
                 .zip(parent.as_ref())
                 .map(|(image, parent)| (image, parent.disk.clone())),
-            is_dirty: target.is_device() && to.kind == Below::Raw,
+            is_dirty: starts_dirty(to, &target),
         };
         let below = parent.as_ref().map_or(0, |parent| parent.size);
         copy.all(shape.size, below, stop, &progress).await?;
@@ -77,6 +77,15 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
     match done {
         Ok(()) => target.keep().await,
         Err(failure) => Err(target.give_up(failure).await),
+    }
+}
+
+/// What was never written of a new image need not read as zeroes: the storage has something there, or zeroes that are
+/// none once they are decrypted.
+fn starts_dirty(image: &Named, target: &Target) -> bool {
+    match image.kind {
+        Below::Raw => target.is_device(),
+        Below::Format(kind) => kind == Kind::Luks,
     }
 }
 

@@ -8,8 +8,10 @@ use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
 use drivers::Disk;
-use formats::{fits, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind};
+use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind};
 use std::io;
+use std::path::Path;
+use std::time::Duration;
 
 /// What lies below a new image. As long as this is there nobody can write it.
 #[derive(Debug)]
@@ -66,9 +68,7 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
     if kind == Some(Kind::Vhdx) {
         return Err(read_only(image));
     }
-    if image.is_sealed() {
-        return Err(not_made(image));
-    }
+    check_key(image, layout)?;
     if kind != Some(Kind::Qcow2) && (layout.cluster_size.is_some() || layout.subclusters) {
         return refuse(
             "only qcow2 images are made with clusters of any size",
@@ -158,6 +158,7 @@ pub(crate) async fn make(
                 cluster: layout.cluster_size.map_or(64 << 10, |size| size.0),
                 extended: layout.subclusters,
                 backing: base.map(Base::backing),
+                encryption: encryption(image, layout)?,
                 ..qcow2::Plan::new(size)
             };
             qcow2::create(file, &plan).await
@@ -168,7 +169,10 @@ pub(crate) async fn make(
         }
         Kind::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
         Kind::Vhdx => Err(read_only(image)),
-        Kind::Luks => Err(not_made(image)),
+        Kind::Luks => {
+            let how = encryption(image, layout)?.ok_or_else(|| no_key(image))?;
+            luks::create(file, size, &how).await
+        }
         Kind::Vmdk => {
             let what = vmdk::Create {
                 form: vmdk::Form::MonolithicSparse,
@@ -182,12 +186,48 @@ pub(crate) async fn make(
     }
 }
 
-/// What is said of an image that is encrypted.
-fn not_made(image: &Named) -> Failure {
+/// Refuses what cannot be encrypted as it was said.
+fn check_key(image: &Named, layout: &Layout) -> Result<(), Failure> {
+    let refuse = |why: String| Err(Failure::invalid(format!("{image}: {why}")));
+    match &image.key {
+        None if image.is_sealed() => Err(no_key(image)),
+        None if layout.iter_time.is_some() => refuse(
+            "--iter-time is how long a key is to be tried, and there is none: name one with key=FILE,, or leave that out"
+                .into(),
+        ),
+        None => Ok(()),
+        Some(key) => {
+            let of = |path: &Path| {
+                let name = path.display();
+                identity(path)
+                    .map_err(|error| Failure::system(format!("cannot look at {name}"), &error))
+            };
+            match (of(key)?, of(&image.path)?) {
+                (Some(a), Some(b)) if a == b => refuse(
+                    "it is the file with its own key, which would be lost: name another one".into(),
+                ),
+                _ => Ok(()),
+            }
+        }
+    }
+}
+
+/// What is said of an image that can only be made with a key.
+fn no_key(image: &Named) -> Failure {
     Failure::invalid(format!(
-        "{image}: an encrypted image is read and not made: use qemu-img create -f luks, or -f qcow2 -o \
-         encrypt.format=luks, and qemu-img convert -n to fill it"
+        "{image}: it is encrypted, and no key was named: write key=FILE,{image} with a file that has one"
     ))
+}
+
+/// How an image is encrypted; nothing if it is not.
+fn encryption(image: &Named, layout: &Layout) -> Result<Option<luks::Encryption>, Failure> {
+    let key = image.secret()?;
+    Ok(key.map(|key| luks::Encryption {
+        key,
+        iter_time: layout
+            .iter_time
+            .map_or(luks::ITER_TIME, Duration::from_millis),
+    }))
 }
 
 /// What is said of an image of a kind that is never written.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images as they are named on the command line: `qcow2:/srv/a.qcow2`.
 
-use control::Failure;
+use control::{open_named, Failure, Secrecy};
 use formats::luks::Key;
 use formats::{Below, Kind};
 use std::fmt;
@@ -58,10 +58,10 @@ impl Named {
         let Some(path) = &self.key else {
             return Ok(None);
         };
-        let name = path.display();
-        let file = fs::File::open(path)
-            .map_err(|error| Failure::system(format!("cannot open key={name}"), &error))?;
-        let key = Key::read(file).map_err(|failure| {
+        // As the supervisor has it, so that what is made here can be served.
+        let file = open_named(path, "key", Secrecy::Secret)?;
+        let key = Key::read(fs::File::from(file)).map_err(|failure| {
+            let name = path.display();
             Failure::new(failure.code, format!("key={name}: {}", failure.message))
         })?;
         Ok(Some(key))

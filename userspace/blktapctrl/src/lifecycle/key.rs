@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Keys of images that are encrypted.
 
-use super::named::{self, Content};
+use super::named;
 use crate::image::Opened;
-use control::{Failure, Target};
+use control::{Failure, Secrecy, Target};
 
 /// Opens the file with the key of an image, for reading.
 ///
 /// # Errors
 /// None is said, there is none, or it is no secret.
 pub(super) async fn open(target: &Target) -> Result<Opened, Failure> {
-    named::open(target, "key", target.key(), Content::Secret).await
+    named::open(target, "key", target.key(), Secrecy::Secret).await
 }
 
 /// What a guest writes to an encrypted image is not to be written to another one that is not encrypted, unless somebody

@@ -4,22 +4,8 @@
 
 use crate::apart::{apart, LIMIT};
 use crate::image::Opened;
-use control::{Code, Failure, Target};
-use rustix::fs::{FileType, Mode, OFlags, Stat};
-use rustix::process::geteuid;
+use control::{open_named, Code, Failure, Secrecy, Target};
 use std::path::Path;
-
-/// What nobody but the owner and the group of a secret may do, and not even that to change it.
-const OTHERS: u32 = 0o027;
-
-/// Who may know what is in a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Content {
-    /// Anybody: a certificate is shown to whoever asks.
-    Public,
-    /// Nobody but who is trusted with all disks.
-    Secret,
-}
 
 /// Opens the file at `path`, which `target` names with a word, for reading.
 ///
@@ -29,7 +15,7 @@ pub(super) async fn open(
     target: &Target,
     word: &'static str,
     path: Option<&Path>,
-    content: Content,
+    secrecy: Secrecy,
 ) -> Result<Opened, Failure> {
     let path = path.ok_or_else(|| {
         Failure::new(
@@ -39,38 +25,7 @@ pub(super) async fn open(
     })?;
     let place = path.to_path_buf();
     apart(path, LIMIT, move || {
-        let what = format!("cannot use {}, which {word}= names", place.display());
-        // A pipe would be waited for.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let opened = rustix::fs::open(&place, flags, Mode::empty());
-        let fd = opened.map_err(|error| Failure::system(&what, &error.into()))?;
-        let stat = rustix::fs::fstat(&fd).map_err(|error| Failure::system(&what, &error.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Failure::invalid(format!("{what}: it is no regular file")));
-        }
-        if content == Content::Secret {
-            must_be_secret(&stat)
-                .map_err(|why| Failure::new(Code::Denied, format!("{what}: {why}")))?;
-        }
-        Ok(Opened::from(fd))
+        open_named(&place, word, secrecy).map(Opened::from)
     })
     .await
-}
-
-/// Only who is trusted with all disks can have read a key, or put another one there.
-fn must_be_secret(file: &Stat) -> Result<(), String> {
-    if file.st_uid != geteuid().as_raw() {
-        return Err(format!(
-            "it belongs to the user {}: make it root's with chown root",
-            file.st_uid
-        ));
-    }
-    match file.st_mode & OTHERS {
-        0 => Ok(()),
-        _ => Err(
-            "others may read it, or its group may write it: chmod 600 it, and use another key, because this one may be \
-             known"
-                .into(),
-        ),
-    }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Connections to servers, which processes cannot make themselves, and the files that prove who both ends are.
 
-use super::named::{self, Content};
+use super::named;
 use crate::apart::{apart, LIMIT};
 use crate::image::{Image, Opened};
-use control::{Code, Export, Failure, Listener, Target, TlsFile};
+use control::{Code, Export, Failure, Listener, Secrecy, Target, TlsFile};
 use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
@@ -59,11 +59,11 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
 /// It says none, there is none, or it is a key that is no secret.
 pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened, Failure> {
     let path = target.tls().and_then(|tls| tls.path(file));
-    let content = match file {
-        TlsFile::Key => Content::Secret,
-        TlsFile::Authorities | TlsFile::Certificate => Content::Public,
+    let secrecy = match file {
+        TlsFile::Key => Secrecy::Secret,
+        TlsFile::Authorities | TlsFile::Certificate => Secrecy::Public,
     };
-    named::open(target, file.word(), path, content).await
+    named::open(target, file.word(), path, secrecy).await
 }
 
 /// The socket at a path, unless it is one of the supervisor's own: a disk that is served from another disk's NBD

@@ -8,19 +8,19 @@ use control::Failure;
 
 /// Bytes of it.
 pub(super) const LEN: usize = 592;
-const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
+pub(super) const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
 /// Places for a key.
-const SLOTS: usize = 8;
-const SLOT: usize = 48;
-const AT_SLOTS: usize = 208;
+pub(super) const SLOTS: usize = 8;
+pub(super) const SLOT: usize = 48;
+pub(super) const AT_SLOTS: usize = 208;
 /// What a slot says of itself.
-const USED: u32 = 0x00ac_71f3;
-const UNUSED: u32 = 0x0000_dead;
+pub(super) const USED: u32 = 0x00ac_71f3;
+pub(super) const UNUSED: u32 = 0x0000_dead;
 /// Parts into which a key is split: nobody makes another number of them.
-const STRIPES: usize = 4000;
+pub(super) const STRIPES: usize = 4000;
 /// Rounds of a hash that all slots together may ask for: about as many as eight of them have that were made to take two
 /// seconds each on a fast processor.
-const ROUNDS: u64 = 1 << 27;
+pub(super) const ROUNDS: u64 = 1 << 27;
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! LUKS, version 1: a disk, encrypted sector by sector behind a header with its key, which a passphrase opens.
 
+mod create;
 mod hash;
 mod header;
 mod key;
@@ -8,6 +9,8 @@ mod sealed;
 mod unlock;
 mod xts;
 
+pub use create::{create, Encryption, ITER_TIME};
+pub(crate) use create::{header as new_header, PAYLOAD};
 pub use header::Header;
 pub use key::Key;
 pub(crate) use sealed::Sealed;

@@ -4,7 +4,8 @@
 use super::geometry::{Geometry, CLUSTER_BITS, EXTENDED_BITS};
 use super::header::{self, Backing, Compression, Header, MAGIC};
 use super::refcounts::set;
-use crate::field::refused;
+use crate::field::{failed, refused};
+use crate::luks::{self, Encryption};
 use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
@@ -28,6 +29,8 @@ pub struct Plan {
     pub backing: Option<Backing>,
     /// The name of a file for the data, and whether that is to be the disk, byte for byte.
     pub data_file: Option<(String, bool)>,
+    /// How its clusters are encrypted, if they are.
+    pub encryption: Option<Encryption>,
 }
 
 impl Plan {
@@ -42,6 +45,7 @@ impl Plan {
             compression: Compression::Zlib,
             backing: None,
             data_file: None,
+            encryption: None,
         }
     }
 
@@ -63,6 +67,11 @@ impl Plan {
         if self.version == 2 && (new || self.compression != Compression::Zlib) {
             return Err(refused("version 2 has none of subclusters, data files, zstd, and refcounts of other than 16 bits"));
         }
+        if self.encryption.is_some() && self.data_file.is_some() {
+            return Err(refused(
+                "what is encrypted has its data in the image itself",
+            ));
+        }
         if !matches!(self.version, 2 | 3) {
             return Err(refused("versions are 2 and 3"));
         }
@@ -83,6 +92,8 @@ struct Layout {
     blocks: u64,
     l1: u64,
     l1_entries: u64,
+    /// Those of the header of LUKS, with its key slots.
+    keys: u64,
 }
 
 impl Layout {
@@ -92,13 +103,17 @@ impl Layout {
         let l1_entries = geometry.l1_entries(plan.size);
         let l1 = (l1_entries * 8).div_ceil(cluster).max(1);
         // Refcounts for all that the disk can need: its clusters and its tables.
-        let most = plan.size.div_ceil(cluster).saturating_add(l1_entries) + l1 + 16;
+        let keys = match plan.encryption {
+            Some(_) => luks::PAYLOAD / cluster,
+            None => 0,
+        };
+        let most = plan.size.div_ceil(cluster).saturating_add(l1_entries) + l1 + keys + 16;
         let blocks_in_all = most.div_ceil(geometry.block_entries());
         let reftable = (blocks_in_all * 8)
             .div_ceil(cluster)
             .clamp(1, (8 << 20) / cluster);
         let mut blocks = 1;
-        while blocks * geometry.block_entries() < 1 + reftable + blocks + l1 {
+        while blocks * geometry.block_entries() < 1 + reftable + blocks + l1 + keys {
             blocks += 1;
         }
         Ok(Self {
@@ -107,11 +122,22 @@ impl Layout {
             blocks,
             l1,
             l1_entries,
+            keys,
         })
     }
 
+    /// The first cluster of the L1 table.
+    fn l1_at(&self) -> u64 {
+        1 + self.reftable + self.blocks
+    }
+
+    /// The first one of the keys, if there are any.
+    fn keys_at(&self) -> u64 {
+        self.l1_at() + self.l1
+    }
+
     fn clusters(&self) -> u64 {
-        1 + self.reftable + self.blocks + self.l1
+        self.keys_at() + self.keys
     }
 }
 
@@ -121,12 +147,20 @@ pub async fn create<S: Storage>(file: &S, plan: &Plan) -> Result<(), Failure> {
     let head = head(plan, &layout)?;
     // What is written must be readable: the same checks that everybody's images have to pass.
     Header::parse(&head)?;
-    write(file, &layout, &head)
-        .await
-        .map_err(|error| Failure::system("cannot write the image", &error.into()))
+    let keys = match &plan.encryption {
+        Some(encryption) => luks::new_header(file, encryption).await?,
+        None => Vec::new(),
+    };
+    let written = write(file, &layout, &keys, &head).await;
+    written.map_err(failed("cannot write the image"))
 }
 
-async fn write<S: Storage>(file: &S, layout: &Layout, head: &[u8]) -> Result<(), Errno> {
+async fn write<S: Storage>(
+    file: &S,
+    layout: &Layout,
+    keys: &[u8],
+    head: &[u8],
+) -> Result<(), Errno> {
     let geometry = &layout.geometry;
     let cluster = geometry.cluster();
     let end = layout.clusters() * cluster;
@@ -149,6 +183,10 @@ async fn write<S: Storage>(file: &S, layout: &Layout, head: &[u8]) -> Result<(),
         let entry = at.to_be_bytes();
         put(file, cluster + number * 8, &entry).await?;
     }
+    if !keys.is_empty() {
+        let at = layout.keys_at() * cluster;
+        file.write(at, Bytes::copied(keys)?).await?;
+    }
     file.flush().await?;
     file.write(0, Bytes::copied(head)?).await?;
     file.flush().await
@@ -170,10 +208,11 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     word(&[0; 12]); // the name of the backing image: below
     word(&geometry.cluster_bits.to_be_bytes());
     word(&plan.size.to_be_bytes());
-    word(&[0; 4]); // not encrypted
-                   // CAST: checked when the header is parsed again.
+    let method = plan.encryption.as_ref().map_or(0, |_| header::LUKS);
+    word(&method.to_be_bytes());
+    // CAST: checked when the header is parsed again.
     word(&(layout.l1_entries as u32).to_be_bytes());
-    word(&((1 + layout.reftable + layout.blocks) * cluster).to_be_bytes());
+    word(&(layout.l1_at() * cluster).to_be_bytes());
     word(&cluster.to_be_bytes());
     word(&(layout.reftable as u32).to_be_bytes());
     word(&[0; 12]); // no snapshots
@@ -192,7 +231,7 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
         word(&112_u32.to_be_bytes());
         word(&[u8::from(zstd), 0, 0, 0, 0, 0, 0, 0]);
     }
-    extensions(plan, &mut out);
+    extensions(plan, layout, &mut out);
     if let Some(backing) = &plan.backing {
         let place = [
             (out.len() as u64).to_be_bytes().as_slice(),
@@ -212,22 +251,26 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     Ok(out)
 }
 
-fn extensions(plan: &Plan, out: &mut Vec<u8>) {
+fn extensions(plan: &Plan, layout: &Layout, out: &mut Vec<u8>) {
     let format = plan
         .backing
         .as_ref()
         .and_then(|backing| backing.format.as_ref());
     let data_file = plan.data_file.as_ref().map(|(name, _)| name);
+    let at = layout.keys_at() * layout.geometry.cluster();
+    let keys = [at, luks::PAYLOAD].map(u64::to_be_bytes).concat();
+    let keys = plan.encryption.as_ref().map(|_| keys);
     let all = [
-        (header::EXT_BACKING, format),
-        (header::EXT_DATA_FILE, data_file),
+        (header::EXT_BACKING, format.map(String::as_bytes)),
+        (header::EXT_DATA_FILE, data_file.map(String::as_bytes)),
+        (header::EXT_CRYPT, keys.as_deref()),
     ];
-    for (kind, text) in all {
-        let Some(text) = text else { continue };
+    for (kind, data) in all {
+        let Some(data) = data else { continue };
         out.extend_from_slice(&kind.to_be_bytes());
         // CAST: a name is short, or does not fit.
-        out.extend_from_slice(&(text.len() as u32).to_be_bytes());
-        out.extend_from_slice(text.as_bytes());
+        out.extend_from_slice(&(data.len() as u32).to_be_bytes());
+        out.extend_from_slice(data);
         out.resize(out.len().next_multiple_of(8), 0);
     }
     out.extend_from_slice(&[0; 8]);

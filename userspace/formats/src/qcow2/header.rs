@@ -38,7 +38,7 @@ pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 pub(crate) const EXT_CRYPT: u32 = 0x0537_be77;
 
 /// The method of encryption that is known.
-const LUKS: u32 = 2;
+pub(crate) const LUKS: u32 = 2;
 
 /// Limits, those of QEMU.
 const MAX_L1: u64 = 32 << 20;

@@ -4,12 +4,13 @@
 
 use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{has_qemu, scribble, try_wrong, whole};
-use crate::common::{run, seeds, Chance, Content, World, SECTOR};
+use crate::common::{run, seeds, Chance, Content, What, World, SECTOR};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::luks::{header, look, Key, Luks};
+use formats::luks::{self, header, look, Key, Luks};
 use formats::{Options, Parts, Storage};
+use std::time::Duration;
 
 fn options(key: Option<Key>) -> Options {
     Options {
@@ -208,6 +209,94 @@ fn what_may_not_be_written_is_not() {
         assert_eq!(disk.discard(0, 4096, how).await, Err(Errno::OPNOTSUPP));
     });
     assert_eq!(world.changes(), 0);
+}
+
+/// What is made is what QEMU makes, read and written both ways.
+#[test]
+fn qemu_opens_what_is_made() {
+    if !has_qemu("qemu_opens_what_is_made") {
+        return;
+    }
+    const SIZE: u64 = (1 << 20) + 512;
+    let safe = Safe::new();
+    std::fs::write(safe.image(), []).unwrap();
+    let runtime = Runtime::new();
+    let storage = safe.file(&runtime, true);
+    let how = luks::Encryption {
+        key: key(),
+        iter_time: Duration::from_millis(1),
+    };
+    let work = async move {
+        luks::create(&storage, SIZE, &how).await.unwrap();
+        assert_eq!(look(&storage).await.unwrap().size, SIZE);
+        assert_eq!(header(&storage).await.unwrap().keys(), 1);
+        let disk = disk(storage, Some(key()));
+        disk.activate().await.unwrap();
+        let mut model = whole(&disk, SIZE).await.unwrap();
+        scribble(&disk, &mut model, 2, 40).await.unwrap();
+        disk.inactivate().await.unwrap();
+        model
+    };
+    let mut model = runtime.block_on(work).unwrap();
+    assert!(safe.read("luks") == model);
+    safe.io("luks", &["write -P 7 1M 512"]);
+    model[1 << 20..].fill(7);
+    let storage = safe.file(&runtime, false);
+    let work = async move {
+        let options = Options {
+            writable: false,
+            ..options(Some(key()))
+        };
+        let disk = Disk::new(Luks::new(storage, Parts::default(), options));
+        disk.activate().await.unwrap();
+        whole(&disk, SIZE).await.unwrap()
+    };
+    assert!(runtime.block_on(work).unwrap() == model);
+}
+
+/// An image of ours that is opened at once.
+fn made(key: Key, size: u64) -> World {
+    let world = World::new(vec![Content::from(&[])]);
+    let file = world.file(0);
+    let how = luks::Encryption {
+        key,
+        iter_time: Duration::from_millis(1),
+    };
+    run(async move { luks::create(&file, size, &how).await }).expect("it is made");
+    world
+}
+
+/// A death at any moment leaves what nobody takes for an image, or one that the key opens, and whatever the storage
+/// refuses is told.
+#[test]
+fn an_image_is_there_when_its_header_is() {
+    const SIZE: u64 = 64 << 10;
+    let world = made(key(), SIZE);
+    let log = world.log();
+    let mut content = Content::from(&[]);
+    for (number, (_, what)) in log.iter().enumerate() {
+        content.apply(what);
+        let world = World::new(vec![content.clone()]);
+        let opened = disk(world.file(0), Some(key()));
+        let done = run(async move { opened.activate().await });
+        let rest = &log[number + 1..];
+        let is_there = rest.iter().all(|(_, what)| matches!(what, What::Flush));
+        assert_eq!(done.is_ok(), is_there, "{number}: {what:?}: {done:?}");
+        if let Err(failure) = done {
+            assert!(failure.message.contains("does not begin as"), "{failure}");
+        }
+    }
+    for left in 0..log.len() {
+        let world = World::new(vec![Content::from(&[])]);
+        world.fail_after(Some(left));
+        let file = world.file(0);
+        let how = luks::Encryption {
+            key: key(),
+            iter_time: Duration::from_millis(1),
+        };
+        let done = run(async move { luks::create(&file, SIZE, &how).await });
+        assert_eq!(done.expect_err("it is told").code, Code::System, "{left}");
+    }
 }
 
 /// Puts a number where it is in a header.

@@ -98,6 +98,13 @@ impl Bench {
         said.out
     }
 
+    /// Has qemu-io do something with an image that is opened with the file `key`.
+    pub(crate) fn qemu_io(&self, opts: &str, what: &str) {
+        let mut command = self.command("qemu-io", "--object secret,id=s,file=key --image-opts -c");
+        let said = said(command.args([what, opts]).output().unwrap());
+        assert_eq!(said.status, Some(0), "{what}: {said:?}");
+    }
+
     /// Begins tapimg.
     pub(crate) fn start(&self, line: &str) -> Child {
         self.command(env!("CARGO_BIN_EXE_tapimg"), line)

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Files that are named with a word before an image or an export, such as `key=` and `tls-ca=`, and who must not have had
+//! them in hand. Nobody here looks into one.
+
+use crate::{Code, Failure};
+use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::process::geteuid;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+/// What nobody but the owner and the group of a secret may do, and not even that to change it.
+const OTHERS: u32 = 0o027;
+
+/// Who may know what is in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Secrecy {
+    /// Anybody: a certificate is shown to whoever asks.
+    Public,
+    /// Nobody but who is trusted with all disks.
+    Secret,
+}
+
+/// Opens the file at `path`, which is named with `word`, for reading.
+///
+/// # Errors
+/// There is none, it is no file, or it has to be a secret and is none.
+pub fn open_named(path: &Path, word: &str, secrecy: Secrecy) -> Result<OwnedFd, Failure> {
+    let what = format!("cannot use {}, which {word}= names", path.display());
+    // A pipe would be waited for.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = rustix::fs::open(path, flags, Mode::empty());
+    let fd = opened.map_err(|error| Failure::system(&what, &error.into()))?;
+    let stat = rustix::fs::fstat(&fd).map_err(|error| Failure::system(&what, &error.into()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Failure::invalid(format!("{what}: it is no regular file")));
+    }
+    if secrecy == Secrecy::Secret {
+        must_be_secret(&stat)
+            .map_err(|why| Failure::new(Code::Denied, format!("{what}: {why}")))?;
+    }
+    Ok(fd)
+}
+
+/// Only who is trusted with all disks can have read a key, or put another one there.
+fn must_be_secret(file: &Stat) -> Result<(), String> {
+    let (owner, own) = (file.st_uid, geteuid().as_raw());
+    if owner != own {
+        return Err(format!(
+            "it belongs to the user {owner}: give it to the user {own}, who uses it, with chown {own}"
+        ));
+    }
+    match file.st_mode & OTHERS {
+        0 => Ok(()),
+        _ => Err(
+            "others may read it, or its group may write it: chmod 600 it, and use another key, because this one may be \
+             known"
+                .into(),
+        ),
+    }
+}
