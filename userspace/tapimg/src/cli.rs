@@ -170,8 +170,8 @@ pub(crate) struct Layout {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 An image of which there is one already is replaced with --force only, and never while somebody uses it.
-With key=FILE in front it is encrypted with LUKS, version 1 (AES-256-XTS, SHA-256), for each byte of FILE. A luks image
-reads as anything where it was not written yet.
+With key=FILE in front it is encrypted with LUKS, version 1 (AES-256-XTS, SHA-256); each byte of FILE counts, a line's
+end too. A luks image reads as anything where it was not written yet.
 A parent in the same folder is named without the folder, so both can be moved together.")]
 pub(crate) struct Create {
     /// The image, KIND:PATH
@@ -188,8 +188,8 @@ pub(crate) struct Create {
 /// What to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space. With --parent only what differs from the parent is written, so
-the parent need not be what FROM goes on from.")]
+Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space.
+With --parent only what differs from the parent is written, so the parent need not be what FROM goes on from.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it
     pub(crate) from: Named,
