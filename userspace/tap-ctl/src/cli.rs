@@ -537,8 +537,8 @@ pub(crate) struct Which {
 pub(crate) struct Resize {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Make the image so large first, such as 20G: a raw file, or qcow2. Without it the image has grown by
-    /// other means, such as lvresize
+    /// Make the image so large first, such as 20G: a raw file, LUKS, whose new part reads as anything, or qcow2. Without
+    /// it the image has grown by other means, such as lvresize
     #[arg(long, value_parser = control::typed_size)]
     pub(crate) size: Option<u64>,
 }

@@ -260,8 +260,9 @@ pub(crate) struct Map {
 /// What to make larger or smaller.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Raw files, qcow2 and VHD become larger, by zeroes. Only a raw file becomes smaller, and of that only zeroes are
-cut off, but with --lose-data.
+Raw files, qcow2 and VHD become larger, by zeroes. A luks image becomes larger, too, by what reads as anything until it
+is written. Only a raw file and a luks image become smaller, and of them only zeroes, and what a luks image has no space
+for, are cut off, but with --lose-data.
 A disk that goes on from another image shows nothing of that behind its old end.")]
 pub(crate) struct Resize {
     /// The image, KIND:PATH

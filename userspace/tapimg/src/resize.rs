@@ -11,8 +11,9 @@ use crate::walk::{self, PIECE};
 use control::{Code, Failure};
 use diskio::File;
 use drivers::{Content, Disk, Driver};
-use formats::{look, qcow2, resolve, vhd, Below, Kind, Options, Parts};
+use formats::{look, luks, qcow2, resolve, vhd, Below, Kind, Options, Parts};
 use serde::Serialize;
+use std::ops::Range;
 
 /// What was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -22,6 +23,14 @@ pub(crate) struct Done {
     size: u64,
     /// Bytes, but for zeroes, that were cut off.
     lost: u64,
+    /// Bytes that it got, and that read as anything until they are written.
+    #[serde(skip_serializing_if = "is_nothing")]
+    undefined: u64,
+}
+
+// By reference, as serde asks.
+fn is_nothing(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Done {
@@ -36,7 +45,11 @@ impl Done {
             size,
             ..
         } = self;
-        format!("{image} had {old_size} bytes and has {size}{lost}\n")
+        let undefined = match self.undefined {
+            0 => "",
+            _ => "; what is new reads as anything until it is written",
+        };
+        format!("{image} had {old_size} bytes and has {size}{lost}{undefined}\n")
     }
 }
 
@@ -70,6 +83,10 @@ pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failu
         old_size,
         size,
         lost,
+        undefined: match image.kind {
+            Below::Format(Kind::Luks) => size.saturating_sub(old_size),
+            _ => 0,
+        },
     })
 }
 
@@ -90,18 +107,26 @@ async fn grow(
             let grown = vhd::grow(file, size).await;
             grown.map_err(|failure| image.said(failure))
         }
-        Below::Format(Kind::Luks) => Err(Failure::invalid(format!(
-            "{image}: what an image of LUKS gets at its end would be anything but zeroes: make a larger one with \
-             qemu-img create, and copy the disk there with qemu-img convert -n"
-        ))),
+        Below::Format(Kind::Luks) => {
+            if image.key.is_some() {
+                // A key that was named is the right one, though this needs none.
+                let options = Options::new(image.path.display().to_string());
+                opener.disk_of(image, file.clone(), options).await?;
+            }
+            set_size(image, file, size).await
+        }
         Below::Format(kind @ (Kind::Qcow | Kind::Vmdk | Kind::Vhdx)) => Err(Failure::invalid(
             format!("{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"),
         )),
     }
 }
 
+/// Of an image that is as long as its disk, but for a header in front.
 async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> {
-    let changed = drivers::set_size(file, size).await;
+    let changed = match image.kind {
+        Below::Format(Kind::Luks) => luks::set_size(file, size).await,
+        _ => drivers::set_size(file, size).await,
+    };
     changed.map_err(|failure| image.said(failure))
 }
 
@@ -173,14 +198,25 @@ async fn shrink(
             "{image} has {old_size} bytes, and {size} are fewer: say --shrink if that is meant"
         )));
     }
-    if image.kind != Below::Raw {
+    if !matches!(image.kind, Below::Raw | Below::Format(Kind::Luks)) {
         return Err(Failure::invalid(format!(
             "{image}: only a raw file becomes smaller: convert it to aio, shrink that, and convert that back"
         )));
     }
     let options = Options::new(image.path.display().to_string());
     let (disk, _) = opener.disk_of(image, file.clone(), options).await?;
-    let (lost, first) = data_behind(opener, image, &disk, size, old_size).await?;
+    // The disk in an image of LUKS knows no holes: where its file has one, nothing was ever written.
+    let (written, begin) = match image.kind {
+        Below::Raw => (disk.clone(), 0),
+        Below::Format(_) => {
+            let begin = luks::header(file).await?.begin();
+            let raw = Named::plain(Below::Raw, image.path.clone());
+            let options = Options::new(image.path.display().to_string());
+            (opener.disk_of(&raw, file.clone(), options).await?.0, begin)
+        }
+    };
+    let places = (&written, begin);
+    let (lost, first) = data_behind(opener, image, &disk, places, size..old_size).await?;
     if lost > 0 && !args.lose_data {
         return Err(Failure::new(
             Code::Image,
@@ -195,18 +231,20 @@ async fn shrink(
     Ok(lost)
 }
 
-/// How many bytes from `at` on are in pieces with other than zeroes, and where the first of those begins.
+/// How many bytes of a range are in pieces with other than zeroes, and where the first of those begins. Where there is
+/// any content says `written`, from the byte `begin` of it on.
 async fn data_behind(
     opener: &Opener,
     image: &Named,
     disk: &Disk,
-    mut at: u64,
-    end: u64,
+    (written, begin): (&Disk, u64),
+    range: Range<u64>,
 ) -> Result<(u64, u64), Failure> {
     const BLOCK: usize = 4096;
+    let Range { start: mut at, end } = range;
     let (mut lost, mut first) = (0, end);
     while at < end {
-        let found = disk.extents(at, end - at).await;
+        let found = written.extents(begin + at, end - at).await;
         for extent in found.map_err(|error| failed("find out what is in", image, at, error))? {
             let stop = at + extent.len;
             while at < stop && extent.content == Content::Data {

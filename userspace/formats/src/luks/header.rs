@@ -63,6 +63,12 @@ impl Header {
         self.slots.len()
     }
 
+    /// The byte of the image at which its content begins.
+    #[must_use]
+    pub fn begin(&self) -> u64 {
+        self.payload
+    }
+
     /// Bytes of the stripes of a key.
     pub(super) fn stripes(&self) -> usize {
         self.key_bytes * STRIPES

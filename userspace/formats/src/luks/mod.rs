@@ -23,6 +23,7 @@ use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Driver, Fence, Limits, Shape};
 use std::cell::RefCell;
 use std::rc::Rc;
+use xts::SECTOR;
 
 /// Bytes of a read or a write at once: to encrypt more would keep other requests waiting.
 const TRANSFER: u64 = 1 << 20;
@@ -80,6 +81,34 @@ fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
         ))),
         bytes => Ok(bytes),
     }
+}
+
+/// Gives the disk in an image `size` bytes, by that of its file. What it gets reads as anything until it is written. It is
+/// durable when this returns.
+///
+/// # Errors
+/// It is no image of LUKS, or a device, or its storage refuses.
+pub async fn set_size<S: Storage>(file: &S, size: u64) -> Result<(), Failure> {
+    let header = header(file).await?;
+    payload(file, &header)?;
+    if size == 0 || size % SECTOR as u64 != 0 {
+        return Err(Failure::invalid(format!(
+            "a disk of {size} bytes has no whole sectors: give a multiple of {SECTOR}"
+        )));
+    }
+    if file.is_fixed() {
+        return Err(Failure::invalid(
+            "it is on a device, whose size is not an image's to change: use what made that, such as lvresize",
+        ));
+    }
+    let end = header.payload.checked_add(size);
+    let end = end.ok_or_else(|| Failure::invalid(format!("no file has {size} bytes")))?;
+    let work = async {
+        file.set_size(end).await?;
+        file.flush().await
+    };
+    let changed: Result<(), Errno> = work.await;
+    changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))
 }
 
 /// The cipher of the image whose header is at a byte, once the key has opened it: that is computed elsewhere.
@@ -222,6 +251,22 @@ impl<S: Storage> Driver for Luks<S> {
         let named = |failure| self.options.named(failure);
         let header = header(&self.file).await.map_err(named)?;
         payload(&self.file, &header).map_err(named)
+    }
+
+    async fn grow(&self, size: u64) -> Result<(), Failure> {
+        let named = |failure| self.options.named(failure);
+        let failed = |error: Errno| {
+            named(Failure::system(
+                "cannot make the disk larger",
+                &error.into(),
+            ))
+        };
+        let sealed = self.changed().map_err(failed)?;
+        set_size(&self.file, size).await.map_err(named)?;
+        // Its last block may be no whole one of its storage any more.
+        let file = self.file.keep_size().map_err(failed)?;
+        *self.content.borrow_mut() = Some(Rc::new(sealed.over(file)));
+        Ok(())
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {

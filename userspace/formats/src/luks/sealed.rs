@@ -25,6 +25,15 @@ impl<S: Storage> Sealed<S> {
         }
     }
 
+    /// The same content, through another handle of its storage.
+    pub(super) fn over(&self, storage: S) -> Self {
+        Self {
+            storage,
+            begin: self.begin,
+            cipher: self.cipher.clone(),
+        }
+    }
+
     /// Reads into all of `data`. What is behind the end of the storage would be no zeroes: it is [`Errno::IO`].
     pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let first = sector(offset, data.len())?;

@@ -231,6 +231,7 @@ impl World {
             world: self.clone(),
             number,
             read_only: false,
+            fills_blocks: false,
         }
     }
 
@@ -284,7 +285,12 @@ pub(crate) struct Memory {
     world: World,
     number: usize,
     pub(crate) read_only: bool,
+    /// A write of its end makes it a whole number of blocks, as one past the page cache does.
+    pub(crate) fills_blocks: bool,
 }
+
+/// Bytes of a block that is written as a whole.
+pub(crate) const BLOCK: u64 = 4096;
 
 impl Storage for Memory {
     async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
@@ -297,7 +303,11 @@ impl Storage for Memory {
     }
 
     fn keep_size(&self) -> Result<Self, Errno> {
-        Ok(self.clone())
+        let is_whole = self.size()? % BLOCK == 0;
+        Ok(Self {
+            fills_blocks: self.fills_blocks && is_whole,
+            ..self.clone()
+        })
     }
 
     async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno> {
@@ -324,6 +334,11 @@ impl Storage for Memory {
         self.world.wait().await;
         self.world
             .change(self.number, What::Write(offset, data.to_vec()))?;
+        let size = self.size()?;
+        if self.fills_blocks && offset + data.len() as u64 == size && size % BLOCK > 0 {
+            let whole = size.next_multiple_of(BLOCK);
+            self.world.change(self.number, What::Size(whole))?;
+        }
         self.world.wait().await;
         Ok(())
     }

@@ -266,6 +266,58 @@ fn made(key: Key, size: u64) -> World {
     world
 }
 
+/// Also when its last block becomes a part of one of its storage, or a whole one again: no write makes it longer.
+#[test]
+fn disk_grows_with_its_file_while_it_is_used() {
+    const SIZE: u64 = 1 << 20;
+    let world = made(key(), SIZE);
+    let mut storage = world.file(0);
+    storage.fills_blocks = true;
+    let work = async move {
+        let disk = disk(storage.clone(), Some(key()));
+        disk.activate().await.unwrap();
+        let begin = header(&storage).await.unwrap().begin();
+        let mut model = whole(&disk, SIZE).await.unwrap();
+        for (number, size) in (1..).zip([SIZE + 512, SIZE + 8192, SIZE + 8192 + 1536]) {
+            disk.grow(size).await.unwrap();
+            assert_eq!(disk.resize().await.unwrap(), size);
+            let now = whole(&disk, size).await.unwrap();
+            assert!(now[..model.len()] == model, "{size}");
+            model = now;
+            scribble(&disk, &mut model, number, 40).await.unwrap();
+            let last = Bytes::copied(&[9; SECTOR]).unwrap();
+            let at = size - SECTOR as u64;
+            let how = Attributes::default();
+            disk.write(at, last, how).await.unwrap();
+            model[at as usize..].fill(9);
+            assert_eq!(storage.size().unwrap(), begin + size);
+            assert!(whole(&disk, size).await.unwrap() == model);
+        }
+        for wrong in [0, SIZE + 1, u64::MAX - 511] {
+            let failure = disk.grow(wrong).await.expect_err("it grew");
+            assert_eq!(failure.code, Code::Invalid, "{failure}");
+            assert!(failure.message.starts_with("image: "), "{failure}");
+        }
+        disk.inactivate().await.unwrap();
+        (storage, model)
+    };
+    let (storage, model) = run(work);
+    // The next to open it finds the same, and who may not write it does not make it larger.
+    let again = Options {
+        writable: false,
+        ..options(Some(key()))
+    };
+    let disk = Disk::new(Luks::new(storage, Parts::default(), again));
+    run(async move {
+        let shape = disk.activate().await.unwrap();
+        assert_eq!(shape.size, model.len() as u64);
+        assert!(whole(&disk, shape.size).await.unwrap() == model);
+        disk.grow(2 * SIZE)
+            .await
+            .expect_err("it may not be written");
+    });
+}
+
 /// A death at any moment leaves what nobody takes for an image, or one that the key opens, and whatever the storage
 /// refuses is told.
 #[test]

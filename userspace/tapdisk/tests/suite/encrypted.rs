@@ -5,7 +5,7 @@
 use crate::common::images::{answered, file, key, Folder, KEY, SEALED, SIZE};
 use crate::common::{give_or_refuse, needs, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
-use control::{Channel, Failure};
+use control::{Channel, Code, Failure};
 use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
@@ -77,6 +77,36 @@ fn key_is_used_in_the_sandbox() {
         let content = folder.content(&format!("{SEALED}{format}"), &format!("a.{driver}"));
         assert_eq!(content[4096..8192], [7; 4096]);
     }
+}
+
+/// A raw image has the size of its file.
+#[test]
+fn disk_is_made_larger_below_its_guest() {
+    let Some(folder) = Folder::new("disk_is_made_larger_below_its_guest") else {
+        return;
+    };
+    folder.sealed("luks", "a.luks", "1", SIZE);
+    let fake = Fake::new(4).expect("a node");
+    let mut process = Process::start(&fake);
+    let path = folder.path("a.luks");
+    serve(&mut process, open("key=/etc/a.key,luks", &path), KEY).expect("it is served");
+    answered(&fake, Op::Write, 0, &[1; 512]);
+    let grow = |process: &mut Process, size| process.ask(Request::Grow { size }, None);
+    let reply = grow(&mut process, SIZE + 512);
+    assert!(
+        matches!(&reply, Ok(Reply::Disk(disk)) if disk.size == SIZE + 512),
+        "{reply:?}"
+    );
+    assert_eq!(fake.info().sectors, SIZE / 512 + 1);
+    answered(&fake, Op::Write, SIZE / 512, &[2; 512]);
+    for wrong in [SIZE, SIZE + 513] {
+        let refused = grow(&mut process, wrong).expect_err("it is wrong");
+        assert_eq!(refused.code, Code::Invalid, "{refused}");
+    }
+    process.exit();
+    let content = folder.content(&format!("{SEALED}luks"), "a.luks");
+    assert_eq!(content.len() as u64, SIZE + 512);
+    assert_eq!((content[0], content[SIZE as usize]), (1, 2));
 }
 
 #[test]

@@ -123,7 +123,6 @@ fn nothing_is_made_that_would_be_in_plain_text() {
             "would not be",
         ),
         ("commit key=key,qcow2:a.qcow2", "is encrypted"),
-        ("resize key=key,luks:a.luks 2M", "anything but zeroes"),
         ("info key=key,aio:plain", "leave key= away"),
     ] {
         let said = bench.bad(2, line);
@@ -261,4 +260,65 @@ fn what_others_may_read_is_no_key() {
     fs::create_dir(bench.path("folder")).unwrap();
     let said = bench.bad(2, "map key=folder,luks:a");
     assert!(said.contains("no regular file"), "{said}");
+}
+
+/// A raw image has no header that says its size: that is its file's.
+#[test]
+fn a_raw_one_has_the_size_of_its_file() {
+    if !has_qemu("a_raw_one_has_the_size_of_its_file") {
+        return;
+    }
+    let bench = Bench::new();
+    secret(&bench, "key", "a long word\n");
+    bench.sparse(
+        "plain",
+        1 << 20,
+        &[(0, 1 << 19), ((1 << 20) - 8192, 4096)],
+        7,
+    );
+    bench.good("convert aio:plain key=key,luks:a --iter-time 1");
+    let done = bench.good("resize luks:a 2M");
+    assert!(done.contains("reads as anything"), "{done}");
+    let opened = opts("luks", "a");
+    let size = |bench: &Bench| {
+        let said = bench.qemu(&format!(
+            "qemu-img info {OBJECT} --output=json --image-opts {opened}"
+        ));
+        serde_json::from_str::<Value>(&said).unwrap()["virtual-size"].clone()
+    };
+    assert_eq!(size(&bench), 2 << 20);
+    // What nobody has written is lost by nobody; that takes the key to know.
+    let said = bench.bad(6, "resize luks:a 1M --shrink");
+    assert!(said.contains("write key=FILE"), "{said}");
+    secret(&bench, "other", "a long word");
+    for line in [
+        "resize key=other,luks:a 3M",
+        "resize key=other,luks:a 1M --shrink",
+    ] {
+        let said = bench.bad(6, line);
+        assert!(said.contains("opens none"), "{said}");
+    }
+    assert_eq!(size(&bench), 2 << 20);
+    let done = bench.json("resize key=key,luks:a 1M --shrink");
+    assert_eq!(done["lost"], 0, "{done}");
+    bench.good("compare --strict key=key,luks:a aio:plain");
+    // Zeroes that were written are cut off, data is not.
+    let done = bench.json(&format!(
+        "resize key=key,luks:a {} --shrink",
+        (1 << 20) - 4096
+    ));
+    assert_eq!(done["lost"], 0, "{done}");
+    let said = bench.bad(6, "resize key=key,luks:a 512K --shrink");
+    assert!(
+        said.contains("4 KiB of data behind byte 524288, the first at byte 1040384"),
+        "{said}"
+    );
+    let done = bench.json("resize key=key,luks:a 512K --shrink --lose-data");
+    assert_eq!(done["lost"], 4096, "{done}");
+    assert_eq!(size(&bench), 512 << 10);
+    // And what QEMU changes is seen here.
+    bench.qemu(&format!(
+        "qemu-img resize -q {OBJECT} --image-opts {opened} 3M"
+    ));
+    assert_eq!(bench.json("info luks:a")[0]["size"], 3 << 20);
 }
