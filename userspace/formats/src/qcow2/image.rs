@@ -73,6 +73,14 @@ pub(crate) struct Found {
     pub(crate) l2: Option<(Rc<Slice>, usize)>,
 }
 
+/// Why nothing is known of a cluster.
+enum Wrong {
+    /// Its entry cannot be.
+    Entry { word: u64, why: Broken },
+    /// It has none where one was looked for.
+    Nowhere,
+}
+
 /// Bytes of the disk that are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Run {
@@ -122,13 +130,20 @@ impl<S: Storage> Image<S> {
 
     /// The offset of a table's cluster in an entry of another table; nothing if it is 0.
     pub(crate) fn table_at(&self, entry: u64, what: &str) -> Result<Option<u64>, Errno> {
-        let at = entry & (MAX_OFFSET - 512);
-        if at % self.geometry.cluster() != 0 {
-            return Err(self.damaged(format_args!(
+        self.place_of_table(entry).map_err(|at| {
+            self.damaged(format_args!(
                 "the {what} at {at:#x} is no whole number of clusters away"
-            )));
+            ))
+        })
+    }
+
+    /// The same, and where it would be if that cannot be.
+    fn place_of_table(&self, entry: u64) -> Result<Option<u64>, u64> {
+        let at = entry & (MAX_OFFSET - 512);
+        match at % self.geometry.cluster() {
+            0 => Ok((at != 0).then_some(at)),
+            _ => Err(at),
         }
-        Ok((at != 0).then_some(at))
     }
 
     /// Where the entry of the cluster with a byte of the disk is.
@@ -150,7 +165,7 @@ impl<S: Storage> Image<S> {
             return None;
         }
         let (l1, at) = self.slices.known_at(table.at + number * 8)?;
-        let l2 = match self.table_at(l1.number(at), "L2 table").ok()? {
+        let l2 = match self.place_of_table(l1.number(at)).ok()? {
             Some(table) => Some(self.slices.known_at(self.entry_at(table, guest))?),
             None => None,
         };
@@ -163,7 +178,7 @@ impl<S: Storage> Image<S> {
         table + cluster * self.geometry.entry()
     }
 
-    /// The disk that shows through in all of a range, if that is known.
+    /// The disk that shows through in all of a range, if that is known. Of damage says who reads it, which comes next.
     pub(crate) fn passed(&self, guest: u64, len: u64) -> Option<Disk> {
         let found = self.known(guest)?;
         let (run, there) = self.run_at(&found, guest, len).ok()?;
@@ -175,6 +190,12 @@ impl<S: Storage> Image<S> {
 
     /// The entry a number of clusters behind the one that was looked for; nothing at the end of the slice.
     pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<Entry>, Errno> {
+        let entry = self.decoded(found, number);
+        entry.map_err(|wrong| self.impossible(wrong))
+    }
+
+    /// The same, and nothing is said of one that cannot be.
+    fn decoded(&self, found: &Found, number: u64) -> Result<Option<Entry>, Wrong> {
         let Some((slice, at)) = &found.l2 else {
             return Ok(Some(Entry::NONE));
         };
@@ -189,14 +210,17 @@ impl<S: Storage> Image<S> {
             false => 0,
         };
         let word = slice.number(at);
-        match Entry::decode(word, bitmap, &self.geometry) {
-            Ok(entry) => Ok(Some(entry)),
-            Err(why) => Err(self.impossible(word, why)),
-        }
+        let entry = Entry::decode(word, bitmap, &self.geometry);
+        entry.map(Some).map_err(|why| Wrong::Entry { word, why })
     }
 
-    fn impossible(&self, word: u64, why: Broken) -> Errno {
-        self.damaged(format_args!("an L2 entry {word:#x} cannot be: {why}"))
+    fn impossible(&self, wrong: Wrong) -> Errno {
+        match wrong {
+            Wrong::Entry { word, why } => {
+                self.damaged(format_args!("an L2 entry {word:#x} cannot be: {why}"))
+            }
+            Wrong::Nowhere => Errno::IO,
+        }
     }
 
     /// Changes the entry a number of clusters behind the one that was looked for, in memory.
@@ -225,26 +249,27 @@ impl<S: Storage> Image<S> {
     /// What is at a byte of the disk, and for how many bytes, `len` at most.
     pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(Run, u64, Found), Errno> {
         let found = self.find(guest).await?;
-        let (run, len) = self.run_at(&found, guest, len)?;
+        let there = self.run_at(&found, guest, len);
+        let (run, len) = there.map_err(|wrong| self.impossible(wrong))?;
         Ok((run, len, found))
     }
 
-    /// The same, by what was found there.
-    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(Run, u64), Errno> {
+    /// The same, by what was found there; nothing is said of what cannot be.
+    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(Run, u64), Wrong> {
         let geometry = &self.geometry;
         if found.l2.is_none() {
             let rest = geometry.span() - guest % geometry.span();
             return Ok((Run::Below, len.min(rest)));
         }
         let skip = guest % geometry.cluster();
-        let (run, mut count) = match self.entry(found, 0)? {
+        let (run, mut count) = match self.decoded(found, 0)? {
             Some(entry) => self.runs(&entry, skip),
-            None => return Err(Errno::IO),
+            None => return Err(Wrong::Nowhere),
         };
         let mut cluster = 1;
         // Goes on as long as clusters are alike from their beginning to their end.
         while count < len && (skip + count) == cluster * geometry.cluster() {
-            let Some(entry) = self.entry(found, cluster)? else {
+            let Some(entry) = self.decoded(found, cluster)? else {
                 break;
             };
             let (next, more) = self.runs(&entry, 0);

@@ -2,10 +2,10 @@
 //! Images of a chain that have nothing of a range: a read passes them without asking each.
 
 use super::memory::{sector, stamps, Memory};
-use diskio::{Bytes, Data, Runtime};
+use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::{create, Backing, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::{Options, Parts, Storage};
 use std::future::Future;
 
 /// Bytes of the disk, of what is below it, and of a cluster.
@@ -112,4 +112,36 @@ fn an_image_over_nothing_is_not_passed() {
     let disk = bed.opened(&bed.image(SIZE, false), None);
     assert_eq!(bed.read(&disk, 0), Some(0));
     assert!(passed(&disk, 0, 1).is_none());
+}
+
+/// Who looks whether an image can be passed meets damage first, and the read that follows meets it again.
+#[test]
+fn damage_is_told_once_for_each_read() {
+    let bed = Bed(Runtime::new());
+    // The L1 table is the fourth cluster of a new image, and what it leads to the fifth.
+    let (l1, l2) = (3 * CLUSTER, 4 * CLUSTER);
+    for (at, word) in [(l2 + 7 * 8, 1_u64 << 63 | 512), (l1, 1 << 63 | 512)] {
+        let (base, image) = (bed.image(SIZE, false), bed.image(SIZE, true));
+        let disk = bed.opened(&image, Some(bed.opened(&base, None)));
+        bed.write(&disk, 3 * SECTORS, 72);
+        let its = disk.clone();
+        bed.run(async move { its.inactivate().await }).unwrap();
+        let file = image.clone();
+        bed.run(async move {
+            file.write(at, Bytes::copied(&word.to_be_bytes()).unwrap())
+                .await
+        })
+        .unwrap();
+
+        let damaged = bed.opened(&image, Some(bed.opened(&base, None)));
+        let top = bed.opened(&bed.image(SIZE, true), Some(damaged.clone()));
+        for count in 1..4 {
+            let (its, data) = (top.clone(), Data::zeroed(512).unwrap());
+            let read = bed.run(async move { its.read(7 * CLUSTER, data).await });
+            assert_eq!(read, Err(Errno::IO));
+            assert_eq!(damaged.stats()["damage"], count, "{at}");
+        }
+        assert!(passed(&damaged, 7 * SECTORS, 1).is_none());
+        assert_eq!(damaged.stats()["damage"], 3, "{at}");
+    }
 }
