@@ -17,6 +17,7 @@ use super::key;
 use super::renew::owes_nothing;
 use super::together::Together;
 use super::{of_a_process, Lifecycle};
+use crate::admission::with_mode;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
@@ -118,6 +119,8 @@ impl Lifecycle {
             )));
         }
         key::must_stay_secret(&disk.open()?.target, "the new image")?;
+        // What is said of a disk and not of its image stays what it was.
+        with_mode(Open::new(target.clone()), Mode::Write)?;
         self.check_followed(disk, target)
     }
 

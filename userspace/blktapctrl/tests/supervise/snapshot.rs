@@ -315,6 +315,18 @@ fn what_is_there_and_what_cannot_go_on_is_refused() {
         };
         let failure = bed.ask(raw).await.expect_err("a raw image has no parent");
         assert_eq!(failure.code, Code::Invalid);
+        // What is said of a disk when it is made is not said of its next image.
+        for words in ["bps=1M,", "iops=70,", "group=some,", "shared=yes,"] {
+            let text = format!("{words}{}", target(dir, "b.qcow2"));
+            let words = Request::Snapshot {
+                which: which(0),
+                target: text.parse().expect("a target"),
+            };
+            let failure = bed.ask(words).await.expect_err("it is of the disk");
+            assert_eq!(failure.code, Code::Invalid, "{failure}");
+            assert!(failure.message.contains("leave "), "{failure}");
+            assert!(!dir.join("b.qcow2").exists());
+        }
         // What cannot be written down does not begin.
         bed.kernel.full.set(true);
         let full = refused(&bed, "b.qcow2").await;
