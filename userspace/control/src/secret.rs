@@ -10,11 +10,13 @@ use std::path::Path;
 
 /// What nobody but the owner and the group of a secret may do, and not even that to change it.
 const OTHERS: u32 = 0o027;
+/// What nobody but the owner of anything may do: change it.
+const CHANGE: u32 = 0o022;
 
 /// Who may know what is in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Secrecy {
-    /// Anybody: a certificate is shown to whoever asks.
+    /// Anybody: a certificate is shown to whoever asks. But who can change it decides whom a disk believes.
     Public,
     /// Nobody but who is trusted with all disks.
     Secret,
@@ -23,7 +25,7 @@ pub enum Secrecy {
 /// Opens the file at `path`, which is named with `word`, for reading.
 ///
 /// # Errors
-/// There is none, it is no file, or it has to be a secret and is none.
+/// There is none, it is no file, others could have changed it, or it has to be a secret and is none.
 pub fn open_named(path: &Path, word: &str, secrecy: Secrecy) -> Result<OwnedFd, Failure> {
     let what = format!("cannot use {}, which {word}= names", path.display());
     // A pipe would be waited for.
@@ -34,11 +36,28 @@ pub fn open_named(path: &Path, word: &str, secrecy: Secrecy) -> Result<OwnedFd, 
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(Failure::invalid(format!("{what}: it is no regular file")));
     }
-    if secrecy == Secrecy::Secret {
-        must_be_secret(&stat)
-            .map_err(|why| Failure::new(Code::Denied, format!("{what}: {why}")))?;
-    }
+    let checked = match secrecy {
+        Secrecy::Secret => must_be_secret(&stat),
+        Secrecy::Public => must_be_ours(&stat),
+    };
+    checked.map_err(|why| Failure::new(Code::Denied, format!("{what}: {why}")))?;
     Ok(fd)
+}
+
+/// Only who is trusted with all disks can have written it.
+fn must_be_ours(file: &Stat) -> Result<(), String> {
+    let (owner, own) = (file.st_uid, geteuid().as_raw());
+    // Those that the system brings along are root's, whoever uses them.
+    if owner != own && owner != 0 {
+        return Err(format!(
+            "it belongs to the user {owner}, who can change it: see that it is right, and give it to the user {own} with \
+             chown {own}"
+        ));
+    }
+    match file.st_mode & CHANGE {
+        0 => Ok(()),
+        _ => Err("others may change it: see that it is right, and chmod go-w it".into()),
+    }
 }
 
 /// Only who is trusted with all disks can have read a key, or put another one there.

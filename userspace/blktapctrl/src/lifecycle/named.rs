@@ -10,7 +10,7 @@ use std::path::Path;
 /// Opens the file at `path`, which `target` names with a word, for reading.
 ///
 /// # Errors
-/// None is named, there is none, it is no file, or it has to be a secret and is none.
+/// None is named, there is none, it is no file, others could have changed it, or it has to be a secret and is none.
 pub(super) async fn open(
     target: &Target,
     word: &'static str,

@@ -56,7 +56,7 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
 /// Opens a file of the encryption that `target` says, for reading.
 ///
 /// # Errors
-/// It says none, there is none, or it is a key that is no secret.
+/// It says none, there is none, others could have changed it, or it is a key that is no secret.
 pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened, Failure> {
     let path = target.tls().and_then(|tls| tls.path(file));
     let secrecy = match file {

@@ -7,6 +7,7 @@ use super::needs::{ask, refused};
 use control::supervisor::Create;
 use control::tapdisk::{Needed, Open};
 use control::{Target, TlsFile};
+use rustix::fs::{chown, Uid};
 use std::fs;
 use std::path::PathBuf;
 
@@ -110,6 +111,39 @@ fn what_others_may_read_or_change_is_no_key_of_a_certificate() {
         ask(&bed, "ask", &[need(&full, TlsFile::Certificate)]);
         let minor = bed.made(create(&bed, &full)).await;
         bed.destroy(minor).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// Whoever writes the file of the authorities decides whom a disk believes.
+#[test]
+fn what_others_may_change_is_not_believed() {
+    test("tls-changed", |bed| async move {
+        let files = Files::new(&bed);
+        let full = files.all();
+        for (file, path) in [
+            (TlsFile::Authorities, &files.authorities),
+            (TlsFile::Certificate, &files.certificate),
+        ] {
+            ask(&bed, "ask", &[need(&full, file)]);
+            let names = format!("{}, which {}= names", path.display(), file.word());
+            let refuses = async |why: &str| {
+                let told = refused(&bed, create(&bed, &full)).await;
+                assert!(told.contains(&names) && told.contains(why), "{told}");
+            };
+            for mode in [0o646, 0o664, 0o602, 0o620] {
+                allow(path, mode);
+                refuses("chmod go-w").await;
+            }
+            for mode in [0o644, 0o444, 0o600] {
+                allow(path, mode);
+                let minor = bed.made(create(&bed, &full)).await;
+                bed.destroy(minor).await;
+            }
+            chown(path, Some(Uid::from_raw(65534)), None).expect("tests are root's");
+            refuses("belongs to the user 65534").await;
+            chown(path, Some(Uid::ROOT), None).expect("tests are root's");
+        }
         bed.assert_nothing_left().await;
     });
 }
