@@ -127,13 +127,8 @@ fn two_are_never_active_at_once() {
     source.exit();
 }
 
-/// Who comes back to an image that was written since would mix two times.
-#[test]
-fn image_that_was_written_since_is_not_used() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
-    let mut process = Process::serving(&fake, &image, Engine::Auto);
-    let stamp = inactivated(&mut process);
-    let before = stamp.expect("a file has one");
+/// Somebody else writes an image.
+fn write_since(image: &Image, before: Stamp) {
     // The file system's clock is coarse.
     loop {
         image.0.as_file().write_all_at(b"other", 4096).unwrap();
@@ -143,6 +138,41 @@ fn image_that_was_written_since_is_not_used() {
             break;
         }
     }
+}
+
+/// Others write a shared image all the time, and the guest knows that.
+#[test]
+fn image_that_others_write_may_be_written_meanwhile() {
+    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let mut process = Process::start(&fake);
+    let open = Open {
+        shared: true,
+        whole_blocks: true,
+        ..image.open(Engine::Auto)
+    };
+    let reply = process.ask(Request::Open(open.clone()), Some(&image));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    let stamp = inactivated(&mut process);
+    write_since(&image, stamp.expect("a file has one"));
+    let tag = fake.send(Op::Read, 8, &[0; 512], false).unwrap();
+    wanted(&mut process);
+    let reply = process.ask(Request::Activate { open, stamp }, Some(&image));
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert_eq!(
+        fake.answer(tag, 5).unwrap(),
+        (Status::Okay, b"other".to_vec())
+    );
+    process.exit();
+}
+
+/// Who comes back to an image that was written since would mix two times.
+#[test]
+fn image_that_was_written_since_is_not_used() {
+    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let mut process = Process::serving(&fake, &image, Engine::Auto);
+    let stamp = inactivated(&mut process);
+    let before = stamp.expect("a file has one");
+    write_since(&image, before);
     let tag = fake.send(Op::Read, 8, &[0; 512], false).unwrap();
     let refused = activate(&mut process, &image, Engine::Auto, stamp).unwrap_err();
     assert_eq!(refused.code, Code::Image, "{refused}");
