@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How there comes to be one: it is started by us, or an earlier supervisor has started it and it is found.
+
+use super::system::{is_gone, minor_of, open_pid, started};
+use super::{output, tidy, Output, Process};
+use crate::folder::{self, Folder};
+use crate::link::{unexpected, Link};
+use crate::log::{tell, About};
+use crate::record::Known;
+use control::tapdisk::{Reply, Request};
+use control::{Code, Failure};
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+
+/// How tapdisks are started.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The program.
+    pub path: PathBuf,
+    /// User and group that it runs as; ours if not said.
+    pub user: Option<(u32, u32)>,
+}
+
+impl Process {
+    /// Starts one that listens at `socket`.
+    ///
+    /// # Errors
+    /// Says what is missing.
+    pub fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
+        let unstarted = |error: &io::Error, remedy: &str| {
+            let what = format!("cannot start {}{remedy}", program.path.display());
+            Failure::system(what, error)
+        };
+        let (reader, writer) = output::pipe().map_err(|error| unstarted(&error, ""))?;
+        let output = Output::of(&reader).map_err(|error| unstarted(&error, ""))?;
+        let listener = listen(socket)?;
+        let mut command = Command::new(&program.path);
+        command
+            .args(["--control-fd", "0"])
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(Stdio::from(reader))
+            .stderr(Stdio::from(writer))
+            // It has a session of its own as soon as it runs: no process group here, a leader of
+            // which cannot have one.
+            .current_dir("/");
+        if let Some((uid, gid)) = program.user {
+            // It becomes that user by itself, after it has locked its memory.
+            command.arg("--user").arg(format!("{uid}:{gid}"));
+        }
+        let result = command
+            .spawn()
+            .map_err(|error| unstarted(&error, ": install it, or name it with --tapdisk"));
+        let mut child = match result {
+            Ok(child) => child,
+            Err(failure) => {
+                tidy(socket);
+                return Err(failure);
+            }
+        };
+        match Process::meet_child(child.id(), socket) {
+            Ok(process) => {
+                process.child.replace(Some(child));
+                process.output.replace(Some(output));
+                Ok(process)
+            }
+            Err(failure) => {
+                // It is our child and was not waited for, so the number is still its own.
+                if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+                    tell!(
+                        warn,
+                        About::process(child.id()).because(&error),
+                        "cannot end tapdisk {}: {error}",
+                        child.id()
+                    );
+                }
+                tidy(socket);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Finds the one that an earlier supervisor started. Nothing if it is gone for certain.
+    ///
+    /// # Errors
+    /// It cannot be said whether it is gone.
+    pub fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
+        let pidfd = match open_pid(known.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(unwatched(known.pid, &error)),
+        };
+        // The number could be another process' by now. While the descriptor is held it cannot
+        // change hands again, and the time of its start tells.
+        match started(known.pid) {
+            Ok(started) if started == known.started => {
+                Process::meet(known, pidfd, socket).map(Some)
+            }
+            Ok(_) => Ok(None),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) => Err(unwatched(known.pid, &error)),
+        }
+    }
+
+    /// Finds the one that listens at a socket, whoever it is. Nothing if nobody does.
+    ///
+    /// # Errors
+    /// Somebody does, and does not say who.
+    pub async fn find(socket: &Path, limit: Duration) -> Result<Option<Process>, Failure> {
+        let Some(mut link) = connect(socket).await? else {
+            return Ok(None);
+        };
+        let pid = match link.ask(&Request::Ping, &[], limit).await {
+            Ok(Reply::Process(process)) => process.pid,
+            Ok(reply) => return Err(unexpected(&reply)),
+            // Where nobody listens any more, it was about to end.
+            Err(failure) if failure.code == Code::Gone && connect(socket).await?.is_none() => {
+                return Ok(None);
+            }
+            Err(failure) => return Err(failure),
+        };
+        let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
+        let started = started(pid).map_err(|error| unwatched(pid, &error))?;
+        let process = Process::meet(Known { pid, started }, pidfd, socket)?;
+        *process.link.lock().await = Some(link);
+        Ok(Some(process))
+    }
+
+    fn meet(known: Known, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
+        let pidfd = pipe::Receiver::from_owned_fd_unchecked(pidfd)
+            .map_err(|error| unwatched(known.pid, &error))?;
+        Ok(Process {
+            known,
+            since: Instant::now(),
+            pidfd,
+            child: RefCell::new(None),
+            socket: RefCell::new(Some(socket.into())),
+            minor: Cell::new(minor_of(socket)),
+            link: Mutex::new(None),
+            dismissed: Cell::new(false),
+            version: RefCell::default(),
+            output: RefCell::default(),
+        })
+    }
+
+    /// A child of ours that was just started: its number cannot be another process'.
+    fn meet_child(pid: u32, socket: &Path) -> Result<Process, Failure> {
+        let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
+        let started = started(pid).map_err(|error| unwatched(pid, &error))?;
+        Process::meet(Known { pid, started }, pidfd, socket)
+    }
+}
+
+/// A name for the socket of a process that has no node yet.
+pub fn unnamed(folder: &Folder) -> PathBuf {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let number = LAST.fetch_add(1, Ordering::Relaxed);
+    folder
+        .tapdisks()
+        .join(format!("new-{}-{number}.sock", std::process::id()))
+}
+
+fn listen(socket: &Path) -> Result<UnixListener, Failure> {
+    let refused = |error| Failure::system(format!("cannot listen at {}", socket.display()), &error);
+    folder::remove(socket).map_err(refused)?;
+    UnixListener::bind(socket).map_err(refused)
+}
+
+/// A connection to who listens. Nothing if nobody does.
+async fn connect(socket: &Path) -> Result<Option<Link>, Failure> {
+    match Link::connect(socket).await {
+        Ok(link) => Ok(Some(link)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(Failure::system(
+            format!("cannot connect to {}", socket.display()),
+            &error,
+        )),
+    }
+}
+
+fn unwatched(pid: u32, error: &io::Error) -> Failure {
+    Failure::system(format!("cannot watch tapdisk {pid}"), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{started, Process};
+    use crate::record::Known;
+    use std::path::Path;
+
+    #[test]
+    fn another_process_with_the_same_number_is_not_taken_over() {
+        let pid = std::process::id();
+        let adopt = |pid, started| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
+            let _inside = runtime.enter();
+            let socket = Path::new("/nonexistent/socket");
+            Process::adopt(Known { pid, started }, socket).expect("it can be said")
+        };
+        let ours = started(pid).expect("we run");
+        assert!(adopt(pid, ours - 1).is_none());
+        assert!(adopt(u32::MAX >> 1, ours).is_none());
+        // That nobody listens there does not mean that it is gone.
+        assert!(adopt(pid, ours).is_some());
+    }
+}
