@@ -286,8 +286,9 @@ fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
 /// this host allows nobody to have one.
 fn program(dir: &Path, journal_reads_it: bool) -> Option<Child> {
     let script = "mount -t tmpfs none /run && mkdir /run/systemd && ln -s \"$0\" /run/systemd/journal && exec \"$@\"";
-    let mut unshare = Command::new("unshare");
-    unshare.arg("--mount");
+    let mut unshare = Command::new("setpriv");
+    // A test that is killed leaves nobody behind.
+    unshare.args(["--pdeathsig", "KILL", "unshare", "--mount"]);
     if !rustix::process::getuid().is_root() {
         unshare.args(["--user", "--map-root-user"]);
     }

@@ -25,7 +25,9 @@ impl Drop for Supervisor {
 
 fn supervisor(listener: &UnixListener, folder: &Path) -> Supervisor {
     let socket = OwnedFd::from(listener.try_clone().expect("a copy"));
-    let child = Command::new(env!("CARGO_BIN_EXE_blktapctrl"))
+    let child = Command::new("setpriv")
+        // Nor a test that is killed.
+        .args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_blktapctrl")])
         .args([
             "--foreground",
             "--user",

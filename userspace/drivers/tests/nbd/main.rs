@@ -545,7 +545,9 @@ impl Qemu {
     fn spawn(socket: &Path, image: &Path, more: &[String]) -> Child {
         // What a dead one left is in the way.
         let _ = std::fs::remove_file(socket);
-        let mut child = Command::new("qemu-nbd")
+        // It dies with the test, whatever becomes of that.
+        let mut child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "qemu-nbd"])
             .args([
                 "--persistent",
                 "--shared=4",

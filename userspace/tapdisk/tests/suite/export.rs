@@ -64,7 +64,9 @@ impl Server {
     }
 
     fn spawn(folder: &Path, more: &[String]) -> Child {
-        let mut child = Command::new("qemu-nbd")
+        // It dies with the test, whatever becomes of that.
+        let mut child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "qemu-nbd"])
             .args(["--persistent", "--shared=4", "--format=raw"])
             .args(more)
             .args(["--export-name=disk", "--socket"])

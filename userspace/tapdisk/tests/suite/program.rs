@@ -29,8 +29,10 @@ fn start(args: &[&str]) -> (Child, Channel) {
 /// The program with its control socket at `path`.
 fn supervised(path: &Path) -> Command {
     let listener: OwnedFd = UnixListener::bind(path).unwrap().into();
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new("setpriv");
+    // It has a session of its own, so what ends the tests does not reach it: it dies with the thread that starts it.
     command
+        .args(["--pdeathsig", "KILL", PROGRAM])
         .args(["--control-fd", "0"])
         .stdin(Stdio::from(listener));
     command
@@ -81,6 +83,19 @@ fn supervised_process_is_confined_and_ends_when_asked() {
     let reply: Reply = control.ask(Request::Exit, &[]).unwrap();
     assert_eq!(reply, Reply::Done);
     assert!(child.wait().unwrap().success());
+}
+
+/// What the tests are killed by, such as the end of their time, would leave it with what it has inherited: a pipe that
+/// somebody reads to its end, a descriptor that locks something.
+#[test]
+fn a_process_does_not_outlive_its_test() {
+    let (mut child, mut control) = std::thread::spawn(|| start(&[])).join().unwrap();
+    let begun = std::time::Instant::now();
+    // The end of a thread is seen before its children hear of it.
+    while control.ask::<_, Reply>(Request::Ping, &[]).is_ok() {
+        assert!(begun.elapsed() < crate::common::LIMIT, "it lives on");
+    }
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
 }
 
 #[test]
