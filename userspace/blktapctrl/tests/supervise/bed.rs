@@ -191,12 +191,15 @@ pub(crate) fn end(pid: u32, signal: rustix::process::Signal) {
     rustix::process::kill_process(pid, signal).expect("kill");
 }
 
+/// Nothing that is waited for takes so long, even where the machine itself stands still for a while.
+const LIMIT: Duration = Duration::from_secs(300);
+
 /// Waits for a condition.
 pub(crate) async fn until<T, F: Future<Output = Option<T>>>(
     what: &str,
     mut condition: impl FnMut() -> F,
 ) -> T {
-    let limit = Instant::now() + Duration::from_secs(20);
+    let limit = Instant::now() + LIMIT;
     loop {
         if let Some(value) = condition().await {
             return value;

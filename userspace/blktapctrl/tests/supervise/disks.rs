@@ -2,11 +2,11 @@
 //! What a disk is made of, and what is left of it.
 
 use super::bed::{kill, test, until, which};
+use super::fake::put;
 use blktapctrl::{server, watch};
 use control::supervisor::{Allocate, Mode, Reply, Request, What, Which};
 use control::tapdisk::State;
 use control::{Channel, Code, Failure};
-use std::fs;
 use std::rc::Rc;
 
 #[test]
@@ -43,7 +43,7 @@ fn a_disk_is_served_and_leaves_nothing() {
 fn what_cannot_be_opened_leaves_nothing() {
     test("refuse", |bed| async move {
         bed.image("a.img", "A");
-        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        put(bed.dir.join("refuse"), "it is no image");
         let create = Request::Create(Box::new(bed.create("a.img")));
         let failure = bed.ask(create).await.expect_err("refused");
         assert_eq!(failure, Failure::new(Code::Image, "it is no image"));

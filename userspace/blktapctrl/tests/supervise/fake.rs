@@ -13,6 +13,17 @@ use std::io;
 use std::path::Path;
 pub(crate) use store::{FakeDomains, FakeStore};
 
+/// Makes a file that somebody else reads again and again: it is there with its text, or as it was before. One that is
+/// only being written would be read as empty.
+pub(crate) fn put(path: impl AsRef<Path>, text: impl AsRef<[u8]>) {
+    let path = path.as_ref();
+    // Processes of two disks write the same files at once.
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}", std::process::id()));
+    std::fs::write(&beside, text).expect("write");
+    std::fs::rename(&beside, path).expect("rename");
+}
+
 /// Writes down what happens, for the test to read.
 fn note(dir: &Path, line: &str) {
     let file = std::fs::File::options()

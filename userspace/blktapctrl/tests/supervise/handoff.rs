@@ -303,7 +303,7 @@ fn a_process_that_lost_something_keeps_its_disk() {
         bed.image("a.img", "A");
         bed.made(bed.create("a.img")).await;
         let old = bed.row(0).await.pid;
-        fs::write(bed.dir.join("lost"), "no room").expect("write");
+        fake::put(bed.dir.join("lost"), "no room");
         let program = new_program(&bed.dir, &[]);
         let failure = bed.ask(request(Some(program), 20)).await;
         let failure = failure.expect_err("it lost something");

@@ -2,6 +2,7 @@
 //! What a supervisor finds that it does not understand: it leaves that alone.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::put;
 use blktapctrl::adopt;
 use control::supervisor::{Create, Reply, Request, What};
 use control::tapdisk::{Needed, State};
@@ -112,7 +113,7 @@ fn parts_of_a_disk_that_is_left_alone_are_not_free() {
         let path = bed.image("part.img", "part");
         let need = Needed::Extent { path: path.clone() };
         let need = serde_json::to_string(&need).expect("text");
-        fs::write(bed.dir.join("ask"), need).expect("write");
+        put(bed.dir.join("ask"), need);
         let files = vec![path];
         let create = bed.create("a.qcow2");
         bed.made(Create { files, ..create }).await;

@@ -2,7 +2,7 @@
 //! Where a guest has written since its marks, and what may happen to those.
 
 use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::FakeKernel;
+use super::fake::{put, FakeKernel};
 use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::adopt;
 use control::supervisor::{Mode, Reply, Request, What};
@@ -154,7 +154,7 @@ fn what_has_changed_since_each_mark_is_known() {
 async fn told(bed: &Bed, what: &[Needed]) -> Result<Vec<String>, Failure> {
     let line = |what: &Needed| serde_json::to_string(what).expect("json") + "\n";
     let lines: String = what.iter().map(line).collect();
-    fs::write(bed.dir.join("ask-later"), lines).expect("write");
+    put(bed.dir.join("ask-later"), lines);
     let before = bed.log().len();
     bed.ask(Request::Resize(which(0))).await?;
     let log = bed.log().split_off(before);
@@ -216,7 +216,7 @@ fn the_process_is_told_what_tap_ctl_is_told() {
             assert_eq!(gone.code, Code::NotFound, "{gone}");
         }
         fs::write(bed.dir.join("ask-later"), "").expect("write");
-        fs::write(bed.dir.join("size"), (SIZE / 2).to_string()).expect("write");
+        put(bed.dir.join("size"), (SIZE / 2).to_string());
         bed.ask(Request::Resize(which(0))).await.expect("smaller");
         assert_eq!(bed.log().last().map(String::as_str), Some("unmarked"));
         let gone = told(&bed, &[ask(&both[0])]).await.expect_err("gone");
@@ -267,7 +267,7 @@ fn each_process_goes_on_noting() {
 fn a_mark_that_no_process_knows_of_is_none() {
     test("marks-refused", |bed| async move {
         disk(&bed).await;
-        fs::write(bed.dir.join("no-notes"), "it has no room").expect("write");
+        put(bed.dir.join("no-notes"), "it has no room");
         let refused = marks(&bed, mark("a")).await.expect_err("refused");
         assert!(refused.message.contains("it has no room"), "{refused}");
         assert!(maps(&bed).is_empty());
@@ -334,7 +334,7 @@ fn marks_are_gone_when_others_may_have_written() {
         assert!(marks(&bed, list()).await.expect("none").is_empty());
         // What was behind the end of a smaller disk nobody has noted.
         marks(&bed, mark("a")).await.expect("set");
-        fs::write(bed.dir.join("size"), (SIZE / 2).to_string()).expect("write");
+        put(bed.dir.join("size"), (SIZE / 2).to_string());
         bed.ask(Request::Resize(which(0))).await.expect("smaller");
         assert!(marks(&bed, list()).await.expect("none").is_empty());
         bed.destroy(0).await;

@@ -2,6 +2,7 @@
 //! Disks that are copied to another image and go on there, and what may happen on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::put;
 use super::needs::{ask, hello};
 use super::sharing::stubbed;
 use super::steps::{at_each_step, create, one, pause, unpause};
@@ -61,7 +62,7 @@ async fn two(bed: &Bed) {
 
 /// What a process says of its mirror.
 pub(crate) fn says(dir: &Path, what: &str) {
-    fs::write(dir.join("mirror"), what).expect("write");
+    put(dir.join("mirror"), what);
 }
 
 pub(crate) fn is_served_from(row: &Row, name: &str) -> bool {

@@ -2,6 +2,7 @@
 //! What a process asks for beside its image, and what it may have.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::put;
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Request, What};
 use control::tapdisk::{Needed, Open};
@@ -20,7 +21,7 @@ pub(crate) fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
     let lines = needs
         .iter()
         .map(|need| serde_json::to_string(need).expect("text") + "\n");
-    fs::write(bed.dir.join(list), lines.collect::<String>()).expect("write");
+    put(bed.dir.join(list), lines.collect::<String>());
 }
 
 fn parent(path: &Path) -> Needed {
@@ -386,7 +387,7 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
         let first = bed.row(0).await.pid;
         bed.ask(pause()).await.expect("paused");
         ask(&bed, "ask", &extent);
-        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        put(bed.dir.join("refuse"), "it is no image");
         bed.ask(unpause("b.qcow2", &[&path]))
             .await
             .expect_err("refused");

@@ -2,6 +2,7 @@
 //! Disks that share limits, with processes that hang, die and are replaced, and supervisors that end.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake;
 use blktapctrl::adopt;
 use control::supervisor::{
     Changes, Check, Create, Group, GroupChanges, Mode, Policy, Reply, Request,
@@ -89,9 +90,7 @@ fn asks(bed: &Bed, minor: u32, much: bool) {
     match much {
         true => {
             fs::write(&lacks, "").expect("write");
-            let beside = came.with_extension("new");
-            fs::write(&beside, (before + 1).to_string()).expect("write");
-            fs::rename(&beside, &came).expect("rename");
+            fake::put(&came, (before + 1).to_string());
         }
         false => fs::remove_file(&lacks).expect("remove"),
     }

@@ -2,6 +2,7 @@
 //! Disks that go on in a new image over the one that they have, and what may happen on the way.
 
 use super::bed::{kill, test, until, which, Bed};
+use super::fake::put;
 use super::steps::{at_each_step, create, one};
 use blktapctrl::disk::Disk;
 use blktapctrl::watchdog;
@@ -379,7 +380,7 @@ fn a_snapshot_that_cannot_be_served_is_undone() {
         test(&format!("snapshot-{file}"), |bed| async move {
             bed.image("a.img", "A");
             bed.made(bed.create("a.img")).await;
-            fs::write(bed.dir.join(file), "there is no room").expect("write");
+            put(bed.dir.join(file), "there is no room");
             let failure = refused(&bed, "b.qcow2").await;
             assert_eq!(failure.code, code, "{file}: {failure}");
             assert!(failure.message.contains("served as before"), "{failure}");

@@ -3,7 +3,7 @@
 //! answer, by a target that is refused.
 
 use super::bed::{block_on, kill, test, until, which, Bed};
-use super::fake::FakeKernel;
+use super::fake::{put, FakeKernel};
 use blktapctrl::adopt;
 use control::supervisor::{Doing, Reply, Request, Row, What};
 use control::tapdisk::State;
@@ -255,7 +255,7 @@ fn an_unpause_that_failed_can_be_repeated_and_keeps_the_old_image() {
         bed.made(bed.create("a.img")).await;
         assert_eq!(bed.ask(pause(0)).await, Ok(Reply::Done));
         let other = || unpause(Some(target(&bed.dir, "b.img")));
-        fs::write(bed.dir.join("refuse"), "it is no image").expect("write");
+        put(bed.dir.join("refuse"), "it is no image");
         for _ in 0..2 {
             let failure = bed.ask(other()).await.expect_err("refused");
             assert_eq!(failure.code, Code::Image);

@@ -2,6 +2,7 @@
 //! Images that take over what is below them, and what may happen on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::put;
 use super::steps::{pause, unpause};
 use blktapctrl::adopt;
 use blktapctrl::record::Role;
@@ -9,7 +10,6 @@ use control::stats::{Stream, Streaming};
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Failure, Target};
-use std::fs;
 use std::rc::Rc;
 
 /// A disk that is served from `b.qcow2` over `a.img`.
@@ -57,7 +57,7 @@ async fn stream(bed: &Bed, rate: Option<u64>) -> Result<Stream, Failure> {
 
 /// What a process says of its stream.
 fn says(bed: &Bed, what: &str) {
-    fs::write(bed.dir.join("stream"), what).expect("write");
+    put(bed.dir.join("stream"), what);
 }
 
 /// How often a process has been asked to begin one.

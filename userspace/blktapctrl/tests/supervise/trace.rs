@@ -2,6 +2,7 @@
 //! It is written down what a guest asks for, whoever serves it and whoever supervises that.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::fake::put;
 use super::steps::{at_each_step, create, one, pause, unpause};
 use blktapctrl::adopt;
 use control::supervisor::{Reply, Request, What};
@@ -157,7 +158,7 @@ fn what_cannot_be_traced_is_refused() {
         assert_eq!(fs::read(&path).expect("read"), b"something");
         fs::remove_file(&path).expect("remove");
         // The process has the last word.
-        fs::write(bed.dir.join("no-trace"), "it cannot write there").expect("write");
+        put(bed.dir.join("no-trace"), "it cannot write there");
         assert!(refused(trace(&path)).await.1.contains("cannot write there"));
         assert!(!path.exists());
         fs::remove_file(bed.dir.join("no-trace")).expect("remove");
@@ -191,7 +192,7 @@ fn a_trace_that_cannot_go_on_ends_and_the_disk_does_not() {
         disk(&bed).await;
         asked(&bed, trace(&path("t"))).await.expect("a trace");
         let before = bed.row(0).await;
-        fs::write(path("untraced"), "No space left on device").expect("write");
+        put(path("untraced"), "No space left on device");
         until("the end of the trace", || async {
             why(&bed)
                 .is_some_and(|why| why.contains("No space"))

@@ -2,6 +2,7 @@
 //! I/O on images that fails.
 
 use super::bed::{block_on, test, until, which, Bed, Succession};
+use super::fake::put;
 use blktapctrl::adopt;
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
@@ -21,8 +22,7 @@ fn say(dir: &Path, count: u64, is_stopped: bool) {
         is_stopped,
     };
     let text = serde_json::to_vec(&told).expect("JSON");
-    fs::write(dir.join("new"), text).expect("write");
-    fs::rename(dir.join("new"), dir.join("troubles")).expect("rename");
+    put(dir.join("troubles"), text);
 }
 
 /// How many others were counted with each, and whether the disk was stopped.

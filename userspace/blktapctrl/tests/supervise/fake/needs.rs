@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the process that fakes a tapdisk asks its supervisor for.
 
-use super::note;
+use super::{note, put};
 use control::tapdisk::{Need, Needed, Provided, Reply};
 use control::Failure;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
@@ -113,7 +113,7 @@ pub(super) fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd)
             if matches!(what, Needed::Parent { .. }) {
                 let direct = fcntl_getfl(&fd).expect("flags").contains(OFlags::DIRECT);
                 let how = if direct { "direct" } else { "cached" };
-                std::fs::write(dir.join("below"), how).expect("write");
+                put(dir.join("below"), how);
             }
             let (text, fd) = text(fd);
             let access = match fcntl_getfl(&fd).expect("flags").contains(OFlags::RDWR) {

@@ -2,8 +2,8 @@
 //! The disk of the process that fakes a tapdisk.
 
 use super::needs::{given, text, Needs};
-use super::note;
 use super::process::wait_while;
+use super::{note, put};
 use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
 use control::tapdisk::{
     Disk, Engine, Needed, Open, Provided, Reply, Request, Stamp, State, Status,
@@ -347,9 +347,7 @@ impl Served {
     fn share(&mut self, dir: &Path, share: Option<Share>) {
         self.share = share;
         let (path, text) = (self.file(dir, "share"), serde_json::to_string(&share));
-        let beside = path.with_extension("new");
-        std::fs::write(&beside, text.expect("json")).expect("write");
-        std::fs::rename(&beside, &path).expect("rename");
+        put(path, text.expect("json"));
     }
 
     pub(super) fn traces(&mut self, on: bool) {
@@ -419,7 +417,7 @@ impl Served {
             match needs.ask(Needed::Trace) {
                 (Provided::Refused(failure), _) => {
                     open.trace = false;
-                    std::fs::write(dir.join("untraced"), failure.message).expect("write");
+                    put(dir.join("untraced"), failure.message);
                 }
                 (_, fds) => fds.into_iter().for_each(trace),
             }
@@ -427,9 +425,9 @@ impl Served {
 
         let text = content.as_ref().map_or("", |(text, _)| text);
         let policy = format!("{:?} {:?}", open.on_no_space, open.on_error);
-        std::fs::write(dir.join("policy"), policy).expect("write");
+        put(dir.join("policy"), policy);
         let limits = open.limits.to_string();
-        std::fs::write(dir.join("limits"), limits).expect("write");
+        put(dir.join("limits"), limits);
         self.share(dir, open.share);
         let mode = if open.read_only { "r" } else { "w" };
         let shared = if open.shared { "!" } else { "" };
