@@ -41,6 +41,23 @@ xen-blkback-rs enable >/tmp/enable || fail "enable has failed"
 xen-blkback-rs status | grep -qx 'decided: xen-blkback-rs' || fail "it is not decided for"
 modprobe -S "$release" --showconfig | grep -q '^install xen_blkback .*modprobe -q xen-blkback-rs' ||
 	fail "the module loader does not read what was decided"
+# A kernel that is locked down, and what modinfo says of a module without a signature and of one with it.
+locked=/tmp/locked
+mkdir $locked
+echo 'none [integrity] confidentiality' >$locked/lockdown
+echo '#!/bin/sh
+case "$*" in *sig_id*) cat /tmp/locked/signature 2>/dev/null ;; esac; true' >$locked/modinfo
+chmod 755 $locked/modinfo
+on_locked() {
+	PATH=$locked:$PATH XEN_BLKBACK_RS_SECURITY_DIR=$locked xen-blkback-rs "$1"
+}
+for verb in enable status; do
+	rm -f $locked/signature
+	on_locked $verb | grep -q 'not signed' || fail "$verb: it is not said that the module will be refused"
+	echo 'PKCS#7' >$locked/signature
+	! on_locked $verb | grep -q 'not signed' || fail "$verb: a module that is signed is said to be refused"
+done
+
 xentap-block enable
 [ "$(readlink /etc/xen/scripts/block)" = block-or-tap ] || fail "our script is not in place"
 echo 'CREATE_OPTIONS="--kill-hung"' >/etc/default/xentap

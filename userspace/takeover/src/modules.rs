@@ -97,6 +97,19 @@ fn loaded() -> io::Result<Vec<u8>> {
     id.ok_or_else(|| io::Error::other(format!("{} has no identifier", path.display())))
 }
 
+/// Why a module could not be loaded, with what that means where the kernel has refused its signature.
+pub(crate) fn explained(error: io::Error) -> io::Error {
+    let said = error.to_string();
+    // As the C library writes EKEYREJECTED and ENOKEY.
+    let of_keys = ["Key was rejected by service", "Required key not available"];
+    match of_keys.iter().any(|words| said.contains(words)) {
+        true => io::Error::other(format!(
+            "{said}: this kernel loads only modules that are signed with a key that it knows: xen-blkback-rs(8), SECURE BOOT"
+        )),
+        false => error,
+    }
+}
+
 /// A module, unpacked as modprobe would.
 fn content(path: &Path) -> io::Result<Vec<u8>> {
     let program = match path.extension().and_then(|extension| extension.to_str()) {
@@ -129,7 +142,8 @@ fn contains(bytes: &[u8], id: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{contains, last_of};
+    use super::{contains, explained, last_of};
+    use std::io;
     use std::path::Path;
 
     #[test]
@@ -147,6 +161,22 @@ mod tests {
         );
         assert_eq!(last_of("builtin xen_blkback_rs"), None);
         assert_eq!(last_of(""), None);
+    }
+
+    #[test]
+    fn a_signature_that_is_refused_is_explained() {
+        let said = |why: &str| {
+            let line = format!("modprobe xen-blkback-rs: ERROR: could not insert: {why}");
+            explained(io::Error::other(line)).to_string()
+        };
+        for refused in ["Key was rejected by service", "Required key not available"] {
+            let told = said(refused);
+            assert!(
+                told.contains(refused) && told.contains("SECURE BOOT"),
+                "{told}"
+            );
+        }
+        assert!(said("Invalid argument").ends_with("Invalid argument"));
     }
 
     #[test]

@@ -188,7 +188,8 @@ impl Host for Real {
             return Ok(());
         }
         // The settings of this package put one driver in the place of the other.
-        run("modprobe", &["--ignore-install", driver.module()])
+        let loaded = run("modprobe", &["--ignore-install", driver.module()]);
+        loaded.map_err(modules::explained)
     }
 
     fn unload(&self, driver: Driver) -> io::Result<()> {
@@ -212,7 +213,7 @@ impl Host for Real {
         let mut arguments = vec![self.copy.to_string_lossy().into_owned()];
         arguments.extend(installed.parameters);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        run("insmod", &arguments)
+        run("insmod", &arguments).map_err(modules::explained)
     }
 
     fn set_autoprobe(&self, is_on: bool) -> io::Result<()> {

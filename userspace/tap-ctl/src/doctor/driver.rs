@@ -56,6 +56,11 @@ fn loaded(host: &Host) -> Driver {
     }
 }
 
+/// True if it is that one.
+pub(super) fn is_loaded(host: &Host, driver: Driver) -> bool {
+    loaded(host) == driver
+}
+
 fn is_decided(host: &Host) -> bool {
     DECIDED.iter().any(|path| host.path(path).exists())
 }

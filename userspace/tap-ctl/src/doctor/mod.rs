@@ -3,6 +3,7 @@
 
 mod driver;
 mod initramfs;
+mod signature;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -136,6 +137,7 @@ fn report(
     let mut findings = system::xen(host);
     findings.extend(driver::all(host));
     findings.extend(initramfs::look(host, list));
+    findings.extend(signature::look(host));
     if driver::is_ours(host) {
         findings.extend(system::tap(host));
         findings.push(system::supervisor(supervisor()));

@@ -213,6 +213,74 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
 }
 
 #[test]
+fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
+    const MODULE: &str = "/lib/modules/7.2-amd64/updates/xen-blkback-rs.ko";
+    let signed = "code~Module signature appended~\n";
+    let lockdown = (
+        "/sys/kernel/security/lockdown",
+        "none [integrity] confidentiality\n",
+    );
+    let enforced = ("/sys/module/module/parameters/sig_enforce", "Y\n");
+    let locked = |(path, text): (&str, &str), module: &str| {
+        let made = well();
+        made.file(path, text).file(MODULE, module);
+        made
+    };
+    // What is loaded has been let in.
+    let made = locked(lockdown, "code");
+    assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
+    for (demand, module, grade, words) in [
+        (
+            lockdown,
+            "code",
+            Grade::Bad,
+            "is not signed: the C driver serves instead",
+        ),
+        (enforced, "code", Grade::Bad, "module.sig_enforce"),
+        (enforced, "", Grade::Bad, "is not signed"),
+        // Whether the kernel knows the key only it can tell.
+        (
+            lockdown,
+            signed,
+            Grade::Warn,
+            "xen-blkback-rs is not loaded",
+        ),
+    ] {
+        let made = locked(demand, module);
+        fs::remove_dir_all(made.host().path("/sys/module/xen_blkback_rs")).expect("removed");
+        made.file("/sys/module/xen_blkback/refcnt", "1\n");
+        let report = seen(&made);
+        let all = trouble(&report);
+        let its = all.iter().find(|finding| finding.about == "signature");
+        let its = its.unwrap_or_else(|| panic!("{words}: {all:?}"));
+        assert_eq!(its.grade, grade, "{its:?}");
+        assert!(its.what.contains(words), "{its:?}");
+        let remedy = its.remedy.as_deref().unwrap_or("");
+        assert!(remedy.contains("SECURE BOOT"), "{its:?}");
+        // Nobody is bothered who has decided for the C driver.
+        fs::remove_file(made.host().path("/etc/modprobe.d/xen-blkback-rs.conf")).expect("removed");
+        assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
+    }
+    for loads_all in [
+        (
+            "/sys/kernel/security/lockdown",
+            "[none] integrity confidentiality\n",
+        ),
+        ("/sys/module/module/parameters/sig_enforce", "N\n"),
+    ] {
+        let made = locked(loads_all, "code");
+        fs::remove_dir_all(made.host().path("/sys/module/xen_blkback_rs")).expect("removed");
+        let report = seen(&made);
+        assert!(
+            trouble(&report)
+                .iter()
+                .all(|finding| finding.about == "driver"),
+            "{report:?}"
+        );
+    }
+}
+
+#[test]
 fn the_initramfs_is_looked_into() {
     let made = well();
     made.file("/boot/initrd.img-7.2-amd64", "packed");
