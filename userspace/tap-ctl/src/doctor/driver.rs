@@ -131,19 +131,18 @@ fn module(host: &Host) -> Finding {
 
 /// Whether the driver is loaded that was decided for.
 fn serving(host: &Host) -> Finding {
-    let next = "serves after the next boot, or when no guest has a disk after";
     match (loaded(host), is_decided(host)) {
         (Driver::Ours, true) => ok("driver", "xen-blkback-rs is loaded, as it is decided"),
         (Driver::C, false) => ok("driver", "the C driver is loaded, as it is decided"),
         (Driver::Ours, false) => warn(
             "driver",
             "xen-blkback-rs is loaded, and the C driver is decided for",
-            format!("xen-blkback-rs enable; else the C driver {next} rmmod xen-blkback-rs && modprobe xen-blkback"),
+            "xen-blkback-rs enable; else xen-blkback-rs takeover --to xen-blkback, while guests work, or the next boot",
         ),
         (Driver::C, true) => warn(
             "driver",
             "the C driver is loaded, and xen-blkback-rs is decided for",
-            format!("it {next} rmmod xen-blkback && modprobe xen-blkback-rs"),
+            "xen-blkback-rs takeover, while guests work, or the next boot",
         ),
         (Driver::None, true) => warn("driver", "no driver is loaded", "modprobe xen-blkback-rs"),
         (Driver::None, false) => warn("driver", "no driver is loaded", "modprobe xen-blkback"),
