@@ -914,7 +914,8 @@ pub(crate) struct Watch {
 const STATUS: &str = "\
 Verdicts, with the exit status of the worst one:
   0  ok, not-connected (the guest does not use it yet, or any more), closed, inactive
-  1  slow, failing, paused, unknown; or a file could not be read
+  1  slow, failing, paused, unknown; or a file could not be read, or blktapctrl does not answer where this driver serves or
+     is to
   2  hung, dead-process, fencing, held, no-driver
 
 Causes are told as far as there are counters:

@@ -2,6 +2,7 @@
 //! All disks of this host as they are at one moment: what the drivers, the block devices, the threads and
 //! blktapctrl say of each.
 
+use crate::doctor;
 use crate::host::block::Block;
 use crate::host::task::{self, Task};
 use crate::host::vbd::{self, Vbd};
@@ -114,6 +115,8 @@ pub(crate) struct Look {
     pub(crate) disks: Vec<Disk>,
     /// Whether blktapctrl answers.
     pub(crate) supervisor: Supervisor,
+    /// It should: our driver serves, or is to.
+    pub(crate) is_supervised: bool,
     /// What it has counted of itself, if it says so.
     pub(crate) counted: Option<Counted>,
     /// The groups of disks that share limits.
@@ -190,6 +193,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         at: Instant::now(),
         disks,
         supervisor,
+        is_supervised: doctor::is_ours(host),
         counted: None,
         groups: Vec::new(),
         memory: Memory::read(host),

@@ -91,7 +91,7 @@ pub(super) fn module_file(host: &Host, release: &str) -> Option<PathBuf> {
 }
 
 /// True if our driver serves, or is to.
-pub(super) fn is_ours(host: &Host) -> bool {
+pub(crate) fn is_ours(host: &Host) -> bool {
     loaded(host) == Driver::Ours || is_decided(host)
 }
 

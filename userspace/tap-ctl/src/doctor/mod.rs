@@ -12,6 +12,7 @@ use crate::host::Host;
 use crate::{print, Cli, Error};
 use control::supervisor::{Reply, Request};
 use control::{Channel, Failure};
+pub(crate) use driver::is_ours;
 use initramfs::Listed;
 use serde::Serialize;
 use std::io::{self, ErrorKind, Write};

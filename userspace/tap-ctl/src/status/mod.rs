@@ -133,8 +133,9 @@ pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
         Supervisor::Silent(why) => Some(why.clone()),
         Supervisor::Answers => None,
     };
+    let is_missed = supervisor.is_some() && now.is_supervised;
     Report {
-        severity: worst.max(u8::from(!unread.is_empty())),
+        severity: worst.max(u8::from(is_missed || !unread.is_empty())),
         disks,
         supervisor,
         unread,

@@ -568,3 +568,18 @@ fn the_answer_for_programs_has_the_words_of_the_other_one() {
     assert_eq!(disk["oldest"]["seconds"], 95.0);
     assert_eq!(disk["vdev"], "xvdb");
 }
+
+#[test]
+fn a_supervisor_that_is_missed_is_something_to_look_at() {
+    let severity = |made: &Made, supervisor: Supervisor| {
+        let before = gather(&made.host(), Vec::new(), supervisor);
+        after(1, &before, &before).severity
+    };
+    let silent = || Supervisor::Silent("no such file".into());
+    let made = made();
+    // The C driver needs none.
+    assert_eq!(severity(&made, silent()), 0);
+    made.file("/etc/modprobe.d/xen-blkback-rs.conf", "");
+    assert_eq!(severity(&made, silent()), 1);
+    assert_eq!(severity(&made, Supervisor::Answers), 0);
+}

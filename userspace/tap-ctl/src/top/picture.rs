@@ -57,14 +57,19 @@ impl Picture {
         .collect()
     }
 
+    /// Why blktapctrl does not answer, if it does not.
+    pub(super) fn silent(&self) -> Option<&str> {
+        match &self.now.supervisor {
+            Supervisor::Silent(why) => Some(why),
+            Supervisor::Answers => None,
+        }
+    }
+
     /// What could not be seen, and why, a sentence each.
     pub(super) fn lacks(&self) -> Vec<String> {
-        let silent = match &self.now.supervisor {
-            Supervisor::Silent(why) => Some(format!(
-                "blktapctrl does not answer, so processes are not shown: {why}"
-            )),
-            Supervisor::Answers => None,
-        };
+        let silent = self
+            .silent()
+            .map(|why| format!("blktapctrl does not answer, so processes are not shown: {why}"));
         let unread = self.now.unread.iter();
         let unread =
             unread.map(|file| format!("cannot read {}: {}", file.path.display(), file.why));

@@ -5,7 +5,7 @@ use super::columns::{Column, COLUMNS};
 use super::order::Order;
 use super::picture::{Picture, Row};
 use crate::figures::Figures;
-use crate::host::Host;
+use crate::host::{Host, Unread};
 use crate::look::{look, Kind, Look};
 use crate::{cli, print, Cli, Error};
 use control::supervisor::TopRow;
@@ -75,6 +75,10 @@ struct Shown<'a> {
     rows: Vec<&'a TopRow>,
     /// All disks, the busiest one first.
     disks: Vec<ShownDisk<'a>>,
+    /// Why blktapctrl does not answer, if it does not.
+    supervisor: Option<&'a str>,
+    /// What could not be read.
+    unread: &'a [Unread],
 }
 
 #[derive(Serialize)]
@@ -100,6 +104,8 @@ impl<'a> Shown<'a> {
             is: "top",
             rows: disks.filter_map(|disk| disk.tap.as_ref()).collect(),
             disks: rows(picture).into_iter().map(shown).collect(),
+            supervisor: picture.silent(),
+            unread: &picture.now.unread,
         }
     }
 }
@@ -183,10 +189,14 @@ GUEST VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s 
     fn disks_of_the_kernel_are_shown_without_a_supervisor() {
         let mut now = look(0, None, vec![fake::phy()]);
         now.supervisor = Supervisor::Silent("no such file".into());
-        let text = text(&Picture::new(None, Rc::new(now)));
+        let picture = Picture::new(None, Rc::new(now));
+        let text = text(&picture);
         assert!(
             text.contains("xvda     phy") && text.contains("no such file"),
             "{text}"
         );
+        let json = serde_json::to_value(Shown::of(&picture)).expect("json");
+        assert_eq!(json["supervisor"], "no such file");
+        assert_eq!(json["disks"][0]["vdev"], "xvda");
     }
 }
