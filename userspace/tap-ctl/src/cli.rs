@@ -11,6 +11,9 @@ use control::{Driver, GroupName, InGroup, MarkName, Target};
 use manual::Generated;
 use std::path::PathBuf;
 
+/// What is above the options that each verb has, so that they are not among its own.
+const EVERY: &str = "Options of every verb";
+
 /// Make, watch and take away disks that a process serves to Xen guests.
 ///
 /// `create` and `destroy` do all that a disk needs; xl's script block-tap-rs uses them. The other
@@ -19,18 +22,19 @@ use std::path::PathBuf;
 #[command(name = "tap-ctl", version, after_long_help = HELP)]
 pub(crate) struct Cli {
     /// Print JSON, for programs
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERY)]
     pub(crate) json: bool,
     /// Socket of the supervisor blktapctrl
     #[arg(
         long,
         global = true,
+        help_heading = EVERY,
         value_name = "PATH",
         default_value = "/run/xentap/control.sock"
     )]
     pub(crate) socket: PathBuf,
     /// Wait for so many seconds for blktapctrl, should it be starting anew
-    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, global = true, help_heading = EVERY, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) patience: u32,
     /// A folder that stands for / where files of the kernel and the system are read
     #[arg(
@@ -191,8 +195,9 @@ pub(crate) enum Verb {
         #[command(subcommand)]
         verb: GroupVerb,
     },
-    /// Read all data of a disk in the background, to find what cannot be read: events tell, and stats
-    /// say how far it is
+    /// Read all data of a disk in the background, to find what cannot be read
+    ///
+    /// Events tell of that, and stats say how far it is.
     Scrub(Scrub),
     /// Have the image of a disk take over what it shows of those below it, such as after snapshots, so that it
     /// needs them no more, while its guest goes on
@@ -303,17 +308,17 @@ pub(crate) enum Verb {
     },
     /// Say how every disk of the host is, those of the kernel (phy) too: why one is slow, and what to do
     Status(Status),
-    /// Say whether this host has what serving disks needs, and what to do if not. The exit status is 0 if
-    /// all is well, 1 if somebody should look at something, 2 if disks cannot be served
+    /// Say whether this host has what serving disks needs, and what to do if not
+    ///
+    /// The exit status is 0 if all is well, 1 if somebody should look at something, 2 if disks cannot be served.
     ///
     /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a driver that
     /// it loads early, an earlier copy of the module, and settings that it lacks.
     Doctor,
-    /// Print what somebody needs who is to say what is wrong with this host: what doctor and status say, all disks with what
-    /// they have counted and what is written down of them, the driver's parameters, Xen's view, and the kernel's and
-    /// blktapctrl's messages
+    /// Print what somebody needs who is to say what is wrong with this host
     ///
-    /// It names disks, images, guests and this host, and holds nothing of what is on the disks. Nothing is changed. What
+    /// That is what doctor and status say, all disks with what they have counted and what is written down of them, the driver's
+    /// parameters, Xen's view, and the kernel's and blktapctrl's messages. It names disks, images, guests and this host, and holds nothing of what is on the disks. Nothing is changed. What
     /// hangs is waited for no longer than 20 seconds.
     Report(Report),
     /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
