@@ -60,7 +60,9 @@ pub use group::{GroupName, InGroup, Pace, Share, Used, MILLI};
 pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
 pub use secret::{open_named, Secrecy};
-pub use target::{size, typed_rate, typed_size, yes_or_no, Below, Driver, MemoryName, Target};
+pub use target::{
+    size, typed_rate, typed_size, yes_or_no, Below, Driver, MemoryName, SaidRules, Target,
+};
 pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};
 pub use vdev::vdev;

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What happens when a process answers nothing for a while although it has requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hung {
     /// An event tells about it.

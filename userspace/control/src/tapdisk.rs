@@ -90,7 +90,7 @@ pub struct Open {
 }
 
 /// What is done with a request that failed on the image. It is told to the supervisor in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
     /// The guest is told.

@@ -3,12 +3,14 @@
 
 mod key;
 mod memory;
+mod rules;
 mod shared;
 mod words;
 
 use crate::text::as_text;
 use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
 pub use memory::MemoryName;
+pub use rules::SaidRules;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -179,7 +181,7 @@ impl FromStr for Driver {
 /// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
 /// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
 /// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, or which group of disks it is in that share such limits,
-/// `group=customer-7,aio:/srv/a.img`; and how much memory it may fill if that is where its
+/// `group=customer-7,aio:/srv/a.img`, and what is done when things go wrong, `on-error=stop,aio:/srv/a.img`; and how much memory it may fill if that is where its
 /// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
 /// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
 /// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
@@ -198,6 +200,8 @@ pub struct Target {
     limits: Option<Box<Limits>>,
     /// With which others it shares limits, if that is said.
     group: Option<Box<GroupName>>,
+    /// What is said of errors and of processes that hang.
+    rules: SaidRules,
     /// What is said of how much memory a guest may fill.
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
@@ -500,6 +504,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         direct: None,
         limits: None,
         group: None,
+        rules: SaidRules::default(),
         room: None,
         cache: None,
         below_cached: false,
@@ -614,6 +619,7 @@ impl fmt::Display for Target {
         if let Some(group) = &self.group {
             write!(f, "group={group},")?;
         }
+        self.rules.fmt(f)?;
         if self.shared {
             f.write_str("shared=yes,")?;
         }

@@ -73,6 +73,9 @@ lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is 
   lease=record,aio:/srv/a.img
   lease=sanlock:vms:a:/dev/vg/leases:1048576,aio:/dev/vg/a
   lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
+What is done when things go wrong is said in front, too, where xl makes the disk, by the names of the options of create and set:
+on-no-space=, on-error=, fail-after=, hung-after= and hung=. It is for that disk, whatever /etc/default/xentap says of all:
+  on-error=stop,fail-after=60,hung=kill,aio:/srv/a.img
 What several guests are to write at once, a raw image or memory with a name, has shared=yes, in front where xl makes the
 disk, which knows no mode w!:
   shared=yes,name=scratch,ram:64M
@@ -175,7 +178,7 @@ pub(crate) enum Verb {
     /// A guest that asks for more than it may waits; nothing fails by that. With a limit every request goes through the
     /// disk's process: the kernel, which would execute many by itself, knows none. What is set stays until the disk is
     /// destroyed. For a disk of a guest's configuration it is said there, before the driver:
-    /// target=bps=20M,iops=500,aio:/srv/a.img
+    /// target=bps=20M,iops=500,on-error=stop,aio:/srv/a.img
     ///
     /// With --group a disk shares limits with others, beside its own: `tap-ctl group`.
     ///

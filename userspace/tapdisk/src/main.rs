@@ -243,6 +243,10 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         "{target} is in a group, whose limits only a supervisor divides: let blktapctrl serve it"
     );
     anyhow::ensure!(
+        target.rules() == control::SaidRules::default(),
+        "{target} says what is done when things go wrong, which a supervisor does: let blktapctrl serve it"
+    );
+    anyhow::ensure!(
         target.name().is_none(),
         "{target} is memory that several disks have, which only a supervisor keeps: let blktapctrl serve it, or leave name= away"
     );

@@ -21,7 +21,7 @@ use crate::registry::Registry;
 use crate::store::{directory, relative};
 use control::supervisor::{Check, Mode};
 use control::tapdisk::Open;
-use control::{Code, Failure, LeaseKind};
+use control::{Code, Failure, LeaseKind, SaidRules};
 pub(crate) use files::check_files;
 use mounts::Table;
 pub(crate) use sharing::Beside;
@@ -92,6 +92,12 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
     if let Some(group) = open.target.group() {
         return Err(Failure::invalid(format!(
             "{}: the group of a disk is said when it is made, or with tap-ctl set; leave group={group} away",
+            open.target
+        )));
+    }
+    if open.target.rules() != SaidRules::default() {
+        return Err(Failure::invalid(format!(
+            "{}: what a disk does when things go wrong is said when it is made, or with tap-ctl set; leave on-error= and its like away",
             open.target
         )));
     }
@@ -190,6 +196,7 @@ impl Admission {
         let mut target = check.target;
         target.take_limits();
         target.take_group();
+        target.take_rules();
         let mode = target.take_shared(check.mode);
         let open = with_mode(Open::new(target), mode)?;
         let vbd = check.vbd.as_deref().map(relative);

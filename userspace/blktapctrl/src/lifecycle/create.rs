@@ -32,7 +32,8 @@ impl Lifecycle {
             self.admission.check_directory(vbd).await?;
         }
         check_files(&create.files)?;
-        let (mut open, mut policy) = (create.open, create.policy);
+        let mut open = create.open;
+        let mut policy = open.target.take_rules().over(create.policy);
         let mode = open.target.take_shared(create.mode);
         if let Some(said) = open.target.take_limits() {
             let other = policy.limits;

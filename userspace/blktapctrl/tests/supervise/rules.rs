@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, which, Bed, Succession};
 use blktapctrl::adopt;
-use control::supervisor::{Changes, Check, Create, Mode, Policy, Reply, Request};
+use control::supervisor::{Changes, Check, Create, Hung, Mode, Policy, Reply, Request};
 use control::tapdisk::{OnError, Open};
 use control::{Code, Failure, Target};
 use std::fs;
@@ -32,6 +32,57 @@ fn limited(bed: &Bed, words: &str) -> Target {
     let path = bed.image("a.img", "A");
     let text = format!("{words}sync:{}", path.display());
     text.parse().expect("a target")
+}
+
+#[test]
+fn what_a_configuration_says_of_errors_is_the_disks() {
+    test("rules-said", |bed| async move {
+        let target = limited(&bed, "on-error=stop,fail-after=60,hung-after=5,hung=kill,");
+        let check = Check {
+            target: target.clone(),
+            mode: Mode::Write,
+            vbd: None,
+        };
+        bed.ask(Request::Check(check)).await.expect("free");
+        // What the host says of all disks gives way, where anything is said.
+        let create = || Create {
+            open: Open::new(target.clone()),
+            policy: Policy {
+                on_error: OnError::Report,
+                on_no_space: OnError::Report,
+                fail_after_s: 7,
+                ..Policy::default()
+            },
+            ..bed.create("a.img")
+        };
+        let minor = bed.made(create()).await;
+        let expected = Policy {
+            on_error: OnError::Stop,
+            on_no_space: OnError::Report,
+            fail_after_s: 60,
+            hung_after_s: 5,
+            hung: Hung::Kill,
+            ..Policy::default()
+        };
+        let disk = bed.registry().get(minor).expect("a disk");
+        assert_eq!(disk.record.borrow().policy, expected);
+        let told = || fs::read_to_string(bed.dir.join("policy")).expect("written when it opened");
+        assert_eq!(told(), "Report Stop");
+        bed.replaced(minor, kill).await;
+        assert_eq!(told(), "Report Stop");
+        let (which, timeout_s) = (which(minor), 0);
+        bed.ask(Request::Pause { which, timeout_s })
+            .await
+            .expect("paused");
+        let unpause = Request::Unpause {
+            which: super::bed::which(minor),
+            target: Some(target.clone()),
+            may_shrink: false,
+            files: Vec::new(),
+        };
+        let failure = bed.ask(unpause).await.expect_err("not here");
+        assert!(failure.message.contains("tap-ctl set"), "{failure}");
+    });
 }
 
 #[test]

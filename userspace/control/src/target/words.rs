@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is said of a target before its driver: words with a value, in any order.
 
-use super::{typed_rate, typed_size, yes_or_no, MemoryName, Target};
+use super::{typed_rate, typed_size, yes_or_no, MemoryName, SaidRules, Target};
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
 use std::path::PathBuf;
@@ -14,6 +14,7 @@ pub(super) struct Words {
     bytes: Option<u64>,
     requests: Option<u32>,
     group: Option<GroupName>,
+    rules: SaidRules,
     room: Option<u64>,
     cache: Option<u64>,
     below: Option<()>,
@@ -34,7 +35,9 @@ impl Words {
                     | "below" | "key" | "name" | "shared"),
                     behind,
                 )) => (name, behind),
-                Some((name, behind)) if Said::knows(name) => (name, behind),
+                Some((name, behind)) if Said::knows(name) || SaidRules::knows(name) => {
+                    (name, behind)
+                }
                 _ => return Ok(rest),
             };
             let (value, target) = behind.split_once(',').ok_or_else(|| {
@@ -58,6 +61,7 @@ impl Words {
                 "shared" => self.shared.replace(yes(value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
+                name if SaidRules::knows(name) => self.rules.take(name, value)?,
                 _ => self.direct.replace(yes_or_no(value)?).is_some(),
             };
             if twice {
@@ -81,6 +85,7 @@ impl Words {
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let target = Target {
             group: self.group.map(Box::new),
+            rules: self.rules,
             shared: self.shared.is_some(),
             ..target
         };
