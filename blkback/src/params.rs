@@ -71,7 +71,7 @@ pub(crate) fn tell() {
         max_indirect_segments(),
         copy_max_segments(),
         u32::from(keeps_grants()),
-        parameter(module_parameters::poll_us.value())
+        poll_nanoseconds() / 1000
     );
 }
 
