@@ -238,6 +238,13 @@ fn serves(context: &mut Context, place: Make) -> Result<()> {
         let before = disk.info()?.direct;
         guest.run_for(&verify_job(DEVICE, 16, 200, 512), FIO)?;
         let count = disk.info()?.direct - before;
+        // Only a PV dom0 keeps pages of its guests mapped.
+        let is_pv = std::fs::read_to_string("/sys/hypervisor/guest_type")?.trim() == "PV";
+        let kept = disk.vbd.statistic("kept_pages")?;
+        ensure!(
+            (kept > 0) == is_pv,
+            "{after} {kept} pages of the guest stay mapped"
+        );
         // 200 writes, and as many reads at least.
         ensure!(
             count >= 350,
