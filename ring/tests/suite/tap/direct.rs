@@ -5,6 +5,7 @@
 mod begin;
 mod given_back;
 mod known;
+mod mapped;
 mod without_process;
 
 use super::shadow::request;
@@ -131,11 +132,29 @@ impl Disk {
         Some((start, parts.as_slice().to_vec()))
     }
 
+    /// The same for one whose data is in mapped pages of the guest.
+    fn begin_mapped(&mut self, tag: u16) -> Option<Start> {
+        let mut parts = Parts::default();
+        self.shadow.begin_mapped(DiskTag::new(tag), &mut parts)
+    }
+
+    fn is_mapped(&self, tag: u16) -> bool {
+        self.shadow.is_mapped(DiskTag::new(tag))
+    }
+
     /// Posts a write of eight sectors and begins it.
     #[track_caller]
     fn begin_write(&mut self, tag: u16, sector: u64) {
         self.post(tag, Op::Write, sector, 8);
         assert!(self.begin(tag).is_some());
+    }
+
+    /// The same with its data in mapped pages of the guest.
+    #[track_caller]
+    fn begin_mapped_write(&mut self, tag: u16, sector: u64) {
+        self.post(tag, Op::Write, sector, 8);
+        assert!(self.begin_mapped(tag).is_some());
+        assert!(self.is_mapped(tag));
     }
 
     fn ended(&mut self, tag: u16, status: Status) -> Option<Status> {
