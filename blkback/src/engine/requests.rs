@@ -132,7 +132,7 @@ pub struct PendingRequest {
     pub(crate) refused: bool,
     /// Some of its segments are done already.
     pub(crate) continued: bool,
-    /// What is being worked on is in the counters.
+    /// All of it is in the counters. It may have been begun as a whole, be given back, and be done in pieces.
     pub(crate) counted: bool,
 }
 

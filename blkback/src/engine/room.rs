@@ -172,7 +172,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             rest,
             left: request.left.wrapping_sub(count),
             continued: true,
-            counted: false,
             ..request
         };
         self.requests.push_taken(handle.go_on());

@@ -24,8 +24,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         while let Some(handle) = self.requests.pop_taken() {
             let request = self.requests.of_mut(&handle);
             if request.status == Status::Okay {
-                if !core::mem::replace(&mut request.counted, true) {
+                if !request.counted {
                     count(self.stats, request);
+                    // If this is not all of it, the rest is counted when it is begun.
+                    request.counted = request.left == 0;
                 }
                 let since = request.since;
                 self.note_pages(since, now);
