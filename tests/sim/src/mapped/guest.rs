@@ -18,6 +18,8 @@ pub(super) struct Posted {
     pub(super) request: Request,
     /// What a write brings, and what a read has found: a value for each sector.
     pub(super) data: Vec<u64>,
+    /// The data is in pages of the guest, and not where a process can get it.
+    pub(super) is_mapped: bool,
     /// What a read must find.
     expected: Vec<u64>,
     /// Of a flush: the last answered change of each sector when it was posted.
@@ -32,6 +34,8 @@ pub(super) struct Guest {
     /// Requests that it has not made yet.
     pub(super) left: u32,
     pub(super) posted: BTreeMap<u16, Posted>,
+    /// What was to be executed with its data mapped and was not, or not well: it is posted anew.
+    given_back: Vec<(u16, Posted)>,
     writes: u32,
     /// What each sector was, in arrival order.
     values: Vec<Vec<u64>>,
@@ -47,11 +51,35 @@ impl Guest {
         Self {
             left: requests,
             posted: BTreeMap::new(),
+            given_back: Vec::new(),
             writes: 0,
             values: (0..SECTORS).map(|s| vec![image.sector(s)]).collect(),
             answered: none.clone(),
             durable: none,
         }
+    }
+
+    /// True if all that it asked for is answered.
+    pub(super) fn is_content(&self) -> bool {
+        self.left == 0 && self.posted.is_empty() && self.given_back.is_empty()
+    }
+
+    pub(super) fn unanswered(&self) -> impl std::fmt::Debug + '_ {
+        (&self.posted, &self.given_back)
+    }
+
+    fn uses(&self, tag: u16) -> bool {
+        self.posted.contains_key(&tag) || self.given_back.iter().any(|(its, _)| *its == tag)
+    }
+
+    /// What a request brings: each write has values of its own.
+    fn data(&mut self, request: &Request) -> Vec<u64> {
+        self.writes += u32::from(request.op == Op::Write);
+        let of = |sector: usize| match request.op {
+            Op::Write => value(self.writes, sector as u64),
+            _ => 0,
+        };
+        sectors(request).map(of).collect()
     }
 
     /// What a sector is when all has been executed.
@@ -71,20 +99,64 @@ impl Scene {
     pub(super) fn post(&mut self) {
         let queue = u16::from(self.rng.percent(25));
         let mut tags = if queue == 0 { ABLE } else { UNABLE };
-        let free = tags.find(|tag| !self.guest.posted.contains_key(tag));
+        let free = tags.find(|tag| !self.guest.uses(*tag));
         let Some(tag) = free.filter(|_| self.guest.left > 0) else {
             return;
         };
         self.guest.left -= 1;
         let request = self.request();
-        let posted = self.expect(&request);
+        let data = self.guest.data(&request);
+        let plain = matches!(request.op, Op::Read | Op::Write);
+        let is_mapped = queue == 0 && plain && self.rng.percent(self.plan.mapped);
+        self.arrive(tag, queue, &request, data, is_mapped);
+    }
+
+    /// Something that was given back comes with its data in the arena. Only the queue that executes something has such.
+    pub(super) fn post_anew(&mut self) {
+        let given_back = &mut self.guest.given_back;
+        if given_back.is_empty() {
+            return;
+        }
+        let at = self.rng.index(given_back.len());
+        let (tag, posted) = given_back.swap_remove(at);
+        self.arrive(tag, 0, &posted.request, posted.data, false);
+    }
+
+    fn arrive(&mut self, tag: u16, queue: u16, request: &Request, data: Vec<u64>, is_mapped: bool) {
+        let posted = Posted {
+            is_mapped,
+            ..self.expect(request, data)
+        };
         self.guest.posted.insert(tag, posted);
-        if !self.begin_beside(tag, queue, &request) {
-            let taken = self.shadow.post(DiskTag::new(tag), queue, &request, 0);
+        if !self.begin_beside(tag, queue, request) {
+            let taken = self.shadow.post(DiskTag::new(tag), queue, request, 0);
             assert_eq!(taken, Ok(()), "tag {tag}");
-            self.begin(tag);
+            match is_mapped {
+                true => self.begin_mapped(tag),
+                false => self.begin(tag),
+            }
         }
         self.announce();
+    }
+
+    /// What was just posted is not begun: it is as if it had not come yet.
+    pub(super) fn take_back(&mut self, tag: u16) {
+        let guest = &mut self.guest;
+        let posted = guest.posted.remove(&tag).expect("it was just posted");
+        for (sector, place) in sectors(&posted.request).zip(&posted.places) {
+            // Nothing has come since.
+            guest.values[sector].truncate(*place);
+        }
+        guest.given_back.push((tag, posted));
+    }
+
+    /// A request has failed with its data mapped. What a write has done it has done in its turn, and comes to do once
+    /// more: that is in the order twice.
+    pub(super) fn give_back(&mut self, tag: u16) {
+        match self.guest.posted.remove(&tag) {
+            Some(posted) => self.guest.given_back.push((tag, posted)),
+            None => self.problem(format!("tag {tag} is given back and has no request")),
+        }
     }
 
     fn request(&mut self) -> Request {
@@ -115,12 +187,13 @@ impl Scene {
     }
 
     /// Does to the disk in arrival order what the request does.
-    fn expect(&mut self, request: &Request) -> Posted {
+    fn expect(&mut self, request: &Request, data: Vec<u64>) -> Posted {
         let guest = &mut self.guest;
         let its = sectors(request);
         let mut posted = Posted {
             request: *request,
-            data: vec![0; its.len()],
+            data,
+            is_mapped: false,
             expected: Vec::new(),
             covers: Vec::new(),
             places: Vec::new(),
@@ -129,11 +202,6 @@ impl Scene {
             Op::Read => posted.expected = its.map(|s| guest.ordered(s as u64)).collect(),
             Op::Flush => posted.covers.clone_from(&guest.answered),
             _ => {
-                guest.writes += 1;
-                if request.op == Op::Write {
-                    let data = its.clone().map(|s| value(guest.writes, s as u64));
-                    posted.data = data.collect();
-                }
                 for (sector, value) in its.zip(&posted.data) {
                     posted.places.push(guest.values[sector].len());
                     guest.values[sector].push(*value);

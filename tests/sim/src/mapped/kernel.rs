@@ -43,6 +43,29 @@ impl Scene {
         }
     }
 
+    /// The same for what has its data in pages of the guest; it is taken back if that cannot be.
+    pub(super) fn begin_mapped(&mut self, tag: u16) {
+        let mut parts = Parts::default();
+        let disk_tag = DiskTag::new(tag);
+        let mut may = self.shadow.clone();
+        let is_blind =
+            self.commits(Fault::ServeMapped) && may.begin_mapped(disk_tag, &mut parts).is_some();
+        let start = match is_blind {
+            true => self.shadow.begin(disk_tag, &mut parts),
+            false => self.shadow.begin_mapped(disk_tag, &mut parts),
+        };
+        match start {
+            Some(start) => {
+                self.counts.begun_mapped += 1;
+                self.run(tag, &start, parts.as_slice());
+            }
+            None => {
+                self.counts.taken_back += 1;
+                self.take_back(tag);
+            }
+        }
+    }
+
     /// The thread of the queue looks at what it was told of.
     pub(super) fn resume(&mut self) {
         if !std::mem::replace(&mut self.told, false) {
@@ -199,10 +222,16 @@ impl Scene {
         }
         let fails = !is_flush && self.rng.percent(self.plan.failing);
         let status = if fails { Status::Error } else { Status::Okay };
-        let ended = self.shadow.ended(DiskTag::new(running.tag), status);
+        let tag = DiskTag::new(running.tag);
+        let is_mapped = self.shadow.is_mapped(tag);
+        let ended = self.shadow.ended(tag, status);
         self.counts.redone += u64::from(fails);
         match ended {
             Some(status) => self.answer(running.tag, status),
+            None if fails && is_mapped => {
+                self.counts.failed_mapped += 1;
+                self.give_back(running.tag);
+            }
             None if fails => {}
             None if self.commits(Fault::GiveAway) => {}
             None => self.problem(format!("tag {} has ended twice", running.tag)),

@@ -5,7 +5,8 @@
 //!
 //! The oracle is the order of arrival, as for every disk that a process serves: each read finds what the requests
 //! before it have left, whoever has executed these. After a flush a power cut loses nothing that was answered before
-//! it. A process that lies harms its own disk alone.
+//! it. A process that lies harms its own disk alone. What a queue was to execute with its data in pages of the guest,
+//! and gives back, is in the order when it is posted anew.
 
 mod guest;
 mod image;
@@ -55,6 +56,8 @@ pub enum Fault {
     TellEarly,
     /// A flush of the disk is one of its first store alone.
     FlushOne,
+    /// What failed with its data in mapped pages goes to the process, as what has its data in the arena.
+    ServeMapped,
 }
 
 /// What may happen; chances are in a hundred.
@@ -72,6 +75,8 @@ pub struct Plan {
     pub grows: bool,
     /// Clusters are moved in so many of the steps of a process.
     pub moves: u64,
+    /// Reads and writes of the queue that executes something have their data in pages of the guest that are mapped.
+    pub mapped: u64,
     /// What a queue executes fails.
     pub failing: u64,
     /// It takes long.
@@ -89,6 +94,7 @@ impl Default for Plan {
             base: true,
             grows: false,
             moves: 10,
+            mapped: 30,
             failing: 5,
             slow: 10,
             lies: 0,
@@ -103,6 +109,12 @@ pub struct Counts {
     pub executed: u64,
     /// Those of them that failed there.
     pub redone: u64,
+    /// Requests that were begun with their data mapped.
+    pub begun_mapped: u64,
+    /// Those of them that failed, and were posted anew.
+    pub failed_mapped: u64,
+    /// Requests with mapped data that could not be begun, and were posted anew.
+    pub taken_back: u64,
     /// Requests that queues began when they had waited for others.
     pub resumed: u64,
     /// Requests that processes executed.
@@ -134,6 +146,9 @@ impl Counts {
     pub fn add(&mut self, other: &Self) {
         self.executed += other.executed;
         self.redone += other.redone;
+        self.begun_mapped += other.begun_mapped;
+        self.failed_mapped += other.failed_mapped;
+        self.taken_back += other.taken_back;
         self.resumed += other.resumed;
         self.served += other.served;
         self.copied += other.copied;
@@ -259,12 +274,13 @@ impl Scene {
     }
 
     fn is_over(&self) -> bool {
-        self.guest.left == 0 && self.guest.posted.is_empty()
+        self.guest.is_content()
     }
 
     fn step(&mut self) {
         match self.rng.below(100) {
-            0..12 => self.post(),
+            0..3 => self.post_anew(),
+            3..12 => self.post(),
             12..24 => self.execute_some(),
             24..30 => self.resume(),
             30..36 => self.reap(),
@@ -334,7 +350,7 @@ impl Scene {
             return;
         }
         if !self.is_over() {
-            let what = format!("never answered: {:?}", self.guest.posted);
+            let what = format!("never answered: {:?}", self.guest.unanswered());
             return self.problem(what);
         }
         if self.image.is_foreign_written() {

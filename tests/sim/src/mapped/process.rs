@@ -16,6 +16,8 @@ use ring::tap::shadow::Committed;
 use super::image::{Image, Place, CLUSTER, CLUSTERS, FIRST, FOREIGN, SECOND, SECTORS};
 use super::{number, Fault, Scene};
 
+/// What is in the arena where nobody has put any data.
+const ARENA: u64 = 0xa4e_4a00;
 /// Things that a process does at a time besides requests.
 const BESIDE: usize = 2;
 
@@ -213,11 +215,15 @@ impl Scene {
     /// A sector of the data of a request; it is replaced by one that was read.
     fn data(&mut self, desc: &Desc, at: u64, found: Option<u64>) -> u64 {
         let posted = self.guest.posted.get_mut(&desc.tag);
+        let is_mapped = posted.as_ref().is_some_and(|posted| posted.is_mapped);
         let place = posted.and_then(|posted| posted.data.get_mut(at as usize));
         let Some(place) = place else {
             self.problem(format!("{desc:?} is nobody's"));
             return 0;
         };
+        if is_mapped {
+            return ARENA;
+        }
         if let Some(found) = found {
             *place = found;
         }

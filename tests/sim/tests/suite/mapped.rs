@@ -84,6 +84,21 @@ fn a_flush_is_one_of_all_that_the_disk_is_in() {
 }
 
 #[test]
+fn what_has_its_data_mapped_is_begun_at_once_or_posted_anew() {
+    let plan = Plan {
+        mapped: 80,
+        failing: 20,
+        moves: 40,
+        deaths: 10,
+        ..Plan::default()
+    };
+    run(&plan, |sum, cases| {
+        let given_back = sum.taken_back > 5 * cases && sum.failed_mapped > cases;
+        given_back && sum.begun_mapped > 5 * cases && sum.deaths > cases && sum.moved > cases
+    });
+}
+
+#[test]
 fn who_lies_harms_his_own_disk_alone() {
     let plan = Plan {
         lies: 90,

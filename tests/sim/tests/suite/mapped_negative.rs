@@ -101,6 +101,18 @@ fn what_is_told_before_the_image_says_it_is_found() {
 }
 
 #[test]
+fn a_process_that_gets_what_has_its_data_mapped_is_found() {
+    for plan in [moving(), dying()] {
+        let plan = Plan {
+            mapped: 80,
+            failing: 20,
+            ..plan
+        };
+        must_find(plan, Fault::ServeMapped, CASES / 2, "in arrival order");
+    }
+}
+
+#[test]
 fn a_flush_of_one_store_of_two_is_found() {
     must_find(growing(), Fault::FlushOne, CASES / 8, "a power cut leaves");
 }
