@@ -35,6 +35,7 @@ const KEY: usize = 64;
 const MATERIAL: usize = KEY * STRIPES;
 /// What the stripes of a key slot begin at a multiple of.
 const ALIGN: usize = 4096;
+const _: () = assert!(LEN <= ALIGN, "the first slot is behind the header");
 /// Where the content begins: behind all key slots, and where a device of any kind has a block of its own.
 pub(crate) const PAYLOAD: u64 = 2 << 20;
 /// Iterations: no fewer are worth the name, whatever time is given.
@@ -133,7 +134,6 @@ fn made(encryption: &Encryption) -> Result<Vec<u8>, Failure> {
     };
     let mut bytes = words(&digest, &digest_salt, of_digest)?;
     (0..SLOTS).for_each(|number| put_slot(&mut bytes, number, (number == 0).then_some(&slot)));
-    debug_assert!(LEN <= ALIGN, "the first slot is behind the header");
     bytes.extend_from_slice(&stripes);
     Ok(bytes)
 }
