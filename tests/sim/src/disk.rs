@@ -5,25 +5,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use blkback::engine::segments::Slice;
-use blkback::engine::{Backend, Io, IoKind};
+use blkback::engine::{Io, IoKind};
 use ring::numbers::QueueTag;
 use ring::response::Status;
 
 use crate::frontend::Target;
 use crate::history::{decode, encode, SECTOR};
-use crate::machine::{Fault, Machine, Shared};
+use crate::machine::{Fault, Machine};
 
 type Bytes = [u8; SECTOR];
 
 #[derive(Debug)]
 pub(crate) struct Running {
-    tag: QueueTag,
-    kind: IoKind,
+    pub(crate) tag: QueueTag,
+    pub(crate) kind: IoKind,
     sector: u64,
     sectors: u64,
     slices: Vec<Slice>,
     /// Sectors that a flush must make durable: those in the cache when it was submitted.
     flushes: Vec<u64>,
+    /// The disk finds out in the middle of it that it cannot do it with pages of the guest.
+    pub(crate) is_given_back: bool,
 }
 
 /// What a disk has of one queue.
@@ -31,6 +33,7 @@ pub(crate) struct Running {
 pub(crate) struct Lane {
     running: Vec<Running>,
     done: Vec<(QueueTag, Status)>,
+    back: Vec<QueueTag>,
     pages: BTreeMap<QueueTag, Vec<u16>>,
     again: Option<QueueTag>,
     wake: bool,
@@ -44,11 +47,13 @@ pub struct Disk {
     /// What a power cut leaves.
     durable: BTreeMap<u64, Bytes>,
     dirty: BTreeSet<u64>,
-    running: Vec<Running>,
-    done: Vec<(QueueTag, Status)>,
-    /// Pages of I/Os that the engine has not reaped.
+    pub(crate) running: Vec<Running>,
+    pub(crate) done: Vec<(QueueTag, Status)>,
+    /// What the engine is to take back.
+    pub(crate) back: Vec<QueueTag>,
+    /// Pages of I/Os that the engine has neither reaped nor taken back.
     pages: BTreeMap<QueueTag, Vec<u16>>,
-    again: Option<QueueTag>,
+    pub(crate) again: Option<QueueTag>,
     /// Writes that a host has left behind, and that end at some time.
     strays: Vec<(u64, Bytes)>,
     /// Completions came and the worker was woken.
@@ -59,6 +64,10 @@ pub struct Disk {
     pub batches: u64,
     /// Flushes, barriers and discards executed.
     pub special: u64,
+    /// I/Os given back as they were submitted, and later.
+    pub given_back: (u64, u64),
+    /// Sectors of reads and of writes that were completed, well or not.
+    pub sectors_moved: (u64, u64),
 }
 
 impl Disk {
@@ -67,9 +76,9 @@ impl Disk {
         self.running.len()
     }
 
-    /// True if completions wait to be reaped.
+    /// True if completions wait to be reaped, or something to be taken back.
     pub fn has_completions(&self) -> bool {
-        !self.done.is_empty()
+        !self.done.is_empty() || !self.back.is_empty()
     }
 
     /// True if an I/O owns a data page.
@@ -83,6 +92,7 @@ impl Disk {
     pub(crate) fn exchange(&mut self, lane: &mut Lane) {
         std::mem::swap(&mut self.running, &mut lane.running);
         std::mem::swap(&mut self.done, &mut lane.done);
+        std::mem::swap(&mut self.back, &mut lane.back);
         std::mem::swap(&mut self.pages, &mut lane.pages);
         std::mem::swap(&mut self.again, &mut lane.again);
         std::mem::swap(&mut self.wake, &mut lane.wake);
@@ -156,7 +166,7 @@ impl Disk {
         self.pages.clear();
     }
 
-    /// The engine has reaped an I/O.
+    /// The engine has reaped an I/O, or taken it back.
     pub(crate) fn release(&mut self, tag: QueueTag) {
         self.pages.remove(&tag);
     }
@@ -201,11 +211,15 @@ impl Machine {
         }
     }
 
-    fn execute(&mut self, io: Running) {
+    pub(crate) fn execute(&mut self, io: Running) {
+        if io.is_given_back {
+            return self.give_back_late(&io);
+        }
         let bad = self.setup.bad_sectors.clone();
         let end = io.sector.saturating_add(io.sectors);
         let fails = io.sector.max(bad.start) < end.min(bad.end) && io.kind != IoKind::Flush;
         self.disk.completed += 1;
+        self.count_sectors(&io);
         let volatile = self.setup.limits.flush;
         match io.kind {
             IoKind::Read => self.read(&io, fails),
@@ -235,6 +249,15 @@ impl Machine {
         self.disk.done.push((io.tag, status));
         if self.commit(Fault::RepeatCompletion) {
             self.disk.done.push((io.tag, status));
+        }
+    }
+
+    fn count_sectors(&mut self, io: &Running) {
+        let (reads, writes) = &mut self.disk.sectors_moved;
+        match io.kind {
+            IoKind::Read => *reads += io.sectors,
+            IoKind::Discard { .. } => {}
+            _ => *writes += io.sectors,
         }
     }
 
@@ -324,7 +347,7 @@ impl Machine {
         }
     }
 
-    fn read(&mut self, io: &Running, fails: bool) {
+    pub(crate) fn read(&mut self, io: &Running, fails: bool) {
         let mut sector = io.sector;
         let mut tear = self.commit(Fault::TearRead);
         for slice in &io.slices {
@@ -420,6 +443,7 @@ impl Machine {
             sectors: io.sectors,
             slices: io.slices().collect(),
             flushes: self.disk.dirty(),
+            is_given_back: false,
         };
         self.check_io(&running, io.count());
         let pages = running.slices.iter().map(|s| s.page.number()).collect();
@@ -489,61 +513,5 @@ impl Machine {
         for what in bad {
             self.problem(what);
         }
-    }
-}
-
-/// The engine's port to the disk.
-#[derive(Debug)]
-pub struct FakeDisk {
-    machine: Shared,
-}
-
-impl FakeDisk {
-    /// A port to the machine's disk.
-    pub fn new(machine: Shared) -> Self {
-        Self { machine }
-    }
-}
-
-impl Backend for FakeDisk {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        let mut m = self.machine.borrow_mut();
-        m.disk.batches += 1;
-        m.gone |= m.goes_in_submit;
-        for io in batch {
-            let running = m.accept(&io);
-            if m.disk.again == Some(io.tag) {
-                m.disk.again = None;
-                m.disk.done.push((io.tag, Status::Okay));
-                m.disk.wake = true;
-            }
-            let now = m.setup.synchronous;
-            if m.rng.percent(now) {
-                // No wake-up: the worker is awake and reaps before it sleeps.
-                m.execute(running);
-            } else {
-                m.disk.running.push(running);
-            }
-        }
-    }
-
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        let mut m = self.machine.borrow_mut();
-        for (tag, status) in std::mem::take(&mut m.disk.done) {
-            m.disk.release(tag);
-            done(tag, status);
-        }
-    }
-
-    fn now(&self) -> u64 {
-        self.machine.borrow_mut().look_at_clock()
-    }
-
-    fn attach(&mut self, block: u16) -> bool {
-        self.machine.borrow_mut().lend(block)
-    }
-
-    fn detach(&mut self, block: u16) {
-        self.machine.borrow_mut().take_back(block);
     }
 }

@@ -23,6 +23,7 @@ pub mod mapped;
 pub mod moves;
 pub mod negative;
 pub(crate) mod passes;
+pub mod port;
 pub mod process;
 pub(crate) mod queues;
 pub mod ring;

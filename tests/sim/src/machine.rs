@@ -43,6 +43,10 @@ pub enum Fault {
     SwapSectors,
     /// The disk writes one sector further than it was told.
     MisdirectWrite,
+    /// The disk forgets to give an I/O back that it does not do.
+    LoseGivenBack,
+    /// The disk does an I/O that it has given back.
+    BeginGivenBack,
     /// The disk completes a write and forgets its data.
     DropWrite,
     /// The disk completes a flush without doing it.
@@ -142,6 +146,8 @@ pub struct Setup {
     pub stuck: u64,
     /// I/Os that complete while they are submitted, in a hundred.
     pub synchronous: u64,
+    /// I/Os that are given back because their data is mapped, in a hundred: as they are submitted, or later.
+    pub gives_back: u64,
     /// The disk serves the I/O that came first, so that nothing may be overtaken for ever.
     pub fifo: bool,
     /// Accesses to the ring during which the rest of the machine moves on, in a hundred.
@@ -211,6 +217,7 @@ impl Default for Setup {
             no_space: 0,
             stuck: 0,
             synchronous: 0,
+            gives_back: 0,
             fifo: false,
             race: 0,
             hostile: 0,

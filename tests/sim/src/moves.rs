@@ -14,12 +14,12 @@ use blkback::engine::Backend;
 use ring::request::Limits;
 
 use crate::again::{Again, Age};
-use crate::disk::FakeDisk;
 use crate::machine::{Fault, Habits, Machine, Setup, Shared};
+use crate::port::FakeDisk;
 use crate::process::Plan;
 use crate::queues::Queues;
 use crate::rng::Rng;
-use crate::schedule::{borrow_pages, prepare, random_setup, served_setup};
+use crate::schedule::{borrow_pages, give_back_mapped, prepare, random_setup, served_setup};
 use crate::tap::TapBackend;
 use crate::world::{Storage, World};
 
@@ -222,6 +222,7 @@ fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (
         setup.keeps_grants = false;
         queues = 1;
     }
+    give_back_mapped(&mut setup, rng);
     (setup, queues)
 }
 

@@ -27,6 +27,13 @@ pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
     setup.fickle = rng.pick(&[0u64, 2, 20]);
 }
 
+/// Lets the disk give back what is mapped. What is not kept may have no pages to which it could be copied.
+pub(crate) fn give_back_mapped(setup: &mut Setup, rng: &mut Rng) {
+    if setup.keeps_grants {
+        setup.gives_back = rng.pick(&[0u64, 5, 30, 100]);
+    }
+}
+
 /// A setup as chance will have it.
 pub fn random_setup(rng: &mut Rng) -> Setup {
     let max_indirect = rng.pick(&[0u16, 1, 16, 32, 64, 256]);
@@ -76,6 +83,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         no_space: rng.pick(&[0u64, 0, 0, 2, 30, 100]),
         stuck: rng.pick(&[0u64, 0, 0, 0, 1, 20]),
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
+        gives_back: 0,
         fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
         hostile: rng.pick(&[0u64, 0, 20, 60]),
@@ -337,6 +345,8 @@ pub struct Outcome {
     pub special: u64,
     /// 1 if the guest broke its ring for good.
     pub broken: u64,
+    /// I/Os that the disk gave back.
+    pub given_back: u64,
 }
 
 /// Runs the case of a seed, with a planted fault if there is one.
@@ -346,6 +356,7 @@ pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
     if rng.percent(40) {
         borrow_pages(&mut setup, &mut rng);
     }
+    give_back_mapped(&mut setup, &mut rng);
     run_setup(setup, &mut rng, fault)
 }
 
@@ -518,12 +529,14 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
                 world.close();
             }
             (stats, broken) = (*world.engine.stats(), world.last.broken);
+            world.check_counters();
             world.verdict()
         }
         _ => {
             world.run();
             world.close();
             (stats, broken) = (*world.engine.stats(), world.last.broken);
+            world.check_counters();
             world.verdict()
         }
     };
@@ -535,6 +548,7 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         mapped: stats.mapped,
         waited: stats.oo_req,
         special: m.disk.special,
+        given_back: m.disk.given_back.0 + m.disk.given_back.1,
         broken: u64::from(broken),
     }
 }

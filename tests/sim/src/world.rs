@@ -12,9 +12,9 @@ use blkback::engine::{
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
-use crate::disk::FakeDisk;
 use crate::grants::FakeGrants;
 use crate::machine::{Fault, Machine, Setup, Shared};
+use crate::port::FakeDisk;
 use crate::process::Plan;
 use crate::ring::FakeRing;
 use crate::schedule;
@@ -76,6 +76,24 @@ impl<'a> World<'a> {
         let machine = Rc::new(RefCell::new(Machine::new(setup, seed)));
         let backend = FakeDisk::new(machine.clone());
         Self::attach(storage, machine, index, backend)
+    }
+
+    /// What the engine has counted is what the disk has done, whatever it has given back. To be called when the queue
+    /// is idle.
+    pub fn check_counters(&mut self) {
+        let stats = self.engine.stats();
+        let counted = (stats.rd_sect, stats.wr_sect);
+        let failed = stats.failed > 0;
+        let mut m = self.machine.borrow_mut();
+        let moved = m.disk.sectors_moved;
+        // What was begun as a whole and given back may fail before all its pieces are done.
+        let may_be_more = failed && m.disk.given_back != (0, 0);
+        let more = counted.0 >= moved.0 && counted.1 >= moved.1;
+        if counted != moved && !(may_be_more && more) {
+            m.problem(format!(
+                "{counted:?} sectors are counted, {moved:?} were moved"
+            ));
+        }
     }
 }
 
@@ -248,7 +266,9 @@ impl<'a, B: Backend> World<'a, B> {
     /// A worker that stays awake has something to do.
     fn must_not_spin(&mut self) {
         let mut m = self.machine.borrow_mut();
-        let now = (m.accesses.slots, m.disk.batches, m.front.answers.len());
+        let (at_once, late) = m.disk.given_back;
+        let batches = m.disk.batches + at_once + late;
+        let now = (m.accesses.slots, batches, m.front.answers.len());
         let idle = self.awake && now == self.progress;
         self.progress = now;
         self.idle_passes = if idle { self.idle_passes + 1 } else { 0 };

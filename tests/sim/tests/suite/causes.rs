@@ -10,8 +10,8 @@ use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
 use ring::numbers::QueueTag;
 use ring::request::Limits;
 use ring::response::Status;
-use sim::disk::FakeDisk;
 use sim::machine::Setup;
+use sim::port::FakeDisk;
 use sim::spec::{Expect, Spec};
 use sim::world::{Storage, World};
 

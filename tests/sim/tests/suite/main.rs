@@ -3,6 +3,7 @@
 
 mod causes;
 mod closing;
+mod given_back;
 mod hostile;
 mod kept;
 mod mapped;

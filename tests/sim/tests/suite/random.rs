@@ -35,6 +35,7 @@ fn check(seed: u64, total: &mut Outcome) {
     total.waited += outcome.waited;
     total.special += outcome.special;
     total.broken += outcome.broken;
+    total.given_back += outcome.given_back;
 }
 
 #[test]
@@ -64,5 +65,6 @@ fn every_schedule_is_explained() {
             total.mapped > cases && total.waited > cases && total.special > cases,
             "{total:?}"
         );
+        assert!(total.given_back > cases / 10, "{total:?}");
     }
 }

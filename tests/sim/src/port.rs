@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! The engine's port to the disk: what it is given, and what it gets back, done or not.
+
+use blkback::engine::{Backend, Io, IoKind};
+use ring::numbers::QueueTag;
+use ring::response::Status;
+
+use crate::disk::Running;
+use crate::machine::{Fault, Machine, Shared};
+
+impl Machine {
+    /// An I/O that was begun is to be submitted once more. Some of what it reads may be in the guest's pages. Of a write
+    /// nothing is done: what comes between would be written over by one that somebody may have read before.
+    pub(crate) fn give_back_late(&mut self, io: &Running) {
+        if io.kind == IoKind::Read {
+            self.read(io, true);
+        }
+        self.disk.given_back.1 += 1;
+        if !self.commit(Fault::LoseGivenBack) {
+            self.disk.back.push(io.tag);
+        }
+    }
+
+    /// An I/O that cannot be done where its data is: true if it is not begun.
+    fn give_back_at_once(&mut self, io: &mut Running) -> bool {
+        let chance = self.setup.gives_back;
+        if chance == 0 || !self.rng.percent(chance) {
+            return false;
+        }
+        if self.rng.percent(50) {
+            io.is_given_back = true;
+            return false;
+        }
+        self.disk.given_back.0 += 1;
+        self.disk.back.push(io.tag);
+        // It begins all the same.
+        !self.commit(Fault::BeginGivenBack)
+    }
+}
+
+/// The engine's port to the disk.
+#[derive(Debug)]
+pub struct FakeDisk {
+    machine: Shared,
+}
+
+impl FakeDisk {
+    /// A port to the machine's disk.
+    pub fn new(machine: Shared) -> Self {
+        Self { machine }
+    }
+}
+
+impl Backend for FakeDisk {
+    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+        let mut m = self.machine.borrow_mut();
+        m.disk.batches += 1;
+        m.gone |= m.goes_in_submit;
+        for io in batch {
+            let mut running = m.accept(&io);
+            if m.disk.again == Some(io.tag) {
+                m.disk.again = None;
+                m.disk.done.push((io.tag, Status::Okay));
+                m.disk.wake = true;
+            }
+            if io.is_mapped() && m.give_back_at_once(&mut running) {
+                continue;
+            }
+            let now = m.setup.synchronous;
+            if m.rng.percent(now) {
+                // No wake-up: the worker is awake and reaps before it sleeps.
+                m.execute(running);
+            } else {
+                m.disk.running.push(running);
+            }
+        }
+    }
+
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+        let mut m = self.machine.borrow_mut();
+        for (tag, status) in std::mem::take(&mut m.disk.done) {
+            m.disk.release(tag);
+            done(tag, status);
+        }
+    }
+
+    fn prefers_mapped(&self, _kind: IoKind) -> bool {
+        let mut m = self.machine.borrow_mut();
+        m.setup.gives_back == 0 || m.rng.percent(80)
+    }
+
+    fn give_back(&mut self, mut each: impl FnMut(QueueTag)) {
+        let mut m = self.machine.borrow_mut();
+        for tag in std::mem::take(&mut m.disk.back) {
+            m.disk.release(tag);
+            each(tag);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.machine.borrow_mut().look_at_clock()
+    }
+
+    fn attach(&mut self, block: u16) -> bool {
+        self.machine.borrow_mut().lend(block)
+    }
+
+    fn detach(&mut self, block: u16) {
+        self.machine.borrow_mut().take_back(block);
+    }
+}
