@@ -13,7 +13,7 @@
 //!
 //! - A request is delivered only when no earlier one without a result overlaps it, with a write or
 //!   discard on either side. So the order in which overlapping requests are executed is that of
-//!   their arrival, also when they are executed again.
+//!   their arrival, also when they are executed again. (What was given back arrives anew: `direct`.)
 //! - A flush, also one that is part of a write, which was left by a dead process or arrives while
 //!   what that process left is executed again, is delivered only when no earlier write is without
 //!   a result. Other flushes wait for nobody: they cover what was answered before them.

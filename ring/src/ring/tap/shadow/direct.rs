@@ -27,7 +27,8 @@
 //!   what became of it. A flush that failed is answered so: to try again could succeed over lost data.
 //! - The data of a request may be in pages of the guest that are mapped, where no process can get it. Such a request
 //!   is begun at once or not at all ([`Shadow::begin_mapped`]), and if it fails nothing is left of it here: its
-//!   queue brings the data to the arena, and posts it anew.
+//!   queue brings the data to the arena, and posts it anew. What overlaps it may come first by then: what a guest has
+//!   in flight at the same time has no order for it, and nothing of this was answered.
 
 use core::ops::DerefMut;
 
