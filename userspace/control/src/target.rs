@@ -196,12 +196,8 @@ pub struct Target {
     lease: LeaseKind,
     /// What is said of the kernel, if anything is.
     direct: Option<bool>,
-    /// What is said of how much a guest may do.
-    limits: Option<Box<Limits>>,
-    /// With which others it shares limits, if that is said.
-    group: Option<Box<GroupName>>,
-    /// What is said of errors and of processes that hang.
-    rules: SaidRules,
+    /// What is said of the disk, if anything is.
+    disk: Option<Box<OfDisk>>,
     /// What is said of how much memory a guest may fill.
     room: Option<u64>,
     /// What is said of the memory for an image's tables.
@@ -216,6 +212,17 @@ pub struct Target {
     name: Option<Box<MemoryName>>,
     /// It is said that others may have it at once.
     shared: bool,
+}
+
+/// What is said of a new disk rather than of what it is served from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct OfDisk {
+    /// How much a guest may do.
+    limits: Option<Limits>,
+    /// With which others it shares limits.
+    group: Option<GroupName>,
+    /// What is done about errors and processes that hang.
+    rules: SaidRules,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -421,22 +428,30 @@ impl Target {
 
     /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
     pub fn take_limits(&mut self) -> Option<Limits> {
-        self.limits.take().map(|limits| *limits)
+        self.take_of_disk(|said| said.limits.take())?
     }
 
     /// Takes out what is said of a group, which is the disk's, too.
     pub fn take_group(&mut self) -> Option<GroupName> {
-        self.group.take().map(|group| *group)
+        self.take_of_disk(|said| said.group.take())?
+    }
+
+    /// Takes something out of what is said of the disk. Nothing is left where nothing else was said.
+    fn take_of_disk<V>(&mut self, take: impl FnOnce(&mut OfDisk) -> V) -> Option<V> {
+        let mut said = self.disk.take()?;
+        let taken = take(&mut said);
+        self.disk = (*said != OfDisk::default()).then_some(said);
+        Some(taken)
     }
 
     /// The group of the disk, if that is said.
     pub fn group(&self) -> Option<&GroupName> {
-        self.group.as_deref()
+        self.disk.as_ref()?.group.as_ref()
     }
 
     /// How much a guest may do, if that is said.
     pub fn limits(&self) -> Option<&Limits> {
-        self.limits.as_deref()
+        self.disk.as_ref()?.limits.as_ref()
     }
 
     /// The image's absolute path, if the driver has one.
@@ -502,9 +517,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         argument,
         lease: LeaseKind::default(),
         direct: None,
-        limits: None,
-        group: None,
-        rules: SaidRules::default(),
+        disk: None,
         room: None,
         cache: None,
         below_cached: false,
@@ -613,13 +626,13 @@ impl fmt::Display for Target {
         if let Some(tls) = &self.tls {
             tls.fmt(f)?;
         }
-        if let Some(limits) = &self.limits {
+        if let Some(limits) = self.limits() {
             write!(f, "bps={},iops={},", limits.bytes, limits.requests)?;
         }
-        if let Some(group) = &self.group {
+        if let Some(group) = self.group() {
             write!(f, "group={group},")?;
         }
-        self.rules.fmt(f)?;
+        self.rules().fmt(f)?;
         if self.shared {
             f.write_str("shared=yes,")?;
         }

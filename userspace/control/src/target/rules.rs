@@ -81,12 +81,16 @@ impl fmt::Display for SaidRules {
 impl Target {
     /// What is said of errors and of processes that hang.
     pub fn rules(&self) -> SaidRules {
-        self.rules
+        self.disk
+            .as_ref()
+            .map(|said| said.rules)
+            .unwrap_or_default()
     }
 
     /// Takes it out: that is the disk's and not the image's.
     pub fn take_rules(&mut self) -> SaidRules {
-        std::mem::take(&mut self.rules)
+        self.take_of_disk(|said| std::mem::take(&mut said.rules))
+            .unwrap_or_default()
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is said of a target before its driver: words with a value, in any order.
 
-use super::{typed_rate, typed_size, yes_or_no, MemoryName, SaidRules, Target};
+use super::{typed_rate, typed_size, yes_or_no, MemoryName, OfDisk, SaidRules, Target};
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
 use std::path::PathBuf;
@@ -83,23 +83,23 @@ impl Words {
         let target = with(target, self.key, Target::with_key)?;
         let target = with(target, self.name, Target::with_name)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
-        let target = Target {
-            group: self.group.map(Box::new),
-            rules: self.rules,
-            shared: self.shared.is_some(),
-            ..target
-        };
-        if self.bytes.is_none() && self.requests.is_none() {
-            return Ok(target);
-        }
         let limits = Limits {
             bytes: self.bytes.unwrap_or(0),
             requests: self.requests.unwrap_or(0),
             ..Limits::default()
         };
-        limits.check()?;
+        let is_limited = self.bytes.is_some() || self.requests.is_some();
+        if is_limited {
+            limits.check()?;
+        }
+        let disk = OfDisk {
+            limits: is_limited.then_some(limits),
+            group: self.group,
+            rules: self.rules,
+        };
         Ok(Target {
-            limits: Some(Box::new(limits)),
+            disk: (disk != OfDisk::default()).then(|| Box::new(disk)),
+            shared: self.shared.is_some(),
             ..target
         })
     }

@@ -215,6 +215,7 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
 #[test]
 fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
     const MODULE: &str = "/lib/modules/7.2-amd64/updates/xen-blkback-rs.ko";
+    let unsigned = "code that is longer than what is looked for at its end";
     let signed = "code~Module signature appended~\n";
     let lockdown = (
         "/sys/kernel/security/lockdown",
@@ -227,16 +228,16 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
         made
     };
     // What is loaded has been let in.
-    let made = locked(lockdown, "code");
+    let made = locked(lockdown, unsigned);
     assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
     for (demand, module, grade, words) in [
         (
             lockdown,
-            "code",
+            unsigned,
             Grade::Bad,
             "is not signed: the C driver serves instead",
         ),
-        (enforced, "code", Grade::Bad, "module.sig_enforce"),
+        (enforced, unsigned, Grade::Bad, "module.sig_enforce"),
         (enforced, "", Grade::Bad, "is not signed"),
         // Whether the kernel knows the key only it can tell.
         (
@@ -268,7 +269,7 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
         ),
         ("/sys/module/module/parameters/sig_enforce", "N\n"),
     ] {
-        let made = locked(loads_all, "code");
+        let made = locked(loads_all, unsigned);
         fs::remove_dir_all(made.host().path("/sys/module/xen_blkback_rs")).expect("removed");
         let report = seen(&made);
         assert!(
