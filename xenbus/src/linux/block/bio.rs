@@ -221,8 +221,8 @@ impl Disk {
     /// tag or device, or if an earlier I/O of the tag has not been reaped.
     pub(crate) fn begin(&self, tag: QueueTag, storage: Option<Storage>) -> Option<Inflight<'_>> {
         let (device, most) = match &storage {
-            None => (self.device.as_ref()?.as_raw(), Most::ALL),
-            Some(Storage::Device(device)) => (device.as_raw(), Most::ALL),
+            None => (self.device.as_ref()?.as_raw(), None),
+            Some(Storage::Device(device)) => (device.as_raw(), None),
             Some(Storage::File(file)) => (core::ptr::null_mut(), file.most()),
         };
         self.begin_at(tag, storage, device, most)
@@ -231,7 +231,7 @@ impl Disk {
     /// The same for an I/O that goes nowhere, because all of it reads as zeroes.
     pub(crate) fn begin_nowhere(&self, tag: QueueTag) -> Option<Inflight<'_>> {
         // A bio without a device is for the record's file, of which there is none: it would fail.
-        self.begin_at(tag, None, core::ptr::null_mut(), Most::ALL)
+        self.begin_at(tag, None, core::ptr::null_mut(), None)
     }
 
     fn begin_at(
@@ -239,7 +239,7 @@ impl Disk {
         tag: QueueTag,
         storage: Option<Storage>,
         device: *mut bindings::block_device,
-        most: Most,
+        most: Option<Most>,
     ) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
         if record.taken.xchg(1, Full) != 0 {
@@ -312,8 +312,8 @@ pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
     device: *mut bindings::block_device,
-    /// What each of its bios has at most.
-    most: Most,
+    /// What each of its bios has at most, if that is less than a bio can have.
+    most: Option<Most>,
     first_taken: Cell<bool>,
 }
 

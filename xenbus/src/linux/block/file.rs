@@ -27,7 +27,7 @@ pub(crate) struct ImageFile {
     queue: OwnQueue,
     file: ARef<File>,
     block: u32,
-    most: Most,
+    most: Option<Most>,
     can_refuse_to_wait: bool,
     writable: bool,
 }
@@ -39,14 +39,6 @@ pub(super) struct Most {
     pub(super) ranges: u16,
     /// Bytes.
     pub(super) bytes: u32,
-}
-
-impl Most {
-    /// As much as a bio can have.
-    pub(super) const ALL: Self = Self {
-        ranges: u16::MAX,
-        bytes: u32::MAX,
-    };
 }
 
 impl ImageFile {
@@ -74,11 +66,11 @@ impl ImageFile {
             file,
             block: limits.block / 512,
             most: match (limits.segments, limits.sectors) {
-                (0, _) | (_, 0) => Most::ALL,
-                (ranges, sectors) => Most {
+                (0, _) | (_, 0) => None,
+                (ranges, sectors) => Some(Most {
                     ranges,
                     bytes: sectors.saturating_mul(512),
-                },
+                }),
             },
             can_refuse_to_wait: limits.nowait != 0,
             writable,
@@ -109,9 +101,9 @@ impl ImageFile {
         self.block
     }
 
-    /// What its device takes at once. More would have to be divided, and a device that was told not to wait does
+    /// What its device takes at once, if it says so. More would have to be divided, and a device that was told not to wait does
     /// not divide: all of it would fail.
-    pub(super) fn most(&self) -> Most {
+    pub(super) fn most(&self) -> Option<Most> {
         self.most
     }
 

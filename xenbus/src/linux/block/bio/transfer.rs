@@ -2,7 +2,7 @@
 
 //! A transfer as bios: as few of them, with as few ranges of memory, as the device takes it in.
 
-use super::{Bio, Disk, Inflight, Operation, FIRST_VECS};
+use super::{Bio, Disk, Inflight, Most, Operation, FIRST_VECS};
 use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
@@ -289,10 +289,11 @@ impl Bio<'_> {
             let bio = &*raw.as_ptr();
             (bio.bi_vcnt, bio.bi_max_vecs, bio.bi_iter.bi_size)
         };
-        let most = &self.inflight.most;
-        // One range goes into each.
-        let is_enough = ranges >= most.ranges || bytes.saturating_add(len) > most.bytes;
-        ranges >= room || ranges > 0 && is_enough
+        let is_enough = |most: &Most| {
+            // One range goes into each.
+            ranges > 0 && (ranges >= most.ranges || bytes.saturating_add(len) > most.bytes)
+        };
+        ranges >= room || self.inflight.most.as_ref().is_some_and(is_enough)
     }
 
     /// Ranges of memory that it has.
