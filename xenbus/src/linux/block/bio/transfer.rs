@@ -279,7 +279,8 @@ impl Bio<'_> {
     }
 
     /// Whether there is no room for one more range of so many bytes.
-    #[inline]
+    // Asked for each page, as what follows is done for each.
+    #[inline(always)]
     fn is_full(&self, len: u32) -> bool {
         let Some(raw) = self.raw else {
             return false;
@@ -313,6 +314,7 @@ impl Bio<'_> {
 
     /// Adds a piece of a page at which a guest's page is mapped, without a look whether it lies behind the last one,
     /// which such pages do not. False if there is no such page, or if it is full.
+    #[inline(always)]
     fn add_mapped(&mut self, piece: &Piece) -> bool {
         let end = piece.len.saturating_add(piece.offset.into());
         let page = self.inflight.disk.pages.map_page(piece.page);
