@@ -186,7 +186,7 @@ impl Executor {
         self.parts.clear();
     }
 
-    /// A request whose data is in pages of the guest cannot be begun.
+    /// A request whose data is in pages of the guest cannot be begun, or has failed.
     pub(super) fn give_back(&mut self, tag: QueueTag) {
         // There is room for all tags, and each is there once: it is submitted until it is given back.
         let _pushed = push(&mut self.back, tag);
@@ -240,7 +240,7 @@ impl Executor {
                 let status = inner.shadow.ended(disk_tag, status);
                 *answer = status.map(|status| (tag, status));
                 if is_mapped && status.is_none() {
-                    let _pushed = push(&mut self.back, tag);
+                    self.give_back(tag);
                 }
             }
             disk.announce(&mut inner);
@@ -298,15 +298,13 @@ fn transfer(
         },
         _ => return inflight.without_data(Operation::Flush, 0, 0),
     };
-    if let (
-        true,
-        [Part {
-            sector: Some(sector),
-            ..
-        }],
-    ) = (is_mapped, parts)
-    {
-        return inflight.scatter(operation, *sector, count, pieces);
+    // In one place, which is what most are.
+    let sector = match parts {
+        [part] if is_mapped => part.sector,
+        _ => None,
+    };
+    if let Some(sector) = sector {
+        return inflight.scatter(operation, sector, count, pieces);
     }
     // One for each page, and two for the ends of each segment and each part, which may lie within pages.
     let most = start.sectors / SECTORS_OF_PAGE;
