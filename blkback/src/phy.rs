@@ -40,7 +40,7 @@ impl BackingDisk for BlockDevice {
     }
 
     fn keeps_grants(&self) -> bool {
-        params::keeps_grants() && !BlockDevice::limits(self).stable_writes
+        params::keeps_grants() && !self.wants_stable_pages()
     }
 
     fn prepare(&self) -> Result<(), ConnectError> {
@@ -65,7 +65,7 @@ impl QueueBackends for BlockDevice {
         // A guest can change its pages while the device has them. Where that is more than its own loss, because a
         // checksum that is wrong ends a connection that other disks have, too, everything is copied. Mappings are a
         // matter of speed: without room for them everything is copied as well.
-        if BlockDevice::limits(self).stable_writes
+        if self.wants_stable_pages()
             || !lease.reserve_mappings(sizes.map.into(), params::domain_mappings())
         {
             sizes.map = 0;

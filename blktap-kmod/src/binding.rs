@@ -97,8 +97,6 @@ impl BackingDisk for Binding {
             read_only: params.is_none_or(|params| params.read_only),
             removable: false,
             cdrom: false,
-            // Nothing that the guest can change is used where that is wanted.
-            stable_writes: false,
         }
     }
 

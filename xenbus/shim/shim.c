@@ -164,7 +164,6 @@ void xbr_bdev_limits(struct block_device *bdev, struct xbr_bdev_limits *limits)
 		.read_only = bdev_read_only(bdev),
 		.removable = (bdev->bd_disk->flags & GENHD_FL_REMOVABLE) != 0,
 		.cdrom = disk_to_cdi(bdev->bd_disk) != NULL,
-		.stable_writes = bdev_stable_writes(bdev),
 	};
 }
 

@@ -32,8 +32,7 @@ struct xbr_bdev_limits {
 	u8 read_only;
 	u8 removable;
 	u8 cdrom;
-	u8 stable_writes;
-	u8 pad[4];
+	u8 pad[5];
 };
 static_assert(sizeof(struct xbr_bdev_limits) == 40);
 

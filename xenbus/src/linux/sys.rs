@@ -130,8 +130,7 @@ pub(super) struct BdevLimits {
     pub(super) read_only: u8,
     pub(super) removable: u8,
     pub(super) cdrom: u8,
-    pub(super) stable_writes: u8,
-    pub(super) pad: [u8; 4],
+    pub(super) pad: [u8; 5],
 }
 
 /// `struct xbr_file_limits`.

@@ -37,9 +37,6 @@ pub(crate) struct Limits {
     pub(crate) removable: bool,
     /// True if it is a CD-ROM drive.
     pub(crate) cdrom: bool,
-    /// True if what is being written must not change: the device, or the network behind it, has a checksum of it, or
-    /// reads it twice.
-    pub(crate) stable_writes: bool,
 }
 
 /// An open block device; dropping it releases it before the drop returns.
@@ -141,12 +138,12 @@ impl BlockDevice {
             read_only: raw.read_only != 0,
             removable: raw.removable != 0,
             cdrom: raw.cdrom != 0,
-            stable_writes: raw.stable_writes != 0,
         }
     }
 
-    /// True if what is written must not change meanwhile.
-    pub(super) fn wants_stable_pages(&self) -> bool {
+    /// True if what is being written must not change: the device, or the network behind it, has a checksum of it, or
+    /// reads it twice.
+    pub(crate) fn wants_stable_pages(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { sys::xbr_bdev_stable_writes(self.as_raw()) != 0 }
     }
