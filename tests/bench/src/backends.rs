@@ -58,6 +58,8 @@ pub(crate) enum Way {
     Pvh(&'static str),
     /// The same from QEMU, which opens the store past dom0's page cache.
     Direct(&'static str),
+    /// The same from QEMU, which serves an export at a socket. xl cannot name that.
+    Export,
     /// From the guest, over a process of dom0 that serves this target with this engine.
     Tap(&'static str, &'static str),
     /// From dom0, without a guest.
@@ -65,12 +67,14 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// The disk on this store as xl wants it, by its name in the guest; none without a guest.
-    pub(crate) fn disk(self, store: &str, vdev: &str) -> Option<String> {
+    /// The disk on this store as xl wants it, by its name in the guest; none without a guest. `memory` is the plain one.
+    pub(crate) fn disk(self, store: &str, memory: &str, vdev: &str) -> Option<String> {
         match self {
             Way::Guest(disk) | Way::Pvh(disk) | Way::Direct(disk) => {
                 Some(disk.replace("{vdev}", vdev).replace("{}", store))
             }
+            // xl's has the same size, and is exchanged for it.
+            Way::Export => Some(QDISK.replace("{vdev}", vdev).replace("{}", memory)),
             Way::Tap(target, _) => Some(tap::disk(&target.replace("{}", store), vdev)),
             Way::Native => None,
         }
@@ -166,6 +170,7 @@ pub(crate) const ALL: &[Backend] = &[
     entry("tap-vmdk", "tap:vmdk, a file on ext4", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("vmdk:{}", "uring"), Set::Named),
     entry("tap-direct-vmdk", "tap:vmdk, a file on ext4, executed by the kernel", Driver::Ours, Store::FileOf("ext4", "vmdk"), Way::Tap("direct=yes,vmdk:{}", "uring"), Set::Named),
     entry("tap-nbd", "tap:nbd, QEMU's server in dom0", Driver::Ours, Store::Export, Way::Tap("nbd:unix:{}:exportname=disk", "uring"), Set::Named),
+    entry("qdisk-nbd", "qdisk (QEMU), QEMU's NBD server in dom0", Driver::None, Store::Export, Way::Export, Set::Named),
     entry("tap-null", "tap:null, no storage", Driver::Ours, Store::Memory, Way::Tap("null:256M", "uring"), Set::Named),
     entry("phy-pvh", "this driver, PVH guest", Driver::Ours, Store::Memory, Way::Pvh(PHY), Set::Full),
     entry("c-pvh", "C driver, persistent grants, PVH guest", PERSISTENT, Store::Memory, Way::Pvh(PHY), Set::Full),
@@ -185,7 +190,7 @@ mod tests {
 
     #[test]
     fn disks_are_told_apart_by_their_names_in_the_guest() {
-        let disk = |name: &str| way(name).disk("/srv/a", "xvdb");
+        let disk = |name: &str| way(name).disk("/srv/a", "/dev/memory", "xvdb");
         assert_eq!(disk("phy").unwrap(), "phy:/srv/a,xvdb,w");
         assert_eq!(
             disk("tap-clone-cached").unwrap(),
@@ -193,7 +198,7 @@ mod tests {
         );
         assert_eq!(disk("native"), None);
         for entry in ALL.iter().filter(|entry| entry.way != Way::Native) {
-            let disk = entry.way.disk("/srv/a", "xvdb").unwrap();
+            let disk = entry.way.disk("/srv/a", "/dev/memory", "xvdb").unwrap();
             assert!(disk.contains("xvdb") && !disk.contains('{'), "{disk}");
         }
     }

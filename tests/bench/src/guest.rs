@@ -171,15 +171,11 @@ impl Guest {
     /// a disk never appears there. So its monitor is told, and QEMU does it with its threads.
     pub(crate) fn make_direct(&self, store: &str) -> Result<()> {
         let mut monitor = Monitor::open(&self.domid)?;
-        let nodes = monitor.command("query-named-block-nodes", json!({}))?;
-        let is_store = |node: &&Value| node["drv"] == "raw" && node["file"] == store;
-        let mut nodes = nodes.as_array().into_iter().flatten();
-        let node = nodes
-            .find(is_store)
-            .with_context(|| format!("QEMU has not opened {store}"))?;
+        let node = raw_node(&mut monitor, store)?;
+        let node = node.with_context(|| format!("QEMU has not opened {store}"))?;
         let file = json!({"driver": "host_device", "filename": store, "locking": "off"});
         let options = json!({
-            "driver": "raw", "node-name": node["node-name"], "file": file,
+            "driver": "raw", "node-name": node, "file": file,
             "discard": "unmap", "cache": {"direct": true},
         });
         monitor.command("blockdev-reopen", json!({ "options": [options] }))?;
@@ -190,6 +186,35 @@ impl Guest {
             nodes.any(|node| is_file(node) && node["cache"]["direct"] == true),
             "QEMU still uses dom0's page cache for {store}"
         );
+        Ok(())
+    }
+
+    /// Makes QEMU serve a disk, which it has opened on `opened`, from an export at this socket.
+    pub(crate) fn exchange(&self, opened: &str, socket: &str) -> Result<()> {
+        let mut monitor = Monitor::open(&self.domid)?;
+        let node = raw_node(&mut monitor, opened)?;
+        let node = node.with_context(|| format!("QEMU has not opened {opened}"))?;
+        let direct = json!({"direct": true});
+        let other = json!({
+            "driver": "nbd", "node-name": OTHER, "server": {"type": "unix", "path": socket},
+            "export": "disk", "cache": direct,
+        });
+        monitor.command("blockdev-add", other)?;
+        let options = json!({
+            "driver": "raw", "node-name": node, "file": OTHER, "discard": "unmap", "cache": direct,
+        });
+        monitor.command("blockdev-reopen", json!({ "options": [options] }))?;
+        ensure!(
+            raw_node(&mut monitor, opened)?.is_none(),
+            "QEMU still serves the disk from {opened}"
+        );
+        Ok(())
+    }
+
+    /// Makes QEMU let go of the store for which it has exchanged a disk, which is gone.
+    pub(crate) fn forget_exchanged(&self) -> Result<()> {
+        let mut monitor = Monitor::open(&self.domid)?;
+        monitor.command("blockdev-del", json!({"node-name": OTHER}))?;
         Ok(())
     }
 
@@ -262,4 +287,15 @@ fn listen(tty: File) -> Receiver<String> {
         }
     });
     receiver
+}
+
+/// The node of QEMU that serves a disk in place of xl's.
+const OTHER: &str = "bench-export";
+
+/// The name of the node of QEMU with which it serves a disk on this store.
+fn raw_node(monitor: &mut Monitor, store: &str) -> Result<Option<Value>> {
+    let nodes = monitor.command("query-named-block-nodes", json!({}))?;
+    let is_store = |node: &&Value| node["drv"] == "raw" && node["file"] == store;
+    let node = nodes.as_array().into_iter().flatten().find(is_store);
+    Ok(node.map(|node| node["node-name"].clone()))
 }

@@ -286,7 +286,7 @@ impl Bench<'_> {
         let device = &devices[0];
         for job in jobs {
             let mut place = match backend.way {
-                Way::Guest(_) | Way::Pvh(_) | Way::Direct(_) | Way::Tap(..) => {
+                Way::Guest(_) | Way::Pvh(_) | Way::Direct(_) | Way::Export | Way::Tap(..) => {
                     Place::Guest(&mut self.guest)
                 }
                 Way::Native => Place::Dom0,
@@ -350,13 +350,16 @@ impl Bench<'_> {
         for (number, store) in (0..).map(many::number).zip(stores) {
             let device = many::name(devices.len());
             let vdev = device.trim_start_matches("/dev/");
-            let Some(disk) = backend.way.disk(store, vdev) else {
+            let memory = self.stores.path(Store::Memory);
+            let Some(disk) = backend.way.disk(store, memory, vdev) else {
                 return Ok((stores.to_vec(), None));
             };
             self.guest.attach(&disk, &device)?;
             self.check_server(backend.driver, number)?;
-            if let Way::Direct(_) = backend.way {
-                self.guest.make_direct(store)?;
+            match backend.way {
+                Way::Direct(_) => self.guest.make_direct(store)?,
+                Way::Export => self.guest.exchange(memory, store)?,
+                _ => {}
             }
             devices.push(device);
         }
@@ -374,6 +377,9 @@ impl Bench<'_> {
             for (number, device) in (0..).map(many::number).zip(devices) {
                 self.guest.detach(number, device)?;
             }
+        }
+        if let Way::Export = backend.way {
+            self.guest.forget_exchanged()?;
         }
         supervisor.map_or(Ok(()), Supervisor::stop)
     }
