@@ -217,6 +217,18 @@ impl Totals {
         self.memory.store(kib, Relaxed);
     }
 
+    /// Nanoseconds for which the disk has had the oldest request that it has now; 0 if it has none.
+    pub(crate) fn oldest_ns(&self) -> u64 {
+        // CAST: a small constant.
+        self.value(OLDEST_NS as u32)
+    }
+
+    /// Requests that are taken and not answered.
+    pub(crate) fn in_flight(&self) -> u64 {
+        // CAST: a small constant.
+        self.value(IN_FLIGHT as u32)
+    }
+
     /// What the device has done, in words.
     pub(crate) fn summary(&self) -> Result<CString> {
         let of = |index| self.value(index);

@@ -308,6 +308,11 @@ void xbr_dev_err_ratelimited(struct device *dev, const char *text)
 	dev_err_ratelimited(dev, "%s\n", text);
 }
 
+void xbr_dev_warn_ratelimited(struct device *dev, const char *text)
+{
+	dev_warn_ratelimited(dev, "%s\n", text);
+}
+
 void xbr_dev_info_ratelimited(struct device *dev, const char *text)
 {
 	dev_info_ratelimited(dev, "%s\n", text);

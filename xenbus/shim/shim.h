@@ -101,6 +101,7 @@ unsigned int xbr_feature_persistent(void);
 void xbr_set_memory_kib(unsigned int kib);
 void xbr_cond_resched(void);
 void xbr_dev_err_ratelimited(struct device *dev, const char *text);
+void xbr_dev_warn_ratelimited(struct device *dev, const char *text);
 void xbr_dev_info_ratelimited(struct device *dev, const char *text);
 void xbr_set_attr_fn(xbr_attr_fn *fn);
 const struct attribute_group **xbr_attr_groups(void);

@@ -141,6 +141,7 @@ impl Vbd {
             Ok(()) => {
                 life.failures = life.failures.saturating_sub(1);
                 life.state.set(State::Connected, true);
+                self.watch_for_late();
             }
             Err(ConnectError::TakenAway) => self.taken_away(life),
             Err(error) if error.passes() => {

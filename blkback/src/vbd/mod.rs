@@ -11,14 +11,17 @@
 //! only leaves a note (`unbind`), and the work gives everything back (`part`).
 //!
 //! Here is what a device is, and what tells it that it is to look; `reconcile` looks and acts, `connect`
-//! gets the disk and the queues, `publish` says what came of it, `debug` shows what it counts.
+//! gets the disk and the queues, `publish` says what came of it, `late` warns of requests that are not answered, `debug`
+//! shows what it counts.
 
 mod connect;
 mod debug;
+mod late;
 mod publish;
 mod reconcile;
 
 use self::debug::Folder;
+use self::late::Late;
 use self::publish::OurState;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
@@ -55,6 +58,7 @@ const WATCHES: usize = 4;
 const LOOK: u64 = 0;
 const LATER: u64 = 1;
 const ERRAND: u64 = 2;
+const AGES: u64 = 3;
 
 /// A device.
 #[pin_data]
@@ -88,6 +92,8 @@ pub(crate) struct Vbd {
     later: DelayedWork<Vbd, LATER>,
     #[pin]
     errand: Work<Vbd, ERRAND>,
+    #[pin]
+    ages: DelayedWork<Vbd, AGES>,
 }
 
 impl_has_work! {
@@ -96,6 +102,7 @@ impl_has_work! {
 }
 impl_has_delayed_work! {
     impl HasDelayedWork<Self, LATER> for Vbd { self.later }
+    impl HasDelayedWork<Self, AGES> for Vbd { self.ages }
 }
 
 /// What the life needs to its end and no longer. Its lock is held for a moment only, by nobody who
@@ -129,6 +136,8 @@ struct Life {
     /// Disk and frontend are ours alone.
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
+    /// What was said of requests that are not answered.
+    late: Late,
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
@@ -152,6 +161,7 @@ impl Life {
         prepared: false,
         claim: None,
         connection: None,
+        late: Late::NEW,
         draining: false,
         refused: false,
         failures: 0,
@@ -211,6 +221,7 @@ impl Vbd {
                 look <- new_work!("Vbd::look"),
                 later <- new_delayed_work!("Vbd::later"),
                 errand <- new_work!("Vbd::errand"),
+                ages <- new_delayed_work!("Vbd::ages"),
             }),
             GFP_KERNEL,
         )
@@ -295,6 +306,14 @@ impl WorkItem<LATER> for Vbd {
 
     fn run(this: Arc<Vbd>) {
         this.kick();
+    }
+}
+
+impl WorkItem<AGES> for Vbd {
+    type Pointer = Arc<Vbd>;
+
+    fn run(this: Arc<Vbd>) {
+        this.look_for_late();
     }
 }
 

@@ -3,7 +3,7 @@
 //! Looking at the world and doing what there is to do, step by step, from the first offer to the last
 //! state.
 
-use super::{Life, Next, Vbd, ASK_AGAIN, LATER, UNHEARD};
+use super::{Life, Next, Vbd, AGES, ASK_AGAIN, LATER, UNHEARD};
 use crate::disk;
 use crate::linux::task::workqueue;
 use crate::linux::xen::store;
@@ -250,6 +250,7 @@ impl Vbd {
         // This waits for xenwatch, which waits for nothing of ours.
         drop(watches);
         workqueue::hasten::<_, LATER>(self.clone());
+        workqueue::hasten::<_, AGES>(self.clone());
         drop(module);
     }
 

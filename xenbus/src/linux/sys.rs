@@ -378,6 +378,7 @@ unsafe extern "C" {
     pub(super) fn xbr_set_memory_kib(kib: c_uint);
     pub(super) fn xbr_cond_resched();
     pub(super) fn xbr_dev_err_ratelimited(dev: *mut bindings::device, text: *const c_char);
+    pub(super) fn xbr_dev_warn_ratelimited(dev: *mut bindings::device, text: *const c_char);
     pub(super) fn xbr_dev_info_ratelimited(dev: *mut bindings::device, text: *const c_char);
     pub(super) fn xbr_set_attr_fn(callback: AttrFn);
     pub(super) fn xbr_attr_groups() -> *mut *const bindings::attribute_group;

@@ -166,7 +166,19 @@ where
     with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
 }
 
-/// Has work of [`enqueue_after`] run now instead of later: afterwards no timer of it is left.
+/// Queues work as [`enqueue_after`] does, about so many milliseconds from now: a processor that sleeps is woken
+/// once for all that is rounded so.
+pub(crate) fn enqueue_about<W, const ID: u64>(work: W, milliseconds: u32) -> bool
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    // SAFETY: Plain arithmetic, the latter with the clock of the timers.
+    let delay =
+        unsafe { bindings::round_jiffies_relative(bindings::__msecs_to_jiffies(milliseconds)) };
+    with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
+}
+
+/// Has work of [`enqueue_after`] and [`enqueue_about`] run now instead of later: afterwards no timer of it is left.
 pub(crate) fn hasten<W, const ID: u64>(work: W)
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,

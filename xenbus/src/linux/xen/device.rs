@@ -144,6 +144,12 @@ impl Device {
         }
     }
 
+    /// Warns in the kernel's log of what its administrator may want to look at.
+    pub(crate) fn warn(&self, text: &CStr) {
+        // SAFETY: By the type invariant; the text is a C string.
+        unsafe { sys::xbr_dev_warn_ratelimited(self.device(), text.as_char_ptr()) };
+    }
+
     /// Writes into the kernel's log what has become of the device; a guest cannot fill it so.
     pub(crate) fn tell(&self, text: &CStr) {
         // SAFETY: By the type invariant; the text is a C string.
