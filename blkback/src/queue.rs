@@ -350,9 +350,9 @@ impl<D: QueueBackends> State<D> {
         let mappings = filled(Mapping::FREE, usize::from(shape.map)).map_err(no_memory)?;
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
+        let tally = Tally::new(setup.totals, slots).map_err(no_memory)?;
         let slots = filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?;
         let fetches = filled(None, buffers).map_err(no_memory)?;
-        let tally = Tally::new(setup.totals).map_err(no_memory)?;
         let config = Config {
             protocol: setup.request.protocol,
             copy_max_segments: params::copy_max_segments(),

@@ -36,6 +36,7 @@ const MEMORY_KIB: usize = COUNTERS;
 const IN_FLIGHT: usize = COUNTERS + 1;
 const OLDEST_NS: usize = COUNTERS + 2;
 const KEPT_PAGES: usize = COUNTERS + 3;
+const RING_SLOTS: usize = COUNTERS + 4;
 
 fn values(stats: &Stats) -> [u64; COUNTERS] {
     let Times {
@@ -79,13 +80,15 @@ struct Counters {
     oldest: Atomic<u64>,
     /// Pages of the guest that stay mapped.
     kept: Atomic<u64>,
+    /// Requests for which its ring has room.
+    slots: u16,
     /// By operation and span, then by step.
     latencies: KVec<Atomic<u64>>,
 }
 
 impl Counters {
-    /// Of a queue that has counted nothing.
-    fn new() -> Result<Self> {
+    /// Of a queue that has counted nothing, whose ring has so many slots.
+    fn new(slots: u16) -> Result<Self> {
         let mut latencies = KVec::with_capacity(LATENCIES, GFP_KERNEL)?;
         for _ in 0..LATENCIES {
             push(&mut latencies, Atomic::new(0))?;
@@ -95,6 +98,7 @@ impl Counters {
             in_flight: Atomic::new(0),
             oldest: Atomic::new(0),
             kept: Atomic::new(0),
+            slots,
             latencies,
         })
     }
@@ -260,6 +264,7 @@ impl Totals {
                 self.memory.load(Relaxed).wrapping_add(borrowed)
             }
             (None, KEPT_PAGES) => now.map(|queue| &queue.kept).fold(0, sum),
+            (None, RING_SLOTS) => now.fold(0, |sum, queue| sum.wrapping_add(queue.slots.into())),
             (None, IN_FLIGHT) => now.map(|queue| &queue.in_flight).fold(0, sum),
             (None, OLDEST_NS) => {
                 let starts = now.map(|queue| queue.oldest.load(Relaxed));
@@ -278,9 +283,9 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Of a queue that has counted nothing. May sleep.
-    pub(crate) fn new(totals: &Arc<Totals>) -> Result<Self> {
-        let counters = Arc::new(Counters::new()?, GFP_KERNEL)?;
+    /// Of a queue that has counted nothing, whose ring has so many slots. May sleep.
+    pub(crate) fn new(totals: &Arc<Totals>, slots: u16) -> Result<Self> {
+        let counters = Arc::new(Counters::new(slots)?, GFP_KERNEL)?;
         let mut queues = totals.queues.lock();
         let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
         for queue in &queues.now {

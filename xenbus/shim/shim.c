@@ -335,7 +335,8 @@ void xbr_set_attr_fn(xbr_attr_fn *fn)
 	STAT(rd_done) STAT(rd_ns) STAT(wr_done) STAT(wr_ns)			\
 	STAT(f_done) STAT(f_ns) STAT(ds_done) STAT(ds_ns)			\
 	STAT(page_wait_ns) STAT(pieces) STAT(ring_full)				\
-	STAT(memory_kib) STAT(in_flight) STAT(oldest_ns) STAT(kept_pages)
+	STAT(memory_kib) STAT(in_flight) STAT(oldest_ns) STAT(kept_pages)	\
+	STAT(ring_slots)
 
 #define XBR_STAT_INDEX(name) XBR_STAT_##name,
 enum xbr_stat { XBR_STATS(XBR_STAT_INDEX) XBR_STAT_COUNT };

@@ -930,11 +930,12 @@ Causes are told as far as there are counters:
   storage        requests take long, or an old one is not answered; the lowest device that has the time is named
   process        the tapdisk hangs, has died, or uses a whole processor
   page-pool      requests wait for the driver's memory, or are done in pieces; the limit that is reached is named
+  ring           the guest's rings were full most of the time; the disk is ok for all that is known here
   host-cpu       the thread that serves the disk, or all of this domain, waits for a processor
   guest          the guest's requests are malformed
   administrator  somebody has paused it, or an error of the image has
-How long requests wait in the ring nobody can count, so no disk is called slow for that; -x says how often its ring
-was full. A disk of the C driver, which counts no times, is judged by its block device, which others may use as well.";
+How long requests wait in the ring, or in the guest for room there, nobody can count, so no disk is called slow for
+that; -x says how full the rings were. A disk of the C driver, which counts no times, is judged by its block device, which others may use as well.";
 
 /// A display.
 #[derive(Debug, Args)]

@@ -58,15 +58,19 @@ pub(crate) struct Figures {
     pub(crate) pieces: u64,
     /// The part of the passes over its rings that found one full, if that is counted.
     pub(crate) ring_full: Option<f64>,
+    /// The part of the room in its rings that was in use on average, if that is counted.
+    pub(crate) ring_used: Option<f64>,
     /// Requests that ended in an error.
     pub(crate) errors: u64,
     /// Requests of the guest that were no proper ones.
     pub(crate) refused: u64,
     /// The part of the time, of 1, that the one of its threads with the longest waits could have run and had
-    /// no processor.
+    /// no processor, without what the other threads of its process may have kept it waiting.
     pub(crate) starved: f64,
     /// The part of the time that the busiest of its threads ran.
     pub(crate) ran: f64,
+    /// What all threads of its process ran, of 1 for each processor.
+    pub(crate) process_ran: f64,
 }
 
 impl Figures {
@@ -119,6 +123,14 @@ impl Figures {
         self.awaits = all
             .filter_map(|operation| Await::between(operation, old, new))
             .collect();
+        // What was under way on average is what all of them took together, in a moment's part.
+        let took: f64 = self
+            .awaits
+            .iter()
+            .map(|it| it.done as f64 * it.mean_ms)
+            .sum();
+        let slots = new.counted("ring_slots").filter(|slots| *slots > 0);
+        self.ring_used = slots.map(|slots| took / 1000.0 / self.seconds / slots as f64);
     }
 
     /// What ended of an operation, if any did.
@@ -155,18 +167,28 @@ impl Figures {
     }
 
     fn add_threads(&mut self, before: &Disk, now: &Disk) {
-        let process = (before.process.as_slice(), now.process.as_slice());
-        for (before, now) in [(before.queues.as_slice(), now.queues.as_slice()), process] {
-            for task in now {
-                let Some(old) = task.among(before) else {
-                    continue;
-                };
-                let part = |time: fn(&Task) -> Duration| {
-                    time(task).saturating_sub(time(old)).as_secs_f64() / self.seconds
-                };
-                self.starved = self.starved.max(part(|task| task.waited));
-                self.ran = self.ran.max(part(|task| task.ran));
-            }
+        let seconds = self.seconds;
+        // What each thread ran and waited.
+        let parts = |before: &[Task], now: &[Task]| -> Vec<(f64, f64)> {
+            let pairs = now
+                .iter()
+                .filter_map(|task| Some((task.among(before)?, task)));
+            let part =
+                |old: Duration, new: Duration| new.saturating_sub(old).as_secs_f64() / seconds;
+            pairs
+                .map(|(old, new)| (part(old.ran, new.ran), part(old.waited, new.waited)))
+                .collect()
+        };
+        let process = parts(&before.process, &now.process);
+        self.process_ran = process.iter().map(|(ran, _)| ran).sum();
+        for (ran, waited) in &process {
+            let by_others = waited - (self.process_ran - ran);
+            self.starved = self.starved.max(by_others);
+            self.ran = self.ran.max(*ran);
+        }
+        for (ran, waited) in parts(&before.queues, &now.queues) {
+            self.starved = self.starved.max(waited);
+            self.ran = self.ran.max(ran);
         }
     }
 }
@@ -289,5 +311,25 @@ mod tests {
         now.queues = vec![task(1, 100), task(2, 600), task(3, 9000)];
         let figures = Figures::between(&before, &now, TWO).expect("an interval");
         assert_eq!(figures.starved, 0.25);
+    }
+
+    #[test]
+    fn what_threads_of_a_process_keep_from_each_other_is_not_what_others_do() {
+        let mut before = fake::tap(0);
+        let task = |pid, ran, waited| Task {
+            pid,
+            ran: Duration::from_millis(ran),
+            waited: Duration::from_millis(waited),
+            ..Task::default()
+        };
+        before.process = vec![task(1, 0, 0), task(2, 0, 0)];
+        let mut now = before.clone();
+        now.process = vec![task(1, 800, 1200), task(2, 1200, 800)];
+        let figures = Figures::between(&before, &now, TWO).expect("an interval");
+        assert_eq!((figures.starved, figures.process_ran), (0.0, 1.0));
+        // The same with others on the processor.
+        now.process = vec![task(1, 200, 1800), task(2, 200, 1800)];
+        let figures = Figures::between(&before, &now, TWO).expect("an interval");
+        assert_eq!((figures.starved, figures.process_ran), (0.8, 0.2));
     }
 }

@@ -55,8 +55,8 @@ pub(crate) struct Disk {
     pub(crate) queues: Vec<Task>,
     /// What blktapctrl says; nothing if that does not answer.
     pub(crate) tap: Option<TopRow>,
-    /// The process that serves it.
-    pub(crate) process: Option<Task>,
+    /// The threads of the process that serves it, the first one first.
+    pub(crate) process: Vec<Task>,
 }
 
 impl Disk {
@@ -217,7 +217,7 @@ fn disk(host: &Host, kind: Kind, vbd: Option<Vbd>, tap: Option<TopRow>, threads:
         kind,
         block: block.and_then(|number| Block::read(host, number)),
         queues: threads.iter().filter(is_its).cloned().collect(),
-        process: pid.and_then(|pid| Task::read(host, pid)),
+        process: pid.map_or_else(Vec::new, |pid| Task::of_process(host, pid)),
         vbd,
         tap,
     }

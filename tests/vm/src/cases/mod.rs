@@ -36,6 +36,7 @@ mod reservation;
 mod restart;
 mod rings;
 mod selection;
+mod slow;
 mod snapshot;
 mod takeover;
 mod tap;
@@ -495,6 +496,7 @@ pub(crate) fn all() -> Vec<Case> {
         migrate_fails::cases(),
         hung::cases(),
         ops::cases(),
+        slow::cases(),
         groups::cases(),
         insight::cases(),
         memory::cases(),

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What an administrator sees of disks that are not well.
+//! What an administrator sees of a disk that hangs.
 
 use super::basic::{attach_own, detach_own};
-use super::memory::Parameter;
 use super::tap::attach_dom0;
 use super::{Case, Context, Needs};
-use crate::backing::{delayed, linear, Dm};
+use crate::backing::{linear, Dm};
 use crate::guest::Vbd;
 use crate::{sh, tap};
 use anyhow::{ensure, Context as _, Result};
-use serde_json::{Deserializer, Value};
-use std::fs;
+use dom0::kmsg::Kmsg;
+use serde_json::Value;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -28,10 +27,10 @@ pub(super) fn cases() -> Vec<Case> {
         Case {
             ours: true,
             ..Case::new(
-                "ops.slow",
-                "a phy disk on slow storage and one that waits for pages are each named with what to do",
+                "ops.log",
+                "the kernel's log tells of a disk that comes, has a request that nobody answers for long, and goes",
                 Needs::Nothing,
-                slow,
+                log,
             )
         }
         .no_leaks()
@@ -40,13 +39,22 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// What waits for a disk that hangs.
-const HUNG: &str = "2";
+pub(super) const HUNG: &str = "2";
+/// What is slow, in milliseconds.
+pub(super) const SLOW: &str = "100";
 /// Programs take long in an emulated machine.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
 /// The exit code of `tap-ctl status`, and what it says of each disk.
 fn said() -> Result<(i32, Value)> {
-    let argv = ["tap-ctl", "--json", "status", "--hung", HUNG];
+    said_of(SLOW)
+}
+
+/// The same, where requests are slow that take so many milliseconds.
+pub(super) fn said_of(slow: &str) -> Result<(i32, Value)> {
+    let argv = [
+        "tap-ctl", "--json", "status", "--hung", HUNG, "--slow", slow,
+    ];
     let output = sh::status(&argv, LIMIT)?;
     let said = serde_json::from_str(&output.stdout)
         .with_context(|| format!("`tap-ctl status` printed no JSON: {}", output.text))?;
@@ -54,7 +62,7 @@ fn said() -> Result<(i32, Value)> {
 }
 
 /// What it says of one disk of dom0.
-fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
+pub(super) fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
     let disks = said["disks"].as_array().context("no list of disks")?;
     let disk = disks
         .iter()
@@ -93,7 +101,8 @@ fn report(served: &tap::Served) -> Result<()> {
     Ok(())
 }
 
-fn status(context: &mut Context) -> Result<()> {
+/// A mapped device, which may hang.
+fn storage(context: &mut Context) -> Result<Dm> {
     sh::modprobe("xen-blkfront", &[])?;
     let below = context.null_blk(16, &[])?;
     let storage = Dm::create("vmtest-slow", &linear(&below.path(), 32768))?;
@@ -103,6 +112,60 @@ fn status(context: &mut Context) -> Result<()> {
         theirs.resume()?;
         theirs.remove()
     });
+    Ok(storage)
+}
+
+/// What the kernel's log says of one disk.
+struct Log {
+    kmsg: Kmsg,
+    of: String,
+}
+
+impl Log {
+    /// Waits until it has a line of the disk with these words, and returns that.
+    fn wait(&mut self, words: &str) -> Result<String> {
+        let mut found = None;
+        sh::wait_for(&format!("`{words}` in the log"), LIMIT, || {
+            let lines = self.kmsg.take()?;
+            let mut lines = lines.into_iter();
+            found = lines.find(|line| line.contains(&self.of) && line.contains(words));
+            Ok(found.is_some())
+        })?;
+        found.context("it was found")
+    }
+}
+
+fn log(context: &mut Context) -> Result<()> {
+    let loaded = sh::run(&["dmesg"])?;
+    ensure!(
+        loaded.contains("loaded: max_queues"),
+        "the log does not say what the module's parameters come to"
+    );
+    let storage = storage(context)?;
+    let mut log = Log {
+        kmsg: Kmsg::from_now()?,
+        of: "vbd-0-".into(),
+    };
+    let vbd = attach_own(context, &storage.path(), "xvdk")?;
+    log.wait("connected: queues ")?;
+    storage.suspend()?;
+    let mut writer = write("/dev/xvdk", &vbd)?;
+    let begun = Instant::now();
+    let late = log.wait("a request has not been answered for 3")?;
+    ensure!(
+        begun.elapsed() >= Duration::from_secs(30),
+        "it is said of a request that is not so old: {late}"
+    );
+    storage.resume()?;
+    log.wait("the requests that waited are answered")?;
+    ensure!(writer.wait()?.success(), "the write failed that had hung");
+    detach_own(&vbd)?;
+    log.wait("disconnected: reads ")?;
+    context.note(&late)
+}
+
+fn status(context: &mut Context) -> Result<()> {
+    let storage = storage(context)?;
     let phy = attach_own(context, &storage.path(), "xvdk")?;
     let served = attach_dom0(&tap::disk("ram:16M", "xvdj", "w"), "xvdj")?;
 
@@ -162,134 +225,4 @@ fn status(context: &mut Context) -> Result<()> {
     detach_own(&phy)?;
     detach_own(&served.vbd)?;
     served.wait_gone()
-}
-
-/// What a disk does until this is dropped: `dd` again and again, past the guest's cache.
-struct Load {
-    child: Child,
-}
-
-impl Load {
-    const GOES_ON: &str = "/run/vmtest-ops-load";
-
-    fn start(device: &str, size: &str, vbd: &Vbd) -> Result<Load> {
-        fs::write(Load::GOES_ON, "").context("cannot mark the load")?;
-        let before = vbd.statistic("wr_done")?;
-        let line = format!(
-            "while [ -e {} ]; do dd if=/dev/zero of={device} bs={size} count=4 oflag=direct status=none; done",
-            Load::GOES_ON
-        );
-        let child = Command::new("sh")
-            .args(["-c", &line])
-            .spawn()
-            .context("cannot start the load")?;
-        let load = Load { child };
-        sh::wait_for("the first writes", LIMIT, || {
-            Ok(vbd.statistic("wr_done")? > before)
-        })?;
-        Ok(load)
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        let marked = fs::remove_file(Load::GOES_ON);
-        let ended = self.child.wait();
-        if marked.is_err() || ended.is_err() {
-            eprintln!("the load does not end: {marked:?}, {ended:?}");
-        }
-    }
-}
-
-/// The verdict on xvdk while it is loaded, which is one of these words and no hang.
-fn named(state: &str, cause: &str) -> Result<Value> {
-    let (code, said) = said()?;
-    let disk = of(&said, "xvdk")?.clone();
-    ensure!(
-        code == 1 && disk["state"] == state && disk["cause"] == cause,
-        "it is not said to be {state} for {cause}, with 1 but {code}: {disk}"
-    );
-    Ok(disk)
-}
-
-/// True if one of its sentences has all these words.
-fn says(disk: &Value, sentence: &str, words: &[&str]) -> bool {
-    let text = disk[sentence].as_str().unwrap_or("");
-    words.iter().all(|word| text.contains(word))
-}
-
-/// What the last of two pictures of `top` says of how long writes of xvdk take, in milliseconds.
-fn write_ms() -> Result<f64> {
-    let text = tap::ctl(&["--json", "top", "-n", "2"])?;
-    let pictures = Deserializer::from_str(&text).into_iter::<Value>();
-    let last = pictures.last().context("no picture")??;
-    let figures = &of(&last, "xvdk")?["figures"];
-    let awaits = figures["awaits"].as_array().context("no times")?;
-    let writes = awaits.iter().find(|one| one["operation"] == "write");
-    writes
-        .and_then(|one| one["mean_ms"].as_f64())
-        .with_context(|| format!("no time of writes in {figures}"))
-}
-
-fn slow(context: &mut Context) -> Result<()> {
-    const SECTORS: u64 = 32768;
-    sh::modprobe("xen-blkfront", &[])?;
-    let below = context.null_blk(16, &[])?;
-    let storage = Dm::create("vmtest-slow", &linear(&below.path(), SECTORS))?;
-    let theirs = storage.clone();
-    context.at_end("remove the mapped device", move || theirs.remove());
-    // What is copied needs pages, which it will lack.
-    let copies = Parameter::set("feature_persistent", "N")?;
-    let vbd = attach_own(context, &storage.path(), "xvdk")?;
-    drop(copies);
-
-    storage.replace(&delayed(&below.path(), SECTORS, 300)?)?;
-    let load = Load::start("/dev/xvdk", "4k", &vbd)?;
-    let disk = named("slow", "storage")?;
-    ensure!(
-        // udev may read meanwhile, which takes as long.
-        says(&disk, "why", &["took", "vmtest-slow"])
-            && says(&disk, "remedy", &["iostat", "vmtest-slow"]),
-        "neither what is slow nor where is said: {disk}"
-    );
-    let ms = write_ms()?;
-    ensure!(ms >= 300.0, "writes that are held for 300 ms took {ms}");
-    let metrics = tap::ctl(&["metrics", "--hung", HUNG])?;
-    for start in [
-        r#"xen_disk_verdict{guest="0",vdev="xvdk",kind="phy",verdict="slow",cause="storage"} 1"#,
-        r#"xen_disk_in_flight{guest="0",vdev="xvdk",kind="phy"} "#,
-        r#"xen_disk_time_seconds_total{guest="0",vdev="xvdk",kind="phy",operation="write"} "#,
-    ] {
-        ensure!(
-            metrics.lines().any(|line| line.starts_with(start)),
-            "`{start}` is not in {metrics}"
-        );
-    }
-    drop(load);
-
-    // Not so slow that it is called so. Large requests then do without pages: they have those of the queue.
-    storage.replace(&delayed(&below.path(), SECTORS, 20)?)?;
-    let bound = Parameter::set("domain_memory_mib", "0")?;
-    let load = Load::start("/dev/xvdk", "1M", &vbd)?;
-    let disk = named("slow", "page-pool")?;
-    ensure!(
-        says(&disk, "why", &["waited for pages"])
-            && says(&disk, "remedy", &["parameters/domain_memory_mib"]),
-        "the limit that is to be raised is not named: {disk}"
-    );
-    let (waited, pieces) = (vbd.statistic("page_wait_ns")?, vbd.statistic("pieces")?);
-    context.note(&format!(
-        "writes took {ms:.0} ms; {} ms without pages, {pieces} pieces",
-        waited / 1_000_000
-    ))?;
-    drop(load);
-    drop(bound);
-
-    storage.replace(&linear(&below.path(), SECTORS))?;
-    for (name, left) in [("in_flight", 0), ("oldest_ns", 0)] {
-        sh::wait_for("the end of all requests", LIMIT, || {
-            Ok(vbd.statistic(name)? == left)
-        })?;
-    }
-    detach_own(&vbd)
 }

@@ -29,9 +29,21 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// The process of this number; nothing if there is none.
-    pub(crate) fn read(host: &Host, pid: u32) -> Option<Task> {
-        Some(read(host, pid)?.1)
+    /// The threads of the process of this number, the first one first; none if there is no process.
+    pub(crate) fn of_process(host: &Host, pid: u32) -> Vec<Task> {
+        let folder = host.path(format!("/proc/{pid}"));
+        let Some((_, first)) = read(host, &folder, pid) else {
+            return Vec::new();
+        };
+        let folder = folder.join("task");
+        // It may end meanwhile.
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let others = names.filter_map(|name| name.parse().ok());
+        let others = others.filter(|tid| *tid != pid);
+        let others = others.filter_map(|tid: u32| read(host, &folder.join(tid.to_string()), tid));
+        let others = others.map(|(_, task)| task);
+        [first].into_iter().chain(others).collect()
     }
 
     /// The same thread, in what was seen before.
@@ -47,7 +59,7 @@ pub(crate) fn queues(host: &Host) -> Vec<Task> {
     let all = pids.filter_map(|pid| {
         // Most are something else: the name alone is cheap.
         let name = comm(&host.path(format!("/proc/{pid}/comm")))?;
-        is_queue(&name).then(|| read(host, pid))?
+        is_queue(&name).then(|| read(host, &host.path(format!("/proc/{pid}")), pid))?
     });
     all.filter(|(parent, _)| *parent == KTHREADD)
         .map(|(_, task)| task)
@@ -68,9 +80,8 @@ fn is_queue(name: &str) -> bool {
     parts.is_some_and(|(guest, disk, queue)| digits(guest) && !disk.is_empty() && digits(queue))
 }
 
-/// The parent of a process, and the process.
-fn read(host: &Host, pid: u32) -> Option<(u32, Task)> {
-    let folder = host.path(format!("/proc/{pid}"));
+/// The parent of a process, and its thread of which this folder tells.
+fn read(host: &Host, folder: &Path, pid: u32) -> Option<(u32, Task)> {
     let stat = comm(&folder.join("stat"))?;
     // The name may have any characters, brackets too.
     let (start, rest) = stat.rsplit_once(')')?;
@@ -126,7 +137,26 @@ mod tests {
             sleeps_in: Some("io_schedule".into()),
         };
         assert_eq!(found, [expected]);
-        assert_eq!(Task::read(&made.host(), 7), None);
+        assert_eq!(Task::of_process(&made.host(), 7), []);
+    }
+
+    #[test]
+    fn a_process_has_the_threads_of_its_folder() {
+        let made = Made::new();
+        process(&made, 9, "tapdisk", 1, 'S');
+        for (tid, name) in [(9, "tapdisk"), (12, "helper")] {
+            made.file(
+                &format!("/proc/9/task/{tid}/stat"),
+                &format!("{tid} ({name}) R 1 0 0\n"),
+            );
+            made.file(&format!("/proc/9/task/{tid}/schedstat"), "5 6 7\n");
+        }
+        let found = Task::of_process(&made.host(), 9);
+        let found: Vec<_> = found
+            .iter()
+            .map(|it| (it.pid, it.name.as_str(), it.turns))
+            .collect();
+        assert_eq!(found, [(9, "tapdisk", 3), (12, "helper", 7)]);
     }
 
     #[test]
@@ -139,7 +169,9 @@ mod tests {
     fn a_name_with_brackets_is_read() {
         let made = Made::new();
         process(&made, 9, "a) R 1 (b", 1, 'T');
-        let task = Task::read(&made.host(), 9).expect("it is there");
+        let [task] = &Task::of_process(&made.host(), 9)[..] else {
+            panic!("it is there, with one thread");
+        };
         assert_eq!((task.state, task.name.as_str()), ('T', "a) R 1 (b"));
     }
 }

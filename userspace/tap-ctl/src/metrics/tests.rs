@@ -32,6 +32,7 @@ fn both() -> Look {
         ("pieces", "0"),
         ("passes", "9"),
         ("ring_full", "1"),
+        ("ring_slots", "64"),
     ] {
         made.file(
             &format!("/sys/bus/xen-backend/devices/vbd-3-51712/statistics/{name}"),
@@ -91,6 +92,7 @@ fn disks_of_both_kinds_are_told() {
         r#"xen_disk_time_seconds_total{guest="3",vdev="xvda",kind="phy",operation="write"} 1"#,
         r#"xen_disk_page_wait_seconds_total{guest="3",vdev="xvda",kind="phy"} 0.5"#,
         r#"xen_disk_ring_full_total{guest="3",vdev="xvda",kind="phy"} 1"#,
+        r#"xen_disk_ring_slots{guest="3",vdev="xvda",kind="phy"} 64"#,
         r#"xen_disk_verdict{guest="3",vdev="xvdb",kind="tap",minor="0",verdict="ok"} 1"#,
         r#"xen_tap_oldest_seconds{guest="3",vdev="xvdb",kind="tap",minor="0"} 1.5"#,
         r#"xen_tap_request_seconds_bucket{guest="3",vdev="xvdb",kind="tap",minor="0",operation="write",le="0.000524288"} 0"#,

@@ -56,6 +56,14 @@ const COUNTED: &[(Family, IfCounted)] = &[
         ),
         |vbd| Some(vbd.counted("ring_full")? as f64),
     ),
+    (
+        (
+            "xen_disk_ring_slots",
+            "gauge",
+            "Requests for which the rings have room.",
+        ),
+        |vbd| Some(vbd.counted("ring_slots")? as f64),
+    ),
 ];
 
 /// The value that a family has of an operation.

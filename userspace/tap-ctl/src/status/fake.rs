@@ -55,7 +55,7 @@ pub(crate) fn tap(minor: u32) -> Disk {
         block: None,
         queues: Vec::new(),
         tap: Some(row(minor)),
-        process: None,
+        process: Vec::new(),
     }
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn phy() -> Disk {
         block: Some(Default::default()),
         queues: Vec::new(),
         tap: None,
-        process: None,
+        process: Vec::new(),
     }
 }
 

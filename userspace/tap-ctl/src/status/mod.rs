@@ -24,7 +24,7 @@ pub(crate) use show::named;
 
 /// What no counter tells, so that nobody looks for it in the verdicts.
 const NOT_KNOWN: [&str; 1] = [
-    "how long requests wait in the ring before the driver takes them: nothing says when the guest put them there, so no disk is called slow for it; how often its ring was full is counted",
+    "how long requests wait in the ring before the driver takes them, or in the guest for room there: nothing says since when, so no disk is called slow for it; how full its rings were is counted",
 ];
 
 /// A disk and what is said of it.

@@ -6,7 +6,7 @@
 //! one whose thread sleeps in the block layer shows no more, so those are watched. A driver that counts no times
 //! leaves the block devices alone to judge by.
 
-use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
+use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::{milliseconds, Await, Figures};
 use crate::host::block::Block;
 use crate::host::vbd::{Operation, Vbd};
@@ -28,7 +28,7 @@ pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict
         .or_else(|| around.starved(&figures))
         .or_else(|| slow_to_answer(&figures, around))
         .or_else(|| around.short_of_pages(&figures))
-        .unwrap_or_else(|| at_rest(vbd, now))
+        .unwrap_or_else(|| at_rest(vbd, now, &figures))
 }
 
 /// A disk of a guest that no driver has.
@@ -249,14 +249,14 @@ fn slow_to_answer(figures: &Figures, around: &Surroundings) -> Option<Verdict> {
 }
 
 /// A disk with which nothing is wrong.
-pub(crate) fn at_rest(vbd: &Vbd, now: &Disk) -> Verdict {
+fn at_rest(vbd: &Vbd, now: &Disk, figures: &Figures) -> Verdict {
     if !vbd.is_connected() {
         let state = vbd.state.as_deref().unwrap_or("not known");
         return Verdict::new(State::NotConnected, format!("its state is {state}"));
     }
     let is_judged = now.block.is_some();
     match is_judged {
-        true => Verdict::new(State::Ok, ""),
+        true => well(figures),
         false => Verdict::new(State::Unknown, "its block device cannot be read"),
     }
 }

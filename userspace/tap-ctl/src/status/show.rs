@@ -103,9 +103,12 @@ pub(crate) fn named(figures: &Figures) -> Vec<(String, String)> {
         "passes with a full ring",
         figures.ring_full.and_then(percent),
     );
+    add("room in rings used", figures.ring_used.and_then(percent));
     add("errors", some(figures.errors));
     add("refused", some(figures.refused));
     add("thread ran", percent(figures.ran));
+    let process = Some(figures.process_ran).filter(|part| *part > 0.0);
+    add("process ran", process.and_then(percent));
     add("without a processor", percent(figures.starved));
     named
 }

@@ -2,7 +2,7 @@
 //! What can be said of a disk that a process serves.
 
 use super::phy;
-use super::verdict::{Cause, Oldest, State, Surroundings, Verdict};
+use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::Figures;
 use crate::host::task::Task;
 use crate::look::{Disk, Supervisor};
@@ -144,7 +144,7 @@ fn running(
         .or_else(|| slow(before, now, &figures, around))
         .or_else(|| around.starved(&figures))
         .or_else(|| around.short_of_pages(&figures))
-        .unwrap_or_else(|| at_rest(now))
+        .unwrap_or_else(|| at_rest(now, &figures))
 }
 
 fn hung(
@@ -219,7 +219,7 @@ fn who_hangs(now: &Disk, tap: &TopRow, kernel: &Kernel) -> Verdict {
     };
     let has = kernel.delivered;
     let image = image(tap);
-    match (&now.process, &tap.stats) {
+    match (now.process.first(), &tap.stats) {
         (
             Some(Task {
                 state: 'T' | 't',
@@ -321,7 +321,9 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
             "tap-ctl set -m {minor} --bps 0 --iops 0, if it may have more"
         )));
     }
-    if let Some(starved) = around.starved(figures) {
+    // One thread serves a disk, and others do what takes long. What they lack besides is the smaller part.
+    let is_busy = figures.process_ran > 0.9 && figures.starved < 0.5;
+    if let Some(starved) = around.starved(figures).filter(|_| !is_busy) {
         return Some(starved);
     }
     let why = format!(
@@ -329,9 +331,12 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
         half.as_millis()
     );
     let slow = |cause, more: &str| Verdict::new(State::Slow, format!("{why}{more}")).because(cause);
-    // One thread serves a disk.
-    if figures.ran > 0.9 {
-        let slow = slow(Cause::Process, ", and its process uses a whole processor");
+    if is_busy {
+        let whole = format!(
+            ", and its process uses {:.1} processors",
+            figures.process_ran
+        );
+        let slow = slow(Cause::Process, &whole);
         return Some(slow.remedy(
             "that is as fast as it gets: spread the load over several disks, or use a raw image",
         ));
@@ -341,12 +346,12 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
     Some(slow.remedy(format!("see with iostat -x to the storage of {image}")))
 }
 
-fn at_rest(now: &Disk) -> Verdict {
+fn at_rest(now: &Disk, figures: &Figures) -> Verdict {
     match &now.vbd {
         Some(vbd) if !vbd.is_connected() => {
             let state = vbd.state.as_deref().unwrap_or("not known");
             Verdict::new(State::NotConnected, format!("its state is {state}"))
         }
-        _ => Verdict::new(State::Ok, ""),
+        _ => well(figures),
     }
 }

@@ -228,6 +228,31 @@ fn time_without_pages_and_pieces_are_named_and_a_full_ring_is_shown() {
 }
 
 #[test]
+fn rings_that_are_full_are_named_and_the_disk_is_well() {
+    let made = made();
+    keeps_time(&made);
+    counter(&made, "ring_slots", 64);
+    let before = look(&made);
+    // 44 on average, of 22 ms each.
+    counter(&made, "wr_req", 2000);
+    counter(&made, "wr_done", 2000);
+    counter(&made, "wr_ns", 44_000 * MS);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Ok, None, 0));
+    let text = show::text(&report, true);
+    assert!(text.contains("room in rings used 69 %"), "{text}");
+    counter(&made, "wr_ns", 46_000 * MS);
+    let report = after(1, &before, &look(&made));
+    assert_eq!(said(&report), (State::Ok, Some(Cause::Ring), 0));
+    let text = show::text(&report, false);
+    assert!(text.contains("72 % of the room in its rings"), "{text}");
+    assert!(text.contains("max_ring_page_order"), "{text}");
+    // What is slow is said first.
+    counter(&made, "wr_done", 300);
+    assert_eq!(said(&after(1, &before, &look(&made))).0, State::Slow);
+}
+
+#[test]
 fn requests_that_wait_for_pages_are_named_with_the_limit_that_holds_them() {
     let made = made();
     let parameters = "/sys/module/xen_blkback_rs/parameters";
@@ -431,7 +456,7 @@ fn who_hangs_is_the_process_or_its_storage() {
         let report = of_tap(1, |disk| {
             has_a_request(disk);
             row(disk).stats = None;
-            disk.process = process(letter);
+            disk.process = process(letter).into_iter().collect();
         });
         assert_eq!(said(&report), (State::Hung, Some(cause), 2), "{letter}");
     }
@@ -530,17 +555,17 @@ fn a_slow_tap_disk_is_its_storage_unless_a_processor_is_short() {
         let mut before = look(&Made::new());
         let mut disk = fake::tap(0);
         fake::stats(&mut disk).limits = Some(control::Limits::default());
-        disk.process = Some(Task::default());
+        disk.process = vec![Task::default()];
         before.disks = vec![disk.clone()];
         for _ in 0..10 {
             fake::stats(&mut disk).read.latency.add(300_000_000);
         }
         fake::stats(&mut disk).held += held;
-        disk.process = Some(Task {
+        disk.process = vec![Task {
             ran: Duration::from_millis(ran_ms),
             waited: Duration::from_millis(waited_ms),
             ..Task::default()
-        });
+        }];
         let mut now = before.clone();
         now.disks = vec![disk];
         said(&after(1, &before, &now)).1
@@ -549,6 +574,8 @@ fn a_slow_tap_disk_is_its_storage_unless_a_processor_is_short() {
     assert_eq!(slow_with(1, 10, 10), Some(Cause::Administrator));
     assert_eq!(slow(10, 10), Some(Cause::Storage));
     assert_eq!(slow(990, 10), Some(Cause::Process));
+    assert_eq!(slow(990, 400), Some(Cause::Process));
+    assert_eq!(slow(990, 600), Some(Cause::HostCpu));
     assert_eq!(slow(500, 400), Some(Cause::HostCpu));
 }
 

@@ -79,6 +79,8 @@ pub(crate) enum Cause {
     Process,
     /// Memory of the driver, for which requests wait.
     PagePool,
+    /// The ring, which has no room for more.
+    Ring,
     /// Processors of this domain.
     HostCpu,
     /// The guest.
@@ -94,6 +96,7 @@ impl Cause {
             Cause::Storage => "storage",
             Cause::Process => "process",
             Cause::PagePool => "page-pool",
+            Cause::Ring => "ring",
             Cause::HostCpu => "host-cpu",
             Cause::Guest => "guest",
             Cause::Administrator => "administrator",
@@ -202,6 +205,29 @@ const STARVED: f64 = 0.2;
 
 /// The part of the time from which on it counts that requests wait for pages.
 const PAGE_WAIT: f64 = 0.1;
+
+/// The part of the room in the rings from which on it counts that they are in use.
+const FULL: f64 = 0.7;
+
+/// A disk with which nothing is wrong.
+pub(crate) fn well(figures: &Figures) -> Verdict {
+    full_ring(figures).unwrap_or_else(|| Verdict::new(State::Ok, ""))
+}
+
+/// A disk whose guest fills its rings. What waits in the guest for room nobody can see from here, so that the disk
+/// is not called slow.
+fn full_ring(figures: &Figures) -> Option<Verdict> {
+    let used = figures.ring_used.filter(|part| *part >= FULL)?;
+    // What is done in several pieces counts as several.
+    let percent = (used.min(1.0) * 100.0).round();
+    let why = format!(
+        "{percent} % of the room in its rings were in use: more requests may wait in its guest"
+    );
+    let well = Verdict::new(State::Ok, why).because(Cause::Ring);
+    Some(well.remedy(
+        "if the guest is not content: larger rings (boot a Linux guest with xen_blkfront.max_ring_page_order=4), or more processors for it, each of which has a ring",
+    ))
+}
 
 /// What requests had to do without, if too few pages made a difference.
 fn page_waits(figures: &Figures) -> Option<String> {

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Disks that are slow in several ways, and what an administrator is told of each.
+
+use super::basic::{attach_own, detach_own};
+use super::formats::qemu_img;
+use super::memory::Parameter;
+use super::ops::{of, said_of, HUNG, LIMIT, SLOW};
+use super::tap::{attach_dom0, image};
+use super::{Case, Context, Needs};
+use crate::backing::{delayed, linear, Dm};
+use crate::guest::Vbd;
+use crate::{sh, tap};
+use anyhow::{ensure, Context as _, Result};
+use serde_json::{Deserializer, Value};
+use std::process::{Child, Command};
+
+/// The cases of this file.
+pub(super) fn cases() -> Vec<Case> {
+    let ours = |name, about, run: fn(&mut Context) -> Result<()>| {
+        Case {
+            ours: true,
+            ..Case::new(name, about, Needs::Nothing, run)
+        }
+        .no_leaks()
+        .nightly()
+    };
+    vec![
+        ours(
+            "ops.slow",
+            "a phy disk on slow storage and one that waits for pages are each named with what to do",
+            slow,
+        ),
+        ours(
+            "ops.slow_ring",
+            "a phy disk whose guest has more requests than its ring has room for is named, and is ok",
+            full_ring,
+        )
+        // Without a supervisor the exit code is never that of a host that is well.
+        .supervised(),
+        ours(
+            "ops.slow_process",
+            "a tap disk whose process has too much to do is named, and so it is where others take its processor",
+            process,
+        )
+        .supervised(),
+    ]
+}
+
+/// What a disk does until this is dropped.
+struct Load(Child);
+
+impl Load {
+    /// Requests after which what is begun with is over.
+    const BEGUN: u64 = 100;
+
+    /// Starts fio with these words, and waits until it is at work.
+    fn start(device: &str, words: &str, vbd: &Vbd) -> Result<Load> {
+        let ended =
+            || Ok::<_, anyhow::Error>(vbd.statistic("wr_done")? + vbd.statistic("rd_done")?);
+        let before = ended()?;
+        let mut fio = Command::new("fio");
+        // A process of its own for each job would outlive this one.
+        fio.args(["--name=load", "--thread", "--ioengine=libaio", "--direct=1"])
+            .arg(format!("--filename={device}"))
+            .args(["--time_based", "--runtime=1h", "--output=/dev/null"])
+            .args(words.split_whitespace());
+        let load = Load(fio.spawn().context("cannot start fio")?);
+        sh::wait_for("the first requests", LIMIT, || {
+            Ok(ended()? > before + Load::BEGUN)
+        })?;
+        Ok(load)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let killed = self.0.kill();
+        let ended = self.0.wait();
+        if killed.is_err() || ended.is_err() {
+            eprintln!("the load does not end: {killed:?}, {ended:?}");
+        }
+    }
+}
+
+/// What uses the processors of dom0 until this is dropped.
+struct Hogs(Vec<Child>);
+
+impl Hogs {
+    /// So many for each of two processors that others get a small part.
+    const COUNT: usize = 8;
+
+    fn start() -> Result<Hogs> {
+        let mut hogs = Hogs(Vec::new());
+        for _ in 0..Hogs::COUNT {
+            let hog = Command::new("sh")
+                .args(["-c", "while :; do :; done"])
+                .spawn();
+            hogs.0
+                .push(hog.context("cannot start what uses a processor")?);
+        }
+        Ok(hogs)
+    }
+}
+
+impl Drop for Hogs {
+    fn drop(&mut self) {
+        for hog in &mut self.0 {
+            let killed = hog.kill();
+            let ended = hog.wait();
+            if killed.is_err() || ended.is_err() {
+                eprintln!("what uses a processor does not end: {killed:?}, {ended:?}");
+            }
+        }
+    }
+}
+
+/// The verdict on xvdk while it is loaded, which is this one, with this exit code; `slow` says which requests are slow.
+fn named(slow: &str, wanted: i32, state: &str, cause: &str) -> Result<Value> {
+    let (code, said) = said_of(slow)?;
+    let disk = of(&said, "xvdk")?.clone();
+    ensure!(
+        code == wanted && disk["state"] == state && disk["cause"] == cause,
+        "it is not said to be {state} for {cause}, with {wanted} but {code}: {disk}"
+    );
+    Ok(disk)
+}
+
+/// The metrics have the same verdict on xvdk.
+fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<()> {
+    let metrics = tap::ctl(&["metrics", "--hung", HUNG, "--slow", slow])?;
+    let words = [
+        "xen_disk_verdict{".to_owned(),
+        r#"vdev="xvdk""#.to_owned(),
+        format!(r#"kind="{kind}""#),
+        format!(r#"verdict="{state}",cause="{cause}""#),
+    ];
+    ensure!(
+        metrics
+            .lines()
+            .any(|line| words.iter().all(|word| line.contains(word))),
+        "{words:?} are not in {metrics}"
+    );
+    Ok(())
+}
+
+/// True if one of its sentences has all these words.
+fn says(disk: &Value, sentence: &str, words: &[&str]) -> bool {
+    let text = disk[sentence].as_str().unwrap_or("");
+    words.iter().all(|word| text.contains(word))
+}
+
+/// The figures of xvdk in the last of two pictures of `top`.
+fn shown() -> Result<Value> {
+    let text = tap::ctl(&["--json", "top", "-n", "2"])?;
+    let pictures = Deserializer::from_str(&text).into_iter::<Value>();
+    let last = pictures.last().context("no picture")??;
+    Ok(of(&last, "xvdk")?["figures"].clone())
+}
+
+/// How long its writes take, in milliseconds.
+fn write_ms() -> Result<f64> {
+    let figures = shown()?;
+    let awaits = figures["awaits"].as_array().context("no times")?;
+    let writes = awaits.iter().find(|one| one["operation"] == "write");
+    writes
+        .and_then(|one| one["mean_ms"].as_f64())
+        .with_context(|| format!("no time of writes in {figures}"))
+}
+
+const SECTORS: u64 = 32768;
+/// fio's words for a job on each of two processors, each of which has a ring.
+const ON_BOTH: &str = "--numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split";
+
+/// A mapped device, which may be made slow.
+fn storage(context: &mut Context) -> Result<(Dm, String)> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let below = context.null_blk(16, &[])?.path();
+    let storage = Dm::create("vmtest-slow", &linear(&below, SECTORS))?;
+    let theirs = storage.clone();
+    context.at_end("remove the mapped device", move || theirs.remove());
+    Ok((storage, below))
+}
+
+/// Its storage is fast again, so that nothing is left.
+fn ends(vbd: &Vbd) -> Result<()> {
+    for (name, left) in [("in_flight", 0), ("oldest_ns", 0)] {
+        sh::wait_for("the end of all requests", LIMIT, || {
+            Ok(vbd.statistic(name)? == left)
+        })?;
+    }
+    detach_own(vbd)
+}
+
+fn slow(context: &mut Context) -> Result<()> {
+    let (storage, below) = storage(context)?;
+    // What is copied needs pages, which it will lack.
+    let copies = Parameter::set("feature_persistent", "N")?;
+    let vbd = attach_own(context, &storage.path(), "xvdk")?;
+    drop(copies);
+
+    storage.replace(&delayed(&below, SECTORS, 300)?)?;
+    let load = Load::start("/dev/xvdk", "--rw=write --bs=4k --iodepth=4", &vbd)?;
+    let disk = named(SLOW, 1, "slow", "storage")?;
+    ensure!(
+        // udev may read meanwhile, which takes as long.
+        says(&disk, "why", &["took", "vmtest-slow"])
+            && says(&disk, "remedy", &["iostat", "vmtest-slow"]),
+        "neither what is slow nor where is said: {disk}"
+    );
+    let ms = write_ms()?;
+    ensure!(ms >= 300.0, "writes that are held for 300 ms took {ms}");
+    measured(SLOW, "phy", "slow", "storage")?;
+    let metrics = tap::ctl(&["metrics", "--hung", HUNG])?;
+    for start in [
+        r#"xen_disk_in_flight{guest="0",vdev="xvdk",kind="phy"} "#,
+        r#"xen_disk_time_seconds_total{guest="0",vdev="xvdk",kind="phy",operation="write"} "#,
+    ] {
+        ensure!(
+            metrics.lines().any(|line| line.starts_with(start)),
+            "`{start}` is not in {metrics}"
+        );
+    }
+    drop(load);
+
+    // Not so slow that it is called so. Large requests then do without pages: they have those of the queue.
+    storage.replace(&delayed(&below, SECTORS, 20)?)?;
+    let bound = Parameter::set("domain_memory_mib", "0")?;
+    let load = Load::start("/dev/xvdk", "--rw=write --bs=1M", &vbd)?;
+    let disk = named(SLOW, 1, "slow", "page-pool")?;
+    ensure!(
+        says(&disk, "why", &["waited for pages"])
+            && says(&disk, "remedy", &["parameters/domain_memory_mib"]),
+        "the limit that is to be raised is not named: {disk}"
+    );
+    measured(SLOW, "phy", "slow", "page-pool")?;
+    let (waited, pieces) = (vbd.statistic("page_wait_ns")?, vbd.statistic("pieces")?);
+    context.note(&format!(
+        "writes took {ms:.0} ms; {} ms without pages, {pieces} pieces",
+        waited / 1_000_000
+    ))?;
+    drop(load);
+    drop(bound);
+
+    storage.replace(&linear(&below, SECTORS))?;
+    ends(&vbd)
+}
+
+fn full_ring(context: &mut Context) -> Result<()> {
+    let (storage, below) = storage(context)?;
+    let vbd = attach_own(context, &storage.path(), "xvdk")?;
+    // Not so slow that it is called so. A ring of one page has room for 32 requests, and each processor has one.
+    storage.replace(&delayed(&below, SECTORS, 80)?)?;
+    let work = format!("--rw=randwrite --bs=4k --iodepth=64 {ON_BOTH}");
+    let load = Load::start("/dev/xvdk", &work, &vbd)?;
+    let disk = named(SLOW, 0, "ok", "ring")?;
+    ensure!(
+        says(&disk, "why", &["room in its rings"])
+            && says(&disk, "remedy", &["max_ring_page_order"]),
+        "it is not said how the ring gets larger: {disk}"
+    );
+    measured(SLOW, "phy", "ok", "ring")?;
+    let used = shown()?["ring_used"].as_f64();
+    let used = used.context("it is not shown how full the rings are")?;
+    drop(load);
+    // One that has room all the time.
+    let load = Load::start("/dev/xvdk", "--rw=randwrite --bs=4k --iodepth=8", &vbd)?;
+    let (code, said) = said_of(SLOW)?;
+    let disk = of(&said, "xvdk")?;
+    ensure!(
+        code == 0 && disk["state"] == "ok" && disk["cause"].is_null(),
+        "a ring that has room is named: {disk}"
+    );
+    drop(load);
+    context.note(&format!("{:.0} % of the rings were in use", used * 100.0))?;
+    storage.replace(&linear(&below, SECTORS))?;
+    ends(&vbd)
+}
+
+/// What is slow for a process, in milliseconds: other machines are quicker than this one may be.
+const PROCESS_SLOW: &str = "20";
+
+/// An image that costs its process most: for each block that is read it unpacks a cluster.
+fn compressed(context: &mut Context) -> Result<String> {
+    const MIB: u32 = 16;
+    let plain = image(context, "plain.raw", MIB)?;
+    let fill = format!("head -c {MIB}M /dev/urandom | base64 -w 0 | head -c {MIB}M > {plain}");
+    sh::shell(&fill)?;
+    let packed = image(context, "packed.qcow2", 1)?;
+    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", &plain, &packed])?;
+    Ok(packed)
+}
+
+fn process(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let image = compressed(context)?;
+    let target = format!("qcow2:{image}");
+    let served = attach_dom0(&tap::disk(&target, "xvdk", "r"), "xvdk")?;
+    let work = &format!("--rw=randread --bs=4k --iodepth=32 {ON_BOTH}");
+    let load = Load::start("/dev/xvdk", work, &served.vbd)?;
+    let disk = named(PROCESS_SLOW, 1, "slow", "process")?;
+    ensure!(
+        says(&disk, "why", &["its process uses", "processors"])
+            && says(&disk, "remedy", &["several disks"]),
+        "it is not said what the process lacks: {disk}"
+    );
+    measured(PROCESS_SLOW, "tap", "slow", "process")?;
+    let ran = shown()?["process_ran"].as_f64();
+    let ran = ran.context("it is not shown what its process ran")?;
+
+    let hogs = Hogs::start()?;
+    let disk = named(PROCESS_SLOW, 1, "slow", "host-cpu")?;
+    ensure!(
+        says(&disk, "why", &["waited for a processor"]) && says(&disk, "remedy", &["top"]),
+        "it is not said who has the processors: {disk}"
+    );
+    measured(PROCESS_SLOW, "tap", "slow", "host-cpu")?;
+    let starved = shown()?["starved"]
+        .as_f64()
+        .context("no waits of its thread")?;
+    drop(hogs);
+    drop(load);
+    context.note(&format!(
+        "its process used {ran:.1} processors, and waited {:.0} % of the time beside others",
+        starved * 100.0
+    ))?;
+    detach_own(&served.vbd)?;
+    served.wait_gone()
+}
