@@ -19,6 +19,8 @@ use std::time::Duration;
 const RS: Driver = Driver::Rs;
 /// How long is waited for somebody who only asks the module something.
 const UNUSED: Duration = Duration::from_secs(2);
+/// How long the module may take to give back what it has of disks that were taken from it: the bus does not wait.
+const GIVEN_BACK: Duration = Duration::from_secs(5);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -224,15 +226,20 @@ fn with_pause<H: Host>(host: &H, plan: Exchange, ready: &[(&Device, Keys)]) -> R
 
 /// Nobody uses the module any more, and it goes.
 fn let_go<H: Host>(host: &H) -> Result<(), Refused> {
-    host.park()?;
-    let until = host.now() + UNUSED;
-    while let Err(error) = host.unload(RS) {
-        if host.now() >= until {
-            return Err(Refused(format!("the module does not go: {error}")));
+    again(host, GIVEN_BACK, || host.park())?;
+    let gone = again(host, UNUSED, || host.unload(RS));
+    gone.map_err(|error| Refused(format!("the module does not go: {error}")))
+}
+
+/// Does it again until it succeeds, or was refused for so long.
+fn again<H: Host>(host: &H, limit: Duration, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    let until = host.now() + limit;
+    loop {
+        match act() {
+            Err(_) if host.now() < until => host.sleep(LOOK),
+            done => return done,
         }
-        host.sleep(LOOK);
     }
-    Ok(())
 }
 
 /// Puts right what an earlier attempt has left.

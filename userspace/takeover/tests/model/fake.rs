@@ -8,6 +8,9 @@ use std::time::Duration;
 use takeover::rings::Head;
 use takeover::{take_over, Begun, Device, Driver, Host, Limits, Modules, Outcome, Plan};
 
+/// How long our module takes to give back what it has of a disk, of which the bus waits for nothing.
+const GIVES_BACK: Duration = Duration::from_millis(300);
+
 #[derive(Clone, Debug)]
 pub(crate) struct Vbd {
     pub(crate) driver: Option<Driver>,
@@ -61,6 +64,8 @@ pub(crate) struct Fake {
     pub(crate) no_autoprobe: Cell<bool>,
     /// Tap disks have nodes, and those hold the module.
     pub(crate) nodes: Cell<bool>,
+    /// Until then our module still has something of a disk that was taken from it.
+    gives_back: Cell<Duration>,
     /// There are tap disks.
     pub(crate) has_taps: Cell<bool>,
     /// The supervisor of tap disks does not answer.
@@ -378,6 +383,9 @@ impl Host for Fake {
             if self.served_by(Driver::Rs) > 0 {
                 return Err(io::Error::other("a guest is attached"));
             }
+            if self.now.get() < self.gives_back.get() {
+                return Err(io::Error::other("the kernel serves a guest from it"));
+            }
             self.nodes.set(false);
             Ok(())
         })
@@ -458,6 +466,9 @@ impl Host for Fake {
                 self.wrong(format!("{} is taken away with requests", device.name));
             }
             vbd.driver = None;
+            if driver == Driver::Rs {
+                self.gives_back.set(self.now.get() + GIVES_BACK);
+            }
             if self.vanishes.get() {
                 vbds.retain(|other, _| other.domid != device.domid);
                 self.paused.borrow_mut().remove(&device.domid);
