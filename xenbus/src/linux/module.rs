@@ -23,8 +23,8 @@ impl ModuleReference {
     pub(crate) fn get() -> Option<Self> {
         // SAFETY: This is the module's own address, which is valid while its code runs.
         let got = unsafe { bindings::try_module_get(this_module()) };
-        // INVARIANT: It was just taken.
-        got.then_some(Self(()))
+        // INVARIANT: It was just taken. Made only then: who drops one gives it back.
+        got.then(|| Self(()))
     }
 }
 

@@ -74,7 +74,46 @@ pub(super) fn cases() -> Vec<Case> {
         Needs::PvWide,
         defaults,
     ));
+    all.push(Case {
+        ours: true,
+        ..Case::new(
+            "rings.events",
+            "each event of a guest is ended once, and none that brought requests is called spurious: the kernel would hold back the next one",
+            Needs::Pv,
+            events,
+        )
+    });
     all
+}
+
+/// What the kernel counts of the events of a disk.
+fn counted(vbd: &Vbd, what: &str) -> Result<u64> {
+    let text = sh::get(vbd.sysfs().join("xenbus").join(what))?;
+    text.parse()
+        .with_context(|| format!("xenbus/{what} is `{text}`, not a number"))
+}
+
+fn events(context: &mut Context) -> Result<()> {
+    // Completions that come apart, each of which wakes the queue, without an event of the guest.
+    let slow = [("irqmode", "2"), ("completion_nsec", "300000")];
+    let device = context.null_blk(32, &slow)?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let random = "--rw=randread --bs=4k --iodepth=16 --number_ios=2000";
+    let fio = "fio --name=events --filename=/dev/xvda --size=32m --direct=1 --ioengine=libaio --output-format=terse";
+    guest.run_for(&format!("{fio} {random}"), FIO)?;
+    let (events, spurious) = (counted(&vbd, "events")?, counted(&vbd, "spurious_events")?);
+    let delayed = counted(&vbd, "jiffies_eoi_delayed")?;
+    context.note(&format!(
+        "{events} events, {spurious} of them spurious; the next one was held back for {delayed} ticks"
+    ))?;
+    // One may find that its requests were taken with the one before. Two in a row would be held back.
+    ensure!(
+        delayed == 0 && spurious * 4 <= events,
+        "of {events} events {spurious} were called spurious, and {delayed} ticks were waited for that"
+    );
+    let guest = context.pv()?;
+    guest.detach(&vbd)
 }
 
 fn one(context: &mut Context, shape: Shape) -> Result<()> {

@@ -100,7 +100,8 @@ impl EventChannel {
 
     /// Takes the event that came, if one did.
     pub(crate) fn take_pending(&self) -> Option<Pending<'_>> {
-        (self.line.pending.xchg(0, Full) != 0).then_some(Pending {
+        // Made only if there is one: who drops one ends an event.
+        (self.line.pending.xchg(0, Full) != 0).then(|| Pending {
             channel: self,
             activity: Activity::Spurious,
         })
