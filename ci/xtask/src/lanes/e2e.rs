@@ -241,8 +241,14 @@ pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// The life of the packages on a host with systemd, a part of it for each time it is booted.
-const LIFE: &[&str] = &["installed", "upgraded", "removed"];
+/// The life of the packages on a host with systemd: a part of it for each time it is booted, and what more its kernel is
+/// told then.
+const LIFE: &[(&str, &str)] = &[
+    ("installed", ""),
+    ("refused", "module.sig_enforce=1"),
+    ("upgraded", ""),
+    ("removed", ""),
+];
 
 /// Packages are installed, upgraded under load, downgraded and removed on a host that keeps its disk.
 pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
@@ -267,12 +273,12 @@ pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     copy.args(["--sparse=always", "--reflink=auto"]);
     run::shown(copy.arg(machines.dom0.join("dom0.img")).arg(&root))?;
     let before = tally.failed;
-    for part in LIFE {
+    for (part, more) in LIFE {
         let name = format!("life-{part}");
         let mut machine = machine(&name);
         machine.root = Some(root.clone());
         // Each line on a console of Xen takes its time.
-        machine.dom0_args = format!("life={part} systemd.show_status=no");
+        machine.dom0_args = format!("life={part} systemd.show_status=no {more}");
         let outcome = report_on(tally, machine, &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
         if tally.failed > before {

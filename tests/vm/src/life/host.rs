@@ -3,6 +3,7 @@
 
 use crate::sh::{self, Output};
 use anyhow::{ensure, Context, Result};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 /// A boot, and what apt does, take long in emulation.
@@ -36,18 +37,27 @@ pub(super) fn versions() -> Result<[String; 2]> {
         .with_context(|| format!("{INDEX} has {count} versions of {PROGRAMS}"))
 }
 
-/// Runs apt-get as nobody who can answer does.
+/// apt-get as nobody who can answer runs it.
+const APT: &[&str] = &[
+    "env",
+    "DEBIAN_FRONTEND=noninteractive",
+    "apt-get",
+    "--yes",
+    "--quiet",
+    "-o",
+    "Dpkg::Use-Pty=0",
+];
+
+/// Runs apt-get.
 pub(super) fn apt(arguments: &[&str]) -> Result<Output> {
-    const APT: &[&str] = &[
-        "env",
-        "DEBIAN_FRONTEND=noninteractive",
-        "apt-get",
-        "--yes",
-        "--quiet",
-        "-o",
-        "Dpkg::Use-Pty=0",
-    ];
     sh::status(&[APT, arguments].concat(), LONG)
+}
+
+/// Starts apt-get, for who does something meanwhile.
+pub(super) fn apt_begins(arguments: &[&str]) -> Result<Child> {
+    let mut command = Command::new(APT[0]);
+    command.args(&APT[1..]).args(arguments);
+    command.spawn().context("cannot start apt-get")
 }
 
 /// The same, which must succeed; returns what is said.

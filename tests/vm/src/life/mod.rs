@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The life of the packages on a host with systemd: installed while the C driver serves, upgraded and downgraded under
-//! load, removed. The host's disk outlives its boots. Each boot is a part of the life, and each chapter of a part
+//! load, removed; and refused by a kernel that wants signatures. The host's disk outlives its boots. Each boot is a part of the life, and each chapter of a part
 //! builds on those before it.
 
 mod after;
 mod before;
 mod host;
+mod refused;
 mod serving;
 mod working;
 
@@ -22,6 +23,8 @@ use working::Working;
 pub(crate) enum Part {
     /// The C driver serves, the packages are installed, and it is decided for ours.
     Installed,
+    /// The kernel takes no module without a signature, as ours.
+    Refused,
     /// Ours serves, is upgraded and downgraded below guests that work, and removed.
     Upgraded,
     /// The C driver serves again.
@@ -32,6 +35,7 @@ impl Part {
     fn chapters(self) -> Vec<Chapter> {
         match self {
             Part::Installed => before::chapters(),
+            Part::Refused => refused::chapters(),
             Part::Upgraded => serving::chapters(),
             Part::Removed => after::chapters(),
         }

@@ -37,6 +37,11 @@ pub(super) fn chapters() -> Vec<Chapter> {
             tell: no_room,
         },
         Chapter {
+            name: "life.interrupted",
+            about: "dpkg is killed in the middle of an upgrade: disks go on, and the upgrade ends when it is told to",
+            tell: interrupted,
+        },
+        Chapter {
             name: "life.xens_tools",
             about: "Xen's scripts are installed again below ours, and both ways to a disk work",
             tell: xens_tools,
@@ -160,6 +165,56 @@ fn no_room(story: &mut Story) -> Result<()> {
     answered.context("while the disk was full")?;
     host::apt_does(&["--fix-broken", "install"])?;
     changed(story, &version)
+}
+
+/// What dpkg has of a package, as `installed` or `unpacked`.
+fn dpkg_state(package: &str) -> Result<String> {
+    let format = "--showformat=${db:Status-Status}";
+    sh::run(&["dpkg-query", "--show", format, package])
+}
+
+fn interrupted(story: &mut Story) -> Result<()> {
+    let [_, next] = host::versions()?;
+    let [programs, _] = host::packages()?;
+    let was = (host::supervisor()?, story.working()?.disk()?.pid()?);
+    let wanted = ["install", &format!("{programs}={next}")];
+    let mut upgrade = host::apt_begins(&wanted)?;
+    // Its files are being exchanged, or are and nothing was told of that.
+    sh::wait_for("the middle of the upgrade", LIMIT, || {
+        Ok(dpkg_state(&programs)? != "installed")
+    })?;
+    sh::run(&["pkill", "-KILL", "-x", "dpkg"])?;
+    let ended = upgrade.wait()?;
+    ensure!(
+        !ended.success(),
+        "the upgrade has ended before dpkg was killed"
+    );
+    let left = dpkg_state(&programs)?;
+    ensure!(left != "installed", "dpkg has ended before it was killed");
+    let working = story.working()?;
+    working.goes_on().context("while the packages are broken")?;
+    let (supervisor, process) = was;
+    ensure!(
+        sys::kill(supervisor, 0).is_ok() && working.disk()?.pid()? == process,
+        "the supervisor or the disk's process was ended by half an upgrade"
+    );
+    working.disk()?.replace()?;
+    working
+        .goes_on()
+        .context("with a process of the half that is there")?;
+    sh::run_for(&["dpkg", "--configure", "--all"], LIMIT)?;
+    host::apt_does(&wanted)?;
+    ensure!(
+        dpkg_state(&programs)? == "installed",
+        "the upgrade has not ended"
+    );
+    tap::wait_supervisor()?;
+    working.goes_on()?;
+    let [version, _] = host::versions()?;
+    bring_to(&version)?;
+    tap::wait_supervisor()?;
+    working.goes_on()?;
+    host::nothing_failed()
 }
 
 fn xens_tools(story: &mut Story) -> Result<()> {
