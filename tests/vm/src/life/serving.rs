@@ -202,7 +202,7 @@ fn interrupted(story: &mut Story) -> Result<()> {
     working
         .goes_on()
         .context("with a process of the half that is there")?;
-    sh::run_for(&["dpkg", "--configure", "--all"], LIMIT)?;
+    sh::run_for(&["dpkg", "--configure", "-a"], LIMIT)?;
     host::apt_does(&wanted)?;
     ensure!(
         dpkg_state(&programs)? == "installed",
