@@ -101,18 +101,21 @@ fn report(served: &tap::Served) -> Result<()> {
     Ok(())
 }
 
-/// A mapped device, which may hang.
-fn storage(context: &mut Context) -> Result<Dm> {
+/// The size of the storage.
+pub(super) const SECTORS: u64 = 32768;
+
+/// A mapped device, which may hang or be slow, and what is below it.
+pub(super) fn storage(context: &mut Context) -> Result<(Dm, String)> {
     sh::modprobe("xen-blkfront", &[])?;
-    let below = context.null_blk(16, &[])?;
-    let storage = Dm::create("vmtest-slow", &linear(&below.path(), 32768))?;
+    let below = context.null_blk(16, &[])?.path();
+    let storage = Dm::create("vmtest-slow", &linear(&below, SECTORS))?;
     let theirs = storage.clone();
     // Whatever a failed case left: a device that hangs cannot be removed.
     context.at_end("remove the mapped device", move || {
         theirs.resume()?;
         theirs.remove()
     });
-    Ok(storage)
+    Ok((storage, below))
 }
 
 /// What the kernel's log says of one disk.
@@ -141,7 +144,7 @@ fn log(context: &mut Context) -> Result<()> {
         loaded.contains("loaded: max_queues"),
         "the log does not say what the module's parameters come to"
     );
-    let storage = storage(context)?;
+    let (storage, _) = storage(context)?;
     let mut log = Log {
         kmsg: Kmsg::from_now()?,
         of: "vbd-0-".into(),
@@ -165,7 +168,7 @@ fn log(context: &mut Context) -> Result<()> {
 }
 
 fn status(context: &mut Context) -> Result<()> {
-    let storage = storage(context)?;
+    let (storage, _) = storage(context)?;
     let phy = attach_own(context, &storage.path(), "xvdk")?;
     let served = attach_dom0(&tap::disk("ram:16M", "xvdj", "w"), "xvdj")?;
 

@@ -4,10 +4,10 @@
 use super::basic::{attach_own, detach_own};
 use super::formats::qemu_img;
 use super::memory::Parameter;
-use super::ops::{of, said_of, HUNG, LIMIT, SLOW};
+use super::ops::{of, said_of, storage, HUNG, LIMIT, SECTORS, SLOW};
 use super::tap::{attach_dom0, image};
 use super::{Case, Context, Needs};
-use crate::backing::{delayed, linear, Dm};
+use crate::backing::{delayed, linear};
 use crate::guest::Vbd;
 use crate::{sh, tap};
 use anyhow::{ensure, Context as _, Result};
@@ -167,19 +167,8 @@ fn write_ms() -> Result<f64> {
         .with_context(|| format!("no time of writes in {figures}"))
 }
 
-const SECTORS: u64 = 32768;
 /// fio's words for a job on each of two processors, each of which has a ring.
 const ON_BOTH: &str = "--numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split";
-
-/// A mapped device, which may be made slow.
-fn storage(context: &mut Context) -> Result<(Dm, String)> {
-    sh::modprobe("xen-blkfront", &[])?;
-    let below = context.null_blk(16, &[])?.path();
-    let storage = Dm::create("vmtest-slow", &linear(&below, SECTORS))?;
-    let theirs = storage.clone();
-    context.at_end("remove the mapped device", move || theirs.remove());
-    Ok((storage, below))
-}
 
 /// Its storage is fast again, so that nothing is left.
 fn ends(vbd: &Vbd) -> Result<()> {
