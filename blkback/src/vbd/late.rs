@@ -58,7 +58,8 @@ impl Vbd {
 
     pub(super) fn look_for_late(self: &Arc<Self>) {
         let mut life = self.life.lock();
-        if life.over || life.connection.is_none() {
+        // As at the end of a life.
+        if life.connection.is_none() {
             life.late = Late::NEW;
             return;
         }

@@ -161,9 +161,7 @@ pub(crate) fn enqueue_after<W, const ID: u64>(work: W, milliseconds: u32) -> boo
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
 {
-    // SAFETY: Plain arithmetic.
-    let delay = unsafe { bindings::__msecs_to_jiffies(milliseconds) };
-    with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
+    enqueue_in(work, jiffies(milliseconds))
 }
 
 /// Queues work as [`enqueue_after`] does, about so many milliseconds from now: a processor that sleeps is woken
@@ -172,9 +170,20 @@ pub(crate) fn enqueue_about<W, const ID: u64>(work: W, milliseconds: u32) -> boo
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
 {
-    // SAFETY: Plain arithmetic, the latter with the clock of the timers.
-    let delay =
-        unsafe { bindings::round_jiffies_relative(bindings::__msecs_to_jiffies(milliseconds)) };
+    // SAFETY: Plain arithmetic on the current time.
+    let delay = unsafe { bindings::round_jiffies_relative(jiffies(milliseconds)) };
+    enqueue_in(work, delay)
+}
+
+fn jiffies(milliseconds: u32) -> usize {
+    // SAFETY: Plain arithmetic.
+    unsafe { bindings::__msecs_to_jiffies(milliseconds) }
+}
+
+fn enqueue_in<W, const ID: u64>(work: W, delay: usize) -> bool
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
     with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
 }
 
