@@ -570,9 +570,14 @@ impl Vbd {
 
     /// A number of the backend's statistics.
     pub(crate) fn statistic(&self, name: &str) -> Result<u64> {
-        let text = sh::get(self.sysfs().join("statistics").join(name))?;
+        self.number(&format!("statistics/{name}"))
+    }
+
+    /// A number in the backend's directory of sysfs.
+    pub(crate) fn number(&self, file: &str) -> Result<u64> {
+        let text = sh::get(self.sysfs().join(file))?;
         text.parse()
-            .with_context(|| format!("statistics/{name} is `{text}`, not a number"))
+            .with_context(|| format!("{file} is `{text}`, not a number"))
     }
 
     /// Waits until neither sysfs nor xenstore knows the disk.

@@ -45,13 +45,8 @@ pub(super) const SLOW: &str = "100";
 /// Programs take long in an emulated machine.
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
-/// The exit code of `tap-ctl status`, and what it says of each disk.
-fn said() -> Result<(i32, Value)> {
-    said_of(SLOW)
-}
-
-/// The same, where requests are slow that take so many milliseconds.
-pub(super) fn said_of(slow: &str) -> Result<(i32, Value)> {
+/// The exit code of `tap-ctl status`, and what it says of each disk. Requests are slow that take so many milliseconds.
+pub(super) fn said(slow: &str) -> Result<(i32, Value)> {
     let argv = [
         "tap-ctl", "--json", "status", "--hung", HUNG, "--slow", slow,
     ];
@@ -174,7 +169,7 @@ fn status(context: &mut Context) -> Result<()> {
 
     storage.suspend()?;
     let mut writer = write("/dev/xvdk", &phy)?;
-    let (code, said_hung) = said()?;
+    let (code, said_hung) = said(SLOW)?;
     let hung = of(&said_hung, "xvdk")?;
     ensure!(code == 2, "the exit code is {code}, not 2: {said_hung}");
     ensure!(
@@ -219,7 +214,7 @@ fn status(context: &mut Context) -> Result<()> {
 
     storage.resume()?;
     ensure!(writer.wait()?.success(), "the write failed that had hung");
-    let (code, said_well) = said()?;
+    let (code, said_well) = said(SLOW)?;
     // The machine is emulated: its processors may well be short.
     ensure!(
         code < 2,

@@ -86,13 +86,6 @@ pub(super) fn cases() -> Vec<Case> {
     all
 }
 
-/// What the kernel counts of the events of a disk.
-fn counted(vbd: &Vbd, what: &str) -> Result<u64> {
-    let text = sh::get(vbd.sysfs().join("xenbus").join(what))?;
-    text.parse()
-        .with_context(|| format!("xenbus/{what} is `{text}`, not a number"))
-}
-
 fn events(context: &mut Context) -> Result<()> {
     // Completions that come apart, each of which wakes the queue, without an event of the guest.
     let slow = [("irqmode", "2"), ("completion_nsec", "300000")];
@@ -102,8 +95,9 @@ fn events(context: &mut Context) -> Result<()> {
     let random = "--rw=randread --bs=4k --iodepth=16 --number_ios=2000";
     let fio = "fio --name=events --filename=/dev/xvda --size=32m --direct=1 --ioengine=libaio --output-format=terse";
     guest.run_for(&format!("{fio} {random}"), FIO)?;
-    let (events, spurious) = (counted(&vbd, "events")?, counted(&vbd, "spurious_events")?);
-    let delayed = counted(&vbd, "jiffies_eoi_delayed")?;
+    let events = vbd.number("xenbus/events")?;
+    let spurious = vbd.number("xenbus/spurious_events")?;
+    let delayed = vbd.number("xenbus/jiffies_eoi_delayed")?;
     context.note(&format!(
         "{events} events, {spurious} of them spurious; the next one was held back for {delayed} ticks"
     ))?;

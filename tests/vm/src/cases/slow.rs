@@ -4,7 +4,7 @@
 use super::basic::{attach_own, detach_own};
 use super::formats::qemu_img;
 use super::memory::Parameter;
-use super::ops::{of, said_of, storage, HUNG, LIMIT, SECTORS, SLOW};
+use super::ops::{of, said, storage, HUNG, LIMIT, SECTORS, SLOW};
 use super::tap::{attach_dom0, image};
 use super::{Case, Context, Needs};
 use crate::backing::{delayed, linear};
@@ -46,77 +46,58 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What a disk does until this is dropped.
-struct Load(Child);
+/// A program that runs until this is dropped.
+struct Running(Child);
 
-impl Load {
-    /// Requests after which what is begun with is over.
-    const BEGUN: u64 = 100;
-
-    /// Starts fio with these words, and waits until it is at work.
-    fn start(device: &str, words: &str, vbd: &Vbd) -> Result<Load> {
-        let ended =
-            || Ok::<_, anyhow::Error>(vbd.statistic("wr_done")? + vbd.statistic("rd_done")?);
-        let before = ended()?;
-        let mut fio = Command::new("fio");
-        // A process of its own for each job would outlive this one.
-        fio.args(["--name=load", "--thread", "--ioengine=libaio", "--direct=1"])
-            .arg(format!("--filename={device}"))
-            .args(["--time_based", "--runtime=1h", "--output=/dev/null"])
-            .args(words.split_whitespace());
-        let load = Load(fio.spawn().context("cannot start fio")?);
-        sh::wait_for("the first requests", LIMIT, || {
-            Ok(ended()? > before + Load::BEGUN)
-        })?;
-        Ok(load)
+impl Running {
+    fn start(command: &mut Command) -> Result<Running> {
+        let child = command.spawn();
+        child
+            .map(Running)
+            .with_context(|| format!("cannot start {command:?}"))
     }
 }
 
-impl Drop for Load {
+impl Drop for Running {
     fn drop(&mut self) {
         let killed = self.0.kill();
         let ended = self.0.wait();
         if killed.is_err() || ended.is_err() {
-            eprintln!("the load does not end: {killed:?}, {ended:?}");
+            eprintln!("a program does not end: {killed:?}, {ended:?}");
         }
     }
 }
 
-/// What uses the processors of dom0 until this is dropped.
-struct Hogs(Vec<Child>);
+/// Starts fio on a disk with these words, and waits until what it begins with is over.
+fn load(words: &str, vbd: &Vbd) -> Result<Running> {
+    const BEGUN: u64 = 100;
+    let ended = || Ok::<_, anyhow::Error>(vbd.statistic("wr_done")? + vbd.statistic("rd_done")?);
+    let before = ended()?;
+    let mut fio = Command::new("fio");
+    // A process of its own for each job would outlive this one.
+    fio.args(["--name=load", "--thread", "--ioengine=libaio", "--direct=1"])
+        .args(["--filename=/dev/xvdk", "--time_based", "--runtime=1h"])
+        .arg("--output=/dev/null")
+        .args(words.split_whitespace());
+    let load = Running::start(&mut fio)?;
+    sh::wait_for(
+        "the first requests",
+        LIMIT,
+        || Ok(ended()? > before + BEGUN),
+    )?;
+    Ok(load)
+}
 
-impl Hogs {
-    /// So many for each of two processors that others get a small part.
+/// What uses the processors of dom0: so much for each of two that others get a small part.
+fn hogs() -> Result<Vec<Running>> {
     const COUNT: usize = 8;
-
-    fn start() -> Result<Hogs> {
-        let mut hogs = Hogs(Vec::new());
-        for _ in 0..Hogs::COUNT {
-            let hog = Command::new("sh")
-                .args(["-c", "while :; do :; done"])
-                .spawn();
-            hogs.0
-                .push(hog.context("cannot start what uses a processor")?);
-        }
-        Ok(hogs)
-    }
-}
-
-impl Drop for Hogs {
-    fn drop(&mut self) {
-        for hog in &mut self.0 {
-            let killed = hog.kill();
-            let ended = hog.wait();
-            if killed.is_err() || ended.is_err() {
-                eprintln!("what uses a processor does not end: {killed:?}, {ended:?}");
-            }
-        }
-    }
+    let hog = || Running::start(Command::new("sh").args(["-c", "while :; do :; done"]));
+    (0..COUNT).map(|_| hog()).collect()
 }
 
 /// The verdict on xvdk while it is loaded, which is this one, with this exit code; `slow` says which requests are slow.
 fn named(slow: &str, wanted: i32, state: &str, cause: &str) -> Result<Value> {
-    let (code, said) = said_of(slow)?;
+    let (code, said) = said(slow)?;
     let disk = of(&said, "xvdk")?.clone();
     ensure!(
         code == wanted && disk["state"] == state && disk["cause"] == cause,
@@ -125,28 +106,31 @@ fn named(slow: &str, wanted: i32, state: &str, cause: &str) -> Result<Value> {
     Ok(disk)
 }
 
-/// The metrics have the same verdict on xvdk.
-fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<()> {
+/// The metrics have the same verdict on xvdk; returns them.
+fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<String> {
     let metrics = tap::ctl(&["metrics", "--hung", HUNG, "--slow", slow])?;
-    let words = [
-        "xen_disk_verdict{".to_owned(),
-        r#"vdev="xvdk""#.to_owned(),
-        format!(r#"kind="{kind}""#),
-        format!(r#"verdict="{state}",cause="{cause}""#),
-    ];
+    let start = format!(r#"xen_disk_verdict{{guest="0",vdev="xvdk",kind="{kind}","#);
+    // Between them the minor of a tap disk.
+    let end = format!(r#"verdict="{state}",cause="{cause}"}} 1"#);
     ensure!(
         metrics
             .lines()
-            .any(|line| words.iter().all(|word| line.contains(word))),
-        "{words:?} are not in {metrics}"
+            .any(|line| line.starts_with(&start) && line.ends_with(&end)),
+        "no `{start}` with `{end}` is in {metrics}"
     );
-    Ok(())
+    Ok(metrics)
 }
 
-/// True if one of its sentences has all these words.
-fn says(disk: &Value, sentence: &str, words: &[&str]) -> bool {
-    let text = disk[sentence].as_str().unwrap_or("");
-    words.iter().all(|word| text.contains(word))
+/// Why it is so and what to do is told, with all these words.
+fn tells(disk: &Value, why: &[&str], remedy: &[&str]) -> Result<()> {
+    for (sentence, words) in [("why", why), ("remedy", remedy)] {
+        let text = disk[sentence].as_str().unwrap_or("");
+        ensure!(
+            words.iter().all(|word| text.contains(word)),
+            "its `{sentence}` has not all of {words:?}: {disk}"
+        );
+    }
+    Ok(())
 }
 
 /// The figures of xvdk in the last of two pictures of `top`.
@@ -188,18 +172,13 @@ fn slow(context: &mut Context) -> Result<()> {
     drop(copies);
 
     storage.replace(&delayed(&below, SECTORS, 300)?)?;
-    let load = Load::start("/dev/xvdk", "--rw=write --bs=4k --iodepth=4", &vbd)?;
+    let running = load("--rw=write --bs=4k --iodepth=4", &vbd)?;
     let disk = named(SLOW, 1, "slow", "storage")?;
-    ensure!(
-        // udev may read meanwhile, which takes as long.
-        says(&disk, "why", &["took", "vmtest-slow"])
-            && says(&disk, "remedy", &["iostat", "vmtest-slow"]),
-        "neither what is slow nor where is said: {disk}"
-    );
+    // udev may read meanwhile, which takes as long.
+    tells(&disk, &["took", "vmtest-slow"], &["iostat", "vmtest-slow"])?;
     let ms = write_ms()?;
     ensure!(ms >= 300.0, "writes that are held for 300 ms took {ms}");
-    measured(SLOW, "phy", "slow", "storage")?;
-    let metrics = tap::ctl(&["metrics", "--hung", HUNG])?;
+    let metrics = measured(SLOW, "phy", "slow", "storage")?;
     for start in [
         r#"xen_disk_in_flight{guest="0",vdev="xvdk",kind="phy"} "#,
         r#"xen_disk_time_seconds_total{guest="0",vdev="xvdk",kind="phy",operation="write"} "#,
@@ -209,25 +188,25 @@ fn slow(context: &mut Context) -> Result<()> {
             "`{start}` is not in {metrics}"
         );
     }
-    drop(load);
+    drop(running);
 
     // Not so slow that it is called so. Large requests then do without pages: they have those of the queue.
     storage.replace(&delayed(&below, SECTORS, 20)?)?;
     let bound = Parameter::set("domain_memory_mib", "0")?;
-    let load = Load::start("/dev/xvdk", "--rw=write --bs=1M", &vbd)?;
+    let running = load("--rw=write --bs=1M", &vbd)?;
     let disk = named(SLOW, 1, "slow", "page-pool")?;
-    ensure!(
-        says(&disk, "why", &["waited for pages"])
-            && says(&disk, "remedy", &["parameters/domain_memory_mib"]),
-        "the limit that is to be raised is not named: {disk}"
-    );
+    tells(
+        &disk,
+        &["waited for pages"],
+        &["parameters/domain_memory_mib"],
+    )?;
     measured(SLOW, "phy", "slow", "page-pool")?;
     let (waited, pieces) = (vbd.statistic("page_wait_ns")?, vbd.statistic("pieces")?);
     context.note(&format!(
         "writes took {ms:.0} ms; {} ms without pages, {pieces} pieces",
         waited / 1_000_000
     ))?;
-    drop(load);
+    drop(running);
     drop(bound);
 
     storage.replace(&linear(&below, SECTORS))?;
@@ -240,26 +219,22 @@ fn full_ring(context: &mut Context) -> Result<()> {
     // Not so slow that it is called so. A ring of one page has room for 32 requests, and each processor has one.
     storage.replace(&delayed(&below, SECTORS, 80)?)?;
     let work = format!("--rw=randwrite --bs=4k --iodepth=64 {ON_BOTH}");
-    let load = Load::start("/dev/xvdk", &work, &vbd)?;
+    let running = load(&work, &vbd)?;
     let disk = named(SLOW, 0, "ok", "ring")?;
-    ensure!(
-        says(&disk, "why", &["room in its rings"])
-            && says(&disk, "remedy", &["max_ring_page_order"]),
-        "it is not said how the ring gets larger: {disk}"
-    );
+    tells(&disk, &["room in its rings"], &["max_ring_page_order"])?;
     measured(SLOW, "phy", "ok", "ring")?;
     let used = shown()?["ring_used"].as_f64();
     let used = used.context("it is not shown how full the rings are")?;
-    drop(load);
+    drop(running);
     // One that has room all the time.
-    let load = Load::start("/dev/xvdk", "--rw=randwrite --bs=4k --iodepth=8", &vbd)?;
-    let (code, said) = said_of(SLOW)?;
+    let running = load("--rw=randwrite --bs=4k --iodepth=8", &vbd)?;
+    let (code, said) = said(SLOW)?;
     let disk = of(&said, "xvdk")?;
     ensure!(
         code == 0 && disk["state"] == "ok" && disk["cause"].is_null(),
         "a ring that has room is named: {disk}"
     );
-    drop(load);
+    drop(running);
     context.note(&format!("{:.0} % of the rings were in use", used * 100.0))?;
     storage.replace(&linear(&below, SECTORS))?;
     ends(&vbd)
@@ -284,30 +259,27 @@ fn process(context: &mut Context) -> Result<()> {
     let image = compressed(context)?;
     let target = format!("qcow2:{image}");
     let served = attach_dom0(&tap::disk(&target, "xvdk", "r"), "xvdk")?;
-    let work = &format!("--rw=randread --bs=4k --iodepth=32 {ON_BOTH}");
-    let load = Load::start("/dev/xvdk", work, &served.vbd)?;
+    let work = format!("--rw=randread --bs=4k --iodepth=32 {ON_BOTH}");
+    let running = load(&work, &served.vbd)?;
     let disk = named(PROCESS_SLOW, 1, "slow", "process")?;
-    ensure!(
-        says(&disk, "why", &["its process uses", "processors"])
-            && says(&disk, "remedy", &["several disks"]),
-        "it is not said what the process lacks: {disk}"
-    );
+    tells(
+        &disk,
+        &["its process uses", "processors"],
+        &["several disks"],
+    )?;
     measured(PROCESS_SLOW, "tap", "slow", "process")?;
     let ran = shown()?["process_ran"].as_f64();
     let ran = ran.context("it is not shown what its process ran")?;
 
-    let hogs = Hogs::start()?;
+    let hogs = hogs()?;
     let disk = named(PROCESS_SLOW, 1, "slow", "host-cpu")?;
-    ensure!(
-        says(&disk, "why", &["waited for a processor"]) && says(&disk, "remedy", &["top"]),
-        "it is not said who has the processors: {disk}"
-    );
+    tells(&disk, &["waited for a processor"], &["top"])?;
     measured(PROCESS_SLOW, "tap", "slow", "host-cpu")?;
     let starved = shown()?["starved"]
         .as_f64()
         .context("no waits of its thread")?;
     drop(hogs);
-    drop(load);
+    drop(running);
     context.note(&format!(
         "its process used {ran:.1} processors, and waited {:.0} % of the time beside others",
         starved * 100.0

@@ -53,13 +53,6 @@ pub(super) fn apt(arguments: &[&str]) -> Result<Output> {
     sh::status(&[APT, arguments].concat(), LONG)
 }
 
-/// Starts apt-get, for who does something meanwhile.
-pub(super) fn apt_begins(arguments: &[&str]) -> Result<Child> {
-    let mut command = Command::new(APT[0]);
-    command.args(&APT[1..]).args(arguments);
-    command.spawn().context("cannot start apt-get")
-}
-
 /// The same, which must succeed; returns what is said.
 pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
     let done = apt(arguments)?;
@@ -70,6 +63,13 @@ pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
         sh::tail(&done.text, 2000)
     );
     Ok(done.text)
+}
+
+/// Starts apt-get, for who does something meanwhile.
+pub(super) fn apt_begins(arguments: &[&str]) -> Result<Child> {
+    let mut command = Command::new(APT[0]);
+    command.args(&APT[1..]).args(arguments);
+    command.spawn().context("cannot start apt-get")
 }
 
 /// What is asked of apt to have both packages in a version.
