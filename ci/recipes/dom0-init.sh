@@ -50,9 +50,10 @@ done
 "$bin/xen-init-dom0" >/dev/null
 "$bin/xenconsoled" --pid-file=/run/xenconsoled.pid --log=all --log-dir=/var/log/xen
 # What systemd would do with what a package has installed, and what an init script does without it.
-if [ -x /usr/bin/blktapctrl ]; then
+supervisor=/usr/libexec/xen-blkback-rs/blktapctrl
+if [ -x $supervisor ]; then
 	systemd-sysusers /usr/lib/sysusers.d/xentap.conf
-	/usr/bin/blktapctrl --foreground >>/var/log/blktapctrl.log 2>&1 &
+	$supervisor --foreground >>/var/log/blktapctrl.log 2>&1 &
 fi
 echo "dom0 is up after $(cut -d' ' -f1 /proc/uptime) s"
 cd /root

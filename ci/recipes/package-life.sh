@@ -31,8 +31,10 @@ modinfo -k "$release" xen-blkback-rs >/tmp/modinfo || fail "the module is not in
 grep -q ^xentap: /etc/passwd || fail "the user of the disks' processes is missing"
 [ ! -e /etc/modprobe.d/xen-blkback-rs.conf ] || fail "installing has decided which driver serves"
 [ "$(cat /etc/xen/scripts/block)" = "Xen's" ] || fail "installing has changed Xen's script"
-for program in tap-ctl tapimg blktapctrl tapdisk xen-blkback-takeover; do
+daemons=/usr/libexec/xen-blkback-rs
+for program in tap-ctl tapimg $daemons/blktapctrl $daemons/tapdisk xen-blkback-takeover; do
 	"$program" --version >/dev/null || fail "$program does not run"
+	program=${program##*/}
 	man=$(find /usr/share/man -name "$program.8.gz")
 	zcat "$man" | mandoc -T lint -W error || fail "the manual page of $program has errors"
 done

@@ -7,13 +7,29 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The programs of a dom0 that are installed; the others are tests.
-pub(crate) const PROGRAMS: &[&str] = &[
-    "tapdisk",
-    "blktapctrl",
-    "tap-ctl",
-    "tapimg",
-    "xen-blkback-takeover",
+/// A program of a dom0 that is installed; the others are tests.
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
+    /// The folder.
+    place: &'static str,
+}
+
+/// What people run.
+const COMMANDS: &str = "usr/bin";
+/// What only other programs start. It is not on the PATH, where xapi has programs with the same names.
+const DAEMONS: &str = "usr/libexec/xen-blkback-rs";
+
+/// A program, with its folder.
+const fn program(name: &'static str, place: &'static str) -> Program {
+    Program { name, place }
+}
+
+pub(crate) const PROGRAMS: &[Program] = &[
+    program("tapdisk", DAEMONS),
+    program("blktapctrl", DAEMONS),
+    program("tap-ctl", COMMANDS),
+    program("tapimg", COMMANDS),
+    program("xen-blkback-takeover", COMMANDS),
 ];
 
 /// A file of ci/packaging.
@@ -151,13 +167,13 @@ pub(crate) fn for_package(module: &Path, programs: &Path, dir: &Path) -> Result<
 
 fn add_programs(programs: &[PathBuf], dir: &Path) -> Result<()> {
     for program in programs {
-        if let Some(name) = PROGRAMS.iter().find(|name| program.ends_with(name)) {
-            put(program, &dir.join("usr/bin").join(name))?;
+        if let Some(its) = PROGRAMS.iter().find(|its| program.ends_with(its.name)) {
+            put(program, &dir.join(its.place).join(its.name))?;
         }
     }
     write_all(WITH_PROGRAMS, dir)?;
     for program in TELLING {
-        let file = dir.join("usr/bin").join(program);
+        let file = dir.join(COMMANDS).join(program);
         for (what, place) in generated(program) {
             let text = run::output(Command::new(&file).args(["generate", what]))
                 .with_context(|| format!("{program} does not generate {what}"))?;
@@ -231,11 +247,62 @@ mod tests {
     #[test]
     fn every_program_has_a_manual_page() {
         for program in PROGRAMS {
-            let page = format!("usr/share/man/man8/{program}.8");
-            let is_told = TELLING.contains(program)
-                && generated(program).iter().any(|(_, place)| *place == page);
+            let name = program.name;
+            let page = format!("usr/share/man/man8/{name}.8");
+            let is_told =
+                TELLING.contains(&name) && generated(name).iter().any(|(_, place)| *place == page);
             let is_written = WITH_PROGRAMS.iter().any(|file| file.place == page);
-            assert!(is_told != is_written, "{program}");
+            assert!(is_told != is_written, "{name}");
+        }
+    }
+
+    /// Where a program is once it is installed.
+    fn installed(name: &str) -> String {
+        let mut programs = PROGRAMS.iter();
+        let program = programs.find(|program| program.name == name);
+        let program = program.expect("it is installed");
+        format!("/{}/{name}", program.place)
+    }
+
+    /// Nobody runs a daemon by its name, and xapi's programs have the same ones.
+    #[test]
+    fn no_daemon_is_on_the_path() {
+        for daemon in ["tapdisk", "blktapctrl"] {
+            let place = installed(daemon);
+            let folder = place.rsplit_once('/').map(|(folder, _)| folder);
+            let on_path = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
+            assert!(!folder.is_none_or(|it| on_path.contains(&it)), "{place}");
+        }
+    }
+
+    /// What starts a daemon, or looks for one, names the place where it is installed.
+    #[test]
+    fn daemons_are_started_where_they_are_installed() {
+        let named = |line: String, text: &str| text.lines().any(|its| its.trim() == line);
+        let (supervisor, tapdisk) = (installed("blktapctrl"), installed("tapdisk"));
+        let unit = file("blktapctrl.service").text;
+        assert!(named(format!("ExecStart={supervisor} --foreground"), unit));
+        const OTHERS: &str = include_str!("../../../userspace/control/src/installed.rs");
+        let constant = |name, path| format!("pub const {name}: &str = \"{path}\";");
+        assert!(named(constant("SUPERVISOR", &supervisor), OTHERS));
+        assert!(named(constant("TAPDISK", &tapdisk), OTHERS));
+        let init = include_str!("../../recipes/dom0-init.sh");
+        assert!(named(format!("supervisor={supervisor}"), init));
+        for (page, path) in [("blktapctrl.8", supervisor), ("tapdisk.8", tapdisk)] {
+            assert!(named(format!(".Nm {path}"), file(page).text), "{page}");
+        }
+    }
+
+    #[test]
+    fn every_program_is_packaged() {
+        let packaged = include_str!("../../packaging/debian/xen-blkback-rs.install");
+        for program in PROGRAMS {
+            let mut folders = packaged.lines();
+            assert!(
+                folders.any(|folder| program.place.starts_with(folder)),
+                "{}",
+                program.name
+            );
         }
     }
 

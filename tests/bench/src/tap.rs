@@ -31,7 +31,7 @@ impl Supervisor {
     /// Starts it; processes will use this engine.
     pub(crate) fn start(engine: &str) -> Result<Supervisor> {
         sh::put(SETTINGS, &format!("CREATE_OPTIONS='--engine {engine}'\n"))?;
-        let child = Command::new("blktapctrl")
+        let child = Command::new(control::installed::SUPERVISOR)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

@@ -5,6 +5,7 @@ use crate::guest::{Guest, Vbd, RUN_DIR};
 use crate::node::Control;
 use crate::{sh, sys, xs};
 use anyhow::{bail, ensure, Context, Result};
+use control::installed::SUPERVISOR;
 use ring::tap::abi::{Info, STATE_LIVE};
 use serde_json::Value;
 use std::env;
@@ -33,7 +34,7 @@ impl Supervisor {
     /// The same with more settings: names of its environment, and their values.
     pub(crate) fn start_with(settings: &[(&str, &str)]) -> Result<Supervisor> {
         let log = log_of("blktapctrl")?;
-        let child = Command::new("blktapctrl")
+        let child = Command::new(SUPERVISOR)
             .arg("--foreground")
             // What the kernel executes by itself a process never sees, and most cases are about what that does.
             .env(

@@ -41,7 +41,7 @@ struct Cli {
     #[arg(long)]
     stop_all: bool,
     /// The program that serves a disk.
-    #[arg(long, value_name = "PROGRAM", default_value = "/usr/bin/tapdisk")]
+    #[arg(long, value_name = "PROGRAM", default_value = control::installed::TAPDISK)]
     tapdisk: PathBuf,
     /// The user that it runs as: a name in /etc/passwd.
     #[arg(long, value_name = "NAME", default_value = "xentap")]

@@ -38,6 +38,7 @@ mod channel;
 mod export;
 mod failure;
 mod group;
+pub mod installed;
 mod lease;
 mod limits;
 mod secret;

@@ -171,7 +171,7 @@ mod tests {
                 minor,
                 from: Some(7),
                 to: 8,
-                program: "/usr/bin/tapdisk".into(),
+                program: control::installed::TAPDISK.into(),
                 version: "1".into(),
                 pause_us,
             }));

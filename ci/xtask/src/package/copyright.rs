@@ -88,7 +88,7 @@ pub(super) fn text() -> Result<String> {
 fn parts() -> Result<BTreeMap<Id, Part>> {
     let described = described()?;
     let mut parts: BTreeMap<Id, Part> = BTreeMap::new();
-    for program in install::PROGRAMS {
+    for program in install::PROGRAMS.iter().map(|program| program.name) {
         for id in contained(program)? {
             if let Some(part) = parts.get_mut(&id) {
                 part.programs.insert(program);
@@ -99,7 +99,7 @@ fn parts() -> Result<BTreeMap<Id, Part>> {
                 .get(&id)
                 .with_context(|| format!("cargo does not describe {name} {version}"))?;
             let part = Part {
-                programs: [*program].into(),
+                programs: [program].into(),
                 ..part(name, about)?
             };
             parts.insert(id, part);

@@ -11,6 +11,7 @@ use crate::node::{Control, Node};
 use crate::tap::{self, EventLog, Served, Supervisor};
 use crate::{seed, sh, sys, xs};
 use anyhow::{bail, ensure, Context as _, Result};
+use control::installed::TAPDISK;
 use ring::tap::abi::{STATE_FENCING, STATE_LIVE};
 use sim::rng::Rng;
 use std::process::{Child, Command, Stdio};
@@ -127,7 +128,7 @@ impl Drop for Lone {
 impl Lone {
     fn start(minor: u32, device: &str) -> Result<Lone> {
         let log = tap::log_of("lone-tapdisk")?;
-        let child = Command::new("tapdisk")
+        let child = Command::new(TAPDISK)
             .args([
                 "--node",
                 &crate::node::path(minor),

@@ -10,6 +10,7 @@ use super::{Case, Context, Needs};
 use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::{hotplug, sh, xs, Driver};
 use anyhow::{ensure, Context as _, Result};
+use control::installed::SUPERVISOR;
 use std::time::Duration;
 
 /// The name of the driver domain, as configurations of guests say it.
@@ -77,7 +78,7 @@ impl DriverDomain {
         )?;
         self.run("for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd; do modprobe $m; done")?;
         self.run(&format!("modprobe {}", Driver::Rs.module()))?;
-        self.run("systemd-sysusers /usr/lib/sysusers.d/xentap.conf; (blktapctrl --foreground >/var/log/blktapctrl.log 2>&1 &)")?;
+        self.run(&format!("systemd-sysusers /usr/lib/sysusers.d/xentap.conf; ({SUPERVISOR} --foreground >/var/log/blktapctrl.log 2>&1 &)"))?;
         self.run("xl devd")?;
         Ok(())
     }

@@ -7,12 +7,11 @@ use super::{Case, Context, Needs};
 use crate::sh;
 use crate::tap::{self, Served};
 use anyhow::{ensure, Context as _, Result};
+use control::installed::TAPDISK;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-/// The tapdisk that is installed.
-const TAPDISK: &str = "/usr/bin/tapdisk";
 /// Hand-offs under load.
 const TIMES: u32 = 12;
 /// A hand-off takes as long as a process takes to start, on a machine that is emulated.
@@ -78,10 +77,10 @@ fn upgrade(context: &mut Context, name: &str) -> Result<String> {
     Ok(path)
 }
 
-/// A program that does something else.
+/// A program that does something else, with the one that is installed as `$tapdisk`.
 fn script(context: &mut Context, name: &str, text: &str) -> Result<String> {
     let path = image(context, name, 1)?;
-    std::fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    std::fs::write(&path, format!("#!/bin/sh\ntapdisk={TAPDISK}\n{text}\n"))?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
     Ok(path)
 }
@@ -169,7 +168,7 @@ const FAIL: [(&str, &str, &str); 3] = [
     ("gone", "exit 3", "ended with the exit code 3"),
     (
         "old",
-        "exec /usr/bin/tapdisk --no-such-option \"$@\"",
+        "exec $tapdisk --no-such-option \"$@\"",
         "ended with the exit code 2",
     ),
     (

@@ -3,6 +3,7 @@
 
 use super::{bad, ok, warn, wrong, Finding};
 use crate::host::Host;
+use control::installed::{SUPERVISOR, TAPDISK};
 use control::{Code, Failure};
 use std::fs;
 
@@ -95,7 +96,7 @@ fn bus(host: &Host) -> Finding {
 /// What tap disks need of the system.
 pub(super) fn tap(host: &Host) -> Vec<Finding> {
     let mut findings = vec![user(host)];
-    for program in ["/usr/bin/blktapctrl", "/usr/bin/tapdisk"] {
+    for program in [SUPERVISOR, TAPDISK] {
         findings.push(executable(host, "programs", program));
     }
     findings.push(executable(host, "scripts", "/etc/xen/scripts/block-tap-rs"));

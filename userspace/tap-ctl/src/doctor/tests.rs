@@ -4,6 +4,7 @@
 use super::initramfs::Listed;
 use super::{report, text, Finding, Grade, Report};
 use crate::host::made::{phy, Made};
+use control::installed::{SUPERVISOR, TAPDISK};
 use control::{Code, Failure};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -54,8 +55,8 @@ pub(super) fn well() -> Made {
         ("/run/xentap/control.sock", 0o600),
         ("/run/xentap/disks/0.json", 0o600),
         ("/run/xentap/tapdisk/0.sock", 0o600),
-        ("/usr/bin/blktapctrl", 0o755),
-        ("/usr/bin/tapdisk", 0o755),
+        (SUPERVISOR, 0o755),
+        (TAPDISK, 0o755),
         ("/etc/xen/scripts/block-tap-rs", 0o755),
     ] {
         made.file(path, "");
@@ -117,7 +118,7 @@ fn what_is_missing_is_named_with_a_remedy() {
             "modprobe xen-blkback-rs",
         ),
         ("/lib/modules", Grade::Warn, "depmod"),
-        ("/usr/bin/tapdisk", Grade::Bad, "xen-blkback-rs again"),
+        (TAPDISK, Grade::Bad, "xen-blkback-rs again"),
         ("/etc/xen/scripts/block", Grade::Bad, "Xen's tools"),
         ("/dev/xentap", Grade::Bad, "udevadm"),
         ("/run/xentap/disks", Grade::Bad, "systemd-tmpfiles"),
@@ -143,11 +144,7 @@ fn what_is_missing_is_named_with_a_remedy() {
             Grade::Bad,
             "systemd-tmpfiles",
         ),
-        (
-            |made| mode(made, "/usr/bin/tapdisk", 0o644),
-            Grade::Bad,
-            "chmod 755",
-        ),
+        (|made| mode(made, TAPDISK, 0o644), Grade::Bad, "chmod 755"),
         (
             |made| made.file("/etc/modprobe.d/x.conf", "blacklist xen_blkback_rs\n"),
             Grade::Bad,
@@ -198,7 +195,7 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
     );
     // A host of the C driver needs nothing of what tap disks need.
     fs::remove_file(made.host().path("/etc/modprobe.d/xen-blkback-rs.conf")).expect("removed");
-    for path in ["/run", "/dev/xentap", "/usr/bin"] {
+    for path in ["/run", "/dev/xentap", "/usr/libexec"] {
         fs::remove_dir_all(made.host().path(path)).expect("removed");
     }
     phy(&made, "vbd-1-51712", "8:0");
