@@ -89,6 +89,10 @@ const WITH_PROGRAMS: &[Packaged] = &[
         "blktapctrl.socket"
     ),
     packaged!(
+        "usr/lib/systemd/system/xentap-guests.service",
+        "xentap-guests.service"
+    ),
+    packaged!(
         "usr/lib/systemd/system/xentap-metrics.service",
         "xentap-metrics.service"
     ),
@@ -318,11 +322,74 @@ mod tests {
         }
     }
 
-    /// A stop of the supervisor must not take the disks of running guests away.
+    /// What a unit says for a name.
+    fn setting(unit: &str, name: &str) -> Option<&'static str> {
+        let lines = file(unit).text.lines();
+        let mut values = lines.filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        values.next()
+    }
+
+    /// A stop of the supervisor, or of the unit in whose groups they are, must not take the disks of running guests away.
     #[test]
-    fn disks_outlive_the_supervisor() {
-        let unit = file("blktapctrl.service").text;
-        assert!(unit.lines().any(|line| line == "KillMode=process"));
+    fn disks_outlive_the_units() {
+        for unit in ["blktapctrl.service", "xentap-guests.service"] {
+            assert_eq!(setting(unit, "KillMode"), Some("process"), "{unit}");
+        }
+        let groups = |name| setting("xentap-guests.service", name);
+        assert_eq!(groups("OOMPolicy"), Some("continue"));
+        // Nothing restarts it: what guests are in would be changed below them.
+        assert_eq!(groups("Restart"), None);
+        assert_eq!(groups("TasksMax"), Some("infinity"));
+        // What holds for a group of processes would hold for those of disks, too.
+        let whole = [
+            "BPF",
+            "CPU",
+            "Device",
+            "IO",
+            "IP",
+            "Memory",
+            "PrivateDevices",
+            "ProtectClock",
+            "RestrictFileSystems",
+            "RestrictNetworkInterfaces",
+            "Socket",
+        ];
+        let lines = file("xentap-guests.service").text.lines();
+        let kept = lines.filter(|line| !line.starts_with("MemoryDenyWriteExecute="));
+        let bad: Vec<&str> = kept
+            .filter(|line| whole.iter().any(|it| line.starts_with(it)))
+            .collect();
+        assert_eq!(bad, Vec::<&str>::new());
+        let rules = include_str!("../../packaging/debian/rules");
+        let apart =
+            "dh_installsystemd --package=xen-blkback-rs --no-stop-on-upgrade xentap-guests.service";
+        assert!(rules.lines().any(|line| line.trim() == apart));
+    }
+
+    /// The groups of guests are by default below the unit that has the controller for them, and not below the one of the
+    /// supervisor, which is started anew while guests are there.
+    #[test]
+    fn groups_of_guests_are_in_the_unit_that_is_for_them() {
+        let default = setting("blktapctrl.service", "Environment");
+        let place = default.and_then(|line| line.strip_prefix("XENTAP_CGROUP="));
+        let place = place.expect("it is in the unit").replace("%%", "%");
+        let parent = "/sys/fs/cgroup/system.slice/xentap-guests.service";
+        assert_eq!(place, format!("{parent}/guest-%d"));
+        let groups = |name| setting("xentap-guests.service", name);
+        assert_eq!(groups("Delegate"), Some("io"));
+        assert!(groups("DelegateSubgroup").is_some(), "nobody may be above");
+        assert_eq!(
+            setting("blktapctrl.service", "Wants"),
+            Some("xentap-guests.service")
+        );
+        // What an administrator sees is what it is, and says nothing by itself: an empty value would mean none.
+        let settings = file("default/xentap").text;
+        let shown = format!("#XENTAP_CGROUP=\"{place}\"");
+        let mut lines = settings.lines();
+        let line = lines.find(|line| line.trim_start_matches('#').starts_with("XENTAP_CGROUP"));
+        assert_eq!(line, Some(shown.as_str()));
+        let page = file("blktapctrl.8").text;
+        assert!(page.contains(&format!("{parent}/guest-%d")));
     }
 
     /// Questions wait while the supervisor is started anew: it is the socket's, not its own.

@@ -6,7 +6,9 @@
 //! processes of tap disks. Both come and go as frontends connect and processes die, so they are placed whenever
 //! xenstore tells of either.
 
-use std::cell::{Cell, RefCell};
+use rustix::fs::{getxattr, setxattr, XattrFlags};
+use rustix::io::Errno;
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -15,6 +17,8 @@ use std::str::FromStr;
 
 /// What stands for the number of a domain.
 const NUMBER: &str = "%d";
+/// The extended attribute of a group that is ours to remove. It is with the group, so the next supervisor knows it, too.
+const OURS: &str = "user.xentap.made";
 /// The flag of a thread of the kernel in `/proc/PID/stat` (`PF_KTHREAD`, include/linux/sched.h).
 const KERNEL_THREAD: u64 = 0x0020_0000;
 
@@ -55,6 +59,15 @@ impl Template {
         self.parent
             .join(self.name.replace(NUMBER, &domain.to_string()))
     }
+
+    /// The domain whose group has this name.
+    fn domain(&self, name: &str) -> Option<u32> {
+        let (before, behind) = self.name.split_once(NUMBER)?;
+        let number = name.strip_prefix(before)?.strip_suffix(behind)?;
+        let domain = number.parse().ok()?;
+        // No sign and no zeroes before it.
+        (self.of(domain) == self.parent.join(name)).then_some(domain)
+    }
 }
 
 /// The groups of guests.
@@ -63,8 +76,6 @@ pub struct Groups {
     template: Template,
     /// The kernel's view of processes.
     proc: PathBuf,
-    /// Those that are ours to remove.
-    made: RefCell<BTreeSet<u32>>,
     /// It was said that one cannot be used.
     is_told: Cell<bool>,
 }
@@ -82,7 +93,6 @@ impl Groups {
         Groups {
             template,
             proc: proc.into(),
-            made: RefCell::default(),
             is_told: Cell::default(),
         }
     }
@@ -90,22 +100,31 @@ impl Groups {
     /// Puts the kernel's threads of domains into their groups, and these processes. What has ended meanwhile is no
     /// failure; what fails is said once, and disks are served all the same.
     pub fn place(&self, domains: &[(u32, Vec<u32>)]) {
-        match self.threads() {
-            Ok(threads) => domains.iter().for_each(|(domain, processes)| {
-                let threads = threads.get(domain).map_or(&[][..], Vec::as_slice);
-                self.place_in(*domain, threads, processes);
-            }),
-            Err(error) => self.tell(&self.proc, &error),
+        let threads = match self.threads() {
+            Ok(threads) => threads,
+            Err(error) => return self.tell(&self.proc, &error),
+        };
+        let mut used = false;
+        for (domain, processes) in domains {
+            let threads = threads.get(domain).map_or(&[][..], Vec::as_slice);
+            if !threads.is_empty() || !processes.is_empty() {
+                used |= self.place_in(*domain, threads, processes);
+            }
+        }
+        // After that: the kernel refuses it as long as a process is above the groups, which may be one that was placed now.
+        if used {
+            if let Err(error) = self.enable() {
+                self.tell(&self.template.parent, &error);
+            }
         }
     }
 
-    fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) {
-        if threads.is_empty() && processes.is_empty() {
-            return;
-        }
+    /// True if the domain has a group.
+    fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) -> bool {
         let group = self.template.of(domain);
-        if let Err(error) = self.make(domain, &group) {
-            return self.tell(&group, &error);
+        if let Err(error) = make(&group) {
+            self.tell(&group, &error);
+            return false;
         }
         for pid in threads.iter().chain(processes) {
             match fs::write(group.join("cgroup.procs"), pid.to_string()) {
@@ -115,33 +134,44 @@ impl Groups {
                 Err(error) => self.tell(&group, &error),
             }
         }
+        true
+    }
+
+    /// Has the groups have the files io.max, io.weight and io.stat. Whoever else changes the tree may have taken it back.
+    fn enable(&self) -> io::Result<()> {
+        let control = self.template.parent.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&control).unwrap_or_default();
+        match enabled.split_whitespace().any(|it| it == "io") {
+            true => Ok(()),
+            false => fs::write(control, "+io"),
+        }
     }
 
     /// Removes the group of a domain that has no disks any more; true if it is gone, or not ours. It cannot go as long
     /// as somebody is in it.
     pub fn remove(&self, domain: u32) -> bool {
-        if !self.made.borrow().contains(&domain) {
+        let group = self.template.of(domain);
+        if !is_ours(&group) {
             return true;
         }
-        match fs::remove_dir(self.template.of(domain)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => false,
-            _ => {
-                self.made.borrow_mut().remove(&domain);
-                true
-            }
+        match fs::remove_dir(&group) {
+            Ok(()) => true,
+            Err(error) => error.kind() == ErrorKind::NotFound,
         }
     }
 
-    fn make(&self, domain: u32, group: &Path) -> io::Result<()> {
-        match fs::create_dir(group) {
-            Ok(()) => {
-                self.made.borrow_mut().insert(domain);
-                // Without it the files io.max and io.weight are not there.
-                fs::write(self.template.parent.join("cgroup.subtree_control"), "+io")
-            }
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-            Err(error) => Err(error),
-        }
+    /// The domains whose groups are ours to remove, of this supervisor and of those before it.
+    #[must_use]
+    pub fn ours(&self) -> BTreeSet<u32> {
+        // There may be no groups yet; that a group cannot be made is told where it is to be.
+        let Ok(entries) = fs::read_dir(&self.template.parent) else {
+            return BTreeSet::new();
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names
+            .filter_map(|name| self.template.domain(&name))
+            .filter(|domain| is_ours(&self.template.of(*domain)))
+            .collect()
     }
 
     /// The threads of the kernel that serve the rings of each domain: a driver calls them `DOMAIN.DISK-QUEUE`.
@@ -172,6 +202,27 @@ impl Groups {
                 self.template.parent.display()
             );
         }
+    }
+}
+
+/// Makes a group, if there is none.
+fn make(group: &Path) -> io::Result<()> {
+    match fs::create_dir(group) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    // What is not marked would stay for ever.
+    setxattr(group, OURS, b"1", XattrFlags::empty()).or_else(|error| {
+        fs::remove_dir(group)?;
+        Err(error.into())
+    })
+}
+
+fn is_ours(group: &Path) -> bool {
+    match getxattr(group, OURS, &mut [0; 1][..]) {
+        Ok(_) | Err(Errno::RANGE) => true,
+        Err(_) => false,
     }
 }
 
@@ -238,6 +289,17 @@ mod tests {
     fn a_place_names_the_domain() {
         let template: Template = "/sys/fs/cgroup/xen/guest-%d".parse().unwrap();
         assert_eq!(template.of(7), Path::new("/sys/fs/cgroup/xen/guest-7"));
+        assert_eq!(template.domain("guest-7"), Some(7));
+        for other in [
+            "guest-+7",
+            "guest-07",
+            "guest-",
+            "guest-7x",
+            "7",
+            "supervisor",
+        ] {
+            assert_eq!(template.domain(other), None, "{other}");
+        }
         for bad in [
             "guest-%d",
             "/sys/fs/cgroup/xen",
@@ -285,6 +347,57 @@ mod tests {
         assert!(groups.remove(4) && groups.remove(5));
         assert!(host.0.join("cgroup/guest-4").exists());
         assert!(!host.0.join("cgroup/guest-5").exists());
+    }
+
+    #[test]
+    fn group_of_an_earlier_supervisor_is_removed_like_ones_own() {
+        let host = Host::new("earlier");
+        let earlier = host.groups();
+        fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
+        earlier.place(&[(4, vec![1]), (5, vec![1]), (33, vec![2])]);
+        drop(earlier);
+        let next = host.groups();
+        assert_eq!(Vec::from_iter(next.ours()), [5, 33]);
+        fs::remove_file(host.0.join("cgroup/guest-5/cgroup.procs")).unwrap();
+        assert!(next.remove(5));
+        assert_eq!(Vec::from_iter(next.ours()), [33]);
+        assert!(!host.0.join("cgroup/guest-5").exists());
+    }
+
+    #[test]
+    fn no_place_for_groups_has_none() {
+        let host = Host::new("none");
+        fs::remove_dir(host.0.join("cgroup")).unwrap();
+        let groups = host.groups();
+        groups.place(&[(5, vec![1])]);
+        assert!(groups.ours().is_empty() && groups.remove(5));
+    }
+
+    /// Systemd takes it from below a unit that is started anew.
+    #[test]
+    fn controller_that_was_taken_back_is_enabled_again() {
+        let host = Host::new("again");
+        let control = host.0.join("cgroup/cgroup.subtree_control");
+        host.groups().place(&[(5, vec![1])]);
+        fs::write(&control, "memory pids\n").unwrap();
+        host.groups().place(&[(5, vec![1])]);
+        assert_eq!(fs::read_to_string(&control).unwrap(), "+io");
+        // And left alone where it is.
+        fs::write(&control, "cpu io memory\n").unwrap();
+        host.groups().place(&[(5, vec![1])]);
+        assert_eq!(fs::read_to_string(&control).unwrap(), "cpu io memory\n");
+    }
+
+    /// A process that is above the groups would have the kernel refuse the controller.
+    #[test]
+    fn controller_is_enabled_when_processes_are_where_they_belong() {
+        let host = Host::new("order");
+        let tree = host.0.join("cgroup");
+        // What is written last stays.
+        std::os::unix::fs::symlink("guest-5/cgroup.procs", tree.join("cgroup.subtree_control"))
+            .unwrap();
+        host.groups().place(&[(5, vec![1])]);
+        assert_eq!(host.last_in("guest-5").as_deref(), Some("+io"));
     }
 
     #[test]

@@ -75,15 +75,22 @@ struct Cli {
     verbose: bool,
 }
 
-/// Where the groups of guests are. A setting that is empty says nothing.
+/// Where the groups of guests are.
 #[derive(Clone)]
-struct PlaceOfGroups(Option<Template>);
+struct PlaceOfGroups {
+    /// As it was said.
+    text: String,
+    /// Nothing if it is empty, which says that there are none.
+    template: Option<Template>,
+}
 
 fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
-    match text {
-        "" => Ok(PlaceOfGroups(None)),
-        text => text.parse().map(|place| PlaceOfGroups(Some(place))),
-    }
+    let template = match text {
+        "" => None,
+        text => Some(text.parse()?),
+    };
+    let text = text.to_owned();
+    Ok(PlaceOfGroups { text, template })
 }
 
 fn main() -> ExitCode {
@@ -112,15 +119,20 @@ fn introduce(cli: &Cli) {
     let folders = cli.files.iter().map(|folder| folder.display().to_string());
     let folders = folders.collect::<Vec<_>>().join(" ");
     let word = |is: bool| if is { "yes" } else { "no" };
+    let place_of_groups = match &cli.cgroup {
+        Some(place) if !place.text.is_empty() => &place.text,
+        _ => "-",
+    };
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(
         version,
-        "blktapctrl {version} begins: tapdisk={} user={} folder={} files={} direct={} stop-all={} verbose={}",
+        "blktapctrl {version} begins: tapdisk={} user={} folder={} files={} direct={} cgroup={} stop-all={} verbose={}",
         cli.tapdisk.display(),
         cli.user,
         cli.folder.display(),
         if folders.is_empty() { "-" } else { &folders },
         word(cli.direct),
+        place_of_groups,
         word(cli.stop_all),
         word(cli.verbose)
     );
@@ -159,8 +171,9 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     registry.events.add(None, began);
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     lifecycle.direct.set(cli.direct);
-    if let Some(PlaceOfGroups(Some(template))) = &cli.cgroup {
-        lifecycle.use_groups(Groups::new(template.clone()));
+    let place = cli.cgroup.as_ref();
+    if let Some(template) = place.and_then(|place| place.template.clone()) {
+        lifecycle.use_groups(Groups::new(template));
     }
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();

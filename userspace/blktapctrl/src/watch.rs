@@ -94,6 +94,8 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
     let mut changes = changes.ready_chunks(1024);
     while let Some(paths) = changes.next().await {
         let mut directories = BTreeSet::new();
+        // Domains that may have a group and no disks any more.
+        let mut grouped = BTreeSet::new();
         for path in paths {
             if path == RELEASED {
                 lifecycle.look_for_suspended();
@@ -102,13 +104,17 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
             match store::directory(&path) {
                 Some(directory) => drop(directories.insert(directory.to_owned())),
                 // Something above: of a whole domain, or the first event of the watch.
-                None => directories.extend(all(lifecycle, &*store).await?),
+                None => {
+                    directories.extend(all(lifecycle, &*store).await?);
+                    grouped.extend(lifecycle.groups().iter().flat_map(|groups| groups.ours()));
+                }
             }
         }
-        let domains: BTreeSet<u32> = directories
+        let mut domains: BTreeSet<u32> = directories
             .iter()
             .filter_map(|directory| store::domain(directory))
             .collect();
+        domains.append(&mut grouped);
         for directory in directories {
             look(lifecycle, &store, &directory).await?;
         }

@@ -5,6 +5,7 @@
 
 mod after;
 mod before;
+mod groups;
 mod host;
 mod refused;
 mod serving;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Ours serves, and its packages change below guests that work.
 
+use super::groups::{self, Group};
 use super::working::Working;
 use super::{host, Chapter, Story};
 use crate::cases::build_id;
@@ -25,6 +26,11 @@ pub(super) fn chapters() -> Vec<Chapter> {
             name: "life.supervisor_dies",
             about: "systemd starts the supervisor again, and the journal can be asked about a disk",
             tell: supervisor_dies,
+        },
+        Chapter {
+            name: "life.groups",
+            about: "a guest has a control group, whose limits outlive the supervisor",
+            tell: groups::groups,
         },
         Chapter {
             name: "life.upgraded",
@@ -100,6 +106,7 @@ fn bring_to(version: &str) -> Result<String> {
 fn changed(story: &mut Story, version: &str) -> Result<()> {
     let working = story.working()?;
     let (supervisor, process, module) = (host::supervisor()?, working.disk()?.pid()?, build_id()?);
+    let holder = host::property(groups::UNIT, "MainPID")?;
     let said = bring_to(version)?;
     ensure!(
         host::supervisor()? != supervisor,
@@ -109,6 +116,13 @@ fn changed(story: &mut Story, version: &str) -> Result<()> {
         working.disk()?.pid()? != process,
         "the disk's process is the old one: {said}"
     );
+    ensure!(
+        host::property(groups::UNIT, "MainPID")? == holder,
+        "the unit of the guests' groups was started anew below them: {said}"
+    );
+    let group = Group::of(working)?;
+    group.has(working.disk()?.pid()?)?;
+    group.is_limited()?;
     let listed = tap::ctl_json(&["list"])?;
     let listed = listed.to_string();
     ensure!(
@@ -252,12 +266,15 @@ fn removed(story: &mut Story) -> Result<()> {
         host::is_active("blktapctrl.service")?,
         "nobody supervises the disk that is still there"
     );
+    let group = Group::of(working)?;
     story.working.take().context("nobody works")?.end()?;
+    group.is_gone()?;
     host::apt_does(&purge)?;
     host::nothing_failed()?;
     for left in [
         "blktapctrl.service",
         "blktapctrl.socket",
+        groups::UNIT,
         "xentap-metrics.timer",
     ] {
         ensure!(!host::is_active(left)?, "{left} is active");

@@ -8,6 +8,8 @@ use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::tap::{self, Served};
 use crate::Driver;
 use anyhow::{ensure, Context, Result};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 /// The sizes of the phy disk and of the tap disk's image.
 const DEVICE_MIB: u32 = 32;
@@ -98,6 +100,12 @@ impl Working {
         Ok(&tap.disk)
     }
 
+    /// The number of the block device behind its phy disk, as `MAJOR:MINOR`.
+    pub(super) fn device(&self) -> Result<String> {
+        let number = fs::metadata(self.device.path())?.rdev();
+        Ok(format!("{}:{}", libc::major(number), libc::minor(number)))
+    }
+
     /// More disks come and go, as `phy:` and as `tap:`.
     pub(super) fn attaches_both_ways(&self) -> Result<()> {
         let device = NullBlk::create(DEVICE_MIB, &[])?;
@@ -112,7 +120,7 @@ impl Working {
                 .run("dd if=/dev/zero of=/dev/xvdc bs=1M count=1 oflag=direct")?;
             self.guest.detach(&vbd)?;
         }
-        std::fs::remove_file(&image)?;
+        fs::remove_file(&image)?;
         device.remove()
     }
 
@@ -127,7 +135,7 @@ impl Working {
             load::wait_ended(&guest, tap.job)?;
             load::compare(&guest, load::VDEV, &tap.image, WRITTEN_MIB)?;
             tap.disk.detach(&guest)?;
-            std::fs::remove_file(&tap.image)?;
+            fs::remove_file(&tap.image)?;
         }
         guest.detach(&self.phy)?;
         guest.destroy()?;
