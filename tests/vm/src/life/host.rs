@@ -119,6 +119,19 @@ pub(super) fn is_active(unit: &str) -> Result<bool> {
     Ok(property(unit, "ActiveState")? == "active")
 }
 
+/// What systemd says of how exposed a unit is, in tenths, is no more than this.
+pub(super) fn is_hardened(unit: &str, most: u32) -> Result<()> {
+    let most = format!("--threshold={most}");
+    let analyze = ["systemd-analyze", "security", "--no-pager", &most, unit];
+    let said = sh::status(&analyze, LONG)?;
+    ensure!(
+        said.rc == 0,
+        "{unit} has more than {most}: {}",
+        sh::tail(&said.text, 400)
+    );
+    Ok(())
+}
+
 /// The process of the supervisor.
 pub(super) fn supervisor() -> Result<u32> {
     let pid = property("blktapctrl.service", "MainPID")?;
