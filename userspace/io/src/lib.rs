@@ -34,6 +34,7 @@ mod region;
 pub mod reservation;
 mod say;
 mod signal;
+mod socket;
 mod sync;
 mod table;
 mod uring;
@@ -51,6 +52,7 @@ pub use region::{Access, Region};
 #[doc(hidden)]
 pub use say::say_line;
 pub use signal::signals;
+pub use socket::{receive_data, send_parts, Part};
 
 /// The number of an error, as the kernel says it.
 pub use rustix::io::Errno;

@@ -165,6 +165,12 @@ impl Io {
         Data::at_begin(region, len).ok_or(Errno::INVAL)
     }
 
+    /// From now on so many bytes at least are kept for [`buffer`](Self::buffer) while nobody uses them: for who holds
+    /// that many and lets go of all at once.
+    pub fn keep_buffers(&self, bytes: usize) {
+        self.0.pool.keep(bytes);
+    }
+
     /// Starts threads for [`elsewhere`](Self::elsewhere), which a sandbox would forbid. They inherit
     /// what this thread has blocked of signals.
     pub fn start_helpers(&self, count: usize) -> io::Result<()> {

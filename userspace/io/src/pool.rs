@@ -11,22 +11,45 @@ use std::rc::Rc;
 const SMALLEST: usize = 4096;
 /// Sizes: each is twice the one before, up to 2 MiB. What is larger is not kept.
 const SIZES: usize = 10;
-/// Bytes that are kept while nobody uses them.
+/// Bytes that are kept while nobody uses them, if nobody wants more.
 const KEPT: usize = 2 << 20;
 
 /// Regions that nobody uses, by size.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pool {
     free: RefCell<[Vec<Region>; SIZES]>,
     kept: Cell<usize>,
+    most: Cell<usize>,
+    /// Regions that were taken, and how many that were when one of each size was taken last.
+    taken: Cell<u64>,
+    last: RefCell<[u64; SIZES]>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            free: RefCell::default(),
+            kept: Cell::new(0),
+            most: Cell::new(KEPT),
+            taken: Cell::new(0),
+            last: RefCell::default(),
+        }
+    }
 }
 
 impl Pool {
+    /// From now on at least so many bytes are kept.
+    pub(crate) fn keep(&self, bytes: usize) {
+        self.most.set(self.most.get().max(bytes));
+    }
+
     /// A region of at least `len` bytes, with any content, that comes back when it is dropped.
     pub(crate) fn take(self: &Rc<Self>, len: usize) -> io::Result<Region> {
         let Some(size) = size(len) else {
             return Region::anonymous(len);
         };
+        self.taken.set(self.taken.get() + 1);
+        self.last.borrow_mut()[size] = self.taken.get();
         let region = match self.free.borrow_mut()[size].pop() {
             Some(region) => {
                 self.kept.set(self.kept.get() - region.len());
@@ -37,14 +60,27 @@ impl Pool {
         Ok(region.of(self.clone()))
     }
 
-    /// Keeps a region, if there is room.
+    /// Keeps a region. If there is no room, those go of the size that was not taken for longest, or it goes itself if that
+    /// is its own.
     pub(crate) fn give(&self, region: Region) {
-        let kept = self.kept.get() + region.len();
         // By its length: it may be larger than it was asked for where pages are.
-        if let Some(size) = size(region.len()).filter(|_| kept <= KEPT) {
-            self.kept.set(kept);
-            self.free.borrow_mut()[size].push(region);
+        let Some(size) = size(region.len()) else {
+            return;
+        };
+        let mut free = self.free.borrow_mut();
+        let last = self.last.borrow();
+        while self.kept.get() + region.len() > self.most.get() {
+            let there = (0..SIZES).filter(|other| !free[*other].is_empty() || *other == size);
+            let oldest = there.min_by_key(|other| last[*other]).unwrap_or(size);
+            if oldest == size {
+                return;
+            }
+            let old = free[oldest].pop();
+            self.kept
+                .set(self.kept.get() - old.map_or(0, |old| old.len()));
         }
+        self.kept.set(self.kept.get() + region.len());
+        free[size].push(region);
     }
 }
 
@@ -77,7 +113,36 @@ mod tests {
         assert_eq!(pool.kept.get(), KEPT);
         drop((again, other));
         assert_eq!(pool.kept.get(), KEPT);
+        pool.keep(2 * KEPT);
+        pool.keep(KEPT);
+        let many: Vec<Region> = (0..5).map(|_| pool.take(1 << 20).unwrap()).collect();
+        drop(many);
+        assert_eq!(pool.kept.get(), 2 * KEPT);
         pool.take(1 << 20).unwrap().write((1 << 20) - 1, &[1]);
+    }
+
+    #[test]
+    fn what_was_used_long_ago_makes_room() {
+        let pool = Rc::new(Pool::default());
+        let take = |count: usize, len| -> Vec<Region> {
+            (0..count).map(|_| pool.take(len).unwrap()).collect()
+        };
+        drop(take(KEPT / 4096 + 7, 4096));
+        assert_eq!(pool.kept.get(), KEPT);
+        let counts = |size: usize| pool.free.borrow()[size].len();
+        // They go as there is a need for others, and not before.
+        drop(take(1, 1 << 20));
+        assert_eq!((counts(0), counts(8)), (256, 1));
+        drop(take(9, 1 << 20));
+        assert_eq!((counts(0), counts(8)), (0, 2));
+        // One that comes late makes no room for itself.
+        let late = take(1, 4096);
+        drop(take(9, 1 << 20));
+        drop(late);
+        assert_eq!((counts(0), counts(8)), (0, 2));
+        drop(take(2, 4096));
+        assert_eq!((counts(0), counts(8)), (2, 1));
+        assert_eq!(pool.kept.get(), (1 << 20) + 2 * 4096);
     }
 
     #[test]
