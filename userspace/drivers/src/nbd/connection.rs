@@ -2,10 +2,11 @@
 //! One connection: requests go out as they come, and answers find who waits for them.
 
 use super::handshake::About;
+use super::outgoing::{Message, Outgoing};
 use super::proto::{self, chunk, command, CommandFlags};
 use super::stream::{Cover, Incoming};
 use super::wire::Wire;
-use diskio::{Data, Errno, Gate};
+use diskio::{Bytes, Data, Errno};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -25,8 +26,8 @@ pub(super) struct Request {
     pub(super) offset: u64,
     /// Bytes of the export, those of the data if there are any.
     pub(super) len: u32,
-    /// What is written, if it is a write.
-    pub(super) payload: Rc<[u8]>,
+    /// What is written, if it is a write. Nobody else has it.
+    pub(super) payload: Option<Bytes>,
 }
 
 impl Request {
@@ -37,7 +38,7 @@ impl Request {
             flags: CommandFlags::empty(),
             offset,
             len,
-            payload: Rc::new([]),
+            payload: None,
         }
     }
 
@@ -105,20 +106,19 @@ pub(super) struct Loss {
 pub(super) struct Connection {
     wire: Rc<Wire>,
     about: About,
-    /// Whole requests are sent one after the other.
-    sends: Gate,
+    outgoing: Outgoing,
     last: Cell<u64>,
     waiting: RefCell<HashMap<u64, Waiting>>,
     loss: Cell<Option<Loss>>,
 }
 
 impl Connection {
-    /// After the handshake; [`receive`](Self::receive) must run.
+    /// After the handshake; [`send`](Self::send) and [`receive`](Self::receive) must run.
     pub(super) fn new(wire: Rc<Wire>, about: About) -> Rc<Self> {
         Rc::new(Self {
             wire,
             about,
-            sends: Gate::default(),
+            outgoing: Outgoing::default(),
             last: Cell::new(0),
             waiting: RefCell::default(),
             loss: Cell::new(None),
@@ -159,23 +159,23 @@ impl Connection {
             is_withdrawn: false,
         };
         self.waiting.borrow_mut().insert(cookie, waiting);
-        let mut asked = Asked {
+        let _asked = Asked {
             connection: self,
             cookie,
-            is_sent: false,
         };
-        if let Err(error) = self.send(request, cookie).await {
-            self.end(error);
-        }
-        asked.is_sent = true;
+        self.outgoing.push(Message {
+            cookie,
+            head: request.head(cookie),
+            payload: request.payload.clone(),
+        });
         poll_fn(|cx| self.poll(cookie, cx.waker())).await
     }
 
-    async fn send(&self, request: &Request, cookie: u64) -> Result<(), Errno> {
-        let _alone = self.sends.alone().await;
-        let more = !request.payload.is_empty();
-        self.wire.send_all(&request.head(cookie), more).await?;
-        self.wire.send_all(&request.payload, false).await
+    /// Sends requests until the connection ends.
+    pub(super) async fn send(self: Rc<Self>) {
+        if let Err(error) = self.outgoing.send_all(&self.wire).await {
+            self.end(error);
+        }
     }
 
     fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<Told>, Unanswered>> {
@@ -305,14 +305,21 @@ impl Connection {
         len: usize,
     ) -> Result<(), Errno> {
         self.with(cookie, |waiting| waiting.claim(at, len))?;
-        let pass = |from: usize, bytes: &[u8]| {
-            // Who does not wait any more may have given the memory away.
-            let all = self.waiting.borrow();
-            if let Some(data) = all.get(&cookie).and_then(|waiting| waiting.data.as_ref()) {
-                data.write(at + from, bytes);
-            }
-        };
-        incoming.pass(len, pass).await
+        let mut done = 0;
+        while done < len {
+            let (at, rest) = (at + done, len - done);
+            done += incoming
+                .pass(rest, || self.target(cookie, at, rest))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Where data of a read goes; nowhere if nobody waits for it any more, who may have given the memory away.
+    fn target(&self, cookie: u64, at: usize, len: usize) -> Option<Data> {
+        let all = self.waiting.borrow();
+        let data = all.get(&cookie).and_then(|waiting| waiting.data.as_ref());
+        data.map(|data| data.part(at, len))
     }
 
     /// All of an answer has come.
@@ -352,6 +359,7 @@ impl Connection {
             return;
         }
         self.wire.shutdown();
+        self.outgoing.close();
         let mut all = self.waiting.borrow_mut();
         let mut open = all.values().filter(|waiting| waiting.answer.is_none());
         self.loss.set(Some(Loss {
@@ -376,10 +384,14 @@ impl Connection {
 
     /// Tells the server that nothing more comes.
     pub(super) async fn disconnect(&self) {
-        let request = Request::plain(command::DISCONNECT, 0, 0);
         if self.loss.get().is_none() {
             // A server that does not hear it sees the end of the connection.
-            let _ = self.send(&request, 0).await;
+            self.outgoing.push(Message {
+                cookie: 0,
+                head: Request::plain(command::DISCONNECT, 0, 0).head(0),
+                payload: None,
+            });
+            self.outgoing.is_sent().await;
             self.wire.say_end();
         }
         self.end(Errno::CONNRESET);
@@ -400,21 +412,17 @@ impl Waiting {
 struct Asked<'a> {
     connection: &'a Connection,
     cookie: u64,
-    is_sent: bool,
 }
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
         let mut all = self.connection.waiting.borrow_mut();
-        if let Some(waiting) = all.get_mut(&self.cookie) {
+        if self.connection.outgoing.withdraw(self.cookie) {
+            all.remove(&self.cookie);
+        } else if let Some(waiting) = all.get_mut(&self.cookie) {
             // Its answer comes all the same.
             waiting.is_withdrawn = true;
             waiting.data = None;
-        }
-        drop(all);
-        if !self.is_sent {
-            // What follows would be taken for the rest of it.
-            self.connection.end(Errno::CANCELED);
         }
     }
 }

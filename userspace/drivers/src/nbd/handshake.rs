@@ -219,7 +219,7 @@ impl Talk<'_> {
     }
 
     async fn send(&self, bytes: &[u8]) -> Result<(), Refused> {
-        Ok(self.wire.send_all(bytes, false).await?)
+        Ok(self.wire.send_all(bytes).await?)
     }
 }
 

@@ -2,12 +2,18 @@
 //! What a server has answered and may still lose: it was changed, and not flushed since.
 
 use super::connection::Request;
+use diskio::Bytes;
 use std::collections::VecDeque;
 
 /// Bytes of data that are kept at most, before they are flushed whether the guest wants it or not.
-const MOST: usize = 16 << 20;
+pub(super) const MOST: usize = 16 << 20;
 /// Bytes that a request counts beside its data.
 const HEAD: usize = 128;
+
+/// Bytes that are kept for a request.
+fn held(request: &Request) -> usize {
+    HEAD + request.payload.as_ref().map_or(0, Bytes::len)
+}
 
 /// A place in a [`Log`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,7 +33,7 @@ impl Log {
     /// executed again, the earlier one would undo it.
     pub(super) fn note(&mut self, request: &Request, is_durable: bool) {
         if !is_durable || !self.requests.is_empty() {
-            self.bytes += HEAD + request.payload.len();
+            self.bytes += held(request);
             self.requests.push_back(request.clone());
         }
     }
@@ -44,7 +50,7 @@ impl Log {
             let Some(request) = self.requests.pop_front() else {
                 return;
             };
-            self.bytes -= HEAD + request.payload.len();
+            self.bytes -= held(&request);
             self.before += 1;
         }
     }

@@ -9,6 +9,7 @@ mod connection;
 mod handshake;
 mod log;
 mod options;
+mod outgoing;
 pub mod proto;
 mod stream;
 mod tls;
@@ -124,6 +125,8 @@ impl<C> Drop for Fresh<'_, C> {
 impl<C: Connect> Nbd<C> {
     /// An export that is reached by `connector`.
     pub fn new(runtime: &Runtime, connector: C, options: Options) -> Self {
+        // A flush lets go of all of the log.
+        runtime.io.keep_buffers(log::MOST);
         Self {
             runtime: runtime.clone(),
             connector,
@@ -169,6 +172,7 @@ impl<C: Connect> Nbd<C> {
         let about = agreed.map_err(|error| self.unsaid(&wire, error))??;
         self.check(&about)?;
         let connection = Connection::new(wire, about);
+        self.runtime.tasks.spawn(connection.clone().send());
         let receiving = connection.clone().receive(incoming);
         self.runtime.tasks.spawn(receiving);
         self.connected.set(self.connected.get() + 1);
@@ -459,10 +463,11 @@ impl<C: Connect> Driver for Nbd<C> {
     }
 
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
-        let mut payload = vec![0; data.len()];
-        data.read(0, &mut payload);
+        // Copied once: the guest may change its own, and the log needs what was sent.
+        let payload = self.runtime.io.buffer(data.len())?;
+        data.copy_to(&payload, 0);
         let request = Request {
-            payload: payload.into(),
+            payload: Some(payload.into()),
             ..Request::plain(command::WRITE, offset, length(data.len() as u64)?)
         };
         self.change(request, how).await
@@ -498,8 +503,10 @@ impl<C: Connect> Driver for Nbd<C> {
         while at < end {
             let count = (end - at).min(most.into());
             // CAST: at most `most`.
+            let zeroes = self.runtime.io.buffer(count as usize)?;
+            zeroes.fill(0, zeroes.len(), 0);
             let request = Request {
-                payload: vec![0; count as usize].into(),
+                payload: Some(zeroes.into()),
                 ..Request::plain(command::WRITE, at, length(count)?)
             };
             self.change(request, how).await?;

@@ -2,11 +2,13 @@
 //! The bytes that come, and which of them have.
 
 use super::wire::Wire;
-use diskio::Errno;
+use diskio::{Data, Errno};
 use std::rc::Rc;
 
 /// Bytes that are taken from the connection at once.
 const BUFFER: usize = 64 << 10;
+/// Bytes that go to their place without the buffer, at least. Of fewer, the next answer comes along.
+const DIRECT: usize = 16 << 10;
 
 /// What comes, with one system call for many answers.
 #[derive(Debug)]
@@ -72,19 +74,22 @@ impl Incoming {
         Ok(())
     }
 
-    /// Passes the next `len` bytes to `to`, which is told where they are among them.
+    /// Passes some of the next `len` bytes to the data that `to` has for them, if it has any. Returns how many.
     pub(super) async fn pass(
         &mut self,
         len: usize,
-        mut to: impl FnMut(usize, &[u8]),
-    ) -> Result<(), Errno> {
-        let mut done = 0;
-        while done < len {
-            let some = self.some(len - done).await?;
-            to(done, some);
-            done += some.len();
+        to: impl Fn() -> Option<Data>,
+    ) -> Result<usize, Errno> {
+        if self.is_empty() && len >= DIRECT {
+            if let Some(count) = self.wire.receive_to(&to).await? {
+                return Ok(count);
+            }
         }
-        Ok(())
+        let bytes = self.some(len).await?;
+        if let Some(data) = to() {
+            data.write(0, bytes);
+        }
+        Ok(bytes.len())
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A socket, and what encrypts it if anything does.
 
-use diskio::{Errno, Io};
+use diskio::{receive_data, send_parts, Data, Errno, Io, Part};
 use rustix::net::{
     recv, send, sendmsg, shutdown, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown,
 };
@@ -9,11 +9,14 @@ use rustls::ClientConnection;
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 /// Bytes that are taken from the socket at once.
 const BUFFER: usize = 64 << 10;
+
+/// Bytes that are encrypted at once.
+const RECORD: usize = 16 << 10;
 
 /// Both directions of a connection. One sends at a time, and one receives.
 #[derive(Debug)]
@@ -38,7 +41,7 @@ impl Wire {
     pub(super) async fn encrypt(&self, connection: ClientConnection) -> Result<(), Errno> {
         self.tls.replace(Some(Tls::new(connection)));
         loop {
-            self.when_writable(Self::send_left).await?;
+            self.send_left().await?;
             if !self.with_tls(|tls, _| Ok(tls.connection.is_handshaking()))? {
                 return Ok(());
             }
@@ -77,34 +80,52 @@ impl Wire {
         }
     }
 
-    /// Sends bytes; with `more`, others follow at once.
-    pub(super) async fn send_all(&self, bytes: &[u8], more: bool) -> Result<(), Errno> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let count = self
-                .when_writable(|wire| wire.send_some(rest, more))
-                .await?;
-            rest = rest.get(count..).unwrap_or_default();
-        }
-        match more {
-            true => Ok(()),
-            false => self.when_writable(Self::send_left).await,
-        }
+    /// The next bytes into the data that `to` has at that moment, one at least. Nothing if it has none, or if they have
+    /// to be decrypted first.
+    pub(super) async fn receive_to(
+        &self,
+        to: impl Fn() -> Option<Data>,
+    ) -> Result<Option<usize>, Errno> {
+        let take = |wire: &Self| match to().filter(|_| wire.tls.borrow().is_none()) {
+            Some(data) => match receive_data(wire.socket.as_fd(), &data)? {
+                0 => Err(Errno::CONNRESET),
+                count => Ok(Some(count)),
+            },
+            None => Ok(None),
+        };
+        self.when_readable(take).await
     }
 
-    fn send_some(&self, bytes: &[u8], more: bool) -> Result<usize, Errno> {
-        let flags = match more {
-            true => SendFlags::NOSIGNAL | SendFlags::MORE,
-            false => SendFlags::NOSIGNAL,
-        };
+    /// Sends bytes.
+    pub(super) async fn send_all(&self, bytes: &[u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let parts = || [Part::Plain(bytes)].into_iter();
+            let send = |wire: &Self| wire.send_parts(parts(), done);
+            done += self.when_writable(send).await?;
+        }
+        self.send_left().await
+    }
+
+    /// Sends some of `parts` now, without the first `skip` bytes: one byte at least. With encryption
+    /// [`send_left`](Self::send_left) has to follow.
+    pub(super) fn send_parts<'a>(
+        &self,
+        parts: impl Iterator<Item = Part<'a>>,
+        skip: usize,
+    ) -> Result<usize, Errno> {
         match &mut *self.tls.borrow_mut() {
-            Some(tls) => tls.put(&self.socket, bytes),
-            None => send(&self.socket, bytes, flags),
+            Some(tls) => tls.put_parts(&self.socket, parts, skip),
+            None => send_parts(self.socket.as_fd(), parts, skip),
         }
     }
 
     /// Sends what is encrypted and has not been sent.
-    fn send_left(&self) -> Result<(), Errno> {
+    pub(super) async fn send_left(&self) -> Result<(), Errno> {
+        self.when_writable(Self::send_encrypted).await
+    }
+
+    fn send_encrypted(&self) -> Result<(), Errno> {
         match &mut *self.tls.borrow_mut() {
             Some(tls) => tls.send(&self.socket),
             None => Ok(()),
@@ -145,7 +166,11 @@ impl Wire {
         }
     }
 
-    async fn when_writable<T>(&self, work: impl Fn(&Self) -> Result<T, Errno>) -> Result<T, Errno> {
+    /// The result of a call, as soon as the socket takes something.
+    pub(super) async fn when_writable<T>(
+        &self,
+        work: impl Fn(&Self) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         loop {
             match work(self) {
                 Err(Errno::AGAIN) => self.io.writable(&self.socket).await?,
@@ -210,6 +235,26 @@ impl Tls {
             self.fault.get_or_insert(fault);
             Errno::PROTO
         })
+    }
+
+    /// Encrypts some of the bytes behind the first `skip`.
+    fn put_parts<'a>(
+        &mut self,
+        socket: &OwnedFd,
+        parts: impl Iterator<Item = Part<'a>>,
+        skip: usize,
+    ) -> Result<usize, Errno> {
+        let mut skip = skip;
+        let mut bytes = [0; RECORD];
+        for part in parts {
+            if skip < part.len() {
+                let count = (part.len() - skip).min(RECORD);
+                part.read(skip, &mut bytes[..count]);
+                return self.put(socket, &bytes[..count]);
+            }
+            skip -= part.len();
+        }
+        Ok(0)
     }
 
     /// Encrypts some bytes, one at least.

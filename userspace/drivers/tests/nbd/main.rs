@@ -500,6 +500,29 @@ fn nothing_is_lost_of_many_requests_at_once() {
     assert!(bed.stat("nbd_executed_again") > 0);
 }
 
+/// Data of large reads goes to its place by itself, from the middle of what has come on; there are no chunks in the one
+/// case, and of many sizes in the others.
+#[test]
+fn large_reads_are_whole() {
+    const LARGE: usize = 9 << 20;
+    for chunks in [None, Some(1 << 20), Some(17 << 10), Some(100_001)] {
+        let kind = Kind {
+            chunks,
+            ..Kind::new(LARGE)
+        };
+        let bytes: Vec<u8> = (0..LARGE).map(|at| (at / 509) as u8 | 1).collect();
+        let (_folder, its, bed) = served(kind, SETTLE);
+        its.state().content.clone_from(&bytes);
+        assert!(bed.read(0, LARGE).unwrap() == bytes, "{chunks:?}");
+        let (at, len) = (5 * 512, 3 * 65_536 + 512);
+        assert!(
+            bed.read(at, len).unwrap() == bytes[at..at + len],
+            "{chunks:?}"
+        );
+        assert_eq!(bed.stat("nbd_connections"), 1);
+    }
+}
+
 /// Who waits no more gets nothing into memory that is somebody else's by then.
 #[test]
 fn dropped_read_leaves_its_memory_alone() {
