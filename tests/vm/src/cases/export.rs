@@ -15,8 +15,6 @@ use std::time::Duration;
 const SIZE: u32 = 16;
 /// Deaths of the server.
 const DEATHS: u32 = 3;
-/// Where dom0's first process has the supervisor write.
-const LOG: &str = "/var/log/blktapctrl.log";
 /// A server takes so long to start, or an event to come, at most.
 const LIMIT: Duration = Duration::from_secs(60);
 /// The same of a tapdisk, whose requests may be anywhere on a network.
@@ -134,17 +132,16 @@ fn server_dies(context: &mut Context) -> Result<()> {
         let told = events.wait_for("reconnected", disk.minor, LIMIT)?;
         let place = told["path"].as_str().unwrap_or_default();
         ensure!(place == server.target(), "what is told is {told}");
-        is_said(disk)
+        is_said(disk, &server.target())
     })
 }
 
 /// What the process says by itself is in the supervisor's log, as a line about its disk.
-fn is_said(disk: &Served) -> Result<()> {
-    let process = format!("disk {}: tapdisk {}: ", disk.minor, disk.pid()?);
+fn is_said(disk: &Served, target: &str) -> Result<()> {
+    let (minor, pid) = (disk.minor, disk.pid()?);
+    let line = format!("disk {minor}: tapdisk {pid}: {target} is connected again");
     sh::wait_for("what the tapdisk says of its connection", LIMIT, || {
-        let log = sh::get(LOG)?;
-        let mut lines = log.lines().filter(|line| line.contains(&process));
-        Ok(lines.any(|line| line.ends_with(" is connected again")))
+        Ok(tap::log_tail()?.contains(&line))
     })
 }
 
