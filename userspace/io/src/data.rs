@@ -121,6 +121,14 @@ impl Data {
         }
     }
 
+    /// Where its pieces are, for the kernel.
+    pub(crate) fn vectors(&self) -> impl Iterator<Item = libc::iovec> + '_ {
+        self.pieces().iter().map(|piece| libc::iovec {
+            iov_base: self.region.place(piece.at, piece.len).cast(),
+            iov_len: piece.len,
+        })
+    }
+
     /// The `len` bytes from `from` on.
     ///
     /// # Panics

@@ -55,8 +55,11 @@ pub fn send_parts<'a>(
     let mut skip = skip;
     for part in parts {
         match part {
-            Part::Plain(bytes) => add(&mut vector, &mut skip, bytes.as_ptr(), bytes.len()),
-            Part::Data(data) => add_data(&mut vector, &mut skip, data.data()),
+            Part::Plain(bytes) => add(&mut vector, &mut skip, plain(bytes)),
+            Part::Data(data) => {
+                let pieces = data.data().vectors();
+                pieces.for_each(|piece| add(&mut vector, &mut skip, piece));
+            }
         }
         if vector.len() >= PIECES {
             vector.truncate(PIECES);
@@ -77,31 +80,31 @@ pub fn send_parts<'a>(
 /// Takes what has come into `data`, from its first byte on, in one call. Returns how many bytes that were, 0 if the other
 /// end has closed.
 pub fn receive_data(socket: BorrowedFd<'_>, data: &Data) -> Result<usize, Errno> {
-    let mut vector = Vec::new();
-    add_data(&mut vector, &mut 0, data);
-    // CAST: at most a few thousand pieces.
-    let pieces = vector.len().min(PIECES) as i32;
+    let vector: Vec<libc::iovec> = data.vectors().take(PIECES).collect();
+    // CAST: at most `PIECES`.
+    let pieces = vector.len() as i32;
     // SAFETY: the vector names memory of the region that `data` keeps, and it is writable: otherwise the call fails
     // with EFAULT.
     let received = unsafe { libc::readv(socket.as_raw_fd(), vector.as_ptr(), pieces) };
     count(received)
 }
 
-fn add_data(vector: &mut Vec<libc::iovec>, skip: &mut usize, data: &Data) {
-    for piece in data.pieces() {
-        let place = data.region().place(piece.at, piece.len);
-        add(vector, skip, place.cast_const(), piece.len);
+/// Where bytes are that are sent.
+fn plain(bytes: &[u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
     }
 }
 
 /// Adds bytes to a vector, or skips them.
-fn add(vector: &mut Vec<libc::iovec>, skip: &mut usize, place: *const u8, len: usize) {
-    let skipped = len.min(*skip);
+fn add(vector: &mut Vec<libc::iovec>, skip: &mut usize, piece: libc::iovec) {
+    let skipped = piece.iov_len.min(*skip);
     *skip -= skipped;
-    if skipped < len {
+    if skipped < piece.iov_len {
         vector.push(libc::iovec {
-            iov_base: place.wrapping_add(skipped).cast_mut().cast(),
-            iov_len: len - skipped,
+            iov_base: piece.iov_base.wrapping_byte_add(skipped),
+            iov_len: piece.iov_len - skipped,
         });
     }
 }

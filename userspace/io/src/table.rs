@@ -278,8 +278,5 @@ fn fill(vector: &mut Vec<libc::iovec>, op: &Op) {
         Op::Write { data, .. } => data.data(),
         _ => return,
     };
-    vector.extend(data.pieces().iter().map(|piece| libc::iovec {
-        iov_base: data.region().place(piece.at, piece.len).cast(),
-        iov_len: piece.len,
-    }));
+    vector.extend(data.vectors());
 }
