@@ -147,7 +147,7 @@ fn wake(waker: &RefCell<Option<Waker>>) {
 
 #[cfg(test)]
 mod tests {
-    use super::{Message, Outgoing};
+    use super::{Message, Outgoing, BATCH};
     use crate::nbd::proto;
     use crate::nbd::wire::Wire;
     use diskio::{Bytes, Errno, Runtime};
@@ -157,8 +157,8 @@ mod tests {
     use std::rc::Rc;
 
     /// A task that sends, and the server's end.
-    fn started(runtime: &Runtime) -> (Rc<Outgoing>, OwnedFd) {
-        let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    fn started(runtime: &Runtime, kind: SocketType) -> (Rc<Outgoing>, OwnedFd) {
+        let family = AddressFamily::UNIX;
         let (ours, server) = socketpair(family, kind, SocketFlags::NONBLOCK, None).unwrap();
         let wire = Wire::new(&runtime.io, ours);
         let outgoing = Rc::new(Outgoing::default());
@@ -193,25 +193,26 @@ mod tests {
     #[test]
     fn what_gathers_goes_with_one_call() {
         let runtime = Runtime::new();
-        let (outgoing, server) = started(&runtime);
+        // What goes with one call comes as one packet.
+        let (outgoing, server) = started(&runtime, SocketType::SEQPACKET);
         for cookie in 1..=20 {
             outgoing.push(message(cookie, 512));
         }
+        // It has no room there.
+        outgoing.push(message(21, BATCH));
         assert!(received(&server, 1).is_empty(), "a call for each");
-        let calls = outgoing.queue.borrow().len();
-        assert_eq!(calls, 20);
+        assert_eq!(outgoing.queue.borrow().len(), 21);
         runtime.tasks.run();
-        assert_eq!(
-            received(&server, 1 << 20).len(),
-            20 * (512 + proto::REQUEST)
-        );
+        let packet = || received(&server, 1 << 20).len();
+        assert_eq!(packet(), 20 * (512 + proto::REQUEST));
+        assert_eq!(packet(), BATCH + proto::REQUEST);
         assert!(outgoing.queue.borrow().is_empty());
     }
 
     #[test]
     fn who_closes_ends_the_task_and_the_wait_for_it() {
         let runtime = Runtime::new();
-        let (outgoing, _server) = started(&runtime);
+        let (outgoing, _server) = started(&runtime, SocketType::STREAM);
         // More than a socket has room for.
         outgoing.push(message(1, 4 << 20));
         runtime.turn(false).unwrap();
@@ -247,7 +248,7 @@ mod tests {
         #[test]
         fn messages_arrive_whole_and_in_order(steps in steps()) {
             let runtime = Runtime::new();
-            let (outgoing, server) = started(&runtime);
+            let (outgoing, server) = started(&runtime, SocketType::STREAM);
             let (mut wanted, mut got, mut last) = (Vec::new(), Vec::new(), 0);
             for step in steps {
                 match step {
