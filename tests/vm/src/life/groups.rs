@@ -3,7 +3,7 @@
 
 use super::working::Working;
 use super::{host, Story};
-use crate::{sh, sys, tap};
+use crate::{sh, tap};
 use anyhow::{ensure, Context, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -109,12 +109,7 @@ pub(super) fn groups(story: &mut Story) -> Result<()> {
     sh::run_for(&["systemctl", "restart", "blktapctrl.service"], LIMIT)?;
     tap::wait_supervisor()?;
     kept(working, &group, process).context("when the supervisor was started anew")?;
-    let old = host::supervisor()?;
-    sys::kill(old, libc::SIGKILL)?;
-    sh::wait_for("another supervisor", LIMIT, || {
-        Ok(host::supervisor().is_ok_and(|pid| pid != old))
-    })?;
-    tap::wait_supervisor()?;
+    host::replace_supervisor()?;
     kept(working, &group, process).context("when the supervisor was killed")?;
     working.disk()?.replace()?;
     kept(working, &group, working.disk()?.pid()?).context("when the tapdisk was killed")?;

@@ -2,12 +2,15 @@
 //! The host as its administrator sees it: apt, systemd, and which driver serves.
 
 use crate::sh::{self, Output};
+use crate::{sys, tap};
 use anyhow::{ensure, Context, Result};
 use std::process::{Child, Command};
 use std::time::Duration;
 
 /// A boot, and what apt does, take long in emulation.
 const LONG: Duration = Duration::from_secs(600);
+/// systemd starts the supervisor again within this time.
+const LIMIT: Duration = Duration::from_secs(120);
 /// The folder that apt installs from, as it is indexed.
 const INDEX: &str = "/t/repository/Packages";
 /// The package of the programs.
@@ -137,4 +140,14 @@ pub(super) fn supervisor() -> Result<u32> {
     let pid = property("blktapctrl.service", "MainPID")?;
     let pid = pid.parse().ok().filter(|pid| *pid != 0);
     pid.context("systemd runs no blktapctrl.service")
+}
+
+/// Kills the supervisor, and waits until systemd has started another one, which answers.
+pub(super) fn replace_supervisor() -> Result<()> {
+    let old = supervisor()?;
+    sys::kill(old, libc::SIGKILL)?;
+    sh::wait_for("another supervisor", LIMIT, || {
+        Ok(supervisor().is_ok_and(|pid| pid != old))
+    })?;
+    tap::wait_supervisor()
 }

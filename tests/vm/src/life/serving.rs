@@ -76,12 +76,8 @@ fn booted(story: &mut Story) -> Result<()> {
 
 fn supervisor_dies(story: &mut Story) -> Result<()> {
     let working = story.working()?;
-    let (old, process) = (host::supervisor()?, working.disk()?.pid()?);
-    sys::kill(old, libc::SIGKILL)?;
-    sh::wait_for("another supervisor", LIMIT, || {
-        Ok(host::supervisor().is_ok_and(|pid| pid != old))
-    })?;
-    tap::wait_supervisor()?;
+    let process = working.disk()?.pid()?;
+    host::replace_supervisor()?;
     working.goes_on()?;
     ensure!(
         working.disk()?.pid()? == process,
