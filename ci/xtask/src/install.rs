@@ -93,6 +93,10 @@ const WITH_PROGRAMS: &[Packaged] = &[
         "xentap-guests.service"
     ),
     packaged!(
+        "usr/lib/systemd/system/xentap-devd.service",
+        "xentap-devd.service"
+    ),
+    packaged!(
         "usr/lib/systemd/system/xentap-metrics.service",
         "xentap-metrics.service"
     ),
