@@ -21,10 +21,12 @@ pub(super) fn xen(host: &Host) -> Vec<Finding> {
     let version = |name: &str| host.optional(&host.path(format!("/sys/hypervisor/version/{name}")));
     let parts = [version("major"), version("minor")].map(|part| part.unwrap_or("?".into()));
     let extra = version("extra").unwrap_or_default();
-    vec![
+    let mut findings = vec![
         ok("xen", format!("Xen {}.{}{extra}", parts[0], parts[1])),
         guests(host),
-        domain(host),
+    ];
+    findings.extend(domain(host));
+    findings.extend([
         node(
             host,
             "/dev/xen/xenbus",
@@ -38,7 +40,8 @@ pub(super) fn xen(host: &Host) -> Vec<Finding> {
             "modprobe xen-evtchn",
         ),
         bus(host),
-    ]
+    ]);
+    findings
 }
 
 /// Which kinds of guests the hypervisor runs.
@@ -61,16 +64,43 @@ fn guests(host: &Host) -> Finding {
     }
 }
 
-/// Whether xenfs is mounted, and which domain this is.
-fn domain(host: &Host) -> Finding {
+/// Whether xenfs is mounted, which domain this is, and who runs the scripts in one that is not dom0.
+fn domain(host: &Host) -> Vec<Finding> {
     match host.optional(&host.path("/proc/xen/capabilities")) {
-        None => warn(
+        None => vec![warn(
             "domain",
             "there is no /proc/xen/capabilities, which Xen's tools look for",
             "mount -t xenfs xenfs /proc/xen (proc-xen.mount)",
+        )],
+        Some(text) if text.contains("control_d") => vec![ok("domain", "dom0")],
+        Some(_) => vec![
+            ok("domain", "not dom0: disks are served as by a driver domain"),
+            devd(host),
+        ],
+    }
+}
+
+/// Who runs the scripts for the disks of other guests, which xl does in dom0.
+fn devd(host: &Host) -> Finding {
+    let folder = host.path("/proc");
+    let is_devd = |process: &String| {
+        let process = folder.join(process);
+        let line = host.optional(&process.join("cmdline")).unwrap_or_default();
+        // It may have ended meanwhile.
+        host.forget(&process);
+        let mut words = line.split('\0');
+        let program = words.next().and_then(|path| path.rsplit('/').next());
+        program == Some("xl") && words.next() == Some("devd")
+    };
+    let mut names = host.names(&folder).into_iter();
+    let found = names.find(|name| name.parse::<u32>().is_ok() && is_devd(name));
+    match found {
+        Some(process) => ok("scripts", format!("xl devd runs them: process {process}")),
+        None => warn(
+            "scripts",
+            "no xl devd runs here, so guests get no disks of this domain",
+            "systemctl enable --now xentap-devd.service",
         ),
-        Some(text) if text.contains("control_d") => ok("domain", "dom0"),
-        Some(_) => ok("domain", "not dom0: disks are served as by a driver domain"),
     }
 }
 

@@ -183,6 +183,23 @@ fn expect(made: &Made, grade: Grade, remedy: &str, case: &str) {
 }
 
 #[test]
+fn in_a_driver_domain_somebody_runs_the_scripts() {
+    const REMEDY: &str = "xentap-devd.service";
+    let made = well();
+    made.file("/proc/xen/capabilities", "");
+    // Others have the word, too.
+    made.file("/proc/7/cmdline", "less\0devd\0")
+        .file("/proc/8/cmdline", "xl\0create\0devd\0")
+        .file("/proc/9/cmdline", "");
+    expect(&made, Grade::Warn, REMEDY, "nobody does");
+    made.file("/proc/10/cmdline", "/usr/lib/xen-4.20/bin/xl\0devd\0-F\0");
+    assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
+    // In dom0 xl does by itself.
+    let dom0 = well();
+    assert_eq!(trouble(&seen(&dom0)), Vec::<&Finding>::new());
+}
+
+#[test]
 fn the_driver_that_is_decided_for_is_the_one_that_serves() {
     let made = well();
     fs::remove_dir_all(made.host().path("/sys/module/xen_blkback_rs")).expect("removed");
