@@ -12,6 +12,7 @@ mod cases;
 mod console;
 mod crash;
 mod demo;
+mod driver_domain;
 mod guest;
 mod history;
 mod hotplug;

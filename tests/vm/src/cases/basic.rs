@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// The limit for a fio job.
-pub(super) const FIO: Duration = Duration::from_secs(180);
+pub(crate) const FIO: Duration = Duration::from_secs(180);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {

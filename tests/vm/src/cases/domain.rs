@@ -4,20 +4,15 @@
 //! The driver domain boots as all guests do and then works in dom0's root, which it has as a read-only disk: the
 //! module, the programs and the scripts are the installed ones, and `xl devd` does there what xl does in dom0.
 
-use super::basic::{verify_job, FIO};
-use super::tap::{end_load, start_load};
 use super::{Case, Context, Needs};
-use crate::guest::{Config, Guest, Kind, Vbd};
-use crate::{hotplug, sh, xs, Driver};
+use crate::driver_domain::{serves_both, DriverDomain, NAME};
+use crate::guest::{Config, Guest, Kind};
+use crate::{hotplug, sh, Driver};
 use anyhow::{ensure, Context as _, Result};
 use control::installed::SUPERVISOR;
-use std::time::Duration;
 
-/// The name of the driver domain, as configurations of guests say it.
-const NAME: &str = "back";
 /// dom0's root file system.
 const ROOT: &str = "/dev/vda";
-const LIMIT: Duration = Duration::from_secs(120);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
@@ -41,12 +36,12 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// A driver domain with a disk of its own to serve from, `/dev/xvdb`.
-struct DriverDomain {
+struct Domain {
     guest: Guest,
 }
 
-impl DriverDomain {
-    fn start(context: &mut Context, kind: Kind, storage: &str) -> Result<DriverDomain> {
+impl Domain {
+    fn start(context: &mut Context, kind: Kind, storage: &str) -> Result<Domain> {
         let root = read_only_root(context)?;
         let mut config = Config::new(NAME, kind, 1);
         config.is_driver_domain = true;
@@ -54,7 +49,7 @@ impl DriverDomain {
             hotplug::disk(&root, "xvda", "r")?,
             hotplug::disk(storage, "xvdb", "w")?,
         ];
-        let domain = DriverDomain {
+        let domain = Domain {
             guest: Guest::create(config)?,
         };
         domain.enter()?;
@@ -82,6 +77,12 @@ impl DriverDomain {
         self.run("xl devd")?;
         Ok(())
     }
+}
+
+impl DriverDomain for Domain {
+    fn guest(&self) -> &Guest {
+        &self.guest
+    }
 
     /// Runs a command in dom0's root.
     fn run(&self, command: &str) -> Result<String> {
@@ -94,48 +95,14 @@ impl DriverDomain {
         ))
     }
 
-    /// A disk of this domain for another guest, in xl's syntax.
-    fn disk(&self, what: &str, vdev: &str) -> String {
-        format!("format=raw, vdev={vdev}, access=w, backend={NAME}, {what}")
+    /// Its root is read-only.
+    fn image(&self) -> &'static str {
+        "/tmp/a.img"
     }
 
-    /// What says why a disk is not there.
     fn logs(&self) -> String {
         let look = "tail -n 20 /var/log/xen/* /var/log/blktapctrl.log; dmesg | tail -n 20; cat /proc/modules | grep xen";
         self.run(look).unwrap_or_else(|error| format!("{error:#}"))
-    }
-
-    /// Fails unless our driver serves this disk there.
-    fn check_driver(&self, vbd: &Vbd) -> Result<()> {
-        let serving = self
-            .guest
-            .run(&format!("readlink {}/driver", vbd.sysfs().display()))?;
-        let name = serving.trim().rsplit('/').next();
-        ensure!(
-            name == Some(Driver::Rs.bus_name()),
-            "{serving} serves {} in {NAME}",
-            vbd.backend
-        );
-        Ok(())
-    }
-
-    /// Waits until some writes were answered.
-    fn wait_load(&self, vbd: &Vbd) -> Result<()> {
-        let file = format!("{}/statistics/wr_done", vbd.sysfs().display());
-        let done =
-            || -> Result<u64> { Ok(self.guest.run(&format!("cat {file}"))?.trim().parse()?) };
-        let before = done()?;
-        sh::wait_for("a load on the disk", LIMIT, || Ok(done()? > before + 100))
-    }
-
-    /// Waits until nothing of a disk is left there.
-    fn wait_gone(&self, vbd: &Vbd) -> Result<()> {
-        sh::wait_for("the end of a disk in the driver domain", LIMIT, || {
-            let there = self
-                .guest
-                .status(&format!("[ -e {} ]", vbd.sysfs().display()))?;
-            Ok(there.rc != 0 && xs::read(&format!("{}/state", vbd.backend))?.is_none())
-        })
     }
 }
 
@@ -153,42 +120,8 @@ fn read_only_root(context: &mut Context) -> Result<String> {
 
 fn serve(context: &mut Context, kind: Kind) -> Result<()> {
     let storage = context.null_blk(64, &[])?;
-    let domain = DriverDomain::start(context, kind, &storage.path())?;
-    let served = served(context, &domain);
+    let domain = Domain::start(context, kind, &storage.path())?;
+    let served = serves_both(&domain, &mut |text| context.note(text));
     served.with_context(|| domain.logs())?;
     domain.guest.destroy()
-}
-
-fn served(context: &mut Context, domain: &DriverDomain) -> Result<()> {
-    let mut config = Config::new("front", Kind::Pv, 1);
-    config.disks = vec![domain.disk("backendtype=phy, target=/dev/xvdb", "xvda")];
-    let guest = Guest::create(config)?;
-    let phy = Vbd::of_backend(domain.guest.domid, guest.domid, "xvda")?;
-    domain.check_driver(&phy)?;
-    guest.run_for(&verify_job("/dev/xvda", 16, 100, 512), FIO)?;
-    context.note("phy: verified")?;
-
-    domain.run("truncate -s 32M /tmp/a.img")?;
-    let tap = domain.disk("script=block-tap-rs, target=aio:/tmp/a.img", "xvdb");
-    sh::run_for(
-        &["xl", "block-attach", &guest.domid.to_string(), &tap],
-        LIMIT,
-    )?;
-    let tap = Vbd::of_backend(domain.guest.domid, guest.domid, "xvdb")?;
-    domain.check_driver(&tap)?;
-    guest.wait_disk("xvdb")?;
-    let load = start_load(&guest)?;
-    for _ in 0..3 {
-        domain.wait_load(&tap)?;
-        domain.run("pkill -KILL tapdisk")?;
-    }
-    domain.wait_load(&tap)?;
-    context.note(&end_load(&guest, load)?)?;
-    sh::run_for(
-        &["xl", "block-detach", &guest.domid.to_string(), "xvdb"],
-        LIMIT,
-    )?;
-    domain.wait_gone(&tap)?;
-    guest.destroy()?;
-    domain.wait_gone(&phy)
 }

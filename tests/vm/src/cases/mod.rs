@@ -49,10 +49,10 @@ use crate::guest::{Config, Guest, Kind};
 pub(crate) use basic::{compare, verify_job};
 /// What guests do while something happens below them.
 pub(crate) mod load {
-    pub(crate) use super::basic::compare;
+    pub(crate) use super::basic::{compare, FIO};
     pub(crate) use super::faults::wait_load;
     pub(crate) use super::lifecycle::wait_saved as wait_ended;
-    pub(crate) use super::tap::{wait_progress, VDEV};
+    pub(crate) use super::tap::{end_load, start_load, wait_progress, VDEV};
 }
 pub(crate) use takeover::build_id;
 

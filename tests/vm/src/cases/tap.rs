@@ -415,7 +415,7 @@ fn memory(context: &mut Context) -> Result<()> {
 }
 
 /// What the guest runs until it is told to stop: the history, and fio beside it.
-pub(super) fn start_load(guest: &Guest) -> Result<[crate::console::Job; 2]> {
+pub(crate) fn start_load(guest: &Guest) -> Result<[crate::console::Job; 2]> {
     start_load_with(guest, "--discard")
 }
 
@@ -433,7 +433,7 @@ pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[crate::co
 }
 
 /// Ends the load, which must not have seen an error; returns what the history says.
-pub(super) fn end_load(guest: &Guest, jobs: [crate::console::Job; 2]) -> Result<String> {
+pub(crate) fn end_load(guest: &Guest, jobs: [crate::console::Job; 2]) -> Result<String> {
     guest.run("touch /tmp/stop")?;
     let mut texts = Vec::new();
     for (what, job) in ["the history", "fio"].into_iter().zip(jobs) {
