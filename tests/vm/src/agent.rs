@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The first process of a guest: loads the modules and executes commands that come over the console.
+//! The first process of a guest, or a service of one that has a system of its own: executes commands that come over
+//! the console. As the first process it loads the modules before that.
 //!
 //! The protocol is lines. `PING n` is answered by `PONG n`. `RUN id command` starts a shell command and
 //! returns at once; its output comes as `OUT id text`, its end as `DONE id status`. Commands run side by
@@ -20,25 +21,35 @@ const CONSOLE: &str = "/dev/hvc0";
 
 type Line = Arc<Mutex<File>>;
 
-/// Serves until the machine goes down.
+/// Serves until the machine goes down, as its first process.
 pub(crate) fn main() -> Result<()> {
-    if let Err(error) = serve() {
-        eprintln!("agent: {error:#}");
-        return Err(error);
-    }
-    Ok(())
+    or_say(prepare().and_then(|()| serve()))
 }
 
-fn serve() -> Result<()> {
+/// The same below an init, which has prepared all.
+pub(crate) fn in_system() -> Result<()> {
+    or_say(serve())
+}
+
+/// Says why it ends: nobody sees the status of a first process.
+fn or_say(served: Result<()>) -> Result<()> {
+    served.inspect_err(|error| eprintln!("agent: {error:#}"))
+}
+
+/// What an init does before it starts anybody.
+fn prepare() -> Result<()> {
     mount("proc", "/proc", "proc")?;
     mount("sysfs", "/sys", "sysfs")?;
     mount("devtmpfs", "/dev", "devtmpfs")?;
     install_busybox()?;
+    let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
+    load_modules(Path::new("/mod"), &module_parameters(&cmdline))
+}
+
+fn serve() -> Result<()> {
     // Kernel messages would tear the protocol's lines apart; a panic or an oops raises the level again.
     // SAFETY: the call takes no pointer that it uses for this action (8 sets the console level).
     unsafe { libc::klogctl(8, std::ptr::null_mut(), 1) };
-    let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
-    load_modules(Path::new("/mod"), &module_parameters(&cmdline))?;
     let console = File::options()
         .read(true)
         .write(true)

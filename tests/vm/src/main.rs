@@ -83,7 +83,11 @@ enum Face {
     /// In a guest: load the kernel that starts when it has crashed.
     CrashKernel(crash::Args),
     /// Execute commands from the console; this is what a guest runs as its first process.
-    Agent,
+    Agent {
+        /// The guest has another first process, which has mounted and loaded what there is.
+        #[arg(long)]
+        in_system: bool,
+    },
     /// Be the second of two hosts: execute the commands of the first one.
     Peer,
     /// Execute a command on the other host, with this standard input and output.
@@ -193,7 +197,8 @@ fn start() -> Result<ExitCode> {
         Face::History(args) => history::main(&args).map(|()| ExitCode::SUCCESS),
         Face::Reread(args) => reread::main(&args).map(|()| ExitCode::SUCCESS),
         Face::CrashKernel(args) => crash::load(&args).map(|()| ExitCode::SUCCESS),
-        Face::Agent => agent::main().map(|()| ExitCode::SUCCESS),
+        Face::Agent { in_system: false } => agent::main().map(|()| ExitCode::SUCCESS),
+        Face::Agent { in_system: true } => agent::in_system().map(|()| ExitCode::SUCCESS),
         Face::Peer => peer::main().map(|()| ExitCode::SUCCESS),
         Face::Reach { address, command } => {
             peer::reach(&address, &command).map(|()| ExitCode::SUCCESS)
