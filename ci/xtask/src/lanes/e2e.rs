@@ -241,13 +241,38 @@ pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// The life of the packages on a host with systemd: a part of it for each time it is booted, and what more its kernel is
-/// told then.
-const LIFE: &[(&str, &str)] = &[
-    ("installed", ""),
-    ("refused", "module.sig_enforce=1"),
-    ("upgraded", ""),
-    ("removed", ""),
+/// A part of the life of the packages on a host with systemd, for which it is booted.
+struct LifePart {
+    name: &'static str,
+    /// What more the host's kernel is told.
+    words: &'static str,
+    /// Whether the host has a copy of its own disk, for a guest with the same system.
+    has_copy: bool,
+}
+
+impl LifePart {
+    const fn new(name: &'static str) -> LifePart {
+        LifePart {
+            name,
+            words: "",
+            has_copy: false,
+        }
+    }
+}
+
+/// The whole life. Each part finds the disk as the one before has left it.
+const LIFE: &[LifePart] = &[
+    LifePart::new("installed"),
+    LifePart {
+        words: "module.sig_enforce=1",
+        ..LifePart::new("refused")
+    },
+    LifePart {
+        has_copy: true,
+        ..LifePart::new("domains")
+    },
+    LifePart::new("upgraded"),
+    LifePart::new("removed"),
 ];
 
 /// Packages are installed, upgraded under load, downgraded and removed on a host that keeps its disk.
@@ -269,16 +294,20 @@ pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     run::remove_tree(&disk)?;
     fs::create_dir_all(&disk)?;
     let root = disk.join("root.img");
-    let mut copy = Command::new("cp");
-    copy.args(["--sparse=always", "--reflink=auto"]);
-    run::shown(copy.arg(machines.dom0.join("dom0.img")).arg(&root))?;
+    copy_disk(&machines.dom0.join("dom0.img"), &root)?;
     let before = tally.failed;
-    for (part, more) in LIFE {
-        let name = format!("life-{part}");
+    for part in LIFE {
+        let name = format!("life-{}", part.name);
         let mut machine = machine(&name);
         machine.root = Some(root.clone());
+        if part.has_copy {
+            // The host is down, so its file system is whole.
+            let copy = disk.join("copy.img");
+            copy_disk(&root, &copy)?;
+            machine.disks.push(copy);
+        }
         // Each line on a console of Xen takes its time.
-        machine.dom0_args = format!("life={part} systemd.show_status=no {more}");
+        machine.dom0_args = format!("life={} systemd.show_status=no {}", part.name, part.words);
         let outcome = report_on(tally, machine, &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
         if tally.failed > before {
@@ -287,6 +316,13 @@ pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
         }
     }
     run::remove_tree(&disk)
+}
+
+/// Copies an image, with its holes.
+fn copy_disk(from: &Path, to: &Path) -> Result<()> {
+    let mut copy = Command::new("cp");
+    copy.args(["--sparse=always", "--reflink=auto"]);
+    run::shown(copy.arg(from).arg(to))
 }
 
 /// Random requests of a malicious frontend; each run says its seed.

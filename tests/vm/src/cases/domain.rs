@@ -2,7 +2,8 @@
 //! The backend in a driver domain: a guest that has a disk of dom0's and serves another guest from it.
 //!
 //! The driver domain boots as all guests do and then works in dom0's root, which it has as a read-only disk: the
-//! module, the programs and the scripts are the installed ones, and `xl devd` does there what xl does in dom0.
+//! module, the programs and the scripts are the installed ones, and `xl devd` does there what xl does in dom0. One that
+//! has a system of its own, with packages: `life.domain_pv` and `life.domain_pvh`.
 
 use super::{Case, Context, Needs};
 use crate::driver_domain::{serves_both, DriverDomain, NAME};

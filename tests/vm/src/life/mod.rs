@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The life of the packages on a host with systemd: installed while the C driver serves, upgraded and downgraded under
-//! load, removed; and refused by a kernel that wants signatures. The host's disk outlives its boots. Each boot is a part
+//! load, removed; refused by a kernel that wants signatures; and in a driver domain. The host's disk outlives its boots. Each boot is a part
 //! of the life, and each chapter of a part builds on those before it.
 
 mod after;
 mod before;
+mod domain;
 mod groups;
 mod host;
 mod refused;
@@ -12,7 +13,7 @@ mod serving;
 mod working;
 
 use crate::report::{Report, Verdict};
-use crate::splat;
+use crate::{guest, splat};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ pub(crate) enum Part {
     Installed,
     /// The kernel takes no module without a signature, as ours.
     Refused,
+    /// A copy of the host's disk is booted as a driver domain.
+    Domains,
     /// Ours serves, is upgraded and downgraded below guests that work, and removed.
     Upgraded,
     /// The C driver serves again.
@@ -37,6 +40,7 @@ impl Part {
         match self {
             Part::Installed => before::chapters(),
             Part::Refused => refused::chapters(),
+            Part::Domains => domain::chapters(),
             Part::Upgraded => serving::chapters(),
             Part::Removed => after::chapters(),
         }
@@ -90,12 +94,13 @@ pub(crate) fn run(part: Part) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tells a chapter, and looks whether dom0's kernel is well.
+/// Tells a chapter, and looks whether the kernels of dom0 and of guests that have ended are well.
 fn judged(story: &mut Story, tell: fn(&mut Story) -> Result<()>) -> Result<()> {
     let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
     tell(story)?;
     let messages = kmsg.take()?;
-    let bad = splat::in_kernel("dom0", messages.iter().map(String::as_str));
+    let mut bad = splat::in_kernel("dom0", messages.iter().map(String::as_str));
+    bad.extend(guest::take_trouble());
     anyhow::ensure!(bad.is_empty(), "{}", bad.join("; "));
     Ok(())
 }
