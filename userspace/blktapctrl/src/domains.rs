@@ -5,6 +5,9 @@
 //! the hypervisor knows, and its interface for that changes with its version; `xl list -v` prints the code
 //! and is of the same version. What it says may be old when it is used: who takes a guest for suspended
 //! that goes on must do it no harm.
+//!
+//! It tells that to a domain that controls others. In a driver domain nobody is known to be suspended, and an
+//! image is let go of when its guest has ended.
 
 use crate::apart::{apart, LIMIT};
 use crate::store::Later;
@@ -12,6 +15,7 @@ use control::{Code, Failure};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::{fs, io};
 
 /// The domains of the host. Behind a trait so that a test needs no Xen.
 pub trait Domains {
@@ -26,6 +30,9 @@ pub struct Xl;
 impl Domains for Xl {
     fn suspended(&self) -> Later<'_, Result<BTreeSet<u32>, Failure>> {
         Box::pin(async {
+            if !controls_others(fs::read_to_string(CAPABILITIES)) {
+                return Ok(BTreeSet::new());
+            }
             let listed = apart(Path::new("xl"), LIMIT, || {
                 let output = Command::new("xl").args(["list", "-v"]).output();
                 output.map_err(|error| Failure::system("cannot run xl list -v", &error))
@@ -39,6 +46,14 @@ impl Domains for Xl {
             Ok(suspended_in(&String::from_utf8_lossy(&listed.stdout)))
         })
     }
+}
+
+/// A file of the kernel that says what this domain may do.
+const CAPABILITIES: &str = "/proc/xen/capabilities";
+
+/// Whether the hypervisor tells this domain of others. It is asked where that is not known: xenfs is not mounted.
+fn controls_others(capabilities: io::Result<String>) -> bool {
+    capabilities.map_or(true, |text| text.contains("control_d"))
 }
 
 /// The code with which a guest shuts down to be moved or saved.
@@ -65,7 +80,15 @@ fn is_uuid(word: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::suspended_in;
+    use super::{controls_others, suspended_in};
+    use std::io;
+
+    #[test]
+    fn a_driver_domain_is_told_of_nobody() {
+        assert!(controls_others(Ok("control_d\n".into())));
+        assert!(!controls_others(Ok(String::new())));
+        assert!(controls_others(Err(io::ErrorKind::NotFound.into())));
+    }
 
     #[test]
     fn suspended_are_told_from_others() {
