@@ -68,6 +68,17 @@ pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
     Ok(done.text)
 }
 
+/// Has dpkg end what it was interrupted in, as apt-get tells to do; returns what is said.
+pub(super) fn dpkg_ends() -> Result<String> {
+    let done = sh::status(&["dpkg", "--configure", "-a"], LONG)?;
+    ensure!(
+        done.rc == 0,
+        "dpkg --configure -a failed: {}",
+        sh::tail(&done.text, 2000)
+    );
+    Ok(done.text)
+}
+
 /// Starts apt-get, for who does something meanwhile.
 pub(super) fn apt_begins(arguments: &[&str]) -> Result<Child> {
     let mut command = Command::new(APT[0]);

@@ -98,12 +98,12 @@ fn bring_to(version: &str) -> Result<String> {
     host::apt_does(&["install", "--allow-downgrades", &programs, &module])
 }
 
-/// Both packages change to a version while the guest works, and what serves its disks with them.
-fn changed(story: &mut Story, version: &str) -> Result<()> {
+/// Both packages change while the guest works, and what serves its disks with them. `change` returns what was said.
+fn changed(story: &mut Story, change: impl FnOnce() -> Result<String>) -> Result<()> {
     let working = story.working()?;
     let (supervisor, process, module) = (host::supervisor()?, working.disk()?.pid()?, build_id()?);
     let holder = host::property(groups::UNIT, "MainPID")?;
-    let said = bring_to(version)?;
+    let said = change()?;
     ensure!(
         host::supervisor()? != supervisor,
         "the supervisor is the old one: {said}"
@@ -143,7 +143,7 @@ fn changed(story: &mut Story, version: &str) -> Result<()> {
 
 fn upgraded(story: &mut Story) -> Result<()> {
     let [_, next] = host::versions()?;
-    changed(story, &next)
+    changed(story, || bring_to(&next))
 }
 
 /// Fills the file system of the root.
@@ -173,8 +173,12 @@ fn no_room(story: &mut Story) -> Result<()> {
     ensure!(done.rc != 0, "there was room: {}", done.text);
     went_on.context("while the disk was full")?;
     answered.context("while the disk was full")?;
-    host::apt_does(&["--fix-broken", "install"])?;
-    changed(story, &version)
+    changed(story, || {
+        // Where the room ended decides which of these has something to do.
+        let ended = host::dpkg_ends()?;
+        let mended = host::apt_does(&["--fix-broken", "install"])?;
+        Ok([ended, mended, bring_to(&version)?].concat())
+    })
 }
 
 /// What dpkg has of a package, as `installed` or `unpacked`.
@@ -212,7 +216,7 @@ fn interrupted(story: &mut Story) -> Result<()> {
     working
         .goes_on()
         .context("with a process of the half that is there")?;
-    sh::run_for(&["dpkg", "--configure", "-a"], LIMIT)?;
+    host::dpkg_ends()?;
     host::apt_does(&wanted)?;
     ensure!(
         dpkg_state(&programs)? == "installed",
