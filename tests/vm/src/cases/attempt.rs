@@ -2,7 +2,7 @@
 //! One execution of a case, and all that it is judged by: its own error, the guests, the logs of all
 //! kernels and of Xen, and what is left behind.
 
-use super::{detach_own_disks, undo, Case, Context, Skip};
+use super::{detach_own_disks, undo, Case, Context, Skip, RUNS};
 use crate::leaks::Leaks;
 use crate::report::Verdict;
 use crate::{guest, splat, Driver};
@@ -168,11 +168,32 @@ impl Attempt {
 }
 
 /// The domains that the emulator killed, by what Xen logged, and how.
-pub(crate) fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::Fault)> {
+fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::Fault)> {
     let lines: Vec<&str> = log.iter().map(String::as_str).collect();
     let deaths = emulator::deaths(&lines).into_iter();
     let killed = deaths.filter_map(|death| Some((death.domain?, death.by_emulator?)));
     killed.collect()
+}
+
+/// Does something with guests; once more where the emulator killed one of them, which says nothing of what is done.
+/// `killed` is told of each.
+pub(crate) fn outlive_emulator<T>(
+    on: &mut T,
+    act: impl Fn(&mut T) -> Result<()>,
+    killed: impl Fn(&mut T, &str) -> Result<()>,
+) -> Result<()> {
+    xen::take_log()?;
+    for _ in 1..RUNS {
+        let result = act(on);
+        let deaths = killed_by_emulator(&xen::take_log()?);
+        if result.is_ok() || deaths.is_empty() {
+            return result;
+        }
+        for (domain, fault) in deaths {
+            killed(on, &format!("domain {domain}, by {fault}"))?;
+        }
+    }
+    act(on)
 }
 
 #[cfg(test)]

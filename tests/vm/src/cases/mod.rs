@@ -60,7 +60,7 @@ use crate::report::{Report, Verdict};
 use crate::tap::Supervisor;
 use crate::{guest, peer, seed, sh, xs, Driver};
 use anyhow::{bail, ensure, Context as _, Result};
-pub(crate) use attempt::killed_by_emulator;
+pub(crate) use attempt::outlive_emulator;
 use attempt::Attempt;
 pub(crate) use selection::Selection;
 use std::fmt;
@@ -610,7 +610,7 @@ fn begin_hosts() -> Result<()> {
 
 /// A case whose guest the emulator kills runs at most so often. Most machines never kill one, but two
 /// in a row were seen.
-pub(crate) const RUNS: u32 = 6;
+const RUNS: u32 = 6;
 
 /// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose
 /// guest the emulator killed runs again, because that says nothing of it.

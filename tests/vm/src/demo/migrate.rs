@@ -3,7 +3,7 @@
 //! another image, and the kernel's module is exchanged, all while it writes and verifies what it has written.
 
 use super::direct::{end, job, USED_MIB};
-use crate::cases::wait_progress;
+use crate::cases::{outlive_emulator, wait_progress};
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::report::Report;
@@ -18,9 +18,18 @@ const AT_WORK: u64 = 40;
 /// For what takes as long as an emulated machine does.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Tells it to the end, and leaves nothing behind.
+/// Tells it to the end, from the beginning again if the emulator breaks it off.
 pub(super) fn tell(report: &mut Report) -> Result<()> {
     wait_supervisor()?;
+    outlive_emulator(report, tell_once, |report, death| {
+        report.say(&format!(
+            "the emulator killed the guest ({death}), which says nothing of the driver: once more"
+        ))
+    })
+}
+
+/// Leaves nothing behind.
+fn tell_once(report: &mut Report) -> Result<()> {
     let (first, second) = (image("moving.img", IMAGE_MIB)?, image("moving.qcow2", 1)?);
     let size = format!("{IMAGE_MIB}M");
     sh::run_for(

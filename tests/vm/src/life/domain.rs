@@ -4,12 +4,11 @@
 
 use super::{host, Chapter, Story};
 use crate::backing::NullBlk;
-use crate::cases::{killed_by_emulator, RUNS};
+use crate::cases::outlive_emulator;
 use crate::driver_domain::{serves_both, DriverDomain, NAME};
 use crate::guest::{Config, Guest, Kind};
 use crate::{sh, Driver};
 use anyhow::{ensure, Context, Result};
-use dom0::xen;
 use std::time::Duration;
 
 /// The copy of the host's disk. Both domains have it, one after the other.
@@ -57,21 +56,13 @@ struct Role {
     is_new: bool,
 }
 
-/// Tells how a domain serves; again where the emulator killed a guest, which says nothing of it.
+/// Tells how a domain serves.
 fn told(story: &mut Story, role: Role) -> Result<()> {
-    xen::take_log()?;
-    for _ in 1..RUNS {
-        let result = serves(story, role);
-        let deaths = killed_by_emulator(&xen::take_log()?);
-        if result.is_ok() || deaths.is_empty() {
-            return result;
-        }
-        for (domain, fault) in deaths {
-            let what = format!("{NAME}: domain {domain}, by {fault}");
-            story.report.emulator(&what)?;
-        }
-    }
-    serves(story, role)
+    outlive_emulator(
+        story,
+        |story| serves(story, role),
+        |story, death| story.report.emulator(&format!("{NAME}: {death}")),
+    )
 }
 
 fn serves(story: &mut Story, role: Role) -> Result<()> {
