@@ -105,7 +105,7 @@ fn host(text: &mut Text, look: &Look, report: &Report) {
     let bytes = |kib: u64| kib.saturating_mul(1024) as f64;
     one(
         "xen_disk_memory_used_bytes",
-        "Memory of the driver for the disks of all guests.",
+        "Memory of the driver for the disks of all guests, without the arenas of tap disks.",
         bytes(memory.used_kib),
     );
     one(
