@@ -147,6 +147,12 @@ impl Folder {
         self.groups().join(format!("{name}.json"))
     }
 
+    /// Where the control groups of guests are.
+    #[must_use]
+    pub fn cgroups(&self) -> PathBuf {
+        self.root.join("cgroups.json")
+    }
+
     /// The newest events.
     #[must_use]
     pub fn events(&self) -> PathBuf {

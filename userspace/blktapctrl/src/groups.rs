@@ -5,11 +5,18 @@
 //! Who does the I/O are the threads of the kernel that serve the rings, of any driver and of phy disks too, and the
 //! processes of tap disks. Both come and go as frontends connect and processes die, so they are placed whenever
 //! xenstore tells of either.
+//!
+//! A guest keeps the group that it has as long as it has disks, with the limits that somebody has set there: also when
+//! the next supervisor makes groups elsewhere, or none. So where they are is written down (`places`).
 
+mod places;
+
+use places::Places;
 use rustix::fs::{getxattr, setxattr, XattrFlags};
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -54,6 +61,12 @@ impl FromStr for Template {
     }
 }
 
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.parent.join(&self.name).display())
+    }
+}
+
 impl Template {
     fn of(&self, domain: u32) -> PathBuf {
         self.parent
@@ -68,12 +81,28 @@ impl Template {
         // No sign and no zeroes before it.
         (self.of(domain) == self.parent.join(name)).then_some(domain)
     }
+
+    /// The domains that have a group here which is ours to remove.
+    fn ours(&self) -> io::Result<BTreeSet<u32>> {
+        let entries = match fs::read_dir(&self.parent) {
+            // There are no groups yet, or not any more.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            entries => entries?,
+        };
+        let mut ours = BTreeSet::new();
+        for entry in entries {
+            let name = entry?.file_name();
+            let domain = name.to_str().and_then(|name| self.domain(name));
+            ours.extend(domain.filter(|domain| is_ours(&self.of(*domain))));
+        }
+        Ok(ours)
+    }
 }
 
 /// The groups of guests.
 #[derive(Debug)]
 pub struct Groups {
-    template: Template,
+    places: Places,
     /// The kernel's view of processes.
     proc: PathBuf,
     /// It was said that one cannot be used.
@@ -81,20 +110,29 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Groups at `template`.
+    /// Groups that are made at `template`, if that is anywhere, and those that are left of earlier supervisors, of which
+    /// `file` tells. Nothing if there are neither.
     #[must_use]
-    pub fn new(template: Template) -> Groups {
-        Groups::seen_in(template, Path::new("/proc"))
+    pub fn open(template: Option<Template>, file: &Path) -> Option<Groups> {
+        Groups::seen_in(template, file, Path::new("/proc"))
     }
 
     /// The same with another view of processes.
     #[must_use]
-    pub fn seen_in(template: Template, proc: &Path) -> Groups {
-        Groups {
-            template,
+    pub fn seen_in(template: Option<Template>, file: &Path, proc: &Path) -> Option<Groups> {
+        let places = Places::open(template, file);
+        (!places.all().is_empty()).then(|| Groups {
+            places,
             proc: proc.into(),
             is_told: Cell::default(),
-        }
+        })
+    }
+
+    /// The group that a domain has.
+    fn there(&self, domain: u32) -> Option<PathBuf> {
+        let places = self.places.all();
+        let mut groups = places.iter().map(|place| place.of(domain));
+        groups.find(|group| group.is_dir())
     }
 
     /// Puts the kernel's threads of domains into their groups, and these processes. What has ended meanwhile is no
@@ -104,74 +142,62 @@ impl Groups {
             Ok(threads) => threads,
             Err(error) => return self.tell(&self.proc, &error),
         };
-        let mut used = false;
+        let mut used = BTreeSet::new();
         for (domain, processes) in domains {
             let threads = threads.get(domain).map_or(&[][..], Vec::as_slice);
             if !threads.is_empty() || !processes.is_empty() {
-                used |= self.place_in(*domain, threads, processes);
+                used.extend(self.place_in(*domain, threads, processes));
             }
         }
         // After that: the kernel refuses it as long as a process is above the groups, which may be one that was placed now.
-        if used {
-            if let Err(error) = self.enable() {
-                self.tell(&self.template.parent, &error);
+        for parent in used {
+            if let Err(error) = enable(&parent) {
+                self.tell(&parent, &error);
             }
         }
     }
 
-    /// True if the domain has a group.
-    fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) -> bool {
-        let group = self.template.of(domain);
+    /// What is above the group of the domain, if it has one now.
+    fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) -> Option<PathBuf> {
+        let new = || Some(self.places.template()?.of(domain));
+        let group = self.there(domain).or_else(new)?;
         if let Err(error) = make(&group) {
             self.tell(&group, &error);
-            return false;
+            return None;
         }
         for pid in threads.iter().chain(processes) {
-            match fs::write(group.join("cgroup.procs"), pid.to_string()) {
-                Ok(()) => {}
-                // No such process (ESRCH).
-                Err(error) if error.raw_os_error() == Some(3) => {}
-                Err(error) => self.tell(&group, &error),
-            }
+            self.put(&group, *pid);
         }
-        true
+        group.parent().map(Path::to_owned)
     }
 
-    /// Has the groups have the files io.max, io.weight and io.stat. Whoever else changes the tree may have taken it back.
-    fn enable(&self) -> io::Result<()> {
-        let control = self.template.parent.join("cgroup.subtree_control");
-        let enabled = fs::read_to_string(&control).unwrap_or_default();
-        match enabled.split_whitespace().any(|it| it == "io") {
-            true => Ok(()),
-            false => fs::write(control, "+io"),
+    fn put(&self, group: &Path, pid: u32) {
+        match fs::write(group.join("cgroup.procs"), pid.to_string()) {
+            Ok(()) => {}
+            // No such process (ESRCH).
+            Err(error) if error.raw_os_error() == Some(3) => {}
+            Err(error) => self.tell(group, &error),
         }
     }
 
     /// Removes the group of a domain that has no disks any more; true if it is gone, or not ours. It cannot go as long
     /// as somebody is in it.
     pub fn remove(&self, domain: u32) -> bool {
-        let group = self.template.of(domain);
-        if !is_ours(&group) {
-            return true;
+        let mut is_gone = true;
+        for place in self.places.all() {
+            is_gone &= is_removed(&place.of(domain));
         }
-        match fs::remove_dir(&group) {
-            Ok(()) => true,
-            Err(error) => error.kind() == ErrorKind::NotFound,
-        }
+        self.places.forget_unused();
+        is_gone
     }
 
     /// The domains whose groups are ours to remove, of this supervisor and of those before it.
     #[must_use]
     pub fn ours(&self) -> BTreeSet<u32> {
-        // There may be no groups yet; that a group cannot be made is told where it is to be.
-        let Ok(entries) = fs::read_dir(&self.template.parent) else {
-            return BTreeSet::new();
-        };
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        names
-            .filter_map(|name| self.template.domain(&name))
-            .filter(|domain| is_ours(&self.template.of(*domain)))
-            .collect()
+        let places = self.places.all();
+        // That a group cannot be made or used is told where it is to be.
+        let ours = places.iter().filter_map(|place| place.ours().ok());
+        ours.flatten().collect()
     }
 
     /// The threads of the kernel that serve the rings of each domain: a driver calls them `DOMAIN.DISK-QUEUE`.
@@ -197,11 +223,31 @@ impl Groups {
         if !self.is_told.replace(true) {
             tracing::warn!(
                 "the I/O of guests is in no group of theirs, so no limit of one holds: {}: {error}: is it in a tree of \
-                 cgroup v2 that was delegated to blktapctrl, and is no process in {} itself?",
+                 cgroup v2 that was delegated to blktapctrl, and is no process in what is above the groups?",
                 place.display(),
-                self.template.parent.display()
             );
         }
+    }
+}
+
+/// Has groups have the files io.max, io.weight and io.stat. Whoever else changes the tree may have taken it back.
+fn enable(parent: &Path) -> io::Result<()> {
+    let control = parent.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&control).unwrap_or_default();
+    match enabled.split_whitespace().any(|it| it == "io") {
+        true => Ok(()),
+        false => fs::write(control, "+io"),
+    }
+}
+
+/// True if a group is gone now, or not ours.
+fn is_removed(group: &Path) -> bool {
+    if !is_ours(group) {
+        return true;
+    }
+    match fs::remove_dir(group) {
+        Ok(()) => true,
+        Err(error) => error.kind() == ErrorKind::NotFound,
     }
 }
 
@@ -271,7 +317,8 @@ mod tests {
         fn groups(&self) -> Groups {
             let template = self.0.join("cgroup/guest-%d");
             let template: Template = template.to_str().unwrap().parse().unwrap();
-            Groups::seen_in(template, &self.0.join("proc"))
+            let file = self.0.join("cgroups.json");
+            Groups::seen_in(Some(template), &file, &self.0.join("proc")).unwrap()
         }
 
         fn last_in(&self, group: &str) -> Option<String> {

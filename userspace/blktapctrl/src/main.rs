@@ -172,8 +172,9 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     let lifecycle = Lifecycle::new(registry.clone(), program, folders);
     lifecycle.direct.set(cli.direct);
     let place = cli.cgroup.as_ref();
-    if let Some(template) = place.and_then(|place| place.template.clone()) {
-        lifecycle.use_groups(Groups::new(template));
+    let template = place.and_then(|place| place.template.clone());
+    if let Some(groups) = Groups::open(template, &registry.folder.cgroups()) {
+        lifecycle.use_groups(groups);
     }
     // Without xenstore now it may come later; disks are taken over in any case.
     let store = Xenstore::connect().await.ok();

@@ -1,22 +1,83 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The control groups of guests.
 
-use super::bed::{block_on, test, until, Bed, Succession};
+use super::bed::{block_on, kill, test, until, Bed, Succession};
+use blktapctrl::adopt;
 use blktapctrl::groups::Groups;
 use blktapctrl::watch;
+use control::supervisor::What;
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
 
 /// Has a supervisor look at xenstore, and give guests groups.
 fn follow(bed: &Bed) {
-    let template = bed.dir.join("cgroup/guest-%d");
-    let template = template.to_str().expect("text").parse().expect("a place");
-    let groups = Groups::seen_in(template, &bed.dir.join("proc"));
-    bed.lifecycle.use_groups(groups);
+    follow_with(bed, Some("cgroup"));
+}
+
+/// The same with groups in this folder, or with none. True if it knows of any.
+fn follow_with(bed: &Bed, tree: Option<&str>) -> bool {
+    let template = tree.map(|tree| {
+        let template = bed.dir.join(tree).join("guest-%d");
+        template.to_str().expect("text").parse().expect("a place")
+    });
+    let file = bed.registry().folder.cgroups();
+    let processes = bed.dir.join("proc");
+    fs::create_dir_all(&processes).expect("a folder");
+    let groups = Groups::seen_in(template, &file, &processes);
+    let has_groups = groups.is_some();
+    if let Some(groups) = groups {
+        bed.lifecycle.use_groups(groups);
+    }
     let lifecycle = bed.lifecycle.clone();
     let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
+    // Disks can be made before that has come to it.
+    bed.registry().use_store(Some(store.clone()));
     tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await });
+    has_groups
+}
+
+/// A disk of a guest that is served.
+async fn served(bed: &Bed, domain: u32, image: &str) -> u32 {
+    let directory = format!("backend/vbd/{domain}/51712");
+    bed.image(image, "A");
+    let mut create = bed.create(image);
+    create.vbd = Some(directory.clone());
+    bed.store.put(&directory, &[("frontend", "f")]);
+    let minor = bed.made(create).await;
+    bed.store.put(&directory, &[("tap-status", "live")]);
+    minor
+}
+
+async fn pid_of(bed: &Bed, minor: u32) -> String {
+    bed.row(minor).await.pid.expect("a process").to_string()
+}
+
+/// Waits until the one who was put into a group last is this one.
+async fn is_in(group: &Path, pid: &str) {
+    let procs = group.join("cgroup.procs");
+    until("somebody in a group", || async {
+        let last = fs::read_to_string(&procs).ok();
+        last.filter(|last| last == pid).map(drop)
+    })
+    .await;
+}
+
+/// The guest ends, and so does its group. A real one has no such files when everybody in it has ended.
+async fn ends(bed: &Bed, domain: u32, group: &Path) {
+    for file in fs::read_dir(group).expect("the group") {
+        fs::remove_file(file.expect("one").path()).expect("a file");
+    }
+    bed.store.drop(&format!("backend/vbd/{domain}"));
+    until("the end of the group", || async {
+        (!group.exists()).then_some(())
+    })
+    .await;
+}
+
+fn assert_nobody_died(bed: &Bed) {
+    let died = |what: &What| matches!(what, What::Died { .. } | What::Failed { .. });
+    assert!(!bed.events().iter().any(died), "{:?}", bed.events());
 }
 
 /// A thread of the kernel that serves a disk.
@@ -120,5 +181,133 @@ fn group_of_a_guest_outlives_the_supervisor_and_not_the_guest() {
             (!tree.join("guest-4").exists()).then_some(())
         })
         .await;
+    });
+}
+
+#[test]
+fn a_supervisor_with_groups_finds_who_is_served_without() {
+    let host = Succession::new("groups-later");
+    let tree = host.dir.join("cgroup");
+    let (first, second) = (tree.join("guest-3"), tree.join("guest-4"));
+    fs::create_dir_all(&tree).expect("a folder");
+    let phy = [("state", "4")];
+    let (minor, pid) = block_on(async {
+        let bed = host.bed();
+        thread(&bed.dir, 40, "4.xvda-0");
+        bed.store.put("backend/vbd/4/51712", &phy);
+        assert!(!follow_with(&bed, None), "there is nowhere to make any");
+        let minor = served(&bed, 3, "a.img").await;
+        assert!(!first.exists() && !second.exists());
+        (minor, pid_of(&bed, minor).await)
+    });
+    block_on(async {
+        let bed = host.bed();
+        bed.store
+            .put("backend/vbd/3/51712", &[("frontend", "f"), ("state", "4")]);
+        bed.store.put("backend/vbd/4/51712", &phy);
+        adopt::disks(&bed.lifecycle).await;
+        assert!(follow_with(&bed, Some("cgroup")));
+        is_in(&first, &pid).await;
+        is_in(&second, "40").await;
+        assert_eq!(pid_of(&bed, minor).await, pid);
+        assert_nobody_died(&bed);
+        ends(&bed, 3, &first).await;
+        ends(&bed, 4, &second).await;
+        until("the end of the disk", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// What somebody has limited stays so, whatever the settings say by then.
+#[test]
+fn guest_keeps_its_group_under_a_supervisor_that_makes_none() {
+    let host = Succession::new("groups-none");
+    let tree = host.dir.join("cgroup");
+    let (first, second) = (tree.join("guest-3"), tree.join("guest-4"));
+    fs::create_dir_all(&tree).expect("a folder");
+    let minor = block_on(async {
+        let bed = host.bed();
+        thread(&bed.dir, 40, "4.xvda-0");
+        bed.store.put("backend/vbd/4/51712", &[("state", "4")]);
+        follow(&bed);
+        let minor = served(&bed, 3, "a.img").await;
+        is_in(&first, &pid_of(&bed, minor).await).await;
+        is_in(&second, "40").await;
+        fs::write(first.join("io.max"), "254:3 rbps=1048576").expect("a limit");
+        minor
+    });
+    block_on(async {
+        let bed = host.bed();
+        let directory = "backend/vbd/3/51712";
+        bed.store.put(directory, &[("frontend", "f")]);
+        bed.store.put("backend/vbd/4/51712", &[("state", "4")]);
+        adopt::disks(&bed.lifecycle).await;
+        assert!(follow_with(&bed, None), "some are left");
+        bed.replaced(minor, kill).await;
+        bed.store.put(directory, &[("tap-status", "live")]);
+        is_in(&first, &pid_of(&bed, minor).await).await;
+        // Its frontend connects once more.
+        fs::remove_file(second.join("cgroup.procs")).expect("a file");
+        bed.store.put("backend/vbd/4/51712", &[("state", "4")]);
+        is_in(&second, "40").await;
+        let other = served(&bed, 5, "b.img").await;
+        thread(&bed.dir, 50, "5.xvda-0");
+        bed.store.put("backend/vbd/5/51712", &[("state", "4")]);
+        ends(&bed, 4, &second).await;
+        assert!(!tree.join("guest-5").exists(), "disk {other} has a group");
+        let limit = fs::read_to_string(first.join("io.max"));
+        assert_eq!(limit.expect("the limit"), "254:3 rbps=1048576");
+        ends(&bed, 3, &first).await;
+        bed.store.drop("backend/vbd/5");
+        until("the end of the disks", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        bed.assert_nothing_left().await;
+    });
+    block_on(async {
+        let bed = host.bed();
+        assert!(!follow_with(&bed, None), "there are none any more");
+    });
+}
+
+#[test]
+fn guest_keeps_its_group_where_it_is_and_new_ones_are_made_elsewhere() {
+    let host = Succession::new("groups-elsewhere");
+    for tree in ["cgroup", "other"] {
+        fs::create_dir_all(host.dir.join(tree)).expect("a folder");
+    }
+    let (old, new) = (
+        host.dir.join("cgroup/guest-3"),
+        host.dir.join("other/guest-5"),
+    );
+    block_on(async {
+        let bed = host.bed();
+        follow(&bed);
+        let minor = served(&bed, 3, "a.img").await;
+        is_in(&old, &pid_of(&bed, minor).await).await;
+    });
+    block_on(async {
+        let bed = host.bed();
+        bed.store
+            .put("backend/vbd/3/51712", &[("frontend", "f"), ("state", "4")]);
+        adopt::disks(&bed.lifecycle).await;
+        follow_with(&bed, Some("other"));
+        let minor = served(&bed, 5, "b.img").await;
+        is_in(&new, &pid_of(&bed, minor).await).await;
+        assert!(!host.dir.join("other/guest-3").exists());
+        ends(&bed, 3, &old).await;
+        ends(&bed, 5, &new).await;
+        until("the end of the disks", || async {
+            bed.rows().await.is_empty().then_some(())
+        })
+        .await;
+        // Only where groups are made is one looked for.
+        let known = fs::read_to_string(bed.registry().folder.cgroups()).expect("a file");
+        assert!(!known.contains("cgroup/"), "{known}");
+        bed.assert_nothing_left().await;
     });
 }
