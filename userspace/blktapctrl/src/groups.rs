@@ -4,7 +4,7 @@
 //!
 //! Who does the I/O are the threads of the kernel that serve the rings, of any driver and of phy disks too, and the
 //! processes of tap disks. Both come and go as frontends connect and processes die, so they are placed whenever
-//! xenstore tells of either.
+//! xenstore tells of either; a process that takes the place of another is placed before it does anything.
 //!
 //! A guest keeps the group that it has as long as it has disks, with the limits that somebody has set there: also when
 //! the next supervisor makes groups elsewhere, or none. So where they are is written down (`places`).
@@ -154,6 +154,14 @@ impl Groups {
             if let Err(error) = enable(&parent) {
                 self.tell(&parent, &error);
             }
+        }
+    }
+
+    /// Puts a process into the group of its domain, if that has one. Xenstore tells of it later, or of nothing that has
+    /// changed.
+    pub fn join(&self, domain: u32, process: u32) {
+        if let Some(group) = self.there(domain) {
+            self.put(&group, process);
         }
     }
 

@@ -174,11 +174,14 @@ async fn group(
     Ok(())
 }
 
-/// The tapdisks of a domain.
+/// The tapdisks of a domain, and those that are about to be.
 fn processes(lifecycle: &Lifecycle, domain: u32) -> Vec<u32> {
     let disks = lifecycle.registry.all();
     let of_domain = disks.iter().filter(|disk| disk.domain() == Some(domain));
-    let processes = of_domain.filter_map(|disk| disk.serving().ok());
+    let processes = of_domain.flat_map(|disk| {
+        let successor = disk.successor.borrow().clone();
+        disk.serving().ok().into_iter().chain(successor)
+    });
     processes.map(|process| process.pid()).collect()
 }
 

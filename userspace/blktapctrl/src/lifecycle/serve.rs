@@ -71,6 +71,10 @@ impl Lifecycle {
     /// Gives a process the node of a disk as soon as it is free.
     pub(super) async fn give_node(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
         let node = self.open_node(disk.minor).await?;
+        if let (Some(groups), Some(domain)) = (self.groups(), disk.domain()) {
+            // When xenstore tells that the disk is served, a process that takes it over may not be the disk's yet.
+            groups.join(domain, process.pid());
+        }
         if !disk.crashed.get() {
             // Who was killed, or ended before us, did not die of a request.
             self.registry.kernel.excuse(node.as_fd()).map_err(|error| {

@@ -2,6 +2,7 @@
 //! The control groups of guests.
 
 use super::bed::{block_on, kill, test, until, Bed, Succession};
+use super::handoff::{handed, new_program, request};
 use blktapctrl::adopt;
 use blktapctrl::groups::Groups;
 use blktapctrl::watch;
@@ -309,5 +310,50 @@ fn guest_keeps_its_group_where_it_is_and_new_ones_are_made_elsewhere() {
         let known = fs::read_to_string(bed.registry().folder.cgroups()).expect("a file");
         assert!(!known.contains("cgroup/"), "{known}");
         bed.assert_nothing_left().await;
+    });
+}
+
+/// Xenstore says that the disk is served while the process that takes it over is not its process yet, and nothing later.
+#[test]
+fn process_that_takes_a_disk_over_is_in_the_group_before_it_serves() {
+    test("groups-handoff", |bed| async move {
+        let group = bed.dir.join("cgroup/guest-3");
+        fs::create_dir_all(bed.dir.join("cgroup")).expect("a folder");
+        follow(&bed);
+        let minor = served(&bed, 3, "a.img").await;
+        is_in(&group, &pid_of(&bed, minor).await).await;
+        let next = handed(&bed, None).await.to.to_string();
+        let last = fs::read_to_string(group.join("cgroup.procs")).expect("a group");
+        assert_eq!(last, next);
+        assert_nobody_died(&bed);
+    });
+}
+
+#[test]
+fn process_that_is_about_to_serve_is_found_by_a_supervisor_with_groups() {
+    test("groups-between", |bed| async move {
+        fs::create_dir_all(bed.dir.join("cgroup")).expect("a folder");
+        bed.image("a.img", "A");
+        let mut create = bed.create("a.img");
+        create.vbd = Some("backend/vbd/3/51712".into());
+        bed.store
+            .put("backend/vbd/3/51712", &[("frontend", "f"), ("state", "4")]);
+        let store = Rc::new(bed.store.clone());
+        bed.registry().use_store(Some(store));
+        let minor = bed.made(create).await;
+        let program = new_program(&bed.dir, &[("hang", "")]);
+        let asked = tokio::task::spawn_local({
+            let (bed, ask) = (bed.clone(), request(Some(program), 300));
+            async move { bed.ask(ask).await }
+        });
+        let disk = bed.registry().get(minor).expect("the disk");
+        let next = until("a process that has the node", || async {
+            let next = disk.successor.borrow().as_ref().map(|next| next.pid());
+            next.filter(|_| bed.kernel.nodes.borrow()[&minor].opened == 2)
+        })
+        .await;
+        follow(&bed);
+        is_in(&bed.dir.join("cgroup/guest-3"), &next.to_string()).await;
+        assert!(!asked.is_finished());
     });
 }

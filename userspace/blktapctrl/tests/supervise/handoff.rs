@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// A program beside the usual one, which behaves as the files in a folder of its own say.
-fn new_program(dir: &Path, files: &[(&str, &str)]) -> PathBuf {
+pub(crate) fn new_program(dir: &Path, files: &[(&str, &str)]) -> PathBuf {
     let folder = dir.join("new");
     fs::create_dir_all(&folder).expect("a folder");
     for (name, text) in files {
@@ -23,7 +23,7 @@ fn new_program(dir: &Path, files: &[(&str, &str)]) -> PathBuf {
     fake::program(&folder)
 }
 
-fn request(program: Option<PathBuf>, timeout_s: u32) -> Request {
+pub(crate) fn request(program: Option<PathBuf>, timeout_s: u32) -> Request {
     Request::Handoff {
         which: which(0),
         program,
