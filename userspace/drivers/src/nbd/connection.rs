@@ -12,11 +12,15 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
 /// Bytes of a chunk that holds no data of a read, at most.
 const MOST_CHUNK: usize = (1 << 20) + 64;
 /// Extents that an answer tells of at most: QEMU's server sends 128 Ki of them.
 const MOST_TOLD: usize = 256 << 10;
+
+/// How long a server has to hear that nothing more comes. Whoever ends a process waits longer for that.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// A request, which may have to be sent more than once.
 #[derive(Clone, Debug)]
@@ -391,8 +395,14 @@ impl Connection {
                 head: Request::plain(command::DISCONNECT, 0, 0).head(0),
                 payload: None,
             });
-            self.outgoing.is_sent().await;
-            self.wire.say_end();
+            // Before that may be messages that nobody waits for any more, and the server may not read.
+            let sent = async {
+                self.outgoing.is_sent().await;
+                Ok(())
+            };
+            if self.wire.within(GOODBYE, sent).await.is_ok() {
+                self.wire.say_end();
+            }
         }
         self.end(Errno::CONNRESET);
     }

@@ -8,9 +8,11 @@ use rustix::net::{
 use rustls::ClientConnection;
 use std::cell::RefCell;
 use std::fmt;
+use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Bytes that are taken from the socket at once.
 const BUFFER: usize = 64 << 10;
@@ -130,6 +132,15 @@ impl Wire {
             Some(tls) => tls.send(&self.socket),
             None => Ok(()),
         }
+    }
+
+    /// The result of `work`, unless that takes longer.
+    pub(super) async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, Errno>>,
+    ) -> Result<T, Errno> {
+        self.io.within(limit, work).await
     }
 
     /// Says that nothing follows, as far as that can be said at once: otherwise the other end could not tell it from a

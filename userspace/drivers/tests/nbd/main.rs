@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Exports of NBD servers, of one that dies in all ways, and of QEMU's.
 
+mod deaf;
 mod secure;
 mod server;
 mod tls;

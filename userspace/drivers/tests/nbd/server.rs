@@ -62,6 +62,11 @@ pub(crate) enum End {
     Raw,
     /// And then it closes the connection.
     Cut,
+    /// It is no end: it takes the begin of the request, and no more as long as somebody [stops its
+    /// ears](State::ears).
+    Deaf,
+    /// It takes the begin of the request, and closes the connection.
+    Half,
 }
 
 /// What the server has, and what is to happen.
@@ -83,6 +88,12 @@ pub(crate) struct State {
     pub(crate) kind: Kind,
     /// It accepts nobody.
     pub(crate) is_away: bool,
+    /// Who has this stops its ears.
+    pub(crate) ears: Arc<Mutex<()>>,
+    /// Times that it took the begin of a request and no more.
+    pub(crate) deaf: u32,
+    /// What it got to write, of requests that did not come to their end.
+    pub(crate) halves: Vec<Vec<u8>>,
     /// Options that came without encryption, but for the one that asks for it.
     pub(crate) plain: u32,
 }
@@ -107,6 +118,9 @@ impl Server {
             given_up: 0,
             kind,
             is_away: false,
+            ears: Arc::default(),
+            deaf: 0,
+            halves: Vec::new(),
             plain: 0,
         }));
         let its = state.clone();
@@ -133,6 +147,11 @@ impl Server {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What it has, for who cannot borrow it.
+    pub(crate) fn watched(&self) -> Arc<Mutex<State>> {
+        self.state.clone()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -258,8 +277,19 @@ impl Client {
         let cookie: [u8; 8] = self.array()?;
         let offset = u64::from_be_bytes(self.array()?) as usize;
         let len = self.u32()? as usize;
-        let mut payload = vec![0; if asked == command::WRITE { len } else { 0 }];
-        self.stream.read_exact(&mut payload)?;
+        if asked == command::DISCONNECT {
+            return Ok(false);
+        }
+        let end = self.next_end();
+        match end {
+            Some(End::Half) => return Ok(false),
+            Some(End::Deaf) => self.hear_nothing(),
+            _ => {}
+        }
+        let payload = match asked {
+            command::WRITE => self.payload(len)?,
+            _ => Vec::new(),
+        };
         let request = Asked {
             command: asked,
             is_durable: flags.contains(CommandFlags::FUA),
@@ -267,26 +297,7 @@ impl Client {
             len,
             payload,
         };
-        if asked == command::DISCONNECT {
-            return Ok(false);
-        }
-        let end = {
-            let mut state = self.state.lock().unwrap();
-            match &mut state.ends {
-                Some((0, end)) => {
-                    let end = *end;
-                    state.ends = None;
-                    state.deaths += 1;
-                    Some(end)
-                }
-                Some((left, _)) => {
-                    *left -= 1;
-                    None
-                }
-                None => None,
-            }
-        };
-        if let Some(end) = end {
+        if let Some(end) = end.filter(|end| *end != End::Deaf) {
             self.end(end, request, cookie)?;
             return Ok(false);
         }
@@ -295,9 +306,48 @@ impl Client {
         Ok(true)
     }
 
+    /// How it ends with the request in hand.
+    fn next_end(&self) -> Option<End> {
+        let mut state = self.state.lock().unwrap();
+        match &mut state.ends {
+            Some((0, end)) => {
+                let end = *end;
+                state.ends = None;
+                state.deaths += 1;
+                Some(end)
+            }
+            Some((left, _)) => {
+                *left -= 1;
+                None
+            }
+            None => None,
+        }
+    }
+
+    fn hear_nothing(&self) {
+        let ears = {
+            let mut state = self.state.lock().unwrap();
+            state.deaf += 1;
+            state.ears.clone()
+        };
+        drop(ears.lock().unwrap());
+    }
+
+    /// What is to be written.
+    fn payload(&mut self, len: usize) -> io::Result<Vec<u8>> {
+        let mut payload = Vec::new();
+        let stream = Read::by_ref(&mut self.stream);
+        let done = stream.take(len as u64).read_to_end(&mut payload);
+        if payload.len() == len {
+            return Ok(payload);
+        }
+        self.state.lock().unwrap().halves.push(payload);
+        done.and(Err(io::ErrorKind::UnexpectedEof.into()))
+    }
+
     fn end(&mut self, end: End, request: Asked, cookie: [u8; 8]) -> io::Result<()> {
         match end {
-            End::Before => {}
+            End::Before | End::Deaf | End::Half => {}
             End::After => drop(self.state.lock().unwrap().execute(&request)),
             End::Late => {
                 let state = self.state.clone();
