@@ -122,10 +122,10 @@ fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result
 fn is_upgraded(report: &mut Report, disk: &Served) -> Result<()> {
     let told = tap::ctl_json(&["handoff", &disk.minor.to_string()])?;
     report.say(&format!(
-        "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; for {} us nobody served it",
+        "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; for {} ms nobody served it",
         number(&told, "to")?,
         number(&told, "from")?,
-        number(&told, "pause_us")?
+        number(&told, "pause_us")? / 1000
     ))?;
     wait_progress(disk, AT_WORK)
 }
