@@ -92,9 +92,9 @@ const BLKBACK: &[&[&str]] = &[
 const SUPERVISOR: &[&[&str]] = &[
     &["log"],
     &[
-        "apart", "backoff", "folder", "groups", "link", "slow", "store", "tally",
+        "apart", "backoff", "folder", "link", "slow", "store", "tally",
     ],
-    &["image", "notes", "quota"],
+    &["groups", "image", "notes", "quota"],
     &["kernel"],
     &["domains", "memory", "nodes", "tenure"],
     &["overlay", "record"],
