@@ -4,6 +4,7 @@
 use crate::common::{give_or_refuse, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
+use ring::response::Status;
 use ring::tap::shadow::Op;
 use rustix::process::{kill_process, Pid, Signal};
 use std::fs::File;
@@ -12,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::{Fake, SLOT};
 
 const SIZE: usize = 1 << 20;
 
@@ -103,9 +104,18 @@ impl Server {
 
     /// It does nothing any more.
     pub(crate) fn stop(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// It goes on.
+    fn go_on(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
         // CAST: the number of a process is positive.
         let process = Pid::from_raw(self.child.id() as i32).unwrap();
-        kill_process(process, Signal::STOP).unwrap();
+        kill_process(process, signal).unwrap();
     }
 
     pub(crate) fn image(&self) -> Vec<u8> {
@@ -255,6 +265,70 @@ fn export_is_reached_with_tls() {
     let image = server.image();
     assert_eq!(image[..4096], [1; 4096]);
     assert_eq!(image[4096..8192], [2; 4096]);
+    process.exit();
+}
+
+/// Writes all of the disk at once: more than a socket has room for.
+fn write_all(fake: &Fake, round: u8) -> Vec<u16> {
+    let count = SIZE / SLOT;
+    let tags = (0..count).map(|at| {
+        let bytes = [round + at as u8; SLOT];
+        let sector = (at * SLOT / 512) as u64;
+        fake.send(Op::Write, sector, &bytes, false).unwrap()
+    });
+    tags.collect()
+}
+
+fn assert_written(fake: &Fake, tags: Vec<u16>) {
+    for tag in tags {
+        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    }
+}
+
+fn is_round(image: &[u8], round: u8) -> bool {
+    let mut parts = image.chunks(SLOT).enumerate();
+    parts.all(|(at, part)| part.iter().all(|byte| *byte == round + at as u8))
+}
+
+/// What is sent and what is not have their place in what is executed: the next process begins with whole messages, on a
+/// connection of its own.
+#[test]
+fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
+    let (fake, server) = (Fake::new(16).unwrap(), Server::start());
+    let mut process = Process::start(&fake);
+    let reply = serve(&mut process, server.open("disk"), &server.socket());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    // Another process is to have the disk; what the guest waits for comes first.
+    server.stop();
+    let tags = write_all(&fake, 1);
+    let closed = process.ask_giving(Request::Close, &[], |channel| {
+        for _ in 0..100 {
+            let status = channel.ask::<_, Reply>(&Request::Status, &[]);
+            assert!(matches!(status, Ok(Reply::Status(_))), "{status:?}");
+        }
+        server.go_on();
+    });
+    assert_eq!(closed, Ok(Reply::Done));
+    assert_written(&fake, tags);
+    assert!(is_round(&server.image(), 1));
+    process.exit();
+    // The next one is killed, as one that does not leave.
+    let mut process = Process::start(&fake);
+    let reply = serve(&mut process, server.open("disk"), &server.socket());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    server.stop();
+    let tags = write_all(&fake, 101);
+    fake.wait_for(|info| info.delivered == 16);
+    process.kill();
+    server.go_on();
+    let mut process = Process::start(&fake);
+    let reply = serve(&mut process, server.open("disk"), &server.socket());
+    assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+    assert_written(&fake, tags);
+    let tag = fake.send(Op::Flush, 0, &[], false).unwrap();
+    fake.answer(tag, 0).unwrap();
+    assert!(is_round(&server.image(), 101));
+    assert_eq!(fake.malformed(), 0);
     process.exit();
 }
 
