@@ -367,6 +367,39 @@ fn a_disk_that_goes_leaves_neither_process() {
     });
 }
 
+/// The old process waits for a server that does not answer, and so does who asked; the disk may go all the same, and others
+/// are answered.
+#[test]
+fn a_disk_whose_process_cannot_let_go_can_be_taken_away() {
+    test("doomed-held", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        bed.made(bed.create("a.img")).await;
+        let other = bed.made(bed.create("b.img")).await;
+        let old = bed.row(0).await.pid.expect("a process");
+        fs::write(bed.dir.join("held"), "").expect("write");
+        let asked = bed.ask(request(Some(new_program(&bed.dir, &[])), 20));
+        let (asked, new) = futures::future::join(asked, async {
+            until("the question to let go", || async {
+                bed.log().contains(&"close".into()).then_some(())
+            })
+            .await;
+            let disk = bed.registry().get(0).expect("the disk");
+            let new = disk.successor.borrow().as_ref().expect("one").pid();
+            bed.destroy(other).await;
+            bed.destroy(0).await;
+            new
+        })
+        .await;
+        let failure = asked.expect_err("it is gone");
+        assert_eq!(failure.code, Code::State, "{failure}");
+        is_gone(old).await;
+        is_gone(new).await;
+        bed.assert_nothing_left().await;
+        fs::remove_file(bed.dir.join("held")).expect("remove");
+    });
+}
+
 /// A list says what each process runs.
 #[test]
 fn a_list_says_which_program_serves() {
