@@ -9,6 +9,7 @@ use control::tapdisk::State;
 use control::{Code, Failure};
 use std::fs;
 use std::rc::Rc;
+use std::time::Duration;
 
 const PARK: Request = Request::Park { timeout_s: 5 };
 
@@ -207,53 +208,163 @@ async fn two_disks(bed: &Rc<Bed>) {
     paused.await.expect("paused");
 }
 
-/// The supervisor ends before and after each of its steps; whoever comes next is asked once more.
+fn unpause(minor: u32) -> Request {
+    Request::Unpause {
+        which: which(minor),
+        target: None,
+        may_shrink: false,
+        files: Vec::new(),
+    }
+}
+
+/// How often the image with this content was opened.
+fn opened(bed: &Bed, content: &str) -> usize {
+    let open = format!("open w {content}");
+    bed.log().iter().filter(|line| **line == open).count()
+}
+
+/// The supervisor ends before and after each of its steps; whoever comes next is asked once more, or to have all go on.
 #[test]
 fn a_supervisor_that_ends_in_the_middle_is_followed_by_one_that_goes_on() {
     for step in 0.. {
-        let host = Succession::new(&format!("park-step-{step}"));
-        block_on(async {
-            let bed = host.bed();
-            two_disks(&bed).await;
-            host.kernel.crash.left.set(Some(step));
-            let asked = {
-                let bed = bed.clone();
-                tokio::task::spawn_local(async move {
-                    parked(&bed).await;
-                    bed.ask(Request::Unpark).await.expect("unparked");
-                })
-            };
-            until("the end of the verbs or of the supervisor", || async {
-                (asked.is_finished() || host.kernel.crash.happened.get()).then_some(())
-            })
-            .await;
-        });
-        let is_through = !host.kernel.crash.happened.get();
-        host.kernel.crash.left.set(None);
-        host.kernel.crash.happened.set(false);
-        block_on(async {
-            let bed = host.bed();
-            adopt::disks(&bed.lifecycle).await;
-            assert_eq!(parked(&bed).await, [0, 1], "step {step}");
-            assert_unloaded(&bed);
-            bed.ask(Request::Unpark).await.expect("unparked");
-            is_served(&bed, 0).await;
-            let paused = bed.row(1).await;
-            assert_eq!(paused.doing, None, "step {step}");
-            let goes_on = bed.ask(Request::Unpause {
-                which: which(1),
-                target: None,
-                may_shrink: false,
-                files: Vec::new(),
-            });
-            goes_on.await.expect("unpaused");
-            is_served(&bed, 1).await;
-            bed.lifecycle.destroy_all(bed.registry().all()).await;
-            bed.assert_nothing_left().await;
-        });
-        if is_through {
+        let is_through = [true, false].map(|again| goes_on_after(step, again));
+        if is_through == [true; 2] {
             assert!(step > 8, "{step} steps");
             break;
         }
     }
+}
+
+/// The supervisor ends after so many steps. True if it does not come to that.
+fn goes_on_after(step: u32, again: bool) -> bool {
+    let host = Succession::new(&format!("park-step-{step}-{again}"));
+    block_on(async {
+        let bed = host.bed();
+        two_disks(&bed).await;
+        host.kernel.crash.left.set(Some(step));
+        let asked = {
+            let bed = bed.clone();
+            tokio::task::spawn_local(async move {
+                parked(&bed).await;
+                bed.ask(Request::Unpark).await.expect("unparked");
+            })
+        };
+        until("the end of the verbs or of the supervisor", || async {
+            (asked.is_finished() || host.kernel.crash.happened.get()).then_some(())
+        })
+        .await;
+    });
+    let is_through = !host.kernel.crash.happened.get();
+    host.kernel.crash.left.set(None);
+    host.kernel.crash.happened.set(false);
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        if again {
+            assert_eq!(parked(&bed).await, [0, 1], "step {step}");
+            assert_unloaded(&bed);
+        }
+        bed.ask(Request::Unpark).await.expect("unparked");
+        is_served(&bed, 0).await;
+        let paused = bed.row(1).await;
+        assert_eq!(paused.doing, None, "step {step}, {again}");
+        assert_eq!(opened(&bed, "B"), 1, "step {step}, {again}: nobody asked");
+        bed.ask(unpause(1)).await.expect("unpaused");
+        is_served(&bed, 1).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
+        bed.assert_nothing_left().await;
+    });
+    is_through
+}
+
+/// A disk that is paused, one whose I/O is not over, and one that is served.
+async fn three_disks(bed: &Rc<Bed>) {
+    for (name, content) in [("a.img", "A"), ("b.img", "B"), ("c.img", "C")] {
+        bed.image(name, content);
+        bed.made(bed.create(name)).await;
+    }
+    let (which, timeout_s) = (which(0), 5);
+    let paused = bed.ask(Request::Pause { which, timeout_s });
+    paused.await.expect("paused");
+    bed.fencing(1, true);
+}
+
+/// Those that let go wait for one that cannot yet, and the supervisor ends meanwhile. What was paused before stays so, and
+/// what somebody wants of the others is not done by a node that is not there.
+#[test]
+fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
+    for again in [true, false] {
+        let host = Succession::new(&format!("park-waits-{again}"));
+        block_on(async {
+            let bed = host.bed();
+            three_disks(&bed).await;
+            let asked = {
+                let bed = bed.clone();
+                let park = Request::Park { timeout_s: 300 };
+                tokio::task::spawn_local(async move { bed.ask(park).await })
+            };
+            until("the others", || async {
+                bed.kernel.nodes.borrow().keys().eq([&1]).then_some(())
+            })
+            .await;
+            let (which, timeout_s) = (which(2), 5);
+            for verb in [unpause(0), Request::Pause { which, timeout_s }] {
+                let failure = bed.ask(verb).await.expect_err("it has no node");
+                assert!(failure.message.contains("being exchanged"), "{failure}");
+            }
+            assert!(!asked.is_finished());
+        });
+        block_on(async {
+            let bed = host.bed();
+            adopt::disks(&bed.lifecycle).await;
+            let doing: Vec<_> = bed.rows().await.iter().map(|row| row.doing).collect();
+            assert_eq!(doing, [Some(Doing::Park); 3], "whoever parked them asks");
+            bed.fencing(1, false);
+            if again {
+                assert_eq!(parked(&bed).await, [0, 1, 2]);
+                assert_unloaded(&bed);
+            }
+            assert_eq!(minors(bed.ask(Request::Unpark).await), [0, 1, 2]);
+            is_served(&bed, 1).await;
+            is_served(&bed, 2).await;
+            assert_eq!((bed.row(0).await.doing, opened(&bed, "A")), (None, 1));
+            bed.ask(unpause(0)).await.expect("unpaused");
+            is_served(&bed, 0).await;
+            bed.lifecycle.destroy_all(bed.registry().all()).await;
+            bed.assert_nothing_left().await;
+        });
+    }
+}
+
+/// A pause that takes long comes first. Where that is not done nothing is parked, and it is a pause yet.
+#[test]
+fn a_pause_that_is_not_done_comes_before() {
+    test("park-pause", |bed| async move {
+        bed.image("a.img", "A");
+        bed.image("b.img", "B");
+        let first = bed.made(bed.create("a.img")).await;
+        let second = bed.made(bed.create("b.img")).await;
+        bed.lifecycle.patience.set(Duration::from_millis(200));
+        let slow = bed.dir.join(format!("slow-{first}"));
+        fs::write(&slow, "").expect("write");
+        let pause = || Request::Pause {
+            which: which(first),
+            timeout_s: 1,
+        };
+        let failure = bed.ask(pause()).await.expect_err("it is slow");
+        assert_eq!(failure.code, Code::Timeout, "{failure}");
+        let failure = bed.ask(PARK).await.expect_err("a pause is not done");
+        assert!(failure.message.contains("pause is not done"), "{failure}");
+        is_served(&bed, second).await;
+        assert_eq!(bed.row(first).await.doing, Some(Doing::Pause));
+        fs::remove_file(slow).expect("remove");
+        bed.lifecycle.patience.set(Duration::from_secs(60));
+        assert_eq!(parked(&bed).await, [first, second]);
+        assert_eq!(minors(bed.ask(Request::Unpark).await), [first, second]);
+        is_served(&bed, second).await;
+        let paused = bed.row(first).await;
+        assert_eq!((paused.pid, paused.doing), (None, None), "it is paused");
+        bed.ask(unpause(first)).await.expect("unpaused");
+        is_served(&bed, first).await;
+    });
 }
