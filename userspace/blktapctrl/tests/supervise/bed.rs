@@ -10,7 +10,7 @@ use blktapctrl::registry::Registry;
 use blktapctrl::verbs;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
 use control::tapdisk::{Open, State};
-use control::Failure;
+use control::{Failure, Target};
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -163,6 +163,20 @@ impl Bed {
         .await;
     }
 
+    /// Waits until there is no disk.
+    pub(crate) async fn emptied(&self) {
+        until("the end of all disks", || async {
+            self.rows().await.is_empty().then_some(())
+        })
+        .await;
+    }
+
+    /// No process has ended by itself.
+    pub(crate) fn assert_nobody_died(&self) {
+        let died = |what: &What| matches!(what, What::Died { .. } | What::Failed { .. });
+        assert!(!self.events().iter().any(died), "{:?}", self.events());
+    }
+
     /// The processes, sockets and records that there are.
     pub(crate) async fn assert_nothing_left(&self) {
         assert_eq!(self.rows().await, []);
@@ -172,6 +186,16 @@ impl Bed {
                 .collect();
             assert!(left.is_empty(), "{left:?}");
         }
+    }
+}
+
+/// Has a paused disk served again, from another target if there is one.
+pub(crate) fn unpause(minor: u32, target: Option<Target>) -> Request {
+    Request::Unpause {
+        which: which(minor),
+        target,
+        may_shrink: false,
+        files: Vec::new(),
     }
 }
 

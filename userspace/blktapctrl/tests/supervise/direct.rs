@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which disks the kernel may serve by itself, and when it gets and loses their image.
 
-use super::bed::{kill, test, until, which, Bed, Succession};
+use super::bed::{kill, test, unpause, until, which, Bed, Succession};
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::{Needed, State};
 use control::{Code, Target};
@@ -16,15 +16,6 @@ fn pause(minor: u32) -> Request {
     Request::Pause {
         which: which(minor),
         timeout_s: 5,
-    }
-}
-
-fn unpause(minor: u32, target: Option<Target>) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target,
-        may_shrink: false,
-        files: Vec::new(),
     }
 }
 

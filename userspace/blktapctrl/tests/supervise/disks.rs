@@ -202,10 +202,7 @@ fn a_disk_goes_with_its_directory() {
         bed.store.put(directory, &[("state", "4")]);
         assert_eq!(bed.row(minor).await.vbd.as_deref(), Some(directory));
         bed.store.drop("backend/vbd/3");
-        until("the end of the disk", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         bed.assert_nothing_left().await;
     });
 }
@@ -236,10 +233,7 @@ fn a_disk_goes_with_its_directory_where_the_guest_is_hidden() {
         })
         .await;
         bed.store.drop("backend/vbd/3");
-        until("the end of the disk", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         assert!(!following.is_finished(), "nothing is followed any more");
         bed.assert_nothing_left().await;
     });
@@ -307,10 +301,7 @@ fn vbd3_is_served_without_a_script() {
         .await;
         bed.store.drop(directory);
         bed.store.drop(third);
-        until("the end of the disks", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         assert_eq!(bed.store.get(&format!("{directory}/tap-minor")), None);
     });
 }
@@ -359,10 +350,7 @@ fn vbd3_of_others_is_left_alone() {
         }
         assert_eq!(bed.rows().await.len(), 1);
         bed.store.drop(ours);
-        until("the end of the disk", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
     });
 }
 

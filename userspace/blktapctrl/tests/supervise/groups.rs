@@ -6,7 +6,6 @@ use super::handoff::{handed, new_program, request};
 use blktapctrl::adopt;
 use blktapctrl::groups::Groups;
 use blktapctrl::watch;
-use control::supervisor::What;
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -74,11 +73,6 @@ async fn ends(bed: &Bed, domain: u32, group: &Path) {
         (!group.exists()).then_some(())
     })
     .await;
-}
-
-fn assert_nobody_died(bed: &Bed) {
-    let died = |what: &What| matches!(what, What::Died { .. } | What::Failed { .. });
-    assert!(!bed.events().iter().any(died), "{:?}", bed.events());
 }
 
 /// A thread of the kernel that serves a disk.
@@ -211,13 +205,10 @@ fn a_supervisor_with_groups_finds_who_is_served_without() {
         is_in(&first, &pid).await;
         is_in(&second, "40").await;
         assert_eq!(pid_of(&bed, minor).await, pid);
-        assert_nobody_died(&bed);
+        bed.assert_nobody_died();
         ends(&bed, 3, &first).await;
         ends(&bed, 4, &second).await;
-        until("the end of the disk", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         bed.assert_nothing_left().await;
     });
 }
@@ -263,10 +254,7 @@ fn guest_keeps_its_group_under_a_supervisor_that_makes_none() {
         assert_eq!(limit.expect("the limit"), "254:3 rbps=1048576");
         ends(&bed, 3, &first).await;
         bed.store.drop("backend/vbd/5");
-        until("the end of the disks", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         bed.assert_nothing_left().await;
     });
     block_on(async {
@@ -302,10 +290,7 @@ fn guest_keeps_its_group_where_it_is_and_new_ones_are_made_elsewhere() {
         assert!(!host.dir.join("other/guest-3").exists());
         ends(&bed, 3, &old).await;
         ends(&bed, 5, &new).await;
-        until("the end of the disks", || async {
-            bed.rows().await.is_empty().then_some(())
-        })
-        .await;
+        bed.emptied().await;
         // Only where groups are made is one looked for.
         let known = fs::read_to_string(bed.registry().folder.cgroups()).expect("a file");
         assert!(!known.contains("cgroup/"), "{known}");
@@ -325,7 +310,7 @@ fn process_that_takes_a_disk_over_is_in_the_group_before_it_serves() {
         let next = handed(&bed, None).await.to.to_string();
         let last = fs::read_to_string(group.join("cgroup.procs")).expect("a group");
         assert_eq!(last, next);
-        assert_nobody_died(&bed);
+        bed.assert_nobody_died();
     });
 }
 

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks whose images several hosts reach.
 
-use super::bed::{block_on, kill, test, until, which, Bed, Succession};
-use super::reservation::unpause;
+use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
@@ -57,7 +56,10 @@ fn a_lease_is_held_while_the_image_is_open_and_no_longer() {
         };
         assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
         other.take(Duration::ZERO).expect("it is free");
-        let held = bed.ask(unpause(minor)).await.expect_err("it is beta's");
+        let held = bed
+            .ask(unpause(minor, None))
+            .await
+            .expect_err("it is beta's");
         assert_eq!(held.code, Code::Busy);
         for word in ["host beta", "its disk", "since", "tap-ctl lease break"] {
             assert!(held.message.contains(word), "{held}");
@@ -65,7 +67,7 @@ fn a_lease_is_held_while_the_image_is_open_and_no_longer() {
         assert_eq!(bed.row(minor).await.state, Some(State::Paused));
         other.give_up().expect("given up");
         assert!(matches!(
-            bed.ask(unpause(minor)).await,
+            bed.ask(unpause(minor, None)).await,
             Ok(Reply::Opened(_))
         ));
         assert_eq!(generation(&mut *other), Some(3));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Memory with a name: several disks have it, and it ends with the last of them.
 
-use super::bed::{block_on, end, kill, test, until, which, Bed, Succession};
+use super::bed::{self, block_on, end, kill, test, until, which, Bed, Succession};
 use super::left::is_alive;
 use super::sharing::stubbed;
 use super::steps::at_each_step;
@@ -44,12 +44,7 @@ async fn check(bed: &Bed, mode: Mode, text: &str) -> Result<Reply, Failure> {
 }
 
 fn unpause(minor: u32, text: Option<&str>) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target: text.map(target),
-        may_shrink: false,
-        files: Vec::new(),
-    }
+    bed::unpause(minor, text.map(target))
 }
 
 async fn pause(bed: &Bed, minor: u32) {

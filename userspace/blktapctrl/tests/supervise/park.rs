@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks let go of the kernel's module, and go on with the next one.
 
-use super::bed::{block_on, test, until, which, Bed, Succession};
+use super::bed::{block_on, test, unpause, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use blktapctrl::kernel::{Kernel, Make};
-use control::supervisor::{Doing, Reply, Request, What};
+use control::supervisor::{Doing, Reply, Request};
 use control::tapdisk::State;
 use control::{Code, Failure};
 use std::fs;
@@ -65,12 +65,7 @@ fn disks_go_on_with_the_next_module_as_they_were() {
             assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
         }
         assert_eq!(parked(&bed).await, [0, 3], "it is done already");
-        let refused = bed.ask(Request::Unpause {
-            which: which(0),
-            target: None,
-            may_shrink: false,
-            files: Vec::new(),
-        });
+        let refused = bed.ask(unpause(0, None));
         let failure = refused.await.expect_err("it has no node");
         assert!(failure.message.contains("being exchanged"), "{failure}");
         assert_eq!(minors(bed.ask(Request::Unpark).await), [0, 3]);
@@ -81,8 +76,7 @@ fn disks_go_on_with_the_next_module_as_they_were() {
         let paused = bed.row(0).await;
         assert_eq!((paused.pid, paused.doing), (None, None), "it is paused yet");
         assert_eq!(minors(bed.ask(Request::Unpark).await), [0; 0]);
-        let died = |what: &What| matches!(what, What::Died { .. } | What::Failed { .. });
-        assert!(!bed.events().iter().any(died), "{:?}", bed.events());
+        bed.assert_nobody_died();
     });
 }
 
@@ -208,15 +202,6 @@ async fn two_disks(bed: &Rc<Bed>) {
     paused.await.expect("paused");
 }
 
-fn unpause(minor: u32) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target: None,
-        may_shrink: false,
-        files: Vec::new(),
-    }
-}
-
 /// How often the image with this content was opened.
 fn opened(bed: &Bed, content: &str) -> usize {
     let open = format!("open w {content}");
@@ -269,7 +254,7 @@ fn goes_on_after(step: u32, again: bool) -> bool {
         let paused = bed.row(1).await;
         assert_eq!(paused.doing, None, "step {step}, {again}");
         assert_eq!(opened(&bed, "B"), 1, "step {step}, {again}: nobody asked");
-        bed.ask(unpause(1)).await.expect("unpaused");
+        bed.ask(unpause(1, None)).await.expect("unpaused");
         is_served(&bed, 1).await;
         bed.lifecycle.destroy_all(bed.registry().all()).await;
         bed.assert_nothing_left().await;
@@ -308,7 +293,7 @@ fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
             })
             .await;
             let (which, timeout_s) = (which(2), 5);
-            for verb in [unpause(0), Request::Pause { which, timeout_s }] {
+            for verb in [unpause(0, None), Request::Pause { which, timeout_s }] {
                 let failure = bed.ask(verb).await.expect_err("it has no node");
                 assert!(failure.message.contains("being exchanged"), "{failure}");
             }
@@ -328,7 +313,7 @@ fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
             is_served(&bed, 1).await;
             is_served(&bed, 2).await;
             assert_eq!((bed.row(0).await.doing, opened(&bed, "A")), (None, 1));
-            bed.ask(unpause(0)).await.expect("unpaused");
+            bed.ask(unpause(0, None)).await.expect("unpaused");
             is_served(&bed, 0).await;
             bed.lifecycle.destroy_all(bed.registry().all()).await;
             bed.assert_nothing_left().await;
@@ -364,7 +349,7 @@ fn a_pause_that_is_not_done_comes_before() {
         is_served(&bed, second).await;
         let paused = bed.row(first).await;
         assert_eq!((paused.pid, paused.doing), (None, None), "it is paused");
-        bed.ask(unpause(first)).await.expect("unpaused");
+        bed.ask(unpause(first, None)).await.expect("unpaused");
         is_served(&bed, first).await;
     });
 }

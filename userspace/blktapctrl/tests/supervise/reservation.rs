@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks whose storage refuses the writes of all hosts but one.
 
-use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, MirrorTo, Mode, Reply, Request, What};
 use control::tapdisk::State;
@@ -70,15 +70,6 @@ pub(crate) fn pause(minor: u32) -> Request {
     }
 }
 
-pub(crate) fn unpause(minor: u32) -> Request {
-    Request::Unpause {
-        which: which(minor),
-        target: None,
-        may_shrink: false,
-        files: Vec::new(),
-    }
-}
-
 /// Waits until a disk is paused because its lease is lost, which is told.
 pub(crate) async fn wait_stopped(bed: &Bed) {
     until("the pause", || async {
@@ -107,7 +98,10 @@ fn a_reservation_is_held_while_the_image_is_open_and_no_longer() {
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         assert!(is_nobodys(&bed, &target));
         other.take(Duration::ZERO).expect("it is free");
-        let busy = bed.ask(unpause(minor)).await.expect_err("it is beta's");
+        let busy = bed
+            .ask(unpause(minor, None))
+            .await
+            .expect_err("it is beta's");
         assert_eq!(busy.code, Code::Busy);
         for word in ["is reserved by host id-", "(key 0x", "tap-ctl lease break"] {
             assert!(busy.message.contains(word), "{busy}");
@@ -115,7 +109,7 @@ fn a_reservation_is_held_while_the_image_is_open_and_no_longer() {
         assert_eq!(bed.row(minor).await.state, Some(State::Paused));
         other.give_up().expect("given up");
         assert!(matches!(
-            bed.ask(unpause(minor)).await,
+            bed.ask(unpause(minor, None)).await,
             Ok(Reply::Opened(_))
         ));
         assert_ne!(key(&bed, &target), Some(held));
@@ -144,7 +138,7 @@ fn a_disk_that_has_lost_its_reservation_waits_for_somebody() {
         assert_eq!(key(&bed, &target), None);
         let row = bed.row(minor).await;
         assert_ne!(row.state, Some(State::Running));
-        let served = bed.ask(unpause(minor)).await;
+        let served = bed.ask(unpause(minor, None)).await;
         assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
         assert!(key(&bed, &target).is_some());
         bed.destroy(minor).await;

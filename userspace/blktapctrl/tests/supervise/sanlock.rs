@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks whose lease is a resource of sanlock.
 
-use super::bed::{block_on, kill, test, until, which, Bed, Succession};
-use super::reservation::{pause, unpause, wait_stopped};
+use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
+use super::reservation::{pause, wait_stopped};
 use blktapctrl::adopt;
 use control::supervisor::{Create, MirrorTo, Reply, Request, What};
 use control::tapdisk::State;
@@ -77,12 +77,15 @@ fn a_lease_of_sanlock_is_the_hosts_while_the_image_is_open_and_no_longer() {
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         assert_eq!(storage.owner(&resource()), None);
         other.take(Duration::ZERO).expect("it is free");
-        let busy = bed.ask(unpause(minor)).await.expect_err("it is beta's");
+        let busy = bed
+            .ask(unpause(minor, None))
+            .await
+            .expect_err("it is beta's");
         assert_eq!(busy.code, Code::Busy);
         assert!(busy.message.contains("host beta (host 2"), "{busy}");
         assert_eq!(bed.row(minor).await.state, Some(State::Paused));
         other.give_up().expect("given up");
-        let served = bed.ask(unpause(minor)).await;
+        let served = bed.ask(unpause(minor, None)).await;
         assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
         bed.image("c.dev", "C");
         let target = bed.create("c.dev").open.target;
@@ -135,7 +138,7 @@ fn a_disk_that_has_lost_its_lockspace_lets_go_when_its_io_is_over() {
         // It is not taken again by itself: the image may have been written since.
         assert_eq!(here.stays(&resource()), None);
         assert_ne!(bed.row(minor).await.state, Some(State::Running));
-        let served = bed.ask(unpause(minor)).await;
+        let served = bed.ask(unpause(minor, None)).await;
         assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
         bed.destroy(minor).await;
         assert_eq!(storage.owner(&resource()), None);

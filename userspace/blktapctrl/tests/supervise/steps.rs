@@ -2,7 +2,7 @@
 //! Verbs that are interrupted: by the end of the supervisor after any step, by storage that does not
 //! answer, by a target that is refused.
 
-use super::bed::{block_on, kill, test, until, which, Bed};
+use super::bed::{self, block_on, kill, test, until, which, Bed};
 use super::fake::{put, FakeKernel};
 use blktapctrl::adopt;
 use control::supervisor::{Doing, Reply, Request, Row, What};
@@ -25,12 +25,7 @@ fn target(dir: &Path, name: &str) -> Target {
 }
 
 pub(crate) fn unpause(target: Option<Target>) -> Request {
-    Request::Unpause {
-        which: which(0),
-        target,
-        may_shrink: false,
-        files: Vec::new(),
-    }
+    bed::unpause(0, target)
 }
 
 fn close() -> Request {
