@@ -50,8 +50,12 @@ fn until(what: &str, is_done: impl Fn() -> bool) {
     }
 }
 
-/// A part of a message came, and nothing behind it.
-fn assert_half(half: &[u8], byte: u8) {
+/// The connection ends. A part of a message came, and nothing behind it.
+fn ends_with_half(server: &Server, byte: u8) {
+    until("the end of the connection", || {
+        !server.state().halves.is_empty()
+    });
+    let half = &server.state().halves[0];
     assert!((1..LARGE).contains(&half.len()), "{} bytes", half.len());
     assert!(
         half.iter().all(|its| *its == byte),
@@ -72,13 +76,9 @@ fn who_closes_does_not_wait_for_a_server_that_does_not_read() {
             .block_on(async move { io.within(LIMIT, disk.close()).await });
         assert_eq!(closed.unwrap(), Ok(()));
         drop(stopped);
-        until("the end of the connection", || {
-            !server.state().halves.is_empty()
-        });
-        let state = server.state();
-        assert_half(&state.halves[0], 7);
+        ends_with_half(&server, 7);
         assert!(
-            state.content.iter().all(|byte| *byte == 0),
+            server.state().content.iter().all(|byte| *byte == 0),
             "it is executed"
         );
     }
@@ -131,10 +131,7 @@ fn who_lets_go_of_the_disk_ends_a_message_in_the_middle() {
         let Bed { runtime, disk, .. } = bed;
         drop(disk);
         drop(stopped);
-        until("the end of the connection", || {
-            !server.state().halves.is_empty()
-        });
-        assert_half(&server.state().halves[0], 9);
+        ends_with_half(&server, 9);
         drop(runtime);
     }
 }
