@@ -392,11 +392,15 @@ impl Guest {
         if sh::status(&["xl", "list", &id], XL)?.rc == 0 {
             sh::run_for(&["xl", "destroy", &id], XL)?;
         }
-        sh::wait_for(
-            &format!("the end of domain {id}"),
-            Duration::from_secs(60),
-            || Ok(sh::status(&["xl", "list", &id], XL)?.rc != 0),
-        )
+        self.wait_gone(Duration::from_secs(60))
+    }
+
+    /// Waits until the hypervisor has let go of the domain.
+    pub(crate) fn wait_gone(&self, limit: Duration) -> Result<()> {
+        let id = self.domid.to_string();
+        sh::wait_for(&format!("the end of domain {id}"), limit, || {
+            Ok(sh::status(&["xl", "list", &id], XL)?.rc != 0)
+        })
     }
 
     /// Saves the guest to a file; the domain is gone afterwards.

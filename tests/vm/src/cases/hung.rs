@@ -248,10 +248,7 @@ pub(super) fn destroy_quickly(guest: &Guest) -> Result<()> {
 
 /// Its pages have come back with the device.
 pub(super) fn wait_vanished(guest: Guest) -> Result<()> {
-    let id = guest.domid.to_string();
-    sh::wait_for("the end of the domain", QUICK, || {
-        Ok(sh::status(&["xl", "list", &id], QUICK)?.rc != 0)
-    })?;
+    guest.wait_gone(QUICK)?;
     guest.give_up()
 }
 

@@ -7,7 +7,7 @@ use crate::backing::NullBlk;
 use crate::cases::outlive_emulator;
 use crate::driver_domain::{serves_both, DriverDomain, NAME};
 use crate::guest::{Config, Guest, Kind};
-use crate::{sh, Driver};
+use crate::Driver;
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
 
@@ -150,10 +150,7 @@ impl Domain {
     /// Shuts it down as an administrator does, so that the next boot finds its disk in order.
     fn power_off(self) -> Result<()> {
         self.guest.start("systemctl poweroff")?;
-        let list = ["xl", "list", &self.guest.domid.to_string()];
-        sh::wait_for("the driver domain's shutdown", LONG, || {
-            Ok(sh::status(&list, LONG)?.rc != 0)
-        })?;
+        self.guest.wait_gone(LONG)?;
         self.guest.give_up()
     }
 }

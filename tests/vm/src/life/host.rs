@@ -58,11 +58,14 @@ pub(super) fn apt(arguments: &[&str]) -> Result<Output> {
 
 /// The same, which must succeed; returns what is said.
 pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
-    let done = apt(arguments)?;
+    succeeded(apt(arguments)?, &format!("apt-get {}", arguments.join(" ")))
+}
+
+/// What was said by what must have succeeded.
+fn succeeded(done: Output, what: &str) -> Result<String> {
     ensure!(
         done.rc == 0,
-        "apt-get {} failed: {}",
-        arguments.join(" "),
+        "{what} failed: {}",
         sh::tail(&done.text, 2000)
     );
     Ok(done.text)
@@ -71,12 +74,7 @@ pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
 /// Has dpkg end what it was interrupted in, as apt-get tells to do; returns what is said.
 pub(super) fn dpkg_ends() -> Result<String> {
     let done = sh::status(&["dpkg", "--configure", "-a"], LONG)?;
-    ensure!(
-        done.rc == 0,
-        "dpkg --configure -a failed: {}",
-        sh::tail(&done.text, 2000)
-    );
-    Ok(done.text)
+    succeeded(done, "dpkg --configure -a")
 }
 
 /// Starts apt-get, for who does something meanwhile.
