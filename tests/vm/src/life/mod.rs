@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The life of the packages on a host with systemd: installed while the C driver serves, upgraded and downgraded under
-//! load, removed; refused by a kernel that wants signatures; and in a driver domain. The host's disk outlives its boots. Each boot is a part
-//! of the life, and each chapter of a part builds on those before it.
+//! load, removed; refused by a kernel that wants signatures; and in a driver domain. The host's disk outlives its boots.
+//! Each boot is a part of the life, and each chapter of a part builds on those before it.
 
 mod after;
 mod before;
