@@ -50,8 +50,9 @@ pub struct Backing {
 impl Backing {
     /// True for a number of sectors that is whole blocks.
     fn whole(&self, sectors: u64) -> bool {
-        // Of no power of two none is whole.
-        sectors & u64::from(self.block).wrapping_sub(1) == 0 && self.block.is_power_of_two()
+        let mask = u64::from(self.block).wrapping_sub(1);
+        // Of no power of two none is whole. (To count its ones takes longer than all the rest.)
+        self.block != 0 && (sectors | u64::from(self.block)) & mask == 0
     }
 }
 
@@ -173,7 +174,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         most: usize,
         mut each: impl FnMut(&Extent),
     ) -> Result<(), Miss> {
-        let mut position = self.tree.find(range.start());
+        let mut position = self.tree.find_again(range.start());
         let mut rest = *range;
         for before in 0..most {
             let extent = self.tree.get_used(position);
@@ -206,7 +207,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         let backing = self.backing(number).ok_or(Miss::Unmapped)?;
         let (start, end) = (piece.range.start(), piece.range.end());
         // The place has the same alignment.
-        if backing.whole(start) && backing.whole(end) {
+        if backing.whole(start | end) {
             Ok(())
         } else {
             Err(Miss::Unaligned)

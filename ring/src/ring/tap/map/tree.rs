@@ -76,6 +76,8 @@ pub(super) struct Tree<S, L> {
     /// The slot that is looked at next for one that was not used.
     hand: usize,
     evicted: u64,
+    /// Where something was last; by now there may be something else there, or nothing.
+    last: Position,
 }
 
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
@@ -92,6 +94,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
             live: 0,
             hand: 0,
             evicted: 0,
+            last: Position { slot: 0, at: 0 },
         }
     }
 
@@ -140,6 +143,16 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         let extents = self.extents(slot);
         let at = partition(extents, |extent| extent.range.end() <= sector);
         self.proper(Position { slot, at })
+    }
+
+    /// The same, looked for first where it was last: most images are in few extents.
+    pub(super) fn find_again(&mut self, sector: u64) -> Position {
+        // Extents do not overlap: there is no other one that has the sector.
+        let has = |extent: &Extent| extent.range.start() <= sector && sector < extent.range.end();
+        if !self.get(self.last).is_some_and(has) {
+            self.last = self.find(sector);
+        }
+        self.last
     }
 
     /// The position behind one of an extent.
