@@ -142,6 +142,11 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
     println!("{often:?}, {at_times:?}; refused and accepted: {arguments:?}");
     let in_parts = sum(|seen| seen.begun_in_parts);
     assert!(in_parts > 50, "{in_parts} requests in several parts");
+    let beside = sum(|seen| seen.begun_beside);
+    assert!(
+        beside > 50,
+        "{beside} requests that overlap others that are executed"
+    );
     let with_zeroes = sum(|seen| seen.begun_with_zeroes);
     assert!(with_zeroes > 50, "{with_zeroes} requests that read zeroes");
     let enough = |counts: &[(&str, u64)], least| counts.iter().all(|(_, count)| *count > least);

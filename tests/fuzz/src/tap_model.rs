@@ -259,6 +259,12 @@ impl Model {
         earlier.find(|r| r.in_the_way_of(later))
     }
 
+    /// Beside one that was just posted there is nothing but what queues execute.
+    pub(crate) fn is_left_to_queues(&self) -> bool {
+        let direct = |r: &&Undone| matches!(r.stage, Stage::Direct(_));
+        self.undone.values().filter(direct).count() + 1 == self.undone.len()
+    }
+
     /// Where its queue could execute a request, if nothing is in its way: in which backing, and where there.
     pub(crate) fn place(&mut self, sequence: u64) -> Option<(Option<BackingNumber>, Vec<Part>)> {
         let request = &self.undone[&sequence];

@@ -108,7 +108,7 @@ impl Overlap {
         (self.bucket(*granules.start()), self.bucket(*granules.end()))
     }
 
-    /// Adds the range of a request that is later than all others.
+    /// Adds the range of a request that is later than all that are there.
     pub(super) fn insert(&mut self, entries: &mut [Entry], tag: DiskTag) {
         self.change(entries, tag, 1, List::push_front);
     }

@@ -13,7 +13,8 @@
 //!
 //! - A request is delivered only when no earlier one without a result overlaps it, with a write or
 //!   discard on either side. So the order in which overlapping requests are executed is that of
-//!   their arrival, also when they are executed again. (What was given back arrives anew: `direct`.)
+//!   their arrival, also when they are executed again. (What was given back or has failed arrives anew, and what queues
+//!   execute may overlap: `direct`.)
 //! - A flush, also one that is part of a write, which was left by a dead process or arrives while
 //!   what that process left is executed again, is delivered only when no earlier write is without
 //!   a result. Other flushes wait for nobody: they cover what was answered before them.
@@ -33,7 +34,8 @@
 //! [`Shadow::fail_waiting`] and [`Shadow::sort`] stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
 //! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a
 //! process or a queue; so does [`Shadow::fail_waiting`] while a process is
-//! fenced; all others take constant time for each request that they name or set free.
+//! fenced; all others take constant time for each request that they name or set free, and for each that is put into the
+//! index over ranges, once at most.
 
 pub mod direct;
 mod ending;
@@ -487,7 +489,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         if self.offered & 1u64.wrapping_shl(request.op.wire().into()) == 0 {
             return Err(PostError::NotOffered);
         }
-        let (sequence, ordered) = (self.sequence, self.replaying > 0);
+        let ordered = self.replaying > 0;
         let entry = self.get_mut(tag).ok_or(PostError::OutOfRange)?;
         if entry.state != State::Free {
             return Err(PostError::InUse);
@@ -495,7 +497,6 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let flag = |on: bool, flag: u8| if on { flag } else { 0 };
         let flush = request.op == Op::Flush;
         let sectors = if flush { 0 } else { request.sectors };
-        entry.sequence = sequence;
         entry.sector = if sectors == 0 { 0 } else { request.sector };
         entry.end = entry.sector.saturating_add(sectors);
         entry.arrived_ns = now;
@@ -509,13 +510,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         entry.orphan = false;
         entry.mapped = false;
         entry.suspicion = Suspicion::NONE;
-        entry.waiters = List::EMPTY;
-        self.sequence = sequence.wrapping_add(1);
-        self.order
-            .push_back(&mut self.entries, Node::new(tag, Link::Order));
-        self.overlap.insert(&mut self.entries, tag);
-        self.waiting = self.waiting.wrapping_add(1);
-        self.wait(tag, None);
+        self.arrive(tag);
         Ok(())
     }
 
@@ -611,6 +606,22 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
 /// What the calls are made of.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+    /// A request that is in no list waits from now on, behind all that have arrived before.
+    fn arrive(&mut self, tag: DiskTag) {
+        let sequence = self.sequence;
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        entry.sequence = sequence;
+        entry.indexed = false;
+        entry.waiters = List::EMPTY;
+        self.sequence = sequence.wrapping_add(1);
+        self.order
+            .push_back(&mut self.entries, Node::new(tag, Link::Order));
+        self.waiting = self.waiting.wrapping_add(1);
+        self.wait(tag, None);
+    }
+
     /// Puts a request that is in no list of a state among those that wait: for another one, or
     /// to be looked at.
     fn wait(&mut self, tag: DiskTag, blocker: Option<DiskTag>) {
@@ -697,12 +708,33 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// The latest earlier request that must be done before this one.
-    fn blocker(&self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
+    fn blocker(&mut self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
+        self.index();
         let sequence = |tag: DiskTag| Some((self.get(tag)?.sequence, tag));
         let overlap = self.overlap.blocker(&self.entries, tag, steps);
         let flush = self.unflushed(tag, steps);
         let latest = overlap.and_then(sequence).max(flush.and_then(sequence));
         latest.map(|(_, tag)| tag)
+    }
+
+    /// Completes the index over ranges. What it lacks is later than all that it has: it is completed for each search,
+    /// and most of what queues execute is over before there is any.
+    fn index(&mut self) {
+        let (mut first, mut at) = (None, self.order.last());
+        while let Some(node) = at {
+            if self.get(node.tag()).is_none_or(|entry| entry.indexed) {
+                break;
+            }
+            first = at;
+            at = prev(&self.entries, node);
+        }
+        while let Some(node) = first {
+            self.overlap.insert(&mut self.entries, node.tag());
+            if let Some(entry) = self.get_mut(node.tag()) {
+                entry.indexed = true;
+            }
+            first = next(&self.entries, node);
+        }
     }
 
     /// The latest earlier write, if this is a flush that waits for all of them.
@@ -800,7 +832,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     fn forget(&mut self, tag: DiskTag) {
         self.order
             .remove(&mut self.entries, Node::new(tag, Link::Order));
-        self.overlap.remove(&mut self.entries, tag);
+        if self.get(tag).is_some_and(|entry| entry.indexed) {
+            self.overlap.remove(&mut self.entries, tag);
+        }
         let Some(entry) = self.get_mut(tag) else {
             return;
         };

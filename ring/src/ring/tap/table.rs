@@ -134,6 +134,8 @@ pub struct Entry {
     pub(super) orphan: bool,
     /// Its data is in pages of the guest that are mapped, where no process can get it.
     pub(super) mapped: bool,
+    /// The index over ranges has it.
+    pub(super) indexed: bool,
     /// What is known of its part in the deaths of processes.
     pub(super) suspicion: Suspicion,
     links: [Neighbours; LINKS as usize],
@@ -165,6 +167,7 @@ impl Entry {
         ordered: false,
         orphan: false,
         mapped: false,
+        indexed: false,
         suspicion: Suspicion::NONE,
         links: [Neighbours {
             prev: Node::NONE,
@@ -210,6 +213,10 @@ impl List {
 
     pub(super) fn first(&self) -> Option<Node> {
         self.head.get()
+    }
+
+    pub(super) fn last(&self) -> Option<Node> {
+        self.tail.get()
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -157,6 +157,13 @@ impl Disk {
         assert!(self.is_mapped(tag));
     }
 
+    /// The process has something at the end of the disk: what queues execute is not all that there is.
+    #[track_caller]
+    fn occupy(&mut self, tag: u16) {
+        self.post(tag, Op::Discard, SIZE - 8, 8);
+        assert_eq!(self.tags(), [tag]);
+    }
+
     fn ended(&mut self, tag: u16, status: Status) -> Option<Status> {
         self.shadow.ended(DiskTag::new(tag), status)
     }

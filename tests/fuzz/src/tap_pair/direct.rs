@@ -37,14 +37,16 @@ pub(super) fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
 }
 
 impl Pair {
-    /// A queue begins what it has just posted, or what else has this tag.
-    pub(super) fn begin(&mut self, tag: u16) {
+    /// A queue begins what it has just `posted`, or what else has this tag.
+    pub(super) fn begin(&mut self, tag: u16, posted: bool) {
         let waits = |s: &u64| {
             let request = &self.model.undone[s];
             request.stage == Stage::Waiting && request.whose == For::Unknown
         };
         let sequence = self.model.sequence_of(tag).filter(waits);
-        let free = sequence.filter(|s| self.model.blocker(*s).is_none());
+        let free = posted && self.model.is_left_to_queues();
+        let free = sequence.filter(|s| free || self.model.blocker(*s).is_none());
+        self.seen.begun_beside += u64::from(free.is_some_and(|s| self.model.blocker(s).is_some()));
         let expected = free.and_then(|s| self.expect_start(s));
         let mut parts = Parts::default();
         let start = self.shadow.begin(DiskTag::new(tag), &mut parts);
@@ -105,9 +107,8 @@ impl Pair {
         let Some(sequence) = self.model.sequence_of(tag).filter(direct) else {
             return assert_eq!(result, None, "{self:?}");
         };
-        let request = self.model.undone.get_mut(&sequence).expect("it is there");
+        let mut request = self.model.undone.remove(&sequence).expect("it is there");
         if status == Status::Okay || request.request.op == Op::Flush {
-            self.model.undone.remove(&sequence);
             self.model.executed += 1;
             self.model.failed_flushes += u32::from(status != Status::Okay);
             self.seen.executed += 1;
@@ -116,6 +117,9 @@ impl Pair {
         request.stage = Stage::Waiting;
         request.whose = For::Unknown;
         request.replay = true;
+        // It arrives anew.
+        self.model.undone.insert(self.model.sequence, request);
+        self.model.sequence += 1;
         self.seen.redone += 1;
         assert_eq!(result, None, "{self:?}");
     }
@@ -184,9 +188,10 @@ impl Pair {
         let any = model.executing(|_, _| true) > 0;
         assert_eq!(self.shadow.is_executing(&Sectors::ALL), any, "{self:?}");
         for (sequence, request) in &model.undone {
-            let executes = |stage| stage != Stage::Waiting;
             for (_, earlier) in model.undone.range(..sequence) {
-                let both = executes(request.stage) && executes(earlier.stage);
+                let stages = [request.stage, earlier.stage];
+                // What queues execute may overlap, and nothing that a process has.
+                let both = !stages.contains(&Stage::Waiting) && stages.contains(&Stage::Delivered);
                 assert!(!(both && earlier.conflicts(request)), "{self:?}");
             }
             // Whoever could begin something was told so.

@@ -131,7 +131,9 @@ impl Pair {
     pub fn apply(&mut self, step: Step) {
         self.steps.push(step);
         match step {
-            Step::Post(tag, queue, request) => self.post(tag, queue, request),
+            Step::Post(tag, queue, request) => {
+                self.post(tag, queue, request);
+            }
             Step::Deliver(max, ago) => self.deliver(max, ago),
             Step::Commit(tag, outcome, beside, ago) => {
                 let generation = self.generation(tag).wrapping_sub(beside);
@@ -167,8 +169,8 @@ impl Pair {
             Step::Orphan(queue) => self.orphan(queue),
             Step::Fail(max) => self.fail(max),
             Step::Begin(tag, queue, request) => {
-                self.post(tag, queue, request);
-                self.begin(tag);
+                let posted = self.post(tag, queue, request);
+                self.begin(tag, posted);
             }
             Step::Resume(queue, max) => self.resume(queue, max),
             Step::End(tag, status) => self.end(tag, status),
@@ -184,7 +186,7 @@ impl Pair {
         self.compare();
     }
 
-    fn post(&mut self, tag: u16, queue: u16, request: Request) {
+    fn post(&mut self, tag: u16, queue: u16, request: Request) -> bool {
         let valid = tag < self.tags && usize::from(queue) < 64 && self.model.is_free(tag);
         let posted = self
             .shadow
@@ -212,6 +214,7 @@ impl Pair {
             self.model.sequence += 1;
             self.seen.posted += 1;
         }
+        valid
     }
 
     fn deliver(&mut self, max: usize, ago: u64) {

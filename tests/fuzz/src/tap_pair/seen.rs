@@ -39,7 +39,9 @@ pub struct Seen {
     pub lost: u64,
     /// Requests that a queue began at once.
     pub begun: u64,
-    /// Of these, those that were in more than one part.
+    /// Of these, those that overlapped others that queues executed.
+    pub begun_beside: u64,
+    /// Those that were in more than one part.
     pub begun_in_parts: u64,
     /// Of those that were begun, those that read zeroes.
     pub begun_with_zeroes: u64,

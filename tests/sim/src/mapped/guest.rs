@@ -10,7 +10,7 @@ use ring::tap::shadow::{Op, Request};
 
 use super::image::{Image, CLUSTER, SECTORS};
 use super::{Scene, ABLE, UNABLE};
-use crate::history::value;
+use crate::history::{value, History, ZERO};
 
 /// A request without an answer.
 #[derive(Clone, Debug)]
@@ -20,43 +20,48 @@ pub(super) struct Posted {
     pub(super) data: Vec<u64>,
     /// The data is in pages of the guest, and not where a process can get it.
     pub(super) is_mapped: bool,
-    /// What a read must find.
-    expected: Vec<u64>,
-    /// Of a flush: the last answered change of each sector when it was posted.
-    covers: Vec<usize>,
-    /// Of a change: its place among those of each of its sectors.
-    places: Vec<usize>,
+    /// The number of a change.
+    number: u32,
+    /// When the guest asked for it.
+    issued: u64,
 }
 
-/// The guest, and the disk if everything is executed in arrival order.
-#[derive(Clone, Debug)]
+/// The guest, and what it knows of the disk.
+#[derive(Debug)]
 pub(super) struct Guest {
     /// Requests that it has not made yet.
     pub(super) left: u32,
     pub(super) posted: BTreeMap<u16, Posted>,
     /// What was to be executed with its data mapped and was not, or not well: it is posted anew.
     given_back: Vec<(u16, Posted)>,
-    writes: u32,
-    /// What each sector was, in arrival order.
-    values: Vec<Vec<u64>>,
-    /// The last of these that was answered.
-    answered: Vec<usize>,
-    /// Those before this are durable or have been replaced.
-    durable: Vec<usize>,
+    changes: u32,
+    /// One more with each request and each answer.
+    clock: u64,
+    history: History,
+    /// The same without reads: what one has seen need not be durable.
+    changed: History,
 }
 
 impl Guest {
     pub(super) fn new(image: &Image, requests: u32) -> Self {
-        let none = vec![0; SECTORS as usize];
-        Self {
+        let mut guest = Self {
             left: requests,
             posted: BTreeMap::new(),
             given_back: Vec::new(),
-            writes: 0,
-            values: (0..SECTORS).map(|s| vec![image.sector(s)]).collect(),
-            answered: none.clone(),
-            durable: none,
+            changes: 0,
+            clock: 2,
+            history: History::default(),
+            changed: History::default(),
+        };
+        for history in [&mut guest.history, &mut guest.changed] {
+            for sector in (0..SECTORS).filter(|sector| image.sector(*sector) != ZERO) {
+                // CAST: the upper half.
+                let number = (image.sector(sector) >> 32) as u32;
+                history.write(number, 0, sector, 1, false);
+                history.answered(number, 1, true);
+            }
         }
+        guest
     }
 
     /// True if all that it asked for is answered.
@@ -72,26 +77,58 @@ impl Guest {
         self.posted.contains_key(&tag) || self.given_back.iter().any(|(its, _)| *its == tag)
     }
 
-    /// What a request brings: each write has values of its own.
-    fn data(&mut self, request: &Request) -> Vec<u64> {
-        self.writes += u32::from(request.op == Op::Write);
-        let of = |sector: usize| match request.op {
-            Op::Write => value(self.writes, sector as u64),
-            _ => 0,
+    /// Asks for something. Each write brings values of its own.
+    fn issue(&mut self, request: &Request, is_mapped: bool) -> Posted {
+        let (start, sectors) = (request.sector, request.sectors);
+        self.clock += 1;
+        self.changes += u32::from(matches!(request.op, Op::Write | Op::Discard));
+        let (number, issued) = (self.changes, self.clock);
+        for history in [&mut self.history, &mut self.changed] {
+            match request.op {
+                Op::Write => history.write(number, issued, start, sectors, false),
+                Op::Discard => history.discard(number, issued, start, sectors),
+                _ => {}
+            }
+        }
+        let of = |sector| match request.op {
+            Op::Write => value(number, sector),
+            _ => ZERO,
         };
-        sectors(request).map(of).collect()
+        Posted {
+            request: *request,
+            data: (start..start + sectors).map(of).collect(),
+            is_mapped,
+            number,
+            issued,
+        }
     }
 
-    /// What a sector is when all has been executed.
-    pub(super) fn ordered(&self, sector: u64) -> u64 {
-        *self.values[sector as usize]
-            .last()
-            .expect("there is a first")
+    /// Something was done. Says what cannot be.
+    fn note(&mut self, posted: &Posted) -> Result<(), String> {
+        let (request, issued) = (&posted.request, posted.issued);
+        self.clock += 1;
+        match request.op {
+            Op::Read => (request.sector..)
+                .zip(&posted.data)
+                .try_for_each(|(sector, found)| {
+                    self.history.read(sector, Some(*found), issued, self.clock)
+                })?,
+            Op::Flush => {}
+            _ => {
+                for history in [&mut self.history, &mut self.changed] {
+                    history.answered(posted.number, self.clock, true);
+                }
+            }
+        }
+        Ok(())
     }
-}
 
-fn sectors(request: &Request) -> std::ops::Range<usize> {
-    request.sector as usize..(request.sector + request.sectors) as usize
+    /// Says why a sector cannot be what it is when all has been executed.
+    pub(super) fn look(&self, sector: u64, found: u64) -> Result<(), String> {
+        let (now, then) = (self.clock + 1, self.clock + 2);
+        let explained = self.history.explain(sector, Some(found), now, then);
+        explained.map(|_| ())
+    }
 }
 
 impl Scene {
@@ -105,10 +142,10 @@ impl Scene {
         };
         self.guest.left -= 1;
         let request = self.request();
-        let data = self.guest.data(&request);
         let plain = matches!(request.op, Op::Read | Op::Write);
         let is_mapped = queue == 0 && plain && self.rng.percent(self.plan.mapped);
-        self.arrive(tag, queue, &request, data, is_mapped);
+        let posted = self.guest.issue(&request, is_mapped);
+        self.arrive(tag, queue, posted);
     }
 
     /// Something that was given back comes with its data in the arena. Only the queue that executes something has such.
@@ -119,17 +156,18 @@ impl Scene {
         }
         let at = self.rng.index(given_back.len());
         let (tag, posted) = given_back.swap_remove(at);
-        self.arrive(tag, 0, &posted.request, posted.data, false);
+        let in_arena = Posted {
+            is_mapped: false,
+            ..posted
+        };
+        self.arrive(tag, 0, in_arena);
     }
 
-    fn arrive(&mut self, tag: u16, queue: u16, request: &Request, data: Vec<u64>, is_mapped: bool) {
-        let posted = Posted {
-            is_mapped,
-            ..self.expect(request, data)
-        };
+    fn arrive(&mut self, tag: u16, queue: u16, posted: Posted) {
+        let (request, is_mapped) = (posted.request, posted.is_mapped);
         self.guest.posted.insert(tag, posted);
-        if !self.begin_beside(tag, queue, request) {
-            let taken = self.shadow.post(DiskTag::new(tag), queue, request, 0);
+        if !self.begin_beside(tag, queue, &request) {
+            let taken = self.shadow.post(DiskTag::new(tag), queue, &request, 0);
             assert_eq!(taken, Ok(()), "tag {tag}");
             match is_mapped {
                 true => self.begin_mapped(tag),
@@ -139,19 +177,8 @@ impl Scene {
         self.announce();
     }
 
-    /// What was just posted is not begun: it is as if it had not come yet.
-    pub(super) fn take_back(&mut self, tag: u16) {
-        let guest = &mut self.guest;
-        let posted = guest.posted.remove(&tag).expect("it was just posted");
-        for (sector, place) in sectors(&posted.request).zip(&posted.places) {
-            // Nothing has come since.
-            guest.values[sector].truncate(*place);
-        }
-        guest.given_back.push((tag, posted));
-    }
-
-    /// A request has failed with its data mapped. What a write has done it has done in its turn, and comes to do once
-    /// more: that is in the order twice.
+    /// What was just posted is not begun, or what was begun has failed with its data mapped: it is to be posted anew. For
+    /// the guest it is still the same.
     pub(super) fn give_back(&mut self, tag: u16) {
         match self.guest.posted.remove(&tag) {
             Some(posted) => self.guest.given_back.push((tag, posted)),
@@ -186,31 +213,6 @@ impl Scene {
         }
     }
 
-    /// Does to the disk in arrival order what the request does.
-    fn expect(&mut self, request: &Request, data: Vec<u64>) -> Posted {
-        let guest = &mut self.guest;
-        let its = sectors(request);
-        let mut posted = Posted {
-            request: *request,
-            data,
-            is_mapped: false,
-            expected: Vec::new(),
-            covers: Vec::new(),
-            places: Vec::new(),
-        };
-        match request.op {
-            Op::Read => posted.expected = its.map(|s| guest.ordered(s as u64)).collect(),
-            Op::Flush => posted.covers.clone_from(&guest.answered),
-            _ => {
-                for (sector, value) in its.zip(&posted.data) {
-                    posted.places.push(guest.values[sector].len());
-                    guest.values[sector].push(*value);
-                }
-            }
-        }
-        posted
-    }
-
     /// A request has its result.
     pub(super) fn answer(&mut self, tag: u16, status: Status) {
         let Some(posted) = self.guest.posted.remove(&tag) else {
@@ -223,35 +225,21 @@ impl Scene {
         if status != Status::Okay {
             return self.problem(format!("{request:?} has failed"));
         }
-        let mut found = sectors(&request).zip(posted.data.iter().zip(&posted.expected));
-        if let Some((sector, (found, expected))) = found.find(|(_, (found, e))| found != e) {
-            return self.problem(format!(
-                "sector {sector} read as {found:x}, in arrival order it is {expected:x}"
-            ));
-        }
-        for (sector, place) in sectors(&request).zip(&posted.places) {
-            let answered = &mut self.guest.answered[sector];
-            *answered = (*answered).max(*place);
-        }
-        for (durable, covered) in self.guest.durable.iter_mut().zip(&posted.covers) {
-            *durable = (*durable).max(*covered);
+        if let Err(what) = self.guest.note(&posted) {
+            return self.problem(what);
         }
         if request.op == Op::Flush {
-            self.look_behind_a_power_cut();
+            self.look_behind_a_power_cut(posted.issued);
         }
     }
 
-    /// What was flushed is there, or what came after it.
-    fn look_behind_a_power_cut(&mut self) {
+    /// What was answered before a flush is there, or what came after it.
+    fn look_behind_a_power_cut(&mut self, issued: u64) {
         for sector in 0..SECTORS {
-            let from = self.guest.durable[sector as usize];
-            let left = self.image.durable(sector);
-            let may = &self.guest.values[sector as usize][from..];
-            if !may.contains(&left) {
-                return self.problem(format!(
-                    "a power cut leaves {left:x} in sector {sector}, flushed was {:x}",
-                    may[0]
-                ));
+            let (left, now) = (self.image.durable(sector), self.guest.clock + 1);
+            let changed = &self.guest.changed;
+            if let Err(what) = changed.explain(sector, Some(left), issued, now) {
+                return self.problem(format!("after a power cut {what}"));
             }
         }
     }

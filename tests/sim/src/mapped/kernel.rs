@@ -61,7 +61,7 @@ impl Scene {
             }
             None => {
                 self.counts.taken_back += 1;
-                self.take_back(tag);
+                self.give_back(tag);
             }
         }
     }

@@ -3,10 +3,10 @@
 //! A disk whose process tells the kernel where it is, and goes on changing that: the real shadow and the real map
 //! between guests, a kernel that executes with delays, and processes that copy, move and free clusters, and die.
 //!
-//! The oracle is the order of arrival, as for every disk that a process serves: each read finds what the requests
-//! before it have left, whoever has executed these. After a flush a power cut loses nothing that was answered before
-//! it. A process that lies harms its own disk alone. What a queue was to execute with its data in pages of the guest,
-//! and gives back, is in the order when it is posted anew.
+//! The oracle is the history of the guest, as for every disk: whoever has executed the requests, there is an order of
+//! them in which what was answered comes before what was asked for later, and each read finds what is before it. That
+//! is all: what queues execute at the same time has no order, even if it overlaps. After a flush a power cut loses
+//! nothing that was answered before it. A process that lies harms its own disk alone.
 
 mod guest;
 mod image;
@@ -360,11 +360,8 @@ impl Scene {
             return;
         }
         for sector in 0..SECTORS {
-            let (found, expected) = (self.image.sector(sector), self.guest.ordered(sector));
-            if found != expected {
-                return self.problem(format!(
-                    "sector {sector} is {found:x} in the end, in arrival order {expected:x}"
-                ));
+            if let Err(what) = self.guest.look(sector, self.image.sector(sector)) {
+                return self.problem(format!("in the end {what}"));
             }
         }
     }

@@ -53,7 +53,12 @@ fn without_a_fault_nothing_is_reported() {
 
 #[test]
 fn a_recall_that_waits_for_nothing_is_found() {
-    must_find(moving(), Fault::RecallAtOnce, CASES / 8, "in arrival order");
+    must_find(
+        moving(),
+        Fault::RecallAtOnce,
+        CASES / 8,
+        "no order of the writes",
+    );
 }
 
 #[test]
@@ -62,12 +67,22 @@ fn a_change_of_the_process_that_the_kernel_forgets_is_found() {
         moves: 0,
         ..moving()
     };
-    must_find(plan, Fault::ForgetChanges, CASES / 4, "in arrival order");
+    must_find(
+        plan,
+        Fault::ForgetChanges,
+        CASES / 4,
+        "no order of the writes",
+    );
 }
 
 #[test]
 fn what_outlives_the_start_of_a_process_is_found() {
-    must_find(dying(), Fault::KeepAtStart, CASES / 8, "in arrival order");
+    must_find(
+        dying(),
+        Fault::KeepAtStart,
+        CASES / 8,
+        "no order of the writes",
+    );
 }
 
 #[test]
@@ -81,7 +96,7 @@ fn a_queue_that_overtakes_is_found() {
         moving(),
         Fault::IgnoreOverlap,
         CASES / 2,
-        "in arrival order",
+        "no order of the writes",
     );
 }
 
@@ -91,13 +106,18 @@ fn what_was_looked_up_too_early_is_found() {
         moving(),
         Fault::IgnoreGeneration,
         CASES / 4,
-        "in arrival order",
+        "no order of the writes",
     );
 }
 
 #[test]
 fn what_is_told_before_the_image_says_it_is_found() {
-    must_find(dying(), Fault::TellEarly, CASES / 12, "in arrival order");
+    must_find(
+        dying(),
+        Fault::TellEarly,
+        CASES / 12,
+        "no order of the writes",
+    );
 }
 
 #[test]
@@ -108,11 +128,16 @@ fn a_process_that_gets_what_has_its_data_mapped_is_found() {
             failing: 20,
             ..plan
         };
-        must_find(plan, Fault::ServeMapped, CASES / 2, "in arrival order");
+        must_find(
+            plan,
+            Fault::ServeMapped,
+            CASES / 2,
+            "no order of the writes",
+        );
     }
 }
 
 #[test]
 fn a_flush_of_one_store_of_two_is_found() {
-    must_find(growing(), Fault::FlushOne, CASES / 8, "a power cut leaves");
+    must_find(growing(), Fault::FlushOne, CASES / 8, "after a power cut");
 }

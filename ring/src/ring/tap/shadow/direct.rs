@@ -15,7 +15,9 @@
 //! Rules beside those of the shadow:
 //!
 //! - It is a request like any other: it waits for earlier ones that overlap it, and later ones wait for it,
-//!   whoever executes the one or the other.
+//!   whoever executes the one or the other. But while there is nothing that a process has or may get, what queues
+//!   execute does not wait for each other, as on a device without a process: a guest that has overlapping requests in
+//!   flight at the same time has no order for them.
 //! - Only a queue that can executes something ([`Shadow::set_able`]): it has what that takes.
 //! - Only what moves data of whole blocks is executed so, and what was never given to a process. A flush is
 //!   if the process has said that it is one of the backing.
@@ -24,7 +26,8 @@
 //! - It is begun by the thread of its queue, and it ends there. The death of a process changes nothing of
 //!   it; the start of the next one ends what the last one said, so nothing more is begun.
 //! - If it fails it is not known what it did, so the process gets it as one that is executed again, and says
-//!   what became of it. A flush that failed is answered so: to try again could succeed over lost data.
+//!   what became of it. It arrives anew, so that it waits for what is executed by then: where that writes the process
+//!   may not move anything. A flush that failed is answered so: to try again could succeed over lost data.
 //! - The data of a request may be in pages of the guest that are mapped, where no process can get it. Such a request
 //!   is begun at once or not at all ([`Shadow::begin_mapped`]), and if it fails nothing is left of it here: its
 //!   queue brings the data to the arena, and posts it anew. What overlaps it may come first by then: what a guest has
@@ -262,14 +265,16 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Begins a request that was just posted, if nothing is in its way and it needs no process. Then `parts` say
     /// where.
     pub fn begin(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
-        if !self.map.is_any() || self.get(tag)?.state != State::Pending {
+        let entry = self.get(tag)?;
+        if !self.map.is_any() || entry.state != State::Pending {
             return None;
         }
-        let mut steps = STEPS;
-        match self.blocker(tag, &mut steps) {
-            Some(_) => None,
-            None => self.execute(tag, parts),
+        // It has just been posted, and beside it there is nothing but what queues execute.
+        let is_free = !entry.indexed && self.waiting == 1 && self.held == 0;
+        if !is_free && self.blocker(tag, &mut { STEPS }).is_some() {
+            return None;
         }
+        self.execute(tag, parts)
     }
 
     /// The same for a request whose data is in mapped pages of the guest. If it cannot be begun it is taken back, as if
@@ -332,8 +337,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             self.free(tag);
             return Some(status);
         }
+        self.forget(tag);
         if mapped {
-            self.forget(tag);
             self.free(tag);
             return None;
         }
@@ -341,8 +346,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             entry.flags |= abi::DESC_REPLAY;
             self.replaying = self.replaying.wrapping_add(1);
         }
-        self.waiting = self.waiting.wrapping_add(1);
-        self.wait(tag, None);
+        self.arrive(tag);
         None
     }
 

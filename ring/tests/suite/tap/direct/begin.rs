@@ -116,6 +116,7 @@ fn a_queue_that_cannot_gets_nothing() {
 #[test]
 fn what_waits_for_an_earlier_one_is_ready_when_that_ends() {
     let mut disk = Disk::mapped(8);
+    disk.occupy(7);
     disk.begin_write(0, 0);
     disk.post(1, Op::Write, 0, 16);
     assert_eq!(
@@ -139,6 +140,41 @@ fn what_waits_for_an_earlier_one_is_ready_when_that_ends() {
     assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.told(), 0b01);
     assert_eq!(disk.resume(0), [2]);
+}
+
+#[test]
+fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() {
+    let mut disk = Disk::mapped(16);
+    // As on a device without a process: a guest has no order for what it has in flight at the same time.
+    for (tag, sector) in [(0, 0), (1, 0), (2, 4088)] {
+        disk.begin_write(tag, sector);
+    }
+    disk.post(3, Op::Read, 0, 4096);
+    assert!(disk.begin(3).is_some());
+    disk.begin_mapped_write(4, 0);
+    // Beside one that is for the process each waits for all that were before it.
+    disk.post(5, Op::Discard, 0, 8);
+    assert_eq!((disk.told(), disk.tags()), (0, vec![]));
+    disk.post(6, Op::Write, 4088, 8);
+    assert_eq!(disk.begin(6), None);
+    disk.post(8, Op::Read, 4088, 8);
+    assert_eq!(disk.begin_mapped(8), None);
+    for tag in [1, 4, 3] {
+        assert_eq!(disk.ended(tag, Status::Okay), Some(Status::Okay));
+        assert_eq!((disk.told(), disk.tags()), (0, vec![]), "{tag}");
+    }
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!((disk.told(), disk.tags()), (0, vec![5]));
+    disk.begin_write(0, 64);
+    disk.post(1, Op::Read, 64, 8);
+    assert_eq!(disk.begin(1), None, "the process has something");
+    disk.done(5);
+    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(disk.told(), 0b11);
+    assert_eq!((disk.resume(0), disk.resume(1)), (vec![6], vec![1]));
+    // And then they do not.
+    disk.begin_write(0, 4088);
 }
 
 #[test]
@@ -204,6 +240,7 @@ fn a_request_is_executed_in_parts() {
         [part(first + 8, 8), part(second, 16), part(second - 16, 8)]
     );
     // What overlaps one of them waits for all.
+    disk.occupy(7);
     disk.post(2, Op::Read, 32, 8);
     assert_eq!(disk.begin(2), None);
     assert_eq!(disk.told(), 0);

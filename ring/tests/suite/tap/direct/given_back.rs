@@ -40,13 +40,15 @@ fn what_failed_is_executed_again_by_the_process() {
         disk.post(0, op, 0, 8);
         assert!(disk.begin(0).is_some());
         disk.post(1, Op::Write, 0, 8);
+        assert_eq!(disk.told(), 0, "it is in the way");
         assert_eq!(disk.ended(0, status), None);
-        assert_eq!(
-            disk.told(),
-            0,
-            "it is not tried again, and it is in the way"
-        );
         assert_eq!((disk.info().executing, disk.info().direct), (0, 0));
+        // It arrives anew: what waited for it is before it.
+        assert_eq!((disk.told(), disk.tags()), (0b10, vec![]));
+        assert_eq!(disk.resume(1), [1]);
+        assert_eq!(disk.tags(), []);
+        assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+        assert_eq!(disk.told(), 0, "it is not tried again");
         let descs = disk.descs();
         let [desc] = descs.as_slice() else {
             panic!("{descs:?}");
@@ -55,9 +57,29 @@ fn what_failed_is_executed_again_by_the_process() {
         assert_eq!((desc.generation, desc.deliveries), (1, 1));
         disk.done(0);
         assert_eq!(disk.reap(0), [(0, Status::Okay)]);
-        assert_eq!(disk.told(), 0b10);
-        assert_eq!(disk.resume(1), [1]);
+        assert_eq!((disk.info().waiting, disk.info().executing), (0, 0));
     }
+}
+
+/// The process may move what it gets a write of, so nothing else writes there by then.
+#[test]
+fn what_failed_waits_for_all_that_is_executed_where_it_is() {
+    let mut disk = Disk::mapped(8);
+    disk.begin_write(0, 0);
+    disk.begin_write(1, 0);
+    disk.begin_mapped_write(2, 0);
+    disk.begin_write(3, 64);
+    assert_eq!(disk.ended(0, Status::Error), None);
+    disk.post(4, Op::Write, 0, 8);
+    assert_eq!(disk.begin(4), None, "it came after it");
+    for tag in [1, 2] {
+        assert_eq!((disk.told(), disk.tags()), (0, vec![]), "{tag}");
+        assert_eq!(disk.ended(tag, Status::Okay), Some(Status::Okay));
+    }
+    assert_eq!((disk.told(), disk.tags()), (0, vec![0]));
+    disk.done(0);
+    assert_eq!(disk.told(), 0b01);
+    assert_eq!(disk.resume(0), [4]);
 }
 
 #[test]

@@ -184,6 +184,7 @@ fn what_failed_is_for_no_process() {
 fn what_waits_for_it_goes_on_when_it_ends() {
     for status in [Status::Okay, Status::Error] {
         let mut disk = Disk::mapped(16);
+        disk.occupy(7);
         disk.begin_mapped_write(0, 0);
         disk.post(1, Op::Read, 0, 8);
         assert_eq!(disk.begin(1), None);
