@@ -59,8 +59,8 @@ pub(super) struct Executor {
     begun: KVec<Begun>,
     /// Where the data of those is, in their order; has room for all that they can have.
     parts: KVec<Part>,
-    /// What has ended, and how; has room for all tags.
-    ended: KVec<(QueueTag, Status)>,
+    /// What has ended, and how, if it is not for the process now; has room for all tags.
+    ended: KVec<(QueueTag, Option<Status>)>,
     /// What is to be given back; has room for all tags.
     back: KVec<QueueTag>,
     /// Of what was posted last something was begun, and most.
@@ -188,8 +188,7 @@ impl Executor {
 
     /// A request whose data is in pages of the guest cannot be begun, or has failed.
     pub(super) fn give_back(&mut self, tag: QueueTag) {
-        // There is room for all tags, and each is there once: it is submitted until it is given back.
-        let _pushed = push(&mut self.back, tag);
+        give_back(&mut self.back, tag);
     }
 
     /// Yields what is to be submitted once more with its data in the arena.
@@ -225,37 +224,40 @@ impl Executor {
         let ended = &mut self.ended;
         self.bios.reap(|tag, status| {
             // There is room for all tags, and each is there once: it is taken until it is reaped.
-            let _pushed = push(ended, (tag, result(status)));
+            let _pushed = push(ended, (tag, Some(result(status))));
         });
-        while !self.ended.is_empty() {
-            let mut results = [None; BATCH];
+        for batch in ended.chunks_mut(BATCH) {
             let mut inner = disk.inner.lock();
-            for answer in &mut results {
-                let Some((tag, status)) = self.ended.pop() else {
-                    break;
-                };
+            for (tag, ending) in batch {
                 self.executing = self.executing.wrapping_sub(1);
-                let disk_tag = place.disk_tag(tag);
+                let disk_tag = place.disk_tag(*tag);
                 let is_mapped = inner.shadow.is_mapped(disk_tag);
-                let status = inner.shadow.ended(disk_tag, status);
-                *answer = status.map(|status| (tag, status));
-                if is_mapped && status.is_none() {
-                    self.give_back(tag);
+                let status = ending.unwrap_or(Status::Error);
+                *ending = inner.shadow.ended(disk_tag, status);
+                if is_mapped && ending.is_none() {
+                    give_back(&mut self.back, *tag);
                 }
             }
             disk.announce(&mut inner);
             inner.tell_recallers(&disk.ready);
-            drop(inner);
-            for (tag, status) in results.into_iter().flatten() {
-                done(tag, status);
+        }
+        for (tag, status) in &self.ended {
+            if let Some(status) = status {
+                done(*tag, *status);
             }
         }
+        self.ended.clear();
     }
 }
 
 /// A request ends without having been started: the process gets it, or it is given back.
-fn fail(ended: &mut KVec<(QueueTag, Status)>, tag: QueueTag) {
-    let _pushed = push(ended, (tag, Status::Error));
+fn fail(ended: &mut KVec<(QueueTag, Option<Status>)>, tag: QueueTag) {
+    let _pushed = push(ended, (tag, Some(Status::Error)));
+}
+
+fn give_back(back: &mut KVec<QueueTag>, tag: QueueTag) {
+    // There is room for all tags, and each is there once: it is submitted until it is given back.
+    let _pushed = push(back, tag);
 }
 
 fn result(status: u32) -> Status {

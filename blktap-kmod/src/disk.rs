@@ -321,6 +321,9 @@ impl TapDisk {
 
     /// Wakes the process if it waits and there is something to fetch, and queues that can begin something.
     pub(super) fn announce(&self, inner: &mut Inner) {
+        if inner.shadow.waiting() == 0 {
+            return;
+        }
         inner.shadow.sort();
         inner.tell_resumable();
         let waits = inner.wanted || inner.commands.is_waiting();
