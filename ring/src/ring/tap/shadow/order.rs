@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! Who waits for whom: the order of arrival, the lists of what waits, and what is in the way of a request.
+//!
+//! A request arrives behind all others and is *pending*: to be looked at. Whoever looks finds out what is in its way,
+//! and it is *blocked* until that is done, when it is pending again. If there is nothing it is for the process or for
+//! its queue (`direct`). What is looked at and what is done for it is bounded: see [`Shadow`].
+
+use core::ops::DerefMut;
+
+use super::direct::Places;
+use super::Shadow;
+use crate::ring::numbers::DiskTag;
+use crate::ring::tap::abi;
+use crate::ring::tap::overlap::writes;
+use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State};
+
+impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+    /// A request that is in no list waits from now on, behind all that have arrived before.
+    pub(super) fn arrive(&mut self, tag: DiskTag) {
+        let sequence = self.sequence;
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        entry.sequence = sequence;
+        entry.indexed = false;
+        entry.waiters = List::EMPTY;
+        self.sequence = sequence.wrapping_add(1);
+        self.order
+            .push_back(&mut self.entries, Node::new(tag, Link::Order));
+        self.waiting = self.waiting.wrapping_add(1);
+        self.wait(tag, None);
+    }
+
+    /// Puts a request that is in no list of a state among those that wait: for another one, or
+    /// to be looked at.
+    pub(super) fn wait(&mut self, tag: DiskTag, blocker: Option<DiskTag>) {
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        let node = Node::new(tag, Link::State);
+        let Some(blocker) = blocker else {
+            entry.state = State::Pending;
+            return self.pending.push_back(&mut self.entries, node);
+        };
+        entry.state = State::Blocked;
+        entry.blocked_on = blocker;
+        if let Some(mut waiters) = self.get(blocker).map(|entry| entry.waiters) {
+            waiters.push_back(&mut self.entries, node);
+            if let Some(entry) = self.get_mut(blocker) {
+                entry.waiters = waiters;
+            }
+        }
+    }
+
+    /// Takes a request out of the list of its state.
+    pub(super) fn unlist(&mut self, tag: DiskTag) {
+        let node = Node::new(tag, Link::State);
+        let Some(entry) = self.get(tag) else {
+            return;
+        };
+        let (state, queue, blocker) = (entry.state, entry.queue, entry.blocked_on);
+        match state {
+            State::Free => {}
+            // It is in no list.
+            State::Direct => {}
+            State::Pending => self.pending.remove(&mut self.entries, node),
+            State::Missed => self.missed.remove(&mut self.entries, node),
+            State::Delivered => self.delivered.remove(&mut self.entries, node),
+            State::Blocked => {
+                if let Some(mut waiters) = self.get(blocker).map(|e| e.waiters) {
+                    waiters.remove(&mut self.entries, node);
+                    if let Some(blocker) = self.get_mut(blocker) {
+                        blocker.waiters = waiters;
+                    }
+                }
+            }
+            State::Ready => {
+                if let Some(list) = self.ready.get_mut(usize::from(queue)) {
+                    list.remove(&mut self.entries, node);
+                }
+            }
+            State::Done => {
+                if let Some(list) = self.done.get_mut(usize::from(queue)) {
+                    list.remove(&mut self.entries, node);
+                }
+            }
+        }
+    }
+
+    /// Sorts pending requests until one is found that may be delivered. It stays where it is, in front.
+    pub(super) fn find(&mut self, steps: &mut u32) -> Option<DiskTag> {
+        if let Some(node) = self.missed.first() {
+            return Some(node.tag());
+        }
+        while *steps > 0 {
+            let tag = self.pending.first()?.tag();
+            if !self.sort_out(tag, steps) {
+                return Some(tag);
+            }
+        }
+        None
+    }
+
+    /// Finds out what a pending request waits for, if not for the process.
+    pub(super) fn sort_out(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
+        self.block(tag, steps) || self.make_ready(tag)
+    }
+
+    /// Has a pending request wait for what is in its way; false if that is nothing.
+    pub(super) fn block(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
+        let Some(blocker) = self.blocker(tag, steps) else {
+            return false;
+        };
+        self.unlist(tag);
+        self.wait(tag, Some(blocker));
+        true
+    }
+
+    /// The latest earlier request that must be done before this one.
+    pub(super) fn blocker(&mut self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
+        self.index();
+        let sequence = |tag: DiskTag| Some((self.get(tag)?.sequence, tag));
+        let overlap = self.overlap.blocker(&self.entries, tag, steps);
+        let flush = self.unflushed(tag, steps);
+        let latest = overlap.and_then(sequence).max(flush.and_then(sequence));
+        latest.map(|(_, tag)| tag)
+    }
+
+    /// Completes the index over ranges. What it lacks is later than all that it has: it is completed for each search,
+    /// and most of what queues execute is over before there is any.
+    fn index(&mut self) {
+        let (mut first, mut at) = (None, self.order.last());
+        while let Some(node) = at {
+            if self.get(node.tag()).is_none_or(|entry| entry.indexed) {
+                break;
+            }
+            first = at;
+            at = prev(&self.entries, node);
+        }
+        while let Some(node) = first {
+            self.overlap.insert(&mut self.entries, node.tag());
+            if let Some(entry) = self.get_mut(node.tag()) {
+                entry.indexed = true;
+            }
+            first = next(&self.entries, node);
+        }
+    }
+
+    /// The latest earlier write, if this is a flush that waits for all of them.
+    fn unflushed(&self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
+        let entry = self.get(tag)?;
+        let flushes = entry.op == abi::OP_FLUSH || entry.flags & abi::DESC_PREFLUSH != 0;
+        if !entry.ordered || !flushes {
+            return None;
+        }
+        let mut node = Node::new(tag, Link::Order);
+        loop {
+            node = prev(&self.entries, node)?;
+            *steps = steps.saturating_sub(1);
+            if writes(self.get(node.tag())?.op) {
+                return Some(node.tag());
+            }
+        }
+    }
+
+    pub(super) fn is_waiting(&self, tag: DiskTag, and: impl Fn(&Entry) -> bool) -> bool {
+        let waits = |e: &Entry| match e.state {
+            State::Pending | State::Blocked | State::Missed | State::Ready => true,
+            State::Free | State::Delivered | State::Direct | State::Done => false,
+        };
+        self.get(tag)
+            .is_some_and(|entry| waits(entry) && and(entry))
+    }
+
+    /// A request stands in nobody's way any longer.
+    pub(super) fn forget(&mut self, tag: DiskTag) {
+        self.order
+            .remove(&mut self.entries, Node::new(tag, Link::Order));
+        if self.get(tag).is_some_and(|entry| entry.indexed) {
+            self.overlap.remove(&mut self.entries, tag);
+        }
+        let Some(entry) = self.get_mut(tag) else {
+            return;
+        };
+        let waiters = core::mem::replace(&mut entry.waiters, List::EMPTY);
+        let replay = entry.flags & abi::DESC_REPLAY != 0;
+        let isolated = core::mem::replace(&mut entry.suspicion.isolated, false);
+        self.isolation.forget(isolated);
+        self.replaying = self.replaying.wrapping_sub(u32::from(replay));
+        // They are older than most of what is pending: in front.
+        let mut at = waiters.first();
+        while let Some(node) = at {
+            at = next(&self.entries, node);
+            if let Some(waiter) = self.get_mut(node.tag()) {
+                waiter.state = State::Pending;
+            }
+        }
+        self.pending.prepend(&mut self.entries, waiters);
+    }
+}
