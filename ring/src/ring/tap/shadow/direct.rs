@@ -329,15 +329,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let entry = self.get_mut(tag).filter(|e| e.state == State::Direct)?;
         let (op, backing, mapped) = (entry.op, entry.backing, entry.mapped);
         self.executed.count(backing, u32::MAX);
+        self.forget(tag);
         if status == Status::Okay || op == abi::OP_FLUSH {
             self.executed.done = self.executed.done.wrapping_add(1);
             let failed = u32::from(status != Status::Okay);
             self.executed.failed_flushes = self.executed.failed_flushes.wrapping_add(failed);
-            self.forget(tag);
             self.free(tag);
             return Some(status);
         }
-        self.forget(tag);
         if mapped {
             self.free(tag);
             return None;
