@@ -6,6 +6,9 @@
 use sim::mapped::{run_mapped, Fault, Plan};
 use sim::negative::{self, CASES};
 
+/// What the history checker says of a value that cannot be.
+const UNEXPLAINED: &str = "no order of the writes";
+
 fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
     negative::found(|seed| run_mapped(seed, plan, fault).0)
 }
@@ -53,12 +56,7 @@ fn without_a_fault_nothing_is_reported() {
 
 #[test]
 fn a_recall_that_waits_for_nothing_is_found() {
-    must_find(
-        moving(),
-        Fault::RecallAtOnce,
-        CASES / 8,
-        "no order of the writes",
-    );
+    must_find(moving(), Fault::RecallAtOnce, CASES / 8, UNEXPLAINED);
 }
 
 #[test]
@@ -67,22 +65,12 @@ fn a_change_of_the_process_that_the_kernel_forgets_is_found() {
         moves: 0,
         ..moving()
     };
-    must_find(
-        plan,
-        Fault::ForgetChanges,
-        CASES / 4,
-        "no order of the writes",
-    );
+    must_find(plan, Fault::ForgetChanges, CASES / 4, UNEXPLAINED);
 }
 
 #[test]
 fn what_outlives_the_start_of_a_process_is_found() {
-    must_find(
-        dying(),
-        Fault::KeepAtStart,
-        CASES / 8,
-        "no order of the writes",
-    );
+    must_find(dying(), Fault::KeepAtStart, CASES / 8, UNEXPLAINED);
 }
 
 #[test]
@@ -92,32 +80,17 @@ fn a_request_that_queue_and_process_have_is_found() {
 
 #[test]
 fn a_queue_that_overtakes_is_found() {
-    must_find(
-        moving(),
-        Fault::IgnoreOverlap,
-        CASES / 2,
-        "no order of the writes",
-    );
+    must_find(moving(), Fault::IgnoreOverlap, CASES / 2, UNEXPLAINED);
 }
 
 #[test]
 fn what_was_looked_up_too_early_is_found() {
-    must_find(
-        moving(),
-        Fault::IgnoreGeneration,
-        CASES / 4,
-        "no order of the writes",
-    );
+    must_find(moving(), Fault::IgnoreGeneration, CASES / 4, UNEXPLAINED);
 }
 
 #[test]
 fn what_is_told_before_the_image_says_it_is_found() {
-    must_find(
-        dying(),
-        Fault::TellEarly,
-        CASES / 12,
-        "no order of the writes",
-    );
+    must_find(dying(), Fault::TellEarly, CASES / 12, UNEXPLAINED);
 }
 
 #[test]
@@ -128,12 +101,7 @@ fn a_process_that_gets_what_has_its_data_mapped_is_found() {
             failing: 20,
             ..plan
         };
-        must_find(
-            plan,
-            Fault::ServeMapped,
-            CASES / 2,
-            "no order of the writes",
-        );
+        must_find(plan, Fault::ServeMapped, CASES / 2, UNEXPLAINED);
     }
 }
 
