@@ -3,6 +3,7 @@
 
 use crate::kernel::Kernel;
 use crate::root::Root;
+use crate::steps::{self, Kind, Step};
 use crate::{cache, recipes, run};
 use anyhow::{Context, Result};
 use std::fs;
@@ -79,6 +80,7 @@ fn planted(name: &str, cfg: &str) -> Result<PathBuf> {
 fn compile(name: &str, source: &Path, kernel: Kernel, flags: &[&str]) -> Result<PathBuf> {
     let objects = objects(name, source, kernel)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
+    let _step = Step::begin(Kind::Build, name, &format!("compiling {name}"));
     run::shown(make(source, &objects, kernel)?.args(flags))?;
     let module = objects.join("xen-blkback-rs.ko");
     anyhow::ensure!(
@@ -97,6 +99,11 @@ pub(crate) fn clippy_messages() -> Result<String> {
     // What is up to date would not be looked at, and its warnings would be lost.
     run::remove_tree(&objects)?;
     fs::create_dir_all(&objects)?;
+    let _step = Step::begin(
+        Kind::Build,
+        "clippy of the module",
+        "looking at the module with clippy",
+    );
     let out = make(&source, &objects, Kernel::Stock)?
         .arg("CLIPPY=1")
         .output()?;
@@ -161,7 +168,6 @@ fn debuggable() -> Result<PathBuf> {
     let mut cargo = cargo();
     cargo.args([
         "build",
-        "--quiet",
         "--locked",
         "--release",
         "--workspace",
@@ -172,6 +178,9 @@ fn debuggable() -> Result<PathBuf> {
     cargo
         .args(["--target", TARGET, "--target-dir"])
         .arg(&target);
+    if !steps::cargo_shows_itself() {
+        cargo.arg("--quiet");
+    }
     // What is C in a crate, with what debuggers need of it, is not to tell that either.
     let of_c = format!("-ffile-prefix-map={}={CRATES}", home()?.display());
     cargo
@@ -179,6 +188,7 @@ fn debuggable() -> Result<PathBuf> {
         .env("CARGO_ENCODED_RUSTFLAGS", flags(&repository)?.join("\x1f"))
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .current_dir(&repository);
+    let _step = Step::begin(Kind::Build, "programs", "compiling the programs");
     run::shown(&mut cargo)?;
     Ok(target.join(TARGET).join("release"))
 }

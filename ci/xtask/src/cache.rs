@@ -4,6 +4,7 @@
 //! Each artefact is one directory `NAME-KEY`, where KEY is a hash of all that went in. It is built
 //! as `NAME-KEY.partial` under a lock and renamed at the end, so what exists is complete.
 
+use crate::steps::{Kind, Step};
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
@@ -85,6 +86,7 @@ impl Artefact<'_> {
         fs::write(&log, "")?;
         eprintln!("building {} (about {}) ...", self.title, self.about);
         let start = Instant::now();
+        let _step = Step::begin(Kind::Build, self.title, &format!("building {}", self.title));
         make(&partial, &log).with_context(|| format!("cannot build {}", self.title))?;
         fs::rename(&partial, &done)?;
         eprintln!("built {} in {} s", self.title, start.elapsed().as_secs());

@@ -3,7 +3,7 @@
 
 use crate::kernel::Kernel;
 use crate::machine::Machine;
-use crate::{lanes, recipes};
+use crate::{lanes, recipes, steps};
 use anyhow::Result;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -21,7 +21,8 @@ pub(crate) enum Story {
 }
 
 impl Story {
-    fn name(self) -> &'static str {
+    /// Name of the story.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Story::Disks => "disks",
             Story::Migrate => "migrate",
@@ -29,8 +30,13 @@ impl Story {
     }
 }
 
-/// Boots the machine and prints what the story says, as it comes; the consoles go to a log.
+/// Tells the story.
 pub(crate) fn run(story: Story) -> Result<ExitCode> {
+    tell(story).map(|()| ExitCode::SUCCESS)
+}
+
+/// Boots the machine and prints what the story says, as it comes; the consoles go to a log.
+pub(crate) fn tell(story: Story) -> Result<()> {
     let story = story.name();
     let script = format!(
         "/t/vmtest demo --story {story} 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
@@ -41,6 +47,7 @@ pub(crate) fn run(story: Story) -> Result<ExitCode> {
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
     let mut told = false;
     let outcome = machine.run(&recipes::machines(Kernel::Stock)?, &payload, |line| {
+        steps::printed();
         if line == TOLD {
             told = true;
         } else {
@@ -53,5 +60,5 @@ pub(crate) fn run(story: Story) -> Result<ExitCode> {
         "the demonstration broke off; the console log is {}",
         outcome.console.display()
     );
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Reads the lines of KTAP that a program in a test machine reports.
 
+use crate::steps::{self, Kind};
 use crate::tally::Tally;
 
 /// Begins a note on a guest that the emulator killed.
 const EMULATOR: &str = "# emulator: ";
-/// So many of the tests that took longest are shown.
-const SLOWEST: usize = 30;
 
 /// Counts a report line by line.
 #[derive(Debug, Default)]
@@ -17,19 +16,18 @@ pub(crate) struct Reader {
     failing: Option<(String, String)>,
     /// The test whose details follow.
     last: String,
-    /// Seconds by test.
-    times: Vec<(f64, String)>,
 }
 
 impl Reader {
     /// Takes the next line.
     pub(crate) fn line(&mut self, line: &str, tally: &mut Tally) {
+        steps::printed();
         if line.starts_with(char::is_whitespace) {
             let time = line.trim().strip_prefix("seconds: ");
             if let Some(seconds) = time.and_then(|time| time.parse().ok()) {
                 // A run that is ended from outside has no list of what took long.
                 println!("        {seconds} s");
-                self.times.push((seconds, self.last.clone()));
+                steps::took(Kind::Case, &self.last, seconds);
             }
             if let Some((_, why)) = &mut self.failing {
                 why.push_str(line);
@@ -70,9 +68,6 @@ impl Reader {
     /// The report is over: what was planned and never came has failed.
     pub(crate) fn finish(mut self, tally: &mut Tally) {
         self.flush(tally);
-        for line in self.slowest() {
-            println!("        {line}");
-        }
         match self.planned {
             None => tally.fail(
                 "the report",
@@ -88,15 +83,6 @@ impl Reader {
             }
             Some(_) => {}
         }
-    }
-
-    /// The tests that took longest, in words.
-    fn slowest(&mut self) -> Vec<String> {
-        self.times.sort_by(|one, other| other.0.total_cmp(&one.0));
-        let lines = self.times.iter().take(SLOWEST);
-        lines
-            .map(|(seconds, name)| format!("slow: {seconds:6.1} s {name}"))
-            .collect()
     }
 
     fn flush(&mut self, tally: &mut Tally) {
@@ -120,7 +106,7 @@ fn parts(rest: &str) -> (String, String) {
 
 #[cfg(test)]
 mod tests {
-    use super::{Reader, SLOWEST};
+    use super::Reader;
     use crate::tally::Tally;
 
     fn sums(report: &str) -> String {
@@ -164,24 +150,6 @@ mod tests {
     fn the_plans_of_several_programs_add_up() {
         let report = "1..1\nok 1 - a\n1..2\nok 1 - b\n";
         assert_eq!(sums(report), "2 passed, 1 failed, 0 skipped");
-    }
-
-    #[test]
-    fn what_takes_longest_comes_first() {
-        let mut tally = Tally::default();
-        let mut reader = Reader::default();
-        let mut test = |number: usize, name: &str, seconds: &str| {
-            reader.line(&format!("ok {number} - {name}"), &mut tally);
-            reader.line(&format!("  seconds: {seconds}"), &mut tally);
-        };
-        test(1, "a", "1.5");
-        test(2, "b", "20.0");
-        for number in 3..SLOWEST + 3 {
-            test(number, "c", "0.1");
-        }
-        let slowest = reader.slowest();
-        assert_eq!(slowest.len(), SLOWEST);
-        assert_eq!(slowest[..2], ["slow:   20.0 s b", "slow:    1.5 s a"]);
     }
 
     #[test]

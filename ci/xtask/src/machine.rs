@@ -8,6 +8,7 @@
 use crate::kernel::Kernel;
 use crate::recipes::Machines;
 use crate::root::Root;
+use crate::steps::{Kind, Step};
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::Flock;
@@ -232,10 +233,22 @@ impl Machine {
         let mut child = run::start(&mut qemu)?;
         let lines = reader(&mut child)?;
         let start = Instant::now();
+        let step = |kind, doing: &str| {
+            Step::begin(
+                kind,
+                &self.name,
+                &format!("{doing} the machine {}", self.name),
+            )
+        };
+        let mut step_now = step(Kind::Boot, "booting");
         let mut reported = false;
         let timed_out = loop {
             match lines.recv_timeout(self.timeout.saturating_sub(start.elapsed())) {
                 Ok(line) => {
+                    if !reported {
+                        drop(step_now);
+                        step_now = step(Kind::Machine, "waiting for");
+                    }
                     reported = true;
                     on_line(&line);
                 }
@@ -247,6 +260,7 @@ impl Machine {
             child.kill()?;
         }
         let status = child.wait()?;
+        drop(step_now);
         let complaint = fs::read_to_string(dir.join("qemu.log"))?;
         let failure = match complaint.trim() {
             "" => status.to_string(),

@@ -19,6 +19,7 @@ mod recipes;
 mod root;
 mod run;
 mod second;
+mod steps;
 mod tally;
 mod vm;
 
@@ -80,7 +81,17 @@ enum Task {
     ///
     /// Formatting, lints of the workspace and of the module, licences, dependency direction, where
     /// unsafe code is, and that the module cannot panic or use up the stack. The same as `cargo xtask test --lane check`.
-    Check,
+    Check {
+        /// Run only the checks that need neither root nor a Debian tree: formatting and lints by the host's tools,
+        /// licence headers, unsafe code, directions, circles, subjects of commits. They take under a minute once
+        /// clippy has seen the workspace.
+        #[arg(long)]
+        sources: bool,
+        /// Check only the subject of the commit message in this file: `area: verb the thing`. The hook
+        /// ci/hooks/commit-msg does it for each commit.
+        #[arg(long, value_name = "FILE", conflicts_with = "sources")]
+        message: Option<PathBuf>,
+    },
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///
     /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree,
@@ -130,10 +141,17 @@ enum Task {
 fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Demo { story } => demo::run(story),
-        Task::Test { lanes, only, seed } => Ok(exit(lanes::run(&lanes, &only, seed).finish())),
-        Task::Check => Ok(exit(
-            lanes::run(&[lanes::Lane::Check], lanes::ALL, None).finish(),
-        )),
+        Task::Test { lanes, only, seed } => judged(&lanes::run(&lanes, &only, seed)),
+        Task::Check {
+            message: Some(file),
+            ..
+        } => check::subjects::message(&file).map(|()| ExitCode::SUCCESS),
+        Task::Check { sources: true, .. } => {
+            let mut tally = tally::Tally::default();
+            check::sources(&mut tally)?;
+            judged(&tally)
+        }
+        Task::Check { .. } => judged(&lanes::run(&[lanes::Lane::Check], lanes::ALL, None)),
         Task::Build {
             source: Some(source),
             ..
@@ -168,6 +186,14 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Vm(args) => vm::vm(&args),
         Task::Bench(args) => Ok(exit(bench::run(&args)?)),
     }
+}
+
+/// Shows the times and the sums of tests.
+fn judged(tally: &tally::Tally) -> anyhow::Result<ExitCode> {
+    let shown = steps::finish();
+    let good = tally.finish();
+    shown?;
+    Ok(exit(good))
 }
 
 fn exit(good: bool) -> ExitCode {

@@ -13,10 +13,6 @@ pub(crate) struct Tally {
     /// Guests that the emulator killed; their tests ran again.
     pub(crate) emulator: u64,
     failures: Vec<String>,
-    /// The lanes that ran, with their seconds.
-    times: Vec<(String, u64)>,
-    /// The seconds of all of them, some of which ran beside others.
-    all: Option<u64>,
 }
 
 impl Tally {
@@ -73,30 +69,6 @@ impl Tally {
         self.add(other.passed, other.failed, other.skipped);
         self.emulator += other.emulator;
         self.failures.extend(other.failures);
-        self.times.extend(other.times);
-    }
-
-    /// A lane took so many seconds.
-    pub(crate) fn took(&mut self, lane: &str, seconds: u64) {
-        self.times.push((lane.into(), seconds));
-    }
-
-    /// All lanes together took so many seconds.
-    pub(crate) fn took_in_all(&mut self, seconds: u64) {
-        self.all = Some(seconds);
-    }
-
-    /// How long each lane took.
-    fn time_lines(&self) -> Vec<String> {
-        let time = |seconds: u64| format!("{:3} min {:02} s", seconds / 60, seconds % 60);
-        let lines = self.times.iter();
-        let mut lines: Vec<String> = lines
-            .map(|(lane, seconds)| format!("{} {lane}", time(*seconds)))
-            .collect();
-        if let Some(all) = self.all.filter(|_| lines.len() > 1) {
-            lines.push(format!("{} all lanes", time(all)));
-        }
-        lines
     }
 
     /// The sums, the last line of a run.
@@ -110,9 +82,6 @@ impl Tally {
     /// Prints the names of the failures and the sums; true when nothing failed and something ran.
     pub(crate) fn finish(&self) -> bool {
         println!();
-        for line in self.time_lines() {
-            println!("{line}");
-        }
         for name in &self.failures {
             println!("failed: {name}");
         }
@@ -140,26 +109,14 @@ mod tests {
     }
 
     #[test]
-    fn lanes_and_the_whole_run_are_timed() {
-        let mut tally = Tally::default();
-        tally.took("host", 75);
-        tally.took_in_all(75);
-        assert_eq!(tally.time_lines(), ["  1 min 15 s host"]);
-        tally.took("e2e", 600);
-        tally.took_in_all(675);
-        assert_eq!(tally.time_lines()[2], " 11 min 15 s all lanes");
-    }
-
-    #[test]
     fn lane_that_ran_beside_others_counts() {
         let (mut tally, mut beside) = (Tally::default(), Tally::default());
         tally.pass("a");
         beside.fail("b", "why");
         beside.emulator("c");
-        beside.took("bench", 600);
         tally.join(beside);
         assert_eq!(tally.line(), "1 passed, 1 failed, 0 skipped");
-        assert_eq!((tally.emulator, tally.times.len()), (1, 1));
+        assert_eq!(tally.emulator, 1);
         assert_eq!(tally.failures, ["b"]);
     }
 

@@ -18,11 +18,19 @@ pub(super) fn check(sources: &[Source]) -> Result<()> {
     judge(rustfmt.args(files))
 }
 
+/// Formatting by the host's rustfmt, which may judge a little otherwise than the build root's.
+pub(super) fn by_host() -> Result<()> {
+    let mut cargo = build::cargo();
+    judge(
+        cargo
+            .args(["fmt", "--all", "--check"])
+            .current_dir(build::repository()?),
+    )
+}
+
 /// What rustfmt says of the files, as an error.
 fn judge(rustfmt: &mut Command) -> Result<()> {
-    let out = rustfmt
-        .output()
-        .context("cannot start rustfmt in the build root")?;
+    let out = rustfmt.output().context("cannot start rustfmt")?;
     if out.status.success() {
         return Ok(());
     }

@@ -3,6 +3,7 @@
 
 use crate::build;
 use crate::run;
+use crate::steps::{Kind, Step};
 use crate::tally::Tally;
 use anyhow::Result;
 use std::process::Stdio;
@@ -35,6 +36,11 @@ fn clippy() -> Result<()> {
         "-D",
         "warnings",
     ]);
+    let _step = Step::begin(
+        Kind::Build,
+        "clippy of the workspace",
+        "looking at the workspace with clippy",
+    );
     run::shown(cargo.current_dir(build::repository()?).stdin(Stdio::null()))
 }
 

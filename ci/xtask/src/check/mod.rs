@@ -9,23 +9,19 @@ mod licences;
 mod lints;
 pub(crate) mod panics;
 mod source;
+pub(crate) mod subjects;
 mod unsafe_code;
 
 use crate::build;
 use crate::tally::Tally;
 use anyhow::{bail, Result};
+use source::Source;
 
 /// Runs all checks.
 pub(crate) fn run(tally: &mut Tally) -> Result<()> {
     let sources = source::all()?;
     tally.check("check.format", format::check(&sources));
-    tally.check(
-        "check.licence-headers",
-        none(licences::without_header(&sources)),
-    );
-    tally.check("check.unsafe-code", unsafe_code::check(&sources));
-    tally.check("check.dependency-direction", direction::check(&sources));
-    tally.check("check.circles", circles::check(&sources));
+    of_text(tally, &sources);
     tally.check("check.dependencies", licences::dependencies());
     lints::workspace(tally);
     tally.check("check.clippy-module", lints::module());
@@ -37,6 +33,27 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
         Err(error) => tally.fail("check.module", &format!("{error:#}")),
     }
     Ok(())
+}
+
+/// Runs the checks that need neither root nor a Debian tree, before each commit.
+pub(crate) fn sources(tally: &mut Tally) -> Result<()> {
+    let sources = source::all()?;
+    tally.check("check.format", format::by_host());
+    of_text(tally, &sources);
+    lints::workspace(tally);
+    Ok(())
+}
+
+/// Checks of what the files say.
+fn of_text(tally: &mut Tally, sources: &[Source]) {
+    tally.check(
+        "check.licence-headers",
+        none(licences::without_header(sources)),
+    );
+    tally.check("check.unsafe-code", unsafe_code::check(sources));
+    tally.check("check.dependency-direction", direction::check(sources));
+    tally.check("check.circles", circles::check(sources));
+    tally.check("check.commit-subjects", subjects::history(sources));
 }
 
 /// An error that lists the complaints, if there are any.

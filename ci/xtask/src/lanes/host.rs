@@ -1,32 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Unit, property and model tests: `cargo test` over the workspace, and the loom models.
 
+use crate::steps::{self, Kind, Step};
 use crate::tally::Tally;
 use crate::{build, host, run};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     host::for_tests()?;
     // One selection of crates: with another one cargo builds what they share anew.
     let mut all = cargo_test();
-    all.args(["--workspace", "--no-fail-fast", "--", "--show-output"]);
-    count(tally, "cargo test", all)?;
+    all.arg("--workspace");
+    count(
+        tally,
+        "the tests of the workspace",
+        all,
+        &["--no-fail-fast", "--", "--show-output"],
+    )?;
     // Another build of everything below the models, so it has a folder of its own.
     let mut loom = cargo_test();
     loom.args(["-p", "ring", "--release", "--test", "loom"]);
     loom.env("RUSTFLAGS", "--cfg loom")
         .env("CARGO_TARGET_DIR", build::repository()?.join("target/loom"));
-    count(tally, "the loom models", loom)
+    count(tally, "the loom models", loom, &[])
 }
 
 /// The tests of sanlock's daemons that wait for what takes these a minute.
 pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     host::for_sanlock()?;
     let mut tests = cargo_test();
-    tests.args(["-p", "lease", "--lib", "--", "--ignored", "sanlock"]);
-    count(tally, "the tests of sanlock", tests)
+    tests.args(["-p", "lease", "--lib"]);
+    count(
+        tally,
+        "the tests of sanlock",
+        tests,
+        &["--", "--ignored", "sanlock"],
+    )
 }
 
 fn cargo_test() -> Command {
@@ -35,36 +48,102 @@ fn cargo_test() -> Command {
     cargo
 }
 
-/// Runs the tests and adds what their closing lines say; shows what is not simply in order.
-fn count(tally: &mut Tally, what: &str, mut cargo: Command) -> Result<()> {
-    cargo
+/// Builds what `cargo` names, runs it with the words `run`, and adds what the closing lines say; shows what is not
+/// simply in order.
+fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<()> {
+    let programs = match programs(what, &cargo) {
+        Ok(programs) => programs,
+        Err(error) => {
+            tally.fail(what, &format!("{error:#}"));
+            return Ok(());
+        }
+    };
+    // cargo says on its standard error which program comes next, and the program's lines are on its output.
+    let mut merged = Command::new("sh");
+    merged.args(["-c", "exec \"$@\" 2>&1", "sh"]);
+    merged.arg(cargo.get_program()).args(cargo.get_args());
+    merged.args(run);
+    give_environment(&cargo, &mut merged);
+    merged
         .current_dir(build::repository()?)
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    let mut child = run::start(&mut cargo)?;
+    let mut child = run::start(&mut merged)?;
     let out = child.stdout.take().context("cargo has no output")?;
+    let _step = Step::begin(Kind::Machine, what, &format!("running {what}"));
     let (mut failed_before, mut shown) = (false, Shown::default());
+    let mut program: Option<(String, Instant)> = None;
     for line in BufReader::new(out).lines() {
         let line = line?;
-        if let Some((passed, failed, skipped)) = result(&line) {
+        if let Some(next) = running(&line, &programs) {
+            program = Some((next, Instant::now()));
+        } else if let Some((passed, failed, skipped)) = result(&line) {
             tally.add(passed, failed, skipped);
             failed_before |= failed > 0;
+            if let Some((program, start)) = program.take() {
+                steps::took(Kind::Program, &program, start.elapsed().as_secs_f64());
+            }
         }
         if let Some(skipped) = skipped(&line) {
             tally.skip_instead(skipped);
         }
         if shown.wants(&line) {
+            steps::printed();
             println!("{line}");
         }
     }
     let status = child.wait()?;
     if !status.success() && !failed_before {
-        tally.fail(
-            what,
-            "it did not build or did not run; its messages are above",
-        );
+        tally.fail(what, "it did not run; its messages are above");
     }
     Ok(())
+}
+
+/// Builds the test programs that `cargo` names; returns their names, by path.
+fn programs(what: &str, cargo: &Command) -> Result<Vec<(PathBuf, String)>> {
+    let mut build = Command::new(cargo.get_program());
+    build.args(cargo.get_args());
+    build.args(["--no-run", "--message-format=json-render-diagnostics"]);
+    if !steps::cargo_shows_itself() {
+        build.arg("--quiet");
+    }
+    give_environment(cargo, &mut build);
+    let _step = Step::begin(Kind::Build, what, &format!("compiling {what}"));
+    let text = run::output(build.current_dir(build::repository()?).stdin(Stdio::null()))
+        .context("it did not build; the compiler's messages are above")?;
+    Ok(text.lines().filter_map(executable).collect())
+}
+
+/// Gives `to` the changes of the environment that `from` has.
+fn give_environment(from: &Command, to: &mut Command) {
+    for (name, value) in from.get_envs() {
+        match value {
+            Some(value) => to.env(name, value),
+            None => to.env_remove(name),
+        };
+    }
+}
+
+/// The test program of a line of cargo's messages: its path, and the names of its crate and target.
+fn executable(line: &str) -> Option<(PathBuf, String)> {
+    let message: serde_json::Value = serde_json::from_str(line).ok()?;
+    let path = message.get("executable")?.as_str()?;
+    let manifest = Path::new(message.get("manifest_path")?.as_str()?);
+    let package = manifest.parent()?.file_name()?.to_string_lossy();
+    let target = message.get("target")?.get("name")?.as_str()?;
+    Some((path.into(), format!("{package} {target}")))
+}
+
+/// The name of the program that cargo says it runs next.
+fn running(line: &str, programs: &[(PathBuf, String)]) -> Option<String> {
+    let line = line.trim_start();
+    if let Some(package) = line.strip_prefix("Doc-tests ") {
+        return Some(format!("{package} (examples in the documentation)"));
+    }
+    let (_, path) = line.strip_prefix("Running ")?.split_once('(')?;
+    let path = path.strip_suffix(')')?;
+    let known = programs.iter().find(|(program, _)| program.ends_with(path));
+    Some(known.map_or(path, |(_, name)| name).to_string())
 }
 
 /// Which lines are worth showing: thousands of tests that passed, and what they printed, would hide the others.
@@ -106,7 +185,7 @@ fn result(line: &str) -> Option<(u64, u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{result, skipped, Shown};
+    use super::{executable, result, running, skipped, Shown};
 
     #[test]
     fn what_passed_is_not_shown() {
@@ -137,6 +216,27 @@ mod tests {
                 "test result: FAILED. 1 passed; 1 failed"
             ]
         );
+    }
+
+    #[test]
+    fn programs_have_the_names_of_their_crates() {
+        let line = r#"{"reason":"compiler-artifact","manifest_path":"/c/userspace/formats/Cargo.toml","target":{"name":"suite"},"executable":"/c/target/debug/deps/suite-1f"}"#;
+        let programs = vec![executable(line).unwrap()];
+        let name = |line: &str| running(line, &programs);
+        assert_eq!(
+            name("     Running tests/suite/main.rs (target/debug/deps/suite-1f)").as_deref(),
+            Some("formats suite")
+        );
+        assert_eq!(
+            name("     Running unittests src/lib.rs (target/debug/deps/a-2)").as_deref(),
+            Some("target/debug/deps/a-2")
+        );
+        assert_eq!(
+            name("   Doc-tests ring").as_deref(),
+            Some("ring (examples in the documentation)")
+        );
+        assert_eq!(name("running 3 tests"), None);
+        assert!(executable(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 
     #[test]

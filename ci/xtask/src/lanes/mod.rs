@@ -7,6 +7,7 @@ mod host;
 mod nightly;
 
 use crate::kernel::Kernel;
+use crate::steps::{self, Kind};
 use crate::tally::Tally;
 use anyhow::anyhow;
 use std::thread;
@@ -88,7 +89,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
             Err(_) => tally.fail("lane Bench", "it panicked"),
         }
     });
-    tally.took_in_all(start.elapsed().as_secs());
+    steps::took(Kind::Lane, "all lanes", start.elapsed().as_secs_f64());
     tally
 }
 
@@ -110,7 +111,7 @@ fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut Tally) {
     if let Err(error) = done {
         tally.fail(&format!("lane {lane:?}"), &format!("{error:#}"));
     }
-    let seconds = start.elapsed().as_secs();
-    println!("== {lane:?} took {seconds} s");
-    tally.took(&format!("{lane:?}"), seconds);
+    let seconds = start.elapsed().as_secs_f64();
+    println!("== {lane:?} took {seconds:.0} s");
+    steps::took(Kind::Lane, &format!("{lane:?}"), seconds);
 }

@@ -2,8 +2,10 @@
 //! What takes too long for each change.
 
 use super::{build, e2e, host};
+use crate::demo::{self, Story};
 use crate::tally::Tally;
 use anyhow::{ensure, Result};
+use clap::ValueEnum;
 
 /// A part of the lane, which boots a machine of its own.
 #[derive(Clone, Copy)]
@@ -50,6 +52,8 @@ const PARTS: &[(&str, Part)] = &[
         "debug",
         Part::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
     ),
+    // Both stories of the demonstration, to their ends.
+    ("demo", Part::Own(demo)),
     // What is known to work is seen to.
     ("kernels", Part::Own(build::other_kernels)),
     // The module is built on a host by itself.
@@ -72,6 +76,14 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
         Part::Long(groups) => e2e::long(tally, name, groups, "", seed),
         Part::Rest => e2e::long(tally, name, super::ALL, &named(), seed),
     })
+}
+
+/// Tells each story of the demonstration.
+fn demo(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+    for story in Story::value_variants() {
+        tally.check(&format!("demo.{}", story.name()), demo::tell(*story));
+    }
+    Ok(())
 }
 
 /// The groups that have a part of their own.

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+//! Steps of a command: each one that takes long says that it goes on, and the last run's time says how long it may
+//! take. The times of all steps are shown at the end, and written to `target/times.json`.
+
+use crate::{build, cache};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// A step that takes longer than this is announced.
+const ANNOUNCED: Duration = Duration::from_secs(3);
+/// A step says that it goes on when nothing was printed for this long.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Steps of one kind that the table shows; the file has all.
+const SHOWN: usize = 30;
+
+/// Kinds of steps, in the order of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    /// A lane of the tests.
+    Lane,
+    /// Compiling, and making artefacts of the cache.
+    Build,
+    /// A machine, from its start to the first line of its report.
+    Boot,
+    /// A machine, from there to its end.
+    Machine,
+    /// A program of tests on the host.
+    Program,
+    /// A case of a machine.
+    Case,
+}
+
+impl Kind {
+    /// Heading of the kind in the table.
+    fn heading(self) -> &'static str {
+        match self {
+            Kind::Lane => "lanes",
+            Kind::Build => "build steps",
+            Kind::Boot => "boots",
+            Kind::Machine => "machines after their boot",
+            Kind::Program => "test programs on the host",
+            Kind::Case => "cases in machines",
+        }
+    }
+}
+
+/// One step that ended.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Time {
+    kind: Kind,
+    name: String,
+    seconds: f64,
+}
+
+/// Times of this command's steps, in the order of their ends.
+static TIMES: Mutex<Vec<Time>> = Mutex::new(Vec::new());
+/// When a line of progress was printed last.
+static PRINTED: Mutex<Option<Instant>> = Mutex::new(None);
+
+/// A step that is under way; it ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Step {
+    kind: Kind,
+    name: String,
+    start: Instant,
+    /// Dropped to end the thread that announces the step.
+    end: Option<Sender<()>>,
+    teller: Option<JoinHandle<()>>,
+}
+
+impl Step {
+    /// Begins a step; `doing` is announced when it takes long, such as "compiling the programs".
+    pub(crate) fn begin(kind: Kind, name: &str, doing: &str) -> Step {
+        let start = Instant::now();
+        let (end, ended) = channel();
+        let before = last_time(kind, name);
+        let doing = doing.to_string();
+        let teller = thread::spawn(move || {
+            let mut wait = ANNOUNCED;
+            while ended.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+                wait = quiet_for(SILENCE);
+                if wait.is_zero() || start.elapsed() < SILENCE {
+                    printed();
+                    eprintln!("{}", progress(&doing, start.elapsed(), before));
+                    wait = SILENCE;
+                }
+            }
+        });
+        Step {
+            kind,
+            name: name.into(),
+            start,
+            end: Some(end),
+            teller: Some(teller),
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        self.end = None;
+        if let Some(teller) = self.teller.take() {
+            // A thread that only prints: its panic has been shown, and the step itself is over.
+            let _ = teller.join();
+        }
+        took(self.kind, &self.name, self.start.elapsed().as_secs_f64());
+    }
+}
+
+/// Notes that a step took this many seconds.
+pub(crate) fn took(kind: Kind, name: &str, seconds: f64) {
+    let name = name.to_string();
+    locked(&TIMES).push(Time {
+        kind,
+        name,
+        seconds,
+    });
+}
+
+/// Notes that a line was printed, so that no step says meanwhile that it goes on.
+pub(crate) fn printed() {
+    *locked(&PRINTED) = Some(Instant::now());
+}
+
+/// True if cargo shows its own progress: on a terminal.
+pub(crate) fn cargo_shows_itself() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+/// Time that is missing until nothing was printed for `silence`.
+fn quiet_for(silence: Duration) -> Duration {
+    let since = locked(&PRINTED).map_or(silence, |printed| printed.elapsed());
+    silence.saturating_sub(since)
+}
+
+fn progress(doing: &str, elapsed: Duration, before: Option<f64>) -> String {
+    let before = match before {
+        Some(seconds) => format!(", {} the last time", in_words(seconds)),
+        None => String::new(),
+    };
+    format!("{doing} ... {}{before}", in_words(elapsed.as_secs_f64()))
+}
+
+/// Minutes and seconds.
+fn in_words(seconds: f64) -> String {
+    // CAST: a time that a test takes is far below 2^64 s, and never negative.
+    let whole = seconds.round() as u64;
+    match (whole / 60, whole % 60) {
+        (0, seconds) => format!("{seconds} s"),
+        (minutes, seconds) => format!("{minutes} min {seconds:02} s"),
+    }
+}
+
+/// File with the last time of each step of this host.
+fn history() -> Result<PathBuf> {
+    Ok(cache::dir()?.join("times.json"))
+}
+
+fn key(kind: Kind, name: &str) -> String {
+    format!("{kind:?} {name}")
+}
+
+fn last_times(file: &Path) -> BTreeMap<String, f64> {
+    // Estimates only: a file that is missing or damaged leaves them out, and is written anew.
+    let text = fs::read_to_string(file).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
+
+fn last_time(kind: Kind, name: &str) -> Option<f64> {
+    let file = history().ok()?;
+    last_times(&file).get(&key(kind, name)).copied()
+}
+
+/// Shows the times of all steps, largest first, and writes them to `target/times.json` and to the cache.
+pub(crate) fn finish() -> Result<()> {
+    let times = locked(&TIMES).clone();
+    if times.is_empty() {
+        return Ok(());
+    }
+    table(&times).iter().for_each(|line| println!("{line}"));
+    let file = build::repository()?.join("target/times.json");
+    write(&file, &serde_json::to_string_pretty(&times)?)?;
+    remember(&history()?, &times)
+}
+
+/// Merges `times` into the file of last times.
+fn remember(file: &Path, times: &[Time]) -> Result<()> {
+    let _lock = cache::lock(&file.with_extension("lock"))?;
+    let mut last = last_times(file);
+    last.extend(
+        times
+            .iter()
+            .map(|time| (key(time.kind, &time.name), time.seconds)),
+    );
+    write(file, &serde_json::to_string_pretty(&last)?)
+}
+
+/// Writes a file that is whole or as it was before.
+fn write(file: &Path, text: &str) -> Result<()> {
+    let new = file.with_extension("new");
+    let done = fs::write(&new, text).and_then(|()| fs::rename(&new, file));
+    done.with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// Lines of the table: each kind with its sum, and its longest steps.
+fn table(times: &[Time]) -> Vec<String> {
+    let mut kinds: BTreeMap<Kind, BTreeMap<&str, f64>> = BTreeMap::new();
+    for time in times {
+        let of_kind = kinds.entry(time.kind).or_default();
+        *of_kind.entry(&time.name).or_default() += time.seconds;
+    }
+    let mut lines = Vec::new();
+    for (kind, steps) in kinds {
+        let sum: f64 = steps.values().sum();
+        lines.push(format!(
+            "time: {}, {} in all",
+            kind.heading(),
+            in_words(sum)
+        ));
+        let mut steps: Vec<_> = steps.into_iter().collect();
+        steps.sort_by(|one, other| other.1.total_cmp(&one.1));
+        let longest = steps.iter().take(SHOWN);
+        lines.extend(longest.map(|(name, seconds)| format!("time: {seconds:8.1} s {name}")));
+    }
+    lines
+}
+
+fn locked<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(kind: Kind, name: &str, seconds: f64) -> Time {
+        let name = name.into();
+        Time {
+            kind,
+            name,
+            seconds,
+        }
+    }
+
+    #[test]
+    fn table_shows_the_longest_first_and_sums_repeated_steps() {
+        let lines = table(&[
+            time(Kind::Case, "a", 1.0),
+            time(Kind::Case, "b", 5.5),
+            time(Kind::Lane, "host", 70.0),
+            time(Kind::Case, "a", 2.0),
+        ]);
+        assert_eq!(
+            lines,
+            [
+                "time: lanes, 1 min 10 s in all",
+                "time:     70.0 s host",
+                "time: cases in machines, 9 s in all",
+                "time:      5.5 s b",
+                "time:      3.0 s a",
+            ]
+        );
+    }
+
+    #[test]
+    fn progress_tells_the_last_time_where_there_is_one() {
+        let elapsed = Duration::from_secs(75);
+        assert_eq!(
+            progress("compiling", elapsed, None),
+            "compiling ... 1 min 15 s"
+        );
+        assert_eq!(
+            progress("compiling", elapsed, Some(9.2)),
+            "compiling ... 1 min 15 s, 9 s the last time"
+        );
+    }
+
+    #[test]
+    fn last_times_survive_a_damaged_file() {
+        let file = std::env::temp_dir().join(format!("xtask-times-{}.json", std::process::id()));
+        fs::write(&file, "{ half").unwrap();
+        remember(&file, &[time(Kind::Boot, "e2e", 31.0)]).unwrap();
+        remember(&file, &[time(Kind::Lane, "e2e", 400.0)]).unwrap();
+        let last = last_times(&file);
+        assert_eq!(last.get(&key(Kind::Boot, "e2e")), Some(&31.0));
+        assert_eq!(last.get(&key(Kind::Lane, "e2e")), Some(&400.0));
+        fs::remove_file(&file).unwrap();
+        fs::remove_file(file.with_extension("lock")).unwrap();
+    }
+}
