@@ -20,6 +20,7 @@ mod root;
 mod run;
 mod second;
 mod steps;
+mod stolen;
 mod tally;
 mod vm;
 

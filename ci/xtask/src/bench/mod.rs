@@ -127,7 +127,13 @@ fn bounded_and_wasteful() -> Result<Args> {
 
 /// The lane of the gate: the bounds are kept, and not by a wasteful build of our driver.
 pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
-    let results = boot::measure(&bounded_and_wasteful()?)?;
+    let wanted = bounded_and_wasteful()?;
+    let mut results = boot::measure(&wanted)?;
+    if let (Some(reason), true) = (&results.failed, results.rows.is_empty()) {
+        // Storage of a slow host may keep such a machine from starting: its clock goes on while it waits for that.
+        println!("the machine measured nothing ({reason}): it starts once more");
+        results = boot::measure(&wanted)?;
+    }
     if let Some(reason) = &results.failed {
         bail!("the measuring broke off: {reason}");
     }
