@@ -98,3 +98,23 @@ fn named() -> String {
 fn names() -> Vec<&'static str> {
     PARTS.iter().map(|part| part.0).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    /// Parts that the workflow file runs, from its line `part: [a, b]`.
+    fn scheduled() -> Vec<&'static str> {
+        const WORKFLOW: &str = include_str!("../../../../.github/workflows/tests.yml");
+        let line = WORKFLOW
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("part: ["))
+            .unwrap();
+        line.trim_end_matches(']').split(", ").collect()
+    }
+
+    #[test]
+    fn each_part_is_scheduled() {
+        assert_eq!(scheduled(), names());
+    }
+}
