@@ -8,6 +8,7 @@ pub(crate) mod frames;
 mod licences;
 mod lints;
 pub(crate) mod panics;
+pub(crate) mod prose;
 mod source;
 pub(crate) mod subjects;
 mod unsafe_code;
@@ -53,6 +54,7 @@ fn of_text(tally: &mut Tally, sources: &[Source]) {
     tally.check("check.unsafe-code", unsafe_code::check(sources));
     tally.check("check.dependency-direction", direction::check(sources));
     tally.check("check.circles", circles::check(sources));
+    tally.check("check.prose", prose::check(sources));
     tally.check("check.commit-subjects", subjects::history(sources));
 }
 
