@@ -7,6 +7,7 @@ mod format;
 pub(crate) mod frames;
 mod licences;
 mod lints;
+mod pages;
 pub(crate) mod panics;
 pub(crate) mod prose;
 mod source;
@@ -54,6 +55,7 @@ fn of_text(tally: &mut Tally, sources: &[Source]) {
     tally.check("check.unsafe-code", unsafe_code::check(sources));
     tally.check("check.dependency-direction", direction::check(sources));
     tally.check("check.circles", circles::check(sources));
+    tally.check("check.pages", pages::check(sources));
     tally.check("check.prose", prose::check(sources));
     tally.check("check.commit-subjects", subjects::history(sources));
 }
