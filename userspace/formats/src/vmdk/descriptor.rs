@@ -3,6 +3,7 @@
 
 use crate::field::refused;
 use control::Failure;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Bytes that a descriptor may have.
@@ -45,16 +46,35 @@ pub(crate) enum Body {
 }
 
 impl Descriptor {
-    /// True if it looks like one.
+    /// True if it looks like one: comments, of which VMware's first names the kind of file, and then a version.
     pub(crate) fn is_one(bytes: &[u8]) -> bool {
-        let text = bytes.trim_ascii_start();
-        text.starts_with(b"# Disk DescriptorFile") || text.starts_with(b"#Disk DescriptorFile")
+        let mut lines = bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+        let is_said = |line: &[u8]| {
+            line.strip_prefix(b"#")
+                .is_some_and(|text| text.trim_ascii_start().starts_with(b"Disk Descriptor"))
+        };
+        let is_comment = |line: &[u8]| line.is_empty() || line.starts_with(b"#");
+        lines.find_map(|line| match line {
+            line if is_said(line) => Some(true),
+            line if is_comment(line) => None,
+            line => {
+                let rest = line.strip_prefix(b"version").map(<[u8]>::trim_ascii_start);
+                Some(rest.is_some_and(|rest| rest.starts_with(b"=")))
+            }
+        }) == Some(true)
     }
 
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Failure> {
+        let is_cut = bytes.len() as u64 >= MOST && !bytes.contains(&0);
         let bytes = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
         if !Self::is_one(bytes) {
             return Err(refused("the VMDK's descriptor does not begin as one does: it is damaged, or this is no VMDK"));
+        }
+        if is_cut {
+            return Err(refused(format!(
+                "the VMDK's descriptor has {} KiB or more: convert it",
+                MOST >> 10
+            )));
         }
         let mut found = Self {
             kind: String::new(),
@@ -64,10 +84,10 @@ impl Descriptor {
             parent: None,
             extents: Vec::new(),
         };
+        let encoding = Encoding::of(bytes);
         let mut at = 0;
         for line in bytes.split(|byte| *byte == b'\n') {
-            let text = String::from_utf8_lossy(line);
-            found.line(text.trim(), at, line)?;
+            found.line(&encoding, at, line)?;
             at += line.len() + 1;
         }
         if found.kind.is_empty() {
@@ -104,47 +124,48 @@ impl Descriptor {
         Ok(())
     }
 
-    fn line(&mut self, text: &str, at: usize, line: &[u8]) -> Result<(), Failure> {
+    fn line(&mut self, encoding: &Encoding, at: usize, line: &[u8]) -> Result<(), Failure> {
+        let text = encoding.decode(line);
+        let text = text.trim();
         if text.is_empty() || text.starts_with('#') {
             return Ok(());
         }
-        if let Some((name, value)) = text.split_once('=') {
-            let value = value.trim().trim_matches('"');
-            match name.trim() {
-                "version" if !matches!(value, "1" | "2" | "3") => {
-                    return Err(refused(format!(
-                        "the VMDK has version {value}, of which nothing is known"
-                    )))
-                }
-                "CID" => {
-                    self.cid = number(value)?;
-                    let place = line.iter().position(|byte| *byte == b'=').unwrap_or(0) + 1;
-                    let rest = line.get(place..).unwrap_or(&[]).iter();
-                    let digits = rest.take_while(|byte| byte.is_ascii_hexdigit()).count();
-                    let begin = at + place;
-                    self.cid_at = (1..=8).contains(&digits).then_some(begin..begin + digits);
-                }
-                "parentCID" => self.parent_cid = number(value)?,
-                "createType" => self.kind = value.to_string(),
-                "parentFileNameHint" => self.parent = Some(value.to_string()),
-                "encoding"
-                    if !value.eq_ignore_ascii_case("utf-8") && !value.starts_with("windows") =>
-                {
-                    return Err(refused(format!(
-                        "the VMDK's descriptor is in {value}: it must be UTF-8"
-                    )))
-                }
-                _ => {}
-            }
-            return Ok(());
-        }
+        // Before anything else: the name of a file may have any character in it.
         if let Some(part) = part(text)? {
+            encoding.check(line)?;
             if self.extents.len() >= EXTENTS {
                 return Err(refused(format!(
                     "the VMDK has more than {EXTENTS} extents: convert it"
                 )));
             }
             self.extents.push(part);
+            return Ok(());
+        }
+        let Some((name, value)) = text.split_once('=') else {
+            return Ok(());
+        };
+        let value = value.trim().trim_matches('"');
+        match name.trim() {
+            "version" if !matches!(value, "1" | "2" | "3") => {
+                return Err(refused(format!(
+                    "the VMDK has version {value}, of which nothing is known"
+                )))
+            }
+            "CID" => {
+                self.cid = number(value)?;
+                let place = line.iter().position(|byte| *byte == b'=').unwrap_or(0) + 1;
+                let rest = line.get(place..).unwrap_or(&[]).iter();
+                let digits = rest.take_while(|byte| byte.is_ascii_hexdigit()).count();
+                let begin = at + place;
+                self.cid_at = (1..=8).contains(&digits).then_some(begin..begin + digits);
+            }
+            "parentCID" => self.parent_cid = number(value)?,
+            "createType" => self.kind = value.to_string(),
+            "parentFileNameHint" => {
+                encoding.check(line)?;
+                self.parent = Some(value.to_string());
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -170,15 +191,91 @@ fn number(text: &str) -> Result<u32, Failure> {
     })
 }
 
-/// A line such as `RW 4192256 SPARSE "a-s001.vmdk"`; nothing for other lines.
+/// In which encoding a descriptor is. What counts in it is ASCII, but for names of files.
+#[derive(Debug)]
+enum Encoding {
+    Utf8,
+    /// ISO-8859-1, or that of Windows, in which some control characters are letters.
+    Western,
+    /// Its name. Bytes of ASCII mean themselves in all that VMware writes, or are the second byte of a character and
+    /// then neither a quote, a sign of equality, a space nor the end of a line.
+    Other(String),
+}
+
+/// What ISO-8859-1 has as control characters, in windows-1252.
+const WINDOWS: [char; 32] = [
+    '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž', '\u{8f}',
+    '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}', 'ž', 'Ÿ',
+];
+
+impl Encoding {
+    /// That which the descriptor names; it is UTF-8 if it names none.
+    fn of(bytes: &[u8]) -> Self {
+        let mut lines = bytes.split(|byte| *byte == b'\n');
+        let name = lines.find_map(|line| {
+            let text = String::from_utf8_lossy(line);
+            let (name, value) = text.split_once('=')?;
+            let value = value.trim().trim_matches('"');
+            (name.trim() == "encoding").then(|| value.to_string())
+        });
+        match name.map(|name| (name.to_ascii_lowercase(), name)) {
+            None => Self::Utf8,
+            Some((low, name)) => match low.as_str() {
+                "utf-8" | "utf8" | "us-ascii" => Self::Utf8,
+                "iso-8859-1" | "windows-1252" => Self::Western,
+                _ => Self::Other(name),
+            },
+        }
+    }
+
+    fn decode<'b>(&self, line: &'b [u8]) -> Cow<'b, str> {
+        match self {
+            Self::Western if !line.is_ascii() => {
+                let char = |byte: &u8| match byte {
+                    0x80..=0x9f => WINDOWS[usize::from(byte - 0x80)],
+                    byte => char::from(*byte),
+                };
+                line.iter().map(char).collect()
+            }
+            _ => String::from_utf8_lossy(line),
+        }
+    }
+
+    /// Refuses a line with the name of a file that cannot be decoded.
+    fn check(&self, line: &[u8]) -> Result<(), Failure> {
+        let is_known = match self {
+            Self::Utf8 => std::str::from_utf8(line).is_ok(),
+            Self::Western => true,
+            Self::Other(_) => line.is_ascii(),
+        };
+        match (is_known, self) {
+            (true, _) => Ok(()),
+            (false, Self::Other(name)) => Err(refused(format!(
+                "the VMDK names a file in {name}, which cannot be decoded: give the file a name in ASCII, and write that into the descriptor"
+            ))),
+            (false, _) => Err(refused(
+                "the VMDK names a file and not in UTF-8, and says nothing of another encoding: give the file a name in ASCII, and write that into the descriptor",
+            )),
+        }
+    }
+}
+
+/// A line such as `RW 4192256 SPARSE "a-s001.vmdk"`; nothing for other lines. What comes behind it is left alone.
 fn part(text: &str) -> Result<Option<Part>, Failure> {
-    let mut words = text.splitn(4, char::is_whitespace);
-    let read_only = match words.next() {
-        Some("RW") => false,
-        Some("RDONLY") => true,
-        Some("NOACCESS") => {
+    let (access, rest) = word(text);
+    let (sectors, rest) = word(rest);
+    let (kind, rest) = word(rest);
+    let read_only = match access {
+        "RW" => false,
+        "RDONLY" => true,
+        "NOACCESS" => {
             return Err(refused(format!(
                 "an extent of the VMDK may not be used: {text}"
+            )))
+        }
+        _ if is_extent(sectors, kind) => {
+            return Err(refused(format!(
+                "an extent of the VMDK has the access {access}, of which nothing is known: {text}"
             )))
         }
         _ => return Ok(None),
@@ -188,17 +285,13 @@ fn part(text: &str) -> Result<Option<Part>, Failure> {
             "the VMDK's descriptor has a line that is no extent: {text}"
         ))
     };
-    let sectors = words
-        .next()
-        .and_then(|word| word.parse().ok())
-        .ok_or_else(wrong)?;
-    let kind = words.next().ok_or_else(wrong)?;
-    let rest = words.next().unwrap_or("").trim();
+    let sectors = sectors.parse().map_err(|_| wrong())?;
     let body = match kind {
+        "" => return Err(wrong()),
         "ZERO" => Body::Zero,
         "FLAT" | "VMFS" => {
-            let (name, first) = name(rest).ok_or_else(wrong)?;
-            let first = match first {
+            let (name, rest) = name(rest).ok_or_else(wrong)?;
+            let first = match word(rest).0 {
                 "" => 0,
                 first => first.parse().map_err(|_| wrong())?,
             };
@@ -218,6 +311,19 @@ fn part(text: &str) -> Result<Option<Part>, Failure> {
         sectors,
         body,
     }))
+}
+
+/// The first word, and what comes behind it and its spaces.
+fn word(text: &str) -> (&str, &str) {
+    let text = text.trim_start();
+    text.split_once(char::is_whitespace)
+        .map_or((text, ""), |(word, rest)| (word, rest.trim_start()))
+}
+
+/// Its second and third word look like those of an extent.
+fn is_extent(sectors: &str, kind: &str) -> bool {
+    let is_number = !sectors.is_empty() && sectors.bytes().all(|byte| byte.is_ascii_digit());
+    is_number && !kind.is_empty() && kind.bytes().all(|byte| byte.is_ascii_uppercase())
 }
 
 /// A name in quotes, and what comes after it.
@@ -288,12 +394,98 @@ mod tests {
         assert!(found.extents[1].read_only && found.extents[2].body == Body::Zero);
     }
 
+    fn parsed(text: &[u8]) -> Result<Vec<Body>, control::Failure> {
+        let found = Descriptor::parse(text)?;
+        Ok(found.extents.into_iter().map(|part| part.body).collect())
+    }
+
+    fn flat(name: &str, first: u64) -> Body {
+        let name = name.into();
+        Body::Flat { name, first }
+    }
+
+    /// As VMware, VirtualBox and QEMU read them.
+    #[test]
+    fn lines_of_others_are_understood() {
+        let good = spelled("monolithicFlat", 1, None, &["RW 1 ZERO".into()], 1);
+        for (line, body) in [
+            ("RW 1 FLAT \"a=b-f001.vmdk\" 0", flat("a=b-f001.vmdk", 0)),
+            ("RW 1 FLAT \"=\"", flat("=", 0)),
+            ("RW  1 \t FLAT   \"a  b\"   7", flat("a  b", 7)),
+            (
+                "RW 1 FLAT \"a\" 63 partitionUUID 01020304 device=x",
+                flat("a", 63),
+            ),
+            ("  RW 1 VMFS \"a\"\r", flat("a", 0)),
+        ] {
+            let text = good.replace("RW 1 ZERO", line);
+            assert_eq!(parsed(text.as_bytes()), Ok(vec![body]), "{line}");
+        }
+        for head in [
+            "# Disk Descriptor File",
+            "#Disk DescriptorFile",
+            "# made by a script\n\n# Disk DescriptorFile",
+            "# made by a script",
+            "",
+        ] {
+            let text = good.replace("# Disk DescriptorFile", head);
+            assert_eq!(parsed(text.as_bytes()), Ok(vec![Body::Zero]), "{head}");
+        }
+        for wrong in ["x", "# made by a script\nname=1", "versions=1"] {
+            let text = good.replace("# Disk DescriptorFile", wrong);
+            assert!(parsed(text.as_bytes()).is_err(), "{wrong}");
+        }
+        // What is cut off behind the most that is read would be a part of the disk.
+        let long = "#".repeat(super::MOST as usize);
+        let text = good.replace("RW 1 ZERO", &long);
+        let bytes = &text.as_bytes()[..super::MOST as usize];
+        assert!(parsed(bytes).unwrap_err().message.contains("256 KiB"));
+    }
+
+    #[test]
+    fn names_are_in_the_encoding_of_the_descriptor() {
+        let of = |encoding: &str, name: &[u8]| {
+            let line = "RW 1 FLAT \"NAME\" 0";
+            let text = spelled("monolithicFlat", 1, None, &[line.into()], 1);
+            let text = text.replace("CID=", &format!("encoding=\"{encoding}\"\nCID="));
+            let (before, after) = text.split_once("NAME").unwrap();
+            parsed(&[before.as_bytes(), name, after.as_bytes()].concat())
+        };
+        for encoding in [
+            "GBK",
+            "Shift_JIS",
+            "ISO-8859-1",
+            "windows-1252",
+            "UTF-8",
+            "Big5",
+        ] {
+            assert_eq!(of(encoding, b"a.vmdk"), Ok(vec![flat("a.vmdk", 0)]));
+        }
+        assert_eq!(of("utf-8", "ä".as_bytes()), Ok(vec![flat("ä", 0)]));
+        assert_eq!(of("ISO-8859-1", b"\xe4"), Ok(vec![flat("ä", 0)]));
+        assert_eq!(of("windows-1252", b"\x80\xdf"), Ok(vec![flat("€ß", 0)]));
+        // A character whose second byte is a backslash in GBK, and one that is no UTF-8.
+        for (encoding, name) in [("GBK", &b"\x81\x5c"[..]), ("UTF-8", b"\xe4")] {
+            let failure = of(encoding, name).unwrap_err();
+            assert!(failure.message.contains("ASCII"), "{failure}");
+        }
+        // Elsewhere it does not matter.
+        let text = spelled("monolithicFlat", 1, None, &["RW 1 ZERO".into()], 1);
+        let text = [
+            b"encoding=\"GBK\"\nddb.comment = \"\x81\x5c\"\n",
+            text.as_bytes(),
+        ]
+        .concat();
+        let text = [&b"# Disk DescriptorFile\n"[..], &text].concat();
+        assert_eq!(parsed(&text), Ok(vec![Body::Zero]));
+    }
+
     #[test]
     fn what_is_wrong_is_refused() {
         let good = spelled("monolithicFlat", 1, None, &["RW 1 ZERO".into()], 1);
         assert!(Descriptor::parse(good.as_bytes()).is_ok());
         for (from, to) in [
-            ("# Disk", "# Dusk"),
+            ("# Disk DescriptorFile\nversion", "# Dusk\nvorsion"),
             ("version=1", "version=9"),
             ("CID=00000001", "CID=x"),
             ("RW 1 ZERO", "RW x ZERO"),
@@ -302,6 +494,7 @@ mod tests {
             ("RW 1 ZERO", "RW 1 FLAT a 0"),
             ("RW 1 ZERO", "RW 1 FLAT \"a\" b"),
             ("RW 1 ZERO", "NOACCESS 1 ZERO"),
+            ("RW 1 ZERO", "RO 1 FLAT \"a\" 0"),
             ("createType", "createTipe"),
         ] {
             assert!(

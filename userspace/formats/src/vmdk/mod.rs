@@ -102,17 +102,17 @@ async fn read_descriptor(
             }
             (Some(header), at * 512, len * 512)
         }
-        false if Descriptor::is_one(&first) => (None, 0, length.min(descriptor::MOST)),
-        false => {
-            return Err(refused(
-                "there is neither the header nor the descriptor of a VMDK",
-            ))
-        }
+        false => (None, 0, length.min(descriptor::MOST)),
     };
     // CAST: it was checked to be small.
     let bytes = storage::bytes(image, at, len as usize)
         .await
         .map_err(reading)?;
+    if header.is_none() && !Descriptor::is_one(&bytes) {
+        return Err(refused(
+            "there is neither the header nor the descriptor of a VMDK",
+        ));
+    }
     Ok((Descriptor::parse(&bytes)?, at, header))
 }
 

@@ -8,6 +8,7 @@ mod create;
 mod encrypted;
 mod look;
 mod old;
+mod others;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;
