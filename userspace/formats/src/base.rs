@@ -224,6 +224,11 @@ impl Row {
         Ok(())
     }
 
+    /// There is nothing in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
     /// It is long enough for one answer.
     pub(crate) fn is_full(&self) -> bool {
         self.extents.len() >= EXTENTS

@@ -8,10 +8,11 @@
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base, Row};
-use crate::field::{part, pieces};
+use crate::field::{part, pieces, refused};
 use crate::locks::Locks;
 use crate::tail::Tail;
 use crate::{storage, Storage};
+use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Content, Extent, Holder, Place};
 use std::cell::RefCell;
@@ -129,18 +130,34 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         }
     }
 
-    /// Reads what is in the image; the last cluster may be cut off.
-    async fn read_at(&self, at: u64, data: Data) -> Result<(), Errno> {
-        let len = data.len() as u64;
-        let there = self.tail.end().saturating_sub(at).min(len);
-        if there < len {
-            // CAST: at most the data's length.
-            data.fill(there as usize, (len - there) as usize, 0);
+    /// Bytes that the image has itself, of `len` from `at` on. One that was cut off does not have all, and what is
+    /// missing is not zeroes.
+    fn inside(&self, at: u64, len: u64) -> u64 {
+        self.tail.end().saturating_sub(at).min(len)
+    }
+
+    /// Refuses to write an image that ends inside of a cluster: it becomes longer then, by what would be zeroes in
+    /// place of what it has lost.
+    pub(crate) async fn refuse_cut(&self, length: u64) -> Result<(), Failure> {
+        let unit = self.map.cluster();
+        if length % unit == 0 {
+            return Ok(());
         }
-        match there {
-            0 => Ok(()),
-            there => self.storage.read_exact(at, part(&data, 0, there)).await,
+        let mut begin = 0;
+        while begin < self.size {
+            let len = (self.size - begin).min(unit);
+            // Of entries that are damaged says whoever uses them.
+            if let Ok(Found::At(at)) = self.find(begin / unit).await {
+                if self.inside(at, len) < len {
+                    let lost = self.base + begin + self.inside(at, len);
+                    return Err(refused(format!(
+                        "the file ends inside of a cluster, at byte {lost} of the disk: it was cut off, and what is behind that is lost"
+                    )));
+                }
+            }
+            begin += len;
         }
+        Ok(())
     }
 
     /// A compressed cluster.
@@ -179,9 +196,10 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 data.fill(0, data.len(), 0);
                 Ok(())
             }
+            // What is missing at its end is no zeroes: that is an error.
             Found::At(at) => {
-                self.read_at(at.checked_add(within).ok_or(Errno::IO)?, data)
-                    .await
+                let at = at.checked_add(within).ok_or(Errno::IO)?;
+                self.storage.read_exact(at, data).await
             }
             Found::Packed(packed) => {
                 let bytes = self.unpack(packed).await?;
@@ -344,7 +362,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
             };
             let begin = begin.checked_add(within).ok_or(Errno::IO)?;
             let end = begin.checked_add(len);
-            // The last cluster may be cut off: what is missing is zero, and nobody can write it there.
+            // The last cluster may be cut off.
             if end.is_some_and(|end| end <= self.tail.end()) {
                 let place = Place {
                     offset: from,
@@ -368,14 +386,28 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
     ) -> Result<Vec<Extent>, Errno> {
         self.check(offset, len)?;
         let mut row = Row::default();
-        for (cluster, _, at, len) in pieces(offset, len, self.map.cluster()) {
+        for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
             match self.find(cluster).await? {
                 Found::Missing => {
                     row.push_missing(self.parent.as_deref(), self.base + offset + at, len, whole)
                         .await?;
                 }
                 Found::Zeroes => row.push(len, Content::Hole),
-                Found::At(_) | Found::Packed(_) => row.push(len, Content::Data),
+                Found::At(begin) => {
+                    let begin = begin.checked_add(within).ok_or(Errno::IO)?;
+                    let inside = match self.inside(begin, len) {
+                        inside if inside == len => len,
+                        // Sectors, for whoever reads them.
+                        inside => inside - inside % 512,
+                    };
+                    row.push(inside, Content::Data);
+                    match row.is_empty() {
+                        true => return Err(Errno::IO),
+                        false if inside < len => break,
+                        false => {}
+                    }
+                }
+                Found::Packed(_) => row.push(len, Content::Data),
             }
             if row.is_full() {
                 break;

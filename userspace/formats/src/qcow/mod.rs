@@ -225,6 +225,10 @@ impl<S: Storage> Qcow<S> {
             tail,
             parent,
         );
+        let may_write = self.options.may_write(&*self.storage);
+        if may_write.map_err(failed("cannot use the image"))? {
+            clusters.refuse_cut(length).await?;
+        }
         *self.active.borrow_mut() = Some(Rc::new(clusters));
         Ok(Shape {
             size: header.size,

@@ -62,6 +62,8 @@ pub(crate) struct Image<S> {
     /// The first write has one thing to do.
     pub(crate) beginning: Gate,
     pub(crate) unpacked: Unpacked,
+    /// Bytes that the file was seen to have.
+    pub(crate) end: Cell<u64>,
     /// Damage that was reported: the first few times.
     pub(crate) reported: Cell<u32>,
 }
@@ -305,6 +307,28 @@ impl<S: Storage> Image<S> {
             _ => Run::Below,
         };
         (run, count)
+    }
+
+    /// Bytes of data from `at` on that are in the file, of `len` that the disk has from `guest` on. An image that was
+    /// cut off does not have all, and what is missing is not zeroes. Another host may make it longer meanwhile.
+    pub(crate) fn inside(&self, guest: u64, at: u64, len: u64) -> Result<u64, Errno> {
+        let wanted = len.min(self.size.get().saturating_sub(guest));
+        let end = at.saturating_add(wanted);
+        if self.geometry.external || end <= self.end.get() {
+            return Ok(len);
+        }
+        self.end.set(self.file.size()?);
+        Ok(match end <= self.end.get() {
+            true => len,
+            false => self.end.get().saturating_sub(at),
+        })
+    }
+
+    /// What is to be said of data that are not in the file.
+    pub(crate) fn cut_off(&self, guest: u64) -> Errno {
+        self.damaged(format_args!(
+            "the data of byte {guest} of the disk are behind the end of the file, which was cut off"
+        ))
     }
 
     /// The image below, as long as there is one.

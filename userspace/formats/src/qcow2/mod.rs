@@ -44,7 +44,7 @@ use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Place, Shape};
 use header::{CORRUPT, DIRTY};
-use image::Image;
+use image::{Image, Run};
 use slices::Slices;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -207,7 +207,41 @@ impl<S: Storage> Qcow2<S> {
                 self.options.name
             );
         }
+        if self.options.writable {
+            self.refuse_cut(&image).await?;
+        }
         Ok(image)
+    }
+
+    /// Refuses to write an image that ends inside of a cluster with data: the file becomes longer then, by what
+    /// would be zeroes in place of what it has lost.
+    async fn refuse_cut(&self, image: &Image<S>) -> Result<(), Failure> {
+        let failed = |error: Errno| Failure::system("cannot see what is in it", &error.into());
+        let length = self.file.size().map_err(failed)?;
+        if length % image.geometry.cluster() == 0 || image.geometry.external {
+            return Ok(());
+        }
+        let (mut at, size) = (0, image.size.get());
+        while at < size {
+            let Ok((run, len, _)) = image.map(at, size - at).await else {
+                // Of tables that are damaged says whoever uses them.
+                at = (at / image.geometry.span() + 1).saturating_mul(image.geometry.span());
+                continue;
+            };
+            if let Run::Data { at: place, .. } = run {
+                let inside = image.inside(at, place, len).map_err(failed)?;
+                // What is behind the end altogether has been damage before.
+                if inside < len && place.saturating_add(inside) == length {
+                    let lost = at + inside;
+                    return Err(refused(format!(
+                        "the file ends inside of a cluster, at byte {lost} of the disk: it was cut off, and what is behind that is lost; \
+                         copy what is left with tapimg convert --damaged"
+                    )));
+                }
+            }
+            at += len;
+        }
+        Ok(())
     }
 
     /// Compares the refcounts of the image, which must be active and not in use, with what is used.
@@ -249,6 +283,7 @@ impl<S: Storage> Qcow2<S> {
             rows: RefCell::default(),
             beginning: Default::default(),
             unpacked: Unpacked::new(geometry.cluster(), budget / 8),
+            end: Cell::new(0),
             reported: Cell::new(0),
         })
     }

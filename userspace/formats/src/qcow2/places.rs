@@ -21,7 +21,11 @@ impl<S: Storage> Image<S> {
         while at < end {
             let (run, len, settled) = self.map_sure(at, end - at).await?;
             match run {
-                Run::Data { at: place, owned } if settled && self.stays(place, len, owned) => {
+                Run::Data { at: place, owned }
+                    if settled
+                        && self.stays(place, len, owned)
+                        && self.inside(at, place, len)? == len =>
+                {
                     places.push(Place {
                         offset: at,
                         len,

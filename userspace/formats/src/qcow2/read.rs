@@ -50,7 +50,13 @@ impl<S: Storage> Image<S> {
     async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {
         match run {
             Run::Zero => data.fill(0, data.len(), 0),
-            Run::Data { at, .. } => self.data.read(at, data).await?,
+            Run::Data { at, .. } => {
+                let len = data.len() as u64;
+                if self.inside(guest, at, len)? < len {
+                    return Err(self.cut_off(guest));
+                }
+                self.data.read(at, data).await?;
+            }
             Run::Below => base::read(self.below().as_deref(), guest, data).await?,
             Run::Packed { at, len, skip } => {
                 let content = self.unpacked(at, len).await?;
@@ -97,9 +103,20 @@ impl<S: Storage> Image<S> {
         resolve: bool,
     ) -> Result<Vec<Extent>, Errno> {
         let _user = self.users.enter();
-        let (run, len, _) = self.map(guest, len).await?;
+        let (run, mut len, _) = self.map(guest, len).await?;
         let content = match run {
-            Run::Data { .. } | Run::Packed { .. } => Content::Data,
+            Run::Data { at, .. } => {
+                // Sectors, for whoever reads them.
+                len = match self.inside(guest, at, len)? {
+                    inside if inside == len => len,
+                    inside => inside - inside % 512,
+                };
+                if len == 0 {
+                    return Err(self.cut_off(guest));
+                }
+                Content::Data
+            }
+            Run::Packed { .. } => Content::Data,
             Run::Zero => Content::Hole,
             Run::Below if !resolve => Content::Below,
             Run::Below => match self.below() {

@@ -224,6 +224,9 @@ impl<S: Storage> Vmdk<S> {
         let grains = Grains::read(&**file, &header, share.cache).await?;
         let tail = Tail::new(length, MOST);
         let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
+        if may_write.map_err(failed("cannot use the image"))? {
+            clusters.refuse_cut(length).await?;
+        }
         Ok(Held::Sparse(Box::new(clusters)))
     }
 

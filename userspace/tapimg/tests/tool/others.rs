@@ -46,3 +46,70 @@ fn lines_of_a_vmdk_are_those_of_all_programs() {
         }
     }
 }
+
+/// What an image has lost is not zeroes, wherever it was cut off.
+#[test]
+fn an_image_that_was_cut_off_inside_of_its_last_cluster_is_damaged() {
+    let bench = Bench::new();
+    bench.sparse("raw", 4 << 20, &[(0, 4 << 20)], 1);
+    let makers = ["own", "qemu"];
+    for (kind, maker) in ["qcow2", "qcow", "vmdk", "vhdx"]
+        .iter()
+        .flat_map(|kind| makers.map(|maker| (kind, maker)))
+    {
+        let is_qemu = maker == "qemu";
+        if is_qemu && !has_qemu("an_image_that_was_cut_off_inside_of_its_last_cluster_is_damaged") {
+            continue;
+        }
+        match (is_qemu, *kind) {
+            (true, kind) => drop(bench.qemu(&format!("qemu-img convert -f raw -O {kind} raw a"))),
+            (false, "vhdx") => continue,
+            (false, kind) => drop(bench.good(&format!("convert aio:raw {kind}:a --force"))),
+        }
+        bench.good(&format!("compare --strict aio:raw {kind}:a"));
+        let whole = bench.bytes("a");
+        // Where the last bytes of the disk are: nothing is behind them.
+        let last = &bench.bytes("raw")[(4 << 20) - 64..];
+        let place = whole.windows(64).rposition(|bytes| bytes == last).unwrap();
+        for lost in [1, 3000] {
+            std::fs::write(bench.path("a"), &whole[..place + 64 - lost]).unwrap();
+            let said = bench.bad(1, &format!("check {kind}:a"));
+            assert!(said.contains("damaged"), "{kind} {maker}: {said}");
+            bench.bad(6, &format!("convert {kind}:a aio:b"));
+            assert!(!bench.path("b").exists(), "{kind} {maker}");
+            if *kind == "vhdx" {
+                continue;
+            }
+            // Nothing makes it longer, by zeroes.
+            let before = bench.bytes("a");
+            bench.qemu("truncate -s 4M c");
+            bench.good("create qcow2:over --parent aio:c --force");
+            if *kind == "qcow2" {
+                let said = bench.bad(6, "rebase qcow2:a --parent qcow2:over");
+                assert!(said.contains("cut off"), "{said}");
+            }
+            assert!(bench.bytes("a") == before, "{kind} {maker}");
+        }
+        std::fs::remove_file(bench.path("a")).unwrap();
+    }
+}
+
+/// The end of a disk that is no whole number of clusters need not be in the file.
+#[test]
+fn what_is_behind_the_end_of_the_disk_may_be_missing() {
+    // It puts clusters into the file in the order of the disk.
+    if !has_qemu("what_is_behind_the_end_of_the_disk_may_be_missing") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("raw", (1 << 20) + 512, &[(0, (1 << 20) + 512)], 1);
+    for kind in ["qcow2", "qcow", "vmdk"] {
+        bench.qemu(&format!("qemu-img convert -f raw -O {kind} raw a"));
+        let whole = bench.bytes("a");
+        let last = &bench.bytes("raw")[(1 << 20) + 448..];
+        let place = whole.windows(64).rposition(|bytes| bytes == last).unwrap();
+        std::fs::write(bench.path("a"), &whole[..place + 64]).unwrap();
+        bench.good(&format!("check {kind}:a"));
+        bench.good(&format!("compare --strict aio:raw {kind}:a"));
+    }
+}
