@@ -8,7 +8,7 @@ use crate::walk::PIECE;
 use control::{Code, Failure};
 use diskio::{Data, Errno};
 use drivers::{Content, Disk};
-use formats::{qcow2, Below, Kind};
+use formats::{qcow2, vhd, Below, Kind};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -32,6 +32,9 @@ pub(crate) struct Findings {
     /// What was found before the repair.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired: Option<Repaired>,
+    /// VHD: what is wrong with one of its two footers. The other one is enough to serve it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    footers: Option<String>,
     /// Why the image cannot be used at all.
     #[serde(skip_serializing_if = "Option::is_none")]
     refused: Option<String>,
@@ -53,6 +56,16 @@ impl Findings {
         self.sound
     }
 
+    /// The same but for a footer of which there is another one.
+    pub(crate) fn without_footers(self) -> Self {
+        let is_all = self.footers.is_some() && self.refused.is_none() && self.unreadable == 0;
+        Self {
+            sound: self.sound || is_all,
+            footers: None,
+            ..self
+        }
+    }
+
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         let mut say = |line: String| {
@@ -67,6 +80,11 @@ impl Findings {
         }
         if let Some(why) = &self.refused {
             say(why.clone());
+        }
+        if let Some(why) = &self.footers {
+            say(format!(
+                "{why}: if the disk is what it should be, make a new image with tapimg convert"
+            ));
         }
         let many = |count: Option<u64>| count.filter(|count| *count > 0);
         if let Some(count) = many(self.damaged_entries) {
@@ -120,6 +138,12 @@ pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Fai
         true => refcounts(opener, image, args.repair, &mut findings).await,
         false => Ok(()),
     };
+    let tables = match tables {
+        Ok(()) if image.kind == Below::Format(Kind::Vhd) => {
+            footers(opener, image, &mut findings).await
+        }
+        tables => tables,
+    };
     let walked = match tables {
         Ok(()) => walk(opener, image, args.data, &mut findings).await,
         refused => refused,
@@ -132,6 +156,7 @@ pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Fai
     }
     let none = |count: Option<u64>| count.unwrap_or(0) == 0;
     findings.sound = findings.refused.is_none()
+        && findings.footers.is_none()
         && findings.unreadable == 0
         && none(findings.damaged_entries)
         && none(findings.unsafe_clusters);
@@ -159,6 +184,14 @@ async fn refcounts(
     findings.leaks = Some(found.leaks);
     findings.unsafe_clusters = Some(found.unsafe_clusters);
     findings.damaged_entries = Some(found.damaged);
+    Ok(())
+}
+
+/// Looks at both footers of a VHD.
+async fn footers(opener: &Opener, image: &Named, findings: &mut Findings) -> Result<(), Failure> {
+    let file = opener.file(&image.path, opener.reading).await?;
+    let found = vhd::footers(&file).await;
+    findings.footers = found.map_err(|failure| image.said(failure))?;
     Ok(())
 }
 

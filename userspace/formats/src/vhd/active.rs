@@ -66,7 +66,7 @@ impl<S: Storage> Active<S> {
         parent: Option<Rc<Base>>,
         options: &Options,
     ) -> Result<Self, Failure> {
-        let blocks = Blocks::read(&*storage, &header).await;
+        let blocks = Blocks::read(&*storage, &header, footer.size).await;
         let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
         // Afterwards: who only looks does so while another host makes the image longer, and then has blocks there.
         let length = storage

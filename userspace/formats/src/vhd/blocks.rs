@@ -22,12 +22,20 @@ const ENTRIES: usize = CHUNK / 4;
 pub(crate) struct Blocks {
     chunks: Vec<Rc<Table>>,
     count: u32,
+    /// The first block behind the end of the disk, as that was when the table was read. Entries from there on may be 0
+    /// instead of unused.
+    behind: u32,
     /// A bit for each block whose bitmap has all bits set.
     full: RefCell<Vec<u64>>,
 }
 
 impl Blocks {
-    pub(crate) async fn read(storage: &impl Storage, header: &Header) -> Result<Self, Errno> {
+    /// Reads that of a disk of `size` bytes.
+    pub(crate) async fn read(
+        storage: &impl Storage,
+        header: &Header,
+        size: u64,
+    ) -> Result<Self, Errno> {
         let len = table_len(header.blocks);
         let mut chunks = Vec::new();
         let mut at = 0;
@@ -41,6 +49,7 @@ impl Blocks {
         Ok(Self {
             chunks,
             count: header.blocks,
+            behind: first_behind(header, size),
             full: RefCell::new(vec![0; header.blocks.div_ceil(64) as usize]),
         })
     }
@@ -56,6 +65,7 @@ impl Blocks {
         let (chunk, at) = self.chunk(block)?;
         match chunk.see(|bytes| be32(bytes, at)) {
             UNUSED => None,
+            0 if block >= self.behind => None,
             sector => Some(u64::from(sector) * 512),
         }
     }
@@ -110,6 +120,25 @@ impl Blocks {
             Some((at, at.saturating_add(len), Some(block)))
         })
     }
+}
+
+/// The first block that a disk of `size` bytes does not have.
+fn first_behind(header: &Header, size: u64) -> u32 {
+    u32::try_from(size.div_ceil(u64::from(header.block))).unwrap_or(u32::MAX)
+}
+
+/// Makes entries unused that are 0 and behind the end of a disk of `size` bytes, before that becomes larger.
+pub(crate) async fn clean(storage: &impl Storage, header: &Header, size: u64) -> Result<(), Errno> {
+    let blocks = Blocks::read(storage, header, size).await?;
+    for block in blocks.behind..blocks.count {
+        let word = blocks
+            .chunk(block)
+            .map(|(chunk, at)| chunk.see(|bytes| be32(bytes, at)));
+        if word == Some(0) {
+            blocks.set(storage, block, UNUSED).await?;
+        }
+    }
+    storage.flush().await
 }
 
 /// Something in the image: where it begins and ends, and the number of the block if it is one.

@@ -136,7 +136,8 @@ async fn blocks(storage: &impl Storage, footer: &Footer, what: &Create) -> Resul
 pub(crate) fn empty_table(count: u32) -> Vec<u8> {
     // CAST: a table of at most 2^22 blocks.
     let mut bytes = vec![0; table_len(count) as usize];
-    for entry in bytes.chunks_exact_mut(4).take(count as usize) {
+    // Those behind the last one are in its last sector, and are never looked at.
+    for entry in bytes.chunks_exact_mut(4) {
         entry.copy_from_slice(&UNUSED.to_be_bytes());
     }
     bytes

@@ -32,7 +32,7 @@ pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
     let Image { footer, header } = Image::read(storage).await?;
     let (mut most, mut used) = (footer.size, 0);
     if let Some(header) = &header {
-        let blocks = Blocks::read(storage, header).await;
+        let blocks = Blocks::read(storage, header, footer.size).await;
         let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
         most = u64::from(header.blocks) * u64::from(header.block);
         used = (0..blocks.count())

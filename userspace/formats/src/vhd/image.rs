@@ -75,6 +75,39 @@ async fn find(storage: &impl Storage, length: u64) -> Result<Footer, Failure> {
     }
 }
 
+/// What is wrong with the footers of a VHD that can be served nevertheless: all but the fixed ones have two, and one
+/// is enough. Nobody may use it meanwhile.
+///
+/// # Errors
+/// It is none, or cannot be read.
+pub async fn footers(storage: &impl Storage) -> Result<Option<String>, Failure> {
+    let length = storage
+        .size()
+        .map_err(failed("cannot see the image's size"))?;
+    if find(storage, length).await?.kind == Kind::Fixed {
+        return Ok(None);
+    }
+    let said = |place: &str, found: Result<Option<Footer>, Failure>| match found {
+        Ok(Some(footer)) => Ok(footer),
+        Ok(None) => Err(format!("there is no footer at the {place} of the VHD")),
+        Err(_) => Err(format!("the footer at the {place} of the VHD is damaged")),
+    };
+    let first = said("beginning", at(storage, 0).await);
+    let last = said("end", last(storage, length).await);
+    Ok(match (first, last) {
+        (Ok(first), Ok(last)) if first == last => None,
+        (Ok(first), Ok(last)) => Some(format!(
+            "the footers at the beginning of the VHD and at its end are different, of disks with {} and {} bytes: one is from \
+             another time; the first one counts",
+            first.size, last.size
+        )),
+        (Err(why), _) => Some(format!("{why}, and that at its end counts")),
+        (_, Err(why)) => Some(format!(
+            "{why}, which may have been cut off; that at its beginning counts"
+        )),
+    })
+}
+
 /// The footer at the end. Early ones of Microsoft have a byte less.
 async fn last(storage: &impl Storage, length: u64) -> Result<Option<Footer>, Failure> {
     let Some(begin) = length.checked_sub(footer::LEN as u64) else {

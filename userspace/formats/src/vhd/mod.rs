@@ -29,7 +29,7 @@ mod room;
 pub use create::{create, Create, ParentOf};
 pub use facts::{facts, hide, Facts};
 pub use footer::Kind;
-pub use image::{id, look, spelled};
+pub use image::{footers, id, look, spelled};
 pub use rename::set_parent;
 pub use resize::grow;
 

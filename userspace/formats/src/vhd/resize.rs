@@ -39,6 +39,9 @@ pub async fn grow(storage: &impl Storage, size: u64) -> Result<(), Failure> {
                     header.block
                 )));
             }
+            super::blocks::clean(storage, &header, footer.size)
+                .await
+                .map_err(failed)?;
             if count > header.blocks {
                 move_table(storage, &footer, header, count)
                     .await

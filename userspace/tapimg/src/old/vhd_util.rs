@@ -109,6 +109,9 @@ enum Verb {
     Check {
         #[command(flatten)]
         image: Name,
+        /// One footer is enough
+        #[arg(short)]
+        ignore: bool,
     },
     /// Give the parent what an image has itself
     Coalesce {
@@ -232,7 +235,7 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
         Verb::Resize {
             image, size, fast, ..
         } => grow(opener, image.vhd()?, mib(*size)?, *fast).await,
-        Verb::Check { image } => {
+        Verb::Check { image, ignore } => {
             let image = image.vhd()?;
             let name = image.path.display().to_string();
             let check = cli::Check {
@@ -240,7 +243,10 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
                 repair: false,
                 data: false,
             };
-            let found = check::check(opener, &check).await?;
+            let mut found = check::check(opener, &check).await?;
+            if *ignore {
+                found = found.without_footers();
+            }
             match found.is_good() {
                 true => Ok(format!("{name} is valid\n")),
                 false => Err(Failure::new(Code::Image, found.text().trim().to_owned())),
@@ -332,6 +338,16 @@ async fn parent(opener: &Opener, image: &Named, file: &File) -> Result<Option<Na
     let needs: Needs = look(Kind::Vhd, file)
         .await
         .map_err(|failure| image.said(failure))?;
+    if needs
+        .parent
+        .as_ref()
+        .is_some_and(|parent| parent.names.is_empty())
+    {
+        return Err(image.said(Failure::new(
+            Code::Image,
+            "it goes on from a parent and does not name it: the image is damaged",
+        )));
+    }
     Ok(below(opener, image, &needs))
 }
 
@@ -493,6 +509,7 @@ mod tests {
             "resize --debug -s 20480 -n /a.vhd -j /a.journal",
             "resize --debug -s 20480 -n /a.vhd -f",
             "check --debug -n /a.vhd",
+            "check --debug -n /a.vhd -i",
             "coalesce --debug -n /b.vhd",
             "scan -f -m /srv/*.vhd",
         ] {

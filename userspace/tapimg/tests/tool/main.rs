@@ -6,6 +6,7 @@ mod commit;
 mod convert;
 mod create;
 mod encrypted;
+mod footers;
 mod look;
 mod old;
 mod others;
