@@ -79,6 +79,16 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
         ..Options::new(image.path.display().to_string())
     };
     let (top, shape) = look.disk_of(image, file, options).await?;
+    if shape.size < its.size {
+        return Err(Failure::new(
+            Code::Image,
+            format!(
+                "{image} has {} bytes and {parent} {}, which would not be the disk then, with more behind its end: \
+                 tapimg resize {image} {1} first, by zeroes, or make a new image with tapimg convert",
+                shape.size, its.size
+            ),
+        ));
+    }
     if shape.size > its.size {
         return Err(Failure::new(
             Code::Image,

@@ -90,6 +90,7 @@ fn what_cannot_be_committed_is_named() {
     bench.good("create qcow2:a --parent aio:base");
     bench.good("create qcow2:alone 1M");
     bench.good("create qcow2:larger 2M --parent aio:base");
+    bench.good("create qcow2:shorter 512K --parent aio:base");
     bench.good("create vmdk:n 1M");
     bench.good("create vmdk:m --parent vmdk:n");
     for (status, line, why) in [
@@ -97,6 +98,7 @@ fn what_cannot_be_committed_is_named() {
         (2, "commit vmdk:m", "tapimg convert"),
         (2, "commit qcow2:alone", "no other image"),
         (6, "commit qcow2:larger", "tapimg resize"),
+        (6, "commit qcow2:shorter", "tapimg resize"),
     ] {
         let said = bench.bad(status, line);
         assert!(said.contains(why), "{line}: {said}");
