@@ -30,45 +30,72 @@ fn inflate(packed: &[u8], content: &mut [u8]) -> Option<()> {
     (ended && done == content.len()).then_some(())
 }
 
+/// Frames, as many as fill a cluster. Their encoder need not have known how much that is, so what they say of their
+/// window may be far more: no more is needed than a cluster, because nothing farther back exists.
 fn zstd(packed: &[u8], content: &mut [u8]) -> Option<()> {
-    // A window that is larger than a cluster would be memory for nothing.
-    if window(packed)? > (content.len() as u64).max(1 << 10) {
-        return None;
+    let mut packed = packed.to_vec();
+    let (mut at, mut done) = (0, 0);
+    while done < content.len() {
+        let frame = packed.get_mut(at..)?;
+        if let Some(len) = skipped(frame) {
+            at = at.checked_add(len)?;
+            continue;
+        }
+        narrow(frame, content.len() as u64)?;
+        let mut rest: &[u8] = frame;
+        let mut decoder = ruzstd::decoding::StreamingDecoder::new(&mut rest).ok()?;
+        while done < content.len() {
+            match decoder.read(&mut content[done..]).ok()? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        drop(decoder);
+        let rest = rest.len();
+        at = packed.len() - rest;
     }
-    let mut decoder = ruzstd::decoding::StreamingDecoder::new(packed).ok()?;
-    decoder.read_exact(content).ok()
+    Some(())
 }
 
-/// Bytes that the decoder of a Zstandard frame keeps, as the frame says (RFC 8878, 3.1.1.1).
-fn window(frame: &[u8]) -> Option<u64> {
+/// Bytes of a frame that holds nothing of the content (RFC 8878, 3.1.2); nothing if it is another one.
+fn skipped(frame: &[u8]) -> Option<usize> {
+    let magic = u32::from_le_bytes(*frame.first_chunk()?);
+    let len = u32::from_le_bytes(*frame.get(4..)?.first_chunk()?);
+    (magic & 0xffff_fff0 == 0x184d_2a50).then_some(8 + len as usize)
+}
+
+/// Has a frame say that the decoder keeps no more than for a cluster (RFC 8878, 3.1.1.1); nothing if it is none, or
+/// holds more than a cluster.
+fn narrow(frame: &mut [u8], cluster: u64) -> Option<()> {
     if frame.get(..4)? != [0x28, 0xb5, 0x2f, 0xfd] {
         return None;
     }
     let flags = *frame.get(4)?;
     let is_single = flags & 0x20 != 0;
     if !is_single {
-        let window = *frame.get(5)?;
-        let base = 1_u64 << (10 + u32::from(window >> 3));
-        return Some(base + base / 8 * u64::from(window & 7));
+        // Blocks have at most 128 KiB, or as much as the window.
+        let needed = cluster.max(128 << 10).next_power_of_two();
+        // CAST: a cluster has at most 2 MiB.
+        let most = ((needed.trailing_zeros() - 10) << 3) as u8;
+        let window = frame.get_mut(5)?;
+        *window = (*window).min(most);
+        return Some(());
     }
     // One segment: the window is the content.
     let dictionary = [0, 1, 2, 4][usize::from(flags & 3)];
     let at = 5 + dictionary;
     let size = |bytes: usize| {
         let bytes = frame.get(at..at + bytes)?;
-        Some(
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte)),
-        )
+        let number = bytes.iter().rev();
+        Some(number.fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte)))
     };
-    match flags >> 6 {
+    let len = match flags >> 6 {
         0 => size(1),
         1 => size(2).map(|size| size + 256),
         2 => size(4),
         _ => size(8),
-    }
+    };
+    (len? <= cluster.max(1 << 10)).then_some(())
 }
 
 /// Clusters that were unpacked lately: a guest reads them in pieces.
@@ -111,5 +138,55 @@ impl Unpacked {
         self.kept
             .borrow_mut()
             .retain(|(offset, _)| !range.contains(offset));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{unpack, Compression};
+    use ruzstd::encoding::{compress_to_vec, CompressionLevel};
+
+    const CLUSTER: usize = 64 << 10;
+
+    fn frame(content: &[u8]) -> Vec<u8> {
+        let frame = compress_to_vec(content, CompressionLevel::Fastest);
+        assert_eq!(frame[4] & 0x20, 0, "it has a window");
+        frame
+    }
+
+    #[test]
+    fn windows_may_be_larger_than_a_cluster() {
+        let content: Vec<u8> = (0..CLUSTER).map(|at| (at / 7 % 251) as u8).collect();
+        // 128 KiB, 2 MiB as an encoder of a stream has it, the most that QEMU decodes, and the most there is.
+        for window in [0x38, 0x58, 0x88, 0xff] {
+            let mut packed = frame(&content);
+            packed[5] = window;
+            // What is behind it belongs to the next cluster.
+            packed.extend([0xaa; 512]);
+            let found = unpack(Compression::Zstd, &packed, CLUSTER);
+            assert!(found.as_ref() == Some(&content), "{window:#x}");
+        }
+    }
+
+    #[test]
+    fn frames_follow_each_other() {
+        let content: Vec<u8> = (0..CLUSTER).map(|at| (at / 7 % 251) as u8).collect();
+        let (one, other) = content.split_at(10_000);
+        let skipped = [&[0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
+        let frames = [frame(one), skipped, frame(other)];
+        let packed = frames.concat();
+        let found = unpack(Compression::Zstd, &packed, CLUSTER);
+        assert!(found.as_ref() == Some(&content));
+        // Less than a cluster is damage, wherever it ends.
+        let whole = [frame(one), frame(&other[1..])].concat();
+        for packed in [
+            &frames[0][..],
+            &whole,
+            &packed[..packed.len() - 9],
+            &[],
+            &[0; 600],
+        ] {
+            assert_eq!(unpack(Compression::Zstd, packed, CLUSTER), None);
+        }
     }
 }
