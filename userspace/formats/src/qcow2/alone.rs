@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image that goes on from another one comes to need it no more, while it is used.
 
+use super::header::AT_NAME;
 use super::image::Image;
-use super::rename::AT_NAME;
 use super::{header, Qcow2};
 use crate::field::refused;
 use crate::Storage;

@@ -10,8 +10,9 @@ pub(crate) const MAGIC: u32 = 0x5146_49fb;
 pub(crate) const V2: usize = 72;
 pub(crate) const V3: usize = 104;
 
-/// Offsets of the fields that change. The place of the L1 table is behind its number of entries, and the refcount
+/// Offsets of the fields that change. The length of the name of the image below is behind its place. The place of the L1 table is behind its number of entries, and the refcount
 /// table's number of clusters behind its place.
+pub(super) const AT_NAME: usize = 8;
 pub(crate) const AT_SIZE: usize = 24;
 pub(crate) const AT_L1_ENTRIES: usize = 36;
 const AT_L1: usize = 40;
@@ -256,11 +257,12 @@ impl Header {
     }
 
     fn read_extensions(&mut self, bytes: &[u8], length: usize) -> Result<(), Failure> {
-        for extension in (Extensions { bytes, at: length }) {
+        for extension in Extensions::of(bytes, length) {
             let (kind, data) = extension?;
             match kind {
                 EXT_BACKING => {
-                    let format = Some(text(data, "format of the backing image")?);
+                    let format = text(data, "format of the backing image")?;
+                    let format = (!format.is_empty()).then_some(format);
                     let name = String::new();
                     self.backing = Some(Backing { name, format });
                 }
@@ -337,6 +339,9 @@ fn encrypted(how: &str) -> Failure {
 }
 
 fn text(bytes: &[u8], what: &str) -> Result<String, Failure> {
+    // Some have zeroes behind their last byte.
+    let len = bytes.iter().rposition(|byte| *byte != 0);
+    let bytes = &bytes[..len.map_or(0, |last| last + 1)];
     let text = std::str::from_utf8(bytes)
         .ok()
         .filter(|text| !text.contains('\0'));
@@ -346,7 +351,7 @@ fn text(bytes: &[u8], what: &str) -> Result<String, Failure> {
 
 /// Names the features by the table that the image brings along.
 fn unknown_features(bytes: &[u8], length: usize, unknown: u64) -> Failure {
-    let table = Extensions { bytes, at: length }
+    let table = Extensions::of(bytes, length)
         .map_while(Result::ok)
         .find(|(kind, _)| *kind == EXT_FEATURES)
         .map_or(&[][..], |(_, data)| data);
@@ -372,6 +377,19 @@ fn unknown_features(bytes: &[u8], length: usize, unknown: u64) -> Failure {
 pub(crate) struct Extensions<'b> {
     pub(crate) bytes: &'b [u8],
     pub(crate) at: usize,
+}
+
+impl<'b> Extensions<'b> {
+    /// Those of a header of `length` bytes. The name of the image below ends them: old images of version 2 have it
+    /// where the first one would be.
+    pub(crate) fn of(bytes: &'b [u8], length: usize) -> Self {
+        let name = be64_at(bytes, AT_NAME).and_then(|at| usize::try_from(at).ok());
+        let end = name.filter(|at| *at >= length && *at <= bytes.len());
+        Self {
+            bytes: &bytes[..end.unwrap_or(bytes.len())],
+            at: length,
+        }
+    }
 }
 
 impl<'b> Iterator for Extensions<'b> {

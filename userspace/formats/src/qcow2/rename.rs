@@ -2,15 +2,12 @@
 //! Another image below: what the header says of it.
 
 use super::header::{
-    Backing, Extensions, Header, AT_HEADER_LEN, EXT_BACKING, RAW_EXTERNAL, V2, V3,
+    Backing, Extensions, Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, RAW_EXTERNAL, V2, V3,
 };
 use crate::field::{be32, be64, failed, put, refused};
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::Bytes;
-
-/// Where the name of the image below is, and how long it is.
-pub(super) const AT_NAME: usize = 8;
 
 /// Says in the header that the image goes on from another one, or from none. The content of the image is not
 /// looked at, nor is the other one. Nobody may use the image meanwhile.
@@ -64,10 +61,7 @@ fn renamed(old: &[u8], version: u32, backing: Option<&Backing>) -> Result<Rename
     if let Some(format) = backing.and_then(|backing| backing.format.as_ref()) {
         push(&mut head, EXT_BACKING, format.as_bytes());
     }
-    let mut extensions = Extensions {
-        bytes: old,
-        at: length,
-    };
+    let mut extensions = Extensions::of(old, length);
     for extension in extensions.by_ref() {
         let (kind, data) = extension?;
         if kind != EXT_BACKING {

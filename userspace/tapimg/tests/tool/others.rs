@@ -113,3 +113,30 @@ fn what_is_behind_the_end_of_the_disk_may_be_missing() {
         bench.good(&format!("compare --strict aio:raw {kind}:a"));
     }
 }
+
+/// Version 2 had no extensions, so its old images have the parent's name where those begin now.
+#[test]
+fn headers_of_old_qcow2_images_are_understood() {
+    if !has_qemu("headers_of_old_qcow2_images_are_understood") {
+        return;
+    }
+    let bench = Bench::new();
+    bench.sparse("base", 1 << 20, &[(0, 1 << 20)], 1);
+    std::fs::hard_link(bench.path("base"), bench.path("base-of-it.raw")).unwrap();
+    bench.qemu("qemu-img create -q -f qcow2 -o compat=0.10 -b base -F raw a");
+    bench.poke("a", 72, &[0; 200]);
+    bench.poke("a", 72, b"base-of-it.raw");
+    bench.poke("a", 8, &72_u64.to_be_bytes());
+    bench.poke("a", 16, &14_u32.to_be_bytes());
+    bench.good("compare --parents aio --strict aio:base qcow2:a");
+    bench.good("rebase --parents aio qcow2:a --parent aio:base");
+    bench.good("compare --strict aio:base qcow2:a");
+    bench.qemu("qemu-img compare -f raw -F qcow2 base a");
+    // The name of a format may have zeroes behind it.
+    let length = bench.peek("a", 72) & 0xffff_ffff;
+    assert_eq!(length, 3, "of raw");
+    bench.poke("a", 76, &8_u32.to_be_bytes());
+    assert_eq!(bench.json("info qcow2:a")[0]["parent"]["kind"], "raw");
+    bench.good("compare --strict aio:base qcow2:a");
+    bench.qemu("qemu-img compare -f raw -F qcow2 base a");
+}
