@@ -94,7 +94,12 @@ fn name_from(image: &Path, child: &Path) -> Result<String, Failure> {
             image.display()
         ))
     })?;
-    Ok(name.to_string())
+    // Others take what is before a colon for a protocol.
+    let begin = name.split('/').next().unwrap_or(name);
+    Ok(match begin.contains(':') {
+        true => format!("./{name}"),
+        false => name.to_string(),
+    })
 }
 
 /// What a qcow2 image at `child` says of the image below it, which is at `path`.
@@ -218,6 +223,8 @@ mod tests {
         assert_eq!(from("/srv/a.img", "/srv/b.qcow2"), "a.img");
         assert_eq!(from("/srv/a.img", "/srv/b/c.qcow2"), "/srv/a.img");
         assert_eq!(from("/dev/vg/a", "/srv/b.qcow2"), "/dev/vg/a");
+        assert_eq!(from("/srv/a:b.img", "/srv/b.qcow2"), "./a:b.img");
+        assert_eq!(from("/srv/a:b.img", "/srv/b/c.qcow2"), "/srv/a:b.img");
     }
 
     #[test]

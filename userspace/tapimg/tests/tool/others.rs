@@ -140,3 +140,20 @@ fn headers_of_old_qcow2_images_are_understood() {
     bench.good("compare --strict aio:base qcow2:a");
     bench.qemu("qemu-img compare -f raw -F qcow2 base a");
 }
+
+#[test]
+fn names_with_a_colon_are_files() {
+    let bench = Bench::new();
+    bench.sparse("a:b.raw", 1 << 20, &[(0, 1 << 20)], 1);
+    for kind in ["qcow2", "vhd", "qcow"] {
+        bench.good(&format!("create {kind}:a:c.{kind} --parent aio:a:b.raw"));
+        bench.good(&format!(
+            "compare --parents aio --strict aio:a:b.raw {kind}:a:c.{kind}"
+        ));
+    }
+    let names = bench.json("info qcow2:a:c.qcow2")[0]["parent"]["names"].clone();
+    assert_eq!(names[0], "./a:b.raw");
+    if has_qemu("names_with_a_colon_are_files") {
+        bench.qemu("qemu-img compare -f raw -F qcow2 ./a:b.raw ./a:c.qcow2");
+    }
+}
