@@ -10,7 +10,7 @@ use control::{Code, Failure};
 use drivers::Disk;
 use std::path::{Path, PathBuf};
 
-/// Images over each other at most.
+/// Images over each other at most, of a disk that is served.
 pub const LAYERS: usize = 64;
 /// Bytes of tables that an image deep in a chain may keep at least.
 const CACHE: usize = 1 << 20;
@@ -84,9 +84,9 @@ pub async fn open_chain<S: Storage>(
             Some(Found::Raw(disk)) => break Some(disk),
             Some(Found::Image(kind, image, path)) => (kind, image, path),
         };
-        if layers.len() >= LAYERS {
+        if layers.len() >= options.layers {
             return Err(refused(format!(
-                "{} images lie over each other and {} is one more: bring some of them together, such as with qemu-img commit",
+                "{} images lie over each other and {} is one more: bring some of them together, such as with tapimg commit",
                 layers.len(),
                 next.2.display()
             )));
@@ -122,6 +122,7 @@ fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
         cache: share.max(CACHE),
         snapshot: None,
         parents: options.parents,
+        layers: options.layers,
         key: None,
     }
 }

@@ -121,6 +121,8 @@ pub struct Options {
     pub snapshot: Option<String>,
     /// What a parent is whose child does not say it. Without this such a child is refused.
     pub parents: Option<Below>,
+    /// Images over each other at most.
+    pub layers: usize,
     /// What opens an encrypted image. An image below another one has none.
     pub key: Option<Key>,
 }
@@ -135,6 +137,7 @@ impl Options {
             cache: 32 << 20,
             snapshot: None,
             parents: None,
+            layers: crate::LAYERS,
             key: None,
         }
     }

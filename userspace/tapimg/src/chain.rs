@@ -2,9 +2,9 @@
 //! The images that lie below one.
 
 use crate::named::{parse_kind, Named};
-use crate::open::{identity, Opener, Use};
+use crate::open::{identity, Opener, Use, DEEPEST};
 use control::{Code, Failure};
-use formats::{look, qcow2, resolve, Below, Kind, Needs, LAYERS};
+use formats::{look, qcow2, resolve, Below, Kind, Needs};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
@@ -36,7 +36,7 @@ pub(crate) async fn refuse_loop(
     };
     let own = of(image)?;
     let mut next = Some(parent.clone());
-    for _ in 0..LAYERS {
+    for _ in 0..DEEPEST {
         let Some(at) = next.take() else { break };
         let its = of(&at)?;
         if its.is_some() && its == own {
@@ -60,7 +60,7 @@ pub(crate) async fn refuse_loop(
 /// qcow2 image does, so one that was cut off would be copied as if nothing were missing.
 pub(crate) async fn refuse_damage(opener: &Opener, image: &Named) -> Result<(), Failure> {
     let mut next = Some(image.clone());
-    for _ in 0..LAYERS {
+    for _ in 0..DEEPEST {
         let Some(image) = next.take() else { break };
         let Below::Format(kind) = image.kind else {
             break;

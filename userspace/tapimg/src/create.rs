@@ -8,7 +8,7 @@ use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
 use drivers::Disk;
-use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind};
+use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind, LAYERS};
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -114,6 +114,11 @@ impl Parent {
                 "{image} is encrypted, and {child} over it would not be: no image goes on from one that is"
             )));
         }
+        // The child has to be one that can be served.
+        let opener = &Opener {
+            layers: LAYERS - 1,
+            ..opener.clone()
+        };
         let (disk, shape) = opener.disk(image, None).await?;
         let file = opener.file(&image.path, opener.reading).await?;
         let base = Base::of(image.kind, &image.path, &file, &child.path).await;

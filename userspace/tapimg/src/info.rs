@@ -4,7 +4,7 @@
 use crate::chain::below;
 use crate::cli::Info;
 use crate::named::{kind_name, Named};
-use crate::open::Opener;
+use crate::open::{Opener, DEEPEST};
 use crate::progress::bytes;
 use control::{Code, Failure};
 use diskio::File;
@@ -80,7 +80,7 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
     let mut all = Vec::new();
     let mut next = Some(args.image.clone());
     while let Some(image) = next.take() {
-        if all.len() > LAYERS {
+        if all.len() > DEEPEST {
             break;
         }
         let (facts, needs) = match one(opener, &image).await {
@@ -96,6 +96,14 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         if args.chain {
             next = needs.and_then(|needs| below(opener, &image, &needs));
         }
+    }
+    let layers = all
+        .iter()
+        .filter(|facts| facts.kind != kind_name(Below::Raw));
+    if layers.count() > LAYERS {
+        all[0].problems.push(format!(
+            "more than {LAYERS} images lie over each other: bring some of them together with tapimg commit or rebase"
+        ));
     }
     // Whether it can be served shows when it is opened with all that it needs.
     let is_closed = all[0].encryption.is_some() && args.image.key.is_none();

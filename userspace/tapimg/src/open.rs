@@ -31,8 +31,13 @@ pub(crate) struct Opener {
     pub(crate) reading: Use,
     /// What a parent is whose child does not say it.
     pub(crate) parents: Option<Below>,
+    /// Images over each other at most.
+    pub(crate) layers: usize,
 }
 
+/// Images over each other at most: more than a disk that is served may have, because what is too long for that is
+/// made shorter here.
+pub(crate) const DEEPEST: usize = 256;
 /// Threads for what would keep the others waiting, such as to unpack clusters.
 const HELPERS: usize = 2;
 
@@ -85,6 +90,7 @@ impl Opener {
             io,
             reading,
             parents,
+            layers: DEEPEST,
         })
     }
 
@@ -187,6 +193,7 @@ impl Opener {
             Below::Format(kind) => {
                 let options = Options {
                     parents: self.parents,
+                    layers: self.layers,
                     key: image.secret()?,
                     ..options
                 };

@@ -5,14 +5,14 @@ use super::{mib, MIB};
 use crate::chain::below;
 use crate::cli;
 use crate::named::Named;
-use crate::open::{Opener, Use};
+use crate::open::{Opener, Use, DEEPEST};
 use crate::stop::Stop;
 use crate::{check, commit, create, rebase, resize};
 use clap::{Args, Parser, Subcommand};
 use control::{Code, Failure};
 use diskio::File;
 use formats::vhd::{self, Facts};
-use formats::{look, Below, Kind, Needs, LAYERS};
+use formats::{look, Below, Kind, Needs};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -362,8 +362,8 @@ async fn depth(opener: &Opener, image: &Named) -> Result<usize, Failure> {
     let (mut count, mut next) = (0, Some(image.clone()));
     while let Some(at) = next.take() {
         count += 1;
-        if count > LAYERS {
-            let why = format!("the chain of {image} has more than {LAYERS} images");
+        if count > DEEPEST {
+            let why = format!("the chain of {image} has more than {DEEPEST} images");
             return Err(Failure::new(Code::Image, why));
         }
         if at.kind != Below::Raw {

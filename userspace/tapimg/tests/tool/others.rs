@@ -157,3 +157,36 @@ fn names_with_a_colon_are_files() {
         bench.qemu("qemu-img compare -f raw -F qcow2 ./a:b.raw ./a:c.qcow2");
     }
 }
+
+/// A chain that is too long to be served is made shorter.
+#[test]
+fn a_chain_of_70_is_made_shorter() {
+    let bench = Bench::new();
+    bench.sparse("0", 1 << 20, &[(0, 1 << 20)], 1);
+    bench.good("create qcow2:1 --parent aio:0");
+    for number in 2..=70 {
+        let below = number - 1;
+        bench.good(&format!("create qcow2:{number} --parent aio:0"));
+        bench.good(&format!(
+            "rebase --unsafe qcow2:{number} --parent qcow2:{below}"
+        ));
+    }
+    // It is not made longer.
+    let said = bench.bad(6, "create qcow2:71 --parent qcow2:70");
+    assert!(said.contains("one more"), "{said}");
+    let all = bench.json("info --chain qcow2:70");
+    assert_eq!(all.as_array().unwrap().len(), 71);
+    bench.good("convert qcow2:70 aio:copy");
+    assert!(bench.bytes("copy") == bench.bytes("0"));
+    bench.good("commit qcow2:70");
+    bench.good("rebase qcow2:69 --parent qcow2:1");
+    assert_eq!(
+        bench
+            .json("info --chain qcow2:69")
+            .as_array()
+            .unwrap()
+            .len(),
+        3
+    );
+    bench.good("compare --strict aio:0 qcow2:69");
+}
