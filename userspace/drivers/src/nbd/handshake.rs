@@ -14,6 +14,8 @@ const MOST_REPLY: usize = 64 << 10;
 const MOST_REPLIES: u32 = 256;
 /// What a server takes that says nothing of it.
 const TRANSFER: u32 = 32 << 20;
+/// Zeroes behind the answer to EXPORT_NAME.
+const ZEROES: usize = 124;
 /// Characters of a server's own message that are shown.
 const SHOWN: usize = 200;
 
@@ -72,7 +74,7 @@ impl Talk<'_> {
         export: &str,
         tls: Option<ClientConnection>,
     ) -> Result<About, Refused> {
-        self.greet().await?;
+        let is_brief = self.greet().await?;
         if let Some(tls) = tls {
             self.encrypt(tls).await?;
         }
@@ -82,7 +84,10 @@ impl Talk<'_> {
             true => self.context(export).await?,
             false => None,
         };
-        let about = self.go(export).await?;
+        let about = match self.go(export).await? {
+            Some(about) => about,
+            None => self.by_name(export, is_brief).await?,
+        };
         Ok(About {
             context,
             has_chunks,
@@ -90,7 +95,8 @@ impl Talk<'_> {
         })
     }
 
-    async fn greet(&mut self) -> Result<(), Refused> {
+    /// Says whether the server leaves out zeroes of which nobody has any use.
+    async fn greet(&mut self) -> Result<bool, Refused> {
         let magic: [u8; 16] = self.incoming.array().await?;
         let old = || {
             Refused::Failure(Failure::unsupported(
@@ -106,7 +112,8 @@ impl Talk<'_> {
             return Err(old());
         }
         let ours = flags & (Handshake::FIXED_NEWSTYLE | Handshake::NO_ZEROES);
-        self.send(&ours.bits().to_be_bytes()).await
+        self.send(&ours.bits().to_be_bytes()).await?;
+        Ok(ours.contains(Handshake::NO_ZEROES))
     }
 
     /// Encrypts what follows, or ends: nothing is said without it.
@@ -166,7 +173,8 @@ impl Talk<'_> {
         Err(Errno::PROTO.into())
     }
 
-    async fn go(&mut self, export: &str) -> Result<About, Refused> {
+    /// The export; nothing if the server does not know how it is asked for here.
+    async fn go(&mut self, export: &str) -> Result<Option<About>, Refused> {
         let mut data = text(export);
         data.extend(1_u16.to_be_bytes());
         data.extend(info::BLOCK_SIZE.to_be_bytes());
@@ -183,7 +191,7 @@ impl Talk<'_> {
                 option_reply::ACK => {
                     let (size, flags) = brief.ok_or(Errno::PROTO)?;
                     let [smallest, best, largest] = sizes.unwrap_or([1, 4096, TRANSFER]);
-                    return Ok(About {
+                    return Ok(Some(About {
                         size,
                         flags,
                         smallest,
@@ -191,12 +199,33 @@ impl Talk<'_> {
                         largest,
                         context: None,
                         has_chunks: false,
-                    });
+                    }));
                 }
+                option_reply::UNSUPPORTED => return Ok(None),
                 kind => return Err(Refused::Failure(refused(export, kind, &reply.data))),
             }
         }
         Err(Errno::PROTO.into())
+    }
+
+    /// The export, as servers know it that do not know GO, such as that of XAPI. One that has none of that name
+    /// ends the connection.
+    async fn by_name(&mut self, export: &str, is_brief: bool) -> Result<About, Refused> {
+        self.ask(option::EXPORT_NAME, export.as_bytes()).await?;
+        let size = u64::from_be_bytes(self.incoming.array().await?);
+        let flags = u16::from_be_bytes(self.incoming.array().await?);
+        if !is_brief {
+            self.incoming.array::<ZEROES>().await?;
+        }
+        Ok(About {
+            size,
+            flags: Transmission::from_bits_truncate(flags),
+            smallest: 1,
+            best: 4096,
+            largest: TRANSFER,
+            context: None,
+            has_chunks: false,
+        })
     }
 
     async fn ask(&mut self, option: u32, data: &[u8]) -> Result<(), Refused> {
@@ -265,10 +294,6 @@ fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
             "it serves with TLS only: say who has signed its certificate, with tls-ca=FILE, before nbd:",
         ),
         option_reply::POLICY => (Code::Denied, "it does not allow it"),
-        option_reply::UNSUPPORTED => (
-            Code::Unsupported,
-            "it is too old: it does not know the option GO",
-        ),
         _ => (Code::Image, "it refuses"),
     };
     let said = shown(said);

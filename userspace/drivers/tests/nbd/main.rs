@@ -416,6 +416,28 @@ fn export_that_cannot_be_the_disk_is_refused() {
     drop((folder, server));
 }
 
+/// As that of XAPI does it.
+#[test]
+fn servers_that_know_an_export_by_its_name_only_are_used() {
+    for is_brief in [false, true] {
+        let kind = Kind {
+            old: Some(is_brief),
+            chunks: None,
+            ..Kind::new(SIZE)
+        };
+        let (_folder, server, bed) = served(kind, SETTLE);
+        let shape = bed.shape.clone().unwrap();
+        assert_eq!(shape.size, SIZE as u64, "{is_brief}");
+        bed.write(4096, &[7; 8192], PLAIN).unwrap();
+        bed.flush().unwrap();
+        assert_eq!(bed.read(4096, 8192), Ok(vec![7; 8192]), "{is_brief}");
+        // It is asked in the same way when it comes back.
+        server.ends(0, End::Before);
+        assert_eq!(bed.read(0, 512), Ok(vec![0; 512]), "{is_brief}");
+        assert_eq!(bed.stat("nbd_connections"), 2, "{is_brief}");
+    }
+}
+
 /// A server that comes back with another disk gets no request.
 #[test]
 fn another_export_behind_the_same_name_is_waited_out() {

@@ -25,6 +25,8 @@ pub(crate) struct Kind {
     pub(crate) blocks: Option<[u32; 3]>,
     /// Instead of the answer to GO.
     pub(crate) refuses: Option<u32>,
+    /// Of what names an export it knows EXPORT_NAME only; and whether it leaves out the zeroes behind its answer.
+    pub(crate) old: Option<bool>,
     /// It wants everything encrypted.
     pub(crate) tls: Option<Secure>,
 }
@@ -38,6 +40,7 @@ impl Kind {
             chunks: Some(5000),
             blocks: None,
             refuses: None,
+            old: None,
             tls: None,
         }
     }
@@ -195,9 +198,13 @@ impl Client {
     fn shake_hands(&mut self) -> io::Result<bool> {
         let kind = self.kind();
         self.stream.write_all(proto::MAGIC)?;
-        let flags = Handshake::all().bits() as u16;
-        self.stream.write_all(&flags.to_be_bytes())?;
-        assert_eq!(self.u32()?, Handshake::all().bits());
+        let flags = match kind.old {
+            Some(false) => Handshake::FIXED_NEWSTYLE,
+            _ => Handshake::all(),
+        };
+        let bytes = (flags.bits() as u16).to_be_bytes();
+        self.stream.write_all(&bytes)?;
+        assert_eq!(self.u32()?, flags.bits());
         loop {
             assert_eq!(self.array()?, proto::OPTION_MAGIC.to_be_bytes());
             let asked = self.u32()?;
@@ -224,7 +231,15 @@ impl Client {
                     self.reply(asked, option_reply::META_CONTEXT, &context)?;
                     self.reply(asked, option_reply::ACK, &[])?;
                 }
-                option::GO => {
+                option::EXPORT_NAME if kind.old.is_some() => {
+                    assert_eq!(data, b"");
+                    let mut answer = (kind.size as u64).to_be_bytes().to_vec();
+                    answer.extend(kind.flags.bits().to_be_bytes());
+                    answer.resize(if kind.old == Some(true) { 10 } else { 134 }, 0);
+                    self.stream.write_all(&answer)?;
+                    return Ok(true);
+                }
+                option::GO if kind.old.is_none() => {
                     if let Some(kind) = kind.refuses {
                         self.reply(asked, kind, b"says the\nserver")?;
                         continue;
