@@ -41,8 +41,8 @@ pub(crate) const PAYLOAD: u64 = 2 << 20;
 /// Iterations: no fewer are worth the name, whatever time is given.
 const FEWEST: u64 = 1000;
 /// Rounds for the slot, and for the digest of the key, at most: eight such slots are still opened.
-const MOST_OF_SLOT: u64 = ROUNDS / 16;
-const MOST_OF_DIGEST: u64 = ROUNDS / 128;
+const MOST_OF_SLOT: u64 = ROUNDS / 64;
+const MOST_OF_DIGEST: u64 = ROUNDS / 512;
 /// The digest gets a part of the time, because all slots need it.
 const DIGEST_PART: u32 = 8;
 /// How long is measured at most.

@@ -18,9 +18,9 @@ pub(super) const USED: u32 = 0x00ac_71f3;
 pub(super) const UNUSED: u32 = 0x0000_dead;
 /// Parts into which a key is split: nobody makes another number of them.
 pub(super) const STRIPES: usize = 4000;
-/// Rounds of a hash that all slots together may ask for: about as many as eight of them have that were made to take two
-/// seconds each on a fast processor.
-pub(super) const ROUNDS: u64 = 1 << 27;
+/// Rounds of a hash that all slots together may ask for: eight of them have as many that were made to take two seconds
+/// each on a processor that does 30 million in one.
+pub(super) const ROUNDS: u64 = 1 << 29;
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]

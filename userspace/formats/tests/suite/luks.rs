@@ -410,6 +410,32 @@ fn what_a_header_cannot_say_is_refused_by_name() {
     }
 }
 
+/// As many as cryptsetup makes on a fast processor, where it takes two seconds for each.
+#[test]
+fn eight_keys_of_default_cost_are_not_too_many() {
+    if !has_qemu("eight_keys_of_default_cost_are_not_too_many") {
+        return;
+    }
+    let safe = Safe::new();
+    safe.create_luks("cipher-alg=aes-256", "64k");
+    let mut image = safe.content();
+    let material = image[0].clone();
+    let mut of_first = [0; 48];
+    material.read(208, &mut of_first);
+    let header = |image: &[Content]| {
+        let file = World::new(image.to_vec()).file(0);
+        run(async move { luks::header(&file).await })
+    };
+    for (iterations, is_fine) in [(16_000_000_u32, true), (64_000_000, false)] {
+        for slot in 0..8 {
+            let mut bytes = of_first;
+            bytes[4..8].copy_from_slice(&iterations.to_be_bytes());
+            image[0].write(208 + slot * 48, &bytes);
+        }
+        assert_eq!(header(&image).is_ok(), is_fine, "{iterations}");
+    }
+}
+
 /// Whatever the header says, nothing panics, nothing takes long, and who is let in has the right key.
 #[test]
 fn damaged_headers_do_no_harm() {
