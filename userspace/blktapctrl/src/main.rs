@@ -95,7 +95,15 @@ fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let limit = log::start(cli.verbose);
+    // Its end waits for the last lines to be written.
+    let log = match log::start(cli.verbose) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("blktapctrl: cannot begin a log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let limit = log.limit.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

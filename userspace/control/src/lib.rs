@@ -42,6 +42,7 @@ pub mod installed;
 mod lease;
 mod limits;
 mod secret;
+mod shown;
 pub mod socket;
 pub mod stats;
 pub mod supervisor;
@@ -61,6 +62,7 @@ pub use group::{GroupName, InGroup, Pace, Share, Used, MILLI};
 pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
 pub use secret::{open_named, Secrecy};
+pub use shown::{shown, shown_json, shown_lines};
 pub use target::{
     size, typed_rate, typed_size, yes_or_no, Below, Driver, MemoryName, SaidRules, Target,
 };

@@ -1,25 +1,39 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The journal of systemd.
 
-use super::PREFIX;
 use std::ffi::OsStr;
 use std::io;
-use tracing_journald::{Layer, Priority, PriorityMappings};
+use std::os::unix::net::UnixDatagram;
 
-/// Lines for the journal, with their fields.
-///
-/// # Errors
-/// It does not listen.
-pub(super) fn layer() -> io::Result<Layer> {
-    let priorities = PriorityMappings {
-        info: Priority::Informational,
-        debug: Priority::Debug,
-        ..PriorityMappings::new()
-    };
-    Ok(tracing_journald::layer()?
-        .with_field_prefix(Some(PREFIX.into()))
-        .with_priority_mappings(priorities)
-        .with_syslog_identifier(env!("CARGO_PKG_NAME").into()))
+/// Where systemd-journald listens.
+const SOCKET: &str = "/run/systemd/journal/socket";
+
+/// The socket of systemd-journald.
+#[derive(Debug)]
+pub(super) struct Journal(UnixDatagram);
+
+impl Journal {
+    /// Finds it, and waits for nothing.
+    ///
+    /// # Errors
+    /// Nothing listens there.
+    pub(super) fn find() -> io::Result<Journal> {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        match socket.send_to(&[], SOCKET) {
+            // It listens, and does not read now.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The journal ignores a datagram without fields.
+            sent => drop(sent?),
+        }
+        socket.set_nonblocking(false)?;
+        Ok(Journal(socket))
+    }
+
+    /// Sends a line. Waits for room in the queue of its socket.
+    pub(super) fn send(&self, line: &[u8]) -> io::Result<()> {
+        self.0.send_to(line, SOCKET).map(drop)
+    }
 }
 
 /// What is written to our standard error goes to the journal: systemd says where it has connected that to, and somebody

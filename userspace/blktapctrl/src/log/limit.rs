@@ -90,6 +90,11 @@ impl Limit {
         self.suppressed.load(Ordering::Relaxed)
     }
 
+    /// A line that was admitted found no room on its way to the reader of the log, or was refused by it.
+    pub(super) fn lose(&self) {
+        self.suppressed.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// A line about a disk may be written. If not, it is counted.
     fn admits(&self, minor: Option<u32>, kind: Kind, now: Instant) -> bool {
         let mut shares = self.shares();

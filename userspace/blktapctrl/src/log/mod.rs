@@ -2,21 +2,29 @@
 //! The log: for the journal, with fields by which it can be searched, or else as text.
 //!
 //! A line says what it is about by [`About`], which becomes fields of the journal whose names begin with
-//! [`PREFIX`]. As text a line is its message alone.
+//! [`PREFIX`]. As text a line is its level and its message.
+//!
+//! A reader of the log may stop reading, as a journald does whose storage hangs. Lines wait for it in a queue of limited
+//! size, from which a thread of its own takes them; those that find no room are counted.
 
 mod about;
 mod journal;
 mod limit;
+mod lines;
+mod queue;
 
 pub use about::About;
 pub use limit::Limit;
 
+use journal::Journal;
+use lines::{Form, Line};
+use queue::{Item, Queue};
+use std::io::{self, Write};
 use std::sync::Arc;
-use tracing::Subscriber;
+use std::time::Duration;
+use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::debug_fn;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::Layer;
 
@@ -57,43 +65,165 @@ pub fn tell_left_out(about: About, count: u64) {
     );
 }
 
-/// From now on lines go to the journal, if it is what reads our standard error, and else there. What one disk may
-/// write is limited by what is returned.
+/// How long the end of the program waits for its last lines to be read.
+const PARTING: Duration = Duration::from_secs(2);
+/// Bytes of the stack of the thread that writes.
+const STACK: usize = 256 << 10;
+
+/// The log of this program, which lasts as long as the program does.
 #[must_use]
-pub fn start(verbose: bool) -> Arc<Limit> {
+#[derive(Debug)]
+pub struct Log {
+    /// What each disk may write.
+    pub limit: Arc<Limit>,
+    queue: Arc<Queue>,
+}
+
+impl Drop for Log {
+    /// Waits for the reader to take the last lines, which may say why the program ends, but not for ever.
+    fn drop(&mut self) {
+        // Lines that it has not taken by then are lost with the program, and so is their number.
+        let _ = self.queue.is_empty_within(PARTING);
+    }
+}
+
+/// Who gets the lines.
+enum Reader {
+    Journal(Journal),
+    Stderr,
+}
+
+impl Reader {
+    fn form(&self) -> Form {
+        match self {
+            Reader::Journal(_) => Form::Journal,
+            Reader::Stderr => Form::Text,
+        }
+    }
+
+    fn write(&self, line: &[u8]) -> io::Result<()> {
+        match self {
+            Reader::Journal(journal) => journal.send(line),
+            Reader::Stderr => io::stderr().write_all(line),
+        }
+    }
+}
+
+/// From now on lines go to the journal, if it is what reads our standard error, and else there. A thread of its own
+/// writes them: writing a line never waits for its reader.
+///
+/// # Errors
+/// The system gives no thread.
+pub fn start(verbose: bool) -> io::Result<Log> {
     let level = match verbose {
         true => LevelFilter::DEBUG,
         false => LevelFilter::INFO,
     };
     let limit = Arc::new(Limit::default());
-    let (writer, refused) = match journal::is_our_reader().then(journal::layer) {
-        Some(Ok(journal)) => (journal.boxed(), None),
-        Some(Err(error)) => (text(), Some(error)),
-        None => (text(), None),
+    let queue = Arc::<Queue>::default();
+    let (reader, refused) = match journal::is_our_reader().then(Journal::find) {
+        Some(Ok(journal)) => (Reader::Journal(journal), None),
+        Some(Err(error)) => (Reader::Stderr, Some(error)),
+        None => (Reader::Stderr, None),
+    };
+    let form = reader.form();
+    let (lines, counts) = (queue.clone(), limit.clone());
+    let thread = std::thread::Builder::new().name("log".into());
+    thread.stack_size(STACK).spawn(move || {
+        let mut missing = 0;
+        loop {
+            give_next(&lines, &counts, form, &mut missing, |line| {
+                reader.write(line)
+            });
+        }
+    })?;
+    let writer = Writer {
+        queue: queue.clone(),
+        limit: limit.clone(),
+        form,
     };
     tracing_subscriber::registry()
         .with(writer)
         .with(limit.layer())
         .with(level)
         .init();
+    // Rust's own hook would wait for whoever reads standard error.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     if let Some(error) = refused {
         tracing::warn!("the log is text without fields: the journal does not take it: {error}");
     }
-    limit
+    Ok(Log { limit, queue })
 }
 
-/// Lines as text, without the fields: the message says what a person needs of them.
-fn text<S: Subscriber + for<'a> LookupSpan<'a>>() -> Box<dyn Layer<S> + Send + Sync> {
-    let message = debug_fn(|writer, field, value| match field.name() {
-        "message" => write!(writer, "{value:?}"),
-        _ => Ok(()),
-    });
-    // Who reads it knows the time.
-    tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .without_time()
-        .fmt_fields(message)
-        .boxed()
+/// Gives the next line to the reader, and tells it of those that are missing before.
+fn give_next(
+    queue: &Queue,
+    limit: &Limit,
+    form: Form,
+    missing: &mut u64,
+    write: impl Fn(&[u8]) -> io::Result<()>,
+) {
+    let item = queue.take();
+    if let Item::Lost(count) = &item {
+        *missing = missing.saturating_add(*count);
+    }
+    // Their number is kept until the reader takes it.
+    if *missing > 0 && write(&Line::lost(*missing).encoded(form)).is_ok() {
+        *missing = 0;
+    }
+    if let Item::Line(line) = item {
+        if write(&line).is_err() {
+            limit.lose();
+            *missing = missing.saturating_add(1);
+        }
+    }
+    queue.written();
+}
+
+/// The part of a subscriber that hands lines to the thread that writes them.
+struct Writer {
+    queue: Arc<Queue>,
+    limit: Arc<Limit>,
+    form: Form,
+}
+
+impl<S: Subscriber> Layer<S> for Writer {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        if !self.queue.put(Line::of(event).encoded(self.form)) {
+            self.limit.lose();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{give_next, Form, Limit, Queue};
+    use std::cell::RefCell;
+    use std::io;
+
+    #[test]
+    fn lines_that_the_reader_refuses_are_counted_and_told_when_it_takes_one() {
+        let (queue, limit) = (Queue::default(), Limit::default());
+        let (mut missing, taken) = (0, RefCell::new(Vec::new()));
+        for line in ["1\n", "2\n", "3\n"] {
+            assert!(queue.put(line.into()));
+        }
+        for _ in 0..2 {
+            give_next(&queue, &limit, Form::Text, &mut missing, |_| {
+                Err(io::ErrorKind::BrokenPipe.into())
+            });
+        }
+        assert_eq!((missing, limit.suppressed()), (2, 2));
+        give_next(&queue, &limit, Form::Text, &mut missing, |line| {
+            taken.borrow_mut().extend_from_slice(line);
+            Ok(())
+        });
+        let text = String::from_utf8(taken.take()).expect("text");
+        assert!(
+            text.starts_with(" WARN 2 lines were left out of the log"),
+            "{text}"
+        );
+        assert!(text.ends_with("\n3\n"), "{text}");
+        assert_eq!((missing, limit.suppressed()), (0, 2));
+    }
 }

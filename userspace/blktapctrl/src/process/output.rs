@@ -101,13 +101,7 @@ impl Output {
 /// Gives a line as text that does nothing to who shows it, unless it is empty.
 fn give(line: &[u8], to: &mut impl FnMut(&str)) {
     let text = String::from_utf8_lossy(line);
-    let mut shown = String::new();
-    for character in text.trim_end().chars() {
-        match character.is_control() {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
-    }
+    let shown = control::shown(text.trim_end());
     if !shown.is_empty() {
         to(shown.strip_prefix("tapdisk: ").unwrap_or(&shown));
     }

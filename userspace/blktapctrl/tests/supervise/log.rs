@@ -284,7 +284,7 @@ fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
 
 /// The program in a mount namespace of its own, where the journal is ours: nothing of this host's is changed. Nothing if
 /// this host allows nobody to have one.
-fn program(dir: &Path, journal_reads_it: bool) -> Option<Child> {
+pub(crate) fn program(dir: &Path, stderr: File, journal_reads_it: bool) -> Option<Child> {
     let script = "mount -t tmpfs none /run && mkdir /run/systemd && ln -s \"$0\" /run/systemd/journal && exec \"$@\"";
     let mut unshare = Command::new("setpriv");
     // A test that is killed leaves nobody behind.
@@ -301,7 +301,6 @@ fn program(dir: &Path, journal_reads_it: bool) -> Option<Child> {
         eprintln!("not tested: there are no mount namespaces here");
         return None;
     }
-    let stderr = File::create(dir.join("stderr")).expect("a file");
     let stream = stderr.metadata().expect("metadata");
     unshare.args(["sh", "-c", script]).arg(dir);
     unshare.arg(env!("CARGO_BIN_EXE_blktapctrl"));
@@ -364,7 +363,8 @@ fn the_journal_gets_fields_and_others_get_text() {
     let patience = Some(Duration::from_millis(20));
     journal.set_read_timeout(patience).expect("a limit");
     for journal_reads_it in [true, false] {
-        let Some(mut child) = program(&dir, journal_reads_it) else {
+        let stderr = File::create(dir.join("stderr")).expect("a file");
+        let Some(mut child) = program(&dir, stderr, journal_reads_it) else {
             break;
         };
         let (datagrams, text) = written(&dir, &journal, &mut child);

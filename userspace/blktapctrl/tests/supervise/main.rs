@@ -35,6 +35,7 @@ mod suspend;
 mod tls;
 mod trace;
 mod troubles;
+mod unread;
 
 /// Not a test: what runs as a tapdisk.
 #[test]

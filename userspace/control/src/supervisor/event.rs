@@ -194,6 +194,6 @@ pub struct Counted {
     pub events_lost: u64,
     /// Traces of disks that have ended by themselves ([`What::Untraced`]).
     pub traces_failed: u64,
-    /// Lines of the log that were left out, because there were too many.
+    /// Lines of the log that were left out, because there were too many or its reader did not take them.
     pub lines_suppressed: u64,
 }

@@ -27,7 +27,7 @@ const COUNTED: Table<Counted> = &[
         (
             "xen_disk_log_lines_suppressed_total",
             "counter",
-            "Lines that blktapctrl left out of its log, because there were too many.",
+            "Lines that blktapctrl left out of its log, because there were too many or its reader did not take them.",
         ),
         |counted| counted.lines_suppressed as f64,
     ),
