@@ -16,7 +16,7 @@ use crate::store::relative;
 use control::supervisor::{Doing, What, Which};
 use control::tapdisk;
 use control::Failure;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -334,23 +334,25 @@ async fn strays(lifecycle: &Rc<Lifecycle>) {
             return;
         }
     };
-    for socket in sockets {
+    let one = |socket: PathBuf| async move {
         let stem = socket.file_stem().and_then(|stem| stem.to_str());
         let minor: Option<u32> = stem.and_then(|stem| stem.parse().ok());
         if minor.is_some_and(|minor| lifecycle.registry.knows(minor)) {
-            continue;
+            return;
         }
         let next = stem.and_then(|stem| stem.strip_suffix(".next")?.parse().ok());
         let disk = next.and_then(|minor| lifecycle.registry.get(minor));
         if disk.is_some_and(|disk| disk.successor.borrow().is_some()) {
-            continue;
+            return;
         }
         if let Err(failure) = stray(lifecycle, minor, &socket).await {
             let why = format!("a process without a disk is not understood: {failure}");
             lifecycle.registry.knows_not_all();
             lifecycle.registry.events.add(minor, What::Unknown { why });
         }
-    }
+    };
+    // At once: some may not answer.
+    futures::future::join_all(sockets.into_iter().map(one)).await;
 }
 
 /// A process that has no node is of no use to anybody, and leaves. Any other one stays.

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Supervises the processes that serve tap disks.
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
+use blktapctrl::apart::{apart, LIMIT};
 use blktapctrl::folder::Folder;
 use blktapctrl::groups::{Groups, Template};
 use blktapctrl::lifecycle::Lifecycle;
 use blktapctrl::log::{self, Limit};
-use blktapctrl::process::{user_in, Program};
+use blktapctrl::process::{user_of, Program};
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
-use blktapctrl::store::Xenstore;
 use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
+use control::Failure;
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
 use std::os::fd::AsFd;
@@ -50,7 +51,8 @@ struct Cli {
     #[arg(long, value_name = "DIR", default_value = "/run/xentap")]
     folder: PathBuf,
     /// A folder in which disks may have files beside their image, and sockets of servers; may be given
-    /// more than once. What is written must be named for the disk all the same: tap-ctl create --files.
+    /// more than once. One that is missing is reported, and used once it is there. What is written must be named for
+    /// the disk all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
     /// The kernel serves disks by itself, beside their process, whose images are raw (aio:) where it can: their guests
@@ -148,16 +150,13 @@ fn introduce(cli: &Cli) {
 
 async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     introduce(cli);
+    // Only root can start a process of another user: a test does not.
+    let user = getuid().is_root().then(|| cli.user.clone());
     let program = Program {
         path: cli.tapdisk.clone(),
-        user: user(&cli.user)?,
+        user: user.clone(),
     };
     lift_limits();
-    let folders = cli.files.iter().map(|folder| {
-        let found = std::fs::canonicalize(folder);
-        found.with_context(|| format!("cannot use --files {}", folder.display()))
-    });
-    let folders = folders.collect::<Result<Vec<PathBuf>>>()?;
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
@@ -177,23 +176,23 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
         pid: std::process::id(),
     };
     registry.events.add(None, began);
-    let lifecycle = Lifecycle::new(registry.clone(), program, folders);
+    let lifecycle = Lifecycle::new(registry.clone(), program, cli.files.clone());
     lifecycle.direct.set(cli.direct);
     let place = cli.cgroup.as_ref();
     let template = place.and_then(|place| place.template.clone());
     if let Some(groups) = Groups::open(template, &registry.folder.cgroups()) {
         lifecycle.use_groups(groups);
     }
-    // Without xenstore now it may come later; disks are taken over in any case.
-    let store = Xenstore::connect().await.ok();
+    // Before anything that may fail or hang: a process without a supervisor loses its lease within seconds.
     adopt::disks(&lifecycle).await;
     let (listener, given) = listener(&registry.folder.control())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    tokio::task::spawn_local(watch::keep(lifecycle.clone(), store));
+    tokio::task::spawn_local(watch::keep(lifecycle.clone(), None));
     tokio::task::spawn_local(lifecycle.clone().watch_suspended());
     tokio::task::spawn_local(watchdog::watch(registry.clone()));
     tokio::task::spawn_local(server::serve(lifecycle.clone(), listener));
+    tokio::task::spawn_local(look_at_settings(cli.files.clone(), user));
     tell_systemd(sd_notify::NotifyState::Ready);
     tracing::info!("ready: {} disks are supervised", registry.all().len());
     tokio::select! {
@@ -243,16 +242,25 @@ async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
     folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// The user of the processes; nothing if we are no root ourselves, as in a test.
-fn user(name: &str) -> Result<Option<(u32, u32)>> {
-    if !getuid().is_root() {
-        return Ok(None);
+/// Says what is wrong with the settings. Disks that do not need it are served all the same, and it may come later, such as
+/// a folder of a file system on a network.
+async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
+    for folder in folders {
+        let place = folder.clone();
+        let found = apart(&folder, LIMIT, move || {
+            std::fs::canonicalize(&place).map_err(|error| {
+                Failure::system(format!("cannot use --files {}", place.display()), &error)
+            })
+        });
+        if let Err(failure) = found.await {
+            tracing::error!("{failure}");
+        }
     }
-    let passwd = std::fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
-    match user_in(&passwd, name) {
-        Some((0, _)) => bail!("{name} is root: the processes must be nobody who matters"),
-        Some(user) => Ok(Some(user)),
-        None => bail!("there is no user {name} in /etc/passwd: run systemd-sysusers, or useradd --system {name}"),
+    if let Some(name) = user {
+        let found = apart(Path::new("/etc/passwd"), LIMIT, move || user_of(&name));
+        if let Err(failure) = found.await {
+            tracing::error!("no process of a disk can be started: {failure}");
+        }
     }
 }
 

@@ -43,7 +43,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
         }
         Request::Free { minor } => lifecycle.free(minor).await.map(done),
         Request::Spawn => {
-            let pid = lifecycle.spawn()?.pid();
+            let pid = lifecycle.spawn().await?.pid();
             Ok(Reply::Pid { pid })
         }
         Request::Attach(which) => lifecycle.attach_idle(&which).await.map(done),

@@ -14,14 +14,18 @@
 //! - An image that is the disk byte for byte names nothing, so who serves one gets nothing.
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
+use super::views::GLANCE;
 use super::{Admission, Beside};
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
+use crate::log::{tell, About};
 use crate::record::{parents, Part, Record, Role};
 use control::supervisor::{Doing, Mode};
 use control::tapdisk::Open;
 use control::{Code, Failure};
+use futures::stream::FuturesUnordered;
+use futures::StreamExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -168,6 +172,31 @@ impl Admission {
         Ok(())
     }
 
+    /// It is in a folder for all disks. Each folder is asked apart: one that is missing or does not answer costs the
+    /// files of the others nothing.
+    async fn is_in_a_folder(&self, place: &Path) -> bool {
+        let asked = self.folders.iter().map(|folder| {
+            let (place, folder) = (place.to_path_buf(), folder.clone());
+            async move {
+                let again = folder.clone();
+                apart(&folder, GLANCE, move || Ok(is_below(&place, &again))).await
+            }
+        });
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        while let Some(found) = asked.next().await {
+            match found {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(failure) => tell!(
+                    warn,
+                    About::default().failed(&failure),
+                    "--files: {failure}"
+                ),
+            }
+        }
+        false
+    }
+
     /// The administrator has named it, or a folder that it is below. What is written must be named for the
     /// disk itself: in a folder for all disks are the files of other guests.
     async fn check_named(
@@ -178,26 +207,21 @@ impl Admission {
         file: Arc<Image>,
     ) -> Result<(), Failure> {
         let writes = role == Role::Extent && !disk.record.borrow().mode.is_read_only();
-        let mut named = named(disk);
-        if !writes {
-            named.extend(self.folders.iter().cloned());
-        }
+        let named = named(disk);
         let image = match below(disk) {
             Some(below) => Some(image::find(&below).await?),
             None => image_of(disk),
         };
         let ours = self.registry.folder.root().to_path_buf();
-        let below = |place: &Path, folder: &Path| {
-            std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
-        };
         let (place, is_ours, is_named) = apart(path, LIMIT, move || {
             let place = file.place()?;
-            let is_ours = below(&place, &ours);
-            let is_named = named.iter().any(|named| below(&place, named));
+            let is_ours = is_below(&place, &ours);
+            let is_named = named.iter().any(|named| is_below(&place, named));
             let is_named = is_named || is_beside(image.as_deref(), role, &file, &place)?;
             Ok((place, is_ours, is_named))
         })
         .await?;
+        let is_named = is_named || !writes && self.is_in_a_folder(&place).await;
         let place = place.display();
         let why = match (is_ours, is_named, writes) {
             (true, _, _) => format!("it is {place}, which is the supervisor's own"),
@@ -211,6 +235,11 @@ impl Admission {
         };
         Err(refused(disk, role, path, &why))
     }
+}
+
+/// Whether a file is below a folder. May hang as the folder's file system does.
+fn is_below(place: &Path, folder: &Path) -> bool {
+    std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
 }
 
 /// It goes on from what the disk was served from until now, which an administrator named for it, or from

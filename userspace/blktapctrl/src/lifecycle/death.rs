@@ -22,21 +22,21 @@ impl Lifecycle {
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
-        self.spawn_program(None)
+    pub async fn spawn(self: &Rc<Self>) -> Result<Rc<Process>, Failure> {
+        self.spawn_program(None).await
     }
 
     /// Starts a process for a disk.
     ///
     /// # Errors
     /// It cannot be started.
-    pub(super) fn spawn_for(self: &Rc<Self>, disk: &Disk) -> Result<Rc<Process>, Failure> {
+    pub(super) async fn spawn_for(self: &Rc<Self>, disk: &Disk) -> Result<Rc<Process>, Failure> {
         let program = disk.record.borrow().program.clone();
-        self.spawn_program(program)
+        self.spawn_program(program).await
     }
 
     /// Starts a process of this program, or of the one that is started by default.
-    pub(super) fn spawn_program(
+    pub(super) async fn spawn_program(
         self: &Rc<Self>,
         program: Option<PathBuf>,
     ) -> Result<Rc<Process>, Failure> {
@@ -48,7 +48,7 @@ impl Lifecycle {
             },
             None => &self.program,
         };
-        let process = Rc::new(Process::spawn(program, &socket)?);
+        let process = Rc::new(Process::spawn(program, &socket).await?);
         self.registry.add_idle(&process);
         self.watch(process.clone());
         Ok(process)

@@ -163,7 +163,7 @@ impl Lifecycle {
             .handoff
             .as_ref()
             .and_then(|handoff| handoff.program.clone());
-        let process = self.spawn_program(program)?;
+        let process = self.spawn_program(program).await?;
         // What becomes of it is the disk's affair from now on.
         self.registry.remove_idle(process.pid());
         disk.successor.replace(Some(process.clone()));

@@ -165,7 +165,7 @@ impl Lifecycle {
         self.give_lease_up(disk).await;
         self.drop_image(disk);
         if replaced {
-            self.assign(disk, &self.spawn_for(disk)?)?;
+            self.assign(disk, &self.spawn_for(disk).await?)?;
         }
         Ok(())
     }

@@ -56,7 +56,7 @@ impl Lifecycle {
         let process = match there {
             Some(process) => process,
             None => {
-                let process = self.spawn_for(disk)?;
+                let process = self.spawn_for(disk).await?;
                 self.assign(disk, &process)?;
                 process
             }

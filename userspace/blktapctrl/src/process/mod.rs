@@ -5,6 +5,7 @@ mod ask;
 mod end;
 mod output;
 mod start;
+mod starter;
 mod system;
 
 use crate::folder;
@@ -15,6 +16,7 @@ use control::supervisor::Binary;
 use control::Failure;
 pub use output::Output;
 pub use start::{unnamed, Program};
+pub use starter::user_of;
 use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::fs;
@@ -24,7 +26,6 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
 use system::minor_of;
-pub use system::user_in;
 use tokio::net::unix::pipe;
 use tokio::sync::Mutex;
 

@@ -48,6 +48,12 @@ impl Output {
     /// gave it none.
     pub(super) fn find(pid: u32) -> io::Result<Option<Output>> {
         let place = format!("/proc/{pid}/fd/1");
+        // A process may have anything there. Opening it asks the file system of an image, which may hang; its name does
+        // not.
+        let name = rustix::fs::readlink(&place, Vec::new())?;
+        if !name.as_bytes().starts_with(b"pipe:[") {
+            return Ok(None);
+        }
         // Whoever has the other end of a pipe writes: it is not ours.
         let is_written = rustix::fs::lstat(&place)?.st_mode & 0o200 != 0;
         match is_written {

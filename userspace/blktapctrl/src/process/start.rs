@@ -2,7 +2,7 @@
 //! How there comes to be one: it is started by us, or an earlier supervisor has started it and it is found.
 
 use super::system::{is_gone, minor_of, open_pid, started};
-use super::{output, tidy, Output, Process};
+use super::{output, starter, tidy, Output, Process};
 use crate::folder::{self, Folder};
 use crate::link::{unexpected, Link};
 use crate::log::{tell, About};
@@ -24,8 +24,8 @@ use tokio::sync::Mutex;
 pub struct Program {
     /// The program.
     pub path: PathBuf,
-    /// User and group that it runs as; ours if not said.
-    pub user: Option<(u32, u32)>,
+    /// The name of the user that it runs as; ours if not said.
+    pub user: Option<String>,
 }
 
 impl Process {
@@ -33,13 +33,13 @@ impl Process {
     ///
     /// # Errors
     /// Says what is missing.
-    pub fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
-        let unstarted = |error: &io::Error, remedy: &str| {
-            let what = format!("cannot start {}{remedy}", program.path.display());
-            Failure::system(what, error)
+    pub async fn spawn(program: &Program, socket: &Path) -> Result<Process, Failure> {
+        let unstarted = |error: io::Error| {
+            let what = format!("cannot start {}", program.path.display());
+            Failure::system(what, &error)
         };
-        let (reader, writer) = output::pipe().map_err(|error| unstarted(&error, ""))?;
-        let output = Output::of(&reader).map_err(|error| unstarted(&error, ""))?;
+        let (reader, writer) = output::pipe().map_err(unstarted)?;
+        let output = Output::of(&reader).map_err(unstarted)?;
         let listener = listen(socket)?;
         let mut command = Command::new(&program.path);
         command
@@ -50,22 +50,11 @@ impl Process {
             // It has a session of its own as soon as it runs: no process group here, a leader of
             // which cannot have one.
             .current_dir("/");
-        if let Some((uid, gid)) = program.user {
-            // It becomes that user by itself, after it has locked its memory.
-            command.arg("--user").arg(format!("{uid}:{gid}"));
-        }
-        let result = command
-            .spawn()
-            .map_err(|error| unstarted(&error, ": install it, or name it with --tapdisk"));
-        let mut child = match result {
-            Ok(child) => child,
-            Err(failure) => {
-                tidy(socket);
-                return Err(failure);
-            }
-        };
+        let mut left = Left(Some(socket));
+        let mut child = starter::start(program, command).await?;
         match Process::meet_child(child.id(), socket) {
             Ok(process) => {
+                left.0 = None;
                 process.child.replace(Some(child));
                 process.output.replace(Some(output));
                 Ok(process)
@@ -80,7 +69,6 @@ impl Process {
                         child.id()
                     );
                 }
-                tidy(socket);
                 Err(failure)
             }
         }
@@ -154,6 +142,17 @@ impl Process {
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
         Process::meet(Known { pid, started }, pidfd, socket)
+    }
+}
+
+/// The socket of a process that may not come to be: its start fails, or its caller waits no more.
+struct Left<'a>(Option<&'a Path>);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        if let Some(socket) = self.0 {
+            tidy(socket);
+        }
     }
 }
 

@@ -67,8 +67,7 @@ pub(super) fn minor_of(socket: &Path) -> Option<u32> {
 
 /// User and group of a name in the file of users. Read by hand: a program that is linked statically
 /// cannot ask the name service.
-#[must_use]
-pub fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
+pub(super) fn user_in(passwd: &str, name: &str) -> Option<(u32, u32)> {
     passwd.lines().find_map(|line| {
         let mut words = line.split(':');
         (words.next() == Some(name)).then_some(())?;

@@ -3,7 +3,7 @@
 
 use super::bed::kill;
 use control::supervisor::{Reply, Request};
-use control::Channel;
+use control::{Channel, Code};
 use rustix::mount::{unmount, UnmountFlags};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -24,23 +24,44 @@ impl Drop for Supervisor {
 }
 
 fn supervisor(listener: &UnixListener, folder: &Path) -> Supervisor {
-    let socket = OwnedFd::from(listener.try_clone().expect("a copy"));
-    let child = Command::new("setpriv")
+    let mut command = command(&["--tapdisk", "/bin/false"]);
+    command.arg("--folder").arg(folder);
+    started(command, listener)
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new("setpriv");
+    command
         // Nor a test that is killed.
         .args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_blktapctrl")])
-        .args([
-            "--foreground",
-            "--user",
-            "nobody",
-            "--tapdisk",
-            "/bin/false",
-        ])
-        .arg("--folder")
-        .arg(folder)
+        .args(["--foreground", "--user", "nobody"])
+        .args(args);
+    command
+}
+
+fn started(mut command: Command, listener: &UnixListener) -> Supervisor {
+    let socket = OwnedFd::from(listener.try_clone().expect("a copy"));
+    let child = command
         .stdin(Stdio::from(socket))
         .stderr(Stdio::null())
         .spawn();
     Supervisor(child.expect("blktapctrl"))
+}
+
+/// Run by root, it has mounted the folders of disks of memory, which outlive it.
+fn remove(dir: &Path) {
+    for name in ["ram", "notes"] {
+        while unmount(dir.join("run").join(name), UnmountFlags::DETACH).is_ok() {}
+    }
+    fs::remove_dir_all(dir).expect("remove");
+}
+
+/// A folder for a supervisor, and the socket at which it is asked.
+fn place(name: &str) -> (PathBuf, UnixListener) {
+    let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
+    fs::create_dir_all(dir.join("run")).expect("a folder");
+    let listener = UnixListener::bind(dir.join("run/control.sock")).expect("a socket");
+    (dir, listener)
 }
 
 /// Asks who is there; the question may wait.
@@ -56,12 +77,9 @@ fn ask(path: &Path) -> std::thread::JoinHandle<u32> {
 
 #[test]
 fn questions_wait_while_the_supervisor_is_started_anew() {
-    let dir: PathBuf =
-        std::env::temp_dir().join(format!("supervise-{}-socket", std::process::id()));
+    let (dir, listener) = place("socket");
     let folder = dir.join("run");
-    fs::create_dir_all(&folder).expect("a folder");
     let path = folder.join("control.sock");
-    let listener = UnixListener::bind(&path).expect("a socket");
     for orderly in [false, true] {
         let early = ask(&path);
         let mut first = supervisor(&listener, &folder);
@@ -75,9 +93,71 @@ fn questions_wait_while_the_supervisor_is_started_anew() {
         first.0.wait().expect("its end");
         assert!(path.exists());
     }
-    // Run by root, it has mounted the folder of disks of memory, which outlives it.
-    for name in ["ram", "notes"] {
-        while unmount(folder.join(name), UnmountFlags::DETACH).is_ok() {}
+    remove(&dir);
+}
+
+#[test]
+fn folders_that_are_missing_keep_no_supervisor_from_starting() {
+    let (dir, listener) = place("no-files");
+    let files = dir.join("missing");
+    let mut command = command(&["--tapdisk", "/bin/false", "--files"]);
+    command.arg(&files).arg("--folder").arg(dir.join("run"));
+    let supervisor = started(command, &listener);
+    let answer = ask(&dir.join("run/control.sock"));
+    assert_eq!(answer.join().expect("an answer"), supervisor.0.id());
+    drop(supervisor);
+    remove(&dir);
+}
+
+/// Mounts a file system that answers nobody at the first argument, because nothing serves it, and then executes the rest
+/// of the arguments, whose end ends it.
+const HANGS: &str = "exec 9<>/dev/fuse \
+    && mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 none \"$0\" && exec \"$@\"";
+
+fn on_storage_that_hangs(dead: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c"]);
+    command.arg(HANGS).arg(dead);
+    command
+}
+
+#[test]
+fn folders_and_programs_on_storage_that_hangs_hold_nothing_up() {
+    let (dir, listener) = place("dead-files");
+    let dead = dir.join("dead");
+    fs::create_dir(&dead).expect("a folder");
+    let probe = on_storage_that_hangs(&dead)
+        .arg("true")
+        .stderr(Stdio::null())
+        .status();
+    if !probe.is_ok_and(|status| status.success()) {
+        eprintln!("not tested: this host lets nobody mount a file system of FUSE");
+        return remove(&dir);
     }
-    fs::remove_dir_all(&dir).expect("remove");
+    let mut command = on_storage_that_hangs(&dead);
+    command.arg(env!("CARGO_BIN_EXE_blktapctrl"));
+    command.args(["--user", "nobody", "--folder"]);
+    command.arg(dir.join("run"));
+    command.arg("--files").arg(dead.join("certificates"));
+    command.arg("--tapdisk").arg(dead.join("tapdisk"));
+    let supervisor = started(command, &listener);
+    let path = dir.join("run/control.sock");
+    let answer = ask(&path).join().expect("an answer");
+    assert_eq!(answer, supervisor.0.id());
+    let mut channel = Channel::connect(&path).expect("the socket takes questions");
+    let patience = Some(Duration::from_secs(60));
+    channel.set_timeout(patience).expect("a limit");
+    let start = std::thread::spawn(move || channel.ask::<_, Reply>(Request::Spawn, &[]));
+    // Until that is given up, others are answered.
+    let mut answers = 0;
+    while !start.is_finished() {
+        assert_eq!(ask(&path).join().expect("an answer"), supervisor.0.id());
+        answers += 1;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let failure = start.join().expect("no panic").expect_err("it hangs");
+    assert_eq!(failure.code, Code::Timeout, "{failure}");
+    assert!(answers > 10, "{answers}");
+    drop(supervisor);
+    remove(&dir);
 }
