@@ -33,6 +33,7 @@ pub mod server;
 pub mod slow;
 pub mod state;
 pub mod store;
+pub mod systemd;
 pub mod tally;
 pub mod tenure;
 pub mod traces;

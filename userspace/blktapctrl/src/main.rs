@@ -10,6 +10,7 @@ use blktapctrl::log::{self, Limit};
 use blktapctrl::process::{user_of, Program};
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
+use blktapctrl::systemd::Systemd;
 use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
@@ -193,13 +194,18 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     tokio::task::spawn_local(watchdog::watch(registry.clone()));
     tokio::task::spawn_local(server::serve(lifecycle.clone(), listener));
     tokio::task::spawn_local(look_at_settings(cli.files.clone(), user));
-    tell_systemd(sd_notify::NotifyState::Ready);
+    let systemd = Systemd::ours();
+    if let Some(systemd) = systemd.clone() {
+        tokio::task::spawn_local(systemd.keep_told());
+    }
     tracing::info!("ready: {} disks are supervised", registry.all().len());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tell_systemd(sd_notify::NotifyState::Stopping);
+    if let Some(systemd) = &systemd {
+        systemd.tell_end().await;
+    }
     stop(cli, &lifecycle, given).await
 }
 
@@ -279,11 +285,5 @@ fn lift_limits() {
         if let Err(error) = setrlimit(resource, limit) {
             tracing::debug!("cannot lift the limit {resource:?}: {error}");
         }
-    }
-}
-
-fn tell_systemd(state: sd_notify::NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::warn!("cannot tell systemd: {error}");
     }
 }

@@ -7,7 +7,7 @@ use control::{Channel, Code};
 use rustix::mount::{unmount, UnmountFlags};
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -158,6 +158,43 @@ fn folders_and_programs_on_storage_that_hangs_hold_nothing_up() {
     let failure = start.join().expect("no panic").expect_err("it hangs");
     assert_eq!(failure.code, Code::Timeout, "{failure}");
     assert!(answers > 10, "{answers}");
+    drop(supervisor);
+    remove(&dir);
+}
+
+#[test]
+fn systemd_is_told_that_it_lives_and_is_not_waited_for() {
+    let (dir, listener) = place("systemd");
+    let notify = dir.join("notify");
+    let systemd = UnixDatagram::bind(&notify).expect("a socket");
+    let limit = Some(Duration::from_secs(60));
+    systemd.set_read_timeout(limit).expect("a limit");
+    let mut command = command(&["--tapdisk", "/bin/false", "--folder"]);
+    command.arg(dir.join("run"));
+    command
+        .env("NOTIFY_SOCKET", &notify)
+        .env("WATCHDOG_USEC", "30000");
+    let supervisor = started(command, &listener);
+    let told = || {
+        let mut text = [0; 64];
+        let len = systemd.recv(&mut text).expect("a word");
+        String::from_utf8_lossy(&text[..len]).into_owned()
+    };
+    assert_eq!(told(), "READY=1");
+    for _ in 0..30 {
+        assert_eq!(told(), "WATCHDOG=1");
+    }
+    // It stops to read, and its queue is full at last.
+    let other = UnixDatagram::unbound().expect("a socket");
+    other.connect(&notify).expect("it listens");
+    other.set_nonblocking(true).expect("a setting");
+    while other.send(b"x").is_ok() {}
+    for _ in 0..3 {
+        let answer = ask(&dir.join("run/control.sock")).join();
+        assert_eq!(answer.expect("an answer"), supervisor.0.id());
+    }
+    // What it sends when it is read again is of a supervisor that has not ended.
+    while told() != "WATCHDOG=1" {}
     drop(supervisor);
     remove(&dir);
 }
