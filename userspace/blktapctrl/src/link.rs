@@ -5,12 +5,13 @@ use control::socket;
 use control::tapdisk::{Reply, Request};
 use control::wire::{encode, Decoder, Envelope, Outcome};
 use control::{Code, Failure};
+use rustix::net::sockopt::set_socket_passcred;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::Interest;
-use tokio::net::UnixStream;
+use tokio::net::{UnixSocket, UnixStream};
 
 /// An answer comes when something happens.
 pub(crate) const EVER: Duration = Duration::from_secs(u32::MAX as u64);
@@ -23,6 +24,8 @@ pub struct Link {
     last: u64,
     /// A question was sent in part, or the other end is gone: nothing more can be asked.
     torn: bool,
+    /// The process that answers, as the kernel says.
+    sender: Option<u32>,
 }
 
 impl Link {
@@ -31,12 +34,21 @@ impl Link {
     /// # Errors
     /// Nobody listens there.
     pub async fn connect(path: &Path) -> io::Result<Link> {
+        let socket = UnixSocket::new_stream()?;
+        set_socket_passcred(&socket, true)?;
         Ok(Link {
-            stream: UnixStream::connect(path).await?,
+            stream: socket.connect(path).await?,
             decoder: Decoder::default(),
             last: 0,
             torn: false,
+            sender: None,
         })
+    }
+
+    /// The process that has answered, as the kernel says; nothing before the first answer.
+    #[must_use]
+    pub fn sender(&self) -> Option<u32> {
+        self.sender
     }
 
     /// More can be asked.
@@ -102,7 +114,7 @@ impl Link {
             }
             // A tapdisk has no descriptor to send: one that comes all the same may be of a file system that
             // hangs when it is closed.
-            let bytes = self
+            let (bytes, sender) = self
                 .stream
                 .async_io(Interest::READABLE, || socket::receive_bytes(&self.stream))
                 .await
@@ -113,6 +125,12 @@ impl Link {
             if bytes.is_empty() {
                 self.torn = true;
                 return Err(gone(io::ErrorKind::UnexpectedEof.into()));
+            }
+            if *self.sender.get_or_insert(sender) != sender {
+                self.torn = true;
+                return Err(Failure::invalid(
+                    "several processes answer on one connection",
+                ));
             }
             self.decoder.push(&bytes, [])?;
         }

@@ -4,7 +4,7 @@
 use crate::wire::MAX_FDS;
 use rustix::fs::{chmod, fchmod, Mode};
 use rustix::net::{
-    bind, listen, recvmsg, sendmsg, socket_with, AddressFamily, RecvAncillaryBuffer,
+    bind, listen, recv, recvmsg, sendmsg, socket_with, sockopt, AddressFamily, RecvAncillaryBuffer,
     RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
@@ -56,15 +56,30 @@ pub fn send_first(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io
     }
 }
 
-/// What has arrived from a peer that has no descriptors to send. One that comes all the same is not taken,
-/// and is an error. No byte at all is the end.
-pub fn receive_bytes(socket: impl AsFd) -> io::Result<Vec<u8>> {
+/// What has arrived from a peer that has no descriptors to send, and the number of the process that has sent it, which
+/// the kernel says: the socket has asked it to (`SO_PASSCRED`) since before it was connected. A descriptor that comes all
+/// the same is not taken, and is an error. No byte at all is the end.
+pub fn receive_bytes(socket: impl AsFd) -> io::Result<(Vec<u8>, u32)> {
+    if !sockopt::socket_passcred(&socket)? {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // At the end some kernels say that process 0 has sent it, which is no number of a process.
+    loop {
+        match recv(&socket, &mut [0; 1], RecvFlags::PEEK) {
+            Ok((_, 0)) => return Ok((Vec::new(), 0)),
+            Ok(_) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     let mut bytes = vec![0; 16 << 10];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let message = loop {
         match recvmsg(
             &socket,
             &mut [IoSliceMut::new(&mut bytes)],
-            &mut RecvAncillaryBuffer::default(),
+            &mut ancillary,
             RecvFlags::CMSG_CLOEXEC,
         ) {
             Err(rustix::io::Errno::INTR) => {}
@@ -77,8 +92,12 @@ pub fn receive_bytes(socket: impl AsFd) -> io::Result<Vec<u8>> {
             "the peer sends a descriptor, and has none to send",
         ));
     }
+    let sender = ancillary.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmCredentials(sender) => u32::try_from(sender.pid.as_raw_pid()).ok(),
+        _ => None,
+    });
     bytes.truncate(message.bytes);
-    Ok(bytes)
+    Ok((bytes, sender.ok_or(io::ErrorKind::InvalidData)?))
 }
 
 /// What has arrived: bytes, and the descriptors that came with them, which are closed on exec. No

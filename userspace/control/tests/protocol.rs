@@ -6,6 +6,7 @@ use control::tapdisk::{Open, Request};
 use control::wire::{encode, Decoder, Envelope, MAX_FDS, MAX_LINE};
 use control::{socket, Channel, Code, Failure, Target};
 use proptest::prelude::*;
+use rustix::net::sockopt::set_socket_passcred;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
@@ -153,8 +154,13 @@ fn event_of_a_newer_program_is_read() {
 fn a_descriptor_of_who_has_none_to_send_is_not_taken() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (file, other) = UnixStream::pair().unwrap();
+    set_socket_passcred(&ours, true).unwrap();
     socket::send_first(&theirs, b"text", &[]).unwrap();
-    assert_eq!(socket::receive_bytes(&ours).unwrap(), b"text");
+    let us = std::process::id();
+    assert_eq!(
+        socket::receive_bytes(&ours).unwrap(),
+        (b"text".to_vec(), us)
+    );
     socket::send_first(&theirs, b"text", &[file.as_fd()]).unwrap();
     let error = socket::receive_bytes(&ours).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
@@ -162,7 +168,7 @@ fn a_descriptor_of_who_has_none_to_send_is_not_taken() {
     drop(file);
     assert_eq!((&other).read(&mut [0]).unwrap(), 0);
     drop(theirs);
-    assert_eq!(socket::receive_bytes(&ours).unwrap(), b"");
+    assert_eq!(socket::receive_bytes(&ours).unwrap(), (Vec::new(), 0));
 }
 
 /// What is written today must be read by later programs of this version.

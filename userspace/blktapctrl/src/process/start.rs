@@ -99,14 +99,13 @@ impl Process {
     /// Finds the one that listens at a socket, whoever it is. Nothing if nobody does.
     ///
     /// # Errors
-    /// Somebody does, and does not say who.
+    /// A process listens and does not say who it is, or says that it is another one.
     pub async fn find(socket: &Path, limit: Duration) -> Result<Option<Process>, Failure> {
         let Some(mut link) = connect(socket).await? else {
             return Ok(None);
         };
-        let pid = match link.ask(&Request::Ping, &[], limit).await {
-            Ok(Reply::Process(process)) => process.pid,
-            Ok(reply) => return Err(unexpected(&reply)),
+        let pid = match introduced(&mut link, limit).await {
+            Ok(pid) => pid,
             // Where nobody listens any more, it was about to end.
             Err(failure) if failure.code == Code::Gone && connect(socket).await?.is_none() => {
                 return Ok(None);
@@ -115,6 +114,8 @@ impl Process {
         };
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
+        // It lives: its number has not become another process' since.
+        introduced(&mut link, limit).await?;
         let process = Process::meet(Known { pid, started }, pidfd, socket)?;
         *process.link.lock().await = Some(link);
         Ok(Some(process))
@@ -142,6 +143,22 @@ impl Process {
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
         Process::meet(Known { pid, started }, pidfd, socket)
+    }
+}
+
+/// The number of the process that answers. Only the kernel's word counts: a tapdisk that a guest has taken over would
+/// have root end any process.
+async fn introduced(link: &mut Link, limit: Duration) -> Result<u32, Failure> {
+    let says = match link.ask(&Request::Ping, &[], limit).await? {
+        Reply::Process(process) => process.pid,
+        reply => return Err(unexpected(&reply)),
+    };
+    match link.sender() {
+        Some(pid) if pid == says => Ok(pid),
+        pid => Err(Failure::invalid(format!(
+            "process {} answers and says that it is process {says}",
+            pid.unwrap_or(0)
+        ))),
     }
 }
 

@@ -13,6 +13,7 @@ mod handoff;
 mod keys;
 mod lease;
 mod left;
+mod liar;
 mod log;
 mod mark;
 mod memory;
