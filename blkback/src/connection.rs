@@ -12,7 +12,8 @@ use crate::linux::xen::device::Device;
 use crate::linux::xen::store;
 use crate::offer;
 use crate::proto::frontend;
-use crate::queue::{Ending, Prepared, Queue, Setup};
+use crate::proto::state::Ending;
+use crate::queue::{Prepared, Queue, Setup, ThreadEnds};
 use crate::ring::abi::Protocol;
 use crate::ring::request::Limits;
 use crate::totals::Totals;
@@ -84,7 +85,7 @@ impl Threads {
     }
 }
 
-impl Ending for Threads {
+impl ThreadEnds for Threads {
     fn add_thread(&self) {
         self.left.fetch_add(1, Relaxed);
     }
@@ -147,7 +148,7 @@ impl Connection {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
         let module = ModuleReference::get().ok_or(ENODEV)?;
         let threads = Threads::new()?;
-        let ending: Arc<dyn Ending> = threads.clone();
+        let ending: Arc<dyn ThreadEnds> = threads.clone();
         let name = thread_name(device);
         for (index, queue) in prepared.into_iter().enumerate() {
             let started = CString::try_from_fmt(fmt!("{}-{index}", name.as_str()))
@@ -172,14 +173,10 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Answers what was taken, then lets go of the guest; does not wait.
-    pub(crate) fn drain(&self) {
-        self.queues.iter().for_each(Queue::drain);
-    }
-
-    /// Lets go of the guest at once, whatever is in flight; does not wait.
-    pub(crate) fn abandon(&self) {
-        self.queues.iter().for_each(Queue::abandon);
+    /// Takes nothing more and lets go of the guest in this way, or in a quicker one that it was told before; does not
+    /// wait.
+    pub(crate) fn end(&self, ending: Ending) {
+        self.queues.iter().for_each(|queue| queue.end(ending));
     }
 
     /// True once nothing of the guest is mapped or bound any more.

@@ -3,8 +3,8 @@
 //! One queue of a disk: a ring, its event channel, and the thread that serves it.
 //!
 //! The thread owns everything that touches the guest. It ends in one of two ways: *drained*, when
-//! every request is answered before the ring is given back; or *abandoned*, when the guest is gone
-//! and the ring is given back at once, also while the thread sleeps in the block layer. I/O that is
+//! every request is answered before the ring is given back; or *abandoned*, when the guest is gone or has given its
+//! requests up, and the ring is given back at once, also while the thread sleeps in the block layer. I/O that is
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
@@ -30,6 +30,7 @@ use crate::linux::{cond_resched, local_clock};
 use crate::params;
 use crate::poll::Pollers;
 use crate::proto::frontend;
+use crate::proto::state::Ending;
 use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::totals::{Tally, Totals};
@@ -46,12 +47,24 @@ enum Command {
     Serve = 1,
     /// Take nothing more, answer what was taken, and end.
     Drain = 2,
+    /// The same, but wait no longer than the disk says.
+    Finish = 3,
     /// Let go of the guest now.
-    Abandon = 3,
+    Abandon = 4,
+}
+
+impl From<Ending> for Command {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Answered => Self::Drain,
+            Ending::Soon => Self::Finish,
+            Ending::Now => Self::Abandon,
+        }
+    }
 }
 
 /// Who is told of the end of threads, so that nobody has to wait for them.
-pub(crate) trait Ending: Send + Sync + 'static {
+pub(crate) trait ThreadEnds: Send + Sync + 'static {
     /// A thread is about to be started.
     fn add_thread(&self);
 
@@ -74,6 +87,7 @@ impl Control {
             0 => Command::Wait,
             1 => Command::Serve,
             2 => Command::Drain,
+            3 => Command::Finish,
             _ => Command::Abandon,
         }
     }
@@ -170,7 +184,7 @@ impl<D: QueueBackends> Prepared<D> {
     }
 
     /// Starts the thread, which does nothing until it is told to serve or to end.
-    pub(crate) fn start(self, name: &CStr, ending: &Arc<dyn Ending>) -> Result<Queue> {
+    pub(crate) fn start(self, name: &CStr, ending: &Arc<dyn ThreadEnds>) -> Result<Queue> {
         let body = Body {
             server: self.server,
             ending: ending.clone(),
@@ -190,7 +204,7 @@ impl<D: QueueBackends> Prepared<D> {
 impl Drop for Queue {
     fn drop(&mut self) {
         // The fields follow, and with them the wait for the thread's end.
-        self.abandon();
+        self.end(Ending::Now);
     }
 }
 
@@ -207,15 +221,10 @@ impl Queue {
         self.tell(Command::Serve);
     }
 
-    /// Takes nothing more and ends when everything is answered; does not wait.
-    pub(crate) fn drain(&self) {
-        self.tell(Command::Drain);
-    }
-
-    /// Lets go of the guest at once; does not wait.
-    pub(crate) fn abandon(&self) {
-        self.tell(Command::Abandon);
-        if self.guest.take() {
+    /// Takes nothing more and ends in this way, or in a quicker one that it was told before; does not wait.
+    pub(crate) fn end(&self, ending: Ending) {
+        self.tell(ending.into());
+        if ending == Ending::Now && self.guest.take() {
             self.control.mark_detached();
         }
     }
@@ -234,7 +243,7 @@ impl Queue {
 /// What the thread does.
 struct Body<D: QueueBackends> {
     server: Server<D>,
-    ending: Arc<dyn Ending>,
+    ending: Arc<dyn ThreadEnds>,
 }
 
 impl<D: QueueBackends> Runner for Body<D> {
@@ -459,7 +468,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             self.measure(engine);
             let pass = match command {
                 Command::Wait | Command::Serve => engine.pass(),
-                Command::Drain => engine.drain_pass(),
+                Command::Drain | Command::Finish => engine.drain_pass(),
                 Command::Abandon => return Command::Abandon,
             };
             if pass.notify {
@@ -477,10 +486,10 @@ impl<D: QueueBackends> Serving<'_, D> {
                 broken = true;
                 self.events.clone().ring_broken();
             }
-            if command == Command::Drain && engine.in_flight() == 0 {
+            if command >= Command::Drain && engine.in_flight() == 0 {
                 return Command::Drain;
             }
-            let left = self.drain_time_left(command, &mut draining);
+            let left = self.time_left(command, &mut draining);
             if left == Some(0) {
                 return Command::Abandon;
             }
@@ -498,9 +507,10 @@ impl<D: QueueBackends> Serving<'_, D> {
             self.end_event(broken, &mut active);
             if let Some(left) = left {
                 self.control.wake_event.wait_for(left);
-            } else if self.leads || borrows {
-                // Nobody tells us that a device was resized, so one thread looks now and then; and
-                // what is borrowed and not used is given back.
+            } else if self.leads || borrows || command != Command::Serve {
+                // Nobody tells us that a device was resized, so one thread looks now and then; what is borrowed and
+                // not used is given back; and requests that wait for a process fail when they have waited for too
+                // long, also those of a queue that outlives the first one.
                 self.control.wake_event.wait_for_a_while();
             } else {
                 self.control.wake_event.wait();
@@ -527,10 +537,10 @@ impl<D: QueueBackends> Serving<'_, D> {
         }
     }
 
-    /// Nanoseconds that a drain may go on waiting for I/O in flight; `None` if that has no end, or
-    /// while the ring is served. `since` is when it began.
-    fn drain_time_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
-        if command != Command::Drain {
+    /// Nanoseconds for which I/O in flight may still be waited for; `None` if that has no end, or while the ring is
+    /// served. `since` is when this began to count.
+    fn time_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
+        if command != Command::Finish {
             return None;
         }
         let now = local_clock();

@@ -173,10 +173,7 @@ impl Vbd {
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
         let published = features.publish(&self.device, connection.limits(), life.state.now());
-        if published.is_err() {
-            connection.drain();
-            life.draining = true;
-        }
+        life.draining = published.is_err();
         if let (Ok(()), Ok(text)) = (published, connection.summary()) {
             self.device.tell(&text);
         }
@@ -189,10 +186,15 @@ impl Vbd {
         })
     }
 
+    /// Takes nothing more from rings that are to be given back, and lets go of them as soon as their frontend allows.
     pub(super) fn end_draining(&self, life: &mut Life) {
-        if life.draining {
-            self.end_connection(life);
+        if !life.draining {
+            return;
         }
+        if let Some(connection) = &life.connection {
+            connection.end(self.ending());
+        }
+        self.end_connection(life);
     }
 
     /// Lets go of a connection that has let go of the guest; `false` if there is one that has not.

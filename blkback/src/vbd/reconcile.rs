@@ -8,7 +8,7 @@ use crate::disk;
 use crate::linux::task::workqueue;
 use crate::linux::xen::store;
 use crate::offer;
-use crate::proto::state::{step_asking, Action, Online, Rings, State, View};
+use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, State, View};
 use crate::storage::Job;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
@@ -170,12 +170,8 @@ impl Vbd {
             }
             Action::Connect => return self.connect(life),
             Action::StartClosing => self.publish(life, State::Closing),
-            Action::Disconnect => {
-                if let Some(connection) = &life.connection {
-                    connection.drain();
-                    life.draining = true;
-                }
-            }
+            // How, `end_draining` says.
+            Action::Disconnect => life.draining = true,
             Action::Close => self.publish(life, State::Closed),
             Action::Leave => life.leaving = true,
             Action::Refuse => {
@@ -220,13 +216,11 @@ impl Vbd {
     /// where the last one had to wait. Our watches stay to the end, to tell us if the guest goes.
     fn part(self: &Arc<Self>, mut life: MutexGuard<'_, Life>) {
         if let Some(connection) = &life.connection {
-            if self.frontend_waits() {
-                connection.drain();
-            } else {
-                connection.abandon();
-            }
+            connection.end(self.ending_unbound());
         }
         if !self.end_connection(&mut life) {
+            // The bus does not tell us any more what the frontend does.
+            self.kick_after(ASK_AGAIN);
             return;
         }
         if life.errand.is_busy() {
@@ -254,19 +248,27 @@ impl Vbd {
         drop(module);
     }
 
-    /// True if the frontend of a device that was taken from us waits for answers. What cannot be
-    /// read says nothing about it.
-    fn frontend_waits(&self) -> bool {
+    /// How the rings of a device that was taken from us are given back. What cannot be read says nothing about the
+    /// frontend.
+    fn ending_unbound(&self) -> Ending {
         let ours = store::read_state(self.device.nodename());
         if self.device.is_vanished() || ours.is_err_and(|error| error == ENOENT) {
-            return false;
+            return Ending::Now;
         }
-        match self.frontend_state() {
-            Ok(state) => matches!(
-                state,
-                State::Initialised | State::Connected | State::Closing
-            ),
-            Err(_) => true,
-        }
+        let theirs = self.frontend_state();
+        theirs.map_or(Ending::Answered, |state| ending(state, true))
+    }
+
+    /// The same of a device that is ours.
+    pub(super) fn ending(&self) -> Ending {
+        let theirs = match self.theirs.load(Acquire) {
+            UNHEARD => return Ending::Answered,
+            number => State::from_number(number),
+        };
+        let theirs = match theirs {
+            State::Unknown => self.frontend_state(),
+            known => Ok(known),
+        };
+        theirs.map_or(Ending::Answered, |state| ending(state, false))
     }
 }

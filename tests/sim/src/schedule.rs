@@ -502,6 +502,54 @@ pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     }
 }
 
+/// How a driver leaves a guest that goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaves {
+    /// All that was taken is answered first.
+    Answered,
+    /// At once: what was taken and is not answered is forgotten.
+    AtOnce,
+}
+
+/// The driver leaves a guest in the middle of everything, and comes back to the same rings.
+pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
+    let mut rng = Rng::new(seed);
+    let setup = served_setup(&mut rng);
+    let (mut storage, mut second) = (Storage::new(&setup), Storage::new(&setup));
+    let seed = rng.bits();
+    let plan = Plan {
+        enabled: true,
+        ..*plan
+    };
+    let start = 0u32.wrapping_sub(rng.below(64) as u32);
+    let mut world = World::served(&mut storage, setup, plan, 1, seed, start);
+    prepare(&mut world.machine.borrow_mut(), &mut rng, None);
+    world.run_for(rng.range(1, 120) as u32);
+    let under_way = world.engine.in_flight();
+    if leaves == Leaves::Answered {
+        world.close();
+    }
+    let (machine, orphans) = world.let_go();
+    let mut steps = 0;
+    while machine.borrow().tap.shadow.orphans() > 0 && steps < 10_000 {
+        machine.borrow_mut().backend_step();
+        steps += 1;
+    }
+    let mut world = World::back(&mut second, machine);
+    world.machine.borrow_mut().plan = 40;
+    world.run();
+    world.close();
+    let problems = world.verdict();
+    let mut m = world.machine.borrow_mut();
+    m.tap.counts.orphans = orphans.into();
+    m.tap.counts.under_way = under_way.into();
+    Served {
+        problems,
+        answers: m.front.answers.len() as u64,
+        counts: m.tap.counts,
+    }
+}
+
 /// Runs a random load on a setup.
 pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
     let mut storage = Storage::new(&setup);

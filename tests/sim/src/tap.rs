@@ -62,6 +62,8 @@ pub struct Counts {
     pub failed: u64,
     /// Requests that a process had when the guest went away.
     pub orphans: u64,
+    /// Requests that were taken and not answered when the driver was to leave.
+    pub under_way: u64,
     /// Looks at which I/O of a dead process could still be executed elsewhere.
     pub unsettled: u64,
     /// I/Os that were executed elsewhere after their process and its pages were gone.
@@ -88,6 +90,7 @@ impl Counts {
         self.rewritten += other.rewritten;
         self.failed += other.failed;
         self.orphans += other.orphans;
+        self.under_way += other.under_way;
         self.unsettled += other.unsettled;
         self.elsewhere += other.elsewhere;
         self.lost += other.lost;

@@ -129,6 +129,13 @@ impl<'a> World<'a, TapBackend> {
         let backend = TapBackend::new(machine.clone());
         Self::attach(storage, machine, index, backend)
     }
+
+    /// Connects an engine to the ring of a guest that another engine has served, as the ring is.
+    pub fn back(storage: &'a mut Storage, machine: Shared) -> Self {
+        machine.borrow_mut().closing = false;
+        let backend = TapBackend::new(machine.clone());
+        Self::join(storage, machine, backend)
+    }
 }
 
 impl<'a, B: Backend> World<'a, B> {
@@ -151,19 +158,26 @@ impl<'a, B: Backend> World<'a, B> {
         index: u32,
         backend: B,
     ) -> Self {
-        let (setup, size) = {
+        {
             let mut m = machine.borrow_mut();
-            // The rings of a guest that breaks the rules before it is served are refused.
-            m.lawful = true;
             m.front.start_at(index);
             m.taken = index;
             m.ring.store(REQ_PROD, index);
             m.ring.store(RSP_PROD, index);
             m.ring.store(RSP_EVENT, index.wrapping_add(1));
+        }
+        Self::join(storage, machine, backend)
+    }
+
+    fn join(storage: &'a mut Storage, machine: Shared, backend: B) -> Self {
+        let (setup, size) = {
+            let mut m = machine.borrow_mut();
+            // The rings of a guest that breaks the rules before it is served are refused.
+            m.lawful = true;
             (m.setup.clone(), m.ring.size())
         };
         let ring = BackRing::attach(FakeRing::new(machine.clone()), size)
-            .expect("indices are equal and the size is a power of two");
+            .expect("indices are possible and the size is a power of two");
         machine.borrow_mut().lawful = false;
         let engine = Engine::new(
             ring,

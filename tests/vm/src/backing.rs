@@ -113,6 +113,14 @@ pub(crate) fn linear(below: &str, sectors: u64) -> String {
     format!("0 {sectors} linear {below} 0")
 }
 
+/// The same, of a device that takes so many milliseconds for each write, and reads at once.
+pub(crate) fn slow_writes(below: &str, sectors: u64, milliseconds: u32) -> Result<String> {
+    sh::modprobe("dm-delay", &[])?;
+    Ok(format!(
+        "0 {sectors} delay {below} 0 0 {below} 0 {milliseconds}"
+    ))
+}
+
 /// The same, of a device that takes so many milliseconds for each request.
 pub(crate) fn delayed(below: &str, sectors: u64, milliseconds: u32) -> Result<String> {
     sh::modprobe("dm-delay", &[])?;

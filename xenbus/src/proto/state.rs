@@ -69,6 +69,30 @@ pub enum Rings {
     Draining,
 }
 
+/// How the serving of rings comes to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ending {
+    /// The frontend waits for answers: it gets one for each request that was taken, however long that takes.
+    Answered,
+    /// The frontend has given its requests up: it gets what answers the disk has soon.
+    Soon,
+    /// The frontend is gone: the rings are given back at once.
+    Now,
+}
+
+/// How rings are to be given back of a frontend in this state; `unbound` if the device has no driver any more.
+///
+/// Rings with requests that are not answered can never be served again: whoever attaches to them begins at the first
+/// slot without an answer, and answers that came out of order have taken the slots of requests that still wait. So a
+/// frontend that may go on with its rings is never left before it has all answers.
+pub fn ending(theirs: State, unbound: bool) -> Ending {
+    match theirs {
+        State::Initialised | State::Connected | State::Closing => Ending::Answered,
+        _ if unbound => Ending::Now,
+        _ => Ending::Soon,
+    }
+}
+
 /// Whether the toolstack wants a device to stay (the key `online`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Online {

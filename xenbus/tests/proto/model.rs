@@ -4,7 +4,7 @@
 
 use crate::machine::World;
 use std::collections::HashSet;
-use xenbus::proto::state::{step, step_asking, Action, Online, Rings, State, View};
+use xenbus::proto::state::{ending, step, step_asking, Action, Ending, Online, Rings, State, View};
 
 const BOTH: [bool; 2] = [false, true];
 const RINGS: [Rings; 3] = [Rings::None, Rings::Served, Rings::Draining];
@@ -237,5 +237,32 @@ fn numbers_that_are_no_state_are_unknown() {
     }
     for number in [9, 10, 255, 256, u32::MAX] {
         assert_eq!(State::from_number(number), State::Unknown);
+    }
+}
+
+/// Whatever view a device has whose rings are served: a frontend that could go on with them is not left before it has
+/// all answers, and nobody waits for one that is gone.
+#[test]
+fn rings_are_given_back_early_only_where_nobody_goes_on_with_them() {
+    for theirs in State::ALL {
+        let goes_on = every_view().into_iter().any(|view| {
+            let again = View {
+                theirs,
+                rings: Rings::None,
+                ..view
+            };
+            theirs == State::Closing || step(&again) == Action::Connect
+        });
+        for unbound in BOTH {
+            let how = ending(theirs, unbound);
+            assert_eq!(
+                how == Ending::Answered,
+                goes_on,
+                "{theirs:?}, unbound: {unbound}"
+            );
+            if !goes_on {
+                assert_eq!(how == Ending::Now, unbound, "{theirs:?}");
+            }
+        }
     }
 }

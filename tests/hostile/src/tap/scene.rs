@@ -51,9 +51,14 @@ impl Scene {
     /// The same, and waits until the process has them all.
     pub(crate) fn take(&mut self, count: u64) -> Result<Vec<u16>> {
         self.send(count)?;
+        self.fetch(count as usize)
+    }
+
+    /// Waits until the process has so many requests.
+    pub(crate) fn fetch(&self, count: usize) -> Result<Vec<u16>> {
         let mut tags = Vec::new();
         let start = Instant::now();
-        while tags.len() < count as usize {
+        while tags.len() < count {
             tags.extend(self.node.exchange(&[])?);
             ensure!(start.elapsed() < ANSWER, "{tags:?} of {count} requests");
         }

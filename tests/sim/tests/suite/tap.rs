@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use sim::process::{Moment, Plan};
 use sim::rng::fresh_seed;
-use sim::schedule::{run_served, run_two_guests, Served};
+use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves, Served};
 use sim::tap::Counts;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(3);
@@ -247,6 +247,19 @@ fn s16_s17_a_guest_that_goes_away_leaves_nothing_that_harms_the_next() {
         &plan,
         |seed, plan| run_two_guests(seed, plan, None),
         |sum, cases| sum.orphans > cases && sum.deaths > cases,
+    );
+}
+
+#[test]
+fn a_driver_that_leaves_a_guest_and_comes_back_answers_each_request_once() {
+    let plan = Plan {
+        sessions: 0,
+        ..deaths(Moment::Any)
+    };
+    run_cases(
+        &plan,
+        |seed, plan| run_rebound(seed, plan, Leaves::Answered),
+        |sum, cases| sum.under_way > cases && sum.deaths > cases && sum.orphans == 0,
     );
 }
 

@@ -9,7 +9,7 @@
 use sim::machine::Fault;
 use sim::negative::{self, CASES};
 use sim::process::{Moment, Plan};
-use sim::schedule::{run_served, run_two_guests};
+use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves};
 
 fn plan() -> Plan {
     Plan {
@@ -176,6 +176,19 @@ fn a_guest_that_is_served_while_there_are_orphans_is_found() {
         found += u64::from(reports.contains("cannot be posted"));
     }
     assert!(found >= CASES / 4, "found in {found} of {CASES} cases");
+}
+
+/// Who comes back begins at the first slot without an answer, where the answer of a later request may be.
+#[test]
+fn rings_that_are_given_back_before_all_is_answered_and_served_again_are_found() {
+    let plan = Plan {
+        deaths: 0,
+        ..plan()
+    };
+    let words = ["that nobody waits for"];
+    negative::must_find(&Leaves::AtOnce, CASES / 4, &words, |seed| {
+        run_rebound(seed, &plan, Leaves::AtOnce).problems
+    });
 }
 
 #[test]

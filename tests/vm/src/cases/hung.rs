@@ -120,7 +120,7 @@ pub(super) enum Pages {
 
 /// How long what must not wait for storage, which hangs until the case says otherwise, may take in an
 /// emulated machine.
-const QUICK: Duration = Duration::from_secs(60);
+pub(super) const QUICK: Duration = Duration::from_secs(60);
 
 /// A device of device mapper over null_blk that can be hung.
 pub(super) fn hangable(context: &mut Context) -> Result<Dm> {
@@ -152,7 +152,7 @@ fn quickly(what: &str, argv: &[&str]) -> Result<i32> {
 }
 
 /// Has the driver take or leave a device.
-fn bus(context: &Context, vbd: &Vbd, file: &str) -> Result<()> {
+pub(super) fn bus(context: &Context, vbd: &Vbd, file: &str) -> Result<()> {
     let driver = context.driver.bus_name();
     let name = vbd.sysfs();
     let name = name.file_name().unwrap_or_default().to_string_lossy();

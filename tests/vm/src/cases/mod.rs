@@ -32,6 +32,7 @@ mod own;
 mod permission;
 mod planted;
 mod played;
+mod rebind;
 mod reservation;
 mod restart;
 mod rings;
@@ -496,6 +497,7 @@ pub(crate) fn all() -> Vec<Case> {
         migrate::cases(),
         migrate_fails::cases(),
         hung::cases(),
+        rebind::cases(),
         ops::cases(),
         slow::cases(),
         groups::cases(),

@@ -32,7 +32,7 @@ pub(super) fn history(device: &str, rest: &str) -> String {
 }
 
 /// A disk that is removed with the case.
-fn played(context: &mut Context, fail_after_s: u32) -> Result<Played> {
+pub(super) fn played(context: &mut Context, fail_after_s: u32) -> Result<Played> {
     let disk = Played::create(MIB, fail_after_s)?;
     let theirs = disk.clone();
     context.at_end(format!("remove tap disk {}", disk.minor), move || {
@@ -43,7 +43,7 @@ fn played(context: &mut Context, fail_after_s: u32) -> Result<Played> {
 
 /// Attaches the disk to the guest, with the process serving. The first open waits for the end of the
 /// guest's search for partitions: afterwards it asks for nothing that a case does not make it ask for.
-fn attach(guest: &Guest, disk: &Played, process: &Process) -> Result<Vbd> {
+pub(super) fn attach(guest: &Guest, disk: &Played, process: &Process) -> Result<Vbd> {
     let specification = hotplug::played(disk.minor, VDEV)?;
     process.serve_while(|| {
         let vbd = guest.attach(&specification)?;
@@ -52,7 +52,7 @@ fn attach(guest: &Guest, disk: &Played, process: &Process) -> Result<Vbd> {
     })
 }
 
-fn detach(guest: &Guest, vbd: &Vbd, process: &Process) -> Result<()> {
+pub(super) fn detach(guest: &Guest, vbd: &Vbd, process: &Process) -> Result<()> {
     process.serve_while(|| guest.detach(vbd))
 }
 
@@ -76,7 +76,11 @@ fn read(block: u64) -> String {
 }
 
 /// Starts writes and waits until the process has each of them.
-fn deliver(guest: &Guest, process: &Process, writes: &[(u64, char)]) -> Result<Vec<Held>> {
+pub(super) fn deliver(
+    guest: &Guest,
+    process: &Process,
+    writes: &[(u64, char)],
+) -> Result<Vec<Held>> {
     let mut held = Vec::new();
     for (block, letter) in writes {
         let job = guest.start(&write(*block, *letter))?;
@@ -96,9 +100,9 @@ fn deliver(guest: &Guest, process: &Process, writes: &[(u64, char)]) -> Result<V
 }
 
 /// A command of the guest that waits for a request.
-struct Held {
-    job: crate::console::Job,
-    request: Request,
+pub(super) struct Held {
+    pub(super) job: crate::console::Job,
+    pub(super) request: Request,
 }
 
 /// The next process is given exactly what the last one had, in the order of its arrival.
@@ -122,12 +126,12 @@ fn check_replay(again: &[Request], held: &[Held]) -> Result<()> {
     Ok(())
 }
 
-fn finish(guest: &Guest, held: Vec<Held>) -> Result<()> {
+pub(super) fn finish(guest: &Guest, held: Vec<Held>) -> Result<()> {
     held.into_iter()
         .try_for_each(|one| succeeded(guest, one.job))
 }
 
-fn succeeded(guest: &Guest, job: crate::console::Job) -> Result<()> {
+pub(super) fn succeeded(guest: &Guest, job: crate::console::Job) -> Result<()> {
     let done = guest.wait(job, COMMAND)?;
     ensure!(
         done.rc == 0,
@@ -147,7 +151,7 @@ fn check_held_back(disk: &Played, process: &Process, waiting: u32) -> Result<()>
 }
 
 /// What the guest reads from a block, and what the image holds there.
-fn check_block(
+pub(super) fn check_block(
     guest: &Guest,
     disk: &Played,
     process: &Process,
