@@ -69,7 +69,8 @@ pub(crate) struct Bad {
     pub(crate) name: Name,
     pub(crate) error: Error,
     pub(crate) text: Result<CString>,
-    /// It may go well in a while, although nobody does anything: there was no memory, or xenstore did not answer.
+    /// It may go well in a while, although nobody does anything: there was no memory, xenstore did not answer, or
+    /// the device's own life before is not over.
     pub(crate) passes: bool,
 }
 
@@ -116,7 +117,8 @@ impl Disk {
                     device: device.number(),
                     writable,
                 };
-                (opener.attach_tap)(minor, attachment).map_err(|why| unavailable(minor, &why))?
+                (opener.attach_tap)(minor, attachment)
+                    .map_err(|why| unavailable(device, minor, &why))?
             }
         };
         Ok(Self {
@@ -148,7 +150,7 @@ fn open_block(major: u32, minor: u32, writable: bool) -> Result<Arc<dyn Connect>
     Ok(disk)
 }
 
-fn unavailable(minor: u32, why: &Unavailable) -> Bad {
+fn unavailable(to: &Device, minor: u32, why: &Unavailable) -> Bad {
     let name = Name::Tap(minor);
     match why {
         Unavailable::Missing => Bad::new(
@@ -156,6 +158,19 @@ fn unavailable(minor: u32, why: &Unavailable) -> Bad {
             ENOENT,
             fmt!("there is no tap disk {minor}: tap-minor names one before it is made"),
         ),
+        // The frontend has done nothing wrong, and must not be closed for that.
+        Unavailable::Attached { domain, device }
+            if (*domain, *device) == (to.otherend_id(), to.number()) =>
+        {
+            Bad {
+                passes: true,
+                ..Bad::new(
+                    name,
+                    EBUSY,
+                    fmt!("tap disk {minor} has I/O under way of an earlier connection of this device"),
+                )
+            }
+        }
         Unavailable::Attached { domain, device } => Bad::new(
             name,
             EBUSY,

@@ -182,6 +182,21 @@ pub(crate) fn touch_state(device: &Device) -> Result {
     })
 }
 
+/// Nothing is left of a device that was unbound: one that was Closing, by whomever, is Closed now. May sleep.
+pub(crate) fn close_after_unbind(device: &Device) -> Result {
+    if device.is_vanished() {
+        return Ok(());
+    }
+    let dir = device.nodename();
+    store::transaction(|t| match t.read_state(dir) {
+        Ok(State::Closing) => t.write_number(dir, c"state", State::Closed.number().into()),
+        Ok(_) => Ok(()),
+        // The toolstack has removed our directory: nobody is left to tell.
+        Err(error) if error == ENOENT => Ok(()),
+        Err(error) => Err(error),
+    })
+}
+
 /// Publishes the state `now` after `before`, unless it is there: a toolstack that takes a device away
 /// writes Closing itself, and the frontend has heard of it. Fails like [`publish_with_state`]. May sleep.
 pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Result {

@@ -99,7 +99,7 @@ impl Vbd {
 
     /// True if disk and frontend are ours alone. Otherwise the device was ours before, and its life then
     /// is not over: it tells when it is.
-    fn claim(self: &Arc<Self>, life: &mut Life) -> bool {
+    pub(super) fn claim(self: &Arc<Self>, life: &mut Life) -> bool {
         if life.claim.is_none() {
             let frontend = (self.device.otherend_id(), self.device.number());
             match Claim::new(frontend, self.clone()) {

@@ -279,6 +279,8 @@ impl Vbd {
         }
         // That of the bus goes when this returns, and the module must not go before what is left.
         self.hold.lock().module = ModuleReference::get();
+        // The bus would publish Closed now, if we are Closing. That is for `part` to do when it is true.
+        self.device.mark_unbound();
         self.unbound.store(true, Release);
         self.kick();
     }

@@ -172,6 +172,8 @@ impl Vbd {
             Action::StartClosing => self.publish(life, State::Closing),
             // How, `end_draining` says.
             Action::Disconnect => life.draining = true,
+            // Whoever was bound to the device before may still have rings and disk.
+            Action::Close | Action::Leave if !self.claim(life) => return Next::Rest,
             Action::Close => self.publish(life, State::Closed),
             Action::Leave => life.leaving = true,
             Action::Refuse => {
@@ -228,6 +230,11 @@ impl Vbd {
         }
         if let Some(disk) = life.disk.take() {
             self.send(&mut life, Job::Close(disk));
+            return;
+        }
+        if let Err(error) = offer::close_after_unbind(&self.device) {
+            self.device.report(error, c"state Closed cannot be written");
+            self.kick_after(ASK_AGAIN);
             return;
         }
         life.over = true;

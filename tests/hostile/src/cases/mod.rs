@@ -19,6 +19,7 @@ mod tap_maps;
 mod tap_queues;
 mod tap_recalls;
 mod tap_spoiled;
+mod tap_unbound;
 mod tap_uring;
 
 use crate::lab::Lab;
@@ -81,6 +82,7 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Tap, tap_maps::all()),
         (Meets::Tap, tap_extents::all()),
         (Meets::Tap, tap_recalls::all()),
+        (Meets::Tap, tap_unbound::all()),
         (Meets::Tap, tap_spoiled::all()),
         (Meets::Tap, tap_queues::all()),
         (Meets::Tap, tap_uring::all()),

@@ -5,18 +5,18 @@ use super::{case, tap_life, Case};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, WIDE};
-use crate::tap::scene::{self, wait_status};
+use crate::tap::scene::wait_status;
 use crate::tap::server::{answer, Manner, Pipe, Server, Store};
 use crate::tap::{expect, query, Node, TapDisk};
 use crate::vbd::{state, Mode, Vbd};
 use crate::wait;
 use crate::wire::{flush, rw, ERROR, OKAY};
 use anyhow::{ensure, Context, Result};
-use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE, REQ_PROD};
+use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
 use ring::tap::abi::{GEOMETRY_READ_ONLY, STATE_FENCING, STATE_IDLE, STATE_LIVE};
 use std::fs;
 use std::io::Read;
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 /// From the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
@@ -67,10 +67,6 @@ pub(super) fn all() -> Vec<Case> {
         case!(
             tap_life::tap_fails_while_fenced,
             "the same while a dead process is fenced: only what it never had"
-        ),
-        case!(
-            tap_life::tap_driver_taken_away,
-            "the driver is unbound between answers, with and without a process: it comes back, or the guest goes"
         ),
         case!(
             tap_life::tap_stopped,
@@ -555,119 +551,6 @@ fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
         "{failed:?}"
     );
     scene.finish()
-}
-
-fn tap_driver_taken_away(lab: &mut Lab) -> Result<()> {
-    [false, true]
-        .into_iter()
-        .try_for_each(|dies| taken_and_given_back(lab, dies))?;
-    taken_and_destroyed(lab)
-}
-
-/// Has the driver take or leave a device; nobody waits for that who writes there.
-fn driver(file: &str, name: &str) -> Result<()> {
-    let path = format!("/sys/bus/xen-backend/drivers/xen-blkback-rs/{file}");
-    let start = Instant::now();
-    fs::write(&path, name).with_context(|| format!("cannot write {path}"))?;
-    let took = start.elapsed();
-    ensure!(took < CLOSED, "a writer to `{file}` waited for {took:?}");
-    Ok(())
-}
-
-/// Eight writes of one queue, of which the process has answered the sixth, which is in the place of the first. Returns
-/// also the tags of the others.
-fn answered_out_of_order(lab: &Lab) -> Result<(scene::Scene, Vec<u16>)> {
-    let mut scene = scene::Scene::new(lab)?;
-    let segs = scene.session.segs(1);
-    let queue = scene.session.queue();
-    (0..8).for_each(|id| queue.push(&rw(OP_WRITE, id, id * 8, &segs)));
-    queue.publish()?;
-    let mut tags = scene.fetch(8)?;
-    answer(&scene.node, &scene.store, &[tags.remove(5)])?;
-    let first = scene.session.queue().wait(1, ANSWER)?;
-    ensure!(
-        first.iter().all(|one| one.id == 5 && one.status == OKAY),
-        "{first:?}"
-    );
-    Ok((scene, tags))
-}
-
-/// Each request is answered once, those from before, from meanwhile and from after.
-fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
-    let (scene, held) = answered_out_of_order(lab)?;
-    let scene::Scene {
-        mut session,
-        store,
-        node,
-        disk,
-    } = scene;
-    let node = (!dies).then_some(node);
-    let name = format!("vbd-0-{}", session.vbd.devid());
-    driver("unbind", &name)?;
-    let segs = session.segs(1);
-    let queue = session.queue();
-    (8..12).for_each(|id| queue.push(&rw(OP_WRITE, id, id * 8, &segs)));
-    queue.word(REQ_PROD).store(queue.prod(), Release);
-    driver("bind", &name)?;
-    session
-        .vbd
-        .wait_back("an offer after the return", &[state::INIT_WAIT])?;
-    let info = disk.info()?;
-    ensure!(
-        info.domain == 0 && info.waiting + info.delivered == 7,
-        "requests of a guest that waits were forgotten: {info:?}"
-    );
-    let node = match node {
-        Some(node) => {
-            answer(&node, &store, &held)?;
-            node
-        }
-        None => disk.start()?,
-    };
-    scene::while_served(&node, &store, || {
-        session
-            .vbd
-            .wait_back("Connected after the return", &[state::CONNECTED])?;
-        let mut answers = session.queue().wait(11, ANSWER)?;
-        answers.sort_unstable_by_key(|answer| answer.id);
-        let ids: Vec<u64> = answers.iter().map(|answer| answer.id).collect();
-        ensure!(
-            ids == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11],
-            "the answers are for {ids:?}"
-        );
-        ensure!(
-            answers.iter().all(|answer| answer.status == OKAY),
-            "good requests failed: {answers:?}"
-        );
-        Ok(())
-    })?;
-    let scene = scene::Scene {
-        session,
-        store,
-        node,
-        disk,
-    };
-    scene.finish()
-}
-
-/// A guest that goes while its disk has no driver takes nothing with it, and leaves nothing behind.
-fn taken_and_destroyed(lab: &mut Lab) -> Result<()> {
-    let (scene, _) = answered_out_of_order(lab)?;
-    let scene::Scene {
-        session,
-        node,
-        disk,
-        ..
-    } = scene;
-    driver("unbind", &format!("vbd-0-{}", session.vbd.devid()))?;
-    ensure!(disk.info()?.domain == 0, "{:?}", disk.info());
-    session.vbd.destroy()?;
-    disk.wait("the end of the connection", |info| {
-        info.domain == u32::MAX && info.waiting == 0
-    })?;
-    drop(node);
-    disk.wait("the end of the fence", |info| info.state == STATE_IDLE)?;
-    disk.destroy()
 }
 
 fn tap_stopped(lab: &mut Lab) -> Result<()> {

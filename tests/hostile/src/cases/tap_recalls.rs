@@ -56,7 +56,7 @@ fn mark(page: usize) -> u32 {
 }
 
 /// The device stands still, and the guest has sent as many writes of a page, which the kernel is executing.
-fn stop_under_writes(
+pub(super) fn stop_under_writes(
     device: &Stoppable,
     disk: &TapDisk,
     session: &mut Session,

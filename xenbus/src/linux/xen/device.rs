@@ -16,6 +16,7 @@ use kernel::bindings;
 use kernel::ffi::c_char;
 use kernel::prelude::*;
 use kernel::str::CString;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 
 /// A counted reference to a `struct xenbus_device`.
 ///
@@ -27,6 +28,8 @@ pub(crate) struct Device {
     nodename: CString,
     otherend: CString,
     otherend_id: u16,
+    /// The bus takes it from its driver.
+    unbound: AtomicFlag,
 }
 
 // SAFETY: The device is reference counted and its fields that we use do not change.
@@ -62,6 +65,7 @@ impl Device {
             nodename,
             otherend,
             otherend_id,
+            unbound: AtomicFlag::new(false),
         })
     }
 
@@ -113,8 +117,20 @@ impl Device {
     /// Tells the bus which state was published: sysfs shows it, and a driver that the device is
     /// bound to later goes on from it. The caller is the only one to do so.
     pub(crate) fn note_state(&self, state: State) {
+        if self.unbound.load(Acquire) {
+            return;
+        }
         // SAFETY: By the type invariant; readers of the field expect it to change at any time.
         unsafe { sys::xbr_dev_set_state(self.as_raw(), state.number()) };
+    }
+
+    /// The bus is taking the device from its driver, which may need long to give everything back. To be called in
+    /// `remove`: after that `xenbus_dev_remove` writes Closed where xenstore has Closing, unless the device's own state
+    /// is Closed (`__xenbus_switch_state`). So it is made that, and the caller writes Closed when it is true.
+    pub(crate) fn mark_unbound(&self) {
+        self.unbound.store(true, Release);
+        // SAFETY: By the type invariant; readers of the field expect it to change at any time.
+        unsafe { sys::xbr_dev_set_state(self.as_raw(), State::Closed.number()) };
     }
 
     /// Tells the administrator what is wrong with this device: in xenstore's error directory,
