@@ -3,15 +3,46 @@
 //! A queue's backend, by way of its guest's side and the trace points.
 
 use crate::engine::{Backend, Io, IoKind};
+use crate::events::DeviceEvents;
 use crate::linux::xen::guest_side::Held;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
+use kernel::sync::Arc;
+
+/// The mark of a queue that has given ring and event channel back; after a drain also the disk.
+pub(crate) struct Detached {
+    mark: AtomicFlag,
+    events: Arc<dyn DeviceEvents>,
+}
+
+impl Detached {
+    /// That of a queue that has both, for this device.
+    pub(crate) fn new(events: Arc<dyn DeviceEvents>) -> Self {
+        Self {
+            mark: AtomicFlag::new(false),
+            events,
+        }
+    }
+
+    /// It has given them back: the device's work looks at the mark.
+    pub(crate) fn set(&self) {
+        self.mark.store(true, Release);
+        self.events.clone().reconcile();
+    }
+
+    /// True if it has.
+    pub(crate) fn is_set(&self) -> bool {
+        self.mark.load(Acquire)
+    }
+}
 
 /// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
 /// can be given back without its thread.
 pub(crate) struct Away<'a, B> {
     pub(crate) backend: B,
     pub(crate) guest: &'a Held,
+    pub(crate) detached: &'a Detached,
 }
 
 impl<B: Backend> Backend for Away<'_, B> {
@@ -20,7 +51,9 @@ impl<B: Backend> Backend for Away<'_, B> {
         let batch = batch.inspect(|io| {
             traced.submit(io.tag.number(), io.kind.number(), io.sector, io.sectors);
         });
-        self.guest.away(|| self.backend.submit(batch));
+        let detached = self.detached;
+        self.guest
+            .away(|| detached.set(), || self.backend.submit(batch));
     }
 
     fn can_resume(&self) -> bool {
@@ -28,7 +61,9 @@ impl<B: Backend> Backend for Away<'_, B> {
     }
 
     fn resume(&mut self) {
-        self.guest.away(|| self.backend.resume());
+        let detached = self.detached;
+        self.guest
+            .away(|| detached.set(), || self.backend.resume());
     }
 
     fn is_bound(&self, unfinished: u16) -> bool {

@@ -8,7 +8,7 @@
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
-use crate::away::Away;
+use crate::away::{Away, Detached};
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
@@ -35,7 +35,7 @@ use crate::ring::index::BackRing;
 use crate::ring::request::Limits;
 use crate::totals::{Tally, Totals};
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic, AtomicFlag};
+use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::sync::Arc;
 
 /// What the thread is to do.
@@ -77,8 +77,7 @@ struct Control {
     wake_event: Arc<WakeEvent>,
     /// A [`Command`]; only ever raised.
     command: Atomic<u32>,
-    /// Ring and event channel are given back; after a drain also the disk.
-    detached: AtomicFlag,
+    detached: Detached,
 }
 
 impl Control {
@@ -90,10 +89,6 @@ impl Control {
             3 => Command::Finish,
             _ => Command::Abandon,
         }
-    }
-
-    fn mark_detached(&self) {
-        self.detached.store(true, Release);
     }
 }
 
@@ -162,7 +157,7 @@ impl<D: QueueBackends> Prepared<D> {
         let control = Control {
             wake_event,
             command: Atomic::new(Command::Wait as u32),
-            detached: AtomicFlag::new(false),
+            detached: Detached::new(setup.events.clone()),
         };
         let control =
             Arc::new(control, GFP_KERNEL).map_err(|error| step(NO_MEMORY, error.into()))?;
@@ -225,7 +220,7 @@ impl Queue {
     pub(crate) fn end(&self, ending: Ending) {
         self.tell(ending.into());
         if ending == Ending::Now && self.guest.take() {
-            self.control.mark_detached();
+            self.control.detached.set();
         }
     }
 
@@ -236,7 +231,7 @@ impl Queue {
 
     /// True once nothing of the guest is mapped or bound any more.
     pub(crate) fn is_detached(&self) -> bool {
-        self.control.detached.load(Acquire)
+        self.control.detached.is_set()
     }
 }
 
@@ -294,8 +289,8 @@ impl<D: QueueBackends> Server<D> {
             mut state,
         } = self;
         let disk = state.disk.clone();
-        // These outlast it.
-        let (events, control) = (state.events.clone(), state.control.clone());
+        // This outlasts it.
+        let control = state.control.clone();
         while control.command() == Command::Wait {
             control.wake_event.wait();
         }
@@ -306,13 +301,10 @@ impl<D: QueueBackends> Server<D> {
             // takes it apart as soon as the state is Closed.
             drop(state);
             drop(disk);
-            control.mark_detached();
-            // The work that this queues looks at the mark.
-            events.reconcile();
+            control.detached.set();
             return;
         }
-        control.mark_detached();
-        events.reconcile();
+        control.detached.set();
         while rest.drain() {
             control.wake_event.wait();
         }
@@ -412,6 +404,7 @@ impl<D: QueueBackends> State<D> {
             Away {
                 backend: &mut self.backend,
                 guest,
+                detached: &self.control.detached,
             },
             Tables {
                 slots: &mut self.slots,

@@ -98,14 +98,16 @@ impl Held {
         unsafe { (*self.shared.side.get()).as_ref() }.map(body)
     }
 
-    /// Runs `body`, which may sleep long and must not need the guest. Afterwards everything may be gone.
-    pub(crate) fn away<R>(&self, body: impl FnOnce() -> R) -> R {
+    /// Runs `body`, which may sleep long and must not need the guest. Afterwards everything may be gone. If it is given
+    /// back before, because it was wanted already, `gone` is called first.
+    pub(crate) fn away<R>(&self, gone: impl FnOnce(), body: impl FnOnce() -> R) -> R {
         if self.gone.get() || self.away.get() {
             return body();
         }
         if self.shared.state.cmpxchg(0, AWAY, Full).is_err() {
             // It is wanted, and nobody but us is left to give it back.
             self.let_go();
+            gone();
             return body();
         }
         self.away.set(true);
