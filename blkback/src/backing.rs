@@ -93,6 +93,9 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
         false
     }
 
+    /// Segments of an indirect request that it offers to a frontend: no host offers fewer for this disk.
+    fn offered_segments(&self) -> u16;
+
     /// How it is served, if that can change.
     fn status(&self) -> Option<Status> {
         None
@@ -110,6 +113,8 @@ pub(crate) struct Needs<'a> {
     pub(crate) index: u32,
     /// Of how many.
     pub(crate) queues: u32,
+    /// Segments of the largest request that its guest may send.
+    pub(crate) segments: u16,
     /// Slots of its ring: requests in flight at most.
     pub(crate) depth: u16,
     /// The guest keeps its pages granted, and knows that they stay mapped.

@@ -10,8 +10,7 @@ use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
 use crate::linux::xen::device::Device;
 use crate::linux::xen::store;
-use crate::offer;
-use crate::proto::frontend;
+use crate::proto::frontend::{self, Offer};
 use crate::proto::state::Ending;
 use crate::queue::{Prepared, Queue, Setup, ThreadEnds};
 use crate::ring::abi::Protocol;
@@ -33,6 +32,8 @@ pub(crate) struct Peer<'a> {
     pub(crate) device: &'a Arc<Device>,
     /// What the guest may do.
     pub(crate) limits: &'a Limits,
+    /// What its frontend may ask for.
+    pub(crate) offer: &'a Offer,
     /// A guest that keeps its pages granted is told that they stay mapped.
     pub(crate) keeps_grants: bool,
 }
@@ -110,7 +111,7 @@ impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
     fn new<D: QueueBackends>(disk: &Arc<D>, peer: &Peer<'_>) -> Result<Arc<Self>, ConnectError> {
         let dir: &Device = peer.device;
-        let request = frontend::Request::read(dir, &offer::offer())?;
+        let request = frontend::Request::read(dir, peer.offer)?;
         let mut limits = *peer.limits;
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;

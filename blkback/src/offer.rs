@@ -20,11 +20,15 @@ const INFO_READONLY: u64 = 4;
 
 /// Pages that the frontend keeps granted stay mapped.
 const PERSISTENT_KEY: &CStr = c"feature-persistent";
+/// Queues of a frontend at most.
+const QUEUES_KEY: &CStr = c"multi-queue-max-queues";
+/// Size of a ring at most, as a power of two of pages.
+const ORDER_KEY: &CStr = c"max-ring-page-order";
 /// Segments of an indirect request.
 const SEGMENTS_KEY: &CStr = c"feature-max-indirect-segments";
 
-/// What a frontend may ask for, as published at InitWait.
-pub(crate) fn offer() -> Offer {
+/// What a frontend may ask for that was not offered anything before.
+fn usual_offer() -> Offer {
     Offer {
         max_queues: params::max_queues(),
         max_ring_order: params::max_ring_order(),
@@ -32,18 +36,27 @@ pub(crate) fn offer() -> Offer {
     }
 }
 
-/// Publishes what a frontend may ask for, with the state InitWait after `before`. May sleep.
-pub(crate) fn publish_offer(device: &Device, before: State) -> Result {
+/// Publishes what the frontend, which is in the state `theirs`, may ask for, with the state InitWait after `before`, and
+/// returns it. May sleep.
+pub(crate) fn publish_offer(device: &Device, before: State, theirs: State) -> Result<Offer> {
     let dir = device.nodename();
-    let offer = offer();
+    let mut offer = usual_offer();
     publish_with_state(device, before, State::InitWait, |t| {
+        if matches!(theirs, State::Initialised | State::Connected) {
+            // It has chosen from what was offered by whoever had the device before, and does not choose again.
+            let queues = t.read_number(dir, QUEUES_KEY)?;
+            let order = t.read_number(dir, ORDER_KEY)?;
+            offer = offer.with_earlier(queues, order, params::QUEUES);
+        }
         let segments = params::max_indirect_segments();
-        if segments > 0 {
+        let is_told = theirs == State::Connected && t.read_number(dir, SEGMENTS_KEY)?.is_some();
+        if segments > 0 && !is_told {
             t.write_number(dir, SEGMENTS_KEY, segments.into())?;
         }
-        t.write_number(dir, c"multi-queue-max-queues", offer.max_queues.into())?;
-        t.write_number(dir, c"max-ring-page-order", offer.max_ring_order.into())
-    })
+        t.write_number(dir, QUEUES_KEY, offer.max_queues.into())?;
+        t.write_number(dir, ORDER_KEY, offer.max_ring_order.into())
+    })?;
+    Ok(offer)
 }
 
 /// A disk as one device offers it.
@@ -57,6 +70,8 @@ pub(crate) struct Features {
     keeps_grants: bool,
     /// The frontend is told that they do.
     persistent: bool,
+    /// Segments of the largest indirect request.
+    segments: u16,
 }
 
 impl Features {
@@ -70,13 +85,21 @@ impl Features {
             && limits.discard_granularity.is_some()
             && !value_is(device, c"discard-enable", b"0")?;
         let keeps_grants = disk.keeps_grants();
+        let offered = params::max_indirect_segments().min(disk.offered_segments());
+        // A frontend that is connected, to whoever had the device before, does not look again. It fails if a page that
+        // it did not expect so stays mapped, and goes on to send requests of the size that it was told.
+        let (persistent, segments) = match is_connected(device)? {
+            true => (value_is(device, PERSISTENT_KEY, b"1")?, told_segments(device)?),
+            false => (keeps_grants, offered),
+        };
         Ok(Self {
             device: limits,
             read_only,
             cdrom,
             discard,
             keeps_grants,
-            persistent: is_told_persistent(device, keeps_grants)?,
+            persistent,
+            segments,
         })
     }
 
@@ -91,7 +114,7 @@ impl Features {
             sectors: self.device.sectors,
             block_sectors: (self.device.logical_block / 512).max(1),
             read_only: self.read_only,
-            max_indirect_segments: params::max_indirect_segments(),
+            max_indirect_segments: self.segments,
             flush: self.device.write_cache && !self.read_only,
             barrier: self.device.write_cache && !self.read_only,
             discard: self.discard,
@@ -248,17 +271,21 @@ fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) ->
     })
 }
 
-/// What the frontend is told of pages that it keeps granted, of a disk for which that is `wanted`. One that is
-/// connected, to whoever had the device before, does not look again, and fails if a page that it did not expect so
-/// stays mapped.
-fn is_told_persistent(device: &Device, wanted: bool) -> Result<bool> {
+/// True if the frontend is connected already. One that is gone is not, which others will see.
+fn is_connected(device: &Device) -> Result<bool> {
     match store::read_state(device.otherend()) {
-        Ok(State::Connected) => value_is(device, PERSISTENT_KEY, b"1"),
-        Ok(_) => Ok(wanted),
-        // It is gone, which others will see.
+        Ok(state) => Ok(state == State::Connected),
         Err(error) if error == ENOENT => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Segments of the largest indirect request, as our directory tells the frontend.
+fn told_segments(device: &Device) -> Result<u16> {
+    let told = store::read_number(device.nodename(), SEGMENTS_KEY)?;
+    let told = told.unwrap_or(0).min(params::MOST_SEGMENTS.into());
+    // CAST: not more than a `u16`.
+    Ok(told as u16)
 }
 
 /// True if a key of the backend's directory has this value.

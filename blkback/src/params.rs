@@ -9,7 +9,7 @@ use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
 use kernel::prelude::*;
 
 /// Queues that a frontend may have at most, whatever the parameter says.
-const QUEUES: u32 = 64;
+pub(crate) const QUEUES: u32 = 64;
 /// Data pages of one queue at most, whatever the parameters say.
 const PAGES: u32 = 8192;
 /// Data pages that a queue has for ever: what the engine needs for any request.
@@ -29,11 +29,14 @@ pub(crate) fn max_ring_order() -> u8 {
     parameter(module_parameters::max_ring_page_order.value()).min(u32::from(MAX_RING_ORDER)) as u8
 }
 
+/// Segments of an indirect request at most, whatever the parameter says.
+pub(crate) const MOST_SEGMENTS: u16 = SEGMENTS_PER_INDIRECT_PAGE;
+
 /// Segments of an indirect request offered to a frontend; 0 offers no indirect requests.
 pub(crate) fn max_indirect_segments() -> u16 {
-    let max = u32::from(SEGMENTS_PER_INDIRECT_PAGE);
-    // CAST: at most 512.
-    parameter(module_parameters::max_indirect_segments.value()).min(max) as u16
+    let wanted = parameter(module_parameters::max_indirect_segments.value());
+    // CAST: not more than a `u16`.
+    wanted.min(MOST_SEGMENTS.into()) as u16
 }
 
 /// Segments up to which data is copied; larger requests are mapped.
@@ -118,13 +121,14 @@ impl PoolSizes {
     }
 }
 
-/// Data pages of a queue whose ring has so many slots, of a guest that keeps its pages granted or does not.
+/// Data pages of a queue whose ring has so many slots, of a guest that keeps its pages granted or does not and whose
+/// largest indirect request has so many segments.
 ///
 /// Each pool that is used can hold the largest request; beyond that each slot can have as many pages
 /// as the requests have that Linux guests send by default: 32 segments at most. All but a few of
 /// them are borrowed while they are needed.
-pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool) -> PoolSizes {
-    let largest = u32::from(max_indirect_segments()).max(11);
+pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool, segments: u16) -> PoolSizes {
+    let largest = u32::from(segments).max(11);
     let size = |per_slot: u32, most: u32| {
         let pages = slots.saturating_mul(per_slot).min(most.min(PAGES));
         // CAST: at most `PAGES`.

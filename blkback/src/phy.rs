@@ -43,6 +43,10 @@ impl BackingDisk for BlockDevice {
         params::keeps_grants() && !self.wants_stable_pages()
     }
 
+    fn offered_segments(&self) -> u16 {
+        u16::MAX
+    }
+
     fn prepare(&self) -> Result<(), ConnectError> {
         // What this domain's page cache holds may be older than what the guest writes.
         self.drop_cache().map_err(|error| {
@@ -60,7 +64,7 @@ impl QueueBackends for BlockDevice {
     }
 
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
-        let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants);
+        let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants, needs.segments);
         let mut lease = Lease::new(needs.domain, bytes(&sizes, needs.depth))?;
         // A guest can change its pages while the device has them. Where that is more than its own loss, because a
         // checksum that is wrong ends a connection that other disks have, too, everything is copied. Mappings are a

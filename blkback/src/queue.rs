@@ -334,6 +334,7 @@ impl<D: QueueBackends> State<D> {
             domain,
             index,
             queues: setup.request.queues,
+            segments: setup.limits.max_indirect_segments,
             depth: slots,
             keeps_grants: setup.keeps_grants,
             wake_event: &control.wake_event,

@@ -10,32 +10,13 @@ use crate::linux::memory::pages::Pages;
 use crate::params;
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi::{Desc, Segment};
-use crate::ring::tap::checked::MAX_ARENA_KIB;
+use crate::ring::tap::arena::{self, MAX_SEGMENTS};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// Segments of a request at most: the stride of the segment table.
-pub(crate) const MAX_SEGMENTS: u16 = 256;
 const PAGE: u32 = 4096;
 const DESC_SIZE: u32 = size_of::<Desc>() as u32;
 const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
-
-/// Segments of the largest request that is not indirect: what each queue must hold.
-pub(crate) const MIN_SEGMENTS: u16 = 11;
-/// An arena unless its maker wants another one, in KiB: 16 requests of 128 KiB, the largest that
-/// Linux sends by default, are enough for a device to be busy while others are prepared.
-const USUAL_ARENA_KIB: u32 = 2 << 10;
-
-/// KiB of an arena of which nothing is said: it has room for as many queues as a guest may have.
-fn usual_arena_kib() -> u32 {
-    let least = params::max_queues()
-        .saturating_mul(MIN_SEGMENTS.into())
-        .saturating_mul(PAGE / 1024);
-    least
-        .div_ceil(1024)
-        .saturating_mul(1024)
-        .clamp(USUAL_ARENA_KIB, MAX_ARENA_KIB)
-}
 
 /// The memory of a disk.
 pub(crate) struct Areas {
@@ -48,10 +29,9 @@ pub(crate) struct Areas {
 }
 
 impl Areas {
-    /// Reserves the memory for an arena of so many KiB, or of the usual size. May sleep.
+    /// Reserves the memory for an arena of at least so many KiB, or of the usual size. May sleep.
     pub(crate) fn new(arena_kib: Option<u32>) -> Result<Self> {
-        let arena_kib = arena_kib.unwrap_or_else(usual_arena_kib);
-        let pages = u16::try_from(arena_kib / 4).map_err(|_| EINVAL)?;
+        let pages = arena::pages(arena_kib, params::max_queues());
         // Most requests have more than one page; a queue that runs out of tags waits.
         let tags = (pages / 2).clamp(1, crate::ring::tap::abi::MAX_TAGS as u16);
         let whole = |bytes: u32| bytes.div_ceil(PAGE);

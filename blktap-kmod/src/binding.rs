@@ -2,7 +2,6 @@
 
 //! A disk as the device to which it is bound sees it.
 
-use super::areas::{MAX_SEGMENTS, MIN_SEGMENTS};
 use super::backend::TapQueue;
 use super::disk::TapDisk;
 use super::place::Place;
@@ -18,6 +17,7 @@ use crate::linux::xen::grant::GuestGrants;
 use crate::memory::Lease;
 use crate::params;
 use crate::ring::tap::abi::{STATE_FENCING, STATE_LIVE};
+use crate::ring::tap::arena::{self, share, MAX_SEGMENTS, MIN_SEGMENTS};
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
 
@@ -128,6 +128,10 @@ impl BackingDisk for Binding {
         params::keeps_grants() && self.disk.may_use_mapped()
     }
 
+    fn offered_segments(&self) -> u16 {
+        arena::offered(self.disk.areas.arena_pages())
+    }
+
     fn prepare(&self) -> Result<(), ConnectError> {
         // Nobody but the process sees the disk in this domain: there is no cache of it.
         if self.writable && self.limits().read_only {
@@ -204,7 +208,7 @@ impl Binding {
         if !needs.keeps_grants || !self.disk.has_backings() {
             return None;
         }
-        let count = params::pool_sizes(needs.depth.into(), true).map;
+        let count = params::pool_sizes(needs.depth.into(), true, needs.segments).map;
         let each = size_of::<Mapping>().saturating_add(size_of::<SegmentEntry>());
         let bytes = usize::from(count).saturating_mul(each);
         let bytes = bytes.saturating_add(GuestGrants::bytes(count));
@@ -224,10 +228,4 @@ fn too_small() -> ConnectError {
         "the disk's arena is too small for so many queues: make the disk with a larger one, or set max_queues",
         EINVAL,
     )
-}
-
-/// What each of `queues` queues gets of `total`.
-fn share(total: u16, queues: u32) -> u16 {
-    // CAST: not more than `total`.
-    u32::from(total).checked_div(queues).unwrap_or(0) as u16
 }

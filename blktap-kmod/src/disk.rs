@@ -297,7 +297,7 @@ impl TapDisk {
             version: abi::VERSION,
             minor: self.minor,
             features: abi::FEATURES,
-            max_segments: super::areas::MAX_SEGMENTS.into(),
+            max_segments: crate::ring::tap::arena::MAX_SEGMENTS.into(),
             descriptors_len: self.areas.descriptors_len(),
             segments_offset: self.areas.segments_offset(),
             arena_len: self.areas.arena_len(),

@@ -157,7 +157,7 @@ impl Vbd {
     }
 
     fn try_connect(self: &Arc<Self>, life: &mut Life) -> Result<(), ConnectError> {
-        let Some(disk) = &mut life.disk else {
+        let (Some(disk), Some(offer)) = (&mut life.disk, &life.offer) else {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
         let features = Features::read(&self.device, &*disk.backing)
@@ -168,6 +168,7 @@ impl Vbd {
             totals: &self.totals,
             device: &self.device,
             limits: &limits,
+            offer,
             keeps_grants: features.keeps_grants(),
         })?;
         disk.sectors = limits.sectors;

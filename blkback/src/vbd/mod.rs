@@ -34,6 +34,7 @@ use crate::linux::xen::claims::{Claim, Waiter};
 use crate::linux::xen::device::Device;
 use crate::linux::xen::driver::Attribute;
 use crate::linux::xen::watch::{InXenwatch, Watch};
+use crate::proto::frontend::Offer;
 use crate::proto::state::State;
 use crate::storage::Errand;
 use crate::totals::Totals;
@@ -133,6 +134,8 @@ struct Life {
     errand: Errand,
     /// The disk was got ready for the connect that is to follow.
     prepared: bool,
+    /// What the frontend was offered.
+    offer: Option<Offer>,
     /// Disk and frontend are ours alone.
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
@@ -159,6 +162,7 @@ impl Life {
         bad_disk: None,
         errand: Errand::None,
         prepared: false,
+        offer: None,
         claim: None,
         connection: None,
         late: Late::NEW,

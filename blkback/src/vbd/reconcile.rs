@@ -152,7 +152,9 @@ impl Vbd {
                 return Next::Rest;
             }
             Action::Offer => {
-                let offered = offer::publish_offer(&self.device, life.state.now());
+                let theirs = State::from_number(self.theirs.load(Acquire));
+                let offered = offer::publish_offer(&self.device, life.state.now(), theirs)
+                    .map(|offer| life.offer = Some(offer));
                 if offered == Err(offer::TAKEN_AWAY) {
                     self.taken_away(life);
                     return Next::Look;

@@ -41,6 +41,21 @@ pub struct Offer {
     pub default_protocol: Protocol,
 }
 
+impl Offer {
+    /// This offer for a frontend that was offered `queues` and `order` before, as far as this backend can serve them:
+    /// `most_queues` at most.
+    pub fn with_earlier(self, queues: Option<u32>, order: Option<u32>, most_queues: u32) -> Self {
+        let queues = queues.unwrap_or(0).min(most_queues);
+        let order = order.unwrap_or(0).min(MAX_RING_ORDER.into());
+        Self {
+            max_queues: self.max_queues.max(queues),
+            // CAST: at most `MAX_RING_ORDER`.
+            max_ring_order: self.max_ring_order.max(order as u8),
+            ..self
+        }
+    }
+}
+
 /// What the frontend asks for, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {

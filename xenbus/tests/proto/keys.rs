@@ -108,6 +108,33 @@ impl Directory for Fake {
     }
 }
 
+/// The driver is loaded anew below a frontend that is connected, with smaller parameters.
+#[test]
+fn a_frontend_keeps_the_queues_and_rings_that_it_was_offered() {
+    let mut fake = Fake::plain()
+        .with("multi-queue-num-queues", "2")
+        .with("ring-page-order", "1");
+    for (queue, key) in
+        (0..2).flat_map(|q| ["ring-ref0", "ring-ref1", "event-channel"].map(|k| (q, k)))
+    {
+        fake.set(&format!("queue-{queue}/{key}"), b"7");
+    }
+    let small = Offer {
+        max_queues: 1,
+        max_ring_order: 0,
+        ..OFFER
+    };
+    assert!(fake.connect(&small).is_err());
+    let kept = small.with_earlier(Some(2), Some(1), 64);
+    let (request, rings) = fake.connect(&kept).unwrap();
+    assert_eq!((request.queues, request.order, rings.len()), (2, 1, 2));
+    // An earlier driver that offered less, or nothing, takes nothing away, and none makes this one offer what it cannot do.
+    assert_eq!(OFFER.with_earlier(Some(1), Some(0), 64), OFFER);
+    assert_eq!(OFFER.with_earlier(None, None, 64), OFFER);
+    let most = OFFER.with_earlier(Some(u32::MAX), Some(u32::MAX), 64);
+    assert_eq!((most.max_queues, most.max_ring_order), (64, 4));
+}
+
 const OFFER: Offer = Offer {
     max_queues: 4,
     max_ring_order: 4,

@@ -4,6 +4,7 @@
 //! says, the shadow of the requests that it has not answered, and the map of what needs no process.
 
 pub mod abi;
+pub mod arena;
 pub mod checked;
 pub mod extent;
 pub mod map;

@@ -2,6 +2,7 @@
 
 //! The device of a disk that a process serves: its shadow, its map, its checks, its layout.
 
+mod arena;
 mod changes;
 mod checked;
 mod direct;

@@ -4,7 +4,7 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::memory::Parameter;
-use super::{load_driver, Case, Context, Needs};
+use super::{load_driver, start_driver, Case, Context, Needs};
 use crate::backing::{linear, Dm};
 use crate::console::Job;
 use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
@@ -47,6 +47,13 @@ pub(super) fn cases() -> Vec<Case> {
             "the driver leaves a live disk and comes back, and its guest finds mapped what it was told",
             Pv,
             rebind,
+        )
+        .nightly(),
+        Case::new(
+            "lifecycle.rebind_smaller",
+            "the driver leaves a live disk, and one that offers less comes: the guest keeps what it was told",
+            Pv,
+            rebind_smaller,
         )
         .nightly(),
         Case::new(
@@ -266,6 +273,56 @@ fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()>
         guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
     }
     Ok(())
+}
+
+/// What the driver says of the sizes that a frontend may use.
+const SIZES: [&str; 3] = [
+    "multi-queue-max-queues",
+    "max-ring-page-order",
+    "feature-max-indirect-segments",
+];
+
+fn rebind_smaller(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(16, &[])?;
+    let path = device.path();
+    let driver = context.driver;
+    let vbd = context.pv()?.attach(&hotplug::disk(&path, "xvda", "w")?)?;
+    let told = || {
+        SIZES
+            .iter()
+            .map(|key| xs::must_read(&format!("{}/{key}", vbd.backend)))
+            .collect::<Result<Vec<_>>>()
+    };
+    let before = told()?;
+    let job = verify_job("/dev/xvda", 4, 60, 512);
+    context.pv()?.run_for(&job, FIO)?;
+    let name = vbd.sysfs();
+    let name = name.file_name().unwrap_or_default().to_string_lossy();
+    let directory = format!("/sys/bus/xen-backend/drivers/{}", driver.bus_name());
+    sh::put(format!("{directory}/unbind"), &name)?;
+    sh::wait_for("the end of the driver", Duration::from_secs(20), || {
+        Ok(sh::run(&["rmmod", driver.sys_module()]).is_ok())
+    })?;
+    let less = [
+        "max_queues=1",
+        "max_ring_page_order=0",
+        "max_indirect_segments=8",
+    ];
+    start_driver(driver, &less)?;
+    xs::wait_value(
+        &format!("{}/state", vbd.backend),
+        "4",
+        Duration::from_secs(30),
+    )?;
+    let after = told()?;
+    ensure!(
+        before == after,
+        "{SIZES:?} were {before:?} and became {after:?}"
+    );
+    context.pv()?.run_for(&job, FIO)?;
+    compare(context.pv()?, "xvda", &path, 4)?;
+    context.pv()?.detach(&vbd)?;
+    load_driver(driver)
 }
 
 fn no_online(context: &mut Context) -> Result<()> {

@@ -7,10 +7,10 @@ use super::lifecycle::{detach_used, own_guest, refuses_to_go, save, wait_saved};
 use super::tap::{image, same, wait_progress, DEVICE, VDEV};
 use super::{compare, start_driver, Case, Context, Needs, QUEUES};
 use crate::console::Job;
-use crate::guest::{Guest, Vbd};
+use crate::guest::{Config, Guest, Kind, Vbd};
 use crate::hotplug;
 use crate::tap::{self, Served};
-use crate::{leaks, sh};
+use crate::{leaks, sh, xs};
 use anyhow::{ensure, Result};
 
 /// Disks of a guest that has many.
@@ -32,8 +32,8 @@ pub(super) fn cases() -> Vec<Case> {
         .nightly(),
         case(
             "tap.s28_other_host",
-            "saved and restored where the driver has one queue and small rings, and back, while all is verified",
-            Pv,
+            "saved and restored where the driver has one queue and small rings, and back, with large requests, while all is verified",
+            Needs::Nothing,
             other_host,
         )
         .nightly(),
@@ -88,7 +88,13 @@ fn save_restore(context: &mut Context) -> Result<()> {
 const LITTLE: &[&str] = &["max_queues=1", "max_ring_page_order=0"];
 
 fn other_host(context: &mut Context) -> Result<()> {
-    saved_and_restored(context, &[Some(LITTLE), Some(&[QUEUES])])
+    // With a CPU for each of several queues, which then share what one queue has alone on the other host.
+    let mut config = Config::new("wider", Kind::Pv, 4);
+    config.cmdline = "xen_blkfront.max_indirect_segments=256".to_owned();
+    context.give_pv(Guest::create(config)?);
+    saved_and_restored(context, &[Some(LITTLE), Some(&[QUEUES])])?;
+    // Other cases get one of their own.
+    context.take_pv().map(drop)
 }
 
 /// A guest is saved and restored several times, each time perhaps to a driver that is loaded anew.
@@ -104,9 +110,15 @@ fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Resul
     let devices = ["/dev/xvda", DEVICE, "/dev/xvdc"];
     let jobs = devices.map(|device| endless_verify(guest, device));
     let jobs = jobs.into_iter().collect::<Result<Vec<Job>>>()?;
+    let before = segments(context.pv()?)?;
     for host in hosts {
         progress(context.pv()?)?;
         move_to(context, *host, &jobs)?;
+        let now = segments(context.pv()?)?;
+        ensure!(
+            now == before,
+            "requests of {before:?} segments were offered, now {now:?}"
+        );
     }
     let guest = context.pv()?;
     progress(guest)?;
@@ -122,6 +134,15 @@ fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Resul
 
 /// The tap disks of that guest.
 const TAPS: [&str; 2] = [VDEV, "xvdc"];
+
+/// Segments of an indirect request that its tap disks offer.
+fn segments(guest: &Guest) -> Result<Vec<String>> {
+    let told = |vdev| {
+        let backend = Vbd::of(guest.domid, vdev)?.backend;
+        xs::must_read(&format!("{backend}/feature-max-indirect-segments"))
+    };
+    TAPS.into_iter().map(told).collect()
+}
 
 /// Its jobs go on.
 fn progress(guest: &Guest) -> Result<()> {
