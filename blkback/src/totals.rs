@@ -181,6 +181,30 @@ impl Totals {
         Arc::pin_init(totals, GFP_KERNEL)
     }
 
+    /// Adds a queue. Readers of sysfs wait for the lock, so memory is got without it. May sleep.
+    fn add(&self, counters: &Arc<Counters>) -> Result {
+        let mut room = self.queues.lock().now.len();
+        loop {
+            room = room.wrapping_add(1);
+            let mut now = KVec::with_capacity(room, GFP_KERNEL)?;
+            let mut queues = self.queues.lock();
+            if queues.now.len() >= room {
+                // Another queue came.
+                room = queues.now.len();
+                continue;
+            }
+            for queue in &queues.now {
+                push(&mut now, queue.clone())?;
+            }
+            push(&mut now, counters.clone())?;
+            let before = core::mem::replace(&mut queues.now, now);
+            drop(queues);
+            // Not under the lock either.
+            drop(before);
+            return Ok(());
+        }
+    }
+
     /// Whether it is counted how long I/O takes.
     pub(crate) fn measures(&self) -> bool {
         self.measures.load(Relaxed)
@@ -286,14 +310,7 @@ impl Tally {
     /// Of a queue that has counted nothing, whose ring has so many slots. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>, slots: u16) -> Result<Self> {
         let counters = Arc::new(Counters::new(slots)?, GFP_KERNEL)?;
-        let mut queues = totals.queues.lock();
-        let mut now = KVec::with_capacity(queues.now.len().wrapping_add(1), GFP_KERNEL)?;
-        for queue in &queues.now {
-            push(&mut now, queue.clone())?;
-        }
-        push(&mut now, counters.clone())?;
-        queues.now = now;
-        drop(queues);
+        totals.add(&counters)?;
         Ok(Self {
             totals: totals.clone(),
             counters,
