@@ -6,7 +6,7 @@ use super::disk::TapDisk;
 use crate::linux::char::chardev::{Class, Node, Region};
 use crate::ring::tap::checked::{NewDisk, MAX_MINORS};
 use kernel::prelude::*;
-use kernel::rbtree::RBTree;
+use kernel::rbtree::{RBTree, RBTreeNode};
 use kernel::str::CString;
 use kernel::sync::atomic::{ordering::Full, AtomicFlag};
 use kernel::sync::Arc;
@@ -14,15 +14,14 @@ use kernel::sync::Arc;
 /// Nodes have numbers below this.
 pub(super) const MINORS: u32 = MAX_MINORS;
 
-/// A disk and its node.
+/// A disk and its node, which it has from the end of its making to the beginning of its end.
 struct Place {
     disk: Arc<TapDisk>,
-    node: Node,
+    node: Option<Node>,
 }
 
-/// The disks, and what is needed to make more. A node goes before the region of its number.
-struct Table {
-    places: RBTree<u32, Place>,
+/// What is needed to make disks. Nodes go before the region of their numbers.
+struct Maker {
     nodes: Region,
     class: Arc<Class>,
 }
@@ -30,7 +29,13 @@ struct Table {
 kernel::sync::global_lock! {
     // SAFETY: `Registry::new`, which the module calls before it registers anything that looks for a disk,
     // initialises it once.
-    unsafe(uninit) static TABLE: Mutex<Option<Table>> = None;
+    unsafe(uninit) static MAKER: Mutex<Option<Maker>> = None;
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: As for `MAKER`. Every open of a node takes it, so memory is got without it: disks are made and destroyed
+    // one at a time under `MAKER`, which is taken first.
+    unsafe(uninit) static TABLE: Mutex<Option<RBTree<u32, Place>>> = None;
 }
 
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
@@ -45,6 +50,8 @@ impl Registry {
             return Err(EBUSY);
         }
         // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        unsafe { MAKER.init() };
+        // SAFETY: As above.
         unsafe { TABLE.init() };
         Ok(Self(()))
     }
@@ -57,39 +64,39 @@ pub(super) struct Disks(());
 impl Disks {
     /// None yet. Needs a [`Registry`]. May sleep.
     pub(super) fn new(class: Arc<Class>, nodes: Region) -> Self {
-        *TABLE.lock() = Some(Table {
-            places: RBTree::new(),
-            nodes,
-            class,
-        });
+        *TABLE.lock() = Some(RBTree::new());
+        *MAKER.lock() = Some(Maker { nodes, class });
         Self(())
     }
 }
 
 impl Drop for Disks {
     fn drop(&mut self) {
+        let maker = MAKER.lock().take();
         let table = TABLE.lock().take();
-        if let Some(table) = &table {
-            for place in table.places.values() {
+        if let Some(places) = &table {
+            for place in places.values() {
                 // No node is open, no disk is bound, and no process has to be fenced: each of them
                 // keeps the module.
                 let _destroyed = place.disk.destroy();
             }
         }
+        drop(table);
+        drop(maker);
     }
 }
 
 /// The disk of a number.
 pub(super) fn find(minor: u32) -> Option<Arc<TapDisk>> {
     let table = TABLE.lock();
-    let place = table.as_ref()?.places.get(&minor)?;
+    let place = table.as_ref()?.get(&minor)?;
     Some(place.disk.clone())
 }
 
 /// The disk of the lowest number that is not below `minor`.
 pub(super) fn next(minor: u32) -> Option<Arc<TapDisk>> {
     let table = TABLE.lock();
-    let cursor = table.as_ref()?.places.cursor_lower_bound(&minor)?;
+    let cursor = table.as_ref()?.cursor_lower_bound(&minor)?;
     Some(cursor.current().1.disk.clone())
 }
 
@@ -99,23 +106,45 @@ pub(super) fn next(minor: u32) -> Option<Arc<TapDisk>> {
 ///
 /// `EEXIST` if the number that is wanted is taken, `ENOSPC` if all are.
 pub(super) fn create(new: &NewDisk) -> Result<u32> {
-    let mut table = TABLE.lock();
-    let table = table.as_mut().ok_or(ENODEV)?;
-    let minor = match new.minor {
-        Some(minor) if table.places.get(&minor).is_some() => return Err(EEXIST),
-        Some(minor) => minor,
-        None => lowest_free(&table.places).ok_or(ENOSPC)?,
-    };
-    let number = table.nodes.number(minor);
-    let disk = TapDisk::new(minor, number, new)?;
+    let maker = MAKER.lock();
+    let maker = maker.as_ref().ok_or(ENODEV)?;
+    let minor = choose(new)?;
+    let disk = TapDisk::new(minor, maker.nodes.number(minor), new)?;
     let name = CString::try_from_fmt(fmt!("xentap!{minor}"))?;
-    // Who opens it at once waits for the lock.
-    let node = table.nodes.add_node(&table.class, minor, &name)?;
-    let place = Place { disk, node };
-    table
-        .places
-        .try_create_and_insert(minor, place, GFP_KERNEL)?;
-    Ok(minor)
+    let place = Place {
+        disk: disk.clone(),
+        node: None,
+    };
+    let place = RBTreeNode::new(minor, place, GFP_KERNEL)?;
+    // Before there is a node: whoever opens that at once finds the disk.
+    if let Some(places) = TABLE.lock().as_mut() {
+        let _none = places.insert(place);
+    }
+    match maker.nodes.add_node(&maker.class, minor, &name) {
+        Ok(node) => {
+            if let Some(place) = TABLE.lock().as_mut().and_then(|all| all.get_mut(&minor)) {
+                place.node = Some(node);
+            }
+            Ok(minor)
+        }
+        Err(error) => {
+            let _destroyed = disk.destroy();
+            let place = TABLE.lock().as_mut().and_then(|all| all.remove(&minor));
+            drop(place);
+            Err(error)
+        }
+    }
+}
+
+/// The number of a disk to be made.
+fn choose(new: &NewDisk) -> Result<u32> {
+    let table = TABLE.lock();
+    let places = table.as_ref().ok_or(ENODEV)?;
+    match new.minor {
+        Some(minor) if places.get(&minor).is_some() => Err(EEXIST),
+        Some(minor) => Ok(minor),
+        None => lowest_free(places).ok_or(ENOSPC),
+    }
 }
 
 fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
@@ -135,14 +164,17 @@ fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
 ///
 /// `ENOENT` if there is none, `EBUSY` while it is open or bound, or its last process is not fenced.
 pub(super) fn destroy(minor: u32) -> Result {
-    let mut table = TABLE.lock();
-    let places = &mut table.as_mut().ok_or(ENODEV)?.places;
-    places.get(&minor).ok_or(ENOENT)?.disk.destroy()?;
-    let place = places.remove(&minor).ok_or(ENOENT)?;
-    // Under the lock: the next disk of this number makes the same node.
+    let maker = MAKER.lock();
+    let place = {
+        let mut table = TABLE.lock();
+        let places = table.as_mut().ok_or(ENODEV)?;
+        places.get(&minor).ok_or(ENOENT)?.disk.destroy()?;
+        places.remove(&minor).ok_or(ENOENT)?
+    };
+    // Under the lock of the maker: the next disk of this number makes the same node.
     drop(place.node);
-    drop(table);
-    // Not under the lock: it may wait for readers of the wait queue.
+    drop(maker);
+    // Not under a lock: it may wait for readers of the wait queue.
     drop(place.disk);
     Ok(())
 }
