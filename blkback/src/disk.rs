@@ -56,6 +56,8 @@ pub(crate) struct Disk {
     pub(crate) backing: Arc<dyn Connect>,
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
+    /// The device below it was seen to be gone.
+    pub(crate) is_gone: bool,
     pub(crate) status: Option<Status>,
     /// When something of it was published last.
     published_at: Option<u64>,
@@ -125,6 +127,7 @@ impl Disk {
             name,
             sectors: backing.sectors(),
             backing,
+            is_gone: false,
             status: None,
             published_at: None,
         })

@@ -591,7 +591,10 @@ impl<D: QueueBackends> Serving<'_, D> {
     ) -> u64 {
         let sectors = self.disk.sectors();
         if sectors != known {
-            engine.set_sectors(sectors);
+            // A device that is gone has no size. The guest's requests are as good as before and fail there.
+            if sectors != 0 {
+                engine.set_sectors(sectors);
+            }
             self.events.clone().reconcile();
         }
         sectors

@@ -108,6 +108,20 @@ impl Vbd {
         self.publish(life, State::Closing);
     }
 
+    /// The device below the disk is gone, or is back with all who had it open. The guest is not told: a disk of no size
+    /// is one that its file system does not survive, while requests that fail are what it is prepared for.
+    fn tell_gone(&self, is_gone: bool) {
+        if !is_gone {
+            self.device.clear_report();
+            self.device.tell(c"the disk's device is back");
+            return;
+        }
+        self.device.report(
+            ENODEV,
+            c"the disk's device is gone: all requests fail; if a new device takes its place, detach the disk and attach it again",
+        );
+    }
+
     /// Publishes how the disk is served, and a size that changed while connected. If that has to wait,
     /// because a process may change both as often as it likes, says how many milliseconds.
     pub(super) fn follow_disk(&self, life: &mut Life) -> Option<u32> {
@@ -118,7 +132,11 @@ impl Vbd {
         let status = disk.backing.status();
         let sectors = disk.backing.sectors();
         let new_status = status != disk.status;
-        let resized = connected && sectors != disk.sectors;
+        let is_gone = connected && sectors == 0 && disk.sectors != 0;
+        if core::mem::replace(&mut disk.is_gone, is_gone) != is_gone {
+            self.tell_gone(is_gone);
+        }
+        let resized = connected && !is_gone && sectors != disk.sectors;
         if !new_status && !resized {
             return None;
         }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The device below fails, or is not there at all.
 
-use super::basic::{compare, verify_job, FIO};
+use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::{Case, Context, Needs};
-use crate::backing::{linear, Dm};
+use crate::backing::{linear, Dm, NullBlk};
 use crate::guest::{Guest, COMMAND};
 use crate::hotplug;
 use crate::{sh, xs};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::Pv;
+    use Needs::{Nothing, Pv};
     vec![
         Case::new(
             "faults.bad_sectors",
@@ -32,6 +32,12 @@ pub(super) fn cases() -> Vec<Case> {
             "the device dies under load and comes back",
             Pv,
             device_dies,
+        ),
+        Case::new(
+            "faults.device_vanishes",
+            "the device is taken away below a guest: its requests fail, and dom0 says why",
+            Nothing,
+            device_vanishes,
         ),
         Case::new(
             "faults.missing_device",
@@ -137,6 +143,33 @@ fn device_dies(context: &mut Context) -> Result<()> {
     );
     guest.run_for(&verify_job("/dev/xvda", 2, 60, 512), FIO)?;
     guest.detach(&vbd)
+}
+
+fn device_vanishes(context: &mut Context) -> Result<()> {
+    sh::modprobe("xen-blkfront", &[])?;
+    let device = NullBlk::create(16, &[])?;
+    let vbd = attach_own(context, &device.path(), "xvdk")?;
+    let write = "dd if=/dev/zero of=/dev/xvdk bs=64k count=4 oflag=direct status=none";
+    sh::shell(write)?;
+    let sectors = format!("{}/sectors", vbd.backend);
+    let error = vbd.backend.replace("/backend/", "/error/backend/") + "/error";
+    let before = xs::must_read(&sectors)?;
+    device.remove()?;
+    ensure!(sh::shell(write).is_err(), "a write to nothing succeeded");
+    // The thread that idles looks at the size from time to time.
+    sh::wait_for("the report of the device", Duration::from_secs(30), || {
+        Ok(xs::read(&error)?.is_some_and(|text| text.contains("device is gone")))
+    })?;
+    ensure!(sh::shell(write).is_err(), "a write to nothing succeeded");
+    let after = xs::must_read(&sectors)?;
+    ensure!(before == after, "the size was {before} and became {after}");
+    ensure!(vbd.statistic("failed")? > 0, "no request failed");
+    let refused = vbd.statistic("refused")?;
+    ensure!(
+        refused == 0,
+        "{refused} requests count as the guest's fault"
+    );
+    detach_own(&vbd)
 }
 
 /// A deep random load that ends at the first error only.

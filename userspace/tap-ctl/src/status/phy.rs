@@ -9,7 +9,7 @@
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::{milliseconds, Await, Figures};
 use crate::host::block::Block;
-use crate::host::vbd::{Operation, Vbd};
+use crate::host::vbd::{Number, Operation, Vbd};
 use crate::look::Disk;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict
     }
     let figures = Figures::between(before, now, around.elapsed).unwrap_or_default();
     hung(before, now, around)
+        .or_else(|| gone(now))
         .or_else(|| failing(&figures))
         .or_else(|| slow_storage(before, now, &figures, around))
         .or_else(|| around.starved(&figures))
@@ -124,6 +125,15 @@ fn unanswered(now: &Disk) -> Verdict {
     Verdict::new(State::Hung, why)
         .because(Cause::Storage)
         .remedy(see_to(&label))
+}
+
+/// A disk whose device was taken away: the driver still has it open, and the kernel knows it no more.
+fn gone(now: &Disk) -> Option<Verdict> {
+    let vbd = now.vbd.as_ref().filter(|vbd| vbd.is_connected())?;
+    let Number(major, minor) = vbd.device.filter(|_| now.block.is_none())?;
+    let why = format!("its device {major}:{minor} is gone, so all requests fail");
+    let gone = Verdict::new(State::Failing, why).because(Cause::Storage);
+    Some(gone.remedy("bring the storage back, then detach the disk and attach it again"))
 }
 
 fn see_to(label: &str) -> String {

@@ -354,6 +354,25 @@ fn a_thread_that_never_wakes_is_named() {
 }
 
 #[test]
+fn a_device_that_was_taken_away_is_gone() {
+    let made = Made::new();
+    made.file("/proc/stat", "cpu  10 0 10 80 0 0 0 0 0 0\n");
+    phy(&made, "vbd-3-51712", "8:10");
+    let before = look(&made);
+    let gone = |report: Report| {
+        assert_eq!(said(&report), (State::Failing, Some(Cause::Storage), 1));
+        let why = &report.disks[0].verdict.why;
+        assert!(why.contains("8:16 is gone"), "{why}");
+    };
+    gone(after(1, &before, &look(&made)));
+    counter(&made, "failed", 1);
+    gone(after(1, &before, &look(&made)));
+    block(&made, "8:16", "sdb", [100, 100, 0]);
+    counter(&made, "failed", 0);
+    assert_eq!(said(&after(1, &before, &look(&made))).0, State::Ok);
+}
+
+#[test]
 fn errors_and_malformed_requests_are_told_apart() {
     let made = made();
     let before = look(&made);
