@@ -76,6 +76,8 @@ pub struct Lifecycle {
     /// How long is waited for what should not take long: a node that somebody has open, a verb that is
     /// finished by itself.
     pub patience: Cell<Duration>,
+    /// How long a process may take to open an image.
+    pub patience_to_open: Cell<Duration>,
     /// Disks are parked, or about to be: no new ones are made.
     parked: watch::Sender<bool>,
     /// The control groups of guests, if they have any.
@@ -111,6 +113,7 @@ impl Lifecycle {
             patience_for_images: Cell::new(Duration::from_secs(30)),
             direct: Cell::new(true),
             patience: Cell::new(OPEN),
+            patience_to_open: Cell::new(OPEN),
             parked: watch::Sender::new(false),
             groups: RefCell::default(),
         })

@@ -10,7 +10,7 @@ use crate::kernel;
 use crate::link::unexpected;
 use crate::log::tell;
 use crate::memory;
-use crate::process::{Process, OPEN, SOON};
+use crate::process::{Process, SOON};
 use control::socket::listen_at;
 use control::supervisor::What;
 use control::tapdisk::{self, Open, Reply, Request, State, Status};
@@ -244,7 +244,8 @@ impl Lifecycle {
         self.rule(disk, process, &mut open).await?;
         open.may_ask = true;
         let given = self.given(disk, &open, image).await?;
-        match given.ask(process, &question(open), OPEN).await? {
+        let limit = self.patience_to_open.get();
+        match given.ask(process, &question(open), limit).await? {
             Reply::Disk(what) => {
                 self.note_size(disk, process, &what).await;
                 disk.serves.replace(Some(what.clone()));

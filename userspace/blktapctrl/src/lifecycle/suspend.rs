@@ -225,25 +225,48 @@ impl Lifecycle {
             self.lose_marks(disk, why)?;
         }
         self.lease(disk, &open, &process).await?;
-        self.give_to_kernel(disk, &open, image.as_ref()).await?;
         let question = |open| Request::Activate { open, stamp };
-        let taken = self.open_with(disk, &process, open, image, question).await;
+        let taken = match self.give_to_kernel(disk, &open, image.as_ref()).await {
+            Ok(()) => self.open_with(disk, &process, open, image, question).await,
+            Err(failure) => Err(failure),
+        };
         let what = match taken {
-            // An answer that came too late.
-            Err(failure) if failure.code == Code::State => match process.status().await? {
-                status if status.state == State::Running => status.disk.ok_or(failure)?,
-                _ => return Err(failure),
-            },
-            Err(failure) => {
-                // Who has the image may be on another host, and want the lease.
-                self.take_from_kernel(disk, DRAIN).await?;
-                self.give_lease_up(disk).await;
-                return Err(self.named(disk, failure));
-            }
+            Err(failure) => self.not_taken(disk, &process, failure).await?,
             Ok(what) => what,
         };
         self.became_active(disk);
         Ok(what)
+    }
+
+    /// A process was asked to take the image, and has not said that it has it. Another host may want the lease: it is
+    /// given up when this process does not have the image for certain, or has ended.
+    async fn not_taken(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        process: &Process,
+        failure: Failure,
+    ) -> Result<tapdisk::Disk, Failure> {
+        // Until a question is answered, the state that a process says it is in is the one before it.
+        let status = match failure.code {
+            Code::Timeout => None,
+            _ => process.status().await.ok(),
+        };
+        match status {
+            Some(status) if status.state == State::Running && failure.code == Code::State => {
+                // An answer that came too late.
+                return status.disk.ok_or(failure);
+            }
+            Some(status) if status.state == State::Inactive => {}
+            // One that has died is replaced by whoever watches it.
+            _ if process.has_died(&failure).await => {}
+            _ => {
+                self.end_process(disk).await?;
+                self.revive_later(disk);
+            }
+        }
+        self.take_from_kernel(disk, DRAIN).await?;
+        self.give_lease_up(disk).await;
+        Err(self.named(disk, failure))
     }
 
     /// Nobody else of this host is active on what a disk is about to be served from.

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest is suspended, goes on, or arrives: who has the image then, whoever dies on the way.
 
-use super::bed::{block_on, kill, test, until, which, Bed, Succession};
+use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use super::fake::FakeDomains;
 use super::lease::{elsewhere, generation};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind};
+use lease::Lease;
 use std::cell::RefCell;
 use std::fs;
 use std::rc::Rc;
@@ -194,6 +195,93 @@ fn another_host_may_have_the_image_of_a_suspended_guest() {
     });
 }
 
+impl Moving {
+    /// The disk of a guest that was suspended, with a lease that another host may have now.
+    async fn inactive_with_lease(&self) -> u32 {
+        let mut create = self.create(3);
+        let target = create.open.target.clone();
+        let target = target.with_lease(LeaseKind::Record(None));
+        create.open.target = target.expect("a target");
+        let minor = self.bed.made(create).await;
+        self.suspend(3);
+        self.is(minor, State::Inactive).await;
+        until("the lease is free", || async {
+            generation(&mut *elsewhere(&self.bed))
+                .is_none()
+                .then_some(())
+        })
+        .await;
+        minor
+    }
+
+    /// A process opens an image for longer than it is waited for. Returns when another host has the lease: by then that
+    /// process must be dead.
+    async fn taken_by_another_host(&self, pid: u32) -> Box<dyn Lease> {
+        let mut other = elsewhere(&self.bed);
+        until("the other host has it", || {
+            let taken = other.take(Duration::ZERO);
+            std::future::ready(taken.ok())
+        })
+        .await;
+        assert!(!lives(pid), "two write: tapdisk {pid} may have the image");
+        other
+    }
+}
+
+fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// Its storage answers when another host may have the lease: then nothing of it is there any more.
+#[test]
+fn process_that_opens_its_image_late_has_ended_when_the_lease_is_given_up() {
+    test("suspend-late", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.inactive_with_lease().await;
+        let pid = bed.row(minor).await.pid.expect("a process");
+        host.switch("hang", true);
+        bed.lifecycle
+            .patience_to_open
+            .set(Duration::from_millis(50));
+        host.resume(3);
+        host.wish(minor);
+        until("the lease", || async { generation(&mut *elsewhere(&bed)) }).await;
+        let mut other = host.taken_by_another_host(pid).await;
+        host.switch("hang", false);
+        // There is another process, which waits for the image.
+        host.is(minor, State::Inactive).await;
+        assert_ne!(bed.row(minor).await.pid, Some(pid));
+        other.give_up().expect("given up");
+        host.is(minor, State::Running).await;
+    });
+}
+
+/// The same where an administrator has it open the image.
+#[test]
+fn process_that_is_unpaused_late_has_ended_when_the_lease_is_given_up() {
+    test("unpause-late", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.inactive_with_lease().await;
+        let pid = bed.row(minor).await.pid.expect("a process");
+        host.switch("hang", true);
+        bed.lifecycle
+            .patience_to_open
+            .set(Duration::from_millis(50));
+        let late = bed.ask(unpause(minor, None)).await;
+        assert_eq!(late.expect_err("it hangs").code, Code::Timeout);
+        let mut other = host.taken_by_another_host(pid).await;
+        host.switch("hang", false);
+        host.is(minor, State::Inactive).await;
+        other.give_up().expect("given up");
+        let served = bed.ask(unpause(minor, None)).await;
+        assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
+    });
+}
+
 #[test]
 fn destination_waits_for_the_source() {
     test("destination", |bed| async move {
@@ -223,13 +311,13 @@ fn destination_waits_for_the_source() {
         host.held("tap disk 1 of backend/vbd/4/51712").await;
         assert_eq!(bed.row(source).await.state, Some(State::Inactive));
         // Unless an administrator knows better.
-        let unpause = Request::Unpause {
+        let anyway = Request::Unpause {
             which: which(source),
             target: None,
             files: Vec::new(),
             may_shrink: false,
         };
-        let reply = bed.ask(unpause).await;
+        let reply = bed.ask(anyway).await;
         assert!(matches!(reply, Ok(Reply::Opened { .. })), "{reply:?}");
         host.is(source, State::Running).await;
     });
