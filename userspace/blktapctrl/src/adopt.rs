@@ -111,6 +111,9 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     if let (Some(process), Ok(tapdisk::State::Running)) = (&process, &recognised) {
         lifecycle.lease_again(&disk, process);
         lifecycle.count(&disk);
+    } else if recognised.is_ok() && !is_parked {
+        // What an earlier supervisor was about to give up.
+        lifecycle.give_lease_up_later(&disk, Duration::ZERO);
     }
     lifecycle.registry.note(&disk);
     if is_parked {
@@ -140,6 +143,9 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
 
 fn peek(record: Record) -> Peek {
     Peek {
+        lease: record.token().map(str::to_owned),
+        reserved: record.is_reserved(),
+        leases: record.leases().to_vec(),
         open: record.open,
         identity: record.identity,
         parts: record.parts,

@@ -21,7 +21,7 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{watch, Mutex, MutexGuard};
+use tokio::sync::{watch, Mutex, MutexGuard, Notify};
 
 /// How far the end of a disk has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,6 +60,12 @@ pub struct Disk {
     pub successor: RefCell<Option<Rc<Process>>>,
     /// The lease of its image.
     pub lease: RefCell<Option<Tenure>>,
+    /// Someone tries to give leases up that the disk does not need.
+    pub releases: Cell<bool>,
+    /// Why a lease of the disk, which is being destroyed, is not given up yet.
+    pub leaves: RefCell<Option<Failure>>,
+    /// That lease is not to be waited for any more.
+    pub forgotten: Notify,
     /// The process that is listened to for a wish while the disk is inactive.
     pub listened: Cell<Option<Known>>,
     /// The process has the node.
@@ -113,6 +119,9 @@ impl Disk {
             process: RefCell::default(),
             successor: RefCell::default(),
             lease: RefCell::default(),
+            releases: Cell::default(),
+            leaves: RefCell::default(),
+            forgotten: Notify::default(),
             listened: Cell::default(),
             attached: Cell::default(),
             serves: RefCell::default(),

@@ -2,6 +2,7 @@
 //! What is written down of each disk, for the next supervisor and for people.
 
 mod files;
+mod leases;
 mod peek;
 
 use crate::folder;
@@ -16,6 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use files::{Files, Records};
+pub use leases::{image_of, is_one_lease, leased, Hold, Leased};
 pub use peek::{Peek, PeekNext, Unread};
 
 /// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
@@ -268,12 +270,15 @@ pub struct Record {
     pub arena_kib: u32,
     /// What is wanted.
     pub want: Want,
-    /// Which lease of its image is this disk's: whoever has this goes on with it.
+    /// Token of its leases: see [`Record::token`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lease: Option<String>,
-    /// The storage has its image reserved for this disk, as far as is known. A disk that finds it has not stops.
+    lease: Option<String>,
+    /// Written for a supervisor that does not know `leases`: see [`Record::is_reserved`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub reserved: bool,
+    reserved: bool,
+    /// Leases that this host has for it, or may have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    leases: Vec<Leased>,
     /// The image is somebody else's for the time being: whoever replaces the process does not take it.
     #[serde(default)]
     pub inactive: Option<Inactive>,
@@ -356,6 +361,7 @@ impl Record {
             want: Want::Idle,
             lease: None,
             reserved: false,
+            leases: Vec::new(),
             inactive: None,
             passed_on: None,
             doing: None,
@@ -408,6 +414,7 @@ impl Record {
         };
         let record = Record {
             version,
+            reserved: self.is_reserved(),
             ..self.clone()
         };
         let mut text = serde_json::to_vec_pretty(&record)?;
@@ -442,10 +449,11 @@ impl Record {
             return Err(unread(why, value));
         }
         match serde_json::from_value::<Record>(value.clone()) {
-            Ok(record) if Some(record.minor) == named() => Ok(Record {
-                version: VERSION,
-                ..record
-            }),
+            Ok(mut record) if Some(record.minor) == named() => {
+                record.version = VERSION;
+                record.understand_leases();
+                Ok(record)
+            }
             Ok(record) => Err(unread(format!("it is of disk {}", record.minor), value)),
             Err(error) => Err(unread(error.to_string(), value)),
         }

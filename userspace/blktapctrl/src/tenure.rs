@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lease of an image that this host has.
 
-use lease::{Keeper, Kind};
-use std::path::PathBuf;
+use control::Target;
+use lease::Keeper;
 use std::sync::Arc;
 
 /// A lease that is held, and kept.
@@ -10,8 +10,6 @@ use std::sync::Arc;
 pub struct Tenure {
     /// Who keeps it.
     pub keeper: Arc<Keeper>,
-    /// What it is of.
-    pub image: PathBuf,
-    /// How hosts agree about it.
-    pub kind: Kind,
+    /// The image, and the kind of its lease.
+    pub target: Target,
 }

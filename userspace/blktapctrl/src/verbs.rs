@@ -207,6 +207,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             Ok(Reply::Parked { minors })
         }
         Request::Adopt { minor } => adopt::unknown(lifecycle, minor).await.map(done),
+        Request::Forget { minor } if lifecycle.forget_lease(minor) => Ok(Reply::Done),
         Request::Forget { minor } => registry.forget(minor).map(done),
         Request::Check(check) => lifecycle.admission.check(check).await.map(done),
         Request::Top => top(lifecycle).await,

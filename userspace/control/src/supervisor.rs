@@ -486,7 +486,8 @@ pub enum Request {
         minor: u32,
     },
     /// Throws away what was written down of a disk that is listed as unknown. Its node and its
-    /// process stay.
+    /// process stay. Of a disk that is being destroyed and waits for its lease to be given up, it ends
+    /// that wait: the lease stays held.
     Forget {
         /// The node.
         minor: u32,

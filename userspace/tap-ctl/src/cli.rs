@@ -297,7 +297,7 @@ pub(crate) enum Verb {
         minor: u32,
     },
     /// Throw away what was written down of a disk that is listed as unknown; its process and its node
-    /// stay
+    /// stay. Or end the wait for the lease of a disk that is being destroyed, which stays held
     Forget {
         /// The node
         #[arg(short, long)]

@@ -77,8 +77,19 @@ impl Lifecycle {
         }
         match kernel::node(&*self.registry.kernel, disk.minor) {
             Ok(Some(node)) => busy(&node, &image),
-            Ok(None) => "it is being cleared away".into(),
+            Ok(None) => self.awaits(disk),
             Err(error) => format!("the kernel does not say why ({error})"),
+        }
+    }
+
+    /// What a disk without a node waits for.
+    fn awaits(&self, disk: &Disk) -> String {
+        match &*disk.leaves.borrow() {
+            Some(failure) => format!(
+                "{failure}; if that will never be, tap-ctl forget -m {} leaves it held, for tap-ctl lease break to end",
+                disk.minor
+            ),
+            None => "it is being cleared away".into(),
         }
     }
 
@@ -127,7 +138,6 @@ impl Lifecycle {
             tell_of_kernel(&self.registry, disk, &status);
         }
         self.free_node(disk.minor).await;
-        self.give_lease_up(disk).await;
         let socket = self.registry.folder.nbd(disk.minor);
         if let Err(error) = folder::remove(&socket) {
             tell!(
@@ -145,6 +155,8 @@ impl Lifecycle {
                 disk.minor
             );
         }
+        // As long as it takes: no later supervisor would know of it without the record.
+        self.give_up_at_the_end(disk).await;
         self.registry.remove(disk);
     }
 

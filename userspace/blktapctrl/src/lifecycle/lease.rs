@@ -13,6 +13,7 @@
 //! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end of
 //! the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
 
+use super::renew::AGAIN;
 use super::trouble::{pause_for_good, Rate};
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
@@ -20,26 +21,19 @@ use crate::disk::Disk;
 use crate::link::Link;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::Known;
+use crate::record::{image_of, is_one_lease, leased, Hold, Known, Record};
 use crate::tenure::Tenure;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
-use control::{Code, Failure, LeaseKind};
+use control::{Code, Failure, LeaseKind, Target};
 use lease::{Claim, Grant, Keeper, Lease, News};
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver};
 
 /// How long is waited for another host to give a lease up. Who asks for the disk asks again.
 const WAIT: Duration = Duration::from_secs(5);
-
-/// The image, if its disk needs the lease of it.
-fn image_of(open: &Open) -> Option<PathBuf> {
-    let is_alone = *open.target.lease() != LeaseKind::Lock && !open.read_only && !open.shared;
-    open.target.path().filter(|_| is_alone).map(Path::to_owned)
-}
 
 impl Lifecycle {
     /// Has the lease of what a process is to serve, and tells it how long it may.
@@ -52,17 +46,20 @@ impl Lifecycle {
         open: &Open,
         process: &Process,
     ) -> Result<(), Failure> {
-        let Some(image) = image_of(open) else {
+        if let Err(failure) = self.give_others_up(disk, Some(open)).await {
+            let about = disk.about().failed(&failure);
+            tell!(warn, about, "disk {}: {failure}", disk.minor);
+            self.give_lease_up_later(disk, AGAIN);
+        }
+        let Some(target) = leased(open) else {
             return Ok(());
         };
-        let held = disk.lease.borrow().clone();
-        let held = held.filter(|tenure| tenure.image == image && !tenure.keeper.has_ended());
-        let tenure = match held {
+        let tenure = match self.kept(disk, target).await? {
             Some(tenure) => tenure,
-            None => match self.take_lease(disk, open, image).await {
+            None => match self.take_lease(disk, target).await {
                 Ok(tenure) => tenure,
                 Err(failure) => {
-                    self.end_if_lost(disk, open, process, &failure).await;
+                    self.end_if_lost(disk, target, process, &failure).await;
                     return Err(failure);
                 }
             },
@@ -73,7 +70,7 @@ impl Lifecycle {
                 Code::Timeout,
                 format!(
                     "the storage of the lease of {} does not answer, so its disk {} waits: see to that",
-                    tenure.image.display(),
+                    image_of(target).display(),
                     disk.minor
                 ),
             ));
@@ -85,10 +82,25 @@ impl Lifecycle {
             .map(drop)
     }
 
+    /// The lease of a target, if it is kept. What is being given up is given up first, and taken anew then.
+    async fn kept(&self, disk: &Disk, target: &Target) -> Result<Option<Tenure>, Failure> {
+        let tenure = disk.lease.borrow().clone();
+        let is_its =
+            |tenure: &Tenure| is_one_lease(&tenure.target, target) && !tenure.keeper.has_ended();
+        let Some(tenure) = tenure.filter(is_its) else {
+            return Ok(None);
+        };
+        if disk.record.borrow().hold(target) == Some(Hold::Held) {
+            return Ok(Some(tenure));
+        }
+        self.give_one_up(disk, target).await?;
+        Ok(None)
+    }
+
     /// A process that serves a disk, as an earlier supervisor left it, ends when the lease of that is lost.
-    async fn end_if_lost(&self, disk: &Disk, open: &Open, process: &Process, why: &Failure) {
-        let is_lost = why.code == Code::Gone && disk.record.borrow().reserved;
-        if !is_lost || !is_sanlocked(open.target.lease()) {
+    async fn end_if_lost(&self, disk: &Disk, target: &Target, process: &Process, why: &Failure) {
+        let is_lost = why.code == Code::Gone && disk.record.borrow().is_reserved();
+        if !is_lost || !matches!(target.lease(), LeaseKind::Sanlock(_)) {
             return;
         }
         let over = Request::Term {
@@ -109,97 +121,124 @@ impl Lifecycle {
     async fn take_lease(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        open: &Open,
-        image: PathBuf,
+        target: &Target,
     ) -> Result<Tenure, Failure> {
-        let name = match disk.record.borrow().vbd.as_deref() {
-            Some(vbd) => format!("{vbd} (disk {})", disk.minor),
-            None => format!("disk {}", disk.minor),
+        let (name, token, before) = {
+            let record = disk.record.borrow();
+            let name = match record.vbd.as_deref() {
+                Some(vbd) => format!("{vbd} (disk {})", disk.minor),
+                None => format!("disk {}", disk.minor),
+            };
+            (name, record.token().map(str::to_owned), record.hold(target))
         };
+        if target.lease().is_of_host() {
+            self.check_not_reserved_here(disk, target)?;
+        }
         let mut claim = Claim::new(name)?;
         // Whoever supervises the disk next goes on with the lease by this, so it is written down first.
-        if let Some(token) = disk.record.borrow().lease.as_deref() {
-            claim = claim.again(token)?;
+        if let Some(token) = token {
+            claim = claim.again(&token)?;
         }
         let token = claim.token();
-        if disk.record.borrow().lease.as_ref() != Some(&token) {
-            self.registry
-                .change(disk, |record| record.lease = Some(token))?;
-        }
-        let (lease, grant) = self.reserve(disk, open, &image, claim).await?;
+        self.registry
+            .change(disk, |record| record.take_lease(token, target))?;
+        let asked = Arc::new(Asked::default());
+        let taken = self.reserve(target, before, claim, &asked).await;
+        let (lease, grant) = match taken {
+            Ok(taken) => taken,
+            Err(failure) => {
+                if asked.never() {
+                    self.undo_taking(disk, target, before);
+                }
+                let is_strict = before == Some(Hold::Held) && target.lease().is_of_host();
+                if is_strict && failure.code == Code::Gone {
+                    pause_for_good(self, disk);
+                }
+                return Err(failure);
+            }
+        };
+        // Before a process is told, because who finds it lost must know that there was something to lose.
+        self.registry
+            .change(disk, |record| record.set_hold(target, Hold::Held))?;
         let (sender, news) = unbounded_channel();
         // Nobody listens any more to what has been given up.
         let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
             .map_err(|error| Failure::system("cannot start a thread", &error))?;
         let tenure = Tenure {
             keeper: Arc::new(keeper),
-            image,
-            kind: open.target.lease().clone(),
+            target: target.clone(),
         };
         disk.lease.replace(Some(tenure.clone()));
         tokio::task::spawn_local(follow(self.clone(), disk.clone(), news));
         Ok(tenure)
     }
 
+    /// The storage was never asked, so it is as it was before.
+    fn undo_taking(&self, disk: &Disk, target: &Target, before: Option<Hold>) {
+        {
+            let mut record = disk.record.borrow_mut();
+            match before {
+                Some(hold) => record.set_hold(target, hold),
+                None => record.drop_lease(target),
+            }
+        }
+        self.registry.note(disk);
+    }
+
     /// Takes a lease, or goes on with what the host has for the disk.
     async fn reserve(
-        self: &Rc<Self>,
-        disk: &Rc<Disk>,
-        open: &Open,
-        image: &Path,
+        &self,
+        target: &Target,
+        before: Option<Hold>,
         claim: Claim,
+        asked: &Arc<Asked>,
     ) -> Result<(Box<dyn Lease>, Grant), Failure> {
-        let (kind, place) = (open.target.lease().clone(), image.to_owned());
+        let image = image_of(target).to_owned();
+        let (kind, place) = (target.lease().clone(), image.clone());
         let is_of_host = kind.is_of_host();
-        if is_of_host {
-            self.check_not_reserved_here(disk, &kind, image)?;
-        }
-        let has_it = disk.record.borrow().reserved;
-        let how = self.leases.borrow().clone();
-        let taken = apart(image, LIMIT, move || {
+        let (how, asked) = (self.leases.borrow().clone(), asked.clone());
+        apart(&image, LIMIT, move || {
             let mut lease = how(&kind, &place, claim)?;
-            let grant = match has_it {
-                true => lease.resume(0)?,
-                false => lease.take(WAIT)?,
+            asked.begin()?;
+            let resumed = before.map(|_| lease.resume(0));
+            let grant = match resumed {
+                // Nobody has done I/O under it, or it may be taken again after it was lost.
+                Some(Err(lost))
+                    if lost.code == Code::Gone && !(is_of_host && before == Some(Hold::Held)) =>
+                {
+                    lease.settle()?;
+                    lease.take(WAIT)?
+                }
+                Some(resumed) => resumed?,
+                None => lease.take(WAIT)?,
             };
             Ok((lease, grant))
-        });
-        match taken.await {
-            Ok(taken) if is_of_host && !has_it => {
-                self.registry
-                    .change(disk, |record| record.reserved = true)?;
-                Ok(taken)
-            }
-            Err(failure) if has_it && failure.code == Code::Gone => {
-                pause_for_good(self, disk);
-                Err(failure)
-            }
-            taken => taken,
-        }
+        })
+        .await
     }
 
     /// All disks of a host are one to the storage: it would take what another one of them writes that has lost the
     /// reservation and does not know yet.
-    fn check_not_reserved_here(
-        &self,
-        disk: &Disk,
-        kind: &LeaseKind,
-        image: &Path,
-    ) -> Result<(), Failure> {
+    fn check_not_reserved_here(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
         let rivals: Vec<u32> = self.rivals(disk).iter().map(|disk| disk.minor).collect();
-        let is_its = |open: &Open| is_one_resource(open.target.lease(), kind);
         let has_it = |other: &Rc<Disk>| {
             let record = other.record.borrow();
-            let is_one = rivals.contains(&other.minor) || record.open.as_ref().is_some_and(is_its);
-            record.reserved && is_one && other.minor != disk.minor
+            let mut its = record.leases().iter().map(|leased| &leased.target);
+            let is_rival = rivals.contains(&other.minor);
+            its.any(|its| {
+                let is_one = is_rival || is_one_resource(its.lease(), target.lease());
+                its.lease().is_of_host() && is_one
+            })
         };
-        match self.registry.all().into_iter().find(has_it) {
+        let mut others = self.registry.all();
+        others.retain(|other| other.minor != disk.minor);
+        match others.into_iter().find(has_it) {
             None => Ok(()),
             Some(other) => Err(Failure::new(
                 Code::Busy,
                 format!(
                     "the lease of {} is that of {}, which has not let go of it yet",
-                    image.display(),
+                    image_of(target).display(),
                     other.name()
                 ),
             )),
@@ -213,6 +252,13 @@ impl Lifecycle {
             let leased = async {
                 let _turn = disk.turn().await?;
                 let open = disk.open()?;
+                if let Some(target) = leased(&open).filter(|_| disk.lease.borrow().is_none()) {
+                    // It does I/O: an older supervisor does not write down how far a lease has come.
+                    if disk.record.borrow().hold(target) == Some(Hold::Leaving) {
+                        let again = |record: &mut Record| record.set_hold(target, Hold::Taking);
+                        lifecycle.registry.change(&disk, again)?;
+                    }
+                }
                 lifecycle.lease(&disk, &open, &process).await
             };
             if let Err(failure) = leased.await {
@@ -223,132 +269,28 @@ impl Lifecycle {
             }
         });
     }
+}
 
-    /// Gives the lease of a disk up, whose image is closed: nothing of its I/O is under way.
-    pub(super) async fn give_lease_up(&self, disk: &Disk) {
-        let Some(tenure) = disk.lease.take() else {
-            return self.give_reservation_up(disk).await;
-        };
-        // Of a process that was killed.
-        if let Err(failure) = self.fenced(disk, LIMIT).await {
-            let (message, retry_ms) = (failure.message, 0);
-            let what = What::Failed { message, retry_ms };
-            self.registry.events.add(Some(disk.minor), what);
-            disk.lease.replace(Some(tenure));
-            return;
-        }
-        let process = disk.process.borrow().clone();
-        if let Some(process) = process.filter(|process| !process.has_ended()) {
-            let never = Request::Term { until: None };
-            if let Err(failure) = process.ask(&never, &[], SOON).await {
-                tell!(
-                    warn,
-                    disk.about().failed(&failure),
-                    "disk {}: {failure}",
-                    disk.minor
-                );
-            }
-        }
-        // The next one who finds a reservation knows it by its key, should this not be finished; of sanlock's nobody is
-        // known but the host.
-        let is_sanlocked = is_sanlocked(&tenure.kind);
-        if !is_sanlocked {
-            self.note_reserved_no_more(disk);
-        }
-        let image = tenure.image.clone();
-        let given_up = match (tenure.keeper.has_ended(), is_sanlocked) {
-            (true, false) => return,
-            (true, true) => {
-                self.give_left_over_up(disk, tenure.kind, image.clone())
-                    .await
-            }
-            (false, _) => apart(&image, LIMIT, move || tenure.keeper.give_up()).await,
-        };
-        let is_over = matches!(&given_up, Err(failure) if failure.code == Code::Gone);
-        if is_sanlocked && (given_up.is_ok() || is_over) {
-            self.note_reserved_no_more(disk);
-        }
-        if let Err(failure) = given_up {
-            let message = format!(
-                "the lease of {} is not given up: {failure}",
-                image.display()
-            );
-            let what = What::Failed {
-                message,
-                retry_ms: 0,
-            };
-            self.registry.events.add(Some(disk.minor), what);
+/// Whether the storage was asked for a lease. A thread whose file system hangs may come to that when it is not waited for
+/// any more: then it does not ask.
+#[derive(Debug, Default)]
+struct Asked(OnceLock<bool>);
+
+impl Asked {
+    /// The storage is about to be asked.
+    fn begin(&self) -> Result<(), Failure> {
+        match self.0.get_or_init(|| true) {
+            true => Ok(()),
+            false => Err(Failure::new(
+                Code::Timeout,
+                "the lease is not waited for any more",
+            )),
         }
     }
 
-    fn note_reserved_no_more(&self, disk: &Disk) {
-        disk.record.borrow_mut().reserved = false;
-        self.registry.note(disk);
-    }
-
-    /// Gives up what an earlier supervisor had for a disk, which this one has not needed.
-    async fn give_reservation_up(&self, disk: &Disk) {
-        if !disk.record.borrow().reserved {
-            return;
-        }
-        let given_up = async {
-            self.fenced(disk, LIMIT).await?;
-            let open = disk.open()?;
-            match image_of(&open) {
-                Some(image) => {
-                    let kind = open.target.lease().clone();
-                    self.give_left_over_up(disk, kind, image).await
-                }
-                None => Ok(()),
-            }
-        };
-        match given_up.await {
-            // It was lost before.
-            Err(failure) if failure.code != Code::Gone => {
-                let message = format!(
-                    "what disk {} has reserved is not given up: {failure}",
-                    disk.minor
-                );
-                let what = What::Failed {
-                    message,
-                    retry_ms: 0,
-                };
-                self.registry.events.add(Some(disk.minor), what);
-                // Nobody else on this host gives that up.
-                if disk
-                    .open()
-                    .is_ok_and(|open| is_sanlocked(open.target.lease()))
-                {
-                    return;
-                }
-            }
-            _ => {}
-        }
-        self.note_reserved_no_more(disk);
-    }
-
-    /// Gives up what the host has for a disk and nobody keeps, or lets go of what is left of it when it is lost. Nothing
-    /// of its I/O is under way.
-    async fn give_left_over_up(
-        &self,
-        disk: &Disk,
-        kind: LeaseKind,
-        image: PathBuf,
-    ) -> Result<(), Failure> {
-        let Some(token) = disk.record.borrow().lease.clone() else {
-            return Ok(());
-        };
-        let claim = Claim::new("")?.again(&token)?;
-        let (how, place) = (self.leases.borrow().clone(), image.clone());
-        apart(&image, LIMIT, move || {
-            let mut lease = how(&kind, &place, claim)?;
-            match lease.resume(0) {
-                Ok(_) => lease.give_up(),
-                Err(lost) if lost.code == Code::Gone => lease.settle(),
-                Err(failure) => Err(failure),
-            }
-        })
-        .await
+    /// The storage was not asked, and will not be.
+    fn never(&self) -> bool {
+        !*self.0.get_or_init(|| false)
     }
 }
 
@@ -358,10 +300,6 @@ fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
         return false;
     };
     (&one.lockspace, &one.name) == (&other.lockspace, &other.name)
-}
-
-fn is_sanlocked(kind: &LeaseKind) -> bool {
-    matches!(kind, LeaseKind::Sanlock(_))
 }
 
 /// Passes on what becomes of a lease, until it is given up or lost.
@@ -417,7 +355,7 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
         }
         links = told;
         // Not before its process has been told to end: who lets the disk go on must not find that one.
-        if until.is_zero() && disk.record.borrow().reserved {
+        if until.is_zero() && disk.record.borrow().is_reserved() {
             pause_for_good(&lifecycle, &disk);
         }
     }

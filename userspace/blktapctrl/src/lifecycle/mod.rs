@@ -24,6 +24,7 @@ mod open;
 mod output;
 mod park;
 mod pause;
+mod release;
 mod renew;
 mod serve;
 mod server;

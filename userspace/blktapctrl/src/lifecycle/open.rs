@@ -130,7 +130,7 @@ impl Lifecycle {
 
     pub(super) async fn finish_close(
         self: &Rc<Self>,
-        disk: &Disk,
+        disk: &Rc<Disk>,
         force: bool,
         limit: Duration,
     ) -> Result<(), Failure> {
@@ -156,7 +156,11 @@ impl Lifecycle {
     }
 
     /// The image of a disk is closed. A process that has parts of it makes way for another one.
-    async fn let_image_go(self: &Rc<Self>, disk: &Disk, has_parts: bool) -> Result<(), Failure> {
+    async fn let_image_go(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        has_parts: bool,
+    ) -> Result<(), Failure> {
         let replaced = has_parts && disk.process.borrow().is_some();
         if replaced {
             self.end_process(disk).await?;

@@ -44,7 +44,11 @@ impl Lifecycle {
         disk.unless_doomed(self.finish_pause(disk, limit)).await
     }
 
-    pub(super) async fn finish_pause(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
+    pub(super) async fn finish_pause(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        limit: Duration,
+    ) -> Result<(), Failure> {
         let lost = self.close_image(disk, limit).await?;
         self.give_lease_up(disk).await;
         {
@@ -245,7 +249,10 @@ impl Lifecycle {
     ) -> Result<tapdisk::Disk, Failure> {
         if let Ok(process) = disk.serving() {
             // One that has just died counts as living for a moment.
-            process.has_died(&failure).await;
+            if !process.has_died(&failure).await && failure.code == Code::Gone {
+                // It was asked, and its answer is lost.
+                self.end_process(disk).await?;
+            }
         }
         let rests = async {
             let limit = self.patience.get();

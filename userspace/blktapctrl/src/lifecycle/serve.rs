@@ -354,6 +354,7 @@ impl Lifecycle {
                 status if status.state == State::Running => return running(disk, status, open),
                 status if status.state == State::Inactive => {
                     self.found_inactive(disk);
+                    self.give_lease_up_later(disk, Duration::ZERO);
                     return running(disk, status, open);
                 }
                 status => status.state,
@@ -379,6 +380,8 @@ impl Lifecycle {
             self.give_to_kernel(disk, open, image.as_ref()).await?;
         } else {
             self.take_from_kernel(disk, self.patience.get()).await?;
+            // The process before it may have died with the lease.
+            self.give_lease_up(disk).await;
         }
         let opened = self.open_with(disk, &process, open.clone(), image, question);
         match opened.await {

@@ -98,7 +98,11 @@ impl Lifecycle {
             .await
     }
 
-    async fn finish_inactivate(&self, disk: &Disk, process: &Process) -> Result<(), Failure> {
+    async fn finish_inactivate(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        process: &Process,
+    ) -> Result<(), Failure> {
         let failure = match process.ask(&Request::Inactivate, &[], DRAIN).await {
             Ok(Reply::Inactive { stamp }) => return self.became_inactive(disk, stamp).await,
             Ok(reply) => unexpected(&reply),
@@ -106,9 +110,15 @@ impl Lifecycle {
         };
         if process.has_died(&failure).await {
             // The next one leaves the image alone, and so must the kernel.
-            return self.take_from_kernel(disk, DRAIN).await;
+            self.take_from_kernel(disk, DRAIN).await?;
+            self.give_lease_up(disk).await;
+            return Ok(());
         }
-        match process.status().await?.state {
+        let status = process.status().await.inspect_err(|_| {
+            // It is not known whether it has the image.
+            self.give_lease_up_later(disk, Duration::ZERO);
+        });
+        match status?.state {
             State::Inactive => self.became_inactive(disk, None).await?,
             _ => {
                 disk.record.borrow_mut().inactive = None;
@@ -118,7 +128,11 @@ impl Lifecycle {
         Err(failure)
     }
 
-    async fn became_inactive(&self, disk: &Disk, stamp: Option<Stamp>) -> Result<(), Failure> {
+    async fn became_inactive(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        stamp: Option<Stamp>,
+    ) -> Result<(), Failure> {
         self.take_from_kernel(disk, DRAIN).await?;
         self.give_lease_up(disk).await;
         disk.record.borrow_mut().inactive = Some(Inactive::Suspended { stamp });

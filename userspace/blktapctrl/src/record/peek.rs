@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Records that are not understood: what can be understood of them, so that nobody else gets what is theirs.
 
-use super::{Known, Next, Part, Role};
+use super::{Known, Leased, Next, Part, Role};
 use crate::image::Identity;
 use control::supervisor::{Mode, Policy};
 use control::tapdisk::Open;
@@ -42,6 +42,12 @@ pub struct Peek {
     pub vbd: Option<String>,
     /// As in a record.
     pub process: Option<Known>,
+    /// As in a record.
+    pub lease: Option<String>,
+    /// As in a record.
+    pub reserved: bool,
+    /// As in a record.
+    pub leases: Vec<Leased>,
 }
 
 /// What can be understood of what an unpause leads to.
@@ -118,6 +124,9 @@ impl Peek {
             policy: field(value, "policy"),
             vbd: field(value, "vbd"),
             process: field(value, "process"),
+            lease: field(value, "lease"),
+            reserved: field(value, "reserved").unwrap_or_default(),
+            leases: field(value, "leases").unwrap_or_default(),
         }
     }
 }

@@ -225,6 +225,7 @@ impl Registry {
             (None, None) => None,
         };
         record.nbd = self.folder.nbd(minor).exists();
+        record.inherit_leases(peek.lease, peek.reserved, peek.leases);
         record.process = Some(process.known());
         Ok(record)
     }

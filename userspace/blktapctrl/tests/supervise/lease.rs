@@ -5,10 +5,13 @@ use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
-use control::{Code, LeaseKind};
-use lease::{Claim, Lease, View};
+use control::{Code, Failure, LeaseKind};
+use lease::{Claim, Grant, Holder, HolderIsDead, Lease, View};
 use std::fs;
+use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A disk with a lease, of an image that is there.
@@ -28,6 +31,69 @@ pub(crate) fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
     (claim.host.machine, claim.host.boot) = ([7; 16], [7; 16]);
     let image = bed.dir.join("a.img");
     lease::open(&LeaseKind::Record(None), &image, claim).expect("a lease")
+}
+
+/// Who has the lease of an image, for people.
+pub(crate) fn holder_of(bed: &Bed, image: &str) -> Option<String> {
+    let claim = Claim::new("its disk").expect("a host");
+    let image = bed.dir.join(image);
+    if !image.exists() {
+        return None;
+    }
+    let lease = lease::open(&LeaseKind::Record(None), &image, claim);
+    match lease.expect("a lease").inspect().expect("a lease") {
+        View::Held(holder) => Some(holder.disk),
+        _ => None,
+    }
+}
+
+/// Storage on which no lease can be given up while the switch is on.
+#[derive(Debug)]
+struct Stuck(Box<dyn Lease>, Arc<AtomicBool>);
+
+impl Lease for Stuck {
+    fn inspect(&mut self) -> Result<View, Failure> {
+        self.0.inspect()
+    }
+
+    fn take(&mut self, wait: Duration) -> Result<Grant, Failure> {
+        self.0.take(wait)
+    }
+
+    fn resume(&mut self, generation: u64) -> Result<Grant, Failure> {
+        self.0.resume(generation)
+    }
+
+    fn keep(&mut self) -> Result<(), Failure> {
+        self.0.keep()
+    }
+
+    fn beat(&self) -> Option<Duration> {
+        self.0.beat()
+    }
+
+    fn give_up(&mut self) -> Result<(), Failure> {
+        match self.1.load(Ordering::Relaxed) {
+            true => Err(Failure::new(Code::System, "the storage is broken")),
+            false => self.0.give_up(),
+        }
+    }
+
+    fn break_off(&mut self, confirmed: HolderIsDead) -> Result<Option<Holder>, Failure> {
+        self.0.break_off(confirmed)
+    }
+}
+
+/// From now on leases of this host are on storage that can break.
+fn breakable(bed: &Bed) -> Arc<AtomicBool> {
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let switch = is_broken.clone();
+    let open = move |kind: &LeaseKind, image: &Path, claim| {
+        let lease = lease::open(kind, image, claim)?;
+        Ok(Box::new(Stuck(lease, switch.clone())) as Box<dyn Lease>)
+    };
+    bed.lifecycle.use_leases(Arc::new(open));
+    is_broken
 }
 
 pub(crate) fn generation(lease: &mut dyn Lease) -> Option<u64> {
@@ -139,6 +205,113 @@ fn the_next_supervisor_goes_on_with_the_lease() {
         })
         .await;
         assert_eq!(generation(&mut *elsewhere(&bed)), Some(1));
+        bed.destroy(0).await;
+        assert_eq!(generation(&mut *elsewhere(&bed)), None);
+    });
+}
+
+/// The record of a lease as [`a_disk_that_ends_before_it_was_taken_over_gives_its_reservation_up`] has a reservation.
+///
+/// [`a_disk_that_ends_before_it_was_taken_over_gives_its_reservation_up`]: super::reservation
+#[test]
+fn a_disk_that_ends_before_it_was_taken_over_gives_its_lease_up() {
+    let host = Succession::new("lease-end");
+    block_on(async {
+        let bed = host.bed();
+        let minor = bed.made(leased(&bed)).await;
+        kill(bed.row(minor).await.pid.expect("a process"));
+    });
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
+        // Nobody has asked for the lease yet.
+        bed.destroy(0).await;
+        assert_eq!(generation(&mut *elsewhere(&bed)), None);
+    });
+}
+
+#[test]
+fn a_lease_that_cannot_be_given_up_is_given_up_later() {
+    test("lease-later", |bed| async move {
+        let is_broken = breakable(&bed);
+        let minor = bed.made(leased(&bed)).await;
+        is_broken.store(true, Ordering::Relaxed);
+        let pause = Request::Pause {
+            which: which(minor),
+            timeout_s: 0,
+        };
+        assert_eq!(bed.ask(pause).await, Ok(Reply::Done));
+        let told = |what: &What| matches!(what, What::Failed { message, .. } if message.contains("is not given up yet"));
+        assert!(bed.events().iter().any(told), "{:?}", bed.events());
+        assert!(generation(&mut *elsewhere(&bed)).is_some());
+        is_broken.store(false, Ordering::Relaxed);
+        until("another attempt", || async {
+            generation(&mut *elsewhere(&bed)).is_none().then_some(())
+        })
+        .await;
+        let served = bed.ask(unpause(minor, None)).await;
+        assert!(matches!(served, Ok(Reply::Opened(_))), "{served:?}");
+        // A disk stays until its lease is free, and says so.
+        is_broken.store(true, Ordering::Relaxed);
+        let destroy = || Request::Destroy {
+            which: which(minor),
+            timeout_s: 1,
+        };
+        let held = bed.ask(destroy()).await.expect_err("it is held");
+        assert_eq!(held.code, Code::Busy);
+        for words in [
+            "is not given up yet",
+            "the storage is broken",
+            "tap-ctl forget -m 0",
+        ] {
+            assert!(held.message.contains(words), "{held}");
+        }
+        is_broken.store(false, Ordering::Relaxed);
+        bed.emptied().await;
+        assert_eq!(generation(&mut *elsewhere(&bed)), None);
+    });
+}
+
+#[test]
+fn a_lease_that_will_never_be_given_up_can_be_forgotten() {
+    test("lease-forgotten", |bed| async move {
+        let is_broken = breakable(&bed);
+        let minor = bed.made(leased(&bed)).await;
+        let forget = || Request::Forget { minor };
+        let served = bed.ask(forget()).await.expect_err("it is served");
+        assert_eq!(served.code, Code::NotFound);
+        is_broken.store(true, Ordering::Relaxed);
+        let destroy = Request::Destroy {
+            which: which(minor),
+            timeout_s: 1,
+        };
+        bed.ask(destroy).await.expect_err("it is held");
+        assert_eq!(bed.ask(forget()).await, Ok(Reply::Done));
+        bed.emptied().await;
+        bed.assert_nothing_left().await;
+        assert!(generation(&mut *elsewhere(&bed)).is_some());
+    });
+}
+
+/// A supervisor that knows the token and no more wrote the record.
+#[test]
+fn the_lease_of_an_older_supervisor_is_given_up() {
+    let host = Succession::new("lease-older");
+    block_on(async {
+        let bed = host.bed();
+        let minor = bed.made(leased(&bed)).await;
+        kill(bed.row(minor).await.pid.expect("a process"));
+    });
+    let path = host.dir.join("run/disks/0.json");
+    let text = fs::read(&path).expect("a record");
+    let mut record: serde_json::Value = serde_json::from_slice(&text).expect("json");
+    let fields = record.as_object_mut().expect("a record");
+    assert!(fields["lease"].is_string());
+    assert!(fields.remove("leases").is_some());
+    fs::write(&path, record.to_string()).expect("write");
+    block_on(async {
+        let bed = host.bed();
+        adopt::disks(&bed.lifecycle).await;
         bed.destroy(0).await;
         assert_eq!(generation(&mut *elsewhere(&bed)), None);
     });

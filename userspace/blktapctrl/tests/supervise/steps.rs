@@ -4,10 +4,11 @@
 
 use super::bed::{self, block_on, kill, test, until, which, Bed};
 use super::fake::{put, FakeKernel};
+use super::lease::holder_of;
 use blktapctrl::adopt;
 use control::supervisor::{Doing, Reply, Request, Row, What};
 use control::tapdisk::State;
-use control::{Code, Target};
+use control::{Code, LeaseKind, Target};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -22,6 +23,12 @@ pub(crate) fn pause(timeout_s: u32) -> Request {
 fn target(dir: &Path, name: &str) -> Target {
     let text = format!("sync:{}", dir.join(name).display());
     text.parse().expect("a target")
+}
+
+/// A target with a lease.
+fn leased(dir: &Path, name: &str) -> Target {
+    let target = target(dir, name).with_lease(LeaseKind::Record(None));
+    target.expect("a target")
 }
 
 pub(crate) fn unpause(target: Option<Target>) -> Request {
@@ -81,6 +88,10 @@ pub(crate) fn at_each_step(
             assert!(!bed.events().iter().any(unknown), "{:?}", bed.events());
             bed.lifecycle.destroy_all(bed.registry().all()).await;
             bed.assert_nothing_left().await;
+            for image in ["a.img", "b.img"] {
+                let left = holder_of(&bed, image);
+                assert_eq!(left, None, "{name}: the lease of {image} after step {step}");
+            }
         });
         fs::remove_dir_all(&dir).expect("remove");
         if !crashed {
@@ -193,6 +204,31 @@ fn a_destroy_is_finished_by_the_next_supervisor() {
         |rows, pid| rows.is_empty() || (one(rows).pid == pid && one(rows).state.is_some()),
     );
     assert!(steps >= 6, "{steps} steps");
+}
+
+/// Whatever a supervisor ends in, the lease of the image is given up with the disk: the look for that is in
+/// [`at_each_step`].
+#[test]
+fn a_lease_is_given_up_by_the_next_supervisor() {
+    let create = |dir: &Path| create_of(leased(dir, "a.img"));
+    let destroy = || Request::Destroy {
+        which: which(0),
+        timeout_s: 0,
+    };
+    let any = |_: &[Row], _: Option<u32>| true;
+    let none = |_: &Path| Vec::new();
+    let served = |dir: &Path| vec![create(dir)];
+    let paused = |dir: &Path| vec![create(dir), pause(0)];
+    let other = |bed: &Bed| unpause(Some(leased(&bed.dir, "b.img")));
+    let all = [
+        at_each_step("lease-create", none, |bed| create(&bed.dir), any),
+        at_each_step("lease-destroy", served, |_| destroy(), any),
+        at_each_step("lease-pause", served, |_| pause(0), any),
+        at_each_step("lease-close", served, |_| close(), any),
+        at_each_step("lease-unpause", paused, other, any),
+    ];
+    // That it is taken and given up is on record, too.
+    assert!(all.iter().all(|steps| *steps >= 6), "{all:?} steps");
 }
 
 #[test]

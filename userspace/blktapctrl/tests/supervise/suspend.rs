@@ -196,13 +196,18 @@ fn another_host_may_have_the_image_of_a_suspended_guest() {
 }
 
 impl Moving {
-    /// The disk of a guest that was suspended, with a lease that another host may have now.
-    async fn inactive_with_lease(&self) -> u32 {
-        let mut create = self.create(3);
+    /// The disk of a domain, with a lease.
+    async fn leased(&self, domain: u32) -> u32 {
+        let mut create = self.create(domain);
         let target = create.open.target.clone();
         let target = target.with_lease(LeaseKind::Record(None));
         create.open.target = target.expect("a target");
-        let minor = self.bed.made(create).await;
+        self.bed.made(create).await
+    }
+
+    /// The disk of a guest that was suspended, with a lease that another host may have now.
+    async fn inactive_with_lease(&self) -> u32 {
+        let minor = self.leased(3).await;
         self.suspend(3);
         self.is(minor, State::Inactive).await;
         until("the lease is free", || async {
@@ -343,6 +348,71 @@ fn death_while_an_image_is_let_go_of() {
         host.wish(minor);
         host.is(minor, State::Running).await;
         host.no_wish(minor);
+    });
+}
+
+/// Another host gets the image all the same.
+#[test]
+fn lease_is_given_up_for_a_process_that_dies_while_it_lets_go() {
+    test("suspend-death-lease", |bed| async move {
+        let host = Moving::new(bed.clone());
+        let minor = host.leased(3).await;
+        host.switch("slow", true);
+        host.suspend(3);
+        until("it is asked", || async {
+            bed.log().contains(&"inactivate".into()).then_some(())
+        })
+        .await;
+        let pid = bed.row(minor).await.pid.expect("a process");
+        kill(pid);
+        drop(host.taken_by_another_host(pid).await);
+        host.switch("slow", false);
+        host.is(minor, State::Inactive).await;
+    });
+}
+
+/// The supervisor ends when the process has let go, and has not given the lease up.
+#[test]
+fn lease_of_an_inactive_disk_is_given_up_by_the_next_supervisor() {
+    let host = Succession::new("suspend-next-lease");
+    let pid = block_on(async {
+        let moving = Moving::new(host.bed());
+        let bed = moving.bed.clone();
+        let minor = moving.leased(3).await;
+        moving.switch("slow", true);
+        moving.suspend(3);
+        until("it is asked", || async {
+            bed.log().contains(&"inactivate".into()).then_some(())
+        })
+        .await;
+        bed.row(minor).await.pid.expect("a process")
+    });
+    fs::remove_file(host.dir.join("slow")).expect("the file");
+    block_on(async {
+        let moving = Moving::new(host.bed());
+        let bed = moving.bed.clone();
+        let status = async || {
+            let socket = bed.registry().folder.tapdisk(0);
+            let mut link = blktapctrl::link::Link::connect(&socket).await.ok()?;
+            let status = link.ask(
+                &control::tapdisk::Request::Status,
+                &[],
+                Duration::from_secs(60),
+            );
+            match status.await {
+                Ok(control::tapdisk::Reply::Status(status)) => Some(status.state),
+                _ => None,
+            }
+        };
+        until("it has let go", || async {
+            (status().await? == State::Inactive).then_some(())
+        })
+        .await;
+        adopt::disks(&bed.lifecycle).await;
+        // It may have been asked for more than this supervisor knows of.
+        drop(moving.taken_by_another_host(pid).await);
+        moving.is(0, State::Inactive).await;
+        bed.lifecycle.destroy_all(bed.registry().all()).await;
     });
 }
 
