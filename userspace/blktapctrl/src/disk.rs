@@ -60,6 +60,8 @@ pub struct Disk {
     pub successor: RefCell<Option<Rc<Process>>>,
     /// The lease of its image.
     pub lease: RefCell<Option<Tenure>>,
+    /// Xenstore does not have its directory: someone waits until the kernel has no guest on it either.
+    pub unlisted: Cell<bool>,
     /// Someone tries to give leases up that the disk does not need.
     pub releases: Cell<bool>,
     /// Why a lease of the disk, which is being destroyed, is not given up yet.
@@ -119,6 +121,7 @@ impl Disk {
             process: RefCell::default(),
             successor: RefCell::default(),
             lease: RefCell::default(),
+            unlisted: Cell::default(),
             releases: Cell::default(),
             leaves: RefCell::default(),
             forgotten: Notify::default(),

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What happens to the backends' directories in xenstore.
 //!
-//! A disk goes when the directory for which it was made goes, whether or not a script says so. The
+//! A disk goes when the directory for which it was made goes, whether or not a script says so, and the kernel serves no
+//! guest from it: a xenstored that was started anew is empty, and guests run on. The
 //! kind `vbd3` (`backendtype=tap`) is also served where no script of ours runs: without any script
 //! the disk is made here; after Xen's `block-tap`, which makes it with tap-ctl, the driver is told
 //! its number.
@@ -12,6 +13,7 @@
 
 use crate::disk::Disk;
 use crate::groups::Groups;
+use crate::kernel::{self, Kernel};
 use crate::lifecycle::Lifecycle;
 use crate::log::{tell, About};
 use crate::registry::Registry;
@@ -24,7 +26,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The kind of backends that is ours even without a script.
 const TAP: &str = "backend/vbd3";
@@ -35,6 +37,12 @@ const SERVER: &str = "blktapctrl";
 const SCRIPTS: &str = "block-tap";
 /// Changes when a domain has ended, or was suspended.
 const RELEASED: &str = "@releaseDomain";
+/// Time between the first two questions whether the kernel serves a guest, which tells nobody when it ends; it doubles.
+const FIRST: Duration = Duration::from_millis(20);
+/// The most that it becomes.
+const MOST: Duration = Duration::from_secs(1);
+/// After this time it is worth a word.
+const LONG: Duration = Duration::from_secs(10);
 /// Where the disks of a script are.
 const VBD: &str = "backend/vbd";
 
@@ -207,12 +215,14 @@ async fn look(lifecycle: &Rc<Lifecycle>, store: &Rc<dyn Store>, directory: &str)
     }
     let there = store.read(&format!("{directory}/frontend")).await?;
     if there.is_none() {
-        for disk in disks {
-            let lifecycle = lifecycle.clone();
+        for disk in disks
+            .into_iter()
+            .filter(|disk| !disk.unlisted.replace(true))
+        {
+            let (lifecycle, directory) = (lifecycle.clone(), directory.to_owned());
             tokio::task::spawn_local(async move {
-                if let Err(failure) = lifecycle.destroy(&disk).await {
-                    tell!(warn, disk.about().failed(&failure), "{failure}");
-                }
+                end_unlisted(&lifecycle, &directory, &disk).await;
+                disk.unlisted.set(false);
             });
         }
     } else if !disks.is_empty() {
@@ -232,6 +242,78 @@ async fn look(lifecycle: &Rc<Lifecycle>, store: &Rc<dyn Store>, directory: &str)
         });
     }
     Ok(())
+}
+
+/// Destroys a disk without a directory as soon as the kernel serves no guest from it, unless the directory comes back.
+async fn end_unlisted(lifecycle: &Rc<Lifecycle>, directory: &str, disk: &Rc<Disk>) {
+    let registry = &lifecycle.registry;
+    let (since, mut told, mut pause) = (Instant::now(), false, FIRST);
+    loop {
+        let is_listed = is_listed(registry, directory).await;
+        if is_listed == Some(true) {
+            return;
+        }
+        let why = match in_use(&*registry.kernel, disk.minor) {
+            None if is_listed == Some(false) => break,
+            None => "whether it has come back cannot be asked".into(),
+            Some(why) => why,
+        };
+        if !told && since.elapsed() >= LONG {
+            told = true;
+            tell!(
+                warn,
+                disk.about(),
+                "disk {}: xenstore has no {directory} any more, but {why}: the disk stays until that ends",
+                disk.minor
+            );
+        }
+        let slept = async {
+            tokio::time::sleep(pause).await;
+            Ok(())
+        };
+        if disk.unless_doomed(slept).await.is_err() {
+            return;
+        }
+        pause = (pause * 2).min(MOST);
+    }
+    if let Err(failure) = lifecycle.destroy(disk).await {
+        tell!(warn, disk.about().failed(&failure), "{failure}");
+    }
+    let place = (
+        lifecycle.groups(),
+        store::domain(directory),
+        registry.store(),
+    );
+    if let (Some(groups), Some(domain), Some(store)) = place {
+        if let Err(error) = group(lifecycle, &groups, &*store, [domain].into()).await {
+            let about = disk.about().because(&error);
+            tell!(
+                warn,
+                about,
+                "the group of domain {domain} is not looked at: {error}"
+            );
+        }
+    }
+}
+
+/// Xenstore has a directory; nothing if it does not say, because there is no connection at the moment.
+async fn is_listed(registry: &Registry, directory: &str) -> Option<bool> {
+    let frontend = registry.store()?;
+    let frontend = frontend.read(&format!("{directory}/frontend")).await;
+    frontend.ok().map(|there| there.is_some())
+}
+
+/// Why a disk may have a guest, by what the kernel says of it.
+fn in_use(kernel: &dyn Kernel, minor: u32) -> Option<String> {
+    match kernel::node(kernel, minor) {
+        Ok(node) => {
+            let (domain, _) = node?.bound?;
+            Some(format!("the kernel serves domain {domain} from it"))
+        }
+        Err(error) => Some(format!(
+            "the kernel does not say whether it serves a guest ({error})"
+        )),
+    }
 }
 
 /// Learns the name of the guest that disks belong to, for the log.

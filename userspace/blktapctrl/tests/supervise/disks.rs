@@ -2,11 +2,13 @@
 //! What a disk is made of, and what is left of it.
 
 use super::bed::{kill, test, until, which};
-use super::fake::put;
+use super::fake::{put, FakeStore};
+use blktapctrl::disk::Fate;
 use blktapctrl::{server, watch};
 use control::supervisor::{Allocate, Mode, Reply, Request, What, Which};
 use control::tapdisk::State;
 use control::{Channel, Code, Failure};
+use std::io::ErrorKind;
 use std::rc::Rc;
 
 #[test]
@@ -202,6 +204,67 @@ fn a_disk_goes_with_its_directory() {
         bed.store.put(directory, &[("state", "4")]);
         assert_eq!(bed.row(minor).await.vbd.as_deref(), Some(directory));
         bed.store.drop("backend/vbd/3");
+        bed.emptied().await;
+        bed.assert_nothing_left().await;
+    });
+}
+
+/// A xenstored that was started anew is empty, while guests run on.
+#[test]
+fn a_disk_that_the_kernel_serves_a_guest_from_outlives_its_directory() {
+    test("unlisted", |bed| async move {
+        let follow = |store: &FakeStore| {
+            let (lifecycle, store) = (bed.lifecycle.clone(), Rc::new(store.clone()));
+            tokio::task::spawn_local(async move { watch::follow(&lifecycle, store).await })
+        };
+        let first = follow(&bed.store);
+        until("a connection", || async {
+            bed.registry().store().map(drop)
+        })
+        .await;
+        bed.image("a.img", "A");
+        let directory = "backend/vbd/3/51712";
+        bed.store.put(directory, &[("frontend", "f")]);
+        let mut create = bed.create("a.img");
+        create.vbd = Some(directory.into());
+        let minor = bed.made(create).await;
+        let disk = bed.registry().get(minor).expect("the disk");
+        let bind = |to| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&minor).expect("the node").bound = to;
+        };
+        let looked = async || {
+            let before = bed.kernel.queries.get();
+            until("looks at the kernel", || async {
+                let has_looked = bed.kernel.queries.get() >= before + 3;
+                (has_looked || disk.fate() != Fate::Stays).then_some(())
+            })
+            .await;
+            assert_eq!(disk.fate(), Fate::Stays, "a guest runs on it");
+        };
+        bind(Some((3, 51712)));
+        bed.store.drop("backend/vbd/3");
+        looked().await;
+        first.abort();
+        let empty = FakeStore::default();
+        follow(&empty);
+        looked().await;
+        // A kernel that does not answer has not said that there is no guest.
+        bed.kernel.mute.set(Some(ErrorKind::Interrupted));
+        bind(None);
+        looked().await;
+        bind(Some((3, 51712)));
+        bed.kernel.mute.set(None);
+        // The directory comes back, and only then the kernel lets go for a moment, as for a restart of the driver.
+        empty.put(directory, &[("frontend", "f")]);
+        bed.store.put(directory, &[("frontend", "f")]);
+        until("the end of the wait", || async {
+            (!disk.unlisted.get()).then_some(())
+        })
+        .await;
+        bind(None);
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        empty.drop("backend/vbd/3");
         bed.emptied().await;
         bed.assert_nothing_left().await;
     });
