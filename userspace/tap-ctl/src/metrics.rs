@@ -19,7 +19,7 @@ use crate::{cli, Cli, Error};
 use control::stats::Stats;
 use control::supervisor::Kernel;
 use exposition::{Labels, Text};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -50,7 +50,14 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
 fn replace(path: &Path, text: &str) -> io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
-    fs::write(&beside, text)?;
+    // The folder may be another user's, who may have made something there, such as a link to a file of root's: that is
+    // removed, and what is there since is not opened.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::options().write(true).create_new(true).open(&beside)?;
+    file.write_all(text.as_bytes())?;
     fs::rename(&beside, path)
 }
 

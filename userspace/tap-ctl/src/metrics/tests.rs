@@ -319,3 +319,19 @@ fn a_file_is_exchanged_as_a_whole() {
     }
     assert_eq!(std::fs::read_dir(folder.path()).expect("read").count(), 1);
 }
+
+#[test]
+fn a_link_where_the_file_is_written_is_not_followed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("xen.prom");
+    let precious = folder.path().join("precious");
+    std::fs::write(&precious, "precious").expect("written");
+    std::os::unix::fs::symlink(&precious, folder.path().join("xen.prom.new")).expect("a link");
+    replace(&path, "one").expect("written");
+    let is = |path| std::fs::read_to_string(path).expect("read");
+    assert_eq!(
+        (is(&precious), is(&path)),
+        ("precious".into(), "one".into())
+    );
+    assert!(!path.is_symlink());
+}
