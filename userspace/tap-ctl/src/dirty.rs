@@ -6,7 +6,6 @@ use crate::time::utc;
 use crate::{ask, named, print, Error};
 use control::supervisor::{Reply, Request, Which};
 use control::{Changed, Code, Extent, Failure, Mark, MarkName};
-use std::io::{self, Write};
 
 /// What is asked first.
 pub(crate) fn request(asked: &cli::Dirty) -> Request {
@@ -40,10 +39,10 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Dirty) -> Result<(), Error> {
     };
     match (&reply, cli.json) {
         (_, true) => print(&reply),
-        (Reply::Marks { marks }, _) => Ok(io::stdout().write_all(self::marks(marks).as_bytes())?),
+        (Reply::Marks { marks }, _) => Ok(crate::say(&self::marks(marks))?),
         (Reply::Changed(changed), _) => {
             let text: String = changed.extents.iter().map(line).collect();
-            Ok(io::stdout().write_all(text.as_bytes())?)
+            Ok(crate::say(&text)?)
         }
         (other, _) => Err(something_else(other).into()),
     }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl events`: what happens to disks.
 
-use crate::{connect, patience, print, show, Cli, Error};
+use crate::{connect, patience, print, say, show, Cli, Error};
 use clap::Args;
 use control::supervisor::{Event, Reply, Request, What};
-use control::{Code, Failure};
-use std::io::{self, Write};
+use control::{shown, Code, Failure};
 
 /// Events.
 #[derive(Debug, Args)]
@@ -38,7 +37,7 @@ pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
         if cli.json {
             print(&event.body)?;
         } else if event.body.what != What::Other {
-            writeln!(io::stdout(), "{}", show::event(&event.body))?;
+            say(&format!("{}\n", shown(&show::event(&event.body))))?;
         }
     }
     Err(Failure::new(Code::Gone, "blktapctrl has ended").into())

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All disks are handed to new processes, a few at once: progress, and what became of each.
 
-use crate::{ask, cli, print, show, Cli, Error};
+use crate::{ask, cli, complain, print, say, show, Cli, Error};
 use control::supervisor::{Filter, HandedOff, Reply, Request, Row, Which};
 use control::tapdisk::State;
 use control::{Code, Failure};
 use serde::Serialize;
-use std::io::{self, Write};
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -79,7 +79,7 @@ pub(crate) fn all(cli: &Cli, asked: &cli::Handoff) -> Result<(), Error> {
     if cli.json {
         print(&summary)?;
     } else {
-        writeln!(io::stdout(), "{}", sum(&summary))?;
+        say(&format!("{}\n", sum(&summary)))?;
     }
     match summary.kept {
         0 => Ok(()),
@@ -123,12 +123,10 @@ fn one(cli: &Cli, asked: &cli::Handoff, minor: u32) -> Fate {
 /// Says what became of a disk, and how far it is.
 fn tell(fate: &Fate, number: usize, all: usize) -> io::Result<()> {
     match fate {
-        Fate::HandedOff(handed) => {
-            writeln!(io::stdout(), "{number}/{all} {}", show::handed_off(handed))
-        }
-        Fate::Gone { minor } => writeln!(io::stdout(), "{number}/{all} minor={minor} gone"),
+        Fate::HandedOff(handed) => say(&format!("{number}/{all} {}\n", show::handed_off(handed))),
+        Fate::Gone { minor } => say(&format!("{number}/{all} minor={minor} gone\n")),
         Fate::Kept { minor, error } => {
-            eprintln!("tap-ctl: {number}/{all} minor={minor}: {error}");
+            complain(&format!("{number}/{all} minor={minor}: {error}"));
             Ok(())
         }
     }

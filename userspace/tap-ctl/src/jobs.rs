@@ -124,7 +124,7 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
         None if cli.json => print(&reply),
         None => {
             let text = show::reply(&reply) + &remedy(&reply);
-            Ok(io::stdout().write_all(text.as_bytes())?)
+            Ok(crate::say(&text)?)
         }
     }
 }

@@ -26,7 +26,7 @@ use clap::{CommandFactory, Parser};
 use cli::{Cli, Image, Verb};
 use control::supervisor::{self, Allocate, Create, Filter, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
-use control::{Channel, Code, Failure, Limits, Target};
+use control::{shown, shown_json, shown_lines, Channel, Code, Failure, Limits, Target};
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -64,12 +64,12 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
         // Such as `tap-ctl events | head`.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
-            eprintln!("tap-ctl: cannot write: {error}");
+            complain(&format!("cannot write: {error}"));
             ExitCode::FAILURE
         }
         Err(Error::Failed(failure)) => {
             tell_programs(cli, &failure);
-            eprintln!("tap-ctl: {failure}");
+            complain(&failure.to_string());
             ExitCode::from(status(failure.code))
         }
         // Each was told on its own.
@@ -77,7 +77,9 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
         Err(Error::Silent(failure)) => {
             // Whatever kept it from answering: `not-found` would be said of a disk.
             tell_programs(cli, &Failure::new(Code::Gone, failure.message.clone()));
-            eprintln!("tap-ctl: {failure}: is blktapctrl running? systemctl start blktapctrl");
+            complain(&format!(
+                "{failure}: is blktapctrl running? systemctl start blktapctrl"
+            ));
             ExitCode::from(5)
         }
     }
@@ -85,7 +87,8 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
 
 fn tell_programs(cli: &Cli, failure: &Failure) {
     if cli.json {
-        println!("{}", serde_json::json!({ "error": failure }));
+        let error = serde_json::json!({ "error": failure }).to_string();
+        println!("{}", shown_json(&error));
     }
 }
 
@@ -141,7 +144,7 @@ fn connect(cli: &Cli, limit: Instant) -> Result<Channel, Error> {
             return Err(Error::Silent(failure));
         }
         if !std::mem::replace(&mut told, true) {
-            eprintln!("tap-ctl: {failure}: waiting for blktapctrl");
+            complain(&format!("{failure}: waiting for blktapctrl"));
         }
         std::thread::sleep(AGAIN);
     }
@@ -161,7 +164,7 @@ fn ask(cli: &Cli, request: &Request) -> Result<Reply, Error> {
                     && may_be_repeated(request)
                     && Instant::now() < limit =>
             {
-                eprintln!("tap-ctl: {failure}: asking again");
+                complain(&format!("{failure}: asking again"));
                 std::thread::sleep(AGAIN);
             }
             result => return Ok(result?),
@@ -205,7 +208,18 @@ fn may_be_repeated(request: &Request) -> bool {
 
 fn print(json: &impl serde::Serialize) -> Result<(), Error> {
     let text = serde_json::to_string(json).map_err(io::Error::other)?;
-    Ok(writeln!(io::stdout(), "{text}")?)
+    Ok(writeln!(io::stdout(), "{}", shown_json(&text))?)
+}
+
+/// Prints a text for a person. Names in it, such as one in the header of an image, may be anything: none acts on the
+/// terminal.
+fn say(text: &str) -> io::Result<()> {
+    io::stdout().write_all(shown_lines(text).as_bytes())
+}
+
+/// Says what is wrong.
+fn complain(text: &str) {
+    eprintln!("tap-ctl: {}", shown(text));
 }
 
 /// Without the supervisor.
@@ -213,7 +227,7 @@ fn about_lease(cli: &Cli, verb: &cli::LeaseVerb) -> Result<(), Error> {
     let (text, json) = lease::run(verb).map_err(Error::Failed)?;
     match cli.json {
         true => print(&json),
-        false => Ok(io::stdout().write_all(text.as_bytes())?),
+        false => Ok(say(&text)?),
     }
 }
 
@@ -234,7 +248,7 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
         (_, Reply::Disks { disks }) if io::stdout().is_terminal() => show::table(disks),
         (_, reply) => show::reply(reply),
     };
-    Ok(io::stdout().write_all(text.as_bytes())?)
+    Ok(say(&text)?)
 }
 
 fn request(verb: &Verb) -> Result<Request, Failure> {

@@ -41,7 +41,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
             let what = format!("cannot write {}", path.display());
             Error::Failed(control::Failure::system(what, &error))
         }),
-        None => Ok(io::stdout().write_all(text.as_bytes())?),
+        None => Ok(crate::say(&text)?),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::status::Watch;
 use crate::time::utc;
 use crate::{cli, doctor, Cli, Error};
 use control::supervisor::{Filter, Reply, Request, Which};
-use control::{Channel, Failure};
+use control::{shown_lines, Channel, Failure};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
@@ -93,13 +93,14 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
             parts.add(&words.join(" "), || program(words));
         }
     }
+    let text = shown_lines(&parts.to);
     match &asked.output {
-        None => Ok(io::stdout().write_all(parts.to.as_bytes())?),
+        None => Ok(io::stdout().write_all(text.as_bytes())?),
         Some(path) => {
             // Others need not know what this host serves.
             let mut options = File::options();
             let file = options.write(true).create_new(true).mode(0o600).open(path);
-            let written = file.and_then(|mut file| file.write_all(parts.to.as_bytes()));
+            let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
             written.map_err(|error| {
                 Failure::system(format!("cannot write {}", path.display()), &error)
             })?;

@@ -15,7 +15,7 @@ use control::{Channel, Failure};
 pub(crate) use driver::is_ours;
 use initramfs::Listed;
 use serde::Serialize;
-use std::io::{self, ErrorKind, Write};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -106,7 +106,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
     if cli.json {
         print(&report)?;
     } else {
-        io::stdout().write_all(text(&report).as_bytes())?;
+        crate::say(&text(&report))?;
     }
     Ok(ExitCode::from(report.grade.exit_code()))
 }

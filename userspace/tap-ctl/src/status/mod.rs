@@ -14,7 +14,6 @@ use crate::look::{look, Disk, Kind, Look, Supervisor};
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
 use serde::Serialize;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -190,7 +189,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Status) -> Result<ExitCode, Error> {
     if cli.json {
         print(&report)?;
     } else {
-        io::stdout().write_all(show::text(&report, asked.extended).as_bytes())?;
+        crate::say(&show::text(&report, asked.extended))?;
     }
     Ok(ExitCode::from(report.severity))
 }

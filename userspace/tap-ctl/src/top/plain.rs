@@ -31,7 +31,11 @@ pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
                 true => "\x1b[H\x1b[J",
                 false => "",
             };
-            write!(io::stdout(), "{clear}{}", text(&picture))?;
+            write!(
+                io::stdout(),
+                "{clear}{}",
+                control::shown_lines(&text(&picture))
+            )?;
             io::stdout().flush()?;
         }
         before = Some(now);
