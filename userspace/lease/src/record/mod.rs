@@ -39,8 +39,8 @@ mod model;
 
 use crate::complete::complete;
 use crate::host::hex;
-use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
-use control::{Code, Failure};
+use crate::{place, Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
+use control::{Code, Failure, LeaseKind};
 use layout::{Area, Record, State};
 use rules::{Party, Refusal, Rules, BEAT};
 use std::path::{Path, PathBuf};
@@ -109,11 +109,7 @@ impl Recorded {
         match refusal {
             Refusal::Failed(failure) => failure,
             Refusal::Busy(record) => {
-                let who = self.describe(&record);
-                let remedy = match record.who.host.machine == self.party.claim.host.machine {
-                    true => "end that disk".into(),
-                    false => format!("end that disk, or if its host is dead, power it off for certain and use tap-ctl lease break --holder-is-dead {}", record.generation),
-                };
+                let (who, remedy) = (self.describe(&record), self.remedy(&record));
                 Failure::new(Code::Busy, format!("{place} is in use by {who}: {remedy}"))
             }
             Refusal::Other(record) => {
@@ -152,6 +148,33 @@ impl Recorded {
                     self.path.display(),
                     rules::CLAIM.as_millis()
                 ),
+            ),
+        }
+    }
+
+    /// What ends the tenure of a holder.
+    fn remedy(&self, record: &Record) -> String {
+        let (host, own) = (&record.who.host, &self.party.claim.host);
+        let (image, beside) = (&self.image, place(&LeaseKind::Record(None), &self.image));
+        let named = match beside.record.as_ref() == Some(&self.path) {
+            true => image.display().to_string(),
+            false => format!(
+                "lease=record:{},aio:{}",
+                self.path.display(),
+                image.display()
+            ),
+        };
+        let (number, ends) = (record.generation, format!("tap-ctl lease break {named}"));
+        match (host.machine == own.machine, host.boot == own.boot) {
+            (true, true) => format!(
+                "that is this host itself; tap-ctl list shows its disks, and tap-ctl destroy ends one; if that disk is not there, and fuser -v {} names no process, that holder is dead: use {ends} --holder-is-dead {number}",
+                image.display()
+            ),
+            (true, false) => format!(
+                "this host was booted since, so that holder is dead: use {ends} --holder-is-dead {number}"
+            ),
+            (false, _) => format!(
+                "end that disk there, or if its host is dead, power it off for certain and use {ends} --holder-is-dead {number}"
             ),
         }
     }

@@ -95,7 +95,33 @@ fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
     let mut other = shared.host("a", 1);
     assert_eq!(other.resume(1).unwrap_err().code, Code::Gone);
     let refused = other.take(Duration::ZERO).unwrap_err();
-    assert!(refused.message.ends_with("end that disk"), "{refused}");
+    let remedy = format!(
+        "tap-ctl lease break {} --holder-is-dead 1",
+        shared.image.display()
+    );
+    for words in ["this host itself", "tap-ctl destroy", &remedy] {
+        assert!(refused.message.contains(words), "{refused}");
+    }
+}
+
+/// The remedy is the word of the operator, which helps.
+#[test]
+fn what_this_host_had_before_it_was_booted_can_be_broken() {
+    let shared = Shared::new();
+    shared.host("a", 1).take(Duration::ZERO).unwrap();
+    let mut next = shared.host("a", 1);
+    next.party.claim.host.boot = [9; 16];
+    let refused = next.take(Duration::ZERO).unwrap_err();
+    let remedy = format!(
+        "tap-ctl lease break {} --holder-is-dead 1",
+        shared.image.display()
+    );
+    for words in ["booted since", &remedy] {
+        assert!(refused.message.contains(words), "{refused}");
+    }
+    let broken = next.break_off(HolderIsDead { generation: 1 });
+    assert!(broken.unwrap().is_some());
+    next.take(Duration::ZERO).unwrap();
 }
 
 #[test]

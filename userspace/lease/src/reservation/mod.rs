@@ -137,9 +137,9 @@ impl<S: Storage> Reserved<S> {
             Refusal::Busy(held) => {
                 let (who, key) = (self.describe(held.key), Key(held.key));
                 let remedy = match key.is_of_boot(&self.party.claim.host) {
-                    true => "end that disk".into(),
+                    true => self.remedy_here(key),
                     false => format!(
-                        "end its disk there (tap-ctl lease show says `here` on that host), or if that host is dead, use tap-ctl lease break --holder-is-dead {key}"
+                        "end its disk there (tap-ctl lease show says `here` on that host), or if that host is dead, use tap-ctl lease break {place} --holder-is-dead {key}"
                     ),
                 };
                 busy(format!("{place} is reserved by {who}: {remedy}"))
@@ -159,7 +159,8 @@ impl<S: Storage> Reserved<S> {
                 self.now_has_it(held)
             )),
             Refusal::Here(key) => busy(format!(
-                "this host itself has {place} reserved (key {key}): end that disk, or, if the host was booted since, attach it again"
+                "this host itself has {place} reserved (key {key}): {}, or, if the host was booted since, attach it again",
+                self.remedy_here(key)
             )),
             Refusal::Lost(held) => Failure::new(
                 Code::Gone,
@@ -169,6 +170,14 @@ impl<S: Storage> Reserved<S> {
                 ),
             ),
         }
+    }
+
+    /// What ends the tenure of a disk of this host.
+    fn remedy_here(&self, key: Key) -> String {
+        let place = self.image.display();
+        format!(
+            "tap-ctl list shows its disks, and tap-ctl destroy ends one; if none of them has it, unregister the key with sg_persist --out --register --param-rk={key} --param-sark=0 {place} (NVMe: nvme resv-register {place} --rrega=1 --crkey={key})"
+        )
     }
 
     /// It is over when the storage says that it is not this disk's.
