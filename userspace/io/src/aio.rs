@@ -8,6 +8,7 @@ use crate::sync;
 use crate::table::Table;
 use crate::Op;
 use rustix::event::{eventfd, EventfdFlags};
+use static_assertions::{assert_not_impl_any, const_assert_eq};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -42,7 +43,11 @@ struct Event {
     result2: i64,
 }
 
-const _: () = assert!(size_of::<Block>() == 64 && size_of::<Event>() == 32);
+// The kernel reads and writes arrays of them.
+const_assert_eq!(size_of::<Block>(), 64);
+const_assert_eq!(size_of::<Event>(), 32);
+// Its drop waits for what the kernel still does in memory of this thread.
+assert_not_impl_any!(Aio: Clone);
 
 const FDSYNC: u16 = 3;
 const PREADV: u16 = 7;

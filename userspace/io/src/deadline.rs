@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A time at which the kernel ends this process.
 
+use static_assertions::assert_not_impl_any;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
@@ -12,6 +13,9 @@ use std::time::Duration;
 pub struct Deadline {
     timer: libc::timer_t,
 }
+
+// The timer is deleted once.
+assert_not_impl_any!(Deadline: Clone);
 
 impl Deadline {
     /// One that is never.

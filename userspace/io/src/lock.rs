@@ -7,6 +7,7 @@
 //! the image is free finds it locked.
 
 use crate::Errno;
+use static_assertions::{assert_impl_all, assert_not_impl_any};
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -85,6 +86,10 @@ pub struct Opened {
     /// Others have it as well while there is more than one.
     lent: Arc<()>,
 }
+
+// A thread that may hang opens an image and hands it over; two threads may not change what is locked.
+assert_impl_all!(Opened: Send);
+assert_not_impl_any!(Opened: Sync, Clone);
 
 impl Opened {
     /// As [`lock_part`].

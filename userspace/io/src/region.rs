@@ -3,6 +3,7 @@
 
 use crate::pool::Pool;
 use rustix::mm::{mmap, mmap_anonymous, munmap, MapFlags, ProtFlags};
+use static_assertions::assert_not_impl_any;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
@@ -32,6 +33,9 @@ pub struct Region {
     /// Who gets the memory when this is dropped.
     home: Option<Rc<Pool>>,
 }
+
+// Copies within a region rely on being alone: no other thread of this process may have it. It is unmapped once.
+assert_not_impl_any!(Region: Send, Sync, Clone);
 
 impl Region {
     /// Zeroed memory of `len` bytes, which are rounded up to pages.

@@ -4,6 +4,7 @@
 //! One call is one command to the storage. What each means is the storage's affair (SPC-5, 5.14; NVMe Base
 //! Specification, Reservations); who calls them in which order is the lease's.
 
+use static_assertions::const_assert_eq;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -54,6 +55,14 @@ pub enum Answer {
     /// It conflicts with who is registered, or has reserved.
     Conflict,
 }
+
+// The kernel reads and writes as many bytes as `linux/pr.h` and `linux/nvme_ioctl.h` say.
+const_assert_eq!(size_of::<Registration>(), 24);
+const_assert_eq!(size_of::<Reserving>(), 16);
+const_assert_eq!(size_of::<Preempting>(), 24);
+const_assert_eq!(size_of::<ReadingKeys>(), 16);
+const_assert_eq!(size_of::<ReadingReservation>(), 16);
+const_assert_eq!(size_of::<NvmeCommand>(), 72);
 
 /// `struct pr_registration`.
 #[repr(C)]

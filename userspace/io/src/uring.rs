@@ -10,6 +10,7 @@ use crate::table::Table;
 use crate::{Op, Region};
 use io_uring::register::{Probe, Restriction};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
+use static_assertions::assert_not_impl_any;
 use std::io;
 use std::rc::Rc;
 
@@ -52,6 +53,9 @@ impl std::fmt::Debug for Uring {
             .finish_non_exhaustive()
     }
 }
+
+// It has regions, which belong to this thread, and the only submission queue of its ring.
+assert_not_impl_any!(Uring: Send, Sync, Clone);
 
 impl Uring {
     pub(crate) fn new() -> io::Result<Self> {
