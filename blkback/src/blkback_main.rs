@@ -36,6 +36,8 @@ mod keeper;
 mod memory;
 mod offer;
 mod params;
+#[allow(dead_code, unreachable_pub)]
+mod patience;
 mod phy;
 mod planted;
 mod poll;

@@ -2,6 +2,7 @@
 
 //! Why a frontend could not be connected, in words for the administrator.
 
+use crate::patience::{is_shortage, store_recovers};
 use crate::proto::frontend::{Fault, KeyError};
 use kernel::prelude::*;
 use kernel::str::CString;
@@ -10,12 +11,14 @@ use kernel::str::CString;
 pub(crate) enum ConnectError {
     /// A key in its directory is no good.
     Key(KeyError),
-    /// A step failed.
+    /// A step failed. Whether it is tried again depends on the error.
     Step(&'static str, Error),
+    /// A step failed because of the frontend.
+    Frontend(&'static str, Error),
     /// The toolstack is taking the device away.
     TakenAway,
-    /// A step failed that may go well in a while, although nobody does anything.
-    Later(&'static str, Error),
+    /// Xenstore did not do what was asked.
+    Store(&'static str, Error),
 }
 
 impl From<KeyError> for ConnectError {
@@ -25,17 +28,32 @@ impl From<KeyError> for ConnectError {
 }
 
 impl ConnectError {
-    /// True if it may go well in a while, although nobody does anything.
+    /// True for a shortage: the connect may work later although the frontend does nothing.
     pub(crate) fn passes(&self) -> bool {
+        let errno = |error: &Error| error.to_errno().saturating_neg();
         match self {
             Self::Key(error) => error.fault == Fault::Unread,
-            Self::Step(..) | Self::TakenAway => false,
-            Self::Later(..) => true,
+            Self::Step(_, error) => is_shortage(errno(error)),
+            Self::Store(_, error) => store_recovers(errno(error)),
+            Self::Frontend(..) | Self::TakenAway => false,
+        }
+    }
+
+    /// The reason without its details. Two failures in a row with one reason are reported once.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Key(error) => error.text(),
+            Self::TakenAway => "the toolstack is taking the disk away",
+            Self::Step(step, _) | Self::Frontend(step, _) | Self::Store(step, _) => step,
         }
     }
 
     /// What to tell the administrator.
     pub(crate) fn describe(&self) -> (Error, Result<CString>) {
+        let again = match self.passes() {
+            true => "; the backend tries again until it works or the frontend closes",
+            false => "",
+        };
         match self {
             Self::Key(error) => (
                 match error.fault {
@@ -43,17 +61,14 @@ impl ConnectError {
                     Fault::Missing | Fault::Malformed | Fault::OutOfRange => EINVAL,
                 },
                 CString::try_from_fmt(fmt!(
-                    "the frontend's key {} {}",
+                    "the frontend's key {} {}{again}",
                     error.key.as_str(),
                     error.text()
                 )),
             ),
-            Self::TakenAway => (
-                EPIPE,
-                CString::try_from_fmt(fmt!("the toolstack is taking the disk away")),
-            ),
-            Self::Step(step, error) | Self::Later(step, error) => {
-                (*error, CString::try_from_fmt(fmt!("{step}")))
+            Self::TakenAway => (EPIPE, CString::try_from_fmt(fmt!("{}", self.reason()))),
+            Self::Step(step, error) | Self::Frontend(step, error) | Self::Store(step, error) => {
+                (*error, CString::try_from_fmt(fmt!("{step}{again}")))
             }
         }
     }

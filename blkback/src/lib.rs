@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod engine;
+pub mod patience;
 pub mod shares;
 pub mod worth;
 pub use ::ring;

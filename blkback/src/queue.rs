@@ -127,6 +127,15 @@ fn step(what: &'static str, error: Error) -> ConnectError {
     ConnectError::Step(what, error)
 }
 
+/// Any error but ENOMEM is the hypervisor's status of the frontend's page, whatever the number is in Linux. The bus has
+/// then published Closing already.
+fn not_mapped(error: Error) -> ConnectError {
+    match error == ENOMEM {
+        true => step(NO_MEMORY, error),
+        false => ConnectError::Frontend("the frontend's ring-ref cannot be mapped", error),
+    }
+}
+
 /// A queue with its memory reserved and its ring mapped, but without a thread.
 pub(crate) struct Prepared<D: QueueBackends> {
     server: Server<D>,
@@ -149,7 +158,7 @@ impl<D: QueueBackends> Prepared<D> {
         // First what the guest can get wrong: it costs no memory to refuse that.
         let wake_event = WakeEvent::new().map_err(|error| step(NO_MEMORY, error))?;
         let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)
-            .map_err(|error| step("the frontend's ring-ref cannot be mapped", error))?;
+            .map_err(not_mapped)?;
         let back = BackRing::attach(map, slots)
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
         let channel = EventChannel::bind(setup.device, ring.port, wake_event.clone())

@@ -6,6 +6,7 @@ use super::{Life, Next, Vbd, ASK_AGAIN, ERRAND};
 use crate::connect_error::ConnectError;
 use crate::connection::Peer;
 use crate::disk::{self, Name, Opener};
+use crate::linux::local_clock;
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::Claim;
 use crate::offer::{Features, TAKEN_AWAY};
@@ -39,7 +40,7 @@ impl Vbd {
         match life.errand.take_outcome() {
             None | Some(Outcome::Closed) => {}
             Some(Outcome::Prepared(Ok(()))) => life.prepared = true,
-            Some(Outcome::Prepared(Err(error))) => self.refuse(life, &error),
+            Some(Outcome::Prepared(Err(error))) => self.connect_failed(life, &error),
             Some(Outcome::Opened(Ok(disk))) => {
                 self.number.store(disk.backing.number(), Relaxed);
                 self.writable.store(disk.backing.is_writable(), Relaxed);
@@ -120,7 +121,7 @@ impl Vbd {
 
     /// Connects, or does what comes before: the pause after a failure, getting the disk ready.
     pub(super) fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
-        let pause = life.must_pause();
+        let pause = life.patience.left_ms(local_clock());
         if pause > 0 {
             self.kick_after(pause);
             return Next::Rest;
@@ -135,23 +136,15 @@ impl Vbd {
             }
             return Next::Rest;
         }
-        // Who sees Connected must not find the report of an earlier attempt.
-        self.device.clear_report();
         match self.try_connect(life) {
             Ok(()) => {
-                life.failures = life.failures.saturating_sub(1);
+                life.patience.connected();
+                life.short_of = None;
                 life.state.set(State::Connected, true);
                 self.watch_for_late();
             }
             Err(ConnectError::TakenAway) => self.taken_away(life),
-            Err(error) if error.passes() => {
-                // The frontend has done nothing that it should do better.
-                self.report_why(&error);
-                life.note_failure();
-                self.kick_after(ASK_AGAIN);
-                return Next::Rest;
-            }
-            Err(error) => self.refuse(life, &error),
+            Err(error) => self.connect_failed(life, &error),
         }
         Next::Look
     }
@@ -161,7 +154,7 @@ impl Vbd {
             return Err(ConnectError::Step("the disk is not open", ENODEV));
         };
         let features = Features::read(&self.device, &*disk.backing)
-            .map_err(|error| ConnectError::Later("the disk's settings cannot be read", error))?;
+            .map_err(|error| ConnectError::Store("the disk's settings cannot be read", error))?;
         let limits = features.limits();
         let connection = disk.backing.clone().connect(&Peer {
             events: self.clone(),
@@ -173,6 +166,8 @@ impl Vbd {
         })?;
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
+        // A frontend that sees Connected must not find the report of an earlier attempt.
+        self.device.clear_report();
         let published = features.publish(&self.device, connection.limits(), life.state.now());
         life.draining = published.is_err();
         if let (Ok(()), Ok(text)) = (published, connection.summary()) {
@@ -183,7 +178,7 @@ impl Vbd {
             if error == TAKEN_AWAY {
                 return ConnectError::TakenAway;
             }
-            ConnectError::Step("the disk cannot be published", error)
+            ConnectError::Store("the disk cannot be published", error)
         })
     }
 

@@ -26,7 +26,6 @@ use self::publish::OurState;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
 use crate::events::DeviceEvents;
-use crate::linux::local_clock;
 use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
@@ -34,6 +33,7 @@ use crate::linux::xen::claims::{Claim, Waiter};
 use crate::linux::xen::device::Device;
 use crate::linux::xen::driver::Attribute;
 use crate::linux::xen::watch::{InXenwatch, Watch};
+use crate::patience::Patience;
 use crate::proto::frontend::Offer;
 use crate::proto::state::State;
 use crate::storage::Errand;
@@ -144,11 +144,10 @@ struct Life {
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
-    /// Connects that failed, less those that worked.
-    failures: u32,
-    /// When the last one failed, and how long the next attempt waits, in nanoseconds.
-    failed_at: u64,
-    pause: u64,
+    /// When a connect may be tried after those that failed.
+    patience: Patience,
+    /// The reported reason for which a connect is tried again and again.
+    short_of: Option<&'static str>,
 }
 
 impl Life {
@@ -168,29 +167,9 @@ impl Life {
         late: Late::NEW,
         draining: false,
         refused: false,
-        failures: 0,
-        failed_at: 0,
-        pause: 0,
+        patience: Patience::NEW,
+        short_of: None,
     };
-
-    /// A connect failed: the next attempt waits, longer each time, up to half a minute. Each
-    /// attempt costs a line in the log, and a guest may try as often as it likes.
-    fn note_failure(&mut self) {
-        self.failures = self.failures.saturating_add(1);
-        let doubled = 1u64.checked_shl(self.failures.min(15)).unwrap_or(1);
-        self.pause = doubled.min(30_000).saturating_mul(1_000_000);
-        self.failed_at = local_clock();
-    }
-
-    /// Milliseconds that the next attempt has to wait; 0 if it may be made now.
-    fn must_pause(&self) -> u32 {
-        if self.failures == 0 {
-            return 0;
-        }
-        let waited = local_clock().wrapping_sub(self.failed_at);
-        let left = self.pause.saturating_sub(waited).div_ceil(1_000_000);
-        u32::try_from(left).unwrap_or(u32::MAX)
-    }
 }
 
 /// What follows a step.

@@ -5,6 +5,7 @@
 use super::{Life, Vbd, ASK_AGAIN};
 use crate::connect_error::ConnectError;
 use crate::disk;
+use crate::linux::local_clock;
 use crate::offer;
 use crate::proto::state::State;
 use kernel::prelude::*;
@@ -82,10 +83,20 @@ impl Vbd {
             .report(code, text.as_deref().unwrap_or(fallback));
     }
 
-    /// Says why the frontend cannot be connected; it has to move before that is tried again.
-    pub(super) fn refuse(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
+    /// Says why the frontend cannot be connected. After a shortage that is tried again while the frontend waits: it
+    /// may not survive Closing, and has done nothing wrong. After anything else the frontend has to move first.
+    pub(super) fn connect_failed(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
+        if error.passes() {
+            // The error node of the first attempt still stands.
+            if life.short_of.replace(error.reason()) != Some(error.reason()) {
+                self.report_why(error);
+            }
+            life.patience.ran_short(local_clock());
+            return;
+        }
+        life.short_of = None;
         self.report_why(error);
-        life.note_failure();
+        life.patience.refused(local_clock());
         life.refused = true;
         self.publish(life, State::Closing);
     }

@@ -16,6 +16,8 @@ pub(crate) struct World {
     pub(crate) view: View,
     /// The frontend's keys can be used.
     pub(crate) good_keys: bool,
+    /// This domain has too little of something for a connect.
+    pub(crate) is_short: bool,
     /// The device was given up.
     pub(crate) left: bool,
     /// Every state that was published, in order.
@@ -49,6 +51,7 @@ impl World {
         Self {
             view,
             good_keys: true,
+            is_short: false,
             left: false,
             published: Vec::new(),
             reports: 0,
@@ -113,7 +116,7 @@ impl World {
         match step(&self.view) {
             Action::Wait => return false,
             Action::Offer => self.publish(State::InitWait),
-            Action::Connect => self.connect(),
+            Action::Connect => return self.connect(),
             Action::StartClosing => self.publish(State::Closing),
             Action::Disconnect => {
                 assert_eq!(self.view.rings, Rings::Served, "nothing to disconnect");
@@ -134,19 +137,24 @@ impl World {
         true
     }
 
-    fn connect(&mut self) {
+    /// `false` if the driver rests, to try again later.
+    fn connect(&mut self) -> bool {
         assert!(self.view.disk, "connected without a disk");
         assert!(self.view.ready, "connected to a disk that is not ready");
         assert!(!self.view.refused, "tried again what was refused");
         assert_eq!(self.view.rings, Rings::None, "mapped a second time");
         self.attempts += 1;
-        if self.good_keys {
-            self.view.rings = Rings::Served;
-            self.publish(State::Connected);
-        } else {
+        if !self.good_keys {
             self.view.refused = true;
             self.publish(State::Closing);
+            return true;
         }
+        if self.is_short {
+            return false;
+        }
+        self.view.rings = Rings::Served;
+        self.publish(State::Connected);
+        true
     }
 
     fn publish(&mut self, state: State) {
@@ -245,7 +253,9 @@ impl World {
             State::Initialised | State::Connected if online == Online::No => {
                 matches!(ours, State::Connected | State::Closing | State::Closed)
             }
-            State::Initialised | State::Connected if disk && !refused && ready => {
+            State::Initialised | State::Connected
+                if disk && !refused && ready && !(self.is_short && self.good_keys) =>
+            {
                 ours == State::Connected
             }
             // The disk may stop being ready for another connection while there is one.

@@ -178,6 +178,7 @@ fn successors(world: &World) -> Vec<World> {
     for on in BOTH {
         after(&|world| world.set_ready(on));
         after(&|world| world.good_keys = on);
+        after(&|world| world.is_short = on);
     }
     after(&World::disk_comes);
     after(&World::disk_is_bad);
@@ -185,7 +186,7 @@ fn successors(world: &World) -> Vec<World> {
     next
 }
 
-fn key(world: &World) -> (u32, u32, Online, [bool; 5], u8) {
+fn key(world: &World) -> (u32, u32, Online, [bool; 6], u8) {
     let view = &world.view;
     let rings = match view.rings {
         Rings::None => 0,
@@ -197,6 +198,7 @@ fn key(world: &World) -> (u32, u32, Online, [bool; 5], u8) {
         view.ready,
         view.refused,
         world.good_keys,
+        world.is_short,
         world.left,
     ];
     (

@@ -256,6 +256,54 @@ fn bad_keys_then_good_ones() {
 }
 
 #[test]
+fn a_frontend_that_waits_out_a_shortage_sees_nothing_but_connected() {
+    let mut world = World::new();
+    world.settle();
+    world.disk_comes();
+    world.is_short = true;
+    assert_eq!(sees(&mut world, Initialised), []);
+    for _ in 0..3 {
+        let before = world.attempts;
+        // The pause is over.
+        world.settle();
+        assert!(world.attempts > before, "not tried again");
+    }
+    world.is_short = false;
+    world.settle();
+    assert_eq!(world.published, [InitWait, Connected]);
+}
+
+#[test]
+fn a_frontend_may_give_up_during_a_shortage() {
+    let mut world = World::new();
+    world.disk_comes();
+    world.is_short = true;
+    assert_eq!(sees(&mut world, Initialised), [InitWait]);
+    assert_eq!(sees(&mut world, Closing), [Closing]);
+    assert_eq!(sees(&mut world, Closed), [Closed]);
+    let attempts = world.attempts;
+    world.settle();
+    assert_eq!(world.attempts, attempts, "tried without a frontend");
+    assert_eq!(sees(&mut world, Initialising), [InitWait]);
+    world.is_short = false;
+    assert_eq!(sees(&mut world, Initialised), [Connected]);
+}
+
+#[test]
+fn a_device_that_waits_out_a_shortage_can_be_taken_away() {
+    let mut world = World::new();
+    world.disk_comes();
+    world.is_short = true;
+    sees(&mut world, Initialised);
+    world.detach();
+    world.settle();
+    world.check_rest();
+    assert_eq!(world.published, [InitWait, Closing]);
+    assert_eq!(sees(&mut world, Closed), [Closed]);
+    assert!(world.left);
+}
+
+#[test]
 fn details_written_again_while_connected_are_ignored() {
     let mut world = connected();
     for state in [Initialised, Connected, Initialised] {

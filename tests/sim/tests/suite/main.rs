@@ -12,6 +12,7 @@ mod moves;
 mod moves_negative;
 mod negative;
 mod pages;
+mod patience;
 mod random;
 mod shares;
 mod tap;

@@ -84,7 +84,7 @@ pub(super) fn cases() -> Vec<Case> {
         .nightly(),
         case(
             "memory.refused",
-            "a disk for which there is no memory says so, and connects when there is some",
+            "a disk for which there is no memory says so, waits, and connects as soon as there is some",
             Nothing,
             refused,
         )
@@ -323,17 +323,52 @@ fn refused(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let device = context.null_blk(16, &[])?;
     let parameter = Parameter::set("domain_memory_mib", "0")?;
-    let disks = Disks::connect(&device.path(), 1)?;
-    let error = format!("/local/domain/0/error/backend/vbd/0/{}/error", disks.0[0]);
-    let said = sh::wait_for(
-        "an error that names the parameter",
-        Duration::from_secs(30),
-        || Ok(xs::read(&error)?.is_some_and(|text| text.contains("domain_memory_mib"))),
-    );
+    let disks = Disks::connect(&device.path(), 2)?;
+    let waits = wait_short(&disks);
     drop(parameter);
+    let served = waits.and_then(|()| {
+        disks.wait("4")?;
+        dom0::udev::settle()?;
+        for id in &disks.0 {
+            let said = xs::read(&error_of(id))?;
+            ensure!(said.is_none(), "a disk that connected still says {said:?}");
+            own::write(id, 4)?;
+        }
+        Ok(())
+    });
     disks.disconnect()?;
-    said?;
+    served?;
+    // A disk that waits can be taken away.
+    let parameter = Parameter::set("domain_memory_mib", "0")?;
+    let disks = Disks::connect(&device.path(), 1)?;
+    let waits = wait_short(&disks);
+    disks.disconnect()?;
+    drop(parameter);
+    waits?;
     let vbd = attach_own(context, &device.path(), "xvdk")?;
     sh::shell("dd if=/dev/zero of=/dev/xvdk bs=1M count=4 oflag=direct status=none")?;
     detach_own(&vbd)
+}
+
+fn error_of(id: &str) -> String {
+    format!("/local/domain/0/error/backend/vbd/0/{id}/error")
+}
+
+/// Waits until the error nodes of all disks name the parameter that is too small, which must not close them: many
+/// frontends do not survive that.
+fn wait_short(disks: &Disks) -> Result<()> {
+    for id in &disks.0 {
+        let error = error_of(id);
+        sh::wait_for(
+            "an error that names the parameter",
+            Duration::from_secs(30),
+            || Ok(xs::read(&error)?.is_some_and(|text| text.contains("domain_memory_mib"))),
+        )?;
+        let state = xs::must_read(&format!("/local/domain/0/backend/vbd/0/{id}/state"))?;
+        ensure!(
+            state == "2",
+            "a disk that waits for memory is in state {state}"
+        );
+    }
+    Ok(())
 }
