@@ -123,7 +123,9 @@ impl kernel::InPlaceModule for Blkback {
         try_pin_init!(Self {
             // Before anything else: without Xen there is nothing to do, and nothing is to be seen of it.
             // What comes before the driver is used by a device, which may be probed at once.
-            memory: linux::needs_xen().and_then(|()| Memory::new())?,
+            memory: linux::needs_xen()
+                .inspect(|()| params::note_processors())
+                .and_then(|()| Memory::new())?,
             claims: Claims::new()?,
             debug: Debug::new()?,
             queues: WorkQueues::new()?,

@@ -3,10 +3,12 @@
 //! Module parameters, clamped to what the protocol and the memory allow.
 
 use crate::linux::bounds;
+use crate::linux::online_processors;
 use crate::linux::versions::parameter;
 use crate::module_parameters;
 use crate::ring::abi::{Protocol, MAX_RING_ORDER, SEGMENTS_PER_INDIRECT_PAGE};
 use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 
 /// Queues that a frontend may have at most, whatever the parameter says.
 pub(crate) const QUEUES: u32 = 64;
@@ -15,10 +17,19 @@ const PAGES: u32 = 8192;
 /// Data pages that a queue has for ever: what the engine needs for any request.
 const OWN: u32 = 16;
 
+/// Processors that ran when the module was loaded.
+static PROCESSORS: Atomic<u32> = Atomic::new(1);
+
+/// Notes how many processors there are, before anything asks for [`max_queues`]. It stays at that: the arenas of tap
+/// disks are made for as many queues. Not how many there could be, which is hundreds on hosts that can add some.
+pub(crate) fn note_processors() {
+    PROCESSORS.store(online_processors(), Relaxed);
+}
+
 /// Queues offered to a frontend.
 pub(crate) fn max_queues() -> u32 {
     match parameter(module_parameters::max_queues.value()) {
-        0 => kernel::cpu::nr_cpu_ids().clamp(1, QUEUES),
+        0 => PROCESSORS.load(Relaxed).clamp(1, QUEUES),
         n => n.min(QUEUES),
     }
 }

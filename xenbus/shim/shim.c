@@ -242,6 +242,26 @@ void xbr_noio_restore(unsigned int flags)
 	memalloc_noio_restore(flags);
 }
 
+void xbr_virt_rmb(void)
+{
+	virt_rmb();
+}
+
+void xbr_virt_wmb(void)
+{
+	virt_wmb();
+}
+
+void xbr_virt_mb(void)
+{
+	virt_mb();
+}
+
+unsigned int xbr_num_online_cpus(void)
+{
+	return num_online_cpus();
+}
+
 int xbr_need_resched(void)
 {
 	return need_resched();

@@ -25,7 +25,8 @@ pub(crate) fn cond_resched() {
     unsafe { sys::xbr_cond_resched() }
 }
 
-/// Nanoseconds of this CPU's scheduler clock; only differences have a meaning.
+/// Nanoseconds of this CPU's scheduler clock; only differences have a meaning, and one that was read on another CPU may
+/// be a little ahead: `saturating_sub`.
 pub(crate) fn local_clock() -> u64 {
     // SAFETY: Callable from any context.
     unsafe { sys::local_clock() }
@@ -56,6 +57,35 @@ pub(crate) fn yield_processor() {
 pub(crate) fn total_ram_pages() -> u64 {
     // SAFETY: Reads a counter.
     unsafe { sys::xbr_total_ram_pages() as u64 }
+}
+
+/// Processors of this domain that run now, at least one.
+pub(crate) fn online_processors() -> u32 {
+    // SAFETY: Reads a counter.
+    unsafe { sys::xbr_num_online_cpus() }
+}
+
+/// Barriers between processors of different domains, which are needed also where this domain has only one.
+pub(crate) mod barrier {
+    use super::sys;
+
+    /// Orders loads before it against loads after it.
+    pub(in crate::linux) fn virt_rmb() {
+        // SAFETY: A barrier has no requirement.
+        unsafe { sys::xbr_virt_rmb() }
+    }
+
+    /// Orders stores before it against stores after it.
+    pub(in crate::linux) fn virt_wmb() {
+        // SAFETY: As above.
+        unsafe { sys::xbr_virt_wmb() }
+    }
+
+    /// Orders all accesses before it against all accesses after it.
+    pub(in crate::linux) fn virt_mb() {
+        // SAFETY: As above.
+        unsafe { sys::xbr_virt_mb() }
+    }
 }
 
 /// The parameters that can be written at any time.

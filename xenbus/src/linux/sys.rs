@@ -372,6 +372,10 @@ unsafe extern "C" {
     pub(super) fn xbr_need_resched() -> c_int;
     pub(super) fn xbr_yield_processor();
     pub(super) fn xbr_total_ram_pages() -> c_ulong;
+    pub(super) fn xbr_num_online_cpus() -> c_uint;
+    pub(super) fn xbr_virt_rmb();
+    pub(super) fn xbr_virt_wmb();
+    pub(super) fn xbr_virt_mb();
     pub(super) fn xbr_domain_memory_mib() -> c_uint;
     pub(super) fn xbr_host_memory_mib() -> c_uint;
     pub(super) fn xbr_feature_persistent() -> c_uint;

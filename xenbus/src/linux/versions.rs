@@ -26,20 +26,8 @@ pub(crate) fn not_supported() -> Error {
 
 // 7.2 has a function for each barrier, 7.3 one function with the kind as its argument.
 
-/// Orders loads before it against loads after it, between processors.
-pub(super) fn smp_rmb() {
-    // SAFETY: A barrier has no requirement.
-    unsafe { bindings::smp_rmb() }
-}
-
-/// Orders stores before it against stores after it, between processors.
-pub(super) fn smp_wmb() {
-    // SAFETY: As above.
-    unsafe { bindings::smp_wmb() }
-}
-
 /// Orders all accesses before it against all accesses after it, between processors.
 pub(super) fn smp_mb() {
-    // SAFETY: As above.
+    // SAFETY: A barrier has no requirement.
     unsafe { bindings::smp_mb() }
 }

@@ -6,7 +6,7 @@
 
 use super::device::Device;
 use crate::linux::sys;
-use crate::linux::versions;
+use crate::linux::barrier;
 use crate::proto::frontend::MAX_RING_PAGES;
 use crate::ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use crate::ring::ports::SharedRing;
@@ -85,7 +85,7 @@ impl SharedRing for RingMap {
     fn load_req_prod(&self) -> u32 {
         let value = self.load(abi::REQ_PROD);
         // Pairs with the frontend's write barrier between its slots and `req_prod`.
-        versions::smp_rmb();
+        barrier::virt_rmb();
         value
     }
 
@@ -107,12 +107,12 @@ impl SharedRing for RingMap {
 
     fn store_rsp_prod(&self, value: u32) {
         // Pairs with the frontend's read barrier after its load of `rsp_prod`.
-        versions::smp_wmb();
+        barrier::virt_wmb();
         self.store(abi::RSP_PROD, value);
     }
 
     fn full_barrier(&self) {
-        versions::smp_mb();
+        barrier::virt_mb();
     }
 
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
