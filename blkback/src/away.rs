@@ -7,6 +7,7 @@ use crate::events::DeviceEvents;
 use crate::linux::xen::guest_side::Held;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
+use crate::totals::Tally;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 use kernel::sync::Arc;
 
@@ -43,12 +44,15 @@ pub(crate) struct Away<'a, B> {
     pub(crate) backend: B,
     pub(crate) guest: &'a Held,
     pub(crate) detached: &'a Detached,
+    pub(crate) tally: &'a Tally,
 }
 
 impl<B: Backend> Backend for Away<'_, B> {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
         let traced = self.guest.traced();
+        let tally = self.tally;
         let batch = batch.inspect(|io| {
+            tally.begins(io.since);
             traced.submit(io.tag.number(), io.kind.number(), io.sector, io.sectors);
         });
         let detached = self.detached;

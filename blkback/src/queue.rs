@@ -415,6 +415,7 @@ impl<D: QueueBackends> State<D> {
                 backend: &mut self.backend,
                 guest,
                 detached: &self.control.detached,
+                tally: &self.tally,
             },
             Tables {
                 slots: &mut self.slots,

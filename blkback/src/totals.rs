@@ -329,6 +329,17 @@ impl Tally {
         shown.kept.store(flight.kept.into(), Relaxed);
     }
 
+    /// Shows an I/O that is about to be given to the disk, if none was shown: the thread may sleep there, and shows no
+    /// more until it wakes.
+    #[inline]
+    pub(crate) fn begins(&self, since: u64) {
+        let shown = &*self.counters;
+        if shown.oldest.load(Relaxed) == 0 {
+            shown.oldest.store(since, Relaxed);
+            shown.in_flight.store(1, Relaxed);
+        }
+    }
+
     /// Whether it is to be counted how long I/O takes.
     #[inline]
     pub(crate) fn measures(&self) -> bool {

@@ -54,6 +54,8 @@ pub struct Io<'b> {
     pub sector: u64,
     /// Number of 512-byte sectors.
     pub sectors: u64,
+    /// When it began, in nanoseconds.
+    pub since: u64,
     pub(crate) segments: &'b Segments<'b>,
     pub(crate) pool: Pool,
     pub(crate) head: u16,

@@ -48,6 +48,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 kind: request.kind,
                 sector: request.sector,
                 sectors: request.piece(),
+                since: request.since,
                 segments: &requests.segments,
                 pool: request.pool,
                 head: request.head,

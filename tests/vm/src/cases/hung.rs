@@ -291,7 +291,7 @@ fn rebind_verified(context: &mut Context) -> Result<()> {
 }
 
 /// A loop device over `below`, with so few requests in flight that a queue soon waits for one of them.
-fn narrow_loop(context: &mut Context, below: &str) -> Result<String> {
+pub(super) fn narrow_loop(context: &mut Context, below: &str) -> Result<String> {
     let path = loop_device(context, below, &["--direct-io=on"])?;
     let name = path.trim_start_matches("/dev/");
     sh::put(format!("/sys/block/{name}/queue/scheduler"), "none")?;
@@ -312,7 +312,7 @@ pub(super) fn loop_device(context: &mut Context, below: &str, options: &[&str]) 
 }
 
 /// Waits until a queue of a disk sleeps in the block layer because it gets no tag.
-fn wait_for_sleeper(vbd: &Vbd) -> Result<()> {
+pub(super) fn wait_for_sleeper(vbd: &Vbd) -> Result<()> {
     let domain = vbd.backend.split('/').nth_back(1).unwrap_or_default();
     let thread = format!("{domain}.{}-", vbd.vdev);
     let line = format!("for t in $(pgrep '^{thread}'); do cat /proc/$t/stack; done");

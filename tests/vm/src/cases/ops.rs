@@ -2,6 +2,7 @@
 //! What an administrator sees of a disk that hangs.
 
 use super::basic::{attach_own, detach_own};
+use super::hung::{narrow_loop, wait_for_sleeper};
 use super::tap::attach_dom0;
 use super::{Case, Context, Needs};
 use crate::backing::{linear, Dm};
@@ -34,6 +35,16 @@ pub(super) fn cases() -> Vec<Case> {
             )
         }
         .no_leaks()
+        .nightly(),
+        Case {
+            ours: true,
+            ..Case::new(
+                "ops.log_asleep",
+                "the kernel's log tells of requests that nobody answers, whose thread has slept in the block layer from the first pass on",
+                Needs::Nothing,
+                log_asleep,
+            )
+        }
         .nightly(),
     ]
 }
@@ -160,6 +171,28 @@ fn log(context: &mut Context) -> Result<()> {
     detach_own(&vbd)?;
     log.wait("disconnected: reads ")?;
     context.note(&late)
+}
+
+fn log_asleep(context: &mut Context) -> Result<()> {
+    let (storage, _) = storage(context)?;
+    let path = narrow_loop(context, &storage.path())?;
+    let vbd = attach_own(context, &path, "xvdk")?;
+    let mut log = Log {
+        kmsg: Kmsg::from_now()?,
+        of: "vbd-0-".into(),
+    };
+    storage.suspend()?;
+    // More requests than the device has tags, in one pass of an idle queue.
+    let mut writer = Command::new("dd")
+        .args(["if=/dev/zero", "of=/dev/xvdk", "bs=4M", "count=1"])
+        .args(["oflag=direct", "status=none"])
+        .spawn()
+        .context("cannot start dd")?;
+    wait_for_sleeper(&vbd)?;
+    log.wait("a request has not been answered for 3")?;
+    storage.resume()?;
+    ensure!(writer.wait()?.success(), "the write failed that had hung");
+    detach_own(&vbd)
 }
 
 fn status(context: &mut Context) -> Result<()> {
