@@ -139,7 +139,7 @@ impl Disk {
         let now = local_clock();
         let waited = self
             .published_at
-            .map_or(PAUSE_NS, |before| now.wrapping_sub(before));
+            .map_or(PAUSE_NS, |before| now.saturating_sub(before));
         let left = PAUSE_NS.saturating_sub(waited).div_ceil(1_000_000);
         if left == 0 {
             self.published_at = Some(now);

@@ -68,7 +68,7 @@ impl<'a> Keeper<'a> {
         engine: &mut Engine<'_, R, G, B>,
         now: u64,
     ) -> bool {
-        if engine.borrowed() > 0 && now.wrapping_sub(self.looked) > UNUSED_NS {
+        if engine.borrowed() > 0 && now.saturating_sub(self.looked) > UNUSED_NS {
             self.looked = now;
             let left = engine.tidy();
             self.note(left);
@@ -83,7 +83,7 @@ impl<'a> Keeper<'a> {
         engine: &mut Engine<'_, R, G, B>,
         now: u64,
     ) {
-        if engine.wants_sweep() && now.wrapping_sub(self.swept) > KEPT_NS {
+        if engine.wants_sweep() && now.saturating_sub(self.swept) > KEPT_NS {
             self.swept = now;
             let _left = engine.sweep(false);
         }

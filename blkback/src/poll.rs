@@ -65,7 +65,7 @@ fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Loo
 
 /// Nanoseconds since then; a clock that differs between CPUs may make it a very long time.
 fn since(start: u64) -> u64 {
-    linux::local_clock().wrapping_sub(start)
+    linux::local_clock().saturating_sub(start)
 }
 
 /// Other domains on this physical CPU, the guest that is waited for among them.

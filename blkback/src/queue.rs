@@ -548,7 +548,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             return None;
         }
         let now = local_clock();
-        let waited = now.wrapping_sub(*since.get_or_insert(now));
+        let waited = now.saturating_sub(*since.get_or_insert(now));
         match self.disk.drain() {
             Drain::MustFinish => None,
             Drain::Detachable { timeout_ns } => Some(timeout_ns.saturating_sub(waited)),

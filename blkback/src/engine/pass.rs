@@ -87,7 +87,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return;
         }
         let now = self.clock.last(&self.backend);
-        let waited = now.wrapping_sub(self.short_since.unwrap_or(now));
+        let waited = now.saturating_sub(self.short_since.unwrap_or(now));
         self.stats.page_wait_ns = self.stats.page_wait_ns.wrapping_add(waited);
         self.short_since = waits.then_some(now);
     }
