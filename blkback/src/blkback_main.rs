@@ -30,6 +30,8 @@ mod connect_error;
 mod connection;
 mod disk;
 #[allow(dead_code, unreachable_pub)]
+mod due;
+#[allow(dead_code, unreachable_pub)]
 mod engine;
 mod events;
 mod keeper;

@@ -8,6 +8,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod due;
 pub mod engine;
 pub mod patience;
 pub mod shares;

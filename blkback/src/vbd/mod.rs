@@ -25,7 +25,9 @@ use self::late::Late;
 use self::publish::OurState;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
+use crate::due::Due;
 use crate::events::DeviceEvents;
+use crate::linux::monotonic_ns;
 use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
@@ -43,7 +45,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{
     ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release, Atomic, AtomicFlag,
 };
-use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::sync::{new_mutex, new_spinlock, Arc, Mutex, SpinLock};
 use kernel::workqueue::{
     impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
 };
@@ -87,6 +89,9 @@ pub(crate) struct Vbd {
     life: Mutex<Life>,
     #[pin]
     hold: Mutex<Hold>,
+    /// When `later` runs.
+    #[pin]
+    due: SpinLock<Due>,
     #[pin]
     look: Work<Vbd, LOOK>,
     #[pin]
@@ -201,6 +206,7 @@ impl Vbd {
                 unbound: AtomicFlag::new(false),
                 life <- new_mutex!(Life::NEW, "Vbd::life"),
                 hold <- new_mutex!(Hold { watches, debug: None, module: None }, "Vbd::hold"),
+                due <- new_spinlock!(Due::NEVER, "Vbd::due"),
                 look <- new_work!("Vbd::look"),
                 later <- new_delayed_work!("Vbd::later"),
                 errand <- new_work!("Vbd::errand"),
@@ -231,8 +237,12 @@ impl Vbd {
 
     /// Has the work look again in so many milliseconds, if nothing has it look before.
     fn kick_after(self: &Arc<Self>, milliseconds: u32) {
-        // If it is queued already, that run comes earlier, and looks how long is left.
-        let _queued = workqueue::enqueue_after::<_, LATER>(self.clone(), milliseconds);
+        let now = monotonic_ns();
+        let wanted = now.saturating_add(u64::from(milliseconds).saturating_mul(1_000_000));
+        // A run that comes earlier looks how long is left.
+        if self.due.lock().wants(now, wanted) {
+            workqueue::put_off::<_, LATER>(self.clone(), milliseconds);
+        }
     }
 
     /// The bus has read the frontend's state.

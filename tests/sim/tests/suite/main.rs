@@ -3,6 +3,7 @@
 
 mod causes;
 mod closing;
+mod due;
 mod given_back;
 mod hostile;
 mod kept;

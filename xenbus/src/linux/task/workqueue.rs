@@ -187,8 +187,23 @@ where
     with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
 }
 
-/// Has work of [`enqueue_after`] and [`enqueue_about`] run now instead of later: afterwards no timer of it is left.
+/// Has work of [`put_off`] and [`enqueue_about`] run now instead of later: afterwards no timer of it is left.
 pub(crate) fn hasten<W, const ID: u64>(work: W)
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    run_in(work, 0);
+}
+
+/// Has work run so many milliseconds from now, whenever it was to run before; callable from any context.
+pub(crate) fn put_off<W, const ID: u64>(work: W, milliseconds: u32)
+where
+    W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
+{
+    run_in(work, jiffies(milliseconds));
+}
+
+fn run_in<W, const ID: u64>(work: W, delay: usize)
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
 {
@@ -205,7 +220,7 @@ where
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as kernel::ffi::c_int,
                 raw,
                 kernel::container_of!(work, bindings::delayed_work, work),
-                0,
+                delay,
             )
         })
     };

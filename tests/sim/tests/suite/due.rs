@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+
+//! A look that was put off comes when the first of those who want one wants it.
+
+use blkback::due::Due;
+use sim::rng::Rng;
+
+/// A timer, as the kernel's work queue has one.
+#[derive(Default)]
+struct Timer(Option<u64>);
+
+#[test]
+fn a_later_look_is_brought_forward_and_an_earlier_one_stays() {
+    let mut due = Due::NEVER;
+    assert!(due.wants(100, 30_100));
+    assert!(due.wants(200, 1_200), "half a minute is too late");
+    assert!(!due.wants(300, 5_000), "what is due before that stays");
+    assert!(due.wants(1_200, 5_000), "what has run is not due");
+}
+
+#[test]
+fn whoever_wants_a_look_gets_one_in_time() {
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let (mut due, mut timer, mut now) = (Due::NEVER, Timer::default(), 1);
+        let mut wanted: Vec<u64> = Vec::new();
+        for _ in 0..200 {
+            now += rng.below(50);
+            if timer.0.is_some_and(|at| at <= now) {
+                // It runs, and all who still wait ask again.
+                timer.0 = None;
+                wanted.retain(|at| *at > now);
+                for at in &wanted {
+                    if due.wants(now, *at) {
+                        timer.0 = Some(*at);
+                    }
+                }
+            }
+            let at = now + 1 + rng.below(300);
+            wanted.push(at);
+            if due.wants(now, at) {
+                timer.0 = Some(at);
+            }
+            let first = wanted.iter().min().copied();
+            assert_eq!(timer.0, first, "seed {seed}");
+        }
+    }
+}
