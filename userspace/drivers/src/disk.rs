@@ -22,6 +22,7 @@ trait Any {
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
+    fn owes(&self) -> bool;
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
@@ -60,6 +61,9 @@ impl<D: Driver> Any for D {
     }
     fn flush(&self) -> Later<'_, (), Errno> {
         Box::pin(Driver::flush(self))
+    }
+    fn owes(&self) -> bool {
+        Driver::owes(self)
     }
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno> {
         Box::pin(Driver::discard(self, offset, len, how))
@@ -220,6 +224,11 @@ impl Disk {
     /// See [`Driver::flush`].
     pub async fn flush(&self) -> Result<(), Errno> {
         self.0.driver.flush().await
+    }
+
+    /// See [`Driver::owes`].
+    pub fn owes(&self) -> bool {
+        self.0.driver.owes()
     }
 
     /// See [`Driver::discard`].

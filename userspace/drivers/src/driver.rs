@@ -93,7 +93,7 @@ impl Fence {
 pub struct Attributes {
     /// It must be durable when it is answered. That says nothing of what came before. If it fails, only
     /// [`Errno::NOSPC`] and [`Errno::DQUOT`] say that nothing else is lost, so they must not come from a
-    /// flush ([`File::settle`]): such a request may be tried again, others are not.
+    /// flush ([`diskio::of_earlier`]): such a request may be tried again, others are not.
     pub fua: bool,
     /// An earlier process may have executed it, in whole or in part.
     pub replay: bool,
@@ -209,7 +209,17 @@ pub trait Driver: 'static {
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno>;
 
     /// Makes durable whatever was written before: it must survive the loss of power.
+    ///
+    /// # Errors
+    /// Something may be lost. An error of any flush of the storage, whatever the driver needed it for, fails those calls
+    /// of this that are under way, or else the next one, or the [`inactivate`](Self::inactivate) or
+    /// [`close`](Self::close) that comes instead ([`diskio::Barrier`]).
     async fn flush(&self) -> Result<(), Errno>;
+
+    /// A flush of the storage has failed, and no call of [`flush`](Self::flush) has returned that yet.
+    fn owes(&self) -> bool {
+        false
+    }
 
     /// Forgets a range; it may read as anything afterwards.
     async fn discard(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {

@@ -3,7 +3,7 @@
 
 use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use control::{Code, Failure};
-use diskio::{Bytes, Data, Errno, File};
+use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
 
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
@@ -21,6 +21,8 @@ pub struct Raw {
     file: File,
     discard: bool,
     whole_blocks: bool,
+    /// All flushes of the file.
+    flushes: Barrier,
 }
 
 impl Raw {
@@ -30,6 +32,7 @@ impl Raw {
             file,
             discard,
             whole_blocks: false,
+            flushes: Barrier::default(),
         }
     }
 
@@ -74,10 +77,15 @@ impl Raw {
         Ok(self.blocks()?.0.max(unit))
     }
 
+    /// Makes durable what was written, for the driver itself.
+    async fn make_durable(&self) -> Result<(), Errno> {
+        self.flushes.settle(async || self.file.flush().await).await
+    }
+
     /// Makes what changed durable, if it is to be.
     async fn settle(&self, how: Attributes) -> Result<(), Errno> {
         match how.fua {
-            true => self.file.settle().await,
+            true => self.make_durable().await.map_err(of_earlier),
             false => Ok(()),
         }
     }
@@ -143,13 +151,20 @@ impl Driver for Raw {
 
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
         match how.fua {
-            true => self.file.write_durable(offset, data).await,
+            true => {
+                let flush = async || self.make_durable().await;
+                self.file.write_durable(offset, data, flush).await
+            }
             false => self.file.write(offset, data).await,
         }
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        self.file.flush().await
+        self.flushes.flush(async || self.file.flush().await).await
+    }
+
+    fn owes(&self) -> bool {
+        self.flushes.owes()
     }
 
     async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
@@ -170,10 +185,11 @@ impl Driver for Raw {
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        if self.file.is_writable().map_err(|error| number(&error))? {
-            self.file.flush().await?;
-        }
-        self.file.forget()
+        let flushed = match self.file.is_writable().map_err(|error| number(&error))? {
+            true => self.flush().await,
+            false => Ok(()),
+        };
+        flushed.and(self.file.forget())
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
@@ -187,7 +203,8 @@ impl Driver for Raw {
                 "{size} bytes are not whole blocks of {unit} bytes, which the image's storage has"
             )));
         }
-        set_size(&self.file, size).await
+        let flush = async || self.make_durable().await;
+        resize(&self.file, size, flush).await
     }
 }
 
@@ -196,6 +213,15 @@ impl Driver for Raw {
 /// # Errors
 /// It is a device, or its file system refuses.
 pub async fn set_size(file: &File, size: u64) -> Result<(), Failure> {
+    resize(file, size, async || file.flush().await).await
+}
+
+/// The same, and `flush` makes it durable.
+async fn resize(
+    file: &File,
+    size: u64,
+    flush: impl AsyncFnOnce() -> Result<(), Errno>,
+) -> Result<(), Failure> {
     if file.is_device() {
         return Err(Failure::invalid(
             "it is a device, whose size is not an image's to change: use what made it, such as lvresize",
@@ -203,7 +229,7 @@ pub async fn set_size(file: &File, size: u64) -> Result<(), Failure> {
     }
     let work = async {
         file.set_size(size).await?;
-        file.flush().await
+        flush().await
     };
     let changed: Result<(), Errno> = work.await;
     changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))

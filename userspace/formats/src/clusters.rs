@@ -6,7 +6,6 @@
 //! the two: else the loss of power could leave an entry that points to nothing, and so lose what was
 //! flushed long ago. Those who wait for that at the same time share it.
 
-use crate::barrier::Barrier;
 use crate::base::{self, Base, Row};
 use crate::field::{part, pieces, refused};
 use crate::locks::Locks;
@@ -53,9 +52,9 @@ pub(crate) trait Map<S>: 'static {
     /// The image says of a cluster what [`find`](Self::find) does, whatever failed.
     async fn is_settled(&self, storage: &S, cluster: u64) -> Result<bool, Errno>;
     /// Lets the map point to a cluster that is in the image. New tables come from `tail`.
-    async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno>;
+    async fn set(&self, storage: &S, tail: &Tail<S>, cluster: u64, at: u64) -> Result<(), Errno>;
     /// Says that a cluster is zero; false if that cannot be said.
-    async fn set_zeroes(&self, storage: &S, tail: &Tail, cluster: u64) -> Result<bool, Errno>;
+    async fn set_zeroes(&self, storage: &S, tail: &Tail<S>, cluster: u64) -> Result<bool, Errno>;
     /// The bytes of a compressed cluster, of which those that are missing at its end are zero.
     async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno>;
     /// Tables in memory: bytes, hits and misses.
@@ -70,10 +69,9 @@ pub(crate) struct Clusters<S, M> {
     /// Bytes, and where on the disk they begin.
     size: u64,
     base: u64,
-    pub(crate) tail: Tail,
+    pub(crate) tail: Tail<S>,
     parent: Option<Rc<Base>>,
     locks: Locks,
-    durable: Barrier<S>,
     unpacked: RefCell<Vec<(u64, Rc<Vec<u8>>)>>,
 }
 
@@ -82,11 +80,10 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         storage: Rc<S>,
         map: M,
         (base, size): (u64, u64),
-        tail: Tail,
+        tail: Tail<S>,
         parent: Option<Rc<Base>>,
     ) -> Self {
         Self {
-            durable: Barrier::new(vec![(*storage).clone()]),
             storage,
             map,
             size,
@@ -101,11 +98,6 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
     /// Tables in memory: bytes, hits and misses.
     pub(crate) fn counts(&self) -> (u64, u64, u64) {
         self.map.counts()
-    }
-
-    /// What the guest's flush has to say beside its own result.
-    pub(crate) fn pay(&self) -> Result<(), Errno> {
-        self.durable.pay().and(self.tail.pay())
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -283,7 +275,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
             if let Some(data) = data {
                 self.storage.write(at + within, data).await?;
                 if !is_zero {
-                    self.durable.flush().await?;
+                    self.tail.barrier().settle().await?;
                 }
             }
         } else {
@@ -294,7 +286,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 None => whole.fill(within as usize, len as usize, 0),
             }
             self.storage.write(at, whole.into()).await?;
-            self.durable.flush().await?;
+            self.tail.barrier().settle().await?;
         }
         self.map.set(&self.storage, &self.tail, cluster, at).await
     }

@@ -2,7 +2,7 @@
 //! Room at the end of an image that nothing was ever written to: it reads as zeroes, also after the
 //! loss of power, so what is not written of a new cluster shows nobody's bytes.
 
-use crate::barrier::Owed;
+use crate::barrier::Barrier;
 use crate::field::round_up;
 use crate::Storage;
 use diskio::{Errno, Gate};
@@ -13,7 +13,7 @@ const CHUNK: u64 = 64 << 20;
 
 /// Where the next cluster goes.
 #[derive(Debug)]
-pub(crate) struct Tail {
+pub(crate) struct Tail<S> {
     next: Cell<u64>,
     /// Where the image ends, also after the loss of power.
     end: Cell<u64>,
@@ -21,33 +21,29 @@ pub(crate) struct Tail {
     most: u64,
     /// One makes the image longer, for all.
     gate: Gate,
-    owed: Owed,
+    /// All flushes of the image.
+    barrier: Barrier<S>,
 }
 
-impl Tail {
+impl<S: Storage> Tail<S> {
     /// Room behind `size`, which is where the image ends.
-    pub(crate) fn new(size: u64, most: u64) -> Self {
+    pub(crate) fn new(size: u64, most: u64, barrier: Barrier<S>) -> Self {
         Self {
             next: Cell::new(size),
             end: Cell::new(size),
             most,
             gate: Gate::default(),
-            owed: Owed::default(),
+            barrier,
         }
     }
 
-    /// What the guest's flush has to say beside its own result.
-    pub(crate) fn pay(&self) -> Result<(), Errno> {
-        self.owed.pay()
+    /// All flushes of the image.
+    pub(crate) fn barrier(&self) -> &Barrier<S> {
+        &self.barrier
     }
 
     /// Where `len` bytes are that begin at a multiple of `align`. They are not given twice.
-    pub(crate) async fn take(
-        &self,
-        storage: &impl Storage,
-        len: u64,
-        align: u64,
-    ) -> Result<u64, Errno> {
+    pub(crate) async fn take(&self, storage: &S, len: u64, align: u64) -> Result<u64, Errno> {
         if let Some(place) = self.ready(len, align)? {
             return Ok(place);
         }
@@ -75,14 +71,14 @@ impl Tail {
 
     /// Makes the image longer. That is durable before anything points there: an entry that leads behind
     /// the end would be damage.
-    async fn extend(&self, storage: &impl Storage, len: u64) -> Result<(), Errno> {
+    async fn extend(&self, storage: &S, len: u64) -> Result<(), Errno> {
         if storage.is_fixed() {
             return Err(Errno::NOSPC);
         }
         let end = self.end.get().checked_add(len).ok_or(Errno::FBIG)?;
         let size = round_up(end, CHUNK).map_or(end, |size| size.min(self.most));
         storage.set_size(size).await?;
-        self.owed.note(storage.flush().await)?;
+        self.barrier.settle().await?;
         self.end.set(size);
         Ok(())
     }
@@ -94,7 +90,7 @@ impl Tail {
 
     /// Gives back what was not used. The image called `name` is whole without that, so a failure is only
     /// told.
-    pub(crate) async fn tidy(&self, storage: &impl Storage, name: &str) {
+    pub(crate) async fn tidy(&self, storage: &S, name: &str) {
         let (next, end) = (self.next.get(), self.end.get());
         if end <= next || storage.is_fixed() {
             return;

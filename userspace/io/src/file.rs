@@ -262,9 +262,15 @@ impl File {
     }
 
     /// Writes all of `data` from `offset` on, and makes it durable, which says nothing of what was
-    /// written before. [`Errno::NOSPC`] and [`Errno::DQUOT`] mean that there was no room for this, never
+    /// written before: in one call, or if the file cannot do that by a call of `flush`, which flushes it and knows who has
+    /// to be told of an error. [`Errno::NOSPC`] and [`Errno::DQUOT`] mean that there was no room for this, never
     /// for something earlier.
-    pub async fn write_durable(&self, offset: u64, data: impl Into<Bytes>) -> Result<(), Errno> {
+    pub async fn write_durable(
+        &self,
+        offset: u64,
+        data: impl Into<Bytes>,
+        flush: impl AsyncFnOnce() -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         let data = data.into();
         // Of one call through the page cache nobody could say whether the write failed, or to write back
         // what was there before.
@@ -276,7 +282,7 @@ impl File {
             }
         }
         self.write_as(offset, data, false).await?;
-        self.settle().await
+        flush().await.map_err(of_earlier)
     }
 
     async fn write_as(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), Errno> {
@@ -333,11 +339,6 @@ impl File {
         })
         .await
         .map(drop)
-    }
-
-    /// As [`flush`](Self::flush), as the end of something that is to be durable, see [`of_earlier`].
-    pub async fn settle(&self) -> Result<(), Errno> {
-        self.flush().await.map_err(of_earlier)
     }
 
     /// Forgets a range: makes a hole, or tells the device. [`Errno::OPNOTSUPP`] if that is not

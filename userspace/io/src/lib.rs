@@ -18,6 +18,7 @@
 #![deny(clippy::print_stderr)]
 
 mod aio;
+mod barrier;
 mod bytes;
 mod data;
 mod deadline;
@@ -28,6 +29,7 @@ mod gate;
 mod helpers;
 mod inherited;
 mod lock;
+mod losses;
 mod op;
 mod pool;
 mod region;
@@ -39,6 +41,7 @@ mod sync;
 mod table;
 mod uring;
 
+pub use barrier::Barrier;
 pub use bytes::Bytes;
 pub use data::Data;
 pub use deadline::Deadline;

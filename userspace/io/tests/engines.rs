@@ -112,7 +112,10 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
                 runtime
                     .block_on(async move {
                         match byte % 4 {
-                            0 => file.write_durable(at, data).await,
+                            0 => {
+                                file.write_durable(at, data, async || file.flush().await)
+                                    .await
+                            }
                             _ => file.write(at, data).await,
                         }
                     })
@@ -288,7 +291,8 @@ fn nothing_is_written_behind_the_room_of_a_file() {
                 let done = [
                     file.write(4096, data()).await,
                     file.write(4608, data()).await,
-                    file.write_durable(8192, data()).await,
+                    file.write_durable(8192, data(), async || file.flush().await)
+                        .await,
                     file.write_zeroes(4096, 8192).await,
                     file.write_zeroes(0, 8192).await,
                     file.write(u64::MAX, data()).await,
@@ -373,7 +377,10 @@ fn durable_write_is_written_back_before_it_is_over() {
             let (file, data) = (file.clone(), Data::copied(&[5; 16384]).unwrap());
             let write = async move {
                 match durable {
-                    true => file.write_durable(0, data).await,
+                    true => {
+                        file.write_durable(0, data, async || file.flush().await)
+                            .await
+                    }
                     false => file.write(0, data).await,
                 }
             };

@@ -378,7 +378,8 @@ mod tests {
                 runtime
                     .block_on(async move {
                         file.write(0, data.clone()).await.unwrap();
-                        file.write_durable(0, data.clone()).await.unwrap();
+                        let flush = async || file.flush().await;
+                        file.write_durable(0, data.clone(), flush).await.unwrap();
                         file.read(4096, data).await.unwrap();
                         file.discard(0, 4096).await.unwrap();
                         file.flush().await.unwrap();

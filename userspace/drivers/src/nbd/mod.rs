@@ -18,7 +18,7 @@ mod wire;
 use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use connection::{Connection, Loss, Request, Told, Unanswered};
 use control::{Code, Failure};
-use diskio::{of_earlier, Bytes, Data, Errno, Gate, Runtime};
+use diskio::{of_earlier, Barrier, Bytes, Data, Errno, Gate, Runtime};
 use handshake::{About, Refused, Talk};
 use log::Log;
 pub use options::{Options, Settle};
@@ -69,8 +69,8 @@ pub struct Nbd<C> {
     /// What the guest knows.
     about: OnceCell<About>,
     log: RefCell<Log>,
-    /// Who flushes because of the log is alone.
-    flushing: Gate,
+    /// All flushes of the server.
+    flushes: Barrier,
     /// How long is waited before the next connection is replaced: it grows with each that answered nothing.
     pause: Cell<Duration>,
     connected: Cell<u64>,
@@ -135,7 +135,7 @@ impl<C: Connect> Nbd<C> {
             renewing: Gate::default(),
             about: OnceCell::new(),
             log: RefCell::default(),
-            flushing: Gate::default(),
+            flushes: Barrier::default(),
             pause: Cell::new(Duration::ZERO),
             connected: Cell::new(0),
             replayed: Cell::new(0),
@@ -378,10 +378,8 @@ impl<C: Connect> Nbd<C> {
         }
         // What cannot be flushed is not added to.
         if self.log.borrow().is_full() {
-            let _alone = self.flushing.alone().await;
-            if self.log.borrow().is_full() {
-                self.flush().await.map_err(of_earlier)?;
-            }
+            let flushed = self.flushes.settle(async || self.flush_log().await).await;
+            flushed.map_err(of_earlier)?;
         }
         let done = self.perform(&request, None).await;
         done.map_err(|error| match is_durable {
@@ -392,6 +390,15 @@ impl<C: Connect> Nbd<C> {
         if self.can(Transmission::SEND_FLUSH) {
             self.log.borrow_mut().note(&request, is_durable);
         }
+        Ok(())
+    }
+
+    /// Has the server make durable what it has answered, and forgets that.
+    async fn flush_log(&self) -> Result<(), Errno> {
+        let mark = self.log.borrow().mark();
+        let flush = Request::plain(command::FLUSH, 0, 0);
+        self.perform(&flush, None).await?;
+        self.log.borrow_mut().forget(mark);
         Ok(())
     }
 
@@ -477,11 +484,11 @@ impl<C: Connect> Driver for Nbd<C> {
         if !self.can(Transmission::SEND_FLUSH) {
             return Ok(());
         }
-        let mark = self.log.borrow().mark();
-        let flush = Request::plain(command::FLUSH, 0, 0);
-        self.perform(&flush, None).await?;
-        self.log.borrow_mut().forget(mark);
-        Ok(())
+        self.flushes.flush(async || self.flush_log().await).await
+    }
+
+    fn owes(&self) -> bool {
+        self.flushes.owes()
     }
 
     async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
@@ -545,10 +552,12 @@ impl<C: Connect> Driver for Nbd<C> {
     }
 
     async fn inactivate(&self) -> Result<(), Errno> {
-        if self.options.writable {
-            self.flush().await?;
-        }
-        self.close().await
+        let flushed = match self.options.writable {
+            true => self.flush().await,
+            false => Ok(()),
+        };
+        // Whatever came of that, the server may take one client only.
+        flushed.and(self.close().await)
     }
 
     fn stats(&self) -> BTreeMap<String, u64> {

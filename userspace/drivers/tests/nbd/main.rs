@@ -8,7 +8,7 @@ mod tls;
 
 use control::Failure;
 use diskio::{Data, Errno, Runtime};
-use drivers::nbd::proto::{self, chunk, option_reply, Transmission};
+use drivers::nbd::proto::{self, chunk, command, option_reply, Transmission};
 use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle};
 use drivers::{Attributes, Content, Disk, Shape};
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -118,6 +118,13 @@ impl Bed {
         let disk = self.disk.clone();
         self.runtime
             .block_on(async move { disk.flush().await })
+            .unwrap()
+    }
+
+    fn inactivate(&self) -> Result<(), Errno> {
+        let disk = self.disk.clone();
+        self.runtime
+            .block_on(async move { disk.inactivate().await })
             .unwrap()
     }
 
@@ -280,6 +287,32 @@ fn what_is_kept_is_flushed_before_it_is_too_much() {
         assert!(bed.stat("nbd_unflushed_bytes") <= 17 << 20);
     }
     assert!(server.state().durable == bytes);
+}
+
+/// A flush that the driver needs for a write fails. What was answered before may be lost with it, so the next flush, or
+/// the end of the disk, fails as well, once.
+#[test]
+fn flush_that_fails_within_a_write_is_told() {
+    let error = 5;
+    for ends in [false, true] {
+        let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+        while bed.stat("nbd_unflushed_bytes") <= 16 << 20 {
+            bed.write(0, &[5; SIZE], PLAIN).unwrap();
+        }
+        server.state().fails = Some((command::FLUSH, error));
+        assert_eq!(bed.write(512, &[6; 512], PLAIN), Err(Errno::IO));
+        assert_eq!(server.state().fails, None, "it has not flushed");
+        // Another write succeeds, and takes nothing of that away.
+        bed.write(512, &[7; 512], PLAIN).unwrap();
+        let told = match ends {
+            true => bed.inactivate(),
+            false => bed.flush(),
+        };
+        assert_eq!(told, Err(Errno::IO), "{ends}");
+        if !ends {
+            assert_eq!(bed.flush(), Ok(()));
+        }
+    }
 }
 
 /// An answer that makes no sense ends the connection, and nothing of it is taken for data.

@@ -99,6 +99,8 @@ pub(crate) struct State {
     pub(crate) halves: Vec<Vec<u8>>,
     /// Options that came without encryption, but for the one that asks for it.
     pub(crate) plain: u32,
+    /// The next request with this command is not executed, and answered with this error.
+    pub(crate) fails: Option<(u16, u32)>,
 }
 
 /// A server at a socket.
@@ -125,6 +127,7 @@ impl Server {
             deaf: 0,
             halves: Vec::new(),
             plain: 0,
+            fails: None,
         }));
         let its = state.clone();
         thread::spawn(move || {
@@ -316,6 +319,16 @@ impl Client {
             self.end(end, request, cookie)?;
             return Ok(false);
         }
+        let failing = self
+            .state
+            .lock()
+            .unwrap()
+            .fails
+            .take_if(|(command, _)| *command == asked);
+        if let Some((_, error)) = failing {
+            self.refuse(error, cookie)?;
+            return Ok(true);
+        }
         let read = self.state.lock().unwrap().execute(&request);
         self.answer(&request, cookie, &read)?;
         Ok(true)
@@ -402,6 +415,20 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    fn refuse(&mut self, error: u32, cookie: [u8; 8]) -> io::Result<()> {
+        let error = error.to_be_bytes();
+        let bytes = match self.kind().chunks {
+            Some(_) => piece(
+                chunk::DONE,
+                chunk::FAILED,
+                cookie,
+                &[&error[..], &[0; 2]].concat(),
+            ),
+            None => [&proto::REPLY_MAGIC.to_be_bytes()[..], &error, &cookie].concat(),
+        };
+        self.stream.write_all(&bytes)
     }
 
     fn answer(&mut self, request: &Asked, cookie: [u8; 8], read: &[u8]) -> io::Result<()> {

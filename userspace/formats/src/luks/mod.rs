@@ -16,6 +16,7 @@ pub use key::Key;
 pub(crate) use sealed::Sealed;
 pub(crate) use xts::Cipher;
 
+use crate::barrier::Barrier;
 use crate::field::{failed, no_extents, refused};
 use crate::{storage, Needs, Options, Parts, Storage};
 use control::{Code, Failure};
@@ -89,6 +90,11 @@ fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
 /// # Errors
 /// It is no image of LUKS, or a device, or its storage refuses.
 pub async fn set_size<S: Storage>(file: &S, size: u64) -> Result<(), Failure> {
+    resize(file, size, &Barrier::new(vec![file.clone()])).await
+}
+
+/// The same for an image that is served: all of its flushes are of this barrier.
+async fn resize<S: Storage>(file: &S, size: u64, barrier: &Barrier<S>) -> Result<(), Failure> {
     let header = header(file).await?;
     payload(file, &header)?;
     if size == 0 || size % SECTOR as u64 != 0 {
@@ -105,7 +111,7 @@ pub async fn set_size<S: Storage>(file: &S, size: u64) -> Result<(), Failure> {
     let end = end.ok_or_else(|| Failure::invalid(format!("no file has {size} bytes")))?;
     let work = async {
         file.set_size(end).await?;
-        file.flush().await
+        barrier.settle().await
     };
     let changed: Result<(), Errno> = work.await;
     changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))
@@ -158,12 +164,14 @@ pub struct Luks<S: Storage> {
     extents: usize,
     options: Options,
     content: RefCell<Option<Rc<Sealed<S>>>>,
+    barrier: Barrier<S>,
 }
 
 impl<S: Storage> Luks<S> {
     /// The image in `file`, which is looked at when it is activated.
     pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
         Self {
+            barrier: Barrier::new(vec![file.clone()]),
             file,
             has_parent: parts.parent.is_some(),
             extents: parts.extents.len(),
@@ -237,7 +245,11 @@ impl<S: Storage> Driver for Luks<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        self.file.flush().await
+        self.barrier.flush().await
+    }
+
+    fn owes(&self) -> bool {
+        self.barrier.owes()
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
@@ -262,7 +274,9 @@ impl<S: Storage> Driver for Luks<S> {
             ))
         };
         let sealed = self.changed().map_err(failed)?;
-        set_size(&self.file, size).await.map_err(named)?;
+        resize(&self.file, size, &self.barrier)
+            .await
+            .map_err(named)?;
         // Its last block may be no whole one of its storage any more.
         let file = self.file.keep_size().map_err(failed)?;
         *self.content.borrow_mut() = Some(Rc::new(sealed.over(file)));
@@ -272,9 +286,10 @@ impl<S: Storage> Driver for Luks<S> {
     async fn inactivate(&self) -> Result<(), Errno> {
         // The next to use it may have another key.
         self.content.borrow_mut().take();
-        if self.options.may_write(&self.file)? {
-            self.file.flush().await?;
-        }
-        self.file.forget()
+        let flushed = match self.options.may_write(&self.file)? {
+            true => self.barrier.flush().await,
+            false => Ok(()),
+        };
+        flushed.and(self.file.forget())
     }
 }

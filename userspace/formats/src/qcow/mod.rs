@@ -4,6 +4,7 @@
 
 mod header;
 
+use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::clusters::{Clusters, Found, Map, Packed};
 use crate::field::{be64, counters, failed, no_extents, put, refused};
@@ -217,7 +218,8 @@ impl<S: Storage> Qcow<S> {
             locks: Locks::default(),
         };
         let parent = self.parent.clone();
-        let tail = Tail::new(length, MOST);
+        let barrier = Barrier::new(vec![(*self.storage).clone()]);
+        let tail = Tail::new(length, MOST, barrier);
         let clusters = Clusters::new(
             self.storage.clone(),
             entries,
@@ -251,8 +253,8 @@ impl<S: Storage> Qcow<S> {
         if !self.options.may_write(&*self.storage)? {
             return Ok(());
         }
-        self.storage.flush().await?;
         if let Some(active) = active {
+            active.tail.barrier().flush().await?;
             active.tail.tidy(&*self.storage, &self.options.name).await;
         }
         Ok(())
@@ -282,10 +284,10 @@ impl Entries {
     }
 
     /// A table that may not exist yet. Room that was never used reads as one without entries.
-    async fn table_made(
+    async fn table_made<S: Storage>(
         &self,
-        storage: &impl Storage,
-        tail: &Tail,
+        storage: &S,
+        tail: &Tail<S>,
         at: usize,
     ) -> Result<Rc<Table>, Errno> {
         if let Some(table) = self.table(storage, at).await? {
@@ -342,14 +344,19 @@ impl<S: Storage> Map<S> for Entries {
         Ok(table.is_none_or(|table| table.is_settled()))
     }
 
-    async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno> {
+    async fn set(&self, storage: &S, tail: &Tail<S>, cluster: u64, at: u64) -> Result<(), Errno> {
         let (first, place) = self.split(cluster)?;
         let table = self.table_made(storage, tail, first).await?;
         let edit = |bytes: &mut [u8]| put(bytes, place, &at.to_be_bytes());
         table.change(storage, edit).await
     }
 
-    async fn set_zeroes(&self, _storage: &S, _tail: &Tail, _cluster: u64) -> Result<bool, Errno> {
+    async fn set_zeroes(
+        &self,
+        _storage: &S,
+        _tail: &Tail<S>,
+        _cluster: u64,
+    ) -> Result<bool, Errno> {
         Ok(false)
     }
 
@@ -401,8 +408,12 @@ impl<S: Storage> Driver for Qcow<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        let flushed = self.storage.flush().await;
-        flushed.and(self.active()?.pay())
+        self.active()?.tail.barrier().flush().await
+    }
+
+    fn owes(&self) -> bool {
+        let active = self.active.borrow();
+        active.as_ref().is_some_and(|it| it.tail.barrier().owes())
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {

@@ -52,8 +52,6 @@ pub(crate) struct Allocator {
     /// Bytes of the next run.
     run: Cell<u64>,
     waiting: RefCell<VecDeque<Release>>,
-    /// Flushes up to this one say nothing of what waits for them: one of them failed.
-    doubtful: Cell<u64>,
     /// Who changes refcounts.
     gate: Gate,
     pub(crate) prepared: Cell<u64>,
@@ -67,7 +65,6 @@ impl Allocator {
             cursor: Cell::new(0),
             run: Cell::new(FIRST_RUN),
             waiting: RefCell::default(),
-            doubtful: Cell::new(0),
             gate: Gate::default(),
             prepared: Cell::new(0),
             freed: Cell::new(0),
@@ -144,11 +141,15 @@ impl<S: Storage> Image<S> {
     /// What was written before this call is durable when it returns. A flush that fails may have lost it, and
     /// the next one may succeed nevertheless; who waits for that one may have written before, too.
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        let done = self.barrier.flush().await;
-        if done.is_err() {
-            self.allocator.doubtful.set(self.barrier.next());
+        self.barrier.settle().await
+    }
+
+    /// Flushes up to this one say nothing of what waits for them: one of them failed.
+    fn doubtful(&self) -> u64 {
+        match self.barrier.lost() {
+            0 => 0,
+            failed => failed + 1,
         }
-        done
     }
 
     /// The range reads as zeroes, and the file is long enough for it.
@@ -298,7 +299,7 @@ impl<S: Storage> Image<S> {
     async fn free_released(&self) -> Result<(), Errno> {
         loop {
             let next = self.allocator.waiting.borrow().front().copied();
-            if next.is_some_and(|next| next.barrier <= self.allocator.doubtful.get()) {
+            if next.is_some_and(|next| next.barrier <= self.doubtful()) {
                 // The disk may still have an entry that leads there: rather a leak than a cluster of two.
                 self.allocator.waiting.borrow_mut().pop_front();
                 continue;

@@ -294,10 +294,10 @@ impl<S: Storage> Qcow2<S> {
         let Some(image) = image.filter(|image| image.writable) else {
             return Ok(());
         };
-        image.flush().await?;
+        image.barrier.flush().await?;
         image.free().await;
         image.give_back().await;
-        image.flush().await
+        image.barrier.flush().await
     }
 
     fn shape(&self, image: &Image<S>) -> Shape {
@@ -359,10 +359,15 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn flush(&self) -> Result<(), Errno> {
         let image = self.image()?;
-        image.flush().await.and(image.barrier.pay())?;
+        image.barrier.flush().await?;
         // It is durable, whatever becomes of clusters that are not used any more.
         image.free().await;
         Ok(())
+    }
+
+    fn owes(&self) -> bool {
+        let image = self.image.borrow();
+        image.as_ref().is_some_and(|image| image.barrier.owes())
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {

@@ -286,12 +286,11 @@ impl<S: Storage> Active<S> {
     }
 
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        self.room.flush().await
+        self.room.flush_and_tell().await
     }
 
-    /// What the guest's flush has to say beside its own result.
-    pub(crate) fn pay(&self) -> Result<(), Errno> {
-        self.room.pay()
+    pub(crate) fn owes(&self) -> bool {
+        self.room.owes()
     }
 
     pub(crate) async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -33,6 +33,7 @@ pub use image::{footers, id, look, spelled};
 pub use rename::set_parent;
 pub use resize::grow;
 
+use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::field::{failed, no_extents, refused};
 use crate::{Options, Parts, Storage};
@@ -65,14 +66,14 @@ pub struct Vhd<S> {
 
 #[derive(Debug)]
 enum Body<S> {
-    Fixed(Rc<Fixed<S>>),
+    Fixed(Rc<Fixed<S>>, Barrier<S>),
     Blocks(Rc<Active<S>>),
 }
 
 impl<S> Clone for Body<S> {
     fn clone(&self) -> Self {
         match self {
-            Self::Fixed(fixed) => Self::Fixed(fixed.clone()),
+            Self::Fixed(fixed, barrier) => Self::Fixed(fixed.clone(), barrier.clone()),
             Self::Blocks(active) => Self::Blocks(active.clone()),
         }
     }
@@ -114,7 +115,10 @@ impl<S: Storage> Vhd<S> {
         self.check_parent(image.footer.kind).await?;
         let size = image.footer.size;
         let body = match image.header {
-            None => Body::Fixed(Rc::new(Fixed::new(self.fixed(size)?, size))),
+            None => {
+                let barrier = Barrier::new(vec![(*self.storage).clone()]);
+                Body::Fixed(Rc::new(Fixed::new(self.fixed(size)?, size)), barrier)
+            }
             Some(header) => {
                 let parent = self.parent.clone();
                 let active = Active::open(
@@ -165,7 +169,8 @@ impl<S: Storage> Vhd<S> {
                 active.tidy(&self.options.name).await;
                 Ok(())
             }
-            _ => self.storage.flush().await,
+            Some(Body::Fixed(_, barrier)) => barrier.flush().await,
+            None => Ok(()),
         }
     }
 }
@@ -182,7 +187,7 @@ impl<S: Storage> Driver for Vhd<S> {
 
     fn is_verbatim(&self) -> bool {
         match self.body() {
-            Ok(Body::Fixed(fixed)) => fixed.is_direct(),
+            Ok(Body::Fixed(fixed, _)) => fixed.is_direct(),
             _ => false,
         }
     }
@@ -193,56 +198,64 @@ impl<S: Storage> Driver for Vhd<S> {
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         match self.body()? {
-            Body::Fixed(_) => Ok(Vec::new()),
+            Body::Fixed(..) => Ok(Vec::new()),
             Body::Blocks(active) => active.places(offset, len).await,
         }
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.read(offset, data).await,
+            Body::Fixed(fixed, _) => fixed.read(offset, data).await,
             Body::Blocks(active) => active.read(offset, data).await,
         }
     }
 
     async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.write(offset, data).await,
+            Body::Fixed(fixed, _) => fixed.write(offset, data).await,
             Body::Blocks(active) => active.write(offset, data).await,
         }
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(_) => self.storage.flush().await,
-            Body::Blocks(active) => active.flush().await.and(active.pay()),
+            Body::Fixed(_, barrier) => barrier.flush().await,
+            Body::Blocks(active) => active.flush().await,
+        }
+    }
+
+    fn owes(&self) -> bool {
+        match self.body() {
+            Ok(Body::Fixed(_, barrier)) => barrier.owes(),
+            Ok(Body::Blocks(active)) => active.owes(),
+            Err(_) => false,
         }
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.discard(offset, len).await,
+            Body::Fixed(fixed, _) => fixed.discard(offset, len).await,
             Body::Blocks(active) => active.discard(offset, len).await,
         }
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.write_zeroes(offset, len).await,
+            Body::Fixed(fixed, _) => fixed.write_zeroes(offset, len).await,
             Body::Blocks(active) => active.write_zeroes(offset, len).await,
         }
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.extents(offset, len).await,
+            Body::Fixed(fixed, _) => fixed.extents(offset, len).await,
             Body::Blocks(active) => active.extents(offset, len, true).await,
         }
     }
 
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.body()? {
-            Body::Fixed(fixed) => fixed.extents(offset, len).await,
+            Body::Fixed(fixed, _) => fixed.extents(offset, len).await,
             Body::Blocks(active) => active.extents(offset, len, false).await,
         }
     }
@@ -254,7 +267,7 @@ impl<S: Storage> Driver for Vhd<S> {
             .body()
             .map_err(failed("cannot look at the size of a VHD that is not open"))?;
         match (body, image.header) {
-            (Body::Fixed(fixed), None) => fixed.resize(image.footer.size),
+            (Body::Fixed(fixed, _), None) => fixed.resize(image.footer.size),
             (Body::Blocks(active), Some(header)) => active.resize(image.footer, &header),
             _ => Err(refused(
                 "the VHD became one of another type while it was open",

@@ -180,14 +180,21 @@ impl<S: Storage> Room<S> {
 
     /// Makes everything durable; what was given up before can be used then.
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        let flushed = self.durable.settle().await;
+        self.settle();
+        flushed
+    }
+
+    /// The same for those whom the disk serves: it tells them of each flush that has failed.
+    pub(crate) async fn flush_and_tell(&self) -> Result<(), Errno> {
         let flushed = self.durable.flush().await;
         self.settle();
         flushed
     }
 
-    /// What the guest's flush has to say beside its own result.
-    pub(crate) fn pay(&self) -> Result<(), Errno> {
-        self.durable.pay()
+    /// A flush has failed, and they were not told.
+    pub(crate) fn owes(&self) -> bool {
+        self.durable.owes()
     }
 
     /// Frees what is durably given up. A flush that failed may have lost the change of the table, and no later

@@ -11,6 +11,7 @@ mod sparse;
 
 pub use create::{create, plan, Create, Form, NewFile};
 
+use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::clusters::Clusters;
 use crate::field::{counters, failed, refused};
@@ -35,11 +36,28 @@ const ZEROES: u64 = 64 << 20;
 /// A disk in a VMDK.
 #[derive(Debug)]
 pub struct Vmdk<S> {
-    image: Rc<S>,
-    extents: Vec<Rc<S>>,
+    image: Image<S>,
+    extents: Vec<Image<S>>,
     parent: Option<Rc<Base>>,
     options: Options,
     active: RefCell<Option<Rc<Active<S>>>>,
+}
+
+/// One of its files.
+#[derive(Debug)]
+struct Image<S> {
+    file: Rc<S>,
+    /// All of its flushes.
+    barrier: Barrier<S>,
+}
+
+impl<S: Storage> Image<S> {
+    fn new(file: S) -> Self {
+        Self {
+            barrier: Barrier::new(vec![file.clone()]),
+            file: Rc::new(file),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -162,8 +180,8 @@ impl<S: Storage> Vmdk<S> {
     /// The disk that `image` describes.
     pub fn new(image: S, parts: Parts<S>, options: Options) -> Self {
         Self {
-            image: Rc::new(image),
-            extents: parts.extents.into_iter().map(Rc::new).collect(),
+            image: Image::new(image),
+            extents: parts.extents.into_iter().map(Image::new).collect(),
             parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
             options,
             active: RefCell::new(None),
@@ -175,7 +193,7 @@ impl<S: Storage> Vmdk<S> {
     }
 
     /// All files.
-    fn files(&self) -> impl Iterator<Item = &Rc<S>> {
+    fn files(&self) -> impl Iterator<Item = &Image<S>> {
         std::iter::once(&self.image).chain(&self.extents)
     }
 
@@ -195,11 +213,12 @@ impl<S: Storage> Vmdk<S> {
     /// An extent that is sparse, as large as its line says.
     async fn sparse(
         &self,
-        file: &Rc<S>,
+        image: &Image<S>,
         header: Header,
         place: (u64, u64),
         share: &mut Share,
     ) -> Result<Held<S>, Failure> {
+        let file = &image.file;
         let may_write = self.options.may_write(&**file);
         if header.is_packed() && may_write.map_err(failed("cannot use the image"))? {
             return Err(refused(
@@ -222,7 +241,7 @@ impl<S: Storage> Vmdk<S> {
         })?;
         let length = file.size().map_err(failed("cannot see the image's size"))?;
         let grains = Grains::read(&**file, &header, share.cache).await?;
-        let tail = Tail::new(length, MOST);
+        let tail = Tail::new(length, MOST, image.barrier.clone());
         let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
         if may_write.map_err(failed("cannot use the image"))? {
             clusters.refuse_cut(length).await?;
@@ -254,14 +273,17 @@ impl<S: Storage> Vmdk<S> {
                     let file = files
                         .next()
                         .ok_or_else(|| refused("an extent is missing"))?;
-                    flat(file, *first, len)?
+                    flat(&file.file, *first, len)?
                 }
                 Body::Sparse { .. } => {
                     let file = files
                         .next()
                         .ok_or_else(|| refused("an extent is missing"))?;
-                    let length = file.size().map_err(failed("cannot see the image's size"))?;
-                    let header = Header::read(&**file, length).await?;
+                    let storage = &*file.file;
+                    let length = storage
+                        .size()
+                        .map_err(failed("cannot see the image's size"))?;
+                    let header = Header::read(storage, length).await?;
                     self.sparse(file, header, (begin, len), &mut share).await?
                 }
                 Body::Zero => Held::Zero,
@@ -273,7 +295,7 @@ impl<S: Storage> Vmdk<S> {
     }
 
     async fn start(&self) -> Result<Shape, Failure> {
-        let (descriptor, at, header) = read_descriptor(&*self.image).await?;
+        let (descriptor, at, header) = read_descriptor(&*self.image.file).await?;
         self.check_parent(&descriptor).await?;
         let parts = match header {
             Some(header) if self.extents.is_empty() => {
@@ -329,13 +351,15 @@ impl<S: Storage> Vmdk<S> {
         })
     }
 
+    /// Makes all files durable. Each is asked, because each tells an error once.
     async fn flush_all(&self) -> Result<(), Errno> {
-        for file in self.files() {
-            if file.is_writable()? {
-                file.flush().await?;
+        let mut flushed = Ok(());
+        for image in self.files() {
+            if image.file.is_writable()? {
+                flushed = flushed.and(image.barrier.flush().await);
             }
         }
-        Ok(())
+        flushed
     }
 
     /// Makes durable what was written, which is what counts, and then gives back the room at the ends.
@@ -455,18 +479,18 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     fn fence(&self) -> Fence {
-        storage::fence(self.files().map(|file| &**file))
+        storage::fence(self.files().map(|image| &*image.file))
     }
 
     fn has_places(&self) -> bool {
         // Of other files the kernel does not know.
-        self.extents.is_empty() && self.image.is_direct()
+        self.extents.is_empty() && self.image.file.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let active = self.active()?;
         // The first write has to say that the content is another one.
-        let writable = self.options.may_write(&*self.image)? && active.cid.is_said();
+        let writable = self.options.may_write(&*self.image.file)? && active.cid.is_said();
         match &active.parts[..] {
             [part] if self.has_places() => match &part.body {
                 Held::Sparse(clusters) => clusters.places(offset, len, writable).await,
@@ -491,7 +515,7 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         let active = self.active()?;
-        active.mark(&self.image).await?;
+        active.mark(&self.image.file).await?;
         for (part, within, at, len) in active.pieces(offset, data.len() as u64)? {
             // CAST: they are inside of the data.
             let data = data.part(at as usize, len as usize);
@@ -505,18 +529,16 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        let flushed = self.flush_all().await;
-        let active = self.active()?;
-        let sparse = active.parts.iter().filter_map(|part| match &part.body {
-            Held::Sparse(clusters) => Some(clusters.pay()),
-            Held::Flat(..) | Held::Zero => None,
-        });
-        sparse.fold(flushed, Result::and)
+        self.flush_all().await
+    }
+
+    fn owes(&self) -> bool {
+        self.files().any(|image| image.barrier.owes())
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         let active = self.active()?;
-        active.mark(&self.image).await?;
+        active.mark(&self.image.file).await?;
         for (part, within, _, len) in active.pieces(offset, len)? {
             match &part.body {
                 Held::Flat(file, first) => {
@@ -531,7 +553,7 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         let active = self.active()?;
-        active.mark(&self.image).await?;
+        active.mark(&self.image.file).await?;
         for (part, within, _, len) in active.pieces(offset, len)? {
             match &part.body {
                 Held::Flat(file, first) => file.write_zeroes(first + within, len).await?,
@@ -577,8 +599,8 @@ impl<S: Storage> Driver for Vmdk<S> {
         // Whatever came of that, nothing may be left in memory.
         let parent = base::inactivate(self.parent.as_deref()).await;
         let mut forgotten = Ok(());
-        for file in self.files() {
-            forgotten = forgotten.and(file.forget());
+        for image in self.files() {
+            forgotten = forgotten.and(image.file.forget());
         }
         finished.and(parent).and(forgotten)
     }

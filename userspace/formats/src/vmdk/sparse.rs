@@ -344,10 +344,10 @@ impl Grains {
     }
 
     /// A table that may not exist yet. Room that was never used reads as one without entries.
-    async fn table_made(
+    async fn table_made<S: Storage>(
         &self,
-        storage: &impl Storage,
-        tail: &Tail,
+        storage: &S,
+        tail: &Tail<S>,
         directory: &Pinned,
         number: usize,
     ) -> Result<Rc<Table>, Errno> {
@@ -367,10 +367,10 @@ impl Grains {
     }
 
     /// Writes an entry: to the second map first, so that the one which counts is never ahead of it.
-    async fn put(
+    async fn put<S: Storage>(
         &self,
-        storage: &impl Storage,
-        tail: &Tail,
+        storage: &S,
+        tail: &Tail<S>,
         grain: u64,
         entry: u32,
     ) -> Result<(), Errno> {
@@ -425,12 +425,12 @@ impl<S: Storage> Map<S> for Grains {
         Ok(table.is_none_or(|table| table.is_settled()))
     }
 
-    async fn set(&self, storage: &S, tail: &Tail, cluster: u64, at: u64) -> Result<(), Errno> {
+    async fn set(&self, storage: &S, tail: &Tail<S>, cluster: u64, at: u64) -> Result<(), Errno> {
         let sector = u32::try_from(at / SECTOR).map_err(|_| Errno::FBIG)?;
         self.put(storage, tail, cluster, sector).await
     }
 
-    async fn set_zeroes(&self, storage: &S, tail: &Tail, cluster: u64) -> Result<bool, Errno> {
+    async fn set_zeroes(&self, storage: &S, tail: &Tail<S>, cluster: u64) -> Result<bool, Errno> {
         if !self.has_zeroes {
             return Ok(false);
         }

@@ -5,7 +5,7 @@
 use super::{Chance, Content, What, World, SECTOR};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -465,32 +465,95 @@ async fn request(
     }
 }
 
+/// How a disk makes durable what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asks {
+    /// The guest flushes.
+    Flush,
+    /// The image is let go of, because the guest is suspended or the disk paused.
+    Inactivate,
+    /// The image is closed.
+    Close,
+}
+
 /// A flush fails that the disk has made for a write of its own accord: what others have written is lost with it, so the
-/// guest hears of it with its next flush, once.
+/// next flush, or the end, says so, once.
 pub(crate) fn lost_flush_is_told(trial: impl Fn() -> Trial) {
-    let mut lost = 0;
-    for changes in 0..16 {
-        let trial = trial();
-        let world = World::new(trial.files.clone());
-        let (disk, unit, failing) = (trial.active(&world), trial.unit, world.clone());
-        let work = async move {
-            let how = Attributes::default();
-            let data = |at: u64| Bytes::copied(&stamp(7, at / SECTOR as u64)).unwrap();
-            disk.write(0, data(0), how).await.unwrap();
-            failing.fail_once(changes, Errno::IO);
-            let written = disk.write(2 * unit, data(2 * unit), how).await;
-            let is_lost = failing.has_lost_flush();
-            // Whatever was to fail later does not.
-            failing.fail_never();
-            (is_lost, written, disk.flush().await, disk.flush().await)
-        };
-        let (is_lost, written, first, second) = Runtime::new().block_on(work).unwrap();
-        if is_lost {
-            lost += 1;
-            assert_eq!(written, Err(Errno::IO), "{changes}");
-        }
-        assert_eq!(first.is_err(), is_lost, "{}: {changes}", trial.name);
-        assert_eq!(second, Ok(()), "{}: {changes}", trial.name);
+    for asks in [Asks::Flush, Asks::Inactivate, Asks::Close] {
+        let lost = (0..16)
+            .filter(|changes| lost_flush_is_told_by(&trial(), asks, *changes))
+            .count();
+        assert!(lost > 0, "no flush failed");
     }
-    assert!(lost > 0, "no flush failed");
+}
+
+/// True if it was a flush that failed.
+fn lost_flush_is_told_by(trial: &Trial, asks: Asks, changes: usize) -> bool {
+    let world = World::new(trial.files.clone());
+    let (disk, unit, failing) = (trial.active(&world), trial.unit, world.clone());
+    let work = async move {
+        let how = Attributes::default();
+        let data = |at: u64| Bytes::copied(&stamp(7, at / SECTOR as u64)).unwrap();
+        disk.write(0, data(0), how).await.unwrap();
+        failing.fail_once(changes, Errno::IO);
+        let written = disk.write(2 * unit, data(2 * unit), how).await;
+        let is_lost = failing.has_lost_flush();
+        // Whatever was to fail later does not.
+        failing.fail_never();
+        let (first, second) = match asks {
+            Asks::Flush => (disk.flush().await, disk.flush().await),
+            Asks::Inactivate => (disk.inactivate().await, Ok(())),
+            Asks::Close => (disk.close().await, Ok(())),
+        };
+        (is_lost, written, first, second)
+    };
+    let (is_lost, written, first, second) = Runtime::new().block_on(work).unwrap();
+    if is_lost {
+        assert_eq!(written, Err(Errno::IO), "{changes}");
+    }
+    assert_eq!(
+        first.is_err(),
+        is_lost,
+        "{}: {asks:?} {changes}",
+        trial.name
+    );
+    assert_eq!(second, Ok(()), "{}: {changes}", trial.name);
+    is_lost
+}
+
+/// The storage tells an error to one of the flushes that are under way. If that is one that the disk has made of its own
+/// accord, the guest's beside it fails as well.
+pub(crate) fn lost_flush_is_told_beside(trial: impl Fn(u64) -> Trial) {
+    let mut lost = 0;
+    for seed in 1..400 {
+        let trial = trial(seed);
+        let world = World::new(trial.files.clone());
+        let (disk, unit, runtime) = (trial.active(&world), trial.unit, Runtime::new());
+        world.shuffle(seed);
+        let how = Attributes::default();
+        let data = |at: u64| Bytes::copied(&stamp(7, at / SECTOR as u64)).unwrap();
+        let (its, first) = (disk.clone(), data(0));
+        let written = runtime.block_on(async move { its.write(0, first, how).await });
+        written.unwrap().unwrap();
+        world.fail_once(seed as usize % 8, Errno::IO);
+        let written = Rc::new(Cell::new(None));
+        let (its, done, new) = (disk.clone(), written.clone(), data(2 * unit));
+        runtime.tasks.spawn(async move {
+            done.set(Some(its.write(2 * unit, new, how).await));
+        });
+        let (failing, flushed) = (world.clone(), Rc::new(Cell::new(None)));
+        let done = flushed.clone();
+        runtime.tasks.spawn(async move {
+            let begin = failing.changes();
+            let told = disk.flush().await;
+            done.set(Some((told, failing.has_lost_since(begin))));
+        });
+        runtime.finish().unwrap();
+        let (told, had_failed) = flushed.take().unwrap();
+        if had_failed {
+            lost += u64::from(written.take().unwrap().is_err());
+            assert!(told.is_err(), "{}: seed {seed}", trial.name);
+        }
+    }
+    assert!(lost > 0, "no flush failed for a write");
 }

@@ -170,8 +170,8 @@ struct Inner {
     left_once: Cell<Option<(usize, Errno)>>,
     /// What fails is in the image nevertheless.
     fails_late: Cell<bool>,
-    /// What failed alone was a flush.
-    lost_flush: Cell<bool>,
+    /// What failed alone was a flush, after so many changes.
+    lost_flush: Cell<Option<usize>>,
 }
 
 impl World {
@@ -206,7 +206,16 @@ impl World {
 
     /// It did, and was a flush.
     pub(crate) fn has_lost_flush(&self) -> bool {
-        self.0.lost_flush.get()
+        self.0.lost_flush.get().is_some()
+    }
+
+    /// The same, and no other flush had succeeded before it, since there were so many changes.
+    pub(crate) fn has_lost_since(&self, changes: usize) -> bool {
+        self.0.lost_flush.get().is_some_and(|lost| {
+            let log = self.0.log.borrow();
+            let before = log.get(changes..lost).unwrap_or_default();
+            !before.iter().any(|(_, what)| matches!(what, What::Flush))
+        })
     }
 
     /// The one that was to fail did.
@@ -263,7 +272,8 @@ impl World {
         match self.0.left_once.get() {
             Some((0, error)) => {
                 self.0.left_once.set(None);
-                self.0.lost_flush.set(matches!(what, What::Flush));
+                let changes = matches!(what, What::Flush).then(|| self.changes());
+                self.0.lost_flush.set(changes);
                 if self.0.fails_late.get() {
                     self.0.files.borrow_mut()[file].apply(&what);
                     self.0.log.borrow_mut().push((file, what));
@@ -361,9 +371,10 @@ impl Storage for Memory {
 
     async fn flush(&self) -> Result<(), Errno> {
         self.world.wait().await;
-        self.world.change(self.number, What::Flush)?;
+        let flushed = self.world.change(self.number, What::Flush);
+        // An error may be heard of later than that a flush behind it has succeeded.
         self.world.wait().await;
-        Ok(())
+        flushed
     }
 
     async fn part(&self, _offset: u64, len: u64) -> Result<(u64, bool), Errno> {

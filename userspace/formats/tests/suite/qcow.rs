@@ -2,7 +2,7 @@
 //! qcow: what QEMU and blktap wrote is read, what we write QEMU reads, and nothing is lost or shown that
 //! should not be.
 
-use crate::common::history::{lost_flush_is_told, Trial};
+use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
     content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder,
@@ -342,4 +342,9 @@ fn what_is_not_sure_is_not_told() {
 #[test]
 fn a_flush_that_fails_within_a_write_is_told() {
     lost_flush_is_told(|| trial(true, 1));
+}
+
+#[test]
+fn a_flush_that_fails_beside_the_guests_is_told() {
+    lost_flush_is_told_beside(|seed| trial(true, seed));
 }

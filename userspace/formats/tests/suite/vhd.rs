@@ -2,7 +2,9 @@
 //! VHD: what others wrote is read, what we write they read, and nothing is lost or shown that should
 //! not be.
 
-use crate::common::history::{every_cut, lost_flush_is_told, number, stamp, Trial};
+use crate::common::history::{
+    every_cut, lost_flush_is_told, lost_flush_is_told_beside, number, stamp, Trial,
+};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
     content, failed_writes_stay_undone, file, folder, goes_on_with_qemu, has_qemu, parent,
@@ -718,4 +720,9 @@ fn what_is_not_sure_is_not_told() {
 #[test]
 fn a_flush_that_fails_within_a_write_is_told() {
     lost_flush_is_told(|| trial(Kind::Differencing, 1));
+}
+
+#[test]
+fn a_flush_that_fails_beside_the_guests_is_told() {
+    lost_flush_is_told_beside(|seed| trial(Kind::Differencing, seed));
 }

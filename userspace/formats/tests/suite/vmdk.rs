@@ -2,7 +2,7 @@
 //! VMDK: what others wrote is read, what we write they read, and nothing is lost or shown that should
 //! not be.
 
-use crate::common::history::{lost_flush_is_told, stamp, Trial};
+use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, stamp, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
 use crate::common::tools::{
     content, failed_writes_stay_undone, file, first_write_survives_a_cut, folder,
@@ -535,4 +535,9 @@ fn what_is_not_sure_is_not_told() {
 #[test]
 fn a_flush_that_fails_within_a_write_is_told() {
     lost_flush_is_told(|| trial(Form::MonolithicSparse, true, 1));
+}
+
+#[test]
+fn a_flush_that_fails_beside_the_guests_is_told() {
+    lost_flush_is_told_beside(|seed| trial(Form::MonolithicSparse, true, seed));
 }

@@ -2,9 +2,12 @@
 //! What a flush does beside making an image durable: clusters that are not used any more become free.
 
 use super::memory::{sector, Event, Memory};
+use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, Trial};
+use crate::common::tools::parent;
+use crate::common::{run, Content, World};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{check, create, Findings, Plan, Qcow2};
+use formats::qcow2::{check, create, Backing, Findings, Plan, Qcow2};
 use formats::{Options, Parts};
 
 const CLUSTER: u64 = 4096;
@@ -162,4 +165,45 @@ fn an_image_is_let_go_of_even_if_its_flush_fails() {
     close(&runtime, disk);
     let found = findings(&runtime, &memory);
     assert_eq!((found.unsafe_clusters, found.damaged), (0, 0));
+}
+
+/// An image that goes on from another one, so that a first write of a part of a cluster has to flush.
+fn trial(seed: u64) -> Trial {
+    let world = World::new(vec![Content::default()]);
+    let (file, size) = (world.file(0), 1 << 20);
+    let plan = Plan {
+        cluster: CLUSTER,
+        backing: Some(Backing {
+            name: "base".into(),
+            format: Some("raw".into()),
+        }),
+        ..Plan::new(size)
+    };
+    run(async move { create(&file, &plan).await.unwrap() });
+    Trial {
+        name: "qcow2".into(),
+        size,
+        files: world.files(),
+        open: std::rc::Rc::new(|world| {
+            let parts = Parts {
+                parent: Some(parent()),
+                ..Parts::default()
+            };
+            let image = Qcow2::new(world.file(0), parts, Options::new("flush"));
+            Disk::new(image)
+        }),
+        base: std::rc::Rc::new(|_| 0),
+        unit: CLUSTER,
+        seed,
+    }
+}
+
+#[test]
+fn a_flush_that_fails_within_a_write_is_told() {
+    lost_flush_is_told(|| trial(1));
+}
+
+#[test]
+fn a_flush_that_fails_beside_the_guests_is_told() {
+    lost_flush_is_told_beside(trial);
 }
