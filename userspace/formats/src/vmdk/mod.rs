@@ -122,6 +122,11 @@ async fn read_descriptor(
         }
         false => (None, 0, length.min(descriptor::MOST)),
     };
+    if len == 0 {
+        return Err(refused(
+            "there is no descriptor of a VMDK: the file is empty, or damaged",
+        ));
+    }
     // CAST: it was checked to be small.
     let bytes = storage::bytes(image, at, len as usize)
         .await
