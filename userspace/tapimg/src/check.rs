@@ -12,6 +12,9 @@ use formats::{qcow2, vhd, Below, Kind};
 use serde::Serialize;
 use std::fmt::Write;
 
+/// Bytes of the disk whose extents are asked for at once, so that a hole takes few questions.
+const ASKED: u64 = 1 << 30;
+
 /// Places that are named; more are counted.
 const NAMED: usize = 16;
 
@@ -29,6 +32,21 @@ pub(crate) struct Findings {
     /// qcow2: entries of tables that cannot be.
     #[serde(skip_serializing_if = "Option::is_none")]
     damaged_entries: Option<u64>,
+    /// qcow2: entries of tables with bits that have no meaning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reserved_bits: Option<u64>,
+    /// qcow2: clusters with a table in which something else is, too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overlapping_tables: Option<u64>,
+    /// qcow2: refcount structures that cannot be where they are said to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    misplaced_refcounts: Option<u64>,
+    /// qcow2: entries whose cluster has other users, which they deny.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared_entries: Option<u64>,
+    /// qcow2: entries that do not say that their cluster has no other user. They do no harm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unmarked_entries: Option<u64>,
     /// What was found before the repair.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired: Option<Repaired>,
@@ -49,6 +67,9 @@ pub(crate) struct Findings {
 struct Repaired {
     leaks: u64,
     unsafe_clusters: u64,
+    misplaced_refcounts: u64,
+    shared_entries: u64,
+    unmarked_entries: u64,
 }
 
 impl Findings {
@@ -74,9 +95,14 @@ impl Findings {
         };
         if let Some(done) = self.repaired {
             say(format!(
-                "repaired: {} clusters were lost, {} had too small a refcount",
-                done.leaks, done.unsafe_clusters
+                "repaired: {} clusters were lost, {} had too small a refcount, {} entries had a wrong flag",
+                done.leaks,
+                done.unsafe_clusters,
+                done.shared_entries + done.unmarked_entries
             ));
+            if done.misplaced_refcounts > 0 {
+                say("repaired: the refcounts were where something else is, and are in another place now".into());
+            }
         }
         if let Some(why) = &self.refused {
             say(why.clone());
@@ -92,6 +118,29 @@ impl Findings {
                 "{count} entries of tables cannot be: what they held is lost; copy what is left with tapimg convert"
             ));
         }
+        if let Some(count) = many(self.overlapping_tables) {
+            say(format!(
+                "{count} clusters with tables are used by something else, too: do not write to the image; copy it with \
+                 tapimg convert"
+            ));
+        }
+        if let Some(count) = many(self.reserved_bits) {
+            say(format!(
+                "{count} entries of tables have bits that have no meaning: copy the image with tapimg convert"
+            ));
+        }
+        if let Some(count) = many(self.misplaced_refcounts) {
+            say(format!(
+                "{count} refcount structures are where they cannot be, or where something else is: do not write to the \
+                 image before tapimg check --repair"
+            ));
+        }
+        if let Some(count) = many(self.shared_entries) {
+            say(format!(
+                "{count} entries deny that their cluster has other users: do not write to the image before tapimg check \
+                 --repair"
+            ));
+        }
         if let Some(count) = many(self.unsafe_clusters) {
             say(format!(
                 "{count} clusters are in use and may be given to somebody else: do not write to the image before \
@@ -101,6 +150,12 @@ impl Findings {
         if let Some(count) = many(self.leaks) {
             say(format!(
                 "{count} clusters are lost, which does no harm: tapimg check --repair takes them back"
+            ));
+        }
+        if let Some(count) = many(self.unmarked_entries) {
+            say(format!(
+                "{count} entries do not say that their cluster has no other user, which does no harm: tapimg check \
+                 --repair mends it"
             ));
         }
         if self.unreadable > 0 {
@@ -159,6 +214,10 @@ pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Fai
         && findings.footers.is_none()
         && findings.unreadable == 0
         && none(findings.damaged_entries)
+        && none(findings.reserved_bits)
+        && none(findings.overlapping_tables)
+        && none(findings.misplaced_refcounts)
+        && none(findings.shared_entries)
         && none(findings.unsafe_clusters);
     Ok(findings)
 }
@@ -174,16 +233,32 @@ async fn refcounts(
     let file = opener.file(&image.path, how).await?;
     let name = image.path.display().to_string();
     if repair {
-        let found = qcow2::check(&file, &name, true).await?;
-        findings.repaired = Some(Repaired {
-            leaks: found.leaks,
-            unsafe_clusters: found.unsafe_clusters,
-        });
+        match qcow2::check(&file, &name, true).await {
+            Ok(found) => {
+                findings.repaired = Some(Repaired {
+                    leaks: found.leaks,
+                    unsafe_clusters: found.unsafe_clusters,
+                    misplaced_refcounts: found.refcounts,
+                    shared_entries: found.shared,
+                    unmarked_entries: found.unmarked,
+                });
+            }
+            // What is wrong is said nevertheless.
+            Err(failure) if matches!(failure.code, Code::Image) => {
+                findings.refused = Some(failure.message);
+            }
+            Err(failure) => return Err(failure),
+        }
     }
     let found = qcow2::check(&file, &name, false).await?;
     findings.leaks = Some(found.leaks);
     findings.unsafe_clusters = Some(found.unsafe_clusters);
     findings.damaged_entries = Some(found.damaged);
+    findings.reserved_bits = Some(found.reserved);
+    findings.overlapping_tables = Some(found.overlaps);
+    findings.misplaced_refcounts = Some(found.refcounts);
+    findings.shared_entries = Some(found.shared);
+    findings.unmarked_entries = Some(found.unmarked);
     Ok(())
 }
 
@@ -205,7 +280,13 @@ async fn walk(
     let (disk, shape) = opener.disk(image, None).await?;
     let mut at = 0;
     while at < shape.size {
-        let some = (shape.size - at).min(PIECE);
+        let all = shape.size - at;
+        if let Ok(len) = seen(opener, &disk, at, all.min(ASKED), data).await {
+            at += len;
+            continue;
+        }
+        // Of a large range this may be what is at its end.
+        let some = all.min(PIECE - at % PIECE);
         at += match seen(opener, &disk, at, some, data).await {
             Ok(len) => len,
             Err(_) => {
@@ -220,16 +301,22 @@ async fn walk(
     Ok(())
 }
 
-/// How many bytes from `at` on can be read.
+/// How many bytes from `at` on can be read: an error if none can.
 async fn seen(opener: &Opener, disk: &Disk, at: u64, len: u64, data: bool) -> Result<u64, Errno> {
     let mut done = 0;
     for extent in disk.extents(at, len).await? {
-        if data && extent.content == Content::Data {
+        let end = done + extent.len;
+        while data && extent.content == Content::Data && done < end {
+            let some = (end - done).min(PIECE);
             // CAST: at most a piece.
-            let bytes: Data = opener.io.buffer(extent.len as usize)?;
-            disk.read(at + done, bytes).await?;
+            let bytes: Data = opener.io.buffer(some as usize)?;
+            match disk.read(at + done, bytes).await {
+                Ok(()) => done += some,
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => return Ok(done),
+            }
         }
-        done += extent.len;
+        done = end;
     }
     Ok(done)
 }

@@ -1,28 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Whether refcounts are what they should be, and their repair.
+//! Checks whether refcounts are right and tables lie apart, and repairs refcounts.
 //!
-//! All that leads to a cluster is walked for a part of the image at a time, so that memory is bounded
-//! whatever its size.
+//! A repair first looks at everything and writes nothing. It writes only to places that nothing else uses, and only if
+//! it is certain that the disk and its snapshots stay as they are. Refcounts that lie where something else is are made
+//! anew in another place (`rebuild.rs`).
 
-use super::alloc::Clusters;
-use super::entry::Place;
+use super::census::{Census, Holder, Window};
 use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
-use super::image::{Found, Image, Table};
-use super::refcounts::{get, set};
+use super::image::{Image, Table};
+use super::refcounts::{get, set, MAX_TABLE};
 use super::snapshot;
 use crate::field::{be32, be64, refused};
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::Errno;
 use std::ops::Range;
-
-/// Clusters that are counted at once.
-const WINDOW: u64 = 4 << 20;
-
-/// L2 tables that are looked at for a window, at most: so many for each cluster of the file, and so many
-/// bytes of them in any case. Snapshots share tables, so there may be more uses than tables.
-const LOOKS: u64 = 16;
-const LOOKS_AT: u64 = 1 << 30;
 
 /// What is wrong with an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,51 +25,51 @@ pub struct Findings {
     pub unsafe_clusters: u64,
     /// Entries that cannot be, or lead behind the end of the file.
     pub damaged: u64,
+    /// L1 and L2 entries with bits that have no meaning. What they lead to can be read.
+    pub reserved: u64,
+    /// Clusters with a table in which something else is, too: a write to one of them changes the other.
+    pub overlaps: u64,
+    /// Refcount table entries that cannot be, and clusters with refcounts in which something else is, too.
+    pub refcounts: u64,
+    /// Entries that say that their cluster has no other user, and it has one: a write through one of them would
+    /// change the other.
+    pub shared: u64,
+    /// Entries that do not say that their cluster has no other user. That does no harm.
+    pub unmarked: u64,
 }
 
 /// What else uses clusters than the disk: found once.
 pub(crate) struct Others {
     /// Ranges of bytes.
-    ranges: Vec<Range<u64>>,
+    pub(super) ranges: Vec<Range<u64>>,
     /// The L1 tables of snapshots.
-    tables: Vec<Table>,
+    pub(super) tables: Vec<Table>,
 }
 
-/// Uses of the clusters of a window.
-struct Window {
-    clusters: Range<u64>,
-    uses: Vec<u32>,
-    /// Clusters of the file.
-    end: u64,
-    damaged: u64,
-    /// L2 tables that may still be looked at, for the disk and all snapshots together.
-    budget: u64,
+/// What a look at everything found.
+pub(super) struct Report {
+    pub(super) findings: Findings,
+    /// The refcounts cannot be made right where they are.
+    rebuild: bool,
+    /// More users of a cluster than a refcount can say.
+    too_many: Option<u64>,
+    /// For each refcount block whether it is for a cluster that is used.
+    pub(super) blocks: Vec<bool>,
+    /// The longest row of clusters that nothing uses, and the last one.
+    pub(super) free: Range<u64>,
+    row: Range<u64>,
 }
 
-impl Window {
-    /// Somebody uses the clusters with some bytes.
-    fn add(&mut self, cluster: u64, bytes: Range<u64>) {
-        if bytes.is_empty() {
-            return;
+impl Report {
+    /// Nothing uses a cluster.
+    fn add_free(&mut self, number: u64) {
+        match self.row.end == number {
+            true => self.row.end += 1,
+            false => self.row = number..number + 1,
         }
-        let clusters = bytes.start / cluster..(bytes.end - 1) / cluster + 1;
-        if clusters.end > self.end {
-            self.damaged += 1;
+        if self.row.end - self.row.start > self.free.end - self.free.start {
+            self.free = self.row.clone();
         }
-        let from = clusters.start.max(self.clusters.start);
-        let to = clusters.end.min(self.clusters.end);
-        for number in from..to {
-            // CAST: less than a window.
-            let uses = &mut self.uses[(number - self.clusters.start) as usize];
-            *uses = uses.saturating_add(1);
-        }
-    }
-
-    /// The uses of some of its clusters.
-    fn part(&self, clusters: Range<u64>) -> &[u32] {
-        let start = self.clusters.start;
-        // CAST: less than a window.
-        &self.uses[(clusters.start - start) as usize..(clusters.end - start) as usize]
     }
 }
 
@@ -87,7 +79,7 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     // Their names are not kept.
     let mut tables = Vec::new();
     let bytes = snapshot::walk(file, header, |one| tables.push(one.l1)).await?;
-    check_tables(file, &tables)?;
+    check_tables(&tables)?;
     let mut ranges = Vec::new();
     // The header's.
     ranges.push(0..cluster);
@@ -101,19 +93,20 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     Ok(Others { ranges, tables })
 }
 
-/// Each snapshot has an L1 table of its own, so all of them fit into the file. Those that are said to be in
-/// one place would be looked at for ever.
-fn check_tables<S: Storage>(file: &S, tables: &[Table]) -> Result<(), Failure> {
-    let size = file
-        .size()
-        .map_err(|error| Failure::system("cannot see the size of the image", &error.into()))?;
-    // At most a number of 16 bits of tables with a number of 32 bits of entries.
-    let bytes: u64 = tables.iter().map(|table| table.entries * 8).sum();
-    match bytes > size.saturating_mul(2) {
-        true => Err(refused(format!(
-            "the L1 tables of snapshots have {bytes} bytes, and the image only {size}: it is damaged"
+/// Each snapshot has an L1 table of its own. So all of them together are not larger than the file.
+fn check_tables(tables: &[Table]) -> Result<(), Failure> {
+    let mut places: Vec<_> = tables
+        .iter()
+        .filter(|table| table.entries > 0)
+        .map(|table| (table.at, table.at + table.entries * 8))
+        .collect();
+    places.sort_unstable();
+    match places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+        Some(pair) => Err(refused(format!(
+            "the L1 tables of two snapshots overlap at byte {}: the image is damaged",
+            pair[1].0
         ))),
-        false => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -185,230 +178,201 @@ async fn clusters_of_bitmap<S: Storage>(
 }
 
 impl<S: Storage> Image<S> {
-    /// Compares all refcounts with what is used; with `repair` they become right. Nobody else may use the
-    /// image meanwhile.
-    pub(crate) async fn check(&self, others: &Others, repair: bool) -> Result<Findings, Errno> {
-        if repair && !self.file.is_fixed() {
-            self.cover().await?;
+    /// Compares all refcounts with what is used. Nothing else may use the image meanwhile.
+    pub(crate) async fn check(&self, others: &Others) -> Result<Findings, Errno> {
+        Ok(self.report(others).await?.findings)
+    }
+
+    async fn report(&self, others: &Others) -> Result<Report, Errno> {
+        if self.writable {
+            self.slices.settle_all().await?;
         }
-        let mut findings = Findings::default();
-        let end = self.file.size()?.div_ceil(self.geometry.cluster());
-        let mut from = 0;
-        while from < end {
-            let clusters = from..end.min(from + WINDOW);
-            let mut window = self.count(others, clusters.clone(), end).await?;
-            if repair && self.file.is_fixed() {
-                self.cover_inside(&mut window).await?;
-            }
-            findings.damaged = window.damaged;
-            self.compare(&window, repair, &mut findings).await?;
-            from = clusters.end;
-        }
-        Ok(findings)
-    }
-
-    /// The refcounts of an image become right that was not closed, and it says so.
-    pub(crate) async fn repair(&self, others: &Others) -> Result<Findings, Errno> {
-        let findings = self.check(others, true).await?;
-        self.flush().await?;
-        let (header, _) = self.slices.at(0).await?;
-        let clean = header.number(AT_INCOMPATIBLE) & !DIRTY;
-        self.change_header(AT_INCOMPATIBLE, &clean.to_be_bytes())
-            .await?;
-        Ok(findings)
-    }
-
-    /// Makes refcount blocks for all clusters of the file that have none: behind its end, because what is
-    /// free is not known.
-    async fn cover(&self) -> Result<(), Errno> {
-        let cluster = self.geometry.cluster();
-        for number in 0..self.reftable.get().entries {
-            if number * self.geometry.block_entries() >= self.file.size()?.div_ceil(cluster) {
-                break;
-            }
-            let (slice, at) = self.slot(self.reftable.get(), number).await?;
-            if self.table_at(slice.number(at), "refcount block")?.is_none() {
-                let block = self.file.size()?.next_multiple_of(cluster);
-                self.prepare_range(block, cluster).await?;
-                self.flush().await?;
-                slice.set_number(at, block);
-                self.slices.settle_first(&slice).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The same on a device, which has no room behind its end: what is used and has no block gets one. What is
-    /// not used needs none: it is free without one.
-    async fn cover_inside(&self, window: &mut Window) -> Result<(), Errno> {
-        let entries = self.geometry.block_entries();
-        let mut at = window.clusters.start;
-        while at < window.clusters.end {
-            let to = ((at / entries + 1) * entries).min(window.clusters.end);
-            let is_used = window.part(at..to).iter().any(|uses| *uses > 0);
-            if is_used && self.counts(at).await?.is_none() {
-                self.cover_part(window, at..to).await?;
-            }
-            at = to;
-        }
-        Ok(())
-    }
-
-    /// Makes a refcount block for clusters of a window, in one of them that nothing uses.
-    async fn cover_part(&self, window: &mut Window, clusters: Range<u64>) -> Result<(), Errno> {
-        let cluster = self.geometry.cluster();
-        let number = clusters.start / self.geometry.block_entries();
-        let (slice, at) = self.slot(self.reftable.get(), number).await?;
-        let mut uses = window.part(clusters.clone()).iter();
-        let free = uses.position(|uses| *uses == 0).ok_or(Errno::NOSPC)?;
-        // CAST: less than a window.
-        let block = (clusters.start + free as u64) * cluster;
-        self.prepare_range(block, cluster).await?;
-        self.flush().await?;
-        slice.set_number(at, block);
-        self.slices.settle_first(&slice).await?;
-        window.add(cluster, block..block + cluster);
-        Ok(())
-    }
-
-    async fn count(
-        &self,
-        others: &Others,
-        clusters: Range<u64>,
-        end: u64,
-    ) -> Result<Window, Errno> {
-        let cluster = self.geometry.cluster();
-        let mut window = Window {
-            // CAST: at most a window.
-            uses: vec![0; (clusters.end - clusters.start) as usize],
-            clusters,
-            end,
-            damaged: 0,
-            budget: end.saturating_mul(LOOKS).saturating_add(LOOKS_AT / cluster),
+        let mut census = Census::new(self, others, Holder::Image)?;
+        let most = MAX_TABLE / 8;
+        let blocks = census.end.div_ceil(self.geometry.block_entries());
+        let mut report = Report {
+            findings: Findings::default(),
+            rebuild: false,
+            too_many: None,
+            // CAST: bounded.
+            blocks: vec![false; blocks.min(most + 1) as usize],
+            free: 0..0,
+            row: 0..0,
         };
-        for range in &others.ranges {
-            window.add(cluster, range.clone());
+        for clusters in census.windows() {
+            let window = census.count(clusters).await?;
+            self.look(&window, &mut report).await?;
+            let (shared, unmarked) = census.flags(&window, false).await?;
+            report.findings.shared += shared;
+            report.findings.unmarked += unmarked;
         }
-        let reftable = self.reftable.get();
-        window.add(cluster, reftable.at..reftable.at + reftable.entries * 8);
-        for number in 0..reftable.entries {
-            let (slice, at) = self.slot(reftable, number).await?;
-            match self.table_at(slice.number(at), "refcount block") {
-                Ok(Some(block)) => window.add(cluster, block..block + cluster),
-                Ok(None) => {}
-                Err(_) => window.damaged += 1,
-            }
-        }
-        for table in std::iter::once(&self.l1.get()).chain(&others.tables) {
-            self.count_table(*table, &mut window).await?;
-        }
-        Ok(window)
+        report.rebuild |= report.findings.refcounts > 0;
+        Ok(report)
     }
 
-    async fn count_table(&self, l1: Table, window: &mut Window) -> Result<(), Errno> {
-        let cluster = self.geometry.cluster();
-        window.add(cluster, l1.at..l1.at + l1.entries * 8);
-        for number in 0..l1.entries {
-            let (slice, at) = self.slot(l1, number).await?;
-            let Ok(table) = self.table_at(slice.number(at), "L2 table") else {
-                window.damaged += 1;
-                continue;
-            };
-            let Some(table) = table else { continue };
-            window.add(cluster, table..table + cluster);
-            if table / cluster >= window.end {
+    /// Adds what is wrong with the clusters of a window.
+    async fn look(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
+        report.findings.damaged += window.odd.damaged;
+        report.findings.reserved += window.odd.reserved;
+        report.findings.refcounts += window.odd.refcounts;
+        for number in window.clusters.clone() {
+            report.findings.overlaps += u64::from(window.overlaps(number));
+            report.findings.refcounts += u64::from(window.refcounts_overlap(number));
+            let wanted = window.wanted(number);
+            if wanted == 0 {
+                report.add_free(number);
                 continue;
             }
-            // Tables that are used again and again would be looked at for ever.
-            let left = window.budget.checked_sub(1);
-            window.budget = left.ok_or_else(|| self.damaged("its L2 tables are used too often"))?;
-            let mut place = table;
-            while place < table + cluster {
-                let (l2, _) = self.slices.at(place).await?;
-                let found = Found {
-                    l1: slice.clone(),
-                    l2: Some((l2, 0)),
-                };
-                self.count_slice(&found, window);
-                place += self.slices.slice_len();
+            // CAST: it is one of the file's.
+            let block = (number / self.geometry.block_entries()) as usize;
+            if let Some(block) = report.blocks.get_mut(block) {
+                *block = true;
+            }
+            if wanted > self.geometry.max_refcount() {
+                report.too_many = Some(number);
             }
         }
-        Ok(())
+        self.compare(window, report).await
     }
 
-    fn count_slice(&self, found: &Found, window: &mut Window) {
-        let cluster = self.geometry.cluster();
-        for number in 0..self.slices.slice_len() / self.geometry.entry() {
-            match self.entry(found, number) {
-                Ok(Some(entry)) => match entry.place {
-                    Place::Host { at, .. } if !self.geometry.external => {
-                        window.add(cluster, at..at + cluster)
-                    }
-                    // The last sector need not be there.
-                    Place::Compressed { at, len } => window.add(cluster, at..at + len),
-                    _ => {}
-                },
-                Ok(None) => return,
-                Err(_) => window.damaged += 1,
-            }
-        }
-    }
-
-    async fn compare(
-        &self,
-        window: &Window,
-        repair: bool,
-        findings: &mut Findings,
-    ) -> Result<(), Errno> {
+    /// Compares the refcounts of a window's clusters with what they should be.
+    async fn compare(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
         let order = self.geometry.refcount_order;
         let mut at = window.clusters.start;
         while at < window.clusters.end {
             let entries = self.geometry.block_entries();
-            let Some(counts) = self.counts(at).await? else {
+            let Some(counts) = self.counts_if_any(at).await? else {
                 let to = ((at / entries + 1) * entries).min(window.clusters.end);
-                let used = window.part(at..to).iter().filter(|uses| **uses > 0).count();
-                if repair && used > 0 {
-                    return Err(self.damaged(format_args!(
-                        "the refcount table is too short for cluster {at} and those behind it"
-                    )));
-                }
-                findings.unsafe_clusters += used as u64;
+                let used = (at..to).filter(|number| window.wanted(*number) > 0).count() as u64;
+                report.rebuild |= used > 0;
+                report.findings.unsafe_clusters += used;
                 at = to;
                 continue;
             };
             let some = counts.count.min(window.clusters.end - at);
-            let mut wrong = false;
-            for number in 0..some {
-                // CAST: less than a slice, and than a window.
-                let place = counts.first + number as usize;
-                let uses = u64::from(window.uses[(at + number - window.clusters.start) as usize]);
-                let said = counts.slice.look(|bytes| get(bytes, place, order));
-                if said == uses {
-                    continue;
+            counts.slice.look(|bytes| {
+                for number in 0..some {
+                    // CAST: less than a slice.
+                    let said = get(bytes, counts.first + number as usize, order);
+                    let wanted = window.wanted(at + number);
+                    report.findings.leaks += u64::from(said > wanted);
+                    report.findings.unsafe_clusters += u64::from(said < wanted);
                 }
-                match said > uses {
-                    true => findings.leaks += 1,
-                    false => findings.unsafe_clusters += 1,
-                }
-                if repair {
-                    if uses > self.geometry.max_refcount() {
-                        let what = Clusters {
-                            first: at + number,
-                            count: uses,
-                        };
-                        return Err(self.damaged(format_args!(
-                            "more use a cluster than can be counted: {what:?}"
-                        )));
-                    }
-                    counts.slice.change(|bytes| set(bytes, place, order, uses));
-                    wrong = true;
-                }
-            }
-            if wrong {
-                self.slices.settle(&counts.slice).await?;
-            }
+            });
             at += some;
         }
         Ok(())
+    }
+
+    /// Makes refcounts and the flags of entries right, and says what was wrong.
+    ///
+    /// # Errors
+    /// It is not certain that this keeps what the image holds. Nothing was changed then.
+    pub(crate) async fn repair(&self, others: &Others) -> Result<Findings, Failure> {
+        let failed = |error: Errno| Failure::system("cannot repair the refcounts", &error.into());
+        let report = self.report(others).await.map_err(failed)?;
+        self.may_repair(&report)?;
+        let findings = report.findings;
+        match report.rebuild {
+            true => self.rebuild(others, &report).await?,
+            false if findings.leaks + findings.unsafe_clusters > 0 => {
+                self.correct(others).await.map_err(failed)?;
+            }
+            false => {}
+        }
+        // What a refcount structure was in has a user less when that is in another place.
+        if report.rebuild || findings.shared + findings.unmarked > 0 {
+            self.mark(others).await.map_err(failed)?;
+        }
+        self.clean().await.map_err(failed)?;
+        Ok(findings)
+    }
+
+    fn may_repair(&self, report: &Report) -> Result<(), Failure> {
+        let findings = &report.findings;
+        let why = match report.too_many {
+            Some(cluster) => format!("cluster {cluster} has more users than a refcount can say"),
+            None if findings.damaged > 0 => format!(
+                "{} entries of tables cannot be, so that what they led to is not known",
+                findings.damaged
+            ),
+            None if findings.overlaps > 0 => format!(
+                "{} clusters with tables are used by something else, too",
+                findings.overlaps
+            ),
+            None if findings.reserved > 0 => format!(
+                "{} entries of tables have bits that have no meaning",
+                findings.reserved
+            ),
+            None => return Ok(()),
+        };
+        Err(refused(format!(
+            "the refcounts were not repaired and nothing was changed, because the content might be lost: {why}. Copy \
+             what can be read into a new image with tapimg convert --damaged"
+        )))
+    }
+
+    /// Makes refcounts right where they are.
+    async fn correct(&self, others: &Others) -> Result<(), Errno> {
+        let order = self.geometry.refcount_order;
+        let mut census = Census::new(self, others, Holder::Image)?;
+        for clusters in census.windows() {
+            let window = census.count(clusters).await?;
+            let mut at = window.clusters.start;
+            while at < window.clusters.end {
+                let Some(counts) = self.counts_if_any(at).await? else {
+                    // Nothing is used there.
+                    let entries = self.geometry.block_entries();
+                    at = (at / entries + 1) * entries;
+                    continue;
+                };
+                let some = counts.count.min(window.clusters.end - at);
+                // CAST: less than a slice.
+                let place = |number: u64| counts.first + number as usize;
+                let is_wrong = counts.slice.look(|bytes| {
+                    (0..some).any(|number| {
+                        get(bytes, place(number), order) != window.wanted(at + number)
+                    })
+                });
+                if is_wrong {
+                    counts.slice.change(|bytes| {
+                        for number in 0..some {
+                            set(bytes, place(number), order, window.wanted(at + number));
+                        }
+                    });
+                    self.slices.settle(&counts.slice).await?;
+                }
+                at += some;
+            }
+        }
+        self.flush().await
+    }
+
+    /// Makes the flags of entries right. Refcounts are right and durable, so that a death leaves entries of which
+    /// writes may still trust those that are marked.
+    async fn mark(&self, others: &Others) -> Result<(), Errno> {
+        let mut census = Census::new(self, others, Holder::Image)?;
+        for clusters in census.windows() {
+            let window = census.count(clusters).await?;
+            census.flags(&window, true).await?;
+        }
+        self.flush().await
+    }
+
+    /// The header does not say any more that the image was not closed.
+    async fn clean(&self) -> Result<(), Errno> {
+        // Version 2 has something else there.
+        if !self.geometry.has_zero {
+            return Ok(());
+        }
+        let (header, _) = self.slices.at(0).await?;
+        let features = header.number(AT_INCOMPATIBLE);
+        match features & DIRTY {
+            0 => Ok(()),
+            _ => {
+                let clean = (features & !DIRTY).to_be_bytes();
+                self.change_header(AT_INCOMPATIBLE, &clean).await
+            }
+        }
     }
 }

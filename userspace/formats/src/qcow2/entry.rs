@@ -8,6 +8,9 @@ pub(crate) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 const OFFSET: u64 = MAX_OFFSET - 512;
+/// Bits of L1 entries, and of L2 entries of clusters that are not compressed, without a meaning.
+pub(crate) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+pub(crate) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// Where a cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -51,9 +51,10 @@ pub async fn check<S: Storage>(file: &S, name: &str, repair: bool) -> Result<Fin
     let content = Content::Plain(file.clone());
     let image = alone.image_of(&header, content).await.map_err(said)?;
     let others = check::others(file, &header).await.map_err(said)?;
+    let failed = |error: Errno| Failure::system("cannot check the refcounts", &error.into());
     let done = match repair {
         true => image.repair(&others).await,
-        false => image.check(&others, false).await,
+        false => image.check(&others).await.map_err(failed),
     };
-    done.map_err(|error: Errno| said(Failure::system("cannot check the refcounts", &error.into())))
+    done.map_err(said)
 }

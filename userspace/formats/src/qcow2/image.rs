@@ -140,7 +140,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// The same, and where it would be if that cannot be.
-    fn place_of_table(&self, entry: u64) -> Result<Option<u64>, u64> {
+    pub(crate) fn place_of_table(&self, entry: u64) -> Result<Option<u64>, u64> {
         let at = entry & (MAX_OFFSET - 512);
         match at % self.geometry.cluster() {
             0 => Ok((at != 0).then_some(at)),
@@ -271,7 +271,8 @@ impl<S: Storage> Image<S> {
         let mut cluster = 1;
         // Goes on as long as clusters are alike from their beginning to their end.
         while count < len && (skip + count) == cluster * geometry.cluster() {
-            let Some(entry) = self.decoded(found, cluster)? else {
+            // One that cannot be is an error for what is read there, and not for what is before it.
+            let Ok(Some(entry)) = self.decoded(found, cluster) else {
                 break;
             };
             let (next, more) = self.runs(&entry, 0);

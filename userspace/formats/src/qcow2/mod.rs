@@ -4,6 +4,7 @@
 mod ahead;
 mod alloc;
 mod alone;
+mod census;
 mod check;
 mod compressed;
 mod content;
@@ -16,6 +17,7 @@ mod header;
 mod image;
 mod places;
 mod read;
+mod rebuild;
 mod refcounts;
 mod rename;
 mod resize;
@@ -199,9 +201,7 @@ impl<S: Storage> Qcow2<S> {
         }
         if self.options.writable && header.incompatible & DIRTY != 0 {
             let others = check::others(&self.file, &header).await?;
-            let done = image.repair(&others).await;
-            let done = done
-                .map_err(|error| Failure::system("cannot repair the refcounts", &error.into()))?;
+            let done = image.repair(&others).await?;
             diskio::say!(
                 "{}: it was not closed, its refcounts are repaired: {done:?}",
                 self.options.name
@@ -250,7 +250,7 @@ impl<S: Storage> Qcow2<S> {
         let image = self.image().map_err(failed)?;
         let header = header(&self.file).await?;
         let others = check::others(&self.file, &header).await?;
-        image.check(&others, false).await.map_err(failed)
+        image.check(&others).await.map_err(failed)
     }
 
     async fn image_of(&self, header: &Header, content: Content<S>) -> Result<Image<S>, Failure> {

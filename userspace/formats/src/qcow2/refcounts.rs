@@ -10,7 +10,7 @@ use diskio::Errno;
 use std::rc::Rc;
 
 /// Bytes of a refcount table at most: QEMU refuses a larger one.
-const MAX_TABLE: u64 = 8 << 20;
+pub(super) const MAX_TABLE: u64 = 8 << 20;
 
 /// The refcount with a number among those that are packed in `bytes`.
 pub(crate) fn get(bytes: &[u8], number: usize, order: u32) -> u64 {
@@ -70,9 +70,28 @@ impl<S: Storage> Image<S> {
 
     /// The refcounts from that of a cluster on; nothing if no block has them.
     pub(crate) async fn counts(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
-        let Some(block) = self.block(cluster).await? else {
+        match self.block(cluster).await? {
+            Some(block) => Ok(Some(self.counts_in(block, cluster).await?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The same for a check: a block that cannot be is none.
+    pub(crate) async fn counts_if_any(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+        let number = cluster / self.geometry.block_entries();
+        if number >= self.reftable.get().entries {
             return Ok(None);
-        };
+        }
+        let (slice, at) = self.slot(self.reftable.get(), number).await?;
+        match self.place_of_table(slice.number(at)) {
+            Ok(Some(block)) if block < self.file.size()? => {
+                Ok(Some(self.counts_in(block, cluster).await?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    async fn counts_in(&self, block: u64, cluster: u64) -> Result<Counts, Errno> {
         let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
         let number = cluster % self.geometry.block_entries();
         let in_slice = (slice_len * 8) >> order;
@@ -81,12 +100,12 @@ impl<S: Storage> Image<S> {
             .at(block + number / in_slice * slice_len)
             .await?;
         let first = number % in_slice;
-        Ok(Some(Counts {
+        Ok(Counts {
             slice,
             // CAST: less than there are in a slice.
             first: first as usize,
             count: in_slice - first,
-        }))
+        })
     }
 
     /// Makes a refcount block for a cluster of which all neighbours are free, and says so in itself.
@@ -197,7 +216,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// The header names another refcount table, at once.
-    async fn switch_reftable(&self, new: Table) -> Result<(), Errno> {
+    pub(super) async fn switch_reftable(&self, new: Table) -> Result<(), Errno> {
         // CAST: the table has at most 8 MiB.
         let clusters = (new.entries * 8 / self.geometry.cluster()) as u32;
         let mut place = new.at.to_be_bytes().to_vec();

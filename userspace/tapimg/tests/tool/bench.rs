@@ -98,6 +98,20 @@ impl Bench {
         said.out
     }
 
+    /// Runs a line of the shell, which must succeed.
+    pub(crate) fn shell(&self, line: &str) {
+        let mut command = self.command("sh", "-c");
+        let said = said(command.arg(line).output().unwrap());
+        assert_eq!(said.status, Some(0), "{line}: {said:?}");
+    }
+
+    /// Has qemu-io do something with a qcow2 image.
+    pub(crate) fn qemu_write(&self, name: &str, what: &str) {
+        let mut command = self.command("qemu-io", "-f qcow2 -c");
+        let said = said(command.args([what, name]).output().unwrap());
+        assert_eq!(said.status, Some(0), "{what}: {said:?}");
+    }
+
     /// Has qemu-io do something with an image that is opened with the file `key`.
     pub(crate) fn qemu_io(&self, opts: &str, what: &str) {
         let mut command = self.command("qemu-io", "--object secret,id=s,file=key --image-opts -c");

@@ -13,5 +13,6 @@ mod others;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;
+mod repair;
 mod resize;
 mod wrong;
