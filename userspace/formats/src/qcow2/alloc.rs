@@ -204,7 +204,7 @@ impl<S: Storage> Image<S> {
             if at >= limit {
                 break;
             }
-            let Some(counts) = self.counts(at).await? else {
+            let Some(counts) = self.counts_to_change(at).await? else {
                 if !found.is_empty() {
                     break;
                 }
@@ -265,7 +265,7 @@ impl<S: Storage> Image<S> {
         let order = self.geometry.refcount_order;
         let mut done = 0;
         while done < clusters.count {
-            let counts = self.counts(clusters.first + done).await?;
+            let counts = self.counts_to_change(clusters.first + done).await?;
             let counts = counts.ok_or_else(|| self.damaged("a refcount block is gone"))?;
             let some = counts.count.min(clusters.count - done);
             counts.slice.change(|bytes| {
@@ -324,7 +324,7 @@ impl<S: Storage> Image<S> {
         let mut done = 0;
         while done < clusters.count {
             let first = clusters.first + done;
-            let Some(counts) = self.counts(first).await? else {
+            let Some(counts) = self.counts_to_change(first).await? else {
                 return Err(self.damaged(format_args!(
                     "cluster {first} was in use and has no refcount"
                 )));

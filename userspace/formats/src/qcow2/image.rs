@@ -392,15 +392,12 @@ impl<S: Storage> Image<S> {
         let span = self.geometry.span();
         let number = guest / span;
         let (l1, at) = self.slot(self.l1.get(), number).await?;
-        // An entry may say that it is owned and lead nowhere: what is written then must not get lost.
-        let is_owned =
-            |entry| Ok(entry & COPIED != 0 && self.table_at(entry, "L2 table")?.is_some());
-        if !is_owned(l1.number(at))? {
+        if !self.owns_table(l1.number(at)).await? {
             let _held = self.tables.alone(number).await;
             // The table may be somewhere else by now.
             let (l1, at) = self.slot(self.l1.get(), number).await?;
             let entry = l1.number(at);
-            if !is_owned(entry)? {
+            if !self.owns_table(entry).await? {
                 self.make_table(&l1, at, entry).await?;
             }
         }
@@ -408,6 +405,15 @@ impl<S: Storage> Image<S> {
         match found.l2 {
             Some(_) => Ok(found),
             None => Err(self.damaged(format_args!("L1 entry {number} lost its table"))),
+        }
+    }
+
+    /// An L1 entry leads to a table that has no other user, by the entry and by the refcount. An entry may say so and
+    /// lead nowhere: what is written then must not get lost.
+    async fn owns_table(&self, entry: u64) -> Result<bool, Errno> {
+        match self.table_at(entry, "L2 table")? {
+            Some(table) if entry & COPIED != 0 => Ok(self.alone(table, 1).await? > 0),
+            _ => Ok(false),
         }
     }
 

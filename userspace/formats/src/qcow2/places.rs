@@ -26,13 +26,17 @@ impl<S: Storage> Image<S> {
                         && self.stays(place, len, owned)
                         && self.inside(at, place, len)? == len =>
                 {
-                    places.push(Place {
-                        offset: at,
-                        len,
-                        holder: Holder::Image,
-                        at: place,
-                        writable,
-                    });
+                    // What the refcounts say has to be read, and meanwhile the cluster may go elsewhere.
+                    let alone = !self.writable || self.alone(place, len).await? == len;
+                    if alone && self.map_sure(at, len).await? == (run, len, true) {
+                        places.push(Place {
+                            offset: at,
+                            len,
+                            holder: Holder::Image,
+                            at: place,
+                            writable,
+                        });
+                    }
                 }
                 Run::Zero if settled => base::add_place(&mut places, base::zeroes(at, len)),
                 Run::Below if settled => {

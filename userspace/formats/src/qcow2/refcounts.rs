@@ -91,6 +91,51 @@ impl<S: Storage> Image<S> {
         }
     }
 
+    /// The same for what is about to change or to give out clusters: the block must have one user by the refcounts.
+    /// One that lies where something else is would be read as refcounts, and written.
+    pub(crate) async fn counts_to_change(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+        let Some(block) = self.block(cluster).await? else {
+            return Ok(None);
+        };
+        self.check_no_table(block, self.geometry.cluster())?;
+        match self.is_alone(block / self.geometry.cluster()).await? {
+            true => Ok(Some(self.counts_in(block, cluster).await?)),
+            false => Err(self.damaged(format_args!(
+                "the refcounts at {block:#x} are where something else is"
+            ))),
+        }
+    }
+
+    /// A cluster has one user, by its refcount.
+    async fn is_alone(&self, cluster: u64) -> Result<bool, Errno> {
+        let order = self.geometry.refcount_order;
+        let counts = self.counts(cluster).await?;
+        Ok(counts
+            .is_some_and(|counts| counts.slice.look(|bytes| get(bytes, counts.first, order)) == 1))
+    }
+
+    /// Bytes from `at` on, `len` at most, that are in clusters with one user each, by their refcounts.
+    pub(crate) async fn alone(&self, at: u64, len: u64) -> Result<u64, Errno> {
+        let (cluster, order) = (self.geometry.cluster(), self.geometry.refcount_order);
+        let (mut number, end) = (at / cluster, (at + len).div_ceil(cluster));
+        while number < end {
+            let Some(counts) = self.counts(number).await? else {
+                break;
+            };
+            let some = counts.count.min(end - number);
+            let alone = counts.slice.look(|bytes| {
+                // CAST: less than a slice.
+                let is_one = |next: &u64| get(bytes, counts.first + *next as usize, order) == 1;
+                (0..some).take_while(is_one).count() as u64
+            });
+            number += alone;
+            if alone < some {
+                break;
+            }
+        }
+        Ok((number * cluster).saturating_sub(at).min(len))
+    }
+
     async fn counts_in(&self, block: u64, cluster: u64) -> Result<Counts, Errno> {
         let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
         let number = cluster % self.geometry.block_entries();
@@ -120,6 +165,7 @@ impl<S: Storage> Image<S> {
         if number == 0 || at >= MAX_OFFSET {
             return Err(self.damaged("no refcounts are there for the header"));
         }
+        self.check_no_table(at, self.geometry.cluster())?;
         self.prepare_range(at, self.geometry.cluster()).await?;
         self.fill_block(at, 1).await?;
         // A block that is reachable and not yet there would free what is in use.

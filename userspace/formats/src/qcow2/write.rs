@@ -47,8 +47,11 @@ impl<S: Storage> Image<S> {
                 owned: true,
             } = run
             {
-                let part = part(&data, at, len);
-                pieces.push(self.overwrite(place, part, found));
+                let len = self.trusted(&found, place, len).await?;
+                if len > 0 {
+                    let part = part(&data, at, len);
+                    pieces.push(self.overwrite(place, part, found));
+                }
                 at += len;
             } else {
                 at += self
@@ -63,6 +66,38 @@ impl<S: Storage> Image<S> {
             1 => pieces.remove(0).await,
             _ => all(pieces).await,
         }
+    }
+
+    /// How many bytes of a run of data, whose entries say that each of its clusters has one user, may be written where
+    /// they are. The refcounts must say so, too. If they do not for the first cluster, its entry does not any more.
+    async fn trusted(&self, found: &Found, place: u64, len: u64) -> Result<u64, Errno> {
+        // A data file has no refcounts.
+        let alone = match self.geometry.external {
+            true => len,
+            false => self.alone(place, len).await?,
+        };
+        if alone > 0 {
+            return Ok(alone);
+        }
+        let cluster = place - place % self.geometry.cluster();
+        if let Some(entry) = self.entry(found, 0)? {
+            if entry.place
+                == (Place::Host {
+                    at: cluster,
+                    owned: true,
+                })
+            {
+                self.damaged(format_args!(
+                    "an entry says that the cluster at {cluster:#x} has no other user, and its refcount does not"
+                ));
+                let place = Place::Host {
+                    at: cluster,
+                    owned: false,
+                };
+                self.set_entry(found, 0, &Entry { place, ..entry });
+            }
+        }
+        Ok(0)
     }
 
     /// Writes where the cluster is. The entry that leads to it may still have to reach the image: the
@@ -82,6 +117,13 @@ impl<S: Storage> Image<S> {
         let ahead = self.wanted_ahead(first, behind - first);
         let _held = self.clusters.lock(first..behind + ahead).await;
         let found = self.find_owned(guest).await?;
+        if let Some(Entry {
+            place: Place::Host { at, owned: true },
+            ..
+        }) = self.entry(&found, 0)?
+        {
+            self.trusted(&found, at, cluster).await?;
+        }
         let Some(mut plan) = self.plan(found, guest..end)? else {
             return Ok(0);
         };

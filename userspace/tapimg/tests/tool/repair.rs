@@ -221,6 +221,48 @@ fn entries_that_deny_other_users_are_found_and_mended() {
     is_whole(&bench);
 }
 
+/// The refcounts know of a snapshot, and the entries of the disk deny it.
+#[test]
+fn a_write_does_not_trust_what_the_refcounts_deny() {
+    if !has_qemu("a_write_does_not_trust_what_the_refcounts_deny") {
+        return;
+    }
+    for flags_of_l1 in [true, false] {
+        let (bench, old) = bench();
+        bench.qemu("qemu-img snapshot -c one a");
+        let tables = match flags_of_l1 {
+            true => old,
+            false => {
+                // The disk gets an L2 table of its own.
+                bench.qemu_write("a", "write -q -P 5 4M 64k");
+                tables(&bench)
+            }
+        };
+        poke(&bench, bench.peek("a", 40), tables.l2 | COPIED);
+        for number in 0..SIZE / CLUSTER {
+            let at = tables.l2 + number * 8;
+            let word = bench.peek("a", at);
+            if word & OFFSET != 0 {
+                poke(&bench, at, word | COPIED);
+            }
+        }
+        bench.qemu("qemu-img create -q -f qcow2 -F qcow2 -b a child");
+        bench.qemu_write("child", "write -q -P 3 0 4000k");
+        bench.good("commit qcow2:child");
+        bench.good("convert --snapshot one qcow2:a aio:one");
+        assert!(
+            bench.bytes("one") == bench.bytes("raw"),
+            "the snapshot was changed"
+        );
+        bench.good("convert qcow2:a aio:now");
+        assert!(bench.bytes("now")[..4000 << 10]
+            .iter()
+            .all(|byte| *byte == 3));
+        let found = bench.json("check qcow2:a");
+        assert_eq!(found["unsafe_clusters"], 0, "{found}");
+    }
+}
+
 /// Where version 3 says that an image was not closed, version 2 has the first extension of the header.
 #[test]
 fn a_repair_keeps_the_header_of_version_2() {
