@@ -200,7 +200,7 @@ pub(crate) struct Convert {
     /// qcow2: read this snapshot, by its id or name
     #[arg(long, value_name = "SNAPSHOT")]
     pub(crate) snapshot: Option<String>,
-    /// Copy what there is of a qcow2 image that is damaged
+    /// Copy what there is of an image that is damaged: what cannot be read becomes zeroes, and is listed
     #[arg(long)]
     pub(crate) damaged: bool,
     /// Replace what is there

@@ -8,13 +8,15 @@ use crate::named::Named;
 use crate::open::{failed, Opener};
 use crate::progress::Progress;
 use crate::runs::{runs, Run};
+use crate::salvage::Lost;
 use crate::stop::Stop;
 use crate::target::Target;
 use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
-use diskio::{Bytes, Errno, Io};
+use diskio::{Bytes, Data, Errno, Io};
 use drivers::Disk;
 use formats::{Below, Kind, Options};
+use std::rc::Rc;
 
 /// What is read, and where it goes.
 struct Copy<'c> {
@@ -25,6 +27,8 @@ struct Copy<'c> {
     parent: Option<(&'c Named, Disk)>,
     /// What is not written there is not known to be zeroes.
     is_dirty: bool,
+    /// What cannot be read becomes zeroes, and is noted here.
+    lost: Option<Rc<Lost>>,
 }
 
 /// Converts.
@@ -32,7 +36,9 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
     let (from, to, layout) = (&args.from, &args.to, &args.layout);
     apart(from, to)?;
     check(to, layout)?;
-    let (disk, shape) = opener.disk(from, args.snapshot.as_deref()).await?;
+    let snapshot = args.snapshot.as_deref();
+    let (disk, shape) = opener.disk(from, snapshot).await?;
+    let lost = args.damaged.then(|| Rc::new(Lost::new(&shape)));
     if !args.damaged {
         refuse_damage(opener, from).await?;
     }
@@ -65,6 +71,7 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
                 .zip(parent.as_ref())
                 .map(|(image, parent)| (image, parent.disk.clone())),
             is_dirty: starts_dirty(to, &target),
+            lost: lost.clone(),
         };
         let below = parent.as_ref().map_or(0, |parent| parent.size);
         copy.all(shape.size, below, stop, &progress).await?;
@@ -75,7 +82,13 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
     let done = work.await;
     progress.end();
     match done {
-        Ok(()) => target.keep().await,
+        Ok(()) => {
+            target.keep().await?;
+            if let Some(text) = lost.and_then(|lost| lost.text(from)) {
+                eprintln!("tapimg: {text}");
+            }
+            Ok(())
+        }
         Err(failure) => Err(target.give_up(failure).await),
     }
 }
@@ -98,7 +111,7 @@ impl Copy<'_> {
         stop: &Stop,
         progress: &Progress,
     ) -> Result<(), Failure> {
-        let source = Side::new(self.from.0, &self.from.1, size);
+        let source = Side::new(self.from.0, &self.from.1, size).salvaged(self.lost.clone());
         // Without a parent there is a hole in its place.
         let (image, disk) = self.parent.as_ref().unwrap_or(&self.from);
         let under = Side::new(image, disk, below);
@@ -112,6 +125,18 @@ impl Copy<'_> {
         stop.check(progress, "")
     }
 
+    /// Reads a piece of what is copied.
+    async fn source(&self, offset: u64, len: u64) -> Result<(Data, Vec<u8>), Failure> {
+        let (from, disk) = &self.from;
+        match (
+            walk::read(self.io, from, disk, offset, len).await,
+            &self.lost,
+        ) {
+            (Err(_), Some(lost)) => lost.read(self.io, disk, offset, len).await,
+            (read, _) => read,
+        }
+    }
+
     async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {
         let Piece { offset, len, data } = piece;
         let [is_data, is_below] = data;
@@ -122,9 +147,8 @@ impl Copy<'_> {
                 false => Ok(()),
             };
         }
-        let (from, disk) = &self.from;
         let source = match is_data {
-            true => Some(walk::read(self.io, from, disk, offset, len).await?),
+            true => Some(self.source(offset, len).await?),
             false => None,
         };
         let below = match &self.parent {

@@ -19,6 +19,7 @@ mod rebase;
 mod replay;
 mod resize;
 mod runs;
+mod salvage;
 mod snapshot;
 mod stop;
 mod target;

@@ -3,6 +3,7 @@
 
 use crate::named::Named;
 use crate::open::failed;
+use crate::salvage::Lost;
 use control::Failure;
 use diskio::{Bytes, Data, Io};
 use drivers::{Attributes, Content, Disk, Extent};
@@ -10,6 +11,7 @@ use futures::stream::{self, StreamExt};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::Future;
+use std::rc::Rc;
 
 /// Bytes of a piece that is read. Pieces end where a multiple of this does, so that no two of them share a
 /// cluster, but for the largest.
@@ -28,6 +30,8 @@ pub(crate) struct Side {
     /// Extents from `at` on.
     known: VecDeque<Extent>,
     at: u64,
+    /// What cannot be read is a hole, and is noted here.
+    lost: Option<Rc<Lost>>,
 }
 
 /// Where all sides are alike: each holds data, or nothing but zeroes.
@@ -55,7 +59,13 @@ impl Side {
             size,
             known: VecDeque::new(),
             at: 0,
+            lost: None,
         }
+    }
+
+    /// What cannot be read is a hole, and is noted in `lost`.
+    pub(crate) fn salvaged(self, lost: Option<Rc<Lost>>) -> Self {
+        Self { lost, ..self }
     }
 
     /// What is from `offset` on, and for how many bytes.
@@ -75,10 +85,18 @@ impl Side {
                 }
                 None => {
                     let len = (self.size - offset).min(HOLE);
-                    let found = self.disk.extents(offset, len).await;
-                    self.known = found
-                        .map_err(|error| failed("find out what is in", &self.image, offset, error))?
-                        .into();
+                    self.known = match (self.disk.extents(offset, len).await, &self.lost) {
+                        (Ok(found), _) => found.into(),
+                        (Err(_), Some(lost)) => {
+                            let len = lost.step_at(offset).min(len);
+                            lost.add(offset, len);
+                            let content = Content::Hole;
+                            [Extent { len, content }].into()
+                        }
+                        (Err(error), None) => {
+                            return Err(failed("find out what is in", &self.image, offset, error))
+                        }
+                    };
                     self.at = offset;
                 }
             }

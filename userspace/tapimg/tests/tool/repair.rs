@@ -314,3 +314,37 @@ fn a_check_takes_no_time_for_holes() {
     let took = begin.elapsed();
     assert!(took < Duration::from_secs(60), "{took:?}");
 }
+
+/// What cannot be read of a damaged image is zeroes in a copy, and all else is there.
+#[test]
+fn a_copy_of_a_damaged_image_has_all_that_is_left() {
+    let (bench, tables) = bench();
+    let mut wanted = bench.bytes("raw");
+    let mut lost = 0;
+    for (skip, change) in [(0, 512_u64), (3, 1 << 40), (4, 1 << 41)] {
+        let at = entry(&bench, &tables, skip);
+        poke(&bench, at, bench.peek("a", at) + change);
+        let at = (at - tables.l2) / 8 * CLUSTER;
+        wanted[at as usize..][..CLUSTER as usize].fill(0);
+        lost += CLUSTER;
+    }
+    bench.bad(6, "convert qcow2:a aio:b");
+    let said = bench.run("convert --damaged qcow2:a aio:b");
+    assert_eq!(said.status, Some(0), "{said:?}");
+    assert!(bench.bytes("b") == wanted);
+    assert!(
+        said.err.contains(&format!("{lost} bytes of qcow2:")),
+        "{said:?}"
+    );
+    let at = (entry(&bench, &tables, 0) - tables.l2) / 8 * CLUSTER;
+    assert!(said.err.contains(&format!("{at}+{CLUSTER}")), "{said:?}");
+    // An L1 entry: none of its table is there.
+    poke(&bench, tables.l1, tables.l2 + 512);
+    let said = bench.run("convert --damaged --force qcow2:a aio:b");
+    assert_eq!(said.status, Some(0), "{said:?}");
+    assert!(
+        said.err.contains(&format!("{SIZE} bytes of qcow2:")),
+        "{said:?}"
+    );
+    assert!(bench.bytes("b").iter().all(|byte| *byte == 0));
+}
