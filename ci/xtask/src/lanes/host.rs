@@ -42,6 +42,22 @@ pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     )
 }
 
+/// Thousands of images of which one word is wrong, and their repair. `SEED` and `SEEDS` choose which.
+pub(super) fn repairs(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+    host::for_tests()?;
+    let mut tests = cargo_test();
+    tests.args(["-p", "tapimg", "--test", "tool"]);
+    if let Some(seed) = seed {
+        tests.env("SEED", seed.to_string());
+    }
+    count(
+        tally,
+        "the mutations of images",
+        tests,
+        &["--", "--ignored", "--nocapture", "mutations"],
+    )
+}
+
 fn cargo_test() -> Command {
     let mut cargo = build::cargo();
     cargo.args(["test", "--locked"]);

@@ -37,6 +37,8 @@ const PARTS: &[(&str, Part)] = &[
     ("leases", Part::Long("lease.*")),
     // Its daemons, which take their time.
     ("sanlock", Part::Own(host::sanlock)),
+    // Images with a wrong word, and what their repair keeps.
+    ("repairs", Part::Own(host::repairs)),
     // Guests with other kernels than dom0's.
     ("guests", Part::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.

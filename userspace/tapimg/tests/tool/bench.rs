@@ -98,6 +98,13 @@ impl Bench {
         said.out
     }
 
+    /// Runs one of QEMU's tools, and says whether it succeeded.
+    pub(crate) fn try_qemu(&self, line: &str) -> bool {
+        let (program, rest) = line.split_once(' ').unwrap();
+        let said = said(self.command(program, rest).output().unwrap());
+        said.status == Some(0)
+    }
+
     /// Runs a line of the shell, which must succeed.
     pub(crate) fn shell(&self, line: &str) {
         let mut command = self.command("sh", "-c");

@@ -8,6 +8,7 @@ mod create;
 mod encrypted;
 mod footers;
 mod look;
+mod mutations;
 mod old;
 mod others;
 #[path = "../../../formats/tests/common/qemu.rs"]
