@@ -66,8 +66,7 @@ impl<B: Backend> Backend for Away<'_, B> {
 
     fn resume(&mut self) {
         let detached = self.detached;
-        self.guest
-            .away(|| detached.set(), || self.backend.resume());
+        self.guest.away(|| detached.set(), || self.backend.resume());
     }
 
     fn is_bound(&self, unfinished: u16) -> bool {

@@ -89,7 +89,10 @@ impl Features {
         // A frontend that is connected, to whoever had the device before, does not look again. It fails if a page that
         // it did not expect so stays mapped, and goes on to send requests of the size that it was told.
         let (persistent, segments) = match is_connected(device)? {
-            true => (value_is(device, PERSISTENT_KEY, b"1")?, told_segments(device)?),
+            true => (
+                value_is(device, PERSISTENT_KEY, b"1")?,
+                told_segments(device)?,
+            ),
             false => (keeps_grants, offered),
         };
         Ok(Self {

@@ -72,9 +72,11 @@ const LAYERED: &[(&str, &[&[&str]])] = &[
 const BLKBACK: &[&[&str]] = &[
     &[
         "connect_error",
+        "due",
         "engine",
         "events",
         "params",
+        "patience",
         "planted",
         "shares",
         "worth",
@@ -92,7 +94,7 @@ const BLKBACK: &[&[&str]] = &[
 const SUPERVISOR: &[&[&str]] = &[
     &["log"],
     &[
-        "apart", "backoff", "folder", "link", "slow", "store", "tally",
+        "apart", "backoff", "folder", "link", "slow", "store", "systemd", "tally",
     ],
     &["groups", "image", "notes", "quota"],
     &["kernel"],

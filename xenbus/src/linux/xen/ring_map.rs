@@ -5,8 +5,8 @@
 //! Wraps `xenbus_map_ring_valloc` and `xenbus_unmap_ring_vfree` (include/xen/xenbus.h).
 
 use super::device::Device;
-use crate::linux::sys;
 use crate::linux::barrier;
+use crate::linux::sys;
 use crate::proto::frontend::MAX_RING_PAGES;
 use crate::ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use crate::ring::ports::SharedRing;
