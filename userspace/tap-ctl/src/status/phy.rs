@@ -23,7 +23,7 @@ pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict
     }
     let figures = Figures::between(before, now, around.elapsed).unwrap_or_default();
     hung(before, now, around)
-        .or_else(|| gone(now))
+        .or_else(|| gone(now, &figures))
         .or_else(|| failing(&figures))
         .or_else(|| slow_storage(before, now, &figures, around))
         .or_else(|| around.starved(&figures))
@@ -127,9 +127,11 @@ fn unanswered(now: &Disk) -> Verdict {
         .remedy(see_to(&label))
 }
 
-/// A disk whose device was taken away: the driver still has it open, and the kernel knows it no more.
-fn gone(now: &Disk) -> Option<Verdict> {
-    let vbd = now.vbd.as_ref().filter(|vbd| vbd.is_connected())?;
+/// A disk whose device was taken away: the driver still has it open, and the kernel knows it no more. That it cannot be
+/// read alone says nothing: its requests must fail as well.
+fn gone(now: &Disk, figures: &Figures) -> Option<Verdict> {
+    let fails = figures.errors > 0;
+    let vbd = now.vbd.as_ref().filter(|vbd| vbd.is_connected() && fails)?;
     let Number(major, minor) = vbd.device.filter(|_| now.block.is_none())?;
     let why = format!("its device {major}:{minor} is gone, so all requests fail");
     let gone = Verdict::new(State::Failing, why).because(Cause::Storage);
