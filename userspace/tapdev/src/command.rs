@@ -3,6 +3,7 @@
 
 use diskio::{Op, Region};
 use ring::tap::abi::{ioctl::EXCHANGE, Buffer, Completion, Exchange};
+use static_assertions::assert_not_impl_any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -23,6 +24,9 @@ const LEN: usize = COMMITS_AT + COMMITS * size_of::<Completion>();
 pub struct Command {
     memory: Rc<Region>,
 }
+
+// The kernel reads it while the exchange is under way.
+assert_not_impl_any!(Command: Send, Sync, Clone);
 
 impl Command {
     /// Completions in one command at most.

@@ -5,6 +5,7 @@ use diskio::{Access, Region};
 use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Exchange, Info, MapOp, Maps};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS};
 use rustix::ioctl::{ioctl, Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter, Updater};
+use static_assertions::{assert_impl_all, assert_not_impl_any};
 use std::ffi::c_void;
 use std::io;
 use std::marker::PhantomData;
@@ -157,6 +158,10 @@ fn buffer(addr: u64, len: usize) -> io::Result<Buffer> {
         reserved: 0,
     })
 }
+
+// When its last copy is closed the node is given back: all copies belong to one thread. Mappings are changed by another.
+assert_not_impl_any!(KernelNode: Send, Sync);
+assert_impl_all!(KernelMapper: Send, Sync);
 
 /// The arguments of an exchange, and the memory that they name.
 struct Exchanging<'a> {

@@ -5,6 +5,7 @@ use crate::request::{self, Malformed, Request};
 use crate::{records, Fence, Mapper, Node, Params};
 use diskio::{Data, Region};
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
+use static_assertions::assert_not_impl_any;
 use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,6 +25,9 @@ pub struct Tap {
     /// What the kernel knows of the end of this program's I/O.
     claimed: Cell<Option<Fence>>,
 }
+
+// It hands out parts of the arena, each once.
+assert_not_impl_any!(Tap: Send, Sync, Clone);
 
 impl Tap {
     /// Maps the areas of a node.

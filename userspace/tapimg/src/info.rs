@@ -6,7 +6,7 @@ use crate::cli::Info;
 use crate::named::{kind_name, Named};
 use crate::open::{Opener, DEEPEST};
 use crate::progress::bytes;
-use control::{Code, Failure};
+use control::{shown, Code, Failure};
 use diskio::File;
 use formats::{look, luks, qcow2, vhdx, Below, Kind, Needs, LAYERS};
 use serde::Serialize;
@@ -145,8 +145,8 @@ impl Facts {
     pub(crate) fn text(&self) -> String {
         let mut text = format!("image: {}\n", self.image);
         let mut say = |name: &str, value: &str| {
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "  {name}: {value}");
+            // Writing to a string cannot fail. What an image says is on this line, and on no other.
+            let _ = writeln!(text, "  {name}: {}", shown(value));
         };
         if let Some(size) = self.size {
             say(

@@ -27,7 +27,7 @@ mod walk;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Verb};
-use control::{Code, Failure};
+use control::{shown, shown_json, shown_lines, Code, Failure};
 use diskio::Runtime;
 use open::{Opener, Use};
 use serde::Serialize;
@@ -88,9 +88,10 @@ fn main() -> ExitCode {
         }
         Err(Error::Failed(failure)) => {
             if json {
-                println!("{}", serde_json::json!({ "error": failure }));
+                let error = serde_json::json!({ "error": failure }).to_string();
+                println!("{}", shown_json(&error));
             }
-            eprintln!("tapimg: {failure}");
+            eprintln!("tapimg: {}", shown(&failure.to_string()));
             ExitCode::from(status(failure.code))
         }
     }
@@ -199,9 +200,10 @@ fn print(cli: &Cli, out: &mut impl Write, json: &impl Serialize, text: &str) -> 
     match cli.json {
         true => {
             let text = serde_json::to_string(json).map_err(io::Error::other)?;
-            writeln!(out, "{text}")?;
+            writeln!(out, "{}", shown_json(&text))?;
         }
-        false => out.write_all(text.as_bytes())?,
+        // Names in an image, such as that of its parent, may be anything: none acts on the terminal.
+        false => out.write_all(shown_lines(text).as_bytes())?,
     }
     Ok(out.flush()?)
 }

@@ -61,7 +61,8 @@ impl Rows<'_> {
     fn begin(&mut self, image: &str, size: u64) -> Result<(), Error> {
         match self.json {
             true => {
-                let image = serde_json::Value::from(image);
+                let image = serde_json::Value::from(image).to_string();
+                let image = control::shown_json(&image);
                 write!(
                     self.out,
                     "{{\"image\":{image},\"size\":{size},\"extents\":["

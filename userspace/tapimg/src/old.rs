@@ -9,7 +9,7 @@ use crate::cli;
 use crate::named::Named;
 use crate::open::{Opener, Use};
 use clap::Parser;
-use control::{Code, Failure};
+use control::{shown, shown_lines, Code, Failure};
 use diskio::Runtime;
 use formats::Below;
 use std::ffi::OsStr;
@@ -52,11 +52,11 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
     };
     Some(match done {
         Ok(text) => {
-            print!("{text}");
+            print!("{}", shown_lines(&text));
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            eprintln!("{name}: {failure}");
+            eprintln!("{name}: {}", shown(&failure.to_string()));
             ExitCode::from(number(failure.code))
         }
     })

@@ -32,6 +32,31 @@ fn a_chain_is_told() {
     assert!(said.contains("lie over each other"), "{said}");
 }
 
+/// Whoever made an image chose the name in it: it clears no screen and begins no line.
+#[test]
+fn a_name_in_an_image_does_nothing_to_a_terminal() {
+    let bench = Bench::new();
+    bench.sparse("base-of-that-image", 4 << 20, &[(0, 4096)], 1);
+    bench.good("create qcow2:top --parent aio:base-of-that-image");
+    let is_name = |at: &[u8]| at == b"base-of-that-image";
+    let header = bench.bytes("top");
+    let at = header.windows(18).position(is_name).expect("the name");
+    bench.poke("top", at as u64, "\x1b[2J\n\u{9b}1m\rforged".as_bytes());
+    let acts = |text: &str| text.replace('\n', "").contains(char::is_control);
+    let said = bench.run("info qcow2:top");
+    assert!(!acts(&said.out) && !acts(&said.err), "{said:?}");
+    assert!(
+        said.out.contains(r"\u{1b}[2J\n\u{9b}1m\rforged"),
+        "{said:?}"
+    );
+    let said = bench.run("--json info --chain qcow2:top");
+    assert!(!acts(&said.out) && !acts(&said.err), "{said:?}");
+    assert!(
+        said.out.contains(r"\u001b[2J\n\u009b1m\rforged"),
+        "{said:?}"
+    );
+}
+
 #[test]
 fn a_parent_of_an_unknown_kind_is_not_guessed() {
     if !has_qemu("a_parent_of_an_unknown_kind_is_not_guessed") {
