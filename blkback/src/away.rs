@@ -7,7 +7,7 @@ use crate::events::DeviceEvents;
 use crate::linux::xen::guest_side::Held;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
-use crate::totals::Tally;
+use crate::totals::Begun;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 use kernel::sync::Arc;
 
@@ -38,26 +38,33 @@ impl Detached {
     }
 }
 
-/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
-/// can be given back without its thread.
-pub(crate) struct Away<'a, B> {
-    pub(crate) backend: B,
+/// The guest of a queue, and who learns that it was given back or that an I/O begins. It outlasts the queue's state.
+pub(crate) struct AwayContext<'a> {
     pub(crate) guest: &'a Held,
     pub(crate) detached: &'a Detached,
-    pub(crate) tally: &'a Tally,
+    pub(crate) begun: Begun,
+}
+
+/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
+/// can be given back without its thread.
+// One reference to the context, because the thread's frame holds several copies of this.
+pub(crate) struct Away<'a, B> {
+    pub(crate) backend: B,
+    pub(crate) context: &'a AwayContext<'a>,
 }
 
 impl<B: Backend> Backend for Away<'_, B> {
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        let traced = self.guest.traced();
-        let tally = self.tally;
+        let traced = self.context.guest.traced();
+        let begun = &self.context.begun;
         let batch = batch.inspect(|io| {
-            tally.begins(io.since);
+            begun.show(io.since);
             traced.submit(io.tag.number(), io.kind.number(), io.sector, io.sectors);
         });
-        let detached = self.detached;
-        self.guest
-            .away(|| detached.set(), || self.backend.submit(batch));
+        let AwayContext {
+            guest, detached, ..
+        } = self.context;
+        guest.away(|| detached.set(), || self.backend.submit(batch));
     }
 
     fn can_resume(&self) -> bool {
@@ -65,8 +72,10 @@ impl<B: Backend> Backend for Away<'_, B> {
     }
 
     fn resume(&mut self) {
-        let detached = self.detached;
-        self.guest.away(|| detached.set(), || self.backend.resume());
+        let AwayContext {
+            guest, detached, ..
+        } = self.context;
+        guest.away(|| detached.set(), || self.backend.resume());
     }
 
     fn is_bound(&self, unfinished: u16) -> bool {
@@ -78,7 +87,7 @@ impl<B: Backend> Backend for Away<'_, B> {
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        let traced = self.guest.traced();
+        let traced = self.context.guest.traced();
         self.backend.reap(|tag, status| {
             traced.complete(tag.number(), status.to_wire());
             done(tag, status);

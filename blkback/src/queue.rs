@@ -8,7 +8,7 @@
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
-use crate::away::{Away, Detached};
+use crate::away::{Away, AwayContext, Detached};
 use crate::backing::{Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::{
@@ -303,7 +303,12 @@ impl<D: QueueBackends> Server<D> {
         while control.command() == Command::Wait {
             control.wake_event.wait();
         }
-        let (command, mut rest) = state.serve(ring, &guest);
+        let context = AwayContext {
+            guest: &guest,
+            detached: &control.detached,
+            begun: state.tally.begun(),
+        };
+        let (command, mut rest) = state.serve(ring, &context);
         let may_go = disk.drain() != Drain::MustFinish && !rest.is_bound();
         if command == Command::Drain || may_go {
             // The disk, too, is given back before anybody can see that: the toolstack's script
@@ -397,7 +402,12 @@ impl<D: QueueBackends> State<D> {
     /// was told, and what is left.
     // Not part of its caller, so that its frame is gone when what is left is waited for.
     #[inline(never)]
-    fn serve<'a>(&'a mut self, ring: BackRing<()>, guest: &'a Held) -> (Command, Left<'a, D>) {
+    fn serve<'a>(
+        &'a mut self,
+        ring: BackRing<()>,
+        context: &'a AwayContext<'a>,
+    ) -> (Command, Left<'a, D>) {
+        let guest = context.guest;
         let (ring, ()) = ring.replace(guest);
         let server = Serving {
             guest,
@@ -413,9 +423,7 @@ impl<D: QueueBackends> State<D> {
             &mut *self.grants,
             Away {
                 backend: &mut self.backend,
-                guest,
-                detached: &self.control.detached,
-                tally: &self.tally,
+                context,
             },
             Tables {
                 slots: &mut self.slots,

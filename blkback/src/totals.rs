@@ -329,15 +329,9 @@ impl Tally {
         shown.kept.store(flight.kept.into(), Relaxed);
     }
 
-    /// Shows an I/O that is about to be given to the disk, if none was shown: the thread may sleep there, and shows no
-    /// more until it wakes.
-    #[inline]
-    pub(crate) fn begins(&self, since: u64) {
-        let shown = &*self.counters;
-        if shown.oldest.load(Relaxed) == 0 {
-            shown.oldest.store(since, Relaxed);
-            shown.in_flight.store(1, Relaxed);
-        }
+    /// Where the queue shows an I/O that begins.
+    pub(crate) fn begun(&self) -> Begun {
+        Begun(self.counters.clone())
     }
 
     /// Whether it is to be counted how long I/O takes.
@@ -360,6 +354,21 @@ impl Tally {
         if before != now {
             let change = u64::from(now).wrapping_sub(u64::from(before));
             self.totals.borrowed.add(change, Relaxed);
+        }
+    }
+}
+
+/// Where a queue shows an I/O before it sleeps with it.
+pub(crate) struct Begun(Arc<Counters>);
+
+impl Begun {
+    /// Shows an I/O that is about to be given to the disk, if none was shown: the thread may sleep there, and shows no
+    /// more until it wakes.
+    #[inline]
+    pub(crate) fn show(&self, since: u64) {
+        if self.0.oldest.load(Relaxed) == 0 {
+            self.0.oldest.store(since, Relaxed);
+            self.0.in_flight.store(1, Relaxed);
         }
     }
 }

@@ -96,7 +96,7 @@ fn mutate(chance: &mut Chance, kind: &str, image: &mut [u8], words: &[usize]) ->
         // It leads to another cluster, as if that were its own.
         2 | 3 if wide => {
             let clusters = image.len() / cluster as usize;
-            chance.below(clusters) as u64 * cluster | number(image, at) & 1 << 63
+            (chance.below(clusters) as u64 * cluster) | (number(image, at) & (1 << 63))
         }
         4 => number(image, words[chance.below(words.len())]),
         _ => number(image, at).wrapping_add(1 << chance.below(20)),
