@@ -70,13 +70,12 @@ const LAYERED: &[(&str, &[&[&str]])] = &[
 ];
 
 const BLKBACK: &[&[&str]] = &[
+    &["due", "patience"],
     &[
         "connect_error",
-        "due",
         "engine",
         "events",
         "params",
-        "patience",
         "planted",
         "shares",
         "worth",

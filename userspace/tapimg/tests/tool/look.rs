@@ -32,7 +32,7 @@ fn a_chain_is_told() {
     assert!(said.contains("lie over each other"), "{said}");
 }
 
-/// Whoever made an image chose the name in it: it clears no screen and begins no line.
+/// The maker of an image chose the name in it, which clears no screen and begins no line.
 #[test]
 fn a_name_in_an_image_does_nothing_to_a_terminal() {
     let bench = Bench::new();
