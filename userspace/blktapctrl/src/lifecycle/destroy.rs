@@ -138,14 +138,17 @@ impl Lifecycle {
             tell_of_kernel(&self.registry, disk, &status);
         }
         self.free_node(disk.minor).await;
-        let socket = self.registry.folder.nbd(disk.minor);
-        if let Err(error) = folder::remove(&socket) {
-            tell!(
-                error,
-                disk.about().because(&error),
-                "cannot remove {}: {error}",
-                socket.display()
-            );
+        // A process that died while no supervisor ran has left its socket, and may have had no successor.
+        let files = &self.registry.folder;
+        for socket in [files.nbd(disk.minor), files.tapdisk(disk.minor)] {
+            if let Err(error) = folder::remove(&socket) {
+                tell!(
+                    error,
+                    disk.about().because(&error),
+                    "cannot remove {}: {error}",
+                    socket.display()
+                );
+            }
         }
         if let Err(error) = memory::remove(&self.registry.folder, disk.minor) {
             tell!(
