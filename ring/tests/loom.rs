@@ -10,6 +10,8 @@
 mod direct;
 #[path = "loom/tap.rs"]
 mod tap;
+#[path = "loom/wake.rs"]
+mod wake;
 
 use loom::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 use loom::sync::{Arc, Notify};
@@ -19,7 +21,7 @@ use ring::index::BackRing;
 use ring::ports::SharedRing;
 use ring::response::{Response, Status};
 
-/// Which of the backend's barriers are left out, to show that the model finds it.
+/// Barriers of the backend that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default)]
 struct Planted {
     no_full_barrier: bool,
@@ -189,7 +191,7 @@ fn answer<const N: usize>(back: &mut BackRing<Back<N>>, id: u32) {
 fn request_against_sleep(planted: Planted) {
     loom::model(move || {
         let (mut front, mut back) = pair::<1>(u32::MAX, planted);
-        // The event index is stale, as after a time of polling: nothing is due without re-arming.
+        // The event index is stale, as after polling, so no event is due without re-arming.
         front.page.req_event.store(u32::MAX, Ordering::Relaxed);
         let sender = thread::spawn(move || front.push(7));
         let awake = back.final_check().expect("an honest frontend");
@@ -302,8 +304,8 @@ fn request_all<const N: usize>(front: &mut Front<N>, count: u32) {
 /// Forced thread switches in one run of a conversation.
 const BOUND: usize = 3;
 
-/// Both sides to the end. A lost event leaves both asleep, which loom
-/// reports as a deadlock (and then aborts, so there is no planted fault for it here).
+/// Runs both sides to the end. A lost event leaves both asleep, which loom reports as a deadlock (and then aborts, so
+/// no fault is planted here).
 fn conversation<const N: usize>(count: u32, planted: Planted) {
     let mut model = loom::model::Builder::new();
     // Unbounded, the run takes more than a minute.

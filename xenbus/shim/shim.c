@@ -14,9 +14,13 @@
 #include <linux/moduleparam.h>
 #include <linux/pagemap.h>
 #include <linux/pid.h>
+#include <linux/rcupdate.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/stat.h>
+#include <linux/smp.h>
 #include <linux/sysfs.h>
+#include <trace/events/ipi.h>
 #include <xen/events.h>
 #include <xen/grant_table.h>
 #include <xen/interface/sched.h>
@@ -272,6 +276,46 @@ void xbr_yield_processor(void)
 	HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
 }
 
+/* The caller stays on this processor, whose number this returns, until xbr_unpin. */
+unsigned int xbr_pin(void)
+{
+	preempt_disable();
+	return smp_processor_id();
+}
+
+void xbr_unpin(void)
+{
+	preempt_enable();
+}
+
+/*
+ * Halts this processor until an interrupt, unless *state is not `halted` any more or another task could run. With
+ * interrupts off no wake-up comes between the check and the halt, which switches them on in one step.
+ */
+void xbr_halt_while(const u32 *state, u32 halted)
+{
+	local_irq_disable();
+#ifdef CONFIG_X86
+	if (READ_ONCE(*state) == halted && !need_resched() && single_task_running()) {
+		/* As in the idle task, no grace period waits for this processor. */
+		rcu_momentary_eqs();
+		safe_halt();
+		return;
+	}
+#endif
+	local_irq_enable();
+}
+
+/* Interrupts a processor that another one has seen halted. */
+void xbr_end_halt(unsigned int cpu)
+{
+	preempt_disable();
+	/* None goes offline meanwhile. An interrupt of this processor has ended its halt already. */
+	if (cpu != smp_processor_id() && cpu_online(cpu))
+		smp_send_reschedule(cpu);
+	preempt_enable();
+}
+
 unsigned long xbr_total_ram_pages(void)
 {
 	return totalram_pages();
@@ -320,7 +364,8 @@ void xbr_set_memory_kib(unsigned int kib)
 
 void xbr_cond_resched(void)
 {
-	cond_resched();
+	/* A busy thread may never sleep, which RCU tasks (tracing, BPF) would wait for. */
+	cond_resched_tasks_rcu_qs();
 }
 
 void xbr_dev_err_ratelimited(struct device *dev, const char *text)

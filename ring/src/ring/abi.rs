@@ -2,8 +2,8 @@
 
 //! The wire format: sizes, offsets and the raw structures of both slot layouts.
 //!
-//! Mirrors Xen's `public/io/blkif.h` and `public/io/ring.h`. Nothing here is checked: a value of
-//! these types says only that so many bytes were copied.
+//! Mirrors Xen's `public/io/blkif.h` and `public/io/ring.h`. Nothing here is checked: a value of these types only means
+//! that its bytes were copied.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy_derive as zd;

@@ -14,7 +14,7 @@ use crate::ring::numbers::{PageIndex, QueueTag};
 pub enum Buffer {
     /// A data page.
     Page(PageIndex),
-    /// A descriptor buffer for indirect segments, below [`Grants::descriptor_buffers`].
+    /// A descriptor buffer for indirect segments; its number is below [`Grants::descriptor_buffers`].
     Descriptor(u8),
 }
 
@@ -30,7 +30,7 @@ pub enum CopyDirection {
 /// One copy between a granted page and a local one; offsets are the same on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copy {
-    /// The request for which it is.
+    /// The request that the copy is for.
     pub tag: QueueTag,
     /// The guest's page.
     pub gref: u32,
@@ -72,28 +72,28 @@ pub trait Grants {
     /// Queues a map of `gref` at data page `page`. Returns `false` if the batch is full.
     fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool;
 
-    /// Carries out the queued maps and tells the outcome of each (request, page, outcome).
+    /// Carries out the queued maps and reports the outcome of each (request, page, outcome).
     fn run_maps(&mut self, outcome: impl FnMut(QueueTag, PageIndex, MapOutcome));
 
-    /// Copies so many bytes, whole words of eight, from the beginning of the guest's page that is mapped at `page`
-    /// into a descriptor buffer. Each word is read once: the guest may write to the page. `false` if nothing is
+    /// Copies `len` bytes, whole words of eight, from the beginning of the guest's page that is mapped at `page` into a
+    /// descriptor buffer. Reads each word once, because the guest may write to the page. Returns `false` if nothing is
     /// mapped there.
     fn read_mapped(&mut self, page: PageIndex, buffer: u8, len: u16) -> bool;
 
     /// Queues an unmap. Returns `false` if the batch is full.
     fn queue_unmap(&mut self, page: PageIndex, handle: u32) -> bool;
 
-    /// Carries out the queued unmaps, and names the data page of each one that failed: the guest's
-    /// page is still there, so nothing may be put there again. No other page of them is the guest's
-    /// afterwards.
+    /// Carries out the queued unmaps, and names the data page of each one that failed: the guest's page is still mapped
+    /// there, so the caller must not map another one there. After a successful unmap the page is not the guest's any
+    /// more.
     fn run_unmaps(&mut self, lost: impl FnMut(PageIndex));
 
-    /// Whether somebody else holds a page at which a guest's page is mapped, so that an unmap would wait: network
-    /// storage may, for as long as a connection is not given up, although the I/O is done.
+    /// Returns true if the page, at which a guest's page is mapped, has another user, so that an unmap would wait.
+    /// Network storage may hold it until it gives up a connection, even after the I/O has completed.
     fn is_held(&self, page: PageIndex) -> bool;
 
-    /// Nothing is mapped, nor was it for a while: what there is for that may go, and comes again. May sleep, but not
-    /// for I/O.
+    /// Releases memory that only mappings need, after nothing has been mapped for a while; the next map allocates it
+    /// again. May sleep, but not for I/O.
     fn nothing_is_mapped(&mut self) {}
 }
 

@@ -29,7 +29,7 @@ pub struct BackRing<R> {
     broken: bool,
 }
 
-/// Why a ring could not be attached or must not be served any longer.
+/// Reason that a ring could not be attached or must not be served any longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingError {
     /// The frontend's producer index is further ahead than the ring is large.
@@ -44,7 +44,7 @@ pub enum RingError {
 }
 
 impl<R> BackRing<R> {
-    /// The same ring, reached in another way, and the way in which it was reached before.
+    /// Replaces the access to the shared ring, and returns the ring with the new access and the old access.
     pub fn replace<S>(self, shared: S) -> (BackRing<S>, R) {
         let Self {
             shared: before,
@@ -96,12 +96,12 @@ impl<R: SharedRing> BackRing<R> {
         })
     }
 
-    /// True once the ring was given back; nothing may be asked of it then.
+    /// Returns true once the ring was given back; the caller must not use it then.
     pub fn is_gone(&self) -> bool {
         self.shared.is_gone()
     }
 
-    /// True once the frontend's index ran ahead of the ring; it is never served again.
+    /// Returns true once the frontend's index ran ahead of the ring; the backend never serves it again.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
@@ -117,9 +117,8 @@ impl<R: SharedRing> BackRing<R> {
     /// impossible; a broken ring stays so.
     pub fn available(&mut self) -> Result<u32, RingError> {
         let req_prod = self.shared.load_req_prod();
-        // The frontend may reuse a slot once it can see the answer, not once that is written.
-        // Counted from `self.rsp_prod`, it could refill the ring without end between two
-        // publications.
+        // The frontend may reuse a slot once it can see the answer, not once the backend has written it. Counted from
+        // `self.rsp_prod`, it could refill the ring without end between two publications.
         let rsp_prod = self.published;
         if self.broken || req_prod.wrapping_sub(rsp_prod) > self.size {
             self.broken = true;
@@ -142,9 +141,8 @@ impl<R: SharedRing> BackRing<R> {
 
     /// Copies the next request out of its slot and consumes it.
     ///
-    /// The caller has asked [`available`](Self::available) and takes no more than it said.
-    /// Returns `false` and takes nothing when that would leave more than `size` requests without
-    /// a published answer.
+    /// The caller has called [`available`](Self::available) and takes at most the number that it returned. Returns
+    /// `false` and takes nothing when that would leave more than `size` requests without a published answer.
     pub fn take(&mut self, slot: &mut [u8; MAX_SLOT_SIZE]) -> bool {
         if self.req_cons.wrapping_sub(self.published) >= self.size {
             return false;
@@ -186,7 +184,7 @@ impl<R: SharedRing> BackRing<R> {
         new.wrapping_sub(rsp_event) < new.wrapping_sub(old)
     }
 
-    /// Asks for an event at the next request and says whether one has come meanwhile
+    /// Asks for an event at the next request and returns whether a request has arrived in between
     /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Call it before sleeping.
     pub fn final_check(&mut self) -> Result<bool, RingError> {
         if self.available()? > 0 {

@@ -20,3 +20,4 @@ pub mod request;
 pub mod response;
 pub mod segment;
 pub mod tap;
+pub mod wake;

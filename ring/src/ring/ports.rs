@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the pure code needs from its surroundings: shared ring memory and barriers.
+//! Surroundings that the pure code needs: shared ring memory and barriers.
 //!
 //! The kernel implements [`SharedRing`] over mapped guest pages, the tests over plain memory and
 //! over loom's atomics.
@@ -12,8 +12,8 @@ use crate::ring::abi::MAX_SLOT_SIZE;
 /// Every method is one access to shared memory. The peer may change any word at any time, so
 /// nothing read here is trusted and nothing is read twice.
 pub trait SharedRing {
-    /// True once the ring was given back: nothing more may be done with its guest. It can be while
-    /// the backend starts I/O, because that may sleep for as long as a device hangs.
+    /// Returns true once the ring was given back: the backend must not touch its guest any more. That may happen while
+    /// the backend starts I/O, because starting I/O may sleep for as long as a device hangs.
     fn is_gone(&self) -> bool {
         false
     }
@@ -24,7 +24,7 @@ pub trait SharedRing {
     /// (`RING_PUSH_REQUESTS`).
     fn load_req_prod(&self) -> u32;
 
-    /// Reads `req_prod` and orders nothing: for looking whether there is anything to take.
+    /// Reads `req_prod` without ordering later reads, to see whether there is anything to take.
     fn peek_req_prod(&self) -> u32 {
         self.load_req_prod()
     }

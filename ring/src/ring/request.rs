@@ -21,14 +21,14 @@ pub struct RawRequest {
     pub protocol: Protocol,
 }
 
-/// What the disk behind the ring allows.
+/// Limits of the disk behind the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Size of the disk in 512-byte sectors.
     pub sectors: u64,
     /// Sectors of one logical block: 1 for 512-byte blocks, 8 for 4096. A power of two.
     pub block_sectors: u32,
-    /// True if nothing may change the disk.
+    /// True if the guest must not change the disk.
     pub read_only: bool,
     /// Segments allowed in an indirect request.
     pub max_indirect_segments: u16,
@@ -42,7 +42,7 @@ pub struct Limits {
     pub secure_discard: bool,
 }
 
-/// Why a request was refused.
+/// Reason that a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// The operation is not known.
@@ -474,9 +474,9 @@ impl Range {
     fn add(&mut self, segment: &Segment) {
         // At most 4096 segments of at most 8 sectors: no overflow.
         self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
-        // The buffer's place in the page must suit the device as well as its length.
-        let first = segment.offset() / abi::SECTOR_SIZE;
-        if (segment.sectors() | first) & self.block_mask != 0 {
+        // A buffer may begin at any sector of its page, as with the C driver: memory need not be aligned to a logical
+        // block, and a segment of whole blocks inside one page has each block in one piece.
+        if segment.sectors() & self.block_mask != 0 {
             self.aligned = false;
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Responses: what the guest gets back.
+//! Responses to the guest.
 
 /// The outcome of a request as the guest sees it (`BLKIF_RSP_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ pub struct Response {
 impl Response {
     /// The four 32-bit little-endian words of the response, padding zero.
     ///
-    /// Both layouts place the fields alike: identifier at 0, operation at 8, status at 10. The
-    /// padding is written as zero and never copied from memory (XSA-216).
+    /// Both layouts place the fields alike: identifier at 0, operation at 8, status at 10. The padding is zero and
+    /// never copied from memory (XSA-216).
     #[inline]
     pub fn words(&self) -> [u32; 4] {
         let [a, b, c, d, e, f, g, h] = self.id.to_le_bytes();

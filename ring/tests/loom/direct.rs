@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue executes without the process, among threads: a process takes back what it said, another one
-//! begins, a request is set free while its queue is about to sleep. The first two are behind the lock of the
-//! disk, but for the I/O itself. The last is between a note and a wake-up, which have no lock.
+//! Requests that a queue executes without the process, among threads: a process recalls mappings, another one begins,
+//! and a request is unblocked while its queue is about to sleep. The lock of the disk protects the first two, except
+//! for the I/O itself. The last is a race between a flag and a wake-up, which have no lock.
 
 use loom::sync::atomic::{fence, AtomicBool, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -29,25 +29,25 @@ const DISK: u64 = 64;
 
 type DiskMap = Option<Box<Map<Vec<Slot>, Vec<Leaf>>>>;
 
-/// What the lock of a disk protects.
+/// State that the lock of a disk protects.
 struct Disk {
     shadow: Shadow<Vec<Entry>, DiskMap>,
     epoch: u64,
-    /// Processes that wait until nothing of a range is executed.
+    /// Number of processes that wait until no request in a range is executed.
     recallers: u32,
 }
 
 struct Shared {
     disk: Mutex<Disk>,
-    /// Those that wait do so here.
+    /// The processes wait here.
     ready: Condvar,
-    /// I/O of the queue is running, at the place that the process has said.
+    /// I/O of the queue is running, at the mapped place.
     used: AtomicBool,
-    /// The process has that place for something else.
+    /// The process uses that place for other data.
     reused: AtomicBool,
     /// The queue can begin something.
     resumable: AtomicBool,
-    /// The queue's thread does not sleep.
+    /// The queue's thread is awake or will wake.
     notified: AtomicBool,
 }
 
@@ -67,7 +67,7 @@ fn number() -> BackingNumber {
 }
 
 impl Shared {
-    /// A disk that is served, with two queues that can execute what the process says. It has said nothing.
+    /// Returns a disk that is served, with two queues that can execute mapped requests. Nothing is mapped yet.
     fn new() -> Arc<Self> {
         let mut shadow = Shadow::with_map(vec![Entry::FREE; 2], map());
         shadow.set_able(0, true);
@@ -88,7 +88,7 @@ impl Shared {
         })
     }
 
-    /// The same, and all of the disk is where it is.
+    /// Returns a disk like [`new`](Self::new), all of which is mapped.
     fn mapped() -> Arc<Self> {
         let shared = Self::new();
         shared.lock().say();
@@ -99,7 +99,7 @@ impl Shared {
         self.disk.lock().expect("no thread has panicked")
     }
 
-    /// The queue does I/O at the place.
+    /// The queue does I/O at the mapped place.
     fn transfer(&self) {
         assert!(
             !self.reused.load(Ordering::Relaxed),
@@ -118,7 +118,7 @@ impl Shared {
         self.used.store(false, Ordering::Relaxed);
     }
 
-    /// It is over. Returns the result of the request.
+    /// Ends the I/O. Returns the result of the request.
     fn ended(&self, tag: u16) -> Option<Status> {
         let mut disk = self.lock();
         let status = disk.shadow.ended(DiskTag::new(tag), Status::Okay);
@@ -129,7 +129,7 @@ impl Shared {
         status
     }
 
-    /// Tells the first queue if it can begin something.
+    /// Wakes the first queue if it can begin a request.
     fn announce(&self, disk: &mut Disk) {
         disk.shadow.sort();
         if disk.shadow.take_resumable() & 1 != 0 {
@@ -140,8 +140,8 @@ impl Shared {
         }
     }
 
-    /// The queue takes a request and executes it if it can. If it is `careless` it looks where that is before
-    /// it has said that it is about to do so.
+    /// The queue takes a request and executes it if it can. If it is `careless` it looks up the place before it has
+    /// registered the execution.
     fn execute(&self, careless: bool) {
         let tag = DiskTag::new(0);
         let mut disk = self.lock();
@@ -167,7 +167,7 @@ impl Shared {
         }
     }
 
-    /// The process takes everything back, and uses the place for something else.
+    /// The process recalls everything, and uses the place for other data.
     fn reuse(&self) {
         let mut disk = self.lock();
         disk.map().recall(&Sectors::ALL);
@@ -191,7 +191,7 @@ impl Disk {
         self.shadow.map().as_mut().expect("it has one")
     }
 
-    /// The process says where the disk is.
+    /// The process maps the disk.
     fn say(&mut self) {
         let extent = Extent {
             range: Sectors::new(0, DISK).expect("not empty"),
@@ -203,7 +203,7 @@ impl Disk {
         assert_eq!(self.map().set(&extent, generation), Ok(()));
     }
 
-    /// The process asks for a request.
+    /// The process fetches a request.
     fn fetch(&mut self) -> Option<(DiskTag, u32)> {
         let (epoch, mut got) = (self.epoch, None);
         let _more = self
@@ -239,7 +239,7 @@ fn planted_a_queue_that_says_too_late_what_it_executes_is_found() {
     loom::model(|| recall_against_execution(true));
 }
 
-/// The second of two requests waits for the first, and is begun or not while everything is taken back.
+/// The second of two requests waits for the first, and is begun or not while the process recalls everything.
 fn recall_against_resumption() {
     let shared = Shared::mapped();
     let (first, second) = (DiskTag::new(0), DiskTag::new(1));
@@ -274,7 +274,7 @@ fn what_waits_is_begun_or_taken_back() {
     loom::model(recall_against_resumption);
 }
 
-/// A process begins while what its predecessor has said is used. It waits for that in its first recall.
+/// A process begins while a mapping of its predecessor is in use. Its first recall waits for that.
 fn start_against_execution() {
     let shared = Shared::mapped();
     {
@@ -307,8 +307,8 @@ fn a_process_that_begins_waits_for_what_the_last_one_has_said() {
     loom::model(start_against_execution);
 }
 
-/// A request is set free while its queue goes through a pass. A `careless` one does not look again, after it
-/// has forgotten that it was woken, at whether it can begin something.
+/// A request is unblocked while its queue goes through a pass. A `careless` queue does not check again, after it has
+/// cleared its wake-up, whether it can begin a request.
 fn pass_against_commit(careless: bool) {
     let shared = Shared::new();
     let (first, second) = (DiskTag::new(0), DiskTag::new(1));
@@ -333,7 +333,7 @@ fn pass_against_commit(careless: bool) {
         assert_eq!(disk.shadow.commit(epoch, &commit), Committed::Done(1));
         process.announce(&mut disk);
     });
-    // Before anything is looked at.
+    // Rearm before the pass looks at anything.
     let rearm = || {
         shared.notified.store(false, Ordering::Relaxed);
         fence(Ordering::SeqCst);

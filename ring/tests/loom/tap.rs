@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The shadow among threads. It is behind one lock, so no memory order is in question, but the order
-//! in which queue, process and whoever ends the process get the lock is, and who sleeps meanwhile.
+//! The shadow among threads. It is behind one lock, so no memory order is tested, but the order is in which queue,
+//! process and the end of the process get the lock, and which of them sleeps.
 
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
@@ -24,9 +24,9 @@ const WRITE: Request = Request {
 struct Disk {
     shadow: Shadow<Vec<Entry>>,
     epoch: u64,
-    /// The process has looked in vain and is to be woken.
+    /// The process has found no request and must be woken.
     wanted: bool,
-    /// It was woken.
+    /// The process was woken.
     woken: bool,
 }
 
@@ -67,7 +67,7 @@ impl Shared {
         self.announce(&mut disk);
     }
 
-    /// Asks for a request; says in the same hold of the lock that it was in vain, unless `careless`.
+    /// Fetches a request; if there is none, sets `wanted` without releasing the lock, unless `careless`.
     fn fetch(&self, careless: bool) -> Option<(u16, u32)> {
         let mut got = None;
         let mut disk = self.disk.lock().unwrap();
@@ -159,7 +159,7 @@ fn a_process_that_says_too_late_that_it_sleeps_is_not_woken() {
     loom::model(|| look_once(true));
 }
 
-/// A process commits while it is ended, and the next one starts.
+/// A process commits while it dies, and the next one starts.
 #[test]
 fn a_commit_that_meets_the_end_counts_once() {
     loom::model(|| {

@@ -10,7 +10,7 @@ use ring::response::{Response, Status};
 
 use crate::fake::FakeRing;
 
-/// Both sides of one ring, and who sleeps.
+/// Both sides of one ring, and which of them sleeps.
 struct World<'a> {
     fake: &'a FakeRing,
     back: BackRing<&'a FakeRing>,
@@ -110,7 +110,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A side sleeps only when there is nothing for it.
+    /// A side sleeps only when it has nothing to do.
     fn nobody_waits_in_vain(&self) {
         let unseen = self.sent != self.received + u64::from(self.unreceived());
         assert!(

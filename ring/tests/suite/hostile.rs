@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Hostile frontends, H9 to H22 and H36: what a guest can write into a request.
+//! Hostile frontends, H9 to H22 and H36: contents that a guest can write into a request.
 
 use ring::abi::{self, Protocol, RawSegment};
 use ring::request::{Indirect, Limits, RawRequest, Reason, Reject, Request};
@@ -12,7 +12,7 @@ use crate::encode::{discard, indirect, other, rw, Seg};
 const BOTH: [Protocol; 2] = [Protocol::Abi64, Protocol::Abi32];
 const SECTORS: u64 = 1 << 20;
 
-/// A disk that offers everything.
+/// A disk that offers every feature.
 pub(crate) const DISK: Limits = Limits {
     sectors: SECTORS,
     block_sectors: 1,
@@ -104,7 +104,7 @@ fn h10_segment_outside_its_page_is_an_error() {
                 } else {
                     error(raw, &DISK, 5, abi::OP_WRITE, Reason::SegmentBounds);
                 }
-                // The same pair beyond the count is nobody's business.
+                // The backend must ignore this pair beyond the count.
                 accepted(rw(p, abi::OP_WRITE, 5, 0, 1, &segs), &DISK);
             }
         }
@@ -211,16 +211,22 @@ fn h13_only_whole_logical_blocks_are_accepted() {
 }
 
 #[test]
-fn h13_buffer_offset_counts_as_well_as_the_length() {
-    // 1024-byte blocks: sectors 1 and 2 of a page are a whole block at the wrong place.
-    let limits = Limits {
-        block_sectors: 2,
-        ..DISK
-    };
-    for p in BOTH {
-        let raw = rw(p, abi::OP_READ, 8, 0, 1, &[Seg::new(1, 1, 2)]);
-        error(raw, &limits, 8, abi::OP_READ, Reason::Unaligned);
-        accepted(rw(p, abi::OP_READ, 8, 0, 1, &[Seg::new(1, 2, 3)]), &limits);
+fn h13_first_sect_in_part_of_a_block_is_accepted() {
+    // Only the length of a segment must suit the block size. Direct I/O of a guest's process begins at any 512 bytes of
+    // its memory, and blkfront sends it as it is.
+    for (block_sectors, first) in [(2, 1), (2, 5), (4, 1), (4, 2), (4, 3)] {
+        let limits = Limits {
+            block_sectors,
+            ..DISK
+        };
+        let last = first + block_sectors as u8 - 1;
+        for p in BOTH {
+            for op in [abi::OP_READ, abi::OP_WRITE] {
+                accepted(rw(p, op, 8, 0, 1, &[Seg::new(1, first, last)]), &limits);
+                let short = rw(p, op, 8, 0, 1, &[Seg::new(1, first, last - 1)]);
+                error(short, &limits, 8, op, Reason::Unaligned);
+            }
+        }
     }
 }
 

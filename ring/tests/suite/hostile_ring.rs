@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Hostile frontends, H1 to H8: what a guest can do to the indices and to the slots.
+//! Hostile frontends, H1 to H8: attacks of a guest on the indices and slots.
 
 use ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use ring::index::{BackRing, RingError};

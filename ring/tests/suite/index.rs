@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Every state of small rings, every word that a guest may have written, beside the model.
+//! Every state of small rings with every word that a guest may have written, compared with the model.
 
 use ring::index::{BackRing, RingError};
 

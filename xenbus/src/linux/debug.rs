@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The module's folder in debugfs, for those who have it made visible.
+//! The module's folder in debugfs, which an administrator sees where debugfs is mounted.
 
 use kernel::debugfs::Dir;
 use kernel::prelude::*;
@@ -14,7 +14,7 @@ kernel::sync::global_lock! {
 
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 
-/// The module's folder, which is there while the module holds this.
+/// The module's folder, which exists while the module holds this.
 pub(crate) struct Debug(());
 
 impl Debug {
@@ -23,7 +23,7 @@ impl Debug {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);
         }
-        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        // SAFETY: The flag makes sure that this is done once, and no other code uses the lock before.
         unsafe { FOLDER.init() };
         *FOLDER.lock() = Some(Dir::new(c"xen-blkback-rs"));
         Ok(Self(()))
@@ -37,7 +37,7 @@ impl Drop for Debug {
     }
 }
 
-/// A folder in the module's, which goes with its last file and this. May sleep.
+/// Makes a folder in the module's folder. It goes with its last file and this value. May sleep.
 pub(crate) fn folder(name: &CStr) -> Option<Dir> {
     let folder = FOLDER.lock();
     folder.as_ref().map(|folder| folder.subdir(name))

@@ -2,8 +2,8 @@
 
 //! Safe wrappers over the kernel's Xen and block interfaces.
 //!
-//! The only unsafe code of the module is here, in files named after what they wrap. Everything
-//! above this folder is safe Rust.
+//! The module has no other unsafe code than this folder, whose files are named after what they wrap. Everything above
+//! this folder is safe Rust.
 
 use kernel::bindings;
 use kernel::error::{code::ENODEV, Result};
@@ -19,20 +19,20 @@ pub(crate) mod trace;
 pub(crate) mod versions;
 pub(crate) mod xen;
 
-/// Gives up the CPU if another task wants it. May sleep.
+/// Gives up the CPU if another task needs it. May sleep.
 pub(crate) fn cond_resched() {
     // SAFETY: Callable from any context that may sleep; it has no other requirement.
     unsafe { sys::xbr_cond_resched() }
 }
 
-/// Nanoseconds of this CPU's scheduler clock; only differences have a meaning, and one that was read on another CPU may
-/// be a little ahead: `saturating_sub`.
+/// Returns the nanoseconds of this CPU's scheduler clock. Only differences have a meaning, and a time that was read on
+/// another CPU may be a little ahead, so use `saturating_sub`.
 pub(crate) fn local_clock() -> u64 {
     // SAFETY: Callable from any context.
     unsafe { sys::local_clock() }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`.
+/// Returns the nanoseconds of `CLOCK_MONOTONIC`.
 pub(crate) fn monotonic_ns() -> u64 {
     // SAFETY: Callable from any context once time is kept.
     let now = unsafe { bindings::ktime_get() };
@@ -40,26 +40,26 @@ pub(crate) fn monotonic_ns() -> u64 {
     now as u64
 }
 
-/// True if something else could run on this CPU.
+/// Returns true if another task could run on this CPU.
 pub(crate) fn cpu_is_wanted() -> bool {
     // SAFETY: Reads the state of the current task and of this CPU's run queue.
     unsafe { sys::xbr_need_resched() != 0 || !sys::single_task_running() }
 }
 
-/// Lets another virtual CPU have this physical one, of whatever domain. Returns at once if none
-/// waits for it, otherwise when it is this one's turn again.
+/// Offers this physical CPU to another virtual CPU, of any domain. Returns at once if none waits for it, otherwise when
+/// this one has its next turn.
 pub(crate) fn yield_processor() {
     // SAFETY: `SCHEDOP_yield` has no argument, and may be called from any context.
     unsafe { sys::xbr_yield_processor() }
 }
 
-/// Pages that the kernel has in all, at present.
+/// Returns the number of pages that the kernel has in all, at present.
 pub(crate) fn total_ram_pages() -> u64 {
     // SAFETY: Reads a counter.
     unsafe { sys::xbr_total_ram_pages() as u64 }
 }
 
-/// Processors of this domain that run now, at least one.
+/// Returns the number of processors of this domain that run now, at least 1.
 pub(crate) fn online_processors() -> u32 {
     // SAFETY: Reads a counter.
     unsafe { sys::xbr_num_online_cpus() }
@@ -88,23 +88,23 @@ pub(crate) mod barrier {
     }
 }
 
-/// The parameters that can be written at any time.
+/// Writable parameters.
 pub(crate) mod bounds {
     use super::sys;
 
-    /// `domain_memory_mib`.
+    /// Returns the parameter `domain_memory_mib`.
     pub(crate) fn domain_memory_mib() -> u32 {
         // SAFETY: Reads a variable.
         unsafe { sys::xbr_domain_memory_mib() }
     }
 
-    /// `host_memory_mib`.
+    /// Returns the parameter `host_memory_mib`.
     pub(crate) fn host_memory_mib() -> u32 {
         // SAFETY: Reads a variable.
         unsafe { sys::xbr_host_memory_mib() }
     }
 
-    /// `feature_persistent`.
+    /// Returns the parameter `feature_persistent`.
     pub(crate) fn feature_persistent() -> bool {
         // SAFETY: Reads a variable.
         unsafe { sys::xbr_feature_persistent() != 0 }
@@ -117,14 +117,14 @@ pub(crate) mod bounds {
     }
 }
 
-/// True if this kernel runs as a PV domain: mapping a guest's page changes its own page tables.
-/// Otherwise every map and unmap changes the second stage tables, page by page.
+/// Returns true if this kernel runs as a PV domain, in which mapping a guest's page changes its own page tables.
+/// Otherwise every map and unmap changes the second-stage tables, page by page.
 pub(crate) fn is_pv_domain() -> bool {
     // SAFETY: Reads a variable that is fixed since boot.
     unsafe { sys::xbr_xen_pv_domain() != 0 }
 }
 
-/// For a module that is of no use elsewhere: registration on a machine without Xen would succeed and never
+/// Checks that this kernel runs as a Xen domain, because registration on a machine without Xen would succeed and never
 /// find a device.
 ///
 /// # Errors

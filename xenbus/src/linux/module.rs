@@ -10,8 +10,8 @@
 use super::versions::this_module;
 use kernel::bindings;
 
-/// Keeps the module loaded. Whoever drops the last one must not be the only one who keeps its code:
-/// a file of ours does, and so does the module's work queue, which ends its work before it goes.
+/// Keeps the module loaded. The code that drops the last reference must not depend on it alone: a file of this module
+/// also keeps that code loaded, and so does the module's work queue, which ends its work before it goes.
 ///
 /// # Invariants
 ///
@@ -23,7 +23,7 @@ impl ModuleReference {
     pub(crate) fn get() -> Option<Self> {
         // SAFETY: This is the module's own address, which is valid while its code runs.
         let got = unsafe { bindings::try_module_get(this_module()) };
-        // INVARIANT: It was just taken. Made only then: who drops one gives it back.
+        // INVARIANT: It was just taken. The object exists only then, because its drop gives the reference back.
         got.then(|| Self(()))
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Raw declarations: what the kernel's own Rust bindings lack of Xen, and the shims.
+//! Raw declarations: the parts of Xen that the kernel's own Rust bindings lack, and the shims.
 //!
 //! Layouts are asserted here and, with the same numbers, in `xenbus/shim/shim.c`.
 
@@ -58,7 +58,7 @@ pub(crate) struct XenbusDriver {
     pub(super) unused2: [usize; 3],
 }
 
-/// A pointer whose default is null.
+/// Pointer whose default is null.
 #[repr(transparent)]
 pub(crate) struct Pointer<T>(pub(super) *const T);
 
@@ -288,6 +288,12 @@ unsafe extern "C" {
         node: *const c_char,
         value: *const c_char,
     ) -> c_int;
+    pub(super) fn xenbus_directory(
+        transaction: XenbusTransaction,
+        dir: *const c_char,
+        node: *const c_char,
+        count: *mut c_uint,
+    ) -> *mut *mut c_char;
     pub(super) fn xenbus_rm(
         transaction: XenbusTransaction,
         dir: *const c_char,
@@ -371,6 +377,10 @@ unsafe extern "C" {
     pub(super) fn single_task_running() -> bool;
     pub(super) fn xbr_need_resched() -> c_int;
     pub(super) fn xbr_yield_processor();
+    pub(super) fn xbr_pin() -> c_uint;
+    pub(super) fn xbr_unpin();
+    pub(super) fn xbr_halt_while(state: *const u32, halted: u32);
+    pub(super) fn xbr_end_halt(cpu: c_uint);
     pub(super) fn xbr_total_ram_pages() -> c_ulong;
     pub(super) fn xbr_num_online_cpus() -> c_uint;
     pub(super) fn xbr_virt_rmb();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Trace points. While nobody looks each is one instruction that does nothing, which Linux replaces by a jump when
-//! somebody does.
+//! Trace points. A disabled trace point is one instruction that does nothing; Linux replaces it by a jump when a tracer
+//! enables it.
 
 use super::sys;
 use kernel::bindings::tracepoint;
 use kernel::jump_label::static_branch_unlikely;
 
-/// Whose requests they are.
+/// Identity of the queue whose requests are traced.
 pub(crate) struct Queue {
     /// The guest's domain.
     pub(crate) domain: u16,
@@ -18,7 +18,7 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    /// A request, or a piece of one, is given to the disk. A sector is 512 bytes.
+    /// Traces that the disk gets a request, or a piece of one. A sector is 512 bytes.
     #[inline(always)]
     pub(crate) fn submit(&self, tag: u16, operation: u8, sector: u64, sectors: u64) {
         // SAFETY: C defines this key, in the trace point.
@@ -38,7 +38,7 @@ impl Queue {
         }
     }
 
-    /// The disk is through with it.
+    /// Traces that the disk has ended a request, or a piece of one.
     #[inline(always)]
     pub(crate) fn complete(&self, tag: u16, status: i16) {
         // SAFETY: C defines this key, in the trace point.
@@ -56,7 +56,8 @@ impl Queue {
         }
     }
 
-    /// A pass over the ring has taken and answered so many requests, and the guest was sent an event or not.
+    /// Traces that a pass over the ring has taken `taken` requests and answered `answered`, and has sent the guest an
+    /// event if `notify`.
     #[inline(always)]
     pub(crate) fn pass(&self, taken: u32, answered: u32, notify: bool) {
         // SAFETY: C defines this key, in the trace point.

@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What differs between the kernels that the module is built for, 7.2 and 7.3, in a form that
-//! compiles for each of them.
+//! Differences between the kernels that the module is built for, 7.2 and 7.3, in a form that compiles for each of them.
 
 use core::borrow::Borrow;
 use kernel::bindings;
 use kernel::error::Error;
 
-/// The module itself, as an owner of what C code calls: 7.2 names it `crate::THIS_MODULE`, 7.3 a
-/// constant of `LocalModule`. Both are the address of what modpost makes.
+/// Returns the module itself, as the owner of functions that C code calls: 7.2 names it `crate::THIS_MODULE`, 7.3 a
+/// constant of `LocalModule`. Both are the address of the structure that modpost makes.
 pub(super) const fn this_module() -> *mut bindings::module {
     core::ptr::addr_of_mut!(bindings::__this_module)
 }
 
-/// The value of a module parameter: 7.2 gives a reference to it, 7.3 a copy.
+/// Returns the value of a module parameter: 7.2 gives a reference to it, 7.3 a copy.
 pub(crate) fn parameter(value: impl Borrow<u32>) -> u32 {
     *value.borrow()
 }
 
-/// `EOPNOTSUPP`, which 7.2 has no name for.
+/// Returns `EOPNOTSUPP`, for which 7.2 has no name.
 pub(crate) fn not_supported() -> Error {
     // CAST: it is 95.
     Error::from_errno(-(bindings::EOPNOTSUPP as i32))

@@ -2,8 +2,8 @@
 
 //! The checked reading of the frontend's directory.
 //!
-//! Every value there is the guest's. A key that is absent has a default or is an error; a key that
-//! is there and malformed is always an error that names it. Each key is read once.
+//! The guest writes every value there. A key that is absent has a default or is an error; a key that is there and
+//! malformed is always an error that names it. The driver reads each key once.
 
 use crate::proto::text::{parse_u32, Name};
 use crate::ring::abi::{Protocol, MAX_RING_ORDER};
@@ -11,7 +11,7 @@ use crate::ring::abi::{Protocol, MAX_RING_ORDER};
 /// Grant references of the largest ring.
 pub const MAX_RING_PAGES: usize = 1 << MAX_RING_ORDER;
 
-/// Bytes that are read of a value; every legal one is shorter.
+/// Most bytes that are read of a value; every legal value is shorter.
 pub const VALUE_SIZE: usize = 64;
 
 /// The frontend's directory.
@@ -21,8 +21,8 @@ pub trait Directory {
     ///
     /// # Errors
     ///
-    /// Whether it is there cannot be told now. That must not be taken for its absence: a frontend whose `protocol`
-    /// is overlooked is served in the layout of another.
+    /// The backend cannot find out now whether the key is there. The caller must not take that for its absence, because
+    /// a frontend whose `protocol` is overlooked is served in another layout.
     fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread>;
 }
 
@@ -30,20 +30,20 @@ pub trait Directory {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unread;
 
-/// What this backend allows.
+/// Limits and features of this backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
     /// Largest number of queues, as advertised.
     pub max_queues: u32,
     /// Largest ring order, as advertised.
     pub max_ring_order: u8,
-    /// The layout of a frontend that does not say which it uses.
+    /// The layout of a frontend that does not name its own.
     pub default_protocol: Protocol,
 }
 
 impl Offer {
-    /// This offer for a frontend that was offered `queues` and `order` before, as far as this backend can serve them:
-    /// `most_queues` at most.
+    /// Returns this offer, raised to the `queues` and the `order` that the frontend was offered before if this backend
+    /// can serve them, with at most `most_queues` queues.
     pub fn with_earlier(self, queues: Option<u32>, order: Option<u32>, most_queues: u32) -> Self {
         let queues = queues.unwrap_or(0).min(most_queues);
         let order = order.unwrap_or(0).min(MAX_RING_ORDER.into());
@@ -56,7 +56,7 @@ impl Offer {
     }
 }
 
-/// What the frontend asks for, checked.
+/// Checked request of the frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Layout of its slots.
@@ -65,7 +65,7 @@ pub struct Request {
     pub queues: u32,
     /// Ring order, 0 to the advertised maximum.
     pub order: u8,
-    /// It keeps pages granted, and expects that they stay mapped.
+    /// The frontend grants persistently, and expects that its pages stay mapped.
     pub keeps_grants: bool,
     /// True if the references are in `ring-refN`, as announced by `ring-page-order`.
     numbered: bool,
@@ -80,16 +80,16 @@ pub struct Ring {
     pub port: u32,
 }
 
-/// What is wrong with a key.
+/// Fault of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It is not there.
+    /// The key is not there.
     Missing,
-    /// It is not what it should be.
+    /// The value has the wrong form.
     Malformed,
-    /// It is larger than what was advertised, or zero where it may not be.
+    /// The value is larger than advertised, or zero where it may not be.
     OutOfRange,
-    /// Xenstore has not said what it is.
+    /// Xenstore did not answer for the key.
     Unread,
 }
 
@@ -98,12 +98,12 @@ pub enum Fault {
 pub struct KeyError {
     /// The key, below the frontend's directory.
     pub key: Name,
-    /// What is wrong with it.
+    /// Its fault.
     pub fault: Fault,
 }
 
 impl KeyError {
-    /// What to tell the administrator.
+    /// Returns the description for the administrator.
     pub fn text(&self) -> &'static str {
         match self.fault {
             Fault::Missing => "is missing",
@@ -167,7 +167,7 @@ fn protocol(dir: &impl Directory, offer: &Offer) -> Result<Protocol, KeyError> {
 }
 
 impl Request {
-    /// Reads and checks what the frontend asks for.
+    /// Reads and checks the frontend's request.
     pub fn read(dir: &impl Directory, offer: &Offer) -> Result<Self, KeyError> {
         let protocol = protocol(dir, offer)?;
         let queues_key = key("multi-queue-num-queues");
@@ -198,12 +198,12 @@ impl Request {
         })
     }
 
-    /// Pages of each ring, 1 to 16.
+    /// Returns the number of pages of each ring, 1 to 16.
     pub fn pages(&self) -> usize {
         1 << self.order.min(MAX_RING_ORDER)
     }
 
-    /// Slots of each ring.
+    /// Returns the number of slots of each ring.
     pub fn slots(&self) -> u32 {
         self.protocol
             .ring_size(self.order.min(MAX_RING_ORDER))
@@ -212,9 +212,9 @@ impl Request {
 
     /// Reads and checks the ring of queue `queue`.
     ///
-    /// Whether `ring-ref` or `ring-refN` counts is decided by `ring-page-order` alone: an earlier
-    /// driver in the same domain may have left keys of the other kind. Order 0 with only
-    /// `ring-ref` is accepted, because some frontends write that.
+    /// `ring-page-order` alone decides whether `ring-ref` or `ring-refN` counts, because an earlier driver in the same
+    /// domain may have left keys of the other kind. Order 0 with only `ring-ref` is accepted, because some frontends
+    /// write that.
     pub fn ring(&self, dir: &impl Directory, queue: u32) -> Result<Ring, KeyError> {
         let named = |name: keys::Key| {
             if self.queues == 1 {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The XenBus states and what a backend does about them.
+//! The XenBus states, and a backend's reactions to them.
 //!
-//! The machine is level-triggered: it is told how the world looks now and says what to do next;
-//! the driver does it, looks again, and goes on until nothing is left. So a missed or a merged
-//! watch event costs nothing, and a frontend that toggles its state gains nothing.
+//! The machine is level-triggered: it gets the present view and returns the next action. The driver carries that out,
+//! reads the view again, and continues until no action is left. So a missed or a merged watch event costs nothing, and
+//! a frontend that toggles its state gains nothing.
 
 /// `XenbusState`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,7 +44,7 @@ impl State {
         State::Reconfigured,
     ];
 
-    /// The state of a number; any number that is no state counts as [`State::Unknown`].
+    /// Returns the state of a number; any number that is no state counts as [`State::Unknown`].
     pub fn from_number(number: u32) -> Self {
         usize::try_from(number)
             .ok()
@@ -52,7 +52,7 @@ impl State {
             .unwrap_or(State::Unknown)
     }
 
-    /// The number on the wire.
+    /// Returns the number on the wire.
     pub fn number(self) -> u32 {
         self as u32
     }
@@ -61,30 +61,30 @@ impl State {
 /// The rings of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rings {
-    /// None is mapped.
+    /// No ring is mapped.
     None,
-    /// They are mapped and served.
+    /// The rings are mapped and served.
     Served,
-    /// What was taken from them is being finished; they are given back after that.
+    /// Requests that were taken from the rings are being finished; the rings are given back after that.
     Draining,
 }
 
-/// How the serving of rings comes to its end.
+/// The way in which the service of rings ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Ending {
-    /// The frontend waits for answers: it gets one for each request that was taken, however long that takes.
+    /// The frontend waits for answers: it gets an answer for each request that was taken, without a time limit.
     Answered,
-    /// The frontend has given its requests up: it gets what answers the disk has soon.
+    /// The frontend has given its requests up: it gets only answers that the disk has soon.
     Soon,
     /// The frontend is gone: the rings are given back at once.
     Now,
 }
 
-/// How rings are to be given back of a frontend in this state; `unbound` if the device has no driver any more.
+/// Returns how to give back the rings of a frontend in this state; `unbound` if the device has no driver any more.
 ///
-/// Rings with requests that are not answered can never be served again: whoever attaches to them begins at the first
-/// slot without an answer, and answers that came out of order have taken the slots of requests that still wait. So a
-/// frontend that may go on with its rings is never left before it has all answers.
+/// Rings with requests that are not answered can never be served again: a backend that attaches to them begins at the
+/// first slot without an answer, and answers that came out of order have taken the slots of requests that still wait.
+/// So a frontend that may continue with its rings is never left before it has all answers.
 pub fn ending(theirs: State, unbound: bool) -> Ending {
     match theirs {
         State::Initialised | State::Connected | State::Closing => Ending::Answered,
@@ -93,20 +93,20 @@ pub fn ending(theirs: State, unbound: bool) -> Ending {
     }
 }
 
-/// Whether the toolstack wants a device to stay (the key `online`).
+/// Wish of the toolstack to keep a device (the key `online`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Online {
-    /// It does.
+    /// The device stays.
     Yes,
-    /// It is taking the device away: nothing is connected any more.
+    /// The toolstack is taking the device away: the driver connects no frontend any more.
     No,
-    /// The key is missing, or no number. The C driver then connects all the same, and lets the device
-    /// go once its frontend has closed.
+    /// The key is missing, or no number. The C driver then still connects, and releases the device once its frontend
+    /// has closed.
     Unsaid,
 }
 
 impl Online {
-    /// What a key of this number says.
+    /// Returns the meaning of a key of this number.
     pub fn of(number: Option<u32>) -> Self {
         match number {
             Some(0) => Online::No,
@@ -119,59 +119,58 @@ impl Online {
     pub const ALL: [Online; 3] = [Online::Yes, Online::No, Online::Unsaid];
 }
 
-/// How a device looks.
+/// Present state of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
-    /// The state that we published last.
+    /// The state that this backend published last.
     pub ours: State,
     /// The state that the frontend's directory holds now.
     pub theirs: State,
-    /// What the toolstack wants.
+    /// Wish of the toolstack.
     pub online: Online,
     /// The disk is open.
     pub disk: bool,
-    /// It can be connected to: who serves it has described it, and nothing of an earlier
-    /// connection is left.
+    /// The disk can be connected to: its provider has described it, and no queue or request of an earlier connection is
+    /// left.
     pub ready: bool,
     /// Its rings.
     pub rings: Rings,
-    /// The rings in the frontend's directory were refused, and the frontend has done nothing
-    /// about it since.
+    /// The rings in the frontend's directory were refused, and the frontend has not acted since.
     pub refused: bool,
 }
 
-/// What to do next.
+/// Next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Nothing; wait for a change.
     Wait,
-    /// Publish what we offer and state InitWait.
+    /// Publish the backend's offer and state InitWait.
     Offer,
     /// Map the frontend's rings, publish the disk and state Connected.
     Connect,
     /// Publish state Closing; the rings are still served.
     StartClosing,
-    /// Take nothing more and give the rings back when everything is answered; the state stays.
+    /// Take no more requests and give the rings back when all are answered; the state stays.
     Disconnect,
     /// Publish state Closed; the device stays for a reconnect.
     Close,
-    /// Release the disk, publish state Closed, and let the device go.
+    /// Release the disk, publish state Closed, and release the device.
     Leave,
     /// The frontend shows a state that no frontend may have: report it and close.
     Refuse,
 }
 
-/// What to do next about a device that looks like this.
+/// Returns the next action for a device in this state.
 ///
-/// Doing it and looking again always comes to [`Action::Wait`] or ends the device: the driver may
-/// loop. Rules (blkif.h and what frontends in use expect):
+/// A driver that carries out each action and calls this again with a new view always reaches [`Action::Wait`] or the
+/// end of the device, so it may loop. Rules (blkif.h and what frontends in use expect):
 /// - Initialised and Connected are the same request to connect; some frontends skip the first.
 /// - Connected is visible only while rings are served: before they are given back, and before
 ///   Closed, a frontend sees Closing.
 /// - Rings are given back before Closed can be seen, the disk before it if the device
 ///   goes for good.
-/// - A frontend in Initialising starts again, whatever it did before: it is closed first if it has
-///   not closed by itself, and it may have gone through Closed faster than we looked.
+/// - A frontend in Initialising starts again, whatever it did before: if it has not closed, the backend closes first,
+///   and the frontend may have gone through Closed faster than the driver saw.
 pub fn step(view: &View) -> Action {
     if view.rings == Rings::Draining {
         return Action::Wait;
@@ -210,12 +209,12 @@ pub fn step(view: &View) -> Action {
     }
 }
 
-/// What to do next about a device that looks like `view` but for [`View::online`], which is asked
-/// for only if it matters: reading it from xenstore costs more than all the rest.
+/// Returns the next action for a device in the state `view`, except for [`View::online`], which is read only if it
+/// matters, because reading it from xenstore costs more than all the rest.
 ///
 /// # Errors
 ///
-/// That of `online`, if it was asked.
+/// The error of `online`, if it was called.
 pub fn step_asking<E>(view: View, online: impl FnOnce() -> Result<Online, E>) -> Result<Action, E> {
     let with = |online| step(&View { online, ..view });
     let action = with(Online::Yes);
@@ -225,22 +224,22 @@ pub fn step_asking<E>(view: View, online: impl FnOnce() -> Result<Online, E>) ->
     online().map(with)
 }
 
-/// What becomes of a state that is to be published.
+/// Result of an attempt to publish a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Publishing {
-    /// It is written.
+    /// The state is stored.
     Written,
-    /// The directory is that of a new device already.
+    /// The directory belongs to a new device already.
     Gone,
-    /// The toolstack is taking the device away, and has written so: our state is what it says there.
+    /// The toolstack is taking the device away and has written our state, which is now the one in the directory.
     TakenAway,
 }
 
-/// Whether `now` may be written after `before`, which is what we published last, where the directory
-/// holds `there`. To be asked in the transaction that writes it.
+/// Returns whether `now` may replace `before`, the state that this backend published last, in a directory that holds
+/// `there`. Call it in the transaction that stores `now`.
 ///
-/// A toolstack that takes a device away writes Closing and `online` in one transaction. The frontend would never hear
-/// of that if it were written over.
+/// A toolstack that takes a device away writes Closing and `online` in one transaction. The frontend would never see
+/// that if the backend overwrote it.
 pub fn publishing(before: State, there: State, online: Online, now: State) -> Publishing {
     let closes = |state| matches!(state, State::Closing | State::Closed);
     match (there, now) {
@@ -252,13 +251,14 @@ pub fn publishing(before: State, there: State, online: Online, now: State) -> Pu
     }
 }
 
-/// A frontend is in Initialising, and we are past InitWait: what it had before is closed.
+/// Returns the action for a frontend in Initialising while this backend is past InitWait: its earlier connection is
+/// closed.
 fn start_again(view: &View) -> Action {
     match view.ours {
         State::Closing | State::Closed if view.rings == Rings::Served => Action::Disconnect,
         State::Closing | State::Closed if view.online != Online::Yes => Action::Leave,
-        // Closing may stand for a disk that cannot be opened. The toolstack is to see that until
-        // there is one; a frontend that writes its details is connected then all the same.
+        // Closing may stand for a disk that cannot be opened. The toolstack must see that until there is one; a
+        // frontend that writes its details after that is connected nevertheless.
         State::Closing if !view.disk => Action::Wait,
         State::Closing => Action::Close,
         State::Closed => Action::Offer,

@@ -2,7 +2,13 @@
 
 //! Numbers and short names as they stand in xenstore.
 
+use core::ffi::CStr;
 use core::fmt;
+
+/// Returns a string without its NUL, because `CStr::to_bytes` has arithmetic that can panic.
+pub fn without_nul(text: &CStr) -> Option<&[u8]> {
+    text.to_bytes_with_nul().strip_suffix(&[0])
+}
 
 /// Parses an unsigned decimal number: digits only, no sign, no blanks, at most `u32::MAX`.
 ///
@@ -61,12 +67,12 @@ impl Name {
         name
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.len).unwrap_or(&[])
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         core::str::from_utf8(self.as_bytes()).unwrap_or("")
     }

@@ -12,7 +12,7 @@ const STEPS: u32 = 16;
 /// A device, its frontend and its disk.
 #[derive(Clone, Debug)]
 pub(crate) struct World {
-    /// What the state machine sees.
+    /// View of the state machine.
     pub(crate) view: View,
     /// The frontend's keys can be used.
     pub(crate) good_keys: bool,
@@ -26,7 +26,7 @@ pub(crate) struct World {
     pub(crate) reports: u32,
     /// Times that the frontend's directory was read to connect.
     pub(crate) attempts: u32,
-    /// What the directory holds.
+    /// State in the directory.
     pub(crate) there: State,
     /// The toolstack takes the device away while the driver is about to publish what comes next.
     pub(crate) detach_in_between: bool,
@@ -61,7 +61,7 @@ impl World {
         }
     }
 
-    // What happens to it.
+    // Events of the machine.
 
     /// The frontend writes its state.
     pub(crate) fn write(&mut self, theirs: State) {
@@ -106,7 +106,7 @@ impl World {
         }
     }
 
-    // What the driver does.
+    // Steps of the driver.
 
     /// Does one step; `false` if there is none to do.
     pub(crate) fn one_step(&mut self) -> bool {
@@ -173,7 +173,7 @@ impl World {
         if state == State::Closed {
             assert_eq!(self.view.rings, Rings::None, "Closed while rings are held");
             let seen = matches!(self.view.ours, State::Closing | State::Closed);
-            // Where the frontend's directory is gone there is nobody who could miss Closing.
+            // Where the frontend's directory is gone, no reader could miss Closing.
             assert!(
                 seen || self.view.theirs == State::Unknown,
                 "Closed without Closing, after {:?}",
@@ -195,7 +195,7 @@ impl World {
         steps
     }
 
-    /// The same, with everything in flight answered.
+    /// Looks with all requests in flight answered.
     pub(crate) fn settle(&mut self) {
         self.look();
         self.drained();
@@ -205,7 +205,7 @@ impl World {
         assert_ne!(self.view.rings, Rings::Draining, "drains again and again");
     }
 
-    /// What must hold at any moment.
+    /// Checks the invariants of any moment.
     pub(crate) fn check(&self) {
         let View {
             ours, rings, disk, ..
@@ -221,8 +221,8 @@ impl World {
         }
     }
 
-    /// What must hold when nothing moves any more: it follows from what the frontend and the
-    /// toolstack say now, whatever happened before.
+    /// Checks the state when nothing moves any more: it follows from the present states of the frontend and the
+    /// toolstack, whatever happened before.
     pub(crate) fn check_rest(&self) {
         let View {
             ours,

@@ -5,5 +5,7 @@
 mod keys;
 mod machine;
 mod model;
+mod publish;
 mod sequences;
 mod text;
+mod watched;

@@ -242,8 +242,8 @@ fn numbers_that_are_no_state_are_unknown() {
     }
 }
 
-/// Whatever view a device has whose rings are served: a frontend that could go on with them is not left before it has
-/// all answers, and nobody waits for one that is gone.
+/// For every view of a device whose rings are served: a frontend that could continue with them is not left before it
+/// has all answers, and no backend waits for one that is gone.
 #[test]
 fn rings_are_given_back_early_only_where_nobody_goes_on_with_them() {
     for theirs in State::ALL {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What frontends and toolstacks in use do, step by step, and what they see published.
+//! Sequences of frontends and toolstacks in use, step by step, and the states that they see.
 
 use crate::machine::World;
 use xenbus::proto::state::{Online, Rings, State};

@@ -2,42 +2,42 @@
 
 //! The ABI between the kernel and the process that serves a disk, version 1.
 //!
-//! # What stays as it is
+//! # Compatibility
 //!
-//! Kernel module and process are installed at the same time, and used at different ones: a new process
-//! serves under the module that runs until the machine is started again. So each side works with the
-//! one before it:
+//! Kernel module and process are installed together, but a new process serves under the running module until the
+//! machine is rebooted. So each side works with the previous version of the other:
 //!
-//! - A number, a size and a meaning that is here stays. What comes later is a new number, or a feature
-//!   ([`Info::features`]) that a process uses only if it is there.
-//! - Nothing new is delivered to a process that did not claim it ([`Claims`]). Who claims nothing is
-//!   one of the time before there were claims, and gets what there was then
-//!   (`ring::tap::checked::Claimed::BEFORE`).
-//! - [`Claims`] carries its size. What the caller's lacks is zero, what it has beyond ours must be
-//!   (`E2BIG`). It grows at its end, and 0 always means what it meant before.
-//! - Structures of other ioctls do not grow: their size is in the number. Their reserved fields may get
-//!   a meaning that 0 does not have.
-//! - A number of [`kept`] is taken: what uses it is designed and not built. It is refused with
+//! - Numbers, sizes and meanings that are defined here never change. Additions get a new number, or a feature
+//!   ([`Info::features`]) that a process uses only if the kernel has it.
+//! - The kernel delivers nothing new to a process that did not claim it ([`Claims`]). A process without a claim
+//!   predates claims, and gets what existed then (`ring::tap::checked::Claimed::BEFORE`).
+//! - [`Claims`] carries its size. Fields that the caller's structure lacks are zero; bytes beyond the kernel's
+//!   structure must be zero (else `E2BIG`). It grows at its end, and 0 always means what it meant before.
+//! - Structures of other ioctls do not grow, because their size is part of the number. Their reserved fields may get a
+//!   meaning that 0 does not have.
+//! - A number of [`kept`] is reserved for a use that is designed and not built. The kernel refuses it with
 //!   `EOPNOTSUPP`, other unknown numbers with `ENOTTY` (ioctls) or `EINVAL`.
-//! - A version of another number is for what cannot be said in this way; each side refuses it.
+//! - A new version number is for changes that these rules do not allow; each side refuses a version that it does not
+//!   know.
 //!
 //! # The calls
 //!
-//! There is one control node, `/dev/xentap/control`, and one node for each disk,
-//! `/dev/xentap/MINOR`. All numbers are in the byte order of the host. Every structure that crosses
-//! the boundary has fields that are reserved and must be zero: what is not understood is refused
-//! with `EINVAL`, never ignored; what a later version may have meant, with `EOPNOTSUPP` or `E2BIG`. Sectors are 512 bytes everywhere, whatever the block size is.
+//! There is one control node, `/dev/xentap/control`, and one node for each disk, `/dev/xentap/MINOR`. All numbers are
+//! in the byte order of the host. Every structure that crosses the boundary has fields that are reserved and must be
+//! zero. The kernel never ignores a value that it does not understand: it refuses it with `EINVAL`, or with
+//! `EOPNOTSUPP` or `E2BIG` if a later version may define it. Sectors are 512 bytes everywhere, whatever the block size
+//! is.
 //!
-//! A node can be open once at a time: a second `open` fails with `EBUSY`. A process that was killed
-//! while a `uring_cmd` waited has it open for a moment longer than it lives, because io_uring lets go
-//! of its files by itself: who replaces it tries again. While the I/O of the last opener is not known
-//! to be over (see [`FENCE_LOCAL`] and what follows), `open` waits, or fails with `EBUSY` if it is non-blocking.
+//! A node can be open once at a time: a second `open` fails with `EBUSY`. A process that was killed while a `uring_cmd`
+//! waited has it open for a moment after its death, because io_uring closes its files later; the process that replaces
+//! it must retry. While the I/O of the last opener is not known to be over (see [`FENCE_LOCAL`], [`FENCE_SESSION`] and
+//! [`FENCE_NONE`]), `open` waits, or fails with `EBUSY` if it is non-blocking.
 //!
-//! Who opens it may ask ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
-//! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes
-//! a [`Desc`] and its [`Segment`]s at the request's tag into the descriptor area, which the process
-//! can only read, and hands out the tag. Data is in the arena. The process *commits* the request
-//! with a [`Completion`] that names the tag and the generation of its delivery.
+//! The process that opens it may query it ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
+//! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes a [`Desc`] and its
+//! [`Segment`]s at the request's tag into the descriptor area, which the process can only read, and hands out the tag.
+//! Data is in the arena. The process *commits* the request with a [`Completion`] that names the tag and the generation
+//! of its delivery.
 //!
 //! There are three ways to do that, which may be mixed: `poll` and `read` (which yields tags as
 //! `u16`, and sleeps unless the node is non-blocking) with [`ioctl::EXCHANGE`]; that ioctl alone;
@@ -51,13 +51,13 @@ pub use map::*;
 
 /// Version of this ABI; a process that needs another one is refused.
 pub const VERSION: u32 = 1;
-/// Tags of one disk at most.
+/// Maximum number of tags of one disk.
 pub const MAX_TAGS: u32 = 4096;
 /// A tag that names no request.
 pub const NO_TAG: u16 = u16::MAX;
-/// `uring_cmd`s that wait on one node at most.
+/// Maximum number of `uring_cmd`s that wait on one node.
 pub const MAX_COMMANDS: u32 = 64;
-/// Segments of one request at most.
+/// Maximum number of segments of one request.
 pub const MAX_SEGMENTS: u16 = 512;
 /// Offset at which the descriptor area is mapped (read only, shared).
 pub const MMAP_DESCRIPTORS: u64 = 0;
@@ -68,7 +68,7 @@ pub const MMAP_ARENA: u64 = 1 << 32;
 pub const OP_READ: u8 = 0;
 /// Write from the arena.
 pub const OP_WRITE: u8 = 1;
-/// Make every write that was committed before this request durable.
+/// Make every write durable that was committed before this request.
 pub const OP_FLUSH: u8 = 2;
 /// Forget the content of a range; it may read as anything afterwards.
 pub const OP_DISCARD: u8 = 3;
@@ -111,15 +111,15 @@ pub struct Desc {
     pub sector: u64,
     /// Number of 512-byte sectors; 0 for a flush.
     pub sectors: u64,
-    /// Arrival order of the request on this disk, over all queues; the same when it is replayed.
+    /// Arrival order of the request on this disk, over all queues; a replay keeps it.
     pub sequence: u64,
-    /// When the request arrived: nanoseconds of `CLOCK_MONOTONIC`.
+    /// Time at which the request arrived: nanoseconds of `CLOCK_MONOTONIC`.
     pub arrived_ns: u64,
     /// The tag once more.
     pub tag: u16,
     /// The frontend's queue.
     pub queue: u16,
-    /// How often the request was delivered, this time included.
+    /// Number of deliveries of the request, including this one.
     pub deliveries: u32,
     /// Zero.
     pub reserved: [u32; 4],
@@ -146,10 +146,10 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// The request was not executed and is to be delivered again.
+/// The process did not execute the request; the kernel delivers it again.
 pub const COMPLETION_RETURNED: u16 = 1;
 
-/// What the process says of a delivered request.
+/// The process's answer to a delivered request.
 #[derive(
     Clone,
     Copy,
@@ -170,13 +170,13 @@ pub struct Completion {
     pub flags: u16,
     /// The generation in the descriptor that was delivered.
     pub generation: u32,
-    /// 0, or a negative `errno`: `-EOPNOTSUPP` is told to the guest as such, any other as an error.
+    /// 0, or a negative `errno`: the guest gets `-EOPNOTSUPP` as "not supported", any other as an error.
     pub result: i32,
     /// Zero.
     pub reserved: u32,
 }
 
-/// What a node is and where its areas are.
+/// Static properties and current state of a node ([`ioctl::INFO`], [`ioctl::QUERY`]).
 #[derive(
     Clone,
     Copy,
@@ -197,11 +197,11 @@ pub struct Info {
     pub minor: u32,
     /// `FEATURE_*`.
     pub features: u64,
-    /// How often the node was opened; a completion is taken from the newest opener only.
+    /// Number of times that the node was opened; the kernel takes a completion from the newest opener only.
     pub epoch: u64,
     /// Tags are below this.
     pub tags: u32,
-    /// Segments of a request at most: the stride of the segment table.
+    /// Maximum number of segments of a request: the stride of the segment table.
     pub max_segments: u32,
     /// Bytes of the descriptor area, whole pages.
     pub descriptors_len: u64,
@@ -212,8 +212,7 @@ pub struct Info {
     pub arena_len: u64,
     /// `STATE_*`.
     pub state: u32,
-    /// Process that opened the node, or that started it if another one did, as it calls itself; 0
-    /// if none.
+    /// Process that opened the node, or that started it if another one did, as its own namespace numbers it; 0 if none.
     pub pid: u32,
     /// Requests that wait to be delivered.
     pub waiting: u32,
@@ -221,8 +220,8 @@ pub struct Info {
     pub delivered: u32,
     /// Requests committed since the disk was made.
     pub committed: u64,
-    /// Requests delivered again that a process had when it went. Those that it returned do not count: it says
-    /// that it has not begun them.
+    /// Requests that a process had when it died and that the kernel delivered again. Requests that it returned do not
+    /// count, because it had not begun them.
     pub replayed: u64,
     /// Completions that named no delivered request.
     pub refused: u64,
@@ -251,12 +250,12 @@ pub struct Info {
     pub lacking: u64,
     /// Requests that the kernel has executed without the process, see [`MapOp`].
     pub direct: u64,
-    /// One bit for each backing that the disk has.
+    /// One bit for each backing of the disk.
     pub backings: u32,
-    /// Requests that the kernel executes now.
+    /// Requests that the kernel is executing now.
     pub executing: u32,
-    /// Flushes that the kernel has executed and that failed: what was written before may be lost. 0 if the kernel does
-    /// not count them.
+    /// Failed flushes among those that the kernel executed: writes before them may be lost. 0 if the kernel does not
+    /// count them.
     pub failed_flushes: u32,
     /// Zero.
     pub reserved: u32,
@@ -267,22 +266,22 @@ pub const FEATURE_URING_CMD: u64 = 1;
 /// [`ioctl::CLAIM`] is understood.
 pub const FEATURE_CLAIM: u64 = 1 << 2;
 
-/// Up to [`MAX_COMMANDS`] `uring_cmd`s of a node may wait. It says how it is here and need not be claimed: who
-/// uses commands claims [`FEATURE_URING_CMD`].
+/// Up to [`MAX_COMMANDS`] `uring_cmd`s of a node may wait. The kernel reports this feature; a process need not claim
+/// it, because a process that uses commands claims [`FEATURE_URING_CMD`].
 pub const FEATURE_COMMANDS: u64 = 1 << 3;
 
 /// [`ioctl::MAP`] and the backings are understood.
 pub const FEATURE_MAPS: u64 = 1 << 1;
 
-/// A process that serves may claim a fence that is later than the one that it claimed before, see [`Claims`]. It says
-/// how it is here and need not be claimed.
+/// A process that is being served may claim a later fence than before, see [`Claims`]. The kernel reports this feature;
+/// a process need not claim it.
 pub const FEATURE_WIDEN: u64 = 1 << 6;
 
-/// The features that there are.
+/// All features of this kernel.
 pub const FEATURES: u64 =
     FEATURE_URING_CMD | FEATURE_CLAIM | FEATURE_COMMANDS | FEATURE_MAPS | FEATURE_WIDEN;
 
-/// The operations that there are, one bit for each.
+/// All operations of this kernel, one bit for each.
 pub const OPERATIONS: u64 = 1 << OP_READ
     | 1 << OP_WRITE
     | 1 << OP_FLUSH
@@ -290,14 +289,14 @@ pub const OPERATIONS: u64 = 1 << OP_READ
     | 1 << OP_WRITE_ZEROES
     | 1 << OP_SECURE_DISCARD;
 
-/// All I/O of the process is over when no page of the arena is in use any more: it is that of the
-/// machine's own kernel, which holds pages for as long as it may touch them or what they are for.
+/// All I/O of the process is over when no page of the arena is in use any more: the machine's own kernel executes it,
+/// and holds the pages until it can touch neither them nor the storage behind them any more.
 pub const FENCE_LOCAL: u32 = 1;
-/// Somebody else executes its I/O, who may do so for [`Claims::settle_ms`] after the process is gone and
-/// no page of the arena is in use any more: what went over a network.
+/// A remote server executes I/O of the process, and may do so for [`Claims::settle_ms`] after the process is gone and
+/// no page of the arena is in use any more.
 pub const FENCE_SESSION: u32 = 2;
-/// Nobody knows when its I/O is over. So what it had and what changes the disk is not delivered again: it
-/// fails. It may still be executed later than what comes after it.
+/// The end of the process's I/O cannot be known. So modifying requests that it had are not replayed: they fail. The
+/// storage may still execute them later than requests that follow.
 pub const FENCE_NONE: u32 = 3;
 
 /// The longest [`Claims::settle_ms`].
@@ -308,23 +307,22 @@ pub const CLAIMS_FIRST_SIZE: u32 = 32;
 /// Bytes that [`Claims`] of a later process may have.
 pub const CLAIMS_MAX_SIZE: u32 = 4096;
 
-/// What a process can do: the argument of [`ioctl::CLAIM`].
+/// Capabilities of a process: the argument of [`ioctl::CLAIM`].
 ///
-/// The start is refused (`EOPNOTSUPP`) if guests may ask for an operation that was not claimed;
-/// [`Info::lacking`] says for which. That depends on what they were told of the disk by the first
-/// process that described it. So the process that cannot serve a disk learns it, and no guest.
-/// To claim an operation says that the process understands it: it may still answer `-EOPNOTSUPP` if
-/// its image cannot do it.
+/// The start is refused (`EOPNOTSUPP`) if guests may ask for an operation that was not claimed; [`Info::lacking`] lists
+/// those operations. Guests may ask for the operations that the first process described. So a process that cannot serve
+/// a disk gets the error, and no guest does. To claim an operation means that the process understands it: it may still
+/// answer `-EOPNOTSUPP` if its image cannot do it.
 ///
-/// A process that serves and has no request in hand may claim again: it gets no more requests until it
-/// starts once more. One whose I/O is all over, that for others included, ends so without a wait for
-/// [`FENCE_SESSION`], by a claim of [`FENCE_LOCAL`]. No other claim takes back what it said before: the longest
-/// time counts. It counts from the claim on, whether the disk is started or not: so claim before the first I/O
-/// to what is elsewhere.
+/// A process that serves and has no request in hand may claim again: it gets no more requests until it starts once
+/// more. If all of its I/O is over, including I/O for others such as NBD clients, a claim of [`FENCE_LOCAL`] lets it
+/// end without the wait of [`FENCE_SESSION`]. No other claim withdraws an earlier one: the longest time counts. A claim
+/// counts from when it is made, whether the disk is started or not, so a process must claim before its first I/O to
+/// remote storage.
 ///
-/// With [`FEATURE_WIDEN`], a claim of a process that serves that is the one before but for a later fence (a longer
-/// time, or [`FENCE_NONE`]) changes nothing else, whatever that process has in hand: it is served on, and need not
-/// start again. So a disk may come to be copied to a server while its guest works.
+/// With [`FEATURE_WIDEN`], a process that is being served may repeat its claim with a later fence (a longer time, or
+/// [`FENCE_NONE`]), whatever requests it has in hand. The kernel keeps serving it, and it need not start again. So a
+/// mirror to a server can begin while the guest works.
 #[derive(
     Clone,
     Copy,
@@ -342,14 +340,14 @@ pub struct Claims {
     /// Bytes of this structure as the caller knows it: at least [`CLAIMS_FIRST_SIZE`], at most
     /// [`CLAIMS_MAX_SIZE`].
     pub size: u32,
-    /// `FENCE_*`: when the I/O of this process is over after its end. Nothing is delivered to the next one
-    /// before. There is no value for not knowing which.
+    /// `FENCE_*`: when the I/O of this process is over after its end. The kernel delivers nothing to the next process
+    /// before that. A process must claim one of them; 0 is invalid.
     pub fence: u32,
-    /// One bit for each `OP_*` that it understands, with all flags of [`Desc`] that have no feature of
-    /// their own. One that is not known is refused (`EOPNOTSUPP`).
+    /// One bit for each `OP_*` that the process understands, with all flags of [`Desc`] that have no feature of their
+    /// own. An unknown operation is refused (`EOPNOTSUPP`).
     pub operations: u64,
-    /// `FEATURE_*` that it uses. One that the kernel does not have is refused (`EOPNOTSUPP`), and so is
-    /// the use of one that was not claimed ([`FEATURE_CLAIM`] and [`FEATURE_COMMANDS`] are used without).
+    /// `FEATURE_*` that the process uses. A feature that the kernel lacks is refused (`EOPNOTSUPP`), and so is the use
+    /// of an unclaimed one ([`FEATURE_CLAIM`] and [`FEATURE_COMMANDS`] need no claim).
     pub features: u64,
     /// With [`FENCE_SESSION`], milliseconds from 1 to [`MAX_SETTLE_MS`]; otherwise 0.
     pub settle_ms: u32,
@@ -357,7 +355,7 @@ pub struct Claims {
     pub reserved: u32,
 }
 
-/// No process has the node open, and none has to be waited for.
+/// No process has the node open, and there is none to wait for.
 pub const STATE_IDLE: u32 = 0;
 /// A process has it open and has not started it.
 pub const STATE_OPEN: u32 = 1;
@@ -385,14 +383,14 @@ pub const STATE_RECOVERING: u32 = 4;
 pub struct Create {
     /// [`VERSION`] as the caller knows it.
     pub version: u32,
-    /// In: the number that is wanted, or `u32::MAX`. Out: the number of the node.
+    /// In: the number of the node to create, or `u32::MAX` for any. Out: the number of the node.
     pub minor: u32,
     /// Size of the arena in KiB; 0 for the default. Whole MiB, at most 64.
     pub arena_kib: u32,
-    /// Seconds after which requests fail while no process serves them; 0 to hold them for ever.
+    /// Seconds after which requests fail while no process serves them; 0 holds them for ever.
     pub fail_after_s: u32,
-    /// Deaths of processes at one request after which it fails, without the others; 0 to try it for
-    /// ever. At most 255; 1 counts as 2.
+    /// Deaths of processes at one request after which this request fails alone; 0 retries it for ever. At most 255; 1
+    /// counts as 2.
     pub max_deaths: u32,
     /// Zero.
     pub reserved0: u32,
@@ -400,8 +398,8 @@ pub struct Create {
     pub reserved: [u64; 3],
 }
 
-/// Takes a disk away: `EBUSY` while its node is open, a frontend is connected, or I/O of its last
-/// process is not known to be over. So when it is gone nobody writes to its image any more.
+/// Removes a disk: `EBUSY` while its node is open, a frontend is connected, or I/O of its last process is not known to
+/// be over. So after the removal no process writes to its image any more.
 #[derive(
     Clone,
     Copy,
@@ -448,12 +446,11 @@ pub struct Buffer {
 /// Commits, then fetches, in one call: the argument of [`ioctl::EXCHANGE`] and of the
 /// `uring_cmd` with the same number.
 ///
-/// The ioctl returns the number of tags fetched at once, 0 if there is none. The `uring_cmd`
-/// commits when it is issued and completes when there is at least one tag (or at once if
-/// `tags.len` is 0); its result is the number of tags. A node has [`MAX_COMMANDS`] such commands
-/// waiting at most (one without [`FEATURE_COMMANDS`]); a further one completes with `EBUSY`, after its
-/// commits were taken. Requests wake one of them, and what that one leaves the next: so a thread
-/// for each queue, with a ring of its own, gets its share. Which one gets what is not defined.
+/// The ioctl returns the number of tags fetched at once, 0 if there is none. The `uring_cmd` commits when it is issued
+/// and completes when there is at least one tag (or at once if `tags.len` is 0); its result is the number of tags. A
+/// node has [`MAX_COMMANDS`] such commands waiting at most (one without [`FEATURE_COMMANDS`]); a further one completes
+/// with `EBUSY`, after its commits were taken. Requests wake one of them, and the tags that it leaves wake the next, so
+/// each of several threads with rings of their own gets its share. The order is not defined.
 ///
 /// The 16 bytes of command in the submission queue entry are a [`Buffer`] with the address of one
 /// `Exchange` (`len` is 1). It and its arrays must stay where they are until the command
@@ -512,16 +509,16 @@ pub const PARAM_DISCARD: u32 = 2;
 pub const GEOMETRY_READ_ONLY: u32 = 1;
 /// The disk has a volatile cache: flushes are delivered.
 pub const GEOMETRY_WRITE_CACHE: u32 = 2;
-/// The disk may be smaller than it was, which is refused without this (`ERANGE`): what the guest has
-/// behind the new end is lost to it. Says nothing of the disk.
+/// The disk may become smaller; without this flag that is refused (`ERANGE`), because the guest loses its data behind
+/// the new end. The flag describes nothing of the disk itself.
 pub const GEOMETRY_MAY_SHRINK: u32 = 4;
 
-/// The disk.
+/// Geometry of a disk.
 ///
-/// What the first process says is what guests are told, for as long as the disk exists: a later
-/// description changes the size and nothing else. It is refused if the disk cannot be used as guests
-/// were told: with larger logical blocks or a size that is not whole ones, read-only or no longer,
-/// with a volatile cache where there was none. Other differences are accepted and have no effect.
+/// Guests see the description of the first process for as long as the disk exists; a later description changes the size
+/// and nothing else. The kernel refuses a description that guests could not use as before: with larger logical blocks
+/// or a size that is not whole ones, with a changed read-only flag, or with a volatile cache where there was none.
+/// Other differences are accepted and have no effect.
 #[derive(
     Clone,
     Copy,
@@ -548,7 +545,7 @@ pub struct Geometry {
     pub reserved: u32,
 }
 
-/// What can be discarded. Without this record nothing can.
+/// Limits of discards. Without this record the disk has no discard.
 #[derive(
     Clone,
     Copy,
@@ -573,6 +570,20 @@ pub struct DiscardLimits {
     pub reserved: u32,
 }
 
+// A process that was compiled elsewhere finds each field at its place.
+const _: () = {
+    use core::mem::offset_of;
+    assert!(offset_of!(Desc, segments) == 2 && offset_of!(Desc, generation) == 4);
+    assert!(offset_of!(Desc, sector) == 8 && offset_of!(Desc, sectors) == 16);
+    assert!(offset_of!(Desc, sequence) == 24 && offset_of!(Desc, arrived_ns) == 32);
+    assert!(offset_of!(Desc, tag) == 40 && offset_of!(Desc, queue) == 42);
+    assert!(offset_of!(Desc, deliveries) == 44 && offset_of!(Desc, reserved) == 48);
+    assert!(offset_of!(Segment, offset) == 0 && offset_of!(Segment, len) == 4);
+    assert!(offset_of!(Completion, tag) == 0 && offset_of!(Completion, flags) == 2);
+    assert!(offset_of!(Completion, generation) == 4 && offset_of!(Completion, result) == 8);
+    assert!(offset_of!(Exchange, commits) == 0 && offset_of!(Exchange, tags) == 16);
+};
+
 const _: () = {
     assert!(size_of::<Desc>() == 64);
     assert!(size_of::<Segment>() == 8);
@@ -590,15 +601,15 @@ const _: () = {
 
 /// Numbers that nothing uses yet and nothing else may use.
 pub mod kept {
-    /// Operation: which extents serve a range is asked of the process.
+    /// Operation: asks the process which extents serve a range.
     pub const OP_MAP_MISS: u8 = 32;
     /// Operation: extents are not used any more.
     pub const OP_RECALLED: u8 = 33;
-    /// Operation: the process is to finish what it has.
+    /// Operation: asks the process to finish its requests.
     pub const OP_QUIESCE: u8 = 34;
     /// Operation: the kernel has executed something in a mapped range.
     pub const OP_IO_DONE: u8 = 35;
-    /// Completion: it was not executed and is to be delivered again after a pause.
+    /// Completion: the process did not execute the request; the kernel is to deliver it again after a pause.
     pub const COMPLETION_RETRY_LATER: u16 = 2;
     /// Feature: a disk passes from one living process to another.
     pub const FEATURE_HANDOFF: u64 = 1 << 4;
@@ -606,9 +617,9 @@ pub mod kept {
     pub const FEATURE_RETRY_LATER: u64 = 1 << 5;
     /// Record of a description: how mapped ranges are flushed.
     pub const PARAM_MAPPING: u32 = 3;
-    /// Number of the ioctl of a disk node that passes the disk on.
+    /// Number of the ioctl of a disk node that hands the disk off.
     pub const HANDOFF: u32 = 0x17;
-    /// Number of the one that says that the I/O of the process before is over, whatever it claimed.
+    /// Number of the ioctl that declares the previous process's I/O over, whatever it claimed.
     pub const SESSION_OVER: u32 = 0x18;
 }
 
@@ -625,8 +636,8 @@ pub mod ioctl {
         (direction << 30) | ((size_of::<T>() as u32) << 16) | ((b'x' as u32) << 8) | nr
     }
 
-    /// True for an ioctl of ours whose number is kept for later, of whatever size; also for an
-    /// [`EXCHANGE`] with a third array, of mapped ranges.
+    /// Returns true for an ioctl of this driver whose number is reserved, of any size; also for an [`EXCHANGE`] with a
+    /// third array, of mapped ranges.
     pub const fn is_kept(number: u32) -> bool {
         let (kind, nr, size) = (number >> 8 & 0xff, number & 0xff, number >> 16 & 0x3fff);
         let kept = matches!(nr, kept::HANDOFF | kept::SESSION_OVER);
@@ -641,12 +652,12 @@ pub mod ioctl {
     /// Control node: fills an [`Info`] whose `minor` names the node; `ENOENT` if there is none.
     /// The lowest node that is not below `minor` is described, so that all can be listed.
     pub const QUERY: u32 = number::<Info>(READ | WRITE, 0x02);
-    /// Control node: [`BackingAdd`]. `EEXIST` if the disk has another one of this number, `EOPNOTSUPP` if it
-    /// is neither a block device nor a file that can be used past the page cache on one. The open file description
-    /// is kept, and with it its locks. If the disk has it already nothing happens.
+    /// Control node: [`BackingAdd`]. `EEXIST` if the disk has another backing of this number, `EOPNOTSUPP` if it is
+    /// neither a block device nor a file on one that allows direct I/O. The kernel keeps the open file description, and
+    /// with it its locks. Adding the same backing again does nothing.
     pub const BACKING_ADD: u32 = number::<BackingAdd>(WRITE, 0x03);
-    /// Control node: [`BackingRemove`]. Nothing new is begun from then on; `EBUSY` while I/O of the kernel
-    /// uses it: ask again.
+    /// Control node: [`BackingRemove`]. The kernel begins no new I/O in it; `EBUSY` while earlier I/O uses it, so try
+    /// again.
     pub const BACKING_REMOVE: u32 = number::<BackingRemove>(WRITE, 0x04);
 
     /// Control node: fills a [`Mapped`] of the node that its `minor` names; `ENOENT` if there is none.
@@ -657,17 +668,17 @@ pub mod ioctl {
     /// Disk node: a [`Buffer`] of records, each a [`ParamHead`] and its content. Before the start
     /// this describes the disk; afterwards it resizes it.
     pub const SET_PARAMS: u32 = number::<Buffer>(WRITE, 0x11);
-    /// Disk node: the end of the last process is no fault of the requests that it had, as when
-    /// somebody killed it ([`Create::max_deaths`]). Before the start.
+    /// Disk node: the requests that the last process had are not to blame for its end, for example because the
+    /// administrator killed it (see [`Create::max_deaths`]). Before the start.
     pub const EXCUSE: u32 = number::<()>(NONE, 0x14);
-    /// Disk node: [`Claims`]; its number says nothing of the size. Before the start, or after it with nothing
-    /// in hand, which gives the start up; `EINVAL` otherwise. The last one counts, but for the time of
+    /// Disk node: [`Claims`]; its number does not contain the size. Allowed before the start, or after it with no
+    /// request in hand, which revokes the start; `EINVAL` otherwise. The last claim counts, except for the time of
     /// [`FENCE_SESSION`].
     pub const CLAIM: u32 = number::<()>(WRITE, 0x15);
-    /// Disk node: from now on requests are delivered, first those of an earlier process. `EOPNOTSUPP`
-    /// if the process lacks what guests may ask for, `EINVAL` if the disk is not described or started
-    /// already. It can be repeated after a start that was refused, and after a further [`CLAIM`]; deaths of
-    /// the process before ([`Create::max_deaths`]) count at the first one.
+    /// Disk node: starts the delivery of requests, those of an earlier process first. `EOPNOTSUPP` if the process lacks
+    /// an operation that guests may ask for, `EINVAL` if the disk is not described or started already. It can be
+    /// repeated after a start that was refused, and after a further [`CLAIM`]; deaths of the process before
+    /// ([`Create::max_deaths`]) count at the first one.
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].
     pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);

@@ -10,19 +10,19 @@ use crate::ring::tap::shadow::MAX_QUEUES;
 
 /// KiB of a page.
 const PAGE_KIB: u32 = 4;
-/// Size of an arena unless its maker asks for another one, in KiB.
+/// Default size of an arena in KiB.
 const USUAL_KIB: u32 = 2 << 10;
-/// Segments of the largest request that Linux sends unless it is told otherwise: every disk offers them.
+/// Segments of Linux's largest request with default settings: every disk offers them.
 const USUAL_SEGMENTS: u16 = 32;
 /// Queues of a disk on the largest host.
 const QUEUES: u16 = MAX_QUEUES as u16;
 /// Segments of the largest request that is not indirect: each queue must hold them.
 pub const MIN_SEGMENTS: u16 = 11;
-/// Segments of a request at most: the stride of the segment table.
+/// Maximum number of segments of a request: the stride of the segment table.
 pub const MAX_SEGMENTS: u16 = 256;
 
-/// Pages of an arena of the size that its maker asked for, on a host that offers `max_queues` queues: enough for what
-/// a disk [offers](offered) on every host.
+/// Returns the number of pages of an arena, from the size that its creator requested, on a host that offers
+/// `max_queues` queues: enough for the requests that a disk [offers](offered) on every host.
 pub fn pages(asked_kib: Option<u32>, max_queues: u32) -> u16 {
     let least = max_queues
         .min(QUEUES.into())
@@ -35,13 +35,13 @@ pub fn pages(asked_kib: Option<u32>, max_queues: u32) -> u16 {
     (kib / PAGE_KIB) as u16
 }
 
-/// Segments of an indirect request that a disk with this arena offers: as many as each queue of the largest host can
-/// hold, so that no host offers fewer.
+/// Returns the number of segments of an indirect request that a disk with this arena offers: the number that each queue
+/// of the largest host can hold, so that no host offers fewer.
 pub fn offered(pages: u16) -> u16 {
     (pages / QUEUES).clamp(USUAL_SEGMENTS, MAX_SEGMENTS)
 }
 
-/// The part of `total` that each of `queues` queues gets.
+/// Returns the part of `total` that each of `queues` queues gets.
 pub fn share(total: u16, queues: u32) -> u16 {
     // CAST: not more than `total`.
     u32::from(total).checked_div(queues).unwrap_or(0) as u16

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the process and the supervisor hand over, checked: the arguments of the ioctls.
+//! Checked arguments of the ioctls that the process and the supervisor call.
 //!
 //! Each argument is copied from user space once, checked here as a value, and only the checked
 //! type is used.
@@ -20,10 +20,10 @@ const SECTOR: u64 = 512;
 pub const MAX_ARENA_KIB: u32 = 64 << 10;
 /// Nodes have numbers below this.
 pub const MAX_MINORS: u32 = 1 << 20;
-/// Bytes of all records of one `SET_PARAMS` at most.
+/// Maximum number of bytes of all records of one `SET_PARAMS`.
 pub const MAX_PARAMS_LEN: u32 = 4096;
 
-/// What is wrong with an argument.
+/// Fault of an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Malformed {
     /// The caller knows another version of the ABI.
@@ -36,9 +36,9 @@ pub enum Malformed {
     Range,
     /// An array is too long, or wraps around the end of memory.
     Buffer,
-    /// An operation or a feature is not known, or what is kept for later was used.
+    /// An operation or a feature is unknown, or reserved for later.
     Unknown,
-    /// A structure is larger than any that there will be, or says something in what is beyond ours.
+    /// A structure is larger than any version may be, or has bytes beyond this version's size that are not zero.
     Larger,
 }
 
@@ -50,12 +50,12 @@ fn zero<const N: usize, T: Copy + Default + PartialEq>(fields: [T; N]) -> Result
     }
 }
 
-/// What became of a request, according to the process.
+/// Fate of a delivered request, as the process reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It was executed, with this result for the guest.
     Finished(Status),
-    /// It was not executed and is to be delivered again.
+    /// It was not executed; the kernel delivers it again.
     Returned,
 }
 
@@ -98,12 +98,12 @@ fn failure(result: i32) -> Result<Status, Malformed> {
     }
 }
 
-/// A disk to be made.
+/// A disk to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewDisk {
-    /// The number that is wanted, if it matters.
+    /// The requested number of the node; `None` if any will do.
     pub minor: Option<u32>,
-    /// Size of the arena in KiB that is wanted: whole MiB, not 0.
+    /// The requested size of the arena in KiB: whole MiB, not 0.
     pub arena_kib: Option<u32>,
     /// Seconds without a process after which requests fail, if ever.
     pub fail_after_s: Option<u32>,
@@ -142,7 +142,7 @@ impl abi::Destroy {
     }
 }
 
-/// What a process can do.
+/// Capabilities of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claimed {
     /// One bit for each `OP_*`, all of them known.
@@ -153,12 +153,12 @@ pub struct Claimed {
     pub fence: Fence,
 }
 
-/// When the I/O of a process is over after its end; what is over later is greater.
+/// When the I/O of a process is over after its end; a later end compares as greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fence {
     /// When it holds no page of the arena.
     Local,
-    /// Then, and not before so many milliseconds have passed.
+    /// Then, but not before this time has passed.
     Session {
         /// Milliseconds, from 1 to [`abi::MAX_SETTLE_MS`].
         settle_ms: u32,
@@ -168,7 +168,7 @@ pub enum Fence {
 }
 
 impl Claimed {
-    /// What is taken for granted of a process that does not say it.
+    /// Capabilities of a process that claims none, because it predates claims.
     pub const BEFORE: Self = Self {
         operations: 1 << abi::OP_READ
             | 1 << abi::OP_WRITE
@@ -180,7 +180,7 @@ impl Claimed {
         fence: Fence::Local,
     };
 
-    /// True if this is `before`, but for I/O that is over later.
+    /// Returns true if this is `before` except for a later fence.
     #[must_use]
     pub fn widens(&self, before: &Self) -> bool {
         let is_alike = (self.operations, self.features) == (before.operations, before.features);
@@ -188,7 +188,7 @@ impl Claimed {
     }
 }
 
-/// How much of a structure that carries its size is to be read, and what has to be zero behind that.
+/// How much of a structure that carries its size the caller reads, and how many bytes behind that must be zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {
     /// Bytes that both sides know.
@@ -215,7 +215,7 @@ impl abi::Claims {
         }
     }
 
-    /// Checks what the process claims. What the caller's structure did not have is zero here.
+    /// Checks the claims of a process. The caller fills fields that the process's structure lacks with zeroes.
     pub fn check(&self) -> Result<Claimed, Malformed> {
         zero([self.reserved])?;
         let unknown = self.operations & !abi::OPERATIONS | self.features & !abi::FEATURES;
@@ -242,8 +242,8 @@ impl abi::Claims {
 /// An array in the caller's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UserArray {
-    /// Address; means nothing if the array is empty. It may be anything: it is for functions
-    /// that copy from and to user space, which find out.
+    /// Address; means nothing if the array is empty. It is not checked here: functions that copy from and to user space
+    /// reject a wrong one.
     pub addr: u64,
     /// Entries.
     pub len: u32,
@@ -300,17 +300,17 @@ impl abi::Exchange {
     }
 }
 
-/// A checked change of mappings: well-formed, but it may name what there is not.
+/// A checked change of mappings: well-formed, but the backing or range that it names may not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapChange {
-    /// An extent is said to be so.
+    /// Maps an extent.
     Set {
         /// The extent.
         extent: Extent,
-        /// The generation of the mappings that was known when the process looked.
+        /// Generation of the mappings that the process knew when it looked up the range.
         generation: u32,
     },
-    /// What was said of a range is not so any longer.
+    /// Withdraws the mapping of a range.
     Recall {
         /// The range.
         range: Sectors,
@@ -339,7 +339,7 @@ impl abi::MapOp {
         }
     }
 
-    /// What only a `MAP_SET` says is zero.
+    /// Checks that the fields that only a `MAP_SET` uses are zero.
     fn says_nothing_else(&self) -> Result<(), Malformed> {
         zero([self.flags])?;
         zero([self.backing])?;
@@ -383,7 +383,7 @@ impl abi::MapOp {
     }
 }
 
-/// A backing that a disk is to get.
+/// A backing to add to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewBacking {
     /// Number of the node.
@@ -392,12 +392,12 @@ pub struct NewBacking {
     pub number: BackingNumber,
     /// A descriptor of the caller; it may be none.
     pub fd: i32,
-    /// It may be written.
+    /// The kernel may write it.
     pub writable: bool,
 }
 
 impl abi::BackingAdd {
-    /// Checks what is to be given to a disk.
+    /// Checks a backing to add.
     pub fn check(&self) -> Result<NewBacking, Malformed> {
         zero(self.reserved)?;
         if self.flags & !abi::BACKING_WRITE != 0 {
@@ -413,7 +413,7 @@ impl abi::BackingAdd {
 }
 
 impl abi::BackingRemove {
-    /// Checks what is to be taken away, and returns the numbers of the node and of the backing.
+    /// Checks a backing to remove, and returns the numbers of the node and of the backing.
     pub fn check(&self) -> Result<(u32, BackingNumber), Malformed> {
         zero([self.reserved])?;
         Ok((self.minor, backing_number(self.number)?))
@@ -421,7 +421,7 @@ impl abi::BackingRemove {
 }
 
 impl abi::Mapped {
-    /// Checks what is asked for, and returns the number of the node.
+    /// Checks a query, and returns the number of the node.
     pub fn check(&self) -> Result<u32, Malformed> {
         zero(self.reserved)?;
         Ok(self.minor)

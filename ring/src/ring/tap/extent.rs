@@ -2,12 +2,12 @@
 
 //! Ranges of a disk, and extents: where the data of a range is.
 //!
-//! All is counted in sectors of 512 bytes, on the disk and in what is behind it, whatever the blocks
-//! are. So no conversion between bytes and sectors can overflow.
+//! All numbers are sectors of 512 bytes, on the disk and in its backings, whatever the block size. So no conversion
+//! between bytes and sectors can overflow.
 
 use crate::ring::tap::abi;
 
-/// Sectors of a disk: at least one.
+/// A range of sectors of a disk: at least one.
 ///
 /// # Invariants
 ///
@@ -19,44 +19,44 @@ pub struct Sectors {
 }
 
 impl Sectors {
-    /// All that there can be.
+    /// The largest range.
     pub const ALL: Self = Self {
         start: 0,
         end: u64::MAX,
     };
 
-    /// So many from this one on; `None` if that is none, or more than there can be.
+    /// Returns `count` sectors from `first` on; `None` if `count` is 0 or the end overflows.
     pub fn new(first: u64, count: u64) -> Option<Self> {
         Self::between(first, first.checked_add(count)?)
     }
 
-    /// Those from `start` on that are before `end`; `None` if there is none.
+    /// Returns the range from `start` up to but not including `end`; `None` if it is empty.
     pub fn between(start: u64, end: u64) -> Option<Self> {
         // INVARIANT: checked here.
         (start < end).then_some(Self { start, end })
     }
 
-    /// The first one.
+    /// Returns the first sector.
     pub fn start(&self) -> u64 {
         self.start
     }
 
-    /// The one behind the last.
+    /// Returns the sector behind the last.
     pub fn end(&self) -> u64 {
         self.end
     }
 
-    /// How many.
+    /// Returns the number of sectors.
     pub fn count(&self) -> u64 {
         self.end.wrapping_sub(self.start)
     }
 
-    /// Those that are in both.
+    /// Returns the sectors that are in both ranges.
     pub fn common(&self, other: &Self) -> Option<Self> {
         Self::between(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// True if all of the other are among them.
+    /// Returns true if this range contains all of the other.
     pub fn contains(&self, other: &Self) -> bool {
         self.start <= other.start && other.end <= self.end
     }
@@ -67,7 +67,7 @@ impl Sectors {
 pub struct BackingNumber(u8);
 
 impl BackingNumber {
-    /// `None` if there is none of this number.
+    /// Returns the name of a backing; `None` if `number` is out of range.
     pub fn new(number: u16) -> Option<Self> {
         let small = u8::try_from(number).ok()?;
         (number < abi::MAX_BACKINGS).then_some(Self(small))
@@ -79,7 +79,7 @@ impl BackingNumber {
     }
 }
 
-/// What holds the data of an extent.
+/// Storage that holds the data of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A file or block device.
@@ -98,7 +98,7 @@ impl Source {
     }
 }
 
-/// What may be done with an extent without asking the process.
+/// Access to an extent that needs no process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Read it.
@@ -114,14 +114,14 @@ pub struct Extent {
     pub range: Sectors,
     /// The first sector in the source; 0 and without a meaning for zeroes.
     pub place: u64,
-    /// What holds it.
+    /// Storage that holds the data.
     pub source: Source,
-    /// What may be done.
+    /// Permitted access.
     pub access: Access,
 }
 
 impl Extent {
-    /// Takes the place of one that is not known yet.
+    /// Placeholder of an unused entry.
     pub const NOTHING: Self = Self {
         range: Sectors::ALL,
         place: 0,
@@ -129,7 +129,7 @@ impl Extent {
         access: Access::Read,
     };
 
-    /// The part of it that is in a range, with the place of that part.
+    /// Returns the part of the extent that is in a range, with the place of that part.
     pub fn part(&self, range: &Sectors) -> Option<Self> {
         let range = self.range.common(range)?;
         let skipped = range.start.wrapping_sub(self.range.start);
@@ -144,15 +144,15 @@ impl Extent {
         })
     }
 
-    /// True if each sector that both have is at the same place. Of ranges that only touch it says
-    /// that they do so in the source, too.
+    /// Returns true if each sector that both extents have is at one place in the source. For extents that only touch,
+    /// true if they also touch in the source.
     pub fn same_place(&self, other: &Self) -> bool {
         let shift = |extent: &Self| extent.place.wrapping_sub(extent.range.start);
         let zeroes = self.source == Source::Zeroes;
         self.source == other.source && (zeroes || shift(self) == shift(other))
     }
 
-    /// Both as one extent, if that says the same.
+    /// Joins both to one extent, if they touch or overlap in the disk and in the source, with equal access.
     pub fn joined(&self, other: &Self) -> Option<Self> {
         let touch = self.range.start <= other.range.end && other.range.start <= self.range.end;
         let alike = self.access == other.access && self.same_place(other);

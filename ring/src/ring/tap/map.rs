@@ -2,26 +2,26 @@
 
 //! The map of a disk: the extents that reads and in-place writes may use without its process.
 //!
-//! An extent is a permission that the process has given and that the kernel keeps: it is true until it
-//! is taken back, also when the process is dead. The rules, all of which hold whatever the process says:
+//! An extent is a permission that the process gives and the kernel keeps: it is valid until the process recalls it,
+//! also when the process is dead. These rules hold whatever the process does:
 //!
-//! - An extent lies inside the disk and inside a backing that the disk has, allows no more than both, and
-//!   is aligned in the backing as it is on the disk. What [`Map::translate`] gives out are parts of such
-//!   extents, in whole blocks of the backing.
-//! - Two extents do not overlap. One that says something else of a range replaces what is there, but not
-//!   what may be written: that has to be recalled first, because writes to it may be under way.
-//! - What was found out before a range changed does not count for it: each change has a generation, and
-//!   the process says of each extent which one it knew ([`Map::set`]).
-//! - A write that the process executes may move what it writes (copy on write), and a discard may do
-//!   anything. Both change the range twice, when the process gets them and when it answers them
-//!   ([`Map::written`], [`Map::recall`]): what it finds out of the range in between may be old or new.
-//! - Any extent may be forgotten at any time. So the map has the memory that it was given and needs no more, what is
-//!   easier to do by forgetting is done so, and no call fails for want of memory.
+//! - An extent lies inside the disk and inside a backing that the disk has, allows no more than both, and is aligned in
+//!   the backing as it is on the disk. [`Map::translate`] returns parts of such extents, in whole blocks of the
+//!   backing.
+//! - Two extents do not overlap. A different extent for a range replaces the old one unless that is writable: the
+//!   process must recall a writable one first, because writes to it may be in flight.
+//! - A lookup that predates a change of the range is refused: each change has a generation, and the process names with
+//!   each extent the generation that it knew ([`Map::set`]).
+//! - A write that the process executes may move the data (copy on write), and a discard may do anything. Both change
+//!   the range twice: when the process gets the request and when it answers ([`Map::written`], [`Map::recall`]),
+//!   because a lookup in between may see the old or the new place.
+//! - Any extent may be forgotten at any time. So the map needs no more memory than the caller gave it, forgets extents
+//!   where that is easier, and no call fails for lack of memory.
 //!
-//! Two ranges may be at the same place: whether that is right the process alone can know.
+//! Two ranges may have the same place: only the process can know whether that is right.
 //!
-//! The map has no lock, no clock and no memory of its own, as the shadow. What a call does is bounded by the
-//! number of leaves ([`tree::MAX_LEAVES`]), most of it by the extents of two of them.
+//! The map has no lock, no clock and no memory of its own, like the shadow. The work of a call is bounded by the number
+//! of leaves ([`tree::MAX_LEAVES`]), most of it by the extents of two leaves.
 
 pub mod recent;
 pub mod tree;
@@ -33,7 +33,7 @@ use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use recent::Recent;
 use tree::{Leaf, Slot, Tree};
 
-/// Extents that one may replace. For more the range is to be recalled before.
+/// Maximum number of extents that one may replace. For more, the process must recall the range first.
 pub const MAX_REPLACED: usize = 64;
 
 /// A file or block device behind the disk.
@@ -41,50 +41,51 @@ pub const MAX_REPLACED: usize = 64;
 pub struct Backing {
     /// Its size in sectors of 512 bytes.
     pub sectors: u64,
-    /// Sectors of a block, in which alone it can be read and written: a power of two.
+    /// Sectors of its block, the unit of reads and writes: a power of two.
     pub block: u32,
-    /// It may be written.
+    /// The kernel may write it.
     pub writable: bool,
 }
 
 impl Backing {
-    /// True for a number of sectors that is whole blocks.
+    /// Returns true if the number of sectors is whole blocks.
     fn whole(&self, sectors: u64) -> bool {
         let mask = u64::from(self.block).wrapping_sub(1);
-        // Of no power of two none is whole. (To count its ones takes longer than all the rest.)
+        // If `block` is not a power of two, no number of sectors is whole. (Counting the ones of `block` would take
+        // longer than the rest.)
         self.block != 0 && (sectors | u64::from(self.block)) & mask == 0
     }
 }
 
-/// Why an extent was not taken.
+/// Reason that the map did not take an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// The range has changed since the process looked, or that is too long ago to know.
+    /// The range has changed since the process looked, or the map does not remember that far back.
     Stale,
-    /// It reaches beyond the end of the disk.
+    /// The extent reaches beyond the end of the disk.
     OutsideDisk,
     /// The disk has no such backing.
     NoBacking,
-    /// It reaches beyond the end of the backing.
+    /// The extent reaches beyond the end of the backing.
     OutsideBacking,
-    /// It has another alignment in the backing than on the disk.
+    /// Its alignment in the backing differs from that on the disk.
     Unaligned,
     /// The disk or the backing may only be read.
     ReadOnly,
-    /// Something of the range may be written elsewhere.
+    /// A part of the range is mapped to another place and is writable there.
     Writable,
     /// There are more than [`MAX_REPLACED`] extents in the range.
     Crowded,
 }
 
-/// Why a range is not to be had from the map.
+/// Reason that the map cannot translate a range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Miss {
-    /// Nothing is known of its beginning.
+    /// The first sector is not mapped.
     #[default]
     Unmapped = abi::MISS_UNMAPPED,
-    /// Nothing is known of a later part.
+    /// A later part is not mapped.
     Partial = abi::MISS_PARTIAL,
     /// A part may only be read.
     ReadOnly = abi::MISS_READ_ONLY,
@@ -94,9 +95,9 @@ pub enum Miss {
     Pieces = abi::MISS_PIECES,
     /// It is not all in the same backing.
     Backings = abi::MISS_BACKINGS,
-    /// It is nothing that is looked up: another operation, or one that is executed again.
+    /// The map is not consulted: another operation, or a replay.
     Never = abi::MISS_NEVER,
-    /// Its queue executes nothing.
+    /// The queue executes nothing.
     Queue = abi::MISS_QUEUE,
 }
 
@@ -108,15 +109,15 @@ pub struct Map<S, L> {
     backings: [Option<Backing>; abi::MAX_BACKINGS as usize],
     /// The size of the disk.
     sectors: u64,
-    /// Guests may write it.
+    /// Guests may write the disk.
     writable: bool,
-    /// A flush of the disk is one of its only backing.
+    /// A flush of the disk is a flush of its only backing.
     flushes: bool,
 }
 
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
-    /// The map of a disk of so many sectors, without backings and extents. What the memory held is
-    /// overwritten; more than [`tree::MAX_LEAVES`] are not used.
+    /// Returns the map of a disk of `sectors` sectors, without backings and extents. Overwrites the memory; uses at
+    /// most [`tree::MAX_LEAVES`] leaves.
     pub fn new(slots: S, leaves: L, sectors: u64, writable: bool) -> Self {
         Self {
             tree: Tree::new(slots, leaves),
@@ -128,45 +129,45 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
     }
 
-    /// True if nothing is said of anything.
+    /// Returns true if the map has no extents and executes no flush.
     pub fn is_empty(&self) -> bool {
         self.tree.is_empty() && !self.flushes
     }
 
-    /// All extents, in the order of the disk.
+    /// Returns all extents, in the order of the disk.
     pub fn extents(&self) -> impl Iterator<Item = &Extent> {
         self.tree.within(&Sectors::ALL)
     }
 
-    /// How many leaves it should have to forget less, if all are in use and there may be more.
+    /// Returns the number of leaves with which the map would forget less, if all are in use and more are allowed.
     pub fn wants(&self) -> Option<usize> {
         let more = self.tree.capacity().saturating_mul(4);
         (self.tree.is_full() && more <= tree::MAX_LEAVES).then_some(more)
     }
 
-    /// Goes on in larger memory, with all that is known. What is not needed is given back, to be freed.
+    /// Moves to larger memory, and keeps all extents. Returns the unneeded memory, for the caller to free.
     pub fn grow(&mut self, slots: S, leaves: L) -> (S, L) {
         self.tree.grow(slots, leaves)
     }
 
-    /// Extents that there is room for.
+    /// Returns the number of extents that fit.
     pub fn room(&self) -> usize {
         self.tree.capacity().saturating_mul(tree::LEAF)
     }
 
-    /// How many were forgotten because there was no room.
+    /// Returns how many extents were forgotten for lack of room.
     pub fn evicted(&self) -> u64 {
         self.tree.evicted()
     }
 
-    /// The generation of the last change.
+    /// Returns the generation of the last change.
     pub fn generation(&self) -> u32 {
         self.recent.generation()
     }
 
-    /// Where a range is: `each` gets it piece by piece, in the order of the disk, each a part of an extent. It is
-    /// there only if there are at most `most` pieces, all of which allow `access`; `each` may have had some that count
-    /// for nothing if not.
+    /// Finds the place of a range: calls `each` piece by piece, in the order of the disk, each a part of an extent.
+    /// Fails unless there are at most `most` pieces, all of which allow `access`; the caller must then drop the pieces
+    /// that `each` got.
     pub fn translate(
         &mut self,
         range: &Sectors,
@@ -206,7 +207,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         };
         let backing = self.backing(number).ok_or(Miss::Unmapped)?;
         let (start, end) = (piece.range.start(), piece.range.end());
-        // The place has the same alignment.
+        // The place in the backing has the same alignment.
         if backing.whole(start | end) {
             Ok(())
         } else {
@@ -219,9 +220,9 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     }
 }
 
-/// What the process says, and what it does.
+/// Calls and requests of the process.
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
-    /// Takes an extent of which the process found out when it knew that generation.
+    /// Takes an extent that the process looked up when it knew `generation`.
     pub fn set(&mut self, extent: &Extent, generation: u32) -> Result<(), Refused> {
         self.check(extent)?;
         if !self.recent.is_unchanged(&extent.range, generation) {
@@ -229,7 +230,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
         let mut replaced = 0usize;
         for other in self.tree.within(&extent.range) {
-            // One that becomes a part of it is not replaced: those that a raw disk is in after discards.
+            // An extent that becomes a part of the new one does not count as replaced: discards leave many such on a
+            // raw disk.
             if other.same_place(extent) && other.access == extent.access {
                 continue;
             }
@@ -241,7 +243,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
             }
             replaced = replaced.wrapping_add(1);
         }
-        // With what it goes on from and what goes on from it, it is one extent.
+        // Join the extent with its neighbours where they are adjacent.
         let (start, end) = (extent.range.start(), extent.range.end());
         let mut merged = *extent;
         for side in [start.saturating_sub(1), end] {
@@ -255,14 +257,14 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         Ok(())
     }
 
-    /// A flush of the disk is one of its backing, until everything is taken back.
+    /// Makes a flush of the disk a flush of its only backing, until everything is recalled.
     pub fn set_flush(&mut self) -> Result<(), Refused> {
         self.only_backing().ok_or(Refused::NoBacking)?;
         self.flushes = true;
         Ok(())
     }
 
-    /// The backing of which a flush of the disk is one.
+    /// Returns the backing that a flush of the disk flushes.
     pub fn flushed(&self) -> Option<BackingNumber> {
         self.only_backing().filter(|_| self.flushes)
     }
@@ -275,16 +277,16 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         there.next().is_none().then_some(first)
     }
 
-    /// What was said of a range is not true any longer: the process takes it back, or it has a request
-    /// that may free or move it. For a request this is done twice, as [`written`](Self::written).
+    /// Withdraws the mapping of a range: the process recalls it, or has a request that may free or move it. For a
+    /// request the caller does this twice, as for [`written`](Self::written).
     pub fn recall(&mut self, range: &Sectors) {
         self.recent.note(*range);
         self.tree.cut(range);
         self.flushes &= *range != Sectors::ALL;
     }
 
-    /// The process gets a write of the range, or answers it. What may be written stays where it is; other
-    /// data may be elsewhere then.
+    /// Records that the process gets a write of the range, or answers it. Writable extents stay mapped, because writes
+    /// to them happen in place; all others may have moved.
     pub fn written(&mut self, range: &Sectors) {
         self.recent.note(*range);
         if !self.stays(range) {
@@ -292,13 +294,13 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
     }
 
-    /// True if all that is known of a range may be written, and that is soon found out.
+    /// Returns true if all extents of a range are writable, as far as a short search can tell.
     fn stays(&self, range: &Sectors) -> bool {
         let mut extents = self.tree.within(range).enumerate();
         extents.all(|(count, extent)| count < MAX_REPLACED && extent.access == Access::ReadWrite)
     }
 
-    /// Another process begins: nothing of what was said before counts.
+    /// Forgets all extents, because another process begins.
     pub fn clear(&mut self) {
         self.recent.note(Sectors::ALL);
         self.tree.clear();
@@ -332,9 +334,9 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     }
 }
 
-/// What the disk is.
+/// Changes of the disk.
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
-    /// The disk has another size.
+    /// Sets a new size of the disk.
     pub fn resize(&mut self, sectors: u64) {
         self.sectors = sectors;
         if let Some(gone) = Sectors::between(sectors, u64::MAX) {
@@ -342,7 +344,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
     }
 
-    /// The disk gets a backing. `false` if it has one of this number.
+    /// Adds a backing. Returns `false` if the disk has one of this number.
     #[must_use]
     pub fn add_backing(&mut self, number: BackingNumber, backing: Backing) -> bool {
         match self.backings.get_mut(number.index()) {
@@ -352,7 +354,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         true
     }
 
-    /// A backing has another size. If it is smaller, all extents go, as when it is removed.
+    /// Sets a new size of a backing. If it is smaller, all extents are forgotten, as when the backing is removed.
     pub fn resize_backing(&mut self, number: BackingNumber, sectors: u64) {
         let Some(Some(backing)) = self.backings.get_mut(number.index()) else {
             return;
@@ -364,12 +366,12 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
     }
 
-    /// True if the disk has a backing of this number.
+    /// Returns true if the disk has a backing of this number.
     pub fn has_backing(&self, number: BackingNumber) -> bool {
         self.backing(number).is_some()
     }
 
-    /// One bit for each backing.
+    /// Returns one bit for each backing.
     pub fn backings(&self) -> u32 {
         let mut bits = 0u32;
         for (number, backing) in (0..).zip(&self.backings) {
@@ -378,10 +380,10 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         bits
     }
 
-    /// The disk loses a backing. `false` if it has none of this number.
+    /// Removes a backing. Returns `false` if the disk has none of this number.
     ///
-    /// All extents go, not only those in it: to look for those would take long, and this is rare. What the
-    /// process has found out before does not count any more, so the number can name another one.
+    /// Forgets all extents, not only those in it: a search for those would take long, and this is rare. Earlier lookups
+    /// of the process are refused afterwards, so the number can name another backing.
     #[must_use]
     pub fn remove_backing(&mut self, number: BackingNumber) -> bool {
         let place = self.backings.get_mut(number.index());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! An index over the ranges of requests without a result: what is in the way of a request?
+//! An index over the ranges of requests without a result: finds the request that another must wait for.
 //!
 //! A range is hashed by its first and its last granule, whose size suits the range, so it is in
 //! one bucket or two. Ranges larger than any granule (discards) are in a list of their own. Buckets
@@ -29,7 +29,7 @@ impl Kind {
         }
     }
 
-    /// The kinds that must not be overtaken by this one.
+    /// Returns the kinds of earlier requests that one of this kind must wait for.
     fn opposed(self) -> &'static [Kind] {
         match self {
             Kind::Read => &[Kind::Write],
@@ -38,18 +38,18 @@ impl Kind {
     }
 }
 
-/// True for an operation that changes the disk.
+/// Returns true for an operation that changes the disk.
 pub(super) fn writes(op: u8) -> bool {
     use crate::ring::tap::abi;
     !matches!(op, abi::OP_READ | abi::OP_FLUSH)
 }
 
-/// True if one of the two must wait for the other.
+/// Returns true if one of the two must wait for the other.
 fn conflict(one: &Entry, other: &Entry) -> bool {
     one.sector < other.end && other.sector < one.end && (writes(one.op) || writes(other.op))
 }
 
-/// Where a range is kept.
+/// Place of a range in the index.
 enum Home {
     Level(usize),
     Wide,
@@ -57,7 +57,7 @@ enum Home {
 
 #[derive(Clone, Copy, Debug)]
 struct PerKind {
-    /// How many ranges each level holds.
+    /// Number of ranges of each level.
     held: [u16; LEVELS],
     wide: List,
 }
@@ -65,13 +65,13 @@ struct PerKind {
 /// The index.
 #[derive(Clone, Debug)]
 pub(super) struct Overlap {
-    /// Of a hash, these many low bits are dropped to get the number of a bucket.
+    /// Number of low bits of a hash that are dropped to get the number of a bucket.
     shift: u32,
     kinds: [PerKind; 2],
 }
 
 impl Overlap {
-    /// An index whose buckets are in `entries` entries.
+    /// Returns an index whose buckets are in `entries` entries.
     pub(super) fn new(entries: usize) -> Self {
         let bits = entries.checked_ilog2().unwrap_or(0);
         Self {
@@ -83,7 +83,7 @@ impl Overlap {
         }
     }
 
-    /// The entry that has the bucket of a granule.
+    /// Returns the entry that has the bucket of a granule.
     fn bucket(&self, granule: u64) -> usize {
         let hash = granule.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         // CAST: below the number of entries.
@@ -101,24 +101,24 @@ impl Overlap {
         )
     }
 
-    /// The buckets of the first and the last granule of a range.
+    /// Returns the buckets of the first and the last granule of a range.
     fn ends(&self, entry: &Entry, level: usize) -> (usize, usize) {
         let bits = GRANULES.get(level).copied().unwrap_or(0);
         let granules = granules(entry, bits);
         (self.bucket(*granules.start()), self.bucket(*granules.end()))
     }
 
-    /// Adds the range of a request that is later than all that are there.
+    /// Adds the range of a request that is later than all in the index.
     pub(super) fn insert(&mut self, entries: &mut [Entry], tag: DiskTag) {
         self.change(entries, tag, 1, List::push_front);
     }
 
-    /// Takes out the range of a request that was added.
+    /// Removes the range of a request that was added.
     pub(super) fn remove(&mut self, entries: &mut [Entry], tag: DiskTag) {
         self.change(entries, tag, u16::MAX, List::remove);
     }
 
-    /// Applies something to the lists in which a range belongs, and adds to their number.
+    /// Applies a function to the lists to which a range belongs, and adds to their number.
     fn change(
         &mut self,
         entries: &mut [Entry],
@@ -163,8 +163,8 @@ impl Overlap {
         }
     }
 
-    /// The latest request that is earlier than this one and in its way; `steps` is what is left
-    /// of the work that the caller allows, and may become 0 here, but the search is finished.
+    /// Returns the latest earlier request that this one must wait for; `steps` is the rest of the work that the caller
+    /// allows. It may become 0 here, but the search is finished.
     pub(super) fn blocker(
         &self,
         entries: &[Entry],
@@ -179,7 +179,7 @@ impl Overlap {
             steps,
         };
         if let Home::Wide = Self::home(entry)? {
-            // It is in the way of most others, and there are few of its kind: look at all.
+            // A range of this kind overlaps most others, and there are few: examine all.
             search.walk(prev(entries, Node::new(tag, Link::Order)), prev);
             return search.latest.map(|(_, tag)| tag);
         }
@@ -213,7 +213,7 @@ impl Overlap {
     }
 }
 
-/// A search for the latest of the requests in the way of one.
+/// A search for the latest of the requests that one must wait for.
 struct Search<'a> {
     entries: &'a [Entry],
     entry: &'a Entry,
@@ -222,7 +222,7 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Looks at a list in which later requests come first.
+    /// Searches a list in which later requests come first.
     fn walk(&mut self, from: Option<Node>, onward: impl Fn(&[Entry], Node) -> Option<Node>) {
         *self.steps = self.steps.saturating_sub(1);
         let mut at = from;
@@ -245,13 +245,13 @@ impl Search<'_> {
 }
 
 impl Entry {
-    /// A bucket that this entry lends to the index.
+    /// Returns a bucket that this entry lends to the index.
     fn bucket(&mut self, kind: usize, level: usize) -> Option<&mut List> {
         self.buckets.get_mut(kind)?.get_mut(level)
     }
 }
 
-/// The granules that a range touches; it must not be empty.
+/// Returns the granules that a range touches; it must not be empty.
 fn granules(entry: &Entry, bits: u32) -> core::ops::RangeInclusive<u64> {
     let last = entry.end.wrapping_sub(1);
     entry.sector.wrapping_shr(bits)..=last.wrapping_shr(bits)

@@ -12,7 +12,7 @@ pub const MAX_SECTORS: u64 = (i64::MAX as u64) >> 9;
 const SECTOR: u32 = 512;
 const MAX_LOGICAL_BLOCK: u32 = 4096;
 
-/// What can be discarded.
+/// Limits of discards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Discard {
     /// Bytes, whole logical blocks.
@@ -34,36 +34,36 @@ pub struct Params {
     pub physical_block: u32,
     /// Guests may only read.
     pub read_only: bool,
-    /// Flushes are to be delivered.
+    /// The kernel delivers flushes.
     pub write_cache: bool,
-    /// What can be discarded, if anything.
+    /// Limits of discards; `None` if the disk has no discard.
     pub discard: Option<Discard>,
-    /// It may be smaller than it was.
+    /// The disk may become smaller.
     pub may_shrink: bool,
 }
 
-/// Why a disk cannot become what a description says.
+/// Reason that a disk cannot take a new description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unfit {
-    /// Guests were told of a disk that this is not: its blocks are too large, or it cannot be
-    /// written any more, or loses what was said to be written.
+    /// Guests know the disk with other properties: its blocks are too large now, its read-only flag changed, or it now
+    /// has a volatile cache.
     Shape,
-    /// It is smaller than guests were told, and nobody said that it may be.
+    /// The disk would be smaller than guests know it, without [`abi::GEOMETRY_MAY_SHRINK`].
     Smaller,
 }
 
-/// What is wrong with a description.
+/// Fault of a description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamError {
     /// The bytes end in the middle of a record.
     Truncated,
     /// A record's kind is not known.
     UnknownKind(u32),
-    /// A record's kind is kept for later.
+    /// A record's kind is reserved for later.
     Kept(u32),
     /// A record has another length than its kind has.
     Length(u32),
-    /// A record is there twice.
+    /// A kind of record occurs twice.
     Duplicate(u32),
     /// There is no [`abi::Geometry`].
     NoGeometry,
@@ -103,7 +103,7 @@ impl Params {
         Ok(params)
     }
 
-    /// What guests may ask for who were told of this disk: one bit for each `OP_*`.
+    /// Returns the operations that guests of this disk may ask for: one bit for each `OP_*`.
     pub fn operations(&self) -> u64 {
         let mut all = 1 << abi::OP_READ;
         if self.read_only {
@@ -120,9 +120,9 @@ impl Params {
         all
     }
 
-    /// What guests know of the disk after it became what `next` says, while they use it or between
-    /// two processes: what they were told, with the new size. Hints, such as the size of a physical
-    /// block, depend on where an image lies, so they may differ and are not believed any more.
+    /// Returns the description that guests know after the disk changed to `next`, while they use it or between two
+    /// processes: the first description, with the new size. Hints, such as the size of a physical block, depend on
+    /// where an image lies, so they may differ, and the new ones are ignored.
     pub fn succeeded_by(&self, next: &Self) -> Result<Self, Unfit> {
         let fits = next.logical_block <= self.logical_block
             && whole(next.sectors, self.logical_block / SECTOR)

@@ -9,33 +9,32 @@
 //!                      +-----------------+  the process died, or returned it
 //! ```
 //!
-//! Rules, all of which hold whatever the process does:
+//! These rules hold whatever the process does:
 //!
-//! - A request is delivered only when no earlier one without a result overlaps it, with a write or
-//!   discard on either side. So the order in which overlapping requests are executed is that of
-//!   their arrival, also when they are executed again. (What was given back or has failed arrives anew, and what queues
-//!   execute may overlap: `direct`.)
-//! - A flush, also one that is part of a write, which was left by a dead process or arrives while
-//!   what that process left is executed again, is delivered only when no earlier write is without
-//!   a result. Other flushes wait for nobody: they cover what was answered before them.
+//! - A request is delivered only when no earlier one without a result overlaps it, with a write or discard on either
+//!   side. So the order in which overlapping requests are executed is that of their arrival, also when they are
+//!   executed again. (A request that the process returned or that failed in a queue arrives anew, and requests that
+//!   queues execute may overlap: `direct`.)
+//! - A flush (also as part of a write) that a dead process left, or that arrives during the replay of its requests, is
+//!   delivered only when every earlier write has a result. Other flushes do not wait: they cover the writes that were
+//!   answered before them.
 //! - A completion counts only if it comes from the process that has the disk open now and names
 //!   the latest delivery of its tag.
-//! - After a process is gone nothing is delivered until no I/O which it started can touch the arena or
-//!   the image any longer (`ending`).
-//! - What the map of the disk covers the queue executes without a process, in the same order with all
-//!   others (`direct`).
-//! - A request at which processes die again and again is delivered alone, and fails when that makes
-//!   sure that it is the reason (`isolation`).
+//! - After the end of a process nothing is delivered until none of its I/O can touch the arena or the image any longer
+//!   (`ending`).
+//! - Queues execute requests that the map of the disk covers without a process, in one order with all others
+//!   (`direct`).
+//! - A request at which processes die again and again is delivered alone, and fails when that proves that it is the
+//!   reason (`isolation`).
 //!
-//! Everything a request waits for is earlier than the request, so nothing waits in a circle.
+//! A request waits only for earlier requests, so there is no deadlock.
 //!
-//! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all
-//! calls. What a call does is bounded: [`Shadow::deliver`], [`Shadow::has_deliverable`],
-//! [`Shadow::fail_waiting`] and [`Shadow::sort`] stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
-//! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a
-//! process or a queue; so does [`Shadow::fail_waiting`] while a process is
-//! fenced; all others take constant time for each request that they name or set free, and for each that is put into the
-//! index over ranges, once at most.
+//! The shadow has no lock, no clock and no memory of its own. The caller holds one lock over all calls. The work of a
+//! call is bounded: [`Shadow::deliver`], [`Shadow::has_deliverable`], [`Shadow::fail_waiting`] and [`Shadow::sort`]
+//! stop after some [`STEPS`]; [`Shadow::is_executing`], [`Shadow::started`], [`Shadow::quiet`], [`Shadow::excuse`],
+//! [`Shadow::orphan`] and [`Shadow::withdraw`] look at every request a few times, once in the life of a process or a
+//! queue; so does [`Shadow::fail_waiting`] while a process is fenced; all others take constant time for each request
+//! that they name or release, and for each that enters the index over ranges, which happens once at most.
 
 pub mod direct;
 mod ending;
@@ -55,21 +54,21 @@ use direct::{Executed, NoMap, Places};
 use ending::Settling;
 use isolation::Isolation;
 
-/// Queues of one disk at most.
+/// Maximum number of queues of one disk.
 pub const MAX_QUEUES: usize = 64;
 
-/// Requests looked at in one call of [`Shadow::deliver`], beyond which it stops early. The search
-/// that is running is finished, so it can be more, by [`abi::MAX_TAGS`] at most.
+/// Number of requests after which a call of [`Shadow::deliver`] stops early. It finishes its current search, so the
+/// number can be exceeded by at most [`abi::MAX_TAGS`].
 pub const STEPS: u32 = 2048;
 
-/// What a request does.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Reads into the arena.
     Read,
     /// Writes from the arena.
     Write,
-    /// Makes durable what was answered.
+    /// Makes the answered writes durable.
     Flush,
     /// Forgets a range.
     Discard,
@@ -92,13 +91,13 @@ impl Op {
     }
 }
 
-/// A request whose data and segments are in place: the segments at its tag in the descriptor
-/// area, and the bytes of a write in the arena. Neither changes any more.
+/// A request whose data and segments are in place: the segments at its tag in the descriptor area, and the bytes of a
+/// write in the arena. Neither may change any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// What to do.
+    /// Operation.
     pub op: Op,
-    /// What was answered before must be durable before this is executed.
+    /// Writes that were answered before must be durable before this is executed.
     pub preflush: bool,
     /// It must be durable when it is done.
     pub fua: bool,
@@ -110,27 +109,27 @@ pub struct Request {
     pub segments: u16,
 }
 
-/// Why a request was not taken: a mistake of the caller.
+/// Reason that a request was not taken: a mistake of the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PostError {
     /// There is no such tag or queue.
     OutOfRange,
     /// The tag has a request already.
     InUse,
-    /// Nobody was told that the disk can do that.
+    /// The disk does not offer the operation to guests.
     NotOffered,
 }
 
-/// Why delivery does not start.
+/// Reason that delivery does not start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StartError {
-    /// Who asks for it has not opened the disk, or has started it already.
+    /// The caller has not opened the disk, or has started it already.
     NotOpen,
-    /// Guests may ask for what the process does not understand: one bit for each `OP_*`.
+    /// Guests may ask for operations that the process does not understand: one bit for each `OP_*`.
     Lacks(u64),
 }
 
-/// Why a node cannot be opened.
+/// Reason that a node cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpenError {
     /// A process has it.
@@ -139,20 +138,20 @@ pub enum OpenError {
     Fencing,
 }
 
-/// What became of a completion.
+/// Effect of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Committed {
-    /// The request has a result; this queue is to reap it.
+    /// The request has a result, which this queue must reap.
     Done(u16),
     /// The request waits to be delivered again.
     Returned,
     /// The request's queue is gone: its tag and its part of the arena are free now.
     Released,
-    /// No delivered request is meant.
+    /// The completion names no delivered request.
     Refused,
 }
 
-/// What a call of [`Shadow::deliver`] did.
+/// Result of a call of [`Shadow::deliver`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Delivered {
@@ -162,24 +161,24 @@ pub struct Delivered {
     pub more: bool,
 }
 
-/// What a call failed: of [`Shadow::fail_waiting`], [`Shadow::started`] or [`Shadow::quiet`].
+/// Requests that a call of [`Shadow::fail_waiting`], [`Shadow::started`] or [`Shadow::quiet`] failed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Failed {
     /// Requests failed.
     pub count: usize,
-    /// One bit for each queue that has something to reap for that.
+    /// One bit for each queue that has such a request to reap.
     pub queues: u64,
     /// There are more.
     pub more: bool,
 }
 
-/// Who has the disk.
+/// Owner of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Nobody; requests that were delivered before are to be executed again.
+    /// No process; requests that were delivered before wait for their replay.
     Recovering,
-    /// Nobody.
+    /// No process.
     Idle,
     /// A process that has not started it.
     Open,
@@ -189,7 +188,14 @@ enum Phase {
     Fencing,
 }
 
-/// The shadow of one disk. `S` is the memory: one entry for each tag. `M` says what needs no process.
+/// Fails to compile unless `T` may move to another thread and be shared with it.
+const fn crosses_threads<T: Send + Sync>() {}
+
+// The kernel keeps a shadow behind a lock that all threads of a disk take.
+const _: () = crosses_threads::<Shadow<[Entry; 1]>>();
+
+/// The shadow of one disk. `S` is the memory: one entry for each tag. `M` is the map: it names requests that need no
+/// process.
 #[derive(Clone, Debug)]
 pub struct Shadow<S, M = NoMap> {
     entries: S,
@@ -217,9 +223,9 @@ pub struct Shadow<S, M = NoMap> {
     refused: u64,
     /// Operations that may be posted, one bit for each.
     offered: u64,
-    /// What the process can do. While it is served that is everything that is offered.
+    /// Capabilities of the process. While it is served they include every offered operation.
     claimed: Claimed,
-    /// What the last start lacked.
+    /// Operations that the last start lacked.
     lacking: u64,
     settling: Settling,
     isolation: Isolation,
@@ -228,15 +234,15 @@ pub struct Shadow<S, M = NoMap> {
 }
 
 impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
-    /// The shadow of a disk without requests, which nobody has opened, and all of whose requests are for the
-    /// process. What `entries` held is overwritten; entries beyond [`abi::MAX_TAGS`] are not used.
+    /// Returns the shadow of a disk without requests that no process has opened; all of its requests go to the process.
+    /// Overwrites `entries`; does not use entries beyond [`abi::MAX_TAGS`].
     pub fn new(entries: S) -> Self {
         Self::with_map(entries, NoMap)
     }
 }
 
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// As [`new`](Shadow::new), with what is executed without the process.
+    /// Returns a shadow like [`new`](Shadow::new), with a map of what is executed without the process.
     pub fn with_map(mut entries: S, map: M) -> Self {
         entries.fill(Entry::FREE);
         let overlap = Overlap::new(entries.len().min(abi::MAX_TAGS as usize));
@@ -305,7 +311,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.waiting
     }
 
-    /// Requests that a process has, or had when it died and that are not fenced.
+    /// Returns the number of requests that a process has, or had when it died and that are not fenced yet.
     pub fn delivered(&self) -> u32 {
         self.held
     }
@@ -316,7 +322,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.orphans
     }
 
-    /// Fills what the shadow knows of an [`abi::Info`]; `now` is in nanoseconds.
+    /// Fills the shadow's part of an [`abi::Info`]; `now` is in nanoseconds.
     pub fn describe(&self, info: &mut abi::Info, now: u64) {
         let oldest = self.delivered.first().and_then(|node| self.get(node.tag()));
         info.epoch = self.epoch;
@@ -330,14 +336,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         info.lacking = self.lacking;
         self.isolation.describe(info);
         self.executed.describe(info);
-        // What was delivered just now has waited for 1: 0 means that there is none.
+        // A request that was delivered just now has waited for 1 ns, because 0 means that there is none.
         info.oldest_ns = oldest.map_or(0, |e| now.saturating_sub(e.delivered_ns).max(1));
     }
 }
 
-/// The process.
+/// Calls of the process.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// A process opens the disk. Returns its epoch, which its calls carry.
+    /// Opens the disk for a process. Returns its epoch, which its calls carry.
     pub fn opened(&mut self) -> Result<u64, OpenError> {
         match self.phase {
             Phase::Open | Phase::Live => return Err(OpenError::Open),
@@ -353,10 +359,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         Ok(self.epoch)
     }
 
-    /// Says what the process can do that has opened the disk and not started it. One that has started it
-    /// and has nothing in hand gives that up with it: it may start again. Whatever that one has in hand, it
-    /// may say that its I/O is over later than it said, and nothing else: it is served on. `false` if that
-    /// is somebody else, or has something in hand.
+    /// Records the capabilities of the process that has opened the disk and not started it. A process that has started
+    /// it and has no request in hand revokes its start with this: it may start again. A process that has requests in
+    /// hand may only claim a later fence, and is served on. Returns `false` if the caller is not that process, or has
+    /// requests in hand.
     #[must_use]
     pub fn claim(&mut self, epoch: u64, claimed: Claimed) -> bool {
         let phase = match self.phase {
@@ -374,12 +380,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         may
     }
 
-    /// True if the process uses a feature.
+    /// Returns true if the process claimed a feature.
     pub fn has_claimed(&self, feature: u64) -> bool {
         self.claimed.features & feature == feature
     }
 
-    /// The process wants requests from now on. A request of which earlier processes died may fail now.
+    /// Starts delivery to the process. May fail a request of which earlier processes died.
     pub fn started(&mut self, epoch: u64) -> Result<Failed, StartError> {
         if self.phase != Phase::Open || epoch != self.epoch {
             return Err(StartError::NotOpen);
@@ -388,14 +394,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         if self.lacking != 0 {
             return Err(StartError::Lacks(self.lacking));
         }
-        // What the process before said does not count for this one.
+        // Mappings of the previous process do not count for this one.
         self.map.clear();
         self.phase = Phase::Live;
         Ok(self.judge())
     }
 
-    /// Hands out at most `max` requests that may be executed now; `each` gets what the process is
-    /// to read at the tag. Nothing unless the process is served.
+    /// Hands out at most `max` requests that may be executed now; `each` gets the descriptor that the process will read
+    /// at the tag. Hands out nothing unless the process is served.
     pub fn deliver(
         &mut self,
         epoch: u64,
@@ -422,9 +428,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         result
     }
 
-    /// True if a call of [`deliver`](Self::deliver) would hand out a request: wake the process,
-    /// or do not let it sleep. May be wrong if very many requests wait for others, and is right
-    /// after some more calls.
+    /// Returns true if a call of [`deliver`](Self::deliver) would hand out a request: the caller then wakes the
+    /// process, or does not let it sleep. May be wrong if very many requests wait for others, and is right after a few
+    /// more calls.
     pub fn has_deliverable(&mut self) -> bool {
         let mut steps = STEPS;
         self.phase == Phase::Live
@@ -432,7 +438,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             && (self.find(&mut steps).is_some() || !self.pending.is_empty())
     }
 
-    /// Takes what the process says of a delivered request.
+    /// Takes the process's completion of a delivered request.
     pub fn commit(&mut self, epoch: u64, commit: &Commit) -> Committed {
         let served = self.phase == Phase::Live && epoch == self.epoch;
         let meant = self.get(commit.tag).filter(|entry| {
@@ -468,10 +474,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 }
 
-/// The queues.
+/// Calls of the queues.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// Guests are told that they may ask for these operations, one bit for each, and nothing else. To
-    /// be called before anything is posted and before a process is served: what they were told stays.
+    /// Sets the operations that guests may ask for, one bit for each. The caller does this before it posts anything and
+    /// before a process is served, because guests rely on it from then on.
     pub fn offer(&mut self, operations: u64) {
         self.offered = operations;
     }
@@ -515,8 +521,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         Ok(())
     }
 
-    /// Yields at most `max` results of a queue's requests, whose tags are free then. Returns how
-    /// many it yielded.
+    /// Yields at most `max` results of a queue's requests and frees their tags. Returns the number of results.
     pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(DiskTag, Status)) -> usize {
         let mut count = 0usize;
         let Some(list) = self.done.get_mut(usize::from(queue)) else {
@@ -544,8 +549,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         list.is_some_and(|list| !list.is_empty())
     }
 
-    /// Gives an error to the requests of a queue that are not delivered, as its teardown begins;
-    /// the queue reaps them. Returns how many these were.
+    /// Gives an error to the requests of a queue that are not delivered, as its teardown begins; the queue reaps them.
+    /// Returns their number.
     pub fn withdraw(&mut self, queue: u16) -> u32 {
         let mut count = 0u32;
         let mut at = self.order.first();
@@ -559,8 +564,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         count
     }
 
-    /// A queue is gone: its requests are forgotten, but those that the process has become
-    /// orphans. Returns how many these are.
+    /// Forgets the requests of a queue that is gone, except those that the process has: these become orphans. Returns
+    /// the number of orphans.
     pub fn orphan(&mut self, queue: u16) -> u32 {
         let mut count = 0u32;
         self.withdraw(queue);
@@ -579,10 +584,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         count
     }
 
-    /// Gives an error to at most `max` requests that wait, the oldest first. Nothing while a
-    /// process is served. While one has to be fenced, what it has does not wait: its I/O may be
-    /// running, with the arena and on the image. What queues execute, and what waits for that, waits for no
-    /// process.
+    /// Gives an error to at most `max` requests that wait, the oldest first; does nothing while a process is served.
+    /// While a process is being fenced its own requests do not count as waiting, because its I/O may still touch the
+    /// arena and the image. Requests that queues execute, and those that wait for these, do not wait for a process.
     pub fn fail_waiting(&mut self, max: usize) -> Failed {
         let mut result = Failed::default();
         if self.phase == Phase::Live {
@@ -605,7 +609,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 }
 
-/// What the calls are made of.
+/// Internals of the calls.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Turns a pending request into a delivered one.
     fn hand_out(&mut self, tag: DiskTag, now: u64) -> Option<abi::Desc> {

@@ -9,12 +9,12 @@ use crate::ring::numbers::DiskTag;
 use crate::ring::response::Status;
 use crate::ring::tap::map::Miss;
 
-/// Where a request stands.
+/// State of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// No request: it was never posted, or it was reaped.
     Free,
-    /// To be looked at: it may be executed unless an earlier one is in its way.
+    /// To be sorted: it may be executed unless an earlier request blocks it.
     Pending,
     /// Waits for an earlier request.
     Blocked,
@@ -45,7 +45,7 @@ pub(super) enum Link {
 
 const LINKS: u16 = 4;
 
-/// Sizes of granules by which ranges are found.
+/// Number of granule sizes of the index over ranges.
 pub(super) const LEVELS: usize = 2;
 
 /// The lists that an entry lends to the index over ranges: by kind of request, by level.
@@ -76,12 +76,12 @@ impl Node {
     }
 }
 
-/// What is known of the part that a request had in the deaths of processes.
+/// A request's record in the deaths of processes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Suspicion {
     /// Processes that died while they had it.
     pub(super) deaths: u8,
-    /// The last process that died had it, which is not counted yet.
+    /// The last process that died had it; that death is not counted yet.
     pub(super) in_last: bool,
     /// One of them had answered other requests: it was able to serve.
     pub(super) proven: bool,
@@ -108,7 +108,7 @@ struct Neighbours {
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
     pub(super) sequence: u64,
-    /// First sector, and one beyond the last; equal if the request has no place on the disk.
+    /// First sector, and the sector behind the last one; equal if the request has no range on the disk.
     pub(super) sector: u64,
     pub(super) end: u64,
     pub(super) arrived_ns: u64,
@@ -124,24 +124,24 @@ pub struct Entry {
     pub(super) status: Status,
     /// Number of the backing in which it is executed.
     pub(super) backing: u8,
-    /// Why it is for the process; while nothing at all is mapped that is not asked.
+    /// Reason that the process gets it; not determined while the map is empty.
     pub(super) miss: Miss,
-    /// How often it was delivered.
+    /// Number of deliveries.
     pub(super) deliveries: u32,
-    /// If it flushes, it waits for every earlier write.
+    /// If it is a flush, it waits for every earlier write.
     pub(super) ordered: bool,
-    /// Its queue is gone: nobody will reap it.
+    /// Its queue is gone and will never reap it.
     pub(super) orphan: bool,
-    /// Its data is in pages of the guest that are mapped, where no process can get it.
+    /// Its data is in mapped pages of the guest, which no process can access.
     pub(super) mapped: bool,
     /// The index over ranges has it.
     pub(super) indexed: bool,
-    /// What is known of its part in the deaths of processes.
+    /// Its record in the deaths of processes.
     pub(super) suspicion: Suspicion,
     links: [Neighbours; LINKS as usize],
     /// Requests that are blocked on this one.
     pub(super) waiters: List,
-    /// Has nothing to do with the request: a part of the index over ranges.
+    /// Unrelated to the request: a part of the index over ranges.
     pub(super) buckets: Buckets,
 }
 

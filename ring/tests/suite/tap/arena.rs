@@ -7,7 +7,7 @@ use ring::tap::checked::MAX_ARENA_KIB;
 
 /// Queues that hosts offer: one for each processor, at most 64.
 const HOSTS: [u32; 12] = [1, 2, 3, 4, 8, 16, 17, 20, 32, 46, 47, 64];
-/// Segments of the largest request that Linux sends unless it is told otherwise.
+/// Segments of Linux's largest request with default settings.
 const USUAL_REQUEST: u16 = 32;
 
 fn sizes() -> impl Iterator<Item = Option<u32>> {

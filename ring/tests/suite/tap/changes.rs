@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the process says of mappings: every field out of its range, one at a time.
+//! Arguments of the process about mappings: every field out of its range, one at a time.
 
 use ring::tap::abi::{self, BackingAdd, BackingRemove, Buffer, MapOp, Maps};
 use ring::tap::checked::{Malformed, MapChange, NewBacking};
@@ -184,7 +184,7 @@ fn backings() {
     let writable = NewBacking {
         minor: 7,
         number: last(),
-        // Whoever looks it up finds out that it is none.
+        // The number need not name an existing backing: the lookup finds out later.
         fd: -1,
         writable: true,
     };
@@ -236,14 +236,14 @@ fn calls_that_change_mappings() {
         maps.check().map(|array| (array.addr, array.len))
     };
     assert_eq!(check(ops), Ok((4096, 256)));
-    // Who only asks hands over none, wherever they are.
+    // A query passes no operations, whatever its address.
     let none = Buffer {
         addr: u64::MAX,
         len: 0,
         reserved: 0,
     };
     assert_eq!(check(none), Ok((u64::MAX, 0)));
-    // What is only written says nothing.
+    // Fields that the kernel only writes are ignored.
     let before = Maps {
         ops,
         generation: 7,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the process says: every field out of its range, one at a time.
+//! Arguments of the process: every field out of its range, one at a time.
 
 use proptest::prelude::*;
 use ring::response::Status;
@@ -147,7 +147,7 @@ fn fences() {
     assert_eq!(check(abi::FENCE_NONE, 0), Ok(Fence::None));
     assert_eq!(check(abi::FENCE_SESSION, 1), session(1));
     assert_eq!(check(abi::FENCE_SESSION, 600_000), session(600_000));
-    // A class of later is told from a mistake.
+    // A class of a later version gets another error than a mistake.
     for later in [4, u32::MAX] {
         assert_eq!(check(later, 0), Err(Malformed::Unknown));
     }
@@ -186,7 +186,7 @@ fn claims_of_another_size() {
     }
 }
 
-/// Who was there before the claims is served as then, whatever is added to the ABI.
+/// A process that predates claims is served as before, whatever is added to the ABI.
 #[test]
 fn what_is_taken_for_granted_stays() {
     assert_eq!(Claimed::BEFORE.operations, 0b110_1111);
@@ -497,7 +497,7 @@ fn discard_limits() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// What is accepted is what the oracle reads there.
+    /// An accepted description is the one that the oracle reads from the bytes.
     #[test]
     fn descriptions_with_any_bytes_changed(
         sectors in prop_oneof![Just(8u64), Just(MAX_SECTORS / 8 * 8), any::<u64>()],
@@ -542,7 +542,7 @@ fn guests_are_told_once_what_a_disk_is() {
         ..disk
     };
     assert_eq!(disk.succeeded_by(&larger), Ok(larger));
-    // What guests were told stays, wherever the image lies by now.
+    // Guests keep the description of the first process, wherever the image lies now.
     let discard = Some(Discard {
         granularity: 4096,
         alignment: 0,
@@ -577,7 +577,7 @@ fn guests_are_told_once_what_a_disk_is() {
             read_only: true,
             ..disk
         },
-        // Not whole blocks of those that guests know.
+        // The size is not whole blocks of the size that guests know.
         Params {
             logical_block: 512,
             sectors: 8193,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue executes without the process, one rule at a time.
+//! Requests that a queue executes without the process, one rule at a time.
 
 mod begin;
 mod given_back;
@@ -21,7 +21,7 @@ use ring::tap::table::Entry;
 
 /// Sectors of the disk.
 const SIZE: u64 = 1 << 16;
-/// An extent of the disk begins so much later in its backing.
+/// Distance in sectors by which the backing's place of an extent is shifted from that on the disk.
 const SHIFT: u64 = 1 << 10;
 const BACKING: Backing = Backing {
     sectors: SIZE + SHIFT,
@@ -55,7 +55,7 @@ struct Disk {
 }
 
 impl Disk {
-    /// A disk that a process serves, of which it has said nothing.
+    /// Returns a disk that a process serves without any mapping.
     fn unmapped(tags: usize) -> Self {
         let mut map = Map::new(vec![Slot::FREE; 8], vec![Leaf::FREE; 8], SIZE, true);
         assert!(map.add_backing(number(0), BACKING));
@@ -67,7 +67,7 @@ impl Disk {
         disk
     }
 
-    /// A disk all of which may be read and written.
+    /// Returns a disk all of which is mapped for reads and writes.
     fn mapped(tags: usize) -> Self {
         let mut disk = Self::unmapped(tags);
         disk.set(0, SIZE, Access::ReadWrite);
@@ -132,7 +132,7 @@ impl Disk {
         Some((start, parts.as_slice().to_vec()))
     }
 
-    /// The same for one whose data is in mapped pages of the guest.
+    /// Begins a request whose data is in mapped pages of the guest.
     fn begin_mapped(&mut self, tag: u16) -> Option<Start> {
         let mut parts = Parts::default();
         self.shadow.begin_mapped(DiskTag::new(tag), &mut parts)
@@ -149,7 +149,7 @@ impl Disk {
         assert!(self.begin(tag).is_some());
     }
 
-    /// The same with its data in mapped pages of the guest.
+    /// Posts a write of eight sectors with its data in mapped pages of the guest, and begins it.
     #[track_caller]
     fn begin_mapped_write(&mut self, tag: u16, sector: u64) {
         self.post(tag, Op::Write, sector, 8);
@@ -157,7 +157,7 @@ impl Disk {
         assert!(self.is_mapped(tag));
     }
 
-    /// The process has something at the end of the disk: what queues execute is not all that there is.
+    /// Gives the process a request at the end of the disk, so that not all requests are those of queues.
     #[track_caller]
     fn occupy(&mut self, tag: u16) {
         self.post(tag, Op::Discard, SIZE - 8, 8);
@@ -168,7 +168,7 @@ impl Disk {
         self.shadow.ended(DiskTag::new(tag), status)
     }
 
-    /// The queues that are told to resume something, one bit for each.
+    /// Returns the queues that must resume a request, one bit for each.
     fn told(&mut self) -> u64 {
         self.shadow.sort();
         self.shadow.take_resumable()
@@ -189,7 +189,7 @@ impl Disk {
         all
     }
 
-    /// What the process gets.
+    /// Returns the tags of the requests that the process gets.
     fn tags(&mut self) -> Vec<u16> {
         self.descs().iter().map(|desc| desc.tag).collect()
     }

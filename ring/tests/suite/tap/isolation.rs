@@ -14,7 +14,7 @@ use super::shadow::request;
 struct Deadly {
     shadow: Shadow<Vec<Entry>>,
     poison: Vec<u16>,
-    /// Requests that a process takes before it answers any.
+    /// Number of requests that a process takes before it answers any.
     width: usize,
     deaths: u32,
     results: Vec<(u16, Status)>,
@@ -40,8 +40,8 @@ impl Deadly {
         }
     }
 
-    /// A process takes requests and answers them, until it meets one of which it dies (`false`) or
-    /// there are none.
+    /// A process takes requests and answers them, until it gets one of which it dies (returns `false`) or there are
+    /// none.
     fn process(&mut self) -> bool {
         let epoch = self.shadow.opened().expect("nobody has it");
         assert!(self.shadow.started(epoch).is_ok());
@@ -67,7 +67,7 @@ impl Deadly {
                 assert_eq!(got.len(), 1, "one at a time");
                 assert!(!self.shadow.has_deliverable() && !delivered.more);
             }
-            // It begins with all that it has, and answers afterwards.
+            // The process begins all requests that it has, and answers afterwards.
             if got.iter().any(|(tag, _)| self.poison.contains(tag)) {
                 return false;
             }
@@ -101,7 +101,7 @@ impl Deadly {
         failed.map(|r| r.0).collect()
     }
 
-    /// Processes come until one has nothing to do.
+    /// Starts processes until one has nothing to do.
     fn run(&mut self, most: u32) {
         while !self.process() {
             assert!(
@@ -114,7 +114,7 @@ impl Deadly {
     }
 }
 
-/// Wherever it stands among the others, and however many of them a process takes at once.
+/// The request fails wherever it is among the others, and however many requests a process takes at once.
 #[test]
 fn after_three_deaths_the_request_fails_alone() {
     for place in 0..16 {
@@ -135,7 +135,7 @@ fn after_three_deaths_the_request_fails_alone() {
                 (info.poison_sector, info.poison_sectors),
                 (8 * u64::from(place), 8)
             );
-            // Three, but for one who met it before it had answered anything.
+            // Three deaths, not counting a process that died of it before it had answered anything.
             let expected = if width > usize::from(place) { 4 } else { 3 };
             assert!(
                 disk.deaths == 3 || disk.deaths == expected,
@@ -146,7 +146,7 @@ fn after_three_deaths_the_request_fails_alone() {
     }
 }
 
-/// The guest waits for this one request, and its first process has served others.
+/// The guest waits for only this request, and its first process has served others.
 #[test]
 fn a_request_that_is_the_only_one_fails_after_three_deaths() {
     let mut disk = Deadly::new(3, &[1], 8);
@@ -167,7 +167,7 @@ fn several_fail_one_after_the_other() {
     assert_eq!(disk.info().poisoned, 3);
 }
 
-/// A program that dies of everything is no reason to fail anything.
+/// A process that dies of every request must not make any fail.
 #[test]
 fn nothing_fails_if_no_process_has_answered_anything() {
     let mut disk = Deadly::new(3, &[0, 1, 2, 3], 16);
@@ -176,13 +176,13 @@ fn nothing_fails_if_no_process_has_answered_anything() {
         assert!(!disk.process());
     }
     assert_eq!(disk.failed(), []);
-    // A better one comes: all that has waited is served.
+    // A correct process starts, and serves all waiting requests.
     disk.poison.clear();
     disk.run(50);
     assert_eq!((disk.results.len(), disk.failed()), (4, vec![]));
 }
 
-/// One that served well is replaced by one that dies of everything.
+/// A process that served well is replaced by one that dies of every request.
 #[test]
 fn at_most_one_fails_while_nothing_is_answered() {
     let mut disk = Deadly::new(3, &[1, 2, 3, 4, 5], 1);
@@ -212,7 +212,7 @@ fn a_death_that_is_excused_counts_nothing() {
         assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     }
     assert_eq!((disk.info().isolated, disk.info().poisoned), (0, 0));
-    // Another one that is answered shows that the next process is able to.
+    // An answer to another request proves that the next process works.
     disk.post(2..3);
     disk.run(3);
     assert_eq!(disk.failed(), [1]);
@@ -232,7 +232,7 @@ fn one_that_dies_before_it_starts_counts_nothing() {
     assert_eq!((disk.deaths, disk.failed()), (2, vec![1]));
 }
 
-/// What overlaps it keeps its place behind it.
+/// Requests that overlap an isolated one keep their place behind it.
 #[test]
 fn order_holds_while_requests_are_isolated() {
     let mut disk = Deadly::new(3, &[1], 1);
@@ -255,7 +255,7 @@ fn without_a_limit_it_is_tried_for_ever() {
     assert_eq!((disk.failed(), disk.info().isolated), (vec![], 0));
 }
 
-/// A queue that goes away takes its isolated requests along.
+/// The isolated requests of a queue are dropped with it.
 #[test]
 fn isolation_ends_with_its_requests() {
     let mut disk = Deadly::new(2, &[1], 8);

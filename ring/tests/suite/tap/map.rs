@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The map beside its model in all short histories, and rule by rule.
+//! The map compared with its model in all short histories, and rule by rule.
 
 use proptest::prelude::*;
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
@@ -25,7 +25,7 @@ fn number(number: u16) -> BackingNumber {
     BackingNumber::new(number).expect("a small one")
 }
 
-/// A disk with one backing.
+/// Returns the map of a disk with one backing.
 fn with(leaves: usize, backing: Backing) -> VecMap {
     let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
     let mut map = Map::new(memory.0, memory.1, SIZE, true);
@@ -42,7 +42,7 @@ fn extent(start: u64, count: u64, place: u64, access: Access) -> Extent {
     }
 }
 
-/// An extent that may be written.
+/// Returns a writable extent.
 fn writable(start: u64, count: u64, place: u64) -> Extent {
     extent(start, count, place, Access::ReadWrite)
 }
@@ -58,12 +58,12 @@ fn zeroes(start: u64, count: u64) -> Extent {
     }
 }
 
-/// Sets an extent, knowing all that there is to know.
+/// Sets an extent with the newest generation.
 fn set(map: &mut VecMap, extent: Extent) -> Result<(), Refused> {
     map.set(&extent, map.generation())
 }
 
-/// Sets extents of one sector that do not go on from one another.
+/// Sets extents of one sector that are not adjacent in the backing.
 fn comb(map: &mut VecMap, starts: impl Iterator<Item = u64>) {
     for start in starts {
         assert_eq!(set(map, writable(start, 1, start + start % 2)), Ok(()));
@@ -207,7 +207,7 @@ fn only_whole_blocks_of_a_backing_are_given_out() {
             Err(Refused::Unaligned)
         );
     }
-    // The ends need not be aligned: a disk may end anywhere.
+    // The ends need not be aligned, because a disk may end anywhere.
     assert_eq!(set(&mut map, readable(3, 60, 11)), Ok(()));
     assert_eq!(read(&mut map, 8, 16), Ok(vec![readable(8, 16, 16)]));
     for (start, count) in [(3, 5), (9, 8), (8, 9), (56, 7)] {
@@ -217,7 +217,7 @@ fn only_whole_blocks_of_a_backing_are_given_out() {
             "{start}"
         );
     }
-    // What is no power of two is no block.
+    // A block size that is not a power of two is refused.
     for block in [0, 3, 12] {
         let odd = Backing { block, ..BACKING };
         let mut map = with(1, odd);
@@ -246,7 +246,7 @@ fn a_range_is_found_in_pieces() {
 #[test]
 fn what_goes_on_is_one_extent() {
     let mut map = with(4, BACKING);
-    // A whole disk that is said in parts, in any order.
+    // Mappings of a whole disk in parts, in any order.
     for at in [3, 0, 2, 1] {
         assert_eq!(set(&mut map, writable(at * 64, 64, at * 64)), Ok(()));
     }
@@ -257,7 +257,7 @@ fn what_goes_on_is_one_extent() {
         "known already"
     );
     assert_eq!(all(&map), [writable(0, 256, 0)]);
-    // Elsewhere, or with another access, it does not go on.
+    // An extent at another place, or with another access, is not joined.
     assert_eq!(set(&mut map, writable(256, 64, 320)), Ok(()));
     assert_eq!(set(&mut map, readable(320, 64, 384)), Ok(()));
     assert_eq!(map.extents().count(), 3);
@@ -270,7 +270,7 @@ fn what_may_be_written_is_recalled_before_it_is_elsewhere() {
     for other in [readable(63, 2, 500), writable(0, 1, 1), zeroes(8, 8)] {
         assert_eq!(set(&mut map, other), Err(Refused::Writable), "{other:?}");
     }
-    // It may be said that it is not to be written any more, where it is.
+    // The process may make a writable extent read-only, at the place that it has.
     assert_eq!(set(&mut map, readable(8, 8, 8)), Ok(()));
     let three = [writable(0, 8, 0), readable(8, 8, 8), writable(16, 48, 16)];
     assert_eq!(all(&map), three);
@@ -290,7 +290,7 @@ fn a_write_of_the_process_takes_away_what_it_may_move() {
     assert_eq!(set(&mut map, readable(64, 64, 500)), Ok(()));
     map.written(&sectors(8..16));
     assert_eq!(map.extents().count(), 2, "it is written in place");
-    // It goes on being read beside that.
+    // Writes to a neighbouring range leave it readable.
     map.written(&sectors(80..88));
     let rest = [
         writable(0, 64, 0),
@@ -298,17 +298,17 @@ fn a_write_of_the_process_takes_away_what_it_may_move() {
         readable(88, 40, 524),
     ];
     assert_eq!(all(&map), rest);
-    // What others have found out while it was executed does not count.
+    // Lookups by other threads during the write are stale.
     let before = map.generation();
     assert_eq!(map.set(&readable(80, 8, 516), before), Ok(()));
     map.written(&sectors(80..88));
     assert_eq!(map.set(&readable(72, 9, 508), before), Err(Refused::Stale));
     assert_eq!(all(&map), rest);
-    // What it has written itself is said before it is answered, and stays.
+    // The process maps the range of its own write before it answers, and the mapping stays.
     assert_eq!(set(&mut map, writable(80, 8, 700)), Ok(()));
     map.written(&sectors(80..88));
     assert_eq!(read(&mut map, 80, 8), Ok(vec![writable(80, 8, 700)]));
-    // More than is looked at goes, whatever it is.
+    // A range with more extents than a call examines is forgotten, whatever its access.
     let many = MAX_REPLACED as u64;
     comb(&mut map, 1000..1001 + many);
     map.written(&sectors(1000..1000 + many));
@@ -331,7 +331,7 @@ fn what_was_found_out_before_a_change_does_not_count_for_it() {
     assert_eq!(map.set(&readable(7, 8, 7), before), Err(Refused::Stale));
     assert_eq!(map.set(&readable(8, 8, 8), before), Ok(()), "another range");
     assert_eq!(map.set(&readable(7, 8, 7), before + 1), Ok(()));
-    // So long ago that nobody knows.
+    // The generation is too old to be remembered.
     for _ in 1..REMEMBERED {
         map.recall(&sectors(100..101));
     }
@@ -408,11 +408,11 @@ fn what_was_not_used_is_forgotten_first() {
         (4 * LEAF, 0),
         "in order they fill it"
     );
-    // All were used, so none since the first look: the first one goes.
+    // All leaves were used since the first search, so the first one goes.
     comb(&mut map, 1000..1001);
     assert_eq!(map.evicted(), leaf);
     assert_eq!(read(&mut map, 0, 1), Err(Miss::Unmapped));
-    // Of the others the first is used again, so the second goes.
+    // The first of the others is used again, so the second goes.
     assert!(read(&mut map, leaf, 1).is_ok());
     comb(&mut map, 1001..1001 + leaf);
     assert_eq!(map.evicted(), 2 * leaf);
@@ -425,7 +425,7 @@ fn what_was_not_used_is_forgotten_first() {
 fn the_size_is_fixed_whatever_the_process_says() {
     for leaves in [0, 1, 2, MAX_LEAVES + 9] {
         let mut map = with(leaves, BACKING);
-        // Backwards, which splits leaves, and with holes that want more room.
+        // Insert backwards, which splits leaves, and with holes that need more room.
         let mut said = 0;
         for at in (0..40_000u64).rev() {
             assert_eq!(set(&mut map, writable(at * 3, 3, at * 4)), Ok(()));
@@ -450,7 +450,7 @@ fn the_size_is_fixed_whatever_the_process_says() {
 #[test]
 fn with_more_memory_nothing_is_forgotten() {
     const COUNT: u64 = 40 * LEAF as u64;
-    // As whoever has memory: before each change.
+    // Grow as a caller with enough memory does: before each change.
     let filled = |grows: bool| {
         let mut map = with(4, BACKING);
         for at in 0..COUNT {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The shadow beside its model: random histories, and all short ones.
+//! The shadow compared with its model: random histories, and all short ones.
 
 use proptest::prelude::*;
 use ring::response::Status;
@@ -41,7 +41,7 @@ fn steps(tags: u16) -> impl Strategy<Value = Step> {
         1 => Just(Outcome::Finished(Status::Error)),
         1 => Just(Outcome::Returned),
     ];
-    // What is right, and now and then what is not.
+    // Mostly the right generation, and sometimes a wrong one.
     let beside = prop_oneof![9 => Just(0u32), 1 => Just(1), 1 => Just(u32::MAX)];
     let ago = prop_oneof![12 => Just(0u64), 1 => Just(1)];
     let queue = 0..QUEUES;
@@ -76,7 +76,7 @@ fn fences() -> impl Strategy<Value = Fence> {
     ]
 }
 
-/// A death after which somebody comes, perhaps one who knows its reason.
+/// A death after which another process starts, perhaps one that knows its reason.
 fn deaths() -> impl Strategy<Value = Vec<Step>> {
     (any::<bool>(), fences()).prop_map(|(excused, fence)| {
         let excuse = excused.then_some(Step::Excuse(0));
@@ -89,7 +89,7 @@ fn deaths() -> impl Strategy<Value = Vec<Step>> {
     })
 }
 
-/// What there is to do on a disk with backings.
+/// Steps on a disk with backings.
 fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
     let tag = || 0..tags;
     let queue = || 0..QUEUES;
@@ -157,7 +157,7 @@ proptest! {
     }
 }
 
-/// Makes most steps name a tag that there is.
+/// Makes most steps name an existing tag.
 fn fit(step: Step, tags: u16) -> Step {
     let fit = |tag: u16| if tag > 40 { tag } else { tag % tags };
     match step {
@@ -219,7 +219,7 @@ fn every_short_history_does_what_the_model_does() {
     assert!(count > 200_000, "{count}");
 }
 
-/// Every end of a process whose I/O is not over with it, and every way to say that it is.
+/// Every end of a process whose I/O outlives it, and every way to declare it over.
 #[test]
 fn every_short_end_of_a_process_does_what_the_model_does() {
     let write = super::shadow::request(Op::Write, 0, 8);

@@ -69,7 +69,7 @@ impl Disk {
     #[track_caller]
     fn post_as(&mut self, tag: u16, request: &Request) {
         self.now += 1;
-        // Two queues, by the tag.
+        // The parity of the tag selects one of two queues.
         let posted = self
             .shadow
             .post(DiskTag::new(tag), tag % 2, request, self.now);
@@ -268,7 +268,7 @@ fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
         .iter()
         .map(|d| (d.tag, d.sequence, d.flags, d.generation))
         .collect();
-    // The last was never delivered before.
+    // The last one was never delivered before.
     assert_eq!(seen, [(5, 0, DIED, 2), (3, 2, DIED, 2), (2, 3, 0, 1)]);
     assert_eq!(disk.info().replayed, 2);
     assert_eq!(disk.reap(1), [(1, Status::Okay)], "its result outlives it");
@@ -293,7 +293,7 @@ fn a_flush_waits_for_earlier_writes_during_a_replay() {
     disk.post(4, Op::Flush, 0, 0);
     assert_eq!(disk.tags(), [0, 1]);
     assert_eq!(disk.commit(1, 2, 0, 0), Committed::Done(1));
-    // The read is no reason to wait.
+    // The read need not wait.
     assert_eq!(disk.tags(), [2, 3]);
     disk.post(5, Op::Write, 200, 8);
     assert_eq!(disk.commit(3, 2, 0, 0), Committed::Done(1));
@@ -413,7 +413,7 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     let epoch = disk.shadow.opened().expect("nobody has it");
     disk.epoch = epoch;
     assert!(!disk.shadow.claim(epoch + 1, claims(0)), "somebody else");
-    // One that has only just read what a disk is claims too little, and may correct itself.
+    // A process that has only just read the properties of a disk claims too little, and may correct that.
     assert!(disk
         .shadow
         .claim(epoch, claims(bits(&[abi::OP_READ, abi::OP_FLUSH]))));
@@ -429,7 +429,7 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     assert_eq!(disk.tags(), [0]);
     assert!(!disk.shadow.claim(epoch, claims(0)), "it has a request");
     disk.die();
-    // What one process has claimed is not the next one's.
+    // Claims of one process do not hold for the next.
     disk.start();
     assert!(disk.shadow.has_claimed(abi::FEATURE_URING_CMD));
     assert_eq!(disk.tags(), [0]);
@@ -448,7 +448,7 @@ fn claim(disk: &mut Disk, fence: Fence) {
     assert!(disk.shadow.started(disk.epoch).is_ok());
 }
 
-/// The process goes, and nothing of it is to be seen: how many milliseconds later it is over.
+/// Ends the process with no visible I/O, and returns the milliseconds after which its I/O is over.
 fn settles(disk: &mut Disk) -> u64 {
     const NS: u64 = 1_000_000;
     let seen_last = 5_000 * NS;
@@ -472,7 +472,7 @@ fn what_goes_over_a_network_has_time_to_settle() {
     assert!(disk.shadow.opened().is_err(), "its write may be executed");
     assert_eq!(disk.shadow.quiet(9 + 699_999_999), None);
     assert!(disk.shadow.quiet(9 + 700_000_000).is_some());
-    // The next one is another one, and is not asked what the last one was.
+    // The next process is not bound by the claim of the last one.
     disk.start();
     assert_eq!(disk.tags(), [0]);
     assert_eq!(settles(&mut disk), 0);
@@ -483,14 +483,14 @@ fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
     let mut disk = Disk::new(4);
     let session = |settle_ms| claimed(Fence::Session { settle_ms });
     claim(&mut disk, Fence::Session { settle_ms: 700 });
-    // It has nothing of ours in hand, and does not say that its I/O for others is over.
+    // The process has no request of this disk, and does not declare its I/O for others over.
     assert!(disk.shadow.claim(disk.epoch, session(50)));
     assert_eq!(settles(&mut disk), 700);
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     assert!(disk.shadow.claim(disk.epoch, session(50)));
     assert!(disk.shadow.started(disk.epoch).is_ok());
     assert_eq!(settles(&mut disk), 700);
-    // This one does.
+    // This claim does.
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     assert!(disk.shadow.claim(disk.epoch, claimed(Fence::Local)));
     assert!(disk.shadow.claim(disk.epoch, session(50)));
@@ -498,7 +498,7 @@ fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
     assert_eq!(settles(&mut disk), 50);
 }
 
-/// It may have reached its storage: tapdisk claims before it looks at an image.
+/// The process may have opened its storage, because tapdisk claims before it opens an image.
 #[test]
 fn what_was_claimed_counts_of_a_process_that_was_never_started() {
     let mut disk = Disk::new(4);
@@ -506,7 +506,7 @@ fn what_was_claimed_counts_of_a_process_that_was_never_started() {
     disk.epoch = disk.shadow.opened().expect("nobody has it");
     assert!(disk.shadow.claim(disk.epoch, session));
     assert_eq!(settles(&mut disk), 700);
-    // The same if its start was refused.
+    // A claim before a refused start counts, too.
     let nothing = Claimed {
         operations: 0,
         ..session
@@ -515,14 +515,14 @@ fn what_was_claimed_counts_of_a_process_that_was_never_started() {
     assert!(disk.shadow.claim(disk.epoch, nothing));
     assert!(disk.shadow.started(disk.epoch).is_err());
     assert_eq!(settles(&mut disk), 700);
-    // It may say that nothing is under way, started or not.
+    // A process may declare that no I/O is in flight, started or not.
     disk.epoch = disk.shadow.opened().expect("it is over");
     assert!(disk.shadow.claim(disk.epoch, session));
     assert!(disk.shadow.claim(disk.epoch, claimed(Fence::Local)));
     assert_eq!(settles(&mut disk), 0);
 }
 
-/// Counts how often the shadow reaches for its memory.
+/// Counts the accesses of the shadow to its memory.
 struct Counted(Vec<Entry>, Rc<Cell<u64>>);
 
 impl Deref for Counted {
@@ -539,7 +539,7 @@ impl DerefMut for Counted {
     }
 }
 
-/// A process may do that as often as it likes, and the queues wait for the lock meanwhile.
+/// A process may start as often as it likes, and the queues wait for the lock during a start.
 #[test]
 fn a_start_after_the_first_one_looks_at_no_request() {
     const REQUESTS: u16 = 1000;
@@ -569,7 +569,7 @@ fn a_start_after_the_first_one_looks_at_no_request() {
     }
 }
 
-/// Those who wait for others keep their place.
+/// Requests that wait for others keep their place.
 #[test]
 fn a_start_after_another_claim_keeps_what_waits_in_order() {
     let mut disk = Disk::live(4);
@@ -605,7 +605,7 @@ fn who_has_ended_all_its_io_says_so() {
     assert_eq!(disk.commit(0, 1, 0, 0), Committed::Done(0));
     assert!(!disk.shadow.claim(disk.epoch + 1, local), "another one");
     assert!(disk.shadow.claim(disk.epoch, local));
-    // From now on it gets nothing.
+    // From now on the process gets nothing.
     disk.post(2, Op::Write, 8, 8);
     assert!(!disk.shadow.has_deliverable());
     assert_eq!(settles(&mut disk), 0);
@@ -613,7 +613,7 @@ fn who_has_ended_all_its_io_says_so() {
     assert_eq!(disk.tags(), [2]);
 }
 
-/// It begins to copy the disk to a server, say: the guest does not wait for that.
+/// For example, the process begins a mirror to a server: the guest does not wait for that.
 #[test]
 fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
     let mut disk = Disk::new(4);
@@ -623,7 +623,7 @@ fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
     assert_eq!(disk.tags(), [0]);
     assert!(!disk.shadow.claim(disk.epoch + 1, session(700)), "another");
     assert!(disk.shadow.claim(disk.epoch, session(700)));
-    // With anything else it would have to start again, which it may not now.
+    // For any other change of its claim it must start again, which is not allowed now.
     let more = Claimed {
         features: abi::FEATURE_MAPS,
         ..session(800)
@@ -642,12 +642,12 @@ fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
         assert!(!disk.shadow.claim(disk.epoch, other), "{other:?}");
     }
     assert_eq!(disk.commit(0, 1, 0, 0), Committed::Done(0));
-    // The same with nothing in hand.
+    // The wider claim works with no request in hand, too.
     assert!(disk.shadow.claim(disk.epoch, session(900)));
     disk.post(1, Op::Write, 8, 8);
     assert_eq!(disk.tags(), [1], "it is served on");
     assert_eq!(settles(&mut disk), 900);
-    // What it had when it did not know yet is no exception.
+    // Requests that it had before the wider claim are no exception.
     disk.start();
     assert_eq!(disk.tags(), [1]);
     assert!(disk.shadow.claim(disk.epoch, claimed(Fence::None)));
@@ -670,7 +670,8 @@ fn what_cannot_be_fenced_is_not_executed_again() {
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
     assert_eq!(disk.reap(0), [(0, Status::Error)]);
     assert_eq!(disk.reap(1), [(1, Status::Okay)]);
-    // What it never had is the next one's, and so is what changes nothing: that alone is a replay.
+    // The next process gets requests that the old one never had and requests that change nothing; only the latter are
+    // replays.
     disk.start();
     assert_eq!(disk.tags(), [2, 3]);
     assert_eq!(disk.info().replayed, 1);
@@ -787,7 +788,7 @@ fn requests_fail_only_while_nobody_serves_them() {
     assert_eq!(disk.tags(), [0]);
     assert_eq!(disk.shadow.fail_waiting(8).count, 0, "live");
     disk.shadow.closed();
-    // What the process had stays: its I/O may be running.
+    // Requests of the process stay, because its I/O may be running.
     let failed = disk.shadow.fail_waiting(1);
     assert_eq!((failed.count, failed.queues, failed.more), (1, 2, true));
     let failed = disk.shadow.fail_waiting(8);
@@ -809,7 +810,7 @@ fn requests_fail_only_while_nobody_serves_them() {
 #[test]
 fn one_call_does_not_look_at_everything() {
     let mut disk = Disk::live(4096);
-    // Each of these must be compared with all before it.
+    // Each of these requests must be compared with all before it.
     for tag in 0..4096 {
         disk.post(tag, Op::Read, 0, 100_000);
     }

@@ -14,7 +14,7 @@ use kernel::fs::File;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 
-/// What a block device allows. Sizes in bytes; sectors are 512 bytes.
+/// Limits of a block device. Sizes in bytes; sectors are 512 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
     /// Size in sectors.
@@ -49,7 +49,7 @@ pub(crate) struct BlockDevice {
     bdev: NonNull<bindings::block_device>,
     number: u32,
     writable: bool,
-    /// What whoever gave the device had opened, whose locks last as long.
+    /// The file description that the giver of the device had opened, so that its locks last as long.
     _opened: Option<ARef<File>>,
 }
 
@@ -59,17 +59,17 @@ unsafe impl Send for BlockDevice {}
 unsafe impl Sync for BlockDevice {}
 
 impl BlockDevice {
-    /// Opens a device by its number. May sleep, and long if the storage is slow.
+    /// Opens a device by its number. May sleep for as long as the storage takes.
     ///
-    /// There is no exclusive claim: several guests may share a disk if the administrator says so,
-    /// and the hotplug script is what checks that.
+    /// There is no exclusive claim, because several guests may share a disk if the administrator allows it; the hotplug
+    /// script checks that.
     pub(crate) fn open(major: u32, minor: u32, writable: bool) -> Result<Self> {
         // SAFETY: Plain arithmetic.
         let number = unsafe { sys::xbr_mkdev(major, minor) };
         Self::open_number(number, writable, None)
     }
 
-    /// Opens the device that a file is, which is kept with it. May sleep, as [`open`](Self::open).
+    /// Opens the device that a file is, and keeps the file. May sleep, as [`open`](Self::open) does.
     pub(super) fn of_file(file: ARef<File>, writable: bool) -> Result<Self> {
         // SAFETY: An open file has an inode, which lives as long as the file; the number of its device does
         // not change.
@@ -103,23 +103,23 @@ impl BlockDevice {
         self.bdev.as_ptr()
     }
 
-    /// The device's number as `dev_t`.
+    /// Returns the device's number as `dev_t`.
     pub(crate) fn number(&self) -> u32 {
         self.number
     }
 
-    /// True if it was opened for writing.
+    /// Returns true if the device was opened for writing.
     pub(crate) fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// The size in sectors now.
+    /// Returns the present size in sectors (512 bytes).
     pub(crate) fn sectors(&self) -> u64 {
         // SAFETY: By the type invariant.
         unsafe { sys::xbr_bdev_nr_sectors(self.as_raw()) }
     }
 
-    /// What the device allows now.
+    /// Returns the present limits of the device.
     pub(crate) fn limits(&self) -> Limits {
         let mut raw = sys::BdevLimits::default();
         // SAFETY: By the type invariant; `raw` is valid for writes.
@@ -131,9 +131,9 @@ impl BlockDevice {
             discard_granularity: (raw.discard_sectors != 0).then_some(raw.discard_granularity),
             discard_alignment: raw.discard_alignment,
             secure_erase: raw.secure_erase_sectors != 0,
-            // There may be none now, and one while the guest is connected: a volume moves to another
-            // disk, or somebody turns the cache on. A guest that was told of none would not ask for
-            // a flush. While there is none, the block layer completes flushes by itself.
+            // A device without a cache may get one while the guest is connected: a volume moves to another disk, or the
+            // administrator turns the cache on. A guest that saw no cache at its connect would send no flush. While
+            // there is no cache, the block layer completes flushes without the device.
             write_cache: true,
             read_only: raw.read_only != 0,
             removable: raw.removable != 0,
@@ -141,8 +141,8 @@ impl BlockDevice {
         }
     }
 
-    /// True if what is being written must not change: the device, or the network behind it, has a checksum of it, or
-    /// reads it twice.
+    /// Returns true if data must not change while it is being written, because the device, or the network behind it,
+    /// computes a checksum of it or reads it twice.
     pub(crate) fn wants_stable_pages(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { sys::xbr_bdev_stable_writes(self.as_raw()) != 0 }
@@ -153,8 +153,8 @@ impl BlockDevice {
     pub(crate) fn drop_cache(&self) -> Result {
         // SAFETY: By the type invariant.
         to_result(unsafe { bindings::sync_blockdev(self.as_raw()) })?;
-        // What cannot be dropped was dirtied again or is mapped by somebody in this domain, whose
-        // own affair that is.
+        // Pages that cannot be dropped were dirtied again, or are mapped by another user in this domain, who is
+        // responsible for them.
         // SAFETY: By the type invariant.
         let _busy = unsafe { sys::xbr_bdev_invalidate(self.as_raw()) };
         Ok(())
@@ -163,8 +163,8 @@ impl BlockDevice {
 
 impl Drop for BlockDevice {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the file is ours. It is released here and now, not by a
-        // work item later: the toolstack removes the device as soon as it sees state Closed.
+        // SAFETY: By the type invariant the file is ours. The drop releases it here and not in a later work item,
+        // because the toolstack removes the device as soon as it sees state Closed.
         unsafe { bindings::__fput_sync(self.file.as_ptr()) };
     }
 }

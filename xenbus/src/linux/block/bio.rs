@@ -2,12 +2,12 @@
 
 //! Block I/O: bios, their completion in interrupt context, and plugging.
 //!
-//! I/O on a file is built in the same way. Where a bio would be submitted, the file system is called with
-//! its memory instead: `call.rs`.
+//! I/O on a file is built in the same way. Where a bio would be submitted, the file system is called with the bio's
+//! memory instead: `call.rs`.
 //!
-//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page`, `__bio_add_page`
-//! (include/linux/bio.h), `submit_bio` and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers
-//! that make a block device; it has no bios for those who use one.
+//! Wraps `bioset_init`, `bio_init`, `bio_alloc_bioset`, `bio_add_page`, `__bio_add_page` (include/linux/bio.h),
+//! `submit_bio` and `blk_start_plug` (include/linux/blkdev.h). The kernel's own `kernel::block::mq` is for drivers that
+//! make a block device; it has no bios for users of one.
 
 mod call;
 mod transfer;
@@ -35,13 +35,13 @@ use kernel::types::Opaque;
 
 pub(crate) use transfer::{Piece, Place};
 
-/// Bios beyond the record's own that can be allocated while there is no memory: enough for
-/// progress. Each has room for the most ranges that a bio can have.
+/// Bios beyond the record's own that can be allocated while there is no memory: enough for progress. Each has room for
+/// as many ranges as a bio can have.
 const RESERVE: u32 = 2;
 /// Ranges of memory of one bio at most (`BIO_MAX_VECS`).
 const MAX_VECS: u16 = 256;
 
-/// What a bio does.
+/// Operation of a bio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
     /// Read.
@@ -67,13 +67,13 @@ impl Record {
         unsafe { core::ptr::addr_of_mut!((*self.first.get()).bio) }
     }
 
-    /// Where the I/O goes, if not to the disk's own device.
+    /// Returns the target of the I/O; `None` for the disk's own device.
     ///
     /// # Safety
     ///
     /// The record is taken, and its I/O is not reaped as long as this is used.
     unsafe fn storage(&self) -> Option<&Storage> {
-        // SAFETY: Until then nobody changes it.
+        // SAFETY: Until then no code changes it.
         unsafe { (*self.storage.get()).as_ref() }
     }
 }
@@ -112,33 +112,33 @@ struct Record {
     taken: Atomic<u32>,
     tag: QueueTag,
     owner: *const Disk,
-    /// Where the I/O goes, if not to the disk's own device. Belongs to whoever has taken the record, which until the
-    /// completion is reaped lets it be.
+    /// Target of the I/O; `None` for the disk's own device. Belongs to the code that has taken the record, which does
+    /// not change it until the completion is reaped.
     storage: UnsafeCell<Option<Storage>>,
-    /// Belongs to whoever builds the I/O, and from submission to completion to the block layer or the file
+    /// Belongs to the code that builds the I/O, and from submission to completion to the block layer or the file
     /// system.
     first: Opaque<Framed>,
     vecs: Opaque<[bindings::bio_vec; FIRST_VECS as usize]>,
 }
 
-/// Everything that I/O on block devices and files needs.
+/// Resources for I/O on block devices and files.
 ///
 /// # Invariants
 ///
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
-/// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so nobody else
-///   touches it. All that time its bios go to its storage, or without one to `device`.
+/// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so no other code touches it. All that
+///   time its bios go to its storage, or without one to `device`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Disk {
     pages: Arc<DataPages>,
     wake_event: Arc<WakeEvent>,
-    /// Where all I/O goes of which nothing else is said.
+    /// Destination of all I/O without another one.
     device: Option<Arc<BlockDevice>>,
     #[pin]
     set: Opaque<bindings::bio_set>,
     records: KVVec<Record>,
-    /// One bit for each tag: complete and not reaped.
+    /// One bit for each tag whose I/O is complete and not reaped.
     done: KVec<Atomic<u64>>,
     busy: Atomic<i32>,
 }
@@ -149,8 +149,8 @@ unsafe impl Send for Disk {}
 unsafe impl Sync for Disk {}
 
 impl Disk {
-    /// Reserves what `tags` concurrent I/Os need, of which all go to `device` if there is one. Completions wake the
-    /// thread. May sleep.
+    /// Allocates the records of `tags` concurrent I/Os, which all go to `device` if there is one. Completions wake the
+    /// thread of `wake_event`. May sleep.
     pub(crate) fn new(
         pages: Arc<DataPages>,
         wake_event: Arc<WakeEvent>,
@@ -209,7 +209,7 @@ impl Disk {
         )
     }
 
-    /// Bytes that the I/O of so many tags takes, with the reserve.
+    /// Returns the bytes of memory for the I/O of `tags` tags, with the reserve.
     pub(crate) const fn bytes(tags: u16) -> usize {
         let records = (tags as usize).saturating_mul(size_of::<Record>());
         let vecs = (MAX_VECS as usize).saturating_mul(size_of::<bindings::bio_vec>());
@@ -228,9 +228,9 @@ impl Disk {
         self.begin_at(tag, storage, device, most)
     }
 
-    /// The same for an I/O that goes nowhere, because all of it reads as zeroes.
+    /// Begins an I/O without a target, because all of it reads as zeroes.
     pub(crate) fn begin_nowhere(&self, tag: QueueTag) -> Option<Inflight<'_>> {
-        // A bio without a device is for the record's file, of which there is none: it would fail.
+        // A bio without a device is for the record's file; there is none, so the bio would fail.
         self.begin_at(tag, None, core::ptr::null_mut(), None)
     }
 
@@ -291,9 +291,8 @@ impl Disk {
 #[pinned_drop]
 impl PinnedDrop for Disk {
     fn drop(self: Pin<&mut Self>) {
-        // Whoever owns the object has reaped everything; what can remain is the last instructions
-        // of an interrupt handler on another CPU, for which this waits. If I/O were still in
-        // flight it would wait for that as well.
+        // The owner of the object has reaped everything; only the last instructions of an interrupt handler on another
+        // CPU can remain, and this waits for them. It would also wait for I/O that is still in flight.
         while self.busy.load(kernel::sync::atomic::ordering::Acquire) != 0 {
             cond_resched();
         }
@@ -312,7 +311,7 @@ pub(crate) struct Inflight<'a> {
     disk: &'a Disk,
     record: &'a Record,
     device: *mut bindings::block_device,
-    /// What each of its bios has at most, if that is less than a bio can have.
+    /// Limit of each of its bios, if that is less than a bio can have.
     most: Option<Most>,
     first_taken: Cell<bool>,
 }
@@ -341,8 +340,8 @@ impl Inflight<'_> {
             }
         } else {
             let first = self.record.first_bio();
-            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken
-            // the record, until submission; the device is valid as long, or there is none.
+            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken the record, until
+            // submission; the device is valid for that time, or there is none.
             unsafe {
                 bindings::bio_init(
                     first,
@@ -400,7 +399,7 @@ impl Bio<'_> {
         }
     }
 
-    /// Starts it, once. May sleep.
+    /// Submits the bio, once. May sleep.
     fn submit(&mut self) {
         if let Some(raw) = self.raw.take() {
             self.inflight.record.pending.fetch_add(1, Relaxed);
@@ -425,19 +424,19 @@ impl Drop for Bio<'_> {
     }
 }
 
-/// Completion of a bio; runs in any context, interrupts included.
+/// Ends a bio that the block layer has completed. Runs in any context, interrupts included.
 extern "C" fn end_io(bio: *mut bindings::bio) {
     // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
     let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
-    // SAFETY: The bio is complete, and nobody else uses it.
+    // SAFETY: The bio is complete, and no other code uses it.
     unsafe { end(bio, record, u32::from(status)) };
 }
 
-/// A bio is complete, with this `blk_status_t`.
+/// Ends a bio that is complete, with this `blk_status_t`.
 ///
 /// # Safety
 ///
-/// It is one of this record, and nobody uses it any more.
+/// The bio is one of this record, and no longer in use.
 unsafe fn end(bio: *mut bindings::bio, record: &Record, status: u32) {
     // SAFETY: As the caller says.
     unsafe { free(bio, record) };
@@ -447,17 +446,17 @@ unsafe fn end(bio: *mut bindings::bio, record: &Record, status: u32) {
     put(record);
 }
 
-/// Lets go of a bio.
+/// Frees a bio.
 ///
 /// # Safety
 ///
-/// It is one of this record, and nobody uses it any more.
+/// The bio is one of this record, and no longer in use.
 unsafe fn free(bio: *mut bindings::bio, record: &Record) {
     if bio == record.first_bio() {
-        // SAFETY: It was initialised, and nobody uses it.
+        // SAFETY: It was initialised, and no code uses it.
         unsafe { bindings::bio_uninit(bio) };
     } else {
-        // SAFETY: It was allocated, and nobody uses it.
+        // SAFETY: It was allocated, and no code uses it.
         unsafe { bindings::bio_put(bio) };
     }
 }
@@ -480,7 +479,7 @@ fn put(record: &Record) {
     disk.busy.fetch_sub(1, Release);
 }
 
-/// Runs `body` with the block layer's queue plugged: what it submits goes down together.
+/// Runs `body` with the block layer's queue plugged, so that the device gets all bios of `body` together.
 pub(crate) fn plugged<R>(body: impl FnOnce() -> R) -> R {
     let mut plug = bindings::blk_plug::default();
     // SAFETY: The plug stays on this stack frame, and is finished before it goes.

@@ -32,7 +32,7 @@ pub(crate) struct ImageFile {
     writable: bool,
 }
 
-/// What is transferred at once at most.
+/// Limits of one transfer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Most {
     /// Ranges of memory.
@@ -42,7 +42,7 @@ pub(super) struct Most {
 }
 
 impl ImageFile {
-    /// Takes a file if it is one for this. May sleep.
+    /// Takes a file if direct I/O with it is possible. May sleep.
     ///
     /// # Errors
     ///
@@ -59,9 +59,9 @@ impl ImageFile {
         if !fits {
             return Err(not_supported());
         }
-        // INVARIANT: Just looked at; none of it changes while the file is open.
+        // INVARIANT: Just checked; none of it changes while the file is open.
         Ok(Self {
-            // What waits for a file waits for no other one.
+            // A queue for this file alone, so that work on it waits for no other file.
             queue: OwnQueue::for_files(c"xen-blkback-rs-file", CALLS)?,
             file,
             block: limits.block / 512,
@@ -81,52 +81,52 @@ impl ImageFile {
         self.file.as_ptr()
     }
 
-    /// Where calls are made that may wait.
+    /// Returns the queue for calls that may wait.
     pub(super) fn queue(&self) -> &OwnQueue {
         &self.queue
     }
 
-    /// True if a call can be told not to wait.
+    /// Returns true if a call with the order not to wait (`IOCB_NOWAIT`) is possible.
     pub(super) fn can_refuse_to_wait(&self) -> bool {
         self.can_refuse_to_wait
     }
 
-    /// True if it was opened for writing.
+    /// Returns true if the file was opened for writing.
     pub(super) fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// Sectors of 512 bytes of which a transfer consists.
+    /// Returns the number of 512-byte sectors of which each transfer is a multiple.
     pub(super) fn block(&self) -> u32 {
         self.block
     }
 
-    /// What its device takes at once, if it says so. More would have to be divided, and a device that was told not to wait does
-    /// not divide: all of it would fail.
+    /// Returns the device's limits for one transfer, if it has any. A larger transfer would have to be divided, but a
+    /// device with the order not to wait does not divide: the whole transfer would fail.
     pub(super) fn most(&self) -> Option<Most> {
         self.most
     }
 
-    /// The size in whole sectors of 512 bytes now.
+    /// Returns the present size in whole sectors of 512 bytes.
     pub(super) fn sectors(&self) -> u64 {
         // SAFETY: The file is open.
         let size = unsafe { sys::xbr_file_size(self.file.as_ptr()) };
         u64::try_from(size).unwrap_or(0) / 512
     }
 
-    /// True if both are the same file, whatever its name was when it was opened.
+    /// Returns true if both are the same file, whatever its name was when it was opened.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         // SAFETY: Both files are open, so both inodes live.
         unsafe { (*self.as_raw()).f_inode == (*other.as_raw()).f_inode }
     }
 
-    /// True if what is written must not change meanwhile.
+    /// Returns true if the data of a write must not change while it is under way.
     pub(super) fn wants_stable_pages(&self) -> bool {
         // SAFETY: The file is open.
         unsafe { sys::xbr_file_stable_writes(self.file.as_ptr()) != 0 }
     }
 
-    /// Makes what was written durable. May sleep, and long if the storage is slow.
+    /// Makes all completed writes durable. May sleep for as long as the storage takes.
     pub(super) fn sync(&self) -> Result {
         // SAFETY: The file is open.
         to_result(unsafe { bindings::vfs_fsync(self.as_raw(), 1) })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Block devices and files that are the bytes of a disk, and I/O on them.
+//! Block devices and files that store a disk, and I/O on them.
 
 pub(crate) mod bdev;
 pub(crate) mod bio;

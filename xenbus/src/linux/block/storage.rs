@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Where the bytes of a disk are: in a block device, or in a file.
+//! The storage of a disk: a block device or a file.
 
 use super::bdev::BlockDevice;
 use super::file::ImageFile;
@@ -9,24 +9,24 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 
-/// A block device or a file. It is released with the last copy.
+/// A block device or a file. Dropping the last copy releases it.
 #[derive(Clone)]
 pub(crate) enum Storage {
-    /// A device, which is reached by bios.
+    /// A device, which gets bios.
     Device(Arc<BlockDevice>),
-    /// A file, whose file system is asked.
+    /// A file, whose file system is called.
     File(Arc<ImageFile>),
 }
 
 impl Storage {
-    /// What a descriptor of the calling process leads to. Its open file description is kept with it, and so
-    /// are the locks of that. May sleep, and long if the storage is slow.
+    /// Returns the storage of a descriptor of the calling process. It keeps the open file description and that
+    /// description's locks. May sleep for as long as the storage takes.
     ///
     /// # Errors
     ///
-    /// `EBADF` if there is no such descriptor, `EOPNOTSUPP` if it leads to something else, to a file that
-    /// was not opened for this access without the page cache, or to one whose file system has its blocks elsewhere
-    /// than on devices of this host.
+    /// `EBADF` if there is no such descriptor. `EOPNOTSUPP` if it is neither a block device nor a regular file, if the
+    /// file was not opened for this access without the page cache, or if its file system has its blocks elsewhere than
+    /// on devices of this host.
     pub(crate) fn of_descriptor(fd: u32, writable: bool) -> Result<Self> {
         let file = LocalFile::fget(fd)?;
         // SAFETY: The calling process is in an ioctl on another descriptor, so it holds no position lock of
@@ -40,7 +40,7 @@ impl Storage {
         Ok(Storage::File(Arc::new(file, GFP_KERNEL)?))
     }
 
-    /// The size in sectors of 512 bytes now.
+    /// Returns the present size in sectors of 512 bytes.
     pub(crate) fn sectors(&self) -> u64 {
         match self {
             Storage::Device(device) => device.sectors(),
@@ -48,7 +48,7 @@ impl Storage {
         }
     }
 
-    /// Sectors of 512 bytes of which each transfer is a multiple, and where it begins.
+    /// Returns the number of 512-byte sectors of which the length and the beginning of each transfer are multiples.
     pub(crate) fn block(&self) -> u32 {
         match self {
             Storage::Device(device) => device.limits().logical_block / 512,
@@ -56,7 +56,7 @@ impl Storage {
         }
     }
 
-    /// True if it may be written.
+    /// Returns true if it is open for writing.
     pub(crate) fn is_writable(&self) -> bool {
         match self {
             Storage::Device(device) => device.is_writable(),
@@ -64,8 +64,8 @@ impl Storage {
         }
     }
 
-    /// True if what is written must not change meanwhile: where a checksum that is wrong ends a connection that other
-    /// disks have, too, that is more than the loss of whoever changes it.
+    /// Returns true if the data of a write must not change while it is under way, because a wrong checksum ends a
+    /// connection that other disks share, so a guest that changes its data would also harm others.
     pub(crate) fn wants_stable_pages(&self) -> bool {
         match self {
             Storage::Device(device) => device.wants_stable_pages(),
@@ -73,7 +73,7 @@ impl Storage {
         }
     }
 
-    /// True if both are the same device or the same file.
+    /// Returns true if both are the same device or the same file.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Storage::Device(one), Storage::Device(other)) => one.number() == other.number(),

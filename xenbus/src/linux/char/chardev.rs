@@ -2,10 +2,10 @@
 
 //! Character devices of a module that can be unloaded.
 //!
-//! All nodes of a kind share one [`Region`] of minor numbers, whose operations name this module as
-//! their owner: an open file keeps the module in memory, and a file cannot be opened while the
-//! module is on its way out. (`kernel::miscdevice` sets no owner.) What a minor number stands for
-//! is looked up when it is opened, so nothing that belongs to a node is freed under an opener.
+//! All nodes of a kind share one [`Region`] of minor numbers, whose operations name this module as their owner. So an
+//! open file keeps the module in memory, and a file cannot be opened while the module is being unloaded.
+//! (`kernel::miscdevice` sets no owner.) The object of a minor number is looked up when it is opened, so no part of a
+//! node is freed under an opener.
 //!
 //! Facts about the kernel: `chrdev_open` (fs/char_dev.c) takes a reference to the owner before it
 //! calls `open`; `release` is called once, after every other operation of that file has returned,
@@ -30,16 +30,15 @@ use kernel::sync::{Arc, ArcBorrow};
 use kernel::types::ForeignOwnable;
 use kernel::uaccess::{UserPtr, UserSlice, UserSliceWriter};
 
-/// What `poll` says: there is something to read.
+/// Result of `poll`: there is something to read.
 pub(crate) const READABLE: u32 = bindings::POLLIN | bindings::POLLRDNORM;
 
-/// What one opener of a character device can do. All of it may be called by several threads at
-/// once, and may sleep.
+/// Operations of one opener of a character device. All of it may be called by several threads at once, and may sleep.
 pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
     /// Opens a minor number; what this returns belongs to the file.
     fn open(minor: u32, nonblocking: bool) -> Result<Arc<Self>>;
 
-    /// The file is closed for good: every copy of its descriptor and every mapping is gone.
+    /// Ends the use of the file, after every copy of its descriptor and every mapping is gone.
     fn release(&self);
 
     /// Answers an ioctl. `argument` is whatever the caller passed.
@@ -50,7 +49,7 @@ pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
         Err(EINVAL)
     }
 
-    /// Says what the file is ready for, after it has registered its wait queue with `waiter`.
+    /// Returns the events for which the file is ready, after it has registered its wait queue with `waiter`.
     fn poll(&self, _waiter: &Waiter<'_>) -> u32 {
         0
     }
@@ -65,25 +64,25 @@ pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
         uring::Outcome::refused()
     }
 
-    /// A parked command was woken; runs in its task.
+    /// Handles a parked command that was woken. Runs in the command's task.
     fn uring_woken(&self, command: uring::Woken) {
         command.cancel();
     }
 
-    /// Gives up a parked command if `wanted` is the one; else the waker has it already.
+    /// Gives up the parked command that `wanted` names; `None` if the waker has it already.
     fn uring_cancel(&self, _wanted: &uring::Identity) -> Option<uring::Parked> {
         None
     }
 }
 
-/// Who wants to hear when a file becomes ready.
+/// A caller that waits until a file becomes ready.
 pub(crate) struct Waiter<'a> {
     file: &'a File,
     table: PollTable<'a>,
 }
 
 impl Waiter<'_> {
-    /// Has the poller woken when `queue` is notified.
+    /// Registers the poller, which is then woken when `queue` is notified.
     pub(crate) fn register(&self, queue: &kernel::sync::poll::PollCondVar) {
         self.table.register_wait(self.file, queue);
     }
@@ -93,9 +92,9 @@ impl Waiter<'_> {
 pub(crate) struct NewMapping<'a>(&'a VmaNew);
 
 impl NewMapping<'_> {
-    /// Byte offset in the file.
+    /// Returns the byte offset in the file.
     pub(crate) fn offset(&self) -> u64 {
-        // SAFETY: By the invariant of `VmaNew` the area is valid, and nobody else changes it yet.
+        // SAFETY: By the invariant of `VmaNew` the area is valid, and no other code changes it yet.
         let page = unsafe { (*self.0.as_ptr()).vm_pgoff } as u64;
         page.wrapping_mul(4096)
     }
@@ -105,12 +104,12 @@ impl NewMapping<'_> {
         self.0.end().wrapping_sub(self.0.start())
     }
 
-    /// True if what the process writes shows in the pages.
+    /// Returns true if writes of the process change the pages.
     pub(crate) fn is_shared(&self) -> bool {
         self.0.flags() & kernel::mm::virt::flags::SHARED != 0
     }
 
-    /// The area itself, for the wrappers that put pages into it.
+    /// Returns the area, for the wrappers that put pages into it.
     pub(in crate::linux) fn area(&self) -> &VmaNew {
         self.0
     }
@@ -128,7 +127,7 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// Registers the minor numbers from 0 to `minors`, whose openers are `T`s. A node may be opened
+    /// Registers the minor numbers from 0 to `minors`, with `T` as the type of their openers. A process may open a node
     /// from then on. May sleep.
     pub(crate) fn register<T: CharDevice>(name: &'static CStr, minors: u32) -> Result<Self> {
         // SAFETY: The operations and the name live as long as the module, which cannot be unloaded
@@ -145,7 +144,7 @@ impl Region {
         })
     }
 
-    /// A minor number as `dev_t`.
+    /// Returns the `dev_t` of a minor number.
     pub(crate) fn number(&self, minor: u32) -> u32 {
         // SAFETY: Plain arithmetic.
         unsafe { sys::xbr_mkdev(self.major, minor) }
@@ -216,7 +215,7 @@ impl Drop for Class {
     }
 }
 
-/// A node in `/dev`; dropping it takes it away. Files that are open stay open.
+/// A node in `/dev`; dropping it removes the node. Files that are open stay open.
 ///
 /// # Invariants
 ///
@@ -233,19 +232,19 @@ impl Drop for Node {
     }
 }
 
-/// True if the caller may administer the system.
+/// Returns true if the caller may administer the system.
 pub(crate) fn may_administer() -> bool {
     // SAFETY: Looks at the current task.
     unsafe { bindings::capable(bindings::CAP_SYS_ADMIN as c_int) }
 }
 
-/// The current process, as it calls itself.
+/// Returns the number of the current process, in its own name space.
 pub(crate) fn current_process() -> u32 {
     // SAFETY: Looks at the current task.
     unsafe { sys::xbr_current_tgid() }
 }
 
-/// Memory of the current process.
+/// Returns `len` bytes of the current process' memory at `address`, which need not be valid.
 pub(crate) fn user_memory(address: u64, len: usize) -> UserSlice {
     // CAST: kernels with this module have 64-bit addresses. Any value may be passed: the copy
     // checks it.
@@ -256,7 +255,7 @@ fn outcome(result: Result<c_int>) -> c_int {
     result.unwrap_or_else(Error::to_errno)
 }
 
-/// The operations of `T` as the kernel wants them.
+/// The operations of `T`, in the form of the kernel's table.
 struct Operations<T>(PhantomData<T>);
 
 impl<T: CharDevice> Operations<T> {
@@ -279,13 +278,13 @@ impl<T: CharDevice> Operations<T> {
         &Self::TABLE
     }
 
-    /// What `open` returned for this file.
+    /// Returns the value that `open` returned for this file.
     ///
     /// # Safety
     ///
     /// `file` is a file of this region, opened and not yet released, for as long as `'a`.
     unsafe fn data<'a>(file: *mut bindings::file) -> ArcBorrow<'a, T> {
-        // SAFETY: The file is valid; nobody changes this field after `open`.
+        // SAFETY: The file is valid; no code changes this field after `open`.
         let data = unsafe { (*file).private_data };
         // SAFETY: `open` has stored it with `into_foreign`, and only `release` takes it back.
         unsafe { Arc::borrow(data) }
@@ -327,7 +326,7 @@ impl<T: CharDevice> Operations<T> {
     ///
     /// For the kernel alone, as `release` of files of this region.
     unsafe extern "C" fn release(_: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-        // SAFETY: The file is being released: nobody else looks at it.
+        // SAFETY: The file is being released, so no other code reads the field.
         let data = unsafe { (*file).private_data };
         // SAFETY: Stored by `open`, and taken back only here.
         let data = unsafe { <Arc<T> as ForeignOwnable>::from_foreign(data) };
@@ -427,7 +426,7 @@ impl<T: CharDevice> Operations<T> {
     }
 }
 
-/// The kernel's task work for a woken command of `T`.
+/// Runs as the kernel's task work for a woken command of `T`.
 ///
 /// # Safety
 ///

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages of ours that a process maps, and pins for its own I/O.
+//! Pages of this module that a process maps, and pins for its own I/O.
 //!
-//! Facts about the kernel: a mapping and a pin each hold references to the pages (mm/memory.c,
-//! mm/gup.c), so a page that is pinned when its owner lets go of it lives until the pin is gone.
-//! Pages that nobody maps cannot be pinned any more.
+//! Facts about the kernel: a mapping and a pin each hold references to the pages (mm/memory.c, mm/gup.c), so a page
+//! that is pinned when its owner frees it lives until the pin is gone. Unmapped pages cannot be pinned any more.
 //!
 //! Wraps `vm_insert_pages` and `page_count` (include/linux/mm.h, include/linux/page_ref.h).
 
@@ -18,16 +17,15 @@ use kernel::prelude::*;
 use zerocopy::IntoBytes;
 
 impl Pages {
-    /// Bytes of the pages.
+    /// Returns the bytes of all pages.
     pub(crate) fn bytes_of_memory(&self) -> usize {
         self.raw().len().wrapping_mul(PAGE_SIZE)
     }
 
     /// Maps all pages into a process; the mapping must have their length. May sleep.
     ///
-    /// They are ordinary memory to the process: it may use them for direct I/O. The mapping can
-    /// neither be grown nor executed, is not passed on by `fork`, and is left out of a core dump: it
-    /// holds data of a guest.
+    /// The pages are ordinary memory to the process, which may use them for direct I/O. The mapping can neither be
+    /// grown nor executed, `fork` does not pass it on, and a core dump leaves it out, because it holds data of a guest.
     pub(crate) fn map(&self, mapping: &NewMapping<'_>, writable: bool) -> Result {
         if mapping.len() != self.bytes_of_memory() || !mapping.is_shared() {
             return Err(EINVAL);
@@ -54,7 +52,7 @@ impl Pages {
         })
     }
 
-    /// The first page from `first` on to which anybody but us refers: a mapping, or I/O that is
+    /// Returns the first page from `first` on with another reference than this module's: a mapping, or I/O that is
     /// under way.
     pub(crate) fn first_referenced(&self, first: u16) -> Option<u16> {
         let pages = self.raw().iter().zip(0..self.len()).skip(first.into());
@@ -65,7 +63,8 @@ impl Pages {
         })
     }
 
-    /// The word at a byte offset, if that is a multiple of its size and inside. Others may be writing it.
+    /// Returns the word at a byte offset, if that is a multiple of its size and inside the pages. Another thread may be
+    /// writing the word.
     pub(crate) fn read_word(&self, offset: usize) -> Option<u32> {
         const WORD: usize = size_of::<u32>();
         let page = self.raw().get(offset / PAGE_SIZE)?;
@@ -74,15 +73,15 @@ impl Pages {
         }
         // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
         let start = unsafe { sys::xbr_page_address(*page) }.cast::<u32>();
-        // SAFETY: The word lies inside the page, and is aligned. No reference to it exists. A volatile read is
-        // what the kernel's memory model allows beside other accesses of that word (READ_ONCE).
+        // SAFETY: The word lies inside the page, and is aligned. No reference to it exists. The kernel's memory model
+        // allows a volatile read beside other accesses of that word (READ_ONCE).
         Some(unsafe { start.add(offset % PAGE_SIZE / WORD).read_volatile() })
     }
 
     /// Writes a value at a byte offset; `false` if it does not lie inside one page, in whole words.
     ///
-    /// The process may be reading, and another thread writing: either sees a mixture, of whole
-    /// words, until it is told that the value is there.
+    /// The process may be reading, and another thread writing. Both see a mixture of old and new whole words until they
+    /// learn that the value is complete.
     pub(crate) fn write<T: IntoBytes + zerocopy::Immutable>(
         &self,
         offset: usize,
@@ -107,9 +106,8 @@ impl Pages {
             let Ok(word) = <[u8; WORD]>::try_from(word) else {
                 return false;
             };
-            // SAFETY: The word lies inside the page, as was checked, and is aligned. No reference
-            // to it exists. A volatile write of a word is what the kernel's memory model allows
-            // beside other accesses of that word (WRITE_ONCE).
+            // SAFETY: The word lies inside the page, as was checked, and is aligned. No reference to it exists. The
+            // kernel's memory model allows a volatile write of a word beside other accesses of that word (WRITE_ONCE).
             unsafe {
                 target.add(index).write_volatile(u32::from_ne_bytes(word));
             }

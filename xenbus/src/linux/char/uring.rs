@@ -2,18 +2,17 @@
 
 //! Commands that a process sends to a character device through io_uring.
 //!
-//! A command is a value that is passed on: [`Issued`] when the process has just sent it, [`Parked`]
-//! while it waits for something, [`Woken`] when that has come. Each of these ends in an answer or
-//! in the next one, so that no command is answered twice.
+//! A command is a value that is passed on: [`Issued`] when the process has just sent it, [`Parked`] while it waits for
+//! something, [`Woken`] when that has come. Each of these values is consumed by an answer or turned into the next one,
+//! so that no command is answered twice.
 //!
 //! Facts about the kernel (io_uring/uring_cmd.c, io_uring/tw.c):
 //! - A command is valid until it completes, and holds a reference to its file.
-//! - `io_uring_cmd_mark_cancelable` has the file called with `IO_URING_F_CANCEL` when the task or
-//!   the ring goes away, again and again until the command completes. Marked commands must end
-//!   with `__io_uring_cmd_done`, which takes the mark away.
-//! - `__io_uring_cmd_do_in_task` is callable from any task. It runs the callback once, with the
-//!   ring locked: in the task that issued the command, or elsewhere with `cancel` set if that task
-//!   is gone.
+//! - After `io_uring_cmd_mark_cancelable` the kernel calls the file with `IO_URING_F_CANCEL` when the task or the ring
+//!   goes away, again and again until the command completes. Marked commands must end with `__io_uring_cmd_done`, which
+//!   removes the mark.
+//! - `__io_uring_cmd_do_in_task` is callable from any task. The kernel runs the callback once, with the ring locked: in
+//!   the task that issued the command, or elsewhere with `cancel` set if that task is gone.
 //!
 //! Wraps `io_uring_cmd_mark_cancelable`, `__io_uring_cmd_do_in_task` and `__io_uring_cmd_done`
 //! (include/linux/io_uring/cmd.h).
@@ -29,19 +28,19 @@ use kernel::prelude::*;
 const CANCELLED: c_int = -(bindings::ECANCELED as c_int);
 const NOT_SUPPORTED: c_int = -(bindings::EOPNOTSUPP as c_int);
 
-/// What a driver keeps in a command while it is parked.
+/// Data of a driver in a parked command.
 pub(crate) type Note = [u64; 2];
 
-/// What the kernel wants of a file with a command.
+/// Kind of the kernel's call with a command.
 pub(in crate::linux) enum Call<'a> {
     /// The process has just sent it.
     Issue(Issued<'a>),
-    /// It is to end.
+    /// The command must end.
     Cancel(Cancelled<'a>),
 }
 
 impl Call<'_> {
-    /// The call of a file's operation; `None` without a command.
+    /// Reads the kernel's call of a file's operation; `None` without a command.
     ///
     /// # Safety
     ///
@@ -85,12 +84,12 @@ pub(in crate::linux) struct Cancelled<'a> {
 }
 
 impl Cancelled<'_> {
-    /// Which one.
+    /// Returns which command it is.
     pub(in crate::linux) fn identity(&self) -> &Identity {
         &self.wanted
     }
 
-    /// Ends it.
+    /// Ends the command.
     pub(in crate::linux) fn end(self, parked: Parked) {
         let command = parked.command.as_ptr();
         // SAFETY: By the invariant of `Parked` it has not completed; the flags are those of this
@@ -99,31 +98,31 @@ impl Cancelled<'_> {
     }
 }
 
-/// How the handling of an [`Issued`] command ended.
+/// Result of handling an [`Issued`] command.
 #[must_use]
 pub(crate) struct Outcome(c_int);
 
 impl Outcome {
-    /// The command is not known.
+    /// Makes the outcome of a command that is not known.
     pub(crate) fn refused() -> Self {
         Self(NOT_SUPPORTED)
     }
 
-    /// As the kernel wants it.
+    /// Returns the number that the kernel expects.
     pub(in crate::linux) fn number(self) -> c_int {
         self.0
     }
 }
 
 impl Issued<'_> {
-    /// The number of the command.
+    /// Returns the number of the command.
     pub(crate) fn number(&self) -> u32 {
         // SAFETY: The command is valid, and this field does not change.
         unsafe { (*self.command.as_ptr()).cmd_op }
     }
 
-    /// The 16 bytes of the submission queue entry that are the driver's, read once: the process
-    /// may be writing there.
+    /// Returns the driver's 16 bytes of the submission queue entry. They are read once, because the process may be
+    /// writing there.
     pub(crate) fn payload(&self) -> [u64; 2] {
         // SAFETY: The command is valid and its entry readable until it has been handled.
         let entry = unsafe { (*self.command.as_ptr()).sqe };
@@ -139,14 +138,14 @@ impl Issued<'_> {
     /// Answers the command.
     pub(crate) fn complete(self, result: Result<c_int>) -> Outcome {
         Outcome(match result {
-            // That would have it issued again, or leave it without an answer.
+            // The kernel would issue the command again, or leave it without an answer.
             Err(error) if error == EAGAIN || error == EIOCBQUEUED => EINVAL.to_errno(),
             Err(error) => error.to_errno(),
             Ok(result) => result,
         })
     }
 
-    /// Makes the command one that can wait: hands it over together with its outcome.
+    /// Turns the command into one that can wait, and returns it together with the outcome.
     ///
     /// From here on it can be cancelled; a cancellation that does not find it parked is repeated.
     pub(crate) fn park(self, note: Note) -> (Parked, Outcome) {
@@ -163,12 +162,11 @@ impl Issued<'_> {
     }
 }
 
-/// A command that waits. It must not be dropped: the process would wait for ever.
+/// A command that waits. It must not be dropped, because the process would wait without end.
 ///
 /// # Invariants
 ///
-/// The command has not completed, and nobody else will complete it. `woken` may be called as its task
-/// work.
+/// The command has not completed, and no other code will complete it. `woken` may be called as its task work.
 #[must_use]
 pub(crate) struct Parked {
     command: NonNull<sys::UringCmd>,
@@ -179,19 +177,19 @@ pub(crate) struct Parked {
 unsafe impl Send for Parked {}
 
 impl Parked {
-    /// Has the command handled in its task, as [`Woken`]. Callable under a spinlock.
+    /// Schedules the command's handling in its task, as [`Woken`]. Callable under a spinlock.
     pub(crate) fn wake(self) {
         // SAFETY: By the type invariant.
         unsafe { sys::__io_uring_cmd_do_in_task(self.command.as_ptr(), self.woken, 0) };
     }
 
-    /// True if a cancellation means this command.
+    /// Returns true if `wanted` is this command.
     pub(crate) fn is(&self, wanted: &Identity) -> bool {
         self.command == wanted.command
     }
 }
 
-/// Which command is to be cancelled.
+/// Identity of a command that is to be cancelled.
 pub(crate) struct Identity {
     command: NonNull<sys::UringCmd>,
 }
@@ -225,12 +223,12 @@ impl Woken {
         }
     }
 
-    /// True if its task is going away: its memory cannot be reached any more.
+    /// Returns true if the command's task is going away, so that its memory cannot be reached any more.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancel
     }
 
-    /// What was noted when it was parked.
+    /// Returns the driver's data of the parked command.
     pub(crate) fn note(&self) -> Note {
         // SAFETY: The command is valid, and these bytes are the driver's.
         unsafe { (*self.command.as_ptr()).pdu }

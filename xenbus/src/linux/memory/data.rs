@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The data pages of a queue: where each of them is now.
+//! The data pages of a queue, and the present place of each.
 //!
 //! Pages that have memory come first, then those at which guest pages are mapped. Memory comes and
 //! goes in blocks while the queue is served: one thread changes the table, the same one that looks
@@ -18,7 +18,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::Arc;
 
-/// Where one page is; both are 0 where there is no memory.
+/// Place of one page; both fields are 0 if it has no memory.
 struct Place {
     page: Atomic<usize>,
     frame: Atomic<u64>,
@@ -31,7 +31,8 @@ impl Place {
     }
 }
 
-/// One bit for each page of a block: the next one lies directly behind it, for this kernel and for the machine.
+/// Returns a bit for each page of a block: set if the next page lies directly behind it, for this kernel and for the
+/// machine.
 fn joins(places: &[Place]) -> u32 {
     let mut bits = 0;
     let pairs = places.iter().zip(places.iter().skip(1));
@@ -51,7 +52,7 @@ fn joins(places: &[Place]) -> u32 {
 /// the table's [`Backing`] has for it, which `joins` describes.
 pub(crate) struct DataPages {
     places: KVec<Place>,
-    /// What [`joins`] says of each block of pages.
+    /// Result of [`joins`] for each block of pages.
     joins: KVec<Atomic<u32>>,
     mappable: Option<Arc<Mappable>>,
     _arena: Option<Arc<Pages>>,
@@ -63,8 +64,8 @@ unsafe impl Send for DataPages {}
 unsafe impl Sync for DataPages {}
 
 impl DataPages {
-    /// A table for up to `with_memory` pages and `mappable` pages without memory, which has none yet of
-    /// either. May sleep.
+    /// Makes a table for up to `with_memory` pages and `mappable` pages without memory, which has no page of either
+    /// kind yet. May sleep.
     fn new(with_memory: u16, mappable: u16, arena: Option<Arc<Pages>>) -> Result<Self> {
         let count = usize::from(with_memory);
         let mut places = KVec::with_capacity(count, GFP_KERNEL)?;
@@ -84,9 +85,9 @@ impl DataPages {
         })
     }
 
-    /// Pages of an arena from `first` on, and `mappable` pages without memory. The arena lives
-    /// as long as they do. Who else uses the same pages is the caller's affair: an arena is shared
-    /// by the queues of one disk, never by two disks. May sleep.
+    /// Makes a table of an arena's pages from `first` on, and of `mappable` pages without memory. The arena lives as
+    /// long as the table. The caller decides which other users the pages have: the queues of one disk share an arena,
+    /// two disks never do. May sleep.
     ///
     /// # Errors
     ///
@@ -114,38 +115,38 @@ impl DataPages {
         Ok(table)
     }
 
-    /// Bytes that a table for so many pages takes.
+    /// Returns the bytes of a table for `with_memory` pages with memory.
     pub(crate) const fn bytes(with_memory: u16) -> usize {
         let joins = (with_memory as usize / PAGES).saturating_mul(size_of::<Atomic<u32>>());
         let places = (with_memory as usize).saturating_mul(size_of::<Place>());
         places.saturating_add(joins)
     }
 
-    /// Pages that can have memory; they are the first ones.
+    /// Returns the number of pages that can have memory; they are the first ones.
     pub(crate) fn with_memory(&self) -> u16 {
         // CAST: the constructor takes the number as one of 16 bits.
         self.places.len() as u16
     }
 
-    /// Pages at which guest pages can be mapped.
+    /// Returns the number of pages at which guest pages can be mapped.
     pub(crate) fn mappable(&self) -> u16 {
         self.mappable.as_ref().map_or(0, |pages| pages.count())
     }
 
-    /// The number of a page among those at which guest pages can be mapped.
+    /// Returns the number of a page among those at which guest pages can be mapped.
     pub(in crate::linux) fn map_index(&self, index: PageIndex) -> Option<usize> {
         let at = index.number().checked_sub(self.with_memory())?;
         (at < self.mappable()).then_some(usize::from(at))
     }
 
-    /// The page at which a guest page can be mapped, if it is there now.
+    /// Returns a page at which a guest page can be mapped, if it is there now.
     #[inline]
     pub(in crate::linux) fn map_page(&self, index: PageIndex) -> Option<*mut bindings::page> {
         let at = index.number().checked_sub(self.with_memory())?;
         self.mappable.as_ref()?.get(usize::from(at))
     }
 
-    /// Has the pages made at which guest pages can be mapped, if they are not there. Does not sleep.
+    /// Schedules the allocation of the pages at which guest pages can be mapped, if there are none. Does not sleep.
     pub(in crate::linux) fn want_mappable(&self) {
         if let Some(pages) = &self.mappable {
             pages.want();
@@ -156,8 +157,8 @@ impl DataPages {
     ///
     /// # Safety
     ///
-    /// Nothing is mapped at one of them that was not lost, and nobody uses one before
-    /// [`map_page`](Self::map_page) gives it again.
+    /// Nothing is mapped at one of them that was not lost, and no code uses one before [`map_page`](Self::map_page)
+    /// gives it again.
     pub(in crate::linux) unsafe fn free_mappable(&self) {
         if let Some(pages) = &self.mappable {
             // SAFETY: The caller's promise.
@@ -165,7 +166,7 @@ impl DataPages {
         }
     }
 
-    /// A guest's page cannot be taken from this page: it is nobody's any more.
+    /// Drops this page for good, because a guest's page cannot be taken from it.
     pub(in crate::linux) fn lose(&self, index: PageIndex) {
         if let (Some(at), Some(pages)) = (self.map_index(index), &self.mappable) {
             pages.lose(at);
@@ -178,18 +179,18 @@ impl DataPages {
         (!page.is_null()).then_some((page, frame))
     }
 
-    /// The frame number of a page with memory.
+    /// Returns the frame number of a page with memory.
     #[inline]
     pub(in crate::linux) fn frame(&self, index: PageIndex) -> Option<u64> {
         Some(self.place(index)?.1)
     }
 
-    /// A page, and how many bytes from its beginning on lie one behind the other, for this kernel
-    /// and for the machine: one transfer can go through all of them.
+    /// Returns a page, and the number of bytes from its beginning on that lie one behind the other, for this kernel and
+    /// for the machine, so that one transfer can cover them.
     #[inline]
     pub(in crate::linux) fn run(&self, index: PageIndex) -> Option<(*mut bindings::page, u32)> {
         let Some((page, _)) = self.place(index) else {
-            // Of a page at which a guest's page is mapped nothing is known.
+            // The memory behind a page at which a guest's page is mapped is not known.
             return Some((self.map_page(index)?, PAGE_SIZE as u32));
         };
         let block = index.index() / PAGES;
@@ -202,7 +203,7 @@ impl DataPages {
     }
 }
 
-/// The memory behind a table of data pages, and the only one who can change it.
+/// The memory behind a table of data pages. Only its owner can change the table.
 pub(crate) struct Backing {
     table: Arc<DataPages>,
     blocks: KVec<Option<KBox<Block>>>,
@@ -210,8 +211,7 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
-    /// A table for up to `with_memory` pages, in whole blocks, that hold data of `domain`. May
-    /// sleep.
+    /// Makes a table for up to `with_memory` pages, in whole blocks, that hold data of `domain`. May sleep.
     pub(crate) fn new(domain: u16, with_memory: u16, mappable: u16) -> Result<Self> {
         let count = usize::from(with_memory) / PAGES;
         let mut blocks = KVec::with_capacity(count, GFP_KERNEL)?;
@@ -230,7 +230,7 @@ impl Backing {
         })
     }
 
-    /// The table.
+    /// Returns the table.
     pub(crate) fn table(&self) -> &Arc<DataPages> {
         &self.table
     }
@@ -244,7 +244,7 @@ impl Backing {
     ///
     /// # Errors
     ///
-    /// The block comes back if there is no such place, or if that has memory.
+    /// Returns the block if there is no such place, or if the place has memory.
     pub(crate) fn attach(&mut self, index: u16, mut block: KBox<Block>) -> Result<(), KBox<Block>> {
         let places = self.table.places.get(Self::pages(index));
         let word = self.table.joins.get(usize::from(index));
@@ -258,14 +258,14 @@ impl Backing {
             // INVARIANT: The block is in `blocks` from here on.
             place.page.store(page.as_raw().addr(), Relaxed);
         }
-        // INVARIANT: What the pages say.
+        // INVARIANT: `joins` reads it from the pages.
         word.store(joins(places), Relaxed);
         *slot = Some(block);
         Ok(())
     }
 
-    /// Takes the memory of a block away. No I/O uses it any more, which the segment table of the
-    /// engine keeps: a block is given back when none of its pages belongs to a request.
+    /// Takes back the memory of a block. No I/O uses it any more, because the engine's segment table gives a block back
+    /// only when none of its pages belongs to a request.
     pub(crate) fn detach(&mut self, index: u16) -> Option<KBox<Block>> {
         let places = self.table.places.get(Self::pages(index))?;
         let joins = self.table.joins.get(usize::from(index))?;
@@ -281,7 +281,7 @@ impl Backing {
 
 impl Drop for Backing {
     fn drop(&mut self) {
-        // Others may have the table for longer: they find nothing in it any more.
+        // Other owners may have the table for longer: they find no page in it any more.
         for word in &self.table.joins {
             word.store(0, Relaxed);
         }

@@ -2,8 +2,8 @@
 
 //! Pages without memory, at which a queue has guest pages mapped.
 //!
-//! They come when the first guest page is to be mapped, all at once, and go when nothing was mapped for a while: an
-//! idle queue has none. They cost the kernel 64 bytes each, and addresses.
+//! They are allocated all at once when the first guest page is to be mapped, and freed when no page was mapped for a
+//! while, so an idle queue has none. Each of them costs the kernel 64 bytes, and addresses.
 //!
 //! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 
@@ -21,26 +21,26 @@ use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// There are no pages.
 const NONE: u32 = 0;
-/// Somebody makes or frees them.
+/// A thread allocates or frees the pages.
 const BUSY: u32 = 1;
-/// They are there.
+/// The pages are there.
 const THERE: u32 = 2;
 
-/// After the kernel had none they are asked for again so many nanoseconds later.
+/// Nanoseconds until the next attempt after the kernel had no pages.
 const PAUSE_NS: u64 = 1_000_000_000;
 
 /// The pages of a queue at which guest pages are mapped.
 ///
 /// # Invariants
 ///
-/// - A page in `pages` is one of `gnttab_alloc_pages` that nobody has freed.
-/// - Who has set `state` to [`BUSY`] may change `pages`, and nobody else; before it is [`THERE`] nobody uses them.
+/// - A page in `pages` is one of `gnttab_alloc_pages` that was not freed.
+/// - Only the thread that has set `state` to [`BUSY`] may change `pages`; they are unused before it is [`THERE`].
 #[pin_data(PinnedDrop)]
 pub(super) struct Mappable {
-    /// 0 where there is none, or where a guest's page cannot be taken away any more.
+    /// 0 if there is no page, or if a guest's page cannot be removed from it any more.
     pages: KVec<Atomic<usize>>,
     state: Atomic<u32>,
-    /// When they may be asked for again.
+    /// Time of the next attempt, in nanoseconds.
     after: Atomic<u64>,
     #[pin]
     work: Work<Mappable>,
@@ -51,7 +51,7 @@ impl_has_work! {
 }
 
 impl Mappable {
-    /// Places for so many pages. May sleep.
+    /// Makes places for `count` pages. May sleep.
     pub(super) fn new(count: u16) -> Result<Arc<Self>> {
         let count = usize::from(count);
         let mut pages = KVec::with_capacity(count, GFP_KERNEL)?;
@@ -69,32 +69,33 @@ impl Mappable {
         )
     }
 
-    /// How many there can be.
+    /// Returns the number of places.
     pub(super) fn count(&self) -> u16 {
         // CAST: `new` takes the number as one of 16 bits.
         self.pages.len() as u16
     }
 
-    /// One of the pages, if they are there.
+    /// Returns one of the pages, if they are there.
     #[inline]
     pub(super) fn get(&self, at: usize) -> Option<*mut bindings::page> {
         let page = self.pages.get(at)?.load(Acquire);
         (page != 0).then_some(page as *mut bindings::page)
     }
 
-    /// A guest's page cannot be taken from this one: it is nobody's any more.
+    /// Drops this page for good, because a guest's page cannot be taken from it.
     pub(super) fn lose(&self, at: usize) {
         if let Some(page) = self.pages.get(at) {
             page.store(0, Relaxed);
         }
     }
 
-    /// Has them made, if they are not there. Does not sleep.
+    /// Schedules the allocation of the pages, if they are not there. Does not sleep.
     #[cold]
     pub(super) fn want(self: &Arc<Self>) {
         let is_due = monotonic_ns() >= self.after.load(Relaxed);
         if is_due && self.state.cmpxchg(NONE, BUSY, Acquire).is_ok() {
-            // It is queued nowhere, because of the state. What makes memory may have to wait for storage.
+            // The work is queued nowhere, because of the state. It runs on the queue for storage, because an allocation
+            // may have to wait for storage.
             if !workqueue::enqueue_storage(self.clone()) {
                 self.state.store(NONE, Release);
             }
@@ -103,7 +104,7 @@ impl Mappable {
 
     fn make(&self) -> Result {
         let mut raw = filled(core::ptr::null_mut(), self.pages.len())?;
-        // SAFETY: `raw` has room for so many pointers.
+        // SAFETY: `raw` has room for that number of pointers.
         to_result(unsafe { sys::gnttab_alloc_pages(self.count().into(), raw.as_mut_ptr()) })?;
         for (place, page) in self.pages.iter().zip(raw) {
             // INVARIANT: Just allocated, and the state is `BUSY`.
@@ -112,11 +113,11 @@ impl Mappable {
         Ok(())
     }
 
-    /// Frees them, if they are there.
+    /// Frees the pages, if they are there.
     ///
     /// # Safety
     ///
-    /// Nothing is mapped at one of them that was not lost, and nobody uses one before it is there again.
+    /// Nothing is mapped at one of them that was not lost, and no code uses one before it is there again.
     pub(super) unsafe fn free(&self) {
         if self.state.cmpxchg(THERE, BUSY, Acquire).is_ok() {
             self.free_all();
@@ -124,7 +125,7 @@ impl Mappable {
         }
     }
 
-    /// Frees all that are there; nothing is mapped at them.
+    /// Frees all pages that are there. The caller makes sure that nothing is mapped at them.
     fn free_all(&self) {
         for page in &self.pages {
             let mut raw = page.load(Relaxed) as *mut bindings::page;
@@ -155,8 +156,8 @@ impl WorkItem for Mappable {
 #[pinned_drop]
 impl PinnedDrop for Mappable {
     fn drop(self: Pin<&mut Self>) {
-        // Nothing is mapped there any more: `GuestGrants`, which maps, unmaps before it lets go, and takes out what it
-        // cannot unmap.
+        // Nothing is mapped there any more, because `GuestGrants`, which maps, unmaps before it is gone, and takes out
+        // pages that it cannot unmap.
         self.free_all();
     }
 }

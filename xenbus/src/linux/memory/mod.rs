@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages of ours: where they come from, where they are, and how they go back.
+//! Pages of this module: their allocation, their places, and how they are given back.
 
 pub(crate) mod data;
 mod mappable;

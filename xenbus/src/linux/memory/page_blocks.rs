@@ -18,11 +18,11 @@ pub(crate) const PAGES: usize = 8;
 pub(in crate::linux) const MAX_ORDER: u32 = 3;
 const _: () = assert!(PAGES == 1 << MAX_ORDER);
 
-/// A page that is ours.
+/// A page that belongs to this module.
 ///
 /// # Invariants
 ///
-/// It is valid, and one reference to it belongs to this object.
+/// The page is valid, and one reference to it belongs to this object.
 pub(in crate::linux) struct Page(NonNull<bindings::page>);
 
 // SAFETY: A page may be used and freed from any thread.
@@ -40,7 +40,7 @@ impl Page {
         self.0.as_ptr()
     }
 
-    /// Its frame number, as the hypervisor knows it.
+    /// Returns the page's frame number, as the hypervisor knows it.
     pub(in crate::linux) fn frame(&self) -> u64 {
         // SAFETY: The page is valid.
         unsafe { sys::xbr_page_gfn(self.0.as_ptr()) as u64 }
@@ -49,13 +49,13 @@ impl Page {
     fn clear(&mut self) {
         // SAFETY: The page is valid and, on a 64-bit kernel, always mapped.
         let start = unsafe { sys::xbr_page_address(self.0.as_ptr()) }.cast::<u8>();
-        // SAFETY: A page has so many bytes, and nobody else has this one.
+        // SAFETY: A page has that number of bytes, and no other code has this one.
         unsafe { start.write_bytes(0, kernel::page::PAGE_SIZE) };
     }
 }
 
-/// Allocates `1 << order` zeroed pages that lie one behind the other, and hands them out. May sleep
-/// as far as `flags` allow it.
+/// Allocates `1 << order` zeroed pages that lie one behind the other, and passes each to `each`. May sleep if `flags`
+/// allow it.
 pub(in crate::linux) fn alloc_run(
     flags: u32,
     order: u32,
@@ -82,12 +82,12 @@ pub(in crate::linux) fn alloc_run(
     result
 }
 
-/// How an allocation may go about getting memory.
+/// Effort that an allocation may take to get memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effort {
-    /// Whatever it takes: for who connects.
+    /// Any effort, for a frontend that connects.
     Full,
-    /// What can be had without starting I/O, waiting for it, or reporting a failure.
+    /// Only without starting I/O, waiting for it, or reporting a failure.
     Light,
 }
 
@@ -109,9 +109,9 @@ impl Effort {
 /// `pages` has [`PAGES`] of them.
 pub(crate) struct Block {
     pages: KVec<Page>,
-    /// The domain whose data is in it.
+    /// The domain whose data is in the block.
     domain: Option<u16>,
-    /// The one behind it in a list.
+    /// The next block of a list.
     pub(in crate::linux) next: Option<KBox<Block>>,
 }
 
@@ -146,7 +146,7 @@ impl Block {
         &self.pages
     }
 
-    /// From now on data of this domain is in it, and that of no other.
+    /// Records that the block holds data of this domain alone from now on.
     pub(in crate::linux) fn give_to(&mut self, domain: u16) {
         if self
             .domain

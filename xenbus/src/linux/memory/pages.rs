@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Pages of ours that stay where they are: the arena of a tap disk, and areas of descriptors.
+//! Pages of this module that stay where they are: the arena of a tap disk, and areas of descriptors.
 //!
-//! Of the kernel it needs what `block` wraps, and `page_address` (include/linux/mm.h).
+//! Wraps `page_address` (include/linux/mm.h), and uses the functions that `block` wraps.
 
 use super::page_blocks::{alloc_run, Page, MAX_ORDER};
 use super::vectors::push;
@@ -21,14 +21,14 @@ pub(crate) struct Pages {
     own: KVec<Page>,
 }
 
-// SAFETY: The vectors do not change, and the memory is written as told at `Pages::write`, by the
-// hypervisor, and by devices.
+// SAFETY: The vectors do not change after `new`, and `Pages` hands out raw pointers only: it never reads or writes the
+// memory, which the hypervisor, devices and processes may write at any time.
 unsafe impl Send for Pages {}
 // SAFETY: As above.
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// Allocates so many zeroed pages, neighbours as far as it goes. May sleep.
+    /// Allocates `count` zeroed pages, as neighbours where possible. May sleep.
     pub(crate) fn new(count: u16) -> Result<Self> {
         let total = usize::from(count);
         let mut pages = Self {
@@ -44,7 +44,7 @@ impl Pages {
             }
             match alloc_run(bindings::GFP_KERNEL, order, |page| pages.add(page)) {
                 Ok(()) => left = left.saturating_sub(1usize.wrapping_shl(order)),
-                // Memory is in pieces: smaller ones will do.
+                // Memory is fragmented, so smaller runs are allocated.
                 Err(_) if order > 0 => order = order.wrapping_sub(1),
                 Err(error) => return Err(error),
             }
@@ -59,23 +59,23 @@ impl Pages {
         push(&mut self.frames, frame)
     }
 
-    /// Number of pages.
+    /// Returns the number of pages.
     pub(crate) fn len(&self) -> u16 {
         // CAST: the constructor takes the number as one of 16 bits.
         self.frames.len() as u16
     }
 
-    /// The pages.
+    /// Returns the pages.
     pub(in crate::linux) fn raw(&self) -> &[*mut bindings::page] {
         &self.all
     }
 
-    /// The frame number of a page.
+    /// Returns the frame number of a page.
     pub(in crate::linux) fn frame(&self, index: u16) -> Option<u64> {
         self.frames.get(usize::from(index)).copied()
     }
 
-    /// The first byte of a page.
+    /// Returns the first byte of a page.
     pub(in crate::linux) fn bytes(&self, index: u16) -> Option<*const u8> {
         let page = self.all.get(usize::from(index))?;
         // SAFETY: By the type invariant the page is valid, and on a 64-bit kernel it is always

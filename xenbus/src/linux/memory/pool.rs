@@ -24,8 +24,7 @@ impl List {
 
 impl Drop for List {
     fn drop(&mut self) {
-        // One by one: each block owns the next one, and freeing the first would free the others
-        // from within.
+        // One by one, because each block owns the next one, and dropping the first would drop the others recursively.
         while self.pop().is_some() {}
     }
 }
@@ -38,24 +37,24 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// Makes an empty pool.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             free <- new_spinlock!(List { head: None, count: 0 }, "Pool::free"),
         })
     }
 
-    /// Blocks that are free.
+    /// Returns the number of free blocks.
     pub(crate) fn len(&self) -> u32 {
         self.free.lock().count
     }
 
-    /// Takes one; neither sleeps nor allocates.
+    /// Takes a block; neither sleeps nor allocates.
     pub(crate) fn take(&self) -> Option<KBox<Block>> {
         self.free.lock().pop()
     }
 
-    /// Adds one, or frees it if there are `most` already. Does not sleep.
+    /// Adds a block, or frees it if there are `most` already. Does not sleep.
     pub(crate) fn give(&self, mut block: KBox<Block>, most: u32) {
         let mut free = self.free.lock();
         if free.count >= most {

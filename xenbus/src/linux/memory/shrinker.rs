@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Being asked for memory when the kernel has too little (include/linux/shrinker.h).
+//! Frees memory on the kernel's request when it has too little (include/linux/shrinker.h).
 //!
 //! `shrinker_free` waits until no callback runs any more (mm/shrinker.c).
 //!
@@ -13,13 +13,13 @@ use kernel::ffi::c_ulong;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// Who has memory that can be freed. Both functions are called while memory is reclaimed: they do
-/// not sleep or allocate, and take no lock under which anybody allocates.
+/// An owner of memory that can be freed. Both functions are called while memory is reclaimed: they do not sleep or
+/// allocate, and take no lock under which other code allocates.
 pub(crate) trait Shrink: Send + Sync + 'static {
-    /// Pages that could be freed.
+    /// Returns the number of pages that could be freed.
     fn count(&self) -> usize;
 
-    /// Frees about so many pages; says how many it were.
+    /// Frees about `pages` pages, and returns the number of pages that it freed.
     fn free(&self, pages: usize) -> usize;
 }
 
@@ -27,8 +27,7 @@ pub(crate) trait Shrink: Send + Sync + 'static {
 ///
 /// # Invariants
 ///
-/// The pointer is a shrinker whose private data is a reference to a `T` of which this object is one
-/// of the owners.
+/// The pointer is a shrinker whose private data is a reference to a `T`; this object is one of the owners of that `T`.
 pub(crate) struct Shrinker<T: Shrink> {
     raw: NonNull<bindings::shrinker>,
     target: PhantomData<Arc<T>>,
@@ -40,7 +39,7 @@ unsafe impl<T: Shrink> Send for Shrinker<T> {}
 unsafe impl<T: Shrink> Sync for Shrinker<T> {}
 
 impl<T: Shrink> Shrinker<T> {
-    /// Registers one. May sleep.
+    /// Registers a shrinker. May sleep.
     pub(crate) fn new(name: &'static CStr, target: Arc<T>) -> Result<Self> {
         // SAFETY: The format takes one string, which is given.
         let raw = unsafe { bindings::shrinker_alloc(0, c"%s".as_char_ptr(), name.as_char_ptr()) };
@@ -62,19 +61,19 @@ impl<T: Shrink> Shrinker<T> {
 
 impl<T: Shrink> Drop for Shrinker<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant, and nobody changes the private data.
+        // SAFETY: By the type invariant, and no code changes the private data.
         let target = unsafe { (*self.raw.as_ptr()).private_data }.cast::<T>();
         // SAFETY: It is registered, and freed once. No callback runs after this.
         unsafe { bindings::shrinker_free(self.raw.as_ptr()) };
-        // SAFETY: It comes from `Arc::into_raw`, and nobody uses it any more.
+        // SAFETY: It comes from `Arc::into_raw`, and no code uses it any more.
         drop(unsafe { Arc::from_raw(target) });
     }
 }
 
-/// What the kernel reads as "nothing could be done".
+/// Result that the kernel reads as "nothing could be done".
 const STOP: c_ulong = c_ulong::MAX;
 
-/// How much could be freed.
+/// Returns the number of pages that could be freed.
 ///
 /// # Safety
 ///
@@ -88,7 +87,7 @@ unsafe extern "C" fn count<T: Shrink>(
     target.count() as c_ulong
 }
 
-/// Frees some.
+/// Frees pages on the kernel's request.
 ///
 /// # Safety
 ///
@@ -97,7 +96,7 @@ unsafe extern "C" fn scan<T: Shrink>(
     raw: *mut bindings::shrinker,
     control: *mut bindings::shrink_control,
 ) -> c_ulong {
-    // SAFETY: As in `count`; the kernel passes a valid description of what it wants.
+    // SAFETY: As in `count`; the kernel passes a valid description of its request.
     let (target, pages) = unsafe { (&*(*raw).private_data.cast::<T>(), (*control).nr_to_scan) };
     match target.free(pages) {
         0 => STOP,

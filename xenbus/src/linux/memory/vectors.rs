@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Vectors whose length is known before they are filled.
+//! Vectors that are filled to a length known before.
 
 use kernel::alloc::{Allocator, Vec};
 use kernel::prelude::*;
@@ -12,7 +12,7 @@ pub(crate) fn push<T, A: Allocator>(vec: &mut Vec<T, A>, value: T) -> Result {
     vec.push_within_capacity(value).map_err(|_| ENOMEM)
 }
 
-/// A vector of `count` equal values. May sleep.
+/// Makes a vector of `count` equal values. May sleep.
 pub(crate) fn filled<T: Copy>(value: T, count: usize) -> Result<KVec<T>> {
     let mut vec = KVec::with_capacity(count, GFP_KERNEL)?;
     for _ in 0..count {

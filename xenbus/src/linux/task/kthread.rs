@@ -12,9 +12,9 @@ use kernel::ffi::{c_int, c_void};
 use kernel::prelude::*;
 use kernel::sync::{Arc, Completion};
 
-/// What a thread does.
+/// Work of a thread.
 pub(crate) trait Runner: Sized + Send + 'static {
-    /// The body of the thread; the thread ends when it returns.
+    /// Runs as the body of the thread; the thread ends when it returns.
     fn run(self);
 }
 
@@ -68,8 +68,7 @@ impl Thread {
         unsafe { bindings::get_task_struct(task) };
         // SAFETY: `task` is valid.
         unsafe { bindings::wake_up_process(task) };
-        // A thread that is stopped before it has entered its body never does, and what it was
-        // given would be lost.
+        // A thread that is stopped before it has entered its body never enters it, and its data would be lost.
         started.wait_for_completion();
         // INVARIANT: It has entered its body, and the reference was taken above.
         Ok(Self {

@@ -4,13 +4,17 @@
 //!
 //! A wake-up that finds the thread awake costs one atomic exchange and no lock.
 //!
-//! Wraps `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
+//! A thread whose waits are short may keep its processor while it waits: it halts the processor itself, as the idle task
+//! would, so that two switches of tasks and what goes with them are saved.
+//!
+//! Wraps `safe_halt` (include/linux/irqflags.h) and `smp_send_reschedule` (include/linux/smp.h), `wait_for_completion_state`, `wait_for_completion_interruptible_timeout` and `complete`
 //! (include/linux/completion.h). `kernel::sync::Completion` waits uninterruptibly and without a limit,
 //! which would count as load and as a hung task.
 
 use crate::linux::monotonic_ns;
 use crate::linux::sys;
 use crate::linux::versions;
+use crate::ring::wake::{halted, Sleeper, StateWord, WakeState};
 use kernel::bindings;
 use kernel::prelude::*;
 use kernel::sync::atomic::{
@@ -23,16 +27,37 @@ use kernel::types::Opaque;
 /// Longest sleep of [`WakeEvent::wait_for_a_while`].
 const IDLE_SECONDS: u32 = 5;
 
-const RUNNING: u32 = 0;
-const NOTIFIED: u32 = 1;
-const SLEEPING: u32 = 2;
+/// The word of the state.
+struct Word(Atomic<u32>);
+
+impl StateWord for Word {
+    #[inline]
+    fn exchange(&self, value: u32) -> u32 {
+        self.0.xchg(value, Full)
+    }
+
+    #[inline]
+    fn replace(&self, from: u32, to: u32) -> bool {
+        self.0.cmpxchg(from, to, Full).is_ok()
+    }
+
+    #[inline]
+    fn load(&self) -> u32 {
+        self.0.load(Relaxed)
+    }
+
+    #[inline]
+    fn store_then_barrier(&self, value: u32) {
+        self.0.store(value, Relaxed);
+        versions::smp_mb();
+    }
+}
 
 /// A place where one thread sleeps.
 #[pin_data]
 pub(crate) struct WakeEvent {
-    /// Written by the sleeper (any change) and by wakers (to NOTIFIED only).
-    state: Atomic<u32>,
-    /// Whether wakers say when, and when the last one did that found a sleeper.
+    state: WakeState<Word>,
+    /// Whether wakers record the time, and the time of the last wake-up that found a sleeper.
     is_timed: AtomicFlag,
     woken_ns: Atomic<u64>,
     #[pin]
@@ -45,11 +70,11 @@ unsafe impl Send for WakeEvent {}
 unsafe impl Sync for WakeEvent {}
 
 impl WakeEvent {
-    /// Makes one. May sleep.
+    /// Makes an event without a sleeper. May sleep.
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                state: Atomic::new(RUNNING),
+                state: WakeState::new(Word(Atomic::new(0))),
                 is_timed: AtomicFlag::new(false),
                 woken_ns: Atomic::new(0),
                 done <- Opaque::ffi_init(|slot| {
@@ -64,35 +89,38 @@ impl WakeEvent {
     /// Makes the sleeper return from [`wait`](Self::wait), now or when it calls it next. Callable
     /// from any context, interrupts included.
     pub(crate) fn wake(&self) {
-        if self.state.xchg(NOTIFIED, Full) == SLEEPING {
-            if self.is_timed.load(Relaxed) {
-                // The sleeper does not go on before the next line.
-                self.woken_ns.store(monotonic_ns(), Relaxed);
-            }
+        let sleeper = self.state.wake();
+        if sleeper == Sleeper::Awake {
+            return;
+        }
+        if self.is_timed.load(Relaxed) {
+            // A sleeper does not continue before the next line; one that has halted may, and then has an older time.
+            self.woken_ns.store(monotonic_ns(), Relaxed);
+        }
+        match sleeper {
+            Sleeper::Awake => {}
             // SAFETY: `done` was initialised by the constructor; `complete` is callable from any
             // context.
-            unsafe { bindings::complete(self.done.get()) }
+            Sleeper::Asleep => unsafe { bindings::complete(self.done.get()) },
+            // SAFETY: Callable from any context, with any number.
+            Sleeper::Halted(processor) => unsafe { sys::xbr_end_halt(processor) },
         }
     }
 
-    /// Has wakers say from now on when they wake the sleeper, or no more.
+    /// Switches the recording of the time of wake-ups on or off.
     pub(crate) fn time(&self, wanted: bool) {
         self.is_timed.store(wanted, Relaxed);
     }
 
-    /// When the sleeper was woken last, in nanoseconds of the monotonic clock, as far as that was [wanted](Self::time).
+    /// Returns when the sleeper was last woken while [recording](Self::time) was on, in nanoseconds of the monotonic
+    /// clock.
     pub(crate) fn woken_ns(&self) -> u64 {
         self.woken_ns.load(Relaxed)
     }
 
-    /// Forgets earlier wake-ups. The sleeper calls this before it looks for work, so that the
-    /// wake-up of work that it finds anyway does not cost another round.
-    ///
-    /// The full barrier pairs with the exchange in [`wake`](Self::wake): whoever set the state
-    /// before has made its work visible to what the sleeper reads from here on.
+    /// Forgets earlier wake-ups, as [`WakeState::rearm`] says.
     pub(crate) fn rearm(&self) {
-        self.state.store(RUNNING, Relaxed);
-        versions::smp_mb();
+        self.state.rearm();
     }
 
     /// Waits as [`wait`](Self::wait) does, for a few seconds at most: see [`IDLE_SECONDS`].
@@ -104,7 +132,7 @@ impl WakeEvent {
         self.wait_ticks(ticks);
     }
 
-    /// Waits as [`wait`](Self::wait) does, for so many nanoseconds at most, rounded up to whole ticks.
+    /// Waits as [`wait`](Self::wait) does, for at most `nanoseconds`, rounded up to whole ticks.
     pub(crate) fn wait_for(&self, nanoseconds: u64) {
         // SAFETY: Plain arithmetic.
         let ticks = unsafe { bindings::nsecs_to_jiffies(nanoseconds) };
@@ -112,13 +140,13 @@ impl WakeEvent {
     }
 
     fn wait_ticks(&self, ticks: usize) {
-        if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
+        if self.state.fall_asleep() {
             // SAFETY: `done` was initialised by the constructor.
             let left = unsafe {
                 bindings::wait_for_completion_interruptible_timeout(self.done.get(), ticks)
             };
-            if left <= 0 && self.state.cmpxchg(SLEEPING, RUNNING, Full).is_err() {
-                // A waker took the state meanwhile, so it completes, or already has.
+            if left <= 0 && !self.state.give_up_sleep() {
+                // A waker has taken the state since, so it completes, or already has.
                 // SAFETY: As above.
                 unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };
             }
@@ -126,16 +154,37 @@ impl WakeEvent {
         self.rearm();
     }
 
-    /// True if a wake-up came since [`rearm`](Self::rearm).
+    /// Halts the processor as the running task, until an interrupt of any kind. Returns at once if a wake-up came since
+    /// [`rearm`](Self::rearm), or if another task could run on this processor. Returns whether a wake-up came; if so, it
+    /// is forgotten as [`wait`](Self::wait) does.
+    ///
+    /// The scheduler sees a task that runs all this time.
+    pub(crate) fn halt(&self) -> bool {
+        // SAFETY: Unpinned below.
+        let processor = unsafe { sys::xbr_pin() };
+        if self.state.begin_halt(processor) {
+            // SAFETY: The word lives as long as `self`. Interrupts are on, because only threads call this.
+            unsafe { sys::xbr_halt_while(self.state.word().0.as_ptr(), halted(processor)) };
+        }
+        // SAFETY: Pinned above.
+        unsafe { sys::xbr_unpin() };
+        let is_woken = self.state.end_halt(processor);
+        if is_woken {
+            self.rearm();
+        }
+        is_woken
+    }
+
+    /// Returns true if a wake-up came since [`rearm`](Self::rearm).
     pub(crate) fn is_notified(&self) -> bool {
-        self.state.load(Relaxed) == NOTIFIED
+        self.state.is_notified()
     }
 
     /// Sleeps until woken; returns at once if a wake-up came since [`rearm`](Self::rearm).
     ///
     /// Only one thread may wait here. May sleep.
     pub(crate) fn wait(&self) {
-        if self.state.cmpxchg(RUNNING, SLEEPING, Full).is_ok() {
+        if self.state.fall_asleep() {
             // SAFETY: `done` was initialised by the constructor. The waker that replaces SLEEPING
             // completes exactly once, so no completion is left over.
             unsafe { bindings::wait_for_completion_state(self.done.get(), sys::TASK_IDLE) };

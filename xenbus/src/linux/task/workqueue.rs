@@ -2,14 +2,13 @@
 
 //! The module's own work queues: unbound, and usable while memory is being reclaimed.
 //!
-//! All connecting and disconnecting happens there, so that the xenwatch thread, which serves every
-//! backend of the host, is never blocked by one disk. There are two, because a worker that waits
-//! is one less for the others: what may wait for storage runs on a queue of its own, and nothing on
-//! the other one waits for anything but xenstore and the hypervisor. A file that the kernel serves has one of its
-//! own.
+//! All connecting and disconnecting happens there, so that one disk never blocks the xenwatch thread, which serves
+//! every backend of the host. There are two queues, because a worker that waits is not available for other work: work
+//! that may wait for storage runs on one queue, and work on the other queue waits only for xenstore and the hypervisor.
+//! A file that the kernel serves has a queue of its own.
 //!
-//! Wraps `alloc_workqueue`, `destroy_workqueue` and `mod_delayed_work` (include/linux/workqueue.h); what is
-//! queued is of `kernel::workqueue`, which can queue but makes no queues.
+//! Wraps `alloc_workqueue`, `destroy_workqueue` and `mod_delayed_work` (include/linux/workqueue.h); the works are those
+//! of `kernel::workqueue`, which can queue but makes no queues.
 
 use core::ptr::NonNull;
 use kernel::bindings;
@@ -17,7 +16,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::workqueue::{Queue, RawDelayedWorkItem, RawWorkItem};
 
-/// The addresses of both queues; 0 while there is none.
+/// Addresses of both queues; 0 while there is no queue.
 static STEPS: Atomic<usize> = Atomic::new(0);
 static STORAGE: Atomic<usize> = Atomic::new(0);
 
@@ -36,10 +35,10 @@ unsafe impl Send for OwnQueue {}
 unsafe impl Sync for OwnQueue {}
 
 impl OwnQueue {
-    /// Makes a queue whose work calls file systems, so many at once. May sleep.
+    /// Makes a queue for work that calls file systems, at most `most` at once. May sleep.
     ///
-    /// It has no thread of its own for times without memory: a work of a queue that has one must not wait for
-    /// queues that have none, which file systems do (`xfs-sync`). Loop devices have theirs like this.
+    /// The queue has no rescuer thread for times without memory, because the work of a queue with one must not wait for
+    /// queues without one, which file systems do (`xfs-sync`). The queues of loop devices are made the same way.
     pub(in crate::linux) fn for_files(name: &'static CStr, most: u16) -> Result<Self> {
         Self::new(name, most.into(), bindings::wq_flags_WQ_UNBOUND)
     }
@@ -61,7 +60,7 @@ impl OwnQueue {
     ///
     /// # Safety
     ///
-    /// It is initialised, is queued nowhere, and lives until it has run.
+    /// The work is initialised, is queued nowhere, and lives until it has run.
     pub(in crate::linux) unsafe fn enqueue(&self, work: *mut bindings::work_struct) {
         let any = bindings::wq_misc_consts_WORK_CPU_UNBOUND as kernel::ffi::c_int;
         // SAFETY: By the type invariant, and the caller keeps the rest.
@@ -76,18 +75,18 @@ impl Drop for OwnQueue {
     }
 }
 
-/// A queue that all of the module can find.
+/// A queue that the whole module can find.
 ///
 /// # Invariants
 ///
 /// `place` holds its address.
 struct WorkQueue {
-    // First: what its work queues in turn finds it until it is gone.
+    // First field, so that work which queues other work finds the queue until it is gone.
     _queue: OwnQueue,
     _place: Place,
 }
 
-/// The address of a queue, which is taken away with this.
+/// The address of a queue; dropping this removes the address.
 struct Place(&'static Atomic<usize>);
 
 impl Drop for Place {
@@ -111,8 +110,8 @@ impl WorkQueue {
     }
 }
 
-/// Both queues; the module holds them while it is loaded. What may wait for storage holds a
-/// reference to the module (`ModuleReference`), so dropping them waits for nobody's storage.
+/// Both queues; the module holds them while it is loaded. Work that may wait for storage holds a reference to the
+/// module (`ModuleReference`), so dropping them waits for no storage.
 pub(crate) struct WorkQueues {
     _storage: WorkQueue,
     _steps: WorkQueue,
@@ -133,8 +132,8 @@ fn with<R>(place: &Atomic<usize>, body: impl FnOnce(&Queue) -> R) -> Option<R> {
     if raw.is_null() {
         return None;
     }
-    // SAFETY: The queue lives until the module's last field is dropped, which is after the driver
-    // is unregistered and every thread has ended: nobody is left to call this.
+    // SAFETY: The queue lives until the module's last field is dropped, which is after the driver is unregistered and
+    // every thread has ended: no code is left to call this.
     Some(body(unsafe { Queue::from_raw(raw) }))
 }
 
@@ -147,7 +146,7 @@ where
     with(&STEPS, |queue| queue.enqueue(work).is_ok()) == Some(true)
 }
 
-/// Queues work that may wait for storage, for ever if that hangs. Otherwise like [`enqueue`].
+/// Queues work that may wait for storage, without limit if the storage hangs. Otherwise like [`enqueue`].
 pub(crate) fn enqueue_storage<W, const ID: u64>(work: W) -> bool
 where
     W: RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
@@ -155,8 +154,8 @@ where
     with(&STORAGE, |queue| queue.enqueue(work).is_ok()) == Some(true)
 }
 
-/// Queues work as [`enqueue`] does, so many milliseconds from now. Work that waits for an earlier
-/// time is left as it is.
+/// Queues work as [`enqueue`] does, to run after `milliseconds`. Work that is queued for an earlier time keeps that
+/// time.
 pub(crate) fn enqueue_after<W, const ID: u64>(work: W, milliseconds: u32) -> bool
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
@@ -164,8 +163,8 @@ where
     enqueue_in(work, jiffies(milliseconds))
 }
 
-/// Queues work as [`enqueue_after`] does, about so many milliseconds from now: a processor that sleeps is woken
-/// once for all that is rounded so.
+/// Queues work as [`enqueue_after`] does, to run after about `milliseconds`: the time is rounded, so that a sleeping
+/// processor is woken once for all such work.
 pub(crate) fn enqueue_about<W, const ID: u64>(work: W, milliseconds: u32) -> bool
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
@@ -187,7 +186,7 @@ where
     with(&STEPS, |queue| queue.enqueue_delayed(work, delay).is_ok()) == Some(true)
 }
 
-/// Has work of [`put_off`] and [`enqueue_about`] run now instead of later: afterwards no timer of it is left.
+/// Makes work of [`put_off`] and [`enqueue_about`] run now instead of later; after that it has no timer.
 pub(crate) fn hasten<W, const ID: u64>(work: W)
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
@@ -195,7 +194,7 @@ where
     run_in(work, 0);
 }
 
-/// Has work run so many milliseconds from now, whenever it was to run before; callable from any context.
+/// Makes work run after `milliseconds`, whatever its time was before; callable from any context.
 pub(crate) fn put_off<W, const ID: u64>(work: W, milliseconds: u32)
 where
     W: RawDelayedWorkItem<ID> + RawWorkItem<ID, EnqueueOutput = Result<(), W>> + Send + 'static,
@@ -211,9 +210,8 @@ where
     if raw.is_null() {
         return;
     }
-    // SAFETY: The queue is live, as for `with`. The closure says `false` only if the work was
-    // pending: then it stays with whoever queued it. By the requirement of `RawDelayedWorkItem` the
-    // work is that of a `delayed_work`.
+    // SAFETY: The queue is live, as for `with`. The closure returns `false` only if the work was pending: then it stays
+    // with the code that queued it. By the requirement of `RawDelayedWorkItem` the work is that of a `delayed_work`.
     let _pending = unsafe {
         work.__enqueue(|work| {
             !bindings::mod_delayed_work_on(

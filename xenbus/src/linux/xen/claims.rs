@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Which frontends are served.
+//! The frontends that are served.
 //!
-//! A device that was taken from its driver may still be finishing what it took from its frontend's
-//! rings, and have its disk. Who is bound to the device after that must not serve the same rings
-//! meanwhile: a request would be carried out twice.
+//! A device that was taken from its driver may still be finishing requests that it took from its frontend's rings, and
+//! may still have its disk. The next driver of the device must not serve those rings at that time, because a request
+//! would be carried out twice.
 
 use kernel::prelude::*;
 use kernel::rbtree::RBTree;
@@ -14,9 +14,9 @@ use kernel::sync::Arc;
 /// A frontend: its domain and the number of its virtual device.
 pub(crate) type Frontend = (u16, u32);
 
-/// Who waits for a frontend to be free.
+/// A driver that waits for a frontend to be free.
 pub(crate) trait Waiter: Send + Sync + 'static {
-    /// It is; claim it again. Must not sleep.
+    /// Notifies the driver that the frontend is free, so that it claims it again. Must not sleep.
     fn frontend_is_free(self: Arc<Self>);
 }
 
@@ -34,12 +34,12 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 pub(crate) struct Claims(());
 
 impl Claims {
-    /// Makes the table. Works once in the life of the module. May sleep.
+    /// Makes the table. Succeeds once in the life of the module: `EBUSY` after that. May sleep.
     pub(crate) fn new() -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);
         }
-        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        // SAFETY: The flag makes sure that this is done once, and no other code uses the lock before.
         unsafe { TABLE.init() };
         *TABLE.lock() = Some(RBTree::new());
         Ok(Self(()))
@@ -52,7 +52,7 @@ impl Drop for Claims {
     }
 }
 
-/// The right to serve a frontend. Dropping it tells who waits for it.
+/// The right to serve a frontend. Dropping it notifies the waiting driver.
 ///
 /// # Invariants
 ///
@@ -62,8 +62,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims a frontend; `None` if somebody else has it, in which case `waiter` is told when it is free, in
-    /// place of who waited before. May sleep.
+    /// Claims a frontend; `None` if another claim exists, in which case `waiter` learns when it is free, in place of
+    /// the former waiter. May sleep.
     pub(crate) fn new(frontend: Frontend, waiter: Arc<dyn Waiter>) -> Result<Option<Self>> {
         let before;
         {

@@ -10,7 +10,8 @@ use super::watch::InXenwatch;
 use crate::linux::sys;
 use crate::proto::frontend::{Directory, Unread, VALUE_SIZE};
 use crate::proto::state::State;
-use crate::proto::text::{parse_u32, Name};
+use crate::proto::text::{without_nul, Name};
+use crate::proto::watched::{Place, TYPES};
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::ffi::c_char;
@@ -26,6 +27,7 @@ use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 pub(crate) struct Device {
     raw: NonNull<sys::XenbusDevice>,
     nodename: CString,
+    place: Place,
     otherend: CString,
     otherend_id: u16,
     /// The bus takes it from its driver.
@@ -52,6 +54,7 @@ impl Device {
         // SAFETY: By the requirement of this function; the name lives as long as the device.
         let nodename = unsafe { sys::xbr_dev_nodename(raw) };
         let nodename = CString::try_from_fmt(fmt!("{}", Text(nodename)))?;
+        let place = without_nul(&nodename).and_then(Place::of).ok_or(EINVAL)?;
         // The string stays while the device is bound, which may be shorter than our reference.
         let otherend = CString::try_from_fmt(fmt!("{}", Text(otherend)))?;
         // SAFETY: By the requirement of this function.
@@ -63,6 +66,7 @@ impl Device {
         Ok(Self {
             raw: NonNull::new(raw).ok_or(EINVAL)?,
             nodename,
+            place,
             otherend,
             otherend_id,
             unbound: AtomicFlag::new(false),
@@ -90,17 +94,17 @@ impl Device {
 
     /// Number of the frontend's virtual device: the last part of our directory's name.
     pub(crate) fn number(&self) -> u32 {
-        // With the NUL, because taking it off is arithmetic that can panic.
-        let name = self.nodename.to_bytes_with_nul();
-        let parts = name.split(|byte| matches!(byte, b'/' | 0));
-        let last = parts.filter(|part| !part.is_empty()).last();
-        last.and_then(parse_u32).unwrap_or(u32::MAX)
+        self.place.number
+    }
+
+    /// Our directory, as events of the watches name it.
+    pub(crate) fn place(&self) -> Place {
+        self.place
     }
 
     /// True for a device of this type, which is what comes after `backend/` in our directory's name.
     pub(crate) fn is_of_type(&self, name: &[u8]) -> bool {
-        let path = self.nodename.to_bytes_with_nul();
-        path.split(|byte| *byte == b'/').nth(1) == Some(name)
+        TYPES.get(self.place.kind) == Some(&name)
     }
 
     /// The frontend's domain.
@@ -108,14 +112,14 @@ impl Device {
         self.otherend_id
     }
 
-    /// True if the backend's directory was removed: nothing may be written there any more.
+    /// True if the backend's directory was removed: the driver must write no more keys there.
     pub(crate) fn is_vanished(&self) -> bool {
         // SAFETY: By the type invariant.
         unsafe { sys::xbr_dev_vanished(self.as_raw()) != 0 }
     }
 
-    /// Tells the bus which state was published: sysfs shows it, and a driver that the device is
-    /// bound to later goes on from it. The caller is the only one to do so.
+    /// Tells the bus the published state: sysfs shows it, and the next driver of the device continues from it. The
+    /// caller is the only one to do so.
     pub(crate) fn note_state(&self, state: State) {
         if self.unbound.load(Acquire) {
             return;
@@ -154,13 +158,13 @@ impl Device {
             unsafe {
                 sys::xbr_dev_err_ratelimited(
                     self.device(),
-                    c"the error could not be written to xenstore".as_char_ptr(),
+                    c"cannot store the error in xenstore".as_char_ptr(),
                 )
             };
         }
     }
 
-    /// Warns in the kernel's log of what its administrator may want to look at.
+    /// Warns the administrator in the kernel's log.
     pub(crate) fn warn(&self, text: &CStr) {
         // SAFETY: By the type invariant; the text is a C string.
         unsafe { sys::xbr_dev_warn_ratelimited(self.device(), text.as_char_ptr()) };
@@ -175,13 +179,12 @@ impl Device {
     /// Removes an earlier report from xenstore. May sleep.
     pub(crate) fn clear_report(&self) {
         if let Ok(dir) = CString::try_from_fmt(fmt!("error/{}", self.nodename())) {
-            // That there is nothing to remove is the usual case.
+            // There is usually no report to remove.
             let _absent = store::remove(&dir, c"error");
         }
     }
 
-    /// Takes the device off the bus, which unbinds it from its driver; does nothing if that was
-    /// done before.
+    /// Takes the device off the bus, which unbinds it from its driver; does nothing if it is off already.
     ///
     /// For watch callbacks: the xenwatch thread is the one that removes devices whose directory is
     /// gone, so there the two cannot meet.

@@ -37,25 +37,25 @@ pub(crate) enum Attribute {
 
 /// A backend driver.
 pub(crate) trait Driver: 'static {
-    /// What belongs to one device.
+    /// Data of one device.
     type Data: Send + Sync + 'static;
     /// The device types that it drives, such as `vbd`, of at most 31 bytes.
     const DEVICE_TYPES: [&'static [u8]; 2];
 
-    /// A device was found. Runs under the device lock, often in the xenwatch thread: be quick.
+    /// Begins to drive a device that was found. Runs under the device lock, often in the xenwatch thread: be quick.
     fn probe(device: Device) -> Result<Self::Data>;
 
-    /// The other end's state was written, and is this now; `Unknown` if it could not be read. Comes
-    /// once after `probe` in any case. Runs in the xenwatch thread: queue work and return.
+    /// Handles the state that the other end has set; `Unknown` if it could not be read. The kernel calls it at least
+    /// once after `probe`. Runs in the xenwatch thread: queue work and return.
     fn otherend_changed(data: &Self::Data, state: State);
 
-    /// The device goes. Runs under the device lock, often in the xenwatch thread: note it, queue work
-    /// and return. Waiting here for I/O, for xenwatch, or for a lock under which somebody does, can
-    /// stop every backend of the host. What still uses the other end's pages or event channels
-    /// holds a reference to the device, and one to the module.
+    /// Ends the driving of a device that goes. Runs under the device lock, often in the xenwatch thread: record it,
+    /// queue work and return. Waiting here for I/O, for xenwatch, or for a lock under which other code waits, can stop
+    /// every backend of the host. Code that still uses the other end's pages or event channels holds a reference to the
+    /// device, and one to the module.
     fn unbind(data: &Self::Data);
 
-    /// A reader of sysfs wants a value.
+    /// Returns the value of an attribute, for a reader of sysfs.
     fn attribute(data: &Self::Data, which: Attribute) -> u64;
 }
 
@@ -82,7 +82,7 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
         module: &'static ThisModule,
     ) -> Result {
         let raw = driver.get();
-        // SAFETY: The structure was initialised by the caller, and nobody else knows it yet.
+        // SAFETY: The structure was initialised by the caller, and no other code knows it yet.
         unsafe {
             (*raw).name = sys::Pointer(name.as_char_ptr());
             (*raw).ids = sys::Pointer(core::ptr::from_ref(Self::IDS).cast());
@@ -109,13 +109,13 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
     unsafe fn unregister(driver: &Opaque<sys::XenbusDriver>) {
         // SAFETY: By the requirement of this function it is registered.
         unsafe { sys::xenbus_unregister_driver(driver.get()) }
-        // No device is bound any more, so nobody reads an attribute.
+        // No device is bound any more, so no reader of an attribute is left.
         ATTRIBUTES_TAKEN.store(false, Release);
     }
 }
 
 impl<T: Driver> Adapter<T> {
-    /// The names, padded with zeroes; an empty one ends the list.
+    /// The device types' names, padded with zeroes; an empty one ends the list.
     const IDS: &'static [sys::XenbusDeviceId; 3] = &{
         let mut ids = [const {
             sys::XenbusDeviceId {
@@ -149,7 +149,7 @@ impl<T: Driver> Adapter<T> {
         })
     }
 
-    /// The driver data of a bound device.
+    /// Returns the driver data of a bound device.
     ///
     /// # Safety
     ///

@@ -20,7 +20,7 @@ use kernel::sync::Arc;
 /// `IRQ_HANDLED`.
 const HANDLED: c_uint = 1;
 
-/// What the interrupt handler touches.
+/// Data of the interrupt handler.
 struct Line {
     /// An event came and was not ended. Set by the handler, taken by the thread.
     pending: Atomic<u32>,
@@ -39,16 +39,16 @@ pub(crate) struct EventChannel {
     _device: Arc<Device>,
 }
 
-/// What an event was good for.
+/// Result of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Activity {
     /// There were requests.
     Real,
-    /// There were none; many of these in a row delay the next event.
+    /// There were no requests; many of these in a row delay the next event.
     Spurious,
 }
 
-/// An event whose channel is still masked. End it when its work is done; a dropped one counts as
+/// An event whose channel is still masked. Call [`end`](Self::end) when its work is done; a dropped one counts as
 /// spurious.
 #[must_use = "the guest's events stay masked until the event is ended"]
 pub(crate) struct Pending<'a> {
@@ -100,7 +100,7 @@ impl EventChannel {
 
     /// Takes the event that came, if one did.
     pub(crate) fn take_pending(&self) -> Option<Pending<'_>> {
-        // Made only if there is one: who drops one ends an event.
+        // Made only if there is an event, because dropping it ends one.
         (self.line.pending.xchg(0, Full) != 0).then(|| Pending {
             channel: self,
             activity: Activity::Spurious,
@@ -109,7 +109,7 @@ impl EventChannel {
 }
 
 impl Pending<'_> {
-    /// Ends the event and lets the next one through.
+    /// Ends the event and permits the next one.
     pub(crate) fn end(mut self, activity: Activity) {
         self.activity = activity;
     }

@@ -16,11 +16,11 @@ use core::mem::MaybeUninit;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// Operations of one hypercall at most.
+/// Most operations of one hypercall.
 const BATCH: usize = 512;
-/// Maps or unmaps of one hypercall at most.
+/// Most maps or unmaps of one hypercall.
 const MAPS: usize = 128;
-/// Descriptor buffers: requests whose descriptors are fetched by one hypercall.
+/// Descriptor buffers, one for each request whose descriptors one hypercall fetches.
 const DESCRIPTORS: u8 = 8;
 
 /// Nothing is mapped at a page, and nothing is about to be.
@@ -30,14 +30,14 @@ const QUEUED: u32 = u32::MAX - 1;
 /// A guest's page is there for ever, because it could not be unmapped.
 const LOST: u32 = u32::MAX - 2;
 
-/// A batch of operations and what each is for.
+/// A batch of operations and the purpose of each.
 struct Batch<Op, For> {
     ops: KVec<Op>,
     what: KVec<For>,
 }
 
 impl<Op, For> Batch<Op, For> {
-    /// A batch of up to so many.
+    /// Makes a batch of up to `most` operations.
     fn new(most: usize) -> Result<Self> {
         Ok(Self {
             ops: KVec::with_capacity(most, GFP_KERNEL)?,
@@ -75,8 +75,8 @@ pub(crate) struct GuestGrants {
     unmap_pages: KVec<*mut kernel::bindings::page>,
     /// Not on the stack: the kernel puts a work in it.
     unmap_data: KBox<MaybeUninit<sys::UnmapData>>,
-    /// The handle of what is mapped at each page of `pages` that is for that, [`FREE`], [`QUEUED`]
-    /// or [`LOST`].
+    /// For each page of `pages` at which guest pages are mapped: the handle of the mapping, [`FREE`], [`QUEUED`] or
+    /// [`LOST`].
     handles: KVec<u32>,
 }
 
@@ -84,7 +84,7 @@ pub(crate) struct GuestGrants {
 unsafe impl Send for GuestGrants {}
 
 impl GuestGrants {
-    /// Reserves what the batches need. May sleep.
+    /// Allocates the batches. May sleep.
     pub(crate) fn new(domain: u16, pages: Arc<DataPages>) -> Result<KBox<Self>> {
         let mappable = usize::from(pages.mappable());
         let maps = MAPS.min(mappable);
@@ -103,7 +103,7 @@ impl GuestGrants {
         Ok(KBox::new(grants, GFP_KERNEL)?)
     }
 
-    /// Bytes that this takes where so many pages can be mapped.
+    /// Returns the bytes of memory of this object if `mappable` pages can be mapped.
     pub(crate) const fn bytes(mappable: u16) -> usize {
         let page = size_of::<*mut kernel::bindings::page>();
         let most = if (mappable as usize) < MAPS {
@@ -120,7 +120,7 @@ impl GuestGrants {
             .saturating_add((mappable as usize).saturating_mul(size_of::<u32>()))
     }
 
-    /// What is known of a page at which guest pages are mapped.
+    /// Returns the grant handle of a page at which guest pages are mapped.
     fn handle(&mut self, page: PageIndex) -> Option<&mut u32> {
         let index = self.pages.map_index(page)?;
         self.handles.get_mut(index)
@@ -142,8 +142,8 @@ impl Grants for GuestGrants {
     fn descriptor(&self, buffer: u8) -> &[RawSegment] {
         const _: () = assert!(SEGMENTS_PER_INDIRECT_PAGE as usize * 8 == PAGE_SIZE);
         match self.descriptors.bytes(u16::from(buffer)) {
-            // SAFETY: The page holds so many segments, any bytes are valid ones, and nothing
-            // writes to it but `run_copies` and `read_mapped`, which need `&mut self`.
+            // SAFETY: The page holds that number of segments, any bytes are valid ones, and nothing writes to it but
+            // `run_copies` and `read_mapped`, which need `&mut self`.
             Some(bytes) => unsafe {
                 core::slice::from_raw_parts(bytes.cast(), SEGMENTS_PER_INDIRECT_PAGE as usize)
             },
@@ -197,7 +197,7 @@ impl Grants for GuestGrants {
     }
 
     fn queue_map(&mut self, tag: QueueTag, page: PageIndex, gref: u32, read_only: bool) -> bool {
-        // Only where nothing is: a page with memory of its own is none of these.
+        // Only where no page is mapped: a page with memory of its own is no such place.
         if self.handle(page).is_none_or(|handle| *handle != FREE) {
             return false;
         }
@@ -228,8 +228,8 @@ impl Grants for GuestGrants {
         if ops.is_empty() {
             return;
         }
-        // SAFETY: There are as many pages as operations; nothing is mapped at these pages, which
-        // `queue_map` has looked at.
+        // SAFETY: There are as many pages as operations; nothing is mapped at these pages, which `queue_map` has
+        // checked.
         let result = unsafe {
             sys::gnttab_map_refs(
                 ops.as_mut_ptr(),
@@ -274,9 +274,9 @@ impl Grants for GuestGrants {
         let from = unsafe { sys::xbr_page_address(from) }.cast::<u64>();
         let to = to.cast_mut().cast::<u64>();
         for word in 0..usize::from(len) / 8 {
-            // SAFETY: Both pages have so many words. The guest may write to its page at the same time: a volatile
-            // access of one aligned word is never torn. Nothing else uses the other page while `self` is borrowed
-            // mutably.
+            // SAFETY: Both pages have that number of words. The guest may write to its page at the same time: a
+            // volatile access of one aligned word is never torn. Nothing else uses the other page while `self` is
+            // borrowed mutably.
             unsafe { to.add(word).write(from.add(word).read_volatile()) };
         }
         true
@@ -292,12 +292,12 @@ impl Grants for GuestGrants {
         let mut op = sys::GnttabUnmap::default();
         // SAFETY: `op` is valid for writes and the page is one of ours.
         unsafe { sys::xbr_set_unmap_op(&mut op, raw, handle) };
-        // As for a map: what is not carried out must not look like a success.
+        // As for a map: an operation that is not carried out must not look like a success.
         op.status = sys::GNTST_GENERAL_ERROR;
         let queued =
             self.unmaps.push(op, page) && self.unmap_pages.push_within_capacity(raw).is_ok();
         if let Some(handle) = self.handle(page).filter(|_| queued) {
-            // It is unmapped once.
+            // So that the page is unmapped once.
             *handle = QUEUED;
         }
         queued
@@ -308,9 +308,9 @@ impl Grants for GuestGrants {
         if ops.is_empty() {
             return;
         }
-        // SAFETY: Each operation names a mapping that `run_maps` has made and that is unmapped once,
-        // which `queue_unmap` has looked at. The data is used by this call only, which waits until nobody else holds a
-        // page (network storage may).
+        // SAFETY: Each operation names a mapping that `run_maps` has made and that is unmapped once, which
+        // `queue_unmap` has looked at. The data is used by this call only, which waits until no other user holds a page
+        // (network storage may).
         let result = unsafe {
             sys::xbr_unmap_refs_sync(
                 self.unmap_data.as_mut_ptr(),
@@ -346,7 +346,7 @@ impl Grants for GuestGrants {
         };
         // SAFETY: The page is one of ours.
         let count = unsafe { sys::xbr_page_count(page) };
-        // One reference is ours. `gnttab_unmap_refs_sync` waits for the end of any other.
+        // One reference belongs to this module. `gnttab_unmap_refs_sync` waits for the end of any other.
         count > 1
     }
 
@@ -360,8 +360,8 @@ impl GuestGrants {
     fn free_pages(&mut self) {
         let is_unused = |handle: &u32| matches!(*handle, FREE | LOST);
         if self.handles.iter().all(is_unused) {
-            // SAFETY: Just looked: `handles` knows of each page what is there. Nothing is queued either, nor is I/O
-            // under way, which has pages that are mapped.
+            // SAFETY: Just checked: `handles` has the state of each page. Nothing is queued either, nor is I/O under
+            // way, which has pages that are mapped.
             unsafe { self.pages.free_mappable() };
         }
     }
@@ -369,8 +369,7 @@ impl GuestGrants {
 
 impl Drop for GuestGrants {
     fn drop(&mut self) {
-        // Whoever served the queue has unmapped everything; if not, it is done here, because the
-        // pages are given back next.
+        // The queue's thread has unmapped everything; if not, it is done here, because the pages are given back next.
         self.run_unmaps(|_| {});
         for index in 0..self.pages.mappable() {
             let page = PageIndex::new(self.pages.with_memory().wrapping_add(index));

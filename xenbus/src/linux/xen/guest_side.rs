@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a queue holds of its guest: event channel and mapped ring, and how they are given back
-//! while the queue's thread is stuck in the block layer.
+//! A queue's side of its guest: the event channel and the mapped ring, which can be given back while the queue's thread
+//! is stuck in the block layer.
 //!
-//! The thread alone uses them, without a lock. While it is in the block layer, where it may sleep for
-//! as long as a device hangs, it does not use them: it puts them aside ([`Held::away`]), and whoever
-//! wants them given back may do that then ([`Taker::take`]). If the thread is not away, it does
-//! so itself before it goes away again, or as soon as it has seen its command.
+//! The thread alone uses them, without a lock. While it is in the block layer, where it may sleep for as long as a
+//! device hangs, it does not use them: it puts them aside ([`Held::away`]), and another thread may give them back then
+//! ([`Taker::take`]). If the queue's thread is not away, it gives them back itself before it goes away again, or as
+//! soon as it has seen the command to stop.
 
 use super::evtchn::{Activity, EventChannel};
 use super::ring_map::RingMap;
@@ -20,7 +20,7 @@ use kernel::sync::Arc;
 
 /// The owner is away.
 const AWAY: u32 = 1;
-/// Somebody wants it given back.
+/// Another thread requests that the guest's side is given back.
 const WANTED: u32 = 2;
 
 struct GuestSide {
@@ -31,8 +31,8 @@ struct GuestSide {
 
 /// # Invariants
 ///
-/// `side` belongs to the owner, but for one case: to who sets `WANTED` while `AWAY` is set it belongs
-/// from then on. The owner alone changes `AWAY`, and only while `WANTED` is not set.
+/// `side` belongs to the owner, with one exception: if a thread sets `WANTED` while `AWAY` is set, it belongs to that
+/// thread from then on. The owner alone changes `AWAY`, and only while `WANTED` is not set.
 struct Shared {
     state: Atomic<u32>,
     side: UnsafeCell<Option<GuestSide>>,
@@ -48,9 +48,9 @@ unsafe impl Sync for Shared {}
 /// The owner's end: one thread has it. Dropping it gives everything back.
 pub(crate) struct Held {
     shared: Arc<Shared>,
-    /// Nothing is ours any more. (A cell also keeps references to this on one thread.)
+    /// Everything was given back. (A cell also keeps references to this object on one thread.)
     gone: Cell<bool>,
-    /// Further in on this thread's stack everything is put aside.
+    /// A call of [`Held::away`] on this thread's stack has put everything aside.
     away: Cell<bool>,
 }
 
@@ -58,7 +58,7 @@ pub(crate) struct Held {
 pub(crate) struct Taker(Arc<Shared>);
 
 impl Held {
-    /// Both ends of a guest's side. May sleep.
+    /// Makes both ends of a guest's side. May sleep.
     pub(crate) fn new(
         channel: EventChannel,
         ring: RingMap,
@@ -81,7 +81,7 @@ impl Held {
         Ok((held, taker))
     }
 
-    /// Whose it is, for trace points.
+    /// Returns the queue that has it, for trace points.
     #[inline(always)]
     pub(crate) fn traced(&self) -> &trace::Queue {
         &self.shared.traced
@@ -98,14 +98,14 @@ impl Held {
         unsafe { (*self.shared.side.get()).as_ref() }.map(body)
     }
 
-    /// Runs `body`, which may sleep long and must not need the guest. Afterwards everything may be gone. If it is given
-    /// back before, because it was wanted already, `gone` is called first.
+    /// Runs `body`, which may sleep long and must not need the guest. After it everything may be gone. If another
+    /// thread has already requested that, everything is given back first, and `gone` is called before `body`.
     pub(crate) fn away<R>(&self, gone: impl FnOnce(), body: impl FnOnce() -> R) -> R {
         if self.gone.get() || self.away.get() {
             return body();
         }
         if self.shared.state.cmpxchg(0, AWAY, Full).is_err() {
-            // It is wanted, and nobody but us is left to give it back.
+            // Another thread has requested it, and only this thread can give it back.
             self.let_go();
             gone();
             return body();
@@ -114,7 +114,7 @@ impl Held {
         let result = body();
         self.away.set(false);
         if self.shared.state.cmpxchg(AWAY, 0, Full).is_err() {
-            // INVARIANT: Whoever set `WANTED` meanwhile has taken it.
+            // INVARIANT: The thread that has set `WANTED` since has taken it.
             self.gone.set(true);
         }
         result
@@ -135,7 +135,7 @@ impl Held {
         self.with(|side| side.channel.notify());
     }
 
-    /// Ends the event that came, if one did; says whether.
+    /// Ends the event that came; returns false if none did.
     pub(crate) fn end_event(&self, activity: Activity) -> bool {
         let ended = self.with(|side| match side.channel.take_pending() {
             Some(pending) => {
@@ -155,24 +155,23 @@ impl Drop for Held {
 }
 
 impl Taker {
-    /// Gives everything back if the owner is away, which is when this returns `true`. Otherwise the
-    /// owner does that, at the latest before it goes away. To be called once the owner has been
-    /// told to let go. Waits for a running interrupt handler, and for nothing else.
+    /// Gives everything back if the owner is away, and then returns `true`. Otherwise the owner does that, at the
+    /// latest before it goes away. Call it once the owner has got the order to give everything back. Waits for a
+    /// running interrupt handler, and for nothing else.
     pub(crate) fn take(&self) -> bool {
         if !self.want() {
             return false;
         }
-        // SAFETY: We are the one who has set `WANTED` while the owner was away: by the type invariant
-        // the side belongs to us.
+        // SAFETY: This thread has set `WANTED` while the owner was away: by the type invariant the side belongs to it.
         drop(unsafe { (*self.0.side.get()).take() });
         true
     }
 
-    /// Sets `WANTED`; true if we are the one to do so, and the owner is away.
+    /// Sets `WANTED`; returns true if this call has set it, and the owner is away.
     fn want(&self) -> bool {
         let mut now = self.0.state.load(Relaxed);
         while now & WANTED == 0 {
-            // It fails only if the owner goes away or comes back just now.
+            // The exchange fails only if the owner goes away or comes back at this moment.
             match self.0.state.cmpxchg(now, now | WANTED, Full) {
                 Ok(before) => return before == AWAY,
                 Err(other) => now = other,
@@ -182,7 +181,7 @@ impl Taker {
     }
 }
 
-/// What is read of a ring that is gone is nothing; what is written goes nowhere.
+/// Reads of a ring that is gone return nothing, and writes have no effect.
 impl SharedRing for &Held {
     fn is_gone(&self) -> bool {
         self.gone.get()

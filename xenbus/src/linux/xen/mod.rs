@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a backend needs of Xen: its bus, xenstore, grants, event channels, mapped rings.
+//! Interfaces of Xen for a backend: its bus, xenstore, grants, event channels, mapped rings.
 
 pub(crate) mod claims;
 pub(crate) mod device;
@@ -10,4 +10,5 @@ pub(crate) mod grant;
 pub(crate) mod guest_side;
 pub(crate) mod ring_map;
 pub(crate) mod store;
+mod trial;
 pub(crate) mod watch;

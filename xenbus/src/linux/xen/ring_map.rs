@@ -5,6 +5,7 @@
 //! Wraps `xenbus_map_ring_valloc` and `xenbus_unmap_ring_vfree` (include/xen/xenbus.h).
 
 use super::device::Device;
+use super::trial;
 use crate::linux::barrier;
 use crate::linux::sys;
 use crate::proto::frontend::MAX_RING_PAGES;
@@ -33,6 +34,12 @@ unsafe impl Send for RingMap {}
 
 impl RingMap {
     /// Maps a ring. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOSPC` while Xen has no room for more mappings of this domain, and `ENOMEM`; both pass. Any other error is the
+    /// hypervisor's status of one of the frontend's pages, whatever that number is in Linux, and the bus has then
+    /// published Closing.
     pub(crate) fn map(
         device: &Arc<Device>,
         refs: &[u32; MAX_RING_PAGES],
@@ -41,6 +48,8 @@ impl RingMap {
     ) -> Result<Self> {
         let slots = protocol.ring_size(order).ok_or(EINVAL)?;
         let mut refs = *refs;
+        let used = refs.get(..1 << order).ok_or(EINVAL)?;
+        trial::map_once(device.otherend_id(), used)?;
         let mut base = core::ptr::null_mut();
         // SAFETY: `refs` has room for the pages of the largest order, which `ring_size` checked.
         to_result(unsafe {
@@ -146,8 +155,8 @@ impl SharedRing for RingMap {
 
 impl Drop for RingMap {
     fn drop(&mut self) {
-        // SAFETY: The mapping was made for this device and is unmapped once. An error is reported
-        // by the call itself in the device's xenstore node; nothing is left to do about it here.
+        // SAFETY: The mapping was made for this device and is unmapped once. The call itself reports an error in the
+        // device's xenstore node; nothing is left to do about it here.
         unsafe { sys::xenbus_unmap_ring_vfree(self.device.as_raw(), self.base.as_ptr().cast()) };
     }
 }

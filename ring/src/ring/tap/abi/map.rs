@@ -1,47 +1,47 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a process says of mappings: extents that reads and in-place writes may use without it.
+//! Mappings: extents that the kernel may read, and write in place, without the process.
 //!
-//! Whoever administers the host gives a disk *backings* ([`ioctl::BACKING_ADD`](super::ioctl::BACKING_ADD)):
-//! block devices that the kernel may use for it. The process that serves the disk says which ranges of the
-//! disk are where in them ([`ioctl::MAP`](super::ioctl::MAP)). From then on the kernel executes what lies in
-//! such ranges by itself, also while no process is there, until the process takes that back or the next one
-//! starts the disk. What cannot be executed so (it is not mapped, not whole blocks, a discard, a write that
-//! must be durable at once) is delivered as ever, and so is a read or write that the kernel began and that
-//! failed, marked as [`DESC_REPLAY`](super::DESC_REPLAY).
+//! The administrator (in practice the supervisor) gives a disk *backings*
+//! ([`ioctl::BACKING_ADD`](super::ioctl::BACKING_ADD)): block devices that the kernel may use for it. The process that
+//! serves the disk maps ranges of the disk to places in them ([`ioctl::MAP`](super::ioctl::MAP)). From then on the
+//! kernel executes requests in such ranges without the process, also while no process is running, until the process
+//! recalls the mapping or the next process starts the disk. Other requests (not mapped, not whole blocks, a discard, a
+//! write that must be durable at once) are delivered to the process, and so is a read or write that the kernel began
+//! and that failed, marked as [`DESC_REPLAY`](super::DESC_REPLAY).
 //!
-//! The rules for the process: set only what is in the image already, so that its own death does not undo
-//! it; recall a range before that stops being true, and wait for the call.
+//! Rules for the process: set only extents that the image has durably allocated, so that the death of the process does
+//! not undo them; recall a range before its mapping stops being true, and wait for the call.
 
 use super::Buffer;
 use zerocopy_derive as zd;
 
-/// Files and block devices behind one disk at most; their numbers are below this.
+/// Maximum number of files and block devices behind one disk; their numbers are below this.
 pub const MAX_BACKINGS: u16 = 16;
 
-/// The range is where the operation says, until it is recalled.
+/// Maps the range to the place that the operation names, until it is recalled.
 pub const MAP_SET: u8 = 1;
-/// What was said of the range is not true any longer. The call returns when no I/O of the kernel uses it.
+/// Withdraws the mapping of a range. The call returns when no I/O of the kernel uses it.
 pub const MAP_RECALL: u8 = 2;
-/// Kept for later: says which extents were written.
+/// Reserved: reports written extents.
 pub const MAP_COLLECT: u8 = 3;
-/// A flush of the disk is a flush of its backing, of which there is one: the kernel executes it until
-/// everything is recalled. All that the process answered is in the backing, or in its cache.
+/// A flush of the disk is a flush of its only backing: the kernel executes it until everything is recalled. All writes
+/// that the process answered are in the backing, or in its cache.
 pub const MAP_FLUSH: u8 = 4;
 
-/// It may be read. Each extent has this.
+/// The kernel may read the extent. Each extent has this.
 pub const MAP_READ: u8 = 1;
-/// Also written where it is: that changes nothing of the image but the data.
+/// The kernel may also write the extent in place, because that changes nothing of the image but the data.
 pub const MAP_WRITE: u8 = 2;
-/// It reads as zeroes and is nowhere: [`MapOp::backing`] is [`MAP_NO_BACKING`]. Not with [`MAP_WRITE`].
+/// The extent reads as zeroes and has no place: [`MapOp::backing`] is [`MAP_NO_BACKING`]. Not with [`MAP_WRITE`].
 pub const MAP_ZERO: u8 = 4;
-/// Kept for later: note when it is written.
+/// Reserved: record writes to the extent.
 pub const MAP_TRACK: u8 = 8;
 
 /// Names no backing.
 pub const MAP_NO_BACKING: u16 = u16::MAX;
 
-/// A change of the mappings of a disk. What its operation does not use is zero.
+/// A change of the mappings of a disk. Fields that its operation does not use are zero.
 #[derive(
     Clone,
     Copy,
@@ -58,19 +58,19 @@ pub const MAP_NO_BACKING: u16 = u16::MAX;
 pub struct MapOp {
     /// [`MAP_SET`], [`MAP_RECALL`] or [`MAP_FLUSH`].
     pub op: u8,
-    /// For [`MAP_SET`]: [`MAP_READ`] and what else it may be.
+    /// For [`MAP_SET`]: [`MAP_READ`] and other flags.
     pub flags: u8,
     /// For [`MAP_SET`]: the number of the backing, below [`MAX_BACKINGS`].
     pub backing: u16,
-    /// For [`MAP_SET`]: the newest generation of the mappings that the process knew when it began to
-    /// look where the range is. It is ignored if the range may be elsewhere since then.
+    /// For [`MAP_SET`]: the newest generation of the mappings that the process knew when it began to look up the range.
+    /// The kernel ignores the operation if the range may have moved since then.
     pub generation: u32,
     /// First sector of 512 bytes.
     pub sector: u64,
-    /// Number of sectors, not 0 but for [`MAP_FLUSH`]. To recall everything: 0 and `u64::MAX`.
+    /// Number of sectors, not 0 except for [`MAP_FLUSH`]. To recall everything: sector 0 and `u64::MAX` sectors.
     pub sectors: u64,
-    /// For [`MAP_SET`]: where it begins in the backing, in bytes; a multiple of 512. It has the same
-    /// remainder as the range on the disk, for the alignment that the backing demands.
+    /// For [`MAP_SET`]: where the range begins in the backing, in bytes; a multiple of 512. The remainder is that of
+    /// the range on the disk, for the alignment that the backing demands.
     pub offset: u64,
     /// Zero.
     pub reserved: [u64; 2],
@@ -78,15 +78,14 @@ pub struct MapOp {
 
 const _: () = assert!(size_of::<MapOp>() == 48);
 
-/// Changes of mappings at most in one call.
+/// Maximum number of changes in one call.
 pub const MAX_MAP_OPS: u32 = 256;
 
-/// Changes the mappings of a disk, and says how they are: the argument of
-/// [`ioctl::MAP`](super::ioctl::MAP).
+/// Changes the mappings of a disk, and reports their state: the argument of [`ioctl::MAP`](super::ioctl::MAP).
 ///
-/// The operations are executed in order. One that is malformed ends the call with an error; those before it
-/// are done. A [`MAP_SET`] that cannot be taken (the range has changed since, there is no such backing, it is
-/// outside of it) is counted and otherwise ignored: what is not mapped is delivered.
+/// The kernel executes the operations in order. A malformed one ends the call with an error; those before it are done.
+/// A [`MAP_SET`] that the kernel cannot take (the range has changed since, the disk has no such backing, or the range
+/// is outside of it) is counted and otherwise ignored, because requests to unmapped ranges are delivered.
 #[derive(
     Clone,
     Copy,
@@ -105,35 +104,35 @@ pub struct Maps {
     pub ops: Buffer,
     /// Out: the generation of the mappings now.
     pub generation: u32,
-    /// Out: one bit for each backing that the disk has.
+    /// Out: one bit for each backing of the disk.
     pub backings: u32,
-    /// Out: [`MAP_SET`]s that were not taken, since the disk has backings.
+    /// Out: [`MAP_SET`]s that the kernel did not take, since the disk has backings.
     pub refused: u64,
     /// Zero.
     pub reserved: [u64; 2],
 }
 
-/// The process got a request because nothing was known of its beginning: an index of [`Mapped::missed`].
+/// The process got a request because its first sector was not mapped: an index of [`Mapped::missed`].
 pub const MISS_UNMAPPED: u8 = 0;
-/// Because nothing was known of a later part.
+/// Because a later part was not mapped.
 pub const MISS_PARTIAL: u8 = 1;
-/// Because a part of what it writes may only be read.
+/// Because a part of its range may only be read, and it is a write.
 pub const MISS_READ_ONLY: u8 = 2;
 /// Because a part is not whole blocks of its backing.
 pub const MISS_UNALIGNED: u8 = 3;
-/// Because it is in too many pieces.
+/// Because its range has too many pieces.
 pub const MISS_PIECES: u8 = 4;
-/// Because it is in several backings.
+/// Because its range is in several backings.
 pub const MISS_BACKINGS: u8 = 5;
-/// Because only a process executes what it asks for, or executes it again.
+/// Because only a process executes that operation, or replays a request.
 pub const MISS_NEVER: u8 = 6;
 /// Because it came by a queue that was connected before the disk had a backing.
 pub const MISS_QUEUE: u8 = 7;
-/// Reasons that there is room for.
+/// Number of reasons that the structure has room for.
 pub const MISSES: u32 = 8;
 
-/// How the mappings of a disk serve it: the argument of [`ioctl::MAPPED`](super::ioctl::MAPPED). All is counted since
-/// the disk was made.
+/// Statistics of a disk's mappings: the argument of [`ioctl::MAPPED`](super::ioctl::MAPPED). All counts are since the
+/// disk was made.
 #[derive(
     Clone,
     Copy,

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Which ranges have changed lately, so that what is known of them from before is not believed.
+//! Ranges that changed recently, so that the map refuses lookups from before the change.
 
 use crate::ring::tap::extent::Sectors;
 
-/// Changes that are remembered. Who knows nothing newer is refused.
+/// Number of changes that are remembered. A lookup with an older generation is refused.
 pub const REMEMBERED: usize = 64;
 
-/// The last changes. Each has a generation, one more than the one before; they wrap.
+/// The last changes. Each has a generation, one more than the change before; generations wrap.
 #[derive(Clone, Debug)]
 pub(super) struct Recent {
     generation: u32,
@@ -19,16 +19,16 @@ impl Recent {
     /// Before the first change, generation 0.
     pub(super) const NONE: Self = Self {
         generation: 0,
-        // Nobody knows a generation that there was not, so whoever names one is wrong.
+        // These generations never existed, so a process that names one is wrong.
         ranges: [Sectors::ALL; REMEMBERED],
     };
 
-    /// That of the last change.
+    /// Returns the generation of the last change.
     pub(super) fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// A range changes.
+    /// Records the change of a range.
     pub(super) fn note(&mut self, range: Sectors) {
         self.generation = self.generation.wrapping_add(1);
         if let Some(place) = self.ranges.get_mut(Self::place(self.generation)) {
@@ -36,7 +36,7 @@ impl Recent {
         }
     }
 
-    /// True if nothing of a range has changed since a generation.
+    /// Returns true if no part of a range has changed since generation `since`.
     pub(super) fn is_unchanged(&self, range: &Sectors, since: u32) -> bool {
         let age = self.generation.wrapping_sub(since);
         let later = (0..age).map(|back| Self::place(self.generation.wrapping_sub(back)));

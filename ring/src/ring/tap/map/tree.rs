@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Extents in the order of the disk, in memory that the caller gives.
+//! Extents in the order of the disk, in memory that the caller provides.
 //!
 //! Extents are in leaves of [`LEAF`], and the leaves are found by a directory: a slot for each, in the
 //! order of the disk, so a search halves twice. The first `live` slots have a leaf in use, the others
 //! the leaves that are free. A change shifts within a leaf, or the directory, and never all extents.
 //!
-//! What does not fit takes the place of others: a leaf that was not used since the last look at it is
-//! forgotten as a whole. That costs a question to the process and breaks nothing.
+//! If an extent does not fit, the tree forgets a whole leaf that was not used since the last search for one. Requests
+//! to forgotten extents go to the process, which costs time and breaks nothing.
 
 use core::ops::DerefMut;
 
@@ -15,9 +15,9 @@ use crate::ring::tap::extent::{Extent, Sectors};
 
 /// Extents of a leaf.
 pub const LEAF: usize = 32;
-/// Leaves of one map at most.
+/// Maximum number of leaves of one map.
 pub const MAX_LEAVES: usize = 512;
-/// Leaves that are looked at for one that was not used. If all were, the next one has to go.
+/// Number of leaves examined for an unused one. If all were used, the next one is forgotten.
 const LOOKS: usize = 32;
 
 /// A part of the memory of a map: extents that are neighbours.
@@ -37,7 +37,7 @@ pub struct Slot {
     leaf: u16,
     /// Extents of the leaf.
     len: u16,
-    /// It was used since the last look at it.
+    /// The leaf was used since the last search for an unused one.
     used: bool,
 }
 
@@ -57,7 +57,7 @@ impl Slot {
 
 const _: () = assert!(size_of::<Extent>() == 32 && size_of::<Slot>() == 16);
 
-/// A place in the order of the extents: there is one, or it is behind the last.
+/// A position in the order of the extents: that of an extent, or behind the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {
     slot: usize,
@@ -73,15 +73,15 @@ pub(super) struct Tree<S, L> {
     capacity: usize,
     /// Slots in use; none of their leaves is empty between two calls.
     live: usize,
-    /// The slot that is looked at next for one that was not used.
+    /// Slot at which the next search for an unused leaf begins.
     hand: usize,
     evicted: u64,
-    /// Where something was last; by now there may be something else there, or nothing.
+    /// Position of the last access; another extent may be there now, or none.
     last: Position,
 }
 
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
-    /// A tree without extents. What the memory held is overwritten.
+    /// Returns a tree without extents. Overwrites the memory.
     pub(super) fn new(mut slots: S, leaves: L) -> Self {
         let capacity = slots.len().min(leaves.len()).min(MAX_LEAVES);
         for (slot, leaf) in slots.iter_mut().zip(0..=u16::MAX) {
@@ -98,26 +98,27 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         }
     }
 
-    /// True if there is none.
+    /// Returns true if there is no extent.
     pub(super) fn is_empty(&self) -> bool {
         self.live == 0
     }
 
-    /// True if all leaves are in use: what needs another one will take that of others.
+    /// Returns true if all leaves are in use, so that another leaf must replace one.
     pub(super) fn is_full(&self) -> bool {
         self.live == self.capacity
     }
 
-    /// How many leaves there are.
+    /// Returns the number of leaves.
     pub(super) fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Goes on in larger memory, and gives back what it does not need: what it had, or that if it is not larger.
+    /// Moves to larger memory, and returns the memory that it does not need: the old one, or the new one if that is not
+    /// larger.
     pub(super) fn grow(&mut self, slots: S, leaves: L) -> (S, L) {
         let mut larger = Self::new(slots, leaves);
         if larger.capacity > self.capacity {
-            // The slots that there were have all leaves that there were, in some order.
+            // The old slots name all old leaves, in some order.
             let slots = larger.slots.iter_mut().zip(self.slots.iter());
             slots.take(self.capacity).for_each(|(new, old)| *new = *old);
             let leaves = larger.leaves.iter_mut().zip(self.leaves.iter());
@@ -132,12 +133,12 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         (larger.slots, larger.leaves)
     }
 
-    /// Extents that were forgotten because others needed their place.
+    /// Returns how many extents were forgotten because others needed their place.
     pub(super) fn evicted(&self) -> u64 {
         self.evicted
     }
 
-    /// The first extent that ends behind a sector.
+    /// Returns the position of the first extent that ends behind a sector.
     pub(super) fn find(&self, sector: u64) -> Position {
         let slot = self.slot_of(sector);
         let extents = self.extents(slot);
@@ -145,9 +146,10 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.proper(Position { slot, at })
     }
 
-    /// The same, looked for first where it was last: most images are in few extents.
+    /// Returns the position that [`find`](Self::find) does, but tries the last position first, because most images have
+    /// few extents.
     pub(super) fn find_again(&mut self, sector: u64) -> Position {
-        // Extents do not overlap: there is no other one that has the sector.
+        // Extents do not overlap, so no other one has the sector.
         let has = |extent: &Extent| extent.range.start() <= sector && sector < extent.range.end();
         if !self.get(self.last).is_some_and(has) {
             self.last = self.find(sector);
@@ -155,7 +157,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.last
     }
 
-    /// The position behind one of an extent.
+    /// Returns the position behind that of an extent.
     pub(super) fn next(&self, position: Position) -> Position {
         self.proper(Position {
             at: position.at.wrapping_add(1),
@@ -163,12 +165,12 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         })
     }
 
-    /// The extent at a position.
+    /// Returns the extent at a position.
     pub(super) fn get(&self, position: Position) -> Option<&Extent> {
         self.extents(position.slot).get(position.at)
     }
 
-    /// As [`get`](Self::get), for one that is used: it is not forgotten as soon as others.
+    /// Returns the extent at a position like [`get`](Self::get), and marks its leaf as used, so that it is kept longer.
     pub(super) fn get_used(&mut self, position: Position) -> Option<Extent> {
         if let Some(slot) = self.slots.get_mut(position.slot) {
             slot.used = true;
@@ -176,7 +178,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.get(position).copied()
     }
 
-    /// The extents that have sectors of a range, in order.
+    /// Returns the extents that overlap a range, in order.
     pub(super) fn within<'a>(&'a self, range: &Sectors) -> impl Iterator<Item = &'a Extent> {
         let mut position = self.find(range.start());
         let end = range.end();
@@ -188,7 +190,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         .take_while(move |extent| extent.range.start() < end)
     }
 
-    /// Adds an extent that overlaps none; others may be forgotten for it.
+    /// Adds an extent that overlaps none; may forget others for it.
     pub(super) fn insert(&mut self, extent: Extent) {
         let start = extent.range.start();
         self.make_room(start);
@@ -210,7 +212,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         slot.first = slot.first.min(start);
     }
 
-    /// Takes a range out of the extents that have sectors of it.
+    /// Removes a range from the extents that overlap it.
     pub(super) fn cut(&mut self, range: &Sectors) {
         let mut from = self.find(range.start());
         let Some(first) = self.get(from).copied() else {
@@ -226,7 +228,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
             }
             from = self.next(from);
         }
-        // What ends behind the range stays, but for what it has of it; what is between goes.
+        // An extent that ends behind the range keeps its part there; extents in between are removed.
         let to = self.find(range.end());
         let last = self.get(to).copied();
         let rest = last.and_then(|last| {
@@ -239,19 +241,19 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.remove(from, to);
     }
 
-    /// Takes all extents away.
+    /// Removes all extents.
     pub(super) fn clear(&mut self) {
         self.close(0, self.live);
     }
 }
 
-/// The leaves.
+/// Leaves and their directory.
 impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     fn directory(&self) -> &[Slot] {
         self.slots.get(..self.live).unwrap_or_default()
     }
 
-    /// The slot that has a sector, if any has: the last that does not begin behind it.
+    /// Returns the slot that has a sector, if any has: the last one that does not begin behind it.
     fn slot_of(&self, sector: u64) -> usize {
         let before = partition(self.directory(), |slot| slot.first <= sector);
         before.saturating_sub(1)
@@ -271,7 +273,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         Some((slot, leaf))
     }
 
-    /// The same position, in the next leaf if it is behind the last extent of one.
+    /// Returns the equal position in the next leaf if `position` is behind the last extent of a leaf.
     fn proper(&self, position: Position) -> Position {
         if position.at < self.extents(position.slot).len() {
             return position;
@@ -282,7 +284,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         }
     }
 
-    /// Puts a part of an extent in its place.
+    /// Replaces an extent by a part of it.
     fn replace(&mut self, position: Position, part: Extent) {
         let Some((slot, Leaf(extents))) = self.leaf_mut(position.slot) else {
             return;
@@ -295,7 +297,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         }
     }
 
-    /// Sees to it that the leaf to which an extent belongs is there and not full.
+    /// Ensures that the leaf to which an extent belongs exists and is not full.
     fn make_room(&mut self, sector: u64) {
         let is_full = |tree: &Self| {
             let leaf = tree.directory().get(tree.slot_of(sector));
@@ -304,14 +306,14 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         if is_full(self) && self.live == self.capacity {
             self.evict();
         }
-        // It may have been the one that had to go.
+        // That leaf may have been the one that was forgotten.
         if is_full(self) {
             self.split(self.slot_of(sector), sector);
         }
     }
 
-    /// Moves the upper half of a leaf to a free one behind it; nothing of it if the sector is behind all
-    /// that it has, so that extents that come in order fill their leaves.
+    /// Moves the upper half of a leaf to a free one behind it. Moves nothing if the sector is behind all extents of the
+    /// leaf, so that extents that arrive in order fill their leaves.
     fn split(&mut self, slot: usize, sector: u64) {
         let extents = self.extents(slot);
         let kept = match extents.last() {
@@ -340,7 +342,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.drain(slot, kept, LEAF);
     }
 
-    /// Puts a free leaf at a place of the directory. `false` if there is none.
+    /// Inserts a free leaf into the directory. Returns `false` if there is none.
     fn open(&mut self, place: usize, first: u64) -> bool {
         if self.live >= self.capacity {
             return false;
@@ -357,7 +359,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         true
     }
 
-    /// Takes leaves away, from one place of the directory to another.
+    /// Removes leaves, from one slot of the directory to another.
     fn close(&mut self, from: usize, to: usize) {
         let Some(slots) = self.slots.get_mut(from..self.live) else {
             return;
@@ -368,10 +370,10 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.live = self.live.wrapping_sub(count);
     }
 
-    /// Takes extents away, from one position to another.
+    /// Removes extents, from one position to another.
     fn remove(&mut self, from: Position, to: Position) {
         if from.slot == to.slot {
-            // There is one at the position behind them, so the leaf does not become empty.
+            // There is an extent at the position behind them, so the leaf does not become empty.
             return self.drain(from.slot, from.at, to.at);
         }
         self.drain(from.slot, from.at, LEAF);
@@ -379,7 +381,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         self.close(from.slot.wrapping_add(usize::from(from.at > 0)), to.slot);
     }
 
-    /// Takes extents of one leaf away.
+    /// Removes extents of one leaf.
     fn drain(&mut self, slot: usize, from: usize, to: usize) {
         let Some((slot, Leaf(extents))) = self.leaf_mut(slot) else {
             return;
@@ -395,7 +397,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         slot.first = first.range.start();
     }
 
-    /// Forgets a leaf that was not used lately, or one that was if that takes too long to find.
+    /// Forgets a leaf that was not used lately, or a used one if the search takes too long.
     fn evict(&mut self) {
         for _ in 0..LOOKS {
             if self.hand >= self.live {
@@ -418,10 +420,9 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     }
 }
 
-// What follows is in `core`, but there it is arithmetic that panics on overflow, of which a kernel module
-// must have none.
+// `core` has the functions below, but with arithmetic that panics on overflow, which a kernel module must not have.
 
-/// How many of the first items something is true of; it is true of none behind them.
+/// Returns the number of leading items for which `is_before` is true; it is false for all items behind them.
 fn partition<T>(items: &[T], is_before: impl Fn(&T) -> bool) -> usize {
     let (mut low, mut high) = (0usize, items.len());
     while low < high {

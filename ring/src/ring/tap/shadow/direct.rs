@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the kernel executes without the process, because the map of the disk says where it is.
+//! Requests that the kernel executes without the process, because the map of the disk has their place.
 //!
 //! ```text
-//!                        in nobody's way, and mapped
+//!                          unblocked, and mapped
 //!   post --> pending ----------------------------------> direct --> (free)
 //!               |   \                                  /    |
 //!               |    blocked --> pending --> ready ---+     | it failed
@@ -14,24 +14,24 @@
 //!
 //! Rules beside those of the shadow:
 //!
-//! - It is a request like any other: it waits for earlier ones that overlap it, and later ones wait for it,
-//!   whoever executes the one or the other. But while there is nothing that a process has or may get, what queues
-//!   execute does not wait for each other, as on a device without a process: a guest that has overlapping requests in
-//!   flight at the same time has no order for them.
-//! - Only a queue that can executes something ([`Shadow::set_able`]): it has what that takes.
-//! - Only what moves data of whole blocks is executed so, and what was never given to a process. A flush is
-//!   if the process has said that it is one of the backing.
-//! - The process gets a write or a discard: what the map says of that range may not be true any longer, then
-//!   and when it answers or is gone (see [`Map`]). So it is told both times.
-//! - It is begun by the thread of its queue, and it ends there. The death of a process changes nothing of
-//!   it; the start of the next one ends what the last one said, so nothing more is begun.
-//! - If it fails it is not known what it did, so the process gets it as one that is executed again, and says
-//!   what became of it. It arrives anew, so that it waits for what is executed by then: where that writes the process
-//!   may not move anything. A flush that failed is answered so: to try again could succeed over lost data.
-//! - The data of a request may be in pages of the guest that are mapped, where no process can get it. Such a request
-//!   is begun at once or not at all ([`Shadow::begin_mapped`]), and if it fails nothing is left of it here: its
-//!   queue brings the data to the arena, and posts it anew. What overlaps it may come first by then: what a guest has
-//!   in flight at the same time has no order for it, and nothing of this was answered.
+//! - It is a request like any other: it waits for earlier ones that overlap it, and later ones wait for it, whether
+//!   queues or the process execute them. But while the process has no request and none waits for it, requests that
+//!   queues execute do not wait for each other, as on a device without a process, because a guest expects no order
+//!   among overlapping requests in flight.
+//! - A queue executes requests only if it has the memory for that ([`Shadow::set_able`]).
+//! - Queues execute only reads and writes of whole blocks that no process ever had. They execute a flush if the process
+//!   declared it a flush of the backing.
+//! - When the process gets a write or a discard, and when it answers or dies, the map of that range may become wrong
+//!   (see [`Map`]). So the shadow updates the map both times.
+//! - The thread of its queue begins a request and ends it. The death of a process does not affect it; the start of the
+//!   next one clears the map, so nothing more is begun.
+//! - If a request fails, its effect is unknown, so the process gets it as a replay and answers it. It arrives anew, so
+//!   that it waits for requests that queues execute by then, because the process must not move data under them. A
+//!   failed flush is answered as failed, because a retry could succeed over lost data.
+//! - The data of a request may be in pages of the guest that are mapped, which no process can access. Such a request is
+//!   begun at once or not at all ([`Shadow::begin_mapped`]), and the shadow forgets it if it fails: its queue copies
+//!   the data to the arena, and posts it anew. Overlapping requests may overtake it, which the guest permits, because
+//!   none of them was answered.
 
 use core::ops::DerefMut;
 
@@ -45,23 +45,23 @@ use crate::ring::tap::map::{Map, Miss};
 use crate::ring::tap::overlap::writes;
 use crate::ring::tap::table::{next, Entry, Link, Node, State};
 
-/// Parts that a request is executed in at most: 1 MiB of 64 KiB clusters that lie anywhere, in which neither end of the
-/// request is one of a cluster.
+/// Maximum number of parts that a request is executed in: 1 MiB of 64 KiB clusters at arbitrary places, with neither
+/// end of the request on a cluster boundary.
 pub const MAX_PARTS: usize = 17;
 
-/// A part of a request that is in one piece in its backing, or nowhere.
+/// A part of a request that is contiguous in its backing, or reads as zeroes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
-    /// The first sector of 512 bytes there; `None` if it reads as zeroes.
+    /// The first sector of 512 bytes in the backing; `None` if it reads as zeroes.
     pub sector: Option<u64>,
     /// Sectors of 512 bytes.
     pub sectors: u64,
 }
 
-/// The backing of a request that is in none. There is none of this number.
+/// The backing of a request that is in none. No backing has this number.
 const NO_BACKING: u8 = u8::MAX;
 
-/// Where all of a request is, in its own order. A flush has none.
+/// Places of all parts of a request, in its own order. A flush has none.
 #[derive(Clone, Debug, Default)]
 pub struct Parts {
     list: [Part; MAX_PARTS],
@@ -69,7 +69,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// All of them.
+    /// Returns all parts.
     pub fn as_slice(&self) -> &[Part] {
         self.list.get(..self.count).unwrap_or(&[])
     }
@@ -78,7 +78,7 @@ impl Parts {
         self.count = 0;
     }
 
-    /// Nothing happens if there are [`MAX_PARTS`].
+    /// Appends a part; does nothing if there are [`MAX_PARTS`].
     fn push(&mut self, part: Part) {
         if let Some(place) = self.list.get_mut(self.count) {
             *place = part;
@@ -87,10 +87,10 @@ impl Parts {
     }
 }
 
-/// A request that its queue is to execute, where [`Parts`] say.
+/// A request that its queue is to execute, at the places in [`Parts`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// What those are in that do not read as zeroes; `None` if there are none.
+    /// Backing of the parts that do not read as zeroes; `None` if there are none.
     pub backing: Option<BackingNumber>,
     /// `OP_READ`, `OP_WRITE` or `OP_FLUSH`.
     pub op: u8,
@@ -100,12 +100,12 @@ pub struct Start {
     pub segments: u16,
 }
 
-/// What the map of a disk says, if it has one.
+/// Lookups in the map of a disk, if it has one.
 pub trait Places {
-    /// False if nothing is anywhere.
+    /// Returns false if the map is empty.
     fn is_any(&self) -> bool;
 
-    /// What a range is in, if it is in one backing at most and in few parts. What `parts` held before is overwritten.
+    /// Finds the parts of a range, if it is in one backing at most and in few parts. Overwrites `parts`.
     fn transfer(
         &mut self,
         range: &Sectors,
@@ -113,17 +113,17 @@ pub trait Places {
         parts: &mut Parts,
     ) -> Result<Option<BackingNumber>, Miss>;
 
-    /// What a flush of the disk is a flush of.
+    /// Returns the backing that a flush of the disk flushes.
     fn flush(&self) -> Option<BackingNumber>;
 
-    /// The process gets something that changes the range, or answers it.
+    /// Records that the process gets a request that changes the range, or answers it.
     fn changed(&mut self, op: u8, range: &Sectors);
 
-    /// Another process begins.
+    /// Forgets the mappings, because another process begins.
     fn clear(&mut self);
 }
 
-/// The map of a disk that has none: all is for the process.
+/// The map of a disk that has none: all requests go to the process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoMap;
 
@@ -204,16 +204,16 @@ where
     }
 }
 
-/// What is counted of it.
+/// Counts of direct requests.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Executed {
     /// Requests that are executed now, by backing.
     now: [u32; abi::MAX_BACKINGS as usize],
-    /// All of them.
+    /// Requests that are executed now, in all backings.
     executing: u32,
-    /// Requests that were executed.
+    /// Requests that queues have executed.
     done: u64,
-    /// Flushes of them that failed.
+    /// Flushes among them that failed.
     failed_flushes: u32,
     /// Requests that a process got, by `MISS_*`.
     missed: [u64; abi::MISSES as usize],
@@ -230,7 +230,7 @@ impl Executed {
         info.failed_flushes = self.failed_flushes;
     }
 
-    /// A process gets a request for the first time.
+    /// Counts a request that a process gets for the first time.
     pub(super) fn count_miss(&mut self, miss: Miss) {
         // CAST: an index below `MISSES`.
         if let Some(missed) = self.missed.get_mut(miss as usize) {
@@ -238,7 +238,7 @@ impl Executed {
         }
     }
 
-    /// One more, or with `u32::MAX` one less, in a backing or in [`NO_BACKING`].
+    /// Adds `by` (1, or `u32::MAX` for minus 1) to the count of a backing or of [`NO_BACKING`].
     fn count(&mut self, backing: u8, by: u32) {
         self.executing = self.executing.wrapping_add(by);
         if let Some(now) = self.now.get_mut(usize::from(backing)) {
@@ -247,14 +247,14 @@ impl Executed {
     }
 }
 
-/// The queues, and whoever changes the map.
+/// Calls of the queues, and of ioctls that change the map.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// The map.
+    /// Returns the map.
     pub fn map(&mut self) -> &mut M {
         &mut self.map
     }
 
-    /// Says whether a queue can execute requests; at first none can.
+    /// Sets whether a queue can execute requests; at first none can.
     pub fn set_able(&mut self, queue: u16, able: bool) {
         self.executed.able &= !bit(queue);
         if able {
@@ -262,14 +262,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Begins a request that was just posted, if nothing is in its way and it needs no process. Then `parts` say
-    /// where.
+    /// Begins a request that was just posted, if no other request blocks it and it needs no process; `parts` then has
+    /// the places.
     pub fn begin(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
         let entry = self.get(tag)?;
         if !self.map.is_any() || entry.state != State::Pending {
             return None;
         }
-        // It has just been posted, and beside it there is nothing but what queues execute.
+        // It has just been posted, and all other requests are those that queues execute.
         let is_free = !entry.indexed && self.waiting == 1 && self.held == 0;
         if !is_free && self.blocker(tag, &mut { STEPS }).is_some() {
             return None;
@@ -277,8 +277,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.execute(tag, parts)
     }
 
-    /// The same for a request whose data is in mapped pages of the guest. If it cannot be begun it is taken back, as if
-    /// it had never been posted.
+    /// Begins a request whose data is in mapped pages of the guest, like [`begin`](Self::begin). If it cannot be begun,
+    /// the shadow takes it back, as if it had never been posted.
     pub fn begin_mapped(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
         let start = self.begin(tag, parts);
         let entry = self.get_mut(tag)?;
@@ -293,13 +293,13 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         start
     }
 
-    /// True if a request is executed whose data is in mapped pages of the guest.
+    /// Returns true if a request is executed whose data is in mapped pages of the guest.
     pub fn is_mapped(&self, tag: DiskTag) -> bool {
         let is_mapped = |entry: &Entry| entry.mapped && entry.state == State::Direct;
         self.get(tag).is_some_and(is_mapped)
     }
 
-    /// Begins what a queue can begin now of what waited for others, at most `max`.
+    /// Begins at most `max` requests of a queue that waited for others and can begin now.
     pub fn resume(
         &mut self,
         queue: u16,
@@ -323,8 +323,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// A queue has executed a request, with this result: it is the request's, whose tag is free then.
-    /// `None` if it is for the process now, or if it was a [mapped](Self::is_mapped) one: then nothing is left of it.
+    /// Ends a request that a queue has executed with this result: returns the result for the guest, and frees the tag.
+    /// `None` if the process gets the request now, or if it was a [mapped](Self::is_mapped) one, which the shadow
+    /// forgets.
     pub fn ended(&mut self, tag: DiskTag, status: Status) -> Option<Status> {
         let entry = self.get_mut(tag).filter(|e| e.state == State::Direct)?;
         let (op, backing, mapped) = (entry.op, entry.backing, entry.mapped);
@@ -349,8 +350,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         None
     }
 
-    /// Finds out who is to execute what waits. To be called after something was posted or has ended, and after
-    /// the map has changed; see [`take_resumable`](Self::take_resumable).
+    /// Assigns waiting requests to the process or to their queues. The caller calls this after a post, after the end of
+    /// a request, and after a change of the map; see [`take_resumable`](Self::take_resumable).
     pub fn sort(&mut self) {
         if !self.map.is_any() {
             return;
@@ -358,7 +359,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let mut steps = STEPS;
         while let Some(node) = self.pending.first() {
             if steps == 0 {
-                // The rest is for the thread of a queue that can, which sorts when it resumes.
+                // The other requests are for the thread of an able queue, which sorts when it resumes.
                 let able = self.executed.able;
                 self.executed.resumable |= able & able.wrapping_neg();
                 return;
@@ -369,32 +370,32 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// One bit for each queue that is to [`resume`](Self::resume) something, and was not told so before.
+    /// Returns one bit for each queue that must [`resume`](Self::resume) something, once for each such event.
     #[must_use]
     pub fn take_resumable(&mut self) -> u64 {
         core::mem::replace(&mut self.executed.resumable, 0)
     }
 
-    /// Requests that are executed now.
+    /// Returns the number of requests that are executed now.
     pub fn executing(&self) -> u32 {
         self.executed.executing
     }
 
-    /// Requests that a process got, by the reason: an index is one of `abi::MISS_*`.
+    /// Returns the number of requests that a process got, by the reason: an index is one of `abi::MISS_*`.
     pub fn missed(&self) -> [u64; abi::MISSES as usize] {
         self.executed.missed
     }
 
-    /// True if one is executed in this backing.
+    /// Returns true if a request is executed in this backing.
     pub fn is_executing_in(&self, backing: BackingNumber) -> bool {
         let now = self.executed.now.get(backing.index());
         now.is_some_and(|now| *now > 0)
     }
 
-    /// True if one is executed that has to do with the range. Looks at every request.
+    /// Returns true if a request is executed that overlaps the range. Looks at every request.
     ///
-    /// A flush has no range: only everything has to do with it, after whose recall none is begun. If it had to
-    /// do with all ranges a guest could have one executed at any time.
+    /// A flush has no range: it overlaps only the whole disk, after whose recall none is begun. If a flush overlapped
+    /// all ranges, a guest could keep one executing at any time.
     pub fn is_executing(&self, range: &Sectors) -> bool {
         let mut at = self.order.first().filter(|_| self.executing() > 0);
         while let Some(node) = at {
@@ -411,7 +412,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 }
 
-/// What the calls are made of.
+/// Internals of the calls.
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Turns a request that waits, with nothing in its way, into one that its queue executes.
     fn execute(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
@@ -433,7 +434,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         Some(start)
     }
 
-    /// Where a request could be executed without the process. The entry has the reason if it cannot.
+    /// Returns the place where a request could be executed without the process. Stores the reason in the entry if it
+    /// cannot.
     fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Option<BackingNumber>> {
         let place = self.look_up(tag, parts);
         if let (Err(miss), Some(entry)) = (place, self.get_mut(tag)) {
@@ -461,7 +463,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Nothing is in the way of a request that waits: true if its queue is to execute it, which it is told.
+    /// Decides for a waiting request that nothing blocks: returns true if its queue must execute it, and marks the
+    /// queue as resumable.
     pub(super) fn make_ready(&mut self, tag: DiskTag) -> bool {
         if !self.map.is_any() || self.place(tag, &mut Parts::default()).is_none() {
             return false;
@@ -479,7 +482,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         true
     }
 
-    /// A request that waits, with nothing in its way, is for the process.
+    /// Assigns a waiting request that nothing blocks to the process.
     fn miss(&mut self, tag: DiskTag) {
         self.unlist(tag);
         if let Some(entry) = self.get_mut(tag) {
@@ -489,20 +492,20 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             .push_back(&mut self.entries, Node::new(tag, Link::State));
     }
 
-    /// True if a queue executes something, or is about to.
+    /// Returns true if a queue executes a request, or is about to.
     pub(super) fn is_direct(&self) -> bool {
         self.executing() > 0 || self.ready.iter().any(|list| !list.is_empty())
     }
 
-    /// True if a request waits for a process, itself or because of what is in its way. To be asked in the order
-    /// of arrival, while those that do are failed.
+    /// Returns true if a request waits for a process, itself or because of a request that blocks it. The caller asks in
+    /// the order of arrival, while it fails those that do.
     pub(super) fn needs_process(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
         if self.is_waiting(tag, |entry| entry.state == State::Pending) {
             self.block(tag, steps);
         }
         self.get(tag).is_some_and(|entry| match entry.state {
             State::Pending | State::Missed => true,
-            // What waits has been asked before, and does not wait for a process.
+            // A blocking request that waits was examined before, and does not wait for a process.
             State::Blocked => {
                 let blocker = self.get(entry.blocked_on);
                 blocker.is_none_or(|blocker| blocker.state == State::Delivered)
@@ -517,7 +520,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         list.is_some_and(|list| !list.is_empty())
     }
 
-    /// The process gets a request, answers it, or is gone with it.
+    /// Updates the map when the process gets a request, answers it, or dies with it.
     pub(super) fn note_change(&mut self, tag: DiskTag) {
         let Some(entry) = self.get(tag).filter(|entry| writes(entry.op)) else {
             return;

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The end of a process: when its I/O is over, and what becomes of the requests that it had.
+//! The end of a process: when its I/O is over, and the fate of its requests.
 //!
-//! While it is fenced the caller looks for I/O of it, and says when none is to be seen any more
-//! ([`Shadow::quiet`]). If somebody else executes its I/O, over a network, that is not the end of it yet: it
-//! has said for how long that may go on (`FENCE_SESSION`). That counts from when nothing was to be seen,
-//! because what it sent last it sent while it was seen.
+//! While the process is fenced, the caller looks for its I/O, and reports when none is visible any more
+//! ([`Shadow::quiet`]). A remote server may continue to execute its I/O after that, for a time that the process claimed
+//! (`FENCE_SESSION`). That time counts from when no I/O was visible, because the process sent its last request before.
 //!
-//! What a process has said of its I/O holds from the claim on, served or not: it says so before it reaches its
-//! storage. So with a claim that is not `FENCE_LOCAL` it cannot take back what it said before, and the longest
-//! time counts; with one that is it says that all of it is over.
+//! A claim of a process about its I/O is valid from when it is made, served or not, because the process claims before
+//! it opens its storage. A later claim other than `FENCE_LOCAL` withdraws nothing, and the longest time counts; a claim
+//! of `FENCE_LOCAL` declares that all earlier I/O is over.
 
 use core::ops::DerefMut;
 
@@ -24,18 +23,18 @@ use crate::ring::tap::table::{next, Entry, List, State};
 
 const NS_PER_MS: u64 = 1_000_000;
 
-/// I/O of the process that may go on where nobody sees it.
+/// I/O of the process that may continue on a remote server, where this machine does not see it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Settling {
-    /// For so long after nothing of it is to be seen.
+    /// Milliseconds that it may last after none is visible here.
     ms: u32,
-    /// When that was, in nanoseconds.
+    /// Time from which none was visible, in nanoseconds.
     since: Option<u64>,
 }
 
 impl Settling {
-    /// The process says this of its I/O, and has nothing of ours in hand. It may do I/O of its own, and for
-    /// others, such as NBD clients: so it counts even if it never gets anything of ours.
+    /// Takes a claim of the process, which has no request of this disk in hand. The process may do I/O of its own, and
+    /// for others such as NBD clients, so the claim counts even if it never gets a request.
     pub(super) fn claimed(&mut self, fence: Fence) {
         match fence {
             Fence::Local => self.ms = 0,
@@ -44,7 +43,7 @@ impl Settling {
         }
     }
 
-    /// Nothing is to be seen. True if nothing can happen where it is not seen either.
+    /// Takes the report that no I/O is visible. Returns true if no invisible I/O can be left either.
     fn is_over(&mut self, now: u64) -> bool {
         let since = *self.since.get_or_insert(now);
         now.saturating_sub(since) >= u64::from(self.ms).wrapping_mul(NS_PER_MS)
@@ -52,7 +51,7 @@ impl Settling {
 }
 
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// The process is gone. From now on nothing that it says counts, and nothing is delivered.
+    /// Records the end of the process: its completions do not count any more, and nothing is delivered.
     /// [`quiet`](Self::quiet) must follow.
     pub fn closed(&mut self) {
         if matches!(self.phase, Phase::Open | Phase::Live) {
@@ -60,12 +59,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// No I/O of the process that is gone is to be seen, and none will be; `now` is in nanoseconds. `None` if
-    /// there may be some where nobody sees it: say it again later.
+    /// Takes the report that no I/O of the dead process is visible, and none will be; `now` is in nanoseconds. Returns
+    /// `None` if a remote server may still execute some: the caller must report again later.
     ///
-    /// Otherwise all of it is over. What the process had been delivered waits for the next one, in arrival
-    /// order; requests without a queue are released. If nobody can know that it is over, as the process
-    /// claimed, what changes the disk fails instead: to execute it again could undo what comes later.
+    /// Otherwise all of it is over. Requests that the process had wait for the next one, in arrival order; requests
+    /// without a queue are released. If the process claimed that the end of its I/O cannot be known (`FENCE_NONE`), its
+    /// modifying requests fail instead, because a replay could undo later writes.
     #[must_use]
     pub fn quiet(&mut self, now: u64) -> Option<Failed> {
         let mut failed = Failed::default();
@@ -90,14 +89,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             entry.ordered = true;
             match entry.state {
                 State::Delivered => {
-                    // It may have done it, and answers no more.
+                    // The process may have executed it, and answers no more.
                     self.note_change(node.tag());
                     self.left(node.tag(), &mut failed);
                 }
                 State::Pending | State::Blocked | State::Missed | State::Ready => {
                     self.wait(node.tag(), None);
                 }
-                // Its queue has it, whoever is gone.
+                // Its queue executes it, independently of the process.
                 State::Direct => {}
                 // Not in the order of what has no result.
                 State::Free | State::Done => {}
@@ -111,7 +110,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         Some(failed)
     }
 
-    /// A request that the process had, all lists of which are empty.
+    /// Handles a request that the process had, all lists of which are empty.
     fn left(&mut self, tag: DiskTag, failed: &mut Failed) {
         let Some(entry) = self.get_mut(tag) else {
             return;

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Which request is it of which processes die?
+//! Isolation of a request that makes processes die.
 //!
-//! Each request counts the processes that died while they had it. With one death less than the
-//! limit it is *isolated*: while there are such requests, a process has one request at a time. So
-//! at the next death it is known which one it was. That one fails alone, if it had the limit of
-//! deaths; the others were delivered beside it by chance, and go on.
+//! Each request counts the processes that died while they had it. With one death less than the limit it is *isolated*:
+//! while there are such requests, a process has one request at a time. So the next death identifies the request. It
+//! fails alone, if it has reached the limit of deaths; the others were delivered beside it by chance, and continue.
 //!
-//! A program that dies of everything (a broken one was installed) must not become errors of the
-//! guest, one request after the other. So a request fails only if one of the processes that died
-//! with it had answered another one, and if something was answered since the last request failed.
-//! What is not decided for that reason is delivered after all others, which gives the process the
-//! chance to answer them.
+//! A broken program that dies of every request must not cause errors for the guest, one request after the other. So a
+//! request fails only if one of the processes that died with it had answered another one, and if something was answered
+//! since the last request failed. Requests that stay undecided for that reason are delivered after all others, which
+//! gives the process the chance to answer them.
 //!
-//! Deaths are counted when the next process starts the disk. Until then whoever opened it may say
-//! that the last one was no fault of any request ([`Shadow::excuse`]).
+//! Deaths are counted when the next process starts the disk. Until then the process that has opened it may declare that
+//! no request caused the last death ([`Shadow::excuse`]).
 
 use core::ops::DerefMut;
 
@@ -24,16 +22,16 @@ use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
 use crate::ring::tap::table::{next, Entry, Suspicion};
 
-/// The death of a process that had requests, which are not counted yet.
+/// The death of a process that had requests. It is not counted yet.
 #[derive(Clone, Copy, Debug)]
 struct Death {
-    /// It had one.
+    /// The process had one request.
     alone: bool,
-    /// It had answered others.
+    /// The process had answered others.
     answered: bool,
 }
 
-/// What a request was that failed for the deaths at it.
+/// The last request that failed because processes died of it.
 #[derive(Clone, Copy, Debug)]
 struct Poison {
     op: u8,
@@ -41,7 +39,7 @@ struct Poison {
     sectors: u64,
 }
 
-/// What is known beside the entries.
+/// State of the isolation that is not in the entries.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Isolation {
     /// Deaths at which a request fails; 0 for never.
@@ -51,17 +49,17 @@ pub(super) struct Isolation {
     death: Option<Death>,
     /// The process has answered a request.
     answered: bool,
-    /// The process was started already: the death before it is counted, and what waits is arranged.
+    /// The process was started already: the death before it is counted, and waiting requests are arranged.
     judged: bool,
-    /// Nothing was answered since a request failed.
+    /// No request was answered since one failed.
     unproven: bool,
-    /// Requests that failed, and the last of them.
+    /// Number of requests that failed, and the last of them.
     poisoned: u32,
     last: Option<Poison>,
 }
 
 impl Isolation {
-    /// A process is gone that had so many requests.
+    /// Records the death of a process that had `held` requests.
     pub(super) fn died(&mut self, held: u32) {
         if held > 0 {
             self.death = Some(Death {
@@ -71,24 +69,24 @@ impl Isolation {
         }
     }
 
-    /// Another process has opened the disk.
+    /// Records that another process has opened the disk.
     pub(super) fn opened(&mut self) {
         self.answered = false;
         self.judged = false;
     }
 
-    /// A process has answered a request.
+    /// Records that a process has answered a request.
     pub(super) fn answered(&mut self) {
         self.answered = true;
         self.unproven = false;
     }
 
-    /// A request has a result, or is dropped.
+    /// Forgets a request that has a result or is dropped.
     pub(super) fn forget(&mut self, isolated: bool) {
         self.isolated = self.isolated.wrapping_sub(u32::from(isolated));
     }
 
-    /// Fills what is known of it in an [`abi::Info`].
+    /// Fills the isolation's part of an [`abi::Info`].
     pub(super) fn describe(&self, info: &mut abi::Info) {
         info.isolated = self.isolated;
         info.poisoned = self.poisoned;
@@ -99,7 +97,7 @@ impl Isolation {
         }
     }
 
-    /// Counts the last death for a request that the process had. True if the request is the reason.
+    /// Counts the last death for a request that the process had. Returns true if the request is the reason.
     fn count(&mut self, suspicion: &mut Suspicion, death: Death) -> bool {
         if !core::mem::replace(&mut suspicion.in_last, false) || self.limit == 0 {
             return false;
@@ -109,7 +107,7 @@ impl Isolation {
         death.alone && suspicion.proven && !self.unproven && suspicion.deaths >= self.limit
     }
 
-    /// The place of a request in the order of delivery.
+    /// Returns the class of a request in the order of delivery.
     fn class(&self, suspicion: &Suspicion) -> Class {
         let deaths = suspicion.deaths;
         match deaths.checked_add(1) {
@@ -120,26 +118,26 @@ impl Isolation {
     }
 }
 
-/// How much a request is to be feared.
+/// How suspicious a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
-    /// No more than others.
+    /// Not more than others.
     Trusted,
-    /// With the next death it has the limit.
+    /// The next death makes it reach the limit.
     Suspect,
-    /// It has the limit, and it is not known whether the process or the request is the reason.
+    /// It has reached the limit, and it is undecided whether the process or the request is the reason.
     Undecided,
 }
 
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// A request fails when so many processes have died of it; 0 is for never, and 1 counts as 2:
-    /// of several that a process had nobody knows which one it was.
+    /// Sets the number of deaths at which a request fails; 0 is for never. 1 counts as 2, because one death of a
+    /// process with several requests does not identify one.
     pub fn set_death_limit(&mut self, limit: u8) {
         self.isolation.limit = if limit == 1 { 2 } else { limit };
     }
 
-    /// The end of the last process is no fault of the requests that it had, says the one who has
-    /// opened the disk and not started it. `false` if that is somebody else.
+    /// Declares that the requests of the last process did not cause its end. Returns `false` unless the caller has
+    /// opened the disk and not started it.
     #[must_use]
     pub fn excuse(&mut self, epoch: u64) -> bool {
         let may = self.phase == Phase::Open && epoch == self.epoch;
@@ -149,14 +147,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         may
     }
 
-    /// False if the process must answer what it has first.
+    /// Returns false if the process must first answer the request that it has.
     pub(super) fn may_deliver(&self) -> bool {
         self.isolation.isolated == 0 || self.held == 0
     }
 
-    /// Counts the last death, fails the request that is the reason for it, if that is known, and
-    /// isolates those that may become one. Once for each process: it looks at every request, and a process
-    /// may start as often as it likes.
+    /// Counts the last death, fails the request that is the reason for it if that is known, and isolates those that may
+    /// become one. Acts once for each process, because it looks at every request and a process may start as often as it
+    /// likes.
     pub(super) fn judge(&mut self) -> Failed {
         let mut failed = Failed::default();
         if core::mem::replace(&mut self.isolation.judged, true) {
@@ -204,8 +202,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.fail_for(tag, failed);
     }
 
-    /// Puts what waits in an order in which a process answers as much as it can before it meets
-    /// what it may die of.
+    /// Arranges waiting requests so that a process answers as many as it can before it gets those of which it may die.
     fn arrange(&mut self) {
         for class in [Class::Trusted, Class::Suspect, Class::Undecided] {
             let mut at = self.order.first();
@@ -222,7 +219,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Does something to each request without a result, the oldest first.
+    /// Calls `each` for each request without a result, the oldest first.
     fn each_undone(&mut self, mut each: impl FnMut(DiskTag, &mut Entry)) {
         let mut at = self.order.first();
         while let Some(node) = at {

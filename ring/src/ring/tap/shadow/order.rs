@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Who waits for whom: the order of arrival, the lists of what waits, and what is in the way of a request.
+//! Dependencies among requests: the order of arrival, the lists of waiting requests, and the request that blocks
+//! another.
 //!
-//! A request arrives behind all others and is *pending*: to be looked at. Whoever looks finds out what is in its way,
-//! and it is *blocked* until that is done, when it is pending again. If there is nothing it is for the process or for
-//! its queue (`direct`). What is looked at and what is done for it is bounded: see [`Shadow`].
+//! A request arrives behind all others and is *pending*: not yet examined. The next call that sorts finds the request
+//! that blocks it, if any; it is *blocked* until that one is done, and then pending again. If nothing blocks it, the
+//! process or its queue executes it (`direct`). The work for this is bounded: see [`Shadow`].
 
 use core::ops::DerefMut;
 
@@ -16,7 +17,7 @@ use crate::ring::tap::overlap::writes;
 use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State};
 
 impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
-    /// A request that is in no list waits from now on, behind all that have arrived before.
+    /// Adds a request that is in no list to those that wait, behind all that have arrived before.
     pub(super) fn arrive(&mut self, tag: DiskTag) {
         let sequence = self.sequence;
         let Some(entry) = self.get_mut(tag) else {
@@ -32,8 +33,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         self.wait(tag, None);
     }
 
-    /// Puts a request that is in no list of a state among those that wait: for another one, or
-    /// to be looked at.
+    /// Adds a request that is in no list of a state to those that wait for `blocker`, or to the pending ones if there
+    /// is none.
     pub(super) fn wait(&mut self, tag: DiskTag, blocker: Option<DiskTag>) {
         let Some(entry) = self.get_mut(tag) else {
             return;
@@ -53,7 +54,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Takes a request out of the list of its state.
+    /// Removes a request from the list of its state.
     pub(super) fn unlist(&mut self, tag: DiskTag) {
         let node = Node::new(tag, Link::State);
         let Some(entry) = self.get(tag) else {
@@ -88,7 +89,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// Sorts pending requests until one is found that may be delivered. It stays where it is, in front.
+    /// Sorts pending requests until it finds one that may be delivered. That one stays in front.
     pub(super) fn find(&mut self, steps: &mut u32) -> Option<DiskTag> {
         if let Some(node) = self.missed.first() {
             return Some(node.tag());
@@ -102,12 +103,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         None
     }
 
-    /// Finds out what a pending request waits for, if not for the process.
+    /// Sorts a pending request: finds what it waits for, if not for the process.
     pub(super) fn sort_out(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
         self.block(tag, steps) || self.make_ready(tag)
     }
 
-    /// Has a pending request wait for what is in its way; false if that is nothing.
+    /// Blocks a pending request on the one that it must wait for; returns false if there is none.
     pub(super) fn block(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
         let Some(blocker) = self.blocker(tag, steps) else {
             return false;
@@ -117,7 +118,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         true
     }
 
-    /// The latest earlier request that must be done before this one.
+    /// Returns the latest earlier request that must be done before this one.
     pub(super) fn blocker(&mut self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
         self.index();
         let sequence = |tag: DiskTag| Some((self.get(tag)?.sequence, tag));
@@ -127,8 +128,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         latest.map(|(_, tag)| tag)
     }
 
-    /// Completes the index over ranges. What it lacks is later than all that it has: it is completed for each search,
-    /// and most of what queues execute is over before there is any.
+    /// Adds the missing requests to the index over ranges. These arrived after all that it has. The index is completed
+    /// only before a search, because most requests that queues execute are over before there is one.
     fn index(&mut self) {
         let (mut first, mut at) = (None, self.order.last());
         while let Some(node) = at {
@@ -147,7 +148,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    /// The latest earlier write, if this is a flush that waits for all of them.
+    /// Returns the latest earlier write, if this is a flush that waits for all of them.
     fn unflushed(&self, tag: DiskTag, steps: &mut u32) -> Option<DiskTag> {
         let entry = self.get(tag)?;
         let flushes = entry.op == abi::OP_FLUSH || entry.flags & abi::DESC_PREFLUSH != 0;
@@ -173,7 +174,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             .is_some_and(|entry| waits(entry) && and(entry))
     }
 
-    /// A request stands in nobody's way any longer.
+    /// Releases all requests that wait for this one.
     pub(super) fn forget(&mut self, tag: DiskTag) {
         self.order
             .remove(&mut self.entries, Node::new(tag, Link::Order));
@@ -188,7 +189,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let isolated = core::mem::replace(&mut entry.suspicion.isolated, false);
         self.isolation.forget(isolated);
         self.replaying = self.replaying.wrapping_sub(u32::from(replay));
-        // They are older than most of what is pending: in front.
+        // The waiters are older than most pending requests, so they go to the front.
         let mut at = waiters.first();
         while let Some(node) = at {
             at = next(&self.entries, node);

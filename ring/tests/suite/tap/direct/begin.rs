@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue begins by itself, in which order, and in how many parts.
+//! Requests that a queue begins, their order, and the number of their parts.
 
 use super::{extent, number, range, Disk, BACKING, SHIFT, SIZE};
 use crate::tap::shadow::request;
@@ -67,7 +67,7 @@ fn what_is_not_mapped_is_for_the_process() {
         request(Op::Read, 65, 8),
         request(Op::Read, 64, 1),
         request(Op::Read, 64, 0),
-        // Zeroes are nowhere that could be written.
+        // Zeroes have no place to write to.
         request(Op::Write, 512, 8),
         request(Op::Flush, 0, 0),
     ];
@@ -82,7 +82,7 @@ fn what_is_not_mapped_is_for_the_process() {
         "nobody has them"
     );
     assert_eq!(disk.tags(), [0, 1, 2, 3, 4, 5, 6, 7]);
-    // A flush is the process's until it says otherwise, and so is what has no place.
+    // A flush goes to the process until it maps the flush, and so does an unmapped request.
     assert_eq!(disk.shadow.missed(), [1, 1, 2, 2, 0, 0, 2, 0]);
     for tag in 0..8 {
         disk.done(tag);
@@ -145,14 +145,14 @@ fn what_waits_for_an_earlier_one_is_ready_when_that_ends() {
 #[test]
 fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() {
     let mut disk = Disk::mapped(16);
-    // As on a device without a process: a guest has no order for what it has in flight at the same time.
+    // As on a device without a process, a guest expects no order among requests in flight.
     for (tag, sector) in [(0, 0), (1, 0), (2, 4088)] {
         disk.begin_write(tag, sector);
     }
     disk.post(3, Op::Read, 0, 4096);
     assert!(disk.begin(3).is_some());
     disk.begin_mapped_write(4, 0);
-    // Beside one that is for the process each waits for all that were before it.
+    // While one request is for the process, each waits for all overlapping ones before it.
     disk.post(5, Op::Discard, 0, 8);
     assert_eq!((disk.told(), disk.tags()), (0, vec![]));
     disk.post(6, Op::Write, 4088, 8);
@@ -173,7 +173,7 @@ fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() 
     assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.told(), 0b11);
     assert_eq!((disk.resume(0), disk.resume(1)), (vec![6], vec![1]));
-    // And then they do not.
+    // Without such a request they do not wait.
     disk.begin_write(0, 4088);
 }
 
@@ -239,7 +239,7 @@ fn a_request_is_executed_in_parts() {
         parts,
         [part(first + 8, 8), part(second, 16), part(second - 16, 8)]
     );
-    // What overlaps one of them waits for all.
+    // A request that overlaps one of them waits for all.
     disk.occupy(7);
     disk.post(2, Op::Read, 32, 8);
     assert_eq!(disk.begin(2), None);
@@ -247,7 +247,7 @@ fn a_request_is_executed_in_parts() {
     assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
     assert_eq!((disk.told(), disk.resume(0)), (1, vec![2]));
     assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
-    // As many as there is room for, and one more.
+    // As many parts as are allowed, and one more.
     disk.post(4, Op::Read, 0, 16 * most);
     assert_eq!(disk.begin_in_parts(4).expect("just so").1.len(), MAX_PARTS);
     disk.post(6, Op::Read, 0, 16 * most + 8);
@@ -289,7 +289,7 @@ fn zeroes_are_read_beside_one_backing_and_alone() {
         parts,
         [part(stored[0], 8), part(None, 16), part(stored[1], 8)]
     );
-    // Of them there are no blocks.
+    // These sectors are not whole blocks.
     disk.post(1, Op::Read, 17, 3);
     let (start, parts) = disk.begin_in_parts(1).expect("it is known");
     assert_eq!((start.backing, parts), (None, vec![part(None, 3)]));
@@ -309,7 +309,7 @@ fn a_write_ends_zeroes_when_the_process_gets_it_and_when_it_answers() {
     disk.post(0, Op::Write, 8, 8);
     assert_eq!(disk.begin(0), None);
     assert_eq!(disk.tags(), [0]);
-    // The process looked before it had it, or while it had not done it.
+    // The process looked up the range before it had the request, or before it had executed it.
     disk.set_zeroes(0, 64);
     disk.done(0);
     disk.post(1, Op::Read, 8, 8);

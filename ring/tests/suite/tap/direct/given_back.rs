@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue was to execute by itself, and the process does: what was recalled, failed, or given back.
+//! Requests that a queue was to execute and that the process executes, because they were recalled, failed, or returned.
 
 use super::{extent, number, Disk, BACKING, SIZE};
 use ring::response::Status;
@@ -21,7 +21,7 @@ fn what_is_recalled_before_it_was_begun_is_for_the_process() {
     assert_eq!(disk.resume(1), []);
     assert!(disk.shadow.has_deliverable());
     assert_eq!(disk.tags(), [1]);
-    // The last of all is recalled: nobody sorts any more.
+    // Recall the last mapping: no later call sorts.
     disk.done(1);
     disk.reap(1);
     disk.begin_write(5, 64);
@@ -43,7 +43,7 @@ fn what_failed_is_executed_again_by_the_process() {
         assert_eq!(disk.told(), 0, "it is in the way");
         assert_eq!(disk.ended(0, status), None);
         assert_eq!((disk.info().executing, disk.info().direct), (0, 0));
-        // It arrives anew: what waited for it is before it.
+        // It arrives anew, behind the requests that waited for it.
         assert_eq!((disk.told(), disk.tags()), (0b10, vec![]));
         assert_eq!(disk.resume(1), [1]);
         assert_eq!(disk.tags(), []);
@@ -61,7 +61,7 @@ fn what_failed_is_executed_again_by_the_process() {
     }
 }
 
-/// The process may move what it gets a write of, so nothing else writes there by then.
+/// The process may move the data of a write that it gets, so no queue may write there at the same time.
 #[test]
 fn what_failed_waits_for_all_that_is_executed_where_it_is() {
     let mut disk = Disk::mapped(8);
@@ -116,11 +116,11 @@ fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
     let start = disk.begin(1).expect("now it is");
     assert_eq!((start.op, start.backing), (abi::OP_FLUSH, Some(number(0))));
     assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
-    // Also if nothing else is mapped.
+    // This holds also if nothing else is mapped.
     disk.recall(0, SIZE);
     disk.post(1, Op::Flush, 0, 0);
     assert!(disk.begin(1).is_some());
-    // Nobody knows what a second one would do.
+    // A retried flush could succeed over lost data.
     assert_eq!(disk.ended(1, Status::Error), Some(Status::Error));
     assert_eq!((disk.info().executing, disk.info().waiting), (0, 0));
     assert!(disk.map().add_backing(number(1), BACKING));
@@ -144,7 +144,7 @@ fn a_delivered_write_takes_back_what_may_only_be_read_of_its_range() {
     let rest = [extent(0, 8, Access::Read), extent(16, 48, Access::Read)];
     assert_eq!(extents, rest);
     let between = disk.map().generation();
-    // It looks where the range is while it executes the write.
+    // The process looks up the range while it executes the write.
     let old = extent(8, 8, Access::Read);
     assert_eq!(disk.map().set(&old, between), Ok(()));
     disk.done(0);
@@ -152,7 +152,7 @@ fn a_delivered_write_takes_back_what_may_only_be_read_of_its_range() {
     assert_eq!(extents, rest, "at the answer again");
     assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
     disk.set(8, 8, Access::Read);
-    // What may be written is written where it is; here by the process, for it is no whole block.
+    // Writable extents stay mapped; the process executes this write because it is not whole blocks.
     disk.set(128, 64, Access::ReadWrite);
     disk.post(1, Op::Write, 129, 1);
     assert_eq!(disk.begin(1), None);
@@ -194,8 +194,7 @@ fn a_change_that_has_no_queue_any_more_is_one_all_the_same() {
     assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
 }
 
-/// A process has found out where something is, discards it, and dies: nobody executes the discard again, and what was
-/// found is not true.
+/// A process looks up a range, discards it, and dies. No process executes the discard again, but its lookup is stale.
 #[test]
 fn a_discard_that_nobody_answers_takes_back_its_range_too() {
     let ends: [fn(&mut Disk); 3] = [
@@ -205,7 +204,7 @@ fn a_discard_that_nobody_answers_takes_back_its_range_too() {
         |disk| {
             assert_eq!(disk.shadow.fail_waiting(8).count, 1);
         },
-        // Its queue went first.
+        // Its queue is gone first.
         |_| (),
     ];
     for (number, end) in ends.into_iter().enumerate() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What is known of what a queue executes, and how much of that is done at once.
+//! State that is kept about requests that a queue executes, and bounds of the work of one call.
 
 use super::{extent, number, range, Disk, BACKING, SIZE};
 use crate::tap::shadow::request;
@@ -40,7 +40,7 @@ fn a_flush_is_executed_until_everything_is_recalled() {
     disk.post(0, Op::Flush, 0, 0);
     assert!(disk.begin(0).is_some());
     assert!(disk.shadow.is_executing_in(number(0)));
-    // There may always be one, as the guest likes: who recalls a range would wait for ever.
+    // A guest could keep a flush executing at any time, so that a recall of a range would wait for ever.
     assert!(!disk.shadow.is_executing(&range(0, SIZE)));
     assert!(disk.shadow.is_executing(&Sectors::ALL));
     disk.map().recall(&Sectors::ALL);
@@ -99,7 +99,7 @@ fn nothing_else_that_is_said_of_a_direct_request_counts() {
     disk.done(2);
 }
 
-/// More than one call looks at, posted before anything is mapped.
+/// Posts more requests than one call sorts, before anything is mapped.
 fn many(tags: u16, queue_of: impl Fn(u16) -> u16) -> Disk {
     let mut disk = Disk::unmapped(usize::from(tags));
     for tag in 0..tags {
@@ -137,7 +137,7 @@ fn very_many_are_sorted_by_and_by() {
 
 #[test]
 fn who_sorts_the_rest_is_a_queue_that_can() {
-    // The first ones are of a queue that executes nothing.
+    // The first ones belong to a queue that executes nothing.
     let most = STEPS as u16 + 8;
     let mut disk = many(most + 1, |tag| u16::from(tag < most));
     disk.shadow.set_able(1, false);

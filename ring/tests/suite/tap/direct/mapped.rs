@@ -12,7 +12,7 @@ use ring::tap::shadow::direct::{Part, Parts, Start};
 use ring::tap::shadow::{Committed, Op, Request, Shadow};
 use ring::tap::table::Entry;
 
-/// Posts a request and begins it with mapped data, which fails: it is as if it had never been there.
+/// Posts a request and begins it with mapped data, which fails: the shadow must forget it.
 #[track_caller]
 fn is_taken_back(disk: &mut Disk, tag: u16, request: &Request) {
     let before = disk.info();
@@ -58,7 +58,7 @@ fn it_begins_and_ends_as_any_other() {
     assert_eq!(disk.ended(0, Status::Okay), None, "it has ended");
     assert_eq!((disk.info().executing, disk.info().direct), (0, 1));
     assert_eq!(disk.reap(0), [], "its result went to the queue");
-    // The next one of that tag is one of its own.
+    // The next request of that tag is independent.
     disk.begin_write(0, 16);
     assert!(!disk.is_mapped(0));
     assert_eq!(disk.ended(0, Status::Error), None);
@@ -69,7 +69,7 @@ fn it_begins_and_ends_as_any_other() {
 fn what_is_in_its_way_has_it_taken_back() {
     let mut disk = Disk::mapped(16);
     disk.recall(64, 64);
-    // One that a queue executes, one whose own data is mapped, one that the process has, and one that waits.
+    // A request that a queue executes, one whose data is mapped, one that the process has, and one that waits.
     disk.begin_write(0, 0);
     disk.begin_mapped_write(2, 8);
     disk.post(4, Op::Write, 64, 8);
@@ -81,13 +81,13 @@ fn what_is_in_its_way_has_it_taken_back() {
         is_taken_back(&mut disk, 1, &request(Op::Write, sector, 8));
         is_taken_back(&mut disk, 1, &request(Op::Read, sector, 8));
     }
-    // It stands in nobody's way.
+    // A request that was taken back blocks no other.
     disk.post(3, Op::Write, 24, 8);
     assert_eq!(disk.begin_mapped(3).map(|start| start.sectors), Some(8));
     assert_eq!(disk.ended(3, Status::Okay), Some(Status::Okay));
     is_taken_back(&mut disk, 1, &request(Op::Write, 16, 16));
     disk.begin_write(3, 24);
-    // And nobody goes on with it.
+    // A request that was taken back is not resumed either.
     assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.told(), 0b01);
@@ -95,7 +95,7 @@ fn what_is_in_its_way_has_it_taken_back() {
     disk.done(4);
     assert_eq!(disk.ended(6, Status::Okay), Some(Status::Okay));
     assert_eq!((disk.told(), disk.tags()), (0, vec![]));
-    // Posted anew it is as if it came now.
+    // A request that is posted anew counts as a new one.
     disk.begin_write(1, 16);
 }
 
@@ -143,7 +143,7 @@ fn without_a_map_it_is_taken_back() {
         assert_eq!((shadow.waiting(), shadow.executing()), (0, 0));
     }
     assert!(!shadow.has_deliverable());
-    // Nor is there anything that there is not.
+    // Unknown tags are not mapped either.
     let beyond = DiskTag::new(999);
     assert_eq!(shadow.begin_mapped(beyond, &mut Parts::default()), None);
     assert!(!shadow.is_mapped(beyond) && !shadow.is_mapped(tag));
@@ -165,7 +165,7 @@ fn what_failed_is_for_no_process() {
         assert_eq!((disk.reap(0), disk.reap(1)), (vec![], vec![]));
         assert_eq!(disk.shadow.missed(), [0; abi::MISSES as usize]);
         assert!(!disk.shadow.is_executing(&Sectors::ALL));
-        // Posted anew it is not what it was: it may be begun, and a process gets it if it fails once more.
+        // Posted anew it is an ordinary request: a queue may begin it, and a process gets it if it fails once more.
         disk.post(0, op, 0, 8);
         assert!(disk.begin(0).is_some());
         assert!(!disk.is_mapped(0));
@@ -194,7 +194,7 @@ fn what_waits_for_it_goes_on_when_it_ends() {
         assert_eq!(disk.ended(0, status), expected);
         assert_eq!(disk.told(), 0b10);
         assert_eq!(disk.resume(1), [1]);
-        // What is posted anew is behind them.
+        // A request that is posted anew is behind them.
         disk.post(0, Op::Write, 0, 8);
         assert_eq!(disk.begin(0), None);
         assert_eq!((disk.told(), disk.tags()), (0, vec![]));
@@ -223,7 +223,7 @@ fn a_recall_waits_for_it() {
         assert!(!disk.shadow.is_executing_in(number(0)));
         is_taken_back(&mut disk, 2, &request(Op::Write, 64, 8));
     }
-    // One that was taken back is not waited for.
+    // No request waits for one that was taken back.
     let mut disk = Disk::mapped(8);
     disk.post(0, Op::Read, 65, 1);
     assert_eq!(disk.begin_mapped(0), None);
@@ -238,7 +238,7 @@ fn it_outlives_its_process_and_is_not_for_the_next_one() {
         disk.post(1, Op::Read, 0, 8);
         disk.shadow.closed();
         assert!(disk.is_mapped(0));
-        // What needs no process is begun while the dead one is fenced.
+        // Mapped requests are begun while the dead process is fenced.
         disk.begin_mapped_write(2, 64);
         assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
         assert!(disk.is_mapped(0) && disk.is_mapped(2));
@@ -291,7 +291,7 @@ fn a_queue_that_goes_leaves_it_to_its_end() {
         assert_eq!(disk.told(), 0b10);
         assert_eq!(disk.resume(1), [1]);
         assert_eq!((disk.info().waiting, disk.info().executing), (0, 1));
-        // The next connection begins with its tags.
+        // The next connection uses the tags from 0 on.
         disk.shadow.set_able(0, true);
         disk.begin_mapped_write(0, 64);
     }
@@ -301,7 +301,7 @@ fn a_queue_that_goes_leaves_it_to_its_end() {
 fn a_flush_waits_for_none_that_failed() {
     let mut disk = Disk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));
-    // A write that the process has, for which only a flush after a failure would wait.
+    // The process has a write, for which only a flush after a failure would wait.
     disk.post(4, Op::Write, 129, 1);
     assert_eq!(disk.tags(), [4]);
     for tag in [0, 2] {
@@ -344,7 +344,7 @@ fn nothing_that_a_process_says_of_it_counts() {
         assert_eq!(disk.commit(0, 2, flags), Committed::Refused);
     }
     assert!(disk.is_mapped(0));
-    // It writes where it is: what is known of the place stays true.
+    // The process writes in place, so the mapping stays.
     let all = disk.map().extents().copied().collect::<Vec<_>>();
     assert_eq!(disk.ended(0, Status::Error), None);
     assert_eq!(disk.map().extents().copied().collect::<Vec<_>>(), all);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue does while there is no process, or after another one has come.
+//! Requests of a queue while no process has the disk, or after another one has started.
 
 use super::{extent, Disk, SIZE};
 use ring::response::Status;
@@ -48,7 +48,7 @@ fn a_process_that_starts_again_begins_with_nothing() {
 #[test]
 fn the_order_outlives_the_process() {
     let mut disk = Disk::mapped(16);
-    // Something of each: direct, delivered, waiting for the one and for the other.
+    // One request of each kind: direct, delivered, and waiting for either.
     disk.begin_write(0, 0);
     disk.post(2, Op::Discard, 64, 64);
     assert_eq!(disk.tags(), [2]);
@@ -104,7 +104,7 @@ fn what_is_ready_is_ready_after_a_death() {
     disk.post(3, Op::Read, 0, 8);
     assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.told(), 0b10);
-    // The queue is about to resume it.
+    // The queue is about to resume the request.
     disk.die();
     assert_eq!(disk.resume(1), [1, 3]);
     assert_eq!(disk.shadow.state(), abi::STATE_RECOVERING);
@@ -119,7 +119,7 @@ fn what_failed_for_a_lost_process_sets_free_what_waits() {
     };
     assert!(disk.shadow.claim(disk.epoch, claimed));
     disk.set(0, SIZE, Access::ReadWrite);
-    // A write of no whole block.
+    // A write that is not whole blocks.
     disk.post(0, Op::Write, 1, 1);
     assert_eq!(disk.tags(), [0]);
     disk.post(1, Op::Read, 0, 8);
@@ -138,10 +138,10 @@ fn what_needs_no_process_does_not_fail_for_want_of_one() {
     disk.begin_write(0, 0);
     disk.begin_write(2, 8);
     disk.post(1, Op::Write, 8, 8);
-    // Not mapped; and what waits for that.
+    // A request that is not mapped, and one that waits for it.
     disk.post(3, Op::Write, 64, 8);
     disk.post(4, Op::Read, 56, 16);
-    // For what is executed, and what waits for what waits for that.
+    // One that waits for a direct request, and one that waits for that.
     disk.post(6, Op::Write, 0, 8);
     disk.post(8, Op::Read, 0, 8);
     assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
@@ -157,9 +157,9 @@ fn what_needs_no_process_does_not_fail_for_want_of_one() {
     assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
     assert_eq!(disk.told(), 0b01);
     assert_eq!(disk.resume(0), [6]);
-    // It does once it needs one.
+    // It waits for a process once it needs one.
     assert_eq!(disk.ended(6, Status::Error), None);
-    // What waited for it does not any longer, and it does for that.
+    // Its waiter no longer waits for a queue, and waits for a process instead.
     assert_eq!(disk.told(), 0b01);
     assert_eq!(disk.shadow.fail_waiting(usize::MAX).count, 0);
     assert_eq!(disk.resume(0), [8]);
@@ -214,7 +214,7 @@ fn a_queue_that_is_gone_has_nothing_ready() {
     assert_eq!(disk.told(), 0b10);
     assert_eq!(disk.resume(1), [3]);
     assert_eq!(disk.info().waiting, 0);
-    // The next connection begins with its tags.
+    // The next connection uses the tags from 0 on.
     disk.shadow.set_able(0, true);
     disk.begin_write(2, 64);
     assert_eq!(disk.resume(0), []);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! I/O on a file: the file system is called with the memory of a bio that goes nowhere.
+//! I/O on a file: the file system is called with the memory of a bio that is not submitted.
 //!
-//! The thread that serves a queue waits for no file system: the call is told to refuse rather than to wait
-//! for a lock, for blocks to be allocated, or for a file system that is frozen. What was refused is called again on
-//! the file's own work queue, where it may wait.
+//! The thread that serves a queue must not wait for a file system, so the call has to refuse instead of waiting for a
+//! lock, for the allocation of blocks, or for a file system that is frozen. A refused call is repeated on the file's
+//! own work queue, where it may wait.
 //!
 //! Wraps `struct kiocb`, `iov_iter_bvec` (include/linux/uio.h), `sb_start_write` and `kiocb_end_write`
 //! (include/linux/fs.h), `memalloc_noio_save` (include/linux/sched/mm.h).
@@ -19,7 +19,7 @@ use kernel::ffi::{c_int, c_long};
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
-/// What lies in front of each bio of a set.
+/// Memory in front of each bio of a set.
 #[repr(C)]
 struct Call {
     iocb: Opaque<bindings::kiocb>,
@@ -33,7 +33,7 @@ pub(super) struct Framed {
     pub(super) bio: bindings::bio,
 }
 
-/// What is asked of a file.
+/// Operation on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -55,8 +55,8 @@ struct Started(*mut Framed);
 ///
 /// # Safety
 ///
-/// The bio is one of a set whose bios have a [`Framed`] around them, or a record's first one. It is complete,
-/// belongs to the caller, and its record's storage is a file, or there is none: then it fails.
+/// The bio is one of a set whose bios have a [`Framed`] around them, or a record's first one. It is complete, belongs
+/// to the caller, and its record's storage is a file, or there is none: then the bio fails.
 pub(super) unsafe fn submit(bio: *mut bindings::bio) {
     // SAFETY: By the requirement.
     let framed = unsafe { bio.byte_sub(offset_of!(Framed, bio)) }.cast::<Framed>();
@@ -105,13 +105,13 @@ impl Started {
         }
     }
 
-    /// Bytes of the transfer.
+    /// Returns the bytes of the transfer.
     fn len(&self) -> u32 {
         // SAFETY: The bio is ours.
         unsafe { (*self.bio()).bi_iter.bi_size }
     }
 
-    /// What is asked of the file; `None` for what a file is not asked in this way.
+    /// Returns the operation on the file; `None` for one that a file does not get in this way.
     fn kind(&self) -> Option<Kind> {
         const REQ_OP: u32 = (1 << bindings::REQ_OP_BITS) - 1;
         const DURABLE: u32 =
@@ -136,11 +136,11 @@ impl Started {
         unsafe { (*self.0).call.iocb.get() }
     }
 
-    /// Makes the call where it may wait; callable from any context.
+    /// Queues the call on the file's work queue, where it may wait; callable from any context.
     fn later(self) {
         match self.file() {
-            // SAFETY: The work was initialised, and is not queued: whoever has the call queues it. It lives until
-            // the call has ended.
+            // SAFETY: The work was initialised, and is not queued, because only the owner of the call queues it. The
+            // work lives until the call has ended.
             Some(file) => unsafe { file.queue().enqueue((*self.0).call.work.get()) },
             None => self.end(IO_ERROR),
         }
@@ -148,9 +148,9 @@ impl Started {
 
     /// Calls the file system. With `IOCB_NOWAIT` it does not wait.
     ///
-    /// The file system uses the file until it returns, though the call may have ended by then. So the thread that
-    /// calls must be one for which whoever drops the file waits: that of the queue, which reaps, or one of the file's
-    /// own work queue, which is finished before the file is let go.
+    /// The file system uses the file until it returns, although the call may have ended before that. So the drop of the
+    /// file must wait for the calling thread. That is the thread of the queue, which reaps, or a thread of the file's
+    /// own work queue, which finishes its work before the file is released.
     fn call(self, flags: c_int) {
         let Some(file) = self.file() else {
             return self.end(IO_ERROR);
@@ -214,7 +214,7 @@ impl Started {
         true
     }
 
-    /// The file system has done what it could, and said so.
+    /// Handles the result that the file system returned.
     fn returned(self, result: isize) {
         if self.is_write() {
             // SAFETY: It was started before the call.
@@ -224,7 +224,7 @@ impl Started {
         let could_not_wait = unsafe { (*self.iocb()).ki_flags } & sys::IOCB_NOWAIT != 0;
         match u32::try_from(result) {
             Ok(len) if len == self.len() => self.end(0),
-            // A part of it, or nothing, because it would have had to wait: all of it once more.
+            // A part of the transfer, or nothing, because the call would have had to wait: all of it is repeated.
             Ok(_) if could_not_wait => self.later(),
             Err(_) if could_not_wait && result == EAGAIN.to_errno() as isize => self.later(),
             // Behind the end of the file, or an error.
@@ -232,22 +232,22 @@ impl Started {
         }
     }
 
-    /// The bio ends, with this `blk_status_t`.
+    /// Ends the bio, with this `blk_status_t`.
     fn end(self, status: u32) {
         let (bio, record) = (self.bio(), core::ptr::from_ref(self.record()));
-        // SAFETY: By the invariant; nobody uses the bio any more, and the record is valid until it is put.
+        // SAFETY: By the invariant; no code uses the bio any more, and the record is valid until it is put.
         unsafe { end(bio, &*record, status) };
     }
 }
 
-/// The end of a call that went on after it had returned; in any context.
+/// Ends a call that continued after it had returned. Runs in any context.
 extern "C" fn complete(iocb: *mut bindings::kiocb, result: c_long) {
     // The first field of the first field.
     // INVARIANT: The file system has the pointer from `Started::call`, and calls this once.
     Started(iocb.cast()).returned(result);
 }
 
-/// A call that may wait.
+/// Makes a call that may wait.
 extern "C" fn work(work: *mut bindings::work_struct) {
     let at = offset_of!(Framed, call).wrapping_add(offset_of!(Call, work));
     // SAFETY: The work lies there in a call.

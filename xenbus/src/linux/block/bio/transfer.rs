@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! A transfer as bios: as few of them, with as few ranges of memory, as the device takes it in.
+//! Builds the bios of a transfer: as few, with as few ranges of memory, as the device accepts.
 
 use super::{Bio, Disk, Inflight, Most, Operation, FIRST_VECS};
 use crate::linux::sys;
@@ -10,8 +10,8 @@ use kernel::bindings;
 
 impl Inflight<'_> {
     /// Reads into pieces of data pages, or writes from them, in at most `count` ranges of memory: starts as few bios
-    /// with as few ranges as the device takes them in. What reads as zeroes is filled with them at once. All pieces
-    /// together are as long as `places`, and neither is none. May sleep.
+    /// with as few ranges as the device takes them in. Parts that read as zeroes are filled with them at once. All
+    /// pieces together are as long as `places`, and neither is none. May sleep.
     pub(crate) fn transfer(
         &self,
         operation: Operation,
@@ -64,8 +64,8 @@ impl Inflight<'_> {
         }
     }
 
-    /// The same for `count` pieces of pages at which guest pages are mapped, which all go to one place, beginning at
-    /// `sector`. Of such a page nobody knows what lies behind it, so each is a range of its own. May sleep.
+    /// Transfers `count` pieces of pages at which guest pages are mapped, which all go to one place, beginning at
+    /// `sector`. The memory behind such a page is unknown, so each is a range of its own. May sleep.
     pub(crate) fn scatter(
         &self,
         operation: Operation,
@@ -87,7 +87,7 @@ impl Inflight<'_> {
         bios.bio.submit();
     }
 
-    /// A bio for what begins there, which is none for what reads as zeroes.
+    /// Makes a bio for the I/O that begins there; `None` if it reads as zeroes.
     fn bio_in(&self, operation: Operation, sector: Option<u64>, vecs: u16) -> Bio<'_> {
         match sector {
             Some(sector) => self.bio(operation, sector, vecs),
@@ -99,7 +99,7 @@ impl Inflight<'_> {
     }
 }
 
-/// Where a part of a transfer goes on the device.
+/// Destination of a part of a transfer on the device.
 pub(crate) struct Place {
     /// The first sector of 512 bytes; `None` if it is nowhere and reads as zeroes.
     pub(crate) sector: Option<u64>,
@@ -118,7 +118,7 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
-    /// Leaves out so many bytes, which it has.
+    /// Skips the first `len` bytes of the piece.
     fn skip(&mut self, len: u32) {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = len.wrapping_add(self.offset.into());
@@ -155,7 +155,7 @@ impl Run {
         let there = u32::try_from(most).map_or(there, |most| most.min(there));
         let room = there.wrapping_add(piece.offset.into());
         let len = piece.len.min(there);
-        // INVARIANT: The table says so, of this and of what is behind it.
+        // INVARIANT: The table of pages shows it for this piece and for the bytes behind it.
         let run = Self {
             page,
             room,
@@ -171,11 +171,11 @@ impl Run {
         Some(run)
     }
 
-    /// Goes on with `next` if that lies directly behind.
+    /// Extends the range with `next` if that lies directly behind it.
     fn join(&mut self, next: &Piece) -> bool {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = self.len.wrapping_add(self.offset.into());
-        // First, because a page that is mapped is full with what it has.
+        // First, because a mapped page is full with the bytes that it has.
         if end.wrapping_add(next.len) > self.room {
             return false;
         }
@@ -188,7 +188,7 @@ impl Run {
         joins
     }
 
-    /// Fills it with zeroes.
+    /// Fills the run with zeroes.
     fn clear(&self) {
         // SAFETY: By the type invariant the bytes are in data pages that follow one another, so this kernel has them at
         // addresses that do, too. A page stays where it is while a request has it, which is to be filled now.
@@ -201,10 +201,10 @@ impl Run {
     }
 }
 
-/// The bios of an I/O, of which the last one is being built.
+/// The bios of an I/O; the last one is being built.
 struct Bios<'a> {
     operation: Operation,
-    /// Where the next run goes; nowhere if it reads as zeroes.
+    /// Sector for the next run; `None` if it reads as zeroes.
     sector: Option<u64>,
     /// Ranges of memory that are left, at most.
     left: u16,
@@ -212,23 +212,23 @@ struct Bios<'a> {
 }
 
 impl Bios<'_> {
-    /// What follows goes elsewhere.
+    /// Directs the following pieces to another place.
     fn go_on(&mut self, place: &Place) {
         self.sector = place.sector;
-        // Whole pages, and two that are not. What needs more gets another bio.
+        // Whole pages, and two that are not. A piece that needs more ranges gets another bio.
         let pages = (place.bytes / PAGE_SIZE as u64).saturating_add(2);
         let most = u16::try_from(pages).map_or(self.left, |pages| pages.min(self.left));
         self.submit(most);
     }
 
-    /// Submits what there is, and begins the next one, for at most so many ranges of memory.
+    /// Submits the bio that is being built, and begins the next one, with room for at most `most` ranges of memory.
     fn submit(&mut self, most: u16) {
         self.bio.submit();
         let inflight = self.bio.inflight;
         self.bio = inflight.bio_in(self.operation, self.sector, most);
     }
 
-    /// Adds a run. False if the device does not take even that alone.
+    /// Adds a run. Returns false if the device does not take it even alone in a bio.
     fn add(&mut self, run: &Run) -> bool {
         let Some(sector) = self.sector else {
             let reads = self.operation == Operation::Read;
@@ -266,7 +266,7 @@ impl Bios<'_> {
 }
 
 impl Bio<'_> {
-    /// Adds a run of the same I/O; `false` if the bio cannot take it.
+    /// Adds a run of the same I/O; returns `false` if the bio cannot take it.
     fn add(&mut self, run: &Run) -> bool {
         let Some(raw) = self.raw else {
             return false;
@@ -278,8 +278,8 @@ impl Bio<'_> {
         u32::try_from(added) == Ok(run.len)
     }
 
-    /// Whether there is no room for one more range of so many bytes.
-    // Asked for each page, as what follows is done for each.
+    /// Reports whether there is no room for one more range of `len` bytes.
+    // Inlined, because it is called for each page.
     #[inline(always)]
     fn is_full(&self, len: u32) -> bool {
         let Some(raw) = self.raw else {
@@ -291,19 +291,19 @@ impl Bio<'_> {
             (bio.bi_vcnt, bio.bi_max_vecs, bio.bi_iter.bi_size)
         };
         let is_enough = |most: &Most| {
-            // One range goes into each.
+            // Each bio takes at least one range.
             ranges > 0 && (ranges >= most.ranges || bytes.saturating_add(len) > most.bytes)
         };
         ranges >= room || self.inflight.most.as_ref().is_some_and(is_enough)
     }
 
-    /// Ranges of memory that it has.
+    /// Returns the number of ranges of memory that the bio has.
     fn ranges(&self) -> u16 {
         // SAFETY: The bio is ours.
         self.raw.map_or(0, |raw| unsafe { (*raw.as_ptr()).bi_vcnt })
     }
 
-    /// The sector behind what it has.
+    /// Returns the sector (512 bytes) behind the last one of the bio.
     fn end(&self) -> u64 {
         // SAFETY: The bio is ours.
         self.raw.map_or(0, |raw| unsafe {
