@@ -18,7 +18,7 @@ pub(crate) struct Detached {
 }
 
 impl Detached {
-    /// That of a queue that has both, for this device.
+    /// Makes the mark of a queue that has both, for this device.
     pub(crate) fn new(events: Arc<dyn DeviceEvents>) -> Self {
         Self {
             mark: AtomicFlag::new(false),
@@ -26,28 +26,29 @@ impl Detached {
         }
     }
 
-    /// It has given them back: the device's work looks at the mark.
+    /// Sets the mark, and schedules the device's work, which looks at it. Does not sleep.
     pub(crate) fn set(&self) {
         self.mark.store(true, Release);
         self.events.clone().reconcile();
     }
 
-    /// True if it has.
+    /// Returns true if the queue has given both back.
     pub(crate) fn is_set(&self) -> bool {
         self.mark.load(Acquire)
     }
 }
 
-/// The guest of a queue, and who learns that it was given back or that an I/O begins. It outlasts the queue's state.
+/// A queue's guest, the mark that is set when the guest's ring is given back, and where an I/O is shown when it begins.
+/// It outlasts the queue's state.
 pub(crate) struct AwayContext<'a> {
     pub(crate) guest: &'a Held,
     pub(crate) detached: &'a Detached,
     pub(crate) begun: Begun,
 }
 
-/// A backend that may sleep for as long as its device hangs: meanwhile what the queue holds of its guest
-/// can be given back without its thread.
-// One reference to the context, because the thread's frame holds several copies of this.
+/// A backend that may sleep for as long as its device hangs. During such a sleep, what the queue holds of its guest can
+/// be given back without the queue's thread.
+// A reference to the context, because the thread's frame holds several copies of this type.
 pub(crate) struct Away<'a, B> {
     pub(crate) backend: B,
     pub(crate) context: &'a AwayContext<'a>,
@@ -100,6 +101,13 @@ impl<B: Backend> Backend for Away<'_, B> {
 
     fn give_back(&mut self, each: impl FnMut(QueueTag)) {
         self.backend.give_back(each);
+    }
+
+    fn aside<T>(&mut self, body: impl FnOnce() -> T) -> T {
+        let AwayContext {
+            guest, detached, ..
+        } = self.context;
+        guest.away(|| detached.set(), body)
     }
 
     fn now(&self) -> u64 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the driver needs of a disk, whoever serves it.
+//! Interface between the driver and a disk, whether the kernel or a process serves it.
 //!
 //! A device sees its disk as a [`BackingDisk`]: one indirect call here and there, at connect and from
 //! the work. A connection sees it as [`QueueBackends`] of a type that is known, so that there is no
@@ -11,17 +11,18 @@ use crate::engine::Backend;
 use crate::events::DeviceEvents;
 use crate::linux::memory::data::DataPages;
 use crate::linux::task::wake_event::WakeEvent;
+use crate::memory::Reservation;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
 pub(crate) use crate::linux::block::bdev::Limits;
 
-/// How a process serves a disk, as administrators see it in the key `tap-status`.
+/// State of a disk that a process serves, as administrators see it in the key `tap-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
     /// A process serves it.
     Live,
-    /// None does; requests wait for the next one.
+    /// No process does; requests wait for the next one.
     Recovering,
     /// The last one is gone, and its I/O may not be over.
     Fencing,
@@ -38,10 +39,10 @@ impl Status {
     }
 }
 
-/// Whose a disk is that a process serves. It is attached to one device at a time, until the last
-/// reference to its [`BackingDisk`] is dropped.
+/// Owner of a disk that a process serves. It is attached to one device at a time, until the last reference to its
+/// [`BackingDisk`] is dropped.
 pub(crate) struct Attachment {
-    /// The device: told to reconcile after [`BackingDisk::is_ready`], [`BackingDisk::status`] or
+    /// The device, which reconciles after [`BackingDisk::is_ready`], [`BackingDisk::status`] or
     /// [`BackingDisk::sectors`] have changed.
     pub(crate) events: Arc<dyn DeviceEvents>,
     /// The guest's domain.
@@ -52,9 +53,9 @@ pub(crate) struct Attachment {
     pub(crate) writable: bool,
 }
 
-/// Why a disk that a process serves cannot be attached.
+/// Reason why a disk that a process serves cannot be attached.
 pub(crate) enum Unavailable {
-    /// There is none with this number.
+    /// No disk has this number.
     Missing,
     /// Another device has it. The one that was refused last hears
     /// [`DeviceEvents::disk_available`] when it is free.
@@ -64,16 +65,16 @@ pub(crate) enum Unavailable {
         /// Number of its virtual device.
         device: u32,
     },
-    /// Something else, such as a want of memory.
+    /// Another error, such as a want of memory.
     Failed(Error),
 }
 
 /// An open disk. Dropping the last reference gives it back.
 pub(crate) trait BackingDisk: Send + Sync + 'static {
-    /// What the disk allows now.
+    /// Returns the disk's current limits.
     fn limits(&self) -> Limits;
 
-    /// Its size in sectors of 512 bytes now. Called by each pass of each queue.
+    /// Returns its current size in sectors of 512 bytes. Each pass of each queue calls it.
     fn sectors(&self) -> u64;
 
     /// True if it was opened for writing.
@@ -96,7 +97,7 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
     /// Segments of an indirect request that it offers to a frontend: no host offers fewer for this disk.
     fn offered_segments(&self) -> u16;
 
-    /// How it is served, if that can change.
+    /// Returns how a process serves it, or `None` if the kernel does.
     fn status(&self) -> Option<Status> {
         None
     }
@@ -105,13 +106,13 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
     fn prepare(&self) -> Result<(), ConnectError>;
 }
 
-/// What a queue asks of the disk.
+/// Requirements of a queue for its part of the disk.
 pub(crate) struct Needs<'a> {
-    /// The guest's domain, whose memory it is.
+    /// Domain of the guest, whose memory the disk uses.
     pub(crate) domain: u16,
-    /// Which queue it is.
+    /// Number of the queue, from 0.
     pub(crate) index: u32,
-    /// Of how many.
+    /// Number of queues of the connection.
     pub(crate) queues: u32,
     /// Segments of the largest request that its guest may send.
     pub(crate) segments: u16,
@@ -119,7 +120,9 @@ pub(crate) struct Needs<'a> {
     pub(crate) depth: u16,
     /// The guest keeps its pages granted, and knows that they stay mapped.
     pub(crate) keeps_grants: bool,
-    /// Where its thread sleeps; a completion wakes it.
+    /// Memory of the guest that is reserved for the disk.
+    pub(crate) reservation: Option<&'a Reservation>,
+    /// Event for which the queue's thread sleeps; a completion sets it.
     pub(crate) wake_event: &'a Arc<WakeEvent>,
 }
 
@@ -127,16 +130,16 @@ pub(crate) struct Needs<'a> {
 pub(crate) struct Part<B> {
     /// Carries out its I/O.
     pub(crate) backend: B,
-    /// Where its data goes.
+    /// Pages for its data.
     pub(crate) pages: Arc<DataPages>,
-    /// How many of them have memory for ever. If that is not all that can have some, it is at
-    /// least what the engine needs, and others come and go.
+    /// Number of these pages whose memory stays for ever. If only a part of the pages has such memory, that part is at
+    /// least what the engine needs, and other pages get and lose memory.
     pub(crate) own_pages: u16,
     /// Entries of the segment table beyond those of the pages.
     pub(crate) rest: u16,
     /// Memory that it takes always, in KiB.
     pub(crate) memory_kib: u64,
-    /// Requests in flight at most, and so the number of tags: from 1 to what was asked for.
+    /// Requests in flight at most, and so the number of tags: from 1 to the [depth](Needs::depth) that the queue needs.
     pub(crate) depth: u16,
 }
 
@@ -145,26 +148,26 @@ pub(crate) trait QueueBackends: BackingDisk + Sized {
     /// Carries out the I/O of one queue.
     type Backend: Backend + Send + 'static;
 
-    /// Segments of the largest request that each of so many queues can hold.
+    /// Segments of the largest request that each of `queues` queues can hold.
     fn max_segments(&self, queues: u32) -> u16;
 
     /// Reserves a queue's part. May sleep.
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Self::Backend>, ConnectError>;
 
-    /// What a queue that is told to drain does about the I/O that is in flight; asked again after each
-    /// wake-up. Whether a disk is of the one or of the other kind does not change.
+    /// Returns what a draining queue does about the I/O in flight; the queue calls it again after each wake-up. The
+    /// variant never changes during the life of a disk.
     fn drain(&self) -> Drain;
 }
 
-/// What becomes of I/O that is in flight when a queue is told to drain.
+/// Treatment of I/O in flight when a queue drains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drain {
-    /// It is waited for, however long that takes, because it uses the queue's pages.
+    /// The queue waits for it, however long that takes, because it uses the queue's pages.
     MustFinish,
     /// Dropping the backend lets go of it: its pages belong to the disk, and none of them is a mapped
     /// page of the guest.
     Detachable {
-        /// Nanoseconds that the queue waits for it, from when it was told.
+        /// Nanoseconds that the queue waits for it, from the begin of the drain.
         timeout_ns: u64,
     },
 }

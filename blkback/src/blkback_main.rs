@@ -7,7 +7,7 @@
 //! `engine` (what one pass over a ring does), `backing` (what is needed of a disk), `phy` (the block
 //! device behind it).
 
-// The trees below that are shared with host programs have more in them than the module uses.
+// The modules below that host programs share contain more than this module uses.
 #[allow(dead_code, unreachable_pub)]
 #[path = "../../ring/src/ring/mod.rs"]
 mod ring;
@@ -34,7 +34,9 @@ mod due;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
 mod events;
+mod halt;
 mod keeper;
+mod mapping_room;
 mod memory;
 mod offer;
 mod params;
@@ -57,6 +59,8 @@ use linux::debug::Debug;
 use linux::task::workqueue::WorkQueues;
 use linux::xen::claims::Claims;
 use linux::xen::driver::Adapter;
+use linux::xen::store::Transactions;
+use linux::xen::watch::Watches;
 use memory::Memory;
 
 module! {
@@ -99,6 +103,10 @@ module! {
             default: 20,
             description: "Microseconds of looking for requests that a sleep of a queue is worth (0: do not look)",
         },
+        halt_us: u32 {
+            default: 500,
+            description: "A queue whose waits are shorter, in microseconds, halts the processor itself (0: never)",
+        },
         native_protocol: u32 {
             default: 0,
             description: "Layout of frontends that name none: 0 is x86_32 as in the C driver, 1 is native",
@@ -106,16 +114,18 @@ module! {
     },
 }
 
-/// The loaded module. The fields are dropped in this order: first no device is left, then no disk
+/// The loaded module. The fields are dropped in this order: first no device is left, then no event, then no disk
 /// that a process serves, then no work.
 #[pin_data]
 struct Blkback {
     #[pin]
     driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::Tap>>>,
+    watches: Watches,
     debug: Debug,
     nodes: tap::Nodes,
     tap: tap::Tap,
     queues: WorkQueues,
+    transactions: Transactions,
     claims: Claims,
     memory: Memory,
 }
@@ -123,15 +133,18 @@ struct Blkback {
 impl kernel::InPlaceModule for Blkback {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            // Before anything else: without Xen there is nothing to do, and nothing is to be seen of it.
-            // What comes before the driver is used by a device, which may be probed at once.
+            // Before anything else: without Xen there is nothing to do, and nothing is to be seen of it. Fields above
+            // the driver are ready before it, because the bus may probe a device at once.
             memory: linux::needs_xen()
                 .inspect(|()| params::note_processors())
                 .and_then(|()| Memory::new())?,
             claims: Claims::new()?,
+            transactions: Transactions::new()?,
             debug: Debug::new()?,
             queues: WorkQueues::new()?,
             tap: tap::Tap::new()?,
+            // If the rest fails, this goes before the work that events queue.
+            watches: Watches::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),
             nodes: tap::Nodes::new().inspect(|_| params::tell())?,
         })

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Why a frontend could not be connected, in words for the administrator.
+//! Reasons that a frontend could not be connected, in words for the administrator.
 
 use crate::patience::{is_shortage, store_recovers};
 use crate::proto::frontend::{Fault, KeyError};
 use kernel::prelude::*;
 use kernel::str::CString;
 
-/// Why a frontend could not be connected.
+/// Reason that a frontend could not be connected.
 pub(crate) enum ConnectError {
     /// A key in its directory is no good.
     Key(KeyError),
-    /// A step failed. Whether it is tried again depends on the error.
+    /// A step failed. The error decides whether the step is tried again.
     Step(&'static str, Error),
     /// A step failed because of the frontend.
     Frontend(&'static str, Error),
     /// The toolstack is taking the device away.
     TakenAway,
-    /// Xenstore did not do what was asked.
+    /// Xenstore failed an operation.
     Store(&'static str, Error),
 }
 
@@ -28,7 +28,7 @@ impl From<KeyError> for ConnectError {
 }
 
 impl ConnectError {
-    /// True for a shortage: the connect may work later although the frontend does nothing.
+    /// Returns true for a shortage: the connect may work later although the frontend does nothing.
     pub(crate) fn passes(&self) -> bool {
         let errno = |error: &Error| error.to_errno().saturating_neg();
         match self {
@@ -39,7 +39,7 @@ impl ConnectError {
         }
     }
 
-    /// The reason without its details. Two failures in a row with one reason are reported once.
+    /// Returns the reason without its details. Two failures in a row with one reason are reported once.
     pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Key(error) => error.text(),
@@ -48,7 +48,7 @@ impl ConnectError {
         }
     }
 
-    /// What to tell the administrator.
+    /// Returns the error number and the text for the administrator.
     pub(crate) fn describe(&self) -> (Error, Result<CString>) {
         let again = match self.passes() {
             true => "; the backend tries again until it works or the frontend closes",

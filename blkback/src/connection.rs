@@ -10,6 +10,7 @@ use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
 use crate::linux::xen::device::Device;
 use crate::linux::xen::store;
+use crate::memory::Reservation;
 use crate::proto::frontend::{self, Offer};
 use crate::proto::state::Ending;
 use crate::queue::{Prepared, Queue, Setup, ThreadEnds};
@@ -22,20 +23,22 @@ use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, Atomic};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
-/// Who connects to a disk.
+/// The device that connects to a disk.
 pub(crate) struct Peer<'a> {
-    /// Who is told what becomes of the queues.
+    /// Receiver of events of the queues.
     pub(crate) events: Arc<dyn DeviceEvents>,
-    /// Where they count.
+    /// Counters of the device.
     pub(crate) totals: &'a Arc<Totals>,
     /// The device on the bus.
     pub(crate) device: &'a Arc<Device>,
-    /// What the guest may do.
+    /// Limits of the guest's requests.
     pub(crate) limits: &'a Limits,
-    /// What its frontend may ask for.
+    /// Offer to its frontend: queues, ring size and protocol.
     pub(crate) offer: &'a Offer,
-    /// A guest that keeps its pages granted is told that they stay mapped.
+    /// The backend announces persistent grants: pages that the guest keeps granted stay mapped.
     pub(crate) keeps_grants: bool,
+    /// Memory of the guest that is reserved for the disk.
+    pub(crate) reservation: Option<&'a Reservation>,
 }
 
 /// A disk to which a device can connect, whatever serves it. This is the last indirect call: the
@@ -64,8 +67,8 @@ pub(crate) struct Connection {
     _module: ModuleReference,
 }
 
-/// The end of a connection's threads, which nobody waits for: the last one to be through with its
-/// I/O has the work queue fetch them all.
+/// The end of a connection's threads, for which no caller waits: the last thread to finish its I/O queues the work that
+/// fetches them all.
 #[pin_data]
 struct Threads {
     /// Threads that may still wait for I/O, and one until the connection is released.
@@ -97,7 +100,7 @@ impl ThreadEnds for Threads {
         }
         let connection = self.released.lock().take();
         if let Some(connection) = connection {
-            // Nobody else queues it.
+            // Only this function queues it.
             let _queued = workqueue::enqueue(connection);
         }
     }
@@ -126,6 +129,7 @@ impl Connection {
             disk,
             limits: &limits,
             keeps_grants: peer.keeps_grants && request.keeps_grants,
+            reservation: peer.reservation,
         };
         let no_memory = |_| ConnectError::Step("not enough memory for the queues", ENOMEM);
         let mut prepared = KVec::with_capacity(request.queues as usize, GFP_KERNEL)
@@ -174,8 +178,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Takes nothing more and lets go of the guest in this way, or in a quicker one that it was told before; does not
-    /// wait.
+    /// Takes no more requests and lets go of the guest as `ending` says, or in a quicker way that an earlier call
+    /// chose; does not wait.
     pub(crate) fn end(&self, ending: Ending) {
         self.queues.iter().for_each(|queue| queue.end(ending));
     }
@@ -185,7 +189,7 @@ impl Connection {
         self.queues.iter().all(Queue::is_detached)
     }
 
-    /// What the frontend asked for, in words.
+    /// Returns a description of the frontend's request.
     pub(crate) fn summary(&self) -> Result<CString> {
         let layout = match self.asked.protocol {
             Protocol::Abi32 => "x86_32-abi",
@@ -199,7 +203,7 @@ impl Connection {
         ))
     }
 
-    /// What the guest may do.
+    /// Returns the limits of the guest's requests.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -211,7 +215,7 @@ impl Connection {
             .fold(0, |sum, queue| queue.memory_kib().saturating_add(sum))
     }
 
-    /// Lets go of the connection, whose threads were told to end: they are fetched when none of them
+    /// Releases the connection, whose threads have the command to end: the work queue fetches them when none of them
     /// has I/O in flight any more. Does not wait.
     pub(crate) fn release_deferred(self: Arc<Self>) {
         let threads = self.threads.clone();
@@ -224,7 +228,7 @@ impl WorkItem for Connection {
     type Pointer = Arc<Connection>;
 
     fn run(this: Arc<Connection>) {
-        // The last reference: it waits for the threads, of which each is returning.
+        // The last reference: dropping it waits for the threads, each of which is returning.
         drop(this);
     }
 }

@@ -10,23 +10,15 @@ use crate::linux::local_clock;
 use crate::linux::xen::device::Device;
 use crate::linux::xen::store;
 use crate::proto::text::{parse_device, parse_u32};
+use crate::proto::watched::{BLOCK_KEY, SERVER_KEY, SHARED_TYPE, TAP_KEY};
 use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::Arc;
 
-/// Names a block device.
-pub(crate) const BLOCK_KEY: &CStr = c"physical-device";
-/// Names a disk that a process serves.
-pub(crate) const TAP_KEY: &CStr = c"tap-minor";
-
-/// The type of devices that are ours only if that is said: others may serve such disks too.
-pub(crate) const SHARED_TYPE: &[u8] = b"vbd3";
-/// Says which program serves a device of that type.
-pub(crate) const SERVER_KEY: &CStr = c"tap-server";
-/// Ours.
+/// The value of [`SERVER_KEY`] for this driver's supervisor.
 const SERVER: &[u8] = b"blktapctrl";
 
-/// What the script names.
+/// The disk that the hotplug script's keys name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Name {
     /// A block device.
@@ -40,39 +32,39 @@ pub(crate) enum Name {
 /// Attaches a disk that a process serves to a device. May sleep.
 pub(crate) type AttachTap = fn(u32, Attachment) -> Result<Arc<dyn Connect>, Unavailable>;
 
-/// Who opens a disk.
+/// Context for opening the disk of a device.
 pub(crate) struct Opener {
     /// The device.
     pub(crate) device: Arc<Device>,
-    /// Who is told what becomes of the disk.
+    /// Receiver of changes of the disk.
     pub(crate) events: Arc<dyn DeviceEvents>,
-    /// Where disks that a process serves are to be had.
+    /// Attaches a disk that a process serves.
     pub(crate) attach_tap: AttachTap,
 }
 
-/// The open disk of a device, and what was published of it.
+/// The open disk of a device, and what was published about it.
 pub(crate) struct Disk {
     pub(crate) name: Name,
     pub(crate) backing: Arc<dyn Connect>,
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
-    /// The device below it was seen to be gone.
+    /// The device below the disk was seen to be gone.
     pub(crate) is_gone: bool,
     pub(crate) status: Option<Status>,
-    /// When something of it was published last.
+    /// Time of the last publication about the disk, in nanoseconds of the local clock.
     published_at: Option<u64>,
 }
 
 /// Nanoseconds from one publication to the next.
 const PAUSE_NS: u64 = 100_000_000;
 
-/// Why a disk that is named cannot be opened.
+/// Reason that the disk that the script names cannot be opened.
 pub(crate) struct Bad {
     pub(crate) name: Name,
     pub(crate) error: Error,
     pub(crate) text: Result<CString>,
-    /// It may go well in a while, although nobody does anything: there was no memory, xenstore did not answer, or
-    /// the device's own life before is not over.
+    /// The disk may open later without any change by the administrator: there was no memory, xenstore did not answer,
+    /// or an earlier connection of the device still has I/O under way.
     pub(crate) passes: bool,
 }
 
@@ -86,7 +78,7 @@ impl Bad {
         }
     }
 
-    /// Xenstore does not answer, which says nothing about the disk.
+    /// Makes the reason of a failure of xenstore, which says nothing about the disk.
     fn unread(name: Name, error: Error, text: kernel::fmt::Arguments<'_>) -> Self {
         Self {
             passes: true,
@@ -133,8 +125,8 @@ impl Disk {
         })
     }
 
-    /// Milliseconds until something may be published again after the last time. If it is 0, this
-    /// counts as done.
+    /// Returns the milliseconds until the disk's state may be published again. If it is 0, this counts as the next
+    /// publication.
     pub(crate) fn must_pause(&mut self) -> u32 {
         let now = local_clock();
         let waited = self
@@ -187,9 +179,9 @@ fn unavailable(to: &Device, minor: u32, why: &Unavailable) -> Bad {
     }
 }
 
-/// True if this device is ours to serve. One of the shared type is when its directory names our
-/// supervisor, or a disk of it. Nobody has said so before the first is made: Xen's script, which names
-/// the disk, runs only when we offer the device. May sleep.
+/// Returns true if this driver serves the device. A device of the shared type is, if its directory names our supervisor
+/// or a tap disk. The supervisor writes `tap-server` before any key names the disk, because Xen's script, which does
+/// that, runs only when this driver offers the device. May sleep.
 ///
 /// # Errors
 /// Xenstore does not answer.
@@ -205,7 +197,7 @@ pub(crate) fn is_ours(device: &Device) -> Result<bool> {
     }
 }
 
-/// Which disk the script names; `None` if it has named none. May sleep.
+/// Returns the disk that the script names; `None` if it has named none. May sleep.
 pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
     let nonsense = |text| Bad::new(Name::Nonsense, EINVAL, text);
     let mut value = [0; 32];
@@ -229,7 +221,7 @@ fn naming<'value>(
     value: &'value mut [u8],
 ) -> Result<Option<&'value [u8]>, Bad> {
     let len = store::read(device.nodename(), key, value).map_err(|error| {
-        let text = fmt!("what names the disk cannot be read");
+        let text = fmt!("the key that names the disk cannot be read");
         Bad::unread(Name::Nonsense, error, text)
     })?;
     Ok(len.map(|len| value.get(..len).unwrap_or_default()))

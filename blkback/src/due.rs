@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! When a look that was put off is due.
+//! Time at which a delayed look is due.
 
-/// A look that is due then, in nanoseconds. One that was due is forgotten: it has run, or is about to.
+/// Time at which a look is due, in nanoseconds. A time that has passed is ignored, because that look has run or is
+/// about to.
 #[derive(Clone, Copy, Debug)]
 pub struct Due(u64);
 
 impl Due {
-    /// None is.
+    /// No look is due.
     pub const NEVER: Self = Self(0);
 
-    /// Takes in that a look is wanted at `wanted`. True if none is due before that: the timer is to be set to it.
+    /// Asks for a look at `wanted`. Returns true if no look is due before that, and the caller must set the timer to
+    /// `wanted`.
     pub fn wants(&mut self, now: u64, wanted: u64) -> bool {
         let is_sooner = self.0 <= now || wanted < self.0;
         if is_sooner {

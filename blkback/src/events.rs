@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a device is told by those who work for it: its queues, and who serves its disk.
+//! Notifications to a device from its queues, and from the provider of its disk.
 
 use kernel::sync::Arc;
 
-/// A device as they see it. Nothing here sleeps or waits: the device notes it, and has its work look.
+/// A device, as its queues and its disk see it. No method sleeps or waits: the device records the event and schedules
+/// its work.
 pub(crate) trait DeviceEvents: Send + Sync + 'static {
-    /// Something has changed that the device can see for itself: how the disk is served, its size, or
-    /// that a queue is through.
+    /// Reports a change that the device can see itself: how the disk is served, its size, or that a queue has ended.
     fn reconcile(self: Arc<Self>);
 
-    /// A disk that could not be had may be had now.
+    /// Reports that a disk that could not be opened may be available now.
     fn disk_available(self: Arc<Self>);
 
-    /// A queue found impossible indices in its ring, which it does not serve any more.
+    /// Reports that a queue found impossible indices in its ring and no longer serves it.
     fn ring_broken(self: Arc<Self>);
 }

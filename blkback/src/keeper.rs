@@ -1,33 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! When a queue gives back the memory that it has borrowed, and lets go of pages of its guest.
+//! When a queue gives back the memory that it has borrowed, and unmaps pages of its guest.
 
 use crate::engine::{Backend, Engine, Grants};
 use crate::linux::local_clock;
+use crate::mapping_room;
 use crate::ring::ports::SharedRing;
 use crate::totals::Tally;
 
-/// What was not used for so long is given back, in nanoseconds. A little less than a thread sleeps
-/// that has borrowed something.
+/// Nanoseconds after which unused borrowed memory is given back. It is a little less than a thread with borrowed memory
+/// sleeps.
 const UNUSED_NS: u64 = 3_000_000_000;
-/// A guest's page that was not used for one to two of these is unmapped, in nanoseconds.
+/// Nanoseconds between two sweeps: a guest's page that was not used for one to two of them is unmapped.
 const KEPT_NS: u64 = 15_000_000_000;
-/// Passes after which a thread that does not sleep looks whether it owes something.
+/// Passes after which a thread that does not sleep checks whether it must give memory back.
 const PASSES: u32 = 4096;
 
 /// Looks after what one queue has borrowed.
 pub(crate) struct Keeper<'a> {
     tally: &'a Tally,
-    /// What the statistics say.
+    /// Borrowed pages that the statistics show.
     borrowed: u16,
-    /// When it was looked last what is not used, of memory and of what is kept mapped.
+    /// Nanoseconds of the local clock at the last check for unused memory, and at the last sweep of mappings.
     looked: u64,
     swept: u64,
     passes: u32,
+    /// The value of [`mapping_room::wanted`] that this queue has acted on.
+    wanted: u32,
 }
 
 impl<'a> Keeper<'a> {
-    /// For a queue that has borrowed nothing.
+    /// Makes the keeper of a queue that has borrowed nothing.
     pub(crate) fn new(tally: &'a Tally) -> Self {
         let now = local_clock();
         Self {
@@ -36,10 +39,12 @@ impl<'a> Keeper<'a> {
             looked: now,
             swept: now,
             passes: 0,
+            wanted: mapping_room::wanted(),
         }
     }
 
-    /// Gives back what others have a right to, and what was not used for a while by a queue that never sleeps.
+    /// Gives back memory that other queues have a right to. Every [`PASSES`] passes it also unmaps unused pages,
+    /// because a busy queue never sleeps.
     #[inline]
     pub(crate) fn after_pass<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
@@ -52,7 +57,7 @@ impl<'a> Keeper<'a> {
         self.passes = self.passes.wrapping_add(1);
         let is_turn = self.passes % PASSES == 0;
         if is_turn {
-            // It may never sleep.
+            // The thread may never sleep, so `before_sleep` may never sweep.
             self.sweep(engine, local_clock());
         }
         if borrows {
@@ -61,8 +66,8 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// Gives back what was not used for a while. Returns whether something is still borrowed or kept, so
-    /// that the thread must not sleep for ever.
+    /// Gives back memory that was not used for a while. Returns true if pages are still borrowed or kept mapped, so
+    /// that the thread must not sleep without a time limit.
     pub(crate) fn before_sleep<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
         engine: &mut Engine<'_, R, G, B>,
@@ -77,12 +82,20 @@ impl<'a> Keeper<'a> {
         engine.borrowed() > 0 || engine.kept() > 0
     }
 
-    /// Has pages of the guest unmapped that it has not used for a while, and tries again to map others.
+    /// Unmaps pages of the guest that it has not used for a while, and permits others to be mapped again. Unmaps all
+    /// pages that no request uses if another queue needs room for its ring.
     fn sweep<R: SharedRing, G: Grants, B: Backend>(
         &mut self,
         engine: &mut Engine<'_, R, G, B>,
         now: u64,
     ) {
+        let wanted = mapping_room::wanted();
+        if wanted != self.wanted {
+            self.wanted = wanted;
+            self.swept = now;
+            engine.make_room();
+            return;
+        }
         if engine.wants_sweep() && now.saturating_sub(self.swept) > KEPT_NS {
             self.swept = now;
             let _left = engine.sweep(false);
@@ -97,7 +110,7 @@ impl<'a> Keeper<'a> {
 
 impl Drop for Keeper<'_> {
     fn drop(&mut self) {
-        // It goes with the queue.
+        // The borrowed memory goes with the queue.
         self.note(0);
     }
 }

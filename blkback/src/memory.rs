@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The memory for data that all `phy:` disks of the host share: who has how much is decided by
-//! `shares`, free blocks are kept ready in a pool, and the kernel can ask for them.
+//! The memory for data that all `phy:` disks of the host share: `shares` divides it, a pool keeps free blocks ready,
+//! and the kernel can ask for them.
 //!
-//! A queue's thread never waits for memory: it takes what is ready, or goes on with what it has.
-//! The pool is filled by the work queue, as far as memory can be had without waiting for I/O.
+//! A queue's thread never waits for memory: it takes ready blocks, or continues with those that it has. The work queue
+//! fills the pool, if memory can be had without waiting for I/O.
 
 use crate::connect_error::ConnectError;
+use crate::engine::{Group, Mapping, PendingRequest, SegmentEntry};
+use crate::linux::block::bio::Disk;
 use crate::linux::bounds;
+use crate::linux::memory::data::DataPages;
 use crate::linux::memory::page_blocks::{Block, Effort, PAGES};
 use crate::linux::memory::pool::Pool;
 use crate::linux::memory::shrinker::{Shrink, Shrinker};
 use crate::linux::monotonic_ns;
 use crate::linux::task::workqueue;
+use crate::linux::xen::grant::GuestGrants;
+use crate::params::{self, PoolSizes};
+use crate::ring::abi::{Protocol, PAGE_SIZE};
 use crate::shares::{Bounds, Guest, Host, Refusal};
 use kernel::new_spinlock;
 use kernel::prelude::*;
@@ -24,15 +30,15 @@ use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 /// Free blocks that are kept ready: 2 MiB.
 const READY: u32 = 64;
-/// Below so many the pool is filled again.
+/// The pool is filled again when it has fewer blocks.
 const FEW: u32 = READY / 2;
-/// After the kernel had no memory the pool is left alone for so many nanoseconds.
+/// Nanoseconds for which the pool is left alone after the kernel had no memory.
 const PAUSE_NS: u64 = 10_000_000;
 /// Pages of a block.
 const BLOCK: u32 = PAGES as u32;
 
 kernel::sync::global_lock! {
-    // SAFETY: `Memory::new` initialises it once, and nobody uses it before `INITIALISED` is set.
+    // SAFETY: `Memory::new` initialises it once, and no function uses it before `INITIALISED` is set.
     unsafe(uninit) static HOST: Mutex<Option<Arc<Store>>> = None;
 }
 
@@ -42,12 +48,12 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 /// The books of the host.
 struct Books {
     host: Host,
-    /// Those of the guests that have queues, and how many they have.
+    /// Guests that have queues or an offer, and for each the number of users of its books.
     guests: RBTree<u16, (Guest, u32)>,
 }
 
 impl Books {
-    /// Does something with the books of a guest that has a queue.
+    /// Does something with the books of a guest that has a user of them.
     fn with<T>(&mut self, domain: u16, how: impl FnOnce(&mut Host, &mut Guest) -> T) -> Option<T> {
         let (guest, _) = self.guests.get_mut(&domain)?;
         let result = how(&mut self.host, guest);
@@ -65,9 +71,9 @@ struct Store {
     pool: Pool,
     /// Changes when queues are to look whether they owe something.
     calls: Atomic<u32>,
-    /// Changes when the kernel wants memory.
+    /// Number of times that the kernel has asked for memory.
     pressure: Atomic<u32>,
-    /// When the pool may be filled again.
+    /// Time at which the pool may be filled again, in nanoseconds of the monotonic clock.
     fill_after: Atomic<u64>,
     #[pin]
     work: Work<Store>,
@@ -99,7 +105,7 @@ impl Memory {
         if CLAIMED.xchg(true, Full) {
             return Err(EBUSY);
         }
-        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        // SAFETY: The flag sees to it that this is done once, and no function uses the lock before.
         unsafe { HOST.init() };
         INITIALISED.store(true, Release);
         let store = Arc::pin_init(
@@ -148,7 +154,7 @@ impl Store {
         }
     }
 
-    /// A guest has one more queue. May sleep.
+    /// A guest has one more queue, or a disk that it is offered. May sleep.
     fn enter(&self, domain: u16) -> Result {
         let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
         let node = node.into_node(domain, (Guest::default(), 1));
@@ -162,7 +168,7 @@ impl Store {
         Ok(())
     }
 
-    /// A queue of a guest is gone.
+    /// A queue of a guest is gone, or such a disk.
     fn leave(&self, domain: u16) {
         let mut books = self.books.lock();
         let left = books.guests.get_mut(&domain).map(|(_, queues)| {
@@ -201,7 +207,7 @@ impl Shrink for Store {
     }
 
     fn free(&self, pages: usize) -> usize {
-        // What is freed is not to be taken again at once.
+        // The pool does not take freed memory back at once.
         let later = monotonic_ns().saturating_add(PAUSE_NS);
         self.fill_after.store(later, Relaxed);
         // Queues give back what they do not use at this moment.
@@ -215,8 +221,96 @@ impl Shrink for Store {
     }
 }
 
-/// What one queue has of the memory of the host. Dropping it gives back what is promised; what was
-/// lent must have been given back before.
+/// Bytes that a queue of a `phy:` disk takes whether it is busy or not.
+pub(crate) fn queue_bytes(sizes: &PoolSizes, depth: u16) -> usize {
+    let slots = usize::from(depth).saturating_mul(size_of::<PendingRequest>());
+    let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
+    let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
+    let mappings = usize::from(sizes.map).saturating_mul(size_of::<Mapping>());
+    usize::from(sizes.own)
+        .saturating_mul(PAGE_SIZE)
+        .saturating_add(slots)
+        .saturating_add(entries)
+        .saturating_add(groups)
+        .saturating_add(mappings)
+        .saturating_add(DataPages::bytes(sizes.copy))
+        .saturating_add(Disk::bytes(depth))
+        .saturating_add(GuestGrants::bytes(sizes.map))
+}
+
+/// Returns the number of pages for `bytes`.
+fn pages(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(kernel::page::PAGE_SIZE)).unwrap_or(u32::MAX)
+}
+
+/// Pages that a queue with a ring of this order takes, if its frontend chooses what needs most.
+pub(crate) fn queue_pages(order: u8) -> u32 {
+    let slots = |protocol: Protocol| protocol.ring_size(order).unwrap_or(0);
+    let slots = slots(Protocol::Abi32).max(slots(Protocol::Abi64));
+    let segments = params::max_indirect_segments();
+    let sizes = params::pool_sizes(slots, params::keeps_grants(), segments);
+    pages(queue_bytes(
+        &sizes,
+        u16::try_from(slots).unwrap_or(u16::MAX),
+    ))
+}
+
+/// A disk that a frontend is offered, and the memory of its guest that is reserved for what the frontend may ask for.
+/// Only the work of the device uses it. Dropping it gives the reserved pages back.
+pub(crate) struct Reservation {
+    store: Arc<Store>,
+    domain: u16,
+    left: Atomic<u32>,
+}
+
+impl Reservation {
+    /// Counts one more disk of a guest, and returns the pages that it may be offered, if a queue needs `least`. May
+    /// sleep.
+    pub(crate) fn new(domain: u16, least: u32) -> Result<(Self, u32)> {
+        let store = Store::get()?;
+        store.enter(domain)?;
+        let add =
+            |host: &mut Host, guest: &mut Guest| host.add_disk(guest, least, current_bounds());
+        let share = store.books.lock().with(domain, add).unwrap_or(least);
+        let left = Atomic::new(0);
+        let disk = Self {
+            store,
+            domain,
+            left,
+        };
+        Ok((disk, share))
+    }
+
+    /// Reserves `pages` in all, or fewer if the guest has no more left.
+    pub(crate) fn hold(&self, pages: u32) {
+        let left = self.left.load(Relaxed);
+        let more = pages.saturating_sub(left);
+        let reserve =
+            |host: &mut Host, guest: &mut Guest| host.reserve(guest, more, current_bounds());
+        let got = self.store.books.lock().with(self.domain, reserve);
+        let now = left.saturating_add(got.unwrap_or(0));
+        self.left.store(now, Relaxed);
+    }
+
+    /// Gives back the reserved pages: the frontend has connected, and its queues have their memory.
+    pub(crate) fn settle(&self) {
+        let left = self.left.xchg(0, Relaxed);
+        let unreserve = |host: &mut Host, guest: &mut Guest| host.unreserve(guest, left);
+        let _done = self.store.books.lock().with(self.domain, unreserve);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.settle();
+        let remove = |host: &mut Host, guest: &mut Guest| host.remove_disk(guest);
+        let _done = self.store.books.lock().with(self.domain, remove);
+        self.store.leave(self.domain);
+    }
+}
+
+/// Part of the host's memory that one queue has. Dropping it gives back the promised pages; the queue must have given
+/// back the lent ones before.
 pub(crate) struct Lease {
     store: Arc<Store>,
     domain: u16,
@@ -231,12 +325,17 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// Promises a queue of a guest so many bytes. May sleep.
-    pub(crate) fn new(domain: u16, bytes: usize) -> Result<Self, ConnectError> {
+    /// Promises `bytes` to a queue of a guest, first those that are reserved for its disk. May sleep.
+    pub(crate) fn new(
+        domain: u16,
+        bytes: usize,
+        reservation: Option<&Reservation>,
+    ) -> Result<Self, ConnectError> {
         let failed = |error| ConnectError::Step("there is not enough memory for the queues", error);
         let store = Store::get().map_err(failed)?;
         store.enter(domain).map_err(failed)?;
-        let promised = u32::try_from(bytes.div_ceil(kernel::page::PAGE_SIZE)).unwrap_or(u32::MAX);
+        let promised = pages(bytes);
+        let reserved = reservation.map_or(0, |disk| disk.left.load(Relaxed));
         let mut lease = Self {
             store,
             domain,
@@ -248,13 +347,19 @@ impl Lease {
             mappings: 0,
         };
         lease.pressure = lease.store.pressure.load(Relaxed);
-        let promise =
-            |host: &mut Host, guest: &mut Guest| host.promise(guest, promised, current_bounds());
+        let promise = |host: &mut Host, guest: &mut Guest| {
+            host.promise_reserved(guest, promised, reserved, current_bounds())
+        };
         let quota = Error::from_errno(-(kernel::bindings::EDQUOT as i32));
         let step = |what| Err(ConnectError::Step(what, quota));
         let result = lease.store.books.lock().with(domain, promise);
         match result {
-            Some(Ok(())) => lease.promised = promised,
+            Some(Ok(used)) => {
+                lease.promised = promised;
+                if let Some(disk) = reservation {
+                    disk.left.store(reserved.saturating_sub(used), Relaxed);
+                }
+            }
             Some(Err(Refusal::Host)) => {
                 return step("the memory for the disks of all guests (host_memory_mib) is used up");
             }
@@ -264,7 +369,7 @@ impl Lease {
                 );
             }
         }
-        // What others have borrowed may be more than what is left for that.
+        // Other guests may have borrowed more than this promise leaves to lend.
         lease.store.calls.fetch_add(1, Relaxed);
         // Ready before the first request.
         lease.store.want_blocks();
@@ -344,7 +449,7 @@ impl Lease {
         done
     }
 
-    /// The queue wants no more at present.
+    /// The queue needs no more at present.
     pub(crate) fn is_content(&mut self) {
         let content = |host: &mut Host, guest: &mut Guest| host.is_content(guest);
         let _done = self.store.books.lock().with(self.domain, content);

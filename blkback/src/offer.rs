@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the backend publishes in its own directory.
+//! Keys that the backend publishes in its own directory.
 
 use crate::backing::{self, BackingDisk};
 use crate::linux::xen::device::Device;
 use crate::linux::xen::store::{self, Transaction};
+use crate::memory::{queue_pages, Reservation};
 use crate::params;
 use crate::proto::frontend::Offer;
-use crate::proto::state::{publishing, Online, Publishing, State};
+use crate::proto::publish::{self, Key, Present, Values};
+use crate::proto::state::{Online, Publishing, State};
 use crate::ring::request::Limits;
+use crate::shares;
 use kernel::prelude::*;
 
 /// `VDISK_CDROM`.
@@ -18,45 +21,57 @@ const INFO_REMOVABLE: u64 = 2;
 /// `VDISK_READONLY`.
 const INFO_READONLY: u64 = 4;
 
-/// Pages that the frontend keeps granted stay mapped.
-const PERSISTENT_KEY: &CStr = c"feature-persistent";
-/// Queues of a frontend at most.
-const QUEUES_KEY: &CStr = c"multi-queue-max-queues";
-/// Size of a ring at most, as a power of two of pages.
-const ORDER_KEY: &CStr = c"max-ring-page-order";
-/// Segments of an indirect request.
-const SEGMENTS_KEY: &CStr = c"feature-max-indirect-segments";
+/// An offer to a frontend, and the memory that is reserved for it until the frontend has answered.
+pub(crate) struct Offered {
+    pub(crate) offer: Offer,
+    pub(crate) reservation: Reservation,
+}
 
-/// What a frontend may ask for that was not offered anything before.
-fn usual_offer() -> Offer {
-    Offer {
-        max_queues: params::max_queues(),
-        max_ring_order: params::max_ring_order(),
-        default_protocol: params::default_protocol(),
+impl Offered {
+    /// An offer to a frontend that was not offered anything before: as much as its guest's memory has room for with
+    /// the disks that the guest has and may come to have. May sleep.
+    fn new(domain: u16) -> Result<Self> {
+        let order = params::max_ring_order();
+        let (reservation, share) = Reservation::new(domain, queue_pages(order))?;
+        let (max_queues, max_ring_order) =
+            shares::fit(params::max_queues(), order, share, queue_pages);
+        let offer = Offer {
+            max_queues,
+            max_ring_order,
+            default_protocol: params::default_protocol(),
+        };
+        Ok(Self { offer, reservation })
+    }
+
+    /// Reserves the memory for it.
+    pub(crate) fn hold(&self) {
+        let pages = queue_pages(self.offer.max_ring_order);
+        self.reservation
+            .hold(pages.saturating_mul(self.offer.max_queues));
     }
 }
 
-/// Publishes what the frontend, which is in the state `theirs`, may ask for, with the state InitWait after `before`, and
+/// Publishes the offer to the frontend, which is in the state `theirs`, with the state InitWait after `before`, and
 /// returns it. May sleep.
-pub(crate) fn publish_offer(device: &Device, before: State, theirs: State) -> Result<Offer> {
-    let dir = device.nodename();
-    let mut offer = usual_offer();
-    publish_with_state(device, before, State::InitWait, |t| {
-        if matches!(theirs, State::Initialised | State::Connected) {
-            // It has chosen from what was offered by whoever had the device before, and does not choose again.
-            let queues = t.read_number(dir, QUEUES_KEY)?;
-            let order = t.read_number(dir, ORDER_KEY)?;
-            offer = offer.with_earlier(queues, order, params::QUEUES);
-        }
-        let segments = params::max_indirect_segments();
-        let is_told = theirs == State::Connected && t.read_number(dir, SEGMENTS_KEY)?.is_some();
-        if segments > 0 && !is_told {
-            t.write_number(dir, SEGMENTS_KEY, segments.into())?;
-        }
-        t.write_number(dir, QUEUES_KEY, offer.max_queues.into())?;
-        t.write_number(dir, ORDER_KEY, offer.max_ring_order.into())
-    })?;
-    Ok(offer)
+pub(crate) fn publish_offer(device: &Device, before: State, theirs: State) -> Result<Offered> {
+    let earlier = |key: Key| store::read_number(device.nodename(), key.name());
+    let mut offered = Offered::new(device.otherend_id())?;
+    let offer = &mut offered.offer;
+    if matches!(theirs, State::Initialised | State::Connected) {
+        // It has chosen from an earlier backend's offer, and does not choose again.
+        let (queues, order) = (earlier(Key::Queues)?, earlier(Key::Order)?);
+        *offer = offer.with_earlier(queues, order, params::QUEUES);
+    }
+    let is_told = theirs == State::Connected && earlier(Key::Segments)?.is_some();
+    let mut values = Values::default();
+    if !is_told {
+        values.set(Key::Segments, params::max_indirect_segments().into());
+    }
+    values.set(Key::Queues, offer.max_queues.into());
+    values.set(Key::Order, offer.max_ring_order.into());
+    offered.hold();
+    publish_with_state(device, before, State::InitWait, &values)?;
+    Ok(offered)
 }
 
 /// A disk as one device offers it.
@@ -68,14 +83,14 @@ pub(crate) struct Features {
     discard: bool,
     /// The disk makes use of pages that stay mapped.
     keeps_grants: bool,
-    /// The frontend is told that they do.
+    /// The frontend learns that its pages stay mapped.
     persistent: bool,
     /// Segments of the largest indirect request.
     segments: u16,
 }
 
 impl Features {
-    /// Reads what the toolstack says about the disk. May sleep.
+    /// Reads the toolstack's keys about the disk. May sleep.
     pub(crate) fn read(device: &Device, disk: &(impl BackingDisk + ?Sized)) -> Result<Self> {
         let limits = disk.limits();
         let read_only = !disk.is_writable() || limits.read_only;
@@ -86,11 +101,11 @@ impl Features {
             && !value_is(device, c"discard-enable", b"0")?;
         let keeps_grants = disk.keeps_grants();
         let offered = params::max_indirect_segments().min(disk.offered_segments());
-        // A frontend that is connected, to whoever had the device before, does not look again. It fails if a page that
-        // it did not expect so stays mapped, and goes on to send requests of the size that it was told.
+        // A frontend that was connected to an earlier backend does not look again. It fails if a page that it did not
+        // expect so stays mapped, and continues to send requests of the size that it read then.
         let (persistent, segments) = match is_connected(device)? {
             true => (
-                value_is(device, PERSISTENT_KEY, b"1")?,
+                value_is(device, Key::Persistent.name(), b"1")?,
                 told_segments(device)?,
             ),
             false => (keeps_grants, offered),
@@ -111,7 +126,7 @@ impl Features {
         self.keeps_grants && self.persistent
     }
 
-    /// The same as limits for the engine.
+    /// Returns these properties as limits for the engine.
     pub(crate) fn limits(&self) -> Limits {
         Limits {
             sectors: self.device.sectors,
@@ -125,30 +140,26 @@ impl Features {
         }
     }
 
-    /// Publishes the disk, with the state Connected after `before`, in one transaction. May sleep.
+    /// Publishes the disk, and then the state Connected after `before`. May sleep.
     ///
     /// `limits` are those of the connection, which may offer less than the disk could.
     pub(crate) fn publish(&self, device: &Device, limits: &Limits, before: State) -> Result {
-        let dir = device.nodename();
-        publish_with_state(device, before, State::Connected, |t| {
-            let number = |key: &CStr, value: u64| t.write_number(dir, key, value);
-            number(c"feature-flush-cache", limits.flush.into())?;
-            if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
-                number(c"discard-granularity", granularity.into())?;
-                number(c"discard-alignment", self.device.discard_alignment.into())?;
-                number(c"discard-secure", limits.secure_discard.into())?;
-            }
-            number(c"feature-discard", self.discard.into())?;
-            number(c"feature-barrier", limits.barrier.into())?;
-            if limits.max_indirect_segments > 0 {
-                number(SEGMENTS_KEY, limits.max_indirect_segments.into())?;
-            }
-            number(PERSISTENT_KEY, self.persistent.into())?;
-            number(c"sectors", self.device.sectors)?;
-            number(c"info", self.info())?;
-            number(c"sector-size", self.device.logical_block.into())?;
-            number(c"physical-sector-size", self.device.physical_block.into())
-        })
+        let mut values = Values::default();
+        values.set(Key::Flush, limits.flush.into());
+        values.set(Key::Discard, self.discard.into());
+        if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
+            values.set(Key::DiscardGranularity, granularity.into());
+            values.set(Key::DiscardAlignment, self.device.discard_alignment.into());
+            values.set(Key::DiscardSecure, limits.secure_discard.into());
+        }
+        values.set(Key::Barrier, limits.barrier.into());
+        values.set(Key::Segments, limits.max_indirect_segments.into());
+        values.set(Key::Persistent, self.persistent.into());
+        values.set(Key::Sectors, self.device.sectors);
+        values.set(Key::Info, self.info());
+        values.set(Key::SectorSize, self.device.logical_block.into());
+        values.set(Key::PhysicalSectorSize, self.device.physical_block.into());
+        publish_with_state(device, before, State::Connected, &values)
     }
 
     fn info(&self) -> u64 {
@@ -176,7 +187,7 @@ pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
     let dir = device.nodename();
     store::transaction(|t| {
         let there = t.read_state(dir)?;
-        t.write_number(dir, c"sectors", sectors)?;
+        t.write_number(dir, Key::Sectors.name(), sectors)?;
         match there {
             State::Connected => t.write_number(dir, c"state", there.number().into()),
             _ => Ok(()),
@@ -217,7 +228,7 @@ pub(crate) fn close_after_unbind(device: &Device) -> Result {
     store::transaction(|t| match t.read_state(dir) {
         Ok(State::Closing) => t.write_number(dir, c"state", State::Closed.number().into()),
         Ok(_) => Ok(()),
-        // The toolstack has removed our directory: nobody is left to tell.
+        // The toolstack has removed our directory: there is no reader left.
         Err(error) if error == ENOENT => Ok(()),
         Err(error) => Err(error),
     })
@@ -230,40 +241,91 @@ pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Resul
         device.note_state(now);
         return Ok(());
     }
-    publish_with_state(device, before, now, |_| Ok(()))
+    publish_with_state(device, before, now, &Values::default())
 }
 
-/// Publishes what `body` writes and the state `now` after `before`, or nothing of both. That is the
-/// bus's `xenbus_switch_state` in one transaction with what belongs to the state. ENOENT if our
-/// directory is gone, or is that of a new device already; [`TAKEN_AWAY`]. May sleep.
-fn publish_with_state(
-    device: &Device,
-    before: State,
-    now: State,
-    mut body: impl FnMut(&Transaction) -> Result,
-) -> Result {
+/// Publishes `values` and then the state `now` after `before`: the bus's `xenbus_switch_state`, with what belongs to the
+/// state. ENOENT if our directory is gone, or is that of a new device already; [`TAKEN_AWAY`]. May sleep.
+fn publish_with_state(device: &Device, before: State, now: State, values: &Values) -> Result {
     if device.is_vanished() {
         return Err(ENOENT);
     }
-    let dir = device.nodename();
-    let published = store::transaction(|t| {
-        // Only what is about to be served is held against it.
-        let online = match now {
-            State::Connected => Online::of(t.read_number(dir, c"online")?),
-            _ => Online::Unsaid,
-        };
-        match publishing(before, t.read_state(dir)?, online, now) {
-            Publishing::Written => {}
-            Publishing::Gone => return Err(ENOENT),
-            Publishing::TakenAway => return Err(TAKEN_AWAY),
+    match publish::publish(&mut Directory(device), before, now, values)? {
+        Publishing::Written => {
+            device.note_state(now);
+            Ok(())
         }
-        body(t)?;
-        t.write_number(dir, c"state", now.number().into())
-    });
-    if published.is_ok() {
-        device.note_state(now);
+        Publishing::Gone => Err(ENOENT),
+        Publishing::TakenAway => Err(TAKEN_AWAY),
     }
-    published
+}
+
+/// Our directory, to write there.
+struct Directory<'a>(&'a Device);
+
+impl<'a> publish::Store for Directory<'a> {
+    type Error = Error;
+    type Transaction<'t> = InDirectory<'t>;
+
+    fn present(&mut self) -> Result<Option<Present>> {
+        let mut present = Present::default();
+        match store::each_key(self.0.nodename(), |name| present.note(name)) {
+            Err(error) if error == ENOENT => Ok(None),
+            other => other.map(|()| Some(present)),
+        }
+    }
+
+    fn write(&mut self, key: Key, value: u64) -> Result {
+        // Less often than the transaction finds out that it was removed, which then removes it again.
+        if self.0.is_vanished() {
+            return Err(ENOENT);
+        }
+        store::write_number(self.0.nodename(), key.name(), value)
+    }
+
+    fn atomically<T>(&mut self, mut body: impl FnMut(&InDirectory<'_>) -> Result<T>) -> Result<T> {
+        let dir = self.0.nodename();
+        store::transaction(|transaction| body(&InDirectory { transaction, dir }))
+    }
+}
+
+/// Our directory, in a transaction.
+struct InDirectory<'a> {
+    transaction: &'a Transaction,
+    dir: &'a CStr,
+}
+
+impl publish::Transaction for InDirectory<'_> {
+    type Error = Error;
+
+    fn state(&self) -> Result<Option<State>> {
+        match self.transaction.read_state(self.dir) {
+            Err(error) if error == ENOENT => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn online(&self) -> Result<Online> {
+        let number = self.transaction.read_number(self.dir, c"online")?;
+        Ok(Online::of(number))
+    }
+
+    fn set_state(&self, state: State) -> Result {
+        let number = state.number().into();
+        self.transaction.write_number(self.dir, c"state", number)
+    }
+
+    fn remove_leftovers(&self) -> Result {
+        let mut value = [0; 1];
+        let is_theirs = self.transaction.read(self.dir, c"frontend", &mut value)?;
+        match is_theirs {
+            Some(_) => Ok(()),
+            None => match self.transaction.remove(self.dir, c"") {
+                Err(error) if error == ENOENT => Ok(()),
+                other => other,
+            },
+        }
+    }
 }
 
 /// A transaction in our directory, if that is still there: a write must not bring it back.
@@ -285,7 +347,7 @@ fn is_connected(device: &Device) -> Result<bool> {
 
 /// Segments of the largest indirect request, as our directory tells the frontend.
 fn told_segments(device: &Device) -> Result<u16> {
-    let told = store::read_number(device.nodename(), SEGMENTS_KEY)?;
+    let told = store::read_number(device.nodename(), Key::Segments.name())?;
     let told = told.unwrap_or(0).min(params::MOST_SEGMENTS.into());
     // CAST: not more than a `u16`.
     Ok(told as u16)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Module parameters, clamped to what the protocol and the memory allow.
+//! Module parameters, limited to the range that the protocol and the memory allow.
 
 use crate::linux::bounds;
 use crate::linux::online_processors;
@@ -14,19 +14,20 @@ use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 pub(crate) const QUEUES: u32 = 64;
 /// Data pages of one queue at most, whatever the parameters say.
 const PAGES: u32 = 8192;
-/// Data pages that a queue has for ever: what the engine needs for any request.
+/// Data pages that a queue always has: enough for the engine to serve any request.
 const OWN: u32 = 16;
 
 /// Processors that ran when the module was loaded.
 static PROCESSORS: Atomic<u32> = Atomic::new(1);
 
-/// Notes how many processors there are, before anything asks for [`max_queues`]. It stays at that: the arenas of tap
-/// disks are made for as many queues. Not how many there could be, which is hundreds on hosts that can add some.
+/// Records the number of processors, before the first call of [`max_queues`]. The number stays fixed, because the
+/// arenas of tap disks are made for that number of queues. It counts the processors that run, because hosts that can
+/// add processors have hundreds of possible ones.
 pub(crate) fn note_processors() {
     PROCESSORS.store(online_processors(), Relaxed);
 }
 
-/// Queues offered to a frontend.
+/// Returns the number of queues offered to a frontend.
 pub(crate) fn max_queues() -> u32 {
     match parameter(module_parameters::max_queues.value()) {
         0 => PROCESSORS.load(Relaxed).clamp(1, QUEUES),
@@ -34,7 +35,7 @@ pub(crate) fn max_queues() -> u32 {
     }
 }
 
-/// Ring order offered to a frontend.
+/// Returns the ring order offered to a frontend.
 pub(crate) fn max_ring_order() -> u8 {
     // CAST: at most `MAX_RING_ORDER`.
     parameter(module_parameters::max_ring_page_order.value()).min(u32::from(MAX_RING_ORDER)) as u8
@@ -43,32 +44,33 @@ pub(crate) fn max_ring_order() -> u8 {
 /// Segments of an indirect request at most, whatever the parameter says.
 pub(crate) const MOST_SEGMENTS: u16 = SEGMENTS_PER_INDIRECT_PAGE;
 
-/// Segments of an indirect request offered to a frontend; 0 offers no indirect requests.
+/// Returns the number of segments of an indirect request offered to a frontend; 0 offers no indirect requests.
 pub(crate) fn max_indirect_segments() -> u16 {
     let wanted = parameter(module_parameters::max_indirect_segments.value());
     // CAST: not more than a `u16`.
     wanted.min(MOST_SEGMENTS.into()) as u16
 }
 
-/// Segments up to which data is copied; larger requests are mapped.
+/// Returns the number of segments up to which data is copied; larger requests are mapped.
 pub(crate) fn copy_max_segments() -> u16 {
     if !crate::linux::is_pv_domain() {
-        // Each map and unmap would change the second stage tables on its own.
+        // In a domain that is not PV each map and unmap changes the second-stage page tables separately, so all data is
+        // copied.
         return u16::MAX;
     }
     // CAST: at most 65535.
     parameter(module_parameters::copy_max_segments.value()).min(u32::from(u16::MAX)) as u16
 }
 
-/// Pages of guests that keep them granted stay mapped.
+/// Reports whether the pages of guests with persistent grants stay mapped.
 pub(crate) fn keeps_grants() -> bool {
-    // Elsewhere nobody has measured it.
+    // Only measured in a PV domain.
     crate::linux::is_pv_domain() && bounds::feature_persistent()
 }
 
-/// The layout of a frontend that does not name its own.
+/// Returns the ring layout for a frontend that names none.
 pub(crate) fn default_protocol() -> Protocol {
-    // The C driver takes 32 bits on x86, against the header; frontends rely on it.
+    // The C driver uses the 32-bit layout on x86, contrary to Xen's header, and frontends rely on that.
     if parameter(module_parameters::native_protocol.value()) == 0 && cfg!(target_arch = "x86_64") {
         Protocol::Abi32
     } else {
@@ -76,26 +78,27 @@ pub(crate) fn default_protocol() -> Protocol {
     }
 }
 
-/// Writes into the kernel's log what the parameters come to: what is too large counts as the largest.
+/// Writes the effective parameters into the kernel's log: a value that is too large counts as the largest one allowed.
 pub(crate) fn tell() {
     pr_info!(
-        "loaded: max_queues {}, max_ring_page_order {}, max_indirect_segments {}, copy_max_segments {}, feature_persistent {}, poll_us {}\n",
+        "loaded: max_queues {}, max_ring_page_order {}, max_indirect_segments {}, copy_max_segments {}, feature_persistent {}, poll_us {}, halt_us {}\n",
         max_queues(),
         max_ring_order(),
         max_indirect_segments(),
         copy_max_segments(),
         u32::from(keeps_grants()),
-        poll_nanoseconds() / 1000
+        poll_nanoseconds() / 1000,
+        halt_nanoseconds() / 1000
     );
 }
 
-/// A build that is never shipped: it looks for requests whatever that costs and notifies for each,
-/// and the gate of `tests/bench` must find it too dear.
+/// A build that is never shipped: it polls for requests at any cost and notifies for each answer, and the gate of
+/// `tests/bench` must find it too slow.
 pub(crate) const WASTEFUL: bool = cfg!(bench_wasteful);
 
-/// What a sleep of a queue is worth, in nanoseconds of looking for requests.
+/// Returns the cost of a queue's sleep, in nanoseconds of polling.
 pub(crate) fn poll_nanoseconds() -> u64 {
-    /// More than that is no waiting for the next request any more.
+    /// Largest value in microseconds, because a longer poll no longer waits for the next request.
     const MOST: u32 = 1000;
     let microseconds = if WASTEFUL {
         MOST
@@ -105,7 +108,18 @@ pub(crate) fn poll_nanoseconds() -> u64 {
     u64::from(microseconds).saturating_mul(1000)
 }
 
-/// Pages of one guest that all its queues together may map.
+/// Returns the longest mean of a queue's waits for which its thread halts the processor itself, in nanoseconds.
+pub(crate) fn halt_nanoseconds() -> u64 {
+    /// Largest value in microseconds, because longer waits are dear by their length and not by their ends.
+    const MOST: u32 = 4000;
+    if !cfg!(target_arch = "x86_64") {
+        // Not tried on others.
+        return 0;
+    }
+    u64::from(parameter(module_parameters::halt_us.value()).min(MOST)).saturating_mul(1000)
+}
+
+/// Returns the number of pages of one guest that all its queues together may map.
 pub(crate) fn domain_mappings() -> u32 {
     parameter(module_parameters::domain_mappings.value())
 }
@@ -115,11 +129,11 @@ pub(crate) fn domain_mappings() -> u32 {
 pub(crate) struct PoolSizes {
     /// Pages that have memory while the queue is busy, at most.
     pub(crate) copy: u16,
-    /// Of them, those that always have it.
+    /// Those of them that always have memory.
     pub(crate) own: u16,
     /// Pages at which guest pages are mapped.
     pub(crate) map: u16,
-    /// Segments that a request can have beyond those that are being worked on.
+    /// Segments that a request can have beyond the ones in work.
     pub(crate) rest: u16,
 }
 
@@ -132,12 +146,12 @@ impl PoolSizes {
     }
 }
 
-/// Data pages of a queue whose ring has so many slots, of a guest that keeps its pages granted or does not and whose
-/// largest indirect request has so many segments.
+/// Returns the data pages of a queue with `slots` slots in its ring. `keeps_grants`: the guest grants persistently;
+/// `segments`: segments of the guest's largest indirect request.
 ///
-/// Each pool that is used can hold the largest request; beyond that each slot can have as many pages
-/// as the requests have that Linux guests send by default: 32 segments at most. All but a few of
-/// them are borrowed while they are needed.
+/// Each pool that is used can hold the largest request; beyond that each slot can have as many pages as the requests
+/// that Linux guests send by default, at most 32 segments. All but a few of the pages are borrowed while they are
+/// needed.
 pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool, segments: u16) -> PoolSizes {
     let largest = u32::from(segments).max(11);
     let size = |per_slot: u32, most: u32| {
@@ -153,7 +167,7 @@ pub(crate) fn pool_sizes(slots: u32, keeps_grants: bool, segments: u16) -> PoolS
         own: OWN as u16,
         rest: largest as u16,
         map: match parameter(module_parameters::map_pages.value()) {
-            // Linux lends the pages for its data and those for the descriptors of its large requests from one stock.
+            // A Linux frontend takes the pages for data and those for the descriptors of large requests from one pool.
             most if keeps_grants => size(33, most),
             most if !copies_all => size(16, most),
             _ => 0,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! When a connect that failed is tried again: arithmetic without a clock, a kernel or xenstore.
+//! When a failed connect is tried again: arithmetic without a clock, a kernel or xenstore.
 //!
 //! A *refusal* has a cause that only the frontend can remove, so the frontend has to move first, and a frontend that
 //! is refused again and again has to wait longer each time. A *shortage* passes without the frontend, so the driver
@@ -8,20 +8,19 @@
 
 /// Longest pause after a refusal.
 const REFUSAL_MS: u64 = 30_000;
-/// Pause after the first shortage. It doubles with each further one.
+/// Pause after the first shortage. Doubles with each further shortage.
 const FIRST_SHORTAGE_MS: u64 = 100;
 /// Longest pause after a shortage, and so the longest delay after the shortage has passed.
 const SHORTAGE_MS: u64 = 5_000;
-/// Time after which one refusal is forgotten. A connect that works forgets none: a frontend can have as many of those
-/// as it likes.
+/// Time after which one refusal is forgotten. A successful connect forgets none, because a frontend can cause any
+/// number of those.
 const FORGET_NS: u64 = 30_000_000_000;
 const NS_IN_MS: u64 = 1_000_000;
 
-/// Says whether an error number (positive, as in Linux) stands for something that this domain has too little of at
-/// the moment.
+/// Reports whether an error number (positive, as in Linux) stands for a shortage in this domain that may pass.
 ///
 /// EDQUOT is this driver's own limit on memory. EBUSY and EAGAIN also come from xenstore, and ENOSPC from Xen if this
-/// domain has no free event channel.
+/// domain has no free event channel or no room for more mappings.
 #[must_use]
 pub fn is_shortage(errno: i32) -> bool {
     const EINTR: i32 = 4;
@@ -33,7 +32,7 @@ pub fn is_shortage(errno: i32) -> bool {
     matches!(errno, EINTR | EAGAIN | ENOMEM | EBUSY | ENOSPC | EDQUOT)
 }
 
-/// Says whether an error number (positive) of a write to xenstore may go away while the frontend waits.
+/// Reports whether an error number (positive) of a write to xenstore may go away while the frontend waits.
 ///
 /// xenstored has many names for its quotas, and Linux reads those that it does not know as EINVAL, so only a directory
 /// that is gone is final.
@@ -85,7 +84,7 @@ impl Patience {
         self.shortages = 0;
     }
 
-    /// Milliseconds that the next attempt has to wait; 0 if it may be made now.
+    /// Returns the milliseconds that the next attempt has to wait; 0 if it may be made now.
     #[must_use]
     pub fn left_ms(&self, now_ns: u64) -> u32 {
         let left = self.next_at.saturating_sub(now_ns).div_ceil(NS_IN_MS);

@@ -5,17 +5,15 @@
 use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
-use crate::engine::{Backend, Group, Io, IoKind, Mapping, PendingRequest, SegmentEntry, Slice};
+use crate::engine::{Backend, Io, IoKind, Slice};
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
-use crate::linux::memory::data::{Backing, DataPages};
+use crate::linux::memory::data::Backing;
 use crate::linux::memory::page_blocks::{Block, Effort};
 use crate::linux::monotonic_ns;
-use crate::linux::xen::grant::GuestGrants;
-use crate::memory::Lease;
+use crate::memory::{queue_bytes, Lease};
 use crate::params::{self, PoolSizes};
 use crate::planted;
-use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 use core::pin::Pin;
@@ -48,9 +46,9 @@ impl BackingDisk for BlockDevice {
     }
 
     fn prepare(&self) -> Result<(), ConnectError> {
-        // What this domain's page cache holds may be older than what the guest writes.
+        // Pages in this domain's page cache may be older than the guest's last writes.
         self.drop_cache().map_err(|error| {
-            ConnectError::Step("the page cache of the disk cannot be written back", error)
+            ConnectError::Step("writing back the page cache of the disk failed", error)
         })
     }
 }
@@ -59,16 +57,17 @@ impl QueueBackends for BlockDevice {
     type Backend = Phy;
 
     fn max_segments(&self, _queues: u32) -> u16 {
-        // A queue can do the largest request with what it always has.
+        // A queue can execute the largest request with the memory that it always has.
         u16::MAX
     }
 
     fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
         let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants, needs.segments);
-        let mut lease = Lease::new(needs.domain, bytes(&sizes, needs.depth))?;
-        // A guest can change its pages while the device has them. Where that is more than its own loss, because a
-        // checksum that is wrong ends a connection that other disks have, too, everything is copied. Mappings are a
-        // matter of speed: without room for them everything is copied as well.
+        let bytes = queue_bytes(&sizes, needs.depth);
+        let mut lease = Lease::new(needs.domain, bytes, needs.reservation)?;
+        // A guest can change its pages while the device has them. Where that is more than its own loss, because a wrong
+        // checksum ends a connection that other disks use, too, everything is copied. Mappings are a matter of speed:
+        // without room for them everything is copied as well.
         if self.wants_stable_pages()
             || !lease.reserve_mappings(sizes.map.into(), params::domain_mappings())
         {
@@ -86,7 +85,7 @@ impl QueueBackends for BlockDevice {
             pages,
             own_pages: sizes.own,
             rest: sizes.rest,
-            memory_kib: (bytes(&sizes, needs.depth) / 1024) as u64,
+            memory_kib: (queue_bytes(&sizes, needs.depth) / 1024) as u64,
             depth: needs.depth,
         })
     }
@@ -94,23 +93,6 @@ impl QueueBackends for BlockDevice {
     fn drain(&self) -> Drain {
         Drain::MustFinish
     }
-}
-
-/// Bytes that a queue takes whether it is busy or not.
-fn bytes(sizes: &PoolSizes, depth: u16) -> usize {
-    let slots = usize::from(depth).saturating_mul(size_of::<PendingRequest>());
-    let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
-    let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
-    let mappings = usize::from(sizes.map).saturating_mul(size_of::<Mapping>());
-    usize::from(sizes.own)
-        .saturating_mul(PAGE_SIZE)
-        .saturating_add(slots)
-        .saturating_add(entries)
-        .saturating_add(groups)
-        .saturating_add(mappings)
-        .saturating_add(DataPages::bytes(sizes.copy))
-        .saturating_add(Disk::bytes(depth))
-        .saturating_add(GuestGrants::bytes(sizes.map))
 }
 
 /// The memory of a queue's data pages, its own and what it has borrowed.

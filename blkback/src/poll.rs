@@ -2,43 +2,42 @@
 
 //! Waiting for the guest's next request, or for a fast disk, without going to sleep.
 //!
-//! Going to sleep and being woken costs the guest an event, Xen two scheduling decisions and dom0
-//! an interrupt and two task switches: more than serving a small request. A queue whose guest
-//! comes back soon therefore looks at the ring for a while first, with the guest's events off.
+//! Going to sleep and being woken costs the guest an event, Xen two scheduling decisions and dom0 an interrupt and two
+//! task switches: more than serving a small request. A queue whose guest comes back soon therefore polls the ring for a
+//! while first, with the guest's events off.
 //!
-//! It does so for no longer than a sleep costs (`poll_us`), and only where that has paid off
-//! ([`Worth`]); for a process it looks wherever sleeps are short ([`Gathering`]). And nothing is
-//! waited for when anything else could run on this CPU: another task, or where dom0 shares its
-//! physical CPU, another domain ([`Rivals`]).
+//! It polls for no longer than a sleep costs (`poll_us`), and only where that has paid off ([`Worth`]); for a process
+//! it polls wherever sleeps are short ([`Gathering`]). It stops polling when anything else could run on this CPU:
+//! another task, or, where dom0 shares its physical CPU, another domain ([`Rivals`]).
 
 use crate::linux;
 use crate::params;
 use crate::worth::Worth;
 use kernel::processor::cpu_relax;
 
-/// Looks between two looks at the clock: a few microseconds.
+/// Checks of the ring between two readings of the clock: a few microseconds.
 const LOOKS: u32 = 16;
-/// Pauses between two looks. The guest writes to what is looked at, and each look takes that away
-/// from its processor.
+/// Pauses between two checks. The guest writes to the memory that is polled, and each check takes its cache line away
+/// from the guest's processor.
 const PAUSES: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
     Ready,
-    /// And another domain had the physical CPU until then.
+    /// Ready, and another domain had the physical CPU until then.
     ReadyWhenBack,
     TimedOut,
-    /// A task of this domain wants the CPU.
+    /// Another task of this domain needs the CPU.
     CpuWanted,
     /// Another domain had the physical CPU, and that was no use or took too long.
     CpuShared,
 }
 
-/// Looks until `ready` for at most so many nanoseconds.
+/// Polls until `ready`, for at most `limit` nanoseconds.
 fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Look {
     let start = linux::local_clock();
     loop {
-        // Where the guest waits for this very CPU there is nothing to see before it had it.
+        // If the guest waits for this very CPU, its request cannot come before it has had the CPU.
         for _ in 0..if rivals.are_here() { 1 } else { LOOKS } {
             if ready() {
                 return Look::Ready;
@@ -63,39 +62,39 @@ fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Loo
     }
 }
 
-/// Nanoseconds since then; a clock that differs between CPUs may make it a very long time.
+/// Returns the nanoseconds since `start`; clocks that differ between CPUs may make it a very long time.
 fn since(start: u64) -> u64 {
     linux::local_clock().saturating_sub(start)
 }
 
-/// Other domains on this physical CPU, the guest that is waited for among them.
+/// Other domains on this physical CPU, including the guest whose request the queue polls for.
 ///
-/// A kernel sees its own tasks only, and steal time does not tell what is needed: while a queue looks,
-/// the hypervisor takes nothing away from dom0, it is dom0 that keeps the CPU from a guest; and a vCPU
-/// that wakes on a CPU of its own has "stolen" time as well, from leaving the idle state. So the CPU
-/// is offered to whoever waits for it. If nobody does, that costs a hypercall, and is done ever more
-/// rarely. If somebody does, the time was theirs. If that was the guest and it has sent a request, it
-/// needs no event and dom0 no interrupt; if not, the CPU is left alone for long.
+/// A kernel sees only its own tasks. Steal time does not help: while a queue polls, the hypervisor takes nothing away
+/// from dom0, but dom0 keeps the CPU from a guest; and a vCPU that wakes on a CPU of its own has "stolen" time as well,
+/// from leaving the idle state. So the queue offers the CPU to any domain that waits for it. If none does, the offer
+/// costs a hypercall, and is made ever more rarely. If one does, it was entitled to the time. If it was the guest and
+/// has sent a request, the guest needs no event and dom0 no interrupt; if not, the queue does not poll for a long time.
 #[derive(Debug)]
 struct Rivals {
-    /// Offers to skip, and how many that was the last time.
+    /// Offers still to skip, and the number that was set last.
     skip: u32,
     skipped: u32,
-    /// The last offer was taken.
+    /// Another domain took the last offer.
     here: bool,
-    /// When looking was given up, and for how long.
+    /// When polling was given up, and for how long, in nanoseconds.
     rest_since: u64,
     rest: u64,
 }
 
 impl Rivals {
-    /// An offer that nobody takes comes back sooner than two switches of domains can be done.
+    /// Nanoseconds: an offer that no domain takes returns sooner than two switches of domains can be done.
     const BACK: u64 = 5_000;
-    /// A guest that makes its next request has the CPU for no longer than this.
+    /// Nanoseconds: a guest that makes its next request has the CPU for no longer than this.
     const AWAY: u64 = 100_000;
-    /// Most offers that are skipped.
+    /// Most offers that are skipped in a row.
     const SURE: u32 = 63;
-    /// For one unit of time without the CPU, which an event might have ended sooner, so many with it.
+    /// Factor from the time that other domains had the CPU without use, which an event might have ended sooner, to the
+    /// time without polling.
     const REST: u64 = 128;
 
     fn new() -> Self {
@@ -112,7 +111,7 @@ impl Rivals {
         self.here
     }
 
-    /// Offers the physical CPU, unless nobody has taken it for long; returns how long others had it.
+    /// Offers the physical CPU, unless no domain has taken it for long; returns for how many nanoseconds others had it.
     fn offer_cpu(&mut self) -> Option<u64> {
         if let Some(left) = self.skip.checked_sub(1) {
             self.skip = left;
@@ -132,13 +131,13 @@ impl Rivals {
         None
     }
 
-    /// Others had the CPU for so long, and it was no use.
+    /// Stops polling for a while, because others had the CPU for `away` nanoseconds without use.
     fn rest(&mut self, away: u64) {
         self.rest_since = linux::local_clock();
         self.rest = away.saturating_mul(Self::REST);
     }
 
-    /// True while the CPU is left to others.
+    /// Returns true while the queue leaves the CPU to others.
     fn are_left_alone(&mut self) -> bool {
         if self.rest != 0 && since(self.rest_since) > self.rest {
             self.rest = 0;
@@ -147,8 +146,8 @@ impl Rivals {
     }
 }
 
-/// How long to look where a process executes the requests: for as long as sleeps are short, whatever else
-/// that costs. Requests gather while a queue looks, and the process wakes up once for all of them.
+/// How long to poll where a process executes the requests: as long as sleeps are short, at any cost. Requests gather
+/// while a queue polls, and the process wakes up once for all of them.
 #[derive(Debug)]
 struct Gathering {
     now: u64,
@@ -156,7 +155,7 @@ struct Gathering {
 }
 
 impl Gathering {
-    /// The first time that is tried.
+    /// Nanoseconds of the first attempt.
     const START: u64 = 5_000;
 
     fn looked_in_vain(&mut self) {
@@ -172,7 +171,7 @@ impl Gathering {
     }
 }
 
-/// How one queue waits.
+/// State of one queue's polling.
 #[derive(Debug)]
 pub(crate) struct Poller {
     worth: Worth,
@@ -183,10 +182,10 @@ pub(crate) struct Poller {
 }
 
 impl Poller {
-    /// What looking for a process is worth, for each nanosecond that it is worth for a queue alone.
+    /// Factor by which a queue may poll longer where a process executes its requests.
     const FOR_PROCESS: u64 = 5;
 
-    /// A queue that has not waited yet.
+    /// Makes the state of a queue that has not waited yet.
     fn new() -> Self {
         let sleep = params::poll_nanoseconds();
         Self {
@@ -200,8 +199,7 @@ impl Poller {
         }
     }
 
-    /// Looks until `ready`, if that is worth it; returns whether it came to be in the time for which
-    /// it is.
+    /// Polls until `ready`, if that is worth it, and for no longer than that; returns whether it became ready.
     fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
         let limit = match self.gathers {
             true => self.gathering.now,
@@ -229,34 +227,34 @@ impl Poller {
         matches!(look, Look::Ready | Look::ReadyWhenBack)
     }
 
-    /// Learns from a sleep that began at `start`.
-    fn slept(&mut self, start: u64) {
+    /// Learns from a sleep of this length.
+    fn slept(&mut self, nanoseconds: u64) {
         if self.rivals.are_left_alone() {
             return;
         }
         if self.gathers {
-            self.gathering.slept(since(start));
+            self.gathering.slept(nanoseconds);
         }
-        // What looking costs where others are is learned by looking only.
+        // Where other domains share the CPU, only polling shows what polling costs.
         if !self.rivals.are_here() {
-            self.worth.slept(since(start));
+            self.worth.slept(nanoseconds);
         }
     }
 }
 
-/// How one queue waits for the guest while the disk is idle, and for either while I/O is in flight.
-/// How soon a guest comes back says nothing about how fast a disk is.
+/// How one queue waits: for the guest while the disk is idle, and for guest or disk while I/O is in flight. The two are
+/// separate, because the speed of a guest says nothing about the speed of a disk.
 #[derive(Debug)]
 pub(crate) struct Pollers {
     idle: Poller,
     busy: Poller,
-    /// Of the last sleep, if nothing was waited for since: the requests in flight when it began, and those that were
-    /// taken or answered when it was over.
+    /// The last sleep, if the queue has not waited since: the requests in flight when it began, and the requests that
+    /// were taken or answered after it.
     asleep: Option<(u16, u32)>,
 }
 
 impl Pollers {
-    /// For a queue that has not waited yet.
+    /// Makes the pollers of a queue that has not waited yet.
     pub(crate) fn new() -> Self {
         Self {
             idle: Poller::new(),
@@ -265,7 +263,7 @@ impl Pollers {
         }
     }
 
-    /// Looks with so many requests in flight, as [`Poller::wait`] does.
+    /// Polls with `in_flight` requests in flight, as [`Poller::wait`] does.
     pub(crate) fn wait(&mut self, in_flight: u16, ready: impl FnMut() -> bool) -> bool {
         if let Some((in_flight, requests)) = self.asleep.take() {
             self.of(in_flight).worth.served(requests);
@@ -273,7 +271,7 @@ impl Pollers {
         self.of(in_flight).wait(ready)
     }
 
-    /// The one for so many requests in flight.
+    /// Returns the poller for this number of requests in flight.
     fn of(&mut self, in_flight: u16) -> &mut Poller {
         if in_flight == 0 {
             &mut self.idle
@@ -282,14 +280,14 @@ impl Pollers {
         }
     }
 
-    /// Learns from a sleep that began at `start`, with so many requests in flight.
-    pub(crate) fn slept(&mut self, in_flight: u16, start: u64) {
-        self.of(in_flight).slept(start);
+    /// Learns from a sleep of this length, with `in_flight` requests in flight.
+    pub(crate) fn slept(&mut self, in_flight: u16, nanoseconds: u64) {
+        self.of(in_flight).slept(nanoseconds);
         self.asleep = Some((in_flight, 0));
     }
 
-    /// Learns what a sleep was good for: a pass has taken or answered so many requests; and whether those are
-    /// for a process now.
+    /// Records that a pass has taken or answered `requests` requests, which shows what the sleep was good for, and
+    /// whether a process executes them now.
     pub(crate) fn passed(&mut self, requests: u32, gathers: bool) {
         self.idle.gathers = gathers;
         self.busy.gathers = gathers;

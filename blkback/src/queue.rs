@@ -16,6 +16,7 @@ use crate::engine::{
     SegmentEntry, Shape, Stats, Tables,
 };
 use crate::events::DeviceEvents;
+use crate::halt::Halts;
 use crate::keeper::Keeper;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
@@ -27,6 +28,8 @@ use crate::linux::xen::grant::GuestGrants;
 use crate::linux::xen::guest_side::{Held, Taker};
 use crate::linux::xen::ring_map::RingMap;
 use crate::linux::{cond_resched, local_clock};
+use crate::mapping_room;
+use crate::memory::Reservation;
 use crate::params;
 use crate::poll::Pollers;
 use crate::proto::frontend;
@@ -38,7 +41,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::sync::Arc;
 
-/// What the thread is to do.
+/// Command to the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Command {
     /// Touch nothing yet.
@@ -47,7 +50,7 @@ enum Command {
     Serve = 1,
     /// Take nothing more, answer what was taken, and end.
     Drain = 2,
-    /// The same, but wait no longer than the disk says.
+    /// Take nothing more, answer what was taken, and end, but wait no longer than the disk says.
     Finish = 3,
     /// Let go of the guest now.
     Abandon = 4,
@@ -63,7 +66,7 @@ impl From<Ending> for Command {
     }
 }
 
-/// Who is told of the end of threads, so that nobody has to wait for them.
+/// Receiver of the end of threads, so that no caller has to wait for them.
 pub(crate) trait ThreadEnds: Send + Sync + 'static {
     /// A thread is about to be started.
     fn add_thread(&self);
@@ -72,7 +75,7 @@ pub(crate) trait ThreadEnds: Send + Sync + 'static {
     fn done(&self);
 }
 
-/// What the thread and its owner share.
+/// State that the thread and its owner share.
 struct Control {
     wake_event: Arc<WakeEvent>,
     /// A [`Command`]; only ever raised.
@@ -100,26 +103,33 @@ pub(crate) struct Queue {
     _thread: Thread,
 }
 
-/// What a queue is made of.
+/// Parts and parameters of a new queue.
 pub(crate) struct Setup<'a, D> {
     /// The device.
     pub(crate) device: &'a Arc<Device>,
-    /// Who is told about a broken ring, a new size and the end.
+    /// Receiver of a broken ring, a new size and the end.
     pub(crate) events: &'a Arc<dyn DeviceEvents>,
-    /// Where it counts.
+    /// Counters of the device.
     pub(crate) totals: &'a Arc<Totals>,
-    /// What the frontend asked for.
+    /// The frontend's request: queues, ring size, protocol and features.
     pub(crate) request: &'a frontend::Request,
     /// The disk.
     pub(crate) disk: &'a Arc<D>,
-    /// What the disk allows.
+    /// Limits of the guest's requests.
     pub(crate) limits: &'a Limits,
     /// The guest keeps its pages granted, and knows that they stay mapped.
     pub(crate) keeps_grants: bool,
+    /// Memory of the guest that is reserved for the disk.
+    pub(crate) reservation: Option<&'a Reservation>,
 }
 
-/// Passes in a row of which one shows what was counted; so does each before a sleep.
+/// Number of passes in a row of which one publishes the counters; so does each before a sleep.
 const HIDDEN: u8 = 16;
+
+/// Pause before pages that storage holds are looked at once more; each pause in a row is longer by as much.
+const HELD_NS: u64 = 5_000_000;
+/// The longest of these pauses, in multiples of the first one.
+const HELD_MOST: u64 = 40;
 
 const NO_MEMORY: &str = "there is not enough memory for the queues";
 
@@ -127,9 +137,15 @@ fn step(what: &'static str, error: Error) -> ConnectError {
     ConnectError::Step(what, error)
 }
 
-/// Any error but ENOMEM is the hypervisor's status of the frontend's page, whatever the number is in Linux. The bus has
-/// then published Closing already.
+/// See [`RingMap::map`] for its errors.
 fn not_mapped(error: Error) -> ConnectError {
+    if error == ENOSPC {
+        mapping_room::want();
+        return step(
+            "Xen has no room to map the frontend's ring (max_maptrack_frames of this domain)",
+            error,
+        );
+    }
     match error == ENOMEM {
         true => step(NO_MEMORY, error),
         false => ConnectError::Frontend("the frontend's ring-ref cannot be mapped", error),
@@ -155,7 +171,7 @@ impl<D: QueueBackends> Prepared<D> {
         let request = setup.request;
         let slots = request.slots();
         let depth = u16::try_from(slots).map_err(|_| step("the ring is too large", EINVAL))?;
-        // First what the guest can get wrong: it costs no memory to refuse that.
+        // First the values that the guest can get wrong: it costs no memory to refuse those.
         let wake_event = WakeEvent::new().map_err(|error| step(NO_MEMORY, error))?;
         let map = RingMap::map(setup.device, &ring.refs, request.order, request.protocol)
             .map_err(not_mapped)?;
@@ -178,16 +194,21 @@ impl<D: QueueBackends> Prepared<D> {
         };
         let (guest, taker) =
             Held::new(channel, map, traced).map_err(|error| step(NO_MEMORY, error))?;
-        let state = State::new(setup, index, depth, &control)?;
+        let (state, grants) = State::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.memory_kib,
-            server: Server { ring, guest, state },
+            server: Server {
+                ring,
+                guest,
+                state,
+                grants,
+            },
             control,
             guest: taker,
         })
     }
 
-    /// Starts the thread, which does nothing until it is told to serve or to end.
+    /// Starts the thread, which does nothing until it has a command to serve or to end.
     pub(crate) fn start(self, name: &CStr, ending: &Arc<dyn ThreadEnds>) -> Result<Queue> {
         let body = Body {
             server: self.server,
@@ -225,7 +246,7 @@ impl Queue {
         self.tell(Command::Serve);
     }
 
-    /// Takes nothing more and ends in this way, or in a quicker one that it was told before; does not wait.
+    /// Takes no more requests and ends as `ending` says, or in a quicker way that an earlier call chose; does not wait.
     pub(crate) fn end(&self, ending: Ending) {
         self.tell(ending.into());
         if ending == Ending::Now && self.guest.take() {
@@ -244,7 +265,18 @@ impl Queue {
     }
 }
 
-/// What the thread does.
+/// Nanoseconds that a thread sleeps at most which has `left` for what it has taken, and whose last `held` passes found
+/// pages that storage holds.
+fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
+    let soon = HELD_NS.saturating_mul(held.min(HELD_MOST));
+    match left {
+        _ if soon == 0 => left,
+        Some(left) => Some(left.min(soon)),
+        None => Some(soon),
+    }
+}
+
+/// Body of the thread.
 struct Body<D: QueueBackends> {
     server: Server<D>,
     ending: Arc<dyn ThreadEnds>,
@@ -252,17 +284,18 @@ struct Body<D: QueueBackends> {
 
 impl<D: QueueBackends> Runner for Body<D> {
     fn run(self) {
-        // By then all that may wait for I/O is gone.
+        // All that may wait for I/O is gone now.
         self.server.run();
         self.ending.done();
     }
 }
 
-/// What the thread owns.
+/// State that the thread owns.
 struct Server<D: QueueBackends> {
     ring: BackRing<()>,
     guest: Held,
     state: KBox<State<D>>,
+    grants: KBox<GuestGrants>,
 }
 
 /// The part of it that stays in its place, because it is too large for a stack on which a driver of
@@ -280,8 +313,12 @@ struct State<D: QueueBackends> {
     memory_kib: u64,
     config: Config,
     limits: Limits,
-    grants: KBox<GuestGrants>,
     backend: D::Backend,
+    around: Surroundings<D>,
+}
+
+/// Surroundings of the thread: it reads them while the engine has the rest of its state.
+struct Surroundings<D> {
     disk: Arc<D>,
     events: Arc<dyn DeviceEvents>,
     tally: Tally,
@@ -296,26 +333,30 @@ impl<D: QueueBackends> Server<D> {
             ring,
             guest,
             mut state,
+            mut grants,
         } = self;
-        let disk = state.disk.clone();
+        let disk = state.around.disk.clone();
         // This outlasts it.
-        let control = state.control.clone();
+        let control = state.around.control.clone();
         while control.command() == Command::Wait {
             control.wake_event.wait();
         }
         let context = AwayContext {
             guest: &guest,
             detached: &control.detached,
-            begun: state.tally.begun(),
+            begun: state.around.tally.begun(),
         };
-        let (command, mut rest) = state.serve(ring, &context);
+        let (command, mut rest) = state.serve(ring, &mut grants, &context);
         let may_go = disk.drain() != Drain::MustFinish && !rest.is_bound();
         if command == Command::Drain || may_go {
-            // The disk, too, is given back before anybody can see that: the toolstack's script
-            // takes it apart as soon as the state is Closed.
+            rest.let_go();
+            // The disk, too, is given back before the detached state is visible: the toolstack's script takes it apart
+            // as soon as the state is Closed.
             drop(state);
             drop(disk);
             control.detached.set();
+            // Last, because this waits for pages that storage still holds.
+            drop(grants);
             return;
         }
         control.detached.set();
@@ -334,7 +375,7 @@ impl<D: QueueBackends> State<D> {
         index: u32,
         slots: u16,
         control: &Arc<Control>,
-    ) -> Result<KBox<Self>, ConnectError> {
+    ) -> Result<(KBox<Self>, KBox<GuestGrants>), ConnectError> {
         let no_memory = |error| step(NO_MEMORY, error);
         let domain = setup.device.otherend_id();
         let Part {
@@ -351,6 +392,7 @@ impl<D: QueueBackends> State<D> {
             segments: setup.limits.max_indirect_segments,
             depth: slots,
             keeps_grants: setup.keeps_grants,
+            reservation: setup.reservation,
             wake_event: &control.wake_event,
         })?;
         let shape = Shape {
@@ -387,40 +429,38 @@ impl<D: QueueBackends> State<D> {
             memory_kib,
             config,
             limits: *setup.limits,
-            grants,
             backend,
-            disk: setup.disk.clone(),
-            events: setup.events.clone(),
-            tally,
-            control: control.clone(),
-            leads: index == 0,
+            around: Surroundings {
+                disk: setup.disk.clone(),
+                events: setup.events.clone(),
+                tally,
+                control: control.clone(),
+                leads: index == 0,
+            },
         });
-        KBox::init(state, GFP_KERNEL).map_err(no_memory)
+        let state = KBox::init(state, GFP_KERNEL).map_err(no_memory)?;
+        Ok((state, grants))
     }
 
-    /// Serves the ring until told to end, and gives it and the event channel back. Returns how it
-    /// was told, and what is left.
-    // Not part of its caller, so that its frame is gone when what is left is waited for.
+    /// Serves the ring until told to end, and gives it and the event channel back. Returns the command that ended it,
+    /// and the rest of the queue.
+    // Not part of its caller, so that its frame is gone during the wait for the rest.
     #[inline(never)]
     fn serve<'a>(
         &'a mut self,
         ring: BackRing<()>,
+        grants: &'a mut GuestGrants,
         context: &'a AwayContext<'a>,
     ) -> (Command, Left<'a, D>) {
         let guest = context.guest;
         let (ring, ()) = ring.replace(guest);
         let server = Serving {
             guest,
-            disk: &*self.disk,
-            events: &self.events,
-            tally: &self.tally,
-            control: &self.control,
-            known_sectors: self.limits.sectors,
-            leads: self.leads,
+            around: &self.around,
         };
         let mut engine = Engine::new(
             ring,
-            &mut *self.grants,
+            grants,
             Away {
                 backend: &mut self.backend,
                 context,
@@ -438,7 +478,7 @@ impl<D: QueueBackends> State<D> {
             self.config,
             self.limits,
         );
-        let command = server.serve(&mut engine);
+        let command = server.serve(&mut engine, self.limits.sectors);
         server.show(&mut engine);
         let left = engine.detach();
         // The owner may publish state Closed only when ring and event channel are gone.
@@ -447,34 +487,34 @@ impl<D: QueueBackends> State<D> {
     }
 }
 
-/// What is left of a queue that has let go of its guest.
+/// Rest of a queue that has let go of its guest.
 type Left<'a, D> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <D as QueueBackends>::Backend>>;
 
-/// The thread's view of its surroundings while the engine has the rest.
+/// The thread while the engine has the rest of its state.
 struct Serving<'a, D> {
     guest: &'a Held,
-    disk: &'a D,
-    events: &'a Arc<dyn DeviceEvents>,
-    tally: &'a Tally,
-    control: &'a Control,
-    known_sectors: u64,
-    leads: bool,
+    around: &'a Surroundings<D>,
 }
 
 impl<D: QueueBackends> Serving<'_, D> {
-    /// Serves the ring until told to end; returns how.
+    /// Serves the ring until it has a command to end, which it returns.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
-    fn serve<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) -> Command {
-        let mut sectors = self.known_sectors;
+    fn serve<G: Grants, B: Backend>(
+        &self,
+        engine: &mut Engine<'_, &Held, G, B>,
+        mut sectors: u64,
+    ) -> Command {
         let mut broken = false;
         let mut active = false;
         let mut hidden = 0u8;
         let mut draining = None;
+        let mut held: u64 = 0;
         let mut pollers = Pollers::new();
-        let mut keeper = Keeper::new(self.tally);
+        let mut halts = Halts::new();
+        let mut keeper = Keeper::new(&self.around.tally);
         loop {
-            let command = self.control.command();
+            let command = self.around.control.command();
             // Before the pass: the guest may know of a new size already.
             sectors = self.limits_changed(engine, sectors);
             self.measure(engine);
@@ -496,7 +536,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             active |= pass.taken > 0;
             if pass.broken && !broken {
                 broken = true;
-                self.events.clone().ring_broken();
+                self.around.events.clone().ring_broken();
             }
             if command >= Command::Drain && engine.in_flight() == 0 {
                 return Command::Drain;
@@ -506,46 +546,73 @@ impl<D: QueueBackends> Serving<'_, D> {
                 return Command::Abandon;
             }
             if self.must_go_on(command, &pass, engine, &mut pollers) {
-                hidden = hidden.wrapping_add(1);
-                if hidden % HIDDEN == 0 {
-                    self.show(engine);
-                }
+                self.show_rarely(engine, &mut hidden);
                 cond_resched();
                 continue;
             }
             let start = local_clock();
-            let borrows = keeper.before_sleep(engine, start);
-            self.show(engine);
+            let wake_event = &self.around.control.wake_event;
+            held = if pass.held { held.saturating_add(1) } else { 0 };
+            let pause = longest_pause(left, held);
             self.end_event(broken, &mut active);
-            if let Some(left) = left {
-                self.control.wake_event.wait_for(left);
-            } else if self.leads || borrows || command != Command::Serve {
-                // Nobody tells us that a device was resized, so one thread looks now and then; what is borrowed and
-                // not used is given back; and requests that wait for a process fail when they have waited for too
-                // long, also those of a queue that outlives the first one.
-                self.control.wake_event.wait_for_a_while();
+            if pause.is_none() && command == Command::Serve && halts.wait(wake_event, start) {
+                self.show_rarely(engine, &mut hidden);
+                // The thread may never sleep.
+                cond_resched();
             } else {
-                self.control.wake_event.wait();
+                let borrows = keeper.before_sleep(engine, start);
+                self.show(engine);
+                self.sleep(pause, borrows || command != Command::Serve);
             }
-            engine.woken(self.control.wake_event.woken_ns());
-            pollers.slept(engine.in_flight(), start);
+            engine.woken(wake_event.woken_ns());
+            let waited = local_clock().saturating_sub(start);
+            halts.waited(waited);
+            pollers.slept(engine.in_flight(), waited);
+        }
+    }
+
+    /// Sleeps until woken, for `pause` nanoseconds at most if there is one. `looks` means that the thread must not sleep
+    /// without a limit.
+    fn sleep(&self, pause: Option<u64>, looks: bool) {
+        let wake_event = &self.around.control.wake_event;
+        if let Some(pause) = pause {
+            wake_event.wait_for(pause);
+        } else if self.around.leads || looks {
+            // No event announces that a device was resized, so one thread looks now and then; borrowed pages that are not
+            // used are given back; and requests that wait for a process fail when they have waited for too long, also
+            // those of a queue that outlives the first one.
+            wake_event.wait_for_a_while();
+        } else {
+            wake_event.wait();
         }
     }
 
     /// Begins to count how long things take, or ends that.
     fn measure<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
-        let wanted = self.tally.measures();
+        let wanted = self.around.tally.measures();
         if engine.latencies().is_on() != wanted {
             engine.latencies().switch(wanted);
-            self.control.wake_event.time(wanted);
+            self.around.control.wake_event.time(wanted);
         }
     }
 
-    /// Shows what was counted until now.
+    /// Publishes the counters.
     fn show<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
-        self.tally.show(engine.stats(), engine.flight());
+        self.around.tally.show(engine.stats(), engine.flight());
         if engine.latencies().is_on() {
-            self.tally.show_latencies(engine.latencies());
+            self.around.tally.show_latencies(engine.latencies());
+        }
+    }
+
+    /// Publishes the counters once in a while; `hidden` counts the calls.
+    fn show_rarely<G: Grants, B: Backend>(
+        &self,
+        engine: &mut Engine<'_, &Held, G, B>,
+        hidden: &mut u8,
+    ) {
+        *hidden = hidden.wrapping_add(1);
+        if *hidden % HIDDEN == 0 {
+            self.show(engine);
         }
     }
 
@@ -557,7 +624,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         }
         let now = local_clock();
         let waited = now.saturating_sub(*since.get_or_insert(now));
-        match self.disk.drain() {
+        match self.around.disk.drain() {
             Drain::MustFinish => None,
             Drain::Detachable { timeout_ns } => Some(timeout_ns.saturating_sub(waited)),
         }
@@ -570,13 +637,13 @@ impl<D: QueueBackends> Serving<'_, D> {
         engine: &mut Engine<'_, &Held, G, B>,
         pollers: &mut Pollers,
     ) -> bool {
-        if pass.again || self.control.command() != command {
+        if pass.again || self.around.control.command() != command {
             return true;
         }
         if command != Command::Serve {
             return false;
         }
-        let (wake_event, in_flight) = (&self.control.wake_event, engine.in_flight());
+        let (wake_event, in_flight) = (&self.around.control.wake_event, engine.in_flight());
         if pollers.wait(in_flight, || {
             wake_event.is_notified() || engine.has_requests()
         }) {
@@ -585,8 +652,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         engine.must_stay_awake()
     }
 
-    /// Ends the event that woke us. That of a broken ring is never ended: its guest gets no
-    /// further attention.
+    /// Ends the event that woke us. The event of a broken ring is never ended: its guest gets no further attention.
     fn end_event(&self, broken: bool, active: &mut bool) {
         if broken {
             return;
@@ -607,13 +673,13 @@ impl<D: QueueBackends> Serving<'_, D> {
         engine: &mut Engine<'_, &Held, G, B>,
         known: u64,
     ) -> u64 {
-        let sectors = self.disk.sectors();
+        let sectors = self.around.disk.sectors();
         if sectors != known {
             // A device that is gone has no size. The guest's requests are as good as before and fail there.
             if sectors != 0 {
                 engine.set_sectors(sectors);
             }
-            self.events.clone().reconcile();
+            self.around.events.clone().reconcile();
         }
         sectors
     }

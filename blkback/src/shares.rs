@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Who gets how much of the memory for data: arithmetic without locks, memory or time.
+//! Division of the memory for data among guests: arithmetic without locks, memory or time.
 //!
-//! Every queue is *promised* what it cannot do without, when it connects, for as long as it is
-//! connected. What is left of the bounds is *lent* to whoever asks. A guest that is refused because
-//! others have it all is *hungry*: until it has had its share, no other guest gets more than its
-//! own, and those that have more are told how much they owe. The share is what there is to lend,
-//! divided by the guests that have borrowed something or are hungry.
+//! Every queue is *promised* its minimum when it connects, for as long as it is connected. The rest of the bounds is
+//! *lent* on request. A guest that is refused because others have it all is *hungry*: until it has had its share, no
+//! other guest gets more than its own, and those that have more learn how much they owe. The share is what there is to
+//! lend, divided by the guests that have borrowed something or are hungry.
+//!
+//! The size of an offer is decided before the frontend asks: a disk is *offered* no more queues than it has memory
+//! reserved for. The part of a guest's memory that its next disk may have shrinks with each disk that it has, so that
+//! all of them can connect.
 
+/// Number of disks among which half of a guest's memory is divided.
+const DISKS: u32 = 255;
+/// The next disk may have this part of the memory that is not kept for the disks after it.
+const PART: u32 = 16;
 /// Pages for which a hungry guest makes others give back at once.
 const MEAL: u32 = 64;
 
-/// How much there may be, in pages.
+/// Upper limits, in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// For all guests.
@@ -20,7 +27,7 @@ pub struct Bounds {
     pub guest: u32,
 }
 
-/// Why a queue cannot be promised what it needs.
+/// Reason why a queue cannot be promised its minimum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// Its guest has all that one may have.
@@ -33,6 +40,8 @@ pub enum Refusal {
 #[derive(Debug, Default)]
 pub struct Host {
     promised: u32,
+    /// Pages for what frontends were offered and have not asked for yet.
+    reserved: u32,
     lent: u32,
     /// Guests that have borrowed something or are hungry.
     sharers: u32,
@@ -43,6 +52,9 @@ pub struct Host {
 #[derive(Debug, Default)]
 pub struct Guest {
     promised: u32,
+    reserved: u32,
+    /// Disks that were offered something, whether they are connected or not.
+    disks: u32,
     lent: u32,
     hungry: bool,
     mappings: u32,
@@ -87,7 +99,7 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// What is promised fits into the bounds, whatever is lent.
+    /// The pages do not fit into the bounds, even if all that is lent came back.
     pub fn promise(
         &mut self,
         guest: &mut Guest,
@@ -104,24 +116,86 @@ impl Host {
         Ok(())
     }
 
+    /// Promises a guest pages of which `reserved` at most are reserved for this disk; they are not any more afterwards.
+    /// Returns how many were.
+    ///
+    /// # Errors
+    ///
+    /// The guest would have more than its bound with the pages that are reserved for other disks, or all guests more than
+    /// the host's. Then nothing has changed.
+    pub fn promise_reserved(
+        &mut self,
+        guest: &mut Guest,
+        pages: u32,
+        reserved: u32,
+        bounds: Bounds,
+    ) -> Result<u32, Refusal> {
+        let used = pages.min(reserved).min(guest.reserved);
+        let left = guest.reserved.saturating_sub(used);
+        let own = bounds.guest.saturating_sub(left);
+        self.promise(
+            guest,
+            pages,
+            Bounds {
+                guest: own,
+                ..bounds
+            },
+        )?;
+        self.unreserve(guest, used);
+        Ok(used)
+    }
+
+    /// Counts one more disk of a guest. Returns the pages that it may be offered, if one queue needs `least`.
+    pub fn add_disk(&mut self, guest: &mut Guest, least: u32, bounds: Bounds) -> u32 {
+        guest.disks = guest.disks.saturating_add(1);
+        let left = |bound: u32, promised: u32, reserved: u32| {
+            bound.saturating_sub(promised).saturating_sub(reserved)
+        };
+        let own = left(bounds.guest, guest.promised, guest.reserved);
+        let to_come = DISKS.saturating_sub(guest.disks);
+        let kept = least.saturating_mul(to_come).min(bounds.guest / 2);
+        let host = left(bounds.host, self.promised, self.reserved);
+        let part = |pages: u32| pages.checked_div(PART).unwrap_or(0);
+        part(own.saturating_sub(kept)).min(part(host)).max(least)
+    }
+
+    /// A disk of a guest is not offered anything any more.
+    pub fn remove_disk(&mut self, guest: &mut Guest) {
+        guest.disks = guest.disks.saturating_sub(1);
+    }
+
+    /// Reserves pages for a disk's offer, or as many as the guest has left. Returns their number. Returns how many.
+    pub fn reserve(&mut self, guest: &mut Guest, pages: u32, bounds: Bounds) -> u32 {
+        let left = bounds.guest.saturating_sub(guest.promised);
+        let pages = pages.min(left.saturating_sub(guest.reserved));
+        guest.reserved = guest.reserved.saturating_add(pages);
+        self.reserved = self.reserved.saturating_add(pages);
+        pages
+    }
+
+    /// Ends a reservation.
+    pub fn unreserve(&mut self, guest: &mut Guest, pages: u32) {
+        guest.reserved = guest.reserved.saturating_sub(pages);
+        self.reserved = self.reserved.saturating_sub(pages);
+    }
+
     /// Ends a promise.
     pub fn release(&mut self, guest: &mut Guest, pages: u32) {
         self.promised = self.promised.saturating_sub(pages);
         guest.promised = guest.promised.saturating_sub(pages);
     }
 
-    /// What each guest can borrow, if all who want something want that much.
+    /// Pages that each guest can borrow, if all borrowers and hungry guests get as much.
     fn share(&self, bounds: Bounds) -> u32 {
         let room = bounds.host.saturating_sub(self.promised);
         room.checked_div(self.sharers).unwrap_or(room)
     }
 
-    /// Lends a guest pages; `false` if it gets none. It may be hungry then: see
-    /// [`has_hungry`](Self::has_hungry).
+    /// Lends a guest pages; `false` if it gets none. The guest may be hungry then: see
     pub fn lend(&mut self, guest: &mut Guest, pages: u32, bounds: Bounds) -> bool {
         let own = guest.lent.saturating_add(pages);
         if own > bounds.guest.saturating_sub(guest.promised) {
-            // Nobody else is the reason.
+            // The guest's own bound is the reason, not another guest.
             return false;
         }
         let others_are_hungry = self.hungry > u32::from(guest.hungry);
@@ -134,7 +208,7 @@ impl Host {
             self.lent = self.lent.saturating_add(pages);
             return true;
         }
-        // It is one of those who share now; if it has its share, it is not hungry.
+        // The guest is one of those that share now; if it has its share, it is not hungry.
         self.change(guest, |guest| guest.hungry = true);
         if own > self.share(bounds) {
             self.change(guest, |guest| guest.hungry = false);
@@ -149,7 +223,7 @@ impl Host {
         self.change(guest, |guest| guest.lent = guest.lent.wrapping_sub(pages));
     }
 
-    /// A guest wants nothing more at present.
+    /// Records that a guest needs nothing more at present.
     pub fn is_content(&mut self, guest: &mut Guest) {
         self.change(guest, |guest| guest.hungry = false);
     }
@@ -182,4 +256,13 @@ impl Host {
         self.sharers = step(self.sharers, shared, guest.shares());
         self.hungry = step(self.hungry, hungry, guest.hungry);
     }
+}
+
+/// Largest number of queues, and order of their rings, for which `share` pages are enough: at most these, and at least
+/// one queue with a ring of one page. A queue with a ring of an order takes `pages(order)`.
+pub fn fit(queues: u32, order: u8, share: u32, pages: impl Fn(u8) -> u32) -> (u32, u8) {
+    let fits = |order: &u8| pages(*order) <= share;
+    let order = (0..=order).rev().find(fits).unwrap_or(0);
+    let many = share.checked_div(pages(order)).unwrap_or(queues);
+    (many.clamp(1, queues.max(1)), order)
 }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a device does that may wait for its storage, for ever if that hangs: opening the disk,
-//! writing back dom0's page cache of it, closing it.
+//! Work of a device that may wait for its storage, without limit if the storage hangs: opening the disk, writing back
+//! dom0's page cache of it, closing it.
 //!
-//! A work item of its own does that, one thing at a time and without the lock of the device's life,
-//! on a queue that is there for nothing else: so a disk that hangs stops nothing but itself.
+//! A separate work item does it, one job at a time and without the lock of the device's life, on a workqueue for this
+//! purpose alone. So a disk that hangs stops nothing but itself.
 
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
 use crate::disk::{Bad, Disk, Name, Opener};
 use kernel::sync::Arc;
 
-/// What is to be done.
+/// Work for the storage.
 pub(crate) enum Job {
     /// Open the disk of this name.
     Open(Opener, Name),
@@ -21,18 +21,18 @@ pub(crate) enum Job {
     Close(Disk),
 }
 
-/// What came of it.
+/// Result of a job.
 pub(crate) enum Outcome {
-    /// The disk was opened, or not.
+    /// Result of opening the disk.
     Opened(Result<Disk, Bad>),
-    /// It is ready for a connect, or not.
+    /// Result of getting the disk ready for a connect.
     Prepared(Result<(), ConnectError>),
-    /// It is closed.
+    /// The disk is closed.
     Closed,
 }
 
 impl Job {
-    /// Does it. May sleep for ever.
+    /// Runs the job. May sleep without limit.
     pub(crate) fn run(self) -> Outcome {
         match self {
             Self::Open(opener, name) => Outcome::Opened(Disk::open(&opener, name)),
@@ -47,18 +47,18 @@ impl Job {
 
 /// The one job that a device may have.
 pub(crate) enum Errand {
-    /// There is none.
+    /// No job.
     None,
-    /// It was given, and will be taken.
+    /// A job that was given and not taken.
     Given(Job),
-    /// It was taken.
+    /// A job that was taken and is running.
     Running,
-    /// It is done.
+    /// A job that is done.
     Done(Outcome),
 }
 
 impl Errand {
-    /// True until it is done.
+    /// Returns true until the job is done.
     pub(crate) fn is_busy(&self) -> bool {
         matches!(self, Self::Given(_) | Self::Running)
     }
@@ -74,7 +74,7 @@ impl Errand {
         }
     }
 
-    /// Takes what came of it.
+    /// Takes the result of the job.
     pub(crate) fn take_outcome(&mut self) -> Option<Outcome> {
         match core::mem::replace(self, Self::None) {
             Self::Done(outcome) => Some(outcome),

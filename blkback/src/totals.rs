@@ -2,8 +2,8 @@
 
 //! The statistics of a disk, as sysfs shows them.
 //!
-//! They belong to the device, not to a connection: reading them never meets a queue that is being
-//! freed, and they never go backwards.
+//! They belong to the device, not to a connection, so a read never meets a queue that is being freed, and the counters
+//! never go backwards.
 
 use crate::engine::latency::{ROWS, STEPS};
 use crate::engine::{Flight, Latencies, Stats, Times};
@@ -18,7 +18,7 @@ use kernel::sync::{new_mutex, Arc, Mutex};
 const LATENCIES: usize = ROWS * STEPS;
 /// Number of counters; their order is that of the shim's attributes.
 const COUNTERS: usize = 23;
-// Places of some.
+// Places of some of them.
 const READS: u32 = 1;
 const WRITES: u32 = 2;
 const FLUSHES: u32 = 3;
@@ -31,7 +31,7 @@ const PASSES: u32 = 10;
 const NOTIFIED: u32 = 11;
 const PAGE_WAIT: u32 = 20;
 const RING_FULL: u32 = 22;
-// What follows them there, which is no counter.
+// Attributes that follow the counters there, and are no counters.
 const MEMORY_KIB: usize = COUNTERS;
 const IN_FLIGHT: usize = COUNTERS + 1;
 const OLDEST_NS: usize = COUNTERS + 2;
@@ -72,11 +72,11 @@ fn values(stats: &Stats) -> [u64; COUNTERS] {
     ]
 }
 
-/// What one queue has counted, and what it has now; only its thread writes it.
+/// Counters and present state of one queue; only its thread writes them.
 struct Counters {
     counters: [Atomic<u64>; COUNTERS],
     in_flight: Atomic<u64>,
-    /// When the oldest one was given to the disk; 0 if the disk has none.
+    /// When the disk got the oldest request in flight, in nanoseconds; 0 if the disk has none.
     oldest: Atomic<u64>,
     /// Pages of the guest that stay mapped.
     kept: Atomic<u64>,
@@ -87,7 +87,7 @@ struct Counters {
 }
 
 impl Counters {
-    /// Of a queue that has counted nothing, whose ring has so many slots.
+    /// Makes the counters of a queue whose ring has `slots` slots, all zero.
     fn new(slots: u16) -> Result<Self> {
         let mut latencies = KVec::with_capacity(LATENCIES, GFP_KERNEL)?;
         for _ in 0..LATENCIES {
@@ -104,11 +104,11 @@ impl Counters {
     }
 }
 
-/// What a queue has counted, and what it has at this moment.
+/// Counters and present state of a queue, for a reader.
 pub(crate) struct QueueView {
-    /// Reads, writes, flushes, and discards that it was asked for.
+    /// Reads, writes, flushes, and discards that the guest requested.
     pub(crate) asked: [u64; 4],
-    /// Passes over the ring, those that found it full, and events that the guest was sent.
+    /// Passes over the ring, those that found it full, and events sent to the guest.
     pub(crate) passes: u64,
     pub(crate) ring_full: u64,
     pub(crate) notified: u64,
@@ -151,7 +151,7 @@ struct Queues {
     past_latencies: KVec<u64>,
 }
 
-/// Sums over all queues that the device ever had. They are made by who reads them.
+/// Sums over all queues that the device ever had. A reader computes them.
 #[pin_data]
 pub(crate) struct Totals {
     #[pin]
@@ -160,12 +160,12 @@ pub(crate) struct Totals {
     memory: Atomic<u64>,
     /// Pages that they have borrowed.
     borrowed: Atomic<u64>,
-    /// Whether it is counted how long I/O takes.
+    /// True while the queues count how long I/O takes.
     measures: AtomicFlag,
 }
 
 impl Totals {
-    /// All zero.
+    /// Makes the statistics of a device, all zero. May sleep.
     pub(crate) fn new() -> Result<Arc<Self>> {
         let none = Queues {
             now: KVec::new(),
@@ -181,7 +181,7 @@ impl Totals {
         Arc::pin_init(totals, GFP_KERNEL)
     }
 
-    /// Adds a queue. Readers of sysfs wait for the lock, so memory is got without it. May sleep.
+    /// Adds a queue. Readers of sysfs wait for the lock, so memory is allocated without it. May sleep.
     fn add(&self, counters: &Arc<Counters>) -> Result {
         let mut room = self.queues.lock().now.len();
         loop {
@@ -205,17 +205,18 @@ impl Totals {
         }
     }
 
-    /// Whether it is counted how long I/O takes.
+    /// Reports whether the queues count how long I/O takes.
     pub(crate) fn measures(&self) -> bool {
         self.measures.load(Relaxed)
     }
 
-    /// Has it counted from now on, or no more.
+    /// Switches counting on or off.
     pub(crate) fn measure(&self, on: bool) {
         self.measures.store(on, Relaxed);
     }
 
-    /// How many I/O of each operation, and requests in each span, took as long as this step says, while that was counted.
+    /// Returns how many I/Os of each operation, and requests in each span, took as long as this step, while counting
+    /// was on.
     pub(crate) fn latencies(&self, step: usize) -> [u64; ROWS] {
         let queues = self.queues.lock();
         let mut sums = [0; ROWS];
@@ -230,7 +231,7 @@ impl Totals {
         sums
     }
 
-    /// Hands the counters of each queue, in their order, to `tell` until that fails.
+    /// Passes the counters of each queue, in order, to `tell` until that fails.
     pub(crate) fn each_queue<E>(
         &self,
         tell: impl FnMut(QueueView) -> Result<(), E>,
@@ -245,19 +246,19 @@ impl Totals {
         self.memory.store(kib, Relaxed);
     }
 
-    /// Nanoseconds for which the disk has had the oldest request that it has now; 0 if it has none.
+    /// Returns for how many nanoseconds the disk has had its oldest request; 0 if it has none. May sleep.
     pub(crate) fn oldest_ns(&self) -> u64 {
         // CAST: a small constant.
         self.value(OLDEST_NS as u32)
     }
 
-    /// Requests that are taken and not answered.
+    /// Returns the number of requests that are taken and not answered. May sleep.
     pub(crate) fn in_flight(&self) -> u64 {
         // CAST: a small constant.
         self.value(IN_FLIGHT as u32)
     }
 
-    /// What the device has done, in words.
+    /// Returns a summary of the device's work, in words.
     pub(crate) fn summary(&self) -> Result<CString> {
         let of = |index| self.value(index);
         CString::try_from_fmt(fmt!(
@@ -273,7 +274,7 @@ impl Totals {
         ))
     }
 
-    /// The value of an attribute; 0 if there is no such.
+    /// Returns the value of an attribute; 0 if there is no such attribute.
     pub(crate) fn value(&self, index: u32) -> u64 {
         let index = index as usize;
         let queues = self.queues.lock();
@@ -300,14 +301,14 @@ impl Totals {
     }
 }
 
-/// A queue's part of its device's statistics. When it goes, what it has counted stays.
+/// A queue's part of its device's statistics. Its counts stay when it is dropped.
 pub(crate) struct Tally {
     totals: Arc<Totals>,
     counters: Arc<Counters>,
 }
 
 impl Tally {
-    /// Of a queue that has counted nothing, whose ring has so many slots. May sleep.
+    /// Makes the part of a queue whose ring has `slots` slots, all zero. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>, slots: u16) -> Result<Self> {
         let counters = Arc::new(Counters::new(slots)?, GFP_KERNEL)?;
         totals.add(&counters)?;
@@ -317,7 +318,7 @@ impl Tally {
         })
     }
 
-    /// Shows what the queue has counted until now, and what it has.
+    /// Shows the queue's present counters and state.
     #[inline]
     pub(crate) fn show(&self, stats: &Stats, flight: Flight) {
         let shown = &*self.counters;
@@ -329,12 +330,12 @@ impl Tally {
         shown.kept.store(flight.kept.into(), Relaxed);
     }
 
-    /// Where the queue shows an I/O that begins.
+    /// Returns the place where the queue shows an I/O that begins.
     pub(crate) fn begun(&self) -> Begun {
         Begun(self.counters.clone())
     }
 
-    /// Whether it is to be counted how long I/O takes.
+    /// Reports whether to count how long I/O takes.
     #[inline]
     pub(crate) fn measures(&self) -> bool {
         self.totals.measures()
@@ -349,7 +350,7 @@ impl Tally {
         }
     }
 
-    /// Records that the queue has borrowed so many pages, after it had so many.
+    /// Records that the queue has `now` borrowed pages, after it had `before`.
     pub(crate) fn borrowed(&self, before: u16, now: u16) {
         if before != now {
             let change = u64::from(now).wrapping_sub(u64::from(before));
@@ -358,7 +359,7 @@ impl Tally {
     }
 }
 
-/// Where a queue shows an I/O before it sleeps with it.
+/// The place where a queue shows an I/O before it may sleep in the backend.
 pub(crate) struct Begun(Arc<Counters>);
 
 impl Begun {
@@ -375,7 +376,7 @@ impl Begun {
 
 impl Drop for Tally {
     fn drop(&mut self) {
-        // In one step for who reads: sums never go back.
+        // In one step under the lock, so that a reader's sums never go back.
         let mut queues = self.totals.queues.lock();
         let ours = |queue: &Arc<Counters>| Arc::ptr_eq(queue, &self.counters);
         let place = (0..queues.now.len()).find(|at| queues.now.get(*at).is_some_and(ours));

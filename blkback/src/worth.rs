@@ -1,41 +1,40 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Whether looking for work is worth more than a sleep: arithmetic without a clock.
+//! Whether polling is worth more than a sleep: arithmetic without a clock.
 //!
-//! A sleep costs about the same however long it is: an event of the guest, decisions of the
-//! hypervisor, an interrupt, switches of tasks. Who looks pays for each nanosecond instead. So nobody
-//! looks for longer than a sleep costs: then no wait costs more than two sleeps. And nobody looks
-//! where sleeping was the better choice, on average, at the last waits: then few cost that much.
-//! A sleep in which several requests gather is cheaper for each of them, and worth that much less
-//! looking.
+//! A sleep costs about the same however long it is: an event of the guest, decisions of the hypervisor, an interrupt,
+//! switches of tasks. Polling costs each nanosecond that it takes. So a queue polls for no longer than a sleep costs:
+//! then no wait costs more than two sleeps. And it does not poll where sleeping was the better choice, on average, at
+//! the last waits: then few waits cost that much. A sleep in which several requests gather is cheaper for each of them,
+//! and justifies less polling in proportion.
 
-/// Of so many waits one is done the other way, to learn what that would be like now.
+/// One wait in this number is done the other way, to learn its present cost.
 const OTHER_WAY: u32 = 64;
-/// The mean of what looking gains is that of about so many values.
+/// Approximate number of values that the running mean of the gain covers.
 const MEAN: i64 = 8;
-/// Parts of a request in which the mean of requests is counted. It follows quickly: a queue that
-/// looks with success sleeps rarely.
+/// Fractions of a request in which the mean number of requests is counted. The mean follows quickly, because a queue
+/// that polls with success sleeps rarely.
 const PARTS: u32 = 64;
-/// Most requests that count for one sleep.
+/// Largest number of requests that counts for one sleep.
 const MOST_SERVED: u32 = 1024;
 
-/// What one queue has learned from its waits.
+/// Averages that a queue has learned from its waits.
 #[derive(Debug)]
 pub struct Worth {
-    /// What a sleep costs, in nanoseconds of looking.
+    /// Cost of a sleep, in nanoseconds of polling.
     sleep: u64,
-    /// What looking would have gained at a wait, in nanoseconds; a mean.
+    /// Mean gain of polling at a wait, in nanoseconds.
     gain: i64,
-    /// Requests that a sleep serves, a mean, in [`PARTS`]; at least one.
+    /// Mean number of requests that a sleep serves, in [`PARTS`]; at least one request.
     served: u32,
     /// Waits until one is done the other way.
     waits: u32,
-    /// What this wait was like is known already.
+    /// The result of this wait is recorded already.
     known: bool,
 }
 
 impl Worth {
-    /// Of a queue that has not waited yet.
+    /// Makes the state of a queue that has not waited yet.
     pub fn new(sleep: u64) -> Self {
         Self {
             sleep,
@@ -46,7 +45,7 @@ impl Worth {
         }
     }
 
-    /// Nanoseconds to look at this wait before going to sleep; 0 for going to sleep at once.
+    /// Begins a wait. Returns the nanoseconds to poll before going to sleep; 0 for going to sleep at once.
     pub fn begin(&mut self) -> u64 {
         self.known = false;
         self.waits = self.waits.saturating_sub(1);
@@ -61,7 +60,7 @@ impl Worth {
         }
     }
 
-    /// It was looked for so long, and there was work or not.
+    /// Records that the queue polled for this time and found work or not.
     pub fn looked(&mut self, nanoseconds: u64, found: bool) {
         self.known = true;
         let limit = if found { self.limit() } else { 0 };
@@ -70,24 +69,24 @@ impl Worth {
         self.learn(gain.max(signed(self.sleep).saturating_neg()));
     }
 
-    /// It was looked, which says nothing about how long that would have had to be.
+    /// Records that polling was interrupted, which says nothing about how long it would have had to last.
     pub fn interrupted(&mut self) {
         self.known = true;
     }
 
-    /// Others had the processor until there was work: looking costs nothing.
+    /// Records that polling costs nothing, because others had the processor until there was work.
     pub fn is_free(&mut self) {
         self.known = true;
         self.gain = signed(self.sleep);
     }
 
-    /// Looking keeps the processor from others.
+    /// Records that polling keeps the processor from others.
     pub fn is_harmful(&mut self) {
         self.known = true;
         self.gain = 0;
     }
 
-    /// The sleep took so long.
+    /// Records the length of a sleep in nanoseconds.
     pub fn slept(&mut self, nanoseconds: u64) {
         if self.known {
             return;
@@ -97,14 +96,14 @@ impl Worth {
         self.learn(gain.max(limit.saturating_neg()));
     }
 
-    /// So many requests had gathered at the end of a sleep.
+    /// Records how many requests had gathered at the end of a sleep.
     pub fn served(&mut self, requests: u32) {
         let now = requests.clamp(1, MOST_SERVED);
         let sum = self.served.saturating_add(now.saturating_mul(PARTS));
         self.served = (sum / 2).max(PARTS);
     }
 
-    /// Nanoseconds of looking for one request that cost what the request's part of a sleep costs.
+    /// Returns the nanoseconds of polling that cost as much as one request's share of a sleep.
     fn limit(&self) -> u64 {
         let parts = self.sleep.saturating_mul(PARTS.into());
         parts.checked_div(self.served.into()).unwrap_or(self.sleep)

@@ -2,8 +2,8 @@
 
 //! The memory of a disk: the arena with the data, and the descriptor area.
 //!
-//! All of it is reserved when the disk is made, and belongs to this one disk for as long as that
-//! lives: what a process finds in the arena was always data of its own disk.
+//! All of it is allocated when the disk is made, and belongs to this disk for as long as the disk exists, so a process
+//! finds only data of its own disk in the arena.
 
 use crate::linux::char::chardev::NewMapping;
 use crate::linux::memory::pages::Pages;
@@ -29,7 +29,7 @@ pub(crate) struct Areas {
 }
 
 impl Areas {
-    /// Reserves the memory for an arena of at least so many KiB, or of the usual size. May sleep.
+    /// Allocates the memory for an arena of at least `arena_kib` KiB, or of the usual size. May sleep.
     pub(crate) fn new(arena_kib: Option<u32>) -> Result<Self> {
         let pages = arena::pages(arena_kib, params::max_queues());
         // Most requests have more than one page; a queue that runs out of tags waits.
@@ -47,32 +47,32 @@ impl Areas {
         })
     }
 
-    /// Tags are below this.
+    /// Returns the number of tags; each tag is below it.
     pub(crate) fn tags(&self) -> u16 {
         self.tags
     }
 
-    /// The arena.
+    /// Returns the arena.
     pub(crate) fn arena(&self) -> &Arc<Pages> {
         &self.arena
     }
 
-    /// Pages of the arena.
+    /// Returns the number of pages of the arena.
     pub(crate) fn arena_pages(&self) -> u16 {
         self.arena.len()
     }
 
-    /// Bytes of the arena.
+    /// Returns the number of bytes of the arena.
     pub(crate) fn arena_len(&self) -> u64 {
         self.arena.bytes_of_memory() as u64
     }
 
-    /// Bytes of the descriptor area.
+    /// Returns the number of bytes of the descriptor area.
     pub(crate) fn descriptors_len(&self) -> u64 {
         self.descriptors.bytes_of_memory() as u64
     }
 
-    /// Where the segment table begins in the descriptor area.
+    /// Returns the byte offset of the segment table in the descriptor area.
     pub(crate) fn segments_offset(&self) -> u64 {
         self.segments_offset.into()
     }
@@ -94,8 +94,8 @@ impl Areas {
         let _written = self.descriptors.write(offset as usize, desc);
     }
 
-    /// Writes the segments of a request, of which neighbours in the arena become one. Returns how
-    /// many there are then; `None` if that is too many.
+    /// Writes the segments of a request, and joins those that are neighbours in the arena. Returns their number after
+    /// that; `None` if there are too many.
     pub(crate) fn write_segments(
         &self,
         tag: DiskTag,
@@ -124,7 +124,7 @@ impl Areas {
         Some(count)
     }
 
-    /// A segment of a request, as it was written: the process can only read it.
+    /// Returns a segment of a request, as the queue stored it: the process can only read it.
     pub(crate) fn segment(&self, tag: DiskTag, index: u16) -> Option<Segment> {
         let offset = self.segment_offset(tag, index)?;
         Some(Segment {
@@ -140,7 +140,7 @@ impl Areas {
         self.descriptors.write(offset, segment).then_some(())
     }
 
-    /// Where a segment is in the descriptor area.
+    /// Returns the byte offset of a segment in the descriptor area.
     fn segment_offset(&self, tag: DiskTag, index: u16) -> Option<usize> {
         if index >= MAX_SEGMENTS {
             return None;

@@ -21,23 +21,24 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};
 use kernel::sync::Arc;
 
-/// The backend of one queue. Dropping it leaves what the process has to the disk, and forgets the
-/// rest.
+/// The backend of one queue. Dropping it leaves requests that the process has to the disk, and forgets the rest.
 ///
 /// # Invariants
 ///
 /// The disk has `share` in the queue's place.
 pub(crate) struct TapQueue {
-    /// If the disk had a backing when the queue was made. First: it waits for its last bios.
+    /// Present if the disk had a backing when the queue was made. First field, because its drop waits for the last
+    /// bios.
     executor: Option<KBox<Executor>>,
     disk: Arc<TapDisk>,
     share: Arc<Share>,
     place: Place,
-    /// What is to be posted; has room for a batch.
+    /// Requests to be posted; has room for a batch.
     ready: KVec<Ready>,
-    /// Where the request is that was begun last. On its own: with it the queue would be too large to be moved.
+    /// Places of the request that was begun last. In an allocation of its own, because the queue would otherwise be too
+    /// large to be moved.
     parts: KBox<Parts>,
-    /// What could not be posted; has room for all tags.
+    /// Requests that could not be posted; has room for all tags.
     rejected: KVec<QueueTag>,
 }
 
@@ -45,7 +46,7 @@ pub(crate) struct TapQueue {
 struct Ready {
     tag: QueueTag,
     request: Request,
-    /// If its data is in pages of the guest: where.
+    /// Place of its data, if that is in pages of the guest.
     mapped: Option<MappedAt>,
 }
 
@@ -74,8 +75,8 @@ impl TapQueue {
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
         let parts = KBox::new(Parts::default(), GFP_KERNEL)?;
-        // From here on nothing may fail but what says that the place is not free: a queue gives it back, and there is
-        // none yet.
+        // From here on the only possible error is that the place is not free. A queue gives its place back when it is
+        // dropped, and there is no queue yet.
         let mut inner = disk.inner.lock();
         if inner.shadow.orphans() > 0 {
             return Err(EBUSY);
@@ -98,7 +99,7 @@ impl TapQueue {
         })
     }
 
-    /// Says what to post, and writes the segments of a request down that may go to the process.
+    /// Returns the request to post, and writes its segments into the descriptor area if it may go to the process.
     fn prepare(&self, io: &Io<'_>) -> Option<Request> {
         let (op, preflush, fua) = match io.kind {
             IoKind::Read => (Op::Read, false, false),
@@ -139,7 +140,7 @@ impl TapQueue {
         })
     }
 
-    /// Posts what is ready, and wakes the process if it waits. Begins what needs no process.
+    /// Posts the requests in `ready`, and wakes the process if it waits. Begins those that need no process.
     fn post(&mut self, segments: &Segments<'_>) {
         let now = monotonic_ns();
         let place = self.place;
@@ -184,7 +185,7 @@ impl TapQueue {
 }
 
 fn reject(rejected: &mut KVec<QueueTag>, tag: QueueTag) {
-    // There is room for all tags, and each is there once: it is taken until it is reaped.
+    // There is room for all tags, and each is in it once, because a tag is in use until it is reaped.
     let _pushed = push(rejected, tag);
 }
 
@@ -206,7 +207,7 @@ impl Backend for TapQueue {
                 }),
             };
             if push(&mut self.ready, ready).is_err() {
-                // There is room for a batch, and less than one is there.
+                // Cannot happen: `ready` has room for a batch, and holds less than one.
                 reject(&mut self.rejected, io.tag);
             }
             if self.ready.len() >= BATCH {
@@ -223,7 +224,7 @@ impl Backend for TapQueue {
     }
 
     fn resume(&mut self) {
-        // Before it is looked at what there is: who adds something says so again.
+        // Cleared before the queue looks for such requests: code that adds one later sets it again.
         let _told = self.share.resumable.xchg(false, Full);
         if let Some(executor) = &mut self.executor {
             executor.resume(&self.disk, self.place);
@@ -231,7 +232,7 @@ impl Backend for TapQueue {
     }
 
     fn is_bound(&self, _unfinished: u16) -> bool {
-        // What the process has the disk keeps.
+        // The disk keeps the requests that the process has.
         self.executor
             .as_ref()
             .is_some_and(|executor| executor.is_busy())
@@ -244,7 +245,7 @@ impl Backend for TapQueue {
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
-        // Before anything is looked at: see `WakeEvent::rearm`.
+        // Before it looks for results: see `WakeEvent::rearm`.
         self.share.wake_event.rearm();
         while let Some(tag) = self.rejected.pop() {
             done(tag, Status::Error);
@@ -301,11 +302,11 @@ impl Drop for TapQueue {
         let share = {
             let mut inner = self.disk.inner.lock();
             inner.shadow.set_able(self.place.index, false);
-            // What is left are requests that the process has.
+            // The requests that the process has remain as orphans.
             let _orphans = inner.shadow.orphan(self.place.index);
             let place = inner.shares.get_mut(usize::from(self.place.index));
             let share = place.and_then(Option::take);
-            // A request of another queue may have waited for one that is forgotten.
+            // Another queue's request may have waited for one that was forgotten.
             self.disk.announce(&mut inner);
             inner.kick();
             share

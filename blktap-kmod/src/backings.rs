@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The devices and files behind a disk, and what the process says of them: see `ring::tap::map`.
+//! The devices and files behind a disk, and the process' map of them: see `ring::tap::map`.
 //!
-//! Who administers the host gives a disk its backings, and the process names them by number: so no process
-//! reaches one that is not its disk's. A backing is held as long as something is executed in it, and with it
-//! the lock that whoever gave it took on it.
+//! The administrator's program gives a disk its backings, and the process names them by number, so no process reaches a
+//! backing of another disk. A backing is kept open while a request is executed in it, and with it the lock that the
+//! administrator's program took on it.
 
 use super::disk::{DiskMap, Inner, TapDisk};
 use super::node::invalid;
@@ -21,12 +21,12 @@ use kernel::alloc::{flags, Flags};
 use kernel::prelude::*;
 use zerocopy::IntoBytes;
 
-/// Leaves that the map of a disk has at first: 1024 extents. A raw image is one.
+/// Leaves that the map of a disk has at first, for 1024 extents. A raw image is one extent.
 const LEAVES: usize = 32;
-/// Changes of the map while the lock is held once.
+/// Most changes of the map while the lock is held once.
 const CHANGES: usize = 8;
 
-/// The memory of a map. May sleep.
+/// Allocates the memory of a map. May sleep.
 fn memory(count: usize, flags: Flags) -> Result<(KVVec<Slot>, KVVec<Leaf>)> {
     let mut slots = KVVec::with_capacity(count, flags)?;
     let mut leaves = KVVec::with_capacity(count, flags)?;
@@ -37,20 +37,20 @@ fn memory(count: usize, flags: Flags) -> Result<(KVVec<Slot>, KVVec<Leaf>)> {
     Ok((slots, leaves))
 }
 
-/// A map as it is at first. May sleep.
+/// Makes an empty map. May sleep.
 fn new_map(sectors: u64) -> Result<DiskMap> {
     let (slots, leaves) = memory(LEAVES, GFP_KERNEL)?;
-    // Guests that may not write are refused before the map is asked.
+    // Requests of guests that may not write are refused before they reach the map.
     let map = Map::new(slots, leaves, sectors, true);
     Ok(Some(KBox::new(map, GFP_KERNEL)?))
 }
 
 impl TapDisk {
-    /// Gives the disk a device or a file. May sleep, and long if the storage is slow.
+    /// Gives the disk a device or a file. May sleep for as long as the storage takes.
     ///
     /// # Errors
     ///
-    /// `EEXIST` if it has another one of this number.
+    /// `EEXIST` if the disk has another backing of this number.
     pub(super) fn add_backing(&self, new: &NewBacking) -> Result {
         let fd = u32::try_from(new.fd).map_err(|_| EBADF)?;
         let storage = Storage::of_descriptor(fd, new.writable)?;
@@ -61,7 +61,7 @@ impl TapDisk {
             writable: new.writable,
         };
         let result = self.keep_backing(new.number, &storage, backing, &mut map);
-        // Not under the lock: to let the last one of a storage go takes long.
+        // Not under the lock, because dropping the last reference to a storage takes long.
         drop(map);
         drop(storage);
         result
@@ -83,7 +83,7 @@ impl TapDisk {
         } = &mut *inner;
         let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
         if let Some(before) = place {
-            // What a file takes as a whole grows when it is copied by reference.
+            // The block of a file grows when the file is copied by reference.
             let same = before.is_same(storage)
                 && before.is_writable() == backing.writable
                 && before.block() == backing.block;
@@ -109,12 +109,13 @@ impl TapDisk {
     ///
     /// # Errors
     ///
-    /// `ENOENT` if there is none, `EBUSY` while something is executed in it; nothing is begun any more.
+    /// `ENOENT` if there is none, `EBUSY` while a request is executed in it; no new request is begun in it from then
+    /// on.
     pub(super) fn remove_backing(&self, number: BackingNumber) -> Result {
         let storage = {
             let mut inner = self.inner.lock();
             if let Some(map) = inner.shadow.map() {
-                // What it does not know it has lost before.
+                // The map may have lost this backing before.
                 let _known = map.remove_backing(number);
             }
             self.announce(&mut inner);
@@ -128,12 +129,12 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Executes what the process says of the mappings, in order.
+    /// Applies the process' changes of the map, in order.
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` if it has not claimed that, `EINVAL` if it does not serve the disk or at the first
-    /// operation that is malformed, `ERESTARTSYS` if a signal came while I/O of a range was waited for.
+    /// `EOPNOTSUPP` if the process has not claimed the feature, `EINVAL` if it does not serve the disk or at the first
+    /// operation that is malformed, `ERESTARTSYS` if a signal came during the wait for I/O of a range.
     pub(super) fn change_maps(&self, epoch: u64, ops: UserArray) -> Result {
         if let Some(leaves) = self.follow_sizes(epoch)? {
             self.widen_map(leaves);
@@ -153,7 +154,8 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Devices and files may have grown. Returns how many leaves the map wants.
+    /// Updates the map with the sizes of devices and files, which may have grown. Returns the number of leaves that the
+    /// map needs.
     fn follow_sizes(&self, epoch: u64) -> Result<Option<usize>> {
         let mut inner = self.inner.lock();
         if !inner.shadow.has_claimed(abi::FEATURE_MAPS) {
@@ -175,8 +177,8 @@ impl TapDisk {
         Ok(map.wants())
     }
 
-    /// Gives the map so many leaves: it has forgotten, or is about to forget, for want of them. The process pays, which
-    /// is what the limit of its cgroup is for; without memory the map goes on with what it has.
+    /// Gives the map `count` leaves, because it has forgotten extents for want of leaves, or is about to. They count
+    /// against the process' cgroup, whose limit is for that; without memory the map keeps its size.
     fn widen_map(&self, count: usize) {
         let flags = flags::GFP_KERNEL_ACCOUNT | flags::__GFP_NOWARN;
         if let Ok((slots, leaves)) = memory(count, flags) {
@@ -209,7 +211,7 @@ impl TapDisk {
                 map.recall(range);
                 true
             }
-            // There is nothing that could be executed.
+            // Without a map no request could be executed.
             (MapChange::Recall { .. }, None) => true,
             (MapChange::Set { .. } | MapChange::Flush, None) => false,
         };
@@ -230,7 +232,7 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Says how the mappings are.
+    /// Fills in the state of the mappings.
     pub(super) fn describe_maps(&self, maps: &mut Maps) {
         let mut inner = self.inner.lock();
         maps.refused = inner.sets_refused;
@@ -239,7 +241,7 @@ impl TapDisk {
         maps.backings = map.map_or(0, |map| map.backings());
     }
 
-    /// Says how the mappings serve the disk.
+    /// Fills in the statistics of the mappings.
     pub(super) fn describe_mapped(&self, mapped: &mut Mapped) {
         let mut inner = self.inner.lock();
         mapped.missed = inner.shadow.missed();
@@ -254,7 +256,7 @@ impl TapDisk {
 }
 
 impl Inner {
-    /// A process that was replaced says nothing of the map any more.
+    /// Refuses changes of the map by a process that was replaced: `EINVAL`.
     fn must_be_served_by(&self, epoch: u64) -> Result {
         if self.is_live() && self.shadow.epoch() == epoch {
             Ok(())

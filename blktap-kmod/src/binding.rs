@@ -21,7 +21,7 @@ use crate::ring::tap::arena::{self, share, MAX_SEGMENTS, MIN_SEGMENTS};
 use kernel::prelude::*;
 use kernel::sync::{Arc, UniqueArc};
 
-/// How long a queue that is told to drain waits for a process that lives.
+/// Nanoseconds that a draining queue waits for a process that lives.
 const DRAIN_NS: u64 = 5_000_000_000;
 
 /// A disk bound to a device; dropping it sets the disk free.
@@ -133,7 +133,7 @@ impl BackingDisk for Binding {
     }
 
     fn prepare(&self) -> Result<(), ConnectError> {
-        // Nobody but the process sees the disk in this domain: there is no cache of it.
+        // Only the process sees the disk in this domain: there is no cache of it.
         if self.writable && self.limits().read_only {
             return Err(ConnectError::Step(READ_ONLY, EROFS));
         }
@@ -212,7 +212,7 @@ impl Binding {
         let each = size_of::<Mapping>().saturating_add(size_of::<SegmentEntry>());
         let bytes = usize::from(count).saturating_mul(each);
         let bytes = bytes.saturating_add(GuestGrants::bytes(count));
-        let mut lease = Lease::new(needs.domain, bytes).ok()?;
+        let mut lease = Lease::new(needs.domain, bytes, needs.reservation).ok()?;
         let reserved = lease.reserve_mappings(count.into(), params::domain_mappings());
         reserved.then_some((count, lease))
     }

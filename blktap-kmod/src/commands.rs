@@ -13,12 +13,12 @@ const PLACES: usize = MAX_COMMANDS as usize;
 pub(crate) struct Place(u32);
 
 impl Place {
-    /// The number, to be noted in the command.
+    /// Returns the number, for the command's data.
     pub(crate) fn number(self) -> u32 {
         self.0
     }
 
-    /// The place of a number that was noted.
+    /// Returns the place of a number from a command's data.
     pub(crate) fn noted(number: u32) -> Self {
         Self(number)
     }
@@ -35,19 +35,19 @@ impl Place {
 
 /// The commands, which the lock of the disk protects.
 pub(crate) struct Commands {
-    /// A bit for each place that is taken: its command waits, or is on its way here or back.
+    /// One bit for each place that is taken: its command waits, or is on its way here or back.
     taken: u64,
-    /// A bit for each place whose command waits.
+    /// One bit for each place whose command waits.
     waiting: u64,
-    /// As long as there are places; not part of this, which is built on a stack.
+    /// One entry for each place, in an allocation of its own, because this type is built on a stack.
     parked: KVec<Option<Parked>>,
 }
 
-// One bit for each place.
+// `taken` and `waiting` have a bit for each place.
 const _: () = assert!(PLACES == u64::BITS as usize);
 
 impl Commands {
-    /// Places for commands, all free. May sleep.
+    /// Makes places for commands, all free. May sleep.
     ///
     /// # Errors
     ///
@@ -64,7 +64,7 @@ impl Commands {
         })
     }
 
-    /// Takes a place for a command, if there is one.
+    /// Takes a place for a command; `None` if all are taken.
     pub(super) fn reserve(&mut self) -> Option<Place> {
         let place = Place(self.taken.trailing_ones());
         if place.index() >= PLACES {
@@ -74,26 +74,26 @@ impl Commands {
         Some(place)
     }
 
-    /// A command waits in its place.
+    /// Puts a command that waits into its place.
     pub(super) fn wait(&mut self, place: Place, command: Parked) {
         if let Some(parked) = self.parked.get_mut(place.index()) {
-            // Nobody else has this place.
+            // No other command has this place.
             let _none = parked.replace(command);
             self.waiting |= place.bit();
         }
     }
 
-    /// A command is over.
+    /// Frees the place of a command that is over.
     pub(super) fn release(&mut self, place: Place) {
         self.taken &= !place.bit();
     }
 
-    /// True if a command waits.
+    /// Returns true if a command waits.
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting != 0
     }
 
-    /// One that waits, to be woken. It keeps its place.
+    /// Takes a waiting command, to be woken. The command keeps its place.
     pub(super) fn next(&mut self) -> Option<Parked> {
         let place = Place(self.waiting.trailing_zeros());
         let command = self.parked.get_mut(place.index())?.take()?;
@@ -101,7 +101,7 @@ impl Commands {
         Some(command)
     }
 
-    /// The one that is to be given up, if it waits. Its place is free.
+    /// Takes the command that is to be cancelled, if it waits, and frees its place.
     pub(super) fn cancel(&mut self, wanted: &Identity) -> Option<Parked> {
         let found = |parked: &Option<Parked>| parked.as_ref().is_some_and(|one| one.is(wanted));
         let index = self.parked.iter().position(found)?;

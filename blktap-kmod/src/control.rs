@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The control node: makes disks, takes them away, lists them.
+//! The control node: makes, removes and lists disks.
 
 use super::node::{invalid, read_user, write_user};
 use super::registry;
@@ -19,11 +19,11 @@ pub(crate) struct Control;
 fn create(address: u64) -> Result<c_int> {
     let mut create = read_user::<Create>(address)?;
     let new = create.check().map_err(invalid)?;
-    // Before there is something to take back.
+    // Tries the address before there is a disk to take back.
     write_user(address, &create)?;
     create.minor = registry::create(&new)?;
     if let Err(error) = write_user(address, &create) {
-        // Nobody knows of it yet but its node; if somebody opened that, it stays.
+        // No process has the disk's number yet. If one has opened the node, the disk stays.
         let _destroyed = registry::destroy(create.minor);
         return Err(error);
     }

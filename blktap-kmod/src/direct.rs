@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What a queue executes itself, in a block device or a file behind the disk, without the process.
+//! Passthrough: requests that a queue executes itself, in a block device or a file behind the disk, without the
+//! process.
 //!
-//! The data is where it is for a process: in the arena, at the places (segments) that the queue has written down before
-//! the request was posted, and which nobody else can change. So a request can go to the process after all. What is
-//! there the process can change at any time: that is the content of its own disk.
+//! The data is where it is for a process: in the arena, at the places (segments) that the queue has stored before the
+//! request was posted, and which no process can change. So a request can go to the process after all. The process can
+//! change the data there at any time, which affects only its own disk.
 //!
-//! Of a guest that keeps its pages granted it may be in these pages as well, which are mapped: then nothing is copied.
-//! No process ever sees such a request: what the queue cannot begin, or has not executed well, it gives back to the
-//! engine, which brings the data to the arena.
+//! If the guest grants persistently, the data may also be in the guest's pages, which are mapped; then it is not
+//! copied. No process ever sees such a request: if the queue cannot begin it, or it fails, the queue gives it back to
+//! the engine, which brings the data to the arena.
 
 use super::disk::{Backings, Inner, TapDisk, BATCH};
 use super::place::Place;
@@ -36,37 +37,37 @@ const SECTORS_OF_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 struct Begun {
     tag: QueueTag,
     start: Start,
-    /// How many of the executor's parts are its own.
+    /// Number of the executor's parts that belong to it.
     parts: usize,
-    /// Where it goes; nowhere if that is gone, or if all of it reads as zeroes.
+    /// Target of the I/O; `None` if the backing is gone, or if the whole request reads as zeroes.
     storage: Option<Storage>,
-    /// If its data is in pages of the guest: where.
+    /// Place of its data, if that is in pages of the guest.
     mapped: Option<MappedAt>,
 }
 
-/// The chain of segments, in the engine's table, of a request whose data is in pages of the guest.
+/// The chain of segments, in the engine's table, of a request with its data in pages of the guest.
 #[derive(Clone, Copy)]
 pub(super) struct MappedAt {
     pub(super) head: u16,
     pub(super) count: u16,
 }
 
-/// What a queue needs to execute requests.
+/// Resources of a queue for executing requests.
 pub(super) struct Executor {
-    // First: it waits for the last bios, which use the pages.
+    // First, because its drop waits for the last bios, which use the pages.
     bios: Pin<KBox<bio::Disk>>,
     /// To be started; has room for a batch.
     begun: KVec<Begun>,
-    /// Where the data of those is, in their order; has room for all that they can have.
+    /// The places of their data, in the same order; has room for all parts of a batch.
     parts: KVec<Part>,
-    /// What has ended, and how, if it is not for the process now; has room for all tags.
+    /// Ended requests, and their results, unless they are for the process now; has room for all tags.
     ended: KVec<(QueueTag, Option<Status>)>,
-    /// What is to be given back; has room for all tags.
+    /// Requests to be given back; has room for all tags.
     back: KVec<QueueTag>,
-    /// Of what was posted last something was begun, and most.
+    /// A request of the last batch was begun (`has_begun`); more requests of it were begun than given back (`begins`).
     has_begun: bool,
     begins: bool,
-    /// Pages of the guest cannot be used where requests go.
+    /// The backing of a request needs stable pages, so pages of the guest cannot be used.
     shuns_mapped: bool,
     /// The queue's part of what its guest may have mapped.
     _lease: Option<Lease>,
@@ -75,8 +76,8 @@ pub(super) struct Executor {
 }
 
 impl Executor {
-    /// Reserves what a queue needs. May sleep.
-    // Not part of its caller, so that both have small frames; so is `reap`.
+    /// Allocates the resources of a queue. May sleep.
+    // A function of its own, as `reap` is, so that it and its caller have small stack frames.
     #[inline(never)]
     pub(super) fn new(
         pages: Arc<DataPages>,
@@ -99,12 +100,12 @@ impl Executor {
         Ok(KBox::new(executor, GFP_KERNEL)?)
     }
 
-    /// True while bios may use the pages.
+    /// Returns true while bios may use the pages.
     pub(super) fn is_busy(&self) -> bool {
         self.executing > 0
     }
 
-    /// Begins what the queue can begin now of what waited, a batch at most. May sleep.
+    /// Begins waiting requests that the queue can begin now, at most a batch. May sleep.
     pub(super) fn resume(&mut self, disk: &TapDisk, place: Place) {
         {
             let mut inner = disk.inner.lock();
@@ -114,13 +115,13 @@ impl Executor {
             shadow.resume(place.index, BATCH, |tag, start, parts| {
                 self.take(backings, place.queue_tag(tag), start, parts, None);
             });
-            // What is not mapped any more is for the process.
+            // Requests whose range is not mapped any more are for the process.
             disk.announce(&mut inner);
         }
         self.start(disk, place, None);
     }
 
-    /// Takes what the shadow has given to the queue, at most [`BATCH`] until [`start`](Self::start).
+    /// Takes a request that the shadow has given to the queue; at most [`BATCH`] of them before [`start`](Self::start).
     pub(super) fn take(
         &mut self,
         backings: &Backings,
@@ -154,7 +155,7 @@ impl Executor {
         }
     }
 
-    /// Starts what was taken; `segments` has what is in pages of the guest. May sleep.
+    /// Starts the requests that were taken; `segments` has the places of data in pages of the guest. May sleep.
     pub(super) fn start(&mut self, disk: &TapDisk, place: Place, segments: Option<&Segments<'_>>) {
         if self.begun.is_empty() {
             return;
@@ -186,34 +187,34 @@ impl Executor {
         self.parts.clear();
     }
 
-    /// A request whose data is in pages of the guest cannot be begun, or has failed.
+    /// Gives back a request with its data in pages of the guest, which cannot be begun or has failed.
     pub(super) fn give_back(&mut self, tag: QueueTag) {
         give_back(&mut self.back, tag);
     }
 
-    /// Yields what is to be submitted once more with its data in the arena.
+    /// Yields the requests that must be submitted once more with their data in the arena.
     pub(super) fn given_back(&mut self, mut each: impl FnMut(QueueTag)) {
         self.back.iter().for_each(|tag| each(*tag));
         self.back.clear();
     }
 
-    /// Of what was posted last so many were begun, and so many given back.
+    /// Records how many requests of the last batch were begun, and how many were given back.
     pub(super) fn learn(&mut self, begun: u16, given_back: u16) {
         self.has_begun = begun > 0;
         self.begins = begun > given_back;
     }
 
-    /// Something of what was posted last was begun.
+    /// Reports whether a request of the last batch was begun.
     pub(super) fn has_begun(&self) -> bool {
         self.has_begun
     }
 
-    /// Requests are best served with pages of the guest: most of them can be.
+    /// Reports whether requests are served best with pages of the guest, because most of them can be.
     pub(super) fn prefers_mapped(&self) -> bool {
         self.begins && !self.shuns_mapped
     }
 
-    /// Takes note of what has ended: `done` gets those that the process is not to execute now.
+    /// Collects the requests that have ended: `done` gets those that the process does not have to execute now.
     #[inline(never)]
     pub(super) fn reap(
         &mut self,
@@ -223,7 +224,7 @@ impl Executor {
     ) {
         let ended = &mut self.ended;
         self.bios.reap(|tag, status| {
-            // There is room for all tags, and each is there once: it is taken until it is reaped.
+            // There is room for all tags, and each is in it once, because a tag is in use until it is reaped.
             let _pushed = push(ended, (tag, Some(result(status))));
         });
         for batch in ended.chunks_mut(BATCH) {
@@ -250,13 +251,13 @@ impl Executor {
     }
 }
 
-/// A request ends without having been started: the process gets it, or it is given back.
+/// Ends a request that was not started: the process gets it, or it is given back.
 fn fail(ended: &mut KVec<(QueueTag, Option<Status>)>, tag: QueueTag) {
     let _pushed = push(ended, (tag, Some(Status::Error)));
 }
 
 fn give_back(back: &mut KVec<QueueTag>, tag: QueueTag) {
-    // There is room for all tags, and each is there once: it is submitted until it is given back.
+    // There is room for all tags, and each is in it once, because a request is submitted until it is given back.
     let _pushed = push(back, tag);
 }
 
@@ -268,7 +269,7 @@ fn result(status: u32) -> Status {
     }
 }
 
-/// Starts a request whose data is in the arena, or that has none.
+/// Starts a request with its data in the arena, or without data.
 fn start_in_arena(
     inflight: &Inflight<'_>,
     disk: &TapDisk,
@@ -283,7 +284,7 @@ fn start_in_arena(
     transfer(inflight, start, parts, start.segments, false, pieces);
 }
 
-/// Starts a request whose data is in so many pieces.
+/// Starts a request with its data in `count` pieces.
 fn transfer(
     inflight: &Inflight<'_>,
     start: &Start,
@@ -300,7 +301,7 @@ fn transfer(
         },
         _ => return inflight.without_data(Operation::Flush, 0, 0),
     };
-    // In one place, which is what most are.
+    // One place on the storage, as most requests have.
     let sector = match parts {
         [part] if is_mapped => part.sector,
         _ => None,
@@ -308,7 +309,7 @@ fn transfer(
     if let Some(sector) = sector {
         return inflight.scatter(operation, sector, count, pieces);
     }
-    // One for each page, and two for the ends of each segment and each part, which may lie within pages.
+    // A range for each page, and two for the ends of each segment and each part, which may lie within pages.
     let most = start.sectors / SECTORS_OF_PAGE;
     let most = most.saturating_add(u64::from(count).saturating_mul(2));
     // CAST: no more than `MAX_PARTS`.
@@ -321,7 +322,7 @@ fn transfer(
     inflight.transfer(operation, places, most, pieces);
 }
 
-/// A segment, with the numbers that the queue gives its pages.
+/// Returns a segment with the page numbers that the queue uses.
 fn piece(segment: &Segment, first_page: u16) -> Piece {
     const PAGE: u32 = PAGE_SIZE as u32;
     // CAST: an arena has fewer pages than that.

@@ -34,16 +34,16 @@ pub(crate) const BATCH: usize = 32;
 pub(crate) struct TapDisk {
     /// Number of the node.
     pub(crate) minor: u32,
-    /// The same as `dev_t`.
+    /// Its device number, as `dev_t`.
     pub(crate) number: u32,
     pub(crate) areas: Areas,
-    /// How long requests wait for a process before they fail; 0 for ever.
+    /// Nanoseconds for which requests wait for a process before they fail; 0 for no limit.
     fail_after_ns: u64,
-    /// When they do, in the time of [`monotonic_ns`]; 0 if a process serves the disk.
+    /// Time at which they fail, by [`monotonic_ns`]; 0 if a process serves the disk.
     deadline_ns: Atomic<u64>,
-    /// The described size in sectors; 0 before that.
+    /// Size in sectors (512 bytes); 0 before it is described.
     sectors: Atomic<u64>,
-    /// Nothing waits for the disk any more: it was destroyed.
+    /// The disk was destroyed; no opener waits for it any more.
     pub(super) destroyed: AtomicFlag,
     #[pin]
     pub(super) inner: SpinLock<Inner>,
@@ -59,17 +59,17 @@ pub(super) type DiskMap = Option<KBox<Map<KVVec<Slot>, KVVec<Leaf>>>>;
 /// The devices and files behind a disk, by their numbers.
 pub(super) type Backings = [Option<Storage>; abi::MAX_BACKINGS as usize];
 
-/// What the lock of a disk protects. It is a leaf: no other lock of ours is taken under it, and
-/// nothing under it sleeps.
+/// State under the lock of a disk. This lock is a leaf: the module takes no other lock under it, and does not sleep
+/// under it.
 pub(crate) struct Inner {
     pub(super) shadow: Shadow<KVVec<Entry>, DiskMap>,
-    /// Those that the map knows, and those that it has lost while something is executed in them.
+    /// Backings that the map has, and those that it has lost while a request is executed in them.
     pub(super) backings: Backings,
-    /// `MAP_SET`s that were not taken.
+    /// Number of `MAP_SET`s that were refused.
     pub(super) sets_refused: u64,
-    /// `MAP_RECALL`s.
+    /// Number of `MAP_RECALL`s.
     pub(super) recalls: u64,
-    /// Processes that wait until nothing of a range is executed.
+    /// Processes that wait until no request of a range is being executed.
     pub(super) recallers: u32,
     pub(super) params: Option<Params>,
     pub(super) pid: u32,
@@ -78,24 +78,24 @@ pub(crate) struct Inner {
     /// The device that was refused last because of that.
     pub(super) refused: Option<Arc<dyn DeviceEvents>>,
     pub(super) commands: Commands,
-    /// While the last process has to be fenced: its I/O is this module's affair.
+    /// Present while the last process has to be fenced, because the module must stay until its I/O is over.
     pub(super) fencing: Option<ModuleReference>,
-    /// How often it was looked whether that is done.
+    /// Number of checks whether the fence can end.
     pub(super) looks: u32,
-    /// So many pages of the arena, from the first on, are seen to be free.
+    /// Number of pages of the arena, from the first on, that were seen free.
     pub(super) fenced_pages: u16,
-    /// The process has looked in vain: it may be sleeping, and is to be woken.
+    /// The process found no request: it may be sleeping, and must be woken for the next one.
     pub(super) wanted: bool,
     /// The queues of the connection.
     pub(super) shares: [Option<Arc<Share>>; MAX_QUEUES],
 }
 
-/// What a queue's thread and those who complete its requests share.
+/// State that a queue's thread shares with the callers that complete its requests.
 pub(crate) struct Share {
     pub(super) wake_event: Arc<WakeEvent>,
     /// The queue has something to reap.
     pub(super) done: AtomicFlag,
-    /// The queue can begin something that waited.
+    /// The queue can begin a request that waited.
     pub(super) resumable: AtomicFlag,
 }
 
@@ -106,7 +106,7 @@ impl Share {
         self.wake_event.wake();
     }
 
-    /// Tells it that it can begin something.
+    /// Tells the queue that it can begin a request that waited.
     fn tell_resumable(&self) {
         self.resumable.store(true, Release);
         self.wake_event.wake();
@@ -115,7 +115,7 @@ impl Share {
 
 impl TapDisk {
     /// Makes a disk. May sleep.
-    // Not a part of its caller, so that both have small frames: it is made on the stack.
+    // A function of its own, so that it and its caller have small stack frames: the disk is made on the stack.
     #[inline(never)]
     pub(crate) fn new(minor: u32, number: u32, new: &NewDisk) -> Result<Arc<Self>> {
         let areas = Areas::new(new.arena_kib)?;
@@ -167,12 +167,12 @@ impl TapDisk {
         Ok(disk)
     }
 
-    /// The size in sectors that was described; 0 before that.
+    /// Returns the size in sectors (512 bytes); 0 before it is described.
     pub(crate) fn sectors(&self) -> u64 {
         self.sectors.load(Relaxed)
     }
 
-    /// No process serves the disk from now on.
+    /// Records that no process serves the disk from now on.
     pub(super) fn start_waiting(&self) {
         if self.fail_after_ns == 0 || self.deadline_ns.load(Relaxed) != 0 {
             return;
@@ -181,23 +181,23 @@ impl TapDisk {
         self.deadline_ns.store(deadline, Relaxed);
     }
 
-    /// A process serves it again.
+    /// Records that a process serves the disk again.
     pub(super) fn stop_waiting(&self) {
         self.deadline_ns.store(0, Relaxed);
     }
 
-    /// True if requests have waited for a process as long as they may.
+    /// Returns true if requests have waited for a process for as long as they may.
     pub(super) fn is_overdue(&self) -> bool {
         let deadline = self.deadline_ns.load(Relaxed);
         deadline != 0 && monotonic_ns() >= deadline
     }
 
-    /// Describes the disk, or changes its size. What guests were told stays.
+    /// Describes the disk, or changes its size. The properties that guests have seen stay.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if it was described before and cannot be used as guests were told, `ERANGE` if it is
-    /// smaller and nobody said that it may be.
+    /// `EINVAL` if it was described before and cannot be used as guests have seen it, `ERANGE` if it is smaller and the
+    /// description does not permit that.
     pub(super) fn describe(&self, params: Params) -> Result {
         let mut inner = self.inner.lock();
         let params = match inner.params {
@@ -222,8 +222,8 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Fails what waits if it has waited for too long; called by the threads of the queues. What a
-    /// dead process had counts when its I/O is over.
+    /// Fails waiting requests if they have waited for too long; called by the threads of the queues. A dead process'
+    /// requests count when its I/O is over.
     pub(super) fn fail_overdue(&self) {
         if !self.is_overdue() {
             return;
@@ -237,30 +237,29 @@ impl TapDisk {
         }
     }
 
-    /// True if there is a device in which requests can be executed without the process.
+    /// Returns true if requests can be executed in a device or file without the process.
     pub(super) fn has_backings(&self) -> bool {
         self.inner.lock().backing_bits() != 0
     }
 
-    /// True if pages of the guest can be used in all devices and files in which requests can be executed, of which there
-    /// is one.
+    /// Returns true if the disk has backings, and pages of the guest can be used in all of them.
     pub(super) fn may_use_mapped(&self) -> bool {
         let inner = self.inner.lock();
         let mut backings = inner.backings.iter().flatten().peekable();
         backings.peek().is_some() && backings.all(|storage| !storage.wants_stable_pages())
     }
 
-    /// True once the disk was destroyed.
+    /// Returns true once the disk was destroyed.
     pub(super) fn is_destroyed(&self) -> bool {
         self.destroyed.load(Relaxed)
     }
 
-    /// Marks the disk as destroyed; who waits to open it is refused.
+    /// Marks the disk as destroyed; callers that wait to open it are refused.
     ///
     /// # Errors
     ///
-    /// `EBUSY` while it is open or bound, and while I/O of its last process may be running: who is
-    /// told that the disk is gone gives its image to somebody else.
+    /// `EBUSY` while it is open or bound, and while I/O of its last process may be running, because a caller that
+    /// believes the disk to be gone gives its image to another one.
     pub(super) fn destroy(&self) -> Result {
         let mut inner = self.inner.lock();
         let used = !matches!(
@@ -280,7 +279,7 @@ impl TapDisk {
         Ok(())
     }
 
-    /// Memory that the disk holds, in KiB: the areas and the shadow.
+    /// Returns the memory that the disk holds, in KiB: the areas and the shadow.
     fn memory_kib(&self) -> u32 {
         let shadow = u64::from(self.areas.tags()).wrapping_mul(size_of::<Entry>() as u64);
         let areas = self
@@ -291,7 +290,7 @@ impl TapDisk {
         areas.wrapping_add(shadow).div_ceil(1024) as u32
     }
 
-    /// What the node is and how it goes.
+    /// Returns the node's static properties and current state (`INFO`).
     pub(crate) fn info(&self) -> Info {
         let mut info = Info {
             version: abi::VERSION,
@@ -319,7 +318,7 @@ impl TapDisk {
         info
     }
 
-    /// Wakes the process if it waits and there is something to fetch, and queues that can begin something.
+    /// Wakes the process if it waits and there is a request to fetch, and queues that can begin a request.
     pub(super) fn announce(&self, inner: &mut Inner) {
         if inner.shadow.waiting() == 0 {
             return;
@@ -330,7 +329,7 @@ impl TapDisk {
         if !waits || !inner.has_deliverable() {
             return;
         }
-        // One: if it leaves something it wakes the next one.
+        // Wakes one command, which wakes the next one if it leaves requests.
         if let Some(command) = inner.commands.next() {
             command.wake();
         }
@@ -341,14 +340,14 @@ impl TapDisk {
 }
 
 impl Inner {
-    /// Has the device look at the disk again.
+    /// Schedules the device's work, which looks at the disk.
     pub(super) fn kick(&self) {
         if let Some(attachment) = &self.attachment {
             attachment.events.clone().reconcile();
         }
     }
 
-    /// Has the threads of all queues look at the disk again.
+    /// Wakes the threads of all queues, which then look at the disk.
     pub(super) fn wake_queues(&self) {
         let queues = self.shares.iter().flatten();
         queues.for_each(|share| share.wake_event.wake());
@@ -367,7 +366,7 @@ impl Inner {
         }
     }
 
-    /// Tells queues that they can begin something, if that is so.
+    /// Tells queues with requests that can begin now.
     pub(super) fn tell_resumable(&mut self) {
         let mut left = self.shadow.take_resumable();
         while left != 0 {
@@ -380,21 +379,21 @@ impl Inner {
         }
     }
 
-    /// True if there is something to fetch.
+    /// Returns true if there is a request to fetch.
     pub(super) fn has_deliverable(&mut self) -> bool {
         let has = self.shadow.has_deliverable();
         self.tell_resumable();
         has
     }
 
-    /// Something was executed: who waits for that looks again.
+    /// Wakes processes that wait for the end of a request, after one was executed.
     pub(super) fn tell_recallers(&self, waiting: &PollCondVar) {
         if self.recallers > 0 {
             waiting.notify_all();
         }
     }
 
-    /// One bit for each backing.
+    /// Returns a bit for each backing.
     pub(super) fn backing_bits(&self) -> u32 {
         let mut bits = 0u32;
         for (number, backing) in (0..).zip(&self.backings) {
@@ -403,7 +402,7 @@ impl Inner {
         bits
     }
 
-    /// True if a frontend can be connected: the disk is described, and nothing of an earlier
+    /// Returns true if a frontend can be connected: the disk is described, and no queue or request of an earlier
     /// connection is left.
     pub(super) fn is_ready(&self) -> bool {
         self.params.is_some()

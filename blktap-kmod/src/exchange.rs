@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What goes back and forth between a disk and its process: tags out, completions in.
+//! Exchange between a disk and its process: tags out, completions in.
 //!
 //! User memory is copied outside the lock, in batches of [`BATCH`].
 
@@ -16,7 +16,7 @@ use kernel::prelude::*;
 use kernel::uaccess::UserSliceWriter;
 use zerocopy::IntoBytes;
 
-/// Requests that were handed out and of which the process does not know yet.
+/// Requests that were handed out, and that the process does not know of yet.
 struct Handed {
     /// As the process reads them.
     tags: [u16; BATCH],
@@ -89,17 +89,17 @@ impl TapDisk {
         }
         inner.tell(queues);
         inner.tell_released(released);
-        // What one request has waited for may be gone now.
+        // Requests that waited for one of these may be ready now.
         self.announce(&mut inner);
         result
     }
 
-    /// Hands out requests for as many tags as `to` has room, and returns how many. If `waits`, the
-    /// process is woken when there is more after it got less than that.
+    /// Hands out requests for as many tags as `to` has room for, and returns their number. If `waits`, a process that
+    /// got fewer is woken when there are more.
     ///
     /// # Errors
     ///
-    /// `EFAULT` if the tags cannot be written; their requests are handed out again.
+    /// `EFAULT` if the tags cannot be stored; their requests are handed out again.
     pub(super) fn fetch(&self, epoch: u64, to: &mut UserSliceWriter, waits: bool) -> Result<usize> {
         let room = to.len() / size_of::<u16>();
         let mut fetched = 0usize;
@@ -141,10 +141,10 @@ impl TapDisk {
                 ..Completion::default()
             };
             if let Ok(commit) = returned.check() {
-                // It was delivered a moment ago, and nobody else may commit it: this cannot fail
-                // but by a process that guesses.
+                // The request was delivered a moment ago, and no other caller may commit it: this fails only if the
+                // process guesses tags and commits early.
                 let committed = inner.shadow.commit(epoch, &commit);
-                // Its queue went while the tags were being written, which may take long.
+                // The request's queue may have gone while the tags were being written, which can take long.
                 released |= committed == Committed::Released;
             }
         }
@@ -154,13 +154,13 @@ impl TapDisk {
 }
 
 impl Inner {
-    /// True once the process has started the disk.
+    /// Returns true once the process has started the disk.
     pub(super) fn is_live(&self) -> bool {
         self.shadow.state() == crate::ring::tap::abi::STATE_LIVE
     }
 
-    /// Tells the device that a frontend can be connected, if the last request without a queue was
-    /// among those that were `released`.
+    /// Tells the device that a frontend can be connected, if a request without a queue was `released` and it was the
+    /// last one.
     fn tell_released(&self, released: bool) {
         if released && self.is_ready() {
             self.kick();

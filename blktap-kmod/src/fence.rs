@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The end of a process: nothing is delivered to the next one while I/O of this one may go on.
+//! The end of a process: the next one gets no request while I/O of this one may still be under way.
 //!
-//! What its I/O reads and writes is the arena. Direct I/O pins the pages it uses, so it is over
-//! when nobody but us refers to a page of the arena; mappings refer to them as well, and they are
-//! gone when the node is released. After that nobody of the process can refer to a page again, so one
-//! that was seen free stays free, and is not looked at again. (I/O through buffers of its own is fenced by
-//! the lock that the process holds on the image.)
+//! Its I/O uses the memory of the arena. Direct I/O pins the pages it uses, so it is over when only we refer to a page
+//! of the arena; mappings refer to them as well, and they are gone when the node is released. After that the process
+//! cannot refer to a page again, so a page that was seen free stays free, and is not checked again. (I/O through
+//! buffers of its own is fenced by the lock that the process holds on the image.)
 //!
-//! A process whose I/O somebody else executes, over a network, has said for how long that may go on
-//! after that (`FENCE_SESSION`): what was sent last was sent when its page was still in use. If nobody
-//! knows, what it had is not executed again (`FENCE_NONE`).
+//! If a server executes a process' I/O over a network, the process has declared for how long that I/O may last after
+//! its pages are free (`FENCE_SESSION`), because the pages were still in use when the process sent its last data.
+//! Without such a time its requests are not executed again (`FENCE_NONE`).
 
 use super::disk::TapDisk;
 use crate::linux::module::ModuleReference;
@@ -20,8 +19,8 @@ use crate::planted;
 use kernel::sync::Arc;
 use kernel::workqueue::{impl_has_delayed_work, WorkItem};
 
-/// The first pauses are short, because a process is to be replaced soon. One that has left pages
-/// where somebody holds on to them is not worth looking often.
+/// Longest pause between two checks. The first pauses are short, because the process has to be replaced soon. A process
+/// that has left pages in use elsewhere needs no frequent check.
 const LONGEST_MS: u32 = 1000;
 /// Pauses of one length; the next ones are four times as long.
 const REPEATED: u32 = 32;
@@ -31,12 +30,13 @@ impl_has_delayed_work! {
 }
 
 impl TapDisk {
-    /// The process is gone.
+    /// Begins the fence, after the process has closed the node.
     pub(super) fn close(self: &Arc<Self>) {
         {
             let mut inner = self.inner.lock();
             inner.shadow.closed();
-            // Its file keeps the module until this returns. It is not going, so there is one.
+            // Its file keeps the module until this returns. The module is not being unloaded then, so the reference is
+            // there.
             inner.fencing = ModuleReference::get();
             inner.looks = 0;
             inner.fenced_pages = 0;
@@ -52,7 +52,7 @@ impl TapDisk {
         }
     }
 
-    /// Has the work look again. It does not wait in between, as nothing on its queue does.
+    /// Schedules the work that checks again. The work does not sleep in between, because no work on its queue does.
     fn look_later(self: &Arc<Self>) {
         let looks = {
             let mut inner = self.inner.lock();
@@ -86,12 +86,12 @@ impl TapDisk {
                 return false;
             };
             inner.tell(failed.queues);
-            // All that waits is looked at again, and not all of it needs a process.
+            // All waiting requests are checked again, and not all of them need a process.
             self.announce(&mut inner);
             inner.kick();
             inner.fencing.take()
         };
-        // Whoever waits to open the node.
+        // Wakes openers that wait for the node.
         self.ready.notify_all();
         drop(kept);
         true
@@ -108,7 +108,7 @@ impl WorkItem for TapDisk {
     }
 }
 
-/// Milliseconds between one look and the next.
+/// Returns the milliseconds between one check and the next.
 fn pause_ms(looks: u32) -> u32 {
     let steps = looks.wrapping_div(REPEATED).min(8);
     1_u32.wrapping_shl(steps.wrapping_mul(2)).min(LONGEST_MS)

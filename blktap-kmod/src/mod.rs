@@ -2,13 +2,12 @@
 
 //! The kernel's half of disks that a process serves.
 //!
-//! A [`disk`] has a node in `/dev/xentap`, memory that it shares with the process that opens the
-//! node ([`areas`]), and the shadow of every request that is not answered (`ring::tap::shadow`).
-//! Reading order along the life of a request: `backend` (a queue posts it), `exchange` (the process
-//! fetches and commits it), `node` (the ways in which it can do that), `fence` (what happens when
-//! the process is gone). What needs no process a queue executes itself (`direct`) in the devices that the disk
-//! was given (`backings`). `registry` and `control` make disks and find them, `binding` connects a
-//! disk to a device of the bus.
+//! A [`disk`] has a node in `/dev/xentap`, memory that it shares with the process that opens the node ([`areas`]), and
+//! the shadow of every request that is not answered (`ring::tap::shadow`). Reading order along the life of a request:
+//! `backend` (a queue posts it), `exchange` (the process fetches and commits it), `node` (the system calls for that),
+//! `fence` (the end of a process). A queue itself executes the requests that need no process (`direct`), in the
+//! backings of the disk (`backings`). `registry` and `control` make disks and find them, `binding` connects a disk to a
+//! device of the bus.
 
 mod areas;
 mod backend;
@@ -30,13 +29,13 @@ use crate::linux::char::chardev::{Class, Node, Region};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// The table of disks, while the module is loaded: the driver looks there, and whoever opens a node.
+/// The table of disks, while the module is loaded: the driver and the openers of nodes find disks in it.
 pub(crate) struct Tap {
     _registry: registry::Registry,
 }
 
 impl Tap {
-    /// Makes the table, before anything is registered. Without [`Nodes`] there is nothing in it.
+    /// Makes the table, before anything is registered. It stays empty without [`Nodes`].
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             _registry: registry::Registry::new()?,
@@ -44,8 +43,8 @@ impl Tap {
     }
 }
 
-/// The nodes of the module. Dropping it needs that no node is open and no disk is bound, which the kernel
-/// and the driver see to.
+/// The nodes of the module. It may be dropped only while no node is open and no disk is bound, which the kernel and the
+/// driver guarantee.
 pub(crate) struct Nodes {
     _control: Node,
     // The order matters: the regions go after the nodes, and before the disks to which an open
@@ -55,13 +54,13 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    /// Makes the control node, when there is a [`Tap`] and nothing else that may fail: a module that cannot
-    /// be loaded goes, whoever has opened a node of it. May sleep.
+    /// Makes the control node. The caller must have made a [`Tap`] and have finished every step that may fail, because
+    /// a module that cannot be loaded is removed even if a process has opened one of its nodes. May sleep.
     pub(crate) fn new() -> Result<Self> {
         let class = Class::new(c"xentap")?;
         let nodes = Region::register::<node::Opener>(c"xentap", registry::MINORS)?;
         let disks = registry::Disks::new(class.clone(), nodes);
-        // Last, because from here on somebody may be using it.
+        // Last, because from here on a process may use the node.
         let controls = Region::register::<control::Control>(c"xentap-control", 1)?;
         Ok(Self {
             _control: controls.add_node(&class, 0, c"xentap!control")?,
@@ -75,7 +74,7 @@ impl TapDisks for Tap {
     const ATTACH: AttachTap = binding::attach;
 }
 
-/// An `Arc` of a value that the module keeps.
+/// Makes an `Arc` of a value that the module keeps. May sleep.
 fn shared<T>(value: T) -> Result<Arc<T>> {
     Ok(Arc::new(value, GFP_KERNEL)?)
 }

@@ -20,7 +20,7 @@ use kernel::sync::{Arc, UniqueArc};
 use kernel::uaccess::UserSliceWriter;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
-/// Bytes of the records that describe a disk at most: each kind is there once.
+/// Most bytes of the records that describe a disk, with each kind once.
 const MAX_PARAMS: usize = 256;
 
 /// An opener of a disk's node.
@@ -45,7 +45,7 @@ pub(super) fn write_user<T: IntoBytes + Immutable>(address: u64, value: &T) -> R
         .write_slice(value.as_bytes())
 }
 
-/// What is not understood is refused.
+/// Returns the error number for a malformed argument.
 pub(super) fn invalid(why: Malformed) -> Error {
     match why {
         Malformed::Unknown => not_supported(),
@@ -54,8 +54,8 @@ pub(super) fn invalid(why: Malformed) -> Error {
     }
 }
 
-/// Copies a structure that carries its size from the process. Each byte is read once: who writes there
-/// meanwhile gets what one of the two says, and no size that was not checked.
+/// Copies a structure that carries its size from the process. Each byte is read once: if another thread writes there at
+/// the same time, each byte is from before or after that write, and the size is one that was checked.
 fn read_claims(address: u64) -> Result<Claims> {
     let mut claims = Claims::new_zeroed();
     let (size, body) = claims
@@ -107,7 +107,7 @@ impl Opener {
         Ok(0)
     }
 
-    // Not parts of `ioctl`, so that it has a small frame.
+    // Functions of their own, so that `ioctl` has a small stack frame.
     #[inline(never)]
     fn claim(&self, address: u64) -> Result<c_int> {
         let claimed = read_claims(address)?.check().map_err(invalid)?;
@@ -117,8 +117,8 @@ impl Opener {
             return Err(EINVAL);
         }
         if served && !inner.is_live() {
-            // Nobody does now, and the guest's side learns it: what is held may fail in time, and a queue
-            // that drains waits for nobody.
+            // No process serves the disk now. The queues and the device must learn it, so that held requests may fail
+            // in time, and a queue that drains waits for no process.
             self.disk.start_waiting();
             inner.wake_queues();
             inner.kick();
@@ -171,7 +171,7 @@ impl Opener {
         self.fetch(arrays.tags, true)
     }
 
-    // Not a part of `ioctl`, so that it has a small frame.
+    // A function of its own, so that `ioctl` has a small stack frame.
     #[inline(never)]
     fn change_maps(&self, address: u64) -> Result<c_int> {
         let mut maps = read_user::<Maps>(address)?;
@@ -191,7 +191,7 @@ impl Opener {
         Ok(fetched as c_int)
     }
 
-    /// Sleeps until there is something to fetch.
+    /// Sleeps until there is a request to fetch.
     fn wait(&self) -> Result {
         let mut inner = self.disk.inner.lock();
         while !inner.has_deliverable() {
@@ -203,7 +203,7 @@ impl Opener {
         Ok(())
     }
 
-    /// Does what a new `uring_cmd` wants; `None` if it is to wait for tags.
+    /// Executes a new `uring_cmd`; `None` if it has to wait for tags.
     fn issue(&self, payload: [u64; 2]) -> Result<(Option<c_int>, UserArray)> {
         let buffer = Buffer::read_from_bytes(payload.as_bytes()).map_err(|_| EINVAL)?;
         // CAST: a small structure.
@@ -222,11 +222,11 @@ impl Opener {
         Ok(((fetched > 0).then_some(fetched), arrays.tags))
     }
 
-    /// Lets a command wait in its place.
+    /// Puts a command into its place to wait.
     fn leave_waiting(&self, place: Place, command: Parked) {
         let mut inner = self.disk.inner.lock();
         inner.commands.wait(place, command);
-        // What came since the command looked in vain.
+        // Requests may have come since the command found none.
         self.disk.announce(&mut inner);
     }
 }
@@ -352,7 +352,7 @@ impl CharDevice for Opener {
         {
             let mut inner = self.disk.inner.lock();
             inner.commands.release(place);
-            // What is left is for another one; so is all of it if this one's task is going away.
+            // The remaining requests are for another command; all of them are if this one's task is going away.
             self.disk.announce(&mut inner);
         }
         match result {

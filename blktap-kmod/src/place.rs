@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Which part of a disk a queue has.
+//! The part of a disk that a queue has.
 
 use crate::ring::numbers::{DiskTag, QueueTag};
 
@@ -18,12 +18,12 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// What the disk calls a request of this queue.
+    /// Returns the disk's tag of a request of this queue.
     pub(super) fn disk_tag(self, tag: QueueTag) -> DiskTag {
         DiskTag::new(self.first_tag.wrapping_add(tag.number()))
     }
 
-    /// What this queue calls a request of the disk that is its own.
+    /// Returns this queue's tag of its own request of the disk.
     pub(super) fn queue_tag(self, tag: DiskTag) -> QueueTag {
         QueueTag::new(tag.number().wrapping_sub(self.first_tag))
     }

@@ -11,16 +11,16 @@ use kernel::str::CString;
 use kernel::sync::atomic::{ordering::Full, AtomicFlag};
 use kernel::sync::Arc;
 
-/// Nodes have numbers below this.
+/// Limit of the nodes' numbers, which are below it.
 pub(super) const MINORS: u32 = MAX_MINORS;
 
-/// A disk and its node, which it has from the end of its making to the beginning of its end.
+/// A disk and its node. The node exists from the last step of making the disk to the first step of removing it.
 struct Place {
     disk: Arc<TapDisk>,
     node: Option<Node>,
 }
 
-/// What is needed to make disks. Nodes go before the region of their numbers.
+/// Resources for making disks. Nodes go before the region of their numbers.
 struct Maker {
     nodes: Region,
     class: Arc<Class>,
@@ -33,8 +33,8 @@ kernel::sync::global_lock! {
 }
 
 kernel::sync::global_lock! {
-    // SAFETY: As for `MAKER`. Every open of a node takes it, so memory is got without it: disks are made and destroyed
-    // one at a time under `MAKER`, which is taken first.
+    // SAFETY: As for `MAKER`. Every open of a node takes it, so memory is allocated without it: disks are made and
+    // destroyed one at a time under `MAKER`, which is taken first.
     unsafe(uninit) static TABLE: Mutex<Option<RBTree<u32, Place>>> = None;
 }
 
@@ -44,12 +44,13 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 pub(super) struct Registry(());
 
 impl Registry {
-    /// Makes the table, in which nothing is found. Works once in the life of the module. May sleep.
+    /// Makes the table, in which no disk is found before there are [`Disks`]. Succeeds once in the life of the module:
+    /// `EBUSY` after that. May sleep.
     pub(super) fn new() -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);
         }
-        // SAFETY: The flag sees to it that this is done once, and nobody uses the lock before.
+        // SAFETY: The flag makes sure that this is done once, and no other code uses the lock before.
         unsafe { MAKER.init() };
         // SAFETY: As above.
         unsafe { TABLE.init() };
@@ -57,12 +58,12 @@ impl Registry {
     }
 }
 
-/// What is in the table: without it no disk can be made. Dropping it needs that no node is open and no disk
+/// The content of the table: without it no disk can be made. It may be dropped only while no node is open and no disk
 /// is bound.
 pub(super) struct Disks(());
 
 impl Disks {
-    /// None yet. Needs a [`Registry`]. May sleep.
+    /// Makes the content, without a disk. Needs a [`Registry`]. May sleep.
     pub(super) fn new(class: Arc<Class>, nodes: Region) -> Self {
         *TABLE.lock() = Some(RBTree::new());
         *MAKER.lock() = Some(Maker { nodes, class });
@@ -86,14 +87,14 @@ impl Drop for Disks {
     }
 }
 
-/// The disk of a number.
+/// Finds the disk of a number. May sleep.
 pub(super) fn find(minor: u32) -> Option<Arc<TapDisk>> {
     let table = TABLE.lock();
     let place = table.as_ref()?.get(&minor)?;
     Some(place.disk.clone())
 }
 
-/// The disk of the lowest number that is not below `minor`.
+/// Finds the disk of the lowest number that is not below `minor`. May sleep.
 pub(super) fn next(minor: u32) -> Option<Arc<TapDisk>> {
     let table = TABLE.lock();
     let cursor = table.as_ref()?.cursor_lower_bound(&minor)?;
@@ -104,7 +105,7 @@ pub(super) fn next(minor: u32) -> Option<Arc<TapDisk>> {
 ///
 /// # Errors
 ///
-/// `EEXIST` if the number that is wanted is taken, `ENOSPC` if all are.
+/// `EEXIST` if the requested number is taken, `ENOSPC` if all are.
 pub(super) fn create(new: &NewDisk) -> Result<u32> {
     let maker = MAKER.lock();
     let maker = maker.as_ref().ok_or(ENODEV)?;
@@ -116,7 +117,7 @@ pub(super) fn create(new: &NewDisk) -> Result<u32> {
         node: None,
     };
     let place = RBTreeNode::new(minor, place, GFP_KERNEL)?;
-    // Before there is a node: whoever opens that at once finds the disk.
+    // Before there is a node, so that a process that opens it at once finds the disk.
     if let Some(places) = TABLE.lock().as_mut() {
         let _none = places.insert(place);
     }
@@ -136,7 +137,7 @@ pub(super) fn create(new: &NewDisk) -> Result<u32> {
     }
 }
 
-/// The number of a disk to be made.
+/// Returns the number for a new disk. May sleep.
 fn choose(new: &NewDisk) -> Result<u32> {
     let table = TABLE.lock();
     let places = table.as_ref().ok_or(ENODEV)?;
@@ -158,11 +159,11 @@ fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
     (free < MINORS).then_some(free)
 }
 
-/// Takes a disk and its node away. May sleep.
+/// Removes a disk and its node. May sleep.
 ///
 /// # Errors
 ///
-/// `ENOENT` if there is none, `EBUSY` while it is open or bound, or its last process is not fenced.
+/// `ENOENT` if there is no disk of this number, `EBUSY` while it is open or bound, or its last process is not fenced.
 pub(super) fn destroy(minor: u32) -> Result {
     let maker = MAKER.lock();
     let place = {
@@ -171,10 +172,10 @@ pub(super) fn destroy(minor: u32) -> Result {
         places.get(&minor).ok_or(ENOENT)?.disk.destroy()?;
         places.remove(&minor).ok_or(ENOENT)?
     };
-    // Under the lock of the maker: the next disk of this number makes the same node.
+    // Under the lock of the maker, because the next disk of this number makes the same node.
     drop(place.node);
     drop(maker);
-    // Not under a lock: it may wait for readers of the wait queue.
+    // Not under a lock, because it may wait for readers of the wait queue.
     drop(place.disk);
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The hinge of the design: what carries out the I/O of a disk.
+//! The central interface of the design: a backend carries out the I/O of a disk.
 //!
 //! `phy` implements it with bios; a disk served by a process implements it with a character
 //! device. Everything in front of it (ring, validation, grants, responses, statistics) is common.
@@ -9,7 +9,7 @@ use crate::engine::segments::{Pool, Segments, Slice};
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::Status;
 
-/// What to do with the disk.
+/// Operation on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoKind {
     /// Read into the pages.
@@ -30,7 +30,7 @@ pub enum IoKind {
 }
 
 impl IoKind {
-    /// Its number in traces.
+    /// Returns the operation's number in traces.
     pub const fn number(self) -> u8 {
         match self {
             IoKind::Read => 0,
@@ -43,18 +43,18 @@ impl IoKind {
     }
 }
 
-/// One I/O of a batch.
+/// An I/O of a batch.
 #[derive(Debug)]
 pub struct Io<'b> {
     /// Names the I/O in its completion.
     pub tag: QueueTag,
-    /// What to do.
+    /// Operation.
     pub kind: IoKind,
     /// First 512-byte sector on the disk; meaningless for a flush.
     pub sector: u64,
     /// Number of 512-byte sectors.
     pub sectors: u64,
-    /// When it began, in nanoseconds.
+    /// Time at which the backend got it, in nanoseconds of [`Backend::now`].
     pub since: u64,
     pub(crate) segments: &'b Segments<'b>,
     pub(crate) pool: Pool,
@@ -63,47 +63,47 @@ pub struct Io<'b> {
 }
 
 impl Io<'_> {
-    /// The pieces of pages that hold the data, in disk order; empty for flush and discard.
+    /// Returns the pieces of pages that hold the data, in disk order; empty for flush and discard.
     pub fn slices(&self) -> impl Iterator<Item = Slice> + '_ {
         self.segments.slices(self.head, self.count)
     }
 
-    /// The data is in pages at which guest pages are mapped, each piece in one of its own.
+    /// Reports whether the data is in mapped guest pages, each piece in a page of its own.
     pub fn is_mapped(&self) -> bool {
         self.pool == Pool::Map
     }
 
-    /// Number of pieces.
+    /// Returns the number of pieces.
     pub fn count(&self) -> u16 {
         self.count
     }
 }
 
-/// What carries out the I/O of a disk.
+/// The part that carries out the I/O of a disk.
 pub trait Backend {
     /// Starts every I/O of the batch, in order. May sleep.
     ///
-    /// Each one completes exactly once, possibly before this returns, and is then yielded by
-    /// [`reap`](Self::reap); an I/O that cannot be started completes with an error.
+    /// Each I/O completes exactly once, possibly before this returns, and is then yielded by [`reap`](Self::reap); an
+    /// I/O that cannot be started completes with an error.
     fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
 
-    /// True if there is something that could not be started before and can be now. Neither sleeps nor takes
-    /// long: it is asked in each pass, the last time after [`reap`](Self::reap).
+    /// Reports whether I/O that could not be started before can be started now. Neither sleeps nor takes long, because
+    /// each pass calls it, the last time after [`reap`](Self::reap).
     fn can_resume(&self) -> bool {
         false
     }
 
-    /// Starts it. May sleep.
+    /// Starts the I/O that [`can_resume`](Self::can_resume) reports. May sleep.
     fn resume(&mut self) {}
 
-    /// True while pages are used by I/O that goes on if the backend is dropped, of `unfinished` that were
-    /// submitted and not yielded.
+    /// Reports whether pages are in use by I/O that continues if the backend is dropped. `unfinished` is the number of
+    /// I/Os that were submitted and not yielded.
     fn is_bound(&self, unfinished: u16) -> bool {
         unfinished > 0
     }
 
-    /// Who executes what was submitted last sleeps and wakes up with the queue: the more requests come at once, the
-    /// less that costs.
+    /// Reports whether the last batch went to a process that sleeps and must be woken, so that the cost of one I/O
+    /// falls with the number of I/Os that come at once.
     fn gathers(&self) -> bool {
         false
     }
@@ -111,37 +111,42 @@ pub trait Backend {
     /// Yields the completions that came since the last call, in any order. Does not sleep.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status));
 
-    /// Requests of this kind are best served where the pages are mapped that the guest keeps granted.
+    /// Reports whether requests of this kind are served best from mapped pages that the guest keeps granted.
     fn prefers_mapped(&self, _kind: IoKind) -> bool {
         true
     }
 
-    /// Yields what it does not have any more and has not completed, because it cannot serve it with pages that are
-    /// mapped: to be submitted once more with pages of the queue's own. Called after each [`reap`](Self::reap).
+    /// Yields I/Os that it gives up without completing them, because it cannot serve them with mapped pages: the engine
+    /// submits them again with pages of the queue's own. Called after each [`reap`](Self::reap).
     fn give_back(&mut self, _each: impl FnMut(QueueTag)) {}
 
-    /// Nanoseconds since some moment, by a clock that is one for all processors. Asked for at most twice a
-    /// pass, to tell how long I/O takes.
+    /// Runs work that may wait until storage releases pages and that needs nothing else of the guest, whose ring may be
+    /// given back while it runs.
+    fn aside<T>(&mut self, body: impl FnOnce() -> T) -> T {
+        body()
+    }
+
+    /// Returns nanoseconds since an arbitrary moment, by one clock for all processors. A pass calls it at most twice to
+    /// measure how long I/O takes.
     fn now(&self) -> u64;
 
-    /// Puts memory behind the eight pages of a block that has none; `false` if none is to be had
-    /// now. Neither sleeps nor allocates. A disk whose queues have all their pages from the
-    /// beginning has no more to give.
+    /// Puts memory behind the eight pages of a block that has none; `false` if none is to be had now. Neither sleeps
+    /// nor allocates. The default is for a disk whose queues have all their pages from the beginning: it has no more to
+    /// give.
     fn attach(&mut self, _block: u16) -> bool {
         false
     }
 
-    /// Takes the memory of a block away that [`attach`](Self::attach) has put there. No page of it
-    /// is in use.
+    /// Takes back the memory that [`attach`](Self::attach) has put behind a block. No page of the block is in use.
     fn detach(&mut self, _block: u16) {}
 
-    /// Pages that are to be given back by [`detach`](Self::detach) as soon as they are not used.
+    /// Returns the number of pages that must be given back by [`detach`](Self::detach) as soon as they are unused.
     /// Looks closely if `thorough`, else only if there is a reason.
     fn owed(&mut self, _thorough: bool) -> u16 {
         0
     }
 
-    /// Nothing more is wanted at present.
+    /// Records that the queue needs no more memory at present.
     fn is_content(&mut self) {}
 }
 
@@ -184,6 +189,11 @@ impl<B: Backend> Backend for &mut B {
     #[inline]
     fn give_back(&mut self, each: impl FnMut(QueueTag)) {
         (**self).give_back(each);
+    }
+
+    #[inline]
+    fn aside<T>(&mut self, body: impl FnOnce() -> T) -> T {
+        (**self).aside(body)
     }
 
     #[inline]

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Which pages with memory are free, in blocks of eight neighbours.
+//! The pages with memory that are free, in blocks of eight neighbours.
 //!
-//! Memory comes and goes in whole blocks, and a request gets whole blocks as far as it can: small
-//! requests share the blocks that are in use already. So after any sequence of requests the pages of
-//! a large one lie in few pieces, and blocks that nobody needs become free as a whole.
+//! Memory comes and goes in whole blocks, and a request gets whole blocks where possible, because small requests share
+//! the blocks that are in use already. So after any sequence of requests the pages of a large one lie in few pieces,
+//! and unused blocks become free as a whole.
 
 /// Pages of a block.
 pub const BLOCK: u16 = 8;
-/// A block whose pages are all free.
+/// The bits of a block whose pages are all free.
 const ALL: u8 = u8::MAX;
 /// Blocks of a group.
 const GROUP: u16 = 64;
-/// Broken blocks in which a run is looked for, beyond the first, before a whole one is broken.
+/// Broken blocks beyond the first that are searched for a run before a whole block is broken.
 const TRIES: u32 = 3;
 
-/// What is known of 64 blocks: one bit, or one byte of bits, for each.
+/// State of 64 blocks: one bit, or one byte of bits, for each.
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
     /// Has memory.
@@ -37,12 +37,12 @@ impl Group {
         free: [0; GROUP as usize],
     };
 
-    /// Groups that so many pages need.
+    /// Returns the number of groups for `pages` pages.
     pub const fn needed(pages: u16) -> usize {
         pages.div_ceil(BLOCK * GROUP) as usize
     }
 
-    /// Notes which pages of a block are free.
+    /// Records which pages of a block are free.
     fn set(&mut self, index: u32, free: u8) {
         let bit = 1u64.wrapping_shl(index);
         self.whole &= !bit;
@@ -89,7 +89,7 @@ pub(crate) struct Blocks<'a> {
     last: u16,
 }
 
-/// Where a block is: its group, and its number in that.
+/// Returns a block's group, and its number in that group.
 fn place(block: u16) -> (usize, u32) {
     (usize::from(block / GROUP), u32::from(block % GROUP))
 }
@@ -102,7 +102,7 @@ fn number(group: usize, index: u32) -> u16 {
 }
 
 impl<'a> Blocks<'a> {
-    /// A table of up to `most` pages, the first `own` of which have memory for ever.
+    /// Makes a table of up to `most` pages, of which the first `own` always have memory.
     pub(crate) fn new(groups: &'a mut [Group], most: u16, own: u16) -> Self {
         groups.fill(Group::EMPTY);
         let mut blocks = Self {
@@ -134,12 +134,12 @@ impl<'a> Blocks<'a> {
         self.free
     }
 
-    /// Pages with memory beyond those that are there for ever.
+    /// Returns the number of pages with memory beyond the queue's own.
     pub(crate) fn borrowed(&self) -> u16 {
         self.capacity.saturating_sub(self.own)
     }
 
-    /// Pages that nobody has used since the last call.
+    /// Returns the least number of free pages since the last call.
     pub(crate) fn reset_low(&mut self) -> u16 {
         core::mem::replace(&mut self.low, self.free)
     }
@@ -158,9 +158,9 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    /// The first block that could have memory and has none.
+    /// Returns the first block that could have memory and has none.
     pub(crate) fn first_absent(&self) -> Option<u16> {
-        // What is not a whole block is for ever, or not at all.
+        // A last block of fewer than eight pages is either one of the own blocks or never has memory.
         let total = self.most / BLOCK;
         let mut groups = (0..self.groups.len()).zip(self.groups.iter());
         let (group, index) = groups.find_map(|(at, group)| {
@@ -170,12 +170,13 @@ impl<'a> Blocks<'a> {
         Some(number(group, index)).filter(|block| *block < total)
     }
 
-    /// A block has memory now.
+    /// Records that a block has memory now.
     pub(crate) fn attached(&mut self, block: u16) {
         self.add(block, BLOCK);
     }
 
-    /// The last block beyond the own ones of which no page is in use; it has no memory from now on.
+    /// Takes the memory from the last block beyond the own ones that has no page in use, and returns the block's
+    /// number.
     pub(crate) fn detach(&mut self) -> Option<u16> {
         let own = self.own.div_ceil(BLOCK);
         let count = self.groups.len();
@@ -195,7 +196,7 @@ impl<'a> Blocks<'a> {
         Some(block)
     }
 
-    /// Takes neighbours, at most so many; `None` if nothing is free.
+    /// Takes neighbouring pages, at most `wanted`; `None` if no page is free.
     pub(crate) fn take_run(&mut self, wanted: u16) -> Option<Run> {
         let (block, mask) = self.find_run(wanted)?;
         let (group, index) = place(block);
@@ -209,7 +210,7 @@ impl<'a> Blocks<'a> {
         Some(Run { first, len })
     }
 
-    /// A block, and the bits of its pages that are to be taken.
+    /// Returns a block, and the bits of its pages to take.
     fn find_run(&self, wanted: u16) -> Option<(u16, u8)> {
         if wanted < BLOCK {
             if let Some(found) = self.broken_with(wanted) {
@@ -265,7 +266,7 @@ impl<'a> Blocks<'a> {
         })
     }
 
-    /// A broken block with so many free neighbours, if one of the first few has them.
+    /// Finds a broken block with `wanted` free neighbours among the first few broken ones.
     fn broken_with(&self, wanted: u16) -> Option<(u16, u8)> {
         let mut tries = TRIES;
         for (at, group) in (0..self.groups.len()).zip(self.groups.iter()) {
@@ -284,7 +285,7 @@ impl<'a> Blocks<'a> {
         None
     }
 
-    /// The first free run of the first broken block.
+    /// Returns the first free run of the first broken block.
     fn first_broken(&self) -> Option<(u16, u8)> {
         let mut groups = (0..self.groups.len()).zip(self.groups.iter());
         groups.find_map(|(at, group)| {
@@ -302,12 +303,12 @@ impl<'a> Blocks<'a> {
     }
 }
 
-/// The bits at which so many free neighbours begin.
+/// Returns the bits at which runs of `wanted` free neighbours begin.
 fn runs(free: u8, wanted: u16) -> u8 {
     (1..wanted).fold(free, |starts, _| starts & starts >> 1)
 }
 
-/// So many bits, at most 8.
+/// Returns a mask of the lowest `count` bits, at most 8.
 fn low_bits(count: u16) -> u8 {
     ALL.checked_shr(u32::from(BLOCK.saturating_sub(count)))
         .unwrap_or(0)

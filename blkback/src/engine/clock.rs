@@ -14,12 +14,12 @@ pub(super) struct PassClock {
 }
 
 impl PassClock {
-    /// A pass begins.
+    /// Begins a pass.
     pub(super) fn begin(&mut self) {
         self.looks = 0;
     }
 
-    /// What time it is.
+    /// Returns the time in nanoseconds: reads the clock for the first two looks of a pass, then repeats the second.
     #[inline]
     pub(super) fn look(&mut self, backend: &impl Backend) -> u64 {
         if self.looks < 2 {
@@ -29,7 +29,7 @@ impl PassClock {
         self.now
     }
 
-    /// What time it was at the last look of this pass, or is.
+    /// Returns the time of this pass's last look, or reads the clock if there was none.
     pub(super) fn last(&mut self, backend: &impl Backend) -> u64 {
         match self.looks {
             0 => self.look(backend),

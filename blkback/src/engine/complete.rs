@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Complete: note what the backend has done.
+//! Complete: record what the backend has completed.
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
@@ -24,7 +24,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.take_back();
     }
 
-    /// Has requests wait for copy pages that the backend cannot serve where they are mapped.
+    /// Makes requests wait for copy pages if the backend cannot serve them from mapped pages.
     fn take_back(&mut self) {
         let requests = &mut self.requests;
         let mut any = false;
@@ -40,14 +40,14 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 }
 
-/// Has requests whose I/O is done wait for their answer.
+/// Moves requests whose I/O is done to the list of those that wait for their answer.
 pub(super) fn complete(
     requests: &mut Requests<'_>,
     backend: &mut impl Backend,
     mut ended: impl FnMut(&PendingRequest),
 ) {
     backend.reap(|tag, status| {
-        // A completion for anything else is not ours to act on.
+        // A completion of a request that the backend does not have is ignored.
         if let Some(handle) = requests.complete(tag, status) {
             ended(requests.of(&handle));
             requests.push_completed(handle);

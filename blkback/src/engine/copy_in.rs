@@ -42,8 +42,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// Requests for whose pages there is no room are copied instead, at once if there are pages for that.
-    /// True if something is to be copied now.
+    /// Moves requests whose pages there is no room to map to copy pages, at once if such pages are free. Returns true
+    /// if data must be copied now.
     fn copy_unmappable(&mut self) -> bool {
         self.stall_unmappable();
         let Some(first) = self.resume_stalled() else {
@@ -63,7 +63,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         copies
     }
 
-    /// Sets requests aside for whose pages there is no room.
+    /// Sets aside the requests whose pages there is no room to map.
     fn stall_unmappable(&mut self) {
         let requests = &mut self.requests;
         let mut keep = List::EMPTY;
@@ -78,7 +78,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.unmap_stalled();
     }
 
-    /// What is set aside needs no mappings any more, and may find copy pages.
+    /// Unmaps the pages of the requests that are set aside: they need no mappings any more, and may find copy pages.
     pub(super) fn unmap_stalled(&mut self) {
         let requests = &mut self.requests;
         if requests.stalled.is_empty() {
@@ -89,11 +89,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             at = requests.after(tag);
             self.transfers.unmap(requests, tag);
         }
-        self.transfers.run_unmaps();
+        let transfers = &mut self.transfers;
+        // Storage or a process may hold a page although it did not execute the request.
+        self.backend.aside(|| transfers.run_unmaps());
         self.retry = true;
     }
 
-    /// Moves stalled requests to copy pages, in order, as far as there are any. Returns the first of them, behind
+    /// Moves stalled requests to copy pages, in order, while there are enough pages. Returns the first of them, behind
     /// which the others are.
     pub(super) fn resume_stalled(&mut self) -> Option<QueueTag> {
         let mut first = None;

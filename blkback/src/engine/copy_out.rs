@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
 //! Copy out: the data of reads into the guest's pages; and unmap the pages of large requests.
+//!
+//! An unmap waits until no one else has a reference to the page, and network storage keeps one until its peer has
+//! acknowledged the data. So a request with such a page is set aside with its pages until a later pass, and only that
+//! request waits, not the queue.
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
@@ -12,10 +16,11 @@ use crate::ring::ports::SharedRing;
 const UNMAPS_LATE: bool = cfg!(planted_faults);
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    pub(super) fn copy_out(&mut self) {
+    /// Returns whether storage holds a page of one of the requests, which are marked.
+    pub(super) fn copy_out(&mut self) -> bool {
         let (requests, transfers) = (&mut self.requests, &mut self.transfers);
         let mut at = requests.completed.first();
-        let (mut copies, mut unmaps) = (false, false);
+        let (mut copies, mut unmaps, mut held) = (false, false, false);
         while let Some(tag) = at {
             at = requests.after(tag);
             let Some(request) = requests.get(tag) else {
@@ -25,6 +30,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 continue;
             }
             if request.pool == Pool::Map {
+                if transfers.is_held(requests, tag) {
+                    requests.slots.hold(tag);
+                    held = true;
+                    continue;
+                }
                 unmaps = true;
                 transfers.unmap(requests, tag);
             } else if request.copies_out() {
@@ -39,5 +49,6 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             // Before the answer: afterwards the guest may use its pages for something else.
             transfers.run_unmaps();
         }
+        held
     }
 }

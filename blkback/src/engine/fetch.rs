@@ -2,8 +2,8 @@
 
 //! Fetch: copy the descriptors of indirect requests in, and check the segments in them.
 //!
-//! They are copied by the hypervisor, for many requests at once. Where their page is one that stays mapped
-//! (`mappings`) they are read there instead, at once.
+//! The hypervisor copies the descriptors of many requests at once. If the page with the descriptors stays mapped
+//! (`mappings`), they are read from it directly instead.
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;

@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! How long each I/O took, and what was before and after it, as histograms, while somebody wants to know:
-//! [`Times`](crate::engine::Times) has the sums at any time.
+//! Histograms of the time that each I/O took, and of the spans before and after it, while counting is switched on:
 
 use crate::engine::backend::IoKind;
 use crate::engine::spans::Spans;
 
-/// Operations that are told apart, in the order of their histograms: reads, writes, flushes with what flushes, discards.
+/// Operations with a histogram each, in this order: reads, writes, flushes (also of writes with a flush), discards.
 pub const OPERATIONS: usize = 4;
-/// What a request goes through beside its I/O. Their histograms are behind those of the operations.
+/// Spans of a request's life outside its I/O. Their histograms are behind those of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Span {
-    /// In the ring, until it is taken; at most so long.
+    /// In the ring, until it is taken; an upper bound, because the frontend does not say when it put the request there.
     Ring,
-    /// From there until the backend gets it: it waits for pages, and its data is brought in.
+    /// From being taken until the backend gets it: it waits for pages, and its data is brought in.
     Pages,
     /// From when it is found to be complete until the guest is shown the answer: its data is brought out.
     Answer,
 }
 
-/// All histograms.
+/// Number of histograms.
 pub const ROWS: usize = OPERATIONS + 3;
-/// Steps of a histogram. Each one after the first has what took less than twice as long, and the last one all else.
+/// Steps of a histogram. The upper bound of each step is twice that of the step before; the last step counts all longer
+/// times too.
 pub const STEPS: usize = 24;
-/// The first one has what took less than this.
+/// Upper bound of the first step, in nanoseconds.
 pub const FIRST_STEP_NS: u64 = 1024;
 
 /// Counts by the time that something took, of each operation and each span.
@@ -35,24 +35,24 @@ pub struct Latencies {
 }
 
 impl Latencies {
-    /// Nothing is counted until it is asked for.
+    /// No counts, and counting is off.
     pub const OFF: Self = Self {
         counts: [[0; STEPS]; ROWS],
         on: false,
         spans: Spans::NONE,
     };
 
-    /// The counts, in the order of the operations, then of the spans.
+    /// Returns the counts, in the order of the operations, then of the spans.
     pub fn counts(&self) -> &[[u64; STEPS]; ROWS] {
         &self.counts
     }
 
-    /// Whether it is counted at present.
+    /// Reports whether counting is on.
     pub fn is_on(&self) -> bool {
         self.on
     }
 
-    /// Counts from now on, or no more; what was counted stays.
+    /// Switches counting on or off; the counts stay.
     pub fn switch(&mut self, on: bool) {
         self.on = on;
     }
@@ -67,7 +67,7 @@ impl Latencies {
         self.count(operation, ns, 1);
     }
 
-    /// So many requests were there for so long.
+    /// Counts `requests` requests that each spent `ns` nanoseconds in a span.
     pub(super) fn add_span(&mut self, span: Span, ns: u64, requests: u32) {
         let row = match span {
             Span::Ring => OPERATIONS,
@@ -85,7 +85,7 @@ impl Latencies {
     }
 }
 
-/// The step of a histogram that counts what took so many nanoseconds.
+/// Returns the step of a histogram for a time in nanoseconds.
 fn step(ns: u64) -> usize {
     let steps = u64::BITS.wrapping_sub((ns / FIRST_STEP_NS).leading_zeros());
     // CAST: at most 64.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The pages at which guest pages are mapped, and what is at each.
+//! The pages at which guest pages are mapped, and the state of each.
 //!
-//! A guest that offers persistent grants sends its data in the same pages again and again. Such a page stays
-//! mapped when its request is done, and is found by its grant reference: a request all of whose pages are known
-//! needs no hypercall. Of other guests a page is mapped for one segment of one request.
+//! A guest that offers persistent grants sends its data in the same pages again and again. Such a page stays mapped
+//! when its request is done, and is found by its grant reference, so a request whose pages are all known needs no
+//! hypercall. A page of any other guest is mapped for one segment of one request.
 //!
 //! ```text
 //!        reserve           mapped                     release, the last one
@@ -21,8 +21,8 @@ use crate::ring::numbers::PageIndex;
 
 /// The end of a list.
 const END: u16 = u16::MAX;
-/// Mappings that are looked at to find one, at most: a guest that chooses its references so that they collide
-/// has some of its pages copied.
+/// Most mappings that a search looks at. A guest that chooses its grant references so that they collide has some of its
+/// pages copied.
 const WALK: u32 = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,31 +30,31 @@ enum State {
     Free,
     /// A guest's page is about to be mapped.
     Queued,
-    /// It is there for the segments that have it now.
+    /// The page is mapped for its current segments.
     Mapped,
-    /// It is found by its grant reference, and stays.
+    /// The page can be found by its grant reference, and stays mapped.
     Kept,
-    /// It could not be mapped; a request still names it.
+    /// The page could not be mapped; a request still names it.
     Failed,
-    /// It is about to be unmapped.
+    /// The page is about to be unmapped.
     Leaving,
     /// A guest's page is there for ever: it could not be unmapped.
     Lost,
 }
 
-/// What is known of one page.
+/// State of one page.
 #[derive(Clone, Copy, Debug)]
 pub struct Mapping {
     gref: u32,
     handle: u32,
-    /// Segments whose data is there.
+    /// Number of segments whose data is at the page.
     users: u16,
-    /// The next one of the list in which it is: of those that are kept, free, or leaving.
+    /// The next mapping of the list that this one is in: kept, free, or leaving.
     next: u16,
-    /// The first one of the list of those that are kept and whose grant reference leads here.
+    /// The first mapping of the list of kept ones whose grant references lead to this entry.
     head: u16,
     state: State,
-    /// It was used since the last sweep but one.
+    /// A request has used the page since the last sweep that found it idle.
     used: bool,
 }
 
@@ -71,11 +71,11 @@ impl Mapping {
     };
 }
 
-/// A page that is to be unmapped because nobody uses it.
+/// A page that must be unmapped because no request uses it.
 pub(crate) struct Unused {
     pub(crate) page: PageIndex,
     pub(crate) handle: u32,
-    /// Where the sweep goes on.
+    /// The entry from which the sweep continues.
     pub(crate) next: u16,
 }
 
@@ -84,7 +84,7 @@ pub(crate) struct Unused {
 /// # Invariants
 ///
 /// - A mapping that is free or leaving is in the list of those, and in no other.
-/// - One that is kept is in the list that its grant reference leads to, and none other with that reference is
+/// - A kept mapping is in the list that its grant reference leads to, and no other mapping with that reference is
 ///   before it there.
 #[derive(Debug)]
 pub(crate) struct Mappings<'a> {
@@ -93,15 +93,17 @@ pub(crate) struct Mappings<'a> {
     first: u16,
     free: u16,
     leaving: u16,
-    /// Those that are found.
+    /// Number of mappings in state [`Kept`](State::Kept).
     kept: u16,
+    /// Number of mappings in state [`Mapped`](State::Mapped), which are unmapped with their request.
+    going: u16,
     keeps: bool,
     /// The hypervisor, or the table, had no room for one more since the last sweep.
     short: bool,
 }
 
 impl<'a> Mappings<'a> {
-    /// For the pages from `first` on, one for each entry of `table`.
+    /// Makes the mappings for the pages from `first` on, one for each entry of `table`.
     pub(crate) fn new(table: &'a mut [Mapping], first: u16, keeps: bool) -> Self {
         table.fill(Mapping::FREE);
         let total = u16::try_from(table.len()).unwrap_or(END);
@@ -112,6 +114,7 @@ impl<'a> Mappings<'a> {
             free: END,
             leaving: END,
             kept: 0,
+            going: 0,
             short: false,
         };
         // Backwards, so that the first ones are used first.
@@ -121,35 +124,35 @@ impl<'a> Mappings<'a> {
         mappings
     }
 
-    /// Pages stay mapped when their requests are done.
+    /// Reports whether pages stay mapped when their requests are done.
     pub(crate) fn keeps(&self) -> bool {
         self.keeps
     }
 
-    /// Pages that are kept, in use or not.
+    /// Returns the number of pages that are kept, in use or not.
     pub(crate) fn kept(&self) -> u16 {
         self.kept
     }
 
-    /// A sweep may find something to unmap, or have what there was no room for tried once more.
+    /// Reports whether a sweep may unmap a page, or permit mapping again after there was no room.
     pub(crate) fn wants_sweep(&self) -> bool {
         self.kept > 0 || self.short
     }
 
-    /// Nothing is mapped, but for what is lost.
+    /// Reports whether no page is mapped except lost ones.
     pub(crate) fn is_empty(&self) -> bool {
         let is_empty = |at: &Mapping| matches!(at.state, State::Free | State::Lost);
         self.table.iter().all(is_empty)
     }
 
-    /// Pages that no request uses, of those that are not lost.
+    /// Returns the number of pages that no request uses, without lost ones.
     pub(crate) fn unused(&self) -> u16 {
         let unused = |at: &&Mapping| at.users == 0 && at.state != State::Lost;
         // CAST: there are fewer than 65536.
         self.table.iter().filter(unused).count() as u16
     }
 
-    /// Pages that are not lost.
+    /// Returns the number of pages that are not lost.
     pub(crate) fn sound(&self) -> u16 {
         let sound = |at: &&Mapping| at.state != State::Lost;
         // CAST: there are fewer than 65536.
@@ -183,7 +186,7 @@ impl<'a> Mappings<'a> {
         }
     }
 
-    /// The entry that has the head of the list in which a grant reference is found.
+    /// Returns the entry that holds the head of the list for a grant reference.
     #[inline]
     fn bucket(&self, gref: u32) -> usize {
         // References that follow one another are spread evenly (Knuth's multiplicative hash).
@@ -205,7 +208,7 @@ impl<'a> Mappings<'a> {
         }
     }
 
-    /// The page at which a guest's page is mapped already, for one more segment.
+    /// Finds the page at which a guest's page is mapped already, and counts one more segment that uses it.
     #[inline]
     pub(crate) fn find(&mut self, gref: u32) -> Option<PageIndex> {
         let mut at = self.head(gref);
@@ -221,7 +224,7 @@ impl<'a> Mappings<'a> {
         None
     }
 
-    /// A page for a guest's page that is to be mapped for a segment.
+    /// Reserves a page at which a guest's page is to be mapped for a segment. `None` if there is no room.
     pub(crate) fn reserve(&mut self, gref: u32) -> Option<PageIndex> {
         if self.keeps && self.short {
             return None;
@@ -239,12 +242,12 @@ impl<'a> Mappings<'a> {
         Some(self.page(at))
     }
 
-    /// Nothing is mapped at a page that was reserved.
+    /// Gives back a reserved page at which nothing was mapped.
     pub(crate) fn unreserve(&mut self, page: PageIndex) {
         self.set_free(self.index(page));
     }
 
-    /// What came of the map of a guest's page there.
+    /// Records the outcome of mapping a guest's page at a reserved page.
     pub(crate) fn told(&mut self, page: PageIndex, outcome: MapOutcome) {
         match outcome {
             MapOutcome::Mapped(handle) => self.mapped(page, handle),
@@ -253,7 +256,7 @@ impl<'a> Mappings<'a> {
         }
     }
 
-    /// A guest's page is there now.
+    /// Records that a guest's page is mapped at `page`.
     fn mapped(&mut self, page: PageIndex, handle: u32) {
         let at = self.index(page);
         let Some(mapping) = self.get_mut(at) else {
@@ -262,12 +265,14 @@ impl<'a> Mappings<'a> {
         mapping.state = State::Mapped;
         mapping.handle = handle;
         let gref = mapping.gref;
+        self.going = self.going.saturating_add(1);
         if self.keeps && !self.is_known(gref) {
             self.keep(at, gref);
         }
     }
 
-    /// Two segments of one batch may name the same page: the second mapping is for its segment only.
+    /// Reports whether a mapping of this grant reference is kept already. Two segments of one batch may name the same
+    /// page; the second mapping is then for its segment only.
     fn is_known(&self, gref: u32) -> bool {
         let mut at = self.head(gref);
         for _ in 0..WALK {
@@ -279,7 +284,7 @@ impl<'a> Mappings<'a> {
             }
             at = mapping.next;
         }
-        // Behind so many it would not be found.
+        // A search stops after `WALK` mappings, so one behind them would never be found.
         true
     }
 
@@ -289,11 +294,12 @@ impl<'a> Mappings<'a> {
             mapping.next = next;
             mapping.state = State::Kept;
             self.kept = self.kept.saturating_add(1);
+            self.going = self.going.saturating_sub(1);
             self.set_head(gref, at);
         }
     }
 
-    /// One that is kept is not found any more.
+    /// Removes a kept mapping from the list of its grant reference.
     fn unkeep(&mut self, at: u16) {
         let Some(Mapping { gref, next, .. }) = self.get(at).copied() else {
             return;
@@ -302,7 +308,7 @@ impl<'a> Mappings<'a> {
         if before == at {
             self.set_head(gref, next);
         } else {
-            // No list is longer.
+            // No list is longer than that.
             for _ in 0..WALK {
                 let Some(mapping) = self.get_mut(before) else {
                     break;
@@ -317,23 +323,38 @@ impl<'a> Mappings<'a> {
         if let Some(mapping) = self.get_mut(at) {
             mapping.state = State::Mapped;
             self.kept = self.kept.saturating_sub(1);
+            self.going = self.going.saturating_add(1);
         }
     }
 
-    /// A guest's page could not be mapped.
+    /// Records that a guest's page could not be mapped.
     fn failed(&mut self, page: PageIndex, is_full: bool) {
         self.short |= is_full;
         let at = self.index(page);
         match self.get_mut(at) {
             Some(mapping) if mapping.state == State::Queued => mapping.state = State::Failed,
-            // It is there, but the call as a whole has failed.
+            // The page is mapped, but the call as a whole has failed.
             Some(mapping) if mapping.state == State::Kept => self.unkeep(at),
             _ => {}
         }
     }
 
-    /// A segment is done with a page. If it is to be unmapped now: its handle. Whoever unmaps says so by
-    /// [`unmapped`](Self::unmapped), and for each that he could not by [`lost`](Self::lost) before.
+    /// Reports whether any page is unmapped with its request. A guest whose pages are kept rarely has any, and its
+    /// requests' pages then need not be checked.
+    #[inline]
+    pub(crate) fn any_goes(&self) -> bool {
+        self.going > 0
+    }
+
+    /// Reports whether the page of a segment is unmapped with its request.
+    #[inline]
+    pub(crate) fn goes(&self, page: PageIndex) -> bool {
+        let mapping = self.get(self.index(page));
+        mapping.is_some_and(|mapping| mapping.state == State::Mapped)
+    }
+
+    /// Releases a page from a segment. Returns the page's handle if it must be unmapped now. The caller then calls
+    /// [`lost`](Self::lost) for each page that it could not unmap, and [`unmapped`](Self::unmapped) after that.
     #[inline]
     pub(crate) fn release(&mut self, page: PageIndex) -> Option<u32> {
         let at = self.index(page);
@@ -361,10 +382,11 @@ impl<'a> Mappings<'a> {
         mapping.next = next;
         let handle = mapping.handle;
         self.leaving = at;
+        self.going = self.going.saturating_sub(1);
         handle
     }
 
-    /// A page could not be unmapped, and is never used again.
+    /// Records that a page could not be unmapped. It is never used again.
     pub(crate) fn lost(&mut self, page: PageIndex) {
         let at = self.index(page);
         if let Some(mapping) = self.get_mut(at) {
@@ -372,7 +394,7 @@ impl<'a> Mappings<'a> {
         }
     }
 
-    /// All that was to be unmapped is, unless it is lost.
+    /// Frees the pages that were to be unmapped, except lost ones.
     pub(crate) fn unmapped(&mut self) {
         let mut at = core::mem::replace(&mut self.leaving, END);
         while let Some(mapping) = self.get(at).copied() {
@@ -383,14 +405,19 @@ impl<'a> Mappings<'a> {
         }
     }
 
-    /// A sweep begins: what was short is tried once more.
+    /// Maps nothing more to be kept before the next sweep.
+    pub(crate) fn set_short(&mut self) {
+        self.short = true;
+    }
+
+    /// Begins a sweep: permits mapping again after there was no room.
     pub(crate) fn begin_sweep(&mut self) {
         self.short = false;
     }
 
-    /// The next page of a sweep, from that entry on, that is kept and was not used since the last sweep, or that no
-    /// request uses if `all` of those are meant. It is to be unmapped, as one that [`release`](Self::release) names.
-    /// One that `is_held` by others is left for another sweep.
+    /// Returns the next page of a sweep, from entry `from` on, that is kept and was not used since the last sweep; with
+    /// `all`, the next kept page that no request uses. The caller must unmap it, as a page that
+    /// [`release`](Self::release) returns. A page that storage still holds (`is_held`) is left for a later sweep.
     pub(crate) fn next_unused(
         &mut self,
         from: u16,

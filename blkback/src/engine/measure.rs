@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Measure: where requests spend their time before the backend has them and after that, while somebody wants to know:
-//! in the ring, while their pages are brought in, and until they are answered.
+//! Measure: where requests spend their time outside the backend while counting is on: in the ring, while their pages
+//! are brought in, and until they are answered.
 //!
-//! When the frontend has put a request into the ring nobody says. It was after the last look that found none, and not
-//! before the event that woke the queue: so what is counted is the longest time that it can have been.
+//! The frontend does not say when it put a request into the ring. It was after the last look that found the ring empty,
+//! and not before the event that woke the queue, so the longest possible time is counted.
 
 use crate::engine::backend::Backend;
 use crate::engine::latency::Span;
@@ -14,7 +14,7 @@ use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    /// Requests are taken from here on.
+    /// Records the time at which a pass begins to take requests.
     pub(super) fn begin_taking(&mut self) {
         self.latencies.spans.taken = match self.latencies.is_on() {
             true => self.backend.now(),
@@ -22,7 +22,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         };
     }
 
-    /// So many were taken, and others came later.
+    /// Records that `count` requests were taken; any others came later.
     pub(super) fn end_taking(&mut self, count: u32) {
         let Spans { empty, taken, .. } = self.latencies.spans;
         if taken != 0 && empty != 0 {
@@ -32,21 +32,21 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.latencies.spans.empty = taken;
     }
 
-    /// There is nothing in the ring.
+    /// Records that the ring was found empty.
     pub(super) fn ring_is_empty(&mut self) {
         if self.latencies.is_on() {
             self.latencies.spans.empty = self.backend.now();
         }
     }
 
-    /// An event of the frontend's came then, in nanoseconds: the first one since the ring was empty.
+    /// Records the frontend's first event since the ring was empty. `at` is its time in nanoseconds.
     pub fn woken(&mut self, at: u64) {
         if self.latencies.is_on() {
             self.latencies.spans.empty = self.latencies.spans.empty.max(at);
         }
     }
 
-    /// A request that the backend gets now came to where it is at that time.
+    /// Counts how long a request that the backend gets now has waited for its pages.
     #[inline]
     pub(super) fn note_pages(&mut self, since: u64, now: u64) {
         if self.latencies.is_on() && since != 0 {
@@ -55,7 +55,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// A request is answered.
+    /// Records that a request is answered.
     #[inline]
     pub(super) fn note_answer(&mut self) {
         if !self.latencies.is_on() {
@@ -67,7 +67,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.latencies.spans.held = self.latencies.spans.held.wrapping_add(1);
     }
 
-    /// The guest sees all answers.
+    /// Counts how long the answers that the guest now sees were held back.
     pub(super) fn note_published(&mut self) {
         let count = core::mem::replace(&mut self.latencies.spans.held, 0);
         if count > 0 {

@@ -8,11 +8,9 @@
 //! publish <-- respond <-- copy out (or unmap) <---- complete <------+
 //! ```
 //!
-//! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand
-//! under one plug, all responses are published with at most one event. The engine belongs to one
-//! thread and holds no lock; what it needs from its surroundings are three ports:
-//! [`SharedRing`](crate::ring::ports::SharedRing), [`Grants`](crate::ring::grants::Grants) and
-//! [`Backend`](backend::Backend).
+//! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand under one plug, all
+//! responses are published with at most one event. The engine belongs to one thread and holds no lock; it reaches its
+//! surroundings through three ports:
 
 pub mod backend;
 pub mod blocks;

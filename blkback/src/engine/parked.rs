@@ -4,12 +4,12 @@
 
 use crate::ring::request::Request;
 
-/// Why a request has to wait for others.
+/// Reason that a request has to wait for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoRoom {
-    /// They have the pages.
+    /// Other requests have the pages.
     Pages,
-    /// They have all numbers, or come before it because it is a barrier.
+    /// Other requests have all numbers, or the request is a barrier and they must end first.
     Turn,
 }
 
@@ -18,6 +18,6 @@ pub(super) enum NoRoom {
 pub(super) struct Parked {
     pub(super) request: Request,
     pub(super) why: NoRoom,
-    /// When it was taken, or 0.
+    /// When it was taken, in nanoseconds while spans are counted, else 0.
     pub(super) since: u64,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What an engine consists of. Each verb of a pass is a file that works on it.
+//! The parts of an engine. Each step of a pass is a file that works on it.
 
 use crate::engine::backend::Backend;
 use crate::engine::blocks::Group;
@@ -18,33 +18,34 @@ use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::Limits;
 
-/// What is fixed for the life of a connection.
+/// Settings that are fixed for the life of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Layout of the slots.
     pub protocol: Protocol,
     /// Largest number of segments for which data is copied; larger requests are mapped.
     pub copy_max_segments: u16,
-    /// The guest keeps its pages granted: as far as there is room all are mapped, and stay so.
+    /// The guest grants persistently: all pages are mapped if there is room, and stay mapped.
     pub keeps_grants: bool,
 }
 
-/// The memory of an engine, made by who connects it.
+/// The memory of an engine, allocated by the code that connects it.
 #[derive(Debug)]
 pub struct Tables<'a> {
-    /// One for each slot of the ring.
+    /// An entry for each slot of the ring.
     pub slots: &'a mut [PendingRequest],
-    /// One for each data page, and as many more as the largest request has segments where pages come and go.
+    /// An entry for each data page, and, where pages come and go, an additional one for each segment of the largest
+    /// request.
     pub entries: &'a mut [SegmentEntry],
-    /// One for each 512 pages that can have memory.
+    /// A group for each 512 pages that can have memory.
     pub groups: &'a mut [Group],
-    /// One for each page at which guest pages are mapped.
+    /// An entry for each page at which guest pages are mapped.
     pub mappings: &'a mut [Mapping],
-    /// One for each descriptor buffer that is to be used, at least one.
+    /// An entry for each descriptor buffer that is to be used, at least one.
     pub fetches: &'a mut [Option<Fetch>],
-    /// Where it counts, from zero.
+    /// The engine's counters; it sets them to zero.
     pub stats: &'a mut Stats,
-    /// Where it counts how long I/O takes, while that is switched on.
+    /// The engine's histograms of how long I/O takes, while counting is on.
     pub latencies: &'a mut Latencies,
 }
 
@@ -57,16 +58,16 @@ pub struct Engine<'a, R, G, B> {
     pub(super) backend: B,
     pub(super) config: Config,
     pub(super) limits: Limits,
-    /// Checked, but there was no room for it.
+    /// A checked request for which there was no room.
     pub(super) parked: Option<Parked>,
-    /// A barrier is being executed: nothing may pass it.
+    /// A barrier is being executed: no request may pass it.
     pub(super) barrier: bool,
     /// Stalled requests may find copy pages in the next pass.
     pub(super) retry: bool,
     /// The queue is being torn down: a discard ends with the piece that is running.
     pub(super) closing: bool,
     pub(super) clock: PassClock,
-    /// Until when the time is counted for which a request has been waiting for pages, if one has.
+    /// If a request waits for pages: the time up to which its wait is counted already.
     pub(super) short_since: Option<u64>,
     pub(super) stats: &'a mut Stats,
     pub(super) latencies: &'a mut Latencies,
@@ -75,9 +76,9 @@ pub struct Engine<'a, R, G, B> {
 impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     /// Makes the engine of an attached ring.
     ///
-    /// The tables are for the pages of `shape`. The larger of both pools must be able to hold the largest
-    /// request that `limits` allows; one that fits neither pool is answered with an error. Where pages come and
-    /// go, at least [`Self::OWN`] are there for ever.
+    /// The tables are for the pages of `shape`. The larger of both pools must be able to hold the largest request that
+    /// `limits` allows; one that fits neither pool is answered with an error. Where pages come and go, at least
+    /// [`Self::OWN`] pages always have memory.
     pub fn new(
         ring: BackRing<R>,
         grants: G,
@@ -108,24 +109,24 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         }
     }
 
-    /// The counters.
+    /// Returns the counters.
     pub fn stats(&self) -> &Stats {
         self.stats
     }
 
-    /// How long I/O took, as far as it was to be counted.
+    /// Returns the histograms of how long I/O took while counting was on.
     pub fn latencies(&mut self) -> &mut Latencies {
         self.latencies
     }
 
-    /// Requests taken and not answered.
+    /// Returns the number of requests that are taken and not answered.
     pub fn in_flight(&self) -> u16 {
         self.requests
             .used()
             .saturating_add(u16::from(self.parked.is_some()))
     }
 
-    /// What there is at this moment.
+    /// Returns the queue's state at this moment.
     pub fn flight(&self) -> Flight {
         Flight {
             requests: self.in_flight(),

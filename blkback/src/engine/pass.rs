@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! One pass over a ring: all verbs in their order.
+//! One pass over a ring: all steps in their order.
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 
-/// What a pass did.
+/// The result of a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Pass {
-    /// The frontend wants an event.
+    /// The frontend must be sent an event.
     pub notify: bool,
-    /// There is more to do at once: do not sleep.
+    /// There is more to do at once, so the thread must not sleep.
     pub again: bool,
+    /// Requests whose I/O is done wait until storage releases their pages, which nothing reports, so the caller must
+    /// make another pass soon.
+    pub held: bool,
     /// The frontend's indices are impossible; only completions are served from now on.
     pub broken: bool,
     /// Requests taken in this pass.
@@ -24,12 +27,12 @@ pub struct Pass {
 }
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    /// Answers what is complete, takes what is new, starts it, and publishes.
+    /// Answers completed requests, takes new ones, starts them, and publishes the answers.
     pub fn pass(&mut self) -> Pass {
         self.one_pass(Self::take)
     }
 
-    /// A pass that takes nothing new: for teardown.
+    /// Makes a pass that takes no new request, for teardown.
     pub fn drain_pass(&mut self) -> Pass {
         self.closing = true;
         self.one_pass(|engine| {
@@ -44,7 +47,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         self.stats.passes = self.stats.passes.wrapping_add(1);
         self.clock.begin();
+        self.requests.look_at_held();
         self.complete();
+        if self.ring.is_gone() {
+            // The ring was given back while pages were unmapped.
+            return Pass::default();
+        }
         let mut answered = self.respond();
         let taken = take(self);
         let full = self.ring.unanswered() >= self.ring.size();
@@ -56,31 +64,35 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             self.backend.resume();
         }
         if self.ring.is_gone() {
-            // While I/O was started: by now the guest may be another one of the same number.
+            // The ring was given back while I/O was started: the domain number may belong to another guest now.
             return Pass::default();
         }
-        // What completed at once is answered at once.
+        // I/O that completed at once is answered in this pass.
         self.complete();
+        if self.ring.is_gone() {
+            return Pass::default();
+        }
         let now = self.respond();
         answered = answered.wrapping_add(now);
-        // A completion frees what a parked request waits for.
+        // A completion frees the pages or numbers that a parked request waits for.
         let waiting = self.parked.is_some() || !self.requests.stalled.is_empty();
         self.count_page_wait();
         let retry = core::mem::replace(&mut self.retry, false);
-        // Whoever has told us of it since it was asked may have done so before the completions were looked
-        // at, which forgets that we were woken.
+        // I/O may have become resumable after the check above and before the completions were collected, which clears
+        // the record that the queue was woken. So it is checked again.
         let resumable = self.backend.can_resume();
         Pass {
             notify: self.publish(),
             again: !self.requests.taken.is_empty() || (now > 0 && waiting) || retry || resumable,
+            held: !self.requests.held.is_empty(),
             broken: self.ring.is_broken(),
             taken,
             answered,
         }
     }
 
-    /// Counts for how long a request has been waiting for pages: from the pass that could not take it in to
-    /// the one that could.
+    /// Counts for how long a request has been waiting for pages: from the pass that found too few to the pass that
+    /// found enough.
     fn count_page_wait(&mut self) {
         let waits = self.is_short_of_pages();
         if !waits && self.short_since.is_none() {
@@ -92,7 +104,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.short_since = waits.then_some(now);
     }
 
-    /// True if there is something to take; asks for no event.
+    /// Returns true if there is a request to take; requests no event.
     pub fn has_requests(&mut self) -> bool {
         let found = self.can_take() && self.ring.is_worth_a_look();
         if !found {
@@ -101,14 +113,14 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         found
     }
 
-    /// See [`Backend::gathers`].
+    /// Returns [`Backend::gathers`].
     pub fn gathers(&self) -> bool {
         self.backend.gathers()
     }
 
     /// Arms the frontend's event and says whether there is work after all; call before sleeping.
     ///
-    /// While nothing can be taken no event is asked for: a completion brings the next pass.
+    /// While no request can be taken it requests no event, because a completion brings the next pass.
     pub fn must_stay_awake(&mut self) -> bool {
         if !self.can_take() {
             return false;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The requests of a queue that are taken and not answered: what is known of each, how far it is, and
-//! which pages it has.
+//! The requests of a queue that are taken and not answered: the state, the stage and the pages of each.
 //!
 //! ```text
 //!       take           start          complete          end
@@ -12,8 +11,8 @@
 //!            Stalled <----------+                Taken
 //! ```
 //!
-//! A [`Handle`] is the right to take the next step of one request. There is one for each, in a list of its
-//! stage or in somebody's hand; a step takes it and gives the next one. So a request is answered once.
+//! A [`Handle`] is the right to take the next step of one request. Each request has exactly one, in the list of its
+//! stage or held by the code that works on it; a step takes it and gives the next one. So a request is answered once.
 
 use core::marker::PhantomData;
 
@@ -25,29 +24,30 @@ use crate::ring::response::{Response, Status};
 /// The end of a list.
 const END: QueueTag = QueueTag::new(u16::MAX);
 
-/// Stage: its data is being brought in.
+/// Stage: the request's data is being brought in.
 #[derive(Debug)]
 pub(crate) enum Taken {}
-/// Stage: it waits for copy pages because its own cannot be mapped, or cannot be used where they are.
+/// Stage: the request waits for copy pages because the guest's pages cannot be mapped, or cannot be used where they are
+/// mapped.
 #[derive(Debug)]
 pub(crate) enum Stalled {}
-/// Stage: the backend has it.
+/// Stage: the backend has the request.
 #[derive(Debug)]
 pub(crate) enum Submitted {}
-/// Stage: it has a result; its data is being brought out.
+/// Stage: the request has a result; its data is being brought out.
 #[derive(Debug)]
 pub(crate) enum Completed {}
 
 /// The right to take the next step of a request, which is at the stage `S`.
 ///
-/// It cannot be copied. Nor can it be dropped, which would be a request that nobody answers: the build
+/// A handle cannot be copied. It cannot be dropped either, because its request would never be answered: the build
 /// refuses a module in which the compiler has left a way to do so, because that way panics.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Handle<S>(QueueTag, PhantomData<S>);
 
 impl<S> Handle<S> {
-    /// The request's number, to look at it.
+    /// Returns the request's number, to look at it.
     pub(crate) fn tag(&self) -> QueueTag {
         self.0
     }
@@ -58,7 +58,7 @@ impl<S> Handle<S> {
         next
     }
 
-    /// Where it is kept now, or that it is at its end, is up to the caller.
+    /// Gives the handle up. The caller must put the request into a list or end it.
     fn put_down(self) -> QueueTag {
         let tag = self.0;
         core::mem::forget(self);
@@ -77,26 +77,26 @@ impl<S> Drop for Handle<S> {
 }
 
 impl Handle<Taken> {
-    /// It waits for copy pages.
+    /// Makes the request wait for copy pages.
     pub(crate) fn stall(self) -> Handle<Stalled> {
         self.step()
     }
 
-    /// It has failed before it was given to the backend.
+    /// Ends the request, which has failed before the backend got it.
     pub(crate) fn fail(self) -> Handle<Completed> {
         self.step()
     }
 }
 
 impl Handle<Stalled> {
-    /// It waits no longer.
+    /// Ends the wait for copy pages.
     pub(crate) fn resume(self) -> Handle<Taken> {
         self.step()
     }
 }
 
 impl Handle<Completed> {
-    /// The next piece of it is to be done.
+    /// Begins the next piece of the request.
     pub(crate) fn go_on(self) -> Handle<Taken> {
         self.step()
     }
@@ -113,26 +113,30 @@ pub struct PendingRequest {
     /// The segments that are being worked on.
     pub(crate) head: u16,
     pub(crate) count: u16,
-    /// Those that follow when these are done: there was no room for all.
+    /// The segments that follow when these are done, because there were too few pages for all.
     pub(crate) rest: u16,
     pub(crate) left: u16,
-    /// When the backend got it, if it has it. While spans are counted, when it came to where it is, or 0.
+    /// When the backend got it, in nanoseconds, if the backend has it. Before that, while spans are counted, when it
+    /// came to its present stage; else 0.
     pub(crate) since: u64,
-    /// The next request of the list in which this one is, and the one before, unless this is the first.
+    /// The next request of the same list, and the one before, unless this is the first.
     pub(super) next: QueueTag,
     pub(super) prev: QueueTag,
     pub(crate) operation: u8,
     pub(crate) pool: Pool,
     pub(crate) status: Status,
-    /// The backend has it. What the backend names is a number, which proves nothing.
+    /// The backend has it. Checked for each completion, because the number in one proves nothing.
     pub(super) submitted: bool,
-    /// A page of it cannot be mapped for want of room in the hypervisor.
+    /// A page of the request cannot be mapped, because the hypervisor has no room.
     pub(crate) unmappable: bool,
     /// A page of it cannot be mapped because the grant is no good.
     pub(crate) refused: bool,
+    /// Storage still holds a page of it, although the I/O is done.
+    pub(crate) held: bool,
     /// Some of its segments are done already.
     pub(crate) continued: bool,
-    /// All of it is in the counters. It may have been begun as a whole, be given back, and be done in pieces.
+    /// All of the request is in the counters. It may have been begun as a whole, be given back, and then be done in
+    /// pieces.
     pub(crate) counted: bool,
 }
 
@@ -156,16 +160,17 @@ impl PendingRequest {
         submitted: false,
         unmappable: false,
         refused: false,
+        held: false,
         continued: false,
         counted: false,
     };
 
-    /// True for a read whose data must be copied to the guest.
+    /// Reports whether it is a read whose data must be copied to the guest.
     pub(crate) fn copies_out(&self) -> bool {
         self.kind == IoKind::Read && self.pool == Pool::Copy && self.status == Status::Okay
     }
 
-    /// True for a write whose data must be copied from the guest.
+    /// Reports whether it is a write whose data must be copied from the guest.
     pub(crate) fn copies_in(&self) -> bool {
         self.kind != IoKind::Read && self.pool == Pool::Copy
     }
@@ -197,17 +202,17 @@ impl<S> List<S> {
         self.head == END
     }
 
-    /// The number of the first one.
+    /// Returns the number of the first request.
     pub(crate) fn first(&self) -> Option<QueueTag> {
         (self.head != END).then_some(self.head)
     }
 }
 
-/// What is known of each request, by its number.
+/// The state of each request, by its number.
 #[derive(Debug)]
 pub(crate) struct Slots<'a> {
     slots: &'a mut [PendingRequest],
-    /// What a handle names that names no slot, which none does.
+    /// Stands in for the request of a handle that names no slot; there is no such handle.
     nobody: PendingRequest,
 }
 
@@ -225,14 +230,14 @@ impl Slots<'_> {
         self.get(handle.0).unwrap_or(&self.nobody)
     }
 
-    /// A part of a request's data cannot be moved.
+    /// Marks a request as failed, because part of its data cannot be moved.
     pub(crate) fn fail(&mut self, tag: QueueTag) {
         if let Some(request) = self.get_mut(tag) {
             request.status = Status::Error;
         }
     }
 
-    /// There is no room for a mapping of a page of it, which is a reason to copy it instead.
+    /// Marks a request as failed for want of room for a mapping. Its data can be copied instead.
     pub(crate) fn fail_to_map(&mut self, tag: QueueTag) {
         self.fail(tag);
         if let Some(request) = self.get_mut(tag) {
@@ -240,12 +245,19 @@ impl Slots<'_> {
         }
     }
 
-    /// A page of it cannot be mapped because the grant is no good.
+    /// Marks a request as failed, because a page of it cannot be mapped: the grant is no good.
     pub(crate) fn refuse_to_map(&mut self, tag: QueueTag) {
         self.fail(tag);
         if let Some(request) = self.get_mut(tag) {
             request.refused = true;
             request.unmappable = false;
+        }
+    }
+
+    /// Marks a request of which storage still holds a page.
+    pub(crate) fn hold(&mut self, tag: QueueTag) {
+        if let Some(request) = self.get_mut(tag) {
+            request.held = true;
         }
     }
 
@@ -275,7 +287,7 @@ impl Slots<'_> {
         Some(tag)
     }
 
-    /// Takes a slot out of the list in which it is.
+    /// Takes a slot out of its list.
     #[inline]
     fn remove<S>(&mut self, list: &mut List<S>, tag: QueueTag) {
         let Some(slot) = self.get_mut(tag) else {
@@ -308,7 +320,7 @@ fn release(segments: &mut Segments<'_>, request: &PendingRequest) {
 /// # Invariants
 ///
 /// - A handle, and an entry of a list, names a slot that there is.
-/// - A slot is free, or in one list, or somebody has its handle.
+/// - A slot is free, or in one list, or its handle is held by the code that works on it.
 /// - A slot is in the list `submitted` if its own `submitted` is set, and then only.
 /// - The chain of a slot that is not free belongs to its request.
 #[derive(Debug)]
@@ -320,13 +332,15 @@ pub(crate) struct Requests<'a> {
     pub(crate) segments: Segments<'a>,
     pub(crate) taken: List<Taken>,
     pub(crate) stalled: List<Stalled>,
-    /// What the backend has, the oldest first. It completes in any order.
+    /// The requests that the backend has, the oldest first. They complete in any order.
     submitted: List<Submitted>,
     pub(crate) completed: List<Completed>,
+    /// Requests whose I/O is done while storage still holds one of their pages.
+    pub(crate) held: List<Completed>,
 }
 
 impl<'a> Requests<'a> {
-    /// Of a queue that has taken nothing.
+    /// Makes the requests of a queue that has taken none.
     pub(crate) fn new(slots: &'a mut [PendingRequest], segments: Segments<'a>) -> Self {
         let total = u16::try_from(slots.len()).unwrap_or(u16::MAX);
         slots.fill(PendingRequest::FREE);
@@ -342,6 +356,7 @@ impl<'a> Requests<'a> {
             stalled: List::EMPTY,
             submitted: List::EMPTY,
             completed: List::EMPTY,
+            held: List::EMPTY,
         };
         for tag in (0..total).map(QueueTag::new) {
             requests.slots.append(&mut requests.free, tag);
@@ -349,23 +364,23 @@ impl<'a> Requests<'a> {
         requests
     }
 
-    /// Requests that are not answered.
+    /// Returns the number of requests that are not answered.
     pub(crate) fn used(&self) -> u16 {
         self.used
     }
 
-    /// A request by its number.
+    /// Returns a request by its number.
     pub(crate) fn get(&self, tag: QueueTag) -> Option<&PendingRequest> {
         self.slots.get(tag)
     }
 
-    /// The request of a handle.
+    /// Returns the request of a handle.
     #[inline]
     pub(crate) fn of<S>(&self, handle: &Handle<S>) -> &PendingRequest {
         self.slots.of(handle)
     }
 
-    /// The same, to change it.
+    /// Returns the request of a handle, to change it.
     #[inline]
     pub(crate) fn of_mut<S>(&mut self, handle: &Handle<S>) -> &mut PendingRequest {
         match self.slots.slots.get_mut(handle.0.index()) {
@@ -374,13 +389,13 @@ impl<'a> Requests<'a> {
         }
     }
 
-    /// The number of the request behind `tag` in its list.
+    /// Returns the number of the request behind `tag` in its list.
     pub(crate) fn after(&self, tag: QueueTag) -> Option<QueueTag> {
         let next = self.get(tag)?.next;
         (next != END).then_some(next)
     }
 
-    /// The numbers of this request and of those behind it in its list, in order.
+    /// Returns the numbers of this request and of those behind it in its list, in order.
     pub(crate) fn from(&self, mut tag: QueueTag) -> impl Iterator<Item = QueueTag> + '_ {
         core::iter::from_fn(move || {
             let here = tag;
@@ -389,7 +404,7 @@ impl<'a> Requests<'a> {
         })
     }
 
-    /// Gives a new request a number; `None` if there is none left.
+    /// Gives a new request a number; `None` if all numbers are in use.
     #[inline]
     pub(crate) fn take(&mut self, request: PendingRequest) -> Option<Handle<Taken>> {
         let tag = self.slots.remove_first(&mut self.free)?;
@@ -398,7 +413,7 @@ impl<'a> Requests<'a> {
         Some(Handle(tag, PhantomData))
     }
 
-    /// The backend gets it now. It is behind all that it got before.
+    /// Hands a request to the backend at the time `now`. Appends it to the list of those that the backend has.
     #[inline]
     pub(crate) fn start(&mut self, handle: Handle<Taken>, now: u64) -> QueueTag {
         let request = self.of_mut(&handle);
@@ -409,12 +424,12 @@ impl<'a> Requests<'a> {
         tag
     }
 
-    /// When the backend got the oldest one that it has.
+    /// Returns when the backend got the oldest request that it has, in nanoseconds.
     pub(crate) fn oldest_start(&self) -> Option<u64> {
         Some(self.get(self.submitted.first()?)?.since)
     }
 
-    /// The backend says that it is done. `None` if the backend does not have it.
+    /// Takes a completed request from the backend. `None` if the backend does not have it.
     #[inline]
     pub(crate) fn complete(&mut self, tag: QueueTag, status: Status) -> Option<Handle<Completed>> {
         let slot = self.slots.get_mut(tag)?;
@@ -426,19 +441,19 @@ impl<'a> Requests<'a> {
         Some(Handle(tag, PhantomData))
     }
 
-    /// The backend gives it back as it got it. `None` if the backend does not have it.
+    /// Takes back a request that the backend gives up unchanged. `None` if the backend does not have it.
     pub(crate) fn take_back(&mut self, tag: QueueTag) -> Option<Handle<Stalled>> {
         let slot = self.slots.get_mut(tag)?;
         if !core::mem::replace(&mut slot.submitted, false) {
             return None;
         }
-        // It waits for pages, and not since it was submitted.
+        // The request waits for pages from now on, not since it was submitted.
         slot.since = 0;
         self.slots.remove(&mut self.submitted, tag);
         Some(Handle(tag, PhantomData))
     }
 
-    /// Its end: its pages and its number are free, and this is what the guest is to be told.
+    /// Ends a request: frees its pages and its number, and returns the answer for the guest.
     #[inline]
     #[must_use]
     pub(crate) fn end(&mut self, handle: Handle<Completed>) -> Response {
@@ -454,7 +469,7 @@ impl<'a> Requests<'a> {
         response
     }
 
-    /// Gives the pages back of a request that has got no number.
+    /// Frees the pages of a request that got no number.
     pub(crate) fn release(&mut self, request: &PendingRequest) {
         release(&mut self.segments, request);
     }
@@ -482,20 +497,36 @@ impl<'a> Requests<'a> {
         self.slots.append(&mut self.completed, handle.put_down());
     }
 
-    /// The first one of those that are taken.
+    /// Appends a request to those with a page that storage holds.
+    #[cold]
+    pub(crate) fn push_held(&mut self, handle: Handle<Completed>) {
+        self.slots.append(&mut self.held, handle.put_down());
+    }
+
+    /// Moves requests with a page that storage held back to the completed ones.
+    #[inline]
+    pub(crate) fn look_at_held(&mut self) {
+        while let Some(tag) = self.slots.remove_first(&mut self.held) {
+            let handle = Handle(tag, PhantomData);
+            self.of_mut(&handle).held = false;
+            self.push_completed(handle);
+        }
+    }
+
+    /// Takes the first request from those that are taken.
     #[inline]
     pub(crate) fn pop_taken(&mut self) -> Option<Handle<Taken>> {
         let tag = self.slots.remove_first(&mut self.taken)?;
         Some(Handle(tag, PhantomData))
     }
 
-    /// The first one of those that are stalled.
+    /// Takes the first request from those that are stalled.
     pub(crate) fn pop_stalled(&mut self) -> Option<Handle<Stalled>> {
         let tag = self.slots.remove_first(&mut self.stalled)?;
         Some(Handle(tag, PhantomData))
     }
 
-    /// The first one of those that are completed.
+    /// Takes the first request from those that are completed.
     #[inline]
     pub(crate) fn pop_completed(&mut self) -> Option<Handle<Completed>> {
         let tag = self.slots.remove_first(&mut self.completed)?;
@@ -543,7 +574,7 @@ mod tests {
 
     #[test]
     fn the_oldest_one_is_known_in_whatever_order_they_complete() {
-        // All orders in which four can complete, and each followed by one that is new.
+        // All orders in which four requests can complete, with a new one after each.
         for seed in 0..24usize {
             let mut slots = [PendingRequest::FREE; 4];
             let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));

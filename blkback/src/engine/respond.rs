@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Respond: answer what is complete, or go on with its next piece.
+//! Respond: answer completed requests, or begin their next piece.
 
 use crate::engine::backend::{Backend, IoKind};
 use crate::engine::parts::Engine;
@@ -11,21 +11,25 @@ use crate::ring::request::Reject;
 use crate::ring::response::{Response, Status};
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    /// Answers everything that is complete; says how many requests that was.
+    /// Answers all completed requests and returns their number.
     pub(super) fn respond(&mut self) -> u32 {
         if self.requests.completed.is_empty() {
             return 0;
         }
-        self.copy_out();
+        let any_held = self.copy_out();
         let mut answered: u32 = 0;
         while let Some(handle) = self.requests.pop_completed() {
+            if any_held && self.requests.of(&handle).held {
+                self.requests.push_held(handle);
+                continue;
+            }
             self.finish(handle);
             answered = answered.wrapping_add(1);
         }
         answered
     }
 
-    /// Answers one request, or goes on with it.
+    /// Answers a request, or begins its next piece.
     fn finish(&mut self, handle: Handle<Completed>) {
         self.note_latency(&handle);
         let request = self.requests.of_mut(&handle);
@@ -55,7 +59,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.answer(&response);
     }
 
-    /// Counts how long an I/O took, if that is wanted. What has failed is not counted: it may never have begun.
+    /// Counts how long an I/O took, while counting is on. A failed I/O is not counted, because it may never have begun.
     #[inline]
     fn note_latency(&mut self, handle: &Handle<Completed>) {
         if !self.latencies.is_on() {
@@ -63,12 +67,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         let request = self.requests.of(handle);
         let (kind, status, since) = (request.kind, request.status, request.since);
-        // Looked at when it was found to be complete.
+        // The clock was read when the request was found to be complete.
         let now = self.clock.last(&self.backend);
         if status == Status::Okay {
             self.latencies.add(kind, now.saturating_sub(since));
         }
-        // Its next piece, if it has one, begins here.
+        // The next piece, if there is one, begins here.
         self.requests.of_mut(handle).since = now;
     }
 
@@ -85,7 +89,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// Shows the guest all answers at once; true if it wants an event.
+    /// Shows the guest all answers at once; returns true if the guest wants an event.
     pub(super) fn publish(&mut self) -> bool {
         let notify = self.ring.publish();
         self.note_published();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What remains of an engine whose guest is gone: I/O in flight and its pages.
+//! The rest of an engine whose guest is gone: I/O in flight and its pages.
 
 use crate::engine::backend::Backend;
 use crate::engine::complete::complete;
@@ -10,7 +10,7 @@ use crate::engine::transfers::Transfers;
 use crate::ring::grants::Grants;
 use crate::ring::response::Status;
 
-/// What remains of an engine whose guest is gone. Nobody is answered any more.
+/// The rest of an engine whose guest is gone. It answers no more requests.
 #[derive(Debug)]
 pub struct Rest<'a, G, B> {
     pub(super) requests: Requests<'a>,
@@ -19,7 +19,7 @@ pub struct Rest<'a, G, B> {
 }
 
 impl<'a, R, G, B> Engine<'a, R, G, B> {
-    /// Lets go of the guest's ring; what is in flight can only be waited for.
+    /// Gives the guest's ring back; the I/O in flight can then only be waited for.
     pub fn detach(self) -> Rest<'a, G, B> {
         Rest {
             requests: self.requests,
@@ -30,22 +30,29 @@ impl<'a, R, G, B> Engine<'a, R, G, B> {
 }
 
 impl<G: Grants, B: Backend> Rest<'_, G, B> {
-    /// True while what is in flight must be waited for.
+    /// Reports whether I/O in flight must be waited for.
     pub fn is_bound(&self) -> bool {
         self.backend.is_bound(self.requests.used())
     }
 
-    /// Unmaps and frees what has completed; true while what is in flight must be waited for.
+    /// Unmaps the pages that no request uses and storage does not hold. Never waits.
+    pub fn let_go(&mut self) {
+        self.transfers.sweep(true);
+    }
+
+    /// Unmaps and frees the pages of completed requests; returns true while I/O in flight must be waited for.
     pub fn drain(&mut self) -> bool {
         let requests = &mut self.requests;
+        // The guest has its ring back, so the thread may wait until storage releases the pages.
+        requests.look_at_held();
         while let Some(handle) = requests.pop_stalled() {
             requests.push_taken(handle.resume());
         }
-        // These were never given to the backend.
+        // The backend never got these requests.
         while let Some(handle) = requests.pop_taken() {
             requests.push_completed(handle.fail());
         }
-        // Nobody reads how long it took.
+        // These times are not counted.
         complete(requests, &mut self.backend, |_| ());
         self.end_given_back();
         let requests = &mut self.requests;
@@ -54,7 +61,8 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
             at = requests.after(tag);
             self.transfers.unmap(requests, tag);
         }
-        // Also what no request uses: the guest's domain stays as long as anything of it is mapped.
+        // Pages that no request uses are unmapped too, because the guest's domain cannot go while any of its pages is
+        // mapped.
         self.transfers.sweep(true);
         while let Some(handle) = requests.pop_completed() {
             let _nobody_reads_it = requests.end(handle);
@@ -62,7 +70,7 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
         self.is_bound()
     }
 
-    // Not part of its caller, so that the one has a small frame.
+    // A function of its own, so that its caller has a small stack frame.
     #[inline(never)]
     fn end_given_back(&mut self) {
         let requests = &mut self.requests;

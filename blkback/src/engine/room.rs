@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Pages for requests: taken, borrowed, given back, and what is done with too few of them.
+//! Pages for requests: taking, borrowing and giving back, and serving requests with too few of them.
 //!
-//! A queue has a few pages of its own, and borrows more while it is busy. A large request for which
-//! it can borrow none is done piece by piece in those that it has: so its own ones are enough for
-//! any request, and none of them is ever waited for but for I/O of this very queue.
+//! A queue has a few pages of its own, and borrows more while it is busy. A large request for which it can borrow none
+//! is done piece by piece in the pages that the queue has. So the own pages are enough for any request, and a request
+//! waits for them only while the same queue's I/O uses them.
 
 use crate::engine::backend::Backend;
 use crate::engine::blocks::BLOCK;
@@ -20,10 +20,11 @@ const PIECE: u16 = 2 * BLOCK;
 const _: () = assert!(PIECE as usize >= MAX_DIRECT_SEGMENTS);
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
-    /// Pages that a queue must have for ever, if it has not all that it can have.
+    /// Pages that a queue must always have, unless it has all its pages from the beginning.
     pub const OWN: u16 = PIECE;
 
-    /// Free pages with memory, pages for mappings that are not in use, and free entries without a page, for tests.
+    /// Returns the numbers of free pages with memory, of pages for mappings that are not in use, and of free entries
+    /// without a page, for tests.
     pub fn free_pages(&self) -> (u16, u16, u16) {
         let (segments, mappings) = (&self.requests.segments, &self.transfers.mappings);
         let named = segments
@@ -37,18 +38,18 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         )
     }
 
-    /// Guest pages that stay mapped, in use or not.
+    /// Returns the number of guest pages that stay mapped, in use or not.
     pub fn kept(&self) -> u16 {
         self.transfers.mappings.kept()
     }
 
-    /// There is something for [`sweep`](Self::sweep) to do now and then.
+    /// Reports whether [`sweep`](Self::sweep) must be called from time to time.
     pub fn wants_sweep(&self) -> bool {
         self.transfers.mappings.wants_sweep()
     }
 
-    /// Unmaps the guest pages that were not used since the last call, or `all` that are not in use, and has what
-    /// there was no room to map tried once more. Returns how many are left.
+    /// Unmaps the guest pages that were not used since the last call, or with `all` those that are not in use, and
+    /// permits mapping again after there was no room. Returns how many pages stay mapped.
     pub fn sweep(&mut self, all: bool) -> u16 {
         if self.wants_sweep() {
             self.transfers.sweep(all);
@@ -56,24 +57,29 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.kept()
     }
 
-    /// Pages with memory now.
+    /// Unmaps all guest pages that no request uses, and maps none to keep before the next [`sweep`](Self::sweep).
+    pub fn make_room(&mut self) {
+        self.transfers.make_room();
+    }
+
+    /// Returns the number of pages with memory now.
     pub fn pages(&self) -> u16 {
         self.requests.segments.capacity(Pool::Copy)
     }
 
-    /// Pages with memory that are borrowed now.
+    /// Returns the number of pages with memory that are borrowed now.
     pub fn borrowed(&mut self) -> u16 {
         self.requests.segments.blocks().borrowed()
     }
 
-    /// Borrowed pages that were free all the time since the last call.
+    /// Returns the number of borrowed pages that were free all the time since the last call.
     pub fn unused(&mut self) -> u16 {
         let blocks = self.requests.segments.blocks();
         let least = blocks.reset_low();
         least.min(blocks.borrowed())
     }
 
-    /// Gives back what others have a right to, as far as it is not in use.
+    /// Gives back unused pages that other queues have a right to.
     #[inline]
     pub fn settle(&mut self, thorough: bool) {
         let owed = self.backend.owed(thorough);
@@ -82,7 +88,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// Gives back what was not used since the last call. Returns what is still borrowed.
+    /// Gives back pages that were not used since the last call. Returns the number of pages that are still borrowed.
     pub fn tidy(&mut self) -> u16 {
         let unused = self.unused();
         self.give_back(unused);
@@ -93,8 +99,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.borrowed()
     }
 
-    /// Gives back up to so many borrowed pages, in blocks of which no page is in use. Returns how
-    /// many that were.
+    /// Gives back at most `pages` borrowed pages, in blocks without a page in use. Returns their number.
     pub fn give_back(&mut self, pages: u16) -> u16 {
         let mut given: u16 = 0;
         while given.saturating_add(BLOCK) <= pages {
@@ -107,7 +112,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         given
     }
 
-    /// Pages for a request of so many segments; `None` if it must wait for other requests.
+    /// Takes pages for a request of `count` segments; `None` if it must wait for other requests.
     pub(super) fn room(&mut self, pool: Pool, count: u16, may_split: bool) -> Option<Chain> {
         if pool == Pool::Copy && self.requests.segments.free(pool) < count {
             self.borrow(count);
@@ -124,7 +129,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             self.requests.segments.free(pool),
             self.requests.segments.capacity(pool),
         );
-        // With enough pages in all it gets them when others are done.
+        // If the queue has enough pages in all, the request gets them when other requests are done.
         if pool != Pool::Copy || !may_split || now >= count || free < PIECE.min(now).max(1) {
             return None;
         }
@@ -133,7 +138,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             .alloc_in_part(free, count.saturating_sub(free))
     }
 
-    /// Borrows until so many pages are free, as far as there is something to borrow.
+    /// Borrows until `count` pages are free or no more can be borrowed.
     #[cold]
     fn borrow(&mut self, count: u16) {
         while self.requests.segments.free(Pool::Copy) < count {
@@ -147,7 +152,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// Goes on with the next piece of a request.
+    /// Begins the next piece of a request.
     #[cold]
     pub(super) fn next_piece(&mut self, handle: Handle<Completed>) {
         let request = *self.requests.of(&handle);

@@ -2,10 +2,10 @@
 
 //! The segment table: one entry for each data page of a queue, and some more.
 //!
-//! A request owns a chain of entries, one for each of its segments. The table has three pools: entries
-//! of pages with memory of our own, into which data is copied, each of which has the index of its page;
-//! entries for guest pages that are mapped, which get a page when it is known where that is
-//! (`mappings`); and entries without a page, which keep the segments of a request that is done piece by piece.
+//! A request owns a chain of entries, one for each of its segments. The table has three pools: entries of pages with
+//! this domain's memory, into which data is copied, each of which has the index of its page; entries for mapped guest
+//! pages, which get a page when its place is known (`mappings`); and entries without a page, which keep the segments of
+//! a request that is done piece by piece.
 //!
 //! Pages with memory come and go in blocks of eight neighbours (`blocks`). Nothing is allocated
 //! here: a request that finds too little waits, or is done in pieces.
@@ -24,32 +24,32 @@ pub enum Pool {
     Copy,
     /// Guest pages are mapped: the entries get their pages later.
     Map,
-    /// No pages: what is left of a request that is done in pieces.
+    /// No pages: the remaining segments of a request that is done in pieces.
     Rest,
 }
 
-/// How the entries of a table are shared out. Those behind both kinds of pages have none.
+/// Shares of the kinds of pages in a table. The entries behind both kinds have no pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Pages that can have memory; they are the first ones.
     pub copy: u16,
-    /// Of them, those that have it from the beginning and for ever.
+    /// Those of them that always have memory.
     pub own: u16,
     /// Pages at which guest pages are mapped; they follow.
     pub map: u16,
 }
 
-/// One entry of the table.
+/// An entry of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentEntry {
     segment: Option<Segment>,
     next: u16,
-    /// Where its data is.
+    /// The page of its data.
     page: u16,
 }
 
 impl SegmentEntry {
-    /// An entry that belongs to nobody.
+    /// A free entry.
     pub const EMPTY: Self = Self {
         segment: None,
         next: END,
@@ -137,7 +137,7 @@ impl<'a> Segments<'a> {
         table
     }
 
-    /// Entries that a pool can have in all.
+    /// Returns the number of entries that a pool can have in all.
     pub fn most(&self, pool: Pool) -> u16 {
         match pool {
             Pool::Copy => self.copy.most(),
@@ -146,7 +146,7 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Entries that a pool has now.
+    /// Returns the number of entries that a pool has now.
     pub fn capacity(&self, pool: Pool) -> u16 {
         match pool {
             Pool::Copy => self.copy.capacity(),
@@ -154,7 +154,7 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Entries of a pool that are free.
+    /// Returns the number of free entries of a pool.
     pub fn free(&self, pool: Pool) -> u16 {
         match pool {
             Pool::Copy => self.copy.free(),
@@ -163,7 +163,7 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// The blocks of pages with memory.
+    /// Returns the blocks of pages with memory.
     pub(crate) fn blocks(&mut self) -> &mut Blocks<'a> {
         &mut self.copy
     }
@@ -181,7 +181,7 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Takes pages for so many segments and entries without a page for the others of a request.
+    /// Takes pages for `count` segments, and entries without a page for the `left` other segments of a request.
     pub(crate) fn alloc_in_part(&mut self, count: u16, left: u16) -> Option<Chain> {
         let rest = self.alloc(Pool::Rest, left)?;
         let Some(head) = self.alloc(Pool::Copy, count) else {
@@ -227,12 +227,12 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// The grant reference of an entry's segment, if it has one.
+    /// Returns the grant reference of an entry's segment, if it has one.
     pub(crate) fn gref(&self, index: u16) -> Option<u32> {
         Some(self.entries.get(usize::from(index))?.segment?.gref())
     }
 
-    /// Says where the data of an entry of [`Pool::Map`] is and returns the next entry of the chain.
+    /// Stores the page of an entry of [`Pool::Map`] and returns the next entry of the chain.
     pub(crate) fn put_at(&mut self, index: u16, page: PageIndex) -> u16 {
         match self.entries.get_mut(usize::from(index)) {
             Some(entry) => {
@@ -255,15 +255,25 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// The entry behind `index` in its chain.
+    /// Returns the pages of `count` entries of a chain of [`Pool::Map`], without those that have none.
+    pub(crate) fn pages(&self, head: u16, count: u16) -> impl Iterator<Item = PageIndex> + '_ {
+        let mut index = head;
+        (0..count).filter_map(move |_| {
+            let entry = self.entries.get(usize::from(index))?;
+            index = entry.next;
+            (entry.page != END).then_some(PageIndex::new(entry.page))
+        })
+    }
+
+    /// Returns the entry behind `index` in its chain.
     pub fn after(&self, index: u16) -> u16 {
         self.entries
             .get(usize::from(index))
             .map_or(END, |entry| entry.next)
     }
 
-    /// Copies the segments of so many entries of one chain into another. Returns the entry of the
-    /// first chain that follows them.
+    /// Copies the segments of `count` entries of one chain into another. Returns the entry of the first chain that
+    /// follows them.
     pub fn move_chain(&mut self, from: u16, to: u16, count: u16) -> u16 {
         let (mut from, mut to) = (from, to);
         for _ in 0..count {
@@ -279,13 +289,13 @@ impl<'a> Segments<'a> {
         from
     }
 
-    /// Sectors of so many segments of a chain.
+    /// Returns the sectors (512 bytes) of `count` segments of a chain.
     pub(crate) fn sectors(&self, head: u16, count: u16) -> u64 {
         let bytes = self.slices(head, count).map(|slice| u64::from(slice.len));
         bytes.fold(0, u64::wrapping_add) / 512
     }
 
-    /// The filled entries of a chain, in order.
+    /// Returns the filled entries of a chain, in order.
     pub fn slices(&self, head: u16, count: u16) -> impl Iterator<Item = Slice> + '_ {
         let mut index = head;
         (0..count).filter_map(move |_| {

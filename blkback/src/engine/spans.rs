@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What is remembered to say where requests spend their time beside the backend's: see [`measure`](super::measure).
+//! Times from which [`measure`](super::measure) computes how long requests are outside the backend.
 
-/// What is remembered from one step of a pass to the next. All is 0 while nothing is counted.
+/// Times and counts that pass from one step of a pass to the next. All is 0 while nothing is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Spans {
-    /// What is in the ring came after this.
+    /// The requests in the ring came after this time, in nanoseconds.
     pub(super) empty: u64,
-    /// When the requests are taken that are taken now.
+    /// When the pass began to take its requests, in nanoseconds.
     pub(super) taken: u64,
     /// Requests that are answered and not published, and when the first of them was found to be complete.
     pub(super) held: u32,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Counters of one queue, and what it has at this moment.
+//! Counters of one queue, and its state at this moment.
 //!
 //! The first seven have the names and the meaning of the C driver's sysfs files. All are
 //! monotonic for the life of the queue.
@@ -28,28 +28,28 @@ pub struct Stats {
     pub refused: u64,
     /// Requests answered with an error after they were accepted.
     pub failed: u64,
-    /// Requests whose pages were mapped rather than copied.
+    /// Requests whose pages were mapped instead of copied.
     pub mapped: u64,
     /// Passes over the ring.
     pub passes: u64,
     /// Events sent to the frontend.
     pub notified: u64,
-    /// How long I/O took.
+    /// Number and duration of I/Os.
     pub times: Times,
-    /// Nanoseconds for which requests were kept waiting for pages, and all behind them with them.
+    /// Nanoseconds for which requests waited for pages, and made all requests behind them wait.
     pub page_wait_ns: u64,
-    /// Pieces beyond the first of requests that were done in several for want of pages.
+    /// Pieces beyond the first, of requests that were done in pieces for want of pages.
     pub pieces: u64,
     /// Passes that found the ring full: the guest could not ask for more.
     pub ring_full: u64,
 }
 
-/// What a queue has at this moment.
+/// State of a queue at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flight {
     /// Requests that are taken and not answered.
     pub requests: u16,
-    /// When the oldest one that the backend has was given to it.
+    /// When the backend got the oldest request that it has, in nanoseconds.
     pub oldest: Option<u64>,
     /// Pages of the guest that stay mapped, in use or not.
     pub kept: u16,

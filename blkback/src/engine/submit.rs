@@ -10,8 +10,8 @@ use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::response::Status;
 
-/// Sectors of a discard that are given to the backend at once: 1 GiB. A discard may cover the
-/// whole disk; in pieces it can be interleaved and torn down.
+/// Most sectors (512 bytes) of a discard that the backend gets at once: 1 GiB. A discard may cover the whole disk; in
+/// pieces it can be interleaved and torn down.
 const DISCARD_CHUNK: u64 = 1 << 21;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
@@ -26,7 +26,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             if request.status == Status::Okay {
                 if !request.counted {
                     count(self.stats, request);
-                    // If this is not all of it, the rest is counted when it is begun.
+                    // Segments that are still left are counted when their piece begins.
                     request.counted = request.left == 0;
                 }
                 let since = request.since;
@@ -59,7 +59,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
 }
 
 impl PendingRequest {
-    /// Sectors that the backend gets at once.
+    /// Returns the sectors (512 bytes) that the backend gets at once.
     pub(super) fn piece(&self) -> u64 {
         match self.kind {
             IoKind::Discard { .. } => self.sectors.min(DISCARD_CHUNK),

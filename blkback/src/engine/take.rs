@@ -31,7 +31,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
     }
 
-    /// True while a request waits for pages.
+    /// Returns true while a request waits for pages.
     pub(super) fn is_short_of_pages(&self) -> bool {
         let parked = self.parked.as_ref();
         parked.is_some_and(|parked| parked.why == NoRoom::Pages)
@@ -72,7 +72,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         taken
     }
 
-    /// Gives a checked request what it needs, or answers it.
+    /// Gives a checked request its number and pages, or answers it.
     fn admit(&mut self, request: &Request) -> Result<(), NoRoom> {
         match request {
             Request::Flush(id) => self.flush(*id),
@@ -147,7 +147,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             ..PendingRequest::FREE
         })?;
         let request = self.requests.of(&handle);
-        // One that has failed has no pages to fill.
+        // A request that has failed has no pages to fill.
         if request.status == Status::Okay {
             let mut at = request.head;
             let mut sectors: u64 = 0;
@@ -163,7 +163,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     fn indirect(&mut self, indirect: &Indirect) -> Result<(), NoRoom> {
-        // One buffer holds one page of segments; more pages than that are never advertised.
+        // A buffer holds one page of segments; this driver never advertises more pages than that.
         if indirect.pages() != 1 {
             self.refuse(&indirect.reject(Reason::SegmentCount));
             return Ok(());
@@ -195,7 +195,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.requests.take(request).ok_or(NoRoom::Turn)
     }
 
-    /// With a chain of `request.count` pages; one that can never get them has failed.
+    /// Gives a request a number and a chain of `request.count` pages. A request that can never get them is marked as
+    /// failed.
     fn with_pages(&mut self, mut request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
         let keeps = self.transfers.mappings.keeps();
         let maps = match keeps {
@@ -216,7 +217,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let may_split = matches!(request.kind, IoKind::Read | IoKind::Write);
         let mut room = |pool| Some((pool, self.room(pool, request.count, may_split)?));
         let found = match room(pool) {
-            // What is kept is for speed: nothing waits for that.
+            // Mappings that stay are only for speed, so no request waits for them.
             None if keeps && pool == Pool::Map => room(Pool::Copy),
             found => found,
         };

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! How long I/O takes, by operation: how many have ended, and their times added up. Who reads them twice has
-//! the mean of what was between.
+//! Number and duration of I/Os, by operation. A reader that reads them twice has the mean of the time between.
 
 use crate::engine::backend::IoKind;
 
 /// I/O of one operation that has ended. A request that is done in pieces is several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Took {
-    /// How many.
+    /// Number of I/Os.
     pub done: u64,
-    /// Nanoseconds for which the backend had them, added up.
+    /// Sum of the nanoseconds for which the backend had them.
     pub ns: u64,
 }
 
-/// All operations. What flushes before it writes is a flush, as in the counters of requests.
+/// All operations. A write with a flush before it counts as a flush, as in the counters of requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
     /// Reads.
@@ -28,8 +27,8 @@ pub struct Times {
 }
 
 impl Times {
-    /// One that was begun then has ended, at a time that [`add`](Self::add) is told: so the clock is read once
-    /// for all that have ended.
+    /// Records that an I/O that began at `begun` has ended. [`add`](Self::add) gets the time of the end, so the clock
+    /// is read once for all I/Os that have ended.
     #[inline]
     pub(super) fn ends(&mut self, kind: IoKind, begun: u64) {
         let took = match kind {
@@ -42,7 +41,7 @@ impl Times {
         took.ns = took.ns.wrapping_sub(begun);
     }
 
-    /// Adds those that have ended now.
+    /// Adds a batch of I/Os that have ended at the time `now`.
     pub(super) fn add(&mut self, batch: &Times, now: u64) {
         let ours = [
             &mut self.read,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What is moved between the guest's pages and ours, in batches: copies, maps and unmaps of data, and
-//! copies of the descriptors of indirect requests.
+//! Transfers between the guest's pages and this domain's, in batches: copies, maps and unmaps of data, and copies of
+//! the descriptors of indirect requests.
 
 use crate::engine::backend::IoKind;
 use crate::engine::mappings::{Mappings, Unused};
@@ -17,7 +17,7 @@ use crate::ring::response::Status;
 pub struct Fetch {
     pub(super) tag: QueueTag,
     pub(super) request: Indirect,
-    /// Where the guest's page with the descriptors is mapped, so that it is known the next time.
+    /// The page at which the guest's page with the descriptors is mapped, so that the next request finds it.
     page: Option<PageIndex>,
 }
 
@@ -41,12 +41,13 @@ impl<'a, G: Grants> Transfers<'a, G> {
         }
     }
 
-    /// True if something is to be fetched.
+    /// Returns true if descriptors are queued to be fetched.
     pub(super) fn is_fetching(&self) -> bool {
         self.fetching > 0
     }
 
-    /// True if nothing can be queued by [`Self::fetch`], nor read by [`Self::read_kept`], before [`Self::run_fetches`].
+    /// Returns true if nothing can be queued by [`Self::fetch`], nor read by [`Self::read_kept`], before
+    /// [`Self::run_fetches`].
     pub(super) fn is_full(&self) -> bool {
         let room = usize::from(self.grants.descriptor_buffers()).min(self.fetches.len());
         self.fetching >= room
@@ -78,7 +79,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         }
     }
 
-    /// Carries out what is queued by [`Self::fetch`]; `each` gets the requests with their raw segments.
+    /// Carries out the fetches that [`Self::fetch`] has queued; `each` gets the requests with their raw segments.
     pub(super) fn run_fetches(
         &mut self,
         requests: &mut Requests<'_>,
@@ -95,7 +96,8 @@ impl<'a, G: Grants> Transfers<'a, G> {
         self.fetching = 0;
     }
 
-    /// Has the pages of the descriptors stay mapped that were fetched: in a page that is known they need no copy.
+    /// Maps the pages of the descriptors that were fetched, and keeps them mapped: descriptors in a known page need no
+    /// copy.
     #[cold]
     fn keep_descriptors(&mut self, slots: &Slots<'_>) {
         let (grants, mappings) = (&mut self.grants, &mut self.mappings);
@@ -116,7 +118,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
             }
             fetch.page = Some(page);
         }
-        // Nothing else is queued: the maps of data come when all descriptors are there.
+        // No other map is queued, because data is mapped after all descriptors are fetched.
         grants.run_maps(|_, page, outcome| mappings.told(page, outcome));
         for at in 0..self.fetching {
             if let Some(Some(Fetch {
@@ -126,11 +128,11 @@ impl<'a, G: Grants> Transfers<'a, G> {
                 self.let_go(page);
             }
         }
-        // Those that are known already, or would not be found.
+        // Unmaps the pages that were known already, or that no search would find.
         self.run_unmaps();
     }
 
-    /// Reads the descriptors of a request at once, if their page is known; says in which buffer they are until
+    /// Reads the descriptors of a request at once, if their page is known; returns the buffer that holds them until
     /// others are fetched.
     pub(super) fn read_kept(&mut self, request: &Indirect) -> Option<u8> {
         let (gref, len) = request.descriptors().next()?;
@@ -191,7 +193,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         let Some(request) = requests.get(tag) else {
             return;
         };
-        // What is kept serves the next request, which may be of the other kind.
+        // A mapping that is kept serves later requests, which may be reads, so it is writable.
         let read_only = request.kind != IoKind::Read && !self.mappings.keeps();
         let (mut at, count) = (request.head, request.count);
         for _ in 0..count {
@@ -208,7 +210,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         }
     }
 
-    /// Queues the map of one guest page. Nothing if there is no room for it.
+    /// Queues the map of a guest page. `None` if there is no room for it.
     #[cold]
     fn map_one(
         &mut self,
@@ -235,13 +237,29 @@ impl<'a, G: Grants> Transfers<'a, G> {
             if let MapOutcome::Mapped(_) = outcome {
                 return;
             }
-            // A copy needs less of a grant than a mapping that is kept.
+            // A copy needs fewer rights of a grant than a mapping that is kept.
             if outcome == MapOutcome::NoSpace || mappings.keeps() {
                 slots.fail_to_map(tag);
             } else {
                 slots.refuse_to_map(tag);
             }
         });
+    }
+
+    /// Reports whether storage still holds a page of a request that is to be unmapped.
+    #[inline]
+    pub(super) fn is_held(&self, requests: &Requests<'_>, tag: QueueTag) -> bool {
+        self.mappings.any_goes() && self.holds_page_of(requests, tag)
+    }
+
+    // A function of its own, so that the passes of a guest whose pages are kept stay short.
+    #[inline(never)]
+    fn holds_page_of(&self, requests: &Requests<'_>, tag: QueueTag) -> bool {
+        let Some(request) = requests.get(tag) else {
+            return false;
+        };
+        let mut pages = requests.segments.pages(request.head, request.count);
+        pages.any(|page| self.mappings.goes(page) && self.grants.is_held(page))
     }
 
     /// Takes a request's pages from it, and queues the unmaps of those that are not kept.
@@ -260,7 +278,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         }
     }
 
-    /// A segment is done with a page, or whoever has read descriptors there.
+    /// Releases a page from a segment, or from the read of descriptors there, and queues its unmap if it is not kept.
     #[inline]
     fn let_go(&mut self, page: PageIndex) {
         if let Some(handle) = self.mappings.release(page) {
@@ -268,7 +286,15 @@ impl<'a, G: Grants> Transfers<'a, G> {
         }
     }
 
-    /// Unmaps what is kept and was not used for a while, or `all` that is kept and not in use.
+    /// Unmaps all kept pages that are not in use, and keeps no more pages before the next sweep.
+    pub(super) fn make_room(&mut self) {
+        if self.mappings.keeps() {
+            self.sweep(true);
+            self.mappings.set_short();
+        }
+    }
+
+    /// Unmaps kept pages that were not used for a while, or with `all` those that are not in use.
     pub(super) fn sweep(&mut self, all: bool) {
         self.mappings.begin_sweep();
         let mut from = 0;
@@ -289,7 +315,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
             return;
         }
         self.carry_out_unmaps();
-        // The batch is empty now, so it takes the operation.
+        // The batch is empty now and takes the operation.
         if !self.grants.queue_unmap(page, handle) {
             self.mappings.lost(page);
         }

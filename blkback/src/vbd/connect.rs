@@ -35,7 +35,7 @@ impl Vbd {
         }
     }
 
-    /// Takes in what came of the last errand.
+    /// Handles the outcome of the last errand.
     pub(super) fn end_errand(self: &Arc<Self>, life: &mut Life) {
         match life.errand.take_outcome() {
             None | Some(Outcome::Closed) => {}
@@ -51,9 +51,9 @@ impl Vbd {
         }
     }
 
-    /// Has the disk opened once the hotplug script has said which it is.
+    /// Starts the errand that opens the disk, once the hotplug script has named it.
     pub(super) fn open_disk(self: &Arc<Self>, life: &mut Life) {
-        // Only when the key was written: opening a device that is gone asks for its driver.
+        // Only after a write of the key: opening a device that is gone loads its driver.
         if life.errand.is_busy() || !self.disk_moved.load(Acquire) {
             return;
         }
@@ -78,7 +78,7 @@ impl Vbd {
         }
     }
 
-    /// A disk that is open stays: who names another one is told so.
+    /// Compares the disk's name with that of the open disk, which stays: if they differ, the device reports that.
     fn compare_name(self: &Arc<Self>, open: Name) {
         self.disk_moved.store(false, Release);
         let is_other = match disk::named(&self.device) {
@@ -119,7 +119,7 @@ impl Vbd {
         life.claim.is_some()
     }
 
-    /// Connects, or does what comes before: the pause after a failure, getting the disk ready.
+    /// Connects, or does the step before: the pause after a failure, getting the disk ready.
     pub(super) fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
         let pause = life.patience.left_ms(local_clock());
         if pause > 0 {
@@ -161,9 +161,12 @@ impl Vbd {
             totals: &self.totals,
             device: &self.device,
             limits: &limits,
-            offer,
+            offer: &offer.offer,
             keeps_grants: features.keeps_grants(),
-        })?;
+            reservation: Some(&offer.reservation),
+        });
+        let connection = connection.inspect_err(|_| offer.hold())?;
+        offer.reservation.settle();
         disk.sectors = limits.sectors;
         self.totals.set_memory(connection.memory_kib());
         // A frontend that sees Connected must not find the report of an earlier attempt.
@@ -182,7 +185,7 @@ impl Vbd {
         })
     }
 
-    /// Takes nothing more from rings that are to be given back, and lets go of them as soon as their frontend allows.
+    /// Takes no more from rings that are to be given back, and lets go of them as soon as their frontend allows.
     pub(super) fn end_draining(&self, life: &mut Life) {
         if !life.draining {
             return;
@@ -193,7 +196,7 @@ impl Vbd {
         self.end_connection(life);
     }
 
-    /// Lets go of a connection that has let go of the guest; `false` if there is one that has not.
+    /// Lets go of a connection that has let go of the guest; `false` if a connection has not.
     pub(super) fn end_connection(&self, life: &mut Life) -> bool {
         let Some(connection) = life.connection.take() else {
             return true;

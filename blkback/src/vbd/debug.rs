@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What debugfs shows of a device: its queues, and how long I/O takes, with what is before and after it, while somebody
-//! wants that counted.
+//! Files of a device in debugfs: its queues, and how long I/O takes, with the spans before and after it, while counting
+//! is on.
 
 use crate::engine::latency::{FIRST_STEP_NS, STEPS};
 use crate::linux::debug;
@@ -15,7 +15,7 @@ use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::uaccess::UserSliceReader;
 
-/// A device's folder. Dropping it waits for who reads or writes there at the moment.
+/// A device's folder. Dropping it waits for current readers and writers of its files. May sleep.
 #[pin_data]
 pub(super) struct Folder {
     #[pin]
@@ -26,7 +26,7 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Makes it. May sleep.
+    /// Makes the folder and its files. May sleep.
     pub(super) fn new(device: &Device, totals: &Arc<Totals>) -> Result<Pin<KBox<Self>>> {
         let (domain, number) = (device.otherend_id(), device.number());
         let name = CString::try_from_fmt(fmt!("vbd-{domain}-{number}"))?;
@@ -65,8 +65,8 @@ fn queues(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     })
 }
 
-/// A line for each step that has counted something: less than so many microseconds, and how many. The last step of all
-/// has what took longer, too.
+/// Prints a line for each step that has counted anything: its upper bound in microseconds, and the counts. The last
+/// step counts all longer times too.
 fn latency(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     let counts = if totals.measures() { "on" } else { "off" };
     fmt::Write::write_fmt(
@@ -88,7 +88,7 @@ fn latency(totals: &Arc<Totals>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// `1` has it counted, `0` no more.
+/// Switches counting: `1` on, `0` off.
 fn switch(totals: &Arc<Totals>, from: &mut UserSliceReader) -> Result {
     let word: u8 = from.read()?;
     match word {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Requests that nobody answers: the kernel's log says so, for who reads it after the host was reset.
+//! Reports unanswered requests in the kernel's log, for a reader after the host was reset.
 //!
-//! The queues count for how long the disk has had its oldest request. A queue whose thread sleeps in the block layer
-//! cannot look at that, so a work item does.
+//! Each queue shows since when the disk has had its oldest request. A queue whose thread sleeps in the block layer
+//! cannot check that, so a work item does.
 
 use super::{Vbd, AGES};
 use crate::linux::task::workqueue;
@@ -11,30 +11,30 @@ use kernel::prelude::*;
 use kernel::str::CString;
 use kernel::sync::Arc;
 
-/// Milliseconds between two looks.
+/// Milliseconds between two checks.
 const LOOK: u32 = 10_000;
-/// The age in seconds at which a request is first told of.
+/// The age in seconds at which a request is reported first.
 const LATE_S: u64 = 30;
 
-/// What was said of requests that are not answered.
+/// State of the reports of unanswered requests.
 pub(super) struct Late {
-    /// The age in seconds at which it is said next: twice the one at which it was said last.
+    /// The age in seconds at which the next report is made: twice the age of the last one.
     next_s: u64,
 }
 
-/// What is to be said.
+/// A report to make.
 enum Word {
-    /// The oldest request is so many seconds old.
+    /// The oldest request is this number of seconds old.
     Waits(u64),
-    /// What was told of is answered.
+    /// The requests that were reported are answered.
     Answered,
 }
 
 impl Late {
-    /// Nothing was said.
+    /// No report was made.
     pub(super) const NEW: Self = Self { next_s: LATE_S };
 
-    /// Takes in how old the oldest request is now.
+    /// Takes the present age of the oldest request, and returns the report to make.
     fn look(&mut self, age_s: u64) -> Option<Word> {
         if age_s >= self.next_s {
             self.next_s = age_s.saturating_mul(2);
@@ -50,22 +50,22 @@ impl Late {
 }
 
 impl Vbd {
-    /// Looks from time to time how old requests are, as long as there is a connection.
+    /// Checks the age of requests from time to time, while there is a connection.
     pub(super) fn watch_for_late(self: &Arc<Self>) {
-        // If it is queued already, that is for this.
+        // Already queued is fine.
         let _queued = workqueue::enqueue_about::<_, AGES>(self.clone(), LOOK);
     }
 
     pub(super) fn look_for_late(self: &Arc<Self>) {
         let mut life = self.life.lock();
-        // As at the end of a life.
+        // No connection, as at the end of a life.
         if life.connection.is_none() {
             life.late = Late::NEW;
             return;
         }
         let age_s = self.totals.oldest_ns() / 1_000_000_000;
         let word = life.late.look(age_s);
-        // Before the lock is left: who ends the life sees to it that none is queued after that.
+        // Queued under the lock, because the end of the life makes sure that none is queued after it.
         self.watch_for_late();
         drop(life);
         match word {

@@ -27,16 +27,15 @@ use crate::connection::Connection;
 use crate::disk::{self, AttachTap, Disk};
 use crate::due::Due;
 use crate::events::DeviceEvents;
-use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::{Claim, Waiter};
 use crate::linux::xen::device::Device;
 use crate::linux::xen::driver::Attribute;
-use crate::linux::xen::watch::{InXenwatch, Watch};
+use crate::linux::xen::watch::{InXenwatch, Subscription};
+use crate::offer::Offered;
 use crate::patience::Patience;
-use crate::proto::frontend::Offer;
 use crate::proto::state::State;
 use crate::storage::Errand;
 use crate::totals::Totals;
@@ -50,12 +49,10 @@ use kernel::workqueue::{
     impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
 };
 
-/// The bus has not told the frontend's state yet; no number of a state.
+/// The bus has not read the frontend's state yet; no number of a state.
 const UNHEARD: u32 = u32::MAX;
-/// Milliseconds until xenstore is asked again that did not answer.
+/// Milliseconds until the next read of xenstore after one that failed.
 const ASK_AGAIN: u32 = 1000;
-/// Watches of a device.
-const WATCHES: usize = 4;
 
 // The work items of a device.
 const LOOK: u64 = 0;
@@ -71,13 +68,13 @@ pub(crate) struct Vbd {
     totals: Arc<Totals>,
     /// The number of the disk's device node, for sysfs.
     number: Atomic<u32>,
-    /// True if the disk may be written, for sysfs.
+    /// True if the guest may write the disk, for sysfs.
     writable: AtomicFlag,
     /// The frontend's state as the bus last read it, or [`UNHEARD`].
     theirs: Atomic<u32>,
     /// The frontend wrote its state since we last looked.
     moved: AtomicFlag,
-    /// A key that names the disk was written since we last looked.
+    /// The toolstack wrote a key that names the disk since we last looked.
     disk_moved: AtomicFlag,
     /// A ring's indices were impossible; not yet reported.
     broken: AtomicFlag,
@@ -89,7 +86,7 @@ pub(crate) struct Vbd {
     life: Mutex<Life>,
     #[pin]
     hold: Mutex<Hold>,
-    /// When `later` runs.
+    /// Time at which `later` runs.
     #[pin]
     due: SpinLock<Due>,
     #[pin]
@@ -111,26 +108,26 @@ impl_has_delayed_work! {
     impl HasDelayedWork<Self, AGES> for Vbd { self.ages }
 }
 
-/// What the life needs to its end and no longer. Its lock is held for a moment only, by nobody who
-/// waits for anything.
+/// Parts that the life needs to its end and no longer. Its lock is held for a moment only, and no holder waits for
+/// anything.
 struct Hold {
-    watches: KVec<Pin<KBox<Watch<Vbd>>>>,
-    /// What is seen of the device in debugfs.
+    subscription: Option<Subscription>,
+    /// The device's folder in debugfs.
     debug: Option<Pin<KBox<Folder>>>,
     /// The bus has one while the device is bound; this is for what follows.
     module: Option<ModuleReference>,
 }
 
-/// What changes in the life of a device.
+/// State that changes in the life of a device.
 struct Life {
-    /// The device is ours to serve. Until that is known nothing is written, and nothing of the frontend
-    /// is looked at: somebody else may serve it.
+    /// The device is ours to serve. Until that is known, this driver writes nothing and reads no key of the frontend,
+    /// because another driver may serve it.
     ours: bool,
     /// The device is being given up: only its disk is still closed.
     leaving: bool,
-    /// It was given up; only its removal is left.
+    /// The device was given up; only its removal is left.
     left: bool,
-    /// It was unbound, and everything is given back.
+    /// The device was unbound, and everything is given back.
     over: bool,
     state: OurState,
     disk: Option<Disk>,
@@ -139,17 +136,17 @@ struct Life {
     errand: Errand,
     /// The disk was got ready for the connect that is to follow.
     prepared: bool,
-    /// What the frontend was offered.
-    offer: Option<Offer>,
+    /// Offer to the frontend, and the memory for it.
+    offer: Option<Offered>,
     /// Disk and frontend are ours alone.
     claim: Option<Claim>,
     connection: Option<Arc<Connection>>,
-    /// What was said of requests that are not answered.
+    /// State of the reports of unanswered requests.
     late: Late,
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
-    /// When a connect may be tried after those that failed.
+    /// Time at which a connect may be tried after those that failed.
     patience: Patience,
     /// The reported reason for which a connect is tried again and again.
     short_of: Option<&'static str>,
@@ -177,7 +174,7 @@ impl Life {
     };
 }
 
-/// What follows a step.
+/// Action after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Look again now.
@@ -190,7 +187,6 @@ impl Vbd {
     /// A device that was just found.
     pub(crate) fn new(device: Arc<Device>, attach_tap: AttachTap) -> Result<Arc<Self>> {
         let totals = Totals::new()?;
-        let watches = KVec::with_capacity(WATCHES, GFP_KERNEL)?;
         Arc::pin_init(
             pin_init!(Self {
                 device,
@@ -205,7 +201,7 @@ impl Vbd {
                 gone: AtomicFlag::new(false),
                 unbound: AtomicFlag::new(false),
                 life <- new_mutex!(Life::NEW, "Vbd::life"),
-                hold <- new_mutex!(Hold { watches, debug: None, module: None }, "Vbd::hold"),
+                hold <- new_mutex!(Hold { subscription: None, debug: None, module: None }, "Vbd::hold"),
                 due <- new_spinlock!(Due::NEVER, "Vbd::due"),
                 look <- new_work!("Vbd::look"),
                 later <- new_delayed_work!("Vbd::later"),
@@ -216,12 +212,16 @@ impl Vbd {
         )
     }
 
-    /// Keeps a watch of this device until its life is over.
-    pub(crate) fn keep_watch(&self, watch: Pin<KBox<Watch<Self>>>) -> Result {
-        push(&mut self.hold.lock().watches, watch)
+    /// Listens to changes of our directory until the device's life is over, and starts the work. May sleep.
+    pub(crate) fn listen(self: &Arc<Self>) -> Result {
+        let subscription = Subscription::new(self.device.place(), self.clone())?;
+        self.hold.lock().subscription = Some(subscription);
+        // Keys that were there before have no event, so this looks at all of them.
+        self.kick();
+        Ok(())
     }
 
-    /// Shows the device in debugfs. It serves as well without.
+    /// Shows the device in debugfs. Without that, the device serves as well.
     fn show_in_debugfs(&self) {
         let folder = Folder::new(&self.device, &self.totals);
         if let Ok(folder) = folder {
@@ -235,11 +235,11 @@ impl Vbd {
         let _queued = workqueue::enqueue::<_, LOOK>(self.clone());
     }
 
-    /// Has the work look again in so many milliseconds, if nothing has it look before.
+    /// Schedules the work in `milliseconds`, unless it runs earlier.
     fn kick_after(self: &Arc<Self>, milliseconds: u32) {
         let now = monotonic_ns();
         let wanted = now.saturating_add(u64::from(milliseconds).saturating_mul(1_000_000));
-        // A run that comes earlier looks how long is left.
+        // An earlier run checks how much time is left.
         if self.due.lock().wants(now, wanted) {
             workqueue::put_off::<_, LATER>(self.clone(), milliseconds);
         }
@@ -252,7 +252,7 @@ impl Vbd {
         self.kick();
     }
 
-    /// Our own state was written, by us or by the toolstack. Only for xenwatch.
+    /// Notes that we or the toolstack wrote our own state. Only for xenwatch.
     pub(crate) fn state_written(self: &Arc<Self>, thread: &InXenwatch) {
         // A device that was unbound is removed with its directory, by the bus: doing so twice is what
         // must not be.
@@ -263,22 +263,22 @@ impl Vbd {
         self.kick();
     }
 
-    /// The bus takes the device away. Only leaves a note, because it may be the xenwatch thread that
-    /// does so, and holds a lock that this thread may want if it is somebody else. What is still used of
-    /// the device (ring mapping, event channel) holds a reference to it. May be called again.
+    /// The bus takes the device away. Only leaves a note, because the caller may be the xenwatch thread, or hold a lock
+    /// that this thread may want. Parts of the device that are still used (ring mapping, event channel) hold a
+    /// reference to it. May be called again.
     pub(crate) fn unbind(self: &Arc<Self>) {
         if self.unbound.load(Acquire) {
             return;
         }
-        // That of the bus goes when this returns, and the module must not go before what is left.
+        // The bus's reference goes when this returns, and the module must not go before the rest.
         self.hold.lock().module = ModuleReference::get();
-        // The bus would publish Closed now, if we are Closing. That is for `part` to do when it is true.
+        // The bus would publish Closed now, if we are Closing. `part` publishes Closed when that is true.
         self.device.mark_unbound();
         self.unbound.store(true, Release);
         self.kick();
     }
 
-    /// What a reader of sysfs sees.
+    /// Returns the value of an attribute of sysfs.
     pub(crate) fn attribute(&self, which: Attribute) -> u64 {
         match which {
             Attribute::Statistic(index) => self.totals.value(index),

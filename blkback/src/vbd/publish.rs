@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What the toolstack and the frontend are told: states, errors, and what becomes of the disk.
+//! Notices to the toolstack and the frontend: states, errors, and changes of the disk.
 
 use super::{Life, Vbd, ASK_AGAIN};
 use crate::connect_error::ConnectError;
@@ -12,7 +12,7 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release};
 use kernel::sync::Arc;
 
-/// Our state, and whether it is written.
+/// This driver's state, and whether xenstore has it.
 pub(super) struct OurState {
     now: State,
     said: bool,
@@ -24,12 +24,12 @@ impl OurState {
         said: true,
     };
 
-    /// What it is.
+    /// Returns the state.
     pub(super) fn now(&self) -> State {
         self.now
     }
 
-    /// It is this one now. Says whether it is also written, or will be tried again.
+    /// Sets the state. `said` is whether xenstore has it or needs no write; otherwise the write is tried again.
     pub(super) fn set(&mut self, state: State, said: bool) {
         (self.now, self.said) = (state, said);
     }
@@ -43,9 +43,9 @@ impl Vbd {
         }
     }
 
-    /// Our state is this one now. If it could not be written, that is tried again in a while.
+    /// Sets this driver's state after an attempt to write it. If the write failed, it is tried again after a while.
     pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: State, result: Result) {
-        // The toolstack has removed our directory or made a new one: nobody is left to tell.
+        // The toolstack has removed our directory or made a new one: there is no reader left.
         let failed = result.err().filter(|error| *error != ENOENT);
         life.state.set(state, failed.is_none());
         if let Some(error) = failed {
@@ -55,17 +55,18 @@ impl Vbd {
         }
     }
 
-    /// The toolstack has written our state: it takes the device away. Nothing is tried before the frontend moves.
+    /// Handles a state that the toolstack wrote in our place to take the device away. The driver tries nothing more
+    /// before the frontend acts.
     pub(super) fn taken_away(&self, life: &mut Life) {
-        // What cannot be read is what it writes.
+        // A state that cannot be read counts as Closing, because that is what the toolstack writes.
         let there = offer::state(&self.device).unwrap_or(State::Closing);
         life.state.set(there, true);
         self.device.note_state(there);
         life.refused = true;
     }
 
-    /// Writes our state if that could not be done before; false if it still cannot. The other end waits
-    /// for it, so no event may ever come.
+    /// Writes our state if an earlier write failed; returns false if it fails again. The frontend waits for the state,
+    /// so no event may ever come.
     pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {
         if !life.state.said {
             let state = life.state.now();
@@ -75,7 +76,7 @@ impl Vbd {
         life.state.said
     }
 
-    /// Says why the frontend cannot be connected.
+    /// Reports why the frontend cannot be connected.
     pub(super) fn report_why(&self, error: &ConnectError) {
         let (code, text) = error.describe();
         let fallback = c"the frontend cannot be connected";
@@ -83,8 +84,9 @@ impl Vbd {
             .report(code, text.as_deref().unwrap_or(fallback));
     }
 
-    /// Says why the frontend cannot be connected. After a shortage that is tried again while the frontend waits: it
-    /// may not survive Closing, and has done nothing wrong. After anything else the frontend has to move first.
+    /// Reports why the frontend cannot be connected. After a shortage the connect is tried again while the frontend
+    /// waits, because the frontend may not survive Closing and has done nothing wrong. After any other error the
+    /// frontend has to act first.
     pub(super) fn connect_failed(self: &Arc<Self>, life: &mut Life, error: &ConnectError) {
         if error.passes() {
             // The error node of the first attempt still stands.
@@ -110,7 +112,7 @@ impl Vbd {
         self.device
             .report(bad.error, bad.text.as_deref().unwrap_or(fallback));
         if bad.passes {
-            // Nobody writes what names it a second time.
+            // The toolstack does not write the disk's name a second time.
             self.disk_moved.store(true, Release);
             self.kick_after(ASK_AGAIN);
             return;
@@ -119,8 +121,8 @@ impl Vbd {
         self.publish(life, State::Closing);
     }
 
-    /// The device below the disk is gone, or is back with all who had it open. The guest is not told: a disk of no size
-    /// is one that its file system does not survive, while requests that fail are what it is prepared for.
+    /// Reports that the device below the disk is gone, or that it is back with all its openers. The guest gets no
+    /// notice, because its file system does not survive a disk of no size, while it is prepared for requests that fail.
     fn tell_gone(&self, is_gone: bool) {
         if !is_gone {
             self.device.clear_report();
@@ -133,8 +135,8 @@ impl Vbd {
         );
     }
 
-    /// Publishes how the disk is served, and a size that changed while connected. If that has to wait,
-    /// because a process may change both as often as it likes, says how many milliseconds.
+    /// Publishes how the disk is served, and a size that changed while connected. Returns the number of milliseconds to
+    /// wait if that must be delayed, because a process may change both as often as it likes.
     pub(super) fn follow_disk(&self, life: &mut Life) -> Option<u32> {
         let connected = life.state.now() == State::Connected;
         let Some(disk) = &mut life.disk else {
@@ -166,10 +168,10 @@ impl Vbd {
         match published {
             Err(error) if error != ENOENT => {
                 self.device
-                    .report(error, c"what has become of the disk cannot be published");
+                    .report(error, c"disk status and size cannot be published");
                 Some(ASK_AGAIN)
             }
-            // Where the toolstack has removed our directory, nobody is left to tell.
+            // If the toolstack has removed our directory, there is no reader left.
             _ => {
                 disk.status = status;
                 if resized {

@@ -39,7 +39,7 @@ impl Vbd {
         self.kick();
     }
 
-    /// Whether the device is ours; asked only when the keys that say so were written.
+    /// Returns whether the device is ours; looks only when the toolstack wrote the keys that decide it.
     fn is_ours(self: &Arc<Self>, life: &mut Life) -> bool {
         if life.ours || !self.disk_moved.xchg(false, Full) {
             return life.ours;
@@ -48,7 +48,7 @@ impl Vbd {
             Ok(false) => {}
             Ok(true) => {
                 life.ours = true;
-                // What names the disk is still to be looked at.
+                // The keys that name the disk are still unread.
                 self.disk_moved.store(true, Release);
             }
             Err(_) => {
@@ -87,7 +87,7 @@ impl Vbd {
                 // Xenstore does not answer (a shutdown, no memory): nothing is decided now.
                 self.device.report(
                     error,
-                    c"what the frontend or the toolstack wants cannot be read",
+                    c"the keys of the frontend or the toolstack cannot be read",
                 );
                 self.kick_after(ASK_AGAIN);
                 return Next::Rest;
@@ -128,13 +128,13 @@ impl Vbd {
         step_asking(view, || self.online())
     }
 
-    /// Whether the toolstack wants the device to stay.
+    /// Reads whether the toolstack keeps the device online.
     fn online(&self) -> Result<Online> {
         store::read_number(self.device.nodename(), c"online").map(Online::of)
     }
 
-    /// The frontend's state, read anew; a node that is gone or hidden from us, or that holds no
-    /// state, is Unknown. Any other error says nothing about the frontend.
+    /// Reads the frontend's state; a node that is gone or hidden from us, or that holds no state, is Unknown. Any other
+    /// error says nothing about the frontend.
     fn frontend_state(&self) -> Result<State> {
         match store::read_state(self.device.otherend()) {
             Err(error) if error == ENOENT || error == EACCES => Ok(State::Unknown),
@@ -153,6 +153,8 @@ impl Vbd {
             }
             Action::Offer => {
                 let theirs = State::from_number(self.theirs.load(Acquire));
+                // The memory that was reserved for the last offer is for this one.
+                life.offer = None;
                 let offered = offer::publish_offer(&self.device, life.state.now(), theirs)
                     .map(|offer| life.offer = Some(offer));
                 if offered == Err(offer::TAKEN_AWAY) {
@@ -174,7 +176,7 @@ impl Vbd {
             Action::StartClosing => self.publish(life, State::Closing),
             // How, `end_draining` says.
             Action::Disconnect => life.draining = true,
-            // Whoever was bound to the device before may still have rings and disk.
+            // An earlier driver of the device may still have rings and disk.
             Action::Close | Action::Leave if !self.claim(life) => return Next::Rest,
             Action::Close => self.publish(life, State::Closed),
             Action::Leave => life.leaving = true,
@@ -199,14 +201,15 @@ impl Vbd {
             return;
         }
         life.left = true;
+        life.offer = None;
         life.state.set(State::Closed, true);
         self.gone.store(true, Release);
         // Not by way of the bus, which writes nothing where it finds Closed or a state that the
         // toolstack has reset: only a write makes the watch fire in whose callback the device is
         // taken off the bus.
         if let Err(error) = offer::touch_state(&self.device) {
-            self.device.report(error, c"state Closed cannot be written");
-            // Unless somebody else's write has done it meanwhile.
+            self.device.report(error, c"cannot write the state Closed");
+            // Unless another write has done it in between.
             if self.gone.xchg(false, Full) {
                 life.left = false;
                 self.kick_after(ASK_AGAIN);
@@ -216,14 +219,14 @@ impl Vbd {
         self.device.note_state(State::Closed);
     }
 
-    /// Gives back everything of a device that is not ours any more, step by step: each look goes on
-    /// where the last one had to wait. Our watches stay to the end, to tell us if the guest goes.
+    /// Gives back everything of a device that is not ours any more, step by step: each look resumes where the last one
+    /// had to wait. Our subscription stays to the end, to tell us if the guest goes.
     fn part(self: &Arc<Self>, mut life: MutexGuard<'_, Life>) {
         if let Some(connection) = &life.connection {
             connection.end(self.ending_unbound());
         }
         if !self.end_connection(&mut life) {
-            // The bus does not tell us any more what the frontend does.
+            // The bus does not report the frontend's changes any more.
             self.kick_after(ASK_AGAIN);
             return;
         }
@@ -235,29 +238,31 @@ impl Vbd {
             return;
         }
         if let Err(error) = offer::close_after_unbind(&self.device) {
-            self.device.report(error, c"state Closed cannot be written");
+            self.device.report(error, c"cannot write the state Closed");
             self.kick_after(ASK_AGAIN);
             return;
         }
         life.over = true;
+        life.offer = None;
         let claim = life.claim.take();
         drop(life);
-        let (watches, debug, module) = {
+        let (subscription, debug, module) = {
             let mut hold = self.hold.lock();
-            let watches = core::mem::take(&mut hold.watches);
-            (watches, hold.debug.take(), hold.module.take())
+            let subscription = hold.subscription.take();
+            (subscription, hold.debug.take(), hold.module.take())
         };
-        // This waits for who reads there at the moment. The next device of this name may have the claim after that.
+        // This waits for readers of the folder. The next device of this name may have the claim after that. The next
+        // device of this name may have the claim after that.
         drop(debug);
         drop(claim);
-        // This waits for xenwatch, which waits for nothing of ours.
-        drop(watches);
+        // An event that is being delivered still finds a life that is over. The module's end waits for that event.
+        drop(subscription);
         workqueue::hasten::<_, LATER>(self.clone());
         workqueue::hasten::<_, AGES>(self.clone());
         drop(module);
     }
 
-    /// How the rings of a device that was taken from us are given back. What cannot be read says nothing about the
+    /// Returns how the rings of a device that was taken from us are given back. A read error says nothing about the
     /// frontend.
     fn ending_unbound(&self) -> Ending {
         let ours = store::read_state(self.device.nodename());
@@ -268,7 +273,7 @@ impl Vbd {
         theirs.map_or(Ending::Answered, |state| ending(state, true))
     }
 
-    /// The same of a device that is ours.
+    /// Returns how the rings of a device that is ours are given back.
     pub(super) fn ending(&self) -> Ending {
         let theirs = match self.theirs.load(Acquire) {
             UNHEARD => return Ending::Answered,
