@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What an earlier supervisor left: disks, and the processes that serve them. What is not understood
-//! is left alone (`unknown`): nothing that lives is ended because of what could not be read.
+//! Takes over the disks of an earlier supervisor, and the processes that serve them. An unreadable record is ignored
+//! (`unknown`): the supervisor ends no process because of a record that it could not read.
 
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Takes over all disks that are written down, before anybody can ask for anything.
+/// Takes over all recorded disks, before the first request is served.
 pub async fn disks(lifecycle: &Rc<Lifecycle>) {
     let _reading = lifecycle.registry.reading();
     match lifecycle.registry.records.all() {
@@ -100,7 +100,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
             .events
             .add(Some(minor), What::Unknown { why });
     }
-    // The process goes on with what it has open.
+    // The process continues with the image that it has open.
     if let Err(failure) = lifecycle.image(&disk).await {
         tell!(
             error,
@@ -112,7 +112,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
         lifecycle.lease_again(&disk, process);
         lifecycle.count(&disk);
     } else if recognised.is_ok() && !is_parked {
-        // What an earlier supervisor was about to give up.
+        // This is a lease that an earlier supervisor was about to give up.
         lifecycle.give_lease_up_later(&disk, Duration::ZERO);
     }
     lifecycle.registry.note(&disk);
@@ -158,8 +158,7 @@ fn peek(record: Record) -> Peek {
     }
 }
 
-/// The process of a disk: the one that is written down or, where that could not be written any more,
-/// the one that listens.
+/// Returns the process of a disk: the recorded one or, where the record could not be updated, the one that listens.
 async fn process_of(registry: &Registry, record: &Record) -> Result<Option<Process>, Failure> {
     let socket = registry.folder.tapdisk(record.minor);
     if let Some(known) = record.process {
@@ -188,7 +187,7 @@ async fn successor_of(
     if listens.is_some_and(|process| Some(process.known()) == old) {
         return Process::adopt(known, &next);
     }
-    // The old one has ended, or cannot be asked any more.
+    // The old process has ended, or does not answer any more.
     if let Some(old) = old.filter(|old| *old != known) {
         if let Some(old) = Process::adopt(old, &next)? {
             old.end(Duration::ZERO).await?;
@@ -205,8 +204,8 @@ async fn successor_of(
     Ok(None)
 }
 
-/// The state of a disk is the process' too, which may be the last one to hold it. What a process has open
-/// it chose itself, and may hang when it is looked at.
+/// The state of a disk is the process' too, which may be the last one to hold it. The process chose the files that it
+/// has open, and looking at one may hang.
 async fn keep_state(disk: &Disk, process: &Process) {
     let (served, next) = {
         let record = disk.record.borrow();
@@ -284,7 +283,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
                 .events
                 .add(Some(disk.minor), What::Failed { message, retry_ms });
             let serves = disk.doing().is_none() && disk.record.borrow().want == Want::Served;
-            // Who waits for a process that is dead goes on without it.
+            // A verb that waits for a dead process continues without it.
             if serves || disk.process.borrow().is_none() {
                 lifecycle.revive(&disk, Duration::ZERO).await;
             }
@@ -361,7 +360,7 @@ async fn strays(lifecycle: &Rc<Lifecycle>) {
     futures::future::join_all(sockets.into_iter().map(one)).await;
 }
 
-/// A process that has no node is of no use to anybody, and leaves. Any other one stays.
+/// Ends a process that has no node, because it serves no disk. A process with a node becomes an ignored disk.
 async fn stray(
     lifecycle: &Rc<Lifecycle>,
     minor: Option<u32>,
@@ -379,10 +378,7 @@ async fn stray(
         return left;
     }
     let minor = minor.or(status.node.map(|node| node.minor));
-    let why = format!(
-        "nothing is written down of it; tapdisk {} has it",
-        process.pid()
-    );
+    let why = format!("it has no record; tapdisk {} has it", process.pid());
     let unread = Unread {
         minor,
         why,
@@ -408,10 +404,11 @@ pub async fn unknown(lifecycle: &Rc<Lifecycle>, minor: u32) -> Result<(), Failur
     Ok(())
 }
 
-/// Whoever wants the end of a disk that is left alone must have it supervised first.
+/// Adopts the ignored disk that a request is about to end, if it names one, because only a supervised disk can be
+/// ended.
 ///
 /// # Errors
-/// It cannot be: it is not taken away.
+/// The disk cannot be adopted: it is not removed.
 pub async fn to_end(lifecycle: &Rc<Lifecycle>, which: &Which) -> Result<(), Failure> {
     let vbd = which.vbd.as_deref().map(relative);
     let left = lifecycle.registry.left_alone();

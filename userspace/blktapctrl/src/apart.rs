@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What may hang, on a thread of its own: a file system on a network may not answer, and nothing else
-//! must wait for that.
+//! Runs calls that may hang on threads of their own: a network file system may not answer, and no other work may wait
+//! for that.
 
 use crate::log::{tell, About};
 use control::{Code, Failure};
@@ -16,8 +16,8 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of the stack of a thread. The work is a few system calls.
 const STACK: usize = 256 << 10;
 
-/// Who looks at a path: one at a time, so that a file system that does not answer costs a thread for
-/// each path, and not one for each attempt.
+/// The queue for a path, with one caller at a time, so that a hung file system costs a thread for each path and not one
+/// for each attempt.
 #[derive(Clone)]
 struct Place {
     alone: Arc<Semaphore>,
@@ -49,7 +49,7 @@ pub async fn apart<T: Send + 'static>(
         let spawned = thread.spawn(move || {
             let result = work();
             leave(&place, alone);
-            // Who asked may have given up.
+            // The caller may have given up.
             let _ = sender.send(result);
         });
         spawned.map_err(|error| Failure::system("cannot start a thread", &error))?;
@@ -61,8 +61,8 @@ pub async fn apart<T: Send + 'static>(
     }
 }
 
-/// Lets go of something on a thread of its own: closing a file waits for its file system, and if that has
-/// to be asked, as by NFS and FUSE, for whoever answers for it.
+/// Drops a value on a thread of its own, because closing a file waits for its file system, and with NFS and FUSE for
+/// the server.
 pub fn let_go<T: Send + 'static>(value: T) {
     // Not dropped here if there is no thread for it: better it stays than that all disks wait.
     let value = ManuallyDrop::new(value);
@@ -76,7 +76,7 @@ pub fn let_go<T: Send + 'static>(value: T) {
     }
 }
 
-/// Waits until nobody else looks at a path.
+/// Waits until no other caller is using a path.
 async fn enter(path: &Path, limit: Duration) -> Result<OwnedSemaphorePermit, Failure> {
     let alone = {
         let mut places = places();
@@ -96,10 +96,10 @@ async fn enter(path: &Path, limit: Duration) -> Result<OwnedSemaphorePermit, Fai
     Ok(permit)
 }
 
-/// Nobody looks at a path any more, or the next one does.
+/// Leaves a path: the next caller enters, or the entry is removed.
 fn leave(path: &Path, alone: OwnedSemaphorePermit) {
     let mut places = places();
-    // One copy is in the table, one in the permit: nobody waits.
+    // One copy is in the table, one in the permit: no other caller waits.
     let last = places
         .get(path)
         .is_some_and(|place| Arc::strong_count(&place.alone) == 2);
@@ -119,7 +119,7 @@ fn late(path: &Path) -> Failure {
     )
 }
 
-/// Somebody has looked at a path for long, as long as what is returned lives.
+/// Pretends that a caller has been using a path for long, until the returned permit is dropped.
 #[cfg(test)]
 pub(crate) fn pretend_stuck(path: &Path) -> OwnedSemaphorePermit {
     let alone = Arc::new(Semaphore::new(1));

@@ -44,15 +44,15 @@ pub struct Disk {
     pub minor: u32,
     /// The name of its guest, once xenstore has said it.
     pub guest: RefCell<Option<String>>,
-    /// What is written down of it.
+    /// Record of the disk, as it is on storage.
     pub record: RefCell<Record>,
     /// The image that it serves, if its driver has one.
     pub image: RefCell<Option<Arc<Image>>>,
     /// The image that an unpause leads to, until it is served.
     pub next_image: RefCell<Option<Arc<Image>>>,
-    /// What its processes leave to each other.
+    /// Memory that each of its processes leaves to the next one.
     pub state: RefCell<Option<State>>,
-    /// The same for the image that an unpause leads to.
+    /// Memory that processes leave to each other for the image that an unpause leads to.
     pub next_state: RefCell<Option<State>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
@@ -72,7 +72,7 @@ pub struct Disk {
     pub listened: Cell<Option<Known>>,
     /// The process has the node.
     pub attached: Cell<bool>,
-    /// What is served, while it is.
+    /// The disk that its process serves, while it does.
     pub serves: RefCell<Option<tapdisk::Disk>>,
     /// The deaths of its processes.
     pub backoff: RefCell<Backoff>,
@@ -80,11 +80,11 @@ pub struct Disk {
     pub answered_before: Cell<u64>,
     /// Its last process died of something that it did itself, and the next one does not serve yet.
     pub crashed: Cell<bool>,
-    /// What is known of how far its image has taken over what is below it.
+    /// Last known progress of a stream into its image.
     pub streamed: RefCell<Option<Stream>>,
     /// Someone sees to that.
     pub streams: Cell<bool>,
-    /// What is known of how far it is copied to another image.
+    /// Last known progress of a copy to another image.
     pub mirrored: RefCell<Option<Mirror>>,
     /// Someone sees to that.
     pub mirrors: Cell<bool>,
@@ -96,12 +96,12 @@ pub struct Disk {
     pub progress: Cell<(u64, Instant)>,
     /// The request that takes long.
     pub slow: Slow,
-    /// What had been counted when its process began.
+    /// The kernel's counts at the start of its process.
     pub tally: Tally,
-    /// What its guest asks for waits for other disks, and for nothing that its process does.
+    /// Its guest's requests wait for other disks, not for anything that its process does.
     pub waits_for_others: Cell<bool>,
     turn: Mutex<()>,
-    /// Why it comes to its end, if that is not what somebody asked for.
+    /// Reason for its end, if no user asked for it.
     ends_for: RefCell<Option<Failure>>,
     fate: watch::Sender<Fate>,
 }
@@ -147,7 +147,8 @@ impl Disk {
         })
     }
 
-    /// What a line about the disk is about. A line is no reason to fail: what somebody is about to change is left out.
+    /// Returns the log context of the disk. Fields of a record that is being changed are left out, because a log line
+    /// is no reason to fail.
     #[must_use]
     pub fn about(&self) -> About {
         let mut about = About::disk(self.minor);
@@ -218,7 +219,7 @@ impl Disk {
         })
     }
 
-    /// It is about to be taken away for this: who waits for it is told so.
+    /// Records the reason for the coming removal, which callers that wait for the disk get.
     pub fn ends_for(&self, why: &Failure) {
         self.ends_for.replace(Some(why.clone()));
     }
@@ -270,10 +271,10 @@ impl Disk {
             })
     }
 
-    /// What a tapdisk is told to open.
+    /// Returns the image that a tapdisk has to open, with its options.
     ///
     /// # Errors
-    /// Nothing was said yet.
+    /// No image has been set yet.
     pub fn open(&self) -> Result<Open, Failure> {
         let record = self.record.borrow();
         let mut open = record.open.clone().ok_or_else(|| {
@@ -299,7 +300,7 @@ impl Disk {
         self.next_state.replace(None);
     }
 
-    /// Who it is, for a message.
+    /// Returns the name of the disk, for a message.
     #[must_use]
     pub fn name(&self) -> String {
         match &self.record.borrow().vbd {
@@ -308,7 +309,7 @@ impl Disk {
         }
     }
 
-    /// What has begun with it and is not done.
+    /// Returns the verb that has begun and is not done.
     #[must_use]
     pub fn doing(&self) -> Option<Doing> {
         self.record.borrow().doing
@@ -330,7 +331,7 @@ impl Disk {
         matches!(&*self.successor.borrow(), Some(its) if std::ptr::eq(&**its, process))
     }
 
-    /// What is known of its state without asking anybody.
+    /// Returns the known state of the process, without a question to it.
     fn process_state(&self) -> Option<tapdisk::State> {
         self.process.borrow().as_ref()?;
         let record = self.record.borrow();
@@ -343,7 +344,7 @@ impl Disk {
         })
     }
 
-    /// What a list shows of it, beside what the kernel says.
+    /// Returns the row of a list, without the kernel's part.
     #[must_use]
     pub fn row(&self) -> Row {
         let record = self.record.borrow();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which guests are suspended.
 //!
-//! Xenstore tells that a domain has ended or was suspended (`@releaseDomain`), not which one and why. Only
-//! the hypervisor knows, and its interface for that changes with its version; `xl list -v` prints the code
-//! and is of the same version. What it says may be old when it is used: who takes a guest for suspended
-//! that goes on must do it no harm.
+//! Xenstore tells that a domain has ended or was suspended (`@releaseDomain`), not which one and why. Only the
+//! hypervisor knows, and its interface for that changes with its version; `xl list -v` prints the code and is of the
+//! same version. The answer may be outdated when it is used, so a caller that takes a running guest for suspended must
+//! do it no harm.
 //!
-//! It tells that to a domain that controls others. In a driver domain nobody is known to be suspended, and an
-//! image is let go of when its guest has ended.
+//! It tells that to a domain that controls others. In a driver domain no guest is known to be suspended, and an image
+//! is released when its guest has ended.
 
 use crate::apart::{apart, LIMIT};
 use crate::store::Later;
@@ -51,7 +51,8 @@ impl Domains for Xl {
 /// A file of the kernel that says what this domain may do.
 const CAPABILITIES: &str = "/proc/xen/capabilities";
 
-/// Whether the hypervisor tells this domain of others. It is asked where that is not known: xenfs is not mounted.
+/// Whether the hypervisor tells this domain of others. The answer is yes where that is not known, because xenfs is not
+/// mounted.
 fn controls_others(capabilities: io::Result<String>) -> bool {
     capabilities.map_or(true, |text| text.contains("control_d"))
 }

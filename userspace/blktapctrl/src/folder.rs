@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// The extension of memory with a name, so that no name is a disk's number.
 pub const NAMED: &str = "named";
 
-/// Where everything of the running host is. What is in there belongs to root.
+/// Where everything of the running host is. Its contents belong to root.
 #[derive(Clone, Debug)]
 pub struct Folder {
     root: PathBuf,
@@ -75,13 +75,13 @@ impl Folder {
         self.root.join("control.sock")
     }
 
-    /// The folder of the sockets on which tapdisks are asked.
+    /// The folder of the control sockets of tapdisks.
     #[must_use]
     pub fn tapdisks(&self) -> PathBuf {
         self.root.join("tapdisk")
     }
 
-    /// The socket on which the tapdisk of a disk is asked.
+    /// The control socket of the tapdisk of a disk.
     #[must_use]
     pub fn tapdisk(&self, minor: u32) -> PathBuf {
         self.tapdisks().join(format!("{minor}.sock"))
@@ -117,7 +117,7 @@ impl Folder {
         self.memory().join(format!("{name}.{NAMED}"))
     }
 
-    /// What the guest of a disk has written over an image: never what another target of it takes for the disk.
+    /// The file for a guest's writes over an image (`cow:`): a disk with another target never uses it.
     #[must_use]
     pub fn written_of(&self, minor: u32) -> PathBuf {
         self.memory().join(format!("{minor}.cow"))
@@ -141,7 +141,7 @@ impl Folder {
         self.root.join("groups")
     }
 
-    /// What is written down of a group.
+    /// The record of a group.
     #[must_use]
     pub fn group(&self, name: &GroupName) -> PathBuf {
         self.groups().join(format!("{name}.json"))
@@ -196,7 +196,7 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     let written = write(&beside, content).and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
-        // What is there of it takes room, which may be what is missing.
+        // A partial file takes room, which may be what is missing.
         let _ = remove(&beside);
     }
     written

@@ -2,12 +2,12 @@
 //! The control group (cgroup v2) of a guest: what does the I/O of its disks is in there, so that limits and weights of
 //! that group hold for the guest (`io.max`, `io.weight`).
 //!
-//! Who does the I/O are the threads of the kernel that serve the rings, of any driver and of phy disks too, and the
+//! The I/O is done by threads of the kernel that serve the rings, of any driver and of phy disks too, and by the
 //! processes of tap disks. Both come and go as frontends connect and processes die, so they are placed whenever
 //! xenstore tells of either; a process that takes the place of another is placed before it does anything.
 //!
-//! A guest keeps the group that it has as long as it has disks, with the limits that somebody has set there: also when
-//! the next supervisor makes groups elsewhere, or none. So where they are is written down (`places`).
+//! A guest keeps its group as long as it has disks, with the limits that an administrator has set there, even when the
+//! next supervisor creates groups elsewhere, or none. So their locations are recorded (`places`).
 
 mod places;
 
@@ -22,7 +22,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// What stands for the number of a domain.
+/// Placeholder for the number of a domain.
 const NUMBER: &str = "%d";
 /// The extended attribute of a group that is ours to remove. It is with the group, so the next supervisor knows it, too.
 const OURS: &str = "user.xentap.made";
@@ -105,7 +105,7 @@ pub struct Groups {
     places: Places,
     /// The kernel's view of processes.
     proc: PathBuf,
-    /// It was said that one cannot be used.
+    /// The log has a line that a group cannot be used.
     is_told: Cell<bool>,
 }
 
@@ -117,7 +117,7 @@ impl Groups {
         Groups::seen_in(template, file, Path::new("/proc"))
     }
 
-    /// The same with another view of processes.
+    /// Makes groups with another view of processes.
     #[must_use]
     pub fn seen_in(template: Option<Template>, file: &Path, proc: &Path) -> Option<Groups> {
         let places = Places::open(template, file);
@@ -135,8 +135,8 @@ impl Groups {
         groups.find(|group| group.is_dir())
     }
 
-    /// Puts the kernel's threads of domains into their groups, and these processes. What has ended meanwhile is no
-    /// failure; what fails is said once, and disks are served all the same.
+    /// Puts the kernel's threads of domains into their groups, and these processes. A process that has ended is no
+    /// failure; the first failure is logged once, and disks are served all the same.
     pub fn place(&self, domains: &[(u32, Vec<u32>)]) {
         let threads = match self.threads() {
             Ok(threads) => threads,
@@ -165,7 +165,7 @@ impl Groups {
         }
     }
 
-    /// What is above the group of the domain, if it has one now.
+    /// Places threads and processes in the group of the domain, if it has one now, and returns the folder above it.
     fn place_in(&self, domain: u32, threads: &[u32], processes: &[u32]) -> Option<PathBuf> {
         let new = || Some(self.places.template()?.of(domain));
         let group = self.there(domain).or_else(new)?;
@@ -188,8 +188,8 @@ impl Groups {
         }
     }
 
-    /// Removes the group of a domain that has no disks any more; true if it is gone, or not ours. It cannot go as long
-    /// as somebody is in it.
+    /// Removes the group of a domain that has no disks any more; true if it is gone, or not ours. A group cannot be
+    /// removed while a process is in it.
     pub fn remove(&self, domain: u32) -> bool {
         let mut is_gone = true;
         for place in self.places.all() {
@@ -203,7 +203,7 @@ impl Groups {
     #[must_use]
     pub fn ours(&self) -> BTreeSet<u32> {
         let places = self.places.all();
-        // That a group cannot be made or used is told where it is to be.
+        // A group that cannot be made or used is reported where a process is to enter it.
         let ours = places.iter().filter_map(|place| place.ours().ok());
         ours.flatten().collect()
     }
@@ -238,7 +238,8 @@ impl Groups {
     }
 }
 
-/// Has groups have the files io.max, io.weight and io.stat. Whoever else changes the tree may have taken it back.
+/// Has groups have the files io.max, io.weight and io.stat. Another program that changes the tree may have disabled
+/// that.
 fn enable(parent: &Path) -> io::Result<()> {
     let control = parent.join("cgroup.subtree_control");
     let enabled = fs::read_to_string(&control).unwrap_or_default();
@@ -266,7 +267,7 @@ fn make(group: &Path) -> io::Result<()> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
         Err(error) => return Err(error),
     }
-    // What is not marked would stay for ever.
+    // A group without the mark would stay for ever.
     setxattr(group, OURS, b"1", XattrFlags::empty()).or_else(|error| {
         fs::remove_dir(group)?;
         Err(error.into())
@@ -371,7 +372,7 @@ mod tests {
     fn threads_of_the_kernel_and_processes_are_placed_and_no_others() {
         let host = Host::new("placed");
         let groups = host.groups();
-        // Somebody's program with such a name, another domain's thread, and a name with a bracket.
+        // Here are a program of another owner with such a name, another domain's thread, and a name with a bracket.
         host.process(10, "3.xvda-0", 0);
         host.process(11, "33.xvda-0", super::KERNEL_THREAD);
         host.process(12, ") 3.xvda-0", super::KERNEL_THREAD);
@@ -395,7 +396,7 @@ mod tests {
         fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
         groups.place(&[(4, vec![1])]);
         groups.place(&[(5, vec![1])]);
-        // A real group is empty when nobody is in it.
+        // A real group is empty when it has no process.
         for group in ["guest-4", "guest-5"] {
             fs::remove_file(host.0.join("cgroup").join(group).join("cgroup.procs")).unwrap();
         }
@@ -448,7 +449,7 @@ mod tests {
     fn controller_is_enabled_when_processes_are_where_they_belong() {
         let host = Host::new("order");
         let tree = host.0.join("cgroup");
-        // What is written last stays.
+        // The file keeps the last write.
         std::os::unix::fs::symlink("guest-5/cgroup.procs", tree.join("cgroup.subtree_control"))
             .unwrap();
         host.groups().place(&[(5, vec![1])]);

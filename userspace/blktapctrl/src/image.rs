@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What an image is, whatever its name.
+/// Identity of an image, whatever its name.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
@@ -166,7 +166,7 @@ impl Image {
         self.held.is_none()
     }
 
-    /// What it is.
+    /// Returns its identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
@@ -179,14 +179,14 @@ impl Image {
         self.born
     }
 
-    /// It is what was written down.
+    /// Whether this is the image of a record: identity and birth agree.
     #[must_use]
     pub fn is(&self, identity: Option<Identity>, born: Option<u64>) -> bool {
         let same_age = self.born.is_none() || born.is_none() || self.born == born;
         identity == Some(self.identity) && same_age
     }
 
-    /// The same one, to be written though it is marked as one that nobody writes.
+    /// Returns this image for writing although its mode forbids that.
     ///
     /// # Errors
     /// The system refuses to.
@@ -225,7 +225,7 @@ impl Image {
         })
     }
 
-    /// It is a file that is marked as one that nobody writes. It is looked at again each time.
+    /// Whether it is a regular file whose mode has no write permission. It is looked at again each time.
     #[must_use]
     pub fn is_unwritable(&self) -> bool {
         let Some(held) = &self.held else {
@@ -244,8 +244,7 @@ impl Image {
         }
     }
 
-    /// It is a block device that dom0's kernel has promised to somebody: a file system, an array, a
-    /// volume group, swap.
+    /// Whether it is a block device that dom0's kernel has claimed for a file system, an array, a volume group or swap.
     ///
     /// # Errors
     /// It cannot be opened.
@@ -275,14 +274,14 @@ impl Image {
     /// could be opened: its process asks for a connection.
     ///
     /// # Errors
-    /// The system refuses to, or the file is marked as one that is not to be written.
+    /// The system refuses to, or the file has no write permission.
     pub fn open(&self, write: bool, direct: bool) -> Result<Opened, Failure> {
         // Root may write it all the same: whoever removed the permission did not want that.
         if write && self.permissions & 0o222 == 0 {
             return Err(Failure::new(
                 Code::Denied,
                 format!(
-                    "{} is read-only: use the mode r, or, if no other image goes on from it (as after tap-ctl \
+                    "{} is read-only: use the mode r, or, if it is no backing image (as after tap-ctl \
                      snapshot: serve that one), allow writing with chmod u+w",
                     self.path.display()
                 ),
@@ -321,7 +320,7 @@ fn not_a(path: &Path, what: &str) -> Failure {
     Failure::new(Code::Image, format!("{} is {what}", path.display()))
 }
 
-/// Finds the image at a path, without making anybody wait for its file system.
+/// Finds the image at a path, on a thread of its own, so that no other work waits for its file system.
 ///
 /// # Errors
 /// There is none, or the file system does not answer.

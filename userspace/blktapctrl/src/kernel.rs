@@ -7,25 +7,25 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 /// The number of the backing that is the image of a disk. Its process knows it by this.
 pub const IMAGE: u16 = 0;
 
-/// What a node says of itself.
+/// A node's own description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     /// Its number.
     pub minor: u32,
-    /// What `tap-ctl list` shows.
+    /// The kernel's part of `tap-ctl list`.
     pub status: control::supervisor::Kernel,
     /// Domain and virtual device of the frontend that is bound, if one is.
     pub bound: Option<(u32, u32)>,
     /// The kernel can serve a disk by itself.
     pub has_maps: bool,
-    /// What it has to do so, one bit for each number.
+    /// Files that the kernel has for passthrough, one bit for each number.
     pub backings: u32,
 }
 
 /// A node to make.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Make {
-    /// The number that is wanted.
+    /// The requested number.
     pub minor: Option<u32>,
     /// KiB of the arena; 0 for the default.
     pub arena_kib: u32,
@@ -35,7 +35,7 @@ pub struct Make {
     pub max_deaths: u32,
 }
 
-/// What the supervisor asks of the kernel.
+/// The supervisor's requests to the kernel.
 pub trait Kernel {
     /// Makes a node and returns its number.
     ///

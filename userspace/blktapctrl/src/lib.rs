@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The supervisor of tap disks, as a library so that it can be tested without Xen.
 //!
-//! Three values share the work: [`registry`] (what disks there are), [`admission`] (who may use an
-//! image) and [`lifecycle`] (how a tapdisk lives and dies). Each uses those before it. What asks them
-//! is above: [`verbs`] translates the questions of tap-ctl, [`watch`] what happens in xenstore,
-//! [`adopt`] what an earlier supervisor left, [`watchdog`] who does not answer.
+//! Three values share the work: [`registry`] (what disks there are), [`admission`] (who may use an image) and
+//! [`lifecycle`] (how a tapdisk lives and dies). Each uses those before it. Their callers are above: [`verbs`] handles
+//! requests of tap-ctl, [`watch`] events of xenstore, [`adopt`] the disks of an earlier supervisor, and [`watchdog`]
+//! processes that do not answer.
 #![forbid(unsafe_code)]
 
 pub mod admission;

@@ -22,7 +22,7 @@ pub struct Link {
     stream: UnixStream,
     decoder: Decoder,
     last: u64,
-    /// A question was sent in part, or the other end is gone: nothing more can be asked.
+    /// A request was sent in part, or the other end is gone: no further request is possible.
     torn: bool,
     /// The process that answers, as the kernel says.
     sender: Option<u32>,
@@ -32,7 +32,7 @@ impl Link {
     /// Connects to the socket of a tapdisk.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// No process listens there.
     pub async fn connect(path: &Path) -> io::Result<Link> {
         let socket = UnixSocket::new_stream()?;
         set_socket_passcred(&socket, true)?;
@@ -51,7 +51,7 @@ impl Link {
         self.sender
     }
 
-    /// More can be asked.
+    /// Whether further requests are possible.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         !self.torn
@@ -61,7 +61,7 @@ impl Link {
     /// took too long is passed over.
     ///
     /// # Errors
-    /// What the tapdisk says, or [`Code::Timeout`], or [`Code::Gone`] if it has died.
+    /// The failure that tapdisk reports, or [`Code::Timeout`], or [`Code::Gone`] if it has died.
     pub async fn ask(
         &mut self,
         question: &Request,
@@ -140,7 +140,7 @@ impl Link {
 fn gone(error: io::Error) -> Failure {
     Failure::new(
         Code::Gone,
-        format!("tapdisk closed the connection while it was asked: {error}"),
+        format!("tapdisk closed the connection before it answered: {error}"),
     )
 }
 
@@ -148,6 +148,6 @@ fn gone(error: io::Error) -> Failure {
 pub fn unexpected(reply: &Reply) -> Failure {
     Failure::new(
         Code::Invalid,
-        format!("tapdisk answered something else than was asked: {reply:?}"),
+        format!("tapdisk sent a wrong kind of answer: {reply:?}"),
     )
 }

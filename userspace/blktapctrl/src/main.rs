@@ -15,6 +15,7 @@ use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
 use control::Failure;
+use rustix::mm::{mlockall, MlockAllFlags};
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
 use std::os::fd::AsFd;
@@ -28,10 +29,9 @@ use tokio::signal::unix::{signal, SignalKind};
 
 /// Supervises the processes that serve Xen's tap disks.
 ///
-/// It makes the disks that `tap-ctl` and the script `block-tap-rs` ask for, starts a `tapdisk` for
-/// each, replaces it at once if it dies, and takes the disk away when its guest lets go of it. The
-/// guests are served by the processes alone: they go on when this program is stopped, and are taken
-/// over when it is started again.
+/// It makes the disks that `tap-ctl` and the script `block-tap-rs` ask for, starts a `tapdisk` for each, replaces it at
+/// once if it dies, and takes the disk away when its guest lets go of it. The processes alone serve the guests: they
+/// continue when this program stops, and it takes them over when it starts again.
 #[derive(Parser)]
 #[command(name = "blktapctrl", version)]
 struct Cli {
@@ -51,9 +51,9 @@ struct Cli {
     /// Where sockets and records are.
     #[arg(long, value_name = "DIR", default_value = "/run/xentap")]
     folder: PathBuf,
-    /// A folder in which disks may have files beside their image, and sockets of servers; may be given
-    /// more than once. One that is missing is reported, and used once it is there. What is written must be named for
-    /// the disk all the same: tap-ctl create --files.
+    /// A folder in which disks may have files beside their image, and sockets of servers; may be given more than once.
+    /// One that is missing is reported, and used once it is there. A file that a disk writes must be named for the disk
+    /// all the same: tap-ctl create --files.
     #[arg(long, value_name = "DIR")]
     files: Vec<PathBuf>,
     /// The kernel serves disks by itself, beside their process, whose images are raw (aio:) where it can: their guests
@@ -81,7 +81,7 @@ struct Cli {
 /// Where the groups of guests are.
 #[derive(Clone)]
 struct PlaceOfGroups {
-    /// As it was said.
+    /// Its text, as given.
     text: String,
     /// Nothing if it is empty, which says that there are none.
     template: Option<Template>,
@@ -98,7 +98,7 @@ fn place_of_groups(text: &str) -> Result<PlaceOfGroups, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Its end waits for the last lines to be written.
+    // Its end waits until the last lines are out.
     let log = match log::start(cli.verbose) {
         Ok(log) => log,
         Err(error) => {
@@ -158,6 +158,7 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
         user: user.clone(),
     };
     lift_limits();
+    lock_memory();
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
@@ -238,7 +239,7 @@ async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
     }
     let left = registry.all().len();
     if left > 0 {
-        tracing::info!("{left} disks go on without supervision");
+        tracing::info!("{left} disks continue without supervision");
     }
     watchdog::tell_left_out(registry, true);
     if given {
@@ -267,6 +268,20 @@ async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
         if let Err(failure) = found.await {
             tracing::error!("no process of a disk can be started: {failure}");
         }
+    }
+}
+
+/// One thread renews leases and replaces processes. It must not wait for swap, nor for the storage of the program's file,
+/// which may be on a disk that it supervises, or on one that hangs.
+fn lock_memory() {
+    // All that there is now is brought into memory, the program too; what comes later when it is used, because most of a
+    // stack never is.
+    let now = mlockall(MlockAllFlags::CURRENT);
+    let later = mlockall(MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
+    if let Err(error) = now.and(later) {
+        tracing::warn!(
+            "memory is not locked, so this program may have to wait for swap and for the storage of its own file              ({error}): let it lock memory without limit, as LimitMEMLOCK=infinity does"
+        );
     }
 }
 

@@ -38,8 +38,9 @@ fn mount_at(place: &Path, options: &CStr) -> io::Result<()> {
     Ok(mount("xentap", place, "tmpfs", flags, options)?)
 }
 
-/// Makes the memory that a disk of this target needs for itself, if it needs some, or keeps what it has. That of a `ram:` disk is
-/// the disk, and may grow; that of a `cow:` disk holds what is written, and its process decides how.
+/// Makes the memory that a disk of this target needs for itself, if it needs some, or keeps what it has. The memory of
+/// a `ram:` disk is the disk, and may grow; that of a `cow:` disk holds the guest's writes, and its process decides
+/// how.
 ///
 /// # Errors
 /// The system refuses to, or it would lose what is beyond its end.
@@ -63,7 +64,7 @@ pub fn prepare(folder: &Folder, minor: u32, target: &Target) -> Result<(), Failu
     if found > size {
         return Err(Failure::new(
             Code::Image,
-            format!("disk {minor} has {found} bytes of memory: it cannot go on with {size}"),
+            format!("disk {minor} has {found} bytes of memory: it cannot continue with {size}"),
         ));
     }
     file.set_len(size).map_err(refused)
@@ -92,7 +93,7 @@ pub fn open(folder: &Folder, minor: u32, target: &Target, write: bool) -> Result
     }
 }
 
-/// Makes memory of this name, of so many zeroes. What had the name has it no more.
+/// Makes memory of this name, of so many zeroes. Memory that had the name before loses it.
 ///
 /// # Errors
 /// The system refuses to.
@@ -107,7 +108,7 @@ pub fn make_named(folder: &Folder, name: &MemoryName, size: u64) -> Result<(), F
             .mode(0o600)
             .open(&beside)?;
         file.set_len(size)?;
-        // Nobody finds it with another size.
+        // No process finds it with another size.
         fs::rename(&beside, &place)
     };
     make().map_err(|error| Failure::system(format!("cannot make the memory {name}"), &error))
@@ -124,7 +125,7 @@ pub fn find_named(folder: &Folder, name: &MemoryName) -> Result<Option<Image>, F
     }
 }
 
-/// The names of all memory that there is. What was not finished is removed.
+/// The names of all memory that there is. Unfinished memory is removed.
 ///
 /// # Errors
 /// The folder cannot be read, or that cannot be removed.
@@ -137,7 +138,7 @@ pub fn names(folder: &Folder) -> io::Result<Vec<MemoryName>> {
     Ok(files.iter().filter_map(name).collect())
 }
 
-/// What a disk finds whose memory is gone: its guest must not take that for zeroes.
+/// Failure of a disk whose memory is lost: its guest must not get zeroes instead.
 pub fn lost(folder: &Folder, name: &MemoryName) -> Failure {
     let place = folder.memory_named(name);
     Failure::new(

@@ -2,8 +2,8 @@
 //! Where the guests of disks write: for each mark of a disk a map, a file in the file system in memory that is ours. So
 //! it outlives processes and supervisors, and goes with the disk, or with the host.
 //!
-//! A map is written by the disk's process, which is not believed: it can say more or less than what is so, and nothing
-//! else. What is not there of a map counts as written.
+//! The disk's process fills a map, and the supervisor does not trust it: a map can show more or fewer changes than
+//! there were, and nothing else. Missing parts of a map count as changed.
 
 use crate::folder::{self, Folder};
 use control::{Extent, Failure};
@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Bytes of the disk that are told apart, unless that makes the map too large.
+/// Bytes of the disk for each bit, unless that makes the map too large.
 const UNIT: u64 = 64 << 10;
 /// Bytes of the map of a disk when its first mark is set.
 const LARGEST: u64 = 1 << 20;
@@ -24,7 +24,7 @@ const MOST: u64 = 4 << 20;
 /// Parts in an answer.
 const PARTS: usize = 8192;
 
-/// Bytes that are told apart of a disk of so many.
+/// Returns the bytes for each bit of the map of a disk of this size.
 #[must_use]
 pub fn unit(size: u64) -> u64 {
     let mut unit = UNIT;
@@ -59,7 +59,7 @@ pub fn make(path: &Path, size: u64, unit: u64) -> Result<(), Failure> {
         let none = FallocateFlags::empty();
         let filled = fallocate(&file, none, 0, bytes(size, unit).max(1));
         filled.map_err(io::Error::from).inspect_err(|_| {
-            // What is there of it is in nobody's way.
+            // A partial file that remains does no harm.
             let _ = folder::remove(path);
         })
     };
@@ -106,7 +106,7 @@ fn unread(path: &Path, error: &io::Error) -> Failure {
     Failure::system(what, error)
 }
 
-/// What is in a map, no more than belongs there.
+/// Reads a map, up to the largest size that one may have.
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bits = Vec::new();
     let file = File::open(path).map_err(|error| unread(path, &error))?;
@@ -115,7 +115,7 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     Ok(bits)
 }
 
-/// Puts what is in one map into an older one, which nobody writes.
+/// Merges a map into an older one, which no process writes.
 ///
 /// # Errors
 /// One of them cannot be read or written.
@@ -135,8 +135,8 @@ pub fn merge(from: &Path, into: &Path) -> Result<(), Failure> {
     })
 }
 
-/// What one of the maps says of a disk of `size` bytes from a place on, each with the bytes that the disk had when it was
-/// made: the parts, and from where on there are more.
+/// Returns the parts of a disk of `size` bytes that one of the maps marks, from a place on, and the place where further
+/// ones begin; each map has the size of the disk when it was made.
 ///
 /// # Errors
 /// One of them cannot be read.
@@ -176,7 +176,7 @@ pub fn look(
 /// Units of the disk of which all maps say something.
 fn known(maps: &[(PathBuf, u64)], found: &[Vec<u8>], size: u64, unit: u64) -> u64 {
     let all = maps.iter().zip(found).map(|((_, was), map)| {
-        // What is behind an end that was in the middle of a unit is not in that unit's bit.
+        // The bit of a unit does not cover bytes behind an end that was in the middle of that unit.
         let units = if *was >= size {
             size.div_ceil(unit)
         } else {
@@ -227,7 +227,7 @@ mod tests {
         }
     }
 
-    /// What some maps say, all of which are of a disk of `was` bytes.
+    /// Returns the parts that maps mark, all of which are of a disk of `was` bytes.
     fn of(maps: &[&PathBuf], was: u64, size: u64, from: u64) -> Vec<Extent> {
         let maps: Vec<_> = maps.iter().map(|path| ((*path).clone(), was)).collect();
         let (extents, next) = look(&maps, size, UNIT, from).expect("maps");
@@ -288,7 +288,7 @@ mod tests {
         fs::remove_dir_all(folder).expect("remove");
     }
 
-    /// Whatever a process says of the size, and has put into the map.
+    /// Tests sizes and maps that are as large as a process can make them.
     #[test]
     fn no_size_and_no_map_is_too_large() {
         let folder = folder("large");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The file of a new image that a disk is to go on in. The supervisor makes it, empty, because a process can
-//! open nothing; the process writes it.
+//! The file of a new image to which a disk is to switch. The supervisor makes it, empty, because a process can open
+//! nothing; the process writes it.
 
 use crate::image::{Identity, Image};
 use control::{Code, Failure};
@@ -12,7 +12,7 @@ use std::path::Path;
 /// Permission bits of a file that is data.
 const RIGHTS: u32 = 0o666;
 
-/// Makes the file, where nothing is, with the owner and the rights of the image that it is to go on from.
+/// Makes the file, where nothing is, with the owner and the permissions of its future backing image.
 ///
 /// # Errors
 /// Something has the name, or the system refuses to.
@@ -38,7 +38,7 @@ pub(crate) fn make(path: &Path, parent: &Image) -> Result<Image, Failure> {
         .map_err(failed)
         .and_then(|()| Image::find(path));
     if dressed.is_err() {
-        // It is ours, and nobody knows of it.
+        // The new image is ours, and no record names it.
         let _ = fs::remove_file(path);
     }
     dressed
@@ -69,7 +69,7 @@ pub(crate) fn keep(path: &Path) -> Result<(), Failure> {
     })
 }
 
-/// Takes the file away, if it is the one that was made and not somebody else's.
+/// Removes the file, if it is the one that was made and not another one.
 ///
 /// # Errors
 /// The system refuses to.
@@ -85,8 +85,8 @@ pub(crate) fn remove(
     }
 }
 
-/// Marks an image as one that nobody writes: another one goes on from it, and shows nonsense as soon as it
-/// changes. True if it is marked; a device cannot be.
+/// Removes the write permission of an image that is a backing image, because the image above is corrupt as soon as it
+/// changes. True if that was done; it is not for a device.
 ///
 /// # Errors
 /// The system refuses to.
@@ -150,7 +150,7 @@ mod tests {
             make(&dir.join("link"), &parent).expect_err("taken").code,
             Code::Exists
         );
-        // Somebody else's.
+        // The image of another owner.
         remove(&old, Some(made.identity()), made.born()).expect("left alone");
         assert!(old.exists());
         remove(&new, Some(made.identity()), made.born()).expect("removed");

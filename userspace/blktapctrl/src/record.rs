@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is written down of each disk, for the next supervisor and for people.
+//! The record of each disk, for the next supervisor and for administrators.
 
 mod files;
 mod leases;
@@ -20,17 +20,18 @@ pub use files::{Files, Records};
 pub use leases::{image_of, is_one_lease, leased, Hold, Leased};
 pub use peek::{Peek, PeekNext, Unread};
 
-/// Version of the files. Who reads one with a higher number may misunderstand it; a field that may be
-/// passed over does not raise it.
+/// Version of the files. A program may misunderstand a file with a higher number; a field that may be ignored does not
+/// raise it.
 const VERSION: u32 = 4;
-/// The version of a record without a trace. Who does not know of traces has requests missing in them.
+/// The version of a record without a trace. A program that does not know of traces would leave requests out of one.
 const WITHOUT_TRACE: u32 = 3;
-/// The version of a record without marks, too. Who does not know of marks has the disk written without noting it.
+/// The version of a record without marks, too. A program that does not know of marks would have the disk changed
+/// without tracking that.
 const WITHOUT_MARKS: u32 = 2;
-/// The version of a record without parts, too. Who does not know of parts gives them to others.
+/// The version of a record without parts, too. A program that does not know of parts would give them to other disks.
 const WITHOUT_PARTS: u32 = 1;
 
-/// What the supervisor wants of a disk.
+/// State in which the supervisor is to keep a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Want {
@@ -65,17 +66,17 @@ pub struct Known {
     pub started: u64,
 }
 
-/// What a file beside the image is for.
+/// Purpose of a file beside the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
-    /// The image that the one which is served goes on from.
+    /// A backing image of the one that is served.
     Parent,
     /// It holds a part of the image.
     Extent,
     /// A server listens there.
     Socket,
-    /// What the disk is copied to.
+    /// The image to which the disk is copied.
     Mirror,
 }
 
@@ -93,30 +94,30 @@ impl std::fmt::Display for Role {
 /// Something beside the image that the disk's process was given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
-    /// What it is for.
+    /// Purpose of the file.
     pub role: Role,
     /// By which path it was named.
     pub path: PathBuf,
-    /// What it is; nothing for a socket.
+    /// Identity of the file; nothing for a socket.
     pub identity: Option<Identity>,
     /// When it was made, as of an image.
     #[serde(default)]
     pub born: Option<u64>,
-    /// Who may share it.
+    /// Sharing mode.
     pub mode: Mode,
-    /// The process was told to lock it.
+    /// The process has orders to lock it.
     pub locked: bool,
 }
 
 impl Part {
-    /// The image goes on from it.
+    /// Whether it is a backing image.
     #[must_use]
     pub fn is_parent(&self) -> bool {
         self.role == Role::Parent
     }
 }
 
-/// Those parts from which the image goes on.
+/// Returns the backing images among the parts.
 pub fn parents(parts: &[Part]) -> impl Iterator<Item = &Part> {
     parts.iter().filter(|part| part.is_parent())
 }
@@ -124,7 +125,7 @@ pub fn parents(parts: &[Part]) -> impl Iterator<Item = &Part> {
 /// A file below the image, as the kernel knows it: its place in the list says by which number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lent {
-    /// What it is.
+    /// Identity of the file.
     pub identity: Identity,
     /// When it was made, as of an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -135,19 +136,19 @@ pub struct Lent {
 /// the old one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handoff {
-    /// What the new one runs, if that is not what the supervisor starts by default.
+    /// Program of the new process, if it is not the supervisor's default.
     pub program: Option<PathBuf>,
-    /// The new one; nothing before the old one is told to let go.
+    /// The new process; nothing before the old one begins to release the disk.
     pub process: Option<Known>,
 }
 
-/// A new image that a disk is to go on in, over the one that it has. Until it is served, it is a file that can be
-/// taken away.
+/// A new image over the present one, to which a disk is to switch. Until it is served, it is a file that can be taken
+/// away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overlay {
-    /// What is to be served.
+    /// Image to be served, with its options.
     pub open: Open,
-    /// What the file is that was made for it.
+    /// Identity of the file that was made for it.
     pub identity: Option<Identity>,
     /// When that was made.
     #[serde(default)]
@@ -157,7 +158,7 @@ pub struct Overlay {
 /// An image that is to take over what it shows of those below it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Streamed {
-    /// What is served.
+    /// Target that is served.
     pub target: Target,
     /// Bytes in a second.
     pub rate: u64,
@@ -166,46 +167,46 @@ pub struct Streamed {
 /// An image that a disk is copied to, which is one of its parts, and then served from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mirrored {
-    /// What is to be served.
+    /// Image to which the disk is copied, with its options.
     pub open: Open,
     /// Bytes in a second.
     pub rate: u64,
     /// It is the image below the one that the disk has.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub below: bool,
-    /// It was marked as one that nobody writes.
+    /// Its mode had no write permission.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub marked: bool,
 }
 
-/// A moment from which on it is noted where the guest writes, until the next one, in a [map](crate::notes) of its own.
+/// A moment (mark) from which on a [map](crate::notes) records the guest's writes, until the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noted {
     /// Which map; a later one has a higher number.
     pub number: u64,
-    /// Nothing if nobody asks for it any more: who asks for an older one needs its map all the same.
+    /// Name of the mark; nothing if it was removed while an older mark still needs its map.
     pub name: Option<MarkName>,
     /// In milliseconds since 1970.
     pub at_ms: u64,
     /// Bytes of the disk by then.
     pub size: u64,
-    /// Bytes that are told apart.
+    /// Bytes for each bit of the map.
     pub unit: u64,
     /// The disk's process has said that it notes there. Before that it is no mark.
     pub is_set: bool,
 }
 
-/// The [file](crate::traces) in which it is written down what a guest asks for.
+/// The [file](crate::traces) that records the requests of a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traced {
     /// Where it is.
     pub path: PathBuf,
-    /// What it is.
+    /// Identity of the file.
     pub identity: Identity,
     /// When it was made, as of an image.
     #[serde(default)]
     pub born: Option<u64>,
-    /// What is written to the disk is there, too.
+    /// The file also has the data of writes.
     pub data: bool,
     /// Bytes of it.
     pub size: u64,
@@ -213,20 +214,20 @@ pub struct Traced {
     pub at_ms: u64,
 }
 
-/// What a disk is to be served from after a pause. Until it is, the disk keeps what it had.
+/// The image from which a disk is to be served after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Next {
-    /// What is to be served.
+    /// Image to be served, with its options.
     pub open: Open,
-    /// What its image is.
+    /// Identity of the image.
     pub identity: Option<Identity>,
     /// When that was made.
     #[serde(default)]
     pub born: Option<u64>,
-    /// What else its process was given for it.
+    /// Other files that its process got for it.
     #[serde(default)]
     pub parts: Vec<Part>,
-    /// What else it may be given for it.
+    /// Other files that it may get.
     #[serde(default)]
     pub files: Vec<PathBuf>,
     /// Requests that had been executed before, by whomever: if there are more, it has been served.
@@ -240,26 +241,26 @@ pub struct Record {
     version: u32,
     /// The node.
     pub minor: u32,
-    /// What it serves.
+    /// Image that it serves, with its options.
     pub open: Option<Open>,
-    /// What its image is.
+    /// Identity of its image.
     pub identity: Option<Identity>,
     /// When its image was made, in nanoseconds since 1970: the number of a file is used again. Nothing
     /// if its file system does not know.
     #[serde(default)]
     pub born: Option<u64>,
-    /// What else its process was given.
+    /// Other files that its process got.
     #[serde(default)]
     pub parts: Vec<Part>,
-    /// What else it may be given, as the administrator has named it.
+    /// Other files that it may get, as the administrator has named them.
     #[serde(default)]
     pub files: Vec<PathBuf>,
-    /// What the kernel had, or was to have, of the files below its images. Nothing ever leaves this list.
+    /// Files below its images that the kernel has had, or was to get. Nothing ever leaves this list.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lent: Vec<Lent>,
-    /// Who may share the image.
+    /// Sharing mode of the image.
     pub mode: Mode,
-    /// What to do when things go wrong.
+    /// Error policy, limits and group.
     pub policy: Policy,
     /// The backend's directory in xenstore, relative to the domain's.
     pub vbd: Option<String>,
@@ -268,7 +269,7 @@ pub struct Record {
     /// KiB of its node's arena; 0 for the default.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub arena_kib: u32,
-    /// What is wanted.
+    /// State in which the disk is to be.
     pub want: Want,
     /// Token of its leases: see [`Record::token`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -279,50 +280,50 @@ pub struct Record {
     /// Leases that this host has for it, or may have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     leases: Vec<Leased>,
-    /// The image is somebody else's for the time being: whoever replaces the process does not take it.
+    /// Another host or disk may use the image for now: a new process does not open it.
     #[serde(default)]
     pub inactive: Option<Inactive>,
-    /// The disk with which the image went on. This one does not get it again.
+    /// The disk that has taken over the image. This one does not get it again.
     #[serde(default)]
     pub passed_on: Option<String>,
-    /// What has begun and is not done: whoever finds this finishes it.
+    /// The verb that has begun and is not done: a supervisor that finds one finishes it.
     #[serde(default)]
     pub doing: Option<Doing>,
-    /// What an unpause leads to, if that is another image.
+    /// The image to which an unpause leads, if that is another one.
     #[serde(default)]
     pub next: Option<Next>,
-    /// What a snapshot leads to.
+    /// The new image of a snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
-    /// What its image is to do beside its guest.
+    /// The stream into its image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<Streamed>,
-    /// What it is copied to.
+    /// The image to which it is copied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirrored>,
-    /// From when on it is noted where its guest writes, the oldest first. Its process notes in the last one's map.
+    /// Marks, from which on its guest's writes are recorded, the oldest first. Its process uses the last one's map.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Noted>,
-    /// Where it is written down what its guest asks for.
+    /// The trace of its guest's requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<Traced>,
     /// Its process.
     pub process: Option<Known>,
-    /// What its processes run, if that is not what the supervisor starts by default.
+    /// Program of its processes, if it is not the supervisor's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
-    /// Who is to take it over.
+    /// The process that is to take it over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handoff: Option<Handoff>,
     /// How often the process was replaced.
     pub restarts: u32,
-    /// Requests that failed because processes died of them, of which was told.
+    /// Number of requests that failed because processes died of them, and that were reported.
     #[serde(default)]
     pub poisoned: u32,
-    /// Flushes that failed in the kernel, of which was told.
+    /// Number of failed flushes in the kernel that were reported.
     #[serde(default)]
     pub failed_flushes: u32,
-    /// What a newer supervisor wrote, which finds it again.
+    /// Fields of a newer supervisor, which finds them again.
     #[serde(flatten)]
     other: Map<String, Value>,
 }
@@ -334,7 +335,7 @@ fn is_zero(number: &u32) -> bool {
 }
 
 impl Record {
-    /// What is beside the image that is served, or is about to be instead.
+    /// Returns the parts of the image that is served, or of the one that is about to replace it.
     #[must_use]
     pub fn its_parts(&self) -> &[Part] {
         let next = self.next.as_ref();
@@ -381,8 +382,7 @@ impl Record {
         }
     }
 
-    /// What the disk does now when things go wrong, how much its guest may do, and what is noted, whatever was written
-    /// down when a verb began.
+    /// Sets the present error policy, limits, map and trace, whatever the record had when a verb began.
     pub fn rule(&self, open: &mut Open) {
         open.on_no_space = self.policy.on_no_space;
         open.on_error = self.policy.on_error;
@@ -391,7 +391,7 @@ impl Record {
         open.trace = self.trace.is_some();
     }
 
-    /// Who was to take the disk over has it.
+    /// Completes a hand-off: the new process has the disk.
     pub fn take_over(&mut self, process: Known) {
         if let Some(handoff) = self.handoff.take() {
             self.program = handoff.program;

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A request that takes long is said once, and once again when that is over.
+//! Reports a request that takes long once, and once again when that is over.
 
 use control::supervisor::Kernel;
 use std::cell::Cell;
 use std::time::Duration;
 
-/// How long a request may take before it is said.
+/// How long a request may take before it is reported.
 const LONG: Duration = Duration::from_secs(30);
 
-/// The request of a disk that was said to take long.
+/// The reported slow request of a disk.
 #[derive(Debug, Default)]
 pub struct Slow(Cell<Option<Seen>>);
 
 #[derive(Clone, Copy, Debug)]
 struct Seen {
-    /// Who has it.
+    /// Process that has it.
     pid: u32,
     /// How old it was when it was looked at last.
     age: Duration,
@@ -22,7 +22,7 @@ struct Seen {
     committed: u64,
 }
 
-/// What is to be said.
+/// News to report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// The process has had one for so long.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The state of a disk: memory that one process leaves to the next. What is in it is their affair; here
-//! it is a number of bytes.
+//! The state of a disk: memory that one process leaves to the next. Its contents concern the processes only; the
+//! supervisor sees a number of bytes.
 //!
 //! It is held by the process and by the supervisor, and outlives either of the two, not both: so it is
 //! for what a successor would have to find out or count anew, and not for what only it knows.
@@ -26,13 +26,13 @@ pub struct State {
     holder: Cell<Option<Known>>,
 }
 
-/// Nobody can change its size, or allow that again: who maps it cannot be made to fault, and nobody can
-/// fill dom0's memory with it.
+/// Seals: no process can change its size, or remove the seals, so a process that maps it cannot be made to fault, and
+/// none can fill dom0's memory with it.
 fn seals() -> SealFlags {
     SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL
 }
 
-/// What a state is of: another image of the same disk does not get it.
+/// Owner of a state: another image of the same disk does not get it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Whose {
     /// The disk.
@@ -114,7 +114,7 @@ impl State {
     /// hang: it is not asked.
     ///
     /// # Errors
-    /// It cannot be said whether there is one, or it is none of ours.
+    /// It is not known whether there is one, or this program has not made it.
     pub fn held_by(process: Known, whose: Whose) -> Result<Option<State>, Failure> {
         let (pid, minor) = (process.pid, whose.minor);
         let unseen = |error| {
@@ -140,7 +140,7 @@ impl State {
         Ok(None)
     }
 
-    /// What a process had is what was made here, or nothing.
+    /// Returns the state of a process, if it was made here.
     fn of(memory: OwnedFd, minor: u32) -> Result<State, Failure> {
         let size = fstat(&memory)
             .ok()
@@ -154,7 +154,7 @@ impl State {
             }),
             _ => Err(Failure::new(
                 Code::Invalid,
-                format!("what the process of disk {minor} holds as its state is none: it starts without"),
+                format!("the process of disk {minor} holds an invalid state: its successor starts without"),
             )),
         }
     }
@@ -233,7 +233,7 @@ mod tests {
         let failure = State::give(&mut place, whose(3), 4096, us()).expect_err("another");
         assert!(failure.message.contains("512 bytes"), "{failure}");
         let next = Known { pid: 1, started: 2 };
-        // What cannot be made takes nothing away.
+        // A failure to make memory takes nothing away.
         assert!(State::give(&mut place, whose(3), LARGEST + 1, next).is_err());
         assert_eq!(place.as_ref().map(State::size), Some(512));
         State::give(&mut place, whose(3), 4096, next).expect("of its own");
@@ -281,7 +281,7 @@ mod tests {
             ..whose(4_000_000_002)
         };
         assert!(State::held_by(us(), other).expect("descriptors").is_none());
-        // Somebody else's memory of that name is not sealed.
+        // Memory of that name from another program is not sealed.
         let name = whose(4_000_000_003).name();
         let other = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
         let _other = other.expect("memory");

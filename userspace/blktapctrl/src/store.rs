@@ -9,7 +9,7 @@ use std::pin::Pin;
 use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::{AsyncWatch, AsyncXs};
 
-/// What comes back later.
+/// Future of an answer.
 pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 /// The paths at which something changed, until the connection ends.
 pub type Changes = Pin<Box<dyn Stream<Item = String>>>;
@@ -78,8 +78,8 @@ impl Store for Xenstore {
     fn watch<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Changes>> {
         Box::pin(async move {
             let mut changes = self.0.watch(path).await?;
-            // The library stops answering anybody while an event waits to be taken, so each one is
-            // taken at once, whatever its receiver waits for.
+            // The library stops answering all callers while an event waits to be taken, so each one is taken at once,
+            // whatever its receiver waits for.
             let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
             tokio::task::spawn_local(async move {
                 while let Some(path) = changes.next().await {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What systemd is told: that the supervisor is ready, stops, and lives (`WatchdogSec=`). systemd may not read, so
+//! Notifications to systemd: that the supervisor is ready, stops, and lives (`WatchdogSec=`). systemd may not read, so
 //! nothing waits for it but the task that tells it.
 
 use sd_notify::NotifyState;
@@ -15,7 +15,7 @@ use tokio::time::MissedTickBehavior;
 /// How long the end of the program waits for systemd to read that it stops.
 const PARTING: Duration = Duration::from_secs(1);
 
-/// systemd, if it has started this program and wants to be told.
+/// systemd, if it has started this program and accepts notifications.
 #[derive(Clone, Debug)]
 pub struct Systemd {
     /// Where it listens: a path, or an abstract name after an `@`.

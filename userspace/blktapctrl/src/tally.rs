@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process has done for its disk, as the kernel counts it: said when the process leaves.
+//! Work of a process for its disk, as the kernel counts it: logged when the process leaves.
 
 use control::supervisor::Kernel;
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// What had been counted when a process began.
+/// The kernel's counts at the start of a process.
 #[derive(Debug, Default)]
 pub struct Tally(Cell<Option<Began>>);
 
@@ -18,7 +18,7 @@ struct Began {
     replayed: u64,
 }
 
-/// What was counted while a process had the disk.
+/// The kernel's counts of the time in which a process had the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Totals {
     /// For how long it had it.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// A lease that is held, and kept.
 #[derive(Clone, Debug)]
 pub struct Tenure {
-    /// Who keeps it.
+    /// Renews the lease.
     pub keeper: Arc<Keeper>,
     /// The image, and the kind of its lease.
     pub target: Target,

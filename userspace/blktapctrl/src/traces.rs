@@ -106,7 +106,7 @@ pub fn open(traced: &Traced) -> Result<Opened, Failure> {
     image.open(true, false)
 }
 
-/// Removes one that nobody writes.
+/// Removes a trace file that no process writes.
 ///
 /// # Errors
 /// The system refuses to.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What tap-ctl can ask for: the words of a question become a call, and what that returns an answer.
+//! Requests of tap-ctl: a request becomes a call, and its result an answer.
 
 use crate::adopt;
 use crate::lifecycle::create::Made;

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What happens to the backends' directories in xenstore.
+//! Watches the backends' directories in xenstore.
 //!
 //! A disk goes when the directory for which it was made goes, whether or not a script says so, and the kernel serves no
-//! guest from it: a xenstored that was started anew is empty, and guests run on. The
-//! kind `vbd3` (`backendtype=tap`) is also served where no script of ours runs: without any script
-//! the disk is made here; after Xen's `block-tap`, which makes it with tap-ctl, the driver is told
-//! its number.
+//! guest from it: a xenstored that was started anew is empty, and guests run on. The kind `vbd3` (`backendtype=tap`) is
+//! also served where no script of ours runs: without any script the supervisor makes the disk here; after Xen's
+//! `block-tap`, which makes it with tap-ctl, the supervisor tells the driver its number.
 //!
 //! Other programs may serve disks of that kind too, so the driver does nothing with one before its
 //! directory says that it is ours (`tap-server`). That cannot be left to the scripts: libxl runs them
@@ -33,11 +32,12 @@ const TAP: &str = "backend/vbd3";
 /// The key of a directory of that kind that says which program serves it, and what it holds if we do.
 const SERVER_KEY: &str = "tap-server";
 const SERVER: &str = "blktapctrl";
-/// What the names of the scripts begin with that make a disk with tap-ctl: Xen's and ours.
+/// Prefix of the names of the scripts that make a disk with tap-ctl: Xen's and ours.
 const SCRIPTS: &str = "block-tap";
 /// Changes when a domain has ended, or was suspended.
 const RELEASED: &str = "@releaseDomain";
-/// Time between the first two questions whether the kernel serves a guest, which tells nobody when it ends; it doubles.
+/// Time between the first two questions whether the kernel serves a guest, because it sends no notification of the end;
+/// it doubles.
 const FIRST: Duration = Duration::from_millis(20);
 /// The most that it becomes.
 const MOST: Duration = Duration::from_secs(1);
@@ -155,7 +155,8 @@ async fn all(lifecycle: &Lifecycle, store: &dyn Store) -> io::Result<Vec<String>
     Ok(all)
 }
 
-/// Who is in a group is still ending when its last disk goes: so often is tried to remove it, and after such a time.
+/// Attempts to remove a group, with a pause between them, because its members may still be ending when its last disk
+/// goes.
 const TRIES: u32 = 20;
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -255,7 +256,7 @@ async fn end_unlisted(lifecycle: &Rc<Lifecycle>, directory: &str, disk: &Rc<Disk
         }
         let why = match in_use(&*registry.kernel, disk.minor) {
             None if is_listed == Some(false) => break,
-            None => "whether it has come back cannot be asked".into(),
+            None => "its return cannot be checked".into(),
             Some(why) => why,
         };
         if !told && since.elapsed() >= LONG {
@@ -356,9 +357,9 @@ async fn offer_or_tell(
     }
 }
 
-/// Whether a directory of the kind `vbd3` is ours, as far as can be told by now: by its script, and
-/// without one by its target. What others serve may be named in the same words, so somebody else's
-/// name under `tap-server` goes before all. If it is ours, the driver is told.
+/// Whether a directory of the kind `vbd3` is ours, with the present knowledge: by its script, and without one by its
+/// target. The directory of another server may have equal words, so another name under `tap-server` takes precedence.
+/// If it is ours, the driver learns that.
 async fn is_ours(store: &dyn Store, directory: &str, script: &str) -> io::Result<bool> {
     let read = |name: &str| format!("{directory}/{name}");
     if let Some(server) = store.read(&read(SERVER_KEY)).await? {

@@ -33,7 +33,7 @@ fn idle_with_work(disk: &Disk, status: &Kernel, has_limits: bool) -> Duration {
     let (answered, since) = disk.progress.get();
     let works = {
         let record = disk.record.borrow();
-        // Without its image it answers nobody.
+        // Without its image it answers no request.
         let waits = status.waiting > 0 || (has_limits && status.delivered > 0);
         record.want == Want::Served && record.inactive.is_none() && waits
     };
@@ -52,7 +52,7 @@ fn has_limits(disk: &Disk) -> bool {
 
 /// Looks at one disk.
 pub fn look(registry: &Registry, disk: &Disk) {
-    // Of a disk that nobody serves, too: the kernel writes by itself.
+    // A disk without a process counts, too: the kernel writes without one.
     let Some(status) = registry.status(disk) else {
         return;
     };

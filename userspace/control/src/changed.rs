@@ -10,7 +10,7 @@ use std::str::FromStr;
 /// Marks that a disk has at most.
 pub const MAX_MARKS: usize = 8;
 
-/// Bytes of a name that somebody has chosen, at most.
+/// Most bytes of a name that a user chooses.
 pub(crate) const LONGEST_NAME: usize = 64;
 
 /// Whether a text can be such a name: letters, digits, dots, dashes and underscores.
@@ -46,7 +46,7 @@ impl fmt::Display for MarkName {
     }
 }
 
-/// A moment from which on it is noted where a guest writes.
+/// A moment from which on a dirty bitmap records the guest's writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
     /// Its name.
@@ -56,7 +56,7 @@ pub struct Mark {
     pub number: u64,
     /// When it was, in milliseconds since 1970.
     pub at_ms: u64,
-    /// Bytes of the disk that are told apart.
+    /// Bytes of the disk for each bit.
     pub unit: u64,
 }
 
@@ -69,7 +69,8 @@ pub struct Extent {
     pub length: u64,
 }
 
-/// What may be different from what it was at a mark, in ascending order, and apart from each other. The rest is not.
+/// Parts of the disk that may have changed since a mark, in ascending order and apart from each other. The rest has not
+/// changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
     /// Number of the mark: another one of the same name has another.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An export of an NBD server, as it is written in a configuration.
+//! An export of an NBD server, in the syntax of a configuration.
 
 use crate::Failure;
 use percent_encoding::{percent_decode_str, utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
@@ -11,7 +11,7 @@ const PORT: u16 = 10809;
 /// Bytes of a name at most, as the protocol has it.
 const LONGEST: usize = 4096;
 
-/// What is written as it is in a path of an address.
+/// Characters that need no escape in a path of an address.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'/')
     .remove(b'-')
@@ -33,8 +33,8 @@ pub enum Listener {
     },
 }
 
-/// An export: a server, and its name there. It is written as an NBD address, `nbd://host:port/name` or
-/// `nbd+unix:///name?socket=/run/a.sock`, or as QEMU's tools do it, `nbd:host:port:exportname=name` or
+/// An export: a server, and its name there. Its syntax is an NBD address, `nbd://host:port/name` or
+/// `nbd+unix:///name?socket=/run/a.sock`, or that of QEMU's tools, `nbd:host:port:exportname=name` or
 /// `nbd:unix:/run/a.sock:exportname=name`. Without a name it is the server's first one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Export {
@@ -43,7 +43,7 @@ pub struct Export {
 }
 
 impl Export {
-    /// What is behind `nbd:` or `nbd+unix:`.
+    /// Parses the text behind `nbd:` or `nbd+unix:`.
     ///
     /// # Errors
     /// It names no server.
@@ -93,7 +93,7 @@ impl Export {
         &self.name
     }
 
-    /// The same export, by another path of its server's socket.
+    /// Returns this export with another path of its server's socket.
     #[must_use]
     pub fn at(self, socket: PathBuf) -> Self {
         Self {
@@ -107,7 +107,7 @@ fn is_no_host(c: char) -> bool {
     !c.is_ascii_alphanumeric() && !matches!(c, '.' | '-' | '_' | ':' | '%')
 }
 
-/// What is behind `//` in an address.
+/// Parses the text behind `//` in an address.
 fn address(text: &str) -> Option<Export> {
     let (before, query) = match text.split_once('?') {
         Some((before, query)) => (before, Some(query)),
@@ -140,7 +140,7 @@ fn words(text: &str) -> Option<Export> {
     Some(Export { listener, name })
 }
 
-/// A host, and a port if it is said.
+/// Parses a host, and a port if there is one.
 fn tcp(text: &str) -> Option<Listener> {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is answered when something could not be done.
+//! Failures, which are the answers to requests that could not be carried out.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 
-/// What kind of failure it is: a program decides by this, never by the sentence.
+/// Kind of a failure: a program decides by this, never by the sentence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Code {
@@ -13,11 +13,11 @@ pub enum Code {
     Version,
     /// The message could not be understood, or misses something.
     Invalid,
-    /// What was named is not there.
+    /// The named thing does not exist.
     NotFound,
-    /// What was named is there already.
+    /// The named thing exists already.
     Exists,
-    /// Somebody else has it.
+    /// Another user has it.
     Busy,
     /// It cannot be done in the state that the disk is in.
     State,
@@ -112,7 +112,7 @@ mod tests {
         assert_eq!((failure.code, failure.errno), (Code::System, Some(28)));
         let sent = serde_json::to_string(&failure).unwrap();
         assert_eq!(serde_json::from_str::<Failure>(&sent).unwrap(), failure);
-        // What others send has none, and they get none that means nothing.
+        // A failure of another program has no error number, and gets none that would mean nothing.
         let sent = serde_json::to_string(&Failure::new(Code::Busy, "no")).unwrap();
         assert_eq!(sent, r#"{"code":"busy","message":"no"}"#);
         assert_eq!(serde_json::from_str::<Failure>(&sent).unwrap().errno, None);

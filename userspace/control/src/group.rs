@@ -50,7 +50,7 @@ pub enum InGroup {
 }
 
 impl InGroup {
-    /// How it is said that a disk is in no group.
+    /// Word for a disk that is in no group.
     const NONE: &str = "none";
 }
 
@@ -76,7 +76,7 @@ impl fmt::Display for InGroup {
 
 as_text!(InGroup);
 
-/// How much may be done in a second. What is not there is not limited; 0 is nothing.
+/// How much may be done in a second. An absent limit is none; 0 allows nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Pace {
@@ -88,11 +88,11 @@ pub struct Pace {
     pub milli_requests: Option<u64>,
 }
 
-/// What a request is in a [`Pace`].
+/// Units of one request in a [`Pace`].
 pub const MILLI: u64 = 1000;
 
 impl Share {
-    /// What it has at that time.
+    /// Returns the pace at that time.
     pub fn pace_at(&self, now: Duration) -> Pace {
         match now {
             now if now < self.until => self.pace,
@@ -103,7 +103,7 @@ impl Share {
 }
 
 impl Pace {
-    /// What is less of both.
+    /// Returns the lower limits of both.
     fn least(&self, other: &Self) -> Self {
         let least = |one: Option<u64>, other: Option<u64>| match (one, other) {
             (Some(one), Some(other)) => Some(one.min(other)),
@@ -128,19 +128,19 @@ impl Pace {
 /// The part of a group's limits that a disk has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
-    /// What it has at first.
+    /// Pace at first.
     pub pace: Pace,
-    /// For so long, if it is told nothing else: a time of `CLOCK_MONOTONIC`.
+    /// End of that pace, if no other share arrives: a time of `CLOCK_MONOTONIC`.
     pub until: Duration,
-    /// What it has in the end, if it is told nothing else: nobody divides the group any more.
+    /// Final pace, if no other share arrives, because no supervisor divides the group any more.
     pub after: Pace,
-    /// From then on. In between it has what is less: the shares of others end at other times.
+    /// Start of `after`. In between the lower of both paces holds, because the shares of others end at other times.
     pub from: Duration,
     /// Seconds of it that may be done at once by a disk that did nothing before.
     pub burst_s: u32,
 }
 
-/// What a process has done of its disk's shares, since it was started.
+/// Use of its disk's shares by a process, since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Used {
@@ -150,9 +150,9 @@ pub struct Used {
     pub requests: u64,
     /// Bytes of these.
     pub bytes: u64,
-    /// Something had to wait for bytes since this was asked last.
+    /// A request had to wait for bytes since the last answer.
     pub lacks_bytes: bool,
-    /// Something had to wait because of its number since this was asked last.
+    /// A request had to wait because of the number of requests since the last answer.
     pub lacks_requests: bool,
 }
 

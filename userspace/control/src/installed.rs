@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the daemons are installed: nobody runs them by hand, so they are not on the PATH, where the programs of xapi have
-//! the same names.
+//! Folder of the installed daemons: users do not run them by hand, so they are not on the PATH, where the programs of
+//! xapi have the same names.
 
 /// The supervisor.
 pub const SUPERVISOR: &str = "/usr/libexec/xen-blkback-rs/blktapctrl";

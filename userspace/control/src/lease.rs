@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How hosts agree about who writes an image, as it is written in a configuration: `lease=record`.
+//! How hosts agree which of them writes an image, in the syntax of a configuration: `lease=record`.
 
 use crate::Failure;
 use std::fmt;
@@ -29,7 +29,7 @@ impl LeaseKind {
     }
 }
 
-/// A resource of sanlock: what `sanlock direct init -r` was told.
+/// A resource of sanlock: the argument of `sanlock direct init -r`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SanlockResource {
     /// The lockspace, which each host has joined under a number of its own.

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The control protocol of disks that are served by a process.
 //!
-//! There are two conversations with the same framing ([`wire`]): tap-ctl asks blktapctrl
-//! ([`supervisor`]), and blktapctrl asks each tapdisk ([`tapdisk`]). A message is one line of JSON
-//! on a unix stream socket; the descriptors that belong to it travel with its first byte. Whoever
-//! connects asks, whoever listens answers each question once and in order. [`Channel`] is the
-//! blocking form of a connection; [`wire::Decoder`] and
-//! [`socket`] serve programs with an event loop of their own.
+//! There are two conversations with the same framing ([`wire`]): tap-ctl asks blktapctrl ([`supervisor`]), and
+//! blktapctrl asks each tapdisk ([`tapdisk`]). A message is one line of JSON on a unix stream socket; the descriptors
+//! that belong to it travel with its first byte. The side that connects sends requests; the side that listens answers
+//! each of them once and in order. [`Channel`] is the blocking form of a connection; [`wire::Decoder`] and [`socket`]
+//! serve programs with an event loop of their own.
 //!
 //! ```
 //! use control::{tapdisk, Channel, Failure};

@@ -9,7 +9,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Bytes that are read or written.
+    /// Bytes that are read or written, or made zeroes; a discard counts as 4 KiB for each 4 MiB begun.
     pub bytes: u64,
     /// Requests.
     pub requests: u32,
@@ -35,7 +35,7 @@ impl Limits {
     /// Seconds of a burst at most.
     pub const LONGEST_S: u32 = 3600;
 
-    /// Nothing was said of them.
+    /// Whether no limit is set.
     pub(crate) fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Files that are named with a word before an image or an export, such as `key=` and `tls-ca=`, and who must not have had
-//! them in hand. Nobody here looks into one.
+//! Files that are named with a word before an image or an export, such as `key=` and `tls-ca=`, and who must not have
+//! had them in hand. This code reads none of their contents.
 
 use crate::{Code, Failure};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
@@ -8,17 +8,18 @@ use rustix::process::geteuid;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// What nobody but the owner and the group of a secret may do, and not even that to change it.
+/// Permission bits that a secret must not have: all of others, and write permission of its group.
 const OTHERS: u32 = 0o027;
-/// What nobody but the owner of anything may do: change it.
+/// Permission bits that no such file may have: write permission of anyone but its owner.
 const CHANGE: u32 = 0o022;
 
-/// Who may know what is in a file.
+/// Whether the contents of a file are secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Secrecy {
-    /// Anybody: a certificate is shown to whoever asks. But who can change it decides whom a disk believes.
+    /// A certificate, which a connection shows to its peer. But a user who can change it decides which servers a disk
+    /// trusts.
     Public,
-    /// Nobody but who is trusted with all disks.
+    /// A key, readable only for users that are trusted with all disks.
     Secret,
 }
 

@@ -24,8 +24,7 @@ pub fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
         SocketFlags::CLOEXEC,
         None,
     )?;
-    // It appears with what the umask leaves of its mode, and is given the rest before anybody is
-    // listened to.
+    // The umask may clear bits of its mode, and the full mode is set before a client can connect.
     fchmod(&socket, mode)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     chmod(path, mode)?;
@@ -56,9 +55,9 @@ pub fn send_first(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io
     }
 }
 
-/// What has arrived from a peer that has no descriptors to send, and the number of the process that has sent it, which
-/// the kernel says: the socket has asked it to (`SO_PASSCRED`) since before it was connected. A descriptor that comes all
-/// the same is not taken, and is an error. No byte at all is the end.
+/// Receives bytes from a peer that may send no descriptors, and the number of the sending process, from the kernel,
+/// because `SO_PASSCRED` is set on the socket since before it was connected. A descriptor that comes all the same is
+/// not taken, and is an error. No byte at all is the end.
 pub fn receive_bytes(socket: impl AsFd) -> io::Result<(Vec<u8>, u32)> {
     if !sockopt::socket_passcred(&socket)? {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -100,8 +99,7 @@ pub fn receive_bytes(socket: impl AsFd) -> io::Result<(Vec<u8>, u32)> {
     Ok((bytes, sender.ok_or(io::ErrorKind::InvalidData)?))
 }
 
-/// What has arrived: bytes, and the descriptors that came with them, which are closed on exec. No
-/// byte at all is the end.
+/// Receives bytes, and the descriptors that came with them, which are closed on exec. No byte at all is the end.
 pub fn receive(socket: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut bytes = vec![0; 16 << 10];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];

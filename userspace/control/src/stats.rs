@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a tapdisk has counted.
+//! Counters of a tapdisk.
 
 use crate::{Limits, Target};
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
-    /// What was counted after `before` was; what counts anew since then counts nothing.
+    /// Returns the counts since `before`; a counter that has begun anew since then gives 0.
     pub fn since(&self, before: &Self) -> Self {
         self.merged(before, u64::saturating_sub)
     }
@@ -99,7 +99,7 @@ pub struct Stream {
     pub copied: u64,
 }
 
-/// What has become of that.
+/// State of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Streaming {
@@ -108,11 +108,11 @@ pub enum Streaming {
     Running,
     /// The image needs no other one.
     Done,
-    /// Somebody ended it, or the image is not served any more.
+    /// A user ended it, or the image is not served any more.
     Ended,
-    /// It could not go on. What was copied is the image's own all the same.
+    /// It could not continue. The copied blocks stay allocated in the image.
     Failed {
-        /// Why.
+        /// Reason of the failure.
         why: String,
     },
 }
@@ -122,7 +122,7 @@ pub enum Streaming {
 pub struct Mirror {
     /// Whether it is over.
     pub state: Mirroring,
-    /// What is before this is the same on both, in bytes.
+    /// Number of bytes from the start of the disk that are equal on both.
     pub offset: u64,
     /// Bytes that were copied; the others hold no data, or are there already.
     pub copied: u64,
@@ -131,14 +131,14 @@ pub struct Mirror {
     pub to: Option<Target>,
 }
 
-/// What has become of that.
+/// State of a mirror.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mirroring {
     /// The disk is being copied.
     #[default]
     Copying,
-    /// Both are the same, and what is written goes to both.
+    /// Both images are equal, and each write goes to both.
     Same,
     /// Both are the same and durable, and neither is used; or the disk is served from the other one.
     Complete,
@@ -146,26 +146,26 @@ pub enum Mirroring {
     Ended,
     /// The other image is of no use.
     Failed {
-        /// Why.
+        /// Reason of the failure.
         why: String,
     },
 }
 
 impl Mirroring {
-    /// What it means for an image that a disk was to be copied to, in words.
+    /// Returns the meaning for an image to which a disk was to be copied, in words.
     pub fn told(&self, image: &Target) -> String {
         match self {
             Self::Complete => format!("the disk is served from {image}"),
-            Self::Failed { why } => format!("the disk does not go on in {image}: {why}"),
+            Self::Failed { why } => format!("the disk does not switch to {image}: {why}"),
             Self::Copying | Self::Same | Self::Ended => {
-                format!("the disk does not go on in {image}: another image is served by now")
+                format!("the disk does not switch to {image}: another image is served by now")
             }
         }
     }
 }
 
 impl Streaming {
-    /// What it means for an image, in words.
+    /// Returns the meaning for an image, in words.
     pub fn told(&self, image: &Target) -> String {
         match self {
             Self::Done => format!("{image} needs no image below it any more"),
@@ -177,14 +177,14 @@ impl Streaming {
     }
 }
 
-/// What the kernel does for a disk by itself, beside its process.
+/// Work of the kernel for a disk beside its process (passthrough).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Direct {
     /// Requests that it has executed so since the disk was made.
     pub executed: u64,
     /// Requests that it executes so now.
     pub executing: u32,
-    /// What it makes of what the process has said of the image.
+    /// Counters of the mappings that the process has reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mapped: Option<Mapped>,
 }
@@ -243,8 +243,8 @@ impl Missed {
     }
 }
 
-/// Everything a tapdisk counts. Unless said otherwise, since the image was opened first: processes that
-/// follow each other go on counting, but for what the last second before a death brought.
+/// Everything a tapdisk counts. Unless a field differs, they count since the image was opened first: a new process
+/// continues the counters of the last one, but for the last second before a death.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Stats {
@@ -269,8 +269,12 @@ pub struct Stats {
     /// The limits, if there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
-    /// Traces of what the guest asks for that ended because they could not be written.
+    /// Traces of the guest's requests that ended because their file could not be extended.
     pub failed_traces: u64,
+    /// Number of the error of which the guest learns with its next flush: something that was answered could not be made
+    /// durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owed: Option<i32>,
     /// Requests that are executed now.
     pub in_flight: u64,
     /// Turns of the loop that serves requests, of this process.
@@ -289,7 +293,7 @@ pub struct Stats {
     /// The mirror that there is, or was last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<Mirror>,
-    /// What the kernel does by itself, if it may: of that the process knows nothing, so the supervisor says it.
+    /// Counters of passthrough, if it is on: the process knows nothing of it, so the supervisor adds them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct: Option<Direct>,
     /// Facts that the driver adds, such as the number of its clusters: names and numbers.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What tap-ctl and the hotplug script ask of blktapctrl.
+//! Requests of tap-ctl and the hotplug script to blktapctrl.
 //!
 //! Two sets of verbs: [`Request::Create`] and [`Request::Destroy`] do all that a disk needs; the
 //! others are the single steps, with the names and meanings that tap-ctl has had since blktap2.
@@ -19,7 +19,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// What happens when a process answers nothing for a while although it has requests.
+/// Action on a process that answers nothing for a while although it has requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hung {
@@ -30,7 +30,7 @@ pub enum Hung {
     Kill,
 }
 
-/// What a disk does when things go wrong.
+/// Behaviour of a disk on errors, and the limits of its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Policy {
@@ -40,11 +40,11 @@ pub struct Policy {
     pub max_deaths: u32,
     /// Seconds without an answer after which a process counts as hung; 0 for never.
     pub hung_after_s: u32,
-    /// What is done then.
+    /// Action on a process that hangs.
     pub hung: Hung,
-    /// What is done when the image has no room for a write.
+    /// Action when the image has no room for a write.
     pub on_no_space: OnError,
-    /// What is done when I/O on the image fails for another reason.
+    /// Action when I/O on the image fails for another reason.
     pub on_error: OnError,
     /// How much the guest may do.
     #[serde(skip_serializing_if = "Limits::is_default")]
@@ -54,7 +54,7 @@ pub struct Policy {
     pub group: Option<GroupName>,
 }
 
-/// What is to be different in a [`Policy`]. The rest stays.
+/// Changes of a [`Policy`]. The rest stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Changes {
@@ -117,8 +117,8 @@ impl Default for Policy {
     }
 }
 
-/// A verb that changes a disk, and has begun. It is written down before its first step, so that a
-/// supervisor that starts anew finishes it.
+/// A verb that changes a disk, and has begun. The record has it before its first step, so that a supervisor that starts
+/// anew finishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Doing {
@@ -130,16 +130,15 @@ pub enum Doing {
     Close,
     /// It is paused.
     Pause,
-    /// It goes on after a pause, perhaps with another image.
+    /// It resumes after a pause, perhaps with another image.
     Unpause,
     /// It passes from its process to another one.
     Handoff,
-    /// It goes on in a new image over the one that it had.
+    /// It switches to a new image over the one that it had.
     Snapshot,
-    /// It goes on in an image that it was copied to.
+    /// It switches to an image to which it was copied.
     Mirror,
-    /// It has neither a process nor a node while the kernel's module is exchanged. This is over when somebody asks for
-    /// that.
+    /// It has neither a process nor a node while the kernel's module is exchanged. A request ends this.
     Park,
     /// It is taken away.
     Destroy,
@@ -162,7 +161,7 @@ impl fmt::Display for Doing {
     }
 }
 
-/// Who may share an image, with the letters of Xen's disk configurations.
+/// Sharing mode of an image, with the letters of Xen's disk configurations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mode {
     /// `r`: read-only, beside other readers.
@@ -227,13 +226,13 @@ impl FromStr for Mode {
 pub struct Create {
     /// Driver and image. [`Open::read_only`] and [`Open::shared`] follow from `mode`.
     pub open: Open,
-    /// Who may share the image.
+    /// Sharing mode of the image.
     #[serde(default)]
     pub mode: Mode,
-    /// Number of the node that is wanted; the lowest free one if not said.
+    /// Requested number of the node; the lowest free one if absent.
     #[serde(default)]
     pub minor: Option<u32>,
-    /// What to do when things go wrong.
+    /// Error policy, limits and group.
     #[serde(default)]
     pub policy: Policy,
     /// KiB of the arena; 0 for the default.
@@ -245,12 +244,11 @@ pub struct Create {
     /// Serve NBD clients at `/run/xentap/nbd/MINOR.sock`.
     #[serde(default)]
     pub nbd: bool,
-    /// Answer with [`Reply::Minor`] as soon as the image is this disk's. The same question again,
-    /// without this, waits until the disk is served.
+    /// Answer with [`Reply::Minor`] as soon as the image is this disk's. Repeating the request without this waits until
+    /// the disk is served.
     #[serde(default)]
     pub no_wait: bool,
-    /// What its process may have beside the image, and nothing else: files, and folders with all that is
-    /// below them.
+    /// Other files that its process may have beside the image: files, and folders with all that is below them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<PathBuf>,
 }
@@ -258,9 +256,9 @@ pub struct Create {
 /// An image to look at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// What would be served.
+    /// Target that would be served.
     pub target: Target,
-    /// Who might share it.
+    /// Sharing mode that it would have.
     #[serde(default)]
     pub mode: Mode,
     /// The backend's directory in xenstore for which it would be.
@@ -295,7 +293,7 @@ pub enum Request {
         which: Which,
         /// The image.
         open: Open,
-        /// Who may share it.
+        /// Sharing mode.
         mode: Mode,
         /// As of [`Create::files`].
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -330,26 +328,26 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         files: Vec<PathBuf>,
     },
-    /// Has a disk served by a new process, perhaps of another program, while its guest goes on:
+    /// Replaces the process of a disk by a new one, perhaps of another program, while its guest works:
     /// [`Reply::HandedOff`]. If the new one cannot, the old one serves on.
     Handoff {
         /// The disk.
         which: Which,
-        /// What is run; nothing for what the supervisor starts by default.
+        /// Program of the new process; nothing for the supervisor's default.
         program: Option<PathBuf>,
         /// Seconds that the new process gets for each of its steps; 0 for the default.
         timeout_s: u32,
     },
-    /// Makes a new image that goes on from the one that is served, and serves the disk from that while its
-    /// guest goes on: [`Reply::Snapshot`]. If it cannot be, the disk is served as it was, and nothing of the
-    /// new image is left. The same question again, when it was done, is answered with what was done.
+    /// Makes a new image with the served one as its backing image, and switches the disk to it while its guest works:
+    /// [`Reply::Snapshot`]. If it cannot be, the disk is served as it was, and nothing of the new image is left.
+    /// Repeating the request after that gets the result of the first one.
     Snapshot {
         /// The disk.
         which: Which,
         /// The new image: what it is to be, and a path where nothing is.
         target: Target,
     },
-    /// The same of several disks at one instant: [`Reply::Snapshots`].
+    /// Takes snapshots of several disks at one instant: [`Reply::Snapshots`].
     Snapshots {
         /// Each with its new image.
         disks: Vec<(Which, Target)>,
@@ -368,14 +366,14 @@ pub enum Request {
     Set {
         /// The disk.
         which: Which,
-        /// What is to be different.
+        /// Changes of the policy.
         changes: Changes,
     },
     /// Makes a group of disks that share limits, or changes one while they are served: [`Reply::Groups`], of it.
     SetGroup {
         /// Its name.
         name: GroupName,
-        /// What is to be different. A new one needs a limit.
+        /// Changes of the group. A new one needs a limit.
         changes: GroupChanges,
     },
     /// Takes away a group without disks.
@@ -388,16 +386,16 @@ pub enum Request {
         /// Its name; nothing for all.
         name: Option<GroupName>,
     },
-    /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. What is
-    /// found is an event; how far it is, is among what was counted.
+    /// Reads all data of a disk to find what cannot be read: [`Reply::Done`] when it has begun. Errors that it finds
+    /// are events; its progress is among the counters.
     Scrub {
         /// The disk.
         which: Which,
         /// Bytes in a second at most; 0 ends one that runs.
         rate: u64,
     },
-    /// Has the image of a disk take over what it shows of those below it, while its guest goes on; then it needs
-    /// them no more: [`Reply::Stream`] when it has begun. An event tells of its end.
+    /// Copies the blocks of the backing images that the disk's image shows into it, while its guest works; then it
+    /// needs them no more: [`Reply::Stream`] when it has begun. An event tells of its end.
     Stream {
         /// The disk.
         which: Which,
@@ -405,16 +403,16 @@ pub enum Request {
         /// ended.
         rate: Option<u64>,
     },
-    /// Has a disk copied to another image while its guest goes on, and then served from that: [`Reply::Mirror`]
-    /// when it has begun. An event tells of its end. The same question again changes nothing.
+    /// Copies a disk to another image while its guest works, and then serves the disk from that: [`Reply::Mirror`] when
+    /// it has begun. An event tells of its end. Repeating the request changes nothing.
     Mirror {
         /// The disk.
         which: Which,
         /// The image. Nothing asks how far it is, or how the last one has ended.
         to: Option<MirrorTo>,
     },
-    /// Has the image below that of a disk take over what that has itself, while its guest goes on, and then serves the
-    /// disk from that one: as [`Request::Mirror`], which also tells how far it is.
+    /// Copies the blocks that a disk's image has allocated into its backing image while its guest works, and then
+    /// serves the disk from that one: as [`Request::Mirror`], which also reports the progress.
     Commit {
         /// The disk.
         which: Which,
@@ -423,7 +421,7 @@ pub enum Request {
     },
     /// Ends that: [`Reply::Mirror`] when nothing more is done to the other image.
     EndMirror(Which),
-    /// From now on it is noted where the guest writes: [`Reply::Marks`].
+    /// Starts to record the guest's writes from now on: [`Reply::Marks`].
     Mark {
         /// The disk.
         which: Which,
@@ -458,7 +456,7 @@ pub enum Request {
     },
     /// Ends that: [`Reply::Trace`].
     EndTrace(Which),
-    /// What was counted: [`Reply::Stats`].
+    /// Asks for the counters: [`Reply::Stats`].
     Stats(Which),
     /// Makes a disk and serves it: [`Reply::Created`]. If the backend's directory has just this disk
     /// already, that is the answer.
@@ -467,7 +465,7 @@ pub enum Request {
     Destroy {
         /// The disk.
         which: Which,
-        /// Seconds to wait; 0 for the default. It goes on afterwards.
+        /// Seconds to wait; 0 for the default. The operation continues afterwards.
         #[serde(default)]
         timeout_s: u32,
     },
@@ -477,30 +475,29 @@ pub enum Request {
         /// Seconds that a disk gets; 0 for the default.
         timeout_s: u32,
     },
-    /// Has all disks go on that are parked: [`Reply::Parked`].
+    /// Resumes all parked disks: [`Reply::Parked`].
     Unpark,
-    /// Takes over a disk that is listed as unknown: what was written down of it is made anew from
-    /// what the kernel and its process say.
+    /// Takes over a disk that is listed as unknown: the supervisor makes its record anew from information of the kernel
+    /// and of its process.
     Adopt {
         /// The node.
         minor: u32,
     },
-    /// Throws away what was written down of a disk that is listed as unknown. Its node and its
-    /// process stay. Of a disk that is being destroyed and waits for its lease to be given up, it ends
-    /// that wait: the lease stays held.
+    /// Removes the record of a disk that is listed as unknown. Its node and its process stay. Of a disk that is being
+    /// destroyed and waits for its lease to be given up, it ends that wait: the lease stays held.
     Forget {
         /// The node.
         minor: u32,
     },
     /// May an image be used? Nothing is changed.
     Check(Check),
-    /// What all disks counted, for a display that refreshes: [`Reply::Top`].
+    /// Asks for the counters of all disks, for a display that refreshes: [`Reply::Top`].
     Top,
     /// Events from the one after `after` on (those that are kept, then those to come) follow the
     /// answer on this connection, as messages with id 0 and an [`Event`].
     Subscribe {
-        /// Number of the last event that is known; 0 for all that are kept. What has happened since and is not kept any
-        /// more is counted in an event ([`What::Lost`], [`What::Renumbered`]).
+        /// Number of the last event that is known; 0 for all that are kept. An event counts those that have happened
+        /// since and are not kept any more ([`What::Lost`], [`What::Renumbered`]).
         after: u64,
         /// The series of that event ([`Event::series`]); nothing if it is not known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -511,7 +508,7 @@ pub enum Request {
 /// Where a disk is copied to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorTo {
-    /// The image, which is there. What it holds is lost.
+    /// The image, which is there. Its contents are lost.
     pub target: Target,
     /// Bytes in a second at most.
     pub rate: u64,
@@ -529,7 +526,7 @@ pub struct Which {
     pub vbd: Option<String>,
 }
 
-/// Which disks to list: those that fit everything that is said.
+/// Filter for a list: a disk must match every given field.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Filter {
@@ -547,11 +544,11 @@ pub struct Filter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Allocate {
-    /// The number that is wanted.
+    /// Requested number.
     pub minor: Option<u32>,
     /// KiB of the arena; 0 for the default.
     pub arena_kib: u32,
-    /// What to do when things go wrong.
+    /// Error policy, limits and group.
     pub policy: Policy,
 }
 
@@ -561,7 +558,7 @@ pub struct Allocate {
 pub enum Reply {
     /// It is done.
     Done,
-    /// Who is there.
+    /// The process that answers.
     Process(crate::tapdisk::Process),
     /// A node.
     Minor {
@@ -573,7 +570,7 @@ pub enum Reply {
         /// Its number.
         pid: u32,
     },
-    /// What a disk does when things go wrong, and how much its guest may do.
+    /// Behaviour of a disk on errors, and the limits of its guest.
     Policy(Policy),
     /// Groups of disks that share limits.
     Groups {
@@ -588,7 +585,7 @@ pub enum Reply {
         minor: u32,
         /// Its process.
         pid: u32,
-        /// What it is.
+        /// Properties of the disk.
         disk: Disk,
     },
     /// A disk that is served by another process.
@@ -597,10 +594,10 @@ pub enum Reply {
     Snapshot(Snapshot),
     /// Disks that are served from new images, by their numbers.
     Snapshots {
-        /// What was done.
+        /// The snapshots.
         taken: Vec<Snapshot>,
     },
-    /// Disks that let go of the kernel's module, or go on with the next one.
+    /// Disks that released the kernel's module, or resumed with the next one.
     Parked {
         /// Their numbers.
         minors: Vec<u32>,
@@ -621,18 +618,18 @@ pub enum Reply {
     },
     /// Where a guest has written.
     Changed(Changed),
-    /// Where it is written down what a guest asks for.
+    /// The file that records the guest's requests.
     Trace {
         /// Nothing if it is not.
         trace: Option<Tracing>,
     },
-    /// What one disk counted.
+    /// Counters of one disk.
     Stats(Box<Stats>),
-    /// What all disks counted.
+    /// Counters of all disks.
     Top {
         /// One for each disk.
         rows: Vec<TopRow>,
-        /// What the supervisor counted; an older one says nothing of that.
+        /// Counters of the supervisor; an older one does not send them.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         counted: Option<Counted>,
         /// The groups of disks that share limits.
@@ -650,28 +647,28 @@ pub struct HandedOff {
     pub from: Option<u32>,
     /// The process that serves it.
     pub to: u32,
-    /// What that runs.
+    /// Program of that process.
     pub program: PathBuf,
     /// The version that it says it has.
     pub version: String,
-    /// Microseconds in which nobody served: what the guest asked for then waited.
+    /// Microseconds without a process, in which the guest's requests waited.
     pub pause_us: u64,
 }
 
-/// A disk that goes on in a new image. What it was at that moment is in the one that it had, which nobody may
-/// write from then on.
+/// A disk that switched to a new image. Its content of that moment is in the image that it had, which must not change
+/// from then on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Its node.
     pub minor: u32,
-    /// The new image. Whoever configures the disk must name this one from now on.
+    /// The new image. The configuration of the disk must name this one from now on.
     pub target: Target,
-    /// The image that it goes on from.
+    /// Its backing image.
     pub parent: PathBuf,
-    /// That image was marked as one that nobody writes (`chmod a-w`); a device cannot be.
+    /// The supervisor removed the write permission of that image (`chmod a-w`); it cannot for a device.
     pub marked: bool,
-    /// Microseconds in which nobody served: what the guest asked for then waited. Nothing if that was not
-    /// seen: an earlier question did it, or an earlier supervisor had begun.
+    /// Microseconds without a process, in which the guest's requests waited. Nothing if that is not known, because an
+    /// earlier request did it, or an earlier supervisor had begun.
     pub pause_us: Option<u64>,
 }
 
@@ -680,16 +677,16 @@ pub struct Snapshot {
 pub struct Moved {
     /// The image that it had, which is not the disk any more.
     pub from: Target,
-    /// The one that it has. Whoever configures the disk must name this one from now on.
+    /// The one that it has. The configuration of the disk must name this one from now on.
     pub to: Target,
-    /// The old one was marked as one that nobody writes (`chmod a-w`); a device cannot be.
+    /// The supervisor removed the write permission of the old one (`chmod a-w`); it cannot for a device.
     pub marked: bool,
-    /// Microseconds in which nobody served: what the guest asked for then waited. Nothing if that was not seen.
+    /// Microseconds without a process, in which the guest's requests waited. Nothing if that is not known.
     pub pause_us: Option<u64>,
 }
 
 impl Moved {
-    /// What it means, in words.
+    /// Returns the meaning, in words.
     pub fn told(&self) -> String {
         let Self {
             from, to, marked, ..
@@ -701,7 +698,7 @@ impl Moved {
     }
 }
 
-/// What a process runs.
+/// Program of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Binary {
     /// The file. If it was replaced or removed since, this is where it was.
@@ -719,17 +716,17 @@ pub struct Row {
     pub minor: Option<u32>,
     /// Its process, if there is one.
     pub pid: Option<u32>,
-    /// What the process says; nothing if there is none.
+    /// State that the process reports; nothing if there is none.
     pub state: Option<State>,
-    /// What the kernel says.
+    /// State that the kernel reports.
     pub kernel: Option<Kernel>,
-    /// What is served.
+    /// Target that is served.
     pub target: Option<Target>,
-    /// Who may share it.
+    /// Sharing mode.
     pub mode: Option<Mode>,
     /// The backend's directory in xenstore.
     pub vbd: Option<String>,
-    /// What it is.
+    /// Properties of the disk.
     pub disk: Option<Disk>,
     /// How often its process was replaced.
     pub restarts: u32,
@@ -742,12 +739,12 @@ pub struct Row {
     /// Bytes that its processes leave to each other.
     #[serde(default)]
     pub state_bytes: u64,
-    /// What its process runs.
+    /// Program of its process.
     #[serde(default)]
     pub binary: Option<Binary>,
 }
 
-/// What the kernel says of a node.
+/// The kernel's information about a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Kernel {
@@ -788,7 +785,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// What it does for the disk by itself, if it may.
+    /// Returns the counters of passthrough, if the kernel has a file.
     pub fn by_itself(&self) -> Option<Direct> {
         (self.backings > 0).then_some(Direct {
             executed: self.direct,
@@ -825,7 +822,7 @@ impl fmt::Display for Poison {
 pub struct TopRow {
     /// The disk.
     pub row: Row,
-    /// What it counted; nothing if its process did not say.
+    /// Counters of the disk; nothing if its process did not answer.
     pub stats: Option<Box<Stats>>,
     /// Bytes of its process that are in memory, without the arena.
     pub resident: Option<u64>,

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What blktapctrl asks of a tapdisk, which serves one disk.
+//! Requests of blktapctrl to a tapdisk, which serves one disk.
 //!
 //! The order is: [`Request::Attach`], [`Request::Open`]; then, any number of times,
 //! [`Request::Pause`] and [`Request::Unpause`]; at the end [`Request::Close`] and
 //! [`Request::Exit`]. A tapdisk that dies is replaced by another one that is attached and opened in
 //! the same way.
 //!
-//! A guest that moves has a disk on either side, of which one at a time may use the image. The one that
-//! may not is *inactive*: [`Request::Inactivate`] makes it so, or [`Request::OpenInactive`] when it begins.
-//! It has the node, nothing of the image, and tells ([`Request::Wanted`]) when something is asked of it;
-//! [`Request::Activate`] is the way back.
+//! A guest that moves has a disk on either side, of which one at a time may use the image. The one that may not is
+//! *inactive*: [`Request::Inactivate`] makes it so, or [`Request::OpenInactive`] when it begins. It has the node and no
+//! part of the image, and reports ([`Request::Wanted`]) when it gets a request; [`Request::Activate`] is the way back.
 
 use crate::stats::{Stats, Stream};
 use crate::{Changed, Driver, Failure, Limits, Mark, Share, Target, TlsFile, Used};
@@ -33,7 +32,7 @@ pub enum Engine {
     Sync,
 }
 
-/// What to serve.
+/// The image to serve, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Open {
     /// Driver and image. The path is for messages: the image is the descriptor that comes along.
@@ -57,52 +56,53 @@ pub struct Open {
     /// than what says when its own I/O is over.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kernel_holds: bool,
-    /// Others write the image at the same time: the guest may write nothing smaller than what the
-    /// storage writes as a whole, because the rest of that would be written with it, as it was before.
+    /// Other hosts or disks write the image at the same time: the guest may not write less than the storage's own unit,
+    /// because the rest of that would be overwritten with old data.
     #[serde(default)]
     pub whole_blocks: bool,
-    /// What is done when the image has no room for a write.
+    /// Action when the image has no room for a write.
     #[serde(default)]
     pub on_no_space: OnError,
-    /// What is done when I/O on the image fails for another reason.
+    /// Action when I/O on the image fails for another reason.
     #[serde(default)]
     pub on_error: OnError,
-    /// What a parent is whose child does not say it, as images of some formats cannot: a driver with an
-    /// image. Without this such an image is refused.
+    /// Format of a parent whose child does not name it, as images of some formats cannot: a driver with an image.
+    /// Without this such an image is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parents: Option<Driver>,
     /// How much the guest may do.
     #[serde(default, skip_serializing_if = "Limits::is_default")]
     pub limits: Limits,
-    /// What it may do of what its group may, if it is in one.
+    /// Its share of the group's limits, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
-    /// Who asks this answers [`Request::Needs`] too: the process may ask for what comes to light while
-    /// it opens the image.
+    /// The caller answers [`Request::Needs`] too, so the process may request files that it finds necessary while it
+    /// opens the image.
     #[serde(default)]
     pub may_ask: bool,
-    /// Where the guest writes is noted, in [`Needed::Notes`], with one bit for so many bytes.
+    /// Bytes for each bit of the map of the guest's writes ([`Needed::Notes`]); nothing without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<u64>,
-    /// What the guest asks for is written down, in [`Needed::Trace`]. A process that does not get that serves all the same.
+    /// The process records the guest's requests in [`Needed::Trace`]. A process that does not get that serves all the
+    /// same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub trace: bool,
 }
 
-/// What is done with a request that failed on the image. It is told to the supervisor in any case.
+/// Action on a request that failed on the image. The process reports it to the supervisor in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
-    /// The guest is told.
+    /// The guest gets the error.
     #[default]
     Report,
-    /// The request goes back to the kernel, and nothing is served until the disk was paused and
-    /// unpaused: the guest waits. But the guest is told if something that was answered before may be lost:
-    /// of a flush that failed, and of a write that was to be durable unless it had no room.
+    /// The request goes back to the kernel, and nothing is served until the disk was paused and unpaused: the guest
+    /// waits. But the guest gets the error if something that was answered before may be lost: of a flush that failed,
+    /// and of a durable (FUA) write unless it had no room.
     Stop,
 }
 
-/// What may be changed while a disk is served, see [`Open`].
+/// Rules that can change while a disk is served, see [`Open`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rules {
     /// As [`Open::on_no_space`].
@@ -165,25 +165,24 @@ pub enum Request {
     /// Serves again, from the image that is given; the size may have changed, little else. The
     /// descriptor is as for [`Request::Open`]. Answered with [`Reply::Disk`].
     Unpause(Open),
-    /// As [`Request::Pause`], of a guest that is suspended: what waits in the kernel is served first, so
-    /// that nothing is left which the image would have to be there for. Answered with
-    /// [`Reply::Inactive`]; refused, and nothing has changed, if requests go on coming.
+    /// As [`Request::Pause`], of a guest that is suspended: what waits in the kernel is served first, so that nothing
+    /// is left which the image would have to be there for. Answered with [`Reply::Inactive`]; refused, and nothing has
+    /// changed, if the guest continues to send requests.
     Inactivate,
-    /// As [`Request::Open`], but only looks how large the image is, which somebody else may be using:
-    /// nothing is locked, nothing of it is kept, and requests wait. The disk is inactive then. Answered
-    /// with [`Reply::Disk`].
+    /// Opens an image as [`Request::Open`], but only reads its size, because another host may be using it: nothing is
+    /// locked, nothing of it is kept, and requests wait. The disk is inactive then. Answered with [`Reply::Disk`].
     OpenInactive(Open),
     /// Serves an inactive disk: the image is locked, and only then read. The descriptor is as for
     /// [`Request::Open`]. Answered with [`Reply::Disk`].
     Activate {
-        /// What to serve.
+        /// The image to serve, and how.
         open: Open,
-        /// How the image was left when the disk became inactive: nobody may have changed it since.
+        /// State of the image when the disk became inactive: it must not have changed since.
         #[serde(default)]
         stamp: Option<Stamp>,
     },
-    /// Waits until the disk is inactive and something is asked of it. Answered with [`Reply::Done`]. On a
-    /// connection of its own: others are answered meanwhile.
+    /// Waits until the disk is inactive and gets a request. Answered with [`Reply::Done`]. On a connection of its own:
+    /// others are answered meanwhile.
     Wanted,
     /// From now on this is done with requests that fail, and with those that are too many. Answered with
     /// [`Reply::Done`].
@@ -197,16 +196,17 @@ pub enum Request {
         /// Requests that are known.
         came: u64,
     },
-    /// From now on it is noted where the disk is written, in what comes along; what is being written is noted there,
-    /// too. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Notes`] is answered, if it is to be noted.
+    /// Starts to record writes in the attached map, including those that are under way. Answered with [`Reply::Done`].
+    /// One descriptor, like that of an answer to [`Needed::Notes`], if there is a map.
     Note {
         /// As [`Open::notes`].
         unit: Option<u64>,
     },
     /// A mark is gone: what the process knows of marks it has to ask for again. Answered with [`Reply::Done`] at once.
     Unmarked,
-    /// From now on it is written down what the guest asks for, in what comes along, or nowhere. What is under way is over
-    /// then. Answered with [`Reply::Done`]. One descriptor, as [`Needed::Trace`] is answered, if it is to be written down.
+    /// Starts or ends the recording of the guest's requests in the attached trace file. Requests that are under way are
+    /// finished first. Answered with [`Reply::Done`]. One descriptor, like that of an answer to [`Needed::Trace`], if
+    /// there is a trace.
     Trace {
         /// As [`Open::trace`].
         on: bool,
@@ -222,9 +222,8 @@ pub enum Request {
         /// Bytes of the disk: whole blocks, and no fewer than it has.
         size: u64,
     },
-    /// Reads all data of the disk, to find what cannot be read: that is told as [`Reply::Troubles`],
-    /// and how far it is as [`Reply::Stats`]. Answered with [`Reply::Done`] at once. A scrub that runs
-    /// goes on with the new rate.
+    /// Reads all data of the disk, to find unreadable parts: [`Reply::Troubles`] reports them, and [`Reply::Stats`] the
+    /// progress. Answered with [`Reply::Done`] at once. A scrub that runs continues with the new rate.
     Scrub {
         /// Bytes in a second at most; 0 to end it.
         rate: u64,
@@ -235,37 +234,37 @@ pub enum Request {
     Stream {
         /// Bytes in a second at most; 0 to end it.
         rate: u64,
-        /// One that has failed begins once more; else it is told again that it has.
+        /// A stream that has failed begins once more; else the failure is reported again.
         #[serde(default)]
         anew: bool,
     },
-    /// Copies the disk to another image, and writes there, too, what is written to the disk. When it is paused, both
-    /// are the same, if they were before: [`Reply::Stats`] says so. Answered with [`Reply::Done`] when it has
-    /// begun. The descriptor is as for [`Request::Open`].
+    /// Copies the disk to another image, and repeats the guest's writes there. After a pause both images are equal, if
+    /// they were before: [`Reply::Stats`] shows that. Answered with [`Reply::Done`] when it has begun. The descriptor
+    /// is as for [`Request::Open`].
     Mirror {
         /// The other image. It needs no others.
         open: Open,
         /// Bytes in a second at most.
         rate: u64,
-        /// It is what the image goes on from, and what that shows needs no copy. What it needs the process has
-        /// already, and asks for once more.
+        /// It is the backing image, and the blocks that it shows need no copy. The process has the further files of
+        /// that image already, and requests them once more.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         below: bool,
     },
-    /// Could an image be opened, asks who is about to let another process go for this one. The
-    /// descriptor is as for [`Request::Open`], and somebody else serves the image: nothing of it is locked,
-    /// written or kept. Without a node. Answered with [`Reply::Fit`].
+    /// Could an image be opened, asks who is about to let another process go for this one. The descriptor is as for
+    /// [`Request::Open`], and another process serves the image: this one locks, changes and keeps nothing of it.
+    /// Without a node. Answered with [`Reply::Fit`].
     Prepare(Open),
-    /// Makes an image that goes on from the one that is served, for the disk to be served from after a
-    /// pause. One descriptor: the new image, an empty file that is open for writing. Answered with
-    /// [`Reply::Done`] when it is durable.
+    /// Makes an image with the served one as its backing image, for the disk to be served from after a pause. One
+    /// descriptor: the new image, an empty file that is open for writing. Answered with [`Reply::Done`] when it is
+    /// durable.
     Overlay {
-        /// What the new image is, and where.
+        /// Format of the new image, and its path.
         target: Target,
     },
     /// As [`Request::Pause`], and gives the node back as well: another process may take it.
     Close,
-    /// Until when the process may do I/O on its image: it is killed then, unless it is told another time
+    /// Time until which the process may do I/O on its image: the kernel kills it then, unless a later time arrives
     /// before. Answered with [`Reply::Done`], whatever else it is doing.
     Term {
         /// The time since the host was booted, that of suspends included; nothing for ever.
@@ -286,15 +285,15 @@ pub enum Request {
     /// `after`. Answered with [`Reply::Needs`]. On a connection of its own: others are answered
     /// meanwhile, and what needs it may be a question that has not been answered yet.
     Needs {
-        /// What is known. 0 for nothing.
+        /// Number of the last known need. 0 for none.
         after: u64,
     },
     /// The answer to a need: one descriptor, unless [`Provided`] says otherwise. Answered with [`Reply::Done`], also
-    /// when nobody waits for it any more.
+    /// when the process waits for it no more.
     Provide {
         /// Number of the need.
         number: u64,
-        /// What was decided.
+        /// The supervisor's decision.
         provided: Provided,
         /// The number by which the kernel knows a file below the image, and no other one of this disk.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -322,17 +321,16 @@ pub enum State {
     Running,
     /// It has a node and an image that was closed; requests wait.
     Paused,
-    /// The same, and it tells when a request waits.
+    /// The process is inactive, and reports when a request waits.
     Inactive,
 }
 
-/// How an image was left. Who changes a file leaves another one; of a block device it says nothing but
-/// the size.
+/// How an image was left. Every change of a file changes it; for a block device it has only the size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     /// Bytes of the file, 0 of a device.
     pub size: u64,
-    /// When it was written last, in seconds.
+    /// Time of the last change, in seconds.
     pub modified_s: i64,
     /// The rest of that in nanoseconds.
     pub modified_ns: u64,
@@ -352,51 +350,51 @@ pub enum Reply {
     Disk(Disk),
     /// The image can be opened.
     Fit {
-        /// Bytes of the disk, if that can be told while somebody else serves it.
+        /// Bytes of the disk, if the process can find them while another one serves it.
         size: Option<u64>,
     },
     /// The disk is inactive.
     Inactive {
-        /// How the image was left; nothing if that cannot be told.
+        /// State of the image; nothing if the system does not show it.
         stamp: Option<Stamp>,
     },
-    /// What is served.
+    /// Status of the process and its disk.
     Status(Box<Status>),
-    /// What was counted.
+    /// Counters.
     Stats(Box<Stats>),
-    /// What was done of the shares of a group.
+    /// Use of the shares of a group.
     Used(Used),
     /// A trace has ended by itself.
     Untraced {
-        /// Why.
+        /// Reason of the refusal.
         why: String,
     },
     /// How far a stream is.
     Stream(Stream),
-    /// What failed.
+    /// Failures.
     Troubles(Troubles),
-    /// What is needed and not provided yet.
+    /// Needs that the supervisor has not answered yet.
     Needs {
-        /// In the order in which it was asked for.
+        /// The needs, the oldest first.
         needs: Vec<Need>,
     },
 }
 
-/// What a process asks its supervisor for, which decides. A file that is not there any more, such as a
-/// socket whose server has gone, is asked for again.
+/// A request of a process to its supervisor, which decides. The process repeats the request for a file that is gone,
+/// such as a socket whose server has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Need {
     /// Names it in the answer; chosen by the process, from 1 on.
     pub number: u64,
-    /// What it is.
+    /// Kind of the file.
     pub what: Needed,
 }
 
-/// What a process may ask for.
+/// A file or an answer that a process may request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Needed {
-    /// The image that the one which is served goes on from: for reading.
+    /// The backing image of the one that is served: for reading.
     Parent {
         /// Its absolute path.
         path: PathBuf,
@@ -413,26 +411,25 @@ pub enum Needed {
     },
     /// A connection to the server of the [export](Target::export) that is served, or is to be.
     Server {
-        /// What that is.
+        /// Target of that image.
         target: Target,
     },
-    /// A file of the [encryption](Target::tls) of a connection to that server, for reading. It is asked for with each
-    /// connection, so that what was renewed counts from the next one on.
+    /// A file of the [encryption](Target::tls) of a connection to that server, for reading. The process requests it for
+    /// each connection, so that a renewed file is used from the next one on.
     Credential {
-        /// What is served, or is to be.
+        /// Target that is served, or is about to be.
         target: Target,
         /// Which of the files.
         file: TlsFile,
     },
-    /// The file with the [key](Target::key) of an image, for reading. It is asked for with each opening.
+    /// The file with the [key](Target::key) of an image, for reading. The process requests it for each opening.
     Key {
-        /// What is served, or is to be.
+        /// Target that is served, or is about to be.
         target: Target,
     },
-    /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last
-    /// process left. A process that waits in vain for a while does without. Its size cannot change. What is
-    /// in it is the processes' own affair: who does not
-    /// know what it finds there takes it for zeroes.
+    /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last process left. A
+    /// process that waits in vain for a while does without. Its size cannot change. Its contents concern the processes
+    /// only: a process that does not understand them takes them for zeroes.
     State {
         /// Bytes.
         size: u64,
@@ -442,7 +439,7 @@ pub enum Needed {
     Notes,
     /// The marks of the disk, for NBD clients.
     Marks,
-    /// Where the disk was written since a mark, from a place on, for the same.
+    /// The parts of the disk that have changed since a mark, from a place on, for an NBD client that asks for that.
     Changed {
         /// Number of the mark.
         mark: u64,
@@ -476,11 +473,11 @@ impl Needed {
     }
 }
 
-/// What was decided about a need.
+/// The supervisor's decision about a need.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Provided {
-    /// It comes along, and nobody else may lock it: the process does, as it locks the image.
+    /// The file comes along, and the process has to lock it, as it locks the image.
     Locked,
     /// It comes along, and is not to be locked: it is no file, or it is shared.
     Shared,
@@ -503,7 +500,7 @@ pub struct Troubles {
     pub is_stopped: bool,
 }
 
-/// What is done on an image.
+/// A call on an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Call {
@@ -511,7 +508,7 @@ pub enum Call {
     Read,
     /// Writing.
     Write,
-    /// Making durable what was written.
+    /// A flush.
     Flush,
     /// Forgetting.
     Discard,
@@ -538,7 +535,7 @@ impl fmt::Display for Call {
 /// A request that failed on the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
-    /// What was tried.
+    /// The failed call.
     pub what: Call,
     /// Where on the disk, in bytes.
     pub offset: u64,
@@ -557,7 +554,7 @@ pub struct Process {
     pub program: String,
     /// Version of the kernel's interface that it was made for.
     pub abi: u32,
-    /// It notes where the disk is written, if [`Open::notes`] says so. An older one does not know of that.
+    /// It records writes in a map, if [`Open::notes`] asks for that. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub notes: bool,
     /// It tells NBD clients of marks, and hears of those that are [gone](Request::Unmarked). An older one does neither.
@@ -601,14 +598,14 @@ pub struct Disk {
     pub engine: Engine,
 }
 
-/// What is served.
+/// Status of the process and its disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The state.
     pub state: State,
     /// The node, unless idle.
     pub node: Option<Node>,
-    /// What is served, unless idle or attached.
+    /// The image that is served, and how, unless idle or attached.
     pub open: Option<Open>,
     /// The disk, if it runs or is inactive.
     pub disk: Option<Disk>,

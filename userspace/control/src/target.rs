@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk is served from, as it is written in a configuration: `aio:/srv/a.img`.
+//! The target from which a disk is served, in the syntax of a configuration: `aio:/srv/a.img`.
 
 mod key;
 mod memory;
@@ -18,12 +18,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use words::Words;
 
-/// Bytes of memory that a guest may fill if nothing is said of it.
+/// Bytes of memory that a guest may fill by default.
 const ROOM: u64 = 1 << 30;
-/// The least: the tables of an image that is empty, and of some of what is written.
+/// Least bytes of memory: the tables of an empty image, and of some written data.
 const LEAST_ROOM: u64 = 1 << 20;
 
-/// Memory for tables that can be asked for: enough for requests to go on, and no more than is of use.
+/// Permitted bytes of memory for tables: enough for requests to proceed, and no more than is of use.
 const CACHE: RangeInclusive<u64> = 1 << 20..=1 << 30;
 
 /// The drivers that tapdisk has. The format of an image is always said, never guessed from its
@@ -97,8 +97,8 @@ impl Driver {
         !matches!(self, Self::Ram | Self::Null | Self::Nbd | Self::Cow)
     }
 
-    /// What a guest writes is in memory that the supervisor keeps, and ends with the disk, or with the last of those that
-    /// [have it by a name](Target::name).
+    /// Whether the guest's writes are in memory that the supervisor keeps, and that ends with the disk, or with the
+    /// last of those that [have it by a name](Target::name).
     pub fn has_memory(self) -> bool {
         matches!(self, Self::Ram | Self::Cow)
     }
@@ -116,13 +116,13 @@ impl Driver {
         self.has_format() && self != Self::Luks || self == Self::Cow
     }
 
-    /// Who writes it keeps something of its own about it, of which another writer would not learn: tables, or what an
+    /// Whether its writer keeps state of its own about it, which another writer would not see: tables, or data that an
     /// export's server has not made durable yet.
     pub fn has_one_writer(self) -> bool {
         self.has_format() || matches!(self, Self::Cow | Self::Nbd)
     }
 
-    /// An image may have its content in further files, which are written with it.
+    /// Whether an image may have content in further files, which the disk writes too.
     pub fn has_extents(self) -> bool {
         matches!(self, Self::Qcow2 | Self::Vmdk)
     }
@@ -150,7 +150,7 @@ impl FromStr for Driver {
 
     fn from_str(name: &str) -> Result<Self, Failure> {
         let name = match name {
-            // What configurations of xl and of blktap say of a raw file or device, and QEMU of a VHD.
+            // Names of a raw file or device in configurations of xl and of blktap, and QEMU's name of a VHD.
             "file" | "raw" | "phy" => "aio",
             "vpc" => "vhd",
             // The address of a socket, see `Export`.
@@ -176,16 +176,17 @@ impl FromStr for Driver {
     }
 }
 
-/// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes:
-/// `aio:/srv/a.img`, `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first
-/// how they agree about who writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel
-/// may serve it without the process: `direct=no,aio:/dev/vg/a`. What a guest may do with a new disk in a second is
-/// said in the same way: `bps=20M,iops=500,aio:/srv/a.img`, or which group of disks it is in that share such limits,
-/// `group=customer-7,aio:/srv/a.img`, and what is done when things go wrong, `on-error=stop,aio:/srv/a.img`; and how much memory it may fill if that is where its
-/// writes go: `room=2G,cow:qcow2:/srv/a.qcow2`. Of an image with tables it can say how much of them is kept in memory:
-/// `cache=64M,qcow2:/srv/a.qcow2`; and that what is below it is read through the page cache, which all that go on from it
-/// share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a network, that it is encrypted, and who has signed the certificate
-/// of its server: `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
+/// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes: `aio:/srv/a.img`,
+/// `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first how they agree about who
+/// writes it: `lease=record,aio:/srv/a.img`; and of a block device whether the kernel may serve it without the process:
+/// `direct=no,aio:/dev/vg/a`. The guest's limits on a new disk for each second are further words:
+/// `bps=20M,iops=500,aio:/srv/a.img`; so are the group of disks that share such limits,
+/// `group=customer-7,aio:/srv/a.img`, the action on errors, `on-error=stop,aio:/srv/a.img`, and the memory that the
+/// guest may fill if its writes go there: `room=2G,cow:qcow2:/srv/a.qcow2`. For an image with tables, it can set the
+/// memory that holds them: `cache=64M,qcow2:/srv/a.qcow2`; and that backing images are read through the page cache,
+/// which all images with the same backing image share: `below=cached,qcow2:/srv/a.qcow2`. And of an export over a
+/// network, that it is encrypted, and who has signed the certificate of its server:
+/// `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
 /// `key=/etc/xentap/a.key,luks:/srv/a.img`. Of memory that several disks are to have it says the name:
 /// `name=scratch,ram:64M`; and of a new disk that others may have the same at once, `shared=yes,aio:/srv/a.img`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -194,34 +195,34 @@ pub struct Target {
     driver: Driver,
     argument: Argument,
     lease: LeaseKind,
-    /// What is said of the kernel, if anything is.
+    /// The `direct=` word, if there is one.
     direct: Option<bool>,
-    /// What is said of the disk, if anything is.
+    /// The words about the disk, if there are some.
     disk: Option<Box<OfDisk>>,
-    /// What is said of how much memory a guest may fill.
+    /// The `room=` word: memory that a guest may fill.
     room: Option<u64>,
-    /// What is said of the memory for an image's tables.
+    /// The `cache=` word: memory for an image's tables.
     cache: Option<u64>,
-    /// It is said that what is below is read through the page cache.
+    /// The `below=cached` word: backing images are read through the page cache.
     below_cached: bool,
-    /// What is said of the encryption of a connection.
+    /// The `tls-*=` words: encryption of a connection.
     tls: Option<Tls>,
-    /// The file with the key of an image, if that is said.
+    /// The `key=` word: file with the key of an image.
     key: Option<Box<Path>>,
     /// The name of memory, if it has one.
     name: Option<Box<MemoryName>>,
-    /// It is said that others may have it at once.
+    /// The `shared=yes` word: other disks may have it at once.
     shared: bool,
 }
 
-/// What is said of a new disk rather than of what it is served from.
+/// Words about a new disk rather than about its image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct OfDisk {
     /// How much a guest may do.
     limits: Option<Limits>,
     /// With which others it shares limits.
     group: Option<GroupName>,
-    /// What is done about errors and processes that hang.
+    /// Behaviour on errors and on processes that hang.
     rules: SaidRules,
 }
 
@@ -233,8 +234,8 @@ enum Argument {
     Below(Below),
 }
 
-/// The image that a disk shows which keeps in memory what is written. Written `DRIVER:IMAGE`, or the path alone
-/// of a raw one.
+/// The backing image of a disk that keeps its writes in memory. Its syntax is `DRIVER:IMAGE`, or the path alone of a
+/// raw one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Below {
     /// Its driver, which [has an image](Driver::has_image).
@@ -261,9 +262,9 @@ impl Target {
         parse(driver, &bytes.to_string())
     }
 
-    /// What a toolstack writes to the key `params` of a disk. Beside the usual form that is a path
-    /// alone, of which libxl has taken `file:` or `tap:aio:` away, and `aio:` in front of the usual
-    /// form, which libxl adds where a configuration says `backendtype=tap`.
+    /// Parses the key `params` of a disk, from a toolstack. Beside the usual form that is a path alone, of which libxl
+    /// has taken `file:` or `tap:aio:` away, and `aio:` in front of the usual form, which libxl adds where a
+    /// configuration says `backendtype=tap`.
     pub fn from_params(text: &str) -> Result<Self, Failure> {
         if text.starts_with('/') {
             return parse(Driver::Aio, text);
@@ -284,7 +285,7 @@ impl Target {
         &self.lease
     }
 
-    /// The same, with another lease.
+    /// Returns this target with another lease.
     ///
     /// # Errors
     /// There is no image, or none that this lease could be of.
@@ -300,10 +301,10 @@ impl Target {
                  would be: use aio:, or lease=record"
             )));
         }
-        // What is in there is written when the process is gone, and another host has the lease.
+        // The kernel writes the cache back when the process has ended, and another host may have the lease then.
         if matches!(lease, LeaseKind::Sanlock(_)) && !self.driver.is_direct() {
             return Err(Failure::invalid(format!(
-                "{self} is written through the page cache, which nothing ends when sanlock takes the lease away: use \
+                "{self} uses the page cache, whose writes do not end when sanlock takes the lease away: use \
                  aio:, or lease=record"
             )));
         }
@@ -315,10 +316,10 @@ impl Target {
         self.direct
     }
 
-    /// The same, with something said of the kernel.
+    /// Returns this target with the `direct=` word.
     ///
     /// # Errors
-    /// The kernel never serves what this driver has.
+    /// The kernel never serves disks of this driver.
     pub fn with_direct(self, direct: bool) -> Result<Self, Failure> {
         if !self.driver.may_map() {
             return Err(Failure::invalid(format!(
@@ -332,14 +333,14 @@ impl Target {
         })
     }
 
-    /// The same, with something said of how much memory a guest may fill.
+    /// Returns this target with a limit of the memory that a guest may fill.
     ///
     /// # Errors
-    /// What it writes is not in memory, or that is nothing to speak of.
+    /// The guest's writes are not in memory, or the limit is too small.
     pub fn with_room(self, room: u64) -> Result<Self, Failure> {
         if self.driver != Driver::Cow {
             return Err(Failure::invalid(format!(
-                "{self} does not keep in memory what is written over an image: leave room= away"
+                "{self} does not keep writes over an image in memory: leave room= away"
             )));
         }
         if room < LEAST_ROOM {
@@ -353,12 +354,12 @@ impl Target {
         })
     }
 
-    /// Bytes of an image's tables that are kept in memory at most, if that is said.
+    /// Returns the most bytes of an image's tables that memory holds, if the target sets that.
     pub fn cache(&self) -> Option<u64> {
         self.cache
     }
 
-    /// The same, with something said of the memory for tables.
+    /// Returns this target with a size of the memory for tables.
     ///
     /// # Errors
     /// It has none, or that is too little to work with or more than a disk may have of the host.
@@ -379,16 +380,16 @@ impl Target {
         })
     }
 
-    /// Images below the one that is written are read through the page cache, and others that read them find there what
-    /// was read: an image that many guests write over in memory always, others if that is said.
+    /// Whether backing images are read through the page cache, where other images find their data: always with `cow:`,
+    /// for others with `below=cached`.
     pub fn caches_below(&self) -> bool {
         self.below_cached || self.driver == Driver::Cow
     }
 
-    /// The same, with what is below read through the page cache.
+    /// Returns this target with backing images read through the page cache.
     ///
     /// # Errors
-    /// Its images go on from no others.
+    /// Its images have no backing images.
     pub fn with_cached_below(self) -> Result<Self, Failure> {
         if !self.driver.has_tables() {
             return Err(Failure::invalid(format!(
@@ -406,7 +407,7 @@ impl Target {
         self.tls.as_ref()
     }
 
-    /// The same, encrypted.
+    /// Returns this target with encryption.
     ///
     /// # Errors
     /// It is no export over a network.
@@ -417,7 +418,7 @@ impl Target {
                 ..self
             }),
             Some(Some(_)) => Err(Failure::invalid(format!(
-                "{self} is reached by a socket of this host, where nobody listens: leave tls-ca= and its like away"
+                "{self} is reached by a socket of this host, which needs no encryption: leave tls-ca= and its like away"
             ))),
             None => Err(Failure::invalid(format!(
                 "{self} is no export of a server, to which a connection could be encrypted: leave tls-ca= and its \
@@ -426,17 +427,17 @@ impl Target {
         }
     }
 
-    /// Takes out what is said of how much a guest may do: that is the disk's and not the image's.
+    /// Takes the guest's limits out of the target, because they belong to the disk and not to the image.
     pub fn take_limits(&mut self) -> Option<Limits> {
         self.take_of_disk(|said| said.limits.take())?
     }
 
-    /// Takes out what is said of a group, which is the disk's, too.
+    /// Takes the group out of the target, because it belongs to the disk, too.
     pub fn take_group(&mut self) -> Option<GroupName> {
         self.take_of_disk(|said| said.group.take())?
     }
 
-    /// Takes something out of what is said of the disk. Nothing is left where nothing else was said.
+    /// Takes a word about the disk out of the target. No part about the disk is left if that was the last one.
     fn take_of_disk<V>(&mut self, take: impl FnOnce(&mut OfDisk) -> V) -> Option<V> {
         let mut said = self.disk.take()?;
         let taken = take(&mut said);
@@ -444,12 +445,12 @@ impl Target {
         Some(taken)
     }
 
-    /// The group of the disk, if that is said.
+    /// Returns the group of the disk, if the target names one.
     pub fn group(&self) -> Option<&GroupName> {
         self.disk.as_ref()?.group.as_ref()
     }
 
-    /// How much a guest may do, if that is said.
+    /// Returns the guest's limits, if the target has some.
     pub fn limits(&self) -> Option<&Limits> {
         self.disk.as_ref()?.limits.as_ref()
     }
@@ -462,7 +463,7 @@ impl Target {
         }
     }
 
-    /// The image that is shown and never written, if the disk keeps in memory what is written.
+    /// Returns the backing image that is never written, if the disk keeps its writes in memory.
     pub fn below(&self) -> Option<&Below> {
         match &self.argument {
             Argument::Below(below) => Some(below),
@@ -483,7 +484,7 @@ impl Target {
         }
     }
 
-    /// The disk's size in bytes, if it is said here and not found in the image.
+    /// Returns the disk's size in bytes, if the target has it and the image does not.
     pub fn size(&self) -> Option<u64> {
         match &self.argument {
             Argument::Image(_) | Argument::Export(_) | Argument::Below(_) => None,
@@ -541,7 +542,7 @@ fn below(argument: &str) -> Result<Below, Failure> {
     }
     if driver == Driver::Luks {
         return Err(Failure::invalid(format!(
-            "cow:{argument} keeps in memory what is written over an image, and that would be encrypted no more: decrypt \
+            "cow:{argument} keeps writes over an image in memory, where they would not be encrypted: decrypt \
              the image with qemu-img convert, or serve it with luks:"
         )));
     }
@@ -551,10 +552,10 @@ fn below(argument: &str) -> Result<Below, Failure> {
     }
 }
 
-/// Bytes in a second as somebody types it; 0 for as many as there are.
+/// Parses bytes in a second, as a user types them; 0 for no limit.
 ///
 /// # Errors
-/// Says how it is written.
+/// Explains the syntax.
 pub fn typed_rate(text: &str) -> Result<u64, String> {
     match text {
         "0" => Ok(0),
@@ -576,10 +577,10 @@ pub fn yes_or_no(text: &str) -> Result<bool, Failure> {
     }
 }
 
-/// The size of a disk as somebody types it.
+/// Parses the size of a disk, as a user types it.
 ///
 /// # Errors
-/// Says how one is written.
+/// Explains the syntax.
 pub fn typed_size(text: &str) -> Result<u64, String> {
     size(text).ok_or_else(|| {
         "write a number of bytes that are whole sectors of 512, such as 10G, 64M or 64K".into()
@@ -869,7 +870,7 @@ mod tests {
         let paths = TlsFile::ALL.map(|file| tls.path(file).and_then(Path::to_str));
         assert_eq!(paths, [Some("/a"), Some("/c"), Some("/k")]);
         assert!(tls.has_own());
-        // The same export, reached in another way.
+        // A plain target of this export.
         let plain: Target = "nbd:host".parse().unwrap();
         assert_eq!((plain.tls(), plain.export()), (None, target.export()));
         assert_ne!(plain, target);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Values that are written as a text in messages, as people write them.
+//! Values that messages carry as text, in the form that users type.
 
 /// Such a type has `#[serde(try_from = "String", into = "String")]`: the text is what it is parsed from and shown as.
 macro_rules! as_text {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How a connection to the server of an export is encrypted, as it is written in a configuration.
+//! Encryption of a connection to the server of an export, in the syntax of a configuration.
 
 use crate::Failure;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// The files, all of them PEM, with which a disk and its server prove to each other who they are. Nothing of that is
-/// optional once it is said: a server that does not encrypt is not used.
+/// The files, all of them PEM, with which a disk and its server prove to each other who they are. Encryption is not
+/// optional once the target has it: a server that does not encrypt is not used.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Tls {
     authorities: PathBuf,
@@ -30,7 +30,7 @@ impl TlsFile {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Authorities, Self::Certificate, Self::Key];
 
-    /// The word with which its path is said.
+    /// Returns the word that names its path.
     pub fn word(self) -> &'static str {
         match self {
             Self::Authorities => "tls-ca",
@@ -63,7 +63,7 @@ impl Tls {
     }
 }
 
-/// As it is written before a driver.
+/// Formats the words before a driver.
 impl fmt::Display for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for file in TlsFile::ALL {
@@ -75,10 +75,10 @@ impl fmt::Display for Tls {
     }
 }
 
-/// The file that was said with a word.
+/// Parses the path of a word.
 ///
 /// # Errors
-/// It is none; `example` would be one.
+/// It is no path of a file; `example` would be one.
 pub(crate) fn named_file(word: &str, path: &str, example: &str) -> Result<PathBuf, Failure> {
     let place = PathBuf::from(path);
     match place.is_absolute() && !path.contains(char::is_control) {
@@ -89,7 +89,7 @@ pub(crate) fn named_file(word: &str, path: &str, example: &str) -> Result<PathBu
     }
 }
 
-/// What was said so far.
+/// The words so far.
 #[derive(Debug, Default)]
 pub(crate) struct Said([Option<PathBuf>; 3]);
 
@@ -99,7 +99,7 @@ impl Said {
         TlsFile::of_word(word).is_some()
     }
 
-    /// Takes the path that was said with a word; what was said with it before, if anything was.
+    /// Takes the path of a word; returns the earlier path of that word, if there was one.
     pub(crate) fn take(&mut self, word: &str, path: &str) -> Result<Option<PathBuf>, Failure> {
         let place = named_file(word, path, &format!("/etc/xentap/{word}.pem"))?;
         let slot = TlsFile::of_word(word).and_then(|file| self.0.get_mut(file as usize));
@@ -109,7 +109,7 @@ impl Said {
     /// All of it.
     ///
     /// # Errors
-    /// Something is missing beside what was said.
+    /// A word is missing beside the given ones.
     pub(crate) fn whole(self) -> Result<Option<Tls>, Failure> {
         match self.0 {
             [None, None, None] => Ok(None),

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is written down what the guest of a disk asks for.
+//! Traces of the requests of a disk's guest.
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Where that is to be written down. Of the file, see the crate `trace`.
+/// Destination of a trace. Of the file, see the crate `trace`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceTo {
     /// The file, where nothing is.
     pub path: PathBuf,
-    /// What is written to the disk, too.
+    /// The trace also has the data of writes.
     #[serde(default)]
     pub data: bool,
     /// Bytes of the file: what is older is lost.
     pub size: u64,
 }
 
-/// Where it is written down.
+/// A running trace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tracing {
     /// The file.
     pub path: PathBuf,
-    /// What is written to the disk, too.
+    /// The trace also has the data of writes.
     pub data: bool,
     /// Bytes of the file.
     pub size: u64,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk is called in its guest.
+//! Name of a disk in its guest.
 
 /// The name of a disk in its guest, by its number: that of xen-vbd-interface(7).
 pub fn vdev(devid: u32) -> String {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The framing: lines of JSON, and the descriptors that belong to them.
 //!
-//! A question is `{"version":1,"id":7,"fds":1,"body":{...}}`, its answer repeats the `id`; what an
-//! answer holds is `{"ok":...}` or `{"error":{"code":...,"message":...}}`. Descriptors are sent with
-//! the bytes of the line that counts them in `fds`, and belong to lines in the order in which they
-//! arrive. What a peer sends is bounded: [`MAX_LINE`] and [`MAX_FDS`].
+//! A question is `{"version":1,"id":7,"fds":1,"body":{...}}`, its answer repeats the `id`; what an answer holds is
+//! `{"ok":...}` or `{"error":{"code":...,"message":...}}`. Descriptors are sent with the bytes of the line that counts
+//! them in `fds`, and belong to lines in the order in which they arrive. Messages of a peer are bounded: [`MAX_LINE`]
+//! and [`MAX_FDS`].
 
 use crate::{Code, Failure, VERSION};
 use serde::de::DeserializeOwned;
@@ -22,12 +22,12 @@ pub const MAX_FDS: usize = 8;
 pub struct Envelope<T> {
     /// [`VERSION`] of the sender.
     pub version: u32,
-    /// Names a question in its answer; chosen by who asks. 0 in what nobody asked for: events.
+    /// Names a question in its answer; chosen by who asks. 0 in messages that answer no question: events.
     pub id: u64,
     /// Descriptors that come with the message.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub fds: usize,
-    /// What it says.
+    /// Body of the message.
     pub body: T,
 }
 
@@ -35,7 +35,7 @@ fn is_zero(number: &usize) -> bool {
     *number == 0
 }
 
-/// What an answer holds.
+/// Content of an answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome<T> {
@@ -81,7 +81,7 @@ pub type Received<T> = (Envelope<T>, Vec<OwnedFd>);
 /// The line of a message, with its end.
 pub fn encode<T: Serialize>(message: &Envelope<T>) -> Result<Vec<u8>, Failure> {
     let mut line = serde_json::to_vec(message)
-        .map_err(|error| Failure::invalid(format!("a message cannot be written: {error}")))?;
+        .map_err(|error| Failure::invalid(format!("cannot encode a message: {error}")))?;
     if line.len() > MAX_LINE || message.fds > MAX_FDS {
         return Err(Failure::invalid(format!(
             "a message of {} bytes with {} descriptors is too long: {MAX_LINE} and {MAX_FDS} are the most",
@@ -194,7 +194,7 @@ impl Decoder {
 pub struct Refused {
     /// The question to answer with the failure; without it the connection is to be closed.
     pub id: Option<u64>,
-    /// What is wrong.
+    /// The failure.
     pub failure: Failure,
 }
 

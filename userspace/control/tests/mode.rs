@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who may connect to a socket. Alone in its program, because the umask is the whole program's.
+//! Permission to connect to a socket. Alone in its program, because the umask is the whole program's.
 
 use control::socket::listen_at;
 use rustix::fs::Mode;

@@ -164,14 +164,14 @@ fn a_descriptor_of_who_has_none_to_send_is_not_taken() {
     socket::send_first(&theirs, b"text", &[file.as_fd()]).unwrap();
     let error = socket::receive_bytes(&ours).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-    // Nobody has it any more but who sent it.
+    // Only the sender has the descriptor now.
     drop(file);
     assert_eq!((&other).read(&mut [0]).unwrap(), 0);
     drop(theirs);
     assert_eq!(socket::receive_bytes(&ours).unwrap(), (Vec::new(), 0));
 }
 
-/// What is written today must be read by later programs of this version.
+/// Later programs of this version must read the messages of today.
 #[test]
 fn text_of_a_disk_to_make() {
     let create = supervisor::Request::Create(Box::new(Create {
@@ -232,7 +232,7 @@ proptest! {
         prop_assert!(!decoder.is_torn());
     }
 
-    /// Whatever a peer sends, it is an error at worst.
+    /// Bytes of a peer are an error at worst.
     #[test]
     fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
         let mut decoder = Decoder::default();
@@ -247,7 +247,7 @@ proptest! {
         }
     }
 
-    /// Every text is a target or an error, and a target is written as it is read.
+    /// Every text is a target or an error, and a target's text parses to that target.
     #[test]
     fn any_text_is_a_target_or_refused(text in "(tap:)?(aio|sync|ram|null|file)?:?[/a-z0-9KMGT\\PC]{0,20}") {
         if let Ok(target) = text.parse::<Target>() {

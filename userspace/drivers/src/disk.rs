@@ -103,13 +103,13 @@ impl<D: Driver> Any for D {
     }
 }
 
-/// A disk, whatever serves its content. Copies are the same disk. The calls are those of
-/// [`Driver`]; what a driver cannot do by itself is done here.
+/// A disk, whatever serves its content. Copies are the same disk. Its functions are those of [`Driver`]; it does the
+/// work that a driver does not do itself.
 #[derive(Clone)]
 pub struct Disk(Rc<Inner<dyn Any>>);
 
 struct Inner<D: ?Sized> {
-    /// What the driver said of itself.
+    /// Properties that the driver reported.
     shape: Cell<Option<Shape>>,
     /// The kernel has the image by this number.
     backing: Cell<Option<u16>>,
@@ -154,7 +154,7 @@ impl Disk {
         self.0.driver.is_verbatim()
     }
 
-    /// Where a range is, as whoever goes on from this disk tells it: nothing is the disk's own image. See
+    /// Returns where a range is, as a disk on top of this one reports it: no place is in that disk's own image. See
     /// [`Driver::places`].
     pub async fn places_below(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let mut places = match self.is_verbatim() {
@@ -173,7 +173,7 @@ impl Disk {
             if place.holder != Holder::Image {
                 return true;
             }
-            // What it has itself is told if the kernel knows it.
+            // A place in this image is reported only if the kernel knows the image.
             match backing {
                 Some(number) => place.holder = Holder::Below(number),
                 None => return false,
@@ -247,8 +247,8 @@ impl Disk {
         self.settle(how).await
     }
 
-    /// The pieces of a request, each from its beginning on and how long, none larger than the driver
-    /// wants it.
+    /// Splits a request into pieces: the offset of each from its beginning and its length, none larger than the
+    /// driver's limit.
     fn pieces(
         &self,
         offset: u64,
@@ -272,7 +272,7 @@ impl Disk {
         })
     }
 
-    /// Makes durable what a driver did not that knows nothing of [`Attributes::fua`].
+    /// Flushes for a driver that does not support [`Attributes::fua`].
     async fn settle(&self, how: Attributes) -> Result<(), Errno> {
         let heeded = self.0.shape.get().is_some_and(|shape| shape.fua);
         match how.fua && !heeded {
@@ -281,13 +281,13 @@ impl Disk {
         }
     }
 
-    /// See [`Driver::extents`]. None reaches beyond the range, which is whole logical blocks, and all end
-    /// where such a block does: one that holds data anywhere is data.
+    /// See [`Driver::extents`]. All extents are inside of the range, which is whole logical blocks, and end at the end
+    /// of such a block: a block that is partly data is data.
     pub async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.whole(self.0.driver.extents(offset, len).await?, offset, len)
     }
 
-    /// See [`Driver::layer`]. None reaches beyond the range, and all end where a logical block does.
+    /// See [`Driver::layer`]. All extents are inside of the range, and end at the end of a logical block.
     pub async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.whole(self.0.driver.layer(offset, len).await?, offset, len)
     }
@@ -317,7 +317,7 @@ impl Disk {
         self.0.driver.grow(size).await
     }
 
-    /// Bytes of the units in which the image has the disk, such as clusters; 1 before it is active.
+    /// Returns the bytes of the image's units of allocation, such as clusters; 1 before it is active.
     pub fn unit(&self) -> u64 {
         let shape = self.0.shape.get();
         shape.map_or(1, |shape| shape.limits.align.max(1).into())
@@ -344,7 +344,7 @@ impl Disk {
     }
 }
 
-/// Extents from `offset` on, in whole blocks and within `len` bytes; nothing if there are none.
+/// Returns extents from `offset` on, in whole blocks and within `len` bytes; `None` if there are none.
 fn whole(found: &[Extent], offset: u64, len: u64, block: u64) -> Option<Vec<Extent>> {
     let mut all: Vec<Extent> = Vec::with_capacity(found.len());
     let (mut at, mut said) = (0, 0_u64);
@@ -402,7 +402,7 @@ mod tests {
                 8192,
                 Some(vec![(4096, Hole), (4096, Data)]),
             ),
-            // None of the holes has a whole block.
+            // No hole has a whole block.
             (
                 vec![(1000, Hole), (4000, Data), (3192, Hole)],
                 8192,
@@ -432,7 +432,7 @@ mod tests {
         }
     }
 
-    /// A file whose block is larger than the guest's says what is in parts of a block.
+    /// A file whose block is larger than the guest's returns parts of a block.
     #[test]
     fn range_is_never_exceeded() {
         for end in 1..40 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a driver does.
+//! Interface of a driver.
 
 use crate::Disk;
 use control::Failure;
@@ -7,35 +7,34 @@ use diskio::{is_remote, Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
-/// What a disk is like.
+/// Properties of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Size in bytes, whole logical blocks.
     pub size: u64,
-    /// Bytes of a logical block: what requests are multiples of. 512 to 4096.
+    /// Bytes of a logical block, the unit of requests: 512 to 4096.
     pub logical_block: u32,
-    /// Bytes of a physical block: what is written best as a whole.
+    /// Bytes of a physical block, the unit that is best written as a whole.
     pub physical_block: u32,
-    /// Bytes of the units that can be discarded; nothing if none can.
+    /// Bytes of the units that can be discarded; `None` if the disk cannot discard.
     pub discard: Option<u32>,
-    /// What was written is durable after a flush only.
+    /// True if a write is durable only after a flush.
     pub write_cache: bool,
-    /// The driver heeds [`Attributes::fua`]. Otherwise [`Disk`](crate::Disk) flushes after such a
-    /// request.
+    /// True if the driver supports [`Attributes::fua`]. Otherwise [`Disk`](crate::Disk) flushes after such a request.
     pub fua: bool,
-    /// What one call may ask for.
+    /// Limits of one call.
     pub limits: Limits,
 }
 
-/// What one call of a driver may ask for: [`Disk`](crate::Disk) makes several of a request that is
-/// larger. By default there is no limit.
+/// Limits of one call of a driver: [`Disk`](crate::Disk) splits a larger request into several calls. By default there
+/// is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a read or a write at most.
+    /// Largest read or write, in bytes.
     pub transfer: u64,
-    /// Bytes that are zeroed or discarded at once at most.
+    /// Largest range to zero or discard at once, in bytes.
     pub zeroes: u64,
-    /// Where a request is cut, if that is possible: at multiples of these bytes, such as a cluster.
+    /// Preferred boundaries of a split request: multiples of this number of bytes, such as a cluster.
     pub align: u32,
 }
 
@@ -49,22 +48,22 @@ impl Default for Limits {
     }
 }
 
-/// When I/O of a process is over that died: nothing of what it had is executed again before.
+/// Time at which the I/O of a dead process is over: the kernel replays none of its requests before that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fence {
-    /// When this machine's kernel has ended it: I/O on block devices and local files.
+    /// When this machine's kernel has ended it: for I/O on block devices and local files.
     Local,
-    /// Others execute it, who may do so for this long: I/O over a network. At most ten minutes.
+    /// After this time, in which a server may still execute it: for I/O over a network. At most ten minutes.
     Session {
         /// Milliseconds, not 0.
         settle_ms: u32,
     },
-    /// Nobody knows. What the process had fails, instead of being executed again.
+    /// Unknown. Requests of the process fail instead of being replayed.
     None,
 }
 
-/// How long a server may execute what a machine sent that has given it up: the time after which
-/// an NFS client sends a request again, which so is long enough for one that is on its way.
+/// Time in which a server may execute the requests of a machine that has given it up: an NFS client sends a request
+/// again after this time, so it is long enough for a request that is on its way.
 pub(crate) const SETTLE_MS: u32 = 60_000;
 
 impl Fence {
@@ -73,14 +72,14 @@ impl Fence {
         settle_ms: SETTLE_MS,
     };
 
-    /// For a driver whose I/O is that of a file.
+    /// Returns the fence for a driver whose I/O is that of a file.
     pub fn of(file: &File) -> Self {
         Self::of_descriptor(file)
     }
 
-    /// The same for a file that must not be looked at yet.
+    /// Returns the fence for a file that this process must not read yet.
     pub fn of_descriptor(fd: impl AsFd) -> Self {
-        // A file system that does not say what it is may be anywhere.
+        // A file system that does not report its type may be anywhere.
         match is_remote(fd) {
             Ok(false) => Fence::Local,
             _ => Fence::NETWORK,
@@ -88,47 +87,47 @@ impl Fence {
     }
 }
 
-/// What there is to know of a request that changes the disk, beside what it does.
+/// Properties of a request that changes the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
-    /// It must be durable when it is answered. That says nothing of what came before. If it fails, only
-    /// [`Errno::NOSPC`] and [`Errno::DQUOT`] say that nothing else is lost, so they must not come from a
-    /// flush ([`diskio::of_earlier`]): such a request may be tried again, others are not.
+    /// The request must be durable when it is answered. That does not cover earlier writes. If it fails, only
+    /// [`Errno::NOSPC`] and [`Errno::DQUOT`] say that nothing else is lost, so they must not come from a flush
+    /// ([`diskio::of_earlier`]): such a request may be tried again, others are not.
     pub fua: bool,
-    /// An earlier process may have executed it, in whole or in part.
+    /// True if an earlier process may have executed it, in whole or in part.
     pub replay: bool,
-    /// Its place in the order in which the guest's requests arrived, the same when it is delivered
-    /// again; nothing for those that do not come from the guest.
+    /// Place of the request in the order in which the guest's requests arrived, which is the same when it is delivered
+    /// again; `None` for requests of other clients.
     pub sequence: Option<u64>,
 }
 
-/// A part of the disk and what is there. It is true until something is written there: who needs it
-/// for longer than a moment claims the range. Where in an image the bytes are it does not say.
+/// A part of the disk and its content. The content is valid until a write to the range: a caller that needs it for
+/// longer claims the range. An extent does not say where the bytes are in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Bytes, not 0.
     pub len: u64,
-    /// What is there.
+    /// Content of the extent.
     pub content: Content,
 }
 
-/// What a part of a disk holds.
+/// Content of a part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Bytes that have to be read to be known.
     Data,
     /// Zeroes, for which no space is used.
     Hole,
-    /// Nothing of this image: what the image below it has. Only [`Driver::layer`] says this.
+    /// Content of the backing image. Only [`Driver::layer`] returns this.
     Below,
 }
 
-/// What holds a part of a disk.
+/// Location of a part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// The image itself.
     Image,
-    /// A file below it, which is only read: the kernel has it by this number.
+    /// A backing image, which is only read: its number in the kernel.
     Below(u16),
     /// Nothing: it reads as zeroes.
     Nothing,
@@ -137,20 +136,20 @@ pub enum Holder {
 /// A part of the disk that is a part of a file, byte for byte and past the page cache, or nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Where on the disk, in bytes.
+    /// Offset on the disk, in bytes.
     pub offset: u64,
     /// Bytes, not 0.
     pub len: u64,
-    /// What holds it.
+    /// Location of the bytes.
     pub holder: Holder,
-    /// Where in that; 0 if it is nowhere.
+    /// Offset in that file, in bytes; 0 if it is nowhere.
     pub at: u64,
-    /// To write there changes nothing else of the image. Only of the image itself.
+    /// True if a write there changes nothing else of the image; always false outside of the image itself.
     pub writable: bool,
 }
 
 impl Place {
-    /// The place directly behind it goes on in the same way.
+    /// Returns true if `next` directly continues this place, on the disk and in the file.
     #[must_use]
     pub fn is_continued_by(&self, next: &Place) -> bool {
         let goes_on = self.holder == Holder::Nothing || self.at + self.len == next.at;
@@ -159,45 +158,45 @@ impl Place {
     }
 }
 
-/// What serves the content of a disk.
+/// Backend that serves the content of a disk.
 ///
-/// A driver is used by one thread: it needs neither locks nor atomics for its own data. Requests run
-/// at the same time, as many as the guest sends. Those that overlap, with a write on either side, do
-/// not: the kernel holds the later one back. A request may come again that an earlier process has
-/// executed in whole or in part; executing it again must do no harm.
+/// A driver is used by one thread: it needs neither locks nor atomics for its own data. Requests run at the same time,
+/// as many as the guest sends. Requests that overlap, with a write on either side, do not: the kernel holds the later
+/// one back. A request may come again that an earlier process has executed in whole or in part; executing it again must
+/// do no harm.
 ///
-/// Offsets and lengths are in bytes, whole 512-byte sectors, and inside of the disk. A future may
-/// borrow nothing of what it gets, but it may use `self` as long as it likes.
+/// Offsets and lengths are in bytes, whole 512-byte sectors, and inside of the disk. A future may borrow none of its
+/// arguments, but it may use `self` at any time.
 #[allow(async_fn_in_trait, reason = "everything is in one thread")]
 pub trait Driver: 'static {
-    /// Looks at the image for the first time. Before this, nothing of it may be read and kept: it
-    /// may still be changed by somebody else. Now it is locked.
+    /// Reads the image for the first time, and returns the properties of the disk. Before this, the driver must not
+    /// read and keep any part of it, because another process may still change it. Now it is locked.
     async fn activate(&self) -> Result<Shape, Failure>;
 
-    /// When its I/O is over if this process dies. There is no default: who sends data over a network must
-    /// not say [`Fence::Local`], or what was written early comes back late.
+    /// Returns when its I/O is over if this process dies. There is no default: a driver that sends data over a network
+    /// must not return [`Fence::Local`], or old writes take effect late.
     fn fence(&self) -> Fence;
 
-    /// The disk is what the image begins with, byte for byte and past the page cache: whoever reads, writes and
-    /// flushes the image itself does what this driver does. Then the kernel may, without this process.
+    /// Returns true if the image begins with the disk, byte for byte and past the page cache, so that reads, writes and
+    /// flushes of the image itself equal the driver's. The kernel may then serve it in passthrough, without this
+    /// process.
     fn is_verbatim(&self) -> bool {
         false
     }
 
-    /// Parts of the disk are parts of the image, and [`places`](Self::places) says which: the kernel may read
-    /// and write those without this process, and asks nobody when it does.
+    /// Returns true if parts of the disk are parts of the image, which [`places`](Self::places) reports: the kernel may
+    /// read and write those in passthrough, without this process.
     fn has_places(&self) -> bool {
         false
     }
 
-    /// Where a range is, as far as that is known and of use; in order. What is told
+    /// Returns where a range is, in order, if that is known and useful. A reported place
     ///
-    /// - is in the image: the death of this process does not undo it;
-    /// - stays true as long as no request of the guest discards it, or makes it zeroes: no write moves it, nor what
-    ///   is beside it. What is not in the image itself stays true until it is written: to write beside it changes
-    ///   nothing. Where others than the guest change something, the kernel has let go of the disk before;
-    /// - may be written, if it says so, without anything that this driver would have to know of: a flush makes
-    ///   that durable, too.
+    /// - is stored in the image: the death of this process does not undo it;
+    /// - stays valid until a request of the guest discards or zeroes it: no write to it or beside it moves it. A place
+    ///   outside of the image itself stays valid until a write to it: a write beside it changes nothing. Before clients
+    ///   other than the guest change the disk, the kernel has stopped passthrough;
+    /// - may be changed, if it is `writable`, without the driver's knowledge: a flush makes that durable, too.
     async fn places(&self, _offset: u64, _len: u64) -> Result<Vec<Place>, Errno> {
         Ok(Vec::new())
     }
@@ -208,20 +207,20 @@ pub trait Driver: 'static {
     /// Writes all of `data`. When this returns, the death of this process must not undo it.
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno>;
 
-    /// Makes durable whatever was written before: it must survive the loss of power.
+    /// Makes all earlier writes durable: they must survive a power cut.
     ///
     /// # Errors
-    /// Something may be lost. An error of any flush of the storage, whatever the driver needed it for, fails those calls
-    /// of this that are under way, or else the next one, or the [`inactivate`](Self::inactivate) or
-    /// [`close`](Self::close) that comes instead ([`diskio::Barrier`]).
+    /// Earlier writes may be lost. An error of any flush of the storage, whatever its reason, fails the calls of this
+    /// that are under way, or else the next one, or the [`inactivate`](Self::inactivate) or [`close`](Self::close) that
+    /// comes instead ([`diskio::Barrier`]).
     async fn flush(&self) -> Result<(), Errno>;
 
-    /// A flush of the storage has failed, and no call of [`flush`](Self::flush) has returned that yet.
+    /// Returns true if a flush of the storage has failed, and no call of [`flush`](Self::flush) has returned that yet.
     fn owes(&self) -> bool {
         false
     }
 
-    /// Forgets a range; it may read as anything afterwards.
+    /// Discards a range; it may read as anything afterwards.
     async fn discard(&self, _offset: u64, _len: u64, _how: Attributes) -> Result<(), Errno> {
         Err(Errno::OPNOTSUPP)
     }
@@ -241,36 +240,35 @@ pub trait Driver: 'static {
         Ok(())
     }
 
-    /// What is in a range: extents in a row, without a gap, from `offset` on. There is one at least;
-    /// they need not reach the end of the range, nor end there, nor where a block does
-    /// ([`Disk::extents`](crate::Disk::extents) sees to that). For copies, which leave out what
+    /// Returns the content of a range: contiguous extents from `offset` on, at least one; they need not end at the end
+    /// of the range or of a block ([`Disk::extents`](crate::Disk::extents) corrects that). Copies use it to skip what
     /// need not be read.
     async fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         let content = Content::Data;
         Ok(vec![Extent { len, content }])
     }
 
-    /// The same for this image alone, without those below it: what it has itself, and where
-    /// [`Content::Below`] shows through. For verbs that work on one image of a chain.
+    /// Returns the content of a range of this image alone, without backing images: its own extents, and
+    /// [`Content::Below`] where it has none. For operations on one image of a chain.
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.extents(offset, len).await
     }
 
-    /// The disk below this image that has all of a range, at the same place, if that is known without asking the
-    /// storage: who reads goes on with that one.
+    /// Returns the backing disk that has all of a range, at the same offset, if that is known without a read of the
+    /// storage: the reader continues there.
     fn passed(&self, _offset: u64, _len: u64) -> Option<Disk> {
         None
     }
 
-    /// Looks at the size again and returns it.
+    /// Reads the size again and returns it, in bytes.
     async fn resize(&self) -> Result<u64, Failure> {
         Err(Failure::unsupported(
             "the driver cannot change a disk's size",
         ))
     }
 
-    /// Makes the disk larger: `size` bytes, whole blocks, and no fewer than it has. Nothing else is asked
-    /// meanwhile but for flushes. It is durable when this returns.
+    /// Makes the disk larger: `size` bytes, whole blocks, and no fewer than it has. During this there are no other
+    /// requests except flushes. It is durable when this returns.
     async fn grow(&self, _size: u64) -> Result<(), Failure> {
         Err(Failure::unsupported(
             "its driver cannot make a disk larger that is served: pause it, make the image larger with \
@@ -278,21 +276,21 @@ pub trait Driver: 'static {
         ))
     }
 
-    /// It goes on from another image, and could do without that once it holds itself what it has of it: where
-    /// [`layer`](Self::layer) says [`Content::Below`], and there is something. That is then written, and
-    /// [`stand_alone`](Self::stand_alone) called. False if there is no other image.
+    /// Returns true if this image has a backing image that it could drop once it holds all of that data itself: where
+    /// [`layer`](Self::layer) returns [`Content::Below`] and there is data. The caller then copies that data and calls
+    /// [`stand_alone`](Self::stand_alone). Returns false if there is no backing image.
     ///
     /// # Errors
-    /// There is, and this image has to keep it.
+    /// There is a backing image, and this image has to keep it.
     async fn goes_on(&self) -> Result<bool, Failure> {
         Ok(false)
     }
 
-    /// The image needs no other one from now on. What it shows is in itself. Nothing else is asked meanwhile but
-    /// for flushes. It is durable when this returns.
+    /// Drops the backing image, because this image holds all content itself. During this there are no other requests
+    /// except flushes. It is durable when this returns.
     ///
     /// # Errors
-    /// The other image may still be needed, and this one is as good as before.
+    /// The backing image may still be needed, and this image is unchanged.
     async fn stand_alone(&self) -> Result<(), Failure> {
         Ok(())
     }
@@ -302,15 +300,14 @@ pub trait Driver: 'static {
         BTreeMap::new()
     }
 
-    /// Lets go of the image for the time being: everything that was written is durable, and nothing of
-    /// the image is kept in memory, because the next to use it may be another process, or another
-    /// host. What comes after this is [`activate`](Self::activate) or [`close`](Self::close).
+    /// Closes the image for some time: all writes are durable, and no part of the image stays in memory, because its
+    /// next user may be another process or another host. The next call is [`activate`](Self::activate) or
+    /// [`close`](Self::close).
     async fn inactivate(&self) -> Result<(), Errno> {
         self.flush().await
     }
 
-    /// Nothing comes after this. Everything that was written must be in the image, though not
-    /// durable.
+    /// Closes the disk for good: no call may follow. All writes must be in the image, but need not be durable.
     async fn close(&self) -> Result<(), Errno> {
         Ok(())
     }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 #![doc = include_str!("../README.md")]
+#![doc = include_str!("../../../docs/contributing/write-a-driver.md")]
 #![forbid(unsafe_code)]
-// It panics if nobody reads: diskio::say! does not.
+// `eprintln!` panics if the reader of stderr is gone, `diskio::say!` does not.
 #![deny(clippy::print_stderr)]
 
 mod disk;

@@ -5,7 +5,7 @@ use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
-/// A disk that reads as zeroes and forgets what is written.
+/// A disk that reads as zeroes and discards writes.
 #[derive(Debug)]
 pub struct Null {
     size: u64,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! From what is asked for to a disk that can be served.
+//! Opening the disk that a request describes.
 
 use crate::{lock_part, Disk, Null, Ram, Raw, Shape};
 use control::tapdisk::Open;
@@ -8,8 +8,8 @@ use diskio::{File, Io, LockKind, LockPart};
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// Opens what `open` asks for: locks the image, which waits a little for the I/O of a process that
-/// died, and only then looks at it. A driver that [has a format](Name::has_format) is none of these.
+/// Opens the disk that `open` describes: locks the image, which waits a little for the I/O of a process that died, and
+/// only then reads it. It refuses drivers that [have a format](Name::has_format).
 pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Shape), Failure> {
     let file = match (open.target.driver(), open.target.size()) {
         (Name::Aio | Name::Sync, _) | (Name::Ram, Some(_)) => Some(image(io, open, fd).await?),
@@ -18,7 +18,7 @@ pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Sh
     open_on(open, file).await
 }
 
-/// The same on an image that [is locked](image) already.
+/// Opens a disk on an image that [is locked](image) already.
 pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), Failure> {
     let disk = match (open.target.driver(), open.target.size(), file) {
         (Name::Aio | Name::Sync, _, Some(file)) => Disk::new(raw(open, file)?),
@@ -56,7 +56,7 @@ pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), F
     activate(disk, open).await
 }
 
-/// Looks at a disk for the first time; it can do what it is asked to, and no more.
+/// Activates a disk; guests may discard only if `open` allows that.
 pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, Shape), Failure> {
     let mut shape = disk.activate().await?;
     if !open.discard || open.read_only {
@@ -90,7 +90,7 @@ fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
     Ok(Raw::new(file, discard))
 }
 
-/// What is said of an image that did not come along.
+/// Returns the failure for an image whose descriptor is missing.
 pub fn missing(open: &Open) -> Failure {
     Failure::invalid(format!(
         "the descriptor of the image of {} is missing",
@@ -114,8 +114,8 @@ pub async fn image(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<File, Fa
     file(io, fd, kind, part, &name).await
 }
 
-/// A file for reading or writing, of which this part is locked for that, or nothing where others write it by
-/// agreement. `name` is for messages.
+/// Opens a file for reading or writing, and locks `locked`, or nothing if other programs write to it by agreement.
+/// `name` is for messages.
 pub async fn file(
     io: &Io,
     fd: OwnedFd,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `ram`: memory, of which only what was written exists.
+//! `ram`: sparse memory, which holds only the ranges that the guest has changed.
 
 use crate::raw::extents;
 use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
@@ -7,8 +7,8 @@ use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 
-/// A disk in memory. The memory is a file that whoever starts this process keeps for the next one: it
-/// must hold what was answered when this one is dead.
+/// A disk in memory. The memory is a file that the supervisor keeps for the next process: it must hold all answered
+/// writes when this one is dead.
 #[derive(Debug)]
 pub struct Ram {
     memory: File,

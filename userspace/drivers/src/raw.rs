@@ -8,8 +8,8 @@ use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
 
-/// Bytes that are zeroed or discarded at once: one call for the whole of a large image may take long,
-/// and not every engine does something else meanwhile.
+/// Bytes that are zeroed or discarded at once: one call for all of a large image may take long, and some engines do
+/// nothing else during it.
 const ZEROES: u64 = 256 << 20;
 
 /// Bytes of a logical block at most.
@@ -36,7 +36,7 @@ impl Raw {
         }
     }
 
-    /// Guests may write nothing smaller than a block of the storage: others write the image, too.
+    /// Raises the guest's smallest write to a block of the storage, because other hosts write to the image, too.
     #[must_use]
     pub fn in_whole_blocks(self) -> Self {
         Self {
@@ -45,8 +45,8 @@ impl Raw {
         }
     }
 
-    /// Size of the disk. A file with a part of a block at its end is refused: it is either broken, or
-    /// no raw image, and what it has there would be out of reach.
+    /// Returns the size of the disk in bytes. A file with a part of a block at its end is refused: it is either damaged
+    /// or no raw image, and the guest could not reach that part.
     fn size(&self, block: u32) -> Result<u64, Failure> {
         let size = self
             .file
@@ -70,22 +70,23 @@ impl Raw {
         Ok(size)
     }
 
-    /// Bytes of which the size of a disk that is served must be a multiple.
+    /// Returns the unit in bytes of the size of a disk that is served.
     fn unit(&self) -> Result<u32, Failure> {
-        // Of a file that is written past the page cache the last block must stay a whole one.
+        // The last block of a file that tapdisk writes past the page cache must stay a whole one.
         let unit = u32::try_from(self.file.align().offset).unwrap_or(u32::MAX);
         Ok(self.blocks()?.0.max(unit))
     }
 
-    /// Makes durable what was written, for the driver itself.
-    async fn make_durable(&self) -> Result<(), Errno> {
-        self.flushes.settle(async || self.file.flush().await).await
+    /// Makes all writes durable that came since the driver had this number of [errors](Barrier::errors).
+    async fn make_durable(&self, errors: u64) -> Result<(), Errno> {
+        let flush = async || self.file.flush().await;
+        self.flushes.settle_since(errors, flush).await
     }
 
-    /// Makes what changed durable, if it is to be.
-    async fn settle(&self, how: Attributes) -> Result<(), Errno> {
+    /// Makes what changed since then durable, if it is to be.
+    async fn settle(&self, how: Attributes, errors: u64) -> Result<(), Errno> {
         match how.fua {
-            true => self.make_durable().await.map_err(of_earlier),
+            true => self.make_durable(errors).await.map_err(of_earlier),
             false => Ok(()),
         }
     }
@@ -141,7 +142,7 @@ impl Driver for Raw {
     }
 
     fn is_verbatim(&self) -> bool {
-        // What cannot be asked goes the way that always works.
+        // If the system does not answer, use the path that always works.
         self.file.is_direct().unwrap_or(false)
     }
 
@@ -152,7 +153,8 @@ impl Driver for Raw {
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
         match how.fua {
             true => {
-                let flush = async || self.make_durable().await;
+                let errors = self.flushes.errors();
+                let flush = async || self.make_durable(errors).await;
                 self.file.write_durable(offset, data, flush).await
             }
             false => self.file.write(offset, data).await,
@@ -168,16 +170,18 @@ impl Driver for Raw {
     }
 
     async fn discard(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        let errors = self.flushes.errors();
         match self.discard {
             true => self.file.discard(offset, len).await?,
             false => return Err(Errno::OPNOTSUPP),
         }
-        self.settle(how).await
+        self.settle(how, errors).await
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
+        let errors = self.flushes.errors();
         self.file.write_zeroes(offset, len).await?;
-        self.settle(how).await
+        self.settle(how, errors).await
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
@@ -203,20 +207,21 @@ impl Driver for Raw {
                 "{size} bytes are not whole blocks of {unit} bytes, which the image's storage has"
             )));
         }
-        let flush = async || self.make_durable().await;
+        let errors = self.flushes.errors();
+        let flush = async || self.make_durable(errors).await;
         resize(&self.file, size, flush).await
     }
 }
 
-/// Gives a raw image another size, which is durable then.
+/// Changes the size of a raw image, durably.
 ///
 /// # Errors
-/// It is a device, or its file system refuses.
+/// The image is a device, or its file system refuses.
 pub async fn set_size(file: &File, size: u64) -> Result<(), Failure> {
     resize(file, size, async || file.flush().await).await
 }
 
-/// The same, and `flush` makes it durable.
+/// Changes the size of a file, and makes it durable with `flush`.
 async fn resize(
     file: &File,
     size: u64,
@@ -235,7 +240,7 @@ async fn resize(
     changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))
 }
 
-/// What a file holds that is the disk byte for byte.
+/// Returns the content of a file that is the disk byte for byte.
 pub(crate) async fn extents(file: &File, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
     let (len, is_data) = file.part(offset, len).await?;
     let content = match is_data {

@@ -7,7 +7,7 @@ use drivers::{Attributes, Disk, Raw, Shape};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-/// What the storage of these tests writes at once.
+/// Bytes of a block, which the storage of these tests writes at once.
 const BLOCK: usize = 4096;
 
 /// The file as one more process has it: with a lock for reading and writing of its own.
@@ -33,7 +33,7 @@ fn active(runtime: &Runtime, raw: Raw) -> (Disk, Result<Shape, control::Failure>
     (disk, shape.unwrap())
 }
 
-/// Two hosts write one block each, as large as they were told.
+/// Two hosts write one block each, of the size that the image reports.
 #[test]
 fn writers_of_a_shared_image_do_not_undo_each_others_writes() {
     let runtime = Runtime::new();
@@ -94,7 +94,7 @@ fn last_sector_is_written_and_the_file_stays_as_long_as_it_is() {
     assert_eq!(bytes, [[9; 512], [7; 512]].concat()[..]);
 }
 
-/// A connected disk that is written past the page cache cannot come to have such a size either.
+/// A connected disk that tapdisk writes past the page cache cannot come to have such a size either.
 #[test]
 fn direct_image_does_not_grow_by_a_part_of_a_block() {
     let runtime = Runtime::new();
@@ -108,7 +108,7 @@ fn direct_image_does_not_grow_by_a_part_of_a_block() {
     assert_eq!(failure.unwrap().unwrap_err().code, Code::Image);
 }
 
-/// Through the page cache the kernel would write beside what the process has there.
+/// The kernel writes past the page cache, so it may serve only an image that the process has opened with `O_DIRECT`.
 #[test]
 fn only_what_goes_past_the_page_cache_is_the_image_verbatim() {
     let runtime = Runtime::new();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A driver is asked for no more at once than it says.
+//! A driver gets no larger request than its limits allow.
 
 use control::Failure;
 use diskio::Runtime;
@@ -118,6 +118,6 @@ fn large_requests_come_in_pieces_that_end_where_blocks_do() {
         Ok::<_, Errno>(())
     });
     done.unwrap().unwrap();
-    // One for each durable request, not one for each piece.
+    // One flush for each durable request, not one for each piece.
     assert_eq!(*driver.flushes.borrow(), 2);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Every driver does to its image what a vector of bytes in memory does to itself, also when
-//! requests run at the same time, and when each is executed twice.
+//! Each driver has the same effect on its image as the steps have on a vector of bytes in memory, also when requests
+//! run at the same time, and when each is executed twice.
 
 use control::tapdisk::Open;
 use control::{Code, Driver as Name};
@@ -116,7 +116,7 @@ fn bytes(sectors: u64, byte: u8) -> Vec<u8> {
         .collect()
 }
 
-/// What the steps do to a vector; `read` is called for those that read.
+/// Applies a step to a vector; `read` is called for those that read.
 fn apply(model: &mut [u8], step: &Step) {
     let Some((at, n)) = step.range() else { return };
     let range = &mut model[(at * 512) as usize..][..(n * 512) as usize];
@@ -150,7 +150,7 @@ async fn execute(disk: &Disk, step: &Step) -> Result<Option<Vec<u8>>, Errno> {
     Ok(None)
 }
 
-/// Groups of steps of which none overlaps another.
+/// Returns groups of steps that do not overlap.
 fn groups(steps: Vec<Step>) -> Vec<Vec<Step>> {
     let mut groups: Vec<Vec<Step>> = vec![Vec::new()];
     for step in steps {
@@ -243,7 +243,7 @@ fn extents_are_what_was_written() {
             disk.write(4 * page, data, PLAIN).await?;
             let mut found = Vec::new();
             let mut at = page;
-            // It ends before the image does, in the middle of a hole.
+            // The range ends before the image does, in the middle of a hole.
             while at < 16 * page {
                 for extent in disk.extents(at, 16 * page - at).await? {
                     at += extent.len;
@@ -273,7 +273,7 @@ fn part_of_a_sector_is_refused() {
     let failure = try_open(&runtime, Name::Aio, &file, what.clone()).unwrap_err();
     assert_eq!(failure.code, Code::Image);
     assert!(failure.message.contains("4196") && failure.message.contains("truncate"));
-    // What is connected keeps its size.
+    // The connected disk keeps its size.
     file.as_file().set_len(8192).unwrap();
     let (disk, _) = try_open(&runtime, Name::Aio, &file, what).unwrap();
     file.as_file().set_len(10_000).unwrap();

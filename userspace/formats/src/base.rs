@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What an image goes on from: any disk, as long or as short as it is.
+//! The backing disk of an image: any disk, shorter or longer than the image.
 
 use control::Failure;
 use diskio::{Data, Errno};
 use drivers::{Content, Disk, Extent, Holder, Place};
 use std::cell::Cell;
 
-/// Extents that are told at once.
+/// Maximum number of extents that one query returns.
 const EXTENTS: usize = 256;
 
 /// A disk that is only read.
@@ -34,7 +34,7 @@ impl Base {
         self.size.get()
     }
 
-    /// Reads; what is behind its end is zero.
+    /// Reads a range; bytes behind the end of the disk are zero.
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let len = data.len() as u64;
         let there = self.size.get().saturating_sub(offset).min(len);
@@ -50,14 +50,14 @@ impl Base {
         Ok(())
     }
 
-    /// It, as the disk that has all of a range; none if that is longer.
+    /// Returns the disk if it has all of a range; `None` if the range ends behind it.
     pub(crate) fn all_of(&self, offset: u64, len: u64) -> Option<Disk> {
         let is_here = offset.checked_add(len)? <= self.size.get();
         is_here.then(|| self.disk.clone())
     }
 
-    /// Who is asked for a range: not those of a chain that are known to have nothing of it, each of which would be
-    /// some thousand instructions.
+    /// Returns the disk to ask for a range: it skips the images of a chain that are known to hold nothing of the range,
+    /// because asking each of them would cost some thousand instructions.
     fn holder(&self, offset: u64, len: u64) -> Disk {
         let mut holder = self.disk.clone();
         while let Some(below) = holder.passed(offset, len) {
@@ -66,7 +66,7 @@ impl Base {
         holder
     }
 
-    /// Where a range is, of what the kernel has; behind the end it is nowhere.
+    /// Returns the places of a range that the kernel may use; the part behind the end of the disk is nowhere.
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let there = self.size.get().saturating_sub(offset).min(len);
         let mut places = match there {
@@ -79,7 +79,7 @@ impl Base {
         Ok(places)
     }
 
-    /// What is in a range; behind its end there is nothing.
+    /// Returns the content of a range; the range behind the end of the disk is a hole.
     pub(crate) async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.size.get().saturating_sub(offset).min(len) {
             0 => Ok(vec![Extent {
@@ -91,18 +91,18 @@ impl Base {
     }
 }
 
-/// False if an image goes on from nothing; a failure if it does, as its format has to keep that.
+/// Returns false if an image has no backing image, and a failure if it has one, because its format must keep that.
 pub(crate) fn must_stay(parent: Option<&Base>, what: &str) -> Result<bool, Failure> {
     match parent {
         None => Ok(false),
         Some(_) => Err(Failure::unsupported(format!(
-            "{what} keeps the image below it as long as it is served: detach the disk and make one image of both \
+            "a running disk cannot drop the backing image of {what}: detach the disk and make one image of both \
              with tapimg convert, or use qcow2"
         ))),
     }
 }
 
-/// Lets go of what an image goes on from, if there is such.
+/// Inactivates the backing disk of an image, if it has one.
 pub(crate) async fn inactivate(parent: Option<&Base>) -> Result<(), Errno> {
     match parent {
         Some(parent) => parent.disk.inactivate().await,
@@ -110,7 +110,7 @@ pub(crate) async fn inactivate(parent: Option<&Base>) -> Result<(), Errno> {
     }
 }
 
-/// Nothing comes after this for what an image goes on from, if there is such.
+/// Closes the backing disk of an image, if it has one; no request may follow.
 pub(crate) async fn close(parent: Option<&Base>) -> Result<(), Errno> {
     match parent {
         Some(parent) => parent.disk.close().await,
@@ -118,7 +118,7 @@ pub(crate) async fn close(parent: Option<&Base>) -> Result<(), Errno> {
     }
 }
 
-/// Reads what an image does not hold: its parent's, or zeroes.
+/// Reads a range that an image does not hold: from its parent, or zeroes.
 pub(crate) async fn read(parent: Option<&Base>, offset: u64, data: Data) -> Result<(), Errno> {
     match parent {
         Some(parent) => parent.read(offset, data).await,
@@ -140,7 +140,7 @@ pub(crate) fn zeroes(offset: u64, len: u64) -> Place {
     }
 }
 
-/// Adds a place, as a part of the last one if that goes on there: how many are told at once is limited.
+/// Adds a place, or extends the last one if both are contiguous, because one answer holds a limited number of places.
 pub(crate) fn add_place(places: &mut Vec<Place>, place: Place) {
     match places.last_mut() {
         Some(last) if last.is_continued_by(&place) => last.len += place.len,
@@ -180,7 +180,7 @@ pub(crate) async fn is_hole(parent: Option<&Base>, offset: u64, len: u64) -> Res
     Ok(true)
 }
 
-/// Extents in a row, of which those that follow each other and are alike become one.
+/// Contiguous extents; neighbours of the same content are merged.
 #[derive(Debug, Default)]
 pub(crate) struct Row {
     extents: Vec<Extent>,
@@ -197,7 +197,8 @@ impl Row {
         }
     }
 
-    /// What an image does not hold: what its parent has there, if `whole` says so, or that it is the parent's.
+    /// Adds a range that the image does not hold: the content of its parent if `whole` is set, else one extent that
+    /// refers to the parent.
     pub(crate) async fn push_missing(
         &mut self,
         parent: Option<&Base>,
@@ -229,7 +230,7 @@ impl Row {
         self.extents.is_empty()
     }
 
-    /// It is long enough for one answer.
+    /// Returns true if it is long enough for one answer.
     pub(crate) fn is_full(&self) -> bool {
         self.extents.len() >= EXTENTS
     }

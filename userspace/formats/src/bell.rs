@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
-/// Wakes everybody who waits; each looks again whether it was for him.
+/// Wakes all waiting tasks; each checks its own condition again.
 #[derive(Debug, Default)]
 pub(crate) struct Bell(RefCell<Vec<Waker>>);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image and all that it goes on from, found by the names in their headers. A header was written by
-//! whoever made the image, and no guest can write it, so it is believed about what its parent is; whether
-//! a file is opened at all is decided by who gives them out.
+//! An image and its chain of backing images, found by the names in their headers. The creator of an image wrote its
+//! header and no guest can change it, so the header is trusted to name the parent; the provider of the files
+//! ([`Files`]) decides whether a file is opened at all.
 
 use crate::field::refused;
 use crate::open::{id, named};
@@ -15,7 +15,7 @@ pub const LAYERS: usize = 64;
 /// Bytes of tables that an image deep in a chain may keep at least.
 const CACHE: usize = 1 << 20;
 
-/// Who gives out the files that images name.
+/// Provider of the files that images name.
 #[allow(async_fn_in_trait, reason = "everything is in one thread")]
 pub trait Files<S> {
     /// The file at `path`, which is absolute, locked: for writing, as the image itself, or only to be read.
@@ -30,7 +30,7 @@ pub trait Files<S> {
     fn raw(&self, file: S) -> Disk;
 }
 
-/// An image whose parts were found.
+/// Image of a chain whose files were found.
 struct Layer<S> {
     kind: Kind,
     image: S,
@@ -38,17 +38,17 @@ struct Layer<S> {
     extents: Vec<S>,
 }
 
-/// What was found below an image.
+/// A backing image that was found.
 enum Found<S> {
     Raw(Disk),
     Image(Kind, S, PathBuf),
 }
 
-/// The disk in `image` over all that it goes on from. `path` is the image's, absolute: what it names is
-/// found from its folder. Everything below is only read. `image` must have been locked.
+/// Returns the disk in `image` with its whole chain of backing images. `path` is the absolute path of the image; names
+/// in its header are relative to that folder. Backing images are opened read-only. The caller must have locked `image`.
 ///
 /// # Errors
-/// Something is missing, is refused, or is not what the image says of it.
+/// A file is missing or refused, or differs from what the header of its child says.
 pub async fn open_chain<S: Storage>(
     kind: Kind,
     image: S,
@@ -107,8 +107,8 @@ pub async fn open_chain<S: Storage>(
     disk.ok_or_else(|| Failure::invalid("there is no image"))
 }
 
-/// The options of the image that lies under `depth` others. Each has half of what the one above it may keep
-/// in memory, so that a long chain does not need much more than one image.
+/// Returns the options of the image that lies under `depth` others. Each may keep half as many bytes in memory as the
+/// one above it, so that a long chain does not need much more than one image.
 fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
     if depth == 0 {
         return options.clone();
@@ -127,8 +127,8 @@ fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
     }
 }
 
-/// What the image at `child` goes on from. Of several names the first counts that leads to what the child
-/// means; if none does, the failures of all are told.
+/// Finds the backing image of the image at `child`. If the header has several names, the first one that leads to the
+/// expected content counts; if none does, the failure lists the failures of all.
 async fn below<S: Storage>(
     parent: &Parent,
     child: &Path,
@@ -138,7 +138,7 @@ async fn below<S: Storage>(
     let what = match &parent.driver {
         Some(name) => name
             .parse()
-            .map_err(|failure| named("the image below", failure))?,
+            .map_err(|failure| named("the backing image", failure))?,
         None => options.parents.ok_or_else(|| {
             refused(format!(
                 "it does not say what its parent {:?} is, which is not guessed: name it in the configuration, or in the image with qemu-img rebase -u -F",
@@ -157,7 +157,7 @@ async fn below<S: Storage>(
     let all: Vec<&str> = failures.iter().map(|one| one.message.as_str()).collect();
     match all.is_empty() {
         true => Err(refused(
-            "it goes on from a parent and does not name it: the image is damaged",
+            "it has a parent and does not name it: the image is damaged",
         )),
         false => Err(Failure::new(code, all.join("; "))),
     }
@@ -194,7 +194,7 @@ async fn try_name<S: Storage>(
     Ok(Found::Image(kind, file, path))
 }
 
-/// Where a name in the image at `image` leads.
+/// Resolves a name in the image at `image` to a path.
 pub fn resolve(name: &str, image: &Path) -> Result<PathBuf, Failure> {
     if name.starts_with("json:") || name.contains("://") {
         return Err(Failure::unsupported(format!(

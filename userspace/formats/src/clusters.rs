@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk whose clusters are found by a map: what VMDK and qcow have in common.
+//! A disk whose clusters are found by a map: common code of VMDK and qcow.
 //!
-//! A new cluster is at the end of the image, where nothing was ever written. Its bytes come first, then
-//! the entry of the map. If the disk had other bytes there before, the new ones are made durable between
-//! the two: else the loss of power could leave an entry that points to nothing, and so lose what was
-//! flushed long ago. Those who wait for that at the same time share it.
+//! A new cluster is at the end of the image, in space that was never used. Its bytes come first, then the entry of the
+//! map. If the disk had other bytes there before, a flush between the two makes the new bytes durable: otherwise a
+//! power cut could leave an entry that points to empty space, and so lose data that was flushed long ago. Concurrent
+//! requests share that flush.
 
 use crate::base::{self, Base, Row};
 use crate::field::{part, pieces, refused};
@@ -17,23 +17,23 @@ use drivers::{Content, Extent, Holder, Place};
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// Clusters that were compressed and are kept: who reads one reads it in parts.
+/// Number of unpacked clusters that are kept, because a compressed cluster is usually read in parts.
 pub(crate) const KEPT: usize = 4;
 
-/// What a map says of a cluster.
+/// Location of a cluster according to a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// It is the parent's.
+    /// The parent has it.
     Missing,
-    /// It is zero, whatever the parent has.
+    /// The cluster is zero, whatever the parent has.
     Zeroes,
-    /// It is in the image.
+    /// The cluster is in the image, at this byte.
     At(u64),
-    /// It is in the image, and compressed.
+    /// The cluster is in the image, and compressed.
     Packed(Packed),
 }
 
-/// Where a compressed cluster is, and what else is known of it.
+/// Place of a compressed cluster, and its details.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Packed {
     pub(crate) at: u64,
@@ -41,21 +41,21 @@ pub(crate) struct Packed {
     pub(crate) cluster: u64,
 }
 
-/// Where clusters are.
+/// Map of the clusters of a disk.
 #[allow(async_fn_in_trait, reason = "everything is in one thread")]
 pub(crate) trait Map<S>: 'static {
     /// Bytes of a cluster.
     fn cluster(&self) -> u64;
-    /// What must not be touched ends here.
+    /// Returns the offset in bytes at which clusters may begin; the metadata before it must not be touched.
     fn begin(&self) -> u64;
     async fn find(&self, storage: &S, cluster: u64) -> Result<Found, Errno>;
     /// The image says of a cluster what [`find`](Self::find) does, whatever failed.
     async fn is_settled(&self, storage: &S, cluster: u64) -> Result<bool, Errno>;
     /// Lets the map point to a cluster that is in the image. New tables come from `tail`.
     async fn set(&self, storage: &S, tail: &Tail<S>, cluster: u64, at: u64) -> Result<(), Errno>;
-    /// Says that a cluster is zero; false if that cannot be said.
+    /// Marks a cluster as zero in the image; returns false if the format cannot express that.
     async fn set_zeroes(&self, storage: &S, tail: &Tail<S>, cluster: u64) -> Result<bool, Errno>;
-    /// The bytes of a compressed cluster, of which those that are missing at its end are zero.
+    /// Returns the bytes of a compressed cluster; bytes that are missing at its end are zero.
     async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno>;
     /// Tables in memory: bytes, hits and misses.
     fn counts(&self) -> (u64, u64, u64);
@@ -108,7 +108,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         }
     }
 
-    /// What the map says, unless that cannot be.
+    /// Returns the map's location of a cluster, or an error if that location is impossible.
     async fn find(&self, cluster: u64) -> Result<Found, Errno> {
         let found = self.map.find(&self.storage, cluster).await?;
         let place = match found {
@@ -122,14 +122,14 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         }
     }
 
-    /// Bytes that the image has itself, of `len` from `at` on. One that was cut off does not have all, and what is
-    /// missing is not zeroes.
+    /// Returns how many of the `len` bytes from `at` on are in the image. An image that was cut off does not have all
+    /// of them, and missing bytes are not zeroes.
     fn inside(&self, at: u64, len: u64) -> u64 {
         self.tail.end().saturating_sub(at).min(len)
     }
 
-    /// Refuses to write an image that ends inside of a cluster: it becomes longer then, by what would be zeroes in
-    /// place of what it has lost.
+    /// Refuses to write to an image that ends inside of a cluster: a write would make it longer, with zeroes in place
+    /// of the lost data.
     pub(crate) async fn refuse_cut(&self, length: u64) -> Result<(), Failure> {
         let unit = self.map.cluster();
         if length % unit == 0 {
@@ -138,7 +138,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         let mut begin = 0;
         while begin < self.size {
             let len = (self.size - begin).min(unit);
-            // Of entries that are damaged says whoever uses them.
+            // A damaged entry is reported by the requests that use it.
             if let Ok(Found::At(at)) = self.find(begin / unit).await {
                 if self.inside(at, len) < len {
                     let lost = self.base + begin + self.inside(at, len);
@@ -188,7 +188,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 data.fill(0, data.len(), 0);
                 Ok(())
             }
-            // What is missing at its end is no zeroes: that is an error.
+            // If the file ends inside of the cluster, the missing part is an error and does not read as zeroes.
             Found::At(at) => {
                 let at = at.checked_add(within).ok_or(Errno::IO)?;
                 self.storage.read_exact(at, data).await
@@ -239,7 +239,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
             found = self.find(cluster).await?;
         }
         if let Found::At(at) = found {
-            // It is there: others need not wait.
+            // The cluster exists, so other requests need not wait.
             drop(held);
             let at = at.checked_add(within).ok_or(Errno::IO)?;
             return match data {
@@ -250,7 +250,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         self.create(found, cluster, within, data, len).await
     }
 
-    /// Makes a cluster, with what it had beside what is written. Its lock is held.
+    /// Allocates a cluster, and copies its old content around the new data. The caller holds the cluster's lock.
     async fn create(
         &self,
         found: Found,
@@ -271,11 +271,13 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
             _ => true,
         };
         let at = self.tail.take(&*self.storage, unit, unit).await?;
+        let barrier = self.tail.barrier();
+        let errors = barrier.errors();
         if is_zero || len == there {
             if let Some(data) = data {
                 self.storage.write(at + within, data).await?;
                 if !is_zero {
-                    self.tail.barrier().settle().await?;
+                    barrier.settle_since(errors).await?;
                 }
             }
         } else {
@@ -286,7 +288,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 None => whole.fill(within as usize, len as usize, 0),
             }
             self.storage.write(at, whole.into()).await?;
-            self.tail.barrier().settle().await?;
+            barrier.settle_since(errors).await?;
         }
         self.map.set(&self.storage, &self.tail, cluster, at).await
     }
@@ -328,7 +330,8 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         Ok(())
     }
 
-    /// See [`Driver::places`](drivers::Driver::places). A cluster that is in the image stays where it is: no entry that leads somewhere is ever changed, so that of one whose change failed leads nowhere.
+    /// See [`Driver::places`](drivers::Driver::places). A cluster in the image stays in place: an entry that leads
+    /// somewhere is never changed, so an entry whose change has failed leads nowhere.
     pub(crate) async fn places(
         &self,
         offset: u64,
@@ -344,7 +347,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                 Found::At(begin) => begin,
                 Found::Packed(_) => continue,
                 Found::Zeroes | Found::Missing => {
-                    // Of zeroes nothing is asked of the parent.
+                    // A cluster that is zero is not looked up in the parent.
                     let parent = self.parent.as_deref().filter(|_| found == Found::Missing);
                     if self.map.is_settled(&self.storage, cluster).await? {
                         base::add_places(parent, from, len, &mut places).await?;
@@ -369,7 +372,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         Ok(places)
     }
 
-    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    /// Returns the content of a range: with the backing images if `whole` is set, else of this image alone.
     pub(crate) async fn extents(
         &self,
         offset: u64,
@@ -389,7 +392,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
                     let begin = begin.checked_add(within).ok_or(Errno::IO)?;
                     let inside = match self.inside(begin, len) {
                         inside if inside == len => len,
-                        // Sectors, for whoever reads them.
+                        // Only whole sectors, because readers ask for sectors.
                         inside => inside - inside % 512,
                     };
                     row.push(inside, Content::Data);

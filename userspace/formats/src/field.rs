@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Numbers in headers and tables, and what is said of those that are wrong.
+//! Numbers in headers and tables, and the messages about invalid ones.
 
 use control::{Code, Failure};
 use diskio::{Data, Errno};
@@ -12,7 +12,7 @@ pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     found.unwrap_or([0; N])
 }
 
-/// The number at `at`; nothing if it is not there.
+/// Returns the number at `at`; `None` if the bytes end before.
 pub(crate) fn be32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let found = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_be_bytes(found.try_into().ok()?))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
-// It panics if nobody reads: diskio::say! does not.
+// `eprintln!` panics if the reader of stderr is gone, `diskio::say!` does not.
 #![deny(clippy::print_stderr)]
 
 mod barrier;
@@ -12,6 +12,7 @@ mod clusters;
 mod field;
 mod locks;
 pub mod luks;
+mod metadata;
 mod needs;
 mod open;
 mod overlay;

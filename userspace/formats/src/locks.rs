@@ -8,13 +8,13 @@ use std::ops::Range;
 /// Locks of ranges of numbers. There are no more of them than requests.
 #[derive(Debug, Default)]
 pub(crate) struct Locks {
-    /// Those that are held and those that are waited for, in the order in which they were asked for.
+    /// Locks that are held or waited for, in the order of the requests.
     asked: RefCell<Vec<(u64, Range<u64>)>>,
     next: Cell<u64>,
     bell: Bell,
 }
 
-/// A range that nobody else has, or that is waited for; dropping it gives it back.
+/// A range that is locked, or that a task waits for; dropping it releases the range.
 #[derive(Debug)]
 #[must_use = "the lock is held as long as this"]
 pub(crate) struct Held<'l> {
@@ -23,13 +23,13 @@ pub(crate) struct Held<'l> {
 }
 
 impl Locks {
-    /// Waits until nobody has a part of `range`; who asked first gets it first. A task that has one must not
-    /// ask for another.
+    /// Waits until no other task holds a part of `range`; tasks get it in the order of their calls. A task that holds a
+    /// range must not lock another one.
     pub(crate) async fn lock(&self, range: Range<u64>) -> Held<'_> {
         let ticket = self.next.get();
         self.next.set(ticket + 1);
         self.asked.borrow_mut().push((ticket, range.clone()));
-        // It leaves even if this is dropped while it waits.
+        // Dropping the future while it waits also removes the ticket.
         let held = Held {
             locks: self,
             ticket,
@@ -44,7 +44,7 @@ impl Locks {
         held
     }
 
-    /// The same for one number.
+    /// Locks one number, as [`lock`](Self::lock) does for a range.
     pub(crate) async fn alone(&self, number: u64) -> Held<'_> {
         self.lock(number..number.saturating_add(1)).await
     }
@@ -73,7 +73,7 @@ mod tests {
         let runtime = Runtime::new();
         let locks = Rc::new(Locks::default());
         let order = Rc::new(RefCell::new(Vec::new()));
-        // The second waits for the first, the third for the second, the fourth for nobody.
+        // The second waits for the first, the third for the second, and the fourth for none.
         for (name, range) in [(1, 0..4), (2, 2..9), (3, 6..7), (4, 20..21)] {
             let (locks, order) = (locks.clone(), order.clone());
             runtime.tasks.spawn(async move {

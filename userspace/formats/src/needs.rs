@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What an image needs beside itself, as its header says: who opens it decides whether it gets that.
+//! Files that an image needs beside itself, as its header names them: the program that opens the image decides whether
+//! it gets them.
 
-/// What was found by a first look at an image's header. Nothing of it was followed.
+/// Result of a first look at an image's header. No name in it was followed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// Bytes of the disk.
     pub size: u64,
-    /// What the image goes on from.
+    /// Parent image; `None` if the image has none.
     pub parent: Option<Parent>,
     /// The files that hold the content, in the order of the disk; empty if the image does.
     pub extents: Vec<Extent>,
@@ -20,7 +21,7 @@ pub struct Parent {
     pub names: Vec<String>,
     /// The driver that the image asks for, if it says so.
     pub driver: Option<String>,
-    /// What the parent calls itself, if the image knows: another one has other content.
+    /// Identity of the parent's content, if the image has it: a parent with another one has other content.
     pub id: Option<String>,
     /// Another name that it may have instead: the child was being merged into it.
     pub other_id: Option<String>,
@@ -31,6 +32,6 @@ pub struct Parent {
 pub struct Extent {
     /// Its name: absolute, or from the folder of the image.
     pub name: String,
-    /// It is only to be read.
+    /// True if it may only be read.
     pub read_only: bool,
 }

@@ -72,18 +72,18 @@ impl FromStr for Kind {
     }
 }
 
-/// What an image goes on from.
+/// Type of a backing image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Below {
-    /// A file or device that is the disk, byte for byte. It is never looked at for a header: a guest may
-    /// have written one.
+    /// A file or device that is the disk, byte for byte. The driver never looks for a header in it, because a guest may
+    /// have stored one.
     Raw,
     /// An image.
     Format(Kind),
 }
 
 impl Below {
-    /// What it is, in the words of QEMU, which everybody knows.
+    /// Returns its name in QEMU, which most users know.
     pub fn qemu_name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -96,7 +96,7 @@ impl Below {
 impl FromStr for Below {
     type Err = Failure;
 
-    /// The names of formats that images hold, those of other programs too.
+    /// Parses the name of an image's format in a header, including the names of other programs.
     fn from_str(name: &str) -> Result<Self, Failure> {
         Ok(match name {
             "raw" | "aio" | "file" | "host_device" => Self::Raw,
@@ -106,24 +106,24 @@ impl FromStr for Below {
     }
 }
 
-/// How an image is to be served.
+/// Options for serving an image.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Its name in messages.
     pub name: String,
-    /// It may be written.
+    /// True if the image may be changed.
     pub writable: bool,
-    /// What is freed is given back to the storage.
+    /// True if freed space is given back to the storage.
     pub discard: bool,
     /// Bytes of tables that are kept in memory at most, beside those that requests are using.
     pub cache: usize,
     /// The id or the name of a snapshot in a qcow2 image that is shown instead of the disk as it is now.
     pub snapshot: Option<String>,
-    /// What a parent is whose child does not say it. Without this such a child is refused.
+    /// Type of a parent whose child does not name it. Without this such a child is refused.
     pub parents: Option<Below>,
     /// Images over each other at most.
     pub layers: usize,
-    /// What opens an encrypted image. An image below another one has none.
+    /// Key of an encrypted image. A backing image cannot have one.
     pub key: Option<Key>,
 }
 
@@ -142,26 +142,26 @@ impl Options {
         }
     }
 
-    /// What is wrong, and with which image.
+    /// Puts the image's name in front of a failure.
     pub(crate) fn named(&self, failure: Failure) -> Failure {
         named(&self.name, failure)
     }
 
-    /// The image in `storage` may be written.
+    /// Returns true if the image in `storage` may be changed.
     pub(crate) fn may_write(&self, storage: &impl Storage) -> Result<bool, diskio::Errno> {
         Ok(self.writable && storage.is_writable()?)
     }
 }
 
-/// What is wrong, and with which image.
+/// Puts the name of an image in front of a failure.
 pub(crate) fn named(name: impl fmt::Display, failure: Failure) -> Failure {
     Failure::new(failure.code, format!("{name}: {}", failure.message))
 }
 
-/// What is given to an image beside itself: what [`look`] said that it needs.
+/// Files and disks that an image needs beside itself, as [`look`] reports them.
 #[derive(Clone, Debug)]
 pub struct Parts<S> {
-    /// The disk that it goes on from, which is activated with it.
+    /// Backing disk, which is activated together with the image.
     pub parent: Option<Disk>,
     /// The files with its content, in the order of [`Needs::extents`].
     pub extents: Vec<S>,
@@ -176,7 +176,8 @@ impl<S> Default for Parts<S> {
     }
 }
 
-/// What an image needs beside itself, of which nothing is followed. It must have been locked.
+/// Returns the files that an image needs beside itself; no name in the header is followed. The caller must have locked
+/// the image.
 pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
     match kind {
         Kind::Qcow2 => qcow2::look(image).await,
@@ -188,8 +189,8 @@ pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
     }
 }
 
-/// What an image calls itself, as its children name it in [`Parent::id`](crate::Parent::id); nothing if its
-/// format knows no such thing.
+/// Returns the identity of an image's content, as its children have it in [`Parent::id`](crate::Parent::id); `None` if
+/// the format has no such identity.
 pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<String>, Failure> {
     match kind {
         Kind::Qcow2 | Kind::Qcow | Kind::Luks => Ok(None),
@@ -199,7 +200,7 @@ pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<Strin
     }
 }
 
-/// The disk in `image`, with what it needs. Nothing is read before it is activated.
+/// Returns the disk in `image`, with the files that it needs. Nothing is read before its activation.
 pub fn open<S: Storage>(kind: Kind, image: S, parts: Parts<S>, options: Options) -> Disk {
     match kind {
         Kind::Qcow2 => Disk::new(Qcow2::new(image, parts, options)),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A new image that goes on from another one: how it names that, and how it is made.
+//! A new image with a backing image: how it names that, and how it is created.
 
 use crate::vhd::{self, ParentOf};
 use crate::{qcow2, vmdk, Below, Kind, Storage};
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::rand::{getrandom, GetRandomFlags};
 use std::path::Path;
 
-/// What an image calls itself, where its children say that too.
+/// Identity of an image's content, in formats whose children store it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Id {
     None,
@@ -16,7 +16,7 @@ enum Id {
     Vmdk(u32),
 }
 
-/// What lies below a new image, as that says it.
+/// Backing image of a new image, as the new header describes it.
 #[derive(Clone, Debug)]
 pub struct Base {
     kind: Below,
@@ -25,10 +25,10 @@ pub struct Base {
 }
 
 impl Base {
-    /// The image at `path`, which is in `image`, for a child at `child`. Both paths are absolute.
+    /// Describes the image at `path`, whose content is in `image`, for a child at `child`. Both paths are absolute.
     ///
     /// # Errors
-    /// It cannot be read, or its name cannot be written down.
+    /// The image cannot be read, or the header cannot store its name.
     pub async fn of<S: Storage>(
         kind: Below,
         path: &Path,
@@ -44,7 +44,7 @@ impl Base {
         Ok(Self { kind, name, id })
     }
 
-    /// Its name: from the folder of the child if it is there.
+    /// Returns its name, relative to the folder of the child if possible.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -54,7 +54,7 @@ impl Base {
         named(self.kind, self.name.clone())
     }
 
-    /// As a VHD has it. What is raw calls itself nothing.
+    /// Returns the form that a VHD stores. A raw backing image has an identity of zeroes.
     pub fn of_vhd(&self) -> ParentOf {
         ParentOf {
             path: self.name.clone(),
@@ -94,7 +94,7 @@ fn name_from(image: &Path, child: &Path) -> Result<String, Failure> {
             image.display()
         ))
     })?;
-    // Others take what is before a colon for a protocol.
+    // Other programs take the part before a colon for a protocol.
     let begin = name.split('/').next().unwrap_or(name);
     Ok(match begin.contains(':') {
         true => format!("./{name}"),
@@ -102,10 +102,10 @@ fn name_from(image: &Path, child: &Path) -> Result<String, Failure> {
     })
 }
 
-/// What a qcow2 image at `child` says of the image below it, which is at `path`.
+/// Describes the backing image at `path` as a qcow2 image at `child` stores it.
 ///
 /// # Errors
-/// Its name cannot be written down.
+/// The header cannot store its name.
 pub fn backing(kind: Below, path: &Path, child: &Path) -> Result<qcow2::Backing, Failure> {
     Ok(named(kind, name_from(path, child)?))
 }
@@ -132,7 +132,7 @@ pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
         )),
         (Kind::Vhdx, _) => Err(Failure::invalid("a VHDX is read and not made: use qcow2")),
         (Kind::Luks, _) => Err(Failure::invalid(
-            "an image of LUKS goes on from no other one: use qcow2",
+            "a LUKS image cannot have a backing image: use qcow2",
         )),
     }
 }
@@ -167,11 +167,11 @@ pub async fn overlay<S: Storage>(
             };
             vhd::create(file, &what).await?;
         }
-        // The first does not say what lies below it, the second is served with the number of the parent's
-        // content, which changes when that is written, and the others are never made.
+        // qcow does not name the type of its backing image, a VMDK stores the identity of the parent's content, which
+        // changes when that is changed, and this program does not create the others for a running disk.
         Kind::Qcow | Kind::Vmdk | Kind::Vhdx | Kind::Luks => {
             return Err(Failure::unsupported(format!(
-                "a disk that is served does not go on in a {kind} image: use qcow2 or vhd"
+                "a running disk cannot switch to a new {kind} image: use qcow2 or vhd"
             )))
         }
     }
@@ -179,7 +179,7 @@ pub async fn overlay<S: Storage>(
     flushed.map_err(|error| Failure::system("cannot make the new image durable", &error.into()))
 }
 
-/// Bytes that nobody else has, such as the id of a new image.
+/// Returns random bytes, such as the identity of a new image.
 ///
 /// # Errors
 /// The system has none.
@@ -189,11 +189,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
     Ok(bytes)
 }
 
-/// The same, where they are to be.
+/// Fills `bytes` with random bytes.
 pub(crate) fn fill_by_chance(bytes: &mut [u8]) -> Result<(), Failure> {
     let mut done = 0;
     while done < bytes.len() {
-        // Of many it may give some.
+        // The system may return fewer bytes than requested.
         match getrandom(&mut bytes[done..], GetRandomFlags::empty()) {
             Ok(0) => {
                 return Err(Failure::new(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where an image is: a file, or what stands in for one in a test.
+//! Storage of an image: a file, or its replacement in a test.
 
 use diskio::{Bytes, Data, Errno, File};
 use drivers::Fence;
@@ -11,33 +11,33 @@ pub trait Storage: Clone + 'static {
     /// Bytes, now.
     fn size(&self) -> Result<u64, Errno>;
 
-    /// Makes it longer, by bytes that read as zeroes, or shorter. One that [is fixed](Self::is_fixed) stays as
-    /// it is.
+    /// Makes the image longer, by bytes that read as zeroes, or shorter. Storage that [is fixed](Self::is_fixed) keeps
+    /// its size.
     async fn set_size(&self, size: u64) -> Result<(), Errno>;
 
     /// Its size cannot change: a block device.
     fn is_fixed(&self) -> bool;
 
-    /// It may be written.
+    /// Returns true if the image may be changed.
     fn is_writable(&self) -> Result<bool, Errno>;
 
-    /// The same image, of which no write makes more than what it writes: others may fill their last block.
+    /// Returns a handle of this image whose writes have exactly their length; other handles may fill the last block.
     fn keep_size(&self) -> Result<Self, Errno>;
 
     /// Its transfers go past the page cache.
     fn is_direct(&self) -> bool;
 
-    /// Reads all of `data`. What is behind the end is [`Errno::IO`].
+    /// Reads all of `data`. A read behind the end is [`Errno::IO`].
     async fn read_exact(&self, offset: u64, data: Data) -> Result<(), Errno>;
 
-    /// Reads all of `data`. What is behind the end is zeroes.
+    /// Reads all of `data`. Bytes behind the end are zeroes.
     async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno>;
 
     /// Writes all of `data`, and makes the image longer if it ends before that; no death of this process
     /// undoes it.
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno>;
 
-    /// Makes durable what was written.
+    /// Makes all completed writes durable.
     async fn flush(&self) -> Result<(), Errno>;
 
     /// Makes a range read as zeroes, if possible without using space for it.
@@ -64,7 +64,7 @@ pub trait Storage: Clone + 'static {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Errno>;
 
-    /// When its I/O is over if this process dies.
+    /// Returns when its I/O is over if this process dies.
     fn fence(&self) -> Fence;
 }
 
@@ -86,7 +86,7 @@ impl Storage for File {
     }
 
     fn is_direct(&self) -> bool {
-        // What cannot be asked goes the way that always works.
+        // If the system does not answer, use the path that always works.
         File::is_direct(self).unwrap_or(false)
     }
 
@@ -113,7 +113,7 @@ impl Storage for File {
     }
 
     async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        // What a device has forgotten may read as anything, a hole in a file does not.
+        // A discarded range of a device may read as anything; a hole in a file reads as zeroes.
         if !self.is_device() {
             match File::discard(self, offset, len).await {
                 Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {}
@@ -155,16 +155,16 @@ impl Storage for File {
     }
 }
 
-/// Gives back the space of what is not used any more, if the storage can do that: it is a hint.
+/// Gives back unused space if the storage can do that: it is a hint.
 pub(crate) async fn give_back(storage: &impl Storage, offset: u64, len: u64) -> Result<(), Errno> {
     match storage.discard(offset, len).await {
-        // A device refuses what is no whole number of its own units.
+        // A device refuses ranges that are not a multiple of its own unit.
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// Reads `len` bytes from `offset` on; what is behind the end is zero. The length must have been checked.
+/// Reads `len` bytes from `offset` on; bytes behind the end are zero. The length must have been checked.
 pub(crate) async fn bytes(
     storage: &impl Storage,
     offset: u64,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Tables of an image in memory: what is here is what the image holds. A change is made in the image
-//! first, and changes of one table that come while it is written go out together.
+//! Tables of an image in memory, equal to those in the image. A change goes to the image first, and changes of one
+//! table that arrive during a write go out together.
 
 use crate::field::put;
 use crate::storage;
@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
-/// What is written as a whole.
+/// Unit of a write that is atomic, in bytes.
 const SECTOR: u64 = 512;
 
 /// One table.
@@ -26,22 +26,22 @@ pub(crate) struct Table {
 struct State {
     /// As in the image; empty until it was read.
     bytes: Vec<u8>,
-    /// With the changes that may be written.
+    /// Content with the changes that are waiting.
     next: Option<Vec<u8>>,
-    /// Changes that may be written, and that are.
+    /// Number of the last change that may be stored, and of the last one that is.
     wanted: u64,
     written: u64,
-    /// Changes up to this number that are not written never will be. Who waits for one is let in before
-    /// those who come later, so one number is enough.
+    /// Changes up to this number that are not in the image yet are dropped. A waiting task runs before later ones, so
+    /// one number is enough.
     lost: Option<(u64, Errno)>,
-    /// Where the image may differ from `bytes` because a write failed.
+    /// Ranges in which the image may differ from `bytes` because a write failed.
     doubtful: Vec<(usize, usize)>,
-    /// It was used since the last look at it.
+    /// True if it was used since the last check.
     used: bool,
 }
 
 impl Table {
-    /// A table whose content is known.
+    /// Makes a table whose content is known.
     pub(crate) fn with(at: u64, bytes: Vec<u8>) -> Rc<Self> {
         let len = bytes.len();
         let state = State {
@@ -56,7 +56,7 @@ impl Table {
         })
     }
 
-    /// What `look` makes of its bytes.
+    /// Returns the result of `look` at its bytes.
     pub(crate) fn see<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
         look(&self.state.borrow().bytes)
     }
@@ -70,7 +70,7 @@ impl Table {
         self.len == self.state.borrow().bytes.len()
     }
 
-    /// Reads it, unless somebody did.
+    /// Reads the table, unless another task has read it.
     async fn load(&self, storage: &impl Storage) -> Result<(), Errno> {
         if self.is_read() {
             return Ok(());
@@ -83,8 +83,8 @@ impl Table {
         Ok(())
     }
 
-    /// Changes it. What it points to must be in the image already: another change may take this one
-    /// along at any moment from now on.
+    /// Changes the table. The place that the new entry leads to must be in the image already: from now on another
+    /// change may take this one along.
     pub(crate) async fn change(
         &self,
         storage: &impl Storage,
@@ -125,7 +125,8 @@ impl Table {
         Ok(())
     }
 
-    /// Writes what a failed write may have changed as it was. If that fails too, the next change does it.
+    /// Restores the old content of ranges that a failed write may have changed. If that fails too, the next change does
+    /// it.
     async fn restore(&self, storage: &impl Storage) {
         let (old, ranges) = {
             let state = self.state.borrow();
@@ -138,7 +139,7 @@ impl Table {
 }
 
 impl State {
-    /// Makes a change that may be written from now on, and gives it a number.
+    /// Makes a change in memory that may be stored from now on, and returns its number.
     fn edit(&mut self, edit: impl FnOnce(&mut [u8])) -> u64 {
         let mut next = match self.next.take() {
             Some(next) => next,
@@ -150,8 +151,8 @@ impl State {
         self.wanted
     }
 
-    /// What has to be written for the change `mine`, with the number of the last change in it. Nothing if
-    /// somebody else wrote it, and the error if somebody failed to.
+    /// Returns the bytes that must be stored for change `mine`, with the number of the last change in them. Returns
+    /// `None` if another task has stored it, and the error if another task failed to.
     fn pending(&self, mine: u64) -> Result<Option<(Vec<u8>, u64)>, Errno> {
         if self.written >= mine {
             return Ok(None);
@@ -172,8 +173,8 @@ impl State {
         }
     }
 
-    /// Drops all changes that are not written: those who made them are told, and may do something else, which
-    /// a later write must not undo.
+    /// Drops all changes that are not in the image: the tasks that made them get the error and may take another way,
+    /// which a later write must not undo.
     fn is_lost(&mut self, ranges: Vec<(usize, usize)>, error: Errno) {
         self.next = None;
         self.lost = Some((self.wanted, error));
@@ -181,8 +182,8 @@ impl State {
     }
 }
 
-/// The ranges of `new` that have to be written: whole sectors of the image, as far as they are the
-/// table's. Those of `doubtful` are among them.
+/// Returns the ranges of `new` that must be stored: whole sectors of the image, clipped to the table. They include
+/// those of `doubtful`.
 fn differences(
     at: u64,
     old: &[u8],
@@ -216,7 +217,7 @@ pub(crate) struct Pinned {
     len: usize,
 }
 
-/// Bytes of it that are written and looked after together.
+/// Unit in bytes in which it is stored and tracked.
 const CHUNK: usize = 4096;
 
 impl Pinned {
@@ -225,7 +226,7 @@ impl Pinned {
         Ok(Self::with(at, storage::bytes(storage, at, len).await?))
     }
 
-    /// What is known to be at `at`.
+    /// Makes a table whose content at `at` is known.
     pub(crate) fn with(at: u64, bytes: Vec<u8>) -> Self {
         let places = (at..).step_by(CHUNK);
         let chunks = places.zip(bytes.chunks(CHUNK));
@@ -237,7 +238,7 @@ impl Pinned {
         }
     }
 
-    /// What `look` makes of the bytes from `at` on, up to the end of their chunk.
+    /// Returns the result of `look` at the bytes from `at` to the end of their chunk.
     pub(crate) fn see<T>(&self, at: usize, look: impl FnOnce(&[u8]) -> T) -> T {
         match self.chunks.get(at / CHUNK) {
             Some(chunk) => chunk.see(|bytes| look(bytes.get(at % CHUNK..).unwrap_or(&[]))),
@@ -273,7 +274,7 @@ pub(crate) struct Tables {
 #[derive(Debug, Default)]
 struct Cached {
     tables: HashMap<u64, Rc<Table>>,
-    /// In which order they are looked at when there is no room.
+    /// Offsets in the order in which tables are checked when there is no room.
     order: VecDeque<u64>,
     bytes: usize,
     hits: u64,
@@ -336,7 +337,7 @@ impl Tables {
         self.cached.borrow_mut().insert(table, self.budget);
     }
 
-    /// What is there is no table any more.
+    /// Forgets the table at `at`, because the place now holds something else.
     pub(crate) fn forget(&self, at: u64) {
         self.cached.borrow_mut().remove(at);
     }
@@ -360,13 +361,12 @@ impl Cached {
     fn remove(&mut self, at: u64) {
         if let Some(table) = self.tables.remove(&at) {
             self.bytes -= table.len;
-            // It is in the order once; that is looked through only when something is replaced.
+            // Each table is in the order once; the search happens only when a table is replaced.
             self.order.retain(|other| *other != at);
         }
     }
 
-    /// Lets go of tables until no more than `most` bytes are left, first of those that were not used
-    /// lately; those that somebody is using stay.
+    /// Drops tables until at most `most` bytes are left, the least recently used ones first; tables in use stay.
     fn make_room(&mut self, most: usize) {
         let mut looks = self.order.len().saturating_mul(2);
         while self.bytes > most && looks > 0 {

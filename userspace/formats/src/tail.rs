@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Room at the end of an image that nothing was ever written to: it reads as zeroes, also after the
-//! loss of power, so what is not written of a new cluster shows nobody's bytes.
+//! Free space at the end of an image that was never used: it reads as zeroes, also after a power cut, so the rest of a
+//! new cluster never shows other data.
 
 use crate::barrier::Barrier;
 use crate::field::round_up;
@@ -8,18 +8,18 @@ use crate::Storage;
 use diskio::{Errno, Gate};
 use std::cell::Cell;
 
-/// Bytes that the image is made longer by at once. They are a hole.
+/// Bytes by which the image grows at once. The new bytes are a hole.
 const CHUNK: u64 = 64 << 20;
 
-/// Where the next cluster goes.
+/// Allocator at the end of an image.
 #[derive(Debug)]
 pub(crate) struct Tail<S> {
     next: Cell<u64>,
-    /// Where the image ends, also after the loss of power.
+    /// Durable end of the image, in bytes.
     end: Cell<u64>,
-    /// Where it must end at last.
+    /// Largest end of the image, in bytes.
     most: u64,
-    /// One makes the image longer, for all.
+    /// Serialises growth of the image.
     gate: Gate,
     /// All flushes of the image.
     barrier: Barrier<S>,
@@ -42,7 +42,7 @@ impl<S: Storage> Tail<S> {
         &self.barrier
     }
 
-    /// Where `len` bytes are that begin at a multiple of `align`. They are not given twice.
+    /// Allocates `len` bytes that begin at a multiple of `align`. The range is never handed out twice.
     pub(crate) async fn take(&self, storage: &S, len: u64, align: u64) -> Result<u64, Errno> {
         if let Some(place) = self.ready(len, align)? {
             return Ok(place);
@@ -69,27 +69,27 @@ impl<S: Storage> Tail<S> {
         Ok(Some(begin))
     }
 
-    /// Makes the image longer. That is durable before anything points there: an entry that leads behind
-    /// the end would be damage.
+    /// Makes the image longer. The new size is durable before an entry points there: an entry that leads behind the end
+    /// would be damage.
     async fn extend(&self, storage: &S, len: u64) -> Result<(), Errno> {
         if storage.is_fixed() {
             return Err(Errno::NOSPC);
         }
         let end = self.end.get().checked_add(len).ok_or(Errno::FBIG)?;
         let size = round_up(end, CHUNK).map_or(end, |size| size.min(self.most));
+        let errors = self.barrier.errors();
         storage.set_size(size).await?;
-        self.barrier.settle().await?;
+        self.barrier.settle_since(errors).await?;
         self.end.set(size);
         Ok(())
     }
 
-    /// Where the image ends.
+    /// Returns the end of the image.
     pub(crate) fn end(&self) -> u64 {
         self.end.get()
     }
 
-    /// Gives back what was not used. The image called `name` is whole without that, so a failure is only
-    /// told.
+    /// Cuts off unused space at the end. The image called `name` is valid without that, so a failure is only reported.
     pub(crate) async fn tidy(&self, storage: &S, name: &str) {
         let (next, end) = (self.next.get(), self.end.get());
         if end <= next || storage.is_fixed() {

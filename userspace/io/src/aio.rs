@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads, writes and flushes by Linux AIO (`io_submit`); the rest as in [`sync`](crate::sync).
 //!
-//! What keeps the control blocks valid: they are read when they are submitted only. Their vectors
-//! and memory belong to the operation, which stays in the table until its event has been taken.
+//! The kernel reads control blocks only when they are submitted. Their vectors and memory belong to the operation,
+//! which stays in the table until its event has been taken.
 
 use crate::sync;
 use crate::table::Table;
@@ -46,7 +46,7 @@ struct Event {
 // The kernel reads and writes arrays of them.
 const_assert_eq!(size_of::<Block>(), 64);
 const_assert_eq!(size_of::<Event>(), 32);
-// Its drop waits for what the kernel still does in memory of this thread.
+// Dropping it waits until the kernel has finished with this thread's memory.
 assert_not_impl_any!(Aio: Clone);
 
 const FDSYNC: u16 = 3;
@@ -109,7 +109,7 @@ impl Aio {
         Ok(calls)
     }
 
-    /// Makes blocks of what is queued, and executes what AIO cannot. Returns the number of system
+    /// Makes control blocks of queued operations, and executes those that AIO cannot do. Returns the number of system
     /// calls.
     fn gather(&mut self, table: &mut Table) -> u64 {
         let mut calls = 0;
@@ -162,7 +162,7 @@ impl Aio {
         calls
     }
 
-    /// Submits the blocks; what the kernel has no room for stays queued.
+    /// Submits the blocks; those for which the kernel has no room stay queued.
     fn submit(&mut self, table: &mut Table) -> io::Result<()> {
         let mut from = 0;
         while from < self.blocks.len() {
@@ -193,7 +193,7 @@ impl Aio {
                     }
                     break;
                 }
-                // It is the first one that is refused.
+                // The kernel has refused the first block.
                 Some(code) => {
                     table.finish(self.slots[from], -code);
                     from += 1;
@@ -245,7 +245,7 @@ impl Aio {
 
 impl Drop for Aio {
     fn drop(&mut self) {
-        // SAFETY: the context is ours; the call waits for what is under way.
+        // SAFETY: this struct owns the context, and the call waits for its operations.
         let result = unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
         debug_assert!(result == 0);
     }

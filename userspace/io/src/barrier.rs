@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Flushes of one storage, which requests share.
 
-use crate::losses::Losses;
+use crate::losses::{Losses, Seen};
 use crate::{Errno, Gate};
 use std::cell::Cell;
 
-/// All flushes of one storage. One is under way at a time; those who ask meanwhile wait for the next one, which serves
-/// them all. An error fails everyone who waited, and the next [`flush`](Self::flush).
+/// All flushes of one storage. One flush is under way at a time; callers during it wait for the next one, which serves
+/// all of them. An error fails all callers that waited, and the next [`flush`](Self::flush).
 ///
 /// A storage reports once, to one flush, that it could not make something durable, and forgets it, as Linux does by
-/// `errseq_t`. That flush may be any: the guest's, or one that a driver needs before it may change a table.
+/// `errseq_t`. It may report that to any flush: the guest's, or one that a driver needs before it may change a table.
 #[derive(Debug, Default)]
 pub struct Barrier {
     begun: Cell<u64>,
     done: Cell<u64>,
-    /// The last flush that failed. It may have lost what was written before it, so nobody who waited
-    /// for it may take the next one for his own.
+    /// The last flush that failed. It may have lost writes from before it, so tasks that waited for it must not rely on
+    /// the next one, which may succeed.
     failed: Cell<Option<(u64, Errno)>>,
     gate: Gate,
     losses: Losses,
+    /// Errors that were reported by [`flush`](Self::flush).
+    told: Seen,
 }
 
 /// A flush of the storage that is under way.
@@ -40,7 +42,7 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        // It may fail yet, and the storage would tell that to a call that nobody waits for.
+        // The flush may fail later, and the storage would report that to a call without a caller.
         if !self.has_ended {
             self.barrier.lose(Errno::IO);
         }
@@ -48,7 +50,7 @@ impl Drop for Running<'_> {
 }
 
 impl Barrier {
-    /// The number of the next flush to begin: when it is [`done`](Self::done), what is written by now is
+    /// Returns the number of the next flush to begin: when it is [`done`](Self::done), all writes until now are
     /// durable.
     pub fn next(&self) -> u64 {
         self.begun.get() + 1
@@ -59,30 +61,32 @@ impl Barrier {
         self.done.get()
     }
 
-    /// Whoever waited for this one, or for an earlier one that is not known to have succeeded, may have
-    /// lost what was written.
+    /// Returns the number of the last flush that failed: tasks that waited for it, or for an earlier one that is not
+    /// known to have succeeded, may have lost their writes.
     pub fn lost(&self) -> u64 {
         self.failed.get().map_or(0, |(number, _)| number)
     }
 
-    /// An error was not told by [`flush`](Self::flush) yet.
+    /// Returns true if [`flush`](Self::flush) has not reported an error yet.
     pub fn owes(&self) -> bool {
-        self.losses.owes()
+        self.losses.owes(&self.told)
     }
 
-    fn lose(&self, error: Errno) {
-        // What was written while it ran may be lost too, and the storage tells that once: who
-        // asked meanwhile for the next one must not take it for his own either.
+    /// Records that the storage has reported an error to a flush that is under way. A flush that fails is recorded when
+    /// it ends; `work` calls this before, if it has more to do and the process may die meanwhile.
+    pub fn lose(&self, error: Errno) {
+        // Writes that ended during it may be lost too, and the storage reports that once: tasks that have asked for the
+        // next flush during it must not rely on that one either.
         let last = self.next();
         self.begun.set(last);
         self.failed.set(Some((last, error)));
         self.losses.add(error);
     }
 
-    /// For the driver itself: what was written before this call is durable when it returns. `work` flushes the storage.
+    /// For the driver itself: makes all writes durable that ended before this call. `work` flushes the storage.
     ///
     /// # Errors
-    /// It may be lost. [`flush`](Self::flush) tells that again.
+    /// Writes may be lost. [`flush`](Self::flush) reports that again.
     pub async fn settle(&self, work: impl AsyncFnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
         let wanted = self.next();
         let _alone = self.gate.alone().await;
@@ -104,16 +108,38 @@ impl Barrier {
         done
     }
 
+    /// Flushes that have failed until now, for [`settle_since`](Self::settle_since).
+    pub fn errors(&self) -> u64 {
+        self.losses.count()
+    }
+
+    /// Makes all writes durable that came since there was this number of [`errors`](Self::errors), for the driver
+    /// itself. A flush that failed after a write, and before this call, may have lost that, and no later flush says so.
+    ///
+    /// # Errors
+    /// As of [`settle`](Self::settle), or a flush has failed since then.
+    pub async fn settle_since(
+        &self,
+        errors: u64,
+        work: impl AsyncFnOnce() -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        self.settle(work).await?;
+        match self.losses.last() {
+            Some(error) if self.errors() != errors => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// For those whom the driver serves: as [`settle`](Self::settle), and fails as well if any flush has failed since
     /// the last call.
     ///
     /// # Errors
-    /// Something that was written may be lost.
+    /// Earlier writes may be lost.
     pub async fn flush(&self, work: impl AsyncFnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
-        let flushing = self.losses.begin();
+        let flushing = self.losses.begin(&self.told);
         let done = self.settle(work).await;
         // An error of `settle` is counted already.
-        done.and(self.losses.end(flushing))
+        self.losses.end(&self.told, flushing, Ok(())).and(done)
     }
 }
 
@@ -198,6 +224,25 @@ mod tests {
         });
         let error = Err(Errno::NOSPC);
         assert_eq!(told.unwrap(), (error, true, Ok(()), error, Ok(())));
+    }
+
+    #[test]
+    fn flush_after_one_that_failed_says_nothing_of_what_was_written_before() {
+        let runtime = Runtime::new();
+        let told = runtime.block_on(async {
+            let barrier = Barrier::default();
+            let errors = barrier.errors();
+            let lost = barrier.flush(async || Err(Errno::NOSPC)).await;
+            let first = barrier.settle_since(errors, async || Ok(())).await;
+            let later = barrier.errors();
+            (
+                lost,
+                first,
+                barrier.settle_since(later, async || Ok(())).await,
+            )
+        });
+        let error = Err(Errno::NOSPC);
+        assert_eq!(told.unwrap(), (error, error, Ok(())));
     }
 
     #[test]

@@ -3,9 +3,8 @@
 
 use crate::{Data, Errno};
 
-/// Bytes that can be read and not changed: what a write brings along. They may be the guest's, which a
-/// later reader of the same memory must find as they were sent, so nothing of this type leads back to
-/// [`Data`].
+/// Read-only bytes: the data of a write. They may be the guest's memory, which a later reader must find unchanged, so
+/// no function of this type returns a [`Data`].
 ///
 /// ```compile_fail,E0599
 /// # fn wrong(bytes: diskio::Bytes) {

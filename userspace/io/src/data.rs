@@ -68,7 +68,7 @@ impl Data {
         })
     }
 
-    /// Fresh zeroed bytes, aligned to a page: what a driver needs for its own I/O.
+    /// Returns fresh zeroed bytes, aligned to a page, for a driver's own I/O.
     ///
     /// # Panics
     ///
@@ -83,7 +83,7 @@ impl Data {
         })
     }
 
-    /// All of a region but what is behind `len` bytes, of which there is one at least.
+    /// Returns the first `len` bytes of a region, at least one.
     pub(crate) fn at_begin(region: Region, len: usize) -> Option<Self> {
         Self::new(&Rc::new(region), [(0, len)])
     }
@@ -121,7 +121,7 @@ impl Data {
         }
     }
 
-    /// Where its pieces are, for the kernel.
+    /// Returns the addresses and lengths of its pieces, for the kernel.
     pub(crate) fn vectors(&self) -> impl Iterator<Item = libc::iovec> + '_ {
         self.pieces().iter().map(|piece| libc::iovec {
             iov_base: self.region.place(piece.at, piece.len).cast(),

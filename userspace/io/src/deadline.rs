@@ -7,8 +7,8 @@ use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::time::Duration;
 
-/// A timer of the kernel that kills this process, whatever it is doing then. A process that was stopped, or
-/// that waited, and goes on later executes nothing any more if its time has come meanwhile.
+/// A timer of the kernel that kills this process, whatever it is doing then. If that time passes while the process is
+/// stopped or waits, it executes nothing more afterwards.
 #[derive(Debug)]
 pub struct Deadline {
     timer: libc::timer_t,
@@ -18,7 +18,7 @@ pub struct Deadline {
 assert_not_impl_any!(Deadline: Clone);
 
 impl Deadline {
-    /// One that is never.
+    /// Makes a deadline that never comes.
     pub fn never() -> io::Result<Self> {
         // SAFETY: zeroes are valid in all fields.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
@@ -86,7 +86,7 @@ mod tests {
             now.tv_nsec.try_into().unwrap(),
         );
         let deadline = Deadline::never().unwrap();
-        // It was to be at once, and then later.
+        // The deadline changes from one hour to never, and then to its value.
         deadline.set(Some(now + Duration::from_secs(3600))).unwrap();
         deadline.set(None).unwrap();
         match until.parse() {

@@ -15,13 +15,13 @@ const MAX_LEN: usize = 1 << 30;
 /// Makes entries.
 #[derive(Debug)]
 pub(crate) struct Entries {
-    /// The region whose pages the ring has pinned, as its buffer 0.
+    /// Region whose pages the ring has pinned, as its buffer 0.
     pub(crate) registered: Option<Rc<Region>>,
     /// The kernel knows vectors of a registered buffer.
     vectors: bool,
 }
 
-/// How data is named.
+/// Form in which data is passed to the kernel.
 enum Way {
     /// One piece of the registered region.
     Fixed { place: *mut u8, len: u32 },

@@ -26,8 +26,8 @@ impl Woken {
     }
 }
 
-/// Wakes one place of the executor. It stays with the place, so a waker may outlive its task and
-/// wake the next one, which does no harm.
+/// Wakes one place of the executor. The waker stays with the place, so it may outlive its task and wake the next one,
+/// which does no harm.
 struct Place {
     number: usize,
     queued: AtomicBool,
@@ -51,7 +51,7 @@ impl Wake for Place {
 #[derive(Clone, Default)]
 pub struct Executor(Rc<Inner>);
 
-/// A place and who has it.
+/// A place and its task.
 struct Seat {
     task: Option<Task>,
     place: Arc<Place>,
@@ -64,7 +64,7 @@ struct Inner {
     places: RefCell<Vec<Seat>>,
     free: RefCell<Vec<usize>>,
     tasks: Cell<usize>,
-    /// What `run` polls; kept for its memory.
+    /// Tasks that `run` polls; kept for its memory.
     polling: RefCell<Vec<usize>>,
 }
 
@@ -120,7 +120,7 @@ impl Executor {
             seat.place.queued.store(false, Ordering::Release);
             (seat.task.take(), seat.waker.clone())
         };
-        // It may have ended since it was woken. The task may spawn others meanwhile.
+        // The task may have ended since it was woken. Polling may spawn other tasks.
         let Some(mut task) = task else {
             return;
         };
@@ -134,8 +134,8 @@ impl Executor {
         }
     }
 
-    /// Drops all tasks where they are. Those that hold this executor would otherwise keep it, and
-    /// themselves, for ever. The task that calls this stays.
+    /// Drops all tasks in their present state. A task that holds this executor would otherwise keep it, and itself, for
+    /// ever. The task that calls this stays.
     pub fn clear(&self) {
         loop {
             let tasks: Vec<Task> = {
@@ -148,7 +148,7 @@ impl Executor {
                 });
                 seats.collect()
             };
-            // What a task drops may spawn another one.
+            // A task that is dropped may spawn another one.
             if tasks.is_empty() {
                 return;
             }
@@ -182,8 +182,8 @@ impl Runtime {
         Self::default()
     }
 
-    /// Polls all tasks that are ready, hands their operations over, and takes what is done. With
-    /// `wait`, sleeps if there was nothing to poll.
+    /// Polls all tasks that are ready, submits their operations, and takes the results. With `wait`, sleeps if there
+    /// was nothing to poll.
     pub fn turn(&self, wait: bool) -> io::Result<()> {
         self.tasks.run();
         self.io.enter(wait && !self.tasks.is_ready())

@@ -15,7 +15,7 @@ const ATTEMPTS: u32 = 1000;
 /// Bytes written at once where zeroes have to be.
 const ZEROES: usize = 1 << 20;
 
-/// What transfers have to be multiples of, in bytes.
+/// Alignment of transfers, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Align {
     /// Addresses of memory.
@@ -24,15 +24,15 @@ pub struct Align {
     pub offset: usize,
 }
 
-/// As [`File::is_remote`], of a descriptor that nobody has looked at.
+/// Does what [`File::is_remote`] does for a descriptor, without reading the file.
 pub fn is_remote(fd: impl AsFd) -> io::Result<bool> {
     let is_device = FileType::from_raw_mode(fstat(&fd)?.st_mode) == FileType::BlockDevice;
     Ok(!is_device && !is_here(u64::try_from(fstatfs(fd)?.f_type).unwrap_or(0)))
 }
 
-/// True for the number (`statfs(2)`) of a file system whose I/O this kernel executes itself, on block
-/// devices or in memory. All others may have it executed elsewhere: servers of NFS, SMB and Ceph, processes
-/// behind FUSE, what is under overlayfs, and what nobody has heard of yet.
+/// True for the number (`statfs(2)`) of a file system whose I/O this kernel executes itself, on block devices or in
+/// memory. All others may have it executed elsewhere: servers of NFS, SMB and Ceph, processes behind FUSE, the file
+/// systems under overlayfs, and file systems that are not listed here.
 fn is_here(kind: u64) -> bool {
     const HERE: [u64; 22] = [
         0xef53,      // ext2, ext3, ext4
@@ -61,10 +61,9 @@ fn is_here(kind: u64) -> bool {
     HERE.contains(&kind)
 }
 
-/// An open file or block device. All transfers are complete or fail: short ones are continued,
-/// interrupted ones repeated, and those that the file cannot do because of their alignment go
-/// through memory of our own. A write of a part of a block reads the block first; no other write
-/// happens meanwhile.
+/// An open file or block device. All transfers are complete or fail: short ones are continued, interrupted ones
+/// repeated, and those that the file cannot do because of their alignment go through memory of our own. A write of a
+/// part of a block reads the block first, and no other write happens during that.
 #[derive(Clone, Debug)]
 pub struct File {
     io: Io,
@@ -72,9 +71,9 @@ pub struct File {
     align: Align,
     is_device: bool,
     gate: Gate,
-    /// Where everything that is written ends.
+    /// Offset in bytes that no write may pass.
     most: u64,
-    /// What the page cache has of it is there for others, too.
+    /// True if other processes use the file's pages in the page cache.
     shares_cache: bool,
 }
 
@@ -111,23 +110,23 @@ impl File {
         self
     }
 
-    /// From now on nothing is written behind this many bytes: that fails with [`Errno::NOSPC`], as on storage that is
-    /// full. A hole may reach further.
+    /// Limits writes to the first `bytes` bytes: others fail with [`Errno::NOSPC`], as on full storage. A hole may
+    /// reach further.
     #[must_use]
     pub fn with_room(mut self, bytes: u64) -> Self {
         self.most = bytes;
         self
     }
 
-    /// From now on what the page cache has of it stays there when this process lets go of it: others read it there.
+    /// Keeps the file's pages in the page cache when this process closes it, because other processes read them there.
     #[must_use]
     pub fn with_shared_cache(mut self) -> Self {
         self.shares_cache = true;
         self
     }
 
-    /// A direct write ends with a whole block, so it would make a file longer whose size is no whole
-    /// number of them: from now on such a file goes through the page cache. Says whether it does.
+    /// A direct write ends with a whole block, so it would make a file longer whose size is no multiple of a block:
+    /// such a file goes through the page cache from now on. Returns true if it does.
     pub fn keep_size(&mut self) -> io::Result<bool> {
         if self.is_device || self.size()? % self.align.offset as u64 == 0 {
             return Ok(false);
@@ -140,17 +139,17 @@ impl File {
         Ok(true)
     }
 
-    /// What carries out its transfers.
+    /// Returns the engine of its transfers.
     pub fn io(&self) -> &Io {
         &self.io
     }
 
-    /// What transfers have to be multiples of to be done without a copy.
+    /// Returns the alignment of transfers that need no copy.
     pub fn align(&self) -> Align {
         self.align
     }
 
-    /// It is a block device.
+    /// Returns true for a block device.
     pub fn is_device(&self) -> bool {
         self.is_device
     }
@@ -166,7 +165,7 @@ impl File {
         Ok(fcntl_getfl(&*self.fd)?.contains(OFlags::DIRECT))
     }
 
-    /// It may be written.
+    /// Returns true if the file is open for writing.
     pub fn is_writable(&self) -> io::Result<bool> {
         Ok(fcntl_getfl(&*self.fd)?.contains(OFlags::RDWR))
     }
@@ -186,8 +185,8 @@ impl File {
         Ok((fstat(&*self.fd)?.st_blocks as u64).saturating_mul(512))
     }
 
-    /// Bytes of a logical and of a physical block. Those of a file are what its file system uses
-    /// for direct I/O; any multiple of 512 can be transferred in any case.
+    /// Returns the bytes of a logical and of a physical block. For a file they are the units of its file system's
+    /// direct I/O; any multiple of 512 can be transferred in any case.
     pub fn blocks(&self) -> io::Result<(u32, u32)> {
         if self.is_device {
             let logical = ioctl_blksszget(&*self.fd)?;
@@ -202,7 +201,7 @@ impl File {
         self.lock_part(kind, LockPart::Whole)
     }
 
-    /// Gives back what is locked of it. Others may change it from now on, whoever goes on reading.
+    /// Releases its locks. From now on other processes may change it, although this one may still read it.
     pub fn unlock(&self) -> io::Result<()> {
         self.fd.unlock()
     }
@@ -212,7 +211,7 @@ impl File {
         self.fd.lock(kind, part)
     }
 
-    /// Reads all of `data` from `offset` on. What ends before that is [`Errno::IO`].
+    /// Reads all of `data` from `offset` on. If the file ends before that, this is [`Errno::IO`].
     pub async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let length = data.len();
         if self.is_aligned(offset, &data) {
@@ -228,7 +227,7 @@ impl File {
         Ok(())
     }
 
-    /// Reads all of `data` from `offset` on. What is behind the end of the file is zeroes.
+    /// Reads all of `data` from `offset` on. Bytes behind the end of the file are zeroes.
     pub async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let length = data.len();
         if self.is_aligned(offset, &data) {
@@ -261,10 +260,10 @@ impl File {
         self.write_as(offset, data.into(), false).await
     }
 
-    /// Writes all of `data` from `offset` on, and makes it durable, which says nothing of what was
-    /// written before: in one call, or if the file cannot do that by a call of `flush`, which flushes it and knows who has
-    /// to be told of an error. [`Errno::NOSPC`] and [`Errno::DQUOT`] mean that there was no room for this, never
-    /// for something earlier.
+    /// Writes all of `data` from `offset` on, and makes it durable, which does not cover earlier writes: in one call,
+    /// or if the file cannot do that by a call of `flush`, which flushes it and knows the clients that must get an
+    /// error. [`Errno::NOSPC`] and [`Errno::DQUOT`] mean that there was no room for this write, never for an earlier
+    /// one.
     pub async fn write_durable(
         &self,
         offset: u64,
@@ -272,8 +271,7 @@ impl File {
         flush: impl AsyncFnOnce() -> Result<(), Errno>,
     ) -> Result<(), Errno> {
         let data = data.into();
-        // Of one call through the page cache nobody could say whether the write failed, or to write back
-        // what was there before.
+        // If one call through the page cache fails, the reason may be this write, or the write-back of earlier data.
         if self.align.offset > 1 {
             match self.write_as(offset, data.clone(), true).await {
                 // Some file systems know no flags of a write.
@@ -306,14 +304,14 @@ impl File {
         let _pass = self.gate.alone().await;
         let (from, bounce) = self.around(offset, data.len())?;
         let got = self.read_some(from, bounce.clone()).await?;
-        // What is behind the end of the file is zero.
+        // Bytes behind the end of the file are zero.
         bounce.fill(got, bounce.len() - got, 0);
         data.copy_to(&bounce, lead(offset, from));
         self.write_all(from, bounce.into(), durable).await
     }
 
-    /// Bytes from `offset` on, at most `len`, that are alike, and whether they are data: the others are
-    /// a hole, which reads as zeroes. What cannot tell is data.
+    /// Returns the length in bytes of the part from `offset` on, `len` at most, that is all data or all hole, and
+    /// whether it is data. A hole reads as zeroes. A file that cannot report holes is all data.
     pub async fn part(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
         if self.is_device {
             return Ok((len, true));
@@ -323,8 +321,8 @@ impl File {
         self.io.elsewhere(move || part(&lent, offset, len)).await?
     }
 
-    /// Keeps nothing of it in dom0's page cache that is written back: who reads it next gets what is
-    /// there then. But if it is [for others, too](Self::with_shared_cache) it stays.
+    /// Drops the file's clean pages from dom0's page cache, so that the next reader gets the current content. If the
+    /// cache is [for other processes, too](Self::with_shared_cache), they stay.
     pub fn forget(&self) -> Result<(), Errno> {
         match self.shares_cache {
             true => Ok(()),
@@ -332,7 +330,7 @@ impl File {
         }
     }
 
-    /// Makes durable what was written.
+    /// Makes earlier writes durable.
     pub async fn flush(&self) -> Result<(), Errno> {
         self.repeat(|| Op::Sync {
             file: self.fd.clone(),
@@ -474,8 +472,8 @@ impl AsFd for File {
     }
 }
 
-/// The error of a flush, as the error of a request that ended with it: who is told that there is no room
-/// may try the request again, but what an earlier one lost is told only once.
+/// Converts the error of a flush into the error of the request that ended with it: a client that gets "no space" may
+/// repeat the request, but the loss of an earlier write is reported only once.
 pub fn of_earlier(error: Errno) -> Errno {
     match error {
         Errno::NOSPC | Errno::DQUOT => Errno::IO,
@@ -487,7 +485,7 @@ pub fn of_earlier(error: Errno) -> Errno {
 fn part(fd: impl AsFd + Copy, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
     let data = match seek(fd, SeekFrom::Data(offset)) {
         Ok(data) => data,
-        // There is none.
+        // There is no data behind `offset`.
         Err(Errno::NXIO) => return Ok((len, false)),
         Err(Errno::INVAL) => return Ok((len, true)),
         Err(error) => return Err(error),
@@ -513,7 +511,7 @@ fn lead(offset: u64, from: u64) -> usize {
     (offset - from) as usize
 }
 
-/// What the file says of itself; where it says nothing, what works everywhere.
+/// Returns the alignment that the file reports; if it reports none, one that works everywhere.
 fn alignment(fd: &OwnedFd, is_device: bool) -> io::Result<Align> {
     if !fcntl_getfl(fd)?.contains(OFlags::DIRECT) {
         return Ok(Align {

@@ -7,7 +7,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-/// A lock. Who asks first gets it first, so nobody waits for ever. Copies are the same lock.
+/// A lock. Tasks get it in the order of their calls, so none waits for ever. Copies are the same lock.
 #[derive(Clone, Debug, Default)]
 pub struct Gate(Rc<RefCell<State>>);
 
@@ -16,7 +16,7 @@ struct State {
     /// Passes that are shared, or `usize::MAX` for one alone.
     held: usize,
     next_ticket: u64,
-    /// Who waits, in order.
+    /// Waiting tasks, in order.
     queue: VecDeque<(u64, Option<Waker>)>,
 }
 
@@ -28,12 +28,12 @@ const ALONE: usize = usize::MAX;
 pub struct Pass(Rc<RefCell<State>>);
 
 impl Gate {
-    /// Waits until nobody is inside alone.
+    /// Waits until no task is inside alone.
     pub async fn shared(&self) -> Pass {
         self.enter(|held| (held != ALONE).then(|| held + 1)).await
     }
 
-    /// Waits until nobody is inside.
+    /// Waits until no task is inside.
     pub async fn alone(&self) -> Pass {
         self.enter(|held| (held == 0).then_some(ALONE)).await
     }

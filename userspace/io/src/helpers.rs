@@ -2,7 +2,7 @@
 //! Threads for work that would keep the one that serves requests: a call that may sleep and has no
 //! asynchronous form, or a long computation.
 //!
-//! They are started before a sandbox closes, which has to be done to each of them
+//! They start before a sandbox closes, which must then be applied to each of them
 //! ([`Io::on_helpers`](crate::Io::on_helpers)).
 
 use crate::{Errno, Io};
@@ -30,12 +30,12 @@ struct Bell {
     there: Arc<OwnedFd>,
 }
 
-/// The threads. They end when this is dropped.
+/// The helper threads, which end when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Helpers {
     jobs: Sender<Job>,
     count: usize,
-    /// Bells that nobody uses.
+    /// Unused bells.
     bells: RefCell<Vec<Bell>>,
 }
 
@@ -62,13 +62,13 @@ impl Helpers {
     ) -> io::Result<()> {
         let work = Arc::new(work);
         let (sender, results) = channel();
-        // None takes a second one before all have one.
+        // No helper gets a second job before each has one.
         let all = Arc::new(Barrier::new(self.count));
         for _ in 0..self.count {
             let (work, sender, all) = (work.clone(), sender.clone(), all.clone());
             self.send(Box::new(move || {
                 all.wait();
-                // Nobody listens any more if another one has failed.
+                // If another helper has failed, the receiver is gone.
                 let _ = sender.send(work());
             }))?;
         }
@@ -81,7 +81,7 @@ impl Helpers {
         Ok(())
     }
 
-    /// The result of `work`, which a helper does. It goes on if nobody waits for it any more.
+    /// Returns the result of `work`, which a helper does. The work continues if the caller stops waiting.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         io: &Io,
@@ -101,7 +101,7 @@ impl Helpers {
         rustix::io::read(&bell.here, &mut [0; 8])?;
         self.bells.borrow_mut().push(bell);
         let value = locked(&result).take();
-        // It has panicked, and has said so.
+        // The job has panicked, and has printed the reason.
         value.ok_or(Errno::IO)
     }
 
@@ -135,7 +135,7 @@ fn work(queue: &Mutex<Receiver<Job>>) {
     }
 }
 
-/// What is locked here stays whole when a thread panics.
+/// Data behind this lock is never in an inconsistent state, even if a thread panics.
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Asynchronous I/O on images.
 //!
-//! [`Runtime`] is what one thread needs: an [`Executor`] that polls futures, and an [`Io`] that
-//! carries out their operations by `io_uring`, Linux AIO or plain calls ([`Engine`]). All of a
-//! process' work is done by [`Runtime::turn`]: poll what is ready, hand the operations over in one
-//! system call, and wake who waits for those that are done.
+//! [`Runtime`] serves one thread: an [`Executor`] polls futures, and an [`Io`] carries out their operations by
+//! `io_uring`, Linux AIO or plain calls ([`Engine`]). [`Runtime::turn`] does all of a process's work: it polls ready
+//! tasks, submits the operations in one system call, and wakes the tasks whose operations are done.
 //!
-//! Memory is a [`Region`], and what an operation reads into or writes from is [`Data`]: pieces of a
-//! region; [`Bytes`] is data that can only be read. No reference to its bytes is ever given out, because the kernel, and perhaps another
-//! process, changes them. The memory of an operation stays until the operation is over, even if the
-//! future that waits for it is dropped.
+//! Memory is a [`Region`], and the buffer of an operation is [`Data`]: pieces of a region; [`Bytes`] is read-only data.
+//! No function returns a reference to the bytes, because the kernel, and perhaps another process, changes them. The
+//! memory of an operation stays until the operation is over, even if the future that waits for it is dropped.
 //!
 //! [`File`] is an image: it hides short transfers, interrupted calls and alignment.
 //!
 //! [`say!`] is what a process says on its standard error without waiting or ending for that.
-// It panics if nobody reads.
+// `eprintln!` panics if the reader of stderr is gone.
 #![deny(clippy::print_stderr)]
 
 mod aio;
@@ -50,6 +48,9 @@ pub use file::{is_remote, of_earlier, Align, File};
 pub use gate::{Gate, Pass};
 pub use inherited::inherited;
 pub use lock::{lock_part, lock_whole, LockKind, LockPart, Opened};
+pub use losses::{Flushing, Losses, Seen, Writing};
+#[cfg(feature = "fake")]
+pub use op::Fate;
 pub use op::{Engine, Io, Op, Pending};
 pub use region::{Access, Region};
 #[doc(hidden)]

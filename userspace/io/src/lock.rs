@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Locks of images, and how they end.
 //!
-//! A lock is of an open file description. Where a process dies, it is over when the kernel has done with that:
-//! later than its last transfer. Where one ends in order it gives the lock back itself, because the
-//! kernel may keep a transfer that is over for some time yet (a worker of `io_uring`), and whoever is told that
-//! the image is free finds it locked.
+//! A lock belongs to an open file description. If a process dies, its lock ends when the kernel has closed the file,
+//! which is later than its last transfer. A process that ends in order releases the lock itself, because the kernel may
+//! keep the file for some time after a transfer (in a worker of `io_uring`), and the next user, which was notified that
+//! the image is free, would find it locked.
 
 use crate::Errno;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
@@ -13,24 +13,24 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-/// What an image is locked against.
+/// Accesses that a lock excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockKind {
-    /// Others may read it, nobody may write it.
+    /// Other processes may read the image, and none may change it.
     Read,
-    /// Nobody else may use it.
+    /// No other process may use the image.
     Write,
 }
 
-/// What of an image is locked.
+/// Part of an image that is locked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LockPart {
     /// All that a file can have, as others lock it.
     #[default]
     Whole,
-    /// All but [`Fence`](Self::Fence): of whoever lets a process have that.
+    /// All but [`Fence`](Self::Fence): for a process that leaves that byte to another one.
     Data,
-    /// The last byte that a file can have: of a process, while somebody else has the data locked for it.
+    /// The last byte that a file can have: a process holds it while another one has the data locked for it.
     Fence,
 }
 
@@ -45,9 +45,9 @@ impl LockPart {
     }
 }
 
-/// Locks an image on this open file description: the lock is over when the last copy of
-/// the descriptor is closed *and* its last I/O is over, in whatever process they are. That is
-/// what proves that a process that died writes no more. `WouldBlock` if somebody has it.
+/// Locks an image on this open file description: the lock is over when the last copy of the descriptor is closed *and*
+/// its last I/O is over, in whatever process they are. So a free lock proves that a dead process writes no more. Fails
+/// with `WouldBlock` if another one has it.
 pub fn lock_part(fd: BorrowedFd<'_>, kind: LockKind, part: LockPart) -> io::Result<()> {
     let kind = match kind {
         LockKind::Read => libc::F_RDLCK,
@@ -77,8 +77,8 @@ pub fn lock_whole(fd: BorrowedFd<'_>, kind: LockKind) -> io::Result<()> {
     lock_part(fd, kind, LockPart::Whole)
 }
 
-/// An open file, which its operations keep open. What is locked of it is free when this is dropped: nothing of
-/// them is under way then.
+/// An open file, which its operations keep open. Dropping it releases its locks, because no operation is under way
+/// then.
 #[derive(Debug)]
 pub struct Opened {
     fd: OwnedFd,
@@ -87,7 +87,7 @@ pub struct Opened {
     lent: Arc<()>,
 }
 
-// A thread that may hang opens an image and hands it over; two threads may not change what is locked.
+// A thread that may hang opens an image and hands it over; two threads must not change its locks.
 assert_impl_all!(Opened: Send);
 assert_not_impl_any!(Opened: Sync, Clone);
 
@@ -103,7 +103,7 @@ impl Opened {
         Ok(())
     }
 
-    /// What is locked of it is free, though its transfers may go on.
+    /// Releases its locks, although transfers may be under way.
     pub(crate) fn unlock(&self) -> io::Result<()> {
         match self.locked.take() {
             Some(part) => set(self.fd.as_fd(), libc::F_UNLCK, part),

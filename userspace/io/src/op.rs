@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// One operation. It keeps what it works on.
+/// An operation. It owns its descriptors and its memory.
 #[derive(Clone, Debug)]
 pub enum Op {
     /// Reads at an offset in bytes; the result is the number of bytes.
@@ -30,7 +30,7 @@ pub enum Op {
         file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
-        /// Where to.
+        /// Buffer for the data.
         data: Data,
     },
     /// Writes at an offset in bytes; the result is the number of bytes.
@@ -39,12 +39,12 @@ pub enum Op {
         file: Rc<Opened>,
         /// Bytes from its beginning.
         offset: u64,
-        /// Where from.
+        /// Data to write.
         data: Bytes,
-        /// What is written is durable when the operation is over (`RWF_DSYNC`).
+        /// True if the data must be durable when the operation is over (`RWF_DSYNC`).
         durable: bool,
     },
-    /// Makes what was written durable (`fdatasync`).
+    /// Makes earlier writes durable (`fdatasync`).
     Sync {
         /// The file.
         file: Rc<Opened>,
@@ -69,11 +69,11 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
-    /// Waits until a descriptor can be read, or written.
+    /// Waits until a descriptor is readable or writable.
     Ready {
         /// The descriptor.
         fd: Rc<OwnedFd>,
-        /// Wait until it can be written.
+        /// True to wait until it is writable.
         write: bool,
     },
     /// A command of a character device (`IORING_OP_URING_CMD`), which only [`Engine::Uring`] has.
@@ -86,32 +86,62 @@ pub enum Op {
         argument: [u8; 16],
         /// The memory that the argument points to.
         keep: Rc<Region>,
-        /// It is over as soon as it is handed over, and nobody sleeps just for that, unless
-        /// [`Io::heed_quick`] says so.
+        /// True if it is over as soon as it is submitted, and the thread need not sleep for its end, unless
+        /// [`Io::heed_quick`] asks for that.
         quick: bool,
     },
 }
 
-/// How operations are carried out.
+/// Mechanism that carries out operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// `io_uring`.
     Uring,
     /// Linux AIO for data, `poll` for the rest.
     Aio,
-    /// Each when it is submitted, by a plain call; `poll` for the rest.
+    /// A plain call for each operation when it is submitted; `poll` for the rest.
     Sync,
 }
+
+/// Decision of a test's storage about an operation of [`Engine::Sync`].
+#[cfg(feature = "fake")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The system executes it now.
+    Execute,
+    /// It fails, and the system does not learn of it.
+    Fail(Errno),
+    /// It stays under way, and the storage decides at the next [`Io::enter`].
+    Later,
+}
+
+/// Decides on each operation.
+#[cfg(feature = "fake")]
+pub(crate) type Decide = Rc<dyn Fn(&Op) -> Fate>;
 
 /// Carries out operations. Copies are the same thing.
 #[derive(Clone, Debug)]
 pub struct Io(Rc<Inner>);
 
+/// Holds [`Decide`], which cannot be printed.
+#[cfg(feature = "fake")]
+#[derive(Default)]
+struct Decider(RefCell<Option<Decide>>);
+
+#[cfg(feature = "fake")]
+impl std::fmt::Debug for Decider {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Decider")
+            .field(&self.0.borrow().is_some())
+            .finish()
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     engine: Cell<Engine>,
-    /// Made early and kept, because a sandbox may forbid to make it later. It and `aio` are dropped
-    /// before the table, whose operations they wait for.
+    /// Made early and kept, because a sandbox may forbid to make it later. The ring is dropped before the table, as
+    /// `aio` is, because both wait for the table's operations.
     uring: RefCell<Option<Uring>>,
     aio: RefCell<Option<Aio>>,
     table: RefCell<Table>,
@@ -124,6 +154,8 @@ struct Inner {
     /// Memory to be used again.
     pool: Rc<Pool>,
     helpers: RefCell<Option<Rc<Helpers>>>,
+    #[cfg(feature = "fake")]
+    decider: Decider,
 }
 
 impl Default for Io {
@@ -145,11 +177,19 @@ impl Io {
             heeds_quick: Cell::new(false),
             pool: Rc::default(),
             helpers: RefCell::new(None),
+            #[cfg(feature = "fake")]
+            decider: Decider::default(),
         }))
     }
 
-    /// Makes the `io_uring`, so that it can be selected later from within a sandbox. It accepts no
-    /// operation but those of [`Op`].
+    /// Asks `decide` about each further operation of [`Engine::Sync`] but [`Op::Ready`] and [`Op::Command`], for tests.
+    #[cfg(feature = "fake")]
+    pub fn decide_by(&self, decide: impl Fn(&Op) -> Fate + 'static) {
+        self.0.decider.0.replace(Some(Rc::new(decide)));
+    }
+
+    /// Makes the `io_uring`, so that it can be selected later from within a sandbox. The ring accepts only the
+    /// operations of [`Op`].
     pub fn prepare_uring(&self) -> io::Result<()> {
         let mut uring = self.0.uring.borrow_mut();
         if uring.is_none() {
@@ -158,21 +198,21 @@ impl Io {
         Ok(())
     }
 
-    /// Memory of `len` bytes for a transfer, aligned to a page. What is in it is left from earlier ones,
-    /// to which it goes back when nobody uses it any more.
+    /// Returns memory of `len` bytes for a transfer, aligned to a page. Its content is left from earlier transfers, and
+    /// it goes back to the pool when its last user drops it.
     pub fn buffer(&self, len: usize) -> Result<Data, Errno> {
         let region = self.0.pool.take(len).map_err(|_| Errno::NOMEM)?;
         Data::at_begin(region, len).ok_or(Errno::INVAL)
     }
 
-    /// From now on so many bytes at least are kept for [`buffer`](Self::buffer) while nobody uses them: for who holds
-    /// that many and lets go of all at once.
+    /// Keeps at least that many unused bytes for [`buffer`](Self::buffer) from now on: for callers that hold as many
+    /// and drop all of them at once.
     pub fn keep_buffers(&self, bytes: usize) {
         self.0.pool.keep(bytes);
     }
 
-    /// Starts threads for [`elsewhere`](Self::elsewhere), which a sandbox would forbid. They inherit
-    /// what this thread has blocked of signals.
+    /// Starts threads for [`elsewhere`](Self::elsewhere), which a sandbox would forbid. They inherit this thread's
+    /// blocked signals.
     pub fn start_helpers(&self, count: usize) -> io::Result<()> {
         *self.0.helpers.borrow_mut() = Some(Rc::new(Helpers::start(count)?));
         Ok(())
@@ -189,8 +229,8 @@ impl Io {
         }
     }
 
-    /// The result of work that may sleep or takes long: a helper does it, or this thread if there is
-    /// none. Work that nobody waits for any more is done all the same.
+    /// Returns the result of work that may sleep or takes long: a helper does it, or this thread if there is none. The
+    /// work continues if the caller stops waiting.
     pub async fn elsewhere<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -236,8 +276,8 @@ impl Io {
         Ok(())
     }
 
-    /// Closes the `io_uring`, which is the only way to end an [`Op::Command`] that waits at a
-    /// device: the device is let go of. What one has brought until then is its result. Fails if I/O is under way.
+    /// Closes the `io_uring`, which is the only way to end an [`Op::Command`] that waits at a device, and releases the
+    /// device. A command that has ended by then has its result. Fails if I/O is under way.
     pub fn close_uring(&self) -> io::Result<()> {
         let mut table = self.0.table.borrow_mut();
         if table.transfers() > 0 {
@@ -256,13 +296,13 @@ impl Io {
         Ok(())
     }
 
-    /// How operations are carried out now.
+    /// Returns the engine in use.
     pub fn engine(&self) -> Engine {
         self.0.engine.get()
     }
 
-    /// Makes I/O on this region cheaper where the engine can do that (`io_uring` pins its pages
-    /// once). One region at a time; `None` for none. Says whether it is done.
+    /// Makes I/O on this region cheaper where the engine can do that (`io_uring` pins its pages once). One region at a
+    /// time; `None` for none. Returns true if the engine does it.
     pub fn register(&self, region: Option<&Rc<Region>>) -> io::Result<bool> {
         match self.0.uring.borrow_mut().as_mut() {
             Some(uring) if self.engine() == Engine::Uring => uring.register(region),
@@ -270,8 +310,7 @@ impl Io {
         }
     }
 
-    /// Begins an operation with the next [`enter`](Self::enter). Its result is what the system call
-    /// would return.
+    /// Queues an operation, which begins with the next [`enter`](Self::enter). The result is that of the system call.
     pub fn submit(&self, op: Op) -> Pending {
         let slot = self.0.table.borrow_mut().insert(op);
         Pending {
@@ -289,7 +328,7 @@ impl Io {
         self.submit(op).await.map(drop)
     }
 
-    /// Waits until `fd` can be written.
+    /// Waits until `fd` is writable.
     pub async fn writable(&self, fd: &Rc<OwnedFd>) -> Result<(), Errno> {
         let op = Op::Ready {
             fd: fd.clone(),
@@ -331,13 +370,13 @@ impl Io {
         .await
     }
 
-    /// Whether the end of a quick command is something to wake up for: somebody waits for it.
+    /// Sets whether the end of a quick command wakes the thread, because a task waits for it.
     pub fn heed_quick(&self, heed: bool) {
         self.0.heeds_quick.set(heed);
     }
 
-    /// Hands over everything that was submitted and takes what is done; with `wait`, sleeps until
-    /// something is done. Sleeps for ever if nothing is under way, so that is an error.
+    /// Submits all operations and takes results; with `wait`, sleeps until there is a result. If no operation is under
+    /// way it would sleep for ever, so that is an error.
     pub fn enter(&self, wait: bool) -> io::Result<()> {
         let mut table = self.0.table.borrow_mut();
         if table.is_idle() {
@@ -358,6 +397,9 @@ impl Io {
                 Some(aio) => aio.enter(&mut table, wait)?,
                 None => return Err(io::ErrorKind::Unsupported.into()),
             },
+            #[cfg(feature = "fake")]
+            Engine::Sync => sync::enter(&mut table, wait, self.0.decider.0.borrow().as_ref())?,
+            #[cfg(not(feature = "fake"))]
             Engine::Sync => sync::enter(&mut table, wait)?,
         };
         self.0.calls.set(self.0.calls.get() + calls);
@@ -370,7 +412,8 @@ impl Io {
         self.0.table.borrow().transfers()
     }
 
-    /// Operations that change a file and failed: whoever executes them for this machine may still do so.
+    /// Returns the number of operations that change a file and failed: a server that executes them for this machine may
+    /// still do so.
     pub fn failed(&self) -> u64 {
         self.0.table.borrow().failed()
     }
@@ -384,7 +427,7 @@ impl Io {
 /// The result of an operation, once it is over. Dropping this does not end the operation, but for
 /// [`Op::Ready`].
 #[derive(Debug)]
-#[must_use = "an operation whose result nobody looks at"]
+#[must_use = "an operation whose result is dropped"]
 pub struct Pending {
     io: Io,
     slot: Option<usize>,

@@ -9,12 +9,12 @@ use std::rc::Rc;
 
 /// Bytes of the smallest region.
 const SMALLEST: usize = 4096;
-/// Sizes: each is twice the one before, up to 2 MiB. What is larger is not kept.
+/// Sizes: each is twice the one before, up to 2 MiB. A larger region is not kept.
 const SIZES: usize = 10;
-/// Bytes that are kept while nobody uses them, if nobody wants more.
+/// Unused bytes that are kept by default.
 const KEPT: usize = 2 << 20;
 
-/// Regions that nobody uses, by size.
+/// Unused regions, by size.
 #[derive(Debug)]
 pub(crate) struct Pool {
     free: RefCell<[Vec<Region>; SIZES]>,
@@ -38,12 +38,12 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// From now on at least so many bytes are kept.
+    /// Keeps at least that many bytes from now on.
     pub(crate) fn keep(&self, bytes: usize) {
         self.most.set(self.most.get().max(bytes));
     }
 
-    /// A region of at least `len` bytes, with any content, that comes back when it is dropped.
+    /// Returns a region of at least `len` bytes, with any content, that comes back when it is dropped.
     pub(crate) fn take(self: &Rc<Self>, len: usize) -> io::Result<Region> {
         let Some(size) = size(len) else {
             return Region::anonymous(len);
@@ -63,7 +63,8 @@ impl Pool {
     /// Keeps a region. If there is no room, those go of the size that was not taken for longest, or it goes itself if that
     /// is its own.
     pub(crate) fn give(&self, region: Region) {
-        // By its length: it may be larger than it was asked for where pages are.
+        // The length of the region counts, because it may be larger than the requested one on machines with large
+        // pages.
         let Some(size) = size(region.len()) else {
             return;
         };
@@ -130,12 +131,12 @@ mod tests {
         drop(take(KEPT / 4096 + 7, 4096));
         assert_eq!(pool.kept.get(), KEPT);
         let counts = |size: usize| pool.free.borrow()[size].len();
-        // They go as there is a need for others, and not before.
+        // Regions are freed when others need the room, and not before.
         drop(take(1, 1 << 20));
         assert_eq!((counts(0), counts(8)), (256, 1));
         drop(take(9, 1 << 20));
         assert_eq!((counts(0), counts(8)), (0, 2));
-        // One that comes late makes no room for itself.
+        // A region that comes back late makes no room for itself.
         let late = take(1, 4096);
         drop(take(9, 1 << 20));
         drop(late);

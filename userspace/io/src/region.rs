@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 
-/// What may be done to a mapping of a file.
+/// Accesses that a mapping of a file allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Only reading.
@@ -30,11 +30,11 @@ pub struct Region {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
-    /// Who gets the memory when this is dropped.
+    /// Pool that gets the memory when this is dropped.
     home: Option<Rc<Pool>>,
 }
 
-// Copies within a region rely on being alone: no other thread of this process may have it. It is unmapped once.
+// Copies within a region rely on being alone: no other thread of this process may have it. A copy would unmap it twice.
 assert_not_impl_any!(Region: Send, Sync, Clone);
 
 impl Region {
@@ -42,12 +42,12 @@ impl Region {
     pub fn anonymous(len: usize) -> io::Result<Self> {
         let len = whole_pages(len)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: without an address that is wanted, no existing mapping changes.
+        // SAFETY: no address is requested, so no existing mapping changes.
         let base = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE) }?;
         Self::new(base, len, true)
     }
 
-    /// `len` bytes of a file or device from `offset` on, shared with whoever else maps it.
+    /// Maps `len` bytes of a file or device from `offset` on, shared with all other mappings.
     pub fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> io::Result<Self> {
         let len = whole_pages(len)?;
         let writable = access == Access::Write;
@@ -55,7 +55,7 @@ impl Region {
             Access::Read => ProtFlags::READ,
             Access::Write => ProtFlags::READ | ProtFlags::WRITE,
         };
-        // SAFETY: without an address that is wanted, no existing mapping changes.
+        // SAFETY: no address is requested, so no existing mapping changes.
         let base = unsafe { mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
         Self::new(base, len, writable)
     }
@@ -70,7 +70,7 @@ impl Region {
         })
     }
 
-    /// The same memory, which goes back to `home`.
+    /// Returns this region, whose memory goes back to `home` when it is dropped.
     pub(crate) fn of(mut self, home: Rc<Pool>) -> Self {
         self.home = Some(home);
         self
@@ -86,7 +86,7 @@ impl Region {
         false
     }
 
-    /// May be written.
+    /// Returns true if the memory is writable.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
@@ -147,7 +147,7 @@ impl Region {
         unsafe { ptr::copy(source.cast_const(), to, len) }
     }
 
-    /// Where the `len` bytes from `at` on are: for the kernel.
+    /// Returns the address of the `len` bytes from `at` on, for the kernel.
     ///
     /// # Panics
     ///
@@ -179,7 +179,7 @@ impl Drop for Region {
                 home: None,
             });
         }
-        // SAFETY: by the invariant it is mapped, and nobody has a reference into it.
+        // SAFETY: by the invariant it is mapped, and no reference into it exists.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Persistent reservations of SCSI and NVMe, as the kernel passes them on (`include/uapi/linux/pr.h`).
 //!
-//! One call is one command to the storage. What each means is the storage's affair (SPC-5, 5.14; NVMe Base
-//! Specification, Reservations); who calls them in which order is the lease's.
+//! One call is one command to the storage. The storage defines their effects (SPC-5, 5.14; NVMe Base Specification,
+//! Reservations); the crate `lease` decides on their order.
 
 use static_assertions::const_assert_eq;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// What others may not do while a reservation is held.
+/// Accesses that a reservation denies to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReservationKind {
-    /// Nobody writes but the one registered path that reserved.
+    /// Only the one registered path that holds the reservation may write.
     WriteExclusive,
-    /// Nobody writes who is not registered.
+    /// Only registered paths may write.
     WriteExclusiveRegistrants,
-    /// Another one, by its number.
+    /// Another kind, by its number.
     Other(u32),
 }
 
@@ -41,18 +41,18 @@ impl ReservationKind {
 /// A reservation that is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reservation {
-    /// Of its holder.
+    /// Key of its holder.
     pub key: u64,
-    /// What others may not do.
+    /// Accesses that it denies to others.
     pub kind: ReservationKind,
 }
 
-/// What the storage says to a command that reached it.
+/// Answer of the storage to a command that reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It was done.
+    /// The storage has executed it.
     Done,
-    /// It conflicts with who is registered, or has reserved.
+    /// It conflicts with a registration or a reservation.
     Conflict,
 }
 
@@ -183,16 +183,16 @@ pub fn reserve(device: BorrowedFd<'_>, key: u64, kind: ReservationKind) -> io::R
     command(device, RESERVE, argument)
 }
 
-/// Takes away what whoever is registered as `victim` has, registration included, and reserves for the registered key
-/// `own` if `victim` had reserved. What `victim` has under way is over when this returns.
+/// Removes the registration of `victim` and its reservation, and reserves for the registered key `own` if `victim` had
+/// the reservation. Commands of `victim` that were under way are over when this returns.
 pub fn preempt_and_abort(
     device: BorrowedFd<'_>,
     own: u64,
     victim: u64,
     kind: ReservationKind,
 ) -> io::Result<Answer> {
-    // The kernel's names are those of other fields: its drivers pass the first on as the key of who asks, and the second
-    // as the one to be taken away (`sd_pr_preempt`, `nvme_pr_preempt`).
+    // The kernel's names are misleading: its drivers pass the first one on as the key of the caller, and the second one
+    // as the key to be removed (`sd_pr_preempt`, `nvme_pr_preempt`).
     let argument = Preempting {
         old_key: own,
         new_key: victim,
@@ -283,7 +283,7 @@ fn command<T>(device: BorrowedFd<'_>, number: u64, mut argument: T) -> io::Resul
     }
 }
 
-/// What is neither an error of this host's nor a conflict.
+/// Turns the answer of a failed command into an error.
 fn done(answer: i32) -> io::Result<()> {
     let why = match answer {
         0 => return Ok(()),
@@ -297,7 +297,7 @@ fn done(answer: i32) -> io::Result<()> {
 }
 
 /// # Safety
-/// The argument is what the number says.
+/// The argument must have the type that the number stands for.
 unsafe fn call<T>(device: BorrowedFd<'_>, number: u64, argument: *mut T) -> io::Result<i32> {
     // SAFETY: the caller's promise.
     let answer = unsafe { libc::ioctl(device.as_raw_fd(), number as _, argument) };

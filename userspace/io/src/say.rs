@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process says by itself, on its standard error. Nobody has to read it: who serves a disk neither waits for a
-//! reader nor ends because there is none, as with the macros of the standard library. Lines that found no room are
-//! counted, and that is said as soon as there is room again.
+//! Messages of a process on its standard error. A process that serves a disk neither waits for a reader of them nor
+//! ends without one, as it would with the macros of the standard library. It counts the lines that found no room, and
+//! reports the number as soon as there is room again.
 
 use rustix::io::Errno;
 use std::fmt::Display;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of a line at most: a pipe takes so many as a whole or not at all, and between no others.
+/// Maximum length of a line in bytes: a pipe takes that many as a whole or not at all, without other lines in between.
 const MOST: usize = 4096;
 
 /// Says something on standard error, as a line of its own: formats it as `eprintln!` does, which panics where this does
@@ -20,14 +20,14 @@ macro_rules! say {
     };
 }
 
-/// What `say!` calls.
+/// Implementation of `say!`.
 #[doc(hidden)]
 pub fn say_line(what: impl Display) {
     static OURS: Voice = Voice::new();
     OURS.say(std::io::stderr(), what);
 }
 
-/// Lines, and how many of them found no room and were not told of.
+/// Writer of lines, with the number of lines that found no room and were not reported.
 struct Voice {
     lost: AtomicU64,
 }
@@ -40,12 +40,14 @@ impl Voice {
     }
 
     fn say(&self, to: impl AsFd, what: impl Display) {
-        // Who comes meanwhile counts from nothing.
+        // A concurrent call starts its own count.
         let lost = self.lost.swap(0, Ordering::Relaxed);
         let is_told = lost == 0
             || put(
                 &to,
-                format!("{lost} lines before this one were lost, because nobody read them"),
+                format!(
+                    "{lost} lines before this one were lost, because their reader was too slow"
+                ),
             );
         if !is_told {
             self.lost.fetch_add(lost, Ordering::Relaxed);
@@ -56,7 +58,7 @@ impl Voice {
     }
 }
 
-/// Writes a line, all of it in one call. False if there is no room, or nobody who could read it.
+/// Writes a line, all of it in one call. Returns false if there is no room, or no reader.
 fn put(to: impl AsFd, mut line: String) -> bool {
     let end = (0..MOST).rev().find(|end| line.is_char_boundary(*end));
     line.truncate(end.unwrap_or(0));
@@ -76,7 +78,7 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
-    /// A pipe in which nobody waits for anything.
+    /// Makes a pipe that blocks on neither side.
     fn pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
         let (reader, writer) = std::io::pipe().unwrap();
         for end in [
@@ -112,7 +114,7 @@ mod tests {
         voice.say(&writer, "and another one");
         let lost = 100_000 - lines.len();
         let told = format!(
-            "{lost} lines before this one were lost, because nobody read them\nthe next one\nand another one\n"
+            "{lost} lines before this one were lost, because their reader was too slow\nthe next one\nand another one\n"
         );
         assert_eq!(all(&mut reader), told);
     }

@@ -11,9 +11,9 @@ const PIECES: usize = libc::UIO_MAXIOV as usize;
 /// Something that is sent.
 #[derive(Clone, Copy, Debug)]
 pub enum Part<'a> {
-    /// Bytes that nobody changes.
+    /// Bytes that do not change during the send.
     Plain(&'a [u8]),
-    /// Those of a write.
+    /// Data of a write.
     Data(&'a Bytes),
 }
 
@@ -26,7 +26,7 @@ impl Part<'_> {
         }
     }
 
-    /// It has none.
+    /// Returns true if it has none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -77,8 +77,8 @@ pub fn send_parts<'a>(
     count(sent)
 }
 
-/// Takes what has come into `data`, from its first byte on, in one call. Returns how many bytes that were, 0 if the other
-/// end has closed.
+/// Receives into `data`, from its first byte on, in one call. Returns the number of bytes, 0 if the other end has
+/// closed.
 pub fn receive_data(socket: BorrowedFd<'_>, data: &Data) -> Result<usize, Errno> {
     let vector: Vec<libc::iovec> = data.vectors().take(PIECES).collect();
     // CAST: at most `PIECES`.
@@ -89,7 +89,7 @@ pub fn receive_data(socket: BorrowedFd<'_>, data: &Data) -> Result<usize, Errno>
     count(received)
 }
 
-/// Where bytes are that are sent.
+/// Returns the address and length of bytes to send.
 fn plain(bytes: &[u8]) -> libc::iovec {
     libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),

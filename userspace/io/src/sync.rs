@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Operations by plain calls, and `poll` for what waits for a descriptor.
 
+#[cfg(feature = "fake")]
+use crate::op::{Decide, Fate};
 use crate::table::Table;
 use crate::Op;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
@@ -24,26 +26,58 @@ pub(crate) fn write_flags(durable: bool) -> i32 {
     }
 }
 
-/// Executes what is queued and, with `wait`, waits for a descriptor if nothing was. Returns the
-/// number of system calls.
-pub(crate) fn enter(table: &mut Table, wait: bool) -> io::Result<u64> {
+/// Executes queued operations; with `wait`, waits for a descriptor if there were none. Returns the number of system
+/// calls.
+pub(crate) fn enter(
+    table: &mut Table,
+    wait: bool,
+    #[cfg(feature = "fake")] decide: Option<&Decide>,
+) -> io::Result<u64> {
     let before = table.finished();
     cancel(table);
     let mut calls = 0;
+    #[cfg(feature = "fake")]
+    let mut later = Vec::new();
     while let Some(index) = table.next_queued() {
         let Some((op, vector)) = table.start(index) else {
             continue;
         };
+        #[cfg(feature = "fake")]
+        match decided(decide, op) {
+            Fate::Execute => {}
+            Fate::Fail(error) => {
+                table.finish(index, -error.raw_os_error());
+                continue;
+            }
+            Fate::Later => {
+                later.push(index);
+                continue;
+            }
+        }
         if let Some(result) = execute(op, vector) {
             calls += 1;
             table.finish(index, result);
         }
     }
+    #[cfg(feature = "fake")]
+    let wait = wait && later.is_empty();
+    #[cfg(feature = "fake")]
+    for index in later.into_iter().rev() {
+        table.unqueue(index);
+    }
     let wait = wait && table.finished() == before;
     Ok(calls + look(table, None, wait)?)
 }
 
-/// What waits for a descriptor can end at once.
+#[cfg(feature = "fake")]
+fn decided(decide: Option<&Decide>, op: &Op) -> Fate {
+    match (decide, op) {
+        (None, _) | (_, Op::Ready { .. } | Op::Command { .. }) => Fate::Execute,
+        (Some(decide), op) => decide(op),
+    }
+}
+
+/// Ends waits for descriptors, which this engine can do at once.
 pub(crate) fn cancel(table: &mut Table) {
     for index in table.take_cancels() {
         if table.waiting().any(|(waiting, _, _)| waiting == index) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The operations that are not over yet, whichever engine carries them out.
 //!
-//! A slot belongs to its operation until the engine has said the result *and* nobody waits for it
-//! any more. So what an engine points to is never reused under it.
+//! A slot belongs to its operation until the engine has returned the result *and* its task has stopped waiting. So
+//! memory that an engine uses is never reused too early.
 
 use crate::Op;
 use std::collections::VecDeque;
@@ -11,9 +11,9 @@ use std::task::Waker;
 
 #[derive(Debug)]
 enum State {
-    /// Not over; who waits for it, if somebody does.
+    /// Under way, with the waker of the task that waits, if any.
     Busy(Option<Waker>),
-    /// Not over, and nobody waits.
+    /// Under way, and its task has stopped waiting.
     Detached,
     /// Over, with this result.
     Done(i32),
@@ -26,8 +26,8 @@ struct Slot {
     /// Handed over to the engine.
     started: bool,
     cancel: bool,
-    /// For the kernel, which may look at it until the operation is over. Its content is on the
-    /// heap: the slot may move.
+    /// Vectors for the kernel, which may read them until the operation is over. Their content is on the heap, because
+    /// the slot may move.
     vector: Vec<libc::iovec>,
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct Table {
     /// Operations that change a file and failed.
     failed: u64,
     finished: u64,
-    /// Vectors that nobody uses, for their memory.
+    /// Unused vectors, for their memory.
     spare: Vec<Vec<libc::iovec>>,
 }
 
@@ -52,7 +52,7 @@ fn is_transfer(op: &Op) -> bool {
     !matches!(op, Op::Ready { .. } | Op::Command { .. })
 }
 
-/// It changes a file, and was not refused as something that is never done there.
+/// Returns true if the operation changes a file, and was not refused as unsupported.
 fn may_be_executed(op: &Op, result: i32) -> bool {
     match op {
         Op::Write { .. } | Op::Sync { .. } | Op::Zero { .. } | Op::Discard { .. } => {
@@ -103,11 +103,11 @@ impl Table {
                 }
                 None
             }
-            State::Detached => unreachable!("who waits for a slot has not detached it"),
+            State::Detached => unreachable!("a task that waits for a slot has not detached it"),
         }
     }
 
-    /// Nobody waits any more.
+    /// Notes that the task of an operation has stopped waiting.
     pub(crate) fn detach(&mut self, index: usize) {
         let Some(slot) = self.slots[index].as_mut() else {
             return;
@@ -134,8 +134,8 @@ impl Table {
         }
     }
 
-    /// The operations whose early end was asked for and that are not over. Those that the engine
-    /// has not seen end at once.
+    /// Returns the operations that are to be cancelled and are not over. Operations that were not submitted yet end at
+    /// once.
     pub(crate) fn take_cancels(&mut self) -> Vec<usize> {
         let mut started = Vec::new();
         for index in std::mem::take(&mut self.cancels) {
@@ -152,7 +152,7 @@ impl Table {
         started
     }
 
-    /// The engine says the result. Wakes who waits.
+    /// Stores the engine's result. Wakes the waiting task.
     pub(crate) fn finish(&mut self, index: usize, result: i32) {
         let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else {
             return;
@@ -179,12 +179,12 @@ impl Table {
         self.free.push(index);
     }
 
-    /// The next one to hand over.
+    /// Returns the next operation to submit.
     pub(crate) fn next_queued(&mut self) -> Option<usize> {
         self.queue.pop_front()
     }
 
-    /// It could not be handed over now: it stays the next one.
+    /// Puts an operation back that could not be submitted now: it stays the next one.
     pub(crate) fn unqueue(&mut self, index: usize) {
         self.queue.push_front(index);
         if let Some(slot) = self.slots[index].as_mut() {
@@ -199,7 +199,7 @@ impl Table {
         Some((&slot.op, &slot.vector))
     }
 
-    /// Changes whenever an operation ends: who is about to sleep looks whether it did since.
+    /// Returns the number of operations that have ended: a thread that is about to sleep checks whether it has changed.
     pub(crate) fn finished(&self) -> u64 {
         self.finished
     }
@@ -252,7 +252,7 @@ impl Table {
         }
     }
 
-    /// What waits for a descriptor: for engines that `poll`.
+    /// Returns the operations that wait for a descriptor: for engines that `poll`.
     pub(crate) fn waiting(
         &self,
     ) -> impl Iterator<Item = (usize, std::os::fd::BorrowedFd<'_>, bool)> {

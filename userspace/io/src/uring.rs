@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Operations by `io_uring`.
 //!
-//! What keeps the entries valid: an operation owns its descriptors and its memory, and stays in the
-//! table, at its slot, until its completion has been taken. The vectors of a slot are not changed
-//! meanwhile. The ring is dropped after everything was cancelled and waited for.
+//! Validity of the entries: an operation owns its descriptors and its memory, and stays in the table, at its slot,
+//! until its completion has been taken. The vectors of a slot do not change during that. The ring is dropped after all
+//! operations were cancelled and are over.
 
 use crate::entry::Entries;
 use crate::table::Table;
@@ -19,8 +19,8 @@ const ENTRIES: u32 = 256;
 /// Completions of cancellations carry this: they name no slot.
 const NOBODY: u64 = u64::MAX;
 
-/// What a ring accepts once it is enabled: nothing that opens, connects or executes, so that a ring
-/// in a sandbox is no way around it.
+/// Operations that a ring accepts once it is enabled: none that opens, connects or executes, so that a ring cannot
+/// bypass a sandbox.
 const OPERATIONS: &[u8] = &[
     opcode::Nop::CODE,
     opcode::Readv::CODE,
@@ -39,10 +39,10 @@ const REGISTRATIONS: &[u8] = &[0, 1];
 pub(crate) struct Uring {
     ring: IoUring,
     entries: Entries,
-    /// Entries that the kernel has and whose completion was not taken.
+    /// Number of submitted entries whose completion was not taken.
     entered: usize,
-    /// Memory of the commands among them, by slot. The kernel cannot be asked to end a command of a
-    /// device: only the end of the ring, or of the process, makes it.
+    /// Memory of the commands among them, by slot. The kernel cannot cancel a command of a device: it ends only with
+    /// the ring or with the process.
     commands: Vec<(usize, Rc<Region>)>,
 }
 
@@ -54,7 +54,7 @@ impl std::fmt::Debug for Uring {
     }
 }
 
-// It has regions, which belong to this thread, and the only submission queue of its ring.
+// The ring has regions, which belong to this thread, and a single submission queue.
 assert_not_impl_any!(Uring: Send, Sync, Clone);
 
 impl Uring {
@@ -79,7 +79,7 @@ impl Uring {
         };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        // What the kernel does not know it does not allow either. Since 6.15.
+        // Operations that the kernel does not know cannot be allowed. These exist since Linux 6.15.
         let vectors = probe.is_supported(opcode::ReadvFixed::CODE)
             && probe.is_supported(opcode::WritevFixed::CODE);
         let more: &[u8] = match vectors {
@@ -166,8 +166,8 @@ impl Uring {
         }
     }
 
-    /// Ends everything that is under way but commands: for a change of the engine. What is not told after
-    /// this are commands that wait, and they bring nothing any more as long as the ring is not entered.
+    /// Ends everything that is under way but commands: for a change of the engine. Commands that still wait are not
+    /// reported, and they bring no result until the ring is entered again.
     pub(crate) fn cancel_all(&mut self, table: &mut Table) -> io::Result<()> {
         let waiting: Vec<usize> = table.waiting().map(|(index, _, _)| index).collect();
         self.reap(table);
@@ -182,7 +182,7 @@ impl Uring {
                     _ => return Err(error),
                 },
             }
-            // What waits for a descriptor is begun again elsewhere, so its end is not told.
+            // Waits for descriptors are started again on the other engine, so their end is not reported.
             self.take(|index, result, is_command| {
                 if is_command {
                     table.finish(index, result);
@@ -234,8 +234,8 @@ impl Uring {
         if self.ring.submission().is_full() {
             self.ring.submitter().submit()?;
         }
-        // SAFETY: what the entry points to is owned by the operation, which the table keeps until
-        // the completion is taken.
+        // SAFETY: the operation owns the memory that the entry points to, and the table keeps the operation until its
+        // completion is taken.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
         self.entered += 1;
@@ -246,7 +246,7 @@ impl Uring {
         self.take(|index, result, _| table.finish(index, result));
     }
 
-    /// Takes completions: of which slot, with which result, and whether it was a command.
+    /// Takes completions, and passes the slot, the result, and whether it was a command to `done`.
     fn take(&mut self, mut done: impl FnMut(usize, i32, bool)) {
         let (entered, commands) = (&mut self.entered, &mut self.commands);
         self.ring.completion().for_each(|entry: cqueue::Entry| {
@@ -266,8 +266,8 @@ impl Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        // The kernel cancels what is under way when the ring is closed, but only some time later;
-        // the memory of those operations goes when this returns.
+        // The kernel cancels operations when the ring is closed, but only some time later; their memory is freed when
+        // this returns.
         let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
         if self.entered > self.commands.len() && self.push_entry(cancel.user_data(NOBODY)).is_ok() {
             let mut left = self.entered;
@@ -275,8 +275,8 @@ impl Drop for Uring {
                 left = left.saturating_sub(self.ring.completion().count());
             }
         }
-        // Commands may write until the kernel has ended them, which is not told any more: their
-        // memory stays for ever.
+        // Commands may write until the kernel has ended them, which it does not report any more, so their memory is
+        // never freed.
         for (_, memory) in self.commands.drain(..) {
             std::mem::forget(memory);
         }

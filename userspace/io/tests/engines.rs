@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
-/// The same on every architecture.
+/// Number on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
 const O_DIRECT: i32 = libc::O_DIRECT;
 
@@ -168,7 +168,7 @@ proptest! {
         compare(Engine::Sync, None, false, false, &steps);
     }
 
-    /// A disk with blocks of 4096 bytes, of which a guest knows nothing.
+    /// A disk with blocks of 4096 bytes, which the guest does not know.
     #[test]
     fn parts_of_blocks_agree_with_memory(steps in prop::collection::vec(step(), 1..24)) {
         let align = Align { memory: 4096, offset: 4096 };
@@ -416,7 +416,7 @@ fn descriptor_becomes_ready_beside_transfers() {
     }
 }
 
-/// What waits for a descriptor goes on when the engine changes, in either direction.
+/// A wait for a descriptor continues when the engine changes, in either direction.
 #[test]
 fn engine_can_change_while_something_waits() {
     for from in ENGINES {
@@ -481,7 +481,7 @@ fn cancelled_and_dropped_operations_end() {
         let pending = Rc::new(wait(&b));
         runtime.turn(false).unwrap();
         pending.cancel();
-        // The end is news: nobody sleeps over it.
+        // The end of the wait is an event, so the thread does not sleep.
         runtime.io.enter(true).unwrap();
         let pending = Rc::into_inner(pending).unwrap();
         let result = runtime.block_on(pending).unwrap();
@@ -489,7 +489,7 @@ fn cancelled_and_dropped_operations_end() {
         let dropped = wait(&b);
         runtime.turn(false).unwrap();
         drop(dropped);
-        // The descriptor is given back when the engine has let go of it.
+        // The engine drops its reference to the descriptor with the operation.
         while Rc::strong_count(&b) > 1 {
             runtime.io.enter(true).unwrap();
         }
@@ -549,7 +549,7 @@ fn command_to_what_knows_none_is_refused() {
     }
 }
 
-/// Who sleeps long does not make others sleep longer.
+/// A task that sleeps long does not make others sleep longer.
 #[test]
 fn time_passes_while_others_work() {
     for engine in ENGINES {

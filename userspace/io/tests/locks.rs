@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How long an image is locked.
+//! Duration of an image's lock.
 
 use diskio::{lock_whole, Engine, Errno, File, LockKind, LockPart, Runtime};
 use std::fs;
@@ -48,7 +48,7 @@ fn lock_is_of_the_description() {
     image.open_in(&runtime).lock(LockKind::Read).unwrap();
 }
 
-/// Whoever ends in order leaves nothing locked, whatever the kernel still does with the file: a worker of
+/// A process that ends in order leaves no lock behind, whatever the kernel still does with the file: a worker of
 /// `io_uring` may have it for some time after a flush.
 #[test]
 fn lock_ends_with_the_image() {
@@ -74,7 +74,7 @@ fn lock_ends_with_the_image() {
     }
 }
 
-/// What another thread does goes on when nobody waits for it any more.
+/// Work in another thread continues when its caller stops waiting.
 #[test]
 fn lock_stays_while_another_thread_is_at_work() {
     let (image, runtime) = (Image::new(), Runtime::new());

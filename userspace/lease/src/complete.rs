@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Work that is written to wait, for the models of hosts, and that never does so but by blocking.
+//! Runs async code that never waits but by blocking; it is async only for the models of hosts.
 
 use control::{Code, Failure};
 use std::future::Future;

@@ -28,7 +28,7 @@ impl Host {
         let name = rustix::system::uname().nodename().to_string_lossy().into();
         let machine = token_in(
             "/etc/machine-id",
-            "make one with systemd-machine-id-setup: a host without cannot be told from others",
+            "make one with systemd-machine-id-setup: a host without one has no identity",
         )?;
         let boot = token_in("/proc/sys/kernel/random/boot_id", "mount /proc")?;
         Ok(Host {
@@ -52,10 +52,10 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// A disk of this host, with a token that nobody had before.
+    /// Makes the claim of a disk of this host, with a new token.
     ///
     /// # Errors
-    /// The host cannot be told from others.
+    /// This host has no identity of its own.
     pub fn new(disk: impl Into<String>) -> Result<Claim, Failure> {
         Ok(Claim {
             host: Host::here()?,
@@ -64,7 +64,7 @@ impl Claim {
         })
     }
 
-    /// The same with a token that was written down.
+    /// Returns the claim with a token of a record.
     ///
     /// # Errors
     /// It is none.
@@ -74,7 +74,7 @@ impl Claim {
         Ok(Claim { token, ..self })
     }
 
-    /// The token, to be written down.
+    /// Returns the token, for a record.
     #[must_use]
     pub fn token(&self) -> String {
         hex(&self.token)

@@ -11,20 +11,20 @@ use std::time::Duration;
 /// Bytes of the thread's stack.
 const STACK: usize = 256 << 10;
 
-/// What the thread is to do.
+/// Order to the thread.
 enum Errand {
     GiveUp(Sender<Result<(), Failure>>),
     LeaveHeld,
 }
 
-/// What the holder of a lease is told, by the thread that keeps it.
+/// News to the holder of a lease, from the thread that keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
     /// The term is longer now: until this time of [`now`](crate::now).
     Kept(Duration),
     /// A heartbeat failed; the next one follows before the term ends, or after.
     Missed(Failure),
-    /// Somebody else has it, or may: there will be no further heartbeat. The disk is to stop for good.
+    /// Another host has it, or may: there will be no further heartbeat. The disk is to stop for good.
     Lost(Failure),
 }
 
@@ -82,8 +82,8 @@ impl Keeper {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Gives it up; all I/O of its holder has ended and is durable. Waits for the storage. If that fails
-    /// the heartbeats go on, so that it can be tried again.
+    /// Gives it up; all I/O of its holder has ended and is durable. Waits for the storage. If that fails the heartbeats
+    /// continue, so that the caller can try again.
     ///
     /// # Errors
     /// As [`Lease::give_up`].
@@ -129,7 +129,7 @@ fn keep(
                     Ok(()) => true,
                     Err(failure) => failure.code == Code::Gone,
                 };
-                // Who asked may have ended.
+                // The asker may have ended.
                 let _ = answer.send(result);
                 if is_over {
                     return lease;

@@ -6,18 +6,19 @@
 //! Calls block, because storage does: they belong on a thread of their own, and a [`Keeper`] is one that
 //! does nothing but keep a lease.
 //!
-//! # What the holder must do
+//! # Duties of the holder
 //!
-//! - **Ask [`Term::is_over`] before each I/O on the image**, reading included. When it is over, requests are
-//!   held, not failed: the storage may answer again, and the [`Keeper`] goes on with the same generation if
-//!   nobody has taken the lease meanwhile. The term is a time of this host's own clock, so it ends also when
-//!   nobody is there to say so: who keeps the lease has died, or the host was stopped and goes on.
-//! - **Stop for good when the lease is lost** ([`News::Lost`]): somebody else has a later generation. The disk is to be paused, and no new request is to reach the image.
-//! - **Give it up only when all of its I/O has ended and is durable**: who takes it next writes at once.
-//! - Who keeps it and who does I/O may be two processes: [`Term::until`] is a time that both know
-//!   ([`now`]), so one number is all that has to be told, at each heartbeat.
-//! - A process that ends without giving it up leaves it held. Its successor for the same disk on the same
-//!   host goes on with [`Lease::resume`], which needs the generation and the [`Claim::token`] of the first.
+//! - **Ask [`Term::is_over`] before each I/O on the image**, reading included. When it is over, hold requests and do
+//!   not fail them: the storage may answer again, and the [`Keeper`] continues with its generation if no other host has
+//!   taken the lease in the meantime. The term is a time of this host's own clock, so it ends without a message: also
+//!   when the keeper of the lease has died, or the host was stopped and resumes.
+//! - **Stop for good when the lease is lost** ([`News::Lost`]), because another host has a later generation. The disk
+//!   is to be paused, and no new request is to reach the image.
+//! - **Give it up only when all of its I/O has ended and is durable**, because the next holder writes at once.
+//! - The keeper of the lease and the process that does I/O may be two: [`Term::until`] is a time that both know
+//!   ([`now`]), so a heartbeat has to send one number only.
+//! - A process that ends without giving it up leaves it held. Its successor for that disk on that host continues with
+//!   [`Lease::resume`], which needs the generation and the [`Claim::token`] of the first.
 //!
 //! # Drivers
 //!
@@ -52,7 +53,7 @@ use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
 
-/// Who has a lease, as far as can be seen.
+/// The visible holder of a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Holder {
     /// The name of its host; an `id-` of five digits where that is all that is known.
@@ -86,20 +87,20 @@ pub struct Owner {
     pub state: String,
 }
 
-/// What a lease is like.
+/// State of a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum View {
-    /// Nobody has it.
+    /// It is free.
     Free {
         /// How often it was taken.
         generation: u64,
-        /// Who gave it up, or broke it, last.
+        /// The last holder, that gave it up or broke it.
         last: Option<Holder>,
     },
-    /// Somebody is about to have it, and writes nothing yet.
+    /// A host is about to have it, and writes nothing yet.
     Claimed(Holder),
-    /// Somebody has it.
+    /// A host has it.
     Held(Holder),
 }
 
@@ -121,7 +122,7 @@ pub struct HolderIsDead {
     pub generation: u64,
 }
 
-/// A lease of one image. Each call does its I/O and returns; nothing goes on behind it.
+/// A lease of one image. Each call does its I/O and returns; no work continues after it.
 pub trait Lease: Send + fmt::Debug {
     /// Who has it? Changes nothing.
     ///
@@ -132,31 +133,32 @@ pub trait Lease: Send + fmt::Debug {
     /// Takes it; waits so long for who has it.
     ///
     /// # Errors
-    /// [`Busy`](control::Code::Busy): somebody has it; the sentence names him, since when, and what to do.
+    /// [`Busy`](control::Code::Busy): another disk or host has it; the sentence names the holder, the time, and the
+    /// remedy.
     fn take(&mut self, wait: Duration) -> Result<Grant, Failure>;
 
-    /// Goes on with what an earlier process took for the same disk on this host since it was booted: that
-    /// process has ended, and so has its I/O.
+    /// Continues with the lease of an earlier process for this disk on this host since it was booted: that process has
+    /// ended, and so has its I/O.
     ///
     /// # Errors
-    /// Somebody else has it.
+    /// Another holder has it.
     fn resume(&mut self, generation: u64) -> Result<Grant, Failure>;
 
     /// A heartbeat: makes the term longer. To be done every [`beat`](Self::beat).
     ///
     /// # Errors
-    /// [`Gone`](control::Code::Gone): it is lost. Any other: try again, the term goes on to its end.
+    /// [`Gone`](control::Code::Gone): it is lost. Any other: try again, the term lasts to its end.
     fn keep(&mut self) -> Result<(), Failure>;
 
     /// Time between two heartbeats; nothing if it needs none.
     fn beat(&self) -> Option<Duration>;
 
-    /// Who breaks it watches first, for some seconds, whether its holder lives.
+    /// Whether breaking it watches first, for some seconds, whether its holder lives.
     fn watches(&self) -> bool {
         false
     }
 
-    /// Gives it up. The term is over before anybody can take it.
+    /// Gives it up. The term is over before another host can take it.
     ///
     /// # Errors
     /// It may still be this host's: try again. [`Gone`](control::Code::Gone): it was lost before.

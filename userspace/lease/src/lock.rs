@@ -53,7 +53,7 @@ impl Lock {
         Failure::system(format!("cannot {what} {}", self.path.display()), error)
     }
 
-    /// A description with the lock, or none if somebody else has it.
+    /// Returns a description with the lock, or none if another process has it.
     fn attempt(&self) -> Result<Option<OwnedFd>, Failure> {
         let fd = self.description()?;
         match lock_whole(fd.as_fd(), LockKind::Write) {
@@ -74,7 +74,7 @@ impl Lock {
         )
     }
 
-    /// Who has it: a lock says nothing of others.
+    /// Returns the holder, without details, because a lock shows nothing of others.
     fn holder(&self, is_here: bool) -> Holder {
         let said = |text: &str| {
             if is_here {
@@ -159,7 +159,7 @@ impl Lease for Lock {
             None => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "{} is locked, and nobody but its holder or the storage's server can end a lock: find the \
+                    "{} is locked, and only its holder or the storage's server can end a lock: find the \
                      process with fuser -v, or have the server forget the dead host",
                     self.path.display()
                 ),
@@ -196,7 +196,7 @@ mod tests {
         assert!(matches!(second.inspect().unwrap(), View::Free { .. }));
         second.take(Duration::ZERO).unwrap();
         second.keep().unwrap();
-        // Who ends without a word has given it up.
+        // A process that ends without a word has given it up.
         drop(second);
         first.take(Duration::ZERO).unwrap();
     }

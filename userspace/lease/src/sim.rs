@@ -41,7 +41,7 @@ impl Dice {
     }
 }
 
-/// What happens at a time.
+/// Action at a time.
 type Happening = Box<dyn FnOnce()>;
 
 struct Timed(Reverse<(Duration, u64)>, Happening);

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is made from the description of a command line, so that it says what `--help` says: the manual
-//! page, and completions for shells.
+//! Manual page and shell completions, made from the description of a command line, so that they agree with `--help`.
 #![forbid(unsafe_code)]
 
 use clap::{Command, ValueEnum};
 use clap_complete::Shell;
 use std::io::{self, Write};
 
-/// What can be made of a command line.
+/// Kind of output for a command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Generated {
     /// The manual page
@@ -63,7 +62,7 @@ pub fn page(mut command: Command, see_also: &str) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// What there is to say of a verb.
+/// Returns the section of a verb.
 fn section(verb: &Command) -> io::Result<String> {
     let man = clap_mangen::Man::new(verb.clone());
     let mut part = Vec::new();
@@ -74,7 +73,7 @@ fn section(verb: &Command) -> io::Result<String> {
     Ok(text + &notes(&man)?.replace(".SH NOTES", ".SS NOTES"))
 }
 
-/// What `--help` says at its end, as it was laid out by hand.
+/// Returns the notes at the end of `--help`, in their own layout.
 fn notes(man: &clap_mangen::Man) -> io::Result<String> {
     let mut notes = Vec::new();
     man.render_extra_section(&mut notes)?;

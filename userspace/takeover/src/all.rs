@@ -49,28 +49,28 @@ pub fn take_over<H: Host>(
         let is_unfinished = outcome.is_unfinished;
         outcomes.push(outcome);
         if is_unfinished {
-            // What is remembered must not be written over.
+            // The remembered state must not be overwritten.
             break;
         }
     }
     Ok(outcomes)
 }
 
-/// What became of the driver that is to serve nobody.
+/// Result for the driver that is to serve no disk.
 #[derive(Debug)]
 pub enum Retired {
     /// It is unloaded.
     Unloaded,
     /// It serves disks.
     Serves,
-    /// It serves none, and cannot be unloaded: somebody else uses its module.
+    /// It serves none, and cannot be unloaded: its module is in use.
     Stays(io::Error),
 }
 
-/// Unloads the driver that serves nobody any more, so that disks that come get the other one.
+/// Unloads the driver that serves no disk any more, so that new disks get the other one.
 ///
 /// # Errors
-/// Who serves cannot be seen, or a disk has no driver.
+/// The drivers of the devices cannot be read, or a disk has no driver.
 pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<Retired> {
     let serves = |driver| Ok::<_, io::Error>(host.devices()?.iter().any(|(_, its)| *its == driver));
     if serves(Some(plan.from))? {
@@ -88,7 +88,7 @@ pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<Retired> {
     Ok(Retired::Unloaded)
 }
 
-/// Gives disks that an earlier attempt has left without a driver to one, and lets the guest go on.
+/// Gives disks that an earlier attempt has left without a driver to one, and unpauses the guest.
 ///
 /// # Errors
 /// That did not succeed; it stays remembered.
@@ -118,7 +118,7 @@ pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
         }
     }
     for domid in &begun.guests {
-        // It may go on already.
+        // The domain may be running already.
         if let Err(error) = host.unpause(*domid) {
             eprintln!("xen-blkback-takeover: domain {domid}, which an earlier attempt has paused: {error}");
         }

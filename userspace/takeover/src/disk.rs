@@ -41,11 +41,11 @@ impl Device {
     }
 }
 
-/// What both ends say of a disk.
+/// Keys of a disk in xenstore, of both ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Keys {
     front: String,
-    /// What the guest calls it, such as `xvda`.
+    /// Name of the disk in the guest, such as `xvda`.
     pub(crate) vdev: String,
     state: u64,
     front_state: u64,
@@ -54,7 +54,7 @@ pub(crate) struct Keys {
     queues: u64,
     ring_order: u64,
     segments: u64,
-    /// Whoever served it when its guest connected keeps mapped what the guest keeps granted, and has said so.
+    /// The driver that served it when its guest connected uses persistent grants, and has announced that.
     pub(crate) keeps_grants: bool,
 }
 
@@ -104,7 +104,7 @@ impl Keys {
         !self.is_online || self.state == CLOSING || self.front_state == CLOSING
     }
 
-    /// It may be served by `to`, as far as that can be said without looking at its rings.
+    /// Checks that `to` may serve it, without a look at its rings.
     pub(crate) fn check(&self, limits: Limits, to: Driver) -> Result<(), Refused> {
         let no = |why: String| Err(Refused(why));
         if self.is_tap && to == Driver::C {
@@ -177,7 +177,7 @@ impl Keys {
     }
 }
 
-/// What a driver takes, as far as it says so before it serves.
+/// Limits of a driver, from the information that it gives before it serves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Queues of a disk.

@@ -5,8 +5,8 @@
 //! driver, tap disks give back their nodes, and the module goes. The next one finds each guest's side as it was, as in
 //! a [takeover](crate::take_over). It is all or nothing, because a module that serves one disk cannot go.
 //!
-//! Whatever fails, and whenever this ends: some module serves the disks and the guests go on, at the latest when it is
-//! asked again. If the installed module is refused, that is the one that was there before, of which a copy was kept.
+//! After any failure, and whenever this ends, a module serves the disks and the guests run, at the latest after the
+//! next attempt. If the installed module is refused, that is the one that was there before, of which a copy was kept.
 
 use crate::disk::{Device, Keys, Refused};
 use crate::host::{Begun, Driver, Host};
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// The driver that is exchanged.
 const RS: Driver = Driver::Rs;
-/// How long is waited for somebody who only asks the module something.
+/// How long to wait for a process that only asks the module for information.
 const UNUSED: Duration = Duration::from_secs(2);
 /// How long the module may take to give back what it has of disks that were taken from it: the bus does not wait.
 const GIVEN_BACK: Duration = Duration::from_secs(5);
@@ -37,7 +37,7 @@ pub struct Exchange {
     pub dry_run: bool,
 }
 
-/// What became of it.
+/// Result of an exchange.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Exchanged {
     /// The installed module serves.
@@ -54,7 +54,7 @@ pub struct Exchanged {
     pub paused_ms: Option<u64>,
 }
 
-/// What is known of the two modules.
+/// Comparison of the installed and the loaded module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Modules {
     /// The one that is loaded is the one that is installed.
@@ -122,7 +122,7 @@ pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<Exchanged> {
     Ok(outcome)
 }
 
-/// What is there in the end.
+/// State at the end.
 struct Restored {
     /// The installed module was refused, or does not serve what the one before has served.
     went_back: Option<String>,
@@ -209,7 +209,7 @@ fn with_pause<H: Host>(host: &H, plan: Exchange, ready: &[(&Device, Keys)]) -> R
     let until = host.now() + plan.patience;
     let mut drained = Vec::new();
     for (device, keys) in ready {
-        // It may have gone on until it was paused.
+        // The frontend may have run until the guest was paused.
         let now = swap::look(host, RS, device).and_then(|keys| {
             swap::drain(host, device, &keys, until)?;
             Ok(keys)
@@ -224,7 +224,7 @@ fn with_pause<H: Host>(host: &H, plan: Exchange, ready: &[(&Device, Keys)]) -> R
     let_go(host)
 }
 
-/// Nobody uses the module any more, and it goes.
+/// Unloads the module once it is unused.
 fn let_go<H: Host>(host: &H) -> Result<(), Refused> {
     again(host, GIVEN_BACK, || host.park())?;
     let gone = again(host, UNUSED, || host.unload(RS));
@@ -255,14 +255,14 @@ pub(crate) fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
         )));
     }
     for domid in restored.paused {
-        // It may go on already.
+        // The domain may be running already.
         eprintln!("xen-blkback-takeover: domain {domid}, which an earlier attempt has paused, cannot be unpaused");
     }
     host.remember(None)
 }
 
-/// Whatever has become of an exchange: a module is there, all disks have their driver and the guests go on. What is not
-/// so stays remembered.
+/// Restores service after any exchange: a module is loaded, all disks have their driver and the guests run. Any part
+/// that fails stays remembered.
 ///
 /// # Errors
 /// No module can be loaded.
@@ -286,7 +286,7 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
             first.disk, first.why
         );
         went_back = go_back(host, ready).then_some(why);
-        // What was taken away for that, too.
+        // Disks that were taken from a driver for that are served again, too.
         left = serve_all(host, ready)?;
     }
     host.set_autoprobe(true)?;
@@ -304,7 +304,7 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
     })
 }
 
-/// Tap disks go on, and each disk that has no driver gets it. Returns those that are not served.
+/// Resumes tap disks, and gives each disk without a driver its driver. Returns those that are not served.
 fn serve_all<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> io::Result<Vec<Left>> {
     let mut left = Vec::new();
     let unparked = unpark(host);
@@ -357,7 +357,7 @@ fn begin<H: Host>(host: &H, device: &Device, unparked: bool) -> Result<Option<Ke
         return Ok(None);
     }
     if keys.is_tap && !unparked {
-        return Err(Refused("its tap disk does not go on".into()));
+        return Err(Refused("its tap disk does not resume".into()));
     }
     swap::begin(host, RS, device)?;
     Ok(Some(keys))

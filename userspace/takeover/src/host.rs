@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is asked of a host: behind a trait, so that tests need no Xen.
+//! Access to a host, behind a trait, so that tests need no Xen.
 
 use crate::disk::{Device, Limits};
 use crate::exchange::Modules;
@@ -51,14 +51,14 @@ impl Driver {
     }
 }
 
-/// What has to be put right if we do not come to that.
+/// An attempt that has begun, and that the next one has to put right if this one does not finish.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Begun {
     /// Guests. Each is paused once more than it was, or about to be.
     pub guests: Vec<u16>,
     /// Their disks, by their names on the bus.
     pub disks: Vec<String>,
-    /// Who served them.
+    /// The driver that served them.
     pub from: Driver,
     /// Its module is exchanged.
     #[serde(default)]
@@ -67,9 +67,9 @@ pub struct Begun {
 
 /// The host.
 pub trait Host {
-    /// All disks of guests, and who serves them: nothing if nobody does, or somebody else.
+    /// Returns all disks of guests, and their drivers: nothing if none of the two serves a disk.
     fn devices(&self) -> io::Result<Vec<(Device, Option<Driver>)>>;
-    /// Who serves a disk now.
+    /// Returns the driver that serves a disk now.
     fn driver(&self, device: &Device) -> io::Result<Option<Driver>>;
     /// The value of a key of xenstore, relative to our domain or absolute; nothing if there is no such key.
     fn read(&self, key: &str) -> io::Result<Option<String>>;
@@ -80,11 +80,11 @@ pub trait Host {
     fn renew(&self, device: &Device) -> io::Result<bool>;
     /// Loads a driver's module, whatever the host's settings say of it.
     fn load(&self, driver: Driver) -> io::Result<()>;
-    /// Unloads a driver's module, which must serve nobody.
+    /// Unloads a driver's module, which must serve no disk.
     fn unload(&self, driver: Driver) -> io::Result<()>;
     /// A driver's module is loaded.
     fn is_loaded(&self, driver: Driver) -> io::Result<bool>;
-    /// What is installed and what is loaded.
+    /// Returns the installed and the loaded module.
     fn modules(&self) -> io::Result<Modules>;
     /// A copy was kept of another module than the one that is loaded.
     fn has_other_copy(&self) -> bool;
@@ -96,9 +96,9 @@ pub trait Host {
     fn ask_supervisor(&self) -> io::Result<()>;
     /// Has all tap disks let go of the module, if there are any.
     fn park(&self) -> io::Result<()>;
-    /// Has them go on, if there are any.
+    /// Resumes the parked tap disks, if there are any.
     fn unpark(&self) -> io::Result<()>;
-    /// What a driver takes.
+    /// Returns the limits of a driver.
     fn limits(&self, driver: Driver) -> Limits;
     /// Stops the processors of a guest. Such calls add up; one that fails has done nothing.
     fn pause(&self, domid: u16) -> io::Result<()>;
@@ -112,12 +112,12 @@ pub trait Host {
     fn bind(&self, driver: Driver, device: &Device) -> io::Result<()>;
     /// Remembers what has begun, in place of what it remembered before.
     fn remember(&self, begun: Option<&Begun>) -> io::Result<()>;
-    /// What was remembered, also by one who has ended since.
+    /// Returns the remembered attempt, also of a process that has ended since.
     fn remembered(&self) -> io::Result<Option<Begun>>;
     /// Waits for a moment.
     fn sleep(&self, time: Duration);
     /// Time that only grows.
     fn now(&self) -> Duration;
-    /// Somebody wants this to end.
+    /// Whether the user wants to interrupt this.
     fn is_interrupted(&self) -> bool;
 }

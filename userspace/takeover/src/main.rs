@@ -15,18 +15,21 @@ use takeover::{exchange, retire, take_over, Driver, Exchange, Outcome, Plan, Ret
 
 /// Have the other driver serve the disks of guests that run.
 ///
-/// Guest after guest is paused, what it has asked of its disks is waited for, its disks are given to the other
-/// driver, and it goes on. It sees a pause, and its disks as they were. A disk for which that would not be safe
-/// stays with the driver that it has, and why is said. When the other driver serves all, the first one is unloaded.
+/// This pauses one guest after the other, waits until its requests are answered, gives its disks to the other driver,
+/// and unpauses it. The guest sees a pause, and its disks as they were. A disk for which that would not be safe stays
+/// with the driver that it has, and the output shows the reason. When the other driver serves all, the first one is
+/// unloaded.
 ///
-/// This changes who serves now. Who serves after the next boot is decided by xen-blkback-rs enable | disable.
+/// This changes who serves now. The driver after the next boot is the choice of xen-blkback-rs enable | disable.
+///
+/// The commands to type are xen-blkback-rs takeover and xen-blkback-rs exchange, which run this program with their options.
 #[derive(Debug, Parser)]
 #[command(name = "xen-blkback-takeover", version, after_long_help = HELP)]
 struct Cli {
     /// The driver that shall serve
     #[arg(long, value_enum, default_value = "xen-blkback-rs")]
     to: To,
-    /// Only the disks of this guest, by its number; may be said several times
+    /// Only the disks of this guest, by its number; may be given several times
     #[arg(long, value_name = "DOMID")]
     domain: Vec<u16>,
     /// Seconds to wait until all that a guest has asked for is answered; it is paused meanwhile
@@ -46,10 +49,10 @@ struct Cli {
 enum Verb {
     /// Exchange the module for the one that is installed, below all disks at once, tap disks too
     ///
-    /// All guests that have disks of xen-blkback-rs are paused, what they have asked for is waited for, their disks are
-    /// taken from the driver, the module is exchanged, and they go on: a pause of a second or a few. It is all or nothing.
-    /// If the installed module cannot be loaded, or does not serve a disk as the one before has, that one takes its place
-    /// again, from the copy that an upgrade of the package keeps (/run/xen-blkback-rs/loaded.ko).
+    /// This pauses all guests that have disks of xen-blkback-rs, waits until their requests are answered, takes their
+    /// disks from the driver, exchanges the module, and unpauses them: a pause of a second or a few. It is all or
+    /// nothing. If the installed module cannot be loaded, or does not serve a disk as the one before has, that one
+    /// takes its place again, from the copy that an upgrade of the package keeps (/run/xen-blkback-rs/loaded.ko).
     ///
     /// Processes of tap disks are ended in order and started anew; clients of their NBD sockets have to connect again.
     /// blktapctrl has to run.
@@ -64,7 +67,7 @@ enum Verb {
     /// Print what is made from this description
     #[command(hide = true)]
     Generate {
-        /// What
+        /// Kind of the output
         what: Generated,
     },
 }
@@ -89,14 +92,14 @@ Examples:
 If no guest may be paused at the same time as others, a new version also comes by a takeover to xen-blkback, which unloads
 the old one, and back: guest after guest, but not below tap disks.
 
-Disks stay as they are whose guest is domain 0, which cannot be paused, that are being detached, whose storage
-does not answer, and tap disks, which only xen-blkback-rs can serve.
+These disks stay with their driver: those of domain 0, which cannot be paused, those that are being detached or whose
+storage does not answer, and tap disks, which only xen-blkback-rs can serve.
 
-If this is killed in the middle, a guest may be left paused and a disk without a driver: asked again, it first
-puts that right.
+If this is killed in the middle, a guest may be left paused and a disk without a driver: the next run first puts
+that right.
 
-Exit status: 0 if all are served by the driver that is wanted, 1 if some are not or the other one stays loaded, 2 for a wrong command line,
-6 if nothing could be begun.";
+Exit status: 0 if the requested driver serves all disks, 1 if some are not or the other one stays loaded, 2 for a wrong
+command line, 6 if nothing could be begun.";
 
 /// Other manual pages.
 const SEE_ALSO: &str = "xen-blkback-rs(8), xl(1)";

@@ -17,7 +17,7 @@ const ID: usize = 20;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Installed {
     path: PathBuf,
-    /// What the host's settings say of it, as insmod takes it.
+    /// Parameters from the host's settings, in the syntax of insmod.
     pub(crate) parameters: Vec<String>,
 }
 
@@ -34,7 +34,7 @@ pub(crate) fn is_loaded(driver: Driver) -> io::Result<bool> {
     }
 }
 
-/// What modprobe would load, and with which parameters.
+/// Returns the module that modprobe would load, and its parameters.
 pub(crate) fn installed() -> io::Result<Installed> {
     let said = output(
         "modprobe",

@@ -40,7 +40,7 @@ pub(crate) struct Real {
     signals: OwnedFd,
     interrupted: Cell<bool>,
     start: Instant,
-    /// Nobody else does this meanwhile.
+    /// Held so that no other process does this at the same time.
     _lock: File,
 }
 
@@ -72,9 +72,9 @@ impl Real {
         let path = format!("{BUS}/drivers/{}/{file}", driver.bus_name());
         let name = device.name.clone();
         let (done, result) = mpsc::channel();
-        // It waits for the lock of the device, which somebody may have for long.
+        // The write waits for the lock of the device, which another process may hold for long.
         thread::spawn(move || {
-            // Nobody listens any more if it took too long.
+            // The receiver is gone if the write took too long.
             let _ = done.send(fs::write(path, name));
         });
         result.recv_timeout(LET_GO).unwrap_or_else(|_| {
@@ -86,7 +86,7 @@ impl Real {
     }
 }
 
-/// There is a node, or what is written down of a disk, which has none while it is parked.
+/// Whether there is a node, or the record of a disk, which has no node while it is parked.
 fn has_tap_disks() -> io::Result<bool> {
     for folder in [NODES, DISKS] {
         let Some(entries) = or_none(fs::read_dir(folder))? else {
@@ -176,14 +176,14 @@ impl Host for Real {
         self.write(&state, "3")?;
         let is_going = is_going()?;
         if is_going {
-            // What the toolstack wrote in between.
+            // This restores the state that the toolstack wrote in between.
             self.write(&state, "5")?;
         }
         Ok(!is_going)
     }
 
     fn load(&self, driver: Driver) -> io::Result<()> {
-        // Whoever loaded it from a file has none that modprobe knows.
+        // A module that was loaded from a file is unknown to modprobe.
         if modules::is_loaded(driver)? {
             return Ok(());
         }

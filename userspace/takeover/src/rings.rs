@@ -18,7 +18,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// All that was asked is answered, so the next backend finds nothing that is half done.
+    /// Whether all requests are answered, so that the next backend finds none that is half done.
     #[must_use]
     pub fn is_drained(self) -> bool {
         self.requested == self.answered

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disks of one guest change their driver.
 //!
-//! The guest is paused, so that it asks for nothing more, and what it has asked for is waited for: then its rings
-//! say that all is answered, and another driver that takes them finds nothing that is half done. Each disk goes
-//! to the other driver, which finds the guest's side as it was and goes on with the same rings. The guest has seen
-//! a pause, and nothing else.
+//! The guest is paused, so that it asks for nothing more, and what it has asked for is waited for: then its rings say
+//! that all is answered, and another driver that takes them finds nothing that is half done. Each disk goes to the
+//! other driver, which finds the guest's side as it was and continues with its rings. The guest has seen a pause, and
+//! nothing else.
 //!
-//! Whatever fails, each disk is given back to the driver that it had, and the guest goes on. What has begun is
-//! remembered, so that the next one puts right what this one did not come to.
+//! After any failure, each disk is given back to the driver that it had, and the guest runs again. The attempt is
+//! remembered from its beginning, so that the next one puts right the parts that this one did not reach.
 
 use crate::disk::{Device, Keys, Refused};
 use crate::host::{Begun, Driver, Host};
@@ -20,7 +20,7 @@ const SERVE: Duration = Duration::from_secs(10);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// What became of a guest's disks.
+/// Result for a guest's disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Outcome {
     /// The guest.
@@ -31,7 +31,7 @@ pub struct Outcome {
     pub left: Vec<Left>,
     /// How long the guest was paused, in milliseconds; nothing if it was not.
     pub paused_ms: Option<u64>,
-    /// It could not be let go on, or a disk has no driver: asked again, this puts it right.
+    /// The guest could not be unpaused, or a disk has no driver: the next attempt puts that right.
     pub is_unfinished: bool,
 }
 
@@ -40,7 +40,7 @@ pub struct Outcome {
 pub struct Left {
     /// By the guest's name.
     pub disk: String,
-    /// Why.
+    /// Reason of the failure.
     pub why: String,
 }
 
@@ -56,9 +56,9 @@ impl Left {
 /// How it is to be done.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Who serves.
+    /// Present driver.
     pub from: Driver,
-    /// Who shall.
+    /// New driver.
     pub to: Driver,
     /// Time for a guest's requests to be answered.
     pub patience: Duration,
@@ -97,7 +97,7 @@ pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device
         exchange: false,
     };
     if let Err(error) = host.remember(Some(&begun)) {
-        let why = format!("what begins cannot be remembered: {error}");
+        let why = format!("the attempt cannot be remembered: {error}");
         outcome.leave_all(&ready, &why);
         return outcome;
     }
@@ -118,7 +118,7 @@ fn with_pause<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome:
     outcome.paused_ms = u64::try_from((host.now() - since).as_millis()).ok();
 }
 
-/// What has begun is over, unless a disk has no driver or the guest is paused: that stays remembered.
+/// Forgets the attempt, unless a disk has no driver or the guest is paused.
 fn finish<H: Host>(host: &H, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
     // One that is not there any more needs no driver.
     let is_left = |device: &Device| match host.devices() {
@@ -174,7 +174,7 @@ pub(crate) fn look<H: Host>(host: &H, to: Driver, device: &Device) -> Result<Key
     Ok(keys)
 }
 
-/// Lets a guest go on. False if it is there and does not.
+/// Unpauses a guest. False if it exists and does not run again.
 pub(crate) fn unpause<H: Host>(host: &H, domid: u16) -> bool {
     // One that fails now may succeed at once: a guest must not stay so.
     let tried = (0..3).any(|_| {
@@ -204,7 +204,7 @@ fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome
     let until = host.now() + plan.patience;
     let mut drained = Vec::new();
     for (device, keys) in ready {
-        // It may have gone on until it was paused.
+        // The frontend may have run until the guest was paused.
         let now = look(host, plan.to, device).and_then(|keys| {
             drain(host, device, &keys, until)?;
             Ok(keys)
@@ -222,7 +222,7 @@ fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome
     }
 }
 
-/// Waits until all that a disk was asked for is answered.
+/// Waits until all requests of a disk are answered.
 pub(crate) fn drain<H: Host>(
     host: &H,
     device: &Device,
@@ -266,7 +266,7 @@ pub(crate) fn take<H: Host>(
     keys: &Keys,
 ) -> Result<(), Refused> {
     if keys.is_connected() && !keys.keeps_grants {
-        // The guest does not expect that its pages stay mapped: nobody has told it so when it connected.
+        // The guest does not expect persistent grants, because the old driver did not offer them when it connected.
         host.write(&keys.persistent(), "0")?;
     }
     // Whether it has a driver shows; one that is on its way out is the next one's to see to.
@@ -310,7 +310,7 @@ pub(crate) fn give<H: Host>(
 
 /// A driver gets a disk. Whether it serves that shows later.
 pub(crate) fn begin<H: Host>(host: &H, driver: Driver, device: &Device) -> Result<(), Refused> {
-    // What the one before has left there says nothing of this one.
+    // Keys of the last driver say nothing about this one.
     if !host.renew(device)? {
         return Err(Refused("it is being detached".into()));
     }

@@ -11,13 +11,14 @@ use control::{Driver, GroupName, InGroup, MarkName, Target};
 use manual::Generated;
 use std::path::PathBuf;
 
-/// What is above the options that each verb has, so that they are not among its own.
-const EVERY: &str = "Options of every verb";
+/// Heading of the options that each verb has, so that they are not among its own.
+const EVERY: &str = crate::help::OPTIONS;
 
 /// Make, watch and take away disks that a process serves to Xen guests.
 ///
-/// `create` and `destroy` do all that a disk needs; xl's script block-tap-rs uses them. The other
-/// verbs are the single steps, as tap-ctl has had them since blktap2.
+/// `create` and `destroy` do all that a disk needs; xl's script block-tap-rs uses them. `allocate`, `spawn`, `attach`,
+/// `open`, `close`, `detach` and `free` are the single steps, with the names that blktap2's tap-ctl gave them.
+/// The output is this program's own: XCP-ng's storage manager cannot read that of `list`.
 #[derive(Debug, Parser)]
 #[command(name = "tap-ctl", version, after_long_help = HELP)]
 pub(crate) struct Cli {
@@ -52,35 +53,38 @@ pub(crate) struct Cli {
 const HELP: &str = "\
 A target is DRIVER:IMAGE, DRIVER:SIZE or the address of an NBD export:
   aio:/srv/a.img      a raw file or block device, past the page cache
-  sync:/srv/a.img     the same, on file systems that cannot do that
+  sync:/srv/a.img     a raw file through the page cache, on file systems without direct I/O
   qcow2:/srv/a.qcow2  an image of that format; so are qcow:, vhd: and vmdk:, and vhdx:, which is only read
-  luks:/srv/a.img     a raw image that is encrypted; key=/etc/xentap/a.key, in front says the file with its key, which a
-                      qcow2 image that is encrypted has, too: key=/etc/xentap/a.key,qcow2:/srv/a.qcow2
+  luks:/srv/a.img     a raw image that is encrypted; key=/etc/xentap/a.key, in front names the file with its key, as for
+                      an encrypted qcow2 image: key=/etc/xentap/a.key,qcow2:/srv/a.qcow2
   nbd://host/disk     an export of an NBD server; nbd+unix:///disk?socket=/run/a.sock is one of this host;
                       tls-ca=/etc/xentap/ca.pem, in front has it encrypted or not used, see tapdisk(8)
-  cow:qcow2:/srv/a.qcow2   an image that stays as it is; what is written is in memory until the disk is destroyed,
-                      1G at most, or what room= in front says: room=4G,cow:qcow2:/srv/a.qcow2
+  cow:qcow2:/srv/a.qcow2   an image that stays as it is; writes are in memory until the disk is destroyed, at
+                      most 1G or the number of room= in front: room=4G,cow:qcow2:/srv/a.qcow2
   ram:64M             memory of dom0; the content is there until the disk is destroyed; name=scratch, in front: that of
                       all disks of this host with that name, until the last one is destroyed
   null:64M            zeroes; writes are forgotten
-Of the tables of an image 32M at most are kept in memory; cache=128M, in front says another number.
-What is below an image is read past dom0's page cache; below=cached, in front has it read through that, where all that go on
-from it find what one of them has read: below=cached,qcow2:/srv/a.qcow2
+At most 32M of the tables of an image are kept in memory; cache=128M, in front sets another number.
+Backing images are read past dom0's page cache; below=cached, in front reads them through it, so that all images with
+the same backing image share the cached data: below=cached,qcow2:/srv/a.qcow2
 An image that several hosts reach has lease=record, in front, which lets one host at a time write it; so does
-lease=record:/PATH, with the record at a path that all hosts have. Of a whole SCSI disk, an NVMe namespace or a map of
-dm-multipath lease=reservation, has the storage itself refuse what all others write. Where sanlock orders the storage,
-lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is made once with sanlock direct init -r:
+lease=record:/PATH, with the record at a path that all hosts have. The default is lease=lock, the lock of the image
+itself, which other hosts see only on NFSv4 and cluster file systems. For a whole SCSI disk, an NVMe namespace or a map
+of dm-multipath, lease=reservation, makes the storage itself refuse the writes of all others. Where sanlock orders the
+storage, lease=sanlock:LOCKSPACE:RESOURCE:/PATH:OFFSET, takes a resource of it, which is made once with sanlock direct
+init -r:
   lease=record,aio:/srv/a.img
   lease=sanlock:vms:a:/dev/vg/leases:1048576,aio:/dev/vg/a
   lease=reservation,aio:/dev/disk/by-id/wwn-0x5000c500a1b2c3d4
-What is done when things go wrong is said in front, too, where xl makes the disk, by the names of the options of create and set:
-on-no-space=, on-error=, fail-after=, hung-after= and hung=. It is for that disk, whatever /etc/default/xentap says of all:
+Where xl makes the disk, the options of create and set for errors stand in front by their names, too: on-no-space=,
+on-error=, fail-after=, hung-after= and hung=. For that disk they override /etc/default/xentap:
   on-error=stop,fail-after=60,hung=kill,aio:/srv/a.img
-What several guests are to write at once, a raw image or memory with a name, has shared=yes, in front where xl makes the
-disk, which knows no mode w!:
+A raw image or named memory that several guests write at once has shared=yes, in front where xl makes the disk, because
+xl has no mode w!:
   shared=yes,name=scratch,ram:64M
-An image of aio: is served by the kernel itself where it can, beside its process, which is faster and goes on while the
-process is replaced; direct=no, in front leaves it to the process, and direct=yes, asks for the same of another format:
+The kernel itself serves an image of aio: where it can, beside its process (passthrough), which is faster and continues
+while the process is replaced; direct=no, in front leaves it to the process, and direct=yes, enables it for another
+format:
   direct=no,aio:/srv/a.img
   direct=yes,qcow2:/srv/a.qcow2
 
@@ -89,17 +93,17 @@ Examples:
   tap-ctl list                          # what there is
   tap-ctl pause -m 0                    # the guest waits, the image is closed
   tap-ctl unpause -m 0 -a aio:/srv/b.img
-  tap-ctl status                        # how every disk is, why, and what to do
-  tap-ctl top                           # who is doing how much
+  tap-ctl status                        # state of every disk, its cause, and the remedy
+  tap-ctl top                           # the work of all disks, again and again
   tap-ctl set -m 0 --bps 20M --iops 500 # no more than that in a second
   tap-ctl group set customer-7 --bps 100M # no more than that for all disks that are in it:
   tap-ctl set -m 0 --group customer-7   # or group=customer-7, before the driver of a target
   tap-ctl events                        # what happens
-  tap-ctl snapshot 0 /srv/b.qcow2       # goes on there, over the image that it has
+  tap-ctl snapshot 0 /srv/b.qcow2       # new writes go there; the present image is frozen
   tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
-  tap-ctl stream -m 0 --wait            # then it needs that one no more
-  tap-ctl commit -m 0 aio:/srv/a.img --wait   # or gives that one what it has, and goes on there
-  tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # goes on there, wherever it was before
+  tap-ctl stream -m 0 --wait            # copies the frozen image into the new one
+  tap-ctl commit -m 0 aio:/srv/a.img --wait   # or merges the new one into the frozen one
+  tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # copies the disk there, and serves it from there
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
@@ -109,16 +113,16 @@ Examples:
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
 
-Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if somebody else uses the
-image or the disk, 4 if there is no such disk or image, 5 if blktapctrl does not answer. A disk to
-destroy that is not there is gone, which is 0. Of status and doctor it says how bad it is.
+Exit status: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if the image or the disk is
+in use, 4 if there is no such disk or image, 5 if blktapctrl does not answer. To destroy a disk that
+does not exist is 0. For status and doctor it is the severity of the worst finding.
 
 blktapctrl may be started anew at any time: a command waits for it (--patience), and asks again if
 that changes nothing. A pause, unpause or close that failed because storage did not answer in time
 has begun all the same (`doing=` in the list): the same command again waits for its end.
 
-A disk is listed with unknown= if blktapctrl does not understand what was written down of it, as
-after a downgrade. It is served on and left alone: adopt takes it over.";
+A disk is listed with unknown= if blktapctrl does not understand its record, as after a downgrade.
+Its process continues to serve it, and blktapctrl ignores it until tap-ctl adopt takes it over.";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -145,39 +149,38 @@ pub(crate) enum Verb {
     Close(Close),
     /// Finish what is running, and close the image until unpause; requests of the guest wait
     Pause(Pause),
-    /// Go on, perhaps with another image
+    /// Resume a disk, perhaps with another image
     Unpause(Unpause),
-    /// Have a disk served by a new process, such as one of a newer program, while the guest goes on
+    /// Replace the process of a disk by a new one, such as one of a newer program, while the guest works
     ///
-    /// The new process is started and looks at the image while the old one serves. Then the old one finishes
-    /// what it has, the new one takes the disk, and the old one ends when that serves. The guest waits
-    /// in between, and sees no error. If the new process fails at anything, the old one serves on.
+    /// The new process is started and looks at the image while the old one serves. Then the old one finishes what it
+    /// has, the new one takes the disk, and the old one ends when that serves. The guest waits in between, and sees no
+    /// error. If the new process fails at anything, the old one continues to serve the disk.
     Handoff(Handoff),
-    /// Have a disk go on in a new image over the one that it has, which keeps what the disk is now
+    /// Switch a disk to a new image over the present one, which keeps the content of that moment
     ///
-    /// What the guest has written until then is made durable in the image that it has, which becomes the
-    /// read-only parent of the new one; what it writes from then on is in the new one only. It waits
-    /// meanwhile, and sees no error. If the new image cannot be made or served, the disk is served from the
-    /// old one as before, and nothing of the new one is left.
+    /// The guest's writes until then are made durable in the present image, which becomes the read-only parent of the
+    /// new one; later writes are in the new one only. The guest waits meanwhile, and sees no error. If the new image
+    /// cannot be made or served, the disk is served from the old one as before, and nothing of the new one is left.
     ///
-    /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is
-    /// started anew, or its disk is what it was at this moment. So that nobody writes the old image, it is
-    /// marked as read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may
-    /// not, and a block device cannot be marked. With that mark, and in the same folder, it may be had by
-    /// whoever is served the new image; otherwise name it with --files.
+    /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is started
+    /// anew, or its disk is what it was at this moment. The old image is marked as read-only (chmod a-w), and
+    /// blktapctrl refuses to serve it for writing; other programs may not, and a block device cannot be marked. With
+    /// that mark, and in the same folder, the process of each disk that has the new image may open it; otherwise name
+    /// it with --files.
     ///
-    /// Several disks, such as those of a guest, go on at one instant if all are named: none is served from its new
-    /// image before all have let go of their old ones, and if one cannot, all are served as before.
+    /// If several disks are named, such as those of a guest, all switch at one instant: none is served from its new
+    /// image before all have released their old ones, and if one cannot, all are served as before.
     ///
     /// Not for disks with the mode r, r! or w!, or with a lease.
     Snapshot(Snapshot),
-    /// Make a disk larger, or look at its image's size again, while its guest goes on
+    /// Make a disk larger, or read its image's size again, while its guest works
     Resize(Resize),
-    /// Change how much a guest may do, and what is done when things go wrong, while the guest works
+    /// Change the rate limits and the error policy of a disk, while the guest works
     ///
     /// A guest that asks for more than it may waits; nothing fails by that. With a limit every request goes through the
-    /// disk's process: the kernel, which would execute many by itself, knows none. What is set stays until the disk is
-    /// destroyed. For a disk of a guest's configuration it is said there, before the driver:
+    /// disk's process: the kernel, which would execute many by itself, knows none. The settings stay until the disk is
+    /// destroyed. A disk of a guest's configuration has them there, before the driver:
     /// target=bps=20M,iops=500,on-error=stop,aio:/srv/a.img
     ///
     /// With --group a disk shares limits with others, beside its own: `tap-ctl group`.
@@ -186,67 +189,65 @@ pub(crate) enum Verb {
     Set(Set),
     /// Limits that several disks share, such as all disks of a guest or of a customer
     ///
-    /// A disk is in a group from the beginning if that is said before the driver, target=group=NAME,aio:/srv/a.img, and
-    /// comes into one or leaves it while its guest works with tap-ctl set --group. What the group may do is divided among its
-    /// disks several times in a second: who asks for little gets that, and the others equal parts of the rest. A disk that
-    /// begins to work has its part within a second. A burst is divided in the same way. While blktapctrl is not running
-    /// each disk has an equal part.
+    /// A disk is in a group from the beginning if its target has the name before the driver,
+    /// target=group=NAME,aio:/srv/a.img; tap-ctl set --group moves it into one or out of it while its guest works.
+    /// blktapctrl divides the limits of the group among its disks several times in a second: a disk with few requests
+    /// gets what it needs, and the others equal parts of the rest. A disk that begins to work has its part within a
+    /// second. A burst is divided in the same way. While blktapctrl is not running each disk has an equal part.
     ///
     /// A group is there until it is taken away or the host boots again: make it before its guests are started.
     Group {
-        /// What about it
+        /// Action
         #[command(subcommand)]
         verb: GroupVerb,
     },
-    /// Read all data of a disk in the background, to find what cannot be read
+    /// Read all data of a disk in the background, to find unreadable parts
     ///
-    /// Events tell of that, and stats say how far it is.
+    /// Events report them, and stats show the progress.
     Scrub(Scrub),
-    /// Have the image of a disk take over what it shows of those below it, such as after snapshots, so that it
-    /// needs them no more, while its guest goes on
+    /// Copy the backing images of a disk, such as those of snapshots, into its image while its guest works, so that it
+    /// needs them no more
     ///
-    /// What is below an image (`qemu-img info --backing-chain`, `tapimg info`) is copied into it, as far as it shows
-    /// through: then the others may be removed, if no other image goes on from them. It goes on when the disk's process
-    /// or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the next stream
-    /// finds the rest. For qcow2 without internal snapshots.
+    /// All that shows through of the images below (`qemu-img info --backing-chain`, `tapimg info`) is copied into the
+    /// disk's image: then they may be removed, if they are no other image's backing images. The copy continues when the
+    /// disk's process or blktapctrl is replaced. Whenever it ends, the disk is the same: what was copied stays, and the
+    /// next stream finds the rest. For qcow2 without internal snapshots.
     Stream(Stream),
-    /// Have a disk copied to another image, of any format and on any storage, and then served from that, while its guest
-    /// goes on
-    ///
-    /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. It may be an
-    /// export of a server, as in nbd://HOST/NAME; if that is away for 30 s, the copy is given up. What it holds is lost. What the
-    /// guest writes goes to both, as far as the disk is copied. When both are the same the disk goes on in the new one;
-    /// the old one keeps what the disk was, and is marked as read-only (chmod a-w). Then the disk's configuration must
-    /// name the new one. If something goes wrong, the disk stays with the image that it has, and its guest does not
-    /// notice. When the disk's process is replaced, copying begins anew.
-    Mirror(Mirror),
-    /// Have the image below that of a disk take over what that has itself, and the disk then served from that one, while
-    /// its guest goes on
-    ///
-    /// That is how a snapshot ends which nobody needs any more: the chain is one image shorter, and only what was written
-    /// since then is copied. No other disk may have the image below, and no other image may go on from it: what it shows
-    /// changes from the first byte on. Then the disk's configuration must name the image below; the one above is marked as
-    /// read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image that it has, and
-    /// its guest does not notice; what is below keeps its mark as read-only then, and is of use only below it. When the disk's
-    /// process is replaced, it begins anew. For VHD, and for qcow2 without internal snapshots, over an image of any format
-    /// that is as large and has no larger clusters.
-    Commit(Mirror),
-    /// Note where a guest writes from a moment on, and say what has changed since: for copies of which each one takes only
+    /// Copy a disk to another image, of any format and on any storage, while its guest works, and then serve it from
     /// that
+    ///
+    /// The image must be there, and as large as the disk at least: make it with tapimg create, or lvcreate. It may be
+    /// an export of a server, as in nbd://HOST/NAME; if that is away for 30 s, the copy is given up. Its contents are
+    /// lost. The guest's writes go to both images, in the part that has been copied. When both are equal, the disk
+    /// switches to the new one; the old one keeps the disk's content of that moment, and is marked as read-only (chmod
+    /// a-w). Then the disk's configuration must name the new one. If something goes wrong, the disk stays with the
+    /// image that it has, and its guest does not notice. When the disk's process is replaced, copying begins anew.
+    Mirror(Mirror),
+    /// Copy the blocks of a disk's image into its backing image while its guest works, and then serve it from that one
+    ///
+    /// This ends a snapshot that is no longer needed: the chain is one image shorter, and only the writes since the
+    /// snapshot are copied. No other disk may have the image below, and it may be no other image's backing image: its
+    /// content changes from the first byte on. Then the disk's configuration must name the image below; the one above
+    /// is marked as read-only (chmod a-w), and can be removed. If something goes wrong, the disk stays with the image
+    /// that it has, and its guest does not notice; what is below keeps its mark as read-only then, and is of use only
+    /// below it. When the disk's process is replaced, it begins anew. For VHD, and for qcow2 without internal
+    /// snapshots, over an image of any format that is as large and has no larger clusters.
+    Commit(Mirror),
+    /// Track which blocks a guest writes from a moment on, and list the changed ones, for incremental backups
     ///
     /// A copy that misses nothing, and after which the next one is as short:
     ///
-    /// First set a mark, such as --mark monday. Then take a snapshot (tap-ctl snapshot): the image that the disk had does
-    /// not change any more. From that copy all that --since says of the mark of the copy before, or, the first time, all
-    /// of it. Then forget the mark before. What the guest writes between the mark and the snapshot is in this copy and in
-    /// the next one.
+    /// First set a mark, such as --mark monday. Then take a snapshot (tap-ctl snapshot): the image that the disk had
+    /// does not change any more. From that copy all that --since says of the mark of the copy before, or, the first
+    /// time, all of it. Then forget the mark before. The guest's writes between the mark and the snapshot are in this
+    /// copy and in the next one.
     ///
-    /// --since prints a line for each part that may be different: its offset and its length, in bytes. It says rather too
-    /// much than too little, and a part that it does not name is the same as it was at the mark. Marks outlive the disk's
-    /// process and blktapctrl, snapshots, and a move to another image (mirror, commit). They are gone with the disk, with
-    /// the host, when the disk goes on by tap-ctl unpause, because anybody may have written its image before that, and when it
-    /// becomes smaller: events tell. Without its mark a copy takes all. With marks every request goes through the disk's process, and none is executed by the
-    /// kernel alone.
+    /// --since prints a line for each part that may be different: its offset and its length, in bytes. It says rather
+    /// too much than too little, and a part that it does not name is the same as it was at the mark. Marks outlive the
+    /// disk's process and blktapctrl, snapshots, and a move to another image (mirror, commit). They are gone with the
+    /// disk, with the host, when tap-ctl unpause resumes the disk, because any program may have changed its image
+    /// before that, and when it becomes smaller: events report that. Without its mark a copy takes all. With marks
+    /// every request goes through the disk's process, and none is executed by the kernel alone.
     ///
     /// Programs that speak NBD find each mark as qemu:dirty-bitmap:NAME at the socket of a disk that has one, such as
     /// nbdinfo --map and qemu-img map with x-dirty-bitmap.
@@ -259,19 +260,20 @@ pub(crate) enum Verb {
     /// time since the trace began, what it asks for and where, and what became of it; with --data also what it writes. tapimg
     /// replay lists them, and does them again on a copy of the disk: any part, up to any request.
     ///
-    /// A trace begins when nothing is under way, outlives the disk's process and blktapctrl, and goes on over hand-offs,
-    /// pauses, snapshots, and moves to another image (mirror, commit). It ends with --end, with the disk, and by itself when
-    /// its file cannot be written or is gone: events tell, and the disk goes on. The file stays, and is root's. It has the room
-    /// that it needs from the beginning, where its file system can do that. It need not survive a crash of the host.
+    /// A trace begins when no request is under way, outlives the disk's process and blktapctrl, and continues over
+    /// hand-offs, pauses, snapshots, and moves to another image (mirror, commit). It ends with --end, with the disk,
+    /// and when its file cannot be extended or is gone: events report that, and the disk continues. The file stays, and
+    /// is root's. It has the room that it needs from the beginning, where its file system can do that. It need not
+    /// survive a crash of the host.
     ///
-    /// With a trace every request goes through the disk's process, none is executed by the kernel alone, and each costs one
-    /// more call of the system, and with --data two more copies of what is written. Requests wait for the storage of the
-    /// file only if the host has no room for pages that are to be written: use storage that is as fast as the disk, or
+    /// With a trace every request goes through the disk's process, none is executed by the kernel alone, and each costs
+    /// one more call of the system, and with --data two more copies of the data of a write. Requests wait for the
+    /// storage of the file only if the host has no room for dirty pages: use storage that is as fast as the disk, or
     /// memory (/dev/shm), and not the storage of the disk.
     ///
     /// Without --to and --end it says what is on.
     Trace(Trace),
-    /// What a disk has counted since it was made, or since its process and blktapctrl ended at once
+    /// Show the counters of a disk since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
     /// Make a disk and serve it
     Create(Create),
@@ -288,24 +290,24 @@ pub(crate) enum Verb {
         #[arg(long, default_value_t = 5)]
         timeout: u32,
     },
-    /// Have all disks go on that are parked, with the module that is loaded now
+    /// Resume all parked disks, with the module that is loaded now
     Unpark,
-    /// Take over a disk that is listed as unknown: what was written down of it is made anew
+    /// Take over a disk that is listed as unknown: blktapctrl makes its record anew
     Adopt {
         /// The node
         #[arg(short, long)]
         minor: u32,
     },
-    /// Throw away what was written down of a disk that is listed as unknown; its process and its node
-    /// stay. Or end the wait for the lease of a disk that is being destroyed, which stays held
+    /// Remove the record of a disk that is listed as unknown; its process and its node stay. Or end the wait for the
+    /// lease of a disk that is being destroyed, which stays held
     Forget {
         /// The node
         #[arg(short, long)]
         minor: u32,
     },
-    /// Who of several hosts may write an image
+    /// Show or break the lease that decides which host may write an image
     Lease {
-        /// What about it
+        /// Action
         #[command(subcommand)]
         verb: LeaseVerb,
     },
@@ -313,16 +315,18 @@ pub(crate) enum Verb {
     Status(Status),
     /// Say whether this host has what serving disks needs, and what to do if not
     ///
-    /// The exit status is 0 if all is well, 1 if somebody should look at something, 2 if disks cannot be served.
+    /// The exit status is 0 if all is well, 1 if an administrator should look at a finding, 2 if disks cannot be
+    /// served.
     ///
     /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a driver that
     /// it loads early, an earlier copy of the module, and settings that it lacks.
     Doctor,
-    /// Print what somebody needs who is to say what is wrong with this host
+    /// Print the facts that are needed to find a fault of this host
     ///
-    /// That is what doctor and status say, all disks with what they have counted and what is written down of them, the driver's
-    /// parameters, Xen's view, and the kernel's and blktapctrl's messages. It names disks, images, guests and this host, and holds nothing of what is on the disks. Nothing is changed. What
-    /// hangs is waited for no longer than 20 seconds.
+    /// These are the output of doctor and status, all disks with their counters and records, the driver's parameters,
+    /// Xen's view, and the kernel's and blktapctrl's messages. It names disks, images, guests and this host, and holds
+    /// nothing of what is on the disks. Nothing is changed. The report waits at most 20 seconds for a program that
+    /// hangs.
     Report(Report),
     /// Print what all disks have counted for Prometheus, those of the kernel (phy) too
     ///
@@ -332,12 +336,12 @@ pub(crate) enum Verb {
     /// Show what all disks are doing, those of the kernel (phy) too, again and again: the busiest first, with
     /// the figures since the last picture
     ///
-    /// On a terminal keys are heard: arrows, j, k, PgUp and PgDn select a disk, Enter or d shows all figures of it and what
-    /// status says of it, / chooses disks of a guest or with a text in their target, < and > or the letter of a column sort
-    /// by another one, r turns the order round, + and - change the interval, space keeps the picture, ? tells all keys, and
-    /// q, Esc or Ctrl-C quit. What does not fit into a line is left out. A picture that is older than it should be says so:
-    /// blktapctrl, or the kernel because of storage, has not answered. Through a pipe, with -n and with --json, and where
-    /// TERM is dumb, pictures are printed one after the other, with all columns.
+    /// On a terminal keys are heard: arrows, j, k, PgUp and PgDn select a disk, Enter or d shows all figures of it and
+    /// what status says of it, / chooses disks of a guest or with a text in their target, < and > or the letter of a
+    /// column sort by another one, r turns the order round, + and - change the interval, space keeps the picture, ?
+    /// tells all keys, and q, Esc or Ctrl-C quit. Columns that do not fit into a line are left out. A picture that is
+    /// older than it should be says so: blktapctrl, or the kernel because of storage, has not answered. Through a pipe,
+    /// with -n and with --json, and where TERM is dumb, pictures are printed one after the other, with all columns.
     ///
     /// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
     /// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
@@ -349,7 +353,7 @@ pub(crate) enum Verb {
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {
-        /// What
+        /// Kind of the output
         what: Generated,
     },
 }
@@ -388,7 +392,7 @@ fn number(text: &str) -> Result<u64, String> {
     parsed.map_err(|_| "write what tap-ctl lease show says: a number, or a key with its 0x".into())
 }
 
-/// Which disks to list: those that fit all that is said.
+/// Filter for the list: disks must match every given option.
 #[derive(Debug, Args)]
 pub(crate) struct List {
     /// Of this process
@@ -405,7 +409,7 @@ pub(crate) struct List {
     pub(crate) file: Option<PathBuf>,
 }
 
-/// What happens when things go wrong.
+/// Behaviour of a disk on errors.
 #[derive(Debug, Args)]
 pub(crate) struct Policy {
     /// Fail requests after so many seconds without a process; 0 holds them for ever
@@ -420,10 +424,10 @@ pub(crate) struct Policy {
     /// Kill a process that is hung, so that it is replaced; else only an event tells
     #[arg(long)]
     pub(crate) kill_hung: bool,
-    /// What to do when the image has no room for a write
+    /// Action when the image has no room for a write
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Stop)]
     pub(crate) on_no_space: ErrorName,
-    /// What to do when I/O on the image fails for another reason
+    /// Action when I/O on the image fails for another reason
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = ErrorName::Report)]
     pub(crate) on_error: ErrorName,
     /// Let the guest read and write no more bytes than this in a second, such as 20M; 0 for as many as there are
@@ -440,7 +444,7 @@ pub(crate) struct Policy {
     pub(crate) group: Option<GroupName>,
 }
 
-/// What is to be different. What is not said stays.
+/// Changes of a disk's policy. Other settings stay.
 #[derive(Debug, Args)]
 pub(crate) struct Set {
     #[command(flatten)]
@@ -449,7 +453,7 @@ pub(crate) struct Set {
     pub(crate) what: Changed,
 }
 
-/// At least one of them is said.
+/// The changed settings, at least one.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(crate) struct Changed {
@@ -465,10 +469,10 @@ pub(crate) struct Changed {
     /// Let it share the limits of a group, too (tap-ctl group), or take it out of its group with none
     #[arg(long, value_name = "NAME|none")]
     pub(crate) group: Option<InGroup>,
-    /// What to do when the image has no room for a write
+    /// Action when the image has no room for a write
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) on_no_space: Option<ErrorName>,
-    /// What to do when I/O on the image fails for another reason
+    /// Action when I/O on the image fails for another reason
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) on_error: Option<ErrorName>,
     /// Call a process hung that answers nothing for so many seconds; 0 for never
@@ -479,7 +483,7 @@ pub(crate) struct Changed {
     pub(crate) hung: Option<HungName>,
 }
 
-/// What is done with a process that is hung.
+/// Action on a process that is hung.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum HungName {
     /// An event tells
@@ -497,7 +501,7 @@ impl From<HungName> for Hung {
     }
 }
 
-/// What is done when I/O on an image fails. An event tells about it in any case.
+/// Action when I/O on an image fails. An event reports the failure in any case.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum ErrorName {
     /// The guest sees the error
@@ -518,7 +522,7 @@ impl From<ErrorName> for OnError {
 /// A node.
 #[derive(Debug, Args)]
 pub(crate) struct Allocate {
-    /// The number that is wanted; the lowest free one if not said
+    /// Number of the disk; the lowest free one if absent
     #[arg(short, long)]
     pub(crate) minor: Option<u32>,
     /// MiB of memory shared with the process, at most 64; 0 for the default
@@ -585,7 +589,7 @@ pub(crate) struct Stream {
 pub(crate) struct Mirror {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// The image in which the disk goes on, such as qcow2:/srv/b.qcow2; for commit the one below
+    /// Image to which the disk switches, such as qcow2:/srv/b.qcow2; for commit the one below
     #[arg(required_unless_present_any = ["cancel", "show"])]
     pub(crate) target: Option<Target>,
     /// At most so many MiB in a second
@@ -602,7 +606,7 @@ pub(crate) struct Mirror {
     pub(crate) show: bool,
 }
 
-/// What has changed.
+/// Marks, and changes since one.
 #[derive(Debug, Args)]
 pub(crate) struct Dirty {
     #[command(flatten)]
@@ -613,12 +617,12 @@ pub(crate) struct Dirty {
     /// Say where the guest has written since this mark
     #[arg(long, value_name = "NAME", conflicts_with = "forget")]
     pub(crate) since: Option<MarkName>,
-    /// Take a mark away. With the last one nothing is noted any more
+    /// Take a mark away. Removing the last one ends the tracking
     #[arg(long, value_name = "NAME")]
     pub(crate) forget: Option<MarkName>,
 }
 
-/// What is to be written down.
+/// Settings of a trace.
 #[derive(Debug, Args)]
 pub(crate) struct Trace {
     /// Minor number of the disk
@@ -626,7 +630,7 @@ pub(crate) struct Trace {
     /// Begin, in this file, where nothing may be
     #[arg(long, value_name = "FILE", conflicts_with = "end")]
     pub(crate) to: Option<PathBuf>,
-    /// What is written, too: then it can be done again
+    /// Store the data of writes, too: then the writes can be replayed
     #[arg(long, requires = "to")]
     pub(crate) data: bool,
     /// Bytes of the file, 16M to 64G
@@ -666,13 +670,13 @@ pub(crate) struct Both {
 /// How an image is opened.
 #[derive(Debug, Args)]
 pub(crate) struct Image {
-    /// What to serve: DRIVER:IMAGE or DRIVER:SIZE
+    /// Target to serve: DRIVER:IMAGE or DRIVER:SIZE
     #[arg(short = 'a', long = "args", value_name = "TARGET")]
     pub(crate) target: String,
     /// Guests may not write
     #[arg(short = 'R', long, conflicts_with = "mode")]
     pub(crate) readonly: bool,
-    /// Who may share the image: r (beside readers), w (nobody), r! and w! (whoever else has it)
+    /// Sharing mode of the image: r (beside readers), w (exclusive), r! and w! (beside any other user)
     #[arg(long, value_name = "MODE")]
     pub(crate) mode: Option<Mode>,
     /// How I/O is done
@@ -747,7 +751,7 @@ pub(crate) struct Pause {
     pub(crate) timeout: u32,
 }
 
-/// A disk that goes on.
+/// A disk that resumes.
 #[derive(Debug, Args)]
 pub(crate) struct Unpause {
     #[command(flatten)]
@@ -758,8 +762,7 @@ pub(crate) struct Unpause {
     /// The image may be smaller than the disk that the guest knows, which loses what it has there
     #[arg(long)]
     pub(crate) shrink: bool,
-    /// What the disk may have beside its image, instead of what was named before; may be given more than
-    /// once
+    /// Files that the disk may have beside its image, instead of those named before; may be given more than once
     #[arg(long, value_name = "PATH")]
     pub(crate) files: Vec<PathBuf>,
 }
@@ -771,7 +774,7 @@ pub(crate) struct Handoff {
     /// Minor number of the disk
     #[arg(group = "disks", value_name = "MINOR", conflicts_with_all = ["minor", "pid", "all"])]
     pub(crate) disk: Option<u32>,
-    /// The same
+    /// Number of the disk
     #[arg(short, long, group = "disks", conflicts_with = "all")]
     pub(crate) minor: Option<u32>,
     /// Its process
@@ -792,7 +795,7 @@ pub(crate) struct Handoff {
     pub(crate) timeout: u32,
 }
 
-/// A disk that goes on in a new image.
+/// A disk that switches to a new image.
 #[derive(Debug, Args)]
 pub(crate) struct Snapshot {
     /// Minor number of the disk
@@ -803,12 +806,12 @@ pub(crate) struct Snapshot {
     /// More disks of the same instant, each as its minor number and its new image
     #[arg(value_name = "MINOR NEW")]
     pub(crate) others: Vec<PathBuf>,
-    /// What the new images are to be; a VHD only over a VHD or a raw image
+    /// Format of the new images; a VHD only over a VHD or a raw image
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: OverlayFormat,
 }
 
-/// What can go on from another image while that is served.
+/// Formats that can have a backing image while that is served.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(crate) enum OverlayFormat {
     /// qcow2, over any image
@@ -854,8 +857,7 @@ pub(crate) struct Create {
     /// Print the minor number and nothing else
     #[arg(long)]
     pub(crate) minor_only: bool,
-    /// Return as soon as the image is this disk's. The same command without this waits until the disk
-    /// is served
+    /// Return as soon as the image is this disk's. Repeat the command without this to wait until the disk is served
     #[arg(long, requires = "vbd")]
     pub(crate) no_wait: bool,
 }
@@ -863,10 +865,10 @@ pub(crate) struct Create {
 /// An image to look at.
 #[derive(Debug, Args)]
 pub(crate) struct Check {
-    /// What would be served
+    /// Target that would be served
     #[arg(short = 'a', long = "args", value_name = "TARGET")]
     pub(crate) target: String,
-    /// Who might share it
+    /// Sharing mode that it would have
     #[arg(long, value_name = "MODE", default_value_t)]
     pub(crate) mode: Mode,
     /// The backend's directory in xenstore for which it would be
@@ -885,17 +887,17 @@ pub(crate) struct Status {
     pub(crate) watch: Watch,
 }
 
-/// What is wrong with this host.
+/// Report about this host.
 #[derive(Debug, Args)]
 pub(crate) struct Report {
-    /// Write to this new file instead, which nobody but you may read
+    /// Write to this new file instead, which only you may read
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) watch: Watch,
 }
 
-/// What all disks have counted, with what status says of them.
+/// Counters of all disks, with the verdicts of status.
 #[derive(Debug, Args)]
 pub(crate) struct Metrics {
     /// Write to this file instead, which is exchanged as a whole
@@ -905,7 +907,7 @@ pub(crate) struct Metrics {
     pub(crate) watch: Watch,
 }
 
-/// How long disks are watched, and from when on something is said of them.
+/// How long disks are watched, and limits for a verdict.
 #[derive(Debug, Args)]
 pub(crate) struct Watch {
     /// Seconds between the two looks at all disks
@@ -914,7 +916,7 @@ pub(crate) struct Watch {
     /// Call a disk slow whose requests take so many milliseconds
     #[arg(long, value_name = "MS", default_value_t = SLOW_MS, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) slow: u32,
-    /// Call a disk hung whose oldest request waits for so many seconds; if nobody counts that it is watched so long
+    /// Call a disk hung whose oldest request waits for so many seconds; a disk without such a count is watched so long
     #[arg(long, value_name = "SECONDS", default_value_t = HUNG_S, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) hung: u32,
 }
@@ -926,16 +928,17 @@ Verdicts, with the exit status of the worst one:
      is to
   2  hung, dead-process, fencing, held, no-driver
 
-Causes are told as far as there are counters:
+Causes are shown where there are counters:
   storage        requests take long, or an old one is not answered; the lowest device that has the time is named
   process        the tapdisk hangs, has died, or uses a whole processor
   page-pool      requests wait for the driver's memory, or are done in pieces; the limit that is reached is named
   ring           the guest's rings were full most of the time; the disk is ok for all that is known here
   host-cpu       the thread that serves the disk, or all of this domain, waits for a processor
   guest          the guest's requests are malformed
-  administrator  somebody has paused it, or an error of the image has
-How long requests wait in the ring, or in the guest for room there, nobody can count, so no disk is called slow for
-that; -x says how full the rings were. A disk of the C driver, which counts no times, is judged by its block device, which others may use as well.";
+  administrator  the administrator has paused it, or an error of the image has
+There is no count of the time for which requests wait in the ring, or in the guest for room there, so no disk is called
+slow for that; -x shows how full the rings were. A disk of the C driver, which counts no times, is judged by its
+block device, which others may use as well.";
 
 /// A display.
 #[derive(Debug, Args)]

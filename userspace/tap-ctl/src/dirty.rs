@@ -7,7 +7,7 @@ use crate::{ask, named, print, Error};
 use control::supervisor::{Reply, Request, Which};
 use control::{Changed, Code, Extent, Failure, Mark, MarkName};
 
-/// What is asked first.
+/// Returns the first request.
 pub(crate) fn request(asked: &cli::Dirty) -> Request {
     let which = named(&asked.which);
     match (&asked.mark, &asked.forget, &asked.since) {

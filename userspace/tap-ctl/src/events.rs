@@ -12,7 +12,8 @@ pub(crate) struct Events {
     /// Begin after the event with this number; 0 for all that are kept
     #[arg(long, value_name = "NUMBER")]
     pub(crate) after: Option<u64>,
-    /// The series of that event, as --json prints it: if the numbers have begun anew since, as after a boot, that is said
+    /// The series of that event, as --json prints it: if the numbers have begun anew since, as after a boot, the first
+    /// event says so
     #[arg(long, value_name = "SERIES", requires = "after")]
     pub(crate) series: Option<u32>,
 }
@@ -20,7 +21,7 @@ pub(crate) struct Events {
 /// Prints events until blktapctrl ends.
 pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
     let mut channel = connect(cli, patience(cli))?;
-    // Without a number only what is to come is wanted: what is kept is passed over.
+    // Without a number only new events are shown: the stored ones are skipped.
     let since = match events.after {
         Some(_) => 0,
         None => std::time::SystemTime::now()

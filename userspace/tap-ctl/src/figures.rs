@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk did between two looks.
+//! Work of a disk between two looks.
 
 use crate::host::block::Block;
 use crate::host::task::Task;
@@ -40,7 +40,7 @@ pub(crate) struct Figures {
     pub(crate) requests: u64,
     /// The mean time of requests on the block device, whoever they were from.
     pub(crate) storage_ms: Option<f64>,
-    /// What ended took so long, by operation; nothing of one of which none ended, or that is not counted.
+    /// Mean times of finished requests, by operation; no entry for an operation without one, or without a count.
     pub(crate) awaits: Vec<Await>,
     /// Requests that it has now, if that is counted.
     pub(crate) in_flight: Option<u64>,
@@ -69,7 +69,7 @@ pub(crate) struct Figures {
     pub(crate) starved: f64,
     /// The part of the time that the busiest of its threads ran.
     pub(crate) ran: f64,
-    /// What all threads of its process ran, of 1 for each processor.
+    /// Processor time of all threads of its process, of 1 for each processor.
     pub(crate) process_ran: f64,
 }
 
@@ -91,7 +91,7 @@ impl Figures {
         Some(figures)
     }
 
-    /// What the driver counted.
+    /// Adds the driver's counters.
     fn add_counters(&mut self, before: &Disk, now: &Disk) {
         let (Some(old), Some(new)) = (&before.vbd, &now.vbd) else {
             return;
@@ -113,7 +113,7 @@ impl Figures {
         self.add_times(old, new);
     }
 
-    /// What the driver knows of the time that things take.
+    /// Adds the driver's times.
     fn add_times(&mut self, old: &Vbd, new: &Vbd) {
         self.in_flight = new.in_flight();
         self.oldest_ms = new.oldest().map(milliseconds);
@@ -123,7 +123,7 @@ impl Figures {
         self.awaits = all
             .filter_map(|operation| Await::between(operation, old, new))
             .collect();
-        // What was under way on average is what all of them took together, in a moment's part.
+        // The average number of requests under way is their total time in a second.
         let took: f64 = self
             .awaits
             .iter()
@@ -133,13 +133,13 @@ impl Figures {
         self.ring_used = slots.map(|slots| took / 1000.0 / self.seconds / slots as f64);
     }
 
-    /// What ended of an operation, if any did.
+    /// Returns the finished requests of an operation, if there were some.
     pub(crate) fn awaited(&self, operation: Operation) -> Option<Await> {
         let mut all = self.awaits.iter();
         all.find(|one| one.operation == operation).copied()
     }
 
-    /// What the process counted, which knows what is done and how long it took.
+    /// Adds the process' counters, which have the finished requests and their times.
     fn add_stats(&mut self, before: &Disk, now: &Disk) {
         let Some((old, new)) = stats(before, now) else {
             return;
@@ -168,7 +168,7 @@ impl Figures {
 
     fn add_threads(&mut self, before: &Disk, now: &Disk) {
         let seconds = self.seconds;
-        // What each thread ran and waited.
+        // Running and waiting time of each thread.
         let parts = |before: &[Task], now: &[Task]| -> Vec<(f64, f64)> {
             let pairs = now
                 .iter()
@@ -220,7 +220,7 @@ fn by_kernel(disk: &Disk) -> bool {
     kernel.is_some_and(|kernel| kernel.by_itself().is_some())
 }
 
-/// What the same process counted at both looks.
+/// Returns the counters of both looks, if they are of one process.
 fn stats<'a>(before: &'a Disk, now: &'a Disk) -> Option<(&'a Stats, &'a Stats)> {
     let (old, new) = (before.tap.as_ref()?, now.tap.as_ref()?);
     let is_same = old.row.pid == new.row.pid;
@@ -327,7 +327,7 @@ mod tests {
         now.process = vec![task(1, 800, 1200), task(2, 1200, 800)];
         let figures = Figures::between(&before, &now, TWO).expect("an interval");
         assert_eq!((figures.starved, figures.process_ran), (0.0, 1.0));
-        // The same with others on the processor.
+        // The figures differ if other programs use the processor.
         now.process = vec![task(1, 200, 1800), task(2, 200, 1800)];
         let figures = Figures::between(&before, &now, TWO).expect("an interval");
         assert_eq!((figures.starved, figures.process_ran), (0.8, 0.2));

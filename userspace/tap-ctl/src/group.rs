@@ -6,7 +6,7 @@ use control::supervisor::{Group, GroupChanges, Member, Request};
 use control::{GroupName, Pace, MILLI};
 use std::fmt::Write;
 
-/// What is done with groups.
+/// Actions on groups.
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupVerb {
     /// Make a group, or change what its disks may do together, while their guests work
@@ -30,7 +30,7 @@ pub(crate) enum GroupVerb {
     },
 }
 
-/// At least one of them is said. What is not said stays.
+/// New limits, at least one. Other limits stay.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(crate) struct Limits {
@@ -64,7 +64,7 @@ pub(crate) fn request(verb: &GroupVerb) -> Request {
     }
 }
 
-/// A line for each group; with what its disks do, if that is wanted.
+/// Returns a line for each group, and on request lines for its disks.
 pub(crate) fn show(groups: &[Group], with_disks: bool) -> String {
     let mut text = String::new();
     for group in groups {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
-/// What became of a disk.
+/// Result of a hand-off of a disk.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Fate {
@@ -23,7 +23,7 @@ enum Fate {
     Gone { minor: u32 },
 }
 
-/// What became of all of them.
+/// Results of all hand-offs.
 #[derive(Debug, Default, Serialize)]
 struct Summary {
     handed_off: usize,
@@ -92,7 +92,7 @@ fn minors(cli: &Cli) -> Result<Vec<u32>, Error> {
     let Reply::Disks { disks } = ask(cli, &Request::List(Filter::default()))? else {
         return Err(Failure::invalid("blktapctrl answered something else").into());
     };
-    // What has no process at the moment may be about to get one: it is asked for, too.
+    // A disk without a process may be about to get one, so the request includes it.
     let is_one = |row: &Row| row.unknown.is_none() && row.state != Some(State::Idle);
     let served = disks
         .iter()

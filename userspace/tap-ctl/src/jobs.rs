@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl stream`, `mirror` and `commit`: what is done to a whole disk while its guest goes on.
+//! `tap-ctl stream`, `mirror` and `commit`: jobs on a whole disk while its guest works.
 
 use crate::cli::{self, Cli};
 use crate::{ask, named, print, show, Error};
@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Time between two questions.
 const STEP: Duration = Duration::from_secs(1);
 
-/// What is asked first.
+/// Returns the first request.
 pub(crate) fn stream_request(asked: &cli::Stream) -> Request {
     Request::Stream {
         which: named(&asked.which),
@@ -24,7 +24,7 @@ pub(crate) fn stream_request(asked: &cli::Stream) -> Request {
     }
 }
 
-/// What is asked first; `below` of an image that the disk goes on from.
+/// Returns the first request; `below` for a backing image of the disk.
 pub(crate) fn mirror_request(asked: &cli::Mirror, below: bool) -> Request {
     let which = named(&asked.which);
     if asked.cancel {
@@ -82,7 +82,7 @@ fn state(reply: &Reply) -> Result<State, Failure> {
     })
 }
 
-/// What people have to do when it is done.
+/// Returns the user's next step after the job.
 fn remedy(reply: &Reply) -> String {
     match reply {
         Reply::Mirror(Mirror {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who may write an image that several hosts reach. This needs no supervisor: it is asked for when hosts are dead.
+//! Leases, which decide which of several hosts may write an image. This works without the supervisor, because
+//! administrators need it when hosts are dead.
 
 use crate::cli::LeaseVerb;
 use control::{Failure, LeaseKind, Target};
@@ -7,7 +8,7 @@ use lease::{date, Claim, Holder, HolderIsDead, Lease, View};
 use serde_json::{json, Value};
 use std::path::Path;
 
-/// What is to be printed, for people and for programs.
+/// Runs the verb; returns the output for people and for programs.
 pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
     match verb {
         LeaseVerb::Show { image } => {
@@ -58,7 +59,7 @@ fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
     }
 }
 
-/// What the storage of an image has reserved. Most have nothing, and cannot.
+/// Returns the reservation in the storage of an image. Most have nothing, and cannot.
 fn reservation(image: &Path, claim: &Claim) -> Option<Box<dyn Lease>> {
     let mut lease = lease::open(&LeaseKind::Reservation, image, claim.clone()).ok()?;
     let is_held = matches!(lease.inspect(), Ok(View::Held(_)));

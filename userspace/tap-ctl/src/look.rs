@@ -19,7 +19,7 @@ const BLKTAP: &str = "backend/vbd3/";
 /// How long blktapctrl may take: it asks each process, and waits a second for those that hang.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Who serves a disk.
+/// Server of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Kind {
@@ -39,21 +39,21 @@ impl Kind {
     }
 }
 
-/// What a disk is known by: its backend's directory, its node, and who serves it.
+/// Identity of a disk: its backend's directory, its node, and its server.
 pub(crate) type Id<'a> = (Option<&'a str>, Option<u32>, Kind);
 
 /// A disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
-    /// Who serves it.
+    /// Its server.
     pub(crate) kind: Kind,
     /// The guest's disk; nothing if no guest has it.
     pub(crate) vbd: Option<Vbd>,
-    /// What it is served from, if that is a block device.
+    /// The block device from which it is served, if it is one.
     pub(crate) block: Option<Block>,
     /// The threads of its queues.
     pub(crate) queues: Vec<Task>,
-    /// What blktapctrl says; nothing if that does not answer.
+    /// Answer of blktapctrl; nothing without one.
     pub(crate) tap: Option<TopRow>,
     /// The threads of the process that serves it, the first one first.
     pub(crate) process: Vec<Task>,
@@ -85,19 +85,19 @@ impl Disk {
         self.tap.as_ref()?.row.vbd.as_deref()
     }
 
-    /// What it is known by from look to look.
+    /// Returns its identity, which stays from look to look.
     pub(crate) fn id(&self) -> Id<'_> {
         let path = self.vbd.as_ref().map(|vbd| vbd.path.as_str());
         (path, self.minor(), self.kind)
     }
 
-    /// The same disk, in what was seen before.
+    /// Finds this disk in an earlier look.
     pub(crate) fn among<'a>(&self, before: &'a [Disk]) -> Option<&'a Disk> {
         before.iter().find(|disk| disk.id() == self.id())
     }
 }
 
-/// What blktapctrl said.
+/// Result of the question to blktapctrl.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Supervisor {
     /// It answers.
@@ -117,7 +117,7 @@ pub(crate) struct Look {
     pub(crate) supervisor: Supervisor,
     /// It should: our driver serves, or is to.
     pub(crate) is_supervised: bool,
-    /// What it has counted of itself, if it says so.
+    /// Its counters of itself, if it sends them.
     pub(crate) counted: Option<Counted>,
     /// The groups of disks that share limits.
     pub(crate) groups: Vec<Group>,
@@ -125,14 +125,14 @@ pub(crate) struct Look {
     pub(crate) memory: Option<Memory>,
     /// The processors of this domain.
     pub(crate) processors: Processors,
-    /// What could not be read.
+    /// Files that could not be read.
     pub(crate) unread: Vec<Unread>,
 }
 
 /// The disks, and what it says beside them.
 type Said = (Vec<TopRow>, Option<Counted>, Vec<Group>);
 
-/// Asks blktapctrl for all disks, once: what cannot be had is told, not waited for.
+/// Asks blktapctrl for all disks, once: a failure is shown, not waited for.
 fn rows(socket: &Path) -> Result<Said, Failure> {
     let mut channel = Channel::connect(socket)?;
     channel.set_timeout(Some(PATIENCE))?;
@@ -166,7 +166,7 @@ fn reason(failure: &Failure) -> String {
     }
 }
 
-/// The same, with what blktapctrl has said.
+/// Looks at the host, with the answer of blktapctrl.
 pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> Look {
     let threads = task::queues(host);
     let nodes = vbd::process_nodes(host);
@@ -177,7 +177,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
         let place = rows.iter_mut().find(|row| row.as_ref().is_some_and(is_its));
         let tap = place.and_then(Option::take);
         if vbd.path.starts_with(BLKTAP) && vbd.driver.is_none() && tap.is_none() {
-            // Another program may serve it, of which nobody here knows.
+            // Another program may serve it, which this one does not know.
             continue;
         }
         let is_node = vbd.device.is_some_and(|number| nodes.contains(&number));

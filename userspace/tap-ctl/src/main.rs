@@ -9,6 +9,7 @@ mod events;
 mod figures;
 mod group;
 mod handoff;
+mod help;
 mod host;
 mod jobs;
 mod lease;
@@ -22,7 +23,7 @@ mod time;
 mod top;
 mod trace;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use cli::{Cli, Image, Verb};
 use control::supervisor::{self, Allocate, Create, Filter, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
@@ -35,7 +36,7 @@ use std::time::{Duration, Instant};
 const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), tapimg(8), block-tap-rs(8)";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = help::parse();
     let result = match &cli.verb {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Doctor => return end(&cli, doctor::run(&cli)),
@@ -72,10 +73,10 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
             complain(&failure.to_string());
             ExitCode::from(status(failure.code))
         }
-        // Each was told on its own.
+        // The failure of each disk was printed on its own.
         Err(Error::Some) => ExitCode::FAILURE,
         Err(Error::Silent(failure)) => {
-            // Whatever kept it from answering: `not-found` would be said of a disk.
+            // The reason does not matter here: `not-found` would mean a disk.
             tell_programs(cli, &Failure::new(Code::Gone, failure.message.clone()));
             complain(&format!(
                 "{failure}: is blktapctrl running? systemctl start blktapctrl"
@@ -154,7 +155,7 @@ fn patience(cli: &Cli) -> Instant {
     Instant::now() + Duration::from_secs(cli.patience.into())
 }
 
-/// Asks; a supervisor that ends before it answers is asked again, if that does no harm.
+/// Sends a request; repeats it, if that does no harm, to a supervisor that ends before it answers.
 fn ask(cli: &Cli, request: &Request) -> Result<Reply, Error> {
     let limit = patience(cli);
     loop {
@@ -172,7 +173,7 @@ fn ask(cli: &Cli, request: &Request) -> Result<Reply, Error> {
     }
 }
 
-/// A question that may have been answered already, though nobody heard it.
+/// Whether a request may be repeated although the supervisor may have carried it out.
 fn may_be_repeated(request: &Request) -> bool {
     match request {
         Request::Create(create) => create.vbd.is_some(),
@@ -657,7 +658,7 @@ mod tests {
     fn help_says_what_a_verb_does_to_a_disk() {
         let mut command = Cli::command();
         for (verb, words) in [
-            ("handoff", "the old one serves on"),
+            ("handoff", "the old one continues to serve the disk"),
             (
                 "snapshot",
                 "THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE",

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl metrics`: what all disks have counted, in the text format of Prometheus, for the textfile
-//! collector of its node_exporter.
+//! `tap-ctl metrics`: the counters of all disks, in the text format of Prometheus, for the textfile collector of its
+//! node_exporter.
 //!
-//! It is written plainly: that collector reads the text format, not OpenMetrics, which is what the crate
-//! prometheus-client writes, and of which it would lose the types of counters.
+//! This code prints the format itself: that collector reads the text format, not OpenMetrics, which the crate
+//! prometheus-client prints, and would lose the types of its counters.
 
 mod exposition;
 mod groups;
@@ -117,19 +117,19 @@ fn host(text: &mut Text, look: &Look, report: &Report) {
     );
     one(
         "xen_disk_memory_guest_limit_bytes",
-        "What the disks of one guest may have of it.",
+        "Limit of it for the disks of one guest.",
         bytes(memory.guest_kib),
     );
     if let Some(limit) = memory.host_kib {
         one(
             "xen_disk_memory_limit_bytes",
-            "What the disks of all guests may have of it.",
+            "Limit of it for the disks of all guests.",
             bytes(limit),
         );
     }
 }
 
-/// What `tap-ctl status` says of each disk.
+/// Adds the verdict of `tap-ctl status` on each disk.
 fn verdicts(text: &mut Text, report: &Report) {
     let of = |line: &Line| {
         let number = |number: Option<u32>| number.map(|number| number.to_string());
@@ -142,7 +142,7 @@ fn verdicts(text: &mut Text, report: &Report) {
     text.family((
         "xen_disk_severity",
         "gauge",
-        "What tap-ctl status says of the disk: 0 is well, 1 is to be looked at, 2 is that its guest waits.",
+        "Severity of the verdict of tap-ctl status on the disk: 0 is well, 1 needs a look, 2 means that its guest waits.",
     ));
     for line in &report.disks {
         text.sample(&of(line), f64::from(line.severity));
@@ -161,7 +161,7 @@ fn verdicts(text: &mut Text, report: &Report) {
     }
 }
 
-/// Who serves each disk.
+/// Adds the server of each disk.
 fn servers(text: &mut Text, look: &Look) {
     text.family((
         "xen_disk_served",
@@ -177,7 +177,7 @@ fn servers(text: &mut Text, look: &Look) {
     }
 }
 
-/// Who executes the requests of a disk, if that is known.
+/// Returns the server that executes the requests of a disk, if that is known.
 fn server(disk: &Disk) -> Option<&'static str> {
     let Some(tap) = &disk.tap else {
         return (disk.kind == Kind::Phy).then_some("kernel");
@@ -192,7 +192,7 @@ fn server(disk: &Disk) -> Option<&'static str> {
     })
 }
 
-/// What a disk is called in all metrics.
+/// Returns the labels of a disk in all metrics.
 fn labels(disk: &Disk) -> Labels {
     Labels::default()
         .with("guest", disk.guest().map(|guest| guest.to_string()))
@@ -211,7 +211,7 @@ fn disks(text: &mut Text, family: Family, look: &Look, value: impl Fn(&Disk) -> 
     }
 }
 
-/// What the driver counts of phy and tap disks.
+/// The driver's counters of phy and tap disks.
 const DRIVER: Table<Vbd> = &[
     (
         (
@@ -282,7 +282,7 @@ const DRIVER: Table<Vbd> = &[
     ),
 ];
 
-/// What the block device of a phy disk counts, whoever uses it.
+/// Counters of the block device of a phy disk, for all of its users.
 const BLOCK: Table<Block> = &[
     (
         (
@@ -304,7 +304,7 @@ const BLOCK: Table<Block> = &[
         (
             "xen_disk_storage_seconds_total",
             "counter",
-            "What those took, added up.",
+            "Sum of their times.",
         ),
         |block| block.took_ms as f64 / 1000.0,
     ),
@@ -318,7 +318,7 @@ const BLOCK: Table<Block> = &[
     ),
 ];
 
-/// What the kernel says of a tap disk.
+/// The kernel's counters of a tap disk.
 const KERNEL: Table<Kernel> = &[
     (
         (
@@ -394,7 +394,7 @@ const KERNEL: Table<Kernel> = &[
     ),
 ];
 
-/// What the kernel leaves to the process of a tap disk that it serves by itself.
+/// Adds the requests that the kernel leaves to the process of a disk with passthrough.
 fn missed(text: &mut Text, look: &Look) {
     let mapped = |disk: &Disk| disk.tap.as_ref()?.row.kernel.as_ref()?.by_itself()?.mapped;
     text.family((
@@ -421,7 +421,7 @@ fn missed(text: &mut Text, look: &Look) {
     );
 }
 
-/// What the process of a tap disk counts, and what is counted of processes.
+/// Adds the counters of a tap disk's process, and those of processes.
 fn process(text: &mut Text, look: &Look) {
     let taps = || look.disks.iter().filter(|disk| disk.kind == Kind::Tap);
     let row = |disk: &Disk| disk.tap.clone().map(|tap| tap.row);
@@ -490,7 +490,7 @@ fn process(text: &mut Text, look: &Look) {
     }
 }
 
-/// What a disk's process has counted, by the kind of request.
+/// Returns the counters of a disk's process, by the kind of request.
 fn of_process(disk: &Disk) -> Vec<(Labels, &'static str, &control::stats::Counter)> {
     const NAMES: [&str; 5] = ["read", "write", "flush", "discard", "zeroes"];
     let stats: Option<&Stats> = disk.tap.as_ref().and_then(|tap| tap.stats.as_deref());

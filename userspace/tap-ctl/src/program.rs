@@ -6,10 +6,10 @@ use std::io;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-/// What a program may take.
+/// Time limit of a program.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
-/// What a program says, with its end: one that takes longer than it may is ended.
+/// Returns the output of a program, and its exit status; one that exceeds the limit is ended.
 pub(crate) fn output(words: &[impl AsRef<OsStr>], limit: Duration) -> io::Result<Output> {
     let limit = limit.as_secs_f64().to_string();
     // Of the coreutils, which every host has.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl report`: what somebody needs who is to say what is wrong with this host, in one text.
+//! `tap-ctl report`: the facts that are needed to find a fault of this host, in one text.
 //!
-//! Nothing waits for something that hangs: programs have a limit, and what cannot be had is said in its place.
+//! The report does not wait for hung parts: programs have a limit, and the reason of a failure stands in the place of
+//! the output.
 
 use crate::host::Host;
 use crate::program::{output, LIMIT};
@@ -20,7 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// How long blktapctrl may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What it begins with.
+/// First lines of the report.
 const HEAD: &str = "\
 This is what tap-ctl report has found. It names disks, images, guests and this host, and holds nothing of what is on the
 disks. Read it before you give it to others.
@@ -45,7 +46,7 @@ const FILES: &[&str] = &[
     "/run/xentap/disks",
 ];
 
-/// Programs that know more, and what is asked of them.
+/// Programs that know more, and their arguments.
 const PROGRAMS: &[&[&str]] = &[
     &["xl", "info"],
     &["xl", "list", "-v"],
@@ -87,7 +88,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
     });
     supervisor(&mut parts, &cli.socket);
     files(&mut parts, &host);
-    // What they say is of the host that runs, wherever its files were looked for.
+    // Their output is about the running host, even if files are read elsewhere.
     if cli.root == Path::new("/") {
         for words in PROGRAMS {
             parts.add(&words.join(" "), || program(words));
@@ -113,7 +114,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
     }
 }
 
-/// What has been found.
+/// The report so far.
 struct Parts {
     to: String,
     /// For people who wait.
@@ -134,7 +135,7 @@ fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value).unwrap_or_else(|error| error.to_string())
 }
 
-/// What blktapctrl says of itself and of all disks.
+/// Adds the answers of blktapctrl about itself and all disks.
 fn supervisor(parts: &mut Parts, socket: &Path) {
     let ask = |request: Request| -> Result<Reply, Failure> {
         let mut channel = Channel::connect(socket)?;
@@ -182,11 +183,11 @@ fn files(parts: &mut Parts, host: &Host) {
     }
     let unread = host.take_unread();
     if !unread.is_empty() {
-        parts.add("what could not be read", || json(&unread));
+        parts.add("unreadable files", || json(&unread));
     }
 }
 
-/// What a program says, whatever that is.
+/// Returns the output of a program, or the failure.
 fn program(words: &[&str]) -> String {
     match output(words, LIMIT) {
         Ok(said) => {
@@ -237,7 +238,7 @@ mod tests {
         assert!(FILES.iter().all(|path| path.starts_with('/')));
     }
 
-    /// A host on which nothing answers is the one of which somebody wants to know.
+    /// Tests that a report shows failures, because a host on which nothing answers is the one that needs a report.
     #[test]
     fn what_does_not_answer_is_told_in_its_place() {
         let mut found = parts();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What people see.
+//! Output for people.
 
 use crate::dirty;
 use crate::group;
@@ -34,7 +34,7 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Trace { trace } => trace::show(trace.as_ref()),
         Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
-        // It is asked for pictures only.
+        // Only `top` asks for it.
         Reply::Top { rows, .. } => rows.iter().map(|top| row(&top.row)).collect(),
     }
 }
@@ -65,7 +65,7 @@ pub(crate) fn handed_off(handed: &HandedOff) -> String {
     )
 }
 
-/// A disk that goes on in a new image.
+/// Returns the line of a disk that switched to a new image.
 fn snapshot(taken: &Snapshot) -> String {
     let pause = taken.pause_us.map_or("-".into(), |us| us.to_string());
     format!(
@@ -76,13 +76,13 @@ fn snapshot(taken: &Snapshot) -> String {
     )
 }
 
-/// The same, and what the administrator has to do.
+/// Returns the result of a snapshot, and the administrator's next step.
 fn told(taken: &Snapshot) -> String {
     let (target, parent) = (&taken.target, taken.parent.display());
     let mark = match taken.marked {
         true => format!("{parent} is what the disk was, and marked as read-only (chmod a-w)."),
         false => format!(
-            "{parent} is what the disk was, and could NOT be marked as read-only: see to it that nobody writes it."
+            "{parent} is what the disk was, and could NOT be marked as read-only: ensure that no program writes it."
         ),
     };
     let beside = match taken.parent.parent() == target.path().and_then(|path| path.parent()) {
@@ -90,7 +90,7 @@ fn told(taken: &Snapshot) -> String {
         false => format!(" It is in another folder: name it there too, with --files {parent}."),
     };
     format!(
-        "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}. What the guest writes is there only.{beside}\n",
+        "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}. New writes of the guest are there only.{beside}\n",
         snapshot(taken)
     )
 }
@@ -143,7 +143,7 @@ fn row(row: &Row) -> String {
     line + "\n"
 }
 
-/// The same for people: a table of what they look for first. All of it is in JSON, and in the lines.
+/// Returns a list for people: a table with the columns that they need first. All of it is in JSON, and in the lines.
 pub(crate) fn table(rows: &[Row]) -> String {
     let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
     let mut text =
@@ -178,7 +178,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
     text
 }
 
-/// What the kernel does for a disk beside its process.
+/// Returns the kernel's work for a disk beside its process (passthrough).
 pub(crate) fn by_itself(direct: Direct) -> String {
     let Direct {
         executed,
@@ -260,7 +260,7 @@ fn policy(policy: &Policy) -> String {
     )
 }
 
-/// What a process has counted.
+/// Returns the counters of a process.
 pub(crate) fn stats(stats: &Stats) -> String {
     let mut text = format!(
         "{:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
@@ -370,8 +370,8 @@ pub(crate) fn event(event: &Event) -> String {
             let pid = pid.map_or("nobody".into(), |pid| format!("tapdisk {pid}"));
             format!("not handed over, {pid} serves: {why}")
         }
-        What::Snapshot(taken) => format!("goes on in a new image: {}", snapshot(taken)),
-        What::SnapshotUndone { why } => format!("goes on in the image that it has: {why}"),
+        What::Snapshot(taken) => format!("switched to a new image: {}", snapshot(taken)),
+        What::SnapshotUndone { why } => format!("stays with the image that it has: {why}"),
         What::Streamed { target, outcome } => outcome.told(target),
         What::Moved(moved) => moved.told(),
         What::Mirrored { target, outcome } => outcome.told(target),
@@ -380,9 +380,9 @@ pub(crate) fn event(event: &Event) -> String {
             format!("its trace in {} has ended: {why}", path.display())
         }
         What::Paused => "paused".into(),
-        What::Unpaused => "goes on".into(),
+        What::Unpaused => "resumed".into(),
         What::Inactive => "has let go of its image: the guest is suspended".into(),
-        What::Active => "has its image and goes on".into(),
+        What::Active => "has its image and resumed".into(),
         What::Held { why } => format!("holds its guest's requests: {why}"),
         What::Resized { size } => format!("has {size} bytes now"),
         What::Unknown { why } => format!("left alone: {why}"),
@@ -399,7 +399,7 @@ pub(crate) fn event(event: &Event) -> String {
     format!("{at} {:>4} {disk}: {what}", event.number)
 }
 
-/// What went wrong on an image.
+/// Returns the description of an error on an image.
 fn trouble(what: &What) -> String {
     let What::Trouble {
         trouble,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl trace`: it is written down what a guest asks for.
+//! `tap-ctl trace`: traces of a guest's requests.
 
 use crate::cli;
 use crate::time::utc;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// Nothing here takes so long, however busy the host is.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What has a terminal show something else, and what comes back from there.
+/// Sequence that switches a terminal to another screen, and the one that returns to the first.
 const OTHER_SCREEN: &str = "\x1b[?1049h";
 const FIRST_SCREEN: &str = "\x1b[?1049l";
 const CURSOR: &str = "\x1b[?25h";
@@ -211,7 +211,7 @@ fn a_look_that_hangs_keeps_no_key_from_being_heard() {
     mkfifoat(CWD, &path, Mode::RUSR | Mode::WUSR).expect("made");
     let child = terminal.run(root.path(), &[]);
     terminal.sees(&child, "looking");
-    // How long it takes is told.
+    // The time that it takes is shown.
     terminal.sees(&child, "answered");
     terminal.hears_keys(child);
 }

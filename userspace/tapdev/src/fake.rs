@@ -50,7 +50,7 @@ struct State {
     features: u64,
     free: Vec<u16>,
     answers: HashMap<u16, Status>,
-    /// What was asked last with each tag.
+    /// The last request with each tag.
     asked: HashMap<u16, Request>,
     /// See [`Fake::insist`].
     insists: bool,
@@ -59,7 +59,7 @@ struct State {
     mapped: Mapped,
 }
 
-/// What the process said of mappings. Nothing is executed by them.
+/// The process' commands about mappings. Nothing is executed by them.
 #[derive(Debug, Default)]
 struct Mapped {
     /// The process claimed that it knows of them.
@@ -78,9 +78,9 @@ struct Mapped {
 }
 
 impl State {
-    /// Posts what is asked with a tag, which is free; its data are in place.
+    /// Posts the request of a tag, which is free; its data are in place.
     fn send(&mut self, tag: u16) {
-        let request = self.asked.get(&tag).expect("something is asked");
+        let request = self.asked.get(&tag).expect("the tag has a request");
         self.clock += 1;
         self.shadow
             .post(DiskTag::new(tag), 0, request, self.clock)
@@ -134,8 +134,7 @@ impl Fake {
         Ok(fake)
     }
 
-    /// The guest was told that the disk takes these operations alone, one bit for each; without this, all
-    /// that there are.
+    /// Limits the operations that the guest has seen to these, one bit for each; without this, all that there are.
     pub fn offer(&self, operations: u64) {
         self.lock().shadow.offer(operations);
     }
@@ -145,7 +144,7 @@ impl Fake {
         self.lock().mapped.backings = backings;
     }
 
-    /// What the process said of mappings; a recall that waits is not among it yet.
+    /// Returns the process' commands about mappings; a recall that waits is not among them yet.
     pub fn map_ops(&self) -> Vec<MapOp> {
         self.lock().mapped.ops.clone()
     }
@@ -317,6 +316,11 @@ impl Fake {
         Ok(tag)
     }
 
+    /// The answer of a request is there, so [`answer`](Self::answer) does not wait for it.
+    pub fn is_answered(&self, tag: u16) -> bool {
+        self.lock().answers.contains_key(&tag)
+    }
+
     /// Waits for the answer of a request; the first `len` bytes of its data come along. The tag is
     /// free then.
     pub fn answer(&self, tag: u16, len: usize) -> io::Result<(Status, Vec<u8>)> {
@@ -344,7 +348,7 @@ impl Fake {
         self.lock().malformed
     }
 
-    /// What the kernel's side is now.
+    /// Returns the present state of the kernel's side.
     pub fn info(&self) -> Info {
         self.describe(&self.lock())
     }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The kernel's interface for disks that a process serves, as safe calls.
 //!
-//! [`control`] makes nodes and takes them away, for a supervisor. [`Tap`] is the node of one disk as
-//! the process sees it that serves the disk: it takes requests, whose data is in memory that is
-//! shared with the kernel, and commits them. What the kernel says is checked all the same: a
-//! mistake there must not become one in an image.
+//! [`control`] makes nodes and takes them away, for a supervisor. [`Tap`] is the node of one disk as the process sees
+//! it that serves the disk: it takes requests, whose data is in memory that is shared with the kernel, and commits
+//! them. This crate checks the kernel's data all the same, because a mistake there must not become one in an image.
 
 mod command;
 pub mod control;

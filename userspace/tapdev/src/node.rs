@@ -13,9 +13,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// What a process needs of a node. The kernel's is [`KernelNode`]; tests have one of their own.
+/// Interface of a node for a process. The kernel's is [`KernelNode`]; tests have one of their own.
 pub trait Node: std::fmt::Debug {
-    /// What the node is and where its areas are.
+    /// Returns the node's properties and the places of its areas.
     fn info(&self) -> io::Result<Info>;
 
     /// Maps the descriptor area (read only) and the arena.
@@ -40,7 +40,8 @@ pub trait Node: std::fmt::Debug {
         self.mapper()?.maps(ops)
     }
 
-    /// The same for another thread, which can wait. As long as it is there the node is not given back.
+    /// Returns the mappings' interface for another thread, which can wait. As long as it is there the node is not given
+    /// back.
     fn mapper(&self) -> io::Result<Arc<dyn Mapper>>;
 
     /// Can be read while there is something to fetch.
@@ -102,7 +103,7 @@ impl Node for KernelNode {
         // SAFETY: CLAIM reads as many bytes as `size` says, which are those of the structure, and
         // writes nothing.
         let argument = unsafe { Setter::<{ numbers::CLAIM }, _>::new(claims) };
-        // SAFETY: whatever file this is, it is given readable memory of our own that nobody uses after.
+        // SAFETY: whatever file this is, it gets readable memory of this process that is not used afterwards.
         Ok(unsafe { ioctl(&self.fd, argument) }?)
     }
 
@@ -181,9 +182,8 @@ impl<'a> Exchanging<'a> {
     }
 }
 
-// SAFETY: EXCHANGE reads an `Exchange`, which `as_ptr` points to, and the completions that it
-// names, and writes at most as many tags as it names; both belong to the borrows that this type
-// holds. What is returned is the kernel's number.
+// SAFETY: EXCHANGE reads an `Exchange`, which `as_ptr` points to, and the completions that it names, and writes at most
+// as many tags as it names; both belong to the borrows that this type holds. The result is the kernel's number.
 unsafe impl Ioctl for Exchanging<'_> {
     type Output = usize;
 

@@ -4,7 +4,7 @@
 use diskio::{Data, Errno};
 use ring::tap::abi::{self, Completion};
 
-/// What to do.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Read into the data.
@@ -48,7 +48,7 @@ pub(crate) fn names(operations: u64) -> String {
 /// A request. It must be committed once ([`done`](Self::done)), and its data not be used then.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// What to do.
+    /// Operation of the request.
     pub kind: Kind,
     /// Where on the disk, in bytes.
     pub offset: u64,
@@ -56,7 +56,7 @@ pub struct Request {
     pub len: u64,
     /// Where the bytes are, for reads and writes.
     pub data: Option<Data>,
-    /// What was answered before must be durable first.
+    /// All writes that were answered before must be durable first.
     pub preflush: bool,
     /// It must be durable when it is committed.
     pub fua: bool,
@@ -73,12 +73,12 @@ pub struct Request {
 }
 
 impl Request {
-    /// What to commit.
+    /// Returns the completion with a result.
     pub fn done(&self, result: Result<(), Errno>) -> Completion {
         completion(self.tag, self.generation, result)
     }
 
-    /// What to commit if it was not executed and is to be delivered again.
+    /// Returns the completion for a request that was not executed and is to be delivered again.
     pub fn returned(&self) -> Completion {
         Completion {
             tag: self.tag,
@@ -92,9 +92,9 @@ impl Request {
 /// A request that makes no sense, which can only be a mistake of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed {
-    /// What is wrong with it.
+    /// Description of its fault.
     pub what: &'static str,
-    /// What to commit: an error.
+    /// Completion to commit: an error.
     pub completion: Completion,
 }
 

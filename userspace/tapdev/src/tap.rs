@@ -22,7 +22,7 @@ pub struct Tap {
     descriptors: Region,
     arena: Rc<Region>,
     opened: Instant,
-    /// What the kernel knows of the end of this program's I/O.
+    /// The kernel's knowledge about the end of this program's I/O.
     claimed: Cell<Option<Fence>>,
 }
 
@@ -49,12 +49,12 @@ impl Tap {
         })
     }
 
-    /// What the node was when it was opened.
+    /// Returns the node's properties at the time of opening.
     pub fn info(&self) -> &Info {
         &self.info
     }
 
-    /// What the node is now.
+    /// Returns the node's present properties.
     pub fn look(&self) -> io::Result<Info> {
         self.node.info()
     }
@@ -93,8 +93,8 @@ impl Tap {
         }
     }
 
-    /// What changes the mappings of the disk, if the kernel module has any: what they are for is said of
-    /// [`MapOp`](abi::MapOp).
+    /// Returns the interface that changes the mappings of the disk, if the kernel module has any; [`MapOp`](abi::MapOp)
+    /// describes their purpose.
     ///
     /// # Errors
     /// There is no descriptor left.
@@ -131,14 +131,14 @@ impl Tap {
         } else if fence == Fence::None {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "the kernel module is older and would execute again what nobody knows the end of: load the \
+                "the kernel module is older and would replay requests whose end is unknown: load the \
                  one of this release",
             ));
         } else if !self.settles(fence).is_zero() {
             return Err(io::Error::new(
                 io::ErrorKind::ResourceBusy,
                 format!(
-                    "what the process before sent over a network may not be over: start {} s later",
+                    "I/O that the previous process sent over a network may not be over: start {} s later",
                     self.settles(fence).as_secs() + 1
                 ),
             ));
@@ -150,8 +150,8 @@ impl Tap {
     /// Says when this program's I/O is over, if it has not, and asks for requests from now on.
     ///
     /// # Errors
-    /// As for [`uses`](Self::uses), and as the kernel says; [`io::ErrorKind::Unsupported`] if guests were
-    /// told that the disk can do more.
+    /// As for [`uses`](Self::uses), and those of the kernel; [`io::ErrorKind::Unsupported`] if guests have seen that
+    /// the disk can do more.
     pub fn start(&self, fence: Fence) -> io::Result<()> {
         self.uses(fence)?;
         let Err(error) = self.node.start() else {
@@ -162,8 +162,8 @@ impl Tap {
             lacking => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 format!(
-                    "guests were told that the disk takes {}, which this tapdisk does not understand: use \
-                     one that is as new as the one before",
+                    "the disk has offered {} to guests, which this tapdisk does not understand: use \
+                     one that is as new as the previous one",
                     request::names(lacking)
                 ),
             )),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A node as the process sees it: what it is told, and that mistakes of the kernel are found.
+//! A node from the process' side: the data that it gets, and that mistakes of the kernel are found.
 
 use diskio::{Access, Errno, Region};
 use proptest::prelude::*;
@@ -289,8 +289,8 @@ fn number_of_tags_is_bounded() {
 }
 
 proptest! {
-    /// Whatever is in the descriptor area, a request is refused, or its data is in the arena and as
-    /// long as it says.
+    /// With any content of the descriptor area, a request is refused, or its data is in the arena and as long as its
+    /// descriptor has it.
     #[test]
     fn any_descriptor_is_survived(
         op in 0_u8..8,

@@ -10,7 +10,7 @@ use tapdev::fake::{Fake, FakeNode};
 use tapdev::{Fence, Kind, Node, Params, Tap};
 use zerocopy::FromBytes;
 
-/// The description of a disk of 1 MiB that can be discarded, in bytes as it was written then.
+/// The description of a disk of 1 MiB that can be discarded, in the bytes of that version.
 fn description() -> Vec<u8> {
     let words: [u32; 14] = [
         1, 24, 2048, 0, 512, 4096, 2, 0, // size, blocks, a volatile cache
@@ -64,7 +64,7 @@ fn a_process_of_before_is_served() {
         assert_eq!(process.0.exchange(&[done], &mut []).unwrap(), 0);
         assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
     }
-    // It dies with a request, and one of now goes on; then the other way around.
+    // The old process dies with a request, and a new one continues; then the other way around.
     let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();
     let _ = process.fetch();
     drop(process);
@@ -165,7 +165,7 @@ fn under_a_kernel_of_before_what_goes_over_a_network_waits() {
     let refused = tap.start(Fence::None).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
     let minutes = Fence::Session { settle_ms: 600_000 };
-    // Nobody was there before.
+    // There was no process before.
     assert!(tap.settles(minutes).is_zero());
     tap.start(minutes).unwrap();
     let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();

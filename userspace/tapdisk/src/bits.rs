@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A bit for each unit of a disk, which is set if there may be something else than before.
 
-/// The bits of a disk, or of its beginning: what is behind them counts as set.
+/// The bits of a disk, or of its beginning: units behind them count as set.
 #[derive(Debug)]
 pub(crate) struct Bits {
     bytes: Vec<u8>,
@@ -10,7 +10,7 @@ pub(crate) struct Bits {
 }
 
 impl Bits {
-    /// The bits in these bytes, each of which stands for so many of the disk.
+    /// Makes a bitmap of these bytes, each bit of which covers `unit` bytes of the disk.
     pub(crate) fn new(bytes: Vec<u8>, unit: u64) -> Self {
         Self { bytes, unit }
     }
@@ -32,8 +32,8 @@ impl Bits {
         byte.is_none_or(|byte| byte & 1 << (number % 8) != 0)
     }
 
-    /// What changes if the bits of all that a range of the disk touches are set: from which byte on, and what is there
-    /// then. Nothing if they are.
+    /// Computes the change that sets the bits of all units that a range of the disk touches: the index of its first
+    /// byte, and the new bytes. `None` if all of these bits are set already.
     pub(crate) fn with(&self, offset: u64, len: u64) -> Option<(usize, Vec<u8>)> {
         let end = offset.saturating_add(len.checked_sub(1)?);
         let (first, last) = (offset / self.unit, end / self.unit);
@@ -52,7 +52,7 @@ impl Bits {
         Some((from, new))
     }
 
-    /// Does what [`with`](Self::with) said.
+    /// Makes the change that [`with`](Self::with) has returned.
     pub(crate) fn set(&mut self, from: usize, new: &[u8]) {
         let places = self.bytes.iter_mut().skip(from);
         places.zip(new).for_each(|(old, new)| *old = *new);

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel may do without this process: read and write where the image has the disk, a block device or a
-//! file.
+//! Passthrough, which the kernel serves without this process: reads and writes where the image has the disk, on a block
+//! device or in a file.
 //!
-//! Nobody else tells the kernel of it. Of an image that is the disk byte for byte it gets all, and flushes: when the
-//! disk is served, and again after what it forgot by itself, the range of each discard that it delivers. Of
-//! others it gets [part by part](parts) what was asked of this process, and what will be. It is taken back before the image may be somebody else's, and before others than the guest use the disk
-//! ([`Ban`]): the kernel knows the order of the guest's requests only. To take it back waits for I/O of the
-//! kernel, in a helper thread, and nothing is given meanwhile.
+//! Only this process sends mappings to the kernel. For an image that is the disk byte for byte it maps the whole disk,
+//! and flushes: when it begins to serve the disk, and again after each discard that the kernel delivered, because the
+//! kernel then drops the mapping of that range. For other images it maps [part by part](parts) the ranges that requests
+//! to this process touched, and those that it expects next. It revokes all mappings before another process may use the
+//! image, and before clients other than the guest use the disk ([`Ban`]), because the kernel knows only the order of
+//! the guest's requests. A revocation waits for I/O of the kernel, in a helper thread, and no mapping is sent during
+//! that time.
 
 mod parts;
 
@@ -29,18 +31,18 @@ const BACKING: u16 = 0;
 /// An image that the kernel may use.
 #[derive(Clone, Debug)]
 pub(crate) struct Image {
-    /// Has the thread in which a recall waits.
+    /// Runtime whose helper thread waits during a revocation.
     pub(crate) io: Io,
     pub(crate) mapper: Arc<dyn Mapper>,
     /// Bytes of the disk.
     pub(crate) size: u64,
     pub(crate) writable: bool,
-    /// It has the disk in parts, and the driver says where.
+    /// True if the disk is in the image in parts, whose places the driver reports.
     pub(crate) in_parts: bool,
 }
 
 impl Image {
-    /// What the kernel is told of it, as of a generation of its mappings.
+    /// Returns the mappings for the kernel, for a generation of its table.
     fn ops(&self, generation: u32) -> Vec<MapOp> {
         let set = self.set(
             &Place {
@@ -56,12 +58,12 @@ impl Image {
             op: MAP_FLUSH,
             ..MapOp::default()
         };
-        // Nobody flushes what nobody writes.
+        // A read-only disk needs no flushes.
         let flush = self.writable.then_some(flush);
         [set].into_iter().chain(flush).collect()
     }
 
-    /// Where a part of the disk is, as known in a generation.
+    /// Returns the mapping of a part of the disk, for a generation of the kernel's table.
     fn set(&self, place: &Place, generation: u32) -> MapOp {
         let (backing, flags) = match place.holder {
             Holder::Image if self.writable && place.writable => (BACKING, MAP_WRITE),
@@ -82,46 +84,47 @@ impl Image {
     }
 }
 
-/// What the kernel was told.
+/// State of the kernel's mappings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Told {
-    /// Nothing that still holds.
+    /// The kernel has no valid mapping.
     #[default]
     Nothing,
-    /// By this process nothing; what the process before has told may still be under way.
+    /// This process has sent none; I/O by mappings of the previous process may still be under way.
     Before,
-    /// Where the disk is.
+    /// This process has sent mappings.
     Image,
-    /// That this does not hold any more. It may still be using the image.
+    /// A revocation is under way or has failed, so the kernel may still be using the image.
     Recalled,
 }
 
-/// What the kernel may do now.
+/// Passthrough of a disk.
 #[derive(Debug, Default)]
 pub struct Direct {
     image: RefCell<Option<Image>>,
     told: Cell<Told>,
-    /// It is to be told where the disk is.
+    /// True if the mapping of the disk is to be sent.
     due: Cell<bool>,
-    /// The same, once it has what was answered before: it forgets a range with the answer, too.
+    /// True if the mapping is to be sent once the kernel has the earlier answers, because an answer also drops the
+    /// mapping of its range.
     due_later: Cell<bool>,
-    /// It is told nothing more of this image: it cannot use it, or does not listen.
+    /// True if no more mappings of this image are sent, because the kernel cannot use it or refuses them.
     is_vain: Cell<bool>,
-    /// Those who want it to do nothing.
+    /// Number of [`Ban`]s.
     bans: Cell<u32>,
-    /// Requests under way of which it forgets the range.
+    /// Number of requests under way whose ranges the kernel has dropped from its mappings.
     forgets: Cell<u32>,
-    /// Of what it is to be told where that is.
+    /// Ranges whose mappings are to be sent.
     missed: Missed,
-    /// Grows when what was looked up before may not be true any more, though the kernel would not know.
+    /// Grows when places that were looked up before may have changed without the kernel's knowledge.
     era: Cell<u64>,
-    /// Recalls come one after the other.
+    /// Serialises revocations.
     gate: Gate,
 }
 
-/// The kernel does nothing by itself while this is there.
+/// Passthrough is suspended while this exists.
 #[derive(Debug)]
-#[must_use = "the kernel goes on when this is dropped"]
+#[must_use = "the kernel may use the image again when this is dropped"]
 pub(crate) struct Ban(Rc<Direct>);
 
 impl Ban {
@@ -138,7 +141,7 @@ impl Drop for Ban {
     }
 }
 
-/// A request of which the kernel forgets the range, until it is answered.
+/// A request whose range the kernel has dropped from its mappings, until it is answered.
 #[derive(Debug)]
 pub(crate) struct Forgets(Rc<Direct>);
 
@@ -166,6 +169,11 @@ impl Direct {
         self.era.set(self.era.get().wrapping_add(1));
     }
 
+    /// The kernel may be using the image.
+    pub(crate) fn is_used(&self) -> bool {
+        self.told.get() != Told::Nothing && self.image.borrow().is_some()
+    }
+
     /// The disk has another size.
     pub(crate) fn resize(&self, size: u64) {
         if let Some(image) = self.image.borrow_mut().as_mut() {
@@ -174,14 +182,14 @@ impl Direct {
         }
     }
 
-    /// The kernel has forgotten the range of a request that was delivered; it is told again where that is
-    /// once for all that are under way.
+    /// Notes that the kernel has dropped the mapping of a delivered request's range; this process sends one new mapping
+    /// once all such requests are over.
     pub(crate) fn forgets(self: &Rc<Self>) -> Forgets {
         self.forgets.set(self.forgets.get() + 1);
         Forgets(self.clone())
     }
 
-    /// What was answered before is on its way, and is there when the kernel is told something in the next turn.
+    /// Notes that earlier answers are on their way: they reach the kernel before a mapping that the next turn sends.
     pub(crate) fn answered(&self) {
         if self.forgets.get() == 0 && self.due_later.take() {
             self.due.set(true);
@@ -200,7 +208,7 @@ impl Direct {
         }
     }
 
-    /// The kernel may be told where something is.
+    /// Returns true if mappings may be sent.
     fn may_tell(&self) -> bool {
         !self.is_vain.get() && self.bans.get() == 0 && self.told.get() != Told::Recalled
     }
@@ -220,7 +228,8 @@ impl Direct {
         image.mapper.maps(&image.ops(generation)).map(drop)
     }
 
-    /// That of the kernel's mappings, and one bit for each backing; nothing if nobody has given it the image.
+    /// Returns the generation of the kernel's mappings and one bit for each backing; `None` if the supervisor has not
+    /// given the image to the kernel.
     fn generation(&self, image: &Image) -> io::Result<Option<(u32, u32)>> {
         let now = image.mapper.maps(&[])?;
         let has_image = now.backings >> BACKING & 1 != 0;
@@ -228,10 +237,11 @@ impl Direct {
         Ok(has_image.then_some((now.generation, now.backings)))
     }
 
-    /// Waits until the kernel does nothing by itself. It does not until the ban is dropped.
+    /// Waits until no I/O of the kernel in passthrough is under way. Passthrough stays suspended until the ban is
+    /// dropped.
     ///
     /// # Errors
-    /// As the kernel says. It may be using the image.
+    /// The kernel returns an error. The kernel may be using the image.
     pub(crate) async fn forbid(self: &Rc<Self>) -> Result<Ban, Failure> {
         let ban = Ban::new(self);
         let _alone = self.gate.alone().await;
@@ -239,9 +249,10 @@ impl Direct {
         let Some(image) = image.filter(|_| self.told.get() != Told::Nothing) else {
             return Ok(ban);
         };
-        // One that does not listen, of which was told, has nothing under way.
+        // A kernel that refuses mappings, and that got some only from the previous process, has no I/O under way.
         let is_deaf = self.told.get() == Told::Before && self.is_vain.get();
-        // If nobody waits for it any more, the recall may come at any time, so nothing is told after this.
+        // If the caller drops this future, the revocation still happens at some time, so no mapping may be sent after
+        // this.
         self.told.set(Told::Recalled);
         let mapper = image.mapper;
         let recalled = image.io.elsewhere(move || recall(&*mapper)).await;
@@ -259,7 +270,7 @@ impl Direct {
         Ok(ban)
     }
 
-    /// The same for good: the image is not the disk's any more.
+    /// Revokes all mappings for good, because the image ceases to be the disk's.
     ///
     /// # Errors
     /// As for [`forbid`](Self::forbid).
@@ -269,7 +280,7 @@ impl Direct {
         Ok(())
     }
 
-    /// The node is given back, and with it all that the kernel was told by this process.
+    /// Forgets the image when this process gives the node back, because the kernel drops all mappings with it.
     pub(crate) fn leave(&self) {
         *self.image.borrow_mut() = None;
         self.end_era();

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests that do not come from the guest: those of NBD clients, and of jobs.
 //!
-//! They claim their range as the guest's do, so all that overlap take effect in the order of their
-//! arrival; while the disk is paused they wait.
+//! Each claims its range as the guest's requests do, so all that overlap take effect in the order of their arrival;
+//! while the disk is paused they wait.
 
 use crate::server::Failed;
 use crate::tracer::Asked;
-use crate::{Seen, Server, Session};
+use crate::{Server, Session};
 use control::tapdisk::Call;
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, Seen};
 use drivers::{Attributes, Extent};
 use std::rc::Rc;
 use trace::{Flags, Operation};
 
-/// What to do.
+/// Operation of a request.
 #[derive(Clone, Debug)]
 pub(crate) enum Work {
     Read(Data),
@@ -31,7 +31,7 @@ pub(crate) struct Request {
     pub(crate) offset: u64,
     /// Bytes; those of the data, if there are any.
     pub(crate) len: u64,
-    /// It must be durable when it is answered.
+    /// True if the change must be durable before the answer.
     pub(crate) fua: bool,
 }
 
@@ -84,10 +84,13 @@ impl Request {
                 Work::WriteZeroes => server.write_zeroes(offset, len, how).await,
             }
         };
-        server.changing(by, how.fua, work).await
+        match self.changes() {
+            true => server.changing(how.fua, work).await,
+            false => work.await.map_err(Failed::alone),
+        }
     }
 
-    /// What makes no sense for this disk.
+    /// Refuses requests that are invalid for this disk.
     fn check(&self, server: &Server) -> Result<(), Errno> {
         if matches!(self.work, Work::Flush) {
             return Ok(());
@@ -98,7 +101,7 @@ impl Request {
         check(server, self.offset, self.len)
     }
 
-    /// It changes what is on the disk.
+    /// Returns true if it changes the disk.
     fn changes(&self) -> bool {
         matches!(
             self.work,
@@ -106,7 +109,7 @@ impl Request {
         )
     }
 
-    /// To be written down.
+    /// Returns the request's entry in a trace.
     fn asked(&self) -> Asked {
         let (operation, data) = match &self.work {
             Work::Read(_) => (Operation::Read, None),

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What was counted, in memory that the next process gets: so a death does not set it back.
+//! Statistics in memory that survives this process, so that a death does not reset them.
 //!
-//! There are two places, written in turn: a process may be killed while it writes one. A text begins
-//! with its version and its number and ends with that number; of two the higher one counts. What is
-//! not understood counts as nothing.
+//! There are two places, which are used in turn, because a process may be killed while it writes one. A text begins
+//! with its version and its number and ends with that number; of two the higher one counts. An invalid text is ignored.
 
 use control::stats::{Counter, Stats};
 use diskio::Errno;
@@ -18,7 +17,7 @@ pub(crate) const SIZE: u64 = 2 * PLACE as u64;
 const PLACE: usize = 32 << 10;
 /// Time between two texts.
 const PERIOD: Duration = Duration::from_secs(1);
-/// What a text of this version begins with.
+/// First word of a text of this version.
 const VERSION: &str = "tapdisk-stats-1";
 
 /// The memory.
@@ -28,17 +27,17 @@ pub(crate) struct Kept {
     /// Number of the last text.
     number: Cell<u64>,
     written: Cell<Instant>,
-    /// How much was counted by then.
+    /// Number of counts at that time.
     counted: Cell<u64>,
-    /// Somebody wakes us when it is time for the next text.
+    /// A task waits to wake this process when the next text is due.
     is_awaited: Cell<bool>,
 }
 
-/// The numbers of texts are below this, so that they never run out, whatever an earlier process left.
+/// The numbers of texts are below this, so that they never run out, even if a hostile process left a high one.
 const NUMBERS: u64 = 1 << 62;
 
 impl Kept {
-    /// Uses memory, and returns what an earlier process left there.
+    /// Takes the memory, and returns the statistics of an earlier process.
     pub(crate) fn new(memory: OwnedFd) -> Result<(Self, Option<Stats>), Errno> {
         let mut found = [None, None];
         for (place, text) in (0..).zip(&mut found) {
@@ -62,13 +61,14 @@ impl Kept {
         Ok((kept, before))
     }
 
-    /// How soon the next text is due; nothing if all that was counted is written.
+    /// Returns the time until the next text is due; `None` if all counts are stored.
     pub(crate) fn is_due(&self, stats: &Stats) -> Option<Duration> {
         let is_new = counted(stats) != self.counted.get();
         is_new.then(|| PERIOD.saturating_sub(self.written.get().elapsed()))
     }
 
-    /// True for who asks first, until it is [over](Self::awaited): wakes us when the next text is due.
+    /// Returns true to the first caller, until its wait is [over](Self::awaited): that one wakes this process when the
+    /// next text is due.
     pub(crate) fn must_await(&self) -> bool {
         !self.is_awaited.replace(true)
     }
@@ -116,8 +116,8 @@ fn parse(bytes: &[u8]) -> Option<(u64, Stats)> {
     Some((number, stats))
 }
 
-/// What an earlier process counted, without what is not counted but is so at a moment. A number that no
-/// counter reaches is none of ours: it would run over.
+/// Returns an earlier process's counters, without its momentary values. A number that no counter can reach is not from
+/// a tapdisk, so the text is refused: it would overflow.
 fn own(stats: Stats) -> Option<Stats> {
     let counters = counters(&stats);
     let own = |counter: &Counter| {
@@ -142,6 +142,7 @@ fn own(stats: Stats) -> Option<Stats> {
         held: stats.held.min(NUMBERS),
         held_ns: stats.held_ns.min(NUMBERS),
         failed_traces: stats.failed_traces.min(NUMBERS),
+        owed: stats.owed.filter(|error| (1..4096).contains(error)),
         ..Stats::default()
     })
 }
@@ -215,8 +216,8 @@ mod tests {
         assert!(kept.must_await());
     }
 
-    /// The next process counts on, so no number may be near its end, and tells nothing as its own that an
-    /// earlier driver said.
+    /// The next process continues the counts, so no number may be near its limit, and it must not report the driver's
+    /// facts of an earlier process as its own.
     #[test]
     fn what_a_hostile_process_left_is_nothing_or_harmless() {
         let text = |number: u64, stats: &Stats| {

@@ -7,10 +7,10 @@
 //! results with the kernel, in batches. [`sandbox`] takes away all that this does not need.
 //! [`listen`] takes connections of the supervisor, [`nbd`] those of NBD clients.
 //!
-//! What the guest was answered is in the kernel or on the device: this process may be killed at any
-//! moment, and the next one goes on.
+//! The guest gets an answer only once its data is in the kernel or on the device, so this process may be killed at any
+//! moment, and the next one continues.
 #![forbid(unsafe_code)]
-// It panics if nobody reads: diskio::say! does not.
+// `eprintln!` panics if the reader of stderr is gone, `diskio::say!` does not.
 #![deny(clippy::print_stderr)]
 
 mod bits;
@@ -35,7 +35,7 @@ mod troubles;
 mod twin;
 
 pub use direct::Direct;
-pub use lost::{Lost, Seen};
+pub use lost::Lost;
 pub use needs::Needs;
 pub use ranges::Claim;
 pub use server::{Server, Terms};

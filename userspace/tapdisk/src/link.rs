@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The exchange with the kernel: results go out, tags of requests come in.
 //!
-//! With commands of `io_uring`, one command waits for tags at the kernel, and results go along with
-//! the next one or in a command of their own; all of it shares the system call with the I/O of the
-//! disk. Without, there is an ioctl for each turn, and a watch on the node while nothing is there.
+//! With commands of `io_uring`, one command waits for tags at the kernel, and results go along with the next one or in
+//! a command of their own; all of it shares the system call with the I/O of the disk. Without commands, there is an
+//! ioctl for each turn, and a watch on the node while it is idle.
 //!
 //! A command that waits cannot be taken back. So a link lives as long as the node is held, also while
 //! nothing is served: the tags that this one command may still bring are returned to the kernel.
@@ -31,13 +31,13 @@ pub(crate) struct Link {
     tap: Rc<Tap>,
     /// The exchange is by commands; decided when it starts.
     with_commands: Cell<bool>,
-    /// Requests are wanted.
+    /// True if requests may be fetched.
     fetching: Cell<bool>,
-    /// It is to be known when there are some, though they are not wanted.
+    /// True if new requests are only to be noticed and not fetched.
     watching: Cell<bool>,
-    /// There are, or others want something of the disk.
+    /// True if a request was noticed, or a client wants to use the disk.
     wanted: Cell<bool>,
-    /// Who waits for that.
+    /// Tasks that wait for that.
     wishing: RefCell<Vec<Waker>>,
     /// Results to be committed.
     done: RefCell<Vec<Completion>>,
@@ -78,7 +78,7 @@ impl Link {
         self.done.borrow_mut().push(completion);
     }
 
-    /// Requests are wanted.
+    /// Begins to fetch requests.
     pub(crate) fn start(&self) {
         let has_ring = self.io().engine() == diskio::Engine::Uring;
         self.with_commands.set(has_ring && self.tap.has_commands());
@@ -88,13 +88,13 @@ impl Link {
         self.io().heed_quick(false);
     }
 
-    /// No requests are wanted, but it is to be known when there are some.
+    /// Notices new requests without fetching them.
     pub(crate) fn watch(&self) {
         self.wanted.set(false);
         self.watching.set(true);
     }
 
-    /// That is not to be known any more. When this returns nothing but a command holds the node.
+    /// Stops noticing requests. When this returns, only a command may still hold the node.
     pub(crate) async fn unwatch(&self) {
         self.watching.set(false);
         if self.with_commands.get() {
@@ -113,7 +113,7 @@ impl Link {
         .await;
     }
 
-    /// Somebody wants something of the disk.
+    /// Notes that a client wants to use the disk.
     pub(crate) fn want(&self) {
         self.wanted.set(true);
         for waker in self.wishing.take() {
@@ -121,7 +121,7 @@ impl Link {
         }
     }
 
-    /// Something is wanted of a disk that [is watched](Self::watch).
+    /// Returns ready if a request or a client waits for a disk that [is watched](Self::watch).
     pub(crate) fn poll_wanted(&self, waker: &Waker) -> Poll<()> {
         match self.watching.get() && self.wanted.get() {
             true => Poll::Ready(()),
@@ -132,7 +132,7 @@ impl Link {
         }
     }
 
-    /// No more requests are wanted. Those that were fetched are to be served.
+    /// Fetches no more requests. The session still serves those that it has fetched.
     pub(crate) fn stop(&self) {
         self.fetching.set(false);
         // Nothing else may happen any more than that the last results are taken.
@@ -152,7 +152,7 @@ impl Link {
         self.with_commands.get() && self.waiting.borrow().is_some()
     }
 
-    /// Commands may bring requests that nobody wants any more.
+    /// Returns true if commands are under way, which may bring more requests although the session fetches none.
     pub(crate) fn has_commands(&self) -> bool {
         self.with_commands.get()
     }
@@ -175,12 +175,12 @@ impl Link {
             && self.commits.get() == 0
     }
 
-    /// The ring of the commands was closed: what they have brought is handed back, by calls.
+    /// Hands requests back that commands have brought, by plain calls, after the ring of the commands was closed.
     pub(crate) async fn commands_ended(&self) {
         self.with_commands.set(false);
         let mut turns = 0;
         poll_fn(|cx| {
-            // In each turn results are taken, and what came is handed back.
+            // Each turn takes results, and hands back the requests that have arrived.
             turns += 1;
             if turns > TURNS && self.is_calm() {
                 return Poll::Ready(());
@@ -334,7 +334,7 @@ mod tests {
     use tapdev::fake::Fake;
     use tapdev::{Params, Tap};
 
-    /// A command that nobody could take back brings a request although the disk is paused.
+    /// A command that could not be cancelled brings a request although the disk is paused.
     #[test]
     fn request_that_comes_too_late_goes_back() {
         let fake = Fake::new(2).unwrap();

@@ -95,7 +95,7 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
                         Some(answer) => answer,
                         None => return Ok(()),
                     },
-                    // What was begun is done, whether anybody waits for the answer or not.
+                    // Such a request is finished even if the supervisor does not wait for the answer any more.
                     false => answer.await,
                 };
                 let sent = send(io, socket, question.id, answer).await;
@@ -119,7 +119,7 @@ async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Fai
     }
 }
 
-/// The answer to a question that may wait for ever, or nothing if who asked is gone.
+/// Returns the answer to a question that may wait for ever, or `None` if the asker has disconnected.
 async fn unless_gone<T>(
     io: &Io,
     socket: &Rc<OwnedFd>,
@@ -142,7 +142,7 @@ async fn gone(io: &Io, socket: &Rc<OwnedFd>) {
         match recv(socket, &mut [0], RecvFlags::PEEK) {
             Err(Errno::AGAIN | Errno::INTR) => {}
             Ok((_, 0)) | Err(_) => return,
-            // It asks more before it has the answer, which it will take.
+            // The peer has sent the next question early, so it will still read the answer.
             Ok(_) => return pending().await,
         }
     }

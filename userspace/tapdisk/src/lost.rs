@@ -1,92 +1,189 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Writes that were answered and then could not be made durable.
+//! Acknowledged writes of a disk that may be lost, and the clients that know of them: [`Losses`], over all images that
+//! serve the disk in turn.
 //!
-//! The system tells such an error once to each descriptor, whoever of us made the call: the guest, an NBD
-//! client, a pause. The others must learn of it too, each with its next flush, or they would take for
-//! durable what is gone.
+//! An error is stored for the next process as soon as it occurs, so before any answer to the guest that depends on it:
+//! the guest learns of it even if this process dies.
 
-use diskio::Errno;
-use std::cell::Cell;
+use diskio::{Errno, Flushing, Losses, Seen, Writing};
+use std::cell::{Cell, RefCell};
 
-/// Errors that whoever relies on what was written has to be told of.
-#[derive(Debug, Default)]
+/// Function that stores the error that the guest must learn of for the next process; `None` if there is none any more.
+type Keep = Box<dyn Fn(Option<Errno>)>;
+
+/// Turns after which an answer is with the kernel.
+const TURNS: u32 = 3;
+
+/// Errors that the guest, and each other client, must learn of.
+#[derive(Default)]
 pub struct Lost {
-    count: Cell<u64>,
-    last: Cell<Option<Errno>>,
+    losses: Losses,
     guest: Seen,
+    /// Error that was handed on.
+    kept: Cell<Option<Errno>>,
+    /// Errors until then.
+    kept_count: Cell<u64>,
+    /// Turns since the guest was owed nothing any more.
+    turns: Cell<u32>,
+    keep: RefCell<Option<Keep>>,
 }
 
-/// What one of those who write has been told.
-#[derive(Clone, Debug, Default)]
-pub struct Seen(Cell<u64>);
+impl std::fmt::Debug for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.losses.fmt(f)
+    }
+}
 
 impl Lost {
-    /// What the guest has been told.
+    /// Returns the errors that the guest knows of.
     pub(crate) fn guest(&self) -> &Seen {
         &self.guest
     }
 
-    /// For who begins to write now: what was lost before is not its own.
+    /// As [`Losses::newcomer`].
     pub(crate) fn newcomer(&self) -> Seen {
-        Seen(self.count.clone())
+        self.losses.newcomer()
     }
 
-    /// The guest has not been told of all that was lost.
+    /// Returns true if the guest does not know of all lost writes.
     pub(crate) fn is_owed(&self) -> bool {
-        self.guest.0.get() != self.count.get()
+        self.losses.owes(&self.guest)
     }
 
-    /// Something was lost since the process was started.
+    /// As [`Losses::has_any`].
     pub(crate) fn has_any(&self) -> bool {
-        self.last.get().is_some()
+        self.losses.has_any()
     }
 
-    /// Not all could be made durable, and nobody who writes has been told.
+    /// As [`Losses::write`].
+    pub(crate) fn write(&self) -> Writing {
+        self.losses.write()
+    }
+
+    /// As [`Losses::since`].
+    pub(crate) fn since(&self, writing: &Writing) -> Option<Errno> {
+        self.losses.since(writing)
+    }
+
+    /// As [`Losses::acknowledge`].
+    pub(crate) fn acknowledge(&self, writing: Writing) {
+        self.losses.acknowledge(writing);
+        self.hand_on();
+    }
+
+    /// As [`Losses::add`].
     pub(crate) fn add(&self, error: Errno) {
-        // Who cannot make anything durable has not lost anything by saying so.
-        if error != Errno::OPNOTSUPP {
-            self.count.set(self.count.get().wrapping_add(1));
-            self.last.set(Some(error));
+        self.losses.add(error);
+        self.hand_on();
+    }
+
+    /// As [`Losses::begin`].
+    pub(crate) fn begin(&self, by: &Seen) -> Flushing {
+        self.losses.begin(by)
+    }
+
+    /// As [`Losses::end`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn end(
+        &self,
+        by: &Seen,
+        flushing: Flushing,
+        done: Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let told = self.losses.end(by, flushing, done);
+        self.hand_on();
+        told
+    }
+
+    /// Stores the guest's pending error with `keep` from now on. The previous process left `before`.
+    pub(crate) fn keep_by(&self, before: Option<Errno>, keep: Keep) {
+        if let Some(error) = self.kept.get() {
+            keep(Some(error));
+        }
+        self.keep.replace(Some(keep));
+        if let Some(error) = before {
+            self.kept.set(Some(error));
+            self.add(error);
         }
     }
 
-    /// The same, and `by` is told.
-    pub(crate) fn tell(&self, by: &Seen, error: Errno) {
-        self.add(error);
-        by.0.set(self.count.get());
+    /// Stores an error for the next process when it occurs, even if the guest gets it at once, because that answer is
+    /// not in the kernel yet.
+    fn hand_on(&self) {
+        if self.kept_count.replace(self.losses.count()) != self.losses.count() {
+            self.turns.set(0);
+            self.hand(self.losses.last());
+        }
     }
 
-    /// What `by` has not been told yet, once.
-    pub(crate) fn check(&self, by: &Seen) -> Result<(), Errno> {
-        let count = self.count.get();
-        match (by.0.replace(count) == count, self.last.get()) {
-            (false, Some(error)) => Err(error),
-            _ => Ok(()),
+    /// A turn begins, in which answers go to the kernel. Errors that only a driver knows are stored before that; some
+    /// turns after the guest has got its error, the stored one is deleted.
+    pub(crate) fn turn(&self, driver_owes: bool) {
+        match (self.kept.get(), driver_owes || self.is_owed()) {
+            (None, true) => self.hand(Some(self.losses.last().unwrap_or(Errno::IO))),
+            (Some(_), true) => self.turns.set(0),
+            (Some(_), false) if self.turns.get() >= TURNS => self.hand(None),
+            (Some(_), false) => self.turns.set(self.turns.get() + 1),
+            (None, false) => {}
+        }
+    }
+
+    fn hand(&self, owed: Option<Errno>) {
+        if self.kept.replace(owed) == owed {
+            return;
+        }
+        if let Some(keep) = &*self.keep.borrow() {
+            keep(owed);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Lost;
+    use super::{Lost, TURNS};
     use diskio::Errno;
+    use std::cell::RefCell;
+    use std::rc::Rc;
 
     #[test]
-    fn each_is_told_once() {
-        let lost = Lost::default();
-        let client = lost.newcomer();
-        assert_eq!(lost.check(lost.guest()), Ok(()));
-        lost.add(Errno::OPNOTSUPP);
-        assert_eq!(lost.check(&client), Ok(()));
+    fn what_the_guest_is_owed_is_handed_on_until_it_is_told() {
+        let kept = Rc::new(RefCell::new(Vec::new()));
+        let (lost, its) = (Lost::default(), kept.clone());
+        lost.keep_by(None, Box::new(move |owed| its.borrow_mut().push(owed)));
+        let turns = |count| (0..count).for_each(|_| lost.turn(false));
+        let flush = |done| lost.end(lost.guest(), lost.begin(lost.guest()), done);
+        turns(9);
+        assert_eq!(flush(Ok(())), Ok(()));
+        assert!(kept.borrow().is_empty());
+        // A driver knows of it, and then a flush reports it.
+        (0..9).for_each(|_| lost.turn(true));
+        assert_eq!(kept.take(), [Some(Errno::IO)]);
+        assert_eq!(flush(Err(Errno::NOSPC)), Err(Errno::NOSPC));
+        assert_eq!(kept.take(), [Some(Errno::NOSPC)], "the answer is to come");
+        turns(TURNS);
+        assert!(kept.borrow().is_empty(), "the answer may be on its way");
+        turns(9);
+        assert_eq!(kept.take(), [None]);
+        // A flush that fails without that anything was known before.
+        assert_eq!(flush(Err(Errno::IO)), Err(Errno::IO));
+        assert_eq!(kept.take(), [Some(Errno::IO)]);
+        // A write beside it that is answered later, which is owed to the guest.
+        let writing = lost.write();
         lost.add(Errno::IO);
-        assert_eq!(lost.check(lost.guest()), Err(Errno::IO));
-        assert_eq!(lost.check(lost.guest()), Ok(()));
-        assert_eq!(lost.check(&lost.newcomer()), Ok(()));
-        assert_eq!(lost.check(&client), Err(Errno::IO));
-        assert_eq!(lost.check(&client), Ok(()));
-        // Whose call failed knows already.
-        lost.tell(&client, Errno::NOSPC);
-        assert_eq!(lost.check(&client), Ok(()));
-        assert_eq!(lost.check(lost.guest()), Err(Errno::NOSPC));
+        lost.acknowledge(writing);
+        turns(9);
+        assert!(kept.borrow().is_empty() && lost.is_owed());
+    }
+
+    #[test]
+    fn next_process_owes_what_the_one_before_left() {
+        let lost = Lost::default();
+        lost.keep_by(Some(Errno::NOSPC), Box::new(|_| ()));
+        assert!(lost.is_owed());
+        let flushing = lost.begin(lost.guest());
+        let told = lost.end(lost.guest(), flushing, Ok(()));
+        assert_eq!((told, lost.is_owed()), (Err(Errno::NOSPC), false));
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! tapdisk: the command line.
 #![forbid(unsafe_code)]
-// It panics if nobody reads: diskio::say! does not.
+// `eprintln!` panics if the reader of stderr is gone, `diskio::say!` does not.
 #![deny(clippy::print_stderr)]
 
 use anyhow::{Context, Result};
@@ -20,9 +20,8 @@ use tapdisk::Session;
 
 /// Serve one disk of a Xen guest.
 ///
-/// A tapdisk is usually started by blktapctrl, which hands it a socket (--control-fd) and tells it
-/// over that what to serve. With --node it serves without a supervisor: for tests, and for those
-/// who have a supervisor of their own.
+/// blktapctrl usually starts a tapdisk, hands it a socket (--control-fd), and sends it the disk to serve over that.
+/// With --node it serves without a supervisor: for tests, and for users with a supervisor of their own.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = HELP)]
 struct Args {
@@ -39,18 +38,18 @@ struct Args {
     )]
     node: Option<PathBuf>,
 
-    /// The same, inherited
+    /// Node of the disk, as an inherited descriptor
     #[arg(long, value_name = "N", requires = "target")]
     node_fd: Option<i32>,
 
-    /// What to serve: DRIVER:IMAGE or DRIVER:SIZE
+    /// Target to serve: DRIVER:IMAGE or DRIVER:SIZE
     target: Option<Target>,
 
     /// Guests may not write
     #[arg(short, long, requires = "target")]
     read_only: bool,
 
-    /// Do not lock the image: others write it too, and know of each other
+    /// Do not lock the image: other hosts write to it, too, by agreement
     #[arg(long, requires = "target")]
     shared: bool,
 
@@ -62,7 +61,7 @@ struct Args {
     #[arg(long, value_name = "PATH", requires = "target")]
     nbd: Option<PathBuf>,
 
-    /// How I/O on the image is done
+    /// Engine for I/O on the image
     #[arg(long, value_enum, default_value_t)]
     engine: EngineName,
 
@@ -89,7 +88,7 @@ enum EngineName {
     Uring,
     /// Linux AIO
     Aio,
-    /// One system call after the other
+    /// A plain system call for each operation
     Sync,
 }
 
@@ -100,7 +99,10 @@ const HELP: &str = "\
 Drivers:
   aio:IMAGE    a raw file or block device, past the page cache
   sync:IMAGE   the same, on file systems that cannot do that
-  qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: the same, and vhdx: to be read only
+  qcow2:IMAGE  an image of that format; qcow: vhd: vmdk: as well, and vhdx: to be read only
+  luks:IMAGE   a raw image that is encrypted; key=FILE, in front, as for an encrypted qcow2 image; blktapctrl opens FILE
+  cow:DRIVER:IMAGE
+               an image that stays as it is; guests write to memory, which blktapctrl keeps; room=SIZE, in front limits it
   nbd:EXPORT   an export of an NBD server, such as nbd://host/disk; blktapctrl makes the connection;
                tls-ca=FILE, in front: with TLS, and a certificate that an authority in FILE has signed
   ram:SIZE     memory; blktapctrl keeps it for the next process, without it it ends with this one;
@@ -117,7 +119,7 @@ Examples:
 SIGTERM ends it in order: what it has is finished first, the rest waits in the kernel for the next
 tapdisk. If it is killed, nothing is lost either, but for ram without blktapctrl.
 
-Exit status: 0 after SIGTERM or an exit that was asked for, 1 after an error, 2 for a wrong command
+Exit status: 0 after SIGTERM or an exit that a supervisor requested, 1 after an error, 2 for a wrong command
 line.";
 
 fn main() -> ExitCode {
@@ -134,7 +136,7 @@ fn main() -> ExitCode {
 fn serve(args: &Args) -> Result<()> {
     let runtime = Runtime::new();
     let session = Session::new(&runtime);
-    // A ring cannot be made later, in the sandbox. Where it is not allowed at all, there is AIO.
+    // A ring cannot be made later, in the sandbox. If the ring is not allowed at all, AIO is used.
     if let Err(error) = runtime.io.prepare_uring() {
         diskio::say!("tapdisk: io_uring is not possible here: {error}");
     }
@@ -158,7 +160,7 @@ fn serve(args: &Args) -> Result<()> {
             diskio::say!("tapdisk: {note}");
         }
     }
-    // They have what was prepared and the signals that are blocked, and cannot be started later.
+    // The threads inherit the preparations and the blocked signals, and cannot be started later.
     runtime
         .io
         .start_helpers(HELPERS)
@@ -193,12 +195,12 @@ fn serve(args: &Args) -> Result<()> {
     failed.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
-/// What a terminal sends to the supervisor is not meant for who serves a guest. Nor is the hangup that
-/// the kernel sends to a group with a stopped process when the group's parent in the session ends: a
-/// tapdisk that is stopped stays until somebody decides.
+/// Leaves the supervisor's session, because a signal from its terminal is not meant for a process that serves a guest.
+/// The kernel also sends a hangup to a group with a stopped process when the group's parent in the session ends: a
+/// stopped tapdisk must stay until an administrator decides.
 fn leave_session() -> std::io::Result<()> {
     match rustix::process::setsid() {
-        // Who started it gave it a group of its own, and with that its place.
+        // The supervisor has made it the leader of its own group already, so no such signal reaches it.
         Ok(_) | Err(rustix::io::Errno::PERM) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -286,7 +288,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
     Ok((node, request, image.transpose()?))
 }
 
-/// Memory that ends with this process: nobody keeps it for the next one.
+/// Creates memory that ends with this process, because no supervisor keeps it for the next one.
 fn memory(size: u64) -> std::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC;
     let memory = match memfd_create("ram", flags | MemfdFlags::NOEXEC_SEAL) {

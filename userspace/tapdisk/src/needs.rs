@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Needed this process cannot open itself: the supervisor is told, decides, and sends a descriptor.
+//! Asks the supervisor for files that this process cannot open: the supervisor decides, and sends a descriptor.
 
 use crate::troubles::wait;
 use control::tapdisk::{Need, Needed, Provided};
@@ -9,18 +9,18 @@ use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::task::{Poll, Waker};
 
-/// Something that was given.
+/// Descriptor that the supervisor has given.
 #[derive(Debug)]
 pub struct Given {
-    /// It.
+    /// Descriptor.
     pub fd: OwnedFd,
-    /// It is to be locked, as the image is.
+    /// True if it must be locked, as the image is.
     pub lock: bool,
     /// The number by which the kernel knows it.
     pub backing: Option<u16>,
 }
 
-/// What a supervisor answers.
+/// Answer of the supervisor.
 #[derive(Debug)]
 enum Answer {
     Given(Given),
@@ -28,7 +28,7 @@ enum Answer {
     Changed(Changed),
 }
 
-/// One that is asked for.
+/// Open question.
 #[derive(Debug)]
 struct Asked {
     need: Need,
@@ -44,16 +44,16 @@ struct State {
     listening: Vec<Waker>,
 }
 
-/// Needed this process needs and has not been given.
+/// Open questions of this process to the supervisor.
 #[derive(Debug, Default)]
 pub struct Needs(RefCell<State>);
 
 impl Needs {
-    /// Asks for something, and waits for the answer. A supervisor that is started meanwhile is asked,
-    /// too.
+    /// Asks the supervisor for a file, and waits for the answer. A supervisor that starts during the wait gets the
+    /// question, too.
     ///
     /// # Errors
-    /// It is refused: says why.
+    /// The supervisor refuses, with its reason.
     pub async fn ask(&self, what: Needed) -> Result<Given, Failure> {
         match self.answer(what).await? {
             Answer::Given(given) => Ok(given),
@@ -72,7 +72,7 @@ impl Needs {
         }
     }
 
-    /// Where the disk, which has so many bytes, was written since a mark, from a place on.
+    /// Asks for the ranges of a disk of `size` bytes that have changed since a mark, from byte `from` on.
     ///
     /// # Errors
     /// As [`ask`](Self::ask).
@@ -90,7 +90,7 @@ impl Needs {
 
     async fn answer(&self, what: Needed) -> Result<Answer, Failure> {
         let number = self.add(what);
-        // Who does not wait for the answer any more does not ask either.
+        // If the caller stops waiting for the answer, the question is withdrawn.
         let _withdrawn = Withdraw(self, number);
         poll_fn(|cx| self.poll(number, cx.waker())).await
     }
@@ -121,7 +121,7 @@ impl Needs {
                     Poll::Pending
                 }
             },
-            None => Poll::Ready(Err(Failure::invalid("nobody asks for that any more"))),
+            None => Poll::Ready(Err(Failure::invalid("the question for that was withdrawn"))),
         }
     }
 
@@ -169,7 +169,7 @@ impl Needs {
         };
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
-        // Two supervisors may answer, or nobody may wait any more: the first answer counts.
+        // Two supervisors may answer, or the caller may have stopped waiting: only the first answer counts.
         if let Some(asked) = asked.filter(|asked| asked.answer.is_none()) {
             asked.answer = Some(answer);
             if let Some(waker) = asked.waker.take() {
@@ -184,7 +184,7 @@ fn something_else(answer: &Answer) -> Failure {
     Failure::invalid(format!("an answer to something else: {answer:?}"))
 }
 
-/// Ends a need with who has it.
+/// Withdraws a question when its caller stops waiting.
 struct Withdraw<'a>(&'a Needs, u64);
 
 impl Drop for Withdraw<'_> {

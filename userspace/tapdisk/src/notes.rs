@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the disk is written is noted, in memory that outlives this process: a bit for each unit of the disk.
+//! Dirty bitmap of the disk, in memory that survives this process: a bit for each unit of the disk.
 //!
-//! A bit is set before what it stands for is written. So whatever becomes of this process, nothing has changed where no
-//! bit is set. Most writes find their bits set, and cost nothing more than to look.
+//! A bit is set before the write of its unit, so even if this process dies, a unit without a bit has not changed. Most
+//! writes find their bits set, and only read the bitmap.
 
 use crate::bits::Bits;
 use control::{Code, Failure};
@@ -13,26 +13,28 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-const UNREAD: &str = "cannot read the notes of where the disk was written";
+const UNREAD: &str = "cannot read the dirty bitmap";
 /// Bytes of the largest map that is taken.
 const LARGEST: u64 = 64 << 20;
 
-/// The notes.
+/// Dirty bitmap, in memory that survives the process.
 #[derive(Debug)]
 pub(crate) struct Notes {
     memory: File,
-    /// What the memory has. What is behind its end needs no note: the disk was not so large.
+    /// Copy of the memory. A write behind its end needs no bit, because the disk was smaller when the bitmap was
+    /// created.
     bits: RefCell<Bits>,
 }
 
 impl Notes {
-    /// Goes on with what is noted already.
+    /// Continues a bitmap of an earlier process. `unit` is in bytes.
     ///
     /// # Errors
-    /// It cannot be read, or makes no sense.
+    /// The memory cannot be read or is too large, or `unit` is no multiple of 512.
     pub(crate) fn new(memory: OwnedFd, unit: u64) -> Result<Self, Failure> {
         if unit == 0 || unit % 512 != 0 {
-            let why = format!("notes of units of {unit} bytes: whole sectors of 512 are wanted");
+            let why =
+                format!("dirty bitmap with units of {unit} bytes: they must be a multiple of 512");
             return Err(Failure::invalid(why));
         }
         let size = fstat(&memory).map_err(|error| Failure::system(UNREAD, &error.into()))?;
@@ -41,7 +43,7 @@ impl Notes {
         if size > LARGEST {
             return Err(Failure::new(
                 Code::Invalid,
-                format!("notes of {size} bytes: {LARGEST} are the most"),
+                format!("dirty bitmap of {size} bytes: {LARGEST} are the most"),
             ));
         }
         // CAST: it is not larger than that.
@@ -55,7 +57,7 @@ impl Notes {
         })
     }
 
-    /// Notes that a range of the disk is about to be written.
+    /// Sets the bits of a range before the disk is changed there.
     pub(crate) fn add(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mut bits = self.bits.borrow_mut();
         if let Some((from, new)) = bits.with(offset, len) {
@@ -67,7 +69,7 @@ impl Notes {
         Ok(())
     }
 
-    /// What is noted.
+    /// Returns the bitmap.
     pub(crate) fn bits(&self) -> Ref<'_, Bits> {
         self.bits.borrow()
     }
@@ -102,7 +104,8 @@ mod tests {
     }
 
     proptest! {
-        /// Of any writes, over deaths, exactly those units have a bit that were touched, and only where there is one.
+        /// After any writes and deaths, exactly the touched units have their bits set, if the memory has a bit for
+        /// them.
         #[test]
         fn each_unit_that_is_touched_has_its_bit(
             writes in prop::collection::vec((0u64..200 * UNIT, 0u64..9 * UNIT, any::<bool>()), 0..40),

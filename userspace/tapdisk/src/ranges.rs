@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which parts of the disk are worked on, and who waits for whom: requests that overlap, with a write on
-//! either side, take effect in the order of their arrival, wherever they come from.
+//! Ranges of the disk that requests are working on: requests that overlap, with a write on either side, take effect in
+//! the order of their arrival, wherever they come from.
 //!
-//! The kernel keeps the guest's requests from each other; what is left are those of NBD clients and
-//! jobs, with each other and with the guest's. There are few of them, usually none, and then a request of the
-//! guest costs nothing but its entry.
+//! The kernel orders the guest's requests among themselves; this orders those of NBD clients and jobs, with each other
+//! and with the guest's. Usually there are no such requests, and then a request of the guest costs only its entry.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-/// Where a request comes from.
+/// Origin of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// The kernel, which has ordered it among its own.
     Guest,
-    /// Anybody else: an NBD client, or a job.
+    /// Any other client: an NBD client, or a job.
     Client,
 }
 
@@ -68,7 +67,7 @@ impl State {
         }
     }
 
-    /// Everybody who waits looks again.
+    /// Wakes all waiting tasks, which check again.
     fn wake(&mut self) {
         if self.waiting == 0 {
             return;
@@ -206,7 +205,7 @@ mod tests {
             poll(&mut client).is_none(),
             "it reads what is being written"
         );
-        // It came later than one that waits, and waits behind it.
+        // This request came after one that waits, and waits behind it.
         let mut second = ask(&ranges, Source::Guest, 10, 11, true);
         assert!(poll(&mut second).is_none());
         assert!(poll(&mut ask(&ranges, Source::Guest, 12, 13, true)).is_some());

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Takes away all that serving a disk does not need.
+//! Removes all rights that serving a disk does not need.
 //!
-//! A guest writes the content of images, and some of it is parsed here. Whoever takes over this
-//! process that way finds: no file can be opened (landlock, and the filter), no socket or process
-//! made, no memory made executable, no privilege gained; and that `io_uring`, which passes by the
-//! filter, accepts transfers only, because the ring was made before and no other can be.
+//! A guest writes the content of images, and some of it is parsed here. An attacker who takes over this process that
+//! way can open no file (landlock, and the filter), make no socket or process and no executable memory, and gain no
+//! privilege; `io_uring`, which the filter does not see, accepts transfers only, because the ring was made before and
+//! no other one can be.
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
@@ -75,9 +75,9 @@ fn entry(passwd: &str, name: &str) -> Option<(u32, u32)> {
     Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
 }
 
-/// What the process may use, while it still may say so: keeps its memory from being swapped, tells
-/// the kernel that writing back may wait for this process, and forbids dumps of the guest's data.
-/// What needs privileges that are not there is left out, and returned as notes.
+/// Reserves what the process needs while it still may: keeps its memory from being swapped, tells the kernel that
+/// writing back may wait for this process, and forbids dumps of the guest's data. Steps that fail for lack of
+/// privileges are skipped, and returned as notes.
 ///
 /// # Errors
 /// If the system refuses what needs no privileges.
@@ -117,11 +117,11 @@ pub fn prepare() -> io::Result<Vec<String>> {
     Ok(notes)
 }
 
-/// Takes everything away from the calling thread. It is to be done in each of a process.
+/// Removes all unneeded rights from the calling thread. A process must call it in each of its threads.
 ///
 /// # Errors
-/// If the system refuses something but landlock, which older kernels do not have: what is missing of it
-/// is returned.
+/// If the system refuses something else than landlock, which older kernels do not have: the missing part of that is
+/// returned.
 pub fn confine(user: Option<User>) -> io::Result<Option<String>> {
     // These look at the process' auxiliary vector at their first use, which needs a file.
     let _ = (
@@ -152,7 +152,7 @@ pub fn confine(user: Option<User>) -> io::Result<Option<String>> {
     })
 }
 
-/// No file, no port, no abstract socket; what is open stays so. Says how much of that is enforced.
+/// Forbids new files, ports and abstract sockets; open ones stay usable. Returns the part that the kernel enforces.
 fn forbid_files() -> Result<RulesetStatus, RulesetError> {
     let all = ABI::V6;
     Ruleset::default()
@@ -255,7 +255,7 @@ const FCNTLS: &[i32] = &[
     libc::F_OFD_SETLK,
 ];
 
-/// The filter: what is not in the lists fails with `EPERM`.
+/// Returns the filter: a call that is not in the lists fails with `EPERM`.
 fn filter() -> io::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         CALLS.iter().map(|call| (*call, Vec::new())).collect();
@@ -289,7 +289,7 @@ fn filter() -> io::Result<BpfProgram> {
         .map_err(io::Error::other)
 }
 
-/// One rule for each entry of a list.
+/// Returns one rule for each entry of a list.
 fn each<T>(
     list: &[T],
     rule: impl Fn(&T) -> Result<SeccompRule, seccompiler::BackendError>,
@@ -324,7 +324,7 @@ mod tests {
     use std::thread;
     use tapdev::{KernelNode, Node};
 
-    /// What a thread may still do; the filter is that of a thread.
+    /// Installs the system-call filter of a thread: each thread has its own.
     #[test]
     fn forbidden_calls_are_refused_and_transfers_are_not() {
         let child = thread::spawn(|| {
@@ -360,7 +360,7 @@ mod tests {
                     .map(drop)
                     .map_err(Into::into),
             );
-            // It is no node, but to ask it is allowed, here and where a recall waits.
+            // The file is no node, but the question is allowed, here and in the thread that waits for a revocation.
             let mapper = KernelNode::new(null.into()).mapper().unwrap();
             let ask = move || mapper.maps(&[]).map(drop);
             let asked = runtime.block_on({

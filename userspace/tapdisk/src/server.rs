@@ -3,7 +3,7 @@
 
 use crate::direct::Direct;
 use crate::link::Link;
-use crate::lost::{Lost, Seen};
+use crate::lost::Lost;
 use crate::notes::Notes;
 use crate::ranges::{Claim, Range, Ranges, Source};
 use crate::throttle::{Throttle, Wanted};
@@ -13,7 +13,7 @@ use crate::Troubles;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Rules, Trouble};
 use control::{Code, Failure};
-use diskio::{Bytes, Errno, Runtime};
+use diskio::{of_earlier, Bytes, Errno, Runtime, Seen};
 use drivers::{Attributes, Disk, Shape};
 use futures::future::join;
 use rustix::time::{clock_gettime, ClockId};
@@ -27,37 +27,37 @@ use tapdev::abi::Completion;
 use tapdev::{Kind, Request, Tap};
 use trace::{Flags, Operation};
 
-/// How requests are served, whatever the disk is.
+/// Conditions under which requests are served, whatever the disk is.
 #[derive(Clone, Debug, Default)]
 pub struct Terms {
     /// Guests may not write.
     pub read_only: bool,
     /// The disk's lease is a reservation, so what its storage refuses was another host's to write.
     pub reserved: bool,
-    /// What is done with requests that fail. It may change.
+    /// Policy for requests that fail. It may change.
     pub rules: Rc<Cell<Rules>>,
     /// Holds the guest's requests back.
     pub throttle: Rc<Throttle>,
-    /// Where it is written down.
+    /// Record of the requests that failed.
     pub troubles: Rc<Troubles>,
-    /// What could not be made durable, and who knows.
+    /// Data that no flush made durable, and the clients that know of the loss.
     pub lost: Rc<Lost>,
-    /// What the kernel may do by itself.
+    /// Passthrough: the part of the disk that the kernel may serve without this process.
     pub direct: Rc<Direct>,
 }
 
-/// How a request failed.
+/// Failure of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failed {
     /// The error.
     pub(crate) error: Errno,
-    /// What was answered before may be lost. The system says so once: to try again would hide it.
+    /// Earlier writes that were answered may be lost. The system reports that once: another try would hide it.
     pub(crate) is_final: bool,
 }
 
 impl Failed {
     /// Nothing but this request failed.
-    fn alone(error: Errno) -> Self {
+    pub(crate) fn alone(error: Errno) -> Self {
         Self {
             error,
             is_final: false,
@@ -84,30 +84,34 @@ pub struct Server {
     terms: Terms,
     stats: Rc<RefCell<Stats>>,
     in_flight: Cell<u64>,
-    /// What is worked on, for the guest and for others.
+    /// Ranges of the disk that requests of the guest and of others use.
     ranges: Ranges,
     /// Tags that are being looked at; kept for its memory.
     tags: RefCell<Vec<u16>>,
-    /// Who waits until everything is over.
+    /// Tasks that wait until everything is over.
     quiet: RefCell<Vec<Waker>>,
-    /// Who waits for a moment in which nothing is to be done.
+    /// Tasks that wait for a moment without requests.
     calm: RefCell<Vec<Waker>>,
     /// Requests that came.
     came: Cell<u64>,
-    /// Those that had come when a drain began.
+    /// Number of requests that had come when a drain began.
     drains: Cell<Option<u64>>,
-    /// What the disk is copied to.
+    /// Other image that a mirror or a commit copies the disk to: writes of the disk go there as well.
     twin: RefCell<Option<Rc<Twin>>>,
-    /// Where it is written.
+    /// Dirty bitmap, which records the ranges of writes, if there is one.
     notes: RefCell<Option<Rc<Notes>>>,
-    /// What is asked of it.
+    /// Trace of the requests, if it is on.
     pub(crate) tracing: Tracing,
 }
 
+/// A discard costs as much as a write of `DISCARD_COST` bytes for each `DISCARD_UNIT` bytes begun, because the storage
+/// changes its own tables, and writes no data.
+const DISCARD_COST: u64 = 4 << 10;
+const DISCARD_UNIT: u64 = 4 << 20;
 /// A guest that is suspended has no more requests than its rings hold.
 const SUSPENDED: u64 = tapdev::abi::MAX_TAGS as u64;
-/// How long nothing comes from a guest that has nothing in its rings any more: the kernel takes out of them
-/// what there was no room for before.
+/// Time without a request after which a guest with empty rings counts as calm: the kernel may still take requests out
+/// of them for which there was no room before.
 const CALM: Duration = Duration::from_millis(2);
 
 impl Server {
@@ -158,7 +162,7 @@ impl Server {
         })
     }
 
-    /// What is served.
+    /// Returns the disk that is served.
     pub fn disk(&self) -> &Disk {
         &self.disk
     }
@@ -191,8 +195,8 @@ impl Server {
         Hold(self.clone())
     }
 
-    /// Waits until nothing is in the way of a request that does not come from the guest, and keeps what
-    /// comes later from it until the claim is dropped.
+    /// Waits until no other request is in the way of one that does not come from the guest, and holds later requests of
+    /// the guest to this range back until the claim is dropped.
     pub async fn claim(&self, offset: u64, len: u64, writes: bool) -> Claim {
         self.range(Source::Client, offset, len, writes).await
     }
@@ -211,9 +215,10 @@ impl Server {
         self.in_flight.get()
     }
 
-    /// Commits what is done and makes tasks of what came; true if something came. An error means
-    /// that the kernel does not talk to us: the process has to end.
+    /// Commits finished requests and makes tasks of new ones; true if any came. An error means that the kernel does not
+    /// talk to us: the process has to end.
     pub fn turn(self: &Rc<Self>) -> io::Result<bool> {
+        self.terms.lost.turn(self.disk.owes());
         // A command takes the answers of a turn along when that is over, a call at once.
         self.tell_kernel();
         let mut tags = self.tags.take();
@@ -249,15 +254,16 @@ impl Server {
         Ok(came)
     }
 
-    /// Has the kernel know where the disk is. The guest has to learn of what is lost, and the kernel would not tell it.
+    /// Gives the kernel the places of the disk, unless writes are lost: the guest has to learn of that, and the kernel
+    /// would not report it.
     fn tell_kernel(&self) {
         if !self.terms.lost.has_any() {
             self.terms.direct.turn();
         }
     }
 
-    /// Has the kernel know of what was asked of this process and will be, in a task of its own. The disk is not closed
-    /// meanwhile.
+    /// Gives the kernel the places of ranges that the guest asked for or will ask for, in a task of its own. The disk
+    /// is not closed before that ends.
     fn look_for_places(self: &Rc<Self>) {
         let is_idle = self.in_flight.get() == 0 && self.is_fetching();
         if self.terms.direct.must_look(is_idle) {
@@ -283,22 +289,23 @@ impl Server {
         });
     }
 
-    /// Waits until the kernel does nothing for the disk by itself any more. What it did is on the image as
-    /// if this process had done it.
+    /// Waits until the kernel serves no part of the disk any more. The kernel's I/O is on the image as if this process
+    /// had done it.
     ///
     /// # Errors
-    /// As the kernel says. It may be using the image.
+    /// As the kernel says. The kernel may be using the image.
     pub(crate) async fn take_back(&self) -> Result<(), Failure> {
         self.terms.direct.end().await
     }
 
-    /// Serves on until a guest that is suspended has nothing to ask for any more, and then
-    /// [fetches](Self::quiesce) no more. What comes later all the same waits in the kernel.
+    /// Serves on until a guest that is suspended has nothing to ask for any more, and then [fetches](Self::quiesce) no
+    /// more. Requests that come later wait in the kernel.
     ///
     /// # Errors
-    /// Requests go on coming, or the disk has stopped for one that failed.
+    /// Requests keep coming, or the disk has stopped for one that failed.
     pub(crate) async fn drain(&self) -> Result<(), Failure> {
-        // What the kernel executes is not seen here. It goes on if the guest does.
+        // This process does not see the requests that the kernel executes, so passthrough is off during the drain. The
+        // guest gets it back if it resumes.
         let _ban = self.terms.direct.forbid().await?;
         self.drains.set(Some(self.came.get()));
         self.terms.throttle.look_again();
@@ -334,7 +341,7 @@ impl Server {
             if self.goes_on() {
                 return Err(Failure::new(
                     Code::State,
-                    "requests go on coming: the guest is not suspended",
+                    "requests keep coming: the guest is not suspended",
                 ));
             }
             let waiting = self.tap.look().map_or(0, |info| info.waiting);
@@ -344,7 +351,7 @@ impl Server {
         }
     }
 
-    /// It is about to have nothing under way.
+    /// True during a drain.
     pub(crate) fn is_draining(&self) -> bool {
         self.drains.get().is_some()
     }
@@ -355,8 +362,7 @@ impl Server {
         first.is_some_and(|first| self.came.get().wrapping_sub(first) > SUSPENDED)
     }
 
-    /// Fetches no more, and waits until everything that was fetched is committed. The kernel keeps
-    /// what comes.
+    /// Fetches no more, and waits until everything that was fetched is committed. The kernel keeps later requests.
     pub async fn quiesce(&self) {
         self.link.stop();
         self.terms.throttle.look_again();
@@ -371,7 +377,7 @@ impl Server {
         self.tracing.settle();
     }
 
-    /// Requests are wanted: the disk is not about to be closed.
+    /// True while the process fetches requests: the disk is not about to be closed.
     pub(crate) fn is_fetching(&self) -> bool {
         self.link.is_fetching()
     }
@@ -384,7 +390,7 @@ impl Server {
         self.in_flight.get() == 0 && self.link.is_calm()
     }
 
-    /// Executes a request; returns what is to be said of it.
+    /// Executes a request; returns its completion.
     async fn serve(&self, request: &Request) -> Completion {
         let mut result = self.check(request);
         if let Err(error) = result {
@@ -422,11 +428,8 @@ impl Server {
 
     /// Waits until the guest may have this done; false if it is not to be done here any more.
     async fn may_begin(&self, request: &Request) -> bool {
-        let bytes = match request.kind {
-            // What was allowed to be written is allowed to be safe.
-            Kind::Flush => return true,
-            Kind::Read | Kind::Write => request.len,
-            Kind::Discard { .. } | Kind::WriteZeroes => 0,
+        let Some(bytes) = cost(request.kind, request.len) else {
+            return true;
         };
         let is_wanted = || match (self.is_draining(), self.is_fetching()) {
             (true, _) => Wanted::Now,
@@ -443,10 +446,10 @@ impl Server {
         let Failed { error, is_final } = failed;
         let rules = self.terms.rules.get();
         let policy = match error {
-            // What the image cannot do at all is no failure of its storage.
+            // An operation that the image does not support is no failure of its storage.
             Errno::OPNOTSUPP => return false,
             Errno::NOSPC | Errno::DQUOT => rules.on_no_space,
-            // Who takes the reservation away ends what is under way, by whatever error its driver has for that.
+            // A host that takes the reservation away ends the I/O under way, by whatever error its driver has for that.
             _ if self.terms.reserved => OnError::Stop,
             _ => rules.on_error,
         };
@@ -474,7 +477,7 @@ impl Server {
     fn stop_kernel(&self) {
         let direct = self.terms.direct.clone();
         self.runtime.tasks.spawn(async move {
-            // Who pauses the disk then tries once more, and is told.
+            // A later pause of the disk tries once more, and reports the failure.
             if let Err(failure) = direct.end().await {
                 diskio::say!("tapdisk: the disk does not stop: {failure}");
             }
@@ -492,7 +495,7 @@ impl Server {
         self.terms.troubles.add(trouble, stops);
     }
 
-    /// What makes no sense for this disk, whatever its image can do.
+    /// Checks that the request makes sense for this disk, whatever its image can do.
     fn check(&self, request: &Request) -> Result<(), Errno> {
         let end = request.offset.checked_add(request.len);
         if end.is_none_or(|end| end > self.size.get()) {
@@ -547,11 +550,12 @@ impl Server {
         };
         match request.kind {
             Kind::Flush => self.flush(guest).await,
-            _ => self.changing(guest, how.fua, work).await,
+            Kind::Read => work.await.map_err(Failed::alone),
+            _ => self.changing(how.fua, work).await,
         }
     }
 
-    /// What the disk is copied to, if it is.
+    /// Returns the other image that a mirror or a commit copies the disk to, if there is one.
     pub(crate) fn twin(&self) -> Option<Rc<Twin>> {
         self.twin.borrow().clone()
     }
@@ -560,17 +564,17 @@ impl Server {
         self.twin.replace(twin);
     }
 
-    /// From now on it is noted there where the disk is written.
+    /// Sets or removes the dirty bitmap, which records writes from now on.
     pub(crate) fn set_notes(&self, notes: Option<Rc<Notes>>) {
         self.notes.replace(notes);
     }
 
-    /// Where it is noted where the disk is written, if it is.
+    /// Returns the dirty bitmap, if there is one.
     pub(crate) fn notes(&self) -> Option<Rc<Notes>> {
         self.notes.borrow().clone()
     }
 
-    /// Notes that a range is about to be written. Without a note it is not.
+    /// Marks a range in the dirty bitmap before a write. If that fails, the caller must not write the range.
     fn note(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let notes = self.notes.borrow();
         notes
@@ -578,7 +582,8 @@ impl Server {
             .map_or(Ok(()), |notes| notes.add(offset, len))
     }
 
-    /// Writes a range that is claimed. What is below changes only where the image over it has something itself.
+    /// Writes a range that is claimed. A commit's backing image changes only after the image over it has the range
+    /// allocated.
     pub(crate) async fn write(
         &self,
         offset: u64,
@@ -621,7 +626,8 @@ impl Server {
         self.after(&twin, zeroed, offset, len).await
     }
 
-    /// What was done to both: if it failed here, what there is now only this disk knows.
+    /// Handles the result of an operation on both: if it failed here, only this disk has the content, which is copied
+    /// again.
     async fn after(
         &self,
         twin: &Twin,
@@ -644,50 +650,81 @@ impl Server {
     ) -> Result<(), Errno> {
         self.note(offset, len)?;
         let discarded = self.disk.discard(offset, len, how).await;
-        // What there is now only this disk knows, also if it failed.
+        // Only this disk has the content now, also if the discard failed.
         if let Some(twin) = self.twin().filter(|_| discarded != Err(Errno::OPNOTSUPP)) {
             twin.copy_again(&self.disk, offset, len).await;
         }
         discarded
     }
 
-    /// Does `work`, which makes durable what it does if `fua`.
+    /// Does `work`, which changes the disk, and makes that durable if `fua`. The result reports no loss of earlier
+    /// writes: the next flush does, also if they were lost here.
     pub(crate) async fn changing(
         &self,
-        by: &Seen,
         fua: bool,
         work: impl Future<Output = Result<(), Errno>>,
     ) -> Result<(), Failed> {
         let lost = &self.terms.lost;
-        if fua {
-            lost.check(by).map_err(Failed::for_good)?;
-        }
-        work.await.map_err(|error| match error {
-            // Of the work itself, see `Attributes::fua`.
+        let writing = lost.write();
+        let error = match work.await {
+            // The flush that made it durable may have come after one that lost a part of it, which another request
+            // has reported.
+            Ok(()) => match lost.since(&writing).filter(|_| fua) {
+                Some(error) => return Err(Failed::for_good(of_earlier(error))),
+                None => {
+                    lost.acknowledge(writing);
+                    return Ok(());
+                }
+            },
+            Err(error) => error,
+        };
+        Err(match error {
+            // These errors are of the work alone, see `Attributes::fua`.
             Errno::NOSPC | Errno::DQUOT | Errno::OPNOTSUPP => Failed::alone(error),
             _ if self.is_lost_lease(error) => Failed::alone(error),
             _ if fua => {
-                lost.tell(by, error);
+                lost.add(error);
+                self.leave_kernel_out(error).await;
                 Failed::for_good(error)
             }
             _ => Failed::alone(error),
         })
     }
 
-    /// Makes durable what was written, for one of those who write.
+    /// Makes all writes durable, for one of the writers.
     pub(crate) async fn flush(&self, by: &Seen) -> Result<(), Failed> {
         let lost = &self.terms.lost;
-        lost.check(by).map_err(Failed::for_good)?;
-        if self.terms.read_only {
-            return Ok(());
-        }
-        self.disk.flush().await.map_err(|error| {
+        let flushing = lost.begin(by);
+        // Also where an error is owed: the driver may owe one of its own, and this flush reports both.
+        let done = match self.terms.read_only {
+            true => Ok(()),
+            false => self.disk.flush().await,
+        };
+        // The storage refuses the lease's holder of before, which loses nothing.
+        if let Err(error) = done {
             if self.is_lost_lease(error) {
-                return Failed::alone(error);
+                return Err(Failed::alone(error));
             }
-            lost.tell(by, error);
-            Failed::for_good(error)
-        })
+        }
+        let told = lost.end(by, flushing, done);
+        if let Err(error) = done {
+            self.leave_kernel_out(error).await;
+        }
+        told.map_err(Failed::for_good)
+    }
+
+    /// Stops passthrough after a loss that this request reports to the guest. So the kernel flushes nothing any more,
+    /// and the writes that it has executed until now may be lost as well.
+    async fn leave_kernel_out(&self, error: Errno) {
+        let direct = &self.terms.direct;
+        if error == Errno::OPNOTSUPP || !direct.is_used() {
+            return;
+        }
+        // A later pause of the disk tries once more, and reports the failure.
+        if let Err(failure) = direct.end().await {
+            diskio::say!("tapdisk: the kernel keeps serving the disk: {failure}");
+        }
+        self.terms.lost.add(error);
     }
 
     fn count(&self, request: &Request, result: Result<(), Errno>) {
@@ -714,7 +751,21 @@ impl Server {
     }
 }
 
-/// A request of the guest, to be written down.
+/// Returns the bytes that a request counts in the rate limits; nothing if it never waits for them.
+fn cost(kind: Kind, len: u64) -> Option<u64> {
+    match kind {
+        // The limit has admitted the writes that a flush makes durable.
+        Kind::Flush => None,
+        // Storage without a command for zeroes writes them.
+        Kind::Read | Kind::Write | Kind::WriteZeroes => Some(len),
+        Kind::Discard { .. } => {
+            let units = len.div_ceil(DISCARD_UNIT);
+            Some(units.saturating_mul(DISCARD_COST))
+        }
+    }
+}
+
+/// A request of the guest that the trace records.
 fn asked(request: &Request) -> Asked {
     let (operation, writes) = match request.kind {
         Kind::Read => (Operation::Read, false),
@@ -754,4 +805,22 @@ pub(crate) fn now_ns() -> u64 {
     (now.tv_sec as u64)
         .wrapping_mul(1_000_000_000)
         .wrapping_add(now.tv_nsec as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cost;
+    use tapdev::Kind;
+
+    #[test]
+    fn discards_and_zeroes_cost_something() {
+        let discard = Kind::Discard { secure: false };
+        assert_eq!(cost(Kind::Flush, 0), None);
+        assert_eq!(cost(Kind::Write, 512), Some(512));
+        assert_eq!(cost(Kind::WriteZeroes, 1 << 30), Some(1 << 30));
+        assert_eq!(cost(discard, 512), Some(4096));
+        assert_eq!(cost(discard, (4 << 20) + 512), Some(8192));
+        assert_eq!(cost(discard, 1 << 40), Some(1 << 30));
+        assert!(cost(discard, u64::MAX).is_some_and(|cost| cost < u64::MAX / 1000));
+    }
 }

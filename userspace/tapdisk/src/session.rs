@@ -53,40 +53,40 @@ const KEEP: u64 = 1024;
 #[derive(Debug)]
 pub struct Session {
     runtime: Runtime,
-    /// Who changes something is alone.
+    /// Serialises changes of the state.
     gate: Gate,
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
     troubles: Rc<Troubles>,
-    /// What could not be made durable. It outlives a pause: who wrote it learns of it afterwards.
+    /// Lost writes. They survive a pause: their clients learn of them afterwards.
     lost: Rc<Lost>,
-    /// What the kernel may do by itself.
+    /// Passthrough.
     direct: Rc<Direct>,
-    /// What is done with requests that fail.
+    /// Error policy and limits.
     rules: Rc<Cell<Rules>>,
     /// Holds the guest's requests back.
     throttle: Rc<Throttle>,
-    /// The kernel executes nothing by itself as long as they are held back: it knows no limits.
+    /// Suspends passthrough while limits are set, because the kernel does not apply them.
     limited: RefCell<Option<Ban>>,
-    /// The same as long as it is noted where the disk is written: it notes nothing.
+    /// Suspends passthrough while the dirty bitmap is kept, because the kernel sets no bits.
     noted: RefCell<Option<Ban>>,
-    /// The same as long as it is written down what is asked of the disk.
+    /// Suspends passthrough while requests are traced.
     traced: RefCell<Option<Ban>>,
-    /// What NBD clients know of marks.
+    /// Marks (dirty bitmaps) that NBD clients know of.
     marks: Marks,
-    /// Traces that have ended by themselves.
+    /// Traces that have ended with an error.
     untraced: Rc<Ended>,
-    /// What the supervisor is asked for.
+    /// Questions to the supervisor.
     needs: Rc<Needs>,
-    /// What the next process learns of what this one has counted.
+    /// Statistics for the next process.
     kept: RefCell<Option<Rc<Kept>>>,
     jobs: Jobs,
     turns: Cell<u64>,
     /// Number of the image that is served: another one has another, also after a close.
     images: Cell<u64>,
-    /// How often one was opened to be served: in between, somebody else may have changed it.
+    /// Number of opens for serving: between two of them another process may have changed the image.
     serves: Cell<u64>,
-    /// Who waits for the disk to run.
+    /// Tasks that wait for the disk to run.
     waiting: RefCell<Vec<Waker>>,
     /// There is an NBD server.
     has_nbd: Cell<bool>,
@@ -98,33 +98,33 @@ pub struct Session {
 #[derive(Debug, Default)]
 struct Inner {
     tap: Option<Rc<Tap>>,
-    /// What the kernel was told of the disk.
+    /// Parameters of the disk that the kernel got.
     params: Option<Params>,
     started: bool,
-    /// What the kernel was told of the end of this process's I/O.
+    /// End of this process's I/O, as the kernel got it.
     fence: Option<tapdev::Fence>,
-    /// The same of what is served alone: an image to which that is copied may be elsewhere.
+    /// End of I/O on the served image alone: a mirror target may be on other storage.
     storage: Option<tapdev::Fence>,
-    /// What could not be opened may be written all the same: nobody knows when that is over.
+    /// True if writes to an image that could not be opened may still happen: their end is unknown.
     unsure: bool,
     open: Option<Open>,
     disk: Option<tapdisk::Disk>,
     server: Option<Rc<Server>>,
-    /// What was served last.
+    /// Image that was served last.
     image: Option<Identity>,
     /// The image that is served, to see how it is left.
     file: Option<File>,
-    /// What is below it, by its path: read, and locked for that.
+    /// Its backing images, by path: open for reading, and locked for that.
     parents: Vec<(PathBuf, File)>,
-    /// How the last one was left.
+    /// State of the last image when it was closed.
     left: Option<Stamp>,
-    /// Nothing is served, and it is told when something is asked for.
+    /// Set if the disk is inactive: no image is served, and the supervisor learns when a request arrives.
     inactive: Option<Inactive>,
     /// The exchange with the kernel, once there was one.
     link: Option<Rc<Link>>,
 }
 
-/// Tells images apart: what was asked for, and the file that came along.
+/// Identity of an image: the target, and the file that came with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Identity {
     target: Target,
@@ -186,7 +186,7 @@ impl Session {
         Ok(())
     }
 
-    /// One turn: everything that is ready, then one wait.
+    /// Runs one turn: all ready tasks, then one wait.
     fn turn(&self) -> io::Result<()> {
         for _ in 0..ROUNDS {
             self.turns.set(self.turns.get() + 1);
@@ -214,7 +214,7 @@ impl Session {
         };
         match (server, link) {
             (Some(server), _) => server.turn(),
-            // What came too late for the server goes back.
+            // Requests that arrived too late for the server go back to the kernel.
             (None, Some(link)) => link.pump(&mut Vec::new()).map(|()| false),
             (None, None) => Ok(false),
         }
@@ -393,7 +393,7 @@ impl Session {
     /// The server, as soon as the disk runs.
     pub(crate) async fn running(&self) -> Rc<Server> {
         poll_fn(|cx| {
-            // Who waits for an inactive disk wants something of it.
+            // A task that waits for an inactive disk counts as a client that wants to use it.
             if let Some(link) = self.state.borrow().link.as_ref() {
                 link.want();
             }
@@ -402,7 +402,7 @@ impl Session {
         .await
     }
 
-    /// The same, or nothing if that image is not served any more.
+    /// Returns the server as soon as the disk runs, or `None` if `image` is not served any more.
     pub(crate) async fn running_from(&self, image: u64) -> Option<Rc<Server>> {
         poll_fn(|cx| match self.images.get() == image {
             true => self.poll_running(cx.waker()).map(Some),
@@ -566,7 +566,7 @@ impl Session {
         self.noted.replace(ban);
         let ban = self.ban_if(tracer.is_some()).await?;
         self.traced.replace(ban);
-        // Nothing is waited for from here until the server is the session's: what comes is for it.
+        // No task may wait from here until the session has the server, because requests that arrive belong to it.
         let link = self.link(tap);
         let terms = Terms {
             read_only: open.read_only,
@@ -598,7 +598,7 @@ impl Session {
         Ok(Reply::Disk(disk))
     }
 
-    /// What is done with requests that fail, and with those that are too many.
+    /// Sets the error policy and the limits.
     async fn set(&self, rules: Rules) -> Result<(), Failure> {
         rules.limits.check()?;
         if Throttle::any(&rules) {
@@ -613,7 +613,7 @@ impl Session {
         Ok(())
     }
 
-    /// Lets the kernel serve a disk by itself that it can serve: not one that others write, too.
+    /// Allows passthrough if the kernel can serve the disk: not if other hosts write to it, too.
     fn offer(&self, tap: &Tap, open: &Open, disk: &drivers::Disk, size: u64) {
         let in_parts = disk.has_places();
         if open.shared || !(in_parts || disk.is_verbatim()) {
@@ -673,13 +673,13 @@ impl Session {
         Ok(())
     }
 
-    /// To be called before the first I/O on storage: tells the kernel when it is over after the end of this
-    /// process, which holds from then on, and waits until that of the process before is. It is for those who
-    /// have a disk of their own, see [`serve_disk`](Self::serve_disk).
+    /// Must be called before the first I/O on storage: tells the kernel when this process's I/O is over after its end,
+    /// which is valid from then on, and waits until the I/O of the previous process is over. For users with a disk of
+    /// their own, see [`serve_disk`](Self::serve_disk).
     ///
     /// # Errors
-    /// There is no node, or the kernel refuses it; or the disk was started on storage where I/O is over sooner, and the
-    /// kernel module is one that takes no such word from a process that serves.
+    /// There is no node, or the kernel refuses; or the disk was started on storage where I/O is over sooner, and an
+    /// older kernel module accepts no change of that from a process that serves.
     pub async fn reach(&self, open: &Open, storage: Fence) -> Result<(), Failure> {
         let (tap, known, started) = {
             let state = self.state.borrow();
@@ -732,7 +732,7 @@ impl Session {
         Ok(())
     }
 
-    /// Makes the engine the one that is asked for.
+    /// Selects the engine that `open` names.
     fn select(&self, open: &Open) -> Result<Engine, Failure> {
         let io = &self.runtime.io;
         let is_parked = self
@@ -776,6 +776,7 @@ impl Session {
     fn status(&self) -> Status {
         let state = self.state.borrow();
         let traces = |server: &Rc<Server>| server.tracing.is_on();
+        let driver_owes = |server: &Rc<Server>| server.disk().owes();
         let open = state.open.clone().map(|open| Open {
             trace: state.server.as_ref().is_some_and(traces),
             ..open
@@ -791,7 +792,7 @@ impl Session {
             node: state.tap.as_ref().map(|tap| node(tap.info())),
             open,
             disk: state.disk.clone(),
-            owes: self.lost.is_owed(),
+            owes: self.lost.is_owed() || state.server.as_ref().is_some_and(driver_owes),
         }
     }
 
@@ -812,7 +813,7 @@ impl Session {
         stats
     }
 
-    /// Something that an administrator may want to know, and that changes nothing.
+    /// Reports a problem that an administrator may want to know, and that changes nothing.
     fn note(&self, what: &str, error: &io::Error) {
         diskio::say!("tapdisk: {what}: {error}");
     }

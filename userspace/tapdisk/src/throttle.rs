@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Holds a guest's requests back, so that its disk does no more in a second than it may.
 //!
-//! For bytes and for requests there is a time at which what was let through so far would be over at the rate that is
-//! allowed. A request may begin if that time is no further ahead than a burst. So a disk that did nothing may do much
-//! at once, a large request pays for itself afterwards, and nothing has to be added up in between. A disk that is in a
-//! group has, beside its own limits, a [share](share) of that one's, of which the supervisor says again and again how
-//! large it is.
+//! For bytes and for requests there is a time at which all work that has passed would be over at the allowed rate. A
+//! request may begin if that time is no further ahead than a burst. So an idle disk may then do much at once, a large
+//! request pays for itself afterwards, and no sums are needed in between. A disk in a group has, beside its own limits,
+//! a [share](share) of the group's, which the supervisor adjusts again and again.
 
 mod share;
 
@@ -24,14 +23,14 @@ const SECOND: u64 = 1_000_000_000;
 /// A shorter wait, behind others that pass at once, is not counted.
 const NOTICED: u64 = 1_000_000;
 
-/// When what was let through would be over, in nanoseconds.
+/// Time at which all work that has passed would be over at the allowed rate, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Bucket {
     over: u64,
 }
 
 impl Bucket {
-    /// How long something has to wait now, of which `rate` may be done in a second. 0 limits nothing.
+    /// Returns the nanoseconds that a request has to wait now, at a limit of `rate` in a second; 0 means no limit.
     fn wait(self, now: u64, rate: u64, burst_ns: u64) -> u64 {
         match rate {
             0 => 0,
@@ -50,7 +49,7 @@ impl Bucket {
     }
 }
 
-/// The limits of a disk, and what it has used of them. They are its own, whatever image it is served from.
+/// The limits of a disk, and its use of them. They belong to the disk, whatever image it is served from.
 #[derive(Debug, Default)]
 pub struct Throttle {
     limits: Cell<Limits>,
@@ -58,16 +57,16 @@ pub struct Throttle {
     requests: Cell<Bucket>,
     /// The guest's requests pass in their order.
     gate: Gate,
-    /// Who waits for its time.
+    /// Tasks that wait for their time.
     waiting: RefCell<Vec<Waker>>,
-    /// Grows when who waits has to look again.
+    /// Grows when waiting tasks have to check again.
     changes: Cell<u64>,
     held: Cell<u64>,
     held_ns: Cell<u64>,
-    /// What it has of the limits of its group, if it is in one.
+    /// Its share of its group's limits, if it is in a group.
     share: Cell<Option<Allotment>>,
     used: Cell<Used>,
-    /// Who waits for the next request.
+    /// Tasks that wait for the next request.
     listening: RefCell<Vec<Waker>>,
 }
 
@@ -101,15 +100,15 @@ impl Throttle {
 
     fn set_limits(&self, limits: Limits) {
         self.limits.set(limits);
-        // What was let through under another limit counts no more than a burst of the new one.
+        // Requests that passed under another limit count at most as a burst of the new one.
         self.bytes.take();
         self.requests.take();
     }
 
-    /// Another share of the group that it is in, and what was done of those that it had.
+    /// Changes its share of its group, and returns its use of the earlier ones.
     ///
     /// # Errors
-    /// It is in none: this was meant for the time before.
+    /// The disk is in no group any more.
     pub(crate) fn change_share(&self, share: Share) -> Result<Used, Failure> {
         let mut known = self.share.get().ok_or_else(|| {
             let why = "the disk is in no group, of whose limits it could have a share";
@@ -149,7 +148,7 @@ impl Throttle {
         }
     }
 
-    /// Something has changed for those who wait.
+    /// Lets waiting tasks check again after a change.
     pub(crate) fn look_again(&self) {
         self.changes.set(self.changes.get().wrapping_add(1));
         for waker in self.waiting.take() {
@@ -157,12 +156,12 @@ impl Throttle {
         }
     }
 
-    /// Requests that had to wait, and how long, since this was asked last.
+    /// Returns the number of requests that had to wait, and their waiting time in nanoseconds, since the last call.
     pub(crate) fn take_held(&self) -> (u64, u64) {
         (self.held.take(), self.held_ns.take())
     }
 
-    /// Waits until a request of so many bytes may begin; false if `is_wanted` says before that it is not to.
+    /// Waits until a request of `bytes` bytes may begin; returns false if `is_wanted` cancels it before that.
     pub(crate) async fn pass(
         &self,
         runtime: &Runtime,
@@ -180,7 +179,7 @@ impl Throttle {
         loop {
             let limits = self.limits.get();
             match is_wanted() {
-                // It is not the guest that wants it now, so it does not pay for it.
+                // The guest is not the reason for this, so it does not pay for it.
                 Wanted::Now => return true,
                 Wanted::NoMore => return false,
                 Wanted::InTime => {}
@@ -218,7 +217,7 @@ impl Throttle {
         bytes.max(self.requests.get().wait(now, requests, burst))
     }
 
-    /// How long its group has it wait now.
+    /// Returns the nanoseconds that its group makes it wait now.
     fn wait_for_group(&self, now: u64) -> u64 {
         let Some(mut share) = self.share.get() else {
             return 0;
@@ -261,14 +260,14 @@ impl Throttle {
     }
 }
 
-/// What becomes of a request that waits.
+/// Fate of a request that waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
-    /// It is executed when it may.
+    /// It is executed in its time.
     InTime,
-    /// It is executed at once: somebody waits until nothing is under way.
+    /// It is executed at once: a task waits until no request is under way.
     Now,
-    /// It is not executed here any more.
+    /// It is cancelled here.
     NoMore,
 }
 
@@ -284,7 +283,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     proptest! {
-        /// Whatever comes when: in no window of time there is more than its share, a burst and one request.
+        /// For any sequence of requests: no window of time has more than its share, a burst and one request.
         #[test]
         fn no_window_has_more_than_its_share(
             steps in prop::collection::vec((0..SECOND, 1..4_000_000_u64), 1..200),
@@ -322,7 +321,7 @@ mod tests {
         }
     }
 
-    /// So many requests in a second, for an hour, of all that a group may.
+    /// Returns a share of that many requests in a second, for an hour.
     fn share(requests: u64) -> Share {
         let pace = Pace {
             bytes: None,
@@ -337,7 +336,7 @@ mod tests {
         }
     }
 
-    /// Requests that begin at once, in which order they pass, and how long they take.
+    /// Starts requests at once, and returns the order in which they pass, and how long they take.
     fn pass(throttle: &Rc<Throttle>, count: u32, wanted: Wanted) -> (Vec<u32>, Duration) {
         let (runtime, order) = (Runtime::new(), Rc::new(RefCell::new(Vec::new())));
         let begun = Instant::now();
@@ -374,7 +373,7 @@ mod tests {
         let (order, time) = pass(&throttle, 200, Wanted::Now);
         assert_eq!(order.len(), 200);
         assert!(time < Duration::from_secs(5), "{time:?}");
-        // Nor does the guest pay for that if it goes on.
+        // The guest does not pay for that later either.
         let (_, time) = pass(&throttle, 1, Wanted::InTime);
         assert!(time < Duration::from_secs(5), "{time:?}");
         let (order, _) = pass(&throttle, 100, Wanted::NoMore);
@@ -425,7 +424,7 @@ mod tests {
         let used = throttle.change_share(share(5000)).expect("used");
         assert_eq!((used.came, used.requests, used.bytes), (26, 26, 26 * 512));
         assert!(used.lacks_requests && !used.lacks_bytes, "{used:?}");
-        // That is told once, and a larger share is heard by who waits.
+        // The report comes once, and a waiting task learns of a larger share.
         let used = throttle.change_share(share(5000)).expect("used");
         assert!(!used.lacks_requests, "{used:?}");
         let begun = Instant::now();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel and the supervisor are told of a disk, and what the kernel's refusal means.
+//! Descriptions of a disk for the kernel and the supervisor, and reasons for the kernel's refusal.
 
 use control::tapdisk::{self, Engine, Open};
 use control::{Code, Failure};
@@ -7,7 +7,7 @@ use drivers::Shape;
 use std::io;
 use tapdev::{Discard, Params};
 
-/// Why an image cannot be served in place of another one.
+/// Reasons why an image cannot be served in place of another one.
 const UNFIT: &str = "its blocks are larger, it is smaller (`unpause --shrink` allows that), only one of the two is read-only, or only the new one has a volatile cache";
 
 /// An image may take the place of the one that the guest knows, if it knows one.
@@ -24,7 +24,7 @@ pub(crate) fn succeeds(open: &Open, known: Option<Params>, params: &Params) -> R
     }
 }
 
-/// What the kernel's refusal of an image means.
+/// Returns the reason for the kernel's refusal of an image.
 pub(crate) fn described(open: &Open, error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::InvalidInput => Failure::new(
@@ -53,7 +53,7 @@ pub(crate) fn node(info: &tapdev::abi::Info) -> tapdisk::Node {
     }
 }
 
-/// When I/O of this process is over, in the words of the kernel's interface.
+/// Returns the end of this process's I/O in the terms of the kernel's interface.
 pub(crate) fn fence(fence: drivers::Fence) -> tapdev::Fence {
     match fence {
         drivers::Fence::Local => tapdev::Fence::Local,

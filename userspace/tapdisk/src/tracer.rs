@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is asked of the disk is written down, if somebody wants to know.
+//! Trace of the disk's requests, for an administrator who wants one.
 //!
 //! A request is in the file of the trace before it is executed, by one plain write that leaves it in the kernel's page
-//! cache: so it outlives this process. Nothing waits for the storage of the trace but what waits for room in that cache. A
-//! trace that cannot be written ends, and the disk goes on.
+//! cache: so it outlives this process. Requests wait for the storage of the trace only if that cache is full. A trace
+//! that cannot be stored ends, and the disk is served without it.
 
 use crate::server::{now_ns, Failed};
 use crate::troubles::wait;
@@ -19,20 +19,20 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use trace::{Entry, Flags, Operation, Writer, BLOCK};
 
-/// What is asked of the disk.
+/// Request to the disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
     pub(crate) operation: Operation,
-    /// Where on the disk, in bytes.
+    /// Offset on the disk, in bytes.
     pub(crate) offset: u64,
     /// Bytes.
     pub(crate) len: u64,
     pub(crate) flags: Flags,
-    /// What is written.
+    /// Data of a write.
     pub(crate) data: Option<Bytes>,
 }
 
-/// Traces of this process that have ended by themselves.
+/// Traces of this process that have ended with an error.
 #[derive(Debug)]
 pub(crate) struct Ended {
     stats: Rc<RefCell<Stats>>,
@@ -51,7 +51,7 @@ impl Ended {
         })
     }
 
-    /// One has.
+    /// Notes that one has ended.
     pub(crate) fn tell(&self, why: String) {
         diskio::say!("tapdisk: the trace has ended: {why}");
         self.stats.borrow_mut().failed_traces += 1;
@@ -79,19 +79,19 @@ impl Ended {
     }
 }
 
-/// A trace that is written.
+/// Trace that requests are recorded in.
 #[derive(Debug)]
 pub(crate) struct Tracer {
-    /// Nothing if it has ended.
+    /// `None` if the trace has ended.
     writer: RefCell<Option<Writer>>,
     ended: Rc<Ended>,
 }
 
 impl Tracer {
-    /// Goes on where the process before has ended, with a disk of so many bytes.
+    /// Continues the trace of the previous process, for a disk of `size` bytes.
     ///
     /// # Errors
-    /// It is no trace, or cannot be read or written.
+    /// The file is no trace, or cannot be read or written.
     pub(crate) fn resume(file: OwnedFd, size: u64, ended: &Rc<Ended>) -> Result<Rc<Self>, Failure> {
         let mut writer = Writer::resume(File::from(file))?;
         let opened = writer.opened(size / BLOCK, now_ns());
@@ -120,7 +120,7 @@ impl Tracer {
         })
     }
 
-    /// It is over.
+    /// Records the end of a request.
     fn end(&self, number: u64, result: Result<(), Errno>) {
         // CAST: numbers of errors are positive.
         let errno = result.map_or_else(|error| error.raw_os_error() as u32, |()| 0);
@@ -139,7 +139,7 @@ impl Tracer {
             Err(error) => {
                 *place = None;
                 self.ended
-                    .tell(format!("its file cannot be written: {error}"));
+                    .tell(format!("cannot write to its file: {error}"));
                 None
             }
         }
@@ -151,14 +151,14 @@ impl Tracer {
 pub(crate) struct Tracing(RefCell<Option<Rc<Tracer>>>);
 
 impl Tracing {
-    /// From now on it is written down there, or nowhere.
+    /// Sets the trace for later requests, or none.
     pub(crate) fn set(&self, tracer: Option<Rc<Tracer>>) {
         if let Some(before) = self.0.replace(tracer) {
             before.settle();
         }
     }
 
-    /// It is written down.
+    /// Returns true if requests are traced.
     pub(crate) fn is_on(&self) -> bool {
         let tracer = self.0.borrow();
         tracer.as_ref().is_some_and(|tracer| tracer.is_on())
@@ -171,7 +171,7 @@ impl Tracing {
         }
     }
 
-    /// Does `work`, which is what is asked for. Of what overlaps, the earlier one is over.
+    /// Executes `work`, and records its request. An earlier request that overlaps it is over.
     pub(crate) async fn around(
         &self,
         asked: impl FnOnce() -> Asked,

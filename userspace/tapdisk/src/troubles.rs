@@ -15,14 +15,14 @@ struct State {
     waiting: Vec<Waker>,
 }
 
-/// Adds who waits, once: it may be asked again, or have gone without a word.
+/// Adds a waker once: a task may poll again, or have been dropped without a word.
 pub(crate) fn wait(waiting: &mut Vec<Waker>, waker: &Waker) {
     if !waiting.iter().any(|known| known.will_wake(waker)) {
         waiting.push(waker.clone());
     }
 }
 
-/// What went wrong in this process.
+/// I/O errors of this process.
 #[derive(Debug, Default)]
 pub struct Troubles(RefCell<State>);
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Another image that becomes what the disk is, and stays so: what is written to the disk is written there, too, as
-//! far as it has been copied.
+//! Mirror: another image that becomes a copy of the disk, and stays one: writes to the disk go there as well, in the
+//! range that is copied already.
 //!
-//! Who writes has claimed its range, and so has who copies: no range is copied while it is written.
+//! A writer claims its range, and so does the copying job: no range is copied during a write to it.
 //!
-//! The guest waits for the other image only so long. One that does not answer, because its server is away or its storage
-//! hangs, is given up: it is a copy, and another one can be made.
+//! The guest waits for the other image only for a limited time. If its server is away or its storage hangs, the mirror
+//! fails, because an administrator can make another copy.
 
 use crate::direct::Ban;
 use crate::troubles::wait;
 use control::stats::{Mirror, Mirroring};
-use diskio::{Bytes, Data, Errno, Io};
+use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 use drivers::{Attributes, Content, Disk, Extent};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 /// Bytes that are copied at once.
 pub(crate) const PIECE: u64 = 1 << 20;
-/// How long is waited for an answer of the other image.
+/// Time limit for an answer of the other image.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often is looked whether one is late.
+/// Time between two checks for late answers.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// The other image, as long as there is one, and how far it is.
@@ -33,25 +33,33 @@ pub(crate) struct Twin {
     disk: RefCell<Option<Disk>>,
     /// Bytes that it has; the disk has no more.
     size: u64,
-    /// The disk goes on from it: what the disk's image has not itself is there already.
+    /// True if it is the disk's backing image, which has the clusters that the disk's image lacks.
     is_below: bool,
-    /// What is before this is the same on both.
+    /// Offset in bytes before which both are the same.
     position: Cell<u64>,
     told: RefCell<Mirror>,
     /// Since when is waited for each answer.
     asked: RefCell<BTreeMap<u64, Instant>>,
-    /// Numbers what is asked.
+    /// Number of the last request to the other image.
     questions: Cell<u64>,
-    /// Who waits for answers.
+    /// Tasks that wait for its answers.
     waiting: RefCell<Vec<Waker>>,
-    /// Nobody waits any more for something that may still be done there.
+    /// True if a request that the other image may still execute was abandoned.
     is_left: Cell<bool>,
     /// The kernel would write one of the two only.
     ban: RefCell<Option<Ban>>,
+    /// Lock of the backing image, for writing instead of reading, if the other image is that.
+    lock: RefCell<Option<WriteLock>>,
 }
 
 impl Twin {
-    pub(crate) fn new(disk: Disk, size: u64, is_below: bool, ban: Ban) -> Self {
+    pub(crate) fn new(
+        disk: Disk,
+        size: u64,
+        lock: Option<WriteLock>,
+        is_below: bool,
+        ban: Ban,
+    ) -> Self {
         Self {
             disk: RefCell::new(Some(disk)),
             size,
@@ -63,30 +71,31 @@ impl Twin {
             waiting: RefCell::default(),
             is_left: Cell::new(false),
             ban: RefCell::new(Some(ban)),
+            lock: RefCell::new(lock),
         }
     }
 
-    /// How far it is.
+    /// Returns its progress.
     pub(crate) fn told(&self) -> Mirror {
         self.told.borrow().clone()
     }
 
-    /// The disk goes on from it.
+    /// Returns true if it is the disk's backing image.
     pub(crate) fn is_below(&self) -> bool {
         self.is_below
     }
 
-    /// What is at the beginning of a range of the disk.
+    /// Returns the content at the beginning of a range of the disk.
     pub(crate) async fn look(&self, disk: &Disk, at: u64, len: u64) -> Result<Extent, Errno> {
         look(self.is_below, disk, at, len).await
     }
 
-    /// It is still to become what the disk is, or to stay so.
+    /// Returns true if the mirror has not ended.
     pub(crate) fn is_active(&self) -> bool {
         self.disk.borrow().is_some()
     }
 
-    /// All of it is what the disk is.
+    /// Notes that all of it equals the disk.
     pub(crate) fn is_same(&self) {
         if self.is_active() {
             self.told.borrow_mut().state = Mirroring::Same;
@@ -97,12 +106,13 @@ impl Twin {
         self.disk.borrow().clone()
     }
 
-    /// It is of no use any more. The guest goes on as if there were none.
+    /// Ends the mirror. The guest continues without it.
     pub(crate) fn end(&self, state: Mirroring) {
         if self.disk.take().is_some() {
             self.told.borrow_mut().state = state;
         }
         self.ban.take();
+        self.lock.take();
         self.waiting.take().into_iter().for_each(Waker::wake);
     }
 
@@ -120,12 +130,12 @@ impl Twin {
         }
     }
 
-    /// What was asked there may be executed yet, where nobody sees it.
+    /// Returns true if the other image may still execute requests whose answers are lost.
     pub(crate) fn is_unsure(&self) -> bool {
         self.is_left.get() || matches!(self.told.borrow().state, Mirroring::Failed { .. })
     }
 
-    /// What the other image answers, or [`Errno::CANCELED`] if it is of no use any more before that.
+    /// Returns the answer of the other image, or [`Errno::CANCELED`] if the mirror ends before that.
     async fn answer<T>(&self, work: impl Future<Output = Result<T, Errno>>) -> Result<T, Errno> {
         let _asked = Question::new(self);
         let mut work = pin!(work);
@@ -159,7 +169,7 @@ impl Twin {
         }
     }
 
-    /// Does there what is done to a range of the disk. If that fails, it is of no use any more.
+    /// Repeats there a change of a range of the disk. If that fails, the mirror ends.
     async fn follow<W: Future<Output = Result<(), Errno>>>(
         &self,
         what: &str,
@@ -174,7 +184,7 @@ impl Twin {
         }
     }
 
-    /// Writes what is written to the disk.
+    /// Repeats a write of the disk there.
     pub(crate) async fn write(&self, at: u64, data: Bytes) {
         let how = Attributes::default();
         let work = async move |disk: Disk| self.answer(disk.write(at, data, how)).await;
@@ -199,8 +209,8 @@ impl Twin {
         self.follow("copy to", at, work).await;
     }
 
-    /// Copies a range that nobody writes, behind what is the same; says how many bytes that were. From now on it
-    /// is the same.
+    /// Copies a range without writers behind the copied part, and returns the number of copied bytes. The copied part
+    /// then includes the range.
     pub(crate) async fn copy(&self, from: &Disk, buffer: &Data, at: u64, len: u64) -> u64 {
         let Some(to) = self.active() else {
             return 0;
@@ -220,20 +230,21 @@ impl Twin {
         }
     }
 
-    /// Bytes from a place on that hold no data there either, of a range that is a hole of the disk. Of them nothing is
-    /// to be done, and more can be looked at once.
+    /// Returns how many bytes from a place on hold no data there either, of a range that is a hole of the disk. They
+    /// need no copy, and more can be checked at once.
     pub(crate) async fn hole(&self, at: u64, len: u64) -> u64 {
         let Some(disk) = self.active() else {
             return 0;
         };
         match first(self.answer(disk.extents(at, len)).await) {
             Ok(there) if there.content == Content::Hole => there.len,
-            // Who copies finds out.
+            // The copy itself meets the error.
             _ => 0,
         }
     }
 
-    /// What is behind the disk's end is zeroes: the guest sees it when it is served from here.
+    /// Clears the other image behind the disk's end, because the guest sees that part when the disk is served from
+    /// there.
     pub(crate) async fn clear_rest(&self, from: u64) {
         let mut at = from;
         while let Some(disk) = self.active().filter(|_| at < self.size) {
@@ -249,7 +260,7 @@ impl Twin {
         }
     }
 
-    /// Makes durable what is there by now.
+    /// Makes all copied data durable.
     pub(crate) async fn flush(&self) {
         if let Some(disk) = self.active() {
             if let Err(error) = self.answer(disk.flush()).await {
@@ -258,7 +269,7 @@ impl Twin {
         }
     }
 
-    /// Nothing is done to the disk any more: the other one is let go of, and is what the disk is if it was before.
+    /// Closes the other image after the last change of the disk: it is a complete copy if it was equal before.
     pub(crate) async fn close(&self) {
         let Some(disk) = self.active() else {
             return;
@@ -272,8 +283,8 @@ impl Twin {
         }
     }
 
-    /// Makes a range of `to`, from which `from` goes on if it is below, read as that of `from`; says how many bytes were
-    /// written.
+    /// Makes a range of `to` read like that of `from`, whose backing image `to` is if it is below, and returns the
+    /// number of changed bytes.
     async fn transfer(
         &self,
         from: &Disk,
@@ -312,7 +323,37 @@ impl Twin {
     }
 }
 
-/// The other image is asked something, as long as this is there.
+/// The write lock of the disk's backing image. Its end gives the process that reads the image its read lock back, because
+/// the disk still needs it as it is.
+#[derive(Debug)]
+pub(crate) struct WriteLock {
+    file: File,
+    view: File,
+}
+
+impl WriteLock {
+    /// Makes the guard of the lock that was taken on `file`; the reader of the image has it open as `view`.
+    pub(crate) fn new(file: &File, view: &File) -> Self {
+        Self {
+            file: file.clone(),
+            view: view.clone(),
+        }
+    }
+}
+
+impl Drop for WriteLock {
+    fn drop(&mut self) {
+        // First of the writer, so that no other process can lock it for writing between the two.
+        let read = self.file.lock(LockKind::Read);
+        if let Err(error) = read.and_then(|()| self.view.lock(LockKind::Read)) {
+            diskio::say!(
+                "tapdisk: the image below is not locked any more, others may write it: {error}"
+            );
+        }
+    }
+}
+
+/// Request to the other image that is under way as long as this exists.
 struct Question<'a> {
     twin: &'a Twin,
     number: u64,
@@ -333,7 +374,7 @@ impl Drop for Question<'_> {
     }
 }
 
-/// What is at the beginning of a range of `from`; of one that goes on from another image, what it has itself.
+/// Returns the content at the beginning of a range of `from`; if `is_below`, of its own image alone.
 async fn look(is_below: bool, from: &Disk, at: u64, len: u64) -> Result<Extent, Errno> {
     first(match is_below {
         true => from.layer(at, len).await,

@@ -24,7 +24,7 @@ pub(crate) fn below(opener: &Opener, image: &Named, needs: &Needs) -> Option<Nam
     Some(Named::plain(kind, path))
 }
 
-/// Refuses to put an image over itself, or over one that goes on from it.
+/// Refuses to put an image over itself, or over one that has it as a backing image.
 pub(crate) async fn refuse_loop(
     opener: &Opener,
     image: &Named,
@@ -41,7 +41,7 @@ pub(crate) async fn refuse_loop(
         let its = of(&at)?;
         if its.is_some() && its == own {
             return Err(Failure::invalid(format!(
-                "{parent} goes on from {image}, or is that itself: name another image"
+                "{parent} has {image} in its chain, or is that itself: name another image"
             )));
         }
         let (Below::Format(kind), Some(_)) = (at.kind, its) else {

@@ -12,21 +12,21 @@ use formats::{qcow2, vhd, Below, Kind};
 use serde::Serialize;
 use std::fmt::Write;
 
-/// Bytes of the disk whose extents are asked for at once, so that a hole takes few questions.
+/// Bytes of the disk whose extents are requested at once, so that a hole takes few requests.
 const ASKED: u64 = 1 << 30;
 
 /// Places that are named; more are counted.
 const NAMED: usize = 16;
 
-/// What was found.
+/// Findings of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Findings {
     /// Nothing is wrong that would do harm.
     sound: bool,
-    /// qcow2: clusters that nobody uses and that are not free. They do no harm.
+    /// qcow2: clusters that are unused and that are not free. They do no harm.
     #[serde(skip_serializing_if = "Option::is_none")]
     leaks: Option<u64>,
-    /// qcow2: clusters that are used and may be given to somebody else, too.
+    /// qcow2: clusters that are used and that a later write may allocate once more.
     #[serde(skip_serializing_if = "Option::is_none")]
     unsafe_clusters: Option<u64>,
     /// qcow2: entries of tables that cannot be.
@@ -38,7 +38,7 @@ pub(crate) struct Findings {
     /// qcow2: clusters with a table in which something else is, too.
     #[serde(skip_serializing_if = "Option::is_none")]
     overlapping_tables: Option<u64>,
-    /// qcow2: refcount structures that cannot be where they are said to be.
+    /// qcow2: refcount structures that cannot be where their table has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     misplaced_refcounts: Option<u64>,
     /// qcow2: entries whose cluster has other users, which they deny.
@@ -47,7 +47,7 @@ pub(crate) struct Findings {
     /// qcow2: entries that do not say that their cluster has no other user. They do no harm.
     #[serde(skip_serializing_if = "Option::is_none")]
     unmarked_entries: Option<u64>,
-    /// What was found before the repair.
+    /// Findings before the repair.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired: Option<Repaired>,
     /// VHD: what is wrong with one of its two footers. The other one is enough to serve it.
@@ -62,7 +62,7 @@ pub(crate) struct Findings {
     unreadable_at: Vec<u64>,
 }
 
-/// What was made right.
+/// Repaired findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Repaired {
     leaks: u64,
@@ -77,7 +77,7 @@ impl Findings {
         self.sound
     }
 
-    /// The same but for a footer of which there is another one.
+    /// Returns the findings without a damaged footer of which there is another one.
     pub(crate) fn without_footers(self) -> Self {
         let is_all = self.footers.is_some() && self.refused.is_none() && self.unreadable == 0;
         Self {
@@ -143,7 +143,7 @@ impl Findings {
         }
         if let Some(count) = many(self.unsafe_clusters) {
             say(format!(
-                "{count} clusters are in use and may be given to somebody else: do not write to the image before \
+                "{count} clusters are in use and may be allocated once more: do not write to the image before \
                  tapimg check --repair"
             ));
         }
@@ -243,7 +243,7 @@ async fn refcounts(
                     unmarked_entries: found.unmarked,
                 });
             }
-            // What is wrong is said nevertheless.
+            // The faults are reported nevertheless.
             Err(failure) if matches!(failure.code, Code::Image) => {
                 findings.refused = Some(failure.message);
             }

@@ -18,7 +18,7 @@ pub(crate) struct Cli {
     /// Print JSON, for programs
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// What a parent is whose child does not say it: qcow images never do, old qcow2 images may not
+    /// Kind of a parent whose child does not name it: qcow images never do, old qcow2 images may not
     #[arg(long, global = true, value_name = "KIND")]
     pub(crate) parents: Option<ParentKind>,
     #[command(subcommand)]
@@ -33,50 +33,50 @@ Kinds of images:
   vhd     fixed, dynamic, differencing (also: vpc)
   vhdx    fixed, dynamic, differencing; only read
   vmdk    sparse or flat; made with one sparse file
-  luks    raw, encrypted. The file with its key is said in front, as for a qcow2 image that is encrypted:
+  luks    raw, encrypted. The file with its key stands in front, as for an encrypted qcow2 image:
           key=/etc/xentap/a.key,luks:/srv/a.img. It must be yours, and others may not read it (chmod 600)
 
 Examples:
-  tapimg info --chain qcow2:/srv/a.qcow2            # what it is, and all below it
+  tapimg info --chain qcow2:/srv/a.qcow2            # the image, and all below it
   tapimg create qcow2:/srv/a.qcow2 10G              # an empty disk
   tapimg create qcow2:/srv/b.qcow2 --parent aio:/srv/base.img
-                                                    # goes on from base.img, which must not change any more
+                                                    # over base.img, which must not change any more
   tapimg convert vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # the same disk in another format
   tapimg convert qcow2:/srv/a.qcow2 aio:/dev/vg/a --force
                                                     # onto a volume, whose content is lost
   tapimg convert key=/etc/xentap/a.key,luks:/srv/a.img qcow2:/srv/a.qcow2
-                                                    # which is encrypted no more
+                                                    # the copy is not encrypted
   tapimg convert qcow2:/srv/a.qcow2 key=/etc/xentap/a.key,qcow2:/srv/b.qcow2
-                                                    # which is encrypted from now on
+                                                    # the copy is encrypted
   tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
   tapimg check --repair qcow2:/srv/a.qcow2
   tapimg map qcow2:/srv/a.qcow2                     # where there is data
   tapimg resize qcow2:/srv/a.qcow2 20G              # the guest sees it when it is served again
   tapimg snapshot qcow2:/srv/a.qcow2 qcow2:/srv/c.qcow2
-                                                    # c.qcow2 goes on from a.qcow2
-  tapimg commit qcow2:/srv/c.qcow2                  # a.qcow2 gets what c.qcow2 has, and is the disk then
-  tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all that it shows, and stands alone
+                                                    # c.qcow2 has a.qcow2 as its backing image
+  tapimg commit qcow2:/srv/c.qcow2                  # c.qcow2 is merged into a.qcow2, which is the disk then
+  tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all content, and has no backing image
   tapimg replay guest.trace aio:/srv/copy.img --to 120
-                                                    # what a guest did (tap-ctl trace), up to request 120
+                                                    # a guest's requests (tap-ctl trace), up to number 120
 
-An image is locked while it is used, as tapdisk does: what is written may be used by nobody else, what is
-read may be written by nobody. To work on the image of a guest that runs: tap-ctl pause, and afterwards
+An image is locked while it is used, as tapdisk does: no other program may use an image that is changed, and
+none may change an image that is read. To work on the image of a guest that runs: tap-ctl pause, and afterwards
 tap-ctl unpause. A file that was replaced (--force) is another one: name it again with unpause -a.
 
 Under the names vhd-util, qcow-create, img2qcow and qcow2raw, as links, this program takes the options of
 blktap's: see vhd-util --help.
 
-A new image has the name PATH.unfinished until it is whole and durable. Whatever ends the work earlier,
+A new image has the name PATH.unfinished until it is whole and durable. If the work ends earlier,
 there is no part of an image under its own name, and a file that was to be replaced (--force) is as it was.
 
 Exit status: 0 if it was done and nothing is wrong, 1 if images differ (compare), an image is damaged
-(check) or cannot be served as it is (info), 2 for a wrong command line, 3 if somebody else uses the image,
-4 if there is no such image, 6 if it could not be done for another reason.";
+(check) or cannot be served as it is (info), 2 for a wrong command line, 3 if the image is in use,
+4 if there is no such image, 6 if it failed for another reason.";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Say what an image is: size, parent, snapshots, and what keeps it from being served
+    /// Show size, parent and snapshots of an image, and the problems of its files that keep it from being served
     Info(Info),
     /// Make an image
     Create(Create),
@@ -92,16 +92,16 @@ pub(crate) enum Verb {
     Resize(Resize),
     /// Put an image over another one, or over none, with the same content
     Rebase(Rebase),
-    /// Give the image below what an image has itself, so that it holds the same disk
+    /// Commit an image: copy its allocated blocks into its backing image, which then holds the disk
     Commit(Commit),
-    /// Make an image that goes on from another one, or list the snapshots in one
+    /// Make an image over a backing image, or list the snapshots in one
     Snapshot(Snapshot),
-    /// Do again what a guest has done to its disk, on a copy of that, up to any moment; or list it
+    /// Replay a guest's requests on a copy of its disk, up to any moment; or list them
     Replay(Replay),
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {
-        /// What
+        /// Kind of the output
         what: Generated,
     },
 }
@@ -130,15 +130,20 @@ impl FromStr for ParentKind {
     }
 }
 
-/// What to look at.
+/// Image to look at.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Problems are missing, damaged or unsupported files, in the image or below it. The rules of blktapctrl for files beside an
+image are not checked: it serves a backing image in the same directory only after chmod a-w, and others only with
+--files.
+Exit status: 0 if there is no problem, 1 if there is one.")]
 pub(crate) struct Info {
     /// The image, KIND:PATH
     pub(crate) image: Named,
     /// All images below it, too
     #[arg(long)]
     pub(crate) chain: bool,
-    /// Look even if it is in use: what is said may be wrong by then
+    /// Look even if it is in use: the output may be outdated by then
     #[arg(short = 'U', long)]
     pub(crate) unlocked: bool,
 }
@@ -146,7 +151,7 @@ pub(crate) struct Info {
 /// How a new image is laid out.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Layout {
-    /// The image that it goes on from, KIND:PATH, which must not change any more
+    /// Backing image, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE")]
     pub(crate) parent: Option<Named>,
     /// qcow2: bytes of a cluster, 512 to 2M; 64K if not said
@@ -166,10 +171,10 @@ pub(crate) struct Layout {
     pub(crate) iter_time: Option<u64>,
 }
 
-/// What to make.
+/// Image to make.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-An image of which there is one already is replaced with --force only, and never while somebody uses it.
+An existing image is replaced with --force only, and never while it is in use.
 With key=FILE in front it is encrypted with LUKS, version 1 (AES-256-XTS, SHA-256); each byte of FILE counts, a line's
 end too. A luks image reads as anything where it was not written yet.
 A parent in the same folder is named without the folder, so both can be moved together.")]
@@ -185,11 +190,11 @@ pub(crate) struct Create {
     pub(crate) force: bool,
 }
 
-/// What to copy.
+/// Images to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space.
-With --parent only what differs from the parent is written, so the parent need not be what FROM goes on from.")]
+With --parent only the parts that differ from the parent are copied, so the parent need not be FROM's backing image.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it
     pub(crate) from: Named,
@@ -211,7 +216,7 @@ pub(crate) struct Convert {
     pub(crate) progress: bool,
 }
 
-/// What to check.
+/// Image to check.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 qcow2: all tables and refcounts. --repair makes refcounts right and takes lost clusters back; an image
@@ -229,7 +234,7 @@ pub(crate) struct Check {
     pub(crate) data: bool,
 }
 
-/// What to compare.
+/// Images to compare.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A disk that is longer by nothing but zeroes is the same, but with --strict.
@@ -247,23 +252,23 @@ pub(crate) struct Compare {
     pub(crate) progress: bool,
 }
 
-/// What to draw.
+/// Image to draw.
 #[derive(Debug, Args)]
 pub(crate) struct Map {
     /// The image, KIND:PATH
     pub(crate) image: Named,
-    /// What is in this image alone, and where the one below shows through
+    /// Show the parts that this image has allocated, and those where the one below shows through
     #[arg(long)]
     pub(crate) layer: bool,
 }
 
-/// What to make larger or smaller.
+/// Image to make larger or smaller.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Raw files, qcow2 and VHD become larger, by zeroes. A luks image becomes larger, too, by what reads as anything until it
-is written. Only a raw file and a luks image become smaller, and of them only zeroes, and what a luks image has no space
-for, are cut off, but with --lose-data.
-A disk that goes on from another image shows nothing of that behind its old end.")]
+Raw files, qcow2 and VHD become larger, by zeroes. A luks image becomes larger, too, by a part that reads as anything
+until the guest fills it. Only a raw file and a luks image become smaller, and of them only zeroes, and parts for which
+a luks image has no space, are cut off, but with --lose-data.
+A disk with a backing image shows nothing of that behind its old end.")]
 pub(crate) struct Resize {
     /// The image, KIND:PATH
     pub(crate) image: Named,
@@ -277,21 +282,21 @@ pub(crate) struct Resize {
     pub(crate) lose_data: bool,
 }
 
-/// What to put where.
+/// Image and its new backing image.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What the image shows of the chain below it, and the new one does not have, is written into the image first. If
-that ends early, the image is as it was, but for space, and goes on from what it did.
+Data of the old backing chain that the new one does not have is copied into the image first. If that ends early, the
+image is as it was, but for space, and keeps its old backing image.
 With --unsafe only the name in the header changes: for an image below that was moved or converted. If that holds
 something else, so does the disk.
-A VHD goes on from a VHD or a raw image, and from one it must go on before.")]
+The backing image of a VHD is a VHD or a raw image, and the VHD must already have one.")]
 pub(crate) struct Rebase {
     /// The image, qcow2:PATH or vhd:PATH
     pub(crate) image: Named,
-    /// What it goes on from, KIND:PATH, which must not change any more
+    /// New backing image, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE", required_unless_present = "no_parent")]
     pub(crate) parent: Option<Named>,
-    /// It goes on from no other image: it gets all content
+    /// Remove the backing image: the image gets all content
     #[arg(long, conflicts_with = "parent")]
     pub(crate) no_parent: bool,
     /// Change the name only, and compare nothing
@@ -302,11 +307,11 @@ pub(crate) struct Rebase {
     pub(crate) progress: bool,
 }
 
-/// What to commit.
+/// Image to commit.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The image below becomes the disk; the image is only read, and can be removed then. Both must be in use by nobody.
-Whatever else goes on from the image below shows something else afterwards: rebase that first.
+The image below becomes the disk; the image is only read, and can be removed then. Both must be unused.
+Other images over the image below have other content afterwards: rebase them first.
 If it ends early, the image is still the disk, but the one below alone is not what it was: begin again.")]
 pub(crate) struct Commit {
     /// The image, qcow2:PATH, qcow:PATH or vhd:PATH
@@ -316,30 +321,30 @@ pub(crate) struct Commit {
     pub(crate) progress: bool,
 }
 
-/// What to go on from.
+/// Image to take a snapshot of.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The image must not change any more as long as there is one that goes on from it. For the disk of a guest that
+The image must not change any more as long as it is a backing image. For the disk of a guest that
 runs: tap-ctl pause, then this, then tap-ctl unpause -a with the new image.
 Snapshots inside of a qcow2 image are listed here and read by tapimg convert --snapshot; qemu-img snapshot makes
 and deletes them.")]
 pub(crate) struct Snapshot {
     /// The image, KIND:PATH
     pub(crate) image: Named,
-    /// The image that goes on from it, KIND:PATH; without it the snapshots in IMAGE are listed
+    /// New image over it, KIND:PATH; without it the snapshots in IMAGE are listed
     pub(crate) overlay: Option<Named>,
 }
 
-/// What to do again.
+/// Requests to replay.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The trace is a file of tap-ctl trace, which may still be written. IMAGE is a copy of the disk as it was when the trace
-began, or at --from; one from later is right, too, as long as it was made before the end of the window. It must be in
-use by nobody. Requests are done in the order in which they took effect. What had failed is left out; what has no
-result, because a process died with it, is done. What was discarded reads as zeroes.
-What the disk was after a crash at a flush, for any of them (--list --json names them):
+The trace is a file of tap-ctl trace, which may still grow. IMAGE is a copy of the disk as it was when the trace began,
+or at --from; one from later is right, too, as long as it was made before the end of the window. It must be unused.
+Requests are replayed in the order in which they took effect. Failed ones are left out; those without a result, because a
+process died with them, are replayed. Discarded parts read as zeroes.
+The disk after a crash at a flush, for any of them (--list --json names them):
   cp before.img try.img && tapimg replay guest.trace aio:try.img --to 1042
-Go on from there with --from 1043 --to another one. If a window is not all there, nothing is written.")]
+Continue from there with --from 1043 --to another one. If a window is not complete, the image does not change.")]
 pub(crate) struct Replay {
     /// The file
     pub(crate) trace: PathBuf,
@@ -352,7 +357,7 @@ pub(crate) struct Replay {
     /// The last request, in the same way
     #[arg(long, value_name = "NUMBER|TIME")]
     pub(crate) to: Option<Point>,
-    /// Print the requests instead: number, seconds since the trace began, what was asked for, and what became of it
+    /// Print the requests instead: number, seconds since the trace began, operation, and result
     #[arg(long)]
     pub(crate) list: bool,
 }

@@ -16,7 +16,7 @@ use serde::Serialize;
 use std::cell::Cell;
 use std::fs;
 
-/// What was done.
+/// Result of a commit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Done {
     image: String,
@@ -37,7 +37,7 @@ impl Done {
     pub(crate) fn text(&self) -> String {
         let Self { image, parent, .. } = self;
         let mark = match self.marked {
-            true => ", after chmod u+w, which says that nothing goes on from it any more",
+            true => ", after chmod u+w, if it is no longer a backing image",
             false => "",
         };
         format!(
@@ -47,7 +47,7 @@ impl Done {
     }
 }
 
-/// What an image has itself, and where that goes.
+/// The parts that an image has allocated, and their destination.
 struct Own<'o> {
     io: &'o Io,
     image: (&'o Named, Disk),
@@ -68,7 +68,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
     let base = opener.file(&parent.path, Use::Write).await?;
     let options = Options::new(parent.path.display().to_string());
     let (base, its) = opener.disk_of(&parent, base, options).await?;
-    // What is below is locked by us already, and of that nothing is read.
+    // This program has locked the backing image already, and only its metadata is read.
     let look = Opener {
         reading: Use::Look,
         ..opener.clone()
@@ -146,7 +146,7 @@ async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named,
     let needs = needs.map_err(|failure| image.said(failure))?;
     if needs.parent.is_none() {
         return Err(Failure::invalid(format!(
-            "{image} goes on from no other image: there is nothing to commit it to"
+            "{image} has no backing image: there is nothing to commit it to"
         )));
     }
     below(opener, image, &needs).ok_or_else(|| {

@@ -76,7 +76,7 @@ pub(crate) async fn compare(opener: &Opener, args: &Compare) -> Result<Verdict, 
         progress_ref.add(len);
         Ok(())
     };
-    // What comes before the difference is done or under way when it is found.
+    // Pieces before the difference are done or under way when it is found.
     let done = Walk::new([side(0), side(1)], all)
         .each(|| first.get().is_some(), work)
         .await;

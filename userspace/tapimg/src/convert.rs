@@ -18,16 +18,16 @@ use drivers::Disk;
 use formats::{Below, Kind, Options};
 use std::rc::Rc;
 
-/// What is read, and where it goes.
+/// Source and destination of a copy.
 struct Copy<'c> {
     io: &'c Io,
     from: (&'c Named, Disk),
     to: (&'c Named, Disk),
-    /// What lies below the new image.
+    /// Backing image of the new image.
     parent: Option<(&'c Named, Disk)>,
-    /// What is not written there is not known to be zeroes.
+    /// Parts that the copy leaves out may not be zeroes.
     is_dirty: bool,
-    /// What cannot be read becomes zeroes, and is noted here.
+    /// Unreadable parts become zeroes, and are collected here.
     lost: Option<Rc<Lost>>,
 }
 
@@ -93,8 +93,8 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
     }
 }
 
-/// What was never written of a new image need not read as zeroes: the storage has something there, or zeroes that are
-/// none once they are decrypted.
+/// Whether unused parts of a new image may differ from zeroes: the storage has old data there, or zeroes that are none
+/// once they are decrypted.
 fn starts_dirty(image: &Named, target: &Target) -> bool {
     match image.kind {
         Below::Raw => target.is_device(),

@@ -13,10 +13,10 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-/// What lies below a new image. As long as this is there nobody can write it.
+/// Backing image of a new image. As long as this exists, its lock lets no other program write it.
 #[derive(Debug)]
 pub(crate) struct Parent {
-    /// What the new image says of it.
+    /// Its name and kind for the new image.
     base: Base,
     /// The disk, for reading.
     pub(crate) disk: Disk,
@@ -111,7 +111,7 @@ impl Parent {
         apart(image, child)?;
         if image.is_sealed() {
             return Err(Failure::invalid(format!(
-                "{image} is encrypted, and {child} over it would not be: no image goes on from one that is"
+                "{image} is encrypted, and {child} over it would not be: an encrypted image cannot be a backing image"
             )));
         }
         // The child has to be one that can be served.
@@ -191,7 +191,7 @@ pub(crate) async fn make(
     }
 }
 
-/// Refuses what cannot be encrypted as it was said.
+/// Refuses options that do not fit the encryption of an image.
 fn check_key(image: &Named, layout: &Layout) -> Result<(), Failure> {
     let refuse = |why: String| Err(Failure::invalid(format!("{image}: {why}")));
     match &image.key {
@@ -217,7 +217,7 @@ fn check_key(image: &Named, layout: &Layout) -> Result<(), Failure> {
     }
 }
 
-/// What is said of an image that can only be made with a key.
+/// Returns the failure of an image that can only be made with a key.
 fn no_key(image: &Named) -> Failure {
     Failure::invalid(format!(
         "{image}: it is encrypted, and no key was named: write key=FILE,{image} with a file that has one"
@@ -235,7 +235,7 @@ fn encryption(image: &Named, layout: &Layout) -> Result<Option<luks::Encryption>
     }))
 }
 
-/// What is said of an image of a kind that is never written.
+/// Returns the failure of an image of a read-only kind.
 fn read_only(image: &Named) -> Failure {
     Failure::invalid(format!(
         "{image}: a VHDX is read and not made: make a qcow2 image or a VHD"

@@ -12,7 +12,7 @@ use formats::{look, luks, qcow2, vhdx, Below, Kind, Needs, LAYERS};
 use serde::Serialize;
 use std::fmt::Write;
 
-/// What there is to say of an image.
+/// Facts about an image.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Facts {
     /// As it was named.
@@ -40,7 +40,7 @@ pub(crate) struct Facts {
     snapshots: Vec<SnapshotFacts>,
     /// It, or one below it, cannot be served as it is, and why.
     problems: Vec<String>,
-    /// What does no harm.
+    /// Harmless facts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     notes: Vec<String>,
 }
@@ -75,7 +75,7 @@ pub(crate) struct SnapshotFacts {
     memory: u64,
 }
 
-/// Looks at an image, and at all below it if that is wanted.
+/// Looks at an image, and on request at all below it.
 pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Failure> {
     let mut all = Vec::new();
     let mut next = Some(args.image.clone());
@@ -108,7 +108,7 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
     // Whether it can be served shows when it is opened with all that it needs.
     let is_closed = all[0].encryption.is_some() && args.image.key.is_none();
     if is_closed {
-        let note = "without its key nothing more can be said: name the file with that, as key=FILE before the kind";
+        let note = "without its key this shows no more: name the file with the key, as key=FILE before the kind";
         all[0].notes.push(note.into());
     } else if all.iter().all(|facts| facts.problems.is_empty()) {
         match opener.disk(&args.image, None).await {
@@ -145,7 +145,7 @@ impl Facts {
     pub(crate) fn text(&self) -> String {
         let mut text = format!("image: {}\n", self.image);
         let mut say = |name: &str, value: &str| {
-            // Writing to a string cannot fail. What an image says is on this line, and on no other.
+            // Writing to a string cannot fail. An image's text stays on its own line.
             let _ = writeln!(text, "  {name}: {}", shown(value));
         };
         if let Some(size) = self.size {
@@ -201,7 +201,7 @@ impl Facts {
     }
 }
 
-/// One image. What is wrong with it is said in the facts.
+/// One image. The facts include its faults.
 async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
     let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);

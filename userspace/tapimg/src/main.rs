@@ -59,7 +59,7 @@ impl From<Failure> for Error {
     }
 }
 
-/// What came of it: 0 or 1.
+/// Result of a verb: exit status 0 or 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// All is as it should be.

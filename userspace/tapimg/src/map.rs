@@ -7,7 +7,7 @@ use crate::Error;
 use drivers::{Content, Extent};
 use std::io::Write;
 
-/// Bytes for which extents are asked at once.
+/// Bytes for which extents are requested at once.
 const SOME: u64 = 1 << 30;
 
 /// Writes a map, as it is found: it may be long.

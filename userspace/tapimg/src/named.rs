@@ -9,7 +9,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// What an image is, and where. What it is is said, never guessed: a guest writes what is in it.
+/// Kind of an image, and its path. The command line names the kind, and this program never guesses it, because a guest
+/// controls the content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Named {
     /// Raw, or which format.
@@ -53,7 +54,7 @@ impl Named {
         }
     }
 
-    /// What opens it, if it is said to be encrypted.
+    /// Reads the key, if the command line names one.
     pub(crate) fn secret(&self) -> Result<Option<Key>, Failure> {
         let Some(path) = &self.key else {
             return Ok(None);
@@ -67,12 +68,12 @@ impl Named {
         Ok(Some(key))
     }
 
-    /// It is encrypted, by what was said of it.
+    /// Whether it is encrypted, by its kind or key on the command line.
     pub(crate) fn is_sealed(&self) -> bool {
         self.key.is_some() || self.kind == Below::Format(Kind::Luks)
     }
 
-    /// What is wrong, and with which image.
+    /// Adds the image's path to a failure.
     pub(crate) fn said(&self, failure: Failure) -> Failure {
         let path = self.path.display().to_string();
         match failure.message.contains(&path) {
@@ -123,7 +124,7 @@ impl FromStr for Named {
     }
 }
 
-/// The file with a key, if it is said, and what is behind that.
+/// Splits off the file with a key, if there is one.
 fn key_before(text: &str) -> Result<(Option<PathBuf>, &str), Failure> {
     let Some(rest) = text.strip_prefix("key=") else {
         return Ok((None, text));

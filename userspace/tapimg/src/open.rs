@@ -12,12 +12,12 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What is done with a file, and so how it is locked.
+/// Use of a file, which decides how it is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
     /// Others may read it, too.
     Read,
-    /// Nobody else may use it.
+    /// No other program may use it.
     Write,
     /// It is looked at whatever others do with it.
     Look,
@@ -29,7 +29,7 @@ pub(crate) struct Opener {
     pub(crate) io: Io,
     /// How what is only read is opened: [`Use::Read`] or [`Use::Look`].
     pub(crate) reading: Use,
-    /// What a parent is whose child does not say it.
+    /// Kind of a parent whose child does not name it.
     pub(crate) parents: Option<Below>,
     /// Images over each other at most.
     pub(crate) layers: usize,
@@ -113,7 +113,7 @@ impl Opener {
         }
         let mut flags = OFlags::CLOEXEC;
         if how == Use::Write && kind.is_block_device() {
-            // What the kernel itself uses, such as a mounted file system, is refused.
+            // A device that the kernel itself uses, such as for a mounted file system, is refused.
             flags |= OFlags::EXCL;
         }
         let file = direct(flags, |flags| {
@@ -233,7 +233,7 @@ pub(crate) fn direct(
     }
 }
 
-/// What is invalid in an image was not said on the command line.
+/// Converts a failure, because an invalid image is no invalid command line.
 fn of_image(failure: Failure) -> Failure {
     match failure.code {
         Code::Invalid => Failure::new(Code::Image, failure.message),

@@ -5,13 +5,13 @@ use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// Time between two messages: on a terminal, where a line is written over, and elsewhere.
+/// Time between two messages: on a terminal, where each replaces the last one, and elsewhere.
 const PERIODS: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 
 /// Bytes of a disk that are done.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    /// Nothing if nobody wants to know.
+    /// Nothing if no progress is shown.
     shown: Option<Shown>,
     all: u64,
     done: Cell<u64>,
@@ -25,7 +25,7 @@ struct Shown {
 }
 
 impl Progress {
-    /// Of `all` bytes. It is shown on a terminal, and elsewhere if it is `wanted`.
+    /// Of `all` bytes. Progress is shown on a terminal, and elsewhere if `wanted` is set.
     pub(crate) fn new(all: u64, wanted: bool) -> Self {
         let is_terminal = io::stderr().is_terminal();
         let now = Instant::now();
@@ -77,7 +77,7 @@ impl Progress {
             true => format!("\r{line}\x1b[K{end}"),
             false => format!("{line}\n"),
         };
-        // Who does not listen any more need not be told.
+        // The reader may be gone.
         let _ = io::stderr().write_all(text.as_bytes());
     }
 }

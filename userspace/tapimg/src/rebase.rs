@@ -17,14 +17,14 @@ use formats::{backing, fits, qcow2, vhd, Base, Below, Kind, Options};
 use serde::Serialize;
 use std::cell::Cell;
 
-/// What was done.
+/// Result of a rebase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Done {
     image: String,
     /// The image below from now on, as the header names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     parent: Option<String>,
-    /// Bytes that were written because the chains differ; nothing if they were not compared.
+    /// Bytes by which the chains differ, and that the image got; nothing if they were not compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     written: Option<u64>,
 }
@@ -32,18 +32,18 @@ pub(crate) struct Done {
 impl Done {
     pub(crate) fn text(&self) -> String {
         let parent = match &self.parent {
-            Some(parent) => format!("goes on from {parent}"),
-            None => "goes on from no other image".into(),
+            Some(parent) => format!("has the backing image {parent}"),
+            None => "has no backing image".into(),
         };
         let written = match self.written {
-            Some(written) => format!("{} were written into it", bytes(written)),
+            Some(written) => format!("it got {}", bytes(written)),
             None => "whether that holds the same was not looked at".into(),
         };
         format!("{} {parent}; {written}\n", self.image)
     }
 }
 
-/// The content of the image as it is, and what will lie below it. What differs becomes its own.
+/// The content of the image as it is, and what will lie below it. The parts that differ become its own.
 struct Own<'o> {
     io: &'o Io,
     image: (&'o Named, Disk),
@@ -70,7 +70,7 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
         true => None,
         false => Some(make_own(opener, stop, args, &file).await?),
     };
-    // What it has by now of the old chain is durable.
+    // Data that was copied from the old chain by now is durable.
     let named = match kind {
         Kind::Vhd => name_in_vhd(opener, image, &file, parent).await,
         _ => name_in_qcow2(image, &file, parent).await,
@@ -92,7 +92,7 @@ fn can_be(args: &Rebase) -> Result<Kind, Failure> {
             fits.map(|()| Kind::Vhd).map_err(|failure| image.said(failure))
         }
         (Below::Format(Kind::Vhd), None) => Err(Failure::invalid(format!(
-            "{image}: a VHD that goes on from another image stays one: make a new image with tapimg convert {image} NEW"
+            "{image}: a differencing VHD stays one: make a new image with tapimg convert {image} NEW"
         ))),
         _ => Err(Failure::invalid(format!(
             "{image}: only qcow2 images and VHDs are put over other ones where they are: make a new image with \
@@ -130,7 +130,8 @@ async fn name_in_vhd(
     Ok(Some(base.name().to_owned()))
 }
 
-/// What a snapshot does not have itself would be that of the other image.
+/// Refuses an image with snapshots inside, because the parts that a snapshot has not allocated would be those of the
+/// other image.
 async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
     let header = qcow2::header(file).await;
     let header = header.map_err(|failure| image.said(failure))?;
@@ -192,7 +193,7 @@ async fn make_own(
     last.map_err(|error| failed("make durable", image, shape.size, error))?;
     stop.check(
         &progress,
-        "; the image goes on from what it did before, so begin again",
+        "; the image keeps its old backing image, so begin again",
     )?;
     Ok(own.written.get())
 }
@@ -256,7 +257,7 @@ impl Own<'_> {
     }
 
     /// Zeroes of its own. Where the old chain has zeroes the driver need not do anything for a request for them, so
-    /// those are written.
+    /// this code writes them.
     async fn zero(&self, mut at: u64, len: u64) -> Result<(), Failure> {
         let (image, disk) = &self.image;
         walk::zero(image, disk, at, len).await?;

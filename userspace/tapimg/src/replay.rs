@@ -21,7 +21,7 @@ use trace::{Entry, Operation, Record, What, BLOCK};
 pub(crate) use window::Point;
 use window::{Outcome, Window};
 
-/// What was done.
+/// Result of a replay.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Done {
     image: String,
@@ -32,11 +32,11 @@ pub(crate) struct Done {
     discards: u64,
     zeroes: u64,
     flushes: u64,
-    /// Bytes that were written.
+    /// Bytes that the replay changed.
     written: u64,
     /// Requests that failed and were left out.
     failed: u64,
-    /// Requests that were done again though nobody knows whether they were done.
+    /// Replayed requests of which the trace does not show whether they were carried out.
     unknown: u64,
 }
 
@@ -58,7 +58,7 @@ impl Done {
         }
         if self.unknown > 0 {
             text += &format!(
-                "{} of which nobody knows whether they were done were done: a process died, or the trace ended before\n",
+                "{} with unknown results were replayed: a process died, or the trace ended before\n",
                 self.unknown
             );
         }
@@ -74,7 +74,7 @@ pub(crate) async fn replay(opener: &Opener, args: &Replay, image: &Named) -> Res
     let file = opener.file(&image.path, Use::Write).await?;
     let options = Options::new(image.path.display().to_string());
     let (disk, shape) = opener.disk_of(image, file, options).await?;
-    // Nothing is written unless all of it can be.
+    // The program changes nothing unless all of the trace can be replayed.
     window.check(shape.size)?;
     let (from, to) = window.holds.unwrap_or_default();
     let mut done = Done {
@@ -90,7 +90,7 @@ pub(crate) async fn replay(opener: &Opener, args: &Replay, image: &Named) -> Res
     Ok(done)
 }
 
-/// An image that others go on from, as a snapshot leaves it, is written by nobody.
+/// Refuses an image without write permission, as a snapshot leaves it, because it is a backing image.
 fn refuse_marked(image: &Named) -> Result<(), Failure> {
     let data = fs::metadata(&image.path)
         .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))?;

@@ -15,7 +15,7 @@ use formats::{look, luks, qcow2, resolve, vhd, Below, Kind, Options, Parts};
 use serde::Serialize;
 use std::ops::Range;
 
-/// What was done.
+/// Result of a change of the size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Done {
     image: String,
@@ -23,7 +23,7 @@ pub(crate) struct Done {
     size: u64,
     /// Bytes, but for zeroes, that were cut off.
     lost: u64,
-    /// Bytes that it got, and that read as anything until they are written.
+    /// Bytes that it got, and that read as anything until the guest fills them.
     #[serde(skip_serializing_if = "is_nothing")]
     undefined: u64,
 }
@@ -47,7 +47,7 @@ impl Done {
         } = self;
         let undefined = match self.undefined {
             0 => "",
-            _ => "; what is new reads as anything until it is written",
+            _ => "; the new part reads as anything until the guest fills it",
         };
         format!("{image} had {old_size} bytes and has {size}{lost}{undefined}\n")
     }
@@ -130,7 +130,8 @@ async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> 
     changed.map_err(|failure| image.said(failure))
 }
 
-/// What is below and behind the old end must stay hidden, so it is opened with the image.
+/// Makes a qcow2 image larger, with its backing image open, because the part of that behind the old end must stay
+/// hidden.
 async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> Result<(), Failure> {
     let needs = look(Kind::Qcow2, file).await?;
     let mut parts = Parts::default();
@@ -200,7 +201,8 @@ async fn shrink(
     }
     if !matches!(image.kind, Below::Raw | Below::Format(Kind::Luks)) {
         return Err(Failure::invalid(format!(
-            "{image}: only a raw file becomes smaller: convert it to aio, shrink that, and convert that back"
+            "{image}: only a raw file and a luks image become smaller: convert it to aio, shrink that, \
+             and convert that back"
         )));
     }
     let options = Options::new(image.path.display().to_string());

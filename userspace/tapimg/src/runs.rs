@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which parts of what was read have to be written.
+//! Finds the parts of a buffer that have to be stored.
 
 use std::ops::Range;
 
 /// Bytes that are looked at as one.
 const BLOCK: usize = 4096;
-/// Fewer bytes than these, of which nothing need be written, are written all the same if there is data on
-/// both sides: many small writes and many small holes are worse.
+/// Gaps shorter than this between data are stored all the same, because many small writes and many small holes are
+/// worse.
 const GAP: usize = 64 << 10;
 
-/// What is to be done with a part.
+/// Action on a part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Run {
-    /// Its bytes are to be written.
+    /// Store its bytes.
     Data(Range<usize>),
     /// It is to become zeroes.
     Zero(Range<usize>),
@@ -61,7 +61,7 @@ mod tests {
     fn zeroes_are_left_out() {
         assert_eq!(runs(&blocks(&[0, 0]), None), []);
         assert_eq!(runs(&blocks(&[0, 1, 0]), None), [Data(4096..8192)]);
-        // A small hole in data is written.
+        // A small hole in data is copied.
         assert_eq!(runs(&blocks(&[1, 0, 1]), None), [Data(0..12288)]);
         let mut large = blocks(&[0; 32]);
         large[0] = 1;

@@ -15,7 +15,7 @@ const LISTED: usize = 16;
 /// Ranges that are kept: others are counted as bytes only.
 const KEPT: usize = 65536;
 
-/// What is lost of a disk.
+/// Lost parts of a disk.
 #[derive(Debug)]
 pub(crate) struct Lost {
     step: u64,
@@ -88,7 +88,7 @@ impl Lost {
         Ok((data, bytes))
     }
 
-    /// What is to be said of an image; nothing if all of it could be read.
+    /// Returns a description of the losses of an image; nothing if all of it could be read.
     pub(crate) fn text(&self, image: &Named) -> Option<String> {
         let (bytes, ranges) = (*self.bytes.borrow(), self.ranges.borrow());
         if bytes == 0 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tapimg snapshot`: an image that goes on from another one, and what snapshots there are in one.
+//! `tapimg snapshot`: makes an image over a backing image, and lists the snapshots in one.
 
 use crate::cli::{Create, Layout, Snapshot};
 use crate::create::create;
@@ -10,14 +10,14 @@ use formats::{Below, Kind};
 use serde::Serialize;
 use std::fmt::Write;
 
-/// What was made, or what there is.
+/// The new image, or the list.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Answer {
     image: String,
-    /// The image that goes on from it.
+    /// The new image over it.
     #[serde(skip_serializing_if = "Option::is_none")]
     overlay: Option<String>,
-    /// The snapshots in it, if those were asked for.
+    /// The snapshots in it, if the list was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     snapshots: Option<Vec<SnapshotFacts>>,
 }
@@ -27,7 +27,7 @@ impl Answer {
         let mut text = String::new();
         if let Some(overlay) = &self.overlay {
             // Writing to a string cannot fail.
-            let _ = writeln!(text, "{overlay} goes on from {}", self.image);
+            let _ = writeln!(text, "{overlay} has the backing image {}", self.image);
         }
         for one in self.snapshots.iter().flatten() {
             let _ = writeln!(text, "{}", one.text());
@@ -60,7 +60,7 @@ pub(crate) async fn snapshot(opener: &Opener, args: &Snapshot) -> Result<Answer,
     }
     if image.kind != Below::Format(Kind::Qcow2) {
         return Err(Failure::invalid(format!(
-            "{image}: only qcow2 images have snapshots inside: name the image to make that goes on from it"
+            "{image}: only qcow2 images have snapshots inside: name the image to make over it"
         )));
     }
     let file = opener.file(&image.path, opener.reading).await?;

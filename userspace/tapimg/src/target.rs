@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where a new image comes to be. A file has another name until it is whole, so whatever ends the work,
-//! nobody takes a part of an image for one; a file that it replaces is there until then.
+//! Where a new image comes to be. A file has another name until it is whole, so that an interruption leaves no part of
+//! an image under its name; a file that it replaces is there until then.
 
 use crate::named::Named;
 use crate::open::{direct, identity, Opener, Use};
@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::{fchown, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// What is behind the name of an image that is not whole.
+/// Ending of the name of an image that is not whole.
 const ENDING: &str = ".unfinished";
 /// Bytes at the beginning and the end of a device that are cleared when what it holds is not whole: more than any
 /// format, boot loader or table of partitions needs to be found by.
@@ -34,7 +34,7 @@ enum Place {
     File {
         unfinished: PathBuf,
         path: PathBuf,
-        /// The file that has the name until then. Nobody else uses it.
+        /// The file that has the name until then. No other program uses it.
         old: Option<File>,
     },
     /// A device, which has its name already.
@@ -44,7 +44,7 @@ enum Place {
 }
 
 impl Target {
-    /// Makes room for an image where there is none, or with `force` where there is one that nobody uses.
+    /// Makes room for an image where there is none, or with `force` where there is one that is not in use.
     pub(crate) async fn begin(
         opener: &Opener,
         image: &Named,
@@ -87,7 +87,7 @@ impl Target {
                 place,
             });
         }
-        // What a symbolic link leads to is replaced, not the link.
+        // The target of a symbolic link is replaced, not the link.
         let path = fs::canonicalize(path).map_err(looking)?;
         let (file, unfinished) = unfinished(opener, &path).await?;
         let place = Place::File {
@@ -100,7 +100,7 @@ impl Target {
         Ok(target)
     }
 
-    /// The file or device to be written.
+    /// Returns the file or device of the new image.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
@@ -185,7 +185,7 @@ impl Target {
             Err(error) => Failure::new(
                 why.code,
                 format!(
-                    "{}; what there is of {} is not whole and could not be taken away ({error}): do not use it",
+                    "{}; the file {} is not whole and could not be taken away ({error}): do not use it",
                     why.message,
                     self.image.path.display()
                 ),
@@ -235,7 +235,7 @@ async fn unfinished(opener: &Opener, path: &Path) -> Result<(File, PathBuf), Fai
         let file = file.map_err(failed)?;
         let own = file.metadata().map_err(failed)?;
         let file = opener.locked(file, &name, Use::Write).await?;
-        // Whoever had the lock may have finished with the file meanwhile.
+        // The previous holder of the lock may have finished with the file.
         if identity(&name).map_err(failed)? == Some((own.dev(), own.ino())) {
             file.set_size(0)
                 .await
@@ -245,7 +245,7 @@ async fn unfinished(opener: &Opener, path: &Path) -> Result<(File, PathBuf), Fai
     }
 }
 
-/// Gives a file another name, which somebody else may have only if `replaces`.
+/// Renames a file, over another file only if `replaces` is set.
 fn rename(from: &Path, to: &Path, replaces: bool) -> io::Result<()> {
     if replaces {
         return fs::rename(from, to);

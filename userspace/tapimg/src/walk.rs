@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks from their beginning to their end, in pieces, several at once. What is a hole is not read.
+//! Disks from their beginning to their end, in pieces, several at once. Holes are not read.
 
 use crate::named::Named;
 use crate::open::failed;
@@ -18,10 +18,10 @@ use std::rc::Rc;
 pub(crate) const PIECE: u64 = 1 << 20;
 /// Pieces under way: with two disks, twice as many bytes are in memory.
 const UNDER_WAY: usize = 16;
-/// Bytes of a hole that are one piece, and for which extents are asked at once.
+/// Bytes of a hole that are one piece, and for which extents are requested at once.
 const HOLE: u64 = 1 << 30;
 
-/// A disk that is walked over. It goes on for ever, as a hole.
+/// A disk that is walked over. It continues for ever, as a hole.
 #[derive(Debug)]
 pub(crate) struct Side {
     image: Named,
@@ -30,7 +30,7 @@ pub(crate) struct Side {
     /// Extents from `at` on.
     known: VecDeque<Extent>,
     at: u64,
-    /// What cannot be read is a hole, and is noted here.
+    /// Unreadable parts count as holes, and are collected here.
     lost: Option<Rc<Lost>>,
 }
 
@@ -63,12 +63,12 @@ impl Side {
         }
     }
 
-    /// What cannot be read is a hole, and is noted in `lost`.
+    /// Treats unreadable parts as holes, and collects them in `lost`.
     pub(crate) fn salvaged(self, lost: Option<Rc<Lost>>) -> Self {
         Self { lost, ..self }
     }
 
-    /// What is from `offset` on, and for how many bytes.
+    /// Returns the remaining bytes of the extent at `offset`, and whether they are data.
     async fn see(&mut self, offset: u64) -> Result<(u64, bool), Failure> {
         if offset >= self.size {
             return Ok((u64::MAX, false));
@@ -135,8 +135,8 @@ impl<const N: usize> Walk<N> {
         Ok(Some(piece))
     }
 
-    /// Does `work` for every piece, several at once, until one fails or `stops` says so. What is under way
-    /// then is finished.
+    /// Does `work` for every piece, several at once, until one fails or `stops` says so. Pieces that are under way then
+    /// are finished.
     pub(crate) async fn each<F: Future<Output = Result<(), Failure>>>(
         self,
         stops: impl Fn() -> bool,
@@ -209,7 +209,7 @@ pub(crate) async fn zero(image: &Named, disk: &Disk, at: u64, len: u64) -> Resul
     done.map_err(|error| failed("write zeroes to", image, at, error))
 }
 
-/// What an image has itself: at least something from a byte on, and nothing beyond `len`.
+/// Returns the allocated parts of an image: at least one extent from a byte on, and nothing beyond `len`.
 pub(crate) async fn layer(
     image: &Named,
     disk: &Disk,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What stands where in the file.
+//! Layout of the file.
 
 use control::{Code, Failure};
 use std::fmt;
@@ -26,13 +26,13 @@ const VERSION: u32 = 1;
 const SMALLEST: u32 = 4096;
 const LARGEST: u32 = 16 << 20;
 const MOST: u32 = 1 << 16;
-/// What records of writes carry.
+/// Flag: records of writes carry data.
 const DATA: u32 = 1;
 
-/// What is the same for all records of a file.
+/// Fields that all records of a file share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Records of writes carry what is written.
+    /// Records of writes carry their data.
     pub data: bool,
     /// Bytes of a segment.
     pub segment: u32,
@@ -42,7 +42,7 @@ pub struct Header {
     pub mark: u64,
     /// When the trace began, in milliseconds since 1970.
     pub started_ms: u64,
-    /// The same moment in nanoseconds of `CLOCK_MONOTONIC`.
+    /// That moment in nanoseconds of `CLOCK_MONOTONIC`.
     pub started_ns: u64,
     /// Sectors of the disk by then.
     pub sectors: u64,
@@ -152,7 +152,7 @@ impl Header {
     }
 }
 
-/// What a request asks for.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// To read.
@@ -197,12 +197,12 @@ impl fmt::Display for Operation {
     }
 }
 
-/// What else a request says.
+/// Flags of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
     /// It must be durable when it is answered.
     pub fua: bool,
-    /// What was answered before must be durable first.
+    /// All writes that were answered before must be durable first.
     pub preflush: bool,
     /// An earlier process may have executed it already.
     pub replay: bool,
@@ -243,17 +243,17 @@ impl Flags {
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What is asked for.
+    /// Operation of the request.
     pub operation: Operation,
     /// The first sector.
     pub sector: u64,
     /// Number of sectors.
     pub sectors: u64,
-    /// What else it says.
+    /// Flags of the request.
     pub flags: Flags,
 }
 
-/// What a record says.
+/// Content of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// A segment begins.
@@ -279,7 +279,7 @@ pub struct Record {
     pub number: u64,
     /// Nanoseconds since the trace began.
     pub time_ns: u64,
-    /// What it says.
+    /// Content of the record.
     pub what: What,
     /// Where its data is in the bytes of the segment. Empty if it carries none.
     pub data: Range<usize>,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The file in which it is written down what the guest of a disk asks for: a ring, of which the newest is kept.
+//! The file that records the requests of a disk's guest: a ring, which keeps the newest.
 //!
-//! [`Writer`] writes it, one process after the other; [`Trace`] reads it, also while it is written. What is in it a guest
-//! may have chosen (the data) and a process that is not believed may have written: a reader takes nothing for granted.
+//! [`Writer`] extends it, one process after the other; [`Trace`] reads it, also while it grows. A guest may have chosen
+//! its content (the data), and so may an untrusted process: a reader takes nothing for granted.
 //!
 //! # The file
 //!
@@ -13,20 +13,20 @@
 //! |---|---|---|
 //! | 0 | 8 | `xttrace\n` |
 //! | 8 | 4 | version, 1; a reader refuses others |
-//! | 12 | 4 | bit 0: records of writes carry what is written |
+//! | 12 | 4 | bit 0: records of writes carry their data |
 //! | 16 | 4 | `segment`: bytes of a segment, a multiple of 64 from 4096 to 16777216 |
 //! | 20 | 4 | `segments`: number of segments, from 2 to 65536 |
 //! | 24 | 8 | the mark: a random number that each record of this file has, so that no guest can write a disk block that looks like one |
 //! | 32 | 8 | when the trace began, in milliseconds since 1970 |
-//! | 40 | 8 | the same moment in nanoseconds of `CLOCK_MONOTONIC` |
+//! | 40 | 8 | that moment in nanoseconds of `CLOCK_MONOTONIC` |
 //! | 48 | 8 | size of the disk by then, in sectors of 512 bytes |
 //! | 56 | 4 | minor number of the disk |
 //! | 60 | 4 | checksum of bytes 0 to 59 |
 //!
-//! Segments are numbered from 0 on in the order in which they are written; number `n` is at the place `n % segments`, over
-//! number `n - segments`. In a segment records follow each other from its first byte on. The first one is of the kind
-//! *segment*. A segment ends with the first record that is not whole, or is not of this segment: what is behind that was
-//! there before, or was about to be written when a process died. The next process goes on there.
+//! Segments are numbered from 0 on in their order of time; number `n` is at the place `n % segments`, over number `n -
+//! segments`. In a segment records follow each other from its first byte on. The first one is of the kind *segment*. A
+//! segment ends with the first record that is not whole, or is not of this segment: the bytes behind that are older, or
+//! are left of a process that died. The next process continues there.
 //!
 //! | record, byte | size | what |
 //! |---|---|---|
@@ -44,8 +44,8 @@
 //! | 60 | 4 | checksum of bytes 0 to 59, and of the data |
 //!
 //! *Segment* begins one, and has the number that the next request gets. *Opened*: a process begins to serve the disk.
-//! *Request*: the disk is about to do what is asked for; requests are numbered from 1 on, without a gap, and where two
-//! overlap they take effect in this order. *Done*: what has become of the request of this number. A request without one may
+//! *Request*: the disk is about to carry out a request; requests are numbered from 1 on, without a gap, and where two
+//! overlap they take effect in this order. *Done*: the result of the request of this number. A request without one may
 //! or may not have been executed: its process died, or the trace ended before.
 #![forbid(unsafe_code)]
 

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// A trace that is read. It may be written meanwhile: then it is as it was at some moment, or some of it is gone.
+/// A trace that is read. It may grow in the meantime: then it is as it was at some moment, or some of it is gone.
 #[derive(Debug)]
 pub struct Trace {
     file: File,
@@ -51,7 +51,7 @@ impl Trace {
         Ok(trace)
     }
 
-    /// What is the same for all records.
+    /// Returns the fields that all records share.
     pub fn header(&self) -> &Header {
         &self.header
     }

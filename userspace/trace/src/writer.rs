@@ -8,16 +8,16 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Bytes that wait to be written at most.
+/// Most bytes that wait to be stored.
 const WAITING: usize = 64 << 10;
 /// Bytes of memory that are kept for what comes next: a usual request has room.
 const KEPT: usize = 256 << 10;
 
-/// A trace that is written.
+/// A trace that grows.
 ///
-/// Records go into the file by plain writes, which leave them in the kernel's page cache: there they outlive this process.
-/// What was [asked for](Self::begin) is in the file when that returns. What [was done](Self::end) waits for that, or for
-/// [`settle`](Self::settle), so that a request costs one call of the system.
+/// Records go into the file by plain writes, which leave them in the kernel's page cache: there they outlive this
+/// process. A [request](Self::begin) is in the file when that returns. A [result](Self::end) waits for the next
+/// request, or for [`settle`](Self::settle), so that a request costs one call of the system.
 #[derive(Debug)]
 pub struct Writer {
     file: File,
@@ -25,7 +25,7 @@ pub struct Writer {
     segment: u64,
     /// Bytes of the segment that are in the file.
     at: usize,
-    /// What follows on them.
+    /// Records that follow on them.
     waiting: Vec<u8>,
     /// Number of the next request.
     next: u64,
@@ -35,7 +35,7 @@ impl Writer {
     /// Makes an empty file a trace without records.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be changed.
     pub fn create(file: &File, header: &Header) -> io::Result<()> {
         let mut bytes = [0; HEADER as usize];
         let encoded = header.encode();
@@ -43,7 +43,7 @@ impl Writer {
         file.write_all_at(&bytes, 0)
     }
 
-    /// Goes on where the process before has ended.
+    /// Continues where the process before has ended.
     ///
     /// # Errors
     /// It is no trace, or it cannot be read.
@@ -73,7 +73,7 @@ impl Writer {
         Ok(writer)
     }
 
-    /// What is the same for all records.
+    /// Returns the fields that all records share.
     pub fn header(&self) -> &Header {
         &self.header
     }
@@ -81,7 +81,7 @@ impl Writer {
     /// A process begins to serve the disk.
     ///
     /// # Errors
-    /// It cannot be written: the trace is at its end.
+    /// The file cannot be changed: the trace is at its end.
     pub fn opened(&mut self, sectors: u64, now_ns: u64) -> io::Result<()> {
         self.add(self.next, now_ns, &What::Opened { sectors }, 0, |_| ())?;
         self.settle()
@@ -90,7 +90,7 @@ impl Writer {
     /// The disk is about to execute a request, with so many bytes of data, which `fill` gives. Returns its number.
     ///
     /// # Errors
-    /// It cannot be written: the trace is at its end.
+    /// The file cannot be changed: the trace is at its end.
     pub fn begin(
         &mut self,
         entry: Entry,
@@ -99,7 +99,7 @@ impl Writer {
         fill: impl FnOnce(&mut [u8]),
     ) -> io::Result<u64> {
         let number = self.next;
-        // What no segment has room for is written down without.
+        // Data for which no segment has room is left out.
         let has_room = data % RECORD == 0 && data <= self.header.segment as usize - 2 * RECORD;
         let data = if self.header.data && has_room {
             data
@@ -107,7 +107,7 @@ impl Writer {
             0
         };
         self.add(number, now_ns, &What::Request(entry), data, fill)?;
-        // What was read of an earlier process may be anything.
+        // The number of an earlier process's trace may be any value.
         self.next = number.wrapping_add(1);
         self.settle()?;
         Ok(number)
@@ -116,7 +116,7 @@ impl Writer {
     /// A request is over.
     ///
     /// # Errors
-    /// It cannot be written: the trace is at its end.
+    /// The file cannot be changed: the trace is at its end.
     pub fn end(&mut self, number: u64, errno: u32, now_ns: u64) -> io::Result<()> {
         self.add(number, now_ns, &What::Done { errno }, 0, |_| ())?;
         match self.waiting.len() >= WAITING {
@@ -128,7 +128,7 @@ impl Writer {
     /// Writes what waits.
     ///
     /// # Errors
-    /// It cannot be written: the trace is at its end.
+    /// The file cannot be changed: the trace is at its end.
     pub fn settle(&mut self) -> io::Result<()> {
         if self.waiting.is_empty() {
             return Ok(());
@@ -169,7 +169,7 @@ impl Writer {
         Ok(())
     }
 
-    /// The next record is in this segment. What was there is lost when that is written.
+    /// The next record is in this segment. Its old content is lost when that is stored.
     fn enter(&mut self, segment: u64) {
         self.segment = segment;
         self.at = 0;

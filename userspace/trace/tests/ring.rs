@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is written is read: over the end of the ring, over deaths at any byte, and whatever is in the file.
+//! Records are read back: over the end of the ring, over deaths at any byte, and with any bytes in the file.
 
 use control::Code;
 use proptest::prelude::*;
@@ -105,7 +105,8 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// What is read is the end of what was written, and no less than all segments but the one that is lost next have.
+    /// A reader finds the end of the stored records, and no fewer than those of all segments but the one that is lost
+    /// next.
     #[test]
     fn the_newest_is_read(steps in prop::collection::vec(step(), 0..120), segments in 2..5_u32) {
         let file = create(&header(4096, segments));
@@ -138,7 +139,7 @@ proptest! {
                 }
                 Step::Dies => {
                     now = writer(path);
-                    // Some were written when a segment was full.
+                    // Some records were stored when a segment was full.
                     let seen = read(path);
                     waiting.retain(|said| seen.contains(said));
                     all.append(&mut waiting);
@@ -181,7 +182,7 @@ proptest! {
             false => prop_assert!(torn < 64 + 64 + bytes),
         }
         prop_assert_eq!(&seen[..], &all[all.len() - seen.len()..]);
-        // The next process goes on there.
+        // The next process continues there.
         let mut next = writer(path);
         let number = all.len() as u64 + 1;
         let more = begin(&mut next, 3, 512, 0xbb, 100);
@@ -192,7 +193,7 @@ proptest! {
         prop_assert!(!seen.is_empty());
     }
 
-    /// Whatever is in the file, it is read or refused.
+    /// A file with any content is read or refused.
     #[test]
     fn bytes_of_anybody_do_no_harm(changes in prop::collection::vec((0..HEAD + 3 * 4096, any::<u8>()), 1..40), cut in prop_oneof![3 => Just(usize::MAX), 1 => 0..HEAD + 3 * 4096]) {
         let file = create(&header(4096, 3));
@@ -221,8 +222,7 @@ proptest! {
     }
 }
 
-/// What a request costs, for people:
-/// `cargo test --release -p trace --test ring -- --ignored --nocapture`.
+/// Cost of a request, for people: `cargo test --release -p trace --test ring -- --ignored --nocapture`.
 #[test]
 #[ignore = "it measures"]
 fn cost_of_a_request() {
@@ -242,7 +242,7 @@ fn cost_of_a_request() {
     }
 }
 
-/// What a guest has written to its disk is taken for no record, wherever it comes to lie.
+/// Data of a guest counts as no record, wherever it comes to lie.
 #[test]
 fn a_guest_forges_nothing() {
     let other = create(&Header {
@@ -288,7 +288,7 @@ fn what_is_no_trace_is_refused() {
     assert_eq!(Header::divide(64 << 20), Ok((4 << 20, 16)));
 }
 
-/// Without data, and of what no segment has room for, the record says what was asked for all the same.
+/// Without data, and with data for which no segment has room, the record has the operation all the same.
 #[test]
 fn headers_are_always_there() {
     for data in [false, true] {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What other backends use, as xenstore says.
+//! Finds the images that other backends use, from xenstore.
 
 use super::sharing::{Machines, User};
 use super::views::{device_number, identity, GLANCE};
@@ -10,9 +10,9 @@ use control::supervisor::Mode;
 use std::io;
 use std::path::Path;
 
-/// The kinds of backends that are asked, and the key that says what one uses. A disk of `vbd` is in
-/// use when its script has found a device for it, and not before: else two that begin at once would
-/// refuse each other. QEMU has no script. Tap disks, of `vbd3` as well, are known without asking.
+/// The kinds of backends that are queried, and the key that names the image of one. A disk of `vbd` is in use when its
+/// script has found a device for it, and not before: else two that begin at once would refuse each other. QEMU has no
+/// script. Tap disks, of `vbd3` as well, are known without asking.
 const KINDS: &[(&str, Key)] = &[("vbd", Key::PhysicalDevice), ("qdisk", Key::Params)];
 
 /// A key of a backend's directory.
@@ -47,7 +47,7 @@ pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<Mach
     Ok(machines)
 }
 
-/// Who uses images by other backends than the disks of `ours`, which are directories.
+/// Returns the users of images by other backends than those of the disks in `ours`, which are directories.
 ///
 /// # Errors
 /// Xenstore does not answer.
@@ -73,7 +73,7 @@ pub(super) async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<V
     Ok(users?.into_iter().flatten().collect())
 }
 
-/// Who uses an image by the backend at `directory`, if it has one.
+/// Returns the user of the image of the backend at `directory`, if it has one.
 async fn backend(
     store: &dyn Store,
     domain: &str,
@@ -102,7 +102,7 @@ async fn backend(
         return Ok(None);
     };
     let mode = store.read(&read("mode")).await?.unwrap_or_default();
-    // A domain without a virtual machine is being removed: as in Xen's script it is nobody.
+    // A domain without a virtual machine is being removed: as in Xen's script, it is no user of the image.
     let machines = machines(store, domain).await?;
     if machines.is_empty() && domain != "0" {
         return Ok(None);
@@ -110,7 +110,7 @@ async fn backend(
     Ok(Some(User {
         name: format!("the disk {directory}"),
         images: vec![image],
-        // What is not understood is taken for a writer.
+        // A mode that is unknown counts as writing.
         mode: mode.parse().unwrap_or(Mode::Write),
         domain: Some(domain.to_owned()),
         machines,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What dom0's kernel has for itself: swap areas, parts of arrays and of volume groups.
+//! Uses of devices by dom0's kernel itself: swap areas, parts of arrays and of volume groups.
 
 use super::views::{device_node, names, number_in, plain, Views};
 use crate::image::Identity;
@@ -7,8 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What dom0's kernel itself does with devices, other than mounting them: sentences that begin with
-/// "it".
+/// Returns the uses of devices by dom0's kernel itself, other than mounts: sentences that begin with "it".
 ///
 /// # Errors
 /// The kernel does not say.
@@ -56,7 +55,7 @@ fn called(views: &Views, name: &str) -> String {
     }
 }
 
-/// The swap areas on devices. A swap file needs no check: nobody may write it.
+/// The swap areas on devices. A swap file needs no check, because the kernel lets no process write it.
 fn swaps(views: &Views) -> io::Result<Vec<u64>> {
     let text = match fs::read_to_string(views.proc.join("swaps")) {
         // A kernel without swap.

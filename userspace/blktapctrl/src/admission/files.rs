@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process may have beside its image: it names a path, and here it is decided.
+//! Decides which files a process may have beside its image: the process names a path.
 //!
 //! A guest writes what a process reads, so a name is worth nothing by itself:
 //!
 //! - It is decided before anything is looked at: what may not be given is not even there for who asks.
-//! - What is new comes with a verb that opens an image: that is an administrator's or a toolstack's act.
+//! - A new file is only given to a verb that opens an image, because an administrator or a toolstack calls that.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
-//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or
-//!   in one that the supervisor was started with (`--files`). What is written must be named for the disk itself.
-//! - The image's own folder is not enough, because the images of others are there, too; but what is beside
-//!   the image may be had if nobody may write it (`chmod a-w`: so it is no other guest's disk), and if its
-//!   name says that it is a part of this image ([`is_extent_of`]).
+//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or in
+//!   one that the supervisor was started with (`--files`). A file to which the disk writes must be named for the disk
+//!   itself.
+//! - The image's own folder is not enough, because it may contain images of other guests. A file beside the image is
+//!   given if its mode has no write permission (`chmod a-w`, so it is no other guest's disk), and if its name shows
+//!   that it is a part of this image ([`is_extent_of`]).
 //! - An image that is the disk byte for byte names nothing, so who serves one gets nothing.
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
@@ -37,7 +38,7 @@ const LONGEST: usize = 4096;
 const SHOWN: usize = 100;
 
 impl Admission {
-    /// Decides whether a disk may have a file, and writes it down. Says also what was written down.
+    /// Decides whether a disk may have a file, and writes it down. Returns the part that is on the record, too.
     ///
     /// # Errors
     /// It may not: names the file, the reason and the remedy.
@@ -136,7 +137,7 @@ impl Admission {
         Ok((socket, known))
     }
 
-    /// What is on the record of it.
+    /// Returns the part of the disk's record for this path and role.
     pub(crate) fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
         let record = disk.record.borrow();
         let mut parts = record.its_parts().iter();
@@ -156,7 +157,7 @@ impl Admission {
         let record = disk.record.borrow();
         let opens = match record.doing {
             Some(Doing::Create | Doing::Open | Doing::Unpause) => true,
-            // Before that the image is served from which the new one is to go on.
+            // Before that, the process still serves the old image.
             Some(Doing::Snapshot | Doing::Mirror) => record.next.is_some(),
             _ => false,
         };
@@ -172,8 +173,8 @@ impl Admission {
         Ok(())
     }
 
-    /// It is in a folder for all disks. Each folder is asked apart: one that is missing or does not answer costs the
-    /// files of the others nothing.
+    /// It is in a folder for all disks. Each folder is checked separately: one that is missing or does not answer does
+    /// not delay the files of the others.
     async fn is_in_a_folder(&self, place: &Path) -> bool {
         let asked = self.folders.iter().map(|folder| {
             let (place, folder) = (place.to_path_buf(), folder.clone());
@@ -197,8 +198,8 @@ impl Admission {
         false
     }
 
-    /// The administrator has named it, or a folder that it is below. What is written must be named for the
-    /// disk itself: in a folder for all disks are the files of other guests.
+    /// The administrator has named it, or a folder that it is below. A file to which the disk writes must be named for
+    /// the disk itself, because a folder for all disks has the files of other guests.
     async fn check_named(
         &self,
         disk: &Disk,
@@ -227,7 +228,7 @@ impl Admission {
             (true, _, _) => format!("it is {place}, which is the supervisor's own"),
             (false, true, _) => return Ok(()),
             (false, false, true) => format!(
-                "it is {place}, which nobody named for this disk: if it may write that, say so with tap-ctl create or unpause --files {place}"
+                "it is {place}, which is not named for this disk: if it may write that, say so with tap-ctl create or unpause --files {place}"
             ),
             (false, false, false) => format!(
                 "it is {place}, which nobody named: if it may have that, say so with tap-ctl create or unpause --files {place}, or start blktapctrl with --files and its folder; what is beside the image may be had if nobody may write it, see to that with chmod a-w {place}"
@@ -242,8 +243,8 @@ fn is_below(place: &Path, folder: &Path) -> bool {
     std::fs::canonicalize(folder).is_ok_and(|folder| place.starts_with(folder))
 }
 
-/// It goes on from what the disk was served from until now, which an administrator named for it, or from
-/// what that went on from.
+/// Whether the file is a backing image that the disk had before: its last image, which an administrator named for it,
+/// or a backing image of that.
 fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
     let record = disk.record.borrow();
     let had = |part: &Part| file.is(part.identity, part.born);
@@ -251,8 +252,8 @@ fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
         && (file.is(record.identity, record.born) || parents(&record.parts).any(had))
 }
 
-/// What is in the image's own folder and cannot be another guest's disk: what nobody may write, for
-/// reading, and what the image's own name leads to.
+/// Whether a file in the image's own folder cannot be another guest's disk: a read-only file without write permission,
+/// or one that the image's own name leads to.
 fn is_beside(
     image: Option<&Image>,
     role: Role,
@@ -328,7 +329,7 @@ fn opened(disk: &Disk) -> Option<Identity> {
     next.map_or(record.identity, |next| next.identity)
 }
 
-/// What the administrator has named for a disk.
+/// Returns the files and folders that the administrator has named for a disk.
 fn named(disk: &Disk) -> Vec<PathBuf> {
     let mut named = {
         let record = disk.record.borrow();
@@ -339,7 +340,7 @@ fn named(disk: &Disk) -> Vec<PathBuf> {
     named
 }
 
-/// The image that a disk shows which keeps in memory what is written.
+/// Returns the backing image of a disk that keeps its writes in memory (`cow:`).
 fn below(disk: &Disk) -> Option<PathBuf> {
     let record = disk.record.borrow();
     let below = opened_as(&record)?.target.below()?;
@@ -354,8 +355,8 @@ fn opened_as(record: &Record) -> Option<&Open> {
     }
 }
 
-/// What a process names is shown and looked at only if it is a path, and could be an image's: nobody writes
-/// lines of their own into the log by it.
+/// Checks that a name from a process is a path that an image could have, before it is logged or opened, so that no
+/// process can write lines of its own into the log.
 fn check_path(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
     let text = path.to_string_lossy();
     let why = match () {
@@ -372,7 +373,7 @@ fn check_path(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
     Err(Failure::new(Code::Denied, message))
 }
 
-/// What an administrator names must be clear, whatever the folder is that a program runs in.
+/// Checks that names from an administrator are clear, whatever the working directory of a program.
 ///
 /// # Errors
 /// Says what is wrong with it.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Loop devices, which make one more image of a file. A file system that does not answer is asked only
-//! if the image itself is on it.
+//! Loop devices, which make one more image of a file. A hung file system is only looked at if the image itself is on
+//! it.
 
 use super::mounts::Table;
 use super::views::{identity, number_in, Views, GLANCE};
@@ -42,7 +42,7 @@ fn loops(views: &Views) -> io::Result<Vec<Loop>> {
 /// All that an image is: itself, the loop devices that stand on it and, if it is one, the file below.
 ///
 /// # Errors
-/// It cannot be said of a loop device whether it stands on the image.
+/// The system does not show whether a loop device stands on the image.
 pub(super) async fn same(
     views: &Views,
     table: &Table,
@@ -142,7 +142,7 @@ mod tests {
         let image = Arc::new(Image::find(&path).expect("an image"));
         loop_on(&views, 4, Path::new("/dead/b.img"));
         let number = image.mount().expect("a mount");
-        // `apart` is told that somebody has looked there for long.
+        // `apart` believes that a call has hung there for long.
         let stuck = crate::apart::pretend_stuck(Path::new("/dead/b.img"));
         let mounts = |dead: &str| {
             let text = format!(

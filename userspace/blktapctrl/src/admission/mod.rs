@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who gets an image.
+//! Decides which disk gets an image.
 //!
-//! What may take long is looked at first: file systems, devices, xenstore. The decision itself waits
-//! for nothing, and what it allows counts as used before anybody else is asked: so nobody waits for
-//! anybody, and two who ask at once do not both get the image.
+//! Slow checks come first: file systems, devices, xenstore. The decision itself does not wait, and an image that it
+//! grants counts as used before the next request is decided: so no request waits for another, and two concurrent ones
+//! do not both get the image.
 
 mod backends;
 mod claims;
@@ -33,7 +33,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use views::Views;
 
-/// What was seen of the users of an image, outside of the supervisor.
+/// The users of an image that were found outside of the supervisor.
 struct Seen {
     /// All that the image is: itself, loop devices on it, the file below it.
     images: Vec<Identity>,
@@ -42,13 +42,13 @@ struct Seen {
     /// The virtual machines of who asks.
     machines: Machines,
     mounts: Vec<Mount>,
-    /// What else dom0's kernel does with it.
+    /// Other uses of it by dom0's kernel.
     claims: Vec<String>,
-    /// Its kernel has promised it to somebody, whoever that is.
+    /// dom0's kernel has an exclusive claim on it, of an unknown holder.
     promised: bool,
 }
 
-/// Who may use an image.
+/// Decides which disks may use an image.
 pub struct Admission {
     registry: Rc<Registry>,
     views: Views,
@@ -85,25 +85,25 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
     }
     if open.target.limits().is_some() {
         return Err(Failure::invalid(format!(
-            "{}: how much a guest may do is said when a disk is made, or with tap-ctl set; leave bps= and iops= away",
+            "{}: set the limits of a guest when the disk is made, or with tap-ctl set; leave bps= and iops= away",
             open.target
         )));
     }
     if let Some(group) = open.target.group() {
         return Err(Failure::invalid(format!(
-            "{}: the group of a disk is said when it is made, or with tap-ctl set; leave group={group} away",
+            "{}: set the group of a disk when it is made, or with tap-ctl set; leave group={group} away",
             open.target
         )));
     }
     if open.target.rules() != SaidRules::default() {
         return Err(Failure::invalid(format!(
-            "{}: what a disk does when things go wrong is said when it is made, or with tap-ctl set; leave on-error= and its like away",
+            "{}: set the error policy of a disk when it is made, or with tap-ctl set; leave on-error= and its like away",
             open.target
         )));
     }
     if open.target.is_shared() {
         return Err(Failure::invalid(format!(
-            "{}: who else may have a disk is said when it is made, or with --mode w!; leave shared=yes away",
+            "{}: set shared access to a disk when it is made, or with --mode w!; leave shared=yes away",
             open.target
         )));
     }
@@ -135,7 +135,7 @@ pub(crate) fn beside_others(mut open: Open, beside: Beside) -> Result<Open, Fail
 }
 
 impl Admission {
-    /// Decides for the disks of a registry. What a disk needs beside its image may be in `folders`.
+    /// Decides for the disks of a registry. Files that a disk needs beside its image may be in `folders`.
     #[must_use]
     pub fn new(registry: Rc<Registry>, folders: Vec<PathBuf>) -> Admission {
         Admission {
@@ -145,10 +145,10 @@ impl Admission {
         }
     }
 
-    /// Does `work` for an image that nobody uses in a way that forbids it, and that counts as used
-    /// when the work is done. `except` is a disk that gives up what it used; without it the image is
-    /// for a new disk. The work is told whether another process of ours uses the image as well, so
-    /// that neither may lock it against the other, or that one of the two is to let go of it.
+    /// Does `work` if no user of the image forbids it; the image counts as used when the work is done. `except` is a
+    /// disk that gives up what it used; without it the image is for a new disk. The work learns from [`Beside`] whether
+    /// another of our processes uses the image as well: then neither may lock it against the other, or one of the two
+    /// is to release it.
     ///
     /// # Errors
     /// Says who uses it, or what the work says.
@@ -165,7 +165,7 @@ impl Admission {
             None => None,
         };
         let mut machines: BTreeMap<String, Machines> = BTreeMap::new();
-        // Who came meanwhile belongs to a machine, too.
+        // Directories that came in between belong to a machine, too.
         while let Some(new) = self.first_directory(|vbd| !machines.contains_key(vbd)) {
             let its = self.machines(Some(&new)).await.map_err(unseen)?;
             machines.insert(new, its);
@@ -245,7 +245,7 @@ impl Admission {
         ours.chain(left).find(|vbd| wanted(vbd))
     }
 
-    /// An image that somebody is to use beside a disk must be what that disk stays with.
+    /// Checks that the image is not one that a disk is about to leave, or moves to, by a mirror.
     fn check_stays(&self, image: &Image, images: &[Identity]) -> Result<(), Failure> {
         let leaves = |disk: &&Rc<Disk>| {
             let record = disk.record.borrow();
@@ -261,7 +261,7 @@ impl Admission {
             Some(disk) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "{} is not free: {} is being copied to another image and goes on there, and this is one of the two: \
+                    "{} is not free: {} is being copied to another image and will switch to it, and this is one of the two: \
                      wait for that, or end it with tap-ctl mirror -m {} --cancel",
                     image.path().display(),
                     disk.name(),
@@ -327,7 +327,7 @@ impl Admission {
             let next = disk.peek.next.as_ref().and_then(|next| next.identity);
             let images: Vec<Identity> = disk.peek.identity.into_iter().chain(next).collect();
             let vbd = disk.peek.vbd.as_ref();
-            // What is not known is taken for a writer.
+            // A disk whose mode is unknown counts as a writer.
             let mode = disk.peek.mode.unwrap_or(Mode::Write);
             users.push(user(disk.minor, images, mode, vbd));
             for part in disk.peek.all_parts() {
@@ -341,7 +341,7 @@ impl Admission {
     /// Looks who uses an image outside of the supervisor.
     async fn look(&self, image: &Arc<Image>, vbd: Option<&str>) -> Result<Seen, Failure> {
         if image.is_export() {
-            // What others do with it is its server's affair.
+            // Other clients of an export are its server's affair.
             return Ok(Seen {
                 images: vec![image.identity()],
                 backends: Vec::new(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is mounted in dom0.
+//! Mounts of dom0.
 
 use super::sharing::Mount;
 use super::views::{device_node, device_number, number_in, plain, Views};
@@ -24,7 +24,7 @@ struct Mounted {
 pub(super) struct Table(Vec<Mounted>);
 
 impl Table {
-    /// What is mounted.
+    /// Reads the mounts of dom0.
     ///
     /// # Errors
     /// The list of mounts cannot be read.
@@ -53,8 +53,8 @@ impl Table {
         Table(text.lines().filter_map(one).collect())
     }
 
-    /// What is mounted from block devices. A btrfs has a device number of its own, which is no block
-    /// device's: the source says what it is on, and all of its devices are below `/sys/fs/btrfs`.
+    /// Returns the mounts of block devices. A btrfs has a device number of its own, which is no block device's: the
+    /// source says what it is on, and all of its devices are below `/sys/fs/btrfs`.
     #[must_use]
     pub(super) fn devices(&self, views: &Views) -> Vec<Mount> {
         let mut mounts = Vec::new();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who may use an image beside whom: the rules of Xen's `block` script, for tap disks.
+//! Rules for sharing an image, which are those of Xen's `block` script, for tap disks.
 //!
 //! | wanted | refused if the image is |
 //! |---|---|
@@ -7,10 +7,10 @@
 //! | `w` | mounted in dom0, or used in any way by another virtual machine |
 //! | `r!`, `w!` | never: whoever says so coordinates the users himself |
 //!
-//! A virtual machine may use an image twice, because a guest and the stub domain that runs its
-//! devices both do. What dom0's kernel has for itself (a swap area, a part of an array or of a volume
-//! group, a device that is claimed in any other way) is refused but for `r!` and `w!`. Not seen: a
-//! guest's partition beside another guest's whole disk, other hosts.
+//! A virtual machine may use an image twice, because a guest and the stub domain that runs its devices both do. A
+//! device in use by dom0's kernel (a swap area, a part of an array or of a volume group, a device that is claimed in
+//! any other way) is refused but for `r!` and `w!`. Not seen: a guest's partition beside another guest's whole disk,
+//! other hosts.
 
 use crate::image::Identity;
 use control::supervisor::Mode;
@@ -23,11 +23,11 @@ pub type Machines = BTreeSet<String>;
 /// Someone who uses an image.
 #[derive(Clone, Debug)]
 pub struct User {
-    /// Who, for a message.
+    /// Name of the user, for a message.
     pub name: String,
-    /// What is used; a loop device counts as the file below it too.
+    /// Images that it uses; a loop device counts as the file below it too.
     pub images: Vec<Identity>,
-    /// How.
+    /// Mode in which it uses them.
     pub mode: Mode,
     /// By which domain.
     pub domain: Option<String>,
@@ -40,9 +40,9 @@ pub struct User {
 pub struct Mount {
     /// The block device's number.
     pub rdev: u64,
-    /// Where.
+    /// Path of the mount.
     pub place: String,
-    /// It may be written.
+    /// The mount is writable.
     pub write: bool,
 }
 
@@ -102,10 +102,10 @@ pub fn check_claims(mode: Mode, claims: &[String]) -> Result<(), String> {
     }
 }
 
-/// The same of a device that the kernel has promised to somebody whom nothing else shows.
+/// Checks a device that the kernel has claimed for a user that no other check shows.
 ///
 /// # Errors
-/// The same.
+/// The device is claimed, and the mode is not shared.
 pub fn check_promised(mode: Mode, promised: bool) -> Result<(), String> {
     if promised && !mode.is_shared() {
         return Err(format!(
@@ -125,16 +125,15 @@ pub fn is_used(images: &[Identity], others: &[User], mounts: &[Mount]) -> bool {
             .any(|user| user.images.iter().any(|image| images.contains(image)))
 }
 
-/// Who else uses an image, of those who may.
+/// Other permitted users of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beside {
-    /// Nobody, or all read.
+    /// None, or all of them read.
     Nobody,
-    /// The same virtual machine in another domain: it moves, and goes on in one of the two. Each locks the
-    /// image when it has its turn.
+    /// A migrating guest: another domain has the image for this virtual machine, and one of the two will resume. Each
+    /// locks the image when it has its turn.
     Moving,
-    /// Somebody writes it or will see it written: a lock that keeps everybody else out would keep one of the
-    /// two out.
+    /// Another user writes it or will see it written, so an exclusive lock would keep one of the two out.
     Shared,
 }
 
@@ -197,7 +196,7 @@ mod tests {
         }
     }
 
-    /// All pairs of a mode that is wanted and one that is there, between two machines.
+    /// Tests all pairs of a requested mode and an existing one, between two machines.
     #[test]
     fn table_of_modes() {
         // (wanted, there, allowed)
@@ -237,7 +236,7 @@ mod tests {
     fn a_machine_may_use_its_image_twice() {
         let others = [user("w", &["/vm/stub", "/vm/a"])];
         assert!(check(&[IMAGE], mode("w"), &machines(&["/vm/a"]), &others, &[]).is_ok());
-        // Nobody's machine is nobody else's either.
+        // A user without a machine shares its machine with no other user.
         let others = [user("w", &[])];
         assert!(check(&[IMAGE], mode("w"), &machines(&[]), &others, &[]).is_err());
     }
@@ -261,7 +260,7 @@ mod tests {
         }
     }
 
-    /// The same machine in another domain is one that moves; a stub domain is not the same.
+    /// The virtual machine of another domain is one that migrates; a stub domain's is not.
     #[test]
     fn who_moves_is_told_from_who_shares() {
         let found = |wanted, there, domain, vm: &[&str]| {

@@ -35,10 +35,10 @@ impl Views {
     }
 }
 
-/// How long the file system of somebody else's image is waited for.
+/// Longest wait for the file system of an image of another user.
 pub(super) const GLANCE: Duration = Duration::from_secs(5);
 
-/// What the file at a path is, if it is an image.
+/// Returns the identity of the file at a path, if it can be an image.
 pub(super) fn identity(path: &Path) -> Option<Identity> {
     let stat = stat(path).ok()?;
     match FileType::from_raw_mode(stat.st_mode) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Events that outlive the supervisor: a file of a fixed size in which the newest are kept.
 //!
-//! Its room is set aside when it is made, so that what happens can be written down also when `/run` is full. It holds
-//! lines: eight hexadecimal digits, the CRC-32 (IEEE) of what follows the space behind them, which is the event in JSON as
-//! the protocol has it. A line is written behind the one before it; where it has no room before the end of the file it is
-//! written at its beginning, over the oldest ones. Whatever is no whole line, such as the rest of one that was written
-//! over, one that somebody was writing when he was killed, or what somebody else has put there, is passed over.
+//! The file is allocated when it is created, so that events can be stored even when `/run` is full. It holds lines:
+//! eight hexadecimal digits, the CRC-32 (IEEE) of what follows the space behind them, which is the event in JSON as the
+//! protocol has it. A line follows the one before it; if it does not fit before the end of the file, it is put at the
+//! beginning, over the oldest ones. The reader skips anything that is no whole line, such as the rest of an overwritten
+//! line, a line whose writer was killed, or foreign data.
 //!
 //! The ring of the crate `trace` is not used: its records are requests of 64 bytes, of a disk each, in 16 MiB at least.
 
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 const SIZE: u64 = 512 << 10;
 /// Bytes of a line at most: of an event that needs more its number is kept.
 const LONGEST: usize = 16 << 10;
-/// Bytes that are read of a file that somebody else has made larger.
+/// Most bytes that are read of a file that another program has enlarged.
 const MOST: u64 = 16 << 20;
 /// Numbers beyond this are none of ours: programs that take numbers for floats would confuse them.
 const LAST: u64 = 1 << 53;
@@ -73,7 +73,7 @@ impl History {
     /// Writes an event down.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be changed.
     pub(super) fn add(&mut self, event: &Event) -> io::Result<()> {
         let mut line = line(event)?;
         if line.len() > LONGEST {
@@ -82,7 +82,7 @@ impl History {
         }
         let length = line.len() as u64;
         if self.at.saturating_add(length) > SIZE {
-            // What is there is older than what is about to be written over.
+            // Lines from here to the end of the file are older than those that the next lines replace.
             let rest = usize::try_from(SIZE.saturating_sub(self.at)).unwrap_or(0);
             self.file.write_all_at(&vec![b'\n'; rest], self.at)?;
             self.at = 0;
@@ -94,7 +94,7 @@ impl History {
 
     /// Takes the file away: it does not have what has happened since.
     pub(super) fn remove(self) {
-        // Nothing more can be done; it was told why.
+        // Nothing more can be done; an earlier message has the reason.
         let _ = folder::remove(&self.path);
     }
 }
@@ -262,7 +262,8 @@ mod tests {
         }
     }
 
-    /// A line that has no room before the end leaves some there, where older ones are than those that it is written over.
+    /// Tests that a line that does not fit before the end leaves no events there that are older than the overwritten
+    /// ones.
     #[test]
     fn nothing_is_kept_that_is_older_than_what_was_written_over() {
         let folder = Folder::new("wrap");

@@ -6,7 +6,7 @@ use control::stats::Streaming;
 use control::supervisor::What;
 use control::tapdisk::Call;
 
-/// What a line about an event is about: what the event says goes before what is known of the disk by now.
+/// Returns the log context of an event: fields of the event take precedence over the present state of the disk.
 pub(super) fn with(about: About, what: &What) -> About {
     let pid = match what {
         What::Died { pid, .. } | What::Hung { pid, .. } | What::Started { pid } => Some(*pid),
@@ -51,13 +51,13 @@ pub(super) fn write(about: &About, what: &What) {
                 .map_or("its image".into(), ToString::to_string);
             let then = match stopped {
                 true => {
-                    "; the guest waits: see to the image's storage, then let the disk go on with tap-ctl unpause"
+                    "; the guest waits: repair the image's storage, then resume the disk with tap-ctl unpause"
                 }
                 false if trouble.what == Call::Flush => {
-                    "; what was written before may be lost, and a Linux guest takes this for a disk that cannot flush, and \
+                    "; earlier writes may be lost, and a Linux guest takes this for a disk that cannot flush, and \
                      flushes no more: see to the storage, then detach and attach the disk, or restart the guest"
                 }
-                false => "; the guest was told",
+                false => "; the guest got the error",
             };
             tell!(error, about, "{disk}: {} of {} bytes at {} of {image} failed: {error}; {more} more failed since the last report{then}",
                 trouble.what,
@@ -75,7 +75,7 @@ pub(super) fn write(about: &About, what: &What) {
         What::HandedOff(handed) => tell!(
             info,
             about,
-            "{disk}: served by tapdisk {} of {} now; nobody served for {} us",
+            "{disk}: served by tapdisk {} of {} now; no process served it for {} us",
             handed.to,
             handed.program.display(),
             handed.pause_us
@@ -96,7 +96,7 @@ pub(super) fn write(about: &About, what: &What) {
         What::Snapshot(taken) => tell!(
             info,
             about,
-            "{disk}: goes on in {} over {}, which its configuration must name from now on",
+            "{disk}: switched to {} over {}; its configuration must name the new image from now on",
             taken.target,
             taken.parent.display()
         ),
@@ -104,7 +104,7 @@ pub(super) fn write(about: &About, what: &What) {
             tell!(
                 warn,
                 about,
-                "{disk}: goes on in the image that it has: {why}"
+                "{disk}: stays with the image that it has: {why}"
             );
         }
         What::Streamed { target, outcome } => match outcome {
@@ -141,7 +141,7 @@ pub(super) fn write(about: &About, what: &What) {
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default();
-            tell!(error, about, "{disk}: its processes die of a request ({request}): it failed, the guest was told; {count} so far"
+            tell!(error, about, "{disk}: its processes die of a request ({request}): it failed, and the guest got the error; {count} so far"
             );
         }
         What::Created {
@@ -150,13 +150,13 @@ pub(super) fn write(about: &About, what: &What) {
         What::Created { target: None } => tell!(info, about, "{disk}: made"),
         What::Started { pid } => tell!(info, about, "{disk}: served by tapdisk {pid}"),
         What::Paused => tell!(info, about, "{disk}: paused"),
-        What::Unpaused => tell!(info, about, "{disk}: goes on"),
+        What::Unpaused => tell!(info, about, "{disk}: resumed"),
         What::Inactive => tell!(
             info,
             about,
             "{disk}: has let go of its image: the guest is suspended"
         ),
-        What::Active => tell!(info, about, "{disk}: has its image and goes on"),
+        What::Active => tell!(info, about, "{disk}: has its image and resumed"),
         What::Held { why } => tell!(error, about, "{disk}: the guest waits: {why}"),
         What::Resized { size } => tell!(info, about, "{disk}: now has {size} bytes"),
         What::Unknown { why } => tell!(error, about, "{disk}: left alone: {why}"),

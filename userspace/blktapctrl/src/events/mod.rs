@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What happened, for who asks later and for who listens.
+//! Events, for later queries and for listeners.
 
 mod history;
 mod log;
@@ -22,22 +22,22 @@ const KEPT: usize = 1024;
 /// The events of this host since it was started, numbered from 1.
 #[derive(Debug)]
 pub struct Events {
-    /// What an event is about.
+    /// The disks that events are about.
     disks: Rc<Disks>,
     series: u32,
     kept: RefCell<VecDeque<Event>>,
     last: watch::Sender<u64>,
-    /// What the next supervisor finds of them. Nothing if that cannot be written.
+    /// The file in which the next supervisor finds the events. Nothing if it cannot be used.
     history: RefCell<Option<History>>,
-    /// Events that somebody would have wanted, and that were not kept.
+    /// Number of events that a reader missed, because they were no longer kept.
     lost: Cell<u64>,
     /// Traces that have ended by themselves.
     untraced: Cell<u64>,
 }
 
 impl Events {
-    /// The events of these disks that an earlier supervisor has left at a path, and those to come. Without a path, or if
-    /// nothing can be written there, they end with this one, and others begin.
+    /// The events of these disks that an earlier supervisor has left at a path, and those to come. Without a path, or
+    /// if the file cannot be used, events end with this supervisor, and the next one begins a new series.
     #[must_use]
     pub fn new(disks: Rc<Disks>, path: Option<&Path>) -> Events {
         let (history, kept) = match path.map(|path| (path, History::open(path))) {
@@ -80,7 +80,7 @@ impl Events {
             minor,
             what,
         };
-        // Before anybody else knows of it: its number is not given out again.
+        // The file has the event before any reader does: its number is not given out again.
         self.write_down(&event);
         log::write(&about, &event.what);
         let mut kept = self.kept.borrow_mut();
@@ -99,14 +99,14 @@ impl Events {
         tell!(
             error,
             About::default().because(&error),
-            "events end with this supervisor: they cannot be written down: {error}"
+            "events end with this supervisor, because it cannot store them: {error}"
         );
         if let Some(history) = place.take() {
             history.remove();
         }
     }
 
-    /// What an event is about, for the log.
+    /// Returns the log context of an event.
     fn about(&self, minor: Option<u32>, what: &What, number: u64) -> About {
         let disks = self.disks.try_borrow().ok();
         let disk = disks.and_then(|disks| disks.get(&minor?).cloned());
@@ -131,7 +131,7 @@ impl Events {
         *self.last.borrow()
     }
 
-    /// Events that somebody would have wanted, and that were not kept.
+    /// Returns the number of events that a reader missed, because they were no longer kept.
     pub fn lost(&self) -> u64 {
         self.lost.get()
     }
@@ -157,8 +157,8 @@ impl Events {
         events
     }
 
-    /// The same, for somebody who knows the one numbered `after` of a series. If that is another one, the first event
-    /// says so, and those that are kept follow.
+    /// Returns the events after number `after` of a series. If that is another one, the first event says so, and those
+    /// that are kept follow.
     pub fn since(&self, after: u64, series: Option<u32>) -> Vec<Event> {
         let is_ours = series.is_none_or(|series| series == self.series);
         if is_ours && after <= self.last() {
@@ -169,7 +169,7 @@ impl Events {
             return events;
         }
         let mut events = self.after(0);
-        // What came before the first one was no subscriber's to know.
+        // Events before the first one were not for this subscriber.
         events.retain(|event| !matches!(event.what, What::Lost { .. }));
         let first = events.first().cloned().unwrap_or(Event {
             number: self.last().saturating_add(1),
@@ -191,7 +191,7 @@ impl Events {
     }
 }
 
-/// What is said before an event, of those that are not there.
+/// Makes the event that precedes another one and reports missing ones.
 fn told(event: &Event, what: What) -> Event {
     Event {
         number: event.number.saturating_sub(1),
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!(seen[0].what, What::Lost { count: 5 });
         assert_eq!(seen.len(), KEPT + 1);
         assert_eq!(events.since(5, None).len(), KEPT);
-        // Who asks for all that is kept has lost nothing.
+        // A reader that asks for all kept events has lost nothing.
         assert_eq!(events.lost(), 0);
         assert_eq!(events.since(2, None)[0].what, What::Lost { count: 3 });
         assert_eq!(events.lost(), 3);

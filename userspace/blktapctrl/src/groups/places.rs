@@ -16,7 +16,7 @@ pub(super) struct Places {
     template: Option<Template>,
     /// That, and those of earlier supervisors.
     all: RefCell<Vec<Template>>,
-    /// What is written there and makes no sense to us.
+    /// Entries of the file that are not understood.
     strange: Vec<String>,
     /// Nothing if it could not be read: what is in there is not for us to replace.
     file: Option<PathBuf>,
@@ -52,7 +52,7 @@ impl Places {
         places
     }
 
-    /// Before there is a group at a place, that is written down.
+    /// Records a place before a group is created there.
     fn begin(&self) {
         self.forget_unused();
         self.tell();
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn place_that_cannot_be_looked_at_is_kept() {
         let folder = Folder::new("hidden");
-        // It is no folder, so nobody knows what is in it.
+        // It is no folder, so the groups in it are unknown.
         fs::write(folder.0.join("a"), "").unwrap();
         drop(Places::open(Some(folder.place("a")), &folder.file()));
         let places = Places::open(Some(folder.place("b")), &folder.file());

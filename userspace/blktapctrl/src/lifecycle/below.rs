@@ -2,9 +2,9 @@
 //! Where the kernel serves a disk by itself it also reads what is below the image: its process says which parts of the
 //! disk are there.
 //!
-//! A file below has a number with the kernel that no other file of the disk ever gets. So what a process was told of
-//! it stays true, whatever becomes of the image meanwhile: a snapshot, a commit, a process that takes the disk over.
-//! What is to be read through the page cache it does not get: it reads past that.
+//! A file below has a number with the kernel that no other file of the disk ever gets. So a process can rely on a
+//! number for good, even when the image changes: by a snapshot, a commit, or a process that takes the disk over. The
+//! kernel does not get a file that is to be read through the page cache, because it reads past that.
 //!
 //! There are 15 numbers; a disk that had more files below it leaves the rest to its process. The kernel gets a file when
 //! the process does, and again with the image; it loses all of them with the image. A disk is served without that,
@@ -83,7 +83,7 @@ impl Lifecycle {
         }
     }
 
-    /// Of what nobody has asked for nobody has to hear.
+    /// Returns the lent file; a failure is an event only if the disk asked for passthrough (`direct=`).
     fn or_tell<T>(&self, disk: &Disk, open: &Open, lent: Result<T, Failure>) -> Option<T> {
         let told = lent.map_err(|failure| {
             if open.target.direct().is_some() {
@@ -121,7 +121,7 @@ impl Lifecycle {
         Ok(Some(FIRST + place as u16))
     }
 
-    /// Nobody is to write it while the kernel may read it.
+    /// Gives the kernel a file below the image, locked so that no other process writes it while the kernel may read it.
     async fn add_below(&self, disk: &Disk, number: u16, file: &Arc<Image>) -> Result<(), Failure> {
         let again = file.clone();
         let opened = apart(file.path(), LIMIT, move || again.open(false, true)).await?;
@@ -141,12 +141,12 @@ impl Lifecycle {
     }
 }
 
-/// What is below this is what the kernel could read.
+/// Whether the kernel could read the files below this image.
 fn may_lend(open: &Open) -> bool {
     open.target.may_map() && !open.target.caches_below()
 }
 
-/// What is below the disk's image is about to be written.
+/// A commit is about to write the files below the disk's image.
 fn is_written(disk: &Disk) -> bool {
     let record = disk.record.borrow();
     record.mirror.as_ref().is_some_and(|mirror| mirror.below)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The image below that of a disk takes over what that has itself, while the guest works, and the disk goes on there:
-//! the other end of a snapshot.
+//! Commit: the backing image of a disk takes over the blocks that the disk's image has allocated, while the guest
+//! works, and the disk then switches to it. It ends a snapshot.
 //!
-//! It is a [mirror](super::mirror) to an image that shows most of the disk already, and of which the disk knows nothing
-//! else by the time that it is changed: whatever is written there the image above has, too. So whenever it ends, the
-//! disk is the same in the image that it has. What was below is another disk from the first byte on, so no other disk
-//! may have it; and it keeps its mark as one that nobody writes until it becomes the disk.
+//! A commit is a [mirror](super::mirror) to an image that shows most of the disk already. By the time that it is
+//! changed, the disk reads nothing of it that would change: the image above has a copy of everything that is put there.
+//! So whenever it ends, the disk is the same in the image that it has. The backing image is another disk from the first
+//! byte on, so no other disk may have it; its mode has no write permission until it becomes the disk.
 
 use super::key;
 use super::mirror::image_of;
@@ -18,7 +18,7 @@ use crate::record::{parents, Mirrored, Role};
 use control::{Code, Driver, Failure};
 use std::sync::Arc;
 
-/// What the disk has may be given to what is below it.
+/// Checks that the disk's image can be committed to its backing image.
 pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
     let target = disk.open()?.target;
     if !matches!(target.driver(), Driver::Qcow2 | Driver::Vhd) {
@@ -39,8 +39,8 @@ pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
     }
 }
 
-/// An image may be written that is below a disk: it is on the record as that, whatever the disk's process says. What
-/// becomes of it is decided by who has named it.
+/// Checks that an image is recorded as a backing image of the disk, whatever the disk's process reports; only such an
+/// image may be changed. Its next use is the decision of the administrator or toolstack that named it.
 pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
     let record = disk.record.borrow();
     if parents(&record.parts).any(|part| image.is(part.identity, part.born)) {
@@ -54,7 +54,7 @@ pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
     )))
 }
 
-/// The image below is to be what the disk goes on in: it may be written.
+/// Gives the backing image write permission, because the disk is about to switch to it.
 ///
 /// # Errors
 /// The system refuses to, or it is another one by now.
@@ -71,7 +71,7 @@ pub(super) async fn unmark(mirror: &Mirrored, image: Arc<Image>) -> Result<Arc<I
     }
 }
 
-/// It stays what is below the disk, and nobody is to write it.
+/// Removes the write permission of the backing image again, because it stays a backing image.
 pub(super) async fn mark_again(disk: &Disk) {
     let (mirror, part) = {
         let record = disk.record.borrow();

@@ -12,16 +12,16 @@ use control::tapdisk;
 use control::{Code, Failure};
 use std::rc::Rc;
 
-/// What is said of a disk that was made.
+/// Answer to the creation of a disk.
 pub struct Made {
     /// Its number.
     pub minor: u32,
-    /// The process that serves it and what that serves; nothing if nobody waited for that.
+    /// The process and the disk that it serves; nothing if the caller did not wait for that.
     pub served: Option<(u32, tapdisk::Disk)>,
 }
 
 impl Lifecycle {
-    /// Makes a disk and serves it. Who asks again because the answer was lost gets the same disk.
+    /// Makes a disk and serves it. A caller that repeats the request, because the answer was lost, gets the same disk.
     ///
     /// # Errors
     /// Its image is in use, or it cannot be served: nothing is left of it.
@@ -41,7 +41,7 @@ impl Lifecycle {
                 || (said.requests != 0 && other.requests != 0);
             if is_twice {
                 return Err(Failure::invalid(
-                    "how much the guest may do is said twice, in the target and beside it: leave one away",
+                    "the limits are given both in the target and as options: remove one of them",
                 ));
             }
             policy.limits.bytes |= said.bytes;
@@ -93,7 +93,7 @@ impl Lifecycle {
             .add(Some(disk.minor), What::Created { target });
         let started = {
             let (lifecycle, disk) = (self.clone(), disk.clone());
-            // A task of its own: it goes on though nobody waits for it.
+            // A task of its own: it continues even if no caller waits for it.
             tokio::task::spawn_local(async move { lifecycle.start(&disk).await })
         };
         if create.no_wait {
@@ -155,7 +155,7 @@ impl Lifecycle {
     }
 }
 
-/// A disk that nobody waits for.
+/// Answer about a disk whose caller does not wait until it is served.
 fn begun(disk: &Disk) -> Made {
     Made {
         minor: disk.minor,

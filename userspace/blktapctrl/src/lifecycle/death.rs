@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::MutexGuard;
 
-/// Time between two looks whether the I/O of a dead process is over; the kernel tells nobody.
+/// Time between two checks whether the I/O of a dead process is over, because the kernel sends no notification.
 const LOOK: Duration = Duration::from_millis(20);
 
 impl Lifecycle {
@@ -74,7 +74,7 @@ impl Lifecycle {
             }
             let disk = lifecycle.registry.of_process(&process);
             match disk {
-                // Who hands the disk over notices, and tells.
+                // The hand-off notices the end, and reports it.
                 Some(disk) if disk.is_successor(&process) => {}
                 Some(disk) => lifecycle.died(disk, &process, how).await,
                 None => {}
@@ -100,7 +100,7 @@ impl Lifecycle {
         self.revive(&disk, pause).await;
     }
 
-    /// Gives a disk without a process another one, without waiting for that. Who asks has the turn.
+    /// Gives a disk without a process another one, without waiting for that. The caller has the turn.
     pub(super) fn revive_later(self: &Rc<Self>, disk: &Rc<Disk>) {
         let (lifecycle, disk) = (self.clone(), disk.clone());
         tokio::task::spawn_local(async move {
@@ -130,7 +130,7 @@ impl Lifecycle {
                 return;
             }
             if disk.doing().is_some() {
-                // What waited for the process that is dead goes on without it, and the disk after that.
+                // A verb that waited for the dead process continues without it, and the disk after that.
                 let finished = self.finish(disk, self.patience.get());
                 if let Err(failure) = disk.unless_doomed(finished).await {
                     tell!(
@@ -186,8 +186,8 @@ impl Lifecycle {
         disk.turn().await
     }
 
-    /// Ends the process of a disk before what it was given leaves the record: nobody else may have that
-    /// while somebody who was told to close it may not have done so. What its guest asks for waits.
+    /// Ends the process of a disk before the record drops the files that it was given: no other disk may have those
+    /// while a process may not have closed them. The guest's requests wait.
     ///
     /// # Errors
     /// It does not end: its storage does not answer the kernel.
@@ -195,7 +195,7 @@ impl Lifecycle {
         let process = disk.process.borrow().clone();
         if let Some(process) = process {
             if process.has_ended() && !process.is_dismissed() {
-                // Who watches it has not come to that yet, and finds no disk of it any more.
+                // The watcher of the process has not come to that yet, and finds no disk of it any more.
                 let (pid, how) = (process.pid(), process.ended().await);
                 disk.crashed.set(process.has_crashed());
                 let died = What::Died { pid, how };

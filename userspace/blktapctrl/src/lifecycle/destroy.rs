@@ -15,7 +15,7 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// How long a process may go on finishing what it has when its disk is taken away.
+/// Longest time for a process to finish its requests when its disk is removed.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long who asks for the end of a disk waits for it.
 const END: Duration = Duration::from_secs(20);
@@ -24,7 +24,7 @@ impl Lifecycle {
     /// Takes a disk away, without waiting for it.
     pub fn destroy_later(self: &Rc<Self>, disk: &Rc<Disk>) {
         if disk.advance(Fate::Doomed) {
-            // The next supervisor goes on with it. If it cannot be told, who asked asks again.
+            // The next supervisor continues it. If this change cannot be stored, the caller asks again.
             disk.record.borrow_mut().doing = Some(Doing::Destroy);
             self.registry.note(disk);
             let (lifecycle, disk) = (self.clone(), disk.clone());
@@ -32,7 +32,7 @@ impl Lifecycle {
         }
     }
 
-    /// Takes a disk away, and waits for that for a while; it goes on if it takes longer.
+    /// Removes a disk, and waits for that for a while; the removal continues if it takes longer.
     ///
     /// # Errors
     /// It takes longer.
@@ -40,10 +40,10 @@ impl Lifecycle {
         self.destroy_within(disk, END).await
     }
 
-    /// Takes a disk away, and waits for that until the limit; it goes on if it takes longer.
+    /// Removes a disk, and waits for that until the limit; the removal continues if it takes longer.
     ///
     /// # Errors
-    /// It takes longer: says what it waits for.
+    /// It takes longer: names the cause of the delay.
     pub async fn destroy_within(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -62,7 +62,7 @@ impl Lifecycle {
         })
     }
 
-    /// What keeps a disk that is to go, in words.
+    /// Describes the cause that keeps a disk from being removed.
     fn holds(&self, disk: &Disk) -> String {
         let image = match &disk.record.borrow().open {
             Some(open) => open.target.to_string(),
@@ -82,7 +82,7 @@ impl Lifecycle {
         }
     }
 
-    /// What a disk without a node waits for.
+    /// Describes the event that a disk without a node waits for.
     fn awaits(&self, disk: &Disk) -> String {
         match &*disk.leaves.borrow() {
             Some(failure) => format!(
@@ -192,10 +192,10 @@ impl Lifecycle {
         futures::future::join_all(ends).await;
     }
 
-    /// Takes a disk away that has no process, or a node of nobody.
+    /// Removes a disk that has no process, or a node that belongs to no disk.
     ///
     /// # Errors
-    /// It has one, or somebody uses it.
+    /// It has a process, or a process uses its node.
     pub async fn free(self: &Rc<Self>, minor: u32) -> Result<(), Failure> {
         let which = Which {
             minor: Some(minor),
@@ -217,7 +217,7 @@ impl Lifecycle {
         self.destroy(&disk).await
     }
 
-    /// Takes a disk away that somebody names, unless a guest uses it. A limit of 0 is the usual one.
+    /// Removes a disk by name, unless a guest uses it. A limit of 0 is the usual one.
     ///
     /// # Errors
     /// A guest uses it, or it takes longer.
@@ -226,7 +226,7 @@ impl Lifecycle {
             Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
             disk => disk?,
         };
-        // Who names the directory is the toolstack, which knows what it does. A person may not.
+        // A toolstack names the directory, and knows what it does. A person may not.
         if which.vbd.is_none() && disk.fate() == Fate::Stays {
             let node = kernel::node(&*self.registry.kernel, disk.minor)
                 .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
@@ -250,7 +250,7 @@ impl Lifecycle {
         ended
     }
 
-    /// There is no such disk, which is what was wanted; perhaps there is such a process.
+    /// Handles the removal of an unknown disk, which is a success; ends an idle process of that number.
     async fn end_idle(&self, which: &Which) -> Result<(), Failure> {
         let process = which.pid.and_then(|pid| self.registry.idle(pid));
         if let Some(process) = process {
@@ -269,7 +269,7 @@ fn busy(node: &kernel::Node, image: &str) -> String {
     }
     match node.status.state.as_str() {
         "fencing" => format!(
-            "I/O of its last process may still reach {image}, so nobody else may have that yet: what went over a network gets a minute to settle; if it takes longer, see whether its storage answers"
+            "I/O of its last process may still reach {image}, so no other disk may have that yet: writes over a network get a minute to settle; if it takes longer, see whether its storage answers"
         ),
         "open" | "live" => "a process has it open".into(),
         _ => "it is about to be free".into(),

@@ -2,10 +2,10 @@
 //! The kernel serves a disk by itself whose image is the disk byte for byte, as far as that needs no decision: the
 //! disk's process says what it may do, and this which image that is.
 //!
-//! It gets the image before the process is told to open it, so that the process finds it, and loses it when
-//! the image is closed, so that nobody writes it any more. In between it keeps it, whatever becomes of
-//! processes: the guest of one that has died goes on. What it gets is locked, and stays locked for it: a lock of
-//! the process would be over while the kernel still writes.
+//! The kernel gets the image before the process opens it, so that the process finds it, and loses it when the image is
+//! closed, so that the kernel writes it no more. In between the kernel keeps it, whatever becomes of processes: the
+//! guest of a disk whose process has died continues to work. The file is locked, and stays locked for the kernel,
+//! because a lock of the process would be over while the kernel still writes.
 
 use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
@@ -23,8 +23,8 @@ use std::time::Duration;
 use tapdev::abi::MAX_BACKINGS;
 
 impl Lifecycle {
-    /// Lets the kernel have what a process is about to open, or nothing if it is not for the kernel. A disk is
-    /// served without that, too; why it is, is told.
+    /// Lets the kernel have what a process is about to open, or nothing if it is not for the kernel. The disk is served
+    /// without that, too; an event tells the reason.
     ///
     /// # Errors
     /// The kernel still uses another image than that.
@@ -50,19 +50,20 @@ impl Lifecycle {
                 Ok(())
             }
             Err(failure) => {
-                // Of what nobody has asked for nobody has to hear.
+                // If the target did not ask for passthrough, an image without support for it is no event.
                 if open.target.direct().is_some() || failure.code != Code::Unsupported {
                     let why = failure.message;
                     let what = What::NotDirect { why };
                     self.registry.events.add(Some(disk.minor), what);
                 }
-                // What it had before may be another one.
+                // The image that the kernel had before may be another one.
                 self.take_from_kernel(disk, self.patience.get()).await
             }
         }
     }
 
-    /// Others must not write it, nor a lease end with the process; and somebody may not want it.
+    /// Whether the kernel may have the image: no other disk may write it, no lease may end with the process, and
+    /// neither the target nor the supervisor's option may forbid it.
     pub(super) fn is_for_kernel(&self, node: &Node, open: &Open) -> bool {
         let target = &open.target;
         node.has_maps
@@ -142,7 +143,7 @@ impl Lifecycle {
         self.take_numbers(disk, &self.held(disk)?, limit).await
     }
 
-    /// The same for what is below the image alone.
+    /// Takes the files below the image from the kernel, but not the image.
     pub(super) async fn take_below(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
         let mut below = self.held(disk)?;
         below.retain(|number| *number != IMAGE);
@@ -190,14 +191,14 @@ impl Lifecycle {
     }
 }
 
-/// What the kernel gets is open past the page cache.
+/// Returns the file, open past the page cache, that the kernel gets.
 pub(super) fn direct_fd<'o>(image: &Image, opened: &'o Opened) -> Result<BorrowedFd<'o>, Failure> {
     let fd = opened.fd().filter(|_| opened.direct);
     let path = image.path().display();
     fd.ok_or_else(|| Failure::unsupported(format!("{path} has no direct I/O")))
 }
 
-/// Locks the data of what the kernel is to get; false if somebody else has it locked.
+/// Locks the data of a file that the kernel is to get; false if another process has it locked.
 pub(super) fn lock_data(
     image: &Image,
     fd: BorrowedFd<'_>,
@@ -227,7 +228,7 @@ pub(super) fn not_taken(image: &Image, error: &io::Error) -> Failure {
     )
 }
 
-/// Something of a disk is what the kernel could have. Of others it need not be asked.
+/// Whether the kernel could have a file of the disk. For other disks, the supervisor does not ask the kernel.
 fn may_have_given(disk: &Disk) -> bool {
     let record = disk.record.borrow();
     let next = record.next.as_ref().map(|next| &next.open);
@@ -235,7 +236,7 @@ fn may_have_given(disk: &Disk) -> bool {
     all.any(|open| open.target.may_map())
 }
 
-/// Asks the kernel again and again for something of which it tells nobody when it is so.
+/// Asks the kernel at growing intervals for a state of which it sends no notification.
 ///
 /// # Errors
 /// It takes longer than `limit`, or what `is_over` says.

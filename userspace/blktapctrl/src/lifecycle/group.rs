@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Processes of disks in a group are told again and again what they may do of what it may, each by a task of its own: one
-//! that does not answer is in nobody's way. While nobody asks for anything they are left alone.
+//! Sends the processes of disks in a group their shares at intervals, each by a task of its own, so that one that does
+//! not answer delays no other. Processes get no messages while no guest of the group has requests.
 
 use super::trouble::until_end;
 use super::Lifecycle;
@@ -24,7 +24,7 @@ pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     let follow = async || follow(&lifecycle, &process).await;
     tokio::select! {
         () = until_end(&lifecycle, &process, "hear of its group", follow) => {}
-        // Of a disk in no group nothing is asked.
+        // A disk in no group has no question to answer.
         _ = process.ended() => {}
     }
     lifecycle.quota.gone(process.pid());
@@ -91,9 +91,9 @@ async fn tell_share(
     }
 }
 
-/// Waits until something is asked of a disk.
+/// Waits until the disk has a request.
 async fn until_busy(process: &Process, came: u64) -> Result<(), Failure> {
-    // Its own: it ends with this question, should nobody want to know any more.
+    // A link of its own: it ends with this question if the caller drops it.
     let mut link = process.another_link().await?;
     match link.ask(&Request::Busy { came }, &[], EVER).await? {
         Reply::Done => Ok(()),
@@ -127,8 +127,8 @@ impl Lifecycle {
         Some((disk, group))
     }
 
-    /// What a process is to be told of the group of its disk, if that is in one. If the group is not there, although it is
-    /// on record, that is as little as a guest can work with.
+    /// Returns the share of the group for a process, if its disk is in a group. If the group is not there, although it
+    /// is on record, that is as little as a guest can work with.
     pub(super) fn share(&self, disk: &Disk, process: &Process) -> Option<Share> {
         let name = disk.record.borrow().policy.group.clone()?;
         if let Some(group) = self.group(disk) {
@@ -173,7 +173,7 @@ impl Lifecycle {
         self.quota.has_room(name, self.members(name).len())
     }
 
-    /// A process understands what it is told of a group.
+    /// Checks that a process understands shares of a group.
     ///
     /// # Errors
     /// It is older, or does not answer.
@@ -193,7 +193,7 @@ impl Lifecycle {
     /// Makes a group, or changes it.
     ///
     /// # Errors
-    /// It makes no sense, or cannot be written down: nothing has changed.
+    /// It makes no sense, or cannot be recorded: nothing has changed.
     pub fn set_group(
         &self,
         name: &GroupName,
@@ -223,7 +223,7 @@ impl Lifecycle {
         ))
     }
 
-    /// What is told of a group.
+    /// Returns the state of a group.
     ///
     /// # Errors
     /// There is none.
@@ -233,10 +233,10 @@ impl Lifecycle {
         self.quota.tell(name)
     }
 
-    /// What is told of all groups.
+    /// Returns the states of all groups.
     ///
     /// # Errors
-    /// None: a group that is taken away meanwhile is not told of.
+    /// None: a group that is removed during the call is left out.
     pub fn tell_groups(&self) -> Vec<supervisor::Group> {
         let names = self.quota.names();
         let told = names.iter().filter_map(|name| self.tell_group(name).ok());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk passes from the process that serves it to another one, such as one of a newer program, and its
-//! guest goes on.
+//! Hand-off: a disk passes from the process that serves it to another one, such as one of a newer program, while its
+//! guest works.
 //!
 //! *Prepared*: the new process is started, says which version it is, and looks at the image, while the old
 //! one serves. *Switched*: the old one finishes what it has, makes it durable, and gives node and image
@@ -38,13 +38,13 @@ struct Prepared {
     given: Given,
 }
 
-/// What could not be done, and on the way to what.
+/// Adds the step that failed to a failure.
 fn at(step: &str, failure: Failure) -> Failure {
     Failure::new(failure.code, format!("{step}: {}", failure.message))
 }
 
-/// Does what the new process gets so much time for. That it died of it is said rather than what its end
-/// looks like from here.
+/// Does what the new process gets so much time for. If the process died, the failure reports that rather than the lost
+/// connection.
 async fn within<T>(
     limit: Duration,
     new: &Process,
@@ -164,7 +164,7 @@ impl Lifecycle {
             .as_ref()
             .and_then(|handoff| handoff.program.clone());
         let process = self.spawn_program(program).await?;
-        // What becomes of it is the disk's affair from now on.
+        // From now on the disk is responsible for the process.
         self.registry.remove_idle(process.pid());
         disk.successor.replace(Some(process.clone()));
         let version = within(limit, &process, self.compare(disk, &process)).await;
@@ -196,7 +196,7 @@ impl Lifecycle {
             Ok(old) => old.introduce(SOON).await.map(|old| old.abi),
             Err(failure) => Err(failure),
         };
-        // If nobody serves it at the moment, the kernel decides when it is opened.
+        // If no process serves it at the moment, the kernel compares the version when the new process opens the node.
         match ours {
             Ok(ours) if ours != theirs.abi => Err(Failure::new(
                 Code::Version,
@@ -385,7 +385,7 @@ async fn fits(disk: &Disk, new: &Process, given: &Given, open: &Open) -> Result<
     }
 }
 
-/// Only what is served can be handed over, or go on in another image.
+/// Checks that a disk is served, because no other can be handed over or switch to another image.
 pub(super) fn check_served(disk: &Disk) -> Result<(), Failure> {
     let (want, is_inactive) = {
         let record = disk.record.borrow();
@@ -394,14 +394,14 @@ pub(super) fn check_served(disk: &Disk) -> Result<(), Failure> {
     let (want, remedy) = match want {
         Want::Served if is_inactive => (
             "is inactive",
-            "wait until its guest, which is suspended or has not arrived, goes on",
+            "wait until its guest, which is suspended or has not arrived, resumes",
         ),
         Want::Served => return Ok(()),
         Want::Paused => ("is paused", "unpause it first"),
         Want::Idle => ("has no image", "detach its process and attach another one"),
     };
     let minor = disk.minor;
-    let why = format!("disk {minor} {want}, so nobody serves it: {remedy}");
+    let why = format!("disk {minor} {want}, so no process serves it: {remedy}");
     Err(Failure::new(Code::State, why))
 }
 

@@ -8,13 +8,13 @@ use control::{Failure, Secrecy, Target};
 /// Opens the file with the key of an image, for reading.
 ///
 /// # Errors
-/// None is said, there is none, or it is no secret.
+/// The target names none, there is none, or others may read it.
 pub(super) async fn open(target: &Target) -> Result<Opened, Failure> {
     named::open(target, "key", target.key(), Secrecy::Secret).await
 }
 
-/// What a guest writes to an encrypted image is not to be written to another one that is not encrypted, unless somebody
-/// names that as a copy.
+/// Refuses to put the guest's data of an encrypted image into an unencrypted one; only an explicit copy (mirror) may do
+/// that.
 ///
 /// # Errors
 /// The image is encrypted.
@@ -22,7 +22,7 @@ pub(super) fn must_stay_secret(target: &Target, place: &str) -> Result<(), Failu
     match target.key() {
         None => Ok(()),
         Some(_) => Err(Failure::unsupported(format!(
-            "{target} is encrypted, and {place} is not: what the guest writes would be there for anybody to read; copy \
+            "{target} is encrypted, and {place} is not: the guest's data would be readable there; copy \
              the disk with tap-ctl mirror to an image that you choose"
         ))),
     }

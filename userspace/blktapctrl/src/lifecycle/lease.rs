@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk whose image several hosts reach has the lease of it while a process has the image open.
 //!
-//! The supervisor keeps it, so it outlives a process; each heartbeat tells the process until when it may do I/O,
-//! and a timer of the kernel ends a process that is told nothing more. So what ends the heartbeats ends the
-//! I/O: a storage that does not answer, a supervisor that is not there, another host that has the lease. The
-//! guest's requests wait in the kernel until the lease is here again.
+//! The supervisor keeps the lease, so it outlives a process; each heartbeat tells the process until when it may do I/O,
+//! and a timer of the kernel ends a process that gets no more heartbeats. So what ends the heartbeats ends the I/O: a
+//! storage that does not answer, a supervisor that is not there, another host that has the lease. The guest's requests
+//! wait in the kernel until the lease is here again.
 //!
-//! A reservation needs no such end: the storage refuses what its holder must not do any more. But whoever broke it leaves
-//! it free, and the image may have been written before it is reserved again. So it is on record that a disk has it, and
-//! one that finds that it has not is paused: somebody has to look before it goes on.
+//! A reservation needs no such end: the storage refuses what its holder must not do any more. But the host that broke
+//! the reservation leaves the image free, and another host may have changed it before this one reserves it again. So
+//! the record keeps that a disk has the reservation, and the supervisor pauses a disk that finds it lost: an
+//! administrator has to look before the disk resumes.
 //!
 //! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end of
 //! the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
@@ -32,7 +33,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver};
 
-/// How long is waited for another host to give a lease up. Who asks for the disk asks again.
+/// Time to wait for another host to give a lease up. A caller that wants the disk asks again. The rules wait longer for a
+/// record that this host had before it was booted, because each attempt begins to watch it anew.
 const WAIT: Duration = Duration::from_secs(5);
 
 impl Lifecycle {
@@ -82,7 +84,7 @@ impl Lifecycle {
             .map(drop)
     }
 
-    /// The lease of a target, if it is kept. What is being given up is given up first, and taken anew then.
+    /// The lease of a target, if it is kept. A lease that is being given up is given up first, and then taken anew.
     async fn kept(&self, disk: &Disk, target: &Target) -> Result<Option<Tenure>, Failure> {
         let tenure = disk.lease.borrow().clone();
         let is_its =
@@ -135,7 +137,7 @@ impl Lifecycle {
             self.check_not_reserved_here(disk, target)?;
         }
         let mut claim = Claim::new(name)?;
-        // Whoever supervises the disk next goes on with the lease by this, so it is written down first.
+        // The next supervisor of the disk continues the lease with this token, so the record has it first.
         if let Some(token) = token {
             claim = claim.again(&token)?;
         }
@@ -157,11 +159,12 @@ impl Lifecycle {
                 return Err(failure);
             }
         };
-        // Before a process is told, because who finds it lost must know that there was something to lose.
+        // Before the process gets the lease, because a supervisor that finds it lost must know that there was something
+        // to lose.
         self.registry
             .change(disk, |record| record.set_hold(target, Hold::Held))?;
         let (sender, news) = unbounded_channel();
-        // Nobody listens any more to what has been given up.
+        // The receiver may be gone after the lease was given up.
         let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
             .map_err(|error| Failure::system("cannot start a thread", &error))?;
         let tenure = Tenure {
@@ -185,7 +188,7 @@ impl Lifecycle {
         self.registry.note(disk);
     }
 
-    /// Takes a lease, or goes on with what the host has for the disk.
+    /// Takes a lease, or continues with the one that the host has for the disk.
     async fn reserve(
         &self,
         target: &Target,
@@ -202,7 +205,7 @@ impl Lifecycle {
             asked.begin()?;
             let resumed = before.map(|_| lease.resume(0));
             let grant = match resumed {
-                // Nobody has done I/O under it, or it may be taken again after it was lost.
+                // No process has done I/O under it, or it may be taken again after it was lost.
                 Some(Err(lost))
                     if lost.code == Code::Gone && !(is_of_host && before == Some(Hold::Held)) =>
                 {
@@ -271,13 +274,13 @@ impl Lifecycle {
     }
 }
 
-/// Whether the storage was asked for a lease. A thread whose file system hangs may come to that when it is not waited for
-/// any more: then it does not ask.
+/// Whether the storage has got a request for a lease. A thread whose file system hangs may come to that when it is not
+/// waited for any more: then it does not ask.
 #[derive(Debug, Default)]
 struct Asked(OnceLock<bool>);
 
 impl Asked {
-    /// The storage is about to be asked.
+    /// Marks that the request to the storage is about to begin.
     fn begin(&self) -> Result<(), Failure> {
         match self.0.get_or_init(|| true) {
             true => Ok(()),
@@ -294,7 +297,7 @@ impl Asked {
     }
 }
 
-/// Both are the same resource of sanlock, whatever they are of, and wherever it is said to be.
+/// Whether both are one resource of sanlock, whatever images they are for, and wherever the resource is stored.
 fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
     let (LeaseKind::Sanlock(one), LeaseKind::Sanlock(other)) = (one, other) else {
         return false;
@@ -322,7 +325,7 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
                 }
                 continue;
             }
-            // It has been over since somebody else got it.
+            // The lease has been over since another host got it.
             News::Lost(failure) => {
                 tell!(
                     error,
@@ -354,7 +357,7 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
             }
         }
         links = told;
-        // Not before its process has been told to end: who lets the disk go on must not find that one.
+        // Not before its process has the command to end: an unpause must not find that process.
         if until.is_zero() && disk.record.borrow().is_reserved() {
             pause_for_good(&lifecycle, &disk);
         }

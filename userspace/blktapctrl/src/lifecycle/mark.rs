@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is noted where a guest writes since moments that have a name: who copies the disk again and again copies only that.
+//! Dirty bitmaps: from named moments (marks) on, the disk records where its guest writes, so that repeated copies of
+//! the disk take only those blocks (incremental backup).
 //!
-//! Each mark has a [map](crate::notes) of what was written from then until the next one. It is on the record before the
-//! disk's process is asked to note there, so that each process after this one does; and it is set when the process says
-//! so, having finished what was under way. Who asks what has changed since a mark hears all maps from that one on, those
-//! of marks that were never set included: so it does not matter in which of them a process notes.
+//! Each mark has a [map](crate::notes) of the writes from then until the next one. The mark is on the record before the
+//! disk's process starts to use its map, so that each later process uses it as well; it is set when the process
+//! confirms that, having finished its earlier requests. The changes since a mark are the union of all maps from that
+//! one on, those of marks that were never set included: so it does not matter which of them a process uses.
 //!
 //! A map says too much rather than too little. Where that cannot be had, the marks are gone, and a copy begins anew.
 
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Maps that a disk has at most, those that nobody asks for any more included.
+/// Most maps of a disk, those that are no longer queried included.
 const MAX_MAPS: usize = 2 * MAX_MARKS;
 
 impl Lifecycle {
@@ -49,12 +50,12 @@ impl Lifecycle {
         }
         let wanted = next_mark(disk, name)?;
         let path = self.map(disk, &wanted);
-        // What a supervisor has left that ended before it was on record.
+        // The supervisor that created this map may have ended before the record had it.
         remove_map(disk, &path);
         notes::make(&path, wanted.size, wanted.unit)?;
         let number = wanted.number;
         let added = self.registry.change(disk, |record| {
-            // Whoever has asked for those was told that they are none.
+            // The callers that set those bitmaps have had an error, so they are none.
             let open = record.marks.iter_mut().filter(|mark| !mark.is_set);
             open.for_each(|mark| mark.name = None);
             record.marks.push(wanted);
@@ -110,7 +111,7 @@ impl Lifecycle {
     /// Takes a mark away. Its map stays as long as an older mark needs it.
     ///
     /// # Errors
-    /// There is none, or it cannot be written down.
+    /// There is none, or the record cannot be changed.
     pub async fn unmark(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -140,8 +141,8 @@ impl Lifecycle {
         Ok(self.marks(disk))
     }
 
-    /// A mark is gone, and the disk's process may know of it. A process that is not told says on what was written since,
-    /// until its end.
+    /// A mark is gone, and the disk's process may know of it. A process that misses this continues to report changes
+    /// since the mark, until its end.
     async fn tell_unmarked(&self, disk: &Disk, process: &Process) {
         let told = async {
             match process.introduce(SOON).await?.marks {
@@ -159,8 +160,8 @@ impl Lifecycle {
         }
     }
 
-    /// Nobody wants to know any more where the guest writes. A process that is not told notes on, for nobody, and until
-    /// its end.
+    /// Ends the tracking of the guest's writes. A process that misses this continues to fill its map, which has no use,
+    /// until its end.
     async fn end_notes(&self, disk: &Disk) {
         if let Ok(process) = disk.serving() {
             let told = disk.unless_doomed(have_noted(disk, &process, None)).await;
@@ -176,7 +177,8 @@ impl Lifecycle {
         self.remove_maps(disk);
     }
 
-    /// Maps that nobody asks for become one with the one before, or go. What stays for now is in nobody's way.
+    /// Merges maps that are no longer queried into the one before, or removes them. A map that stays for now does no
+    /// harm.
     async fn tidy_marks(&self, disk: &Disk) {
         if let Err(failure) = self.try_to_tidy(disk).await {
             tell!(
@@ -210,7 +212,7 @@ impl Lifecycle {
         }
     }
 
-    /// The marks of a disk that somebody has set.
+    /// Returns the named marks of a disk that are set.
     #[must_use]
     pub fn marks(&self, disk: &Disk) -> Vec<Mark> {
         let record = disk.record.borrow();
@@ -229,7 +231,7 @@ impl Lifecycle {
     /// Where the guest has written since a mark, from a place on.
     ///
     /// # Errors
-    /// There is none of that name, or it cannot be said.
+    /// There is none of that name, or the changes are not known.
     pub async fn changed(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -255,8 +257,8 @@ impl Lifecycle {
         self.look(&found, maps, size, from).await
     }
 
-    /// The same for the disk's process, which says how large the disk is, and knows itself that it notes. What is done
-    /// with the disk may be waiting for that process, so this waits for nothing of that.
+    /// Returns the changes for the disk's process, which gives the size of the disk, and knows itself that it fills a
+    /// map. A verb on the disk may be waiting for that process, so this waits for no verb.
     pub(super) async fn changed_of(
         &self,
         disk: &Disk,
@@ -293,7 +295,7 @@ impl Lifecycle {
             .collect()
     }
 
-    /// What the maps of a mark and all later ones say.
+    /// Reads the maps of a mark and of all later ones.
     async fn look(
         &self,
         since: &Noted,
@@ -333,7 +335,7 @@ impl Lifecycle {
         }
     }
 
-    /// A disk is as large as its process says. What was behind the end of a smaller one nobody has noted.
+    /// A disk is as large as its process says. Writes behind the end of a smaller disk are in no map.
     pub(super) async fn note_size(&self, disk: &Disk, process: &Process, serves: &tapdisk::Disk) {
         let was = {
             let record = disk.record.borrow();
@@ -355,7 +357,7 @@ impl Lifecycle {
         self.tell_unmarked(disk, process).await;
     }
 
-    /// What has changed is not known any more.
+    /// Drops all marks, because the changes are no longer known.
     pub(super) fn lose_marks(&self, disk: &Disk, why: &str) -> Result<(), Failure> {
         if disk.record.borrow().marks.is_empty() {
             return Ok(());
@@ -437,7 +439,7 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
     }
     let size = disk.serves.borrow().as_ref().map(|serves| serves.size);
     let size = size.ok_or_else(|| {
-        let why = format!("it is not known how large disk {minor} is: nobody serves it");
+        let why = format!("the size of disk {minor} is not known, because no process serves it");
         Failure::new(Code::State, why)
     })?;
     let (last, now) = (record.marks.last(), now_ms());
@@ -459,7 +461,7 @@ fn find(disk: &Disk, name: &MarkName) -> Option<Noted> {
     marks.find(|mark| mark.name.as_ref() == Some(name)).cloned()
 }
 
-/// The same by its number, as long as it has a name.
+/// Returns a mark by its number, if it is set and has a name.
 fn numbered(disk: &Disk, number: u64) -> Option<Noted> {
     let record = disk.record.borrow();
     let mut marks = record.marks.iter().filter(|mark| mark.is_set);
@@ -471,7 +473,7 @@ fn no_mark(disk: &Disk, name: &MarkName) -> Failure {
     Failure::new(
         Code::NotFound,
         format!(
-            "disk {} has no mark {name}, so nobody knows what has changed since: copy all of it, and set a mark before \
+            "disk {} has no mark {name}, so the changes since then are unknown: copy all of it, and set a mark before \
              with tap-ctl dirty --mark",
             disk.minor
         ),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk is copied to another image while its guest works, and then goes on there.
+//! Mirror: the supervisor has a disk copied to another image while its guest works, and then switches the disk to that.
 //!
-//! *Wanted*: it is on the record, with the other image as a part of the disk that nobody else gets. The disk's process
-//! is asked again and again how far it is, and begins anew where another one has ended. *Same*: what is written goes
-//! to both. *Switched*: the process closes both, and says that they are the same; then the other one is on the
-//! record as what comes next, as after an unpause with another image. Whoever finds it before that has the disk
-//! served from the image that it had.
+//! *Requested*: the record has the other image as a part of the disk, which no other disk gets. The supervisor asks the
+//! disk's process for its progress at intervals; a new process begins the copy anew. *Equal*: each write goes to both
+//! images. *Switched*: the process closes both, and says that they are the same; then the other one is on the record as
+//! what comes next, as after an unpause with another image. A supervisor that finds the disk before that serves it from
+//! the image that it had.
 
 use super::commit::{check_below, check_top, mark_again, unmark};
 use super::handoff::check_served;
@@ -73,7 +73,7 @@ impl Lifecycle {
         };
         let image = self.take_beside(disk, &mut mirror).await?;
         tell(disk, &mirror, Mirror::default());
-        // From now on somebody sees to it, whatever becomes of this.
+        // From now on a task follows the mirror, whatever becomes of this call.
         self.follow_mirror(disk);
         let process = disk.serving()?;
         let begun = self.begin_mirror(disk, &process, &mirror, image);
@@ -87,7 +87,7 @@ impl Lifecycle {
         self.mirrored(disk)
     }
 
-    /// Makes the other image a part of the disk, which nobody else uses.
+    /// Makes the other image a part of the disk, which no other disk uses.
     async fn take_beside(&self, disk: &Disk, mirror: &mut Mirrored) -> Result<Arc<Image>, Failure> {
         let image = image::of(&mirror.open).await?.ok_or_else(|| {
             Failure::invalid(format!(
@@ -121,8 +121,8 @@ impl Lifecycle {
                 record.parts.push(part);
             })
         };
-        // As for a new disk of nobody: it must not be what this disk has either, under whatever name, unless it goes
-        // on from it.
+        // The image must be free as for a new disk, and must not be this disk's own either, under whatever name, unless
+        // it is the backing image.
         let except = mirror.below.then_some(disk.minor);
         let admission = &self.admission;
         let admitted = admission.admit(Some(&image), Mode::Write, None, except, work);
@@ -137,7 +137,7 @@ impl Lifecycle {
         image: Arc<Image>,
     ) -> Result<(), Failure> {
         if mirror.below {
-            // The kernel has it locked, so that nobody writes it.
+            // The kernel has it locked, so that no process writes it.
             self.take_below(disk, self.patience.get()).await?;
         }
         let image = match mirror.below {
@@ -183,7 +183,7 @@ impl Lifecycle {
     /// There was none.
     pub fn mirrored(&self, disk: &Disk) -> Result<Mirror, Failure> {
         let known = disk.mirrored.borrow().clone();
-        // Who sees to it has not told yet how it has ended.
+        // The task that follows it has not reported yet how it has ended.
         let runs = disk.record.borrow().mirror.is_some() || disk.mirrors.get();
         let is_over =
             |mirror: &Mirror| !matches!(mirror.state, Mirroring::Copying | Mirroring::Same);
@@ -308,7 +308,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Both are the same: the disk goes on in the other one.
+    /// Switches the disk to the other image, because both are equal.
     async fn move_to(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -317,14 +317,14 @@ impl Lifecycle {
     ) -> Result<(), Failure> {
         let image = image_of(mirror, part).await?;
         owes_nothing(disk).await?;
-        // Somebody may have come to use the image that it had: a guest that moves, which goes on there.
+        // Another user may have come to the disk's old image: a guest that migrates, and resumes there.
         self.check_followed(disk, &mirror.open.target)?;
         self.begin(disk, Doing::Mirror)?;
         let begun = Instant::now();
         match self.close_both(disk, mirror, image).await {
             Ok(()) => self.moved(disk, Some(begun.elapsed())).await,
             Err(failure) if disk.record.borrow().next.is_some() => {
-                // Who finds out whether it is served from that: a process that comes.
+                // Only the next process finds out whether the disk is served from that.
                 self.revive_later(disk);
                 Err(failure)
             }
@@ -346,7 +346,7 @@ impl Lifecycle {
             return Err(lost.unwrap_or_else(|| Failure::new(Code::State, why)));
         }
         let image = unmark(mirror, image).await?;
-        // What the one that it had has lost is in the other one, and durable.
+        // Data that the old image has lost is in the other one, and durable.
         self.end_paused(disk).await?;
         let next = Next {
             open: mirror.open.clone(),
@@ -362,7 +362,7 @@ impl Lifecycle {
         self.switch(disk).await
     }
 
-    /// The disk goes on in the other image: nobody is to write the one that it had.
+    /// Completes the switch to the other image, and removes the write permission of the old one.
     async fn moved(&self, disk: &Disk, pause: Option<Duration>) -> Result<(), Failure> {
         let marked = self.mark_old(disk).await;
         let from = disk.open()?.target;
@@ -392,7 +392,7 @@ impl Lifecycle {
         let outcome = Mirroring::Failed {
             why: why.message.clone(),
         };
-        // Whatever is served now, it has a new process afterwards.
+        // Whichever image is served now, the disk gets a new process afterwards.
         let told = self.mirror_is_over(disk, outcome).await;
         self.end_of_verb(disk, Want::Served);
         told
@@ -415,7 +415,7 @@ impl Lifecycle {
         self.stay(disk, &why).await
     }
 
-    /// What has begun and is not done is over: then it is known from what the disk is served.
+    /// Completes a verb that has begun; then it is known from which image the disk is served.
     async fn end_pending(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let patience = self.patience.get();
         disk.unless_doomed(self.finish(disk, patience)).await
@@ -450,14 +450,15 @@ fn tell(disk: &Disk, mirror: &Mirrored, now: Mirror) {
     }));
 }
 
-/// What is told of it from now on.
+/// Sets the state of the mirror that later answers show.
 fn over(disk: &Disk, state: Mirroring) {
     let mut told = disk.mirrored.borrow().clone().unwrap_or_default();
     told.state = state;
     disk.mirrored.replace(Some(told));
 }
 
-/// A reservation is of one image, and a disk that goes on in another one would have both, or none, in between.
+/// Refuses a target with a reservation or a lease of sanlock, because it is of one image, and a disk that switches to
+/// another one would have both, or none, in between.
 fn check_not_reserved(target: &Target) -> Result<(), Failure> {
     match target.lease().is_of_host() {
         false => Ok(()),

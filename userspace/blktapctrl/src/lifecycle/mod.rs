@@ -2,9 +2,9 @@
 //! How a tapdisk lives and dies: it is started, given a node and an image, replaced when it ends, and
 //! ended with its disk.
 //!
-//! Each verb that changes a disk is written down before its first step, done in steps that can be done
-//! twice, and written off at the end. Who finds one that is not done, the next supervisor included,
-//! finishes it. What certainly cannot be finished is undone: the disk is as it was.
+//! Each verb that changes a disk is recorded before its first step, done in steps that can be repeated, and removed
+//! from the record at the end. The next one that finds an unfinished verb, such as a new supervisor, finishes it. A
+//! verb that certainly cannot be finished is undone: the disk is as it was.
 
 mod below;
 mod commit;
@@ -58,24 +58,23 @@ use tokio::sync::{watch, Notify};
 
 /// The life of all disks.
 pub struct Lifecycle {
-    /// What disks there are.
+    /// All disks.
     pub registry: Rc<Registry>,
-    /// Who may use an image.
+    /// Decides which disk may use an image.
     pub admission: Admission,
     /// How tapdisks are started.
     program: Program,
-    /// Who knows which guests are suspended.
+    /// Source of the guests that are suspended.
     domains: RefCell<Rc<dyn Domains>>,
     /// A guest may be.
     released: Notify,
     /// How the lease of an image is opened.
     leases: RefCell<OpenLease>,
-    /// How long an inactive disk waits for its image before that is told.
+    /// How long an inactive disk waits for its image before the supervisor reports that.
     pub patience_for_images: Cell<Duration>,
-    /// The kernel may serve disks by itself of which nothing else is said.
+    /// Whether the kernel may serve disks whose target does not have `direct=` (passthrough).
     pub direct: Cell<bool>,
-    /// How long is waited for what should not take long: a node that somebody has open, a verb that is
-    /// finished by itself.
+    /// Limit for short waits: a node that another process has open, a verb that is being finished.
     pub patience: Cell<Duration>,
     /// How long a process may take to open an image.
     pub patience_to_open: Cell<Duration>,
@@ -91,7 +90,7 @@ pub struct Lifecycle {
 pub type OpenLease =
     Arc<dyn Fn(&LeaseKind, &Path, Claim) -> Result<Box<dyn Lease>, Failure> + Send + Sync>;
 
-/// What happened to a disk's process, for whoever asks: to them, that it has gone would be that we have.
+/// Converts a failure of a disk's process for a caller, for whom `Gone` would mean that the supervisor has gone.
 fn of_a_process(failure: Failure) -> Failure {
     match failure.code {
         Code::Gone => Failure::new(Code::System, failure.message),
@@ -100,7 +99,7 @@ fn of_a_process(failure: Failure) -> Failure {
 }
 
 impl Lifecycle {
-    /// Supervises the disks of a registry. What a disk needs beside its image may be in `folders`.
+    /// Supervises the disks of a registry. Files that a disk needs beside its image may be in `folders`.
     #[must_use]
     pub fn new(registry: Rc<Registry>, program: Program, folders: Vec<PathBuf>) -> Rc<Lifecycle> {
         Rc::new(Lifecycle {
@@ -206,7 +205,8 @@ impl Lifecycle {
             .change(disk, |record| record.doing = Some(doing))
     }
 
-    /// What has begun is over. Should that not be written, the next supervisor does it once more.
+    /// Removes the finished verb from the record. If the record cannot be changed, the next supervisor repeats the
+    /// verb.
     fn end_of_verb(&self, disk: &Disk, want: Want) {
         {
             let mut record = disk.record.borrow_mut();
@@ -214,7 +214,7 @@ impl Lifecycle {
             record.want = want;
         }
         self.registry.note(disk);
-        // It may have led away from memory that is nobody's now.
+        // The verb may have left memory that has no user now.
         self.registry.give_memory_back();
     }
 }

@@ -32,7 +32,7 @@ pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
     until_end(&lifecycle, &process, "say what it needs", listen).await;
 }
 
-/// What is known of a process, over all connections to it.
+/// Counters of a process, over all connections to it.
 struct Heard {
     messages: u64,
     refused: Rate,
@@ -51,7 +51,7 @@ impl Heard {
         }
     }
 
-    /// There was one more message. Who sends many waits between them, whatever they say.
+    /// There was one more message. A process that sends many messages waits between them, whatever they contain.
     async fn count(&mut self) {
         self.messages = self.messages.saturating_add(1);
         if self.messages > BURST {
@@ -59,7 +59,7 @@ impl Heard {
         }
     }
 
-    /// Tells about an answer, not more often than somebody can read it.
+    /// Reports an answer as an event, at a limited rate.
     fn tell(
         &mut self,
         registry: &Registry,
@@ -103,7 +103,7 @@ async fn listen(
     heard: &mut Heard,
 ) -> Result<Infallible, Failure> {
     let mut link = process.another_link().await?;
-    // What an earlier connection was told and did not answer is told again.
+    // Needs that an earlier connection reported and that have no answer are reported again.
     let mut known = 0;
     loop {
         let question = Request::Needs { after: known };
@@ -115,7 +115,7 @@ async fn listen(
         for need in needs {
             known = known.max(need.number);
             let mut answer = lifecycle.provide(process, &need.what).await;
-            // What was decided may have been undone while a file was opened.
+            // The decision may have been undone while a file was opened.
             if answer.is_ok() {
                 answer = lifecycle.still(process, &need.what).and(answer);
             }
@@ -126,12 +126,12 @@ async fn listen(
     }
 }
 
-/// What is sent along.
+/// Descriptor that an answer carries.
 enum Given {
     File(Opened),
     /// A file below the image, and the number by which the kernel knows it.
     Parent(Opened, Option<u16>),
-    /// A connection. Closing it waits for nobody.
+    /// A connection. Closing it does not block.
     Server {
         stream: OwnedFd,
         /// Not the first one to this socket.
@@ -212,7 +212,7 @@ impl Lifecycle {
             Needed::Credential { target, file } => credential(&disk, target, *file).await,
             Needed::Key { target } => the_key(&disk, target).await,
             Needed::Other => Err(Failure::unsupported(
-                "this blktapctrl does not know what is asked for: install the one of the tapdisk",
+                "this blktapctrl does not know the request of the tapdisk: install the blktapctrl of its version",
             )),
         }
     }
@@ -250,7 +250,7 @@ impl Lifecycle {
             true => Ok(()),
             false => Err(Failure::new(
                 Code::State,
-                "what was asked for is not the disk's any more",
+                "the requested file is not the disk's any more",
             )),
         }
     }
@@ -333,7 +333,7 @@ fn not_its(disk: &Disk, target: &Target) -> Failure {
     )
 }
 
-/// What a disk is served from, or is about to be, or is copied to.
+/// Whether a disk is served from a target, is about to be, or is copied to it.
 fn serves(disk: &Disk, target: &Target) -> bool {
     let record = disk.record.borrow();
     let next = record.next.as_ref().map(|next| &next.open);

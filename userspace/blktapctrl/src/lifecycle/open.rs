@@ -174,7 +174,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The image of a disk has grown, or is to grow: its guest is told.
+    /// Tells the process of a disk that its image has grown or is to grow, and thereby the guest.
     ///
     /// # Errors
     /// Its process refuses, or does not answer.

@@ -7,8 +7,8 @@ use crate::registry::Registry;
 use std::convert::Infallible;
 use std::time::Duration;
 
-/// Time between two looks at what a process says: one that says more than there is time for waits for nobody, and does
-/// not keep the supervisor busy.
+/// Time between two reads of a process' output, so that a process that prints too much does not keep the supervisor
+/// busy; it does not have to wait either.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Logs what a process says until it has ended, and says how it has ended.
@@ -33,7 +33,7 @@ pub(super) async fn log_until_end(registry: &Registry, process: &Process) -> Str
         how = process.ended() => how,
         never = listen => match never {},
     };
-    // What it said last comes before what is said of its end.
+    // Its last lines come before the report of its end.
     if let Some(Err(error)) = output.as_mut().map(|output| output.rest(line)) {
         unheard(registry, process, &error);
     }
@@ -60,6 +60,6 @@ fn unheard(registry: &Registry, process: &Process, error: &std::io::Error) {
     tell!(
         warn,
         about,
-        "what tapdisk {pid} says is not heard any more: {error}"
+        "the output of tapdisk {pid} is not read any more: {error}"
     );
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks let go of the kernel's module, so that it can be exchanged, and go on with the next one.
+//! Parks disks: they release the kernel's module, so that it can be exchanged, and resume with the next one.
 //!
 //! A disk that is parked has neither a process nor a node. All else is kept: its record, its image and the lease of
-//! that, its memory, and its number, by which the guest's device finds the next node. Who parks them has seen to it
-//! that no guest asks for anything meanwhile and that all is answered: the kernel's part of a disk is nothing but what
-//! was asked and not answered, so that nothing is lost with the node.
+//! that, its memory, and its number, by which the guest's device finds the next node. The caller has ensured that no
+//! guest sends requests in the meantime and that all are answered: the kernel's part of a disk is only its unanswered
+//! requests, so nothing is lost with the node.
 
 use super::direct::until;
 use super::Lifecycle;
@@ -18,9 +18,9 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// How long somebody who makes a disk waits for the next module.
+/// How long the creation of a disk waits for the next module.
 const EXCHANGE: Duration = Duration::from_secs(20);
-/// How long a disk that goes on is waited for.
+/// How long the supervisor waits for a disk that resumes.
 const SERVE: Duration = Duration::from_secs(5);
 
 impl Lifecycle {
@@ -31,7 +31,7 @@ impl Lifecycle {
     pub async fn park(self: &Rc<Self>, limit: Duration) -> Result<Vec<u32>, Failure> {
         if let Some(left) = self.registry.left_alone().first() {
             let why = format!(
-                "disk {} is left alone, because what was written down of it is not understood: tap-ctl adopt -m {} first",
+                "disk {} is ignored, because its record is not understood: run tap-ctl adopt -m {} first",
                 left.minor, left.minor
             );
             return Err(Failure::new(Code::State, why));
@@ -40,7 +40,7 @@ impl Lifecycle {
         let mut parked = self.park_all(limit).await;
         if let Err(failure) = &mut parked {
             if let Err(also) = self.unpark().await {
-                failure.message = format!("{failure}; and not all go on as before: {also}");
+                failure.message = format!("{failure}; and not all disks resumed: {also}");
             }
         }
         parked
@@ -78,7 +78,7 @@ impl Lifecycle {
         gone.map_err(named)
     }
 
-    /// What a guest asks for is in the node.
+    /// Refuses to park a disk that the kernel serves to a guest, whose requests are in the node.
     fn has_no_guest(&self, disk: &Disk) -> Result<(), Failure> {
         let Some((domain, _)) = self.node_of(disk)?.and_then(|node| node.bound) else {
             return Ok(());
@@ -128,7 +128,7 @@ impl Lifecycle {
         }
     }
 
-    /// Has all disks go on that are parked, with the module that is loaded. Those that cannot at once are tried again.
+    /// Resumes all parked disks with the module that is loaded. Those that cannot at once are tried again.
     ///
     /// # Errors
     /// The module does not make the node of one: it stays parked.
@@ -159,7 +159,7 @@ impl Lifecycle {
         self.registry.change(disk, |record| {
             record.doing = None;
             if is_new {
-                // What it counts begins anew.
+                // Its counters begin at zero.
                 (record.poisoned, record.failed_flushes) = (0, 0);
             }
         })
@@ -171,13 +171,13 @@ impl Lifecycle {
             return;
         }
         let (lifecycle, again) = (self.clone(), disk.clone());
-        // A task of its own: it goes on though nobody waits for it.
+        // A task of its own: it continues even if no caller waits for it.
         let served = tokio::task::spawn_local(async move {
             if again.serving().is_ok() {
                 lifecycle.serve_with_its_own(&again).await;
             }
             lifecycle.revive(&again, Duration::ZERO).await;
-            // Who had begun them may have been an earlier supervisor.
+            // An earlier supervisor may have begun them.
             lifecycle.follow_stream(&again);
             lifecycle.follow_mirror(&again);
         });
@@ -234,7 +234,8 @@ impl Lifecycle {
         })
     }
 
-    /// What an earlier supervisor has parked: whoever parked it asks for its return. True if it is.
+    /// Registers a disk that an earlier supervisor has parked; the program that parked it asks for its return. True if
+    /// it is.
     pub(crate) fn found_parked(&self, disk: &Disk) -> bool {
         let is_parked = disk.doing() == Some(Doing::Park);
         if is_parked {
@@ -243,10 +244,10 @@ impl Lifecycle {
         is_parked
     }
 
-    /// A disk that is parked does nothing until it is to go on.
+    /// Failure of a verb on a parked disk, which does nothing until it resumes.
     pub(super) fn is_parked() -> Failure {
-        let why = "the kernel's module is being exchanged, and it has no node until then: tap-ctl unpark, if nobody is \
-                   at that any more";
+        let why = "the kernel's module is being exchanged, and it has no node until then: run tap-ctl unpark if \
+                   that exchange has ended";
         Failure::new(Code::State, why)
     }
 }

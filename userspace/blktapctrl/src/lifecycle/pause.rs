@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk stops being served, and goes on, perhaps with another image.
+//! Pauses and resumes a disk, perhaps with another image.
 
 use super::direct::until;
 use super::renew::owes_nothing;
@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// It may still happen: whoever was asked lives, and has not answered.
+/// Whether a request may still be carried out: its process lives, and has not answered.
 fn is_open_question(failure: &Failure, disk: &Disk) -> bool {
     failure.code == Code::Timeout && disk.serving().is_ok()
 }
@@ -52,7 +52,7 @@ impl Lifecycle {
         let lost = self.close_image(disk, limit).await?;
         self.give_lease_up(disk).await;
         {
-            // Who lets it go on says which image it is to have.
+            // The verb that resumes the disk names its image.
             let mut record = disk.record.borrow_mut();
             (record.inactive, record.passed_on) = (None, None);
         }
@@ -61,8 +61,8 @@ impl Lifecycle {
         lost.map_or(Ok(()), Err)
     }
 
-    /// Has the image of a disk closed, whose process keeps the node. Says why, if not all could be written
-    /// back.
+    /// Has the image of a disk closed, whose process keeps the node. Returns the reason, if not all data could be
+    /// flushed.
     ///
     /// # Errors
     /// It is not closed, or that is not known.
@@ -79,8 +79,8 @@ impl Lifecycle {
                     self.fenced(disk, limit).await?;
                 }
                 Err(failure) if failure.code == Code::Timeout => return Err(failure),
-                // An earlier question may have paused it, and it may have found when it closed the
-                // image that not all could be written back.
+                // An earlier question may have paused it, and the process may have found when it closed the image that
+                // some data did not reach the storage.
                 Err(failure) => match process.status().await?.state {
                     State::Running => return Err(failure),
                     _ if failure.code == Code::State => {}
@@ -140,7 +140,8 @@ impl Lifecycle {
                 return disk.unless_doomed(self.finish_unpause(disk)).await;
             }
         }
-        let others = "it did not have its image for a while, and anybody may have written that";
+        let others =
+            "it did not have its image for a while, and another program may have changed that";
         if target.is_none() && disk.record.borrow().inactive.is_some() {
             self.lose_marks(disk, others)?;
             return self.take_anyway(disk).await;
@@ -167,7 +168,7 @@ impl Lifecycle {
         disk.unless_doomed(self.finish_unpause(disk)).await
     }
 
-    /// What a disk is to be served from.
+    /// Returns the image from which the disk is to be served.
     pub(super) fn leads_to(&self, disk: &Disk) -> Result<Open, Failure> {
         let next = disk.record.borrow().next.clone();
         next.map_or_else(|| disk.open(), |next| Ok(next.open))
@@ -192,7 +193,7 @@ impl Lifecycle {
         open.may_shrink = may_shrink;
         let open = with_mode(open, mode)?;
         let (image, _pinned) = self.registry.image_for(&open).await?;
-        // What belongs to the image that is served no more leaves the record with it.
+        // Parts of the image that is served no more leave the record with it.
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_paused(disk)).await?;
         }
@@ -250,7 +251,7 @@ impl Lifecycle {
         if let Ok(process) = disk.serving() {
             // One that has just died counts as living for a moment.
             if !process.has_died(&failure).await && failure.code == Code::Gone {
-                // It was asked, and its answer is lost.
+                // It had the question, and its answer is lost.
                 self.end_process(disk).await?;
             }
         }
@@ -260,8 +261,8 @@ impl Lifecycle {
                 self.take_from_kernel(disk, limit).await?;
                 return Ok(false);
             };
-            // An earlier question may be on its way, and it would serve the other image yet. But what the guest is
-            // still to be told of it learns from this process alone.
+            // An earlier question may be on its way, and it would serve the other image yet. But the guest learns of an
+            // error that it is owed from this process alone.
             let owes = matches!(owes_nothing(disk).await, Err(owes) if owes.code == Code::State);
             if !owes {
                 self.end_process(disk).await?;
@@ -281,7 +282,7 @@ impl Lifecycle {
             );
         })?;
         if was_served {
-            // What the guest wrote then is in the new image.
+            // Writes of the guest since then are in the new image.
             self.take_next(disk);
             disk.allow_shrinking(false);
             self.end_of_verb(disk, Want::Served);
@@ -297,8 +298,8 @@ impl Lifecycle {
         Err(failure)
     }
 
-    /// Whether something may have been answered from the next image of a disk, which no process serves any more.
-    /// It is asked when the kernel does nothing there either.
+    /// Whether something may have been answered from the next image of a disk, which no process serves any more. The
+    /// kernel gives up the image first, so that it does nothing there either.
     pub(super) async fn was_served(
         &self,
         disk: &Disk,
@@ -306,7 +307,7 @@ impl Lifecycle {
         limit: Duration,
     ) -> Result<bool, Failure> {
         self.take_from_kernel(disk, limit).await?;
-        // If the kernel does not say, it may have been: going on there loses nothing.
+        // If the kernel does not say, it may have been: continuing there loses nothing.
         Ok(self.registry.executed(disk).ok() != Some(next.committed))
     }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A lease is given up: every kind of it, by the supervisor that took it or by a later one.
 //!
-//! There is one way. It is on record what this host has ([`Hold`]) until the storage has said that it has it no
-//! more, so a supervisor that ends on the way leaves that to the next one, and storage that does not answer is asked
-//! again. A disk that is destroyed stays in the list until then.
+//! There is one way. The record keeps each lease of this host ([`Hold`]) until the storage has confirmed its release,
+//! so a supervisor that ends on the way leaves that to the next one, and the supervisor asks again a storage that does
+//! not answer. A disk that is destroyed stays in the list until then.
 
 use super::direct::until;
 use super::Lifecycle;
@@ -27,8 +27,8 @@ const FIRST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(30);
 
 impl Lifecycle {
-    /// Gives up the leases of a disk whose image is closed: no process has it, or was asked for it and has not answered.
-    /// A lease that cannot be given up now is given up later.
+    /// Gives up the leases of a disk whose image is closed: no process has it, or could still open it because of an
+    /// unanswered request. A lease that cannot be given up now is given up later.
     pub(super) async fn give_lease_up(self: &Rc<Self>, disk: &Rc<Disk>) {
         if let Err(failure) = self.give_leases_up(disk).await {
             self.tell_left(disk, &failure, FIRST);
@@ -83,7 +83,7 @@ impl Lifecycle {
         let tenure = tenure.filter(|tenure| is_one_lease(&tenure.target, target));
         let keeper = tenure.as_ref().map(|tenure| tenure.keeper.clone());
         let given_up = match keeper.filter(|keeper| !keeper.has_ended()) {
-            // Also if that was asked before and has not been answered: one after the other.
+            // Also if an earlier call has no answer yet: one after the other.
             Some(keeper) => apart(image, LIMIT, move || keeper.give_up()).await,
             None => self.give_left_over_up(disk, target, image).await,
         };
@@ -212,7 +212,7 @@ impl Lifecycle {
             self.give_others_up(disk, Some(&open)).await?;
             return Ok(true);
         }
-        // What is being given up was closed before.
+        // Images whose leases are being given up were closed before.
         let is_closed = |leased: &Leased| leased.hold == Hold::Leaving;
         if !disk.record.borrow().leases().iter().all(is_closed) {
             self.end_process(disk).await?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What jobs on a whole disk have in common: when they are looked at, and how a process makes way for another one, so
-//! that what it was given can leave the record.
+//! Common parts of jobs on a whole disk: when they are looked at, and how a process makes way for another one, so that
+//! its files can leave the record.
 
 use super::Lifecycle;
 use crate::disk::Disk;
@@ -22,7 +22,7 @@ pub(super) fn is_just_served(disk: &Disk) -> bool {
     record.want == Want::Served && record.inactive.is_none() && record.doing.is_none()
 }
 
-/// What a process did not do says nothing of its images: it has ended, was paused, or is slow.
+/// Whether the failure shows nothing about the images: the process has ended, was paused, or is slow.
 pub(super) fn says_nothing(failure: &Failure) -> bool {
     matches!(failure.code, Code::Gone | Code::State | Code::Timeout)
 }
@@ -42,7 +42,7 @@ impl Lifecycle {
             Ok(()) => self.registry.change(disk, change),
             Err(failure) => Err(failure),
         };
-        // Whatever has become of that.
+        // Whether the record was changed or not.
         if disk.record.borrow().want == Want::Served {
             let served = self.serve_again(disk).await;
             self.or_revive(disk, served).await;
@@ -54,9 +54,9 @@ impl Lifecycle {
     /// limit is killed.
     ///
     /// # Errors
-    /// The guest is still to be told of something by this process, which stays.
+    /// This process still owes the guest an error, and stays.
     pub(super) async fn let_process_go(&self, disk: &Disk, limit: Duration) -> Result<(), Failure> {
-        // What cannot be written afterwards would be done again and again.
+        // If the record cannot be changed afterwards, the supervisor would replace the process again and again.
         self.registry.change(disk, |_| ())?;
         owes_nothing(disk).await?;
         match self.close_image(disk, limit).await {
@@ -73,7 +73,7 @@ impl Lifecycle {
     }
 }
 
-/// What the guest is still to be told of, it learns from this process alone.
+/// Checks that the process owes the guest no error, because the guest gets it from this process alone.
 pub(super) async fn owes_nothing(disk: &Disk) -> Result<(), Failure> {
     let Ok(process) = disk.serving() else {
         return Ok(());
@@ -82,7 +82,7 @@ pub(super) async fn owes_nothing(disk: &Disk) -> Result<(), Failure> {
         false => Ok(()),
         true => Err(Failure::new(
             Code::State,
-            "something that was written could not be made durable, and the guest has not asked yet: its process \
+            "a write could not be made durable, and the guest has not got that error yet: its process \
              stays until it has",
         )),
     }

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// within a few milliseconds, for which a guest waits.
 const SHORT: u32 = 10;
 
-/// What a process is given to open an image.
+/// Files that a process gets to open an image.
 pub(super) struct Given {
     image: Option<Opened>,
     memory: Option<OwnedFd>,
@@ -76,7 +76,7 @@ impl Lifecycle {
             groups.join(domain, process.pid());
         }
         if !disk.crashed.get() {
-            // Who was killed, or ended before us, did not die of a request.
+            // A process that was killed, or ended before this supervisor began, did not die of a request.
             self.registry.kernel.excuse(node.as_fd()).map_err(|error| {
                 Failure::system(format!("cannot set up disk {}", disk.minor), &error)
             })?;
@@ -100,8 +100,8 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Opens a node as soon as the I/O of an earlier process is over. That takes as long as it takes: until
-    /// then nobody can serve the disk, and who takes it away ends this.
+    /// Opens a node as soon as the I/O of an earlier process is over. That has no time limit: until then no process can
+    /// serve the disk, and its removal ends the wait.
     async fn open_node(&self, minor: u32) -> Result<OwnedFd, Failure> {
         let (mut pause, mut attempts) = (Duration::from_millis(1), 0_u32);
         let mut since = Instant::now();
@@ -122,7 +122,7 @@ impl Lifecycle {
                 );
                 return Err(Failure::new(Code::Busy, why));
             }
-            // The kernel tells nobody when it is over.
+            // The kernel sends no event when it is over.
             tokio::time::sleep(pause).await;
             attempts = attempts.saturating_add(1);
             if attempts > SHORT {
@@ -214,7 +214,8 @@ impl Lifecycle {
         Ok(image)
     }
 
-    /// What holds for a process that is to open the image of its disk now, whatever was said when a verb began.
+    /// Applies the present rules to a process that is about to open the image of its disk, whatever the rules were when
+    /// a verb began.
     pub(super) async fn rule(
         &self,
         disk: &Disk,
@@ -269,7 +270,7 @@ impl Lifecycle {
                 let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
                 if !opened.direct && matches!(open.target.lease(), LeaseKind::Sanlock(_)) {
                     return Err(Failure::unsupported(format!(
-                        "the file system of {} has no direct I/O, and what is in the page cache is written when sanlock \
+                        "the file system of {} has no direct I/O, and the kernel writes its page cache when sanlock \
                          has given the lease to another host: use lease=record",
                         image.path().display()
                     )));
@@ -299,8 +300,7 @@ impl Lifecycle {
         })
     }
 
-    /// Lets a process serve NBD clients, if that is wanted. That it cannot is no reason not to serve
-    /// a guest.
+    /// Lets a process serve NBD clients, if the record asks for it. That it cannot is no reason not to serve a guest.
     async fn serve_nbd(&self, disk: &Disk, process: &Process) {
         if !disk.record.borrow().nbd {
             return;
@@ -395,7 +395,7 @@ impl Lifecycle {
     }
 }
 
-/// A process serves already: it must be what is wanted.
+/// Checks that a process which serves already serves the requested image.
 fn running(disk: &Disk, status: Status, open: &Open) -> Result<tapdisk::Disk, Failure> {
     disk.attached.set(true);
     let serves = status.open.map(|open| open.target);

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// How long a server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
-/// How long a network may be silent until it is asked whether the other end is there.
+/// How long a connection may be silent before the kernel probes whether the server is there.
 const IDLE: Duration = Duration::from_secs(20);
 /// Time between such questions.
 const ASK: Duration = Duration::from_secs(10);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk does when things go wrong, and how much its guest may do, is changed while it is served.
+//! Changes the error policy and the rate limits of a disk while it is served.
 
 use super::Lifecycle;
 use crate::disk::Disk;
@@ -13,8 +13,8 @@ impl Lifecycle {
     /// Changes the policy of a disk: that of its next process, and of the one that serves it.
     ///
     /// # Errors
-    /// It makes no sense, or cannot be written down, and nothing has changed; or the process does not do it, which
-    /// its message says.
+    /// It makes no sense, or cannot be recorded, and nothing has changed; or the process does not apply it, as its
+    /// message explains.
     pub async fn set(&self, which: &Which, changes: &Changes) -> Result<Policy, Failure> {
         let disk = self.registry.find(which)?;
         let _turn = disk.turn().await?;
@@ -27,7 +27,7 @@ impl Lifecycle {
         self.quota.changed();
         told.map_err(|failure| {
             let message = format!(
-                "it is written down, and the next process does it; the one that serves the disk now does not: {}",
+                "the record has it, and the next process does it; the one that serves the disk now does not: {}",
                 failure.message
             );
             Failure::new(failure.code, message)
@@ -53,7 +53,7 @@ impl Lifecycle {
         }
     }
 
-    /// Tells the process that serves a disk. One that serves none yet is told when it does.
+    /// Tells the process that serves a disk. A process that serves none yet gets the policy when it does.
     async fn tell(&self, disk: &Disk, policy: &Policy) -> Result<(), Failure> {
         let process = disk.process.borrow().clone();
         let Some(process) = process else {

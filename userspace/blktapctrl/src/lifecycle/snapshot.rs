@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk goes on in a new image over the one that it has, which keeps what the disk was at that moment.
+//! Snapshot: a disk switches to a new image over its present one, which keeps the disk's content of that moment.
 //!
-//! *Made*: the supervisor makes an empty file, of which no other file is lost, and the disk's process writes
-//! there that it goes on from the image, while it serves that. *Closed*: the process finishes what it has and
-//! makes it durable, and requests wait in the kernel. *Switched*: the new image is on the record, and a process
-//! is given it; its parent may be had because the disk was served from that. *Marked*: nobody may write the
-//! parent any more.
+//! *Made*: the supervisor makes an empty file, of which no other file is lost, and the disk's process writes there that
+//! its backing image is the present one, while it serves that. *Closed*: the process finishes what it has and makes it
+//! durable, and requests wait in the kernel. *Switched*: the new image is on the record, and a process is given it; its
+//! parent may be had because the disk was served from that. *Marked*: the supervisor removes the parent's write
+//! permission.
 //!
-//! A supervisor that ends when it has made the file, and before that is written down, leaves it empty. After that,
-//! until the record says what is next, the disk is that of the old image: whoever finds it in between has that
-//! served, and takes the new file away. From then on it is served from the new one, unless that cannot be and
-//! no request was answered from it: then it is taken back, on the record first.
+//! A supervisor that ends when it has made the file, before the record has it, leaves the file empty. After that, until
+//! the record has the next image, the disk is that of the old image: a supervisor that finds it in between serves the
+//! old image, and removes the new file. From then on it is served from the new one, unless that cannot be and no
+//! request was answered from it: then it is taken back, on the record first.
 
 use super::handoff::check_served;
 use super::key;
@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 impl Lifecycle {
-    /// Has a disk go on in a new image over the one that is served.
+    /// Switches a disk to a new image over the one that is served.
     ///
     /// # Errors
     /// It cannot: it is served as it was.
@@ -52,7 +52,8 @@ impl Lifecycle {
         }
     }
 
-    /// The same, perhaps together with others. The caller has the turn, and has finished what was begun before.
+    /// Takes a snapshot, perhaps together with those of others. The caller has the turn, and has finished what was
+    /// begun before.
     pub(super) async fn take_snapshot(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -66,7 +67,7 @@ impl Lifecycle {
         match taken {
             Ok(taken) => Ok(taken),
             Err(failure) if disk.record.borrow().next.is_some() => {
-                // Who finds out whether it is served from that: a process that comes.
+                // Only the next process finds out whether the disk is served from that.
                 self.revive_later(disk);
                 Err(failure)
             }
@@ -105,12 +106,12 @@ impl Lifecycle {
         self.undo_snapshot(disk, &why).await
     }
 
-    /// The image must be one that can be a parent and is nobody else's, and the new one one that can go on
-    /// from it.
+    /// Checks the images: the present one must be able to be a parent and be used by no other disk, and the new one
+    /// must be able to have a backing image.
     fn check_image(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
         if !matches!(target.driver(), Driver::Qcow2 | Driver::Vhd) {
             return Err(Failure::invalid(format!(
-                "{target} cannot go on from another image: use qcow2 or vhd"
+                "{target} cannot have a backing image: use qcow2 or vhd"
             )));
         }
         if target.key().is_some() {
@@ -119,12 +120,12 @@ impl Lifecycle {
             )));
         }
         key::must_stay_secret(&disk.open()?.target, "the new image")?;
-        // What is said of a disk and not of its image stays what it was.
+        // Options of the disk, unlike those of its image, stay as they were.
         with_mode(Open::new(target.clone()), Mode::Write)?;
         self.check_followed(disk, target)
     }
 
-    /// The disk alone has its image, and may go on in another one.
+    /// Checks that the disk alone uses its image, and may switch to another one.
     pub(super) fn check_followed(&self, disk: &Disk, target: &Target) -> Result<(), Failure> {
         let record = disk.record.borrow();
         let Some(open) = &record.open else {
@@ -164,7 +165,7 @@ impl Lifecycle {
         match other.or_else(|| left.map(|left| format!("tap disk {}", left.minor))) {
             Some(other) => {
                 let why = format!(
-                    "{other} has that image, too, and would not see what is written from then on: detach it"
+                    "{other} has that image, too, and would not see the writes from then on: detach it"
                 );
                 refuse(Code::Busy, &why)
             }
@@ -176,7 +177,7 @@ impl Lifecycle {
     async fn begin_snapshot(&self, disk: &Disk, target: Target) -> Result<Overlay, Failure> {
         let open = Open {
             target,
-            // Nobody else has it.
+            // No other disk has it.
             shared: false,
             ..disk.open()?
         };
@@ -194,7 +195,7 @@ impl Lifecycle {
         };
         let vbd = disk.record.borrow().vbd.clone();
         let work = |_| {
-            // Who takes it away meanwhile has written that down.
+            // A verb that takes the disk away in between has recorded that.
             disk.stays()?;
             self.registry.change(disk, |record| {
                 record.doing = Some(Doing::Snapshot);
@@ -234,8 +235,8 @@ impl Lifecycle {
             Some(others) => Some(others.arrive(disk).await?),
             None => None,
         };
-        // What belongs to the image that is served no more leaves the record with it. And one that has ended makes
-        // way for the next.
+        // Parts of the image that is served no more leave the record with it. And one that has ended makes way for the
+        // next.
         if !disk.record.borrow().parts.is_empty() || disk.serving().is_err() {
             self.end_paused(disk).await?;
         }
@@ -253,7 +254,7 @@ impl Lifecycle {
         self.complete(disk, Some(begun.elapsed())).await
     }
 
-    /// Has the process that serves the image write into the new one that it goes on from that.
+    /// Makes the process that serves the image write into the new one that this is its backing image.
     async fn fill(&self, disk: &Disk, made: &Overlay) -> Result<(), Failure> {
         let process = disk.serving()?;
         let image = disk.next_image.borrow().clone();
@@ -276,7 +277,7 @@ impl Lifecycle {
         let Err(failure) = self.serve_next(disk, &next).await else {
             return Ok(());
         };
-        // Who was asked may still do it, and the kernel by itself.
+        // The process that had the question may still do it, and the kernel without it.
         self.end_process(disk).await?;
         if self.was_served(disk, &next, EVER).await? {
             tell!(
@@ -288,13 +289,13 @@ impl Lifecycle {
             self.revive_later(disk);
             return Ok(());
         }
-        // Whoever finds this must not serve the new one, once the old one is.
+        // A supervisor that finds this must not serve the new image once the old one is served.
         self.registry.change(disk, |record| record.next = None)?;
         disk.drop_next();
         Err(failure)
     }
 
-    /// The disk goes on in the new image: nobody may write the one below it.
+    /// Completes the switch to the new image, and removes the write permission of the one below it.
     async fn complete(&self, disk: &Disk, pause: Option<Duration>) -> Result<Snapshot, Failure> {
         let marked = self.mark_old(disk).await;
         let parent = disk.open()?.target;
@@ -314,7 +315,8 @@ impl Lifecycle {
         Ok(taken)
     }
 
-    /// Nobody is to write the image that a disk had from now on. True if it is marked so.
+    /// Removes the write permission of the image that a disk had, so that no process writes it from now on. True if
+    /// that was done.
     pub(super) async fn mark_old(&self, disk: &Disk) -> bool {
         let marked = match self.image(disk).await {
             Ok(Some(image)) => mark(image).await,
@@ -369,7 +371,7 @@ async fn mark(image: Arc<Image>) -> Result<bool, Failure> {
     apart(&path, LIMIT, move || overlay::mark(&image)).await
 }
 
-/// Takes a file away that was made, and is not served. That it stays harms nobody.
+/// Takes a file away that was made, and is not served. A file that stays does no harm.
 async fn take_away(disk: &Disk, made: &Overlay) {
     let Some(path) = place(&made.open) else {
         return;
@@ -383,7 +385,7 @@ async fn take_away(disk: &Disk, made: &Overlay) {
     }
 }
 
-/// The disk is served from the new image already, over the one that it goes on from.
+/// Returns the snapshot if the disk is served from the new image already, over its backing image.
 pub(super) async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapshot> {
     let parent = {
         let record = disk.record.borrow();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The image of a disk takes over what it shows of those below it, while its guest goes on, and then needs them no
-//! more.
+//! Stream: the image of a disk copies the blocks of its backing images that it shows, while the guest works, and then
+//! needs them no more.
 //!
-//! It is on the record that this is wanted, and the disk's process is asked for it again and again: each one goes on
-//! where another one has ended, and says in its answers how far it is.
+//! The record has the request, and the supervisor repeats it to the disk's process at intervals: each process continues
+//! where another one has ended, and reports its progress in its answers.
 
 use super::renew::{is_just_served, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -32,7 +32,7 @@ impl Lifecycle {
         let target = disk.open()?.target;
         if target.below().is_some() {
             return Err(Failure::unsupported(format!(
-                "{target} keeps in memory what is written, and would have all of the image there: it needs that until \
+                "{target} keeps its writes in memory, and would have all of the image there: it needs that until \
                  the disk ends"
             )));
         }
@@ -52,7 +52,7 @@ impl Lifecycle {
             .change(disk, |record| record.stream = Some(wanted.clone()))?;
         match ask(&process, rate, true).await {
             Ok(stream) => note(disk, &wanted, &stream),
-            // The next one is asked as well.
+            // The next process gets the question as well.
             Err(failure) if matches!(failure.code, Code::Gone | Code::Timeout) => {
                 note(disk, &wanted, &Stream::default());
             }
@@ -67,7 +67,7 @@ impl Lifecycle {
     }
 
     async fn end_stream(&self, disk: &Disk) -> Result<Stream, Failure> {
-        // Nobody begins it anew.
+        // No later process begins it again.
         self.registry.change(disk, |record| record.stream = None)?;
         let asked = match disk.serving() {
             Ok(process) => ask(&process, 0, false).await,
@@ -89,7 +89,7 @@ impl Lifecycle {
     /// There was none.
     pub fn streamed(&self, disk: &Disk) -> Result<Stream, Failure> {
         let known = disk.streamed.borrow().clone();
-        // Who sees to it has not told yet how it has ended.
+        // The task that follows it has not reported yet how it has ended.
         let runs = disk.record.borrow().stream.is_some() || disk.streams.get();
         match known {
             Some(stream) if !runs && stream.state == Streaming::Running => Ok(Stream {
@@ -172,7 +172,7 @@ impl Lifecycle {
     }
 }
 
-/// How far it is, if it is still wanted. That it is over is told when all of it is.
+/// Records the progress, if the stream is still requested. The end is reported when all of the stream is done.
 fn note(disk: &Disk, wanted: &Streamed, stream: &Stream) {
     if disk.record.borrow().stream.as_ref() == Some(wanted) {
         disk.streamed.replace(Some(Stream {
@@ -182,7 +182,7 @@ fn note(disk: &Disk, wanted: &Streamed, stream: &Stream) {
     }
 }
 
-/// The disk has the image for which it is wanted.
+/// Whether the disk has the image for which the stream was requested.
 fn serves(disk: &Disk, wanted: &Streamed) -> bool {
     let record = disk.record.borrow();
     record

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest that is suspended lets go of its images, and a disk gets its image when something is asked of it.
+//! A suspended guest releases its images, and a disk takes its image when it gets a request.
 //!
-//! A guest that moves has a disk on either side. That of the source is made inactive when the guest is
-//! suspended; that of the destination begins inactive. What comes first after that decides: a request of the
-//! guest that arrived, or of the one that was not moved after all, which goes on with the same ring. The
-//! image's lock keeps all others out until then. A disk that cannot have the image holds its requests.
+//! A guest that moves has a disk on either side. That of the source is made inactive when the guest is suspended; that
+//! of the destination begins inactive. The first request after that decides: one of the guest that arrived, or of the
+//! guest that was not moved after all, which resumes with the same ring. The image's lock keeps all others out until
+//! then. A disk that cannot have the image holds its requests.
 
 use super::trouble::{until_end, Rate};
 use super::Lifecycle;
@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 /// How long the requests of a suspended guest may take.
 const DRAIN: Duration = Duration::from_secs(600);
-/// Time between two attempts to get an image that somebody else has; each waits for it for a while.
+/// Time between two attempts to take an image that another host or process has; each attempt waits for it for a while.
 const SOON: Duration = Duration::from_millis(100);
-/// The same where another attempt hardly helps.
+/// Time between two attempts where another one hardly helps.
 const LATER: Duration = Duration::from_secs(5);
 
 impl Lifecycle {
@@ -79,7 +79,7 @@ impl Lifecycle {
     /// Has the process of a disk whose guest is suspended finish what it has and let go of the image.
     ///
     /// # Errors
-    /// The guest goes on, or not all of the image could be made durable.
+    /// The guest resumes, or not all of the image could be made durable.
     pub async fn inactivate(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
         if !is_active(disk) {
@@ -141,7 +141,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The process of a disk says that it is inactive, whatever is written down.
+    /// Records that a disk is inactive because its process reports that, whatever the record has.
     pub(crate) fn found_inactive(self: &Rc<Self>, disk: &Rc<Disk>) {
         let suspended = Inactive::Suspended { stamp: None };
         disk.record.borrow_mut().inactive.get_or_insert(suspended);
@@ -152,7 +152,7 @@ impl Lifecycle {
         }
     }
 
-    /// From now on a process says when something is asked of its disk while that is inactive.
+    /// Waits for the process' report that its inactive disk has a request.
     pub(crate) fn await_wish(self: &Rc<Self>, disk: &Rc<Disk>, process: &Rc<Process>) {
         if disk.listened.replace(Some(process.known())) == Some(process.known()) {
             return;
@@ -168,13 +168,7 @@ impl Lifecycle {
                     }
                 }
             };
-            until_end(
-                &lifecycle,
-                &process,
-                "say whether its disk is wanted",
-                listen,
-            )
-            .await;
+            until_end(&lifecycle, &process, "report requests for its disk", listen).await;
         });
     }
 
@@ -203,14 +197,15 @@ impl Lifecycle {
             let record = disk.record.borrow();
             (record.inactive.is_some(), record.want, record.doing)
         };
-        // Somebody has paused it, or it goes on already.
+        // An administrator has paused it, or it runs already.
         if !is_inactive || want != Want::Served || doing.is_some() {
             return Ok(());
         }
         disk.unless_doomed(self.take(disk)).await.map(drop)
     }
 
-    /// The same, whatever was done with the image meanwhile: an administrator says so. The caller has the turn.
+    /// Takes the image, whatever was done with it in the meantime, because an administrator orders that. The caller has
+    /// the turn.
     pub(super) async fn take_anyway(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
@@ -235,7 +230,7 @@ impl Lifecycle {
             _ => None,
         };
         if stamp.is_none() {
-            let why = "whether its image was written while the guest was suspended cannot be told";
+            let why = "its image may have changed while the guest was suspended";
             self.lose_marks(disk, why)?;
         }
         self.lease(disk, &open, &process).await?;
@@ -252,7 +247,7 @@ impl Lifecycle {
         Ok(what)
     }
 
-    /// A process was asked to take the image, and has not said that it has it. Another host may want the lease: it is
+    /// Handles a process that was to take the image and has not confirmed that. Another host may want the lease: it is
     /// given up when this process does not have the image for certain, or has ended.
     async fn not_taken(
         self: &Rc<Self>,
@@ -283,7 +278,7 @@ impl Lifecycle {
         Err(self.named(disk, failure))
     }
 
-    /// Nobody else of this host is active on what a disk is about to be served from.
+    /// Checks that no other disk of this host is active on the image from which a disk is about to be served.
     fn check_rivals_rest(&self, disk: &Disk) -> Result<(), Failure> {
         let reads = |disk: &Disk| disk.record.borrow().mode.is_read_only();
         let is_active = |other: &Rc<Disk>| {
@@ -305,7 +300,7 @@ impl Lifecycle {
     }
 
     /// A disk has its image. One whose guest has arrived is the one from now on: those that had the image
-    /// before do not get it back, because what their guest knows of it is old.
+    /// before do not get it back, because the data that their guest has cached is old.
     pub(crate) fn became_active(&self, disk: &Disk) {
         let was = {
             let mut record = disk.record.borrow_mut();
@@ -320,7 +315,7 @@ impl Lifecycle {
         }
         if was.is_some() {
             self.registry.events.add(Some(disk.minor), What::Active);
-            // What was left of a suspended guest's requests may be all that was asked.
+            // The rest of a suspended guest's requests may have been all that it had.
             self.look_for_suspended();
         }
     }
@@ -359,10 +354,10 @@ impl Lifecycle {
     }
 }
 
-/// What a guest has in memory of an image is old when it went on with another disk.
+/// Refuses an image that another disk has taken over, because the guest's cached data of it is outdated.
 ///
 /// # Errors
-/// It did.
+/// Another disk has taken it over.
 pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
     let to = disk.record.borrow().passed_on.clone();
     match to {
@@ -370,7 +365,7 @@ pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
         Some(to) => Err(Failure::new(
             Code::Busy,
             format!(
-                "its image went on with {to}, so what its guest knows of it is old: end the guest, or, if nothing was written there, let it go on with tap-ctl unpause"
+                "its image went on with {to}, so its guest's cached data is old: end the guest, or, if that disk has written nothing, resume it with tap-ctl unpause"
             ),
         )),
     }

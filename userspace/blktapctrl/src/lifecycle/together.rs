@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks that go on in new images at one instant: none of them is served from its new image before none is served
-//! from its old one any more. So what one of them has, and was made durable before something that another has, is
-//! not missing: a database with its log on another disk comes back from the old images as from a loss of power.
+//! Snapshots of several disks at one instant: no disk is served from its new image while another one is served from its
+//! old one. So what one of them has, and was made durable before something that another has, is not missing: a database
+//! with its log on another disk comes back from the old images as from a loss of power.
 //!
-//! Until that instant the failure of one is that of all, and all are served as before. After it each is by itself: a
-//! new image that cannot be served leaves that disk with its old one, and the others with their new ones, which is
-//! said. So it is with a supervisor that ends: the next one finishes or undoes each disk as its record says.
+//! Until that instant the failure of one is that of all, and all are served as before. After it each disk is
+//! independent: a new image that cannot be served leaves that disk with its old one, and the others with their new
+//! ones, and the failure names them. So it is with a supervisor that ends: the next one finishes or undoes each disk as
+//! its record says.
 
 use super::{of_a_process, Lifecycle};
 use crate::disk::Disk;
@@ -47,8 +48,7 @@ impl Together {
         }
     }
 
-    /// One has its new image, and is served: waits until all have. What is refused is refused before a guest has to
-    /// wait.
+    /// One has its new image, and is served: waits until all have. Refusals come before a guest has to wait.
     ///
     /// # Errors
     /// Another one cannot have one, or takes too long.
@@ -132,7 +132,7 @@ impl Drop for Waits<'_> {
 }
 
 impl Lifecycle {
-    /// Has disks go on in new images at one instant.
+    /// Switches disks to new images at one instant.
     ///
     /// # Errors
     /// They are served as before; or some are not, which the message says.
@@ -143,7 +143,7 @@ impl Lifecycle {
         check(&wanted)?;
         // In one order, so that two of these do not wait for each other.
         wanted.sort_by_key(|(disk, _)| disk.minor);
-        // Each in its own turn, and all to the end: what hangs on one keeps nobody from the others.
+        // Each in its own turn, and all to the end: a disk that hangs does not hold the others up.
         let finished = join_all(wanted.iter().map(|(disk, _)| self.finish_alone(disk))).await;
         finished.into_iter().collect::<Result<(), Failure>>()?;
         let turns = turns(&wanted).await?;
@@ -164,7 +164,7 @@ impl Lifecycle {
             return Ok(before);
         }
         if !before.is_empty() {
-            // Somebody ended between two of them, or has asked for one alone.
+            // A supervisor ended between two of them, or an administrator has asked for one alone.
             let rest = "the others are served as before: name new images for all";
             return Err(of_no_instant(&before, Code::State, rest));
         }
@@ -172,7 +172,7 @@ impl Lifecycle {
         let each = wanted.iter().zip(turns).map(|((disk, target), turn)| {
             let together = &together;
             async move {
-                // What happens to this disk is not to wait for another one that hangs.
+                // Later verbs of this disk do not wait for another disk that hangs.
                 let _turn = turn;
                 let taken = self.take_snapshot(disk, target.clone(), Some(together));
                 taken.await.inspect_err(|failure| together.fail(failure))
@@ -195,8 +195,7 @@ impl Lifecycle {
     }
 }
 
-/// The turns of all. Nobody may do anything with any of them until the last one is there, so that is not waited for
-/// long.
+/// The turns of all. No other verb can use any of them until the last turn is there, so the wait is short.
 async fn turns(wanted: &[(Rc<Disk>, Target)]) -> Result<Vec<MutexGuard<'_, ()>>, Failure> {
     let all = async {
         let mut turns = Vec::new();
@@ -214,7 +213,7 @@ async fn turns(wanted: &[(Rc<Disk>, Target)]) -> Result<Vec<MutexGuard<'_, ()>>,
     }
 }
 
-/// What was taken; an error if something was not, with what was.
+/// Returns the snapshots; if one failed, an error that also names those that were taken.
 fn all_or_said(results: Vec<Result<Snapshot, Failure>>) -> Result<Vec<Snapshot>, Failure> {
     let (taken, failed): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     let taken: Vec<Snapshot> = taken.into_iter().flatten().collect();
@@ -233,7 +232,7 @@ fn of_no_instant(taken: &[Snapshot], code: Code, rest: &str) -> Failure {
     Failure::new(
         code,
         format!(
-            "not all disks go on in new images, so the old ones are of no instant; those that do, and whose \
+            "not all disks switched to new images, so the old ones are of no instant; those that did, and whose \
              configuration must name the new one: {}; {rest}",
             on.join(", "),
         ),
@@ -243,7 +242,7 @@ fn of_no_instant(taken: &[Snapshot], code: Code, rest: &str) -> Failure {
 fn check(wanted: &[(Rc<Disk>, Target)]) -> Result<(), Failure> {
     if wanted.is_empty() || wanted.len() > MOST {
         return Err(Failure::invalid(format!(
-            "{} disks cannot go on in new images at one instant: 1 to {MOST}",
+            "{} disks cannot switch to new images at one instant: 1 to {MOST}",
             wanted.len()
         )));
     }

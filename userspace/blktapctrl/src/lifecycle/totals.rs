@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process has done for its disk is said when it leaves it.
+//! Logs the work of a process for its disk when it leaves the disk.
 
 use super::Lifecycle;
 use crate::disk::Disk;

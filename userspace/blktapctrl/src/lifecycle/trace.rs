@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is written down what a guest asks for.
+//! Traces record the requests of a guest.
 //!
-//! The [file](crate::traces) is on the record before the disk's process is told, so that each process after this one goes
-//! on there. A trace is for who looks for a mistake, and no disk fails for it: where it cannot be had it ends, with an event.
+//! The [file](crate::traces) is on the record before the disk's process opens it, so that each later process continues
+//! there. A trace is for who looks for a mistake, and no disk fails for it: where it cannot be had it ends, with an
+//! event.
 
 use super::trouble::until_end;
 use super::Lifecycle;
@@ -59,7 +60,8 @@ async fn told_why(process: &Process) -> String {
     };
     match told.await {
         Ok(Reply::Untraced { why }) => why,
-        // It knows of none: an earlier supervisor has ended before it was told, or it was not told in time.
+        // It knows of no trace: an earlier supervisor has ended before it sent the question, or the question came too
+        // late.
         _ => "its process was not told of it".into(),
     }
 }
@@ -124,7 +126,7 @@ impl Lifecycle {
     /// Ends a trace.
     ///
     /// # Errors
-    /// There is none, or the process does not answer: then it goes on.
+    /// There is none, or the process does not answer: then it continues.
     pub async fn end_trace(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
         self.finish_before(disk).await?;
@@ -146,7 +148,7 @@ impl Lifecycle {
         self.registry.change(disk, |record| record.trace = None)
     }
 
-    /// Where it is written down what the guest of a disk asks for.
+    /// Returns the trace of a disk's guest, if there is one.
     ///
     /// # Errors
     /// Its process does not say.
@@ -181,8 +183,8 @@ impl Lifecycle {
         self.lose_trace(disk, "its process is older, and writes no traces")
     }
 
-    /// What is on record and what the process does are the same, unless one of them ended in the middle. The caller has
-    /// the turn.
+    /// Ends the recorded trace if the process serves the disk without one, because one of the two ended in the middle.
+    /// The caller has the turn.
     async fn settle_trace(&self, disk: &Disk) -> Result<(), Failure> {
         let process = disk.serving();
         let (Some(_), Ok(process)) = (disk.record.borrow().trace.clone(), process) else {
@@ -196,7 +198,7 @@ impl Lifecycle {
         }
     }
 
-    /// An earlier supervisor may have ended before the process was told.
+    /// Checks the trace in a task, because an earlier supervisor may have ended before it told the process.
     pub fn settle_trace_later(self: &Rc<Self>, disk: &Rc<Disk>) {
         if disk.record.borrow().trace.is_none() {
             return;
@@ -253,7 +255,7 @@ impl Lifecycle {
         }
     }
 
-    /// There is no trace any more. What it has stays where it is.
+    /// There is no trace any more. Its file stays where it is.
     pub(super) fn lose_trace(&self, disk: &Disk, why: &str) -> Result<(), Failure> {
         let Some(traced) = disk.record.borrow().trace.clone() else {
             return Ok(());

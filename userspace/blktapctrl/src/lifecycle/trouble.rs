@@ -21,12 +21,12 @@ const FIRST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
 /// Time between two looks at a process that has much to tell, and between two attempts to pause it.
 const STEP: Duration = Duration::from_secs(1);
-/// Time until a process is asked again that answered without news.
+/// Time until the next question to a process that answered without news.
 const NOTHING: Duration = Duration::from_millis(100);
 /// How long a process may take to pause its disk.
 const PAUSE: Duration = Duration::from_secs(120);
 
-/// When the next event may be told.
+/// Time at which the next event may be reported.
 pub(super) struct Rate {
     due: Instant,
     pause: Duration,
@@ -58,14 +58,14 @@ impl Rate {
 
 /// Listens to a process until it ends.
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
-    // Of one that an earlier supervisor has started, the past was told.
+    // An earlier supervisor has reported the past of a process that it started.
     let mut known = process.is_child().then_some(0);
     let listen = async || listen(&lifecycle, &process, &mut known).await;
     until_end(&lifecycle, &process, "tell what goes wrong", listen).await;
 }
 
-/// Listens to a process again and again: a moment in which it does not answer, or has no room for a
-/// connection, must not be the end of it. Who does not know the question is asked no more.
+/// Listens to a process again and again: a moment in which it does not answer, or has no room for a connection, must
+/// not be the end of it. A process that does not know the question gets no more.
 pub(super) async fn until_end(
     lifecycle: &Lifecycle,
     process: &Process,
@@ -110,7 +110,8 @@ async fn listen(
         *known = Some(told.count);
         let disk = registry.of_process(process);
         if new == 0 || disk.is_none() {
-            // It has nothing to say, or nobody to say it of: who answers all the same is asked later.
+            // It has nothing to report, or has no disk: the next question to a process that answers at once comes
+            // later.
             tokio::time::sleep(NOTHING).await;
         }
         let Some(disk) = disk else {
@@ -146,7 +147,8 @@ fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
     }
 }
 
-/// Tells of flushes that the kernel executed by itself and that failed, which it only counts. The guest was told.
+/// Tells of flushes that the kernel executed by itself and that failed, which it only counts. The guest has got the
+/// errors.
 pub(crate) fn tell_of_kernel(registry: &Registry, disk: &Disk, status: &Kernel) {
     let told = disk.record.borrow().failed_flushes;
     let new = status.failed_flushes.wrapping_sub(told);
@@ -188,7 +190,7 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
     registry.events.add(Some(disk.minor), what);
 }
 
-/// Pauses a disk that must not go on before somebody has looked at it, without waiting for that.
+/// Pauses a disk that must not resume before an administrator has looked at it, without waiting for that.
 pub(super) fn pause_for_good(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) {
     let (lifecycle, disk) = (lifecycle.clone(), disk.clone());
     tokio::task::spawn_local(async move {

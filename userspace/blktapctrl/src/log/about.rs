@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a line of the log is about.
+//! Context of a line of the log.
 
 use control::Failure;
 use std::io;
 
-/// What a line of the log is about. Each part that is known is a field of the journal.
+/// Context of a line of the log: its disk, guest, process and error. Each part that is known is a field of the journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct About {
     /// The node of the disk.
@@ -13,9 +13,9 @@ pub struct About {
     pub domid: Option<u32>,
     /// The name of the guest.
     pub guest: Option<String>,
-    /// What the disk is called in the guest.
+    /// Name of the disk in the guest.
     pub vdev: Option<String>,
-    /// What is served.
+    /// Target that is served.
     pub target: Option<String>,
     /// The process that serves it, or that this is about.
     pub pid: Option<u32>,
@@ -43,7 +43,7 @@ impl About {
         About::default().of(pid)
     }
 
-    /// The same, of this process.
+    /// Adds the process.
     #[must_use]
     pub fn of(self, pid: u32) -> About {
         About {
@@ -52,7 +52,7 @@ impl About {
         }
     }
 
-    /// The same, because of a failure.
+    /// Adds the error number of a failure.
     #[must_use]
     pub fn failed(self, failure: &Failure) -> About {
         About {
@@ -61,7 +61,7 @@ impl About {
         }
     }
 
-    /// The same, because of an error of the system.
+    /// Adds the number of a system error.
     #[must_use]
     pub fn because(self, error: &io::Error) -> About {
         About {
@@ -70,7 +70,7 @@ impl About {
         }
     }
 
-    /// The same, of the guest and the disk that a backend's directory in xenstore names.
+    /// Adds the guest and the disk that a backend's directory in xenstore names.
     #[must_use]
     pub fn at(self, vbd: &str) -> About {
         let mut names = vbd.trim_end_matches('/').rsplit('/');

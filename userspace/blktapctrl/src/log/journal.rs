@@ -36,8 +36,8 @@ impl Journal {
     }
 }
 
-/// What is written to our standard error goes to the journal: systemd says where it has connected that to, and somebody
-/// may have connected it elsewhere since.
+/// Whether our standard error goes to the journal: systemd names the stream that it has connected, and the standard
+/// error may have been redirected since.
 pub(super) fn is_our_reader() -> bool {
     let said = std::env::var_os("JOURNAL_STREAM");
     let stream = rustix::fs::fstat(std::io::stderr());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! No disk can flood the log: of each, so many lines are written at once, and then a few in a minute, of warnings, of what
-//! its process says and of the rest apart, so that none of them takes room from what is worth more. What is left out is
-//! counted, and said later.
+//! Limits the log of each disk: it may write a burst of lines at once and then a few in a minute, counted separately
+//! for warnings, for output of its process and for other lines, so that none takes room from a more important one.
+//! Suppressed lines are counted, and reported later.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,21 +16,21 @@ const BURST: u32 = 50;
 /// Time until there may be one more.
 const EACH: Duration = Duration::from_secs(6);
 
-/// What each disk may still write, and what is about no disk together.
+/// Remaining lines of each disk, and of all lines without a disk together.
 #[derive(Debug, Default)]
 pub struct Limit {
     shares: Mutex<BTreeMap<(Option<u32>, Kind), Share>>,
     suppressed: AtomicU64,
 }
 
-/// What share a line is of.
+/// Class of a line, with a share of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
-    /// What is to be expected.
+    /// Expected events.
     Usual,
     /// Warnings and errors.
     Trouble,
-    /// What a process says, which may have been made to say anything.
+    /// Output of a process, which a guest may have provoked.
     Said,
 }
 
@@ -48,7 +48,7 @@ impl Kind {
 
 #[derive(Debug)]
 struct Share {
-    /// Lines that may be written at `since`.
+    /// Lines that may be printed at `since`.
     left: u32,
     since: Instant,
     /// Lines that were left out and not told of.
@@ -95,7 +95,7 @@ impl Limit {
         self.suppressed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A line about a disk may be written. If not, it is counted.
+    /// Whether a line about a disk may be printed. If not, it is counted.
     fn admits(&self, minor: Option<u32>, kind: Kind, now: Instant) -> bool {
         let mut shares = self.shares();
         let share = shares
@@ -109,7 +109,7 @@ impl Limit {
         is_admitted
     }
 
-    /// How many lines were left out since that was told last, of the disks for which there is room to tell it; of all
+    /// Returns the number of lines left out since the last report, for the disks that have room for a report; for all
     /// of them at the end. The line that tells is one of those that a disk may write.
     pub fn left_out(&self, now: Instant, is_end: bool) -> BTreeMap<Option<u32>, u64> {
         let mut shares = self.shares();
@@ -127,8 +127,8 @@ impl Limit {
         told
     }
 
-    /// A disk is gone, and one that is made with its number is another. How many lines about it were left out since
-    /// that was told last.
+    /// A disk is gone, and one that is made with its number is another. Returns the number of lines about it left out
+    /// since the last report.
     pub fn gone(&self, minor: u32) -> u64 {
         let mut shares = self.shares();
         let of_it = Kind::ALL.map(|kind| shares.remove(&(Some(minor), kind)));
@@ -140,7 +140,7 @@ impl Limit {
     }
 
     fn shares(&self) -> MutexGuard<'_, BTreeMap<(Option<u32>, Kind), Share>> {
-        // What a panic has left of it is as good as any.
+        // The state that a panic has left is as good as any.
         self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -154,7 +154,7 @@ struct Gate(Arc<Limit>);
 
 impl<S: Subscriber> Layer<S> for Gate {
     fn event_enabled(&self, event: &Event<'_>, _context: Context<'_, S>) -> bool {
-        // What was left out was counted among what the disk may write.
+        // The suppressed lines were counted among those of the disk, so the message about them always passes.
         let tells = event.metadata().fields().field("suppressed").is_some();
         let mut minor = Minor(None);
         event.record(&mut minor);
@@ -237,7 +237,7 @@ mod tests {
         while limit.admits(Some(3), Kind::Said, now) {}
         let warns = |_: &u32| limit.admits(Some(3), Kind::Trouble, now);
         assert_eq!((0..BURST + 2).filter(warns).count(), BURST as usize);
-        // One of what is usual, one that was said, and two warnings.
+        // One usual line, one of a process's output, and two warnings.
         assert_eq!(limit.left_out(now, true), BTreeMap::from([(Some(3), 4)]));
     }
 

@@ -10,7 +10,7 @@ use tracing::{Event, Level};
 /// Bytes of a value at most; longer ones are cut. All values of a line fit into one datagram.
 const MOST: usize = 16 << 10;
 
-/// What the bytes of a line look like.
+/// Format of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     /// Fields in the native protocol of systemd-journald.

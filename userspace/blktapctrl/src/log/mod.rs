@@ -28,7 +28,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::Layer;
 
-/// What the names of our fields in the journal begin with, before an underscore.
+/// Prefix of the names of our fields in the journal, before an underscore.
 pub const PREFIX: &str = "BLKTAP";
 
 /// Writes a line of the log: its level, what it is about (an [`About`]), and its text, perhaps after further
@@ -74,7 +74,7 @@ const STACK: usize = 256 << 10;
 #[must_use]
 #[derive(Debug)]
 pub struct Log {
-    /// What each disk may write.
+    /// Limit of each disk.
     pub limit: Arc<Limit>,
     queue: Arc<Queue>,
 }
@@ -87,7 +87,7 @@ impl Drop for Log {
     }
 }
 
-/// Who gets the lines.
+/// Destination of the lines.
 enum Reader {
     Journal(Journal),
     Stderr,

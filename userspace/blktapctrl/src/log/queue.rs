@@ -71,13 +71,13 @@ impl Queue {
         }
     }
 
-    /// The item that was taken last is written, or lost.
+    /// Marks the last taken item as printed, or lost.
     pub(super) fn written(&self) {
         self.held().writes = false;
         self.changed.notify_all();
     }
 
-    /// Waits until everything is written, for at most `limit`. Returns whether it is.
+    /// Waits until the queue is empty and no item is being printed, for at most `limit`. Returns whether it is.
     pub(super) fn is_empty_within(&self, limit: Duration) -> bool {
         let is_busy = |held: &mut Held| held.writes || !held.items.is_empty();
         let waited = self

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What it is asked, and what it is told to do.
+//! Requests to a tapdisk.
 
 use super::system::is_gone;
 use super::{Process, SOON};
@@ -29,7 +29,7 @@ impl Process {
     /// Asks it, one question at a time.
     ///
     /// # Errors
-    /// What it says, or that it does not say anything.
+    /// The failure that it reports, or that it does not answer.
     pub async fn ask(
         &self,
         question: &Request,
@@ -84,7 +84,7 @@ impl Process {
         }
     }
 
-    /// What it says that it does.
+    /// Asks for its status.
     ///
     /// # Errors
     /// It says nothing, or something else.
@@ -95,7 +95,7 @@ impl Process {
         }
     }
 
-    /// What it has counted.
+    /// Asks for its counters.
     ///
     /// # Errors
     /// It says nothing, or something else.

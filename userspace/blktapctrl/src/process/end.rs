@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How it ends: by itself, or because that is wanted.
+//! The end of a tapdisk: on its own, or because the supervisor ends it.
 
 use super::system::{how, is_crash};
 use super::Process;
@@ -49,8 +49,8 @@ impl Process {
         status.map_or_else(|error| format!("ended in a way unknown: {error}"), how)
     }
 
-    /// True if it has ended by itself and in no orderly way, as far as is known: who is killed by
-    /// somebody, or by the system for want of memory, dies of nothing that it was asked to do.
+    /// True if it has crashed, as far as is known; a process that a user, or the system for want of memory, has killed
+    /// died of no request.
     #[must_use]
     pub fn has_crashed(&self) -> bool {
         let status = match &mut *self.child.borrow_mut() {
@@ -68,8 +68,8 @@ impl Process {
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
-    /// It has ended, which is why it could not be asked. The kernel closes its connections a moment
-    /// before it counts as ended.
+    /// Whether it has ended, which explains a failed request. The kernel closes its connections a moment before it
+    /// counts as ended.
     pub async fn has_died(&self, failure: &Failure) -> bool {
         if failure.code == Code::Gone {
             let moment = Duration::from_secs(1);
@@ -99,7 +99,7 @@ impl Process {
     pub async fn end(&self, patience: Duration) -> Result<(), Failure> {
         self.dismiss();
         if !patience.is_zero() && !self.has_ended() {
-            // Whatever it says: what counts is that it ends.
+            // The answer does not matter: only its end counts.
             if let Err(failure) = self.ask(&Request::Exit, &[], patience).await {
                 if failure.code != Code::Gone {
                     tell!(
@@ -118,7 +118,7 @@ impl Process {
         match tokio::time::timeout(limit, self.ended()).await {
             Ok(_) => Ok(()),
             Err(_) => {
-                // Nobody waits for that any more, so whoever sees it later has to do something about it.
+                // No caller waits for that any more, so the task that sees its end later has to act on it.
                 self.dismissed.set(false);
                 Err(Failure::new(
                     Code::Timeout,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A tapdisk: how it is started or found (`start`), what it is asked (`ask`), and how it ends (`end`).
+//! A tapdisk: its start or discovery (`start`), requests to it (`ask`), and its end (`end`).
 
 mod ask;
 mod end;
@@ -51,13 +51,13 @@ pub struct Process {
     socket: RefCell<Option<PathBuf>>,
     /// The disk that its socket is or was named after.
     minor: Cell<Option<u32>>,
-    /// Nothing until it is asked something, and after the connection has ended.
+    /// Nothing before the first request, and after the connection has ended.
     link: Mutex<Option<Link>>,
     /// Its end is our wish.
     dismissed: Cell<bool>,
     /// The version that it says it has.
     version: RefCell<Option<String>>,
-    /// What it says; nothing once somebody listens to it.
+    /// Its output; nothing once a task reads that.
     output: RefCell<Option<Output>>,
 }
 
@@ -68,7 +68,7 @@ impl Process {
         self.known.pid
     }
 
-    /// What a line about it is about: the disk that its socket is or was named after, too.
+    /// Returns the log context of the process: also the disk that its socket is or was named after.
     #[must_use]
     pub fn about(&self) -> About {
         About {
@@ -89,8 +89,8 @@ impl Process {
         self.child.borrow().is_some()
     }
 
-    /// What it says, for the first who asks. That of a process which an earlier supervisor has started is found; nothing
-    /// if it has none.
+    /// Returns its output, to the first caller. That of a process which an earlier supervisor has started is found;
+    /// nothing if it has none.
     ///
     /// # Errors
     /// The system does not say.
@@ -111,7 +111,7 @@ impl Process {
         self.since.elapsed()
     }
 
-    /// What it runs, as the system says; nothing if it has ended.
+    /// Returns its program, from the system; nothing if it has ended.
     #[must_use]
     pub fn binary(&self) -> Option<Binary> {
         let link = format!("/proc/{}/exe", self.pid());

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process says by itself: lines, in a pipe of which the process has both ends.
+//! Output of a process: lines, in a pipe of which the process has both ends.
 //!
-//! So the pipe lives as long as the process does, whether there is a supervisor or not. Who writes is not ended because
-//! nobody reads, and does not wait either: what finds no room is counted by the process. What nobody has read yet, the
-//! next supervisor reads; only what a process says that ends while there is none is gone with it. The end that is read is
-//! the standard output of the process, which prints nothing there.
+//! So the pipe lives as long as the process does, whether there is a supervisor or not. A process whose output is not
+//! read does not end because of that, and does not wait either: it counts the output for which there is no room. The
+//! next supervisor reads the output that is left; only that of a process which ends while there is no supervisor is
+//! lost. The end that is read is the standard output of the process, which prints nothing there.
 //!
-//! Standard error of ours would do neither: whatever a process writes to that is in the journal, as much of it as it
-//! likes, without saying of which disk it is. A socket of the journal would let it say that it is any disk.
+//! Standard error of ours would do neither: everything that a process prints there is in the journal, without a limit
+//! and without the name of its disk. A socket of the journal would let it say that it is any disk.
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -29,7 +29,7 @@ pub(super) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?)
 }
 
-/// What a process says.
+/// Output of a process.
 #[derive(Debug)]
 pub struct Output {
     pipe: pipe::Receiver,
@@ -54,7 +54,7 @@ impl Output {
         if !name.as_bytes().starts_with(b"pipe:[") {
             return Ok(None);
         }
-        // Whoever has the other end of a pipe writes: it is not ours.
+        // A pipe of ours has its reading end there. A descriptor for writing is of another program's pipe.
         let is_written = rustix::fs::lstat(&place)?.st_mode & 0o200 != 0;
         match is_written {
             true => Ok(None),
@@ -73,9 +73,9 @@ impl Output {
     /// Gives the lines that are there to `line`, of a process that has ended: what is no whole line, too.
     pub fn rest(&mut self, mut line: impl FnMut(&str)) -> io::Result<()> {
         let (mut chunk, mut taken) = ([0; CHUNK], 0);
-        // Somebody else may have it by now, and write.
+        // Another process may have the pipe by now, and write.
         while taken < ROOM {
-            // Whatever is known here of whether there is something to read.
+            // Reads even if the runtime believes that there is nothing to read.
             match rustix::io::read(&self.pipe, &mut chunk) {
                 Ok(0) | Err(Errno::AGAIN) => break,
                 Ok(count) => {
@@ -146,7 +146,7 @@ mod tests {
         work()
     }
 
-    /// What is read of these bytes.
+    /// Returns the lines that are read of these bytes.
     fn read(bytes: &[u8]) -> Vec<String> {
         inside(|| {
             let (reader, writer) = pipe().expect("a pipe");

@@ -77,7 +77,7 @@ impl Process {
     /// Finds the one that an earlier supervisor started. Nothing if it is gone for certain.
     ///
     /// # Errors
-    /// It cannot be said whether it is gone.
+    /// It is not known whether it is gone.
     pub fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
         let pidfd = match open_pid(known.pid) {
             Ok(pidfd) => pidfd,
@@ -96,7 +96,7 @@ impl Process {
         }
     }
 
-    /// Finds the one that listens at a socket, whoever it is. Nothing if nobody does.
+    /// Finds the one that listens at a socket, whoever it is. Nothing if none does.
     ///
     /// # Errors
     /// A process listens and does not say who it is, or says that it is another one.
@@ -106,7 +106,7 @@ impl Process {
         };
         let pid = match introduced(&mut link, limit).await {
             Ok(pid) => pid,
-            // Where nobody listens any more, it was about to end.
+            // If no process listens any more, it was about to end.
             Err(failure) if failure.code == Code::Gone && connect(socket).await?.is_none() => {
                 return Ok(None);
             }
@@ -189,7 +189,7 @@ fn listen(socket: &Path) -> Result<UnixListener, Failure> {
     UnixListener::bind(socket).map_err(refused)
 }
 
-/// A connection to who listens. Nothing if nobody does.
+/// A connection to who listens. Nothing if no process listens.
 async fn connect(socket: &Path) -> Result<Option<Link>, Failure> {
     match Link::connect(socket).await {
         Ok(link) => Ok(Some(link)),
@@ -226,7 +226,7 @@ mod tests {
         let ours = started(pid).expect("we run");
         assert!(adopt(pid, ours - 1).is_none());
         assert!(adopt(u32::MAX >> 1, ours).is_none());
-        // That nobody listens there does not mean that it is gone.
+        // A socket without a listener does not mean that the process is gone.
         assert!(adopt(pid, ours).is_some());
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the system says of processes and users.
+//! The system's information about processes and users.
 
 use rustix::io::Errno;
 use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 
-/// There is no such process, or nobody listens. Any other error says nothing about that.
+/// There is no such process, or no process listens. Any other error says nothing about that.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     let gone = [Errno::SRCH, Errno::NOENT, Errno::CONNREFUSED];
     gone.iter()

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How what a group may do is divided among its disks.
 
-/// Who wants nothing has this part of an equal one all the same, so that it can begin with something.
+/// Divisor of an equal part: a member without demand gets that fraction, so that it can begin with something.
 const IDLE: u64 = 32;
-/// What is wanted by who would do more if it could.
+/// Demand of a member that would do more if it could.
 pub(super) const ALL: u64 = u64::MAX;
 
-/// Parts of `total` for those who want so much: what is wanted or an equal part of what the others leave, whichever is
-/// less. What nobody wants is everybody's. The sum is never more than `total`.
+/// Divides `total` among members with these demands: each gets its demand or an equal part of the rest that the others
+/// leave, whichever is less. The part without demand is shared by all. The sum is never more than `total`.
 pub(super) fn divide(total: u64, wants: &[u64]) -> Vec<u64> {
     let count = wants.len() as u64;
     if count == 0 {
@@ -41,9 +41,9 @@ mod tests {
         assert_eq!(divide(900, &[ALL, ALL, ALL]), [300, 300, 300]);
         assert_eq!(divide(900, &[100, ALL, 100]), [100, 700, 100]);
         assert_eq!(divide(900, &[ALL, 500, 100]), [400, 400, 100]);
-        // Nobody lacks anything: what is left is everybody's.
+        // No disk lacks anything: all get a part of the rest.
         assert_eq!(divide(900, &[100, 200, 0]), [297, 397, 206]);
-        // Who wants nothing can begin.
+        // A disk that asks for nothing can begin.
         assert_eq!(divide(64_000, &[0, ALL]), [1000, 63_000]);
     }
 
@@ -70,7 +70,7 @@ mod tests {
                 assert!(part >= want.min(&equal), "{total} {wants:?} {parts:?}");
                 assert!(*part >= equal / IDLE, "{total} {wants:?} {parts:?}");
             }
-            // Who would do more leaves nothing but that to who would not.
+            // If a disk asks for all, the others get no more than they ask for, or an idle disk's part.
             if wants.contains(&ALL) {
                 for (want, part) in wants.iter().zip(&parts) {
                     let most = (*want).max(equal / IDLE).saturating_add(1);

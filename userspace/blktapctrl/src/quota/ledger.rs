@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the disks of a group were told that they may do.
+//! Shares of a group that its disks were given.
 //!
-//! A process does what it was told last, and nobody knows whether it has heard the latest. So what is counted for a disk is
-//! the most of what its process may believe, and no other disk is told more than what that leaves: in sum the disks never
-//! do more than the group may, whatever gets lost or is late.
+//! A process obeys the last share that it got, and the supervisor does not know whether the latest one has arrived. So
+//! a disk counts with the largest share that its process may still obey, and no other disk gets more than the rest: in
+//! sum the disks never do more than the group may, whatever gets lost or is late.
 //!
-//! No process can keep what it has by not answering. What it is told holds for a [while](TERM). Then it has an equal part,
-//! as all have when the supervisor is not there; if that is more than what it had, a [moment](GRACE) later. Who has said nothing for long counts for nothing: a process answers and
-//! serves in one thread, so it does not serve either. Should it go on, it does so with an equal part, and the others make
-//! way for that at their next look: for so long the group may do more than it should, by that part.
+//! No process can keep what it has by not answering. A share is valid for a [while](TERM). Then the process has an
+//! equal part, as all have when the supervisor is not there; if that is more than what it had, a [moment](GRACE) later.
+//! A process that has not answered for long counts for nothing: it answers and serves in one thread, so it does not
+//! serve either. If it resumes, it does so with an equal part, and the others make way for that at their next look: for
+//! so long the group may do more than it should, by that part.
 
 use super::divide::{divide, ALL};
 use control::supervisor;
@@ -16,26 +17,26 @@ use control::{GroupName, Limits, Pace, Share, Used, MILLI};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// For how long a process does what it was told if nobody tells it anything.
+/// How long a process obeys a share without a new one.
 const TERM: Duration = Duration::from_secs(2);
 /// Then it has an equal part if that is less, and for so long no more: others make way meanwhile, or their shares end.
 const GRACE: Duration = Duration::from_secs(1);
-/// Whoever was told something before that has an equal part.
+/// Age after which every process has an equal part again, whatever share it got before.
 pub(super) const SETTLED: Duration = TERM.saturating_add(GRACE);
 /// So long after that who has not answered counts for nothing.
 const SILENT: Duration = Duration::from_secs(3);
-/// What a disk has done in this time says what it wants.
+/// Window of a disk's recent use, which shows its demand.
 const RECENT: Duration = Duration::from_secs(1);
-/// What a disk has said before that says nothing any more: its process may hang, and wants nothing.
+/// Age after which a disk's report shows nothing any more: its process may hang, and has no demand.
 const LATE: Duration = Duration::from_millis(1500);
-/// A group of which nobody has asked for anything for so long needs nobody to look at it.
+/// Time without requests after which no disk of a group needs a look.
 const QUIET: Duration = Duration::from_secs(2);
 /// Time between two looks at a disk.
 pub(super) const STEP: Duration = Duration::from_millis(250);
-/// The same of one that waits for others to make way.
+/// Pause between two looks at a disk that waits for others to make way.
 const SOON: Duration = Duration::from_millis(50);
 
-/// What can be limited.
+/// A limited quantity.
 #[derive(Clone, Copy)]
 enum Thing {
     Bytes,
@@ -60,7 +61,7 @@ impl Thing {
     }
 }
 
-/// What a process was told, and may do.
+/// A share that a process was given.
 #[derive(Clone, Copy, Debug)]
 struct Promise {
     pid: u32,
@@ -89,7 +90,7 @@ struct Member {
     /// Of the process that told them, the oldest first.
     samples: VecDeque<Sample>,
     of: Option<u32>,
-    /// When something was asked of it last.
+    /// Time of its last request.
     active: Option<Duration>,
 }
 
@@ -116,7 +117,7 @@ impl Member {
         counts.map(believed).max().unwrap_or(0)
     }
 
-    /// What it has done in a second, of late; nothing if it has not said that.
+    /// Returns its recent use in a second; zero if it has not reported that.
     fn pace(&self, now: Duration) -> Pace {
         let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) else {
             return Pace::default();
@@ -146,7 +147,7 @@ impl Member {
         })
     }
 
-    /// What it would do in a second.
+    /// Returns its demand in a second.
     fn wants(&self, thing: Thing, now: Duration) -> u64 {
         let own = thing.of(&Pace::of(&self.own)).unwrap_or(ALL);
         if self.lacks(thing, now) {
@@ -162,7 +163,7 @@ impl Member {
             self.of = Some(pid);
             self.samples.clear();
         }
-        // What was done before this is known of nobody: perhaps an earlier supervisor has counted it.
+        // Work before this is unknown: perhaps an earlier supervisor has counted it.
         let before = self.samples.back().map_or(used, |last| last.used);
         if used.came > before.came || used.lacks_bytes || used.lacks_requests {
             self.active = Some(now);
@@ -208,7 +209,7 @@ impl Ledger {
         }
     }
 
-    /// What all disks may do together.
+    /// Returns the limits of all disks together.
     #[must_use]
     pub fn limits(&self) -> Limits {
         self.limits
@@ -258,7 +259,7 @@ impl Ledger {
         }
     }
 
-    /// What a disk should have.
+    /// Returns the part that a disk should have.
     fn target(&self, minor: u32, thing: Thing, now: Duration) -> Option<u64> {
         let all = thing.of(&Pace::of(&self.limits))?;
         let wants: Vec<u64> = self
@@ -273,7 +274,7 @@ impl Ledger {
             .map(|(_, part)| part)
     }
 
-    /// What the others leave now.
+    /// Returns the part that the others leave now.
     fn left(&self, minor: u32, thing: Thing, now: Duration) -> u64 {
         let all = thing.of(&Pace::of(&self.limits)).unwrap_or(0);
         let equal = thing.of(&self.equal()).unwrap_or(0);
@@ -282,7 +283,7 @@ impl Ledger {
         all.saturating_sub(held.fold(0, u64::saturating_add))
     }
 
-    /// The share that a process is about to be told, and the number by which it is [answered](Self::answered).
+    /// Returns the next share of a process, and the number by which it is [answered](Self::answered).
     pub fn share(&mut self, minor: u32, pid: u32, now: Duration) -> (u64, Share) {
         let mut pace = Pace::default();
         for thing in Thing::BOTH {
@@ -316,7 +317,7 @@ impl Ledger {
         (number, share)
     }
 
-    /// A process has heard what it was told by this number, and says what it has done.
+    /// Records that a process has taken the share of this number, and its reported use.
     pub fn answered(&mut self, minor: u32, pid: u32, number: u64, used: Used, now: Duration) {
         let Some(member) = self.members.get_mut(&minor) else {
             return;
@@ -332,14 +333,14 @@ impl Ledger {
         self.requests = self.requests.saturating_add(more.requests);
     }
 
-    /// A process has not taken what it was told by this number.
+    /// Records that a process has not taken the share of this number.
     pub fn refused(&mut self, minor: u32, number: u64) {
         if let Some(member) = self.members.get_mut(&minor) {
             member.promises.retain(|promise| promise.number != number);
         }
     }
 
-    /// Something is asked of a disk.
+    /// Records that a disk has requests.
     pub fn is_busy(&mut self, minor: u32, now: Duration) {
         if let Some(member) = self.members.get_mut(&minor) {
             member.active = Some(now);
@@ -370,7 +371,7 @@ impl Ledger {
         }
     }
 
-    /// Nobody asks for anything, and nobody has more than what it has when it is told nothing any more.
+    /// Whether no disk has requests, and none has more than it keeps without further messages.
     #[must_use]
     pub fn is_quiet(&self, now: Duration) -> bool {
         let equal = self.equal();
@@ -386,7 +387,7 @@ impl Ledger {
         })
     }
 
-    /// What is told of it.
+    /// Returns the state of the group, for answers.
     #[must_use]
     pub fn tell(&self, name: &GroupName, now: Duration) -> supervisor::Group {
         let member = |(minor, member): (&u32, &Member)| {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Groups of disks that share limits. A group is written down until it is taken away, or the host boots again; which
-//! disks it has is on their records.
+//! Groups of disks that share limits. The record of a group lasts until the group is removed, or the host boots again;
+//! the records of disks name their groups.
 
 #[cfg(test)]
 mod chance;
@@ -26,7 +26,7 @@ use tokio::sync::watch;
 /// Bytes in a second that a disk must have if all of its group ask for as much as there is: the largest request must not
 /// take so long that its process seems to hang.
 const LEAST_BYTES: u64 = 128 << 10;
-/// The same in requests.
+/// Smallest limit in requests per second of a disk.
 const LEAST_REQUESTS: u64 = 1;
 
 /// A file with a group.
@@ -71,7 +71,7 @@ impl Group {
         }
     }
 
-    /// What a process is about to be told.
+    /// Returns the next share of a process, and its number.
     #[must_use]
     pub fn share(&self, minor: u32, pid: u32) -> (u64, Share) {
         self.ledger.borrow_mut().share(minor, pid, now())
@@ -88,13 +88,13 @@ impl Group {
         self.ledger.borrow_mut().refused(minor, number);
     }
 
-    /// Something is asked of a disk, for which nobody was waiting.
+    /// Records a request of a disk that had no task waiting for that.
     pub fn is_busy(&self, minor: u32) {
         self.ledger.borrow_mut().is_busy(minor, now());
         self.wake();
     }
 
-    /// When to look at a disk again; nothing if that is when something is asked of the group.
+    /// Returns the time until the next look at a disk; nothing if that is at the next request of the group.
     #[must_use]
     pub fn pause(&self, minor: u32) -> Option<Duration> {
         let (ledger, now) = (self.ledger.borrow(), now());
@@ -110,7 +110,7 @@ pub struct Quota {
     /// Grows when disks come into groups, or leave them.
     changes: watch::Sender<u64>,
     started: Duration,
-    /// Nothing is told before: processes may have more of an earlier supervisor.
+    /// No share is sent before this time, because processes may have more from an earlier supervisor.
     begins: Cell<Duration>,
 }
 
@@ -122,7 +122,7 @@ fn now() -> Duration {
 }
 
 impl Quota {
-    /// The groups that are written down.
+    /// Reads the recorded groups.
     #[must_use]
     pub fn open(folder: &Folder) -> Quota {
         let groups = match folder::files(&folder.groups(), "json") {
@@ -172,7 +172,7 @@ impl Quota {
         self.changes.subscribe()
     }
 
-    /// The process of a disk was told its share by an earlier supervisor.
+    /// Registers a process that got its share from an earlier supervisor.
     pub fn adopt(&self, name: &GroupName, minor: u32, pid: u32) {
         let begins = self.started + SETTLED;
         self.begins.set(begins);
@@ -181,7 +181,7 @@ impl Quota {
         }
     }
 
-    /// Waits until processes may be told something.
+    /// Waits until shares may be sent.
     pub async fn begun(&self) {
         let left = self.begins.get().saturating_sub(now());
         tokio::time::sleep(left).await;
@@ -197,7 +197,7 @@ impl Quota {
     /// Makes a group, or changes one that has so many disks.
     ///
     /// # Errors
-    /// That makes no sense, or cannot be written down: nothing has changed.
+    /// The group makes no sense, or cannot be recorded: nothing has changed.
     pub fn set(
         &self,
         name: &GroupName,
@@ -265,7 +265,7 @@ impl Quota {
         self.groups.borrow().keys().cloned().collect()
     }
 
-    /// What is told of a group.
+    /// Returns the state of a group, for answers.
     ///
     /// # Errors
     /// There is none.
@@ -302,7 +302,7 @@ fn write(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
     folder::replace(path, &text)
 }
 
-/// A group that is written down. What cannot be understood is told, and left where it is.
+/// Reads the record of a group. One that is not understood is logged, and left where it is.
 fn read(path: &Path) -> Option<(GroupName, Rc<Group>)> {
     let understood = fs::read(path).and_then(|text| {
         let written: Written = serde_json::from_slice(&text)?;

@@ -23,7 +23,7 @@ pub trait Records {
     /// All of them.
     ///
     /// # Errors
-    /// It cannot be said which there are.
+    /// The folder with the records cannot be read.
     fn all(&self) -> io::Result<Vec<Result<Record, Unread>>>;
 }
 

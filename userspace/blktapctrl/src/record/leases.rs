@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases of a disk's images that this host has for the disk, or may have.
 //!
-//! Each is on record from before the storage is asked for it until after it has been given up, whatever its kind. The
-//! supervisor that finds the record gives it up, or continues with it, whoever took it.
+//! Each is on record from before the request to the storage until after its release, whatever its kind. The supervisor
+//! that finds the record gives it up, or continues with it, whoever took it.
 
 use super::Record;
 use control::tapdisk::Open;
@@ -14,7 +14,7 @@ use std::path::Path;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hold {
-    /// The storage is asked for it. No process may do I/O under it yet.
+    /// The supervisor has requested it from the storage. No process may do I/O under it yet.
     Taking,
     /// This host has it.
     Held,
@@ -31,7 +31,7 @@ pub struct Leased {
     pub hold: Hold,
 }
 
-/// What a disk is to open, if its image needs a lease.
+/// Returns the target that a disk is to open, if its image needs a lease.
 #[must_use]
 pub fn leased(open: &Open) -> Option<&Target> {
     let is_alone = *open.target.lease() != LeaseKind::Lock && !open.read_only && !open.shared;
@@ -72,7 +72,7 @@ impl Record {
         its.map(|leased| leased.hold)
     }
 
-    /// The storage is about to be asked for a lease under this token.
+    /// Records that the supervisor is about to request a lease under this token.
     pub fn take_lease(&mut self, token: String, target: &Target) {
         self.lease = Some(token);
         if self.hold(target) != Some(Hold::Held) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Records that are not understood: what can be understood of them, so that nobody else gets what is theirs.
+//! Records that are not understood: the parts of them that are, so that no other disk gets their files.
 
 use super::{Known, Leased, Next, Part, Role};
 use crate::image::Identity;
@@ -14,13 +14,13 @@ use std::path::PathBuf;
 pub struct Unread {
     /// The disk that its name says.
     pub minor: Option<u32>,
-    /// Why.
+    /// Reason for which it is not understood.
     pub why: String,
-    /// What can be understood of it.
+    /// The understood part of it.
     pub peek: Box<Peek>,
 }
 
-/// What can be understood of a record that as a whole cannot.
+/// The understood part of a record that as a whole is not.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Peek {
@@ -50,7 +50,7 @@ pub struct Peek {
     pub leases: Vec<Leased>,
 }
 
-/// What can be understood of what an unpause leads to.
+/// The understood part of the image to which an unpause leads.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct PeekNext {
@@ -75,8 +75,8 @@ impl From<Next> for PeekNext {
     }
 }
 
-/// The parts that a record or what it leads to says. One that is not understood is taken for written, and
-/// is given to nobody.
+/// The parts that a record or what it leads to says. A part that is not understood counts as writable, and no other
+/// disk gets it.
 fn parts(value: &Value) -> Vec<Part> {
     let part = |value: &Value| {
         let unknown = || Part {

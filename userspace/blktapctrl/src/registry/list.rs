@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a list of the disks shows.
+//! Rows of a list of the disks.
 
 use super::unknown::Unknown;
 use super::Registry;
@@ -10,8 +10,7 @@ use control::Failure;
 use std::collections::BTreeMap;
 
 impl Registry {
-    /// The disks that a filter lets through, those that are left alone, nodes of nobody, and processes
-    /// without a disk.
+    /// Returns the disks that a filter lets through, ignored ones, nodes without a disk, and processes without a disk.
     ///
     /// # Errors
     /// The kernel does not say which nodes there are.
@@ -22,7 +21,7 @@ impl Registry {
             let known = self.disks.borrow().get(&node.minor).map(|disk| disk.row());
             let unknown = || self.unknown.borrow().get(&node.minor).map(Unknown::row);
             let mut row = known.or_else(unknown).unwrap_or_else(|| Row {
-                unknown: Some("nothing is written down of it".into()),
+                unknown: Some("it has no record".into()),
                 ..empty_row(Some(node.minor), None)
             });
             row.kernel = Some(node.status);

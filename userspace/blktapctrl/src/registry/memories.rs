@@ -2,9 +2,9 @@
 //! Memory with a name. It is as an image that the supervisor makes for the first disk that names it, of zeroes, and gives
 //! back with the last one: who may have it beside whom is decided as of an image.
 //!
-//! It is a disk's as long as that is on record. So there is nothing to be counted, and whatever was interrupted leaves at
-//! most memory of nobody, which is found when something ends, or by the next supervisor. Where it is not known what some
-//! disk has, nothing is given back and nothing is made anew.
+//! It is a disk's as long as that is on record. So there is nothing to count, and an interruption leaves at most unused
+//! memory, which is found when a disk ends, or by the next supervisor. Where it is not known what some disk has,
+//! nothing is given back and nothing is made anew.
 
 use super::unknown::Unknown;
 use super::Registry;
@@ -19,16 +19,16 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// What is known of memory with names beside the records.
+/// State of named memory beside the records.
 #[derive(Default)]
 pub(super) struct Memories {
-    /// What verbs that are under way are about to have.
+    /// Memory that running verbs are about to use.
     pinned: RefCell<Vec<(MemoryName, u64)>>,
     /// How many times records are being read at the moment.
     reading: Cell<u32>,
     /// There are disks, or processes, of which nothing is known.
     incomplete: Cell<bool>,
-    /// Of these nothing is written down any more, and processes may serve them.
+    /// Disks whose records were removed, and which processes may still serve.
     forgotten: RefCell<Vec<Unknown>>,
 }
 
@@ -49,7 +49,7 @@ impl Drop for Pinned {
                 pinned.swap_remove(at);
             }
         }
-        // Who panics has perhaps written down more than it knows.
+        // A thread that panics has perhaps recorded more than it knows.
         if !std::thread::panicking() {
             self.registry.give_memory_back();
         }
@@ -69,16 +69,16 @@ impl Drop for Reading {
     }
 }
 
-/// Somebody who has memory.
+/// A user of memory.
 struct User {
-    /// Who, for a message.
+    /// Name of the user, for a message.
     name: String,
     /// Bytes of it, if that is known.
     size: Option<u64>,
 }
 
 impl Registry {
-    /// What is to be served, for a disk that has it already, or may have it.
+    /// Returns the image to be served, for a disk that has it already, or may have it.
     ///
     /// # Errors
     /// It is not there.
@@ -92,8 +92,8 @@ impl Registry {
         }
     }
 
-    /// The same for a disk that is to have it from now on: memory that no disk has is made. What comes along is held until
-    /// that is written down.
+    /// Returns the image for a disk that is about to use it; memory that no disk has is made. The pin holds the memory
+    /// until the record has it.
     ///
     /// # Errors
     /// It is not there, or has another size.
@@ -117,10 +117,10 @@ impl Registry {
         Ok((self.image_of(open).await?, Some(pinned)))
     }
 
-    /// The same for who only asks: nothing is made, and what would be is nobody's.
+    /// Returns the image for a query: no memory is made, and memory that would be new is none.
     ///
     /// # Errors
-    /// The same.
+    /// It is not there, or has another size.
     pub async fn image_that_would_be(&self, open: &Open) -> Result<Option<Arc<Image>>, Failure> {
         match named(&open.target) {
             Some((name, size)) if !self.is_memory_of_others(name, size)? => Ok(None),
@@ -131,7 +131,7 @@ impl Registry {
     /// Whether disks have memory of this name, so that another one gets what they have.
     ///
     /// # Errors
-    /// It has another size, is lost, or it is not known whether somebody has it.
+    /// It has another size, is lost, or it is not known whether another disk has it.
     fn is_memory_of_others(&self, name: &MemoryName, size: u64) -> Result<bool, Failure> {
         let image = memory::find_named(&self.folder, name)?;
         let users = self.users_of_memory(name, image.as_ref());
@@ -220,12 +220,12 @@ impl Registry {
         self.memories.incomplete.set(true);
     }
 
-    /// Nothing is written down any more of a disk that a process may serve.
+    /// Keeps a disk whose record was removed, and which a process may still serve.
     pub(super) fn forgotten(&self, disk: Unknown) {
         self.memories.forgotten.borrow_mut().push(disk);
     }
 
-    /// Who has memory of this name, or the file that this is, under whatever name.
+    /// Returns the users of memory of this name, or of this file, under any name.
     fn users_of_memory(&self, name: &MemoryName, image: Option<&Image>) -> Vec<User> {
         let file = image.map(Image::identity);
         let mut users = Vec::new();
@@ -267,7 +267,7 @@ impl Registry {
         all
     }
 
-    /// Why any memory may be somebody's of whom that is not known, and what to do; nothing if all is known.
+    /// Returns the reason why an unknown disk may have any memory, and the remedy; nothing if all disks are known.
     fn may_be_anybodys(&self) -> Option<String> {
         if self.memories.reading.get() > 0 {
             return Some("records are being read: wait for that".into());
@@ -292,7 +292,7 @@ fn named(target: &Target) -> Option<(&MemoryName, u64)> {
     target.name().zip(target.size())
 }
 
-/// A disk that is left alone has something, or is to have something, that cannot be said.
+/// Whether an ignored disk has, or is to have, an image that is not known.
 fn has_unknown(peek: &Peek) -> bool {
     let next = peek.next.as_ref();
     (peek.open.is_none() && peek.identity.is_none())

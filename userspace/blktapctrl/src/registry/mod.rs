@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What disks there are: what is written down of them, what the kernel says of them, and the processes
-//! that wait for one.
+//! All disks: their records, the kernel's information about them, and the processes that wait for one.
 
 mod list;
 mod memories;
@@ -31,13 +30,13 @@ use unknown::Unknown;
 pub struct Registry {
     /// Where sockets and records are.
     pub folder: Folder,
-    /// What is written down.
+    /// Records of the disks.
     pub records: Box<dyn Records>,
     /// The nodes.
     pub kernel: Box<dyn Kernel>,
-    /// What happened.
+    /// Events.
     pub events: Events,
-    /// What the log has room for.
+    /// Limit of the log.
     pub limit: OnceCell<Arc<Limit>>,
     store: RefCell<Option<Rc<dyn Store>>>,
     disks: Rc<Disks>,
@@ -93,7 +92,7 @@ impl Registry {
         self.all().into_iter().find(is_its)
     }
 
-    /// What a line about a process is about: its disk, too, if it has or had one.
+    /// Returns the log context of a process: its disk, too, if it has or had one.
     pub fn about(&self, process: &Process) -> About {
         let about = process.about();
         let its = self.of_process(process);
@@ -103,7 +102,7 @@ impl Registry {
         }
     }
 
-    /// What the supervisor has counted of itself.
+    /// Returns the supervisor's counters of itself.
     pub fn counts(&self) -> Counted {
         Counted {
             events_lost: self.events.lost(),
@@ -112,7 +111,7 @@ impl Registry {
         }
     }
 
-    /// Adds a disk that is written down already.
+    /// Adds a disk that has a record already.
     pub fn add(&self, disk: &Rc<Disk>) {
         self.disks.borrow_mut().insert(disk.minor, disk.clone());
     }
@@ -162,7 +161,7 @@ impl Registry {
         let vbd = which.vbd.as_deref().map(relative);
         let fits = |disk: &Rc<Disk>| {
             let pid = disk.process.borrow().as_ref().map(|process| process.pid());
-            // Who names both may name a process that was replaced since.
+            // A caller that names both may name a process that was replaced since.
             which.minor.map_or_else(
                 || which.pid.is_none_or(|wanted| pid == Some(wanted)),
                 |minor| minor == disk.minor,
@@ -192,8 +191,8 @@ impl Registry {
         })
     }
 
-    /// Writes down what is known of a disk. That it cannot be is told: the disk goes on, and the next
-    /// supervisor finds out by its process.
+    /// Updates the record of a disk. A failure is an event only: the disk continues, and the next supervisor finds out
+    /// by its process.
     pub fn note(&self, disk: &Disk) {
         if disk.fate() == Fate::Gone {
             return;
@@ -205,10 +204,10 @@ impl Registry {
         }
     }
 
-    /// Changes what is written down of a disk; if that cannot be written, nothing is changed.
+    /// Changes the record of a disk; if that fails, nothing is changed.
     ///
     /// # Errors
-    /// The system refuses to write it, or the disk is gone.
+    /// The record cannot be stored, or the disk is gone.
     pub fn change(&self, disk: &Disk, change: impl FnOnce(&mut Record)) -> Result<(), Failure> {
         if disk.fate() == Fate::Gone {
             let message = format!("disk {} is gone", disk.minor);
@@ -217,7 +216,7 @@ impl Registry {
         let mut record = disk.record.borrow().clone();
         change(&mut record);
         if disk.fate() != Fate::Stays {
-            // The next supervisor goes on with its end, whatever was begun meanwhile.
+            // The next supervisor continues its end, whatever verb has begun.
             record.doing = Some(Doing::Destroy);
         }
         self.records
@@ -232,7 +231,8 @@ impl Registry {
         self.counted(disk).committed
     }
 
-    /// The same, with those that the kernel has executed by itself: what its guest knows to be done.
+    /// Returns the number of answered requests, with those that the kernel has executed without the process: those that
+    /// its guest knows to be done.
     ///
     /// # Errors
     /// The kernel does not say.
@@ -247,12 +247,12 @@ impl Registry {
         Ok(status.committed.saturating_add(status.direct))
     }
 
-    /// What the kernel has counted for a disk; nothing if it does not say.
+    /// Returns the kernel's counters of a disk; zeroes if the kernel does not give them.
     pub fn counted(&self, disk: &Disk) -> control::supervisor::Kernel {
         self.status(disk).unwrap_or_default()
     }
 
-    /// What the kernel says of a disk, if it has a node and can be asked: that it cannot is told.
+    /// Returns the kernel's status of a disk, if it has a node; a failure to read it is logged.
     pub fn status(&self, disk: &Disk) -> Option<control::supervisor::Kernel> {
         match kernel::node(&*self.kernel, disk.minor) {
             Ok(node) => Some(node?.status),
@@ -268,8 +268,8 @@ impl Registry {
         }
     }
 
-    /// The disk that a directory has, if it is the one that is asked for: who asks again lost the
-    /// answer.
+    /// Returns the disk of a directory, if it is the requested one, for a caller that repeats the request because the
+    /// answer was lost.
     pub fn made_before(&self, vbd: Option<&str>, open: &Open, mode: Mode) -> Option<Rc<Disk>> {
         let vbd = vbd?;
         let mut stay = self

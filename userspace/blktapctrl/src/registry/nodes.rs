@@ -12,7 +12,7 @@ use std::io;
 use std::rc::Rc;
 
 impl Registry {
-    /// Makes a node and the disk on it. It is written down first: a node that nobody knows would stay.
+    /// Makes a node and the disk on it. Its record comes first, because an unknown node would stay.
     pub fn make_node(
         &self,
         mut record: Record,
@@ -30,7 +30,7 @@ impl Registry {
                 let message = format!("there is a disk {} already", record.minor);
                 return Err(Failure::new(Code::Exists, message));
             }
-            // What an earlier disk of that number may have left is not for this one.
+            // Memory that an earlier disk of that number may have left is not for this one.
             if let Err(error) = memory::remove(&self.folder, record.minor) {
                 tell!(
                     error,
@@ -63,7 +63,7 @@ impl Registry {
                     record.minor
                 );
             }
-            // Somebody else makes nodes, too.
+            // Other programs make nodes, too.
             if minor.is_some() || error.kind() != io::ErrorKind::AlreadyExists {
                 return Err(unmade(record.minor, &error));
             }
@@ -71,7 +71,7 @@ impl Registry {
         }
     }
 
-    /// A number for a new disk: of no node, no disk, and of nothing that is written down.
+    /// Returns a number for a new disk: of no node, no disk, and no record.
     fn free_minor(&self, mut from: u32) -> Result<u32, Failure> {
         loop {
             let minor = kernel::free_minor(&*self.kernel, from).map_err(|error| {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks that this supervisor does not understand: what an earlier or a newer one wrote down of them
-//! cannot be read, or a process serves one of which nothing is written down. They are left alone, shown
-//! and told about, until an administrator says what to do.
+//! Disks that this supervisor does not understand: it cannot read the record of an earlier or a newer one, or a process
+//! serves a disk without a record. They are left alone, shown and told about, until an administrator says what to do.
 
 use super::Registry;
 use crate::apart::{apart, LIMIT};
@@ -23,16 +22,16 @@ use std::path::Path;
 pub struct Unknown {
     /// Its node.
     pub minor: u32,
-    /// Why.
+    /// Reason for which it is not understood.
     pub why: String,
-    /// What is known all the same.
+    /// The known part of it.
     pub peek: Peek,
     /// A process may serve it.
     pub may_be_served: bool,
 }
 
 impl Unknown {
-    /// What a list shows of it.
+    /// Returns its row of a list.
     #[must_use]
     pub fn row(&self) -> Row {
         let open = self.peek.open.as_ref();
@@ -55,8 +54,8 @@ impl Unknown {
 }
 
 impl Registry {
-    /// A record is not understood. What its process says about it is learned, because others must not
-    /// get its image.
+    /// A record is not understood. The supervisor asks its process about it, because other disks must not get its
+    /// image.
     pub async fn leave_alone(&self, unread: Unread) {
         let Some(minor) = unread.minor else {
             self.knows_not_all();
@@ -76,7 +75,7 @@ impl Registry {
         let asked = self.ask_unknown(minor).await;
         unknown.may_be_served = !matches!(asked, Ok(None));
         if let Ok(None) = asked {
-            // Who listened there is dead.
+            // The process that listened there is dead.
             let socket = self.folder.tapdisk(minor);
             if let Err(error) = folder::remove(&socket) {
                 tell!(
@@ -124,8 +123,8 @@ impl Registry {
         self.disks.borrow().contains_key(&minor) || self.unknown.borrow().contains_key(&minor)
     }
 
-    /// A disk that is left alone is to be supervised: its record is written, anew if it cannot be read.
-    /// Nothing if somebody else was faster.
+    /// Restores the supervision of an ignored disk: its record is stored, anew if it cannot be read. Nothing if another
+    /// caller was faster.
     ///
     /// # Errors
     /// Not enough is known about it.
@@ -182,7 +181,7 @@ impl Registry {
             Failure::new(
                 Code::State,
                 format!(
-                    "nobody serves disk {minor} who could say what it is: tap-ctl forget -m {minor}, then tap-ctl free -m {minor}"
+                    "no process serves disk {minor}, so its properties are unknown: run tap-ctl forget -m {minor}, then tap-ctl free -m {minor}"
                 ),
             )
         })?;
@@ -253,7 +252,7 @@ impl Registry {
         Ok(None)
     }
 
-    /// Throws away what is written down of a disk that is left alone.
+    /// Removes the record of an ignored disk.
     ///
     /// # Errors
     /// It is none, or the record cannot be removed.
@@ -268,7 +267,7 @@ impl Registry {
             Failure::system(format!("cannot remove the record of disk {minor}"), &error)
         })?;
         let unknown = self.unknown.borrow_mut().remove(&minor);
-        // What it serves from is its own until the next supervisor has looked.
+        // The image that it serves from stays its own until the next supervisor has looked.
         if let Some(unknown) = unknown.filter(|unknown| unknown.may_be_served) {
             self.forgotten(unknown);
         }

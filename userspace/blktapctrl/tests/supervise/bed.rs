@@ -67,7 +67,7 @@ impl Bed {
     pub(crate) fn create(&self, name: &str) -> Create {
         let driver = match name.rsplit_once('.') {
             Some((_, format @ ("qcow2" | "qcow" | "vhd" | "vhdx" | "vmdk"))) => format,
-            // What the fake kernel takes for a block device.
+            // The fake kernel takes a file of this name for a block device.
             Some((_, "dev")) => "aio",
             _ => "sync",
         };
@@ -125,7 +125,7 @@ impl Bed {
         self.replaced_in(minor, State::Running, end).await;
     }
 
-    /// The same, which is then in a state.
+    /// Waits for the disk's next process after an end of this one, and for its state.
     pub(crate) async fn replaced_in(&self, minor: u32, state: State, end: impl FnOnce(u32)) {
         let before = self.row(minor).await;
         end(before.pid.expect("a process"));
@@ -142,7 +142,7 @@ impl Bed {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// What has happened since this supervisor began.
+    /// Returns the events since this supervisor began.
     pub(crate) fn events(&self) -> Vec<What> {
         let events = self.registry().events.after(self.began_after);
         events.into_iter().map(|event| event.what).collect()
@@ -154,7 +154,7 @@ impl Bed {
         nodes.get_mut(&minor).expect("the node").fencing = is;
     }
 
-    /// Waits until the kernel was asked so many times more.
+    /// Waits until the kernel has got so many more questions.
     pub(crate) async fn queried(&self, times: u32) {
         let before = self.kernel.queries.get();
         until("questions to the kernel", || async {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks that go on in the image below their own, which has taken over what that had, and what may happen on the way.
+//! Commits: disks that switch to the image below their own, which has taken over its blocks, and failures on the way.
 
 use super::bed::{kill, test, until, which, Bed};
 use super::mirror::{asked, is_marked, is_served_from, says, until_over};
@@ -31,7 +31,7 @@ fn mark(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o440)).expect("chmod");
 }
 
-/// An image that goes on from `a.img`, for which its process asks.
+/// Makes an image with `a.img` as its backing image, which its process requests.
 fn over(dir: &Path, name: &str) {
     let path = dir.join("a.img");
     let parent = serde_json::to_string(&Needed::Parent { path }).expect("text");
@@ -88,7 +88,7 @@ fn a_snapshot_ends_in_the_image_below() {
         };
         let both = bed.ask(stream).await.expect_err("one of the two");
         assert!(both.message.contains("commit --cancel"), "{both}");
-        // Who asks once more changes nothing, and nobody else has what is below.
+        // A second question changes nothing, and no other disk gets the backing image.
         asked(&bed, commit(&bed)).await.expect("it runs");
         let mut reader = Create {
             minor: Some(1),
@@ -167,7 +167,7 @@ fn what_others_have_below_their_disks_stays() {
     test("commit-shared", |bed| async move {
         snapshot(&bed).await;
         over(&bed.dir, "c.qcow2");
-        // Whatever its process says of it: nobody has named this one as what is below.
+        // Its process may say so, but the record does not name this one as a backing image.
         let secret = bed.image("secret", "S");
         mark(&secret);
         let wrong = asked(&bed, commit_to(&bed.dir, "secret")).await;
@@ -184,7 +184,7 @@ fn what_others_have_below_their_disks_stays() {
         assert!(is_marked(&bed.dir.join("a.img")));
         bed.destroy(other).await;
         asked(&bed, commit(&bed)).await.expect("it begins");
-        // Nobody goes on from it now either, whatever an administrator has named.
+        // No other disk gets it as a backing image now either, whatever files an administrator has named.
         let other = Create {
             files: vec![bed.dir.join("a.img")],
             ..bed.create("c.qcow2")
@@ -197,7 +197,7 @@ fn what_others_have_below_their_disks_stays() {
     });
 }
 
-/// The supervisor ends at any step: the disk is served from one of the two, and only that one may be written.
+/// The supervisor ends at any step: the disk is served from one of the two, and only that one has write permission.
 #[test]
 fn a_commit_that_is_interrupted_comes_to_an_end() {
     for last in ["copying", "same"] {

@@ -49,7 +49,7 @@ fn a_dead_process_is_replaced_at_once() {
     });
 }
 
-/// What went over a network may be executed for a minute after the death of who sent it.
+/// Requests over a network may be executed for a minute after the death of their sender.
 #[test]
 fn a_successor_waits_until_the_io_of_the_dead_has_settled() {
     test("settle", |bed| async move {
@@ -75,7 +75,7 @@ fn a_successor_waits_until_the_io_of_the_dead_has_settled() {
         })
         .await;
         assert!(bed.events().contains(&What::Paused));
-        // So does who goes on.
+        // An unpause waits for the I/O, too.
         bed.fencing(minor, true);
         let unpause = bed.ask(Request::Unpause {
             which: which(minor),
@@ -159,7 +159,7 @@ fn the_next_supervisor_takes_over() {
         bed.image("b.img", "B");
         bed.made(bed.create("a.img")).await;
         bed.made(bed.create("b.img")).await;
-        // One that has no disk yet is of no use to anybody.
+        // A process that has no disk yet is of no use to others.
         assert!(matches!(
             bed.ask(Request::Spawn).await,
             Ok(Reply::Pid { .. })
@@ -256,7 +256,7 @@ fn flushes_that_failed_in_the_kernel_are_told_once() {
         let bed = host.bed();
         bed.image("a.img", "A");
         let mut create = bed.create("a.img");
-        // Whether somebody looks for processes that hang or not.
+        // Whether the watchdog looks for processes that hang or not.
         create.policy.hung_after_s = 0;
         bed.made(create).await;
         assert_eq!(told(&bed, 0), [0; 0]);

@@ -29,7 +29,7 @@ fn is_backed(bed: &Bed, minor: u32) -> bool {
     bed.kernel.nodes.borrow()[&minor].backing.is_some()
 }
 
-/// Why the kernel does not serve disks by itself, as far as that was told.
+/// Returns the reasons without passthrough, from the events.
 fn told(bed: &Bed) -> Vec<String> {
     let told = bed.events().into_iter().filter_map(|event| match event {
         What::NotDirect { why } => Some(why),
@@ -38,7 +38,7 @@ fn told(bed: &Bed) -> Vec<String> {
     told.collect()
 }
 
-/// What the processes and the kernel wrote, without which node was given.
+/// Returns the log of the processes and the kernel, without the lines about nodes.
 fn log(bed: &Bed) -> Vec<String> {
     let mut log = bed.log();
     log.retain(|line| !line.starts_with("attach"));
@@ -52,7 +52,7 @@ fn the_kernel_has_a_device_from_before_it_is_opened_until_it_is_closed() {
         let minor = bed.made(bed.create("a.dev")).await;
         assert_eq!(log(&bed), ["add 0 w", "open w A"]);
         assert_eq!(bed.row(minor).await.kernel.expect("a node").backings, 1);
-        // The guest of a process that has died goes on, and the next one finds what it had.
+        // The guest of a dead process continues, and the next process finds what it had.
         bed.replaced(minor, kill).await;
         assert_eq!(log(&bed)[2..], ["open w A"]);
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
@@ -79,7 +79,7 @@ fn the_kernel_has_a_device_from_before_it_is_opened_until_it_is_closed() {
     });
 }
 
-/// An image that goes on from another one.
+/// Makes an image with a backing image.
 fn child(bed: &Bed) -> Create {
     bed.image("a.dev", "A");
     let below = bed.image("below.img", "B");
@@ -109,7 +109,7 @@ fn the_kernel_has_what_is_below_an_image_as_long_as_the_image() {
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         let paused = ["pause", "remove 0", "remove 0 below 1"];
         assert_eq!(log(&bed)[before..], paused);
-        // Then somebody may write it, and the kernel gets it when that is over.
+        // Then another process may write it, and the kernel gets it when that is over.
         let below = bed.dir.join("below.img");
         let other = fs::File::options().write(true).open(&below);
         let other = other.expect("the file");
@@ -139,7 +139,7 @@ fn the_kernel_has_what_is_below_an_image_as_long_as_the_image() {
                 .count()
                 == 2
         );
-        // Nobody writes it while the kernel reads it, whoever lives.
+        // No process writes it while the kernel reads it, whichever process lives.
         let other = fs::File::options()
             .write(true)
             .open(&below)
@@ -232,7 +232,7 @@ fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
     });
 }
 
-/// What is served as ever, without a word.
+/// Checks that a disk is served as ever, without passthrough and without an event.
 async fn not_given(bed: &Rc<Bed>, name: &str, words: &str, mode: Mode) {
     bed.image(name, "A");
     let mut create = bed.create(name);
@@ -272,7 +272,7 @@ fn who_asked_for_what_the_kernel_cannot_do_hears_of_it() {
     });
 }
 
-/// Of an image with tables the kernel gets what its process finds in them, if somebody wants that.
+/// The kernel gets an image with tables, for the clusters that its process finds, if the target asks for that.
 #[test]
 fn an_image_with_tables_is_given_to_who_asks_for_it() {
     test("direct-tables", |bed| async move {
@@ -296,7 +296,7 @@ fn open(bed: &Bed, name: &str) -> fs::File {
     options.open(bed.dir.join(name)).expect("the image")
 }
 
-/// True if somebody else could lock the image.
+/// True if another process could lock the image.
 fn is_free(bed: &Bed, name: &str) -> bool {
     let image = open(bed, name);
     match diskio::lock_whole(image.as_fd(), LockKind::Write) {
@@ -404,7 +404,7 @@ fn another_image_takes_the_place_of_the_one_that_the_kernel_has() {
     });
 }
 
-/// The process died when it had opened the other image, and the kernel goes on there for a moment.
+/// The process died when it had opened the other image, and the kernel continues to use that for a moment.
 #[test]
 fn an_image_into_which_the_kernel_wrote_last_is_the_disks() {
     test("direct-moment", |bed| async move {
@@ -453,7 +453,7 @@ fn a_pause_waits_for_io_of_the_kernel() {
         assert!(!is_backed(&bed, minor));
         let unpaused = bed.ask(unpause(minor, None)).await;
         assert!(matches!(unpaused, Ok(Reply::Opened(_))), "{unpaused:?}");
-        // If it takes longer, the disk is not paused, nothing else waits for it, and the same verb goes on.
+        // If it takes longer, the disk is not paused, nothing else waits for it, and the same verb continues.
         busy(u32::MAX);
         let short = Request::Pause {
             which: which(minor),
@@ -493,7 +493,7 @@ fn the_kernel_loses_the_image_of_a_disk_that_is_paused_without_a_process() {
     });
 }
 
-/// What the kernel has executed is on the new image alone.
+/// The kernel's requests have changed the new image alone.
 #[test]
 fn an_image_that_the_kernel_has_served_stays_the_disks() {
     test("direct-executed", |bed| async move {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk is made of, and what is left of it.
+//! Parts of a disk, and those that are left of it.
 
 use super::bed::{kill, test, until, which};
 use super::fake::{put, FakeStore};
@@ -27,7 +27,7 @@ fn a_disk_is_served_and_leaves_nothing() {
         assert_eq!(row.disk.as_ref().map(|disk| disk.size), Some(1 << 20));
         assert!(bed.dir.join("run/nbd/5.sock").exists());
         assert!(bed.dir.join("run/disks/5.json").exists());
-        // Nobody but the process has the node: its death is the last close.
+        // Only the process has the node: its death is the last close.
         kill(row.pid.expect("a process"));
         until("the last close", || async {
             (bed.kernel.nodes.borrow()[&5].opened == 2).then_some(())
@@ -86,7 +86,7 @@ fn pause_lets_the_image_be_exchanged() {
         bed.made(bed.create("a.img")).await;
         let create = Request::Create(Box::new(bed.create("b.img")));
         assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
-        // Who dies while it is paused is replaced when it is to go on.
+        // A process that dies while the disk is paused is replaced when the disk resumes.
         assert_eq!(bed.ask(pause()).await, Ok(Reply::Done));
         kill(bed.row(minor).await.pid.expect("a process"));
         until("its death", || async {
@@ -192,7 +192,7 @@ fn a_disk_goes_with_its_directory() {
             &[("frontend", "/local/domain/3/device/vbd/51712")],
         );
         let minor = bed.made(create.clone()).await;
-        // Who asks again lost the answer.
+        // A caller that asks again has lost the answer.
         assert_eq!(bed.made(create.clone()).await, minor);
         let mut other = create;
         other.mode = Mode::Read;
@@ -327,7 +327,7 @@ fn vbd3_is_served_without_a_script() {
         assert_eq!(key("tap-minor").as_deref(), Some("0"));
         assert_eq!(bed.log(), ["attach 0", "open r A"]);
         assert_eq!(key("tap-server").as_deref(), Some("blktapctrl"));
-        // What cannot be served is told.
+        // The supervisor reports a disk that it cannot serve.
         let other = "backend/vbd3/5/51712";
         let frontend = "/local/domain/5/device/vbd/51712";
         bed.store.put(
@@ -338,8 +338,8 @@ fn vbd3_is_served_without_a_script() {
             bed.store.get(&format!("{other}/hotplug-error"))
         })
         .await;
-        // After Xen's own script the driver is told the number. The script does not say for which
-        // directory the disk is, which names the image already.
+        // After Xen's own script the driver learns the number. The script does not say for which directory the disk is,
+        // which names the image already.
         let image = bed.image("b.img", "B");
         let third = "backend/vbd3/6/51712";
         bed.store.put(
@@ -381,7 +381,7 @@ fn vbd3_of_others_is_left_alone() {
             &[("script", "/etc/xen/scripts/other"), ("params", &params)],
             &[("params", "vdi:/srv/a.vdi")],
             &[("tap-server", "other"), ("params", &params)],
-            // Xen's script may have made one at somebody else's tap-ctl.
+            // Xen's script may have made one with another supervisor's tap-ctl.
             &[("tap-server", "other"), ("minor", "0")],
         ];
         let common = [("frontend", "/local/domain/4/device/vbd/1"), ("mode", "r")];

@@ -9,7 +9,7 @@ use std::fs;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// What somebody gets at once who knows an event, over the socket.
+/// Returns the events that a client gets at once over the socket if it knows one.
 async fn heard(bed: &Rc<Bed>, after: u64, series: Option<u32>, count: usize) -> Vec<Event> {
     let path = bed.registry().folder.control();
     let _ = fs::remove_file(&path);

@@ -13,8 +13,8 @@ use std::io;
 use std::path::Path;
 pub(crate) use store::{FakeDomains, FakeStore};
 
-/// Makes a file that somebody else reads again and again: it is there with its text, or as it was before. One that is
-/// only being written would be read as empty.
+/// Makes a file that another process reads again and again: it is there with its text, or as it was before. A file that
+/// is still being filled would be read as empty.
 pub(crate) fn put(path: impl AsRef<Path>, text: impl AsRef<[u8]>) {
     let path = path.as_ref();
     // Processes of two disks write the same files at once.

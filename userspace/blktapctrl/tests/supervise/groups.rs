@@ -15,7 +15,7 @@ fn follow(bed: &Bed) {
     follow_with(bed, Some("cgroup"));
 }
 
-/// The same with groups in this folder, or with none. True if it knows of any.
+/// Follows the guests' groups in this folder, or none. True if it knows of any.
 fn follow_with(bed: &Bed, tree: Option<&str>) -> bool {
     let template = tree.map(|tree| {
         let template = bed.dir.join(tree).join("guest-%d");
@@ -213,7 +213,7 @@ fn a_supervisor_with_groups_finds_who_is_served_without() {
     });
 }
 
-/// What somebody has limited stays so, whatever the settings say by then.
+/// Limits that an administrator has set stay, whatever the next supervisor's settings are.
 #[test]
 fn guest_keeps_its_group_under_a_supervisor_that_makes_none() {
     let host = Succession::new("groups-none");

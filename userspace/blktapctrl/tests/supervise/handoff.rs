@@ -38,13 +38,13 @@ pub(crate) async fn handed(bed: &Bed, program: Option<PathBuf>) -> HandedOff {
     }
 }
 
-/// What the new program was asked.
+/// Returns the requests that the new program got.
 fn new_log(dir: &Path) -> Vec<String> {
     let text = fs::read_to_string(dir.join("new/log")).unwrap_or_default();
     text.lines().map(str::to_owned).collect()
 }
 
-/// Nobody but the disk's process is left of a hand-off.
+/// Checks that only the disk's process is left of a hand-off.
 fn assert_alone(bed: &Bed, row: &Row) {
     assert_eq!((row.state, row.doing), (Some(State::Running), None));
     let sockets = fs::read_dir(bed.dir.join("run/tapdisk")).expect("a folder");
@@ -54,7 +54,7 @@ fn assert_alone(bed: &Bed, row: &Row) {
     assert_eq!(sockets, ["0.sock"]);
 }
 
-/// Waits for the end of a process. Nobody waits for those of a supervisor that has ended: their numbers stay.
+/// Waits for the end of a process. No parent waits for those of a supervisor that has ended: their numbers stay.
 async fn is_gone(pid: u32) {
     until("the end of a process", || async {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -96,12 +96,12 @@ fn a_new_process_takes_the_disk_and_the_old_one_ends() {
     });
 }
 
-/// S30, S31: however the new process fails, the old one serves on, and the reason is said.
+/// S30, S31: however the new process fails, the old one continues to serve, and the failure has the reason.
 #[test]
 fn a_new_process_that_fails_loses() {
     let version =
         "it is made for version 7 of the kernel's interface, and the module has version 1";
-    // How it fails, whether the old one has let go by then, and what is said.
+    // Each entry has the way in which it fails, whether the old one has let go before that, and the message.
     let ways: [(&str, &str, bool, Code, &str); 9] = [
         (
             "dumb",
@@ -199,7 +199,7 @@ fn what_is_no_program_is_refused_at_once() {
     });
 }
 
-/// Who ends before it answers anything: it is said how.
+/// A program that ends before it answers anything: the failure has its exit status.
 #[test]
 fn a_program_that_ends_at_once_is_told_by_its_end() {
     test("ends", |bed| async move {
@@ -217,7 +217,7 @@ fn a_program_that_ends_at_once_is_told_by_its_end() {
     });
 }
 
-/// The old process dies: while the new one is prepared, or when it is told to let go.
+/// The old process dies: while the new one is prepared, or when it is to let go.
 #[test]
 fn the_death_of_the_old_process_does_not_stop_it() {
     test("old-dies-early", |bed| async move {
@@ -233,7 +233,7 @@ fn the_death_of_the_old_process_does_not_stop_it() {
             fs::remove_file(dumb).expect("remove");
         })
         .await;
-        // It is asked again on a connection that did not end.
+        // The supervisor asks it again on a connection that did not end.
         assert!(
             asked.is_ok() || bed.row(0).await.state == Some(State::Running),
             "{asked:?}"
@@ -275,7 +275,7 @@ async fn is_prepared(bed: &Bed) {
     .await;
 }
 
-/// The new one has just begun to serve, and dies before anybody knows.
+/// The new one has just begun to serve, and dies before the supervisor knows.
 #[test]
 fn the_death_of_a_new_process_that_serves_is_one_like_any_other() {
     test("new-dies", |bed| async move {
@@ -296,7 +296,7 @@ fn the_death_of_a_new_process_that_serves_is_one_like_any_other() {
     });
 }
 
-/// What could not be made durable the old process alone knows, and tells the guest.
+/// The old process alone knows the writes that could not be made durable, and tells the guest.
 #[test]
 fn a_process_that_lost_something_keeps_its_disk() {
     test("lost", |bed| async move {

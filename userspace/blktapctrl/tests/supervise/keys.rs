@@ -12,7 +12,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// What nobody but the disk's process may see.
+/// The key, which only the disk's process may see.
 const SECRET: &str = "swordfish";
 
 /// The file with a key.
@@ -96,8 +96,8 @@ fn a_key_is_that_of_the_disk_and_is_seen_by_its_process_alone() {
     });
 }
 
-/// The file at `path`, which the target of a disk names with a word, is given if nobody but root can have read or
-/// changed it.
+/// Checks that the file at `path`, which the target of a disk names with a word, is given only if others than root
+/// cannot have read or changed it.
 pub(crate) async fn assert_has_to_be_a_secret(
     bed: &Bed,
     path: &Path,

@@ -33,7 +33,7 @@ pub(crate) fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
     lease::open(&LeaseKind::Record(None), &image, claim).expect("a lease")
 }
 
-/// Who has the lease of an image, for people.
+/// Returns the holder of the lease of an image, for people.
 pub(crate) fn holder_of(bed: &Bed, image: &str) -> Option<String> {
     let claim = Claim::new("its disk").expect("a host");
     let image = bed.dir.join(image);
@@ -144,7 +144,7 @@ fn a_lease_is_held_while_the_image_is_open_and_no_longer() {
         let create = Request::Create(Box::new(leased(&bed)));
         assert_eq!(bed.ask(create).await.expect_err("in use").code, Code::Busy);
         bed.assert_nothing_left().await;
-        // Nor is one for which is asked twice, as a script does: who waits for it hears why.
+        // Nor is one for which a script asks twice: the caller that waits for it hears why.
         let directory = "backend/vbd/1/51712".to_owned();
         let store: Rc<dyn blktapctrl::store::Store> = Rc::new(bed.store.clone());
         bed.registry().use_store(Some(store));
@@ -174,7 +174,7 @@ fn a_lease_that_is_lost_ends_the_process() {
     test("lost", |bed| async move {
         let minor = bed.made(leased(&bed)).await;
         let pid = bed.row(minor).await.pid;
-        // It is not this host's any more, nor anybody's.
+        // It is not this host's any more, nor another's.
         let record = bed.dir.join("a.img.lease");
         let size = fs::metadata(&record).expect("a lease").len();
         fs::write(&record, vec![0; size.try_into().expect("small")]).expect("write");
@@ -224,7 +224,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_lease_up() {
     block_on(async {
         let bed = host.bed();
         adopt::disks(&bed.lifecycle).await;
-        // Nobody has asked for the lease yet.
+        // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert_eq!(generation(&mut *elsewhere(&bed)), None);
     });

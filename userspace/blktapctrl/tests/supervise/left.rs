@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a supervisor finds that it does not understand: it leaves that alone.
+//! A supervisor ignores disks that it does not understand.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
@@ -34,7 +34,7 @@ pub(crate) fn is_alive(pid: u32) -> bool {
     stats.flatten().any(|stat| !stat.contains(") Z "))
 }
 
-/// Whatever is wrong with its record, a disk is served on, shown, and its image is not free.
+/// Checks that a disk with a faulty record is served on and shown, and that its image is not free.
 fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
     let two = Succession::new(name);
     let pid = first(&two);
@@ -227,7 +227,7 @@ fn a_full_folder_refuses_a_verb_and_ends_nobody() {
         let row = bed.row(minor).await;
         assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
         assert_eq!(row.doing, None);
-        // Who dies now is replaced all the same, and the next supervisor finds the new one.
+        // A process that dies now is replaced all the same, and the next supervisor finds the new one.
         kill(pid);
         until("its replacement", || async {
             (bed.row(minor).await.restarts == 1).then_some(())

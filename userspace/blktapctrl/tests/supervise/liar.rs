@@ -20,7 +20,7 @@ impl Drop for Bystander {
     }
 }
 
-/// Answers as an idle tapdisk which says that it is process `pid`, as long as it is asked.
+/// Answers all requests as an idle tapdisk which says that it is process `pid`.
 fn lie(stream: UnixStream, pid: u32) {
     let mut channel = Channel::new(stream);
     while let Ok(Some((question, _))) = channel.receive::<Request>() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the log says, of what, and how much of it.
+//! Lines of the log: their content, their fields, and their number.
 
 use super::bed::{kill, test, until, Bed};
 use blktapctrl::log::Limit;
@@ -84,7 +84,7 @@ impl Lines {
     }
 }
 
-/// What the supervisor of `bed` says from now on, as far as its disks may.
+/// Collects the log of the supervisor of `bed` from now on, within the limits of its disks.
 pub(crate) fn limited(bed: &Bed) -> (Arc<Limit>, Lines, DefaultGuard) {
     let limit = Arc::<Limit>::default();
     let (lines, kept) = Lines::kept(&limit);
@@ -99,7 +99,7 @@ fn refused(bed: &Bed, minor: u32, why: String) {
         .add(Some(minor), What::Refused { why });
 }
 
-/// What lines about the disk of [`of_a_guest`] say that it is.
+/// Returns the fields of lines about the disk of [`of_a_guest`].
 pub(crate) fn guests_disk<'a>(target: &'a str, pid: &'a str) -> [(&'static str, &'a str); 6] {
     [
         ("minor", "0"),
@@ -143,7 +143,7 @@ fn a_line_says_which_disk_of_which_guest_it_is_about() {
         let minor = of_a_guest(&bed).await;
         let first = bed.row(minor).await.pid.expect("a process").to_string();
         let target = format!("sync:{}", bed.dir.join("a.img").display());
-        // It is not known before xenstore was asked.
+        // Its guest is unknown before the supervisor has read xenstore.
         lines.one_with("served by tapdisk").assert_has(&[
             ("event", "started"),
             ("minor", "0"),
@@ -169,7 +169,7 @@ fn a_line_says_which_disk_of_which_guest_it_is_about() {
         let left = lines.one_with("has left it after");
         left.assert_has(&disk);
         left.assert_has(&[("answered", "5"), ("direct", "0")]);
-        // What is still there of it when it goes.
+        // The disk still has these fields when it goes.
         bed.destroy(minor).await;
         let gone = lines.one_with("disk 0: gone");
         gone.assert_has(&[("event", "destroyed"), ("guest", "web"), ("vdev", "xvdb")]);
@@ -199,7 +199,7 @@ fn a_request_that_takes_long_is_said_once_and_its_end() {
         let (lines, _kept) = Lines::kept(&Arc::default());
         bed.image("a.img", "A");
         let mut create = bed.create("a.img");
-        // Whether somebody looks for processes that hang or not.
+        // Whether the watchdog looks for processes that hang or not.
         create.policy.hung_after_s = 0;
         let minor = bed.made(create).await;
         let look = |seconds: u64, committed| {
@@ -271,7 +271,7 @@ fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
         bed.image("a.img", "A");
         let minor = bed.made(bed.create("a.img")).await;
         (0..1000).for_each(|number| refused(&bed, minor, format!("refused: {number}")));
-        // What is usual is said all the same.
+        // Usual lines come all the same.
         bed.destroy(minor).await;
         lines.one_with(&format!("disk {minor}: gone"));
         let told = lines.one_with("were left out of the log");
@@ -282,12 +282,12 @@ fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
     });
 }
 
-/// The program in a mount namespace of its own, where the journal is ours: nothing of this host's is changed. Nothing if
-/// this host allows nobody to have one.
+/// The program in a mount namespace of its own, where the journal is ours: nothing of this host's is changed. Nothing
+/// if this host allows no user to have one.
 pub(crate) fn program(dir: &Path, stderr: File, journal_reads_it: bool) -> Option<Child> {
     let script = "mount -t tmpfs none /run && mkdir /run/systemd && ln -s \"$0\" /run/systemd/journal && exec \"$@\"";
     let mut unshare = Command::new("setpriv");
-    // A test that is killed leaves nobody behind.
+    // A test that is killed leaves no process behind.
     unshare.args(["--pdeathsig", "KILL", "unshare", "--mount"]);
     if !rustix::process::getuid().is_root() {
         unshare.args(["--user", "--map-root-user"]);
@@ -313,7 +313,7 @@ pub(crate) fn program(dir: &Path, stderr: File, journal_reads_it: bool) -> Optio
     Some(unshare.stdin(Stdio::null()).spawn().expect("unshare"))
 }
 
-/// What the program writes until it is ready.
+/// Returns the program's output until it is ready.
 fn written(dir: &Path, journal: &UnixDatagram, child: &mut Child) -> (Vec<u8>, String) {
     let limit = std::time::Instant::now() + Duration::from_secs(60);
     let (mut datagrams, mut text) = (Vec::new(), String::new());
@@ -329,7 +329,7 @@ fn written(dir: &Path, journal: &UnixDatagram, child: &mut Child) -> (Vec<u8>, S
     }
     child.kill().expect("kill");
     child.wait().expect("its end");
-    // What it said since is not the next one's.
+    // Later lines of this program are not the next one's.
     while receive(journal, &mut datagrams) {}
     (datagrams, text)
 }

@@ -11,7 +11,7 @@ use control::{Changed, Code, Extent, Failure, Mark, MarkName, MAX_MARKS};
 use std::fs;
 use std::path::PathBuf;
 
-/// Bytes that are told apart.
+/// Bytes of the disk for each bit.
 const UNIT: u64 = 64 << 10;
 /// Bytes of the disk.
 const SIZE: u64 = 1 << 20;
@@ -52,7 +52,7 @@ async fn all(bed: &Bed, request: Request) -> Result<Vec<Mark>, Failure> {
     }
 }
 
-/// What may have changed since a mark.
+/// Asks for the parts that may have changed since a mark.
 async fn changed(bed: &Bed, text: &str) -> Result<Changed, Failure> {
     let request = Request::Changed {
         which: which(0),
@@ -123,7 +123,7 @@ fn what_has_changed_since_each_mark_is_known() {
         assert_eq!(twice.code, Code::Exists);
         marks(&bed, mark("c")).await.expect("set");
         write(&bed, 2, &[3]);
-        // What an older one needs of it stays.
+        // The bits that an older bitmap needs of it stay.
         assert_eq!(marks(&bed, forget("b")).await.expect("gone"), ["a", "c"]);
         assert_eq!(maps(&bed).len(), 2);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2, 3, 15]);
@@ -246,7 +246,7 @@ fn each_process_goes_on_noting() {
         bed.ask(handoff()).await.expect("another process");
         assert_eq!(goes_on(), 2);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1]);
-        // A program that does not know of marks: what it writes nobody notes.
+        // A program that does not know of dirty bitmaps records no writes.
         fs::write(bed.dir.join("old"), "").expect("write");
         bed.ask(handoff()).await.expect("an older process");
         assert_eq!(
@@ -275,7 +275,7 @@ fn a_mark_that_no_process_knows_of_is_none() {
         fs::remove_file(bed.dir.join("no-notes")).expect("remove");
         marks(&bed, mark("a")).await.expect("set");
         write(&bed, 0, &[1]);
-        // Nobody knows whether it was heard, so it is none.
+        // The supervisor does not know whether the process heard it, so it is none.
         fs::write(bed.dir.join("die-noting"), "").expect("write");
         let unknown = marks(&bed, mark("b")).await.expect_err("it died");
         assert!(unknown.message.contains("set it again"), "{unknown}");
@@ -285,7 +285,7 @@ fn a_mark_that_no_process_knows_of_is_none() {
             (row.state == Some(State::Running) && row.restarts == 1).then_some(())
         })
         .await;
-        // Wherever the next one notes, it is told.
+        // The next process hears where to record writes.
         write(&bed, 1, &[2]);
         assert_eq!(since(&bed, "a").await.expect("a mark"), [1, 2]);
         assert_eq!(
@@ -327,12 +327,12 @@ fn marks_are_gone_when_others_may_have_written() {
             Code::NotFound
         );
         assert!(maps(&bed).is_empty());
-        // A file that is gone holds nobody up.
+        // A missing file holds no process up.
         marks(&bed, mark("a")).await.expect("set");
         fs::remove_file(&maps(&bed)[0]).expect("remove");
         bed.replaced(0, kill).await;
         assert!(marks(&bed, list()).await.expect("none").is_empty());
-        // What was behind the end of a smaller disk nobody has noted.
+        // No bitmap has the writes behind the end of a smaller disk.
         marks(&bed, mark("a")).await.expect("set");
         put(bed.dir.join("size"), (SIZE / 2).to_string());
         bed.ask(Request::Resize(which(0))).await.expect("smaller");

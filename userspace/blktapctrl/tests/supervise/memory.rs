@@ -24,7 +24,7 @@ fn write(bed: &Bed, minor: u32, content: &str) {
     fs::write(file(bed, minor), format!("{content:512}")).expect("write");
 }
 
-/// What the last process found.
+/// Returns the content that the last process found.
 fn found(bed: &Bed) -> String {
     let log = bed.log();
     let last = log
@@ -63,7 +63,7 @@ fn content_outlives_a_death_and_a_pause() {
         assert_eq!(found(&bed), "second");
         bed.destroy(minor).await;
         bed.assert_nothing_left().await;
-        // Nobody gets what another disk of that number had.
+        // No disk gets the memory that another disk of that number had.
         assert_eq!(bed.made(create(&bed)).await, minor);
         assert_eq!(found(&bed).trim_matches('\0'), "");
     });
@@ -85,7 +85,7 @@ fn memory_that_is_lost_is_not_taken_for_zeroes() {
     });
 }
 
-/// The process died while nobody supervised it.
+/// The process died while there was no supervisor.
 #[test]
 fn content_outlives_the_supervisor_and_the_process_together() {
     let host = Succession::new("memory-both");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks that are copied to another image and go on there, and what may happen on the way.
+//! Mirrors: disks that are copied to another image and switch to that, and failures on the way.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
@@ -60,7 +60,7 @@ async fn two(bed: &Bed) {
     bed.made(bed.create("a.img")).await;
 }
 
-/// What a process says of its mirror.
+/// Sets a process' answer about its mirror.
 pub(crate) fn says(dir: &Path, what: &str) {
     put(dir.join("mirror"), what);
 }
@@ -108,7 +108,7 @@ fn a_disk_goes_on_in_the_image_that_it_was_copied_to() {
         let begins = mirror(&bed, "b.img").await.expect("it begins");
         assert_eq!(begins.state, Mirroring::Copying);
         assert!(has_part(&bed));
-        // Nobody else gets that image, and who asks once more changes nothing.
+        // No other disk gets that image, and a second question changes nothing.
         let create = Request::Create(Box::new(bed.create("b.img")));
         let busy = bed.ask(create).await.expect_err("it is taken");
         assert!(busy.message.contains("b.img"), "{busy}");
@@ -197,7 +197,7 @@ fn one_that_fails_or_is_ended_leaves_the_disk_where_it_is() {
         assert!(bed.events().iter().any(told), "{:?}", bed.events());
         says(&bed.dir, "copying");
         mirror(&bed, "b.img").await.expect("it begins");
-        // What the guest is to be told of it learns from this process.
+        // The guest learns of an error that it is owed from this process.
         fs::write(bed.dir.join("owes"), "").expect("write");
         let pid = bed.row(0).await.pid;
         let owes = asked(&bed, Request::EndMirror(which(0))).await;
@@ -272,7 +272,7 @@ fn a_disk_goes_on_at_a_server() {
         asked(&bed, question()).await.expect("it begins");
         assert_eq!(server.join().expect("a server"), *b"hello");
         assert!(has_part(&bed));
-        // Nobody else gets that export meanwhile.
+        // No other disk gets that export before the mirror ends.
         let create = Create {
             open: Open::new(export("b")),
             ..bed.create("a.img")
@@ -379,7 +379,7 @@ fn a_move_that_is_interrupted_comes_to_an_end() {
     }
 }
 
-/// Who shares the image would go on in the old one.
+/// Another user of the image would stay with the old one.
 #[test]
 fn an_image_that_is_shared_is_not_left_and_one_that_is_left_not_shared() {
     test("mirror-stub", |bed| async move {

@@ -64,7 +64,7 @@ fn write(dir: &Path, content: &str) {
     rustix::io::pwrite(file.expect("the memory"), content.as_bytes(), 0).expect("write");
 }
 
-/// What the last process found, and in which mode.
+/// Returns the content that the last process found, and its mode.
 fn found(bed: &Bed) -> String {
     let log = bed.log();
     let opened = |line: &&String| line.starts_with("open ") || line.starts_with("unpause ");
@@ -112,7 +112,7 @@ fn disks_with_one_name_show_the_same_until_the_last_one_ends() {
         assert_eq!(text, SCRATCH);
         bed.destroy(second).await;
         bed.assert_nothing_left().await;
-        // Nobody gets what others had.
+        // No disk gets the memory that others had.
         made(&bed, Mode::Write, SCRATCH).await;
         assert_eq!(found(&bed), "open w");
     });
@@ -192,7 +192,7 @@ fn two_at_once_get_the_same_memory_or_one_of_them_does() {
             let made = [answers.0.is_ok(), answers.1.is_ok()];
             assert_eq!(made == [true; 2], all, "{answers:?}");
             assert!(made.contains(&true), "{answers:?}");
-            // Nobody has had the file taken away, or has another one.
+            // No disk has lost the file, or has another one.
             let its = fs::metadata(file(&bed.dir)).expect("the memory");
             for row in bed.rows().await {
                 let pid = row.pid.expect("a process");
@@ -351,7 +351,7 @@ fn disk_that_is_left_alone_keeps_its_memory() {
     let newer = |text: &str| text.replace("\"version\": 1", "\"version\": 5");
     left_alone("named-newer", true, newer, adopted);
     left_alone("named-cut", true, |_| "{".into(), adopted);
-    // What it serves is known, by the number of the file alone.
+    // The supervisor knows the memory that it serves, by the number of the file alone.
     let odd = |text: &str| newer(text).replace(SCRATCH, "odd:512");
     left_alone("named-odd", false, odd, forgotten);
 }
@@ -569,7 +569,7 @@ fn way_to_memory_with_a_name_is_finished_by_the_next_supervisor() {
     assert!(steps >= 4, "{steps} steps");
 }
 
-/// The memory was made, and it could not be written down for whom.
+/// The memory was made, and the record of its disk could not be stored.
 #[test]
 fn memory_of_a_disk_that_was_not_made_is_given_back() {
     test("named-early", |bed| async move {

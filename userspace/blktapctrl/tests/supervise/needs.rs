@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a process asks for beside its image, and what it may have.
+//! Requests of a process for files beside its image, and those that it may have.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// What the next process will ask for.
+/// Sets the requests of the next process.
 pub(crate) fn ask(bed: &Bed, list: &str, needs: &[Needed]) {
     let lines = needs
         .iter()
@@ -56,7 +56,7 @@ fn a_parent_is_given_and_counts_as_used() {
         ask(&bed, "ask", &[]);
         let why = refused(&bed, bed.create("parent.img")).await;
         assert!(why.contains(&format!("tap disk {minor}")), "{why}");
-        // Others may go on from it, too.
+        // Other disks may have it as a backing image, too.
         ask(&bed, "ask", &[parent(&path)]);
         bed.image("b.qcow2", "other");
         let before = bed.log().len();
@@ -90,7 +90,7 @@ fn an_image_below_memory_is_shared_and_stays() {
             ..bed.create("none")
         };
         fs::set_permissions(&beside, fs::Permissions::from_mode(0o444)).expect("chmod");
-        // It is named by what is served, and what it goes on from is where it is.
+        // The served image names this file, and the file is in its own folder.
         ask(&bed, "ask", &[parent(&golden), parent(&beside)]);
         let first = bed.made(of(Mode::Write)).await;
         let second = bed.made(of(Mode::Write)).await;
@@ -171,7 +171,7 @@ fn what_nobody_named_is_refused_with_the_remedy() {
         let link = named.join("link.img");
         std::os::unix::fs::symlink(elsewhere.join("secret"), &link).expect("a link");
         let secret = elsewhere.join("secret");
-        // What is beside the image may be another guest's.
+        // A file beside the image may be another guest's.
         for path in [&beside, &secret, &link, Path::new("/etc/passwd")] {
             ask(&bed, "ask", &[parent(path)]);
             let why = refused(&bed, with(&bed, "a.qcow2", &[&named])).await;
@@ -230,7 +230,7 @@ fn a_folder_for_all_disks_is_read_and_not_written() {
         ask(&bed, "ask", &[parent(&path)]);
         let minor = bed.made(bed.create("a.qcow2")).await;
         bed.destroy(minor).await;
-        // What is the supervisor's own is nobody's, whatever was named.
+        // No disk gets the supervisor's own files, whatever an administrator has named.
         let own = bed.registry().folder.root().join("disks/of.json");
         fs::write(&own, "{}").expect("write");
         ask(&bed, "ask", &[parent(&own)]);
@@ -241,8 +241,8 @@ fn a_folder_for_all_disks_is_read_and_not_written() {
     });
 }
 
-/// A process that a guest has taken over stops, is paused for that, and asks when an administrator lets
-/// the disk go on.
+/// A process that a guest has taken over stops, is paused for that, and requests files when an administrator resumes
+/// the disk.
 #[test]
 fn an_unpause_gives_nothing_that_was_not_named() {
     test("needs-unpause", |bed| async move {
@@ -360,7 +360,7 @@ fn a_disk_that_is_served_gets_nothing_new() {
     });
 }
 
-/// What leaves the record of a disk must not stay with its process, whatever that says of it.
+/// A file that leaves the record of a disk must not stay with its process, whatever that reports.
 #[test]
 fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
     test("needs-parted", |bed| async move {
@@ -425,7 +425,7 @@ fn who_has_a_part_that_is_the_disks_no_more_is_replaced() {
     });
 }
 
-/// A snapshot: what comes goes on from what was served until now.
+/// A snapshot: the new image has the one that was served until now as its backing image.
 #[test]
 fn an_image_that_was_served_becomes_a_parent() {
     test("needs-snapshot", |bed| async move {
@@ -449,7 +449,7 @@ fn an_image_that_was_served_becomes_a_parent() {
             log[log.len() - 2..],
             ["given old Locked", "unpause w child"]
         );
-        // It is read and not written from now on: others may go on from it, too.
+        // From now on it is read and not written: other disks may have it as a backing image, too.
         bed.image("b.qcow2", "other");
         let other = bed.made(with(&bed, "b.qcow2", &[&old])).await;
         bed.replaced(0, kill).await;
@@ -471,7 +471,7 @@ fn a_server_is_connected_to_again() {
         ask(&bed, "ask", std::slice::from_ref(&socket));
         let minor = bed.made(bed.create("a.qcow2")).await;
         assert_eq!(server.join().expect("a server"), *b"hello");
-        // The server has gone: it is asked for again, and once more when there is another.
+        // The server has gone: the process asks for it again, and once more when there is another.
         ask(&bed, "ask-later", std::slice::from_ref(&socket));
         let resize = || bed.ask(Request::Resize(which(minor)));
         let failure = resize().await.expect_err("nobody listens");
@@ -547,7 +547,7 @@ fn an_export_is_reached_by_its_disk_alone() {
         ask(&bed, "ask", &[need(&first)]);
         let why = refused(&bed, create(&other, Mode::Write)).await;
         assert!(why.contains("is not served from nbd+unix"), "{why}");
-        // Readers share it. A server that is away is said.
+        // Readers share it. The message names a server that is away.
         fs::remove_file(&path).expect("remove");
         ask(&bed, "ask", &[need(&other)]);
         let why = refused(&bed, create(&other, Mode::Read)).await;
@@ -603,7 +603,7 @@ fn a_server_on_a_network_is_connected_to() {
         let minor = bed.made(create.clone()).await;
         assert_eq!(server.join().expect("a server"), *b"hello");
         bed.destroy(minor).await;
-        // Nobody listens there any more.
+        // No server listens there any more.
         let why = refused(&bed, create).await;
         assert!(why.contains("see whether its server runs"), "{why}");
         bed.assert_nothing_left().await;
@@ -631,7 +631,7 @@ fn state_of_an_image_is_not_that_of_the_next() {
             timeout_s: 0,
         };
         bed.ask(pause).await.expect("paused");
-        // It ends when the unpause is written down: the process has not been asked.
+        // The supervisor ends when the record has the unpause: the process has no question yet.
         bed.kernel.crash.left.set(Some(1));
         let unpause = Request::Unpause {
             which: which(0),
@@ -690,7 +690,7 @@ fn state_outlives_a_process_and_a_supervisor() {
         bed.replaced(0, kill).await;
         let last = states(&bed).pop();
         assert_eq!(last, Some(format!("state of {}", pids[1])));
-        // Who asks for another size does not know what is there.
+        // A process that asks for another size does not know the content.
         ask(&bed, "ask", &[Needed::State { size: 512 }]);
         bed.replaced(0, kill).await;
         assert_eq!(states(&bed).pop(), Some("state ".to_owned()));
@@ -700,7 +700,7 @@ fn state_outlives_a_process_and_a_supervisor() {
     });
 }
 
-/// What nobody may write is no other guest's disk: beside the image it may be had without a word.
+/// A file without write permission is no other guest's disk: beside the image it may be had without an option.
 #[test]
 fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
     test("needs-beside", |bed| async move {
@@ -716,14 +716,14 @@ fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
         let log = bed.log();
         let given = log.iter().filter(|line| *line == "given old Locked");
         assert_eq!(given.count(), 2);
-        // What was given stays so, also to the next process.
+        // A file that one process got stays so, also for the next one.
         fixed(&path, 0o644);
         bed.replaced(minor, kill).await;
         bed.destroy(second).await;
         bed.destroy(minor).await;
         let why = refused(&bed, bed.create("a.qcow2")).await;
         assert!(why.contains("chmod a-w"), "{why}");
-        // Not what is to be written, nor what is elsewhere.
+        // Not a file for writing, nor one that is elsewhere.
         fixed(&path, 0o444);
         ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
         let why = refused(&bed, bed.create("a.qcow2")).await;
@@ -763,7 +763,7 @@ fn files_of_a_vmdk_are_known_by_their_names() {
         ask(&bed, "ask", &[extent(&bed.dir.join("a-db.vmdk"))]);
         let why = refused(&bed, bed.create("a.vmdk")).await;
         assert!(why.contains("named for this disk"), "{why}");
-        // Who only reads the disk gets no more than that.
+        // A disk that is only read gets no more than that.
         ask(&bed, "ask", &[extent(&path), parent(&path)]);
         let reader = Create {
             mode: Mode::Read,
@@ -807,7 +807,7 @@ fn who_serves_a_raw_image_gets_no_part_of_it() {
     });
 }
 
-/// Each image of a chain goes on from what was served before it, with all that it went on from.
+/// Each image of a chain has the one that was served before it as its backing image, with the whole chain of that.
 #[test]
 fn a_chain_of_snapshots_is_what_was_served() {
     test("needs-chain", |bed| async move {
@@ -834,7 +834,7 @@ fn a_chain_of_snapshots_is_what_was_served() {
             chain.push(path);
         }
         bed.destroy(0).await;
-        // Somebody else may not.
+        // Another disk may not.
         let why = refused(&bed, bed.create("c.qcow2")).await;
         assert!(why.contains("nobody named"), "{why}");
         bed.assert_nothing_left().await;

@@ -7,7 +7,7 @@ use control::supervisor::{Poison, Reply, Request, What};
 use control::Code;
 use rustix::process::Signal;
 
-/// Nobody gets the image, and the disk is not gone, while a write of its process may still come.
+/// No other disk gets the image, and the disk is not gone, while a write of its process may still come.
 #[test]
 fn a_disk_whose_io_is_not_over_is_not_gone() {
     test("fenced", |bed| async move {
@@ -63,7 +63,7 @@ fn a_node_of_somebody_else_can_be_freed() {
     });
 }
 
-/// Who is killed did not die of a request; who crashes may have.
+/// A killed process did not die of a request; a crashed one may have.
 #[test]
 fn deaths_by_the_hand_of_others_are_excused() {
     test("excused", |bed| async move {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks let go of the kernel's module, and go on with the next one.
+//! Disks release the kernel's module, and resume with the next one.
 
 use super::bed::{block_on, test, unpause, until, which, Bed, Succession};
 use blktapctrl::adopt;
@@ -93,7 +93,7 @@ fn all_are_served_as_before_if_one_cannot_let_go() {
         is_served(&bed, first).await;
         is_served(&bed, second).await;
         bind(&bed, second, None);
-        // Somebody else's.
+        // The node of another program.
         let node = bed.kernel.create(Make::default()).expect("a node");
         let failure = bed.ask(PARK).await.expect_err("a node is left");
         assert!(failure.message.contains("tap-ctl free"), "{failure}");
@@ -105,7 +105,7 @@ fn all_are_served_as_before_if_one_cannot_let_go() {
     });
 }
 
-/// What a dead process has under way may still reach the image: the module must not go.
+/// I/O of a dead process may still reach the image: the module must not go.
 #[test]
 fn a_node_that_is_not_free_keeps_the_module() {
     test("park-fencing", |bed| async move {
@@ -122,7 +122,7 @@ fn a_node_that_is_not_free_keeps_the_module() {
     });
 }
 
-/// What could not be made durable the guest learns of from this process alone.
+/// The guest learns of writes that could not be made durable from this process alone.
 #[test]
 fn a_process_that_owes_its_guest_an_error_stays() {
     test("park-owes", |bed| async move {
@@ -208,7 +208,8 @@ fn opened(bed: &Bed, content: &str) -> usize {
     bed.log().iter().filter(|line| **line == open).count()
 }
 
-/// The supervisor ends before and after each of its steps; whoever comes next is asked once more, or to have all go on.
+/// The supervisor ends before and after each of its steps; the next one gets the request to park once more, or to
+/// resume all.
 #[test]
 fn a_supervisor_that_ends_in_the_middle_is_followed_by_one_that_goes_on() {
     for step in 0.. {
@@ -274,8 +275,8 @@ async fn three_disks(bed: &Rc<Bed>) {
     bed.fencing(1, true);
 }
 
-/// Those that let go wait for one that cannot yet, and the supervisor ends meanwhile. What was paused before stays so, and
-/// what somebody wants of the others is not done by a node that is not there.
+/// Those that let go wait for one that cannot yet, and the supervisor ends meanwhile. Disks that were paused before
+/// stay so, and other requests for them have no effect on a node that is not there.
 #[test]
 fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
     for again in [true, false] {

@@ -12,7 +12,7 @@ use std::fs;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// What the group of a test may do in a second.
+/// Bytes that the group of a test may do in a second.
 const ALL: u64 = 64 << 20;
 
 fn name() -> GroupName {
@@ -69,7 +69,7 @@ async fn put(bed: &Bed, minor: u32, group: InGroup) -> Result<Policy, Failure> {
     }
 }
 
-/// What the process of a disk was told last; nothing if it is in no group.
+/// Returns the last share that the process of a disk got; nothing if it is in no group.
 fn told(bed: &Bed, minor: u32) -> Option<Share> {
     let text = fs::read(bed.dir.join(format!("share-{minor}"))).expect("a share");
     serde_json::from_slice(&text).expect("a share")
@@ -115,7 +115,7 @@ fn a_group_is_divided_among_those_who_work() {
         for image in ["a.img", "b.img"] {
             bed.made(member(&bed, image)).await;
         }
-        // What a configuration says is the same.
+        // A configuration names the group in the same way.
         let path = bed.image("c.img", "c");
         let text = format!("group=customer-7,sync:{}", path.display());
         let mut third = bed.create("c.img");
@@ -206,7 +206,7 @@ fn disks_come_and_go_while_they_are_served() {
         // A new limit is heard.
         set_group(&bed, bytes(2 * ALL)).await.expect("changed");
         has(&bed, minor, 200).await;
-        // What makes no sense changes nothing.
+        // Limits that make no sense change nothing.
         for wrong in [0, 1] {
             let failure = set_group(&bed, bytes(wrong)).await.expect_err("too little");
             assert_eq!(failure.code, Code::Invalid);
@@ -274,7 +274,7 @@ fn groups_outlive_the_supervisor() {
         adopt::disks(&bed.lifecycle).await;
         let group = show(&bed).await;
         assert_eq!((group.members.len(), group.limits.bytes), (2, ALL));
-        // Nothing is told before what the processes were told has ended.
+        // No process gets a new share before the one that it has ends.
         let share: Share = serde_json::from_slice(&before).expect("a share");
         until("another share", || async {
             (told(&bed, 0).expect("a share").until > share.until).then_some(())

@@ -48,7 +48,7 @@ fn key(bed: &Bed, target: &Target) -> Option<u64> {
     }
 }
 
-/// Nobody has it, and it is not free to be written either.
+/// Whether no host has it, and another host cannot write it either.
 fn is_nobodys(bed: &Bed, target: &Target) -> bool {
     let refused = [HERE, THERE].map(|by| target.begin(by).is_none());
     key(bed, target).is_none() && refused.contains(&true)
@@ -70,7 +70,7 @@ pub(crate) fn pause(minor: u32) -> Request {
     }
 }
 
-/// Waits until a disk is paused because its lease is lost, which is told.
+/// Waits until a disk is paused because its lease is lost, and for the event about that.
 pub(crate) async fn wait_stopped(bed: &Bed) {
     until("the pause", || async {
         bed.events().contains(&What::Paused).then_some(())
@@ -225,7 +225,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_reservation_up() {
         let bed = host.bed();
         reach(&bed, &target);
         adopt::disks(&bed.lifecycle).await;
-        // Nobody has asked for the lease yet.
+        // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert!(is_nobodys(&bed, &target));
     });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk does is changed while it is served.
+//! Changes of a disk's policy while it is served.
 
 use super::bed::{block_on, kill, test, which, Bed, Succession};
 use blktapctrl::adopt;
@@ -44,7 +44,7 @@ fn what_a_configuration_says_of_errors_is_the_disks() {
             vbd: None,
         };
         bed.ask(Request::Check(check)).await.expect("free");
-        // What the host says of all disks gives way, where anything is said.
+        // The host's settings for all disks give way where a disk has its own.
         let create = || Create {
             open: Open::new(target.clone()),
             policy: Policy {
@@ -141,7 +141,7 @@ fn rules_are_changed_while_a_disk_is_served() {
             (policy.on_error, policy.limits.bytes),
             (OnError::Stop, 1 << 20)
         );
-        // What is not said stays.
+        // Settings that a request leaves out stay.
         let policy = set(&bed, iops(100)).await.expect("set");
         assert_eq!(
             (policy.on_error, policy.limits.bytes),
@@ -154,12 +154,12 @@ fn rules_are_changed_while_a_disk_is_served() {
         );
         bed.replaced(minor, kill).await;
         assert_eq!(given(&bed), "bps=1048576 iops=100 burst=1s");
-        // What makes no sense changes nothing.
+        // Limits that make no sense change nothing.
         let failure = set(&bed, iops(1)).await.expect_err("too few");
         assert_eq!(failure.code, Code::Invalid);
         bed.replaced(minor, kill).await;
         assert_eq!(given(&bed), "bps=1048576 iops=100 burst=1s");
-        // A process that does not do it is said, and the next one does.
+        // The supervisor reports a process that refuses, and the next process obeys.
         fs::write(bed.dir.join("refuse-rules"), "").expect("write");
         let failure = set(&bed, iops(50)).await.expect_err("refused");
         assert!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What processes say by themselves is in the log, as lines about their disks.
+//! The output of processes is in the log, as lines about their disks.
 
 use super::bed::{block_on, kill, test, until, Bed, Succession};
 use super::handoff::handed;
@@ -64,7 +64,7 @@ fn what_a_process_says_is_a_line_about_its_disk() {
         line.assert_has(&disk);
         let text = format!("disk 0: tapdisk {first}: the trace has ended: it is full");
         line.assert_has(&[("message", &text)]);
-        // What it says last is there, before what is said of its end.
+        // Its last line is there, before the report of its end.
         say(first, "it panicked");
         bed.replaced(minor, kill).await;
         lines.one_with("it panicked").assert_has(&disk);
@@ -107,7 +107,7 @@ fn what_a_process_says_that_has_handed_its_disk_over_is_about_that() {
     });
 }
 
-/// It goes on to say things while there is no supervisor, as much as the pipe has room for.
+/// A process continues to print while there is no supervisor, as much as the pipe has room for.
 #[test]
 fn what_a_process_says_waits_for_the_next_supervisor() {
     let host = Succession::new("said-adopted");
@@ -146,7 +146,7 @@ fn a_process_cannot_flood_the_log() {
         let written = lines.with(&format!("tapdisk {pid}: x")).len();
         assert!((50..60).contains(&written), "{written}");
         assert_eq!(limit.suppressed(), (said - written) as u64);
-        // What is said about the disk is said all the same.
+        // The supervisor's lines about the disk come all the same.
         lines.one_with("was killed by signal 9");
         watchdog::tell_left_out(bed.registry(), true);
         let count = (said - written).to_string();

@@ -66,7 +66,7 @@ fn a_lease_of_sanlock_is_the_hosts_while_the_image_is_open_and_no_longer() {
         assert_eq!(other.take(Duration::ZERO).unwrap_err().code, Code::Busy);
         // Its process has a term, so the kernel does nothing by itself.
         assert_eq!(bed.kernel.nodes.borrow()[&minor].backing, None);
-        // The death of a process changes nothing, and nobody has it in between.
+        // The death of a process changes nothing, and no other host has the lease in between.
         bed.replaced(minor, kill).await;
         assert_eq!(storage.owner(&resource()), Some(HERE));
         // Another disk of this host does not have it too, whatever its image is.
@@ -117,7 +117,7 @@ fn a_disk_that_has_lost_its_lockspace_lets_go_when_its_io_is_over() {
             let mut nodes = bed.kernel.nodes.borrow_mut();
             nodes.get_mut(&minor).expect("a node").fencing = is;
         };
-        // What its process has under way hangs.
+        // The I/O that its process has under way hangs.
         fencing(true);
         here.change(|told| told.is_ending = true);
         let lost = |what: &What| matches!(what, What::Failed { message, .. } if message.contains("is lost"));
@@ -135,7 +135,7 @@ fn a_disk_that_has_lost_its_lockspace_lets_go_when_its_io_is_over() {
         fencing(false);
         wait_stopped(&bed).await;
         assert!(here.rejoin());
-        // It is not taken again by itself: the image may have been written since.
+        // The supervisor does not take it again: another host may have changed the image.
         assert_eq!(here.stays(&resource()), None);
         assert_ne!(bed.row(minor).await.state, Some(State::Running));
         let served = bed.ask(unpause(minor, None)).await;
@@ -214,7 +214,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_lease_of_sanlock_up() {
         let bed = host.bed();
         reach(&bed, &here);
         adopt::disks(&bed.lifecycle).await;
-        // Nobody has asked for the lease yet.
+        // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert_eq!(storage.owner(&resource()), None);
     });

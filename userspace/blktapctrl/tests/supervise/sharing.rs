@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who else uses an image.
+//! Other users of an image.
 
 use super::bed::{test, which, Bed};
 use super::steps::{pause, unpause};
@@ -152,7 +152,7 @@ fn target_says_that_others_may_have_the_image() {
         let row = bed.row(first).await;
         assert_eq!(row.mode, Some(Mode::WriteShared));
         assert_eq!(row.target, Some(bed.create("a.img").open.target));
-        // One with tables has one writer, however it is said.
+        // An image with tables has one writer, whatever mode its disk names.
         let tables = Create {
             open: Open::new(target("qcow2")),
             ..create(Mode::Write)
@@ -253,7 +253,7 @@ fn an_image_with_a_format_is_written_by_one_process() {
         let failure = failure.expect_err("the stub domain");
         assert_eq!(failure.code, Code::Busy);
         assert!(failure.message.contains("use a raw image"), "{failure}");
-        // Who reads what is written would read it with old tables.
+        // A reader of a changing image would read it with old tables.
         let reader = Create {
             mode: Mode::ReadShared,
             ..bed.create("a.qcow2")

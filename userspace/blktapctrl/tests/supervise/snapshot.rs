@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disks that go on in a new image over the one that they have, and what may happen on the way.
+//! Snapshots: disks that switch to a new image over their present one, and failures on the way.
 
 use super::bed::{kill, test, until, which, Bed};
 use super::fake::put;
@@ -37,13 +37,13 @@ async fn refused(bed: &Bed, name: &str) -> Failure {
     answer.expect_err("it is refused")
 }
 
-/// Nobody may write it.
+/// Whether its mode has no write permission.
 fn is_marked(path: &Path) -> bool {
     let rights = fs::metadata(path).expect("stat").permissions().mode();
     rights & 0o222 == 0
 }
 
-/// What a fake process writes into an image over another one.
+/// Returns the content that a fake process puts into an image over another one.
 fn over(dir: &Path, name: &str) -> String {
     let path = dir.join(name);
     format!("{{\"kind\":\"parent\",\"path\":\"{}\"}}", path.display())
@@ -116,7 +116,7 @@ fn disks_are_served_as_before_if_one_cannot_go_on() {
             }
             assert!(!bed.dir.join("c.qcow2").exists(), "a new image is left");
         }
-        // Nobody had to wait for what was refused.
+        // No guest had to wait for a refused snapshot.
         let log = bed.log().split_off(before);
         assert!(!log.iter().any(|line| line.starts_with("pause")), "{log:?}");
         // A name twice, and a disk that is not there.
@@ -228,7 +228,7 @@ fn a_disk_that_is_taken_away_leaves_no_new_image() {
     });
 }
 
-/// The disk is as if nobody had asked.
+/// Checks that the disk is as it was before the request.
 async fn assert_as_before(bed: &Bed) {
     until("it is served again", || async {
         let row = bed.row(0).await;
@@ -256,7 +256,7 @@ fn a_disk_goes_on_in_a_new_image() {
         assert!(is_served_from(&row, "b.qcow2"));
         assert_eq!((row.pid, row.doing), (pid, None));
         let child = over(dir, "a.img");
-        // It was written before the guest had to wait, and given what it goes on from when that was closed.
+        // The new image was complete before the guest had to wait, and got its backing image when that was closed.
         assert_eq!(
             bed.log(),
             [
@@ -276,7 +276,7 @@ fn a_disk_goes_on_in_a_new_image() {
         assert_eq!(two.parent, dir.join("b.qcow2"));
         assert!(is_marked(&two.parent));
         assert_ne!(bed.row(0).await.pid, pid);
-        // Who did not hear the answer asks again.
+        // A caller that did not hear the answer asks again.
         let again = taken(&bed, "c.qcow2").await;
         assert_eq!(again.pause_us, None);
         assert_eq!((again.target, again.parent), (two.target, two.parent));
@@ -316,7 +316,7 @@ fn what_is_there_and_what_cannot_go_on_is_refused() {
         };
         let failure = bed.ask(raw).await.expect_err("a raw image has no parent");
         assert_eq!(failure.code, Code::Invalid);
-        // What is said of a disk when it is made is not said of its next image.
+        // Options of a new disk are refused for its next image.
         for words in ["bps=1M,", "iops=70,", "group=some,", "shared=yes,"] {
             let text = format!("{words}{}", target(dir, "b.qcow2"));
             let words = Request::Snapshot {
@@ -328,7 +328,7 @@ fn what_is_there_and_what_cannot_go_on_is_refused() {
             assert!(failure.message.contains("leave "), "{failure}");
             assert!(!dir.join("b.qcow2").exists());
         }
-        // What cannot be written down does not begin.
+        // A snapshot that cannot be recorded does not begin.
         bed.kernel.full.set(true);
         let full = refused(&bed, "b.qcow2").await;
         assert!(full.message.contains("/run full"), "{full}");
@@ -395,7 +395,7 @@ fn a_snapshot_that_cannot_be_served_is_undone() {
     }
 }
 
-/// What it had waits in the kernel, and the next process is given the new image.
+/// Its requests wait in the kernel, and the next process is given the new image.
 #[test]
 fn a_process_that_dies_while_it_closes_its_image_is_replaced() {
     test("snapshot-death", |bed| async move {
@@ -452,8 +452,8 @@ fn a_new_image_from_which_something_was_answered_stays() {
     });
 }
 
-/// The supervisor ends after any step: the disk is served from the new image, whose parent is marked, or from
-/// the old one, of which nobody knows a child.
+/// The supervisor ends after any step: the disk is served from the new image, whose parent is marked, or from the old
+/// one, which is no backing image.
 #[test]
 fn a_snapshot_is_finished_or_undone_by_the_next_supervisor() {
     for second in [false, true] {
@@ -473,7 +473,7 @@ fn a_snapshot_is_finished_or_undone_by_the_next_supervisor() {
                 let path = row.target.as_ref().and_then(Target::path);
                 let dir = path.and_then(Path::parent).expect("a folder");
                 let text = |name| fs::read_to_string(dir.join(name)).unwrap_or_default();
-                // Whatever happened, the old one holds what it held.
+                // The old image has its data, whatever happened.
                 let held = match second {
                     false => "A".to_owned(),
                     true => over(dir, "a.img"),
@@ -482,12 +482,12 @@ fn a_snapshot_is_finished_or_undone_by_the_next_supervisor() {
                 let (child, marked) = (text(new), is_marked(&dir.join(old)));
                 match is_served_from(row, new) {
                     true => marked && child == over(dir, old),
-                    // The file may have been made before anything was written down.
+                    // The file may have been made before the record had anything.
                     false => is_served_from(row, old) && !marked && child.is_empty(),
                 }
             },
         );
-        // What is to be made, what is next, and that it is served.
+        // The steps are the image to make, the next image, and that it is served.
         assert!(steps >= 6, "{steps} steps");
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The program itself, with a socket that somebody else holds, as systemd does.
+//! The program itself, with a socket that another process holds, as systemd does.
 
 use super::bed::kill;
 use control::supervisor::{Reply, Request};
@@ -56,7 +56,7 @@ fn remove(dir: &Path) {
     fs::remove_dir_all(dir).expect("remove");
 }
 
-/// A folder for a supervisor, and the socket at which it is asked.
+/// Makes a folder for a supervisor, and its control socket.
 fn place(name: &str) -> (PathBuf, UnixListener) {
     let dir = std::env::temp_dir().join(format!("supervise-{}-{name}", std::process::id()));
     fs::create_dir_all(dir.join("run")).expect("a folder");
@@ -96,6 +96,35 @@ fn questions_wait_while_the_supervisor_is_started_anew() {
     remove(&dir);
 }
 
+/// KiB of a process, by the name of the kernel.
+fn kib(pid: u32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a status");
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next());
+    number.and_then(|text| text.parse().ok()).expect("a number")
+}
+
+#[test]
+fn supervisor_waits_for_no_memory_on_storage() {
+    let (dir, listener) = place("locked");
+    let folder = dir.join("run");
+    let supervisor = supervisor(&listener, &folder);
+    let answer = ask(&folder.join("control.sock"));
+    let pid = answer.join().expect("an answer");
+    // Without the right to it there is a limit, and a warning.
+    if rustix::process::getuid().is_root() {
+        let program = kib(pid, "VmExe") + kib(pid, "VmLib") + kib(pid, "VmData");
+        let locked = kib(pid, "VmLck");
+        assert!(locked >= program, "{locked} KiB of {program}");
+        // The program itself is there, not only locked.
+        assert!(kib(pid, "RssFile") >= kib(pid, "VmExe"));
+    } else {
+        eprintln!("not tested: only root may lock as much memory as it likes");
+    }
+    drop(supervisor);
+    remove(&dir);
+}
+
 #[test]
 fn folders_that_are_missing_keep_no_supervisor_from_starting() {
     let (dir, listener) = place("no-files");
@@ -109,8 +138,8 @@ fn folders_that_are_missing_keep_no_supervisor_from_starting() {
     remove(&dir);
 }
 
-/// Mounts a file system that answers nobody at the first argument, because nothing serves it, and then executes the rest
-/// of the arguments, whose end ends it.
+/// Mounts a file system that answers no request at the first argument, because no process serves it, and then executes
+/// the rest of the arguments, whose end ends it.
 const HANGS: &str = "exec 9<>/dev/fuse \
     && mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 none \"$0\" && exec \"$@\"";
 
@@ -193,7 +222,7 @@ fn systemd_is_told_that_it_lives_and_is_not_waited_for() {
         let answer = ask(&dir.join("run/control.sock")).join();
         assert_eq!(answer.expect("an answer"), supervisor.0.id());
     }
-    // What it sends when it is read again is of a supervisor that has not ended.
+    // After the queue has room again, the next notification is of a supervisor that has not ended.
     while told() != "WATCHDOG=1" {}
     drop(supervisor);
     remove(&dir);

@@ -206,7 +206,7 @@ fn a_destroy_is_finished_by_the_next_supervisor() {
     assert!(steps >= 6, "{steps} steps");
 }
 
-/// Whatever a supervisor ends in, the lease of the image is given up with the disk: the look for that is in
+/// At any end of a supervisor, the lease of the image is given up with the disk: the check for that is in
 /// [`at_each_step`].
 #[test]
 fn a_lease_is_given_up_by_the_next_supervisor() {
@@ -291,7 +291,7 @@ fn an_unpause_that_failed_can_be_repeated_and_keeps_the_old_image() {
             let failure = bed.ask(other()).await.expect_err("refused");
             assert_eq!(failure.code, Code::Image);
             let row = bed.row(0).await;
-            // Who was given the other image has ended.
+            // The process that had the other image has ended.
             assert_eq!((row.state, row.doing), (None, None));
             let path = row.target.as_ref().and_then(Target::path);
             assert!(path.expect("a target").ends_with("a.img"));
@@ -331,7 +331,7 @@ fn the_end_of_a_disk_is_not_written_over() {
     });
 }
 
-/// Whoever sees it first: that it died, and that it was by itself, is known.
+/// A crash on the way to another image is known, and is reported exactly once.
 #[test]
 fn a_death_on_the_way_to_another_image_is_told_once() {
     test("death-told", |bed| async move {
@@ -351,7 +351,7 @@ fn a_death_on_the_way_to_another_image_is_told_once() {
     });
 }
 
-/// The disk was told that it may shrink for this one image and moment.
+/// The disk got permission to shrink for this one image and moment.
 #[test]
 fn an_image_that_was_served_for_a_moment_may_not_shrink_later() {
     test("moment-shrink", |bed| async move {

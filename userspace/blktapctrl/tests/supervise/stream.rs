@@ -55,12 +55,12 @@ async fn stream(bed: &Bed, rate: Option<u64>) -> Result<Stream, Failure> {
     }
 }
 
-/// What a process says of its stream.
+/// Sets a process' answer about its stream.
 fn says(bed: &Bed, what: &str) {
     put(bed.dir.join("stream"), what);
 }
 
-/// How often a process has been asked to begin one.
+/// Returns the number of requests to a process to begin one.
 fn begun(bed: &Bed) -> usize {
     let log = bed.log();
     log.iter().filter(|line| *line == "stream 1000").count()
@@ -89,7 +89,7 @@ fn what_an_image_needs_no_more_is_not_the_disks() {
         says(&bed, "running");
         let first = stream(&bed, Some(1000)).await.expect("it begins");
         assert_eq!(first.state, Streaming::Running);
-        // Who comes next is asked for it as well.
+        // The next process gets the question as well.
         bed.replaced(0, kill).await;
         until("the next one", || async {
             (begun(&bed) == 2).then_some(())
@@ -101,7 +101,7 @@ fn what_an_image_needs_no_more_is_not_the_disks() {
         assert_eq!(parents(&bed), 0);
         let last = stream(&bed, None).await.expect("there was one");
         assert_eq!(last.state, Streaming::Done);
-        // Nobody is asked any more.
+        // No process gets the question any more.
         bed.replaced(0, kill).await;
         assert_eq!(begun(&bed), 2);
         bed.destroy(0).await;
@@ -125,13 +125,13 @@ fn one_that_fails_or_is_refused_changes_nothing() {
         assert_eq!(parents(&bed), 1);
         let last = stream(&bed, None).await.expect("there was one");
         assert_eq!(last.state, failed);
-        // One that somebody ends tells of nothing.
+        // A stream that an administrator ends reports nothing.
         says(&bed, "running");
         stream(&bed, Some(1000)).await.expect("it begins");
         let last = stream(&bed, Some(0)).await.expect("it ends");
         assert_eq!(last.state, Streaming::Ended);
         assert!(bed.log().contains(&"stream 0".to_owned()));
-        // What is on no record is not wanted.
+        // A stream that cannot be recorded does not run.
         bed.kernel.full.set(true);
         let full = stream(&bed, Some(1000)).await.expect_err("full");
         assert!(full.message.contains("/run full"), "{full}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest is suspended, goes on, or arrives: who has the image then, whoever dies on the way.
+//! A guest is suspended, resumes, or arrives, with deaths on the way: which disk has the image then.
 
 use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use super::fake::FakeDomains;
@@ -65,7 +65,7 @@ impl Moving {
         self.domains.0.borrow_mut().remove(&domain);
     }
 
-    /// Something is asked of a disk.
+    /// Makes a request to a disk.
     fn wish(&self, minor: u32) {
         let wish = self.bed.dir.join(format!("wish-{minor}"));
         fs::write(wish, "").expect("a wish");
@@ -158,7 +158,7 @@ fn guest_that_was_not_moved_after_all_gets_its_image_again() {
         let rounds: Vec<&str> = [round; 3].concat();
         assert_eq!(bed.log()[2..], rounds);
         assert!(bed.events().contains(&What::Inactive));
-        // A guest that runs is told from one that is suspended by its requests.
+        // The supervisor distinguishes a guest that runs from a suspended one by its requests.
         host.switch("runs", true);
         host.suspend(3);
         until("it was tried", || async {
@@ -265,7 +265,7 @@ fn process_that_opens_its_image_late_has_ended_when_the_lease_is_given_up() {
     });
 }
 
-/// The same where an administrator has it open the image.
+/// A late process also ends where an administrator makes it open the image.
 #[test]
 fn process_that_is_unpaused_late_has_ended_when_the_lease_is_given_up() {
     test("unpause-late", |bed| async move {
@@ -305,7 +305,7 @@ fn destination_waits_for_the_source() {
             "locked by both, one after the other"
         );
         host.wish(there);
-        // Who does not let go is named.
+        // The message names a disk that does not let go.
         host.held("tap disk 0 of backend/vbd/3/51712").await;
         host.suspend(3);
         host.is(source, State::Inactive).await;
@@ -328,8 +328,8 @@ fn destination_waits_for_the_source() {
     });
 }
 
-/// The process of a source dies in the middle of it, and the next one does not take the image back before
-/// it is asked for.
+/// The process of a source dies in the middle of it, and the next one does not take the image back before its disk gets
+/// a request.
 #[test]
 fn death_while_an_image_is_let_go_of() {
     test("suspend-death", |bed| async move {
@@ -409,7 +409,7 @@ fn lease_of_an_inactive_disk_is_given_up_by_the_next_supervisor() {
         })
         .await;
         adopt::disks(&bed.lifecycle).await;
-        // It may have been asked for more than this supervisor knows of.
+        // The process may have more questions than this supervisor knows of.
         drop(moving.taken_by_another_host(pid).await);
         moving.is(0, State::Inactive).await;
         bed.lifecycle.destroy_all(bed.registry().all()).await;
@@ -435,7 +435,7 @@ fn death_before_an_image_is_let_go_of() {
     });
 }
 
-/// The supervisor ends in each state, and the next one goes on in it.
+/// The supervisor ends in each state, and the next one continues in it.
 #[test]
 fn next_supervisor_knows_who_is_inactive() {
     let host = Succession::new("suspend-next");

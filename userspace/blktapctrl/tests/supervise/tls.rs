@@ -85,7 +85,7 @@ fn certificates_are_those_that_the_configuration_names() {
             let told = refused(&bed, create(&bed, &some)).await;
             assert!(told.contains(why), "{told}");
         }
-        // What is no file, or not there, is said by its name.
+        // The message names a file that is missing, or that is no file.
         ask(&bed, "ask", &[need(&some, TlsFile::Authorities)]);
         let ca = &files.authorities;
         let names = format!("{}, which tls-ca= names", ca.display());
@@ -115,7 +115,7 @@ fn what_others_may_read_or_change_is_no_key_of_a_certificate() {
     });
 }
 
-/// Whoever writes the file of the authorities decides whom a disk believes.
+/// A user who can change the file of the authorities decides which servers a disk trusts.
 #[test]
 fn what_others_may_change_is_not_believed() {
     test("tls-changed", |bed| async move {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is written down what a guest asks for, whoever serves it and whoever supervises that.
+//! Traces record a guest's requests across changes of its process and of the supervisor.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
@@ -202,7 +202,7 @@ fn a_trace_that_cannot_go_on_ends_and_the_disk_does_not() {
         assert_eq!(is_on(&bed).await, None);
         let after = bed.row(0).await;
         assert_eq!((after.state, after.pid), (Some(State::Running), before.pid));
-        // It is told once, and what there is stays.
+        // The process hears it once, and the recorded part stays.
         until("that the process is told", || async {
             (!path("untraced").exists()).then_some(())
         })

@@ -9,7 +9,7 @@ use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
 use std::fs;
 use std::path::Path;
 
-/// What the process says from now on.
+/// Sets the process' answer from now on.
 fn say(dir: &Path, count: u64, is_stopped: bool) {
     let told = Troubles {
         count,
@@ -76,7 +76,7 @@ fn errors_are_told_but_not_each_of_them() {
         }
         wait_told(&bed, &[(0, false), (27, false)]).await;
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
-        // What the process was told to do about them.
+        // The policy that the process got for them.
         let open = fs::read_to_string(bed.dir.join("policy")).expect("written when it opened");
         assert_eq!(open, "Stop Stop");
     });
@@ -106,7 +106,7 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
     });
 }
 
-/// It stopped while nobody supervised it. What was told before is not told again.
+/// It stopped while there was no supervisor. Failures that were reported before are not reported again.
 #[test]
 fn next_supervisor_pauses_what_has_stopped() {
     let host = Succession::new("stopped-alone");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What happened to disks, for who listens.
+//! Events of disks, for listeners.
 
 use super::{HandedOff, Moved, Poison, Snapshot};
 use crate::stats::{Mirroring, Streaming};
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Numbers events without a gap, from 1. The next supervisor goes on with the numbers.
+    /// Numbers events without a gap, from 1. The next supervisor continues the numbers.
     pub number: u64,
     /// Which numbers these are: a random one, another one when they begin anew, as after a boot. 0 of a supervisor whose
     /// numbers end with it.
@@ -21,17 +21,17 @@ pub struct Event {
     pub at_ms: u64,
     /// The disk.
     pub minor: Option<u32>,
-    /// What.
+    /// Kind of the event, with its details.
     pub what: What,
 }
 
-/// What happened.
+/// Kind of an event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum What {
     /// A disk was made.
     Created {
-        /// What it serves.
+        /// Target that it serves.
         target: Option<Target>,
     },
     /// A process serves.
@@ -64,9 +64,9 @@ pub enum What {
     },
     /// I/O on the image failed.
     Trouble {
-        /// What failed last, or what the disk was stopped for.
+        /// The last failure, or the reason for the stop of the disk.
         trouble: Trouble,
-        /// What is served.
+        /// Target that is served.
         target: Option<Target>,
         /// The error in words.
         error: String,
@@ -77,7 +77,7 @@ pub enum What {
     },
     /// A process could not be replaced; the next attempt follows.
     Failed {
-        /// Why.
+        /// Reason of the failure.
         message: String,
         /// Milliseconds until the next attempt.
         retry_ms: u64,
@@ -91,18 +91,18 @@ pub enum What {
         /// Why the new one does not.
         why: String,
     },
-    /// A disk goes on in a new image.
+    /// A disk switched to a new image.
     Snapshot(Snapshot),
     /// A disk could not: it is served from the image that it had.
     SnapshotUndone {
-        /// Why.
+        /// Reason of the failure.
         why: String,
     },
     /// The image of a disk was to take over what is below it, and that is over.
     Streamed {
         /// The image.
         target: Target,
-        /// What has become of it.
+        /// Result of the stream.
         outcome: Streaming,
     },
     /// A disk was copied to another image, and is served from that.
@@ -111,30 +111,30 @@ pub enum What {
     Mirrored {
         /// The image, which is of no use.
         target: Target,
-        /// What has become of it.
+        /// Result of the mirror.
         outcome: Mirroring,
     },
     /// Where the guest has written since its marks is not known any more: they are gone.
     Unmarked {
-        /// Why.
+        /// Reason of the loss.
         why: String,
     },
-    /// It is not written down any more what the guest asks for, and nobody has ended that.
+    /// A trace of the guest's requests ended without a user's request.
     Untraced {
-        /// The file, which has what was asked for until then.
+        /// The file, which has the requests until then.
         path: PathBuf,
-        /// Why.
+        /// Reason of the end.
         why: String,
     },
     /// A disk was paused.
     Paused,
-    /// A disk goes on.
+    /// A disk resumed.
     Unpaused,
     /// The guest is suspended, and the image is free.
     Inactive,
-    /// Something was asked of an inactive disk, and it has its image.
+    /// An inactive disk got a request, and has its image.
     Active,
-    /// The same, and it does not get it: the guest waits.
+    /// An inactive disk got a request, and does not get its image: the guest waits.
     Held {
         /// Why, and what to do.
         why: String,
@@ -146,17 +146,17 @@ pub enum What {
     },
     /// Something of the disk is not understood, and left alone.
     Unknown {
-        /// What, and what to do.
+        /// Description of the problem, and the remedy.
         why: String,
     },
     /// A process asked for something that it may not have.
     Refused {
-        /// What, why, and what to do.
+        /// Description of the problem, its reason, and the remedy.
         why: String,
     },
     /// The kernel does not serve the disk by itself: its process does all.
     NotDirect {
-        /// Why.
+        /// Reason of the problem.
         why: String,
     },
     /// A process connects to a server once more.
@@ -178,15 +178,15 @@ pub enum What {
         /// How many.
         count: u64,
     },
-    /// What a subscriber knows is of another series: the numbers have begun anew, and it is not known what happened
-    /// before.
+    /// The last known event of the subscriber is of another series: the numbers have begun anew, and earlier events are
+    /// unknown.
     Renumbered,
     /// An event of a newer program.
     #[serde(other)]
     Other,
 }
 
-/// What a supervisor has counted since it began.
+/// Counters of a supervisor since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Counted {

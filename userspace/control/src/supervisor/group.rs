@@ -4,7 +4,7 @@
 use crate::{GroupName, Limits, Pace};
 use serde::{Deserialize, Serialize};
 
-/// What is to be different in the limits of a group. The rest stays.
+/// Changes of the limits of a group. The rest stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GroupChanges {
@@ -33,7 +33,7 @@ impl GroupChanges {
 pub struct Group {
     /// Its name.
     pub name: GroupName,
-    /// What all its disks may do together.
+    /// Limits of all its disks together.
     pub limits: Limits,
     /// Its disks.
     pub members: Vec<Member>,
@@ -48,7 +48,7 @@ pub struct Group {
 pub struct Member {
     /// Its number.
     pub minor: u32,
-    /// What it may do at the moment; nothing if it has no process that could.
+    /// Its present pace; nothing if it has no process that could do I/O.
     pub pace: Option<Pace>,
     /// Bytes in a second that it has done of late.
     pub bytes: u64,

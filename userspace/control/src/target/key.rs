@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images that are encrypted: the file with the key of one is said before its driver.
+//! Encrypted images: a word before the driver names the file with the key.
 
 use super::Target;
 use crate::{Driver, Failure};
@@ -13,12 +13,12 @@ impl Driver {
 }
 
 impl Target {
-    /// The absolute path of the file with the key of the image; nothing if none is said.
+    /// Returns the absolute path of the file with the key of the image; nothing if the target names none.
     pub fn key(&self) -> Option<&Path> {
         self.key.as_deref()
     }
 
-    /// The same, with a key.
+    /// Returns this target with a key.
     ///
     /// # Errors
     /// No image of this driver has one, or the kernel was to serve it, which knows no keys.

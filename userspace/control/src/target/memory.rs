@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Memory that several disks have at once: its name is said before its driver.
+//! Memory that several disks have at once: a word before the driver names it.
 
 use super::Target;
 use crate::changed::{is_name, LONGEST_NAME};
@@ -38,7 +38,7 @@ impl Target {
         self.name.as_deref()
     }
 
-    /// The same, in memory of this name.
+    /// Returns this target in memory of this name.
     ///
     /// # Errors
     /// It is no memory.
@@ -54,7 +54,7 @@ impl Target {
         })
     }
 
-    /// What a guest writes is in memory that no other disk has.
+    /// Whether the guest's writes are in memory that no other disk has.
     pub fn has_own_memory(&self) -> bool {
         self.driver.has_memory() && self.name.is_none()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a new disk is to do when things go wrong, said of its target: the options of `tap-ctl create` and `tap-ctl set` by
-//! their names. xl has no other place for it, and what a host says of all its disks gives way to it.
+//! Behaviour of a new disk on errors, in words of its target: the options of `tap-ctl create` and `tap-ctl set` by
+//! their names. xl has no other place for them, and they override the host's defaults.
 
 use super::Target;
 use crate::supervisor::{Hung, Policy};
@@ -8,7 +8,7 @@ use crate::tapdisk::OnError;
 use crate::Failure;
 use std::fmt;
 
-/// What is said. The rest is as it is for other disks.
+/// The given options. The rest is as it is for other disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SaidRules {
     on_no_space: Option<OnError>,
@@ -38,7 +38,7 @@ impl SaidRules {
         })
     }
 
-    /// The policy of a disk of which this is said.
+    /// Returns a policy with these options applied.
     #[must_use]
     pub fn over(&self, policy: Policy) -> Policy {
         Policy {
@@ -79,7 +79,7 @@ impl fmt::Display for SaidRules {
 }
 
 impl Target {
-    /// What is said of errors and of processes that hang.
+    /// Returns the target's options for errors and for processes that hang.
     pub fn rules(&self) -> SaidRules {
         self.disk
             .as_ref()
@@ -149,7 +149,7 @@ mod tests {
         };
         assert_eq!(policy, expected);
         assert_eq!(target, "aio:/srv/a".parse().unwrap());
-        // What is not said stays.
+        // Rules that the target does not set stay.
         let some: Target = "hung=report,aio:/srv/a".parse().unwrap();
         let only = Policy {
             hung: Hung::Report,

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks that have what others have, too. xl knows the modes `r` and `w` and refuses any other word, so the `!` of `r!`
-//! and `w!` can be said of the target.
+//! and `w!` is a word of the target.
 
 use super::Target;
 use crate::supervisor::Mode;
 
 impl Target {
-    /// It is said that others may have it at once.
+    /// Whether other disks may have it at once (`shared=yes`).
     pub fn is_shared(&self) -> bool {
         self.shared
     }
 
-    /// Takes out what is said of others, which is the disk's and not the image's. Returns the mode with that.
+    /// Takes the `shared=` word out of the target, because it belongs to the disk and not to the image. Returns the
+    /// mode with that.
     pub fn take_shared(&mut self, mode: Mode) -> Mode {
         match (std::mem::take(&mut self.shared), mode) {
             (true, Mode::Read) => Mode::ReadShared,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is said of a target before its driver: words with a value, in any order.
+//! Words of a target before its driver, each with a value, in any order.
 
 use super::{typed_rate, typed_size, yes_or_no, MemoryName, OfDisk, SaidRules, Target};
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
 use std::path::PathBuf;
 
-/// What was said.
+/// The given words.
 #[derive(Debug, Default)]
 pub(super) struct Words {
     lease: Option<LeaseKind>,
@@ -73,7 +73,7 @@ impl Words {
         }
     }
 
-    /// The target with all that was said of it.
+    /// Returns the target with all words applied.
     pub(super) fn apply(self, target: Target) -> Result<Target, Failure> {
         let target = with(target, self.lease, Target::with_lease)?;
         let target = with(target, self.direct, Target::with_direct)?;
@@ -105,7 +105,7 @@ impl Words {
     }
 }
 
-/// The target with what was said, if it was.
+/// Returns the target with a word applied, if it was given.
 fn with<V>(
     target: Target,
     said: Option<V>,
@@ -117,17 +117,17 @@ fn with<V>(
     }
 }
 
-/// Bytes in a second as somebody types it.
+/// Parses bytes in a second, as a user types them.
 fn rate(text: &str) -> Result<u64, Failure> {
     typed_rate(text).map_err(|why| Failure::invalid(format!("bps={text}: {why}")))
 }
 
-/// Memory as somebody types it.
+/// Parses bytes of memory, as a user types them.
 fn bytes(name: &str, text: &str) -> Result<u64, Failure> {
     typed_size(text).map_err(|why| Failure::invalid(format!("{name}={text}: {why}")))
 }
 
-/// How what is below is read: there is one way to be said.
+/// Parses the way in which backing images are read, of which there is one.
 fn cached(text: &str) -> Result<(), Failure> {
     match text {
         "cached" => Ok(()),
@@ -147,7 +147,7 @@ fn yes(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Requests in a second as somebody types it.
+/// Parses requests in a second, as a user types them.
 fn count(text: &str) -> Result<u32, Failure> {
     text.parse().map_err(|_| {
         Failure::invalid(format!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One connection: requests go out as they come, and answers find who waits for them.
+//! One connection: requests go out as they come, and each answer goes to the caller that waits for it.
 
 use super::handshake::About;
 use super::outgoing::{Message, Outgoing};
@@ -19,7 +19,7 @@ const MOST_CHUNK: usize = (1 << 20) + 64;
 /// Extents that an answer tells of at most: QEMU's server sends 128 Ki of them.
 const MOST_TOLD: usize = 256 << 10;
 
-/// How long a server has to hear that nothing more comes. Whoever ends a process waits longer for that.
+/// Time for a server to learn that nothing more comes. A program that ends a process waits longer for that.
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// A request, which may have to be sent more than once.
@@ -30,12 +30,12 @@ pub(super) struct Request {
     pub(super) offset: u64,
     /// Bytes of the export, those of the data if there are any.
     pub(super) len: u32,
-    /// What is written, if it is a write. Nobody else has it.
+    /// Data of a write, which no other task changes.
     pub(super) payload: Option<Bytes>,
 }
 
 impl Request {
-    /// One without data.
+    /// Makes a request without data.
     pub(super) fn plain(command: u16, offset: u64, len: u32) -> Self {
         Self {
             command,
@@ -46,7 +46,7 @@ impl Request {
         }
     }
 
-    /// It changes what is on the export.
+    /// Returns true if it changes the export.
     pub(super) fn changes(&self) -> bool {
         matches!(
             self.command,
@@ -69,21 +69,21 @@ impl Request {
 /// An extent as a server tells of it: bytes, and whether they are zeroes.
 pub(super) type Told = (u32, bool);
 
-/// Why there is no good answer.
+/// Reason why there is no good answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unanswered {
     /// The server says that it failed.
     Failed(Errno),
-    /// The connection is gone, and nobody knows what became of the request.
+    /// The connection is gone, and the fate of the request is unknown.
     Lost,
 }
 
-/// Who waits for an answer.
+/// State of a request that waits for an answer.
 #[derive(Debug)]
 struct Waiting {
     command: u16,
     offset: u64,
-    /// Where the data of a read goes; nothing any more if nobody waits.
+    /// Buffer for the data of a read; `None` once the caller has stopped waiting.
     data: Option<Data>,
     len: u32,
     changes: bool,
@@ -92,16 +92,16 @@ struct Waiting {
     error: Option<Errno>,
     answer: Option<Result<Vec<Told>, Unanswered>>,
     waker: Option<Waker>,
-    /// Nobody waits any more.
+    /// True if the caller has stopped waiting.
     is_withdrawn: bool,
 }
 
-/// How a connection ended.
+/// End of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Loss {
-    /// The server has closed it, or is not there any more: it takes nothing more from it.
+    /// True if the server has closed it or is gone, so that it takes no more requests from it.
     pub(super) by_server: bool,
-    /// Something was to be changed, and nobody knows whether and when it is.
+    /// True if a change was under way, and it is unknown whether and when the server executes it.
     pub(super) unsure: bool,
 }
 
@@ -133,7 +133,7 @@ impl Connection {
         &self.about
     }
 
-    /// How it ended, if it has.
+    /// Returns how it ended, if it has.
     pub(super) fn loss(&self) -> Option<Loss> {
         self.loss.get()
     }
@@ -300,7 +300,7 @@ impl Connection {
         }
     }
 
-    /// Data of a read comes, from `at` on within what is read.
+    /// Receives data of a read, from byte `at` of the read on.
     async fn data(
         &self,
         incoming: &mut Incoming,
@@ -319,7 +319,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Where data of a read goes; nowhere if nobody waits for it any more, who may have given the memory away.
+    /// Returns the buffer for data of a read; `None` once the caller has stopped waiting, because it may have freed the
+    /// memory.
     fn target(&self, cookie: u64, at: usize, len: usize) -> Option<Data> {
         let all = self.waiting.borrow();
         let data = all.get(&cookie).and_then(|waiting| waiting.data.as_ref());
@@ -333,7 +334,7 @@ impl Connection {
                 waiting.command != command::READ || waiting.cover.is_whole(waiting.len as usize);
             waiting.answer = Some(match waiting.error {
                 Some(error) => Err(Unanswered::Failed(error)),
-                // What did not come would be what was in the memory before.
+                // Missing data would show the old content of the memory.
                 None if !is_whole => return Err(Errno::PROTO),
                 None => Ok(std::mem::take(&mut waiting.told)),
             });
@@ -346,7 +347,7 @@ impl Connection {
         Ok(())
     }
 
-    /// What is known of a request that was sent and has no answer yet.
+    /// Works on the state of a request that was sent and has no answer yet.
     fn with<T>(
         &self,
         cookie: u64,
@@ -380,7 +381,7 @@ impl Connection {
         self.forget_withdrawn();
     }
 
-    /// Lets go of answers that nobody takes.
+    /// Drops answers whose callers have stopped waiting.
     fn forget_withdrawn(&self) {
         let mut all = self.waiting.borrow_mut();
         all.retain(|_, waiting| !waiting.is_withdrawn || waiting.answer.is_none());
@@ -395,7 +396,7 @@ impl Connection {
                 head: Request::plain(command::DISCONNECT, 0, 0).head(0),
                 payload: None,
             });
-            // Before that may be messages that nobody waits for any more, and the server may not read.
+            // The queue may hold messages whose callers have stopped waiting, and the server may not read.
             let sent = async {
                 self.outgoing.is_sent().await;
                 Ok(())
@@ -418,7 +419,7 @@ impl Waiting {
     }
 }
 
-/// A request that somebody waits for. Dropping it ends the wait.
+/// A request whose caller waits for it. Dropping it ends the wait.
 struct Asked<'a> {
     connection: &'a Connection,
     cookie: u64,
@@ -437,7 +438,7 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// What a chunk tells of extents.
+/// Returns the extents in a chunk.
 fn told(bytes: &[u8], context: Option<u32>) -> Option<Vec<Told>> {
     let (number, rest) = bytes.split_first_chunk::<4>()?;
     if Some(u32::from_be_bytes(*number)) != context {

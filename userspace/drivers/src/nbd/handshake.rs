@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is agreed upon before a server serves.
+//! Handshake: the negotiation before a server serves.
 
 use super::proto::{self, info, option, option_reply, Handshake, Transmission};
 use super::stream::Incoming;
@@ -12,7 +12,7 @@ use rustls::ClientConnection;
 const MOST_REPLY: usize = 64 << 10;
 /// Answers to one option at most.
 const MOST_REPLIES: u32 = 256;
-/// What a server takes that says nothing of it.
+/// Largest transfer in bytes of a server that reports none.
 const TRANSFER: u32 = 32 << 20;
 /// Zeroes behind the answer to EXPORT_NAME.
 const ZEROES: usize = 124;
@@ -31,13 +31,13 @@ pub(super) struct About {
     pub(super) best: u32,
     /// Bytes of the largest transfer.
     pub(super) largest: u32,
-    /// Number of what it tells of extents, if it does.
+    /// Number of its metadata context for holes, if it has one.
     pub(super) context: Option<u32>,
     /// Answers of reads are chunks.
     pub(super) has_chunks: bool,
 }
 
-/// Why there is no export to be used.
+/// Reason why the export cannot be used.
 #[derive(Debug)]
 pub(super) enum Refused {
     /// The connection.
@@ -58,17 +58,17 @@ struct Reply {
     data: Vec<u8>,
 }
 
-/// Who talks about it.
+/// State of a handshake.
 pub(super) struct Talk<'a> {
     pub(super) wire: &'a Wire,
     pub(super) incoming: &'a mut Incoming,
-    /// What the export is called in messages.
+    /// Name of the export in messages.
     pub(super) name: &'a str,
 }
 
 impl Talk<'_> {
-    /// Agrees about an export; what comes after this are answers to requests. With `tls` it is encrypted before
-    /// anything is said of it.
+    /// Negotiates an export; all later messages are answers to requests. With `tls` the connection is encrypted before
+    /// the server learns anything about the export.
     pub(super) async fn agree(
         &mut self,
         export: &str,
@@ -95,12 +95,12 @@ impl Talk<'_> {
         })
     }
 
-    /// Says whether the server leaves out zeroes of which nobody has any use.
+    /// Reads the greeting, and returns whether the server leaves out unneeded zeroes.
     async fn greet(&mut self) -> Result<bool, Refused> {
         let magic: [u8; 16] = self.incoming.array().await?;
         let old = || {
             Refused::Failure(Failure::unsupported(
-                "what listens there is no NBD server of the newstyle protocol: see to the address",
+                "no NBD server of the newstyle protocol listens there: check the address",
             ))
         };
         if magic != *proto::MAGIC {
@@ -116,32 +116,32 @@ impl Talk<'_> {
         Ok(ours.contains(Handshake::NO_ZEROES))
     }
 
-    /// Encrypts what follows, or ends: nothing is said without it.
+    /// Encrypts the connection, or fails: nothing about the export goes out in plain text.
     async fn encrypt(&mut self, tls: ClientConnection) -> Result<(), Refused> {
         self.ask(option::STARTTLS, &[]).await?;
         let reply = self.reply(option::STARTTLS).await?;
         if reply.kind != option_reply::ACK {
             let what = format!(
-                "the server of {} does not encrypt, and was told nothing",
+                "the server of {} does not encrypt, so nothing was sent to it",
                 self.name
             );
             let failure = match reply.kind {
                 option_reply::UNSUPPORTED | option_reply::POLICY => Failure::unsupported(format!(
-                    "{what}: give it certificates (qemu-nbd --tls-creds, nbdkit --tls), or leave tls-ca= away if \
-                     whoever is between here and there may read and change the disk{}",
+                    "tls-ca= needs TLS, and {what}: give it certificates (qemu-nbd --tls-creds, nbdkit --tls), or omit \
+                     tls-ca= if others on the network may read and change the disk{}",
                     shown(&reply.data)
                 )),
                 _ => Failure::new(Code::Image, format!("{what}{}", shown(&reply.data))),
             };
             return Err(Refused::Failure(failure));
         }
-        // The server waits for us now. Who speaks all the same is somebody on the way, and what that said must not be
-        // taken for what comes encrypted.
+        // The server waits for this client now. An early message comes from a third party in between, and must not be
+        // taken for encrypted data.
         if !self.incoming.is_empty() {
             return Err(Refused::Failure(Failure::new(
                 Code::Denied,
                 format!(
-                    "somebody has said something for the server of {} before the encryption began: see what is \
+                    "a third party has answered for the server of {} before the encryption began: check the network \
                      between this host and it",
                     self.name
                 ),
@@ -150,7 +150,7 @@ impl Talk<'_> {
         Ok(self.wire.encrypt(tls).await?)
     }
 
-    /// What the server tells of holes gets a number, if it knows about them.
+    /// Asks the server for the number of its metadata context for holes, if it has one.
     async fn context(&mut self, export: &str) -> Result<Option<u32>, Refused> {
         let mut data = text(export);
         data.extend(1_u32.to_be_bytes());
@@ -165,7 +165,7 @@ impl Talk<'_> {
                 }
                 (option_reply::META_CONTEXT, _) => {}
                 (option_reply::ACK, _) => return Ok(found),
-                // It knows nothing of that, which is no reason not to use it.
+                // The server has no such context, and can be used without it.
                 (kind, _) if kind & option_reply::ERROR != 0 => return Ok(None),
                 _ => return Err(Errno::PROTO.into()),
             }
@@ -173,7 +173,7 @@ impl Talk<'_> {
         Err(Errno::PROTO.into())
     }
 
-    /// The export; nothing if the server does not know how it is asked for here.
+    /// Returns the export; `None` if the server does not know this form of the question.
     async fn go(&mut self, export: &str) -> Result<Option<About>, Refused> {
         let mut data = text(export);
         data.extend(1_u16.to_be_bytes());
@@ -208,8 +208,8 @@ impl Talk<'_> {
         Err(Errno::PROTO.into())
     }
 
-    /// The export, as servers know it that do not know GO, such as that of XAPI. One that has none of that name
-    /// ends the connection.
+    /// Asks for the export in the way of servers that do not know GO, such as that of XAPI. A server that has no export
+    /// of that name ends the connection.
     async fn by_name(&mut self, export: &str, is_brief: bool) -> Result<About, Refused> {
         self.ask(option::EXPORT_NAME, export.as_bytes()).await?;
         let size = u64::from_be_bytes(self.incoming.array().await?);
@@ -258,7 +258,7 @@ enum Info {
     Blocks([u32; 3]),
 }
 
-/// What is known of what a server tells.
+/// Parses an information about the export.
 fn known(data: &[u8]) -> Option<Info> {
     let (kind, rest) = data.split_first_chunk::<2>()?;
     match u16::from_be_bytes(*kind) {
@@ -282,7 +282,7 @@ fn known(data: &[u8]) -> Option<Info> {
     }
 }
 
-/// Why a server does not serve an export.
+/// Returns the failure for a server that does not serve an export.
 fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
     let (code, why) = match kind {
         option_reply::UNKNOWN_EXPORT => (
@@ -303,7 +303,7 @@ fn refused(export: &str, kind: u32, said: &[u8]) -> Failure {
     )
 }
 
-/// A server's own message, as far as it can be shown.
+/// Returns the printable part of a server's own message.
 fn shown(said: &[u8]) -> String {
     let said: String = String::from_utf8_lossy(said)
         .chars()

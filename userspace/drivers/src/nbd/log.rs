@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a server has answered and may still lose: it was changed, and not flushed since.
+//! Requests that a server has answered and may still lose: changes since the last flush.
 
 use super::connection::Request;
 use diskio::Bytes;
 use std::collections::VecDeque;
 
-/// Bytes of data that are kept at most, before they are flushed whether the guest wants it or not.
+/// Bytes of data after which the log is flushed, even if the guest does not flush.
 pub(super) const MOST: usize = 16 << 20;
 /// Bytes that a request counts beside its data.
 const HEAD: usize = 128;
@@ -19,18 +19,18 @@ fn held(request: &Request) -> usize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Mark(u64);
 
-/// Requests, in the order in which they were answered.
+/// Requests in the order of their answers.
 #[derive(Debug, Default)]
 pub(super) struct Log {
     requests: VecDeque<Request>,
-    /// Those that were taken out.
+    /// Number of requests that were removed.
     before: u64,
     bytes: usize,
 }
 
 impl Log {
-    /// A request was answered, which changed something. What is durable already is kept, too, behind what is not:
-    /// executed again, the earlier one would undo it.
+    /// Adds an answered request that changed the export. A durable request is kept, too, behind others: if an earlier
+    /// one were executed again, it would undo this one.
     pub(super) fn note(&mut self, request: &Request, is_durable: bool) {
         if !is_durable || !self.requests.is_empty() {
             self.bytes += held(request);
@@ -44,7 +44,7 @@ impl Log {
         Mark(self.before + self.requests.len() as u64)
     }
 
-    /// What was answered before is durable.
+    /// Drops the requests before `mark`, which are durable.
     pub(super) fn forget(&mut self, mark: Mark) {
         while Mark(self.before) < mark {
             let Some(request) = self.requests.pop_front() else {
@@ -55,12 +55,12 @@ impl Log {
         }
     }
 
-    /// It is time to flush.
+    /// Returns true if it is time to flush.
     pub(super) fn is_full(&self) -> bool {
         self.bytes > MOST
     }
 
-    /// Those to execute again, in order.
+    /// Returns the requests to execute again, in order.
     pub(super) fn all(&self) -> Vec<Request> {
         self.requests.iter().cloned().collect()
     }

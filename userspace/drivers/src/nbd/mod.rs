@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `nbd`: an export of an NBD server.
 //!
-//! A connection that ends is replaced by another one, and nothing is lost by that: what was not answered is sent
-//! again, and before it what was answered and not flushed ([`log`]), because the server may have forgotten it. What
-//! nobody knows the end of could still be executed late, so that is waited for first.
+//! A lost connection is replaced by another one, without a loss of data: unanswered requests are sent again, and before
+//! them those that were answered and not flushed ([`log`]), because the server may have lost their effect. A change
+//! whose end is unknown may still be executed late, so the replacement waits for that first.
 
 mod connection;
 mod handshake;
@@ -32,7 +32,7 @@ use stream::Incoming;
 pub use tls::Credentials;
 use wire::Wire;
 
-/// How long a handshake may take.
+/// Time limit of a handshake.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Time between attempts to connect, the first and the longest one.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
@@ -40,18 +40,19 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5
 const TRANSFER: u32 = 4 << 20;
 /// Bytes that are zeroed or discarded at once: servers may take long for it.
 const ZEROES: u32 = 256 << 20;
-/// Bytes of which is asked what is there at once: an answer has less than what is accepted, if each sector is an
-/// extent of its own.
+/// Bytes of one query of extents: even if each sector is an extent of its own, the answer is smaller than the limit for
+/// answers.
 const STATUS: u32 = 32 << 20;
 /// Bytes of a logical block at most.
 const MAX_BLOCK: u32 = 4096;
 
-/// Makes connections to the server: sockets that do not block, after no word was said.
+/// Makes connections to the server: non-blocking sockets on which no byte was sent or received.
 pub trait Connect: 'static {
-    /// Another one. It may take its time, and it is asked again if it fails.
+    /// Makes a connection. It may take any time, and is called again after a failure.
     fn connect(&self) -> impl std::future::Future<Output = Result<OwnedFd, Failure>>;
 
-    /// What is believed and shown where the connection is [encrypted](Options::tls). It is asked for with each.
+    /// Returns the trusted authorities and the own certificate for an [encrypted](Options::tls) connection. It is
+    /// called for each connection.
     fn credentials(&self) -> impl std::future::Future<Output = Result<Credentials, Failure>> {
         async { Err(Failure::unsupported("there are no certificates here")) }
     }
@@ -64,14 +65,14 @@ pub struct Nbd<C> {
     connector: C,
     options: Options,
     connection: RefCell<Option<Rc<Connection>>>,
-    /// Who replaces the connection is alone.
+    /// Serialises replacements of the connection.
     renewing: Gate,
-    /// What the guest knows.
+    /// Export as the guest knows it.
     about: OnceCell<About>,
     log: RefCell<Log>,
     /// All flushes of the server.
     flushes: Barrier,
-    /// How long is waited before the next connection is replaced: it grows with each that answered nothing.
+    /// Time before the next attempt to replace the connection: it grows with each attempt without an answer.
     pause: Cell<Duration>,
     connected: Cell<u64>,
     replayed: Cell<u64>,
@@ -79,15 +80,15 @@ pub struct Nbd<C> {
 
 impl<C> Drop for Nbd<C> {
     fn drop(&mut self) {
-        // Who was not closed in order has a server that may take one client only.
+        // The server of a disk that was not closed in order may accept one client only.
         if let Some(connection) = self.connection.get_mut().take() {
             connection.end(Errno::CANCELED);
         }
     }
 }
 
-/// A connection whose server does not know yet what the last one was told. If that does not come to its end, or nobody
-/// waits for it any more, what it was sent may be executed late: its loss counts from then on.
+/// A connection whose server does not have the changes of the last one yet. If the replay fails or is cancelled, the
+/// server may execute parts of it late: its loss counts from then on.
 struct Fresh<'a, C> {
     nbd: &'a Nbd<C>,
     connection: Rc<Connection>,
@@ -114,7 +115,7 @@ impl<C> Drop for Fresh<'_, C> {
         if !self.is_taken {
             self.connection.end(Errno::CANCELED);
             let mut current = self.nbd.connection.borrow_mut();
-            // Unless it was closed meanwhile.
+            // Unless the disk was closed during that.
             if current.is_some() {
                 current.replace(self.connection.clone());
             }
@@ -125,7 +126,7 @@ impl<C> Drop for Fresh<'_, C> {
 impl<C: Connect> Nbd<C> {
     /// An export that is reached by `connector`.
     pub fn new(runtime: &Runtime, connector: C, options: Options) -> Self {
-        // A flush lets go of all of the log.
+        // A flush frees all memory of the log.
         runtime.io.keep_buffers(log::MOST);
         Self {
             runtime: runtime.clone(),
@@ -161,7 +162,7 @@ impl<C: Connect> Nbd<C> {
                 incoming: &mut incoming,
                 name: &self.options.name,
             };
-            // What is refused is no error of the connection.
+            // A refusal is no error of the connection.
             match talk.agree(&self.options.export, tls).await {
                 Ok(about) => Ok(Ok(about)),
                 Err(Refused::Failure(failure)) => Ok(Err(failure)),
@@ -179,7 +180,7 @@ impl<C: Connect> Nbd<C> {
         Ok(connection)
     }
 
-    /// Why a connection has ended before it was agreed about it.
+    /// Returns the failure for a connection that ended during the handshake.
     fn unsaid(&self, wire: &Wire, error: Errno) -> Failure {
         let Options { name, tls, .. } = &self.options;
         let host = tls.as_deref().unwrap_or_default();
@@ -202,7 +203,7 @@ impl<C: Connect> Nbd<C> {
         Failure::system(what, &std::io::Error::from(error))
     }
 
-    /// The export is what the disk can be, and still what the guest knows.
+    /// Checks that the export suits the disk, and that it still has the properties that the guest knows.
     fn check(&self, about: &About) -> Result<(), Failure> {
         let image = |why: String| Err(Failure::new(Code::Image, why));
         let name = &self.options.name;
@@ -240,8 +241,8 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// The connection, a new one if the last one is lost. That takes as long as it takes, as a disk's
-    /// cable does that is pulled.
+    /// Returns the connection, or a new one if the last one is lost. The caller waits as long as necessary, as with a
+    /// disk whose cable was pulled.
     async fn connection(&self) -> Result<Rc<Connection>, Errno> {
         loop {
             let current = self.connection.borrow().clone();
@@ -261,7 +262,7 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// Another connection instead of a lost one, to a server that knows what the last one was told.
+    /// Replaces a lost connection, and replays the last one's changes on it.
     async fn renew(&self, loss: Loss) -> Result<Rc<Connection>, Errno> {
         let mut loss = loss;
         let mut told = None;
@@ -293,7 +294,7 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// Waits for a while before the server is asked again, longer each time until it has answered something.
+    /// Waits before the next attempt, longer each time until the server has answered a request.
     async fn rest(&self) -> Result<(), Errno> {
         let [first, longest] = PAUSES;
         let pause = self.pause.get();
@@ -304,7 +305,7 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// Says what is wrong, once as long as it stays the same.
+    /// Reports a fault, and repeats it only after it has changed.
     fn tell(&self, told: &mut Option<String>, what: String) {
         if told.as_ref() != Some(&what) {
             diskio::say!(
@@ -315,7 +316,7 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// Waits until what was lost cannot be executed any more.
+    /// Waits until the server can no longer execute requests of a lost connection.
     async fn settle(&self, loss: Loss) -> Result<(), Errno> {
         let settle = self.options.settle;
         match loss {
@@ -327,7 +328,8 @@ impl<C: Connect> Nbd<C> {
         }
     }
 
-    /// Brings a server to where the last connection was. One request after the other: they may overlap.
+    /// Repeats the requests of the log on a new connection. The requests run one after the other, because they may
+    /// overlap.
     async fn replay(&self, connection: &Rc<Connection>) -> Result<(), Unanswered> {
         let (all, mark) = {
             let log = self.log.borrow();
@@ -350,7 +352,7 @@ impl<C: Connect> Nbd<C> {
         Ok(())
     }
 
-    /// Executes a request, as often as connections are lost meanwhile.
+    /// Executes a request, and repeats it on each new connection.
     async fn perform(&self, request: &Request, data: Option<Data>) -> Result<Vec<Told>, Errno> {
         loop {
             let connection = self.connection().await?;
@@ -360,7 +362,7 @@ impl<C: Connect> Nbd<C> {
                     return Ok(told);
                 }
                 Err(Unanswered::Lost) => {}
-                // It ends, and another one takes its place.
+                // The server is shutting down, so another connection takes the place of this one.
                 Err(Unanswered::Failed(Errno::SHUTDOWN)) => connection.end(Errno::SHUTDOWN),
                 Err(Unanswered::Failed(error)) => {
                     self.pause.set(Duration::ZERO);
@@ -376,14 +378,14 @@ impl<C: Connect> Nbd<C> {
         if is_durable {
             request.flags |= CommandFlags::FUA;
         }
-        // What cannot be flushed is not added to.
+        // A log that cannot be flushed must not grow.
         if self.log.borrow().is_full() {
             let flushed = self.flushes.settle(async || self.flush_log().await).await;
             flushed.map_err(of_earlier)?;
         }
         let done = self.perform(&request, None).await;
         done.map_err(|error| match is_durable {
-            // It may do that by a flush.
+            // The server may implement FUA as a flush.
             true => of_earlier(error),
             false => error,
         })?;
@@ -393,7 +395,7 @@ impl<C: Connect> Nbd<C> {
         Ok(())
     }
 
-    /// Has the server make durable what it has answered, and forgets that.
+    /// Flushes the answered requests on the server, and drops them from the log.
     async fn flush_log(&self) -> Result<(), Errno> {
         let mark = self.log.borrow().mark();
         let flush = Request::plain(command::FLUSH, 0, 0);
@@ -412,7 +414,7 @@ fn block(about: &About) -> u32 {
     about.smallest.max(512)
 }
 
-/// What the guest knows is true of it.
+/// Returns true if an export still has the properties that the guest knows.
 fn is_same(known: &About, now: &About) -> bool {
     let needed = known.flags - Transmission::CAN_MULTI_CONN - Transmission::READ_ONLY;
     let is_transferred = now.smallest <= block(known) && now.largest >= limit(known);
@@ -470,7 +472,7 @@ impl<C: Connect> Driver for Nbd<C> {
     }
 
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno> {
-        // Copied once: the guest may change its own, and the log needs what was sent.
+        // The data is copied once, because the guest may change its own, and the log needs the data that was sent.
         let payload = self.runtime.io.buffer(data.len())?;
         data.copy_to(&payload, 0);
         let request = Request {
@@ -556,7 +558,7 @@ impl<C: Connect> Driver for Nbd<C> {
             true => self.flush().await,
             false => Ok(()),
         };
-        // Whatever came of that, the server may take one client only.
+        // The connection is closed even if the flush failed, because the server may accept one client only.
         flushed.and(self.close().await)
     }
 

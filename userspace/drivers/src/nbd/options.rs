@@ -1,40 +1,41 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is wanted of an export.
+//! Options of an export.
 
 use std::time::Duration;
 
-/// How long a server that has closed its connection may go on with what it took from it.
+/// Time in which a server that has closed its connection may still execute requests from it.
 const CLOSED: Duration = Duration::from_secs(10);
-/// The same for one that was given up: what it was sent may still be on its way.
+/// Time in which a server may still execute requests from a connection that was given up: they may still be on their
+/// way.
 const GIVEN_UP: Duration = Duration::from_millis(crate::driver::SETTLE_MS as u64);
 
-/// What is wanted of an export.
+/// Options of an export.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Its name.
+    /// Name of the export.
     pub export: String,
-    /// What to call it in messages.
+    /// Name of the disk in messages.
     pub name: String,
-    /// It is to be written.
+    /// True if the disk may be changed.
     pub writable: bool,
-    /// The name or address that the server proves to have. Nothing is said to a server that does not; without a name
-    /// here, nothing is encrypted.
+    /// Name or address that the server's certificate must have. The client sends nothing to a server without that
+    /// proof; without a name here, the connection is not encrypted.
     pub tls: Option<String>,
-    /// How long is waited for what may be executed late: for tests.
+    /// Time to wait for changes that may be executed late: for tests.
     pub settle: Settle,
 }
 
-/// How long is waited until a lost connection is replaced, if it is not known what became of a change.
+/// Time until a lost connection is replaced, if the fate of a change is unknown.
 #[derive(Clone, Copy, Debug)]
 pub struct Settle {
-    /// Where the server has closed it.
+    /// After the server has closed it.
     pub closed: Duration,
-    /// Where it was given up.
+    /// After this client has given it up.
     pub given_up: Duration,
 }
 
 impl Settle {
-    /// For a server behind a network: who closes a connection may be something in between.
+    /// Returns the times for a server behind a network: another machine in between may have closed the connection.
     pub fn network() -> Self {
         Self {
             closed: GIVEN_UP,

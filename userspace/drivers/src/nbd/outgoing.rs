@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is to be sent. All that gathers while one task sends goes with the next call, so a server wakes up once for it.
+//! Queue of requests to send. All messages that arrive during a send go out with the next call, so a server wakes up
+//! once for them.
 
 use super::proto;
 use super::wire::Wire;
@@ -9,7 +10,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
-/// Bytes that go with one call, unless a request alone has more: small ones gather, and what is large goes by itself.
+/// Bytes that go with one call, unless one request is larger: small requests gather, and a large one goes alone.
 const BATCH: usize = 64 << 10;
 
 /// A request as it is sent.
@@ -41,7 +42,7 @@ pub(super) struct Outgoing {
     is_busy: Cell<bool>,
     is_closed: Cell<bool>,
     sender: RefCell<Option<Waker>>,
-    /// Who waits until all is sent.
+    /// Task that waits until the queue is empty.
     waiter: RefCell<Option<Waker>>,
 }
 
@@ -52,7 +53,7 @@ impl Outgoing {
         wake(&self.sender);
     }
 
-    /// Takes one out of which nothing is sent. False if there is none such.
+    /// Removes a message of which no byte was sent. Returns false if there is none.
     pub(super) fn withdraw(&self, cookie: u64) -> bool {
         let mut queue = self.queue.borrow_mut();
         let first = usize::from(self.begun.get() > 0);
@@ -71,7 +72,7 @@ impl Outgoing {
         wake(&self.waiter);
     }
 
-    /// Sends what is added until this is closed or the connection fails. One task does it.
+    /// Sends all messages until this is closed or the connection fails. Only one task may call it.
     pub(super) async fn send_all(&self, wire: &Wire) -> Result<(), Errno> {
         while self.is_wanted().await {
             self.is_busy.set(true);
@@ -100,7 +101,7 @@ impl Outgoing {
         .await
     }
 
-    /// One call.
+    /// Sends as much as one call takes.
     fn send_some(&self, wire: &Wire) -> Result<(), Errno> {
         let mut queue = self.queue.borrow_mut();
         let parts = batch(&queue).flat_map(Message::parts);
@@ -170,7 +171,7 @@ mod tests {
         (outgoing, server)
     }
 
-    /// A message whose bytes are its number.
+    /// Makes a message whose bytes are its number.
     fn message(cookie: u8, len: usize) -> Message {
         let payload = vec![cookie; len];
         Message {
@@ -193,12 +194,12 @@ mod tests {
     #[test]
     fn what_gathers_goes_with_one_call() {
         let runtime = Runtime::new();
-        // What goes with one call comes as one packet.
+        // Messages of one call arrive as one packet.
         let (outgoing, server) = started(&runtime, SocketType::SEQPACKET);
         for cookie in 1..=20 {
             outgoing.push(message(cookie, 512));
         }
-        // It has no room there.
+        // This message does not fit into the packet.
         outgoing.push(message(21, BATCH));
         assert!(received(&server, 1).is_empty(), "a call for each");
         assert_eq!(outgoing.queue.borrow().len(), 21);

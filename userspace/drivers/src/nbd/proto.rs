@@ -7,7 +7,7 @@ use bitflags::bitflags;
 use diskio::Errno;
 
 bitflags! {
-    /// How both ends shake hands; a client's are 32 bits of these.
+    /// Flags of the handshake; a client's are 32 bits of these.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Handshake: u32 {
         /// Options are answered in a way that a client can skip.
@@ -16,93 +16,94 @@ bitflags! {
         const NO_ZEROES = 1 << 1;
     }
 
-    /// What an export can do.
+    /// Abilities of an export.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Transmission: u16 {
-        /// The others count.
+        /// The other flags are valid.
         const HAS_FLAGS = 1 << 0;
-        /// It cannot be written.
+        /// The export is read-only.
         const READ_ONLY = 1 << 1;
-        /// It can be flushed, and has to be.
+        /// The export supports flushes, and needs them.
         const SEND_FLUSH = 1 << 2;
-        /// It heeds [`CommandFlags::FUA`].
+        /// The server supports [`CommandFlags::FUA`].
         const SEND_FUA = 1 << 3;
-        /// It can discard.
+        /// The server can discard.
         const SEND_TRIM = 1 << 5;
-        /// It can write zeroes without data.
+        /// The server can write zeroes without data.
         const SEND_WRITE_ZEROES = 1 << 6;
-        /// What one connection has flushed is durable for all.
+        /// A flush on one connection covers the writes of all.
         const CAN_MULTI_CONN = 1 << 8;
     }
 
-    /// How a command is to be done.
+    /// Flags of a command.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct CommandFlags: u16 {
-        /// It is durable when it is answered.
+        /// The change must be durable before the answer.
         const FUA = 1 << 0;
-        /// One extent is enough.
+        /// One extent is enough as an answer.
         const REQ_ONE = 1 << 3;
     }
 }
 
 /// The first bytes of a server that speaks a newstyle; 16 bits of [`Handshake`] follow.
 pub const MAGIC: &[u8; 16] = b"NBDMAGICIHAVEOPT";
-/// What each option begins with.
+/// Magic number of an option.
 pub const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
-/// What the answer to an option begins with.
+/// Magic number of an answer to an option.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-/// What a request begins with.
+/// Magic number of a request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
-/// What a simple answer begins with.
+/// Magic number of a simple answer.
 pub const REPLY_MAGIC: u32 = 0x6744_6698;
-/// What a chunk of an answer begins with.
+/// Magic number of a chunk of an answer.
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 /// Bytes of a request without its data.
 pub const REQUEST: usize = 28;
-/// What is told of extents: which are holes.
+/// Metadata context for holes.
 pub const ALLOCATION: &[u8] = b"base:allocation";
-/// What is told of extents: which were written since something that has the name behind this. QEMU calls it so.
+/// Prefix of the metadata contexts for ranges that have changed, in QEMU's convention: the name of a dirty bitmap
+/// follows.
 pub const DIRTY: &[u8] = b"qemu:dirty-bitmap:";
 
-/// What a client asks for before it is served.
+/// Options that a client may send during the handshake.
 pub mod option {
     /// Serve the export whose name is all of the data; there is no way to refuse.
     pub const EXPORT_NAME: u32 = 1;
     /// The end.
     pub const ABORT: u32 = 2;
-    /// Which exports are there?
+    /// List the exports.
     pub const LIST: u32 = 3;
     /// Encrypt all that follows.
     pub const STARTTLS: u32 = 5;
-    /// What is the export like?
+    /// Describe the export.
     pub const INFO: u32 = 6;
     /// Serve the export.
     pub const GO: u32 = 7;
-    /// Answer reads with chunks, and know of extents.
+    /// Answer reads with chunks; metadata contexts need this.
     pub const STRUCTURED_REPLY: u32 = 8;
-    /// What is known of extents?
+    /// List the metadata contexts.
     pub const LIST_META_CONTEXT: u32 = 9;
-    /// Tell this of extents.
+    /// Choose metadata contexts.
     pub const SET_META_CONTEXT: u32 = 10;
 }
 
 /// Kinds of answers to an option; those that refuse it have [`ERROR`](option_reply::ERROR) set.
 pub mod option_reply {
-    /// It is done.
+    /// The server has done it.
     pub const ACK: u32 = 1;
     /// The name of an export.
     pub const SERVER: u32 = 2;
     /// Something about the export, see [`info`](super::info).
     pub const INFO: u32 = 3;
-    /// The number of what is told of extents.
+    /// The number of a metadata context.
     pub const META_CONTEXT: u32 = 4;
-    /// It is refused.
+    /// Bit of answers that refuse the option.
     pub const ERROR: u32 = 1 << 31;
     /// The server does not know the option.
     pub const UNSUPPORTED: u32 = ERROR | 1;
     /// The administrator of the server does not allow it.
     pub const POLICY: u32 = ERROR | 2;
-    /// It makes no sense.
+    /// The option is invalid.
     pub const INVALID: u32 = ERROR | 3;
     /// Only with TLS.
     pub const TLS_REQUIRED: u32 = ERROR | 5;
@@ -110,15 +111,15 @@ pub mod option_reply {
     pub const UNKNOWN_EXPORT: u32 = ERROR | 6;
 }
 
-/// What is told of an export.
+/// Kinds of information about an export.
 pub mod info {
-    /// Its size, and what it can do.
+    /// Size and flags of the export.
     pub const EXPORT: u16 = 0;
     /// The smallest, the best and the largest transfer.
     pub const BLOCK_SIZE: u16 = 3;
 }
 
-/// What a client wants done.
+/// Commands of a client.
 pub mod command {
     /// Read.
     pub const READ: u16 = 0;
@@ -126,7 +127,7 @@ pub mod command {
     pub const WRITE: u16 = 1;
     /// The end.
     pub const DISCONNECT: u16 = 2;
-    /// Make durable what was written.
+    /// Make earlier writes durable.
     pub const FLUSH: u16 = 3;
     /// Forget.
     pub const TRIM: u16 = 4;
@@ -136,9 +137,9 @@ pub mod command {
     pub const BLOCK_STATUS: u16 = 7;
 }
 
-/// What a chunk of an answer holds.
+/// Kinds of chunks of an answer.
 pub mod chunk {
-    /// It is the last one of an answer.
+    /// Flag of the last chunk of an answer.
     pub const DONE: u16 = 1;
     /// Nothing.
     pub const NONE: u16 = 0;
@@ -150,7 +151,7 @@ pub mod chunk {
     pub const BLOCK_STATUS: u16 = 5;
     /// Set where something failed.
     pub const ERROR: u16 = 1 << 15;
-    /// It failed.
+    /// The request failed.
     pub const FAILED: u16 = ERROR | 1;
 }
 
@@ -158,7 +159,7 @@ pub mod chunk {
 pub const STATE_HOLE: u32 = 1;
 /// An extent of [`ALLOCATION`] reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
-/// An extent of [`DIRTY`] may have been written.
+/// An extent of [`DIRTY`] may have changed.
 pub const STATE_DIRTY: u32 = 1;
 
 /// The errors that the protocol has.

@@ -7,15 +7,16 @@ use std::rc::Rc;
 
 /// Bytes that are taken from the connection at once.
 const BUFFER: usize = 64 << 10;
-/// Bytes that go to their place without the buffer, at least. Of fewer, the next answer comes along.
+/// Smallest read in bytes that bypasses the buffer. With fewer bytes, a read into the buffer also takes the next
+/// answer.
 const DIRECT: usize = 16 << 10;
 
-/// What comes, with one system call for many answers.
+/// Buffered input: one system call reads many answers.
 #[derive(Debug)]
 pub(super) struct Incoming {
     wire: Rc<Wire>,
     buffer: Vec<u8>,
-    /// Those of the buffer that were not taken yet.
+    /// Range of the buffer that was not consumed yet.
     from: usize,
     to: usize,
 }
@@ -53,7 +54,7 @@ impl Incoming {
         Ok(bytes)
     }
 
-    /// The next `len` bytes, of which `most` are taken to be too many.
+    /// Returns the next `len` bytes; more than `most` are an error.
     pub(super) async fn vec(&mut self, len: u32, most: usize) -> Result<Vec<u8>, Errno> {
         let len = usize::try_from(len).map_err(|_| Errno::PROTO)?;
         if len > most {
@@ -93,18 +94,18 @@ impl Incoming {
     }
 }
 
-/// Which bytes of a read have come.
+/// Ranges of a read that have arrived.
 #[derive(Debug, Default)]
 pub(super) struct Cover {
     /// Ranges that do not touch, in order.
     parts: Vec<(usize, usize)>,
 }
 
-/// Pieces in which an answer may be while it comes.
+/// Maximum number of separate ranges of an answer.
 const MOST_PARTS: usize = 1024;
 
 impl Cover {
-    /// A range has come; nothing if that makes no sense: it has come before, or they are too many.
+    /// Adds a range; `None` if it is invalid because it has arrived before, or if there are too many ranges.
     pub(super) fn add(&mut self, from: usize, len: usize) -> Option<()> {
         let to = from.checked_add(len).filter(|_| len > 0)?;
         let at = self.parts.partition_point(|part| part.1 < from);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who a server has to be, and who its client is. TLS 1.3 and nothing older: there is no weaker form to fall back to.
+//! Identities of a server and of its client. Only TLS 1.3 is supported, so there is no weaker form to fall back to.
 
 use control::{Code, Failure};
 use rustls::client::Resumption;
@@ -13,12 +13,12 @@ use rustls::{
 use std::fmt;
 use std::sync::Arc;
 
-/// What is believed, and what is shown: the content of files of certificates and keys, in PEM.
+/// Trusted authorities, and the own certificate: the content of files of certificates and keys, in PEM.
 #[derive(Clone)]
 pub struct Credentials {
-    /// Certificates of authorities, of which one has signed the server's.
+    /// Certificates of authorities, one of which must have signed the server's.
     pub authorities: Vec<u8>,
-    /// The certificate that a server is shown that asks for one, and its key.
+    /// Certificate for a server that asks for one, and its key.
     pub own: Option<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -94,7 +94,7 @@ fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// What is said of a conversation that did not come to be.
+/// Returns the failure for a handshake of TLS that failed.
 pub(super) fn refused(export: &str, host: &str, error: &Error) -> Failure {
     let (code, why) = match error {
         Error::InvalidCertificate(error) => (Code::Denied, certificate(host, error)),
@@ -103,7 +103,7 @@ pub(super) fn refused(export: &str, host: &str, error: &Error) -> Failure {
         error => (
             Code::Denied,
             format!(
-                "what it sends is no TLS, or was changed on its way ({error}): see what is between this host and it"
+                "its answer is no TLS, or was changed on its way ({error}): check the network between this host and it"
             ),
         ),
     };
@@ -115,7 +115,7 @@ pub(super) fn refused(export: &str, host: &str, error: &Error) -> Failure {
 
 const OLD: &str = "it does not speak TLS 1.3: install a newer one";
 
-/// What is wrong with a server's certificate, and what to do.
+/// Returns what is wrong with a server's certificate, and what to do.
 fn certificate(host: &str, error: &CertificateError) -> String {
     use CertificateError as E;
     match error {
@@ -141,7 +141,7 @@ fn certificate(host: &str, error: &CertificateError) -> String {
     }
 }
 
-/// What a server has said, and what to do.
+/// Returns what a server's alert means, and what to do.
 fn told(alert: AlertDescription) -> String {
     use AlertDescription as A;
     match alert {

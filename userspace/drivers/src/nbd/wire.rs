@@ -20,11 +20,11 @@ const BUFFER: usize = 64 << 10;
 /// Bytes that are encrypted at once.
 const RECORD: usize = 16 << 10;
 
-/// Both directions of a connection. One sends at a time, and one receives.
+/// Both directions of a connection. One task sends at a time, and one receives.
 #[derive(Debug)]
 pub(super) struct Wire {
     io: Io,
-    /// It does not block.
+    /// Non-blocking socket.
     socket: Rc<OwnedFd>,
     tls: RefCell<Option<Tls>>,
 }
@@ -39,7 +39,7 @@ impl Wire {
         })
     }
 
-    /// Encrypts all that follows, when both ends have proved who they are.
+    /// Does the handshake of TLS, and encrypts all later messages.
     pub(super) async fn encrypt(&self, connection: ClientConnection) -> Result<(), Errno> {
         self.tls.replace(Some(Tls::new(connection)));
         loop {
@@ -51,12 +51,12 @@ impl Wire {
         }
     }
 
-    /// What was wrong with the encryption, if that is why the connection ended.
+    /// Returns the fault of the encryption, if that has ended the connection.
     pub(super) fn fault(&self) -> Option<rustls::Error> {
         self.tls.borrow().as_ref().and_then(|tls| tls.fault.clone())
     }
 
-    /// Both ends have proved who they are.
+    /// Returns true if the handshake of TLS is over.
     pub(super) fn is_encrypted(&self) -> bool {
         let tls = self.tls.borrow();
         tls.as_ref()
@@ -82,8 +82,8 @@ impl Wire {
         }
     }
 
-    /// The next bytes into the data that `to` has at that moment, one at least. Nothing if it has none, or if they have
-    /// to be decrypted first.
+    /// Receives the next bytes directly into the buffer that `to` returns then, at least one byte. Returns `None` if
+    /// `to` has no buffer, or if the bytes must be decrypted first.
     pub(super) async fn receive_to(
         &self,
         to: impl Fn() -> Option<Data>,
@@ -122,7 +122,7 @@ impl Wire {
         }
     }
 
-    /// Sends what is encrypted and has not been sent.
+    /// Sends the encrypted bytes that are queued.
     pub(super) async fn send_left(&self) -> Result<(), Errno> {
         self.when_writable(Self::send_encrypted).await
     }
@@ -143,19 +143,19 @@ impl Wire {
         self.io.within(limit, work).await
     }
 
-    /// Says that nothing follows, as far as that can be said at once: otherwise the other end could not tell it from a
-    /// connection that somebody has cut.
+    /// Sends the end of the stream if that is possible at once; without it the other end could not tell this from a
+    /// connection that an attacker has cut.
     pub(super) fn say_end(&self) {
         if let Some(tls) = &mut *self.tls.borrow_mut() {
             tls.connection.send_close_notify();
-            // Whoever does not hear it sees the end of the connection.
+            // A server that does not receive it sees the end of the connection.
             let _ = tls.send(&self.socket);
         }
     }
 
-    /// It is gone for the server, too.
+    /// Closes the connection for the server, too.
     pub(super) fn shutdown(&self) {
-        // Where it is gone already there is nothing to say.
+        // The connection may be gone already.
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
@@ -192,11 +192,10 @@ impl Wire {
     }
 }
 
-/// The encryption. All that is sent goes through its queue, whoever sends: so it arrives in the order in which it was
-/// encrypted.
+/// The encryption. All messages go through its queue, so they arrive in the order in which they were encrypted.
 struct Tls {
     connection: ClientConnection,
-    /// What has come and is not decrypted yet.
+    /// Received bytes that are not decrypted yet.
     buffer: Vec<u8>,
     from: usize,
     to: usize,
@@ -214,7 +213,7 @@ impl Tls {
         }
     }
 
-    /// What is decrypted, or can be; none if the other end has said that nothing follows.
+    /// Returns decrypted bytes, after receiving more if necessary; none if the other end has ended the stream.
     fn receive(&mut self, socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
         loop {
             match self.connection.reader().read(buffer) {
@@ -225,7 +224,7 @@ impl Tls {
         }
     }
 
-    /// Takes some of what has come. What is decrypted must have been read before.
+    /// Receives and decrypts some bytes. The caller must have read all decrypted bytes before.
     fn take(&mut self, socket: &OwnedFd) -> Result<(), Errno> {
         if self.from == self.to {
             match recv(socket, &mut *self.buffer, RecvFlags::empty())? {
@@ -240,7 +239,7 @@ impl Tls {
             Err(_) => return Err(Errno::PROTO),
         }
         let done = self.connection.process_new_packets();
-        // What it answers, or says of what is wrong. Not all of it may be sent now: nobody waits for that.
+        // Sends TLS's own answer or alert. No task waits for the rest if the socket is full.
         let _ = self.send(socket);
         done.map(drop).map_err(|fault| {
             self.fault.get_or_insert(fault);
@@ -280,7 +279,7 @@ impl Tls {
         }
     }
 
-    /// Sends what is encrypted.
+    /// Sends encrypted bytes.
     fn send(&mut self, socket: &OwnedFd) -> Result<(), Errno> {
         while self.connection.wants_write() {
             self.connection

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Servers that stop reading in the middle of a message, of which the socket has as much as it has room for.
+//! Servers that stop reading in the middle of a message, of which the socket holds as much as it has room for.
 
 use super::secure::{self, How};
 use super::server::{End, Kind, Server};
@@ -20,7 +20,7 @@ fn kinds() -> [Kind; 2] {
     [plain.clone(), Kind { tls, ..plain }]
 }
 
-/// Nobody waits any more for a write of which a part is sent.
+/// Drops a write when the server has read a part of it, so that no caller waits for it any more.
 fn drop_in_the_middle(bed: &Bed, server: &Server, byte: u8) {
     server.ends(0, End::Deaf);
     let (disk, io) = (bed.disk.clone(), bed.runtime.io.clone());
@@ -84,7 +84,7 @@ fn who_closes_does_not_wait_for_a_server_that_does_not_read() {
     }
 }
 
-/// Whoever waits or not: a message that has begun goes to its end before the next one.
+/// Whether a caller waits or not, a message that has begun is sent to its end before the next one.
 #[test]
 fn message_that_nobody_waits_for_any_more_goes_to_its_end() {
     for kind in kinds() {
@@ -119,7 +119,7 @@ fn message_that_a_server_has_half_of_is_sent_again_to_the_next() {
     }
 }
 
-/// Nobody says that nothing follows.
+/// The connection ends in the middle of a message, without a command to disconnect.
 #[test]
 fn who_lets_go_of_the_disk_ends_a_message_in_the_middle() {
     for kind in kinds() {
@@ -127,7 +127,7 @@ fn who_lets_go_of_the_disk_ends_a_message_in_the_middle() {
         let ears = server.state().ears.clone();
         let stopped = ears.lock().unwrap();
         drop_in_the_middle(&bed, &server, 9);
-        // What runs goes on, so it is not the end of all that ends the connection.
+        // Other requests continue, so it is not the end of all that ends the connection.
         let Bed { runtime, disk, .. } = bed;
         drop(disk);
         drop(stopped);

@@ -35,7 +35,7 @@ const SETTLE: Settle = Settle {
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 4),
 };
 
-/// The same on a machine that is busy with something else.
+/// Times to settle on a machine that is busy with something else.
 const PATIENT: Settle = Settle {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 12),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 12),
@@ -71,7 +71,7 @@ impl Bed {
         Self::with(path, settle, writable, None)
     }
 
-    /// Encrypted, if it is said whom to believe and who the server has to be.
+    /// Opens an export; encrypted if `tls` has credentials and the name that the server must prove.
     fn with(path: &Path, settle: Settle, writable: bool, tls: Option<(Credentials, &str)>) -> Self {
         let runtime = Runtime::new();
         let (credentials, host) = tls.map(|(c, host)| (c, host.to_owned())).unzip();
@@ -164,7 +164,8 @@ fn served(kind: Kind, settle: Settle) -> (tempfile::TempDir, Server, Bed) {
     (folder, server, bed)
 }
 
-/// Random requests against servers of all kinds that die all the time: what was answered is there, always.
+/// Random requests against servers of all kinds that die all the time: a read always finds the writes that were
+/// answered.
 #[test]
 fn nothing_is_lost_with_a_server() {
     let seed: [u8; 32] = std::array::from_fn(|at| match at {
@@ -231,39 +232,51 @@ fn nothing_is_lost_with_a_server() {
         lost += server.state().lost;
         again += bed.stat("nbd_executed_again");
     }
-    // They did die, and forgot what was kept for them.
+    // The servers did die, and forgot data that the client had kept.
     assert!(
         deaths > 20 && lost > 0 && again > 0,
         "{deaths} {lost} {again}"
     );
 }
 
-/// A write that its server has when the connection ends is executed late, over what is written then.
-fn late_write(settle: Settle) -> Vec<u8> {
+/// Waits until a server has executed late the requests that it had when the connection ended.
+fn wait_for_late(server: &Server) {
+    let start = std::time::Instant::now();
+    while server.state().late == 0 {
+        assert!(start.elapsed() < Duration::from_secs(300), "never executed");
+        std::thread::yield_now();
+    }
+}
+
+/// A write that its server has when the connection ends is executed late; if `held_back`, after the next write to its place.
+fn late_write(settle: Settle, held_back: bool) -> Vec<u8> {
     let (_folder, server, bed) = served(Kind::new(SIZE), settle);
+    let gate = server.state().held_back.clone();
+    let holds = held_back.then(|| gate.lock().unwrap());
     server.ends(0, End::Late);
     bed.write(0, &[1; 512], PLAIN).unwrap();
     bed.write(0, &[2; 512], PLAIN).unwrap();
-    std::thread::sleep(LATE * 2);
+    drop(holds);
+    wait_for_late(&server);
     bed.read(0, 512).unwrap()
 }
 
 #[test]
 fn late_write_of_a_lost_connection_does_no_harm() {
-    assert_eq!(late_write(PATIENT), [2; 512]);
+    assert_eq!(late_write(PATIENT, false), [2; 512]);
 }
 
-/// The same without the wait: it must be seen.
+/// Without the wait the harm must be seen.
 #[test]
 fn late_write_is_found_where_nobody_waits() {
     let none = Settle {
         closed: Duration::ZERO,
         given_up: Duration::ZERO,
     };
-    assert_eq!(late_write(none), [1; 512]);
+    assert_eq!(late_write(none, true), [1; 512]);
 }
 
-/// What is sent again is in front of what is durable already and newer.
+/// A request that is sent again comes before a write that is newer and already durable.
 #[test]
 fn durable_write_is_not_undone_by_what_is_executed_again() {
     let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
@@ -277,7 +290,7 @@ fn durable_write_is_not_undone_by_what_is_executed_again() {
     assert_eq!(bed.stat("nbd_unflushed_bytes"), 0);
 }
 
-/// What is kept for a server that could forget it is bounded.
+/// The data that is kept for a server that could forget it is bounded.
 #[test]
 fn what_is_kept_is_flushed_before_it_is_too_much() {
     let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
@@ -289,8 +302,8 @@ fn what_is_kept_is_flushed_before_it_is_too_much() {
     assert!(server.state().durable == bytes);
 }
 
-/// A flush that the driver needs for a write fails. What was answered before may be lost with it, so the next flush, or
-/// the end of the disk, fails as well, once.
+/// A flush that the driver needs for a write fails. Writes that were answered before may be lost with it, so the next
+/// flush, or the end of the disk, fails as well, once.
 #[test]
 fn flush_that_fails_within_a_write_is_told() {
     let error = 5;
@@ -464,7 +477,7 @@ fn servers_that_know_an_export_by_its_name_only_are_used() {
         bed.write(4096, &[7; 8192], PLAIN).unwrap();
         bed.flush().unwrap();
         assert_eq!(bed.read(4096, 8192), Ok(vec![7; 8192]), "{is_brief}");
-        // It is asked in the same way when it comes back.
+        // The client negotiates in the same way when the server comes back.
         server.ends(0, End::Before);
         assert_eq!(bed.read(0, 512), Ok(vec![0; 512]), "{is_brief}");
         assert_eq!(bed.stat("nbd_connections"), 2, "{is_brief}");
@@ -484,8 +497,8 @@ fn another_export_behind_the_same_name_is_waited_out() {
     assert_eq!(bed.read(0, 512).unwrap(), [1; 512]);
 }
 
-/// Nobody waits any more for a connection whose server is about to learn what it has forgotten. What that was sent may be
-/// executed late, and must not come behind what is newer.
+/// The only waiter drops its future while a connection is about to replay to the server the writes that it has
+/// forgotten. A replayed write that was sent may be executed late, and must not come behind a newer one.
 #[test]
 fn replay_that_is_dropped_does_no_harm() {
     let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
@@ -497,7 +510,7 @@ fn replay_that_is_dropped_does_no_harm() {
     impatient(120);
     server.state().is_away = false;
     server.ends(0, End::Stalled);
-    // It takes a while until the next attempt.
+    // The next attempt takes a while.
     impatient(3000);
     assert_eq!(bed.read(0, 512).unwrap(), [2; 512]);
     std::thread::sleep(LATE * 2);
@@ -556,8 +569,8 @@ fn nothing_is_lost_of_many_requests_at_once() {
     assert!(bed.stat("nbd_executed_again") > 0);
 }
 
-/// Data of large reads goes to its place by itself, from the middle of what has come on; there are no chunks in the one
-/// case, and of many sizes in the others.
+/// The client receives the data of large reads directly at its place, from the middle of the bytes that have come on;
+/// there are no chunks in the one case, and of many sizes in the others.
 #[test]
 fn large_reads_are_whole() {
     const LARGE: usize = 9 << 20;
@@ -579,7 +592,7 @@ fn large_reads_are_whole() {
     }
 }
 
-/// Who waits no more gets nothing into memory that is somebody else's by then.
+/// A read whose caller waits no more writes nothing into memory that may have another owner.
 #[test]
 fn dropped_read_leaves_its_memory_alone() {
     let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
@@ -622,9 +635,9 @@ impl Qemu {
     }
 
     fn spawn(socket: &Path, image: &Path, more: &[String]) -> Child {
-        // What a dead one left is in the way.
+        // The socket of a dead server is in the way.
         let _ = std::fs::remove_file(socket);
-        // It dies with the test, whatever becomes of that.
+        // The server dies with the test, whatever becomes of that.
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-nbd"])
             .args([

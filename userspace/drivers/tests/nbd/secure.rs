@@ -16,27 +16,27 @@ use std::sync::Arc;
 /// A name that the server's certificates have.
 pub(crate) const HOST: &str = "server.example";
 
-/// How a server encrypts.
+/// A server's certificate and its behaviour.
 #[derive(Clone, Debug)]
 pub(crate) struct Secure {
     config: Arc<ServerConfig>,
     pub(crate) how: How,
 }
 
-/// What comes of it.
+/// Course of the encryption.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
-    /// It is encrypted.
+    /// The connection is encrypted.
     Well,
-    /// This is its answer, and it goes on without.
+    /// It answers STARTTLS with this, and continues without encryption.
     Refuses(u32),
-    /// Somebody on the way has said something first.
+    /// A machine on the way has put in an answer first.
     Early,
-    /// It says something else instead.
+    /// The server sends bytes that are no TLS.
     Garbage,
-    /// It says half of its first word.
+    /// The server sends half of its first message.
     Half,
-    /// It closes the connection.
+    /// The server closes the connection.
     Closes,
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn server(certificate: &str, how: How) -> Secure {
     encrypting(certificate, how, false)
 }
 
-/// One that wants to know who its client is.
+/// A server that demands a certificate of its client.
 pub(crate) fn server_for_known(certificate: &str) -> Secure {
     encrypting(certificate, How::Well, true)
 }
@@ -88,12 +88,12 @@ fn encrypting(certificate: &str, how: How, is_asking: bool) -> Secure {
     }
 }
 
-/// What is believed of a server that is as it should be, and who that is.
+/// Returns the credentials that accept a correct server, and that server's name.
 pub(crate) fn believed() -> (Credentials, &'static str) {
     (believing("ca.pem"), HOST)
 }
 
-/// Who believes this authority.
+/// Returns the credentials of a client that trusts this authority.
 pub(crate) fn believing(authority: &str) -> Credentials {
     Credentials {
         authorities: content(authority),
@@ -101,7 +101,7 @@ pub(crate) fn believing(authority: &str) -> Credentials {
     }
 }
 
-/// The same, who can say who it is itself.
+/// Returns the credentials of a client that trusts the tests' authority and has a certificate of its own.
 pub(crate) fn known(certificate: &str, key: &str) -> Credentials {
     Credentials {
         own: Some((content(certificate), content(key))),
@@ -116,7 +116,7 @@ pub(crate) enum Stream {
 }
 
 impl Stream {
-    /// What is below the encryption.
+    /// Returns the connection below the encryption.
     pub(crate) fn raw(&mut self) -> &mut UnixStream {
         match self {
             Self::Plain(stream) => stream,
@@ -133,7 +133,7 @@ impl Stream {
             How::Garbage => {
                 let _ = socket.read(&mut [0; 1024])?;
                 socket.write_all(&b"HTTP/1.1 400 Bad Request\r\n\r\n".repeat(9))?;
-                // It is the client that must end it.
+                // The client must end the connection.
                 let _ = socket.read(&mut [0; 1024]);
                 return Ok(false);
             }
@@ -153,7 +153,7 @@ impl Stream {
         let mut stream = StreamOwned::new(connection, socket);
         let (connection, socket) = (&mut stream.conn, &mut stream.sock);
         while connection.is_handshaking() {
-            // What is wrong with the client it is told.
+            // The handshake reports to the client any fault of its certificate.
             connection.complete_io(socket)?;
         }
         *self = Self::Encrypted(Box::new(stream));

@@ -12,22 +12,22 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-/// How late something is executed that a dead server had.
+/// Delay of a request that a dead server executes late.
 pub(crate) const LATE: Duration = Duration::from_millis(60);
 
-/// What a server is like.
+/// Properties of a server.
 #[derive(Clone, Debug)]
 pub(crate) struct Kind {
     pub(crate) size: usize,
     pub(crate) flags: Transmission,
-    /// Answers of reads are chunks, each of so many bytes at most; nothing for simple answers.
+    /// Answers of reads are chunks of at most this number of bytes each; nothing for simple answers.
     pub(crate) chunks: Option<usize>,
     pub(crate) blocks: Option<[u32; 3]>,
     /// Instead of the answer to GO.
     pub(crate) refuses: Option<u32>,
-    /// Of what names an export it knows EXPORT_NAME only; and whether it leaves out the zeroes behind its answer.
+    /// The only option that names an export is EXPORT_NAME; true if the server leaves out the zeroes behind its answer.
     pub(crate) old: Option<bool>,
-    /// It wants everything encrypted.
+    /// The server demands encryption.
     pub(crate) tls: Option<Secure>,
 }
 
@@ -46,12 +46,12 @@ impl Kind {
     }
 }
 
-/// How a server ends.
+/// Way in which a server ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// The request in hand is not executed.
     Before,
-    /// It is executed, and nobody hears of it.
+    /// It is executed, and the client gets no answer.
     After,
     /// It is executed when the connection is long gone.
     Late,
@@ -61,26 +61,25 @@ pub(crate) enum End {
     Power,
     /// It says something that makes no sense, see [`Server::wrong`].
     Wrong,
-    /// The same below the encryption.
+    /// It writes [`State::wrong`] to the connection below the encryption.
     Raw,
     /// And then it closes the connection.
     Cut,
-    /// It is no end: it takes the begin of the request, and no more as long as somebody [stops its
-    /// ears](State::ears).
+    /// No end: it takes the begin of the request, and no more while a test [stops its ears](State::ears).
     Deaf,
     /// It takes the begin of the request, and closes the connection.
     Half,
 }
 
-/// What the server has, and what is to happen.
+/// State of the server, and the events that the test has ordered.
 pub(crate) struct State {
-    /// What survives the loss of power.
+    /// Content of the disk after a loss of power.
     pub(crate) durable: Vec<u8>,
-    /// What is read.
+    /// Content of the disk for reads.
     pub(crate) content: Vec<u8>,
     /// Requests until an end.
     pub(crate) ends: Option<(u32, End)>,
-    /// What is sent instead of an answer.
+    /// Bytes that it sends instead of an answer.
     pub(crate) wrong: Vec<u8>,
     /// Bytes that were lost with the power.
     pub(crate) lost: usize,
@@ -89,13 +88,17 @@ pub(crate) struct State {
     /// Times that a client has given it up.
     pub(crate) given_up: u32,
     pub(crate) kind: Kind,
-    /// It accepts nobody.
+    /// It accepts no client.
     pub(crate) is_away: bool,
-    /// Who has this stops its ears.
+    /// A test that holds this stops the server's ears.
     pub(crate) ears: Arc<Mutex<()>>,
+    /// A test that has this holds back what is [executed late](End::Late).
+    pub(crate) held_back: Arc<Mutex<()>>,
+    /// Requests that were executed late.
+    pub(crate) late: u32,
     /// Times that it took the begin of a request and no more.
     pub(crate) deaf: u32,
-    /// What it got to write, of requests that did not come to their end.
+    /// Data that it received of writes that did not come to their end.
     pub(crate) halves: Vec<Vec<u8>>,
     /// Options that came without encryption, but for the one that asks for it.
     pub(crate) plain: u32,
@@ -124,6 +127,8 @@ impl Server {
             kind,
             is_away: false,
             ears: Arc::default(),
+            held_back: Arc::default(),
+            late: 0,
             deaf: 0,
             halves: Vec::new(),
             plain: 0,
@@ -155,7 +160,7 @@ impl Server {
         &self.path
     }
 
-    /// What it has, for who cannot borrow it.
+    /// Returns the shared state, for a task that cannot borrow the server.
     pub(crate) fn watched(&self) -> Arc<Mutex<State>> {
         self.state.clone()
     }
@@ -361,7 +366,7 @@ impl Client {
         drop(ears.lock().unwrap());
     }
 
-    /// What is to be written.
+    /// Reads the data of a write.
     fn payload(&mut self, len: usize) -> io::Result<Vec<u8>> {
         let mut payload = Vec::new();
         let stream = Read::by_ref(&mut self.stream);
@@ -381,7 +386,11 @@ impl Client {
                 let state = self.state.clone();
                 thread::spawn(move || {
                     thread::sleep(LATE);
-                    state.lock().unwrap().execute(&request);
+                    let held_back = state.lock().unwrap().held_back.clone();
+                    drop(held_back.lock().unwrap());
+                    let mut state = state.lock().unwrap();
+                    state.execute(&request);
+                    state.late += 1;
                 });
             }
             End::Stalled => {
@@ -401,7 +410,7 @@ impl Client {
                 let wrong = self.state.lock().unwrap().wrong.clone();
                 // The client may be gone when it has seen the first bytes.
                 let _ = self.stream.write_all(&patched(&wrong, cookie));
-                // It is the client that must end it.
+                // The client must end the connection.
                 let _ = self.stream.read(&mut [0; 1]);
             }
             End::Raw | End::Cut => {
@@ -409,7 +418,7 @@ impl Client {
                 let socket = self.stream.raw();
                 let _ = socket.write_all(&wrong);
                 if end == End::Raw {
-                    // It is the client that must end it.
+                    // The client must end the connection.
                     let _ = socket.read_to_end(&mut Vec::new());
                 }
             }
@@ -491,7 +500,7 @@ fn reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The cookie of a request in what is sent instead of its answer: 8 bytes of 0xcc.
+/// Puts the cookie of a request into bytes that are sent instead of its answer, in place of 8 bytes of 0xcc.
 fn patched(wrong: &[u8], cookie: [u8; 8]) -> Vec<u8> {
     let mut bytes = wrong.to_vec();
     if let Some(at) = bytes.windows(8).position(|part| part == [0xcc; 8]) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Exports that are reached with TLS: who is believed, and what becomes of a connection that is not as it should be.
+//! Exports that are reached with TLS: which servers a client believes, and the errors of a connection.
 
 use crate::secure::{self, believed, believing, known, server, server_for_known, How, HOST};
 use crate::server::{End, Kind, Server};
@@ -16,7 +16,7 @@ fn encrypted(secure: secure::Secure) -> Kind {
     }
 }
 
-/// Why a server is not used, and how much it was told without encryption.
+/// Returns why a server is not used, and the number of options that it received without encryption.
 fn refused(kind: Kind, tls: Option<(Credentials, &str)>) -> (Failure, u32) {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::new(folder.path(), kind);
@@ -90,7 +90,7 @@ fn server_must_prove_who_it_is() {
     }
 }
 
-/// A client that nobody knows, or with a certificate of somebody else, is told so.
+/// A client without a certificate that the server trusts, or with that of another one, hears so.
 #[test]
 fn client_proves_who_it_is() {
     let kind = || encrypted(server_for_known("server"));
@@ -110,7 +110,7 @@ fn client_proves_who_it_is() {
     assert_eq!(bed.read(0, 512).unwrap(), [0; 512]);
 }
 
-/// Nothing is said, and nothing believed, without what was asked for.
+/// Without the encryption that the administrator demands, the client sends nothing and believes nothing.
 #[test]
 fn nothing_is_said_without_encryption() {
     let (failure, plain) = refused(Kind::new(SIZE), Some(believed()));
@@ -129,14 +129,14 @@ fn nothing_is_said_without_encryption() {
         assert!(failure.message.contains("the export"), "{how:?}: {failure}");
         assert_eq!(plain, 0, "{how:?}");
     }
-    // Who wants no encryption does not get it by chance either.
+    // A client that is to use no encryption does not get it by chance either.
     let (failure, _) = refused(encrypted(server("server", How::Well)), None);
     assert_eq!(failure.code, Code::Unsupported);
     assert!(failure.message.contains("tls-ca=FILE"), "{failure}");
 }
 
-/// What is wrong below the encryption ends the connection, nothing of it is taken for data, and what was asked for is
-/// asked for again on the next one, which is encrypted as well.
+/// An error below the encryption ends the connection. No byte of it is taken for data, and the client repeats its
+/// requests on the next connection, which is encrypted as well.
 #[test]
 fn broken_records_end_the_connection_and_the_request_is_sent_again() {
     let record =
@@ -174,7 +174,7 @@ fn broken_records_end_the_connection_and_the_request_is_sent_again() {
     }
 }
 
-/// A server that comes back with a certificate of which nobody knows waits, and so does the guest.
+/// A server that comes back with an untrusted certificate waits, and so does the guest.
 #[test]
 fn server_that_is_another_one_gets_no_request() {
     let (_folder, its, bed) = served(encrypted(server("server", How::Well)), SETTLE);
@@ -206,7 +206,7 @@ fn large_requests_are_whole() {
     assert_eq!(bed.stat("nbd_connections"), 1);
 }
 
-/// The folder in which QEMU looks for certificates.
+/// Copies the certificates into the folder in which QEMU looks for them, and returns its path.
 fn credentials(folder: &Path) -> String {
     for (from, to) in [
         ("ca.pem", "ca-cert.pem"),

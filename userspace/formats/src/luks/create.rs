@@ -16,16 +16,16 @@ use rustix::time::{clock_gettime, ClockId};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
-/// How an image is encrypted that is to be made: by AES-256 in the mode XTS, as QEMU and cryptsetup do by themselves.
+/// Encryption of a new image: AES-256 in the mode XTS, the default of QEMU and cryptsetup.
 #[derive(Clone, Debug)]
 pub struct Encryption {
-    /// What opens it.
+    /// Key that opens the image.
     pub key: Key,
-    /// How long a processor of this host is to take to try a passphrase.
+    /// Time that a processor of this host needs to try a passphrase.
     pub iter_time: Duration,
 }
 
-/// What QEMU and cryptsetup take if nothing is said.
+/// Default time to unlock, as QEMU and cryptsetup choose it.
 pub const ITER_TIME: Duration = Duration::from_secs(2);
 
 const HASH: Hash = Hash::Sha256;
@@ -33,26 +33,26 @@ const HASH: Hash = Hash::Sha256;
 const KEY: usize = 64;
 /// Bytes of the stripes of a key slot.
 const MATERIAL: usize = KEY * STRIPES;
-/// What the stripes of a key slot begin at a multiple of.
+/// Alignment in bytes of the stripes of a key slot.
 const ALIGN: usize = 4096;
 const _: () = assert!(LEN <= ALIGN, "the first slot is behind the header");
-/// Where the content begins: behind all key slots, and where a device of any kind has a block of its own.
+/// Offset of the content: behind all key slots, and a multiple of the block of any device.
 pub(crate) const PAYLOAD: u64 = 2 << 20;
-/// Iterations: no fewer are worth the name, whatever time is given.
+/// Minimum number of iterations, whatever time is given: fewer are not secure.
 const FEWEST: u64 = 1000;
 /// Rounds for the slot, and for the digest of the key, at most: eight such slots are still opened.
 const MOST_OF_SLOT: u64 = ROUNDS / 64;
 const MOST_OF_DIGEST: u64 = ROUNDS / 512;
 /// The digest gets a part of the time, because all slots need it.
 const DIGEST_PART: u32 = 8;
-/// How long is measured at most.
+/// Maximum time of a measurement.
 const MEASURED: Duration = Duration::from_millis(200);
 
-/// Makes an image with a disk of `size` bytes in `file`, which must be empty or a device. Until the disk is written it
-/// reads as anything. It is durable when this returns.
+/// Makes an image with a disk of `size` bytes in `file`, which must be empty or a device. Sectors that the guest has
+/// not written yet have undefined content. It is durable when this returns.
 ///
 /// # Errors
-/// It has no room for that, or its storage fails.
+/// The size is no multiple of 512 bytes, `file` has no room, or its storage fails.
 pub async fn create<S: Storage>(
     file: &S,
     size: u64,
@@ -77,7 +77,7 @@ pub async fn create<S: Storage>(
     written.map_err(failed("cannot write the image"))
 }
 
-/// The header comes last: what has none is no image.
+/// The header is stored last, because a file without one is no image.
 async fn write<S: Storage>(file: &S, end: u64, head: &[u8]) -> Result<(), Errno> {
     if !file.is_fixed() {
         file.set_size(end).await?;
@@ -99,7 +99,7 @@ pub(crate) async fn header<S: Storage>(
     let its = encryption.clone();
     let made = file.elsewhere(move || made(&its)).await;
     let bytes = made.map_err(failed("cannot make a key"))??;
-    // What is written must be readable: the same checks that everybody's images have to pass.
+    // The new header must be readable, so it has to pass the checks for foreign images.
     Header::parse(&bytes, PAYLOAD)?;
     Ok(bytes)
 }
@@ -207,7 +207,7 @@ fn uuid() -> Result<String, Failure> {
     Ok(parts.join("-"))
 }
 
-/// How quick a processor is.
+/// Speed of a processor.
 struct Rate {
     rounds: u64,
     time: Duration,
@@ -229,7 +229,7 @@ impl Rate {
         }
     }
 
-    /// How often something is done in a time that takes so many rounds each time, and no more than `most` in all.
+    /// Returns the number of iterations of `each` rounds that fit into `time`, and into `most` rounds in all.
     fn iterations(&self, time: Duration, each: u64, most: u64) -> u32 {
         let nanos = self.time.as_nanos().max(1);
         let rounds = u128::from(self.rounds) * time.as_nanos() / nanos;
@@ -239,7 +239,7 @@ impl Rate {
     }
 }
 
-/// How long this thread had a processor.
+/// Returns the processor time of this thread.
 fn spent() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     // CAST: neither is negative, and the second is below a second.
@@ -277,7 +277,7 @@ mod tests {
         assert_ne!(header.slots[0].salt, header.digest_salt);
     }
 
-    /// One stripe that is lost is the key.
+    /// Without one stripe, the key is lost.
     #[test]
     fn each_stripe_counts() {
         let how = Encryption {

@@ -35,7 +35,7 @@ impl Hash {
         }
     }
 
-    /// Rounds of the hash that [`derive`](Self::derive) needs for so many bytes.
+    /// Returns the rounds of the hash that [`derive`](Self::derive) needs for that many bytes.
     pub(super) fn rounds(self, iterations: u32, bytes: usize) -> u64 {
         // CAST: a key is short.
         u64::from(iterations) * bytes.div_ceil(self.len()) as u64
@@ -65,7 +65,7 @@ fn diffuse<H: Digest + FixedOutputReset>(key: &mut [u8]) {
     for (number, block) in (0_u32..).zip(key.chunks_mut(<H as Digest>::output_size())) {
         Digest::update(&mut hash, number.to_be_bytes());
         Digest::update(&mut hash, &*block);
-        // Of the last one there is less than the hash makes.
+        // The last block may be shorter than the hash.
         let len = block.len();
         block.copy_from_slice(&Digest::finalize_reset(&mut hash)[..len]);
     }

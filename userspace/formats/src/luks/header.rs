@@ -13,27 +13,27 @@ pub(super) const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
 pub(super) const SLOTS: usize = 8;
 pub(super) const SLOT: usize = 48;
 pub(super) const AT_SLOTS: usize = 208;
-/// What a slot says of itself.
+/// States of a key slot.
 pub(super) const USED: u32 = 0x00ac_71f3;
 pub(super) const UNUSED: u32 = 0x0000_dead;
-/// Parts into which a key is split: nobody makes another number of them.
+/// Stripes into which a key is split: no known program uses another number.
 pub(super) const STRIPES: usize = 4000;
 /// Rounds of a hash that all slots together may ask for: eight of them have as many that were made to take two seconds
 /// each on a processor that does 30 million in one.
 pub(super) const ROUNDS: u64 = 1 << 29;
 
-/// What a header says.
+/// Fields of a LUKS header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     pub(super) hash: Hash,
     /// Bytes of the key: two of AES.
     pub(super) key_bytes: usize,
-    /// Where the content begins.
+    /// Offset of the content, in bytes.
     pub(super) payload: u64,
     pub(super) digest: [u8; 20],
     pub(super) digest_salt: [u8; 32],
     pub(super) digest_iterations: u32,
-    /// Those that are used.
+    /// Key slots in use.
     pub(super) slots: Vec<Slot>,
 }
 
@@ -42,12 +42,12 @@ pub struct Header {
 pub(super) struct Slot {
     pub(super) salt: [u8; 32],
     pub(super) iterations: u32,
-    /// Where its stripes are, from the beginning of the header.
+    /// Offset of its stripes from the beginning of the header, in bytes.
     pub(super) at: u64,
 }
 
 impl Header {
-    /// How the content is encrypted, in the words of who makes such images.
+    /// Returns the encryption of the content in the terms of QEMU and cryptsetup.
     #[must_use]
     pub fn cipher(&self) -> String {
         format!(
@@ -74,7 +74,7 @@ impl Header {
         self.key_bytes * STRIPES
     }
 
-    /// Understands the beginning of what has `room` bytes for it and for the keys.
+    /// Parses a header; the header and its keys may take `room` bytes.
     pub(super) fn parse(bytes: &[u8], room: u64) -> Result<Self, Failure> {
         check_version(bytes)?;
         if bytes.len() < LEN || room < LEN as u64 {
@@ -133,7 +133,7 @@ impl Header {
         }
         let rounds = |slot: &Slot| self.hash.rounds(slot.iterations, self.key_bytes);
         let of_slots: u64 = self.slots.iter().map(rounds).sum();
-        // Each slot is tried, and what comes of it compared.
+        // Unlocking tries each slot, and compares the digest of each result.
         let of_digest = self.hash.rounds(self.digest_iterations, self.digest.len());
         let all = of_slots + of_digest * self.slots.len() as u64;
         let mut iterations = self.slots.iter().map(|slot| slot.iterations);
@@ -167,7 +167,7 @@ fn check_version(bytes: &[u8]) -> Result<(), Failure> {
              the device that this makes with aio:, or copy that into an image of qemu-img create -f luks",
         )),
         version => Err(refused(format!(
-            "the image has version {version} of LUKS, which nobody knows: it is damaged"
+            "the image has version {version} of LUKS, which does not exist: it is damaged"
         ))),
     }
 }
@@ -200,7 +200,7 @@ fn slots(bytes: &[u8]) -> Result<Vec<Slot>, Failure> {
     Ok(slots)
 }
 
-/// Bytes of so many sectors.
+/// Returns the bytes of that many sectors.
 fn sectors(count: u32) -> u64 {
     // CAST: small constant.
     u64::from(count) * SECTOR as u64

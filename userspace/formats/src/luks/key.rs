@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What opens an encrypted image.
+//! The key of an encrypted image.
 
 use control::Failure;
 use std::fmt;
@@ -15,17 +15,18 @@ const MOST: usize = 64 << 10;
 pub struct Key(Arc<Zeroizing<Vec<u8>>>);
 
 impl Key {
-    /// It is these bytes. Who has made them must have made no other copy that stays.
+    /// Makes a key of these bytes. The caller must not keep another copy of them.
     pub fn new(bytes: Zeroizing<Vec<u8>>) -> Self {
         Self(Arc::new(bytes))
     }
 
-    /// All that a file holds, each byte of it.
+    /// Reads a key from a file: each byte of the file is part of the key.
     ///
     /// # Errors
-    /// It cannot be read, or is no key.
+    /// The file cannot be read, or holds no key.
     pub fn read(mut file: impl Read) -> Result<Self, Failure> {
-        // It never grows: what it would leave behind would not be wiped.
+        // The buffer has its final size from the beginning, because a copy that it left behind when it grew would not
+        // be wiped.
         let mut bytes = Zeroizing::new(vec![0; MOST + 1]);
         let mut len = 0;
         while len < bytes.len() {
@@ -53,7 +54,7 @@ impl Key {
     }
 }
 
-/// Nobody sees it, not even in a message of who is looking for a fault.
+/// Hides the key: it must not appear in a message, not even in one for debugging.
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Key")

@@ -33,24 +33,24 @@ const ZEROES: u64 = 256 << 20;
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
 
-/// What the header at a byte says, of which `room` bytes from there on are that and its keys.
+/// Reads the header at byte `at`. The header and its keys may take `room` bytes from there on.
 pub(crate) async fn header_at<S: Storage>(file: &S, at: u64, room: u64) -> Result<Header, Failure> {
     let bytes = storage::bytes(file, at, header::LEN).await;
     let bytes = bytes.map_err(failed("cannot read the header of LUKS"))?;
     Header::parse(&bytes, room)
 }
 
-/// What the header of an image says.
+/// Returns the header of an image.
 ///
 /// # Errors
-/// It cannot be served.
+/// The image cannot be served.
 pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     let size = file.size();
     let size = size.map_err(failed("cannot see the size of the image"))?;
     header_at(file, 0, size).await
 }
 
-/// What an image needs beside itself: nothing but its key.
+/// Returns the files that an image needs: none, only its key.
 pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
     let header = header(file).await?;
     Ok(Needs {
@@ -84,16 +84,16 @@ fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
     }
 }
 
-/// Gives the disk in an image `size` bytes, by that of its file. What it gets reads as anything until it is written. It is
-/// durable when this returns.
+/// Makes the disk in an image `size` bytes large, by changing the size of its file. Sectors that it gains have
+/// undefined content until the guest writes them. It is durable when this returns.
 ///
 /// # Errors
-/// It is no image of LUKS, or a device, or its storage refuses.
+/// The image is no LUKS image or is a device, or its storage refuses.
 pub async fn set_size<S: Storage>(file: &S, size: u64) -> Result<(), Failure> {
     resize(file, size, &Barrier::new(vec![file.clone()])).await
 }
 
-/// The same for an image that is served: all of its flushes are of this barrier.
+/// Gives the disk of an image that is being served `size` bytes; `barrier` executes all of the image's flushes.
 async fn resize<S: Storage>(file: &S, size: u64, barrier: &Barrier<S>) -> Result<(), Failure> {
     let header = header(file).await?;
     payload(file, &header)?;
@@ -117,7 +117,8 @@ async fn resize<S: Storage>(file: &S, size: u64, barrier: &Barrier<S>) -> Result
     changed.map_err(|error| Failure::system(format!("cannot make it {size} bytes"), &error.into()))
 }
 
-/// The cipher of the image whose header is at a byte, once the key has opened it: that is computed elsewhere.
+/// Returns the cipher of the image whose header is at a byte, once the key has opened it; a helper thread does the
+/// computation.
 ///
 /// # Errors
 /// There is no key, or a wrong one.
@@ -148,12 +149,12 @@ pub(crate) async fn unlock<S: Storage>(
     })
 }
 
-/// What is said of an image that is encrypted, and of which no key is said.
+/// Returns the failure for an encrypted image without a configured key.
 pub(crate) fn no_key() -> Failure {
     Failure::new(
         Code::Denied,
-        "the image is encrypted with LUKS, and no key was named: write key=FILE, before the driver; an image below \
-         another one cannot have one: decrypt it with qemu-img convert",
+        "the image is encrypted with LUKS, and no key was named: write key=FILE, before the driver; a backing image \
+         cannot have one: decrypt it with qemu-img convert",
     )
 }
 
@@ -184,7 +185,7 @@ impl<S: Storage> Luks<S> {
         self.content.borrow().clone().ok_or(Errno::BADFD)
     }
 
-    /// The same for who changes it.
+    /// Returns the content for a request that changes it; [`Errno::ROFS`] if the image is read-only.
     fn changed(&self) -> Result<Rc<Sealed<S>>, Errno> {
         match self.options.writable {
             true => self.content(),
@@ -196,7 +197,7 @@ impl<S: Storage> Luks<S> {
         no_extents("image of LUKS", self.extents)?;
         if self.has_parent {
             return Err(refused(
-                "an image of LUKS goes on from no other one, and one was given along",
+                "a LUKS image cannot have a backing image, and one was given along",
             ));
         }
         let header = header(&self.file).await?;

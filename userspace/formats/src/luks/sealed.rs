@@ -25,7 +25,7 @@ impl<S: Storage> Sealed<S> {
         }
     }
 
-    /// The same content, through another handle of its storage.
+    /// Returns this content through another handle of its storage.
     pub(super) fn over(&self, storage: S) -> Self {
         Self {
             storage,
@@ -34,7 +34,8 @@ impl<S: Storage> Sealed<S> {
         }
     }
 
-    /// Reads into all of `data`. What is behind the end of the storage would be no zeroes: it is [`Errno::IO`].
+    /// Reads into all of `data`. A read behind the end of the storage is [`Errno::IO`], because zeroes there would
+    /// decrypt to garbage.
     pub(crate) async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let first = sector(offset, data.len())?;
         let at = self.begin + offset;
@@ -49,14 +50,15 @@ impl<S: Storage> Sealed<S> {
         Ok(())
     }
 
-    /// Writes all of `data`, which stays as it is: what is written is a copy.
+    /// Writes all of `data` from an encrypted copy; `data` itself does not change.
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
         let sealed = self.sealed(offset, &data)?;
         let at = self.begin + offset;
         self.storage.write(at, sealed.into()).await
     }
 
-    /// What the storage gets. Not where it is written: the piece would be kept until that is done.
+    /// Returns the encrypted copy of `data`, for the storage. The function is separate because a future that encrypts
+    /// and writes would keep the piece in memory until the write ends.
     fn sealed(&self, offset: u64, data: &Bytes) -> Result<Data, Errno> {
         let first = sector(offset, data.len())?;
         let sealed = self.storage.buffer(data.len())?;
@@ -76,7 +78,7 @@ impl<S: Storage> Sealed<S> {
     }
 }
 
-/// The sector at an offset. What is no whole number of them cannot be encrypted.
+/// Returns the number of the sector at an offset. Only whole sectors can be encrypted.
 fn sector(offset: u64, len: usize) -> Result<u64, Errno> {
     let unit = SECTOR as u64;
     match offset % unit == 0 && len % SECTOR == 0 {
@@ -85,7 +87,7 @@ fn sector(offset: u64, len: usize) -> Result<u64, Errno> {
     }
 }
 
-/// Where pieces begin.
+/// Returns the offsets of the pieces.
 fn starts(len: usize) -> impl Iterator<Item = usize> {
     (0..len).step_by(PIECE)
 }

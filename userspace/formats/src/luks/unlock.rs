@@ -6,8 +6,8 @@ use super::key::Key;
 use super::xts::Cipher;
 use zeroize::Zeroizing;
 
-/// The cipher of an image whose key slots hold `materials`, in the order of the header's slots; nothing if the key opens
-/// none of them.
+/// Returns the cipher of an image whose key slots hold `materials`, in the order of the header's slots; `None` if the
+/// key opens none of them.
 pub(super) fn unlock(header: &Header, materials: Vec<Vec<u8>>, key: &Key) -> Option<Cipher> {
     let slots = header.slots.iter().zip(materials);
     slots
@@ -16,7 +16,7 @@ pub(super) fn unlock(header: &Header, materials: Vec<Vec<u8>>, key: &Key) -> Opt
         .and_then(|master| Cipher::new(&master))
 }
 
-/// What would be the key of the image if the passphrase were that of a slot.
+/// Returns the image's key under the assumption that the passphrase is that of `slot`.
 fn open(header: &Header, slot: &Slot, material: Vec<u8>, key: &Key) -> Option<Zeroizing<Vec<u8>>> {
     let mut split = Zeroizing::new(vec![0; header.key_bytes]);
     let (secret, salt) = (key.bytes(), &slot.salt);
@@ -29,8 +29,8 @@ fn open(header: &Header, slot: &Slot, material: Vec<u8>, key: &Key) -> Option<Ze
     Some(merge(header, &material))
 }
 
-/// The key that was split into stripes, of which none may be missing: so it is gone when a few bytes of it are (the LUKS
-/// specification, 2.4: `AFmerge`).
+/// Merges the stripes of a key, of which none may be missing: so the key is gone when a few bytes of it are erased (the
+/// LUKS specification, 2.4: `AFmerge`).
 fn merge(header: &Header, stripes: &[u8]) -> Zeroizing<Vec<u8>> {
     let mut key = Zeroizing::new(vec![0; header.key_bytes]);
     for (number, stripe) in stripes.chunks_exact(header.key_bytes).enumerate() {

@@ -16,7 +16,7 @@ pub(crate) enum Cipher {
 }
 
 impl Cipher {
-    /// That with a key of 32 or 64 bytes, of which the second half is the tweak's; nothing with any other.
+    /// Returns the cipher with a key of 32 or 64 bytes, whose second half is the tweak's; `None` for any other length.
     pub(super) fn new(key: &[u8]) -> Option<Self> {
         match key.len() {
             32 => Xts::new(key).map(|xts| Self::Aes128(Box::new(xts))),
@@ -25,7 +25,7 @@ impl Cipher {
         }
     }
 
-    /// Encrypts whole sectors, of which the first has a number.
+    /// Encrypts whole sectors; `first` is the number of the first one.
     pub(crate) fn encrypt(&self, first: u64, bytes: &mut [u8]) {
         match self {
             Self::Aes128(xts) => xts.encrypt(first, bytes),
@@ -68,8 +68,8 @@ impl<
         self.sectors(first, bytes, |blocks| self.data.decrypt_blocks(blocks));
     }
 
-    /// Has `crypt` work on each sector, between the two times that its tweaks are mixed in. It gets all blocks of a
-    /// sector at once, of which a processor works on several at the same time.
+    /// Calls `crypt` on each sector, between the two steps that mix in the tweaks. It gets all blocks of a sector at
+    /// once, because a processor works on several at the same time.
     fn sectors(&self, first: u64, bytes: &mut [u8], crypt: impl Fn(&mut [Block])) {
         assert_eq!(bytes.len() % SECTOR, 0, "sectors are whole");
         for (sector, bytes) in (first..).zip(bytes.chunks_exact_mut(SECTOR)) {

@@ -9,7 +9,7 @@ pub(crate) const LEN: u64 = 48;
 const WITH_XEN: u64 = 64;
 pub(crate) const MAGIC: &[u8; 4] = b"QFI\xfb";
 const XEN: &[u8; 4] = b"XEN\xfb";
-/// Where blktap's flags are, and the one that says that the first table is as the format has it.
+/// Offset of blktap's flags, and the flag of a first table in the format's own byte order.
 pub(crate) const XEN_FLAGS: u64 = 60;
 pub(crate) const XEN_BIG_ENDIAN: u32 = 2;
 /// Bytes of a name.
@@ -26,14 +26,14 @@ pub(crate) struct Header {
     /// Bits of the number of entries that a second table has.
     pub(crate) table_bits: u32,
     pub(crate) first: u64,
-    /// Where the backing file's name is, and its bytes.
+    /// Offset of the backing file's name, and its length, in bytes.
     pub(crate) name: Option<(u64, u32)>,
     /// blktap's flags.
     pub(crate) xen: Option<u32>,
 }
 
 impl Header {
-    /// Checks what was read of an image of `length` bytes.
+    /// Parses and checks the header of an image of `length` bytes.
     pub(crate) fn parse(bytes: &[u8], length: u64) -> Result<Self, Failure> {
         if bytes.get(..4) != Some(MAGIC) {
             return Err(refused(
@@ -48,7 +48,7 @@ impl Header {
         }
         if be32(bytes, 36) != 0 {
             return Err(refused(
-                "the image is encrypted with AES, which nobody should rely on: decrypt it with qemu-img convert",
+                "the image is encrypted with AES, which is not secure: decrypt it with qemu-img convert",
             ));
         }
         let size = be64(bytes, 24);
@@ -67,7 +67,7 @@ impl Header {
             )));
         }
         let header = Self {
-            // What is no whole sector cannot be reached.
+            // A partial sector at the end cannot be reached.
             size: size - size % 512,
             cluster_bits,
             table_bits,
@@ -136,10 +136,10 @@ fn name(bytes: &[u8], length: u64) -> Result<Option<(u64, u32)>, Failure> {
     Ok(Some((at, len)))
 }
 
-/// The first table as the format has it. Early versions of blktap wrote its numbers with the lowest byte
-/// first, and later ones turn them when they open such an image. Each number is judged by itself, for who
-/// did that may have died in between: turned, or not, it leads into the image, and never both. The numbers
-/// of those that have to be written, if any do.
+/// Corrects the byte order of the first table. Early versions of blktap wrote its numbers with the lowest byte first,
+/// and later ones turn them when they open such an image. Each number is judged alone, because the process that turned
+/// them may have died in between: only one of both orders of a number's bytes leads into the image. Returns the
+/// corrected bytes of the table, or `None` if none is wrong.
 pub(crate) fn repaired(
     bytes: &[u8],
     header: &Header,

@@ -22,9 +22,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// The bit of an entry whose cluster is compressed.
+/// Bit of an entry whose cluster is compressed.
 const COMPRESSED: u64 = 1 << 63;
-/// Bytes of an image at most: what an entry can say of the smallest clusters.
+/// Largest image in bytes: an entry for the smallest clusters cannot address more.
 const MOST: u64 = 1 << 46;
 /// Bytes that are zeroed or discarded at once.
 const ZEROES: u64 = 64 << 20;
@@ -61,7 +61,7 @@ async fn read_header(storage: &impl Storage) -> Result<(Header, u64), Failure> {
     Ok((Header::parse(&bytes, length)?, length))
 }
 
-/// What an image needs, of which nothing is followed.
+/// Returns the files that an image needs; no name in the header is followed.
 pub async fn look(storage: &impl Storage) -> Result<Needs, Failure> {
     let (header, _) = read_header(storage).await?;
     let mut needs = Needs {
@@ -83,7 +83,7 @@ pub async fn look(storage: &impl Storage) -> Result<Needs, Failure> {
     Ok(needs)
 }
 
-/// What is to be made.
+/// Properties of a new image.
 #[derive(Clone, Debug, Default)]
 pub struct Create {
     /// Bytes of the disk, whole sectors.
@@ -92,7 +92,7 @@ pub struct Create {
     pub parent: Option<String>,
 }
 
-/// Makes an image of what `storage` is, whose content is lost: clusters of 4 KiB, as blktap has them.
+/// Makes an image in `storage`, whose old content is lost, with clusters of 4 KiB as blktap's.
 pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
     let name = what.parent.as_deref().unwrap_or("").as_bytes();
     if what.size == 0 || what.size % 512 != 0 || name.len() > 1023 {
@@ -130,7 +130,7 @@ pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure
 }
 
 impl<S: Storage> Qcow<S> {
-    /// The disk in `storage`, which goes on from a parent if it names one.
+    /// Returns the disk in `storage`, on top of its parent if it names one.
     pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
@@ -159,13 +159,15 @@ impl<S: Storage> Qcow<S> {
         }
     }
 
-    /// The first table, whose numbers all lead into the image. That of an early blktap is put right.
+    /// Reads the first table, whose numbers all lead into the image. If an early blktap made the table, its byte order
+    /// is corrected.
     async fn first(&self, header: &Header) -> Result<Pinned, Failure> {
         let reading = failed("cannot read the first table of the image");
         // CAST: it was checked to be small.
         let bytes = storage::bytes(&*self.storage, header.first, header.first_len() as usize).await;
         let mut bytes = bytes.map_err(reading)?;
-        // Afterwards: who only looks does so while another host makes the image longer, and then has tables there.
+        // The length is read after the tables, because another host may be making the image longer and have new tables
+        // there.
         let length = self
             .storage
             .size()
@@ -247,7 +249,7 @@ impl<S: Storage> Qcow<S> {
         })
     }
 
-    /// Makes durable what was written, which is what counts, and then gives back the room at the end.
+    /// Flushes the content, which alone decides the result, and then gives back the unused space at the end.
     async fn finish(&self) -> Result<(), Errno> {
         let active = self.active.borrow_mut().take();
         if !self.options.may_write(&*self.storage)? {
@@ -300,7 +302,8 @@ impl Entries {
         let place = tail
             .take(storage, 8 << self.table_bits, 1 << self.cluster_bits)
             .await?;
-        self.first.put(storage, at, &place.to_be_bytes()).await?;
+        let metadata = tail.barrier().metadata(storage);
+        self.first.put(&metadata, at, &place.to_be_bytes()).await?;
         self.tables.get(storage, place, 8 << self.table_bits).await
     }
 }
@@ -348,7 +351,7 @@ impl<S: Storage> Map<S> for Entries {
         let (first, place) = self.split(cluster)?;
         let table = self.table_made(storage, tail, first).await?;
         let edit = |bytes: &mut [u8]| put(bytes, place, &at.to_be_bytes());
-        table.change(storage, edit).await
+        table.change(&tail.barrier().metadata(storage), edit).await
     }
 
     async fn set_zeroes(
@@ -450,7 +453,7 @@ impl<S: Storage> Driver for Qcow<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        // Whatever came of that, nothing may be left in memory.
+        // Cached metadata is dropped even if an earlier step failed.
         let parent = base::inactivate(self.parent.as_deref()).await;
         let forgotten = self.storage.forget();
         finished.and(parent).and(forgotten)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Who writes cluster after cluster will want the next ones, too: they get their place along with those that are
-//! written, so that the kernel may write there by itself.
+//! Preallocation for sequential writers: the clusters behind a write get their place together with its own ones, so
+//! that the kernel may then write there without tapdisk.
 //!
-//! They read as zeroes then as they did before, from clusters that do. What is never written is space that is lost until
-//! the guest discards it, so it is no more than was written in a row.
+//! The preallocated clusters still read as zeroes, because their new places are zero. A preallocated cluster that the
+//! guest never writes is lost space until the guest discards it, so a row never gets more clusters ahead than it has.
 
 use super::entry::{Entry, Place};
 use super::image::Image;
@@ -15,7 +15,7 @@ use diskio::Errno;
 const MOST: u64 = 8 << 20;
 /// Clusters that a writer has to write in a row first.
 const FROM: u64 = 16;
-/// Writers that are told apart: a file system writes its journal between its files.
+/// Concurrent sequential writers that are tracked: a file system writes its journal between its files.
 const WRITERS: usize = 4;
 
 /// A writer in a row.
@@ -29,15 +29,15 @@ struct Row {
     count: u64,
 }
 
-/// Those that wrote last.
+/// The most recent sequential writers.
 #[derive(Debug, Default)]
 pub(crate) struct Rows(Vec<Row>);
 
 impl Rows {
-    /// Clusters from `first` on are to get a place: the beginning of a row, or what goes on with one. So many more may get
-    /// theirs, `most` at most.
+    /// Notes that the guest allocates `count` clusters from `first` on, in a new row or in a known one, and returns how
+    /// many clusters behind them get their place ahead, `most` at most.
     fn add(&mut self, first: u64, count: u64, most: u64) -> u64 {
-        // What a guest writes may begin and end within a cluster.
+        // A write of the guest may begin and end within a cluster.
         let goes_on = |row: &Row| (row.next.saturating_sub(1)..=row.reach).contains(&first);
         let known = self.0.iter().position(goes_on);
         let known = known.map(|at| self.0.remove(at));
@@ -55,9 +55,9 @@ impl Rows {
 }
 
 impl<S: Storage> Image<S> {
-    /// How many clusters may get their place ahead of a write that begins in cluster `first` and needs `count`.
+    /// Returns how many clusters may be preallocated behind a write that begins in cluster `first` and needs `count`.
     pub(crate) fn wanted_ahead(&self, first: u64, count: u64) -> u64 {
-        // In another file everything has its place already; and what is encrypted is never zeroes by itself.
+        // Clusters of a data file have their place already, and a new encrypted cluster does not read as zeroes.
         if !self.prepares_zeroes() {
             return 0;
         }
@@ -65,7 +65,7 @@ impl<S: Storage> Image<S> {
         self.rows.borrow_mut().add(first, count, most)
     }
 
-    /// How many clusters behind those of a plan can get their place with them, of those that are `wanted`.
+    /// Returns how many clusters behind those of a plan can get their place together with them, `wanted` at most.
     pub(crate) fn can_be_ahead(&self, plan: &Plan, wanted: u64) -> Result<u64, Errno> {
         let cluster = self.geometry.cluster();
         let behind = plan.old.len() as u64;
@@ -124,8 +124,8 @@ mod tests {
         assert_eq!(rows.add(FROM + 2, 1000, MOST), MOST);
     }
 
-    /// What a guest writes begins where it likes, so that a cluster is of two requests; and who finds clusters there does
-    /// not come here.
+    /// A write of the guest may begin within a cluster, so that two requests share it; and a write into clusters that
+    /// have their place does not reach [`Rows`].
     #[test]
     fn a_row_goes_on_within_a_cluster_and_behind_what_it_got() {
         let mut rows = Rows::default();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Clusters for new content, and clusters that are not used any more.
 //!
-//! Clusters are prepared in runs: they are made to read as zeroes, their refcounts become one, and one
-//! flush makes both durable. Only then are they given out, so that an entry may lead to one of them as soon
-//! as its content is written: a power cut finds zeroes or what was written, never what was there before, and
-//! never a cluster that is free as well. What was prepared and not used is leaked if the process dies,
-//! and given back when the image is let go of.
+//! Clusters are prepared in runs: they are made to read as zeroes, their refcounts become one, and one flush makes both
+//! durable. Only then may a request use them, so that an entry may lead to one of them as soon as its content is in
+//! place: after a power cut the cluster holds zeroes or the new content, never older data, and it is never free as
+//! well. If the process dies, prepared clusters that it did not use are leaked; when it closes the image, they are
+//! freed.
 //!
 //! A cluster that is not used any more is freed when nothing leads to it on the disk (after a flush), and no
 //! request relies on it that had found it before.
@@ -23,7 +23,7 @@ const FIRST_RUN: u64 = 2 << 20;
 const LONGEST_RUN: u64 = 64 << 20;
 /// Parts of a run at most: each is zeroed by a call.
 const PARTS: usize = 64;
-/// Releases that wait at most before one who releases makes room.
+/// Releases that may wait before a caller has to flush.
 const WAITING: usize = 1024;
 
 /// Clusters in a row.
@@ -43,16 +43,16 @@ struct Release {
     users: u64,
 }
 
-/// What is prepared, and what waits to be freed.
+/// Prepared clusters, and clusters that wait to be freed.
 #[derive(Debug)]
 pub(crate) struct Allocator {
     ready: RefCell<VecDeque<Clusters>>,
-    /// No cluster below this is free, but for those that are known.
+    /// Apart from the known ones, no cluster below this is free.
     cursor: Cell<u64>,
     /// Bytes of the next run.
     run: Cell<u64>,
     waiting: RefCell<VecDeque<Release>>,
-    /// Who changes refcounts.
+    /// Serialises changes of refcounts.
     gate: Gate,
     pub(crate) prepared: Cell<u64>,
     pub(crate) freed: Cell<u64>,
@@ -94,22 +94,23 @@ impl Allocator {
 }
 
 impl<S: Storage> Image<S> {
-    /// Up to `count` clusters in a row, one at least. They read as zeroes and are counted, and both is
-    /// durable.
+    /// Allocates up to `count` contiguous clusters, at least one. The clusters read as zeroes and have a refcount, both
+    /// durably.
     pub(crate) async fn take(&self, count: u64) -> Result<Clusters, Errno> {
         loop {
             if let Some(taken) = self.allocator.pop(count) {
                 return Ok(taken);
             }
             let _pass = self.allocator.gate.alone().await;
-            // Somebody else may have prepared some.
+            // Another task may have prepared some.
             if self.allocator.ready.borrow().is_empty() {
                 self.prepare().await?;
             }
         }
     }
 
-    /// The same, but a row that is shorter than it could be only because the run ends is made longer first.
+    /// Allocates a row of clusters as [`take`](Self::take) does, but prepares longer runs from now on, so that the end
+    /// of a run does not cut the row short.
     pub(crate) async fn take_run(&self, count: u64) -> Result<Clusters, Errno> {
         let bytes = count.saturating_mul(self.geometry.cluster());
         let run = &self.allocator.run;
@@ -138,10 +139,15 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// What was written before this call is durable when it returns. A flush that fails may have lost it, and
-    /// the next one may succeed nevertheless; who waits for that one may have written before, too.
+    /// Makes all writes durable that ended before this call. A flush that fails may have lost them although the next
+    /// one succeeds, so tasks that wait for the next one get the error, too.
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
         self.barrier.settle().await
+    }
+
+    /// Makes all writes durable that came since there was this number of errors, see [`diskio::Barrier::settle_since`].
+    pub(crate) async fn flush_since(&self, errors: u64) -> Result<(), Errno> {
+        self.barrier.settle_since(errors).await
     }
 
     /// Flushes up to this one say nothing of what waits for them: one of them failed.
@@ -170,10 +176,11 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Prepares the next run. Nobody else changes refcounts.
+    /// Prepares the next run. The caller holds the gate, so no other task changes refcounts.
     async fn prepare(&self) -> Result<(), Errno> {
         let cluster = self.geometry.cluster();
         let bytes = self.allocator.run.get();
+        let errors = self.barrier.errors();
         let found = self.gather((bytes / cluster).max(1)).await?;
         for part in &found {
             let at = part.first * cluster;
@@ -181,7 +188,7 @@ impl<S: Storage> Image<S> {
             self.prepare_range(at, part.count * cluster).await?;
             self.set_counts(*part, 1).await?;
         }
-        self.flush().await?;
+        self.flush_since(errors).await?;
         let count: u64 = found.iter().map(|part| part.count).sum();
         self.allocator.run.set((bytes * 2).min(LONGEST_RUN));
         self.allocator
@@ -195,7 +202,8 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Free clusters from the cursor on: `count` of them, or fewer if they are in many parts. One at least.
+    /// Finds free clusters from the cursor on: `count` of them, or fewer if they are in many parts. Returns at least
+    /// one.
     async fn gather(&self, count: u64) -> Result<Vec<Clusters>, Errno> {
         let mut found: Vec<Clusters> = Vec::new();
         let (mut at, mut missing) = (self.allocator.cursor.get(), count);
@@ -288,8 +296,8 @@ impl<S: Storage> Image<S> {
         self.free_or_say().await;
     }
 
-    /// The same for who has the gate. What cannot be freed is space that is lost: that is said, and nobody's
-    /// request fails for it, because what that has done is done.
+    /// Frees released clusters for a caller that holds the gate. If that fails, the space is lost, which is reported;
+    /// no request fails for it, because its own work is done.
     async fn free_or_say(&self) {
         if let Err(error) = self.free_released().await {
             self.damaged(format_args!("unused clusters cannot be freed ({error})"));
@@ -318,7 +326,7 @@ impl<S: Storage> Image<S> {
         let (order, cluster) = (self.geometry.refcount_order, self.geometry.cluster());
         let (at, len) = (clusters.first * cluster, clusters.count * cluster);
         if self.check_no_table(at, len).is_err() {
-            // That is reported. What an entry says that leads there is wrong: nobody loses a user.
+            // `check_no_table` has reported that. The entry that leads there is wrong, so no refcount is lowered.
             return Ok(());
         }
         let mut done = 0;
@@ -378,7 +386,7 @@ impl<S: Storage> Image<S> {
         cursor.set(cursor.get().min(clusters.first));
     }
 
-    /// Who releases much makes room, so that what waits is bounded.
+    /// Flushes and frees clusters once many are released, so that the list of waiting ones is bounded.
     pub(crate) async fn bound_released(&self) -> Result<(), Errno> {
         if self.allocator.waiting() < WAITING {
             return Ok(());
@@ -388,7 +396,7 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Gives back what is prepared and not used. What stays is space that is lost: that is said.
+    /// Frees prepared clusters that are unused. Clusters that remain are lost space, which is reported.
     pub(crate) async fn give_back(&self) {
         if let Err(error) = self.give_back_ready().await {
             self.damaged(format_args!(

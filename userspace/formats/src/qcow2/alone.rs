@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image that goes on from another one comes to need it no more, while it is used.
+//! Dropping the backing image of an image that is in use.
 
 use super::header::AT_NAME;
 use super::image::Image;
@@ -10,7 +10,7 @@ use control::{Code, Failure};
 use diskio::Errno;
 
 impl<S: Storage> Qcow2<S> {
-    /// There is an image below, and this one could do without it; false if there is none.
+    /// Returns true if the image has a backing image that it could drop, and false if it has none.
     pub(super) async fn may_stand_alone(&self) -> Result<bool, Failure> {
         if self.below.borrow().is_none() {
             return Ok(false);
@@ -18,13 +18,13 @@ impl<S: Storage> Qcow2<S> {
         let name = &self.options.name;
         if !self.options.writable {
             return Err(refused(format!(
-                "{name} is read-only, and must be written to need no other image"
+                "{name} is read-only, so it cannot drop its backing image: make it writable"
             )));
         }
         match header(&self.file).await?.snapshots {
             0 => Ok(true),
             count => Err(refused(format!(
-                "{name} has {count} snapshots, which have the image below for themselves: delete them with \
+                "{name} has {count} snapshots, which need the backing image: delete them with \
                  qemu-img snapshot -d when the disk is detached"
             ))),
         }
@@ -36,16 +36,16 @@ impl<S: Storage> Image<S> {
     /// stays, and means nothing without a name.
     pub(super) async fn forget_below(&self) -> Result<(), Failure> {
         let failed = |error: Errno| {
-            let what = format!("{}: cannot forget the image below", self.name);
+            let what = format!("{}: cannot drop the backing image", self.name);
             Failure::system(what, &error.into())
         };
         self.can_be_trusted()?;
         self.hide_rest().await.map_err(failed)?;
-        // What the tables in memory say must be in the image: the write of one may have failed before.
+        // The tables in memory must be in the image: an earlier write of one may have failed.
         self.slices.settle_all().await.map_err(failed)?;
         self.flush().await.map_err(failed)?;
         self.can_be_trusted()?;
-        // Where the name is, and its length.
+        // Offset and length of the name.
         self.change_header(AT_NAME, &[0; 12])
             .await
             .map_err(failed)?;
@@ -53,7 +53,8 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// What is in memory may be more than the image has if a flush has failed since it was opened.
+    /// Fails if a flush has failed since the image was opened, because the image may then lack what the tables in
+    /// memory have.
     fn can_be_trusted(&self) -> Result<(), Failure> {
         match self.barrier.lost() {
             0 => Ok(()),
@@ -68,8 +69,8 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// What is below and behind the end of the disk, and was copied with its last cluster, is not seen when that
-    /// grows.
+    /// Hides the content of the backing image behind the end of the disk, which was copied with the last cluster: it
+    /// must not appear when the disk grows.
     async fn hide_rest(&self) -> Result<(), Errno> {
         let size = self.size.get();
         let end = size.next_multiple_of(self.geometry.cluster());

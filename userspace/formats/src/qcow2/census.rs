@@ -16,12 +16,12 @@ use std::ops::Range;
 
 /// Clusters that are counted at once.
 pub(super) const WINDOW: u64 = 2 << 20;
-/// L2 tables of which the number of users is kept at once.
+/// L2 tables whose number of users is kept at once.
 const TABLES: usize = 256 << 10;
 /// Bytes of a table that are read at once.
 const READ: u64 = 64 << 10;
 
-/// What a cluster is used for. Each is a bit.
+/// Use of a cluster. Each is a bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Use {
@@ -38,7 +38,7 @@ pub(super) enum Use {
 /// More than one refcount structure uses the cluster.
 const REFCOUNTS_AGAIN: u8 = 16;
 
-/// Entries that are wrong by themselves.
+/// Entries that are wrong in themselves.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Odd {
     /// L1 and L2 entries that cannot be, and structures behind the end of the file.
@@ -128,7 +128,7 @@ impl Window {
 struct Seen {
     /// Entries of L1 tables that lead to it.
     uses: u32,
-    /// One of them is of the disk as it is now.
+    /// True if one of these entries belongs to the current disk.
     is_active: bool,
     /// Offsets between which its clusters are, once it has been read.
     reach: (u64, u64),
@@ -160,11 +160,11 @@ impl Tables {
     }
 }
 
-/// What holds the refcounts.
+/// Location of the refcounts.
 pub(super) enum Holder {
     /// The refcount table of the image and its blocks.
     Image,
-    /// What is being made, in these clusters.
+    /// The new refcounts that are being made, in these clusters.
     New(Range<u64>),
 }
 
@@ -206,7 +206,7 @@ impl<'c, S: Storage> Census<'c, S> {
         starts.map(|from| from..end.min(from + WINDOW)).collect()
     }
 
-    /// Counts the users of some clusters. What is odd is counted in the first window.
+    /// Counts the users of clusters. Odd entries are counted in the first window only.
     pub(super) async fn count(&mut self, clusters: Range<u64>) -> Result<Window, Errno> {
         let cluster = self.image.geometry.cluster();
         let mut window = Window::new(clusters, self.end);
@@ -479,7 +479,7 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Looks at the entries of an L2 table that are not empty: where each is, its word, and what it says.
+    /// Calls `look` for each non-empty entry of an L2 table, with its number, its word and its meaning.
     async fn each_l2(
         &self,
         table: u64,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Checks whether refcounts are right and tables lie apart, and repairs refcounts.
 //!
-//! A repair first looks at everything and writes nothing. It writes only to places that nothing else uses, and only if
-//! it is certain that the disk and its snapshots stay as they are. Refcounts that lie where something else is are made
-//! anew in another place (`rebuild.rs`).
+//! A repair first checks the whole image without a write. Its writes go only to places without another use, and only if
+//! the disk and its snapshots certainly stay as they are. Refcounts that overlap another structure are rebuilt in
+//! another place (`rebuild.rs`).
 
 use super::census::{Census, Holder, Window};
 use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
@@ -16,29 +16,29 @@ use control::Failure;
 use diskio::Errno;
 use std::ops::Range;
 
-/// What is wrong with an image.
+/// Faults of an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
     /// Clusters with a refcount that is too large: space that is lost, and does no harm.
     pub leaks: u64,
-    /// Clusters with a refcount that is too small: they may be given to somebody else.
+    /// Clusters with a refcount that is too small: the allocator may give them to a second user.
     pub unsafe_clusters: u64,
     /// Entries that cannot be, or lead behind the end of the file.
     pub damaged: u64,
-    /// L1 and L2 entries with bits that have no meaning. What they lead to can be read.
+    /// L1 and L2 entries with bits that have no meaning. The clusters that they lead to can be read.
     pub reserved: u64,
-    /// Clusters with a table in which something else is, too: a write to one of them changes the other.
+    /// Clusters with a table that overlaps another structure: a write to one of them changes the other.
     pub overlaps: u64,
-    /// Refcount table entries that cannot be, and clusters with refcounts in which something else is, too.
+    /// Refcount table entries that are impossible, and clusters with refcounts that overlap another structure.
     pub refcounts: u64,
     /// Entries that say that their cluster has no other user, and it has one: a write through one of them would
     /// change the other.
     pub shared: u64,
-    /// Entries that do not say that their cluster has no other user. That does no harm.
+    /// Entries that do not say that their cluster has no other user. This does no harm.
     pub unmarked: u64,
 }
 
-/// What else uses clusters than the disk: found once.
+/// Users of clusters beside the disk; they are collected once.
 pub(crate) struct Others {
     /// Ranges of bytes.
     pub(super) ranges: Vec<Range<u64>>,
@@ -46,7 +46,7 @@ pub(crate) struct Others {
     pub(super) tables: Vec<Table>,
 }
 
-/// What a look at everything found.
+/// Result of a check of the whole image.
 pub(super) struct Report {
     pub(super) findings: Findings,
     /// The refcounts cannot be made right where they are.
@@ -73,7 +73,7 @@ impl Report {
     }
 }
 
-/// What uses clusters beside the disk as it is now.
+/// Collects the users of clusters beside the current content of the disk.
 pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Others, Failure> {
     let cluster = header.geometry.cluster();
     // Their names are not kept.
@@ -93,7 +93,7 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
     Ok(Others { ranges, tables })
 }
 
-/// Each snapshot has an L1 table of its own. So all of them together are not larger than the file.
+/// Each snapshot has an L1 table of its own, so all of them together must not be larger than the file.
 fn check_tables(tables: &[Table]) -> Result<(), Failure> {
     let mut places: Vec<_> = tables
         .iter()
@@ -178,7 +178,7 @@ async fn clusters_of_bitmap<S: Storage>(
 }
 
 impl<S: Storage> Image<S> {
-    /// Compares all refcounts with what is used. Nothing else may use the image meanwhile.
+    /// Compares all refcounts with the users of the clusters. The image must not be in use.
     pub(crate) async fn check(&self, others: &Others) -> Result<Findings, Errno> {
         Ok(self.report(others).await?.findings)
     }
@@ -210,7 +210,7 @@ impl<S: Storage> Image<S> {
         Ok(report)
     }
 
-    /// Adds what is wrong with the clusters of a window.
+    /// Adds the faults of the clusters of a window to `report`.
     async fn look(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
         report.findings.damaged += window.odd.damaged;
         report.findings.reserved += window.odd.reserved;
@@ -235,7 +235,7 @@ impl<S: Storage> Image<S> {
         self.compare(window, report).await
     }
 
-    /// Compares the refcounts of a window's clusters with what they should be.
+    /// Compares the refcounts of a window's clusters with their users.
     async fn compare(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
         let order = self.geometry.refcount_order;
         let mut at = window.clusters.start;
@@ -264,10 +264,10 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Makes refcounts and the flags of entries right, and says what was wrong.
+    /// Corrects refcounts and the flags of entries, and reports the faults.
     ///
     /// # Errors
-    /// It is not certain that this keeps what the image holds. Nothing was changed then.
+    /// The repair might change the content of the image. It has changed nothing.
     pub(crate) async fn repair(&self, others: &Others) -> Result<Findings, Failure> {
         let failed = |error: Errno| Failure::system("cannot repair the refcounts", &error.into());
         let report = self.report(others).await.map_err(failed)?;
@@ -280,7 +280,7 @@ impl<S: Storage> Image<S> {
             }
             false => {}
         }
-        // What a refcount structure was in has a user less when that is in another place.
+        // A cluster that held a refcount structure loses a user when that moves.
         if report.rebuild || findings.shared + findings.unmarked > 0 {
             self.mark(others).await.map_err(failed)?;
         }
@@ -348,8 +348,8 @@ impl<S: Storage> Image<S> {
         self.flush().await
     }
 
-    /// Makes the flags of entries right. Refcounts are right and durable, so that a death leaves entries of which
-    /// writes may still trust those that are marked.
+    /// Corrects the flags of entries. The refcounts are right and durable before, so that after a death writes may
+    /// trust the entries that are marked.
     async fn mark(&self, others: &Others) -> Result<(), Errno> {
         let mut census = Census::new(self, others, Holder::Image)?;
         for clusters in census.windows() {

@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::io::Read;
 use std::rc::Rc;
 
-/// The content of a compressed cluster; nothing if it is damaged. `packed` may go on behind it. No more
-/// memory is used than for a cluster and what the decoder itself needs.
+/// Returns the content of a compressed cluster; `None` if it is damaged. `packed` may have more bytes behind the
+/// cluster. Its memory is limited to one cluster and the decoder's own.
 pub(crate) fn unpack(how: Compression, packed: &[u8], cluster: usize) -> Option<Vec<u8>> {
     let mut content = vec![0; cluster];
     match how {
@@ -30,8 +30,8 @@ fn inflate(packed: &[u8], content: &mut [u8]) -> Option<()> {
     (ended && done == content.len()).then_some(())
 }
 
-/// Frames, as many as fill a cluster. Their encoder need not have known how much that is, so what they say of their
-/// window may be far more: no more is needed than a cluster, because nothing farther back exists.
+/// Decodes as many frames as fill a cluster. Their encoder may not have known the size, so they may claim a much larger
+/// window: the decoder needs no more than a cluster, because there is no earlier content.
 fn zstd(packed: &[u8], content: &mut [u8]) -> Option<()> {
     let mut packed = packed.to_vec();
     let (mut at, mut done) = (0, 0);
@@ -57,15 +57,15 @@ fn zstd(packed: &[u8], content: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// Bytes of a frame that holds nothing of the content (RFC 8878, 3.1.2); nothing if it is another one.
+/// Returns the length in bytes of a skippable frame (RFC 8878, 3.1.2); `None` for another frame.
 fn skipped(frame: &[u8]) -> Option<usize> {
     let magic = u32::from_le_bytes(*frame.first_chunk()?);
     let len = u32::from_le_bytes(*frame.get(4..)?.first_chunk()?);
     (magic & 0xffff_fff0 == 0x184d_2a50).then_some(8 + len as usize)
 }
 
-/// Has a frame say that the decoder keeps no more than for a cluster (RFC 8878, 3.1.1.1); nothing if it is none, or
-/// holds more than a cluster.
+/// Changes a frame's header so that the decoder keeps no more than a cluster (RFC 8878, 3.1.1.1); `None` if it is no
+/// frame, or holds more than a cluster.
 fn narrow(frame: &mut [u8], cluster: u64) -> Option<()> {
     if frame.get(..4)? != [0x28, 0xb5, 0x2f, 0xfd] {
         return None;
@@ -81,7 +81,7 @@ fn narrow(frame: &mut [u8], cluster: u64) -> Option<()> {
         *window = (*window).min(most);
         return Some(());
     }
-    // One segment: the window is the content.
+    // A frame of one segment has a window of the size of its content.
     let dictionary = [0, 1, 2, 4][usize::from(flags & 3)];
     let at = 5 + dictionary;
     let size = |bytes: usize| {
@@ -115,7 +115,7 @@ impl Unpacked {
         }
     }
 
-    /// The content of what is packed at an offset.
+    /// Returns the unpacked content of the cluster at an offset.
     pub(crate) fn get(&self, at: u64) -> Option<Rc<Vec<u8>>> {
         let mut kept = self.kept.borrow_mut();
         let place = kept.iter().position(|(offset, _)| *offset == at)?;
@@ -133,7 +133,7 @@ impl Unpacked {
         kept.push_back((at, content.clone()));
     }
 
-    /// What was packed in a range is not there any more.
+    /// Drops the unpacked content of clusters whose packed bytes lie in `range`.
     pub(crate) fn forget(&self, range: &std::ops::Range<u64>) {
         self.kept
             .borrow_mut()
@@ -161,7 +161,7 @@ mod tests {
         for window in [0x38, 0x58, 0x88, 0xff] {
             let mut packed = frame(&content);
             packed[5] = window;
-            // What is behind it belongs to the next cluster.
+            // The bytes behind it belong to the next cluster.
             packed.extend([0xaa; 512]);
             let found = unpack(Compression::Zstd, &packed, CLUSTER);
             assert!(found.as_ref() == Some(&content), "{window:#x}");

@@ -7,17 +7,17 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
-/// What holds the clusters.
+/// File that holds the clusters.
 pub(crate) enum Content<S> {
     Plain(S),
     Sealed(Sealed<S>),
 }
 
 impl<S: Storage> Content<S> {
-    /// Those of an image in `file`, which a key opens if they are encrypted.
+    /// Returns the content of an image in `file`, which `key` opens if it is encrypted.
     ///
     /// # Errors
-    /// They are and there is no key, or a wrong one; or they are not, and there is one.
+    /// The image is encrypted and there is no key or a wrong one, or it is not and there is one.
     pub(super) async fn of(
         file: &S,
         data: Option<&S>,
@@ -38,7 +38,7 @@ impl<S: Storage> Content<S> {
         Ok(Self::Sealed(Sealed::new(file.clone(), 0, cipher)))
     }
 
-    /// What has been made zeroes in the image is zeroes of the disk.
+    /// True if zeroes in the file read as zeroes of the disk, because the content is not encrypted.
     pub(super) fn is_plain(&self) -> bool {
         matches!(self, Self::Plain(_))
     }

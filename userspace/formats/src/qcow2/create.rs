@@ -10,7 +10,7 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
-/// What an image is to be like.
+/// Properties of a new image.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Bytes of the disk, whole sectors.
@@ -23,13 +23,13 @@ pub struct Plan {
     pub refcount_bits: u32,
     /// Subclusters.
     pub extended: bool,
-    /// How clusters will be compressed by others.
+    /// Compression that other programs will use for clusters.
     pub compression: Compression,
     /// The image below.
     pub backing: Option<Backing>,
     /// The name of a file for the data, and whether that is to be the disk, byte for byte.
     pub data_file: Option<(String, bool)>,
-    /// How its clusters are encrypted, if they are.
+    /// Encryption of its clusters, if any.
     pub encryption: Option<Encryption>,
 }
 
@@ -68,9 +68,7 @@ impl Plan {
             return Err(refused("version 2 has none of subclusters, data files, zstd, and refcounts of other than 16 bits"));
         }
         if self.encryption.is_some() && self.data_file.is_some() {
-            return Err(refused(
-                "what is encrypted has its data in the image itself",
-            ));
+            return Err(refused("an encrypted image cannot have a data file"));
         }
         if !matches!(self.version, 2 | 3) {
             return Err(refused("versions are 2 and 3"));
@@ -85,14 +83,14 @@ impl Plan {
     }
 }
 
-/// Where everything is in a new image, in clusters.
+/// Places of all structures in a new image, in clusters.
 struct Layout {
     geometry: Geometry,
     reftable: u64,
     blocks: u64,
     l1: u64,
     l1_entries: u64,
-    /// Those of the header of LUKS, with its key slots.
+    /// Clusters of the LUKS header, with its key slots.
     keys: u64,
 }
 
@@ -145,7 +143,7 @@ impl Layout {
 pub async fn create<S: Storage>(file: &S, plan: &Plan) -> Result<(), Failure> {
     let layout = Layout::new(plan)?;
     let head = head(plan, &layout)?;
-    // What is written must be readable: the same checks that everybody's images have to pass.
+    // The new header must be readable, so it has to pass the checks for foreign images.
     Header::parse(&head)?;
     let keys = match &plan.encryption {
         Some(encryption) => luks::new_header(file, encryption).await?,

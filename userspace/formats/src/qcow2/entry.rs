@@ -3,7 +3,7 @@
 
 use super::geometry::{Geometry, MAX_OFFSET};
 
-/// The cluster has a refcount of one: it may be written where it is.
+/// Bit of an entry whose cluster has a refcount of one: writes may overwrite it in place.
 pub(crate) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
@@ -12,7 +12,7 @@ const OFFSET: u64 = MAX_OFFSET - 512;
 pub(crate) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 pub(crate) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
-/// Where a cluster is.
+/// Location of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// Nowhere.
@@ -33,14 +33,14 @@ pub(crate) enum Place {
     },
 }
 
-/// What a subcluster reads as.
+/// Source of a subcluster's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// What the backing image has.
+    /// The backing image.
     Below,
     /// Zeroes.
     Zero,
-    /// What is in its place.
+    /// The cluster's own place.
     Data,
 }
 
@@ -52,11 +52,11 @@ pub(crate) struct Entry {
     pub(crate) zero: u32,
 }
 
-/// Why an entry cannot be right.
+/// Reason why an entry is impossible.
 pub(crate) type Broken = &'static str;
 
 impl Entry {
-    /// What a cluster has that was never written.
+    /// Entry of a cluster that no guest has written.
     pub(crate) const NONE: Self = Self {
         place: Place::Nowhere,
         alloc: 0,
@@ -130,7 +130,7 @@ impl Entry {
         }
     }
 
-    /// What a subcluster reads as.
+    /// Returns the source of a subcluster's content.
     pub(crate) fn part(&self, number: u32) -> Part {
         let bit = 1 << number;
         match (self.alloc & bit != 0, self.zero & bit != 0) {

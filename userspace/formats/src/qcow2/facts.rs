@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What tools ask of an image that is not served.
+//! Facts that tools ask for about an image that is not served.
 
 use super::check::{self, Findings};
 use super::content::Content;
@@ -21,19 +21,19 @@ impl Header {
         self.geometry.extended
     }
 
-    /// It was not closed, so its refcounts may be wrong.
+    /// True if the image was not closed, so that its refcounts may be wrong.
     pub fn is_dirty(&self) -> bool {
         self.incompatible & DIRTY != 0
     }
 
-    /// Somebody found damage, so it must not be written.
+    /// A program has marked the image as damaged, so it must not be changed.
     pub fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0
     }
 }
 
-/// Compares all refcounts of an image that nobody uses with what is used; with `repair` they become right,
-/// and what was wrong is said. Images below it are not looked at.
+/// Compares all refcounts of an image that is not in use with the users of its clusters; with `repair` they are
+/// corrected, and the messages say what was wrong. Backing images are not checked.
 pub async fn check<S: Storage>(file: &S, name: &str, repair: bool) -> Result<Findings, Failure> {
     let options = Options {
         writable: repair,

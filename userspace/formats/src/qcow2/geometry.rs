@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How large things are in an image, and which entry a byte of the disk belongs to.
+//! Sizes in an image, and the entries of a byte of the disk.
 
 /// Smallest and largest clusters, as powers of two.
 pub(crate) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
@@ -14,7 +14,7 @@ const SUBCLUSTERS: u32 = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
     pub(crate) cluster_bits: u32,
-    /// L2 entries have 16 bytes and say what is in each of 32 subclusters.
+    /// True if L2 entries have 16 bytes and the state of each of 32 subclusters.
     pub(crate) extended: bool,
     /// A refcount has `1 << refcount_order` bits.
     pub(crate) refcount_order: u32,

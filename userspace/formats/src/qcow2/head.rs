@@ -3,14 +3,15 @@
 
 use super::image::Image;
 use super::slices::{Slice, Slices};
+use crate::metadata::Metadata;
 use crate::Storage;
 use diskio::Errno;
 use std::rc::Rc;
 
-/// A part of the header has been changed in memory. Unless that is taken, it becomes again what it was, and is
-/// written before anything else: the image may have either.
+/// Change of a part of the header in memory. Unless that is accepted, dropping this restores the old bytes, and they
+/// are stored before any other slice, because the image may have either.
 struct Changed<'i, S: Storage> {
-    slices: &'i Slices<S>,
+    slices: &'i Slices<Metadata<S>>,
     header: Rc<Slice>,
     at: usize,
     old: Vec<u8>,

@@ -49,7 +49,7 @@ const MAX_NAME: u32 = 1023;
 /// Bytes of a header of LUKS with its keys: those of today have two MiB.
 const MAX_CRYPT: u64 = 16 << 20;
 
-/// How clusters are compressed.
+/// Compression of clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     /// Deflate, without a header.
@@ -61,20 +61,20 @@ pub enum Compression {
 /// A backing image as the header names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
-    /// The name, as it was written: a path, relative to the image's folder if it does not begin with `/`.
+    /// Path as it is in the header, relative to the image's folder if it does not begin with `/`.
     pub name: String,
-    /// The format; nothing if the header does not say. It is never guessed from the content.
+    /// Format; `None` if the header does not name it. The format is never guessed from the content.
     pub format: Option<String>,
 }
 
-/// Where the header of LUKS is, with its keys.
+/// Place of the LUKS header, with its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Crypt {
     pub(crate) at: u64,
     pub(crate) len: u64,
 }
 
-/// What a header says.
+/// Fields of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     pub(crate) geometry: Geometry,
@@ -86,7 +86,7 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// Name of the file with the data, if that is not in the image and the header says it.
     pub data_file: Option<String>,
-    /// How clusters are compressed.
+    /// Compression of clusters.
     pub compression: Compression,
     /// Internal snapshots.
     pub snapshots: u32,
@@ -99,11 +99,11 @@ pub struct Header {
     pub(crate) autoclear: u64,
     /// The directory of bitmaps: offset and bytes.
     pub(crate) bitmaps: Option<(u64, u64)>,
-    /// The clusters of the disk are encrypted with a key that is there.
+    /// Place of the key with which the clusters of the disk are encrypted, if they are.
     pub(crate) crypt: Option<Crypt>,
 }
 
-/// Bytes of the cluster that a header is in: what has to be read to understand it.
+/// Returns the bytes of the cluster with a header, which must be read to parse it.
 pub(crate) fn needed(begin: &[u8]) -> Result<usize, Failure> {
     let (magic, version) = (be32_at(begin, 0), be32_at(begin, 4));
     if magic != Some(MAGIC) {
@@ -131,7 +131,7 @@ impl Header {
         Self::fields(bytes).ok_or_else(|| refused("the header is cut off"))?
     }
 
-    /// Nothing if it is too short.
+    /// Returns `None` if the header is too short.
     fn fields(bytes: &[u8]) -> Option<Result<Self, Failure>> {
         let (version, bits) = (be32_at(bytes, 4)?, be32_at(bytes, 20)?);
         let v3 = version >= 3;
@@ -183,7 +183,7 @@ impl Header {
         let method = be32_at(bytes, 32).unwrap_or(u32::MAX);
         match method {
             0 | LUKS => {}
-            1 => return Err(encrypted("AES in a way that nobody should rely on")),
+            1 => return Err(encrypted("AES in a way that is not secure")),
             _ => return Err(encrypted("a method that is not known here")),
         }
         if (self.version >= 3 && length < V3) || length % 8 != 0 || length > bytes.len() {
@@ -380,8 +380,8 @@ pub(crate) struct Extensions<'b> {
 }
 
 impl<'b> Extensions<'b> {
-    /// Those of a header of `length` bytes. The name of the image below ends them: old images of version 2 have it
-    /// where the first one would be.
+    /// Iterates over the extensions of a header of `length` bytes. The name of the backing image ends them: old images
+    /// of version 2 have it in place of the first one.
     pub(crate) fn of(bytes: &'b [u8], length: usize) -> Self {
         let name = be64_at(bytes, AT_NAME).and_then(|at| usize::try_from(at).ok());
         let end = name.filter(|at| *at >= length && *at <= bytes.len());

@@ -13,6 +13,7 @@ use super::users::Users;
 use crate::barrier::Barrier;
 use crate::base::Base;
 use crate::locks::Locks;
+use crate::metadata::Metadata;
 use crate::Storage;
 use diskio::{Errno, Gate};
 use drivers::Disk;
@@ -26,7 +27,7 @@ pub(crate) struct Table {
     pub(crate) entries: u64,
 }
 
-/// What the requests of an image share.
+/// State that all requests of an image share.
 pub(crate) struct Image<S> {
     /// Names it in messages.
     pub(crate) name: String,
@@ -34,20 +35,20 @@ pub(crate) struct Image<S> {
     pub(crate) compression: Compression,
     pub(crate) size: Cell<u64>,
     pub(crate) writable: bool,
-    /// What is freed is given back to the storage.
+    /// True if freed space is given back to the storage.
     pub(crate) discard: bool,
     /// The metadata.
     pub(crate) file: S,
     /// The clusters: in the same file, or another one.
     pub(crate) data: Content<S>,
-    /// Where the keys are, if those are encrypted.
+    /// Place of the keys, if the image is encrypted.
     pub(crate) crypt: Option<Crypt>,
     pub(crate) below: RefCell<Option<Rc<Base>>>,
     pub(crate) l1: Cell<Table>,
     pub(crate) reftable: Cell<Table>,
     /// Autoclear features that the image still has.
     pub(crate) autoclear: Cell<u64>,
-    pub(crate) slices: Slices<S>,
+    pub(crate) slices: Slices<Metadata<S>>,
     pub(crate) barrier: Barrier<S>,
     pub(crate) allocator: Allocator,
     pub(crate) users: Users,
@@ -55,9 +56,9 @@ pub(crate) struct Image<S> {
     pub(crate) clusters: Locks,
     /// Entries of the L1 table that are being changed.
     pub(crate) tables: Locks,
-    /// How often clusters lost what they had: nothing else becomes what it was before.
+    /// Number of times that clusters lost their content: no other change can restore an earlier state.
     pub(crate) zeroed: Cell<u64>,
-    /// Who writes in a row.
+    /// Sequential writers.
     pub(crate) rows: RefCell<Rows>,
     /// The first write has one thing to do.
     pub(crate) beginning: Gate,
@@ -68,18 +69,18 @@ pub(crate) struct Image<S> {
     pub(crate) reported: Cell<u32>,
 }
 
-/// Where an entry of the disk is: its slices have to be settled before an answer relies on it.
+/// Location of an entry of the disk: its slices must be settled before an answer relies on it.
 pub(crate) struct Found {
     pub(crate) l1: Rc<Slice>,
     /// The slice of the L2 table, and where the entry of the first cluster is in it.
     pub(crate) l2: Option<(Rc<Slice>, usize)>,
 }
 
-/// Why nothing is known of a cluster.
+/// Reason why a cluster's content is unknown.
 enum Wrong {
     /// Its entry cannot be.
     Entry { word: u64, why: Broken },
-    /// It has none where one was looked for.
+    /// A table is missing where one was expected.
     Nowhere,
 }
 
@@ -108,7 +109,7 @@ impl<S: Storage> Image<S> {
         self.reported.set(count.saturating_add(1));
         if count < 10 {
             diskio::say!(
-                "{}: {what}: the image is damaged, check it with qemu-img check",
+                "{}: the image is damaged: {what}; check it with qemu-img check",
                 self.name
             );
         }
@@ -130,7 +131,7 @@ impl<S: Storage> Image<S> {
         self.slices.at(table.at + number * 8).await
     }
 
-    /// The offset of a table's cluster in an entry of another table; nothing if it is 0.
+    /// Returns the offset of a table's cluster in an entry of another table; `None` if it is 0.
     pub(crate) fn table_at(&self, entry: u64, what: &str) -> Result<Option<u64>, Errno> {
         self.place_of_table(entry).map_err(|at| {
             self.damaged(format_args!(
@@ -139,7 +140,8 @@ impl<S: Storage> Image<S> {
         })
     }
 
-    /// The same, and where it would be if that cannot be.
+    /// Returns the place of the table that an entry leads to, or as an error the place if it is no multiple of the
+    /// cluster's size.
     pub(crate) fn place_of_table(&self, entry: u64) -> Result<Option<u64>, u64> {
         let at = entry & (MAX_OFFSET - 512);
         match at % self.geometry.cluster() {
@@ -148,7 +150,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Where the entry of the cluster with a byte of the disk is.
+    /// Finds the entry of the cluster with byte `guest` of the disk.
     pub(crate) async fn find(&self, guest: u64) -> Result<Found, Errno> {
         let span = self.geometry.span();
         let (l1, at) = self.slot(self.l1.get(), guest / span).await?;
@@ -159,7 +161,8 @@ impl<S: Storage> Image<S> {
         Ok(Found { l1, l2: Some(l2) })
     }
 
-    /// The same, if all of it is in memory and nothing is wrong with it.
+    /// Finds the entry of the cluster with byte `guest` of the disk as [`find`](Self::find) does, but only if all of it
+    /// is in memory and valid.
     fn known(&self, guest: u64) -> Option<Found> {
         let (span, table) = (self.geometry.span(), self.l1.get());
         let number = guest / span;
@@ -174,13 +177,14 @@ impl<S: Storage> Image<S> {
         Some(Found { l1, l2 })
     }
 
-    /// Where the entry of the cluster with a byte of the disk is, in the image whose L2 table for it is at `table`.
+    /// Returns the offset of the entry of the cluster with byte `guest` of the disk, for an L2 table at `table`.
     fn entry_at(&self, table: u64, guest: u64) -> u64 {
         let cluster = guest % self.geometry.span() / self.geometry.cluster();
         table + cluster * self.geometry.entry()
     }
 
-    /// The disk that shows through in all of a range, if that is known. Of damage says who reads it, which comes next.
+    /// Returns the backing disk if it has all of a range, and that is known. Damage is reported by the read, which
+    /// comes next.
     pub(crate) fn passed(&self, guest: u64, len: u64) -> Option<Disk> {
         let found = self.known(guest)?;
         let (run, there) = self.run_at(&found, guest, len).ok()?;
@@ -190,13 +194,14 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// The entry a number of clusters behind the one that was looked for; nothing at the end of the slice.
+    /// Returns the entry `number` clusters behind the one that was looked for; `None` at the end of the slice.
     pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<Entry>, Errno> {
         let entry = self.decoded(found, number);
         entry.map_err(|wrong| self.impossible(wrong))
     }
 
-    /// The same, and nothing is said of one that cannot be.
+    /// Returns the entry `number` clusters behind the one that was looked for, without a message if it is invalid;
+    /// `None` at the end of the slice.
     fn decoded(&self, found: &Found, number: u64) -> Result<Option<Entry>, Wrong> {
         let Some((slice, at)) = &found.l2 else {
             return Ok(Some(Entry::NONE));
@@ -237,7 +242,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// What an answer relies on is in the image.
+    /// Writes the table entries that an answer relies on to the image.
     pub(crate) async fn settle(&self, found: &Found) -> Result<(), Errno> {
         if !found.l1.is_settled() {
             self.slices.settle(&found.l1).await?;
@@ -248,7 +253,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// What is at a byte of the disk, and for how many bytes, `len` at most.
+    /// Returns the kind of content at byte `guest` of the disk, and its length in bytes, `len` at most.
     pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(Run, u64, Found), Errno> {
         let found = self.find(guest).await?;
         let there = self.run_at(&found, guest, len);
@@ -256,7 +261,8 @@ impl<S: Storage> Image<S> {
         Ok((run, len, found))
     }
 
-    /// The same, by what was found there; nothing is said of what cannot be.
+    /// Returns the run at byte `guest` as [`map`](Self::map) does, from entries that were found already, without a
+    /// message if they are invalid.
     fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(Run, u64), Wrong> {
         let geometry = &self.geometry;
         if found.l2.is_none() {
@@ -269,9 +275,9 @@ impl<S: Storage> Image<S> {
             None => return Err(Wrong::Nowhere),
         };
         let mut cluster = 1;
-        // Goes on as long as clusters are alike from their beginning to their end.
+        // The run continues while whole clusters are alike.
         while count < len && (skip + count) == cluster * geometry.cluster() {
-            // One that cannot be is an error for what is read there, and not for what is before it.
+            // An invalid entry is an error only for reads of its own cluster.
             let Ok(Some(entry)) = self.decoded(found, cluster) else {
                 break;
             };
@@ -285,7 +291,7 @@ impl<S: Storage> Image<S> {
         Ok((run, count.min(len)))
     }
 
-    /// What is in a cluster from `skip` on, and for how many bytes.
+    /// Returns the content of a cluster from byte `skip` on, and its length in bytes.
     pub(crate) fn runs(&self, entry: &Entry, skip: u64) -> (Run, u64) {
         let geometry = &self.geometry;
         if let Place::Compressed { at, len } = entry.place {
@@ -310,8 +316,9 @@ impl<S: Storage> Image<S> {
         (run, count)
     }
 
-    /// Bytes of data from `at` on that are in the file, of `len` that the disk has from `guest` on. An image that was
-    /// cut off does not have all, and what is missing is not zeroes. Another host may make it longer meanwhile.
+    /// Returns how many of the `len` bytes of the disk from `guest` on are in the file, where they begin at `at`. An
+    /// image that was cut off does not have all of them, and missing bytes are not zeroes. Another host may be making
+    /// the file longer.
     pub(crate) fn inside(&self, guest: u64, at: u64, len: u64) -> Result<u64, Errno> {
         let wanted = len.min(self.size.get().saturating_sub(guest));
         let end = at.saturating_add(wanted);
@@ -325,7 +332,7 @@ impl<S: Storage> Image<S> {
         })
     }
 
-    /// What is to be said of data that are not in the file.
+    /// Reports that data lie behind the end of the file, and returns the error.
     pub(crate) fn cut_off(&self, guest: u64) -> Errno {
         self.damaged(format_args!(
             "the data of byte {guest} of the disk are behind the end of the file, which was cut off"
@@ -337,7 +344,7 @@ impl<S: Storage> Image<S> {
         self.below.borrow().clone()
     }
 
-    /// True for what reads as zeroes because nothing is below it.
+    /// Returns true if an unallocated byte reads as zero, because there is no backing image.
     pub(crate) fn is_bare(&self, guest: u64) -> bool {
         let below = self.below.borrow();
         below.as_ref().is_none_or(|below| guest >= below.size())
@@ -357,8 +364,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// A place where data may be written: no L2 entry of a sound image leads into the tables that
-    /// everything hangs on.
+    /// Checks that data may be stored at a place: no L2 entry of a sound image leads into its essential tables.
     pub(crate) fn check_place(&self, at: u64, len: u64) -> Result<(), Errno> {
         match self.geometry.external {
             true => Ok(()),
@@ -366,7 +372,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// The same for clusters of the image itself, whatever they hold.
+    /// Checks that clusters of the image itself, whatever they hold, overlap none of its essential tables.
     pub(crate) fn check_no_table(&self, at: u64, len: u64) -> Result<(), Errno> {
         let end = at.checked_add(len).filter(|end| *end <= MAX_OFFSET);
         let end =
@@ -387,7 +393,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// The L2 entry of a byte, in a table that this image has for itself; makes the table if need be.
+    /// Returns the L2 entry of a byte, in a table that only this image uses; makes the table if necessary.
     pub(crate) async fn find_owned(&self, guest: u64) -> Result<Found, Errno> {
         let span = self.geometry.span();
         let number = guest / span;
@@ -408,8 +414,8 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// An L1 entry leads to a table that has no other user, by the entry and by the refcount. An entry may say so and
-    /// lead nowhere: what is written then must not get lost.
+    /// Returns true if an L1 entry leads to a table that has no other user, by the entry and by the refcount. An entry
+    /// may claim that for a place that is free, where a write would be lost.
     async fn owns_table(&self, entry: u64) -> Result<bool, Errno> {
         match self.table_at(entry, "L2 table")? {
             Some(table) if entry & COPIED != 0 => Ok(self.alone(table, 1).await? > 0),
@@ -424,7 +430,7 @@ impl<S: Storage> Image<S> {
         let new = self.take(1).await?.first * cluster;
         if let Some(old) = old {
             self.copy_table(old, new).await?;
-            // A table that is reachable and not yet there would hide what is in the clusters.
+            // If the entry were durable before the table, it would hide the content of the clusters.
             self.flush().await?;
         }
         l1.set_number(slot, new | COPIED);
@@ -455,7 +461,7 @@ impl<S: Storage> Image<S> {
     }
 }
 
-/// True if `next` continues what has been going on for `count` bytes.
+/// Returns true if `next` continues a run that is `count` bytes long.
 fn follows(run: Run, count: u64, next: Run) -> bool {
     match (run, next) {
         (Run::Below, Run::Below) | (Run::Zero, Run::Zero) => true,
@@ -471,7 +477,7 @@ fn follows(run: Run, count: u64, next: Run) -> bool {
 }
 
 impl Image<()> {
-    /// What a header says of the L1 and refcount tables.
+    /// Returns the places of the L1 and refcount tables from a header.
     pub(crate) fn tables_of(header: &Header) -> (Table, Table) {
         let l1 = Table {
             at: header.l1,

@@ -59,17 +59,17 @@ const ZEROES: u64 = 1 << 30;
 /// An image as a driver.
 pub struct Qcow2<S: Storage> {
     file: S,
-    /// The image below it, as its header names it.
+    /// Backing image that the header names.
     below: RefCell<Option<Rc<Base>>>,
     /// The file with its data, if its header says that there is one.
     data_file: Option<S>,
-    /// How many files were given for that.
+    /// Number of files that were given for that.
     extents: usize,
     options: Options,
     image: RefCell<Option<Rc<Image<S>>>>,
 }
 
-/// What the header of an image says. Whoever asks must have locked it.
+/// Returns the header of an image. The caller must have locked it.
 pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     let failed = |error: Errno| Failure::system("cannot read the header", &error.into());
     let begin = storage::bytes(file, 0, 512).await.map_err(failed)?;
@@ -78,10 +78,10 @@ pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
     Header::parse(&bytes)
 }
 
-/// How the clusters of an image are encrypted; nothing if they are not.
+/// Returns the encryption of an image's clusters; `None` if they are not encrypted.
 ///
 /// # Errors
-/// It cannot be read, or not be served.
+/// The image cannot be read, or not be served.
 pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::Header>, Failure> {
     match header(file).await?.crypt {
         Some(place) => Ok(Some(luks::header_at(file, place.at, place.len).await?)),
@@ -89,7 +89,7 @@ pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::Header>, Fa
     }
 }
 
-/// What an image needs beside itself, of which nothing is followed.
+/// Returns the files that an image needs beside itself; no name in the header is followed.
 pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
     let header = header(file).await?;
     let parent = header.backing.map(|backing| Parent {
@@ -141,7 +141,7 @@ impl<S: Storage> Qcow2<S> {
         self.image.borrow().clone().ok_or(Errno::BADFD)
     }
 
-    /// What cannot be served.
+    /// Refuses images that cannot be served.
     fn check(&self, header: &Header) -> Result<(), Failure> {
         if self.options.writable && header.incompatible & CORRUPT != 0 {
             return Err(refused(
@@ -149,19 +149,21 @@ impl<S: Storage> Qcow2<S> {
             ));
         }
         if self.options.writable && self.options.snapshot.is_some() {
-            return Err(refused("a snapshot cannot be written: serve it read-only"));
+            return Err(refused(
+                "a snapshot inside of an image is read-only: serve it read-only",
+            ));
         }
         let given = self.below.borrow().is_some();
         match &header.backing {
             Some(backing) if !given => {
                 let name = &backing.name;
                 return Err(refused(format!(
-                    "the image below, {name:?}, was not given along"
+                    "the backing image {name:?} was not given along"
                 )));
             }
             None if given => {
                 return Err(refused(
-                    "the image has no image below it, and one was given along",
+                    "the image has no backing image, and one was given along",
                 ))
             }
             _ => {}
@@ -180,7 +182,7 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    /// The image below is active; nothing if there is none.
+    /// Activates the backing image and returns it; `None` if there is none.
     async fn active_below(&self) -> Result<Option<Rc<Base>>, Failure> {
         let below = self.below.borrow().clone();
         if let Some(below) = &below {
@@ -213,8 +215,8 @@ impl<S: Storage> Qcow2<S> {
         Ok(image)
     }
 
-    /// Refuses to write an image that ends inside of a cluster with data: the file becomes longer then, by what
-    /// would be zeroes in place of what it has lost.
+    /// Refuses to write to an image that ends inside of a cluster with data: a write would make the file longer, with
+    /// zeroes in place of the lost data.
     async fn refuse_cut(&self, image: &Image<S>) -> Result<(), Failure> {
         let failed = |error: Errno| Failure::system("cannot see what is in it", &error.into());
         let length = self.file.size().map_err(failed)?;
@@ -224,13 +226,13 @@ impl<S: Storage> Qcow2<S> {
         let (mut at, size) = (0, image.size.get());
         while at < size {
             let Ok((run, len, _)) = image.map(at, size - at).await else {
-                // Of tables that are damaged says whoever uses them.
+                // A damaged table is reported by the requests that use it.
                 at = (at / image.geometry.span() + 1).saturating_mul(image.geometry.span());
                 continue;
             };
             if let Run::Data { at: place, .. } = run {
                 let inside = image.inside(at, place, len).map_err(failed)?;
-                // What is behind the end altogether has been damage before.
+                // A cluster that lies completely behind the end was damaged before.
                 if inside < len && place.saturating_add(inside) == length {
                     let lost = at + inside;
                     return Err(refused(format!(
@@ -244,7 +246,7 @@ impl<S: Storage> Qcow2<S> {
         Ok(())
     }
 
-    /// Compares the refcounts of the image, which must be active and not in use, with what is used.
+    /// Compares the refcounts of the image, which must be active and not in use, with the users of its clusters.
     pub async fn findings(&self) -> Result<Findings, Failure> {
         let failed = |error: Errno| Failure::system("cannot check the image", &error.into());
         let image = self.image().map_err(failed)?;
@@ -257,6 +259,8 @@ impl<S: Storage> Qcow2<S> {
         let geometry = header.geometry;
         let mut storages = vec![self.file.clone()];
         storages.splice(0..0, self.data_file.clone());
+        let barrier = Barrier::new(storages);
+        let metadata = barrier.metadata(&self.file);
         let (l1, reftable) = Image::tables_of(header);
         let budget = self.options.cache;
         Ok(Image {
@@ -273,8 +277,8 @@ impl<S: Storage> Qcow2<S> {
             l1: Cell::new(l1),
             reftable: Cell::new(reftable),
             autoclear: Cell::new(header.autoclear & !header::RAW_EXTERNAL),
-            slices: Slices::new(self.file.clone(), geometry.slice(), budget / 8 * 7),
-            barrier: Barrier::new(storages),
+            slices: Slices::new(metadata, geometry.slice(), budget / 8 * 7),
+            barrier,
             allocator: Allocator::new(),
             users: Default::default(),
             clusters: Default::default(),
@@ -288,7 +292,7 @@ impl<S: Storage> Qcow2<S> {
         })
     }
 
-    /// Makes durable what was written, which is what counts, and then gives clusters back that nobody uses.
+    /// Flushes the content, which alone decides the result, and then frees unused clusters.
     async fn finish(&self) -> Result<(), Errno> {
         let image = self.image.borrow_mut().take();
         let Some(image) = image.filter(|image| image.writable) else {
@@ -338,7 +342,7 @@ impl<S: Storage> Driver for Qcow2<S> {
     }
 
     fn has_places(&self) -> bool {
-        // Of another file the kernel does not know, nor of a key.
+        // The kernel has neither the data file nor the key.
         self.data_file.is_none() && self.options.key.is_none() && self.file.is_direct()
     }
 
@@ -360,7 +364,7 @@ impl<S: Storage> Driver for Qcow2<S> {
     async fn flush(&self) -> Result<(), Errno> {
         let image = self.image()?;
         image.barrier.flush().await?;
-        // It is durable, whatever becomes of clusters that are not used any more.
+        // The flush has succeeded, whether the unused clusters can be freed or not.
         image.free().await;
         Ok(())
     }
@@ -419,14 +423,14 @@ impl<S: Storage> Driver for Qcow2<S> {
     }
 
     async fn stand_alone(&self) -> Result<(), Failure> {
-        // Somebody may have made one while the disk was paused.
+        // An administrator may have made a snapshot in the image while the disk was paused.
         self.may_stand_alone().await?;
         let image = self.image().map_err(|error| {
             let what = format!("{}: there is no image", self.options.name);
             Failure::system(what, &error.into())
         })?;
         image.forget_below().await?;
-        // Who reads it still has it open.
+        // Requests that read it still hold a reference.
         self.below.replace(None);
         Ok(())
     }
@@ -450,7 +454,7 @@ impl<S: Storage> Driver for Qcow2<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        // Whatever came of that, somebody else may change it before it is active again.
+        // Even if that failed: another process may change the backing image before it is active again.
         let below = self.below.borrow().clone();
         let below = base::inactivate(below.as_deref()).await;
         let mut forgotten = Ok(());

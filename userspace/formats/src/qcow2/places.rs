@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the kernel may read and write by itself.
+//! Places where the kernel may read and write without tapdisk.
 //!
-//! Clusters that the image has for itself stay where they are until the guest discards all of them. Others do not:
-//! a write takes its whole cluster elsewhere, and the old place may be free then, and something else soon. What is
-//! below the image nobody writes, so it is told until the guest writes just that; so are zeroes.
+//! Clusters that only this image uses stay where they are until the guest discards all of them. Shared clusters do not:
+//! a write moves its whole cluster, and the old place may be freed and reused soon. Backing images do not change, so
+//! their places are reported until the guest writes that range; so are zeroes.
 
 use super::image::{Found, Image, Run};
 use crate::{base, Storage};
@@ -26,7 +26,7 @@ impl<S: Storage> Image<S> {
                         && self.stays(place, len, owned)
                         && self.inside(at, place, len)? == len =>
                 {
-                    // What the refcounts say has to be read, and meanwhile the cluster may go elsewhere.
+                    // The refcounts must be read first, and during that read the cluster may move.
                     let alone = !self.writable || self.alone(place, len).await? == len;
                     if alone && self.map_sure(at, len).await? == (run, len, true) {
                         places.push(Place {
@@ -50,8 +50,9 @@ impl<S: Storage> Image<S> {
         Ok(places)
     }
 
-    /// What is at a byte of the disk, for how many bytes, and whether the image says so, too. Others may have changed more
-    /// of the same table, and go on: what that has of this is made to be in the image.
+    /// Returns the content at byte `at` of the disk, its length in bytes, and whether the image has the same entries as
+    /// the memory. Other requests may be changing the same table continuously, so this writes the slice to the image
+    /// itself.
     async fn map_sure(&self, at: u64, len: u64) -> Result<(Run, u64, bool), Errno> {
         let (run, len, found) = self.map(at, len).await?;
         if is_settled(&found) {
@@ -60,12 +61,12 @@ impl<S: Storage> Image<S> {
         let zeroed = self.zeroed.get();
         let settled = self.settle(&found).await.is_ok();
         let (now, len, _) = self.map(at, len).await?;
-        // What became something else and what it was again is so in memory, and may be that in the image.
+        // A range that changed and changed back is so in memory, but the image may have the state in between.
         let is_sure = settled && now == run && self.zeroed.get() == zeroed;
         Ok((now, len, is_sure))
     }
 
-    /// Data goes on to be where it is.
+    /// Returns true if data will stay at its place.
     fn stays(&self, place: u64, len: u64, owned: bool) -> bool {
         // In a sound image no cluster is where a table is; of another one the guest would write that.
         !self.writable || owned && self.check_place(place, len).is_ok()

@@ -26,7 +26,7 @@ impl<S: Storage> Image<S> {
         self.read_now(guest, data).await
     }
 
-    /// The same for a request that has been counted.
+    /// Reads for a request that is counted already.
     pub(crate) async fn read_now(&self, guest: u64, data: Data) -> Result<(), Errno> {
         let whole = data.len() as u64;
         let mut at = 0;
@@ -73,7 +73,7 @@ impl<S: Storage> Image<S> {
             return Ok(content);
         }
         if !self.data.is_plain() {
-            // Whoever wrote it had no key.
+            // An encrypting program does not make compressed clusters, so the writer of this one had no key.
             return Err(self.damaged(format_args!(
                 "the cluster at {at:#x} is compressed, and what is encrypted is not"
             )));
@@ -95,7 +95,7 @@ impl<S: Storage> Image<S> {
         Ok(content)
     }
 
-    /// What is in a range; with `resolve`, what is below counts as well.
+    /// Returns the content of a range, with the backing image's if `resolve` is set.
     pub(crate) async fn extents(
         &self,
         guest: u64,
@@ -106,7 +106,7 @@ impl<S: Storage> Image<S> {
         let (run, mut len, _) = self.map(guest, len).await?;
         let content = match run {
             Run::Data { at, .. } => {
-                // Sectors, for whoever reads them.
+                // Only whole sectors, because readers ask for sectors.
                 len = match self.inside(guest, at, len)? {
                     inside if inside == len => len,
                     inside => inside - inside % 512,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Makes the refcounts of an image anew, in a place that nothing uses, and then has the header name it.
+//! Rebuilds the refcounts of an image in unused space, and then lets the header name them.
 
 use super::census::{Census, Holder, Window};
 use super::check::{Others, Report};
@@ -13,18 +13,18 @@ use diskio::Errno;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Where the new refcounts are to be.
+/// Place of the new refcounts.
 struct Place {
     /// The table's clusters, and the blocks' behind them.
     clusters: Range<u64>,
     /// Clusters of the table.
     table: u64,
-    /// The blocks that there are to be, in the order in which they lie there.
+    /// The new blocks, in the order of their places.
     blocks: BTreeSet<u64>,
 }
 
 impl<S: Storage> Image<S> {
-    /// Makes all refcounts anew. What is in the image now is not changed before the new ones are durable.
+    /// Rebuilds all refcounts. The current structures of the image do not change before the new ones are durable.
     pub(super) async fn rebuild(&self, others: &Others, report: &Report) -> Result<(), Failure> {
         let place = self.place_for_refcounts(report)?;
         let failed =
@@ -70,7 +70,7 @@ impl<S: Storage> Image<S> {
                     room.end - room.start
                 )));
             }
-            // They count themselves.
+            // The blocks count themselves, too.
             let before = blocks.len();
             blocks.extend(clusters.start / entries..=(clusters.end - 1) / entries);
             if blocks.len() == before {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How often clusters of an image are used.
+//! Refcounts of an image: the number of users of each cluster.
 
 use super::geometry::MAX_OFFSET;
 use super::header::AT_REFTABLE;
@@ -53,12 +53,12 @@ pub(crate) struct Counts {
     pub(crate) slice: Rc<Slice>,
     /// The number of the first one in the slice.
     pub(crate) first: usize,
-    /// How many there are from there on.
+    /// Number of refcounts from there on.
     pub(crate) count: u64,
 }
 
 impl<S: Storage> Image<S> {
-    /// The refcount block for a cluster; nothing if there is none.
+    /// Returns the place of the refcount block for a cluster; `None` if there is none.
     async fn block(&self, cluster: u64) -> Result<Option<u64>, Errno> {
         let number = cluster / self.geometry.block_entries();
         if number >= self.reftable.get().entries {
@@ -68,7 +68,7 @@ impl<S: Storage> Image<S> {
         self.table_at(slice.number(at), "refcount block")
     }
 
-    /// The refcounts from that of a cluster on; nothing if no block has them.
+    /// Returns the refcounts from that of a cluster on; `None` if no block has them.
     pub(crate) async fn counts(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
         match self.block(cluster).await? {
             Some(block) => Ok(Some(self.counts_in(block, cluster).await?)),
@@ -76,7 +76,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// The same for a check: a block that cannot be is none.
+    /// Returns the refcounts of a cluster for a check: an invalid refcount block counts as none.
     pub(crate) async fn counts_if_any(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
         let number = cluster / self.geometry.block_entries();
         if number >= self.reftable.get().entries {
@@ -91,8 +91,9 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// The same for what is about to change or to give out clusters: the block must have one user by the refcounts.
-    /// One that lies where something else is would be read as refcounts, and written.
+    /// Returns the refcounts of a cluster for a caller that is about to change them or to allocate: the refcount block
+    /// must have one user by the refcounts themselves. A block that lies where something else is would be read as
+    /// refcounts, and overwritten.
     pub(crate) async fn counts_to_change(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
         let Some(block) = self.block(cluster).await? else {
             return Ok(None);
@@ -153,8 +154,8 @@ impl<S: Storage> Image<S> {
         })
     }
 
-    /// Makes a refcount block for a cluster of which all neighbours are free, and says so in itself.
-    /// The cluster must be free; nobody else may be changing refcounts.
+    /// Makes a refcount block for a cluster whose neighbours are all free; the block counts itself. The cluster must be
+    /// free, and the caller must exclude other changes of refcounts.
     pub(crate) async fn make_block(&self, cluster: u64) -> Result<(), Errno> {
         let entries = self.geometry.block_entries();
         let number = cluster / entries;
@@ -168,11 +169,11 @@ impl<S: Storage> Image<S> {
         self.check_no_table(at, self.geometry.cluster())?;
         self.prepare_range(at, self.geometry.cluster()).await?;
         self.fill_block(at, 1).await?;
-        // A block that is reachable and not yet there would free what is in use.
+        // If the entry were durable before the block, clusters in use would be free.
         self.flush().await?;
         let (slice, slot) = self.slot(self.reftable.get(), number).await?;
         slice.set_number(slot, at);
-        // Who uses the block relies on this.
+        // All users of the block rely on this entry.
         self.slices.settle_first(&slice).await
     }
 
@@ -213,7 +214,7 @@ impl<S: Storage> Image<S> {
         if clusters * cluster > MAX_TABLE || end > MAX_OFFSET {
             return Err(Errno::FBIG);
         }
-        // After an attempt that failed the image may lead there, until this is said.
+        // The image may lead there after a failed attempt, until this write.
         self.slices.pay().await?;
         self.flush().await?;
         self.prepare_range(start * cluster, end - start * cluster)

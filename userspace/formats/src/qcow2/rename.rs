@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Another image below: what the header says of it.
+//! Changing the backing image in the header.
 
 use super::header::{
     Backing, Extensions, Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, RAW_EXTERNAL, V2, V3,
@@ -9,8 +9,8 @@ use crate::{storage, Storage};
 use control::Failure;
 use diskio::Bytes;
 
-/// Says in the header that the image goes on from another one, or from none. The content of the image is not
-/// looked at, nor is the other one. Nobody may use the image meanwhile.
+/// Changes the backing image in the header, or removes it. It reads neither the content of the image nor the other
+/// image. The image must not be in use.
 ///
 /// The new name is durable beside the old one before anything leads to it, and what leads there is one write,
 /// which changes no other sector than the first if the header named a format before.
@@ -27,9 +27,11 @@ pub async fn set_backing<S: Storage>(file: &S, backing: Option<&Backing>) -> Res
         ));
     }
     let new = renamed(&old, header.version, backing)?;
-    // What is written must be readable: the same checks that everybody's images have to pass.
+    // The new header must be readable, so it has to pass the checks for foreign images.
     if Header::parse(&new.head)?.backing.as_ref() != backing {
-        return Err(refused("the name of the image below cannot be written"));
+        return Err(refused(
+            "the header cannot store the name of the backing image",
+        ));
     }
     let work = async {
         if let Some(at) = new.name {
@@ -45,15 +47,15 @@ pub async fn set_backing<S: Storage>(file: &S, backing: Option<&Backing>) -> Res
 
 /// A header with another name in it.
 struct Renamed {
-    /// The beginning of the image, as far as it is written.
+    /// Beginning of the image, up to the last byte that changes.
     head: Vec<u8>,
-    /// Where its name is, if that can be written before the rest.
+    /// Offset of the name in bytes, if it can be stored before the rest.
     name: Option<u64>,
 }
 
 fn renamed(old: &[u8], version: u32, backing: Option<&Backing>) -> Result<Renamed, Failure> {
     let length = match version >= 3 {
-        // It was checked with the header.
+        // `Header::parse` has checked this.
         true => (be32(old, AT_HEADER_LEN) as usize).max(V3),
         false => V2,
     };
@@ -98,7 +100,8 @@ fn fits(head: Vec<u8>, cluster: usize, name: Option<u64>) -> Result<Renamed, Fai
     match head.len() <= cluster {
         true => Ok(Renamed { head, name }),
         false => Err(refused(format!(
-            "the name of the image below does not fit into the header's cluster of {cluster} bytes: use a shorter one, such as one in the same folder"
+            "the name of the backing image does not fit into the header's cluster of {cluster} bytes: use a shorter \
+             one, such as one in the same folder"
         ))),
     }
 }

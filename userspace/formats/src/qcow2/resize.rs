@@ -42,7 +42,7 @@ impl<S: Storage> Image<S> {
         self.set_size(size).await.map_err(failed)
     }
 
-    /// What is below and was behind the end of the disk reads as zeroes.
+    /// Makes the content of the backing image that was behind the end of the disk read as zeroes.
     pub(super) async fn hide_below(&self, old: u64, size: u64) -> Result<(), Errno> {
         let end = self.below().map_or(0, |below| below.size().min(size));
         let mut at = old;
@@ -60,7 +60,7 @@ impl<S: Storage> Image<S> {
         let old = self.l1.get();
         let wanted = (entries * 8).div_ceil(cluster);
         let at = self.take_row(wanted).await? * cluster;
-        // Nobody may change an entry while they are being copied.
+        // No entry may change while they are being copied.
         let _held = self.tables.lock(0..u64::MAX).await;
         let new = Table { at, entries };
         for number in 0..old.entries {
@@ -82,7 +82,7 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Clusters in a row, as many as are wanted: what is prepared in other places is put aside.
+    /// Allocates `count` contiguous clusters: prepared clusters in other places are put aside.
     async fn take_row(&self, count: u64) -> Result<u64, Errno> {
         /// Attempts: each is behind the last one, and the end of the file is one row.
         const ATTEMPTS: usize = 1024;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Metadata in memory: small parts of an image's tables, within a budget.
 //!
-//! A slice is changed in memory first, and [`Slices::settle`] hands it to the kernel: who relies on an
-//! entry settles its slice before he answers, whoever changed it. Changes that come while a slice is being
-//! written go together with the next write, so many requests share one.
+//! A change is made in memory first, and [`Slices::settle`] hands the slice to the kernel: a request that relies on an
+//! entry settles its slice before its answer, even if another request made the change. Changes that arrive during the
+//! write of a slice go together with the next write, so many requests share one.
 
 use crate::bell::Bell;
 use crate::Storage;
@@ -19,7 +19,7 @@ pub(crate) const SLICE: usize = 4096;
 /// A part of a table.
 #[derive(Debug)]
 pub(crate) struct Slice {
-    /// Where in the image.
+    /// Offset in the image, in bytes.
     offset: u64,
     bytes: RefCell<Box<[u8]>>,
     /// Grows with each change.
@@ -37,7 +37,7 @@ impl Slice {
         self.bytes.borrow().len()
     }
 
-    /// The big-endian number at a byte; zero where there is none.
+    /// Returns the big-endian number at a byte; zero behind the end.
     pub(crate) fn number(&self, at: usize) -> u64 {
         let bytes = self.bytes.borrow();
         let found = at.checked_add(8).and_then(|end| bytes.get(at..end));
@@ -64,7 +64,7 @@ impl Slice {
         self.put(at, &number.to_be_bytes());
     }
 
-    /// Changes bytes from `at` on, in memory. They must be there.
+    /// Changes bytes from `at` on, in memory. The range must be inside of the slice.
     pub(crate) fn put(&self, at: usize, new: &[u8]) {
         self.change(|bytes| bytes[at..at + new.len()].copy_from_slice(new));
     }
@@ -82,11 +82,11 @@ pub(crate) struct Slices<S> {
     len: usize,
     most: usize,
     known: RefCell<HashMap<u64, Rc<Slice>>>,
-    /// In the order in which they are looked at when one has to go.
+    /// Offsets in the order in which slices are checked when one has to be dropped.
     queue: RefCell<VecDeque<u64>>,
     loading: RefCell<HashSet<u64>>,
     loaded: Bell,
-    /// Those that others rely on and that the image may not have as they are: they are written before any other.
+    /// Slices that other entries rely on and that may differ in the image: they are stored before any other slice.
     owed: RefCell<Vec<Rc<Slice>>>,
     pub(crate) misses: Cell<u64>,
     pub(crate) writes: Cell<u64>,
@@ -148,7 +148,7 @@ impl<S: Storage> Slices<S> {
         Ok((slice, within as usize))
     }
 
-    /// The same, if it is in memory.
+    /// Returns the slice at `offset`, and the offset within it, if it is in memory.
     pub(crate) fn known_at(&self, offset: u64) -> Option<(Rc<Slice>, usize)> {
         let within = offset % self.slice_len();
         // CAST: smaller than a slice.
@@ -194,7 +194,7 @@ impl<S: Storage> Slices<S> {
         Ok(slice)
     }
 
-    /// Forgets slices that nobody uses and that the image has, those first that were not used lately.
+    /// Drops slices that are unused and settled, the least recently used ones first.
     fn make_room(&self) {
         let mut known = self.known.borrow_mut();
         let mut queue = self.queue.borrow_mut();
@@ -217,7 +217,7 @@ impl<S: Storage> Slices<S> {
         }
     }
 
-    /// Forgets what is in a range of the image: it belongs to no table any more.
+    /// Drops the slices of a range of the image that holds no table any more.
     pub(crate) fn forget(&self, range: Range<u64>) {
         let mut known = self.known.borrow_mut();
         let count = (range.end - range.start) / self.slice_len();
@@ -236,7 +236,7 @@ impl<S: Storage> Slices<S> {
             .retain(|slice| !range.contains(&slice.offset));
     }
 
-    /// The same of all slices, also of those whose write has failed before.
+    /// Settles all slices, also those whose write has failed before.
     pub(crate) async fn settle_all(&self) -> Result<(), Errno> {
         let unsettled = |slice: &&Rc<Slice>| !slice.is_settled();
         let all: Vec<Rc<Slice>> = {
@@ -249,20 +249,20 @@ impl<S: Storage> Slices<S> {
         Ok(())
     }
 
-    /// Returns when the image has what the slice holds now. No death of this process undoes it then.
+    /// Returns when the image has the present content of the slice, which no death of this process can undo.
     pub(crate) async fn settle(&self, slice: &Slice) -> Result<(), Errno> {
         self.pay().await?;
         self.write_out(slice).await
     }
 
-    /// The same of a slice that says where tables are: who relies on those does not settle it himself. As long as
-    /// this has not succeeded, nothing else is settled.
+    /// Settles a slice that says where tables are, because the users of those tables do not settle it. Until this
+    /// succeeds, no other slice can be settled.
     pub(crate) async fn settle_first(&self, slice: &Rc<Slice>) -> Result<(), Errno> {
         self.owe(slice);
         self.pay().await
     }
 
-    /// The slice is written before any other.
+    /// Schedules the slice to be stored before any other.
     pub(crate) fn owe(&self, slice: &Rc<Slice>) {
         let mut owed = self.owed.borrow_mut();
         if !owed.iter().any(|other| Rc::ptr_eq(other, slice)) {

@@ -8,7 +8,7 @@ use crate::{storage, Storage};
 use control::Failure;
 use diskio::Errno;
 
-/// Bytes of a snapshot's record before what has any length.
+/// Bytes of the fixed part of a snapshot's record.
 const RECORD: u64 = 40;
 /// Bytes of extra data at most that are believed.
 const MOST: u64 = 64 << 10;

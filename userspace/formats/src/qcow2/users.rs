@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
-/// Requests that are under way, by the order in which they began.
+/// Requests that are under way, in the order of their beginning.
 #[derive(Debug, Default)]
 pub(crate) struct Users {
     next: Cell<u64>,
@@ -30,12 +30,12 @@ impl Users {
         }
     }
 
-    /// All requests that began until now have a number below this.
+    /// Returns a number above that of each request that has begun.
     pub(crate) fn now(&self) -> u64 {
         self.next.get()
     }
 
-    /// No request with a number below this is under way.
+    /// Returns a number below that of each request that is under way.
     pub(crate) fn oldest(&self) -> u64 {
         let first = self.active.borrow().first().copied();
         first.unwrap_or(self.next.get())

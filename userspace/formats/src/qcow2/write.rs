@@ -17,13 +17,13 @@ pub(crate) struct Plan {
     pub(crate) found: Found,
     /// The clusters of the disk.
     pub(crate) first: u64,
-    /// What they have now.
+    /// Their current entries.
     pub(crate) old: Vec<Entry>,
     /// Clusters behind them that may get their place with them.
     ahead: u64,
-    /// What the guest writes.
+    /// Range of the guest's write, in bytes of the disk.
     range: Range<u64>,
-    /// What has to be written: whole subclusters, from below or above the guest's bytes on.
+    /// Range to be stored: whole subclusters, filled up around the guest's bytes from the backing image.
     wide: Range<u64>,
 }
 
@@ -35,7 +35,7 @@ impl<S: Storage> Image<S> {
         self.write_now(guest, data).await
     }
 
-    /// The same for a request that has been counted.
+    /// Writes for a request that is counted already.
     pub(crate) async fn write_now(&self, guest: u64, data: Bytes) -> Result<(), Errno> {
         let whole = data.len() as u64;
         let mut at = 0;
@@ -68,8 +68,8 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// How many bytes of a run of data, whose entries say that each of its clusters has one user, may be written where
-    /// they are. The refcounts must say so, too. If they do not for the first cluster, its entry does not any more.
+    /// Returns how many bytes of a run of data may be overwritten in place, whose entries say that each cluster has one
+    /// user. The refcounts must agree; if they do not for the first cluster, this clears the claim in its entry.
     async fn trusted(&self, found: &Found, place: u64, len: u64) -> Result<u64, Errno> {
         // A data file has no refcounts.
         let alone = match self.geometry.external {
@@ -108,8 +108,8 @@ impl<S: Storage> Image<S> {
         self.settle(&found).await
     }
 
-    /// Writes the beginning of `data` into clusters that have to be changed for it, and says how much. It is
-    /// nothing if somebody else has done that meanwhile.
+    /// Writes the beginning of `data` into clusters whose entries have to change, and returns its length in bytes. It
+    /// returns 0 if another request has allocated them in between.
     async fn allocate(&self, guest: u64, data: Bytes) -> Result<u64, Errno> {
         let cluster = self.geometry.cluster();
         let end = guest + (data.len() as u64).min(AT_ONCE);
@@ -139,7 +139,7 @@ impl<S: Storage> Image<S> {
         Ok(len)
     }
 
-    /// How the beginning of a range is written; nothing if it needs no change of an entry.
+    /// Plans the write of the beginning of a range; `None` if no entry has to change.
     fn plan(&self, found: Found, range: Range<u64>) -> Result<Option<Plan>, Errno> {
         let geometry = &self.geometry;
         let (cluster, part) = (geometry.cluster(), geometry.part());
@@ -172,7 +172,7 @@ impl<S: Storage> Image<S> {
         }
         let mut wide = range.start - range.start % part..range.end.next_multiple_of(part);
         if !is_owned {
-            // What is in a place that is left has to come along.
+            // The old content must move along with the cluster.
             let tail = old.last().copied().unwrap_or(head);
             if head.alloc != 0 {
                 wide.start = first * cluster;
@@ -193,9 +193,9 @@ impl<S: Storage> Image<S> {
         }))
     }
 
-    /// Where the subclusters end that a cluster does not have, from that of a byte on; at or before the byte if
-    /// it has that. One that is there must not be written along with those that are not: others write into it
-    /// without the lock, and what is copied around the guest's bytes would undo that.
+    /// Returns the end of the cluster's missing subclusters from that of byte `from` on; at or before `from` if that
+    /// subcluster exists. An existing subcluster must not be copied along with missing ones, because other requests
+    /// write into it without the lock, and the copy around the guest's bytes would undo that.
     fn missing(&self, entry: &Entry, from: u64) -> u64 {
         let (cluster, part) = (self.geometry.cluster(), self.geometry.part());
         let first = from % cluster / part;
@@ -269,10 +269,10 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Where some clusters of the disk get a place, the first of them at least.
+    /// Allocates places for clusters of the disk, at least for the first one.
     async fn place_for(&self, first: u64, count: u64) -> Result<Clusters, Errno> {
         match self.geometry.external {
-            // Where the disk has them, so that the data file is the disk.
+            // The offset on the disk is the place, so that the data file is the disk.
             true => Ok(Clusters { first, count }),
             false => self.take(count).await,
         }
@@ -311,8 +311,8 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Writes the guest's bytes, and around them what was there before. `fresh` clusters are known to
-    /// read as zeroes, even after a power cut.
+    /// Writes the guest's bytes, and the old content around them. `fresh` clusters are known to read as zeroes, even
+    /// after a power cut.
     async fn write_wide(
         &self,
         range: &Range<u64>,
@@ -328,17 +328,18 @@ impl<S: Storage> Image<S> {
                 .write(place + (range.start - wide.start), data)
                 .await;
         }
+        let errors = self.barrier.errors();
         if range == wide {
             self.data.write(place, data).await?;
         } else {
-            // CAST: at most what is copied at once and two clusters.
+            // CAST: at most the limit of a copy and two clusters.
             let all = self.file.buffer((wide.end - wide.start) as usize)?;
             self.read_around(range, wide, &all).await?;
             data.copy_to(&all, (range.start - wide.start) as usize);
             self.data.write(place, all.into()).await?;
         }
-        // A power cut must not find the entry without the data: what was there before would be lost.
-        self.flush().await
+        // A power cut must not leave the entry without the data, because the old content would be lost.
+        self.flush_since(errors).await
     }
 
     async fn read_around(
@@ -380,15 +381,15 @@ impl<S: Storage> Image<S> {
             Place::Host { .. } if self.geometry.external => {}
             Place::Host { at, .. } => self.release(at / cluster, 1),
             Place::Compressed { at, len } => {
-                // Each cluster that has a part of it counts it once.
+                // A cluster counts a compressed one once, even if that is only partly inside.
                 let first = at / cluster;
                 self.release(first, (at + len - 1) / cluster - first + 1);
             }
         }
     }
 
-    /// Before the first change: what the image says of features that are not known here, and of those that
-    /// are not kept up to date, such as bitmaps, would become wrong.
+    /// Clears the autoclear features in the header before the first change: features that this driver does not know, or
+    /// does not update, such as bitmaps, would become wrong.
     pub(crate) async fn begin_writing(&self) -> Result<(), Errno> {
         if !self.writable {
             return Err(Errno::ROFS);

@@ -7,7 +7,7 @@ use crate::Storage;
 use diskio::{Bytes, Data, Errno};
 use std::ops::Range;
 
-/// Bytes of zeroes that are written at once.
+/// Maximum number of zero bytes in one write.
 const ZEROES: u64 = 256 << 10;
 
 impl<S: Storage> Image<S> {
@@ -91,7 +91,7 @@ impl<S: Storage> Image<S> {
             self.release_place(old);
         }
         if geometry.external {
-            // Where the disk has it: whoever reads the data file alone finds zeroes, too.
+            // Clears the place in the data file, too: a reader of that file alone then finds zeroes.
             self.data.clear(range.start, end - range.start).await?;
         }
         drop(held);
@@ -101,7 +101,7 @@ impl<S: Storage> Image<S> {
         Ok(end)
     }
 
-    /// What becomes of a cluster's entry, in memory. `some` is the part of it that becomes zeroes.
+    /// Changes a cluster's entry in memory, so that the part `some` reads as zeroes, and returns the remaining work.
     fn zero_cluster(&self, found: &Found, number: u64, some: &Range<u64>) -> Result<Change, Errno> {
         let geometry = &self.geometry;
         let Some(old) = self.entry(found, number)? else {
@@ -147,10 +147,10 @@ impl<S: Storage> Image<S> {
     }
 }
 
-/// What is to be done with a cluster.
+/// Work that remains for a cluster.
 enum Change {
-    /// Its entry is changed, and does not lead to what it led to.
+    /// The entry was changed, and does not lead to its old place any more.
     Done(Option<Entry>),
-    /// The entry cannot say it: zeroes have to be written.
+    /// The entry cannot express it, so zeroes have to be stored.
     Write,
 }

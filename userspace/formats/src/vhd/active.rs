@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The body of a VHD whose blocks exist when they were written.
+//! The body of a VHD whose blocks are allocated on the first write.
 
 use super::batmap::Batmap;
 use super::blocks::{check, Blocks, Item, UNUSED};
@@ -9,6 +9,7 @@ use super::room::{Room, PAGE};
 use crate::base::{self, Base, Row};
 use crate::field::{counters, failed, part, pieces, refused};
 use crate::locks::Locks;
+use crate::metadata::Metadata;
 use crate::tables::{Table, Tables};
 use crate::{storage, Options, Storage};
 use control::Failure;
@@ -38,8 +39,8 @@ pub(crate) struct Active<S> {
     locks: Locks,
 }
 
-/// Fills the last page of the file, with a footer at its end: a direct write of what is in there makes the
-/// file longer, and the footer that was at the end is not any more.
+/// Fills the last page of the file, with a footer at its end: a direct write into that page makes the file longer, so
+/// that the old footer is not at the end any more.
 async fn fill(storage: &impl Storage, footer: &Footer, length: u64) -> Result<(), Errno> {
     let end = length.next_multiple_of(PAGE);
     if storage.is_fixed() || end == length {
@@ -68,7 +69,8 @@ impl<S: Storage> Active<S> {
     ) -> Result<Self, Failure> {
         let blocks = Blocks::read(&*storage, &header, footer.size).await;
         let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
-        // Afterwards: who only looks does so while another host makes the image longer, and then has blocks there.
+        // The length is read after the table, because another host may be making the image longer and have new blocks
+        // there.
         let length = storage
             .size()
             .map_err(failed("cannot see the image's size"))?;
@@ -127,9 +129,13 @@ impl<S: Storage> Active<S> {
         })
     }
 
-    /// Where the bytes are.
+    /// Returns the offset of the bytes in the image.
     fn data(&self, place: Held) -> u64 {
         place.at + self.bitmap + place.within
+    }
+
+    fn metadata(&self) -> Metadata<S> {
+        self.room.metadata(&self.storage)
     }
 
     /// The bitmap of the block.
@@ -139,7 +145,7 @@ impl<S: Storage> Active<S> {
         self.bitmaps.get(&*self.storage, place.at, len).await
     }
 
-    /// The runs of sectors that were written, or were not: bytes of each.
+    /// Returns the lengths in bytes of the block's runs of sectors, and whether the image has each.
     async fn runs(&self, place: Held) -> Result<Vec<(u64, bool)>, Errno> {
         if self.blocks.is_full(place.block) {
             return Ok(vec![(place.len, true)]);
@@ -205,19 +211,20 @@ impl<S: Storage> Active<S> {
                 }
             };
             if let Some(place) = found {
+                let errors = self.room.errors();
                 self.storage.write(self.data(place), data).await?;
-                self.mark(place, offset + at).await?;
+                self.mark(place, offset + at, errors).await?;
             }
         }
         Ok(())
     }
 
-    /// Makes durable what was written to a range of the disk, if the parent has something else there than
-    /// zeroes: what says that it was written must not survive a loss of power without it.
-    async fn settle(&self, offset: u64, len: u64) -> Result<(), Errno> {
+    /// Flushes a range of the disk if the parent has something else than zeroes there: its bits in the bitmap must not
+    /// survive a power cut without the data. `errors` is the number of [errors](Room::errors) before the write.
+    async fn settle(&self, offset: u64, len: u64, errors: u64) -> Result<(), Errno> {
         match base::is_hole(self.parent.as_deref(), offset, len).await? {
             true => Ok(()),
-            false => self.room.flush().await,
+            false => self.room.flush(errors).await,
         }
     }
 
@@ -235,18 +242,20 @@ impl<S: Storage> Active<S> {
         let mut bits = vec![0; self.bitmap as usize];
         match self.parent.is_some() {
             true => set_bits(&mut bits, within / SECTOR, len / SECTOR),
-            // What is not written is zero there.
+            // The other sectors read as zero there.
             false => set_bits(&mut bits, 0, self.block / SECTOR),
         }
         let is_full = has_all(&bits, self.block / SECTOR);
-        let bitmap = self.storage.write(at, Bytes::copied(&bits)?);
+        let errors = self.room.errors();
+        let metadata = self.metadata();
+        let bitmap = metadata.write(at, Bytes::copied(&bits)?);
         match data {
             Some(data) => {
                 let data = self.storage.write(at + self.bitmap + within, data);
                 let (bitmap, data) = join(bitmap, data).await;
                 bitmap.and(data)?;
                 let begin = u64::from(block) * self.block;
-                self.settle(begin + within, len).await?;
+                self.settle(begin + within, len, errors).await?;
             }
             None => bitmap.await?,
         }
@@ -255,7 +264,7 @@ impl<S: Storage> Active<S> {
             false => self.bitmaps.put(at, bits),
         }
         self.blocks.set_full(block, is_full);
-        let set = self.blocks.set(&*self.storage, block, sector).await;
+        let set = self.blocks.set(&metadata, block, sector).await;
         if set.is_err() {
             // There is no block: the batmap must not speak of one.
             self.blocks.set_full(block, false);
@@ -263,9 +272,11 @@ impl<S: Storage> Active<S> {
         set
     }
 
-    /// Says of sectors that they were written, which they are: those from `offset` on.
-    async fn mark(&self, place: Held, offset: u64) -> Result<(), Errno> {
-        self.blocks.settle(&*self.storage, place.block).await?;
+    /// Sets the bits of sectors from `offset` on, whose data is in the image. `errors` is the number of
+    /// [errors](Room::errors) before the write.
+    async fn mark(&self, place: Held, offset: u64, errors: u64) -> Result<(), Errno> {
+        let metadata = self.metadata();
+        self.blocks.settle(&metadata, place.block).await?;
         if self.blocks.is_full(place.block) {
             return Ok(());
         }
@@ -273,9 +284,9 @@ impl<S: Storage> Active<S> {
         let (first, count) = (place.within / SECTOR, place.len / SECTOR);
         let is_known = table.see(|bits| (first..first + count).all(|sector| bit(bits, sector)));
         if !is_known {
-            self.settle(offset, place.len).await?;
+            self.settle(offset, place.len, errors).await?;
             table
-                .change(&*self.storage, |bits| set_bits(bits, first, count))
+                .change(&metadata, |bits| set_bits(bits, first, count))
                 .await?;
         }
         if table.see(|bits| has_all(bits, self.block / SECTOR)) {
@@ -322,8 +333,9 @@ impl<S: Storage> Active<S> {
                 return Err(Errno::IO);
             };
             if !self.give_up(place).await? {
+                let errors = self.room.errors();
                 self.storage.write_zeroes(self.data(place), len).await?;
-                self.mark(place, offset + at).await?;
+                self.mark(place, offset + at, errors).await?;
             }
         }
         Ok(())
@@ -335,7 +347,8 @@ impl<S: Storage> Active<S> {
             return Ok(false);
         }
         let _held = self.locks.alone(u64::from(place.block)).await;
-        self.blocks.set(&*self.storage, place.block, UNUSED).await?;
+        let metadata = self.metadata();
+        self.blocks.set(&metadata, place.block, UNUSED).await?;
         self.blocks.set_full(place.block, false);
         self.bitmaps.forget(place.at);
         let len = self.bitmap + self.block;
@@ -344,7 +357,7 @@ impl<S: Storage> Active<S> {
         Ok(true)
     }
 
-    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    /// Returns the content of a range: with the backing images if `whole` is set, else of this image alone.
     pub(crate) async fn extents(
         &self,
         offset: u64,
@@ -373,8 +386,8 @@ impl<S: Storage> Active<S> {
         Ok(row.finish())
     }
 
-    /// See [`Driver::places`](drivers::Driver::places). A block stays where it is until all of it is discarded, and
-    /// a sector that was written once is never the parent's again.
+    /// See [`Driver::places`](drivers::Driver::places). A block stays where it is until all of it is discarded, and a
+    /// sector of this image never falls back to the parent.
     pub(crate) async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let mut places = Vec::new();
         let parent = self.parent.as_deref();
@@ -408,7 +421,7 @@ impl<S: Storage> Active<S> {
         Ok(places)
     }
 
-    /// The size has changed within what the table can hold.
+    /// Adopts a new size, for which the table has room.
     pub(crate) fn resize(&self, footer: Footer, header: &Header) -> Result<u64, Failure> {
         let most = u64::from(self.blocks.count()) * self.block;
         if header.blocks != self.blocks.count()
@@ -425,8 +438,8 @@ impl<S: Storage> Active<S> {
         Ok(self.size.get())
     }
 
-    /// Leaves the image as short as it can be, and says in it which blocks are full. Nothing comes after
-    /// this. The image is whole without it, so what fails is only told.
+    /// Cuts off unused space, and stores the list of full blocks. No request may follow. The image is valid without it,
+    /// so a failure is only reported.
     pub(crate) async fn tidy(&self, name: &str) {
         if !self.is_writable {
             return;

@@ -17,17 +17,17 @@ use diskio::{Bytes, Errno};
 pub(crate) const HEADER: usize = 512;
 const COOKIE: &[u8; 8] = b"tdbatmap";
 const VERSION: u32 = 0x0001_0002;
-/// Versions whose sum is of signed bytes.
+/// Versions whose checksum adds signed bytes.
 const SIGNED: u32 = 0x0001_0001;
 const CHECKSUM: usize = 24;
-/// Where it says that the content is encrypted.
+/// Offset of the field about encryption.
 const KEYHASH: usize = 29;
 
-/// One that was found.
+/// A batmap in an image.
 #[derive(Debug)]
 pub(crate) struct Batmap {
     header: Vec<u8>,
-    /// Where the header is, and the map.
+    /// Offsets of the header and of the map, in bytes.
     at: u64,
     map: u64,
     /// Bytes of the map.
@@ -42,8 +42,8 @@ pub(crate) fn map_len(blocks: u32) -> u64 {
 }
 
 impl Batmap {
-    /// Finds the batmap of an image that has one, and tells `blocks` what it says. One whose sum is wrong
-    /// says nothing: a tapdisk or we died while it was written.
+    /// Finds the batmap of an image that has one, and passes its content to `blocks`. A batmap with a wrong checksum is
+    /// ignored: a tapdisk may have died during its write.
     pub(crate) async fn read(
         storage: &impl Storage,
         footer: &Footer,
@@ -65,7 +65,7 @@ impl Batmap {
                 "the VHD is encrypted by XenServer's key (XTS-AES), which cannot be served: decrypt it with vhd-util copy",
             ));
         }
-        // What tapdisk takes the sum of, whatever the size of the map.
+        // tapdisk's checksum covers this many bytes, whatever the size of the map.
         let summed = map_len(u32::try_from(footer.size / u64::from(BLOCK)).unwrap_or(u32::MAX));
         let (map, len) = (be64(&bytes, 8), u64::from(be32(&bytes, 16)) * 512);
         let end = map.checked_add(len);
@@ -117,7 +117,7 @@ impl Batmap {
             .fold(0_u32, |sum, byte| sum.wrapping_add(*byte as i8 as u32))
     }
 
-    /// Where it is in the image.
+    /// Returns its byte ranges in the image.
     pub(crate) fn items(&self) -> [Item; 2] {
         let header = (self.at, self.at.saturating_add(HEADER as u64), None);
         [

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the blocks of a VHD are: its table in memory, and which blocks need no look at their bitmap.
+//! Places of the blocks of a VHD: its table in memory, and the blocks whose bitmap need not be read.
 
 use super::header::{table_len, Header};
 use crate::field::{be32, put, refused};
@@ -60,7 +60,7 @@ impl Blocks {
         Some((chunk, block % ENTRIES * 4))
     }
 
-    /// Where the bitmap of `block` is, in bytes, if the block exists.
+    /// Returns the offset of the bitmap of `block` in bytes, if the block exists.
     pub(crate) fn place(&self, block: u32) -> Option<u64> {
         let (chunk, at) = self.chunk(block)?;
         match chunk.see(|bytes| be32(bytes, at)) {
@@ -113,7 +113,7 @@ impl Blocks {
         self.count
     }
 
-    /// Blocks that exist, each of which has `len` bytes with its bitmap.
+    /// Returns the byte ranges of existing blocks, each of which has `len` bytes with its bitmap.
     pub(crate) fn items(&self, len: u64) -> impl Iterator<Item = Item> + '_ {
         (0..self.count).filter_map(move |block| {
             let at = self.place(block)?;
@@ -144,8 +144,8 @@ pub(crate) async fn clean(storage: &impl Storage, header: &Header, size: u64) ->
 /// Something in the image: where it begins and ends, and the number of the block if it is one.
 pub(crate) type Item = (u64, u64, Option<u32>);
 
-/// Where the last of the items ends, and the gaps between them that have `len` bytes at least. Items that
-/// share anything, or that reach out of the image, are refused.
+/// Returns the end of the last item, and the gaps of at least `len` bytes between the items. It refuses items that
+/// overlap, or that reach behind the end of the image.
 pub(crate) fn check(
     mut items: Vec<Item>,
     len: u64,

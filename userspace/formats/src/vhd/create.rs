@@ -11,16 +11,16 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
-/// What is to be made.
+/// Properties of a new image.
 #[derive(Clone, Debug)]
 pub struct Create {
-    /// Which kind.
+    /// Kind of the VHD.
     pub kind: Kind,
     /// Bytes of the disk, whole sectors.
     pub size: u64,
-    /// What the disk calls itself: any number that nobody else has.
+    /// Identity of the disk: any unique number.
     pub id: [u8; 16],
-    /// What a differencing disk goes on from.
+    /// Parent of a differencing disk.
     pub parent: Option<ParentOf>,
     /// The disk can become as large as this without moving its table; 0 for its size.
     pub reserve: u64,
@@ -31,7 +31,7 @@ pub struct Create {
 pub struct ParentOf {
     /// Its path from the folder of the new image, or an absolute one.
     pub path: String,
-    /// What it calls itself ([`id`](super::id)); zeroes for a raw image.
+    /// Identity of the parent ([`id`](super::id)); zeroes for a raw image.
     pub id: [u8; 16],
 }
 
@@ -64,8 +64,8 @@ impl Create {
     }
 }
 
-/// Makes an image of what `storage` is, whose content is lost. What can be found at the beginning is
-/// written last: before that it is no image.
+/// Makes an image in `storage`, whose old content is lost. The structure that identifies the image is at the beginning
+/// and comes last: before that it is no image.
 pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
     what.check()?;
     let footer = Footer::new(what.kind, what.size, what.id);
@@ -136,7 +136,7 @@ async fn blocks(storage: &impl Storage, footer: &Footer, what: &Create) -> Resul
 pub(crate) fn empty_table(count: u32) -> Vec<u8> {
     // CAST: a table of at most 2^22 blocks.
     let mut bytes = vec![0; table_len(count) as usize];
-    // Those behind the last one are in its last sector, and are never looked at.
+    // Entries behind the last one fill its last sector, and are never read.
     for entry in bytes.chunks_exact_mut(4) {
         entry.copy_from_slice(&UNUSED.to_be_bytes());
     }

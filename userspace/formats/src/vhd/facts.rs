@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What Xen's tools ask of a VHD, and the mark that they put on one.
+//! Facts about a VHD that Xen's tools ask for, and their mark "hidden".
 
 use super::blocks::Blocks;
 use super::footer::Kind;
@@ -9,10 +9,10 @@ use crate::field::failed;
 use crate::Storage;
 use control::Failure;
 
-/// What there is to say of an image alone.
+/// Facts about one image without its parents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// Which kind.
+    /// Kind of the VHD.
     pub kind: Kind,
     /// Bytes of the disk.
     pub size: u64,
@@ -20,14 +20,14 @@ pub struct Facts {
     pub most: u64,
     /// Blocks that exist.
     pub blocks: u32,
-    /// No guest has it: others go on from it.
+    /// True if the image is hidden: it only serves as a parent, and no guest has it.
     pub is_hidden: bool,
 }
 
-/// Looks at an image. Whoever asks must have locked it, or may be told what is not so any more.
+/// Returns the facts about an image. The caller must have locked it, or the answer may be out of date.
 ///
 /// # Errors
-/// It is none, or cannot be read.
+/// The image is no VHD, or cannot be read.
 pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
     let Image { footer, header } = Image::read(storage).await?;
     let (mut most, mut used) = (footer.size, 0);
@@ -49,10 +49,10 @@ pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
     })
 }
 
-/// Marks an image as one that no guest has, or takes the mark away. Nobody may use it meanwhile.
+/// Marks an image as hidden, or removes the mark. The image must not be in use.
 ///
 /// # Errors
-/// It is none, or cannot be written.
+/// It is no VHD, or its storage fails.
 pub async fn hide(storage: &impl Storage, hidden: bool) -> Result<(), Failure> {
     let Image { mut footer, .. } = Image::read(storage).await?;
     footer.hide(hidden);

@@ -23,7 +23,7 @@ impl<S: Storage> Fixed<S> {
         }
     }
 
-    /// It goes past the page cache.
+    /// Returns true if I/O goes past the page cache.
     pub(crate) fn is_direct(&self) -> bool {
         self.storage.is_direct()
     }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The 512 bytes that say what a VHD is: at its end, and once more at the beginning of all but the
-//! fixed ones.
+//! The footer, 512 bytes that identify a VHD: at its end, and a copy at the beginning of all but the fixed ones.
 
 use crate::field::{array, be32, be64, put, refused};
 use control::Failure;
@@ -14,22 +13,22 @@ const POISON: &[u8; 8] = b"v_poison";
 const CHECKSUM: usize = 64;
 const HIDDEN: usize = 85;
 const VERSION: u32 = 0x0001_0000;
-/// Tapdisk, whose images may have a batmap; and its version that always has one.
+/// Creator code of tapdisk, whose images may have a batmap; and the version from which all have one.
 const TAPDISK: &[u8; 4] = b"tap\0";
 const TAPDISK_VERSION: u32 = 0x0001_0003;
 /// Seconds from 1970 to 2000.
 const EPOCH: u64 = 946_684_800;
-/// What cylinders, heads and sectors can say.
+/// Largest number of sectors that cylinders, heads and sectors can express.
 const MOST_SECTORS: u64 = 65_535 * 16 * 255;
 
-/// What kind of VHD it is.
+/// Kind of a VHD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The content as it is, and a footer.
     Fixed,
-    /// Blocks that exist when they were written.
+    /// Blocks are allocated on the first write.
     Dynamic,
-    /// The same, and what was not written is the parent's.
+    /// Blocks are allocated on the first write, and missing sectors are the parent's.
     Differencing,
 }
 
@@ -40,12 +39,12 @@ pub(crate) struct Footer {
     pub(crate) kind: Kind,
     /// Bytes of the disk.
     pub(crate) size: u64,
-    /// Where the header is; of no meaning for a fixed one.
+    /// Offset of the header in bytes; without meaning for a fixed VHD.
     pub(crate) header: u64,
 }
 
 impl Footer {
-    /// Checks what was read. `Ok(None)` if it is no footer at all.
+    /// Parses and checks a footer. `Ok(None)` if it is no footer at all.
     pub(crate) fn parse(bytes: [u8; LEN]) -> Result<Option<Self>, Failure> {
         if bytes[..8] == *POISON {
             return Err(refused(
@@ -95,7 +94,7 @@ impl Footer {
         }))
     }
 
-    /// That of a new disk.
+    /// Makes the footer of a new disk.
     pub(crate) fn new(kind: Kind, size: u64, id: [u8; 16]) -> Self {
         let mut bytes = [0; LEN];
         let header = match kind {
@@ -136,7 +135,7 @@ impl Footer {
         self.seal();
     }
 
-    /// It is marked as one that no guest has: of Xen's tools alone.
+    /// Returns true if the image is marked as hidden, which only Xen's tools do.
     pub(crate) fn is_hidden(&self) -> bool {
         self.bytes[HIDDEN] != 0
     }
@@ -157,7 +156,7 @@ impl Footer {
         &self.bytes
     }
 
-    /// What the disk calls itself.
+    /// Identity of the disk.
     pub(crate) fn id(&self) -> [u8; 16] {
         array(&self.bytes, 68)
     }
@@ -195,8 +194,8 @@ pub(crate) fn timestamp(time: SystemTime) -> u32 {
     })
 }
 
-/// Cylinders (two bytes), heads and sectors of a track, by the rule of the specification. They say
-/// less than the size in most cases.
+/// Returns cylinders (two bytes), heads and sectors of a track, by the rule of the specification. In most cases their
+/// product is less than the size.
 fn geometry(size: u64) -> [u8; 4] {
     let sectors = (size / 512).min(MOST_SECTORS);
     let (track, heads, rows) = if sectors >= 65_535 * 16 * 63 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The header of a VHD whose blocks exist when they were written.
+//! The header of a VHD whose blocks are allocated on the first write.
 
 use super::blocks::Item;
 use super::footer::{self, checksum, timestamp, Footer, Kind};
@@ -13,7 +13,7 @@ pub(crate) const LEN: usize = 1024;
 const COOKIE: &[u8; 8] = b"cxsparse";
 const VERSION: u32 = 0x0001_0000;
 const CHECKSUM: usize = 36;
-/// Where the locators begin, bytes of one, and how many there are.
+/// Offset of the first locator, bytes of a locator, and number of locators.
 const LOCATORS: (usize, usize, usize) = (576, 24, 8);
 /// Bytes of the parent's name.
 const NAME: (usize, usize) = (64, 512);
@@ -25,21 +25,21 @@ pub(crate) const MOST_BLOCKS: u32 = 4 << 20;
 /// Bytes that a path may have.
 const PATH: u32 = 8192;
 
-/// What tells where everything is.
+/// Header with the places of all other structures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     bytes: Vec<u8>,
-    /// Where the table of blocks is.
+    /// Offset of the table of blocks, in bytes.
     pub(crate) table: u64,
     /// Blocks that it has an entry for.
     pub(crate) blocks: u32,
     /// Bytes of a block.
     pub(crate) block: u32,
-    /// What holds the parent's paths.
+    /// Locators of the parent's paths.
     pub(crate) locators: Vec<Locator>,
 }
 
-/// Where a path of the parent is.
+/// Place of a path of the parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Locator {
     pub(crate) code: u32,
@@ -51,7 +51,7 @@ pub(crate) struct Locator {
 }
 
 impl Header {
-    /// Checks what was read of an image of `length` bytes.
+    /// Parses and checks the header of an image of `length` bytes.
     pub(crate) fn parse(bytes: Vec<u8>, footer: &Footer, length: u64) -> Result<Self, Failure> {
         if bytes.len() != LEN || bytes[..8] != *COOKIE {
             return Err(refused(format!(
@@ -127,7 +127,7 @@ impl Header {
         self.seal();
     }
 
-    /// Names the parent, in the place of what was named before: its identity, its file name, and where its paths are.
+    /// Replaces the parent: its identity, its file name, and the places of its paths.
     pub(crate) fn set_parent(&mut self, id: [u8; 16], path: &str, locators: Vec<Locator>) {
         put(&mut self.bytes, 40, &id);
         let time = timestamp(SystemTime::now());
@@ -160,7 +160,7 @@ impl Header {
         &self.bytes
     }
 
-    /// What the parent calls itself; zeroes for a raw one.
+    /// Returns the identity of the parent; zeroes for a raw one.
     pub(crate) fn parent_id(&self) -> [u8; 16] {
         array(&self.bytes, 40)
     }
@@ -178,7 +178,7 @@ impl Header {
             .next_multiple_of(512)
     }
 
-    /// What the image has beside its blocks.
+    /// Returns the byte ranges of everything in the image but its blocks.
     pub(crate) fn items(&self, footer: &Footer) -> Vec<Item> {
         let paths = self.locators.iter().filter(|locator| locator.len > 0);
         let item = |at: u64, len: u64| (at, at.saturating_add(len), None);
@@ -211,7 +211,7 @@ fn locators(bytes: &[u8], length: u64) -> Result<Vec<Locator>, Failure> {
         if code == 0 || locator::OTHERS.contains(&code) {
             continue;
         }
-        // Sectors by the specification, bytes by those who write it.
+        // The specification counts sectors here, and programs that write images count bytes.
         let room = match space {
             0..512 => u64::from(space) * 512,
             space => round_up(u64::from(space), 512).unwrap_or(u64::MAX),

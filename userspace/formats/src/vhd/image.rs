@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a VHD says of itself, read and checked.
+//! The metadata of a VHD, read and checked.
 
 use super::footer::{self, Footer, Kind};
 use super::header::{self, Header};
@@ -17,7 +17,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Reads what is checked by itself: the footer and the header.
+    /// Reads the footer and the header, and checks each of them alone.
     pub(crate) async fn read(storage: &impl Storage) -> Result<Self, Failure> {
         let length = storage
             .size()
@@ -55,8 +55,8 @@ impl Image {
     }
 }
 
-/// The footer that counts. What is at the beginning of a fixed VHD is the guest's, so the end is looked
-/// at first; of the others the one at the beginning is never moved, and counts.
+/// Returns the footer that counts. The beginning of a fixed VHD belongs to the guest, so the end is read first; in the
+/// other kinds the footer at the beginning never moves, and counts.
 async fn find(storage: &impl Storage, length: u64) -> Result<Footer, Failure> {
     let last = match last(storage, length).await {
         Ok(Some(footer)) if footer.kind == Kind::Fixed => return Ok(footer),
@@ -75,11 +75,11 @@ async fn find(storage: &impl Storage, length: u64) -> Result<Footer, Failure> {
     }
 }
 
-/// What is wrong with the footers of a VHD that can be served nevertheless: all but the fixed ones have two, and one
-/// is enough. Nobody may use it meanwhile.
+/// Returns the fault of the footers of a VHD that can be served nevertheless: all but the fixed ones have two, and one
+/// is enough. The image must not be in use.
 ///
 /// # Errors
-/// It is none, or cannot be read.
+/// The image is no VHD, or cannot be read.
 pub async fn footers(storage: &impl Storage) -> Result<Option<String>, Failure> {
     let length = storage
         .size()
@@ -127,7 +127,7 @@ async fn at(storage: &impl Storage, offset: u64) -> Result<Option<Footer>, Failu
     Footer::parse(array(&bytes, 0))
 }
 
-/// What a VHD is and what it needs, of which nothing is followed.
+/// Returns the kind of a VHD and the files that it needs; no name in it is followed.
 pub async fn look(storage: &impl Storage) -> Result<(Kind, Needs), Failure> {
     let image = Image::read(storage).await?;
     let mut needs = Needs {
@@ -161,7 +161,7 @@ async fn parent(storage: &impl Storage, header: &Header) -> Result<Parent, Failu
     })
 }
 
-/// What an image calls itself.
+/// Returns the identity of an image.
 pub async fn id(storage: &impl Storage) -> Result<[u8; 16], Failure> {
     Ok(Image::read(storage).await?.footer.id())
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How a VHD names its parent: paths in the spellings of several systems, of which tapdisk writes
-//! three, all relative.
+//! A VHD's names of its parent: paths in the notations of several systems, of which tapdisk writes three, all relative.
 
 /// A relative path, as Windows writes it.
 pub(crate) const RELATIVE: u32 = 0x5732_7275;
@@ -8,7 +7,7 @@ pub(crate) const RELATIVE: u32 = 0x5732_7275;
 pub(crate) const ABSOLUTE: u32 = 0x5732_6b75;
 /// A URL of a file.
 pub(crate) const URL: u32 = 0x4d61_6358;
-/// Spellings that nobody writes any more, or that are no path.
+/// Codes of locators that are obsolete, or that are no path.
 pub(crate) const OTHERS: [u32; 3] = [0x5769_3272, 0x5769_326b, 0x4d61_6320];
 
 /// The path that a locator of kind `code` holds.

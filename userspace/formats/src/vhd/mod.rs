@@ -3,14 +3,13 @@
 //!
 //! A disk has at most 2 TiB less a little, because the table counts sectors with 32 bits.
 //!
-//! Of a block's sectors the bitmap before it says which were written. A dynamic disk has no other use
-//! for it than that what was not written is zero, so a new block of ours has all bits set, and writing
-//! to it again changes no metadata. In a differencing disk a bit that is not set leads to the parent:
-//! nothing is ever copied from there.
+//! The bitmap before a block has a bit for each sector that is in this image. A dynamic disk uses it only to mark zero
+//! sectors, so this driver sets all bits of a new block, and later writes to it change no metadata. In a differencing
+//! disk a clear bit leads to the parent, whose data is never copied.
 //!
-//! Room for many blocks is made at once: a footer is written where the image is to end, what was
-//! written between the last block and there before is zeroed, and that is made durable. So a block that
-//! the table points to holds nothing of anybody's but what was written to it, whatever is lost.
+//! Space for many blocks is reserved at once: a footer goes to the new end of the image, the bytes between the last
+//! block and that footer are zeroed, and a flush makes both durable. So a block that the table points to holds only
+//! data of this disk, even after a power cut.
 
 mod active;
 mod batmap;
@@ -47,7 +46,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// Bytes of the largest disk, as others have the limit too.
+/// Size of the largest disk in bytes, which other programs have as their limit, too.
 pub const MOST: u64 = 2040 << 30;
 /// Bytes that are zeroed or discarded at once.
 const ZEROES: u64 = 256 << 20;
@@ -60,7 +59,7 @@ pub struct Vhd<S> {
     /// Other files that were given: there must be none.
     extents: usize,
     options: Options,
-    /// What serves it while it is active.
+    /// State that serves the disk while it is active.
     body: RefCell<Option<Body<S>>>,
 }
 
@@ -80,7 +79,7 @@ impl<S> Clone for Body<S> {
 }
 
 impl<S: Storage> Vhd<S> {
-    /// The disk in `storage`, which goes on from a parent if it is a differencing one.
+    /// Returns the disk in `storage`, on top of its parent if it is a differencing disk.
     pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
@@ -95,7 +94,7 @@ impl<S: Storage> Vhd<S> {
         self.body.borrow().clone().ok_or(Errno::NXIO)
     }
 
-    /// A parent for those that have one, and for nobody else.
+    /// Checks that differencing disks, and only these, have a parent.
     async fn check_parent(&self, kind: Kind) -> Result<(), Failure> {
         no_extents("VHD", self.extents)?;
         match (kind, &self.parent) {
@@ -156,8 +155,8 @@ impl<S: Storage> Vhd<S> {
         Ok(Rc::new(storage.map_err(failed("cannot use the image"))?))
     }
 
-    /// Makes durable what was written, which is what counts, and then tidies up, which is not: on a file
-    /// system without space that may fail, and nothing is lost by it.
+    /// Flushes the content, which alone decides the result, and then tidies up: that may fail on a full file system
+    /// without any loss.
     async fn finish(&self) -> Result<(), Errno> {
         let body = self.body.borrow_mut().take();
         if !self.options.may_write(&*self.storage)? {
@@ -288,7 +287,7 @@ impl<S: Storage> Driver for Vhd<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        // Whatever came of that, nothing may be left in memory.
+        // Cached metadata is dropped even if an earlier step failed.
         let parent = base::inactivate(self.parent.as_deref()).await;
         let forgotten = self.storage.forget();
         finished.and(parent).and(forgotten)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A differencing VHD goes on from another image than before.
+//! Changing the parent of a differencing VHD.
 
 use super::create::locators;
 use super::footer::Kind;
@@ -10,8 +10,8 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
-/// Names another parent. Nobody may use the image meanwhile. What it has itself stays, so it holds the same disk only
-/// if the new parent holds what the old one does wherever the image has nothing.
+/// Changes the parent. The image must not be in use. Its own sectors do not change, so it holds the same disk only if
+/// the new parent equals the old one wherever the image has no data.
 ///
 /// The paths are durable behind everything else before the header, which is one write, leads to them.
 ///
@@ -21,7 +21,7 @@ pub async fn set_parent(storage: &impl Storage, parent: &ParentOf) -> Result<(),
     let Image { footer, header } = Image::read(storage).await?;
     let Some(mut header) = header.filter(|_| footer.kind == Kind::Differencing) else {
         return Err(refused(
-            "the VHD goes on from no other image, and cannot come to do so: make one that does with tapimg create --parent",
+            "the VHD is no differencing disk, and cannot become one: create one with tapimg create --parent",
         ));
     };
     if parent.path.is_empty() {

@@ -12,8 +12,8 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
-/// Makes the disk in `storage` one of `size` bytes. Nobody may use it meanwhile, unless its table has
-/// room ([`reserve`](super::Create::reserve)): then whoever serves it looks again afterwards.
+/// Makes the disk in `storage` one of `size` bytes. The image must not be in use, unless its table has room
+/// ([`reserve`](super::Create::reserve)): then the program that serves it must read the metadata again.
 pub async fn grow(storage: &impl Storage, size: u64) -> Result<(), Failure> {
     let Image { footer, header } = Image::read(storage).await?;
     if size < footer.size || size % 512 != 0 {
@@ -103,7 +103,8 @@ async fn say(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<()
     put_footers(storage, &footer).await
 }
 
-/// Puts a footer into both places, that at the beginning last: it counts. What is there in a fixed one is the guest's.
+/// Puts a footer into both places, that at the beginning last: it counts. The beginning of a fixed VHD belongs to the
+/// guest.
 pub(super) async fn put_footers(storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
     let last = storage.size()?.saturating_sub(footer::LEN as u64);
     storage.write(last, Bytes::copied(footer.bytes())?).await?;

@@ -3,24 +3,25 @@
 
 use super::footer::{self, Footer};
 use crate::barrier::Barrier;
+use crate::metadata::Metadata;
 use crate::Storage;
 use diskio::{Bytes, Errno, Gate};
 use std::cell::{Cell, RefCell};
 
-/// What the bytes of a block begin at multiples of, and what the image is made longer by.
+/// Alignment in bytes of a block's data, and unit by which the image grows.
 pub(crate) const PAGE: u64 = 4096;
 /// Blocks that room is made for at once.
 const BLOCKS: u64 = 16;
 /// Gaps that are made ready at once.
 const GAPS: usize = 16;
 
-/// Where blocks may go. Whatever is handed out reads as zeroes, also after the loss of power.
+/// Allocator of places for blocks. All places that it hands out read as zeroes, also after a power cut.
 #[derive(Debug)]
 pub(crate) struct Room<S> {
     /// Bytes of a bitmap, and of a block with it.
     bitmap: u64,
     len: u64,
-    /// Behind the last block: where the next one goes, and where what is zero ends.
+    /// Offset of the next block behind the last one, and end of the zeroed space, in bytes.
     next: Cell<u64>,
     limit: Cell<u64>,
     /// Places that are free and zero.
@@ -28,11 +29,12 @@ pub(crate) struct Room<S> {
     /// Places that were given up, and the flush that each waits for: the table in the image may still say
     /// otherwise.
     given_up: RefCell<Vec<(u64, u64)>>,
-    /// All flushes: an error is told to one of several at the same time, and concerns them all.
+    /// Executes all flushes: if several run at once, the kernel reports an error to only one of them, and it concerns
+    /// all.
     durable: Barrier<S>,
     /// Places that nothing points to, with anything in them.
     gaps: RefCell<Vec<u64>>,
-    /// One makes room, for all who want some.
+    /// Serialises reservations of space.
     gate: Gate,
 }
 
@@ -69,7 +71,7 @@ impl<S: Storage> Room<S> {
         room
     }
 
-    /// The first place from `at` on whose bytes are aligned.
+    /// Returns the first place from `at` on whose data is aligned.
     fn align(&self, at: u64) -> u64 {
         let data = at.saturating_add(self.bitmap);
         let aligned = data.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
@@ -83,7 +85,7 @@ impl<S: Storage> Room<S> {
         }
         let _pass = self.gate.alone().await;
         loop {
-            // Somebody else may have made some meanwhile.
+            // Another task may have reserved some.
             if let Some(sector) = self.ready()? {
                 return Ok(sector);
             }
@@ -120,7 +122,7 @@ impl<S: Storage> Room<S> {
         sector.map(Some).ok_or(Errno::FBIG)
     }
 
-    /// A device is as long as it is: what is behind the last block is gaps of any content.
+    /// A device keeps its size: the space behind the last block is a gap with any content.
     fn go_on(&self, storage: &impl Storage) -> Result<(), Errno> {
         let end = storage.size()?.saturating_sub(footer::LEN as u64);
         let mut gaps = self.gaps.borrow_mut();
@@ -143,10 +145,11 @@ impl<S: Storage> Room<S> {
             let gaps = self.gaps.borrow();
             gaps.iter().rev().take(GAPS).copied().collect()
         };
+        let errors = self.errors();
         for place in &some {
             storage.write_zeroes(*place, self.len).await?;
         }
-        self.flush().await?;
+        self.flush(errors).await?;
         let mut gaps = self.gaps.borrow_mut();
         let left = gaps.len().saturating_sub(some.len());
         gaps.truncate(left);
@@ -163,42 +166,53 @@ impl<S: Storage> Room<S> {
         let end = end.checked_next_multiple_of(PAGE).ok_or(Errno::FBIG)?;
         let end = end.checked_add(PAGE).ok_or(Errno::FBIG)?;
         let last = end - footer::LEN as u64;
+        let errors = self.errors();
         storage.write(last, Bytes::copied(footer.bytes())?).await?;
         if old > begin {
             storage.write_zeroes(begin, old - begin).await?;
         }
-        self.flush().await?;
+        self.flush(errors).await?;
         self.limit.set(end - PAGE);
         Ok(())
     }
 
-    /// The place of a block that is no more, whose bytes are a hole.
+    /// Gives up the place of a block that was removed, whose bytes are a hole.
     pub(crate) fn give_up(&self, place: u64) {
         let flush = self.durable.next();
         self.given_up.borrow_mut().push((flush, place));
     }
 
-    /// Makes everything durable; what was given up before can be used then.
-    pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        let flushed = self.durable.settle().await;
+    /// Returns the number of errors so far: see [`diskio::Barrier::errors`].
+    pub(crate) fn errors(&self) -> u64 {
+        self.durable.errors()
+    }
+
+    /// Flushes all writes since this number of errors; places that were given up before can then be used.
+    pub(crate) async fn flush(&self, errors: u64) -> Result<(), Errno> {
+        let flushed = self.durable.settle_since(errors).await;
         self.settle();
         flushed
     }
 
-    /// The same for those whom the disk serves: it tells them of each flush that has failed.
+    /// Flushes like [`flush`](Self::flush), but for the disk's users, who get the error of each flush that has failed.
     pub(crate) async fn flush_and_tell(&self) -> Result<(), Errno> {
         let flushed = self.durable.flush().await;
         self.settle();
         flushed
     }
 
-    /// A flush has failed, and they were not told.
+    /// Returns the metadata of the image in `storage`.
+    pub(crate) fn metadata(&self, storage: &S) -> Metadata<S> {
+        self.durable.metadata(storage)
+    }
+
+    /// Returns true if a flush has failed, and the disk's users have not got that error.
     pub(crate) fn owes(&self) -> bool {
         self.durable.owes()
     }
 
-    /// Frees what is durably given up. A flush that failed may have lost the change of the table, and no later
-    /// one makes up for that: such a place is not used again.
+    /// Frees places that were given up, once that is durable. A flush that failed may have lost the change of the
+    /// table, and a process that dies before it writes the change again leaves it so: such a place is not used again.
     fn settle(&self) {
         let (lost, done) = (self.durable.lost(), self.durable.done());
         let mut free = self.free.borrow_mut();
@@ -219,13 +233,14 @@ impl<S: Storage> Room<S> {
         if storage.is_fixed() || end > self.limit.get() || end >= storage.size()? {
             return Ok(());
         }
-        // Nobody may take what is not zero any more.
+        // Space that does not read as zero any more must not be used.
         self.limit.set(next);
+        let errors = self.errors();
         storage
             .write(end - len, Bytes::copied(footer.bytes())?)
             .await?;
         // The footer that is at the end now goes away, so the new one must be there for good.
-        self.flush().await?;
+        self.flush(errors).await?;
         storage.set_size(end).await
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the blocks of a VHDX are: the block allocation table (BAT), and the bitmaps of a differencing one,
-//! which say which sectors of a block are its own.
+//! Places of the blocks of a VHDX: the block allocation table (BAT), and the bitmaps of a differencing one, which mark
+//! the sectors that are in the image.
 //!
 //! Blocks are in chunks, of as many sectors as a bitmap of 1 MiB has bits. In the table the entry of the bitmap
 //! follows those of the blocks of its chunk. The table may have 512 MiB, so it is read in slices, within a budget.
@@ -31,23 +31,23 @@ const NOT_PRESENT: u64 = 0;
 const UNDEFINED: u64 = 1;
 const ZERO: u64 = 2;
 const UNMAPPED: u64 = 3;
-/// What a draft of the format called unmapped, which early images have.
+/// State "unmapped" in a draft of the format, which early images have.
 const UNMAPPED_EARLY: u64 = 5;
 const FULLY_PRESENT: u64 = 6;
 const PARTIALLY_PRESENT: u64 = 7;
-/// The state of a bitmap that is there.
+/// State of an existing bitmap.
 const BITMAP_PRESENT: u64 = 6;
 
-/// What the table says of a block.
+/// State of a block in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Block {
-    /// It is the parent's, or zero.
+    /// The parent has the block, or it is zero.
     Missing,
-    /// It is zero, whatever the parent has.
+    /// The block is zero, whatever the parent has.
     Zeroes,
-    /// It is in the image, at this byte.
+    /// The block is in the image, at this byte.
     At(u64),
-    /// As far as its bitmap says so.
+    /// The block is in the image, at this byte, for the sectors that its bitmap marks.
     Partly(u64),
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Blocks<S> {
 }
 
 impl<S: Storage> Blocks<S> {
-    /// The table of `image`, of which `cache` bytes are kept in memory at most.
+    /// Returns the table of `image`, of which at most `cache` bytes are kept in memory.
     pub(crate) fn new(image: Image<S>, cache: usize) -> Result<Self, Failure> {
         let Image {
             storage,
@@ -96,7 +96,7 @@ impl<S: Storage> Blocks<S> {
         })
     }
 
-    /// The image, to read what is in blocks.
+    /// Returns the image, to read the content of blocks.
     pub(crate) fn storage(&self) -> &Replayed<S> {
         &self.storage
     }
@@ -133,7 +133,7 @@ impl<S: Storage> Blocks<S> {
         Ok(slice.see(|bytes| le64(bytes, (at % SLICE) as usize)))
     }
 
-    /// Where an entry leads to, of which `len` bytes at least must be in the image.
+    /// Returns the place that an entry leads to; at least `len` bytes from there must be in the image.
     fn place(&self, entry: u64, len: u64) -> Result<u64, Errno> {
         let at = entry & PLACE;
         let is_known = entry & !(PLACE | STATE) == 0;
@@ -144,7 +144,7 @@ impl<S: Storage> Blocks<S> {
         }
     }
 
-    /// What the table says of a block, unless that cannot be.
+    /// Returns a block's state in the table, or an error if the entry is invalid.
     pub(crate) async fn find(&self, block: u64) -> Result<Block, Errno> {
         let entry = self.entry(block + block / self.ratio).await?;
         let size = u64::from(self.metadata.block);
@@ -156,7 +156,7 @@ impl<S: Storage> Blocks<S> {
             .min(size);
         match entry & STATE {
             NOT_PRESENT => Ok(Block::Missing),
-            // What is undefined may be anything but somebody else's.
+            // An undefined block may read as anything but another guest's data.
             UNDEFINED | ZERO | UNMAPPED | UNMAPPED_EARLY => Ok(Block::Zeroes),
             FULLY_PRESENT => Ok(Block::At(self.place(entry, used)?)),
             PARTIALLY_PRESENT if self.metadata.locator.is_some() => {

@@ -11,15 +11,15 @@ use crate::field::{le32, le64};
 const HEADER: u64 = 64;
 const DESCRIPTOR: u64 = 32;
 
-/// The header of an entry, of which only what can be seen without the rest was checked.
+/// Header of an entry; only the checks that need nothing else were made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Where in the log it begins, in bytes.
+    /// Offset in the log, in bytes.
     pub(crate) at: u64,
     pub(crate) len: u64,
-    /// Where in the log the next one would begin.
+    /// Offset in the log of the next entry, in bytes.
     pub(crate) next: u64,
-    /// Where in the log the first begins that is not in its place.
+    /// Offset in the log of the oldest entry whose changes may not be in their places, in bytes.
     pub(crate) tail: u64,
     pub(crate) sequence: u64,
     pub(crate) sum: u32,
@@ -30,7 +30,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// What begins at `at`, if it is an entry of the log as the header has it.
+    /// Parses an entry that begins at `at`; `None` if it does not belong to the log of this header.
     pub(crate) fn parse(sector: &[u8], at: u64, header: &Header) -> Option<Self> {
         let (len, tail) = (u64::from(le32(sector, 8)), u64::from(le32(sector, 12)));
         let entry = Self {
@@ -54,18 +54,18 @@ impl Entry {
         (is_right && entry.sequence > 0).then_some(entry)
     }
 
-    /// It was written right after `other`.
+    /// Returns true if this entry directly follows `other`.
     pub(crate) fn follows(&self, other: &Self) -> bool {
         other.sequence.checked_add(1) == Some(self.sequence)
     }
 
     /// Sectors that its header and its descriptors fill.
     pub(crate) fn descriptor_sectors(&self) -> u64 {
-        // It has 32 bits.
+        // The number of descriptors has 32 bits.
         (HEADER + self.descriptors * DESCRIPTOR).div_ceil(SECTOR)
     }
 
-    /// Where its data begins, counted from the beginning of the log; it may be beyond its end.
+    /// Returns the offset of its data from the beginning of the log; it may be behind the log's end.
     pub(crate) fn data(&self) -> u64 {
         self.at + self.descriptor_sectors() * SECTOR
     }
@@ -88,7 +88,7 @@ impl Entry {
     }
 }
 
-/// What an entry says of one change, in bytes of the file.
+/// One change of a log entry, in bytes of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Descriptor {
     Zero { at: u64, len: u64 },
@@ -96,7 +96,7 @@ pub(crate) enum Descriptor {
 }
 
 impl Descriptor {
-    /// Nothing if it is none, or none of this entry.
+    /// Returns `None` if it is no descriptor, or not one of this entry.
     pub(crate) fn parse(bytes: &[u8], entry: &Entry) -> Option<Self> {
         let (len, at) = (le64(bytes, 8), le64(bytes, 16));
         if le64(bytes, 24) != entry.sequence || at % SECTOR != 0 {
@@ -145,7 +145,7 @@ impl<'e> Sectors<'e> {
             return true;
         }
         if self.data == self.wanted {
-            // An entry may be longer than what is in it.
+            // An entry may be longer than its content.
             return true;
         }
         self.data += 1;

@@ -9,7 +9,7 @@ use std::fmt;
 pub(crate) struct Guid(pub(crate) u128);
 
 impl Guid {
-    /// That at `at`; zero if it is not there.
+    /// Returns the number at `at`; zero if the bytes end before.
     pub(crate) fn at(bytes: &[u8], at: usize) -> Self {
         let (first, second, third) = (
             u128::from(le32(bytes, at)),

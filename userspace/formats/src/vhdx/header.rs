@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The beginning of a VHDX: what says that it is one, and the two headers, of which one counts.
+//! The beginning of a VHDX: its signature, and the two headers, of which one counts.
 
 use super::guid::Guid;
 use super::sum::is_right;
@@ -10,10 +10,10 @@ use std::ops::Range;
 
 /// Bytes of the header section, where nothing else may be; also the unit of all other places.
 pub(crate) const UNIT: u64 = 1 << 20;
-/// Where the headers are, and bytes of one that its checksum is of.
+/// Offsets of the headers, and bytes of one that its checksum covers.
 const PLACES: [u64; 2] = [64 << 10, 128 << 10];
 const LEN: usize = 4096;
-/// What a log that is replayed may change of the header section begins here: the tables of regions.
+/// First byte of the header section that a replayed log may change: the region tables begin here.
 pub(crate) const HEADERS_END: u64 = 192 << 10;
 const IDENTIFIER: &[u8; 8] = b"vhdxfile";
 const SIGNATURE: &[u8; 4] = b"head";
@@ -23,21 +23,21 @@ const SIGNATURE: &[u8; 4] = b"head";
 pub(crate) struct Header {
     sequence: u64,
     version: u16,
-    /// What the content calls itself: another one after each session that changed it.
+    /// Identity of the content, which changes in each session that changes the content.
     pub(crate) data: Guid,
-    /// What entries of the log must have to count; zero if there is nothing to be replayed.
+    /// Identity of valid log entries; zero if no log needs to be replayed.
     pub(crate) log: Guid,
     pub(crate) log_version: u16,
-    /// Where the log is, in bytes.
+    /// Offset of the log, in bytes.
     pub(crate) log_at: u64,
     pub(crate) log_len: u64,
 }
 
 impl Header {
-    /// Reads and checks it.
+    /// Reads and checks the header that counts.
     ///
     /// # Errors
-    /// There is none, or one of which nothing is known.
+    /// There is no valid header, or its version is unknown.
     pub(crate) async fn read(storage: &impl Storage) -> Result<Self, Failure> {
         let reading = |error| failed("cannot read the VHDX's header")(error);
         let first = storage::bytes(storage, 0, IDENTIFIER.len());
@@ -54,7 +54,7 @@ impl Header {
         Self::choose(found)?.check()
     }
 
-    /// Nothing if it was being written when the power went, or is damaged.
+    /// Returns `None` if it was cut off in a power cut, or is damaged.
     fn parse(bytes: &[u8]) -> Option<Self> {
         (bytes.get(..4) == Some(SIGNATURE) && is_right(bytes)).then(|| Self {
             sequence: le64(bytes, 8),

@@ -36,17 +36,17 @@ impl<S: Storage> Image<S> {
         })
     }
 
-    /// What it goes on from.
+    /// Returns the parent.
     pub(crate) async fn parent(&self) -> Result<Option<Parent>, Failure> {
         let locator = self.metadata.locator(&self.storage).await?;
         locator.map(|bytes| locator::parse(&bytes)).transpose()
     }
 }
 
-/// What a VHDX needs, of which nothing is followed.
+/// Returns the files that a VHDX needs; no name in it is followed.
 ///
 /// # Errors
-/// It is none, or damaged, or its log cannot be replayed.
+/// The image is no VHDX, or damaged, or its log cannot be replayed.
 pub async fn look<S: Storage>(storage: &S) -> Result<Needs, Failure> {
     let image = Image::read(storage).await?;
     Ok(Needs {
@@ -56,16 +56,17 @@ pub async fn look<S: Storage>(storage: &S) -> Result<Needs, Failure> {
     })
 }
 
-/// What its content calls itself, to be compared with [`Parent::id`] of its children. It is another one after each
-/// session in which the content was changed.
+/// Returns the identity of its content, for a comparison with [`Parent::id`] of its children. The identity changes in
+/// each session that changes the content.
 ///
 /// # Errors
-/// It has no header that counts.
+/// The image has no valid header.
 pub async fn id(storage: &impl Storage) -> Result<String, Failure> {
     Ok(Header::read(storage).await?.data.to_string())
 }
 
-/// Changes in the log of a VHDX that are not in their places: it was not closed. They are shown nevertheless.
+/// Returns the number of changes in the log of a VHDX that are not in their places, because the image was not closed.
+/// The disk shows them nevertheless.
 ///
 /// # Errors
 /// As [`look`].

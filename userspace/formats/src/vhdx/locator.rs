@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How a differencing VHDX names its parent: keys and values, of which some are paths of Windows.
+//! A differencing VHDX's names of its parent: keys and values, some of which are paths of Windows.
 
 use super::guid::Guid;
 use crate::field::{le16, le32, refused};
@@ -13,13 +13,13 @@ const KIND: Guid = Guid(0xb04a_efb7_d19e_4a81_b789_25b8_e944_5913);
 const ENTRIES: (usize, usize) = (20, 12);
 const LINKAGE: &str = "parent_linkage";
 const LINKAGE2: &str = "parent_linkage2";
-/// Keys of paths, in the order in which they are tried.
+/// Keys of paths, in the order in which the driver tries them.
 const PATHS: [&str; 3] = ["relative_path", "volume_path", "absolute_win32_path"];
 
-/// What the item says of the parent.
+/// Parses the parent locator.
 ///
 /// # Errors
-/// It is of a kind that is not known, or does not say which content the parent has.
+/// The kind of locator is unknown, or it does not identify the parent's content.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Parent, Failure> {
     let kind = Guid::at(bytes, 0);
     if kind != KIND {
@@ -109,7 +109,8 @@ fn decode(bytes: &[u8]) -> Option<String> {
     (!text.contains('\0')).then_some(text)
 }
 
-/// A path of Windows in ours: slashes, and neither a drive nor a volume. One of a network share leads nowhere here.
+/// Converts a path of Windows: slashes, and neither a drive nor a volume. A path of a network share is refused, because
+/// it leads nowhere here.
 fn path(text: &str) -> Option<String> {
     let path = text.replace('\\', "/");
     let (rest, is_extended) = match path.strip_prefix("//?/") {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The log of a VHDX: changes of tables that may not be in their places yet. It is a ring of sectors of
-//! 4 KiB with entries, of which the newest that is whole says where those begin that count.
+//! The log of a VHDX: changes of tables that may not be in their places yet. The log is a ring of sectors of 4 KiB with
+//! entries; the newest complete entry refers to the first one that counts.
 //!
-//! Each change is of a whole sector, or zeroes a range. What the log writes is kept beside the file
-//! ([`Overlay`]), which stays as it is.
+//! Each change is of a whole sector, or zeroes a range. The changes of the log are kept in memory ([`Overlay`]); the
+//! file does not change.
 
 use super::entry::{Descriptor, Entry, Sectors};
 use super::header::{Header, HEADERS_END};
@@ -19,8 +19,7 @@ use std::collections::BTreeMap;
 const LARGEST: u64 = 64 << 20;
 /// Bytes that are read at once.
 const PIECE: u64 = 64 << 10;
-/// How often a sector may be a part of an entry that has to be looked at: entries that somebody has put into each
-/// other would take hours.
+/// Maximum number of log entries that may contain one sector: a hostile log with nested entries would take hours.
 const LOOKS: u64 = 16;
 
 /// The ring.
@@ -32,10 +31,10 @@ struct Log<'s, S> {
     looked: u64,
 }
 
-/// What the log would change, if it has anything.
+/// Returns the changes of the log, empty if it has none.
 ///
 /// # Errors
-/// It is damaged, or more than can be replayed here.
+/// The log is damaged, or larger than this driver replays.
 pub(crate) async fn replay<S: Storage>(file: &S, header: &Header) -> Result<Overlay, Failure> {
     if header.log.is_zero() {
         return Ok(Overlay::default());
@@ -98,13 +97,13 @@ fn too_much(what: &str) -> Failure {
     ))
 }
 
-/// The entries that count, the oldest first: up to the newest that leads back to where it says they begin, without a
-/// gap. An entry that was being written when the power went does not, nor does one before it whose successor
-/// is there but not whole.
+/// Returns the entries that count, the oldest first: up to the newest one from which the chain leads back without a gap
+/// to the beginning that it names. An entry that a power cut interrupted does not count, nor does one before it whose
+/// successor exists but is not complete.
 fn active(entries: &BTreeMap<u64, Entry>) -> Option<Vec<Entry>> {
     let mut newest: Vec<&Entry> = entries.values().collect();
     newest.sort_by_key(|entry| std::cmp::Reverse(entry.sequence));
-    // Where each entry leads to, one after the other: the place of the last.
+    // Place of the last entry that each entry leads to.
     let mut heads: BTreeMap<u64, u64> = BTreeMap::new();
     for entry in &newest {
         let next = entries.get(&entry.next).filter(|next| next.follows(entry));
@@ -126,7 +125,7 @@ fn active(entries: &BTreeMap<u64, Entry>) -> Option<Vec<Entry>> {
 }
 
 impl<S: Storage> Log<'_, S> {
-    /// Reads from a place in the log on; at most a piece, which goes on at the beginning if the log ends.
+    /// Reads from a place in the log on; at most a piece, which wraps around at the end of the log.
     async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, Errno> {
         let ring = self.header.log_len;
         let at = at % ring.max(1);
@@ -195,7 +194,7 @@ impl<S: Storage> Log<'_, S> {
         Ok(is_right && sectors.are_all())
     }
 
-    /// Lays what an entry changes over the file.
+    /// Lays the changes of an entry over the file.
     async fn apply(&self, entry: &Entry, overlay: &mut Overlay) -> Result<(), Failure> {
         let mut data = entry.data();
         for number in 0..entry.descriptor_sectors() {
@@ -229,7 +228,7 @@ impl<S: Storage> Log<'_, S> {
         Ok(())
     }
 
-    /// Where a change ends that the log may make.
+    /// Returns the end of a change, which must be one that the log may make.
     fn target(&self, at: u64, len: u64) -> Result<u64, Failure> {
         let log = self.header.log_range();
         // Sizes of files have 63 bits.
@@ -282,7 +281,7 @@ mod tests {
             Some(vec![8, 9])
         );
         assert_eq!(found(&[(1, 5, 1), (2, 2, 2), (3, 3, 2)]), Some(vec![5]));
-        // The newest leads back to one that is not whole, so what was before it counts.
+        // The newest leads back to an incomplete one, so the entries before that count.
         assert_eq!(found(&[(0, 1, 0), (1, 2, 0), (3, 4, 0)]), Some(vec![1, 2]));
         // Nothing leads back to where it says.
         assert_eq!(found(&[(1, 2, 0), (2, 3, 0)]), None);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a VHDX says of its disk: the metadata table and its items.
+//! The metadata of a VHDX's disk: the metadata table and its items.
 
 use super::guid::Guid;
 use crate::field::{failed, le16, le32, le64, refused};
@@ -15,7 +15,7 @@ const SIGNATURE: &[u8; 8] = b"metadata";
 const ENTRIES: (usize, usize, u16) = (32, 32, 2047);
 /// Bytes of an item at most.
 const ITEM: u32 = 1 << 20;
-/// Flags of an entry: it is the user's, and who does not know it must not open the image.
+/// Flags of an entry: it is the user's, and a reader must know it to open the image.
 const USER: u32 = 1;
 const REQUIRED: u32 = 4;
 /// Flag of the file parameters: it is a differencing one.
@@ -52,7 +52,7 @@ const LOCATOR: (Guid, &str) = (
 );
 const KNOWN: [(Guid, &str); 6] = [PARAMETERS, SIZE, DISK_ID, LOGICAL, PHYSICAL, LOCATOR];
 
-/// What was checked.
+/// Metadata that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Metadata {
     /// Bytes of a block.
@@ -62,7 +62,7 @@ pub(crate) struct Metadata {
     /// Bytes of a sector: 512 or 4096.
     pub(crate) logical: u32,
     pub(crate) physical: u32,
-    /// Where the parent locator is in the image, if it goes on from a parent.
+    /// Byte range of the parent locator in the image, if the image has a parent.
     pub(crate) locator: Option<Range<u64>>,
 }
 
@@ -71,7 +71,7 @@ pub(crate) struct Metadata {
 struct Items(BTreeMap<Guid, Range<u64>>);
 
 impl Metadata {
-    /// Reads and checks what is in `region`.
+    /// Reads and checks the metadata in `region`.
     ///
     /// # Errors
     /// Something is missing, cannot be, or must be known and is not.

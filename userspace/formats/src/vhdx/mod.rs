@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! VHDX, as Hyper-V and QEMU write it, to read: fixed, dynamic and differencing.
 //!
-//! An image that was not closed has changes of its tables in a log. They are laid over the file in memory, and
-//! everything is read through that, so an image is shown as its last writer left it and never written.
+//! An image that was not closed has changes of its tables in a log. They are laid over the file in memory, and all
+//! reads go through that: so the disk shows the state of the last writer, and the file is never changed.
 //!
-//! The order in which it is read is that of the format: the header that counts, the log, the table of regions, the
-//! metadata, and of the block allocation table what a request needs.
+//! The parts are read in the order of the format: the valid header, the log, the table of regions, the metadata, and
+//! the part of the block allocation table that a request needs.
 
 mod blocks;
 mod entry;
@@ -45,8 +45,8 @@ pub struct Vhdx<S> {
 }
 
 impl<S: Storage> Vhdx<S> {
-    /// The disk in `storage`, which goes on from a parent if it is a differencing one. A disk that may be written is
-    /// refused when it is activated.
+    /// Returns the disk in `storage`, on top of its parent if it is a differencing disk. Activation refuses a writable
+    /// disk.
     pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
         Self {
             storage,
@@ -102,7 +102,7 @@ impl<S: Storage> Vhdx<S> {
         Ok(shape)
     }
 
-    /// Reads a part of a block of which some sectors are the parent's.
+    /// Reads a part of a block, some of whose sectors are the parent's.
     async fn read_partly(
         &self,
         blocks: &Blocks<S>,
@@ -127,7 +127,7 @@ impl<S: Storage> Vhdx<S> {
         Ok(())
     }
 
-    /// What a range has: of this image alone, if `whole` does not say with those below it.
+    /// Returns the content of a range: with the backing images if `whole` is set, else of this image alone.
     async fn row(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
         let blocks = self.active()?;
         let mut row = Row::default();
@@ -159,7 +159,7 @@ impl<S: Storage> Vhdx<S> {
     }
 }
 
-/// What the image has itself. The blocks of a fixed one are all there, and may be holes of its file.
+/// Adds the image's own content. All blocks of a fixed VHDX are allocated, and may be holes of its file.
 async fn push_own<S: Storage>(
     blocks: &Blocks<S>,
     at: u64,

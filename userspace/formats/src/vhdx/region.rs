@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the block allocation table and the metadata of a VHDX are: the table of regions, which is there
-//! twice.
+//! Places of the block allocation table and the metadata of a VHDX: the table of regions, of which there are two
+//! copies.
 
 use super::guid::Guid;
 use super::header::{Header, UNIT};
@@ -13,14 +13,14 @@ use std::ops::Range;
 const PLACES: [u64; 2] = [192 << 10, 256 << 10];
 const LEN: usize = 64 << 10;
 const SIGNATURE: &[u8; 4] = b"regi";
-/// Where the entries begin, bytes of one, and how many there are at most.
+/// Offset of the first entry, bytes of an entry, and maximum number of entries.
 const ENTRIES: (usize, usize, u32) = (16, 32, 2047);
 const BAT: Guid = Guid(0x2dc2_7766_f623_4200_9d64_115e_9bfd_4a08);
 const METADATA: Guid = Guid(0x8b7c_a206_4790_4b9a_b8fe_575f_050f_886e);
-/// Who does not know the region must not open the image.
+/// Flag of a region that a reader must know to open the image.
 const REQUIRED: u32 = 1;
 
-/// What is where, in bytes. All of it was checked to be inside of the image, and nothing shares anything.
+/// Byte ranges of the regions. They were checked to be inside of the image and not to overlap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Regions {
     pub(crate) bat: Range<u64>,
@@ -33,7 +33,7 @@ impl Regions {
     /// Reads and checks the table of an image of `length` bytes.
     ///
     /// # Errors
-    /// It is damaged, or has a region that must be known and is not.
+    /// The table is damaged, or has an unknown region that must be known.
     pub(crate) async fn read(
         storage: &impl Storage,
         header: &Header,
@@ -92,7 +92,7 @@ impl Regions {
         })
     }
 
-    /// True if `len` bytes from `at` on meet what is no block.
+    /// Returns true if `len` bytes from `at` on overlap something else than blocks.
     pub(crate) fn meets(&self, at: u64, len: u64) -> bool {
         let end = at.saturating_add(len);
         let first = self.taken.partition_point(|range| range.end <= at);

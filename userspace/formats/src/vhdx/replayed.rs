@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A file as it is after its log was replayed, which it never is: what the log would write lies over it in
-//! memory. Of a sector that the log has, only the place is kept.
+//! A file as it would be after a replay of its log, which never happens: the log's changes lie over it in memory. For a
+//! sector in the log, only its place there is kept.
 
 use crate::field::{part, put};
 use crate::{storage, Storage};
@@ -14,7 +14,7 @@ pub(crate) const SECTOR: u64 = 4096;
 /// Ranges at most, which is some MiB of memory. A log that has more is refused.
 pub(crate) const MOST: usize = 1 << 17;
 
-/// What lies over a range of the file.
+/// Replayed content of a range of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Over {
     /// Zeroes.
@@ -27,7 +27,7 @@ pub(crate) enum Over {
     },
 }
 
-/// What a log changes: ranges of whole sectors by where they begin, with where they end.
+/// Changes of a log: ranges of whole sectors, by their first byte, with their end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Overlay {
     ranges: BTreeMap<u64, (u64, Over)>,
@@ -52,7 +52,7 @@ impl Overlay {
         self.ranges.len()
     }
 
-    /// Puts something over a range, in the place of what was over it.
+    /// Puts a change over a range, in place of earlier ones.
     pub(crate) fn put(&mut self, begin: u64, end: u64, over: Over) {
         if begin >= end {
             return;
@@ -82,7 +82,7 @@ impl Overlay {
         self.length = self.length.max(end);
     }
 
-    /// What begins at `at`, and how many of `len` bytes it has: something over the file, or the file itself.
+    /// Returns the source at `at` and its length in bytes, `len` at most: a change, or `None` for the file itself.
     fn first(&self, at: u64, len: u64) -> (Option<(u64, Over)>, u64) {
         let held = self.ranges.range(..=at).next_back();
         if let Some((begin, (end, over))) = held.filter(|(_, (end, _))| *end > at) {
@@ -93,7 +93,7 @@ impl Overlay {
     }
 }
 
-/// The file with what lies over it. It cannot be written.
+/// The file with the log's changes over it. It is read-only.
 #[derive(Clone, Debug)]
 pub(crate) struct Replayed<S> {
     file: S,
@@ -121,7 +121,7 @@ impl<S: Storage> Replayed<S> {
         self.size.max(self.overlay.length)
     }
 
-    /// Reads a part of the file. What the replay would have added at its end is zeroes.
+    /// Reads a part of the file. Bytes that the replay would have appended are zeroes.
     async fn read_file(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let end = offset.saturating_add(data.len() as u64);
         match end <= self.size {

@@ -6,14 +6,14 @@ use crc::{Crc, Digest, Table, CRC_32_ISCSI};
 
 /// Eats sixteen bytes at a time: a log may have some MiB.
 static CRC: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
-/// Where the checksum is, in headers, tables of regions and entries of the log.
+/// Offset of the checksum, in headers, tables of regions and entries of the log.
 const AT: usize = 4;
 
 /// A checksum to which bytes are added.
 pub(crate) struct Sum(Digest<'static, u32, Table<16>>);
 
 impl Sum {
-    /// Begins with what has the checksum in it.
+    /// Begins with the bytes that contain the checksum.
     pub(crate) fn of(bytes: &[u8]) -> Self {
         let mut digest = CRC.digest();
         digest.update(bytes.get(..AT).unwrap_or(&[]));
@@ -31,7 +31,7 @@ impl Sum {
     }
 }
 
-/// What `bytes` say of their checksum.
+/// Returns the checksum that is stored in `bytes`.
 pub(crate) fn said(bytes: &[u8]) -> u32 {
     le32(bytes, AT)
 }

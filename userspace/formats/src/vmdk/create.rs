@@ -8,17 +8,16 @@ use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Errno};
 
-/// How a disk lies in files.
+/// Files in which a disk lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// One file, whose grains exist when they were written.
+    /// One file, whose grains are allocated on the first write.
     MonolithicSparse,
     /// One file with the content as it is, and one with the descriptor.
     MonolithicFlat,
-    /// As many files of at most 2 GB as it takes, whose grains exist when they were written, and the
-    /// descriptor.
+    /// Files of at most 2 GB, whose grains are allocated on the first write, and the descriptor.
     TwoGbMaxExtentSparse,
-    /// The same with the content as it is.
+    /// Files of at most 2 GB with the content as it is, and the descriptor.
     TwoGbMaxExtentFlat,
 }
 
@@ -37,10 +36,10 @@ impl Form {
     }
 }
 
-/// What is to be made.
+/// Properties of a new image.
 #[derive(Clone, Debug)]
 pub struct Create {
-    /// In which files.
+    /// Form of the image's files.
     pub form: Form,
     /// Bytes of the disk, whole sectors.
     pub size: u64,
@@ -48,7 +47,7 @@ pub struct Create {
     pub name: String,
     /// The parent's name and what its content calls itself ([`id`](super::id)).
     pub parent: Option<(String, u32)>,
-    /// What the content calls itself: any number below `0xfffffffe`.
+    /// Identity of the content: any number below `0xfffffffe`.
     pub cid: u32,
 }
 
@@ -61,7 +60,7 @@ pub struct NewFile {
     pub len: u64,
 }
 
-/// Sectors of a grain, of a descriptor in an extent, and of an extent of which there are several.
+/// Sectors of a grain, of a descriptor in an extent, and of the largest extent if there are several.
 const GRAIN: u64 = 128;
 const DESCRIPTOR: u64 = 20;
 const EXTENT: u64 = (0x8000_0000 - GRAIN * 512) / 512;
@@ -120,8 +119,8 @@ pub fn plan(what: &Create) -> Result<Vec<NewFile>, Failure> {
     }
 }
 
-/// Makes an image in `image` and the files that [`plan`] says, whose content is lost. What says that it
-/// is one is written last.
+/// Makes an image in `image` and the files that [`plan`] names, whose old content is lost. The structure that
+/// identifies the image comes last.
 pub async fn create<S: Storage>(image: &S, files: &[S], what: &Create) -> Result<(), Failure> {
     let plan = plan(what)?;
     if plan.len() != files.len() {
@@ -186,8 +185,8 @@ async fn descriptor(image: &impl Storage, text: &str) -> Result<(), Errno> {
     image.flush().await
 }
 
-/// A sparse extent: the header, the descriptor, both maps, all of whose tables exist, and room for grains
-/// from a whole one on.
+/// Makes a sparse extent: the header, the descriptor, both directories with all of their tables, and room for grains
+/// from a multiple of a grain on.
 async fn sparse(file: &impl Storage, sectors: u64, text: &str) -> Result<(), Errno> {
     let (place, room) = match text.is_empty() {
         true => (0, 0),

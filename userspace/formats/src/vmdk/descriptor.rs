@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The text that says what a VMDK is: in a file of its own, or at the beginning of the only one.
+//! The text that describes a VMDK: in a file of its own, or at the beginning of the only one.
 
 use crate::field::refused;
 use control::Failure;
@@ -10,17 +10,17 @@ use std::ops::Range;
 pub(crate) const MOST: u64 = 256 << 10;
 /// Extents that a disk may have.
 const EXTENTS: usize = 2048;
-/// The identity of nobody.
+/// Identity that means "no parent".
 pub(crate) const NO_PARENT: u32 = u32::MAX;
 
 /// A descriptor that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptor {
     pub(crate) kind: String,
-    /// What changes when the content does, and that of the parent.
+    /// Identity of the content, which changes with the content, and that of the parent.
     pub(crate) cid: u32,
     pub(crate) parent_cid: u32,
-    /// Where in the text the digits of `cid` are. Others write as few as it needs.
+    /// Range of the digits of `cid` in the text. Other programs write as few digits as it needs.
     pub(crate) cid_at: Option<Range<usize>>,
     pub(crate) parent: Option<String>,
     pub(crate) extents: Vec<Part>,
@@ -34,7 +34,7 @@ pub(crate) struct Part {
     pub(crate) body: Body,
 }
 
-/// What holds an extent.
+/// Location of an extent's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
     /// Sectors of a file, from one on.
@@ -46,7 +46,8 @@ pub(crate) enum Body {
 }
 
 impl Descriptor {
-    /// True if it looks like one: comments, of which VMware's first names the kind of file, and then a version.
+    /// Returns true if it looks like a descriptor: comments, of which VMware's first names the kind of file, and then a
+    /// version.
     pub(crate) fn is_one(bytes: &[u8]) -> bool {
         let mut lines = bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
         let is_said = |line: &[u8]| {
@@ -191,25 +192,25 @@ fn number(text: &str) -> Result<u32, Failure> {
     })
 }
 
-/// In which encoding a descriptor is. What counts in it is ASCII, but for names of files.
+/// Encoding of a descriptor. All of it that matters is ASCII, except for the names of files.
 #[derive(Debug)]
 enum Encoding {
     Utf8,
-    /// ISO-8859-1, or that of Windows, in which some control characters are letters.
+    /// ISO-8859-1, or that of Windows, which has letters in place of some control characters.
     Western,
     /// Its name. Bytes of ASCII mean themselves in all that VMware writes, or are the second byte of a character and
     /// then neither a quote, a sign of equality, a space nor the end of a line.
     Other(String),
 }
 
-/// What ISO-8859-1 has as control characters, in windows-1252.
+/// Characters of windows-1252 in place of the control characters of ISO-8859-1.
 const WINDOWS: [char; 32] = [
     '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž', '\u{8f}',
     '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}', 'ž', 'Ÿ',
 ];
 
 impl Encoding {
-    /// That which the descriptor names; it is UTF-8 if it names none.
+    /// Returns the encoding that the descriptor names; UTF-8 if it names none.
     fn of(bytes: &[u8]) -> Self {
         let mut lines = bytes.split(|byte| *byte == b'\n');
         let name = lines.find_map(|line| {
@@ -260,7 +261,7 @@ impl Encoding {
     }
 }
 
-/// A line such as `RW 4192256 SPARSE "a-s001.vmdk"`; nothing for other lines. What comes behind it is left alone.
+/// Parses a line such as `RW 4192256 SPARSE "a-s001.vmdk"`; `None` for other lines. Text behind it is ignored.
 fn part(text: &str) -> Result<Option<Part>, Failure> {
     let (access, rest) = word(text);
     let (sectors, rest) = word(rest);
@@ -313,7 +314,7 @@ fn part(text: &str) -> Result<Option<Part>, Failure> {
     }))
 }
 
-/// The first word, and what comes behind it and its spaces.
+/// Returns the first word, and the text behind it and its spaces.
 fn word(text: &str) -> (&str, &str) {
     let text = text.trim_start();
     text.split_once(char::is_whitespace)
@@ -326,7 +327,7 @@ fn is_extent(sectors: &str, kind: &str) -> bool {
     is_number && !kind.is_empty() && kind.bytes().all(|byte| byte.is_ascii_uppercase())
 }
 
-/// A name in quotes, and what comes after it.
+/// Returns a name in quotes, and the text after it.
 fn name(text: &str) -> Option<(String, &str)> {
     let (name, rest) = text.strip_prefix('"')?.split_once('"')?;
     (!name.is_empty()).then(|| (name.to_string(), rest.trim()))
@@ -435,7 +436,7 @@ mod tests {
             let text = good.replace("# Disk DescriptorFile", wrong);
             assert!(parsed(text.as_bytes()).is_err(), "{wrong}");
         }
-        // What is cut off behind the most that is read would be a part of the disk.
+        // Text behind the limit would be ignored, and a part of the disk with it.
         let long = "#".repeat(super::MOST as usize);
         let text = good.replace("RW 1 ZERO", &long);
         let bytes = &text.as_bytes()[..super::MOST as usize];

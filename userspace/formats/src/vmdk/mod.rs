@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized` to read.
 //!
-//! The sparse extents of a disk have one budget for their tables. A grain that is written for the first
-//! time goes to the end of its file. What shows others that the content has changed (the `CID`) is written
-//! before the first change.
+//! The sparse extents of a disk have one budget for their tables. A new grain is appended to its file. The image's
+//! `CID`, which shows others that the content has changed, is updated before the first change.
 
 mod create;
 mod descriptor;
@@ -43,7 +42,7 @@ pub struct Vmdk<S> {
     active: RefCell<Option<Rc<Active<S>>>>,
 }
 
-/// One of its files.
+/// File of a disk.
 #[derive(Debug)]
 struct Image<S> {
     file: Rc<S>,
@@ -94,7 +93,7 @@ struct Share {
 /// The number that changes when the content does.
 #[derive(Debug, Default)]
 struct Mark {
-    /// Where its digits are, how many, and what it was.
+    /// Offset and number of the digits of the `CID`, and its old value.
     at: Option<(u64, usize, u32)>,
     is_changed: Cell<bool>,
     gate: Gate,
@@ -139,7 +138,7 @@ async fn read_descriptor(
     Ok((Descriptor::parse(&bytes)?, at, header))
 }
 
-/// What a VMDK needs, of which nothing is followed.
+/// Returns the files that a VMDK needs; no name in it is followed.
 pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
     let (descriptor, _, header) = read_descriptor(image).await?;
     let parent = (descriptor.parent_cid != NO_PARENT).then(|| Parent {
@@ -163,7 +162,7 @@ pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
     })
 }
 
-/// What the content of a VMDK calls itself, to be compared with [`Parent::id`] of its children.
+/// Returns the identity of a VMDK's content, for a comparison with [`Parent::id`] of its children.
 pub async fn id(image: &impl Storage) -> Result<String, Failure> {
     Ok(format!("{:08x}", read_descriptor(image).await?.0.cid))
 }
@@ -207,7 +206,7 @@ impl<S: Storage> Vmdk<S> {
             (Some(parent), true) => parent.activate().await,
             (None, false) => Ok(()),
             (None, true) => Err(refused(
-                "the VMDK goes on from a parent that was not given: open that too",
+                "the VMDK has a parent that was not given: open that too",
             )),
             (Some(_), false) => Err(refused(
                 "a parent was given for a VMDK that has none: leave it out",
@@ -254,7 +253,7 @@ impl<S: Storage> Vmdk<S> {
         Ok(Held::Sparse(Box::new(clusters)))
     }
 
-    /// The parts of a disk whose descriptor is a file of its own.
+    /// Returns the parts of a disk whose descriptor is a file of its own.
     async fn parts(&self, descriptor: &Descriptor) -> Result<Vec<Part<S>>, Failure> {
         let wanted = named(descriptor).len();
         if wanted != self.extents.len() {
@@ -356,7 +355,7 @@ impl<S: Storage> Vmdk<S> {
         })
     }
 
-    /// Makes all files durable. Each is asked, because each tells an error once.
+    /// Makes all files durable. Each file needs its own flush, because each reports an error once.
     async fn flush_all(&self) -> Result<(), Errno> {
         let mut flushed = Ok(());
         for image in self.files() {
@@ -367,7 +366,7 @@ impl<S: Storage> Vmdk<S> {
         flushed
     }
 
-    /// Makes durable what was written, which is what counts, and then gives back the room at the ends.
+    /// Flushes the content, which alone decides the result, and then gives back the unused space at the ends.
     async fn finish(&self) -> Result<(), Errno> {
         let active = self.active.borrow_mut().take();
         self.flush_all().await?;
@@ -455,7 +454,8 @@ impl<S: Storage> Active<S> {
         Ok(())
     }
 
-    /// What the beginning of a range has: of this image alone, if `whole` does not say with those below it.
+    /// Returns the content at the beginning of a range: with the backing images if `whole` is set, else of this image
+    /// alone.
     async fn runs(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
         let pieces = self.pieces(offset, len)?;
         let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
@@ -488,7 +488,7 @@ impl<S: Storage> Driver for Vmdk<S> {
     }
 
     fn has_places(&self) -> bool {
-        // Of other files the kernel does not know.
+        // The kernel does not have the other files.
         self.extents.is_empty() && self.image.file.is_direct()
     }
 
@@ -601,7 +601,7 @@ impl<S: Storage> Driver for Vmdk<S> {
 
     async fn inactivate(&self) -> Result<(), Errno> {
         let finished = self.finish().await;
-        // Whatever came of that, nothing may be left in memory.
+        // Cached metadata is dropped even if an earlier step failed.
         let parent = base::inactivate(self.parent.as_deref()).await;
         let mut forgotten = Ok(());
         for image in self.files() {

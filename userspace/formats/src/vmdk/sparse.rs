@@ -57,7 +57,7 @@ impl Header {
             return Ok(header);
         }
         if !header.is_packed() {
-            // Its last header would be where grains may be written.
+            // Grains might overwrite the header at the end of such a file.
             return Err(refused(
                 "the VMDK has its directory at its end and grains that are not compressed: it is damaged",
             ));
@@ -182,8 +182,8 @@ impl Header {
         tables.saturating_mul(4)
     }
 
-    /// Where the header, the descriptor and the directories are, in bytes. All of it was checked to be
-    /// inside of the image.
+    /// Returns the byte ranges of the header, the descriptor and the directories. They were checked to be inside of the
+    /// image.
     fn places(&self) -> Vec<Range<u64>> {
         let directory = self.directory_len();
         let (descriptor, sectors) = self.descriptor;
@@ -201,8 +201,8 @@ impl Header {
         places.into_iter().map(bytes).collect()
     }
 
-    /// Bytes that are kept in memory as long as the extent is open: its directories, and what was read last of
-    /// compressed grains.
+    /// Returns the bytes that are kept in memory while the extent is open: its directories, and the compressed grains
+    /// that were read last.
     pub(crate) fn kept(&self) -> u64 {
         let directories = self.directory_len() * if self.has_redundant() { 2 } else { 1 };
         match self.is_packed() {
@@ -248,7 +248,8 @@ fn meets(places: &[Range<u64>], at: u64, len: u64) -> bool {
 #[derive(Debug)]
 pub(crate) struct Grains {
     grain: u64,
-    /// Where no grain may be: the guest would write the header, or the names of the parent and of the extents.
+    /// Byte ranges where no grain may be: the guest would overwrite the header, or the names of the parent and of the
+    /// extents.
     places: Vec<Range<u64>>,
     capacity: u64,
     is_packed: bool,
@@ -260,7 +261,7 @@ pub(crate) struct Grains {
     locks: Locks,
 }
 
-/// A directory, whose tables are all in the image.
+/// Reads a directory, whose tables are all in the image.
 async fn directory(
     storage: &impl Storage,
     header: &Header,
@@ -270,7 +271,8 @@ async fn directory(
     let len = header.directory_len() as usize;
     let directory = Pinned::read(storage, sector * SECTOR, len).await;
     let directory = directory.map_err(failed("cannot read the VMDK's directory"))?;
-    // Afterwards: who only looks does so while another host makes the image longer, and then has tables there.
+    // The length is read after the directory, because another host may be making the image longer and have new tables
+    // there.
     let length = storage
         .size()
         .map_err(failed("cannot see the image's size"))?;
@@ -360,8 +362,9 @@ impl Grains {
         }
         let at = tail.take(storage, TABLE as u64, SECTOR).await?;
         let sector = u32::try_from(at / SECTOR).map_err(|_| Errno::FBIG)?;
+        let metadata = tail.barrier().metadata(storage);
         directory
-            .put(storage, number * 4, &sector.to_le_bytes())
+            .put(&metadata, number * 4, &sector.to_le_bytes())
             .await?;
         self.tables.get(storage, at, TABLE).await
     }
@@ -375,10 +378,11 @@ impl Grains {
         entry: u32,
     ) -> Result<(), Errno> {
         let (number, at) = Self::split(grain)?;
+        let metadata = tail.barrier().metadata(storage);
         for directory in self.redundant.iter().chain([&self.directory]) {
             let table = self.table_made(storage, tail, directory, number).await?;
             table
-                .change(storage, |bytes| put(bytes, at, &entry.to_le_bytes()))
+                .change(&metadata, |bytes| put(bytes, at, &entry.to_le_bytes()))
                 .await?;
         }
         Ok(())
@@ -391,7 +395,7 @@ impl<S: Storage> Map<S> for Grains {
     }
 
     fn begin(&self) -> u64 {
-        // What an image says of this may be anything; `find` knows more.
+        // The image may claim any value for this; `find` checks more.
         SECTOR
     }
 
@@ -442,7 +446,7 @@ impl<S: Storage> Map<S> for Grains {
     async fn unpack(&self, storage: &S, packed: Packed) -> Result<Vec<u8>, Errno> {
         let marker = storage::bytes(storage, packed.at, 12).await?;
         let (sector, len) = (le64(&marker, 0), u64::from(le32(&marker, 8)));
-        // What cannot be made smaller becomes a little larger.
+        // A grain that cannot be compressed becomes a little larger.
         let most = self.grain + self.grain / 8 + 1024;
         if sector.checked_mul(SECTOR) != packed.cluster.checked_mul(self.grain) || len > most {
             return Err(Errno::IO);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a disk was told, sector by sector, and whether what is read agrees with it: at the end, after
-//! the death of the process at any change of the image, and after the loss of power.
+//! The requests that a disk got, sector by sector, and checks that reads agree with them: at the end, after the death
+//! of the process at any change of the image, and after a power cut.
 
 use super::{Chance, Content, What, World, SECTOR};
 use diskio::{Bytes, Data, Errno, Runtime};
@@ -9,11 +9,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// What one request did to a sector: the number that it wrote, 0 for zeroes, nothing for a discard.
+/// Effect of one request on a sector: the number that it stored, 0 for zeroes, `None` for a discard.
 #[derive(Clone, Copy, Debug)]
 struct Told {
     number: Option<u32>,
-    /// How many changes the images had when it began, and when it was answered.
+    /// Number of the images' changes when the request began, and when it was answered.
     begin: usize,
     end: usize,
 }
@@ -53,7 +53,7 @@ pub(crate) fn stamp(number: u32, sector: u64) -> Vec<u8> {
     word.repeat(SECTOR / 8)
 }
 
-/// The number in a sector, if it is one that was written there as a whole.
+/// Returns the number in a sector, if all of the sector carries it.
 pub(crate) fn number(bytes: &[u8], sector: u64) -> Option<u32> {
     let number = u32::from_le_bytes(bytes[..4].try_into().unwrap());
     (bytes == stamp(number, sector)).then_some(number)
@@ -62,9 +62,9 @@ pub(crate) fn number(bytes: &[u8], sector: u64) -> Option<u32> {
 /// After how many changes of the image it is looked at.
 #[derive(Clone, Copy)]
 struct Then {
-    /// What was answered before this is there.
+    /// Requests that were answered before this change have taken effect.
     sure: usize,
-    /// What began later is not.
+    /// Requests that began after this change have not.
     begun: usize,
     /// The power was lost.
     cut: bool,
@@ -83,12 +83,12 @@ fn all(_: u64, _: &[Told]) -> bool {
 #[derive(Default)]
 struct History {
     sectors: BTreeMap<u64, Vec<Told>>,
-    /// Where guest's flushes began and ended.
+    /// Numbers of changes when the guest's flushes began and ended.
     flushes: Vec<(usize, usize)>,
 }
 
 impl Trial {
-    /// The numbers that may be in a sector: what was durable, and all that began later.
+    /// Returns the numbers that may be in a sector: the durable one, and those of all later requests.
     fn allowed(
         &self,
         told: &[Told],
@@ -276,7 +276,7 @@ impl Trial {
                 begun: count + 1,
                 cut: false,
             };
-            // What was under way, and some of the rest.
+            // Check the sectors of requests that were under way, and some of the others.
             let some = chance.below(64);
             self.check(history, &disk, then, &|sector, told| {
                 (sector >> 3) % 64 == some
@@ -331,7 +331,7 @@ impl Trial {
         self.check(&more, &self.active(world), then, &all);
     }
 
-    /// The power is lost: of what was written since the last flush, some sectors are there.
+    /// Simulates power cuts: of the changes since the last flush, some sectors survive.
     fn power_cuts(&self, world: &World, history: &History, chance: &mut Chance) {
         let log = world.log();
         for _ in 0..20 {
@@ -358,8 +358,8 @@ impl Trial {
     }
 }
 
-/// What the loss of power after any change of `log` from `begin` on can leave, if each change survives as a
-/// whole or not at all. There must be few between two flushes.
+/// Visits every state that a power cut after any change of `log` from `begin` on can leave, if each change survives as
+/// a whole or not at all. There must be few changes between two flushes.
 pub(crate) fn every_cut(
     files: &[Content],
     log: &[(usize, What)],
@@ -387,7 +387,7 @@ pub(crate) fn every_cut(
     }
 }
 
-/// Some of what was written comes to be there.
+/// Applies some sectors of a change at random.
 fn lose(file: &mut Content, what: &What, chance: &mut Chance) {
     match what {
         What::Write(at, bytes) => {
@@ -419,7 +419,7 @@ async fn request(
         Step::Zeroes => Some(0),
         _ => None,
     };
-    // It may be in the image from now on.
+    // The request may take effect from now on.
     if !matches!(step, Step::Read) {
         for sector in at..at + len {
             let told = Told {
@@ -465,19 +465,19 @@ async fn request(
     }
 }
 
-/// How a disk makes durable what was written.
+/// Request that makes a disk's changes durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asks {
     /// The guest flushes.
     Flush,
-    /// The image is let go of, because the guest is suspended or the disk paused.
+    /// The image is closed for some time, because the guest is suspended or the disk paused.
     Inactivate,
     /// The image is closed.
     Close,
 }
 
-/// A flush fails that the disk has made for a write of its own accord: what others have written is lost with it, so the
-/// next flush, or the end, says so, once.
+/// A flush that the disk makes for its own tables fails, and with it other writes are lost: the next flush, or the end,
+/// must report that once.
 pub(crate) fn lost_flush_is_told(trial: impl Fn() -> Trial) {
     for asks in [Asks::Flush, Asks::Inactivate, Asks::Close] {
         let lost = (0..16)
@@ -498,7 +498,7 @@ fn lost_flush_is_told_by(trial: &Trial, asks: Asks, changes: usize) -> bool {
         failing.fail_once(changes, Errno::IO);
         let written = disk.write(2 * unit, data(2 * unit), how).await;
         let is_lost = failing.has_lost_flush();
-        // Whatever was to fail later does not.
+        // A failure that has not happened yet must not happen now.
         failing.fail_never();
         let (first, second) = match asks {
             Asks::Flush => (disk.flush().await, disk.flush().await),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images in memory that remember each write, and disks that are compared with what they must hold.
+//! Images in memory that record each write, and checks of disks against their expected content.
 
 pub(crate) mod history;
 pub(crate) mod places;
@@ -21,8 +21,8 @@ use std::task::Poll;
 const PAGE: usize = 4096;
 pub(crate) const SECTOR: usize = 512;
 
-/// So many seeds that no run had before, or as many as `SEEDS` says. Who fails says its own, and `SEED` with that
-/// number begins there.
+/// Returns `count` new seeds, or as many as the variable `SEEDS` says. A test that fails prints its seed; with `SEED`
+/// set to that number it begins there.
 pub(crate) fn seeds(count: u64) -> Range<u64> {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let fresh = || {
@@ -53,7 +53,7 @@ impl Chance {
     }
 }
 
-/// Bytes of which only what was written exists.
+/// Sparse content of a file: only pages that a change touched exist.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Content {
     pages: BTreeMap<u64, Rc<[u8; PAGE]>>,
@@ -144,7 +144,7 @@ impl Content {
     }
 }
 
-/// What was done to a file.
+/// Change of a file.
 #[derive(Clone, Debug)]
 pub(crate) enum What {
     Write(u64, Vec<u8>),
@@ -153,7 +153,7 @@ pub(crate) enum What {
     Flush,
 }
 
-/// Files whose changes are remembered in one order.
+/// Files whose changes are recorded in one order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct World(Rc<Inner>);
 
@@ -166,11 +166,11 @@ struct Inner {
     shuffles: Cell<bool>,
     /// Changes that are left until every one fails.
     left: Cell<Option<usize>>,
-    /// The same for one that fails alone, and with what.
+    /// Changes that are left until a single one fails, and its error.
     left_once: Cell<Option<(usize, Errno)>>,
-    /// What fails is in the image nevertheless.
+    /// True if the failing change is applied nevertheless.
     fails_late: Cell<bool>,
-    /// What failed alone was a flush, after so many changes.
+    /// Number of changes before the single failure, if that was a flush.
     lost_flush: Cell<Option<usize>>,
 }
 
@@ -190,12 +190,12 @@ impl World {
         self.0.left.set(changes);
     }
 
-    /// After so many changes one fails; what comes later succeeds.
+    /// Lets one change fail after `after` others; later ones succeed.
     pub(crate) fn fail_once(&self, after: usize, error: Errno) {
         self.0.left_once.set(Some((after, error)));
     }
 
-    /// What was to fail alone does not any more.
+    /// Cancels the single failure.
     pub(crate) fn fail_never(&self) {
         self.0.left_once.set(None);
     }
@@ -204,12 +204,13 @@ impl World {
         self.0.fails_late.set(true);
     }
 
-    /// It did, and was a flush.
+    /// Returns true if the single failure has happened, and was a flush.
     pub(crate) fn has_lost_flush(&self) -> bool {
         self.0.lost_flush.get().is_some()
     }
 
-    /// The same, and no other flush had succeeded before it, since there were so many changes.
+    /// Returns true if the single failure was a flush, and no other flush had succeeded between change `changes` and
+    /// it.
     pub(crate) fn has_lost_since(&self, changes: usize) -> bool {
         self.0.lost_flush.get().is_some_and(|lost| {
             let log = self.0.log.borrow();
@@ -218,7 +219,7 @@ impl World {
         })
     }
 
-    /// The one that was to fail did.
+    /// Returns true if the single failure has happened.
     pub(crate) fn has_failed(&self) -> bool {
         self.0.left_once.get().is_none()
     }
@@ -299,7 +300,7 @@ pub(crate) struct Memory {
     pub(crate) fills_blocks: bool,
 }
 
-/// Bytes of a block that is written as a whole.
+/// Bytes of a block whose write is atomic.
 pub(crate) const BLOCK: u64 = 4096;
 
 impl Storage for Memory {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel is told of places it reads and writes for as long as it likes, beside a process that does the
-//! rest: the disk is the same, and when that process dies, what it told is what the image says.
+//! Places that the kernel reads and writes for any time, beside a process that does the rest: both must see the same
+//! disk, and when that process dies, the image must have the places that it reported.
 
 use super::history::{number, stamp, Trial};
 use super::tools::{parent, PARENT_BACKING};
@@ -28,11 +28,11 @@ pub(crate) trait Subject: 'static {
     type Storage: Storage;
 
     fn name(&self) -> String;
-    /// What the kernel reads and writes.
+    /// Returns the storage that the kernel reads and writes.
     fn storage(&self) -> Self::Storage;
-    /// What is in the image now.
+    /// Returns the current content of the image.
     fn there(&self, at: u64, len: u64) -> Vec<u8>;
-    /// What is below it, which the kernel has by this number; active.
+    /// Returns the active backing disk, and its number in the kernel.
     fn below(&self) -> Option<(u16, Disk)>;
     /// The disk as the next process finds it if this one dies now.
     fn next(&self) -> Disk;
@@ -40,7 +40,7 @@ pub(crate) trait Subject: 'static {
     fn sector(&self, number: u32, at: u64) -> Vec<u8>;
     /// The number in a sector, if it is one as a whole.
     fn number(&self, bytes: &[u8], at: u64) -> Option<u32>;
-    /// What a sector held before.
+    /// Returns the number that a sector held at first.
     fn first(&self, at: u64) -> u32;
 }
 
@@ -52,16 +52,16 @@ enum Kind {
     Discard,
 }
 
-/// The kernel, a process with the image, and what the guest may read.
+/// The kernel, a process with the image, and the content that the guest may read.
 pub(crate) struct Host<S: Subject> {
     pub(crate) subject: S,
     storage: S::Storage,
     pub(crate) disk: Disk,
     sectors: u64,
     map: RefCell<Map<Vec<Slot>, Vec<Leaf>>>,
-    /// What each sector holds; nothing where it was discarded.
+    /// Number in each sector; `None` where it was discarded.
     model: RefCell<Vec<Option<u32>>>,
-    /// What the process changes, and has not answered.
+    /// Changes that the process has begun and not answered.
     unanswered: RefCell<Vec<(Sectors, Kind)>>,
     chance: RefCell<Chance>,
     /// Requests of the kernel, and deaths of the process.
@@ -85,7 +85,7 @@ impl<S: Subject> Host<S> {
         assert!(map.add_backing(BackingNumber::new(0).unwrap(), backing));
         if let Some((number, _)) = subject.below() {
             let backing = Backing {
-                // Of what is behind its end nothing may be told.
+                // The process must report no places behind its end.
                 sectors: u64::MAX,
                 writable: false,
                 ..backing
@@ -112,7 +112,7 @@ impl<S: Subject> Host<S> {
         self.chance.borrow_mut().below(most)
     }
 
-    /// Where all of a range is, if the kernel may do that.
+    /// Returns the places of a range, if the kernel may serve all of it.
     fn hit(&self, range: &Sectors, access: Access) -> Option<Vec<Extent>> {
         let mut pieces = Vec::new();
         let each = |piece: &Extent| pieces.push(*piece);
@@ -149,7 +149,7 @@ impl<S: Subject> Host<S> {
         self.model.borrow_mut()[range.start() as usize..range.end() as usize].fill(new);
     }
 
-    /// What is written to a range.
+    /// Returns the bytes of a write to a range.
     fn bytes(&self, range: &Sectors, number: u32) -> Bytes {
         let sectors = (range.start()..range.end()).map(|at| self.subject.sector(number, at));
         Bytes::copied(&sectors.collect::<Vec<_>>().concat()).unwrap()
@@ -240,9 +240,9 @@ impl<S: Subject> Host<S> {
         }
     }
 
-    /// The image may say something else already, and the kernel hears of it with the answer: until then the guest
-    /// may find either, and the next process is told nothing of what this one said. What the image has itself stays
-    /// where it is while it is written.
+    /// Returns true if the image may have changed at a place, of which the kernel learns only with the answer: until
+    /// then the guest may find either content, and the next process knows nothing of the old answer. Clusters of the
+    /// image itself stay in place during a write.
     fn may_be_old(&self, place: &Place) -> bool {
         let its = extent(place).range;
         self.unanswered.borrow().iter().any(|(range, kind)| {
@@ -271,7 +271,7 @@ impl<S: Subject> Host<S> {
         }
     }
 
-    /// Some requests of which none overlaps another, and looks beside them.
+    /// Runs requests that do not overlap, and looks up other ranges beside them.
     fn round(self: &Rc<Self>, runtime: &Runtime, number: &mut u32) {
         let mut busy: Vec<Sectors> = Vec::new();
         for _ in 0..1 + self.below(8) {
@@ -328,7 +328,7 @@ impl<S: Subject> Host<S> {
     }
 }
 
-/// What a disk has in a range.
+/// Reads a range of a disk.
 fn read(disk: &Disk, at: u64, len: u64) -> Vec<u8> {
     let its = disk.clone();
     let read = async move {
@@ -401,8 +401,8 @@ impl Subject for Tried {
     }
 }
 
-/// A change fails and is made all the same, and nothing can be put right afterwards: what is told then is nevertheless
-/// what the image says.
+/// A change fails although it is applied, and no later change can correct that: the places that the process then
+/// reports must still agree with the image.
 pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
     for changes in 0..12 {
         let trial = trial();
@@ -436,7 +436,7 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
         let (has_failed, places) = Runtime::new().block_on(work).unwrap();
         assert!(has_failed || !world.has_failed());
         host.same_after_death(places);
-        // What is answered from now on is there for the next process, too.
+        // Writes that are answered from now on must be there for the next process.
         world.fail_after(None);
         world.fail_never();
         let its = host.clone();
@@ -455,7 +455,7 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
     }
 }
 
-/// Tries out a format whose image is one file, with several seeds.
+/// Tests a format whose image is one file, with several seeds.
 pub(crate) fn told_stays_true(has_parent: bool, trial: impl Fn(u64) -> Trial) {
     let (mut name, mut hits, mut deaths) = (String::new(), 0, 0);
     let (mut zeroes, mut below) = (0, 0);
@@ -476,7 +476,7 @@ pub(crate) fn told_stays_true(has_parent: bool, trial: impl Fn(u64) -> Trial) {
         "{name}: {hits} by the kernel, with {zeroes} zeroes and {below} from below, {deaths} deaths"
     );
     println!("{what}");
-    // Who does nothing shows nothing; how much it is hangs on the seeds.
+    // A run with few requests proves nothing; the number depends on the seeds.
     assert!(hits > 20 && deaths > 5, "{what}");
     assert!(below > 0 || !has_parent, "{what}");
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Whether there is a second opinion: QEMU's tools. The tests of tapdisk and tapimg use this file, too.
+//! Checks for QEMU's tools, which are the second opinion. The tests of tapdisk and tapimg use this file, too.
 
 use std::process::Command;
 
-/// False, and said so in the words that `cargo xtask test` counts, if QEMU's tools are not there.
+/// Returns false, and prints the words that `cargo xtask test` counts, if QEMU's tools are missing.
 pub(crate) fn has_qemu(test: &str) -> bool {
     let known = Command::new("qemu-img").arg("--version").output();
     let is_there = known.is_ok_and(|output| output.status.success());

@@ -8,7 +8,7 @@ use formats::luks::Key;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The passphrase, of which each byte counts.
+/// The passphrase; each of its bytes counts.
 pub(crate) const SECRET: &[u8] = "a sécret\n".as_bytes();
 
 pub(crate) fn key() -> Key {
@@ -59,7 +59,7 @@ impl Safe {
         tool("qemu-img", &[&object[..], &rest].concat());
     }
 
-    /// The same with the cheapest key, for who opens it often.
+    /// Makes a LUKS image whose key is cheap, for tests that open it often.
     pub(crate) fn create_luks(&self, options: &str, size: &str) {
         self.create("luks", &format!("key-secret=s,iter-time=1,{options}"), size);
     }
@@ -75,7 +75,7 @@ impl Safe {
         )
     }
 
-    /// What QEMU reads of it.
+    /// Returns the content that QEMU reads from it.
     pub(crate) fn read(&self, format: &str) -> Vec<u8> {
         let raw = self.folder().join("content.raw");
         let args = ["convert", "-t", "unsafe", "--object", &self.object];

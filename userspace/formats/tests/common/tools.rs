@@ -30,12 +30,12 @@ pub(crate) fn command(name: &str, args: &[&str]) -> Command {
     command
 }
 
-/// What a tool says; it must succeed.
+/// Runs a tool, which must succeed, and returns its output.
 pub(crate) fn tool(name: &str, args: &[&str]) -> String {
     said(name, args, &mut command(name, args))
 }
 
-/// The same for a tool whose files are in a folder.
+/// Runs a tool in the folder of its files; it must succeed.
 pub(crate) fn tool_in(name: &str, args: &[&str], folder: &Path) -> String {
     said(name, args, command(name, args).current_dir(folder))
 }
@@ -46,7 +46,7 @@ fn said(name: &str, args: &[&str], command: &mut Command) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     let status = output.status;
-    // That is how timeout says that it was too late.
+    // timeout ends with these codes if its limit has passed.
     let late = match status.code() {
         Some(124 | 137) => format!(" did not end within {LIMIT} s"),
         _ => String::new(),
@@ -83,12 +83,12 @@ pub(crate) fn file(io: &Io, path: &Path, write: bool) -> File {
     File::new(io, file.unwrap().into()).unwrap()
 }
 
-/// What `qemu-img` reads of an image.
+/// Returns the content that `qemu-img` reads from an image.
 pub(crate) fn content(format: &str, image: &Path, folder: &Path) -> Vec<u8> {
     let raw: PathBuf = folder.join("content.raw");
     let args = [
         "convert",
-        // It need not survive a loss of power.
+        // The copy need not survive a power cut.
         "-t",
         "unsafe",
         "-f",
@@ -102,9 +102,9 @@ pub(crate) fn content(format: &str, image: &Path, folder: &Path) -> Vec<u8> {
     fs::read(raw).unwrap()
 }
 
-/// Makes an image of `format` with qemu-img, which gets these words beside its size, and has it written by qemu-io, by
-/// these commands first, and by the driver in turns: each goes on with what the other one has left. `open` opens it for
-/// the driver, and `each` is to hold after each turn.
+/// Makes an image of `format` with qemu-img and the options `words`, and lets qemu-io (with the commands `writes`,
+/// first) and the driver change it in turns. `open` opens it for the driver, and `each` checks the image after each
+/// turn.
 pub(crate) fn goes_on_with_qemu(
     format: &'static str,
     path: &Path,
@@ -284,8 +284,8 @@ pub(crate) fn parent() -> Disk {
 /// The number by which the kernel has the parent.
 pub(crate) const PARENT_BACKING: u16 = 3;
 
-/// Opens an image whose bytes are wrong, and if that succeeds reads and writes it. Nothing may panic, nor
-/// take long; says whether it was opened.
+/// Opens an image with wrong bytes, and if that succeeds reads and writes it. Nothing may panic or take long; returns
+/// whether the image was opened.
 pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed: u64) -> bool {
     let world = World::new(files);
     let disk = open(&world);
@@ -300,7 +300,7 @@ pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed
             let len = (1 + chance.below(64)).min(sectors - at);
             let (offset, len) = (at * SECTOR as u64, len * SECTOR as u64);
             let data = Data::zeroed(len as usize).unwrap();
-            // It may fail, in any way that is told.
+            // It may fail with any error.
             let how = Attributes::default();
             let _ = disk.read(offset, data.clone()).await;
             let _ = disk.extents(offset, len).await;
@@ -318,8 +318,8 @@ pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed
     Runtime::new().block_on(work).unwrap()
 }
 
-/// A write that failed is not carried out later: of disks without a parent, whose clusters have `unit` bytes.
-/// Several are under way at once, so that they share changes of a table.
+/// A failed write must not take effect later: for disks without a parent, whose clusters have `unit` bytes. Several are
+/// under way at once, so that they share changes of a table.
 pub(crate) fn failed_writes_stay_undone(
     files: &[Content],
     open: &dyn Fn(&World) -> Disk,
@@ -387,8 +387,7 @@ async fn put(disk: &Disk, offset: u64, number: u32) -> Result<(), Errno> {
     disk.write(offset, bytes, Attributes::default()).await
 }
 
-/// A pause makes everything durable first. What may fail after that, such as on a file system without space,
-/// is no loss.
+/// A pause makes everything durable first. A failure after that flush, such as on a full file system, loses nothing.
 pub(crate) fn pause_fails_only_if_something_is_lost(
     files: &[Content],
     open: &dyn Fn(&World) -> Disk,
@@ -431,7 +430,7 @@ pub(crate) fn pause_fails_only_if_something_is_lost(
     assert!((2..8).contains(&failed), "{failed}");
 }
 
-/// What a first table leads to is inside of the image, also if the power is lost before anything was flushed.
+/// The first entry of a new table leads to a place inside of the image, also after a power cut before the first flush.
 pub(crate) fn first_write_survives_a_cut(first: &[Content], open: &dyn Fn(&World) -> Disk) {
     let world = World::new(first.to_vec());
     let disk = open(&world);
@@ -453,8 +452,8 @@ pub(crate) fn first_write_survives_a_cut(first: &[Content], open: &dyn Fn(&World
     });
 }
 
-/// A loss of power leaves what the parent has or what was written, and nothing else: `len` bytes are written
-/// twice, to places that are not next to each other.
+/// After a power cut a range holds the content of the parent or the new one, and nothing else: the test changes `len`
+/// bytes twice, in places that are not contiguous.
 pub(crate) fn parent_or_new_after_a_cut(
     files: &[Content],
     open: &dyn Fn(&World) -> Disk,

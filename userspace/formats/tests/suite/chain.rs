@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 const SIZE: u64 = 4 << 20;
 const PIECE: u64 = 256 << 10;
 
-/// Files of a folder, and what was asked for.
+/// Files of a folder, and a log of the files that were opened.
 struct Folder {
     io: Io,
     asked: RefCell<Vec<(PathBuf, bool)>>,
@@ -36,7 +36,7 @@ impl Folder {
         crate::common::tools::file(&self.io, path, writable)
     }
 
-    /// The names of what was asked for, with `w` before those that were to be written.
+    /// Returns the names of the opened files, with `w` before those that were opened for writing.
     fn names(&self) -> Vec<String> {
         let asked = self.asked.borrow();
         let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_string();
@@ -93,7 +93,7 @@ fn plan(parent: Option<(&str, Option<&str>)>) -> qcow2::Plan {
     }
 }
 
-/// Writes piece `number` of an image, which then is let go of.
+/// Writes piece `number` of an image, and closes the image.
 async fn put(files: &Folder, kind: Kind, path: &Path, options: Options, number: u64) {
     let image = files.open(path, true);
     let disk = open_chain(kind, image, path, options, files).await.unwrap();
@@ -107,7 +107,7 @@ async fn put(files: &Folder, kind: Kind, path: &Path, options: Options, number: 
     disk.close().await.unwrap();
 }
 
-/// The first bytes of the pieces of a disk, of which each must be of one kind.
+/// Returns the first byte of each piece of a disk; all bytes of a piece must be equal.
 async fn pieces(disk: &Disk) -> Vec<u8> {
     let data = Data::zeroed(SIZE as usize).unwrap();
     disk.read(0, data.clone()).await.unwrap();
@@ -171,7 +171,7 @@ fn formats_lie_over_each_other() {
         put(&files, Kind::Qcow2, &at("f.qcow2"), options.clone(), 5).await;
         let asked = files.names().split_off(before);
         let below = ["e.qcow", "d.qcow2", "c.vhd", "b.vhd", "a.raw"];
-        // Only what belongs to the image on top may be written.
+        // Only the files of the top image may be opened for writing.
         assert_eq!(asked, [&["w f.data"][..], &below].concat());
         let options = Options {
             writable: false,
@@ -222,7 +222,7 @@ fn vmdk_in_several_files_lies_below_another() {
             .chain(names.iter().map(String::as_str))
             .collect();
         assert_eq!(files.names(), asked);
-        // A parent that was written to is another one.
+        // A parent whose content has changed has another identity.
         put(&files, Kind::Vmdk, &at("a.vmdk"), Options::new("a"), 1).await;
         let (image, path) = (files.open(&at("b.vmdk"), true), at("b.vmdk"));
         let opened = open_chain(Kind::Vmdk, image, &path, Options::new("b"), &files).await;
@@ -234,13 +234,13 @@ fn vmdk_in_several_files_lies_below_another() {
     });
 }
 
-/// A guest may have written a header to a disk that is raw: it stays what the child says that it is.
+/// A guest may have stored a header on a raw disk: the child's type for it still holds.
 #[test]
 fn raw_parent_is_never_looked_into() {
     run(|folder, io| async move {
         let files = Folder::new(&io);
         let at = |name: &str| folder.join(name);
-        // An image, which names what the guest would like to read.
+        // The image names a file that the guest would like to read.
         let secret = plan(Some(("/etc/shadow", Some("raw"))));
         qcow2::create(&files.open(&at("a.raw"), true), &secret)
             .await
@@ -275,7 +275,7 @@ fn raw_parent_is_never_looked_into() {
     });
 }
 
-/// Of the names that a VHD has for its parent the one counts that leads to what is meant.
+/// Of a VHD's names for its parent, the one counts that leads to the right image.
 #[test]
 fn parent_is_the_one_that_is_meant() {
     run(|folder, io| async move {
@@ -329,7 +329,7 @@ fn long_chain_is_refused_and_so_is_one_without_end() {
         disk.close().await.unwrap();
         let said = open(LAYERS).await.unwrap_err().message;
         assert!(said.contains("64 images"), "{said}");
-        // It lies over itself.
+        // This image names itself as its backing image.
         let own = plan(Some(("0", Some("qcow2"))));
         fs::write(at(0), []).unwrap();
         qcow2::create(&files.open(&at(0), true), &own)

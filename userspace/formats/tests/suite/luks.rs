@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! LUKS: what QEMU writes is read, what we write QEMU reads, nobody gets in without the key, and headers that were made to
-//! harm.
+//! LUKS images: the driver reads QEMU's images, QEMU reads the driver's, both refuse a wrong key, and hostile headers
+//! do no harm.
 
 use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{has_qemu, scribble, try_wrong, whole};
@@ -23,7 +23,7 @@ fn disk<S: Storage>(storage: S, key: Option<Key>) -> Disk {
     Disk::new(Luks::new(storage, Parts::default(), options(key)))
 }
 
-/// Why a disk cannot be used.
+/// Returns the reason why a disk cannot be used.
 fn refused(world: &World, key: Option<Key>) -> Failure {
     let disk = disk(world.file(0), key);
     run(async move { disk.activate().await }).expect_err("it opened")
@@ -151,7 +151,7 @@ fn without_the_key_nothing_is_read_or_written() {
     assert_eq!(format!("{:?}", options(Some(key())).key), "Some(Key)");
 }
 
-/// No sector that is written is found in the image, nor the same one twice.
+/// No sector of the disk appears in the image in plain text, and equal sectors differ there.
 #[test]
 fn storage_sees_nothing_of_what_is_written() {
     if !has_qemu("storage_sees_nothing_of_what_is_written") {
@@ -168,7 +168,7 @@ fn storage_sees_nothing_of_what_is_written() {
         let same = Bytes::copied(&[0x5a; 32 << 10]).unwrap();
         disk.write(0, same.clone(), how).await.unwrap();
         disk.write_zeroes(32 << 10, 32 << 10, how).await.unwrap();
-        // What the guest has given stays as it is.
+        // The buffer of the guest must not change.
         assert_eq!(same.to_vec(), [0x5a; 32 << 10]);
         disk.inactivate().await.unwrap();
     });
@@ -211,7 +211,7 @@ fn what_may_not_be_written_is_not() {
     assert_eq!(world.changes(), 0);
 }
 
-/// What is made is what QEMU makes, read and written both ways.
+/// New images equal QEMU's, and both programs read and write them.
 #[test]
 fn qemu_opens_what_is_made() {
     if !has_qemu("qemu_opens_what_is_made") {
@@ -302,7 +302,7 @@ fn disk_grows_with_its_file_while_it_is_used() {
         (storage, model)
     };
     let (storage, model) = run(work);
-    // The next to open it finds the same, and who may not write it does not make it larger.
+    // The next process reads the same content, and a reader does not make the file longer.
     let again = Options {
         writable: false,
         ..options(Some(key()))
@@ -318,8 +318,8 @@ fn disk_grows_with_its_file_while_it_is_used() {
     });
 }
 
-/// A death at any moment leaves what nobody takes for an image, or one that the key opens, and whatever the storage
-/// refuses is told.
+/// A process that dies during the creation leaves a file that is no image, or one that the key opens; a failure of the
+/// storage is reported.
 #[test]
 fn an_image_is_there_when_its_header_is() {
     const SIZE: u64 = 64 << 10;
@@ -436,7 +436,7 @@ fn eight_keys_of_default_cost_are_not_too_many() {
     }
 }
 
-/// Whatever the header says, nothing panics, nothing takes long, and who is let in has the right key.
+/// No header makes the driver panic or run for long, and only the right key opens an image.
 #[test]
 fn damaged_headers_do_no_harm() {
     if !has_qemu("damaged_headers_do_no_harm") {
@@ -451,7 +451,7 @@ fn damaged_headers_do_no_harm() {
         let mut bytes = image.clone();
         for _ in 0..1 + chance.below(3) {
             let at = chance.below(592);
-            // More work that is allowed would only take long: other tests see to what is not.
+            // A larger number of iterations that is allowed would only take long; other tests cover the limit.
             let of_slot = (at + 48 - 208 % 48) % 48;
             if (164..166).contains(&at) || at >= 208 && (4..6).contains(&of_slot) {
                 continue;
@@ -461,6 +461,6 @@ fn damaged_headers_do_no_harm() {
         let open = |world: &World| disk(world.file(0), Some(key()));
         opened += u32::from(try_wrong(bytes, &open, seed));
     }
-    // What does not matter may be anything, such as slots that are not used.
+    // Some bytes do not matter, such as unused slots.
     assert!((1..80).contains(&opened), "{opened}");
 }

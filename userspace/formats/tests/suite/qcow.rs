@@ -150,7 +150,7 @@ fn compressed_clusters_are_read_and_written_over() {
         })
         .collect();
     std::fs::write(&raw, &model).unwrap();
-    // QEMU 10 makes the image and ends with an error all the same, so what it made is compared.
+    // QEMU 10 makes the image and still ends with an error, so the test compares its result.
     let args = [
         "convert",
         "-c",
@@ -191,7 +191,7 @@ fn compressed_clusters_are_read_and_written_over() {
     assert!(content("qcow", &path, folder.path()) == model.unwrap());
 }
 
-/// An image of an early blktap: its header, and a first table whose numbers begin with the lowest byte.
+/// Makes an image of an early blktap: a header, and a first table whose numbers begin with the lowest byte.
 fn early() -> (Vec<Content>, Vec<u8>) {
     let world = World::new(image(make(SIZE, false)));
     let disk = open(&world, false);
@@ -234,7 +234,7 @@ fn table_of_an_early_blktap_is_put_right_wherever_that_was_interrupted() {
         });
         world
     };
-    // Who only reads it leaves it as it is.
+    // A reader must not change it.
     assert_eq!(check(files.clone(), true).files(), files);
     let world = check(files.clone(), false);
     let mut flags = [0; 4];
@@ -245,7 +245,7 @@ fn table_of_an_early_blktap_is_put_right_wherever_that_was_interrupted() {
         then[file].apply(&what);
         check(then.clone(), false);
     }
-    // Another one died when it had turned some.
+    // Another process died when it had turned some of them.
     let mut half = files;
     turn(&mut half[0], 1);
     check(half.clone(), false);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a request takes while it is under way. Each is a block of the heap, and a guest has 32 or more at once: where
-//! they are large the heap ends above what the C library keeps, so it is given back and taken again for each of them,
-//! by system calls and page faults that cost more than the request.
+//! Memory of a request that is under way. Each request is a block of the heap, and a guest has 32 or more at once. If
+//! they are large, the heap grows beyond the part that the C library keeps, so the library gives memory back and takes
+//! it again for each request, and these system calls and page faults cost more than the request.
 
 use crate::common::tools::{file, folder};
 use diskio::{Bytes, Data, File, Runtime};
@@ -11,7 +11,7 @@ use formats::{luks, qcow, qcow2, vhd, vhdx, vmdk, Options, Parts};
 /// Bytes of a request that is executed where its place is already.
 const MOST: usize = 2560;
 
-/// What a driver needs for a read and a write.
+/// Returns the bytes that a driver needs for a read and for a write.
 fn sizes(driver: &impl Driver) -> [usize; 2] {
     let (data, bytes) = (Data::zeroed(512).unwrap(), Bytes::copied(&[0; 512]));
     let read = driver.read(0, data);

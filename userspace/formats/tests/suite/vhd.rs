@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! VHD: what others wrote is read, what we write they read, and nothing is lost or shown that should
-//! not be.
+//! VHD: the driver reads the images of other programs and they read the driver's, and no data is lost or shown that
+//! should not be.
 
 use crate::common::history::{
     every_cut, lost_flush_is_told, lost_flush_is_told_beside, number, stamp, Trial,
@@ -87,7 +87,7 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
 #[test]
 fn gaps_with_old_bytes_are_used_and_show_nothing() {
     let mut files = image(make(Kind::Dynamic, SIZE, 0));
-    // What a process that died would leave, and more.
+    // Bytes that a process could have left when it died, and more.
     let end = files[0].len;
     files[0].write(end - 512, &vec![0xee; 12 << 20]);
     for seed in seeds(3) {
@@ -136,7 +136,7 @@ fn place_of_a_discarded_block_is_not_reused_too_early() {
     });
 }
 
-/// What is between two blocks may hold anything, and shows nothing of it when it is used.
+/// A gap between two blocks may hold any bytes; a new block there must not show them.
 #[test]
 fn gap_between_blocks_is_used_and_shows_nothing() {
     const BLOCK: u64 = 2 << 20;
@@ -213,7 +213,7 @@ fn qemu_reads_what_is_written() {
     }
 }
 
-/// A direct write of the last bytes makes a file longer whose size is no whole number of blocks of its storage.
+/// A direct write of the last bytes makes a file longer if its size is no multiple of its storage's block.
 #[test]
 fn footer_stays_at_the_end() {
     if !has_qemu("footer_stays_at_the_end") {
@@ -362,7 +362,7 @@ fn growing_can_be_interrupted_at_any_change() {
     }
 }
 
-/// Whenever that is interrupted, the image goes on from the one or from the other, and has what it had itself.
+/// After an interruption at any point the image has the old parent or the new one, and its own content.
 #[test]
 fn another_parent_is_named_at_once() {
     let kind = Kind::Differencing;
@@ -449,7 +449,7 @@ fn growing_is_seen_by_who_serves_the_disk() {
         grow(&storage, 64 << 20).await.unwrap();
         assert_eq!(disk.resize().await.unwrap(), 64 << 20);
         write(60 << 20).await.unwrap();
-        // What has to move its table is refused while it is served.
+        // A growth that has to move the table is refused while the image is served.
         grow(&storage, 80 << 20).await.unwrap();
         assert_eq!(disk.resize().await.unwrap_err().code, Code::Image);
     });
@@ -479,7 +479,7 @@ fn size_has_a_limit_that_is_told() {
     });
 }
 
-/// A fixed VHD's first bytes are the guest's, who may have written a footer there.
+/// The first bytes of a fixed VHD belong to the guest, which may have stored a footer there.
 #[test]
 fn guest_cannot_choose_the_type() {
     let mut files = image(make(Kind::Fixed, SIZE, 0));
@@ -550,7 +550,7 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
     assert!((80..790).contains(&opened), "{opened} of 800 were opened");
 }
 
-/// A change that fails is told, and what was answered stays.
+/// A failed change returns an error, and earlier changes stay.
 #[test]
 fn failures_are_told_and_nothing_is_lost() {
     for count in 0..12 {
@@ -685,7 +685,7 @@ fn place_of_a_discarded_block_is_not_reused_after_a_failed_flush() {
         disk.flush().await.unwrap();
         disk.write(BLOCK, bytes(), how).await.unwrap();
         assert_ne!(place(&world, 1), first);
-        // What is given up later is used again.
+        // Places that are released later are used again.
         let second = place(&world, 1);
         disk.discard(BLOCK, BLOCK, how).await.unwrap();
         disk.flush().await.unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! VMDK: what others wrote is read, what we write they read, and nothing is lost or shown that should
-//! not be.
+//! VMDK: the driver reads the images of other programs and they read the driver's, and no data is lost or shown that
+//! should not be.
 
 use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, stamp, Trial};
 use crate::common::places::{told_is_sure, told_stays_true};
@@ -194,7 +194,7 @@ fn compressed_images_are_read_and_not_written() {
         .map(|at| match at >> 18 & 3 {
             0 => 0,
             1 => (at >> 9) as u8,
-            // What cannot be made smaller.
+            // Incompressible bytes.
             _ => chance.next() as u8,
         })
         .collect();
@@ -375,7 +375,7 @@ fn failed_write_is_not_carried_out_later() {
     );
 }
 
-/// A prepared image must not let its guest write what the process that serves it believes.
+/// A hostile image must not let its guest overwrite data that the driver trusts.
 #[test]
 fn grain_on_the_descriptor_or_a_directory_is_refused() {
     // The header, the descriptor from sector 1 on, the second map from 21 on, and the first from 26 on.
@@ -409,7 +409,7 @@ fn grain_on_the_descriptor_or_a_directory_is_refused() {
         let is_same = |range: std::ops::Range<usize>| found[range.clone()] == head[range];
         assert!(is_same(0..512) && is_same(1024..head.len()), "{sector}");
     }
-    // The same for a table.
+    // Places of a table must be refused as well.
     for sector in [1_u32, 19, 21, 26] {
         let mut files = good.clone();
         files[0].write(26 * 512, &sector.to_le_bytes());
@@ -502,7 +502,7 @@ fn what_the_kernel_is_told_stays_true() {
     }
 }
 
-/// Whoever compares the image with what it was made from must see that it is another one now.
+/// A program that compares the image with an older copy must see that the content has changed.
 #[test]
 fn nothing_is_written_before_the_image_shows_it() {
     let world = World::new(image(&make(Form::MonolithicSparse, SIZE, false)));

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What stands where in the file of a lease.
+//! Layout of the file of a lease.
 //!
-//! The file is a row of cells of 4096 bytes, of which each has at most one record in its first 512, so that
-//! any storage writes it as a whole. A generation has two cells: in the first all write who would like to have
-//! it, in the second only the one who got it. The cells of a generation are used again 32 generations later.
+//! The file is a row of cells of 4096 bytes, of which each has at most one record in its first 512, so that any storage
+//! writes it as a whole. A generation has two cells: in the first all candidates write, in the second only the one that
+//! got it. The cells of a generation are used again 32 generations later.
 
 use crate::host::{hex, Claim, Token};
 use crate::Holder;
@@ -26,13 +26,13 @@ const VERSION: u32 = 1;
 /// Which of the two cells of a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Cell {
-    /// Who would like to have it.
+    /// A candidate for the lease.
     Claim,
-    /// Who has it, or had it.
+    /// The holder, or a former one.
     Hold,
 }
 
-/// What a record says.
+/// State of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum State {
     Claimed,
@@ -57,7 +57,7 @@ impl State {
     }
 }
 
-/// What is in a cell.
+/// Content of a cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) state: State,
@@ -77,7 +77,7 @@ impl Record {
         self.who.token == claim.token && host.machine == other.machine && host.boot == other.boot
     }
 
-    /// The same, for people.
+    /// Returns the holder, for people.
     pub(super) fn holder(&self, seen_by: &Claim) -> Holder {
         let (host, other) = (&self.who.host, &seen_by.host);
         Holder {
@@ -98,7 +98,7 @@ impl Record {
 pub(super) enum Damage {
     /// It is of this version.
     Version(u32),
-    /// Something else was written there.
+    /// Foreign data.
     Foreign,
 }
 
@@ -152,14 +152,14 @@ impl Area {
         all.map(|record| record.generation).max().unwrap_or(0)
     }
 
-    /// Who had it last, or has it: of the latest generation that anybody got.
+    /// Returns the last holder or the present one: the record of the latest generation that a host got.
     pub(super) fn settled(&self) -> Option<&Record> {
         let all = self.cells.iter().flatten();
         all.filter(|record| record.state != State::Claimed)
             .max_by_key(|record| record.generation)
     }
 
-    /// Who would like to have it next: the latest claim of a generation that nobody got, nor any later one.
+    /// Returns the next candidate: the latest claim of a generation that no host got, nor any later one.
     pub(super) fn claim(&self) -> Option<&Record> {
         let generation = self.generation();
         let settled = self.settled().map_or(0, |record| record.generation);

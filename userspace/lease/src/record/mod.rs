@@ -12,9 +12,9 @@
 //! | a generation has two cells, and only who got it writes the second | a claim that lands late hides the holder, or that it was given up |
 //! | at the end of the wait what was there before is looked at again | a holder who was taken for dead, and was slow, has it too |
 //! | a claim counts for nothing but against other claims: a holder that finds one claims again | a claim that came to nothing makes others forget that there is a holder, whose I/O is under way |
-//! | the holder does I/O for 10 s of its own clock from the begin of the heartbeat before | a holder whose storage does not answer goes on when the lease was broken |
+//! | the holder does I/O for 10 s of its own clock from the begin of the heartbeat before | a holder whose storage does not answer continues when the lease was broken |
 //! | each heartbeat looks for a later generation first | a holder whose lease was broken keeps it |
-//! | who breaks it watches for 12.5 s first | a holder that lives loses it, with I/O under way |
+//! | breaking it watches for 12.5 s first | a holder that lives loses it, with I/O under way |
 //!
 //! They rest on this, and on nothing else:
 //!
@@ -23,8 +23,8 @@
 //!   not ended (its host died) may be done at any time, if fewer than 32 generations later.
 //! - The clocks of two hosts may show anything. Their rates differ by less than a tenth.
 //! - Between a holder's look at its clock and its I/O there is less than a second.
-//! - Who says that a holder is dead has seen to it that nothing of its I/O is under way. Nobody else takes a
-//!   lease that is held, however long its holder has been silent, but the same host after it was booted anew.
+//! - An administrator who declares a holder dead has ensured that none of its I/O is under way. No other host takes a
+//!   lease that is held, however long its holder has been silent, but the host itself after a new boot.
 //!
 //! Why the record is not in the image: a raw image is the disk byte for byte, and one in a format has a header
 //! that a guest's data must not reach by a mistake of ours. A block device's record is in a file, or on
@@ -34,6 +34,8 @@ mod layout;
 mod rules;
 mod store;
 
+#[cfg(test)]
+mod booted;
 #[cfg(test)]
 mod model;
 
@@ -76,7 +78,7 @@ impl Recorded {
         })
     }
 
-    /// The file, if somebody has made it by now.
+    /// Returns the file, if a host has made it.
     fn look(&mut self) -> Result<Option<&Store>, Failure> {
         if self.store.is_none() {
             self.store = Store::open(&self.path)?;
@@ -152,7 +154,7 @@ impl Recorded {
         }
     }
 
-    /// What ends the tenure of a holder.
+    /// Returns the action that ends the tenure of a holder.
     fn remedy(&self, record: &Record) -> String {
         let (host, own) = (&record.who.host, &self.party.claim.host);
         let (image, beside) = (&self.image, place(&LeaseKind::Record(None), &self.image));
@@ -179,7 +181,7 @@ impl Recorded {
         }
     }
 
-    /// Who it is, and since when.
+    /// Returns the holder and the time of its claim, for people.
     fn describe(&self, record: &Record) -> String {
         let (host, own) = (&record.who.host, &self.party.claim.host);
         let other = match host.name == own.name && host.machine != own.machine {
@@ -216,7 +218,7 @@ impl Recorded {
         })
     }
 
-    /// It is over when somebody else has it; otherwise the term just ends.
+    /// Ends the term if another host has the lease; otherwise the term just ends.
     fn ended(&mut self, refusal: Refusal) -> Failure {
         if matches!(refusal, Refusal::Lost(_)) {
             self.generation = None;

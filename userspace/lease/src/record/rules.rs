@@ -6,16 +6,15 @@ use crate::Claim;
 use control::Failure;
 use std::time::Duration;
 
-/// From the moment at which a host begins to read until what it writes because of that has been written:
-/// whatever takes longer does not count.
+/// Longest time from the start of a host's read to the end of a write that rests on it: a later write does not count.
 pub(super) const CLAIM: Duration = Duration::from_millis(300);
 /// Time between two heartbeats.
 pub(super) const BEAT: Duration = Duration::from_secs(2);
 /// For how long a heartbeat entitles to I/O.
 pub(super) const LEASE: Duration = Duration::from_secs(10);
-/// Time between two looks at what somebody else has.
+/// Time between two looks at the lease of another host.
 const POLL: Duration = Duration::from_millis(100);
-/// For how long a claim must stand still until somebody else may claim what comes after it.
+/// How long a claim must stand still until another host may claim the generation after it.
 const STALE: Duration = Duration::from_millis(1200);
 
 /// How long a host waits for something that another host measures: its clock may be faster. Rates of clocks
@@ -32,7 +31,7 @@ pub(super) trait World {
     fn date(&self) -> u64;
     /// All cells.
     async fn read(&self) -> Result<Area, Failure>;
-    /// Writes a cell, durably. If it fails it may have been written, but will not be afterwards.
+    /// Writes a cell, durably. After a failure the cell may have changed, but will not change later.
     async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure>;
     async fn sleep(&self, time: Duration);
 }
@@ -44,11 +43,11 @@ pub(super) struct Rules {
     pub(super) reads_again: bool,
     /// A write that took too long does not count.
     pub(super) is_bounded: bool,
-    /// What was there before the claim must not have changed by the end of the wait.
+    /// The records from before the claim must not have changed by the end of the wait.
     pub(super) looks_back: bool,
     /// A holder looks whether there is a later generation.
     pub(super) knows_generations: bool,
-    /// Who breaks a lease first watches for as long as its holder may live on.
+    /// Breaking a lease first watches for as long as its holder may live on.
     pub(super) watches: bool,
 }
 
@@ -65,13 +64,13 @@ impl Rules {
 /// Why something was not done.
 #[derive(Debug)]
 pub(super) enum Refusal {
-    /// Somebody else has it, or would like to.
+    /// Another host has it, or claims it.
     Busy(Box<Record>),
     /// It is to be broken, but this is not the holder that is meant.
     Other(Box<Record>),
     /// It is to be broken, but its holder lives.
     Lives(Box<Record>),
-    /// Somebody else has, or may have, a later generation; or the record is gone.
+    /// Another host has, or may have, a later generation; or the record is gone.
     Lost(Option<Box<Record>>),
     /// The record is of another image.
     Replaced(Box<Record>),
@@ -95,7 +94,7 @@ pub(super) struct Held {
     pub(super) until: Duration,
 }
 
-/// Who acts, on which image.
+/// The acting disk and host, and its image.
 #[derive(Debug)]
 pub(super) struct Party {
     pub(super) claim: Claim,
@@ -104,7 +103,7 @@ pub(super) struct Party {
     pub(super) rules: Rules,
 }
 
-/// What was seen last, and since when.
+/// The last look, and how long it has been unchanged.
 #[derive(Default)]
 struct Watch {
     seen: Option<Area>,
@@ -123,7 +122,8 @@ impl Watch {
 }
 
 impl Party {
-    /// Takes the lease; waits so long for who has it.
+    /// Takes the lease; waits so long for who has it. A host that had it when it was booted anew is waited for until it
+    /// is known that it does not live, unless nothing is to be waited for.
     pub(super) async fn take(&self, world: &impl World, wait: Duration) -> Result<Held, Refusal> {
         let start = world.now();
         let mut watch = Watch::default();
@@ -147,6 +147,10 @@ impl Party {
                 world.sleep(POLL).await;
                 continue;
             };
+            let wait = match self.is_own_of_earlier(record) && !wait.is_zero() {
+                true => wait.max(patience(LEASE) + BEAT),
+                false => wait,
+            };
             if world.now().saturating_sub(start) >= wait {
                 return Err(
                     match record.state == State::Claimed && record.is_of(&self.claim) {
@@ -159,23 +163,26 @@ impl Party {
         }
     }
 
-    /// Why no further generation may be claimed, though nobody has said that anybody is dead.
+    /// Returns the record that forbids a further claim, without an administrator's statement that its host is dead.
     fn in_the_way<'a>(&self, area: &'a Area, still: Duration) -> Option<&'a Record> {
         if let Some(record) = area.settled().filter(|record| record.state == State::Held) {
-            let (host, own) = (&record.who.host, &self.claim.host);
-            // This host was booted since, so nothing of what did I/O then is there, unless another host has
-            // its number: then there are heartbeats.
-            let was_here =
-                host.machine == own.machine && host.name == own.name && host.boot != own.boot;
-            if !was_here || still < patience(LEASE) {
+            if !self.is_own_of_earlier(record) || still < patience(LEASE) {
                 return Some(record);
             }
         }
-        // Who claims has done no I/O, and will not if there is a later claim by the time that it could.
+        // A claiming host has done no I/O, and will do none if there is a later claim at the time when it could.
         area.claim().filter(|_| still < STALE)
     }
 
-    /// Claims the generation that comes after what was read, and has it if nobody else does.
+    /// True if this host held the record and was booted since: nothing of that boot does I/O now. If another host has its
+    /// number, that host's heartbeats move the record.
+    fn is_own_of_earlier(&self, record: &Record) -> bool {
+        let (host, own) = (&record.who.host, &self.claim.host);
+        let is_host = host.machine == own.machine && host.name == own.name;
+        record.state == State::Held && is_host && host.boot != own.boot
+    }
+
+    /// Claims the generation after those of the last read, and has it if no other host does.
     async fn seize(
         &self,
         world: &impl World,
@@ -189,7 +196,7 @@ impl Party {
         if self.is_late(world, read_at) {
             return Ok(Seized::Slow);
         }
-        // Whoever read what we have read, and whose claim counts, has written it by then.
+        // Any other host that read the old state, and whose claim counts, has stored its claim after this sleep.
         world.sleep(patience(CLAIM)).await;
         let again_at = world.now();
         let again = world.read().await?;
@@ -206,7 +213,7 @@ impl Party {
         let hold = self.record(world, generation, state, 1);
         world.write(Cell::Hold, &hold).await?;
         if self.is_late(world, again_at) {
-            // Nobody else can have this generation, but perhaps a later one: the next look will tell.
+            // No other host can have this generation, but perhaps a later one: the next look shows that.
             return Ok(Seized::Slow);
         }
         Ok(Seized::Held(Held {
@@ -215,13 +222,13 @@ impl Party {
         }))
     }
 
-    /// A heartbeat, or the first one of a process that goes on with what another one had.
+    /// A heartbeat, or the first one of a process that continues with another one's lease.
     pub(super) async fn keep(&self, world: &impl World, generation: u64) -> Result<Held, Refusal> {
         let read_at = world.now();
         let area = world.read().await?;
         let own = self.own(&area, generation)?;
         if self.rules.knows_generations && area.claim().is_some() {
-            // Somebody takes this holder for dead, or has not seen it. Whose claim is the last one has it.
+            // Another host takes this holder for dead, or has not seen it. The host with the last claim has it.
             return match self.seize(world, &area, read_at, State::Held).await? {
                 Seized::Held(held) => Ok(held),
                 Seized::Slow | Seized::Lost => Err(Refusal::Slow),
@@ -294,7 +301,7 @@ impl Party {
         }
     }
 
-    /// What this disk has.
+    /// Returns the record of this disk.
     fn own<'a>(&self, area: &'a Area, generation: u64) -> Result<&'a Record, Refusal> {
         let counts = match self.rules.knows_generations {
             // A later one is this disk's own, after it had to claim again.
@@ -333,10 +340,10 @@ impl Party {
     }
 }
 
-/// What became of a claim.
+/// Result of a claim.
 enum Seized {
     Held(Held),
-    /// Somebody else got it.
+    /// Another host got it.
     Lost,
     /// The storage took too long, so it does not count.
     Slow,

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-/// What to do where there are no reservations.
+/// Remedy where there are no reservations.
 const ELSE: &str = "use lease=record:/PATH, with the record on a file system that all hosts have";
 
 /// A device whose reservation is its own.
@@ -25,15 +25,16 @@ pub(super) struct Device {
     ways: Vec<OwnedFd>,
 }
 
-/// What commands a device takes.
+/// Command set of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// A SCSI disk, of which nothing is known but one path.
     Scsi,
     /// An NVMe namespace: its storage knows hosts, and not paths.
     Nvme,
-    /// A map of dm-multipath, whose paths are SCSI disks. They are asked one by one: the map itself asks for a preempt
-    /// without an abort whatever it is asked for (`dm_pr_preempt`), and registers no path if one was registered before.
+    /// A map of dm-multipath, whose paths are SCSI disks. This code sends commands to each of them, because the map
+    /// itself always sends a preempt without an abort (`dm_pr_preempt`), and registers no path if one was registered
+    /// before.
     Map,
 }
 
@@ -66,7 +67,7 @@ impl Device {
         }
     }
 
-    /// What the first way says that does not fail. Whatever is asked, all ways lead to the same.
+    /// Returns the answer of the first way that does not fail. All ways lead to one device, so any of them will do.
     fn any<T>(
         &self,
         what: &str,
@@ -147,7 +148,7 @@ fn cannot_open(path: &Path, error: Errno) -> Failure {
 }
 
 fn open(path: &Path) -> Result<OwnedFd, Failure> {
-    // Nothing is written by it, and udev does not look at a device again that was open for reading.
+    // This descriptor is only for commands, and udev does not read a device again that was open for reading.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).map_err(|error| cannot_open(path, error))
 }
@@ -173,7 +174,7 @@ fn paths(map: &Path, folder: &Path) -> Result<Vec<OwnedFd>, Failure> {
     }
 }
 
-/// What a device with this folder of sysfs is.
+/// Returns the kind of a device with this folder of sysfs.
 fn kind(path: &Path, folder: &Path) -> Result<Kind, Failure> {
     if folder.join("partition").exists() {
         let remedy = "give the guest the whole disk, or use lease=record:/PATH";

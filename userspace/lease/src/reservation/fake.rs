@@ -18,7 +18,7 @@ pub struct Target {
     kind: ReservationKind,
 }
 
-/// Who asks: an initiator, which is one of a host.
+/// Sender of a command: an initiator, which is one of a host.
 pub type Initiator = u8;
 
 #[derive(Debug, Default)]
@@ -26,7 +26,7 @@ struct State {
     keys: BTreeMap<Initiator, u64>,
     changes: u32,
     holder: Option<Initiator>,
-    /// What is under way, by number: of whom, and whether it was ended.
+    /// Writes under way, by number: their initiators, and whether they were ended.
     writes: BTreeMap<u64, (Initiator, bool)>,
     count: u64,
 }
@@ -113,14 +113,14 @@ impl Target {
         Answer::Done
     }
 
-    /// Who is registered, and how often that has changed.
+    /// Returns the registered keys, and the number of changes of them.
     #[must_use]
     pub fn keys(&self) -> (u32, Vec<u64>) {
         let state = self.state();
         (state.changes, state.keys.values().copied().collect())
     }
 
-    /// What is reserved.
+    /// Returns the reservation.
     #[must_use]
     pub fn reservation(&self) -> Option<Reservation> {
         let state = self.state();
@@ -129,7 +129,7 @@ impl Target {
         Some(Reservation { key, kind })
     }
 
-    /// Who has it reserved.
+    /// Returns the holder of the reservation.
     #[must_use]
     pub fn holder(&self) -> Option<Initiator> {
         self.state().holder

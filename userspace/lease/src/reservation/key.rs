@@ -66,7 +66,7 @@ impl Key {
         self.0 & !(0xff << 24) == own.0
     }
 
-    /// Nobody writes under it, whichever host it is of.
+    /// Whether no host writes under it, whichever host it is of.
     pub(super) fn is_of_nobody(self) -> bool {
         self.0 & 0xff_ffff == NOBODY
     }

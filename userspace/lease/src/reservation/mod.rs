@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lease that is a persistent reservation of SCSI or NVMe: the storage itself refuses the writes of all others.
 //!
-//! The holder registers a [key](key::Key) and reserves Write Exclusive, so that others may read. Of a disk that one
-//! path leads to it is that: nobody writes but who has reserved, not even another who is registered. Of a map of
-//! dm-multipath it is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all
-//! paths of the host, which are all registered. There nobody else is to be registered, so who does not get the
-//! reservation does not stay registered.
+//! The holder registers a [key](key::Key) and reserves Write Exclusive, so that others may read. For a disk that one
+//! path leads to it is that: only the holder writes, and another registered host does not. Of a map of dm-multipath it
+//! is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all paths of the
+//! host, which are all registered. There no other host may be registered, so a host that does not get the reservation
+//! does not stay registered.
 //!
 //! | rule (`rules.rs`) | without it |
 //! |---|---|
-//! | who breaks it has the storage end first what the holder has under way (PREEMPT AND ABORT) | a write that the dead host had under way lands after those of the next holder |
-//! | who does not get the reservation is registered no longer | of a map of dm-multipath, a host writes that has lost the lease |
-//! | of this host's keys only one that nobody writes under is replaced | a disk takes away what another one of its host has, which is one to the storage |
-//! | what is given up or broken stays reserved, for a key that nobody writes under, and the next holder preempts that | a host that has lost it and does not know yet writes when it is free, and that lands after the writes of the next holder |
+//! | breaking it makes the storage end the holder's writes under way first (PREEMPT AND ABORT) | a write that the dead host had under way lands after those of the next holder |
+//! | a host that does not get the reservation is registered no longer | of a map of dm-multipath, a host writes that has lost the lease |
+//! | of this host's keys only an idle one is replaced, under which no disk writes | a disk takes away what another one of its host has, which is one to the storage |
+//! | after a release or a break it stays reserved, for an idle key, and the next holder preempts that | a host that has lost it and does not know yet writes when it is free, and that lands after the writes of the next holder |
 //! | it is given up when no I/O is under way | a write lands after those of the next holder, if the storage allows it to who reserves again |
 //!
 //! There is no term that ends by itself, nor a wait for who might still be about to write: what a holder does that has
 //! lost it, the storage refuses. A heartbeat looks whether it is lost, so that the disk stops also if its guest only
-//! reads. What is refused meanwhile fails with EBADE, and the process that is told so stops (`tapdisk`).
+//! reads. Requests that the storage refuses in the meantime fail with EBADE, and the process stops at that error
+//! (`tapdisk`).
 //!
 //! It rests on this: the storage keeps to SPC-5 (5.14) or to NVMe (Reservations), also when it loses its power; this
 //! host's kernel tells of each command whether it was done; and a host that was booted has nothing under way of what
@@ -113,7 +114,7 @@ impl<S: Storage> Reserved<S> {
         }
     }
 
-    /// Who it is, for people.
+    /// Returns the holder, for people.
     fn describe(&self, key: u64) -> String {
         let key = Key(key);
         match key.is_of_boot(&self.party.claim.host) {
@@ -172,7 +173,7 @@ impl<S: Storage> Reserved<S> {
         }
     }
 
-    /// What ends the tenure of a disk of this host.
+    /// Returns the action that ends the tenure of a disk of this host.
     fn remedy_here(&self, key: Key) -> String {
         let place = self.image.display();
         format!(

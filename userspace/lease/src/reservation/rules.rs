@@ -7,7 +7,7 @@ use control::Failure;
 use diskio::reservation::{Answer, Reservation};
 use std::time::Duration;
 
-/// Time between two attempts to get what somebody else has.
+/// Time between two attempts to get a reservation that another host has.
 const POLL: Duration = Duration::from_millis(100);
 
 /// One way to the storage, that of a host: each call is one command, and the storage does one after the other.
@@ -15,30 +15,30 @@ pub(crate) trait Storage {
     /// Time that never goes back.
     fn now(&self) -> Duration;
     async fn sleep(&self, time: Duration);
-    /// Makes `new` the key of this host, which is registered as `old`; 0 is none. Who has reserved and is registered no
-    /// longer has reserved nothing.
+    /// Makes `new` the key of this host, which is registered as `old`; 0 is none. A holder that is registered no longer
+    /// has lost its reservation.
     async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure>;
-    /// Reserves for the key under which this host is registered: nobody else may write from now on.
+    /// Reserves for the key under which this host is registered, so that no other host can write from now on.
     async fn reserve(&self, key: u64) -> Result<Answer, Failure>;
     /// Takes away what `victim` has, its registration too, and reserves for this host's key `own`; ends first what
     /// `victim` has under way, if `aborts`.
     async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure>;
-    /// Who is registered, and how often that has changed.
+    /// Returns the registered keys, and the number of changes of them.
     async fn keys(&self) -> Result<(u32, Vec<u64>), Failure>;
-    /// What is reserved.
+    /// Returns the reservation.
     async fn reservation(&self) -> Result<Option<Reservation>, Failure>;
 }
 
 /// Rules that tests switch off, to see that they are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rules {
-    /// What a holder that is preempted has under way is ended first.
+    /// A preemption first ends the holder's commands under way.
     pub(super) aborts: bool,
-    /// Who does not get the reservation is registered no longer.
+    /// A host that does not get the reservation is registered no longer.
     pub(super) leaves: bool,
     /// The key of another disk of this host is not replaced.
     pub(super) respects: bool,
-    /// What is given up or broken stays reserved, for nobody.
+    /// After a release or a break the reservation stays, for an idle key.
     pub(super) idles: bool,
 }
 
@@ -54,7 +54,7 @@ impl Rules {
 /// Why something was not done.
 #[derive(Debug)]
 pub(super) enum Refusal {
-    /// It is reserved for somebody else.
+    /// It is reserved for another host or disk.
     Busy(Reservation),
     /// This host is registered already, for another disk, or by a program that is none of ours.
     Registered(Vec<u64>),
@@ -74,7 +74,7 @@ impl From<Failure> for Refusal {
     }
 }
 
-/// Who acts.
+/// The acting disk and host.
 #[derive(Debug)]
 pub(super) struct Party {
     pub(super) claim: Claim,
@@ -108,7 +108,7 @@ impl Party {
         }
     }
 
-    /// What is reserved already may be this disk's, or may have been left by this host.
+    /// Returns the key for an existing reservation, if that is this disk's, or was left by this host.
     async fn inherit(&self, storage: &impl Storage, held: Reservation) -> Result<Key, Refusal> {
         let key = Key(held.key);
         if key.is_of(&self.claim) {
@@ -137,7 +137,7 @@ impl Party {
         };
         match taken {
             Answer::Done => Ok(new),
-            // Somebody else was faster.
+            // Another host was faster.
             Answer::Conflict => Err(Refusal::Busy(held)),
         }
     }
@@ -148,7 +148,7 @@ impl Party {
         self.settle(storage, new, preempted).await
     }
 
-    /// Nobody does I/O under this key, which this host left behind when it died or when a command failed.
+    /// Whether no disk does I/O under this key, which this host left behind when it died or when a command failed.
     fn is_left_over(&self, key: Key) -> bool {
         let host = &self.claim.host;
         let is_idle = !key.is_of_boot(host) || key.is_of_nobody();
@@ -175,8 +175,9 @@ impl Party {
         }
     }
 
-    /// What came of a command that was to reserve for this key, whose answer may be lost. Who has not got it is
-    /// registered no longer: that would entitle to writes as far as the storage allows them to all who are registered.
+    /// Finds the result of a command that was to reserve for this key, and whose answer may be lost. A host that has
+    /// not got it is registered no longer, because registration would entitle it to write where the storage lets all
+    /// registered hosts write.
     async fn settle(
         &self,
         storage: &impl Storage,
@@ -221,7 +222,7 @@ impl Party {
         Err(Refusal::Registered(here.copied().collect()))
     }
 
-    /// Goes on with what an earlier supervisor reserved for the same disk.
+    /// Continues with the reservation of an earlier supervisor for this disk.
     pub(super) async fn resume(&self, storage: &impl Storage) -> Result<Key, Refusal> {
         match storage.reservation().await? {
             Some(held) if Key(held.key).is_of(&self.claim) => Ok(Key(held.key)),
@@ -239,8 +240,8 @@ impl Party {
 
     /// Gives it up. No I/O is under way, and none follows.
     ///
-    /// The storage keeps it reserved, for nobody: were it free, it would take what a host writes that has lost it before
-    /// and has not noticed.
+    /// The storage keeps it reserved, for an idle key: if it were free, the storage would accept writes of a host that
+    /// has lost it before and has not noticed.
     pub(super) async fn give_up(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
         let idle = match self.rules.idles {
             true => Key::of_nobody(&self.claim.host, key.changes()),
@@ -256,8 +257,8 @@ impl Party {
         }
     }
 
-    /// Takes it away from the holder with the key `dead`, and keeps it reserved for nobody. True if there was something
-    /// to be taken.
+    /// Takes it away from the holder with the key `dead`, and keeps it reserved for an idle key. True if there was
+    /// something to be taken.
     pub(super) async fn break_off(
         &self,
         storage: &impl Storage,

@@ -49,7 +49,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
         for word in [&shown[..], "host id-", "/dev/sdx", "tap-ctl lease break"] {
             assert!(refused.message.contains(word), "{refused}");
         }
-        // Who was refused could not write either, whatever the storage allows to who is registered.
+        // A refused host could not write either, whatever the storage allows to registered hosts.
         assert_eq!(target.begin(2), None);
         a.keep().unwrap();
         a.give_up().unwrap();
@@ -145,7 +145,7 @@ fn what_nobody_has_is_taken_by_one_host_of_several() {
     let taken = b.take(Duration::ZERO).unwrap().generation;
     assert_eq!(target.keys().1, [taken]);
     assert_eq!(a.take(Duration::ZERO).unwrap_err().code, Code::Busy);
-    // The host that keeps it for nobody takes it as well, for another disk.
+    // The host that keeps the reservation for no disk can take it for another disk.
     b.give_up().unwrap();
     let mut other = lease(&target, 2, claim("b", 2, 2));
     other.take(Duration::ZERO).unwrap();

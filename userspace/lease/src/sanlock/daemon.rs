@@ -24,7 +24,7 @@ const HOSTS: i32 = 4096;
 /// Why there is no good answer.
 #[derive(Debug)]
 pub(super) enum Trouble {
-    /// The daemon could not be asked.
+    /// The request to the daemon failed.
     Failed(Failure),
     /// It has answered with this number: that of an error of the system, or of `sanlock_rv.h`, below zero.
     Refused(i32),
@@ -84,7 +84,7 @@ impl Daemon {
     /// Gives a resource of this host up, which is on storage when this returns.
     pub(super) fn release(&self, of: &SanlockResource) -> Result<(), Trouble> {
         let mut connection = self.registered()?;
-        // What the host has and no process becomes this connection's.
+        // A resource that the host has without a process becomes this connection's.
         connection.acquire(of)?;
         let (resource, _) = Resource::new(of, 0);
         let header = Header::new(Command::Release, 0, size_of::<Resource>());
@@ -136,7 +136,8 @@ impl Daemon {
         })
     }
 
-    /// What is known of a host of a lockspace; nothing if it was not seen, or this host has not joined.
+    /// Returns the daemon's information about a host of a lockspace; nothing if it was not seen, or this host has not
+    /// joined.
     pub(super) fn host(&self, lockspace: &str, host_id: u64) -> Result<Option<Host>, Failure> {
         let mut connection = self.connect(SOON)?;
         let header = Header::new(Command::GetHosts, 0, size_of::<Lockspace>());
@@ -187,7 +188,7 @@ impl Daemon {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Failure::new(
                 Code::System,
                 format!(
-                    "sanlock does not run: nobody listens at {}: start it (systemctl start wdmd sanlock) and have this \
+                    "sanlock does not run: no process listens at {}: start it (systemctl start wdmd sanlock) and have this \
                      host join its lockspace",
                     self.socket.display()
                 ),
@@ -215,7 +216,7 @@ impl Daemon {
         let socket = self.socket.display();
         let why = why.into();
         Failure::unsupported(format!(
-            "who listens at {socket} does not speak as sanlock 3.8 does: {why}"
+            "the process at {socket} does not speak the protocol of sanlock 3.8: {why}"
         ))
     }
 }

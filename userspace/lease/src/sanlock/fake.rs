@@ -25,7 +25,7 @@ pub struct Storage(Arc<Mutex<BTreeMap<Names, Leader>>>);
 
 type Names = ([u8; 48], [u8; 48]);
 
-/// What stands on storage of a resource.
+/// Record of a resource on storage.
 #[derive(Clone, Copy, Debug, Default)]
 struct Leader {
     version: u64,
@@ -40,7 +40,7 @@ pub struct Node {
     state: Arc<Mutex<Told>>,
 }
 
-/// What a daemon says of itself, as a test likes it.
+/// A daemon's information about itself, as a test sets it.
 #[derive(Clone, Debug)]
 pub struct Told {
     /// The number of the host.
@@ -57,9 +57,9 @@ pub struct Told {
     pub age: u64,
     /// It has a watchdog.
     pub has_watchdog: bool,
-    /// What is answered in place of what would be.
+    /// Answer in place of the usual one.
     pub refusal: Option<i32>,
-    /// Bytes that are said in place of an answer.
+    /// Bytes in place of an answer.
     pub babble: Option<Vec<u8>>,
     stays: bool,
     orphans: BTreeMap<Names, (Resource, u64)>,
@@ -100,7 +100,7 @@ impl Storage {
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let node = serving.clone();
-                // Who asked may have ended.
+                // The client may have ended.
                 thread::spawn(move || node.serve(stream).ok());
             }
         });
@@ -129,7 +129,7 @@ impl Node {
         how(&mut lock(&self.state));
     }
 
-    /// The host has a resource, so it does not leave its lockspace; nothing if nobody has told it to stay.
+    /// Whether the host has to stay in its lockspace, because it has a resource; nothing if it has no orders to stay.
     #[must_use]
     pub fn stays(&self, of: &SanlockResource) -> Option<bool> {
         let state = lock(&self.state);
@@ -137,8 +137,8 @@ impl Node {
         state.stays.then(|| state.orphans.contains_key(&names))
     }
 
-    /// The host leaves its lockspace, if that may be: nothing of its resources is written, as when its storage fails.
-    /// Then it joins again.
+    /// Makes the host leave its lockspace, if it may: its resources on storage do not change, as when its storage
+    /// fails. Then it joins again.
     #[must_use]
     pub fn rejoin(&self) -> bool {
         let mut state = lock(&self.state);

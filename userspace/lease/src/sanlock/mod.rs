@@ -6,23 +6,23 @@
 //! the number is not renewed for 80 s, and if one of them stays, a watchdog resets the host 60 s later. Only then
 //! another host takes what this one had, and does so by itself.
 //!
-//! **No process stays registered here.** Whoever is registered loses the resource when its process ends, and the process
-//! of a disk may end at any time, with I/O under way, and be replaced; so may the supervisor. So the resource is taken
-//! *persistent*: the connection that took it is closed at once, and the host has it as an *orphan* until it is
-//! given up. The lockspace is told that it is used by orphans, so the host does not leave it, and the watchdog is not
-//! kept quiet, before nothing of the disk's I/O is under way. Who stops the writer is the [term](Term) of this library,
-//! by which a timer of the kernel ends the process whether a supervisor is there or not.
+//! **No process stays registered here.** A registered process loses the resource when it ends, and the process of a
+//! disk may end at any time, with I/O under way, and be replaced; so may the supervisor. So the resource is taken
+//! *persistent*: the connection that took it is closed at once, and the host has it as an *orphan* until it is given
+//! up. The lockspace knows that orphans use it, so until none of the disk's I/O is under way, the host does not leave
+//! it, and the watchdog stays armed. The writer ends by the [term](Term) of this library: a timer of the kernel ends
+//! the process whether a supervisor is there or not.
 //!
 //! | rule | without it |
 //! |---|---|
 //! | the resource is taken persistent | another host takes it when a process dies, with its I/O under way |
 //! | the lockspace counts orphans as use | the host leaves a lockspace that is lost, and is not reset, though I/O hangs that lands after the writes of the next host |
 //! | the term ends 6 I/O timeouts after the last renewal, when sanlock warns, by the time of [`now`](crate::now) | I/O over a network, which gets a minute to settle, is not over when the watchdog resets the host; a host that slept writes when it wakes |
-//! | what is lost is let go of when its I/O is over ([`Lease::settle`]), and not before | as above; or the watchdog resets a host that has stopped in order |
-//! | a heartbeat compares the number's generation and the resource's version | who has left the lockspace and joined it again goes on with what another host had meanwhile |
-//! | who takes it, resumes it, or slept asks the storage who has it | sanlock measures by a clock that stands still while the host sleeps, and does not know who took it meanwhile |
-//! | there is a watchdog | nobody ends the I/O of a host that others take for dead |
-//! | the image is not written through the page cache | what is in there is written when its process is gone |
+//! | a lost lease is released when its I/O is over ([`Lease::settle`]), and not before | as above; or the watchdog resets a host that has stopped in order |
+//! | a heartbeat compares the number's generation and the resource's version | a host that has left the lockspace and joined it again continues with a resource that another host had in the meantime |
+//! | after taking or resuming it, or after a sleep, the host reads the holder from storage | sanlock measures by a clock that stands still while the host sleeps, and does not know which host took it in the meantime |
+//! | there is a watchdog | no program ends the I/O of a host that others take for dead |
+//! | the image is not written through the page cache | the kernel writes dirty pages after its process is gone |
 //!
 //! They rest on what sanlock rests on: the storage of the lockspace and that of the image are lost to a host
 //! together or not at all, or the watchdog ends both; and all hosts have the same timeouts.
@@ -62,13 +62,13 @@ pub(crate) struct Sanlock {
     image: PathBuf,
     claim: Claim,
     daemon: Daemon,
-    /// Without one nobody fences this host, which only a test may want.
+    /// A watchdog is required; without one this host is not fenced, which is for tests only.
     needs_watchdog: bool,
     got: Option<Got>,
     term: Term,
 }
 
-/// What was got, as far as another one can be told from it.
+/// Identity of a resource that was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Got {
     host_id: u64,
@@ -130,7 +130,7 @@ impl Sanlock {
         Ok(space)
     }
 
-    /// One attempt. Nothing if somebody has it, as the number says.
+    /// One attempt. Returns the daemon's error number if another holder has it.
     fn attempt(&mut self) -> Result<Result<Grant, i32>, Failure> {
         self.joined(&self.daemon.state()?)?;
         match self.acquire() {
@@ -160,7 +160,7 @@ impl Sanlock {
         self.daemon.acquire(&self.resource)
     }
 
-    /// What was taken, and is not known to be, is not kept from other hosts.
+    /// Releases a resource that may have been taken, so that it is not kept from other hosts.
     fn undone(&self, failure: Failure) -> Failure {
         let more = match self.daemon.let_go(&self.resource) {
             Ok(_) => return failure,
@@ -182,7 +182,7 @@ impl Sanlock {
         };
         if space.phase != Phase::Joined {
             return Ok(Look::Lost(format!(
-                "this host has not renewed its number in the lockspace {name} for {} s, or is told to leave it",
+                "this host has not renewed its number in the lockspace {name} for {} s, or has orders to leave it",
                 space.lasts()
             )));
         }
@@ -252,7 +252,7 @@ impl Sanlock {
         Failure::new(
             Code::Gone,
             format!(
-                "the lease {} of {} is lost: {why}; see whether another host writes it (tap-ctl lease show): if so destroy this disk, if not, let it go on with tap-ctl unpause",
+                "the lease {} of {} is lost: {why}; see whether another host writes it (tap-ctl lease show): if so destroy this disk, if not, resume it with tap-ctl unpause",
                 self.resource,
                 self.image.display()
             ),
@@ -298,7 +298,7 @@ impl Sanlock {
         }))
     }
 
-    /// Somebody has it: says who.
+    /// Returns the failure for a resource that is taken, with its holder.
     fn taken(&self, code: i32) -> Failure {
         let place = self.image.display();
         let busy = |why| Failure::new(Code::Busy, why);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What sanlock itself does, with daemons of two hosts on a lockspace in a file. They have no watchdog, so this machine
-//! is safe from them, and run as whoever tests.
+//! Tests with sanlock itself, with daemons of two hosts on a lockspace in a file. They have no watchdog, so this
+//! machine is safe from them, and run as whoever tests.
 
 use super::daemon::Daemon;
 use super::state::Phase;
@@ -46,7 +46,7 @@ impl Bed {
         let bed = Bed { dir };
         let (space, resource) = (bed.space(0), bed.resource("a").to_string());
         let mut init = sanlock(bed.dir.path());
-        // A host that joins waits as long as the one before could take by the timeout that is written there.
+        // A host that joins waits as long as the previous one could take by the timeout that is stored there.
         let timeout = TIMEOUT.to_string();
         run(init.args(["direct", "init", "-s", &space, "-o", &timeout]));
         let mut init = sanlock(bed.dir.path());
@@ -192,7 +192,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
     let grant = a.take(Duration::ZERO).unwrap();
     let most = Duration::from_secs(6 * TIMEOUT);
     assert!(!grant.term.is_over() && grant.term.until() <= now() + most);
-    // Who took it has ended, with I/O under way.
+    // The process that took it has ended, with I/O under way.
     drop(a);
     let refused = b.take(Duration::ZERO).unwrap_err();
     assert_eq!(refused.code, Code::Busy, "{refused}: {}", beta.log());
@@ -213,7 +213,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
     assert!(taken.generation > grant.generation);
     assert_eq!(next.resume(0).unwrap_err().code, Code::Gone);
 
-    // What is no such resource.
+    // A resource with a wrong name or place.
     let mut other = bed.lease(&alpha);
     other.resource.name = "b".into();
     assert_eq!(other.take(Duration::ZERO).unwrap_err().code, Code::Image);

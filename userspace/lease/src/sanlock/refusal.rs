@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the daemon's numbers mean, and who has a resource, for people.
+//! Meanings of the daemon's error numbers, and holders of a resource, for people.
 
 use super::wire::Host;
 use crate::Holder;
@@ -32,30 +32,30 @@ fn is(code: i32, errno: Errno) -> bool {
     code == -errno.raw_os_error()
 }
 
-/// Somebody has it, so it may be free later.
+/// Whether another holder has it, so it may be free later.
 pub(super) fn is_held(code: i32) -> bool {
     ELSEWHERE.contains(&code) || of_this_host(code).is_some()
 }
 
-/// Somebody of this host has it: who, and what to do.
+/// Returns the holder on this host, and the remedy, if it is one.
 pub(super) fn of_this_host(code: i32) -> Option<&'static str> {
     let found = HERE.iter().find(|(errno, _)| is(code, *errno));
     found.map(|(_, why)| *why)
 }
 
-/// What is wrong with a resource.
+/// Returns the failure for a faulty resource.
 pub(super) fn explain(resource: &SanlockResource, code: i32) -> Failure {
     let path = resource.path.display();
     let (kind, why) = match code {
         // SANLK_LEADER_MAGIC, _LOCKSPACE, _RESOURCE
         -223 => (Code::Image, format!("there is no resource at {path}:{}: make it once, with sanlock direct init -r {resource}", resource.offset)),
-        -226 => (Code::Image, format!("what is at {path}:{} is of another lockspace than {}", resource.offset, resource.lockspace)),
-        -227 => (Code::Image, format!("what is at {path}:{} is another resource than {}", resource.offset, resource.name)),
+        -226 => (Code::Image, format!("the resource at {path}:{} is of another lockspace than {}", resource.offset, resource.lockspace)),
+        -227 => (Code::Image, format!("{path}:{} holds another resource than {}", resource.offset, resource.name)),
         // Others of SANLK_LEADER_
-        -229..=-222 => (Code::Image, format!("what is at {path}:{} is damaged, or of another version of sanlock", resource.offset)),
+        -229..=-222 => (Code::Image, format!("the resource at {path}:{} is damaged, or of another version of sanlock", resource.offset)),
         // SANLK_AIO_TIMEOUT, SANLK_DBLOCK_READ and _WRITE, SANLK_LEADER_READ and _WRITE
         -202 | -210 | -211 | -220 | -221 => (Code::Timeout, format!("the storage of {path} does not answer, or fails: see to that")),
-        _ if is(code, Errno::NOENT) => (Code::NotFound, format!("there is no {path} on this host, or nobody but root may look there: sanlock is the user sanlock")),
+        _ if is(code, Errno::NOENT) => (Code::NotFound, format!("there is no {path} on this host, or only root may look there: sanlock is the user sanlock")),
         _ if is(code, Errno::ACCESS) || is(code, Errno::PERM) => (Code::Denied, format!("sanlock may not read and write {path}: chown sanlock:sanlock {path}")),
         _ if is(code, Errno::NOSPC) => (Code::State, format!("this host is leaving the lockspace {}, or has lost its storage", resource.lockspace)),
         _ if is(code, Errno::SRCH) || is(code, Errno::NOTCONN) => (Code::System, "sanlock has forgotten who asks: try again".into()),
@@ -80,7 +80,7 @@ pub(super) fn condition(host: Option<Host>, generation: u64) -> &'static str {
     }
 }
 
-/// Who has it.
+/// Returns the holder, for people.
 pub(super) fn describe(resource: &SanlockResource, holder: &Holder) -> String {
     let since = match holder.since_ms {
         0 => String::new(),
@@ -99,7 +99,7 @@ pub(super) fn describe(resource: &SanlockResource, holder: &Holder) -> String {
     }
 }
 
-/// Nobody breaks a lease of sanlock's.
+/// Returns the failure of a break, because only sanlock ends its leases.
 pub(super) fn not_broken(resource: &SanlockResource, holder: &Holder) -> Failure {
     let who = describe(resource, holder);
     let remedy = match holder.is_here {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the daemon has in its memory: the lockspaces that the host has joined, and the resources that it has.
+//! The daemon's state in memory: the lockspaces that the host has joined, and the resources that it has.
 
 use super::wire::{self, Disk, Lockspace, Resource};
 use control::SanlockResource;
@@ -11,7 +11,7 @@ const FIRE: u64 = 60;
 /// Disks that one resource may have.
 const DISKS: u32 = 4;
 
-/// What it said.
+/// Answer of the daemon.
 #[derive(Clone, Debug, Default)]
 pub(super) struct State {
     /// Seconds of the clock by which it measures.

@@ -151,7 +151,7 @@ fn what_is_lost_is_let_go_of_when_its_writer_has_ended() {
     assert_eq!(storage.owner(&resource()), Some(1));
     assert_eq!(lease(&alpha).resume(0).unwrap_err().code, Code::Gone);
     lease(&alpha).take(Duration::ZERO).unwrap();
-    // What is not lost is not let go of.
+    // A lease that is not lost is not given up.
     lease(&alpha).settle().unwrap();
     assert_eq!(
         lease(&beta).take(Duration::ZERO).unwrap_err().code,
@@ -179,7 +179,7 @@ fn a_host_that_has_joined_anew_or_slept_has_lost_it() {
     let lost = a.keep().unwrap_err();
     assert_eq!(lost.code, Code::Gone);
     assert!(lost.message.contains("joined the lockspace"), "{lost}");
-    // The daemon knows nothing of a sleep, so who goes on asks the storage.
+    // The daemon does not know of a sleep, so a host that resumes asks the storage.
     alpha.change(|told| told.generation -= 1);
     a.resume(0).unwrap();
     alpha.is_robbed(&resource(), 2);
@@ -207,7 +207,7 @@ fn a_heartbeat_after_a_sleep_asks_the_storage() {
     got.slept = slept() + Duration::from_secs(3600);
     a.keep().unwrap();
     let Some(early) = slept().checked_sub(Duration::from_secs(2)) else {
-        // This host has not slept, so a sleep begins before its boot: the look itself is asked.
+        // This host has not slept, so a sleep would begin before its boot: the test calls the check itself.
         let got = a.got.unwrap();
         assert!(!a.is_owner(&got).unwrap());
         return;

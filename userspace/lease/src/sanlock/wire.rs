@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What goes over the socket of sanlock's daemon: structures of C, in the byte order of the host.
+//! Messages on the socket of sanlock's daemon: structures of C, in the byte order of the host.
 //!
 //! They are those of `sanlock_sock.h`, `sanlock.h` and `sanlock_resource.h`, which libsanlock and the daemon share. The
 //! daemon refuses another magic number and a later protocol.
@@ -194,14 +194,14 @@ impl Lockspace {
 }
 
 impl State {
-    /// Whose state it is.
+    /// Returns the name of the object whose state this is.
     pub(super) fn name(&self) -> String {
         let end = self.name.iter().position(|byte| *byte == 0);
         String::from_utf8_lossy(&self.name[..end.unwrap_or(NAME)]).into_owned()
     }
 }
 
-/// A name as it stands in a structure. Whoever has read it has seen to its length.
+/// A name as it stands in a structure. The reader of a name has checked its length.
 fn named(name: &str) -> [u8; NAME] {
     let mut bytes = [0; NAME];
     let length = name.len().min(NAME);
@@ -216,7 +216,7 @@ pub(super) fn no_options() -> Options {
 
 #[cfg(any(test, feature = "fake"))]
 impl Resource {
-    /// The same, taken so often.
+    /// Returns the resource with the number of times that it was taken.
     pub(super) fn taken(self, version: u64) -> Resource {
         Resource { version, ..self }
     }
@@ -229,7 +229,7 @@ impl Resource {
 
 #[cfg(any(test, feature = "fake"))]
 impl State {
-    /// What a daemon says of something.
+    /// Makes the state of an object, as a daemon sends it.
     pub(super) fn new(kind: u32, name: &str, long: u64, number: u32, length: u32) -> State {
         State {
             kind,

@@ -38,7 +38,7 @@ fn the_installed_module_serves_all_disks() {
     assert_eq!(fake.version.get(), Version::New);
     assert_eq!(fake.served_by(Driver::Rs), 5, "and one that came meanwhile");
     fake.assert_sound("after it");
-    // There is nothing more to do, unless it is wanted.
+    // There is nothing more to do, unless a new exchange is requested.
     let calls = fake.calls.get();
     let outcome = run(&fake).unwrap();
     assert!(
@@ -129,7 +129,7 @@ fn one_disk_that_must_stay_keeps_the_module() {
         "detached",
     );
     refused(|fake| fake.add(Driver::Rs, 0, 51712, 1), "domain 0");
-    // Nobody is paused for a supervisor that cannot do its part.
+    // No guest is paused for a supervisor that cannot do its part.
     let fake = upgraded();
     fake.is_silent.set(true);
     assert!(run(&fake)

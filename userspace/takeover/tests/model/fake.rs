@@ -14,7 +14,7 @@ const GIVES_BACK: Duration = Duration::from_millis(300);
 #[derive(Clone, Debug)]
 pub(crate) struct Vbd {
     pub(crate) driver: Option<Driver>,
-    /// Its guest was told, when it connected, that its pages stay mapped.
+    /// The backend has announced persistent grants when the guest connected.
     pub(crate) is_told: bool,
     /// Indexes of its rings.
     pub(crate) rings: Vec<Head>,
@@ -22,7 +22,7 @@ pub(crate) struct Vbd {
     pub(crate) hangs: bool,
 }
 
-/// What goes wrong at a call of the host that changes something.
+/// Fault of a call of the host that changes something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// It fails, and nothing has happened.
@@ -53,11 +53,11 @@ pub(crate) struct Fake {
     pub(crate) wrong: RefCell<Vec<String>>,
     /// The module of this driver that is loaded, if it is.
     pub(crate) version: Cell<Version>,
-    /// What is installed.
+    /// Installed version.
     pub(crate) installed: Cell<Version>,
-    /// What cannot be loaded.
+    /// Version that cannot be loaded.
     pub(crate) unloadable: Cell<Option<Version>>,
-    /// What takes smaller requests than its guests send.
+    /// Version that takes smaller requests than its guests send.
     pub(crate) weak: Cell<Option<Version>>,
     /// A copy of the module from before is there.
     pub(crate) has_copy: Cell<bool>,
@@ -152,7 +152,7 @@ impl Fake {
         keys.get(&format!("{front}/{key}")).cloned()
     }
 
-    /// Guests that are not paused ask for more, and what was asked is answered.
+    /// Guests that are not paused send requests, and older ones are answered.
     pub(crate) fn live(&self) {
         for (device, vbd) in self.vbds.borrow_mut().iter_mut() {
             let is_paused = self
@@ -176,7 +176,7 @@ impl Fake {
         self.call_that(true, work)
     }
 
-    /// The same; `may_be_done` if it may have happened although it fails.
+    /// Makes a call; `may_be_done` if it may have happened although it fails.
     pub(crate) fn call_that<T>(
         &self,
         may_be_done: bool,
@@ -222,7 +222,7 @@ impl Fake {
         take_over(self, self.plan(to), &[], |_| ())
     }
 
-    /// Asked for words only, nothing is done, and it is said which disks an earlier attempt has left.
+    /// Checks that a dry run changes nothing, and names the disks that an earlier attempt has left.
     pub(crate) fn only_says(&self, to: Driver, when: &str) {
         let state = || format!("{:?} {:?}", self.keys, self.paused);
         let (before, begun) = (state(), self.begun.borrow().clone());

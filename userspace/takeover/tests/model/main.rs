@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Whatever fails, and whenever it ends: each disk has a driver, no guest stays paused, and no driver gets a ring on
-//! which something is half done.
+//! After any failure, and any end: each disk has a driver, no guest stays paused, and no driver gets a ring on which
+//! something is half done.
 
 mod exchange;
 mod fake;
@@ -24,7 +24,7 @@ fn all_disks_go_to_the_other_driver_which_alone_stays() {
         );
         assert_eq!(fake.served_by(to), 4);
         fake.assert_sound("after all");
-        // Somebody uses it yet.
+        // Another program still uses it.
         fake.fault.set(Some((fake.calls.get(), Fault::Before)));
         let retired = retire(&fake, fake.plan(to)).unwrap();
         assert!(matches!(retired, Retired::Stays(_)), "{retired:?}");

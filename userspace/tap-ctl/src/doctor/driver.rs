@@ -28,7 +28,7 @@ pub(super) enum Driver {
 }
 
 impl Driver {
-    /// As it is told.
+    /// Returns the name, for a message.
     pub(super) fn name(self) -> &'static str {
         match self {
             Driver::Ours => "xen-blkback-rs",
@@ -177,7 +177,7 @@ fn settings(host: &Host) -> Vec<Finding> {
     findings
 }
 
-/// A line with which our driver is not loaded when it is asked for.
+/// Whether a line prevents our driver from being loaded on request.
 fn keeps_away(line: &str) -> bool {
     let mut words = line.split_whitespace();
     let command = words.next();

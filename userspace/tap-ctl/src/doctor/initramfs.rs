@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel finds before its root file system: a driver that is packed there is loaded from there, as it was
-//! when it was packed, and by the settings of then.
+//! The initramfs, which the kernel uses before its root file system: a driver in it is loaded as it was when the
+//! initramfs was made, with the settings of that time.
 //!
-//! What is in there the program says that belongs to it; what it loads by itself is in the settings of who made it.
+//! The program of its maker lists its contents; the maker's settings name the drivers that it loads.
 
 use super::driver::{decided, module_file, release, Driver};
 use super::{ok, warn, Finding};
@@ -27,7 +27,7 @@ const DRACUT: [&str; 3] = [
     "/usr/lib/dracut/dracut.conf.d",
 ];
 
-/// Who makes it.
+/// Program that makes the initramfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Maker {
     InitramfsTools,
@@ -45,7 +45,7 @@ impl Maker {
         }
     }
 
-    /// What makes it again.
+    /// Returns the command that makes it again.
     fn again(self, release: &str) -> String {
         match self {
             Maker::InitramfsTools => format!("update-initramfs -u -k {release}"),
@@ -54,7 +54,7 @@ impl Maker {
     }
 }
 
-/// What is in an initramfs, or why nobody can tell.
+/// Contents of an initramfs, or the reason why they are unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Listed {
     /// So says the program of this one.
@@ -74,7 +74,7 @@ pub(super) fn list(image: &Path) -> Listed {
         .unwrap_or(Listed::Nobody)
 }
 
-/// What a program says; nothing if it is not there.
+/// Returns the output of a program; nothing if the program is not installed.
 fn asked(maker: Maker, lister: &str, image: &Path, limit: Duration) -> Option<Listed> {
     // As timeout(1) says it.
     const LASTED: i32 = 124;
@@ -96,9 +96,9 @@ fn asked(maker: Maker, lister: &str, image: &Path, limit: Duration) -> Option<Li
     })
 }
 
-/// What there is to say of that of the running kernel.
+/// Checks the initramfs of the running kernel.
 pub(super) fn look(host: &Host, list: impl Fn(&Path) -> Listed) -> Vec<Finding> {
-    // That it cannot be read is said of the kernel.
+    // The check of the kernel reports an unreadable release.
     let Some(release) = release(host) else {
         return Vec::new();
     };
@@ -138,7 +138,7 @@ pub(super) fn look(host: &Host, list: impl Fn(&Path) -> Listed) -> Vec<Finding> 
     findings
 }
 
-/// What matters of an initramfs.
+/// Relevant contents of an initramfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Content {
     has_c: bool,
@@ -158,7 +158,7 @@ impl Content {
         }
     }
 
-    /// The driver that is loaded from there if this one is asked for.
+    /// Returns the driver that is loaded from it on a request for this one.
     fn serves(self, asked: Driver) -> Driver {
         let leads_to_ours = asked == Driver::Ours || self.has_settings;
         match (leads_to_ours && self.has_ours, asked) {
@@ -189,12 +189,12 @@ struct Image {
     path: PathBuf,
     release: String,
     content: Content,
-    /// What makes it again.
+    /// Command that makes it again.
     again: String,
 }
 
 impl Image {
-    /// What is wrong with the driver that is loaded from it.
+    /// Returns the problem with the driver that is loaded from it.
     fn loads(&self, host: &Host) -> Option<Finding> {
         let (wanted, name, again) = (decided(host), &self.name, &self.again);
         for (place, asked) in early(host) {
@@ -268,8 +268,8 @@ impl Image {
     }
 }
 
-/// Whether an initramfs was written before a module came to its place. A package keeps the time at which the module
-/// was built, so it is that of the change of the file that counts. Contents cannot be compared: dracut strips them.
+/// Whether an initramfs was made before a module came to its place. A package keeps the time at which the module was
+/// built, so it is that of the change of the file that counts. Contents cannot be compared: dracut strips them.
 fn is_older(image: &Path, module: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
     let (image, module) = (fs::metadata(image)?, fs::metadata(module)?);
@@ -277,7 +277,7 @@ fn is_older(image: &Path, module: &Path) -> io::Result<bool> {
     Ok(written < (module.ctime(), module.ctime_nsec()))
 }
 
-/// The drivers that are loaded from there by themselves, and where that is said.
+/// Returns the drivers that are loaded from it at boot, and the places that name them.
 fn early(host: &Host) -> Vec<(String, Driver)> {
     let mut found = Vec::new();
     let mut add = |place: &str, line: &str| {
@@ -413,7 +413,7 @@ mod tests {
         ] {
             well_with(&host(), listing);
         }
-        // What is a comment says nothing.
+        // A comment has no effect.
         let made = host();
         made.file("/etc/initramfs-tools/modules", "# xen-blkback\n");
         made.file("/etc/dracut.conf", "#force_drivers+=xen-blkback\n");
@@ -467,7 +467,7 @@ mod tests {
         made.file("/etc/initramfs-tools/modules", "xen-blkback-rs\n");
         remove_file(made.host().path(ENABLED)).expect("disabled");
         wrong(&made, OURS, "loads xen-blkback-rs early");
-        // What is only added is not loaded, and what is not in there cannot be.
+        // A module that is only added is not loaded, and one that is not in the image cannot be.
         made.file("/etc/dracut.conf", "add_drivers+=\" xen-blkback-rs \"\n");
         well_with(&made, C);
     }

@@ -27,7 +27,7 @@ use std::time::Duration;
 enum Grade {
     /// As it should be.
     Ok,
-    /// Somebody should look at it.
+    /// An administrator should look at it.
     Warn,
     /// Disks are not served with it.
     Bad,
@@ -51,20 +51,20 @@ impl Grade {
     }
 }
 
-/// What was found.
+/// A finding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
-    /// What was looked at.
+    /// Subject of the check.
     about: &'static str,
     /// How good it is.
     grade: Grade,
-    /// What was found.
+    /// Description of the finding.
     what: String,
-    /// What to do about it.
+    /// Remedy.
     remedy: Option<String>,
 }
 
-/// What is as it should be.
+/// Makes a finding that is as it should be.
 fn ok(about: &'static str, what: impl Into<String>) -> Finding {
     Finding {
         about,
@@ -74,7 +74,7 @@ fn ok(about: &'static str, what: impl Into<String>) -> Finding {
     }
 }
 
-/// What somebody should look at.
+/// Makes a finding at which an administrator should look.
 fn warn(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
         grade: Grade::Warn,
@@ -83,7 +83,7 @@ fn warn(about: &'static str, what: impl Into<String>, remedy: impl Into<String>)
     }
 }
 
-/// What disks are not served with.
+/// Makes a finding with which disks cannot be served.
 fn bad(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
         grade: Grade::Bad,
@@ -111,7 +111,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
     Ok(ExitCode::from(report.grade.exit_code()))
 }
 
-/// What was found, as people read it.
+/// Returns the findings, as text for people.
 pub(crate) fn told(cli: &Cli) -> String {
     text(&report(
         &Host::at(&cli.root),
@@ -120,7 +120,7 @@ pub(crate) fn told(cli: &Cli) -> String {
     ))
 }
 
-/// Who blktapctrl is.
+/// Asks blktapctrl for its version.
 fn ask(socket: &Path) -> Result<String, Failure> {
     let mut channel = Channel::connect(socket)?;
     channel.set_timeout(Some(Duration::from_secs(5)))?;
@@ -184,8 +184,8 @@ fn text(report: &Report) -> String {
     report.findings.iter().map(line).collect()
 }
 
-/// What is wrong with a file or folder of root; nothing if it is there, nobody but root may write it, and its
-/// permissions go no further than `most`.
+/// Returns the problem of a file or folder of root; nothing if it exists, only root may write it, and its permissions
+/// go no further than `most`.
 fn wrong(host: &Host, path: &str, most: u32) -> Option<String> {
     let data = match host.path(path).metadata() {
         Ok(data) => data,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Whether the kernel that runs loads our module: with Secure Boot, and wherever it is told so, it loads none that is not
-//! signed with a key that it knows.
+//! Whether the running kernel loads our module: with Secure Boot, and wherever its command line demands that, it loads
+//! only modules that are signed with a key that it knows.
 
 use super::driver::{decided, is_loaded, module_file, release, Driver};
 use super::{bad, ok, warn, Finding};
@@ -9,12 +9,12 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// What a module ends with that is signed.
+/// End of a signed module.
 const SIGNED: &[u8] = b"~Module signature appended~\n";
-/// Where it is written what to do.
+/// Manual page with the remedy.
 const PAGE: &str = "xen-blkback-rs(8), SECURE BOOT";
 
-/// What there is to say of the module's signature; nothing where nobody asks for one, or the module is loaded.
+/// Checks the module's signature; nothing if the kernel demands none, or the module is loaded.
 pub(super) fn look(host: &Host) -> Option<Finding> {
     let why = demanded(host)?;
     let module = module_file(host, &release(host)?)?;

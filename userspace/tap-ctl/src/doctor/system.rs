@@ -80,7 +80,7 @@ fn domain(host: &Host) -> Vec<Finding> {
     }
 }
 
-/// Who runs the scripts for the disks of other guests, which xl does in dom0.
+/// Checks the program that runs the scripts for the disks of other guests, which xl does in dom0.
 fn devd(host: &Host) -> Finding {
     let folder = host.path("/proc");
     let is_devd = |process: &String| {
@@ -123,7 +123,7 @@ fn bus(host: &Host) -> Finding {
     }
 }
 
-/// What tap disks need of the system.
+/// Checks the system for the needs of tap disks.
 pub(super) fn tap(host: &Host) -> Vec<Finding> {
     let mut findings = vec![user(host)];
     for program in [SUPERVISOR, TAPDISK] {
@@ -190,7 +190,7 @@ fn executable(host: &Host, about: &'static str, path: &str) -> Finding {
     }
 }
 
-/// Who serves disks that name no script.
+/// Checks which program serves disks that name no script.
 fn xen_script(host: &Host) -> Finding {
     let folder = host.path("/etc/xen/scripts");
     let script = folder.join("block");
@@ -209,7 +209,7 @@ fn xen_script(host: &Host) -> Finding {
             ),
         };
     }
-    // What is no file goes on to Xen's own.
+    // A target that is no file is left to Xen's own script.
     match (script.exists(), folder.join("block.xen").exists()) {
         (true, true) => ok("scripts", "files are served by tapdisk (xentap-block(8))"),
         (false, _) => bad(

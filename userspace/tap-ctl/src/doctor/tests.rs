@@ -81,7 +81,7 @@ fn seen(made: &Made) -> Report {
     report(&made.host(), answer, nobody)
 }
 
-/// What is not as it should be.
+/// Returns the findings that are not as they should be.
 fn trouble(report: &Report) -> Vec<&Finding> {
     let all = report.findings.iter();
     all.filter(|finding| finding.grade != Grade::Ok).collect()
@@ -241,7 +241,7 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
         made.file(path, text).file(MODULE, module);
         made
     };
-    // What is loaded has been let in.
+    // A loaded module was accepted by the kernel.
     let made = locked(lockdown, unsigned);
     assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
     for (demand, module, grade, words) in [
@@ -272,7 +272,7 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
         assert!(its.what.contains(words), "{its:?}");
         let remedy = its.remedy.as_deref().unwrap_or("");
         assert!(remedy.contains("SECURE BOOT"), "{its:?}");
-        // Nobody is bothered who has decided for the C driver.
+        // An administrator who has decided for the C driver gets no warning.
         fs::remove_file(made.host().path("/etc/modprobe.d/xen-blkback-rs.conf")).expect("removed");
         assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
     }

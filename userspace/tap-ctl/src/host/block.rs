@@ -15,7 +15,7 @@ const DEPTH: u32 = 8;
 pub(crate) struct Block {
     /// The kernel's name, as `dm-3`.
     pub(crate) name: String,
-    /// What people call it: the name of a mapped device, the file of a loop device.
+    /// Familiar name: the name of a mapped device, the file of a loop device.
     pub(crate) alias: Option<String>,
     /// It is a device of device mapper that holds all I/O until it is resumed.
     pub(crate) is_suspended: bool,
@@ -23,9 +23,9 @@ pub(crate) struct Block {
     pub(crate) in_flight: u64,
     /// Requests that it has answered.
     pub(crate) done: u64,
-    /// What those took, added up.
+    /// Sum of their times.
     pub(crate) took_ms: u64,
-    /// What it stands on.
+    /// Devices on which it stands.
     pub(crate) below: Vec<Block>,
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What kernel and system say of this host, below a folder that stands for `/`: tests make one.
+//! Information of the kernel and the system about this host, below a folder that stands for `/`: tests make one.
 //!
-//! What cannot be read is noted, and the rest is told all the same.
+//! Unreadable files are collected, and the rest is shown all the same.
 
 pub(crate) mod block;
 pub(crate) mod task;
@@ -19,7 +19,7 @@ use std::str::FromStr;
 pub(crate) struct Unread {
     /// The file.
     pub(crate) path: PathBuf,
-    /// Why.
+    /// Reason of the failure.
     pub(crate) why: String,
 }
 
@@ -45,7 +45,7 @@ impl Host {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// What could not be read since this was asked last.
+    /// Returns the files that could not be read since the last call.
     pub(crate) fn take_unread(&self) -> Vec<Unread> {
         self.unread.take()
     }
@@ -109,7 +109,7 @@ impl Host {
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    // What a disk is named by may be any bytes.
+    // The name of a disk may have any bytes.
     let bytes = fs::read(path)?;
     Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
 }
@@ -132,7 +132,7 @@ pub(crate) fn link_name(link: &Path) -> Option<String> {
 pub(crate) struct Memory {
     /// The disks of all guests have so much.
     pub(crate) used_kib: u64,
-    /// They may have so much; nothing if that cannot be told.
+    /// Limit of all guests' disks; nothing if it is unknown.
     pub(crate) host_kib: Option<u64>,
     /// The disks of one guest may have so much.
     pub(crate) guest_kib: u64,
@@ -142,7 +142,7 @@ pub(crate) struct Memory {
 const PARAMETERS: &str = "/sys/module/xen_blkback_rs/parameters";
 
 impl Memory {
-    /// What our module says; nothing if it is not loaded.
+    /// Reads the figures of our module; nothing if it is not loaded.
     pub(crate) fn read(host: &Host) -> Option<Memory> {
         let folder = host.path(PARAMETERS);
         if !folder.exists() {
@@ -247,7 +247,7 @@ pub(crate) mod made {
             self
         }
 
-        /// What can never be read as a file.
+        /// Makes a path that cannot be read as a file.
         pub(crate) fn unreadable(&self, path: &str) -> &Made {
             let path = self.host().path(path);
             let _ = fs::remove_file(&path);

@@ -14,7 +14,7 @@ const KTHREADD: u32 = 2;
 pub(crate) struct Task {
     /// Its number.
     pub(crate) pid: u32,
-    /// What it is called.
+    /// Name of the thread.
     pub(crate) name: String,
     /// The letter that ps(1) shows: `D` if it waits and cannot be interrupted.
     pub(crate) state: char,
@@ -46,7 +46,7 @@ impl Task {
         [first].into_iter().chain(others).collect()
     }
 
-    /// The same thread, in what was seen before.
+    /// Finds this thread in an earlier look.
     pub(crate) fn among<'a>(&self, before: &'a [Task]) -> Option<&'a Task> {
         before.iter().find(|task| task.pid == self.pid)
     }

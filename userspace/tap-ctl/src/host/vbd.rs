@@ -12,7 +12,7 @@ const DEVICES: &str = "/sys/bus/xen-backend/devices";
 /// Kinds of devices that are disks: what the drivers of the kernel serve, and blktap's.
 const KINDS: [&str; 2] = ["vbd", "vbd3"];
 
-/// What requests ask for.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Operation {
@@ -71,11 +71,11 @@ pub(crate) struct Vbd {
     pub(crate) vdev: String,
     /// The driver that serves it.
     pub(crate) driver: Option<String>,
-    /// What the backend says to the guest, as `Connected`.
+    /// State of the backend, as the guest sees it, such as `Connected`.
     pub(crate) state: Option<String>,
     /// The node of what it is served from: a block device, or one of a process.
     pub(crate) device: Option<Number>,
-    /// What the driver counts, by the names of the files.
+    /// The driver's counters, by the names of the files.
     pub(crate) counters: BTreeMap<String, u64>,
 }
 

@@ -5,12 +5,12 @@ use super::Family;
 use control::stats::{Histogram, CLASSES};
 use std::fmt::Write;
 
-/// What a sample is of.
+/// Labels of a sample.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Labels(String);
 
 impl Labels {
-    /// The same with another one; without a value it is empty, which is as if it were not there.
+    /// Adds a label; without a value nothing, because an empty label equals an absent one.
     pub(super) fn with(mut self, name: &str, value: Option<String>) -> Labels {
         let Some(value) = value else {
             return self;
@@ -32,7 +32,7 @@ impl Labels {
 #[derive(Debug, Default)]
 pub(super) struct Text {
     text: String,
-    /// What stands before the first sample of a family; a family without samples is not told of.
+    /// Lines before the first sample of a family; a family without samples is left out.
     heading: String,
     name: &'static str,
 }
@@ -54,8 +54,7 @@ impl Text {
         let mut below = 0;
         for class in 0..CLASSES {
             below += histogram.counts[class];
-            // Classes are powers of two of nanoseconds: those below 4 us are told together, and of the last
-            // one there is no bound.
+            // Classes are powers of two of nanoseconds: those below 4 us are added up, and the last one has no bound.
             if (11..CLASSES - 1).contains(&class) {
                 let bound = (2u64 << class) as f64 / 1e9;
                 let labels = labels.clone().with("le", Some(bound.to_string()));

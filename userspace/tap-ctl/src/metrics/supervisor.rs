@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What blktapctrl has counted of itself since it began: what it could not tell or keep.
+//! Counters of blktapctrl about itself since its start: events, traces and lines that it lost.
 
 use super::exposition::{Labels, Text};
 use super::Table;
@@ -33,7 +33,7 @@ const COUNTED: Table<Counted> = &[
     ),
 ];
 
-/// Tells it, if it was said.
+/// Adds the counters, if blktapctrl sent them.
 pub(super) fn tell(text: &mut Text, look: &Look) {
     let Some(counted) = &look.counted else {
         return;

@@ -59,7 +59,7 @@ fn both() -> Look {
     look
 }
 
-/// The same, but that the kernel may serve the tap disk by itself, and that the process has had two requests of it.
+/// Returns a look at disks where the kernel may serve the tap disk, and the process has had two requests of it.
 fn direct() -> Look {
     let mut look = both();
     let kernel = fake::kernel(look.disks.last_mut().expect("the tap disk"));
@@ -80,7 +80,7 @@ fn metrics(look: &Look) -> String {
 #[test]
 fn disks_of_both_kinds_are_told() {
     let text = metrics(&both());
-    // What the driver does not count is not told as 0.
+    // A value that the driver does not count is not shown as 0.
     assert!(!text.contains(r#"kind="phy",operation="read""#), "{text}");
     for line in [
         r#"xen_disk_written_bytes_total{guest="3",vdev="xvda",kind="phy"} 4096"#,
@@ -149,14 +149,14 @@ fn groups_are_told_of_if_there_are_any() {
     }
 }
 
-/// Names of metrics that are told, without the endings of histograms.
+/// Returns the names of the printed metrics, without the endings of histograms.
 fn names(text: &str) -> BTreeSet<&str> {
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     types.filter_map(|line| line.split(' ').next()).collect()
 }
 
-/// What the collector refuses: a family that is told twice, a sample without or apart from its family, a
-/// sample that is there twice.
+/// Tests that there is nothing that the collector refuses: a repeated family, a sample without or apart from its
+/// family, a repeated sample.
 #[test]
 fn the_text_is_well_formed() {
     let text = metrics(&both());

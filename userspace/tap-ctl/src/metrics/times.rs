@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the driver knows of the time that requests take and wait, of phy and tap disks.
+//! The driver's times of requests and of their waits, for phy and tap disks.
 
 use super::exposition::Text;
 use super::{disks, labels, Family};
@@ -83,7 +83,7 @@ const ENDED: [(Family, OfOperation); 2] = [
         (
             "xen_disk_time_seconds_total",
             "counter",
-            "What those took, added up: divided by their number it is the mean.",
+            "Sum of their times: divided by their number it is the mean.",
         ),
         |_, took| took.as_secs_f64(),
     ),

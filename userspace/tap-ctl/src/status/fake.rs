@@ -71,13 +71,13 @@ pub(crate) fn phy() -> Disk {
     }
 }
 
-/// What the disk's process has counted.
+/// Returns the counters of the disk's process.
 pub(crate) fn stats(disk: &mut Disk) -> &mut Stats {
     let tap = disk.tap.as_mut().expect("a tap disk");
     tap.stats.get_or_insert_default()
 }
 
-/// What the kernel says of the disk.
+/// Returns the kernel's status of the disk.
 pub(crate) fn kernel(disk: &mut Disk) -> &mut Kernel {
     let tap = disk.tap.as_mut().expect("a tap disk");
     tap.row.kernel.get_or_insert_default()

@@ -21,38 +21,38 @@ use verdict::{Limits, Surroundings, Verdict};
 
 pub(crate) use show::named;
 
-/// What no counter tells, so that nobody looks for it in the verdicts.
+/// Facts that no counter shows, so that users do not look for them in the verdicts.
 const NOT_KNOWN: [&str; 1] = [
     "how long requests wait in the ring before the driver takes them, or in the guest for room there: nothing says since when, so no disk is called slow for it; how full its rings were is counted",
 ];
 
-/// A disk and what is said of it.
+/// A disk and its verdict.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Line {
     /// The guest's number.
     pub(crate) guest: Option<u32>,
     /// Its name in the guest.
     pub(crate) vdev: Option<String>,
-    /// Who serves it.
+    /// Its server.
     pub(crate) kind: Kind,
     /// The number of its node.
     pub(crate) minor: Option<u32>,
     /// The process that serves it.
     pub(crate) pid: Option<u32>,
-    /// What it is served from.
+    /// The image or device from which it is served.
     pub(crate) image: Option<String>,
-    /// What is said of it.
+    /// Its verdict.
     #[serde(flatten)]
     pub(crate) verdict: Verdict,
     /// How bad that is.
     pub(crate) severity: u8,
-    /// What the kernel does of it by itself, beside the process.
+    /// Work of the kernel for it, beside the process (passthrough).
     pub(crate) direct: Option<Direct>,
-    /// What it did while it was watched.
+    /// Its figures of the time in which it was watched.
     pub(crate) figures: Option<Figures>,
 }
 
-/// What is said of all disks.
+/// Verdicts on all disks.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
     /// The worst of all severities, which is the exit code.
@@ -61,9 +61,9 @@ pub(crate) struct Report {
     pub(crate) disks: Vec<Line>,
     /// Why blktapctrl does not answer, if it does not.
     pub(crate) supervisor: Option<String>,
-    /// What could not be read.
+    /// Files that could not be read.
     pub(crate) unread: Vec<Unread>,
-    /// What no counter tells.
+    /// Facts that no counter shows.
     pub(crate) not_known: [&'static str; 1],
 }
 
@@ -76,7 +76,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// What the command line says.
+    /// Takes the options of the command line.
     pub(crate) fn new(cli: &Cli, watch: &cli::Watch) -> Watch {
         Watch {
             host: Host::at(&cli.root),
@@ -102,7 +102,7 @@ impl Watch {
         }
     }
 
-    /// What is said of all disks by two looks at them.
+    /// Returns the verdicts on all disks from two looks at them.
     pub(crate) fn report(&self, before: &Look, now: &Look) -> Report {
         report(before, now, self.limits)
     }
@@ -119,7 +119,7 @@ fn is_suspect(before: &Look, now: &Look, hung: Duration) -> bool {
     })
 }
 
-/// What is said of all disks.
+/// Returns the verdicts on all disks.
 pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
     let disks: Vec<Line> = now
         .disks
@@ -142,7 +142,7 @@ pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
     }
 }
 
-/// What is said of a disk of the second look.
+/// Returns the verdict on a disk of the second look.
 pub(crate) fn line(disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Line {
     let old = disk.among(&before.disks).unwrap_or(disk);
     let elapsed = now.at.saturating_duration_since(before.at);

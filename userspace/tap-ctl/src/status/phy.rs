@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What can be said of a disk that the kernel serves.
+//! Verdict on a disk that the kernel serves.
 //!
-//! Whether it is slow, or hung, is said by what the driver counts of its requests; where the time goes, by the
-//! block devices below, which others use as well. What is shown of a queue is what it had after its last pass:
-//! one whose thread sleeps in the block layer shows no more, so those are watched. A driver that counts no times
-//! leaves the block devices alone to judge by.
+//! The driver's counters of its requests show whether it is slow or hung; the block devices below, which others use as
+//! well, show where the time goes. The driver publishes a queue's figures after each pass: a queue whose thread sleeps
+//! in the block layer publishes no more, so the threads are watched. A driver that counts no times leaves the block
+//! devices alone to judge by.
 
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::{milliseconds, Await, Figures};
@@ -38,7 +38,7 @@ pub(crate) fn without_driver(vbd: &Vbd) -> Verdict {
     Verdict::new(State::NoDriver, why).remedy("tap-ctl doctor, then modprobe xen-blkback")
 }
 
-/// What has requests and answers none.
+/// A device or queue that has requests and answers none.
 pub(crate) enum Stall {
     /// A mapped device that is suspended, by the name that dmsetup knows.
     Suspended { label: String, name: String },
@@ -48,8 +48,8 @@ pub(crate) enum Stall {
     Asleep { thread: String, place: String },
 }
 
-/// What has answered nothing between two looks. The lowest device of those that stand on each other is the
-/// one that has the requests.
+/// Returns the device or queue that answered nothing between two looks. The lowest device of those that stand on each
+/// other is the one that has the requests.
 pub(crate) fn stall(before: &Disk, now: &Disk) -> Option<Stall> {
     let of_block = || {
         let (old, new) = (before.block.as_ref()?.stack(), now.block.as_ref()?.stack());
@@ -57,7 +57,7 @@ pub(crate) fn stall(before: &Disk, now: &Disk) -> Option<Stall> {
             let old = old.iter().find(|old| old.name == block.name)?;
             stalled(old, block)
         });
-        // What is suspended keeps what is below it idle, and what is above it waiting.
+        // A suspended device keeps the devices below it idle, and those above it waiting.
         let mut pairs: Vec<Stall> = pairs.collect();
         let suspended = pairs
             .iter()
@@ -65,7 +65,7 @@ pub(crate) fn stall(before: &Disk, now: &Disk) -> Option<Stall> {
         let place = suspended.unwrap_or(0);
         (place < pairs.len()).then(|| pairs.swap_remove(place))
     };
-    // What others have on the device is not this guest's wait.
+    // Other users' requests on the device are not this guest's wait.
     let has_nothing = now.vbd.as_ref().and_then(Vbd::in_flight) == Some(0);
     let device = (!has_nothing).then(of_block).flatten();
     device.or_else(|| sleeper(before, now))
@@ -142,12 +142,12 @@ fn see_to(label: &str) -> String {
     format!("see to the storage of {label}: its kernel messages (dmesg), its paths, its network")
 }
 
-/// What is said of a disk for which this waits.
+/// Returns the verdict on a disk that waits for this.
 fn stalled_by(stall: &Stall) -> Verdict {
     let (why, remedy) = match stall {
         Stall::Suspended { label, name } => (
-            format!("the device {label} is suspended, so all that is asked of it waits"),
-            format!("dmsetup resume {name}, unless somebody is about to do that"),
+            format!("the device {label} is suspended, so all of its requests wait"),
+            format!("dmsetup resume {name}, unless another program is about to do that"),
         ),
         Stall::Silent { label, requests } => (
             format!("the device {label} has {requests} requests and answered none"),
@@ -178,7 +178,7 @@ pub(crate) fn failing(figures: &Figures) -> Option<Verdict> {
     None
 }
 
-/// What takes so long, in words, and how many milliseconds that is.
+/// The slow part, in words, and its time in milliseconds.
 struct Slow {
     what: String,
     ms: f64,

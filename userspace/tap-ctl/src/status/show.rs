@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What `tap-ctl status` prints.
+//! Output of `tap-ctl status`.
 
 use super::{Line, Report};
 use crate::figures::Figures;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What can be said of a disk that a process serves.
+//! Verdict on a disk that a process serves.
 
 use super::phy;
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
@@ -59,7 +59,7 @@ fn untold(supervisor: &Supervisor) -> Verdict {
             Verdict::new(State::Unknown, why).remedy("systemctl start blktapctrl")
         }
         Supervisor::Answers => Verdict::new(State::Unknown, "blktapctrl does not know it")
-            .remedy("another program serves it, or nobody: see tap-ctl events --after 0"),
+            .remedy("another program or none serves it: see tap-ctl events --after 0"),
     }
 }
 
@@ -75,12 +75,12 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
         let why = "the kernel's module is being exchanged, and it has no node until then";
         return Verdict::new(State::Paused, why)
             .because(Cause::Administrator)
-            .remedy("tap-ctl unpark, if nobody is at that any more");
+            .remedy("tap-ctl unpark, if that exchange has ended");
     }
     if tap.row.target.is_none() && kernel.waiting == 0 {
-        let closed = Verdict::new(State::Closed, "a node that nobody serves");
+        let closed = Verdict::new(State::Closed, "a node without a process");
         return match tap.row.minor {
-            Some(minor) => closed.remedy(format!("tap-ctl free -m {minor}, if nobody needs it")),
+            Some(minor) => closed.remedy(format!("tap-ctl free -m {minor}, if it is not needed")),
             None => closed,
         };
     }
@@ -155,7 +155,7 @@ fn hung(
     around: &Surroundings,
 ) -> Option<Verdict> {
     let oldest = Duration::from_nanos(kernel.oldest_ns);
-    // What waits for a limit may be old, though others are answered.
+    // A request that waits for a limit may be old, though others are answered.
     let is_held = limits(now).is_some() && goes_on(before, kernel);
     if kernel.delivered > 0 && oldest >= around.limits.hung && !is_held {
         let verdict = who_hangs(now, tap, kernel);
@@ -173,7 +173,7 @@ fn hung(
     })
 }
 
-/// What the kernel executes by itself is not over.
+/// Returns the verdict on a disk whose requests hang in the kernel (passthrough).
 fn kernel_hangs(
     now: &Disk,
     tap: &TopRow,
@@ -192,7 +192,7 @@ fn kernel_hangs(
     Some(hung.remedy(format!("see to the storage of {image}")))
 }
 
-/// What a disk is served from, for a sentence.
+/// Returns the target of a disk, for a sentence.
 fn image(tap: &TopRow) -> String {
     let target = tap.row.target.as_ref();
     target.map_or("its image".into(), ToString::to_string)
@@ -321,7 +321,7 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
             "tap-ctl set -m {minor} --bps 0 --iops 0, if it may have more"
         )));
     }
-    // One thread serves a disk, and others do what takes long. What they lack besides is the smaller part.
+    // One thread serves a disk, and others do what takes long. Their lack of processor time matters less.
     let is_busy = figures.process_ran > 0.9 && figures.starved < 0.5;
     if let Some(starved) = around.starved(figures).filter(|_| !is_busy) {
         return Some(starved);

@@ -30,7 +30,7 @@ fn look(made: &Made) -> Look {
     gather(&made.host(), Vec::new(), Supervisor::Answers)
 }
 
-/// What is said when `now` was seen so many seconds after `before`.
+/// Returns the report for `now`, seen so many seconds after `before`.
 fn after(seconds: u64, before: &Look, now: &Look) -> Report {
     let mut now = now.clone();
     now.at = before.at + Duration::from_secs(seconds);
@@ -90,7 +90,7 @@ fn slow_storage_is_named() {
     );
 }
 
-/// What a driver counts that keeps time: nothing yet.
+/// Adds the counters of a driver that keeps time, without requests.
 fn keeps_time(made: &Made) {
     let times = [
         "rd_done",
@@ -247,7 +247,7 @@ fn rings_that_are_full_are_named_and_the_disk_is_well() {
     let text = show::text(&report, false);
     assert!(text.contains("72 % of the room in its rings"), "{text}");
     assert!(text.contains("max_ring_page_order"), "{text}");
-    // What is slow is said first.
+    // The slow state has precedence.
     counter(&made, "wr_done", 300);
     assert_eq!(said(&after(1, &before, &look(&made))).0, State::Slow);
 }
@@ -290,7 +290,7 @@ fn want_of_a_processor_is_named() {
     let report = after(2, &before, &look(&made));
     assert_eq!(said(&report), (State::Slow, Some(Cause::HostCpu), 1));
     assert!(report.disks[0].verdict.why.contains("45 %"), "{report:?}");
-    // The same if the hypervisor runs others, and the disk has work.
+    // The verdict also applies if the hypervisor runs other domains, and the disk has work.
     queue(&made, 'R', 0, 2);
     made.file("/proc/stat", "cpu  20 0 20 130 0 0 0 30 0 0\n");
     assert_eq!(said(&after(2, &before, &look(&made))).0, State::Ok);
@@ -419,12 +419,12 @@ fn what_cannot_be_read_is_said_and_ends_nothing() {
         text.contains("cannot read") && text.contains("statistics/rd_req"),
         "{text}"
     );
-    // A host without Xen has nothing, and that is said as well.
+    // A host without Xen has no disks, and the text says so.
     let nothing = look(&Made::new());
     assert!(show::text(&after(1, &nothing, &nothing), false).contains("no disks\n"));
 }
 
-/// What is said of a tap disk that `change` was done to, seen again after so many seconds.
+/// Returns the report on a tap disk after `change`, seen again after so many seconds.
 fn of_tap(seconds: u64, change: impl Fn(&mut Disk)) -> Report {
     let mut before = look(&Made::new());
     before.unread.clear();

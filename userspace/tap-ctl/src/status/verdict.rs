@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What can be said of a disk, and how bad that is.
+//! Verdicts on disks, and their severity.
 
 use crate::figures::Figures;
 use crate::host::Memory;
@@ -15,7 +15,7 @@ pub(crate) enum State {
     Ok,
     /// Its guest does not use it: it has not booted that far, or lets go of it.
     NotConnected,
-    /// No image is open, and nobody waits.
+    /// No image is open, and no request waits.
     Closed,
     /// Its guest is suspended, and its image is free.
     Inactive,
@@ -40,7 +40,7 @@ pub(crate) enum State {
 }
 
 impl State {
-    /// 0 if all is well, 1 if somebody should look at it, 2 if its guest waits or will.
+    /// Returns 0 if all is well, 1 if an administrator should look at it, 2 if its guest waits or will.
     pub(crate) fn severity(self) -> u8 {
         match self {
             State::Ok | State::NotConnected | State::Closed | State::Inactive => 0,
@@ -73,7 +73,7 @@ impl State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Cause {
-    /// What the disk is served from.
+    /// The image or device from which the disk is served.
     Storage,
     /// The process that serves it.
     Process,
@@ -123,18 +123,18 @@ impl fmt::Display for Oldest {
     }
 }
 
-/// What is said of a disk.
+/// Verdict on a disk.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Verdict {
     /// How it is.
     pub(crate) state: State,
     /// For how long, if it is hung.
     pub(crate) oldest: Option<Oldest>,
-    /// Where the time goes, if that can be told.
+    /// Part in which the time is spent, if that is known.
     pub(crate) cause: Option<Cause>,
-    /// What was seen; empty if that says nothing more.
+    /// Observation; empty if it adds nothing.
     pub(crate) why: String,
-    /// What to do.
+    /// Remedy.
     pub(crate) remedy: Option<String>,
 }
 
@@ -150,19 +150,19 @@ impl Verdict {
         }
     }
 
-    /// The same, with its cause.
+    /// Adds the cause.
     pub(crate) fn because(self, cause: Cause) -> Verdict {
         let cause = Some(cause);
         Verdict { cause, ..self }
     }
 
-    /// The same, for so long.
+    /// Adds the age of the oldest request.
     pub(crate) fn since(self, oldest: Oldest) -> Verdict {
         let oldest = Some(oldest);
         Verdict { oldest, ..self }
     }
 
-    /// The same, with what to do.
+    /// Adds the remedy.
     pub(crate) fn remedy(self, remedy: impl Into<String>) -> Verdict {
         let remedy = Some(remedy.into());
         Verdict { remedy, ..self }
@@ -177,7 +177,7 @@ impl Verdict {
     }
 }
 
-/// From when on something is said.
+/// Limits from which on a verdict is given.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     /// Requests take long from here on.
@@ -186,9 +186,9 @@ pub(crate) struct Limits {
     pub(crate) hung: Duration,
 }
 
-/// The milliseconds of [`Limits::slow`], unless others are asked for.
+/// Default milliseconds of [`Limits::slow`].
 pub(crate) const SLOW_MS: u32 = 100;
-/// The seconds of [`Limits::hung`], unless others are asked for.
+/// Default seconds of [`Limits::hung`].
 pub(crate) const HUNG_S: u32 = 5;
 
 impl Default for Limits {
@@ -214,11 +214,11 @@ pub(crate) fn well(figures: &Figures) -> Verdict {
     full_ring(figures).unwrap_or_else(|| Verdict::new(State::Ok, ""))
 }
 
-/// A disk whose guest fills its rings. What waits in the guest for room nobody can see from here, so that the disk
+/// A disk whose guest fills its rings. Requests that wait in the guest for room cannot be seen from here, so the disk
 /// is not called slow.
 fn full_ring(figures: &Figures) -> Option<Verdict> {
     let used = figures.ring_used.filter(|part| *part >= FULL)?;
-    // What is done in several pieces counts as several.
+    // A request in several pieces counts several times.
     let percent = (used.min(1.0) * 100.0).round();
     let why = format!(
         "{percent} % of the room in its rings were in use: more requests may wait in its guest"
@@ -229,7 +229,7 @@ fn full_ring(figures: &Figures) -> Option<Verdict> {
     ))
 }
 
-/// What requests had to do without, if too few pages made a difference.
+/// Describes the waits of requests for pages, if too few pages made a difference.
 fn page_waits(figures: &Figures) -> Option<String> {
     let requests = figures.requests;
     let Some(part) = figures.page_wait else {
@@ -252,18 +252,18 @@ fn page_waits(figures: &Figures) -> Option<String> {
     })
 }
 
-/// What is not the disk's own.
+/// Facts that are not the disk's own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings {
     /// Time between the two looks.
     pub(crate) elapsed: Duration,
-    /// From when on something is said.
+    /// Limits from which on a verdict is given.
     pub(crate) limits: Limits,
     /// The part of this domain's time that the hypervisor gave to others, of 1.
     pub(crate) stolen: f64,
     /// Memory of all disks, if our driver is loaded.
     pub(crate) memory: Option<Memory>,
-    /// What the disks of this guest have of it.
+    /// Memory that the disks of this guest have of it.
     pub(crate) guest_kib: u64,
 }
 
@@ -303,7 +303,7 @@ impl Surroundings {
         Some(slow.remedy(self.more_pages()))
     }
 
-    /// What is to be done about that.
+    /// Returns the remedy for too few pages.
     fn more_pages(&self) -> String {
         // Nearly all of it is used when the next block does not fit.
         let is_full = |used: u64, limit: u64| used >= limit.saturating_sub(limit / 20);

@@ -10,7 +10,7 @@ use std::fmt;
 
 const MIB: f64 = 1048576.0;
 
-/// What a disk has in a column.
+/// Value of a disk in a column.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Cell {
     /// Nothing that is known.
@@ -69,12 +69,12 @@ pub(super) struct Column {
     pub(super) key: char,
     /// Its heading.
     pub(super) title: &'static str,
-    /// What it tells.
+    /// Meaning of the column.
     pub(super) what: &'static str,
     pub(super) side: Side,
     /// Its width; 0 of the last one, which has the rest of a line.
     pub(super) width: u16,
-    /// What a disk has in it.
+    /// Returns the value of a disk in it.
     pub(super) cell: fn(&Row<'_>) -> Cell,
 }
 
@@ -157,7 +157,7 @@ pub(super) static COLUMNS: [Column; COUNT] = [
                 .map(u64::from),
         )
     }),
-    left('S', "STATE", "what it is doing", 9, |row| state(row.disk)),
+    left('S', "STATE", "its state", 9, |row| state(row.disk)),
     right('R', "READ/s", "reads in a second", 8, |row| {
         rate(row, |figures| figures.reads)
     }),
@@ -210,12 +210,12 @@ pub(super) static COLUMNS: [Column; COUNT] = [
         8,
         |row| Cell::count(memory_kib(row.disk)),
     ),
-    left('T', "TARGET", "what it is served from", 0, |row| {
+    left('T', "TARGET", "image or device that serves it", 0, |row| {
         Cell::word(target(row.disk))
     }),
 ];
 
-/// What the last column needs at least where the end of a line is that of the terminal.
+/// Least width of the last column where the end of a line is that of the terminal.
 const LAST_WIDTH: u16 = 12;
 
 /// The headings of columns, the most wanted first: those at the end are left out where a line is too short.
@@ -257,8 +257,8 @@ fn kernel(disk: &Disk) -> Option<&control::supervisor::Kernel> {
     disk.tap.as_ref()?.row.kernel.as_ref()
 }
 
-/// What its process has; of a disk of the kernel's what the driver counts, or else what its block device has of
-/// whoever.
+/// Returns the requests that its process has; of a disk of the kernel the driver's count, or else that of its block
+/// device, for all of its users.
 fn busy(disk: &Disk) -> Option<u64> {
     match disk.kind {
         Kind::Tap => kernel(disk).map(|kernel| kernel.delivered.into()),
@@ -269,7 +269,7 @@ fn busy(disk: &Disk) -> Option<u64> {
     }
 }
 
-/// What its process says, or else the kernel of it.
+/// Returns the state that its process reports, or else the kernel's.
 fn state(disk: &Disk) -> Cell {
     let tap = disk.tap.as_ref().map(|tap| &tap.row);
     match tap.map(|row| (&row.unknown, row.state, &row.kernel)) {
@@ -291,7 +291,7 @@ fn memory_kib(disk: &Disk) -> Option<u64> {
     resident.map(|bytes| bytes >> 10).or_else(kernel)
 }
 
-/// What it is served from.
+/// Returns the image or device from which it is served.
 pub(super) fn target(disk: &Disk) -> Option<String> {
     let image = disk
         .tap

@@ -5,7 +5,7 @@ use crate::host::made::Made;
 use crate::look::{gather, Disk, Look, Supervisor};
 use std::time::Duration;
 
-/// What there is so many seconds after another look.
+/// Returns a look so many seconds after another one.
 pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<Disk>) -> Look {
     let mut look = gather(&Made::new().host(), Vec::new(), Supervisor::Answers);
     look.unread.clear();

@@ -24,7 +24,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
     interactive::run(cli, asked)
 }
 
-/// Whether somebody looks who can press keys, on what can show more than lines.
+/// Whether a user at a terminal can press keys, and the terminal can show more than lines.
 fn is_terminal() -> bool {
     let is_dumb = std::env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
     io::stdin().is_terminal() && io::stdout().is_terminal() && !is_dumb

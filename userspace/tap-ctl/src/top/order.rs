@@ -13,7 +13,7 @@ pub(super) struct Order {
     pub(super) is_reversed: bool,
 }
 
-/// What rows are sorted by.
+/// Criterion by which rows are sorted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum By {
     /// Reads and writes in a second.
@@ -58,7 +58,7 @@ impl By {
     /// The key for reads and writes in a second.
     pub(super) const LOAD_KEY: char = 'A';
 
-    /// What a key has rows sorted by.
+    /// Returns the criterion of a key.
     pub(super) fn of(key: char) -> Option<By> {
         let is_column = COLUMNS.iter().any(|column| column.key == key);
         match key {
@@ -67,7 +67,8 @@ impl By {
         }
     }
 
-    /// What is beside it, to the right or to the left, as the columns stand: the load is before the first one.
+    /// Returns the criterion beside it, to the right or to the left, as the columns stand: the load is before the first
+    /// one.
     pub(super) fn beside(self, is_right: bool) -> By {
         let columns = COLUMNS.iter().map(|column| By::Column(column.key));
         let all: Vec<By> = std::iter::once(By::Load).chain(columns).collect();
@@ -92,7 +93,7 @@ impl By {
         self == By::Column(column.key)
     }
 
-    /// As it is told.
+    /// Returns its name, for the picture.
     pub(super) fn name(self) -> &'static str {
         self.column()
             .map_or("READ/s + WRITE/s", |column| column.title)
@@ -109,7 +110,8 @@ impl By {
         }
     }
 
-    /// Figures are wanted the largest first; names, numbers of things and words in the order of the alphabet.
+    /// Whether the largest comes first, as for figures; names, numbers of things and words are in the order of the
+    /// alphabet.
     fn is_largest_first(self) -> bool {
         let is_name = |column: &Column| NAMES.contains(&column.title);
         !self.column().is_some_and(is_name)

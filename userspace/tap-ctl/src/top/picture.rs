@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What all disks did between two looks.
+//! Work of all disks between two looks.
 
 use crate::figures::Figures;
 use crate::look::{Disk, Look, Supervisor};
@@ -13,7 +13,7 @@ pub(super) struct Picture {
     /// How long before that the other look was, and the part of this time that other domains had the processors,
     /// of 1.
     pub(super) since: Option<(Duration, f64)>,
-    /// What each disk did, in the order of disks.
+    /// Figures of each disk, in the order of disks.
     figures: Vec<Option<Figures>>,
 }
 
@@ -26,7 +26,7 @@ pub(super) struct Row<'a> {
 }
 
 impl Picture {
-    /// What there is now, and what happened since `before`, if that was seen.
+    /// Makes a picture of a look, with the figures since `before`, if that is given.
     pub(super) fn new(before: Option<&Look>, now: Rc<Look>) -> Picture {
         let figures = |disk: &Disk| {
             let before = before?;
@@ -65,7 +65,7 @@ impl Picture {
         }
     }
 
-    /// What could not be seen, and why, a sentence each.
+    /// Returns the failures of the look, with their reasons, a sentence each.
     pub(super) fn lacks(&self) -> Vec<String> {
         let silent = self
             .silent()

@@ -14,7 +14,7 @@ use std::io::{self, IsTerminal, Write};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Prints pictures, as many as are asked for.
+/// Prints as many pictures as the command line asks for.
 pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
     let host = Host::at(&cli.root);
     let mut before: Option<Rc<Look>> = None;
@@ -75,13 +75,13 @@ fn line(word: impl Fn(&Column) -> String) -> String {
 #[derive(Serialize)]
 struct Shown<'a> {
     is: &'static str,
-    /// What blktapctrl says of tap disks.
+    /// Answers of blktapctrl about tap disks.
     rows: Vec<&'a TopRow>,
     /// All disks, the busiest one first.
     disks: Vec<ShownDisk<'a>>,
     /// Why blktapctrl does not answer, if it does not.
     supervisor: Option<&'a str>,
-    /// What could not be read.
+    /// Files that could not be read.
     unread: &'a [Unread],
 }
 

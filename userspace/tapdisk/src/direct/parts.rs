@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image that has the disk in parts: the kernel is told where those are of which something was asked, and before
-//! that, where the beginning of the disk is.
+//! Mappings of an image that has the disk in parts: the kernel gets the parts that requests touched, and before any
+//! request those at the beginning of the disk.
 //!
-//! A request that comes to the process was none for the kernel. When it is done, its surroundings are looked up, where
-//! the next ones will be. While nothing is to be done the disk is looked up from its beginning on, so that much of what
-//! a guest reads when it boots is known before it asks. What the driver says is true until the guest discards it, of
-//! which the kernel knows: it takes no place that was looked up before. What others do it does not know: they have a
-//! [`Ban`](super::Ban), and what was looked up before one is not told.
+//! A request that reaches the process had no mapping in the kernel. When it is done, this looks up the range around it,
+//! where the next requests will be. While the process is idle, it looks up the disk from its beginning on, so that much
+//! of the data that a booting guest reads is mapped before its requests. A place that the driver reports is valid until
+//! the guest discards it, and the kernel knows of that: it refuses places that were looked up before. It does not know
+//! of changes by other clients: they hold a [`Ban`](super::Ban), and places that were looked up before it are not sent.
 
 use super::{Direct, Image, Told};
 use drivers::{Disk, Holder, Place};
@@ -17,22 +17,22 @@ use tapdev::abi::MAX_MAP_OPS;
 
 /// Bytes that are looked up at once, from a multiple of them on.
 const WINDOW: u64 = 2 << 20;
-/// Windows that wait to be looked up. What is missed then is missed again.
+/// Windows that wait to be looked up. A window that does not fit is queued again at its next request.
 const WAITING: usize = 32;
-/// Windows behind one that was written that are looked up with it, as long as all of it may be written: what a guest has
-/// under way begins behind what is answered, and the driver may have made room there.
+/// Windows behind a written one that are looked up with it, if all of it may be mapped for writing: the guest's next
+/// requests are probably there, and the driver may have allocated clusters for them.
 const BEHIND: u32 = 4;
-/// What is told in one call: as much as the kernel takes.
+/// Mappings in one call: the most that the kernel takes.
 const PLACES: usize = MAX_MAP_OPS as usize;
-/// Bytes at the beginning of the disk that are looked up before something is asked: what has to be read for that from the
-/// tables of an image is little.
+/// Bytes at the beginning of the disk that are looked up before the first request, which reads only a small part of the
+/// image's tables.
 const AHEAD: u64 = 4 << 30;
-/// Places of which the kernel is told so: half of what it has room for at first.
+/// Mappings that are sent that way: half of the kernel's initial capacity.
 const PLACES_AHEAD: usize = 512;
 /// Windows of those in one turn.
 const WINDOWS_AHEAD: u64 = 8;
 
-/// Of what the kernel is to be told.
+/// Ranges whose mappings are to be sent.
 #[derive(Debug, Default)]
 pub(super) struct Missed {
     /// The image has the disk in parts.
@@ -46,16 +46,16 @@ pub(super) struct Missed {
 #[derive(Clone, Copy, Debug)]
 struct Window {
     from: u64,
-    /// Those behind it that may be looked up with it.
+    /// Number of windows behind it that may be looked up with it.
     behind: u32,
 }
 
-/// What was looked up before something was asked.
+/// Progress of the look-up before the first request.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ahead {
     /// Bytes from the beginning on.
     until: u64,
-    /// Places that do not go on from one another.
+    /// Contiguous runs of places.
     told: usize,
     last: Option<Place>,
 }
@@ -82,7 +82,7 @@ impl Missed {
         self.ahead.take();
     }
 
-    /// Something is to be looked up of a disk of `size` bytes before it is asked for.
+    /// Returns true if the beginning of a disk of `size` bytes is not completely looked up yet.
     fn has_more(&self, size: u64) -> bool {
         let ahead = self.ahead.get();
         ahead.until < size.min(AHEAD) && ahead.told < PLACES_AHEAD
@@ -116,7 +116,7 @@ impl Missed {
 }
 
 impl Direct {
-    /// This process has done a read or a write of the guest.
+    /// Notes a read or a write of the guest that this process has executed.
     pub(crate) fn missed(&self, offset: u64, len: u64, writes: bool) {
         if self.missed.counts.get() && len > 0 && self.may_tell() {
             self.missed
@@ -142,7 +142,8 @@ impl Direct {
         waits
     }
 
-    /// Tells the kernel where what it missed is, as far as `disk` knows; or where some of the disk is, if it missed nothing.
+    /// Sends the mappings of missed windows, as far as `disk` knows their places; or if there are none, those of some
+    /// more of the disk.
     pub(crate) async fn look(&self, disk: &Disk) {
         let image = self.image.borrow().clone();
         if let Some(image) = image {
@@ -168,7 +169,7 @@ impl Direct {
         Ok(())
     }
 
-    /// What the kernel was told of windows.
+    /// Sends the mappings of windows, and returns them.
     async fn tell_of(
         &self,
         image: &Image,
@@ -179,7 +180,7 @@ impl Direct {
         let (mut windows, mut all) = (VecDeque::from(windows), Vec::new());
         while let Some(Window { from, behind }) = windows.pop_front() {
             let len = WINDOW.min(image.size.saturating_sub(from));
-            // Where there is nothing to tell, nothing is asked; and what has to be read for it is here then.
+            // A window without places needs no call; and the look-up has read the tables that the next one needs.
             if len == 0 || places(disk, from, len).await.is_empty() {
                 continue;
             }
@@ -214,7 +215,7 @@ impl Direct {
     }
 }
 
-/// What the driver says. Damage of the image is told to whoever asks for what is there.
+/// Returns the places that the driver reports. Damage of the image is no error here: the read of that range reports it.
 async fn places(disk: &Disk, from: u64, len: u64) -> Vec<Place> {
     disk.places(from, len).await.unwrap_or_default()
 }

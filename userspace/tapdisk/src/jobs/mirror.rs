@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Copies the disk to another image, which from then on gets what the guest writes, until the disk is paused: then
-//! both are the same, and the supervisor may serve the other one. If that is the image below, only what the disk's
-//! image has itself is copied.
+//! Copies the disk to another image, which then gets the guest's writes, until the disk is paused: then both are equal,
+//! and the supervisor may serve the other one. If the other one is the backing image, only the image's own clusters are
+//! copied.
 
 use super::{failed, End, Piece, Worker, PIECE};
 use crate::twin::Twin;
@@ -15,7 +15,7 @@ use std::rc::Rc;
 /// Bytes without data that are looked at at once, and that others may have to wait for.
 const HOLE: u64 = 64 << 20;
 
-/// Begins to make `twin` what the disk is, with `rate` bytes in a second.
+/// Begins to make `twin` a copy of the disk, with `rate` bytes in a second.
 pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate: u64) {
     let twin = Rc::new(twin);
     server.set_twin(Some(twin.clone()));
@@ -49,10 +49,10 @@ async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure>
         };
         let most = if empty > 0 { empty } else { PIECE };
         let len = extent.len.min(most);
-        // Reading is all that is done to the disk, so the guest may read meanwhile.
+        // The job only reads the disk, so the guest may read during that.
         let _claim = server.claim(at, len, false).await;
         let work = twin.copy(disk, &buffer, at, len).await;
-        // One that has failed, or was paused, is over.
+        // A mirror that has failed or was paused is over.
         match twin.is_active() {
             true => Ok(Piece { len, work }),
             false => Err(Failure::new(Code::State, "the mirror is over")),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Work on all of a disk, from its beginning to its end, beside its guest and at a rate. It goes on over a pause,
-//! and ends with the image: when that is closed for good, or another one takes its place.
+//! Work on all of a disk, from its beginning to its end, beside its guest and at a rate. A job survives a pause, and
+//! ends with the image: when that is closed for good, or another one takes its place.
 
 pub(crate) mod mirror;
 pub(crate) mod scrub;
@@ -41,7 +41,7 @@ pub(crate) struct Job<P> {
     image: Cell<u64>,
     /// Number of the time that this was served when it began.
     serve: Cell<u64>,
-    /// Of that one.
+    /// Progress of the last job.
     progress: RefCell<Option<P>>,
 }
 
@@ -58,12 +58,12 @@ impl<P> Default for Job<P> {
 }
 
 impl<P> Job<P> {
-    /// How far it is.
+    /// Returns the progress.
     pub(crate) fn progress(&self) -> Ref<'_, Option<P>> {
         self.progress.borrow()
     }
 
-    /// It works on the image as that is served now, or has.
+    /// Returns true if it works, or has worked, on the image in its present opening.
     fn is_of(&self, session: &Session) -> bool {
         self.progress.borrow().is_some() && self.serve.get() == session.serves()
     }
@@ -75,18 +75,18 @@ struct Piece {
     work: u64,
 }
 
-/// How a walk over the disk ended.
+/// End of a walk over the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     /// At the end of the disk.
     Through,
-    /// It was to.
+    /// The supervisor has ended it.
     Stopped,
     /// The image is not served any more.
     Closed,
 }
 
-/// Who does a job.
+/// Handle of a task that does a job.
 struct Worker<P> {
     session: Rc<Session>,
     job: fn(&Jobs) -> &Job<P>,
@@ -114,7 +114,7 @@ impl<P: Clone + 'static> Worker<P> {
         (self.job)(self.session.jobs())
     }
 
-    /// Changes what is told, unless that is of a later one.
+    /// Changes the job's progress, unless a later job has taken its place.
     fn update(&self, change: impl FnOnce(&mut P)) {
         let job = self.job();
         if job.number.get() != self.number {
@@ -163,8 +163,8 @@ impl<P: Clone + 'static> Worker<P> {
         }
     }
 
-    /// Waits until `bytes`, whose work began at `start`, have taken the time that they should. Says if the job
-    /// is to end.
+    /// Waits until `bytes`, whose work began at `start`, have taken their time at the job's rate. Returns an end if the
+    /// job is to end.
     async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<End>, Failure> {
         loop {
             if self.is_to_end() {
@@ -199,13 +199,13 @@ impl<P: Clone + 'static> Worker<P> {
         self.server().map_or(0, |server| server.size())
     }
 
-    /// Somebody wants it to end.
+    /// Returns true if the supervisor wants the job to end.
     fn is_to_end(&self) -> bool {
         self.job().rate.get() == 0
     }
 }
 
-/// Bytes of a piece from `at` on: pieces end where large blocks do, wherever what is done begins.
+/// Returns the bytes of a piece from `at` on: pieces end at multiples of `PIECE`, wherever the work begins.
 fn piece(at: u64, left: u64) -> u64 {
     (PIECE - at % PIECE).min(left)
 }

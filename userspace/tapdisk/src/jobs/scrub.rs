@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads all of the disk that holds data, to find what cannot be read before the guest does.
 //!
-//! What fails is told to the supervisor and not to the guest, who goes on.
+//! It reports errors to the supervisor and not to the guest, which continues.
 
 use super::{failed, piece, End, Piece, Worker, PIECE};
 use crate::inside::{Request, Work};
 use crate::twin::first;
-use crate::{Seen, Server, Session};
+use crate::{Server, Session};
 pub(crate) use control::stats::Scrub;
 use control::tapdisk::Call;
 use control::Failure;
-use diskio::{Data, Errno};
+use diskio::{Data, Errno, Seen};
 use drivers::Content;
 use std::rc::Rc;
 
-/// Begins a scrub of `rate` bytes in a second. One that runs goes on with this rate, or ends if it
-/// is 0.
+/// Begins a scrub of `rate` bytes in a second. A running scrub changes to this rate, or ends if the rate is 0.
 pub(crate) fn start(session: &Rc<Session>, rate: u64) {
     let scrub = &session.jobs().scrub;
     scrub.rate.set(rate);
@@ -72,8 +71,8 @@ async fn look(
     let extent = match first(server.disk().extents(at, left).await) {
         Ok(extent) => extent,
         Err(error) => {
-            // Nobody knows what is there. It takes the time of a piece that is read: of a disk that is
-            // gone, all pieces fail at once.
+            // The content is unknown. The piece counts with its full length for the rate limit, because on a disk that
+            // is gone all pieces fail at once.
             failed(len, error);
             return Piece { len, work: len };
         }

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Copies into the image what it shows of those below it, until it needs them no more, and then forgets them.
+//! Copies the data of the backing images into the image, until it needs them no more, and then drops them.
 //!
-//! Nothing is lost whenever it ends: what is copied is the image's own, and the next stream finds the rest. A range
-//! that is copied is claimed as a write of the guest is, so neither overtakes the other.
+//! Nothing is lost whenever it ends: copied data is the image's own, and the next stream finds the rest. A range is
+//! claimed for a copy as for a write of the guest, so neither overtakes the other.
 
 use super::{failed, piece, End, Piece, Worker, PIECE};
 use crate::twin::first;
-use crate::{Seen, Server, Session};
+use crate::{Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
 use control::tapdisk::Call;
 use control::{Code, Failure};
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, Seen};
 use drivers::{Attributes, Content, Disk};
 use std::rc::Rc;
 
-/// Has the image stream with `rate` bytes in a second; 0 ends that. Says how far it is, so that who asks again and
-/// again learns of the end. One that has failed begins once more if it is to begin `anew`.
+/// Starts a stream of `rate` bytes in a second, or changes its rate; 0 ends it. Returns the progress, so that a client
+/// that asks repeatedly learns of the end. A stream that has failed begins again if `anew` is set.
 pub(crate) async fn ask(session: &Rc<Session>, rate: u64, anew: bool) -> Result<Stream, Failure> {
     let job = &session.jobs().stream;
     job.rate.set(rate);
@@ -37,7 +37,8 @@ pub(crate) async fn ask(session: &Rc<Session>, rate: u64, anew: bool) -> Result<
 }
 
 async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
-    // One that has stopped is not waited for: who lets it go on has to be heard.
+    // This does not wait for a disk that has stopped, because the session must be able to receive the request that
+    // resumes it.
     let server = session.server().filter(|server| server.is_fetching());
     let stopped = || Failure::new(Code::State, "the disk does not run");
     let server = server.ok_or_else(stopped)?;
@@ -48,7 +49,7 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
             ..Stream::default()
         });
     }
-    // Somebody may have begun it meanwhile.
+    // Another task may have begun it in between.
     let job = &session.jobs().stream;
     let runs = |progress: &Stream| progress.state == Streaming::Running;
     let is_there = job.is_of(session) && job.progress().as_ref().is_some_and(runs);
@@ -70,7 +71,7 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
 }
 
 async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
-    // What could not be made durable before is not its own.
+    // Earlier writes that could not be made durable are no errors of this job.
     let seen = worker.session.lost().newcomer();
     let serve = worker.session.serves();
     // CAST: it is small.
@@ -79,12 +80,12 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
         let mut copied = 0;
         let mut was_paused = false;
         let step = async |server: &Rc<Server>, at, left| {
-            // Whoever had the image meanwhile may have changed it: what was passed over is looked at again.
+            // Another process may have changed the image during the pause, so passed ranges are checked again.
             was_paused |= worker.session.serves() != serve;
             if was_paused {
                 return Ok(Piece { len: left, work: 0 });
             }
-            let piece = copy(server, &seen, &buffer, at, left).await?;
+            let piece = copy(server, &buffer, at, left).await?;
             copied += piece.work;
             worker.update(|progress| {
                 progress.offset = at + piece.len;
@@ -107,13 +108,7 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
 }
 
 /// Copies the next piece, or passes over what need not be copied.
-async fn copy(
-    server: &Rc<Server>,
-    seen: &Seen,
-    buffer: &Data,
-    at: u64,
-    left: u64,
-) -> Result<Piece, Failure> {
+async fn copy(server: &Rc<Server>, buffer: &Data, at: u64, left: u64) -> Result<Piece, Failure> {
     let told = |call: Call, at, len: u64, error: Errno| {
         let len = len.min(PIECE);
         server.tell(call, at, len, error, false);
@@ -132,7 +127,8 @@ async fn copy(
         });
     }
     let len = piece(at, part.len);
-    // Whole clusters: of one that the guest has written a part of meanwhile, the kernel may write the rest by itself.
+    // Whole clusters are claimed: if the guest has changed a part of one in between, the kernel may write the rest in
+    // passthrough.
     let unit = disk.unit();
     let from = at - at % unit;
     let claimed = (at + len).next_multiple_of(unit) - from;
@@ -140,7 +136,7 @@ async fn copy(
     let (mut done, mut copied) = (0, 0);
     while done < len {
         let from = at + done;
-        // What the guest has written meanwhile the kernel may write by itself from now on.
+        // From now on the kernel may write clusters in passthrough that the guest has allocated in between.
         let part = missing(disk, from, len - done).await;
         let part = part.map_err(|error| told(Call::Read, from, len - done, error))?;
         if part.is_missing {
@@ -149,7 +145,7 @@ async fn copy(
             let read = disk.read(from, data.clone()).await;
             read.map_err(|error| told(Call::Read, from, part.len, error))?;
             let written = disk.write(from, Bytes::from(data), Attributes::default());
-            let written = server.changing(seen, false, written).await;
+            let written = server.changing(false, written).await;
             written.map_err(|why| told(Call::Write, from, part.len, why.error))?;
             copied += part.len;
         }
@@ -165,7 +161,7 @@ struct Part {
     is_missing: bool,
 }
 
-/// What is at the beginning of a range.
+/// Returns whether the beginning of a range is missing in the image.
 async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
     let own = first(disk.layer(at, len).await)?;
     let here = |len| Part {
@@ -191,7 +187,7 @@ async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
     })
 }
 
-/// Has the image forget those below it, while nobody asks for anything.
+/// Drops the backing images while no request is under way.
 async fn stand_alone(worker: &Worker<Stream>, serve: u64, seen: &Seen) -> Result<End, Failure> {
     let Some(server) = worker.session.running_from(worker.image).await else {
         return Ok(End::Closed);
@@ -205,6 +201,6 @@ async fn stand_alone(worker: &Worker<Stream>, serve: u64, seen: &Seen) -> Result
         return Ok(End::Closed);
     }
     let flushed = server.flush(seen).await;
-    flushed.map_err(|why| failed("what was copied cannot be made durable", why.error))?;
+    flushed.map_err(|why| failed("cannot make the copied data durable", why.error))?;
     server.disk().stand_alone().await.map(|()| End::Through)
 }

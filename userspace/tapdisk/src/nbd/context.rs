@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a client is told of extents: where holes are, and where the disk was written since a mark.
+//! Metadata contexts of an NBD client: holes, and ranges that the guest has changed since a mark (a dirty bitmap).
 //!
 //! A mark has the name that QEMU gives to such things, so that its tools, and those made for it, find it.
 
@@ -16,12 +16,12 @@ use std::rc::Rc;
 /// Characters of a text that says why something failed, at most: the protocol has 4096 bytes for it.
 const LONGEST: usize = 512;
 
-/// Something that a client may be told of extents.
+/// Metadata context that a client may choose.
 #[derive(Clone, Debug)]
 pub(super) enum Context {
-    /// Which are holes.
+    /// Holes.
     Allocation,
-    /// Which were written since a mark.
+    /// Ranges that have changed since a mark.
     Since(Rc<Since>),
 }
 
@@ -48,7 +48,7 @@ fn may_mean_marks(asked: &wire::Contexts<'_>, is_list: bool) -> bool {
     (is_list && asked.queries.is_empty()) || asked.queries.iter().any(of_marks)
 }
 
-/// Why a client is not told.
+/// Reason why a client gets no answer about extents.
 struct Refused {
     error: Errno,
     why: String,
@@ -73,8 +73,8 @@ impl From<Failure> for Refused {
 }
 
 impl Client {
-    /// Answers what is told of extents; [`Choice::SetMetaContext`] replaces what was chosen before,
-    /// also if it fails.
+    /// Answers a client's choice of metadata contexts; [`Choice::SetMetaContext`] replaces the earlier choice, also if
+    /// it fails.
     pub(super) async fn choose_context(&self, choice: Choice, data: &[u8]) -> Result<bool, Errno> {
         let is_list = choice == Choice::ListMetaContext;
         if !is_list {

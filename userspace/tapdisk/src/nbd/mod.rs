@@ -2,18 +2,18 @@
 //! The disk over NBD, for programs of dom0: the emulator of an HVM guest before it has drivers of
 //! its own, boot loaders, backups.
 //!
-//! Each connection has one request at a time; a client that wants more opens more connections. While
-//! the disk is paused requests wait. Those that overlap the guest's, or another client's, take effect in
-//! the order of their arrival. Only the disk's part of a request counts as work on the disk: a client
-//! that does not take its answer keeps nobody waiting, and after a while loses its connection.
+//! Each connection has one request at a time; a client that needs more opens more connections. While the disk is paused
+//! requests wait. Requests that overlap the guest's, or another client's, take effect in the order of their arrival.
+//! Only the disk's part of a request counts as work on the disk: a client that does not read its answer delays no other
+//! client, and loses its connection after a while.
 
 mod context;
 mod wire;
 
 use crate::inside::{self, Work};
-use crate::{Seen, Session};
+use crate::Session;
 use context::Context;
-use diskio::{Errno, Io};
+use diskio::{Errno, Io, Seen};
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -24,11 +24,11 @@ use wire::{Choice, Chunk, Command, Export, OptionReply, Request};
 
 /// Options of one client at most, before it is served.
 const MAX_OPTIONS: u32 = 64;
-/// Connections at most, each of which may need memory for one request.
+/// Maximum number of connections, each of which may need memory for one request.
 const MAX_CLIENTS: usize = 16;
 /// Extents in one answer at most.
 const MAX_EXTENTS: usize = 1024;
-/// How long a client may let us wait in the middle of a message.
+/// Time that a client may pause in the middle of a message.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Serves clients that connect to a listening socket as long as the process lives.
@@ -53,9 +53,9 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             contexts: RefCell::default(),
         };
         session.runtime().tasks.spawn(async move {
-            // The kernel knows nothing of what a client does, so it must not go past it.
+            // The kernel does not know of a client's requests, so passthrough must be suspended.
             match client.session.direct().forbid().await {
-                // A client that goes away, or makes no sense, harms nobody but itself.
+                // A client that disconnects or violates the protocol harms only itself.
                 Ok(_ban) => drop(client.serve().await),
                 Err(failure) => diskio::say!("tapdisk: an NBD client is not served: {failure}"),
             }
@@ -69,11 +69,11 @@ struct Client {
     session: Rc<Session>,
     socket: Rc<OwnedFd>,
     export: Rc<str>,
-    /// What it was told of writes that could not be made durable.
+    /// Lost writes that it knows of.
     lost: Seen,
     /// Reads are answered with chunks.
     has_chunks: Cell<bool>,
-    /// What it is told of extents if it asks, each with its place as its number.
+    /// Metadata contexts that it has chosen; the index of each is its number.
     contexts: RefCell<Vec<Context>>,
 }
 
@@ -199,7 +199,7 @@ impl Client {
         Ok(true)
     }
 
-    /// The disk's part of a request; `data` is what is written, or what was read.
+    /// Executes the disk's part of a request; `data` is the data of a write, or receives that of a read.
     async fn perform(&self, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
         if request.len == 0 && request.command != Command::Flush {
             return Err(Errno::INVAL);

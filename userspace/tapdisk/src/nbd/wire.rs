@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The bytes of the NBD protocol: what a client sends, checked, and what it is answered.
+//! The bytes of the NBD protocol: checked messages of a client, and answers.
 //!
 //! Its numbers are in `drivers::nbd::proto`.
 
@@ -26,24 +26,24 @@ pub(super) fn client_flags(bytes: [u8; 4]) -> Option<bool> {
     fixed.then_some(flags.contains(Handshake::NO_ZEROES))
 }
 
-/// What a client asks for before it is served.
+/// Option of a client during the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice {
     /// Serve the export whose name is all of the data; there is no way to refuse.
     ExportName,
     /// The end.
     Abort,
-    /// Which exports are there?
+    /// List the exports.
     List,
-    /// What is the export like?
+    /// Describe the export.
     Info,
     /// Serve the export.
     Go,
     /// Answer reads with chunks, and know of extents.
     StructuredReply,
-    /// What is known of extents?
+    /// List the metadata contexts.
     ListMetaContext,
-    /// Tell this of extents.
+    /// Choose metadata contexts.
     SetMetaContext,
     /// Something else.
     Unknown(u32),
@@ -89,7 +89,7 @@ pub(super) fn option(head: [u8; OPTION_HEAD]) -> Option<(Choice, usize)> {
     Some((choice, len as usize))
 }
 
-/// The name in the data of `Info` or `Go`, whose other content we need not know.
+/// Returns the name in the data of `Info` or `Go`, whose other content is not needed.
 pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
     let (len, rest) = data.split_first_chunk::<4>()?;
     let (name, rest) = rest.split_at_checked(u32::from_be_bytes(*len) as usize)?;
@@ -97,16 +97,16 @@ pub(super) fn export_name(data: &[u8]) -> Option<&[u8]> {
     (wanted.len() == usize::from(u16::from_be_bytes(*count)) * 2).then_some(name)
 }
 
-/// What a client asks for in the data of `ListMetaContext` or `SetMetaContext`.
+/// Data of `ListMetaContext` or `SetMetaContext`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Contexts<'a> {
     /// The name of the export.
     pub(super) export: &'a [u8],
-    /// Names of what is told of extents, or what they begin with.
+    /// Names of metadata contexts, or prefixes of them.
     pub(super) queries: Vec<&'a [u8]>,
 }
 
-/// What is asked for; `None` if a client makes no sense.
+/// Parses the data of an option about contexts; `None` if it is invalid.
 pub(super) fn contexts(data: &[u8]) -> Option<Contexts<'_>> {
     let (export, rest) = text(data)?;
     let (count, mut rest) = rest.split_first_chunk::<4>()?;
@@ -125,7 +125,7 @@ fn text(data: &[u8]) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(u32::from_be_bytes(*len) as usize)
 }
 
-/// Something that is told of extents, with its number.
+/// Returns a metadata context with its number.
 pub(super) fn context(number: u32, name: &[u8]) -> Vec<u8> {
     [&number.to_be_bytes(), name].concat()
 }
@@ -202,7 +202,7 @@ impl Export {
     }
 }
 
-/// What a client wants done.
+/// Command of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     Read,
@@ -219,9 +219,9 @@ pub(super) enum Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) command: Command,
-    /// It must be durable when it is answered.
+    /// True if the change must be durable before the answer.
     pub(super) fua: bool,
-    /// One extent is enough.
+    /// True if one extent is enough as an answer.
     pub(super) one: bool,
     pub(super) cookie: [u8; 8],
     pub(super) offset: u64,
@@ -273,16 +273,16 @@ pub(super) fn reply(cookie: [u8; 8], result: Result<(), Errno>) -> Vec<u8> {
     bytes
 }
 
-/// What a chunk holds.
+/// Content of a chunk.
 pub(super) enum Chunk<'a> {
     /// Data of a read, which follows, from an offset on.
     Data { offset: u64, len: u32 },
-    /// What is told of extents, by its number: lengths and states.
+    /// Extents of a metadata context, with its number: lengths and states.
     BlockStatus {
         number: u32,
         parts: &'a [(u64, u32)],
     },
-    /// It failed, and why, if there is something to say.
+    /// Error, with a reason if there is one.
     Error(Errno, &'a str),
 }
 
@@ -293,7 +293,7 @@ pub(super) fn chunk(cookie: [u8; 8], content: &Chunk<'_>, is_last: bool) -> Vec<
         Chunk::BlockStatus { number, parts } => {
             let mut content = number.to_be_bytes().to_vec();
             for (len, state) in *parts {
-                // CAST: none is longer than the request, whose length has as many bits.
+                // CAST: no part is longer than the request, whose length has as many bits.
                 content.extend((*len as u32).to_be_bytes());
                 content.extend(state.to_be_bytes());
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk whose guest writes into memory, over an image that stays as it is. The memory holds an image of its own,
-//! which goes on from the one below: so a process that dies leaves the next one all that it had.
+//! A disk whose guest writes into memory, on top of an image that does not change. The memory holds a qcow2 image on
+//! top of that image, so a process that dies leaves the next one all changes.
 
 use super::image::{below, kind, Parts};
 use control::{Below, Code, Failure};
@@ -8,9 +8,9 @@ use diskio::{Errno, File};
 use formats::{Base, Files, Kind, Options};
 use std::path::Path;
 
-/// What stands for the name of the memory.
+/// Path of the memory in place of a file's name.
 pub(super) const MEMORY: &str = "/memory";
-/// Bytes of an image that say whether there is one: they are written last.
+/// Bytes at the beginning of an image that identify it: `formats::overlay` stores them last.
 const MAGIC: usize = 4;
 
 impl Parts<'_> {
@@ -22,7 +22,7 @@ impl Parts<'_> {
             return Ok(memory);
         }
         if self.looks {
-            // It would be another disk than the one that somebody else serves.
+            // A new, empty memory would be another disk than the one that the other process serves.
             return Err(Failure::new(
                 Code::State,
                 format!("{} has written nothing yet", self.open.target),
@@ -36,7 +36,7 @@ impl Parts<'_> {
         Ok(memory)
     }
 
-    /// Bytes of the disk in an image, with all that it goes on from.
+    /// Returns the bytes of the disk in an image, with all of its backing images.
     async fn size_of(&self, image: &Below, file: File) -> Result<u64, Failure> {
         let disk = match kind(image.driver) {
             None => self.raw(file),
@@ -62,7 +62,7 @@ async fn is_empty(memory: &File) -> Result<bool, Errno> {
     Ok(head.to_vec().iter().all(|&byte| byte == 0))
 }
 
-/// What was written over one image is nonsense over another one.
+/// Checks that the memory was filled over this image, because over another one its content is garbage.
 async fn check_goes_on(image: &Below, memory: &File) -> Result<(), Failure> {
     let needs = formats::look(Kind::Qcow2, memory).await?;
     let parent = needs.parent.unwrap_or_default();
@@ -75,7 +75,7 @@ async fn check_goes_on(image: &Below, memory: &File) -> Result<(), Failure> {
     Err(Failure::new(
         Code::Image,
         format!(
-            "what the guest has written lies over {driver}:{name}, and over no other image: give that one, or make \
+            "the guest's changes belong to {driver}:{name}, and to no other image: give that one, or make \
              another disk for {}",
             image.path.display()
         ),

@@ -9,7 +9,7 @@ use diskio::Errno;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// How often, and how soon, the kernel is told again that nothing is under way.
+/// Number of attempts to tell the kernel that nothing is under way, and the time between them.
 const RESTS: u32 = 3;
 const MOMENT: Duration = Duration::from_millis(1);
 
@@ -23,11 +23,17 @@ impl Session {
         let Some(server) = self.server() else {
             return Err(Failure::new(Code::State, "the disk does not run"));
         };
-        // The guest still goes on: it waits only for what it writes meanwhile.
+        // The kernel would report success to a flush whose error this process has got.
+        let _ban = self.direct.forbid().await?;
+        // The guest still runs: it waits only for writes that it makes during this flush.
         let early = match server.is_read_only() {
             true => Ok(()),
             false => server.disk().flush().await,
         };
+        // A flush of the guest that arrives now reports it.
+        if let Err(error) = early {
+            self.lose(&server, error);
+        }
         if let Some(twin) = server.twin() {
             twin.flush().await;
         }
@@ -43,14 +49,14 @@ impl Session {
         early: Result<(), Errno>,
     ) -> Result<(), Failure> {
         let inactive = server.disk().inactivate().await;
-        // Each says what the other does not.
+        if let Err(error) = inactive {
+            self.lose(&server, error);
+        }
+        // Each flush may report an error that the other does not.
         let inactive = match early {
             Err(error) if error != Errno::OPNOTSUPP => Err(error),
             _ => inactive,
         };
-        if let Err(error) = inactive {
-            self.lose(&server, error);
-        }
         let closed = self.stop(server).await;
         inactive.map_err(|error| {
             Failure::system("not all of the image could be made durable", &error.into())
@@ -58,15 +64,15 @@ impl Session {
         closed
     }
 
-    /// Not all could be made durable, which the guest learns with its next flush. If that was because another host has
-    /// the lease, that flush finds out by itself.
+    /// Notes that writes may be lost, which the guest learns with its next flush. If the reason is that another host
+    /// has the lease, that flush meets the error itself.
     fn lose(&self, server: &Server, error: Errno) {
         if !server.is_lost_lease(error) {
             self.lost.add(error);
         }
     }
 
-    /// Gives the node back, and the image, all of which is durable: most of that while the guest goes on.
+    /// Gives the node back, and closes the image after a flush, most of which happens while the guest runs.
     pub(super) async fn pause_and_close(&self) -> Result<Reply, Failure> {
         let runs = self.state.borrow().server.is_some();
         let paused = match runs {
@@ -92,7 +98,7 @@ impl Session {
             let mut state = self.state.borrow_mut();
             state.server = None;
             state.disk = None;
-            // The image is locked as long as the server or this is there, so it is nobody else who changed it.
+            // The image stays locked until the server and this file are dropped, so no other process has changed it.
             let file = state.file.take();
             state.parents.clear();
             state.left = file.as_ref().and_then(inactive::stamp);
@@ -134,8 +140,9 @@ impl Session {
         stopped.map(|()| Reply::Done)
     }
 
-    /// An image could not be opened; so many operations that change a file had failed before. Another one may
-    /// be opened, or nobody has to wait, unless something may still be executed.
+    /// Cleans up after an image could not be opened; `failed` is the number of changing operations that had failed
+    /// before. Tells the kernel that another image may be opened and that the next process need not wait, unless an
+    /// operation may still be executed.
     pub(super) async fn retreat(&self, failed: u64) {
         if self.state.borrow().started {
             return;
@@ -157,14 +164,14 @@ impl Session {
         let (Some(tap), Some(tapdev::Fence::Session { .. }), false) = (tap, fence, unsure) else {
             return;
         };
-        // What failed may have been given up here, and be executed all the same.
+        // This process may have given up a failed operation that the storage still executes.
         let io = &self.runtime.io;
         if io.transfers() > 0 || self.troubles.has_any() || self.lost.has_any() {
             return;
         }
         let mut told = tap.rest();
         for _ in 0..RESTS {
-            // What a command brought after the server stopped goes back first.
+            // A request that a command brought after the server stopped goes back to the kernel first.
             let comes = link.as_ref().is_some_and(|link| link.has_commands());
             if told.is_ok() || !comes || io.sleep(MOMENT).await.is_err() {
                 break;
@@ -177,7 +184,7 @@ impl Session {
         }
     }
 
-    /// Finishes and commits what was fetched, gives everything back, and ends the process.
+    /// Finishes and commits the requests that it has, gives everything back, and ends the process.
     pub async fn leave(&self) -> Result<(), Failure> {
         let _alone = self.gate.alone().await;
         let closed = self.close().await;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! From an export to a disk. The supervisor makes the connections, and opens what proves who both ends are.
+//! Opening the disk of an export. The supervisor makes the connections, and opens the files that prove the identity of
+//! both ends.
 
 use super::image::Parts;
 use crate::Needs;
@@ -43,7 +44,7 @@ impl Parts<'_> {
     }
 }
 
-/// Who a server has to be, if it has to prove that.
+/// Returns the host name that a server's certificate must have, if it needs one.
 fn must_prove(target: &Target) -> Result<Option<String>, Failure> {
     match (target.tls(), target.export().map(Export::listener)) {
         (None, _) => Ok(None),
@@ -54,7 +55,7 @@ fn must_prove(target: &Target) -> Result<Option<String>, Failure> {
     }
 }
 
-/// Who asks for connections to a server.
+/// Factory of connections to a server, which the supervisor makes.
 #[derive(Debug)]
 struct Server {
     needs: Rc<Needs>,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! From the image that came along to a disk. An image may name others: the supervisor is asked for them.
+//! Opening the disk in an image that the supervisor has sent. An image may name others, and this process asks the
+//! supervisor for them.
 
 use super::cow::MEMORY;
 use super::Session;
@@ -27,7 +28,7 @@ pub(super) fn kind(driver: Driver) -> Option<Kind> {
     }
 }
 
-/// What a driver's images are as parents.
+/// Returns the type of a driver's images as backing images.
 pub(super) fn below(driver: Driver) -> Result<Below, Failure> {
     match (kind(driver), driver.has_image()) {
         (Some(kind), true) => Ok(Below::Format(kind)),
@@ -38,7 +39,7 @@ pub(super) fn below(driver: Driver) -> Result<Below, Failure> {
     }
 }
 
-/// No write makes a file longer than what it writes.
+/// Makes sure that a write does not round up the size of a file.
 fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
     file.keep_size()
         .map(drop)
@@ -46,8 +47,8 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
 }
 
 impl Session {
-    /// Looks whether an image can be opened that somebody else serves. Of one with tables only the header
-    /// is looked at: the rest may be changing.
+    /// Checks that an image can be opened while another process serves it. It reads only the header of an image with
+    /// tables, because the rest may be changing.
     pub(super) async fn prepare(
         &self,
         open: Open,
@@ -79,8 +80,8 @@ impl Session {
         Ok(Reply::Fit { size: None })
     }
 
-    /// The image that came along, locked when I/O of the process before is over: what is read now must not
-    /// change any more. The kernel knows before when that of this one is.
+    /// Returns the image that the supervisor has sent, locked after the I/O of the previous process is over: from now
+    /// on its content must not change. Before that, the kernel has learned when the I/O of this process will be over.
     pub(super) async fn locked(
         &self,
         open: &Open,
@@ -94,7 +95,21 @@ impl Session {
         };
         self.reach(open, Fence::of_descriptor(&image)).await?;
         let file = drivers::image(&self.runtime.io, open, Some(image)).await?;
+        self.forget_lost(&file)?;
         Ok(Some(file))
+    }
+
+    /// Where something was lost, the page cache may hold what the storage could not write back as if it were durable. A
+    /// driver that found a table there would rely on it.
+    fn forget_lost(&self, file: &File) -> Result<(), Failure> {
+        if !self.lost().is_owed() {
+            return Ok(());
+        }
+        let forgotten = file.forget();
+        forgotten.map_err(|error| {
+            let what = "cannot drop from the page cache what the storage may have lost";
+            Failure::system(what, &error.into())
+        })
     }
 
     /// The disk that `open` asks for.
@@ -112,7 +127,7 @@ impl Session {
         parts.disk(file).await
     }
 
-    /// Makes an image that goes on from the one that is served, which stays as it is and is served on.
+    /// Creates an image on top of the served one, which does not change and stays in use.
     pub(super) async fn overlay(
         &self,
         target: Target,
@@ -132,20 +147,21 @@ impl Session {
         let paths = open.target.path().zip(target.path());
         let (Some(kind), Some((parent, child))) = (kind, paths) else {
             return Err(Failure::invalid(format!(
-                "{target} cannot go on from another image: use qcow2 or vhd"
+                "{target} cannot have a backing image: use qcow2 or vhd"
             )));
         };
         let base = Base::of(from, parent, &served, child).await?;
         let image = image.ok_or_else(|| Failure::invalid("the new image's file is missing"))?;
         let name = format!("the image of {target}");
-        // Nobody else knows of it yet, and a lock would be there until the sender has closed it, too.
+        // Only the sender knows this file, and it is not locked, because the lock would last until the sender has
+        // closed its descriptor, too.
         let image = drivers::file(io, image, LockKind::Write, None, &name).await?;
         formats::overlay(&image, kind, disk.size, &base).await?;
         Ok(Reply::Done)
     }
 
-    /// What the disk will be like that `open` asks for, of an image that somebody else may be using:
-    /// nothing is locked or written, and what was read is forgotten.
+    /// Returns the properties of the disk that `open` describes, while another process may be using the image: it
+    /// neither locks nor changes the image, and drops all that it has read.
     pub(super) async fn look(
         &self,
         open: &Open,
@@ -177,7 +193,7 @@ impl Session {
 pub(super) struct Parts<'s> {
     pub(super) session: &'s Session,
     pub(super) open: &'s Open,
-    /// Somebody else may be using the image: nothing is locked or written.
+    /// True if another process may be using the image: this one neither locks nor changes it.
     pub(super) looks: bool,
     /// The numbers by which the kernel knows files below.
     pub(super) backings: RefCell<BTreeMap<PathBuf, u16>>,
@@ -199,7 +215,7 @@ impl Parts<'_> {
         }
         let writable = !open.read_only && !self.looks;
         if kind == Kind::Vmdk && writable {
-            // It may be a text, which ends where its last line does.
+            // The image may be a text, which ends with its last line.
             keep_size(&mut file, &format!("the image of {}", open.target))?;
         }
         let path = open.target.path().unwrap_or(Path::new(MEMORY));
@@ -242,7 +258,7 @@ impl formats::Files<File> for Parts<'_> {
             self.backings.borrow_mut().insert(path.into(), backing);
         }
         let locked = (given.lock && !self.looks).then_some(LockPart::Whole);
-        // It may be on other storage than the image. What reads a parent can do no harm later.
+        // The file may be on other storage than the image. A parent is only read, so late I/O on it does no harm.
         if writable {
             let fence = Fence::of_descriptor(&given.fd);
             self.session.reach(self.open, fence).await?;
@@ -254,8 +270,9 @@ impl formats::Files<File> for Parts<'_> {
             file = file.with_shared_cache();
         }
         if writable {
-            // It has as many bytes of the disk as the image says.
+            // The file has as many bytes of the disk as the image claims.
             keep_size(&mut file, &name)?;
+            self.session.forget_lost(&file)?;
         } else if locked.is_some() {
             let mut state = self.session.state.borrow_mut();
             state.parents.push((path.into(), file.clone()));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk whose image is somebody else's for the time being: its guest is suspended, or has not arrived.
+//! An inactive disk, whose image belongs to another process for some time: its guest is suspended, or has not arrived.
 //!
-//! It has the node and nothing of the image. What is asked of it waits in the kernel, and that something
-//! does is told: the guest goes on here, and the image is wanted again.
+//! It has the node, and no access to the image. Its requests wait in the kernel, and the supervisor learns when one
+//! arrives: that means that the guest runs here and the image is needed again.
 
 use super::{no_node, Session};
 use crate::told::describe;
@@ -15,16 +15,16 @@ use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::task::Poll;
 
-/// What is kept of the image.
+/// State of an inactive disk's image.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Inactive {
-    /// How it was left.
+    /// State in which the image was left.
     stamp: Option<Stamp>,
 }
 
 impl Session {
-    /// Lets go of the image of a guest that is suspended. Nothing of its requests is given up: they are
-    /// served first, because it may go on with the same ring.
+    /// Closes the image of a guest that is suspended. The requests of the guest are served first and not handed back,
+    /// because it may resume with the same ring.
     pub(super) async fn inactivate(&self) -> Result<Reply, Failure> {
         if let Some(inactive) = self.state.borrow().inactive {
             let stamp = inactive.stamp;
@@ -74,13 +74,13 @@ impl Session {
         if let Some(link) = link {
             link.watch();
         }
-        // NBD clients that wait already say once more that they want something.
+        // NBD clients that already wait must note again that they want to use the disk.
         for waker in self.waiting.take() {
             waker.wake();
         }
     }
 
-    /// Waits until the disk is inactive and something is asked of it.
+    /// Waits until the disk is inactive and a request or a client waits for it.
     pub(super) async fn wanted(&self) {
         poll_fn(|cx| match &self.state.borrow().link {
             Some(link) => link.poll_wanted(cx.waker()),
@@ -92,7 +92,7 @@ impl Session {
         .await;
     }
 
-    /// Is not told any more when something is asked of the disk.
+    /// Stops noticing requests and clients.
     pub(super) async fn stop_watching(&self) {
         if self.state.borrow_mut().inactive.take().is_none() {
             return;
@@ -105,7 +105,7 @@ impl Session {
     }
 }
 
-/// How an image is now.
+/// Returns the present state of an image's file.
 pub(super) fn stamp(image: &File) -> Option<Stamp> {
     let file = fstat(image).ok()?;
     // A server of files has times of its own, which come when they come.
@@ -121,8 +121,9 @@ pub(super) fn stamp(image: &File) -> Option<Stamp> {
     })
 }
 
-/// An image that was left by this disk must be as it was, unless others write it all the time: their guests agree about
-/// that among themselves, and look again for what they have in memory. What has one writer has it there, too.
+/// Checks that an image has not changed since this disk left it. A shared image may change at any time: its guests
+/// agree on that among themselves, and read again what they have in memory. An image with one writer has that writer's
+/// data there, too.
 pub(super) fn check(
     open: &Open,
     image: Option<&File>,
@@ -133,8 +134,8 @@ pub(super) fn check(
         Some(stamp) if image.and_then(self::stamp) != Some(stamp) => Err(Failure::new(
             Code::Image,
             format!(
-                "{} was written while the guest was suspended, and what the guest has of it in memory is old: \
-                 end the guest, or, if what was written is its own, let it go on with tap-ctl unpause",
+                "{} has changed while the guest was suspended, and the guest's memory has old content of it: \
+                 end the guest, or, if the changes are its own, resume it with tap-ctl unpause",
                 open.target
             ),
         )),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The key of an image that is encrypted: the supervisor opens the file with it, and nobody else hears of what that holds.
+//! The key of an encrypted image: the supervisor opens its file, and only this process reads the content.
 
 use super::image::Parts;
 use control::tapdisk::Needed;

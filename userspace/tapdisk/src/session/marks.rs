@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! NBD clients are told where the disk was written since its marks.
+//! Marks (dirty bitmaps) for NBD clients: the ranges that the guest has changed since each mark.
 //!
-//! The maps of the marks are the supervisor's. It is asked for what they say once, and what this process notes from then on
-//! is added: so all that was written and answered before a client asks is in what it is told, and a client that asks a
-//! thousand times is a client that the supervisor hears of once. It is asked again after everything that may have ended a
-//! mark, and by its number, so that another one of the same name is not taken for it. Of a mark that is gone a client
-//! hears that it is, never that nothing has changed.
+//! The supervisor has the content of the marks. This process asks it for their content once, and adds the bits of its
+//! own dirty bitmap: so an answer to a client covers all writes that were answered before its question, and a thousand
+//! questions of clients cost the supervisor one. It asks again after each event that may have ended a mark, and by the
+//! mark's number, so that a later mark of the same name is not confused with it. If a mark is gone, the client gets an
+//! error, never an empty answer.
 
 use super::Session;
 use crate::bits::Bits;
@@ -19,20 +19,20 @@ use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-/// How long a supervisor may be away while somebody wants to know something of marks.
+/// Time that a supervisor may be away while a client asks about marks.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What is known of marks.
+/// Marks that clients know.
 #[derive(Debug, Default)]
 pub(super) struct Marks {
-    /// How often something may have become of them.
+    /// Number of events that may have changed or ended one.
     changes: Cell<u64>,
-    /// Those that clients want to know something of. They share it: it may be a megabyte.
+    /// Marks that clients ask about. They share the content, which may be a megabyte.
     known: RefCell<Vec<Weak<Since>>>,
 }
 
 impl Marks {
-    /// Something may have become of them: the supervisor is to be asked again.
+    /// Notes that a mark may have changed or ended, so that the next question goes to the supervisor again.
     pub(super) fn look_again(&self) {
         self.changes.set(self.changes.get().wrapping_add(1));
     }
@@ -54,7 +54,7 @@ impl Marks {
     }
 }
 
-/// Where the disk was written since a mark.
+/// Ranges that the guest has changed since a mark.
 #[derive(Debug)]
 pub(crate) struct Since {
     number: u64,
@@ -77,14 +77,15 @@ impl Since {
     }
 }
 
-/// What the supervisor has said.
+/// Content of a mark, from the supervisor.
 #[derive(Debug)]
 struct Known {
     at: Moment,
     bits: Bits,
 }
 
-/// What it says is good as long as none of these changes: this process alone writes then, and notes it in one map.
+/// Validity of that content: it is right as long as none of these fields changes, because only this process then
+/// changes the disk, with one bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Moment {
     serve: u64,
@@ -97,7 +98,7 @@ struct Moment {
 pub(crate) struct Part {
     /// Bytes, not 0.
     pub(crate) len: u64,
-    /// It may have been written.
+    /// The guest may have changed it.
     pub(crate) is_changed: bool,
 }
 
@@ -107,7 +108,7 @@ impl Session {
     /// # Errors
     /// The supervisor does not say.
     pub(crate) async fn since_marks(&self) -> Result<Vec<Rc<Since>>, Failure> {
-        // There are none, and nobody who would have to be asked, where nothing is noted.
+        // Without a dirty bitmap there are no marks, and there may be no supervisor to ask.
         if self.running().await.notes().is_none() {
             return Ok(Vec::new());
         }
@@ -118,11 +119,11 @@ impl Session {
             .collect())
     }
 
-    /// Up to `most` parts in a row, which need not reach the end of the range, with all that was written since a mark and
-    /// answered before this was called.
+    /// Returns up to `most` contiguous parts, which need not reach the end of the range. They cover all writes since a
+    /// mark that were answered before this call.
     ///
     /// # Errors
-    /// The range is none of the disk; or nobody knows.
+    /// The range is outside of the disk or not a whole number of its blocks, or the content of the mark is unknown.
     pub(crate) async fn changed(
         &self,
         since: &Since,
@@ -135,7 +136,8 @@ impl Session {
             inside::check(&server, offset, len)
                 .map_err(|_| Failure::invalid("that is no range of whole blocks of the disk"))?;
             let notes = server.notes();
-            let notes = notes.ok_or_else(|| since.unknown("nothing is noted any more"))?;
+            let notes =
+                notes.ok_or_else(|| since.unknown("the disk has no dirty bitmap any more"))?;
             let now = self.moment(&server);
             // Nothing is waited for from here to the answer.
             if let Some(known) = &*since.known.borrow() {
@@ -157,7 +159,7 @@ impl Session {
         }
     }
 
-    /// What the supervisor says.
+    /// Asks the supervisor for the content of a mark.
     async fn heard(&self, since: &Since, size: u64, notes: &Notes) -> Result<Bits, Failure> {
         let mut bits = notes.bits().none_of();
         let mut from = 0;
@@ -184,7 +186,7 @@ impl Session {
     }
 }
 
-/// What either of them has.
+/// Returns the union of two bitmaps in a range.
 fn parts(one: &Bits, other: &Bits, offset: u64, len: u64, most: usize) -> Vec<Part> {
     let (unit, end) = (one.unit(), offset + len);
     let mut parts: Vec<Part> = Vec::new();

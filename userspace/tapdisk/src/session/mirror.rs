@@ -5,7 +5,7 @@ use super::image::{below, kind};
 use super::Session;
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
-use crate::twin::Twin;
+use crate::twin::{Twin, WriteLock};
 use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
@@ -18,7 +18,7 @@ use std::rc::Rc;
 
 /// Parts of a cluster of a qcow2 image that has such.
 const SUBCLUSTERS: u64 = 32;
-/// Bytes of which a VHD says that it has them itself.
+/// Bytes of a sector, for each of which a VHD has a bit.
 const SECTOR: u64 = 512;
 
 impl Session {
@@ -36,7 +36,7 @@ impl Session {
         };
         if server.is_read_only() || open.read_only || rate == 0 {
             return Err(Failure::invalid(
-                "a mirror is of a disk that is written, to an image that may be, at some rate",
+                "a mirror needs a writable disk, a writable image and a rate above 0",
             ));
         }
         if server.twin().is_some_and(|twin| twin.is_active()) {
@@ -54,17 +54,18 @@ impl Session {
             )));
         };
         let open = Open {
-            // Others would have to be asked for, and belong to the image that is served.
+            // Other files would need questions to the supervisor, and belong to the served image.
             may_ask: is_below || open.target.export().is_some() || open.target.key().is_some(),
             kernel_holds: false,
-            // The lock of who reads it is in the way.
+            // The reader's own lock would be in the way.
             shared: is_below,
             ..open
         };
         let file = self.locked(&open, image).await?;
-        if let Some(file) = file.as_ref().filter(|_| is_below) {
-            self.take_lock(&open.target, file)?;
-        }
+        let lock = match file.as_ref().filter(|_| is_below) {
+            Some(file) => Some(self.take_lock(&open.target, file)?),
+            None => None,
+        };
         if let Some(file) = file.as_ref().filter(|_| !is_below && open.may_ask) {
             check_alone(&open, file).await?;
         }
@@ -88,16 +89,17 @@ impl Session {
                 return Err(failure);
             }
         };
-        let twin = Twin::new(disk, shape.size, is_below, ban);
+        let twin = Twin::new(disk, shape.size, lock, is_below, ban);
         mirror::begin(self, &server, twin, rate);
         Ok(Reply::Done)
     }
 
-    /// Bytes of the parts of the disk that the image that is served has itself or not; nothing if that does not go on
-    /// from this one, by its header.
+    /// Returns the length in bytes of the parts of the disk that the served image may hold separately; `None` if
+    /// `target` is not its backing image, according to its header.
     ///
     /// # Errors
-    /// It keeps something else that shows what is below, or is of another format.
+    /// The image has snapshots that need the backing image, or its format does not support a commit while it
+    /// is served.
     async fn parts_over(&self, disk: &Disk, target: &Target) -> Result<Option<u64>, Failure> {
         let (open, file) = {
             let state = self.state.borrow();
@@ -137,8 +139,9 @@ impl Session {
         Ok(Some(header.cluster() / parts))
     }
 
-    /// Where what is below the image at `child` was found when that was opened. It may have several names, of which the
-    /// first counts that leads to what is meant: another one may be of something deeper in the chain.
+    /// Returns the path at which the backing image of the image at `child` was found when it was opened. The header may
+    /// have several names, of which the first one counts that leads to the right image: another one may lead to an
+    /// image deeper in the chain.
     async fn place_of(&self, parent: &Parent, child: &Path) -> Result<Option<PathBuf>, Failure> {
         for name in &parent.names {
             let place = formats::resolve(name, child)?;
@@ -162,9 +165,9 @@ impl Session {
         Ok(None)
     }
 
-    /// Locks for writing what is below, in place of the lock of who reads it there: that others read it would be as
-    /// wrong as that they write it.
-    fn take_lock(&self, target: &Target, file: &File) -> Result<(), Failure> {
+    /// Locks the backing image for writing, in place of the reader's lock: no other process may read it any more,
+    /// because its content changes.
+    fn take_lock(&self, target: &Target, file: &File) -> Result<WriteLock, Failure> {
         let state = self.state.borrow();
         let mut parents = state.parents.iter();
         let view = parents.find(|(path, _)| Some(&**path) == target.path());
@@ -177,13 +180,13 @@ impl Session {
         let failed = |error| Failure::system(format!("cannot lock {target}"), &error);
         view.unlock().map_err(failed)?;
         let Err(error) = file.lock(LockKind::Write) else {
-            return Ok(());
+            return Ok(WriteLock::new(file, view));
         };
         view.lock(LockKind::Read).map_err(failed)?;
         match error.kind() {
             io::ErrorKind::WouldBlock => Err(Failure::new(
                 Code::Busy,
-                format!("somebody else reads {target}, and would see it change: end that, on other hosts too"),
+                format!("another process reads {target}, and would see it change: end it, on other hosts too"),
             )),
             _ => Err(failed(error)),
         }
@@ -205,7 +208,7 @@ impl Session {
     }
 }
 
-/// An image for whose key may be asked names nothing else that would be asked for then.
+/// Checks that an image for whose key this process asks names no other file, because it would ask for that, too.
 async fn check_alone(open: &Open, file: &File) -> Result<(), Failure> {
     let Some(kind) = kind(open.target.driver()) else {
         return Ok(());
@@ -213,15 +216,15 @@ async fn check_alone(open: &Open, file: &File) -> Result<(), Failure> {
     match formats::look(kind, file).await?.parent {
         None => Ok(()),
         Some(_) => Err(Failure::unsupported(format!(
-            "{} goes on from another image, and a disk is copied to one that stands alone: make that with qemu-img \
+            "{} has a backing image, and a mirror needs an image without one: create it with qemu-img \
              create, without -b",
             open.target
         ))),
     }
 }
 
-/// A write of a part of a cluster may move the rest of it, which who reads it there does not learn. Nobody does where
-/// the image over it has all of the cluster itself.
+/// Returns true if a write of a part of a cluster may move the rest of it, which the reader of that image does not
+/// learn. No reader needs the moved part if the image on top has all of the cluster.
 fn may_move(below: &Open) -> bool {
     matches!(
         below.target.driver(),
@@ -229,7 +232,7 @@ fn may_move(below: &Open) -> bool {
     )
 }
 
-/// It was not used; that it cannot be closed in order harms nobody.
+/// Closes a disk that was not used, so a failure has no consequence.
 async fn close(disk: Disk) {
     if let Err(error) = disk.close().await {
         diskio::say!("tapdisk: the other image was not closed: {error}");

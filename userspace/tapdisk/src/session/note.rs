@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is noted where the disk is written, as long as somebody wants to know.
+//! Keeping the dirty bitmap while a client needs it.
 
 use super::Session;
 use crate::notes::Notes;
@@ -9,8 +9,8 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 impl Session {
-    /// What the process before has noted. Nothing is written without: what nobody notes would be missing in somebody's
-    /// copy.
+    /// Returns the dirty bitmap of the previous process. Without it the disk is not served, because changes that it
+    /// misses would be missing in a backup.
     pub(super) async fn find_notes(&self, open: &Open) -> Result<Option<Rc<Notes>>, Failure> {
         let Some(unit) = open.notes else {
             return Ok(None);
@@ -19,8 +19,8 @@ impl Session {
         Ok(Some(Rc::new(Notes::new(given.fd, unit)?)))
     }
 
-    /// From now on what is written is noted in `memory`, and nowhere without one. What is under way is over then, and
-    /// what follows is in it: so whoever looks at the disk after the answer misses nothing.
+    /// Keeps the dirty bitmap in `memory` from now on, or not at all if there is none. Earlier requests are over then,
+    /// and the bitmap covers all later ones: so a client that reads the disk after the answer misses nothing.
     pub(super) async fn set_notes(
         &self,
         unit: Option<u64>,
@@ -33,7 +33,7 @@ impl Session {
         };
         let is_wanted = given.is_some();
         self.while_still(&self.noted, is_wanted, |server, open| {
-            // Not before that: it may be what is noted in already, until now.
+            // It is read only now, because until now it may be the bitmap in use.
             let notes = given.map(|(unit, memory)| Notes::new(memory, unit));
             let notes = notes.transpose()?.map(Rc::new);
             open.notes = unit;

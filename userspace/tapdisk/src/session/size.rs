@@ -29,7 +29,8 @@ impl Session {
             let _all = server.claim(0, u64::MAX, true).await;
             server.disk().grow(size).await?;
         }
-        // Also if nothing changed: who asks again may not have heard that it did.
+        // The guest's size is updated even if nothing changed, because a caller that repeats the request may have
+        // missed the first answer.
         self.resize().await
     }
 
@@ -47,10 +48,10 @@ impl Session {
         };
         let size = server.disk().resize().await?;
         if let Some(twin) = server.twin().filter(|_| size != server.size()) {
-            // What there is behind the old end nobody has compared.
+            // The part behind the old end was not compared.
             twin.end(Mirroring::Ended);
         }
-        // The kernel must not use what is not there any more, until it is told what is.
+        // The kernel must not use the part that is cut off, until it gets the new size.
         let _ban = match size < server.size() {
             true => Some(self.direct.forbid().await?),
             false => None,

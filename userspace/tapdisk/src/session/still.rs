@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is to see all requests from a moment on begins when none is under way.
+//! Observers that must see all requests from a moment on begin when no request is under way.
 
 use super::Session;
 use crate::direct::Ban;
@@ -9,8 +9,7 @@ use control::{Code, Failure};
 use std::cell::RefCell;
 
 impl Session {
-    /// The kernel executes nothing by itself as long as somebody is to see all requests, whatever another process has
-    /// told it.
+    /// Suspends passthrough if an observer must see all requests, whatever mappings another process has sent.
     pub(super) async fn ban_if(&self, is_wanted: bool) -> Result<Option<Ban>, Failure> {
         match is_wanted {
             true => self.direct.forbid().await.map(Some),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! It is written down what is asked of the disk, as long as somebody wants to know.
+//! Tracing of the disk's requests while an administrator wants it.
 
 use super::Session;
 use crate::tracer::Tracer;
@@ -9,7 +9,8 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 impl Session {
-    /// The trace of the process before. The disk is served without it if there is none any more, which is told.
+    /// The trace of the process before. If it is gone, the disk is served without it, and the supervisor learns of
+    /// that.
     pub(super) async fn find_tracer(&self, open: &Open, size: u64) -> Option<Rc<Tracer>> {
         self.untraced.clear();
         if !open.trace {
@@ -25,8 +26,8 @@ impl Session {
         }
     }
 
-    /// From now on it is written down in `file` what is asked of the disk, and nowhere without one. What is under way is
-    /// over then: so all that the disk becomes after this moment is in the trace.
+    /// Traces requests to `file` from now on, or ends the trace if there is none. Earlier requests are over then, so
+    /// the trace has all later changes of the disk.
     pub(super) async fn set_trace(
         &self,
         on: bool,
@@ -39,7 +40,7 @@ impl Session {
         }
         self.untraced.clear();
         if !on && self.server().is_none() {
-            // Nothing is served, and what is to be served next says whether that is traced.
+            // No image is served, and the next open says whether its disk is traced.
             return Ok(Reply::Done);
         }
         self.while_still(&self.traced, on, |server, open| {

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The part of its group's limits that a disk has at the moment.
 //!
-//! What may be done now is counted rather than until when something would be over, because the pace changes all the
-//! time: what was saved up or is owed is the same in bytes, whatever they take from now on. A disk that was just opened
-//! has saved up nothing, so a process that ends and is replaced gains nothing by that. Nothing that was saved up is more
-//! than a burst at the present pace; so disks whose paces are never more than the group's in sum have never saved up
-//! more than its burst.
+//! A purse counts what may be done now, and not the time at which earlier work would be over, because the pace changes
+//! all the time: credit and debt stay the same in bytes, whatever the pace becomes. A disk that was just opened has no
+//! credit, so a new process gains nothing over the old one. Credit is at most a burst at the present pace, so disks
+//! whose paces together never exceed the group's never have more credit than the group's burst.
 
 use control::{Pace, Share, MILLI};
 use std::time::Duration;
 
 const SECOND: i128 = 1_000_000_000;
-/// A disk without a pace looks again after so many nanoseconds; it is told before if it gets one.
+/// Nanoseconds after which a disk without a pace checks again; a new pace wakes it earlier.
 const LONGEST: u64 = 3_600_000_000_000;
 
-/// What may be done now of one thing, in billionths of it, and when that was so, in nanoseconds. What is owed is below 0.
+/// Credit in billionths of a byte or request, and its time in nanoseconds. A debt is below 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Purse {
     have: i128,
@@ -58,7 +57,7 @@ impl Purse {
     }
 }
 
-/// How long something has to wait, and for what.
+/// Time that a request has to wait, for each kind of limit, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Waits {
     pub(super) bytes: u64,
@@ -72,7 +71,7 @@ impl Waits {
     }
 }
 
-/// A share, and what is left of it.
+/// A share, and its remaining credit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Allotment {
     share: Share,
@@ -81,7 +80,7 @@ pub(super) struct Allotment {
 }
 
 impl Allotment {
-    /// Of a disk that has saved up nothing.
+    /// Makes the allotment of a disk without credit.
     pub(super) fn new(share: Share, now: u64) -> Self {
         let empty = Purse { have: 0, at: now };
         Self {
@@ -91,8 +90,8 @@ impl Allotment {
         }
     }
 
-    /// From now on it is this one, and what is left is the same, as far as that may be saved up. One that was said before
-    /// the present one is late.
+    /// Replaces the share; the credit stays, up to a burst of the new one. A share that is older than the present one
+    /// is ignored.
     pub(super) fn change(&mut self, share: Share, now: u64) {
         self.fill(now);
         if share.until < self.share.until {
@@ -106,7 +105,7 @@ impl Allotment {
         self.share.pace_at(Duration::from_nanos(now))
     }
 
-    /// When its pace changes.
+    /// Returns the times at which its pace changes, in nanoseconds.
     fn turns(&self) -> [u64; 2] {
         [self.share.until, self.share.from]
             .map(|turn| u64::try_from(turn.as_nanos()).unwrap_or(u64::MAX))
@@ -120,7 +119,7 @@ impl Allotment {
             }
         }
         self.fill_at(now, self.pace(self.bytes.at));
-        // What was saved up is worth a burst of the present pace.
+        // Credit is limited to a burst of the present pace.
         self.fill_at(now, self.pace(now));
     }
 
@@ -130,7 +129,7 @@ impl Allotment {
         self.requests.fill(now, pace.milli_requests, burst_s);
     }
 
-    /// How long a request has to wait now.
+    /// Returns the time that a request has to wait now.
     pub(super) fn wait(&mut self, now: u64) -> Waits {
         self.fill(now);
         let pace = self.pace(now);
@@ -143,7 +142,7 @@ impl Allotment {
         }
     }
 
-    /// A request of so many bytes begins.
+    /// Notes that a request of that many bytes begins.
     pub(super) fn take(&mut self, now: u64, bytes: u64) {
         self.fill(now);
         let pace = self.pace(now);
@@ -180,7 +179,7 @@ mod tests {
     enum Step {
         /// A request, after a pause.
         Request(u64, u64),
-        /// Another share, after a pause: its pace, how long it lasts, and what is then.
+        /// Another share, after a pause: the pause, its pace, its time, and the pace after that.
         Share(u64, u64, u64, u64),
     }
 
@@ -194,7 +193,7 @@ mod tests {
         ]
     }
 
-    /// Bytes that may be done between two moments by what was told, whole milliseconds.
+    /// Bytes that the announced shares allow between two moments, in whole milliseconds.
     struct Told(Vec<(u64, Share)>);
 
     impl Told {
@@ -213,8 +212,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes when, and whatever is told when: in no window there is more than what was told for it, the
-        /// burst of its beginning, and one request.
+        /// For any sequence of requests and shares: no window has more than its shares, the burst of its beginning, and
+        /// one request.
         #[test]
         fn no_window_has_more_than_what_was_told(
             steps in prop::collection::vec(step(), 1..60),
@@ -253,7 +252,7 @@ mod tests {
             }
             for (index, (from, _)) in passed.iter().enumerate() {
                 let mut allowed = u128::from(told.pace(*from)) * u128::from(burst_s) * u128::from(SECOND);
-                // What was saved up just before a pace sank is gone.
+                // Credit from just before a lower pace is gone.
                 let before = told.pace(from.saturating_sub(MS).max(SECOND));
                 allowed = allowed.max(u128::from(before) * u128::from(burst_s) * u128::from(SECOND));
                 let (mut at, mut sum) = (*from, 0_u128);
@@ -282,7 +281,7 @@ mod tests {
         assert_eq!(of.wait(10 * SECOND).bytes, 500 * MS);
         assert_eq!(of.wait(10 * SECOND + 500 * MS).bytes, 2 * SECOND);
         assert_eq!(of.wait(13 * SECOND).bytes, 0);
-        // One that was said before that comes late, and changes nothing.
+        // An older share that arrives late changes nothing.
         of.change(share(u64::MAX, SECOND, u64::MAX, 1), 13 * SECOND);
         of.take(13 * SECOND, 750);
         assert_eq!(of.wait(13 * SECOND).bytes, SECOND);

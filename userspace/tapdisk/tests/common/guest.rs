@@ -40,7 +40,7 @@ pub(crate) struct Guest<'a> {
     fake: &'a Fake,
     pub(crate) model: Vec<u8>,
     depth: usize,
-    /// Tag, and what a read must give.
+    /// Tag, and the expected data of a read.
     sent: VecDeque<(u16, Option<Vec<u8>>)>,
 }
 

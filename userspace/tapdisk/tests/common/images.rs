@@ -48,7 +48,7 @@ impl Folder {
         self.0.path().join(name)
     }
 
-    /// Runs qemu-img here; its status and what it says.
+    /// Runs qemu-img in the folder; returns its status and its output.
     pub(crate) fn qemu_img(&self, args: &[&str]) -> (i32, String) {
         let mut command = Command::new("qemu-img");
         let output = command.args(args).current_dir(self.0.path()).output();
@@ -58,7 +58,7 @@ impl Folder {
         (output.status.code().expect("a status"), text)
     }
 
-    /// The same, which must succeed.
+    /// Runs qemu-img, which must succeed.
     pub(crate) fn img(&self, args: &[&str]) -> String {
         let (status, text) = self.qemu_img(args);
         assert_eq!(status, 0, "qemu-img {args:?}: {text}");
@@ -91,9 +91,9 @@ impl Folder {
         words
     }
 
-    /// What QEMU reads of an image.
+    /// Returns the content that QEMU reads from an image.
     pub(crate) fn content(&self, format: &str, name: &str) -> Vec<u8> {
-        // It need not survive a loss of power.
+        // The copy need not survive a power cut.
         let convert = ["convert", "-t", "unsafe", "-O", "raw"];
         let words = self.words(&convert, format, name);
         let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -102,7 +102,7 @@ impl Folder {
         fs::read(self.path("content.raw")).expect("read")
     }
 
-    /// Makes an image that is encrypted, with a key that takes so many milliseconds, and what else is behind that.
+    /// Makes an encrypted image, with a key that takes that many milliseconds, and the other options behind that.
     pub(crate) fn sealed(&self, format: &str, name: &str, options: &str, size: u64) {
         fs::write(self.path("key"), KEY).expect("write");
         let (how, before) = match format {
@@ -170,17 +170,17 @@ pub(crate) fn key(bytes: &[u8]) -> OwnedFd {
     file.into()
 }
 
-/// Gives a process so many files that it asks for. What it could leave to the next one it asks for first,
-/// and does without.
+/// Gives a process `files` files that it asks for. It asks first for the memory that would survive it, which is
+/// refused.
 pub(crate) fn give(channel: &mut Channel, files: usize) -> Vec<Needed> {
     give_to(channel, files, false)
 }
 
-/// The same, with what is only read to be read through the page cache or not.
+/// Gives `files` files; those that are only read go through the page cache if `cached` is set.
 fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
     let (mut known, mut asked) = (0, Vec::new());
     while asked.len() < 1 + files {
-        // Who fails asks for nothing more: the answer says why.
+        // A process whose open fails asks for no more files: its answer has the reason.
         let Ok(Reply::Needs { needs }) = channel.ask(Request::Needs { after: known }, &[]) else {
             break;
         };
@@ -200,7 +200,7 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
     asked
 }
 
-/// An image that is served, with so many files beside it.
+/// An image that is served, with that many files beside it.
 pub(crate) struct Served {
     pub(crate) path: PathBuf,
     pub(crate) driver: &'static str,
@@ -239,7 +239,7 @@ impl Served {
     }
 }
 
-/// What a guest does. A discarded range may read as anything, so there is none.
+/// Requests of a guest. A discarded range may read as anything, so there is none.
 pub(crate) fn steps() -> Vec<Step> {
     let mut runner = TestRunner::deterministic();
     let step = step(SIZE / 512).prop_filter("what is read afterwards is known", |step| {
@@ -264,7 +264,7 @@ pub(crate) fn holds(fake: &Fake, model: &[u8]) {
     }
 }
 
-/// Has a request done, which must be; returns what it has read.
+/// Sends a request, which must succeed; returns the data of a read.
 pub(crate) fn answered(fake: &Fake, op: Op, sector: u64, bytes: &[u8]) -> Vec<u8> {
     let len = if op == Op::Read { bytes.len() } else { 0 };
     let tag = fake.send(op, sector, bytes, false).expect("a request");

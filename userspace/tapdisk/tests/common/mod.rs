@@ -32,7 +32,7 @@ pub(crate) const SIZE: u64 = 1 << 20;
 /// Sectors of an image.
 pub(crate) const SECTORS: u64 = SIZE / 512;
 
-/// What a driver of a test says of itself: nothing special, with a write cache or without.
+/// Returns the properties of a test's disk: nothing special, with a write cache or without.
 pub(crate) fn shape(write_cache: bool) -> Shape {
     Shape {
         size: SIZE,
@@ -77,7 +77,7 @@ impl Image {
     }
 }
 
-/// What a tapdisk needs with a higher number than `after`.
+/// Returns the open questions of a tapdisk with a higher number than `after`.
 pub(crate) fn needs(channel: &mut Channel, after: u64) -> Vec<Need> {
     match channel.ask(Request::Needs { after }, &[]) {
         Ok(Reply::Needs { needs }) => needs,
@@ -101,7 +101,7 @@ pub(crate) fn provide(
     assert_eq!(channel.ask::<_, Reply>(&question, &fds), Ok(Reply::Done));
 }
 
-/// The same with what there is for it; what there is not is refused.
+/// Provides a descriptor for a question, or refuses it if there is none.
 pub(crate) fn give_or_refuse(
     channel: &mut Channel,
     number: u64,
@@ -123,7 +123,7 @@ pub(crate) fn refuse(channel: &mut Channel, number: u64) {
 /// A tapdisk in a thread.
 pub(crate) struct Process {
     control: Channel,
-    /// A second connection, on which it says what it needs.
+    /// A second connection, for its questions.
     pub(crate) needs: Channel,
     kill: UnixStream,
     thread: JoinHandle<()>,
@@ -173,9 +173,9 @@ impl Process {
         });
         let control = Channel::new(ask);
         // Nothing takes so long: a question that is not answered is a failure, not a test that hangs.
-        control.set_timeout(Some(Duration::from_secs(30))).unwrap();
+        control.set_timeout(Some(LIMIT)).unwrap();
         let needs = Channel::new(needs);
-        needs.set_timeout(Some(Duration::from_secs(30))).unwrap();
+        needs.set_timeout(Some(LIMIT)).unwrap();
         Self {
             control,
             needs,
@@ -203,7 +203,7 @@ impl Process {
         self.control.ask(question, &[fd])
     }
 
-    /// Asks while `give` answers on the other connection: the answer waits until what is needed was given.
+    /// Asks while `give` answers on the other connection: the reply waits for those answers.
     pub(crate) fn ask_and_give(
         &mut self,
         question: Request,
@@ -213,7 +213,7 @@ impl Process {
         self.ask_giving(question, &[fd], give)
     }
 
-    /// The same with any number of descriptors.
+    /// Asks with any number of descriptors, while `give` answers on the other connection.
     pub(crate) fn ask_giving(
         &mut self,
         question: Request,
@@ -249,15 +249,15 @@ impl Process {
         }
     }
 
-    /// Dies without a word: nothing is finished or committed. What its I/O does is over when this
-    /// returns, so it is fenced.
+    /// Dies without a word: nothing is finished or committed. All of its I/O is over when this returns, so it is
+    /// fenced.
     pub(crate) fn kill(self) {
         let fake = self.fake.clone();
         self.die();
         fake.fence();
     }
 
-    /// It is killed, and whether its I/O is over is for the caller.
+    /// Kills it; the caller knows whether its I/O is over.
     pub(crate) fn die(self) {
         drop(self.kill);
         self.thread.join().unwrap();
@@ -269,7 +269,7 @@ impl Process {
         fake.fence();
     }
 
-    /// It ends in order, and whether its I/O is over is for the caller.
+    /// Ends it in order; the caller knows whether its I/O is over.
     pub(crate) fn leave(mut self) {
         assert_eq!(self.ask(Request::Exit, None), Ok(Reply::Done));
         self.thread.join().unwrap();

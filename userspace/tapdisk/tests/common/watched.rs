@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A raw image, and processes that serve it and write down what is asked of it.
+//! A raw image, and processes that serve it and record the guest's requests.
 
 use super::images::{answered, file};
 use super::{give_or_refuse, needs, Image, Process, SIZE};
@@ -12,10 +12,10 @@ use std::path::PathBuf;
 use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
 use tapdev::fake::Fake;
 
-/// Where a process writes down what is asked of the disk.
+/// Places where a process records the requests.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Watched<'a> {
-    /// Where it is written, with one bit for so many bytes.
+    /// Memory of the dirty bitmap, and the bytes that one of its bits covers.
     pub(crate) notes: Option<(u64, BorrowedFd<'a>)>,
     /// The file of a trace.
     pub(crate) trace: Option<BorrowedFd<'a>>,
@@ -57,7 +57,7 @@ impl Raw {
     }
 }
 
-/// From `begin` to `end` a process has the kernel execute nothing by itself, though it could.
+/// Between `begin` and `end` a process must suspend passthrough, though the kernel could serve the disk.
 pub(crate) fn does_all_itself(begin: impl FnOnce(&mut Process), end: impl FnOnce(&mut Process)) {
     let (fake, image) = (Fake::new(16).expect("a node"), Image::new(SIZE));
     fake.back(1);
@@ -72,7 +72,7 @@ pub(crate) fn does_all_itself(begin: impl FnOnce(&mut Process), end: impl FnOnce
     process.exit();
 }
 
-/// Answers what a process asks for when it opens the image: what it could leave to the next one it does without.
+/// Answers the questions of a process that opens the image, without memory for the next process.
 pub(crate) fn give(channel: &mut Channel, watched: &Watched<'_>) {
     let asked = usize::from(watched.notes.is_some()) + usize::from(watched.trace.is_some());
     let mut known = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images below the one that is written are read past dom0's page cache, or through it: then those that go on from one
-//! share what was read.
+//! Backing images are read past dom0's page cache or through it: then disks with the same backing image share what was
+//! read.
 
 use crate::common::images::{answered, cached, holds, Folder, Served, SIZE};
 use crate::common::Process;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use tapdev::fake::Fake;
 
-/// What storage was read by a thread that serves a disk.
+/// Counter of bytes that a serving thread reads from storage.
 struct Reads(PathBuf);
 
 impl Reads {
@@ -42,7 +42,7 @@ fn start(clone: &Served, fake: &Fake) -> (Process, Reads) {
     (process, Reads(Path::new("/proc").join(place).join("io")))
 }
 
-/// An image that two go on from, of which nothing is in the page cache.
+/// An image that is the backing image of two others, with nothing in the page cache.
 struct Clones {
     folder: Folder,
     model: Vec<u8>,

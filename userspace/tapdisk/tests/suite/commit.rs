@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The image below takes over what the one of the disk has itself, while the guest works, and the disk goes on there.
+//! Commit: the backing image takes over the clusters of the disk's image while the guest works, and the disk switches
+//! to it.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
@@ -22,7 +23,7 @@ fn told(process: &mut Process) -> Option<Mirror> {
     }
 }
 
-/// Asks until both are the same; nothing takes so long as the limit.
+/// Asks until both are equal; the limit is longer than that takes.
 fn until_same(process: &mut Process) -> Mirror {
     let start = Instant::now();
     loop {
@@ -37,7 +38,7 @@ fn until_same(process: &mut Process) -> Mirror {
     }
 }
 
-/// Has `below`, which goes on from so many files itself, take over what the served image has.
+/// Commits the served image to `below`, which has that many files itself.
 fn commit(process: &mut Process, below: &Served) -> Result<Reply, Failure> {
     let image = file(&below.path, true);
     let question = Request::Mirror {
@@ -52,7 +53,7 @@ fn commit(process: &mut Process, below: &Served) -> Result<Reply, Failure> {
     process.ask_and_give(question, image.as_fd(), give)
 }
 
-/// What an image is made with if nothing is said.
+/// Default options of an image.
 const PLAIN: &str = "compat=1.1";
 
 /// Makes an image over another one.
@@ -100,8 +101,8 @@ impl Chain {
     }
 }
 
-/// A guest, which knows what is in `model`, works on `top` while its process is killed, until `below` has all of it and
-/// gets what is written, too. What it has not done yet is left, and nothing of that is a death.
+/// Works on `top` as a guest with the content `model`, while its process is killed, until `below` has all of it and
+/// gets new writes, too. Returns the remaining steps, without deaths.
 fn commits_under_load<'a>(
     fake: &'a Fake,
     top: &Served,
@@ -125,7 +126,7 @@ fn commits_under_load<'a>(
     }
     let same = until_same(&mut process);
     assert_eq!(same.offset, SIZE);
-    // From now on what is written goes to both.
+    // From now on each write goes to both.
     let lives = |step: &Step| !matches!(step, Step::Kill);
     for step in steps.by_ref().take(60).filter(lives) {
         guest.send(&step);
@@ -133,7 +134,7 @@ fn commits_under_load<'a>(
     (process, guest, steps.filter(lives))
 }
 
-/// A guest works while its process is killed, and goes on in the image below.
+/// A guest works while its process is killed, and switches to the backing image.
 fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     let Some(chain) = Chain::new(test, format, PLAIN) else {
         return;
@@ -169,7 +170,7 @@ fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
     }
 }
 
-/// What is below a VHD that was made as a snapshot.
+/// Backing image of a VHD that was made as a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum UnderVhd {
     Raw,
@@ -235,7 +236,7 @@ fn image_holds(folder: &Folder, image: &Served, model: &[u8]) {
     match (image.driver, image.files) {
         ("aio", _) => assert!(folder.content("raw", name) == model, "{name}"),
         ("vhd", 0) => assert!(folder.content("vpc", name) == model, "{name}"),
-        // It has no differencing ones.
+        // QEMU cannot make differencing VHDs.
         _ => {}
     }
     let fake = Fake::new(4).expect("a node");
@@ -245,7 +246,7 @@ fn image_holds(folder: &Folder, image: &Served, model: &[u8]) {
     process.exit();
 }
 
-/// A guest works on a VHD while its process is killed, and goes on in the image below.
+/// A guest works on a VHD while its process is killed, and switches to the backing image.
 fn vhd_ends_in(test: &str, under: UnderVhd) {
     let Some(chain) = vhd_chain(test, under) else {
         return;
@@ -259,7 +260,7 @@ fn vhd_ends_in(test: &str, under: UnderVhd) {
     let last = told(&mut process).expect("a commit");
     assert_eq!(last.state, Mirroring::Complete, "{last:?}");
     process.exit();
-    // The one above is the same disk as long as it is there.
+    // The image on top is the same disk while it exists.
     image_holds(&folder, &below, &guest.model);
     image_holds(&folder, &top, &guest.model);
     fs::remove_file(&top.path).expect("nobody needs it");
@@ -290,7 +291,7 @@ fn vhd_in_a_chain_ends_in_the_one_below() {
     vhd_ends_in("vhd_in_a_chain", UnderVhd::Differencing);
 }
 
-/// Whenever it ends, the disk in the VHD is what it was: also where zeroes were written, or something was given up.
+/// A commit that ends at any time leaves the disk in the VHD as it was, also where the guest zeroed or discarded.
 #[test]
 fn vhd_whose_commit_is_ended_is_the_disk_as_before() {
     for under in [UnderVhd::Raw, UnderVhd::Dynamic, UnderVhd::Differencing] {
@@ -318,12 +319,12 @@ fn vhd_whose_commit_is_ended_is_the_disk_as_before() {
         model[1024..3072].fill(0);
         process.kill();
         image_holds(&folder, &top, &model);
-        // What was there until then is below, too, and what the guest never wrote is as it was.
+        // All earlier content is in the backing image, too, and ranges that the guest never changed are as they were.
         image_holds(&folder, &below, &model);
     }
 }
 
-/// A VHD names what is below it in several ways. What counts is where that was found, not what is deeper.
+/// A VHD has several names of its backing image. Only the place where that was found counts, not a deeper one.
 #[test]
 fn vhd_is_committed_to_what_is_right_below_it() {
     let Some(chain) = vhd_chain("vhd_right_below", UnderVhd::Differencing) else {
@@ -349,7 +350,8 @@ fn vhd_is_committed_to_what_is_right_below_it() {
     assert!(fs::read(&deeper.path).expect("read") == before);
 }
 
-/// One of its names leads to what is deeper, which is passed over when the chain is opened: it has another number.
+/// One of its names leads to an image deeper in the chain, which is skipped when the chain is opened because it has
+/// another number.
 #[test]
 fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
     let Some(chain) = vhd_chain("vhd_other_name", UnderVhd::Dynamic) else {
@@ -369,7 +371,7 @@ fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
     let at = at.expect("a name in a locator");
     bytes[at..at + 8].copy_from_slice(b"root.vhd");
     fs::write(&top.path, bytes).expect("write");
-    // It asks for that one, too, in vain.
+    // It asks for that one, too, which is refused.
     top.files += 1;
     let before = fs::read(&root.path).expect("read");
     let fake = Fake::new(4).expect("a node");
@@ -394,7 +396,7 @@ fn snapshot_in_a_chain_ends_in_the_image_below() {
     ends_a_snapshot("snapshot_in_a_chain", "qcow2", "qcow2");
 }
 
-/// What is written there past the page cache is also what is read through it.
+/// Data that goes there past the page cache must be visible through it.
 #[test]
 fn snapshot_over_what_is_cached_ends_in_that() {
     for format in ["raw", "qcow2"] {
@@ -402,7 +404,7 @@ fn snapshot_over_what_is_cached_ends_in_that() {
     }
 }
 
-/// Only what the image has itself is copied, and whenever it ends the disk is what it was.
+/// Only the image's own clusters are copied, and after an end at any time the disk is unchanged.
 #[test]
 fn one_that_is_ended_leaves_the_disk_as_it_is() {
     let Some(chain) = Chain::new("one_that_is_ended", "raw", "cluster_size=4k") else {
@@ -423,7 +425,7 @@ fn one_that_is_ended_leaves_the_disk_as_it_is() {
     let same = until_same(&mut process);
     assert_eq!(same.copied, 3 * 8192, "{same:?}");
     write(&fake, 2 << 20, 8);
-    // What is discarded does not become what was below, and is another disk's by now.
+    // A discarded range does not show the old content of the backing image, which is another disk's.
     let tag = fake.send_range(Op::Discard, 0, 16).expect("a request");
     assert_eq!(fake.answer(tag, 0).expect("an answer").0, Answer::Okay);
     model[..8192].fill(0);
@@ -467,7 +469,7 @@ fn what_is_not_below_is_no_place_for_it() {
     process.exit();
 }
 
-/// Of a cluster below that is larger, a part could be moved which somebody else reads.
+/// With larger clusters below, a write could move a part that another process reads.
 #[test]
 fn one_with_smaller_clusters_is_refused() {
     for smaller in ["cluster_size=2k", "cluster_size=64k,extended_l2=on"] {
@@ -479,11 +481,49 @@ fn one_with_smaller_clusters_is_refused() {
         let failure = commit(&mut process, &chain.below).expect_err("they are smaller");
         assert_eq!(failure.code, Code::Unsupported, "{failure}");
         assert!(failure.message.contains("larger clusters"), "{failure}");
+        is_read_locked(&chain.below);
         process.exit();
     }
 }
 
-/// A snapshot inside of the image shows what is below it, too.
+/// The process that serves an image over this one has this one locked: others may read it and may not write it.
+fn is_read_locked(below: &Served) {
+    let other = file(&below.path, true);
+    let written = diskio::lock_whole(other.as_fd(), diskio::LockKind::Write);
+    written.expect_err("the disk goes on from it");
+    diskio::lock_whole(other.as_fd(), diskio::LockKind::Read).expect("it may be read");
+}
+
+/// A write to the parent by another process would change the disk.
+#[test]
+fn one_that_ends_leaves_the_read_lock_of_the_parent() {
+    for format in ["raw", "qcow2"] {
+        let Some(chain) = Chain::new("leaves_the_read_lock", format, PLAIN) else {
+            return;
+        };
+        let fake = Fake::new(4).expect("a node");
+        let (mut process, _) = chain.top.start(&fake);
+        is_read_locked(&chain.below);
+        commit(&mut process, &chain.below).expect("it begins");
+        until_same(&mut process);
+        let other = file(&chain.below.path, false);
+        let read = diskio::lock_whole(other.as_fd(), diskio::LockKind::Read);
+        read.expect_err("it is written");
+        // A disk that grows has its mirror ended.
+        let size = SIZE + (1 << 20);
+        let grown = process.ask(Request::Grow { size }, None);
+        grown.expect("the image grows");
+        let ended = told(&mut process).expect("a commit");
+        assert_eq!(ended.state, Mirroring::Ended, "{ended:?}");
+        is_read_locked(&chain.below);
+        process.exit();
+        let other = file(&chain.below.path, true);
+        let written = diskio::lock_whole(other.as_fd(), diskio::LockKind::Write);
+        written.expect("no process has it any more");
+    }
+}
+
+/// A snapshot inside of the image also shows the backing image.
 #[test]
 fn one_with_internal_snapshots_is_refused() {
     let Some(chain) = Chain::new("internal_snapshots", "raw", PLAIN) else {
@@ -499,7 +539,7 @@ fn one_with_internal_snapshots_is_refused() {
     assert!(fs::read(&chain.below.path).expect("read") == before);
 }
 
-/// Who reads what is below would see it change.
+/// A process that reads the backing image would see it change.
 #[test]
 fn one_that_somebody_else_reads_is_refused() {
     let Some(chain) = Chain::new("somebody_reads", "raw", PLAIN) else {
@@ -513,7 +553,7 @@ fn one_that_somebody_else_reads_is_refused() {
     assert_eq!(failure.code, Code::Busy, "{failure}");
     drop(reader);
     commit(&mut process, &chain.below).expect("nobody does");
-    // Now nobody may.
+    // Now no other process may read it.
     let reader = file(&chain.below.path, false);
     let locked = diskio::lock_whole(reader.as_fd(), diskio::LockKind::Read);
     locked.expect_err("it is written");

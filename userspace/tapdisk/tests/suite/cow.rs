@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk whose guest writes into memory, over an image that stays as it is.
+//! A disk whose guest writes into memory, on top of an image that does not change.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, give, holds, steps, Folder, SIZE};
@@ -15,11 +15,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use tapdev::fake::Fake;
 
-/// The memory of a disk, which outlives its processes, and what it lies over.
+/// The memory of a disk, which survives its processes, and its backing image.
 struct Cow {
     memory: File,
     target: String,
-    /// Files below it.
+    /// Number of files that it asks for.
     files: usize,
 }
 
@@ -38,7 +38,7 @@ impl Cow {
             may_ask: true,
             ..Open::new(self.target.parse().expect("a target"))
         };
-        // Who makes the image in the memory looks at what is below first.
+        // A process that creates the image in the memory opens the backing image twice.
         let mut head = [0; 4];
         let is_new = self.memory.read_at(&mut head, 0).expect("read") == 0 || head == [0; 4];
         let files = self.files * if is_new { 2 } else { 1 };
@@ -128,7 +128,7 @@ fn guest_writes_into_memory_over_a_chain() {
     works(&folder, &cow, &["base.qcow2", "root.img"], model);
 }
 
-/// That is how a guest writes to a disk whose format is only read.
+/// In this way a guest can write to a disk whose format is read-only.
 #[test]
 fn guest_writes_into_memory_over_a_vhdx() {
     let Some(folder) = Folder::new("guest_writes_into_memory_over_a_vhdx") else {
@@ -171,7 +171,7 @@ fn what_was_written_over_one_image_is_not_shown_over_another() {
     let mut cow = Cow::over("aio", &folder.path("base.img"), 1);
     let fake = Fake::new(4).expect("a node");
     cow.start(&fake).exit();
-    // It is not even asked for.
+    // The process does not even ask for the image.
     cow.files = 0;
     let right = cow.target.clone();
     for (driver, name) in [("aio", "other.img"), ("qcow2", "base.img")] {
@@ -185,7 +185,7 @@ fn what_was_written_over_one_image_is_not_shown_over_another() {
     cow.start(&fake).exit();
 }
 
-/// What a guest may fill is bounded, what it has written stays, and it goes on when it gets more.
+/// A guest fills at most its room, keeps what it has stored, and resumes when it gets more room.
 #[test]
 fn guest_fills_no_more_than_its_room() {
     let Some(folder) = Folder::new("guest_fills_no_more_than_its_room") else {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel is told that it may do by itself, and when that is taken back.
+//! Passthrough: the mappings that the kernel gets, and when they are revoked.
 
 use crate::common::{Process, SECTORS, SIZE};
 use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
@@ -21,26 +21,26 @@ use tapdev::abi::{
 };
 use tapdev::fake::Fake;
 
-/// A device, as far as the kernel can tell.
+/// A device whose mappings the kernel gets.
 #[derive(Clone)]
 struct Device {
     kernel: Fake,
     is_verbatim: bool,
-    /// What it has at first, and when somebody looks again.
+    /// Size at first, and size after a resize.
     first_size: u64,
     size: u64,
     write_fails: bool,
     flush_fails: bool,
-    /// Where it is in the image, if not byte for byte.
+    /// Places in the image, if the disk is not there byte for byte.
     places: Option<Vec<Place>>,
-    /// It is there from the first request on.
+    /// True if the places appear with the first request.
     comes: bool,
     was_asked: Arc<AtomicBool>,
-    /// Before that somebody has looked for it.
+    /// True after a look-up that came before the first request.
     was_looked_for: Arc<AtomicBool>,
     /// Discards end, and places are found, when this can be read.
     goes_on: Arc<OwnedFd>,
-    /// What the kernel was told by the time when the image was let go of.
+    /// Mappings that the kernel had when the image was closed.
     told: Arc<Mutex<Vec<MapOp>>>,
 }
 
@@ -63,7 +63,7 @@ impl Device {
         }
     }
 
-    /// An image that gets a part of the disk, of which the kernel may write the half, with the first request.
+    /// Makes an image that gets a part of the disk with the first request; the kernel may write half of it.
     fn in_parts(kernel: &Fake) -> Self {
         let place = |offset, at, writable| Place {
             offset,
@@ -80,7 +80,7 @@ impl Device {
         }
     }
 
-    /// Its discards do not end until it is told to go on.
+    /// Makes a device whose discards do not end until [`Device::go_on`].
     fn slow(kernel: &Fake) -> Self {
         Self {
             goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
@@ -108,7 +108,7 @@ impl Device {
             });
         });
         self.kernel.wait_for_params();
-        // What is looked up before something is asked would be told, too.
+        // A look-up before the first request would send mappings, too.
         while self.comes && !self.was_looked_for.load(Ordering::Relaxed) {
             thread::yield_now();
         }
@@ -126,8 +126,8 @@ impl Device {
         self.kernel.answer(tag.unwrap(), 0).unwrap().0
     }
 
-    /// What the kernel was told when all is done that was to be done. What is told is told in the turn in
-    /// which the request is fetched, or in one before.
+    /// Returns the mappings that the kernel got when all work is done. The process sends a mapping in the turn in which
+    /// it fetches the request, or in an earlier one.
     fn told(&self) -> Vec<MapOp> {
         assert_eq!(self.request(Op::Read), Status::Okay);
         assert_eq!(self.request(Op::Read), Status::Okay);
@@ -211,7 +211,7 @@ impl Driver for Served {
     }
 }
 
-/// All of a disk of so many sectors, as known in a generation of the mappings.
+/// Mapping of all of a disk of `sectors` sectors, for a generation of the kernel's table.
 fn set(generation: u32, sectors: u64) -> MapOp {
     MapOp {
         op: MAP_SET,
@@ -237,12 +237,12 @@ fn recall() -> MapOp {
     }
 }
 
-/// What the kernel is told first.
+/// Mappings that the kernel gets first.
 fn given() -> Vec<MapOp> {
     vec![set(0, SECTORS), flush()]
 }
 
-/// What it is told when it gets the disk back after a recall.
+/// Mappings that it gets when passthrough is allowed again after a revocation.
 fn given_again() -> Vec<MapOp> {
     [given(), vec![recall(), set(1, SECTORS), flush()]].concat()
 }
@@ -284,14 +284,14 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
         assert_eq!(device.request(Op::Discard), Status::Okay);
         assert_eq!(device.told(), [], "{is_verbatim} {shared} {backings}");
         process.exit();
-        // What it could be told is taken back, whoever has told it.
+        // A mapping that may exist is revoked, whichever process has sent it.
         let is_offered = is_verbatim && !shared;
         let taken = is_offered.then(recall);
         assert_eq!(kernel.map_ops(), Vec::from_iter(taken));
     }
 }
 
-/// The kernel may be doing what the process before has told it.
+/// The kernel may still use a mapping of the previous process.
 #[test]
 fn who_has_told_nothing_waits_for_the_kernel_too() {
     let kernel = Fake::new(4).unwrap();
@@ -340,7 +340,7 @@ fn after_discards_it_is_told_once_more() {
         .zip(0..)
         .map(|(op, place)| kernel.send_range(*op, place * 8, 8).unwrap())
         .collect();
-    // Three wait; zeroes are written at once.
+    // Three discards wait; zeroes need no wait.
     kernel.wait_for(|info| info.delivered == 3);
     assert_eq!(device.told(), given(), "they are not answered");
     device.go_on();
@@ -377,7 +377,7 @@ fn everything_is_taken_back_before_the_image_is_let_go_of() {
     }
 }
 
-/// What the kernel is told of [`Device::in_parts`].
+/// Mappings of [`Device::in_parts`].
 fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
     let set = |flags, sector, offset| MapOp {
         op: MAP_SET,
@@ -391,7 +391,7 @@ fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
     vec![set(flags, 0, 8192), set(MAP_READ, 16, 65536)]
 }
 
-/// Nothing is told before there is something, and nothing of flushes, which the driver has something to do for.
+/// The process sends no mapping before there is a place, and none because of a flush, which is the driver's work.
 #[test]
 fn an_image_in_parts_is_told_where_something_was_asked() {
     for read_only in [false, true] {
@@ -410,7 +410,7 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
     }
 }
 
-/// What is there is told before something is asked, and again when the kernel had to forget it.
+/// Places are mapped before the first request, and again after the kernel had to drop them.
 #[test]
 fn an_image_in_parts_is_told_ahead() {
     let kernel = Fake::new(4).unwrap();
@@ -433,8 +433,8 @@ fn an_image_in_parts_is_told_ahead() {
     process.exit();
 }
 
-/// What is told of a disk with something in each window of 2 MiB, `step` bytes from one another, when nothing is asked
-/// and that many are expected.
+/// Returns the mappings of a disk with a place in each window of 2 MiB, `step` bytes apart, without requests; it waits
+/// for `expected` of them.
 fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
     let kernel = Fake::new(4).unwrap();
     let place = |number| Place {
@@ -460,15 +460,15 @@ fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
     told
 }
 
-/// The kernel has no room for everything, and what is in one piece takes no more of it.
+/// The kernel has limited room for mappings, and a contiguous part takes no more of it than a short one.
 #[test]
 fn no_more_is_told_ahead_than_there_is_room_for() {
     assert_eq!(told_ahead(1024, 4 << 20, 512).len(), 512);
     assert_eq!(told_ahead(2560, 2 << 20, 2048).len(), 2048);
 }
 
-/// Behind what is written there may be room for what comes next: all of it is told, as far as it may be written. Who
-/// reads has no such room.
+/// After a write, the driver may have allocated the clusters behind it: the kernel gets all of them that are writable.
+/// A read does not allocate.
 #[test]
 fn behind_a_write_all_is_told_that_may_be_written() {
     for (op, expected) in [(Op::Write, vec![0, 1, 2, 3]), (Op::Read, vec![0])] {
@@ -497,7 +497,7 @@ fn behind_a_write_all_is_told_that_may_be_written() {
     }
 }
 
-/// Of a file that the kernel does not have it is told nothing.
+/// A backing image that the kernel does not have gets no mapping.
 #[test]
 fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
     let kernel = Fake::new(4).unwrap();
@@ -536,7 +536,7 @@ fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
     process.exit();
 }
 
-/// While somebody else uses the image it may change, and what was found before is not true then.
+/// While another client uses the image it may change, so places that were found before are invalid.
 #[test]
 fn what_was_found_before_a_ban_is_not_told_after_it() {
     let kernel = Fake::new(4).unwrap();
@@ -550,7 +550,7 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
     let mut client = client(&folder);
     served(&mut client);
     device.go_on();
-    // Without the client the process would look again, and tell what is true then.
+    // Without the client the process would look up the places again, and map the present ones.
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     drop(client);
     assert_eq!(kernel.map_ops(), [recall()]);
@@ -567,7 +567,7 @@ fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
     thread::scope(|scope| {
         let pause = scope.spawn(|| process.ask(Request::Pause, None));
         kernel.wait_for_recalls(1);
-        // What changes the mappings meanwhile changes nothing of what the kernel is told.
+        // A change of the mappings during the pause sends nothing to the kernel.
         assert_eq!(device.request(Op::Discard), Status::Okay);
         assert_eq!(device.told(), given());
         assert!(!pause.is_finished() && device.told.lock().unwrap().is_empty());
@@ -686,7 +686,7 @@ fn a_guest_that_is_not_suspended_keeps_the_kernel() {
     process.exit();
 }
 
-/// It was a request of the process that failed: one of the kernel comes back and fails again.
+/// The process's own request has failed; one of the kernel would come back to the process and fail again.
 #[test]
 fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
     let kernel = Fake::new(4).unwrap();
@@ -743,7 +743,7 @@ fn kernel_does_nothing_with(rules: Rules) {
     assert_eq!(device.request(Op::Read), Status::Okay);
     assert_eq!(kernel.wait_for_map_ops(5), given_again());
     process.exit();
-    // What the process before has told is taken back before anything is served.
+    // Mappings of the previous process are revoked before a request is served.
     let kernel = Fake::new(4).unwrap();
     let device = Device::new(&kernel);
     let process = device.serve(move |open| (open.limits, open.share) = (rules.limits, rules.share));
@@ -752,7 +752,7 @@ fn kernel_does_nothing_with(rules: Rules) {
     process.exit();
 }
 
-/// The process tells the guest of what is lost with its next flush; the kernel would not.
+/// The process reports lost writes with the guest's next flush; the kernel would not.
 #[test]
 fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
     let kernel = Fake::new(4).unwrap();
@@ -764,6 +764,6 @@ fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
     kernel.wait_for_map_ops(2);
     assert_eq!(device.request(Op::Flush), Status::Error);
     assert_eq!(device.request(Op::Discard), Status::Okay);
-    assert_eq!(device.told(), given());
+    assert_eq!(device.told(), [given(), vec![recall()]].concat());
     process.exit();
 }

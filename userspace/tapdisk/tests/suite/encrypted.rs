@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images that are encrypted, as the supervisor sees a process with one: it opens nothing by itself, and what it does with
-//! the key keeps nobody waiting.
+//! Encrypted images, as the supervisor sees their process: it opens no file itself, and work with the key does not
+//! delay its answers.
 
 use crate::common::images::{answered, file, key, Folder, KEY, SEALED, SIZE};
 use crate::common::{give_or_refuse, needs, Process};
@@ -20,7 +20,7 @@ fn open(words: &str, path: &Path) -> Open {
     }
 }
 
-/// Answers until a key was asked for, with this one.
+/// Answers questions until one for a key, which gets `secret`.
 fn give(channel: &mut Channel, secret: &[u8]) {
     let mut known = 0;
     loop {
@@ -134,8 +134,7 @@ fn without_a_supervisor_there_is_no_key() {
     process.exit();
 }
 
-/// What takes long of a key is computed beside the loop: the process answers all the while, and not only when something is
-/// read of the image.
+/// Slow work on a key runs beside the loop: the process answers all the time, and not only between reads of the image.
 #[test]
 fn process_answers_while_it_opens_an_image() {
     /// More than there are reads of an image that is opened.
@@ -168,7 +167,7 @@ fn process_answers_while_it_opens_an_image() {
     process.exit();
 }
 
-/// What is in the image that a disk is copied to is encrypted.
+/// The target of a mirror is encrypted.
 #[test]
 fn disk_is_copied_to_an_image_with_a_key() {
     let Some(folder) = Folder::new("disk_is_copied_to_an_image_with_a_key") else {

@@ -5,7 +5,8 @@ use crate::common::{give_or_refuse, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
 use ring::response::Status;
-use ring::tap::shadow::Op;
+use ring::tap::shadow::{self, Op};
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::process::{kill_process, Pid, Signal};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -29,12 +30,12 @@ impl Server {
         Self::of(SIZE as u64)
     }
 
-    /// One with so many bytes.
+    /// Starts a server of an export with that many bytes.
     pub(crate) fn of(size: u64) -> Self {
         Self::start_in(tempfile::tempdir().unwrap(), size, &[])
     }
 
-    /// One that encrypts, and wants to know who its client is.
+    /// Starts a server that encrypts, and needs its client's certificate.
     fn encrypting() -> Self {
         let folder = tempfile::tempdir().unwrap();
         for (from, to) in [
@@ -64,15 +65,40 @@ impl Server {
         }
     }
 
+    /// Starts a server whose storage fails the first flush, and no later one.
+    fn losing() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.img");
+        File::create(&path).unwrap().set_len(SIZE as u64).unwrap();
+        let fails = "file.inject-error.0";
+        let image = format!(
+            "driver=raw,file.driver=blkdebug,{fails}.event=flush_to_disk,{fails}.errno=5,{fails}.once=on,\
+             file.image.driver=file,file.image.filename={}",
+            path.display()
+        );
+        Self {
+            child: Self::spawn_as(folder.path(), &["--image-opts", &image]),
+            folder,
+            more: Vec::new(),
+        }
+    }
+
     fn spawn(folder: &Path, more: &[String]) -> Child {
-        // It dies with the test, whatever becomes of that.
+        let path = folder.join("a.img").display().to_string();
+        let mut how = vec!["--format=raw"];
+        how.extend(more.iter().map(String::as_str));
+        how.push(&path);
+        Self::spawn_as(folder, &how)
+    }
+
+    fn spawn_as(folder: &Path, how: &[&str]) -> Child {
+        // The server dies with the test in any case.
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-nbd"])
-            .args(["--persistent", "--shared=4", "--format=raw"])
-            .args(more)
-            .args(["--export-name=disk", "--socket"])
+            .args(["--persistent", "--shared=4", "--export-name=disk"])
+            .arg("--socket")
             .arg(folder.join("s"))
-            .arg(folder.join("a.img"))
+            .args(how)
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-nbd, of the package qemu-utils");
@@ -102,12 +128,12 @@ impl Server {
         self.child = Self::spawn(self.folder.path(), &self.more);
     }
 
-    /// It does nothing any more.
+    /// Stops the server.
     pub(crate) fn stop(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// It goes on.
+    /// Resumes the server.
     fn go_on(&self) {
         self.signal(Signal::CONT);
     }
@@ -136,7 +162,7 @@ fn certificate(name: &str) -> PathBuf {
     PathBuf::from(folder).join(name)
 }
 
-/// What a supervisor gives for a need, if it gives it.
+/// Returns the descriptor that a supervisor gives for a question, if any.
 fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
     match what {
         Needed::Server { .. } => {
@@ -152,7 +178,7 @@ fn given(what: &Needed, socket: &Path) -> Option<OwnedFd> {
     }
 }
 
-/// Answers what a process asks for until it has asked for a connection, so often.
+/// Answers questions of a process until it has asked for a connection that many times.
 pub(crate) fn give(channel: &mut Channel, socket: &Path, mut times: u32) {
     let mut known = 0;
     while times > 0 {
@@ -205,7 +231,7 @@ fn export_that_its_server_does_not_have() {
     let failure = serve(&mut process, server.open("other"), &server.socket()).unwrap_err();
     assert_eq!(failure.code, Code::NotFound);
     assert!(failure.message.contains("nbdinfo --list"), "{failure}");
-    // Without a supervisor there is nobody who connects.
+    // Without a supervisor no program can connect.
     let alone = Open {
         may_ask: false,
         ..server.open("disk")
@@ -217,7 +243,7 @@ fn export_that_its_server_does_not_have() {
     process.exit();
 }
 
-/// It is served from within the sandbox, by descriptors that the supervisor has opened.
+/// The process serves it from within the sandbox, with descriptors that the supervisor has opened.
 #[test]
 fn export_is_reached_with_tls() {
     let (fake, mut server) = (Fake::new(4).unwrap(), Server::encrypting());
@@ -290,15 +316,15 @@ fn is_round(image: &[u8], round: u8) -> bool {
     parts.all(|(at, part)| part.iter().all(|byte| *byte == round + at as u8))
 }
 
-/// What is sent and what is not have their place in what is executed: the next process begins with whole messages, on a
-/// connection of its own.
+/// A request that was sent only in part still has its place in the order: the next process begins with whole messages,
+/// on a connection of its own.
 #[test]
 fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
     let (fake, server) = (Fake::new(16).unwrap(), Server::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-    // Another process is to have the disk; what the guest waits for comes first.
+    // Another process is to get the disk; the guest's requests are finished first.
     server.stop();
     let tags = write_all(&fake, 1);
     let closed = process.ask_giving(Request::Close, &[], |channel| {
@@ -312,7 +338,7 @@ fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
     assert_written(&fake, tags);
     assert!(is_round(&server.image(), 1));
     process.exit();
-    // The next one is killed, as one that does not leave.
+    // The next process is killed, because it does not leave.
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -332,7 +358,7 @@ fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
     process.exit();
 }
 
-/// What the server says are holes is neither read nor copied.
+/// Ranges that the server reports as holes are neither read nor copied.
 #[test]
 fn holes_of_an_export_are_not_read() {
     let (fake, server) = (Fake::new(4).unwrap(), Server::start());
@@ -361,5 +387,64 @@ fn holes_of_an_export_are_not_read() {
         assert!(start.elapsed() < Duration::from_secs(30), "it does not end");
     };
     assert_eq!((scrub.offset, scrub.read), (SIZE as u64, 2 * 8192));
+    process.exit();
+}
+
+/// A process that dies leaves an error to the next one, which reports it to the guest: the storage has forgotten it.
+#[test]
+fn what_the_guest_is_owed_outlives_the_process() {
+    let (fake, server) = (Fake::new(4).unwrap(), Server::losing());
+    let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&memory, 1 << 16).unwrap();
+    let start = || {
+        let mut process = Process::start(&fake);
+        let open = Request::Open(server.open("disk"));
+        let reply = process.ask_giving(open, &[], |channel| {
+            let (mut known, mut is_connected) = (0, false);
+            while !is_connected {
+                for need in crate::common::needs(channel, known) {
+                    known = known.max(need.number);
+                    let given = match need.what {
+                        Needed::State { .. } => Some(memory.try_clone().unwrap()),
+                        _ => given(&need.what, &server.socket()),
+                    };
+                    give_or_refuse(channel, need.number, given, Provided::Shared);
+                    is_connected |= matches!(need.what, Needed::Server { .. });
+                }
+            }
+        });
+        assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
+        process
+    };
+    let ask = |op| {
+        let bytes: &[u8] = if op == Op::Flush { &[] } else { &[1; 512] };
+        let request = shadow::Request {
+            op,
+            preflush: false,
+            fua: false,
+            sector: 0,
+            sectors: bytes.len() as u64 / 512,
+            segments: 0,
+        };
+        let tag = fake.post(request, bytes).unwrap();
+        fake.answer(tag, 0).unwrap().0
+    };
+    let mut process = start();
+    assert_eq!(ask(Op::Write), Status::Okay);
+    let failure = process.ask(Request::Pause, None).unwrap_err();
+    assert!(failure.message.contains("durable"), "{failure}");
+    assert!(process.status().owes);
+    process.kill();
+    let mut process = start();
+    assert!(process.status().owes);
+    assert_eq!(ask(Op::Flush), Status::Error);
+    assert!(!process.status().owes);
+    // The answers of these are with the kernel, and so is that before them.
+    for _ in 0..5 {
+        assert_eq!(ask(Op::Flush), Status::Okay);
+    }
+    process.kill();
+    let process = start();
+    assert_eq!(ask(Op::Flush), Status::Okay);
     process.exit();
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images whose I/O may be over later than the process.
+//! Images whose I/O may end later than the process.
 
 use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
@@ -22,11 +22,11 @@ use tapdisk::Session;
 /// Storage behind a network.
 struct Elsewhere {
     fence: Fence,
-    /// What is written fails.
+    /// True if writes fail.
     fails: bool,
 }
 
-/// For so many milliseconds its server may execute what was sent.
+/// Makes storage whose server may execute requests for that many milliseconds.
 fn behind(settle_ms: u32) -> Elsewhere {
     Elsewhere {
         fence: Fence::Session { settle_ms },
@@ -83,7 +83,7 @@ fn image_of_another_kind_of_storage_is_refused_before_the_guest_knows() {
     process.exit();
 }
 
-/// That kernel does not know that I/O may be over later.
+/// An older kernel does not know that I/O may be over later.
 #[test]
 fn under_an_older_kernel_the_process_waits_itself() {
     const SETTLES: Duration = Duration::from_millis(400);
@@ -100,13 +100,13 @@ fn under_an_older_kernel_the_process_waits_itself() {
     process.exit();
 }
 
-/// A node that writes down claims, of which it takes all but the first itself.
+/// A node that records claims; it executes all but the first itself.
 #[derive(Debug)]
 struct Watched {
     node: FakeNode,
     /// Fences, and how long they settle.
     claims: Rc<RefCell<Vec<(u32, u32)>>>,
-    /// It takes no more than one, as older modules do.
+    /// True if it accepts only one claim, as older modules do.
     refuses: bool,
     /// A write fails as soon as something is claimed.
     breaks: Option<Io>,
@@ -158,7 +158,7 @@ impl Node for Watched {
     }
 }
 
-/// What a process claims that serves one write and ends in order.
+/// Returns the fences that a process claims which serves one write and ends in order.
 fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)> {
     let fake = Fake::new(4).unwrap();
     fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
@@ -191,7 +191,7 @@ fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)>
     claims
 }
 
-/// What a process claims that cannot open an image on storage that may be anywhere, and ends.
+/// Returns the fences that a process claims which cannot open an image on storage that may be anywhere, and ends.
 fn claims_of_an_image_that_cannot_be_opened(breaks: bool) -> Vec<(u32, u32)> {
     let fake = Fake::new(4).unwrap();
     let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
@@ -206,7 +206,7 @@ fn claims_of_an_image_that_cannot_be_opened(breaks: bool) -> Vec<(u32, u32)> {
     session.attach(Tap::open(node).unwrap()).unwrap();
     let its = session.clone();
     runtime.tasks.spawn(async move {
-        // Of no file system that is known, and empty.
+        // The file is empty, and its file system is unknown.
         let path = "/proc/self/comm";
         let image = std::fs::File::options().read(true).write(true).open(path);
         let open = Open::new(format!("sync:{path}").parse().unwrap());
@@ -226,7 +226,7 @@ fn claims_of_an_image_that_cannot_be_opened(breaks: bool) -> Vec<(u32, u32)> {
     claims
 }
 
-/// What is done to open it may come late, too.
+/// I/O of an open may also end late.
 #[test]
 fn storage_is_claimed_before_it_is_looked_at() {
     let session = (FENCE_SESSION, 60_000);
@@ -238,7 +238,7 @@ fn storage_is_claimed_before_it_is_looked_at() {
     assert_eq!(claims_of_an_image_that_cannot_be_opened(true), [session]);
 }
 
-/// The next one waits for it all the same.
+/// The next process still waits for it.
 #[test]
 fn what_was_reached_counts_of_a_process_that_dies_before_it_serves() {
     let fake = Fake::new(4).unwrap();
@@ -273,7 +273,7 @@ fn who_ends_in_order_leaves_nothing_to_wait_for() {
         ..minute()
     };
     assert_eq!(claims_of(here, false, false), [over]);
-    // What was given up here may still be executed there.
+    // The storage may still execute I/O that this process has given up.
     let broken = Elsewhere {
         fails: true,
         ..minute()

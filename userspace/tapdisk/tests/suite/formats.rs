@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images with tables of their own, alone and over others, as a guest sees them: whenever the process dies,
-//! what was answered is there, and QEMU's tools find nothing wrong.
+//! Images with tables, alone and over backing images, as a guest sees them: after a death at any time all answered
+//! changes are there, and QEMU's tools find no fault.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SEALED, SIZE};
@@ -38,7 +38,7 @@ fn endure(folder: &Folder, served: &Served, format: &str, model: Vec<u8>) {
     folder.check(format, name, true);
     // Without another word from a process.
     assert!(folder.content(format, name) == guest.model, "{name}");
-    // One that ends in order leaves all as it should be.
+    // A process that ends in order leaves no faults at all.
     let (process, _) = served.start(&fake);
     process.exit();
     folder.check(format, name, true);
@@ -80,7 +80,7 @@ fn qcow2_over_qcow2_over_raw() {
         files: 2,
     };
     endure(&folder, &served, "qcow2", base.clone());
-    // What is below was read and no more.
+    // Backing images were only read.
     assert!(fs::read(folder.path("base.img")).expect("read") == base);
     assert!(fs::read(folder.path("mid.qcow2")).expect("read") == mid);
     folder.img(&["check", "-r", "leaks", "leaf.qcow2"]);
@@ -156,7 +156,7 @@ fn vmdk_with_a_flat_file() {
     alone("vmdk_with_a_flat_file", "vmdk", "vmdk", options, 1);
 }
 
-/// The same for one that is encrypted: what is on the storage is not what the guest wrote.
+/// An encrypted image without backing images: the storage does not have the guest's data in plain text.
 fn alone_with_key(test: &str, driver: &'static str, format: &str, options: &str) {
     let Some(folder) = Folder::new(test) else {
         return;
@@ -168,7 +168,7 @@ fn alone_with_key(test: &str, driver: &'static str, format: &str, options: &str)
         files: 1,
     };
     let sealed = format!("{SEALED}{format}");
-    // What luks: has never been written is no zeroes.
+    // Sectors of a LUKS image that were never used do not read as zeroes.
     let model = folder.content(&sealed, "a.img");
     endure(&folder, &served, &sealed, model);
     let content = folder.content(&sealed, "a.img");
@@ -250,7 +250,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
         let failure = reply.expect_err("it is raw");
         assert_eq!(failure.code, Code::Image, "{failure}");
     }
-    // Nobody answers: there is no supervisor.
+    // There is no supervisor, so the question has no answer.
     let served = Served {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
@@ -265,7 +265,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     let failure = reply.expect_err("its parent is missing");
     assert_eq!(failure.code, Code::Unsupported);
     assert!(failure.message.contains("raw.img"), "{failure}");
-    // What a guest wrote into a raw image is no header, whatever it looks like: nothing is guessed.
+    // A guest may store anything in a raw image, so no header is guessed from its content.
     let old = Served {
         path: folder.path("old.qcow"),
         driver: "qcow",
@@ -280,7 +280,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     };
     let (reply, _) = old.ask(&mut process, Request::Open(null));
     assert_eq!(reply.expect_err("it has none").code, Code::Invalid);
-    // Unless somebody says what it is.
+    // Unless the configuration names the format.
     let old = Served { files: 1, ..old };
     let said = Open {
         parents: Some(Driver::Aio),
@@ -303,7 +303,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     process.exit();
 }
 
-/// Another process has the image, or what it goes on from.
+/// Another process has the image or its backing image.
 #[test]
 fn image_and_parents_are_locked() {
     let Some(folder) = Folder::new("image_and_parents_are_locked") else {
@@ -320,7 +320,7 @@ fn image_and_parents_are_locked() {
     };
     let (first, second) = (Fake::new(4).expect("a node"), Fake::new(4).expect("a node"));
     let (process, _) = served("a.qcow2", "qcow2", 1).start(&first);
-    // Its parent may be that of another disk, and nobody may write it.
+    // Another disk may have the same parent, and no process may change it.
     let (other, _) = served("b.qcow2", "qcow2", 1).start(&second);
     other.exit();
     let mut other = Process::start(&second);
@@ -343,7 +343,7 @@ fn a_qcow2_disk_grows_below_its_guest() {
     let Some(folder) = Folder::new("a_qcow2_disk_grows_below_its_guest") else {
         return;
     };
-    // So many bytes need another L1 table, and what the longer parent has behind the old end stays hidden.
+    // That size needs another L1 table, and the content of the longer parent behind the old end stays hidden.
     let larger = 1 << 40;
     folder.raw("base.img", 1);
     let size = (SIZE / 2 / 512 * 512).to_string();
@@ -375,7 +375,7 @@ fn a_qcow2_disk_grows_below_its_guest() {
     let zeroes = answered(&fake, Op::Read, old, &[0; 65536]);
     assert!(zeroes == [0; 65536], "what the parent has is seen");
     answered(&fake, Op::Write, larger / 512 - 8, &[9; 4096]);
-    // Who asks once more has not heard that it was done.
+    // A caller that repeats the request may have missed the first answer.
     assert!(grow(&mut process, larger).is_ok());
     for wrong in [larger - 512, larger + 1] {
         let refused = grow(&mut process, wrong).expect_err("it cannot be so large");
@@ -398,7 +398,7 @@ fn a_qcow2_disk_grows_below_its_guest() {
     folder.check("qcow2", "a.qcow2", true);
 }
 
-/// What a configuration says of the memory for tables is what they get.
+/// The images' tables use at most the memory of the configuration.
 #[test]
 fn tables_take_no_more_memory_than_is_said() {
     let Some(folder) = Folder::new("tables_take_no_more_memory") else {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A process lets go of its disk and another one takes it, while the guest has requests under way: each is
-//! executed once, by the one or by the other.
+//! A process closes its disk and another one takes it, while the guest has requests under way: each is executed once,
+//! by one of both.
 
 use crate::common::guest::{step, Guest, Step};
 use crate::common::{Image, Process, SECTORS, SIZE};
@@ -15,7 +15,7 @@ use tapdev::fake::Fake;
 fn hand_over(mut old: Process, fake: &Fake, image: &Image, engine: Engine) -> Process {
     assert_eq!(old.ask(Request::Close, None), Ok(Reply::Done));
     assert_eq!(old.status().state, State::Idle);
-    // The kernel does this by itself when the node is given back.
+    // The kernel does this when the node is given back.
     fake.fence();
     let new = Process::serving(fake, image, engine);
     old.exit();
@@ -73,11 +73,11 @@ fn an_image_is_looked_at_while_somebody_else_serves_it() {
     let prepare = || Request::Prepare(image.open(Engine::Auto));
     let size = Some(SIZE);
     assert_eq!(new.ask(prepare(), Some(&image)), Ok(Reply::Fit { size }));
-    // It has kept nothing of it, and may do it again.
+    // The process has kept nothing of the image, and may do it again.
     assert_eq!(new.ask(prepare(), Some(&image)), Ok(Reply::Fit { size }));
     assert_eq!(new.status().state, State::Idle);
     assert_eq!(code(new.ask(prepare(), None)), Code::Invalid);
-    // Who has a disk is no successor.
+    // A process that has a disk cannot be a successor.
     assert_eq!(code(old.ask(prepare(), Some(&image))), Code::State);
     new.exit();
     old.exit();

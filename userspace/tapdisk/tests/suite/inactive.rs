@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest that moves has a disk on either side: one at a time uses the image, nothing of what was asked
-//! is lost, and nothing is read that is old.
+//! A guest that migrates has a disk on either side: one at a time uses the image, no request is lost, and no read
+//! returns old data.
 
 use crate::common::{needs, refuse, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Reply, Request, Stamp, State};
@@ -40,8 +40,7 @@ fn wanted(process: &mut Process) {
     );
 }
 
-/// The guest's answers are there, the image is durable and free, and with the next request it goes on with
-/// the same ring.
+/// The guest has its answers, the image is durable and free, and the next request resumes the disk with the same ring.
 #[test]
 fn suspend_that_is_cancelled_loses_nothing() {
     for engine in ENGINES {
@@ -64,7 +63,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
         assert_eq!(inactivated(&mut process), stamp);
         assert!(stamp.is_some());
 
-        // Nobody has it.
+        // No process has it.
         let other = Fake::new(2).unwrap();
         Process::serving(&other, &image, engine).exit();
 
@@ -127,7 +126,7 @@ fn two_are_never_active_at_once() {
     source.exit();
 }
 
-/// Somebody else writes an image.
+/// Changes an image as another process would.
 fn write_since(image: &Image, before: Stamp) {
     // The file system's clock is coarse.
     loop {
@@ -165,7 +164,7 @@ fn image_that_others_write_may_be_written_meanwhile() {
     process.exit();
 }
 
-/// Who comes back to an image that was written since would mix two times.
+/// A disk that returned to an image which has changed since would mix two states.
 #[test]
 fn image_that_was_written_since_is_not_used() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
@@ -177,7 +176,7 @@ fn image_that_was_written_since_is_not_used() {
     let refused = activate(&mut process, &image, Engine::Auto, stamp).unwrap_err();
     assert_eq!(refused.code, Code::Image, "{refused}");
     assert_eq!(fake.info().waiting, 1, "it is held");
-    // Who knows better says so.
+    // An administrator who knows better can override this.
     let reply = activate(&mut process, &image, Engine::Auto, None);
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     assert_eq!(
@@ -276,7 +275,7 @@ fn s27_last_tables_of_the_source_are_seen() {
         panic!("{reply:?}");
     };
     assert_eq!((disk.size, disk.discard), (8 << 20, true));
-    // It asked for nothing, and allocates now: no cluster of the disk was there before.
+    // The destination has sent no request before, and allocates now: no cluster of the disk existed.
     for cluster in 0..32 {
         let tag = here.send(Op::Write, cluster * 128, &[cluster as u8 + 1; 512], false);
         assert_eq!(here.answer(tag.unwrap(), 0).unwrap().0, Status::Okay);
@@ -306,7 +305,7 @@ fn s27_last_tables_of_the_source_are_seen() {
     assert!(checked.status.success(), "{checked:?}");
 }
 
-/// Nothing is told of a disk of which nothing is wanted.
+/// The supervisor hears nothing of an inactive disk without requests.
 #[test]
 fn inactive_disk_says_nothing_by_itself() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest that asks for more than its disk may do.
 
-use crate::common::{Image, Process, SIZE};
+use crate::common::{Image, Process, SECTORS, SIZE};
 use control::stats::Stats;
 use control::tapdisk::{Engine, Open, Reply, Request, Rules, State};
 use control::{Code, Limits, Pace, Share, Used};
 use ring::tap::shadow::Op;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
@@ -81,7 +82,7 @@ fn more_than_a_disk_may_do_waits() {
     process.exit();
 }
 
-/// Who waits for a limit is in nobody's way: a pause gives it back, and it is executed afterwards.
+/// A request that waits for a limit delays no other work: a pause hands it back, and it is executed afterwards.
 #[test]
 fn pause_does_not_wait_for_a_limit() {
     let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
@@ -109,7 +110,7 @@ fn pause_does_not_wait_for_a_limit() {
     process.exit();
 }
 
-/// So many requests in a second until then, and so many afterwards.
+/// Returns a share of that many requests in a second at first, and another number afterwards.
 fn share(at_first: u32, time: Duration, after: u32) -> Share {
     let pace = |requests| {
         Pace::of(&Limits {
@@ -135,8 +136,8 @@ fn used(process: &mut Process, share: Share) -> Used {
     }
 }
 
-/// A disk does what it has of its group's limits, of which it is told again and again, and what it was told for the time
-/// in which nobody tells it anything any more.
+/// A disk keeps to its share of the group's limits, which is renewed again and again, and to the share for the time
+/// without a supervisor.
 #[test]
 fn share_of_a_group_holds_and_ends() {
     let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
@@ -169,7 +170,7 @@ fn share_of_a_group_holds_and_ends() {
     }
     let time = begun.elapsed();
     assert!(time < Duration::from_millis(1500), "{time:?}");
-    // Nothing more is told: that share ends, and the disk goes on with what it has then.
+    // No new share arrives: the old one ends, and the disk continues with its share for that time.
     let short = share(10, Duration::from_millis(200), 1000);
     let told = used(&mut process, short);
     assert_eq!(told.requests, 128);
@@ -185,5 +186,68 @@ fn share_of_a_group_holds_and_ends() {
     );
     let refused = process.ask(Request::Share(short), None).unwrap_err();
     assert_eq!(refused.code, Code::State);
+    process.exit();
+}
+
+/// A discard and a write of zeroes cost the storage something, though they bring no data: the group knows of both, and a
+/// limit holds them back.
+#[test]
+fn discards_and_zeroes_count_too() {
+    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let mut process = Process::start(&fake);
+    let shared = Open {
+        share: Some(share(100_000, Duration::from_secs(3600), 100_000)),
+        ..image.open(Engine::Auto)
+    };
+    let opened = process.ask(Request::Open(shared), Some(&image));
+    assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
+    let answered = |op, sector, sectors| {
+        let tag = fake.send_range(op, sector, sectors).unwrap();
+        fake.answer(tag, 0).unwrap();
+    };
+    for sector in 0..3 {
+        answered(Op::Discard, sector, 1);
+    }
+    answered(Op::WriteZeroes, 0, 16);
+    let told = used(
+        &mut process,
+        share(100_000, Duration::from_secs(3600), 100_000),
+    );
+    assert_eq!((told.requests, told.bytes), (4, 3 * 4096 + 16 * 512));
+    process.exit();
+
+    let mut process = Process::start(&fake);
+    let limited = Open {
+        limits: Limits {
+            bytes: 1 << 20,
+            ..Limits::default()
+        },
+        ..image.open(Engine::Auto)
+    };
+    let opened = process.ask(Request::Open(limited), Some(&image));
+    assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
+    for (op, sectors, count) in [
+        // A megabyte at once, and another half of one. The disk may be zeroed at once after that, and once more later.
+        (Op::Discard, 1, 256 + 128),
+        (Op::WriteZeroes, SECTORS, 2),
+    ] {
+        let begun = Instant::now();
+        let mut tags = VecDeque::new();
+        for number in 0..count {
+            if tags.len() == usize::from(TAGS) {
+                fake.answer(tags.pop_front().unwrap(), 0).unwrap();
+            }
+            tags.push_back(
+                fake.send_range(op, number * sectors % SECTORS, sectors)
+                    .unwrap(),
+            );
+        }
+        for tag in tags {
+            fake.answer(tag, 0).unwrap();
+        }
+        let time = begun.elapsed();
+        assert!(time >= Duration::from_millis(450), "{op:?}: {time:?}");
+    }
+    assert!(stats(&mut process).held > 0);
     process.exit();
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What was written and cannot be made durable is told to everybody who relies on it, over a pause too.
+//! Lost writes are reported to each client that relies on them, also over a pause.
 
 use crate::common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
@@ -13,9 +13,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use tapdev::fake::Fake;
 
-/// Storage that takes writes and loses them when they are to be written back.
+/// Storage that acknowledges writes and loses them at the write-back.
 struct Losing {
-    /// What fails: the flush while it is served, or the end.
+    /// True if the flush fails that runs while the disk is served; else the final one.
     early: bool,
 }
 
@@ -41,7 +41,7 @@ impl Driver for Losing {
     }
     async fn inactivate(&self) -> Result<(), Errno> {
         match self.early {
-            // The system has said it already.
+            // The system has reported it already.
             true => Ok(()),
             false => Err(Errno::IO),
         }
@@ -77,7 +77,7 @@ fn status(fake: &Fake, op: Op, preflush: bool, fua: bool) -> Status {
     fake.answer(tag, 0).unwrap().0
 }
 
-/// A pause loses something, the disk goes on from an image that is whole.
+/// A pause loses a write, and the disk resumes from an intact image.
 fn lose(process: &mut Process, image: &Image) {
     let failure = process.ask(Request::Pause, None).unwrap_err();
     assert!(failure.message.contains("durable"), "{failure}");
@@ -92,14 +92,15 @@ fn guest_learns_of_what_a_pause_lost() {
         for (op, preflush, fua) in [
             (Op::Flush, false, false),
             (Op::Write, true, false),
-            (Op::Write, false, true),
+            (Op::Write, true, true),
         ] {
             let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
             let mut process = serving(&fake, early);
             assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
             lose(&mut process, &image);
-            // It is no promise of what was before.
+            // Neither of these writes covers earlier ones.
             assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
+            assert_eq!(status(&fake, Op::Write, false, true), Status::Okay);
             let first = status(&fake, op, preflush, fua);
             assert_eq!(first, Status::Error, "{op:?} {preflush} {fua} {early}");
             assert_eq!(status(&fake, op, preflush, fua), Status::Okay);

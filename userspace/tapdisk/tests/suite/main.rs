@@ -14,6 +14,7 @@ mod formats;
 mod handoff;
 mod inactive;
 mod limits;
+mod losses;
 mod lost;
 mod marks;
 mod mirror;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! NBD clients are told where the disk was written since its marks, by hand and by QEMU's tools.
+//! NBD clients read where the disk has changed since its marks, by hand and with QEMU's tools.
 
 use super::nbd::{answer, any_chunk, chunk, client, option, send};
 use super::notes::{touched, Map, UNIT};
@@ -17,17 +17,17 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use tapdev::fake::Fake;
 
-/// A mark of which the name may be forgotten, and its map.
+/// A mark, whose name may be forgotten, and its map.
 struct Noted {
     name: Option<String>,
     map: Map,
 }
 
-/// What a supervisor knows: the marks, the oldest first, and by their place numbered.
+/// State of a supervisor: the marks, the oldest first, each numbered by its place.
 #[derive(Default)]
 struct Known {
     all: Vec<Noted>,
-    /// How often it was asked of marks.
+    /// Number of questions about marks.
     asked: usize,
 }
 
@@ -47,7 +47,7 @@ impl Marks {
         self.known().all.push(Noted { name, map });
     }
 
-    /// One is gone.
+    /// Removes a mark.
     fn lose(&self, name: &str) {
         let named = |noted: &&mut Noted| noted.name.as_deref() == Some(name);
         let mut known = self.known();
@@ -55,13 +55,13 @@ impl Marks {
         noted.name = None;
     }
 
-    /// The same, as others are there, and the process hears of it.
+    /// Removes a mark while others exist, and reports that to the process.
     fn forget(&self, name: &str, process: &mut Process) {
         self.lose(name);
         assert_eq!(process.ask(Request::Unmarked, None), Ok(Reply::Done));
     }
 
-    /// The units that were written since one of them.
+    /// Returns the units that have changed since a mark.
     fn since(&self, name: &str) -> Vec<u64> {
         let known = self.known();
         let mut all = known.all.iter();
@@ -69,7 +69,7 @@ impl Marks {
         known.units(number.expect("a mark"))
     }
 
-    /// Answers what a process needs until its end.
+    /// Answers the questions of a process until its end.
     fn supervise(&self, process: &mut Process) -> JoinHandle<()> {
         let (idle, _other) = UnixStream::pair().expect("sockets");
         let mut channel = std::mem::replace(&mut process.needs, Channel::new(idle));
@@ -141,7 +141,7 @@ impl Known {
         }
     }
 
-    /// A few units at a time, so that there is more to be asked for.
+    /// Returns a few units at a time, so that one answer is not enough.
     fn changed(&self, place: usize, from: u64) -> Changed {
         const MOST: usize = 40;
         let mut units = self.units(place);
@@ -184,7 +184,7 @@ fn serving(image: &Raw, fake: &Fake, marks: &Marks, folder: &Path) -> (Process, 
     (process, supervisor)
 }
 
-/// A question for something that is told of extents.
+/// Chooses metadata contexts of extents.
 fn meant(socket: &mut UnixStream, number: u32, names: &[&str]) -> Vec<(u32, String)> {
     let mut data = b"\0\0\0\x04disk".to_vec();
     data.extend((names.len() as u32).to_be_bytes());
@@ -221,7 +221,7 @@ fn knowing_chunks(folder: &Path) -> UnixStream {
     socket
 }
 
-/// It is served, and told of this.
+/// Connects a client that is served, and chooses these contexts.
 fn told_of(folder: &Path, names: &[&str]) -> UnixStream {
     let mut socket = knowing_chunks(folder);
     let meant = meant(&mut socket, SET, names);
@@ -250,7 +250,7 @@ fn states(chunk: (u16, Vec<u8>), number: u32) -> Vec<(u32, u32)> {
         .collect()
 }
 
-/// The units of all of the disk that a client is told were written.
+/// Returns all units of the disk that a client sees as changed.
 fn dirty(socket: &mut UnixStream) -> Vec<u64> {
     let (mut at, mut units) = (0, Vec::new());
     while at < SIZE {
@@ -267,7 +267,7 @@ fn dirty(socket: &mut UnixStream) -> Vec<u64> {
     units
 }
 
-/// It is an error, and says which mark is meant.
+/// Checks that the answer is an error that names the mark.
 fn unknown(socket: &mut UnixStream, mark: &str) {
     send(socket, 7, 0, SIZE as u32, b"");
     let (kind, content) = chunk(socket);
@@ -300,7 +300,7 @@ fn client_finds_the_marks() {
     let (mut process, supervisor) = serving(&raw, &fake, &marks, folder);
     let allocation = "base:allocation";
     let mut socket = knowing_chunks(folder);
-    // Nobody has to be asked where nothing is noted.
+    // Without a dirty bitmap there is no question to the supervisor.
     assert_eq!(meant(&mut socket, LIST, &[]), [(1, allocation.to_owned())]);
     assert_eq!(meant(&mut socket, SET, &[&name("a")]), []);
     assert_eq!(marks.known().asked, 0);
@@ -355,7 +355,7 @@ fn client_is_told_of_all_that_was_answered() {
     let changed = [(2 * unit, 0), (unit, 1), (unit, 0)];
     assert_eq!(states(chunk(&mut both), 2), changed);
     assert_eq!(marks.known().asked, asked, "it is known already");
-    // What follows the next mark is since the one before, too.
+    // Changes after the next mark are also changes since the one before.
     marks.set("b", &mut process);
     let mut later = told_of(folder, &[&name("b")]);
     assert!(dirty(&mut later).is_empty());
@@ -380,12 +380,12 @@ fn client_never_takes_a_mark_that_is_gone_for_nothing_changed() {
     assert_eq!((dirty(&mut first), dirty(&mut second)), (vec![], vec![]));
     marks.forget("a", &mut process);
     unknown(&mut first, "a");
-    // Another one of the same name is not that one.
+    // A new mark of that name is another mark.
     marks.set("a", &mut process);
     unknown(&mut first, "a");
     write(&fake, 3);
     assert_eq!(dirty(&mut second), [3]);
-    // What becomes of it while the disk is paused nobody has to say.
+    // The process finds out itself what became of it while the disk was paused.
     let mut other = told_of(folder, &[&name("a")]);
     assert_eq!(dirty(&mut other), [3]);
     for (gone, socket, notes) in [("b", &mut second, Some(UNIT)), ("a", &mut other, None)] {
@@ -399,7 +399,7 @@ fn client_never_takes_a_mark_that_is_gone_for_nothing_changed() {
         assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
         unknown(socket, gone);
     }
-    // And as long as something else is noted.
+    // That also holds while another mark exists.
     marks.set("c", &mut process);
     unknown(&mut second, "b");
     let mut third = told_of(folder, &[&name("c")]);
@@ -411,7 +411,7 @@ fn client_never_takes_a_mark_that_is_gone_for_nothing_changed() {
     supervisor.join().expect("no panic");
 }
 
-/// The units that QEMU says were written since a mark.
+/// Returns the units that QEMU reports as changed since a mark.
 fn mapped(folder: &Folder, mark: &str) -> Vec<u64> {
     let image = format!(
         "driver=nbd,server.type=unix,server.path={},export=disk,x-dirty-bitmap={}",
@@ -426,7 +426,7 @@ fn mapped(folder: &Folder, mark: &str) -> Vec<u64> {
         let number = |key: &str| part[key].as_u64().expect("a number");
         assert_eq!(number("start"), at, "{text}");
         let end = at + number("length");
-        // What is written it takes for a hole.
+        // QEMU shows a changed range as a hole.
         if part["data"] == false {
             units.extend(at / UNIT..end.div_ceil(UNIT));
         }
@@ -436,8 +436,8 @@ fn mapped(folder: &Folder, mark: &str) -> Vec<u64> {
     units
 }
 
-/// Over marks that come and go, and processes that die, QEMU's tools are told what the maps say, which is what the guest
-/// has done; and so is a client that has been there since the mark, or since the process.
+/// Marks come and go and processes die, and QEMU's tools always read exactly the guest's changes; so does a client that
+/// has been connected since the mark, or since the process began.
 #[test]
 fn tools_of_qemu_are_told_what_has_changed() {
     let Some(folder) = Folder::new("tools_of_qemu_are_told_what_has_changed") else {

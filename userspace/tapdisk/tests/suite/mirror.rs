@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk is copied to another image while its guest works, and goes on there.
+//! A disk is copied to another image while its guest works, and switches to it.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
@@ -17,9 +17,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tapdev::fake::Fake;
 
-/// A guest does not wait longer for what it is copied to, on a machine that is busy.
+/// Time in which a guest's request ends although its mirror hangs, on a busy machine.
 const LATE: Duration = Duration::from_secs(90);
-/// Milliseconds in which what was sent over a network may be executed.
+/// Milliseconds in which requests on a network may still be executed.
 const LATER: u64 = 60_000;
 
 fn told(process: &mut Process) -> Option<Mirror> {
@@ -29,7 +29,7 @@ fn told(process: &mut Process) -> Option<Mirror> {
     }
 }
 
-/// Asks until it is as is said; nothing takes so long as the limit.
+/// Asks until `is_so` holds; the limit is longer than any of these waits.
 fn until(process: &mut Process, is_so: impl Fn(&Mirror) -> bool) -> Mirror {
     let start = Instant::now();
     loop {
@@ -74,8 +74,8 @@ fn served(folder: &Folder, name: &str, driver: &'static str) -> Served {
     }
 }
 
-/// A guest works on an image that is copied to another one, while its process is killed, and goes on there. What was
-/// in the other one before is not seen again.
+/// A guest works on an image that is copied to another one, while its process is killed, and switches to it. The old
+/// content of the other image is never visible.
 fn moves(test: &str, from: (&'static str, &str), to: (&'static str, &str)) {
     let Some(folder) = Folder::new(test) else {
         return;
@@ -115,7 +115,7 @@ fn moves(test: &str, from: (&'static str, &str), to: (&'static str, &str)) {
         guest.send(&step);
     }
     until(&mut process, is_same);
-    // From now on what is written goes to both.
+    // From now on each write goes to both.
     for step in steps
         .by_ref()
         .take(60)
@@ -211,7 +211,7 @@ fn what_cannot_be_the_disk_is_refused() {
     let failure = mirror(&mut process, &to, 1).expect_err("it is too small");
     assert_eq!(failure.code, Code::Image, "{failure}");
     assert!(failure.message.contains("make it larger"), "{failure}");
-    // It is free again.
+    // The lock of the image is free again.
     folder.img(&["resize", "-f", "qcow2", "small", &SIZE.to_string()]);
     mirror(&mut process, &to, u64::MAX).expect("a mirror");
     until(&mut process, is_same);
@@ -244,7 +244,7 @@ fn a_mirror_that_fails_is_not_the_guests() {
     begin(&mut process, open, memory.as_fd(), u64::MAX).expect("a mirror");
     until(&mut process, is_same);
     answered(&fake, Op::Write, 8, &[7; 512]);
-    // From now on it cannot be written.
+    // From now on it is read-only.
     fcntl_add_seals(&memory, SealFlags::FUTURE_WRITE | SealFlags::WRITE).expect("sealed");
     let tag = fake
         .send(Op::Write, 9, &[8; 512], false)
@@ -263,7 +263,7 @@ fn a_mirror_that_fails_is_not_the_guests() {
     process.exit();
 }
 
-/// The guest sees what is behind the old end when the disk is served from there.
+/// When the disk is served from the other image, the guest sees the part behind the old end.
 #[test]
 fn what_a_larger_image_held_behind_the_disks_end_is_not_seen() {
     let Some(folder) = Folder::new("what_a_larger_image_held") else {
@@ -294,7 +294,7 @@ fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
     assert_eq!(begun, Ok(Reply::Done));
 }
 
-/// A guest whose disk, a raw image in `folder`, is served, and a server to which it can be copied.
+/// A guest whose disk is a raw image in `folder`, and a server to which it can be copied.
 struct OverNetwork {
     folder: Folder,
     from: Served,
@@ -344,13 +344,13 @@ fn guest_goes_on_without_a_server_that_hangs() {
         matches!(&last.state, Mirroring::Failed { why } if why.contains("has not answered for 30 s")),
         "{last:?}"
     );
-    // What the server has been told it may still do.
+    // The server may still execute requests that it got.
     process.leave();
     assert!(!fake.looks_quiet(LATER - 1));
     assert!(bed.folder.content("raw", "from") == guest.model);
 }
 
-/// The image is on a disk of this machine, so nobody would have waited for what goes to the server.
+/// The image is on a local disk, so without the server no process would have had to wait.
 #[test]
 fn raw_image_is_copied_to_a_server_and_goes_on_there() {
     let Some(bed) = OverNetwork::new("raw_goes_to_a_server") else {
@@ -370,7 +370,7 @@ fn raw_image_is_copied_to_a_server_and_goes_on_there() {
     mirror_to_server(&mut process, server, 8 << 20);
     go_on(&mut guest, 40);
     until(&mut process, |mirror| mirror.offset > 0);
-    // It dies, and the kernel was told that its I/O may be over later.
+    // It dies after it has told the kernel that its I/O may be over later.
     process.die();
     assert!(!fake.looks_quiet(0) && !fake.looks_quiet(LATER - 1));
     assert!(fake.looks_quiet(LATER));
@@ -378,7 +378,7 @@ fn raw_image_is_copied_to_a_server_and_goes_on_there() {
     mirror_to_server(&mut process, server, 1 << 30);
     go_on(&mut guest, 40);
     until(&mut process, is_same);
-    // It is paused, and goes on where it was.
+    // It is paused, and resumes where it was.
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let (reply, _) = from.ask(&mut process, Request::Unpause(from.question()));
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");

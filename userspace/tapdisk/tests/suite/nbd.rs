@@ -197,7 +197,7 @@ fn client_waits_while_the_disk_is_paused() {
     process.exit();
 }
 
-/// It asked for a megabyte, of which a socket holds a part, and reads nothing.
+/// The client has asked for a megabyte, of which a socket holds a part, and reads nothing.
 #[test]
 fn client_that_takes_no_answer_keeps_nobody_waiting() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
@@ -215,7 +215,7 @@ fn client_that_takes_no_answer_keeps_nobody_waiting() {
     let tag = fake.send(Op::Write, 0, &[6; 512], false).unwrap();
     fake.answer(tag, 0).unwrap();
     assert_eq!(process.ask(Request::Close, None), Ok(Reply::Done));
-    // What was read is from before.
+    // The data was read before that.
     assert_eq!(bytes(&mut stalled, SIZE as usize), [0; SIZE as usize]);
     process.exit();
 }
@@ -280,7 +280,7 @@ fn client_is_told_where_nothing_is() {
     assert_eq!(chunk(&mut socket).0, 1 << 15 | 1);
     send(&mut socket, 1, 0, 512, &[6; 512]);
     assert_eq!(code(&mut socket), 0);
-    // Who has not asked for it first is not told, nor who has asked for something else since.
+    // A client that has not chosen a context first gets nothing, nor does one that has chosen another since.
     let mut other = client(folder.path());
     for (data, result) in [(&query[..], 4), (b"\0\0\0\x01x\0\0\0\0", 1 << 31 | 6)] {
         option(&mut other, 8, b"");

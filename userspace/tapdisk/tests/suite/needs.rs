@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A tapdisk asks for what it cannot open itself.
+//! A tapdisk asks for files that it cannot open itself.
 
 use crate::common::{needs, refuse, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Provided, Reply, Request};
@@ -48,7 +48,7 @@ fn give_memory(channel: &mut Channel, memory: &OwnedFd) {
     assert_eq!(needs(channel, 0), asked);
     let reply = channel.ask(&question, &[memory.as_fd()]);
     assert_eq!(reply, Ok(Reply::Done));
-    // The first answer counts; who comes late is not told off.
+    // The first answer counts; a late one is no error.
     let reply = channel.ask(&question, &[memory.as_fd()]);
     assert_eq!(reply, Ok(Reply::Done));
 }
@@ -84,7 +84,7 @@ fn what_was_counted_outlives_the_process() {
             break;
         }
         assert!(Instant::now() < limit, "nothing was left: {text}");
-        // It is idle, and leaves all that it has counted before it sleeps for long.
+        // The process is idle, and stores all counts before it sleeps for long.
         std::thread::sleep(Duration::from_millis(10));
     }
     process.kill();
@@ -139,7 +139,7 @@ fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
     fake.answer(tag, 0).unwrap();
-    // Too late, which harms nobody.
+    // The answer is too late, which does no harm.
     let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
     let question = Request::Provide {
         number,

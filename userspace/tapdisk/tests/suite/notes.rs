@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where a guest writes is noted, over deaths of its process.
+//! The dirty bitmap has the guest's changes, over deaths of its process.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, SIZE};
@@ -13,7 +13,7 @@ use rustix::io::pread;
 use std::os::fd::{AsFd, OwnedFd};
 use tapdev::fake::Fake;
 
-/// Bytes that are told apart.
+/// Bytes that a bit covers.
 pub(super) const UNIT: u64 = 4096;
 
 /// The memory of a mark, which outlives processes.
@@ -26,7 +26,7 @@ impl Map {
         Self(memory)
     }
 
-    /// It, once more.
+    /// Returns a copy of the descriptor.
     pub(super) fn descriptor(&self) -> OwnedFd {
         self.0.try_clone().expect("dup")
     }
@@ -38,7 +38,7 @@ impl Map {
         }
     }
 
-    /// The units that are noted.
+    /// Returns the units whose bits are set.
     pub(super) fn units(&self) -> Vec<u64> {
         let mut bits = vec![0; 4096];
         let count = pread(&self.0, &mut bits, 0).expect("read");
@@ -56,7 +56,7 @@ impl Map {
     }
 }
 
-/// Units in which two states of an image differ.
+/// Returns the units in which two states of an image differ.
 fn differ(one: &[u8], other: &[u8]) -> Vec<u64> {
     let pairs = one.chunks(UNIT as usize).zip(other.chunks(UNIT as usize));
     let pairs = (0..).zip(pairs);
@@ -97,7 +97,7 @@ fn nothing_changes_that_is_not_noted() {
     let steps = steps();
     for (number, step) in steps.iter().enumerate() {
         if number % 60 == 50 {
-            // Once more, while it is noted there: nothing of it is lost.
+            // The process gets its memory again while it uses it: no bit is lost.
             if let Some(last) = states.len().checked_sub(1) {
                 maps[last].given_to(&mut process);
             }
@@ -157,7 +157,7 @@ fn notes_end_and_are_refused_without_a_map() {
     answered(&fake, Op::Write, 16, &[7; 512]);
     assert_eq!(map.units(), [1]);
     process.exit();
-    // Nobody writes what nobody notes.
+    // Without its dirty bitmap the disk is not served.
     let mut process = Process::start(&fake);
     let question = Request::Open(image.open(&map.watched()));
     let refuse_all = |channel: &mut Channel| {

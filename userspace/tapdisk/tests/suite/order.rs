@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a driver is called for, in which order, and when that is answered.
+//! Calls of a driver, their order, and when the guest gets the answers.
 
 use control::stats::Stats;
 use control::tapdisk::{Call, OnError, Rules, Trouble, Troubles as Told};
@@ -30,16 +30,16 @@ const SHAPE: Shape = Shape {
     },
 };
 
-/// Writes down what it is called for. Nothing ends before a test lets it.
+/// Records its calls. No call ends before a test allows it.
 #[derive(Clone, Default)]
 struct Slow(Rc<State>);
 
 #[derive(Default)]
 struct State {
     calls: RefCell<Vec<&'static str>>,
-    /// What it was told of writes.
+    /// Attributes of the writes that it got.
     seen: RefCell<Vec<Attributes>>,
-    /// It says that it does durable writes itself.
+    /// True if it executes durable writes itself.
     heeds_fua: Cell<bool>,
     /// Calls that may end.
     allowed: Cell<usize>,
@@ -118,7 +118,7 @@ struct Lab {
     driver: Slow,
 }
 
-/// What is done when there is no room, and when something else fails.
+/// Returns an error policy, for a full storage and for other errors.
 fn rules(on_no_space: OnError, on_error: OnError) -> Rc<Cell<Rules>> {
     Rc::new(Cell::new(Rules {
         on_no_space,
@@ -197,12 +197,12 @@ impl Lab {
         Self::on(fake, driver, terms)
     }
 
-    /// The disk was paused and goes on.
+    /// Resumes the disk after a pause.
     fn go_on(&mut self) {
         self.server = Self::server(&self.runtime, &self.tap, &self.driver, &self.terms);
     }
 
-    /// What the supervisor is told.
+    /// Returns the reports to the supervisor.
     fn told(&self) -> Told {
         let troubles = self.terms.troubles.clone();
         let told = async move { troubles.after(None).await };
@@ -240,8 +240,7 @@ impl Lab {
         self.fake.post(request, &[]).unwrap()
     }
 
-    /// Lets the driver's calls end one after the other; after each, the calls so far and what was
-    /// answered.
+    /// Lets the driver's calls end one after the other; returns the calls and the number of answers after each.
     fn steps(&self, calls: usize) -> Vec<(Vec<&'static str>, u64)> {
         let steps = (0..=calls).map(|allowed| {
             self.driver.allow(allowed);
@@ -298,7 +297,7 @@ fn write_whose_flush_fails_is_an_error() {
     }
 }
 
-/// The second attempt would succeed, and the guest would take for durable what is gone.
+/// A second attempt would succeed, and the guest would take lost data for durable.
 #[test]
 fn flush_that_failed_is_never_tried_again() {
     let flush = Request {
@@ -471,13 +470,13 @@ fn who_is_not_the_guest_keeps_to_the_order_of_arrival() {
 fn guest_waits_while_there_is_no_room() {
     let mut lab = Lab::full();
     let first = lab.write(false, false);
-    // It overlaps, so it comes after the first in any case.
+    // The request overlaps the first one, so it comes after it in any case.
     let second = lab.fake.send(Op::Read, 0, &[0; 512], false).unwrap();
     let other = lab.fake.send(Op::Read, 8, &[0; 512], false).unwrap();
     lab.driver.allow(9);
     lab.settle();
     assert_eq!(lab.fake.answer(other, 0).unwrap().0, Status::Okay);
-    // What comes later waits, too.
+    // Later requests wait, too.
     let third = lab.fake.send(Op::Read, 100, &[0; 512], false).unwrap();
     lab.settle();
     let info = lab.fake.info();
@@ -560,7 +559,7 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
                 continue;
             }
             assert_eq!(lab.fake.info().committed, 0, "{what}");
-            // The lease is here again: it is done, and no flush fails for what was refused.
+            // The lease is back: the request succeeds, and no flush fails because of the refused one.
             fails.set(None);
             lab.go_on();
             lab.settle();
@@ -572,7 +571,7 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
     }
 }
 
-/// Who takes a reservation away ends what is under way, which may fail by any error.
+/// Another host that takes the reservation ends requests under way, with any error.
 #[test]
 fn what_fails_on_a_disk_that_is_reserved_waits() {
     let mut lab = Lab::with(Terms {

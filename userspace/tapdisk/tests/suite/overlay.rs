@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A disk goes on in a new image over the one that it has, which keeps what the disk was.
+//! A disk switches to a new image on top of its old one, which keeps the disk's content.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, holds, steps, Folder, Served, SIZE};
@@ -11,7 +11,7 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use tapdev::fake::Fake;
 
-/// A snapshot: the guest goes on in a new image over the one that was served.
+/// Snapshot: the guest continues in a new image on top of the served one.
 #[test]
 fn disk_goes_on_over_what_was_served() {
     let Some(folder) = Folder::new("disk_goes_on_over_what_was_served") else {
@@ -53,7 +53,7 @@ fn disk_goes_on_over_what_was_served() {
         panic!("no statistics");
     };
     assert!(!stats.driver.is_empty(), "the driver counts nothing");
-    // It has the size that its header says, and nobody else can change that.
+    // It has the size in its header, which no other process can change.
     let reply = process.ask(Request::Resize, None);
     assert!(
         matches!(reply, Ok(Reply::Disk(Disk { size: SIZE, .. }))),
@@ -79,8 +79,8 @@ fn disk_goes_on_over_what_was_served() {
     assert!(fs::read(folder.path("base.img")).expect("read") == before);
 }
 
-/// A guest works on a raw image, and goes on in new images, each over the one before, that the process makes
-/// while it serves that: with requests under way, and the process killed in between.
+/// A guest works on a raw image, and switches to new images, each on top of the last one, that the process makes during
+/// that: with requests under way, and deaths of the process in between.
 fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
     let Some(folder) = Folder::new(test) else {
         return;

@@ -30,7 +30,8 @@ fn start(args: &[&str]) -> (Child, Channel) {
 fn supervised(path: &Path) -> Command {
     let listener: OwnedFd = UnixListener::bind(path).unwrap().into();
     let mut command = Command::new("setpriv");
-    // It has a session of its own, so what ends the tests does not reach it: it dies with the thread that starts it.
+    // The process has a session of its own, so a signal to the tests does not reach it: it dies with the thread that
+    // starts it.
     command
         .args(["--pdeathsig", "KILL", PROGRAM])
         .args(["--control-fd", "0"])
@@ -38,7 +39,7 @@ fn supervised(path: &Path) -> Command {
     command
 }
 
-/// What the kernel says of a process or a thread.
+/// Returns a field of the kernel's status of a process or a thread.
 fn field(status: &str, key: &str) -> String {
     let line = status.lines().find_map(|line| line.strip_prefix(key));
     line.unwrap().trim().to_string()
@@ -49,7 +50,7 @@ fn status_of(child: &Child, key: &str) -> String {
     field(&text.unwrap(), key)
 }
 
-/// What the kernel says of each thread.
+/// Returns the kernel's status of each thread.
 fn threads(child: &Child) -> Vec<String> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let texts = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")));
@@ -73,8 +74,7 @@ fn supervised_process_is_confined_and_ends_when_asked() {
         let blocked = u64::from_str_radix(&field(&status, "SigBlk:"), 16).unwrap();
         assert_eq!(blocked >> (libc::SIGTERM - 1) & 1, 1);
     }
-    // What each disk costs. The program itself is there once for all, and how much of it is mapped depends on what
-    // of it the page cache happens to have.
+    // Memory of each disk. All processes share the program, and the mapped part of it depends on the page cache.
     let own: u64 = status_of(&child, "RssAnon:")
         .trim_end_matches(" kB")
         .parse()
@@ -85,13 +85,13 @@ fn supervised_process_is_confined_and_ends_when_asked() {
     assert!(child.wait().unwrap().success());
 }
 
-/// What the tests are killed by, such as the end of their time, would leave it with what it has inherited: a pipe that
-/// somebody reads to its end, a descriptor that locks something.
+/// A signal that kills the tests, such as that of a timeout, would leave the child alive with its inherited
+/// descriptors: a pipe that another process reads to its end, or a lock.
 #[test]
 fn a_process_does_not_outlive_its_test() {
     let started = std::thread::spawn(|| {
         let (child, mut control) = start(&[]);
-        // It may be waited for before it has said with whom it dies: now it has.
+        // The process must have set its parent-death signal before the test waits for it: after this answer it has.
         control.ask::<_, Reply>(Request::Ping, &[]).unwrap();
         (child, control)
     });
@@ -113,7 +113,7 @@ fn a_process_ends_with_its_lease() {
     let mut until = |until| control.ask::<_, Reply>(Request::Term { until }, &[]);
     assert_eq!(until(Some(Duration::MAX)).unwrap(), Reply::Done);
     assert_eq!(until(None).unwrap(), Reply::Done);
-    // It may be dead before it has answered.
+    // The process may be dead before it answers.
     let _ = until(Some(Duration::ZERO));
     assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
 }
@@ -146,17 +146,17 @@ fn signal_ends_it_in_order() {
     assert!(child.wait().unwrap().success());
 }
 
-/// It says something, once for each time.
+/// Lets the process print that many messages.
 fn have_it_complain(path: &Path, times: usize) {
     for _ in 0..times {
         let mut broken = UnixStream::connect(path).unwrap();
         broken.write_all(b"no message\n").unwrap();
-        // It has answered, closed the connection, or lost what we have not read.
+        // The process has answered, closed the connection, or dropped unread data.
         let _ = broken.read_to_end(&mut Vec::new());
     }
 }
 
-/// As it is started by blktapctrl: it has both ends of the pipe in which it writes.
+/// The process starts as blktapctrl starts it: it has both ends of the pipe of its messages.
 #[test]
 fn a_process_goes_on_though_nobody_reads_what_it_says() {
     if !rustix::process::geteuid().is_root() {
@@ -180,7 +180,7 @@ fn a_process_goes_on_though_nobody_reads_what_it_says() {
     let mut control = Channel::connect(&path).unwrap();
     let reply: Reply = control.ask(Request::Ping, &[]).unwrap();
     assert!(matches!(reply, Reply::Process(process) if process.pid == child.id()));
-    // What the next supervisor finds.
+    // The next supervisor finds this.
     let mut options = std::fs::File::options();
     // CAST: the bits are those of the kernel.
     options

@@ -35,7 +35,7 @@ fn stats(process: &mut Process) -> Stats {
     }
 }
 
-/// Asks until it is as is said; nothing takes so long as the limit.
+/// Asks until `is_so` holds; the limit is longer than any of these waits.
 fn until(process: &mut Process, is_so: impl Fn(&Scrub) -> bool) -> Scrub {
     let start = Instant::now();
     loop {
@@ -137,7 +137,7 @@ fn what_cannot_be_read_is_told_and_the_rest_is_read() {
     process.exit();
 }
 
-/// The other image has data elsewhere, so what is told would be of neither.
+/// The other image has data elsewhere, so the progress would be of neither.
 #[test]
 fn scrub_ends_with_its_image() {
     let fake = Fake::new(4).unwrap();
@@ -151,7 +151,7 @@ fn scrub_ends_with_its_image() {
     assert!(process.ask(unpause, Some(&second)).is_ok());
     let ended = until(&mut process, |scrub| !scrub.running);
     assert_eq!((ended.offset, ended.read), (begun.offset, begun.read));
-    // The next one is of the other image, from its beginning on.
+    // The next scrub is of the other image, from its beginning on.
     scrub(&mut process, u64::MAX);
     let found = until(&mut process, |scrub| !scrub.running);
     assert_eq!((found.offset, found.read, found.errors), (SIZE, data, 0));
@@ -162,7 +162,7 @@ fn scrub_ends_with_its_image() {
     process.exit();
 }
 
-/// Storage whose map is broken, not its data.
+/// Storage whose extents cannot be read, although its data can.
 struct Unmapped;
 
 impl Driver for Unmapped {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A tapdisk in a thread, with the kernel's own shadow and a guest in another one: what is written
-//! is read, whatever the engine, and whenever the process dies.
+//! A tapdisk in a thread, with the kernel's own shadow and a guest in another one: reads return the data of earlier
+//! writes, for each engine, and after a death at any time.
 
 use crate::common::guest::{step, Guest, Step};
 use crate::common::images::cached;
@@ -63,10 +63,10 @@ fn requests_wait_while_the_disk_is_paused() {
     let waits = fake.send(Op::Write, 1, &[2; 512], false).unwrap();
     assert_eq!(process.status().state, State::Paused);
     assert_eq!(fake.info().waiting, 1);
-    // The image is closed and unlocked: somebody else may have it.
+    // The image is closed and unlocked, so another process may have it.
     let other = Fake::new(1).unwrap();
     Process::serving(&other, &first, Engine::Auto).exit();
-    // The content moves to a larger image, and the guest goes on there.
+    // The content moves to a larger image, and the disk switches to it.
     second.0.as_file().write_all_at(&first.bytes(), 0).unwrap();
     let reply = process.ask(Request::Unpause(second.open(Engine::Aio)), Some(&second));
     let Ok(Reply::Disk(Disk { size, engine, .. })) = reply else {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The image of a disk takes over what is below it, beside its guest and whatever becomes of its process.
+//! Stream: the image of a disk takes over the data of its backing images, beside its guest and through deaths of its
+//! process.
 
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
@@ -31,7 +32,7 @@ fn stream(process: &mut Process, rate: u64) -> Result<Stream, Failure> {
     }
 }
 
-/// Asks until it is as is said; nothing takes so long as the limit.
+/// Asks until `is_so` holds; the limit is longer than any of these waits.
 fn until(process: &mut Process, rate: u64, is_so: impl Fn(&Stream) -> bool) -> Stream {
     let start = Instant::now();
     loop {
@@ -48,7 +49,7 @@ fn over(stream: &Stream) -> bool {
     stream.state != Streaming::Running
 }
 
-/// What is below all others.
+/// Lowest backing image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Base {
     /// As long as the disk, with something everywhere.
@@ -58,7 +59,7 @@ enum Base {
 }
 
 impl Base {
-    /// Makes it; says what the disk shows of it.
+    /// Makes it; returns the content that the disk shows.
     fn make(self, folder: &Folder) -> Vec<u8> {
         let all = folder.raw("base.img", 9);
         if self == Base::Full {
@@ -73,7 +74,7 @@ impl Base {
                 .expect("written");
             model[at..end].copy_from_slice(&all[at..end]);
         }
-        // This shows when the disk grows, if nobody sees to it.
+        // This would be visible when the disk grows, unless the stream hides it.
         file.write_all_at(&all[..1 << 20], SIZE - 4096)
             .expect("written");
         model[all.len() - 4096..].copy_from_slice(&all[..4096]);
@@ -81,7 +82,7 @@ impl Base {
     }
 }
 
-/// A raw image, one over that with something of its own, and one over both without anything: and what they hold.
+/// Makes a raw image, one over it with some data, and an empty one over both; returns the top one and the content.
 fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
     let mut model = base.make(folder);
     let below = match base {
@@ -116,15 +117,15 @@ fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
     (leaf, model)
 }
 
-/// Whether the header of an image still names another one.
+/// Returns whether the header of an image still names another one.
 fn goes_on(folder: &Folder, name: &str) -> bool {
     folder
         .img(&["info", "-f", "qcow2", "-U", name])
         .contains("backing file:")
 }
 
-/// A guest works on an image over two others that takes over what they have, while its process is killed again and
-/// again. Whenever that is, the image is whole; at the end it is alone.
+/// A guest works on an image over two others during a stream, while its process is killed again and again. After each
+/// death the image is valid; at the end it has no backing image.
 fn endure(test: &str, options: &str, base: Base) {
     let Some(folder) = Folder::new(test) else {
         return;
@@ -147,7 +148,7 @@ fn endure(test: &str, options: &str, base: Base) {
                 });
             }
             if deaths == 5 {
-                // It is done while the guest works.
+                // The stream ends while the guest works.
                 rate = u64::MAX;
             }
             process.kill();
@@ -164,12 +165,12 @@ fn endure(test: &str, options: &str, base: Base) {
     let ended = until(&mut process, u64::MAX, over);
     assert_eq!(ended.state, Streaming::Done);
     assert!(!goes_on(&folder, "leaf.qcow2"));
-    // What asks for it once more has nothing to do.
+    // A second stream has nothing to do.
     assert_eq!(
         stream(&mut process, 1).expect("a stream").state,
         Streaming::Done
     );
-    // Nobody needs them, the process that is killed next neither.
+    // No process needs them, not even the next one after a death.
     for (name, before) in ["base.img", "mid.qcow2"].into_iter().zip(below) {
         assert!(
             fs::read(folder.path(name)).expect("read") == before,
@@ -185,7 +186,7 @@ fn endure(test: &str, options: &str, base: Base) {
     folder.check("qcow2", "leaf.qcow2", true);
     let (mut process, _) = served.start(&fake);
     guest.finish();
-    // Nothing of what was below comes to light behind the old end.
+    // No data of a backing image appears behind the old end.
     let size = SIZE + (4 << 20);
     let grown = process.ask(Request::Grow { size }, None);
     assert!(matches!(grown, Ok(Reply::Disk(_))), "{grown:?}");
@@ -194,7 +195,7 @@ fn endure(test: &str, options: &str, base: Base) {
     folder.check("qcow2", "leaf.qcow2", false);
     guest.model.resize(size as usize, 0);
     assert!(folder.content("qcow2", "leaf.qcow2") == guest.model);
-    // It can go on from another image again, and grow.
+    // It can get a backing image again, and grow.
     folder.raw("other.img", 1);
     folder.img(&[
         "rebase",
@@ -255,16 +256,16 @@ fn rate_is_kept_and_a_pause_and_an_end_are_heeded() {
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let (reply, _) = served.ask(&mut process, Request::Unpause(served.question()));
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-    // Somebody else may have had the image meanwhile: all of it is looked at anew.
+    // Another process may have had the image during the pause, so the stream checks all of it again.
     let anew = until(&mut process, 1, |stream| stream.copied > 0);
     assert!(anew.offset > 1 << 20 && anew.copied <= 1 << 20, "{anew:?}");
     let ended = until(&mut process, 0, over);
     assert_eq!(ended.state, Streaming::Ended);
     assert!(goes_on(&folder, "leaf.qcow2"));
-    // What it has by now it has for itself, and the next stream finds the rest.
+    // Clusters that were copied are the image's own, and the next stream finds the rest.
     stream(&mut process, 1).expect("a stream");
     let slow = until(&mut process, 1, |stream| stream.copied > 0);
-    // Whoever looks too seldom sees no more of this than its end.
+    // A poller that is too slow sees only the end of this.
     let begun = Instant::now();
     let rate = 2 << 20;
     let rest = until(&mut process, rate, over);
@@ -337,7 +338,7 @@ fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused(
     process.exit();
 }
 
-/// Gives what is asked for, and what is below such that it cannot be read.
+/// Gives the files that the process asks for, with a backing image that cannot be read.
 fn give_unreadable(channel: &mut Channel) {
     let mut known = 0;
     loop {
@@ -385,7 +386,7 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
     let open = Request::Open(served.question());
     let reply = process.ask_and_give(open, image.as_fd(), give_unreadable);
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-    // A guest that has written there is not asked for what was there.
+    // A range that the guest has overwritten need not be read from below.
     answered(&fake, Op::Write, 0, &[7; 65536]);
     for anew in [false, true] {
         let question = Request::Stream {
@@ -397,7 +398,7 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
             panic!("{begun:?}");
         };
         assert_eq!(state, Streaming::Running);
-        // It is told as often as somebody asks.
+        // Each question gets the same answer.
         for _ in 0..2 {
             let failed = until(&mut process, u64::MAX, over);
             let Streaming::Failed { why } = failed.state else {
@@ -423,7 +424,7 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
     folder.check("qcow2", "a.qcow2", false);
 }
 
-/// A disk over another one, in blocks: a write of the guest takes as long as is wanted.
+/// A disk on top of another one, in blocks: a write of the guest takes as long as the test wants.
 struct Slow {
     own: RefCell<Vec<Option<u8>>>,
     state: Arc<State>,
@@ -439,13 +440,13 @@ struct State {
     alone: AtomicBool,
     /// Blocks that the stream has written, and not the guest.
     copied: AtomicUsize,
-    /// It did so while the guest wrote.
+    /// True if the copy ran during a write of the guest.
     beside: AtomicBool,
 }
 
 const BLOCK: u64 = 4096;
 const SLOW_SIZE: u64 = 64 * BLOCK;
-/// What the image below has everywhere.
+/// Content of the whole backing image.
 const BELOW: u8 = 0xbb;
 
 impl Driver for Slow {
@@ -556,7 +557,7 @@ fn wait(flag: &AtomicBool) {
     }
 }
 
-/// What was below when it was looked at is not written over what the guest wrote meanwhile.
+/// The stream must not overwrite a write of the guest with the content that the backing image had before it.
 #[test]
 fn a_write_of_the_guest_is_not_overtaken() {
     let fake = Fake::new(4).expect("a node");
@@ -572,7 +573,7 @@ fn a_write_of_the_guest_is_not_overtaken() {
     let ended = until(&mut process, u64::MAX, over);
     assert_eq!(ended.state, Streaming::Done);
     assert!(state.alone.load(SeqCst));
-    // To write anew what the guest has by now would race with the kernel, which may write there by itself.
+    // A copy over the guest's new data would race with the kernel, which may write there in passthrough.
     let others = (SLOW_SIZE / BLOCK) as usize - 1;
     assert_eq!(state.copied.load(SeqCst), others);
     let all = answered(&fake, Op::Read, 0, &[0; 4 * BLOCK as usize]);
@@ -584,12 +585,12 @@ fn a_write_of_the_guest_is_not_overtaken() {
     process.exit();
 }
 
-/// A write makes a whole cluster the image's own, of which the kernel may write the rest by itself from then on.
+/// A write allocates a whole cluster, and the kernel may write the rest of it in passthrough from then on.
 #[test]
 fn a_cluster_is_not_copied_while_the_guest_writes_a_part_of_it() {
     let fake = Fake::new(4).expect("a node");
     let state = Arc::new(State::default());
-    // What is missing is in two parts of one cluster.
+    // Two parts of one cluster are missing.
     let mut process = slow(&fake, &state, &[10], 64 * 4096);
     let block = [0x11; BLOCK as usize];
     let tag = fake
@@ -598,7 +599,7 @@ fn a_cluster_is_not_copied_while_the_guest_writes_a_part_of_it() {
     wait(&state.begun);
     stream(&mut process, u64::MAX).expect("a stream");
     wait(&state.looked);
-    // Each question is a turn in which it could go on.
+    // Each question is a turn in which it could continue.
     for _ in 0..100 {
         stream(&mut process, u64::MAX).expect("a stream");
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is asked of a disk is written down, and no trace makes a disk fail. That a trace says what the disk becomes is in
-//! the tests of `tapimg replay`.
+//! The requests of a disk are traced, and no trace makes a disk fail. The tests of `tapimg replay` show that a trace
+//! leads to the same disk.
 
 use crate::common::images::{answered, file, Folder};
 use crate::common::watched::{does_all_itself, give, Raw, Watched};
@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use tapdev::fake::Fake;
 use trace::{Entry, Header, Operation, Segment, Trace, What, Writer};
 
-/// Makes a trace in a file that is there already. Its bytes come to be when they are written.
+/// Makes a trace in a file that is there already. It is sparse at first, and grows with the trace.
 fn create(path: &Path) -> File {
     let header = Header {
         data: true,
@@ -156,7 +156,7 @@ fn what_a_dead_process_had_is_there() {
     assert_eq!(all[5].1, Some(0));
 }
 
-/// The kernel would execute requests that nobody writes down.
+/// The kernel would execute requests that no trace has.
 #[test]
 fn the_kernel_does_nothing_by_itself_meanwhile() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -164,7 +164,7 @@ fn the_kernel_does_nothing_by_itself_meanwhile() {
     does_all_itself(|process| trace(process, &file), end);
 }
 
-/// What is no trace holds no disk up.
+/// A file that is no trace does not stop a disk.
 #[test]
 fn a_disk_is_served_without_its_trace() {
     let Some(folder) = Folder::new("without_trace") else {
@@ -235,7 +235,7 @@ impl Small {
 impl Drop for Small {
     fn drop(&mut self) {
         if let Some(mut stdin) = self.child.stdin.take() {
-            // It may have ended by itself.
+            // The process may have ended already.
             let _ = stdin.write_all(b"\n");
         }
         self.child.wait().expect("the end of a child");
@@ -263,10 +263,10 @@ fn a_full_storage_ends_the_trace_and_not_the_disk() {
     assert!(why.contains("No space left"), "{why}");
     assert_eq!(failed_traces(&mut process), 1);
     assert!(!process.status().open.expect("an image").trace);
-    // What there was room for is there.
+    // The file has the requests that it had room for.
     let found = requests(&path);
     assert!((1..8).contains(&found.len()), "{}", found.len());
-    // It is told again until somebody has heard it.
+    // The report repeats until the supervisor has received it.
     assert_eq!(untraced(&mut process), why);
     end(&mut process);
     answered(&fake, Op::Write, 0, &[1; 512]);

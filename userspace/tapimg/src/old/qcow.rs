@@ -16,11 +16,11 @@ const QCOW: Below = Below::Format(Kind::Qcow);
 
 /// Makes a qcow image, with the options of blktap's program of this name.
 ///
-/// What is there is replaced, unless somebody uses it.
+/// An existing image is replaced, unless it is in use.
 #[derive(Debug, Parser)]
 #[command(name = "qcow-create", version)]
 pub(super) struct Make {
-    /// Taken, and of no effect: space is taken when it is written
+    /// Accepted without effect: space is allocated by writes
     #[arg(short)]
     reserve: bool,
     #[command(flatten)]
@@ -31,14 +31,14 @@ pub(super) struct Make {
     /// The image
     #[arg(value_name = "FILE")]
     image: PathBuf,
-    /// The image that it goes on from, which must not change any more
+    /// Backing image, which must not change any more
     #[arg(value_name = "BACKING")]
     parent: Option<PathBuf>,
 }
 
 /// Makes a qcow image of a raw one, as blktap's program of this name.
 ///
-/// What is there is replaced, unless somebody uses it.
+/// An existing image is replaced, unless it is in use.
 #[derive(Debug, Parser)]
 #[command(name = "img2qcow", version)]
 pub(super) struct FromRaw {
@@ -52,7 +52,7 @@ pub(super) struct FromRaw {
 
 /// Makes a raw image of a qcow one and all that lies below it, as blktap's program of this name.
 ///
-/// What is there is replaced, unless somebody uses it; onto a device only its content is.
+/// An existing image is replaced, unless it is in use; onto a device only its content is.
 #[derive(Debug, Parser)]
 #[command(name = "qcow2raw", version)]
 pub(super) struct ToRaw {
@@ -68,8 +68,8 @@ pub(super) struct ToRaw {
 
 #[derive(Debug, clap::Args)]
 struct Parents {
-    /// What the images below are, which a qcow image does not say: aio (raw) or qcow. It is never guessed, because a
-    /// guest writes what is in them
+    /// Kind of the images below, which a qcow image does not name: aio (raw) or qcow. This program never guesses it,
+    /// because a guest controls the content
     #[arg(short = 'f', value_name = "KIND", default_value = "aio")]
     parents: cli::ParentKind,
 }

@@ -47,11 +47,11 @@ enum Verb {
         #[arg(short = 'S', value_name = "MIB", conflicts_with = "reserve")]
         most: Option<u64>,
     },
-    /// Make an image that goes on from another one
+    /// Make an image over a backing image
     Snapshot {
         #[command(flatten)]
         image: Name,
-        /// The image that it goes on from
+        /// Backing image
         #[arg(short, value_name = "FILE")]
         parent: PathBuf,
         /// Images of the new chain at most
@@ -63,7 +63,7 @@ enum Verb {
         /// Size in MiB that the disk can have without moving its table
         #[arg(short = 'S', value_name = "MIB")]
         most: Option<u64>,
-        /// Taken, and of no effect: an empty image is gone on from, too
+        /// Accepted without effect: an empty image can be a backing image, too
         #[arg(short)]
         empty: bool,
     },
@@ -282,7 +282,7 @@ fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
     )
 }
 
-/// What is there is replaced, as with the other program, unless it is used.
+/// Makes an image; an existing one is replaced, as with the other program, unless it is in use.
 async fn make(
     opener: &Opener,
     image: Named,
@@ -345,7 +345,7 @@ async fn parent(opener: &Opener, image: &Named, file: &File) -> Result<Option<Na
     {
         return Err(image.said(Failure::new(
             Code::Image,
-            "it goes on from a parent and does not name it: the image is damaged",
+            "it has a parent and does not name it: the image is damaged",
         )));
     }
     Ok(below(opener, image, &needs))

@@ -65,14 +65,14 @@ impl FromStr for Point {
     }
 }
 
-/// What has become of a request.
+/// Result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// It was done.
     Done,
     /// It failed with this error.
     Failed(u32),
-    /// Nobody knows: it may or may not have been done.
+    /// Unknown: it may or may not have been carried out.
     Unknown,
 }
 
@@ -94,7 +94,7 @@ pub(super) struct Window {
     to: Option<Point>,
     /// Numbers of the first and the last request that the trace has.
     pub(super) has: Option<(u64, u64)>,
-    /// The same of this part.
+    /// First and last request that this part has.
     pub(super) holds: Option<(u64, u64)>,
     failed: BTreeMap<u64, u32>,
     unknown: BTreeSet<u64>,
@@ -159,7 +159,7 @@ impl Window {
             && !self.to.is_some_and(|to| to.is_passed(record))
     }
 
-    /// What has become of a request.
+    /// Returns the result of a request.
     pub(super) fn outcome(&self, number: u64) -> Outcome {
         match self.failed.get(&number) {
             Some(errno) => Outcome::Failed(*errno),
@@ -195,7 +195,7 @@ impl Window {
         }
         let is_late = match self.from {
             Some(Point::Number(number)) => number < first,
-            // Nobody knows when the last of those was that are gone.
+            // The time of the last overwritten request is unknown.
             None | Some(Point::Time(_)) => self.holds.is_none_or(|(held, _)| held == first),
         };
         if first > 1 && is_late {
@@ -248,7 +248,7 @@ impl Window {
         let end = entry.sector.checked_add(entry.sectors);
         let end = end.and_then(|end| end.checked_mul(BLOCK));
         if entry.operation == Operation::Write && bytes != Some(record.data.len() as u64) {
-            return Err(cannot("what it has written is not there"));
+            return Err(cannot("the data of a write is not there"));
         }
         match end {
             Some(end) if end <= size => Ok(()),

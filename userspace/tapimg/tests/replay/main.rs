@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a tapdisk has written down of its guest is done again on a copy of the disk.
+//! Replays of a guest's requests, which a tapdisk has recorded, on a copy of the disk.
 
 #[path = "../../../tapdisk/tests/common/mod.rs"]
 mod common;
@@ -166,7 +166,7 @@ proptest! {
     }
 }
 
-/// What the disk was at any flush.
+/// Content of the disk at any flush.
 #[test]
 fn a_prefix_is_what_there_was_at_a_flush() {
     let place = Place::new();
@@ -288,11 +288,11 @@ fn a_disk_that_is_served_is_left_alone() {
     assert!(busy.contains("in use"), "{busy}");
     process.exit();
     assert!(image.bytes() == place.initial());
-    // Whatever is in the file.
+    // This must hold for any content of the file.
     hostile(&place, &place.path("t"));
 }
 
-/// Bytes of anybody are listed or refused.
+/// Arbitrary bytes are listed or refused.
 fn hostile(place: &Place, path: &Path) {
     let whole = fs::read(path).expect("read");
     place.copy("b.img");

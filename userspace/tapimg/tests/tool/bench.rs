@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 /// A folder on the file system of the build, which is gone afterwards.
 pub(crate) struct Bench(tempfile::TempDir);
 
-/// What a program said.
+/// Output of a program, and its exit status.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) status: Option<i32>,

@@ -96,7 +96,7 @@ fn what_cannot_be_committed_is_named() {
     for (status, line, why) in [
         (2, "commit aio:base", "only qcow2, qcow and VHD"),
         (2, "commit vmdk:m", "tapimg convert"),
-        (2, "commit qcow2:alone", "no other image"),
+        (2, "commit qcow2:alone", "no backing image"),
         (6, "commit qcow2:larger", "tapimg resize"),
         (6, "commit qcow2:shorter", "tapimg resize"),
     ] {
@@ -111,7 +111,7 @@ fn what_cannot_be_committed_is_named() {
         assert!(said.contains("1 snapshots"), "{said}");
         assert!(bench.bytes("base") == before, "it was written");
     }
-    // Somebody else goes on from it, and is in use.
+    // Another image that is in use has it as its backing image.
     let _held = lock(&bench, "base", LockKind::Read);
     let said = bench.bad(3, "commit qcow2:a");
     assert!(said.contains("/base is in use"), "{said}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The same disk in other images.
+//! Copies of a disk in other images.
 
 use crate::bench::{has_qemu, places, qemu_name, Bench};
 use rustix::process::Signal;
@@ -187,7 +187,7 @@ fn a_snapshot_is_read() {
     bench.bad(2, "convert --snapshot before aio:then aio:other");
 }
 
-/// What ends the work early leaves no part of an image under its name.
+/// An early end of the work leaves no part of an image under its name.
 #[test]
 fn a_signal_leaves_nothing() {
     for (signal, is_clean) in [
@@ -213,7 +213,7 @@ fn a_signal_leaves_nothing() {
             );
             assert_eq!(bench.files(), ["first", "old"], "{signal:?}");
         }
-        // What a process left that was killed is no obstacle.
+        // A file of a process that was killed is no obstacle.
         bench.good("create qcow2:old 1M --force");
         assert_eq!(bench.files(), ["first", "old"], "{signal:?}");
     }

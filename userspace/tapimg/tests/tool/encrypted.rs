@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-/// What QEMU's tools are told of a key and of an image.
+/// Options of QEMU's tools for a key and an image.
 const OBJECT: &str = "--object secret,id=s,file=key";
 
 fn opts(kind: &str, name: &str) -> String {
@@ -17,7 +17,7 @@ fn opts(kind: &str, name: &str) -> String {
     format!("driver={kind},{key},file.filename={name}")
 }
 
-/// A file that nobody else may read.
+/// Makes a file that no other user may read.
 fn secret(bench: &Bench, name: &str, words: &str) {
     fs::write(bench.path(name), words).unwrap();
     allow(bench, name, 0o600);
@@ -113,7 +113,7 @@ fn nothing_is_made_that_would_be_in_plain_text() {
         ("create qcow2:new 1M --iter-time 1", "there is none"),
         (
             "create key=key,luks:new --parent aio:plain",
-            "goes on from no other",
+            "cannot have a backing image",
         ),
         ("create key=plain,luks:plain 1M --force", "its own key"),
         ("create key=key,luks:new 1M --iter-time 10001", "iter-time"),
@@ -135,7 +135,7 @@ fn nothing_is_made_that_would_be_in_plain_text() {
     assert!(said.contains("is not encrypted"), "{said}");
 }
 
-/// What is made here QEMU opens with the key, and finds what was put there; the file holds none of it.
+/// QEMU opens an image of this program with the key, and finds its content; the file holds none of it in plain text.
 #[test]
 fn what_is_made_is_for_qemu() {
     if !has_qemu("what_is_made_is_for_qemu") {
@@ -287,7 +287,7 @@ fn a_raw_one_has_the_size_of_its_file() {
         serde_json::from_str::<Value>(&said).unwrap()["virtual-size"].clone()
     };
     assert_eq!(size(&bench), 2 << 20);
-    // What nobody has written is lost by nobody; that takes the key to know.
+    // Sectors that the guest never used are no loss; to know them takes the key.
     let said = bench.bad(6, "resize luks:a 1M --shrink");
     assert!(said.contains("write key=FILE"), "{said}");
     secret(&bench, "other", "a long word");
@@ -302,7 +302,7 @@ fn a_raw_one_has_the_size_of_its_file() {
     let done = bench.json("resize key=key,luks:a 1M --shrink");
     assert_eq!(done["lost"], 0, "{done}");
     bench.good("compare --strict key=key,luks:a aio:plain");
-    // Zeroes that were written are cut off, data is not.
+    // Stored zeroes are cut off, data is not.
     let done = bench.json(&format!(
         "resize key=key,luks:a {} --shrink",
         (1 << 20) - 4096

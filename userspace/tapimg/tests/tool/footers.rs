@@ -73,7 +73,7 @@ fn a_child_without_a_parent_is_an_error() {
     assert!(said.out.contains("scan-error="), "{said:?}");
 }
 
-/// Other programs have zeroes there, and nobody ever looks.
+/// Other programs have zeroes there, and no program ever reads them.
 #[test]
 fn entries_behind_the_end_of_the_disk_may_be_0() {
     let bench = Bench::new();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is said of images.
+//! Output about images.
 
 use crate::bench::{has_qemu, Bench};
 use serde_json::{json, Value};
@@ -100,7 +100,7 @@ fn a_longer_disk_is_the_same_if_the_rest_is_zeroes() {
     assert_eq!(verdict["first_difference"], (5 << 20) + 7, "{verdict}");
 }
 
-/// Of each kind: what an image has itself is told apart from what is below it.
+/// For each kind, the map tells the allocated parts of an image from those of its backing image.
 #[test]
 fn a_map_of_a_layer_is_of_that_alone() {
     for (kind, below) in [

@@ -43,7 +43,7 @@ impl Chance {
     }
 }
 
-/// What became of the mutations.
+/// Results of the mutations.
 #[derive(Debug, Default)]
 struct Tally {
     read_right: u64,

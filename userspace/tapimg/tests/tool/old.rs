@@ -11,7 +11,7 @@ fn vhd_util(bench: &Bench, line: &str) -> Said {
     bench.named("vhd-util", line)
 }
 
-/// What it prints if it succeeds.
+/// Returns its output if it succeeds.
 fn good(bench: &Bench, line: &str) -> String {
     let said = vhd_util(bench, line);
     assert_eq!(said.status, Some(0), "vhd-util {line}: {said:?}");
@@ -70,7 +70,7 @@ fn a_chain_is_made_and_asked_about() {
             bench.bytes(name).len()
         )
     };
-    // What is no VHD ends it, or is said.
+    // A file that is no VHD ends the scan, or is reported.
     let said = vhd_util(&bench, "scan -f -m ./*");
     assert!(said.status == Some(22) && said.out.is_empty(), "{said:?}");
     let rows = good(&bench, "scan -f -c -m ./*");
@@ -144,7 +144,7 @@ fn errors_are_told_by_their_number() {
         assert_eq!(said.status, Some(number), "{line}: {said:?}");
         assert!(said.err.contains(why), "{line}: {said:?}");
     }
-    // Nobody else may be using what is changed.
+    // No other process may be using the changed image.
     let _held = lock(&bench, "a", LockKind::Read);
     let said = vhd_util(&bench, "set -n a -f hidden -v 1");
     assert!(said.status == Some(16), "{said:?}");
@@ -176,7 +176,7 @@ fn blktaps_tools_for_qcow_are_there() {
             "{info}"
         );
     }
-    // What is said to be raw is not looked into: the table of `a` is data then.
+    // A raw image is not searched for a header: the table of `a` is data then.
     good("qcow2raw", "out c");
     bench.bad(1, "compare aio:raw aio:out");
     for (program, line, number, why) in [

@@ -47,7 +47,7 @@ fn lines_of_a_vmdk_are_those_of_all_programs() {
     }
 }
 
-/// What an image has lost is not zeroes, wherever it was cut off.
+/// Lost parts of an image are not zeroes, wherever it was cut off.
 #[test]
 fn an_image_that_was_cut_off_inside_of_its_last_cluster_is_damaged() {
     let bench = Bench::new();

@@ -68,7 +68,7 @@ fn a_rebased_image_holds_the_same() {
         let info = bench.qemu("qemu-img info --output=json -f qcow2 top");
         let format = format!("\"backing-filename-format\": \"{}\"", qemu_name(new.0));
         assert!(info.contains(&format), "{info}");
-        // QEMU goes on from there, and back.
+        // QEMU changes the backing image from there, and back.
         let format = qemu_name(new.0);
         bench.qemu(&format!("qemu-img create -q -f raw empty {SIZE}"));
         bench.qemu("qemu-img rebase -q -f qcow2 -F raw -b empty top");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a check of a qcow2 image finds, and what a repair keeps.
+//! Findings of a check of a qcow2 image, and the content that a repair keeps.
 
 use crate::bench::{has_qemu, places, Bench};
 use std::time::{Duration, Instant};
@@ -301,7 +301,7 @@ fn an_image_with_many_snapshots_is_sound() {
     assert!(bench.bytes("a") == before);
 }
 
-/// What was never written is not looked at piece by piece.
+/// A check does not look at unused parts piece by piece.
 #[test]
 fn a_check_takes_no_time_for_holes() {
     let bench = Bench::new();
@@ -315,7 +315,7 @@ fn a_check_takes_no_time_for_holes() {
     assert!(took < Duration::from_secs(60), "{took:?}");
 }
 
-/// What cannot be read of a damaged image is zeroes in a copy, and all else is there.
+/// Unreadable parts of a damaged image are zeroes in a copy, and all else is there.
 #[test]
 fn a_copy_of_a_damaged_image_has_all_that_is_left() {
     let (bench, tables) = bench();

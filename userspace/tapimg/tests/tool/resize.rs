@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Larger and smaller disks, and images that go on from others.
+//! Larger and smaller disks, and images with backing images.
 
 use crate::bench::{has_qemu, places, qemu_name, Bench};
 use serde_json::Value;
@@ -36,7 +36,7 @@ fn disks_grow_by_zeroes() {
         bench.qemu(&format!("qemu-img compare -f raw -F {format} raw a"));
         if kind == "qcow2" {
             bench.qemu("qemu-img check -f qcow2 a");
-            // What QEMU makes larger is so for us.
+            // The driver sees the new size that QEMU has set.
             bench.qemu("qemu-img resize -q -f qcow2 a 30M");
             let info = bench.json("info qcow2:a");
             assert_eq!(info[0]["size"], 30 << 20, "{info}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images that somebody else uses, or that are wrong.
+//! Images that are in use by another program, or that are wrong.
 
 use crate::bench::{has_qemu, noise, places, Bench};
 use diskio::{LockKind, Runtime};
@@ -162,7 +162,7 @@ fn lost_clusters_are_found_and_taken_back() {
     bench.poke("a", block + 8, &count.to_be_bytes());
     let said = bench.bad(1, "check qcow2:a");
     assert!(
-        said.contains("1 clusters are in use and may be given"),
+        said.contains("1 clusters are in use and may be allocated once more"),
         "{said}"
     );
     let said = bench.good("check --repair qcow2:a");
@@ -213,7 +213,7 @@ fn damaged_images_are_errors() {
     }
 }
 
-/// What is only read says what can be done instead, and is as it was.
+/// A refusal for a read-only kind names an alternative, and the image stays as it was.
 #[test]
 fn a_vhdx_is_only_read() {
     if !has_qemu("a_vhdx_is_only_read") {
@@ -252,7 +252,7 @@ fn a_vhdx_is_only_read() {
     }
 }
 
-/// What the log of an image has is shown, and told.
+/// The output shows the content with the log of an image applied, and says so.
 #[test]
 fn a_vhdx_that_was_not_closed_is_shown_as_it_would_be() {
     if !has_qemu("a_vhdx_that_was_not_closed_is_shown_as_it_would_be") {

@@ -7,10 +7,10 @@ use control::{Limits, Pace, Share, Used};
 use std::time::Duration;
 
 const TICK: Duration = Duration::from_millis(10);
-/// What the group may do in a second.
+/// Bytes that the group may do in a second.
 const ALL: u64 = 64 << 20;
 
-/// What a disk's guest asks for in a second.
+/// Bytes that a disk's guest asks for in a second.
 const NOTHING: u64 = 0;
 const MUCH: u64 = u64::MAX;
 
@@ -40,7 +40,7 @@ struct Disk {
 }
 
 impl Disk {
-    /// What its process may do now.
+    /// Bytes that its process may do in a second now.
     fn pace(&self, now: Duration) -> u64 {
         let pace = |share: Share| share.pace_at(now).bytes.expect("a pace");
         match self.hangs {
@@ -72,7 +72,7 @@ struct Host {
     /// The supervisor says nothing before that.
     begins: Duration,
     chance: Chance,
-    /// How late what is said is at most.
+    /// Longest delay of a message.
     late: u64,
     pids: u32,
 }
@@ -120,7 +120,7 @@ impl Host {
         self.disks.iter().map(member).collect()
     }
 
-    /// A process is told its share when it opens its image, which may take long.
+    /// Sends a process its share when it opens its image, which may take long.
     fn start(&mut self, index: usize) {
         let members = self.members();
         self.ledger.keep(&members);
@@ -146,7 +146,7 @@ impl Host {
         self.start(index);
     }
 
-    /// The supervisor is started anew. What the one before has sent arrives.
+    /// The supervisor is started anew. Messages of the one before still arrive.
     fn restart(&mut self) {
         self.ledger = Ledger::new(self.ledger.limits());
         let members = self.members();
@@ -212,7 +212,7 @@ impl Host {
             self.deliver(index);
             self.tell(index);
         }
-        // Who has just gone on has what it had without anybody.
+        // A disk that has just resumed has the pace that it has without a supervisor.
         let counts = |disk: &&Disk| disk.hung + SECOND < self.now;
         let paces = self
             .disks
@@ -248,7 +248,7 @@ impl Host {
         }
     }
 
-    /// What each disk does in a time.
+    /// Returns the bytes that each disk does in a time.
     fn does(&mut self, time: Duration) -> Vec<u64> {
         let before: Vec<u64> = self.disks.iter().map(|disk| disk.used.bytes).collect();
         self.run(time);
@@ -262,7 +262,7 @@ impl Host {
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Whatever is late, hangs, dies or is started anew: in sum nobody is ever told more than there is.
+/// Tests that in sum no more than the limit is ever given, whatever is late, hangs, dies or restarts.
 #[test]
 fn disks_never_have_more_than_their_group() {
     for seed in 0..60 {
@@ -332,11 +332,11 @@ fn who_hangs_leaves_what_it_had_to_others() {
     }
     host.run(SECOND * 5);
     host.disks[0].hangs = true;
-    // At once nobody knows, and then it counts with an equal part for a while.
+    // At first the ledger does not know that it hangs, and then it counts with an equal part for a while.
     host.run(SETTLED + SILENT + SECOND);
     let does = host.does(SECOND);
     assert!(does[1] >= ALL / 100 * 96, "{does:?}");
-    // It goes on, and hears what it has now before it does anything.
+    // The disk resumes, and hears its present part before it does anything.
     host.disks[0].hangs = false;
     host.run(SECOND * 2);
     let does = host.does(SECOND);
@@ -359,7 +359,7 @@ fn a_process_that_died_has_no_part() {
     );
 }
 
-/// Without a supervisor all have an equal part, and the next one goes on from there.
+/// Without a supervisor all have an equal part, and the next one continues from there.
 #[test]
 fn without_a_supervisor_all_have_an_equal_part() {
     let mut host = Host::new(4, 10, 5);
@@ -389,7 +389,7 @@ fn group_in_which_nobody_does_anything_is_left_alone() {
     host.disks[0].asks = NOTHING;
     host.run(SECOND * 4);
     assert!(host.ledger.is_quiet(host.now));
-    // One more, and the parts are smaller: that is told to all before nobody looks any more.
+    // One more, and the parts are smaller: all disks hear that before the ledger is quiet.
     host.add(3);
     assert!(!host.ledger.is_quiet(host.now));
     host.run(SECOND * 4);

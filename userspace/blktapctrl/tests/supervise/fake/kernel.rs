@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-/// A node: it is open as long as somebody has the other end of its socket.
+/// A node: it is open as long as a process has the other end of its socket.
 #[derive(Default)]
 pub(crate) struct FakeNode {
     ours: Option<UnixStream>,
@@ -36,7 +36,7 @@ pub(crate) struct FakeNode {
     pub(crate) direct: u64,
 }
 
-/// What a disk may be served from without a process.
+/// A backing from which a disk may be served without a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Backing {
     pub(crate) ino: u64,
@@ -65,7 +65,7 @@ pub(crate) struct Crash {
 }
 
 impl Crash {
-    /// Ends the task that gets here, if it is time. After that nobody gets any further.
+    /// Ends the task that gets here, if it is time. After that no task gets any further.
     fn point(&self) {
         match self.left.get() {
             _ if self.happened.get() => {}
@@ -118,9 +118,9 @@ pub(crate) struct FakeKernel {
     pub(crate) crash: Crash,
     /// Questions are answered with this error.
     pub(crate) mute: Rc<Cell<Option<io::ErrorKind>>>,
-    /// Records cannot be written.
+    /// The folder of the records is full.
     pub(crate) full: Rc<Cell<bool>>,
-    /// Questions that were asked.
+    /// Number of questions.
     pub(crate) queries: Rc<Cell<u32>>,
     /// It is one that cannot serve a disk by itself.
     pub(crate) is_old: Rc<Cell<bool>>,
@@ -240,7 +240,7 @@ impl FakeKernel {
         let node = nodes.get_mut(&minor).ok_or(io::ErrorKind::NotFound)?;
         let backing = node.backing.as_mut().ok_or(io::ErrorKind::NotFound)?;
         if backing.busy > 0 {
-            // What was running is done, and the guest knows it.
+            // The request that was running is done, and the guest knows it.
             backing.busy -= 1;
             node.direct += 1;
             return Err(io::ErrorKind::ResourceBusy.into());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the process that fakes a tapdisk asks its supervisor for.
+//! Requests of the process that fakes a tapdisk to its supervisor.
 
 use super::{note, put};
 use control::tapdisk::{Need, Needed, Provided, Reply};
@@ -13,7 +13,7 @@ use std::sync::{Condvar, Mutex};
 
 type Answer = (Provided, Vec<OwnedFd>);
 
-/// What it asks its supervisor for.
+/// Its requests to its supervisor.
 #[derive(Default)]
 pub(super) struct Needs {
     asked: Mutex<Asked>,
@@ -125,7 +125,7 @@ pub(super) fn given(dir: &Path, what: &Needed, provided: &Provided, fd: OwnedFd)
     }
 }
 
-/// What is in a file, which may be open for transfers of whole blocks.
+/// Returns the content of a file, which may be open for transfers of whole blocks.
 pub(super) fn text(fd: OwnedFd) -> (String, OwnedFd) {
     let flags = fcntl_getfl(&fd).expect("flags");
     fcntl_setfl(&fd, flags - OFlags::DIRECT).expect("flags");

@@ -13,12 +13,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// A program that behaves as the files beside it say: `refuse` (its text is the answer to opening),
-/// `die` (ends when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is
-/// given something, and the file), `chatty` (answers at once, with no news), `dumb` (never says who it is),
-/// `abi` (the version that it says), `unfit` (its text is the answer to looking at an image in advance), `size`
-/// (of the image), `leave` (ends when it gets a node), `held` (does not let go while it is there), `lost` (its text
-/// is the answer to letting go), and writes what it is asked to `log`, and to `below` how what is below is read.
+/// Makes a program that behaves as the files beside it say: `refuse` (its text is the answer to opening), `die` (ends
+/// when it is to open), `hang` (never answers that), `deaf` (ends the connection on which it is given something, and
+/// the file), `chatty` (answers at once, with no news), `dumb` (never says who it is), `abi` (the version that it
+/// says), `unfit` (its text is the answer to looking at an image in advance), `size` (of the image), `leave` (ends when
+/// it gets a node), `held` (does not let go while it is there), `lost` (its text is the answer to letting go), and logs
+/// its requests to `log`, and to `below` how backing images are read.
 pub(crate) fn program(dir: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = dir.join("fake-tapdisk");
@@ -46,9 +46,9 @@ pub(super) fn wait_while(path: &Path) {
     }
 }
 
-/// What runs as the fake tapdisk.
+/// Runs as the fake tapdisk.
 pub(crate) fn run(dir: &Path) {
-    // A test that fails leaves nobody behind.
+    // A test that fails leaves no process behind.
     let signal = Some(rustix::process::Signal::KILL);
     rustix::process::set_parent_process_death_signal(signal).expect("a wish");
     // Standard output was the end of a pipe that is read, which is no place for what the test says before it gets here.
@@ -56,7 +56,7 @@ pub(crate) fn run(dir: &Path) {
     rustix::stdio::dup2_stdout(&reader).expect("standard output");
     let listener = io::stdin().as_fd().try_clone_to_owned().expect("stdin");
     let listener = UnixListener::from(listener);
-    // Who supervises may change; what is served stays.
+    // The supervisor may change; the served disk stays.
     let served = Arc::new(Mutex::new(Served::default()));
     let needs = Arc::new(Needs::default());
     loop {
@@ -155,7 +155,7 @@ fn no_news(troubles: bool) -> Reply {
     }
 }
 
-/// What the file `troubles` says, as soon as that is news.
+/// Returns the content of the file `troubles`, as soon as that is news.
 fn troubles(dir: &Path, after: Option<u64>) -> Troubles {
     loop {
         let text = std::fs::read(dir.join("troubles")).unwrap_or_default();

@@ -26,26 +26,26 @@ pub(super) struct Served {
     pub(super) node: Option<(u32, OwnedFd)>,
     open: Option<(Open, Option<OwnedFd>)>,
     paused: bool,
-    /// It says when something is asked of it.
+    /// It reports requests of its inactive disk.
     pub(super) inactive: Option<Open>,
     nbd: Option<OwnedFd>,
     /// The rate of a stream.
     stream: Option<u64>,
-    /// What the disk is copied to.
+    /// The image to which the disk is copied.
     twin: Option<OwnedFd>,
     /// It was the same when both were closed.
     was_same: bool,
-    /// What it has of its group.
+    /// Its share of its group.
     share: Option<Share>,
 }
 
-/// Goes on with a trace.
+/// Continues a trace.
 fn trace(file: OwnedFd) {
     let mut writer = trace::Writer::resume(file.into()).expect("a trace");
     writer.opened(2048, u64::MAX).expect("write");
 }
 
-/// What the process is to say of a job.
+/// Returns the process' answer about a job.
 fn says(dir: &Path, job: &str) -> String {
     std::fs::read_to_string(dir.join(job)).unwrap_or_default()
 }
@@ -118,7 +118,7 @@ impl Served {
                 if on && std::fs::remove_file(dir.join("die-tracing")).is_ok() {
                     std::process::exit(3);
                 }
-                // Nobody has to hear of the last one any more.
+                // No supervisor has to hear of the last one any more.
                 let _ = std::fs::remove_file(dir.join("untraced"));
                 note(dir, if on { "trace on" } else { "trace off" });
                 assert_eq!(on, !fds.is_empty());

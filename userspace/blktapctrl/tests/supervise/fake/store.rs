@@ -10,7 +10,7 @@ use std::io;
 use std::rc::Rc;
 use tokio::sync::mpsc;
 
-/// A path, and who is told about it.
+/// A path, and the receiver of its changes.
 type Watch = (String, mpsc::UnboundedSender<String>);
 
 /// Keys and watches.
@@ -18,7 +18,7 @@ type Watch = (String, mpsc::UnboundedSender<String>);
 pub(crate) struct FakeStore {
     keys: Rc<RefCell<BTreeMap<String, String>>>,
     watches: Rc<RefCell<Vec<Watch>>>,
-    /// What paths begin with that may not be read.
+    /// Prefix of the paths that cannot be read.
     hidden: Rc<RefCell<Option<String>>>,
     /// How often that was tried.
     refused: Rc<Cell<u32>>,
@@ -34,12 +34,12 @@ impl FakeStore {
         }
     }
 
-    /// Lets nobody read what begins with this.
+    /// Makes the paths with this prefix unreadable.
     pub(crate) fn hide(&self, begin: &str) {
         self.hidden.replace(Some(begin.into()));
     }
 
-    /// How often somebody has tried to.
+    /// Returns the number of attempts to read them.
     pub(crate) fn refused(&self) -> u32 {
         self.refused.get()
     }

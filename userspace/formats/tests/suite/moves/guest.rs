@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The guest: what it has asked for and what it has heard of, wherever it runs.
+//! The guest: its requests and the answers that it got, wherever it runs.
 
 use crate::common::history::{number, stamp};
 use crate::common::{Chance, SECTOR};
@@ -21,7 +21,7 @@ pub(crate) struct Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Read,
-    /// This number into each sector.
+    /// Stores this number in each sector.
     Write(u32),
     Zeroes,
     Discard,
@@ -36,7 +36,7 @@ struct Inner {
     /// The numbers that a sector may have; several while something is under way.
     sectors: BTreeMap<u64, Vec<u32>>,
     base: fn(u64) -> u32,
-    /// Of the last number that was written.
+    /// Last number that a write used.
     stamps: u32,
     wrong: Option<String>,
 }
@@ -51,7 +51,7 @@ impl Guest {
         })))
     }
 
-    /// What went wrong first.
+    /// Returns the first error.
     pub(crate) fn verdict(&self) -> Result<(), String> {
         self.0.borrow().wrong.clone().map_or(Ok(()), Err)
     }
@@ -60,12 +60,12 @@ impl Guest {
         self.0.borrow_mut().wrong.get_or_insert(what);
     }
 
-    /// Sectors of which something is known.
+    /// Returns the sectors with a known number.
     pub(crate) fn known(&self) -> Vec<u64> {
         self.0.borrow().sectors.keys().copied().collect()
     }
 
-    /// Requests that do not overlap, of a disk of so many sectors.
+    /// Returns requests that do not overlap, for a disk of `sectors` sectors.
     pub(crate) fn group(&self, chance: &mut Chance, sectors: u64, unit: u64) -> Vec<Request> {
         let mut group: Vec<Request> = Vec::new();
         for _ in 0..1 + chance.below(8) {
@@ -120,7 +120,7 @@ impl Guest {
         over.collect()
     }
 
-    /// What a host reads that has no guest yet, whatever it finds.
+    /// Reads requests' ranges on a host that has no guest yet; any content is right.
     pub(crate) async fn peek(disk: Disk, group: Vec<Request>) {
         for request in group {
             let request = Request {
@@ -142,13 +142,13 @@ impl Guest {
             let allowed = inner.sectors.entry(sector);
             allowed.or_insert_with(|| vec![base(sector)]).push(number);
             if request.step == Step::Discard {
-                // What shows through may be what is below.
+                // A discarded sector may show the backing image.
                 inner.sectors.entry(sector).or_default().push(base(sector));
             }
         }
     }
 
-    /// It is executed on this disk, and the guest hears of it or not.
+    /// Executes a request on this disk; the guest gets the answer if `hears` is set.
     pub(crate) async fn send(self, disk: Disk, request: Request, hears: bool) {
         match execute(&disk, request).await {
             Ok(data) if hears => self.hear(request, &data),
@@ -172,7 +172,7 @@ impl Guest {
         }
     }
 
-    /// It hears of one that was executed when nobody listened, and that is not executed again.
+    /// Answers a request that was executed while no host listened for it, and that is not executed again.
     pub(crate) fn hear_late(&self, request: Request) {
         if request.step != Step::Read {
             self.hear(request, &[]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The hosts: who has the image when, and what each of them knows of it.
+//! The hosts: the times at which each has the image, and its knowledge of it.
 
 use super::guest::{Guest, Request};
 use crate::common::{Chance, Content, Memory, World};
@@ -9,14 +9,14 @@ use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
 
-/// What hosts that share an image keep to.
+/// Rules for hosts that share an image.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
-    /// A host reads nothing of the image that it relies on before the other one has let go of it.
+    /// A host relies on no data of the image that it read before the other one has closed it.
     pub(crate) waits: bool,
-    /// A host lets go of the image when nothing of its guest is under way.
+    /// A host closes the image only when no request of its guest is under way.
     pub(crate) drains: bool,
-    /// A host that gets the image back looks at it as if for the first time.
+    /// A host that opens the image again reads all of it anew.
     pub(crate) forgets: bool,
 }
 
@@ -30,29 +30,29 @@ impl Rules {
 
 type Open = dyn Fn(Memory, bool) -> Disk;
 
-/// What the image is.
+/// Image of a test.
 pub(crate) struct Format {
     pub(crate) name: &'static str,
     /// Bytes of the disk.
     pub(crate) size: u64,
-    /// Bytes of what is allocated at once.
+    /// Unit of allocation in bytes.
     pub(crate) unit: u64,
     pub(crate) files: Vec<Content>,
-    /// The disk in the image, and whether it may be written.
+    /// Opens the disk in the image; the argument says whether it may be changed.
     pub(crate) open: Box<Open>,
     /// The number in a sector that was not written.
     pub(crate) base: fn(u64) -> u32,
-    /// Whether an image that nobody uses is as it must be.
+    /// Checks an image that is not in use.
     pub(crate) is_sound: fn(Memory) -> Result<(), String>,
 }
 
-/// What happened.
+/// Counts of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counts {
-    /// Guests that went on on the other host, and that stayed after all.
+    /// Moves of the guest to the other host, and moves that were cancelled.
     pub(crate) moved: u64,
     pub(crate) stayed: u64,
-    /// Writes that were asked for, and requests that were asked for again on the other side.
+    /// Writes of the guest, and requests that it repeated on the other side.
     pub(crate) written: u64,
     pub(crate) again: u64,
 }
@@ -74,9 +74,9 @@ struct Story<'f> {
     chance: Chance,
     guest: Guest,
     counts: Counts,
-    /// What each host has opened and not given up.
+    /// Disk that each host has open.
     hosts: [Option<Disk>; 2],
-    /// Where the guest runs.
+    /// Host on which the guest runs.
     here: usize,
 }
 
@@ -110,7 +110,7 @@ pub(crate) fn look_while_it_grows(format: &Format, seed: u64) -> Result<(), Stri
     story.end()
 }
 
-/// The guest works, is suspended, and goes on here or there, again and again.
+/// Runs the guest, suspends it, and resumes it on either host, again and again.
 pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Counts, String> {
     let mut story = begin(format, rules, seed)?;
     for _ in 0..6 {
@@ -174,8 +174,8 @@ impl Story<'_> {
         }
     }
 
-    /// A host that is to be the next one learns how large the disk is, as tapdisk does: from a copy that is
-    /// only read, and that is gone afterwards. It begins after so many turns.
+    /// A host that is to be the next one learns how large the disk is, as tapdisk does: from a copy that is only read,
+    /// and that is gone afterwards. The copy begins after `turns` turns.
     fn look(&self, turns: u64) {
         let mut file = self.world.file(0);
         file.read_only = true;
@@ -203,7 +203,7 @@ impl Story<'_> {
         let disk = (self.format.open)(self.world.file(0), true);
         self.hosts[there] = Some(disk.clone());
         if !self.rules.waits {
-            // And looks at what somebody there wants to know, such as partitions.
+            // It reads what a program on that host may look for, such as partitions.
             let (guest, group) = (self.guest.clone(), group.to_vec());
             self.runtime.tasks.spawn(async move {
                 match disk.activate().await {
@@ -215,10 +215,10 @@ impl Story<'_> {
         false
     }
 
-    /// The guest is suspended with requests under way, and goes on here or there.
+    /// Suspends the guest with requests under way, and resumes it on either host.
     fn suspend(&mut self) -> Result<(), String> {
         let group = self.group();
-        // Whoever does not wait for them cannot hear of them.
+        // A host that does not wait for them cannot get their answers.
         let all = !self.rules.drains;
         let lost: Vec<bool> = group
             .iter()
@@ -244,11 +244,11 @@ impl Story<'_> {
             self.activate(self.here)?;
         }
         self.counts.moved += 1;
-        // Where it has arrived it asks again for what it has heard nothing of.
+        // On the new host the guest repeats the requests that got no answer.
         self.counts.again += again.len() as u64;
         self.ask(again)?;
         if !self.rules.drains {
-            // What is old and what is new is under way at the same time.
+            // Old and new requests are under way at the same time.
             let over = self.guest.over(&group);
             self.ask(over)?;
             let more = self.group();
@@ -257,7 +257,7 @@ impl Story<'_> {
         self.end()
     }
 
-    /// The guest was not moved after all, and goes on with its ring: the answers are in it.
+    /// Resumes the guest on its host after a cancelled move: its ring is the old one, with the answers in it.
     fn stay(&mut self, unheard: &[Request], other_knows: bool) -> Result<(), String> {
         if self.rules.forgets {
             self.activate(self.here)?;
@@ -286,7 +286,7 @@ impl Story<'_> {
         self.guest.verdict()
     }
 
-    /// The host of the guest lets go of the image.
+    /// Closes the image on the guest's host.
     fn let_go(&mut self) -> Result<(), String> {
         let disk = self.disk(self.here);
         if self.rules.forgets {
@@ -299,7 +299,7 @@ impl Story<'_> {
             }
             return Ok(());
         }
-        // It has written everything, and takes it that it knows the image.
+        // The host has stored everything, and assumes that it knows the image.
         left(self.runtime.block_on(async move { disk.flush().await }))
     }
 
@@ -325,7 +325,7 @@ fn left(result: io::Result<Result<(), Errno>>) -> Result<(), String> {
     result.map_err(|error| format!("the image cannot be left: {error}"))
 }
 
-/// Lets others go on for so many turns.
+/// Yields to other tasks `turns` times.
 async fn pass(mut turns: u64) {
     poll_fn(move |cx| {
         if turns == 0 {

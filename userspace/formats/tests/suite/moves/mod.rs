@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest that moves between two hosts over one image: whoever goes on with it finds all that the other one has
-//! written, and nothing older. By random schedules, in which each rule can be switched off and must then be missed.
+//! A guest that moves between two hosts that share an image: the host that resumes it must find all that the other one
+//! has stored, and nothing older. Schedules are random; if a test switches a rule off, the check must fail.
 
 mod guest;
 mod hosts;
@@ -15,7 +15,7 @@ use std::future::Future;
 const SIZE: u64 = (9 << 20) + 3 * 512;
 /// Schedules of each format that must go well.
 const JOURNEYS: u64 = 40;
-/// Schedules in which a rule that is switched off must be missed.
+/// Number of schedules in which a missing rule must be noticed.
 const SCHEDULES: u64 = 40;
 
 /// The files of a new image.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image comes to need the one below it no more, whenever power fails.
+//! Dropping the backing image of an image that is in use, with a power cut at any moment.
 
 use super::crash::{cases, fresh, opened, SIZE};
 use super::memory::{apply, sector, Event, Memory};
@@ -26,7 +26,7 @@ fn every_prefix_has_the_image_below_or_needs_none() {
         let work = async move {
             its.stand_alone().await?;
             let again = its.goes_on().await?;
-            // What the header is changed to later knows of it.
+            // Later changes of the header must keep the change.
             its.grow(2 * SIZE).await.map(|()| again)
         };
         assert!(!runtime.block_on(work).unwrap().unwrap(), "{}", case.name);
@@ -52,7 +52,7 @@ fn every_prefix_has_the_image_below_or_needs_none() {
     assert!(tried > 4, "{tried} of them go on from another image");
 }
 
-/// What is in memory and not in the image would be lost with the image below.
+/// Content that is in memory and not in the image would be lost together with the backing image.
 #[test]
 fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused() {
     let runtime = Runtime::new();
@@ -61,7 +61,7 @@ fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused
     let first = fresh(&runtime, case);
     let memory = Memory::new(first, 1, false);
     let disk = opened(&runtime, &memory, case, true);
-    // Tables are written in parts of this size, and data is not; the header could be.
+    // Tables have writes of this size, and data has not; the header could.
     let refused =
         |event: &Event| matches!(event, Event::Write(at, data) if *at > 0 && data.len() == 4096);
     memory.refuse(refused);
@@ -83,7 +83,7 @@ fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused
     let refused = refused.unwrap().unwrap_err();
     assert!(refused.message.contains("a flush has failed"), "{refused}");
     assert!(header_of(&runtime, &memory.bytes()).backing.is_some());
-    // Opened anew it is what the image has.
+    // Opened again, the disk has the content of the image.
     let its = disk.clone();
     let again = async move {
         its.inactivate().await?;

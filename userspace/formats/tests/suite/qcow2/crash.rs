@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A process may die, and power may fail, between any two writes to an image: what was answered is there,
-//! what was flushed is there, and nothing is read that was never written there.
+//! A process may die, and power may fail, between any two writes to an image: answered changes are there after a death
+//! and flushed ones after a power cut, and no read returns data that was never stored there.
 
 use super::memory::{
     allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
@@ -14,12 +14,12 @@ use formats::{Options, Parts};
 
 pub(crate) const SECTORS: u64 = 640;
 pub(crate) const SIZE: u64 = SECTORS * 512;
-/// What the image below has in all its sectors.
+/// Number in all sectors of the backing image.
 const BELOW: u32 = 0xbebebebe;
 /// Sectors of the image below: fewer than the disk has.
 const BELOW_SECTORS: u64 = 505;
 
-/// An image's layout and whether something is below it.
+/// Layout of an image, and whether it has a backing image.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
     pub(crate) name: &'static str,
@@ -143,12 +143,12 @@ pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: 
     let shape = runtime
         .block_on(async move { its.activate().await })
         .unwrap();
-    // It may have been made larger.
+    // The disk may have grown.
     assert!(shape.unwrap().size >= SIZE);
     disk
 }
 
-/// The disk of an image, in whose bytes nothing may be wrong but that space is lost.
+/// Returns the disk of an image that may have leaked clusters, but no other fault.
 pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
     let memory = Memory::new(bytes, 1, false);
     let image = Qcow2::new(memory.clone(), parts(case), options(case, false));
@@ -166,7 +166,7 @@ pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
     opened(runtime, &memory, case, false)
 }
 
-/// What that disk reads as.
+/// Returns the number in each sector of that disk.
 fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
     let disk = checked(runtime, case, bytes);
     let all = runtime.block_on(async move { read_all(&disk, SIZE).await });
@@ -180,7 +180,7 @@ pub(crate) fn first(case: &Case, sector: u64) -> u32 {
     }
 }
 
-/// What is read after the death of the process at `now`.
+/// Checks the content after the death of the process at `now`.
 fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
     for (number, stamp) in found.iter().enumerate() {
         let number = number as u64;
@@ -201,7 +201,7 @@ fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>]
     }
 }
 
-/// What is read after power has failed at `now`.
+/// Checks the content after a power cut at `now`.
 fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
     let flushed = history
         .flushes
@@ -228,7 +228,7 @@ fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], 
     }
 }
 
-/// The image after power has failed: what was flushed, and any of the sectors that were written since.
+/// Returns the image after a power cut: all flushed sectors, and any of the later ones.
 fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
     let mut sure = 0;
     for (at, event) in log.iter().enumerate() {
@@ -263,7 +263,7 @@ fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
     bytes
 }
 
-/// What QEMU finds of an image: nothing is wrong but what is lost, and that only if `leaks` may be there.
+/// Checks an image with QEMU: only leaked clusters are allowed, and these only if `leaks` is set.
 fn check(bytes: &[u8], case: &Case, leaks: bool, when: &str) {
     let folder = folder();
     let below = sector(BELOW).repeat(BELOW_SECTORS as usize);
@@ -341,8 +341,8 @@ fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
     }
 }
 
-/// Writes that fail are repeated, and all others are there. What was to be written then may be there or not, also
-/// if it was the place of a table.
+/// The test repeats writes that fail; all others must be there. A failed write may have taken effect or not, also in a
+/// place that a table was to get.
 #[test]
 fn a_disk_without_room_loses_nothing() {
     let (mut failed, mut larger) = (0, [0; 2]);
@@ -371,7 +371,7 @@ fn a_disk_without_room_loses_nothing() {
             drop(disk);
             let found = content(&runtime, &case, memory.bytes());
             judge_death(&case, &history, memory.now(), &found, seed);
-            // The next process goes on.
+            // The next process continues.
             let disk = opened(&runtime, &memory, &case, true);
             let bytes = diskio::Bytes::copied(&sector(9).repeat(SECTORS as usize)).unwrap();
             let again = disk.clone();
@@ -392,8 +392,8 @@ fn a_disk_without_room_loses_nothing() {
     assert!(failed > 0 && larger[0] > 0 && larger[1] > 0);
 }
 
-/// One write fills a subcluster and goes on into the next one, another one writes that one's end meanwhile:
-/// what the first copies must not undo the second.
+/// One write fills a subcluster and the beginning of the next one, while another one changes that one's end: the bytes
+/// that the first one copies must not undo the second.
 #[test]
 fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
     let case = Case {

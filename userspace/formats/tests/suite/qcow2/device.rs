@@ -73,7 +73,7 @@ fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
         .unwrap()
 }
 
-/// All that can be written is there, and what cannot be leads nowhere.
+/// All writes that succeeded can be read, and failed ones leave no entries.
 #[test]
 fn what_a_device_has_no_room_for_is_refused_and_does_no_harm() {
     // The last one ends amid a cluster.
@@ -82,7 +82,7 @@ fn what_a_device_has_no_room_for_is_refused_and_does_no_harm() {
         let memory = device(&runtime, size);
         let disk = opened(&runtime, &memory);
         let mut there = Vec::new();
-        // Each is in another part of the disk than the last one, so that tables are made to the end.
+        // Each write is in another part of the disk than the last one, so that tables are made until the end.
         for number in 0..SIZE / 512 {
             let at = number % 32 * 64 + number / 32;
             match write(&runtime, &disk, at, 7 + at as u32) {
@@ -92,7 +92,7 @@ fn what_a_device_has_no_room_for_is_refused_and_does_no_harm() {
         }
         assert!(there.len() as u64 > size / 512 * 3 / 4, "{}", there.len());
         assert!((there.len() as u64) < size / 512, "{}", there.len());
-        // What is forgotten makes room.
+        // Discarded clusters make room.
         let (gone, its) = (there.remove(0), disk.clone());
         let forget = async move {
             let how = Attributes::default();
@@ -128,7 +128,7 @@ fn refcounts_are_repaired_on_a_device_that_is_larger_than_they_cover() {
         let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
         let reftable = number(48) as usize;
         assert_ne!(number(reftable + 16), 0);
-        // It was not closed, and of a block nobody knows.
+        // The image was not closed, and a refcount block is missing.
         bytes[79] |= 1;
         bytes[reftable + 16..reftable + 24].fill(0);
         let memory = Memory::new(bytes, 1, false);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a flush does beside making an image durable: clusters that are not used any more become free.
+//! Second task of a flush: released clusters become free.
 
 use super::memory::{sector, Event, Memory};
 use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, Trial};
@@ -12,7 +12,7 @@ use formats::{Options, Parts};
 
 const CLUSTER: u64 = 4096;
 
-/// An active disk of which a cluster was written, and that is durable.
+/// Returns an active disk with one durable cluster of data.
 fn disk(runtime: &Runtime) -> (Memory, Disk) {
     let memory = Memory::new(Vec::new(), 1, false);
     let file = memory.clone();
@@ -63,7 +63,7 @@ fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
     runtime.block_on(work).unwrap().unwrap()
 }
 
-/// What the guest asked for is durable. That a cluster cannot be freed is somebody else's trouble.
+/// The guest's changes are durable. A cluster that cannot be freed is no error of the guest's request.
 #[test]
 fn a_flush_does_not_fail_because_a_cluster_cannot_be_freed() {
     let runtime = Runtime::new();
@@ -122,8 +122,8 @@ fn an_image_that_is_let_go_of_is_not_in_the_cache() {
     assert!(image.is_forgotten() && data.is_forgotten());
 }
 
-/// A flush that failed may have lost the entry that led nowhere any more, and the next one says nothing of it:
-/// after a power cut the old entry leads to the cluster, which must not be another one's by then.
+/// A failed flush may have lost the change of an entry, which the next flush does not report: after a power cut the old
+/// entry leads to the cluster, which must not have another use by then.
 #[test]
 fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
     let runtime = Runtime::new();
@@ -134,7 +134,7 @@ fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
     memory.refuse(|_| false);
     assert_eq!(flush(&runtime, &disk), Ok(()));
     assert_eq!(disk.stats()["clusters_freed"], 0);
-    // What is released later is freed.
+    // Clusters that are released later are freed.
     let its = disk.clone();
     let bytes = Bytes::copied(&sector(8).repeat(8)).unwrap();
     let work = async move { its.write(0, bytes, Attributes::default()).await };
@@ -167,7 +167,7 @@ fn an_image_is_let_go_of_even_if_its_flush_fails() {
     assert_eq!((found.unsafe_clusters, found.damaged), (0, 0));
 }
 
-/// An image that goes on from another one, so that a first write of a part of a cluster has to flush.
+/// An image with a backing image, so that the first write to a part of a cluster has to flush.
 fn trial(seed: u64) -> Trial {
     let world = World::new(vec![Content::default()]);
     let (file, size) = (world.file(0), 1 << 20);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more
-//! memory is used than is allowed.
+//! Hostile images: whatever their content, the driver does not panic, every loop ends, and it uses no more memory than
+//! its budget.
 
 use super::memory::{read_all, sector, Chance, Memory};
 use crate::common::seeds;
@@ -42,7 +42,7 @@ fn sound(plan: Plan) -> Vec<u8> {
     memory.bytes()
 }
 
-/// Does everything to an image that may say anything. What fails is an error.
+/// Sends requests of each kind to an image with any content. Each failure must be an error.
 fn use_it(bytes: Vec<u8>) -> u64 {
     let runtime = Runtime::new();
     let memory = Memory::new(bytes, 1, false);
@@ -239,7 +239,7 @@ fn a_write_below_an_empty_l1_entry_is_there() {
     assert_eq!(found, [[0; 512], [7; 512], [0; 512]].concat());
 }
 
-/// An entry leads to a table, which is released when the cluster is written: it stays.
+/// An entry leads to a table instead of a cluster: a write, which releases the cluster, must not free the table.
 #[test]
 fn tables_are_not_freed_by_way_of_an_entry() {
     let image = sound(Plan {
@@ -263,7 +263,7 @@ fn tables_are_not_freed_by_way_of_an_entry() {
         let write = async move {
             disk.activate().await.unwrap();
             let bytes = Bytes::copied(&[7; 4096]).unwrap();
-            // It may fail.
+            // The write may fail.
             let _ = disk.write(0, bytes, Attributes::default()).await;
             for _ in 0..2 {
                 let _ = disk.flush().await;
@@ -307,7 +307,7 @@ fn bitmaps_without_end_are_refused() {
     extension.extend(u64::from(count * 24).to_be_bytes());
     extension.extend((directory as u64).to_be_bytes());
     bytes[at..at + extension.len()].copy_from_slice(&extension);
-    // It was not closed, so that all that uses clusters is looked at.
+    // The image was not closed, so that the driver checks all users of clusters.
     bytes[79] |= 1;
     bytes.resize(directory, 0);
     for _ in 0..count {
@@ -347,7 +347,7 @@ fn add_snapshots(bytes: &mut Vec<u8>, count: u32, name: usize) {
     }
 }
 
-/// Each may have a name of 64 KiB: no more than QEMU allows are kept in memory.
+/// A bitmap's name may have 64 KiB: the driver keeps no more of them in memory than QEMU allows.
 #[test]
 fn snapshots_without_end_are_refused() {
     let image = sound(Plan {
@@ -366,7 +366,7 @@ fn snapshots_without_end_are_refused() {
     }
 }
 
-/// What the activation of an image that was not closed says.
+/// Returns the failure of an activation of an image that was not closed.
 fn refusal(mut bytes: Vec<u8>) -> String {
     bytes[79] |= 1;
     let disk = Disk::new(Qcow2::new(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image in memory that writes down what is done to it, and a disk that knows what may be read from it.
+//! An image in memory that records its changes, and a disk whose allowed content is known.
 
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Fence};
@@ -34,7 +34,7 @@ impl Chance {
     }
 }
 
-/// What was done to an image.
+/// Change of an image.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     Write(u64, Vec<u8>),
@@ -45,7 +45,7 @@ pub(crate) enum Event {
     FlushEnd(u64),
 }
 
-/// An image in memory. What is asked for happens at some later time, in any order.
+/// An image in memory. Operations happen at some later time, in any order.
 #[derive(Clone)]
 pub(crate) struct Memory(Rc<Inner>);
 
@@ -55,11 +55,11 @@ struct Inner {
     flushes: Cell<u64>,
     chance: Chance,
     delay: bool,
-    /// Writes and flushes fail with this chance in a thousand; what a write that fails was to do may be done.
+    /// Chance in a thousand that a write or flush fails; a failed write may have taken effect.
     failing: Cell<u64>,
-    /// What fails always.
+    /// Changes that fail always.
     refused: Cell<fn(&Event) -> bool>,
-    /// It is as large as a device is.
+    /// True if its size is fixed, as a device's.
     fixed: Cell<bool>,
     forgotten: Cell<bool>,
 }
@@ -116,7 +116,7 @@ impl Memory {
         self.0.failing.set(permille);
     }
 
-    /// What fails from now on.
+    /// Sets which changes fail from now on.
     pub(crate) fn refuse(&self, what: fn(&Event) -> bool) {
         self.0.refused.set(what);
     }
@@ -281,7 +281,7 @@ impl Storage for Memory {
     }
 }
 
-/// What a guest does.
+/// Request of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Write(u32),
@@ -298,7 +298,7 @@ pub(crate) struct Change {
     pub(crate) answered: usize,
 }
 
-/// What happened to a disk.
+/// History of a disk.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
     pub(crate) changes: Vec<Change>,
@@ -314,12 +314,12 @@ impl History {
     }
 }
 
-/// The content of a sector that was written with a stamp. 0 is zeroes.
+/// Returns the content of a sector with a stamp; stamp 0 is zeroes.
 pub(crate) fn sector(stamp: u32) -> Vec<u8> {
     stamp.to_le_bytes().repeat(SECTOR as usize / 4)
 }
 
-/// The stamps of the sectors in `bytes`; nothing for one that is torn or foreign.
+/// Returns the stamps of the sectors in `bytes`; `None` for one that is torn or foreign.
 pub(crate) fn stamps(bytes: &[u8]) -> Vec<Option<u32>> {
     bytes
         .chunks(SECTOR as usize)
@@ -341,7 +341,7 @@ pub(crate) async fn read_all(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
     Ok(all)
 }
 
-/// What a sector may hold, from what it held at first and what was done to it.
+/// Returns the stamps that a sector may hold, from its first one and its changes.
 pub(crate) fn allowed<'c>(
     first: u32,
     changes: impl Iterator<Item = (&'c Change, bool)>,
@@ -362,7 +362,7 @@ pub(crate) fn allowed<'c>(
     may
 }
 
-/// Does random things to a disk, as many at a time as a guest would, of which none overlaps another.
+/// Sends random requests to a disk, as many at a time as a guest would, none of which overlaps another.
 pub(crate) fn exercise(
     runtime: &Runtime,
     disk: &Disk,
@@ -452,7 +452,7 @@ fn spawn_change(
             Kind::Zero => disk.write_zeroes(at, len, how).await,
             Kind::Discard => disk.discard(at, len, how).await,
         };
-        // What fails may be done or not, for ever.
+        // A failed change may take effect at any later time, or never.
         let answered = match done {
             Ok(()) => now(),
             Err(Errno::NOSPC) => usize::MAX,

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! qcow2: against QEMU's tools, against a disk in memory, through deaths and power cuts, and against images
-//! that want to do harm.
+//! qcow2: against QEMU's tools, against a disk in memory, through deaths and power cuts, and against hostile images.
 
 mod alone;
 mod crash;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What QEMU's tools write we read, and what we write they find to be right.
+//! The driver reads the images of QEMU's tools, and these find the driver's images to be right.
 
 use super::memory::{exercise, read_all, sector, Chance, Kind};
 use crate::common::tools::{command, folder, has_qemu, tool_in as tool};
@@ -20,7 +20,7 @@ fn file(runtime: &Runtime, path: &Path) -> File {
     File::new(&runtime.io, file.into()).unwrap()
 }
 
-/// An image with those below it, which are named as files of the same folder.
+/// Opens an image with its backing images, which it names as files of its folder.
 fn chain(runtime: &Runtime, path: &Path, writable: bool) -> Disk {
     let image = file(runtime, path);
     let head = {
@@ -65,7 +65,7 @@ fn content(runtime: &Runtime, path: &Path) -> Vec<u8> {
         .unwrap()
 }
 
-/// What QEMU reads.
+/// Returns the content that QEMU reads.
 fn converted(path: &Path) -> Vec<u8> {
     let folder = path.parent().unwrap();
     let name = path.file_name().unwrap().to_str().unwrap();
@@ -114,7 +114,7 @@ fn made(folder: &Path, options: &str, over: bool) -> PathBuf {
         );
         return folder.join("image");
     }
-    // The one at the bottom is smaller than what is above it.
+    // The lowest image is smaller than those above it.
     std::fs::write(folder.join("bottom"), sector(0xb0).repeat(2048 + 3)).unwrap();
     let middle = [
         "create", "-q", "-f", "qcow2", "-b", "bottom", "-F", "raw", "middle", "2M",
@@ -176,7 +176,7 @@ fn more(folder: &Path, options: &str) {
     }
 }
 
-/// What an image reads as after random changes, and the check that we and QEMU agree.
+/// Makes random changes, and checks that the driver and QEMU read the same.
 fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     let before = content(runtime, path);
     let disk = active(runtime, path, true);
@@ -349,7 +349,7 @@ fn images_of_ours_are_read_and_written_by_qemu() {
     plans.extend((0..=6).map(|order| bits(1 << order, plan(1024))));
     for (number, plan) in plans.into_iter().enumerate() {
         let folder = folder();
-        // For those that want something below them.
+        // Backing images for the plans that need one.
         made(folder.path(), "compat=1.1", true);
         let path = folder.path().join("image");
         std::fs::File::create(&path).unwrap();
@@ -417,7 +417,7 @@ fn bitmaps_are_kept_until_the_image_is_written() {
         disk.close().await
     };
     runtime.block_on(write).unwrap().unwrap();
-    // It does not know what we wrote, so it must not be believed.
+    // The bitmap lacks the driver's write, so it must not be valid any more.
     assert!(!info().contains("changes"), "{}", info());
     assert_eq!(converted(&path)[..512], [1; 512]);
 }
@@ -533,7 +533,7 @@ fn a_dirty_image_is_repaired_before_it_is_written() {
             "sigraise 9",
             "image",
         ];
-        // It ends itself, without a core.
+        // qemu-io kills itself, without a core.
         command("qemu-io", &args)
             .current_dir(folder.path())
             .output()

@@ -8,7 +8,7 @@ use formats::qcow2::{create, Backing, Plan, Qcow2};
 use formats::{Options, Parts, Storage};
 use std::future::Future;
 
-/// Bytes of the disk, of what is below it, and of a cluster.
+/// Bytes of the disk, of its backing image, and of a cluster.
 const SIZE: u64 = 1 << 20;
 const SHORTER: u64 = SIZE - 2 * CLUSTER;
 const CLUSTER: u64 = 64 << 10;
@@ -61,7 +61,7 @@ impl Bed {
     }
 }
 
-/// Who has all of so many sectors, as far as an image knows.
+/// Returns the disk that has all of `count` sectors, according to the image's tables in memory.
 fn passed(disk: &Disk, number: u64, count: u64) -> Option<Disk> {
     disk.passed(number * 512, count * 512)
 }
@@ -114,7 +114,7 @@ fn an_image_over_nothing_is_not_passed() {
     assert!(passed(&disk, 0, 1).is_none());
 }
 
-/// Who looks whether an image can be passed meets damage first, and the read that follows meets it again.
+/// The search for that disk meets damage first, and the read that follows meets it again; both together report it once.
 #[test]
 fn damage_is_told_once_for_each_read() {
     let bed = Bed(Runtime::new());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the kernel is told of places stays true; what others have too is not told.
+//! Places that a disk reports to the kernel stay true; it does not report clusters with another user.
 
 use super::crash::{
     below, cases, checked, first, fresh, opened, options, parts, Case, SECTORS, SIZE,
@@ -16,7 +16,7 @@ use formats::{Options, Parts};
 use futures::future::join_all;
 use std::rc::Rc;
 
-/// What an image of QEMU has in all its sectors.
+/// Number in all sectors of QEMU's image.
 const BEFORE: u32 = 0x5555_5555;
 
 /// An image, and what its disk held before.
@@ -107,7 +107,7 @@ fn what_is_told_stays_true() {
             case.name
         );
         println!("{what}");
-        // Who does nothing shows nothing; how much it is hangs on the seeds.
+        // A run with few requests proves nothing; the number depends on the seeds.
         assert!(
             hits > 50 && deaths > 10 && zeroes + from_below > 0,
             "{what}"
@@ -168,7 +168,7 @@ fn with_snapshot() -> Vec<u8> {
     std::fs::read(folder.path().join("image")).unwrap()
 }
 
-/// What others have, too, is theirs as it is.
+/// Clusters that a snapshot also uses keep their content.
 #[test]
 fn clusters_of_a_snapshot_are_not_told() {
     if !has_qemu("clusters_of_a_snapshot_are_not_told") {
@@ -207,7 +207,7 @@ fn clusters_of_a_snapshot_are_not_told() {
     }
 }
 
-/// What the image says of features that nobody keeps up to date would be wrong after a write of the kernel.
+/// The autoclear features in the header would be wrong after a write of the kernel, because no program updates them.
 #[test]
 fn nothing_is_written_before_the_first_write() {
     const AUTOCLEAR: usize = 88;
@@ -237,7 +237,7 @@ fn nothing_is_written_before_the_first_write() {
     assert!(!before[0].writable && after[0].writable);
 }
 
-/// Who writes in a row finds the next clusters there already, so that the kernel can go on with it.
+/// A sequential writer finds the next clusters allocated, so that the kernel can serve it.
 #[test]
 fn the_next_clusters_of_a_row_are_there() {
     const CLUSTER: u64 = 4096;

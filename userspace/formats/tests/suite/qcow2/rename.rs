@@ -40,7 +40,7 @@ fn made(runtime: &Runtime, plan: &Plan) -> Vec<u8> {
     file.bytes()
 }
 
-/// The image after a write of which only the first bytes, whole sectors, were done.
+/// Returns the image after each partial write of the first bytes, in whole sectors.
 pub(crate) fn torn(before: &[u8], event: &Event) -> Vec<Vec<u8>> {
     let Event::Write(at, data) = event else {
         return Vec::new();
@@ -78,7 +78,8 @@ fn every_prefix_of_another_name_is_the_old_one_or_the_new_one() {
                 let mut bytes = first.clone();
                 for event in file.log() {
                     let mut states = vec![bytes.clone()];
-                    // A power cut in the middle: if the format has its place already, it is told with the name.
+                    // A power cut in the middle: if the header has the format's place already, the format changes with
+                    // the name.
                     let has_format = |backing: &Option<Backing>| {
                         backing.as_ref().is_some_and(|one| one.format.is_some())
                     };

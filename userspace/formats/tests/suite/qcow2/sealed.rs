@@ -83,7 +83,7 @@ fn qemu_and_we_read_what_the_other_writes() {
             model = runtime.block_on(work).unwrap();
             safe.check();
             assert!(safe.read("qcow2") == model, "{layout}");
-            // It goes on where we stopped.
+            // QEMU continues where the driver stopped.
             safe.io("qcow2", &["write -P 8 700k 300k", "write -z 50k 9k"]);
             model[700 << 10..1000 << 10].fill(8);
             model[50 << 10..59 << 10].fill(0);
@@ -115,8 +115,8 @@ fn far_end_of_a_large_image() {
     safe.io("qcow2", &[&ours, &before, &behind]);
 }
 
-/// What was answered survives a death, what was flushed the loss of power, and a cluster that was prepared is not taken for
-/// zeroes, which it would not be.
+/// Answered changes survive a death, flushed ones a power cut, and a prepared cluster is not taken for zeroes, because
+/// its decrypted content would be garbage.
 #[test]
 fn nothing_is_lost_and_nothing_stale_is_shown() {
     if !has_qemu("nothing_is_lost_and_nothing_stale_is_shown") {
@@ -151,7 +151,7 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
     }
 }
 
-/// The image goes on from a parent, if so wanted.
+/// Gives the image a parent if `has_parent` is set.
 fn over(safe: &Safe, has_parent: bool) -> Vec<Content> {
     let world = World::new(safe.content());
     let backing = Backing {
@@ -172,7 +172,7 @@ fn without_the_key_nothing_is_read_or_written() {
     }
     let safe = made("cluster_size=4k,lazy_refcounts=on", SIZE);
     let mut files = safe.content();
-    // It was not closed, so that it would be repaired.
+    // The image was not closed, so that it would be repaired.
     files[0].write(79, &[1]);
     let world = World::new(files);
     for (wrong, why) in [
@@ -190,7 +190,7 @@ fn without_the_key_nothing_is_read_or_written() {
         assert!(failure.message.contains(why), "{failure}");
     }
     assert_eq!(world.changes(), 0);
-    // What needs no key is there: what it names, and whether its refcounts are right.
+    // Facts that need no key are available: the header's names, and the result of a check of refcounts.
     let file = world.file(0);
     let found = run(async move {
         assert_eq!(look(&file).await.unwrap().size, SIZE);
@@ -199,7 +199,7 @@ fn without_the_key_nothing_is_read_or_written() {
     assert_eq!((found.leaks, found.unsafe_clusters), (0, 0), "{found:?}");
 }
 
-/// Nobody is to believe that a disk is encrypted that is not.
+/// A user must not believe that a plain disk is encrypted.
 #[test]
 fn key_of_an_image_that_is_not_encrypted_is_refused() {
     let world = World::new(vec![Content::default()]);
@@ -264,7 +264,7 @@ fn what_a_header_cannot_say_is_refused_by_name() {
     }
 }
 
-/// No entry of a table leads to the keys, and none to what is compressed.
+/// An entry must not lead to the keys, nor to a compressed cluster.
 #[test]
 fn entries_that_lead_to_the_keys_are_refused() {
     if !has_qemu("entries_that_lead_to_the_keys_are_refused") {

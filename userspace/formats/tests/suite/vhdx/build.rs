@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Writes images by the specification, with nothing of the driver's: what it makes is shown to QEMU, too.
+//! Makes images by the specification, without the driver's code: QEMU reads them, too.
 
 use crate::common::{Content, Memory, World};
 use drivers::Disk;
@@ -8,13 +8,13 @@ use formats::{Options, Parts};
 use std::sync::LazyLock;
 
 pub(crate) const MIB: u64 = 1 << 20;
-/// Where everything is. The log has a MiB, as have the metadata.
+/// Offsets of all structures. The log has a MiB, as have the metadata.
 pub(crate) const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
 pub(crate) const REGIONS: [u64; 2] = [192 << 10, 256 << 10];
 pub(crate) const LOG: u64 = MIB;
 pub(crate) const METADATA: u64 = 2 * MIB;
 pub(crate) const BAT: u64 = 3 * MIB;
-/// Where in the metadata the items are.
+/// Offset of the items in the metadata.
 pub(crate) const ITEMS: u64 = 64 << 10;
 pub(crate) const SECTOR: usize = 4096;
 
@@ -67,7 +67,7 @@ pub(crate) fn seal(bytes: &mut [u8]) {
     bytes[4..8].copy_from_slice(&sum.to_le_bytes());
 }
 
-/// Seals what is in an image.
+/// Stores the checksum of a structure in an image.
 pub(crate) fn seal_in(image: &mut Content, at: u64, len: usize) {
     let mut bytes = vec![0; len];
     image.read(at, &mut bytes);
@@ -79,14 +79,14 @@ pub(crate) fn utf16(text: &str) -> Vec<u8> {
     text.encode_utf16().flat_map(u16::to_le_bytes).collect()
 }
 
-/// What an image is to be like.
+/// Properties of an image.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) size: u64,
     pub(crate) block: u64,
     pub(crate) logical: u32,
     pub(crate) physical: u32,
-    /// What the parent locator says, if there is one.
+    /// Entries of the parent locator, if there is one.
     pub(crate) parent: Option<Vec<(String, String)>>,
 }
 
@@ -110,7 +110,7 @@ impl Plan {
         self.size.div_ceil(self.block)
     }
 
-    /// Where the entry of a block is in the image, and that of the bitmap of its chunk.
+    /// Returns the offset of a block's entry in the image.
     pub(crate) fn entry(&self, block: u64) -> u64 {
         BAT + (block + block / self.ratio()) * 8
     }
@@ -125,7 +125,7 @@ impl Plan {
         (chunks * (self.ratio() + 1) * 8).next_multiple_of(MIB)
     }
 
-    /// Where blocks may be.
+    /// Returns the first offset at which blocks may be.
     pub(crate) fn first(&self) -> u64 {
         BAT + self.table()
     }
@@ -216,7 +216,7 @@ impl Plan {
         bytes
     }
 
-    /// Says what a block is, and puts its content behind everything.
+    /// Stores a block's state, and its content at the end of the image.
     pub(crate) fn put(&self, image: &mut Content, block: u64, state: u64, bytes: &[u8]) {
         let mut entry = state;
         if matches!(state, PRESENT | PARTLY) {
@@ -246,7 +246,7 @@ impl Plan {
     }
 }
 
-/// A header whose log, if it has one, is where all are.
+/// Makes a header whose log, if it has one, is at the usual place.
 pub(crate) fn header(sequence: u64, log: [u8; 16]) -> Vec<u8> {
     let mut bytes = vec![0; 4096];
     bytes[..4].copy_from_slice(b"head");
@@ -370,7 +370,7 @@ pub(crate) fn options(name: &str) -> Options {
 
 fn file(world: &World, number: usize) -> Memory {
     let mut file = world.file(number);
-    // It is never written.
+    // The driver must never write to it.
     file.read_only = true;
     file
 }
@@ -388,7 +388,7 @@ pub(crate) fn open(world: &World, parent: Option<Disk>) -> Disk {
     Disk::new(Vhdx::new(file(world, 0), parts, options))
 }
 
-/// All of the disk in an image, or why there is none.
+/// Returns the content of the disk in an image, or the reason why there is none.
 pub(crate) fn read(image: Content, parent: Option<Disk>) -> Result<Vec<u8>, String> {
     let disk = open(&World::new(vec![image]), parent);
     crate::common::run(async move {

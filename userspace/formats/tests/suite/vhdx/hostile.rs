@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Images that want to do harm: whatever they say, nothing panics, nothing goes on for ever, and no more memory is
-//! used than is allowed.
+//! Hostile images: whatever their content, the driver does not panic, every loop ends, and it uses no more memory than
+//! its budget.
 
 use super::build::{
     self, guid, header, log, open_log, seal_in, Change, Entry, Plan, BAT, HEADERS, ITEMS, LOG_GUID,
@@ -14,7 +14,7 @@ use drivers::{Attributes, Disk};
 use formats::vhdx::{look, Vhdx};
 use formats::{Options, Parts};
 
-/// A disk with some blocks, a parent if that is wanted, and a log.
+/// Makes a disk with some blocks and a log, and a parent if `has_parent` is set.
 fn sound(has_parent: bool) -> (Plan, Content) {
     let plan = Plan {
         parent: has_parent.then(|| {
@@ -63,7 +63,7 @@ fn reason(image: Content) -> String {
     build::read(image, None).unwrap_err()
 }
 
-/// Makes every checksum right again that may hide what was changed.
+/// Corrects all checksums that may hide the change.
 fn seal_all(image: &mut Content) {
     for at in HEADERS {
         seal_in(image, at, SECTOR);
@@ -166,7 +166,7 @@ fn edges(length: u64) -> Vec<u64> {
     all
 }
 
-/// Every field has every value that is the edge of something: an error that is told, or a disk that is served.
+/// Each field gets every boundary value: the result is an error or a disk that can be read.
 #[test]
 fn every_field_may_say_anything() {
     let (mut opened, mut tried) = (0, 0);
@@ -274,7 +274,7 @@ fn a_file_that_is_no_vhdx_is_refused() {
 /// A change of an image.
 type Edit = Box<dyn Fn(&mut Content)>;
 
-/// What is wrong is told, and what cannot be understood has its name.
+/// A refusal says what is wrong, and names a feature that is unknown.
 #[test]
 fn refusals_say_what_is_wrong() {
     let plan = Plan::new(5 * MIB - 512);
@@ -427,7 +427,7 @@ fn refusals_say_what_is_wrong() {
         assert!(failure.contains(why), "{why}: {failure}");
         assert!(failure.starts_with("image: "), "{failure}");
     }
-    // What need not be understood, and one copy of two.
+    // Unknown features that are optional, and damage of one of two copies.
     let fine: [&dyn Fn(&mut Content); 7] = [
         &|_| {},
         &region(64 * MIB, MIB as u32, 0),
@@ -449,7 +449,7 @@ fn refusals_say_what_is_wrong() {
     }
 }
 
-/// Two headers of which the later one counts, wherever it is.
+/// Of two headers the later one counts, wherever it is.
 #[test]
 fn the_header_that_counts_is_the_later_one() {
     let plan = Plan::new(MIB);
@@ -467,7 +467,7 @@ fn the_header_that_counts_is_the_later_one() {
     }
 }
 
-/// What was being written when the power went has a wrong checksum, and what is beside it counts.
+/// A structure that was cut off in a power cut has a wrong checksum, and its copy counts.
 #[test]
 fn what_has_a_wrong_checksum_does_not_count() {
     let plan = Plan::new(MIB);
@@ -487,7 +487,7 @@ fn what_has_a_wrong_checksum_does_not_count() {
     assert!(reason(image).contains("both tables of regions"));
 }
 
-/// The table leads to where no block can be: what is there is nothing of the disk's.
+/// The table leads to places where no block can be: their content is not the disk's.
 #[test]
 fn entries_that_cannot_be_are_errors() {
     let (plan, good) = sound(false);
@@ -523,7 +523,7 @@ fn entries_that_cannot_be_are_errors() {
     }
 }
 
-/// Who has no parent has no sectors of one, whatever a bitmap says.
+/// A disk without a parent has no sectors of one, whatever a bitmap claims.
 #[test]
 fn a_block_is_not_partly_there_without_a_parent() {
     let plan = Plan::new(MIB);
@@ -533,7 +533,7 @@ fn a_block_is_not_partly_there_without_a_parent() {
     assert!(reason(image).contains("cannot be read"));
 }
 
-/// The largest disk with the smallest blocks has a table of 512 MiB, of which little is kept.
+/// The largest disk with the smallest blocks has a table of 512 MiB, little of which is kept in memory.
 #[test]
 fn a_large_table_takes_little_memory() {
     let plan = Plan::new(64 << 40);
@@ -557,7 +557,7 @@ fn a_large_table_takes_little_memory() {
     });
 }
 
-/// What is only read says so at once, and how it can be written after all.
+/// Activation refuses a writable disk at once, and the message says how to write it after all.
 #[test]
 fn a_disk_that_may_be_written_is_refused() {
     let (_, image) = sound(false);

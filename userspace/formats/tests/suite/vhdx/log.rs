@@ -13,7 +13,7 @@ use formats::vhdx::unreplayed;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What QEMU shows of an image after it has replayed its log, in a copy.
+/// Returns the content that QEMU shows after it has replayed the log, in a copy.
 fn replayed(path: &Path, folder: &Path) -> Vec<u8> {
     let copy: PathBuf = folder.join("copy.vhdx");
     fs::copy(path, &copy).unwrap();
@@ -22,7 +22,7 @@ fn replayed(path: &Path, folder: &Path) -> Vec<u8> {
     content("vhdx", &copy, folder)
 }
 
-/// Writes with QEMU to an image of which the table cannot be written: the log stays.
+/// Lets QEMU write to an image whose table fails, so that the log stays.
 fn write_and_fail(path: &Path, line: &str) {
     // The table is behind a log of one MiB, and all of it that is used is in its first sectors.
     let image = format!(
@@ -125,7 +125,7 @@ fn logged(chance: &mut Chance) -> (Content, Content, bool) {
     let first = chance.below(256) * SECTOR as u64;
     let (mut at, mut sequence) = (first, 8 + chance.below(1 << 40));
     if chance.below(2) == 0 {
-        // What was there before, of which nothing counts any more.
+        // Older entries, none of which counts any more.
         let place = (first + 128 * 4096) % MIB;
         let old = entry(
             &image,
@@ -135,8 +135,8 @@ fn logged(chance: &mut Chance) -> (Content, Content, bool) {
         );
         log(&mut image, place, &old.bytes());
     }
-    // QEMU takes entries that begin again at the beginning of the ring for a sequence of its own, and reads all
-    // sectors with descriptors to the same place. It writes nothing of that kind.
+    // QEMU takes entries that begin again at the beginning of the ring for a sequence of its own, and reads all sectors
+    // with descriptors to the same place. QEMU itself makes no such entries.
     let mut is_judge = true;
     for number in 0..1 + chance.below(4) {
         // More than one sector of descriptors, now and then.
@@ -187,7 +187,7 @@ fn sector(byte: u8) -> Vec<u8> {
     (0..SECTOR).map(|at| byte ^ at as u8).collect()
 }
 
-/// A disk of one block, which is there.
+/// Makes a disk with one allocated block.
 fn one_block() -> (Plan, Content) {
     let plan = Plan::new(MIB);
     let mut image = plan.image();
@@ -205,7 +205,7 @@ fn entry(image: &Content, sequence: u64, tail: u64, changes: Vec<Change>) -> Ent
     }
 }
 
-/// What is in its place already is not written again: the block may be used for something else by now.
+/// A change that has reached its place is not replayed, because the block may have another use now.
 #[test]
 fn what_the_newest_entry_leaves_behind_does_not_count() {
     let (plan, mut image) = one_block();
@@ -224,7 +224,7 @@ fn what_the_newest_entry_leaves_behind_does_not_count() {
     assert!(found[4096..8192] == sector(5));
 }
 
-/// The power may go in the middle of an entry, and between the file and what it is to be as long as.
+/// A power cut may happen in the middle of an entry, and between the growth of the file and the entry.
 #[test]
 fn what_was_not_written_as_a_whole_does_not_count() {
     let (plan, mut image) = one_block();
@@ -277,7 +277,7 @@ fn a_file_becomes_as_long_as_its_log_says() {
     assert!(plan.first() < begin);
 }
 
-/// Each field of an entry, its checksum made right again where that hides the damage.
+/// Damages each field of an entry, and corrects the checksum where that would hide the damage.
 #[test]
 fn an_entry_with_a_wrong_field_is_none() {
     let (plan, image) = one_block();
@@ -328,7 +328,7 @@ fn an_entry_with_a_wrong_field_is_none() {
     assert!(build::read(empty, None).unwrap_err().contains("not closed"));
 }
 
-/// A log is for tables: not for what says where the log is, nor for itself.
+/// A log may change tables, but neither the structures that locate the log nor itself.
 #[test]
 fn a_log_that_changes_headers_or_itself_is_refused() {
     let (_, image) = one_block();
@@ -371,7 +371,7 @@ fn tables_are_read_as_the_log_has_them() {
     assert!(build::read(image, None).unwrap()[..4096] == sector(9));
 }
 
-/// What the header says of the log.
+/// Fields of the header about the log.
 #[test]
 fn a_log_that_cannot_be_there_is_refused() {
     let (_, good) = one_block();
@@ -424,7 +424,7 @@ fn a_log_without_end_is_refused() {
     image.write(HEADERS[0], &bytes);
     let failure = build::read(image.clone(), None).unwrap_err();
     assert!(failure.contains("more than 131072 changes"), "{failure}");
-    // One that is larger is not even looked at.
+    // A larger log is not read at all.
     bytes[68..72].copy_from_slice(&(65_u32 << 20).to_le_bytes());
     seal(&mut bytes);
     image.write(HEADERS[0], &bytes);
@@ -433,7 +433,7 @@ fn a_log_without_end_is_refused() {
     assert!(failure.contains("65 MiB"), "{failure}");
 }
 
-/// What says that an image was not closed.
+/// Entries in the log mean that the image was not closed.
 #[test]
 fn changes_in_the_log_are_counted() {
     let (plan, mut image) = one_block();

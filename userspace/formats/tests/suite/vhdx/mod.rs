@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! VHDX: what others wrote is read, whatever its log says, and nothing that is wrong does harm.
+//! VHDX: the driver reads the images of other programs, with any log, and damaged ones do no harm.
 
 mod build;
 mod hostile;

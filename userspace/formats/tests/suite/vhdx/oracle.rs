@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! QEMU's tools as a second opinion: what they write is read, and what the tests build is an image to them, too.
+//! QEMU's tools as a second opinion: the driver reads their images, and they read those that the tests build.
 
 use super::build::{self, Plan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
 use crate::common::tools::{content, file, folder, has_qemu, text, tool, whole};
@@ -10,7 +10,7 @@ use formats::vhdx::Vhdx;
 use formats::{Options, Parts};
 use std::path::Path;
 
-/// All of the disk in a file. What is said to be a hole reads as zeroes.
+/// Reads the whole disk in a file. A hole reads as zeroes.
 pub(crate) fn read(path: &Path) -> Vec<u8> {
     let runtime = Runtime::new();
     let (io, path) = (runtime.io.clone(), path.to_path_buf());
@@ -178,7 +178,7 @@ fn what_is_behind_a_chunk_is_read() {
     }
 }
 
-/// What the tests build is what QEMU takes for an image, and both read the same.
+/// QEMU accepts the images that the tests build, and reads the same content.
 #[test]
 fn qemu_reads_what_is_built() {
     let plan = Plan::new(6 * MIB - 512);

@@ -16,7 +16,7 @@ use formats::{open_chain, Files, Kind};
 use std::fs;
 use std::path::Path;
 
-/// What a child says of its parent.
+/// Entries of a child's parent locator.
 fn names(linkage: &str, more: &[(&str, &str)]) -> Option<Vec<(String, String)>> {
     let mut all = vec![("parent_linkage".to_owned(), format!("{{{linkage}}}"))];
     all.extend(
@@ -34,7 +34,7 @@ fn child(size: u64, logical: u32) -> Plan {
     }
 }
 
-/// Gives blocks all states, by chance, and says what the disk is over `below`.
+/// Gives blocks random states, and returns the content of the disk over `below`.
 fn fill(plan: &Plan, image: &mut Content, below: &[u8], chance: &mut Chance) -> Vec<u8> {
     let mut model = below.to_vec();
     model.resize(plan.size as usize, 0);
@@ -101,7 +101,7 @@ fn blocks_of_all_states_are_read_over_a_parent() {
     }
 }
 
-/// A hole is zeroes, and what is said to be below is the parent's.
+/// A hole reads as zeroes, and an extent of the backing image has the parent's content.
 async fn extents_are_true(disk: &Disk, model: &[u8]) {
     let below = below();
     let mut at = 0;
@@ -123,7 +123,7 @@ async fn extents_are_true(disk: &Disk, model: &[u8]) {
     }
 }
 
-/// Each chunk has a bitmap of its own, of which a block may need more than is read at once.
+/// Each chunk has a bitmap of its own, and a block may need more of it than one read returns.
 #[test]
 fn bitmaps_of_all_chunks_are_found() {
     let plan = Plan {
@@ -143,7 +143,7 @@ fn bitmaps_of_all_chunks_are_found() {
     run(async move {
         disk.activate().await.unwrap();
         for block in blocks {
-            // The end of what is read at once is in the middle.
+            // The middle one crosses the end of one read of the bitmap.
             for within in [0, 16 * MIB - 16384, 32 * MIB - 32768] {
                 let offset = block * plan.block + within;
                 let data = diskio::Data::zeroed(32768).unwrap();
@@ -231,7 +231,7 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
             read_chain(&at("child.vhdx")).unwrap() == model,
             "seed {seed}"
         );
-        // Another one over it, with larger blocks, beside it in a folder.
+        // Another image on top of it, with larger blocks, in a folder beside it.
         fs::create_dir(at("sub")).unwrap();
         let plan = Plan {
             block: 4 * MIB,
@@ -298,7 +298,7 @@ fn parents_are_named_as_the_format_has_it() {
     assert!(failure.message.contains("which content"), "{failure}");
 }
 
-/// While a child is merged into its parent it names both what that was and what it will be.
+/// During a merge into its parent a child has two names of the parent: the old one and the future one.
 #[test]
 fn a_parent_may_have_either_of_two_names() {
     let folder = folder();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Random schedules of three hosts that want one image, each with two disks for it, on a storage with reservations:
 //! commands whose answers are lost, writes that are under way for long, hosts that die and are booted, and an operator
-//! who breaks reservations of the dead, or of anybody.
+//! who breaks reservations of the dead, or of living hosts.
 
 use super::fake::{Initiator, Target};
 use super::key::Key;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 const BEAT: Duration = super::BEAT;
 
-/// What a test switches off, or does wrong.
+/// Rules that a test switches off, or breaks.
 #[derive(Clone, Copy, Debug)]
 struct Setup {
     rules: Rules,
@@ -76,7 +76,7 @@ struct Schedule {
     image: Rc<Image>,
 }
 
-/// What a host sees of the storage: each command is done at some time before it ends, if it is, and its answer may be
+/// A host's view of the storage: each command is done at some time before it ends, if it is, and its answer may be
 /// lost.
 #[derive(Clone)]
 struct Way {
@@ -257,7 +257,7 @@ impl Disk {
         let setup = &self.way.all.setup;
         let is_lost = matches!(self.party.keep(&self.way, key).await, Err(Refusal::Lost(_)));
         if is_lost && !setup.is_mistaken {
-            let what = format!("host {} has lost what nobody has broken", self.way.by);
+            let what = format!("host {} has lost a lease that was not broken", self.way.by);
             self.way.all.image.complain(what);
         }
         is_lost || self.taking.get().is_none()
@@ -376,7 +376,7 @@ fn found(setup: Setup) -> Option<(u64, String)> {
 
 fn nothing_goes_wrong(setup: Setup) {
     let (mut takings, mut writes, mut refused, mut breaks) = (0, 0, 0, 0);
-    // Those of each run are new. Who fails says its own, and `SEED` with that number begins there.
+    // Those of each run are new. A test that fails prints its seed, and `SEED` with that number begins there.
     let wanted = std::env::var("SEED").map(|text| text.parse().expect("SEED is a number"));
     let first = wanted.unwrap_or_else(|_| RandomState::new().build_hasher().finish() >> 32);
     for seed in first..first + SCHEDULES {
@@ -388,7 +388,7 @@ fn nothing_goes_wrong(setup: Setup) {
         breaks += image.breaks.get();
     }
     println!("{SCHEDULES} schedules: {takings} takings, {breaks} breaks, {writes} writes, {refused} refused");
-    // Nobody may write, is no way to be right.
+    // A model that lets no host write would be right in a useless way.
     assert!(takings > 5 * SCHEDULES && writes > 50 * SCHEDULES && breaks > SCHEDULES / 10);
 }
 

@@ -12,7 +12,7 @@ use crate::top::picture::Row;
 use ratatui::style::Modifier;
 use ratatui::text::Line;
 
-/// What is said of a disk of the picture.
+/// Returns the details of a disk of the picture.
 pub(super) fn lines(known: &Known, looks: &Looks) -> Vec<Line<'static>> {
     let rows = looks.picture().map(|picture| picture.rows());
     let row = rows.iter().flatten().find(|row| known.is(row.disk));
@@ -63,7 +63,7 @@ fn verdict(said: Option<status::Line>) -> Vec<Line<'static>> {
     lines
 }
 
-/// What the table has of it, in all columns, and what it has no columns for.
+/// Returns its values in all columns, and those that have no column.
 fn figures(row: &Row<'_>) -> Vec<Line<'static>> {
     let seconds = row.figures.map_or(String::new(), |figures| {
         format!(", in the last {:.1} s", figures.seconds)
@@ -78,7 +78,7 @@ fn figures(row: &Row<'_>) -> Vec<Line<'static>> {
     lines
 }
 
-/// What the driver has counted.
+/// Returns the driver's counters.
 fn counters(disk: &Disk) -> Vec<Line<'static>> {
     let Some(vbd) = &disk.vbd else {
         return vec![title("no guest has it")];
@@ -90,7 +90,7 @@ fn counters(disk: &Disk) -> Vec<Line<'static>> {
     lines
 }
 
-/// What its process has counted.
+/// Returns its process' counters.
 fn process(disk: &Disk) -> Vec<Line<'static>> {
     let Some(counted) = disk.tap.as_ref().and_then(|tap| tap.stats.as_deref()) else {
         return Vec::new();

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 const MIB: f64 = 1048576.0;
 
-/// What keys there are, in a line.
+/// Keys, in a line.
 const KEYS: &str = "q quit  ? keys  arrows select  enter details  <> sort by  r turn round  / filter  +- interval  space pause";
 
 /// Draws everything.
@@ -51,7 +51,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, app: &mut App, now: Instant) {
     frame.render_widget(Paragraph::new(line), below);
 }
 
-/// What is drawn has no more lines than a terminal.
+/// Limits a number of lines to that of a terminal.
 fn short(length: usize) -> u16 {
     u16::try_from(length).unwrap_or(u16::MAX)
 }
@@ -84,7 +84,7 @@ fn age(view: &View, looks: &Looks, now: Instant) -> Option<String> {
         format!("this picture is {age} s old")
     });
     if view.is_paused {
-        return Some(format!("paused, {old}: space goes on"));
+        return Some(format!("paused, {old}: space resumes"));
     }
     let late = seconds(looks.late(now)?);
     Some(format!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What keys do, and what columns tell.
+//! Help on keys and columns.
 
 use crate::top::columns::COLUMNS;
 use crate::top::order::By;
@@ -28,7 +28,7 @@ const KEYS: [(&str, &str); 12] = [
     ),
     ("", "Enter keeps that, Esc shows all disks again"),
     ("+, -", "look less often, or more often, by a second"),
-    ("space", "keep this picture; again: go on"),
+    ("space", "keep this picture; again: resume"),
     ("?", "this"),
     ("a large letter", "sort by the column that has it below"),
 ];

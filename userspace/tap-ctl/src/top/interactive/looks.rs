@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What was seen, and when to look again. A look may take as long as it likes: what was seen before stays.
+//! Past looks, and the time of the next one. A look may take any time, and the earlier ones stay until it ends.
 
 use crate::look::{Disk, Look};
 use crate::status::verdict::Limits;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 /// From when on a look takes long: blktapctrl waits a second for processes that do not answer.
 const LONG: Duration = Duration::from_secs(2);
 
-/// What was seen.
+/// Past looks.
 #[derive(Default)]
 pub(super) struct Looks {
     /// The last ones, the newest at the end: as many as a verdict is made of.
     seen: VecDeque<Rc<Look>>,
-    /// What is shown.
+    /// The picture that is shown.
     picture: Option<Picture>,
     /// Since when a look is under way.
     begun: Option<Instant>,
@@ -39,7 +39,7 @@ impl Looks {
         self.begun = Some(now);
     }
 
-    /// A look has come to its end. One that nobody wants to see any more is forgotten.
+    /// A look has come to its end. A look whose picture is not needed any more is dropped.
     pub(super) fn end(&mut self, look: Look, is_wanted: bool) {
         self.begun = None;
         if !is_wanted {
@@ -57,7 +57,7 @@ impl Looks {
         self.seen.push_back(look);
     }
 
-    /// What is shown.
+    /// Returns the picture that is shown.
     pub(super) fn picture(&self) -> Option<&Picture> {
         self.picture.as_ref()
     }
@@ -74,7 +74,7 @@ impl Looks {
         (taken >= LONG).then_some(taken)
     }
 
-    /// What `tap-ctl status` says of a disk of the picture; nothing after a single look.
+    /// Returns the verdict of `tap-ctl status` on a disk of the picture; nothing after a single look.
     pub(super) fn verdict(&self, disk: &Disk) -> Option<Line> {
         let (first, last) = (self.seen.front()?, self.seen.back()?);
         (!Rc::ptr_eq(first, last)).then(|| status::line(disk, first, last, self.limits))

@@ -38,7 +38,7 @@ enum End {
     Signal(i32),
 }
 
-/// Shows pictures until somebody wants no more. The terminal is then as it was, whatever the reason.
+/// Shows pictures until the user quits. The terminal is then as it was, whatever the reason.
 pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
     let (to, events) = mpsc::channel();
     let started = |what, result: io::Result<()>| {
@@ -63,7 +63,7 @@ pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
     let restored = ratatui::try_restore();
     match shown? {
         End::Key => Ok(restored?),
-        // Whoever started it sees what it died of.
+        // The parent process sees the signal that ended it.
         End::Signal(signal) => Ok(restored.and_then(|()| emulate_default_handler(signal))?),
     }
 }
@@ -77,7 +77,7 @@ fn show(
 ) -> Result<End, Error> {
     loop {
         let now = Instant::now();
-        // Should nobody take it, that thread's end is among the events.
+        // If the thread has ended, its end is among the events.
         if app.begins_look(now) {
             let _ = look.send(());
         }
@@ -87,7 +87,7 @@ fn show(
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return Err(ended("all", "of an error")),
         };
-        // Who holds a key down does not wait for a drawing of each.
+        // A key that is held down does not cause a drawing for each of its events.
         for event in std::iter::once(first).chain(events.try_iter()) {
             if let ControlFlow::Break(end) = app.event(event) {
                 return end;

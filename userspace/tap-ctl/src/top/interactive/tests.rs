@@ -61,7 +61,7 @@ impl Shown {
         self.event(Event::Look(Box::new(look)));
     }
 
-    /// Whether the program goes on.
+    /// Whether the program continues.
     fn event(&mut self, event: Event) -> bool {
         match self.app.event(event) {
             ControlFlow::Continue(()) => true,
@@ -108,7 +108,7 @@ impl Shown {
         self.lines().into_iter().find(|line| line.contains(word))
     }
 
-    /// What stands first in the rows of the table, as far as there are such.
+    /// Returns the first word of each row of the table.
     fn guests(&mut self) -> Vec<String> {
         let lines = self.lines().into_iter();
         let mut below = lines.skip_while(|line| !line.trim_start().starts_with("GUEST"));
@@ -292,7 +292,7 @@ fn five_hundred_disks_are_gone_through_by_pages() {
         (shown.guests()[0].as_str(), shown.selected().as_deref()),
         ("1", Some("1"))
     );
-    // What is selected stays in sight where there is less room.
+    // The selected disk stays visible in a smaller window.
     shown.key(KeyCode::End);
     shown.terminal.backend_mut().resize(100, 10);
     assert_eq!(shown.selected().as_deref(), Some("500"));
@@ -481,7 +481,7 @@ fn a_pause_keeps_the_picture() {
     shown.now += 2 * SECOND;
     assert!(shown.app.begins_look(shown.now));
     shown.keys(" ");
-    // What was asked for before the pause comes in it.
+    // The answer to a question from before the pause arrives during it.
     let late = shown.last.clone().expect("a look");
     let now = shown.now;
     let mut empty = Look { at: now, ..late };

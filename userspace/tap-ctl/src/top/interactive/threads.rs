@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What may wait for something has a thread of its own, and tells what happens: the terminal, the looks at the host,
-//! the signals. The thread that shows waits for none of them.
+//! Threads for calls that may wait, which send events: the terminal, the looks at the host, the signals. The thread
+//! that shows waits for none of them.
 
 use crate::host::Host;
 use crate::look::{look, Look};
@@ -13,13 +13,13 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Sender};
 use std::thread::Builder;
 
-/// What happens.
+/// Event of a thread.
 pub(super) enum Event {
     /// A key, or another size.
     Terminal(event::Event),
     /// A look has come to its end.
     Look(Box<Look>),
-    /// Somebody wants the program to end.
+    /// A signal that ends the program.
     Signal(i32),
     /// A thread has ended, which none does by itself.
     Ended { thread: &'static str, why: String },
@@ -37,7 +37,7 @@ pub(super) fn tell_signals(mut signals: Signals, to: &Sender<Event>) -> io::Resu
         if let Some(signal) = forever.next() {
             tell(to, Event::Signal(signal));
         }
-        // Whoever asks a second time does not wait for a terminal that takes nothing.
+        // A second signal does not wait for a terminal that accepts no output.
         match forever.next() {
             Some(signal) => {
                 terminal::disable_raw_mode()?;
@@ -55,7 +55,7 @@ pub(super) fn tell_terminal(to: &Sender<Event>) -> io::Result<()> {
     })
 }
 
-/// Looks at the host whenever it is asked to.
+/// Looks at the host on request.
 pub(super) fn tell_looks(
     root: PathBuf,
     socket: PathBuf,
@@ -72,7 +72,7 @@ pub(super) fn tell_looks(
     Ok(ask)
 }
 
-/// Starts a thread. Its end is told, even by a panic.
+/// Starts a thread. It reports its end, even by a panic.
 fn start(
     thread: &'static str,
     to: &Sender<Event>,
@@ -116,7 +116,7 @@ impl Drop for Last {
 }
 
 fn tell(to: &Sender<Event>, event: Event) {
-    // If nobody listens, the program is ending.
+    // If the receiver is gone, the program is ending.
     let _ = to.send(event);
 }
 

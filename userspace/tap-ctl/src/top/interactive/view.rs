@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What keys make of what is shown: the order and the choice of rows, the selected one, what is open over the table.
+//! State that keys change: the order and the choice of rows, the selected one, the page over the table.
 
 use crate::look::{Disk, Id, Kind};
 use crate::top::columns::target;
@@ -9,23 +9,23 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use std::ops::Range;
 use std::time::Duration;
 
-/// More of a filter nobody types.
+/// Longest filter that a user can type.
 const LONGEST_FILTER: usize = 200;
 
-/// Whether it goes on after a key.
+/// Whether the program continues after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     On,
     Quit,
 }
 
-/// What is shown.
+/// Page that is shown.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Place {
     Table,
     /// All figures of a disk.
     Details(Known),
-    /// What keys do.
+    /// The help on keys.
     Help,
 }
 
@@ -92,7 +92,7 @@ impl Motion {
     }
 }
 
-/// What a person has chosen.
+/// The user's choices.
 pub(super) struct View {
     pub(super) place: Place,
     pub(super) order: Order,
@@ -287,7 +287,7 @@ impl View {
         };
         let rows = self.rows(picture);
         self.at = motion.from(self.at, self.page, rows.len());
-        // Whoever stays on top sees whichever disk comes there.
+        // A user at the top of the list sees whichever disk comes there.
         let row = rows.get(self.at).filter(|_| self.at > 0);
         self.selected = row.map(|row| Known::of(row.disk));
     }

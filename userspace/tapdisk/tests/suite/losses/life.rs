@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The lives of processes that serve one disk after the other: pauses, suspends, hand-offs and deaths.
+
+use super::guest::Guest;
+use super::storage::{memory, reopen, Volatile};
+use super::subject::{Subject, SECRET};
+use control::tapdisk::{Needed, Provided, Reply, Request, State, Status};
+use control::{Code, Failure};
+use diskio::Runtime;
+use ring::tap::shadow::Op;
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::future::poll_fn;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::task::Poll;
+use tapdev::fake::Fake;
+use tapdev::Tap;
+use tapdisk::Session;
+
+/// Requests under way at most.
+const DEPTH: usize = 8;
+/// Events in a life at most.
+const STEPS: u64 = 120;
+/// Turns after which nothing is on its way any more within a process.
+const SETTLED: u32 = 64;
+/// Turns that nothing takes.
+const FOREVER: u32 = 2_000_000;
+
+/// The disk, from process to process.
+#[derive(Clone)]
+pub(super) struct Life(Rc<Inner>);
+
+struct Inner {
+    subject: Subject,
+    fake: Fake,
+    storage: Volatile,
+    base: File,
+    guest: Rc<RefCell<Guest>>,
+    /// Memory that each process leaves to the next one.
+    kept: RefCell<Option<File>>,
+    /// How the life ended.
+    end: RefCell<Option<End>>,
+    /// The guest is owed an error then.
+    owes: Cell<bool>,
+}
+
+/// How a life ends.
+#[derive(Debug)]
+enum End {
+    /// The process is killed.
+    Death,
+    /// It has let go of the disk.
+    HandOff,
+    /// All of the schedule is over.
+    All,
+    /// A promise was broken.
+    Broken(String),
+}
+
+/// Others run.
+async fn turns(count: u32) {
+    for _ in 0..count {
+        let mut is_over = false;
+        poll_fn(|cx| {
+            if std::mem::replace(&mut is_over, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Life {
+    pub(super) fn new(
+        subject: Subject,
+        fake: &Fake,
+        storage: &Volatile,
+        base: &File,
+        guest: &Rc<RefCell<Guest>>,
+    ) -> Self {
+        Self(Rc::new(Inner {
+            subject,
+            fake: fake.clone(),
+            storage: storage.clone(),
+            base: base.try_clone().expect("a descriptor"),
+            guest: guest.clone(),
+            kept: RefCell::default(),
+            end: RefCell::default(),
+            owes: Cell::default(),
+        }))
+    }
+
+    /// One process, from its start to its end. Says how all ended, if that was the last one.
+    pub(super) fn live(&self, is_last: bool) -> Option<Result<(), String>> {
+        let runtime = Runtime::new();
+        let session = Session::new(&runtime);
+        let tap = Tap::open(self.0.fake.open().expect("a node")).expect("a node");
+        session.attach(tap).expect("a node");
+        self.0.storage.serve(&runtime.io);
+        let (life, its) = (self.clone(), session.clone());
+        runtime
+            .tasks
+            .spawn(async move { life.supervise(&its).await });
+        let (life, its) = (self.clone(), session.clone());
+        runtime.tasks.spawn(async move {
+            let end = match life.script(&its, is_last).await {
+                Ok(end) => end,
+                Err(what) => End::Broken(what),
+            };
+            life.0.end.replace(Some(end));
+            its.end();
+        });
+        session.run().expect("the kernel talks to the process");
+        let end = self.0.end.take().expect("an end");
+        self.0.guest.borrow_mut().note(format!("{end:?}"));
+        if matches!(end, End::Death) {
+            self.0.storage.die();
+        }
+        // The death of a process takes everything along.
+        runtime.tasks.clear();
+        drop(session);
+        // The kernel ends what it has begun for the process.
+        for _ in 0..4 {
+            runtime.io.enter(false).expect("plain calls");
+        }
+        drop(runtime);
+        self.0.fake.fence();
+        // A process that lets go of an image drops it from the page cache, and so does a process that begins where the
+        // guest is owed an error.
+        let is_dropped = matches!(end, End::HandOff) || self.0.owes.get();
+        if is_dropped || self.0.guest.borrow_mut().chance.one_in(2) {
+            self.0.storage.evict();
+        }
+        match end {
+            End::Death | End::HandOff => None,
+            End::All => Some(Ok(())),
+            End::Broken(what) => Some(Err(what)),
+        }
+    }
+
+    /// Gives the process what it asks for.
+    async fn supervise(&self, session: &Rc<Session>) {
+        let mut known = 0;
+        loop {
+            let asked = session.handle(Request::Needs { after: known }, Vec::new());
+            let Ok(Reply::Needs { needs }) = asked.await else {
+                return;
+            };
+            for need in needs {
+                known = known.max(need.number);
+                let (provided, fd) = match need.what {
+                    Needed::State { size } => (Provided::Shared, Some(self.kept(size))),
+                    Needed::Parent { .. } => (Provided::Locked, Some(reopen(&self.0.base, false))),
+                    Needed::Key { .. } => (Provided::Shared, Some(reopen(memory(SECRET), false))),
+                    _ => {
+                        let why = Failure::new(Code::Denied, "it is not for a test");
+                        (Provided::Refused(why), None)
+                    }
+                };
+                let question = Request::Provide {
+                    number: need.number,
+                    provided,
+                    backing: None,
+                };
+                let given = session.handle(question, fd.into_iter().collect()).await;
+                assert_eq!(given, Ok(Reply::Done));
+            }
+        }
+    }
+
+    fn kept(&self, size: u64) -> OwnedFd {
+        let mut kept = self.0.kept.borrow_mut();
+        let file = kept.get_or_insert_with(|| {
+            let file = memory(&[]);
+            file.set_len(size).expect("memory");
+            file
+        });
+        reopen(file, true)
+    }
+
+    fn guest(&self) -> std::cell::RefMut<'_, Guest> {
+        self.0.guest.borrow_mut()
+    }
+
+    /// Has the image opened, as a supervisor does that tries once more.
+    async fn open(
+        &self,
+        session: &Rc<Session>,
+        how: impl Fn(control::tapdisk::Open) -> Request,
+    ) -> Result<(), String> {
+        self.0.storage.fail(false);
+        let mut opened = Ok(Reply::Done);
+        for _ in 0..2 {
+            let question = how(self.0.subject.open());
+            let image = self.0.storage.descriptor();
+            opened = session.handle(question, vec![image]).await;
+            if let Ok(Reply::Disk(_)) = opened {
+                let fails = !self.guest().chance.one_in(4);
+                self.0.storage.fail(fails);
+                self.guest().begins_again();
+                return Ok(());
+            }
+            self.guest().note(format!("it does not open: {opened:?}"));
+        }
+        Err(format!("the image cannot be opened: {opened:?}"))
+    }
+
+    /// Takes answers, and has the power lost after a flush that succeeded.
+    fn collect(&self) -> Result<(), String> {
+        let has_flushed = self.guest().collect();
+        if has_flushed && self.guest().chance.one_in(2) {
+            return self.check();
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Inner { storage, base, .. } = &*self.0;
+        self.0.guest.borrow().check(storage, base)
+    }
+
+    /// Waits until no more than so many requests are under way.
+    async fn until(&self, most: usize) -> Result<(), String> {
+        for _ in 0..FOREVER {
+            self.collect()?;
+            if self.0.guest.borrow().under_way() <= most {
+                return Ok(());
+            }
+            turns(1).await;
+        }
+        Err("a request is not answered".into())
+    }
+
+    async fn status(&self, session: &Rc<Session>) -> Result<Box<Status>, String> {
+        match session.handle(Request::Status, Vec::new()).await {
+            Ok(Reply::Status(status)) => Ok(status),
+            other => Err(format!("no status: {other:?}")),
+        }
+    }
+
+    /// A pause, or the like, that began then has ended. One that succeeds promises as much as a flush, unless the guest is
+    /// owed an error that was met before.
+    async fn paused(
+        &self,
+        session: &Rc<Session>,
+        begun: u64,
+        what: &str,
+        done: &Result<Reply, Failure>,
+    ) -> Result<(), String> {
+        let owes = self.status(session).await?.owes;
+        // A flush that was answered meanwhile may have reported something.
+        self.collect()?;
+        self.guest().note(format!("{what}: {done:?}, owes {owes}"));
+        if done.is_ok() && !owes {
+            self.guest().settle(begun);
+            self.check()
+                .map_err(|broken| format!("after the {what}, {broken}"))?;
+        }
+        Ok(())
+    }
+
+    async fn pause(&self, session: &Rc<Session>) -> Result<(), String> {
+        let begun = self.guest().now();
+        let done = session.handle(Request::Pause, Vec::new()).await;
+        self.paused(session, begun, "pause", &done).await?;
+        self.0.storage.evict();
+        self.open(session, Request::Unpause).await
+    }
+
+    async fn suspend(&self, session: &Rc<Session>) -> Result<(), String> {
+        let begun = self.guest().now();
+        let done = session.handle(Request::Inactivate, Vec::new()).await;
+        self.paused(session, begun, "suspend", &done).await?;
+        let state = self.status(session).await?.state;
+        if state != State::Inactive {
+            return Err(format!("the disk is not inactive: {state:?}"));
+        }
+        self.0.storage.evict();
+        // That has changed the time of the file.
+        let stamp = None;
+        let activate = |open| Request::Activate { open, stamp };
+        self.open(session, activate).await
+    }
+
+    async fn hand_off(&self, session: &Rc<Session>) -> Result<End, String> {
+        let begun = self.guest().now();
+        let done = session.handle(Request::Close, Vec::new()).await;
+        self.paused(session, begun, "hand-off", &done).await?;
+        Ok(End::HandOff)
+    }
+
+    /// A flush with nothing beside it reports what is owed, so the next one fails only if the storage fails again.
+    async fn owes_once(&self) -> Result<(), String> {
+        self.until(0).await?;
+        self.guest().send(Op::Flush);
+        self.until(0).await?;
+        let (errors, failed) = (self.0.storage.errors(), self.guest().failed);
+        self.guest().send(Op::Flush);
+        self.until(0).await?;
+        let fails_anew = self.0.storage.errors() > errors;
+        match self.guest().failed > failed && !fails_anew {
+            true => Err("a flush fails for what another one has reported".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// Events while this process has the disk.
+    async fn script(&self, session: &Rc<Session>, is_last: bool) -> Result<End, String> {
+        self.open(session, Request::Open).await?;
+        let steps = match is_last {
+            true => 20,
+            false => self.guest().chance.below(STEPS),
+        };
+        for _ in 0..steps {
+            self.collect()?;
+            let step = self.guest().chance.below(100);
+            match step {
+                0..50 => self.guest().send(Op::Write),
+                50..55 => self.guest().send(Op::WriteZeroes),
+                55..59 => self.guest().send(Op::Discard),
+                59..76 => self.guest().send(Op::Flush),
+                76..92 => {
+                    let count = 1 + self.guest().chance.below(8);
+                    for _ in 0..count {
+                        turns(1).await;
+                        self.collect()?;
+                    }
+                }
+                92..95 => self.owes_once().await?,
+                95..97 => self.pause(session).await?,
+                97..99 => self.suspend(session).await?,
+                _ => {
+                    let fails = !self.guest().chance.one_in(3);
+                    self.0.storage.fail(fails);
+                }
+            }
+            if self.0.guest.borrow().under_way() >= DEPTH {
+                self.until(DEPTH / 2).await?;
+            }
+        }
+        if is_last {
+            self.0.storage.fail(false);
+            self.owes_once().await?;
+            self.check()?;
+            return Ok(End::All);
+        }
+        if self.guest().chance.one_in(3) {
+            return self.hand_off(session).await;
+        }
+        // An error that the storage has reported, and the process has not learned of yet, is lost with it.
+        // An owed one is reported by a flush that is under way; so the process lives until there was none for a while.
+        self.0.storage.fail(false);
+        loop {
+            let errors = self.0.storage.errors();
+            turns(SETTLED).await;
+            if self.0.storage.errors() == errors {
+                break;
+            }
+        }
+        // From here on the storage reports nothing to it.
+        self.0.storage.die();
+        self.0.owes.set(self.status(session).await?.owes);
+        Ok(End::Death)
+    }
+}
