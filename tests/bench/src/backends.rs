@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What is compared. A backend is one entry of [`ALL`].
+//! The backends that are compared, each an entry of [`ALL`].
 
 use crate::tap;
 
@@ -8,72 +8,74 @@ use crate::tap;
 pub(crate) enum Driver {
     /// The module of this project.
     Ours,
-    /// The same, built to waste what it saves: what the gate must find too dear.
+    /// The module of this project, built to waste the savings: the gate must find its costs too high.
     Wasteful,
     /// The C driver, with this parameter.
     C(&'static str),
-    /// None: nobody in the kernel serves the disk.
+    /// None: no driver in the kernel serves the disk.
     None,
 }
 
-/// What the disk stands on.
+/// Storage below the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Store {
     /// A block device in memory (null_blk).
     Memory,
     /// A loop device on a file in memory (tmpfs).
     Loop,
-    /// A block device in memory that holds an image of this format, as qemu-img names it. All of the
-    /// disk has a place in it.
+    /// A block device in memory with an image of this format, as qemu-img names it. The image has allocated all of the
+    /// disk.
     Image(&'static str),
-    /// The same that holds this file system with one file. All of that has a place in it.
+    /// A block device in memory with this file system and one file, which is fully allocated.
     File(&'static str),
-    /// The same with an image of a format, as qemu-img names it, in that file.
+    /// A file system with an image of a format, as qemu-img names it, in that file.
     FileOf(&'static str, &'static str),
     /// The block device in memory, as an export of QEMU's NBD server in dom0.
     Export,
-    /// The same with a file below that has all of the disk, and a new qcow2 image over it.
+    /// A file system with a fully allocated backing file, and a new qcow2 image over it.
     Clone(&'static str),
-    /// A block device in memory that holds a qcow2 image of which nothing has a place yet.
+    /// A block device in memory with a qcow2 image that has allocated nothing yet.
     New,
-    /// The file system with an image that is encrypted with LUKS. All of it was written.
+    /// A file system with an image that is encrypted with LUKS, fully written.
     Sealed(&'static str),
-    /// The file system with a raw file and nine qcow2 images over it, each of which has a tenth of the disk.
+    /// A file system with a raw file and nine qcow2 images over it, each of which has a tenth of the disk.
     Chain(&'static str),
 }
 
 impl Store {
-    /// Whether it is another one after a job: the next job needs one that is as it was.
+    /// Returns true if a job changes the store, so that the next job needs a fresh one.
     pub(crate) fn is_used_up(self) -> bool {
         matches!(self, Store::New)
     }
 }
 
-/// How the jobs reach the store.
+/// Access of the jobs to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// From the guest, over a disk of xl; `{}` stands for the store's device node, `{vdev}` for the name in the guest.
+    /// From the guest, through a disk of xl; `{}` stands for the store's device node, `{vdev}` for the name in the
+    /// guest.
     Guest(&'static str),
-    /// The same from a guest with hardware help (PVH), where a page that dom0 maps costs more.
+    /// From a PVH guest, where mapping a page in dom0 costs more.
     Pvh(&'static str),
-    /// The same from QEMU, which opens the store past dom0's page cache.
+    /// From the guest through QEMU, which opens the store with direct I/O.
     Direct(&'static str),
-    /// The same from QEMU, which serves an export at a socket. xl cannot name that.
+    /// From the guest through QEMU, which serves an export at a socket. xl cannot name that.
     Export,
-    /// From the guest, over a process of dom0 that serves this target with this engine.
+    /// From the guest, through a process of dom0 that serves this target with this engine.
     Tap(&'static str, &'static str),
     /// From dom0, without a guest.
     Native,
 }
 
 impl Way {
-    /// The disk on this store as xl wants it, by its name in the guest; none without a guest. `memory` is the plain one.
+    /// Returns the disk on this store in xl's syntax, by its name in the guest; `None` without a guest. `memory` is the
+    /// plain store.
     pub(crate) fn disk(self, store: &str, memory: &str, vdev: &str) -> Option<String> {
         match self {
             Way::Guest(disk) | Way::Pvh(disk) | Way::Direct(disk) => {
                 Some(disk.replace("{vdev}", vdev).replace("{}", store))
             }
-            // xl's has the same size, and is exchanged for it.
+            // xl's disk has an equal size, and is replaced by the export.
             Way::Export => Some(QDISK.replace("{vdev}", vdev).replace("{}", memory)),
             Way::Tap(target, _) => Some(tap::disk(&target.replace("{}", store), vdev)),
             Way::Native => None,
@@ -81,35 +83,35 @@ impl Way {
     }
 }
 
-/// When an entry is measured without being asked for.
+/// Runs that measure an entry without naming it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Set {
-    /// Always.
+    /// Every run.
     Quick,
-    /// Not in a quick run.
+    /// Every run but a quick one.
     Full,
-    /// Never.
+    /// None.
     Named,
 }
 
-/// One thing to compare.
+/// One backend to compare.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Backend {
     /// Its short name.
     pub(crate) name: &'static str,
-    /// What a reader calls it.
+    /// Its name for readers.
     pub(crate) title: &'static str,
-    /// Who serves it.
+    /// Its driver.
     pub(crate) driver: Driver,
-    /// What it stands on.
+    /// Its storage.
     pub(crate) store: Store,
-    /// How it is used.
+    /// Its access to the storage.
     pub(crate) way: Way,
-    /// When it is measured.
+    /// The runs that measure it.
     pub(crate) set: Set,
 }
 
-/// The process does all.
+/// Target that the process serves alone, without the kernel.
 pub(crate) const PROCESS: &str = "direct=no,aio:{}";
 const PHY: &str = "phy:{},{vdev},w";
 const QDISK: &str = "format=raw,backendtype=qdisk,vdev={vdev},access=rw,target={}";
@@ -135,7 +137,7 @@ const fn entry(
     }
 }
 
-/// All backends. The second one is the first one again: what differs between the two is noise.
+/// All backends. The second one is the first one again, so that their difference shows the noise.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Backend] = &[
     entry("phy", "this driver", Driver::Ours, Store::Memory, Way::Guest(PHY), Set::Quick),

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! bonnie++ on ext4.
 //!
-//! It runs in a group of processes with little memory: the page cache could hold the whole file
-//! otherwise, and half of the columns would be of the cache. Who writes may fill most of that memory
-//! before it has to wait, and it is written back early: with the kernel's usual limits the writer sleeps
-//! for two seconds, or does not, whatever the disk.
+//! It runs in a control group with little memory, because the page cache could hold the whole file otherwise, and half
+//! of the columns would measure the cache. The writer may fill most of that memory before it must wait, and writeback
+//! begins early, because with the kernel's usual limits the writer sometimes sleeps for two seconds, whatever the disk.
 
 use crate::jobs::Job;
 use crate::mark::Marks;
@@ -13,18 +12,17 @@ use anyhow::{Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
 
-/// What the file and everything else of bonnie++ may keep in memory.
+/// Memory limit of the file's page cache and everything else of bonnie++.
 const MEMORY_MIB: u32 = 48;
-/// What of that memory may wait to be written, in percent: when the writer has to wait, and when
-/// writing begins.
+/// Share of that memory in percent that may be dirty: when the writer must wait, and when writeback begins.
 const DIRTY: [u32; 2] = [90, 5];
-/// The same as the kernel has it.
+/// Default values of the kernel for [`DIRTY`].
 const DIRTY_USUAL: [u32; 2] = [20, 10];
-/// Of blocks of 8 KiB. With bonnie++'s own 8192 the faster half of the backends has no figure.
+/// Number of seeks of 8 KiB blocks. With bonnie++'s own 8192 the faster half of the backends has no figure.
 const SEEKS: u32 = 24_576;
-/// The size of the file that is moved byte by byte: a system call each, so it is small.
+/// Size of the file for byte by byte I/O: each byte is a system call, so it is small.
 const BYTES_MIB: u32 = 1;
-/// How a line of results begins: the version of its format.
+/// Start of a line of results: the version of its format.
 const LINE: &str = "1.98,";
 
 /// Columns of such a line: the first field counts from zero, and the processor's share follows.
@@ -38,8 +36,8 @@ const COLUMNS: [(&str, usize); 7] = [
     ("create /s", 26),
 ];
 
-/// Measures on `device`; what was on it is lost. Bytes are moved `with_bytes` only, in a run of its own:
-/// they are system calls of the guest and no work of a disk, so they are not part of the speed.
+/// Measures on `device`, and destroys its content. Byte by byte I/O runs only with `with_bytes`, in a separate run,
+/// because it measures system calls of the guest and not the disk; it is not part of the speed.
 pub(crate) fn measure(
     place: &mut Place<'_>,
     job: &Job,
@@ -61,7 +59,7 @@ pub(crate) fn measure(
     Ok(value)
 }
 
-/// A new file system on `device`, and bonnie++ with the options `size` on it.
+/// Returns the command that makes a file system on `device`, and runs bonnie++ with the options `size` on it.
 fn command(device: &str, size: &str) -> String {
     let group = "/sys/fs/cgroup";
     let limits = |[most, early]: [u32; 2]| {
@@ -78,8 +76,8 @@ fn command(device: &str, size: &str) -> String {
     )
 }
 
-/// The columns that were measured: an empty one was not asked for, and `+++++` stands for one that took
-/// less than half a second.
+/// Returns the measured columns: an empty one was not requested, and `+++++` stands for one that took less than half a
+/// second.
 fn parse(line: &str) -> Result<BTreeMap<&'static str, f64>> {
     let fields: Vec<&str> = line.trim().split(',').collect();
     let unknown = || format!("bonnie++ printed a line of an unknown format: {line}");

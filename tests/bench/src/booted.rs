@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a guest does with its disk when it boots for the first time: it mounts a system, reads its files here and there,
-//! which notes when they were read, and writes its first log. With several disks it does so on all of them at once.
+//! First boot of a guest: it mounts a system, reads its files here and there, which updates their access times, and
+//! writes its first log. With several disks it does so on all of them at once.
 
 use crate::jobs::Job;
 use crate::mark::Marks;
@@ -9,17 +9,17 @@ use crate::sh;
 use anyhow::Result;
 use serde_json::Value;
 
-/// MiB of files that the system has.
+/// MiB of files of the system.
 pub(crate) const SYSTEM_MIB: u32 = 60;
-/// MiB of files that a system has if 8 boot at once. Of its 448 MiB the guest has some 350 for its page cache: it holds
-/// what is read of all the disks, and nothing is measured that the guest does for want of memory.
+/// MiB of files of a system if 8 boot at once. The guest has about 350 of its 448 MiB for its page cache, which holds
+/// the read data of all disks, so that a lack of memory does not influence the measurement.
 pub(crate) const SMALL_SYSTEM_MIB: u32 = 24;
 const MOUNT: &str = "/tmp/system";
 /// The files in the order in which they are read.
 const LIST: &str = "list";
-/// How many bytes they have.
+/// File with their number of bytes.
 const BYTES: &str = "bytes";
-/// What is printed at the end.
+/// Word that is printed at the end.
 const LINE: &str = "booted";
 
 /// Makes a system with `files` MiB of dom0's own files in the first `size` MiB of a device.
@@ -47,8 +47,8 @@ pub(crate) fn measure(
     Ok(run.whole(job.total(job.count)))
 }
 
-/// The command that boots from all of these at once, mounted below this folder. It prints its line if none failed and
-/// each gave all bytes of its files: that one could not be read does not come through a pipe.
+/// Returns the command that boots from all of these at once, mounted below this folder. It prints its line if none
+/// failed and each returned all bytes of its files; the count is needed because a pipe hides read errors.
 fn boot(devices: &[String], folder: &str) -> String {
     let devices = devices.join(" ");
     format!(
@@ -66,10 +66,10 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// Nothing is mounted: the folders of the disks are there already.
+    /// Replacements that mount nothing: the folders of the disks exist already.
     const STUBS: &str = "mount() { [ -e $4/list ]; }; umount() { :; }; ";
 
-    /// A folder with two systems of two files.
+    /// Makes a folder with two systems of two files.
     fn systems(name: &str) -> PathBuf {
         let folder = std::env::temp_dir().join(format!("bench-{name}-{}", std::process::id()));
         for disk in ["dev/a", "dev/b"] {
@@ -87,7 +87,7 @@ mod tests {
         folder
     }
 
-    /// All disks are said to have booted.
+    /// Returns true if the command reports that all disks have booted.
     fn is_booted(folder: &Path) -> bool {
         let devices = ["/dev/a".to_owned(), "/dev/b".to_owned()];
         let command = boot(&devices, folder.to_str().unwrap());
@@ -113,7 +113,7 @@ mod tests {
         let folder = systems("one");
         for disk in ["dev/a", "dev/b"] {
             let system = folder.join(disk);
-            // A file that cannot be read, one that is shorter, and a disk that cannot be mounted.
+            // An unreadable file, a shorter one, and a disk that cannot be mounted.
             for (file, wrong) in [("usr/one", None), ("usr/two", Some("34")), (LIST, None)] {
                 let file = system.join(file);
                 let right = fs::read(&file).unwrap();

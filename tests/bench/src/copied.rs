@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A file is copied to the disk: it is mounted, written, and unmounted, as dm-userspace was measured.
+//! Copy of a file to the disk: it is mounted, written, and unmounted, as in the measurements of dm-userspace.
 
 use crate::jobs::Job;
 use crate::mark::Marks;
@@ -7,13 +7,13 @@ use crate::sample::{self, Place, MKFS};
 use anyhow::Result;
 use serde_json::Value;
 
-/// What is copied, in memory.
+/// The copied file, in memory.
 const FILE: &str = "/tmp/copied.from";
 const MOUNT: &str = "/tmp/copied";
-/// What is printed at the end.
+/// Word that is printed at the end.
 const LINE: &str = "copied";
 
-/// Measures on `device`; what was on it is lost.
+/// Measures on `device`, and destroys its content.
 pub(crate) fn measure(
     place: &mut Place<'_>,
     job: &Job,

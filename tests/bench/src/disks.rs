@@ -1,43 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the disks stand on.
+//! Storage below the disks.
 
 use crate::backends::Store;
 use crate::booted::SYSTEM_MIB;
+use crate::jobs::Medium;
 use crate::sample::MKFS;
 use crate::snapshots::{self, Layout};
 use crate::{booted, images, sh};
-use anyhow::Result;
+use anyhow::{ensure, Context, Result};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Room for the file of bonnie++ and what a file system needs beside it.
+/// Room for the file of bonnie++ and the file system.
 const SIZE_MIB: u32 = 256;
-/// The same, and the tables of an image or the journal of a file system.
+/// Room for these, and for the tables of an image or the journal of a file system.
 const IMAGE_MIB: u32 = SIZE_MIB + 128;
 const SMALL_MIB: u32 = 8;
-/// MiB of a disk of which there are clones: room for a small system and its file system. The rest of the device of images
-/// is for what the clones write, 30 MiB or more each if they are 8, of which a boot needs some 10.
+/// MiB of a disk that has clones: room for a small system and its file system. The rest of the device of images is for
+/// writes to the clones, at least 30 MiB each for 8 clones, of which a boot needs about 10.
 const GOLDEN_MIB: u32 = 64;
 const NULL_BLK: &str = "/sys/kernel/config/nullb";
 const FILE: &str = "/dev/shm/bench.img";
-/// Where a file system is mounted, and its file.
+/// Mount point of a file system, and its file.
 const MOUNT: &str = "/run/bench";
 const MOUNTED: &str = "/run/bench/bench.img";
-/// What is below an image there.
+/// Backing file of an image there.
 const BELOW: &str = "/run/bench/below.img";
 
-/// The stores, written full: a page that was never written would be cheaper to read.
+/// The stores, fully written, because pages that were never written would be cheaper to read.
 #[derive(Debug)]
 pub(crate) struct Stores {
     memory: String,
     of_loop: Option<String>,
     image: Option<String>,
     small: Vec<String>,
+    media: BTreeMap<Medium, String>,
 }
 
 impl Stores {
-    /// Makes what `wanted` asks for, and `small` small disks, the first `used` of them to be read; `cloned` if there
-    /// will be clones.
-    pub(crate) fn create(wanted: &[Store], small: u32, used: u32, cloned: bool) -> Result<Stores> {
+    /// Makes the stores in `wanted`, and `small` small disks, the first `used` of them to be read; prepares clones if
+    /// `cloned`; and makes these devices.
+    pub(crate) fn create(
+        wanted: &[Store],
+        small: u32,
+        used: u32,
+        cloned: bool,
+        media: &[Medium],
+    ) -> Result<Stores> {
         sh::run(&["modprobe", "null_blk", "nr_devices=0"])?;
         if !Path::new(NULL_BLK).exists() {
             sh::run(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
@@ -52,7 +61,7 @@ impl Stores {
         let needs_none =
             |store: &Store| matches!(store, Store::Memory | Store::Loop | Store::Export);
         if cloned {
-            // Now, because where the modules are is asked for before a job begins.
+            // Load it now, because the addresses of modules are read before a job begins.
             sh::run(&["modprobe", "dm-snapshot"])?;
         }
         let image = match cloned || !wanted.iter().all(needs_none) {
@@ -71,10 +80,20 @@ impl Stores {
             of_loop,
             image,
             small: small.collect::<Result<_>>()?,
+            media: media
+                .iter()
+                .map(|medium| Ok((*medium, medium_device(*medium)?)))
+                .collect::<Result<_>>()?,
         })
     }
 
-    /// The device node of a store, or its file.
+    /// Returns the node of a device.
+    pub(crate) fn medium(&self, medium: Medium) -> Result<&str> {
+        let node = self.media.get(&medium).map(String::as_str);
+        node.with_context(|| format!("there is no device {medium:?}"))
+    }
+
+    /// Returns the device node of a store, or its file.
     pub(crate) fn path(&self, store: Store) -> &str {
         match store {
             Store::Memory => &self.memory,
@@ -89,12 +108,12 @@ impl Stores {
         }
     }
 
-    /// The block device that has images and clones.
+    /// Returns the block device that has images and clones.
     pub(crate) fn image(&self) -> &str {
         self.image.as_deref().unwrap_or("/dev/image")
     }
 
-    /// Makes a store what it is to hold, before it gets a guest.
+    /// Fills a store, before a guest uses it.
     pub(crate) fn prepare(&self, store: Store) -> Result<()> {
         let image = self.image();
         images::end_server()?;
@@ -132,8 +151,8 @@ impl Stores {
         }
     }
 
-    /// So many disks that are clones of one with a system of `files` MiB, all on the device of images: new images over
-    /// one file, or snapshots of one volume.
+    /// Makes `count` clones of a disk with a system of `files` MiB, all on the device of images: new images over one
+    /// file, or snapshots of one volume.
     pub(crate) fn clones(&self, store: Store, count: u32, files: u32) -> Result<Vec<String>> {
         release()?;
         images::end_server()?;
@@ -156,18 +175,18 @@ impl Stores {
         snapshots::create(self.image(), layout)
     }
 
-    /// Makes a file of the first MiB of the disk for images to be over. dom0 has nothing of it in memory: who reads it
-    /// through the page cache is to find it there only if somebody read it before.
+    /// Makes a backing file from the first MiB of the disk. None of it stays in dom0's page cache, so that a cached
+    /// read hits only after an earlier read of the measurement.
     fn put_below(&self, kind: &str, mib: u32) -> Result<()> {
         mount(kind, self.image())?;
         copy(&self.memory, BELOW, mib)?;
         sh::run(&["chmod", "a-w", BELOW])?;
-        // So dd drops what the page cache has of a file.
+        // This makes dd drop the file from the page cache.
         let from = format!("if={BELOW}");
         sh::run(&["dd", &from, "iflag=nocache", "count=0", "status=none"]).map(drop)
     }
 
-    /// Makes the disk one that a system boots from, on all stores that are prepared after this.
+    /// Puts a bootable system on the disk, and on all stores that are prepared after this.
     pub(crate) fn put_system(&self) -> Result<()> {
         release()?;
         booted::put_system(&self.memory, SYSTEM_MIB, SIZE_MIB)?;
@@ -177,18 +196,49 @@ impl Stores {
         }
     }
 
-    /// The device nodes of the small disks.
+    /// Returns the device nodes of the small disks.
     pub(crate) fn small(&self) -> &[String] {
         &self.small
     }
 }
 
-/// Makes a block device in memory. Since Linux 6.11 it bears the name of its directory.
+/// Makes a block device in memory.
 fn null_blk(name: &str, mib: u32) -> Result<String> {
+    null_blk_with(name, mib, &[("memory_backed", "1")])
+}
+
+/// Makes a device without data. The device and the disks on it have no scheduler.
+fn medium_device(medium: Medium) -> Result<String> {
+    let (name, irqmode, nanoseconds) = match medium {
+        Medium::AtOnce => ("bare".to_owned(), "0", 0),
+        // 2: by a timer, whose interrupt ends the request.
+        Medium::Interrupt(microseconds) => (
+            format!("irq{microseconds}"),
+            "2",
+            u64::from(microseconds) * 1000,
+        ),
+    };
+    let nanoseconds = nanoseconds.to_string();
+    let attributes = [("irqmode", irqmode), ("completion_nsec", &nanoseconds)];
+    let node = null_blk_with(&name, SIZE_MIB, &attributes)?;
+    let scheduler = Path::new("/sys/block").join(&name).join("queue/scheduler");
+    sh::put(&scheduler, "none")?;
+    let chosen = sh::get(&scheduler)?;
+    ensure!(
+        chosen.contains("[none]") || chosen.trim() == "none",
+        "{node} has the scheduler {chosen}"
+    );
+    Ok(node)
+}
+
+/// Makes a device of null_blk with these attributes. Since Linux 6.11 it has the name of its directory.
+fn null_blk_with(name: &str, mib: u32, attributes: &[(&str, &str)]) -> Result<String> {
     let dir = Path::new(NULL_BLK).join(name);
     std::fs::create_dir(&dir)?;
     sh::put(dir.join("size"), &mib.to_string())?;
-    sh::put(dir.join("memory_backed"), "1")?;
+    for (attribute, value) in attributes {
+        sh::put(dir.join(attribute), value)?;
+    }
     sh::put(dir.join("power"), "1")?;
     let node = format!("/dev/{name}");
     sh::wait_for("the device node of null_blk", || {
@@ -197,13 +247,13 @@ fn null_blk(name: &str, mib: u32) -> Result<String> {
     Ok(node)
 }
 
-/// The one before may have had a file system or clones there.
+/// Unmounts and removes the remains of the previous store there.
 fn release() -> Result<()> {
     sh::shell(&format!("! mountpoint -q {MOUNT} || umount {MOUNT}"))?;
     snapshots::remove()
 }
 
-/// Makes a file system of a device, and mounts it.
+/// Makes a file system on a device, and mounts it.
 fn mount(kind: &str, device: &str) -> Result<()> {
     release()?;
     sh::run(&["wipefs", "--quiet", "--all", device])?;
@@ -215,8 +265,9 @@ fn mount(kind: &str, device: &str) -> Result<()> {
     sh::run(&["mount", device, MOUNT]).map(drop)
 }
 
-/// Writes what a disk begins with to a file or device, which gets a place for all of it. Past the page cache: dom0 would
-/// write it to its storage while it is measured, and who writes there directly would have to drop it first.
+/// Copies the first `mib` MiB of a disk to a file or device, which allocates all of it. Uses direct I/O, because dom0
+/// would otherwise write it back during the measurement, and a direct writer would have to drop it from the cache
+/// first.
 fn copy(disk: &str, file: &str, mib: u32) -> Result<()> {
     let (from, to, count) = (
         format!("if={disk}"),

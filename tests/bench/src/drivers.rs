@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Who serves the disks in the kernel.
+//! Drivers in the kernel that serve the disks.
 
 use crate::backends::Driver;
 use crate::sh;
@@ -9,10 +9,10 @@ use std::path::Path;
 const WASTEFUL: &str = "/t/wasteful.ko";
 /// The drivers that are compared, as modules.
 const MODULES: [&str; 2] = ["xen_blkback_rs", "xen_blkback"];
-/// The drivers must come and go when we say so, not when a disk appears.
+/// Drivers must load and unload on command, not when a disk appears.
 const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
 
-/// Which driver is loaded.
+/// The loaded driver.
 #[derive(Debug)]
 pub(crate) struct Drivers {
     ours: String,
@@ -20,7 +20,7 @@ pub(crate) struct Drivers {
 }
 
 impl Drivers {
-    /// Nothing may be loaded yet: the machine boots with `noblkback`.
+    /// Creates the value. No driver may be loaded yet: the machine boots with `noblkback`.
     pub(crate) fn new(ours: &str) -> Result<Drivers> {
         std::fs::create_dir_all("/etc/modprobe.d")?;
         sh::put("/etc/modprobe.d/bench.conf", NO_ALIASES)?;
@@ -30,7 +30,7 @@ impl Drivers {
         })
     }
 
-    /// Puts `wanted` in place of what was there. No disk may be attached.
+    /// Replaces the loaded driver by `wanted`. No disk may be attached.
     pub(crate) fn switch(&mut self, wanted: Driver) -> Result<()> {
         if self.loaded == wanted {
             return Ok(());
@@ -56,7 +56,7 @@ impl Drivers {
         sh::wait_for("the registration of the driver", || Ok(dir.exists()))
     }
 
-    /// Takes the driver away: the next one sees how many processors there are now.
+    /// Unloads the driver, so that the next one sees the current number of processors.
     pub(crate) fn unload(&mut self) -> Result<()> {
         match std::mem::replace(&mut self.loaded, Driver::None) {
             Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
@@ -66,13 +66,13 @@ impl Drivers {
         Ok(())
     }
 
-    /// The functions of the modules of [`MODULES`] and where they are.
+    /// Returns the functions of the modules of [`MODULES`] and their addresses.
     pub(crate) fn functions() -> Result<Vec<(String, String)>> {
         let text = sh::get("/proc/kallsyms")?;
         Ok(text.lines().filter_map(function).collect())
     }
 
-    /// The modules of dom0 and where their text begins.
+    /// Returns the modules of dom0 and the addresses of their text.
     pub(crate) fn places() -> Result<Vec<(String, String)>> {
         let text = sh::get("/proc/modules")?;
         Ok(text.lines().filter_map(place).collect())

@@ -15,22 +15,22 @@ use std::time::{Duration, Instant};
 
 const DIR: &str = "/run/bench";
 const NAME: &str = "bench";
-/// A disk that nobody uses: xl starts the process that serves qdisk only with a guest that has one.
+/// An unused disk, because xl starts the process that serves qdisk only with a guest that has one.
 const IDLE: &str = "/run/bench/idle.img";
 
-/// What tells who hangs when a command of the guest does not end.
+/// Commands that show the cause when a command of the guest hangs.
 const STATE: &str = "xl vcpu-list; tail -n 5 /var/log/xen/guest-bench.log; \
      grep -E 'blk|xencons|evtchn' /proc/interrupts; xenstore-ls /local/domain/0/backend/vbd | grep -E 'state|dev ='; \
      head /sys/bus/xen-backend/devices/vbd-*/statistics/*_req";
 
-/// What a guest is made of.
+/// Properties of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
-    /// With hardware help, not paravirtualised.
+    /// Run as PVH, not as PV.
     pub(crate) pvh: bool,
-    /// A disk of qdisk that nobody uses.
+    /// An unused disk of qdisk.
     pub(crate) idle_qdisk: bool,
-    /// How many processors, and the number of the first one.
+    /// Number of processors, and the number of the first one.
     pub(crate) processors: u32,
     pub(crate) first: u32,
 }
@@ -75,7 +75,7 @@ impl Guest {
         Guest::connect(shape, 1)
     }
 
-    /// Talks to the domain that has the name now; `next` is the number of the next command.
+    /// Connects to the domain that has the name now; `next` is the number of the next command.
     fn connect(shape: Shape, next: u64) -> Result<Guest> {
         let domid = sh::run(&["xl", "domid", NAME])?.trim().to_owned();
         let key = format!("/local/domain/{domid}/console/tty");
@@ -117,7 +117,7 @@ impl Guest {
         bail!("the guest's agent did not answer: was /t/guest packed with it?")
     }
 
-    /// The next line of the console, or nothing at the deadline.
+    /// Returns the next line of the console, or `None` at the deadline.
     fn line(&self, deadline: Instant) -> Result<Option<String>> {
         let rest = deadline.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(rest) {
@@ -166,9 +166,9 @@ impl Guest {
         dom0::udev::settle()
     }
 
-    /// Makes QEMU open the store of a disk once more, past dom0's page cache. Xen's word for that,
-    /// `direct-io-safe`, makes it ask for Linux AIO too, which Debian's QEMU for Xen is built without: such
-    /// a disk never appears there. So its monitor is told, and QEMU does it with its threads.
+    /// Makes QEMU open the store of a disk once more, past dom0's page cache. Xen's word for that, `direct-io-safe`,
+    /// makes it ask for Linux AIO too, which Debian's QEMU for Xen is built without: such a disk never appears there.
+    /// So this function changes the disk through the monitor, and QEMU uses its threads.
     pub(crate) fn make_direct(&self, store: &str) -> Result<()> {
         let mut monitor = Monitor::open(&self.domid)?;
         let node = raw_node(&mut monitor, store)?;
@@ -211,19 +211,19 @@ impl Guest {
         Ok(())
     }
 
-    /// Makes QEMU let go of the store for which it has exchanged a disk, which is gone.
+    /// Makes QEMU close the store that it used instead of a disk that is gone.
     pub(crate) fn forget_exchanged(&self) -> Result<()> {
         let mut monitor = Monitor::open(&self.domid)?;
         monitor.command("blockdev-del", json!({"node-name": OTHER}))?;
         Ok(())
     }
 
-    /// Its number.
+    /// Returns its domain number.
     pub(crate) fn domid(&self) -> &str {
         &self.domid
     }
 
-    /// Which driver serves the disk of this number.
+    /// Returns the driver that serves the disk of this number.
     pub(crate) fn server(&self, number: u32) -> Option<String> {
         let link = format!(
             "/sys/bus/xen-backend/devices/vbd-{}-{number}/driver",
@@ -233,7 +233,7 @@ impl Guest {
         Some(target.file_name()?.to_string_lossy().into_owned())
     }
 
-    /// Takes the disk of this number away and waits until nothing of it is left.
+    /// Detaches the disk of this number and waits until it is gone everywhere.
     pub(crate) fn detach(&mut self, number: u32, device: &str) -> Result<()> {
         let vdev = device.trim_start_matches("/dev/");
         sh::run(&["xl", "block-detach", &self.domid, vdev])?;
@@ -248,13 +248,13 @@ impl Guest {
         dom0::udev::settle()
     }
 
-    /// Goes on with the domain to which the guest was moved.
+    /// Continues with the domain to which the guest was moved.
     pub(crate) fn follow(&mut self) -> Result<()> {
         *self = Guest::connect(self.shape, self.next)?;
         Ok(())
     }
 
-    /// What it is made of.
+    /// Returns its properties.
     pub(crate) fn shape(&self) -> Shape {
         self.shape
     }
@@ -266,14 +266,14 @@ impl Guest {
     }
 }
 
-/// The ends of what others have said about the guest.
+/// Returns the ends of the logs about the guest.
 fn logs() -> String {
     let line = "tail -n 12 /var/log/xen/guest-bench.log /var/log/xen/qemu-dm-bench.log \
                 /var/log/xen/xl-bench.log /tmp/bench.err 2>&1 || true";
     sh::shell(line).unwrap_or_else(|error| format!("{error:#}"))
 }
 
-/// The lines of the console, as they come.
+/// Returns the lines of the console, as they arrive.
 fn listen(tty: File) -> Receiver<String> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
@@ -289,10 +289,10 @@ fn listen(tty: File) -> Receiver<String> {
     receiver
 }
 
-/// The node of QEMU that serves a disk in place of xl's.
+/// The node of QEMU that serves a disk instead of xl's.
 const OTHER: &str = "bench-export";
 
-/// The name of the node of QEMU with which it serves a disk on this store.
+/// Returns the name of the node of QEMU that serves a disk on this store.
 fn raw_node(monitor: &mut Monitor, store: &str) -> Result<Option<Value>> {
     let nodes = monitor.command("query-named-block-nodes", json!({}))?;
     let is_store = |node: &&Value| node["drv"] == "raw" && node["file"] == store;

@@ -5,32 +5,32 @@ use crate::sh;
 use anyhow::Result;
 use std::path::Path;
 
-/// Where QEMU's NBD server listens, and its number.
+/// Socket of QEMU's NBD server, and its number.
 pub(crate) const EXPORT: &str = "/run/bench.nbd";
 const SERVER: &str = "/run/bench-nbd.pid";
-/// The key of what is encrypted.
+/// Key of the encrypted image.
 const KEY: &str = "/run/bench.key";
-/// Images in a chain, with the raw one at its end.
+/// Number of images in a chain, including the raw one at its end.
 const CHAIN: u32 = 10;
-/// What qemu-io is told.
+/// Commands for qemu-io.
 const WRITES: &str = "/run/bench-writes";
 
-/// Writes all that a disk has to an image.
+/// Writes all data of a disk to an image.
 pub(crate) fn convert(disk: &str, format: &str, image: &str) -> Result<()> {
-    // Without looking for zeroes: all of it is written. And past the page cache: dom0 would write the image to its
-    // storage while it is measured.
+    // Without a search for zeroes, so that all of it is allocated. With direct I/O, because dom0 would otherwise write
+    // the image back during the measurement.
     let convert = ["qemu-img", "convert", "-t", "none", "-S", "0"];
     let what = ["-f", "raw", "-O", format, disk, image];
     sh::run(&[&convert[..], &what].concat()).map(drop)
 }
 
-/// Writes all that a disk has to an image that is encrypted, whose key is made anew.
+/// Writes all data of a disk to an encrypted image with a new key.
 pub(crate) fn seal(disk: &str, image: &str, mib: u32) -> Result<()> {
     sh::shell(&format!(
         "umask 077; head -c 32 /dev/urandom | base64 -w 0 > {KEY}"
     ))?;
     let key = format!("secret,id=s,file={KEY}");
-    // A key that takes long to try costs at the attach only.
+    // The key derivation time affects only the attach.
     let options = "key-secret=s,iter-time=10";
     let size = format!("{mib}M");
     let create = ["qemu-img", "create", "-q", "--object", &key, "-f", "luks"];
@@ -42,20 +42,20 @@ pub(crate) fn seal(disk: &str, image: &str, mib: u32) -> Result<()> {
     sh::run(&[&convert[..], &source].concat()).map(drop)
 }
 
-/// Makes a new image over another one.
+/// Makes a new image with another one as its backing image.
 pub(crate) fn over(below: &str, format: &str, image: &str) -> Result<()> {
     let over = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", format];
     sh::run(&[&over[..], &["-b", below, image]].concat()).map(drop)
 }
 
-/// Makes an image of which nothing has a place.
+/// Makes an image that has allocated nothing.
 pub(crate) fn empty(image: &str, mib: u32) -> Result<()> {
     let new = ["qemu-img", "create", "-q", "-f", "qcow2", image];
     sh::run(&[&new[..], &[&format!("{mib}M")]].concat()).map(drop)
 }
 
-/// Makes a chain of images, from a raw one at `bottom` to `top`, that have the disk together: of each [`CHAIN`] clusters
-/// one is in each image.
+/// Makes a chain of images, from a raw one at `bottom` to `top`, that contain the disk together: each image has one of
+/// every [`CHAIN`] clusters.
 pub(crate) fn chain(bottom: &str, top: &str, mib: u32) -> Result<()> {
     let (mut below, mut format) = (bottom.to_owned(), "raw");
     sh::run(&["truncate", "--size", &format!("{mib}M"), bottom])?;
@@ -73,7 +73,7 @@ pub(crate) fn chain(bottom: &str, top: &str, mib: u32) -> Result<()> {
     Ok(())
 }
 
-/// Writes those clusters of a disk that the image of this number is to have.
+/// Writes the clusters of a disk that the image of this number must have.
 fn write_part(image: &str, format: &str, number: u32, mib: u32) -> Result<()> {
     let clusters = (number..mib * 16).step_by(CHAIN as usize);
     let writes = clusters.map(|cluster| format!("write -q {}k 64k\n", cluster * 64));
@@ -81,8 +81,9 @@ fn write_part(image: &str, format: &str, number: u32, mib: u32) -> Result<()> {
     sh::shell(&format!("qemu-io -t none -f {format} {image} < {WRITES}")).map(drop)
 }
 
-/// Exports a disk by QEMU's server, past dom0's page cache. It keeps its memory: given back and taken anew with each
-/// request, or not, as what its heap has been through has it, 257 pages for each MiB would decide what is measured.
+/// Exports a disk by QEMU's server, with direct I/O. The server must keep its heap memory: otherwise it would free and
+/// allocate 257 pages for each MiB with each request or not, depending on the history of its heap, and that would
+/// dominate the measurement.
 pub(crate) fn serve(disk: &str) -> Result<()> {
     let server = [
         "env",
@@ -99,7 +100,7 @@ pub(crate) fn serve(disk: &str) -> Result<()> {
     sh::run(&[&server[..], &place].concat()).map(drop)
 }
 
-/// Ends the server, if there is one, and waits for its end.
+/// Stops the server, if there is one, and waits for its end.
 pub(crate) fn end_server() -> Result<()> {
     let Ok(pid) = std::fs::read_to_string(SERVER) else {
         return Ok(());

@@ -1,66 +1,81 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The load. A job is one entry of [`ALL`]; it is bounded by a number of I/Os, never by time, so that
-//! each backend does the same work.
+//! The load. A job is one entry of [`ALL`]; it is bounded by a number of I/Os, never by time, so that all backends do
+//! equal work.
 
 use crate::backends::{Backend, Set, Way};
 use crate::booted::{SMALL_SYSTEM_MIB, SYSTEM_MIB};
 
-/// What a job does.
+/// Work of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
-    /// fio with these words, `count` I/Os in each of so many processes on each disk.
+    /// fio with these words, `count` I/Os in each of this number of processes on each disk.
     Fio(&'static str, u32),
     /// bonnie++ on ext4, with a file of `count` MiB.
     Bonnie,
-    /// A file of `count` MiB is copied to a new ext4.
+    /// Copies a file of `count` MiB to a new ext4.
     CopyFile,
-    /// What a guest does with its disk when it boots, and with each if there are several: it reads `count` MiB of files.
+    /// First boot from each disk: the guest reads `count` MiB of files.
     Boot,
     /// All disks appear at once.
     Attach,
-    /// All disks go at once.
+    /// All disks disappear at once.
     Detach,
-    /// The disks are there and nobody uses them, for `count` seconds.
+    /// The disks are attached and idle, for `count` seconds.
     Idle,
     /// The process that serves the disk is killed under load, `count` times.
     Death,
     /// The disk is handed to a new process under load, `count` times.
     Handoff,
-    /// The disk goes to the C driver and back under load, `count` times.
+    /// The disk moves to the C driver and back under load, `count` times.
     Takeover,
-    /// The guest is moved to another domain of the host under load, `count` times.
+    /// The guest moves to another domain of the host under load, `count` times.
     Move,
 }
 
 /// The guest and the disks that a job needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Setting {
-    /// A guest with one processor and one disk of xl's.
+    /// A guest with one processor and one disk of xl.
     Plain,
-    /// The same with two processors; dom0 has two as well, so there are two queues.
+    /// A guest with two processors and one disk; dom0 has two processors as well, so there are two queues.
     Queues,
-    /// As plain, but the guest's processor is dom0's too.
+    /// Like `Plain`, but the guest and dom0 share one processor.
     Shared,
-    /// A guest with one processor, and so many small disks that appear at once.
+    /// A guest with one processor, and this number of small disks that appear at once.
     Disks(u32),
-    /// As plain, but so many disks, all clones of one.
+    /// Like `Plain`, but this number of disks, all clones of one.
     Clones(u32),
+    /// Like `Plain`, but the disk is on this device.
+    On(Medium),
+}
+
+/// A block device without a scheduler, as for NVMe, and without data: it neither looks up nor copies any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Medium {
+    /// It completes a request during submission.
+    AtOnce,
+    /// It completes a request by an interrupt after this number of microseconds.
+    Interrupt(u32),
 }
 
 impl Setting {
-    /// Processors of the guest, and as many of dom0.
+    /// Returns the number of processors of the guest, and also of dom0.
     pub(crate) fn processors(self) -> u32 {
         match self {
             Setting::Queues => 2,
-            Setting::Plain | Setting::Shared | Setting::Disks(_) | Setting::Clones(_) => 1,
+            Setting::Plain
+            | Setting::Shared
+            | Setting::Disks(_)
+            | Setting::Clones(_)
+            | Setting::On(_) => 1,
         }
     }
 
-    /// How many disks the job uses.
+    /// Returns the number of disks that the job uses.
     pub(crate) fn disks(self) -> u32 {
         match self {
             Setting::Disks(disks) | Setting::Clones(disks) => disks,
-            Setting::Plain | Setting::Queues | Setting::Shared => 1,
+            Setting::Plain | Setting::Queues | Setting::Shared | Setting::On(_) => 1,
         }
     }
 }
@@ -70,19 +85,19 @@ impl Setting {
 pub(crate) struct Job {
     /// Its short name.
     pub(crate) name: &'static str,
-    /// What a reader calls it.
+    /// Its name for readers.
     pub(crate) title: &'static str,
-    /// What it does.
+    /// Its work.
     pub(crate) work: Work,
-    /// How much of it.
+    /// Amount of work.
     pub(crate) count: u32,
-    /// Where.
+    /// Guest and disks.
     pub(crate) setting: Setting,
-    /// When it is measured.
+    /// The runs that measure it.
     pub(crate) set: Set,
 }
 
-/// The sizes of a file server, as IOMeter has them.
+/// The sizes of a file server, according to IOMeter.
 const FILE_SERVER: &str =
     "--rw=randrw --bssplit=512/10:1k/5:2k/5:4k/60:8k/2:16k/4:32k/4:64k/10 --iodepth=256";
 const RR4K: &str = "--rw=randread --bs=4k --iodepth=32";
@@ -90,7 +105,7 @@ const RR4K_1: &str = "--rw=randread --bs=4k --iodepth=1";
 const R1M: &str = "--rw=read --bs=1m --iodepth=4";
 const W1M: &str = "--rw=write --bs=1m --iodepth=4";
 const R128K: &str = "--rw=randread --bs=128k --iodepth=32";
-/// I/Os that age a connection.
+/// Number of I/Os that age a connection.
 const AGEING: u32 = 2000;
 const R64K: &str = "--rw=randread --bs=64k --iodepth=32";
 const RW64K: &str = "--rw=randwrite --bs=64k --iodepth=256";
@@ -113,13 +128,14 @@ const fn entry(
     }
 }
 
-use Setting::{Clones, Disks, Plain, Queues, Shared};
+use Medium::{AtOnce, Interrupt};
+use Setting::{Clones, Disks, On, Plain, Queues, Shared};
 use Work::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
 #[rustfmt::skip]
 pub(crate) const ALL: &[Job] = &[
-    // First of all: the others write to the disk.
+    // First of all, because the others write to the disk.
     entry("boot", "a system boots for the first time: 60 MiB of files are read, and a log is written", Boot, SYSTEM_MIB, Plain, Set::Full),
     entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 6000, Plain, Set::Quick),
     entry("rw4k-qd32", "4 KiB random write, depth 32", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 6000, Plain, Set::Full),
@@ -132,6 +148,18 @@ pub(crate) const ALL: &[Job] = &[
     entry("rw64k-4x256", "64 KiB random write, 4 jobs of depth 256", Fio(RW64K, 4), 500, Plain, Set::Full),
     entry("fs80-2x256", "file server, 80 % read, 2 jobs of depth 256", Fio("--rwmixread=80", 2), 2000, Plain, Set::Full),
     entry("fs20-2x256", "file server, 20 % read, 2 jobs of depth 256", Fio("--rwmixread=20", 2), 2000, Plain, Set::Full),
+    entry("rr4k-qd1-20us", "4 KiB random read, depth 1, an interrupt after 20 us", Fio(RR4K_1, 1), 1500, On(Interrupt(20)), Set::Full),
+    entry("rr4k-qd32-20us", "4 KiB random read, depth 32, an interrupt after 20 us", Fio(RR4K, 1), 4000, On(Interrupt(20)), Set::Quick),
+    entry("rr4k-qd1-80us", "4 KiB random read, depth 1, an interrupt after 80 us", Fio(RR4K_1, 1), 1500, On(Interrupt(80)), Set::Quick),
+    entry("rr4k-qd4-80us", "4 KiB random read, depth 4, an interrupt after 80 us", Fio("--rw=randread --bs=4k --iodepth=4", 1), 3000, On(Interrupt(80)), Set::Full),
+    entry("rr4k-qd32-80us", "4 KiB random read, depth 32, an interrupt after 80 us", Fio(RR4K, 1), 4000, On(Interrupt(80)), Set::Full),
+    entry("rw4k-qd32-80us", "4 KiB random write, depth 32, an interrupt after 80 us", Fio("--rw=randwrite --bs=4k --iodepth=32", 1), 4000, On(Interrupt(80)), Set::Full),
+    entry("r64k-qd32-80us", "64 KiB random read, depth 32, an interrupt after 80 us", Fio(R64K, 1), 1500, On(Interrupt(80)), Set::Full),
+    entry("r1m-qd4-80us", "1 MiB sequential read, depth 4, an interrupt after 80 us", Fio(R1M, 1), 150, On(Interrupt(80)), Set::Full),
+    entry("fs80-2x256-80us", "file server, 80 % read, 2 jobs of depth 256, an interrupt after 80 us", Fio("--rwmixread=80", 2), 2000, On(Interrupt(80)), Set::Full),
+    entry("rr4k-qd1-bare", "4 KiB random read, depth 1, no scheduler and no data", Fio(RR4K_1, 1), 1500, On(AtOnce), Set::Full),
+    entry("rr4k-qd32-bare", "4 KiB random read, depth 32, no scheduler and no data", Fio(RR4K, 1), 6000, On(AtOnce), Set::Full),
+    entry("r1m-qd4-bare", "1 MiB sequential read, depth 4, no scheduler and no data", Fio(R1M, 1), 300, On(AtOnce), Set::Full),
     entry("rr4k-2cpu", "4 KiB random read, 2 jobs of depth 32, 2 processors and queues", Fio(RR4K, 2), 1500, Queues, Set::Named),
     entry("fs80-2cpu", "file server, 80 % read, 2 jobs of depth 256, 2 processors and queues", Fio("--rwmixread=80", 2), 1000, Queues, Set::Named),
     entry("rr4k-qd32-1p", "4 KiB random read, depth 32, guest and dom0 on one processor", Fio(RR4K, 1), 6000, Shared, Set::Full),
@@ -159,33 +187,28 @@ pub(crate) const ALL: &[Job] = &[
 ];
 
 impl Job {
-    /// Its hypercalls are counted too.
-    pub(crate) fn traced(&self) -> bool {
-        self.name == "rr4k-qd32" || self.name == "rr4k-qd1"
-    }
-
-    /// How often it is measured in a round, each time on disks that appear anew: as often on each
-    /// backend, so that none gets more of the luck of a fresh disk. What a whole run of one hangs on
-    /// one moment of, or on how a disk was attached, needs more than one.
+    /// Returns the number of measurements in a round, each time on newly attached disks; it is equal for all backends,
+    /// so that none profits more from a lucky attach. Jobs whose whole result depends on one event, or on how a disk
+    /// was attached, need several.
     pub(crate) fn times(&self) -> u32 {
         match self.work {
             Attach | Detach if self.setting == Disks(1) => 4,
-            // The first 64 disks after a boot are slower: their memory is found for the first time.
+            // The first 64 disks after a boot are slower, because their memory is allocated for the first time.
             Attach | Detach => 3,
-            // From one to the next it takes 16 to 22 ms.
+            // The times vary from 16 to 22 ms.
             Death => 20,
             Boot | CopyFile | Handoff | Takeover => 3,
-            // Our queues look for the next request before they sleep, and when depends on the attach.
+            // This driver's queues poll before they sleep, and the timing depends on the attach.
             Fio(words, _) if words.ends_with("--iodepth=1") => 3,
-            // Where others do the I/O, who batches how much hangs on who comes first: 12 % from visit
-            // to visit over a tapdisk, 6 % over a loop device.
+            // If other threads do the I/O, the batching depends on the order of arrival: 12 % from visit to visit over
+            // a tapdisk, 6 % over a loop device.
             Fio(_, processes) if processes > 1 || self.setting.disks() > 1 => 3,
             _ => 1,
         }
     }
 
-    /// The job as it is on this backend. The disk itself is several times as fast as in a guest: it gets
-    /// more to do, because fio's clock counts milliseconds.
+    /// Returns the job for this backend. The disk itself is several times as fast as through a guest, and gets more
+    /// work, because fio's clock counts milliseconds.
     pub(crate) fn on(self, backend: &Backend) -> Job {
         match (backend.way, self.work) {
             (Way::Native, Fio(..)) => Job {
@@ -196,7 +219,7 @@ impl Job {
         }
     }
 
-    /// What its figures are for one of.
+    /// Returns the unit of its figures.
     pub(crate) fn unit(&self) -> &'static str {
         match self.work {
             Fio(..) => "I/O",
@@ -211,12 +234,12 @@ impl Job {
         }
     }
 
-    /// The I/Os of each process in the short run, which the long run's counters are compared with.
+    /// Returns the number of I/Os of each process in the short run, whose counters are subtracted from the long run's.
     pub(crate) fn short(&self) -> u32 {
         self.count / 5
     }
 
-    /// All units of a run with `count` for each process.
+    /// Returns the number of units of a run with `count` for each process.
     pub(crate) fn total(&self, count: u32) -> u64 {
         let processes = match self.work {
             Fio(_, processes) => processes,
@@ -225,12 +248,12 @@ impl Job {
         u64::from(processes) * u64::from(count) * u64::from(self.setting.disks())
     }
 
-    /// Whether somebody else serves the disk afterwards.
+    /// Returns true if another process, driver or domain serves the disk afterwards.
     pub(crate) fn is_change(&self) -> bool {
         matches!(self.work, Death | Handoff | Takeover | Move)
     }
 
-    /// The command that does `count` I/Os a process on each of `devices`.
+    /// Returns the command that does `count` I/Os a process on each of `devices`.
     pub(crate) fn fio(&self, devices: &[String], count: u32) -> String {
         match self.work {
             Fio(words, processes) => fio(words, processes, devices, count),
@@ -238,17 +261,17 @@ impl Job {
         }
     }
 
-    /// What runs before anything is measured: who comes first must not pay for what is cold.
+    /// Returns a job that runs before any measurement, so that the first backend does not pay for cold caches.
     pub(crate) fn warm_up(&self, devices: &[String]) -> String {
         if self.name == "r128k-aged" {
-            // What the backend keeps for a disk is in pieces of all sizes after this.
+            // Fragments the memory that the backend keeps for a disk.
             return fio("--rwmixread=50", 2, devices, AGEING);
         }
         self.fio(devices, self.short())
     }
 }
 
-/// What memory under load is measured with: more than a backend holds for an idle disk.
+/// Returns the load for the measurement of memory: it needs more than a backend keeps for an idle disk.
 pub(crate) fn memory_load(devices: &[String]) -> String {
     fio(R64K, 1, devices, 100)
 }
@@ -263,7 +286,7 @@ fn fio(words: &str, processes: u32, devices: &[String], count: u32) -> String {
         "fio --direct=1 --ioengine=libaio {sizes} {words} --numjobs={processes} --number_ios={count} \
          --group_reporting --output-format=terse --terse-version=3"
     );
-    // The words before the first job are for all of them.
+    // The words before the first job apply to all jobs.
     for (index, device) in devices.iter().enumerate() {
         line.push_str(&format!(" --name=disk{index} --filename={device}"));
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Measures backends of disks inside a Xen machine: runs in dom0, drives one guest, and writes what it
-//! saw as lines of JSON to the file named by REPORT (default: standard output).
+//! Measures backends of disks inside a Xen machine: runs in dom0, drives one guest, and writes its results as lines of
+//! JSON to the file named by REPORT (default: standard output).
 //!
-//! It judges nothing: medians, ratios and charts are made outside, by `cargo xtask bench`.
+//! It judges nothing: `cargo xtask bench` computes medians, ratios and charts outside of the machine.
 
 mod backends;
 mod bonnie;
@@ -27,7 +27,6 @@ mod sh;
 mod snapshots;
 mod storage;
 mod tap;
-mod trace;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -36,22 +35,22 @@ use std::process::ExitCode;
 #[derive(Debug, Parser)]
 #[command(name = "bench", version)]
 struct Cli {
-    /// Less of everything: for a look, not for a verdict.
+    /// Measure less of everything: for a quick check, not for a verdict.
     #[arg(long)]
     quick: bool,
-    /// Only these backends (names separated by commas).
+    /// Measure only these backends (names separated by commas).
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     backends: Vec<String>,
-    /// Only these jobs (names separated by commas).
+    /// Measure only these jobs (names separated by commas).
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     jobs: Vec<String>,
-    /// How often each backend is measured.
+    /// Number of measurements of each backend.
     #[arg(long)]
     rounds: Option<u32>,
     /// The module of this project.
     #[arg(long, default_value = "/t/xen-blkback-rs.ko", value_name = "KO")]
     module: String,
-    /// Also say where the functions of the drivers are.
+    /// Also report the addresses of the functions of the drivers.
     #[arg(long)]
     functions: bool,
 }

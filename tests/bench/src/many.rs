@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Many disks that appear and go at once.
+//! Many disks that appear and disappear at once.
 //!
-//! xl attaches one disk after the other, and its own work is many times that of the drivers. Here the
-//! keys of all disks are written beforehand, without the states; one write of all the states then
-//! makes the disks appear, and another one makes them go.
+//! xl attaches one disk after the other, and its own work is many times that of the drivers. So this module first
+//! writes the keys of all disks without the states; one write of all states then makes the disks appear, and another
+//! one makes them disappear.
 
 use crate::backends::Driver;
 use crate::guest::Guest;
@@ -13,9 +13,9 @@ use std::os::linux::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-/// How often the guest looks whether its disks are there, in seconds of the machine's time.
+/// Interval at which the guest checks for its disks, in seconds of the machine's time.
 const LOOK: &str = "0.002";
-/// States of a device, as xenstore has them.
+/// States of a device in xenstore.
 const INITIALISING: &str = "1";
 const CLOSING: &str = "5";
 
@@ -23,15 +23,15 @@ const CLOSING: &str = "5";
 #[derive(Debug)]
 pub(crate) struct Disks {
     domid: String,
-    /// The part of the backend's path that says who serves the disks.
+    /// The part of the backend's path that names the type of backend.
     kind: &'static str,
     numbers: Vec<u32>,
-    /// Disks that the guest had before.
+    /// Number of disks that the guest had before.
     before: usize,
 }
 
 impl Disks {
-    /// Writes what a toolstack writes of these devices, but for the states.
+    /// Writes the keys of these devices as a toolstack does, except the states.
     pub(crate) fn prepare(guest: &mut Guest, nodes: &[String], driver: Driver) -> Result<Disks> {
         let before = guest.run("set -- /sys/block/xvd*; [ -e $1 ] || shift; echo $#")?;
         let disks = Disks {
@@ -52,7 +52,7 @@ impl Disks {
             words.extend(disks.keys(*number, node)?);
         }
         run(&words)?;
-        // Each side may write its own directories and read the other's.
+        // Each side may write its own directory and read the other's.
         let (back, front) = (disks.backends(), disks.frontends());
         let reader = format!("r{}", disks.domid);
         let owner = format!("n{}", disks.domid);
@@ -69,7 +69,7 @@ impl Disks {
         format!("/local/domain/{}/device/vbd", self.domid)
     }
 
-    /// Keys and values of one disk.
+    /// Returns keys and values of one disk.
     fn keys(&self, number: u32, node: &str) -> Result<Vec<String>> {
         let device = std::fs::metadata(node)
             .with_context(|| format!("cannot find {node}"))?
@@ -114,12 +114,12 @@ impl Disks {
         Ok(pairs.collect())
     }
 
-    /// The numbers of the disks.
+    /// Returns the numbers of the disks.
     pub(crate) fn numbers(&self) -> &[u32] {
         &self.numbers
     }
 
-    /// The disks in the guest.
+    /// Returns the disks in the guest.
     pub(crate) fn in_guest(&self) -> Vec<String> {
         (0..self.numbers.len()).map(name).collect()
     }
@@ -131,7 +131,7 @@ impl Disks {
             .context("not all disks appeared in the guest")
     }
 
-    /// Makes them go, and returns when neither side has them any more.
+    /// Makes them disappear, and returns when neither side has them any more.
     pub(crate) fn go(&self, guest: &mut Guest) -> Result<()> {
         self.write_states(CLOSING, false)?;
         if self.kind == "qdisk" {
@@ -139,7 +139,7 @@ impl Disks {
         } else {
             self.wait_for_driver()?;
         }
-        // The guest keeps a disk that is closed until its directory goes.
+        // The guest keeps a closed disk until its directory is removed.
         let mut words = vec!["xenstore-rm".to_owned()];
         let fronts = self.numbers.iter();
         words.extend(fronts.map(|number| format!("{}/{number}", self.frontends())));
@@ -155,7 +155,7 @@ impl Disks {
             .map(|number| format!("/sys/bus/xen-backend/devices/vbd-{}-{number}", self.domid));
         let mut left: Vec<String> = devices.collect();
         sh::wait_every(Duration::from_millis(2), "the removal of the disks", || {
-            // One look a turn while there is something: looking costs, too.
+            // One check in each turn while there is one, because checks cost time, too.
             while left
                 .last()
                 .is_some_and(|device| !Path::new(device).exists())
@@ -166,7 +166,7 @@ impl Disks {
         })
     }
 
-    /// QEMU removes the directories of its disks.
+    /// Waits until QEMU has removed the directories of its disks.
     fn wait_for_qemu(&self) -> Result<()> {
         let line = format!("xenstore-list {} 2>/dev/null || true", self.backends());
         let ours: Vec<String> = self.numbers.iter().map(u32::to_string).collect();
@@ -180,7 +180,7 @@ impl Disks {
         )
     }
 
-    /// Removes what is left in xenstore.
+    /// Removes the remaining keys in xenstore.
     pub(crate) fn forget(self) -> Result<()> {
         if self.kind == "vbd" {
             let mut words = vec!["xenstore-rm".to_owned()];
@@ -205,8 +205,8 @@ impl Disks {
         run(&words)
     }
 
-    /// Waits in the guest while the number of its disks compares so with `count`. The shell does it
-    /// without another process, so that waiting costs little.
+    /// Waits in the guest while `compare` holds between the number of its disks and `count`. The shell does it without
+    /// another process, so that waiting costs little.
     fn wait_in_guest(&self, guest: &mut Guest, compare: &str, count: usize) -> Result<()> {
         let line = format!(
             "[ -p /tmp/never ] || mkfifo /tmp/never; exec 9<>/tmp/never; n=0; \
@@ -222,7 +222,7 @@ fn run(words: &[String]) -> Result<()> {
     sh::run(&words).map(drop)
 }
 
-/// The number of a disk; from the 17th on Xen counts in another way.
+/// Returns the number of a disk; from the 17th on Xen uses another scheme.
 pub(crate) fn number(index: u32) -> u32 {
     if index < 16 {
         202 << 8 | index << 4
@@ -231,7 +231,7 @@ pub(crate) fn number(index: u32) -> u32 {
     }
 }
 
-/// Its device node in the guest.
+/// Returns its device node in the guest.
 pub(crate) fn name(index: usize) -> String {
     let letter = |index: usize| char::from(b'a' + u8::try_from(index % 26).unwrap_or(0));
     match index / 26 {

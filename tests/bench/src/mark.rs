@@ -1,35 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Marks: instructions that do nothing, and that the plugin of the emulator sees.
+//! Marks: instructions without an effect, which the plugin of the emulator detects.
 
 /// Numbers the marks, as the plugin does.
 #[derive(Debug)]
 pub(crate) struct Marks {
     next: u64,
-    ignored: bool,
 }
 
 impl Marks {
-    /// The first ones. There may be one value of this only.
+    /// Starts the numbering. Only one value of this may exist.
     pub(crate) fn new() -> Marks {
-        Marks {
-            next: 0,
-            ignored: false,
-        }
-    }
-
-    /// Marks that are not set: for a run whose instructions nobody wants to know.
-    pub(crate) fn ignored() -> Marks {
-        Marks {
-            next: 0,
-            ignored: true,
-        }
+        Marks { next: 0 }
     }
 
     /// Sets a mark and returns its number.
     pub(crate) fn set(&mut self) -> u64 {
-        if self.ignored {
-            return 0;
-        }
         // SAFETY: a `nop` that names a memory operand does not touch it.
         unsafe {
             std::arch::asm!(

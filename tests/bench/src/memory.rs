@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What disks take of the memory of both sides.
+//! Memory that disks need on both sides.
 
 use crate::guest::Guest;
 use crate::sh;
@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Nothing that could be given back at once may count as taken.
+/// Drops caches first, so that reclaimable memory does not count as used.
 const FREE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches; grep ^MemFree: /proc/meminfo";
 
-/// How often memory is looked at under load.
+/// Interval between readings of memory under load.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Free memory, in KiB.
@@ -23,7 +23,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// What is free now.
+    /// Reads the free memory.
     pub(crate) fn now(guest: &mut Guest) -> Result<Memory> {
         Ok(Memory {
             dom0: free(&sh::shell(FREE)?)?,
@@ -31,8 +31,8 @@ impl Memory {
         })
     }
 
-    /// What each of `disks` disks takes of dom0 while `load` uses them: the most that is seen. Caches are
-    /// left alone, because dropping them makes a driver give back what it keeps for the next request.
+    /// Returns the maximum memory of dom0 for each of `disks` disks while `load` uses them. It does not drop caches,
+    /// because that makes a driver release the memory that it keeps for the next request.
     pub(crate) fn busy(
         &self,
         disks: u32,
@@ -64,7 +64,8 @@ impl Memory {
         .into())
     }
 
-    /// What each of `disks` disks takes, `before` being without them; `when` is part of the names.
+    /// Returns the memory of each of `disks` disks, with `before` as the value without them; `when` is part of the
+    /// names.
     pub(crate) fn each(self, when: &str, before: &Memory, disks: u32) -> BTreeMap<String, f64> {
         let each = |before: f64, now: f64| (before - now) / f64::from(disks);
         [

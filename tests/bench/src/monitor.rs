@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// A longer silence means that it hangs.
+/// A longer silence means that QEMU hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A connection. xl cannot talk to this QEMU while there is one.
@@ -29,12 +29,12 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Makes QEMU do this, and returns what it says.
+    /// Executes a command in QEMU, and returns its answer.
     pub(crate) fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
         let command = json!({"execute": name, "arguments": arguments});
         writeln!(self.lines.get_mut(), "{command}")
             .with_context(|| format!("cannot tell QEMU `{name}`"))?;
-        // The greeting and events come between the answers.
+        // The greeting and events arrive between the answers.
         loop {
             let mut line = String::new();
             let read = self.lines.read_line(&mut line);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! How long a guest waits for its disk while who serves it changes: another process, another driver, another
-//! domain. What counts is the longest time without an answer, in virtual time.
+//! Pauses of a guest's disk when its server changes: another process, another driver, another domain. The result is the
+//! longest time without an answer, in virtual time.
 
 use crate::guest::Guest;
 use crate::jobs::{Job, Work};
@@ -13,16 +13,16 @@ use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
 use std::process::{Command, Output};
 
-/// The drivers that a disk goes to and comes back from.
+/// The drivers to which a disk moves and returns.
 const THERE_AND_BACK: [&str; 2] = ["xen-blkback", "xen-blkback-rs"];
 
-/// One change: the seconds without an answer, and what else was said of it, in milliseconds.
+/// One change: the seconds without an answer, and other reported times in milliseconds.
 struct Pause {
     guest: f64,
     more: Vec<(&'static str, f64)>,
 }
 
-/// Measures so many changes as the job has, while the guest reads.
+/// Measures the job's number of changes, while the guest reads.
 pub(crate) fn measure(
     place: &mut Place<'_>,
     number: u32,
@@ -76,7 +76,7 @@ fn changes(guest: &mut Guest, number: u32, job: &Job) -> Result<Vec<Pause>> {
     Ok(pauses)
 }
 
-/// The disk goes to a new process. Of the pause nobody serves it for as long as the supervisor says.
+/// Hands the disk to a new process. The supervisor reports for how long no process served it.
 fn handoff(reads: &Reads) -> Result<Pause> {
     reads.wait(100)?;
     let (guest, output) =
@@ -90,7 +90,7 @@ fn handoff(reads: &Reads) -> Result<Pause> {
     })
 }
 
-/// The disk goes to another driver, and its frontend connects again.
+/// Moves the disk to another driver, to which its frontend reconnects.
 fn takeover(reads: &Reads, domid: &str, to: &str) -> Result<Pause> {
     reads.wait(100)?;
     let program = "xen-blkback-takeover";
@@ -103,7 +103,7 @@ fn takeover(reads: &Reads, domid: &str, to: &str) -> Result<Pause> {
     })
 }
 
-/// The guest goes to another domain of this host, as to another host.
+/// Moves the guest to another domain of this host, as to another host.
 fn moved(reads: &Reads, guest: &mut Guest) -> Result<Pause> {
     reads.wait(100)?;
     let command = ["migrate", "-s", "", guest.domid(), "xl migrate-receive"];
@@ -120,7 +120,7 @@ fn moved(reads: &Reads, guest: &mut Guest) -> Result<Pause> {
     })
 }
 
-/// The line of JSON that a program printed that did what it was asked for.
+/// Returns the line of JSON that a successful program printed.
 fn told(output: &Output, complaint: &str) -> Result<Value> {
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = sh::get(ERRORS)?;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What was asked for, and what that is of the tables of backends and jobs.
+//! The requested measurements, selected from the tables of backends and jobs.
 
 use crate::backends::{self, Backend, Set};
 use crate::jobs::{self, Job};
 use anyhow::{ensure, Result};
 
-/// What was asked for.
+/// The requested measurements.
 #[derive(Debug)]
 pub(crate) struct Plan {
     /// Less of everything.
@@ -14,11 +14,11 @@ pub(crate) struct Plan {
     pub(crate) backends: Vec<String>,
     /// Names of jobs, `BACKEND:JOB` for one that is not for all; all when empty.
     pub(crate) jobs: Vec<String>,
-    /// How often; a default when absent.
+    /// Number of rounds; a default when absent.
     pub(crate) rounds: Option<u32>,
     /// The module of this project.
     pub(crate) module: String,
-    /// Also say where the functions of the drivers are.
+    /// Also report the addresses of the functions of the drivers.
     pub(crate) functions: bool,
 }
 
@@ -38,7 +38,7 @@ impl Plan {
         select("job", all.collect(), &names.collect::<Vec<_>>(), self.quick)
     }
 
-    /// The job is to be measured on this backend.
+    /// Returns true if the job is to be measured on this backend.
     pub(crate) fn wants(&self, backend: &Backend, job: &Job) -> bool {
         let here = |name: &String| {
             let (only, name) = cell(name);
@@ -52,7 +52,7 @@ impl Plan {
     }
 }
 
-/// What a name of a job says: the one backend that it is for, and the job.
+/// Splits the name of a job: the only backend that it is for, and the job.
 fn cell(name: &str) -> (Option<&str>, &str) {
     match name.split_once(':') {
         Some((backend, job)) => (Some(backend), job),
@@ -60,7 +60,7 @@ fn cell(name: &str) -> (Option<&str>, &str) {
     }
 }
 
-/// The entries named by `wanted`, in the order of the table; without names all, or all quick ones.
+/// Returns the entries named by `wanted`, in the order of the table; without names all, or all quick ones.
 fn select<T>(
     what: &str,
     all: Vec<(&str, Set, T)>,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A guest that reads one block after the other, and when it was answered last.
+//! A guest that reads one block after the other, and the time of its last answer.
 
 use crate::guest::Guest;
 use crate::sh;
@@ -9,24 +9,24 @@ use std::fs::{self, File};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// How often is looked whether a request was answered. The death of a process takes less than 20 ms as a whole.
+/// Interval between checks for an answer. The death of a process takes less than 20 ms in total.
 pub(crate) const LOOK: Duration = Duration::from_micros(250);
-/// What a command complains of.
+/// File for the errors of a command.
 pub(crate) const ERRORS: &str = "/tmp/bench.err";
 const DEVICES: &str = "/sys/bus/xen-backend/devices";
 
 /// The reads of one disk.
 pub(crate) struct Reads {
     number: u32,
-    /// The domain that does them.
+    /// The domain that makes them.
     domain: Cell<u32>,
 }
 
-/// How far the reads are: the domain, and what its driver has counted.
+/// Progress of the reads: the domain, and its driver's counter.
 type Count = (u32, u64);
 
 impl Reads {
-    /// Has the guest begin, on the disk of this number.
+    /// Makes the guest begin, on the disk of this number.
     pub(crate) fn start(guest: &mut Guest, number: u32) -> Result<Reads> {
         guest.run(
             "fio --name=load --filename=/dev/xvda --direct=1 --rw=randread --bs=4k --ioengine=libaio \
@@ -39,9 +39,9 @@ impl Reads {
         })
     }
 
-    /// Ends them; the guest must not have seen an error.
+    /// Stops them; the guest must not have seen an error.
     pub(crate) fn end(self, guest: &mut Guest) -> Result<()> {
-        // fio says how many errors it saw when it is ended.
+        // fio reports its number of errors when it is stopped.
         guest
             .run(
                 "kill -TERM $(cat /tmp/load.pid); until grep -q 'err=' /tmp/load; do usleep 10000; done; \
@@ -51,7 +51,7 @@ impl Reads {
         Ok(())
     }
 
-    /// Waits until so many more reads were answered than now.
+    /// Waits until `more` further reads were answered.
     pub(crate) fn wait(&self, more: u64) -> Result<()> {
         let mut wanted = None;
         sh::wait_every(LOOK, "answers to the guest", || {
@@ -62,12 +62,13 @@ impl Reads {
         })
     }
 
-    /// The longest time without an answer from before a command until after it, in seconds, and its output.
+    /// Returns the longest time without an answer from before a command until after it, in seconds, and its output.
     pub(crate) fn longest_silence(&self, command: &mut Command) -> Result<(f64, Output)> {
         self.silence(command, || Ok(()))
     }
 
-    /// The same for a command that moves the guest to another domain, which is looked for too.
+    /// Returns the longest time without an answer for a command that moves the guest to another domain, and finds that
+    /// domain.
     pub(crate) fn longest_silence_of_move(&self, command: &mut Command) -> Result<(f64, Output)> {
         self.silence(command, || self.find_domain())
     }
@@ -98,7 +99,7 @@ impl Reads {
                 return Ok((longest.as_secs_f64(), child.wait_with_output()?));
             }
             if begun.elapsed() > sh::LIMIT {
-                // An error of that is of no use: what matters is that no answer comes.
+                // An error here does not matter, because the missing answer is the failure.
                 drop(child.kill());
                 bail!("{command:?} did not end, or the guest got no answer after it");
             }
@@ -106,7 +107,7 @@ impl Reads {
         }
     }
 
-    /// Goes on with the newest domain that has the disk.
+    /// Continues with the newest domain that has the disk.
     fn find_domain(&self) -> Result<()> {
         for entry in fs::read_dir(DEVICES).context("the kernel has no backends")? {
             let name = entry?.file_name();
@@ -116,8 +117,8 @@ impl Reads {
         Ok(())
     }
 
-    /// What the driver has counted; nothing if none serves the disk. Whoever begins anew, another domain or driver,
-    /// has answered a read when the guest asks for the second one.
+    /// Returns the driver's counter; `None` if no driver serves the disk. A new domain or driver has answered a read
+    /// when the guest sends the second one.
     fn now(&self) -> Result<Option<Count>> {
         let domain = self.domain.get();
         let file = format!("{DEVICES}/vbd-{domain}-{}/statistics/rd_req", self.number);
@@ -131,7 +132,7 @@ impl Reads {
         Ok((count >= 2).then_some((domain, count)))
     }
 
-    /// The domain of a device `vbd-DOMAIN-NUMBER`, if it is this disk.
+    /// Returns the domain of a device `vbd-DOMAIN-NUMBER`, if it is this disk.
     fn domain_of(&self, device: &str) -> Option<u32> {
         let (domain, number) = device.strip_prefix("vbd-")?.split_once('-')?;
         (number.parse() == Ok(self.number)).then(|| domain.parse().ok())?

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Lines of JSON to whoever started the machine.
+//! Report: lines of JSON for the program that started the machine.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

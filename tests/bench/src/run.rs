@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A run: in each part each backend in turn, forth and back, as many rounds as wanted.
+//! A run: each part measures all backends, forwards and backwards in turn, for the requested number of rounds.
 
 use crate::backends::{Backend, Driver, Store, Way, PROCESS};
 use crate::disks::Stores;
 use crate::drivers::Drivers;
 use crate::guest::{Guest, Shape};
-use crate::jobs::{self, Job, Setting, Work};
+use crate::jobs::{self, Job, Medium, Setting, Work};
 use crate::many::{self, Disks};
 use crate::mark::Marks;
 use crate::memory::Memory;
@@ -15,19 +15,19 @@ use crate::report::Report;
 use crate::sample::{self, Place};
 use crate::storage::Traffic;
 use crate::tap::{self, Supervisor};
-use crate::{bonnie, booted, copied, sh, trace};
+use crate::{bonnie, booted, copied, sh};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
-/// The version of the lines that are reported.
-const FORMAT: u32 = 4;
-/// The processor of dom0 that only some settings use; a machine for the others does not have it.
+/// Version of the reported lines.
+const FORMAT: u32 = 5;
+/// The processor of dom0 that only some settings use; in the other settings it is offline.
 const SECOND_PROCESSOR: &str = "/sys/devices/system/cpu/cpu1/online";
 
-/// Processors that are dom0's; the guest has those behind them.
+/// Returns the number of dom0's processors; those of the guest follow them.
 fn dom0_processors() -> u32 {
     if Path::new(SECOND_PROCESSOR).exists() {
         2
@@ -35,7 +35,7 @@ fn dom0_processors() -> u32 {
         1
     }
 }
-/// The number of the first disk in the guest.
+/// Number of the first disk in the guest.
 const XVDA: u32 = 51712;
 
 /// Measures and reports.
@@ -99,10 +99,10 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
                 shorts: BTreeMap::new(),
             };
             let done = bench.rounds(plan.rounds(), &backends, &jobs);
-            // Also after a failure: the next part needs the memory and the driver.
+            // Also after a failure, because the next part needs the memory and the driver.
             done.and(bench.guest.destroy())
         };
-        // What comes after a part that failed may be worth having; the run has failed all the same.
+        // Parts after a failed one may still be useful, but the run has failed.
         if let Err(error) = run() {
             eprintln!("bench: {error:#}");
             failures.push(format!("{error:#}"));
@@ -112,7 +112,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// What is measured with what. QEMU's version and the driver's are known outside.
+/// Returns the versions of the measured parts. Those of QEMU and of the driver are known outside.
 fn versions() -> Result<BTreeMap<&'static str, String>> {
     let asked = [
         ("kernel of dom0 and guest", "uname -r -v"),
@@ -123,9 +123,13 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
     asked.into_iter().map(answer).collect()
 }
 
-/// Jobs that are measured one after the other with a guest of their own, the most important first.
+/// Groups of jobs that are measured with a guest of their own, the most important first.
 const PARTS: [fn(&Job) -> bool; 7] = [
-    |job| job.setting == Setting::Plain && job.work != Work::Bonnie && !job.is_change(),
+    |job| match job.setting {
+        Setting::Plain => job.work != Work::Bonnie && !job.is_change(),
+        Setting::On(_) => true,
+        _ => false,
+    },
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
@@ -134,7 +138,7 @@ const PARTS: [fn(&Job) -> bool; 7] = [
     |job| matches!(job.setting, Setting::Clones(_)),
 ];
 
-/// The stores that these backends and jobs need.
+/// Makes the stores that these backends and jobs need.
 fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
     let wanted: Vec<Store> = backends.iter().map(|entry| entry.store).collect();
     let most = |used: fn(&Job) -> bool| {
@@ -151,14 +155,22 @@ fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
     let cloned = jobs
         .iter()
         .any(|job| matches!(job.setting, Setting::Clones(_)));
-    Stores::create(&wanted, most(|_| true), used, cloned)
+    let media: BTreeSet<Medium> = jobs
+        .iter()
+        .filter_map(|job| match job.setting {
+            Setting::On(medium) => Some(medium),
+            _ => None,
+        })
+        .collect();
+    let media = Vec::from_iter(media);
+    Stores::create(&wanted, most(|_| true), used, cloned, &media)
 }
 
-/// When a backend is measured.
+/// A measurement of a backend.
 #[derive(Clone, Copy, Debug)]
 struct Visit {
     round: u32,
-    /// How often some of its jobs were measured in this round before.
+    /// Number of earlier measurements of some of its jobs in this round.
     time: u32,
 }
 
@@ -175,7 +187,7 @@ struct Bench<'a> {
     marks: &'a mut Marks,
     report: &'a mut Report,
     plan: &'a Plan,
-    /// The short runs of a visit, by job: those that follow on the same backend take them over.
+    /// The short runs of a visit, by job: later jobs on this backend reuse them.
     shorts: BTreeMap<&'static str, Value>,
 }
 
@@ -184,7 +196,7 @@ impl Bench<'_> {
         let mut failures = Vec::new();
         for round in 0..rounds {
             let mut order = backends.to_vec();
-            // What a backend leaves behind must not always meet the same other one.
+            // The aftereffects of a backend must not always hit one other backend.
             if round % 2 == 1 {
                 order.reverse();
             }
@@ -195,7 +207,7 @@ impl Bench<'_> {
                 if let Err(error) = measured {
                     eprintln!("bench: {error:#}");
                     failures.push(format!("{error:#}"));
-                    // Whatever is left of its disks goes with the guest.
+                    // The remains of its disks are removed with the guest.
                     self.guest.destroy()?;
                     self.guest = Guest::create(self.guest.shape())?;
                 }
@@ -220,7 +232,7 @@ impl Bench<'_> {
         }
         self.drivers.switch(backend.driver)?;
         self.right_guest(backend)?;
-        // What dom0 still has to write to its own disk would be counted.
+        // Otherwise pending writes of dom0 to its own disk would be counted.
         sh::run(&["sync"])?;
         self.report.line(&json!({"modules": Drivers::places()?}))?;
         if self.plan.functions {
@@ -254,7 +266,7 @@ impl Bench<'_> {
                         }
                     }
                     Setting::Clones(count) => self.clones(backend, &again, count, visit)?,
-                    Setting::Plain | Setting::Queues | Setting::Shared => {
+                    Setting::Plain | Setting::Queues | Setting::Shared | Setting::On(_) => {
                         self.plain(backend, &again, visit)?
                     }
                 }
@@ -263,8 +275,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Puts a guest of the other kind in place of the one that runs, where the backend is measured with
-    /// such.
+    /// Replaces the running guest by one of the other kind, if the backend needs that.
     fn right_guest(&mut self, backend: &Backend) -> Result<()> {
         let shape = self.guest.shape();
         let pvh = matches!(backend.way, Way::Pvh(_));
@@ -275,9 +286,12 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Jobs on one disk that xl attaches, or on its store in dom0.
+    /// Measures jobs on one disk that xl attaches, or on its store in dom0.
     fn plain(&mut self, backend: &Backend, jobs: &[Job], visit: Visit) -> Result<()> {
-        let store = self.stores.path(backend.store).to_owned();
+        let store = match jobs.first().map(|job| job.setting) {
+            Some(Setting::On(medium)) => self.stores.medium(medium)?.to_owned(),
+            _ => self.stores.path(backend.store).to_owned(),
+        };
         if jobs.iter().any(|job| job.work == Work::Boot) {
             self.stores.put_system()?;
         }
@@ -291,7 +305,7 @@ impl Bench<'_> {
                 }
                 Way::Native => Place::Dom0,
             };
-            let mut sample = match job.work {
+            let sample = match job.work {
                 Work::Bonnie => {
                     bonnie::measure(&mut place, job, device, visit.is_first(), self.marks)?
                 }
@@ -308,21 +322,17 @@ impl Bench<'_> {
                     sample
                 }
             };
-            if visit.is_first() && job.traced() {
-                let hypercalls = trace::per_io(&mut place, job, &devices)?;
-                sample.insert("hypercalls".into(), hypercalls);
-            }
             self.say(backend, job, visit, sample)?;
         }
         self.detach(backend, &devices, supervisor)
     }
 
-    /// Jobs on so many disks that are clones of one.
+    /// Measures jobs on `count` disks that are clones of one.
     fn clones(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
         for job in jobs {
             let clones = self.stores.clones(backend.store, count, job.count)?;
             let (devices, supervisor) = self.attach(backend, &clones)?;
-            // What dom0 has written until now must not be part of it.
+            // Earlier writes of dom0 must not be part of it.
             sh::run(&["sync"])?;
             let storage = self.stores.image();
             let before = Traffic::of(storage)?;
@@ -336,7 +346,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Gives the guest its disks; says where the jobs find them, and who supervises their processes.
+    /// Attaches the disks to the guest; returns their nodes for the jobs, and the supervisor of their processes.
     fn attach(
         &mut self,
         backend: &Backend,
@@ -366,7 +376,7 @@ impl Bench<'_> {
         Ok((devices, supervisor))
     }
 
-    /// Takes these disks from the guest.
+    /// Detaches these disks from the guest.
     fn detach(
         &mut self,
         backend: &Backend,
@@ -384,7 +394,7 @@ impl Bench<'_> {
         supervisor.map_or(Ok(()), Supervisor::stop)
     }
 
-    /// Jobs on so many disks that appear at once, and what their coming and going costs.
+    /// Measures jobs on `count` disks that appear at once, and the costs of attach and detach.
     fn many(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
         let nodes: Vec<String> = self
             .stores
@@ -395,13 +405,13 @@ impl Bench<'_> {
             .collect();
         let of = |work: Work| jobs.iter().find(|job| job.work == work);
         if of(Work::Idle).is_some() {
-            // What is made for the first disks ever, and stays, is not memory of these.
+            // Memory that the first disks ever allocate permanently does not count for these.
             let disks = Disks::prepare(&mut self.guest, &nodes, backend.driver)?;
             disks.appear(&mut self.guest)?;
             disks.go(&mut self.guest)?;
             disks.forget()?;
         }
-        // Without any disk: what the same costs with disks is compared with it.
+        // The idle time without disks, to compare with that with disks.
         let idle = match of(Work::Idle) {
             Some(job) => Some((job, Memory::now(&mut self.guest)?, self.idle(job.count)?)),
             None => None,
@@ -444,7 +454,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// So many seconds in which nobody does anything.
+    /// Waits for this number of seconds without any load.
     fn idle(&mut self, seconds: u32) -> Result<sample::Run> {
         let pause = Duration::from_secs(seconds.into());
         sample::around(&mut self.guest, self.marks, |_| {
@@ -467,7 +477,7 @@ impl Bench<'_> {
         self.report.line(&json!({ "sample": sample }))
     }
 
-    /// A figure of another driver than the one it is said to be of would be worse than none.
+    /// Checks which driver serves the disk, because a figure of the wrong driver would be worse than none.
     fn check_server(&self, driver: Driver, number: u32) -> Result<()> {
         let wanted = match driver {
             Driver::Ours | Driver::Wasteful => Some("xen-blkback-rs"),
@@ -483,7 +493,7 @@ impl Bench<'_> {
     }
 }
 
-/// What a store of another kind adds is shown by the jobs of fio on one disk.
+/// Returns true if a job suits a backend. Only the jobs of fio on one disk show the costs of other kinds of stores.
 fn fits(backend: &Backend, job: &Job) -> bool {
     let guest = matches!(backend.way, Way::Guest(_));
     let memory = backend.store == Store::Memory;
@@ -494,21 +504,23 @@ fn fits(backend: &Backend, job: &Job) -> bool {
         // Xen does not log the dirty pages of PV guests here.
         (_, Work::Move) => matches!(backend.way, Way::Pvh(_)),
         (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
-        // What shares a processor there is dom0 with a guest.
+        // In this setting dom0 shares a processor with a guest.
         (Setting::Shared, _) => memory && backend.way != Way::Native,
+        // dom0's page cache would answer in place of the device.
+        (Setting::On(_), _) => memory && !(guest && backend.driver == Driver::None),
         (Setting::Plain, Work::Boot) => backend.way != Way::Native,
-        // Else there are snapshots of a block device.
+        // Otherwise there are snapshots of a block device.
         (Setting::Clones(_), _) => {
             let snapshots = memory && guest && backend.driver != Driver::None;
             snapshots || matches!(backend.store, Store::Clone(_))
         }
-        // What is not in the image of a clone is there for its first boot.
+        // Clones are only for a first boot, because most of their data is in the backing image.
         (Setting::Plain, _) => !matches!(backend.store, Store::Clone(_)),
         (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
     }
 }
 
-/// A sample of one run.
+/// Returns a sample of one run.
 fn long(run: Value) -> Map<String, Value> {
     [("long".to_owned(), run)].into_iter().collect()
 }

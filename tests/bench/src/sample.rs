@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! One measurement: what is done, with the counters of the time in which it is done.
+//! One measurement: the work, and the counters during it.
 //!
-//! Where it can be done short and long, both are reported: the difference has no start and no end in it.
+//! Where there are a short and a long run, both are reported, because their difference contains neither start nor end.
 
 use crate::guest::Guest;
 use crate::jobs::Job;
@@ -9,31 +9,29 @@ use crate::mark::Marks;
 use crate::sh;
 use anyhow::{Context, Result};
 use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// What is printed before and after each run, where the load is. The lines of the scheduler are zero
-/// unless its statistics are on.
-const COUNTERS: &str =
-    "grep -E 'blkif|blkback|evtchn:' /proc/interrupts; grep ctxt /proc/stat; grep ^cpu /proc/schedstat";
+/// Command that prints the counters before and after each run, where the load is.
+const COUNTERS: &str = "grep -E 'blkif|blkback|evtchn:' /proc/interrupts; grep ctxt /proc/stat";
 
-/// Makes a file system of a device, which is complete then: nothing is written later that would be measured.
+/// Makes a complete file system: a later initialisation would disturb a measurement.
 pub(crate) const MKFS: &str = "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0";
 
-/// Interrupts of disks, context switches, and threads that were woken.
+/// Interrupts of disks, and context switches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counters {
     events: u64,
     switches: u64,
-    wakeups: u64,
 }
 
 impl Counters {
-    /// Those of dom0, now.
+    /// Reads those of dom0.
     pub(crate) fn of_dom0() -> Result<Counters> {
         Ok(Counters::parse(&sh::shell(COUNTERS)?))
     }
 
-    /// Those of the guest, now.
+    /// Reads those of the guest.
     pub(crate) fn of_guest(guest: &mut Guest) -> Result<Counters> {
         Ok(Counters::parse(&guest.run(COUNTERS)?))
     }
@@ -46,8 +44,6 @@ impl Counters {
             let numbers: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
             match first {
                 "ctxt" => found.switches += numbers.iter().sum::<u64>(),
-                // yield, 0, schedule, idle, woken, ...
-                cpu if cpu.starts_with("cpu") => found.wakeups += numbers.get(4).unwrap_or(&0),
                 _ => found.events += numbers.iter().sum::<u64>(),
             }
         }
@@ -58,13 +54,7 @@ impl Counters {
         Counters {
             events: self.events.saturating_sub(before.events),
             switches: self.switches.saturating_sub(before.switches),
-            wakeups: self.wakeups.saturating_sub(before.wakeups),
         }
-    }
-
-    /// Threads that were woken.
-    pub(crate) fn wakeups(self) -> u64 {
-        self.wakeups
     }
 
     fn json(self) -> Value {
@@ -72,7 +62,7 @@ impl Counters {
     }
 }
 
-/// Where a job runs.
+/// Place where a job runs.
 pub(crate) enum Place<'a> {
     /// In the guest.
     Guest(&'a mut Guest),
@@ -81,7 +71,7 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
-    /// Runs a command with the counters around it, and returns all that was printed.
+    /// Runs a command with the counters around it, and returns all output.
     pub(crate) fn run(&mut self, command: &str) -> Result<String> {
         let command = format!("{COUNTERS}; {command}; {COUNTERS}");
         match self {
@@ -91,12 +81,12 @@ impl Place<'_> {
     }
 }
 
-/// What a run did in the machine.
+/// Counters of a run in the machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Run {
     /// The numbers of the marks before and after it.
     pub(crate) marks: [u64; 2],
-    /// How long it took, in seconds.
+    /// Duration in seconds.
     pub(crate) seconds: f64,
     /// Counters of dom0 and of the guest.
     pub(crate) dom0: Counters,
@@ -104,7 +94,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// As a line of the report has it.
+    /// Returns it as a line of the report.
     pub(crate) fn json(&self, units: u64, per_second: f64, latency_us: f64) -> Value {
         json!({
             "ios": units, "marks": self.marks, "iops": per_second, "latency_us": latency_us,
@@ -112,7 +102,7 @@ impl Run {
         })
     }
 
-    /// The same for a run of which only the whole time is known.
+    /// Returns a run of which only the whole time is known as a line of the report.
     pub(crate) fn whole(&self, units: u64) -> Value {
         let rate = if self.seconds > 0.0 {
             units as f64 / self.seconds
@@ -128,8 +118,8 @@ impl Run {
     }
 }
 
-/// Runs something that fio or a like program prints a line of; what comes before and after that line
-/// are the counters where it ran.
+/// Runs a program such as fio that prints a line with its result; the output before and after that line has the
+/// counters.
 pub(crate) fn printed(
     place: &mut Place<'_>,
     command: &str,
@@ -154,7 +144,7 @@ pub(crate) fn printed(
     Ok((run, line.to_owned()))
 }
 
-/// Counts during `what`, which the guest may take part in.
+/// Counts during `what`, which may use the guest.
 pub(crate) fn around(
     guest: &mut Guest,
     marks: &mut Marks,
@@ -175,8 +165,8 @@ pub(crate) fn around(
     })
 }
 
-/// A measurement with fio: the short run, unless there is one of the same job on the same backend, then
-/// the long one. First comes a run that nobody looks at.
+/// Measures with fio: the short run, unless one of this job on this backend exists, then the long one. A first run is
+/// not counted.
 pub(crate) fn fio(
     place: &mut Place<'_>,
     job: &Job,
@@ -189,7 +179,9 @@ pub(crate) fn fio(
         let (run, line) = printed(place, &job.fio(devices, count), FIO, marks)?;
         let result =
             Fio::parse(&line).with_context(|| format!("fio printed a broken line: {line}"))?;
-        Ok(run.json(job.total(count), result.iops, result.latency))
+        let mut value = run.json(job.total(count), result.iops, result.latency);
+        value["percentiles"] = json!(result.percentiles);
+        Ok(value)
     };
     let short = match short {
         Some(short) => short,
@@ -200,11 +192,11 @@ pub(crate) fn fio(
     Ok(runs.into_iter().collect())
 }
 
-/// How the line of fio begins.
+/// Start of fio's line.
 pub(crate) const FIO: &str = "3;fio-";
 
-/// What comes before the line that begins so, the line, and what comes after. An error may have the same words
-/// further on in its line: it is no result.
+/// Splits a text into the part before the line with this start, the line, and the part after it. An error may have
+/// these words further on in its line, which is not a result.
 fn split<'a>(text: &'a str, begins: &str) -> Option<(&'a str, &'a str, &'a str)> {
     let start = if text.starts_with(begins) {
         0
@@ -220,7 +212,16 @@ fn split<'a>(text: &'a str, begins: &str) -> Option<(&'a str, &'a str, &'a str)>
 struct Fio {
     iops: f64,
     latency: f64,
+    /// Latency in microseconds that this percentage of the I/Os did not exceed; the slower of reads and writes.
+    percentiles: BTreeMap<&'static str, f64>,
 }
+
+/// The reported percentiles, as fio writes them.
+const PERCENTILES: [(&str, &str); 3] = [
+    ("p50", "50.000000%"),
+    ("p99", "99.000000%"),
+    ("p99.9", "99.900000%"),
+];
 
 impl Fio {
     /// Reads a line of fio's terse format, version 3.
@@ -230,9 +231,20 @@ impl Fio {
         let (reads, writes) = (number(7)?, number(48)?);
         let (read_latency, write_latency) = (number(39)?, number(80)?);
         let iops = reads + writes;
+        let percentile = |wanted: &str| {
+            let of = |part: std::ops::Range<usize>| {
+                let mut pairs = fields.get(part)?.iter().filter_map(|f| f.split_once('='));
+                pairs.find(|(name, _)| *name == wanted)?.1.parse().ok()
+            };
+            Some(f64::max(of(17..37)?, of(58..78).unwrap_or(0.0)))
+        };
+        let percentiles = PERCENTILES
+            .iter()
+            .filter_map(|(name, wanted)| Some((*name, percentile(wanted)?)));
         (iops > 0.0).then(|| Fio {
             iops,
             latency: (reads * read_latency + writes * write_latency) / iops,
+            percentiles: percentiles.collect(),
         })
     }
 }
@@ -243,14 +255,13 @@ mod tests {
 
     #[test]
     fn counters_are_summed() {
-        let text = " 70:  5  7 xen-dyn -event blkif-backend\n71: 1 1 xen-dyn blkif\nctxt 900\ncpu0 1 0 2 3 40 5\ncpu1 0 0 0 0 2 0\n";
+        let text = " 70:  5  7 xen-dyn -event blkif-backend\n71: 1 1 xen-dyn blkif\nctxt 900\n";
         let found = Counters::parse(text);
         assert_eq!(
             found,
             Counters {
                 events: 14,
-                switches: 900,
-                wakeups: 42
+                switches: 900
             }
         );
     }
@@ -268,6 +279,8 @@ mod tests {
         let mut fields = vec!["0"; 130];
         (fields[0], fields[1]) = ("3", "fio-3.39");
         (fields[7], fields[48], fields[39], fields[80]) = ("300", "100", "10", "30");
+        (fields[17 + 6], fields[58 + 6]) = ("50.000000%=8", "50.000000%=28");
+        (fields[17 + 12], fields[58 + 12]) = ("99.000000%=90", "99.000000%=50");
         let line = fields.join(";");
         let text = format!("ctxt 1\n{line}\nctxt 2\n");
         let (early, found, late) = split(&text, FIO).unwrap();
@@ -276,7 +289,8 @@ mod tests {
             Fio::parse(found).unwrap(),
             Fio {
                 iops: 400.0,
-                latency: 15.0
+                latency: 15.0,
+                percentiles: [("p50", 28.0), ("p99", 90.0)].into(),
             }
         );
         assert_eq!(Fio::parse("3;fio-3.39;bench"), None);

@@ -7,14 +7,14 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A program that takes longer is stuck. Time is counted in instructions here: a second of it is a
-/// thousand million of them.
+/// Maximum duration of a program; a longer one hangs. Time is counted in instructions here: a second is a thousand
+/// million of them.
 pub(crate) const LIMIT: Duration = Duration::from_secs(300);
-/// What is waited for by polling comes sooner, and polling costs instructions.
+/// Maximum duration of polling, which is shorter, because polling costs instructions.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Runs a program that must succeed and returns its standard output. It goes through files: a daemon
-/// that the program leaves behind would keep a pipe open for ever.
+/// Runs a program that must succeed and returns its standard output. Uses files for the output, because a daemon that
+/// the program starts would keep a pipe open for ever.
 pub(crate) fn run(argv: &[&str]) -> Result<String> {
     let (out, err) = ("/tmp/bench.out", "/tmp/bench.err");
     let status = Command::new("timeout")
@@ -54,12 +54,12 @@ pub(crate) fn get(path: impl AsRef<Path>) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Polls until the condition holds; an error names what did not come.
+/// Polls until the condition holds; an error names `what`.
 pub(crate) fn wait_for(what: &str, condition: impl FnMut() -> Result<bool>) -> Result<()> {
     wait_every(Duration::from_millis(20), what, condition)
 }
 
-/// The same, looking again after each `pause`.
+/// Polls after each `pause` until the condition holds.
 pub(crate) fn wait_every(
     pause: Duration,
     what: &str,

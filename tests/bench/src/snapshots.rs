@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Clones of a block device as LVM makes them of a volume: snapshots of device mapper. The volume that they are of and
-//! their own room lie behind one another on one device.
+//! Clones of a block device as LVM makes them of a volume: snapshots of device mapper. The volume and the snapshots'
+//! own room are adjacent on one device.
 
 use crate::sh;
 use anyhow::{ensure, Context, Result};
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// Where device mapper shows its devices, and how the names of ours begin.
+/// Folder of device mapper's nodes, and the start of this program's names.
 const NODES: &str = "/dev/mapper";
 const OURS: &str = "bench-";
-/// The volume that the clones are of.
+/// The volume that is cloned.
 const GOLDEN: &str = "bench-golden";
 /// Sectors of a MiB.
 const MIB: u32 = 2048;
-/// Sectors that are copied to a snapshot's own room at once: LVM's 4 KiB.
+/// Sectors of 512 bytes that device mapper copies to a snapshot's own room at once: LVM's 4 KiB.
 const CHUNK: u32 = 8;
 
-/// How many clones lie how on a device.
+/// Layout of clones on a device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    /// The clones.
+    /// Number of clones.
     pub(crate) count: u32,
-    /// MiB of the volume that they are of, which is at the beginning.
+    /// MiB of the cloned volume, which is at the beginning.
     pub(crate) golden: u32,
     /// MiB of the device.
     pub(crate) all: u32,
 }
 
 impl Layout {
-    /// MiB for what is written to a clone.
+    /// Returns the MiB for writes to one clone.
     fn room(self) -> Result<u32> {
         let room = self.all.saturating_sub(self.golden).checked_div(self.count);
         let room = room.unwrap_or(0);
@@ -43,35 +43,35 @@ impl Layout {
         Ok(room)
     }
 
-    /// The table of the volume on `device`.
+    /// Returns the table of the volume on `device`.
     fn golden(self, device: &str) -> String {
         linear(self.golden, device, 0)
     }
 
-    /// The table of what the clone of this number has for itself there.
+    /// Returns the table of the own room of the clone of this number.
     fn own(self, device: &str, index: u32) -> Result<String> {
         let room = self.room()?;
         Ok(linear(room, device, self.golden + index * room))
     }
 
-    /// The table of a clone that has this room for itself.
+    /// Returns the table of a clone with this room.
     fn clone(self, room: &str) -> String {
         let sectors = self.golden * MIB;
         format!("0 {sectors} snapshot {NODES}/{GOLDEN} {room} P {CHUNK}")
     }
 }
 
-/// So many MiB from there on, in MiB.
+/// Returns a table of `size` MiB from `from` MiB on.
 fn linear(size: u32, device: &str, from: u32) -> String {
     format!("0 {} linear {device} {}", size * MIB, from * MIB)
 }
 
-/// Makes such clones of what `device` begins with; they have nothing for themselves yet.
+/// Makes such clones of the volume at the beginning of `device`, without changes yet.
 pub(crate) fn create(device: &str, layout: Layout) -> Result<Vec<String>> {
     map(GOLDEN, &layout.golden(device))?;
     let clones = (0..layout.count).map(|index| {
         let room = map(&format!("bench-room{index}"), &layout.own(device, index)?)?;
-        // A snapshot that finds an older one's list there goes on with that.
+        // A snapshot would continue an older list of changes that it finds there.
         sh::run(&[
             "dd",
             "if=/dev/zero",
@@ -86,7 +86,7 @@ pub(crate) fn create(device: &str, layout: Layout) -> Result<Vec<String>> {
     clones.collect()
 }
 
-/// Removes all of them that are there.
+/// Removes all existing ones.
 pub(crate) fn remove() -> Result<()> {
     let entries = match std::fs::read_dir(NODES) {
         // There never was a device.
@@ -100,7 +100,7 @@ pub(crate) fn remove() -> Result<()> {
     Ok(())
 }
 
-/// Ours of these, a clone before what it stands on.
+/// Returns this program's devices among these, clones before the devices that they use.
 fn in_order(mut names: Vec<String>) -> Vec<String> {
     names.retain(|name| name.starts_with(OURS));
     names.sort_by_key(|name| !name.starts_with("bench-clone"));

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a block device of dom0 had to read and to write.
+//! Data that a block device of dom0 read and wrote.
 
 use crate::sh;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Sectors of a MiB, as the kernel counts them, whatever those of the device are.
+/// Sectors of a MiB in the kernel's unit of 512 bytes, whatever the device's block size.
 const MIB: f64 = 2048.0;
 
-/// Sectors that were moved.
+/// Numbers of sectors read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Traffic {
     read: u64,
@@ -17,7 +17,7 @@ pub(crate) struct Traffic {
 }
 
 impl Traffic {
-    /// What this block device has moved until now.
+    /// Reads the counters of this block device.
     pub(crate) fn of(device: &str) -> Result<Traffic> {
         let name = Path::new(device).file_name().unwrap_or_default();
         let file = Path::new("/sys/block").join(name).join("stat");
@@ -33,7 +33,7 @@ impl Traffic {
         Some(Traffic { read, written })
     }
 
-    /// What it has moved since then, as further figures of a job.
+    /// Returns the traffic since `before`, as further figures of a job.
     pub(crate) fn since(self, before: Traffic) -> BTreeMap<&'static str, f64> {
         let mib = |now: u64, before: u64| now.saturating_sub(before) as f64 / MIB;
         [

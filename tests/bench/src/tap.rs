@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Disks that a process serves: the supervisor, and how soon it replaces a process that dies.
+//! Disks that a process serves: the supervisor, and the time until it replaces a dead process.
 
 use crate::guest::Guest;
 use crate::jobs::Job;
@@ -14,11 +14,11 @@ use serde_json::{json, Map, Value};
 use std::process::{Child, Command, Stdio};
 use tapdev::control::Control;
 
-/// Options of each disk that the hotplug script makes.
+/// Options of each disk that the hotplug script creates.
 const SETTINGS: &str = "/etc/default/xentap";
-/// Where the supervisor listens.
+/// Socket of the supervisor.
 const SOCKET: &str = "/run/xentap/control.sock";
-/// A disk as `xl` wants it, by its name in the guest.
+/// Returns a disk in xl's syntax, by its name in the guest.
 pub(crate) fn disk(target: &str, vdev: &str) -> String {
     format!("script=block-tap-rs,vdev={vdev},access=rw,target={target}")
 }
@@ -28,7 +28,7 @@ pub(crate) fn disk(target: &str, vdev: &str) -> String {
 pub(crate) struct Supervisor(Child);
 
 impl Supervisor {
-    /// Starts it; processes will use this engine.
+    /// Starts it; its processes use this engine.
     pub(crate) fn start(engine: &str) -> Result<Supervisor> {
         sh::put(SETTINGS, &format!("CREATE_OPTIONS='--engine {engine}'\n"))?;
         let child = Command::new(control::installed::SUPERVISOR)
@@ -45,7 +45,7 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Ends it. Its disks must be gone.
+    /// Stops it. Its disks must be gone.
     pub(crate) fn stop(mut self) -> Result<()> {
         self.0.kill()?;
         self.0.wait()?;
@@ -53,14 +53,14 @@ impl Supervisor {
     }
 }
 
-/// Ends the supervisor that the machine has started: it would be measured with every backend.
+/// Stops the supervisor that the machine has started, because it would disturb every measurement.
 pub(crate) fn end_supervisor() -> Result<()> {
     sh::run(&["busybox", "killall", "-9", "blktapctrl"]).map(drop)
 }
 
-/// How long the guest waits for its disk when the process that serves it is killed. The speed is that
-/// of the first death: from the second one in a minute on the supervisor waits before it starts another
-/// process. The instructions and events of such a run are those of the load too.
+/// Measures how long the guest waits for its disk when the process that serves it is killed. The speed is that of the
+/// first death, because the supervisor delays the restart from the second death in a minute on. The instructions and
+/// events of such a run include those of the load.
 pub(crate) fn measure(
     place: &mut Place<'_>,
     number: u32,
@@ -84,14 +84,14 @@ pub(crate) fn measure(
     Ok(value)
 }
 
-/// The one disk that a process serves.
+/// Returns the only disk that a process serves.
 fn served(control: &Control) -> Result<Info> {
     let info = control.query(0)?;
     info.context("the kernel has no tap disk")
 }
 
-/// Kills the process so many times while the guest reads, and waits each time until the next process
-/// has answered a request. Returns the seconds of each.
+/// Kills the process `deaths` times while the guest reads, and waits each time until the next process has answered a
+/// request. Returns the seconds of each.
 fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
     let reads = Reads::start(guest, number)?;
     let (control, mut seconds) = (Control::open()?, Vec::new());
@@ -103,7 +103,7 @@ fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
     Ok(seconds)
 }
 
-/// One death: the seconds until the next process has answered.
+/// Measures one death: the seconds until the next process has answered.
 fn death(control: &Control, reads: &Reads) -> Result<f64> {
     let old = served(control)?;
     ensure!(
@@ -117,7 +117,7 @@ fn death(control: &Control, reads: &Reads) -> Result<f64> {
         let info = served(control)?;
         Ok(info.state == STATE_LIVE && info.pid != old.pid)
     })?;
-    // What it answers first is what its predecessor left behind.
+    // It first answers the requests that its predecessor left.
     reads.wait(1)?;
     Ok(begun.elapsed().as_secs_f64())
 }

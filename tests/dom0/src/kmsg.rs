@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Stands for messages that were overwritten before they were read.
+/// Placeholder for messages that were overwritten before they were read.
 pub const LOST: &str = "(messages were lost)";
 
 /// A position in the log.
@@ -39,7 +39,7 @@ impl Kmsg {
                     lines.push(message.trim_end().to_owned());
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(lines),
-                // The next read goes on behind the gap.
+                // The next read continues behind the gap.
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => {
                     lines.push(LOST.to_owned());
                 }

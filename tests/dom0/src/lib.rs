@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the programs of the tests need in dom0: xenstore, udev, the logs of the kernel and of Xen, and
-//! counters of what a test may leave behind.
+//! Functions for test programs in dom0: access to xenstore, udev and the logs of the kernel and of Xen, and counters of
+//! resources that a test may leak.
 
 pub mod kmsg;
 pub mod memory;

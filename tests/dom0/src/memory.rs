@@ -3,10 +3,10 @@
 
 use anyhow::{Context, Result};
 
-/// Memory may move by this much for reasons that are not the driver's.
+/// Free memory may vary by this much for reasons unrelated to the driver.
 pub const SLACK_KIB: u64 = 24 * 1024;
 
-/// A field of /proc/meminfo, such as `MemAvailable:`, in KiB.
+/// Returns a field of /proc/meminfo, such as `MemAvailable:`, in KiB.
 pub fn field(name: &str) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix(name));

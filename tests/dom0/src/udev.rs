@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Udev, which opens disks for a moment when they come, and holds memory for what it has still to hear.
+//! Udev, which opens new disks for a moment, and holds memory for pending events.
 
 use anyhow::{bail, Context, Result};
 use std::process::Command;
 
-/// Seconds that it may take (emulation is slow).
+/// Time limit in seconds (emulation is slow).
 const LIMIT: &str = "300";
-/// Times that it is asked.
+/// Number of attempts.
 const ASKED: usize = 3;
 
-/// Waits until udev has done what it was told of. Its daemon hangs up now and then instead of answering,
-/// which says nothing: it is asked again.
+/// Waits until udev has handled all events. Its daemon sometimes closes the connection without an answer; the function
+/// then tries again.
 ///
-/// # Errors
-/// It has not settled in five minutes, or its program is not there.
+/// # Errors Udev has not settled in five minutes, or its program does not exist.
 pub fn settle() -> Result<()> {
     let mut said = String::new();
     for _ in 0..ASKED {

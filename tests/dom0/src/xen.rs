@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the hypervisor says: its log, and the grants that dom0 has mapped.
+//! Output of the hypervisor: its log, and the grants that dom0 has mapped.
 
 use anyhow::{ensure, Context, Result};
 use std::process::Command;
 
-/// `xl` with a limit: a hypervisor that hangs must not take the test with it.
+/// Runs `xl` with a time limit, so that a hung hypervisor does not hang the test.
 fn xl(arguments: &[&str]) -> Result<String> {
     let mut command = Command::new("timeout");
     let output = command.args(["60", "xl"]).args(arguments).output();
@@ -19,13 +19,13 @@ fn xl(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The hypervisor's messages since the last call.
+/// Returns the hypervisor's messages since the last call.
 pub fn take_log() -> Result<Vec<String>> {
     let text = xl(&["dmesg", "-c"])?;
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Asks the hypervisor for every active grant and counts those that dom0 has mapped.
+/// Lists every active grant of the hypervisor and counts those that dom0 has mapped.
 pub fn mapped_grants() -> Result<u64> {
     xl(&["debug-keys", "g"])?;
     let text = xl(&["dmesg"])?;

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-/// Where xenstored listens, if it runs in dom0: a step less than the kernel's device.
+/// Socket of xenstored, if it runs in dom0: faster than the kernel's device.
 const SOCKET: &str = "/run/xenstored/socket";
 const DEVICE: &str = "/dev/xen/xenbus";
 
@@ -32,11 +32,11 @@ const ERROR: u32 = 16;
 /// The largest payload of a message.
 const PAYLOAD_MAX: usize = 4096;
 
-/// How often a transaction is tried when others write at the same time.
+/// Number of attempts of a transaction while other clients write.
 const TRIES: u32 = 50;
 
-/// A connection to xenstore. Requests of several threads would get each other's answers: each thread
-/// has its own, or a lock around it.
+/// A connection to xenstore. Each thread needs its own connection, or a lock around it, because concurrent requests
+/// would get each other's answers.
 #[derive(Debug)]
 pub struct Connection(RefCell<File>);
 
@@ -97,7 +97,7 @@ impl Connection {
         loop {
             let message = self.receive()?;
             match message.kind {
-                // Whoever waits for a watch reads the key itself before it sleeps.
+                // A caller that waits for a watch reads the key itself before it sleeps.
                 WATCH_EVENT => continue,
                 ERROR => return Ok(Err(text(&message.payload))),
                 _ => return Ok(Ok(message.payload)),
@@ -110,7 +110,7 @@ impl Connection {
             .map_err(|error| anyhow::anyhow!("xenstore refuses {what}: {error}"))
     }
 
-    /// A request about one path. Nothing when there is no such key.
+    /// Sends a request about one path. Returns `None` when there is no such key.
     fn ask(&self, kind: Type, path: &str) -> Result<Option<Vec<u8>>> {
         match self.call(kind, 0, format!("{path}\0").as_bytes())? {
             Ok(answer) => Ok(Some(answer)),
@@ -119,12 +119,12 @@ impl Connection {
         }
     }
 
-    /// The value of a key, or nothing when there is no such key.
+    /// Returns the value of a key, or `None` when there is no such key.
     pub fn read(&self, path: &str) -> Result<Option<String>> {
         Ok(self.ask(Type::Read, path)?.map(|bytes| text(&bytes)))
     }
 
-    /// The names below a key; none when the key does not exist.
+    /// Returns the names below a key; none when the key does not exist.
     pub fn list(&self, path: &str) -> Result<Vec<String>> {
         let names = self.ask(Type::Directory, path)?.unwrap_or_default();
         Ok(String::from_utf8_lossy(&names)
@@ -150,14 +150,14 @@ impl Connection {
             let id: u32 = text(&id)
                 .parse()
                 .context("xenstore's transaction has no number")?;
-            // One after the other: the kernel's device takes no request before the answer.
+            // One after the other, because the kernel's device takes no request before the answer.
             for (path, value) in pairs.clone() {
                 let payload = format!("{path}\0{value}");
                 self.must(Type::Write, id, payload.as_bytes(), path)?;
             }
             match self.call(Type::TransactionEnd, id, b"T\0")? {
                 Ok(_) => return Ok(()),
-                // Someone else wrote at the same time: begin again.
+                // Another client wrote during the transaction: begin again.
                 Err(error) if error == "EAGAIN" => {}
                 Err(error) => bail!("xenstore refuses a transaction: {error}"),
             }
@@ -170,22 +170,21 @@ impl Connection {
         self.ask(Type::Remove, path).map(drop)
     }
 
-    /// Has xenstore report changes of a key from now on, and once at once.
+    /// Makes xenstore report changes of a key from now on, and once at once.
     pub fn watch(&self, path: &str) -> Result<()> {
         let payload = format!("{path}\0{path}\0");
         self.must(Type::Watch, 0, payload.as_bytes(), path)
             .map(drop)
     }
 
-    /// Ends that.
+    /// Ends a watch.
     pub fn unwatch(&self, path: &str) -> Result<()> {
         let payload = format!("{path}\0{path}\0");
         self.must(Type::Unwatch, 0, payload.as_bytes(), path)
             .map(drop)
     }
 
-    /// Takes a reported change, and waits for one. A change that came while another call waited for its
-    /// answer was taken by that.
+    /// Takes a reported change, and waits for one. A call that waited for an answer may have taken an earlier change.
     pub fn take_change(&self) -> Result<()> {
         self.receive().map(drop)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Anything that the process of a tap disk may say of where the disk is: see `map_case`.
+//! Arbitrary mappings of the process of a tap disk: see `map_case`.
 
 #![no_main]
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Anything that the processes of a tap disk may do and say: see `tap_case`.
+//! Arbitrary calls of the processes of a tap disk: see `tap_case`.
 
 #![no_main]
 

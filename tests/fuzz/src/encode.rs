@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Writes requests as a frontend does, from the offsets of the protocol and not from our types.
+//! Writes requests as a frontend does, from the offsets of the protocol and not from the driver's types.
 
 use ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use ring::request::RawRequest;
@@ -17,17 +17,17 @@ pub struct Seg {
 }
 
 impl Seg {
-    /// A segment of grant `gref`.
+    /// Returns a segment of grant `gref`.
     pub fn new(gref: u32, first: u8, last: u8) -> Self {
         Self { gref, first, last }
     }
 
-    /// A whole page.
+    /// Returns a whole page.
     pub fn page(gref: u32) -> Self {
         Self::new(gref, 0, 7)
     }
 
-    /// The eight bytes of the descriptor; guests do not clear its padding.
+    /// Returns the eight bytes of the descriptor; guests do not clear its padding.
     pub fn bytes(&self) -> [u8; 8] {
         let [a, b, c, d] = self.gref.to_le_bytes();
         [a, b, c, d, self.first, self.last, 0xa5, 0x5a]
@@ -41,7 +41,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// An empty slot full of what an earlier request left in it.
+    /// Returns an empty slot full of the remains of an earlier request.
     pub fn new(protocol: Protocol, operation: u8) -> Self {
         let mut bytes = [0xcc; MAX_SLOT_SIZE];
         bytes[0] = operation;
@@ -53,7 +53,7 @@ impl Slot {
         self
     }
 
-    /// Offset of the identifier; all later fields follow it.
+    /// Returns the offset of the identifier; all later fields follow it.
     fn id_at(&self) -> usize {
         match self.protocol {
             Protocol::Abi64 => 8,
@@ -71,7 +71,7 @@ impl Slot {
         self.put(at, &sector.to_le_bytes())
     }
 
-    /// The finished request.
+    /// Returns the finished request.
     pub fn done(self) -> RawRequest {
         RawRequest {
             bytes: self.bytes,
@@ -80,7 +80,7 @@ impl Slot {
     }
 }
 
-/// READ, WRITE, WRITE_BARRIER or FLUSH_DISKCACHE. `count` is what the guest claims.
+/// Returns READ, WRITE, WRITE_BARRIER or FLUSH_DISKCACHE. `count` is the number of segments that the guest claims.
 pub fn rw(p: Protocol, operation: u8, id: u64, sector: u64, count: u8, segs: &[Seg]) -> RawRequest {
     let mut slot = Slot::new(p, operation)
         .put(1, &[count])
@@ -93,7 +93,7 @@ pub fn rw(p: Protocol, operation: u8, id: u64, sector: u64, count: u8, segs: &[S
     slot.done()
 }
 
-/// DISCARD.
+/// Returns DISCARD.
 pub fn discard(p: Protocol, flag: u8, id: u64, sector: u64, sectors: u64) -> RawRequest {
     let slot = Slot::new(p, abi::OP_DISCARD).put(1, &[flag]);
     let at = slot.id_at() + 16;
@@ -103,7 +103,7 @@ pub fn discard(p: Protocol, flag: u8, id: u64, sector: u64, sectors: u64) -> Raw
         .done()
 }
 
-/// INDIRECT.
+/// Returns INDIRECT.
 pub fn indirect(
     p: Protocol,
     op: u8,
@@ -124,7 +124,7 @@ pub fn indirect(
     slot.done()
 }
 
-/// An operation of which only the identifier is known.
+/// Returns an operation of which only the identifier is known.
 pub fn other(p: Protocol, operation: u8, id: u64) -> RawRequest {
     Slot::new(p, operation).id(id).done()
 }

@@ -10,21 +10,21 @@ use ring::ports::SharedRing;
 /// One access of the backend to shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// `req_prod` was read.
+    /// A read of `req_prod`.
     LoadReqProd,
-    /// `rsp_prod` was read.
+    /// A read of `rsp_prod`.
     LoadRspProd,
-    /// `rsp_event` was read.
+    /// A read of `rsp_event`.
     LoadRspEvent,
-    /// `req_event` was written with this value.
+    /// A write of this value to `req_event`.
     StoreReqEvent(u32),
-    /// `rsp_prod` was written with this value.
+    /// A write of this value to `rsp_prod`.
     StoreRspProd(u32),
     /// A full barrier.
     Barrier,
-    /// The slot of this index was copied.
+    /// A copy of the slot of this index.
     CopySlot(u32),
-    /// The response of this index was written.
+    /// A write of the response of this index.
     WriteResponse(u32),
 }
 
@@ -39,9 +39,9 @@ pub struct FakeRing {
     pub rsp_prod: Cell<u32>,
     /// Written by the guest.
     pub rsp_event: Cell<u32>,
-    /// What every slot holds.
+    /// Content of every slot.
     pub slots: RefCell<Vec<[u8; MAX_SLOT_SIZE]>>,
-    /// Every response as it was written, with its index.
+    /// Every response of the backend, with its index.
     pub responses: RefCell<Vec<(u32, [u32; 4])>>,
     /// The backend's accesses in order.
     pub log: RefCell<Vec<Access>>,
@@ -52,7 +52,7 @@ pub struct FakeRing {
 }
 
 impl FakeRing {
-    /// A ring of `size` slots with both producers at `start`, as a frontend leaves it.
+    /// Returns a ring of `size` slots with both producers at `start`, as a frontend leaves it.
     pub fn new(size: u32, start: u32) -> Self {
         Self {
             req_prod: Cell::new(start),
@@ -67,7 +67,7 @@ impl FakeRing {
         }
     }
 
-    /// The number of times that the slot of `index` was copied.
+    /// Returns the number of times that the backend copied the slot of `index`.
     pub fn copies(&self, index: u32) -> usize {
         let log = self.log.borrow();
         log.iter()
@@ -75,7 +75,7 @@ impl FakeRing {
             .count()
     }
 
-    /// The accesses since the last call.
+    /// Returns the accesses since the last call.
     pub fn take_log(&self) -> Vec<Access> {
         self.log.take()
     }

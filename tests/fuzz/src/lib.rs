@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The bodies of the fuzz targets and what they share with the tests of the crate `ring`.
+//! The bodies of the fuzz targets, and the code that they share with the tests of the crate `ring`.
 //!
 //! The tests include the same files by path, so every target also runs with seeded random input
 //! in an ordinary `cargo test`.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The body of the fuzz target `map`: what a hostile process says of where its disk is.
+//! The body of the fuzz target `map`: mappings of a hostile process.
 
 use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
 use ring::tap::map::Backing;
@@ -8,7 +8,7 @@ use ring::tap::map::Backing;
 use crate::input::Input;
 use crate::map_pair::{sectors, Pair, Seen, Step, LARGEST};
 
-/// Runs one input, and says what came up. One that is too short to be anything is ignored.
+/// Runs one input, and returns the counts of events. Input that is too short is ignored.
 pub fn run(data: &[u8]) -> Option<Seen> {
     let mut input = Input::new(data);
     let [leaves, size, kind] = input.bytes()?;
@@ -34,13 +34,13 @@ fn backing(sectors: u64, block: u32, writable: bool) -> Backing {
     }
 }
 
-/// Does the next step, or several of a kind.
+/// Takes the next step, or several of a kind.
 fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
     let [what, value] = input.bytes()?;
     match what % 32 {
         0..=11 => {
             let extent = extent(pair, value, input)?;
-            // Mostly what is known is new; seldom it is of a time that there was not.
+            // Mostly the newest generation; seldom one that never existed.
             let ago = match value / 16 {
                 0 => u32::from(what),
                 1 => u32::MAX - u32::from(what / 128),
@@ -50,7 +50,7 @@ fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
             pair.apply(Step::Set(extent, ago));
         }
         12..=14 => {
-            // Many that do not go on from one another.
+            // Many that are not adjacent to each other.
             let [from, stride] = input.bytes()?;
             for at in 0..u64::from(value % 160) {
                 let sector = u64::from(from) * 2 + at * u64::from(1 + stride % 3);
@@ -96,7 +96,7 @@ fn access(value: u8) -> Access {
 fn range(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Sectors> {
     let [near, far, count] = input.bytes()?;
     if far >= 128 {
-        // What there is, or many of them.
+        // An existing extent, or a range of many.
         let (first, more) = [(near, 0), (near, 1), (near / 16, 90)][usize::from(far) % 3];
         if let Some(range) = pair.known(first.into(), more) {
             return Some(range);
@@ -126,7 +126,7 @@ fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Extent> {
         2 => Source::Backing(BackingNumber::new(u16::from(place) % 16)?),
         number => Source::Backing(BackingNumber::new(u16::from(number) % 4)?),
     };
-    // Few distances, so that neighbours go on from one another; and now and then any.
+    // Few distances, so that neighbours are often adjacent in the backing; sometimes any distance.
     let place = match place % 16 {
         _ if source == Source::Zeroes => 0,
         0 => u64::from_le_bytes(input.bytes()?),

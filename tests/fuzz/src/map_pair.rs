@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The map of a tap disk beside its model, which keeps what is known of each sector: the same steps are done
-//! to both, and both are compared.
+//! The map of a tap disk and its model, which keeps the mapping of each sector: both get the same steps, and both are
+//! compared.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,17 +12,17 @@ use ring::tap::map::recent::REMEMBERED;
 use ring::tap::map::tree::{Leaf, Slot, LEAF};
 use ring::tap::map::{Backing, Map, Miss, Refused, MAX_REPLACED};
 
-/// Sectors of the largest disk here.
+/// Sectors of the largest disk of these tests.
 pub const LARGEST: u64 = 640;
 
-/// What is done to a map.
+/// A step of a map.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
-    /// The process says an extent, and knows that many changes less than there were.
+    /// The process maps an extent, with a generation that is this many changes old.
     Set(Extent, u32),
-    /// It recalls a range, or has a request that may do anything to it.
+    /// The process recalls a range, or has a request that may move any of it.
     Recall(Sectors),
-    /// It has a write of a range.
+    /// The process has a write of a range.
     Written(Sectors),
     /// Another process begins.
     Clear,
@@ -32,16 +32,16 @@ pub enum Step {
     Remove(u16),
     /// The disk has another size.
     Resize(u64),
-    /// The map gets memory for so many leaves.
+    /// The map gets memory for this number of leaves.
     Grow(usize),
-    /// A guest wants to do something with a range, in at most so many pieces.
+    /// A queue looks up a range for an access, in at most this number of pieces.
     Translate(Sectors, Access, usize),
 }
 
-/// How often something came up.
+/// Number of times that each event happened.
 pub type Seen = BTreeMap<String, u64>;
 
-/// What is known of a sector.
+/// Mapping of a sector.
 type Cell = (u64, Source, Access);
 
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ fn range(sectors: &Sectors) -> Range<u64> {
     sectors.start()..sectors.end()
 }
 
-/// A range; it is not empty.
+/// Returns a range; it is not empty.
 pub fn sectors(range: Range<u64>) -> Sectors {
     Sectors::between(range.start, range.end).expect("it is not empty")
 }
@@ -72,13 +72,13 @@ impl Model {
         *self.cells.get(usize::try_from(sector).ok()?)?
     }
 
-    /// The part of a range for which there are cells.
+    /// Returns the part of a range for which there are cells.
     fn cells_of(&self, range: &Range<u64>) -> Range<usize> {
         let place = |sector: u64| sector.min(LARGEST) as usize;
         place(range.start)..place(range.end)
     }
 
-    /// The longest runs of sectors that say the same.
+    /// Returns the longest runs of sectors with adjacent mappings.
     fn runs(&self) -> Vec<Extent> {
         let mut runs: Vec<Extent> = Vec::new();
         for sector in 0..LARGEST {
@@ -113,7 +113,7 @@ impl Model {
         }
     }
 
-    /// What speaks against an extent.
+    /// Returns the reasons to refuse an extent.
     fn defects(&self, extent: &Extent, known: Option<usize>) -> Vec<Refused> {
         let range = range(&extent.range);
         let runs = self.runs();
@@ -165,7 +165,7 @@ impl Model {
         self.cells[cells].fill(None);
     }
 
-    /// Forgets a range if any of it, or too much of it, is in the way.
+    /// Forgets a range if one of its extents is read-only, or if there are too many of them.
     fn written(&mut self, range: &Range<u64>) {
         let runs = self.runs();
         let hit: Vec<_> = runs
@@ -219,7 +219,7 @@ impl Model {
     }
 }
 
-/// Where a sector is, according to an extent.
+/// Returns the place of a sector according to an extent.
 fn said(extent: &Extent, sector: u64) -> (u64, Source) {
     let place = match extent.source {
         Source::Zeroes => 0,
@@ -238,7 +238,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// A disk without backings, whose map has so many leaves.
+    /// Returns a disk without backings, whose map has this number of leaves.
     pub fn new(leaves: usize, sectors: u64, writable: bool) -> Self {
         let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
         Self {
@@ -255,12 +255,12 @@ impl Pair {
         }
     }
 
-    /// How often something came up.
+    /// Returns the number of times that each event happened.
     pub fn seen(&self) -> &Seen {
         &self.seen
     }
 
-    /// The range from one of the extents to one behind it, if there are any.
+    /// Returns the range from one of the extents to one behind it, if there are any.
     pub fn known(&self, first: usize, more: usize) -> Option<Sectors> {
         let all: Vec<&Extent> = self.map.extents().collect();
         let from = first % all.len().max(1);
@@ -272,7 +272,7 @@ impl Pair {
         *self.seen.entry(what).or_default() += 1;
     }
 
-    /// Does a step to both.
+    /// Applies a step to both.
     pub fn apply(&mut self, step: Step) {
         let before = self.map.evicted();
         match step {
@@ -367,7 +367,7 @@ impl Pair {
         });
     }
 
-    /// Both know the same; what the map has forgotten for want of room it has counted.
+    /// Checks that both have equal mappings; the map has counted those that it forgot for lack of room.
     fn compare(&mut self, evicted: u64) {
         let (mine, theirs): (Vec<Extent>, Vec<Extent>) =
             (self.map.extents().copied().collect(), self.model.runs());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A second, independent reading of the protocol: what a slot means and whether it is allowed.
+//! A second, independent reading of the protocol: the meaning of a slot, and whether it is allowed.
 //!
 //! Written from the field offsets in wide integers and without any code of the crate, so that a
 //! mistake has to be made twice to go unseen.
@@ -9,7 +9,7 @@ use ring::abi::{Protocol, RawSegment};
 use ring::request::{Direction, Indirect, Limits, Ordering, RawRequest, Reject, Request};
 use zerocopy::FromBytes;
 
-/// What kind of verdict a request got; the callers count them.
+/// Kind of the verdict on a request; the callers count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
     /// Refused with `BLKIF_RSP_ERROR`.
@@ -62,7 +62,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
 
-/// True if the segments, each `(first, last)`, may be transferred at `sector`.
+/// Returns true if the segments, each `(first, last)`, may be transferred at `sector`.
 fn allowed(sector: u64, segs: &[(u8, u8)], write: bool, limits: &Limits) -> bool {
     let block = u128::from(limits.block_sectors);
     let mut end = u128::from(sector);
@@ -70,11 +70,12 @@ fn allowed(sector: u64, segs: &[(u8, u8)], write: bool, limits: &Limits) -> bool
         if last > 7 || first > last {
             return false;
         }
-        let (first, after) = (u128::from(first), u128::from(last) + 1);
-        if first % block != 0 || after % block != 0 {
+        // The guest may begin a whole block at any sector of the page.
+        let sectors = u128::from(last) + 1 - u128::from(first);
+        if sectors % block != 0 {
             return false;
         }
-        end += after - first;
+        end += sectors;
     }
     let placed =
         segs.is_empty() || (u128::from(sector) % block == 0 && end <= u128::from(limits.sectors));

@@ -12,8 +12,8 @@ pub const PREFIX: usize = 14;
 
 /// Runs one input: limits, slot, then descriptors of an indirect request.
 ///
-/// Input too short to hold the limits and a slot is ignored. Returns what became of the request
-/// and, for an indirect one, whether its descriptors were accepted.
+/// Input too short to hold the limits and a slot is ignored. Returns the verdict on the request and, for an indirect
+/// one, whether its descriptors were accepted.
 pub fn run(data: &[u8]) -> Option<(Kind, Option<bool>)> {
     let (prefix, rest) = data.split_at_checked(PREFIX)?;
     let (slot, rest) = rest.split_at_checked(MAX_SLOT_SIZE)?;
@@ -92,20 +92,19 @@ fn shape(raw: &mut RawRequest, limits: &Limits) {
     }
 }
 
-/// Makes most segments valid and leaves one in 32 as it came.
+/// Makes most segments valid and leaves one in 32 unchanged.
 fn shape_segment(seg: &mut [u8], block: u32) {
     if seg[6] % 32 == 0 {
         return;
     }
     let block = block.min(8) as u8;
-    let blocks = 8 / block;
-    let first = seg[4] % blocks;
-    let last = first + seg[5] % (blocks - first);
-    seg[4] = first * block;
-    seg[5] = last * block + block - 1;
+    let first = seg[4] % (9 - block);
+    let blocks = 1 + seg[5] % ((8 - first) / block);
+    seg[4] = first;
+    seg[5] = first + blocks * block - 1;
 }
 
-/// The `n`th descriptor, the input repeated as needed; `None` if there is not even one.
+/// Returns the `n`th descriptor, the input repeated as needed; `None` if there is not even one.
 fn descriptor(rest: &[u8], n: usize, plausible: bool, block: u32) -> Option<[u8; 8]> {
     let have = rest.len() / 8;
     // An input with the last byte 0xff breaks off early: fewer descriptors than announced.

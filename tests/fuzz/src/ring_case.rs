@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The body of the fuzz target `ring`, and the model that says what a backend ring must do.
+//! The body of the fuzz target `ring`, and a model of a correct backend ring.
 //!
-//! The model knows the indices as unbounded integers and finds the meaning of a shared word by
-//! search instead of by wrapping arithmetic.
+//! The model has the indices as unbounded integers and finds the meaning of a shared word by search instead of by
+//! wrapping arithmetic.
 
 use std::collections::VecDeque;
 
@@ -13,7 +13,7 @@ use ring::response::{Response, Status};
 
 use crate::fake::{Access, FakeRing};
 
-/// What happened in a run; the callers check that runs are not vacuous.
+/// Events of a run; the callers check that runs are not vacuous.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
     /// Requests taken.
@@ -26,7 +26,7 @@ pub struct Seen {
     pub broke: bool,
 }
 
-/// A backend ring beside the model of it.
+/// A backend ring and its model.
 pub struct Checked<'a> {
     fake: &'a FakeRing,
     back: BackRing<&'a FakeRing>,
@@ -40,14 +40,14 @@ pub struct Checked<'a> {
     prod: u64,
     /// Responses published since the start.
     published: u64,
-    /// Requests that may be taken before asking again.
+    /// Requests that may be taken before the next call of `available`.
     budget: u64,
-    /// What happened.
+    /// Events of the run.
     pub seen: Seen,
 }
 
 impl<'a> Checked<'a> {
-    /// Attaches to `fake` as it is; `None` if that is refused, which must be right.
+    /// Attaches to `fake` in its current state; `None` if the ring refuses that, which must be right.
     pub fn attach(fake: &'a FakeRing, size: u32) -> Option<Self> {
         let start = fake.rsp_prod.get();
         let req_prod = fake.req_prod.get();
@@ -82,19 +82,19 @@ impl<'a> Checked<'a> {
         })
     }
 
-    /// The shared index of the `n`th request since the start.
+    /// Returns the shared index of the `n`th request since the start.
     fn index(&self, n: u64) -> u32 {
         self.start.wrapping_add(n as u32)
     }
 
-    /// What `available` must say about the shared `req_prod`: `None` for a broken ring.
+    /// Returns the expected result of `available` for the shared `req_prod`: `None` for a broken ring.
     fn unconsumed(&self) -> Option<u64> {
         let req_prod = self.fake.req_prod.get();
         let ahead = (0..=self.size).find(|k| self.index(self.published + k) == req_prod)?;
         Some((self.published + ahead).saturating_sub(self.cons))
     }
 
-    /// Compares an answer about new requests with the model and does the model's step.
+    /// Compares a result about new requests with the model and advances the model.
     fn judge(&mut self, want: Option<u64>, got: Result<u64, RingError>) {
         let want = if self.seen.broke { None } else { want };
         match (want, got) {
@@ -106,10 +106,10 @@ impl<'a> Checked<'a> {
         self.invariants();
     }
 
-    /// Asks for new requests.
+    /// Checks for new requests.
     pub fn available(&mut self) -> u64 {
         let want = self.unconsumed();
-        // The look that costs less must not tell another story.
+        // The cheaper check must agree.
         let settled = self.fake.next_req_prod.get().is_none();
         let (broken, worth) = (
             self.back.is_broken(),
@@ -153,7 +153,7 @@ impl<'a> Checked<'a> {
         Some(id)
     }
 
-    /// Takes without having asked: it must never leave more than the ring's size unanswered.
+    /// Takes without a check: it must never leave more requests unanswered than the ring's size.
     pub fn take_unasked(&mut self) {
         let full = self.cons - self.published >= self.size;
         if full {
@@ -212,7 +212,7 @@ impl<'a> Checked<'a> {
         got
     }
 
-    /// The check before sleeping; returns whether there is work after all.
+    /// Makes the check before sleeping; returns whether there is work after all.
     pub fn final_check(&mut self) -> bool {
         let want = self.unconsumed();
         let idle = !self.seen.broke && want == Some(0);
@@ -231,7 +231,7 @@ impl<'a> Checked<'a> {
         } else {
             assert_eq!(log, [Access::LoadReqProd]);
         }
-        // The second look at `req_prod` may see what the first did not.
+        // The second read of `req_prod` may see a request that the first did not.
         let want = if idle { self.unconsumed() } else { want };
         let work = want.map(|n| n > 0);
         assert_eq!(got.ok(), if self.seen.broke { None } else { work });
@@ -239,7 +239,7 @@ impl<'a> Checked<'a> {
         self.budget > 0
     }
 
-    /// What the ring promises about itself in every state.
+    /// Checks the invariants of the ring, which hold in every state.
     fn invariants(&self) {
         assert_eq!(self.back.is_broken(), self.seen.broke);
         assert_eq!(u64::from(self.back.unanswered()), self.cons - self.prod);
@@ -300,7 +300,7 @@ fn guest_or_backend(fake: &FakeRing, ring: &mut Checked<'_>, what: u8, value: u8
     }
 }
 
-/// What a frontend must not do.
+/// Does something that a frontend must not do.
 fn hostile(fake: &FakeRing, value: u8) {
     let junk = u32::from(value).wrapping_mul(0x0204_0811);
     match value % 8 {

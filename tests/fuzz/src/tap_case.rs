@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The body of the fuzz target `tap`: what a hostile process of a tap disk does and says.
+//! The body of the fuzz target `tap`: calls of a hostile process of a tap disk.
 //!
-//! An input is a history of a disk, or the bytes of one argument. A history is done to the shadow
-//! and to its model; an argument is read by the crate and by the oracle.
+//! An input is a history of a disk, or the bytes of one argument. The shadow and its model execute a history; the crate
+//! and the oracle read an argument.
 
 use ring::response::Status;
 use ring::tap::checked::{Fence, Outcome};
@@ -15,7 +15,7 @@ use crate::input::Input;
 use crate::tap_oracle;
 use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES, ZEROES};
 
-/// What became of an input.
+/// Kind of an input, and its result.
 #[derive(Clone, Copy, Debug)]
 pub enum Ran {
     /// A history.
@@ -24,12 +24,12 @@ pub enum Ran {
     Argument(usize, bool),
 }
 
-/// Kinds of arguments.
+/// Number of kinds of arguments.
 pub const ARGUMENTS: usize = 6;
 /// Bytes of the record that comes first in a description.
 const GEOMETRY_LEN: usize = 32;
 
-/// Runs one input. One that is too short to be anything is ignored.
+/// Runs one input. Input that is too short is ignored.
 pub fn run(data: &[u8]) -> Option<Ran> {
     let mut input = Input::new(data);
     let kind = input.byte()?;
@@ -39,7 +39,7 @@ pub fn run(data: &[u8]) -> Option<Ran> {
     history(&mut input).map(Ran::History)
 }
 
-/// Reads an argument; most of them are bent until only a few things are wrong.
+/// Reads an argument; most are adjusted so that only a few fields are wrong.
 fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
     let bent = input.byte()? % 8 != 0;
     let accepted = match kind {
@@ -60,7 +60,7 @@ fn argument(kind: usize, input: &mut Input<'_>) -> Option<Ran> {
     Some(Ran::Argument(kind, accepted))
 }
 
-/// A completion; if `bent`, one that may name this delivery.
+/// Returns a completion; if `bent`, one that may name this delivery.
 fn completion(input: &mut Input<'_>, bent: bool, delivery: Option<(u16, u32)>) -> Option<[u8; 16]> {
     let (how, mut bytes): (u8, [u8; 16]) = (input.byte()?, input.bytes()?);
     if !bent {
@@ -73,7 +73,7 @@ fn completion(input: &mut Input<'_>, bent: bool, delivery: Option<(u16, u32)>) -
     }
     bytes[2] = [0, 0, 0, 0, 0, 1, 1, 2][usize::from(bytes[2]) % 8];
     bytes[3] = 0;
-    // Around the ends of the range of a result, and what has a meaning of its own.
+    // Around the ends of the range of results, and values with a special meaning.
     let result = match how / 16 {
         0 => i32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]),
         1 => -95,
@@ -106,7 +106,7 @@ fn create(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
         }
         let kib = u32::from(bytes[8] % 70) * 1024 + u32::from(bytes[9] / 250);
         bytes[8..12].copy_from_slice(&kib.to_le_bytes());
-        // Deaths: around the most, and 0.
+        // Deaths: around the maximum, and 0.
         let deaths = [0, 3, 255, 256][usize::from(bytes[16]) % 4];
         bytes[16..20].copy_from_slice(&u32::to_le_bytes(deaths));
         let wrong = usize::from(how) % 32;
@@ -121,7 +121,7 @@ fn exchange(input: &mut Input<'_>, bent: bool) -> Option<[u8; 32]> {
     let (how, mut bytes): (u8, [u8; 32]) = (input.byte()?, input.bytes()?);
     if bent {
         for (at, how) in [(0, how % 16), (16, how / 16)] {
-            // Lengths around the longest, and addresses so near the end that it matters.
+            // Lengths around the maximum, and addresses so near the end that it matters.
             bytes[at + 10..at + 12].fill(0);
             bytes[at + 9] %= 17;
             if how % 2 == 0 {
@@ -155,7 +155,7 @@ fn map_op(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
             bytes[2..4].fill(0xff);
             bytes[24..32].fill(0);
         }
-        // Something in what is to be zero.
+        // A byte of the reserved fields.
         if how % 8 == 7 {
             bytes[32 + usize::from(how / 16)] = how;
         }
@@ -163,7 +163,7 @@ fn map_op(input: &mut Input<'_>, bent: bool) -> Option<[u8; 48]> {
     Some(bytes)
 }
 
-/// The records of a disk that is possible or nearly so, with some bytes changed.
+/// Returns the records of a disk that is valid or nearly so, with some bytes changed.
 fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
     let [size, blocks, flags, discards] = input.bytes()?;
     let sectors = u64::from_le_bytes(input.bytes()?) >> (size % 64);
@@ -184,7 +184,7 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
     };
     let mut bytes = tap_oracle::encode(&params);
     if flags & 16 != 0 && params.discard.is_some() {
-        // The other order.
+        // Swap the order of the records.
         bytes.rotate_left(GEOMETRY_LEN);
     } else if blocks >= 240 {
         bytes.extend_from_within(..GEOMETRY_LEN);
@@ -208,7 +208,7 @@ fn history(input: &mut Input<'_>) -> Option<Seen> {
     let start = [Step::Limit(limit), Step::Open, claim, Step::Start(0)];
     let mut pair = match shape / 64 {
         0 => Pair::new(tags),
-        // So many that none is forgotten.
+        // Enough leaves that none is forgotten.
         more => Pair::mapped(tags, 64, u16::from(more).div_ceil(2)),
     };
     pair = pair.after(&start);
@@ -221,7 +221,7 @@ fn history(input: &mut Input<'_>) -> Option<Seen> {
     Some(pair.drain())
 }
 
-/// When the I/O of a process is over, as it says.
+/// Returns when the I/O of a process is over, as it claims.
 fn fence(value: u8) -> Fence {
     match value % 8 {
         0..=3 => Fence::Local,
@@ -232,11 +232,11 @@ fn fence(value: u8) -> Fence {
     }
 }
 
-/// Does the next step, or several that belong together.
+/// Takes the next step, or several that belong together.
 fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
     let [what, value] = input.bytes()?;
     let queue = u16::from(value) % QUEUES;
-    // Mostly from the process that there is.
+    // Mostly from the current process.
     let ago = u64::from(value / 248);
     let some = match value % 4 {
         0 => usize::MAX,
@@ -285,7 +285,7 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
         56..=58 => pair.apply(Step::Orphan(queue)),
         59 => pair.apply(Step::Fail(some)),
         60 => {
-            // A death, after which nobody comes in time.
+            // A death, after which no process starts in time.
             let begin = [Step::Close].into_iter().chain(OVER);
             begin
                 .chain([Step::Fail(some)])
@@ -305,12 +305,12 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
     Some(())
 }
 
-/// What is mostly asked for.
+/// Returns the range that most requests are in.
 fn near() -> Option<Sectors> {
     Sectors::new(0, 1 << 14)
 }
 
-/// Does a step that has to do with mappings.
+/// Takes a step that concerns mappings.
 fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<'_>) -> Option<()> {
     let queue = u16::from(value) % QUEUES;
     let step = match what {
@@ -347,7 +347,7 @@ fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<
     Some(())
 }
 
-/// A range of that, or everything.
+/// Returns a part of that range, or the whole disk.
 fn range(input: &mut Input<'_>) -> Option<Sectors> {
     let [place, size] = input.bytes()?.map(u64::from);
     let sectors = match size % 4 {
@@ -359,7 +359,7 @@ fn range(input: &mut Input<'_>) -> Option<Sectors> {
     Sectors::new(place * 64, sectors.max(1))
 }
 
-/// A tag that the process has, or any, and its latest generation.
+/// Returns a tag that the process has, or any, and its latest generation.
 fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(u16, u32)> {
     let held = pair.held();
     let tag = match value % 8 {
@@ -377,7 +377,7 @@ fn post(pair: &mut Pair, tags: u16, value: u8, input: &mut Input<'_>) -> Option<
     Some(())
 }
 
-/// A request and its queue.
+/// Returns a request and its queue.
 fn request(input: &mut Input<'_>) -> Option<(u16, Request)> {
     let [op, place, size, near] = input.bytes()?;
     let queue = match op / 8 {
@@ -403,7 +403,7 @@ fn request(input: &mut Input<'_>) -> Option<(u16, Request)> {
             3 | 4 => 58 + near % 12,
             5 => 4085 + near % 20,
             6 => 8185 + near % 10,
-            // Where the largest disk ends.
+            // At the end of the largest disk.
             _ => (1 << 54) - 128 + near % 128,
         },
         sectors: match size % 8 {

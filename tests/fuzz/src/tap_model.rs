@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A model of the shadow of a tap disk in a few lines, which keeps a map of requests and looks at everything
-//! each time. What it knows of the mappings of the disk it keeps as the shadow does: these have a model of
-//! their own (`map_pair`).
+//! A model of the shadow of a tap disk in a few lines, which keeps a map of requests and searches all of it each time.
+//! It uses the real map of the disk's extents, like the shadow, because that has its own model (`map_pair`).
 
 use std::collections::BTreeMap;
 
@@ -15,21 +14,21 @@ use ring::tap::map::Map;
 use ring::tap::shadow::direct::{Part, MAX_PARTS};
 use ring::tap::shadow::{Op, Request};
 
-/// When requests arrive, in nanoseconds.
+/// Time at which requests arrive, in nanoseconds.
 pub(crate) const ARRIVED: u64 = 7;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
     Waiting,
     Delivered,
-    /// Its queue executes it, there; nowhere if it reads as zeroes.
+    /// Its queue executes it, in this backing; in none if it reads as zeroes.
     Direct(Option<BackingNumber>),
 }
 
-/// Whose a request is that waits, with nothing in its way.
+/// Executor of a request that waits without another one blocking it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum For {
-    /// That was not found out yet, or something is in its way.
+    /// Not determined yet, or another request blocks it.
     Unknown,
     Queue,
     Process,
@@ -37,7 +36,7 @@ pub(crate) enum For {
 
 pub(crate) type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
 
-/// The mappings of a disk, if it can have some.
+/// The map of a disk, if it can have mappings.
 #[derive(Clone, Default)]
 pub(crate) struct Mappings(pub(crate) Option<Box<VecMap>>);
 
@@ -88,7 +87,7 @@ impl Undone {
         !matches!(self.request.op, Op::Read | Op::Flush)
     }
 
-    /// What the process is to read.
+    /// Returns the descriptor that the process must read.
     pub(crate) fn desc(&self, sequence: u64, generation: u32) -> abi::Desc {
         let range = self.range();
         let flag = |on: bool, flag: u8| if on { flag } else { 0 };
@@ -110,7 +109,7 @@ impl Undone {
         }
     }
 
-    /// The two must not be executed at the same time.
+    /// Returns true if the two must not be executed concurrently.
     pub(crate) fn conflicts(&self, other: &Undone) -> bool {
         let (a, b) = (self.range(), other.range());
         let overlap = a.start.max(b.start) < a.end.min(b.end);
@@ -136,32 +135,32 @@ pub(crate) struct Model {
     pub(crate) replayed: u64,
     pub(crate) refused: u64,
     pub(crate) limit: u32,
-    /// Requests of the last process that died with some, and whether it had answered others.
+    /// Number of requests that the last process had when it died, and whether it had answered others.
     pub(crate) death: Option<(u32, bool)>,
     pub(crate) answered: bool,
     pub(crate) unproven: bool,
-    /// Requests that are isolated.
+    /// Requests that are isolated, by arrival number.
     pub(crate) isolated: Vec<u64>,
     pub(crate) poisoned: Vec<(Op, std::ops::Range<u64>)>,
-    /// In milliseconds.
+    /// Time in milliseconds.
     pub(crate) clock: u64,
     pub(crate) claimed: Claim,
-    /// What it claimed since it said last that all its I/O was over.
+    /// Claims of the process since it last declared all of its I/O over.
     pub(crate) claims: Vec<Fence>,
-    /// When nothing of it was to be seen any more.
+    /// Time from which no I/O of the process was visible.
     pub(crate) quiet: Option<u64>,
     /// The process was started before.
     pub(crate) started: bool,
     pub(crate) mappings: Mappings,
-    /// Queues that can execute something, one bit for each.
+    /// Queues that can execute requests, one bit for each.
     pub(crate) able: u64,
     /// Requests that queues have executed.
     pub(crate) executed: u64,
-    /// Flushes of them that failed.
+    /// Number of flushes among them that failed.
     pub(crate) failed_flushes: u32,
 }
 
-/// What a process has claimed: if nothing, that its I/O is of this machine.
+/// Claim of a process; without one, its I/O is only on this machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Claim(pub(crate) Fence);
 
@@ -172,7 +171,7 @@ impl Default for Claim {
 }
 
 impl Model {
-    /// Nothing of the process can happen any more, where it is seen or elsewhere.
+    /// Returns true if no I/O of the process can be running any more, visible or not.
     pub(crate) fn is_over(&self) -> bool {
         let settles = |fence: &Fence| match fence {
             Fence::Session { settle_ms } => u64::from(*settle_ms),
@@ -183,7 +182,7 @@ impl Model {
             .is_some_and(|since| self.clock >= since + longest)
     }
 
-    /// The request of a tag that a process of `ago` openers earlier may commit.
+    /// Returns the request of a tag that a process may commit, `ago` openers earlier.
     pub(crate) fn meant(&self, commit: &Commit, ago: u64) -> Option<u64> {
         let sequence = self.sequence_of(commit.tag.number())?;
         let delivered = self.undone[&sequence].stage == Stage::Delivered;
@@ -201,7 +200,7 @@ impl Model {
         self.sequence_of(tag).is_none() && !self.done.iter().any(|d| d.1 == tag)
     }
 
-    /// While there is one of these, a process has one request at a time.
+    /// Returns the isolated requests without a result. While there is one, a process has one request at a time.
     pub(crate) fn isolated_undone(&self) -> impl Iterator<Item = &u64> {
         let undone = |sequence: &&u64| self.undone.contains_key(sequence);
         self.isolated.iter().filter(undone)
@@ -211,7 +210,7 @@ impl Model {
         self.isolated_undone().next().is_some()
     }
 
-    /// Counts the last death. Returns the request that is the reason for it, if that is sure.
+    /// Counts the last death. Returns the request that is the reason for it, if that is certain.
     pub(crate) fn judge(&mut self) -> Option<u64> {
         let (held, answered) = self.death.take()?;
         let limit = self.limit;
@@ -252,20 +251,20 @@ impl Model {
             .collect()
     }
 
-    /// The latest earlier request that is in the way of one.
+    /// Returns the latest earlier request that blocks one.
     pub(crate) fn blocker(&self, sequence: u64) -> Option<&Undone> {
         let later = &self.undone[&sequence];
         let mut earlier = self.undone.range(..sequence).rev().map(|(_, r)| r);
         earlier.find(|r| r.in_the_way_of(later))
     }
 
-    /// Beside one that was just posted there is nothing but what queues execute.
+    /// Returns true if all requests are those that queues execute, except for the one that was just posted.
     pub(crate) fn is_left_to_queues(&self) -> bool {
         let direct = |r: &&Undone| matches!(r.stage, Stage::Direct(_));
         self.undone.values().filter(direct).count() + 1 == self.undone.len()
     }
 
-    /// Where its queue could execute a request, if nothing is in its way: in which backing, and where there.
+    /// Returns the place where its queue could execute a request that nothing blocks: the backing, and the parts.
     pub(crate) fn place(&mut self, sequence: u64) -> Option<(Option<BackingNumber>, Vec<Part>)> {
         let request = &self.undone[&sequence];
         let durable = request.request.fua || request.request.preflush;
@@ -295,8 +294,8 @@ impl Model {
         (backings.len() < 2).then(|| (backing, pieces.iter().map(part).collect()))
     }
 
-    /// Finds out whose those are that wait with nothing in their way. While nothing is mapped all is for the
-    /// process, and something may yet be mapped.
+    /// Assigns waiting requests that nothing blocks to the process or to queues. While the map is empty it assigns
+    /// none, because a mapping may follow.
     pub(crate) fn sort(&mut self) {
         if self.mappings.0.as_ref().is_none_or(|map| map.is_empty()) {
             return;
@@ -312,7 +311,7 @@ impl Model {
         }
     }
 
-    /// It is not known any more whose those are that wait.
+    /// Forgets the assignment of waiting requests.
     pub(crate) fn unsort(&mut self) {
         for request in self.undone.values_mut() {
             request.whose = For::Unknown;
@@ -324,7 +323,7 @@ impl Model {
         self.undone.iter().filter(waits).map(|(s, _)| *s).collect()
     }
 
-    /// What a queue is to begin.
+    /// Returns the requests that a queue must begin.
     pub(crate) fn ready(&self, queue: u16) -> Vec<u64> {
         let of_queue = |s: &u64| {
             let request = &self.undone[s];
@@ -333,7 +332,7 @@ impl Model {
         self.waiting().into_iter().filter(of_queue).collect()
     }
 
-    /// The process gets a request, answers it, or is gone with it.
+    /// Updates the map when the process gets a request, answers it, or dies with it.
     pub(crate) fn changes(&mut self, sequence: u64) {
         let request = &self.undone[&sequence];
         let range = Sectors::between(request.range().start, request.range().end);
@@ -364,8 +363,7 @@ impl Model {
         self.done.push((request.queue, request.tag, status));
     }
 
-    /// Fails at most so many of those that wait, the oldest first. Those that are to fail are asked about when
-    /// the ones before them have.
+    /// Fails at most `max` waiting requests, the oldest first. Each is examined after the ones before it have failed.
     pub(crate) fn fail(
         &mut self,
         max: usize,
@@ -383,8 +381,9 @@ impl Model {
         (count, queues)
     }
 
-    /// A request that waits does so for a process, itself or because of what is in its way: not if its queue is
-    /// to begin it, nor if that is executed by a queue or waits and does not wait for a process.
+    /// Returns true if a waiting request waits for a process, itself or because of the request that blocks it. It does
+    /// not if its queue must begin it, nor if a queue executes the blocking request, nor if that one waits for no
+    /// process.
     pub(crate) fn needs_process(&self, sequence: u64, request: &Undone) -> bool {
         let blocker = self.blocker(sequence);
         let process = blocker.is_none_or(|blocker| blocker.stage == Stage::Delivered);

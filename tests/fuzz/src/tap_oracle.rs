@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A second, independent reading of what the process of a tap disk says: which arguments are right,
-//! and what they mean.
+//! A second, independent reading of the arguments of a tap disk's process: which of them are valid, and their meaning.
 //!
 //! Written from the field offsets in wide integers. The bytes are those of the host.
 
@@ -15,7 +14,7 @@ use ring::tap::extent::{Access, BackingNumber, Source};
 use ring::tap::params::{Discard, Params};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Entries of an array of an exchange at most.
+/// Maximum number of entries of an array of an exchange.
 const MAX_ENTRIES: i128 = 4096;
 
 fn number(bytes: &[u8], at: usize, len: usize) -> i128 {
@@ -24,11 +23,11 @@ fn number(bytes: &[u8], at: usize, len: usize) -> i128 {
     u64::from_le_bytes(wide).into()
 }
 
-/// What speaks against an argument: a condition and the error that says so.
+/// Faults of an argument: a condition and its error.
 type Defects<'a> = &'a [(bool, Malformed)];
 
-/// Compares a check with this reading: right arguments are taken, wrong ones refused for a reason
-/// that they have.
+/// Compares a check of the crate with this reading: it must take valid arguments, and refuse others for one of their
+/// faults.
 fn judge<T>(
     what: &impl std::fmt::Debug,
     got: Result<T, Malformed>,
@@ -50,7 +49,7 @@ fn judge<T>(
     }
 }
 
-/// Checks a completion; what it means, if it is well-formed.
+/// Checks a completion; returns its meaning, if it is well-formed.
 pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
     let [tag, flags] = [0, 2].map(|at| number(bytes, at, 2));
     let [generation, reserved] = [4, 12].map(|at| number(bytes, at, 4));
@@ -80,7 +79,7 @@ pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
     Some(commit)
 }
 
-/// Checks a request for a disk; true if it is accepted.
+/// Checks the creation of a disk; returns true if it is accepted.
 pub fn create(bytes: &[u8; 48]) -> bool {
     let [version, minor, arena, seconds, deaths] = [0, 4, 8, 12, 16].map(|at| number(bytes, at, 4));
     let any = minor == (1 << 32) - 1;
@@ -109,7 +108,7 @@ pub fn create(bytes: &[u8; 48]) -> bool {
     true
 }
 
-/// Checks a request to take a disk away; true if it is accepted.
+/// Checks the destruction of a disk; returns true if it is accepted.
 pub fn destroy(bytes: &[u8; 8]) -> bool {
     let read = Destroy::read_from_bytes(bytes).expect("8 bytes");
     let defects = [(number(bytes, 4, 4) != 0, Malformed::Reserved)];
@@ -118,7 +117,7 @@ pub fn destroy(bytes: &[u8; 8]) -> bool {
     minor.is_some()
 }
 
-/// Checks the argument of an exchange; true if it is accepted.
+/// Checks the argument of an exchange; returns true if it is accepted.
 pub fn exchange(bytes: &[u8; 32]) -> bool {
     let mut defects = Vec::new();
     for (at, size) in [(0, 16), (16, 2)] {
@@ -134,7 +133,7 @@ pub fn exchange(bytes: &[u8; 32]) -> bool {
     let same = |array: UserArray, at, size: u32| {
         assert_eq!(i128::from(array.addr), number(bytes, at, 8));
         assert_eq!(i128::from(array.len), number(bytes, at + 8, 4));
-        // What the kernel may touch ends before the end of memory.
+        // The memory that the kernel may access ends before the end of the address space.
         let end = i128::from(array.addr) + i128::from(array.bytes(size));
         assert!(array.len == 0 || end < 1 << 64, "{array:x?}");
     };
@@ -143,7 +142,7 @@ pub fn exchange(bytes: &[u8; 32]) -> bool {
     true
 }
 
-/// Checks a change of mappings; true if it is accepted.
+/// Checks a change of mappings; returns true if it is accepted.
 pub fn map_op(bytes: &[u8; 48]) -> bool {
     let [op, flags] = [0, 1].map(|at| number(bytes, at, 1));
     let (backing, generation) = (number(bytes, 2, 2), number(bytes, 4, 4));
@@ -202,7 +201,7 @@ pub fn map_op(bytes: &[u8; 48]) -> bool {
     true
 }
 
-/// Checks the records of `SET_PARAMS`; the disk that they describe, if they are right.
+/// Checks the records of `SET_PARAMS`; returns the disk that they describe, if they are valid.
 pub fn params(bytes: &[u8]) -> Option<Params> {
     let (got, meaning) = (Params::parse(bytes), meaning_of(bytes));
     assert_eq!(
@@ -276,7 +275,7 @@ fn meaning_of_limits(limits: &[u8], block: i128) -> Option<Discard> {
     })
 }
 
-/// One record of `SET_PARAMS`.
+/// Returns one record of `SET_PARAMS`.
 pub fn record(kind: u32, body: &[u8]) -> Vec<u8> {
     let head = ParamHead {
         kind,
@@ -285,7 +284,7 @@ pub fn record(kind: u32, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// A description in the bytes that a process would send.
+/// Returns a description in the bytes that a process would send.
 pub fn encode(params: &Params) -> Vec<u8> {
     let flag = |on: bool, flag: u32| if on { flag } else { 0 };
     let geometry = Geometry {

@@ -14,13 +14,13 @@ const CONFIG: &str = "/sys/kernel/config/nullb";
 /// A block device.
 pub(crate) struct Disk {
     device: PathBuf,
-    /// Its directory in configfs, if it was made by us.
+    /// Its directory in configfs, if this program made it.
     made: Option<PathBuf>,
     /// 512-byte sectors.
     pub(crate) sectors: u64,
 }
 
-/// What a new disk is like.
+/// Properties of a new disk.
 pub(crate) struct Shape {
     /// Its name in configfs.
     pub(crate) name: &'static str,
@@ -70,7 +70,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Its node.
+    /// Returns its node.
     pub(crate) fn path(&self) -> &Path {
         &self.device
     }
@@ -84,7 +84,7 @@ impl Disk {
         file.with_context(|| format!("cannot open {}", self.device.display()))
     }
 
-    /// Writes all of it, so that it takes no more memory later.
+    /// Writes all of it, so that it needs no more memory later.
     fn fill(&self) -> Result<()> {
         use std::io::Write;
         let mut file = fs::File::options().write(true).open(&self.device)?;
@@ -96,7 +96,7 @@ impl Disk {
         file.sync_all().context("cannot fill a disk")
     }
 
-    /// A device that exists.
+    /// Returns an existing device.
     pub(crate) fn existing(device: &Path) -> Result<Disk> {
         Disk::of(device, None)
     }
@@ -114,7 +114,7 @@ impl Disk {
         })
     }
 
-    /// The key that names it to the backend: `MAJOR:MINOR` in hexadecimal.
+    /// Returns the key that names it to the backend: `MAJOR:MINOR` in hexadecimal.
     pub(crate) fn key(&self) -> Result<(&'static str, String)> {
         let number = fs::metadata(&self.device)?.rdev();
         let (major, minor) = (libc::major(number), libc::minor(number));
@@ -132,7 +132,7 @@ impl Drop for Disk {
     }
 }
 
-/// Runs a program of dom0, which has to end well.
+/// Runs a program in dom0; its failure is an error.
 pub(crate) fn run(command: &[&str]) -> Result<()> {
     let status = Command::new(command[0]).args(&command[1..]).status();
     let status = status.with_context(|| format!("cannot run {}", command[0]))?;

@@ -37,12 +37,12 @@ impl EventChannel {
         Ok(EventChannel { device, port })
     }
 
-    /// The port.
+    /// Returns the port.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Sends an event. Nobody hears it while the backend is not bound.
+    /// Sends an event. It is lost while the backend is not bound.
     pub(crate) fn notify(&self) -> Result<()> {
         // SAFETY: The argument is the structure: the port.
         if unsafe { libc::ioctl(self.device.as_raw_fd(), NOTIFY, &self.port) } != 0 {
@@ -52,7 +52,7 @@ impl EventChannel {
         Ok(())
     }
 
-    /// Waits for an event and unmasks the port again; says whether one came.
+    /// Waits for an event and unmasks the port again; returns whether one arrived.
     pub(crate) fn wait(&self, limit: Duration) -> Result<bool> {
         if !wait::readable(self.device.as_raw_fd(), limit)? {
             return Ok(false);
@@ -67,7 +67,7 @@ impl EventChannel {
         Ok(true)
     }
 
-    /// Closes the port under the backend's feet.
+    /// Closes the port while the backend uses it.
     pub(crate) fn close(&self) -> Result<()> {
         // SAFETY: The argument is the structure: the port.
         if unsafe { libc::ioctl(self.device.as_raw_fd(), UNBIND, &self.port) } != 0 {

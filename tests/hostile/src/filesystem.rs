@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A file system for the time of an attack.
+//! A file system for the duration of an attack.
 
 use crate::disk::{run, Disk};
 use anyhow::{Context, Result};
@@ -14,10 +14,10 @@ pub(crate) struct Filesystem {
 }
 
 impl Filesystem {
-    /// Makes and mounts one; nobody else may have the disk exclusively.
+    /// Makes and mounts one; fails if another program has the disk open exclusively.
     pub(crate) fn make(disk: &Disk) -> Result<Filesystem> {
         let device = disk.path().to_string_lossy();
-        // The disk keeps the memory that it has: a discard would give it back, and what is written later would look lost.
+        // The disk keeps the memory that it has: a discard would free it, and later writes would look like a leak.
         run(&[
             "mkfs.ext4",
             "-q",
@@ -33,7 +33,7 @@ impl Filesystem {
         Ok(Filesystem { mounted: true })
     }
 
-    /// The path of a file in it.
+    /// Returns the path of a file in it.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         Path::new(MOUNT).join(name)
     }

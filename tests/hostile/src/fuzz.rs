@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Random requests, good and bad, on a live ring; a seed repeats them.
 //!
-//! The good ones have a part of the disk for themselves, and their data is checked. The bad ones
-//! may do what they like to the rest.
+//! Good requests have their own part of the disk, and their data is checked. Bad ones may do anything to the rest.
 
 use crate::lab::Lab;
 use crate::queue::ANSWER;
@@ -17,16 +16,16 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::Instant;
 
-/// Sectors from here on belong to the bad requests.
+/// Sectors from here on are for bad requests.
 const BAD_SECTORS: u64 = 8192;
-/// Marks the identifiers of bad requests.
+/// Flag in the identifiers of bad requests.
 const BAD_ID: u64 = 1 << 63;
-/// The data pages from here on belong to the bad requests.
+/// Data pages from here on are for bad requests.
 const BAD_PAGES: usize = 24;
-/// Batches after which the oracle looks at all of dom0.
+/// Number of batches after which the oracle checks all of dom0.
 const CHECK_EVERY: u32 = 100;
 
-/// Runs so many batches; true when all went well.
+/// Runs `cases` batches; returns true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
     let name = format!("hostile.fuzz_seed_{seed}_cases_{cases}");
     reported(&name, device, seed, |lab| {
@@ -35,7 +34,7 @@ pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<boo
     })
 }
 
-/// Runs something that is reported as one case, with a note; true when all went well.
+/// Runs a function that is reported as one case, with a note; returns true when it went well.
 pub(crate) fn reported(
     name: &str,
     device: Option<&PathBuf>,
@@ -64,7 +63,7 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<()> {
             fuzz.break_ring(&mut rng).with_context(place)?;
         }
         if case % CHECK_EVERY == CHECK_EVERY - 1 {
-            // The counters must be back where they were, so our session goes as well.
+            // The counters must return to their old values, so the session is closed first.
             fuzz.session.finish().with_context(place)?;
             lab.check().with_context(place)?;
             lab.begin()?;
@@ -78,12 +77,12 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<()> {
 struct Fuzz {
     session: Session,
     shape: Shape,
-    /// What each good page of the disk holds.
+    /// Content of each page of the disk for good requests.
     content: [u32; Fuzz::PAGES],
 }
 
 impl Fuzz {
-    /// Pages of the disk for good requests.
+    /// Number of pages of the disk for good requests.
     const PAGES: usize = 64;
 
     fn start(lab: &Lab, rng: &mut Rng) -> Result<Fuzz> {
@@ -98,7 +97,7 @@ impl Fuzz {
             shape,
             content: [0; Fuzz::PAGES],
         };
-        // What the disk holds is not known: other attacks were here before.
+        // The content of the disk is unknown, because other attacks ran before.
         for page in 0..Fuzz::PAGES {
             fuzz.fill(0, 0);
             let request = rw(OP_WRITE, 1, page as u64 * 8, &[fuzz.session.seg(0)]);
@@ -118,7 +117,7 @@ impl Fuzz {
         let count = 1 + rng.below(u64::from(self.session.queue().size().min(32))) as usize;
         let mut requests = Vec::new();
         let mut goods = Vec::new();
-        // Each good request of a batch has a data page and a place on the disk of its own.
+        // Each good request of a batch has its own data page and its own page of the disk.
         let base = rng.below(Fuzz::PAGES as u64) as usize;
         for index in 0..count {
             if index < BAD_PAGES && rng.below(2) == 0 {
@@ -156,7 +155,7 @@ impl Fuzz {
         Ok(())
     }
 
-    /// An impossible index, and a new connection.
+    /// Stores an impossible index, then reconnects.
     fn break_ring(&mut self, rng: &mut Rng) -> Result<()> {
         let queue = self.session.queue();
         let jump = queue.size() + 1 + rng.below(1 << 31) as u32;
@@ -194,7 +193,7 @@ impl Fuzz {
 
     fn bad_indirect(&self, rng: &mut Rng, id: u64) -> Request {
         let segs = self.bad_segs(rng, 40);
-        // All bad indirect requests of a batch share their descriptors: they change under way.
+        // All bad indirect requests of a batch share their descriptors, which change during the requests.
         let page = self.session.data.page(DESCRIPTOR_PAGE);
         for (index, seg) in segs.iter().enumerate() {
             page[index * 2].store(seg.gref, Relaxed);
@@ -217,7 +216,7 @@ impl Fuzz {
     }
 
     fn bad_segs(&self, rng: &mut Rng, most: u64) -> Vec<Seg> {
-        // Reads go anywhere in the pages of the bad requests, their descriptors included.
+        // Reads may go anywhere in the pages of bad requests, including their descriptors.
         let pages = &self.session.data.grefs()[BAD_PAGES..];
         let mut seg = || Seg {
             gref: match rng.below(12) {
@@ -245,7 +244,7 @@ impl Fuzz {
     }
 }
 
-/// Each request has one answer of its own; the good ones succeed.
+/// Checks that each request has one answer of its own, and that the good ones succeed.
 fn check_answers(requests: &[Request], answers: &[Answer]) -> Result<()> {
     ensure!(
         answers.len() == requests.len(),

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Random calls of the process of a tap disk, while an honest frontend has requests; a seed repeats
-//! them.
+//! Random calls of the process of a tap disk, while an honest frontend sends requests; a seed repeats them.
 //!
-//! The process may say anything of its requests, so what it has said decides how each has to end
-//! (`ledger`). What it says of others must change nothing but a counter, and the counters must be
-//! exact (`process`). Calls that are wrong must fail, and with the right error (`calls`).
+//! The process may complete its requests in any way, and its completion decides how each must end (`ledger`).
+//! Completions of other requests must change nothing but a counter, and the counters must be exact (`process`). Wrong
+//! calls must fail with the right error (`calls`).
 
 mod calls;
 mod ledger;
@@ -24,14 +23,14 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
-/// Batches after which the oracle looks at all of dom0.
+/// Number of batches after which the oracle checks all of dom0.
 const CHECK_EVERY: u32 = 100;
-/// Where the honest test of each batch writes: behind the places of the random requests.
+/// Sector at which the honest test of each batch writes: behind the places of the random requests.
 const HONEST_SECTOR: u64 = 8192;
 /// Requests of that test: three through each queue.
 const HONEST_REQUESTS: u64 = 3 * WIDE.queues as u64;
 
-/// Runs so many batches; true when all went well.
+/// Runs `cases` batches; returns true when all went well.
 pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<bool> {
     let name = format!("hostile.fuzz_tap_seed_{seed}_cases_{cases}");
     reported(&name, device, seed, |lab| batches(lab, seed, cases))
@@ -50,7 +49,7 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<Option<String>> {
                 .with_context(|| format!("seed {seed}, batch {case}"))?;
             case += 1;
         }
-        // The counters must be back where they were, so our disk goes as well.
+        // The counters must return to their old values, so the disk is destroyed first.
         let place = || format!("seed {seed}, after batch {case}");
         seen = fuzz.finish().with_context(place)?;
         lab.check().with_context(place)?;
@@ -64,7 +63,7 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<Option<String>> {
 struct Fuzz {
     session: Session,
     store: Store,
-    /// Always there, but while one takes the place of another.
+    /// Present except while one process replaces another.
     process: Option<Process>,
     ledger: Ledger,
     disk: TapDisk,
@@ -86,7 +85,7 @@ impl Fuzz {
         })
     }
 
-    /// Some requests, and random calls until all of them are answered.
+    /// Sends some requests, and makes random calls until all of them are answered.
     fn batch(&mut self, rng: &mut Rng) -> Result<()> {
         let count = self.ledger.ask(&mut self.session, rng)?;
         let (process, store, ledger) = self.parts()?;
@@ -119,7 +118,7 @@ impl Fuzz {
         Ok((process, &self.store, &mut self.ledger))
     }
 
-    /// The process goes with all that it has, and another one comes.
+    /// The process dies with all of its requests, and another one starts.
     fn die(&mut self, rng: &mut Rng) -> Result<()> {
         let process = self.process.take().context("no process")?;
         let mut next = process.die(&self.disk, &mut self.ledger)?;
@@ -129,7 +128,7 @@ impl Fuzz {
         Ok(())
     }
 
-    /// The honest test, which must not suffer from calls that are only wrong.
+    /// Runs the honest test, which must not suffer from calls that are only malformed.
     fn exercise(&mut self, rng: &mut Rng) -> Result<()> {
         let Fuzz {
             session,
@@ -160,10 +159,9 @@ impl Fuzz {
         Ok(())
     }
 
-    /// Shows that the disk holds what it should, and takes everything apart.
+    /// Checks that the disk has the right data, and tears everything down.
     fn finish(mut self) -> Result<Seen> {
-        // A ring that is thrown away takes commands that wait with it, and so has the next process
-        // start without any.
+        // The end of a ring takes waiting commands along, so the next process starts without any.
         let process = self.process.take().context("no process")?;
         let mut process = process.die(&self.disk, &mut self.ledger)?;
         process.start()?;

@@ -21,7 +21,7 @@ pub(crate) const fn request(kind: u8, number: u8, size: u32) -> libc::c_ulong {
     ((size << 16) | ((kind as u32) << 8) | number as u32) as libc::c_ulong
 }
 
-/// What the peer may do with the pages.
+/// Access of the peer to the pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Read only.
@@ -30,8 +30,7 @@ pub(crate) enum Access {
     ReadWrite,
 }
 
-/// Granted pages, one behind the other in our memory. The memory is shared with the peer, so it
-/// is seen as atomics only.
+/// Granted pages, adjacent in this program's memory. The peer shares the memory, so it is accessed only as atomics.
 pub(crate) struct GrantPages {
     base: NonNull<u8>,
     grefs: Vec<u32>,
@@ -84,18 +83,18 @@ impl GrantPages {
         })
     }
 
-    /// The grant references.
+    /// Returns the grant references.
     pub(crate) fn grefs(&self) -> &[u32] {
         &self.grefs
     }
 
-    /// All pages as words.
+    /// Returns all pages as words.
     pub(crate) fn words(&self) -> &[AtomicU32] {
         // SAFETY: The mapping is that large, aligned, and stays as long as `self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast(), self.grefs.len() * WORDS) }
     }
 
-    /// All pages as bytes.
+    /// Returns all pages as bytes.
     pub(crate) fn bytes(&self) -> &[AtomicU8] {
         // SAFETY: The mapping is that large and stays as long as `self`.
         unsafe {
@@ -103,12 +102,12 @@ impl GrantPages {
         }
     }
 
-    /// The words of one page.
+    /// Returns the words of one page.
     pub(crate) fn page(&self, page: usize) -> &[AtomicU32] {
         &self.words()[page * WORDS..(page + 1) * WORDS]
     }
 
-    /// Writes bytes, whose place and number are multiples of 4.
+    /// Writes bytes; offset and length are multiples of 4.
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) {
         for (word, chunk) in self.words()[offset / 4..].iter().zip(bytes.chunks_exact(4)) {
             let value = u32::from_ne_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
@@ -123,14 +122,14 @@ impl GrantPages {
         }
     }
 
-    /// Gives every page the same bytes.
+    /// Fills every page with a byte.
     pub(crate) fn fill(&self, byte: u8) {
         for word in self.words() {
             word.store(u32::from_ne_bytes([byte; 4]), Relaxed);
         }
     }
 
-    /// Takes the grants back while the pages stay in our memory, mapped by the peer or not.
+    /// Revokes the grants while the pages stay in this program's memory, whether the peer has them mapped or not.
     pub(crate) fn revoke(&self) -> Result<()> {
         let mut block = [self.index, self.grefs.len() as u64];
         // SAFETY: The block is the structure: index, count.
@@ -144,7 +143,7 @@ impl GrantPages {
 
 impl Drop for GrantPages {
     fn drop(&mut self) {
-        // SAFETY: The mapping was made by `new`, and nobody can refer to it any more.
+        // SAFETY: The mapping was made by `new`, and no reference to it is left.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.grefs.len() * PAGE_SIZE) };
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What every case works with, and the oracle that looks at dom0 after it.
+//! Environment of every case, and the oracle that checks dom0 after it.
 
 use crate::disk::{self, Disk};
 use crate::leaks::Leaks;
@@ -17,25 +17,25 @@ use std::time::{Duration, Instant};
 /// The bystander's device number.
 const BYSTANDER: u32 = 1;
 
-/// Lines that one case may bring into dom0's log, and those for each second that it lasts: the
-/// driver limits itself to 10 lines in 5 seconds, of errors and of what becomes of disks each, and the kernel adds
-/// one that says how many it left out. A guest must not set the rate.
+/// Maximum number of lines that one case may add to dom0's log, without those for each second of its duration. The
+/// driver limits itself to 10 lines in 5 seconds, separately for errors and for events of disks, and the kernel adds
+/// one with the number of suppressed lines. A guest must not set the rate.
 const LOG_LINES: usize = 40;
 const LOG_LINES_A_SECOND: f64 = 4.4;
 
-/// A file in memory, which nobody frees until it is removed.
+/// A file in memory, which stays allocated until it is removed.
 const PLANTED_MEMORY: &str = "/run/hostile-planted";
 
-/// Time in which a bystander gets its data, whatever a neighbour does.
+/// Time in which a bystander must get its data, whatever its neighbour does.
 const RESPONSIVE: Duration = Duration::from_secs(5);
 
 /// The disks of a run.
 pub(crate) struct Lab {
     /// A disk with blocks of 512 bytes.
     pub(crate) disk: Disk,
-    /// One with blocks of 4096 bytes.
+    /// A disk with blocks of 4096 bytes.
     pub(crate) coarse: Disk,
-    /// One on which each I/O takes a while.
+    /// A disk on which each I/O takes a while.
     pub(crate) slow: Disk,
     bystander: Session,
     planted: Vec<Session>,
@@ -48,7 +48,7 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// Makes the disks and connects the bystander. `device` replaces the disk that is attacked.
+    /// Makes the disks and connects the bystander. `device` replaces the attacked disk.
     pub(crate) fn new(device: Option<&PathBuf>, seed: u64) -> Result<Lab> {
         let make = |name, block, latency| {
             disk::Disk::make(&disk::Shape {
@@ -64,7 +64,7 @@ impl Lab {
         let coarse = make("hostile-coarse", 4096, Duration::ZERO)?;
         let slow = make("hostile-slow", 512, Duration::from_millis(20))?;
         let other = make("hostile-other", 512, Duration::ZERO)?;
-        // Nothing of it is mapped while others are looked at.
+        // None of its pages stay mapped while others are tested.
         let keeps = KEEPS_GRANTS.swap(false, Relaxed);
         let bystander = Session::start(BYSTANDER, &other, Mode::ReadWrite, WIDE)
             .context("an honest frontend cannot connect")?;
@@ -77,16 +77,16 @@ impl Lab {
             planted: Vec::new(),
             _other: other,
             kmsg: Kmsg::from_now()?,
-            // The disks hold all that they ever will, so that no case seems to lose memory.
+            // The disks have all of their memory now, so that no case seems to leak.
             baseline: Leaks::now()?,
             begun: Instant::now(),
             next: Cell::new(BYSTANDER + 1),
-            // CAST: half of it is chance enough for the data of the tests of health.
+            // CAST: half of the bits are random enough for the data of the health tests.
             seed: Cell::new(seed as u32),
         })
     }
 
-    /// A device number that was not used before.
+    /// Returns a device number that was not used before.
     pub(crate) fn devid(&self) -> u32 {
         self.next.replace(self.next.get() + 1)
     }
@@ -117,7 +117,7 @@ impl Lab {
         self.session_on(&self.disk, Mode::ReadWrite, WIDE)
     }
 
-    /// The session still serves good requests; then it closes as it should.
+    /// Checks that the session still serves good requests; then closes it.
     pub(crate) fn finish_healthy(&self, mut session: Session) -> Result<()> {
         session.exercise(64, self.seed()).context(
             "after the attack the same connection does not serve good requests any more",
@@ -125,7 +125,7 @@ impl Lab {
         session.finish()
     }
 
-    /// The neighbour's data comes, right and soon.
+    /// Checks that the bystander gets the right data in time.
     pub(crate) fn bystander(&mut self) -> Result<()> {
         let start = Instant::now();
         let seed = self.seed();
@@ -140,20 +140,20 @@ impl Lab {
         Ok(())
     }
 
-    /// Keeps a connection open that nobody closes, to be found.
+    /// Plants an open connection that the oracle must find.
     pub(crate) fn plant_session(&mut self) -> Result<()> {
         self.planted.push(self.session()?);
         Ok(())
     }
 
-    /// Keeps memory that nobody frees, to be found.
+    /// Plants allocated memory that the oracle must find.
     pub(crate) fn plant_memory(&mut self) -> Result<()> {
-        // More than what dom0 may have got back since the run began.
+        // More than dom0 may have freed since the run began.
         std::fs::write(PLANTED_MEMORY, vec![1; 128 << 20])
             .with_context(|| format!("cannot fill {PLANTED_MEMORY}"))
     }
 
-    /// Takes what was planted away.
+    /// Removes planted faults.
     pub(crate) fn unplant(&mut self) -> Result<()> {
         match std::fs::remove_file(PLANTED_MEMORY) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
@@ -163,14 +163,14 @@ impl Lab {
         planted.try_for_each(Session::finish)
     }
 
-    /// Forgets what was logged before a case.
+    /// Skips log lines from before a case.
     pub(crate) fn begin(&mut self) -> Result<()> {
         self.begun = Instant::now();
         xen::take_log()?;
         self.kmsg.take().map(drop)
     }
 
-    /// The oracle after each case: see the fields of this type and its constants.
+    /// Runs the oracle after each case: see the fields of this type and its constants.
     pub(crate) fn check(&mut self) -> Result<()> {
         self.bystander()?;
         let mut session = self
@@ -202,7 +202,7 @@ impl Lab {
         Ok(())
     }
 
-    /// Ends the bystander.
+    /// Closes the bystander.
     pub(crate) fn finish(self) -> Result<()> {
         self.bystander.finish()
     }

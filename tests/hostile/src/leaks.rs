@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Counters that must read the same before and after a case.
+//! Counters that must be equal before and after a case.
 
 use crate::wait;
 use anyhow::{bail, Context, Result};
@@ -7,19 +7,19 @@ use dom0::{memory, xen};
 use std::fs;
 use std::time::Duration;
 
-/// The module as it is called below /sys/module.
+/// Directory of the module below /sys/module.
 const MODULE: &str = "/sys/module/xen_blkback_rs";
 
-/// One reading.
+/// One reading of the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Leaks {
     kernel: Kernel,
-    /// Grants that dom0 has mapped: Xen knows better than the module.
+    /// Grants that dom0 has mapped, by Xen's own count.
     grants: u64,
     available_kib: u64,
 }
 
-/// What the kernel counts; cheap to read.
+/// Counters of the kernel; cheap to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Kernel {
     threads: usize,
@@ -55,15 +55,15 @@ impl Leaks {
         })
     }
 
-    /// Waits until the counters read the same again: threads may end a little later.
+    /// Waits until the counters are equal again, because threads may end a little later.
     pub(crate) fn wait_same(self, limit: Duration) -> Result<()> {
-        // Not an error yet: all that is left behind is to be told at once.
+        // Not an error yet, because all leaks are to be reported at once.
         let _differs = wait::until("the end of all that a case made", limit, || {
             Ok((Kernel::now()? == self.kernel).then_some(()))
         });
         let mut left = self.differences(&Leaks::now()?);
         if !left.is_empty() {
-            // Memory and grants may come back a little later than the threads end.
+            // Memory and grants may be released a little later than the threads end.
             let _differs = wait::until("the return of what a case took", limit, || {
                 left = self.differences(&Leaks::now()?);
                 Ok(left.is_empty().then_some(()))
@@ -108,11 +108,11 @@ impl Leaks {
     }
 }
 
-/// Threads whose name is that of a queue of ours.
+/// Counts the threads with the name of one of the driver's queues.
 fn queue_threads() -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir("/proc")? {
-        // A process may end between the listing and the look.
+        // A process may end between the listing and the read.
         if let Ok(name) = fs::read_to_string(entry?.path().join("comm")) {
             count += usize::from(name.contains(".hostile"));
         }

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A malicious blkif frontend in user space.
 //!
-//! It runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: the
-//! grants and the event channels lead back to the same domain. `run` executes numbered attacks,
-//! `fuzz` sends random requests that a seed repeats, `fuzz-tap` makes random calls as the process of
-//! a tap disk. After each the same oracle looks at dom0:
-//! good requests get right data, a neighbour's disk works, the kernel's log is short and calm,
-//! nothing is left behind.
+//! It runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: grants and event
+//! channels are between dom0 and itself. `run` executes numbered attacks, `fuzz` sends random requests that a seed
+//! repeats, `fuzz-tap` makes random calls as the process of a tap disk. After each, one oracle checks dom0: good
+//! requests get right data, a neighbour's disk works, the kernel's log is short and calm, nothing is left behind.
 
 mod cases;
 mod disk;
@@ -41,7 +39,7 @@ struct Cli {
     /// Attack this block device in place of a new null_blk device; its content is destroyed.
     #[arg(long, global = true, value_name = "DEVICE")]
     device: Option<PathBuf>,
-    /// Offer that pages stay granted, as most guests do.
+    /// Offer persistent grants, as most guests do.
     #[arg(long, global = true)]
     keeps_grants: bool,
     #[command(subcommand)]
@@ -55,16 +53,16 @@ enum Face {
         /// Only attacks whose name contains one of these words, separated by commas.
         #[arg(long, default_value = "")]
         only: String,
-        /// Not the attacks of tap disks.
+        /// Skip the attacks of tap disks.
         #[arg(long)]
         phy: bool,
-        /// Only attacks that are about the pages of requests, which the module copies or maps.
+        /// Run only attacks that are about the pages of requests, which the module copies or maps.
         #[arg(long)]
         pages: bool,
-        /// Stands in the names of the report, where attacks run more than once.
+        /// Word in the names of the report, if attacks run more than once.
         #[arg(long, default_value = "", value_name = "WORD")]
         label: String,
-        /// Where chance begins; a run says its own, with which it can be repeated.
+        /// Seed of the random numbers; a run reports its own, with which it can be repeated.
         #[arg(long)]
         seed: Option<u64>,
         /// List the attacks and stop.
@@ -74,24 +72,24 @@ enum Face {
     /// Be the process of a tap disk; the attacks start it.
     #[command(hide = true)]
     TapServe(tap::server::Orders),
-    /// Make a tap disk, use it once, and leave it there; for a test of who takes it away.
+    /// Make a tap disk, use it once, and leave it; for a test of its removal.
     #[command(hide = true)]
     TapLeave,
     /// Random requests, good and bad, on a live ring.
     Fuzz {
-        /// The seed; the same one sends the same requests. Without it a new one, which is reported.
+        /// Seed: equal seeds send equal requests. Without it a new one, which is reported.
         #[arg(long)]
         seed: Option<u64>,
-        /// How many batches of requests.
+        /// Number of batches of requests.
         #[arg(long, default_value_t = 500)]
         cases: u32,
     },
     /// Random calls of the process of a tap disk, under requests that must not suffer.
     FuzzTap {
-        /// The seed; the same one makes the same calls. Without it a new one, which is reported.
+        /// Seed: equal seeds make equal calls. Without it a new one, which is reported.
         #[arg(long)]
         seed: Option<u64>,
-        /// How many batches of requests and calls.
+        /// Number of batches of requests and calls.
         #[arg(long, default_value_t = 500)]
         cases: u32,
     },

@@ -10,7 +10,7 @@ use std::sync::atomic::{fence, AtomicU32, AtomicU8, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// An honest ring: the indices are kept privately and the shared ones are only written.
+/// An honest ring: it keeps the indices privately and only writes the shared ones.
 pub(crate) struct Queue {
     /// The ring's pages.
     pub(crate) pages: Arc<GrantPages>,
@@ -20,12 +20,12 @@ pub(crate) struct Queue {
     size: u32,
     prod: u32,
     cons: u32,
-    /// Events that came.
+    /// Number of events received.
     pub(crate) events: u64,
 }
 
 impl Queue {
-    /// A fresh ring.
+    /// Makes a new ring.
     pub(crate) fn new(protocol: Protocol, order: u8) -> Result<Queue> {
         let pages = Arc::new(GrantPages::new(1 << order, Access::ReadWrite)?);
         let queue = Queue {
@@ -42,7 +42,7 @@ impl Queue {
         Ok(queue)
     }
 
-    /// Begins at other indices; before the backend attaches.
+    /// Starts at other indices; before the backend attaches.
     pub(crate) fn start_at(&mut self, index: u32) {
         for word in [abi::REQ_PROD, abi::RSP_PROD] {
             self.word(word).store(index, Ordering::Relaxed);
@@ -54,22 +54,22 @@ impl Queue {
         (self.prod, self.cons) = (index, index);
     }
 
-    /// A word of the shared header.
+    /// Returns a word of the shared header.
     pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
         &self.pages.words()[offset / 4]
     }
 
-    /// Slots.
+    /// Returns the number of slots.
     pub(crate) fn size(&self) -> u32 {
         self.size
     }
 
-    /// The producer index.
+    /// Returns the producer index.
     pub(crate) fn prod(&self) -> u32 {
         self.prod
     }
 
-    /// Requests without an answer taken.
+    /// Returns the number of requests whose answers were not taken.
     pub(crate) fn pending(&self) -> u32 {
         self.prod.wrapping_sub(self.cons)
     }
@@ -78,12 +78,12 @@ impl Queue {
         RING_HEADER_SIZE + (index & (self.size - 1)) as usize * self.protocol.slot_size()
     }
 
-    /// The bytes of the slot that an index stands for.
+    /// Returns the bytes of the slot of an index.
     pub(crate) fn slot(&self, index: u32) -> &[AtomicU8] {
         &self.pages.bytes()[self.offset(index)..][..self.protocol.slot_size()]
     }
 
-    /// Writes a request into the next slot; the backend does not know yet.
+    /// Writes a request into the next slot, without publishing it.
     pub(crate) fn push(&mut self, request: &Request) {
         let bytes = request.encode(self.protocol);
         self.pages
@@ -91,19 +91,19 @@ impl Queue {
         self.prod = self.prod.wrapping_add(1);
     }
 
-    /// Publishes what was written and sends an event.
+    /// Publishes the new requests and sends an event.
     pub(crate) fn publish(&self) -> Result<()> {
         self.word(abi::REQ_PROD).store(self.prod, Ordering::Release);
         fence(Ordering::SeqCst);
         self.channel.notify()
     }
 
-    /// Forgets the answers that are still to come.
+    /// Forgets the answers that are yet to arrive.
     pub(crate) fn forget(&mut self) {
         self.cons = self.prod;
     }
 
-    /// The answers that are there.
+    /// Takes the answers that have arrived.
     pub(crate) fn take(&mut self) -> Result<Vec<Answer>> {
         let produced = self.word(abi::RSP_PROD).load(Ordering::Acquire);
         let ready = produced.wrapping_sub(self.cons);
@@ -125,7 +125,7 @@ impl Queue {
         Ok(answers)
     }
 
-    /// Waits for so many answers, by events alone.
+    /// Waits for `count` answers, by events alone.
     pub(crate) fn wait(&mut self, count: usize, limit: Duration) -> Result<Vec<Answer>> {
         let deadline = Instant::now() + limit;
         let mut answers = Vec::new();
@@ -173,7 +173,7 @@ impl Queue {
         Ok(answer)
     }
 
-    /// Sends requests, as many at once as fit, and returns their answers by arrival.
+    /// Sends requests, as many at once as fit, and returns their answers in the order of arrival.
     pub(crate) fn batch(&mut self, requests: &[Request]) -> Result<Vec<Answer>> {
         let mut answers = Vec::new();
         for chunk in requests.chunks(self.size as usize) {
@@ -187,5 +187,5 @@ impl Queue {
     }
 }
 
-/// An answer comes within this time, however busy the machine is.
+/// Time in which an answer must arrive, however busy the machine is.
 pub(crate) const ANSWER: Duration = Duration::from_secs(20);

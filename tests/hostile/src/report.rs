@@ -35,7 +35,7 @@ impl Report {
         Ok(report)
     }
 
-    /// Tells the reader something.
+    /// Adds a note.
     pub(crate) fn note(&mut self, text: &str) -> Result<()> {
         self.line(&format!("# {text}"))
     }
@@ -62,7 +62,7 @@ impl Report {
         self.line("  ...")
     }
 
-    /// True when nothing failed.
+    /// Returns true when nothing failed.
     pub(crate) fn passed(&self) -> bool {
         self.failed == 0
     }

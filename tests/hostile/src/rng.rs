@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Random numbers that a seed repeats.
 
-/// A seed that no run had before; whoever uses it prints it.
+/// Returns a seed that no run had before; the caller prints it.
 pub(crate) fn fresh_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
     // Short enough to be typed again.
@@ -17,7 +17,7 @@ impl Rng {
         Rng(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -26,12 +26,12 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `bound`, which is not 0.
+    /// Returns a number below `bound`, which is not 0.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    /// One of these.
+    /// Returns one of these.
     pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len() as u64) as usize]
     }

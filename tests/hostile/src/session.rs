@@ -14,14 +14,14 @@ use std::sync::Arc;
 /// Pages for data of a session.
 pub(crate) const DATA_PAGES: usize = 48;
 
-/// The page of them that holds descriptors.
+/// The data page that holds descriptors.
 pub(crate) const DESCRIPTOR_PAGE: usize = DATA_PAGES - 1;
-/// Segments of an indirect request that the backend copies with its own parameters, and maps where it
-/// is told to copy fewer than 17 (`copy_max_segments`), and keeps mapped of a frontend that offers that: the attacks run
-/// all ways.
+/// Segments of an indirect request. The backend copies them with its default parameters, maps them where it may copy
+/// fewer than 17 (`copy_max_segments`), and keeps them mapped if the frontend offers persistent grants. The attacks run
+/// in all three ways.
 pub(crate) const MAPPED: usize = 32;
 
-/// What a frontend asks for.
+/// Queues and rings that a frontend requests.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     /// Queues.
@@ -39,11 +39,11 @@ pub(crate) const PLAIN: Shape = Shape {
     protocol: Protocol::Abi64,
 };
 
-/// Two such queues, as ordinary guests have them: an attack through one of them must not harm the
-/// other one, which the tests of health use as well. Those of a process get their requests through both.
+/// Two such queues, as ordinary guests have them: an attack through one of them must not harm the other one, which the
+/// health tests use as well. Attacks of a process get their requests through both.
 pub(crate) const WIDE: Shape = Shape { queues: 2, ..PLAIN };
 
-/// A connected frontend. The fields are dropped in this order: the backend lets go first.
+/// A connected frontend. The fields are dropped in this order, so that the backend disconnects first.
 pub(crate) struct Session {
     /// The virtual disk.
     pub(crate) vbd: Vbd,
@@ -62,10 +62,10 @@ pub(crate) fn queues(shape: Shape) -> Result<Vec<Queue>> {
         .collect()
 }
 
-/// Frontends offer that pages stay granted.
+/// Frontends offer persistent grants.
 pub(crate) static KEEPS_GRANTS: AtomicBool = AtomicBool::new(false);
 
-/// The keys of an honest frontend for these queues.
+/// Returns the keys of an honest frontend for these queues.
 pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
     let protocol = match shape.protocol {
         Protocol::Abi64 => "x86_64-abi",
@@ -126,7 +126,7 @@ impl Session {
 
     /// Writes the keys of the queues and waits for Connected.
     pub(crate) fn publish_keys(&self, shape: Shape) -> Result<()> {
-        // What an earlier shape left must not count.
+        // Keys of an earlier shape must not count.
         for key in ["multi-queue-num-queues", "ring-page-order"] {
             self.vbd
                 .store
@@ -147,7 +147,7 @@ impl Session {
         self.vbd.set_state(state::CONNECTED)
     }
 
-    /// The first queue.
+    /// Returns the first queue.
     pub(crate) fn queue(&mut self) -> &mut Queue {
         &mut self.queues[0]
     }
@@ -162,7 +162,7 @@ impl Session {
         used.try_for_each(Queue::publish)
     }
 
-    /// Waits for all answers that are still to come, which are so many.
+    /// Waits for the `count` answers that are yet to arrive.
     pub(crate) fn answers(&mut self, count: usize) -> Result<Vec<Answer>> {
         let mut answers = Vec::new();
         for queue in &mut self.queues {
@@ -177,7 +177,7 @@ impl Session {
         Ok(answers)
     }
 
-    /// No queue has an answer.
+    /// Returns true if no queue has an answer.
     pub(crate) fn is_silent(&mut self) -> Result<bool> {
         let mut silent = true;
         for queue in &mut self.queues {
@@ -186,7 +186,7 @@ impl Session {
         Ok(silent)
     }
 
-    /// A data page as a whole segment.
+    /// Returns a data page as a whole segment.
     pub(crate) fn seg(&self, page: usize) -> Seg {
         Seg::page(self.data.grefs()[page])
     }
@@ -199,7 +199,7 @@ impl Session {
         self.publish_keys(shape)
     }
 
-    /// Connects anew as a frontend that keeps its pages granted.
+    /// Reconnects with persistent grants.
     pub(crate) fn keep_grants(&mut self) -> Result<()> {
         let key = ("feature-persistent".to_owned(), "1".to_owned());
         self.vbd.store.write_all(&self.vbd.front, &[key])?;
@@ -230,7 +230,7 @@ impl Session {
         }
     }
 
-    /// The first data pages as whole segments.
+    /// Returns the first data pages as whole segments.
     pub(crate) fn segs(&self, count: usize) -> Vec<Seg> {
         (0..count).map(|page| self.seg(page)).collect()
     }
@@ -246,7 +246,7 @@ impl Session {
         Ok(())
     }
 
-    /// The oracle of health: write, flush and read on every queue give back the right data.
+    /// Checks that write, flush and read on every queue give back the right data.
     pub(crate) fn exercise(&mut self, sector: u64, seed: u32) -> Result<()> {
         for queue in 0..self.queues.len() {
             self.exercise_queue(queue, sector, seed.wrapping_add(queue as u32))?;

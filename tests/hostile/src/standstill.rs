@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A device that stands still when it is told to: what is asked of it waits until it goes on.
+//! A device that stands still on command: requests to it wait until it resumes.
 
 use crate::disk::{run, Disk};
 use crate::wait;
@@ -10,25 +10,24 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// A device stands still for so long at most. What has waited for it by then ends, so that the attack fails instead of
-/// standing still itself.
+/// Longest standstill of a device. Then waiting requests end, so that the attack fails instead of hanging.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// A device of device mapper that is all of another one. Dropping it takes it away.
+/// A device of device mapper that maps all of another one. Dropping it removes it.
 pub(crate) struct Stoppable {
     name: &'static str,
     gone: bool,
 }
 
-/// While it lives the device stands still.
+/// The device stands still while this value lives.
 pub(crate) struct Standstill {
     over: Sender<()>,
-    /// Ends with whether nobody else has let the device go on before.
+    /// Thread that limits the time. It returns true unless it had to resume the device itself.
     watch: Option<JoinHandle<Result<bool>>>,
 }
 
 impl Stoppable {
-    /// A device of this name over a disk, which nobody else can have exclusively meanwhile.
+    /// Makes a device of this name over a disk, which no other program can open exclusively while it exists.
     pub(crate) fn over(disk: &Disk, name: &'static str) -> Result<Stoppable> {
         let table = format!("0 {} linear {} 0", disk.sectors, disk.path().display());
         run(&["dmsetup", "create", name, "--table", &table])?;
@@ -53,7 +52,7 @@ impl Stoppable {
         file.with_context(|| format!("cannot open {}", path.display()))
     }
 
-    /// Nothing is lost and nothing fails: all of it is executed later.
+    /// Stops the device. Requests are neither lost nor failed: all of them are executed later.
     pub(crate) fn stop(&self) -> Result<Standstill> {
         let name = self.name;
         run(&["dmsetup", "suspend", "--noflush", "--nolockfs", name])?;
@@ -69,7 +68,7 @@ impl Stoppable {
         })
     }
 
-    /// Takes it away. Nobody may have it open any more.
+    /// Removes the device. It must not be open any more.
     pub(crate) fn remove(mut self) -> Result<()> {
         self.gone = true;
         run(&["dmsetup", "remove", "--retry", self.name])
@@ -77,11 +76,11 @@ impl Stoppable {
 }
 
 impl Standstill {
-    /// Lets the device go on.
+    /// Resumes the device.
     ///
     /// # Errors
     ///
-    /// It had to go on before: what was done meanwhile has waited for it.
+    /// Fails if the device had to resume before, because the test's steps have then waited for it.
     pub(crate) fn end(mut self) -> Result<()> {
         ensure!(
             self.go_on()?,
@@ -94,7 +93,7 @@ impl Standstill {
         let Some(watch) = self.watch.take() else {
             return Ok(true);
         };
-        // It has ended if the time is over.
+        // The thread has ended if the time is over.
         let _ended = self.over.send(());
         watch
             .join()

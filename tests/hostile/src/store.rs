@@ -16,12 +16,12 @@ impl Store {
         Connection::open().map(Store)
     }
 
-    /// The value of a key, or nothing when there is no such key.
+    /// Returns the value of a key, or `None` when there is no such key.
     pub(crate) fn read(&self, path: &str) -> Result<Option<String>> {
         self.0.read(path)
     }
 
-    /// The value of a key that should hold a number.
+    /// Returns the value of a key that should hold a number.
     pub(crate) fn number(&self, path: &str) -> Result<Option<u64>> {
         Ok(self.read(path)?.and_then(|value| value.parse().ok()))
     }
@@ -64,7 +64,7 @@ impl Store {
                 break Ok(value);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            // An event that `read` swallowed is made up for by looking again soon.
+            // An event that `read` swallowed is made up for by a new read soon.
             let turn = left.min(Duration::from_millis(50));
             if left.is_zero() {
                 break Err(anyhow::anyhow!(

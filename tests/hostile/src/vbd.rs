@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A virtual disk in xenstore: what a toolstack writes, and the frontend's directory.
+//! A virtual disk in xenstore: the keys of a toolstack, and the frontend's directory.
 
 use crate::disk::Disk;
 use crate::store::Store;
@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Where the frontends' directories are. Not below `device`: the kernel would make a device of
-/// each, and load its own frontend driver for it.
+/// Directory of the frontends. Not below `device`, where the kernel would make a device of each, and load its own
+/// frontend driver for it.
 const FRONTENDS: &str = "/local/domain/0/hostile";
 const BACKENDS: &str = "/local/domain/0/backend";
 
-/// The backend's answer to a change of state comes within this time.
+/// Time in which the backend must react to a change of state.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// `XenbusState` as numbers.
@@ -32,7 +32,7 @@ pub(crate) mod state {
     pub(crate) const CLOSED: u64 = 6;
 }
 
-/// Whether a disk may be written.
+/// Access of the guest to a disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// Read only.
@@ -43,7 +43,7 @@ pub(crate) enum Mode {
 
 /// A virtual disk. Dropping it removes it as `xl` does with force.
 pub(crate) struct Vbd {
-    /// Its own connection: a case may use it on a thread.
+    /// Its own connection, because a case may use it on a thread.
     pub(crate) store: Store,
     /// The frontend's directory.
     pub(crate) front: String,
@@ -60,12 +60,12 @@ impl Vbd {
         Vbd::attach_named(devid, disk.key()?, mode)
     }
 
-    /// The same with any key that names a disk.
+    /// Attaches a disk with any key that names it.
     pub(crate) fn attach_named(devid: u32, disk: (&str, String), mode: Mode) -> Result<Vbd> {
         Vbd::attach_as("vbd", devid, disk, mode)
     }
 
-    /// The same as a device of this type.
+    /// Attaches a disk as a device of this type.
     pub(crate) fn attach_as(
         class: &'static str,
         devid: u32,
@@ -95,12 +95,12 @@ impl Vbd {
         ];
         vbd.store.write_all(&vbd.back, &owned(&keys))?;
         if class == "vbd3" {
-            // The supervisor's part.
+            // Key that the supervisor writes.
             let server = format!("{}/tap-server", vbd.back);
             vbd.store.write(&server, b"blktapctrl")?;
         }
         vbd.wait_back("the backend's offer", &[state::INIT_WAIT])?;
-        // The hotplug script's part.
+        // Key that the hotplug script writes.
         let (key, value) = disk;
         vbd.store
             .write(&format!("{}/{key}", vbd.back), value.as_bytes())?;
@@ -125,7 +125,7 @@ impl Vbd {
         self.store.number(&format!("{}/{key}", self.back))
     }
 
-    /// The backend's state.
+    /// Returns the backend's state.
     pub(crate) fn back_state(&self) -> Result<Option<u64>> {
         self.offered("state")
     }
@@ -140,18 +140,18 @@ impl Vbd {
         parse(value.as_deref()).context("a state is a number")
     }
 
-    /// The device number.
+    /// Returns the device number.
     pub(crate) fn devid(&self) -> u32 {
         self.devid
     }
 
-    /// Where the backend reports what is wrong with the frontend.
+    /// Returns the path at which the backend reports errors of the frontend.
     pub(crate) fn error_node(&self) -> String {
         let node = self.back.trim_start_matches("/local/domain/0/");
         format!("/local/domain/0/error/{node}/error")
     }
 
-    /// What the backend reported, if anything.
+    /// Returns the error that the backend reported, if there is one.
     pub(crate) fn error(&self) -> Result<Option<String>> {
         self.store.read(&self.error_node())
     }
@@ -164,14 +164,14 @@ impl Vbd {
         self.wait_back("Closed", &[state::CLOSED]).map(drop)
     }
 
-    /// Begins anew after Closed.
+    /// Connects again after Closed.
     pub(crate) fn reopen(&self) -> Result<()> {
         self.set_state(state::INITIALISING)?;
         self.wait_back("InitWait after Closed", &[state::INIT_WAIT])
             .map(drop)
     }
 
-    /// The device in sysfs.
+    /// Returns the device in sysfs.
     pub(crate) fn sysfs(&self) -> PathBuf {
         format!(
             "/sys/bus/xen-backend/devices/{}-0-{}",
@@ -187,7 +187,7 @@ impl Vbd {
         self.remove()
     }
 
-    /// Removes both directories at once, whatever goes on, and waits until the device is gone.
+    /// Removes both directories at once, in any state, and waits until the device is gone.
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.remove()
     }

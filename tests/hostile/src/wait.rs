@@ -5,7 +5,7 @@ use anyhow::{bail, Result};
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-/// Waits until a file can be read; says whether it can.
+/// Waits until a file can be read; returns whether it can.
 pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
     let mut poll = libc::pollfd {
         fd,
@@ -25,7 +25,7 @@ pub(crate) fn readable(fd: RawFd, limit: Duration) -> Result<bool> {
     Ok(count > 0)
 }
 
-/// Looks until `found` gives something; for what nobody sends an event about.
+/// Polls until `found` returns something; for changes without an event.
 pub(crate) fn until<T>(
     what: &str,
     limit: Duration,

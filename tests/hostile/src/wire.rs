@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Requests, good and bad, as the bytes of a slot, and answers out of one.
+//! Encoding of requests, good and bad, as the bytes of a slot, and decoding of answers.
 
 use ring::abi::{self, Protocol, RawSegment, MAX_DIRECT_SEGMENTS, MAX_SLOT_SIZE};
 use zerocopy::IntoBytes;
@@ -11,7 +11,7 @@ pub(crate) const ERROR: i16 = -1;
 /// `BLKIF_RSP_EOPNOTSUPP`.
 pub(crate) const UNSUPPORTED: i16 = -2;
 
-/// What guests leave in padding.
+/// Content of padding, as guests leave it.
 const PAD: u8 = 0xa5;
 
 /// A segment.
@@ -26,7 +26,7 @@ pub(crate) struct Seg {
 }
 
 impl Seg {
-    /// A whole page.
+    /// Returns a whole page.
     pub(crate) fn page(gref: u32) -> Seg {
         Seg {
             gref,
@@ -35,7 +35,7 @@ impl Seg {
         }
     }
 
-    /// The segment on the wire.
+    /// Returns the segment on the wire.
     pub(crate) fn raw(self) -> RawSegment {
         RawSegment {
             gref: self.gref.into(),
@@ -97,7 +97,7 @@ pub(crate) enum Request {
     },
 }
 
-/// A plain transfer.
+/// Returns a plain transfer.
 pub(crate) fn rw(op: u8, id: u64, sector: u64, segs: &[Seg]) -> Request {
     Request::Rw {
         op,
@@ -109,13 +109,13 @@ pub(crate) fn rw(op: u8, id: u64, sector: u64, segs: &[Seg]) -> Request {
     }
 }
 
-/// A flush.
+/// Returns a flush.
 pub(crate) fn flush(id: u64) -> Request {
     rw(abi::OP_FLUSH_DISKCACHE, id, 0, &[])
 }
 
 impl Request {
-    /// The identifier.
+    /// Returns the identifier.
     pub(crate) fn id(&self) -> u64 {
         match self {
             Request::Rw { id, .. }
@@ -125,7 +125,7 @@ impl Request {
         }
     }
 
-    /// The operation that its answer must name.
+    /// Returns the operation that its answer must name.
     pub(crate) fn echo(&self) -> u8 {
         match self {
             Request::Rw { op, .. } | Request::Indirect { op, .. } | Request::Other { op, .. } => {
@@ -135,7 +135,7 @@ impl Request {
         }
     }
 
-    /// The bytes of its slot; what the layout leaves unused holds the padding pattern.
+    /// Returns the bytes of its slot; bytes that the layout leaves unused hold the padding pattern.
     pub(crate) fn encode(&self, protocol: Protocol) -> [u8; MAX_SLOT_SIZE] {
         let mut slot = [PAD; MAX_SLOT_SIZE];
         let mut put = |bytes: &[u8]| slot[..bytes.len()].copy_from_slice(bytes);
@@ -267,7 +267,7 @@ impl Request {
 }
 
 fn raw_segments(segs: &[Seg]) -> [RawSegment; MAX_DIRECT_SEGMENTS] {
-    // Segments beyond the count hold references that nobody granted.
+    // Segments beyond the count have references that were never granted.
     let unused = Seg {
         gref: u32::from_ne_bytes([PAD; 4]),
         first: PAD,

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A guest that has come to be on another host asks again for what it has heard nothing of.
+//! A migrated guest repeats the requests whose answers it has not seen.
 //!
-//! A frontend of 2006 copies its whole table of requests into the new ring, as they were. One of today takes them
-//! apart and makes others of what they consist of: as large as the new host takes them, in another order, over as many
-//! queues as there are.
+//! A frontend of 2006 copies its whole table of requests into the new ring, as they were. A current frontend splits
+//! them and builds new requests from the parts: as large as the new host accepts, in another order, over all queues.
 
 use std::collections::BTreeMap;
 
@@ -14,22 +13,22 @@ use crate::frontend::{Pending, FREE};
 use crate::machine::{page, Fault, Machine, Page};
 use crate::spec::{Expect, Gref, Spec};
 
-/// How a frontend asks again.
+/// How a frontend repeats requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Age {
-    /// The same requests with the same identifiers, as they were in the ring.
+    /// Identical requests with identical identifiers, as they were in the ring.
     Old,
-    /// The same, as they are in its table: in the order of their identifiers.
+    /// Identical requests in the order of the frontend's table: by identifier.
     OldTable,
-    /// What they consist of.
+    /// New requests, built from the parts of the old ones.
     New,
 }
 
-/// A request that a guest makes again.
+/// A request that a guest repeats.
 #[derive(Clone, Debug)]
 pub(crate) struct Again {
     spec: Spec,
-    /// What it was when it was made for the first time.
+    /// Number of the request when the guest made it for the first time.
     number: u32,
     issued: u64,
     id: Option<u64>,
@@ -42,18 +41,18 @@ struct Entry {
     start: u64,
     end: u64,
     changes: bool,
-    /// Parts of it that are not answered, and of whose answers the guest has not heard.
+    /// Parts of it that are not answered, or whose answers the guest has not seen.
     unanswered: u32,
     unheard: u32,
     okay: bool,
 }
 
-/// What a guest has asked for and not heard of, by number.
+/// Requests of a guest whose answers it has not seen, by number.
 #[derive(Debug, Default)]
 pub(crate) struct Asked(BTreeMap<u32, Entry>);
 
 impl Asked {
-    /// It asks for something new.
+    /// Adds a new request.
     pub(crate) fn add(&mut self, pending: &Pending) {
         let spec = &pending.spec;
         let sectors = spec.sectors().max(spec.discard);
@@ -68,7 +67,8 @@ impl Asked {
         self.0.insert(pending.number, entry);
     }
 
-    /// True if it reads what is being changed, or changes what is being read. Writes may meet.
+    /// Returns true if the request reads sectors that are being changed, or changes sectors that are being read. Writes
+    /// may overlap.
     pub(crate) fn meets(&self, spec: &Spec) -> bool {
         let end = spec.sector.saturating_add(spec.sectors().max(spec.discard));
         let reads = spec.operation == OP_READ;
@@ -78,14 +78,14 @@ impl Asked {
             .any(|entry| entry.changes == reads && meets(entry))
     }
 
-    /// Requests of which nothing was ever heard.
+    /// Returns the number of requests without a seen answer.
     pub(crate) fn left(&self) -> usize {
         self.0.len()
     }
 }
 
 impl Machine {
-    /// A request, or a part of one, is answered.
+    /// Records the answer to a request, or to a part of one.
     pub(crate) fn is_answered(&mut self, number: u32, time: u64, okay: bool) {
         let all = match self.asked.0.get_mut(&number) {
             None => Some(okay),
@@ -100,7 +100,7 @@ impl Machine {
         }
     }
 
-    /// The guest hears that a request, or a part of one, is answered.
+    /// Records that the guest sees the answer to a request, or to a part of one.
     pub(crate) fn is_heard(&mut self, number: u32) {
         if let Some(entry) = self.asked.0.get_mut(&number) {
             entry.unheard = entry.unheard.saturating_sub(1);
@@ -110,7 +110,7 @@ impl Machine {
         }
     }
 
-    /// The guest is gone before it has heard of an answer: as far as it knows there was none.
+    /// Records that the guest is gone before it saw an answer: for the guest there was none.
     fn is_unheard(&mut self, pending: &Pending) {
         if let Some(entry) = self.asked.0.get_mut(&pending.number) {
             entry.unanswered += 1;
@@ -123,8 +123,8 @@ impl Machine {
         self.history.unheard(pending.number, pending.issued, read);
     }
 
-    /// What the guest has asked for in this queue and not heard of, in the order of the ring. Its data is what the
-    /// other host has, if the memory was copied there.
+    /// Returns the requests of this queue whose answers the guest has not seen, in the order of the ring. Their data is
+    /// the copy on the other host, if the memory was copied there.
     pub(crate) fn unheard_of(&mut self) -> Vec<Again> {
         let mut all: Vec<(u64, Pending)> = Vec::new();
         for unheard in std::mem::take(&mut self.front.unheard) {
@@ -155,7 +155,7 @@ impl Machine {
         again.collect()
     }
 
-    /// A guest that has arrived is to ask again. Returns how many requests that will be.
+    /// Makes a migrated guest repeat its requests. Returns their number.
     pub(crate) fn ask_again(&mut self, mut all: Vec<Again>, age: Age) -> u64 {
         if age == Age::OldTable {
             all.sort_by_key(|again| again.id);
@@ -184,7 +184,7 @@ impl Machine {
         count
     }
 
-    /// This host does such a thing.
+    /// Returns true if this host offers the request.
     fn is_offered(&self, spec: &Spec) -> bool {
         let limits = &self.setup.limits;
         let missing = match spec.operation {
@@ -192,11 +192,11 @@ impl Machine {
             OP_WRITE_BARRIER => !limits.barrier,
             _ => false,
         };
-        // What was to fail has not to be asked for again.
+        // A request that is expected to fail need not be repeated.
         !missing && spec.expect == Expect::Okay
     }
 
-    /// The frontend does not ask for it, and whoever wanted it is told of an error.
+    /// Fails a request in the frontend, which does not repeat it and returns an error to its caller.
     fn fails(&mut self, again: &Again) {
         let time = self.tick();
         self.history.answered(again.number, time, false);
@@ -208,7 +208,7 @@ impl Machine {
         !spec.indirect || spec.segments.len() <= usize::from(most)
     }
 
-    /// Other requests of the same segments.
+    /// Splits a request into others with its segments.
     fn take_apart(&mut self, again: Again) -> Vec<Again> {
         let Spec { operation, .. } = again.spec;
         if operation != OP_READ && operation != OP_WRITE {
@@ -246,17 +246,17 @@ impl Machine {
         parts
     }
 
-    /// Makes a request once more.
+    /// Posts a request once more.
     pub(crate) fn post_again(&mut self, again: Again) {
         let time = self.tick();
-        // Far away from those of requests that are made for the first time.
+        // Far away from the identifiers of requests that are made for the first time.
         let id = again.id.unwrap_or(u64::MAX - time);
         let pending = self.pending(&again.spec, again.number, again.issued);
         self.enter(pending, id, &again.contents);
     }
 }
 
-/// Where a part ends that begins at `at`: a page stays in one part.
+/// Returns where a part that begins at `at` ends: a page stays in one part.
 fn end_of_part(segments: &[(Gref, u8, u8)], at: usize, target: usize) -> usize {
     let mut end = (at + target).min(segments.len());
     while end < segments.len() && end > at + 1 && matches!(segments[end].0, Gref::Same(_)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the guest checks about each response, at the moment at which it can see it.
+//! Checks of the guest on each response, at the moment at which the guest can see it.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::machine::{Fault, Machine, Page};
 use crate::spec::{Expect, Gref};
 
 impl Machine {
-    /// Looks at the responses up to `new` at the moment at which the guest can see them.
+    /// Checks the responses up to `new` at the moment at which the guest can see them.
     pub fn published(&mut self, new: u32) {
         if new.wrapping_sub(self.front.published) > self.ring.size() {
             self.problem(format!(
@@ -46,7 +46,7 @@ impl Machine {
         self.front.answers.push(answer);
         let queue = self.front.pending.get_mut(&answer.id);
         let found = queue.and_then(|queue| {
-            // Of several with one identifier, any with this operation may be meant.
+            // If several requests have one identifier, the answer may belong to any with this operation.
             let at = queue
                 .iter()
                 .position(|p| p.spec.operation == answer.operation)?;
@@ -75,7 +75,7 @@ impl Machine {
             self.check_durable(pending.issued);
         }
         if okay && pending.spec.operation == OP_WRITE_BARRIER && !pending.spec.wild {
-            // Its own data as well, or what was written over it since.
+            // The data that the request wrote, or later writes over it.
             let end = pending.spec.sector.saturating_add(pending.spec.sectors());
             let sectors = self.history.sectors();
             let own = sectors.into_iter();
@@ -90,9 +90,9 @@ impl Machine {
         });
     }
 
-    /// Before a disk that is fair nobody waits for ever. A discard goes in at most five pieces. Each of them waits
-    /// behind all that a ring can hold, and as much may be done before anybody notices that it has ended; and a
-    /// request may find a full ring before it is taken.
+    /// Checks that no request waits for ever if the disk is fair. A discard has at most five pieces. Each of them waits
+    /// behind a full ring of requests, and the engine may do as much work before it notices that a piece has ended; and
+    /// a request may find a full ring before it is taken.
     fn check_wait(&mut self, pending: &Pending) {
         const RINGS: usize = 2 * 5 + 1;
         let others = self.front.answers.len() - pending.earlier;
@@ -130,7 +130,7 @@ impl Machine {
         }
     }
 
-    /// Checks what the request did to the guest's pages, at the moment of its answer.
+    /// Checks the effect of the request on the guest's pages, at the moment of its answer.
     fn check_pages(&mut self, pending: &Pending, okay: bool, time: u64) {
         let (spec, read) = (&pending.spec, pending.spec.operation == OP_READ);
         let mut expected: BTreeMap<usize, Page> = BTreeMap::new();
@@ -163,7 +163,7 @@ impl Machine {
                 }
             }
         }
-        // Whose descriptors change under the backend has changed them itself.
+        // A guest that changes descriptors while the backend reads them has changed them itself.
         let scribbled = spec.indirect && self.setup.scribble;
         for (index, page) in &expected {
             if scribbled && pending.pages.first() == Some(index) {
@@ -181,7 +181,7 @@ impl Machine {
         }
     }
 
-    /// The pages are the guest's own again, which looks at them when it hears of it.
+    /// Gives the pages back to the guest, which reads them when it sees the answer.
     fn give_back(&mut self, pending: &mut Pending) {
         for (index, data) in pending.pages.iter().zip(&mut pending.before) {
             let gref = gref_of(*index);

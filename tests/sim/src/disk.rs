@@ -24,11 +24,11 @@ pub(crate) struct Running {
     slices: Vec<Slice>,
     /// Sectors that a flush must make durable: those in the cache when it was submitted.
     flushes: Vec<u64>,
-    /// The disk finds out in the middle of it that it cannot do it with pages of the guest.
+    /// The disk finds out during the I/O that it cannot do it with pages of the guest.
     pub(crate) is_given_back: bool,
 }
 
-/// What a disk has of one queue.
+/// State of the disk for one queue.
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     running: Vec<Running>,
@@ -42,19 +42,19 @@ pub(crate) struct Lane {
 /// The disk.
 #[derive(Debug, Default)]
 pub struct Disk {
-    /// What a read finds; absent sectors are zero.
+    /// Content as reads see it; absent sectors are zero.
     content: BTreeMap<u64, Bytes>,
-    /// What a power cut leaves.
+    /// Content after a power cut.
     durable: BTreeMap<u64, Bytes>,
     dirty: BTreeSet<u64>,
     pub(crate) running: Vec<Running>,
     pub(crate) done: Vec<(QueueTag, Status)>,
-    /// What the engine is to take back.
+    /// I/Os that the engine must take back.
     pub(crate) back: Vec<QueueTag>,
     /// Pages of I/Os that the engine has neither reaped nor taken back.
     pages: BTreeMap<QueueTag, Vec<u16>>,
     pub(crate) again: Option<QueueTag>,
-    /// Writes that a host has left behind, and that end at some time.
+    /// Writes that a host left running, and that end at some time.
     strays: Vec<(u64, Bytes)>,
     /// Completions came and the worker was woken.
     pub wake: bool,
@@ -64,7 +64,7 @@ pub struct Disk {
     pub batches: u64,
     /// Flushes, barriers and discards executed.
     pub special: u64,
-    /// I/Os given back as they were submitted, and later.
+    /// I/Os given back at submission, and later.
     pub given_back: (u64, u64),
     /// Sectors of reads and of writes that were completed, well or not.
     pub sectors_moved: (u64, u64),
@@ -76,7 +76,7 @@ impl Disk {
         self.running.len()
     }
 
-    /// True if completions wait to be reaped, or something to be taken back.
+    /// Returns true if completions wait to be reaped, or I/Os to be taken back.
     pub fn has_completions(&self) -> bool {
         !self.done.is_empty() || !self.back.is_empty()
     }
@@ -88,7 +88,7 @@ impl Disk {
             || running.into_iter().any(|slice| slice.page.number() == page)
     }
 
-    /// Looks at another queue.
+    /// Switches to another queue.
     pub(crate) fn exchange(&mut self, lane: &mut Lane) {
         std::mem::swap(&mut self.running, &mut lane.running);
         std::mem::swap(&mut self.done, &mut lane.done);
@@ -98,17 +98,17 @@ impl Disk {
         std::mem::swap(&mut self.wake, &mut lane.wake);
     }
 
-    /// What is under way is given up, and nobody is told.
+    /// Drops all running I/O without completing it.
     pub(crate) fn give_up(&mut self) {
         self.running.clear();
     }
 
-    /// True if a host has left writes behind.
+    /// Returns true if a host has left writes running.
     pub(crate) fn has_strays(&self) -> bool {
         !self.strays.is_empty()
     }
 
-    /// The content as it is now.
+    /// Returns the current content.
     pub(crate) fn image(&self) -> BTreeMap<u64, Bytes> {
         self.content.clone()
     }
@@ -136,12 +136,12 @@ impl Disk {
         }
     }
 
-    /// Sectors that are in the cache only.
+    /// Returns the sectors that are only in the cache.
     pub(crate) fn dirty(&self) -> Vec<u64> {
         self.dirty.iter().copied().collect()
     }
 
-    /// The bytes that a read finds; `None` if they are zero.
+    /// Returns the bytes that a read sees; `None` if they are zero.
     pub(crate) fn bytes(&self, sector: u64) -> Option<Bytes> {
         self.content.get(&sector).copied()
     }
@@ -156,29 +156,29 @@ impl Disk {
         }
     }
 
-    /// Sectors that are not zero.
+    /// Returns the sectors that are not zero.
     pub(crate) fn sectors(&self) -> impl Iterator<Item = u64> + '_ {
         self.content.keys().copied()
     }
 
-    /// The engine is gone.
+    /// Releases the pages of all I/Os, because the engine is gone.
     pub(crate) fn release_all(&mut self) {
         self.pages.clear();
     }
 
-    /// The engine has reaped an I/O, or taken it back.
+    /// Releases the pages of an I/O that the engine has reaped or taken back.
     pub(crate) fn release(&mut self, tag: QueueTag) {
         self.pages.remove(&tag);
     }
 
-    /// The sector as a read finds it.
+    /// Returns the value of a sector as a read sees it.
     pub fn sector(&self, sector: u64) -> Option<u64> {
         self.content.get(&sector).map_or(Some(0), |b| decode(b))
     }
 }
 
 impl Machine {
-    /// Puts a value that was there before the guest came.
+    /// Stores a value that is on the disk before the guest starts.
     pub fn install(&mut self, number: u32, start: u64, sectors: u64) {
         for sector in start..start + sectors {
             let mut bytes = [0; SECTOR];
@@ -211,9 +211,20 @@ impl Machine {
         }
     }
 
+    /// Storage lets go of a page now and then, while the worker sleeps for a moment.
+    pub(crate) fn storage_lets_go(&mut self) {
+        if self.rng.percent(30) {
+            self.host.held.pop_first();
+        }
+    }
+
     pub(crate) fn execute(&mut self, io: Running) {
         if io.is_given_back {
             return self.give_back_late(&io);
+        }
+        if self.setup.holds > 0 && self.rng.percent(self.setup.holds) {
+            let pages = io.slices.iter().map(|slice| slice.page.number());
+            self.host.held.extend(pages);
         }
         let bad = self.setup.bad_sectors.clone();
         let end = io.sector.saturating_add(io.sectors);
@@ -267,7 +278,7 @@ impl Machine {
         }
     }
 
-    /// The memory of a slice: ours, or the guest's page that is mapped there.
+    /// Returns the memory of a slice: a page of the backend, or the guest's page that is mapped there.
     fn memory(&mut self, slice: &Slice, write: bool) -> Option<&mut [u8]> {
         let page = slice.page.number();
         if self.host.absent.contains(&page) {
@@ -298,7 +309,7 @@ impl Machine {
         self.target(mapping.target)
     }
 
-    /// The host is gone with I/O under way. What was to be written comes later.
+    /// Records that the host is gone with running I/O. Its writes arrive later.
     pub(crate) fn leave_running(&mut self) {
         for io in std::mem::take(&mut self.disk.running) {
             if matches!(
@@ -311,7 +322,7 @@ impl Machine {
         }
     }
 
-    /// Some of what a host has left behind comes now.
+    /// Executes one of the writes that a host left running.
     pub(crate) fn land_stray(&mut self) {
         if self.disk.has_strays() && self.rng.percent(20) {
             let at = self.rng.index(self.disk.strays.len());
@@ -320,7 +331,7 @@ impl Machine {
         }
     }
 
-    /// What an I/O is to write.
+    /// Returns the data that an I/O writes.
     fn data(&mut self, io: &Running) -> Vec<(u64, Bytes)> {
         let mut data: Vec<(u64, Bytes)> = Vec::new();
         for slice in &io.slices {
@@ -335,7 +346,7 @@ impl Machine {
         data
     }
 
-    /// True if data is to be written through a mapping after the answer, which nobody sees.
+    /// Returns true if data reaches a mapped page only after the answer, without a mark of the page as changed.
     fn delays(&mut self, slice: &Slice, start: usize, bytes: &Bytes) -> bool {
         let mapping = self.host.mappings.get(&slice.page.number()).copied();
         match mapping {
@@ -358,7 +369,7 @@ impl Machine {
                     .get(&sector)
                     .copied()
                     .unwrap_or([0; SECTOR]);
-                // An I/O that fails may have moved anything.
+                // A failed I/O may have moved any part of its data.
                 if fails && self.rng.percent(50) {
                     return;
                 }
@@ -410,7 +421,7 @@ impl Machine {
         }
     }
 
-    /// A power cut now must leave everything that was answered before `since`.
+    /// Checks that a power cut now would lose nothing that was answered before `since`.
     pub fn check_durable(&mut self, since: u64) {
         let since = if self.setup.limits.flush {
             since
@@ -420,7 +431,7 @@ impl Machine {
         self.check_durable_at(self.history.sectors(), since);
     }
 
-    /// The same for some of the sectors.
+    /// Checks some sectors as [`check_durable`](Self::check_durable) does.
     pub(crate) fn check_durable_at(&mut self, sectors: Vec<u64>, since: u64) {
         for sector in sectors {
             let found = self
@@ -434,7 +445,7 @@ impl Machine {
         }
     }
 
-    /// Takes over an I/O of the engine.
+    /// Accepts an I/O from the engine.
     pub(crate) fn accept(&mut self, io: &Io<'_>) -> Running {
         let running = Running {
             tag: io.tag,
@@ -451,7 +462,7 @@ impl Machine {
         running
     }
 
-    /// Checks an I/O as the engine hands it over.
+    /// Checks an I/O as the engine submits it.
     fn check_io(&mut self, io: &Running, count: u16) {
         let limits = self.setup.limits;
         let bytes: u64 = io.slices.iter().map(|s| u64::from(s.len)).sum();
@@ -485,7 +496,7 @@ impl Machine {
         for slice in &io.slices {
             let block = limits.block_sectors * 512;
             rule(
-                u32::from(slice.len) % block == 0 && u32::from(slice.offset) % block == 0,
+                u32::from(slice.len) % block == 0 && slice.offset % 512 == 0,
                 "not whole blocks",
             );
         }
@@ -501,7 +512,7 @@ impl Machine {
         rule(!self.disk.uses_tag(io.tag), "the tag is in use");
         for slice in &io.slices {
             let page = slice.page.number();
-            // A guest that names one of its pages twice has it mapped once, if it is kept.
+            // If a guest names one of its pages twice and the backend keeps mappings, the page is mapped once.
             let named = self.setup.keeps_grants
                 && self
                     .host

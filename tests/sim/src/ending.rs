@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The end of a process, and the I/O that it leaves behind: in this machine, where it holds pages of the
-//! arena, and elsewhere, where nobody sees it.
+//! The end of a process, and the I/O that it leaves running: on this machine, where it holds pages of the arena, and on
+//! remote servers, where this machine does not see it.
 
 use ring::tap::abi::{Desc, MAX_SETTLE_MS, OP_FLUSH, OP_READ, OP_WRITE, STATE_LIVE};
 use ring::tap::checked::{Claimed, Fence};
@@ -11,11 +11,11 @@ use crate::machine::{Fault, Machine};
 use crate::process::{completion, Job};
 use crate::tap::Bytes;
 
-/// Nanoseconds in what the machine's clock counts.
+/// Nanoseconds of one unit of the machine's clock.
 const TICK_NS: u64 = 1_000_000;
-/// The longest time for which what a process of the simulation has sent may be executed.
+/// The longest time for which a remote server may execute I/O that a process of the simulation has sent.
 const LONGEST_MS: u64 = 1000;
-/// Between one look at a dead process and the next.
+/// The longest pause between two checks of a dead process.
 const LONGEST_PAUSE: u64 = 100;
 
 /// I/O of a dead process that holds pages of the arena.
@@ -25,13 +25,13 @@ pub(crate) struct Ghost {
     fence: Fence,
 }
 
-/// I/O that is executed elsewhere, and holds nothing here any more.
+/// I/O that a remote server executes, and that holds no pages here any more.
 #[derive(Debug)]
 pub(crate) struct Sent {
     job: Job,
-    /// What is written.
+    /// Data that it writes.
     data: Vec<Bytes>,
-    /// It is executed before this or never; `None` if nobody knows when.
+    /// The server executes it before this time or never; `None` if the time is unknown.
     until: Option<u64>,
 }
 
@@ -47,7 +47,7 @@ fn changes(desc: &Desc) -> bool {
 }
 
 impl Machine {
-    /// A process says when its I/O is over, or nothing if that is when it holds no page.
+    /// Claims when the I/O of a process is over, or claims nothing if that is when it holds no page.
     pub(crate) fn claim(&mut self, epoch: u64) {
         let plan = self.tap.plan;
         let fence = if self.rng.percent(plan.sessions) {
@@ -79,7 +79,7 @@ impl Machine {
         }
     }
 
-    /// A process that has something in hand says that its I/O is over later than it said: it is served on.
+    /// Makes a process that has requests in hand claim a later fence: it is served on.
     pub(crate) fn widen(&mut self) {
         let Some((epoch, before)) = self.tap.process.as_ref().map(|p| (p.epoch, p.fence)) else {
             return;
@@ -125,7 +125,7 @@ impl Machine {
             Fence::Local | Fence::Session { .. } => 0,
         };
         for job in process.jobs {
-            // It would have said so.
+            // The completion that it would have sent.
             let said = (process.epoch, completion(&job.desc));
             self.tap.words.old.push(said);
             if job.started && !job.done {
@@ -136,7 +136,7 @@ impl Machine {
         self.tap.shadow.closed();
     }
 
-    /// The I/O of a dead process goes on.
+    /// Advances the I/O of a dead process.
     pub(crate) fn haunt(&mut self, at: usize) {
         let mut ghost = self.tap.ghosts.swap_remove(at);
         self.tap.counts.late += 1;
@@ -146,13 +146,13 @@ impl Machine {
         }
     }
 
-    /// It lets go of its pages: it is cancelled, or it was sent.
+    /// Releases the pages of an I/O: it is cancelled, or was sent to a server.
     pub(crate) fn exorcise(&mut self, at: usize) {
         let Ghost { job, fence } = self.tap.ghosts.swap_remove(at);
         let until = match fence {
             Fence::Local => return,
             Fence::Session { settle_ms } => Some(self.clock + u64::from(settle_ms)),
-            // What may come at any time is a write: its values are its own.
+            // I/O that may be executed at any time must be a write, which has values of its own.
             Fence::None if job.desc.op != OP_WRITE => return,
             Fence::None => None,
         };
@@ -168,9 +168,9 @@ impl Machine {
         self.tap.sent.push(Sent { job, data, until });
     }
 
-    /// Some of what was sent is executed, if there is time left.
+    /// Lets the server execute some I/O, if there is time left.
     pub(crate) fn execute_sent(&mut self, at: usize) {
-        // Later than anything here.
+        // The time is later than all others here.
         if self.rng.percent(80) {
             return;
         }
@@ -208,18 +208,18 @@ impl Machine {
         }
     }
 
-    /// A write that failed, because nobody knows when it is over, is executed after that.
+    /// Records that a write that failed, because its end is unknown, is executed after the failure.
     fn stray(&mut self, bytes: &[u8; SECTOR]) {
         if let Some(value) = decode(bytes) {
             self.history.stray((value >> 32) as u32);
         }
     }
 
-    /// The kernel sees no I/O of the dead process; perhaps it looks not for the first time.
+    /// The kernel checks a dead process for visible I/O and sees none; it may have checked before.
     pub(crate) fn look(&mut self) {
         let _planted = self.commit(Fault::SkipFence);
         self.clock += self.rng.below(LONGEST_PAUSE);
-        // In the pause.
+        // During the pause.
         for sent in std::mem::take(&mut self.tap.sent) {
             match sent.until {
                 Some(until) if until <= self.clock => {
@@ -230,7 +230,7 @@ impl Machine {
                 _ => self.tap.sent.push(sent),
             }
         }
-        // Nobody is answered for requests of a guest that is gone.
+        // Requests of a guest that is gone get no answer.
         let orphans = self.tap.shadow.orphans() > 0;
         let lost = if orphans { 0 } else { self.tap.lost };
         let Some(failed) = self.tap.shadow.quiet(self.clock * TICK_NS) else {

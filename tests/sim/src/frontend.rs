@@ -20,9 +20,9 @@ pub const RING_GREF: u32 = 8;
 /// A reference that was never granted.
 pub const BAD_GREF: u32 = 0x7fff_ffff;
 
-/// What a page holds when no request uses it.
+/// Content of a page that no request uses.
 pub(crate) const FREE: u8 = 0x5a;
-/// What a page holds before a read fills it.
+/// Content of a page before a read fills it.
 const EMPTY: u8 = 0xa5;
 
 #[derive(Clone, Copy, Debug)]
@@ -37,11 +37,11 @@ pub(crate) struct Pending {
     pub(crate) spec: Spec,
     pub(crate) number: u32,
     pub(crate) issued: u64,
-    /// Answers that had come when it was made.
+    /// Answers that had arrived when it was made.
     pub(crate) earlier: usize,
-    /// Where in the ring it is.
+    /// Its index in the ring.
     pub(crate) index: u32,
-    /// Page (if it is ours), first and last sector.
+    /// Page (if it is one of the guest's own), first and last sector.
     pub(crate) segments: Vec<(Option<usize>, u8, u8)>,
     /// Every page that it uses, once.
     pub(crate) pages: Vec<usize>,
@@ -60,7 +60,7 @@ pub struct Answer {
     pub status: i16,
 }
 
-/// What a grant reference names.
+/// Page that a grant reference names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A page of the guest.
@@ -84,22 +84,22 @@ pub struct Frontend {
     pub(crate) pages: Vec<Page>,
     pub(crate) grants: Vec<Grant>,
     pub(crate) free: Vec<usize>,
-    /// Answered, and not heard of.
+    /// Requests that are answered and whose answers the guest has not seen.
     pub(crate) unheard: VecDeque<Unheard>,
-    /// What the guest keeps of what it has read.
+    /// Data that the guest has read and keeps.
     pub(crate) kept: VecDeque<Kept>,
-    /// Its memory, on its way to another host.
+    /// The migration of its memory to another host.
     pub(crate) passes: Option<Passes>,
     pub(crate) pending: HashMap<u64, VecDeque<Pending>>,
     pub(crate) by_gref: HashMap<u32, u32>,
     pub(crate) outstanding: u32,
     next: u32,
-    /// Answers in the order in which they came.
+    /// Answers in the order in which they arrived.
     pub answers: Vec<Answer>,
 }
 
 impl Frontend {
-    /// A guest with an empty ring.
+    /// Returns a guest with an empty ring.
     pub fn new(size: u32) -> Self {
         Self {
             size,
@@ -122,7 +122,7 @@ impl Frontend {
         }
     }
 
-    /// A guest that comes after this one, at a ring of `size` slots; the numbers of its requests go on.
+    /// Returns the guest that follows this one, at a ring of `size` slots; its requests continue the numbering.
     pub(crate) fn next_guest(&self, size: u32) -> Self {
         Self {
             next: self.next,
@@ -130,19 +130,19 @@ impl Frontend {
         }
     }
 
-    /// The numbers of requests of all queues are different.
+    /// Makes the numbers of requests of all queues unique.
     pub(crate) fn count_on(&mut self, other: &mut Self) {
         std::mem::swap(&mut self.next, &mut other.next);
     }
 
-    /// Another host does not have this page as it is now, as far as one is told.
+    /// Marks a page as changed, so that the migration copies it again.
     pub(crate) fn mark(&mut self, page: usize) {
         if let Some(passes) = &mut self.passes {
             passes.mark(page);
         }
     }
 
-    /// Starts all indices at a value, as a ring that was in use has them.
+    /// Starts all indices at a value, as in a ring that was in use.
     pub fn start_at(&mut self, index: u32) {
         self.req_prod = index;
         self.pushed = index;
@@ -150,7 +150,7 @@ impl Frontend {
         self.published = index;
     }
 
-    /// Requests made and not answered.
+    /// Returns the number of requests that were made and not answered.
     pub fn outstanding(&self) -> u32 {
         self.outstanding
     }
@@ -160,12 +160,12 @@ impl Frontend {
         self.pending.get(&id).is_some_and(|queue| !queue.is_empty())
     }
 
-    /// Requests published.
+    /// Returns the number of published requests.
     pub fn pushed(&self) -> u32 {
         self.pushed
     }
 
-    /// Responses of which the guest has heard.
+    /// Returns the number of responses that the guest has seen.
     pub(crate) fn heard(&self) -> u32 {
         self.rsp_cons
     }
@@ -175,12 +175,12 @@ impl Frontend {
         self.req_prod.wrapping_sub(self.rsp_cons) < self.size
     }
 
-    /// Unanswered requests that use a grant.
+    /// Returns the number of unanswered requests that use a grant.
     pub fn lent(&self, gref: u32) -> u32 {
         self.by_gref.get(&gref).copied().unwrap_or(0)
     }
 
-    /// The page that a grant names, if it is granted.
+    /// Returns the page that a grant names, if it is granted.
     pub fn resolve(&self, gref: u32, write: bool) -> Option<Target> {
         if (RING_GREF..RING_GREF + 16).contains(&gref) {
             return Some(Target::Ring((gref - RING_GREF) as usize));
@@ -218,12 +218,12 @@ impl Frontend {
         }
     }
 
-    /// Responses that the guest has not consumed.
+    /// Returns the number of responses that the guest has not consumed.
     pub fn unseen(&self) -> u32 {
         self.published.wrapping_sub(self.rsp_cons)
     }
 
-    /// Grants a page for good, to be named by any number of requests. Returns its reference.
+    /// Grants a page for good, for any number of requests. Returns its reference.
     pub fn hold_page(&mut self) -> u32 {
         let gref = gref_of(self.take_page());
         *self.by_gref.entry(gref).or_default() += 1;
@@ -257,7 +257,7 @@ pub(crate) fn gref_of(page: usize) -> u32 {
 }
 
 impl Machine {
-    /// The bytes behind a grant.
+    /// Returns the bytes behind a grant.
     pub fn target(&mut self, target: Target) -> Option<&mut [u8]> {
         match target {
             Target::Page(index) => Some(&mut self.front.pages[index][..]),
@@ -309,7 +309,7 @@ impl Machine {
         }
     }
 
-    /// Puts a request into the next slot. Its segments have the data `known`, if there is any; if not, the guest
+    /// Puts a request into the next slot. Its segments have the data `known`, if there is any; otherwise the guest
     /// makes some.
     pub(crate) fn enter(&mut self, mut pending: Pending, id: u64, known: &[Page]) {
         let spec = pending.spec.clone();
@@ -359,7 +359,7 @@ impl Machine {
         index
     }
 
-    /// The next page is one that is not mapped: of another one a grant cannot be ended.
+    /// Chooses a page that is not mapped as the next one, because the guest cannot end the grant of a mapped page.
     pub(crate) fn choose_unmapped(&mut self) {
         let mappings = self.host.mappings.values();
         let mapped: Vec<_> = mappings.map(|mapping| mapping.target).collect();
@@ -427,7 +427,7 @@ impl Machine {
             for (segment, bytes) in wire.iter().zip(room) {
                 bytes.copy_from_slice(&segment_bytes(*segment));
             }
-            // What lies beyond the needed references must not be looked at.
+            // The backend must ignore references beyond the needed ones.
             let mut grefs = [BAD_GREF; 8];
             grefs[0] = spec.descriptor.unwrap_or(gref_of(index));
             return Tail::Indirect(grefs);
@@ -438,11 +438,11 @@ impl Machine {
         Tail::Segments(wire.to_vec())
     }
 
-    /// Tells the history what the request may change.
+    /// Records in the history which sectors the request may change.
     fn note(&mut self, pending: &Pending) {
         let spec = &pending.spec;
         if matches!(spec.expect, Expect::Error | Expect::NotSupported) && !spec.wild {
-            // It must change nothing: what it wrote nevertheless is explained by no write.
+            // It must change nothing, so a read that sees its data has no explanation in the history.
             return;
         }
         match spec.operation {
@@ -471,24 +471,24 @@ impl Machine {
         self.front.pushed = new;
         let event = self.ring.load(REQ_EVENT);
         let wanted = new.wrapping_sub(event) < new.wrapping_sub(old);
-        // Who overwrites `req_event` cannot know whether an event is wanted.
+        // A guest that overwrites `req_event` cannot know whether it owes an event.
         if (wanted || self.setup.lawless > 0) && !self.commit(Fault::LoseEvent) {
             self.event = true;
         }
     }
 
-    /// True if `req_prod` is not what the guest will have it be in the end.
+    /// Returns true if `req_prod` is not the value that the guest will finally store.
     pub fn is_misleading(&self) -> bool {
         self.ring.load(REQ_PROD) != self.front.pushed
     }
 
-    /// Puts `req_prod` right again and tells the backend.
+    /// Corrects `req_prod` and notifies the backend.
     pub fn set_right(&mut self) {
         self.ring.store(REQ_PROD, self.front.pushed);
         self.event = true;
     }
 
-    /// Does something to the ring that no frontend may do.
+    /// Does something to the ring that the protocol forbids.
     pub fn break_rules(&mut self) {
         let junk = self.rng.bits() as u32;
         let published = self.front.published;
@@ -539,14 +539,14 @@ impl Machine {
                 self.hear(unheard);
             }
         }
-        // A lazy guest asks to be told only when several more are answered.
+        // A lazy guest arms the event for when several more are answered.
         let waiting = self.front.pushed.wrapping_sub(self.front.rsp_cons);
         let lazy = self.rng.below(u64::from(waiting.clamp(1, 4))) as u32;
         let event = self.front.rsp_cons.wrapping_add(1 + lazy);
         self.ring.store(RSP_EVENT, event);
     }
 
-    /// True if there are responses that the guest does not know of and no event told it.
+    /// Returns true if there are responses that the guest has not seen and for which it gets no event.
     pub fn guest_overslept(&self) -> bool {
         let waiting = self.front.published.wrapping_sub(self.front.rsp_cons);
         let asked = self.ring.load(RSP_EVENT).wrapping_sub(self.front.rsp_cons);

@@ -14,18 +14,18 @@ use zerocopy::FromBytes;
 use crate::frontend::Target;
 use crate::machine::{page, Fault, Machine, Page, Setup, Shared};
 
-/// A guest's page at one of ours.
+/// A guest's page mapped at a page of the backend.
 #[derive(Clone, Copy, Debug)]
 pub struct Mapping {
     /// Handle.
     pub handle: u32,
     /// Grant reference.
     pub gref: u32,
-    /// What it names.
+    /// Page that the reference names.
     pub target: Target,
-    /// It may not be written.
+    /// The backend must not write it.
     pub read_only: bool,
-    /// It could not be taken away.
+    /// An unmap of it failed.
     pub lost: bool,
 }
 
@@ -36,21 +36,21 @@ pub struct Host {
     pub pages: Vec<Page>,
     /// Pages that could have memory and have none.
     pub absent: BTreeSet<u16>,
-    /// Pages that are lent, and how many may be.
+    /// Pages that are lent, and their limit.
     pub lent: u16,
     pub(crate) lendable: u16,
     /// Mappings by data page.
     pub mappings: BTreeMap<u16, Mapping>,
-    /// Data pages that somebody else holds, such as the connection of network storage.
+    /// Data pages with another user, such as the connection of network storage.
     pub held: BTreeSet<u16>,
     next_handle: u32,
     late: Option<(Target, usize)>,
-    /// Data that gets into the guest's pages later than it should.
+    /// Data that reaches the guest's pages later than it should.
     later: Vec<Late>,
 }
 
 impl Host {
-    /// The host of a setup.
+    /// Returns the host of a setup.
     pub fn new(setup: &Setup) -> Self {
         Self {
             pages: (0..setup.copy_pages).map(|_| page(0xbb)).collect(),
@@ -65,12 +65,12 @@ impl Host {
         }
     }
 
-    /// True if data is not yet where it should be.
+    /// Returns true if some data has not reached its page yet.
     pub(crate) fn is_late(&self) -> bool {
         !self.later.is_empty()
     }
 
-    /// Data gets into a page of the guest later than it should.
+    /// Delays data for a page of the guest.
     pub(crate) fn delay(&mut self, target: Target, start: usize, data: &[u8], is_marked: bool) {
         self.later.push(Late {
             target,
@@ -80,13 +80,13 @@ impl Host {
         });
     }
 
-    /// Mappings of a grant.
+    /// Returns the number of mappings of a grant.
     pub fn mapped(&self, gref: u32) -> usize {
         let here = |m: &&Mapping| m.gref == gref && !m.lost;
         self.mappings.values().filter(here).count()
     }
 
-    /// Pages from which a guest's page could not be taken.
+    /// Returns the number of pages from which a guest's page could not be unmapped.
     pub fn lost(&self) -> u16 {
         self.mappings.values().filter(|m| m.lost).count() as u16
     }
@@ -97,7 +97,7 @@ struct Late {
     target: Target,
     start: usize,
     data: Vec<u8>,
-    /// That the page has changed is written down then.
+    /// The page is marked as changed only then.
     is_marked: bool,
 }
 
@@ -113,7 +113,7 @@ pub struct FakeGrants {
 }
 
 impl FakeGrants {
-    /// A port to the machine's grant table.
+    /// Returns a port to the machine's grant table.
     pub fn new(machine: Shared) -> Self {
         let (buffers, batch) = {
             let setup = &machine.borrow().setup;
@@ -211,7 +211,7 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
 }
 
 impl Machine {
-    /// Data gets into a page of the guest, and that it has changed is written down.
+    /// Copies data into a page of the guest, and marks it as changed.
     fn copy_out(&mut self, target: Target, range: Range<usize>, data: &[u8]) {
         if self.commit(Fault::CopyLater) {
             return self.host.delay(target, range.start, data, true);
@@ -228,7 +228,7 @@ impl Machine {
         }
     }
 
-    /// Data gets there that should have been there before.
+    /// Copies delayed data to its page.
     pub(crate) fn copy_later(&mut self) {
         for late in std::mem::take(&mut self.host.later) {
             if let Some(guest) = self.target(late.target) {
@@ -240,7 +240,7 @@ impl Machine {
         }
     }
 
-    /// What the grant table does behind everybody's back: nothing unless it is faulty.
+    /// Faults of the grant table that happen without a call: nothing unless one is planted.
     pub fn late_copy(&mut self) {
         if let Some((target, at)) = self.host.late.take() {
             if let Some(bytes) = self.target(target) {
@@ -249,7 +249,7 @@ impl Machine {
         }
     }
 
-    /// Memory for a block of eight pages, if the host has some to lend.
+    /// Lends memory for a block of eight pages, if the host has some to lend.
     pub(crate) fn lend(&mut self, block: u16) -> bool {
         if self.rng.percent(self.setup.fickle) {
             self.host.lendable = self.rng.below(u64::from(self.setup.lendable) + 1) as u16;
@@ -271,7 +271,7 @@ impl Machine {
         true
     }
 
-    /// The memory of a block comes back.
+    /// Takes back the memory of a block.
     pub(crate) fn take_back(&mut self, block: u16) {
         for page in block * 8..block * 8 + 8 {
             if self.disk.uses_page(page) {
@@ -285,7 +285,7 @@ impl Machine {
         self.host.lent -= 8;
     }
 
-    /// Nothing may be mapped when the queue is idle.
+    /// Checks that nothing is mapped when the queue is idle.
     pub fn check_mappings(&mut self) {
         let mappings = self.host.mappings.values();
         let mapped: Vec<_> = mappings.filter(|m| !m.lost).copied().collect();
@@ -329,10 +329,13 @@ impl Machine {
         MapOutcome::Mapped(handle)
     }
 
-    /// False if the page stays.
+    /// Unmaps a page. Returns false if it stays mapped.
     fn unmap(&mut self, page: u16, handle: u32) -> bool {
         if self.disk.uses_page(page) {
             self.problem(format!("page {page} was unmapped during its I/O"));
+        }
+        if self.host.held.contains(&page) && !self.gone {
+            self.problem(format!("the queue waits for who holds page {page}"));
         }
         if self.commit(Fault::ForgetUnmap) {
             return true;
@@ -345,7 +348,7 @@ impl Machine {
             ..
         }) = mapping
         {
-            // What was written through a mapping is known with its end.
+            // The end of a writable mapping marks the page as changed.
             if !stays && !self.commit(Fault::LateUnmap) {
                 self.front.mark(page);
             }

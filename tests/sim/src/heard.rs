@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a guest does when it hears of an answer: it looks at its pages, keeps what it has read for a while, and uses
-//! the pages for something else.
+//! Reaction of a guest to an answer: it checks its pages, keeps the data that it read for a while, and reuses the
+//! pages.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use ring::abi::OP_READ;
 use crate::frontend::{gref_of, Frontend, Pending, FREE};
 use crate::machine::{page, Machine, Page};
 
-/// A request whose answer is in the ring, and of which the guest has not heard.
+/// A request whose answer is in the ring, and that the guest has not seen.
 #[derive(Clone, Debug)]
 pub(crate) struct Unheard {
     pub(crate) id: u64,
@@ -18,11 +18,11 @@ pub(crate) struct Unheard {
     pub(crate) pending: Pending,
 }
 
-/// Pages with what was read, and what that was.
+/// Pages with data that was read, and that data.
 pub(crate) type Kept = Vec<(usize, Page)>;
 
 impl Frontend {
-    /// Pages in which is what the guest has read, and what that is.
+    /// Returns the pages with data that the guest has read, and that data.
     fn with_data(&self) -> BTreeMap<usize, &Page> {
         let unheard = self.unheard.iter().map(|unheard| &unheard.pending);
         let unheard =
@@ -33,7 +33,7 @@ impl Frontend {
 }
 
 impl Machine {
-    /// The guest hears of an answer, and looks at what it has read.
+    /// The guest sees an answer, and checks the data that it has read.
     pub(crate) fn hear(&mut self, heard: Unheard) {
         let Unheard { okay, pending, .. } = heard;
         for (index, data) in pending.pages.iter().zip(&pending.before) {
@@ -48,7 +48,7 @@ impl Machine {
         for (index, data) in pages {
             match keeps {
                 true if self.setup.keeps_grants && self.habits.bounces => {
-                    // A page that stays granted is for the next request, too.
+                    // A page that stays granted is reused by the next request.
                     let own = self.bounce(&data);
                     kept.push((own, data));
                     self.let_go(index);
@@ -67,7 +67,7 @@ impl Machine {
         }
     }
 
-    /// A page of its own, not granted to anybody, to which the guest copies what it has read.
+    /// Copies data that was read to a page that is not granted.
     fn bounce(&mut self, data: &Page) -> usize {
         self.choose_unmapped();
         let own = self.front.take_page();
@@ -77,14 +77,14 @@ impl Machine {
         own
     }
 
-    /// The guest needs what is in a page no longer.
+    /// Frees a page whose data the guest does not need any longer.
     fn let_go(&mut self, index: usize) {
         self.front.pages[index].fill(FREE);
         self.front.mark(index);
         self.front.free.push(index);
     }
 
-    /// What must hold when the engine has gone: what no request lends is as the guest has left it.
+    /// Checks, after the engine is gone, that pages which no request lends are as the guest has left them.
     pub fn check_free_pages(&mut self) {
         if self.hosed {
             return;

@@ -2,9 +2,9 @@
 
 //! The history checker: every sector is a register.
 //!
-//! Each sector that a guest writes carries a value that no other write gives to any sector. A read
-//! is explained if it returned the value of a write that could be the last one in some order of
-//! the requests which respects that an answered request comes before one issued later.
+//! Each sector that a guest writes carries a value that no other write gives to any sector. A read is explained if it
+//! returned the value of a write that could be the last one in some order of the requests. In that order an answered
+//! request comes before one that was issued after the answer.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use std::ops::Range;
 /// The value of a sector that was never written or was discarded.
 pub const ZERO: u64 = 0;
 
-/// Not answered.
+/// Time of the answer to a request without one.
 pub const NEVER: u64 = u64::MAX;
 
 /// Bytes of a sector.
@@ -53,9 +53,9 @@ struct Write {
     issued: u64,
     answered: u64,
     okay: bool,
-    /// Its bytes are not known: it explains any value.
+    /// Its data is not known, so it explains any value.
     wild: bool,
-    /// If it failed, it may be executed at any time after that.
+    /// If it failed, it may be executed at any time afterwards.
     stray: bool,
     /// Sectors of a discard; a data write is listed under each of its sectors.
     start: u64,
@@ -64,7 +64,7 @@ struct Write {
 }
 
 impl Write {
-    /// It is executed before this, if at all.
+    /// Returns the time before which it is executed, if at all.
     fn end(&self) -> u64 {
         if self.stray && !self.okay {
             NEVER
@@ -82,21 +82,21 @@ pub struct History {
     by_sector: HashMap<u64, Vec<usize>>,
     discards: Vec<usize>,
     by_number: HashMap<u32, usize>,
-    /// What answered reads saw.
+    /// Values that answered reads returned.
     seen: HashMap<u64, Vec<Seen>>,
 }
 
-/// What an answered read saw.
+/// Value that an answered read returned.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     issued: u64,
     answered: u64,
     value: u64,
-    /// When the write was issued that it saw.
+    /// When the write of that value was issued.
     write: u64,
 }
 
-/// All accesses that have to do with one value of a sector: its write and the reads that saw it.
+/// All accesses to one value of a sector: its write and the reads that returned it.
 ///
 /// The value was there at some time between the first end and the last begin of an access, and
 /// all that time if that end comes before that begin.
@@ -108,12 +108,12 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// The value was there from the first to the second of these times.
+    /// Returns the times from and to which the value must have been on the disk.
     fn forward(&self) -> Option<(u64, u64)> {
         (self.first_end < self.last_begin).then_some((self.first_end, self.last_begin))
     }
 
-    /// True if both values must have been there at the same time.
+    /// Returns true if both values must have been on the disk at one time.
     fn clashes(&self, other: &Self) -> bool {
         match (self.forward(), other.forward()) {
             (Some((from, to)), Some((since, until))) => from < until && since < to,
@@ -124,7 +124,7 @@ impl Cluster {
 }
 
 impl History {
-    /// Notes that a data write was issued.
+    /// Records that a data write was issued.
     pub fn write(&mut self, number: u32, issued: u64, start: u64, sectors: u64, wild: bool) {
         let index = self.note(number, issued, start, sectors, wild);
         for sector in start..start + sectors {
@@ -132,7 +132,7 @@ impl History {
         }
     }
 
-    /// Notes that a discard was issued.
+    /// Records that a discard was issued.
     pub fn discard(&mut self, number: u32, issued: u64, start: u64, sectors: u64) {
         let index = self.note(number, issued, start, sectors, false);
         self.discards.push(index);
@@ -154,7 +154,7 @@ impl History {
         index
     }
 
-    /// Notes that a write or discard was answered.
+    /// Records that a write or discard was answered.
     pub fn answered(&mut self, number: u32, time: u64, okay: bool) {
         if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
             write.answered = time;
@@ -162,8 +162,8 @@ impl History {
         }
     }
 
-    /// Nobody has heard of the answer to a request that was issued then, so it says nothing; a read of these
-    /// sectors was none.
+    /// Forgets the answer to a request that was issued at this time, because the guest has not seen it; a read of these
+    /// sectors counts as never made.
     pub fn unheard(&mut self, number: u32, issued: u64, sectors: Range<u64>) {
         if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
             write.answered = NEVER;
@@ -176,7 +176,7 @@ impl History {
         }
     }
 
-    /// Notes that a write may be executed after it was answered, if it was with an error.
+    /// Records that a write may be executed after it was answered, if the answer was an error.
     pub fn stray(&mut self, number: u32) {
         if let Some(write) = self.by_number.get(&number).map(|i| &mut self.writes[*i]) {
             write.stray = true;
@@ -190,7 +190,8 @@ impl History {
         data.chain(discards.filter(move |(w, _)| (w.start..w.end).contains(&sector)))
     }
 
-    /// Explains what a read issued and answered at these times saw; the error says why not.
+    /// Explains the value that a read returned, which was issued and answered at these times; the error says why it
+    /// cannot.
     ///
     /// `None` as value means bytes that no write of the history can have left.
     pub fn read(
@@ -211,7 +212,7 @@ impl History {
         Ok(())
     }
 
-    /// The same without remembering the read; returns when the write it saw was issued.
+    /// Explains a read without remembering it; returns when the write that it saw was issued.
     pub fn explain(
         &self,
         sector: u64,
@@ -219,7 +220,7 @@ impl History {
         issued: u64,
         answered: u64,
     ) -> Result<u64, String> {
-        // Nothing that was over before this time can be seen any longer.
+        // Writes that were overwritten before this time cannot be seen any longer.
         let overwritten = self
             .covering(sector)
             .filter(|(w, _)| w.okay && w.answered < issued)
@@ -248,12 +249,11 @@ impl History {
         })
     }
 
-    /// Checks all reads of all sectors together: there is one order of all accesses to a sector,
-    /// in which what is over comes before what begins later, and every read sees the write before
-    /// it. Returns what is wrong.
+    /// Checks all reads of all sectors together: there is one order of all accesses to a sector, in which what is over
+    /// comes before what begins later, and every read sees the write before it. Returns the violations.
     ///
-    /// Each value is written once, so an order exists if and only if no two values must have been
-    /// there at the same time. Zeroes are left out: they are written by any discard.
+    /// One write makes each value, so an order exists if and only if no two values must have been on the disk at one
+    /// time. Zeroes are left out, because any discard makes them.
     pub fn judge(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut sectors = self.sectors();
@@ -279,7 +279,7 @@ impl History {
     fn clusters(&self, sector: u64) -> Vec<Cluster> {
         let writes = self.by_sector.get(&sector).into_iter().flatten();
         let writes = writes.map(|i| &self.writes[*i]);
-        // One that strays may have been executed before, by an earlier process.
+        // A stray write may have been executed before, by an earlier process.
         let writes = writes.filter(|w| !w.wild && (!w.stray || w.okay));
         let seen = self.seen.get(&sector).map_or(&[][..], |s| &s[..]);
         writes
@@ -296,7 +296,7 @@ impl History {
             .collect()
     }
 
-    /// The sectors of which something is known.
+    /// Returns the sectors that the history knows.
     pub fn sectors(&self) -> Vec<u64> {
         self.by_sector.keys().copied().collect()
     }
@@ -364,7 +364,7 @@ mod tests {
         history.answered(4, 60, true);
         assert!(history.explain(5, Some(value(3, 5)), 61, 70).is_err());
         for number in [1, 3] {
-            // One that was answered without an error does not come back all the same.
+            // A write that was answered without an error cannot become visible again.
             history.stray(number);
         }
         assert!(history.explain(5, Some(value(3, 5)), 61, 70).is_ok());
@@ -380,7 +380,7 @@ mod tests {
         assert!(history.read(5, Some(value(3, 5)), 51, 60).is_ok());
         assert!(history.explain(5, Some(value(2, 5)), 61, 70).is_err());
         history.unheard(3, 41, 0..0);
-        // Somebody has seen it.
+        // A read has returned the value.
         assert!(history.explain(5, Some(value(2, 5)), 61, 70).is_err());
         history.unheard(9, 51, 5..6);
         for number in [2, 3] {
@@ -403,7 +403,7 @@ mod tests {
 
     #[test]
     fn values_that_take_turns_are_not_explained_together() {
-        // Two writes at the same time, of which none is over: each read alone can be explained.
+        // Two overlapping writes, neither of which is answered: each read alone can be explained.
         for (seen, wrong) in [
             (&[1, 2, 1][..], true),
             (&[1, 2, 2], false),

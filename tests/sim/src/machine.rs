@@ -37,31 +37,31 @@ pub enum Fault {
     LoseCompletion,
     /// The disk completes an I/O again when its tag is next in use.
     DoubleCompletion,
-    /// The disk tells of a completion twice in a row.
+    /// The disk reports a completion twice in a row.
     RepeatCompletion,
-    /// The disk writes two sectors in each other's place.
+    /// The disk writes two sectors to each other's place.
     SwapSectors,
-    /// The disk writes one sector further than it was told.
+    /// The disk writes one sector further than the request.
     MisdirectWrite,
-    /// The disk forgets to give an I/O back that it does not do.
+    /// The disk forgets to give back an I/O that it does not execute.
     LoseGivenBack,
-    /// The disk does an I/O that it has given back.
+    /// The disk executes an I/O that it has given back.
     BeginGivenBack,
     /// The disk completes a write and forgets its data.
     DropWrite,
-    /// The disk completes a flush without doing it.
+    /// The disk completes a flush without executing it.
     IgnoreFlush,
-    /// The disk reads the first half of a sector only.
+    /// The disk reads only the first half of a sector.
     TearRead,
     /// A copy goes beyond the segment.
     CopyBeyond,
-    /// A copy is reported as done and was not.
+    /// A copy is reported as done but was not.
     SkipCopy,
     /// A copy hits the guest's page again after the answer.
     LateCopy,
     /// An unmap is forgotten.
     ForgetUnmap,
-    /// Nobody is told that an unmap has failed.
+    /// A failed unmap is not reported.
     ForgetLost,
     /// A mapping is made and its handle withheld.
     LeakMapping,
@@ -71,39 +71,39 @@ pub enum Fault {
     LoseInterrupt,
     /// A response carries another identifier.
     WrongId,
-    /// The disk lets one I/O wait as long as there are others.
+    /// The disk delays one I/O for as long as there are others.
     StarveFirst,
     /// A completion does not wake the worker.
     SwallowWake,
     /// Requests of a dead process are delivered again while its I/O is running.
     SkipFence,
-    /// Nobody hears that the I/O of a process is executed elsewhere.
+    /// The shadow does not learn that the I/O of a process is executed elsewhere.
     ForgetClass,
     /// A process writes the first sector of a write once more, later.
     ExecuteTwice,
-    /// The shadow is told another place than that of the request.
+    /// The shadow gets another range than that of the request.
     HideRanges,
-    /// A process keeps what is written in its own memory.
+    /// A process keeps written data in its own memory.
     PrivateCache,
-    /// A process takes it that its predecessor has executed a write.
+    /// A process assumes that its predecessor has executed a write.
     SkipReplay,
     /// The guest's pages are copied again before a request is delivered again.
     RereadGuest,
-    /// An old completion is taken for a new one.
+    /// An old completion counts as a new one.
     TrustStale,
-    /// A process that sleeps is not told of requests.
+    /// A sleeping process is not woken for requests.
     LeaveAsleep,
     /// The next guest is served while the process has requests of the last one.
     ForgetOrphans,
-    /// The host says that it has lent pages and has not.
+    /// The host claims to have lent pages and has not.
     LendNothing,
-    /// What is under way when a guest is suspended is given up.
+    /// Running I/O is dropped when a guest is suspended.
     AbortAtSuspend,
-    /// The image is given up with I/O under way, which ends later.
+    /// The host gives up the image with running I/O, which ends later.
     LeaveRunning,
-    /// A frontend that has arrived forgets one of its requests.
+    /// A migrated frontend forgets one of its requests.
     ForgetReplay,
-    /// A copy to the guest's page is written down as a change of it before it is made.
+    /// A copy to the guest's page marks it as changed before the copy is made.
     MarkEarly,
     /// A request is answered before its data is in the guest's page.
     CopyLater,
@@ -111,7 +111,7 @@ pub enum Fault {
     LateUnmap,
 }
 
-/// What is fixed for a case.
+/// Parameters of a case.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// Layout of the slots.
@@ -122,17 +122,17 @@ pub struct Setup {
     pub copy_pages: u16,
     /// Those of them that have it from the beginning; the others are borrowed.
     pub own_pages: u16,
-    /// Pages that the host lends at most; how many these are changes from time to time.
+    /// Maximum number of pages that the host lends; the number changes from time to time.
     pub lendable: u16,
-    /// Blocks asked for at which that number changes, in a hundred.
+    /// Requested blocks at which that number changes, in a hundred.
     pub fickle: u64,
     /// Data pages without memory.
     pub map_pages: u16,
-    /// Largest number of segments that are copied.
+    /// Largest number of segments whose data is copied.
     pub copy_max_segments: u16,
-    /// The guest keeps its pages granted.
+    /// The guest uses persistent grants.
     pub keeps_grants: bool,
-    /// What the disk allows.
+    /// Limits of the disk.
     pub limits: Limits,
     /// Descriptor buffers of the grant port.
     pub descriptor_buffers: u8,
@@ -140,17 +140,19 @@ pub struct Setup {
     pub batch: usize,
     /// Mappings for which the hypervisor has room.
     pub maptrack: usize,
-    /// Maps refused for want of room, in a hundred.
+    /// Maps refused for lack of room, in a hundred.
     pub no_space: u64,
-    /// Unmaps that fail, in a hundred: the guest's page stays where it is.
+    /// Unmaps that fail, in a hundred: the guest's page stays mapped.
     pub stuck: u64,
     /// I/Os that complete while they are submitted, in a hundred.
     pub synchronous: u64,
-    /// I/Os that are given back because their data is mapped, in a hundred: as they are submitted, or later.
+    /// I/Os of which storage still holds the pages when they are done, in a hundred.
+    pub holds: u64,
+    /// I/Os that the disk gives back because their data is mapped, in a hundred: at submission, or later.
     pub gives_back: u64,
-    /// The disk serves the I/O that came first, so that nothing may be overtaken for ever.
+    /// The disk serves the oldest I/O first, so that none waits for ever.
     pub fifo: bool,
-    /// Accesses to the ring during which the rest of the machine moves on, in a hundred.
+    /// Accesses to the ring during which the rest of the machine makes progress, in a hundred.
     pub race: u64,
     /// Requests of a random frontend that are hostile, in a hundred.
     pub hostile: u64,
@@ -160,21 +162,20 @@ pub struct Setup {
     pub scribble: bool,
     /// Sectors at which the disk fails.
     pub bad_sectors: std::ops::Range<u64>,
-    /// What the ring holds where nothing was written.
+    /// Content of the ring where neither side has stored anything.
     pub junk: u8,
 }
 
-/// What the guest is like, whatever host it is on.
+/// Behaviour of the guest on every host.
 #[derive(Clone, Copy, Debug)]
 pub struct Habits {
-    /// It may come to be on another host: it reads nothing that is being written, because a write that is asked
-    /// for again may be executed again.
+    /// It may migrate. So it reads nothing that is being written, because a repeated write may be executed again.
     pub travels: bool,
-    /// Identifiers are places in a table.
+    /// Identifiers are indices of a table.
     pub small_ids: bool,
-    /// Answers of reads whose data it keeps where it is.
+    /// Number of answered reads whose data it keeps in place.
     pub keeps_data: usize,
-    /// What it has read it copies away from pages that stay granted.
+    /// It copies data that it has read away from pages that stay granted.
     pub bounces: bool,
 }
 
@@ -217,6 +218,7 @@ impl Default for Setup {
             no_space: 0,
             stuck: 0,
             synchronous: 0,
+            holds: 0,
             gives_back: 0,
             fifo: false,
             race: 0,
@@ -230,7 +232,7 @@ impl Default for Setup {
 }
 
 impl Setup {
-    /// A queue that has 16 pages, with a host that lends nothing.
+    /// Returns the setup of a queue with 16 pages, on a host that lends nothing.
     pub fn poor() -> Self {
         let usual = Self::default();
         Self {
@@ -247,7 +249,7 @@ impl Setup {
         }
     }
 
-    /// Entries without a page, for requests that are done in pieces.
+    /// Number of entries without a page, for requests that are executed in pieces.
     pub fn rest_entries(&self) -> u16 {
         let borrows = self.own_pages < self.copy_pages;
         if borrows {
@@ -258,30 +260,30 @@ impl Setup {
     }
 }
 
-/// Everything around the engine.
+/// All surroundings of the engine.
 #[derive(Debug)]
 pub struct Machine {
-    /// What is fixed.
+    /// Parameters of the case.
     pub setup: Setup,
     /// The schedule.
     pub rng: Rng,
-    /// Counts what happens.
+    /// Number of steps so far: the time of the simulation.
     pub clock: u64,
-    /// What the engine is told when it looks at the clock, in nanoseconds, and how often it has.
+    /// Time in nanoseconds that the engine gets when it reads the clock.
     pub now: u64,
-    /// See `now`.
+    /// Number of times that the engine has read the clock.
     pub looks: u64,
-    /// How far it goes on with each look, in nanoseconds.
+    /// Nanoseconds that the clock advances with each reading.
     pub tick: u64,
-    /// What went wrong.
+    /// Violations found.
     pub problems: Vec<String>,
     /// The shared ring.
     pub ring: RingMemory,
-    /// What the engine did with it.
+    /// Accesses of the engine to the ring.
     pub accesses: Accesses,
     /// One beyond the last slot that the engine copied.
     pub taken: u32,
-    /// `req_prod` becomes this right after the next read of it.
+    /// Value that `req_prod` takes right after the next read of it.
     pub rewrite_req_prod: Option<u32>,
     /// The guest.
     pub front: Frontend,
@@ -291,39 +293,41 @@ pub struct Machine {
     pub tap: Tap,
     /// The host's pages and mappings.
     pub host: Host,
-    /// What the guest saw.
+    /// History of the guest's requests.
     pub history: History,
-    /// The guest destroyed its own ring: only leaks are checked from now on.
+    /// The guest destroyed its own ring: from now on only leaks are checked.
     pub hosed: bool,
     /// The ring is given back while the next batch of I/O is started.
     pub goes_in_submit: bool,
+    /// The ring is given back while pages are unmapped of requests that the backend gave back.
+    pub goes_in_unmap: bool,
     /// The ring was given back.
     pub gone: bool,
     /// The queue is being closed: a discard may end early.
     pub closing: bool,
-    /// What the guest is like.
+    /// Behaviour of the guest.
     pub habits: Habits,
-    /// The guest is suspended: it neither asks for anything nor hears of anything.
+    /// The guest is suspended: it neither sends requests nor sees answers.
     pub suspended: bool,
-    /// What the guest has asked for and not heard of, as far as it may come to be on another host.
+    /// Requests of the guest without a seen answer, kept only if it may migrate.
     pub(crate) asked: Asked,
     /// Pages that were copied to other hosts.
     pub(crate) copied: u64,
-    /// What a guest that has arrived is to ask for again.
+    /// Requests that a migrated guest must repeat.
     pub(crate) again: VecDeque<Again>,
     /// Requests that a random frontend has yet to make.
     pub plan: u32,
     /// An event came from the frontend.
     pub event: bool,
-    /// The planted fault, and how many chances to commit it are let go first.
+    /// The planted fault, and the number of chances that are skipped first.
     pub fault: Option<(Fault, u32)>,
     racing: bool,
-    /// Nobody breaks the rules for now.
+    /// No rules are broken for now.
     pub(crate) lawful: bool,
 }
 
 impl Machine {
-    /// A machine at rest.
+    /// Returns an idle machine.
     pub fn new(setup: Setup, seed: u64) -> Self {
         let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
         Self {
@@ -345,6 +349,7 @@ impl Machine {
             rewrite_req_prod: None,
             hosed: false,
             goes_in_submit: false,
+            goes_in_unmap: false,
             gone: false,
             closing: false,
             habits: Habits::default(),
@@ -360,7 +365,7 @@ impl Machine {
         }
     }
 
-    /// Another guest comes to the same disk.
+    /// Connects another guest to this disk.
     pub fn reconnect(&mut self) {
         self.ring = RingMemory::new(self.setup.protocol, self.setup.order, self.setup.junk);
         self.front = self.front.next_guest(self.ring.size());
@@ -369,7 +374,7 @@ impl Machine {
         self.closing = false;
     }
 
-    /// The guest comes to be on another host, with the same disk.
+    /// Moves the guest to another host, with the same disk.
     pub(crate) fn arrive(&mut self, setup: Setup) {
         self.setup = setup;
         self.host = Host::new(&self.setup);
@@ -377,44 +382,44 @@ impl Machine {
         self.reconnect();
         self.suspended = false;
         if !self.setup.limits.flush {
-            // It says that nothing is volatile, so it has seen to that.
+            // The disk reports no volatile cache, so its data is durable.
             let dirty = self.disk.dirty();
             self.disk.flush(&dirty);
         }
     }
 
-    /// The next point in time.
+    /// Advances to the next point in time and returns it.
     pub fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
     }
 
-    /// What the engine learns from a look at the clock.
+    /// Returns the time that the engine reads from the clock.
     pub fn look_at_clock(&mut self) -> u64 {
         self.looks += 1;
         self.now = self.now.wrapping_add(self.tick);
         self.now
     }
 
-    /// Notes that something is wrong.
+    /// Records a violation.
     pub fn problem(&mut self, what: String) {
         if self.problems.len() < 20 {
             self.problems.push(what);
         }
     }
 
-    /// True when the planted fault is due: at every third chance.
+    /// Returns true when the planted fault is due: at every third chance.
     pub fn commit(&mut self, fault: Fault) -> bool {
         match &mut self.fault {
             Some((planted, left)) if *planted == fault => {
                 let due = *left == 0;
                 *left = match fault {
                     _ if !due => *left - 1,
-                    // Of flushes at the same time each does the work of the others.
+                    // Of several flushes at one time each does the work of the others.
                     Fault::IgnoreFlush | Fault::StarveFirst | Fault::HideRanges => 0,
-                    // What a process has sent does harm only if much comes after it.
+                    // I/O that a process has sent does harm only if many requests follow it.
                     Fault::ForgetClass => 0,
-                    // What matters is the last moment before a move.
+                    // Only the last moment before a move matters.
                     Fault::MarkEarly | Fault::CopyLater | Fault::LateUnmap => 0,
                     _ => 2,
                 };
@@ -424,7 +429,7 @@ impl Machine {
         }
     }
 
-    /// The rest of the machine moves on while the engine is in the middle of something.
+    /// Lets the rest of the machine make progress while the engine is in the middle of a call.
     pub fn race(&mut self) {
         if !self.lawful && self.rng.percent(self.setup.lawless) {
             self.break_rules();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A guest that is suspended in the middle of its work, and goes on where it was or on another host: with another
-//! backend, another ring and other queues, over the same disk.
+//! A guest that is suspended in the middle of its work, and resumes on its host or on another one: with another
+//! backend, another ring and other queues, on one disk.
 //!
-//! What hosts do is what they do under Xen: the memory of the guest is copied while it runs (see [`crate::passes`]);
-//! when it is suspended the backend that it has ends what is under way and answers into the ring, which nobody may
-//! ever look at; and only then another one begins. Each host has an engine of its own, the real one.
+//! Hosts act as under Xen: they copy the memory of the guest while it runs (see [`crate::passes`]). When it is
+//! suspended, its backend finishes the running requests and answers into the ring, which perhaps no guest ever reads;
+//! only then another backend begins. Each host has its own instance of the real engine.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -23,49 +23,49 @@ use crate::schedule::{borrow_pages, give_back_mapped, prepare, random_setup, ser
 use crate::tap::TapBackend;
 use crate::world::{Storage, World};
 
-/// Steps after which something should have come to its end.
+/// Steps after which a phase counts as stuck.
 const BOUND: u32 = 200_000;
 
-/// What becomes of a guest that is suspended.
+/// End of a suspension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It goes on with the same ring: the suspend was cancelled, or it was a checkpoint.
+    /// The guest resumes with its ring, because the suspend was cancelled or was a checkpoint.
     Cancelled,
-    /// It goes on on another host.
+    /// The guest resumes on another host.
     Moved,
-    /// One or the other.
+    /// Either, at random.
     Either,
 }
 
-/// How data gets from and to the guest.
+/// How data is transferred from and to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// As chance has it.
+    /// Any way, at random.
     Any,
-    /// It is copied.
+    /// Data is copied.
     Copied,
     /// Pages are mapped for each request.
     Mapped,
-    /// Pages are mapped and stay so.
+    /// Pages are mapped and stay mapped.
     Kept,
 }
 
-/// What happens to a guest.
+/// Events of a guest's life.
 #[derive(Clone, Copy, Debug)]
 pub struct Journey {
-    /// Times that it is suspended.
+    /// Number of times that it is suspended.
     pub suspends: u32,
-    /// What becomes of it then.
+    /// End of each suspension.
     pub end: End,
-    /// What its frontend is like: one of these.
+    /// Age of its frontend: one of these.
     pub ages: &'static [Age],
-    /// How data gets from and to it.
+    /// How its data is transferred.
     pub way: Way,
-    /// Hosts have other rings, queues and limits than those before.
+    /// Hosts differ from earlier ones in rings, queues and limits.
     pub others: bool,
     /// Its memory is copied while it runs.
     pub passes: bool,
-    /// It copies what it has read away from pages that stay granted.
+    /// The guest copies data that it has read away from pages that stay granted.
     pub bounces: bool,
     /// A process serves the disk.
     pub served: Option<Plan>,
@@ -86,22 +86,22 @@ impl Default for Journey {
     }
 }
 
-/// What happened, to show that something did.
+/// Events of a case, to show that it exercised something.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
-    /// Guests that went on on another host.
+    /// Guests that resumed on another host.
     pub moved: u64,
-    /// Guests that went on where they were.
+    /// Guests that resumed on their host.
     pub cancelled: u64,
-    /// Requests of which a guest had heard nothing when it was moved.
+    /// Requests whose answers a guest had not seen when it was moved.
     pub unheard: u64,
-    /// Requests that were made of them.
+    /// Requests that repeated them.
     pub again: u64,
-    /// Requests that were under way when a guest was suspended.
+    /// Requests that were in flight when a guest was suspended.
     pub under_way: u64,
     /// Pages that were copied to other hosts.
     pub copied: u64,
-    /// Hosts that a guest came to that offer less than the one before: segments, discards, barriers or flushes.
+    /// Hosts that offer a guest less than the one before: segments, discards, barriers or flushes.
     pub poorer: u64,
     /// Hosts with another number of queues than the one before, or with other rings.
     pub rings: u64,
@@ -110,7 +110,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Adds what happened in another case.
+    /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.moved += other.moved;
         self.cancelled += other.cancelled;
@@ -135,7 +135,7 @@ struct Trip<'j> {
     counts: Counts,
 }
 
-/// Runs the case of a seed, with a planted fault if there is one. Returns what is wrong, and what happened.
+/// Runs the case of a seed, with a planted fault if there is one. Returns the violations, and the counts.
 pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<String>, Counts) {
     let mut rng = Rng::new(seed);
     let age = rng.pick(journey.ages);
@@ -183,7 +183,7 @@ pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<S
     (std::mem::take(&mut m.problems), trip.counts)
 }
 
-/// A host as chance has it, with the same disk as another one, and how many queues the guest has there.
+/// Returns a random host with the disk of another one, and the number of the guest's queues there.
 fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (Setup, usize) {
     let served = journey.served.is_some();
     let mut setup = match served {
@@ -212,11 +212,11 @@ fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (
         ..setup
     };
     go(journey.way, &mut setup);
-    // What fails or comes back after a death wakes one queue of the fakes.
+    // After a death, failed and returned requests wake only one queue of the fakes.
     let one = journey.served.is_some_and(|plan| plan.deaths > 0);
     let mut queues = rng.range(1, if one { 1 } else { 4 }) as usize;
     if age != Age::New {
-        // It knows neither of these.
+        // The old frontend knows neither of these.
         setup.order = 0;
         setup.limits.max_indirect_segments = 0;
         setup.keeps_grants = false;
@@ -258,8 +258,8 @@ impl Trip<'_> {
         m.serve_here(first, self.queues, plan);
     }
 
-    /// The guest is on a host, and is suspended there until it is moved. Returns what it has to ask for again, or
-    /// nothing when it has come to its end.
+    /// Runs the guest on a host until it moves. Returns the requests that it must repeat, or `None` when it has
+    /// finished.
     fn stay<B: Backend>(&mut self, backend: fn(Shared) -> B) -> Option<Vec<Again>> {
         let setup = self.machine.borrow().setup.clone();
         let mut storages: Vec<Storage> = (0..self.queues).map(|_| Storage::new(&setup)).collect();
@@ -290,7 +290,8 @@ impl Trip<'_> {
         None
     }
 
-    /// Something that was found ends the case, unless it is about what the checker makes of it.
+    /// Returns true unless a violation ends the case. A planted fault does not end it, because the checks at the end
+    /// must find it.
     fn is_well(&self) -> bool {
         self.fault.is_some() || self.machine.borrow().problems.is_empty()
     }
@@ -303,7 +304,7 @@ impl Trip<'_> {
         }
     }
 
-    /// A frontend of another time puts everything into the ring at once.
+    /// A frontend of the old age puts all repeated requests into the ring at once.
     fn replay(&mut self) {
         if self.age == Age::New {
             return;
@@ -318,20 +319,20 @@ impl Trip<'_> {
         m.push();
     }
 
-    /// One step, in any of the queues; false if nothing is left to do in that one.
+    /// One step, in any of the queues; returns false if that one has nothing left to do.
     fn turn<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) -> bool {
         let at = self.rng.index(worlds.len());
         queues.look_at(at);
         worlds[at].turn()
     }
 
-    /// The guest works, and its memory is copied.
+    /// Lets the guest work, while its memory is copied.
     fn work<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
         self.machine.borrow_mut().plan += self.rng.pick(&[10u32, 60, 150]);
         let steps = self.rng.pick(&[10u64, 100, 400]);
         let begin = self.rng.below(steps / 2);
         let armed = match self.fault {
-            // All the time, but it does harm only where a pass has been.
+            // The fault is active all the time, but does harm only where a pass has been.
             Some(Fault::MarkEarly | Fault::LateUnmap) => begin,
             _ => steps - steps / 4,
         };
@@ -374,7 +375,7 @@ impl Trip<'_> {
         }
     }
 
-    /// All queues go on until nothing is left to do.
+    /// Runs all queues until nothing is left to do.
     fn rest<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
         for _ in 0..BOUND {
             if self.turn(queues, worlds) {
@@ -393,7 +394,7 @@ impl Trip<'_> {
         self.machine.borrow_mut().problem(what);
     }
 
-    /// The guest goes on with its rings, perhaps before everything has ended that was under way.
+    /// Resumes the guest with its rings, perhaps before all running requests have ended.
     fn cancel<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
         if self.rng.percent(50) {
             self.rest(queues, worlds);
@@ -408,7 +409,7 @@ impl Trip<'_> {
         m.fault = None;
     }
 
-    /// The host is left. Returns what the guest has heard nothing of.
+    /// Leaves the host. Returns the requests whose answers the guest has not seen.
     fn leave<B: Backend>(
         &mut self,
         mut queues: Queues,
@@ -418,14 +419,14 @@ impl Trip<'_> {
         if leaves {
             self.each(&mut queues, Machine::leave_running);
         }
-        // The memory is copied to its end, and what is under way ends.
+        // The copy of the memory is completed, and running requests end.
         self.rest(&mut queues, &mut worlds);
         self.each(&mut queues, Machine::copy_later);
         let mut again = Vec::new();
         for (at, world) in worlds.into_iter().enumerate() {
             queues.look_at(at);
             self.machine.borrow_mut().check_passes();
-            // Nothing is under way that somebody would have to wait for, unless it was given up.
+            // No running request is left to wait for, unless it was dropped.
             let left = world.engine.in_flight();
             drop(world.engine.detach());
             let mut m = self.machine.borrow_mut();
@@ -436,13 +437,13 @@ impl Trip<'_> {
             }
             again.extend(m.unheard_of());
         }
-        // What the guest had yet to ask for again.
+        // Requests that the guest had yet to repeat.
         again.extend(self.machine.borrow_mut().again.drain(..));
         self.counts.unheard += again.len() as u64;
         again
     }
 
-    /// The guest comes to be on another host.
+    /// Moves the guest to another host.
     fn arrive(&mut self, again: Vec<Again>) {
         let before = self.machine.borrow().setup.clone();
         let (setup, queues) = match self.journey.others {
@@ -465,7 +466,7 @@ impl Trip<'_> {
         m.fault = None;
     }
 
-    /// The guest comes to the end of its work.
+    /// Lets the guest finish its work.
     fn finish<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
         self.rest(queues, worlds);
         for (at, world) in worlds.iter_mut().enumerate() {

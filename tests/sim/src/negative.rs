@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! How a negative control is judged: a fault is planted in many cases, and the oracle must find it in enough of them.
+//! Judgement of a negative control: a fault is planted in many cases, and the oracle must find it in enough of them.
 
 use std::fmt::Debug;
 
-/// Cases in which a fault is planted, each with a seed of its own.
+/// Number of cases in which a fault is planted, each with a seed of its own.
 pub const CASES: u64 = 60;
 
-/// Cases in which something was reported, and all reports. `case` returns those of a seed.
+/// Returns the number of cases with a report, and all reports. `case` returns those of a seed.
 pub fn found(case: impl Fn(u64) -> Vec<String>) -> (u64, Vec<String>) {
     let mut found = 0;
     let mut reports = Vec::new();
@@ -19,7 +19,7 @@ pub fn found(case: impl Fn(u64) -> Vec<String>) -> (u64, Vec<String>) {
     (found, reports)
 }
 
-/// The fault is found in so many cases at least, and each of these words is in a report.
+/// Requires that the fault is found in at least the given number of cases, and that each of the words is in a report.
 #[track_caller]
 pub fn must_find(
     fault: &impl Debug,

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The guest's memory on its way to another host. It is copied while the guest runs, in passes: each one copies the
-//! pages of which was written down since the last one that they have changed. The last one is made when the guest is
-//! suspended.
+//! Copy of the guest's memory to another host. It is made while the guest runs, in passes: each one copies the pages
+//! that were marked as changed since the last one. The last pass runs when the guest is suspended.
 //!
-//! What writes a change down is what does so in Xen: a write of the guest's own processors, a copy to a granted page
-//! when it is made, and the end of a mapping that may be written. What is written through a mapping is not seen
-//! before that end.
+//! Changes are marked as in Xen: by a write of the guest's own processors, by a copy to a granted page when it is made,
+//! and by the end of a writable mapping. Writes through a mapping are not marked before that end.
 
 use std::collections::BTreeSet;
 
 use crate::frontend::{gref_of, FREE};
 use crate::machine::{page, Machine, Page};
 
-/// Copies of the guest's pages, and what is known of them.
+/// Copies of the guest's pages, and their state.
 #[derive(Debug, Default)]
 pub(crate) struct Passes {
     /// The pages as the other host has them.
@@ -27,17 +25,17 @@ pub(crate) struct Passes {
 }
 
 impl Passes {
-    /// A page has changed.
+    /// Marks a page as changed.
     pub(crate) fn mark(&mut self, page: usize) {
         self.dirty.insert(page);
     }
 
-    /// True if a page is to be copied.
+    /// Returns true if a page remains to be copied.
     pub(crate) fn is_copying(&self) -> bool {
         !self.todo.is_empty() || (!self.last && !self.dirty.is_empty())
     }
 
-    /// The guest is suspended: what has changed is copied, and nothing that changes later.
+    /// The guest is suspended: marked pages are copied in a last pass, and later changes are lost.
     pub(crate) fn finish(&mut self) {
         self.last = true;
         self.todo.extend(std::mem::take(&mut self.dirty));
@@ -50,14 +48,14 @@ impl Passes {
         self.there[at].copy_from_slice(&pages[at][..]);
     }
 
-    /// The page as the other host has it.
+    /// Returns the page as the other host has it.
     pub(crate) fn page(&self, at: usize) -> Page {
         self.there.get(at).cloned().unwrap_or_else(|| page(FREE))
     }
 }
 
 impl Machine {
-    /// The first pass begins.
+    /// Begins the first pass.
     pub(crate) fn begin_passes(&mut self) {
         self.front.passes = Some(Passes {
             todo: (0..self.front.pages.len()).collect(),
@@ -65,12 +63,12 @@ impl Machine {
         });
     }
 
-    /// True if a page is to be copied to another host.
+    /// Returns true if a page remains to be copied to another host.
     pub(crate) fn is_copying(&self) -> bool {
         self.front.passes.as_ref().is_some_and(Passes::is_copying)
     }
 
-    /// Some pages are copied. Returns how many.
+    /// Copies some pages. Returns their number.
     pub(crate) fn copy_some(&mut self) -> u64 {
         let most = self.rng.range(1, 16);
         let front = &mut self.front;
@@ -89,7 +87,7 @@ impl Machine {
         most
     }
 
-    /// A pass comes by just now and copies this page.
+    /// Copies this page now, as if a pass came to it.
     pub(crate) fn pass_by(&mut self, at: usize) {
         let front = &mut self.front;
         if let Some(passes) = front.passes.as_mut().filter(|passes| !passes.last) {
@@ -98,8 +96,8 @@ impl Machine {
         }
     }
 
-    /// When nothing is under way here any more, what the guest has is on the other host as it is here: all but the
-    /// pages of requests of which it has heard nothing, for which it asks again.
+    /// Checks, when nothing is in flight here any more, that the other host has the guest's memory as it is here:
+    /// except for pages of requests without a seen answer, which the guest repeats.
     pub(crate) fn check_passes(&mut self) {
         let front = &self.front;
         let Some(passes) = &front.passes else {
@@ -116,7 +114,7 @@ impl Machine {
         };
         let missed: Vec<usize> = (0..front.pages.len()).filter(differs).collect();
         if !missed.is_empty() {
-            // Whatever else is wrong.
+            // This is wrong independently of other violations.
             self.problems.push(format!(
                 "the other host has other data in pages {missed:?} than the guest has read here"
             ));

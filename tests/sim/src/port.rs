@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The engine's port to the disk: what it is given, and what it gets back, done or not.
+//! The engine's port to the disk: I/Os that the engine submits, and that the disk completes or gives back.
 
 use blkback::engine::{Backend, Io, IoKind};
 use ring::numbers::QueueTag;
@@ -10,8 +10,9 @@ use crate::disk::Running;
 use crate::machine::{Fault, Machine, Shared};
 
 impl Machine {
-    /// An I/O that was begun is to be submitted once more. Some of what it reads may be in the guest's pages. Of a write
-    /// nothing is done: what comes between would be written over by one that somebody may have read before.
+    /// Gives back an I/O that was begun, so that the engine submits it once more. The guest's pages may already have
+    /// some of the data of a read. A write has no effect before, because its second execution could overwrite data that
+    /// another guest's request may have read in between.
     pub(crate) fn give_back_late(&mut self, io: &Running) {
         if io.kind == IoKind::Read {
             self.read(io, true);
@@ -22,7 +23,7 @@ impl Machine {
         }
     }
 
-    /// An I/O that cannot be done where its data is: true if it is not begun.
+    /// Gives back an I/O that cannot be done where its data is. Returns true if it is not begun.
     fn give_back_at_once(&mut self, io: &mut Running) -> bool {
         let chance = self.setup.gives_back;
         if chance == 0 || !self.rng.percent(chance) {
@@ -34,7 +35,7 @@ impl Machine {
         }
         self.disk.given_back.0 += 1;
         self.disk.back.push(io.tag);
-        // It begins all the same.
+        // The planted fault begins it nevertheless.
         !self.commit(Fault::BeginGivenBack)
     }
 }
@@ -46,7 +47,7 @@ pub struct FakeDisk {
 }
 
 impl FakeDisk {
-    /// A port to the machine's disk.
+    /// Returns a port to the machine's disk.
     pub fn new(machine: Shared) -> Self {
         Self { machine }
     }
@@ -96,6 +97,13 @@ impl Backend for FakeDisk {
             m.disk.release(tag);
             each(tag);
         }
+    }
+
+    fn aside<T>(&mut self, body: impl FnOnce() -> T) -> T {
+        let mut m = self.machine.borrow_mut();
+        m.gone |= m.goes_in_unmap;
+        drop(m);
+        body()
     }
 
     fn now(&self) -> u64 {

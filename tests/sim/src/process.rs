@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Processes that serve a disk: they execute in any order, die at any point and leave I/O behind,
-//! hang, and say what is not true.
+//! Processes that serve a disk: they execute in any order, die at any point and leave I/O behind, hang, and lie.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +29,7 @@ pub enum Moment {
     Executed,
     /// With I/O that is running.
     Running,
-    /// With two writes of the same sectors that are not committed, one of them delivered.
+    /// With two uncommitted writes to equal sectors, one of them delivered.
     Overlapping,
     /// With a flush.
     Flush,
@@ -42,42 +41,42 @@ pub enum Moment {
     Replay,
 }
 
-/// What may happen; chances are in a hundred of the steps of the process.
+/// Plan of a case; chances are in a hundred of the steps of the process.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// The disk is served by a process.
     pub enabled: bool,
     /// Processes that may die.
     pub deaths: u32,
-    /// When.
+    /// Moment of the death.
     pub moment: Moment,
-    /// Chance to die, at the right moment.
+    /// Chance to die, at that moment.
     pub death: u64,
-    /// Chance to hang; who hangs is killed.
+    /// Chance to hang; a hung process is killed.
     pub hang: u64,
-    /// Chance to say something that is not true.
+    /// Chance to lie.
     pub lies: u64,
     /// Chance to return a request.
     pub returns: u64,
-    /// Chance that the guest rewrites the pages of a write that is in work.
+    /// Chance that the guest rewrites the pages of a write that is being executed.
     pub rewrite: u64,
-    /// Chance that a process has its I/O executed elsewhere, which may go on for a while after its end.
+    /// Chance that a remote server executes the I/O of a process, which may continue for a while after its end.
     pub sessions: u64,
-    /// Chance that nobody knows when the I/O of a process is over.
+    /// Chance that the end of a process's I/O is unknown.
     pub unknown: u64,
-    /// Chance of a process that has nothing in hand to claim again.
+    /// Chance of a process that has no request in hand to claim again.
     pub claims: u64,
-    /// Chance that what waits fails while there is no process.
+    /// Chance that waiting requests fail while there is no process.
     pub fail: u64,
-    /// Most requests that a process asks for at once.
+    /// Maximum number of requests that a process fetches at once.
     pub fetch: usize,
     /// The guest makes new requests only when all are answered.
     pub patient: bool,
-    /// What overlaps may be executed in any order, as far as the guest cannot know.
+    /// Overlapping requests may be executed in any order that the guest cannot distinguish.
     pub any_order: bool,
-    /// Chance that a process keeps a write that is executed for a while before it says so.
+    /// Chance that a process delays the completion of an executed write.
     pub hoard: u64,
-    /// Size of the disk, if it is not left to chance.
+    /// Size of the disk in sectors; random if `None`.
     pub sectors: Option<u64>,
 }
 
@@ -115,7 +114,7 @@ pub(crate) struct Job {
     /// Sectors that are transferred.
     pub(crate) landed: u64,
     pub(crate) done: bool,
-    /// What a flush makes durable: what was in the cache when it started.
+    /// Sectors that a flush makes durable: those in the cache when it started.
     pub(crate) flushes: Vec<u64>,
 }
 
@@ -123,16 +122,16 @@ pub(crate) struct Job {
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) epoch: u64,
-    /// When its I/O is over after its end; what it has claimed.
+    /// When its I/O is over after its end, as it has claimed.
     pub(crate) fence: Fence,
     pub(crate) jobs: Vec<Job>,
     awake: bool,
     hung: bool,
-    /// Writes that a faulty process keeps to itself.
+    /// Writes that a faulty process keeps in its own memory.
     cache: BTreeMap<u64, Bytes>,
 }
 
-/// Completions that were true once, and I/O that a faulty process does again.
+/// Completions that were once valid, and I/O that a faulty process repeats.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     pub(crate) old: Vec<(u64, Completion)>,
@@ -163,7 +162,7 @@ enum Act {
 }
 
 impl Act {
-    /// True for what nobody who is alive does.
+    /// Returns true for an act of dead processes only.
     fn is_late(self) -> bool {
         matches!(
             self,
@@ -181,7 +180,7 @@ pub(crate) fn completion(desc: &Desc) -> Completion {
 }
 
 impl Machine {
-    /// True if something can happen at the side of the disk.
+    /// Returns true if the side of the disk can make a step.
     pub fn backend_busy(&self) -> bool {
         if self.tap.plan.enabled {
             !self.acts().is_empty()
@@ -190,12 +189,12 @@ impl Machine {
         }
     }
 
-    /// Something happens at the side of the disk.
+    /// Makes a step at the side of the disk.
     pub fn backend_step(&mut self) {
         if self.tap.plan.enabled {
             let mut acts = self.acts();
             acts.retain(|act| self.is_here(*act));
-            // What is late is later than most.
+            // Late I/O happens after most other acts.
             let prompt = acts.iter().any(|act| !act.is_late());
             if prompt && self.rng.percent(90) {
                 acts.retain(|act| !act.is_late());
@@ -209,7 +208,7 @@ impl Machine {
         }
     }
 
-    /// It has nothing to do with the pages of a queue that is not looked at.
+    /// Returns false if the act needs the pages of a queue that is not the current one.
     fn is_here(&self, act: Act) -> bool {
         let jobs = self.tap.process.iter().flat_map(|process| &process.jobs);
         let queue = match act {
@@ -222,7 +221,7 @@ impl Machine {
         queue.is_none_or(|queue| self.tap.is_at(queue))
     }
 
-    /// What a process does of its own will, and what happens to it.
+    /// Returns the acts of a process, and the events that can happen to it.
     fn acts(&self) -> Vec<Act> {
         let (tap, mut acts) = (&self.tap, Vec::new());
         for (at, _) in tap.ghosts.iter().enumerate() {
@@ -259,7 +258,7 @@ impl Machine {
                 (true, true) => Act::Commit(at),
             });
         }
-        // Somebody who has nothing to do may still die while the guest has plans.
+        // An idle process may still die while the guest has plans.
         if acts.is_empty() && self.plan > 0 && self.may_die() {
             acts.push(Act::Die);
         }
@@ -302,7 +301,7 @@ impl Machine {
         }
     }
 
-    /// Now and then something else happens than what was meant.
+    /// Replaces an act by another one now and then.
     fn instead(&mut self, act: Act) -> Act {
         let plan = self.tap.plan;
         let alive = self.tap.process.as_ref().is_some_and(|p| !p.hung);
@@ -353,13 +352,13 @@ impl Machine {
             Moment::Flush => op(OP_FLUSH),
             Moment::Fua => jobs().any(|job| job.desc.flags & DESC_FUA != 0),
             Moment::Discard => jobs().any(|job| job.desc.op > OP_FLUSH),
-            // The first to die has nothing to replay.
+            // The first process to die has nothing to replay.
             Moment::Replay if tap.counts.deaths == 0 => jobs().len() > 0,
             Moment::Replay => jobs().any(|job| job.desc.flags & DESC_REPLAY != 0),
         }
     }
 
-    /// True if another write of the same sectors waits.
+    /// Returns true if another write to equal sectors waits.
     fn is_met(&self, job: &Job) -> bool {
         let end = job.desc.sector + job.desc.sectors;
         self.tap.posted.iter().any(|(tag, posted)| {
@@ -394,7 +393,7 @@ impl Machine {
         }
     }
 
-    /// Wakes a process that sleeps, if there is something for it.
+    /// Wakes a sleeping process if there is a request for it.
     pub(crate) fn wake_process(&mut self) {
         let wake = self.tap.shadow.has_deliverable();
         if wake && !self.commit(Fault::LeaveAsleep) {
@@ -449,7 +448,7 @@ impl Machine {
         }
     }
 
-    /// A flush that is executed again comes after every write that came before it.
+    /// Checks that a replayed flush comes after every earlier write.
     fn check_earlier_writes(&mut self, flush: &Desc) {
         let jobs = self.tap.process.iter().flat_map(|p| &p.jobs);
         let early = jobs
@@ -494,7 +493,7 @@ impl Machine {
         }
     }
 
-    /// Some of the I/O happens.
+    /// Executes a part of the I/O.
     pub(crate) fn land(&mut self, job: &mut Job) {
         let desc = job.desc;
         if job.landed == 0 && (desc.op == OP_FLUSH || desc.flags & DESC_PREFLUSH != 0) {
@@ -597,7 +596,7 @@ impl Machine {
         }
     }
 
-    /// The kernel hears a completion.
+    /// Passes a completion to the kernel.
     fn say(&mut self, epoch: u64, completion: &Completion) -> Option<Committed> {
         let commit = completion.check().ok()?;
         let committed = self.tap.shadow.commit(epoch, &commit);
@@ -611,13 +610,13 @@ impl Machine {
         Some(committed)
     }
 
-    /// A process, perhaps a dead one, says something that is not true.
+    /// Lets a process, perhaps a dead one, lie.
     fn lie(&mut self) {
         let live = self.tap.shadow.epoch();
         let (mut epoch, mut completion) = (live, Completion::default());
         let old = self.tap.words.old.len();
         if old > 0 && self.rng.percent(70) {
-            // Of this process a second time, or of one that is dead.
+            // Repeats a completion of this process, or of a dead one.
             (epoch, completion) = self.tap.words.old[self.rng.index(old)];
         } else {
             let tags = self.tap.segments.len() as u64;
@@ -666,7 +665,7 @@ impl Machine {
         self.disk.wake |= failed.count > 0;
     }
 
-    /// The guest changes pages that it has handed over.
+    /// The guest changes pages whose data it has handed over.
     fn rewrite(&mut self) {
         let writes = self.tap.posted.values().filter(|p| p.op == Op::Write);
         let all: Vec<_> = writes.flat_map(|p| &p.slices).copied().collect();

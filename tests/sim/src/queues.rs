@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Several queues of one guest: each has a ring, requests and pages of its own, and all of them one disk. The machine
-//! shows one at a time.
+//! Several queues of one guest: each has a ring, requests and pages of its own, and all share one disk. The machine has
+//! one current queue at a time.
 
 use crate::disk::Lane;
 use crate::frontend::Frontend;
@@ -10,7 +10,7 @@ use crate::machine::{Machine, Setup, Shared};
 use crate::ring::{Accesses, RingMemory};
 use crate::tap::Place;
 
-/// A queue that is not looked at.
+/// A queue that is not the current one.
 #[derive(Debug)]
 struct Queue {
     ring: RingMemory,
@@ -51,7 +51,7 @@ impl Queue {
         std::mem::swap(&mut self.event, &mut m.event);
         std::mem::swap(&mut self.at, &mut m.tap.at);
         m.disk.exchange(&mut self.lane);
-        // What is swapped back: requests of all queues have one numbering.
+        // Swaps back the numbering, which requests of all queues share.
         m.front.count_on(&mut self.front);
     }
 }
@@ -60,13 +60,13 @@ impl Queue {
 #[derive(Debug)]
 pub(crate) struct Queues {
     machine: Shared,
-    /// All but the one that is looked at.
+    /// All but the current one.
     others: Vec<Option<Queue>>,
     here: usize,
 }
 
 impl Queues {
-    /// So many queues, of which the first one is looked at.
+    /// Returns `count` queues, of which the first is current.
     pub(crate) fn new(machine: Shared, count: usize) -> Self {
         let setup = machine.borrow().setup.clone();
         let first = machine.borrow().tap.at.queue;
@@ -82,7 +82,7 @@ impl Queues {
         self.others.len()
     }
 
-    /// Looks at another queue.
+    /// Switches to another queue.
     pub(crate) fn look_at(&mut self, at: usize) {
         let Some(mut queue) = self.others[at].take() else {
             return;

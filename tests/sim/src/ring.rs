@@ -21,7 +21,7 @@ pub struct RingMemory {
 }
 
 impl RingMemory {
-    /// A ring as a frontend initialises it, everything that means nothing filled with `junk`.
+    /// Returns a ring as a frontend initialises it, with all meaningless bytes set to `junk`.
     pub fn new(protocol: Protocol, order: u8, junk: u8) -> Self {
         let size = protocol.ring_size(order).expect("order of at most 4");
         let mut memory = Self {
@@ -36,7 +36,7 @@ impl RingMemory {
         memory
     }
 
-    /// Number of slots.
+    /// Returns the number of slots.
     pub fn size(&self) -> u32 {
         self.size
     }
@@ -51,7 +51,7 @@ impl RingMemory {
         self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
 
-    /// The bytes of the slot of an index.
+    /// Returns the bytes of the slot of an index.
     pub fn slot(&mut self, index: u32) -> &mut [u8] {
         let stride = self.protocol.slot_size();
         let at = RING_HEADER_SIZE + stride * (index & (self.size - 1)) as usize;
@@ -59,7 +59,7 @@ impl RingMemory {
     }
 }
 
-/// What the engine did with the shared page.
+/// Accesses of the engine to the shared page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accesses {
     /// Reads of `req_prod`.
@@ -68,11 +68,11 @@ pub struct Accesses {
     pub rsp_prod: u64,
     /// Slots copied.
     pub slots: u64,
-    /// Times responses were published.
+    /// Publications of responses.
     pub published: u64,
     /// Batches of copies from and to the guest's pages.
     pub copies: u64,
-    /// Maps of the guest's pages that were tried.
+    /// Attempted maps of the guest's pages.
     pub maps: u64,
 }
 
@@ -84,7 +84,7 @@ pub struct FakeRing {
 }
 
 impl FakeRing {
-    /// A port to the machine's ring.
+    /// Returns a port to the machine's ring.
     pub fn new(machine: Shared) -> Self {
         Self {
             machine,

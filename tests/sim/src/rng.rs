@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The one source of chance of a case: the same seed gives the same case on every machine.
+//! The only source of randomness of a case: a seed gives one case on every machine.
 
-/// A seed that no run had before; whoever uses it prints it.
+/// Returns a seed that no run had before; the caller prints it.
 pub fn fresh_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
     // Short enough to be typed again.
     RandomState::new().build_hasher().finish() >> 24
 }
 
-/// So many seeds of a test that tells its own when it fails: new ones, or the one of `SIM_SEED`.
+/// Returns the seeds for `count` cases of a test that prints the seed of a failure: new ones, or the one of `SIM_SEED`.
 ///
 /// # Panics
-/// `SIM_SEED` is no number.
+/// `SIM_SEED` is not a number.
 pub fn seeds(count: u64) -> std::ops::Range<u64> {
     let one = std::env::var("SIM_SEED").ok().map(|text| {
         text.parse()
@@ -32,7 +32,7 @@ impl Rng {
         Self(seed)
     }
 
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -41,27 +41,27 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `bound`, which is at least 1.
+    /// Returns a number below `bound`, which is at least 1.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.bits() % bound
     }
 
-    /// An index of a list of `len` elements.
+    /// Returns an index of a list of `len` elements.
     pub fn index(&mut self, len: usize) -> usize {
         self.below(len as u64) as usize
     }
 
-    /// A number from `low` to `high`, both included.
+    /// Returns a number from `low` to `high`, both included.
     pub fn range(&mut self, low: u64, high: u64) -> u64 {
         low + self.below(high - low + 1)
     }
 
-    /// True in so many cases of a hundred.
+    /// Returns true with this chance, in a hundred.
     pub fn percent(&mut self, chance: u64) -> bool {
         self.below(100) < chance
     }
 
-    /// One element of a list.
+    /// Returns one element of a list.
     pub fn pick<T: Copy>(&mut self, list: &[T]) -> T {
         list[self.index(list.len())]
     }

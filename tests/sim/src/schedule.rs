@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Random cases: setups, requests, and the order in which things happen.
+//! Random cases: setups, requests, and the order of events.
 
 use ring::abi::{Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use ring::request::Limits;
@@ -16,7 +16,7 @@ use crate::world::{Storage, World};
 /// Sectors at the start of the disk that hold data before the guest comes.
 const INSTALLED: u64 = 256;
 
-/// Lets the queue have few pages of its own, and borrow the others.
+/// Gives the queue few pages of its own, and lets it borrow the others.
 pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
     let largest = setup.limits.max_indirect_segments.max(16);
     setup.copy_pages = largest.next_multiple_of(8) + 8 * rng.below(20) as u16;
@@ -27,14 +27,14 @@ pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
     setup.fickle = rng.pick(&[0u64, 2, 20]);
 }
 
-/// Lets the disk give back what is mapped. What is not kept may have no pages to which it could be copied.
+/// Lets the disk give back I/O with mapped data. Requests whose mappings are not kept may find no pages to copy to.
 pub(crate) fn give_back_mapped(setup: &mut Setup, rng: &mut Rng) {
     if setup.keeps_grants {
         setup.gives_back = rng.pick(&[0u64, 5, 30, 100]);
     }
 }
 
-/// A setup as chance will have it.
+/// Returns a random setup.
 pub fn random_setup(rng: &mut Rng) -> Setup {
     let max_indirect = rng.pick(&[0u16, 1, 16, 32, 64, 256]);
     let largest = max_indirect.max(11);
@@ -51,7 +51,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
     let sectors = match rng.below(4) {
         0 => 64,
         1 => 4096,
-        // Large enough for discards that are done in pieces.
+        // Large enough for discards that are executed in pieces.
         2 => 10 << 20,
         _ => 512,
     };
@@ -65,7 +65,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         fickle: 0,
         map_pages,
         copy_max_segments: rng.pick(&[0u16, 11, 255, u16::MAX]),
-        // What cannot be kept is copied.
+        // Pages that cannot stay mapped are copied.
         keeps_grants: map_pages > 0 && copy_pages >= largest && rng.percent(60),
         limits: Limits {
             sectors,
@@ -83,6 +83,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         no_space: rng.pick(&[0u64, 0, 0, 2, 30, 100]),
         stuck: rng.pick(&[0u64, 0, 0, 0, 1, 20]),
         synchronous: rng.pick(&[0u64, 0, 30, 100]),
+        holds: 0,
         gives_back: 0,
         fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
@@ -128,7 +129,7 @@ pub fn post_some(m: &mut Machine) {
     m.push();
 }
 
-/// A place on the disk for so many sectors; most requests meet in the first few.
+/// Returns a random range of `sectors` sectors; most requests meet in the first few.
 fn place(m: &mut Machine, sectors: u64) -> u64 {
     let block = u64::from(m.setup.limits.block_sectors);
     let last = m.setup.limits.sectors.saturating_sub(sectors);
@@ -142,20 +143,20 @@ fn place(m: &mut Machine, sectors: u64) -> u64 {
 
 fn random_segments(m: &mut Machine, count: usize) -> Vec<(Gref, u8, u8)> {
     let block = m.setup.limits.block_sectors as u8;
-    let blocks = 8 / block;
     let mut left = m.setup.limits.sectors;
     let mut segments: Vec<(Gref, u8, u8)> = Vec::new();
     let whole = m.rng.percent(50);
     for _ in 0..count {
-        let (mut first, mut last) = (0, blocks - 1);
+        let (mut first, mut blocks) = (0, 8 / block);
         if !whole {
-            first = m.rng.below(u64::from(blocks)) as u8;
-            last = m.rng.range(u64::from(first), u64::from(blocks) - 1) as u8;
+            // Whole blocks, at any sector of the page.
+            first = m.rng.below(u64::from(9 - block)) as u8;
+            blocks = m.rng.range(1, u64::from((8 - first) / block)) as u8;
         }
-        let (first, last) = (first * block, last * block + block - 1);
+        let last = first + blocks * block - 1;
         let mut gref = Gref::Fresh;
         if let Some((Gref::Fresh, earlier, _)) = segments.last() {
-            // The free front of the page before: one page, two segments.
+            // Use the free front of the page before: one page, two segments.
             if *earlier > last && m.rng.percent(50) {
                 gref = Gref::Same(segments.len() - 1);
             }
@@ -185,7 +186,7 @@ fn transfer(m: &mut Machine, operation: u8) -> Spec {
     spec.segments = random_segments(m, count);
     spec.sector = place(m, spec.sectors());
     if operation != OP_READ && m.rng.percent(30) {
-        // A page that the backend may only read is all that a write needs.
+        // A write needs only pages that the backend may read.
         spec.segments.iter_mut().for_each(|(gref, _, _)| {
             if *gref == Gref::Fresh {
                 *gref = Gref::ReadOnly;
@@ -196,7 +197,7 @@ fn transfer(m: &mut Machine, operation: u8) -> Spec {
     spec
 }
 
-/// What cannot be mapped is copied, and fails if there are not enough pages for that.
+/// Expects that a request may fail, if its data cannot be mapped and there are not enough pages to copy it.
 fn may_lack_room(m: &Machine, spec: &mut Spec) {
     let no_room = m.setup.no_space > 0 || m.setup.stuck > 0 || m.setup.maptrack < 256;
     if no_room && m.setup.copy_pages < spec.segments.len() as u16 {
@@ -252,7 +253,7 @@ fn discard(m: &mut Machine) -> Spec {
     }
 }
 
-/// A request of which no good can come; the answer is known nevertheless.
+/// Returns a hostile request; its answer is known nevertheless.
 fn hostile_spec(m: &mut Machine) -> Spec {
     let limits = m.setup.limits;
     let op = m.rng.pick(&[OP_READ, OP_WRITE]);
@@ -311,7 +312,7 @@ fn hostile_spec(m: &mut Machine) -> Spec {
     spec
 }
 
-/// One page many times over: legal, and its data says nothing.
+/// Names one page many times: legal, but the data is undefined.
 fn overlapping(m: &mut Machine, operation: u8) -> Spec {
     let count = m.rng.range(2, 11) as usize;
     let mut segments = vec![(Gref::Same(0), 0, 7); count];
@@ -328,14 +329,14 @@ fn overlapping(m: &mut Machine, operation: u8) -> Spec {
     spec
 }
 
-/// What happened in a case.
+/// Result of a case.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// What is wrong.
+    /// Violations.
     pub problems: Vec<String>,
     /// Requests answered.
     pub answers: u64,
-    /// Of them without an error.
+    /// Answers without an error.
     pub okay: u64,
     /// Requests whose pages were mapped.
     pub mapped: u64,
@@ -360,19 +361,19 @@ pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
     run_setup(setup, &mut rng, fault)
 }
 
-/// Data before the guest comes, what the guest will do, and the planted fault.
+/// Prepares the disk's initial data, the guest's plan, and the planted fault.
 pub(crate) fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
     let installed = INSTALLED.min(m.setup.limits.sectors);
     m.install(0xffff_fff0, 0, installed);
     m.plan = rng.pick(&[10u32, 60, 150, 300]);
     if m.setup.fifo {
-        // Long enough for somebody to wait too long.
+        // Long enough for a request to wait too long.
         m.plan *= 3;
     }
     m.fault = fault.map(|fault| (fault, rng.below(6) as u32));
 }
 
-/// A setup of a disk that a process serves: everything is copied, and requests meet often.
+/// Returns the setup of a disk that a process serves: everything is copied, and requests meet often.
 pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
     let setup = random_setup(rng);
     let indirect = setup.limits.max_indirect_segments.min(32);
@@ -388,7 +389,7 @@ pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
         keeps_grants: false,
         limits: Limits {
             sectors: match rng.below(16) {
-                // Room for discards that the shadow takes for wide; slow.
+                // Room for discards with ranges larger than any granule of the shadow's index; slow.
                 0 => 10_000,
                 1 | 2 => 4096,
                 n => 64 << (n % 4),
@@ -405,14 +406,14 @@ pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
     }
 }
 
-/// What happened at a disk that a process serves.
+/// Result of a case at a disk that a process serves.
 #[derive(Clone, Debug, Default)]
 pub struct Served {
-    /// What is wrong.
+    /// Violations.
     pub problems: Vec<String>,
     /// Requests answered.
     pub answers: u64,
-    /// What the processes did.
+    /// Counts of the processes' acts.
     pub counts: Counts,
 }
 
@@ -461,7 +462,7 @@ pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     }
 }
 
-/// A guest goes away in the middle of everything, and another one comes.
+/// A guest goes away in the middle of its work, and another one connects.
 pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     let mut rng = Rng::new(seed);
     let setup = served_setup(&mut rng);
@@ -502,16 +503,16 @@ pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     }
 }
 
-/// How a driver leaves a guest that goes on.
+/// How a driver leaves a guest that stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaves {
-    /// All that was taken is answered first.
+    /// The driver answers all requests that it has taken.
     Answered,
-    /// At once: what was taken and is not answered is forgotten.
+    /// The driver leaves at once, and forgets requests that it has not answered.
     AtOnce,
 }
 
-/// The driver leaves a guest in the middle of everything, and comes back to the same rings.
+/// The driver leaves a guest in the middle of its work, and attaches again to the rings.
 pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
     let mut rng = Rng::new(seed);
     let setup = served_setup(&mut rng);
@@ -563,11 +564,11 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
     prepare(&mut world.machine.borrow_mut(), rng, fault);
     let machine = world.machine.clone();
     let (stats, broken);
-    // A planted fault gets its chance to do harm.
+    // Run long enough for a planted fault to do harm.
     let end = if fault.is_some() { 2 } else { rng.below(4) };
     let problems = match end {
         0 => {
-            // In the middle of everything.
+            // Stop in the middle of the work.
             let _over = world.run_for(rng.below(80) as u32);
             (stats, broken) = (*world.engine.stats(), world.last.broken);
             world.abandon()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Requests as a test describes them, before a frontend gives them pages and identifiers.
+//! Requests as a test describes them, before a frontend assigns pages and identifiers.
 
-/// Which page a segment names.
+/// Page that a segment names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gref {
     /// A page of its own.
@@ -13,13 +13,13 @@ pub enum Gref {
     Same(usize),
     /// A page whose grant was ended.
     Revoked,
-    /// Whatever this number means.
+    /// An arbitrary number.
     Raw(u32),
     /// The page of the request's own descriptors.
     Descriptor,
 }
 
-/// What answer a request must get.
+/// Answer that a request must get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
     /// `BLKIF_RSP_OKAY`.
@@ -49,20 +49,20 @@ pub struct Spec {
     pub flag: u8,
     /// The answer it must get.
     pub expect: Expect,
-    /// Its segments overlap: its data says nothing.
+    /// Its segments overlap, so its data is undefined.
     pub wild: bool,
-    /// The number of segments in the slot, if it is not the true one.
+    /// The number of segments in the slot, if it differs from the true one.
     pub count: Option<u16>,
     /// The identifier, if it matters.
     pub id: Option<u64>,
-    /// The descriptor page's reference, if it is not an honest one.
+    /// The descriptor page's reference, if it is a false one.
     pub descriptor: Option<u32>,
     /// The handle field.
     pub handle: u16,
 }
 
 impl Spec {
-    /// A request without segments.
+    /// Returns a request without segments.
     pub fn new(operation: u8, sector: u64) -> Self {
         Self {
             operation,
@@ -80,7 +80,7 @@ impl Spec {
         }
     }
 
-    /// A transfer of whole pages.
+    /// Returns a transfer of whole pages.
     pub fn pages(operation: u8, sector: u64, pages: usize) -> Self {
         Self {
             segments: vec![(Gref::Fresh, 0, 7); pages],
@@ -88,7 +88,7 @@ impl Spec {
         }
     }
 
-    /// The same with its segments in a descriptor page.
+    /// Returns a transfer of whole pages with the segments in a descriptor page.
     pub fn indirect(operation: u8, sector: u64, pages: usize) -> Self {
         Self {
             indirect: true,
@@ -96,7 +96,7 @@ impl Spec {
         }
     }
 
-    /// The same with other segments.
+    /// Returns the request with other segments.
     pub fn with(self, segments: &[(Gref, u8, u8)]) -> Self {
         Self {
             segments: segments.to_vec(),
@@ -104,12 +104,12 @@ impl Spec {
         }
     }
 
-    /// The same with another answer to expect.
+    /// Returns the request with another expected answer.
     pub fn expect(self, expect: Expect) -> Self {
         Self { expect, ..self }
     }
 
-    /// The same with an identifier.
+    /// Returns the request with an identifier.
     pub fn id(self, id: u64) -> Self {
         Self {
             id: Some(id),
@@ -117,7 +117,7 @@ impl Spec {
         }
     }
 
-    /// Sectors that the request covers.
+    /// Returns the number of sectors that the request covers.
     pub fn sectors(&self) -> u64 {
         self.segments
             .iter()

@@ -2,8 +2,8 @@
 
 //! The kernel's side of a disk that a process serves: the shadow, the descriptor area, the arena.
 //!
-//! The arena is the memory of the machine's data pages. The store is the machine's disk. What the
-//! processes do is in [`crate::process`].
+//! The arena is the memory of the machine's data pages. The store is the machine's disk. The acts of the processes are
+//! in [`crate::process`].
 
 use std::collections::BTreeMap;
 
@@ -24,25 +24,25 @@ use crate::process::{Plan, Process, Words};
 /// Bytes of a sector.
 pub(crate) type Bytes = [u8; SECTOR];
 
-/// Requests that are looked at in one hold of the lock.
+/// Number of requests examined in one hold of the lock.
 const BATCH: usize = 32;
 
-/// What a request that is posted must have done when it is reaped.
+/// Effect that a posted request must have when it is reaped.
 #[derive(Debug)]
 pub(crate) struct Posted {
     pub(crate) sector: u64,
     pub(crate) op: Op,
     pub(crate) slices: Vec<Slice>,
-    /// What a read finds if everything is executed in arrival order.
+    /// Data that a read returns if everything is executed in arrival order.
     expected: Vec<Option<u64>>,
 }
 
-/// What happened, to show that something did.
+/// Events of a case, to show that it exercised something.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     /// Processes that died.
     pub deaths: u64,
-    /// Of them with requests.
+    /// Deaths of processes that had requests.
     pub deaths_in_work: u64,
     /// Requests delivered again.
     pub replayed: u64,
@@ -52,32 +52,32 @@ pub struct Counts {
     pub late: u64,
     /// Flushes that were delivered again.
     pub flushes: u64,
-    /// Writes that are durable when they are done and were delivered again.
+    /// Writes with FUA that were delivered again.
     pub fua: u64,
     /// Discards that were delivered again.
     pub discards: u64,
-    /// Pages of requests in work that the guest rewrote.
+    /// Pages of requests in execution that the guest rewrote.
     pub rewritten: u64,
     /// Requests that failed because no process came.
     pub failed: u64,
     /// Requests that a process had when the guest went away.
     pub orphans: u64,
-    /// Requests that were taken and not answered when the driver was to leave.
+    /// Requests that were taken and not answered when the driver had to leave.
     pub under_way: u64,
-    /// Looks at which I/O of a dead process could still be executed elsewhere.
+    /// Checks at which a remote server could still execute I/O of a dead process.
     pub unsettled: u64,
-    /// I/Os that were executed elsewhere after their process and its pages were gone.
+    /// I/Os that a remote server executed after their process and its pages were gone.
     pub elsewhere: u64,
-    /// Requests that failed because nobody knows when they are over.
+    /// Requests that failed because the end of their I/O is unknown.
     pub lost: u64,
     /// Claims of processes that were served.
     pub claimed_again: u64,
-    /// Processes with something in hand that said that their I/O is over later.
+    /// Processes with requests in hand that claimed a later fence.
     pub widened: u64,
 }
 
 impl Counts {
-    /// Adds what happened in another case.
+    /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.deaths += other.deaths;
         self.deaths_in_work += other.deaths_in_work;
@@ -99,7 +99,7 @@ impl Counts {
     }
 }
 
-/// Which queue it is that is looked at, and its first tag.
+/// The current queue, and its first tag.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Place {
     pub(crate) queue: u16,
@@ -121,15 +121,15 @@ pub struct Tap {
     pub(crate) process: Option<Process>,
     /// I/O of dead processes that is still running.
     pub(crate) ghosts: Vec<Ghost>,
-    /// I/O of theirs that may still be executed elsewhere.
+    /// I/O of dead processes that a remote server may still execute.
     pub(crate) sent: Vec<Sent>,
-    /// Requests of the last one that are not to be executed again.
+    /// Requests of the last process that must not be replayed.
     pub(crate) lost: usize,
-    /// What processes may say that they should not.
+    /// False completions that processes may send.
     pub(crate) words: Words,
-    /// What may happen.
+    /// Plan of the case.
     pub plan: Plan,
-    /// What happened.
+    /// Events of the case.
     pub counts: Counts,
 }
 
@@ -140,7 +140,7 @@ impl Default for Tap {
 }
 
 impl Tap {
-    /// A disk of a ring of `size` slots, which is the frontend's queue number `queue`.
+    /// Returns a disk of a ring of `size` slots, which is the frontend's queue number `queue`.
     pub fn new(size: u32, queue: u16, plan: Plan) -> Self {
         let at = Place {
             queue,
@@ -149,7 +149,7 @@ impl Tap {
         Self::at(at, usize::from(at.base) + size as usize, plan)
     }
 
-    /// The same for that queue, of several that have so many tags together.
+    /// Returns a disk for the queue at `at`; all of its queues together have `tags` tags.
     fn at(at: Place, tags: usize, plan: Plan) -> Self {
         Self {
             shadow: Shadow::new(vec![Entry::FREE; tags]),
@@ -168,23 +168,24 @@ impl Tap {
         }
     }
 
-    /// True if there are results to reap.
+    /// Returns true if there are results to reap.
     pub fn has_results(&self) -> bool {
         self.shadow.has_results(self.at.queue)
     }
 
-    /// True if this is the queue that is looked at.
+    /// Returns true if this is the current queue.
     pub(crate) fn is_at(&self, queue: u16) -> bool {
         self.at.queue == queue
     }
 
-    /// True if requests may have failed for want of a process, or of one whose I/O has an end.
+    /// Returns true if requests may have failed for lack of a process, or because the end of a process's I/O is
+    /// unknown.
     pub fn may_fail(&self) -> bool {
         self.plan.fail > 0 || self.plan.unknown > 0
     }
 }
 
-/// A place of one sector in the arena.
+/// Returns the place of a sector in the arena.
 pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)> {
     for segment in segments {
         let sectors = u64::from(segment.len) / SECTOR as u64;
@@ -198,8 +199,8 @@ pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)>
 }
 
 impl Machine {
-    /// The disk of a guest that has arrived has a process of its own here, for so many queues, of which the first
-    /// one is `first`.
+    /// Gives the disk of a migrated guest a process of its own here, for `queues` queues, of which the first one is
+    /// `first`.
     pub(crate) fn serve_here(&mut self, first: u16, queues: usize, plan: Plan) {
         let counts = self.tap.counts;
         let size = self.ring.size();
@@ -215,28 +216,28 @@ impl Machine {
         }
     }
 
-    /// The process gives up what it has.
+    /// Drops the requests that the process has.
     pub(crate) fn give_up_jobs(&mut self) {
         if let Some(process) = &mut self.tap.process {
             process.jobs.clear();
         }
     }
 
-    /// The queue is gone. Returns how many requests the process has.
+    /// Removes the queue. Returns the number of requests that the process has.
     pub(crate) fn orphan(&mut self) -> u32 {
         let queue = self.tap.at.queue;
         let orphans = self.tap.shadow.orphan(queue);
         if orphans != self.tap.shadow.delivered() || self.tap.shadow.waiting() > 0 {
             self.problem(format!("{orphans} orphans, but {:?}", self.tap.shadow));
         }
-        // What was not answered may have been executed or not.
+        // Requests without an answer may have been executed or not.
         self.tap.ordered = None;
         self.tap.posted.clear();
         self.disk.release_all();
         orphans
     }
 
-    /// What must hold before the arena is used for another guest.
+    /// Checks that the arena may be used for another guest.
     pub fn check_arena_is_ours(&mut self) {
         let jobs = self.tap.process.iter().map(|process| process.jobs.len());
         let running = jobs.sum::<usize>() + self.tap.ghosts.len();
@@ -247,18 +248,18 @@ impl Machine {
         }
     }
 
-    /// True if the guest waits for its answers before it goes on.
+    /// Returns true if the guest waits for its answers before it continues.
     pub fn waits(&self) -> bool {
         self.tap.plan.patient && self.front.outstanding() > 0
     }
 
-    /// A sector of the arena, for whoever has it mapped.
+    /// Returns a sector of the arena, for a process that has it mapped.
     pub(crate) fn arena(&mut self, segments: &[Segment], at: u64) -> &mut [u8] {
         let (page, byte) = place(segments, at).expect("segments hold all sectors of the request");
         &mut self.host.pages[page][byte..byte + SECTOR]
     }
 
-    /// Takes one I/O of the engine.
+    /// Takes an I/O of the engine.
     fn post_io(&mut self, io: &Io<'_>) {
         let request = request_of(io);
         let tag = self.tap.at.base + io.tag.number();
@@ -277,7 +278,7 @@ impl Machine {
         };
         let mut shown = request;
         if request.sectors > 0 && self.commit(Fault::HideRanges) {
-            // The shadow is told of a place where nothing else is.
+            // The shadow gets a range that no other request has.
             shown.sector = (1 << 40) + (u64::from(tag) << 22);
         }
         let now = self.tick();
@@ -288,7 +289,7 @@ impl Machine {
         self.tap.posted.insert(tag, posted);
     }
 
-    /// Does to the ordered image what the request does; returns what a read finds there.
+    /// Applies the request to the ordered image; returns the data that a read returns.
     fn execute_in_order(&mut self, tag: u16, request: &Request) -> Vec<Option<u64>> {
         let segments = self.tap.segments[usize::from(tag)].clone();
         let sectors = request.sector..request.sector + request.sectors;
@@ -315,7 +316,7 @@ impl Machine {
         expected
     }
 
-    /// Looks at a request whose result goes to the engine now.
+    /// Checks a request whose result goes to the engine now.
     fn reaped(&mut self, tag: u16, status: Status) {
         let Some(posted) = self.tap.posted.remove(&tag) else {
             return self.problem(format!("tag {tag} has a result and no request"));
@@ -336,14 +337,14 @@ impl Machine {
         }
     }
 
-    /// When everything is answered, what the store holds is what a last read of it would find.
+    /// Checks, when everything is answered, that the store has the content that a last read would return.
     pub fn check_content(&mut self) {
         if self.tap.plan.enabled && self.front.outstanding() == 0 {
             self.look_at_content();
         }
     }
 
-    /// What the store holds is what a last read of it would find.
+    /// Checks that the store has the content that a last read would return.
     pub(crate) fn look_at_content(&mut self) {
         let (from, to) = (self.tick(), self.tick());
         let mut sectors = self.history.sectors();
@@ -356,7 +357,7 @@ impl Machine {
         }
     }
 
-    /// When everything is answered, the store is what execution in arrival order makes it.
+    /// Checks, when everything is answered, that the store equals the result of execution in arrival order.
     pub fn check_order(&mut self) {
         let Some(image) = self.tap.ordered.take() else {
             return;
@@ -378,7 +379,7 @@ impl Machine {
         self.tap.ordered = Some(image);
     }
 
-    /// The process asks for requests: copies of what it finds in the descriptor area.
+    /// Fetches requests for the process: copies of their descriptors.
     pub(crate) fn fetch(&mut self, epoch: u64, max: usize) -> Vec<Desc> {
         let now = self.tick();
         let (shadow, descs) = (&mut self.tap.shadow, &mut self.tap.descs);
@@ -394,7 +395,7 @@ impl Machine {
         for tag in tags {
             let mut desc = self.tap.descs[usize::from(tag)];
             if let Some(posted) = self.tap.posted.get(&tag) {
-                // The process sees the truth, whatever the shadow was told.
+                // The process gets the true range, even if the shadow got a false one.
                 if posted.op != Op::Flush {
                     desc.sector = posted.sector;
                 }
@@ -432,7 +433,7 @@ pub struct TapBackend {
 }
 
 impl TapBackend {
-    /// A port to the machine's process.
+    /// Returns a port to the machine's process.
     pub fn new(machine: Shared) -> Self {
         Self { machine }
     }

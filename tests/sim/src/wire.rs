@@ -9,7 +9,7 @@ use ring::abi::Protocol;
 /// A segment on the wire: grant reference, first and last sector.
 pub type WireSegment = (u32, u8, u8);
 
-/// What follows the common fields.
+/// Fields that follow the common ones.
 #[derive(Clone, Debug)]
 pub enum Tail {
     /// Read, write, barrier, flush: up to 11 segments.
@@ -33,14 +33,14 @@ pub struct Wire {
     pub id: u64,
     /// First sector.
     pub sector: u64,
-    /// The rest.
+    /// The fields behind the common ones.
     pub tail: Tail,
 }
 
-/// What a guest leaves in bytes that mean nothing.
+/// Content of bytes without a meaning, as a guest leaves them.
 const JUNK: u8 = 0xee;
 
-/// Bytes of a segment.
+/// Returns the bytes of a segment.
 pub fn segment_bytes(segment: WireSegment) -> [u8; 8] {
     let (gref, first, last) = segment;
     let [a, b, c, d] = gref.to_le_bytes();
@@ -48,7 +48,7 @@ pub fn segment_bytes(segment: WireSegment) -> [u8; 8] {
 }
 
 impl Wire {
-    /// The slot's bytes.
+    /// Returns the bytes of the slot.
     pub fn bytes(&self, protocol: Protocol) -> Vec<u8> {
         let shift = match protocol {
             Protocol::Abi64 => 4,

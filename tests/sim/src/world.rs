@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The engine in its machine, driven as the worker thread drives it.
+//! The engine in its machine, driven as by the worker thread.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -34,7 +34,7 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Memory for a setup.
+    /// Allocates the memory for a setup.
     pub fn new(setup: &Setup) -> Self {
         let size = setup.protocol.ring_size(setup.order).expect("order");
         let pages = setup.copy_pages + setup.map_pages + setup.rest_entries();
@@ -57,10 +57,10 @@ pub struct World<'a, B = FakeDisk> {
     pub machine: Shared,
     /// The engine.
     pub engine: Engine<'a, FakeRing, FakeGrants, B>,
-    /// What the last pass said.
+    /// Result of the last pass.
     pub last: Pass,
     awake: bool,
-    /// What was done up to the last pass, and passes since then that did nothing.
+    /// Work done up to the last pass, and the number of passes since then that did nothing.
     progress: (u64, u64, usize),
     idle_passes: u32,
 }
@@ -71,22 +71,22 @@ impl<'a> World<'a> {
         Self::attached_at(storage, setup, seed, 0)
     }
 
-    /// The same on a ring whose indices are at `index`.
+    /// Connects an engine to a ring of a fresh machine, with its indices at `index`.
     pub fn attached_at(storage: &'a mut Storage, setup: Setup, seed: u64, index: u32) -> Self {
         let machine = Rc::new(RefCell::new(Machine::new(setup, seed)));
         let backend = FakeDisk::new(machine.clone());
         Self::attach(storage, machine, index, backend)
     }
 
-    /// What the engine has counted is what the disk has done, whatever it has given back. To be called when the queue
-    /// is idle.
+    /// Checks that the engine's counters match the disk's, whatever the disk gave back. The caller does this when the
+    /// queue is idle.
     pub fn check_counters(&mut self) {
         let stats = self.engine.stats();
         let counted = (stats.rd_sect, stats.wr_sect);
         let failed = stats.failed > 0;
         let mut m = self.machine.borrow_mut();
         let moved = m.disk.sectors_moved;
-        // What was begun as a whole and given back may fail before all its pieces are done.
+        // An I/O that was begun as a whole and given back may fail before all of its pieces are done.
         let may_be_more = failed && m.disk.given_back != (0, 0);
         let more = counted.0 >= moved.0 && counted.1 >= moved.1;
         if counted != moved && !(may_be_more && more) {
@@ -98,7 +98,8 @@ impl<'a> World<'a> {
 }
 
 impl<'a> World<'a, TapBackend> {
-    /// The same with a disk that a process serves, for the frontend's queue number `queue`.
+    /// Connects an engine to a fresh machine whose disk is served by a process, for the frontend's queue number
+    /// `queue`.
     pub fn served(
         storage: &'a mut Storage,
         setup: Setup,
@@ -114,8 +115,8 @@ impl<'a> World<'a, TapBackend> {
         Self::attach(storage, machine, index, backend)
     }
 
-    /// The guest is gone, and the backend waits for nobody. Returns the machine, for the next
-    /// guest, and how many requests the process has.
+    /// Disconnects at once, because the guest is gone. Returns the machine, for the next guest, and the number of
+    /// requests that the process has.
     pub fn let_go(self) -> (Shared, u32) {
         let machine = self.machine;
         drop(self.engine.detach());
@@ -130,7 +131,7 @@ impl<'a> World<'a, TapBackend> {
         Self::attach(storage, machine, index, backend)
     }
 
-    /// Connects an engine to the ring of a guest that another engine has served, as the ring is.
+    /// Connects an engine to the ring of a guest that another engine has served, in its current state.
     pub fn back(storage: &'a mut Storage, machine: Shared) -> Self {
         machine.borrow_mut().closing = false;
         let backend = TapBackend::new(machine.clone());
@@ -139,7 +140,7 @@ impl<'a> World<'a, TapBackend> {
 }
 
 impl<'a, B: Backend> World<'a, B> {
-    /// Connects an engine to a fresh machine whose disk is behind something else.
+    /// Connects an engine to a fresh machine, with another backend in front of the disk.
     pub fn behind(
         storage: &'a mut Storage,
         setup: Setup,
@@ -172,7 +173,7 @@ impl<'a, B: Backend> World<'a, B> {
     fn join(storage: &'a mut Storage, machine: Shared, backend: B) -> Self {
         let (setup, size) = {
             let mut m = machine.borrow_mut();
-            // The rings of a guest that breaks the rules before it is served are refused.
+            // The backend refuses the rings of a guest that breaks the rules before it is served.
             m.lawful = true;
             (m.setup.clone(), m.ring.size())
         };
@@ -214,7 +215,7 @@ impl<'a, B: Backend> World<'a, B> {
         }
     }
 
-    /// The guest makes requests and publishes them at once. Returns their identifiers.
+    /// Posts requests of the guest and publishes them at once. Returns their identifiers.
     pub fn send(&mut self, specs: &[Spec]) -> Vec<u64> {
         let mut m = self.machine.borrow_mut();
         let ids = specs.iter().map(|spec| m.post(spec)).collect();
@@ -222,7 +223,7 @@ impl<'a, B: Backend> World<'a, B> {
         ids
     }
 
-    /// One pass and what follows it, as the worker does it.
+    /// Makes one pass and its follow-up work, as the worker does.
     pub fn pass(&mut self) -> Pass {
         self.machine.borrow_mut().looks = 0;
         let pass = self.engine.pass();
@@ -230,13 +231,17 @@ impl<'a, B: Backend> World<'a, B> {
         self.last = pass;
         self.after(pass);
         self.give_back();
-        self.awake = pass.again || self.engine.must_stay_awake();
-        self.must_not_spin();
+        self.awake = pass.again || self.engine.must_stay_awake() || pass.held;
+        if pass.held {
+            self.machine.borrow_mut().storage_lets_go();
+        } else {
+            self.must_not_spin();
+        }
         pass
     }
 
-    /// The clock is not for nothing. Whoever wants to know how long things take pays for it: when requests are taken and
-    /// answers shown, and when there is nothing in the ring.
+    /// Checks that the engine reads the clock rarely, because that costs time: at most five times a pass with latency
+    /// statistics, and twice without.
     fn looks_rarely(&mut self) {
         let most = match self.engine.latencies().is_on() {
             true => 5,
@@ -251,11 +256,11 @@ impl<'a, B: Backend> World<'a, B> {
         if flight.oldest.is_some_and(|begun| begun > m.now) {
             m.problem(format!("begun in the future: {flight:?}"));
         }
-        // Time goes on, also in the middle of everything.
+        // Time advances with each pass.
         m.now += 1_000;
     }
 
-    /// Now and then the worker gives back what it has borrowed and does not use.
+    /// Gives back borrowed memory that is not in use now and then, as the worker does.
     fn give_back(&mut self) {
         if self.engine.kept() > 0 && self.machine.borrow_mut().rng.percent(3) {
             let all = self.machine.borrow_mut().rng.percent(50);
@@ -277,7 +282,7 @@ impl<'a, B: Backend> World<'a, B> {
         }
     }
 
-    /// A worker that stays awake has something to do.
+    /// Checks that a worker that stays awake has work.
     fn must_not_spin(&mut self) {
         let mut m = self.machine.borrow_mut();
         let (at_once, late) = m.disk.given_back;
@@ -302,7 +307,7 @@ impl<'a, B: Backend> World<'a, B> {
         }
     }
 
-    /// Runs until nothing is left to do; problems are noted in the machine.
+    /// Runs until nothing is left to do; records violations in the machine.
     pub fn run(&mut self) {
         let bound = 200_000;
         if !self.run_for(bound) {
@@ -312,7 +317,7 @@ impl<'a, B: Backend> World<'a, B> {
         }
     }
 
-    /// Runs for so many steps; true if nothing is left to do or something is wrong.
+    /// Runs for at most `steps` steps; returns true if nothing is left to do or there is a violation.
     pub fn run_for(&mut self, steps: u32) -> bool {
         for _ in 0..steps {
             if !self.turn() {
@@ -326,7 +331,7 @@ impl<'a, B: Backend> World<'a, B> {
         false
     }
 
-    /// What comes next; false if nothing is left to do.
+    /// Makes the next step; returns false if nothing is left to do.
     pub(crate) fn turn(&mut self) -> bool {
         if self.awake {
             let _pass = self.pass();
@@ -344,12 +349,12 @@ impl<'a, B: Backend> World<'a, B> {
         step(&mut m)
     }
 
-    /// What must hold when nothing is left to do.
+    /// Checks the state when nothing is left to do.
     pub(crate) fn rest(&mut self) {
         at_rest(&mut self.machine.borrow_mut(), self.last.broken);
     }
 
-    /// Other CPUs go on while the worker is awake.
+    /// Lets other CPUs make progress while the worker is awake.
     fn elsewhere(&mut self) {
         let mut m = self.machine.borrow_mut();
         if m.rng.percent(50) {
@@ -373,7 +378,10 @@ impl<'a, B: Backend> World<'a, B> {
                 return;
             }
             let results = m.disk.has_completions() || m.tap.has_results();
-            if !pass.again && !m.backend_busy() && !results {
+            if pass.held {
+                m.storage_lets_go();
+            }
+            if !pass.again && !pass.held && !m.backend_busy() && !results {
                 m.problem(format!("{left} requests keep the queue from closing"));
                 return;
             }
@@ -384,11 +392,13 @@ impl<'a, B: Backend> World<'a, B> {
             .problem("closing has no end".into());
     }
 
-    /// Tears down while the guest is gone: nothing is answered. Returns all problems.
+    /// Tears down after the guest is gone, without answers. Returns all violations.
     pub fn abandon(self) -> Vec<String> {
         let machine = self.machine;
         let before = machine.borrow().accesses;
         let mut rest = self.engine.detach();
+        // From here on the thread may wait for storage.
+        machine.borrow_mut().gone = true;
         while rest.drain() {
             let mut m = machine.borrow_mut();
             if m.disk.running() == 0 && !m.disk.has_completions() {
@@ -401,12 +411,15 @@ impl<'a, B: Backend> World<'a, B> {
         if m.accesses != before {
             m.problem("the ring was used after it was let go".into());
         }
+        // The grant port unmaps last what storage still holds, and waits for that.
+        let held = std::mem::take(&mut m.host.held);
+        m.host.mappings.retain(|page, _| !held.contains(page));
         m.check_mappings();
         m.check_free_pages();
         std::mem::take(&mut m.problems)
     }
 
-    /// What is mapped when the queue is idle is what it keeps, and it can let go of that.
+    /// Checks that an idle queue has mapped only pages that it keeps, and that it can release them.
     fn check_kept(&mut self) {
         let (kept, mapped, closing) = {
             let m = self.machine.borrow();
@@ -423,8 +436,9 @@ impl<'a, B: Backend> World<'a, B> {
         }
     }
 
-    /// What must hold when the queue is idle; then all problems, which should be none.
+    /// Checks the state of an idle queue. Returns all violations, of which there should be none.
     pub fn verdict(&mut self) -> Vec<String> {
+        self.machine.borrow_mut().host.held.clear();
         self.check_kept();
         let free = self.engine.free_pages();
         let in_flight = self.engine.in_flight();
@@ -451,7 +465,7 @@ impl<'a, B: Backend> World<'a, B> {
         std::mem::take(&mut m.problems)
     }
 
-    /// Runs, then fails the test if anything is wrong.
+    /// Runs, then fails the test on any violation.
     #[track_caller]
     pub fn run_clean(&mut self) {
         self.run();
@@ -459,7 +473,7 @@ impl<'a, B: Backend> World<'a, B> {
         assert!(problems.is_empty(), "{problems:#?}");
     }
 
-    /// Lets the queue end, then fails the test if anything is wrong.
+    /// Closes the queue, then fails the test on any violation.
     #[track_caller]
     pub fn close_clean(&mut self) {
         self.close();
@@ -467,7 +481,7 @@ impl<'a, B: Backend> World<'a, B> {
         assert!(problems.is_empty(), "{problems:#?}");
     }
 
-    /// Sends requests, runs, and fails the test if anything is wrong. Returns the answers.
+    /// Sends requests, runs, and fails the test on any violation. Returns the answers.
     #[track_caller]
     pub fn serve(&mut self, specs: &[Spec]) -> Vec<crate::frontend::Answer> {
         let before = self.machine.borrow().front.answers.len();
@@ -478,7 +492,7 @@ impl<'a, B: Backend> World<'a, B> {
         self.machine.borrow().front.answers[before..].to_vec()
     }
 
-    /// The guest's later, valid requests are served as if nothing had been.
+    /// Checks that the guest's later, valid requests are served normally.
     #[track_caller]
     pub fn still_works(&mut self) {
         let read_only = self.machine.borrow().setup.limits.read_only;
@@ -488,7 +502,7 @@ impl<'a, B: Backend> World<'a, B> {
     }
 }
 
-/// What must hold when neither side has anything to do.
+/// Checks the state when neither side has work.
 fn at_rest(m: &mut Machine, broken: bool) {
     if m.guest_overslept() {
         m.problem("the guest was not told of responses".into());
@@ -500,9 +514,9 @@ fn at_rest(m: &mut Machine, broken: bool) {
     }
 }
 
-/// Complains if the worker sleeps with work left and nothing on its way to wake it.
+/// Reports a violation if the worker sleeps with work left and no wake-up is due.
 fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
-    // A guest that is suspended misses nothing.
+    // A suspended guest misses nothing.
     if m.backend_busy() || broken || m.hosed || m.is_misleading() || m.suspended {
         return;
     }
@@ -514,7 +528,7 @@ fn asleep_is_right(m: &mut Machine, in_flight: u16, broken: bool) {
     }
 }
 
-/// Something happens outside of the worker; false if there is nothing that can.
+/// Makes a step outside of the worker; returns false if there is none.
 fn step(m: &mut Machine) -> bool {
     let lawless = m.setup.lawless > 0;
     let mut choices = [0u8; 6];

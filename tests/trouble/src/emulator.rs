@@ -1,53 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Tells a guest that the emulator killed from a guest that died of anything else.
+//! Distinguishes a guest that the emulator killed from one that died of another reason.
 //!
-//! QEMU's emulation of AMD's virtualisation does two things wrong now and then, mostly while something else wants
-//! the host's processors.
+//! QEMU's emulation of AMD's virtualisation has two rare faults, which show mostly while other programs use the host's
+//! processors.
 //!
-//! It takes the same #VMEXIT twice. The first one
-//! saves the guest's state in its VMCB and loads the hypervisor's; the second one saves what the
-//! processor then has, which is the hypervisor's own state behind `VMRUN`, over the guest's. Xen
-//! reads a shutdown from that VMCB, says "Triple fault" and dumps what it believes to be the guest's
-//! registers: the selector of its own code, an address in its own text, its own stack, and in rax
-//! what `VMRUN` takes there, the physical address of the VMCB. No guest and no driver can bring
-//! about such a dump: a guest's code never runs with the hypervisor's selector at its addresses.
+//! It takes one #VMEXIT twice. The first time it saves the guest's state in its VMCB and loads the hypervisor's; the
+//! second time it saves the current state of the processor, which is the hypervisor's own state behind `VMRUN`, over
+//! the guest's. Xen reads a shutdown from that VMCB, reports "Triple fault" and dumps these values as the guest's
+//! registers: the selector of its own code, an address in its own text, its own stack, and in rax the operand of
+//! `VMRUN`, the physical address of the VMCB. No guest and no driver can cause such a dump, because a guest's code
+//! never runs with the hypervisor's selector at its addresses.
 //!
-//! Or a guest goes on without its nested page tables, so that it has no memory where it had some a moment ago. It
-//! faults at its next instruction, at the gate of that fault, at the gate of the double fault, and that is the
-//! end. So `cr2` is the gate of the double fault, the ninth in the table that begins at a page: of a kernel that
-//! is in trouble by itself that can always be read, because it is what the kernel learns of all trouble by.
+//! Or QEMU continues a guest without its nested page tables, so that its memory is gone. The guest faults at its next
+//! instruction, at the gate of that fault, at the gate of the double fault, and then dies. So `cr2` is the gate of the
+//! double fault, the ninth in the table that begins at a page: a kernel with a fault of its own can always read that
+//! table, because it handles all faults through it.
 //!
-//! To see it: PVH guests that are created and destroyed one after the other, while two loops keep the host's
-//! processors busy. In QEMU's source `helper_vmrun` leaves `exception_index` set after it has injected an interrupt,
-//! so that an exit request that comes late may deliver the vector once more; that this is the cause is not proven.
+//! To reproduce: create and destroy PVH guests in turn, while two loops keep the host's processors busy. In QEMU's
+//! source `helper_vmrun` leaves `exception_index` set after it has injected an interrupt, so that an exit request that
+//! comes late may deliver the vector once more; this is not proven to be the cause.
 
 use std::fmt;
 use std::ops::Range;
 
 /// The selector of Xen's code.
 const XEN_CODE: u64 = 0xe008;
-/// Where Xen's own image lies: text, data, and the stack of the first processor.
+/// Addresses of Xen's own image: text, data, and the stack of the first processor.
 const XEN_IMAGE: Range<u64> = 0xffff_82d0_4000_0000..0xffff_82d0_8000_0000;
-/// Where Xen sees all memory: the stacks of the other processors are there.
+/// Addresses at which Xen maps all memory, including the stacks of the other processors.
 const XEN_DIRECT_MAP: Range<u64> = 0xffff_8300_0000_0000..0xffff_8800_0000_0000;
-/// Physical addresses end here.
+/// End of physical addresses.
 const PHYSICAL: u64 = 1 << 52;
 const PAGE: u64 = 4096;
 
-/// The upper half of the addresses, where a kernel is.
+/// Start of the upper half of the addresses, where a kernel is.
 const GUEST_KERNEL: u64 = 0xffff_8000_0000_0000;
-/// Where the gate of the double fault, number 8, is in the table of gates of 16 bytes.
+/// Offset of the gate of the double fault, number 8, in the table of 16-byte gates.
 const DOUBLE_FAULT_GATE: u64 = 8 * 16;
 
-/// What Xen says when a guest dies so.
+/// Xen's message when a guest dies of this.
 const TRIPLE_FAULT: &str = "Triple fault";
-/// A dump has so many lines before the code and the stack, which do not matter here.
+/// Number of lines of a dump before the code and the stack, which do not matter here.
 const DUMP_LINES: usize = 24;
 
-/// What the emulator did wrong.
+/// Fault of the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It took a #VMEXIT twice.
+    /// It took one #VMEXIT twice.
     ExitTwice,
     /// It ran the guest without its nested page tables.
     NoTables,
@@ -65,15 +64,15 @@ impl fmt::Display for Fault {
 /// A guest that died of a triple fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death<'a> {
-    /// Its number; none if the line is torn.
+    /// Its number; `None` if the line is incomplete.
     pub domain: Option<u32>,
-    /// What the emulator did wrong, if the dump shows that it did.
+    /// Fault of the emulator, if the dump proves one.
     pub by_emulator: Option<Fault>,
-    /// The line that tells of it.
+    /// The line that reports it.
     pub line: &'a str,
 }
 
-/// The triple faults of these lines of Xen's log.
+/// Returns the triple faults in these lines of Xen's log.
 pub fn deaths<'a>(lines: &[&'a str]) -> Vec<Death<'a>> {
     let at = lines.iter().enumerate();
     let at = at.filter(|(_, line)| line.contains(TRIPLE_FAULT));
@@ -90,7 +89,7 @@ pub fn deaths<'a>(lines: &[&'a str]) -> Vec<Death<'a>> {
     .collect()
 }
 
-/// The domain in `(XEN) d7v0 Triple fault`, with or without the time before it.
+/// Returns the domain in `(XEN) d7v0 Triple fault`, with or without the time before it.
 fn speaker(line: &str) -> Option<u32> {
     let before = line.split(TRIPLE_FAULT).next()?;
     let word = before.split_whitespace().last()?;
@@ -99,7 +98,7 @@ fn speaker(line: &str) -> Option<u32> {
     domain.parse().ok()
 }
 
-/// The lines of the dump of this domain's registers, which follow at once.
+/// Returns the lines of the dump of this domain's registers, which follow at once.
 fn dump<'l, 'a>(rest: &'l [&'a str], domain: u32) -> &'l [&'a str] {
     let head = format!("*** Dumping Dom{domain} vcpu#");
     match rest.first() {
@@ -112,7 +111,7 @@ fn dump<'l, 'a>(rest: &'l [&'a str], domain: u32) -> &'l [&'a str] {
     }
 }
 
-/// What the emulator did wrong, according to a dump.
+/// Returns the fault of the emulator that a dump proves.
 fn fault(dump: &[&str]) -> Option<Fault> {
     if is_hypervisor(dump) {
         return Some(Fault::ExitTwice);
@@ -120,7 +119,7 @@ fn fault(dump: &[&str]) -> Option<Fault> {
     has_no_tables(dump).then_some(Fault::NoTables)
 }
 
-/// Whether a guest's kernel could not read the gate of the double fault.
+/// Returns true if a guest's kernel could not read the gate of the double fault.
 fn has_no_tables(dump: &[&str]) -> bool {
     let (Some((selector, _)), Some(cr2)) = (instruction(dump), register(dump, "cr2:")) else {
         return false;
@@ -131,7 +130,7 @@ fn has_no_tables(dump: &[&str]) -> bool {
         && cr2 % PAGE == DOUBLE_FAULT_GATE
 }
 
-/// Whether all that the dump shows is the hypervisor's state behind `VMRUN`.
+/// Returns true if the dump shows only the hypervisor's state behind `VMRUN`.
 fn is_hypervisor(dump: &[&str]) -> bool {
     let Some((selector, rip)) = instruction(dump) else {
         return false;
@@ -150,7 +149,7 @@ fn is_hypervisor(dump: &[&str]) -> bool {
         && rax % PAGE == 0
 }
 
-/// Selector and address of `RIP:    e008:[<ffff82d04029f0a6>]`.
+/// Returns selector and address of `RIP:    e008:[<ffff82d04029f0a6>]`.
 fn instruction(dump: &[&str]) -> Option<(u64, u64)> {
     let rest = dump.iter().find_map(|line| line.split_once("RIP:"))?.1;
     let (selector, rest) = rest.trim().split_once(":[<")?;
@@ -158,7 +157,7 @@ fn instruction(dump: &[&str]) -> Option<(u64, u64)> {
     Some((hexadecimal(selector)?, hexadecimal(rip)?))
 }
 
-/// A register of lines such as `rax: 000000013c5f2000   rbx: ...`.
+/// Returns a register of lines such as `rax: 000000013c5f2000   rbx: ...`.
 fn register(dump: &[&str], name: &str) -> Option<u64> {
     dump.iter().find_map(|line| {
         let mut words = line.split_whitespace();
@@ -175,7 +174,7 @@ fn hexadecimal(word: &str) -> Option<u64> {
 mod tests {
     use super::{deaths, Death, Fault};
 
-    /// What Xen 4.20 prints of such a death.
+    /// Output of Xen 4.20 for such a death.
     const DUMP: &str = "\
 (XEN) d7v0 Triple fault - invoking HVM shutdown action 1
 (XEN) *** Dumping Dom7 vcpu#0 state: ***
@@ -194,7 +193,7 @@ mod tests {
 (XEN) ds: 0000   es: 0000   fs: 0000   gs: 0000   ss: 0000   cs: e008
 ";
 
-    /// What it prints of a guest that goes on without its nested page tables.
+    /// Output of Xen for a guest that runs without its nested page tables.
     const BARE: &str = "\
 (XEN) d2v0 Triple fault - invoking HVM shutdown action 1
 (XEN) *** Dumping Dom2 vcpu#0 state: ***

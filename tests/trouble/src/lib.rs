@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The signs of trouble in the logs of kernels and of Xen: one list for every program that judges
-//! them, in the machine and outside of it. It uses nothing but the standard library.
+//! Signs of faults in the logs of kernels and of Xen: one list for every program that judges them, in the machine and
+//! outside of it. The crate uses only the standard library.
 
+pub mod breakpoint;
 pub mod emulator;
 
-/// Any of these in a kernel's line means that something broke.
+/// Words in a line of a kernel that show a fault.
 const KERNEL: &[&str] = &[
     "BUG:",
     "BUG kmalloc",
@@ -40,12 +41,11 @@ const KERNEL: &[&str] = &[
     "unregister_netdevice: waiting",
 ];
 
-/// Trouble where no frontend misbehaves: a frontend that frees what its backend still uses causes
-/// them in its own kernel.
+/// Signs of faults if no frontend misbehaves: a frontend that frees pages that its backend still uses causes them in
+/// its own kernel.
 const HONEST: &[&str] = &["still allocated", "deferring g.e."];
 
-/// Any of these in a line of the hypervisor means that something broke. A triple fault is judged by
-/// [`emulator`].
+/// Words in a line of the hypervisor that show a fault. A triple fault is judged by [`emulator`].
 const XEN: &[&str] = &[
     "FATAL",
     "Xen BUG",
@@ -58,18 +58,17 @@ const XEN: &[&str] = &[
     "Domain 0 crashed",
 ];
 
-/// Whether a line of a kernel's log is a sign of trouble.
+/// Returns true if a line of a kernel's log shows a fault.
 pub fn in_kernel(line: &str) -> bool {
     KERNEL.iter().any(|sign| line.contains(sign))
 }
 
-/// Whether a line of a kernel's log is a sign of trouble where no frontend misbehaves.
+/// Returns true if a line of a kernel's log shows a fault where no frontend misbehaves.
 pub fn in_honest_kernel(line: &str) -> bool {
     in_kernel(line) || HONEST.iter().any(|sign| line.contains(sign))
 }
 
-/// The lines of Xen's log that are signs of trouble, a guest's triple fault among them, unless the
-/// emulator is to blame for it.
+/// Returns the lines of Xen's log that show faults, including a guest's triple fault unless the emulator caused it.
 pub fn in_xen<'a>(lines: &[&'a str]) -> Vec<&'a str> {
     let deaths = emulator::deaths(lines);
     let guilty = deaths.iter().filter(|death| death.by_emulator.is_none());
@@ -79,7 +78,7 @@ pub fn in_xen<'a>(lines: &[&'a str]) -> Vec<&'a str> {
     found
 }
 
-/// The lines of a console that Xen and kernels share which are signs of trouble.
+/// Returns the lines that show faults of a console that Xen and kernels share.
 pub fn in_console(log: &str) -> Vec<&str> {
     let (xen, kernel): (Vec<&str>, Vec<&str>) = log
         .lines()

@@ -26,17 +26,17 @@ pub(crate) fn main() -> Result<()> {
     or_say(prepare().and_then(|()| serve()))
 }
 
-/// The same below an init, which has prepared all.
+/// Serves as a program of a system whose init has prepared everything.
 pub(crate) fn in_system() -> Result<()> {
     or_say(serve())
 }
 
-/// Says why it ends: nobody sees the status of a first process.
+/// Prints the error with which it ends, because no program sees the status of a first process.
 fn or_say(served: Result<()>) -> Result<()> {
     served.inspect_err(|error| eprintln!("agent: {error:#}"))
 }
 
-/// What an init does before it starts anybody.
+/// Does the work of an init before it starts other programs.
 fn prepare() -> Result<()> {
     mount("proc", "/proc", "proc")?;
     mount("sysfs", "/sys", "sysfs")?;
@@ -154,7 +154,7 @@ fn load_modules(dir: &Path, parameters: &BTreeMap<String, String>) -> Result<()>
         let error = std::io::Error::last_os_error();
         match error.raw_os_error() {
             Some(libc::EEXIST) => {}
-            // What a processor could do faster: ext4 of Linux 6.1 asks for it by the way, and does without.
+            // A driver for a faster instruction: ext4 of Linux 6.1 requests it, and works without.
             Some(libc::ENODEV) => eprintln!("agent: {} is not for this machine", file.display()),
             _ => bail!("cannot load {}: {error}", file.display()),
         }
@@ -193,7 +193,7 @@ fn answer(line: &Line, request: &str) {
             let (line, id, command) = (Arc::clone(line), id.to_owned(), command.to_owned());
             std::thread::spawn(move || execute(&line, &id, &command));
         }
-        // What was typed before the terminal became raw may arrive torn.
+        // A line that was typed before the terminal became raw may arrive torn.
         _ => (),
     }
 }
@@ -228,7 +228,7 @@ fn execute(line: &Line, id: &str, command: &str) {
     say(line, &format!("DONE {id} {code}"));
 }
 
-/// One line, in one piece.
+/// Prints one line, in one piece.
 fn say(line: &Line, text: &str) {
     let mut console = line
         .lock()

@@ -18,7 +18,7 @@ pub(crate) struct NullBlk {
 }
 
 impl NullBlk {
-    /// Creates a device of so many MiB; `options` are more attributes of null_blk.
+    /// Creates a device of `size_mib` MiB; `options` are more attributes of null_blk.
     pub(crate) fn create(size_mib: u32, options: &[(&str, &str)]) -> Result<NullBlk> {
         prepare()?;
         let dir = Path::new(CONFIGFS)
@@ -55,6 +55,11 @@ impl NullBlk {
     /// The device node.
     pub(crate) fn path(&self) -> String {
         format!("/dev/{}", self.name)
+    }
+
+    /// Its number as control groups write it, `MAJOR:MINOR`.
+    pub(crate) fn number(&self) -> Result<String> {
+        sh::get(format!("/sys/block/{}/dev", self.name))
     }
 
     /// The kernel's name of the disk.
@@ -113,7 +118,7 @@ pub(crate) fn linear(below: &str, sectors: u64) -> String {
     format!("0 {sectors} linear {below} 0")
 }
 
-/// The same, of a device that takes so many milliseconds for each write, and reads at once.
+/// Returns the table of a device that takes that many milliseconds for each write, and reads at once.
 pub(crate) fn slow_writes(below: &str, sectors: u64, milliseconds: u32) -> Result<String> {
     sh::modprobe("dm-delay", &[])?;
     Ok(format!(
@@ -121,16 +126,16 @@ pub(crate) fn slow_writes(below: &str, sectors: u64, milliseconds: u32) -> Resul
     ))
 }
 
-/// The same, of a device that takes so many milliseconds for each request.
+/// Returns the table of a device that takes that many milliseconds for each request.
 pub(crate) fn delayed(below: &str, sectors: u64, milliseconds: u32) -> Result<String> {
     sh::modprobe("dm-delay", &[])?;
     Ok(format!("0 {sectors} delay {below} 0 {milliseconds}"))
 }
 
-/// The same, of a device on which nothing can be written or flushed.
+/// Returns the table of a device that refuses writes and flushes.
 pub(crate) fn unwritable(below: &str, sectors: u64) -> Result<String> {
     sh::modprobe("dm-flakey", &[])?;
-    // It is well for no second, and bad for an hour.
+    // The device works for zero seconds, and fails for an hour.
     Ok(format!(
         "0 {sectors} flakey {below} 0 0 3600 1 error_writes"
     ))
@@ -162,12 +167,12 @@ impl Dm {
         format!("/dev/mapper/{}", self.name)
     }
 
-    /// Stops the device: requests wait until it goes on. Nothing is flushed.
+    /// Stops the device: requests wait until it is resumed. Nothing is flushed.
     pub(crate) fn suspend(&self) -> Result<()> {
         sh::run(&["dmsetup", "suspend", "--noflush", "--nolockfs", &self.name]).map(drop)
     }
 
-    /// Lets the device go on.
+    /// Resumes the device.
     pub(crate) fn resume(&self) -> Result<()> {
         sh::run(&["dmsetup", "resume", &self.name]).map(drop)
     }
@@ -185,9 +190,9 @@ impl Dm {
     }
 }
 
-/// A device mapper device that holds every write, as slow storage does, until it is let go. Reads pass.
+/// A device mapper device that holds every write, as slow storage does, until it is released. Reads pass.
 ///
-/// A device that is suspended holds them too, but nobody can see there that a write has come.
+/// A suspended device holds writes, too, but does not show that a write has arrived.
 #[derive(Clone)]
 pub(crate) struct Holding {
     device: Dm,
@@ -222,7 +227,7 @@ impl Holding {
         })
     }
 
-    /// Waits until the device holds so many writes at least.
+    /// Waits until the device holds at least `count` writes.
     pub(crate) fn wait_writes(&self, count: u32) -> Result<()> {
         sh::wait_for("writes at the device", Duration::from_secs(30), || {
             let status = sh::run(&["dmsetup", "status", &self.device.name])?;
@@ -253,7 +258,7 @@ pub(crate) struct Lvm {
 }
 
 impl Lvm {
-    /// Makes the volume `lv` of so many MiB.
+    /// Makes the volume `lv` of `mib` MiB.
     pub(crate) fn create(group: &str, physical: &str, mib: u32) -> Result<Lvm> {
         lvm(&["pvcreate", "--yes", physical])?;
         lvm(&["vgcreate", group, physical])?;
@@ -285,7 +290,7 @@ impl Lvm {
         format!("/dev/{}/lv", self.group)
     }
 
-    /// Grows the volume to so many MiB.
+    /// Grows the volume to `mib` MiB.
     pub(crate) fn extend(&self, mib: u32) -> Result<()> {
         lvm(&[
             "lvextend",

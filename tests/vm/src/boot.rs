@@ -6,7 +6,7 @@ use crate::guest::{CMDLINE, PAYLOAD, RUN_DIR};
 use crate::sh;
 use anyhow::{Context, Result};
 
-/// How large the disk must be, in MiB.
+/// Minimum size of the disk in MiB.
 pub(crate) const MIB: u32 = 80;
 /// The size of the partition for data, which is the first one and begins after the first MiB.
 pub(crate) const DATA_MIB: u32 = 8;

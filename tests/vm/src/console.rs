@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Job(u64);
 
-/// How a command of the guest ended.
+/// Result of a command of the guest.
 pub(crate) struct Done {
     /// Its status.
     pub(crate) rc: i32,
@@ -24,7 +24,7 @@ pub(crate) struct Done {
 }
 
 impl Done {
-    /// It must have succeeded; if not, `what` is what that means.
+    /// Fails with `what` unless the command has succeeded.
     pub(crate) fn succeeded(&self, what: &str) -> Result<()> {
         ensure!(self.rc == 0, "{what}: {}", sh::tail(&self.text, 400));
         Ok(())
@@ -74,7 +74,7 @@ impl Console {
         Console::over(file, log, first_job)
     }
 
-    /// The same over what leads to the terminal.
+    /// Uses a file that leads to the guest's terminal.
     pub(crate) fn over(file: File, log: &Path, first_job: u64) -> Result<Console> {
         let log = OpenOptions::new().append(true).create(true).open(log);
         let log = log.context("cannot open the log of the guest's console")?;
@@ -91,7 +91,7 @@ impl Console {
         })
     }
 
-    /// The number of the next command: a console after a restore goes on from here.
+    /// Returns the number of the next command: a console after a restore continues from here.
     pub(crate) fn next_job(&self) -> u64 {
         self.next.load(Ordering::Relaxed)
     }
@@ -172,7 +172,7 @@ impl Console {
         std::mem::take(&mut self.shared.lock().kernel)
     }
 
-    /// Whether the guest went away.
+    /// Returns whether the guest is gone.
     pub(crate) fn is_closed(&self) -> bool {
         self.shared.lock().closed
     }

@@ -8,7 +8,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::path::PathBuf;
 
-/// What to load.
+/// Kernel to load.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The kernel.

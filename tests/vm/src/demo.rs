@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The story of one disk, told to a person: made, used, detached, attached again, compared and measured;
-//! then that of a disk that a process serves, which is killed, and of one that needs none.
+//! The story of one disk, for a person: made, used, detached, attached again, compared and measured; then that of a
+//! disk with a process, which is killed, and of one that needs none.
 
 mod direct;
 mod migrate;
@@ -23,7 +23,7 @@ const FIO: Duration = Duration::from_secs(180);
 const TREE_SUM: &str =
     "find . -type f ! -name fio.dat | sort | xargs sha256sum | sha256sum | cut -c1-64";
 
-/// What is told.
+/// Story of a demonstration.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Story {
     /// A disk from its volume to a table of figures, and one that a process serves.
@@ -141,7 +141,7 @@ fn fill(report: &mut Report, guest: &Guest) -> Result<String> {
     Ok(tree)
 }
 
-/// One row of the table.
+/// Row of the table.
 struct Row {
     name: &'static str,
     iops: f64,
@@ -200,7 +200,7 @@ fn measure_one(guest: &Guest, vbd: &Vbd, name: &'static str, depth: u32) -> Resu
     })
 }
 
-/// Hypercalls of dom0 for each request, from a trace of two seconds; nothing when this machine cannot trace.
+/// Returns dom0's hypercalls for each request, from a trace of two seconds; `None` if this machine cannot trace.
 fn count_hypercalls(vbd: &Vbd) -> Result<Option<f64>> {
     const TRACE: &str = "/tmp/vmtest.trace";
     let start = vbd.statistic("rd_req")?;

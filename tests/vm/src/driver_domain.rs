@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A guest that serves disks of another guest, `backend=NAME`: what is asked of it, whatever system it has.
+//! A guest that serves disks of another guest, `backend=NAME`: the tests for it, whatever its system.
 
 use crate::cases::{load, verify_job};
 use crate::guest::{Config, Guest, Kind, Vbd};
@@ -9,11 +9,11 @@ use std::time::Duration;
 
 /// Its name, as configurations of guests say it.
 pub(crate) const NAME: &str = "back";
-/// The block device in it of which it makes a phy disk.
-const DEVICE: &str = "/dev/xvdb";
-/// What the phy disk is in the other guest; the tap disk is [`load::VDEV`].
+/// Block device in the domain of which it makes a phy disk.
+pub(crate) const DEVICE: &str = "/dev/xvdb";
+/// Name of the phy disk in the other guest; the tap disk is [`load::VDEV`].
 const PHY_VDEV: &str = "xvda";
-/// How often the process of the tap disk is killed.
+/// Number of deaths of the tap disk's process.
 const DEATHS: u32 = 3;
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -23,9 +23,9 @@ pub(crate) trait DriverDomain {
     fn guest(&self) -> &Guest;
     /// Runs a command where its programs are.
     fn run(&self, command: &str) -> Result<String>;
-    /// A file there of which it makes a tap disk.
+    /// Returns the file there of which it makes a tap disk.
     fn image(&self) -> &'static str;
-    /// What says why a disk is not there.
+    /// Returns the logs that explain why a disk is missing.
     fn logs(&self) -> String;
 }
 
@@ -99,7 +99,7 @@ fn wait_load(domain: &dyn DriverDomain, vbd: &Vbd) -> Result<()> {
     sh::wait_for("a load on the disk", LIMIT, || Ok(done()? > before + 100))
 }
 
-/// The process of the tap disk; nothing while there is none.
+/// Returns the process of the tap disk; empty while there is none.
 fn process(domain: &dyn DriverDomain) -> Result<String> {
     domain.run("pgrep -o tapdisk || true")
 }
@@ -131,7 +131,7 @@ fn wait_gone(domain: &dyn DriverDomain, vbd: &Vbd) -> Result<()> {
 }
 
 /// Waits until no disk and no process of one is left there.
-fn nothing_left(domain: &dyn DriverDomain) -> Result<()> {
+pub(crate) fn nothing_left(domain: &dyn DriverDomain) -> Result<()> {
     let left = "pgrep -l tapdisk; ls /sys/bus/xen-backend/devices";
     let mut last = String::new();
     let gone = sh::wait_for("the end of all disks in the driver domain", LIMIT, || {

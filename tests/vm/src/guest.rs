@@ -8,20 +8,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Where the payload of the tests lies in dom0.
+/// Folder of the tests' payload in dom0.
 pub(crate) const PAYLOAD: &str = "/t/guest";
-/// The kernel's command line. What goes wrong in a guest ends it, with its reason on the console.
+/// The kernel's command line. An error in a guest ends it, with its reason on the console.
 pub(crate) const CMDLINE: &str = "console=hvc0 loglevel=5 panic=1 oops=panic panic_on_warn=1";
-/// Where configurations, logs and saved guests go.
+/// Folder of configurations, logs and saved guests.
 pub(crate) const RUN_DIR: &str = "/run/vmtest";
 /// A boot takes a few seconds; on a loaded host many times that.
 const BOOT: Duration = Duration::from_secs(300);
-/// The limit for a command of the guest of which nobody expects that it takes long.
+/// The limit for a quick command of the guest.
 pub(crate) const COMMAND: Duration = Duration::from_secs(120);
 /// The limit for xl.
 const XL: Duration = Duration::from_secs(90);
 
-/// How the guest is virtualised.
+/// Virtualisation of a guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Paravirtualised.
@@ -32,7 +32,7 @@ pub(crate) enum Kind {
     Hvm,
 }
 
-/// Where the guest's kernel comes from.
+/// Source of the guest's kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Boot {
     /// xl reads it from the payload of the tests.
@@ -41,14 +41,14 @@ pub(crate) enum Boot {
     Disk,
 }
 
-/// What a guest is made of.
+/// Configuration of a guest.
 #[derive(Clone)]
 pub(crate) struct Config {
     /// Its name, unique in the machine.
     pub(crate) name: String,
-    /// How it is virtualised.
+    /// Virtualisation of the guest.
     pub(crate) kind: Kind,
-    /// Where its kernel comes from.
+    /// Source of its kernel.
     pub(crate) boot: Boot,
     /// Virtual CPUs; the frontend asks for at most one queue for each.
     pub(crate) vcpus: u32,
@@ -60,6 +60,8 @@ pub(crate) struct Config {
     pub(crate) disks: Vec<String>,
     /// Whether it serves disks of other guests.
     pub(crate) is_driver_domain: bool,
+    /// Frames of 256 entries in Xen's table of what it has mapped of other guests; Xen's default without a value.
+    pub(crate) maptrack_frames: Option<u32>,
     /// Whether xl starts it again when it has rebooted or crashed.
     pub(crate) starts_again: bool,
 }
@@ -76,6 +78,7 @@ impl Config {
             memory: 384,
             disks: Vec::new(),
             is_driver_domain: false,
+            maptrack_frames: None,
             starts_again: false,
         }
     }
@@ -108,8 +111,11 @@ impl Config {
             .map(|disk| format!("'{disk}'"))
             .collect::<Vec<_>>()
             .join(", ");
+        let maptrack = self.maptrack_frames.map_or_else(String::new, |frames| {
+            format!("max_maptrack_frames = {frames}\n")
+        });
         format!(
-            "name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
+            "{maptrack}name = '{}'\ntype = '{kind}'\n{}memory = {}\nvcpus = {}\n\
              on_poweroff = 'destroy'\non_reboot = '{again}'\non_crash = '{again}'\ndisk = [{disks}]\nvif = []\n\
              tsc_mode = 'native'\ndriver_domain = {}\n",
             self.name, self.boot_text(), self.memory, self.vcpus, u8::from(self.is_driver_domain)
@@ -136,7 +142,7 @@ impl Config {
     }
 }
 
-/// What the guests that ended had said of trouble.
+/// Trouble in the logs of guests that have ended.
 static TROUBLE: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn keep(signs: Vec<String>) {
@@ -158,7 +164,7 @@ pub(crate) fn newest_domain() -> Result<u32> {
 
 /// A running guest. Dropping it destroys the domain.
 pub(crate) struct Guest {
-    /// What it was made of.
+    /// Configuration of the guest.
     pub(crate) config: Config,
     /// Its domain number.
     pub(crate) domid: u32,
@@ -217,7 +223,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// What the guest's processors do, twice: halted, or where.
+    /// Returns the state of the guest's processors, twice: halted, or the running code.
     fn processors(&self) -> String {
         let look = format!(
             "xl vcpu-list {0} | tail -n +2; /usr/lib/xen-*/bin/xenctx {0} | head -n 8",
@@ -233,7 +239,7 @@ impl Guest {
         self.run_for(command, COMMAND)
     }
 
-    /// The same with a time limit of the caller.
+    /// Runs a command that must succeed, with a time limit of the caller.
     pub(crate) fn run_for(&self, command: &str, limit: Duration) -> Result<String> {
         let done = self.status_for(command, limit)?;
         if done.rc != 0 {
@@ -252,7 +258,7 @@ impl Guest {
         self.status_for(command, COMMAND)
     }
 
-    /// The same with a time limit of the caller.
+    /// Runs a command, with a time limit of the caller.
     pub(crate) fn status_for(&self, command: &str, limit: Duration) -> Result<Done> {
         let job = self.console.start(command)?;
         self.console.wait(job, limit)
@@ -290,7 +296,7 @@ impl Guest {
         vbd.wait_gone()
     }
 
-    /// How many disks the domain has in xenstore.
+    /// Returns the number of the domain's disks in xenstore.
     pub(crate) fn disks(&self) -> Result<usize> {
         Ok(xs::list(&format!("/local/domain/{}/device/vbd", self.domid))?.len())
     }
@@ -317,7 +323,7 @@ impl Guest {
         )
     }
 
-    /// Signs of trouble in what the console showed since the last look.
+    /// Returns signs of trouble in the console's output since the last call.
     fn console_trouble(&self) -> Vec<String> {
         let lines = self.console.take_kernel_lines();
         self.signs(&lines.join("\n"))
@@ -334,8 +340,7 @@ impl Guest {
         Ok(self.signs(&text))
     }
 
-    /// Signs of trouble in all that the guest's kernel said since the last look, and whether the
-    /// guest answers.
+    /// Returns signs of trouble in the guest's kernel log since the last call, and whether the guest answers.
     pub(crate) fn trouble(&self) -> (Vec<String>, Result<()>) {
         let (mut signs, mut answers) = (self.console_trouble(), Ok(()));
         match self.log_trouble() {
@@ -345,14 +350,14 @@ impl Guest {
         (signs, answers)
     }
 
-    /// Whether nobody has taken the domain away yet.
+    /// Returns true if the domain still exists.
     fn is_there(&self) -> Result<bool> {
         let name = xs::read(&format!("/local/domain/{}/name", self.domid))?;
         Ok(name.is_some() && !self.console.is_closed())
     }
 
-    /// Destroys the domain and waits until the hypervisor has let go of it. What its kernel had to
-    /// say is judged with the case.
+    /// Destroys the domain and waits until the hypervisor has released it. The messages of its kernel are judged with
+    /// the case.
     pub(crate) fn destroy(mut self) -> Result<()> {
         let answers = match self.is_there()? {
             true => self.log_trouble(),
@@ -360,19 +365,19 @@ impl Guest {
         };
         match answers {
             Ok(signs) => keep(signs),
-            // It may have gone meanwhile; a guest that is there must answer to its end.
+            // The guest may have ended in between; an existing guest must answer.
             Err(error) if self.is_there()? => return Err(error),
             Err(_) => (),
         }
         self.end()
     }
 
-    /// Destroys a domain of which nobody expects that it answers.
+    /// Destroys a domain that may not answer.
     pub(crate) fn give_up(mut self) -> Result<()> {
         self.end()
     }
 
-    /// Keeps what the console showed for the verdict on the case.
+    /// Keeps the console's output for the verdict on the case.
     fn keep_trouble(&self) {
         keep(self.console_trouble());
     }
@@ -395,7 +400,7 @@ impl Guest {
         self.wait_gone(Duration::from_secs(60))
     }
 
-    /// Waits until the hypervisor has let go of the domain.
+    /// Waits until the hypervisor has released the domain.
     pub(crate) fn wait_gone(&self, limit: Duration) -> Result<()> {
         let id = self.domid.to_string();
         sh::wait_for(&format!("the end of domain {id}"), limit, || {
@@ -418,7 +423,8 @@ impl Guest {
         })
     }
 
-    /// Forgets the guest, which has left this host: what it is made of, and the number of its next command.
+    /// Gives up the handle of a guest that has left this host; returns its configuration, and the number of its next
+    /// command.
     pub(crate) fn left(mut self) -> (Config, u64) {
         self.keep_trouble();
         self.alive = false;
@@ -437,7 +443,7 @@ impl Guest {
         self.migrate_with(&[], jobs)
     }
 
-    /// The same to where it has these disks.
+    /// Moves the guest to another domain that has these disks.
     pub(crate) fn migrate_to(self, disks: &[&str], jobs: &[Job]) -> Result<Guest> {
         let path = self.config.written_with(&self.config.name, disks)?;
         self.migrate_with(&["-C", &path], jobs)
@@ -481,15 +487,15 @@ pub(crate) fn log_path(name: &str) -> PathBuf {
     Path::new(RUN_DIR).join(format!("{name}.log"))
 }
 
-/// The file that keeps what an HVM guest of this name said before it had its console.
+/// Returns the file with the output of an HVM guest before it had its console.
 pub(crate) fn serial_path(name: &str) -> PathBuf {
     Path::new(RUN_DIR).join(format!("{name}.serial"))
 }
 
-/// The backends in xenstore whose frontend is a disk: `vbd3` is that of `backendtype=tap`.
+/// Types of backends in xenstore whose frontend is a disk: `vbd3` is that of `backendtype=tap`.
 pub(crate) const KINDS: [&str; 2] = ["vbd", "vbd3"];
 
-/// One attached disk.
+/// An attached disk.
 pub(crate) struct Vbd {
     /// The guest's name of the disk.
     pub(crate) vdev: String,
@@ -507,7 +513,7 @@ impl Vbd {
         Vbd::of_backend(0, domid, disk)
     }
 
-    /// The same, with its backend in the domain `back`.
+    /// Finds the disk with its backend in the domain `back`.
     pub(crate) fn of_backend(back: u32, domid: u32, disk: &str) -> Result<Vbd> {
         let vdev = disk.split(',').find_map(|part| {
             part.trim()
@@ -551,7 +557,7 @@ impl Vbd {
             .into_owned())
     }
 
-    /// What both ends and the backend's counters say of it, for a message.
+    /// Describes the disk for a message: the state of both ends and the backend's counters.
     pub(crate) fn describe(&self) -> String {
         let state = |dir: &str| match xs::read(&format!("{dir}/state")) {
             Ok(state) => state.unwrap_or_else(|| "none".into()),

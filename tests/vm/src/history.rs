@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Reads and writes a disk at random from many threads, and judges what the reads saw.
+//! Reads and writes a disk at random from many threads, and checks the data that the reads return.
 //!
-//! Runs in a guest. Every sector that is written carries a value of its own, and every request is
-//! noted with the moments at which it was issued and answered; then the checker of the simulation
-//! (`tests/sim/src/history.rs`) says whether some order of the requests explains what was read. That
-//! is done in rounds: at the end of one all threads wait, the whole area is read, and the next round
-//! begins with what it holds, so that neither memory nor time grows.
+//! Runs in a guest. Each written sector carries a value of its own, and the program records the moments at which each
+//! request was issued and answered; then the checker of the simulation (`tests/sim/src/history.rs`) decides whether
+//! some order of the requests explains the reads. It works in rounds: at the end of one all threads wait, the program
+//! reads the whole area, and the next round begins with that content, so that neither memory nor time grows.
 
 use crate::memory::Aligned;
 use crate::sys::discard;
@@ -22,17 +21,17 @@ use std::time::{Duration, Instant};
 const MAX_SECTORS: u64 = 192;
 /// Discards are in whole units of this many sectors.
 const DISCARD: u64 = 8;
-/// When a round's disk was written before it. Not 0, which is the time of a disk without any write.
+/// Time of writes before a round. Not 0, which is the time of a disk without any write.
 const BEFORE: u64 = 1;
-/// What is not explained is told so often.
+/// Number of unexplained sectors that it prints.
 const TOLD: usize = 5;
 
-/// What to do.
+/// Work to do.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The disk.
     device: PathBuf,
-    /// Where chance begins.
+    /// Seed of the random numbers.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Requests that are in flight at once.
@@ -47,18 +46,18 @@ pub(crate) struct Args {
     /// Rounds at least.
     #[arg(long, default_value_t = 1)]
     rounds: u32,
-    /// Go on until this file exists.
+    /// Continue until this file exists.
     #[arg(long)]
     until: Option<PathBuf>,
     /// Discard as well.
     #[arg(long)]
     discard: bool,
-    /// What is discarded may also stay as it is, in whole or in part.
+    /// A discarded range may also stay as it is, in whole or in part.
     #[arg(long)]
     hints: bool,
 }
 
-/// What a request does.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
     Read,
@@ -77,15 +76,15 @@ struct Event {
     number: u32,
     issued: u64,
     answered: u64,
-    /// What a read saw.
+    /// Values that a read returned.
     found: Vec<Option<u64>>,
 }
 
-/// What all threads share.
+/// State that all threads share.
 struct Shared<'a> {
     args: &'a Args,
     disk: File,
-    /// The same disk; what is written through it is durable when it is answered.
+    /// Descriptor whose writes are durable when they are answered.
     durable: File,
     /// Numbers events: one that ends before another begins has the lower number.
     clock: AtomicU64,
@@ -94,7 +93,7 @@ struct Shared<'a> {
     slowest_ns: AtomicU64,
 }
 
-/// Counts of what was done.
+/// Numbers of requests.
 #[derive(Default)]
 struct Counts {
     reads: u64,
@@ -118,7 +117,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         slowest_ns: AtomicU64::new(0),
     };
     let (mut counts, mut rounds) = (Counts::default(), 0);
-    // Whatever the disk held before is no write of ours.
+    // The old content of the disk is no write of this program.
     shared.zero()?;
     let mut known = shared.contents()?;
     while rounds < args.rounds || args.until.as_deref().is_some_and(|file| !file.exists()) {
@@ -179,8 +178,8 @@ impl Shared<'_> {
             .collect()
     }
 
-    /// One request by chance: most are small, and half of them are in the first part of the disk,
-    /// where they meet others.
+    /// Executes one random request: most are small, and half of them are in the first part of the disk, where they meet
+    /// others.
     fn request(&self, rng: &mut Rng, memory: &mut Aligned) -> Result<Event> {
         let op = match rng.below(100) {
             0..45 => Op::Read,
@@ -267,7 +266,7 @@ impl Shared<'_> {
         Ok(())
     }
 
-    /// What every sector holds.
+    /// Returns the value of each sector.
     fn contents(&self) -> Result<Vec<Option<u64>>> {
         let mut memory = Aligned::new((MAX_SECTORS as usize) * SECTOR);
         let (mut all, mut start) = (Vec::new(), 0);
@@ -279,7 +278,7 @@ impl Shared<'_> {
         Ok(all)
     }
 
-    /// Explains a round, given what the disk held before it; returns what it holds after it.
+    /// Explains a round, given the disk's content before it; returns its content after it.
     fn judge(&self, before: &[Option<u64>], events: Vec<Event>) -> Result<Vec<Option<u64>>> {
         let issued = self.now();
         let after = self.contents()?;
@@ -300,8 +299,8 @@ impl Shared<'_> {
     }
 }
 
-/// What is wrong with a round, after which the disk was read within `last`. With `hints` discards may have done
-/// nothing.
+/// Returns the unexplained sectors of a round, after which the disk was read within `last`. With `hints` discards may
+/// have done nothing.
 fn explain(
     before: &[Option<u64>],
     mut events: Vec<Event>,
@@ -388,8 +387,8 @@ mod tests {
         }
     }
 
-    /// What is told of a write 2 over [10, 20] onto a write 1 of the round before, of a read over
-    /// [30, 40], and of what is there in the end.
+    /// Returns the number of complaints about a write 2 over [10, 20] onto a write 1 of the round before, a read over
+    /// [30, 40], and the final content.
     fn verdict(read: Option<u64>, end: Option<u64>) -> usize {
         let events = vec![
             event(Op::Write, 2, 10, 20, None),

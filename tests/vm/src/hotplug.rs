@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A hotplug script for xl that is this program: it does what Xen's own `block` script does for a block
-//! device, without the sharing checks, in one process instead of dozens. Cases that are not about the
-//! script itself use it, because processes are slow in emulation. It also attaches tap disks that a case
-//! serves itself, of which no supervisor knows.
+//! A hotplug script for xl that is this program: it does what Xen's own `block` script does for a block device, without
+//! the sharing checks, in one process instead of dozens. Cases that are not about the script itself use it, because
+//! processes are slow in emulation. It also attaches tap disks that a case serves itself, without the supervisor.
 
 use crate::guest::RUN_DIR;
 use crate::xs;
@@ -13,7 +12,7 @@ use std::path::Path;
 /// The name under which this program is the script.
 pub(crate) const NAME: &str = "block-vmtest";
 
-/// What a target begins with that is the number of a tap disk.
+/// Prefix of a target that is the number of a tap disk.
 const MINOR: &str = "minor:";
 
 /// Makes the script and returns its path.
@@ -41,7 +40,7 @@ pub(crate) fn played(minor: u32, vdev: &str) -> Result<String> {
     disk(&format!("{MINOR}{minor}"), vdev, "w")
 }
 
-/// What xl calls: `add` or `remove`, with the backend's directory in the environment.
+/// Script that xl calls: `add` or `remove`, with the backend's directory in the environment.
 pub(crate) fn main() -> Result<()> {
     let action = std::env::args().nth(1).unwrap_or_default();
     if action != "add" {

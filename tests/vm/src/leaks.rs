@@ -9,7 +9,7 @@ use dom0::{memory, xen};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// One reading of the counters.
+/// A reading of the counters.
 #[derive(Clone)]
 pub(crate) struct Leaks {
     exact: BTreeMap<&'static str, u64>,

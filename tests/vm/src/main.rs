@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! End to end tests that run inside a Xen machine.
 //!
-//! One static binary with several faces: `run` executes the cases in dom0, `agent` executes commands in
-//! the guests that the cases start, `history` loads a disk there and judges what it reads,
-//! `reread` looks whether that stays, `crash-kernel` gives a guest another kernel to write a dump, `demo` tells the whole story of one disk to a person, `peer` and `reach` are a second host and the way to it.
+//! One static binary with several modes: `run` executes the cases in dom0, `agent` executes commands in the guests that
+//! the cases start, `history` loads a disk there and judges its reads, `reread` checks later whether the data stays,
+//! `crash-kernel` gives a guest another kernel to write a dump, `demo` tells the whole story of one disk to a person,
+//! `peer` and `reach` are a second host and the way to it.
 
 mod agent;
 mod backing;
@@ -54,7 +55,7 @@ enum Face {
         /// The driver that must serve the disks.
         #[arg(long, value_enum, default_value = "rs")]
         driver: Driver,
-        /// Where chance begins; a run says its own, with which it can be repeated.
+        /// Seed of the random numbers; a run prints its own, with which it can be repeated.
         #[arg(long)]
         seed: Option<u64>,
         /// List the cases and stop.
@@ -63,7 +64,7 @@ enum Face {
     },
     /// Tell a story.
     Demo {
-        /// Which.
+        /// Story to tell.
         #[arg(long, value_enum, default_value = "disks")]
         story: demo::Story,
         /// The driver that must serve the disk.
@@ -72,7 +73,7 @@ enum Face {
     },
     /// On a host with systemd: a part of the life of the packages.
     Life {
-        /// Which.
+        /// Part to run.
         #[arg(value_enum)]
         part: life::Part,
     },
@@ -126,7 +127,7 @@ impl Driver {
         }
     }
 
-    /// Whether its module is loaded.
+    /// Returns whether its module is loaded.
     pub(crate) fn is_loaded(self) -> bool {
         Path::new("/sys/module").join(self.sys_module()).exists()
     }

@@ -11,14 +11,14 @@ pub(crate) struct Aligned {
 }
 
 impl Aligned {
-    /// So many bytes of zeroes.
+    /// Makes `len` bytes of zeroes.
     pub(crate) fn new(len: usize) -> Aligned {
         let bytes = vec![0; len + ALIGN];
         let skip = bytes.as_ptr().align_offset(ALIGN);
         Aligned { bytes, skip }
     }
 
-    /// The first so many of them.
+    /// Returns the first `len` bytes.
     pub(crate) fn get(&mut self, len: usize) -> &mut [u8] {
         &mut self.bytes[self.skip..self.skip + len]
     }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The nodes of tap disks. What a process says to the node of a disk gets no help: it can be as wrong
-//! as a case wants.
+//! The nodes of tap disks. A case sends raw commands to the node of a disk: they can be as wrong as it wants.
 
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
@@ -25,8 +24,8 @@ impl Control {
             .with_context(|| format!("cannot open {FOLDER}/control: is the module loaded?"))
     }
 
-    /// Makes a disk with the default arena; its requests fail after so many seconds without a process, or
-    /// never.
+    /// Makes a disk with the default arena; without a process, its requests fail after `fail_after_s` seconds, or never
+    /// if that is 0.
     pub(crate) fn create(&self, fail_after_s: u32) -> Result<u32> {
         self.make(Create {
             fail_after_s,
@@ -46,7 +45,7 @@ impl Control {
         self.0.destroy(minor)
     }
 
-    /// What the kernel knows of a disk, if there is such a disk.
+    /// Returns the kernel's information about a disk, if it exists.
     pub(crate) fn query(&self, minor: u32) -> Result<Option<Info>> {
         Ok(self.next(minor)?.filter(|info| info.minor == minor))
     }
@@ -73,7 +72,7 @@ pub(crate) fn path(minor: u32) -> String {
     format!("/dev/xentap/{minor}")
 }
 
-/// A disk's node and its areas. Dropping it is the death of the process, as far as the kernel can tell.
+/// A disk's node and its areas. Dropping it looks to the kernel like the death of the process.
 pub(crate) struct Node {
     /// The areas go before the node: they keep it open.
     descriptors: Area,
@@ -112,7 +111,7 @@ impl Node {
         })
     }
 
-    /// What the kernel says of the disk now.
+    /// Returns the kernel's present information about the disk.
     pub(crate) fn info(&self) -> Result<Info> {
         let mut info = Info::default();
         ioctl(&self.file, numbers::INFO, &mut info).context("the node does not describe itself")?;
@@ -144,12 +143,12 @@ impl Node {
         self.start_as_claimed()
     }
 
-    /// Requests are delivered from now on, to what was claimed before.
+    /// Begins to get requests, with the earlier claims.
     pub(crate) fn start_as_claimed(&self) -> io::Result<()> {
         ioctl(&self.file, numbers::START, &mut [0u8; 0]).map(drop)
     }
 
-    /// Commits and fetches at most so many tags; does not wait.
+    /// Commits results and fetches at most `room` tags, without waiting.
     pub(crate) fn exchange(&self, commits: &[Completion], room: usize) -> io::Result<Vec<u16>> {
         let mut tags = vec![0u16; room];
         // CAST: at most `MAX_TAGS` entries.

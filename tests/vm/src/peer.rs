@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Two hosts on a network with nothing else: how the first one has the second one execute commands, and how guests get
-//! from one to the other. A command is a line over TCP; what follows is its standard input, what comes back its output.
+//! Two hosts on a network with nothing else: how the first one executes commands on the second one, and how guests move
+//! from one to the other. A command is a line over TCP; its standard input follows, and its output comes back.
 
 use crate::{sh, tap};
 use anyhow::{bail, ensure, Context, Result};
@@ -15,9 +15,9 @@ use std::time::Duration;
 
 /// The port on which a host executes commands.
 const PORT: u16 = 7;
-/// What a command of the other host ends with: its status.
+/// End of a command's output on the other host: its status follows.
 const STATUS: &str = "vmtest: the command ended with ";
-/// How long the other host may take to come up: two machines share the processors.
+/// Time in which the other host must come up: two machines share the processors.
 const UP: Duration = Duration::from_secs(300);
 /// A host that is there takes a connection sooner; one that is not comes up later.
 const GONE: Duration = Duration::from_secs(5);
@@ -54,7 +54,7 @@ impl Host {
     pub(crate) fn become_this(self) -> Result<TcpListener> {
         sh::run(&["hostname", self.name()])?;
         sh::modprobe("virtio_net", &[])?;
-        // It gets another name as soon as it is there.
+        // The card gets another name as soon as it exists.
         sh::run(&["udevadm", "settle"])?;
         let names = fs::read_dir("/sys/class/net")?;
         let mut names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -67,7 +67,7 @@ impl Host {
     }
 }
 
-/// The second host, until it is told to go down.
+/// Runs as the second host until the first one ends it.
 pub(crate) fn main() -> Result<()> {
     let listener = Host::Second.become_this()?;
     tap::end_supervisor()?;
@@ -91,7 +91,7 @@ pub(crate) fn serve(listener: &TcpListener) -> Result<()> {
 fn execute(mut stream: TcpStream) -> Result<()> {
     let mut line = Vec::new();
     let mut byte = [0];
-    // Byte by byte: what comes after the line is the command's.
+    // The line is read byte by byte, because the bytes behind it belong to the command.
     while stream.read(&mut byte)? == 1 && byte != *b"\n" {
         line.push(byte[0]);
     }
@@ -104,12 +104,12 @@ fn execute(mut stream: TcpStream) -> Result<()> {
         .spawn()
         .context("cannot start bash")?;
     child.wait()?;
-    // Whoever the command has left behind does not keep the other side waiting.
+    // Programs that the command has left behind do not delay the other side.
     stream.shutdown(Shutdown::Both).ok();
     Ok(())
 }
 
-/// What stands in for ssh: `xl migrate -s` calls it with an address and a command.
+/// Replacement of ssh: `xl migrate -s` calls it with an address and a command.
 pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
     let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
     let mut stream = connect(address, &words.join(" "))?;
@@ -134,7 +134,7 @@ pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
         out.write_all(&buffer[..count])?;
         out.flush()?;
     }
-    // Where the command has ended, who still writes to it learns that from the pipe.
+    // When the command has ended, the writer learns of that from the pipe.
     if there.is_finished() {
         let sent = there.join();
         sent.unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")))
@@ -143,7 +143,7 @@ pub(crate) fn reach(address: &str, command: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-/// Starts a command there; what it reads and prints goes over the stream.
+/// Starts a command there, with its input and output over the stream.
 pub(crate) fn connect(address: &str, command: &str) -> Result<TcpStream> {
     let to = (address, PORT);
     let mut stream = TcpStream::connect(to).with_context(|| format!("cannot reach {address}"))?;
@@ -153,7 +153,7 @@ pub(crate) fn connect(address: &str, command: &str) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Runs a command on the second host that must succeed, and returns what it prints.
+/// Runs a command on the second host that must succeed, and returns its output.
 pub(crate) fn run(command: &str) -> Result<String> {
     let (rc, text) = status(command)?;
     ensure!(
@@ -164,7 +164,7 @@ pub(crate) fn run(command: &str) -> Result<String> {
     Ok(text)
 }
 
-/// Runs a command on the second host; its status, and what it prints.
+/// Runs a command on the second host; returns its status and its output.
 pub(crate) fn status(command: &str) -> Result<(String, String)> {
     let command = format!("( {command} ) </dev/null 2>&1; echo \"{STATUS}$?\"");
     let mut stream = connect(Host::Second.address(), &command)?;
@@ -189,7 +189,7 @@ pub(crate) fn wait_up() -> Result<()> {
 
 /// Resets the second host as a power cut does, and waits until it is gone.
 pub(crate) fn cut_power() -> Result<()> {
-    // It answers nothing to this, not even that the connection ends.
+    // The host answers nothing to this, and does not even close the connection.
     let _kept = connect(Host::Second.address(), "busybox reboot -f")?;
     let address = format!("{}:{PORT}", Host::Second.address()).parse()?;
     sh::wait_for("the end of the second host", UP, || {

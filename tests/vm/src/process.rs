@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A process that serves a tap disk, played by a case: it fetches what the case wants, executes it or
-//! not, answers it or not, and dies when it is dropped.
+//! A process that serves a tap disk, played by a case: it fetches requests, executes and answers them or not, as the
+//! case wants, and dies when it is dropped.
 
 use crate::node::{Control, Node};
 use crate::sh;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tapdev::{records, Discard, Params};
 
 const SECTOR: u64 = 512;
-/// What is fetched in one call.
+/// Requests that are fetched in one call.
 const ROOM: usize = 64;
 /// A guest and its commands are slow in emulation.
 const ARRIVAL: Duration = Duration::from_secs(60);
@@ -42,7 +42,7 @@ impl Played {
         Played::make(mib, create)
     }
 
-    /// Makes the disk in the way that is said.
+    /// Makes a disk as `create` describes it.
     pub(crate) fn make(mib: u32, create: abi::Create) -> Result<Played> {
         let name = format!("/tmp/played{}.img", NEXT.fetch_add(1, Ordering::Relaxed));
         let image = PathBuf::from(name);
@@ -56,7 +56,7 @@ impl Played {
         })
     }
 
-    /// What the disk is.
+    /// Returns the properties of the disk.
     pub(crate) fn params(&self) -> Params {
         Params {
             sectors: self.sectors,
@@ -91,13 +91,13 @@ impl Played {
         })
     }
 
-    /// What the kernel says of it.
+    /// Returns the kernel's information about it.
     pub(crate) fn info(&self) -> Result<abi::Info> {
         let info = Control::open()?.query(self.minor)?;
         info.with_context(|| format!("the kernel has no tap disk {}", self.minor))
     }
 
-    /// Waits until so many requests wait to be delivered.
+    /// Waits until `count` requests wait to be delivered.
     pub(crate) fn wait_waiting(&self, count: u32) -> Result<()> {
         let mut seen = 0;
         sh::wait_for("the arrival of requests", ARRIVAL, || {
@@ -138,7 +138,7 @@ impl Played {
 pub(crate) struct Request {
     /// Its tag.
     pub(crate) tag: u16,
-    /// What it is.
+    /// Description of the request.
     pub(crate) desc: Desc,
     segments: Vec<Segment>,
 }
@@ -161,14 +161,14 @@ impl Request {
     }
 }
 
-/// How a process is wrong, for cases that show that it is noticed. Numbers count writes.
+/// Fault of a process, for cases that check that it is noticed. Numbers count writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Every so many writes one is answered and never executed.
+    /// One of that many writes is answered and never executed.
     Lost(u32),
-    /// Every so many writes one is answered at once and executed after so many others.
+    /// One of that many writes is answered at once and executed after that many others.
     Late(u32, u32),
-    /// Every so many writes one goes to the place of its neighbour.
+    /// One of that many writes goes to the place of its neighbour.
     Astray(u32),
 }
 
@@ -180,7 +180,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Fetches so many requests, and fails if there are more or fewer of them.
+    /// Fetches `count` requests, and fails if there are more or fewer of them.
     pub(crate) fn fetch(&self, count: usize) -> Result<Vec<Request>> {
         let deadline = Instant::now() + ARRIVAL;
         let mut found = Vec::new();
@@ -208,7 +208,7 @@ impl Process {
         Ok(found)
     }
 
-    /// Fetches what is there.
+    /// Fetches all requests that wait.
     pub(crate) fn fetch_now(&self) -> Result<Vec<Request>> {
         let tags = self
             .node
@@ -238,7 +238,7 @@ impl Process {
         })
     }
 
-    /// Does what a request wants.
+    /// Executes a request.
     pub(crate) fn execute(&self, request: &Request) -> Result<()> {
         self.execute_at(request, request.desc.sector)
     }
@@ -298,7 +298,7 @@ impl Process {
         self.serve_with(None, done)
     }
 
-    /// Serves everything while something else is going on.
+    /// Serves requests while `work` runs.
     pub(crate) fn serve_while<T: Send>(
         &self,
         work: impl FnOnce() -> Result<T> + Send,
@@ -313,7 +313,7 @@ impl Process {
         })
     }
 
-    /// The same, with a fault.
+    /// Serves requests until `done`, with a fault.
     pub(crate) fn serve_with(
         &self,
         fault: Option<Fault>,

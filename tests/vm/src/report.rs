@@ -5,15 +5,15 @@ use anyhow::{Context, Result};
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// What became of a case.
+/// Result of a case.
 pub(crate) enum Verdict {
-    /// It held.
+    /// The case has passed.
     Pass,
-    /// It did not hold; the text says why.
+    /// The case has failed, for this reason.
     Fail(String),
-    /// It did not hold, and that is known of the driver under test.
+    /// The case has failed, and the driver under test is known for that.
     KnownFail(String, &'static str),
-    /// It cannot run here; the text says why.
+    /// The case cannot run here, for this reason.
     Skip(String),
 }
 
@@ -52,7 +52,7 @@ impl Report {
         self.line(&format!("1..{cases}"))
     }
 
-    /// Says what is going on.
+    /// Adds a comment to the report.
     pub(crate) fn note(&mut self, text: &str) -> Result<()> {
         self.line(&format!("# {text}"))
     }
@@ -72,7 +72,7 @@ impl Report {
         self.failed += 1;
     }
 
-    /// How much went wrong so far.
+    /// Returns the number of problems so far.
     pub(crate) fn problems(&self) -> usize {
         self.failed
     }
@@ -106,7 +106,7 @@ impl Report {
         self.line("  ...")
     }
 
-    /// The run cannot go on.
+    /// Reports that the run cannot continue.
     pub(crate) fn bail_out(&mut self, why: &str) -> Result<()> {
         self.line(&format!("Bail out! {}", one_line(why)))
     }

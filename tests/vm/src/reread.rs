@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Reads a disk into memory again and again, and looks later whether what was read is still there.
+//! Reads a disk into memory again and again, and checks later whether the data is still there.
 //!
-//! Runs in a guest that moves. What a device writes into a guest's memory is sent along only if whoever writes there
-//! says so in time, so a page may hold on the other side what it held before. Nobody else sees that: a
-//! read that is judged when it is answered is judged on the side on which it was made.
+//! Runs in a guest that moves. A page that a device has changed in a guest's memory is sent only if the backend marks
+//! it as dirty in time, so on the other side a page may hold its old content. Other tests do not see that, because they
+//! judge a read when it is answered, on the side that executed it.
 
 use crate::memory::Aligned;
 use anyhow::{bail, ensure, Context, Result};
@@ -14,17 +14,18 @@ use std::time::Duration;
 
 /// Bytes of one read, which are many segments of a request.
 const BLOCK: usize = 64 << 10;
-/// Each of them says which block it is of.
+/// Bytes of a sector; each sector carries the number of its block.
 const SECTOR: usize = 512;
-/// How far apart the blocks are that one place in memory gets, one after the other; of no divisor with their number.
+/// Distance of the blocks that one place in memory gets, one after the other; it has no common divisor with their
+/// number.
 const STEP: u64 = 13;
 
-/// What to do.
+/// Work to do.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The disk.
     device: PathBuf,
-    /// Write what is to be read, and nothing else.
+    /// Fill the disk for later reads, and do nothing else.
     #[arg(long, conflicts_with = "until")]
     fill: bool,
     /// MiB of the disk that are used.
@@ -33,14 +34,14 @@ pub(crate) struct Args {
     /// Reads that are in flight at once.
     #[arg(long, default_value_t = 8)]
     threads: u64,
-    /// Places in memory for each of them; what was read stays there until its turn comes again.
+    /// Places in memory for each thread; the data of a read stays there until the place's next turn.
     #[arg(long, default_value_t = 48)]
     places: u64,
     /// Milliseconds between two reads of one thread: a place must not be read again before what it holds was sent, or it
     /// is sent once more whoever says so.
     #[arg(long, default_value_t = 100)]
     pause_ms: u64,
-    /// Go on until this file exists.
+    /// Continue until this file exists.
     #[arg(long, required_unless_present = "fill")]
     until: Option<PathBuf>,
 }
@@ -93,7 +94,7 @@ fn fill(disk: &File, blocks: u64) -> Result<()> {
     Ok(())
 }
 
-/// The blocks of which `bytes` are, sector by sector, other than this one.
+/// Returns the blocks whose sectors are in `bytes`, except this one.
 fn others(bytes: &[u8], block: u64) -> Vec<u64> {
     let holds = |sector: &[u8]| u64::from_le_bytes(std::array::from_fn(|at| sector[at]));
     let found = bytes.chunks_exact(SECTOR).map(holds);
@@ -126,7 +127,7 @@ fn read(args: &Args, disk: &File, blocks: u64, until: &Path, thread: u64) -> Res
     Ok(reads)
 }
 
-/// Nothing has changed what a place holds.
+/// Checks that the content of a place has not changed.
 fn look(bytes: &[u8], held: Option<u64>) -> Result<()> {
     let Some(block) = held else { return Ok(()) };
     let wrong = others(bytes, block);

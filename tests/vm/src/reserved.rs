@@ -31,7 +31,7 @@ enum Undo {
     Write(PathBuf, &'static str),
 }
 
-/// What is made, and how to unmake it if something fails on the way.
+/// Objects that were made, and their clean-up if a later step fails.
 #[derive(Default)]
 struct Making(Vec<Undo>);
 
@@ -64,12 +64,12 @@ fn undo(done: Vec<Undo>) -> Result<()> {
 }
 
 impl Reserved {
-    /// A SCSI disk of so many MiB, by the kernel's target and its loopback: two targets, each with an initiator.
+    /// Makes a SCSI disk of `mib` MiB, with the kernel's target and its loopback: two targets, each with an initiator.
     pub(crate) fn scsi(mib: u32) -> Result<Reserved> {
         Self::make(mib, scsi)
     }
 
-    /// An NVMe namespace of so many MiB, by the kernel's target and its loopback: two hosts.
+    /// Makes an NVMe namespace of `mib` MiB, with the kernel's target and its loopback: two hosts.
     pub(crate) fn nvme(mib: u32) -> Result<Reserved> {
         Self::make(mib, nvme)
     }
@@ -110,7 +110,7 @@ fn scsi(medium: &NullBlk, made: &mut Making) -> Result<[String; 2]> {
     ] {
         sh::modprobe(module, &[])?;
     }
-    // Where the target writes down who is registered; without, it refuses to register anybody.
+    // Folder for the target's list of registrations; without it the target refuses each registration.
     let root = sh::get(format!("{SCSI}/dbroot"))?;
     fs::create_dir_all(format!("{root}/pr")).context("cannot make the target's folder")?;
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -162,7 +162,7 @@ fn is_there(device: &str) -> bool {
     fs::File::open(device).is_ok()
 }
 
-/// `/dev/` and the name of what is in a folder of sysfs.
+/// Returns `/dev/` and the name of the only entry in a folder of sysfs.
 fn only_entry(folder: &str) -> Result<Option<String>> {
     if !Path::new(folder).exists() {
         return Ok(None);

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// The limit for programs of which nobody expects that they take long (emulation is slow).
+/// The limit for quick programs (emulation is slow).
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What a program printed and how it ended.
+/// Output and end of a program.
 pub(crate) struct Output {
     /// The exit status; 124 when the time limit ended it.
     pub(crate) rc: i32,
@@ -40,7 +40,7 @@ pub(crate) fn run(argv: &[&str]) -> Result<String> {
     run_for(argv, LIMIT)
 }
 
-/// The same with a time limit of the caller.
+/// Runs a program that must succeed, with a time limit of the caller.
 pub(crate) fn run_for(argv: &[&str], limit: Duration) -> Result<String> {
     let output = status(argv, limit)?;
     if output.rc != 0 {

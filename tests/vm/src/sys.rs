@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// An ioctl whose argument is a structure, or nothing if that has no bytes.
+/// Calls an ioctl whose argument is a structure, or nothing if that has no bytes.
 pub(crate) fn ioctl<T: IntoBytes + FromBytes>(
     file: &File,
     number: u32,
@@ -36,7 +36,7 @@ const ON_CRASH: libc::c_ulong = 2;
 
 /// Loads the kernel that starts when the one that runs has crashed.
 pub(crate) fn load_for_crash(kernel: &File, initramfs: &File, words: &CStr) -> io::Result<()> {
-    // SAFETY: both files are open, and the words and their end are as many bytes as is said, across the call.
+    // SAFETY: both files are open, and the words with their end have the given length, across the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_kexec_file_load,
@@ -53,7 +53,7 @@ pub(crate) fn load_for_crash(kernel: &File, initramfs: &File, words: &CStr) -> i
     }
 }
 
-/// Memory that is shared with the kernel and changes at any time. It is only copied, never borrowed.
+/// Memory that is shared with the kernel and changes at any time. Its bytes are only copied, never borrowed.
 pub(crate) struct Area {
     start: *mut u8,
     len: usize,
@@ -89,7 +89,7 @@ impl Area {
     /// Copies bytes into it.
     pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         let to = self.place(offset, from.len())?;
-        // SAFETY: as in `read`; only the arena is written, and it is mapped for that.
+        // SAFETY: as in `read`; only the arena changes, and its mapping is writable.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
         Ok(())
     }

@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Where the supervisor listens.
+/// Socket of the supervisor.
 const SOCKET: &str = "/run/xentap/control.sock";
 /// A process is replaced in a tenth of a second on a real host; this is an emulated one.
 const REPLACED: Duration = Duration::from_secs(30);
@@ -31,12 +31,13 @@ impl Supervisor {
         Supervisor::start_with(&[])
     }
 
-    /// The same with more settings: names of its environment, and their values.
+    /// Starts it with more settings: names of its environment, and their values.
     pub(crate) fn start_with(settings: &[(&str, &str)]) -> Result<Supervisor> {
         let log = log_of("blktapctrl")?;
         let child = Command::new(SUPERVISOR)
             .arg("--foreground")
-            // What the kernel executes by itself a process never sees, and most cases are about what that does.
+            // The process does not see requests that the kernel serves in passthrough, and most cases are about the
+            // process.
             .env(
                 "XENTAP_DIRECT",
                 env::var("XENTAP_DIRECT").unwrap_or("no".into()),
@@ -57,7 +58,7 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// True if it has not ended by itself.
+    /// Returns true if it has not ended.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
         Ok(self.0.try_wait()?.is_none())
     }
@@ -102,7 +103,7 @@ pub(crate) fn end_supervisor() -> Result<()> {
     })
 }
 
-/// Where a program's log is.
+/// Returns the path of a program's log.
 pub(crate) fn path_of(program: &str) -> String {
     format!("{RUN_DIR}/{program}.log")
 }
@@ -117,19 +118,19 @@ pub(crate) fn log_of(program: &str) -> Result<File> {
     log.with_context(|| format!("cannot open the log of {program}"))
 }
 
-/// What the supervisor said last.
+/// Returns the end of the supervisor's log.
 pub(crate) fn log_tail() -> Result<String> {
     Ok(sh::tail(&sh::get(path_of("blktapctrl"))?, 1200))
 }
 
-/// Runs tap-ctl and returns what it prints.
+/// Runs tap-ctl and returns its output.
 pub(crate) fn ctl(arguments: &[&str]) -> Result<String> {
     let mut argv = vec!["tap-ctl"];
     argv.extend(arguments);
     sh::run(&argv)
 }
 
-/// The same, as a value.
+/// Runs tap-ctl and returns its output as a value.
 pub(crate) fn ctl_json(arguments: &[&str]) -> Result<Value> {
     let text = ctl(&[&["--json"], arguments].concat())?;
     serde_json::from_str(&text).with_context(|| {
@@ -145,7 +146,7 @@ pub(crate) fn disk(target: &str, vdev: &str, access: &str) -> String {
     format!("format=raw, vdev={vdev}, access={access}, script=block-tap-rs, target={target}")
 }
 
-/// An image in a file system, of so many MiB, without content.
+/// Makes an empty image of `mib` MiB in a file system.
 pub(crate) fn image(name: &str, mib: u32) -> Result<String> {
     const FOLDER: &str = "/srv/vmtest";
     fs::create_dir_all(FOLDER).context("cannot make the folder for images")?;
@@ -174,7 +175,7 @@ impl Served {
         Served::of(vbd)
     }
 
-    /// What serves a device that is attached.
+    /// Finds the tap disk of an attached device.
     pub(crate) fn of(vbd: Vbd) -> Result<Served> {
         let minor = xs::number(&format!("{}/tap-minor", vbd.backend))?;
         Ok(Served {
@@ -183,7 +184,7 @@ impl Served {
         })
     }
 
-    /// What the kernel knows of the disk.
+    /// Returns the kernel's information about the disk.
     pub(crate) fn info(&self) -> Result<Info> {
         let info = Control::open()?.query(self.minor)?;
         info.with_context(|| format!("the kernel has no tap disk {}", self.minor))
@@ -269,8 +270,7 @@ impl Served {
 pub(crate) struct EventLog {
     program: Child,
     lines: Receiver<String>,
-    /// When it began to listen, in milliseconds since 1970. What is older may be about another disk of the
-    /// same number.
+    /// When it began to listen, in milliseconds since 1970. Older events may be about another disk of that number.
     since_ms: u128,
 }
 
@@ -303,7 +303,7 @@ impl EventLog {
         })
     }
 
-    /// Waits for an event of this name about a disk and returns what it says.
+    /// Waits for an event of this name about a disk and returns its content.
     pub(crate) fn wait_for(&self, name: &str, minor: u32, limit: Duration) -> Result<Value> {
         let (deadline, mut seen) = (Instant::now() + limit, Vec::new());
         loop {

@@ -51,7 +51,7 @@ pub(crate) fn remove(path: &str) -> Result<()> {
     with(|store| store.remove(path))
 }
 
-/// How many keys there are below a path.
+/// Returns the number of keys below a path.
 pub(crate) fn count(path: &str) -> Result<usize> {
     let names = list(path)?;
     let below = names.iter().map(|name| count(&format!("{path}/{name}")));

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a block of instructions does, as far as it is counted apart.
+//! Counts of a block of instructions: instructions, copies and turns.
 //!
-//! The emulated processor has no fast string instructions. So the hypervisor copies a word with each
-//! step of `rep movsq`, and Linux with a loop that takes three instructions for one: the same copy
-//! would count three times as much on the one side as on the other.
+//! The emulated processor has no fast string instructions. So the hypervisor copies a word with each step of `rep
+//! movsq`, and Linux with a loop of three instructions a word. A plain count would rate a copy by Linux three times as
+//! high as one by the hypervisor.
 
-/// How many bytes of an instruction are known.
+/// Number of known bytes of an instruction.
 pub(crate) type Length = usize;
 /// Its first bytes.
 pub(crate) type Bytes = [u8; 8];
 
-/// What a block does whenever it runs.
+/// Effects of a block each time that it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Block {
     /// Instructions that do not copy.
     pub(crate) instructions: u64,
-    /// Instructions that do, and how many bytes.
+    /// Instructions that copy, and their number of bytes.
     pub(crate) copying: u64,
     pub(crate) copied: u64,
-    /// It ends with a `pause` of a domain, which gives the processor's turn away.
+    /// It ends with a `pause` of a domain, which gives up the processor's turn.
     pub(crate) pauses: bool,
 }
 
-/// One instruction, as far as it matters here.
+/// Kind of an instruction, where it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// A step of a string move of so many bytes.
+    /// A step of a string move of this number of bytes.
     Move(u64),
     /// Loads a word from where `rsi` points.
     Load,
@@ -35,9 +35,30 @@ enum Kind {
     Other,
 }
 
+/// An instruction that ends a turn in a way that the plugin counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// A kernel calls the hypervisor.
+    Hypercall,
+    /// The hypervisor has nothing to run on this processor.
+    Halt,
+}
+
+impl Turn {
+    /// Meaning of such an instruction in the hypervisor and in a kernel. A PV kernel under Xen uses `syscall` only for
+    /// hypercalls; kernels in hardware virtual machines use the other two.
+    pub(crate) fn of((bytes, length): (Bytes, Length), in_hypervisor: bool) -> Option<Turn> {
+        match (bytes.get(..length)?, in_hypervisor) {
+            ([0xf4], true) => Some(Turn::Halt),
+            ([0x0f, 0x05] | [0x0f, 0x01, 0xc1 | 0xd9], false) => Some(Turn::Hypercall),
+            _ => None,
+        }
+    }
+}
+
 const REP: u8 = 0xf3;
 const PAUSE: [u8; 2] = [REP, 0x90];
-/// Words that one turn of the kernel's loop copies.
+/// Words that one iteration of the kernel's loop copies.
 const WORDS: u64 = 4;
 const WORD: u64 = 8;
 
@@ -57,18 +78,18 @@ impl Kind {
     }
 }
 
-/// A prefix that makes the operand a word and leaves the address alone.
+/// Returns true for a prefix that makes the operand a word and does not change the address.
 fn word(rex: u8) -> bool {
     rex & 0xfb == 0x48
 }
 
-/// The memory operand is where this register points, or up to 127 bytes from there.
+/// Returns true if the memory operand is at this register's address, or up to 127 bytes from there.
 fn points(operands: u8, register: u8) -> bool {
     operands >> 6 <= 1 && operands & 7 == register
 }
 
 impl Block {
-    /// A block of these instructions.
+    /// Returns the effects of a block of these instructions.
     pub(crate) fn of(
         instructions: impl Iterator<Item = (Bytes, Length)>,
         in_domain: bool,
@@ -88,7 +109,7 @@ impl Block {
             }
             block.instructions += 1;
         }
-        // What else is in a turn of the loop counts the turns and moves the pointers.
+        // The other instructions of an iteration count the loop and advance the pointers.
         if loads == WORDS && stores == WORDS {
             block.copied += WORDS * WORD;
             block.copying += block.instructions;
@@ -97,7 +118,7 @@ impl Block {
         block
     }
 
-    /// As one number, together with that of a counter. A block has far less than 2^12 instructions.
+    /// Packs the block and a counter into one number. A block has far fewer than 2^12 instructions.
     pub(crate) fn pack(self, counter: usize) -> usize {
         let numbers = [self.instructions, self.copying, self.copied];
         let packed = numbers.iter().fold(counter, |packed, number| {
@@ -106,7 +127,7 @@ impl Block {
         packed << 1 | usize::from(self.pauses)
     }
 
-    /// What was packed.
+    /// Unpacks the counter and the block.
     pub(crate) fn unpack(packed: usize) -> (usize, Block) {
         let number = |shift: u32| (packed >> shift & 0xfff) as u64;
         let block = Block {
@@ -121,7 +142,7 @@ impl Block {
 
 #[cfg(test)]
 mod tests {
-    use super::{Block, Bytes, Length};
+    use super::{Block, Bytes, Length, Turn};
 
     fn instruction(text: &[u8]) -> (Bytes, Length) {
         let mut bytes = Bytes::default();
@@ -133,7 +154,7 @@ mod tests {
         Block::of(instructions.iter().map(|text| instruction(text)), in_domain)
     }
 
-    /// A turn of the loop of Linux's `memcpy_orig`, forward.
+    /// An iteration of the loop of Linux's `memcpy_orig`, forward.
     const TURN: [&[u8]; 12] = [
         &[0x48, 0x83, 0xea, 0x20],
         &[0x4c, 0x8b, 0x06],
@@ -158,11 +179,23 @@ mod tests {
             (string.instructions, string.copying, string.copied),
             (1, 1, 8)
         );
-        // Without one of its loads it is a block like others; so is one that goes through the stack.
+        // Without one of its loads it counts as an ordinary block; so does one that copies through the stack.
         let others = [&TURN[..1], &TURN[2..]].concat();
         assert_eq!(block(&others, false).copied, 0);
         let stack: [&[u8]; 2] = [&[0x48, 0x8b, 0x46, 0x08], &[0x48, 0x89, 0x47, 0x08]];
         assert_eq!(block(&stack, false).copied, 0);
+    }
+
+    #[test]
+    fn hypercalls_are_of_kernels_and_halts_of_the_hypervisor() {
+        let turn = |text: &[u8], xen: bool| Turn::of(instruction(text), xen);
+        for call in [&[0x0f, 0x05][..], &[0x0f, 0x01, 0xc1], &[0x0f, 0x01, 0xd9]] {
+            assert_eq!(turn(call, false), Some(Turn::Hypercall));
+            assert_eq!(turn(call, true), None);
+        }
+        assert_eq!(turn(&[0xf4], true), Some(Turn::Halt));
+        assert_eq!(turn(&[0xf4], false), None);
+        assert_eq!(turn(&[0x0f, 0x01, 0xc8], false), None);
     }
 
     #[test]

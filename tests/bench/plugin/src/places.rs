@@ -1,41 +1,41 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Which address belongs to which counter.
+//! Counters by address.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 
 /// The bytes of the mark: `nop dword ptr [rax + rax + 0x6b72616d]`. No compiler makes it.
 pub(crate) const MARK: [u8; 8] = [0x0f, 0x1f, 0x84, 0x00, b'm', b'a', b'r', b'k'];
 
-/// Where the hypervisor's own memory begins, and what comes after it.
+/// Start of the hypervisor's own memory, and its end.
 const XEN: u64 = 0xffff_82d0_0000_0000;
 const AFTER_XEN: u64 = 0xffff_8300_0000_0000;
-/// Where a Linux kernel's text begins.
+/// Start of a Linux kernel's text.
 const KERNEL: u64 = 0xffff_ffff_8000_0000;
-/// Where its modules begin.
+/// Start of its modules.
 const MODULES: u64 = 0xffff_ffff_c000_0000;
-/// The end of user space.
+/// End of user space.
 const USER_END: u64 = 0x8000_0000_0000;
 const PAGE: u64 = 4096;
 
-/// The counters that are not of a module.
+/// Names of the counters that are not of a module.
 pub(crate) const NAMES: [&str; 4] = ["xen", "kernel", "user", "other"];
-/// How many pages of modules have a counter of their own; the last one counts all pages beyond.
+/// Number of pages of modules with a counter of their own; the last one counts all pages beyond.
 pub(crate) const PAGES: usize = 16384;
-/// How many counters there are that each run has.
+/// Number of counters that every run has.
 pub(crate) const FIXED: usize = NAMES.len() + PAGES;
-/// How many blocks of modules can have a counter of their own, where that is asked for.
+/// Number of blocks of modules that can have a counter of their own, with `blocks=on`.
 pub(crate) const BLOCKS: usize = 32768;
-/// How many counters there are.
+/// Number of all counters.
 pub(crate) const COUNTERS: usize = FIXED + BLOCKS;
 
-/// The blocks of modules that have a counter of their own, by the address where they begin.
+/// The blocks of modules with a counter of their own, by start address.
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
     counters: BTreeMap<u64, usize>,
 }
 
 impl Blocks {
-    /// The counter of a block; the one of its page when there are too many blocks.
+    /// Returns the counter of a block, or that of its page when there are too many blocks.
     pub(crate) fn counter(&mut self, address: u64) -> usize {
         let known = self.counters.len();
         match self.counters.entry(address) {
@@ -45,7 +45,7 @@ impl Blocks {
         }
     }
 
-    /// All blocks and their counters.
+    /// Returns all blocks and their counters.
     pub(crate) fn all(&self) -> impl Iterator<Item = (u64, usize)> + '_ {
         self.counters
             .iter()
@@ -53,12 +53,12 @@ impl Blocks {
     }
 }
 
-/// True for an address in a module.
+/// Returns true for an address in a module.
 pub(crate) fn in_module(address: u64) -> bool {
     address >= MODULES
 }
 
-/// The counter of an address.
+/// Returns the counter of an address.
 pub(crate) fn counter(address: u64) -> usize {
     match address {
         XEN..AFTER_XEN => 0,
@@ -72,7 +72,7 @@ pub(crate) fn counter(address: u64) -> usize {
     }
 }
 
-/// How a counter is called in the file: the name of a place, or the address of a page.
+/// Returns the name of a counter in the file: that of a place, or the address of a page.
 pub(crate) fn name(counter: usize) -> String {
     match counter.checked_sub(NAMES.len()) {
         None => NAMES[counter].to_owned(),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The entry point, and the functions of QEMU's plugin interface (version 4) that are used.
+//! The entry point, and the functions of QEMU's plugin interface (version 4) that the plugin uses.
 //!
-//! Callbacks are told which processor runs, but in a machine whose processors take turns QEMU puts that
-//! number into a block when it translates it: of text that all run, such as the hypervisor's, it names
-//! the processor that came first. QEMU's own variable is asked instead.
+//! Callbacks get a processor's number, but in a machine whose processors take turns QEMU stores that number in a block
+//! at translation. For code that all processors run, such as the hypervisor's, it is the first one that ran it. So the
+//! plugin reads QEMU's own variable instead.
 
-use crate::blocks::{Block as Kind, Length};
+use crate::blocks::{Block as Kind, Length, Turn};
 use crate::places::{self, Blocks, COUNTERS, FIXED, MARK};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::File;
@@ -17,7 +17,25 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 enum Block {}
 /// An instruction of a block: opaque.
 enum Instruction {}
+/// A register of a processor: opaque.
+enum Register {}
 const NO_REGISTERS: c_int = 0;
+const READS_REGISTERS: c_int = 1;
+
+/// QEMU's description of a register.
+#[repr(C)]
+struct Description {
+    handle: *mut Register,
+    name: *const c_char,
+    feature: *const c_char,
+}
+
+/// GLib's `GArray` and `GByteArray`.
+#[repr(C)]
+struct Array<T> {
+    data: *mut T,
+    length: c_uint,
+}
 
 extern "C" {
     fn qemu_plugin_register_vcpu_tb_trans_cb(id: u64, translated: extern "C" fn(u64, *mut Block));
@@ -41,6 +59,10 @@ extern "C" {
         place: *mut c_void,
         length: usize,
     ) -> usize;
+    fn qemu_plugin_get_registers() -> *mut Array<Description>;
+    fn qemu_plugin_read_register(register: *mut Register, value: *mut Array<u8>) -> c_int;
+    fn g_byte_array_new() -> *mut Array<u8>;
+    fn g_byte_array_set_size(array: *mut Array<u8>, length: c_uint) -> *mut Array<u8>;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
 }
 
@@ -50,19 +72,19 @@ const CURRENT: &CStr = c"current_cpu";
 const BY_NUMBER: &CStr = c"qemu_get_cpu";
 type ByNumber = unsafe extern "C" fn(c_int) -> *mut c_void;
 
-/// The interface that this plugin was written for.
+/// Version of the interface that this plugin uses.
 #[no_mangle]
 #[allow(unreachable_pub)] // QEMU reaches it by its name.
 #[allow(non_upper_case_globals)]
 pub static qemu_plugin_version: c_int = 4;
 
-/// The machine has at most so many processors.
+/// Maximum number of processors of the machine.
 const PROCESSORS: usize = 4;
 
-/// There when blocks of modules are to be told apart.
+/// Present when each block of a module has a counter of its own.
 static EACH_BLOCK: OnceLock<Mutex<Blocks>> = OnceLock::new();
 
-/// The file, and how many marks it has.
+/// The output file, and the number of marks in it.
 struct Out {
     file: BufWriter<File>,
     marks: u64,
@@ -71,29 +93,40 @@ struct Out {
 static OUT: OnceLock<Mutex<Out>> = OnceLock::new();
 static COUNTS: [[AtomicU64; COUNTERS]; PROCESSORS] =
     [const { [const { AtomicU64::new(0) }; COUNTERS] }; PROCESSORS];
-/// What else is counted of a processor.
+/// Other counts of a processor.
 static OTHERS: [Others; PROCESSORS] = [const { Others::new() }; PROCESSORS];
-/// All instructions that were executed, which is the machine's time.
+/// Number of all executed instructions, which is the machine's time.
 static NOW: AtomicU64 = AtomicU64::new(0);
-/// Where the thread that runs all processors has [`CURRENT`], and the processors.
+/// Place of [`CURRENT`] in the thread that runs all processors, and the processors.
 static TURN: AtomicPtr<*mut c_void> = AtomicPtr::new(std::ptr::null_mut());
 static KNOWN: [AtomicPtr<c_void>; PROCESSORS] =
     [const { AtomicPtr::new(std::ptr::null_mut()) }; PROCESSORS];
 
-/// Of one processor, beside instructions by place.
+/// The register with the number of a hypercall, and a buffer for its value.
+static NUMBER: AtomicPtr<Register> = AtomicPtr::new(std::ptr::null_mut());
+static VALUE: AtomicPtr<Array<u8>> = AtomicPtr::new(std::ptr::null_mut());
+/// More than Xen's number of hypercalls; the last one counts all beyond.
+const HYPERCALLS: usize = 64;
+
+/// Counts of one processor besides instructions by place.
 struct Others {
-    /// Bytes that were copied, and the instructions that did it: no place has those.
+    /// Hypercalls by their number, and times that the hypervisor had nothing to run.
+    hypercalls: [AtomicU64; HYPERCALLS],
+    halts: AtomicU64,
+    /// Bytes copied, and the copying instructions, which are in no place's count.
     copied: AtomicU64,
     copying: AtomicU64,
-    /// Instructions of other processors while this one looked for something to do, in a domain.
+    /// Instructions of other processors while this one polled for work, in a domain.
     polled: AtomicU64,
-    /// When it gave its turn away in the middle of that; 0 when it did not.
+    /// Time at which it gave up its turn during a poll; 0 when it did not.
     paused: AtomicU64,
 }
 
 impl Others {
     const fn new() -> Others {
         Others {
+            hypercalls: [const { AtomicU64::new(0) }; HYPERCALLS],
+            halts: AtomicU64::new(0),
             copied: AtomicU64::new(0),
             copying: AtomicU64::new(0),
             polled: AtomicU64::new(0),
@@ -155,7 +188,8 @@ pub unsafe extern "C" fn qemu_plugin_install(
     0
 }
 
-/// A block was translated: whenever it runs, what it does is added to the counters of who runs it.
+/// Adds the effects of a block to the counters of the processor that runs it, each time that it runs. QEMU calls this
+/// when it has translated the block.
 extern "C" fn translated(_id: u64, block: *mut Block) {
     // SAFETY: QEMU passes a block that is valid during this call.
     let (address, count) = unsafe { (qemu_plugin_tb_vaddr(block), qemu_plugin_tb_n_insns(block)) };
@@ -174,8 +208,11 @@ extern "C" fn translated(_id: u64, block: *mut Block) {
         places::NAMES.get(counter) != Some(&"xen"),
     );
     let data = std::ptr::without_provenance_mut(kind.pack(counter));
-    // SAFETY: as above; `data` is a number, nobody follows it.
+    // SAFETY: as above; `data` is a number that is never used as a pointer.
     unsafe { qemu_plugin_register_vcpu_tb_exec_cb(block, executed, NO_REGISTERS, data) };
+    for index in 0..count {
+        count_turn(block, index, address);
+    }
     if places::NAMES.get(counter) != Some(&"user") {
         return;
     }
@@ -184,7 +221,7 @@ extern "C" fn translated(_id: u64, block: *mut Block) {
     }
 }
 
-/// The first bytes of an instruction, and how many it has of them.
+/// Returns the first bytes of an instruction, and the number of bytes read.
 fn instruction(block: *mut Block, index: usize) -> ([u8; MARK.len()], Length) {
     let mut bytes = [0u8; MARK.len()];
     // SAFETY: the index is below the number of instructions, and `bytes` has that length.
@@ -193,6 +230,26 @@ fn instruction(block: *mut Block, index: usize) -> ([u8; MARK.len()], Length) {
         qemu_plugin_insn_data(instruction, bytes.as_mut_ptr().cast(), bytes.len())
     };
     (bytes, length)
+}
+
+/// Lets QEMU count an instruction that calls the hypervisor, or with which the hypervisor halts.
+fn count_turn(block: *mut Block, index: usize, address: u64) {
+    let place = places::NAMES.get(places::counter(address)).copied();
+    if matches!(place, Some("user" | "other")) {
+        return;
+    }
+    let turn = Turn::of(instruction(block, index), place == Some("xen"));
+    let (callback, flags): (extern "C" fn(c_uint, *mut c_void), c_int) = match turn {
+        Some(Turn::Hypercall) => (called, READS_REGISTERS),
+        Some(Turn::Halt) => (halted, NO_REGISTERS),
+        None => return,
+    };
+    // SAFETY: the index is below the number of instructions.
+    unsafe {
+        let instruction = qemu_plugin_tb_get_insn(block, index);
+        let nothing = std::ptr::null_mut();
+        qemu_plugin_register_vcpu_insn_exec_cb(instruction, callback, flags, nothing);
+    }
 }
 
 fn mark_if_it_is(block: *mut Block, index: usize) {
@@ -207,10 +264,10 @@ fn mark_if_it_is(block: *mut Block, index: usize) {
     }
 }
 
-/// In the thread that runs the processors, which is the one that translates.
+/// Finds the processors, in the thread that runs them, which is the one that translates.
 fn find_processors() {
-    // SAFETY: `qemu_plugin_install` has found both. The variable lives as long as this thread, and
-    // processors are never taken away; the function has this type since QEMU has numbered them.
+    // SAFETY: `qemu_plugin_install` has found both. The variable lives as long as this thread, and processors are never
+    // removed; the function has had this type since QEMU introduced the numbers.
     unsafe {
         let by_number = dlsym(std::ptr::null_mut(), BY_NUMBER.as_ptr());
         let by_number: ByNumber = std::mem::transmute(by_number);
@@ -222,7 +279,7 @@ fn find_processors() {
     }
 }
 
-/// The number of the processor whose turn it is.
+/// Returns the number of the processor whose turn it is.
 fn processor() -> usize {
     // SAFETY: `find_processors` came before the first block that is executed, in this thread.
     let current = unsafe { *TURN.load(Relaxed) };
@@ -237,7 +294,7 @@ fn add(count: &AtomicU64, more: u64) {
     count.store(count.load(Relaxed) + more, Relaxed);
 }
 
-/// A block is about to run.
+/// Counts a block that is about to run.
 extern "C" fn executed(_fixed: c_uint, data: *mut c_void) {
     let (counter, kind) = Kind::unpack(data.addr());
     let processor = processor();
@@ -262,7 +319,50 @@ extern "C" fn executed(_fixed: c_uint, data: *mut c_void) {
     }
 }
 
-/// The mark was executed.
+/// Counts a halt of the processor by the hypervisor.
+extern "C" fn halted(_fixed: c_uint, _data: *mut c_void) {
+    add(&OTHERS[processor()].halts, 1);
+}
+
+/// Counts a call of the hypervisor by a kernel.
+extern "C" fn called(_fixed: c_uint, _data: *mut c_void) {
+    let number = hypercall().unwrap_or(HYPERCALLS).min(HYPERCALLS - 1);
+    add(&OTHERS[processor()].hypercalls[number], 1);
+}
+
+/// Returns the number of the hypercall that is about to be made.
+fn hypercall() -> Option<usize> {
+    if NUMBER.load(Relaxed).is_null() {
+        find_number();
+    }
+    let (register, value) = (NUMBER.load(Relaxed), VALUE.load(Relaxed));
+    if register.is_null() {
+        return None;
+    }
+    // SAFETY: `find_number` has set both, which live as long as QEMU, and this callback may read registers. QEMU
+    // appends the value, least byte first, and the array then has that many bytes.
+    unsafe {
+        g_byte_array_set_size(value, 0);
+        (qemu_plugin_read_register(register, value) > 0).then(|| usize::from(*(*value).data))
+    }
+}
+
+/// Finds the register of hypercall numbers, in the thread that runs the processors, all of which have equal registers.
+fn find_number() {
+    // SAFETY: QEMU gives an array of that many descriptions, whose names are strings, and which is never freed.
+    unsafe {
+        let all = qemu_plugin_get_registers();
+        let Some(all) = all.as_ref() else { return };
+        let all = std::slice::from_raw_parts(all.data, all.length as usize);
+        let is_number = |one: &&Description| CStr::from_ptr(one.name) == c"rax";
+        if let Some(found) = all.iter().find(is_number) {
+            VALUE.store(g_byte_array_new(), Relaxed);
+            NUMBER.store(found.handle, Relaxed);
+        }
+    }
+}
+
+/// Writes the counters when the mark was executed.
 extern "C" fn marked(_processor: c_uint, _data: *mut c_void) {
     let Some(out) = OUT.get() else { return };
     if let Err(error) = dump(&mut out.lock().unwrap_or_else(PoisonError::into_inner)) {
@@ -277,6 +377,10 @@ fn dump(out: &mut Out) -> std::io::Result<()> {
         line(out, processor, &others.copied, || "copied".into())?;
         line(out, processor, &others.copying, || "copying".into())?;
         line(out, processor, &others.polled, || "polled".into())?;
+        line(out, processor, &others.halts, || "halts".into())?;
+        for (number, count) in others.hypercalls.iter().enumerate() {
+            line(out, processor, count, || format!("hypercall:{number}"))?;
+        }
     }
     for (processor, counts) in COUNTS.iter().enumerate() {
         let (fixed, blocks) = counts.split_at(FIXED);
@@ -296,7 +400,7 @@ fn dump(out: &mut Out) -> std::io::Result<()> {
     out.file.flush()
 }
 
-/// Writes one counter, unless nothing was counted.
+/// Writes one counter, unless it is 0.
 fn line(
     out: &mut Out,
     processor: usize,

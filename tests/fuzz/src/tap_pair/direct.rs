@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What a queue executes by itself, and what is mapped for that.
+//! Requests that a queue executes without the process, and the mappings for them.
 
 use ring::numbers::DiskTag;
 use ring::response::Status;
@@ -14,7 +14,7 @@ use ring::tap::shadow::Op;
 use super::{number, Pair, Step, BACKINGS, SIZE, ZEROES};
 use crate::tap_model::{wire, For, Stage, Undone, VecMap};
 
-/// Parts of 16 sectors, of which two have changed places.
+/// Maps parts of 16 sectors, two of which have changed places.
 fn scatter(map: &mut VecMap, backing: u16) {
     for part in 0..264 {
         let extent = Extent {
@@ -37,7 +37,7 @@ pub(super) fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
 }
 
 impl Pair {
-    /// A queue begins what it has just `posted`, or what else has this tag.
+    /// A queue begins the request that it has just `posted`, or another one of this tag.
     pub(super) fn begin(&mut self, tag: u16, posted: bool) {
         let waits = |s: &u64| {
             let request = &self.model.undone[s];
@@ -58,7 +58,7 @@ impl Pair {
         self.seen.begun_with_zeroes += u64::from(start.is_some() && reads_zeroes);
     }
 
-    /// What a queue is told of a request with nothing in its way, which it executes from now on if it can.
+    /// Returns the expected start of a request that nothing blocks, which its queue executes from now on if it can.
     fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<Part>)> {
         let (backing, parts) = self.model.place(sequence)?;
         let request = self.model.undone.get_mut(&sequence).expect("it waits");
@@ -76,7 +76,7 @@ impl Pair {
         let ready = self.model.ready(queue);
         let gone = |s: &&u64| self.model.clone().place(**s).is_none();
         let missed = ready.iter().filter(gone).count();
-        // Which of them it tries first is its affair.
+        // The shadow may try them in any order.
         let max = if missed > 0 { usize::MAX } else { max };
         self.told &= !1u64.wrapping_shl(queue.into());
         let mut got = Vec::new();
@@ -117,14 +117,14 @@ impl Pair {
         request.stage = Stage::Waiting;
         request.whose = For::Unknown;
         request.replay = true;
-        // It arrives anew.
+        // The request arrives anew.
         self.model.undone.insert(self.model.sequence, request);
         self.model.sequence += 1;
         self.seen.redone += 1;
         assert_eq!(result, None, "{self:?}");
     }
 
-    /// The process says something of the mappings if it is served; the host changes the backings.
+    /// The process changes mappings if it is served; the host changes the backings.
     pub(super) fn map(&mut self, step: Step) {
         let live = self.model.state == abi::STATE_LIVE;
         let busy = |number| self.shadow.is_executing_in(number);
@@ -172,7 +172,7 @@ impl Pair {
         }
     }
 
-    /// What there is only if something may be mapped.
+    /// Compares the state that exists only if mappings are possible.
     pub(super) fn compare_mapped(&mut self) {
         let known = self.shadow.map().as_ref().expect("as the model");
         let model = &self.model;
@@ -190,11 +190,11 @@ impl Pair {
         for (sequence, request) in &model.undone {
             for (_, earlier) in model.undone.range(..sequence) {
                 let stages = [request.stage, earlier.stage];
-                // What queues execute may overlap, and nothing that a process has.
+                // Requests that queues execute may overlap, unless the process has one.
                 let both = !stages.contains(&Stage::Waiting) && stages.contains(&Stage::Delivered);
                 assert!(!(both && earlier.conflicts(request)), "{self:?}");
             }
-            // Whoever could begin something was told so.
+            // The shadow has woken every queue that could begin a request.
             let waits = request.stage == Stage::Waiting && request.whose == For::Queue;
             assert!(!waits || self.told >> request.queue & 1 == 1, "{self:?}");
             if let Some(range) = Sectors::between(request.range().start, request.range().end) {

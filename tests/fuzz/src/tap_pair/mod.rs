@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The shadow of a tap disk beside its model: the same steps are done to both, and both are compared.
+//! The shadow of a tap disk and its model: both get the same steps, and both are compared.
 
 mod direct;
 mod process;
@@ -24,14 +24,14 @@ pub use step::{Step, OVER};
 
 /// Queues that most requests come from.
 pub const QUEUES: u16 = 2;
-/// With so few requests one call does all that can be done; see `STEPS` of the shadow.
+/// With this number of requests one call does all possible work; see `STEPS` of the shadow.
 const FEW: usize = 2;
-/// Times in nanoseconds: of deliveries, and descriptions.
+/// Time of deliveries and descriptions, in nanoseconds.
 const DELIVERED: u64 = 9;
 const DESCRIBED: u64 = 11;
 /// Sectors of a disk that has backings, and of these.
 const SIZE: u64 = 1 << 54;
-/// The backings that a disk can have: an extent is at the same place in both. Of the second one blocks are larger.
+/// The backings that a disk can have: an extent has an equal place in both. The second one has larger blocks.
 pub const BACKINGS: [Backing; 2] = [
     Backing {
         sectors: SIZE,
@@ -45,28 +45,28 @@ pub const BACKINGS: [Backing; 2] = [
     },
 ];
 
-/// Takes the place of a backing's number where there is none, but zeroes.
+/// Used as a backing's number for zeroes.
 pub const ZEROES: u16 = BACKINGS.len() as u16;
 
 fn number(backing: u16) -> BackingNumber {
     BackingNumber::new(backing).expect("a small number")
 }
 
-/// Both, side by side.
+/// The shadow and its model.
 #[derive(Clone)]
 pub struct Pair {
     shadow: Shadow<Vec<Entry>, Option<Box<VecMap>>>,
     model: Model,
     tags: u16,
-    /// Queues that were told that they can begin something, and have not looked; one bit for each.
+    /// Queues that were woken to begin a request, and have not done so yet; one bit for each.
     told: u64,
     steps: Vec<Step>,
-    /// What happened.
+    /// Counts of events.
     pub seen: Seen,
 }
 
 impl Pair {
-    /// A disk with so many tags that nobody has opened.
+    /// Returns a disk with this number of tags that no process has opened.
     pub fn new(tags: u16) -> Self {
         Self {
             shadow: Shadow::with_map(vec![Entry::FREE; usize::from(tags)], None),
@@ -78,8 +78,8 @@ impl Pair {
         }
     }
 
-    /// The same with so many backings, and room for some leaves of extents, of which none may be forgotten. The
-    /// queues from which most requests come can execute something.
+    /// Returns such a disk with backings, and room for enough leaves of extents that none is forgotten. The queues from
+    /// which most requests come can execute requests.
     pub fn mapped(tags: u16, leaves: usize, backings: u16) -> Self {
         let mut pair = Self::new(tags);
         *pair.shadow.map() = Some(mappings(leaves, backings));
@@ -91,43 +91,43 @@ impl Pair {
         pair
     }
 
-    /// A disk that can have no mappings, after some steps.
+    /// Returns a disk that can have no mappings, after some steps.
     pub fn with(tags: u16, steps: &[Step]) -> Self {
         Self::new(tags).after(steps)
     }
 
-    /// The same after some steps.
+    /// Returns the pair after some steps.
     #[must_use]
     pub fn after(mut self, steps: &[Step]) -> Self {
         steps.iter().for_each(|step| self.apply(*step));
         self
     }
 
-    /// The tags that the process has, the oldest request first.
+    /// Returns the tags that the process has, the oldest request first.
     pub fn held(&self) -> Vec<u16> {
         let held = self.model.undone.values();
         let held = held.filter(|r| r.stage == Stage::Delivered);
         held.map(|r| r.tag).collect()
     }
 
-    /// True if the disk can have mappings.
+    /// Returns true if the disk can have mappings.
     pub fn is_mapped(&self) -> bool {
         self.model.mappings.0.is_some()
     }
 
-    /// The tags that queues execute, the oldest request first.
+    /// Returns the tags that queues execute, the oldest request first.
     pub fn begun(&self) -> Vec<u16> {
         let begun = self.model.undone.values();
         let begun = begun.filter(|r| matches!(r.stage, Stage::Direct(_)));
         begun.map(|r| r.tag).collect()
     }
 
-    /// Generation of the latest delivery of a tag.
+    /// Returns the generation of the latest delivery of a tag.
     pub fn generation(&self, tag: u16) -> u32 {
         self.model.generations.get(&tag).copied().unwrap_or(0)
     }
 
-    /// Does a step on both sides and compares them.
+    /// Takes a step on both sides and compares them.
     pub fn apply(&mut self, step: Step) {
         self.steps.push(step);
         match step {
@@ -177,7 +177,7 @@ impl Pair {
             Step::Set(..) | Step::Scatter(_) | Step::SetFlush => self.map(step),
             Step::Recall(_) | Step::Add(_) | Step::Remove(_) => self.map(step),
         }
-        // Once is enough but for very many, of which each call sorts some.
+        // One call is enough except for very many requests, of which each call sorts some.
         for _ in 0..=self.model.undone.len() {
             self.shadow.sort();
         }
@@ -226,7 +226,7 @@ impl Pair {
             return assert_eq!(result, Delivered::default(), "{self:?}");
         }
         let mut left = max;
-        // Each call that stops early has looked at a request for good.
+        // Each call that stops early has finished with at least one request.
         for _ in 0..=self.model.undone.len() {
             let (count, more) = self.deliver_once(left);
             assert!(count < 2 || !self.model.isolates(), "{self:?}");
@@ -305,7 +305,8 @@ impl Pair {
         assert_eq!(committed, expected, "{self:?}");
     }
 
-    /// The answer may be wrong while very many wait for others, but it becomes right.
+    /// Compares the answer of the shadow, which may be wrong while very many requests wait for others, but becomes
+    /// right.
     fn look(&mut self) {
         let ready = !self.model.deliverable().is_empty();
         let many = self.model.undone.len() > FEW && !ready;
@@ -314,7 +315,7 @@ impl Pair {
         assert!(right, "not {ready}: {self:?}");
     }
 
-    /// The same, without a change.
+    /// Compares the answer without changing the pair.
     fn look_on(&self) {
         self.clone().look();
     }
@@ -332,7 +333,7 @@ impl Pair {
     }
 
     fn orphan(&mut self, queue: u16) {
-        // It has waited for what it executes.
+        // It waited for requests of queues.
         for tag in self.begun() {
             let sequence = self.model.sequence_of(tag).expect("it is there");
             if self.model.undone[&sequence].queue == queue {
@@ -416,7 +417,7 @@ impl Pair {
         }
     }
 
-    /// Everything that waits comes to its end. Returns what happened.
+    /// Brings all waiting requests to an end. Returns the counts of events.
     pub fn drain(mut self) -> Seen {
         if self.model.state == abi::STATE_OPEN {
             self.apply(Step::Start(0));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A process comes, serves, and goes.
+//! Start, service and end of a process.
 
 use ring::response::Status;
 use ring::tap::abi;
@@ -91,7 +91,7 @@ impl Pair {
         assert_eq!(failed, expected, "{self:?}");
         let again = std::mem::replace(&mut self.model.started, true);
         if !again && self.model.isolates() {
-            // What waits is delivered in another order, also what a queue was to begin.
+            // Waiting requests are delivered in another order, including those that a queue was to begin.
             self.model.unsort();
         }
     }
@@ -144,7 +144,7 @@ impl Pair {
         };
     }
 
-    /// What changes the disk is not executed again if nobody knows when its first execution is over.
+    /// Fails modifying requests instead of replaying them, if the end of their first execution cannot be known.
     fn lose(&mut self) -> (usize, u64) {
         if self.model.claimed.0 != Fence::None {
             return (0, 0);

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What happened to both.
+//! Events of both sides.
 
-/// What happened in a run; the callers check that runs are not vacuous.
+/// Counts of events in a run; the callers check that runs are not vacuous.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
     /// Requests posted.
     pub posted: u64,
     /// Deliveries.
     pub delivered: u64,
-    /// Those of requests that were delivered before.
+    /// Deliveries of requests that were delivered before.
     pub replayed: u64,
     /// Requests that waited for others when the process got all that it could.
     pub blocked: u64,
@@ -25,32 +25,32 @@ pub struct Seen {
     pub malformed: u64,
     /// Processes that were fenced, with requests or without.
     pub deaths: u64,
-    /// Requests that failed because nobody served them, or their queue closed.
+    /// Requests that failed because no process served them, or their queue closed.
     pub failed: u64,
     /// Requests that failed because processes died of them.
     pub poisoned: u64,
-    /// Claims of processes that were served, and were not from then on.
+    /// Claims of served processes that ended their service.
     pub claimed_again: u64,
     /// Claims of processes that were served on.
     pub widened: u64,
-    /// Looks at which I/O of a dead process could still go on where nobody sees it.
+    /// Checks at which a remote server could still execute I/O of a dead process.
     pub unsettled: u64,
-    /// Requests that failed because nobody can know whether they are over.
+    /// Requests that failed because the end of their I/O cannot be known.
     pub lost: u64,
     /// Requests that a queue began at once.
     pub begun: u64,
-    /// Of these, those that overlapped others that queues executed.
+    /// Requests among them that overlapped others that queues executed.
     pub begun_beside: u64,
-    /// Those that were in more than one part.
+    /// Requests among them that were in more than one part.
     pub begun_in_parts: u64,
-    /// Of those that were begun, those that read zeroes.
+    /// Requests among them that read zeroes.
     pub begun_with_zeroes: u64,
     /// Requests that a queue began when they had waited for others.
     pub resumed: u64,
-    /// Of those that it was to begin, those that were not mapped any more.
+    /// Requests that a queue was to begin and that were not mapped any more.
     pub missed: u64,
     /// Requests that a queue executed.
     pub executed: u64,
-    /// Requests that failed there.
+    /// Requests among them that failed.
     pub redone: u64,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What can be done to the shadow of a tap disk and to its model.
+//! Steps of the shadow of a tap disk and of its model.
 
 use ring::response::Status;
 use ring::tap::abi;
@@ -8,56 +8,57 @@ use ring::tap::checked::{Fence, Outcome};
 use ring::tap::extent::{Access, Sectors};
 use ring::tap::shadow::Request;
 
-/// What is done to a shadow. An `ago` is how many openers earlier the process is that calls.
+/// A step of a shadow. `ago` is the number of openers between the calling process and the newest one.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// A queue posts a request.
     Post(u16, u16, Request),
-    /// The process fetches at most so many; and with its `ago`.
+    /// The process fetches at most this number; and its `ago`.
     Deliver(usize, u64),
-    /// It commits a tag: with its generation or one beside it; and with its `ago`.
+    /// The process commits a tag: with its generation or one beside it; and its `ago`.
     Commit(u16, Outcome, u32, u64),
-    /// It says any 16 bytes, as a completion; and with its `ago`.
+    /// The process sends any 16 bytes as a completion; and its `ago`.
     Say([u8; 16], u64),
-    /// It asks whether there is something to fetch.
+    /// The process checks whether there is a request to fetch.
     Look,
-    /// A queue takes at most so many results.
+    /// A queue takes at most this number of results.
     Reap(u16, usize),
     /// A process opens the disk.
     Open,
-    /// So many deaths at a request are enough.
+    /// A request fails after this number of deaths.
     Limit(u8),
-    /// It says that the last death was no fault of a request; and with its `ago`.
+    /// The process declares that no request caused the last death; and its `ago`.
     Excuse(u64),
-    /// It says when its I/O is over after its end; and with its `ago`.
+    /// The process claims when its I/O is over after its end; and its `ago`.
     Claim(Fence, u64),
-    /// It starts it; and with its `ago`.
+    /// The process starts the disk; and its `ago`.
     Start(u64),
-    /// It is gone.
+    /// The process is gone.
     Close,
-    /// No I/O of it is to be seen.
+    /// No I/O of the process is visible.
     Quiet,
-    /// So many milliseconds pass.
+    /// This number of milliseconds passes.
     Pass(u32),
     /// A queue begins to close.
     Withdraw(u16),
     /// A queue is gone.
     Orphan(u16),
-    /// The time without a process is over: at most so many fail.
+    /// The time without a process is over: at most this number of requests fail.
     Fail(usize),
     /// A queue posts a request, and begins it if it can.
     Begin(u16, u16, Request),
-    /// A queue begins at most so many that waited.
+    /// A queue begins at most this number of waiting requests.
     Resume(u16, usize),
     /// A queue has executed a tag, with this result.
     End(u16, Status),
-    /// The process says that a range is in a backing, or [`ZEROES`](super::ZEROES); it knows that many changes less than there were.
+    /// The process maps a range to a backing, or to [`ZEROES`](super::ZEROES), with a generation that is this many
+    /// changes old.
     Set(Sectors, Access, u16, u32),
-    /// It says that much of what requests are near to is in a backing, but in parts that lie in another order.
+    /// The process maps much of the range of most requests to a backing, but in parts that are in another order.
     Scatter(u16),
-    /// It says that a flush is one of the backing.
+    /// The process declares a flush of the disk a flush of the backing.
     SetFlush,
-    /// It takes a range back.
+    /// The process recalls a range.
     Recall(Sectors),
     /// The disk gets a backing.
     Add(u16),
@@ -65,5 +66,5 @@ pub enum Step {
     Remove(u16),
 }
 
-/// After the end of a process its I/O is over.
+/// Steps after which the I/O of a dead process is over.
 pub const OVER: [Step; 3] = [Step::Quiet, Step::Pass(abi::MAX_SETTLE_MS), Step::Quiet];

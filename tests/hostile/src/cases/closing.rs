@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Ends and new beginnings at bad times.
+//! Closing and reconnecting at bad times.
 
 use super::{case, closing, Case};
 use crate::lab::Lab;
@@ -36,10 +36,14 @@ pub(super) fn all() -> Vec<Case> {
             closing::h51_statistics_during_connects,
             "sysfs is read while connections come and go"
         ),
+        case!(
+            closing::h53_lets_go_late,
+            "a frontend refuses for 30 seconds to close its disk, is served, and lets go"
+        ),
     ]
 }
 
-/// Fills the ring with large and small requests that take their time.
+/// Fills the ring with large and small requests that take a while.
 fn fill(session: &mut Session) -> Result<()> {
     let segs = session.segs(MAPPED);
     for id in 0..session.queue().size() {
@@ -108,7 +112,7 @@ fn h47_closing_under_requests(lab: &mut Lab) -> Result<()> {
                         prod = prod.wrapping_add(1);
                         words[REQ_PROD / 4].store(prod, Release);
                     }
-                    // Nobody is bound once the backend let go: no error of ours.
+                    // Once the backend has closed, the channel has no peer, so an error here is expected.
                     let _nobody = channel.notify();
                 }
             });
@@ -193,7 +197,37 @@ fn h51_statistics_during_connects(lab: &mut Lab) -> Result<()> {
     })
 }
 
-/// Reads every attribute of a device; it may be gone at any moment.
+/// Time for which a frontend refuses to close. libxl waits for 10 seconds before it gives up.
+const REFUSES: Duration = Duration::from_secs(30);
+
+fn h53_lets_go_late(lab: &mut Lab) -> Result<()> {
+    let mut session = lab.session()?;
+    // The toolstack's part of a detach.
+    let ask = [("online", "0"), ("state", "5")].map(|(key, value)| (key.into(), value.into()));
+    session.vbd.store.write_all(&session.vbd.back, &ask)?;
+    let start = Instant::now();
+    let mut seed = 0;
+    while start.elapsed() < REFUSES {
+        // blkfront stays Connected while a file system is mounted, and continues to send requests.
+        session
+            .exercise(0, seed)
+            .with_context(|| format!("{:?} after the request to close", start.elapsed()))?;
+        seed += 1;
+        let state = session.vbd.back_state()?;
+        ensure!(
+            state == Some(state::CLOSING),
+            "the backend is in state {state:?} while its frontend is Connected"
+        );
+        ensure!(
+            session.vbd.sysfs().exists(),
+            "the device went below a connected frontend"
+        );
+    }
+    ensure!(seed > 30, "only {seed} rounds of requests in {REFUSES:?}");
+    session.finish()
+}
+
+/// Reads every attribute of a device, which may disappear at any moment.
 fn read_all(sysfs: &std::path::Path) -> u64 {
     let mut reads = 0;
     for dir in [sysfs.to_owned(), sysfs.join("statistics")] {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Attacks by what is granted, or not.
+//! Attacks with granted pages, and with pages that are not granted.
 
 use super::{case, data, Case};
 use crate::grants::{Access, GrantPages};
@@ -50,7 +50,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// References that no request should get away with.
+/// Returns references that the backend must never accept.
 fn bad_grefs() -> Result<Vec<u32>> {
     let taken_back = GrantPages::new(1, Access::ReadWrite)?;
     taken_back.revoke()?;
@@ -118,7 +118,7 @@ fn h22_descriptors_are_data(lab: &mut Lab) -> Result<()> {
 
 fn h23_bad_grants(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
-    // Often enough that pages which are not given back would be missed.
+    // Often enough for leaked pages to be noticed.
     for _ in 0..10 {
         for bad in bad_grefs()? {
             for place in [0, 5, 10] {
@@ -184,7 +184,7 @@ fn h25_taken_back_in_flight(lab: &mut Lab) -> Result<()> {
             queue.publish()?;
             pages.revoke()?;
             drop(pages);
-            // Any status will do: the guest pulled the rug.
+            // Any status is right, because the guest revoked its grants.
             queue.wait(1, ANSWER)?;
         }
     }
@@ -198,8 +198,8 @@ fn h26_one_grant_everywhere(lab: &mut Lab) -> Result<()> {
         let requests: Vec<Request> = (0..64).map(|id| rw(op, id, id * 88, &same)).collect();
         expect_all_okay(&mut session, &requests)?;
     }
-    // Mapped, not copied. The hypervisor lets nobody map a page more than 128 times, so a request
-    // may fail while others have the page, and one with 256 pages always does.
+    // The pages are mapped, not copied. The hypervisor allows at most 128 mappings of a page, so a request may fail
+    // while others map the page, and one with 256 pages always does.
     for (segments, together) in [(100, 1), (100, 32), (256, 32)] {
         let many = vec![session.seg(0); segments];
         for op in [OP_WRITE, OP_READ] {
@@ -219,17 +219,17 @@ fn h26_one_grant_everywhere(lab: &mut Lab) -> Result<()> {
     lab.finish_healthy(session)
 }
 
-/// More pages than the backend keeps of a queue, which are 1024.
+/// More pages than the 1024 that the backend keeps mapped for a queue.
 const NEW_PAGES: usize = 1536;
 
 fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
-    // What one process may grant.
+    // Number of pages that one process may grant.
     std::fs::write("/sys/module/xen_gntalloc/parameters/limit", "4096")
         .context("the number of pages that may be granted cannot be changed")?;
     let mut session = lab.session()?;
     session.keep_grants()?;
     let pages = GrantPages::new(NEW_PAGES, Access::ReadWrite)?;
-    // Twice: some are known then, and others were never kept.
+    // Twice: in the second round some pages are kept mapped, and others were never kept.
     for round in 0..2 {
         let pattern = |at: usize| (at as u32).wrapping_mul(0x9e37_79b9) ^ round;
         for (at, word) in pages.words().iter().enumerate() {
@@ -265,7 +265,7 @@ fn h28_taken_back_while_kept(lab: &mut Lab) -> Result<()> {
         session.expect(&rw(op, 1, 2048, &segs), OKAY)?;
         pages.revoke()?;
         drop(pages);
-        // The pages are still there, but nobody has promised that.
+        // The pages are still granted, although the frontend does not promise that.
         for _ in 0..3 {
             let queue = session.queue();
             queue.push(&rw(op, 2, 2048, &segs));
@@ -273,7 +273,7 @@ fn h28_taken_back_while_kept(lab: &mut Lab) -> Result<()> {
             queue.wait(1, ANSWER)?;
         }
     }
-    // Nor does it count that the frontend takes back what it has said.
+    // A frontend that withdraws its feature key has no effect either.
     let key = format!("{}/feature-persistent", session.vbd.front);
     session.vbd.store.remove(&key)?;
     session.reconnect(WIDE)?;
@@ -304,7 +304,7 @@ fn h31_ring_page_as_data(lab: &mut Lab) -> Result<()> {
             first: 7,
             last: 7,
         };
-        // The last slots are not in use yet: only they change.
+        // The last slots are not in use yet, so the read changes only these.
         session.expect(&rw(OP_READ, 3, 8192, &[tail]), OKAY)?;
         let queue = session.queue();
         queue.push(&rw(OP_READ, 4, 8192, &[Seg::page(ring)]));
@@ -312,7 +312,7 @@ fn h31_ring_page_as_data(lab: &mut Lab) -> Result<()> {
             queue.push(&flush(id));
         }
         queue.publish()?;
-        // Now the indices are what the disk held; nothing can be expected but order.
+        // The indices now have the content of the disk, so the only requirement is that dom0 survives.
         crate::wait::until("the read over the ring", ANSWER, || {
             let word = session.data.page(0)[100].load(Relaxed);
             let ring = session.queues[0].pages.page(0)[1000].load(Relaxed);

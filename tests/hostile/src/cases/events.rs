@@ -25,7 +25,7 @@ pub(super) fn all() -> Vec<Case> {
 
 /// How long a storm lasts.
 const STORM: Duration = Duration::from_secs(4);
-/// Part of one CPU that the queue's thread may use for nothing.
+/// Share of one CPU in percent that the queue's thread may use without work.
 const CPU_PERCENT: u128 = 50;
 
 fn h49_event_storm(lab: &mut Lab) -> Result<()> {
@@ -66,7 +66,7 @@ fn h49_event_storm(lab: &mut Lab) -> Result<()> {
 /// CPU time of the thread whose name contains `name`.
 fn cpu_time(name: &str) -> Result<Duration> {
     for entry in fs::read_dir("/proc")? {
-        // A process may end between the listing and the look.
+        // A process may end between the listing and the read.
         let Ok(stat) = fs::read_to_string(entry?.path().join("stat")) else {
             continue;
         };

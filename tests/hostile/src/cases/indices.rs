@@ -46,10 +46,10 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// A time in which an answer would have come, if one were to come.
+/// Time in which an answer would have arrived, if there was one.
 const SILENCE: Duration = Duration::from_millis(300);
 
-/// Nothing answers the ring any more.
+/// Checks that no answer arrives on the ring any more.
 fn expect_silence(session: &mut Session) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < SILENCE {
@@ -71,7 +71,7 @@ fn h01_req_prod_jumps(lab: &mut Lab) -> Result<()> {
         let bad = queue.prod().wrapping_add(jump);
         queue.word(REQ_PROD).store(bad, Release);
         queue.channel.notify()?;
-        // The backend reports it, so wait for that before anything else is said.
+        // The backend reports the error, so wait for that before writing anything else.
         let vbd = &session.vbd;
         let path = vbd.error_node();
         vbd.store
@@ -94,7 +94,7 @@ fn h02_req_prod_wraps(lab: &mut Lab) -> Result<()> {
     }
     ensure!(session.queue().prod() < 64, "the indices did not pass 2^32");
     lab.finish_healthy(session)?;
-    // Taking back what the backend has taken already has no effect: it is in flight.
+    // A frontend that takes back a request that the backend has taken has no effect, because it is in flight.
     let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     for back in [1u32, 2, 3, 4] {
         let seg = session.seg(0);
@@ -131,7 +131,7 @@ fn h03_req_prod_moves_during_the_pass(lab: &mut Lab) -> Result<()> {
             let word = queue.word(REQ_PROD);
             let stop = &stop;
             let mover = scope.spawn(move || {
-                // Only forwards: an index behind the published answers is an impossible one.
+                // Only forwards, because an index behind the published answers is an impossible one.
                 let mut index = base;
                 while index != full {
                     index = index.wrapping_add(1);
@@ -168,7 +168,7 @@ fn h04_backend_words_overwritten(lab: &mut Lab) -> Result<()> {
         let queue = session.queue();
         let base = queue.prod();
         for id in 0..u64::from(queue.size()) {
-            // The high half of the identifier lies where the answer's padding will be.
+            // The high half of the identifier is where the answer has its padding.
             queue.push(&flush(0xa5a5_a5a5 << 32 | round << 8 | id));
         }
         stop.store(false, Relaxed);
@@ -183,7 +183,7 @@ fn h04_backend_words_overwritten(lab: &mut Lab) -> Result<()> {
                 }
             });
             queue.publish()?;
-            // rsp_prod says nothing now, but the slots do.
+            // `rsp_prod` is meaningless now, but the slots have the answers.
             let outcome = wait_slots(queue, base);
             stop.store(true, Relaxed);
             vandal
@@ -254,7 +254,7 @@ fn h06_answers_never_consumed(lab: &mut Lab) -> Result<()> {
     crate::wait::until("all answers", ANSWER, || {
         Ok((queue.word(RSP_PROD).load(Relaxed) == full).then_some(()))
     })?;
-    // The answers themselves are now offered as requests, again and again.
+    // The answers themselves are offered as requests now, again and again.
     for round in 1..=100u32 {
         let next = full.wrapping_add(size.wrapping_mul(round));
         queue.word(REQ_PROD).store(next, Release);
@@ -273,7 +273,7 @@ fn h06_answers_never_consumed(lab: &mut Lab) -> Result<()> {
 }
 
 fn h07_attach_to_garbage(lab: &mut Lab) -> Result<()> {
-    // Behind the published answers are requests that an earlier backend has not seen.
+    // Behind the published answers are requests that an earlier backend has not taken.
     let mut queues = session::queues(WIDE)?;
     let queue = &mut queues[0];
     queue.start_at(0xffff_fff0);

@@ -53,7 +53,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// A device that is never connected but refused again and again.
+/// A device that never connects, because the backend refuses it again and again.
 struct Refusing<'a> {
     vbd: &'a Vbd,
     shape: Shape,
@@ -95,13 +95,13 @@ impl Refusing<'_> {
             state != Some(state::CONNECTED),
             "connected in spite of {shown:?}"
         );
-        // Back to the beginning, so that the next verdict is a new one.
+        // Reconnect from the beginning, so that the next error is a new one.
         self.vbd.close()?;
         self.vbd.reopen()
     }
 }
 
-/// The honest retry after refusals.
+/// Connects as an honest frontend after refusals.
 fn retry(lab: &Lab, vbd: Vbd, shape: Shape, queues: Vec<Queue>) -> Result<()> {
     let session = Session::connect(vbd, lab.disk.sectors, shape, queues)
         .context("a proper retry after refusals failed")?;
@@ -109,7 +109,7 @@ fn retry(lab: &Lab, vbd: Vbd, shape: Shape, queues: Vec<Queue>) -> Result<()> {
 }
 
 fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
-    // About as long as xenstore allows.
+    // About the longest value that xenstore allows.
     let long = vec![b'1'; 2000];
     let junk: [Option<&[u8]>; 7] = [
         None,
@@ -124,13 +124,13 @@ fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
     refuse_all(lab, "event-channel", &junk)?;
     let protocols = [&b""[..], b"sparc-abi", b"x86_64-abi ", &long];
     refuse_all(lab, "protocol", &protocols.map(Some))?;
-    // A number, but no grant.
+    // Numbers that are not grant references.
     let grefs = [&b"0"[..], b"65535", b"4294967295"];
     refuse_all(lab, "ring-ref", &grefs.map(Some))
 }
 
-/// Tries these values of a key, and then a good one, on a device of its own: the backend makes a
-/// frontend wait the longer the more often it was refused.
+/// Tries these values of a key, and then a good one, on a device of its own, because the backend delays a frontend
+/// longer with each refusal.
 fn refuse_all(lab: &Lab, key: &str, values: &[Option<&[u8]>]) -> Result<()> {
     let vbd = lab.attach()?;
     let queues = session::queues(PLAIN)?;
@@ -202,14 +202,14 @@ fn h41_ring_order(lab: &mut Lab) -> Result<()> {
         for value in [more.as_bytes(), b"31", b"32", b"2147483648", b"4294967295"] {
             refusing.refuse(&[("ring-page-order", Some(value))])?;
         }
-        // Two pages, but references that nobody granted.
+        // Two pages, but references that were never granted.
         refusing.refuse(&[
             ("ring-page-order", Some(b"1")),
             ("ring-ref0", Some(b"60000")),
             ("ring-ref1", Some(b"60001")),
         ])?;
     }
-    // ring-ref0 is stale now, and without an order it does not count.
+    // `ring-ref0` is stale now, and ignored without an order.
     let mut session = Session::connect(vbd, lab.disk.sectors, PLAIN, queues)?;
     session.exercise(0, 41)?;
     // Order 0 with only ring-ref.
@@ -291,7 +291,7 @@ fn other_disk_is_named(lab: &mut Lab) -> Result<()> {
     let node = session.vbd.error_node();
     let (key, value) = lab.disk.key()?;
     let key = format!("{back}/{key}");
-    // The same again is nothing new.
+    // Writing an equal value is not a change.
     store.write(&key, value.as_bytes())?;
     states::settled()?;
     let (_, other) = lab.slow.key()?;
@@ -317,10 +317,11 @@ fn discard_is_switched_off(lab: &mut Lab) -> Result<()> {
         let key = format!("{}/discard-enable", vbd.back);
         vbd.store.write(&key, enable.as_bytes())?;
         let mut session = Session::connect(vbd, lab.disk.sectors, WIDE, queues)?;
-        let offered = session.vbd.offered("feature-discard")?;
+        // A key that is absent says no.
+        let offered = session.vbd.offered("feature-discard")?.unwrap_or(0);
         ensure!(
-            offered == enable.parse().ok(),
-            "with discard-enable={enable} it is offered: {offered:?}"
+            Ok(offered) == enable.parse(),
+            "with discard-enable={enable} it is offered: {offered}"
         );
         let request = Request::Discard {
             flag: 0,

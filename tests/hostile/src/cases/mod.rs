@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The attacks and what runs them.
+//! The attacks and their runner.
 
 mod closing;
 mod data;
@@ -32,15 +32,15 @@ use std::time::Instant;
 pub(crate) struct Case {
     /// Its name; it begins with its number in the catalogue.
     pub(crate) name: &'static str,
-    /// What it shows, in one line.
+    /// Purpose of the attack, in one line.
     pub(crate) about: &'static str,
-    /// What the oracle must find after it, for a case that plants something; nothing for an attack.
+    /// Words that the oracle must report after a case that plants a fault; empty for an attack.
     pub(crate) finds: &'static [&'static str],
     /// The attack.
     pub(crate) run: fn(&mut Lab) -> Result<()>,
 }
 
-/// An entry of the table.
+/// Defines an entry of the table.
 macro_rules! case {
     ($module:ident::$name:ident, $about:literal) => {
         Case {
@@ -53,14 +53,14 @@ macro_rules! case {
 }
 use case;
 
-/// Which parameters of the module a group of attacks meets.
+/// Module parameters that matter for a group of attacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Meets {
-    /// All: it is about the pages of requests, which are copied or mapped.
+    /// All: the attacks are about the pages of requests, which the module copies or maps.
     Pages,
-    /// The pages of its requests are not what it is about.
+    /// The attacks are not about the pages of their requests.
     Rings,
-    /// The process of a tap disk, for which there is one way.
+    /// The process of a tap disk, for which these parameters make no difference.
     Tap,
 }
 
@@ -98,15 +98,15 @@ pub(crate) fn all() -> Vec<Case> {
     groups().map(|(_, case)| case).collect()
 }
 
-/// Which attacks run.
+/// Selection of the attacks to run.
 pub(crate) struct Selection {
-    /// Those whose name contains one of these words, separated by commas; all without a word.
+    /// Attacks whose name contains one of these words, separated by commas; all without a word.
     pub(crate) only: String,
-    /// Not those of tap disks.
+    /// Skip the attacks of tap disks.
     pub(crate) phy: bool,
-    /// Only those that are about the pages of requests.
+    /// Run only the attacks that are about the pages of requests.
     pub(crate) pages: bool,
-    /// Stands in the names of the report.
+    /// Word in the names of the report.
     pub(crate) label: String,
 }
 
@@ -141,7 +141,7 @@ impl Selection {
     }
 }
 
-/// Runs the attacks that were selected; true when all were withstood.
+/// Runs the selected attacks; returns true if the backend withstood all of them.
 pub(crate) fn run(selection: &Selection, seed: u64, device: Option<&PathBuf>) -> Result<bool> {
     let cases = selection.cases()?;
     let mut report = Report::open(cases.len())?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the oracle must find is planted here, so that it is seen to find it.
+//! Planted faults that the oracle must find, to show that it does.
 
 use super::Case;
 use crate::lab::Lab;
@@ -40,7 +40,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// The verdict on a case that planted something, by what the oracle said.
+/// Judges a case that planted a fault by the report of the oracle.
 pub(super) fn found(finds: &[&str], health: Result<()>) -> Result<()> {
     let said = match health {
         Ok(()) => bail!("the oracle found nothing of {finds:?}"),
@@ -52,10 +52,10 @@ pub(super) fn found(finds: &[&str], health: Result<()>) -> Result<()> {
     }
 }
 
-/// Writes to dom0's log, too quietly for the console.
+/// Writes to dom0's log, at a level that the console does not show.
 fn log(line: &str, times: u32) -> Result<()> {
     for _ in 0..times {
-        // Without its end a line is not shown to anybody yet.
+        // The kernel shows a line only once it has a newline.
         std::fs::write("/dev/kmsg", format!("<7>{line}\n")).context("cannot write to /dev/kmsg")?;
     }
     Ok(())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Memory that changes while the backend looks at it.
+//! Memory that changes while the backend reads it.
 
 use super::{case, races, Case};
 use crate::lab::Lab;
@@ -30,14 +30,13 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// Changes made at least, and the time that they may take.
+/// Minimum number of changes, and the time limit for them.
 const FLIPS: u64 = 1_000_000;
 const LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of a slot of the native layout.
 const SLOT: usize = 112;
 
-/// Runs `attack` while another thread calls `flip` as fast as it can, until there were enough
-/// changes.
+/// Runs `attack` while another thread calls `flip` as fast as it can, until there are enough changes.
 fn race(flip: impl Fn(&mut Rng) + Send, mut attack: impl FnMut(u64) -> Result<()>) -> Result<()> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -102,7 +101,7 @@ fn h08_operation_and_count_flip(lab: &mut Lab) -> Result<()> {
         set(pages.bytes(), slot + 1, &[0, 1, 2, 11, 12, 255], rng);
     };
     race(flip, |round| {
-        // The answers lie where the changes are made: they can only be counted.
+        // The changes overwrite the answers, so these can only be counted.
         let count = fill(&mut session, round)?;
         let answers = session.queue().wait(count, ANSWER)?;
         ensure!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Discards and flushes in bad numbers.
+//! Discards and flushes with bad numbers.
 
 use super::{case, ranges, Case};
 use crate::lab::Lab;
@@ -63,7 +63,7 @@ fn h33_huge_discards(lab: &mut Lab) -> Result<()> {
         queue.push(&discard(id, 0, sectors));
     }
     queue.publish()?;
-    // `finish` has a limit of its own.
+    // `finish` has its own time limit.
     session.finish()
 }
 
@@ -94,7 +94,7 @@ fn h34_bad_discards(lab: &mut Lab) -> Result<()> {
             );
         }
     }
-    // Nothing to do is no error.
+    // A request without sectors is not an error.
     session.expect(&discard(1, 8, 0), OKAY)?;
     session.exercise(0, 3)?;
     session.finish()
@@ -127,7 +127,7 @@ fn h36_secure_discard(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     let secure = session.vbd.offered("discard-secure")?;
     ensure!(
-        secure == Some(0),
+        secure.unwrap_or(0) == 0,
         "null_blk has no secure discard: {secure:?}"
     );
     for flag in [1, 2, 0x80, 0xff] {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Requests that lie, one at a time.
+//! Malformed requests, one at a time.
 
 use super::{case, requests, Case};
 use crate::lab::Lab;
@@ -182,7 +182,7 @@ fn h13_unaligned_to_the_block(lab: &mut Lab) -> Result<()> {
             }
         }
     }
-    // Two halves that sum up to a block each are still no blocks.
+    // Two halves of a block that are not adjacent are not whole blocks.
     let half = |first, last| Seg { gref, first, last };
     session.expect(&rw(OP_WRITE, 2, 8, &[half(0, 3), half(4, 7)]), ERROR)?;
     session.exercise(64, 2)?;
@@ -389,7 +389,7 @@ fn r38_padding(lab: &mut Lab) -> Result<()> {
             "the answer to {request:?} has padding {:x?}",
             answer.padding
         );
-        // Behind the answer the slot holds what we wrote, not anything of dom0.
+        // Behind the answer the slot has the bytes that the frontend wrote, not memory of dom0.
         let sent = request.encode(Protocol::Abi64);
         let slot = session.queue().slot(index);
         let same = slot.iter().zip(sent).skip(16);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! States in an order that no frontend has.
+//! States in an order that no real frontend uses.
 
 use super::{case, states, Case};
 use crate::lab::Lab;
@@ -35,10 +35,10 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// How long states are toggled.
+/// Duration of the toggling.
 const TOGGLING: Duration = Duration::from_secs(5);
 
-/// Writes one of these states after the other as fast as xenstore takes them.
+/// Writes these states in turn as fast as xenstore accepts them.
 fn toggle(vbd: &Vbd, values: &[&[u8]], seed: u64) -> Result<()> {
     let mut rng = Rng::new(seed);
     let start = Instant::now();
@@ -85,7 +85,7 @@ fn h37_junk_states(lab: &mut Lab) -> Result<()> {
     session.vbd.destroy()
 }
 
-/// One write of a guest must not have dom0 ask xenstore for as long as nothing changes.
+/// One write of a guest must not make dom0 query xenstore for as long as nothing changes.
 fn h37_nobody_asks(lab: &mut Lab) -> Result<()> {
     let states: [&[u8]; 5] = [b"1", b"3", b"4", b"6", b"junk"];
     for value in states {
@@ -97,7 +97,7 @@ fn h37_nobody_asks(lab: &mut Lab) -> Result<()> {
         quiet().with_context(|| format!("after the state {shown}, without any keys"))?;
         vbd.destroy()?;
     }
-    // Refused once it had keys.
+    // The backend refuses it once it has keys.
     let (vbd, queues) = (lab.attach()?, session::queues(WIDE)?);
     let keys = session::keys(WIDE, &queues);
     vbd.store.write_all(&vbd.front, &keys)?;
@@ -109,8 +109,8 @@ fn h37_nobody_asks(lab: &mut Lab) -> Result<()> {
     vbd.destroy()
 }
 
-/// Waits until the kernel asks xenstore for nothing, to speak of, and looks whether that lasts for longer than its
-/// driver waits until it asks again.
+/// Waits until the kernel sends hardly any queries to xenstore, and checks that this lasts longer than the retry delay
+/// of its driver.
 fn quiet() -> Result<()> {
     const WINDOW: Duration = Duration::from_secs(4);
     settled()?;
@@ -121,7 +121,7 @@ fn quiet() -> Result<()> {
     Ok(())
 }
 
-/// Waits until what was written is seen to: no message of xenstore comes for a moment.
+/// Waits until the backend has handled the last write: xenstore sends no message for a moment.
 pub(super) fn settled() -> Result<()> {
     const WINDOW: Duration = Duration::from_millis(500);
     const WINDOWS: usize = 10;
@@ -138,8 +138,8 @@ pub(super) fn settled() -> Result<()> {
     bail!("messages of xenstore in each half second: {counts:?}")
 }
 
-/// Interrupts by which xenstore has told this kernel of an answer or of a watch. What this program asks goes another
-/// way.
+/// Counts the interrupts with which xenstored notifies this kernel of answers and watches. Queries of this program use
+/// another path.
 fn messages() -> Result<u64> {
     let text = fs::read_to_string("/proc/interrupts")?;
     let line = text.lines().find(|line| line.ends_with(" xenbus"));

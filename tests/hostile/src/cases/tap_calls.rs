@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a hostile process of a tap disk says to the kernel.
+//! Calls of a hostile process of a tap disk.
 
 use super::{case, tap_calls, Case};
 use crate::lab::Lab;
@@ -123,7 +123,7 @@ fn tap_false_completions(lab: &mut Lab) -> Result<()> {
         bad.len(),
         after.refused - before.refused
     );
-    // Right ones twice, in one call and in the next one.
+    // Valid completions twice, in one call and in the next one.
     scene.node.commit(&[good[0], good[0], good[1]])?;
     scene.node.commit(&[good[1], good[2], good[3]])?;
     let end = scene.node.ask()?;
@@ -184,7 +184,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             expect("an argument nowhere", nowhere, &fault)?;
         }
     }
-    // Tags that cannot be written are not lost.
+    // The kernel does not lose tags that it could not copy to the process.
     let segs = scene.session.segs(1);
     let writes: Vec<_> = (0..8).map(|id| rw(OP_WRITE, id, id * 8, &segs)).collect();
     scene.session.spread(&writes)?;
@@ -279,7 +279,7 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
     )?;
     expect("an end while open", disk.try_destroy()?, &[libc::EBUSY])?;
     drop(node);
-    // The next process cannot make another disk of it either.
+    // The next process cannot change the disk either.
     let node = disk.open()?;
     expect("another kind of disk", node.describe(SECTORS, 2), &invalid)?;
     node.describe(SECTORS * 2, 0)?;
@@ -386,7 +386,7 @@ fn tap_mappings(lab: &mut Lab) -> Result<()> {
             &[libc::EFAULT, libc::EINVAL, libc::ENOMEM],
         )?;
     }
-    // More honest mappings than anybody needs.
+    // More honest mappings than a process needs.
     for _ in 0..64 {
         drop(Map::new(
             &node.file,
@@ -500,7 +500,7 @@ fn tap_wild_arena(lab: &mut Lab) -> Result<()> {
                     .write(rng.next() as usize % (size - 8), &junk)?;
             }
             let segs = session.segs(11);
-            // Whatever data comes: an answer comes.
+            // The data may be anything, but the guest must get an answer.
             session.expect(&rw(OP_WRITE, 1, 0, &segs), OKAY)?;
             session.expect(&rw(OP_READ, 2, 0, &segs), OKAY)?;
             session.expect(&flush(3), OKAY)?;

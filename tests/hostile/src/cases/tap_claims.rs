@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a process says that it can do, and one of the time before that was asked.
+//! Claims of a process, and a process that predates claims.
 
 use super::{case, tap_claims, Case};
 use crate::lab::Lab;
@@ -46,7 +46,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// Claims of so many bytes, with one of these set.
+/// Returns claims of `size` bytes, with the byte at `junk` set.
 fn sized(size: u32, junk: Option<usize>) -> Vec<u8> {
     let mut bytes = CLAIMS.as_bytes().to_vec();
     bytes.resize(size as usize, 0);
@@ -124,7 +124,7 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
         };
         expect("a fence of later", node.claim(&fence), &unknown)?;
     }
-    // A disk of which guests will be told more than the process understands.
+    // A disk that offers guests more operations than the process understands.
     let few = Claims {
         operations: CLAIMS.operations & !(1 << OP_DISCARD | 1 << OP_FLUSH),
         ..CLAIMS
@@ -138,7 +138,7 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
             "after a start that was refused: {info:?}"
         );
     }
-    // Threads claim both in turn while another one starts: one of the two counts as a whole.
+    // Threads claim both in turn while another one starts: one of the two must count as a whole.
     let over = AtomicBool::new(false);
     thread::scope(|scope| -> Result<()> {
         for claims in [few, CLAIMS] {
@@ -152,14 +152,14 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
         over.store(true, Relaxed);
         started
     })?;
-    // Who has nothing in hand may claim again, and then is as one that has not started.
+    // A process without requests may claim again, and is then as before its start.
     node.claim(&CLAIMS)?;
     ensure!(node.ask()?.state == STATE_OPEN, "{:?}", node.ask()?);
     expect("a read before the start", node.read(), &[libc::EINVAL])?;
     node.start_unclaimed()?;
     ensure!(node.ask()?.state == STATE_LIVE, "{:?}", node.ask()?);
     drop(node);
-    // The feature of commands was not claimed.
+    // The feature for commands was not claimed.
     let node = disk.open()?;
     node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
     let features = CLAIMS.features & !FEATURE_URING_CMD;
@@ -192,7 +192,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         scene.node.claim(&CLAIMS),
         &[libc::EINVAL],
     )?;
-    // But for its I/O, which may be over later from now on: it is served on.
+    // Only its fence may become later now: the process is served on.
     scene.node.claim(&session(WIDER))?;
     let info = scene.node.ask()?;
     ensure!(
@@ -213,7 +213,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
             &[libc::EINVAL],
         )?;
     }
-    // For longer than its I/O settles a page is in use, as that of a transfer that hangs.
+    // A page stays in use longer than the I/O needs to settle, like that of a hung transfer.
     let mut pipe = Pipe::new()?;
     let pinned = scene.node.arena().pin_into(pipe.write.as_raw_fd(), PAGE)?;
     ensure!(pinned == PAGE, "only {pinned} bytes were pinned");
@@ -229,7 +229,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     );
     pipe.read.read_exact(&mut [0; PAGE])?;
     let free = Instant::now();
-    // Nothing of the arena is in use, and nobody can have the disk all the same.
+    // No page of the arena is in use, but the disk cannot be opened yet.
     let busy = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
     expect("an opener while I/O settles", busy, &[libc::EBUSY])?;
     expect(
@@ -252,7 +252,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     };
     scene.node.claim(&none)?;
     scene.node.start_unclaimed()?;
-    // Executed again by one of whom nobody can know when its I/O is over.
+    // Replayed by a process whose I/O has no known end.
     let mut tags = Vec::new();
     while tags.len() < 4 {
         tags.extend(scene.node.read()?);
@@ -268,11 +268,11 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     for answer in scene.session.answers(4)? {
         ensure!(answer.status == ERROR, "it was not refused: {answer:?}");
     }
-    // The disk is as good as ever for the next one.
+    // The next process serves the disk normally.
     scene.node = scene.disk.start()?;
     let info = scene.node.ask()?;
     ensure!(info.waiting == 0 && info.delivered == 0, "{info:?}");
-    // All I/O of one that says so is over when it ends.
+    // All I/O of a process with this claim is over when it ends.
     scene = restart(
         scene,
         &Claims {
@@ -283,11 +283,11 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     )?;
     wait_status(&scene.session, "live")?;
     scene.node.claim(&CLAIMS)?;
-    // The frontend's side learns at once that nobody serves it.
+    // The frontend's side learns at once that no process serves it.
     wait_status(&scene.session, "recovering")?;
     drop(scene.node);
     scene.node = scene.disk.start()?;
-    // No other claim says that.
+    // No other claim has that effect.
     scene = restart(scene, &session(SETTLE))?;
     scene.node.claim(&session(Duration::from_millis(1)))?;
     drop(scene.node);
@@ -296,7 +296,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     let waited = died.elapsed();
     ensure!(waited >= SETTLE, "the fence was over after {waited:?}");
     drop(scene.node);
-    // It was never started, and may have reached its storage.
+    // The process was never started, but may have opened its storage.
     let reached = scene.disk.open()?;
     reached.claim(&session(SETTLE))?;
     drop(reached);
@@ -307,13 +307,13 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     scene.finish()
 }
 
-/// Some wait for others when it starts for the second time.
+/// Some requests wait for others when the process starts for the second time.
 fn tap_starts_again(lab: &mut Lab) -> Result<()> {
     const WRITES: u64 = 4;
     let mut scene = Scene::on(lab, TapDisk::make_judging(2)?)?;
     scene.take(WRITES)?;
     drop(scene.node);
-    // From now on each of those is delivered alone, and what overlaps them waits.
+    // From now on each of those is delivered alone, and overlapping requests wait.
     let segs = scene.session.segs(1);
     let write = |id| rw(OP_WRITE, id, (id - WRITES) * 8, &segs);
     let writes: Vec<_> = (WRITES..2 * WRITES).map(write).collect();
@@ -324,7 +324,7 @@ fn tap_starts_again(lab: &mut Lab) -> Result<()> {
         .wait("requests that wait", |info| info.waiting == all)?;
     scene.node = scene.disk.start()?;
     for _ in 0..3 {
-        // Sorts them without a delivery.
+        // Sorts the requests without a delivery.
         wait::readable(scene.node.file.as_raw_fd(), ANSWER)?;
         scene.node.claim(&CLAIMS)?;
         scene.node.start_unclaimed()?;
@@ -346,7 +346,7 @@ fn tap_starts_again(lab: &mut Lab) -> Result<()> {
     scene.finish()
 }
 
-/// Another process, which claims this.
+/// Starts another process with these claims.
 fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
     let Scene {
         session,
@@ -367,7 +367,7 @@ fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
     })
 }
 
-/// A process of the time before there were claims. Numbers and places are written out, as they were.
+/// A process that predates claims. Numbers and offsets are literals, as it was compiled with.
 struct Before(Node);
 
 impl Before {
@@ -377,8 +377,8 @@ impl Before {
     const EXCHANGE: u64 = 0xc020_7813;
 
     fn call(&self, number: u64, argument: *mut u64) -> Result<i32> {
-        // SAFETY: The kernel reads and writes as many bytes as the number says, which the callers
-        // have there, and what these name.
+        // SAFETY: The kernel reads and writes as many bytes as the number says. The callers have memory for these, and
+        // for the arrays that they name.
         let result = unsafe { libc::ioctl(self.0.file.as_raw_fd(), number, argument) };
         ensure!(
             result >= 0,
@@ -393,7 +393,7 @@ impl Before {
         let mut info = [0u64; 23];
         before.call(Before::INFO, info.as_mut_ptr())?;
         ensure!(info[0] & 0xffff_ffff == 1, "version of {info:x?}");
-        // Size, blocks, a volatile cache; what can be discarded.
+        // Size, block sizes, a volatile cache; then the discard limits.
         let sectors = SECTORS as u32;
         let mut records: [u32; 14] = [1, 24, sectors, 0, 512, 4096, 2, 0, 2, 16, 4096, 0, 0, 0];
         let mut buffer = [records.as_mut_ptr() as u64, 56];
@@ -402,7 +402,7 @@ impl Before {
         Ok(before)
     }
 
-    /// Answers what came with the last call, and fetches.
+    /// Commits the answers of the last call, and fetches.
     fn exchange(&self, store: &Store, answers: &mut Vec<[u32; 4]>) -> Result<()> {
         let (mut tags, commits) = ([0u16; 32], std::mem::take(answers));
         let mut arrays = [
@@ -453,7 +453,7 @@ fn tap_before_claims(lab: &mut Lab) -> Result<()> {
     };
     serve(&before, &mut session, 1)?;
     drop(before);
-    // One of now takes over, and is replaced by one of then.
+    // A current process takes over, and an old one replaces it.
     let node = disk.start()?;
     crate::tap::scene::while_served(&node, &store, || session.exercise(640, 2))?;
     drop(node);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a hostile process says of storage that it may not have so, of one place twice, and how it takes that back.
+//! Mappings of a hostile process to storage that it must not use so, to one place twice, and their recalls.
 
 use super::{case, tap_extents, Case};
 use crate::lab::Lab;
@@ -30,10 +30,10 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// Threads that take everything back, and requests meanwhile.
+/// Number of threads that recall everything while requests run.
 const RECALLERS: usize = 17;
 
-/// The same range in another backing.
+/// Moves a range to another backing.
 fn within(backing: u16, op: MapOp) -> MapOp {
     MapOp { backing, ..op }
 }
@@ -86,7 +86,7 @@ fn tap_extents_forbidden(lab: &mut Lab) -> Result<()> {
     let maps = node.maps(&[read])?;
     ensure!(maps.refused == refused, "to be only read: {maps:?}");
     other.destroy()?;
-    // A flush is the kernel's if there is one backing.
+    // The kernel executes flushes if there is one backing.
     remove(disk, 1)?;
     remove(disk, 2)?;
     backed.finish()
@@ -104,7 +104,7 @@ fn tap_extents_aliased(lab: &mut Lab) -> Result<()> {
     let ops = [set(0, half, before.generation), again, flush()];
     let maps = scene.node.maps(&ops)?;
     ensure!(maps.refused == before.refused, "it is legal: {maps:?}");
-    // Each half is right as long as nobody writes to the other one.
+    // Each half is correct while the other one gets no writes.
     for (round, sector) in [0, half, 64, half + 64].into_iter().enumerate() {
         scene.session.exercise(sector, 0xa1 + round as u32)?;
     }
@@ -128,7 +128,7 @@ fn tap_extents_recalled_by_many(lab: &mut Lab) -> Result<()> {
         ensure!(maps.refused == before.refused, "not taken: {maps:?}");
         scene.send(RECALLERS as u64)?;
         recall_by_many(&scene).with_context(|| format!("round {round}"))?;
-        // What was not begun is for the process.
+        // The process gets the request that the kernel did not begin.
         let Scene {
             session,
             store,

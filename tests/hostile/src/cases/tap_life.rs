@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Processes of tap disks that die, hang or never come, and frontends that go meanwhile.
+//! Processes of tap disks that die, hang or never start, and frontends that disconnect in between.
 
 use super::{case, tap_life, Case};
 use crate::lab::Lab;
@@ -19,7 +19,7 @@ use std::io::Read;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// From the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
+/// Time from the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
 const CLOSED: Duration = Duration::from_secs(20);
 
 pub(super) fn all() -> Vec<Case> {
@@ -83,7 +83,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// A disk and a frontend; the process comes and goes.
+/// A disk and a frontend; its process may be absent.
 struct Scene {
     session: Session,
     store: Store,
@@ -92,7 +92,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Connects while a process serves, which is killed after that.
+    /// Connects while a process serves the disk, then kills that.
     fn new(lab: &Lab) -> Result<Scene> {
         let disk = TapDisk::make()?;
         let (store, pipe) = (Store::new()?, Pipe::new()?);
@@ -122,7 +122,7 @@ impl Scene {
         self.session.spread(&requests)
     }
 
-    /// The answers of those, and that the disk holds what they wrote.
+    /// Takes the answers to these writes, and checks that the disk has their data.
     fn verify(&mut self, count: usize, mark: u32) -> Result<()> {
         for answer in self.session.answers(count)? {
             ensure!(answer.status == OKAY, "a good request failed: {answer:?}");
@@ -142,7 +142,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Serves honestly and takes everything apart.
+    /// Serves honestly and tears everything down.
     fn finish(self) -> Result<()> {
         let server = self.serve(Manner::Honest)?;
         let Scene {
@@ -166,7 +166,7 @@ fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
         for _ in 0..rng.below(3) {
             let manner = rng.pick(&[Manner::Honest, Manner::Hold, Manner::Silent]);
             let server = scene.serve(manner)?;
-            // At some moment of its work, wherever that is.
+            // At a random moment of its work.
             let moment = Instant::now() + Duration::from_micros(rng.below(3000));
             while Instant::now() < moment {
                 std::hint::spin_loop();
@@ -192,7 +192,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
             .disk
             .wait("requests in the process", |info| info.delivered == 16)?;
         server.kill()?;
-        // What the guest writes into its pages now must not reach the disk.
+        // Data that the guest stores in its pages now must not reach the disk.
         for page in 0..16 {
             scene.session.data.page(page)[0].store(0xbad, Relaxed);
         }
@@ -229,10 +229,10 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
         refused == Some(libc::EBUSY),
         "the next process: {refused:?}"
     );
-    // Another opener sleeps until then, and one that is killed does not.
+    // Another opener sleeps until then, but can be killed.
     let path = scene.disk.path();
     let sleeper = std::thread::spawn(move || Node::file(&path, 0).map(drop));
-    // Requests are still taken, and nothing is answered.
+    // The backend still takes requests, and answers none.
     scene.session.queue().push(&flush(99));
     scene.session.queue().publish()?;
     scene
@@ -253,7 +253,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     scene.finish()
 }
 
-/// Closes as an honest frontend does; the backend has to follow in time.
+/// Closes as an honest frontend does; the backend must follow in time.
 fn close_in_time(vbd: &Vbd, what: &str) -> Result<()> {
     let start = Instant::now();
     vbd.close().with_context(|| what.to_owned())?;
@@ -276,7 +276,7 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
             scene.disk.wait("delivery", |info| info.delivered == 8)?;
         }
         close_in_time(&scene.session.vbd, &format!("with {manner:?}"))?;
-        // What was not delivered is forgotten, what was is remembered.
+        // Undelivered requests are forgotten, delivered ones are remembered.
         let left = scene.disk.info()?;
         let kept = if server.is_some() { 8 } else { 0 };
         ensure!(left.waiting == 0 && left.delivered == kept, "{left:?}");
@@ -291,7 +291,7 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
         } = scene;
         session.finish()?;
         if manner == Some(Manner::Pin) {
-            // Nobody has it, but I/O of its process would still find the image.
+            // No process has it, but I/O of the last one could still reach the image.
             expect("an end while fenced", disk.try_destroy()?, &[libc::EBUSY])?;
         }
         drop(pipe);
@@ -319,7 +319,7 @@ fn tap_orphans(lab: &mut Lab) -> Result<()> {
     let vbd = &scene.session.vbd;
     vbd.store.write_all(&vbd.front, &keys)?;
     vbd.set_state(state::INITIALISED)?;
-    // It must not connect while the process may write into the arena.
+    // The frontend must not connect while the process may write into the arena.
     let until = Instant::now() + Duration::from_secs(1);
     while Instant::now() < until {
         ensure!(
@@ -355,7 +355,7 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
         } = scene;
         session.vbd.destroy()?;
         disk.wait("the end of the bond", |info| info.domain == u32::MAX)?;
-        // The next guest gets the disk once the process is done with the last one's requests.
+        // The next guest gets the disk once the process has answered the requests of the last one.
         let mut session = match server {
             Some(server) => {
                 let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
@@ -486,7 +486,7 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
 /// Seconds after which an impatient disk fails requests.
 const AFTER: u32 = 3;
 
-/// A disk that fails requests when it had no process for a while, and its process.
+/// Returns a disk that fails requests after a while without a process, and its process.
 fn impatient(lab: &Lab, manner: Manner) -> Result<(Scene, Server)> {
     let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
     let server = Server::start(&disk, &store, &pipe, manner)?;
@@ -516,13 +516,13 @@ fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
         took + Duration::from_millis(100) >= Duration::from_secs(AFTER.into()),
         "they failed after {took:?}"
     );
-    // New ones fail at once, until a process comes.
+    // New requests fail at once, until a process starts.
     let segs = scene.session.segs(1);
     scene.session.expect(&rw(OP_WRITE, 9, 0, &segs), ERROR)?;
     scene.finish()
 }
 
-/// What the dead process had cannot fail while its I/O may be running; what it never had can.
+/// Requests of the dead process must not fail while its I/O may be running; requests that it never had may.
 fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
     let (mut scene, server) = impatient(lab, Manner::Pin)?;
     scene.send(4, 0x77)?;
@@ -562,7 +562,7 @@ fn tap_stopped(lab: &mut Lab) -> Result<()> {
         .disk
         .wait("requests", |info| info.waiting + info.delivered == 16)?;
     ensure!(scene.session.is_silent()?, "who answers?");
-    // It is published a little later than it changes.
+    // The status is published a little after the change.
     wait_status(&scene.session, "live")?;
     server.pause(false)?;
     scene.verify(16, 0x600)?;
@@ -586,7 +586,7 @@ fn tap_module_stays(lab: &mut Lab) -> Result<()> {
         libc::PROT_READ,
         libc::MAP_SHARED,
     )?;
-    // The file is closed; its mapping keeps it.
+    // The file is closed, but its mapping keeps it open.
     drop(node);
     ensure!(users()? == before, "a mapping does not hold the module");
     let info = disk.info()?;
@@ -613,7 +613,7 @@ fn tap_opened_and_closed(lab: &mut Lab) -> Result<()> {
                 node.start()?;
                 let tags = node.exchange(&[])?;
                 if step == 3 && !tags.is_empty() {
-                    // One is executed and told, the others are not.
+                    // One is executed and answered, the others are not.
                     answer(&node, &scene.store, &tags[..1])?;
                 }
             }

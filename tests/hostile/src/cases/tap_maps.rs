@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a hostile process says of where the data of its disk is, and what its supervisor may get wrong.
+//! Mappings of a hostile process, and mistakes of its supervisor.
 
 use super::{case, tap_maps, Case};
 use crate::lab::Lab;
@@ -47,7 +47,7 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 const INVALID: &[i32] = &[libc::EINVAL];
-/// Of what a later kernel may know.
+/// Errors for values that a later kernel may know.
 const MALFORMED: &[i32] = &[libc::EINVAL, libc::EOPNOTSUPP];
 
 fn tap_maps_malformed(lab: &mut Lab) -> Result<()> {
@@ -139,7 +139,7 @@ fn tap_maps_malformed(lab: &mut Lab) -> Result<()> {
     ];
     for op in malformed {
         expect(&format!("{op:?}"), node.maps(&[op]), MALFORMED)?;
-        // What stands before it is done, what stands behind it is not.
+        // Operations before the malformed one are executed, those behind it are not.
         let before = node.maps(&[])?.refused;
         let beyond = set(SECTORS, 8, 0);
         expect(
@@ -206,12 +206,12 @@ fn tap_maps_refused(lab: &mut Lab) -> Result<()> {
     backed.finish()
 }
 
-/// More extents than there may be: others are forgotten for them, and memory is bounded.
+/// Sets more extents than the kernel keeps: it must forget others, and its memory is bounded.
 fn expect_bounded(scene: &Scene) -> Result<()> {
     let node = &scene.node;
     let before = mapped(&scene.disk)?;
     let generation = node.maps(&[recall(0, u64::MAX)])?.generation;
-    // No two of them can be one.
+    // No two of them can be joined.
     let one = |sector: u64| MapOp {
         flags: if sector % 2 == 0 {
             MAP_READ
@@ -266,7 +266,7 @@ fn tap_maps_unclaimed(lab: &mut Lab) -> Result<()> {
     let generation = node.maps(&[])?.generation;
     let maps = node.maps(&[set(0, 8, generation)])?;
     ensure!(maps.refused == before.refused, "a good one: {maps:?}");
-    // Who has nothing in hand may claim again, and then does not serve the disk any more.
+    // A process without requests may claim again, and then does not serve the disk any more.
     node.claim(&CLAIMS)?;
     for op in [set(8, 8, maps.generation), recall(0, 8), flush()] {
         expect("after the claim", node.maps(&[op]), INVALID)?;
@@ -324,7 +324,7 @@ fn tap_backings_wrong(lab: &mut Lab) -> Result<()> {
     remove(&disk, 3)?;
     expect("removed twice", remove(&disk, 3), &[libc::ENOENT])?;
     add(&disk, 3, &other, false)?;
-    // The rest goes with the disk.
+    // The destruction of the disk removes the rest.
     disk.destroy()
 }
 
@@ -357,7 +357,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
             done
         })?;
         session = Some(guest);
-        // The next process begins without mappings, while the kernel may be executing.
+        // The next process begins without mappings, while the kernel may be executing requests.
         drop(node);
         disk.wait("the end of the fence", |info| {
             info.state == ring::tap::abi::STATE_IDLE
@@ -377,7 +377,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
     .finish()
 }
 
-/// Says at random where the disk is, which is always true, and takes it back.
+/// Sets random mappings, which are always correct, and recalls them.
 fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
     let mut rng = Rng::new(seed);
     let mut generation = 0;
@@ -391,15 +391,15 @@ fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
             4 => set(0, SECTORS, generation),
             _ => set(sector, sectors, generation),
         };
-        // One that reaches over the end, or is stale, is refused.
+        // The kernel refuses a mapping that reaches over the end or is stale.
         if let Ok(maps) = node.maps(&[op]) {
             generation = maps.generation;
         }
     }
 }
 
-/// Takes the device away and gives it again. At the end it may be half gone: refused as busy, but not to be used
-/// any more.
+/// Removes the backing and adds it again. At the end the device may be half removed: it is refused as busy, and cannot
+/// be used any more.
 fn come_and_go(disk: &TapDisk, device: &File, over: &AtomicBool) {
     while !over.load(Relaxed) {
         let _busy = remove(disk, 0);

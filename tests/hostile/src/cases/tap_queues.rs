@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Tap disks with several queues, connections that fail half-way, and disks that come and go.
+//! Tap disks with several queues, failed connections, and disks that are created and destroyed.
 
 use super::{case, tap_queues, Case};
 use crate::lab::Lab;
@@ -43,7 +43,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// As many queues as are offered, at most four, with large rings.
+/// Returns a shape with all offered queues, at most four, with large rings.
 fn wide(vbd: &Vbd) -> Result<Shape> {
     let offered = vbd.offered("multi-queue-max-queues")?.unwrap_or(1);
     Ok(Shape {
@@ -132,7 +132,7 @@ fn tap_connected_half(lab: &mut Lab) -> Result<()> {
     disk.destroy()
 }
 
-/// What a call may fail with while everything changes.
+/// Accepts some errors of a call, because everything changes during it.
 fn tolerate<T>(result: std::io::Result<T>, allowed: &[i32]) -> Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -200,7 +200,7 @@ fn tap_come_and_go(lab: &mut Lab) -> Result<()> {
     })?;
     let rounds = rounds.load(Relaxed);
     ensure!(rounds >= 5, "only {rounds} disks were made and destroyed");
-    // What udev has still to hear of all the nodes is memory that is not free.
+    // Pending udev events of all the nodes occupy memory.
     dom0::udev::settle()
 }
 
@@ -214,7 +214,7 @@ fn available() -> Result<u64> {
 
 fn tap_memory_comes_back(_lab: &mut Lab) -> Result<()> {
     const DISKS: usize = 24;
-    /// Less than three of the disks; the kernel's own caches come and go meanwhile.
+    /// Less than the memory of three disks; the kernel's own caches vary.
     const SLACK_KIB: u64 = 7 << 10;
     let used = |count: usize| -> Result<()> {
         let disks: Vec<TapDisk> = (0..count).map(|_| TapDisk::make()).collect::<Result<_>>()?;
@@ -227,7 +227,7 @@ fn tap_memory_comes_back(_lab: &mut Lab) -> Result<()> {
         }
         Ok(())
     };
-    // What is kept for the next time is not lost.
+    // Memory that the kernel keeps for the next time is not a leak.
     used(2)?;
     let before = available()?;
     used(DISKS)?;

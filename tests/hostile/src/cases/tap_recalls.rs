@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Mappings are taken back while the device stands still, and processes die or are replaced meanwhile.
+//! Recalls of mappings while the device stands still, and processes die or are replaced.
 
 use super::{case, tap_recalls, Case};
 use crate::lab::Lab;
@@ -41,21 +41,21 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// A device of the attacks here.
+/// Name of the device of the attacks here.
 const NAME: &str = "hostile-standstill";
-/// First sector of what nothing is under way in.
+/// First sector of a range without requests.
 const ELSEWHERE: u64 = 8192;
-/// The page for what is read, beside those that are written.
+/// The page for reads; others hold data of writes.
 const ASIDE: usize = 40;
-/// Everybody who does not need the device is done in this time.
+/// Operations that do not need the device must end in this time.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// What a page of the guest holds.
+/// Returns the content of a page of the guest.
 fn mark(page: usize) -> u32 {
     0x5eca_1100 + page as u32
 }
 
-/// The device stands still, and the guest has sent as many writes of a page, which the kernel is executing.
+/// Stops the device after the guest has sent `UNDER_WAY` writes of a page, which the kernel is executing.
 pub(super) fn stop_under_writes(
     device: &Stoppable,
     disk: &TapDisk,
@@ -74,7 +74,7 @@ pub(super) fn stop_under_writes(
     Ok(still)
 }
 
-/// Each of these requests has one good answer, and there is no other.
+/// Checks that each of these requests has one good answer, and that there is no other.
 fn answered_once(session: &mut Session, ids: impl Iterator<Item = u64>) -> Result<()> {
     let mut wanted: Vec<u64> = ids.collect();
     let answers = session.answers(wanted.len())?;
@@ -88,7 +88,7 @@ fn answered_once(session: &mut Session, ids: impl Iterator<Item = u64>) -> Resul
     Ok(())
 }
 
-/// The disk holds what was written.
+/// Checks that the disk has the written data.
 fn written(session: &mut Session) -> Result<()> {
     for page in 0..UNDER_WAY as usize {
         let read = rw(OP_READ, 100, page as u64 * 8, &[session.seg(ASIDE)]);
@@ -99,7 +99,7 @@ fn written(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// Waits until so many recalls were begun.
+/// Waits until `count` recalls were begun.
 fn wait_recalls(disk: &TapDisk, count: u64) -> Result<()> {
     wait::until("a recall", ANSWER, || {
         Ok((mapped(disk)?.recalled == count).then_some(()))
@@ -111,7 +111,7 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     let disk = TapDisk::make()?;
     add(&disk, 0, &device.open()?, true)?;
     let mut pipe = Pipe::new()?;
-    // It has nothing of the disk's but the node.
+    // The only file of the disk that it has is the node.
     let server = Server::start(&disk, &Store::new()?, &pipe, Manner::Recall)?;
     let has_mapped = wait::readable(pipe.read.as_raw_fd(), ANSWER)?;
     ensure!(has_mapped, "the process maps nothing");
@@ -128,7 +128,7 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     );
     let back = wait::readable(pipe.read.as_raw_fd(), Duration::ZERO)?;
     ensure!(!back, "its recall did not wait for what is under way");
-    // The kernel's I/O is no reason to keep the next process out.
+    // The kernel's I/O does not keep the next process from starting.
     let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
     let mut scene = Scene {
         session,
@@ -161,7 +161,8 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     device.remove()
 }
 
-/// The next process serves what is not in the way of what is under way, and waits for that as the one before.
+/// Checks that the next process serves requests which do not overlap the running ones, and waits for those like the
+/// process before.
 fn next_process(scene: &mut Scene, still: Standstill) -> Result<()> {
     let held = u64::from(UNDER_WAY);
     let Scene {
@@ -210,7 +211,7 @@ fn tap_recall_stands_still(lab: &mut Lab) -> Result<()> {
     let recalled = mapped(&scene.disk)?.recalled;
     let still = stop_under_writes(&device, &scene.disk, &mut scene.session)?;
     thread::scope(|scope| -> Result<()> {
-        // It goes on before the threads here are waited for, however this ends.
+        // The device resumes before the threads here are joined, whatever the result.
         let still = still;
         let node = &scene.node;
         let recaller = scope.spawn(|| node.maps(&[recall(0, u64::MAX)]));
@@ -242,7 +243,7 @@ fn tap_recall_stands_still(lab: &mut Lab) -> Result<()> {
     device.remove()
 }
 
-/// How long the bystander's requests take, most often.
+/// Returns the typical latency of the bystander's requests.
 fn latency(lab: &mut Lab) -> Result<Duration> {
     let mut took = Vec::new();
     for _ in 0..15 {
@@ -254,7 +255,7 @@ fn latency(lab: &mut Lab) -> Result<Duration> {
     Ok(took[took.len() / 2])
 }
 
-/// A recall that waits ends with a signal, and what it waited for goes on.
+/// Checks that a signal ends a waiting recall, and that the requests that it waited for continue.
 fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
     thread::scope(|scope| -> Result<()> {
         let (tell, told) = mpsc::channel();
@@ -265,7 +266,7 @@ fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
         let thread = told.recv().context("a thread says nothing")?;
         wait_recalls(disk, recalled)?;
         let begun = Instant::now();
-        // One that comes before it sleeps may be lost.
+        // A signal before it sleeps may be lost.
         wait::until("the end of a recall with a signal", PROMPT, || {
             if sleeper.is_finished() {
                 return Ok(Some(()));
@@ -280,7 +281,7 @@ fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
     })
 }
 
-/// Nothing else of this disk and of others waits for the device.
+/// Checks that nothing else of this disk and of others waits for the device.
 fn others_are_prompt(node: &Node, disk: &TapDisk) -> Result<()> {
     let start = Instant::now();
     let mut last = start;
@@ -306,8 +307,8 @@ fn others_are_prompt(node: &Node, disk: &TapDisk) -> Result<()> {
     Ok(())
 }
 
-/// Nobody can speak for a process that is gone: a node is closed with the last copy of its descriptor, and until then
-/// nobody else has it. So what is old is what was said and found out.
+/// The descriptor of a dead process may have a living copy, and a node is closed only with the last copy. Until then no
+/// other process has it, so only the mappings and lookups of the earlier process are old.
 fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     let backed = Backed::new(lab)?;
     backed.map_all()?;
@@ -318,7 +319,7 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
         disk,
     } = backed.scene;
     let known = node.maps(&[])?.generation;
-    // As a child has one, or whom it was sent.
+    // Like the copy of a child, or of a process to which it was sent.
     let copy = node.file.try_clone()?;
     drop(node);
     let again = Path::new("/proc/self/fd").join(copy.as_raw_fd().to_string());
@@ -341,7 +342,7 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     }
     node.start_unclaimed()?;
     nothing_counts(&node, &store, &disk, &mut session, known)?;
-    // A start of the same process is no other.
+    // A second start of one process clears nothing.
     let known = node.maps(&[])?.generation;
     node.maps(&[set(0, SECTORS, known), flush()])?;
     node.claim(&CLAIMS)?;
@@ -356,7 +357,7 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     .finish()
 }
 
-/// Nothing is mapped, and nothing that was found out then is taken.
+/// Checks that nothing is mapped, and that mappings from an earlier lookup are refused.
 fn nothing_counts(
     node: &Node,
     store: &Store,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The data of a disk is spoiled below the kernel's hands: by its process in the arena, and in a file that somebody
-//! makes shorter.
+//! Data of a disk that changes without the kernel: in the arena by its process, and in a file that another program
+//! truncates.
 
 use super::{case, tap_spoiled, Case};
 use crate::filesystem::Filesystem;
@@ -32,15 +32,15 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// Pages of the disk at which the guest writes: the first ones.
+/// Number of pages of the disk that the guest writes: the first ones.
 const PAGES: usize = 8;
-/// Pages of the guest's that no request names.
+/// Pages of the guest that no request names.
 const UNTOUCHED: std::ops::Range<usize> = 32..40;
-/// What the guest and the process write.
+/// Data of the guest and of the process.
 const GUEST: u32 = 0x6e65_6775;
 const PROCESS: u8 = 0xee;
 
-/// One request for each of those pages, with pages of the guest's from `first` on.
+/// Returns one request for each of those pages, with pages of the guest from `first` on.
 fn each_page(session: &Session, op: u8, first: usize) -> Vec<Request> {
     let request = |page: usize| {
         let seg = session.seg(first + page);
@@ -50,7 +50,7 @@ fn each_page(session: &Session, op: u8, first: usize) -> Vec<Request> {
     (0..PAGES).map(request).collect()
 }
 
-/// Each of the guest's words in these pages is this one.
+/// Checks that every word of the guest in these pages is `word`.
 fn holds(session: &Session, pages: std::ops::Range<usize>, word: u32) -> Result<()> {
     for page in pages {
         let bad = session.data.page(page).iter().find_map(|at| {
@@ -77,7 +77,8 @@ fn scribble(arena: &Map) {
     }
 }
 
-/// Sends as many writes or reads as there are pages while the device stands still, scribbles, and lets it go on.
+/// Sends as many writes or reads as there are pages while the device stands still, scribbles, and lets the device
+/// resume.
 fn scribble_under(device: &Stoppable, scene: &mut Scene, op: u8, first: usize) -> Result<()> {
     let still = device.stop()?;
     let requests = each_page(&scene.session, op, first);
@@ -93,8 +94,8 @@ fn scribble_under(device: &Stoppable, scene: &mut Scene, op: u8, first: usize) -
     scene.answered(PAGES)
 }
 
-/// Where the data of a request goes the process cannot change: that is in the descriptors, which it can only read. The
-/// data itself it can, as it could if it executed the request.
+/// The process cannot change where the data of a request goes, because it can only read the descriptors. It can change
+/// the data itself, as it could if it executed the request.
 fn tap_arena_scribbled(lab: &mut Lab) -> Result<()> {
     let device = Stoppable::over(&lab.disk, "hostile-scribbled")?;
     let mut backed = Backed::by(lab, &lab.disk, &device.open()?)?;
@@ -111,12 +112,12 @@ fn tap_arena_scribbled(lab: &mut Lab) -> Result<()> {
     let after = scene.store.contents(lab.disk.sectors)?;
     let (written, rest) = after.split_at(PAGES * PAGE_SIZE);
     is_unchanged(&before, rest)?;
-    // The attack is one: the kernel has written what the process wanted, where the guest wanted.
+    // The attack works: the kernel has written the process's data, at the place that the guest chose.
     ensure!(
         written.iter().all(|byte| *byte == PROCESS),
         "what the process has scribbled is not on its disk"
     );
-    // What a device reads comes later than that.
+    // Data of a read from the device arrives after the scribble.
     scribble_under(&device, scene, OP_READ, PAGES)?;
     holds(
         &scene.session,
@@ -133,7 +134,7 @@ fn tap_arena_scribbled(lab: &mut Lab) -> Result<()> {
     device.remove()
 }
 
-/// All of the device behind what the guest writes is as it was.
+/// Checks that the device behind the guest's range is unchanged.
 fn is_unchanged(before: &[u8], rest: &[u8]) -> Result<()> {
     let first = PAGES * PAGE_SIZE;
     let mut pairs = before[first..].iter().zip(rest);
@@ -145,7 +146,7 @@ fn is_unchanged(before: &[u8], rest: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The process never stops scribbling, and two guests go on.
+/// The process never stops scribbling, while two guests continue.
 fn scribble_on(scene: &mut Scene, neighbour: &mut Session) -> Result<()> {
     let Scene { session, node, .. } = scene;
     let over = AtomicBool::new(false);
@@ -178,10 +179,10 @@ fn scribble_on(scene: &mut Scene, neighbour: &mut Session) -> Result<()> {
     })
 }
 
-/// Sectors that are left of the file.
+/// Number of sectors that remain of the file.
 const LEFT: u64 = SECTORS / 2;
 
-/// A disk in a file of this name, all of it mapped, and the file.
+/// Returns a disk in a file of this name, all of it mapped, and the file.
 fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<Scene> {
     let path = files.file(name);
     let file = std::fs::File::options()
@@ -197,7 +198,8 @@ fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<Scene> {
     Ok(scene)
 }
 
-/// Executes and answers what is there; what fails is answered so. Returns how many of them the kernel had tried.
+/// Executes and answers the delivered requests; failures are answered as such. Returns how many of them the kernel had
+/// tried.
 fn serve_or_fail(node: &Node, store: &Store) -> Result<u64> {
     let (mut commits, mut tried) = (Vec::new(), 0);
     for tag in node.exchange(&[]).context("an honest fetch is refused")? {
@@ -216,7 +218,7 @@ fn serve_or_fail(node: &Node, store: &Store) -> Result<u64> {
     Ok(tried)
 }
 
-/// Runs `frontend` meanwhile; says how many requests the kernel has tried before.
+/// Serves while `frontend` runs; returns how many requests the kernel had tried before.
 fn while_tried<T: Send>(
     node: &Node,
     store: &Store,
@@ -243,7 +245,7 @@ fn tap_file_shortened(lab: &mut Lab) -> Result<()> {
     map(&scene.node, SECTORS, true)?;
     let tried = shorter_and_longer(lab, &mut scene, &mut neighbour.session)?;
     ensure!(tried > 0, "the kernel has never found the file too short");
-    // It is as good as ever when it is as long as ever.
+    // The disk works again when the file has its old length.
     scene.store.file().set_len(SECTORS * 512)?;
     for mut scene in [scene, neighbour] {
         map(&scene.node, SECTORS, true)?;
@@ -256,7 +258,7 @@ fn tap_file_shortened(lab: &mut Lab) -> Result<()> {
     files.unmount()
 }
 
-/// One request after the other in a file that is shorter than the kernel was told.
+/// Sends one request after the other in a file that is shorter than the kernel knows.
 fn beyond_the_end(scene: &mut Scene) -> Result<()> {
     let Scene {
         session,
@@ -264,7 +266,7 @@ fn beyond_the_end(scene: &mut Scene) -> Result<()> {
         node,
         disk,
     } = scene;
-    // Some of it is there, the rest was never written.
+    // The file has a part of the range, and the rest was never written.
     session.exercise(LEFT - 8, 0xf1)?;
     store.file().set_len(LEFT * 512)?;
     let before = disk.info()?;
@@ -280,10 +282,10 @@ fn beyond_the_end(scene: &mut Scene) -> Result<()> {
         info.replayed - before.replayed == 2 && info.direct == before.direct,
         "what the kernel could not read is not counted: {before:?}, {info:?}"
     );
-    // The rest of it is as it was.
+    // The rest of the file is unchanged.
     session.exercise(0, 0xf2)?;
     ensure!(disk.info()?.direct > info.direct, "{:?}", disk.info()?);
-    // The kernel looks how long it is when the process says where the disk is.
+    // The kernel reads the length of the file when the process maps the disk.
     map(node, SECTORS, false)?;
     map(node, LEFT, true)?;
     session.exercise(0, 0xf3)?;
@@ -293,8 +295,8 @@ fn beyond_the_end(scene: &mut Scene) -> Result<()> {
     Ok(())
 }
 
-/// The file changes all the time, under reads and writes of all of the disk, and mappings are taken back. Says how often
-/// the kernel could not execute something.
+/// Changes the length of the file all the time, during reads, writes and recalls of the whole disk. Returns the number
+/// of requests that the kernel could not execute.
 fn shorter_and_longer(lab: &mut Lab, scene: &mut Scene, neighbour: &mut Session) -> Result<u64> {
     let Scene {
         session,
@@ -317,7 +319,7 @@ fn shorter_and_longer(lab: &mut Lab, scene: &mut Scene, neighbour: &mut Session)
             }),
             scope.spawn(move || -> Result<()> {
                 while !changing.load(Relaxed) {
-                    // What it says of the second half is taken or not.
+                    // The kernel may take or refuse a mapping of the second half.
                     let before = node.maps(&[recall(0, u64::MAX)])?;
                     node.maps(&[set(0, SECTORS, before.generation), flush()])?;
                 }
@@ -339,7 +341,7 @@ fn shorter_and_longer(lab: &mut Lab, scene: &mut Scene, neighbour: &mut Session)
     result
 }
 
-/// Requests of the whole disk: those of the first half are right, the others are answered.
+/// Sends requests for the whole disk: those of the first half must be right, the others must be answered.
 fn whole_disk(session: &mut Session, neighbour: &mut Session) -> Result<()> {
     let segs = session.segs(4);
     for round in 0..96u32 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The driver is taken from a tap disk under requests, and given back, or the guest goes meanwhile.
+//! The driver is unbound from a tap disk during requests, and bound again, or the guest disconnects in between.
 
 use super::tap_recalls::stop_under_writes;
 use super::{case, tap_unbound, Case};
@@ -37,7 +37,7 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-/// From the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
+/// Time from the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
 const CLOSED: Duration = Duration::from_secs(20);
 
 fn tap_driver_taken_away(lab: &mut Lab) -> Result<()> {
@@ -47,7 +47,7 @@ fn tap_driver_taken_away(lab: &mut Lab) -> Result<()> {
     taken_and_destroyed(lab)
 }
 
-/// Has the driver take or leave a device; nobody waits for that who writes there.
+/// Binds the driver to a device, or unbinds it, and checks that the write to sysfs returns in time.
 fn driver(file: &str, name: &str) -> Result<()> {
     let path = format!("/sys/bus/xen-backend/drivers/xen-blkback-rs/{file}");
     let start = Instant::now();
@@ -57,8 +57,8 @@ fn driver(file: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Eight writes of one queue, of which the process has answered the sixth, which is in the place of the first. Returns
-/// also the tags of the others.
+/// Sends eight writes of one queue. The process answers the sixth, whose answer takes the slot of the first request.
+/// Returns also the tags of the others.
 fn answered_out_of_order(lab: &Lab) -> Result<(Scene, Vec<u16>)> {
     let mut scene = Scene::new(lab)?;
     let segs = scene.session.segs(1);
@@ -75,7 +75,7 @@ fn answered_out_of_order(lab: &Lab) -> Result<(Scene, Vec<u16>)> {
     Ok((scene, tags))
 }
 
-/// Each request is answered once, those from before, from meanwhile and from after.
+/// Checks that each request is answered once: those from before the unbind, during it, and after it.
 fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
     let (scene, held) = answered_out_of_order(lab)?;
     let Scene {
@@ -133,7 +133,7 @@ fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
     scene.finish()
 }
 
-/// A guest that goes while its disk has no driver takes nothing with it, and leaves nothing behind.
+/// The backend releases everything of a guest that is destroyed while its disk has no driver.
 fn taken_and_destroyed(lab: &mut Lab) -> Result<()> {
     let (scene, _) = answered_out_of_order(lab)?;
     let Scene {
@@ -200,7 +200,7 @@ fn tap_rebound_over_standstill(lab: &mut Lab) -> Result<()> {
     let Scene { session, disk, .. } = &mut backed.scene;
     let still = stop_under_writes(&device, disk, session)?;
     let name = format!("vbd-0-{}", session.vbd.devid());
-    // What it has asked for it gives up.
+    // The frontend gives up its requests.
     session.vbd.close()?;
     driver("unbind", &name)?;
     session.vbd.set_state(state::INITIALISING)?;

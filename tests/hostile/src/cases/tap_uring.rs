@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Commands of io_uring that wait, are wrong, or are given up.
+//! Commands of io_uring that wait, are malformed, or are cancelled.
 
 use super::{case, tap_uring, Case};
 use crate::lab::Lab;
@@ -69,7 +69,7 @@ fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
     session.exercise(0, 1)?;
     let mut server = Some(server);
     for round in 0..12u32 {
-        // Its command waits; or it is somewhere on its way.
+        // Its command waits, or is being issued.
         if let Some(server) = server.take() {
             server.kill()?;
         }
@@ -139,11 +139,11 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
         };
         wrong(&mut ring, "an address", ioctl::EXCHANGE, junk, &fault)?;
     }
-    // One waits, and is to be given up.
+    // One command waits, and will be cancelled.
     let first = Memory::new(&[]);
     ring.exchange(&scene.node, &first, 10)?;
     ensure!(ring.next(NONE_YET)?.is_none(), "it did not wait");
-    // Only a ring that goes away gives a command up; asked, the kernel says that it cannot.
+    // Only the end of a ring cancels a command; an explicit cancel fails.
     ring.cancel(10, 13)?;
     ensure!(
         result(&mut ring, 13)? != 0,
@@ -153,8 +153,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
     let tags = first.tags(result(&mut ring, 10)?)?;
     answer(&scene.node, &scene.store, &tags)?;
     scene.answered(1)?;
-    // Another one in its place gets what comes, wherever it was issued; its commits are taken
-    // when it is issued.
+    // Another command in its place gets the requests, wherever it was issued; its commits are taken when it is issued.
     let mut commits = Vec::new();
     for (round, elsewhere) in [false, true, false, true].into_iter().enumerate() {
         let memory = Memory::new(&commits);
@@ -209,7 +208,7 @@ fn tap_ring_many(lab: &mut Lab) -> Result<()> {
         sent += count;
     }
     ensure!(sent == ALL, "{sent} requests for {ALL} commands");
-    // A ring goes away with half of them: their places are free again.
+    // A ring ends with half of them, which frees their places.
     let mut memories: Vec<Memory> = (0..ALL).map(|_| Memory::with_room(1)).collect();
     for (id, memory) in (0..).zip(&memories) {
         rings[(id % 2) as usize].exchange(&scene.node, memory, id)?;
@@ -274,13 +273,13 @@ fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
         ring.exchange(&scene.node, &waiting, round)?;
         if round % 2 == 0 {
             drop(ring);
-            // The kernel takes the ring apart in its own time; then there is room for another.
+            // The kernel ends the ring later; then there is room for another.
             ring = Ring::new()?;
         } else {
             scene.send(1)?;
             let tags = waiting.tags(result(&mut ring, round)?)?;
             ensure!(tags.len() == 1, "{tags:?} for one request");
-            // The answer goes with a ring that is thrown away after it.
+            // The answer is in a ring that ends right after it.
             let desc = scene.node.desc(tags[0])?;
             scene.store.execute(&scene.node, &desc)?;
             let memory = Memory::new(&[done(&desc)]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The calls, and what each of them has to return.
+//! The calls, and the result that each must have.
 
 use super::ledger::{Ledger, Verdict};
 use super::process::{Effect, Process};
@@ -22,18 +22,18 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 use zerocopy::IntoBytes;
 
-/// Errors of an address that cannot be right.
+/// Errors for an address that is never valid.
 const FAULT: &[i32] = &[libc::EFAULT, libc::EINVAL];
-/// Completions that the kernel copies at once.
+/// Number of completions that the kernel copies at once.
 const BATCH: usize = 32;
-/// Bytes that describe a disk at most.
+/// Maximum number of bytes of a description.
 const RECORDS: usize = 256;
-/// Disks of the control calls have at least this number, and so are not ours.
+/// Control calls use disk numbers from this one on, so that they do not name this test's disk.
 const FAR: u64 = 1 << 18;
-/// KiB of the arena of such a disk at most: it is made in earnest.
+/// Maximum size in KiB of the arena of such a disk, because it is really created.
 const SMALL: u32 = 4 << 10;
 
-/// Any call of a process that is served.
+/// Makes any call of a process that is served.
 pub(super) fn any(
     process: &mut Process,
     store: &Store,
@@ -48,7 +48,7 @@ pub(super) fn any(
     }
 }
 
-/// A call that takes nothing away from the frontend, not even for a moment.
+/// Makes a call that cannot delay or fail any request of the frontend.
 pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     match rng.below(15) {
         0 => lie(process, ledger, rng),
@@ -71,8 +71,8 @@ pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng
     }
 }
 
-/// Refused as long as it has requests; otherwise it gets more as soon as it starts again. A command that
-/// waits may bring some at any time.
+/// Claims again: refused while the process has requests; otherwise it gets more as soon as it starts again. A waiting
+/// command may bring some at any time.
 fn claim_again(process: &mut Process) -> Result<()> {
     if process.has_commands() {
         return Ok(());
@@ -86,7 +86,7 @@ fn claim_again(process: &mut Process) -> Result<()> {
     again.context("a start after claims is refused")
 }
 
-/// Calls of a process that has not started the disk.
+/// Makes calls of a process that has not started the disk.
 pub(super) fn before_the_start(process: &mut Process, rng: &mut Rng) -> Result<()> {
     let invalid = &[libc::EINVAL];
     for _ in 0..rng.below(4) {
@@ -107,7 +107,7 @@ pub(super) fn before_the_start(process: &mut Process, rng: &mut Rng) -> Result<(
     Ok(())
 }
 
-/// Fetches tags, and says something of requests that it has.
+/// Fetches tags, and completes some of its requests.
 fn speak(process: &mut Process, store: &Store, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     if rng.below(2) == 0 {
         let tags = process.node.exchange(&[])?;
@@ -125,8 +125,7 @@ fn speak(process: &mut Process, store: &Store, ledger: &mut Ledger, rng: &mut Rn
     process.got(&result.context("an exchange")?, ledger)
 }
 
-/// Completions that are true, false or no completions at all. Those behind one that is malformed
-/// have no effect.
+/// Makes completions that are valid, false or malformed. Those behind a malformed one have no effect.
 fn statements(
     process: &Process,
     store: &Store,
@@ -156,7 +155,7 @@ fn statements(
             0 => failed(1 + rng.below(4095) as i32),
             1 => failed(libc::EOPNOTSUPP),
             2 => (right, Effect::Ended(desc, Verdict::Lie)),
-            // What has no effect must not be executed: the request may fail later.
+            // If the completion has no effect the process must not execute the request, which may fail later.
             3 | 4 if !broken => {
                 store.execute(&process.node, &desc)?;
                 (right, Effect::Ended(desc, Verdict::Right))
@@ -168,7 +167,7 @@ fn statements(
         };
         said.push(statement);
         if rng.below(3) == 0 {
-            // Once more: there is no such delivery any longer.
+            // Repeat it: that delivery does not exist any longer.
             said.push((statement.0, Effect::Refused));
         }
     }
@@ -200,7 +199,7 @@ fn malformed(rng: &mut Rng) -> Completion {
     }
 }
 
-/// Says only what is false.
+/// Sends only false completions.
 fn lie(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     let mut said = Vec::new();
     for _ in 0..1 + rng.below(80) {
@@ -215,7 +214,7 @@ fn lie(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> 
     Ok(())
 }
 
-/// False completions in an array that is longer than the memory in which it lies.
+/// Sends false completions in an array that is longer than its memory.
 fn false_arrays(process: &mut Process, rng: &mut Rng) -> Result<()> {
     const SIZE: usize = size_of::<Completion>();
     let there = rng.below(100) as usize;
@@ -241,12 +240,12 @@ fn false_arrays(process: &mut Process, rng: &mut Rng) -> Result<()> {
         process.refused(there);
         return expect("an array before an edge", result, &[0]);
     }
-    // Of what is copied at once all is taken or nothing.
+    // Each batch that the kernel copies is taken as a whole or not at all.
     process.refused(there / BATCH * BATCH);
     expect("an array over an edge", result, &[libc::EFAULT])
 }
 
-/// Fetches tags to where they cannot be written, or not all of them.
+/// Fetches tags to memory that is not writable, or only in part.
 fn tags_nowhere(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     let len = rng.pick(&[1, 2, 32, 33, MAX_TAGS]);
     let before = process.node.ask()?;
@@ -266,7 +265,7 @@ fn tags_nowhere(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result
         let tags: Vec<u16> = tags.map(|t| u16::from_ne_bytes([t[0], t[1]])).collect();
         return process.got(&tags, ledger);
     }
-    // Without requests nothing is written, and nothing is wrong.
+    // Without requests the kernel writes nothing, so there is no error.
     expect("tags nowhere", result, &[libc::EFAULT, libc::EINVAL, 0])?;
     let after = process.node.ask()?;
     ensure!(
@@ -291,7 +290,7 @@ fn arguments_nowhere(process: &Process, rng: &mut Rng) -> Result<()> {
     expect("records nowhere", records, FAULT)
 }
 
-/// A number of ours that no node knows.
+/// Calls an ioctl number of this driver's type that no node has.
 fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
     const KNOWN: [u32; 8] = [
         ioctl::CREATE,
@@ -306,7 +305,7 @@ fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
     let any = rng.next() as u32;
     let number = match rng.below(3) {
         0 => any,
-        // One bit beside a right one.
+        // One bit differs from a valid number.
         _ => rng.pick(&KNOWN) ^ 1 << rng.below(32),
     };
     let number = number & !0xff00 | u32::from(b'x') << 8;
@@ -321,7 +320,7 @@ fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
     expect("an unknown number", result, &[refused])
 }
 
-/// A mapping of any place, size and protection: only the two areas can be mapped, whole.
+/// Maps any offset, size and protection: only the two areas can be mapped, as a whole.
 fn mapping(node: &Node, rng: &mut Rng) -> Result<()> {
     let (small, large) = (node.info.descriptors_len, node.info.arena_len);
     let page = |number: u64| number * 4096;
@@ -364,7 +363,7 @@ fn mapping(node: &Node, rng: &mut Rng) -> Result<()> {
     expect(&what, map, if right { &[0] } else { refused })
 }
 
-/// Reads tags into little memory.
+/// Reads tags into a small buffer.
 fn read(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     let mut bytes = [0; 9];
     let len = rng.below(10) as usize;
@@ -378,12 +377,12 @@ fn read(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     }
 }
 
-/// There is nothing to read without requests that wait.
+/// Polls: the node is readable only while requests wait.
 fn poll(process: &Process) -> Result<()> {
     let ready = wait::readable(process.node.file.as_raw_fd(), Duration::ZERO)?;
     let info = process.node.ask()?;
     ensure!(info.state == STATE_LIVE, "{info:?}");
-    // Some may have come since; only a command may have taken them.
+    // Requests may have arrived since; only a command may have taken them.
     ensure!(
         !ready || info.waiting > 0 || process.has_commands(),
         "readable, but {info:?}"
@@ -400,7 +399,7 @@ fn another_opener(process: &Process) -> Result<()> {
     Ok(())
 }
 
-/// A command of io_uring with a number or an argument that is wrong.
+/// Sends a command of io_uring with a wrong number or argument.
 fn wrong_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     const UNKNOWN: &[i32] = &[-libc::EOPNOTSUPP, -libc::ENOTTY];
     const INVALID: &[i32] = &[-libc::EINVAL];
@@ -434,7 +433,7 @@ fn wrong_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Resul
     process.send_wrong((number, payload), wanted, elsewhere, false, ledger)
 }
 
-/// A command that has no place for what it gets; it may wait before that shows.
+/// Sends a command without memory for its tags; it may wait before it fails.
 fn faulty_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     const RESULTS: &[i32] = &[-libc::EFAULT, -libc::EINVAL, -libc::EBUSY];
     if !process.may_send() {
@@ -445,7 +444,7 @@ fn faulty_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Resu
     process.send_wrong((ioctl::EXCHANGE, payload), RESULTS, false, true, ledger)
 }
 
-/// A command that may wait, or the attempt to give one up.
+/// Sends a command that may wait, or tries to cancel one.
 fn waiting_command(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     if !process.may_send() {
         return Ok(());
@@ -456,7 +455,7 @@ fn waiting_command(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) ->
     }
 }
 
-/// Describes the disk with bytes that are nearly right, or not at all. Only the size may change.
+/// Describes the disk with bytes that are nearly valid, or random. Only the size may change.
 fn describe(process: &mut Process, rng: &mut Rng) -> Result<()> {
     let size = rng.pick(&[SECTORS, SECTORS, 8, SECTORS * 2, 1 << 54, u64::MAX]);
     let flags = rng.pick(&[GEOMETRY_WRITE_CACHE, GEOMETRY_WRITE_CACHE, 0, 1, 4]);
@@ -502,7 +501,7 @@ fn describe(process: &mut Process, rng: &mut Rng) -> Result<()> {
     Ok(())
 }
 
-/// The supervisor's calls while the disk is open.
+/// Makes calls of the supervisor while the disk is open.
 fn control_node(process: &Process, rng: &mut Rng) -> Result<()> {
     let ours = process.node.info.minor;
     let file = control()?;
@@ -541,7 +540,7 @@ fn control_node(process: &Process, rng: &mut Rng) -> Result<()> {
     }
 }
 
-/// Asks for another disk; if that is right, it is made and taken away again.
+/// Creates another disk; if the arguments are valid, the disk is created and destroyed again.
 fn create(file: &File, ours: u32, rng: &mut Rng) -> Result<()> {
     let mut create = Create {
         version: rng.pick(&[1, 1, 1, 0, 2, u32::MAX]),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The requests of a batch, what was said of them, and how they have to end.
+//! The requests of a batch, the completions of the process, and the results that they must have.
 
 use crate::rng::Rng;
 use crate::session::Session;
@@ -10,25 +10,25 @@ use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
 use ring::tap::abi::{self, Desc};
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Places on the disk; two requests at one place overlap.
+/// Number of places on the disk; two requests at one place overlap.
 const PLACES: usize = 24;
-/// Pages of a place.
+/// Number of pages of a place.
 const PAGES: usize = 4;
-/// Requests of a batch at most.
+/// Maximum number of requests of a batch.
 const REQUESTS: u64 = 11;
-/// The data pages before this one belong to the honest test.
+/// Data pages before this one are for the honest test.
 const FIRST_PAGE: usize = 3;
-/// Sectors of a page.
+/// Number of sectors of a page.
 const SECTORS: u64 = 8;
 
-/// How a request has to end.
+/// Result that a request must have.
 #[derive(Clone, Debug)]
 enum Fate {
     /// Executed; a read has these values, one for each page.
     Right(Vec<u32>),
     /// Failed by the process, with this status.
     Failed(i16),
-    /// The process said that it was executed, and did nothing.
+    /// The process completed it without executing it.
     Lie,
 }
 
@@ -39,28 +39,28 @@ struct Asked {
     place: usize,
     /// Its data pages.
     pages: std::ops::Range<usize>,
-    /// What a write writes.
+    /// Data of a write.
     value: u32,
     fate: Option<Fate>,
-    /// A process had it when it died.
+    /// A process had the request when it died.
     replay: bool,
 }
 
-/// What a process says of a request.
+/// Answer of the process to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It has executed it.
+    /// It has executed the request.
     Right,
-    /// It failed, with this errno.
+    /// It failed the request, with this errno.
     Failed(i32),
-    /// It claims to have executed it.
+    /// It claims to have executed the request.
     Lie,
 }
 
-/// The requests of a batch, and what the disk holds.
+/// The requests of a batch, and the content of the disk.
 pub(super) struct Ledger {
     asked: Vec<Asked>,
-    /// Number of the first of them in arrival order.
+    /// Arrival number of the first of them.
     first: u64,
     content: [[u32; PAGES]; PLACES],
     /// A process died during the batch.
@@ -68,7 +68,7 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// Of a disk that holds zeroes.
+    /// Returns the ledger of a disk full of zeroes.
     pub(super) fn new() -> Ledger {
         Ledger {
             asked: Vec::new(),
@@ -78,13 +78,13 @@ impl Ledger {
         }
     }
 
-    /// Sends the requests of a batch. Returns how many.
+    /// Sends the requests of a batch. Returns their number.
     pub(super) fn ask(&mut self, session: &mut Session, rng: &mut Rng) -> Result<usize> {
         self.first += self.asked.len() as u64;
         self.asked.clear();
         self.died = false;
         let count = 1 + rng.below(REQUESTS);
-        // All through one queue: their order says which is which.
+        // All use one queue, so that their order identifies them.
         let queue = rng.below(session.queues.len() as u64) as usize;
         let mut page = FIRST_PAGE;
         for id in 0..count {
@@ -108,7 +108,7 @@ impl Ledger {
                 _ => rw(OP_WRITE, id, sector(place), &segs),
             };
             for word in pages.clone().flat_map(|page| session.data.page(page)) {
-                // A read must not find its answer there already.
+                // The page must not hold the result of a read already.
                 word.store(if op == abi::OP_READ { !value } else { value }, Relaxed);
             }
             session.queues[queue].push(&request);
@@ -126,23 +126,23 @@ impl Ledger {
         Ok(self.asked.len())
     }
 
-    /// So many requests came that are not of a batch.
+    /// Skips `count` requests that are not of a batch.
     pub(super) fn skip(&mut self, count: u64) {
         self.first += count;
     }
 
-    /// True when all requests of the batch have a result.
+    /// Returns true when all requests of the batch have a result.
     pub(super) fn is_over(&self) -> bool {
         self.asked.iter().all(|asked| asked.fate.is_some())
     }
 
-    /// Those that have none.
+    /// Returns the requests without a result.
     pub(super) fn open(&self) -> Vec<&Request> {
         let open = self.asked.iter().filter(|asked| asked.fate.is_none());
         open.map(|asked| &asked.request).collect()
     }
 
-    /// Which one a descriptor means; `None` for one that is not of a batch.
+    /// Returns the index of the request of a descriptor; `None` for one that is not of the batch.
     fn index(&self, desc: &Desc) -> Option<usize> {
         let index = usize::try_from(desc.sequence.checked_sub(self.first)?).ok()?;
         (index < self.asked.len()).then_some(index)
@@ -201,19 +201,19 @@ impl Ledger {
         Ok(())
     }
 
-    /// A process dies that has this one.
+    /// Records that a process dies which has this request.
     pub(super) fn left(&mut self, desc: &Desc) {
         if let Some(index) = self.index(desc) {
             self.asked[index].replay = true;
         }
     }
 
-    /// A process dies.
+    /// Records that a process dies.
     pub(super) fn died(&mut self) {
         self.died = true;
     }
 
-    /// The process has said how a request ended.
+    /// Records the answer of the process to a request.
     pub(super) fn ended(&mut self, desc: &Desc, verdict: Verdict) {
         let Some(index) = self.index(desc) else {
             return;
@@ -231,7 +231,7 @@ impl Ledger {
         });
     }
 
-    /// Compares the answers of a batch with what was said.
+    /// Compares the answers of a batch with the completions of the process.
     pub(super) fn judge(&self, session: &Session, answers: &[Answer]) -> Result<()> {
         ensure!(answers.len() == self.asked.len(), "answers: {answers:?}");
         for asked in &self.asked {
@@ -257,7 +257,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Reads all places.
+    /// Reads all places and checks their data.
     pub(super) fn verify(&self, session: &mut Session) -> Result<()> {
         let pages = FIRST_PAGE..FIRST_PAGE + PAGES;
         for (place, values) in self.content.iter().enumerate() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The process: what it has, what it has said, and the counters that must agree with that.
+//! The process: its requests, its completions, and the counters that must agree with these.
 
 use super::ledger::{Ledger, Verdict};
 use crate::queue::ANSWER;
@@ -15,21 +15,21 @@ use ring::tap::abi::{
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// Old completions that are kept to be said again.
+/// Number of old completions that are kept to be repeated.
 const MEMORY: usize = 64;
-/// Commands that may wait or be on their way.
+/// Maximum number of commands that wait or are being issued.
 const COMMANDS: usize = 4;
 
-/// What happened: a run in which something never did shows nothing of it.
+/// Counts of events: a run without one of them shows nothing about it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Seen {
     /// Requests that were executed.
     executed: u32,
-    /// Those that it failed.
+    /// Requests that it failed.
     failed: u32,
-    /// Those that it only claimed to have executed.
+    /// Requests that it only claimed to have executed.
     lies: u32,
-    /// Those that it returned.
+    /// Requests that it returned.
     returned: u32,
     /// Completions that were refused.
     refused: u32,
@@ -46,7 +46,7 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// True if everything happened.
+    /// Returns true if every event happened.
     pub(super) fn is_whole(&self) -> bool {
         let Seen {
             executed,
@@ -66,12 +66,12 @@ impl Seen {
     }
 }
 
-/// What a completion does when it is taken.
+/// Effect of a completion.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Effect {
-    /// It names no delivery.
+    /// The completion names no delivery.
     Refused,
-    /// It ends its batch.
+    /// The completion ends its batch.
     Malformed,
     /// The request is delivered again.
     Returned(Desc),
@@ -87,32 +87,32 @@ enum Sent {
         malformed: bool,
         elsewhere: bool,
     },
-    /// Any that must have one of these results.
+    /// Any command that must have one of these results.
     Wrong(&'static [i32]),
 }
 
 /// A process that has the node open.
 pub(super) struct Process {
     pub(super) node: Node,
-    /// A page before an address that cannot be touched.
+    /// A page in front of an address that is not mapped.
     pub(super) edge: Map,
     ring: Ring,
     sent: BTreeMap<u64, Sent>,
     next: u64,
-    /// What it was delivered and has not ended.
+    /// Requests that it has and has not ended.
     held: Vec<Desc>,
-    /// Completions that were right once.
+    /// Completions that were once valid.
     old: Vec<Completion>,
-    /// The disk's counters as they were and as they should change.
+    /// The disk's counters before, and their expected changes.
     before: Info,
     refused: u64,
     committed: u64,
-    /// Of this process and those before.
+    /// Counts of this process and of those before.
     pub(super) seen: Seen,
 }
 
 impl Process {
-    /// Opens the disk; an earlier process may have it for a moment longer.
+    /// Opens the disk; an earlier process may have it open for a moment longer.
     pub(super) fn open(disk: &TapDisk) -> Result<Process> {
         let file = wait::until("a node that can be opened", ANSWER, || {
             match Node::file(&disk.path(), libc::O_NONBLOCK) {
@@ -145,7 +145,7 @@ impl Process {
         self.node.start().context("an honest start is refused")
     }
 
-    /// The process dies with all that it has; returns the next one, which has not started.
+    /// Lets the process die with all of its requests; returns the next one, which has not started.
     pub(super) fn die(mut self, disk: &TapDisk, ledger: &mut Ledger) -> Result<Process> {
         self.drain(ledger)?;
         self.judge(ledger)?;
@@ -170,7 +170,7 @@ impl Process {
         Ok(next)
     }
 
-    /// The counters since the last look are those of what was said.
+    /// Checks the counters' changes since the last check against the completions.
     pub(super) fn judge(&mut self, ledger: &Ledger) -> Result<()> {
         let now = self.node.ask()?;
         ensure!(
@@ -191,7 +191,7 @@ impl Process {
         Ok(())
     }
 
-    /// Takes note of tags that were handed out.
+    /// Records tags that were handed out.
     pub(super) fn got(&mut self, tags: &[u16], ledger: &Ledger) -> Result<()> {
         for tag in tags {
             let desc = self.node.desc(*tag)?;
@@ -205,7 +205,7 @@ impl Process {
         Ok(())
     }
 
-    /// Fetches what there is, and executes and commits all that it has.
+    /// Fetches all requests, and executes and commits all that it has.
     pub(super) fn serve(&mut self, store: &Store, ledger: &mut Ledger) -> Result<()> {
         let tags = self.node.exchange(&[]).context("an honest fetch fails")?;
         self.got(&tags, ledger)?;
@@ -225,7 +225,7 @@ impl Process {
         Ok(())
     }
 
-    /// What was said has its effects, up to what is malformed. True if something is.
+    /// Applies the effects of completions, up to a malformed one. Returns true if there is one.
     pub(super) fn said(&mut self, said: &[(Completion, Effect)], ledger: &mut Ledger) -> bool {
         for (completion, effect) in said {
             let desc = match effect {
@@ -260,13 +260,13 @@ impl Process {
         false
     }
 
-    /// So many completions were refused.
+    /// Expects `count` refused completions.
     pub(super) fn refused(&mut self, count: usize) {
         self.refused += count as u64;
         self.seen.refused += count as u32;
     }
 
-    /// A well-formed completion that names no delivery.
+    /// Returns a well-formed completion that names no delivery.
     pub(super) fn false_completion(&self, rng: &mut Rng) -> Result<Completion> {
         let (flags, result) = rng.pick(&[
             (0, 0),
@@ -292,7 +292,7 @@ impl Process {
                     }
                     _ => rng.below(tags.into()) as u16,
                 };
-                // A command that waits may bring the next delivery at any time, not a thousand.
+                // A waiting command may bring the next delivery at any time, but not a thousand.
                 let latest = self.node.desc(tag)?.generation;
                 let other = 1 + rng.below(1000) as u32;
                 let generation = match rng.below(2) {
@@ -311,7 +311,7 @@ impl Process {
         })
     }
 
-    /// A request that it has and that is not in `but`.
+    /// Returns a request that the process has and that is not in `but`.
     pub(super) fn any_held(&self, rng: &mut Rng, but: &[u16]) -> Option<Desc> {
         let free: Vec<&Desc> = self
             .held
@@ -324,22 +324,22 @@ impl Process {
         }
     }
 
-    /// True if it has requests.
+    /// Returns true if the process has requests.
     pub(super) fn holds(&self) -> bool {
         !self.held.is_empty()
     }
 
-    /// True if a command may wait or be on its way.
+    /// Returns true if a command may wait or be in the middle of being issued.
     pub(super) fn has_commands(&self) -> bool {
         !self.sent.is_empty()
     }
 
-    /// True if there is room for one more command.
+    /// Returns true if there is room for one more command.
     pub(super) fn may_send(&self) -> bool {
         self.sent.len() < COMMANDS
     }
 
-    /// Sends an exchange. Its commits are taken when this returns, unless it is issued elsewhere.
+    /// Sends an exchange. The kernel has taken its commits when this returns, unless a kernel thread issues it.
     pub(super) fn send(
         &mut self,
         said: &[(Completion, Effect)],
@@ -363,7 +363,7 @@ impl Process {
         self.drain(ledger)
     }
 
-    /// Sends a command that is wrong and may wait only if `waits`; its result is one of these.
+    /// Sends a malformed command that may wait only if `waits`; its result must be one of these.
     pub(super) fn send_wrong(
         &mut self,
         (number, payload): (u32, Buffer),
@@ -386,9 +386,9 @@ impl Process {
         self.drain(ledger)
     }
 
-    /// Asks for the end of a command that waits, which the node does not give up.
+    /// Tries to cancel a waiting command, which the node does not allow.
     pub(super) fn cancel(&mut self, ledger: &Ledger) -> Result<()> {
-        // The kernel itself gives up one that is still on its way to a thread.
+        // The kernel itself cancels one that is not issued yet.
         let here = |sent: &Sent| {
             !matches!(
                 sent,
@@ -413,7 +413,7 @@ impl Process {
         self.next
     }
 
-    /// Takes the completions of commands that are there.
+    /// Takes the completions of finished commands.
     pub(super) fn drain(&mut self, ledger: &Ledger) -> Result<()> {
         while let Some((id, result)) = self.ring.next(Duration::ZERO)? {
             self.completed(id, result, ledger)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Making, looking at and taking away tap disks: what the supervisor does.
+//! Creation, inspection and removal of tap disks, as the supervisor does them.
 
 use super::node::{call, Node};
 use crate::wait;
@@ -17,7 +17,7 @@ pub(crate) const SECTORS: u64 = 16 << 11;
 /// Size of their arenas.
 const ARENA_KIB: u32 = 2 << 10;
 
-/// A tap disk. Dropping it takes it away, if it is let go of in time.
+/// A tap disk. Dropping it destroys it, if its users close it in time.
 pub(crate) struct TapDisk {
     pub(crate) minor: u32,
     gone: bool,
@@ -29,7 +29,7 @@ pub(crate) fn control() -> Result<File> {
     file.with_context(|| format!("cannot open {CONTROL}: modprobe xen-blkback-rs"))
 }
 
-/// Asks the control node for the first disk from `minor` on.
+/// Queries the control node for the first disk from `minor` on.
 pub(crate) fn query(minor: u32) -> Result<io::Result<Info>> {
     let mut info = Info {
         minor,
@@ -40,17 +40,17 @@ pub(crate) fn query(minor: u32) -> Result<io::Result<Info>> {
 }
 
 impl TapDisk {
-    /// A disk that holds requests for ever while nobody serves it.
+    /// Makes a disk that holds requests for ever while no process serves it.
     pub(crate) fn make() -> Result<TapDisk> {
         TapDisk::make_as(0)
     }
 
-    /// A disk that fails requests after so many seconds without a process.
+    /// Makes a disk that fails requests after this number of seconds without a process.
     pub(crate) fn make_as(fail_after_s: u32) -> Result<TapDisk> {
         TapDisk::ready(TapDisk::try_make(u32::MAX, fail_after_s)?)
     }
 
-    /// A disk that fails a request after so many deaths at it.
+    /// Makes a disk that fails a request after this number of deaths at it.
     pub(crate) fn make_judging(max_deaths: u32) -> Result<TapDisk> {
         TapDisk::ready(TapDisk::try_make_of(Create {
             minor: u32::MAX,
@@ -87,17 +87,17 @@ impl TapDisk {
         Ok(made.map(|_| TapDisk::adopt(create.minor)))
     }
 
-    /// The disk that somebody made under this number.
+    /// Returns the existing disk of this number.
     pub(crate) fn adopt(minor: u32) -> TapDisk {
         TapDisk { minor, gone: false }
     }
 
-    /// Its node.
+    /// Returns the path of its node.
     pub(crate) fn path(&self) -> PathBuf {
         Path::new("/dev/xentap").join(self.minor.to_string())
     }
 
-    /// The key that names it to the backend.
+    /// Returns the key that names it to the backend.
     pub(crate) fn key(&self) -> (&'static str, String) {
         ("tap-minor", self.minor.to_string())
     }
@@ -117,14 +117,14 @@ impl TapDisk {
         Ok(node)
     }
 
-    /// What it looks like now.
+    /// Returns its current state.
     pub(crate) fn info(&self) -> Result<Info> {
         let info = query(self.minor)?.context("a disk cannot be queried")?;
         anyhow::ensure!(info.minor == self.minor, "the disk is gone");
         Ok(info)
     }
 
-    /// Waits until it looks as wanted.
+    /// Waits until its state is as wanted.
     pub(crate) fn wait(&self, what: &str, wanted: impl Fn(&Info) -> bool) -> Result<Info> {
         let mut last = None;
         let found = wait::until(what, Duration::from_secs(20), || {
@@ -134,7 +134,7 @@ impl TapDisk {
         found.with_context(|| format!("last it was {last:?}"))
     }
 
-    /// Tries to take it away.
+    /// Tries to destroy it.
     pub(crate) fn try_destroy(&self) -> Result<io::Result<i32>> {
         let mut destroy = Destroy {
             minor: self.minor,
@@ -143,7 +143,7 @@ impl TapDisk {
         Ok(call(&control()?, ioctl::DESTROY, &mut destroy))
     }
 
-    /// Takes it away.
+    /// Destroys it.
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.remove()
     }
@@ -158,7 +158,7 @@ impl TapDisk {
     }
 }
 
-/// Makes a disk, starts it, and lets go of it without taking it away.
+/// Makes a disk, starts it, and closes it without destroying it.
 pub(crate) fn leave() -> Result<()> {
     let mut disk = TapDisk::make()?;
     drop(disk.start()?);

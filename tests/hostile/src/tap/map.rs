@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A piece of a node in our memory. The kernel writes there too, so it is seen as atomics only.
+//! A mapped part of a node. The kernel writes there too, so it is accessed only as atomics.
 
 use super::Address;
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 pub(crate) struct Map {
     base: NonNull<u8>,
     len: usize,
-    /// Bytes behind those that nobody can touch.
+    /// Number of inaccessible bytes behind the mapping.
     guard: usize,
 }
 
@@ -54,7 +54,7 @@ impl Map {
         Ok(Map { base, len, guard })
     }
 
-    /// One page of memory of our own; there is none behind it.
+    /// Returns one page of this program's memory with an inaccessible page behind it.
     pub(crate) fn edge() -> io::Result<Map> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: A new mapping; nothing refers to its place.
@@ -81,14 +81,14 @@ impl Map {
         Ok(map)
     }
 
-    /// The address of a byte of an [`edge`](Map::edge).
+    /// Returns the address of a byte of an [`edge`](Map::edge).
     pub(crate) fn address(&self, offset: usize) -> Address<'_> {
-        // What the kernel writes beyond the end must not be somebody's memory.
+        // A write of the kernel beyond the end must not reach other memory.
         assert!(self.guard > 0, "there is no guard");
         Address::of(&self.bytes()[offset..])
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     pub(crate) fn bytes(&self) -> &[AtomicU8] {
         // SAFETY: The mapping is that large and stays as long as `self`.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast(), self.len) }
@@ -114,9 +114,9 @@ impl Map {
         Ok(())
     }
 
-    /// Asks for another protection of the whole mapping.
+    /// Changes the protection of the whole mapping.
     pub(crate) fn protect(&self, protection: i32) -> io::Result<()> {
-        // SAFETY: The mapping is ours; it is never made less accessible by a call that works.
+        // SAFETY: The mapping belongs to this value; a successful call never makes it less accessible.
         let result = unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len, protection) };
         if result != 0 {
             return Err(io::Error::last_os_error());
@@ -124,7 +124,7 @@ impl Map {
         Ok(())
     }
 
-    /// Asks for twice the size.
+    /// Tries to double the size.
     pub(crate) fn grow(&self) -> io::Result<()> {
         // SAFETY: Without `MREMAP_MAYMOVE` the mapping stays where it is.
         let result = unsafe { libc::mremap(self.base.as_ptr().cast(), self.len, self.len * 2, 0) };
@@ -134,8 +134,7 @@ impl Map {
         Ok(())
     }
 
-    /// Puts the first `count` bytes, as pages and not as a copy, into a pipe: whoever holds the
-    /// pipe holds the pages.
+    /// Puts the first `count` bytes, as pages and not as a copy, into a pipe, which keeps the pages while it is open.
     pub(crate) fn pin_into(&self, pipe: i32, count: usize) -> io::Result<usize> {
         let piece = libc::iovec {
             iov_base: self.base.as_ptr().cast(),
@@ -149,7 +148,7 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: The mapping was made by `new`, and nobody can refer to it any more.
+        // SAFETY: The mapping was made by `new`, and no reference to it is left.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len + self.guard) };
     }
 }

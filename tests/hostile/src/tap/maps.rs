@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Storage behind a tap disk that the kernel may use, and what a process says of it.
+//! Storage behind a tap disk that the kernel may use, and the mappings of its process.
 
 use super::node::call;
 use super::scene::Scene;
@@ -20,7 +20,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
-/// So many sectors of the disk are at the same place in the first backing.
+/// Maps sectors of the disk to equal places in the first backing.
 pub(crate) fn set(sector: u64, sectors: u64, generation: u32) -> MapOp {
     MapOp {
         op: MAP_SET,
@@ -33,7 +33,7 @@ pub(crate) fn set(sector: u64, sectors: u64, generation: u32) -> MapOp {
     }
 }
 
-/// What was said of a range is not true any longer.
+/// Withdraws the mapping of a range.
 pub(crate) fn recall(sector: u64, sectors: u64) -> MapOp {
     MapOp {
         op: MAP_RECALL,
@@ -43,7 +43,7 @@ pub(crate) fn recall(sector: u64, sectors: u64) -> MapOp {
     }
 }
 
-/// Flushes are for the kernel.
+/// Lets the kernel execute flushes.
 pub(crate) fn flush() -> MapOp {
     MapOp {
         op: MAP_FLUSH,
@@ -52,13 +52,13 @@ pub(crate) fn flush() -> MapOp {
 }
 
 impl Node {
-    /// Changes mappings, and learns how they are.
+    /// Changes mappings, and returns their state.
     pub(crate) fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
         change(&self.file, ops)
     }
 }
 
-/// The same through any descriptor of a node.
+/// Changes mappings through any descriptor of a node.
 pub(crate) fn change(node: &File, ops: &[MapOp]) -> io::Result<Maps> {
     let mut maps = Maps {
         ops: Buffer {
@@ -72,7 +72,7 @@ pub(crate) fn change(node: &File, ops: &[MapOp]) -> io::Result<Maps> {
     Ok(maps)
 }
 
-/// How the mappings of a disk serve it.
+/// Returns the statistics of a disk's mappings.
 pub(crate) fn mapped(disk: &TapDisk) -> Result<Mapped> {
     let mut mapped = Mapped {
         minor: disk.minor,
@@ -83,7 +83,7 @@ pub(crate) fn mapped(disk: &TapDisk) -> Result<Mapped> {
     Ok(mapped)
 }
 
-/// So much of the disk is the kernel's, if it takes that; nothing else is.
+/// Maps the first `sectors` sectors of the disk, and nothing else, and checks whether the kernel takes the mapping.
 pub(crate) fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
     let before = node.maps(&[recall(0, u64::MAX)])?;
     let maps = node.maps(&[set(0, sectors, before.generation), flush()])?;
@@ -95,7 +95,7 @@ pub(crate) fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
     Ok(())
 }
 
-/// A disk whose kernel has this storage, open as `file`, of which nothing is mapped.
+/// Returns a disk with this storage, open as `file`, as its backing and no mapping.
 pub(crate) fn scene_on(lab: &Lab, file: &File, path: &Path) -> Result<Scene> {
     let disk = TapDisk::make()?;
     add(&disk, 0, file, true)?;
@@ -109,7 +109,7 @@ pub(crate) fn scene_on(lab: &Lab, file: &File, path: &Path) -> Result<Scene> {
     })
 }
 
-/// Takes a device or a file away, however often that must be asked for, and gives it again.
+/// Removes a backing, retrying for as long as it is busy, and adds it again.
 pub(crate) fn give_again(disk: &TapDisk, file: &File) -> Result<()> {
     until("the end of the kernel's I/O", ANSWER, || {
         match remove(disk, 0) {
@@ -121,13 +121,13 @@ pub(crate) fn give_again(disk: &TapDisk, file: &File) -> Result<()> {
     Ok(add(disk, 0, file, true)?)
 }
 
-/// Gives a disk storage, as a supervisor does.
+/// Adds a backing, as a supervisor does.
 pub(crate) fn add(disk: &TapDisk, number: u32, file: &File, writable: bool) -> io::Result<()> {
     let flags = if writable { BACKING_WRITE } else { 0 };
     add_fd(disk.minor, number, file.as_raw_fd(), flags)
 }
 
-/// The same, of any descriptor.
+/// Adds a backing by any descriptor.
 pub(crate) fn add_fd(minor: u32, number: u32, fd: RawFd, flags: u32) -> io::Result<()> {
     let mut argument = BackingAdd {
         minor,
@@ -140,7 +140,7 @@ pub(crate) fn add_fd(minor: u32, number: u32, fd: RawFd, flags: u32) -> io::Resu
     call(&control, ioctl::BACKING_ADD, &mut argument).map(drop)
 }
 
-/// Takes it away.
+/// Removes a backing.
 pub(crate) fn remove(disk: &TapDisk, number: u32) -> io::Result<()> {
     let mut argument = BackingRemove {
         minor: disk.minor,
@@ -162,12 +162,12 @@ impl Backed {
         Backed::on(lab, &lab.disk)
     }
 
-    /// The same with another device.
+    /// Returns such a disk with `device` as its backing.
     pub(crate) fn on(lab: &Lab, device: &Disk) -> Result<Backed> {
         Backed::by(lab, device, &device.open()?)
     }
 
-    /// The same: the kernel reaches the device by this file.
+    /// Returns such a disk whose kernel uses the device through this file.
     pub(crate) fn by(lab: &Lab, device: &Disk, file: &File) -> Result<Backed> {
         Ok(Backed {
             scene: scene_on(lab, file, device.path())?,
@@ -175,17 +175,17 @@ impl Backed {
         })
     }
 
-    /// Sectors of the backing.
+    /// Returns the number of sectors of the backing.
     pub(crate) fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// All of the disk is the kernel's.
+    /// Maps all of the disk.
     pub(crate) fn map_all(&self) -> Result<()> {
         map(&self.scene.node, SECTORS, true)
     }
 
-    /// Right data with all of the disk mapped, then everything is taken apart.
+    /// Checks the data with all of the disk mapped, then tears everything down.
     pub(crate) fn finish(self) -> Result<()> {
         self.map_all()?;
         let before = self.scene.disk.info()?.direct;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The other side of a tap disk: the process that serves it, honest or not.
+//! The process side of a tap disk, honest or not.
 
 mod disk;
 mod map;

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicU8;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// What an honest process can do.
+/// Claims of an honest process.
 pub(crate) const CLAIMS: Claims = Claims {
     size: size_of::<Claims>() as u32,
     fence: FENCE_LOCAL,
@@ -27,7 +27,7 @@ pub(crate) const CLAIMS: Claims = Claims {
     reserved: 0,
 };
 
-/// Answers of one exchange that the helpers here take at most.
+/// Maximum number of tags that one exchange of these helpers takes.
 const BATCH: usize = 64;
 
 /// Sends an ioctl whose argument is a structure of the size that its number says.
@@ -49,13 +49,13 @@ fn checked(result: i32) -> io::Result<i32> {
     Ok(result)
 }
 
-/// Sends an ioctl whose argument lies nowhere.
+/// Sends an ioctl whose argument is at an invalid address.
 pub(crate) fn call_nowhere(file: &File, number: u32, place: Nowhere) -> io::Result<i32> {
-    // SAFETY: There is no memory of ours at these places.
+    // SAFETY: This program has no memory at these places.
     checked(unsafe { libc::ioctl(file.as_raw_fd(), number.into(), place.address()) })
 }
 
-/// A call fails with one of these errors, or works if 0 is among them.
+/// Checks that a call fails with one of these errors, or succeeds if 0 is among them.
 pub(crate) fn expect(what: &str, result: io::Result<impl Sized>, wanted: &[i32]) -> Result<()> {
     let got = result.err().and_then(|error| error.raw_os_error());
     let got = got.unwrap_or(0);
@@ -66,12 +66,12 @@ pub(crate) fn expect(what: &str, result: io::Result<impl Sized>, wanted: &[i32])
     Ok(())
 }
 
-/// An address at which the kernel may read and write whatever it likes.
+/// An address at which the kernel may read and write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Address<'a>(u64, PhantomData<&'a AtomicU8>);
 
 impl<'a> Address<'a> {
-    /// Where these bytes begin. What the kernel writes behind them must be nobody's memory.
+    /// Returns the address of these bytes. A write of the kernel behind them must not reach other memory.
     pub(super) fn of(bytes: &'a [AtomicU8]) -> Address<'a> {
         Address(bytes.as_ptr() as u64, PhantomData)
     }
@@ -88,9 +88,9 @@ impl From<Nowhere> for Address<'_> {
 pub(crate) enum Nowhere {
     /// The first page is never mapped.
     Null,
-    /// A part of the address space that belongs to no one.
+    /// A non-canonical part of the address space.
     NonCanonical,
-    /// The kernel's.
+    /// The address space of the kernel.
     Kernel,
     /// An array that begins here wraps around.
     End,
@@ -114,7 +114,7 @@ impl Nowhere {
     }
 }
 
-/// The records that describe a disk of this size, with `GEOMETRY_*`.
+/// Returns the records that describe a disk of this size, with `GEOMETRY_*`.
 pub(crate) fn records(sectors: u64, flags: u32) -> Vec<u8> {
     let geometry = Geometry {
         sectors,
@@ -174,7 +174,7 @@ impl Node {
         })
     }
 
-    /// Only opens it, with these `O_*` in addition.
+    /// Only opens it, with these `O_*` flags in addition.
     pub(crate) fn file(path: &Path, flags: i32) -> io::Result<File> {
         let mut options = File::options();
         options
@@ -194,7 +194,7 @@ impl Node {
         self.set_params_at(records.as_ptr() as u64, records.len() as u32)
     }
 
-    /// The same with an argument that may point anywhere: the kernel only reads there.
+    /// Describes the disk with an argument that may point anywhere, because the kernel only reads there.
     pub(crate) fn set_params_at(&self, addr: u64, len: u32) -> io::Result<()> {
         let mut buffer = Buffer {
             addr,
@@ -204,45 +204,45 @@ impl Node {
         call(&self.file, ioctl::SET_PARAMS, &mut buffer).map(drop)
     }
 
-    /// Sends an ioctl whose argument lies nowhere.
+    /// Sends an ioctl whose argument is at an invalid address.
     pub(crate) fn call_nowhere(&self, number: u32, place: Nowhere) -> io::Result<i32> {
         call_nowhere(&self.file, number, place)
     }
 
-    /// Says what it can do with any bytes that begin with their size, of which the kernel reads no more.
+    /// Sends claims of any bytes that begin with their size, beyond which the kernel does not read.
     pub(crate) fn claim_bytes(&self, bytes: &[u8]) -> io::Result<()> {
         let size = bytes.first_chunk().map(|size| u32::from_ne_bytes(*size));
         assert_eq!(size, u32::try_from(bytes.len()).ok());
-        // SAFETY: The kernel reads as many bytes as the first four say.
+        // SAFETY: The kernel reads as many bytes as the first four give.
         let result =
             unsafe { libc::ioctl(self.file.as_raw_fd(), ioctl::CLAIM.into(), bytes.as_ptr()) };
         checked(result).map(drop)
     }
 
-    /// Says what it can do.
+    /// Sends the claims.
     pub(crate) fn claim(&self, claims: &Claims) -> io::Result<()> {
         self.claim_bytes(claims.as_bytes())
     }
 
-    /// Starts delivery of everything that there is.
+    /// Claims as an honest process does, and starts delivery.
     pub(crate) fn start(&self) -> io::Result<()> {
         self.claim(&CLAIMS)?;
         self.start_unclaimed()
     }
 
-    /// Starts delivery.
+    /// Starts delivery without a claim.
     pub(crate) fn start_unclaimed(&self) -> io::Result<()> {
         self.call_nowhere(ioctl::START, Nowhere::Null).map(drop)
     }
 
-    /// What it looks like now.
+    /// Returns its current state.
     pub(crate) fn ask(&self) -> io::Result<Info> {
         let mut info = Info::default();
         call(&self.file, ioctl::INFO, &mut info)?;
         Ok(info)
     }
 
-    /// Commits, then fetches what there is.
+    /// Commits, then fetches waiting requests.
     pub(crate) fn exchange(&self, commits: &[Completion]) -> io::Result<Vec<u16>> {
         let mut tags = [0u16; BATCH];
         let mut exchange = Exchange {
@@ -274,7 +274,7 @@ impl Node {
         call(&self.file, ioctl::EXCHANGE, &mut exchange).map(drop)
     }
 
-    /// An exchange with arrays that lie nowhere or at an edge, and claim to be of any length there.
+    /// Makes an exchange with arrays at an invalid address or at an edge, with any length.
     pub(crate) fn exchange_at<'a>(
         &self,
         commits: (impl Into<Address<'a>>, u32),
@@ -297,7 +297,7 @@ impl Node {
         self.read_into(&mut [0u8; 2 * BATCH])
     }
 
-    /// The same with this memory for the tags.
+    /// Reads tags into this memory.
     pub(crate) fn read_into(&self, bytes: &mut [u8]) -> io::Result<Vec<u16>> {
         let count = (&self.file).read(bytes)?;
         let tags = bytes[..count].chunks_exact(2);
@@ -306,12 +306,12 @@ impl Node {
             .collect())
     }
 
-    /// The descriptor of a tag.
+    /// Returns the descriptor of a tag.
     pub(crate) fn desc(&self, tag: u16) -> Result<Desc> {
         self.entry(usize::from(tag) * size_of::<Desc>())
     }
 
-    /// The pieces of the arena of a request.
+    /// Returns the pieces of the arena of a request.
     pub(crate) fn segments(&self, desc: &Desc) -> Result<Vec<Segment>> {
         let stride = self.info.max_segments as usize * size_of::<Segment>();
         let start = self.info.segments_offset as usize + usize::from(desc.tag) * stride;
@@ -327,12 +327,12 @@ impl Node {
         Ok(value)
     }
 
-    /// The arena.
+    /// Returns the arena.
     pub(crate) fn arena(&self) -> &Map {
         &self.arena
     }
 
-    /// The descriptor area.
+    /// Returns the descriptor area.
     pub(crate) fn descriptors(&self) -> &Map {
         &self.descriptors
     }

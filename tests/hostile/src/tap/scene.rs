@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A disk with its process in this program, and a frontend: where most attacks begin and end.
+//! A disk with its process in this program, and a frontend: start and end of most attacks.
 
 use super::server::{answer, Store};
 use super::{Node, TapDisk};
@@ -28,7 +28,7 @@ impl Scene {
         Scene::on(lab, TapDisk::make()?)
     }
 
-    /// The same to a disk that was made already.
+    /// Connects a frontend to an existing disk that this program serves.
     pub(crate) fn on(lab: &Lab, disk: TapDisk) -> Result<Scene> {
         let (node, store) = (disk.start()?, Store::new()?);
         let session = lab.session_on_tap(&disk, WIDE)?;
@@ -48,13 +48,13 @@ impl Scene {
         self.session.spread(&requests)
     }
 
-    /// The same, and waits until the process has them all.
+    /// Sends writes of the frontend, and waits until the process has them all.
     pub(crate) fn take(&mut self, count: u64) -> Result<Vec<u16>> {
         self.send(count)?;
         self.fetch(count as usize)
     }
 
-    /// Waits until the process has so many requests.
+    /// Waits until the process has `count` requests.
     pub(crate) fn fetch(&self, count: usize) -> Result<Vec<u16>> {
         let mut tags = Vec::new();
         let start = Instant::now();
@@ -73,7 +73,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Fetches and answers what is there without io_uring.
+    /// Fetches and answers requests without io_uring.
     pub(crate) fn serve(&self, count: usize) -> Result<()> {
         let mut served = 0;
         while served < count {
@@ -84,7 +84,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Right data, then everything is taken apart.
+    /// Checks the data, then tears everything down.
     pub(crate) fn finish(self) -> Result<()> {
         let Scene {
             mut session,
@@ -101,7 +101,7 @@ impl Scene {
         disk.destroy()
     }
 
-    /// The process dies first, and nothing of it is left to wait for; then everything is taken apart.
+    /// The process dies first, and none of its I/O is left; then everything is torn down.
     pub(crate) fn finish_dead(self) -> Result<()> {
         let Scene {
             session,
@@ -116,7 +116,7 @@ impl Scene {
     }
 }
 
-/// Waits until the backend says that of a frontend's disk.
+/// Waits until the backend reports this status of a frontend's disk.
 pub(crate) fn wait_status(session: &Session, wanted: &str) -> Result<()> {
     let (vbd, mut last) = (&session.vbd, None);
     wait::until("tap-status", crate::vbd::SOON, || {
@@ -126,7 +126,7 @@ pub(crate) fn wait_status(session: &Session, wanted: &str) -> Result<()> {
     .with_context(|| format!("it is {last:?}, not {wanted}"))
 }
 
-/// Serves a node in this thread until `enough` says so.
+/// Serves a node in this thread until `enough` returns true.
 pub(crate) fn serve_until(
     node: &Node,
     store: &Store,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A process that serves a tap disk from a file in memory, and dies when it is told to.
+//! A process that serves a tap disk from a file in memory, and dies on command.
 //!
 //! The file outlives it, as an image would.
 
@@ -21,26 +21,26 @@ use std::time::Duration;
 /// Threads of a process with several rings.
 const THREADS: usize = 4;
 
-/// Requests that the kernel is executing when `Manner::Recall` takes everything back.
+/// Number of requests that the kernel is executing when `Manner::Recall` recalls everything.
 pub(crate) const UNDER_WAY: u32 = 8;
 
-/// What the process does with requests.
+/// Behaviour of the process with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Manner {
     /// Executes and commits them.
     Honest,
-    /// Takes them and does nothing.
+    /// Takes them and does not answer.
     Hold,
-    /// Executes them and says nothing of it.
+    /// Executes them and does not answer.
     Silent,
     /// Executes and commits them, by io_uring alone, with the arena registered.
     Ring,
-    /// The same with several threads, each with a ring of its own.
+    /// Executes and commits them with several threads, each with a ring of its own.
     Rings,
     /// Puts pages of the arena into the pipe, then behaves like `Hold`.
     Pin,
-    /// Has the kernel execute everything, and takes that back when [`UNDER_WAY`] requests are under way. A byte in the
-    /// pipe says when the one is done, another one when the other is.
+    /// Lets the kernel execute everything, and recalls that when [`UNDER_WAY`] requests are in flight. It writes a byte
+    /// to the pipe after each of both steps.
     Recall,
 }
 
@@ -56,7 +56,7 @@ pub(crate) struct Orders {
     /// Descriptor of a pipe.
     #[arg(long)]
     pipe: RawFd,
-    /// What to do with requests.
+    /// Behaviour with requests.
     #[arg(long, value_enum)]
     manner: Manner,
 }
@@ -88,12 +88,12 @@ fn owned(fd: RawFd) -> Result<OwnedFd> {
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("a descriptor cannot be made");
     }
-    // SAFETY: The caller has just got it from the kernel, or was given it by its parent.
+    // SAFETY: The caller has just received it from the kernel, or from its parent.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 impl Store {
-    /// Zeroes, of the size of the disks. Children inherit it.
+    /// Returns a file of zeroes, of the size of the disks. Children inherit it.
     pub(crate) fn new() -> Result<Store> {
         // SAFETY: The name is a C string.
         let file = File::from(owned(unsafe { libc::memfd_create(c"store".as_ptr(), 0) })?);
@@ -101,19 +101,19 @@ impl Store {
         Ok(Store(file))
     }
 
-    /// A block device, past the page cache.
+    /// Opens a block device for direct I/O.
     pub(crate) fn on(device: &Path) -> Result<Store> {
         let mut options = File::options();
         let options = options.read(true).write(true).custom_flags(libc::O_DIRECT);
         Ok(Store(options.open(device)?))
     }
 
-    /// Its file.
+    /// Returns its file.
     pub(crate) fn file(&self) -> &File {
         &self.0
     }
 
-    /// All of it, of which there are so many sectors.
+    /// Returns the content of the first `sectors` sectors.
     pub(crate) fn contents(&self, sectors: u64) -> Result<Vec<u8>> {
         let len = usize::try_from(sectors * 512)?;
         let mut pages = Aligned::zeroes(len);
@@ -145,7 +145,7 @@ impl Store {
     }
 }
 
-/// The completion of a request.
+/// Returns the completion of a request.
 pub(crate) fn done(desc: &Desc) -> Completion {
     Completion {
         tag: desc.tag,
@@ -184,7 +184,7 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
             let threads: Vec<_> = (0..THREADS)
                 .map(|_| scope.spawn(move || serve_by_ring(node, store)))
                 .collect();
-            // They serve until the process is killed; one that ends says why.
+            // They serve until the process is killed; one that ends returns the reason.
             threads.into_iter().try_for_each(|thread| {
                 let ended = thread.join();
                 ended.unwrap_or_else(|_| bail!("a thread of the process died"))
@@ -208,7 +208,7 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
     }
 }
 
-/// Takes everything back while the kernel is at it.
+/// Recalls everything while the kernel executes requests.
 fn recall_under_way(node: &Node, pipe: RawFd) -> Result<()> {
     let generation = node.maps(&[])?.generation;
     node.maps(&[set(0, SECTORS, generation), flush()])?;
@@ -268,14 +268,14 @@ impl Pipe {
 pub(crate) struct Server(Child);
 
 impl Server {
-    /// Starts one and waits until it is served.
+    /// Starts a process and waits until it is served.
     pub(crate) fn start(
         disk: &TapDisk,
         store: &Store,
         pipe: &Pipe,
         manner: Manner,
     ) -> Result<Server> {
-        // The kernel closes the node of a process that used io_uring some time after its end.
+        // The kernel closes the node of a process that used io_uring some time after the end of the process.
         disk.wait("the end of the process before", |info| info.pid == 0)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("tap-serve").arg("--node").arg(disk.path());
@@ -297,7 +297,7 @@ impl Server {
         self.0.wait().map(drop).context("a killed process stays")
     }
 
-    /// Stops it for a while, or lets it go on.
+    /// Stops it for a while, or resumes it.
     pub(crate) fn pause(&self, pause: bool) -> Result<()> {
         let signal = if pause { libc::SIGSTOP } else { libc::SIGCONT };
         // SAFETY: The process is our child and was not waited for.
@@ -310,7 +310,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may be dead already: both are no error then.
+        // It may be dead already; neither error matters then.
         let _dead = self.0.kill();
         let _reaped = self.0.wait();
     }

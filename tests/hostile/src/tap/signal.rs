@@ -4,7 +4,7 @@
 use anyhow::{bail, Result};
 use std::io;
 
-/// A thread that a signal ends in no other way than that its call returns.
+/// A thread whose system call a signal interrupts, without another effect.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Interruptible(libc::pid_t);
 
@@ -23,13 +23,13 @@ impl Interruptible {
         if result != 0 {
             bail!("a signal cannot be handled: {}", io::Error::last_os_error());
         }
-        // SAFETY: It only tells a number.
+        // SAFETY: It only returns a number.
         Ok(Interruptible(unsafe { libc::gettid() }))
     }
 
     /// Sends it the signal, if it is still there.
     pub(crate) fn interrupt(self) -> Result<()> {
-        // SAFETY: The number is that of a thread of this process, or of none: it is not given to a thread of another one.
+        // SAFETY: The number is that of a thread of this process, or of none, because the kernel checks the process.
         let result =
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, libc::SIGUSR1) };
         let error = io::Error::last_os_error();

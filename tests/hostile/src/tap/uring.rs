@@ -12,15 +12,15 @@ use zerocopy::IntoBytes;
 /// Room for tags in a command.
 pub(crate) const ROOM: usize = 64;
 
-/// The memory of a command. It is never freed: the kernel may write there until the command has
-/// completed, which nobody waits for when a ring is thrown away.
+/// The memory of a command. It is never freed, because the kernel may write there until the command has completed, and
+/// the end of a ring does not wait for that.
 pub(crate) struct Memory {
     exchange: &'static Exchange,
     tags: *const [u16; ROOM],
 }
 
 impl Memory {
-    /// For a command that commits these and fetches.
+    /// Returns the memory of a command that commits these and fetches.
     pub(crate) fn new(commits: &[Completion]) -> Memory {
         let commits: &'static [Completion] = Vec::leak(commits.to_vec());
         let tags: *mut [u16; ROOM] = Box::into_raw(Box::new([0; ROOM]));
@@ -38,7 +38,7 @@ impl Memory {
         }
     }
 
-    /// For a command that fetches so many tags at most.
+    /// Returns the memory of a command that fetches at most `room` tags.
     pub(crate) fn with_room(room: u32) -> Memory {
         assert!(room as usize <= ROOM);
         let mut memory = Memory::new(&[]);
@@ -52,7 +52,7 @@ impl Memory {
         memory
     }
 
-    /// For a command whose tags go to an address that is not ours.
+    /// Returns the memory of a command whose tags go to an address of other memory.
     pub(crate) fn with_tags_at(address: u64) -> Memory {
         let mut memory = Memory::new(&[]);
         memory.exchange = Box::leak(Box::new(Exchange {
@@ -65,7 +65,7 @@ impl Memory {
         memory
     }
 
-    /// What the submission queue entry carries.
+    /// Returns the bytes for the submission queue entry.
     pub(crate) fn payload(&self) -> Buffer {
         Buffer {
             addr: std::ptr::from_ref(self.exchange) as u64,
@@ -74,7 +74,7 @@ impl Memory {
         }
     }
 
-    /// The tags of a command that has completed with this result.
+    /// Returns the tags of a command that has completed with this result.
     pub(crate) fn tags(&self, result: i32) -> Result<Vec<u16>> {
         let count = usize::try_from(result).context("a command failed")?;
         // SAFETY: It was allocated by `new` and is never freed; the command has completed, so
@@ -99,8 +99,7 @@ impl Ring {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
         };
-        // SAFETY: The kernel holds the pages themselves, mapped here or not; nobody uses them by
-        // their index.
+        // SAFETY: The kernel holds the pages themselves, mapped here or not; no command uses them by their index.
         let registered = unsafe { self.0.submitter().register_buffers(&[piece]) };
         registered.context("the arena cannot be registered")
     }
@@ -110,7 +109,7 @@ impl Ring {
         self.command(node, ioctl::EXCHANGE, memory.payload(), id, false)
     }
 
-    /// Sends any command; `elsewhere` has it issued by a thread of the kernel.
+    /// Sends any command; with `elsewhere` a thread of the kernel issues it.
     pub(crate) fn command(
         &mut self,
         node: &Node,
@@ -131,7 +130,7 @@ impl Ring {
         })
     }
 
-    /// Asks the kernel to give up a command.
+    /// Tries to cancel a command.
     pub(crate) fn cancel(&mut self, target: u64, id: u64) -> Result<()> {
         self.push(opcode::AsyncCancel::new(target).build().user_data(id))
     }
@@ -143,7 +142,7 @@ impl Ring {
         Ok(())
     }
 
-    /// The next completion within a time: what it belongs to, and its result.
+    /// Returns the next completion within a time: its identifier, and its result.
     pub(crate) fn next(&mut self, limit: Duration) -> Result<Option<(u64, i32)>> {
         if let Some(entry) = self.0.completion().next() {
             return Ok(Some((entry.user_data(), entry.result())));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! What the guest asks for, and what it must get.
+//! Requests of the guest, and the results that it must get.
 
 use std::collections::BTreeMap;
 
@@ -16,29 +16,29 @@ use crate::history::{value, History, ZERO};
 #[derive(Clone, Debug)]
 pub(super) struct Posted {
     pub(super) request: Request,
-    /// What a write brings, and what a read has found: a value for each sector.
+    /// Data of a write, or data that a read has returned: a value for each sector.
     pub(super) data: Vec<u64>,
-    /// The data is in pages of the guest, and not where a process can get it.
+    /// The data is in pages of the guest, which no process can access.
     pub(super) is_mapped: bool,
-    /// The number of a change.
+    /// The number of a modifying request.
     number: u32,
     /// When the guest asked for it.
     issued: u64,
 }
 
-/// The guest, and what it knows of the disk.
+/// The guest, and its history of the disk.
 #[derive(Debug)]
 pub(super) struct Guest {
     /// Requests that it has not made yet.
     pub(super) left: u32,
     pub(super) posted: BTreeMap<u16, Posted>,
-    /// What was to be executed with its data mapped and was not, or not well: it is posted anew.
+    /// Requests with mapped data that could not be executed, or failed: they are posted anew.
     given_back: Vec<(u16, Posted)>,
     changes: u32,
-    /// One more with each request and each answer.
+    /// Counts requests and answers.
     clock: u64,
     history: History,
-    /// The same without reads: what one has seen need not be durable.
+    /// History without reads, because data that a read returned need not be durable.
     changed: History,
 }
 
@@ -64,7 +64,7 @@ impl Guest {
         guest
     }
 
-    /// True if all that it asked for is answered.
+    /// Returns true if all of its requests are answered.
     pub(super) fn is_content(&self) -> bool {
         self.left == 0 && self.posted.is_empty() && self.given_back.is_empty()
     }
@@ -77,7 +77,7 @@ impl Guest {
         self.posted.contains_key(&tag) || self.given_back.iter().any(|(its, _)| *its == tag)
     }
 
-    /// Asks for something. Each write brings values of its own.
+    /// Makes a request. Each write has values of its own.
     fn issue(&mut self, request: &Request, is_mapped: bool) -> Posted {
         let (start, sectors) = (request.sector, request.sectors);
         self.clock += 1;
@@ -103,7 +103,7 @@ impl Guest {
         }
     }
 
-    /// Something was done. Says what cannot be.
+    /// Records a finished request. Returns the violation, if there is one.
     fn note(&mut self, posted: &Posted) -> Result<(), String> {
         let (request, issued) = (&posted.request, posted.issued);
         self.clock += 1;
@@ -123,7 +123,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Says why a sector cannot be what it is when all has been executed.
+    /// Returns the reason that a sector cannot have its content after all requests were executed.
     pub(super) fn look(&self, sector: u64, found: u64) -> Result<(), String> {
         let (now, then) = (self.clock + 1, self.clock + 2);
         let explained = self.history.explain(sector, Some(found), now, then);
@@ -132,7 +132,7 @@ impl Guest {
 }
 
 impl Scene {
-    /// The guest makes a request, if it has a tag for it.
+    /// Posts a request, if the guest has a free tag for it.
     pub(super) fn post(&mut self) {
         let queue = u16::from(self.rng.percent(25));
         let mut tags = if queue == 0 { ABLE } else { UNABLE };
@@ -148,7 +148,8 @@ impl Scene {
         self.arrive(tag, queue, posted);
     }
 
-    /// Something that was given back comes with its data in the arena. Only the queue that executes something has such.
+    /// Posts a request anew that was given back, with its data in the arena. Only the queue that executes requests has
+    /// such.
     pub(super) fn post_anew(&mut self) {
         let given_back = &mut self.guest.given_back;
         if given_back.is_empty() {
@@ -177,8 +178,8 @@ impl Scene {
         self.announce();
     }
 
-    /// What was just posted is not begun, or what was begun has failed with its data mapped: it is to be posted anew. For
-    /// the guest it is still the same.
+    /// Takes back a request that was just posted and could not be begun, or that failed with its data mapped: it is
+    /// posted anew. For the guest it is still one request.
     pub(super) fn give_back(&mut self, tag: u16) {
         match self.guest.posted.remove(&tag) {
             Some(posted) => self.guest.given_back.push((tag, posted)),
@@ -213,7 +214,7 @@ impl Scene {
         }
     }
 
-    /// A request has its result.
+    /// Records the result of a request.
     pub(super) fn answer(&mut self, tag: u16, status: Status) {
         let Some(posted) = self.guest.posted.remove(&tag) else {
             return self.problem(format!("tag {tag} has a result and no request"));
@@ -233,7 +234,7 @@ impl Scene {
         }
     }
 
-    /// What was answered before a flush is there, or what came after it.
+    /// Checks that a flush made everything durable that was answered before it, unless later requests changed it.
     fn look_behind_a_power_cut(&mut self, issued: u64) {
         for sector in 0..SECTORS {
             let (left, now) = (self.image.durable(sector), self.guest.clock + 1);
@@ -244,7 +245,7 @@ impl Scene {
         }
     }
 
-    /// Takes the results of what processes have executed.
+    /// Takes the results of requests that processes have executed.
     pub(super) fn reap(&mut self) {
         for queue in [0, 1] {
             let mut results = Vec::new();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! The image of a disk in clusters: a table that says where each is, and the stores that hold them.
+//! The image of a disk in clusters: a table with the place of each, and the stores that hold them.
 
 /// Sectors of a cluster.
 pub(super) const CLUSTER: u64 = 4;
@@ -8,16 +8,16 @@ pub(super) const CLUSTER: u64 = 4;
 pub(super) const CLUSTERS: u64 = 40;
 /// Sectors of the disk.
 pub(super) const SECTORS: u64 = CLUSTER * CLUSTERS;
-/// Clusters of a store that is written: some more than the disk has, so that those which are free are soon used again.
+/// Clusters of a writable store: a few more than the disk has, so that free ones are soon reused.
 const ROOM: u64 = CLUSTERS + 12;
 
-/// The store that clusters are written to.
+/// The store to which clusters are first allocated.
 pub(super) const FIRST: u16 = 0;
-/// Another one, which comes later.
+/// Another store, which is added later.
 pub(super) const SECOND: u16 = 1;
-/// One that many disks share, at the same places as on the disk.
+/// A store that many disks share; a cluster has its place on the disk.
 pub(super) const BASE: u16 = 2;
-/// That of another disk.
+/// The store of another disk.
 pub(super) const FOREIGN: u16 = 3;
 
 /// A cluster of a store.
@@ -37,29 +37,30 @@ impl Place {
     }
 }
 
-/// What a store holds: each sector a value.
+/// Content of a store: a value for each sector.
 #[derive(Clone, Debug)]
 struct Store {
     now: Vec<u64>,
-    /// What a power cut would leave.
+    /// Content after a power cut.
     durable: Vec<u64>,
 }
 
-/// Table and stores. The table is durable when it is written.
+/// Table and stores. A change of the table is durable at once.
 #[derive(Clone, Debug)]
 pub(super) struct Image {
     stores: Vec<Store>,
-    /// By cluster; what is nowhere reads as zeroes.
+    /// Place of each cluster; one without a place reads as zeroes.
     table: Vec<Option<Place>>,
 }
 
-/// What a sector holds before anybody writes it.
+/// Value of a sector before the first write to it.
 fn first(store: u16, sector: u64) -> u64 {
     (0xba5e_0000 + u64::from(store)) << 32 | sector
 }
 
 impl Image {
-    /// A disk of which `base` says whether a part is in the base; the rest is in the first store or nowhere.
+    /// Returns a disk with a part in the shared store if `base` is set; the rest is in the first store or not
+    /// allocated.
     pub(super) fn new(base: bool) -> Self {
         let sizes = [ROOM, ROOM, CLUSTERS, ROOM];
         let stores = (0..).zip(sizes).map(|(store, clusters)| {
@@ -84,7 +85,7 @@ impl Image {
         }
     }
 
-    /// Sectors of a store.
+    /// Returns the number of sectors of a store.
     pub(super) fn sectors_of(&self, store: u16) -> u64 {
         self.stores[usize::from(store)].now.len() as u64
     }
@@ -93,7 +94,8 @@ impl Image {
         self.table[cluster as usize]
     }
 
-    /// Writes an entry of the table. What it leads to is durable, as of any format that can lose its power.
+    /// Changes an entry of the table. The data that it points to is durable, as in any format that survives a power
+    /// cut.
     pub(super) fn point(&mut self, cluster: u64, place: Option<Place>) {
         if let Some(place) = place {
             let store = &mut self.stores[usize::from(place.store)];
@@ -103,29 +105,29 @@ impl Image {
         self.table[cluster as usize] = place;
     }
 
-    /// A sector of a store; nothing where it has none.
+    /// Reads a sector of a store; `None` beyond its end.
     pub(super) fn read(&self, store: u16, sector: u64) -> Option<u64> {
         let now = &self.stores[usize::from(store)].now;
         now.get(usize::try_from(sector).ok()?).copied()
     }
 
-    /// Writes a sector that the store has.
+    /// Writes an existing sector of a store.
     pub(super) fn write(&mut self, store: u16, sector: u64, value: u64) {
         self.stores[usize::from(store)].now[sector as usize] = value;
     }
 
-    /// All that was written to a store is durable.
+    /// Makes all writes to a store durable.
     pub(super) fn flush(&mut self, store: u16) {
         let store = &mut self.stores[usize::from(store)];
         store.durable.copy_from_slice(&store.now);
     }
 
-    /// What a sector of the disk holds.
+    /// Returns the value of a sector of the disk.
     pub(super) fn sector(&self, sector: u64) -> u64 {
         self.found(sector, |store| &store.now)
     }
 
-    /// What it would hold after a power cut.
+    /// Returns the value that the sector would have after a power cut.
     pub(super) fn durable(&self, sector: u64) -> u64 {
         self.found(sector, |store| &store.durable)
     }
@@ -137,7 +139,7 @@ impl Image {
         })
     }
 
-    /// True if a store that is none of the disk's, or that it only reads, holds something else than at first.
+    /// Returns true if a store of another disk, or a read-only one, has changed.
     pub(super) fn is_foreign_written(&self) -> bool {
         [BASE, FOREIGN].into_iter().any(|store| {
             let sectors = (0..).zip(&self.stores[usize::from(store)].now);
@@ -147,7 +149,7 @@ impl Image {
         })
     }
 
-    /// The clusters of a store that the table does not lead to.
+    /// Returns the clusters of a store that the table does not use.
     pub(super) fn free(&self, store: u16) -> Vec<Place> {
         let all = (0..self.sectors_of(store) / CLUSTER).map(|cluster| Place { store, cluster });
         all.filter(|place| !self.table.contains(&Some(*place)))

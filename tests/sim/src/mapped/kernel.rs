@@ -12,14 +12,14 @@ use ring::tap::shadow::{Op, Request};
 use super::image::{BASE, FIRST, FOREIGN};
 use super::{Fault, Scene};
 
-/// What a queue executes.
+/// A request that a queue executes.
 #[derive(Clone, Debug)]
 pub(super) struct Running {
     pub(super) tag: u16,
     pub(super) range: Sectors,
-    /// The shadow does not know of it: a planted fault.
+    /// The shadow does not know of the request: a planted fault.
     pub(super) beside: bool,
-    /// Much else happens meanwhile.
+    /// Many other steps happen during its execution.
     is_slow: bool,
     work: Work,
 }
@@ -35,7 +35,7 @@ enum Work {
 }
 
 impl Scene {
-    /// Begins what was just posted, if it needs no process and nothing is in its way.
+    /// Begins a request that was just posted, if it needs no process and no other request blocks it.
     pub(super) fn begin(&mut self, tag: u16) {
         let mut parts = Parts::default();
         if let Some(start) = self.shadow.begin(DiskTag::new(tag), &mut parts) {
@@ -43,7 +43,7 @@ impl Scene {
         }
     }
 
-    /// The same for what has its data in pages of the guest; it is taken back if that cannot be.
+    /// Begins a request whose data is in pages of the guest; takes it back if it cannot be begun.
     pub(super) fn begin_mapped(&mut self, tag: u16) {
         let mut parts = Parts::default();
         let disk_tag = DiskTag::new(tag);
@@ -66,7 +66,7 @@ impl Scene {
         }
     }
 
-    /// The thread of the queue looks at what it was told of.
+    /// Resumes requests in the thread of the queue, after a wake-up.
     pub(super) fn resume(&mut self) {
         if !std::mem::replace(&mut self.told, false) {
             return;
@@ -114,7 +114,7 @@ impl Scene {
         });
     }
 
-    /// A planted fault: the queue begins something that the shadow does not know of.
+    /// Begins a request that the shadow does not know of: a planted fault.
     pub(super) fn begin_beside(&mut self, tag: u16, queue: u16, request: &Request) -> bool {
         let work = match request.op {
             _ if queue != 0 => None,
@@ -131,7 +131,7 @@ impl Scene {
         true
     }
 
-    /// Where the map has a request.
+    /// Returns the places that the map has for a request.
     fn found(&mut self, request: &Request) -> Option<Work> {
         let reads = request.op == Op::Read;
         let access = if reads {
@@ -159,7 +159,7 @@ impl Scene {
         Some(Work::Transfer { reads, left })
     }
 
-    /// Some I/O comes a step further.
+    /// Executes a step of some I/O.
     pub(super) fn execute_some(&mut self) {
         if self.running.is_empty() {
             return;
@@ -240,7 +240,7 @@ impl Scene {
     }
 }
 
-/// What a request has to do with; all of the disk is that of a flush.
+/// Returns the range of a request; that of a flush is the whole disk.
 fn range(request: &Request) -> Sectors {
     Sectors::new(request.sector, request.sectors).unwrap_or(Sectors::ALL)
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A disk whose process tells the kernel where it is, and goes on changing that: the real shadow and the real map
-//! between guests, a kernel that executes with delays, and processes that copy, move and free clusters, and die.
+//! A disk whose process maps extents for the kernel and keeps changing them: the real shadow and the real map between
+//! guests, a kernel that executes with delays, and processes that copy, move and free clusters, and die.
 //!
-//! The oracle is the history of the guest, as for every disk: whoever has executed the requests, there is an order of
-//! them in which what was answered comes before what was asked for later, and each read finds what is before it. That
-//! is all: what queues execute at the same time has no order, even if it overlaps. After a flush a power cut loses
-//! nothing that was answered before it. A process that lies harms its own disk alone.
+//! The oracle is the history of the guest, as for every disk: the requests must have an order in which an answered
+//! request comes before a later one, and each read returns the data of the writes before it, whether queues or
+//! processes executed them. Requests that queues execute concurrently have no order, even if they overlap. After a
+//! flush, a power cut loses no write that was answered before it. A lying process harms only its own disk.
 
 mod guest;
 mod image;
@@ -27,40 +27,40 @@ use image::{Image, BASE, CLUSTERS, FIRST, SECOND, SECTORS};
 use kernel::Running;
 use process::Process;
 
-/// Clusters where most requests are, and most that is moved and looked up.
+/// Clusters with most of the requests, moves and lookups.
 const HOT: u64 = 6;
-/// Tags of the queue that executes what is mapped, and of one that does not.
+/// Tags of the queue that executes mapped requests; the other queue executes none.
 const ABLE: std::ops::Range<u16> = 0..8;
 const UNABLE: std::ops::Range<u16> = 8..11;
-/// Steps after which a case that has not ended never will.
+/// Steps after which a case counts as stuck.
 const PATIENCE: u32 = 200_000;
 
 type DiskMap = Option<Box<Map<Vec<Slot>, Vec<Leaf>>>>;
 
-/// A fault of what is around the shadow and the map, or in how their rules are kept.
+/// A fault in the surroundings of the shadow and the map, or a broken rule of theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// A recall returns while what it takes back is used.
+    /// A recall returns while the recalled range is in use.
     RecallAtOnce,
-    /// What the process gets, answers or leaves changes nothing that is known.
+    /// Requests that the process gets, answers or leaves do not change the map.
     ForgetChanges,
-    /// A process begins with what the last one has said.
+    /// A process begins with the mappings of the last one.
     KeepAtStart,
-    /// What a queue executes is given to the next process as well.
+    /// The next process gets a request that a queue executes.
     GiveAway,
-    /// A queue executes what is mapped, whatever is in its way.
+    /// A queue executes a mapped request without waiting for overlapping ones.
     IgnoreOverlap,
-    /// What was found out before a change counts after it.
+    /// A lookup from before a change counts after it.
     IgnoreGeneration,
-    /// The process says where a cluster is before the image does.
+    /// The process maps a cluster before the image has it there.
     TellEarly,
-    /// A flush of the disk is one of its first store alone.
+    /// A flush of the disk flushes its first store only.
     FlushOne,
-    /// What failed with its data in mapped pages goes to the process, as what has its data in the arena.
+    /// The process gets a failed request whose data is in mapped pages, as if the data were in the arena.
     ServeMapped,
 }
 
-/// What may happen; chances are in a hundred.
+/// Plan of a case; chances are in a hundred.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// Requests of the guest.
@@ -69,19 +69,19 @@ pub struct Plan {
     pub deaths: u32,
     /// Chance of a death in each step.
     pub death: u64,
-    /// A part of the disk is in a store that it shares.
+    /// A part of the disk is in a shared store.
     pub base: bool,
-    /// Flushes are for the kernel, and another store comes later.
+    /// The kernel executes flushes, and another store is added later.
     pub grows: bool,
-    /// Clusters are moved in so many of the steps of a process.
+    /// Chance that a step of a process moves a cluster.
     pub moves: u64,
-    /// Reads and writes of the queue that executes something have their data in pages of the guest that are mapped.
+    /// Chance that a read or write of the queue that executes requests has its data in mapped pages of the guest.
     pub mapped: u64,
-    /// What a queue executes fails.
+    /// Chance that a request which a queue executes fails.
     pub failing: u64,
-    /// It takes long.
+    /// Chance that it takes long.
     pub slow: u64,
-    /// Chance that the process says what is not true.
+    /// Chance that the process lies.
     pub lies: u64,
 }
 
@@ -102,16 +102,16 @@ impl Default for Plan {
     }
 }
 
-/// What happened.
+/// Events of a case.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     /// Requests that queues executed.
     pub executed: u64,
-    /// Those of them that failed there.
+    /// Requests among them that failed there.
     pub redone: u64,
     /// Requests that were begun with their data mapped.
     pub begun_mapped: u64,
-    /// Those of them that failed, and were posted anew.
+    /// Requests among them that failed, and were posted anew.
     pub failed_mapped: u64,
     /// Requests with mapped data that could not be begun, and were posted anew.
     pub taken_back: u64,
@@ -127,9 +127,9 @@ pub struct Counts {
     pub freed: u64,
     /// Recalls that had to wait.
     pub waited: u64,
-    /// What processes said that was refused.
+    /// Mappings of processes that were refused.
     pub refused: u64,
-    /// Processes that began while queues executed something.
+    /// Processes that began while queues executed requests.
     pub begun_beside: u64,
     /// Processes that died.
     pub deaths: u64,
@@ -137,12 +137,12 @@ pub struct Counts {
     pub flushed: u64,
     /// Flushes that processes executed.
     pub synced: u64,
-    /// Extents that were forgotten for want of room.
+    /// Extents that were forgotten for lack of room.
     pub evicted: u64,
 }
 
 impl Counts {
-    /// Adds what happened in another case.
+    /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.executed += other.executed;
         self.redone += other.redone;
@@ -164,7 +164,7 @@ impl Counts {
     }
 }
 
-/// All of it.
+/// Everything in a case.
 struct Scene {
     rng: Rng,
     plan: Plan,
@@ -172,9 +172,9 @@ struct Scene {
     shadow: Shadow<Vec<Entry>, DiskMap>,
     image: Image,
     guest: Guest,
-    /// What queues execute.
+    /// Requests that queues execute.
     running: Vec<Running>,
-    /// The queue was told that it can begin something.
+    /// The queue was woken to begin a request.
     told: bool,
     process: Option<Process>,
     deaths: u32,
@@ -182,7 +182,7 @@ struct Scene {
     counts: Counts,
 }
 
-/// Runs the case of a seed. Returns what was wrong, and what happened.
+/// Runs the case of a seed. Returns the violations, and the counts.
 pub fn run_mapped(seed: u64, plan: &Plan, fault: Option<Fault>) -> (Vec<String>, Counts) {
     let mut scene = Scene::new(seed, plan, fault);
     for _ in 0..PATIENCE {
@@ -202,7 +202,7 @@ fn number(store: u16) -> BackingNumber {
 
 impl Scene {
     fn new(seed: u64, plan: &Plan, fault: Option<Fault>) -> Self {
-        // So few leaves that some is forgotten.
+        // One leaf only, so that some extents are forgotten.
         let memory = (vec![Slot::FREE; 1], vec![Leaf::FREE; 1]);
         let map = Map::new(memory.0, memory.1, SECTORS, true);
         let tags = usize::from(UNABLE.end);
@@ -230,7 +230,7 @@ impl Scene {
         scene
     }
 
-    /// What the supervisor does.
+    /// Adds a backing, as the supervisor does.
     fn add_backing(&mut self, store: u16) {
         let backing = Backing {
             sectors: self.image.sectors_of(store),
@@ -257,7 +257,7 @@ impl Scene {
         self.problems.push(what);
     }
 
-    /// Does something of which what is known is to know nothing, if the fault is planted.
+    /// Makes a change that the map must not learn of, if the fault is planted.
     fn unnoticed<T>(&mut self, fault: Fault, change: impl FnOnce(&mut Self) -> T) -> T {
         let before = self.commits(fault).then(|| self.shadow.map().clone());
         let result = change(self);
@@ -267,7 +267,7 @@ impl Scene {
         result
     }
 
-    /// After each change of what waits, or of what is known.
+    /// Wakes the queue after a change of waiting requests or of the map.
     fn announce(&mut self) {
         self.shadow.sort();
         self.told |= self.shadow.take_resumable() & 1 != 0;
@@ -299,7 +299,7 @@ impl Scene {
         if self.process.is_none() {
             return self.begin_process();
         }
-        // It dies most likely while queues execute something.
+        // It dies most likely while queues execute requests.
         let death = self.plan.death * if self.running.is_empty() { 1 } else { 4 };
         if self.deaths > 0 && self.rng.percent(death) {
             self.deaths -= 1;
@@ -309,7 +309,7 @@ impl Scene {
     }
 
     fn begin_process(&mut self) {
-        // A guest is not always without one for long.
+        // A guest is not always without a process for long.
         if !self.rng.percent(20) {
             return;
         }
@@ -339,7 +339,7 @@ impl Scene {
         self.announce();
     }
 
-    /// True if something of a range is being executed.
+    /// Returns true if a request that overlaps a range is being executed.
     fn is_executing(&self, range: &Sectors) -> bool {
         let beside = |running: &Running| running.beside && running.range.common(range).is_some();
         self.shadow.is_executing(range) || self.running.iter().any(beside)

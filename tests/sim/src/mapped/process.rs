@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
 //! The process: it executes what is delivered, copies a cluster before it writes to one that it shares, frees those
-//! that are discarded, moves others, and tells the kernel what it has looked up. Each of these goes on beside the
-//! others, a sector at a time, and ends anywhere with the process.
+//! that are discarded, moves others, and maps the extents that it has looked up. All of these jobs run concurrently, a
+//! sector at a time, and end at any point when the process dies.
 
 use std::collections::BTreeSet;
 
@@ -16,9 +16,9 @@ use ring::tap::shadow::Committed;
 use super::image::{Image, Place, CLUSTER, CLUSTERS, FIRST, FOREIGN, SECOND, SECTORS};
 use super::{number, Fault, Scene};
 
-/// What is in the arena where nobody has put any data.
+/// Content of the arena where no data was stored.
 const ARENA: u64 = 0xa4e_4a00;
-/// Things that a process does at a time besides requests.
+/// Number of concurrent jobs of a process besides requests.
 const BESIDE: usize = 2;
 
 #[derive(Clone, Debug)]
@@ -27,13 +27,13 @@ pub(super) struct Process {
     jobs: Vec<Job>,
     free: Vec<Place>,
     has_second: bool,
-    /// Clusters that a write or a move has for itself.
+    /// Clusters that a write or a move has locked.
     locked: BTreeSet<u64>,
-    /// Clusters of which the kernel may know from this process.
+    /// Clusters that this process may have mapped.
     told: BTreeSet<u64>,
-    /// What the last one has told is not used any more.
+    /// Mappings of the last process are not in use any more.
     is_settled: bool,
-    /// Flushes are for the kernel, which is to be told.
+    /// The kernel executes flushes, so the process must map the flush.
     tells_flush: bool,
 }
 
@@ -54,7 +54,7 @@ enum Job {
     },
 }
 
-/// A cluster on its way to another place.
+/// A cluster that is being copied to another place.
 #[derive(Clone, Debug)]
 struct Copying {
     to: Place,
@@ -69,14 +69,14 @@ enum Stage {
     Copy(Copying),
 }
 
-/// What became of a step of a job.
+/// Result of a step of a job.
 enum Step {
     Goes(Job),
     Ends,
 }
 
 impl Process {
-    /// It finds out what is free as any format does that has no use for what no table leads to.
+    /// Starts a process. It determines the free clusters from the table, as any format does.
     pub(super) fn new(epoch: u64, image: &Image, tells_flush: bool) -> Self {
         Self {
             epoch,
@@ -101,7 +101,7 @@ fn sectors_of(cluster: u64) -> Sectors {
 }
 
 impl Scene {
-    /// Who calls this has looked that there is one.
+    /// Returns the process. The caller has checked that there is one.
     fn server(&mut self) -> &mut Process {
         self.process.as_mut().expect("there is a process")
     }
@@ -118,7 +118,7 @@ impl Scene {
         }
     }
 
-    /// What it finds out without asking for it.
+    /// Lets the process learn of changes that it did not cause.
     fn look_around(&mut self) {
         let executes = self.is_executing(&Sectors::ALL);
         let has_second = self.map().has_backing(number(SECOND));
@@ -126,11 +126,11 @@ impl Scene {
         let server = self.server();
         server.is_settled |= !executes;
         if has_second && !std::mem::replace(&mut server.has_second, true) {
-            // To be used next.
+            // Put in front, to be used next.
             server.free.extend(free);
         }
         if std::mem::replace(&mut server.tells_flush, false) {
-            // The kernel refuses if there are two stores already.
+            // The kernel refuses the flush if there are two stores already.
             let _taken = self.map().set_flush();
             self.announce();
         }
@@ -212,7 +212,7 @@ impl Scene {
         Step::Goes(Job::Request { desc, at, copy })
     }
 
-    /// A sector of the data of a request; it is replaced by one that was read.
+    /// Returns a sector of the data of a request, after replacing it by `found` if that is a value that was read.
     fn data(&mut self, desc: &Desc, at: u64, found: Option<u64>) -> u64 {
         let posted = self.guest.posted.get_mut(&desc.tag);
         let is_mapped = posted.as_ref().is_some_and(|posted| posted.is_mapped);
@@ -273,7 +273,8 @@ impl Scene {
         }
     }
 
-    /// A step of a write to a cluster that is shared, or nowhere: all of it goes elsewhere, with what is written.
+    /// A step of a write to a cluster that is shared or not allocated: copies the whole cluster to another place, with
+    /// the new data.
     fn copy_for(
         &mut self,
         desc: &Desc,
@@ -323,13 +324,13 @@ impl Scene {
         }
     }
 
-    /// A step of a move. Before it copies, the kernel must not use the old place any more.
+    /// A step of a move. Before it copies, the kernel must stop using the old place.
     fn step_move(&mut self, cluster: u64, stage: Stage) -> Step {
         let range = sectors_of(cluster);
         let stage = match stage {
             Stage::Begin => {
                 let server = self.server();
-                // Of what nobody has told, and nobody uses, nothing is to be taken back.
+                // No recall is needed if no process mapped the cluster and no I/O uses it.
                 if server.is_settled && !server.told.remove(&cluster) {
                     Stage::Copy(self.new_place())
                 } else {
@@ -365,20 +366,20 @@ impl Scene {
         Step::Goes(Job::Move { cluster, stage })
     }
 
-    /// Looks up where some clusters are; the kernel hears of it later.
+    /// Looks up the places of some clusters; the kernel gets them later.
     fn look(&mut self) {
         let generation = self.map().generation();
         let first = self.cluster();
         let mut found = Vec::new();
         for cluster in first..(first + 4).min(CLUSTERS) {
-            // What moves is told when it has arrived. What is written or freed may be looked up all the same: the
-            // kernel knows of that.
+            // A cluster that is moving is mapped when it has arrived. One that is being written or freed may be looked
+            // up, because the kernel knows of that request.
             let moves =
                 |job: &Job| matches!(job, Job::Move { cluster: its, .. } if *its == cluster);
             if self.server().jobs.iter().any(moves) {
                 continue;
             }
-            // Whoever moves it from now on has to take it back.
+            // A later move of the cluster must recall it.
             self.server().told.insert(cluster);
             found.push((cluster, self.image.place(cluster)));
         }
@@ -411,7 +412,7 @@ impl Scene {
         self.announce();
     }
 
-    /// Says anything, of any store, and takes anything back.
+    /// Maps anything, to any store, and recalls anything.
     fn lie(&mut self) {
         let start = self.rng.below(SECTORS + 8);
         let count = self.rng.pick(&[1, 3, 4, 17, SECTORS, u64::MAX - start]);

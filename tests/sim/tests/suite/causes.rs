@@ -123,7 +123,7 @@ fn a_request_that_can_be_neither_mapped_nor_copied_does_not_wait_for_the_end_of_
     world.run_clean();
 }
 
-/// A disk that can begin something from the moment on at which it was asked whether it can.
+/// A disk that can begin a request from the moment at which the engine asks whether it can.
 struct Told {
     disk: FakeDisk,
     told: Cell<bool>,
@@ -143,7 +143,7 @@ impl Backend for Told {
         self.begun = true;
     }
 
-    /// Who has woken the worker before this has woken it for nothing.
+    /// Takes all results, so that a wake-up from before this call finds none.
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
         self.disk.reap(done);
     }

@@ -7,7 +7,7 @@ use sim::machine::Setup;
 use sim::spec::Spec;
 use sim::world::{Storage, World};
 
-/// Pages for one of these requests, so that the next one waits.
+/// Returns a setup with pages for one of these requests, so that the next one waits.
 pub(crate) fn one_at_a_time() -> Setup {
     Setup {
         copy_pages: 16,
@@ -16,7 +16,7 @@ pub(crate) fn one_at_a_time() -> Setup {
     }
 }
 
-/// Writes of as many pages as there are to copy them, next to each other.
+/// Returns adjacent writes, each of as many pages as can be copied.
 pub(crate) fn large_writes<const COUNT: usize>() -> [Spec; COUNT] {
     std::array::from_fn(|number| Spec::indirect(OP_WRITE, 128 * number as u64, 16))
 }
@@ -106,7 +106,7 @@ fn a_ring_that_goes_while_io_is_started_is_not_used_again() {
         let setup = Setup {
             copy_max_segments,
             map_pages: 64,
-            // Everything completes before the backend returns, and waits to be answered.
+            // Every I/O completes before the backend returns, and its answer is due.
             synchronous: 100,
             ..Setup::default()
         };
@@ -118,7 +118,7 @@ fn a_ring_that_goes_while_io_is_started_is_not_used_again() {
         assert!(!pass.notify && !pass.again, "{pass:?}");
         let before = world.machine.borrow().accesses;
         assert_eq!(before.published, 0, "answers in a ring that is gone");
-        // The data of the write, before it was started; none of the read.
+        // The copies are those of the write's data, before it was started; none is of the read.
         assert_eq!(before.copies, u64::from(copy_max_segments > 0));
         for _ in 0..3 {
             let _pass = world.engine.pass();

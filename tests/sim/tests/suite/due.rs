@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A look that was put off comes when the first of those who want one wants it.
+//! A delayed check runs when the first of its callers needs it.
 
 use blkback::due::Due;
 use sim::rng::Rng;
@@ -27,7 +27,7 @@ fn whoever_wants_a_look_gets_one_in_time() {
         for _ in 0..200 {
             now += rng.below(50);
             if timer.0.is_some_and(|at| at <= now) {
-                // It runs, and all who still wait ask again.
+                // The timer fires, and all callers that still wait ask again.
                 timer.0 = None;
                 wanted.retain(|at| *at > now);
                 for at in &wanted {

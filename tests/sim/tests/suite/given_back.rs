@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A backend that cannot do all I/O with pages of the guest: what it gives back is done in pages of the queue, once.
+//! A backend that cannot do all I/O with pages of the guest: the engine repeats an I/O that it gives back once, in
+//! pages of the queue.
 
 use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::{OP_READ, OP_WRITE, OP_WRITE_BARRIER};
@@ -35,13 +36,13 @@ fn each(setup: &Setup, case: impl Fn(&mut World<'_>)) {
     }
 }
 
-/// I/Os that the disk has given back.
+/// Returns the number of I/Os that the disk has given back.
 fn given_back<B: Backend>(world: &World<'_, B>) -> u64 {
     let (at_once, late) = world.machine.borrow().disk.given_back;
     at_once + late
 }
 
-/// So many requests, of which every other one is a read.
+/// Returns `count` requests, alternately reads and writes.
 fn some(count: usize, pages: usize) -> Vec<Spec> {
     let one = |at: usize| match at % 2 {
         0 => Spec::indirect(OP_WRITE, 512 * at as u64 % 2048, pages),
@@ -117,7 +118,7 @@ fn those_for_which_there_are_no_pages_wait_for_each_other() {
     });
 }
 
-/// What was mapped as a whole is done piece by piece.
+/// A request that was mapped as a whole is executed piece by piece.
 #[test]
 fn what_is_done_in_pieces_is_counted_once() {
     let setup = Setup {
@@ -221,7 +222,7 @@ fn a_ring_that_goes_while_io_is_given_back_is_not_used_again() {
     }
 }
 
-/// A disk for which nothing is to be mapped.
+/// A disk that allows no mappings.
 struct Shy(FakeDisk);
 
 impl Backend for Shy {
@@ -283,7 +284,7 @@ fn every_schedule_is_explained_whatever_is_given_back() {
         sum += outcome.given_back;
     }
     println!("{count} cases, {sum} given back");
-    // A single case may show little.
+    // A single case may exercise little.
     assert!(count == 1 || sum > 5 * count, "{sum} in {count} cases");
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Guests that keep their pages granted: what is mapped stays so, and for how long.
+//! Guests with persistent grants: which pages stay mapped, and for how long.
 
 use ring::abi::{OP_READ, OP_WRITE};
 use sim::machine::Setup;
@@ -41,7 +41,7 @@ fn counts(world: &World<'_>) -> (u64, u64) {
     (accesses.copies, accesses.maps)
 }
 
-/// So many batches of copies and maps are made for these requests the first time, and none later.
+/// Checks that these requests need `first` batches of copies and maps the first time, and none later.
 fn is_known_later(some: &[Spec], first: (u64, u64), kept: u16) {
     each(512, |world| {
         serve(world, some);
@@ -85,11 +85,28 @@ fn a_page_that_others_hold_is_left_for_another_sweep() {
             .map(|(page, at)| (*page, *at))
             .unwrap();
         world.machine.borrow_mut().host.held.insert(page);
-        // An unmap would wait for as long as it is held.
+        // An unmap would wait for as long as the page has another user.
         assert_eq!(world.engine.sweep(true), 1);
         serve(world, &[Spec::pages(OP_READ, 0, 11)]);
         world.machine.borrow_mut().host.held.clear();
         assert_eq!(world.engine.sweep(true), 0);
+    });
+}
+
+#[test]
+fn a_queue_that_makes_room_copies_until_the_next_sweep() {
+    each(512, |world| {
+        let some = [Spec::pages(OP_WRITE, 0, 11)];
+        serve(world, &some);
+        let first = counts(world);
+        world.engine.make_room();
+        assert!(world.machine.borrow().host.mappings.is_empty());
+        serve(world, &some);
+        assert_eq!(world.engine.kept(), 0);
+        assert_eq!(counts(world), (first.0 + 1, first.1));
+        world.engine.sweep(false);
+        serve(world, &some);
+        assert_eq!(world.engine.kept(), 11);
     });
 }
 
@@ -128,7 +145,7 @@ fn pages_beyond_the_last_place_are_copied() {
             serve(world, &many);
             assert!(world.engine.kept() <= 16);
         }
-        // Nothing is tried again before the next sweep.
+        // No map is retried before the next sweep.
         let (_, maps) = counts(world);
         serve(world, &many);
         assert_eq!(counts(world).1, maps);
@@ -180,7 +197,7 @@ fn references_that_collide_are_looked_for_no_further_than_a_few() {
         }
         assert_eq!(world.engine.kept(), 16);
         assert_eq!(world.engine.stats().failed, 0);
-        // Those that are not kept are unmapped with their request.
+        // Pages that are not kept are unmapped with their request.
         assert_eq!(world.machine.borrow().host.mappings.len(), 16);
     });
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What is tried with the real engine and a machine that is not there: one program, which is linked once.
+//! Tests of the real engine on a simulated machine: one program, which is linked once.
 
 mod causes;
 mod closing;
 mod due;
 mod given_back;
+mod held;
 mod hostile;
 mod kept;
 mod mapped;
@@ -12,6 +13,7 @@ mod mapped_negative;
 mod moves;
 mod moves_negative;
 mod negative;
+mod offers;
 mod pages;
 mod patience;
 mod random;

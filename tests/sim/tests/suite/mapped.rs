@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A disk of which its process tells the kernel where it is, copies, moves and frees clusters, and dies.
+//! A disk whose process maps extents for the kernel, copies, moves and frees clusters, and dies.
 //!
-//! Each case is a plan with its own random schedules. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed
-//! in each test that is run.
+//! Each case is a plan with its own random schedules. `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in
+//! each test that is run.
 
 use sim::mapped::{run_mapped, Counts, Plan};
 use sim::rng::seeds;
@@ -13,7 +13,7 @@ fn cases() -> u64 {
     text.map_or(300, |text| text.parse().expect("SIM_CASES is a number"))
 }
 
-/// Runs the schedules of a plan; `enough` says of the sums whether they show anything.
+/// Runs the schedules of a plan; `enough` decides whether the sums show that it exercised anything.
 fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
     let (mut sum, mut count) = (Counts::default(), 0);
     for seed in seeds(cases()) {
@@ -27,7 +27,7 @@ fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
         count += 1;
     }
     println!("{count} cases: {sum:?}");
-    // A single case may show little.
+    // A single case may exercise little.
     assert!(count == 1 || enough(&sum, count), "{sum:?}");
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Negative controls of disks of which the kernel knows where they are: a rule of the kernel or of the process is
-//! switched off, and the oracle must find what comes of that.
+//! Negative controls of disks with mappings: a rule of the kernel or of the process is switched off, and the oracle
+//! must find the consequences.
 
 use sim::mapped::{run_mapped, Fault, Plan};
 use sim::negative::{self, CASES};
 
-/// What the history checker says of a value that cannot be.
+/// Report of the history checker about an impossible value.
 const UNEXPLAINED: &str = "no order of the writes";
 
 fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {

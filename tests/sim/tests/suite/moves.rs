@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Guests that are suspended in the middle of their work, and go on where they were or on another host: the cases S20,
-//! S23, S25, S26 and S28, as far as the engine and the shadow have to do with them, and frontends of different age.
+//! Guests that are suspended in the middle of their work, and resume on their host or on another one: the engine's and
+//! the shadow's part of the cases S20, S23, S25, S26 and S28, with frontends of different age.
 //!
-//! `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that is run. What shows that
-//! something would be found is in `moves_negative.rs`.
+//! `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in each test that is run. The negative controls are in
+//! `moves_negative.rs`.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ fn check(seed: u64, journey: &Journey) -> Counts {
     counts
 }
 
-/// Runs the schedules of a journey; `enough` says of the sums whether they show anything.
+/// Runs the schedules of a journey; `enough` decides whether the sums show that it exercised anything.
 fn run(journey: Journey, enough: impl Fn(&Counts, u64) -> bool) {
     if let Some(seed) = number("SIM_SEED") {
         println!("{:?}", check(seed, &journey));

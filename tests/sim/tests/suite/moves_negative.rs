@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
 //! Negative controls of guests that move: a rule of the hosts or of the guest is switched off, and the checker must
-//! find what comes of that. H1, H10 and H12 are the hazards of moving.
+//! find the consequences. H1, H10 and H12 are the hazards of moving.
 
 use sim::again::Age;
 use sim::machine::Fault;
@@ -44,7 +44,7 @@ fn cancelled() -> Journey {
     }
 }
 
-/// A guest that is copied while it runs, and always moved.
+/// A guest whose memory is copied while it runs, and that always moves.
 fn copied(way: Way) -> Journey {
     Journey {
         way,
@@ -68,7 +68,7 @@ fn without_a_fault_nothing_is_reported() {
     }
 }
 
-/// What the guest has heard of holds on any host.
+/// An answer that the guest has seen holds on every host.
 #[test]
 fn what_is_lost_before_a_move_is_found() {
     let words = "which no order of the writes explains";
@@ -103,7 +103,7 @@ fn h12_what_is_given_up_is_found_when_the_guest_goes_on_with_its_ring() {
     }
 }
 
-/// That is why nobody misses it before a suspend is cancelled.
+/// That is why the loss shows only if a suspend is cancelled.
 #[test]
 fn h12_what_is_given_up_is_asked_for_again_by_a_guest_that_is_moved() {
     for plan in [None, served()] {

@@ -2,8 +2,8 @@
 
 //! Negative controls: a fault is planted into a fake, and the checker must find it.
 //!
-//! Each fault is tried on a number of seeds. A fault that has no chance in a case (no flush, no
-//! mapping) or that the schedule happens to hide is no miss; one that is found in few cases is.
+//! Each fault is tried on a number of seeds. A fault that has no chance in a case (no flush, no mapping) or that the
+//! schedule happens to hide does not count as a miss; one that is found in few cases does.
 
 use ring::abi::OP_READ;
 use ring::request::Limits;
@@ -26,7 +26,7 @@ fn setup() -> Setup {
     }
 }
 
-/// Cases in which the planted fault was reported, and the first report.
+/// Returns the number of cases in which the planted fault was reported, and the first report.
 fn found(setup: &Setup, fault: Fault) -> (u64, Vec<String>) {
     let mut found = 0;
     let mut first = Vec::new();
@@ -78,7 +78,7 @@ fn a_lost_completion_is_found() {
 
 #[test]
 fn a_doubled_completion_is_found() {
-    // It harms nobody until its tag is in use again, and then only what is still running.
+    // It does harm only once its tag is in use again, and only to I/O that still runs then.
     must_find(
         &setup(),
         Fault::DoubleCompletion,
@@ -164,7 +164,7 @@ fn a_leaked_mapping_is_found() {
 
 #[test]
 fn a_lost_event_is_found() {
-    // A disk that is busy would wake the worker and hide it.
+    // A busy disk would wake the worker and hide the fault.
     let setup = Setup {
         synchronous: 100,
         race: 0,
@@ -193,7 +193,7 @@ fn an_answer_to_another_request_is_found() {
     must_find(&setup(), Fault::WrongId, CASES, &["nobody waits"]);
 }
 
-/// What is reported when the guest always has eight requests in the ring.
+/// Returns the reports when the guest always has eight requests in the ring.
 fn steady_load(fault: Option<Fault>) -> Vec<String> {
     let setup = Setup {
         fifo: true,

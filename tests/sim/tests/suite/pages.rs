@@ -28,7 +28,7 @@ fn shape(copy: u16, map: u16) -> Shape {
     }
 }
 
-/// Takes a chain, fills it, and says which pages it has.
+/// Takes a chain, fills it, and returns its pages.
 fn take(table: &mut Segments<'_>, pool: Pool, count: u16) -> Option<Vec<u16>> {
     let head = table.alloc(pool, count)?;
     let mut at = head;
@@ -71,7 +71,7 @@ fn every_page_belongs_to_one_chain() {
         match take(&mut table, Pool::Copy, count) {
             Some(pages) if step % 3 != 0 || count == 0 => taken.push(pages),
             got => {
-                // Chains come back in another order than they were taken.
+                // Chains are returned in another order than they were taken.
                 if let Some(pages) = got {
                     taken.push(pages);
                 }
@@ -93,7 +93,7 @@ fn every_page_belongs_to_one_chain() {
     }
 }
 
-/// Pieces of neighbouring pages.
+/// Returns the number of runs of adjacent pages.
 fn runs(pages: &[u16]) -> usize {
     1 + pages.windows(2).filter(|p| p[0] + 1 != p[1]).count()
 }

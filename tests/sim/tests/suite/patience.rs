@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! When a connect that failed is tried again: soon after a shortage has passed, and seldom for a frontend that is
-//! refused again and again, whatever it does between.
+//! Retries of a failed connect: soon after a shortage has passed, and seldom for a frontend that is refused again and
+//! again, whatever it does in between.
 
 use blkback::patience::{is_shortage, store_recovers, Patience};
 use sim::rng::{seeds, Rng};
@@ -9,9 +9,9 @@ use sim::rng::{seeds, Rng};
 const MS: u64 = 1_000_000;
 const S: u64 = 1000 * MS;
 
-/// A frontend that connects as often as it is let, for so many seconds; returns how often it was refused.
+/// A frontend that connects as often as it may, for a number of seconds; returns the number of refusals.
 ///
-/// `is_good` says of each of its connects whether it works, and `after` how long it does something else afterwards.
+/// `is_good` decides for each of its connects whether it works, and `after` how long it does something else afterwards.
 fn refusals(
     seconds: u64,
     mut is_good: impl FnMut() -> bool,

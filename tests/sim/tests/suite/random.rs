@@ -2,8 +2,8 @@
 
 //! Random cases of the phy data path.
 //!
-//! The seeds of a run follow on a random one. `SIM_CASES=n` runs so many cases, `SIM_SEED=n` replays
-//! one. Without them cases run until the time for a default run is over.
+//! The seeds of a run count up from a random one. `SIM_CASES=n` runs n cases, `SIM_SEED=n` replays one. Without them
+//! cases run until the time for a default run is over.
 
 use std::time::{Duration, Instant};
 

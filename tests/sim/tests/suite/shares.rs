@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Who gets how much memory: bounds that change at any time, and fairness between guests.
+//! Shares of memory: bounds that change at any time, and fairness between guests.
 
 use blkback::shares::{Bounds, Guest, Host, Refusal};
 use sim::rng::{seeds, Rng};
 
 const BLOCK: u32 = 8;
 
-/// The host as its guests see it; each guest's queues ask for memory as long as they want some.
+/// The host as its guests see it; each guest's queues request memory for as long as they need some.
 struct Scene {
     host: Host,
     guests: Vec<(Guest, u32)>,
@@ -43,7 +43,7 @@ impl Scene {
         *lent -= pages;
     }
 
-    /// What the guest owes comes back, in whole blocks.
+    /// Returns memory that the guest owes, in whole blocks.
     fn pay(&mut self, who: usize) {
         let owed = self.host.owed(&self.guests[who].0, self.bounds);
         self.give_back(who, owed.next_multiple_of(BLOCK));
@@ -101,7 +101,7 @@ fn a_guest_that_comes_late_gets_its_share() {
     for late in 1..4 {
         let mut rounds = 0;
         while scene.lent(late) < 1024 / (late as u32 + 1) - BLOCK {
-            // The one that was first asks again and again, and all pay what they owe.
+            // The first guest asks again and again, and all pay what they owe.
             for who in 0..=late {
                 while scene.borrow(who) {}
                 scene.pay(who);
@@ -117,7 +117,7 @@ fn a_guest_that_comes_late_gets_its_share() {
             scene.lent(who)
         );
     }
-    // Those that go leave their part to the others.
+    // Guests that leave free their part for the others.
     for who in 1..4 {
         scene.give_back(who, u32::MAX);
         scene.host.is_content(&mut scene.guests[who].0);
@@ -169,7 +169,7 @@ fn any_order_of_events_keeps_the_books() {
             let lent: u32 = scene.guests.iter().map(|(_, lent)| lent).sum();
             assert_eq!(scene.host.held(), 32 * many as u32 + lent, "{seed}, {step}");
         }
-        // Whatever the bounds are now: when all pay and nobody asks, they hold.
+        // When all pay and no guest asks, the current bounds hold.
         for who in 0..many {
             scene.host.is_content(&mut scene.guests[who].0);
         }
@@ -180,7 +180,7 @@ fn any_order_of_events_keeps_the_books() {
         for (guest, _) in &scene.guests {
             assert!(guest.held() <= scene.bounds.guest, "{seed}");
         }
-        // And then everybody gets something, if there is something for everybody.
+        // Then each guest gets a part, if there is enough for all.
         let room = scene.bounds.host - 32 * many as u32;
         let share = (room / many as u32).min(scene.bounds.guest - 32);
         for _ in 0..100 {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! A disk that processes serve, which die, hang and lie: the cases S1 to S13 and S16 to S18, as
-//! far as the engine and the shadow have to do with them.
+//! A disk that processes serve, which die, hang and lie: the engine's and the shadow's part of the cases S1 to S13 and
+//! S16 to S18.
 //!
-//! Each case is a plan with its own random schedules: their seeds follow on a random one, until the
-//! time for a default run is over. `SIM_CASES=n` runs so many of each, `SIM_SEED=n` replays one seed in each test that
-//! is run.
+//! Each case is a plan with its own random schedules: the seeds count up from a random one, until the time for a
+//! default run is over. `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in each test that is run.
 
 use std::time::{Duration, Instant};
 
@@ -38,7 +37,7 @@ fn check(seed: u64, plan: &Plan, case: Case) -> Served {
     served
 }
 
-/// Runs the schedules of a plan; `enough` says of the sums whether they show anything.
+/// Runs the schedules of a plan; `enough` decides whether the sums show that it exercised anything.
 fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
     run_cases(plan, |seed, plan| run_served(seed, plan, None), enough);
 }
@@ -145,7 +144,7 @@ fn s05_what_may_be_executed_at_any_time_is_not_executed_again() {
 
 #[test]
 fn s06_new_writes_wait_for_those_that_are_executed_again() {
-    // The guest goes on while there is no process and while requests are executed again.
+    // The guest continues while there is no process and during a replay.
     let plan = Plan {
         deaths: 8,
         death: 10,
@@ -157,7 +156,7 @@ fn s06_new_writes_wait_for_those_that_are_executed_again() {
 
 #[test]
 fn s07_reads_do_not_go_backwards() {
-    // Reads are answered while the writes that they see are not.
+    // Reads are answered before the writes that they see.
     let plan = Plan {
         deaths: 20,
         death: 20,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Negative controls of a disk that processes serve: what a crash can do is planted into the
-//! surroundings of the shadow, and the checker must find it.
+//! Negative controls of a disk that processes serve: effects of a crash are planted into the surroundings of the
+//! shadow, and the checker must find them.
 //!
-//! H1 to H6, H9 and H11 are the hazards of executing requests again. Each fault is tried on a
-//! number of seeds; one that is found in few of them is a miss.
+//! H1 to H6, H9 and H11 are the hazards of a replay. Each fault is tried on a number of seeds; one that is found in few
+//! of them is a miss.
 
 use sim::machine::Fault;
 use sim::negative::{self, CASES};
@@ -16,7 +16,7 @@ fn plan() -> Plan {
         deaths: 30,
         moment: Moment::Any,
         death: 10,
-        // What the guest can know must do, but for the case that it cannot know of.
+        // Only the guest's view is checked, except in the case that it cannot see.
         any_order: true,
         ..Plan::default()
     }
@@ -105,7 +105,7 @@ fn h2_a_write_that_is_executed_twice_is_found() {
 
 #[test]
 fn h3_requests_that_overtake_others_are_found() {
-    // As long as none of them is answered, a guest cannot know of it.
+    // A guest cannot see it before one of them is answered.
     let plan = Plan {
         any_order: false,
         ..plan()
@@ -116,7 +116,7 @@ fn h3_requests_that_overtake_others_are_found() {
 
 #[test]
 fn h4_reads_that_go_backwards_are_found() {
-    // What the guest alone can know: it saw two values in turn.
+    // Only the guest can see this: it read two values in turn.
     let plan = Plan {
         deaths: 200,
         moment: Moment::Executed,
@@ -178,7 +178,8 @@ fn a_guest_that_is_served_while_there_are_orphans_is_found() {
     assert!(found >= CASES / 4, "found in {found} of {CASES} cases");
 }
 
-/// Who comes back begins at the first slot without an answer, where the answer of a later request may be.
+/// A driver that attaches again begins at the first slot without an answer, which may hold the answer to a later
+/// request.
 #[test]
 fn rings_that_are_given_back_before_all_is_answered_and_served_again_are_found() {
     let plan = Plan {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! How long I/O takes and requests wait, by a clock that the test sets.
+//! Durations of I/O and waiting times of requests, by a clock that the test sets.
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
 use sim::machine::Setup;
 use sim::spec::Spec;
 use sim::world::{Storage, World};
 
-/// In the order of arrival, and not before the test says so.
+/// I/O ends in the order of arrival, and not before the test lets it.
 fn slow() -> Setup {
     Setup {
         fifo: true,
@@ -20,7 +20,7 @@ fn at(world: &World<'_>, now: u64) {
     world.machine.borrow_mut().now = now;
 }
 
-/// The oldest I/O ends.
+/// Ends the oldest I/O.
 fn end_one(world: &mut World<'_>) {
     world.machine.borrow_mut().disk_step();
     let _pass = world.pass();
@@ -111,12 +111,12 @@ fn latencies_are_counted_while_that_is_switched_on() {
     let sums = counts.map(|steps| steps.iter().sum::<u64>());
     // Both reads took 4 to 8 us, the write 64 to 128.
     assert_eq!((counts[0][3], counts[1][7]), (2, 1));
-    // When the first one came into the ring nobody knows.
+    // The arrival of the first one in the ring is unknown.
     assert_eq!(sums, [2, 1, 0, 0, 2, 3, 3]);
     world.run_clean();
 }
 
-/// The step of each count of a histogram, once for each.
+/// Returns the step of each count of a histogram, once for each.
 fn steps(counts: &[u64]) -> Vec<usize> {
     let steps = counts.iter().enumerate();
     steps
@@ -124,7 +124,7 @@ fn steps(counts: &[u64]) -> Vec<usize> {
         .collect()
 }
 
-/// The pages of the second request are those of the first one, and the clock goes on while the engine works.
+/// The second request reuses the pages of the first one, and the clock advances while the engine works.
 #[test]
 fn what_is_before_an_io_and_after_it_is_counted() {
     let setup = Setup {
@@ -137,7 +137,7 @@ fn what_is_before_an_io_and_after_it_is_counted() {
     at(&world, 1_000);
     let _pass = world.pass();
     assert!(!world.engine.must_stay_awake());
-    // The event came later than the last look.
+    // The event came later than the last check.
     world.send(&[
         Spec::pages(OP_WRITE, 8, 11),
         Spec::pages(OP_WRITE, 1024, 11),
@@ -151,7 +151,7 @@ fn what_is_before_an_io_and_after_it_is_counted() {
     world.run_clean();
     let [_, writes, _, _, ring, pages, answers] = *world.engine.latencies().counts();
     assert_eq!(writes.iter().sum::<u64>(), 3);
-    // 9 us after the event; the last one was taken later, when there was room.
+    // 9 us after the event; the last one was taken later, when the ring had room.
     let waited = steps(&ring);
     assert!(waited.len() == 3 && waited[0] == 4, "{waited:?}");
     let waited = steps(&pages);
@@ -196,7 +196,7 @@ fn waiting_for_pages_is_counted_in_time_and_in_pieces() {
     assert_eq!(world.engine.stats().page_wait_ns, 0, "it has just begun");
     at(&world, 6_000);
     end_one(&mut world);
-    // The first one goes on with its second half.
+    // The first one continues with its second half.
     assert_eq!(world.engine.stats().page_wait_ns, 5_000);
     assert_eq!(world.engine.stats().pieces, 1);
     at(&world, 9_000);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Whether looking for work pays: what a queue looks and sleeps through costs little more than the
-//! better of both would have, whatever its guest does.
+//! Benefit of polling: the polls and sleeps of a queue cost little more than the better of both would have, whatever
+//! its guest does.
 
 use blkback::worth::Worth;
 use sim::rng::Rng;
 
 const SLEEP: u64 = 20_000;
 
-/// A queue, and what its waits have cost it in nanoseconds.
+/// A queue, and the cost of its waits in nanoseconds.
 struct Queue {
     worth: Worth,
     waits: u64,
@@ -26,7 +26,7 @@ impl Queue {
         }
     }
 
-    /// Waits once for work that comes after so long; so many requests gather while it sleeps.
+    /// Waits once for work that arrives after `after` nanoseconds; `gather` requests arrive during a sleep.
     fn wait(&mut self, after: u64, gather: u32) {
         self.waits += 1;
         let limit = self.worth.begin();
@@ -68,10 +68,10 @@ fn a_guest_that_comes_back_later_is_not() {
 #[test]
 fn where_requests_gather_in_a_sleep_each_is_worth_less_looking() {
     let mut queue = Queue::new(SLEEP);
-    // Looked for one by one they would cost more than one sleep for all of them.
+    // Polling for each of them would cost more than one sleep for all of them.
     queue.run(100, SLEEP / 4, 6);
     assert!(queue.run(1000, SLEEP / 4, 6) <= 20);
-    // And where they come in such a row that they would not, they are looked for.
+    // Requests that follow each other closely cost less with polling than with a sleep, so the queue polls.
     assert!(queue.run(1000, SLEEP / 20, 6) >= 900);
 }
 
@@ -84,7 +84,7 @@ fn a_guest_that_changes_its_ways_is_followed() {
         queue.run(100, 3 * SLEEP, 1);
         assert!(queue.run(100, 3 * SLEEP, 1) <= 3);
     }
-    // It looks now, with success; that requests gather is seen when one wait is done the other way.
+    // The queue polls now, with success; only a sleep shows that requests gather.
     queue.run(1000, SLEEP / 4, 1);
     queue.run(1000, SLEEP / 4, 64);
     assert!(queue.run(640, SLEEP / 4, 64) <= 40);
@@ -97,7 +97,7 @@ fn nothing_costs_more_than_twice_the_better_of_both() {
         let mut queue = Queue::new(SLEEP);
         let (mut always_look, mut always_sleep) = (0u64, 0u64);
         while queue.waits < 4000 {
-            // A guest keeps to its ways for a while.
+            // A guest keeps its behaviour for a while.
             let (mean, length) = (rng.below(4 * SLEEP) + 1, rng.below(200) + 1);
             for _ in 0..length {
                 let after = rng.below(2 * mean);
@@ -124,7 +124,7 @@ fn others_on_the_processor_make_looking_free_or_harmful() {
     assert_eq!(worth.begin(), 0);
     worth.is_free();
     worth.interrupted();
-    // That sleep was what is left of a wait that began with looking.
+    // That sleep was the rest of a wait that began with polling.
     worth.slept(100 * SLEEP);
     assert_eq!(worth.begin(), SLEEP);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! One execution of a case, and all that it is judged by: its own error, the guests, the logs of all
-//! kernels and of Xen, and what is left behind.
+//! One execution of a case, and all observations that its verdict depends on: its own error, the guests, the logs of
+//! all kernels and of Xen, and leaked objects.
 
 use super::{detach_own_disks, undo, Case, Context, Skip, RUNS};
 use crate::leaks::Leaks;
@@ -12,15 +12,15 @@ use dom0::xen;
 use std::time::Duration;
 use trouble::emulator;
 
-/// How one execution went.
+/// Result of one execution.
 #[derive(Default)]
 pub(super) struct Attempt {
-    /// What a guest that died can be the cause of: the case's error, guests that do not answer,
-    /// what could not be undone, counters that are not what they were, which counted the guest too.
+    /// Problems that a dead guest can cause: the case's error, guests that do not answer, clean-ups that failed, and
+    /// counters that are wrong because they counted the guest, too.
     failed: Vec<String>,
-    /// What nothing excuses: trouble in a log.
+    /// Problems that have no excuse: trouble in a log.
     trouble: Vec<String>,
-    /// Why the case could not run.
+    /// Reason why the case could not run.
     skipped: Option<String>,
     /// Whether the emulator killed a guest by which the case is judged.
     lost: bool,
@@ -106,7 +106,7 @@ impl Attempt {
         Ok(())
     }
 
-    /// What is wrong with the shared guests.
+    /// Checks the shared guests.
     fn judge_guests(&mut self, context: &Context) {
         let guests = [&context.pv, &context.wide, &context.pvh];
         for guest in guests.into_iter().flatten() {
@@ -129,7 +129,7 @@ impl Attempt {
         self.lost && !self.failed.is_empty() && self.trouble.is_empty()
     }
 
-    /// What becomes of the case if it is not run again.
+    /// Returns the result of the case, if it is not repeated.
     pub(super) fn verdict(mut self, case: &Case, driver: Driver) -> Verdict {
         if !case.finds.is_empty() {
             return self.found(case.finds);
@@ -150,7 +150,7 @@ impl Attempt {
 }
 
 impl Attempt {
-    /// What becomes of a case with a planted fault: it must be found, and no other trouble.
+    /// Returns the result of a case with a planted fault: the case must find it, and no other trouble.
     fn found(self, finds: &[&str]) -> Verdict {
         let problems = || self.failed.iter().chain(&self.trouble);
         let is_found = |what: &&&str| problems().any(|problem| problem.contains(**what));
@@ -175,8 +175,8 @@ fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::Fault)> {
     killed.collect()
 }
 
-/// Does something with guests; once more where the emulator killed one of them, which says nothing of what is done.
-/// `killed` is told of each.
+/// Runs `act` with guests, and repeats it if the emulator has killed one of them, which says nothing about `act`. It
+/// calls `killed` for each of these deaths.
 pub(crate) fn outlive_emulator<T>(
     on: &mut T,
     act: impl Fn(&mut T) -> Result<()>,
@@ -216,7 +216,7 @@ mod tests {
         assert!(attempt(&["the guest went away"], &[], true).is_excused());
         // A guest that is not judged was lost, or none.
         assert!(!attempt(&["the guest went away"], &[], false).is_excused());
-        // It held nevertheless.
+        // The case has passed nevertheless.
         assert!(!attempt(&[], &[], true).is_excused());
         // No death of a guest makes dom0's kernel complain.
         assert!(!attempt(&["the guest went away"], &["dom0: BUG: x"], true).is_excused());

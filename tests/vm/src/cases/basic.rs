@@ -120,8 +120,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A fio job of so many random writes of mixed sizes, up to indirect requests, in the first so many MiB;
-/// then it verifies all of them.
+/// Returns a fio job of `writes` random writes of mixed sizes, up to indirect requests, in the first `mib` MiB; then it
+/// verifies all of them.
 pub(crate) fn verify_job(device: &str, mib: u32, writes: u32, sector: u32) -> String {
     let sizes = if sector == 512 {
         "512/10:4k/40:12k/20:64k/20:512k/5:1m/5"
@@ -136,7 +136,7 @@ pub(crate) fn verify_job(device: &str, mib: u32, writes: u32, sector: u32) -> St
     )
 }
 
-/// Compares what the guest reads from its disk with what dom0 reads from the device below.
+/// Compares the content that the guest reads from its disk with that of the device in dom0.
 pub(crate) fn compare(guest: &Guest, vdev: &str, device: &str, mib: u32) -> Result<()> {
     let theirs = guest.run(&format!(
         "dd if=/dev/{vdev} bs=1M count={mib} iflag=direct 2>/dev/null | sha256sum"
@@ -481,7 +481,7 @@ fn statistics(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// What the log says of a disk: with whom and how it was connected, and what was done when that ended.
+/// Checks the messages about a disk: the guest, its features, and the clean-up at its end.
 fn log(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
@@ -571,7 +571,7 @@ pub(super) fn check_grown(guest: &Guest, vdev: &str, volume: &Lvm) -> Result<()>
     Ok(())
 }
 
-/// Waits until the guest knows that its disk has so many sectors of 512 bytes.
+/// Waits until the guest knows that its disk has `sectors` sectors of 512 bytes.
 pub(super) fn wait_size(guest: &Guest, vdev: &str, sectors: u64) -> Result<()> {
     let limit = Duration::from_secs(20);
     sh::wait_for("the guest's notice of the new size", limit, || {

@@ -7,7 +7,7 @@ use anyhow::{ensure, Result};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Where the frontends are: not below `device`, where the kernel would make devices of them.
+/// Folder of the frontends: not below `device`, where the kernel would make devices of them.
 const FRONTENDS: &str = "/local/domain/0/vmtest";
 const BACKENDS: &str = "/local/domain/0/backend";
 /// An answer of the driver comes within this time.
@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
     .nightly()]
 }
 
-/// A disk whose both ends are written here.
+/// A disk both of whose ends this case plays.
 struct Played {
     back: String,
     front: String,
@@ -65,7 +65,7 @@ impl Played {
         sh::wait_for("the end of the device", SOON, || Ok(!self.device.exists()))
     }
 
-    /// Everything below both directories, and what was reported about the device.
+    /// Returns everything below both directories, and the reports about the device.
     fn all(&self) -> Result<Vec<(String, Option<String>)>> {
         let errors = self.back.replace("/backend/", "/error/backend/");
         let mut all = Vec::new();
@@ -92,8 +92,8 @@ fn write(directory: &str, keys: &[(&str, &str)]) -> Result<()> {
     xs::write(&pairs)
 }
 
-/// Driver and supervisor have seen what was written before: one serves a disk that came later, the other
-/// one has told the driver of one.
+/// Waits until driver and supervisor have seen the earlier changes of xenstore: the driver serves a later disk, and the
+/// supervisor has named itself as the server of another one.
 fn settle(number: u32) -> Result<()> {
     let later = Played::make("vbd", number, &[])?;
     xs::wait_value(&later.state(), "2", SOON)?;
@@ -121,11 +121,11 @@ fn beside(context: &mut Context) -> Result<()> {
     for (number, (what, keys)) in (9000..).zip(theirs) {
         left_alone(number, keys).map_err(|error| error.context(what))?;
     }
-    // The driver that comes later takes what is ours, and nothing else.
-    // The supervisor has the driver's control node open.
+    // A driver that is loaded later takes its own devices, and no others. The supervisor has the driver's control node
+    // open.
     context.take_supervisor()?.stop()?;
     sh::run(&["rmmod", Driver::Rs.sys_module()])?;
-    // It would load the driver for the new devices, at any time and without our parameters.
+    // udev would load the driver for the new devices, at any time and without this case's parameters.
     let resume = || sh::run(&["udevadm", "control", "--start-exec-queue"]).map(drop);
     sh::run(&["udevadm", "control", "--stop-exec-queue"])?;
     context.at_end("let udev go on", resume);
@@ -143,7 +143,7 @@ fn beside(context: &mut Context) -> Result<()> {
     ours.remove()
 }
 
-/// The life of somebody else's disk, in which nobody but its two ends writes anything.
+/// Plays the life of a foreign disk, in whose directories only its two ends may write.
 fn left_alone(number: u32, keys: &[(&str, &str)]) -> Result<()> {
     let disk = Played::make("vbd3", number, keys)?;
     let named = ("physical-device", "1:0");

@@ -110,7 +110,7 @@ fn create(kind: Kind, disks: Vec<String>) -> Result<Guest> {
     })
 }
 
-/// A guest that booted from its first disk, and that disk; `meanwhile` is done beside the boot.
+/// Boots a guest from its first disk, and runs `meanwhile` beside that.
 fn booted(
     context: &mut Context,
     kind: Kind,
@@ -119,7 +119,7 @@ fn booted(
 ) -> Result<(Guest, Served)> {
     let beside = std::thread::spawn(meanwhile);
     let created = create(kind, disks);
-    // Whatever became of the guest: nothing that was begun here may go on in the next case.
+    // Whether the guest has booted or not, no action that began here may continue in the next case.
     let done = beside.join();
     let guest = created?;
     done.unwrap_or_else(|_| bail!("what was done beside the boot has died"))?;
@@ -134,7 +134,7 @@ fn booted(
     Ok((guest, disk))
 }
 
-/// The guest uses the disk that it booted from, then it goes; nothing stays behind.
+/// The guest uses the disk that it booted from, and is destroyed; nothing may stay behind.
 fn use_and_destroy(guest: Guest, disk: &Served, image: &str) -> Result<()> {
     guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
     compare(&guest, VDEV, image, 1 + DATA_MIB)?;
@@ -154,7 +154,7 @@ fn pygrub(context: &mut Context) -> Result<()> {
     use_and_destroy(guest, &disk, &image)
 }
 
-/// The system is in an image of a format; what the guest writes is there afterwards, by QEMU's word.
+/// The system is in an image of a format; QEMU must find the guest's writes in it afterwards.
 fn boots_from(context: &mut Context, kind: Kind, format: &Format) -> Result<()> {
     let raw = bootable(context)?;
     let path = image(context, &format!("boot.{}", format.driver), 1)?;
@@ -209,7 +209,7 @@ fn pygrub_drop_in(context: &mut Context) -> Result<()> {
     use_and_destroy(guest, &disk, &image)
 }
 
-/// How often QEMU asked the process of a tap disk.
+/// Returns the number of QEMU's requests to the process of a tap disk.
 fn asked_by_qemu(minor: u64) -> Result<u64> {
     let stats = tap::ctl_json(&["stats", "-m", &minor.to_string()])?;
     let asked = stats["nbd"].as_u64();
@@ -263,7 +263,7 @@ fn hvm(context: &mut Context) -> Result<()> {
 fn hvm_drop_in(context: &mut Context) -> Result<()> {
     let image = bootable(context)?;
     stand_in(context)?;
-    // libxl then gives QEMU the image itself; the tapdisk has it already, and keeps it for itself.
+    // libxl then gives the image to QEMU; the tapdisk has it open already, and refuses.
     let beside = format!("tap:aio:{image},{VDEV},w");
     ensure!(
         booted(context, Kind::Hvm, vec![beside], || Ok(())).is_err(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What only a kernel with its own checks can show (`ci/recipes/kernel-checked.config`): that nothing is lost or
-//! left behind when the module gets no memory, and that all memory that it ever took can still be reached.
+//! Checks that need a kernel with its own checks (`ci/recipes/kernel-checked.config`): nothing is lost or left behind
+//! when the module gets no memory, and all memory that it has allocated is still reachable.
 
 use super::basic::{attach_own, detach_own, verify_job, FIO};
 use super::direct::{attach_scattered, hits_all, mapped, scattered, PLACES};
@@ -18,12 +18,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// How long a disk may take to connect, or to say why not.
+/// Time in which a disk must connect, or report why not.
 const SETTLED: Duration = Duration::from_secs(60);
 /// Disks that are connected while an allocation fails.
 const ATTEMPTS: usize = 40;
 
-/// Parts of what a disk says that goes on by itself.
+/// Parts of the messages of a disk that tries again.
 const ASKED_AGAIN: &[&str] = &[
     "cannot be read",
     "cannot be claimed",
@@ -87,21 +87,21 @@ pub(super) fn cases() -> Vec<Case> {
 /// Disks that got no driver, because that had no memory to begin with.
 static UNBOUND: AtomicUsize = AtomicUsize::new(0);
 
-/// Allocations that the module, or what it calls, asks for fail until this is dropped.
+/// Makes allocations of the module, and of functions that it calls, fail until this is dropped.
 struct Failing {
-    /// Of each kind at most.
+    /// Maximum number of failures of each kind.
     times: i32,
 }
 
 /// More failures than there will be.
 const MANY: i32 = 1 << 30;
-/// What the kernel can let fail: objects, and pages.
+/// Allocations that the kernel can make fail: objects, and pages.
 const OBJECTS: &str = "/sys/kernel/debug/failslab";
 const PAGES: &str = "/sys/kernel/debug/fail_page_alloc";
 const KINDS: [&str; 2] = [OBJECTS, PAGES];
 
 impl Failing {
-    /// So many of a hundred allocations fail: of each kind at most `times`.
+    /// Makes `percent` % of the allocations fail, at most `times` of each kind.
     fn begin(percent: u32, times: i32) -> Result<Failing> {
         let (start, end) = code("the module", |name| name.ends_with("[xen_blkback_rs]"))?;
         let spared = code(SPARED, |name| name == SPARED)?;
@@ -126,14 +126,14 @@ impl Failing {
         Ok(failing)
     }
 
-    /// How many have failed.
+    /// Returns the number of failures.
     fn count(&self) -> Result<i32> {
         let left = |kind| Ok(sh::get(format!("{kind}/times"))?.parse::<i32>()?);
         let left = KINDS.map(left).into_iter().collect::<Result<Vec<_>>>()?;
         Ok(left.iter().map(|left| self.times - left).sum())
     }
 
-    /// Lets allocations succeed again; says whether one had failed. Where none has, a disk must have connected.
+    /// Lets allocations succeed again; returns whether one had failed. Without a failure, a disk must have connected.
     fn end(self, connected: bool) -> Result<bool> {
         let happened = self.count()? > 0;
         ensure!(
@@ -157,7 +157,7 @@ impl Drop for Failing {
 /// Linux does not notice that it could not make a file of /proc for an interrupt, and warns when it removes it.
 const SPARED: &str = "__proc_create";
 
-/// What the kernel can call, with addresses.
+/// Returns the functions of the kernel, with addresses.
 fn functions(kallsyms: &str) -> impl Iterator<Item = (u64, &str)> + Clone {
     kallsyms.lines().filter_map(|line| {
         let (address, rest) = line.split_once(' ')?;
@@ -167,7 +167,7 @@ fn functions(kallsyms: &str) -> impl Iterator<Item = (u64, &str)> + Clone {
     })
 }
 
-/// Where the functions are that `ours` wants: from the first to what follows the last.
+/// Returns the range of the functions that `ours` selects: from the first one to the function behind the last one.
 fn code(what: &str, ours: impl Fn(&str) -> bool) -> Result<(u64, u64)> {
     let text = sh::get("/proc/kallsyms")?;
     let all = functions(&text);
@@ -203,14 +203,14 @@ fn connect(context: &mut Context) -> Result<()> {
         failed += u32::from(happened);
         refused += u32::from(!connected);
         let said = xs::read(&error_of(&backend))?;
-        // Where the bus says so, it has no driver, or will not have it in a moment.
+        // If the bus reports the error, the disk has no driver, or will lose it in a moment.
         let bound = !said
             .as_ref()
             .is_some_and(|said| said.contains("xenbus_dev_probe"));
         if !bound {
             UNBOUND.fetch_add(1, Ordering::Relaxed);
         }
-        // What xenstore did not answer is asked again.
+        // The driver repeats a question that xenstore did not answer.
         let asked_again = |said: &String| ASKED_AGAIN.iter().any(|what| said.contains(what));
         if said.as_ref().is_some_and(asked_again) {
             again += 1;
@@ -220,7 +220,7 @@ fn connect(context: &mut Context) -> Result<()> {
             true => disks
                 .disconnect()
                 .with_context(|| format!("it said {said:?}"))?,
-            // There is nobody who could close it.
+            // It has no driver, which could close it.
             false => disks.forget()?,
         }
     }
@@ -235,7 +235,7 @@ fn connect(context: &mut Context) -> Result<()> {
     detach_own(&vbd)
 }
 
-/// Where it is told what is wrong with a backend.
+/// Returns the path of a backend's error message.
 fn error_of(backend: &str) -> String {
     let error = backend.replace("/backend/", "/error/backend/");
     format!("{error}/error")
@@ -309,15 +309,15 @@ fn on_bus(vbd: &Vbd) -> String {
     format!("vbd-{number}")
 }
 
-/// The guest lets go of a disk that it has.
+/// Lets the guest close a disk.
 fn close(guest: &Guest, vbd: &Vbd) -> Result<()> {
     let name = on_bus(vbd);
     guest.run(&format!("echo {name} >/sys/bus/xen/drivers/vbd/unbind"))?;
     xs::wait_value(&format!("{}/state", vbd.backend), "6", SETTLED)
 }
 
-/// The disk is offered to a guest anew that has let go of it: Linux makes its device anew when a toolstack has reset
-/// its state. Its driver cannot be bound again to one that is closed, and must not find the backend closed.
+/// Offers the disk again to a guest that has closed it: Linux makes its device again when a toolstack has reset its
+/// state. Its driver cannot be bound again to one that is closed, and must not find the backend closed.
 fn offer_again(guest: &Guest, vbd: &Vbd) -> Result<()> {
     let name = on_bus(vbd);
     xs::remove(&error_of(&vbd.backend))?;
@@ -364,7 +364,7 @@ fn tap_load(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-/// A guest's load comes to its end without an error, although allocations failed meanwhile.
+/// Ends a guest's load, which must not have had an error although allocations failed.
 fn goes_on(context: &mut Context, job: Job, failing: Failing) -> Result<()> {
     let done = context.pv()?.wait(job, FIO)?;
     let failed = failing.count()?;
@@ -389,7 +389,7 @@ fn map(context: &mut Context) -> Result<()> {
     ensure!(same == before && before < PLACES, "{before}, and {mapped}");
     let evicted = mapped["evicted"].as_u64();
     ensure!(evicted > Some(0), "nothing was forgotten: {mapped}");
-    // It grows step by step, when something else is told.
+    // It grows step by step, when the process sends more mappings.
     for _ in 0..3 {
         context.pv()?.run_for(&scattered("--rw=read"), FIO)?;
     }
@@ -399,11 +399,11 @@ fn map(context: &mut Context) -> Result<()> {
 }
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
-/// Of memory that is younger than five seconds nothing is said: its address may be in a register still.
+/// kmemleak reports no memory that is younger than five seconds, because its address may still be in a register.
 const AGE: Duration = Duration::from_secs(6);
 
 fn no_lost_memory(context: &mut Context) -> Result<()> {
-    // What is found has to look lost twice.
+    // A leak counts only if it is found twice.
     for _ in 0..3 {
         std::thread::sleep(AGE);
         sh::put(KMEMLEAK, "scan")?;
@@ -414,7 +414,7 @@ fn no_lost_memory(context: &mut Context) -> Result<()> {
         context.note(&record.replace('\n', " | "))?;
     }
     ensure!(lost.is_empty(), "{} objects are lost", lost.len());
-    // Linux loses the name of the other end of each disk whose driver does not want it.
+    // Linux leaks the name of the other end of each disk whose driver refuses it.
     let unbound = UNBOUND.load(Ordering::Relaxed);
     ensure!(
         of_xenbus <= unbound,
@@ -423,7 +423,7 @@ fn no_lost_memory(context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// How many of kmemleak's records are names of other ends that xenbus has read, and the other records.
+/// Returns the number of kmemleak's records that are names of other ends that xenbus has read, and the other records.
 fn lost(text: &str) -> (usize, Vec<&str>) {
     // The first line of a dump has 16 bytes.
     let is_name =

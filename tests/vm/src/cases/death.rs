@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Deaths under load: in each run, and at night.
-const KILLS: u32 = 30;
+const KILLS: u32 = 15;
 const MANY_KILLS: u32 = 100;
 
 /// The cases of this file.
@@ -118,7 +118,7 @@ struct Lone(Child);
 
 impl Drop for Lone {
     fn drop(&mut self) {
-        // Nobody waits for it here: with a write under way it ends later.
+        // No process waits for it here: with a write under way it ends later.
         if let Err(error) = self.0.kill() {
             eprintln!("vmtest: cannot kill tapdisk {}: {error}", self.0.id());
         }
@@ -165,7 +165,7 @@ impl Lone {
     }
 }
 
-/// One block of the guest's disk, in one letter.
+/// Returns a shell command that fills one block of the guest's disk with one letter.
 fn write(block: u32, letter: char) -> String {
     format!("head -c 4096 /dev/zero | tr '\\000' {letter} | dd of={DEVICE} bs=4k count=1 seek={block} iflag=fullblock oflag=direct")
 }
@@ -174,24 +174,24 @@ fn write(block: u32, letter: char) -> String {
 const SLOW_MIB: u32 = 16;
 const SLOW_SECTORS: u64 = 32768;
 
-/// What the case below says if nothing is between a write of a dead process and the next process: there
-/// is damage, or there is none yet, because the older write is still on its way.
+/// Message of the case below if no fence is between a write of a dead process and the next process: there is damage, or
+/// there is none yet, because the older write is still on its way.
 pub(super) const NOT_FENCED: &str = "a write of a dead process is not fenced";
 
-/// Storage that holds what is written, until it is told to let go.
+/// Makes storage that holds writes until a case releases them.
 pub(super) fn holding(context: &mut Context) -> Result<Holding> {
     let below = context.null_blk(SLOW_MIB, &[])?;
     let slow = Holding::create("vmtest-slow", &below.path(), SLOW_SECTORS)?;
     let theirs = slow.clone();
     context.at_end("remove vmtest-slow", move || theirs.remove());
-    // Whatever happens: a process with a write under way does not end.
+    // This also runs after a failure, because a process with a write under way does not end.
     let theirs = slow.clone();
     context.at_end("let the writes go", move || theirs.let_go());
     Ok(slow)
 }
 
-/// Two names of one device: the first one holds what is written through it, as slow storage does. The
-/// next process comes by the second one, so that only the fence is between it and the late write.
+/// Two names of one device: the first one holds writes, as slow storage does. The next process uses the second one, so
+/// that only the fence is between it and the late write.
 pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     let below = context.null_blk(SLOW_MIB, &[])?;
     let old = Holding::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
@@ -207,7 +207,7 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
             Ok(control.destroy(minor).is_ok())
         })
     });
-    // Whatever happens: a process with a write under way does not end.
+    // This also runs after a failure, because a process with a write under way does not end.
     let theirs = old.clone();
     context.at_end("let the late write go", move || theirs.let_go());
     let mut first = Lone::start(minor, &old.path())?;
@@ -215,7 +215,7 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::played(minor, VDEV)?)?;
     let mut late = late_write(guest, minor, &first, &old, &new)?;
-    // A build without the fence serves too early: what comes of that is to be seen.
+    // A build without the fence serves too early: the case shows the consequences.
     if !late.fenced {
         newer_write(guest, minor, &mut late)?;
     }
@@ -266,7 +266,7 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
         Ok(state()? != STATE_LIVE)
     })?;
     let second = Lone::start(minor, &new.path())?;
-    // It must stay so for as long as the write is under way: looked at for a while.
+    // The disk must stay fenced while the write is under way, which the case checks for two seconds.
     let begun = Instant::now();
     let mut fenced = state()? == STATE_FENCING;
     while begun.elapsed() < Duration::from_secs(2) && fenced {
@@ -285,9 +285,9 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
     })
 }
 
-/// The write is answered, and the guest writes something newer to the same block. Then something
-/// else elsewhere: the late write takes what its page holds when it happens, and the page may serve
-/// a third request by then.
+/// The write is answered, and the guest writes something newer to the same block. Then it writes to another block,
+/// because the late write takes the content of its page when it happens, and the page may serve a third request by
+/// then.
 fn newer_write(guest: &Guest, minor: u32, late: &mut Late) -> Result<()> {
     late.second.wait_live(minor)?;
     if let Some(job) = late.job.take() {
@@ -379,7 +379,7 @@ fn gone_means_fenced(context: &mut Context) -> Result<()> {
     tap::ctl(&["destroy", "-m", again.trim()]).map(drop)
 }
 
-/// Nobody gets the image of a disk that no guest has any more and that is not fenced.
+/// Another disk cannot get the image of a disk that has lost its guest and is not fenced.
 fn image_is_kept(served: &Served, target: &str) -> Result<()> {
     let (control, minor) = (Control::open()?, served.minor);
     sh::wait_for("the end of the device", Duration::from_secs(30), || {
@@ -423,7 +423,7 @@ fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
     let mut rng = Rng::new(seed);
     let mut waits = Vec::new();
     for _ in 0..kills {
-        // Any moment: after a few requests, or in the middle of what is executed again.
+        // A death may happen after a few requests, or during a replay.
         let progress = rng.below(60).saturating_sub(15);
         let before = disk.info()?.committed;
         sh::wait_for(
@@ -454,7 +454,7 @@ fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
 fn s13_hung(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let log = EventLog::follow()?;
-    // Numbers that no other disk had, so that the events are told apart.
+    // Each disk has a new number, so that the events differ.
     for (wanted, kill) in [("71", false), ("72", true)] {
         let target = format!("aio:{image}");
         let mut arguments = vec!["create", "--minor-only", "--minor", wanted];
@@ -514,7 +514,7 @@ fn hanging(context: &mut Context) -> Result<(Guest, Served, u32)> {
 
 fn s16_closing(context: &mut Context) -> Result<()> {
     let (guest, disk, pid) = hanging(context)?;
-    // Nobody replaces it. It stays as it is: the end of who started it is not its own.
+    // No supervisor replaces it. It stays stopped, because the end of its parent must not end it.
     context.supervise(false)?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let state = status.lines().find(|line| line.starts_with("State:"));
@@ -570,7 +570,7 @@ fn supervisor_dies(context: &mut Context) -> Result<()> {
         let requests = stats["write"]["requests"].as_u64();
         requests.with_context(|| format!("tap-ctl stats has no number of writes: {stats}"))
     };
-    // So many that the next process cannot come near before it is asked.
+    // The next process cannot reach this number before its first statistics.
     sh::wait_for("writes", Duration::from_secs(120), || Ok(written()? >= 500))?;
     let early = written()?;
     for crash in [true, false] {
@@ -588,8 +588,8 @@ fn supervisor_dies(context: &mut Context) -> Result<()> {
         );
         wait_progress(&disk, 50)?;
     }
-    // Taken over, not only left alone: it is replaced when it dies, and the next process goes on with
-    // what the first one counted: the supervisor found that at the process.
+    // The supervisor has taken it over, and not only left it alone: it replaces the process when that dies, and the
+    // next process continues the counts of the first one, which the supervisor found at the process.
     disk.replace()?;
     let late = written()?;
     ensure!(

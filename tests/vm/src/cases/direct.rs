@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The kernel serves the device or the file behind a tap disk by itself: without its process, and as well as with it.
+//! Passthrough: the kernel serves the device or the file behind a tap disk, with and without its process.
 
 use super::basic::{flushes_arrive, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
@@ -25,7 +25,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-/// How long what must happen soon may take in an emulated machine.
+/// Time limit for quick events in an emulated machine.
 const SOON: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
@@ -157,7 +157,7 @@ fn disk(path: &str, vdev: &str) -> String {
     tap::disk(&format!("direct=yes,aio:{path}"), vdev, "w")
 }
 
-/// Where the file system with the image is mounted.
+/// Mount point of the file system with the image.
 const MOUNT: &str = "/run/vmtest-direct";
 
 /// An image that the kernel may serve.
@@ -177,12 +177,12 @@ impl Place {
         Ok(Self { device, image })
     }
 
-    /// A file in which nothing is allocated, on a file system that writes past its page cache.
+    /// Makes a file in which nothing is allocated, on a file system that supports direct writes.
     fn file(context: &mut Context) -> Result<Self> {
         Self::on(context, "ext4", 64)
     }
 
-    /// The same on this file system, which takes so much room.
+    /// Makes a file in which nothing is allocated, on a file system of `kind` with that many MiB.
     fn on(context: &mut Context, kind: &str, mib: u32) -> Result<Self> {
         let device = context.null_blk(mib, &[("discard", "1"), ("cache_size", "4")])?;
         sh::run(&[&format!("mkfs.{kind}"), "-q", &device.path()])?;
@@ -211,7 +211,7 @@ fn wait_given(disk: &Served) -> Result<()> {
     })
 }
 
-/// Waits until the kernel has executed so many more requests.
+/// Waits until the kernel has executed `count` more requests in passthrough.
 fn wait_direct(disk: &Served, count: u64) -> Result<()> {
     let before = disk.info()?.direct;
     sh::wait_for("requests that the kernel executes", SOON, || {
@@ -309,7 +309,7 @@ fn failed_flush(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-/// Of an image with tables the kernel is told what was asked of the process.
+/// For an image with tables, the process sends mappings of the ranges that requests touched.
 fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
     const DEATHS: u32 = 3;
     let path = make(context, &format!("a.{}", format.driver), format)?;
@@ -337,7 +337,7 @@ fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
     );
     guest.run(&format!("blkdiscard -o 1M -l 4M {DEVICE}"))?;
     let discarded = verified()?;
-    // The kernel forgets what it was told of what is discarded; what is no whole cluster may stay.
+    // The kernel drops the mapping of a discarded range, except for parts of clusters.
     let load = start_load_with(guest, "--discard --hints")?;
     for _ in 0..DEATHS {
         wait_direct(&disk, 30)?;
@@ -422,7 +422,7 @@ fn many_places(context: &mut Context) -> Result<()> {
     context.note(&format!("its map: {mapped}"))?;
     let room = mapped["room"].as_u64().context("no room is told")?;
     ensure!(room >= PLACES, "the map has grown to {room} extents only");
-    // All that was written in clusters that the image did not have: zeroes, of which it may know that.
+    // These are writes to clusters that the image did not have: the kernel may know that they are zeroes.
     let missed = |reason: &str| mapped["missed"][reason].as_u64().unwrap_or(0);
     let unmapped = missed("unmapped") + missed("read_only");
     ensure!(unmapped >= PLACES, "{unmapped} requests were not mapped");
@@ -440,7 +440,7 @@ pub(super) fn scattered(what: &str) -> String {
     )
 }
 
-/// A disk whose clusters have 4 KiB and lie in the order in which they are first written.
+/// Attaches a disk whose clusters have 4 KiB and lie in the order of their first writes.
 pub(super) fn attach_scattered(context: &mut Context) -> Result<Served> {
     let path = make(context, "a.qcow", &QCOW)?;
     let specification = tap::disk(&format!("direct=yes,qcow:{path}"), VDEV, "w");
@@ -450,7 +450,7 @@ pub(super) fn attach_scattered(context: &mut Context) -> Result<Served> {
     Ok(disk)
 }
 
-/// How the map of a disk serves it.
+/// Returns the statistics of a disk's mappings.
 pub(super) fn mapped(disk: &Served) -> Result<serde_json::Value> {
     let mut stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
     Ok(stats["direct"]["mapped"].take())
@@ -538,7 +538,7 @@ fn pause(context: &mut Context, place: Make) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-/// True if somebody else can lock the image as other programs do.
+/// Returns true if another program can lock the image as other programs do.
 fn is_free(image: &str) -> Result<bool> {
     let file = File::options().read(true).write(true).open(image)?;
     match diskio::lock_whole(file.as_fd(), LockKind::Write) {
@@ -605,12 +605,12 @@ fn hung(context: &mut Context, pages: Pages) -> Result<()> {
     sh::wait_for("requests that hang in the kernel", SOON, || {
         Ok(served.info()?.executing > 0)
     })?;
-    // Whether there is a process makes no difference to that.
+    // They hang with and without a process.
     let pid = served.pid()?;
     sys::kill(pid, libc::SIGKILL).context("cannot kill tapdisk")?;
     others_are_served(context, "a device hangs below a tap disk")?;
     let guest = match pages {
-        // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
+        // This ends only when the hypervisor has released the domain: not while a page of it is mapped.
         Pages::Copied => {
             guest.destroy()?;
             None

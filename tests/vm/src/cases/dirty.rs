@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A disk is copied again and again while its guest works, each time only what has changed.
+//! A disk is copied again and again while its guest works, each time only the changed ranges.
 
 use super::snapshot::{snapshot, sum};
 use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// MiB of the disk. The load is in the first ten.
 const SIZE: u32 = 16;
-/// Copies, the first of which is of all.
+/// Number of copies; the first one is of the whole disk.
 const ROUNDS: usize = 3;
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -24,7 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![copies.supervised().no_leaks().nightly()]
 }
 
-/// What may have changed since a mark, in bytes of the disk: where, and how much.
+/// Returns the ranges that may have changed since a mark: offset and length in bytes of the disk.
 fn changed(minor: &str, since: &str) -> Result<Vec<(u64, u64)>> {
     let told = tap::ctl(&["dirty", "-m", minor, "--since", since])?;
     let part = |line: &str| {
@@ -34,7 +34,7 @@ fn changed(minor: &str, since: &str) -> Result<Vec<(u64, u64)>> {
     told.lines().map(part).collect()
 }
 
-/// Copies parts of what is in one file to another one; returns how many bytes that were.
+/// Copies parts of one file to another one; returns the number of bytes.
 fn copy(from: &str, to: &str, parts: &[(u64, u64)]) -> Result<u64> {
     let (from, to) = (File::open(from)?, File::options().write(true).open(to)?);
     let mut copied = 0;
@@ -47,8 +47,8 @@ fn copy(from: &str, to: &str, parts: &[(u64, u64)]) -> Result<u64> {
     Ok(copied)
 }
 
-/// What is in an image that a disk goes on from, and that nobody writes. QEMU would want more of a lock on it than one for
-/// reading.
+/// Returns the content of an image that is a disk's backing image, and that no process changes. QEMU would need more
+/// than a read lock on it.
 fn beside(context: &mut Context, path: &str, name: &str) -> Result<String> {
     let raw = image(context, name, 1)?;
     fs::remove_file(&raw)?;
@@ -63,13 +63,13 @@ fn copies(context: &mut Context) -> Result<()> {
     let mut frozen = base.clone();
     let mut images = Vec::new();
     for round in 0..ROUNDS {
-        // Its name is free, and the file that comes there is taken away afterwards.
+        // Only the name is needed: the clean-up removes the file that the case makes there.
         let path = image(context, &format!("s{round}.qcow2"), 1)?;
         fs::remove_file(&path)?;
         images.push(path);
     }
     let guest = context.pv()?;
-    // What it may the kernel writes by itself, until there is a mark.
+    // The kernel writes in passthrough where it may, until there is a mark.
     let target = format!("direct=yes,aio:{base}");
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();

@@ -2,15 +2,17 @@
 //! The backend in a driver domain: a guest that has a disk of dom0's and serves another guest from it.
 //!
 //! The driver domain boots as all guests do and then works in dom0's root, which it has as a read-only disk: the
-//! module, the programs and the scripts are the installed ones, and `xl devd` does there what xl does in dom0. One that
-//! has a system of its own, with packages: `life.domain_pv` and `life.domain_pvh`.
+//! module, the programs and the scripts are the installed ones, and `xl devd` does there what xl does in dom0. For a
+//! driver domain with a system of its own, with packages, see `life.domain_pv` and `life.domain_pvh`.
 
+use super::basic::{verify_job, FIO};
 use super::{Case, Context, Needs};
-use crate::driver_domain::{serves_both, DriverDomain, NAME};
-use crate::guest::{Config, Guest, Kind};
-use crate::{hotplug, sh, Driver};
+use crate::driver_domain::{nothing_left, serves_both, DriverDomain, DEVICE, NAME};
+use crate::guest::{Config, Guest, Kind, Vbd, RUN_DIR};
+use crate::{hotplug, sh, xs, Driver};
 use anyhow::{ensure, Context as _, Result};
 use control::installed::SUPERVISOR;
+use std::time::Duration;
 
 /// dom0's root file system.
 const ROOT: &str = "/dev/vda";
@@ -33,8 +35,25 @@ pub(super) fn cases() -> Vec<Case> {
             "the same with a PVH driver domain",
             |context| serve(context, Kind::Pvh),
         ),
+        case(
+            "domain.small_maptrack",
+            "three guests keep their pages mapped in a driver domain with room for few mappings: each connects and works",
+            small_maptrack,
+        ),
+        case(
+            "domain.many",
+            "a driver domain serves as many disks as xenstore's quotas leave room for, which connect at the same moment",
+            many,
+        ),
     ]
 }
+
+/// Disks of the other guest, if the daemon of xenstore gives a domain room for their keys.
+const MANY: usize = 60;
+/// Disks for whose keys the usual quota of 1000 has room.
+const USUAL: usize = 34;
+/// The time for all of them to be attached, and to connect.
+const ALL: Duration = Duration::from_secs(300);
 
 /// A driver domain with a disk of its own to serve from, `/dev/xvdb`.
 struct Domain {
@@ -43,13 +62,17 @@ struct Domain {
 
 impl Domain {
     fn start(context: &mut Context, kind: Kind, storage: &str) -> Result<Domain> {
+        Domain::start_with(context, Config::new(NAME, kind, 1), &[storage])
+    }
+
+    /// Starts this guest as a driver domain with these devices of dom0 as `/dev/xvdb` and so on.
+    fn start_with(context: &mut Context, mut config: Config, devices: &[&str]) -> Result<Domain> {
         let root = read_only_root(context)?;
-        let mut config = Config::new(NAME, kind, 1);
         config.is_driver_domain = true;
-        config.disks = vec![
-            hotplug::disk(&root, "xvda", "r")?,
-            hotplug::disk(storage, "xvdb", "w")?,
-        ];
+        config.disks = vec![hotplug::disk(&root, "xvda", "r")?];
+        for (device, vdev) in devices.iter().zip(["xvdb", "xvdc", "xvdd"]) {
+            config.disks.push(hotplug::disk(device, vdev, "w")?);
+        }
         let domain = Domain {
             guest: Guest::create(config)?,
         };
@@ -57,9 +80,9 @@ impl Domain {
         Ok(domain)
     }
 
-    /// Makes dom0's root one in which programs can run.
+    /// Prepares dom0's root in the domain, so that programs can run there.
     fn enter(&self) -> Result<()> {
-        // What was written to the root is on the disk before it is read there, journal and all.
+        // Data that was stored in the root must be on the disk before it is read there, journal and all.
         sh::run(&["fsfreeze", "--freeze", "/"])?;
         let mounted = self
             .guest
@@ -107,7 +130,7 @@ impl DriverDomain for Domain {
     }
 }
 
-/// dom0's root as a device of which nobody thinks that dom0 has mounted it.
+/// Makes a device of dom0's root that the supervisor does not recognise as mounted in dom0.
 fn read_only_root(context: &mut Context) -> Result<String> {
     sh::modprobe("loop", &[])?;
     let device = sh::run(&["losetup", "--show", "--find", "--read-only", ROOT])?;
@@ -119,10 +142,126 @@ fn read_only_root(context: &mut Context) -> Result<String> {
     Ok(device)
 }
 
+/// Guests that keep their pages mapped in one driver domain.
+const KEEPERS: usize = 3;
+/// Mappings for which that domain has room, with one frame. A guest keeps more than that under load.
+const ROOM: u64 = 256;
+
+fn small_maptrack(context: &mut Context) -> Result<()> {
+    let mut devices = Vec::new();
+    for _ in 0..KEEPERS {
+        devices.push(context.null_blk(64, &[])?.path());
+    }
+    let mut config = Config::new(NAME, Kind::Pv, 1);
+    config.maptrack_frames = Some(1);
+    let devices: Vec<&str> = devices.iter().map(String::as_str).collect();
+    let domain = Domain::start_with(context, config, &devices)?;
+    let served = serve_keepers(&domain, context);
+    served.with_context(|| domain.logs())?;
+    domain.guest.destroy()
+}
+
+/// Guests begin one after the other, and each fills the table before the next one connects.
+fn serve_keepers(domain: &Domain, context: &mut Context) -> Result<()> {
+    let job = verify_job("/dev/xvda", 16, 100, 512);
+    let mut guests = Vec::new();
+    for (number, device) in ["xvdb", "xvdc", "xvdd"].iter().enumerate() {
+        let mut config = Config::new(&format!("front{number}"), Kind::Pv, 1);
+        config.memory = 256;
+        config.disks = vec![format!(
+            "format=raw, vdev=xvda, access=w, backend={NAME}, backendtype=phy, target=/dev/{device}"
+        )];
+        let guest = Guest::create(config)?;
+        guest.run_for(&job, FIO)?;
+        let vbd = Vbd::of_backend(domain.guest.domid, guest.domid, "xvda")?;
+        let kept = format!("cat {}/statistics/kept_pages", vbd.sysfs().display());
+        let kept: u64 = domain.run(&kept)?.trim().parse()?;
+        context.note(&format!(
+            "front{number} works; {kept} of its pages stay mapped"
+        ))?;
+        ensure!(
+            number > 0 || kept > ROOM / 2,
+            "the first guest keeps {kept} pages and leaves room for others: this shows nothing"
+        );
+        guests.push(guest);
+    }
+    for guest in guests {
+        guest.run_for(&job, FIO)?;
+        guest.destroy()?;
+    }
+    Ok(())
+}
+
 fn serve(context: &mut Context, kind: Kind) -> Result<()> {
     let storage = context.null_blk(64, &[])?;
     let domain = Domain::start(context, kind, &storage.path())?;
     let served = serves_both(&domain, &mut |text| context.note(text));
     served.with_context(|| domain.logs())?;
     domain.guest.destroy()
+}
+
+/// Names of so many disks: `xvda` to `xvdz`, then `xvdaa` and so on.
+fn vdevs(count: usize) -> Vec<String> {
+    let letters = || (b'a'..=b'z').map(char::from);
+    let one = letters().map(|last| format!("xvd{last}"));
+    let two = letters().flat_map(|first| letters().map(move |last| format!("xvd{first}{last}")));
+    one.chain(two).take(count).collect()
+}
+
+/// Lets a domain have more keys than usual, which the daemon in C can do; says how many disks there is room for.
+fn room_for_keys() -> Result<usize> {
+    let command = ["xenstore-control", "quota", "set", "nodes", "10000"];
+    let changed = sh::status(&command, Duration::from_secs(10))?.rc == 0;
+    Ok(if changed { MANY } else { USUAL })
+}
+
+fn many(context: &mut Context) -> Result<()> {
+    let storage = context.null_blk(64, &[])?;
+    let count = room_for_keys()?;
+    let domain = Domain::start(context, Kind::Pv, &storage.path())?;
+    let served = serves_many(&domain, &vdevs(count));
+    context.note(&served.with_context(|| domain.logs())?)?;
+    domain.guest.destroy()
+}
+
+/// Serves all these disks of one guest, which looks for them when it boots.
+fn serves_many(domain: &Domain, vdevs: &[String]) -> Result<String> {
+    // xl in dom0 names it; `xl devd` runs it in the domain.
+    let script = format!("/r{RUN_DIR}/{}", hotplug::NAME);
+    let copy = format!("mkdir -p /r{RUN_DIR} && cp /agent {script} && chmod 755 {script}");
+    domain.guest.run(&copy)?;
+    let mut config = Config::new("front", Kind::Pv, 1);
+    let disk = |vdev: &String| {
+        let disk = hotplug::disk(DEVICE, vdev, "r")?;
+        Ok(format!("backend={NAME}, {disk}"))
+    };
+    config.disks = vdevs.iter().map(disk).collect::<Result<_>>()?;
+    let guest = Guest::create(config)?;
+    let back = domain.guest.domid;
+    let disks = vdevs
+        .iter()
+        .map(|vdev| Vbd::of_backend(back, guest.domid, vdev))
+        .collect::<Result<Vec<_>>>()?;
+    let mut late = String::new();
+    let connected = sh::wait_for("the connection of all disks", ALL, || {
+        late.clear();
+        for disk in &disks {
+            let state = xs::read(&format!("{}/state", disk.backend))?;
+            if state.as_deref() != Some("4") {
+                late += &format!(" {} {state:?}", disk.vdev);
+            }
+        }
+        Ok(late.is_empty())
+    });
+    connected.with_context(|| format!("not connected:{late}"))?;
+    let read = format!(
+        "for d in {}; do dd if=/dev/$d of=/dev/null bs=64k count=4 2>/dev/null || {{ echo $d; exit 1; }}; done",
+        vdevs.join(" ")
+    );
+    guest.run_for(&read, ALL)?;
+    let keys = xs::count(&format!("/local/domain/{back}"))?;
+    let note = format!("{} disks, {keys} keys of the driver domain", vdevs.len());
+    guest.destroy()?;
+    nothing_left(domain)?;
+    Ok(note)
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Disks whose images are encrypted: served under load, handed over and moved, and judged by QEMU's tools with the key.
+//! Disks whose images are encrypted: served under load, handed over and moved, and checked with QEMU's tools and the
+//! key.
 
 use super::basic::{verify_job, FIO};
 use super::formats::{check_tables, load_and_deaths, of_guest, once_more, qemu_img, SIZE};
@@ -15,9 +16,9 @@ use anyhow::{ensure, Context as _, Result};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
-/// What the guest writes so often that its storage would show it.
+/// Text that the guest stores so often that it would be visible on its storage.
 const PLAIN: &str = "nobody-reads-this-on-the-storage";
-/// The first MiB of the disk has it, and nothing else is written there.
+/// The first MiB of the disk has it, and nothing else is stored there.
 const PLAIN_MIB: u32 = 1;
 
 /// The cases of this file.
@@ -56,7 +57,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// How an image is encrypted: the name of our driver, and QEMU's words for the image.
+/// Format of an encrypted image: the name of the driver, and QEMU's words for it.
 struct Sealed {
     driver: &'static str,
     format: &'static str,
@@ -108,7 +109,8 @@ impl Made {
         format!("{},file.filename={}", self.how.opened, self.path)
     }
 
-    /// Nobody serves the image any more: with the key it holds what the guest has read of it, and without it nothing.
+    /// Judges an image that is not served any more: with the key it holds the content that the guest has read, and
+    /// without it nothing.
     fn judge(&self, context: &mut Context, seen: &str) -> Result<()> {
         let (secret, opened) = (secret(&self.key), self.opened());
         if self.how.format == "qcow2" {
@@ -145,7 +147,7 @@ fn secret(key: &str) -> String {
     format!("secret,id=s,file={key}")
 }
 
-/// Whether a file has what the guest wrote, in plain text.
+/// Returns whether a file has the guest's text in plain form.
 fn has_plain(path: &str) -> Result<bool> {
     let content = fs::read(path).with_context(|| format!("cannot read {path}"))?;
     let mut found = content.windows(PLAIN.len());

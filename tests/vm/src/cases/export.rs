@@ -17,7 +17,7 @@ const SIZE: u32 = 16;
 const DEATHS: u32 = 3;
 /// A server takes so long to start, or an event to come, at most.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The same of a tapdisk, whose requests may be anywhere on a network.
+/// Time limit for a tapdisk, whose requests may be anywhere on a network.
 const FENCE: Duration = Duration::from_secs(150);
 
 /// The cases of this file.
@@ -70,7 +70,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It has ended already, or nothing can be done about it.
+        // The server may have ended already, and another failure cannot be handled here.
         let _ = self.end();
     }
 }
@@ -136,7 +136,7 @@ fn server_dies(context: &mut Context) -> Result<()> {
     })
 }
 
-/// What the process says by itself is in the supervisor's log, as a line about its disk.
+/// Checks that the process's own messages are in the supervisor's log, each as a line about its disk.
 fn is_said(disk: &Served, target: &str) -> Result<()> {
     let (minor, pid) = (disk.minor, disk.pid()?);
     let line = format!("disk {minor}: tapdisk {pid}: {target} is connected again");

@@ -49,7 +49,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Whether a direct read or write of 4 KiB at this offset (in 4 KiB) succeeds in the guest.
+/// Returns whether a direct read or write of 4 KiB at this offset (in 4 KiB) succeeds in the guest.
 fn can(guest: &Guest, what: &str, block: u32) -> Result<bool> {
     let line = match what {
         "read" => format!("dd if=/dev/xvda of=/dev/null bs=4k count=1 skip={block} iflag=direct"),
@@ -177,7 +177,7 @@ pub(super) fn endless_load(device: &str) -> String {
     endless(device, "16k", 64)
 }
 
-/// The same of requests of another size, so many at a time.
+/// Returns such a load with requests of `size`, `depth` at a time.
 pub(super) fn endless(device: &str, size: &str, depth: u32) -> String {
     format!(
         "fio --name=load --filename={device} --direct=1 --ioengine=libaio --iodepth={depth} --rw=randrw --bs={size} --size=8m \

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Disks whose images have tables of their own: served under load while their processes die, and judged by
-//! QEMU's tools afterwards.
+//! Disks whose images have tables: served under load while their processes die, and checked with QEMU's tools
+//! afterwards.
 
 use super::basic::{verify_job, wait_size, FIO};
 use super::images::{fill, mount_memory, refused, FULL};
@@ -16,11 +16,11 @@ use std::time::Duration;
 
 /// MiB of a disk.
 pub(super) const SIZE: u32 = 16;
-/// How often a process is killed.
+/// Number of deaths of a process.
 const DEATHS: u32 = 20;
 /// Images in a long chain, with the raw one at its end.
 const CHAIN: u32 = 30;
-/// How long QEMU's tools may take.
+/// Time limit for QEMU's tools.
 pub(super) const TOOL: Duration = Duration::from_secs(60);
 
 /// A format: the name of our driver, QEMU's name, and how an image is made.
@@ -185,7 +185,7 @@ pub(super) fn qcow2_disk(context: &mut Context) -> Result<(String, String)> {
     Ok((path, specification))
 }
 
-/// Nobody serves the image any more: it holds what the guest has read of it, and its tables are right.
+/// Judges an image that is not served any more: it holds the content that the guest has read, and its tables are right.
 pub(super) fn judge(context: &mut Context, format: &Format, path: &str, seen: &str) -> Result<()> {
     check(format.qemu, path)?;
     let found = of_image(context, format.qemu, path)?;
@@ -196,12 +196,12 @@ pub(super) fn judge(context: &mut Context, format: &Format, path: &str, seen: &s
     Ok(())
 }
 
-/// What the guest reads of its disk.
+/// Returns the checksum of the content that the guest reads from its disk.
 pub(super) fn of_guest(guest: &Guest) -> Result<String> {
     sum_of(guest, DEVICE)
 }
 
-/// The same of another disk of the same size.
+/// Returns the checksum of another disk of that size.
 pub(super) fn sum_of(guest: &Guest, device: &str) -> Result<String> {
     let text = guest.run(&format!(
         "dd if={device} bs=1M count={SIZE} iflag=direct 2>/dev/null | sha256sum"
@@ -210,7 +210,7 @@ pub(super) fn sum_of(guest: &Guest, device: &str) -> Result<String> {
     Ok(sum.context("no checksum from the guest")?.to_owned())
 }
 
-/// What QEMU reads of an image, which nobody serves.
+/// Returns the checksum of the content that QEMU reads from an image that is not served.
 fn of_image(context: &mut Context, format: &str, path: &str) -> Result<String> {
     let copy = place(context, "content.raw")?;
     read_by_qemu(&copy, format, path)
@@ -231,7 +231,7 @@ pub(super) fn check(format: &str, path: &str) -> Result<()> {
     check_tables(&["-f", format, path])
 }
 
-/// The same of an image in the words of QEMU's tools.
+/// Checks the tables of an image, given in the words of QEMU's tools.
 pub(super) fn check_tables(image: &[&str]) -> Result<()> {
     let checked = sh::status(&[&["qemu-img", "check"], image].concat(), TOOL)?;
     ensure!(
@@ -307,7 +307,7 @@ fn endures(context: &mut Context, format: &Format) -> Result<()> {
     check(format.qemu, &path)
 }
 
-/// The guest reads what it had read of a disk, from what is there now, and writes it again.
+/// Attaches the disk again: the guest must read the earlier content, and writes it again.
 pub(super) fn once_more(context: &mut Context, specification: &str, seen: &str) -> Result<()> {
     let guest = context.pv()?;
     let disk = Served::attach(guest, specification)?;
@@ -341,7 +341,7 @@ fn chain(context: &mut Context) -> Result<()> {
     let leaf = over(context, "leaf.qcow2", &middle, "qcow2")?;
     let specification = tap::disk(&format!("qcow2:{leaf}"), VDEV, "w");
     let domain = context.pv()?.domid;
-    // What is beside the image could be another guest's.
+    // A file beside the image could be another guest's.
     refused(domain, &format!("qcow2:{leaf}"), "chmod a-w")?;
     for path in [&base, &middle] {
         sh::run(&["chmod", "a-w", path])?;
@@ -355,7 +355,7 @@ fn chain(context: &mut Context) -> Result<()> {
     load_and_deaths(context, &disk)?;
     let guest = context.pv()?;
     let seen = of_guest(guest)?;
-    // Somebody else cannot have what is below for writing.
+    // Another process cannot get the backing image for writing.
     let target = format!("aio:{base}");
     let writer = sh::status(&["tap-ctl", "create", "-a", &target], TOOL)?;
     ensure!(

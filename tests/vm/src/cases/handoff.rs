@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A disk is handed to a new process while its guest goes on, as a package upgrade does.
+//! A disk is handed to a new process while its guest works, as in a package upgrade.
 
 use super::formats;
 use super::tap::{end_load, image, same, start_load, start_load_with, wait_progress, VDEV};
@@ -13,7 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 /// Hand-offs under load.
-const TIMES: u32 = 12;
+const TIMES: u32 = 6;
 /// A hand-off takes as long as a process takes to start, on a machine that is emulated.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -85,7 +85,7 @@ fn script(context: &mut Context, name: &str, text: &str) -> Result<String> {
     Ok(path)
 }
 
-/// Hands a disk over; returns for how many microseconds nobody served it.
+/// Hands a disk over; returns the number of microseconds in which no process served it.
 pub(super) fn handoff(disk: &Served, arguments: &[&str]) -> Result<u64> {
     let (old, minor) = (disk.pid()?, disk.minor.to_string());
     let told = tap::ctl_json(&[&["handoff", &minor], arguments].concat())?;
@@ -114,8 +114,8 @@ fn back_and_forth(disk: &Served, program: &str, times: u32) -> Result<Vec<u64>> 
     Ok(pauses)
 }
 
-/// Who lets go in order has finished what it has begun, has given back the rest, and says nothing more of
-/// requests that are somebody else's.
+/// A process that ends in order has finished its requests, has given back the others, and sends no results for requests
+/// that belong to the next process.
 fn nothing_twice(disk: &Served) -> Result<()> {
     let info = disk.info()?;
     ensure!(
@@ -247,7 +247,7 @@ fn s33_all(context: &mut Context, disks: u32) -> Result<()> {
         "disk {paused} is not named: {summary}"
     );
     tap::ctl(&["unpause", "-m", paused])?;
-    // As people see it, and who serves what.
+    // The table for people, and the program of each disk.
     let text = tap::ctl(&["handoff", "--all", &program])?;
     let sum = format!("{disks} of {disks} disks are served by new processes");
     ensure!(text.contains(&sum), "the summary is not `{sum}`: {text}");

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Two hosts with one disk between them, and a record of who writes it: guests move from one to the other, and hosts
-//! die on the way.
+//! Two hosts with one disk between them, and a record of the host that writes to it: guests move from one to the other,
+//! and hosts die during that.
 //!
-//! A guest moves as `xl save` to a pipe whose other end is `xl restore` on the other host. `xl migrate` is the same with
-//! the pages copied twice, which Xen does for PVH guests only here; and those the emulator loses when two machines share
-//! its processors.
+//! A guest moves by `xl save` to a pipe whose other end is `xl restore` on the other host. `xl migrate` does that with
+//! the pages copied twice, which Xen supports only for PVH guests here; and the emulator loses those when two machines
+//! share its processors.
 
 use super::lease::break_lease;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
@@ -24,9 +24,9 @@ use std::time::{Duration, Instant};
 /// The image, and the record of its lease: two disks that both hosts have.
 const IMAGE: &str = "/dev/vdc";
 const RECORD: &str = "/dev/vdd";
-/// How much of it the guest uses, in MiB.
+/// Part of it that the guest uses, in MiB.
 const MIB: u32 = 16;
-/// How long xl may take to move a guest, while two machines share the processors.
+/// Time in which xl must move a guest, while two machines share the processors.
 const MOVE: Duration = Duration::from_secs(600);
 const LIMIT: Duration = Duration::from_secs(200);
 
@@ -62,7 +62,7 @@ fn target() -> String {
     format!("lease=record:{RECORD},aio:{IMAGE}")
 }
 
-/// Whose lease it is.
+/// Returns the holder of the lease.
 fn holder() -> Result<Value> {
     tap::ctl_json(&["lease", "show", &target()])
 }
@@ -136,7 +136,8 @@ impl Away {
     }
 }
 
-/// What moves a guest to the other host, as a line of shell. Fails if it is not sent, and then it goes on where it was.
+/// Returns the line of shell that moves a guest to the other host. It fails if the guest is not sent, which then
+/// resumes where it was.
 fn moving(guest: &str, to: Host) -> String {
     let address = to.address();
     // xl opens its input by a name, which a socket has not.
@@ -150,7 +151,7 @@ fn wait_arrived(name: &str, is_true: impl Fn(&str) -> Result<bool>) -> Result<()
     sh::wait_for("the guest on the other host", LIMIT, || is_true(&line))
 }
 
-/// What the second host's driver has answered.
+/// Returns the number of requests that the second host's driver has answered.
 fn answered_there() -> Result<u64> {
     let all = peer::run("cat /sys/bus/xen-backend/devices/vbd-*/statistics/wr_done")?;
     Ok(all
@@ -188,7 +189,7 @@ fn there_and_back(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Another disk of the same image is refused, with the name of who has it.
+/// Checks that another disk of the image is refused, with the name of the holder.
 fn refused(name: &str) -> Result<()> {
     let asked = sh::status(&["tap-ctl", "create", "-a", &target()], LIMIT)?;
     ensure!(
@@ -224,7 +225,7 @@ fn destination_dies(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// What the guest writes last before its host dies, behind what the load uses.
+/// Last data that the guest stores before its host dies, behind the area of the load.
 const MARK: &str = "the last word";
 
 fn source_dies(context: &mut Context) -> Result<()> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Storage that hangs, and comes back: it may stop its own disk and nothing else, whatever is done
-//! to that disk meanwhile.
+//! Storage that hangs, and recovers: it may stop its own disk and nothing else, whatever operations on that disk
+//! follow.
 
 use super::basic::{compare, detach_own, verify_job, FIO};
 use super::faults::{endless, endless_load, wait_load};
@@ -100,7 +100,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What is done to a disk.
+/// Operation on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Unbind,
@@ -109,7 +109,7 @@ enum Step {
     Return,
 }
 
-/// What becomes of the guest's pages.
+/// Location of the guest's data during the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pages {
     /// Nothing of the guest is in the hands of the device.
@@ -118,8 +118,7 @@ pub(super) enum Pages {
     Kept,
 }
 
-/// How long what must not wait for storage, which hangs until the case says otherwise, may take in an
-/// emulated machine.
+/// Time limit in an emulated machine for actions that must not wait for the hanging storage.
 pub(super) const QUICK: Duration = Duration::from_secs(60);
 
 /// A device of device mapper over null_blk that can be hung.
@@ -127,7 +126,7 @@ pub(super) fn hangable(context: &mut Context) -> Result<Dm> {
     let below = context.null_blk(16, &[])?;
     let disk = Dm::create("vmtest-hung", &linear(&below.path(), 32768))?;
     let theirs = disk.clone();
-    // Whatever a failed case left: a device that hangs cannot be removed.
+    // This also runs after a failure: a device that hangs cannot be removed.
     context.at_end("remove the mapped device", move || {
         theirs.resume()?;
         theirs.remove()
@@ -226,7 +225,7 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
         if at + 1 == steps.len() {
             others_are_served(context, &after)?;
         } else if so_far == [Step::Unbind, Step::Return] {
-            // It was bound to nobody, and is through with its I/O: the module may go.
+            // It was unbound, and its I/O is over: the module may be removed.
             others_are_served(context, &after)?;
         } else {
             host_is_well(context, &after)?;
@@ -238,7 +237,7 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
     vbd.wait_gone()
 }
 
-/// Destroys a guest whose pages a device still has: it does not vanish before they come back.
+/// Destroys a guest whose pages a device still has: the domain stays until they come back.
 pub(super) fn destroy_quickly(guest: &Guest) -> Result<()> {
     let id = guest.domid.to_string();
     let code = quickly("xl destroy", &["xl", "destroy", &id])?;
@@ -272,7 +271,7 @@ fn rebind_verified(context: &mut Context) -> Result<()> {
             bus(context, &vbd, "bind")?;
         } else {
             bus(context, &vbd, "bind")?;
-            // It offers itself, and must not serve rings from which others' requests are in flight.
+            // The disk offers itself, and must not use rings from which earlier requests are in flight.
             xs::wait_value(&state, "2", QUICK)?;
             host_is_well(context, "a hung disk was bound again")?;
             ensure!(
@@ -332,7 +331,7 @@ fn no_tags(context: &mut Context) -> Result<()> {
     wait_load(&vbd)?;
     disk.suspend()?;
     wait_for_sleeper(&vbd)?;
-    // Ends when the hypervisor has let go of the domain: not as long as anything of it is mapped.
+    // This ends only when the hypervisor has released the domain: not while a page of it is mapped.
     guest.destroy()?;
     host_is_well(context, "a guest was destroyed whose queue sleeps")?;
     disk.resume()?;

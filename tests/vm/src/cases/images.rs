@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Images that cannot be served, or not any more: who asked hears what is wrong, and nothing is left.
+//! Images that cannot be served, or not any more: the user gets the reason, and nothing is left behind.
 
 use super::basic::{verify_job, FIO};
 use super::tap::{forget_refused, same, DEVICE, VDEV};
@@ -10,9 +10,9 @@ use anyhow::{ensure, Context as _, Result};
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// Where the images are.
+/// Folder of the images.
 const FOLDER: &str = "/srv/vmtest";
-/// Where storage is that becomes full.
+/// Folder of storage that becomes full.
 pub(super) const FULL: &str = "/srv/vmtest-full";
 
 /// The cases of this file.
@@ -159,7 +159,7 @@ fn large_blocks(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-/// Images that others write too, which xl has no word for: one of whole blocks, and one that is not.
+/// Checks shared images, which xl has no word for: one of whole blocks, and one that is not.
 fn check_shared(whole: &str, odd: &str) -> Result<()> {
     let create = |image: &str| {
         let target = format!("aio:{image}");
@@ -192,8 +192,8 @@ fn full_storage(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-/// A guest fills an image of 16 MiB, the first of which fit into the [`FULL`] file system, until there is
-/// room for all.
+/// Lets a guest fill an image of 16 MiB on the [`FULL`] file system, which first has room for a part of it, and then
+/// for all.
 pub(super) fn fill(context: &mut Context, target: &str) -> Result<Served> {
     let image = target.split_once(':').map_or(target, |(_, path)| path);
     let guest = context.pv()?;
@@ -221,7 +221,7 @@ pub(super) fn fill(context: &mut Context, target: &str) -> Result<Served> {
         tap::log_tail()?.contains("No space left on device"),
         "the log does not say that the storage is full"
     );
-    // Too early: it stops again, and nobody hears of an error.
+    // This is too early: it stops again, and the guest gets no error.
     tap::ctl(&["unpause", "-m", &minor])?;
     events.wait_for("trouble", disk.minor, limit)?;
     events.wait_for("paused", disk.minor, limit)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What debugfs and trace points show of a disk.
+//! Files in debugfs and trace points of a disk.
 
 use super::{Case, Context, Needs};
 use crate::guest::{Guest, Vbd};
@@ -43,8 +43,8 @@ fn read_blocks(guest: &Guest) -> Result<()> {
     guest.run(&dd).map(drop)
 }
 
-/// The sums of reads, writes, flushes and discards in a table of latencies, and of what is in the ring, waits for
-/// pages, and is answered.
+/// Returns the numbers of reads, writes, flushes and discards in a table of latencies, and those of times in the ring,
+/// of waits for pages, and of answers.
 fn sums(table: &str) -> Result<[u64; 7]> {
     let mut sums = [0; 7];
     for line in table.lines().skip(2) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! An image that several hosts reach, with a record of who writes it: `lease=record`.
+//! An image that several hosts reach, with a record of the host that writes to it: `lease=record`.
 
 use super::tap::{
     end_load, forget_refused, image, same, stand_in, start_load, start_load_with, wait_progress,
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// A term, and the heartbeat that was on its way when the last one came.
 const TERM: Duration = Duration::from_secs(30);
-/// What watches for so long whether a holder lives, or waits for him.
+/// Time limit for programs that find out whether a holder lives, or wait for it.
 const LONG: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
@@ -174,7 +174,7 @@ fn other_host(context: &mut Context) -> Result<()> {
         "the lease of a host that lives was broken: {}",
         alive.text
     );
-    // The host dies: nobody gives anything up.
+    // The host dies without giving anything up.
     drop(keeper);
     let broken = break_lease(&image, &named, LONG)?;
     ensure!(
@@ -189,7 +189,7 @@ fn other_host(context: &mut Context) -> Result<()> {
         "the lease has the generation of the dead host"
     );
     guest.run("dd if=/dev/zero of=/dev/xvdb bs=64k count=4 oflag=direct")?;
-    // It was not dead, or comes back: it learns that it has lost.
+    // The host was not dead, or comes back: it must learn that it has lost the lease.
     let mut back = ::lease::open(&Kind::Record(None), Path::new(&image), alpha()?)?;
     let late = back.resume(grant.generation);
     ensure!(

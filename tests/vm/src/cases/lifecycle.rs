@@ -13,6 +13,7 @@ use crate::leaks::Leaks;
 use crate::{sh, xs, Driver};
 use anyhow::{bail, ensure, Context as _, Result};
 use dom0::memory;
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -35,6 +36,12 @@ pub(super) fn cases() -> Vec<Case> {
             "a guest is saved and restored while fio verifies",
             Pv,
             save_restore,
+        ),
+        Case::new(
+            "lifecycle.suspend_test",
+            "dom0 freezes its processes for a suspend, in the kernel's test mode, below a verified load",
+            Pv,
+            suspend_test,
         ),
         Case::new(
             "lifecycle.checkpoint",
@@ -123,8 +130,8 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// How often an orderly detach is asked for: xl waits for ten seconds each time, in which a guest of a
-/// slow machine may not have closed its disk.
+/// Number of attempts at an orderly detach: xl waits for ten seconds each time, in which a guest on a slow machine may
+/// not have closed its disk.
 const DETACHES: u32 = 6;
 
 /// Takes a disk away on which a job works, in the orderly way, and waits for the end of both.
@@ -157,7 +164,7 @@ fn saved_file(context: &mut Context, name: &str) -> String {
     let theirs = file.clone();
     context.at_end("remove the saved guest", move || {
         match std::fs::remove_file(theirs) {
-            // It had that name before, too.
+            // An earlier clean-up may have removed a file of that name.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
             done => Ok(done?),
         }
@@ -165,20 +172,21 @@ fn saved_file(context: &mut Context, name: &str) -> String {
     file
 }
 
-/// Saves the shared PV guest to a file that goes with the case; there is room for one.
+/// Saves the shared PV guest to a file that the case removes; there is room for one.
 pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
     let file = saved_file(context, &format!("{name}.save"));
     context.take_pv()?.save(&file)
 }
 
-/// A load that is verified again and again until it is [stopped](end_job): one that ends by itself may do so while
-/// its guest is saved, when nobody hears it.
+/// Returns a load that verifies the disk again and again until it is [stopped](end_job): a load that ends on its own
+/// may do so while its guest is saved, when no reader is on its console.
 pub(super) fn long_job(mib: u32) -> String {
     let job = verify_job("/dev/xvda", mib, 200, 512);
     format!("rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {job} || exit 1; done")
 }
 
-/// The load of a guest that was saved, or of a disk that changed its driver, goes on, and ends without an error when it is to.
+/// Checks that the load of a guest that was saved, or of a disk that changed its driver, continues, and ends it, which
+/// must give no error.
 pub(super) fn end_job(guest: &Guest, vbd: &Vbd, job: Job) -> Result<()> {
     wait_load(vbd).with_context(|| vbd.describe())?;
     guest.run("touch /tmp/stop")?;
@@ -210,6 +218,47 @@ fn save_restore(context: &mut Context) -> Result<()> {
     ended?;
     context.check_driver(&vbd)?;
     let guest = context.pv()?;
+    compare(guest, "xvda", &device.path(), 8)?;
+    guest.detach(&vbd)
+}
+
+/// The kernel's test of suspend: how far it goes before it turns back after five seconds.
+struct SuspendTest;
+
+impl SuspendTest {
+    const LEVEL: &str = "/sys/power/pm_test";
+
+    /// Suspends up to this level and resumes.
+    fn run(level: &str) -> Result<()> {
+        let _reset = SuspendTest;
+        fs::write(SuspendTest::LEVEL, level).context("the kernel has no tests of suspend")?;
+        fs::write("/sys/power/state", "freeze")
+            .with_context(|| format!("the suspend test {level} failed"))
+    }
+}
+
+impl Drop for SuspendTest {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(SuspendTest::LEVEL, "none") {
+            eprintln!("cannot end the tests of suspend: {error}");
+        }
+    }
+}
+
+fn suspend_test(context: &mut Context) -> Result<()> {
+    let device = context.null_blk(32, &[])?;
+    let guest = context.pv()?;
+    let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
+    let job = guest.start(&long_job(8))?;
+    wait_load(&vbd)?;
+    let before = vbd.statistic("rd_req")? + vbd.statistic("wr_req")?;
+    // The level "devices" suspends the console, too, over which this machine reports.
+    SuspendTest::run("freezer")?;
+    // Connected to the same rings, and not one request lost.
+    let after = vbd.statistic("rd_req")? + vbd.statistic("wr_req")?;
+    ensure!(after > before, "no request was served since the suspend");
+    let guest = context.pv()?;
+    end_job(guest, &vbd, job)?;
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)
 }
@@ -247,7 +296,7 @@ fn rebind(context: &mut Context) -> Result<()> {
     context.pv()?.detach(&vbd)
 }
 
-/// The driver leaves a disk whose guest was told that of its pages, and comes back.
+/// Unbinds the driver from a disk that has offered `persistent` to its guest, and binds it again.
 fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()> {
     let key = format!("{}/feature-persistent", vbd.backend);
     let guest = context.pv()?;
@@ -267,7 +316,7 @@ fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()>
             "4",
             Duration::from_secs(30),
         )?;
-        let told = xs::must_read(&key)?;
+        let told = xs::read(&key)?.unwrap_or_else(|| "0".to_owned());
         ensure!(told == persistent, "{key} became `{told}`");
         let guest = context.pv()?;
         guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
@@ -275,7 +324,7 @@ fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()>
     Ok(())
 }
 
-/// What the driver says of the sizes that a frontend may use.
+/// Sizes that the driver offers to a frontend.
 const SIZES: [&str; 3] = [
     "multi-queue-max-queues",
     "max-ring-page-order",
@@ -401,7 +450,7 @@ fn cycles(context: &mut Context) -> Result<()> {
     keeps_memory(10, CYCLES, &mut cycle)
 }
 
-/// Runs cycles, of which those after the first few, which fill caches that stay, must not cost memory.
+/// Runs cycles; the first few fill caches that stay, and later ones must not cost memory.
 pub(super) fn keeps_memory(
     warm: u32,
     cycles: u32,
@@ -414,7 +463,7 @@ pub(super) fn keeps_memory(
     for _ in warm..cycles {
         cycle()?;
     }
-    // What is freed a little later comes back; what is lost does not.
+    // Memory that is freed with a delay comes back; leaked memory does not.
     let (mut lost, counted) = (0, cycles - warm);
     sh::wait_for(
         &format!("the return of the memory of the last {counted} cycles"),

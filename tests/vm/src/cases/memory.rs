@@ -13,9 +13,9 @@ use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use std::time::Duration;
 
-/// What an idle disk may take for each of its queues, in KiB.
+/// Memory that an idle disk may use for each of its queues, in KiB.
 const IDLE_KIB: u64 = 256;
-/// How soon a disk that becomes idle must have given back the rest.
+/// Time in which a disk that becomes idle must have given back the rest.
 const GIVES_BACK: Duration = Duration::from_secs(30);
 const PARAMETERS: &str = "/sys/module/xen_blkback_rs/parameters";
 
@@ -46,9 +46,9 @@ pub(super) fn cases() -> Vec<Case> {
             "255 disks of one guest connect and work",
             Nothing,
             |context| {
-                // dom0 has the frontends as well, and one that keeps its pages granted takes 4 MiB of them for each
-                // disk: 1 GiB, which this machine has not got. What the driver takes for such a frontend is the
-                // business of `memory.many_disks`.
+                // dom0 has the frontends as well, and one with persistent grants takes 4 MiB of pages for each disk: 1
+                // GiB, which this machine does not have. The case `memory.many_disks` covers the driver's own memory
+                // for such a frontend.
                 let _unkept = Parameter::set("feature_persistent", "N")?;
                 many(context, 255)
             },
@@ -115,7 +115,7 @@ fn wait_idle(vbd: &Vbd) -> Result<()> {
 }
 
 fn idle(context: &mut Context) -> Result<()> {
-    // What is copied needs memory.
+    // Copied requests need memory.
     let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(16, &[])?;
     let guest = context.pv()?;
@@ -145,7 +145,7 @@ fn idle(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-/// How long pages stay mapped that are not used.
+/// Time after which unused pages must be unmapped.
 const LETS_GO: Duration = Duration::from_secs(60);
 
 fn kept(context: &mut Context) -> Result<()> {
@@ -160,7 +160,7 @@ fn kept(context: &mut Context) -> Result<()> {
         Ok(pages >= 32)
     })
     .with_context(|| format!("they are {pages}"))?;
-    // Nothing is lent for what is not copied.
+    // A request that is not copied borrows no memory.
     wait_idle(&vbd)?;
     guest.run("killall fio")?;
     let _ended = guest.wait(load, Duration::from_secs(60))?;
@@ -217,18 +217,19 @@ impl Drop for Parameter {
 }
 
 fn bounds(context: &mut Context) -> Result<()> {
-    // What is copied needs memory.
+    // Copied requests need memory.
     let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let always = held(&vbd)?;
+    let of_queue = always / queues(&vbd)?;
     let load = guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     let borrows = || Ok(held(&vbd)? > always);
     sh::wait_for("memory that the load borrows", GIVES_BACK, borrows)?;
     for name in ["domain_memory_mib", "host_memory_mib"] {
-        // Less than the disk has already: it keeps what it always has, and goes on with that.
+        // This is less than the disk has already: it keeps its minimum, and works with that.
         let bound = if name.starts_with("host") { "1" } else { "0" };
         let most = if bound == "1" {
             always.max(1024)
@@ -248,19 +249,24 @@ fn bounds(context: &mut Context) -> Result<()> {
         sh::wait_for("more memory for the load", GIVES_BACK, borrows)?;
     }
     detach_used(guest, &vbd, load)?;
-    // Requests of up to 1 MiB, in what a disk always has.
+    // Requests of up to 1 MiB fit into the minimum that a disk always has. A guest with so little memory is offered fewer
+    // queues.
     let _parameter = Parameter::set("domain_memory_mib", "1")?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let parameter = Parameter::set("domain_memory_mib", "0")?;
     guest.run_for(&verify_job("/dev/xvda", 8, 120, 512), FIO)?;
-    ensure!(held(&vbd)? == always, "it has {} KiB", held(&vbd)?);
+    let (now, most) = (held(&vbd)?, of_queue * queues(&vbd)?);
+    ensure!(
+        now == most,
+        "the disk has {now} KiB, and its queues need {most}"
+    );
     drop(parameter);
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)
 }
 
 fn pressure(context: &mut Context) -> Result<()> {
-    // What is copied needs memory.
+    // Copied requests need memory.
     let _copies = Parameter::set("feature_persistent", "N")?;
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;

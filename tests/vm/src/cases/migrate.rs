@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Guests that are suspended: moved to another domain of this host, saved, or not moved after all. One disk
-//! at a time uses the image, and nothing of what the guest asked for is lost.
+//! Guests that are suspended: moved to another domain of this host, saved, or not moved after all. One disk at a time
+//! uses the image, and no request of the guest is lost.
 
 use super::death::holding;
 use super::tap::{
@@ -16,9 +16,9 @@ use anyhow::{ensure, Context as _, Result};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long xl may take to move a guest.
+/// Time in which xl must move a guest.
 pub(super) const MOVE: Duration = Duration::from_secs(240);
-/// How long a disk may take to let go of its image, or to get it.
+/// Time in which a disk must close its image, or open it.
 pub(super) const SOON: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
@@ -142,7 +142,7 @@ pub(super) struct SlowMove {
 }
 
 impl SlowMove {
-    /// It begins, with `words` before the target of its disk.
+    /// Begins the move, with `words` before the target of its disk.
     pub(super) fn begin(context: &mut Context, words: &str) -> Result<SlowMove> {
         let slow = holding(context)?;
         let events = EventLog::follow()?;
@@ -180,7 +180,7 @@ impl SlowMove {
         found.context("the guest did not arrive")
     }
 
-    /// It is over, with the guest served by `there`, if that is known. `check` is to be so before anything of the load.
+    /// Ends the move, with the guest served by `there`, if that is known; `check` runs before the load ends.
     pub(super) fn end(
         self,
         context: &mut Context,
@@ -204,7 +204,7 @@ impl SlowMove {
 
 fn s19_slow_writes(context: &mut Context) -> Result<()> {
     let moving = SlowMove::begin(context, "")?;
-    // What the destination asks for waits, as long as a write of the source is on its way.
+    // Requests of the destination wait while a write of the source is on its way.
     let waits = moving.arrived().and_then(|there| {
         let info = there.info()?;
         ensure!(
@@ -224,8 +224,7 @@ fn s19_slow_writes(context: &mut Context) -> Result<()> {
 
 /// Rounds of checkpoints.
 const ROUNDS: u32 = 3;
-/// What a request may take by the guest's clock, which stands still while the guest does: to get the image again, and
-/// its turn.
+/// Longest time of a request by the guest's clock, which stops with the guest: to get the image again, and its turn.
 const LONGEST: Duration = Duration::from_secs(5);
 
 fn s20_checkpoints(context: &mut Context) -> Result<()> {
@@ -296,7 +295,7 @@ pub(super) fn mapped_reads(context: &mut Context) -> Result<()> {
     let reads = guest.start(&format!("/agent reread {DEVICE} --until /tmp/stop"))?;
     let going = sh::wait_for("reads", SOON, || Ok(vbd.statistic("rd_req")? > READS));
     if let Err(error) = going {
-        // Linux's frontend uses a disk no more whose backend has a page when it answers.
+        // Linux's frontend stops using a disk whose backend still has a page when it answers.
         let said = guest.run("dmesg | tail -n 6")?;
         return Err(error.context(format!("the guest says: {}", said.trim())));
     }

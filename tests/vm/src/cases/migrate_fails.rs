@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Moves that fail, and processes that die in the middle of one.
 //!
-//! The other side is a shell that says what `xl migrate-receive` says, so that it can fail at exactly the moment that the
-//! case is about; what it has of the guest is a real domain, with a real disk.
+//! The other side is a shell that sends the messages of `xl migrate-receive`, so that it can fail at exactly the moment
+//! that the case is about; its copy of the guest is a real domain, with a real disk.
 
 use super::migrate::{SlowMove, MOVE, SOON};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
@@ -17,7 +17,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
-/// What is a domain of the guest on the other side.
+/// Name of the guest's domain on the other side.
 const THERE: &str = "there";
 
 /// The cases of this file.
@@ -57,7 +57,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A shell in place of the other host. It does nothing before the case has made a file, and says what it did by others.
+/// A shell in place of the other host. The case and the shell signal their steps to each other with files.
 struct Receiver {
     mover: JoinHandle<Result<Output>>,
     fail: PathBuf,
@@ -90,7 +90,7 @@ impl Receiver {
         Receiver { mover, fail }
     }
 
-    /// Has it fail now; what xl said on this side.
+    /// Lets it fail now; returns xl's output on this side.
     fn fails(self) -> Result<String> {
         std::fs::write(&self.fail, "")?;
         let ended = self
@@ -102,7 +102,8 @@ impl Receiver {
     }
 }
 
-/// Takes the guest's memory, and gives up. A shell gives what it starts with `&` an empty input, so the stream is named.
+/// Takes the guest's memory, and gives up. A shell gives a background command an empty input, so the stream has a
+/// descriptor of its own.
 const NEVER_READY: &str = "exec 3<&0; cat <&3 >/dev/null & wait_for fail; kill $!; exit 1";
 
 fn failed(context: &mut Context) -> Result<()> {
@@ -126,8 +127,9 @@ fn failed(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Makes a domain of the guest, is told to let it go on, and fails when the case wants it. 44 are the bytes of "domain is yours,
-/// you are cleared to unpause" with its end, which both sides tell each other; before it is said that this is a failure.
+/// Makes a domain of the guest, receives the permission to resume it, and fails when the case wants it. 44 are the
+/// bytes of "domain is yours, you are cleared to unpause" with its end, which both sides send each other; before it is
+/// sent, the command fails.
 fn told_to_go(config: &str, meanwhile: &str) -> String {
     format!(
         "xl restore -p {config} /dev/stdin >{RUN_DIR}/restore.log 2>&1 ||
@@ -152,7 +154,7 @@ fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> 
     let load = start_load(&guest)?;
     wait_progress(&source, 50)?;
     context.at_end("end what has arrived", || {
-        // It ended if all went well.
+        // The domain has ended if all went well.
         sh::status(&["xl", "destroy", THERE], SOON).map(drop)
     });
     let receiver = Receiver::start(context, guest.domid, &told_to_go(&config, meanwhile));
@@ -170,7 +172,7 @@ fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> 
     })
 }
 
-/// What the guest is on the other side, in a file: the same machine under another name, because both are on this host.
+/// Writes the guest's configuration for the other side: the machine under another name, because both are on this host.
 fn arriving(guest: &Guest, disk: &str) -> Result<String> {
     let key = format!("/local/domain/{}/vm", guest.domid);
     let vm = xs::read(&key)?.with_context(|| format!("{key} is not there"))?;
@@ -229,7 +231,7 @@ fn both_ran(context: &mut Context) -> Result<()> {
         "the disk waits for another reason: {held}"
     );
     let answered = going.source.info()?.committed;
-    // What the guest knows is old, so nothing of it is of use to anybody.
+    // The guest's memory is old, so the guest is of no use any more.
     going.guest.destroy()?;
     going.source.wait_gone()?;
     context.note(&format!("nothing after the {answered} answers before"))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A disk is copied to another image while its guest works, and goes on there.
+//! A disk is copied to another image while its guest works, and switches to it.
 
 use super::export::Server;
 use super::formats::{check, of_guest};
@@ -40,7 +40,7 @@ fn begin(disk: &Served, target: &str) -> Result<()> {
     sh::wait_for("something that is copied", LIMIT, copied)
 }
 
-/// Has the disk go on in this image.
+/// Switches the disk to this image.
 fn go_on(disk: &Served, target: &str) -> Result<()> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["mirror", "-m", &minor, target, "--wait"])?;
@@ -65,7 +65,7 @@ fn t34_load(context: &mut Context) -> Result<()> {
     wait_progress(&disk, 40)?;
     let target = format!("qcow2:{between}");
     begin(&disk, &target)?;
-    // The next process begins anew.
+    // The next process begins from the start.
     disk.replace()?;
     go_on(&disk, &target)?;
     as_configured(&first)?;
@@ -81,8 +81,8 @@ fn t34_load(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// As the README says: the server of the other side's image ends when this side has let go of it, and the other side
-/// opens the image then.
+/// Moves as the README describes: the server of the other side's image ends when this side has closed it, and then the
+/// other side opens the image.
 fn moves_along(context: &mut Context) -> Result<()> {
     let here = full_image(context, "a.img", SIZE)?;
     let there = image(context, "b.img", SIZE)?;
@@ -100,7 +100,7 @@ fn moves_along(context: &mut Context) -> Result<()> {
     let guest = context.take(Needs::Pvh)?;
     let disk = tap::disk(&format!("aio:{there}"), VDEV, "w");
     let mover = thread::spawn(move || guest.migrate_to(&[&disk], &load).map(|guest| (guest, load)));
-    // The server has the image locked: nobody writes it on the other side before.
+    // The server has the image locked: the other side cannot write to it before.
     let let_go = events.wait_for("inactive", source.minor, MOVE);
     let ended = let_go.and_then(|_| server.end());
     let moved = mover.join();
@@ -118,7 +118,7 @@ fn moves_along(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Nobody can write the image that a server has.
+/// Checks that no process can change the image that a server has.
 fn is_locked(image: &str) -> Result<()> {
     let refusal = sh::status(&["tap-ctl", "create", "-a", &format!("aio:{image}")], LIMIT)?;
     ensure!(

@@ -48,7 +48,7 @@ mod xenstore;
 
 use crate::guest::{Config, Guest, Kind};
 pub(crate) use basic::{compare, verify_job};
-/// What guests do while something happens below them.
+/// Loads of guests during an operation on their disks.
 pub(crate) mod load {
     pub(crate) use super::basic::{compare, FIO};
     pub(crate) use super::faults::wait_load;
@@ -85,15 +85,15 @@ pub(crate) enum Needs {
 
 type Body = Box<dyn Fn(&mut Context) -> Result<()>>;
 
-/// One case.
+/// A case.
 pub(crate) struct Case {
     /// Its name, `group.what`.
     pub(crate) name: String,
-    /// What it shows, in one line.
+    /// Description of the case in one line.
     pub(crate) about: String,
     /// The shared guest that it uses.
     pub(crate) needs: Needs,
-    /// Why the C driver is known to fail it.
+    /// Reason why the C driver is known to fail it.
     pub(crate) c_fails: Option<&'static str>,
     /// Whether the counters of `leaks` must return to where they were.
     pub(crate) leaks: bool,
@@ -101,7 +101,7 @@ pub(crate) struct Case {
     pub(crate) tap: bool,
     /// Whether it is about something else that the C driver does not have.
     pub(crate) ours: bool,
-    /// Whether it takes so long that it runs only if it is named in full, or such cases are asked for.
+    /// Whether it takes so long that it runs only if its full name or the option for such cases is given.
     pub(crate) nightly: bool,
     /// Whether the supervisor of tap disks must run.
     pub(crate) supervised: bool,
@@ -111,7 +111,7 @@ pub(crate) struct Case {
     pub(crate) checked: bool,
     /// Whether it needs a second host.
     pub(crate) hosts: bool,
-    /// What must be found in the problems of the case, which then holds; nothing for most cases.
+    /// Words that the case's problems must contain; then it has passed. Empty for most cases.
     pub(crate) finds: &'static [&'static str],
     /// The case itself.
     pub(crate) run: Body,
@@ -143,12 +143,12 @@ impl Case {
         }
     }
 
-    /// The same case, which is about tap disks.
+    /// Returns the case as one about tap disks.
     fn tap(self) -> Case {
         Case { tap: true, ..self }
     }
 
-    /// The same case, which takes too long for each change.
+    /// Returns the case as one that takes too long to run for each change.
     fn nightly(self) -> Case {
         Case {
             nightly: true,
@@ -156,7 +156,7 @@ impl Case {
         }
     }
 
-    /// The same case, which needs the supervisor of tap disks.
+    /// Returns the case as one that needs the supervisor of tap disks.
     fn supervised(self) -> Case {
         Case {
             tap: true,
@@ -165,7 +165,7 @@ impl Case {
         }
     }
 
-    /// The same case, with the module that has planted faults.
+    /// Returns the case as one that needs the module with planted faults.
     fn faulty(self) -> Case {
         Case {
             faulty: true,
@@ -173,7 +173,7 @@ impl Case {
         }
     }
 
-    /// The same case, which needs a second host.
+    /// Returns the case as one that needs a second host.
     fn hosts(self) -> Case {
         Case {
             hosts: true,
@@ -181,12 +181,12 @@ impl Case {
         }
     }
 
-    /// The same case, which holds if its problems are these.
+    /// Returns the case as one that passes if it has these problems.
     fn finds(self, finds: &'static [&'static str]) -> Case {
         Case { finds, ..self }
     }
 
-    /// The same case, with the leak counters compared.
+    /// Returns the case as one whose leak counters are compared.
     fn no_leaks(self) -> Case {
         Case {
             leaks: true,
@@ -215,7 +215,7 @@ pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
 
 type Cleanup = (String, Box<dyn FnOnce() -> Result<()>>);
 
-/// What a case works with.
+/// Environment of a case.
 pub(crate) struct Context {
     /// The driver under test.
     pub(crate) driver: Driver,
@@ -226,7 +226,7 @@ pub(crate) struct Context {
     /// Whether the module with planted faults is loaded.
     faulty: bool,
     cleanups: Vec<Cleanup>,
-    /// What is undone after the verdict.
+    /// Clean-ups that run after the verdict.
     late_cleanups: Vec<Cleanup>,
     report: Report,
 }
@@ -253,7 +253,7 @@ impl Context {
             .context("the case did not ask for the PVH guest")
     }
 
-    /// Says what is going on.
+    /// Adds a line about the case to the report.
     pub(crate) fn note(&mut self, text: &str) -> Result<()> {
         self.report.note(text)
     }
@@ -389,8 +389,8 @@ impl Context {
         Ok(())
     }
 
-    /// Loads the module that serves anew, with these parameters beside its usual ones, until the end of the case. No disk
-    /// is attached.
+    /// Reloads the module that serves, with these parameters beside its usual ones, until the end of the case. No disk
+    /// may be attached.
     pub(crate) fn load_with(&mut self, parameters: &[&str]) -> Result<()> {
         self.unload()?;
         let (driver, faulty) = (self.driver, self.faulty);
@@ -483,7 +483,7 @@ fn undo(cleanups: &mut Vec<Cleanup>) -> Vec<String> {
     problems
 }
 
-/// Every case, in the order in which they run.
+/// Returns all cases, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
     let groups = [
         basic::cases(),
@@ -599,7 +599,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
     })
 }
 
-/// Makes this machine the first of two hosts, which executes what the second one asks for.
+/// Makes this machine the first of two hosts, which executes the commands of the second one.
 fn begin_hosts() -> Result<()> {
     let listener = peer::Host::First.become_this()?;
     std::thread::spawn(move || {
@@ -610,12 +610,12 @@ fn begin_hosts() -> Result<()> {
     Ok(())
 }
 
-/// A case whose guest the emulator kills runs at most so often. Most machines never kill one, but two
-/// in a row were seen.
+/// Maximum number of runs of a case whose guest the emulator kills. Most machines never kill one, but two deaths in a
+/// row have happened.
 const RUNS: u32 = 6;
 
-/// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose
-/// guest the emulator killed runs again, because that says nothing of it.
+/// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose guest the emulator has
+/// killed runs again, because that says nothing about the case.
 fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     if (case.tap || case.ours) && context.driver == Driver::C {
         return Ok(Verdict::Skip("the C driver does not have this".into()));
@@ -632,7 +632,7 @@ fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
     Ok(attempt.verdict(case, context.driver))
 }
 
-/// Detaches what a failed case may have left attached to dom0 itself.
+/// Detaches disks of dom0 itself that a failed case may have left.
 fn detach_own_disks() -> Result<()> {
     for devid in xs::list("/local/domain/0/device/vbd")? {
         sh::run(&["xl", "block-detach", "0", &devid, "--force"])?;
@@ -652,7 +652,7 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
     start_driver(driver, &[QUEUES])
 }
 
-/// Loads a driver, none of which is there, with these parameters.
+/// Loads a driver with these parameters, when none is loaded.
 pub(crate) fn start_driver(driver: Driver, parameters: &[&str]) -> Result<()> {
     sh::modprobe(driver.module(), parameters)?;
     wait_registered(driver)

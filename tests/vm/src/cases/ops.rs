@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What an administrator sees of a disk that hangs.
+//! Reports and statistics of a disk that hangs, for an administrator.
 
 use super::basic::{attach_own, detach_own};
 use super::hung::{narrow_loop, wait_for_sleeper};
@@ -49,14 +49,14 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What waits for a disk that hangs.
+/// Seconds after which a waiting disk counts as hung.
 pub(super) const HUNG: &str = "2";
-/// What is slow, in milliseconds.
+/// Milliseconds after which a request counts as slow.
 pub(super) const SLOW: &str = "100";
 /// Programs take long in an emulated machine.
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
-/// The exit code of `tap-ctl status`, and what it says of each disk. Requests are slow that take so many milliseconds.
+/// Returns the exit code of `tap-ctl status`, and its report. A request counts as slow after `slow` milliseconds.
 pub(super) fn said(slow: &str) -> Result<(i32, Value)> {
     let argv = [
         "tap-ctl", "--json", "status", "--hung", HUNG, "--slow", slow,
@@ -67,7 +67,7 @@ pub(super) fn said(slow: &str) -> Result<(i32, Value)> {
     Ok((output.rc, said))
 }
 
-/// What it says of one disk of dom0.
+/// Returns the part of the output about one disk of dom0.
 pub(super) fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
     let disks = said["disks"].as_array().context("no list of disks")?;
     let disk = disks
@@ -76,7 +76,7 @@ pub(super) fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
     disk.with_context(|| format!("no {vdev} of dom0 in {said}"))
 }
 
-/// A write to a disk that hangs: it ends when the disk goes on.
+/// Starts a write to a disk that hangs: it ends when the disk is resumed.
 fn write(device: &str, vbd: &Vbd) -> Result<Child> {
     let before = vbd.statistic("wr_req")?;
     let child = Command::new("dd")
@@ -90,7 +90,7 @@ fn write(device: &str, vbd: &Vbd) -> Result<Child> {
     Ok(child)
 }
 
-/// What is collected for who is to help does not wait for a disk that hangs, and names it.
+/// Checks that `tap-ctl report` does not wait for a disk that hangs, and names it.
 fn report(served: &tap::Served) -> Result<()> {
     let words = ["tap-ctl", "report", "--hung", HUNG];
     let told = sh::run_for(&words, LIMIT)?;
@@ -110,13 +110,13 @@ fn report(served: &tap::Served) -> Result<()> {
 /// The size of the storage.
 pub(super) const SECTORS: u64 = 32768;
 
-/// A mapped device, which may hang or be slow, and what is below it.
+/// Makes a mapped device, which may hang or be slow, and the device below it.
 pub(super) fn storage(context: &mut Context) -> Result<(Dm, String)> {
     sh::modprobe("xen-blkfront", &[])?;
     let below = context.null_blk(16, &[])?.path();
     let storage = Dm::create("vmtest-slow", &linear(&below, SECTORS))?;
     let theirs = storage.clone();
-    // Whatever a failed case left: a device that hangs cannot be removed.
+    // This also runs after a failure: a device that hangs cannot be removed.
     context.at_end("remove the mapped device", move || {
         theirs.resume()?;
         theirs.remove()
@@ -124,7 +124,7 @@ pub(super) fn storage(context: &mut Context) -> Result<(Dm, String)> {
     Ok((storage, below))
 }
 
-/// What the kernel's log says of one disk.
+/// Messages in the kernel's log about one disk.
 struct Log {
     kmsg: Kmsg,
     of: String,

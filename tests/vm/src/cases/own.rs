@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-/// How long many disks may take to come or go.
+/// Time in which many disks must come or go.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// The backend's device of a disk.
@@ -29,7 +29,7 @@ pub(super) fn write(id: &str, mebibytes: u32) -> Result<()> {
 pub(super) struct Disks(pub(super) Vec<String>);
 
 impl Disks {
-    /// Makes so many disks of a device, and waits for nothing.
+    /// Makes `count` disks of a device, without waiting.
     pub(super) fn connect(device: &str, count: u32) -> Result<Disks> {
         let number = fs::metadata(device)?.rdev();
         let (major, minor) = (

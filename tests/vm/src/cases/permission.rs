@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Who may use the nodes and images of tap disks: the supervisor opens them, and hands each process its own.
+//! Permissions of the nodes and images of tap disks: the supervisor opens them, and hands each process its own.
 
 use super::tap::{image, VDEV};
 use super::{Case, Context, Needs};
@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// Where the second disk appears.
+/// Name of the second disk.
 const OTHER: &str = "xvdc";
 
 /// The cases of this file.
@@ -81,7 +81,7 @@ fn permissions(context: &mut Context) -> Result<()> {
     mine.detach(guest)
 }
 
-/// User and group of nobody.
+/// Number of the unprivileged user and group.
 const NOBODY: u32 = 65534;
 
 /// User and group of a process.
@@ -97,7 +97,7 @@ fn ids(pid: u32) -> Result<(u32, u32)> {
     Ok((id("Uid:")?, id("Gid:")?))
 }
 
-/// This command of this user fails because it is not allowed.
+/// Checks that this command of this user fails because it is not allowed.
 fn refused((uid, gid): (u32, u32), argv: &[&str]) -> Result<()> {
     let out = Command::new(argv[0])
         .args(&argv[1..])
@@ -123,7 +123,7 @@ fn files(pid: u32) -> Result<Vec<String>> {
         let place = entry?.path();
         match fs::read_link(&place) {
             Ok(target) => found.push(target.to_string_lossy().into_owned()),
-            // It was closed meanwhile.
+            // The file was closed in between.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot look at {}", place.display()))
@@ -133,8 +133,8 @@ fn files(pid: u32) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// The process is nobody: not root, without capabilities, with no way to get any; in all of its threads,
-/// each of which has credentials and a filter of its own.
+/// Checks that the process is unprivileged: it is not root, has no capabilities, and has no way to get any; in all of
+/// its threads, each of which has credentials and a filter of its own.
 pub(super) fn check_process(pid: u32) -> Result<()> {
     let mut threads = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -148,12 +148,12 @@ pub(super) fn check_process(pid: u32) -> Result<()> {
             }
         }
     }
-    // One serves, and one does what may sleep.
+    // One thread serves, and one executes calls that may sleep.
     ensure!(threads > 1, "tapdisk {pid} has {threads} threads");
     Ok(())
 }
 
-/// The thread of which `path` tells.
+/// Checks the thread whose folder is `path`.
 fn check_thread(path: &str) -> Result<()> {
     let status = sh::get(path)?;
     let field = |name: &str| {

@@ -103,7 +103,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn dom0_log(_: &mut Context) -> Result<()> {
-    // Without its end a line is not shown to anybody yet.
+    // The kernel does not show a line without its end.
     sh::put("/dev/kmsg", "<1>WARNING: planted\n")
 }
 
@@ -122,8 +122,7 @@ fn guest_panic(_: &mut Context) -> Result<()> {
     guest.destroy()
 }
 
-/// Four times what memory may change by for other reasons: what the cases before have used may come
-/// back meanwhile, and hides as much.
+/// Four times the change of memory by other reasons: memory of earlier cases may come back, and hides as much.
 const LOST_MIB: u32 = 96;
 
 fn leak(context: &mut Context) -> Result<()> {

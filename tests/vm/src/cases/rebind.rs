@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The driver leaves a tap disk whose guest has requests under way, and comes back: each of them is answered once.
+//! The driver is unbound from a tap disk whose guest has requests under way, and bound again: each request is answered
+//! once.
 
 use super::hung::{bus, hangable, others_are_served, QUICK};
 use super::played;
@@ -48,7 +49,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Looks for longer than any drain may take whose guest has let go, whether the guest still has the disk.
+/// Checks for longer than any drain takes whether a guest that has closed its disk still has it.
 fn is_kept(info: impl Fn() -> Result<Info>) -> Result<bool> {
     const LONG: Duration = Duration::from_secs(9);
     let begun = Instant::now();
@@ -61,7 +62,7 @@ fn is_kept(info: impl Fn() -> Result<Info>) -> Result<bool> {
     Ok(true)
 }
 
-/// The driver leaves a disk whose requests do not end, and comes back. Others are served meanwhile.
+/// Unbinds and binds the driver of a disk whose requests do not end. Other disks are served during that.
 fn rebind(context: &mut Context, disk: &Served) -> Result<()> {
     let state = format!("{}/state", disk.vbd.backend);
     bus(context, &disk.vbd, "unbind")?;
@@ -84,7 +85,7 @@ fn goes_on(disk: &Served) -> Result<()> {
     wait_progress(disk, 50)
 }
 
-/// Storage whose writes take longer than its reads, so that answers come in another order than requests.
+/// Makes storage whose writes take longer than its reads, so that answers come in another order than requests.
 fn uneven(context: &mut Context) -> Result<Dm> {
     let below = context.null_blk(16, &[])?;
     let disk = Dm::create("vmtest-uneven", &slow_writes(&below.path(), 32768, 30)?)?;
@@ -122,7 +123,7 @@ fn killed(context: &mut Context) -> Result<()> {
     let load = start_load_with(context.pv()?, "")?;
     for _ in 0..2 {
         wait_progress(&disk, 100)?;
-        // Nobody replaces the process.
+        // No supervisor replaces the process.
         context.take_supervisor()?.kill()?;
         disk.kill()?;
         sh::wait_for("the end of the process", QUICK, || {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// Megabytes of the disk.
 const MIB: u32 = 16;
-/// How long a command may take.
+/// Time limit for a command.
 const LONG: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
@@ -45,7 +45,7 @@ fn key(disk: &str) -> Result<Option<String>> {
     Ok(view["key"].as_str().map(str::to_owned))
 }
 
-/// Writes zeroes to a block of a disk, past the page cache; says what came of it.
+/// Writes zeroes to a block of a disk, past the page cache; returns the result.
 fn zero(disk: &str) -> Result<sh::Output> {
     let to = format!("of={disk}");
     let line = [
@@ -82,7 +82,7 @@ fn attach(context: &mut Context, storage: Reserved) -> Result<(Served, [crate::c
     Ok((disk, load))
 }
 
-/// The guest has seen no error, and the disk is what it wrote.
+/// Checks that the guest has seen no error, and that the disk has its data.
 fn finish(
     context: &mut Context,
     disk: Served,
@@ -137,8 +137,8 @@ fn nvme(context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// Without a break: the kernel's target waits for itself when a command that came by its loopback preempts and aborts
-/// (`core_tmr_lun_reset` flushes the work that executes it).
+/// Without a break of the lease: the kernel's target deadlocks when a command that came by its loopback preempts and
+/// aborts (`core_tmr_lun_reset` flushes the work that executes it).
 fn scsi(context: &mut Context) -> Result<()> {
     let storage = Reserved::scsi(MIB)?;
     let ([own, other], medium) = (storage.disks.clone(), storage.medium.path());
@@ -161,7 +161,7 @@ fn scsi(context: &mut Context) -> Result<()> {
     finish(context, disk, load, &medium)
 }
 
-/// The storage lets nobody else write, and everybody read.
+/// Checks that the storage refuses writes of all other paths, and allows reads.
 fn refused(other: &str) -> Result<()> {
     let write = zero(other)?;
     ensure!(
@@ -172,7 +172,7 @@ fn refused(other: &str) -> Result<()> {
     backing::sha256(other, 1).map(drop)
 }
 
-/// What the guest asked for waits, and nothing of it lands on what the other host writes meanwhile.
+/// Requests of the guest wait, and none of them reaches the storage while the other host writes to it.
 fn while_another_has_it(disk: &Served, events: &EventLog, medium: &str, other: &str) -> Result<()> {
     let saved = "/srv/vmtest/reserved.saved";
     std::fs::create_dir_all("/srv/vmtest")?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Guests that start again, with the disks that they have. Where one crashes its frontends close nothing: xl takes the
-//! devices away while nobody there answers, and makes them anew, for a new domain, or for the same one with its memory as it
-//! is (a soft reset), of which another kernel writes a dump.
+//! Guests that restart with their disks. The frontends of a crashed guest close nothing: xl removes the devices while
+//! no frontend answers, and makes them anew, for a new domain, or in a soft reset for the old one with its memory
+//! unchanged, of which another kernel makes a dump.
 
 use super::basic::{compare, verify_job, FIO};
 use super::tap::{image, wait_progress};
@@ -16,14 +16,14 @@ use std::time::Duration;
 const NAME: &str = "restarts";
 /// A word of the command line that only the second kernel has.
 const MARK: &str = "vmtest.crash=yes";
-/// MiB of the dump that are written, and of the disks.
+/// Sizes in MiB of the dump, and of the disks.
 const DUMP: u32 = 8;
 const SIZE: u32 = 16;
-/// Not `xvda` to `xvdd`, of which an HVM guest has an emulated disk, too.
+/// An HVM guest also has emulated disks with the names `xvda` to `xvdd`.
 const TAP: &str = "xvde";
 const PHY: &str = "xvdf";
 const KERNELS: &str = "xvdg";
-/// MiB that are written before the guest starts again.
+/// MiB that the guest fills before it restarts.
 const USED: u32 = 4;
 /// A kernel starts in emulation, and QEMU perhaps before that.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -78,7 +78,7 @@ impl Bed {
         Ok(Self { config, storage })
     }
 
-    /// The guest ends under load on all of its disks, so that nobody knows what it has written last.
+    /// Starts loads on all disks of the guest, which ends during them, so that its last writes are unknown.
     fn load(&self, guest: &Guest) -> Result<()> {
         for (vdev, _) in &self.storage {
             guest.start(&verify_job(&format!("/dev/{vdev}"), SIZE, 100_000, 512))?;
@@ -95,7 +95,7 @@ fn crash(guest: &Guest) -> Result<()> {
     guest.start("echo c >/proc/sysrq-trigger").map(drop)
 }
 
-/// A guest ends by `end`, and another domain goes on with its disks.
+/// Ends a guest with `end`, and lets another domain continue with its disks.
 fn starts_again(context: &mut Context, end: fn(&Guest) -> Result<()>) -> Result<()> {
     let bed = Bed::new(context, Kind::Pvh)?;
     let guest = Guest::create(bed.config.clone())?;
@@ -154,7 +154,7 @@ fn load(guest: &Guest, kernel: u64, initramfs: u64) -> Result<()> {
 fn crash_into_second(guest: &Guest) -> Result<()> {
     crash(guest)?;
     sh::wait_for("an answer of the second kernel", LIMIT, || {
-        // Nobody answers while one kernel is gone and the other one starts.
+        // There is no answer between the end of one kernel and the start of the other one.
         let answer = guest.status_for("cat /proc/cmdline", Duration::from_secs(10));
         Ok(answer.is_ok_and(|done| done.text.contains(MARK)))
     })

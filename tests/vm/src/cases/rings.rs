@@ -10,10 +10,10 @@ use crate::xs;
 use anyhow::{ensure, Context as _, Result};
 use std::time::Duration;
 
-/// How long a guest may take a disk apart after the backend is through with it.
+/// Time in which a guest must remove a disk that the backend has closed.
 const UNUSED: Duration = Duration::from_secs(30);
 
-/// What a frontend asks for.
+/// Properties that a frontend requests.
 #[derive(Clone, Copy)]
 struct Shape {
     queues: u64,
@@ -87,7 +87,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn events(context: &mut Context) -> Result<()> {
-    // Completions that come apart, each of which wakes the queue, without an event of the guest.
+    // The completions come one by one, each of which wakes the queue, without an event of the guest.
     let slow = [("irqmode", "2"), ("completion_nsec", "300000")];
     let device = context.null_blk(32, &slow)?;
     let guest = context.pv()?;
@@ -101,7 +101,7 @@ fn events(context: &mut Context) -> Result<()> {
     context.note(&format!(
         "{events} events, {spurious} of them spurious; the next one was held back for {delayed} ticks"
     ))?;
-    // One may find that its requests were taken with the one before. Two in a row would be held back.
+    // An event may find its requests taken with those of the one before. Two in a row would delay the next one.
     ensure!(
         delayed == 0 && spurious * 4 <= events,
         "of {events} events {spurious} were called spurious, and {delayed} ticks were waited for that"
@@ -166,7 +166,7 @@ fn reload(guest: &Guest, parameters: &str) -> Result<()> {
         .map(drop)
 }
 
-/// What was negotiated must be what was asked for.
+/// Checks that the negotiated properties are the requested ones.
 fn check_shape(guest: &Guest, vbd: &Vbd, shape: Shape) -> Result<()> {
     let key = |name: &str| -> Result<Option<u64>> {
         let text = xs::read(&format!("{}/{name}", vbd.frontend))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Which cases a run means.
+//! Selection of the cases of a run.
 
 /// The cases that a command line names. Patterns are separated by commas, and `*` in one matches
 /// anything.
@@ -8,13 +8,13 @@ pub(crate) struct Selection {
     /// Run only the cases whose name matches one of these patterns, separated by commas (`*` matches anything).
     #[arg(long, default_value = "*")]
     only: String,
-    /// But not those whose name matches one of these.
+    /// Exclude the cases whose name matches one of these.
     #[arg(long, default_value = "")]
     except: String,
     /// Run the cases that take too long for each change, and no others.
     #[arg(long)]
     nightly: bool,
-    /// Of those, run also the cases that need a kernel with its own checks: dom0 has one.
+    /// Run also those cases that need a kernel with its own checks: dom0 has one.
     #[arg(long)]
     pub(super) checked_kernel: bool,
     /// Run the cases that need a second host, and no others: there is one.
@@ -23,8 +23,8 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    /// Whether this case is meant. One that takes long is meant by a pattern only if such cases are
-    /// asked for, and then no others are; whoever names a case in full means it.
+    /// A pattern selects the cases that take long only if they are requested, and then no others; the full name of a
+    /// case always selects it.
     pub(super) fn means(&self, name: &str, nightly: bool) -> bool {
         let is_named = self.only.split(',').any(|pattern| pattern == name);
         let is_asked_for = nightly == self.nightly && matches_any(&self.only, name);
@@ -41,7 +41,7 @@ fn matches_any(patterns: &str, name: &str) -> bool {
     patterns.split(',').any(|pattern| matches(pattern, name))
 }
 
-/// A pattern in which `*` stands for anything.
+/// Returns whether a name matches a pattern in which `*` stands for any text.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
@@ -66,7 +66,7 @@ mod tests {
         assert!(!matches("", "a"));
     }
 
-    /// Which of four cases are meant; `c` and `d` take long.
+    /// Returns which of four cases are selected; `c` and `d` take long.
     fn meant(only: &str, except: &str, nightly: bool) -> String {
         let selection = Selection {
             only: only.into(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Disks that are slow in several ways, and what an administrator is told of each.
+//! Disks that are slow in several ways, and the reports about them for an administrator.
 
 use super::basic::{attach_own, detach_own};
 use super::formats::qemu_img;
@@ -68,7 +68,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts fio on a disk with these words, and waits until what it begins with is over.
+/// Starts fio on a disk with these words, and waits until its first phase is over.
 fn load(words: &str, vbd: &Vbd) -> Result<Running> {
     const BEGUN: u64 = 100;
     let ended = || Ok::<_, anyhow::Error>(vbd.statistic("wr_done")? + vbd.statistic("rd_done")?);
@@ -88,7 +88,7 @@ fn load(words: &str, vbd: &Vbd) -> Result<Running> {
     Ok(load)
 }
 
-/// What uses the processors of dom0: so much for each of two that others get a small part.
+/// Loads dom0's processors, with so many programs that others get a small share.
 fn hogs() -> Result<Vec<Running>> {
     const COUNT: usize = 8;
     let hog = || Running::start(Command::new("sh").args(["-c", "while :; do :; done"]));
@@ -121,7 +121,7 @@ fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<String> 
     Ok(metrics)
 }
 
-/// Why it is so and what to do is told, with all these words.
+/// Checks that the reason and the remedy have all these words.
 fn tells(disk: &Value, why: &[&str], remedy: &[&str]) -> Result<()> {
     for (sentence, words) in [("why", why), ("remedy", remedy)] {
         let text = disk[sentence].as_str().unwrap_or("");
@@ -141,7 +141,7 @@ fn shown() -> Result<Value> {
     Ok(of(&last, "xvdk")?["figures"].clone())
 }
 
-/// How long its writes take, in milliseconds.
+/// Returns the time of its writes, in milliseconds.
 fn write_ms() -> Result<f64> {
     let figures = shown()?;
     let awaits = figures["awaits"].as_array().context("no times")?;
@@ -166,7 +166,7 @@ fn ends(vbd: &Vbd) -> Result<()> {
 
 fn slow(context: &mut Context) -> Result<()> {
     let (storage, below) = storage(context)?;
-    // What is copied needs pages, which it will lack.
+    // Copied requests need pages, which the disk will lack.
     let copies = Parameter::set("feature_persistent", "N")?;
     let vbd = attach_own(context, &storage.path(), "xvdk")?;
     drop(copies);
@@ -174,7 +174,7 @@ fn slow(context: &mut Context) -> Result<()> {
     storage.replace(&delayed(&below, SECTORS, 300)?)?;
     let running = load("--rw=write --bs=4k --iodepth=4", &vbd)?;
     let disk = named(SLOW, 1, "slow", "storage")?;
-    // udev may read meanwhile, which takes as long.
+    // udev may read at that time, which takes as long.
     tells(&disk, &["took", "vmtest-slow"], &["iostat", "vmtest-slow"])?;
     let ms = write_ms()?;
     ensure!(ms >= 300.0, "writes that are held for 300 ms took {ms}");
@@ -226,7 +226,7 @@ fn full_ring(context: &mut Context) -> Result<()> {
     let used = shown()?["ring_used"].as_f64();
     let used = used.context("it is not shown how full the rings are")?;
     drop(running);
-    // One that has room all the time.
+    // This load leaves room in the ring all the time.
     let running = load("--rw=randwrite --bs=4k --iodepth=8", &vbd)?;
     let (code, said) = said(SLOW)?;
     let disk = of(&said, "xvdk")?;
@@ -240,7 +240,7 @@ fn full_ring(context: &mut Context) -> Result<()> {
     ends(&vbd)
 }
 
-/// What is slow for a process, in milliseconds: other machines are quicker than this one may be.
+/// Milliseconds after which a process's request counts as slow: other machines are quicker than this one may be.
 const PROCESS_SLOW: &str = "20";
 
 /// An image that costs its process most: for each block that is read it unpacks a cluster.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A disk goes on in a new image while its guest works, and the one that it had keeps what it was.
+//! A disk switches to a new image while its guest works, and the old one keeps its content.
 
 use super::formats::{check, of_guest};
 use super::tap::{end_load, full_image, image, start_load_with, wait_progress, DEVICE, VDEV};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// MiB of the disk. The load is in the first ten.
 const SIZE: u32 = 16;
-/// Where the guest says which snapshot comes next.
+/// Offset at which the guest stores the number of the next snapshot.
 const MARK: u64 = 12 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -96,7 +96,7 @@ fn group(context: &mut Context) -> Result<()> {
         disk.detach(context.pv()?)?;
     }
     let mut told = Vec::new();
-    // The last ones went on.
+    // The last images are in use, and no snapshots.
     rounds.truncate(ROUNDS as usize);
     for (round, [first, second]) in rounds.iter().enumerate() {
         let first = number(context, first)?;
@@ -119,7 +119,7 @@ fn mark(guest: &Guest, number: u8) -> Result<()> {
     Ok(())
 }
 
-/// What the guest had written when the image became what it is.
+/// Returns the number that the guest had stored at the time of the snapshot.
 fn marked(raw: &str) -> Result<u8> {
     let mut byte = [0];
     let file = File::open(raw).with_context(|| format!("cannot open {raw}"))?;
@@ -127,14 +127,14 @@ fn marked(raw: &str) -> Result<u8> {
     Ok(byte[0].wrapping_sub(b'0'))
 }
 
-/// Of a whole file.
+/// Returns the checksum of a whole file.
 pub(super) fn sum(path: &str) -> Result<String> {
     let text = sh::run_for(&["sha256sum", path], LIMIT)?;
     let sum = text.split_whitespace().next();
     Ok(sum.context("no checksum")?.to_owned())
 }
 
-/// What QEMU reads of an image, as a raw one.
+/// Makes a raw copy of the content that QEMU reads from an image.
 fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
     let raw = image(context, name, 1)?;
     let convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"];
@@ -142,7 +142,7 @@ fn content(context: &mut Context, path: &str, name: &str) -> Result<String> {
     Ok(raw)
 }
 
-/// A qcow2 image over a raw one with something everywhere, which nobody may write: their paths.
+/// Makes a qcow2 image over a full raw one, which is read-only: returns their paths.
 fn chain(context: &mut Context) -> Result<[String; 2]> {
     let base = full_image(context, "base.img", SIZE)?;
     sh::run(&["chmod", "a-w", &base])?;
@@ -154,7 +154,7 @@ fn chain(context: &mut Context) -> Result<[String; 2]> {
 
 fn stream(context: &mut Context) -> Result<()> {
     let [base, top] = chain(context)?;
-    // What it has the kernel writes by itself, beside the stream.
+    // The kernel writes in passthrough to the clusters that the image has, beside the stream.
     let target = format!("direct=yes,qcow2:{top}");
     let guest = context.pv()?;
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
@@ -171,7 +171,7 @@ fn stream(context: &mut Context) -> Result<()> {
     wait_progress(&disk, 40)?;
     let info = sh::run(&["qemu-img", "info", "-U", "-f", "qcow2", &top])?;
     ensure!(!info.contains("backing file:"), "it says: {info}");
-    // Nobody needs it, the next process neither.
+    // It is unused, by the next process, too.
     let away = format!("{base}.away");
     fs::rename(&base, &away)?;
     disk.replace()?;
@@ -186,7 +186,7 @@ fn stream(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// MiB of a disk whose image above has so much that nothing which is ended on the way is done before.
+/// MiB of a disk whose top image has so much data that a commit cannot end before the case interrupts it.
 const LONG: u32 = 64;
 /// MiB of that which the guest writes, behind the load.
 const MUCH: u32 = 40;
@@ -196,7 +196,8 @@ fn commit(context: &mut Context) -> Result<()> {
     let top = image(context, "s1.qcow2", 1)?;
     fs::remove_file(&top)?;
     let guest = context.pv()?;
-    // What it has the kernel writes by itself, until the image below is to be written as well.
+    // The kernel writes in passthrough to the clusters that the image has, until each write must go to the backing
+    // image as well.
     let target = format!("direct=yes,aio:{base}");
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
@@ -211,7 +212,7 @@ fn commit(context: &mut Context) -> Result<()> {
     ask(&[&below, "--rate", "1"])?;
     let copied = || Ok::<_, anyhow::Error>(ask(&["--show"])?["copied"].as_u64() > Some(0));
     sh::wait_for("something that is copied", LIMIT, copied)?;
-    // What is below is another disk by now, and so it stays if it is ended there.
+    // The backing image is another disk by now, and stays so if the commit ends there.
     ask(&["--cancel"])?;
     wait_progress(&disk, 40)?;
     ask(&[&below, "--rate", "1"])?;
@@ -224,7 +225,7 @@ fn commit(context: &mut Context) -> Result<()> {
         told["state"] == "complete" && to == below && copied()?,
         "tap-ctl commit says {told}"
     );
-    // Nobody needs it, the next process neither.
+    // It is unused, by the next process, too.
     let away = format!("{top}.away");
     fs::rename(&top, &away)?;
     wait_progress(&disk, 40)?;
@@ -244,7 +245,7 @@ fn commit(context: &mut Context) -> Result<()> {
     context.note(&told)
 }
 
-/// Has the disk go on in a new image; returns for how many microseconds nobody served it.
+/// Switches the disk to a new image; returns the number of microseconds in which no process served it.
 pub(super) fn snapshot(disk: &Served, new: &str, old: &str) -> Result<u64> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["snapshot", &minor, new])?;
@@ -259,7 +260,7 @@ fn t30_load(context: &mut Context) -> Result<()> {
     let base = image(context, "a.img", SIZE)?;
     let mut images = vec![base.clone()];
     for name in ["s1.qcow2", "s2.qcow2"] {
-        // Its name is free, and the file that comes there is taken away afterwards.
+        // Only the name is needed: the clean-up removes the file that the case makes there.
         let path = image(context, name, 1)?;
         fs::remove_file(&path)?;
         images.push(path);
@@ -289,7 +290,7 @@ fn t30_load(context: &mut Context) -> Result<()> {
     context.note(&format!("nobody served for {pauses:?} us; {told}"))
 }
 
-/// Each image is what it was when the next one came, and what the guest reads is the last one's.
+/// Checks that each image has the content of its snapshot, and the last one the content that the guest reads.
 fn judge(context: &mut Context, images: &[String], sums: &[String], seen: &str) -> Result<()> {
     for (image, was) in images.iter().zip(sums) {
         let now = sum(image)?;
@@ -313,7 +314,7 @@ fn judge(context: &mut Context, images: &[String], sums: &[String], seen: &str) 
     Ok(())
 }
 
-/// A configuration that was not changed does not write what others go on from.
+/// An old configuration cannot change a backing image of others.
 pub(super) fn as_configured(base: &str) -> Result<()> {
     let target = format!("aio:{base}");
     let refusal = sh::status(&["tap-ctl", "create", "-a", &target], LIMIT)?;

@@ -15,7 +15,7 @@ use sim::rng::Rng;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// Where a package's upgrade keeps the module that is loaded.
+/// Place where a package's upgrade keeps the loaded module.
 const COPY: &str = "/run/xen-blkback-rs/loaded.ko";
 /// The host's settings while a module is exchanged.
 const SETTINGS: &str = "/etc/modprobe.d/exchange.conf";
@@ -33,13 +33,20 @@ pub(super) fn cases() -> Vec<Case> {
             "takeover.load",
             "disks of a guest go to the C driver and back while it verifies, and it sees pauses",
             PvWide,
-            |context| there_and_back(context, PvWide),
+            |context| there_and_back(context, PvWide, 1),
         ),
+        case(
+            "takeover.load_often",
+            "disks of a guest go to the C driver and back three times while it verifies",
+            PvWide,
+            |context| there_and_back(context, PvWide, 3),
+        )
+        .nightly(),
         case(
             "takeover.pvh",
             "the same with a PVH guest",
             Pvh,
-            |context| there_and_back(context, Pvh),
+            |context| there_and_back(context, Pvh, 3),
         )
         .nightly(),
         case(
@@ -87,7 +94,7 @@ fn with_both(context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// Asks for a driver, and says what came of it and for how long the guest was paused.
+/// Switches to a driver; returns the result and the guest's pause.
 fn take_over(guest: &Guest, to: Driver, more: &[&str]) -> Result<(i32, serde_json::Value)> {
     let domid = guest.domid.to_string();
     let asked = [
@@ -122,8 +129,7 @@ fn start(domid: &str, to: Driver, more: &[&str]) -> Result<Child> {
         .with_context(|| format!("cannot start {PROGRAM}"))
 }
 
-fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
-    const ROUNDS: usize = 3;
+fn there_and_back(context: &mut Context, needs: Needs, rounds: usize) -> Result<()> {
     let (device, idle) = (context.null_blk(32, &[])?, context.null_blk(16, &[])?);
     with_both(context)?;
     let guest = match needs {
@@ -134,7 +140,7 @@ fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
     let other = guest.attach(&hotplug::disk(&idle.path(), "xvdb", "w")?)?;
     let job = guest.start(&long_job(8))?;
     let mut pauses = Vec::new();
-    for to in [Driver::C, Driver::Rs].repeat(ROUNDS) {
+    for to in [Driver::C, Driver::Rs].repeat(rounds) {
         wait_load(&vbd)?;
         let (rc, said) = take_over(guest, to, &[])?;
         ensure!(rc == 0, "to {}: {said}", to.module());
@@ -151,7 +157,7 @@ fn there_and_back(context: &mut Context, needs: Needs) -> Result<()> {
     context.note(&format!("paused for {pauses:?} ms"))
 }
 
-/// To the C driver and back, each of which unloads the other one.
+/// Switches to the C driver and back, unloading the other one each time.
 fn module(context: &mut Context) -> Result<()> {
     let device = context.null_blk(32, &[])?;
     let guest = context.pv()?;
@@ -184,7 +190,7 @@ pub(crate) fn build_id() -> Result<Vec<u8>> {
     Ok(note[at..].to_vec())
 }
 
-/// The same module as another build.
+/// Returns the module with another build identifier.
 fn another_build(module: &[u8]) -> Result<Vec<u8>> {
     let id = build_id()?;
     let mut other = module.to_vec();
@@ -198,7 +204,7 @@ fn another_build(module: &[u8]) -> Result<Vec<u8>> {
     Ok(other)
 }
 
-/// The file that modprobe loads; what it holds comes back at the end of the case.
+/// Returns the file that modprobe loads; its content is restored at the end of the case.
 fn installed_module(context: &mut Context) -> Result<(String, Vec<u8>)> {
     let said = sh::run(&[
         "modprobe",
@@ -220,7 +226,7 @@ fn installed_module(context: &mut Context) -> Result<(String, Vec<u8>)> {
     Ok((path, content))
 }
 
-/// As many queues as the cases load it with, from the host's settings: nobody says it on a command line.
+/// The driver gets the number of queues that the cases use from the host's settings: it is on no command line.
 fn with_settings(context: &mut Context) -> Result<()> {
     std::fs::write(SETTINGS, format!("options xen-blkback-rs {QUEUES}\n"))?;
     for file in [SETTINGS, COPY] {
@@ -235,7 +241,7 @@ fn with_settings(context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// Exchanges the module; returns the exit code and what is said.
+/// Exchanges the module; returns the exit code and the output.
 fn exchanged() -> Result<(i32, serde_json::Value)> {
     let done = sh::status(&[PROGRAM, "--json", "exchange"], LIMIT)?;
     let line = done.text.lines().find(|line| line.starts_with('{'));
@@ -307,7 +313,7 @@ fn exchange(context: &mut Context) -> Result<()> {
     same(guest, &image, 16)?;
     guest.detach(&vbd)?;
     disk.detach(guest)?;
-    // Said twice it would be refused.
+    // A setting in two places would be refused.
     std::fs::remove_file(SETTINGS)?;
     load_driver(Driver::Rs)
 }
@@ -367,7 +373,7 @@ fn killed(context: &mut Context) -> Result<()> {
         std::thread::sleep(Duration::from_millis(rng.below(700)));
         child.kill()?;
         child.wait()?;
-        // What is done already is not done again.
+        // A finished step is not repeated.
         let asked = [PROGRAM, "--to", to.module(), "--domain", &domid];
         let done = sh::status(&asked, LIMIT)?;
         ensure!(done.rc == 0, "asked again: {}", done.text);

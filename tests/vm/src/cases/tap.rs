@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Tap disks with what a package installs: hotplug scripts, supervisor, tapdisk, tap-ctl.
+//! Tap disks with the files that a package installs: hotplug scripts, supervisor, tapdisk, tap-ctl.
 
 use super::basic::{check_grown, compare, detach_own, verify_job, FIO};
 use super::permission::check_process;
@@ -106,7 +106,7 @@ pub(super) fn image(context: &mut Context, name: &str, mib: u32) -> Result<Strin
     Ok(path)
 }
 
-/// The same with something everywhere.
+/// Makes an image that is full of random data.
 pub(super) fn full_image(context: &mut Context, name: &str, mib: u32) -> Result<String> {
     let path = image(context, name, mib)?;
     sh::shell(&format!(
@@ -132,7 +132,7 @@ fn file(context: &mut Context) -> Result<()> {
         "a tap disk has a block device"
     );
     check_process(disk.pid()?)?;
-    // What blktap-kmod/README.md says.
+    // The figure of docs/explanation/process-deaths.md.
     let held = disk.info()?.memory_kib;
     ensure!(
         (1..=2765).contains(&held),
@@ -341,7 +341,7 @@ fn sharing(context: &mut Context) -> Result<()> {
     reader.detach(guest)
 }
 
-/// Removes what xl leaves in xenstore of a disk whose script failed, whichever script that is.
+/// Removes the entries of xenstore that xl leaves of a disk whose script failed.
 pub(super) fn forget_refused(domain: &str, vdev: &str) -> Result<()> {
     sh::run(&["xl", "block-detach", domain, vdev, "--force"]).map(drop)
 }
@@ -414,12 +414,13 @@ fn memory(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-/// What the guest runs until it is told to stop: the history, and fio beside it.
+/// Starts the guest's load, which runs until it is stopped: the history, and fio beside it.
 pub(crate) fn start_load(guest: &Guest) -> Result<[crate::console::Job; 2]> {
     start_load_with(guest, "--discard")
 }
 
-/// The same, with other options of the history: without `--discard` it does not, which not every driver can.
+/// Starts that load with other options of the history: without `--discard` it does not discard, which not every driver
+/// can.
 pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[crate::console::Job; 2]> {
     guest.run("rm -f /tmp/stop")?;
     let judged = history(
@@ -448,7 +449,7 @@ pub(crate) fn end_load(guest: &Guest, jobs: [crate::console::Job; 2]) -> Result<
     Ok(texts.remove(0).trim().to_owned())
 }
 
-/// How long the slowest request took of a load that has [ended](end_load).
+/// Returns the time of the slowest request of a load that has [ended](end_load).
 pub(super) fn slowest(told: &str) -> Result<Duration> {
     let ms = told
         .split_once("slowest ")
@@ -481,7 +482,7 @@ fn pause(context: &mut Context) -> Result<()> {
     wait_progress(&disk, 50)?;
     let told = end_load(guest, load)?;
     same(guest, &first, 16)?;
-    // A paused disk may go on with another image, here with a copy.
+    // A paused disk may resume with another image, here with a copy.
     tap::ctl(&["pause", "-m", &minor])?;
     sh::run(&["cp", &first, &second])?;
     tap::ctl(&["unpause", "-m", &minor, "-a", &format!("aio:{second}")])?;
@@ -492,7 +493,7 @@ fn pause(context: &mut Context) -> Result<()> {
     disk.detach(guest)
 }
 
-/// Waits until so many more requests were answered, by whomever.
+/// Waits until `count` more requests were answered, by the kernel or a process.
 pub(crate) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
     let answered = || disk.info().map(|info| info.committed + info.direct);
     let before = answered()?;
@@ -509,7 +510,7 @@ fn nbd(context: &mut Context) -> Result<()> {
     let minor = tap::ctl(&["create", "--minor-only", "--nbd", "-a", &target])?;
     let minor = minor.trim();
     let url = format!("nbd+unix:///?socket=/run/xentap/nbd/{minor}.sock");
-    // Not `qemu-img compare`: QEMU would want a lock on the image, which tapdisk has.
+    // `qemu-img compare` would need a lock on the image, which tapdisk has.
     sh::shell(&format!(
         "qemu-img convert -f raw -O raw '{url}' {image}.copy && cmp {image}.copy {image}; \
          rc=$?; rm -f {image}.copy; exit $rc"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Tap disks beside what else happens on a host: other users of images, storage that is dead, a
-//! supervisor that is started anew.
+//! Tap disks beside other activities of a host: other users of images, dead storage, and a supervisor that is
+//! restarted.
 
 use super::tap::{image, VDEV};
 use super::{Case, Context, Needs};
@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Where storage is mounted that dies.
+/// Mount point of storage that dies.
 const DEAD: &str = "/mnt/dead";
 
 /// The cases of this file.
@@ -172,7 +172,7 @@ fn limited(context: &mut Context) -> Result<()> {
     disk.detach(context.pv()?)
 }
 
-/// What tap-ctl says about an image: its exit code and its words.
+/// Returns the exit code and the output of tap-ctl about an image.
 fn check(target: &str, mode: &str) -> Result<(i32, String)> {
     let asked = sh::status(
         &["tap-ctl", "check", "-a", target, "--mode", mode],
@@ -226,7 +226,7 @@ fn claimed(context: &mut Context) -> Result<()> {
     sh::run(&["mount", "-o", "remount,rw", DEAD])?;
     refused(&target, "r", DEAD)?;
     sh::run(&["umount", DEAD])?;
-    // A file is used by whoever mounts a loop device on it.
+    // A mount through a loop device uses the file.
     let image = image(context, "a.img", 16)?;
     let target = format!("aio:{image}");
     sh::run(&["mkfs.ext4", "-q", "-F", &image])?;
@@ -262,7 +262,7 @@ fn claimed_in_parts(context: &mut Context) -> Result<()> {
     for target in &targets {
         free(target, "w")?;
     }
-    // It is mounted from one of them, with a device number that is neither's.
+    // The file system is mounted from one of them, with a device number that is neither's.
     sh::shell(&format!(
         "mkfs.btrfs -q -f {both} && modprobe btrfs && btrfs device scan {both}"
     ))?;

@@ -12,6 +12,7 @@ use crate::hotplug;
 use crate::tap::{self, Served};
 use crate::{leaks, sh, xs};
 use anyhow::{ensure, Result};
+use std::time::Duration;
 
 /// Disks of a guest that has many.
 const MANY: usize = 16;
@@ -70,7 +71,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Verifies again and again, until told to stop.
+/// Starts a load that verifies again and again until it is stopped.
 fn endless_verify(guest: &Guest, device: &str) -> Result<Job> {
     let job = verify_job(device, 4, 100, 512);
     guest.start(&format!(
@@ -82,9 +83,9 @@ fn save_restore(context: &mut Context) -> Result<()> {
     saved_and_restored(context, &[None])
 }
 
-/// What a driver of another host may not have: several queues, and rings of several pages. It must have indirect
-/// requests, of no fewer segments: Linux's own driver stops its guest (`BUG_ON` in `blkif_queue_rw_req`, seen with 7.3)
-/// if it has a larger request in a queue when it arrives.
+/// Features that a driver of another host may lack: several queues, and rings of several pages. A driver must have
+/// indirect requests, of no fewer segments: Linux's own driver stops its guest (`BUG_ON` in `blkif_queue_rw_req`, seen
+/// with 7.3) if it has a larger request in a queue when it arrives.
 const LITTLE: &[&str] = &["max_queues=1", "max_ring_page_order=0"];
 
 fn other_host(context: &mut Context) -> Result<()> {
@@ -97,7 +98,7 @@ fn other_host(context: &mut Context) -> Result<()> {
     context.take_pv().map(drop)
 }
 
-/// A guest is saved and restored several times, each time perhaps to a driver that is loaded anew.
+/// Saves and restores a guest several times, each time perhaps to a driver that is reloaded.
 fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let images = [image(context, "a.img", 8)?, image(context, "b.img", 8)?];
@@ -132,25 +133,30 @@ fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Resul
     guest.detach(&Vbd::of(guest.domid, "xvda")?)
 }
 
+/// The limit for a disk of a restored guest to connect.
+const CONNECTS: Duration = Duration::from_secs(60);
+
 /// The tap disks of that guest.
 const TAPS: [&str; 2] = [VDEV, "xvdc"];
 
-/// Segments of an indirect request that its tap disks offer.
+/// Returns the segments of an indirect request that its tap disks offer. Before a disk is connected, its driver offers
+/// as many as the host allows.
 fn segments(guest: &Guest) -> Result<Vec<String>> {
     let told = |vdev| {
         let backend = Vbd::of(guest.domid, vdev)?.backend;
+        xs::wait_value(&format!("{backend}/state"), "4", CONNECTS)?;
         xs::must_read(&format!("{backend}/feature-max-indirect-segments"))
     };
     TAPS.into_iter().map(told).collect()
 }
 
-/// Its jobs go on.
+/// Waits until its jobs have made progress.
 fn progress(guest: &Guest) -> Result<()> {
     TAPS.into_iter()
         .try_for_each(|vdev| wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50))
 }
 
-/// Saves the guest, loads the driver anew if there are parameters for it, and restores the guest.
+/// Saves the guest, reloads the driver if there are parameters for it, and restores the guest.
 fn move_to(context: &mut Context, parameters: Option<&[&str]>, jobs: &[Job]) -> Result<()> {
     let domid = context.pv()?.domid;
     let disks = TAPS.map(|vdev| Served::of(Vbd::of(domid, vdev)?));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a guest has done to its disk is written down, and done again on a copy.
+//! The requests of a guest are traced, and replayed on a copy of its disk.
 
 use super::tap::{end_load, full_image, image, start_load, wait_progress, VDEV};
 use super::{Case, Context, Needs};
@@ -28,7 +28,7 @@ fn replayed(context: &mut Context) -> Result<()> {
     sh::run(&["cp", &worked, &copy])?;
     context.at_end(format!("remove {TRACE}"), || Ok(fs::remove_file(TRACE)?));
     let guest = context.pv()?;
-    // What the kernel may write by itself the process would not see.
+    // The process would not see writes of the kernel in passthrough.
     let target = format!("direct=yes,aio:{worked}");
     let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();

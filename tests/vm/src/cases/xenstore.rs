@@ -20,14 +20,14 @@ const ERROR: &str = "/local/domain/0/error/backend/vbd/0/51872";
 /// A hostile frontend.
 struct Attack {
     name: &'static str,
-    /// What the error must name.
+    /// Key that the error must name.
     key: &'static str,
-    /// What it writes over the proper values.
+    /// Values that replace the proper ones.
     values: &'static [(&'static str, &'static str)],
     c_fails: Option<&'static str>,
 }
 
-/// It frees rings that it never finished, finds a ring without an interrupt and complains.
+/// The C driver frees rings that it never finished, finds a ring without an interrupt and warns.
 const C_WARNS: Option<&str> = Some("the C driver warns when it gives up a half connected ring");
 
 const PROPER: [(&str, &str); 3] = [
@@ -198,8 +198,8 @@ fn remove() -> Result<()> {
     Ok(())
 }
 
-/// Waits for an error node that holds `wanted`; the device must not connect. The bus may have written
-/// an error of its own before the driver says what it thinks.
+/// Waits for an error node that holds `wanted`; the device must not connect. The bus may have stored an error of its
+/// own before the driver's.
 fn wait_refusal(wanted: &str) -> Result<String> {
     let mut last = None;
     let refused = sh::wait_for(
@@ -221,7 +221,7 @@ fn wait_refusal(wanted: &str) -> Result<String> {
     Ok(last.unwrap_or_default())
 }
 
-/// The same device must work for a proper frontend.
+/// Checks that the device works for a proper frontend.
 fn check_recovery(context: &mut Context, device: &str) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let vbd = attach_own(context, device, "xvdk")?;
@@ -264,7 +264,7 @@ fn refuse(context: &mut Context, attack: &Attack) -> Result<()> {
     })?;
     context.note(&format!("error node: {text}"))?;
     remove()?;
-    // What is refused by its keys alone leaves nothing that a proper frontend could meet.
+    // A refusal because of keys alone leaves nothing behind that a proper frontend could meet.
     match attack.c_fails == C_WARNS {
         true => check_recovery(context, &device.path()),
         false => Ok(()),
@@ -280,7 +280,7 @@ fn bad_device(context: &mut Context) -> Result<()> {
     check_recovery(context, &device.path())
 }
 
-/// What a boot loader does before it hands its disk to the kernel that it loads.
+/// Behaves like a boot loader that hands its disk to the kernel that it loads.
 fn close_and_return(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     create(context, &numbers(&device.path())?)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The third part of the story: the kernel serves a file by itself, and for a minute there is no process at all.
+//! The third part of the story: the kernel serves a file in passthrough, and for a minute there is no process at all.
 
 use super::tap::slowest;
 use super::FIO;
@@ -13,9 +13,9 @@ use anyhow::{ensure, Context, Result};
 use ring::tap::abi::STATE_LIVE;
 use std::time::{Duration, Instant};
 
-/// The part of the image that is written and compared.
+/// Part of the image that the guest fills and the case compares.
 pub(super) const USED_MIB: u32 = 8;
-/// How long no process is there.
+/// Time without a process.
 const AWAY: Duration = Duration::from_secs(60);
 /// A request that waited for a process would have taken longer.
 const LONGEST_MS: u64 = 20_000;
@@ -93,7 +93,7 @@ pub(super) fn end(guest: &Guest, load: Job) -> Result<u64> {
     slowest(guest, load)
 }
 
-/// Writes that are flushed and verified, until `/tmp/stop` is there.
+/// Returns a load of writes that are flushed and verified, until `/tmp/stop` exists.
 pub(super) fn job() -> String {
     format!(
         "rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do fio --name=v --filename=/dev/xvdb --size={USED_MIB}m --bssplit=4k/60:64k/40 \

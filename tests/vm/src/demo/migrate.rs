@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The story of a guest that never stops: it moves to another domain, its disk's process is upgraded, its disk goes on in
-//! another image, and the kernel's module is exchanged, all while it writes and verifies what it has written.
+//! The story of a guest that never stops: it moves to another domain, its disk's process is upgraded, its disk switches
+//! to another image, and the kernel's module is exchanged, while it writes and verifies its data all the time.
 
 use super::direct::{end, job, USED_MIB};
 use crate::cases::{outlive_emulator, wait_progress};
@@ -13,7 +13,7 @@ use anyhow::{ensure, Context, Result};
 use std::time::{Duration, Instant};
 
 const IMAGE_MIB: u32 = 32;
-/// Requests that are answered when the load goes on.
+/// Answered requests that show that the load has resumed.
 const AT_WORK: u64 = 40;
 /// For what takes as long as an emulated machine does.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -94,7 +94,7 @@ fn with_images(report: &mut Report, first: &str, second: &str) -> Result<()> {
     guest.destroy()
 }
 
-/// What tap-ctl says in a number.
+/// Returns a number in tap-ctl's output.
 fn number(told: &serde_json::Value, name: &str) -> Result<u64> {
     let number = told[name].as_u64();
     number.with_context(|| format!("{name} is missing in {told}"))

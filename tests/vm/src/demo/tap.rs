@@ -12,7 +12,7 @@ use anyhow::{ensure, Context, Result};
 use std::time::Duration;
 
 const IMAGE_MIB: u32 = 64;
-/// The part of the image that is written and compared.
+/// Part of the image that the guest fills and the case compares.
 const USED_MIB: u32 = 16;
 const DEATHS: usize = 3;
 
@@ -27,7 +27,7 @@ pub(super) fn tell(report: &mut Report, guest: &Guest) -> Result<()> {
 
 fn with_file(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
     wait_supervisor()?;
-    // What the kernel executes by itself no death of a process would stop.
+    // A death of the process would not stop requests that the kernel executes in passthrough.
     let specification = disk(&format!("direct=no,aio:{file}"), "xvdb", "w");
     let disk = Served::attach(guest, &specification)?;
     let user = sh::run(&["stat", "-c", "%U", &format!("/proc/{}", disk.pid()?)])?;

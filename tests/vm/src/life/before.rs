@@ -6,8 +6,8 @@ use super::{host, Chapter, Story};
 use crate::{sh, Driver};
 use anyhow::{ensure, Context, Result};
 
-/// How exposed systemd may find each unit, in tenths: what it says of them, and a little more, because other versions of it
-/// judge a little differently. The supervisor's has to see the host's file systems and devices.
+/// Highest exposure that systemd may report for each unit, in tenths: a little more than it reports, because other
+/// versions judge differently. The supervisor's unit has to see the host's file systems and devices.
 const EXPOSED: [(&str, u32); 3] = [
     ("blktapctrl.service", 57),
     ("xentap-guests.service", 15),

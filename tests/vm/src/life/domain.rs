@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// The copy of the host's disk. Both domains have it, one after the other.
 const ROOT: &str = "/dev/vdc";
-/// The size of what the phy disk is made of.
+/// Size of the device of the phy disk, in MiB.
 const DEVICE_MIB: u32 = 64;
 /// The unit that runs the scripts for the disks of other guests.
 const SCRIPTS: &str = "xentap-devd.service";
@@ -48,11 +48,11 @@ pub(super) fn chapters() -> Vec<Chapter> {
     ]
 }
 
-/// What a driver domain is.
+/// Role of a driver domain.
 #[derive(Clone, Copy)]
 struct Role {
     kind: Kind,
-    /// Whether nobody has told its system yet that it is one.
+    /// Whether its system is not set up as a driver domain yet.
     is_new: bool,
 }
 
@@ -116,13 +116,13 @@ impl Domain {
         self.guest.status_for(ended, LONG).map(drop)
     }
 
-    /// What README.md tells an administrator to do, once.
+    /// Follows README.md's instructions for an administrator, once.
     fn is_made_one(&self) -> Result<()> {
         let enable = format!("systemctl enable --now {SCRIPTS}");
         self.run(&enable).map(drop)
     }
 
-    /// All runs that serves disks, by itself, and nothing has failed.
+    /// Checks that all units for serving disks run, without help, and that none has failed.
     fn is_complete(&self) -> Result<()> {
         let failed = self.run("systemctl list-units --failed --plain --no-legend")?;
         ensure!(failed.trim().is_empty(), "units have failed: {failed}");

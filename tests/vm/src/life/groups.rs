@@ -11,7 +11,7 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(120);
 /// The unit below which the groups are.
 pub(super) const UNIT: &str = "xentap-guests.service";
-/// What the guest may read of its phy disk in a second: more than it can.
+/// Limit of the guest's reads from its phy disk in a second, which is higher than its speed.
 const RATE: &str = "rbps=1073741824";
 
 /// The group of the guest that works.
@@ -45,7 +45,7 @@ impl Group {
             }
             let pids = self.file("cgroup.procs")?;
             let pids: Vec<&str> = pids.lines().collect();
-            // One that has ended meanwhile has no name any more.
+            // A process that has ended in between has no name any more.
             let names = pids
                 .iter()
                 .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
@@ -116,7 +116,7 @@ pub(super) fn groups(story: &mut Story) -> Result<()> {
     host::nothing_failed()
 }
 
-/// The group has whom it should have, what was set is there, and the guest works.
+/// Checks that the group has its processes and settings, and that the guest works.
 fn kept(working: &Working, group: &Group, process: u32) -> Result<()> {
     ensure!(
         working.disk()?.pid()? == process,

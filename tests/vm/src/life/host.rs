@@ -40,7 +40,7 @@ pub(super) fn versions() -> Result<[String; 2]> {
         .with_context(|| format!("{INDEX} has {count} versions of {PROGRAMS}"))
 }
 
-/// apt-get as nobody who can answer runs it.
+/// apt-get without questions.
 const APT: &[&str] = &[
     "env",
     "DEBIAN_FRONTEND=noninteractive",
@@ -56,12 +56,12 @@ pub(super) fn apt(arguments: &[&str]) -> Result<Output> {
     sh::status(&[APT, arguments].concat(), LONG)
 }
 
-/// The same, which must succeed; returns what is said.
+/// Runs apt-get, which must succeed; returns its output.
 pub(super) fn apt_does(arguments: &[&str]) -> Result<String> {
     succeeded(apt(arguments)?, &format!("apt-get {}", arguments.join(" ")))
 }
 
-/// What was said by what must have succeeded.
+/// Returns the output of a program, which must have succeeded.
 fn succeeded(done: Output, what: &str) -> Result<String> {
     ensure!(
         done.rc == 0,
@@ -71,20 +71,20 @@ fn succeeded(done: Output, what: &str) -> Result<String> {
     Ok(done.text)
 }
 
-/// Has dpkg end what it was interrupted in, as apt-get tells to do; returns what is said.
+/// Lets dpkg finish an interrupted run, as apt-get advises; returns the output.
 pub(super) fn dpkg_ends() -> Result<String> {
     let done = sh::status(&["dpkg", "--configure", "-a"], LONG)?;
     succeeded(done, "dpkg --configure -a")
 }
 
-/// Starts apt-get, for who does something meanwhile.
+/// Starts apt-get without waiting, for a caller that acts during that.
 pub(super) fn apt_begins(arguments: &[&str]) -> Result<Child> {
     let mut command = Command::new(APT[0]);
     command.args(&APT[1..]).args(arguments);
     command.spawn().context("cannot start apt-get")
 }
 
-/// What is asked of apt to have both packages in a version.
+/// Returns apt's names for both packages in a version.
 pub(super) fn both(version: &str) -> Result<[String; 2]> {
     Ok(packages()?.map(|package| format!("{package}={version}")))
 }
@@ -94,7 +94,7 @@ pub(super) fn packages() -> Result<[String; 2]> {
     Ok([PROGRAMS.to_owned(), of_module()?])
 }
 
-/// Waits until systemd has started all, none of which may have failed.
+/// Waits until systemd has started all units, none of which may have failed.
 pub(super) fn is_up() -> Result<()> {
     sh::wait_for("the end of the boot", LONG, || {
         let state = sh::status(&["systemctl", "is-system-running"], LONG)?;
@@ -120,7 +120,7 @@ pub(super) fn nothing_failed() -> Result<()> {
     anyhow::bail!("units have failed: {failed}: {}", sh::tail(&said, 1000))
 }
 
-/// What systemd says of a unit.
+/// Returns a property of a unit from systemd.
 pub(super) fn property(unit: &str, name: &str) -> Result<String> {
     let said = sh::run(&["systemctl", "show", "--value", "-p", name, unit])?;
     Ok(said.trim().to_owned())
@@ -131,7 +131,7 @@ pub(super) fn is_active(unit: &str) -> Result<bool> {
     Ok(property(unit, "ActiveState")? == "active")
 }
 
-/// What systemd says of how exposed a unit is, in tenths, is no more than this.
+/// Checks that the exposure of a unit, as systemd rates it in tenths, is at most `most`.
 pub(super) fn is_hardened(unit: &str, most: u32) -> Result<()> {
     let most = format!("--threshold={most}");
     let analyze = ["systemd-analyze", "security", "--no-pager", &most, unit];

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 use working::Working;
 
-/// What is done in one boot.
+/// Work in one boot.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Part {
     /// The C driver serves, the packages are installed, and it is decided for ours.
@@ -47,14 +47,14 @@ impl Part {
     }
 }
 
-/// A piece of a part, and what it shows in one line.
+/// A piece of a part, and its description in one line.
 struct Chapter {
     name: &'static str,
     about: &'static str,
     tell: fn(&mut Story) -> Result<()>,
 }
 
-/// What goes from one chapter to the next.
+/// State that passes from one chapter to the next.
 struct Story {
     report: Report,
     working: Option<Working>,

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
-/// What fills the file system.
+/// File that fills the file system.
 const FILLER: &str = "/srv/filler";
 
 pub(super) fn chapters() -> Vec<Chapter> {
@@ -98,7 +98,8 @@ fn bring_to(version: &str) -> Result<String> {
     host::apt_does(&["install", "--allow-downgrades", &programs, &module])
 }
 
-/// Both packages change while the guest works, and what serves its disks with them. `change` returns what was said.
+/// Both packages change while the guest works, and with them the module and the processes that serve its disks.
+/// `change` returns its output.
 fn changed(story: &mut Story, change: impl FnOnce() -> Result<String>) -> Result<()> {
     let working = story.working()?;
     let (supervisor, process, module) = (host::supervisor()?, working.disk()?.pid()?, build_id()?);
@@ -174,14 +175,14 @@ fn no_room(story: &mut Story) -> Result<()> {
     went_on.context("while the disk was full")?;
     answered.context("while the disk was full")?;
     changed(story, || {
-        // Where the room ended decides which of these has something to do.
+        // The place where the room ended decides which of these has work to do.
         let ended = host::dpkg_ends()?;
         let mended = host::apt_does(&["--fix-broken", "install"])?;
         Ok([ended, mended, bring_to(&version)?].concat())
     })
 }
 
-/// What dpkg has of a package, as `installed` or `unpacked`.
+/// Returns dpkg's state of a package, as `installed` or `unpacked`.
 fn dpkg_state(package: &str) -> Result<String> {
     let format = "--showformat=${db:Status-Status}";
     sh::run(&["dpkg-query", "--show", format, package])
@@ -193,7 +194,7 @@ fn interrupted(story: &mut Story) -> Result<()> {
     let was = (host::supervisor()?, story.working()?.disk()?.pid()?);
     let wanted = ["install", &format!("{programs}={next}")];
     let mut upgrade = host::apt_begins(&wanted)?;
-    // Its files are being exchanged, or are and nothing was told of that.
+    // Its files are being exchanged, or have been, and no program knows of that yet.
     sh::wait_for("the middle of the upgrade", LIMIT, || {
         Ok(dpkg_state(&programs)? != "installed")
     })?;

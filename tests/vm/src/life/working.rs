@@ -9,12 +9,11 @@ use crate::tap::{self, Served};
 use crate::Driver;
 use anyhow::{ensure, Context, Result};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 /// The sizes of the phy disk and of the tap disk's image.
 const DEVICE_MIB: u32 = 32;
 const IMAGE_MIB: u32 = 16;
-/// How much of each is written.
+/// MiB of each disk that the load uses.
 const WRITTEN_MIB: u32 = 8;
 /// Microseconds of rest after two I/Os: the host has other things to do, and is emulated.
 const REST_US: u32 = 40_000;
@@ -34,7 +33,7 @@ struct Tap {
     job: Job,
 }
 
-/// The guest, its disks, and what it does.
+/// The guest, its disks, and its loads.
 pub(super) struct Working {
     pub(super) guest: Guest,
     device: NullBlk,
@@ -74,7 +73,7 @@ impl Working {
         self.goes_on()
     }
 
-    /// All that it does goes on.
+    /// Waits until all of its loads have made progress.
     pub(super) fn goes_on(&self) -> Result<()> {
         load::wait_load(&self.phy)?;
         match &self.tap {
@@ -102,8 +101,7 @@ impl Working {
 
     /// The number of the block device behind its phy disk, as `MAJOR:MINOR`.
     pub(super) fn device(&self) -> Result<String> {
-        let number = fs::metadata(self.device.path())?.rdev();
-        Ok(format!("{}:{}", libc::major(number), libc::minor(number)))
+        self.device.number()
     }
 
     /// More disks come and go, as `phy:` and as `tap:`.
@@ -124,7 +122,7 @@ impl Working {
         device.remove()
     }
 
-    /// Ends its work, in which nothing may have been wrong, and the guest.
+    /// Ends its loads, which must not have failed, and the guest.
     pub(super) fn end(self) -> Result<()> {
         let guest = self.guest;
         // Both jobs end with that.

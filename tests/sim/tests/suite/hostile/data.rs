@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 
-//! Grants, discards, and what the guest finds in its pages.
+//! Grants, discards, and the content of the guest's pages.
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
 use ring::request::Limits;
@@ -46,7 +46,7 @@ fn h24_reads_into_read_only_pages_fail_without_retries() {
         let read = Spec::new(OP_READ, 0).with(&segments).expect(Expect::Error);
         world.serve(&vec![read; 20]);
         assert!(world.engine.stats().passes <= 60);
-        // Writing from such a page is right.
+        // Writing from a read-only page is legal.
         world.serve(&[Spec::new(OP_WRITE, 0).with(&segments)]);
         world.still_works();
     });
@@ -54,7 +54,7 @@ fn h24_reads_into_read_only_pages_fail_without_retries() {
 
 #[test]
 fn h25_a_grant_may_end_while_its_request_runs() {
-    // What is mapped stays so; what is yet to be copied fails. Either way it is answered.
+    // Mapped pages stay mapped; pages that are yet to be copied fail. Either way the request is answered.
     each(unchanged, |world| {
         let specs = [Spec::pages(OP_READ, 0, 5), Spec::pages(OP_WRITE, 64, 5)];
         let specs = specs.map(|spec| spec.expect(Expect::Any));

@@ -2,8 +2,8 @@
 
 //! A hostile frontend, case by case; the numbers are those of the project's list of such cases.
 //!
-//! After each case a valid load on the same ring must be served as if nothing had been, and
-//! nothing may be left behind: pages, slots, mappings.
+//! After each case a valid load on the ring must be served normally, and nothing may be left behind: pages, slots,
+//! mappings.
 
 mod data;
 mod requests;

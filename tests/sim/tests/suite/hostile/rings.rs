@@ -23,7 +23,7 @@ fn h01_a_producer_index_beyond_the_ring_stops_it_for_good() {
             world.machine.borrow_mut().ring.store(REQ_PROD, jump);
             assert!(world.engine.pass().broken, "{jump}");
             assert!(!world.engine.must_stay_awake());
-            // It does not come back to life when the index is put right.
+            // The ring stays broken after the index is corrected.
             world.machine.borrow_mut().ring.store(REQ_PROD, 2);
             let pass = world.engine.pass();
             assert!(pass.broken && pass.taken == 0);
@@ -73,7 +73,7 @@ fn h03_a_producer_index_is_read_once_a_pass() {
         let pass = world.engine.pass();
         assert_eq!(world.machine.borrow().accesses.req_prod, before + 1);
         assert!(pass.taken == 1 && !pass.broken, "only what was read counts");
-        // Put right before the next look: nothing has happened.
+        // Corrected before the next check, it has no effect.
         world.machine.borrow_mut().ring.store(REQ_PROD, 1);
         world.run_clean();
         world.still_works();
@@ -140,7 +140,7 @@ fn h06_a_guest_that_consumes_nothing_gets_no_more_than_a_ring() {
         assert_eq!(world.engine.in_flight(), 32);
         assert!(!world.engine.must_stay_awake(), "it need not even look");
         settle(world);
-        // The extra request is found at the next look at the index, and not served.
+        // The next check of the index finds the extra request, and it is not served.
         assert!(world.engine.pass().broken);
         assert_eq!(world.machine.borrow().front.answers.len(), 32 * 4);
         world.close_clean();

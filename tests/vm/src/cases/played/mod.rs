@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Cases whose process is played here, so that it dies or misbehaves at exactly the moment that a case
-//! is about; `tap` has those with a real one.
+//! Cases that play the process themselves, so that it dies or misbehaves at exactly the moment that a case is about;
+//! `tap` has the cases with a real one.
 
 mod poison;
 mod refused;
@@ -61,7 +61,7 @@ fn write(block: u64, letter: char) -> String {
     format!("head -c 4096 /dev/zero | tr '\\000' {letter} | dd of={DEVICE} bs=4k count=1 seek={block} iflag=fullblock oflag=direct")
 }
 
-/// The same through fio, with its options.
+/// Returns a shell command that writes the block with fio and its options.
 fn write_by_fio(block: u64, letter: char, options: &str) -> String {
     format!(
         "fio --name=w --filename={DEVICE} --rw=write --bs=4k --size=4k --offset={}k --direct=1 --buffer_pattern={:#x} {options} --output-format=terse",
@@ -105,7 +105,7 @@ pub(super) struct Held {
     pub(super) request: Request,
 }
 
-/// The next process is given exactly what the last one had, in the order of its arrival.
+/// Checks that the next process gets exactly the requests of the last one, in the order of their arrival.
 fn check_replay(again: &[Request], held: &[Held]) -> Result<()> {
     let pairs = again.iter().zip(held);
     for (again, before) in pairs {
@@ -142,7 +142,7 @@ pub(super) fn succeeded(guest: &Guest, job: crate::console::Job) -> Result<()> {
     Ok(())
 }
 
-/// Nothing may be delivered although so many requests wait.
+/// Checks that nothing is delivered although `waiting` requests wait.
 fn check_held_back(disk: &Played, process: &Process, waiting: u32) -> Result<()> {
     disk.wait_waiting(waiting)?;
     let early = process.fetch_now()?;
@@ -150,7 +150,7 @@ fn check_held_back(disk: &Played, process: &Process, waiting: u32) -> Result<()>
     Ok(())
 }
 
-/// What the guest reads from a block, and what the image holds there.
+/// Checks the content of a block, as the guest reads it and as the image holds it.
 pub(super) fn check_block(
     guest: &Guest,
     disk: &Played,
@@ -172,7 +172,7 @@ pub(super) fn check_block(
     Ok(())
 }
 
-/// One write with the process serving.
+/// Writes one block while the process serves.
 fn process_writes(guest: &Guest, process: &Process, block: u64, letter: char) -> Result<()> {
     process
         .serve_while(|| guest.run(&write(block, letter)))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Requests of which every process dies, and descriptions that differ from what the guest was told.
+//! Requests that kill every process, and descriptions that differ from those that the guest knows.
 
 use super::{attach, check_block, deliver, detach, process_writes, succeeded, BLOCK, MIB};
 use crate::cases::{Case, Context};
@@ -33,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Deaths at one request.
 const DEATHS: u32 = 3;
-/// The block at which processes die, in the middle of those that are written at once.
+/// The block at which processes die, in the middle of the writes that are sent together.
 const DEADLY: u64 = 7;
 const WRITES: [(u64, char); 8] = [
     (3, 'a'),
@@ -62,7 +62,7 @@ fn live(disk: &Played, process: &Process) -> Result<bool> {
                 requests.len()
             );
         }
-        // It begins with all that it has, and answers afterwards.
+        // The process first gets all requests, and then answers them.
         if requests.iter().any(is_deadly) {
             return Ok(true);
         }
@@ -128,7 +128,7 @@ fn poison(context: &mut Context) -> Result<()> {
     for (block, letter) in WRITES.into_iter().filter(|(block, _)| *block != DEADLY) {
         check_block(guest, &disk, &process, block, letter)?;
     }
-    // The same place is a request like any other for a process that does not mind.
+    // For a process that survives it, a request for that block is like any other.
     process_writes(guest, &process, DEADLY, 'z')?;
     check_block(guest, &disk, &process, DEADLY, 'z')?;
     detach(guest, &vbd, &process)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a process, a guest and an administrator must not do with a tap disk, and what follows.
+//! Forbidden actions of a process, a guest and an administrator on a tap disk, and their consequences.
 
 use super::{
     attach, check_block, deliver, detach, finish, history, played, process_writes, succeeded,
@@ -77,14 +77,14 @@ fn s11_wrong_answers(context: &mut Context) -> Result<()> {
     let again = second.fetch(2)?;
     let good = again[0].answer(0);
     let wrong = [
-        // Of the delivery before.
+        // Generation of the earlier delivery.
         stale,
-        // Of a delivery to come.
+        // Generation of a later delivery.
         Completion {
             generation: good.generation.wrapping_add(1),
             ..good
         },
-        // Of a tag that nobody has, and of one that does not exist.
+        // A tag without a request, and one that does not exist.
         Completion {
             tag: good.tag ^ 64,
             ..good
@@ -230,7 +230,7 @@ fn fail_after(context: &mut Context) -> Result<()> {
         "requests failed after {} ms, the policy says {SECONDS} s",
         took.as_millis()
     );
-    // What failed is over: the next process does not get it.
+    // A failed request is over: the next process does not get it.
     let second = disk.process()?;
     ensure!(
         second.fetch_now()?.is_empty(),
@@ -364,7 +364,7 @@ fn s17_destroyed(context: &mut Context) -> Result<()> {
         info.delivered == 2 && info.domain == u32::MAX,
         "after the end of the guest the kernel says {info:?}"
     );
-    // What it had may still be executed and answered: it is nobody's.
+    // The process may still execute and answer its requests, which have no guest any more.
     let requests: Vec<Request> = held.into_iter().map(|one| one.request).collect();
     process.serve(&requests)?;
     let info = disk.info()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What becomes of requests when the process that serves a disk dies.
+//! Requests of a process that dies while it serves a disk.
 
 use super::{
     attach, check_block, check_held_back, check_replay, deliver, detach, finish, played,
@@ -216,7 +216,7 @@ fn s08_flush(context: &mut Context) -> Result<()> {
     let vbd = attach(guest, &disk, &first)?;
     let held = deliver(guest, &first, &[(7, 'a'), (8, 'b')])?;
     let flush = guest.start(FLUSH)?;
-    // It covers what was answered before it, which is nothing: it may be delivered at once.
+    // The flush covers earlier answers, of which there are none, so it may be delivered at once.
     let early = first.fetch(1)?;
     ensure!(
         early[0].desc.op == abi::OP_FLUSH,
@@ -295,7 +295,7 @@ fn s10_discard(context: &mut Context) -> Result<()> {
         xs::number(&format!("{}/feature-discard", vbd.backend))? == 1,
         "no discard is offered"
     );
-    // Blocks 4 to 19 are discarded. A guest that waits for its write would not discard meanwhile.
+    // Blocks 4 to 19 are discarded. A guest that waits for its write would not discard during that.
     let job = guest.start(&write_by_fio(5, 'a', "--ioengine=libaio"))?;
     let write = first.fetch(1)?;
     let discard = guest.start(DISCARD)?;
