@@ -13,21 +13,21 @@ use std::process::Command;
 /// The target of programs that run in dom0.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The checkout.
+/// Returns the root of the checkout.
 pub(crate) fn repository() -> Result<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     dir.canonicalize()
         .context("the checkout that this program was built from is gone: build it again")
 }
 
-/// What a build made.
+/// Result of a build.
 #[derive(Debug)]
 pub(crate) struct Built {
     /// The module.
     pub(crate) module: PathBuf,
     /// The folder with the programs.
     pub(crate) programs: PathBuf,
-    /// The folder with the same programs and what debuggers need.
+    /// The folder with these programs and their debug information.
     pub(crate) debuggable: PathBuf,
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn module() -> Result<PathBuf> {
     module_for(Kernel::Stock)
 }
 
-/// As [`module`], for this kernel.
+/// Builds the module like [`module`], for this kernel.
 pub(crate) fn module_for(kernel: Kernel) -> Result<PathBuf> {
     let name = match kernel {
         Kernel::Stock => "module",
@@ -55,22 +55,22 @@ pub(crate) fn module_for(kernel: Kernel) -> Result<PathBuf> {
     compile(name, &repository()?, kernel, &[])
 }
 
-/// As [`module`], from the Kbuild in `source`.
+/// Builds the module like [`module`], from the Kbuild in `source`.
 pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
     compile("module", source, Kernel::Stock, &[])
 }
 
-/// The build of the checkout that wastes what the driver saves; only the gate of the bench uses it.
+/// Builds the module so that it wastes the driver's savings; only the gate of the bench uses it.
 pub(crate) fn wasteful_module() -> Result<PathBuf> {
     planted("module-wasteful", "bench_wasteful")
 }
 
-/// The build of the checkout with faults that the tests must find (`blkback/src/planted.rs`).
+/// Builds the module with faults that the tests must find (`blkback/src/planted.rs`).
 pub(crate) fn faulty_module() -> Result<PathBuf> {
     planted("module-faulty", "planted_faults")
 }
 
-/// A build of the checkout that is never shipped, with this cfg.
+/// Builds the module of the checkout with this cfg; such a build is never shipped.
 fn planted(name: &str, cfg: &str) -> Result<PathBuf> {
     let flag = format!("RUSTFLAGS_MODULE=--cfg={cfg}");
     compile(name, &repository()?, Kernel::Stock, &[&flag])
@@ -90,13 +90,13 @@ fn compile(name: &str, source: &Path, kernel: Kernel, flags: &[&str]) -> Result<
     Ok(module)
 }
 
-/// All that clippy says of the module. It compiles with clippy, which changes the code that is
-/// made, so the result is never loaded.
+/// Returns clippy's messages about the module. The build uses clippy, which changes the generated code, so the result
+/// is never loaded.
 pub(crate) fn clippy_messages() -> Result<String> {
     let source = repository()?;
     let objects = objects("module-clippy", &source, Kernel::Stock)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
-    // What is up to date would not be looked at, and its warnings would be lost.
+    // Up to date files would not be checked, and their warnings would be lost.
     run::remove_tree(&objects)?;
     fs::create_dir_all(&objects)?;
     let _step = Step::begin(
@@ -115,8 +115,8 @@ pub(crate) fn clippy_messages() -> Result<String> {
     Ok(text)
 }
 
-/// The folder for the objects of a build: they depend on where the checkout is and on the tree
-/// they are built against.
+/// Returns the folder for the objects of a build, which depend on the path of the checkout and on the tree that they
+/// are built against.
 fn objects(name: &str, source: &Path, kernel: Kernel) -> Result<PathBuf> {
     let tree = recipes::kernel_tree(&recipes::build_root()?, kernel)?;
     let key = cache::key(&[&source.to_string_lossy(), &tree.to_string_lossy()]);
@@ -125,7 +125,7 @@ fn objects(name: &str, source: &Path, kernel: Kernel) -> Result<PathBuf> {
     Ok(objects)
 }
 
-/// The make that builds the module of `source` into `objects`.
+/// Returns the make that builds the module of `source` into `objects`.
 fn make(source: &Path, objects: &Path, kernel: Kernel) -> Result<Command> {
     let build_root = recipes::build_root()?;
     let root = Root::new(&build_root)
@@ -134,13 +134,13 @@ fn make(source: &Path, objects: &Path, kernel: Kernel) -> Result<Command> {
         .bind(objects, "/mnt/c");
     let mut make = root.command("/mnt/a/kmake");
     make.args(["-s", "M=/mnt/b", "MO=/mnt/c"]);
-    // Type information for tracers needs the kernel's unstripped image, which nobody has.
+    // Type information for tracers needs the kernel's unstripped image, which Debian does not ship.
     make.args(["CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]);
     Ok(make)
 }
 
-/// Builds the programs so that they run in dom0 whatever libc the host has: statically linked.
-/// Returns the folder that holds them, without what debuggers need: that is the larger part.
+/// Builds the programs statically linked, so that they run in dom0 whatever libc the host has. Returns their folder,
+/// without debug information, which is the larger part.
 pub(crate) fn programs() -> Result<PathBuf> {
     stripped(&debuggable()?)
 }
@@ -151,7 +151,7 @@ fn stripped(built: &Path) -> Result<PathBuf> {
     let _lock = cache::lock(&stripped.with_extension("lock"))?;
     for program in program_files(built)? {
         let place = stripped.join(program.file_name().context("a program has a name")?);
-        // Somebody may be copying the one that is there.
+        // Another process may be copying the existing one.
         let new = place.with_extension("new");
         let mut strip = Command::new("strip");
         run::shown(strip.arg("--strip-debug").arg("-o").args([&new, &program]))?;
@@ -160,10 +160,10 @@ fn stripped(built: &Path) -> Result<PathBuf> {
     Ok(stripped)
 }
 
-/// Builds the programs with what debuggers need; returns the folder that holds them.
+/// Builds the programs with debug information; returns their folder.
 fn debuggable() -> Result<PathBuf> {
     let repository = repository()?;
-    // A folder of its own: other flags would make cargo build everything again each time.
+    // A folder of its own, because other flags would make cargo rebuild everything each time.
     let target = repository.join("target/dom0");
     let mut cargo = cargo();
     cargo.args([
@@ -181,11 +181,15 @@ fn debuggable() -> Result<PathBuf> {
     if !steps::cargo_shows_itself() {
         cargo.arg("--quiet");
     }
-    // What is C in a crate, with what debuggers need of it, is not to tell that either.
+    // The debug information of a crate's C code must not contain that path either.
     let of_c = format!("-ffile-prefix-map={}={CRATES}", home()?.display());
     cargo
         .env("CFLAGS", of_c)
-        .env("CARGO_ENCODED_RUSTFLAGS", flags(&repository)?.join("\x1f"))
+        .env("CARGO_ENCODED_RUSTFLAGS", flags()?.join("\x1f"))
+        .env(
+            "RUSTC_WORKSPACE_WRAPPER",
+            repository.join("ci/rustc-of-workspace"),
+        )
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .current_dir(&repository);
     let _step = Step::begin(Kind::Build, "programs", "compiling the programs");
@@ -193,28 +197,27 @@ fn debuggable() -> Result<PathBuf> {
     Ok(target.join(TARGET).join("release"))
 }
 
-/// Where the crates of others are, as the programs have it.
+/// Path of other projects' crates in the programs' debug information.
 const CRATES: &str = "/usr/src/cargo";
 
-/// Where they are.
+/// Returns the path of the crates.
 fn home() -> Result<PathBuf> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
     home.context("neither CARGO_HOME nor HOME says where cargo keeps its crates")
 }
 
-/// The compiler's flags. Programs are the same wherever they are built, so they tell nothing of where that was.
-fn flags(repository: &Path) -> Result<Vec<String>> {
-    let told = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+/// Flags of the compiler for all crates. They are equal in all checkouts, so that a folder of objects can be copied to
+/// another one; `ci/rustc-of-workspace` adds the flag that is not.
+fn flags() -> Result<Vec<String>> {
+    let home = home()?;
     Ok(vec![
         "-Ctarget-feature=+crt-static".into(),
-        told(&home()?, CRATES),
-        // The last one that fits counts.
-        told(repository, "/usr/src/xen-blkback-rs"),
+        format!("--remap-path-prefix={}={CRATES}", home.display()),
     ])
 }
 
-/// The cargo that started us, without what it told us about ourselves.
+/// Returns the cargo that started this program, without its settings for this program.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     for (name, _) in std::env::vars_os() {
@@ -227,7 +230,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Copies what a build made into `dir`: the module and the programs.
+/// Copies the results of a build into `dir`: the module and the programs.
 pub(crate) fn copy_to(built: &Built, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
     fs::copy(&built.module, dir.join("xen-blkback-rs.ko"))?;
@@ -238,7 +241,7 @@ pub(crate) fn copy_to(built: &Built, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The executables in a cargo output folder.
+/// Returns the executables in a cargo output folder.
 pub(crate) fn program_files(dir: &Path) -> Result<Vec<PathBuf>> {
     use std::os::unix::fs::PermissionsExt;
     let mut files = Vec::new();

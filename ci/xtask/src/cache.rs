@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What is downloaded or built once, and kept outside the checkout.
+//! Artefacts that are downloaded or built once, and kept outside the checkout.
 //!
-//! Each artefact is one directory `NAME-KEY`, where KEY is a hash of all that went in. It is built
-//! as `NAME-KEY.partial` under a lock and renamed at the end, so what exists is complete.
+//! Each artefact is one directory `NAME-KEY`, where KEY is a hash of all inputs. It is built as `NAME-KEY.partial`
+//! under a lock and renamed at the end, so an existing one is complete.
 
 use crate::steps::{Kind, Step};
 use anyhow::{Context, Result};
@@ -11,7 +11,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// The folder that holds all artefacts; made when it does not exist.
+/// Returns the folder of all artefacts; creates it when it does not exist.
 pub(crate) fn dir() -> Result<PathBuf> {
     let env = |name: &str| {
         std::env::var_os(name)
@@ -34,7 +34,7 @@ pub(crate) fn dir() -> Result<PathBuf> {
     Ok(dir.canonicalize()?)
 }
 
-/// The hash of what goes into an artefact (64-bit FNV-1a: it names a folder, it guards nothing).
+/// Returns the hash of the inputs of an artefact (64-bit FNV-1a: it names a folder and protects nothing).
 pub(crate) fn key(inputs: &[&str]) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for input in inputs {
@@ -45,22 +45,22 @@ pub(crate) fn key(inputs: &[&str]) -> String {
     format!("{hash:016x}")
 }
 
-/// One thing in the cache.
+/// One artefact in the cache.
 #[derive(Debug)]
 pub(crate) struct Artefact<'a> {
     /// The first half of the folder's name.
     pub(crate) name: &'a str,
-    /// What the progress lines call it.
+    /// Name in the progress lines.
     pub(crate) title: &'a str,
-    /// About how long it takes, for the progress line.
+    /// Approximate duration, for the progress line.
     pub(crate) about: &'a str,
-    /// All that decides its content.
+    /// All inputs that determine its content.
     pub(crate) inputs: Vec<&'a str>,
 }
 
 impl Artefact<'_> {
-    /// The artefact's folder, built with `make` if the cache does not have it. `make` gets the
-    /// unfinished folder and a path for its log.
+    /// Returns the artefact's folder, built with `make` if the cache does not have it. `make` gets the unfinished
+    /// folder and a path for its log.
     pub(crate) fn get(&self, make: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<PathBuf> {
         self.get_in(&dir()?, make)
     }
@@ -94,7 +94,7 @@ impl Artefact<'_> {
     }
 }
 
-/// An exclusive lock on `path`, waited for, and given up when the value is dropped.
+/// Waits for an exclusive lock on `path`, which is released when the value is dropped.
 pub(crate) fn lock(path: &Path) -> Result<Flock<File>> {
     let open = || File::options().create(true).append(true).open(path);
     let file = open().with_context(|| format!("cannot open the lock {}", path.display()))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! `cargo xtask demo`: the driver at work, told by `vmtest demo` in a Xen machine.
+//! `cargo xtask demo`: a demonstration of the driver by `vmtest demo` in a Xen machine.
 
 use crate::kernel::Kernel;
 use crate::machine::Machine;
@@ -8,10 +8,10 @@ use anyhow::Result;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// The last line of the report when the story was told to its end.
+/// Last line of the report when the story is complete.
 const TOLD: &str = "xtask: told";
 
-/// What is told.
+/// Story of the demonstration.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(crate) enum Story {
     /// A guest's disks: a volume, one whose process is killed, one that needs no process for a minute
@@ -30,12 +30,12 @@ impl Story {
     }
 }
 
-/// Tells the story.
+/// Shows the story.
 pub(crate) fn run(story: Story) -> Result<ExitCode> {
     tell(story).map(|()| ExitCode::SUCCESS)
 }
 
-/// Boots the machine and prints what the story says, as it comes; the consoles go to a log.
+/// Boots the machine and prints the story's lines as they arrive; the consoles go to a log.
 pub(crate) fn tell(story: Story) -> Result<()> {
     let story = story.name();
     let script = format!(

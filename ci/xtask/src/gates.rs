@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Does the prepared kernel tree match the stock kernel? There are no symbol versions, so a
-//! mismatch would show as a module that does not load, or worse, as one that does.
+//! Comparison of the prepared kernel tree with the stock kernel. There are no symbol versions, so a mismatch would show
+//! as a module that does not load, or worse, as one that does.
 
 use anyhow::{bail, Context, Result};
 use std::collections::BTreeSet;
@@ -10,7 +10,7 @@ use std::path::Path;
 const REMEDY: &str =
     "the build root and the stock kernel do not belong together: remove the cache folder's build-root-* and kernel-tree-* and build again";
 
-/// What the gates compare, as text.
+/// Facts that the gates compare, as text.
 #[derive(Debug, Default)]
 struct Facts {
     stock_config: String,
@@ -66,7 +66,7 @@ fn compare(facts: &Facts) -> Result<()> {
     Ok(())
 }
 
-/// The value of a string setting in a kernel configuration.
+/// Returns the value of a string setting in a kernel configuration.
 fn setting<'a>(config: &'a str, key: &str) -> Option<&'a str> {
     config.lines().find_map(|line| {
         line.strip_prefix(key)?
@@ -75,7 +75,7 @@ fn setting<'a>(config: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
-/// The mangled Rust symbols of vmlinux in a Module.symvers that `nm`'s output does not define.
+/// Returns the mangled Rust symbols of vmlinux in a Module.symvers that `nm`'s output does not define.
 fn missing_symbols<'a>(symvers: &'a str, nm: &str) -> Vec<&'a str> {
     let have: BTreeSet<&str> = nm
         .lines()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the host must have: root, a few packages, and where it gets its packages from.
+//! Requirements of the host: root, a few packages, and its sources of packages.
 
 use anyhow::{bail, Context, Result};
 use std::fs;
@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) const SUITE: &str = "trixie";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// A program the host needs, and the package that has it.
+/// A program that the host needs, and its package.
 const NEEDS: &[(&str, &str)] = &[
     ("mmdebstrap", "mmdebstrap"),
     ("unshare", "util-linux"),
@@ -21,7 +21,7 @@ const NEEDS: &[(&str, &str)] = &[
     ("dpkg-deb", "dpkg"),
 ];
 
-/// The process must stop with exit code 3: the host lacks something that only its owner can give.
+/// The process must stop with exit code 3, because the host lacks something that only its administrator can provide.
 #[derive(Debug)]
 pub(crate) struct HostLacks(pub(crate) String);
 
@@ -33,11 +33,11 @@ impl std::fmt::Display for HostLacks {
 
 impl std::error::Error for HostLacks {}
 
-/// Makes sure of what the artefacts need: installs what is missing when we are root, else says what
-/// to type.
+/// Ensures that the host has the programs for the artefacts: installs missing ones as root, otherwise reports the
+/// command to type.
 pub(crate) fn prepare() -> Result<()> {
     packages()?;
-    // A container may keep even root from mounting.
+    // A container may prevent even root from mounting.
     let mut probe = Command::new("unshare");
     let out = probe
         .args(["-m", "mount", "--make-rprivate", "/"])
@@ -51,8 +51,8 @@ pub(crate) fn prepare() -> Result<()> {
     )))
 }
 
-/// What the tests on the host compare with: Xen's own headers and a compiler to read them, QEMU's tools
-/// for images, and what says which pages of a file are in memory.
+/// References for the tests on the host: Xen's own headers and a compiler to read them, QEMU's tools for images, and a
+/// tool that shows which pages of a file are in memory.
 const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/cc", "gcc"),
     ("/usr/include/xen/io/blkif.h", "libxen-dev"),
@@ -60,14 +60,13 @@ const TEST_NEEDS: &[(&str, &str)] = &[
     ("/usr/bin/fincore", "util-linux-extra"),
 ];
 
-/// Where what is not to be installed is unpacked, in the folder `target`. The tests look there.
+/// Folder in `target` where packages are unpacked without an installation. The tests look there.
 const UNPACKED: &str = "target/host-tools";
-/// The daemon of sanlock there, and the packages that it is in. Installed they would run it on this machine, and a watchdog
-/// that resets a machine which ends it.
+/// The daemon of sanlock there, and its packages. An installation would start it on this machine, with a watchdog that
+/// resets a machine which stops it.
 const SANLOCK: (&str, &str) = ("usr/sbin/sanlock", "sanlock libsanlock1");
 
-/// Installs what the tests on the host compare with, when we are root; otherwise those tests skip
-/// themselves and say why.
+/// Installs these references, as root; otherwise the tests skip themselves and report the reason.
 pub(crate) fn for_tests() -> Result<()> {
     let missing: Vec<&str> = TEST_NEEDS
         .iter()
@@ -80,12 +79,12 @@ pub(crate) fn for_tests() -> Result<()> {
     install(&missing.join(" "))
 }
 
-/// Has the daemon of sanlock, for the tests with it.
+/// Provides the daemon of sanlock, for its tests.
 pub(crate) fn for_sanlock() -> Result<()> {
     unpack(SANLOCK)
 }
 
-/// Unpacks packages in which there is a program, if that is not there yet.
+/// Unpacks packages with a program, if that does not exist there yet.
 fn unpack((program, packages): (&str, &str)) -> Result<()> {
     let folder = crate::build::repository()?.join(UNPACKED);
     if folder.join(program).exists() {
@@ -93,7 +92,7 @@ fn unpack((program, packages): (&str, &str)) -> Result<()> {
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     eprintln!("unpacking {packages} in {} ...", folder.display());
-    // Lists of packages may be old, or not there; whoever is not root has to do with that.
+    // Lists of packages may be old or missing; only root can update them.
     let script = format!(
         "rm -f *.deb; apt-get download -qq {packages} || {{ apt-get update -qq && apt-get download -qq {packages}; }} || exit; \
          for file in *.deb; do dpkg-deb -x \"$file\" . || exit; done; rm -f *.deb"
@@ -107,7 +106,7 @@ fn unpack((program, packages): (&str, &str)) -> Result<()> {
     .with_context(|| format!("the host has no {packages} and apt-get did not fetch them"))
 }
 
-/// Two artefacts are built at once, and apt-get does not wait for itself.
+/// Two artefacts are built concurrently, and apt-get does not wait for itself.
 static INSTALLING: Mutex<()> = Mutex::new(());
 
 fn packages() -> Result<()> {
@@ -156,7 +155,7 @@ fn need_root() -> String {
         .into()
 }
 
-/// The full path of a program.
+/// Returns the full path of a program.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
@@ -165,12 +164,12 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// The lines of a sources.list for the target suite, from the mirrors that this host uses.
+/// Returns the lines of a sources.list for the target suite, from the mirrors that this host uses.
 pub(crate) fn sources() -> Result<String> {
     sources_of(SUITE, &["", "-updates", "-backports"])
 }
 
-/// The same for these variants of another suite, and its security updates.
+/// Returns the lines of a sources.list for these variants of another suite, and its security updates.
 pub(crate) fn sources_of(suite: &str, variants: &[&str]) -> Result<String> {
     let mut text = String::new();
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
@@ -202,8 +201,8 @@ pub(crate) fn sources_of(suite: &str, variants: &[&str]) -> Result<String> {
     Ok(lines)
 }
 
-/// The mirror of Debian itself and that of its security updates, from the text of apt's sources in
-/// either format.
+/// Returns the mirror of Debian itself and that of its security updates, from the text of apt's sources in either
+/// format.
 fn mirrors(text: &str) -> Option<(String, Option<String>)> {
     let mut main = None;
     let mut security = None;

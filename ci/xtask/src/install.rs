@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What a package would install.
+//! Files that a package installs.
 
 use crate::{build, recipes, run};
 use anyhow::{Context, Result};
@@ -7,19 +7,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A program of a dom0 that is installed; the others are tests.
+/// A program that is installed in dom0; the others are tests.
 pub(crate) struct Program {
     pub(crate) name: &'static str,
-    /// The folder.
+    /// Its folder.
     place: &'static str,
 }
 
-/// What people run.
+/// Programs for people.
 const COMMANDS: &str = "usr/bin";
-/// What only other programs start. It is not on the PATH, where xapi has programs with the same names.
+/// Programs that only other programs start. They are not on the PATH, where xapi has programs with these names.
 const DAEMONS: &str = "usr/libexec/xen-blkback-rs";
 
-/// A program, with its folder.
+/// Returns a program with its folder.
 const fn program(name: &'static str, place: &'static str) -> Program {
     Program { name, place }
 }
@@ -34,13 +34,13 @@ pub(crate) const PROGRAMS: &[Program] = &[
 
 /// A file of ci/packaging.
 struct Packaged {
-    /// Where it goes.
+    /// Path after the installation.
     place: &'static str,
     text: &'static str,
     executable: bool,
 }
 
-/// A file of ci/packaging: its place, its name there, and `x` if it is a program.
+/// Defines a file of ci/packaging: its place, its name there, and `x` if it is a program.
 macro_rules! packaged {
     ($place:literal, $name:literal) => {
         packaged!($place, $name, false)
@@ -57,7 +57,7 @@ macro_rules! packaged {
     };
 }
 
-/// What goes with the module.
+/// Files that belong to the module.
 const WITH_MODULE: &[Packaged] = &[
     packaged!(
         "usr/lib/modprobe.d/xen-blkback-rs.conf",
@@ -66,15 +66,15 @@ const WITH_MODULE: &[Packaged] = &[
     packaged!("usr/share/man/man7/xen-blkback-rs.7", "xen-blkback-rs.7"),
 ];
 
-/// What decides in a package which driver serves: there the settings are not in their place at once.
+/// Files with which a package selects the driver: there the settings are not in their place at once.
 const WITH_PACKAGE: &[Packaged] = &[
     packaged!("usr/sbin/xen-blkback-rs", "xen-blkback-rs", x),
     packaged!("usr/share/man/man8/xen-blkback-rs.8", "xen-blkback-rs.8"),
 ];
-/// Where the settings are in a package, for [`WITH_PACKAGE`] to put them into their place.
+/// Path of the settings in a package, from which [`WITH_PACKAGE`] copies them to their place.
 const SETTINGS: &str = "usr/share/xen-blkback-rs/modprobe.conf";
 
-/// What goes with the programs.
+/// Files that belong to the programs.
 const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
     packaged!("etc/xen/scripts/block-or-tap", "block-or-tap", x),
@@ -121,10 +121,10 @@ const WITH_PROGRAMS: &[Packaged] = &[
     packaged!("usr/share/man/man8/xentap-block.8", "xentap-block.8"),
 ];
 
-/// The programs that say themselves what their command lines are.
+/// Programs that generate their own manual pages and completions.
 const TELLING: &[&str] = &["tap-ctl", "tapimg", "xen-blkback-takeover"];
 
-/// What they say, and where it goes.
+/// Files that they generate, and their paths.
 fn generated(program: &str) -> [(&'static str, String); 4] {
     let share = |place: &str| format!("usr/share/{place}");
     [
@@ -154,7 +154,7 @@ pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<(
     if let Some(programs) = programs {
         add_programs(&build::program_files(programs)?, dir)?;
     }
-    // Only root writes to what root reads and runs, whatever our umask is.
+    // Only root may write files that root reads and runs, whatever the umask of this process is.
     let folders = ["usr", "etc"].map(|name| dir.join(name));
     run::shown(
         Command::new("chmod")
@@ -163,7 +163,7 @@ pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<(
     )
 }
 
-/// As [`to`], for packages: nothing changes which driver serves until an administrator says so.
+/// Installs like [`to`], for packages: the selected driver stays until an administrator changes it.
 pub(crate) fn for_package(module: &Path, programs: &Path, dir: &Path) -> Result<()> {
     to(module, Some(programs), dir)?;
     write_all(WITH_PACKAGE, dir)?;
@@ -238,11 +238,11 @@ mod tests {
             .expect("it is one command, and another one if that fails");
         assert!(ours.contains("modprobe -q xen-blkback-rs "));
         assert!(otherwise.contains("modprobe --ignore-install xen-blkback "));
-        // Aliases are the modules' own: here they would count where there is no such module.
+        // Aliases belong to the modules: here they would apply even without such a module.
         assert!(!text.contains("\nalias ") && !text.contains("\nblacklist "));
     }
 
-    /// The name by which the settings are found when a driver is decided for.
+    /// The settings have the name under which the selection of a driver finds them.
     #[test]
     fn settings_are_where_the_decision_looks_for_them() {
         let program = WITH_PACKAGE.first().expect("there is one").text;
@@ -264,7 +264,7 @@ mod tests {
         }
     }
 
-    /// Where a program is once it is installed.
+    /// Returns the path of an installed program.
     fn installed(name: &str) -> String {
         let mut programs = PROGRAMS.iter();
         let program = programs.find(|program| program.name == name);
@@ -272,7 +272,7 @@ mod tests {
         format!("/{}/{name}", program.place)
     }
 
-    /// Nobody runs a daemon by its name, and xapi's programs have the same ones.
+    /// Daemons are not started by name, and xapi's programs have equal names.
     #[test]
     fn no_daemon_is_on_the_path() {
         for daemon in ["tapdisk", "blktapctrl"] {
@@ -283,7 +283,7 @@ mod tests {
         }
     }
 
-    /// What starts a daemon, or looks for one, names the place where it is installed.
+    /// Files that start a daemon, or search for one, use the path where it is installed.
     #[test]
     fn daemons_are_started_where_they_are_installed() {
         let named = |line: String, text: &str| text.lines().any(|its| its.trim() == line);
@@ -326,14 +326,14 @@ mod tests {
         }
     }
 
-    /// What a unit says for a name.
+    /// Returns the value of a setting in a unit.
     fn setting(unit: &str, name: &str) -> Option<&'static str> {
         let lines = file(unit).text.lines();
         let mut values = lines.filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         values.next()
     }
 
-    /// A stop of the supervisor, or of the unit in whose groups they are, must not take the disks of running guests away.
+    /// A stop of the supervisor, or of the unit with its control groups, must not remove the disks of running guests.
     #[test]
     fn disks_outlive_the_units() {
         for unit in ["blktapctrl.service", "xentap-guests.service"] {
@@ -341,10 +341,10 @@ mod tests {
         }
         let groups = |name| setting("xentap-guests.service", name);
         assert_eq!(groups("OOMPolicy"), Some("continue"));
-        // Nothing restarts it: what guests are in would be changed below them.
+        // Nothing restarts it, because that would change the groups of running guests.
         assert_eq!(groups("Restart"), None);
         assert_eq!(groups("TasksMax"), Some("infinity"));
-        // What holds for a group of processes would hold for those of disks, too.
+        // A limit for the whole group would also apply to the disks' processes.
         let whole = [
             "BPF",
             "CPU",
@@ -370,8 +370,8 @@ mod tests {
         assert!(rules.lines().any(|line| line.trim() == apart));
     }
 
-    /// The groups of guests are by default below the unit that has the controller for them, and not below the one of the
-    /// supervisor, which is started anew while guests are there.
+    /// The groups of guests are by default below the unit that has the controller for them, and not below that of the
+    /// supervisor, which is restarted while guests run.
     #[test]
     fn groups_of_guests_are_in_the_unit_that_is_for_them() {
         let default = setting("blktapctrl.service", "Environment");
@@ -386,7 +386,7 @@ mod tests {
             setting("blktapctrl.service", "Wants"),
             Some("xentap-guests.service")
         );
-        // What an administrator sees is what it is, and says nothing by itself: an empty value would mean none.
+        // The value that an administrator sees is the effective one: an empty value would mean none.
         let settings = file("default/xentap").text;
         let shown = format!("#XENTAP_CGROUP=\"{place}\"");
         let mut lines = settings.lines();
@@ -396,7 +396,7 @@ mod tests {
         assert!(page.contains(&format!("{parent}/guest-%d")));
     }
 
-    /// Questions wait while the supervisor is started anew: it is the socket's, not its own.
+    /// Requests wait while the supervisor restarts, because the socket unit owns the socket.
     #[test]
     fn the_socket_outlives_the_supervisor() {
         let unit = file("blktapctrl.service").text;
@@ -404,7 +404,7 @@ mod tests {
             assert!(unit.lines().any(|its| its == line), "{line}");
         }
         let socket = file("blktapctrl.socket").text;
-        // Where the supervisor does not start, nothing may wait for it.
+        // Where the supervisor does not start, no client may wait for it.
         let conditions = |text: &'static str| -> Vec<&str> {
             let lines = text.lines();
             lines.filter(|line| line.starts_with("Condition")).collect()
@@ -417,7 +417,7 @@ mod tests {
 
 #[cfg(test)]
 mod parameters {
-    //! The manual page tells the defaults that the module has.
+    //! The manual page has the defaults of the module.
 
     use std::collections::BTreeMap;
 
@@ -425,7 +425,7 @@ mod parameters {
     const SHIM: &str = include_str!("../../../xenbus/shim/shim.c");
     const PAGE: &str = include_str!("../../packaging/xen-blkback-rs.7");
 
-    /// Name and default of each parameter in `module!`.
+    /// Returns name and default of each parameter in `module!`.
     fn of_module(source: &str) -> BTreeMap<&str, &str> {
         let mut name = "";
         let mut found = BTreeMap::new();
@@ -439,7 +439,7 @@ mod parameters {
         found
     }
 
-    /// The same of those that are declared in C, because they can be written.
+    /// Returns name and default of each parameter that is declared in C, because it is writable.
     fn of_shim(source: &str) -> BTreeMap<&str, &str> {
         let writable = source.lines().filter_map(|line| {
             let rest = line.strip_prefix("module_param(")?;
@@ -451,7 +451,7 @@ mod parameters {
                 let kinds = ["static unsigned int ", "static bool "];
                 let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
                 let rest = rest.strip_prefix(name)?.trim_end_matches(';');
-                // As it is shown when it is read.
+                // In the form in which the kernel shows it.
                 Some(match rest.strip_prefix(" = ").unwrap_or("0") {
                     "true" => "Y",
                     number => number,
@@ -463,7 +463,7 @@ mod parameters {
             .collect()
     }
 
-    /// The same in the manual page.
+    /// Returns name and default of each parameter in the manual page.
     fn of_page(page: &str) -> BTreeMap<&str, &str> {
         page.lines()
             .filter_map(|line| line.strip_prefix(".It Cm ")?.split_once(" Pq default "))

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Which stock kernel everything is built for and tested with.
+//! Selection of the stock kernel for all builds and tests.
 //!
-//! The archive keeps several releases side by side for a while. One is chosen by its exact release,
-//! which then names every artefact that depends on it: nothing changes under a build because the
-//! archive has moved on.
+//! The archive keeps several releases side by side for a while. One is chosen by its exact release, which then names
+//! every artefact that depends on it, so that an update of the archive does not change a build.
 
 use crate::cache::Artefact;
 use crate::{build, host, run};
@@ -13,27 +12,27 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The kernel series that the module is known to work with, the preferred one first. What differs
-/// between them is in `xenbus/src/linux/versions.rs`; the top-level Kbuild has the same list.
+/// The kernel series that the module is known to work with, the preferred one first. Their differences are in
+/// `xenbus/src/linux/versions.rs`; the top-level Kbuild has an equal list.
 pub(crate) const SERIES: &[&str] = &["7.3", "7.2"];
 
 /// A kernel of the target suite, as dom0 has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernel {
-    /// As the archive has it.
+    /// The kernel of the archive.
     Stock,
-    /// Made of the same source, with the kernel's own checks (`ci/recipes/kernel-checked.config`). It has the same
-    /// release.
+    /// Built from the stock kernel's source, with the kernel's own checks (`ci/recipes/kernel-checked.config`). Its
+    /// release is equal.
     Checked,
 }
 
-/// What `--kernel` said; empty for the default.
+/// Value of `--kernel`; empty for the default.
 static REQUEST: OnceLock<String> = OnceLock::new();
 
 /// Takes the value of `--kernel`: a series such as `7.3`, or a version such as `7.3.4`.
 pub(crate) fn request(version: &str) -> Result<()> {
     check(version)?;
-    // Set once, by main.
+    // Main sets it once.
     let _first = REQUEST.set(version.to_string());
     Ok(())
 }
@@ -50,14 +49,14 @@ fn check(version: &str) -> Result<()> {
     )
 }
 
-/// True if `version` is `series` or one of its versions.
+/// Returns true if `version` is `series` or one of its versions.
 pub(crate) fn is_of(version: &str, series: &str) -> bool {
     version
         .strip_prefix(series)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// True if the archive has something of a stock kernel of this series now.
+/// Returns true if the archive has packages of a stock kernel of this series now.
 pub(crate) fn offered(series: &str) -> Result<bool> {
     let dir = build::repository()?.join("target/kernels-offered");
     run::remove_tree(&dir)?;
@@ -66,7 +65,7 @@ pub(crate) fn offered(series: &str) -> Result<bool> {
     Ok(has_series(&names, series))
 }
 
-/// The release of the stock kernel, such as `7.3.4+deb13-amd64`. The first call asks the archive.
+/// Returns the release of the stock kernel, such as `7.3.4+deb13-amd64`. The first call queries the archive.
 pub(crate) fn release() -> Result<String> {
     let request = REQUEST.get().map_or("", String::as_str);
     let known = SERIES.join(" ");
@@ -84,14 +83,14 @@ pub(crate) fn release() -> Result<String> {
     Ok(fs::read_to_string(dir.join("release"))?)
 }
 
-/// The names of the kernel packages in the archive, one a line.
+/// Returns the names of the kernel packages in the archive, one a line.
 fn archive(dir: &Path, log: &Path) -> Result<String> {
     host::prepare()?;
     let sources = dir.join("sources.list");
     fs::write(&sources, host::sources()?)?;
     let lists = dir.join("lists");
     fs::create_dir_all(lists.join("partial"))?;
-    // Of this host's apt only the program is used: neither its sources nor its lists.
+    // Use only the program of this host's apt, neither its sources nor its lists.
     let options = |command: &mut Command| {
         for (key, value) in [
             ("Dir::Etc::SourceList", sources.as_path()),
@@ -122,7 +121,7 @@ fn archive(dir: &Path, log: &Path) -> Result<String> {
     Ok(String::from_utf8(out.stdout)?)
 }
 
-/// True if there are headers of the series. Where the rest is missing that is for [`choose`] to say.
+/// Returns true if there are headers of the series. [`choose`] reports other missing packages.
 fn has_series(names: &str, series: &str) -> bool {
     let mut releases = names
         .lines()
@@ -131,7 +130,7 @@ fn has_series(names: &str, series: &str) -> bool {
     releases.any(|release| is_of(release, series))
 }
 
-/// The newest release of what is asked for that has headers, an image and its source.
+/// Returns the newest release of the requested version that has headers, an image and its source.
 fn choose(names: &str, request: &str) -> Result<String> {
     let asked = [request];
     let wanted: &[&str] = if request.is_empty() { SERIES } else { &asked };
@@ -175,12 +174,12 @@ fn choose(names: &str, request: &str) -> Result<String> {
         })
 }
 
-/// True for kernels of another kind, such as `7.3.4+deb13-cloud-amd64`.
+/// Returns true for kernels of another kind, such as `7.3.4+deb13-cloud-amd64`.
 fn flavoured(release: &str) -> bool {
     release.matches('-').count() > 1
 }
 
-/// The numbers of a version, such as 7, 3, 4 of `7.3.4+deb13-amd64`.
+/// Returns the numbers of a version, such as 7, 3, 4 of `7.3.4+deb13-amd64`.
 fn numbers(version: &str) -> Option<Vec<u32>> {
     let end = version.find(|c: char| !c.is_ascii_digit() && c != '.');
     version[..end.unwrap_or(version.len())]

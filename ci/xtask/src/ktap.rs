@@ -4,7 +4,7 @@
 use crate::steps::{self, Kind};
 use crate::tally::Tally;
 
-/// Begins a note on a guest that the emulator killed.
+/// Start of a note on a guest that the emulator killed.
 const EMULATOR: &str = "# emulator: ";
 
 /// Counts a report line by line.
@@ -25,7 +25,7 @@ impl Reader {
         if line.starts_with(char::is_whitespace) {
             let time = line.trim().strip_prefix("seconds: ");
             if let Some(seconds) = time.and_then(|time| time.parse().ok()) {
-                // A run that is ended from outside has no list of what took long.
+                // A run that is ended from outside has no list of long cases.
                 println!("        {seconds} s");
                 steps::took(Kind::Case, &self.last, seconds);
             }
@@ -65,7 +65,7 @@ impl Reader {
         }
     }
 
-    /// The report is over: what was planned and never came has failed.
+    /// Ends the report: planned tests without a result have failed.
     pub(crate) fn finish(mut self, tally: &mut Tally) {
         self.flush(tally);
         match self.planned {
@@ -92,7 +92,7 @@ impl Reader {
     }
 }
 
-/// The name and the directive of what follows `ok `: `3 - name # SKIP why`.
+/// Returns the name and the directive of the text behind `ok `: `3 - name # SKIP why`.
 fn parts(rest: &str) -> (String, String) {
     let (text, mark) = rest.split_once(" # ").unwrap_or((rest, ""));
     let text = text

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A test machine: Xen and dom0 in QEMU, without hardware help, from one command line.
+//! A test machine: Xen and dom0 in QEMU, without hardware virtualisation, from one command line.
 //!
-//! A payload folder reaches dom0 as /t, and dom0 runs /t/run and powers off. What /t/run writes to
-//! the device named by $REPORT comes out here line by line; the consoles go to a log of their own,
-//! and a trace of a sick kernel in there fails the run whatever was reported.
+//! A payload folder reaches dom0 as /t, and dom0 runs /t/run and powers off. This module gets the lines that /t/run
+//! writes to the device named by $REPORT; the consoles go to a log of their own, and a sign of a kernel fault in it
+//! fails the run whatever was reported.
 
 use crate::kernel::Kernel;
 use crate::recipes::Machines;
 use crate::root::Root;
 use crate::steps::{Kind, Step};
-use crate::stolen::Watch;
+use crate::stolen::{Stolen, Watch};
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::Flock;
@@ -20,14 +20,17 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-/// Turns silent trouble in dom0's kernel into a crash. Not for measuring.
+/// Turns silent faults in dom0's kernel into a crash. Not for measurements.
 const CHECKS: &str = "kfence.sample_interval=50 slab_debug=FZPU panic_on_warn=1 oops=panic hung_task_panic=1 panic=-1";
 
-/// MiB of dom0's memory.
+/// Number of times that a machine may be booted until dom0 runs /t/run, see [`trouble::breakpoint`].
+const BOOTS: u32 = 3;
+
+/// Returns the MiB of dom0's memory.
 const fn dom0_memory(kernel: Kernel) -> u32 {
     match kernel {
         Kernel::Stock => 1536,
-        // It keeps books on all its memory.
+        // It keeps records of all its memory.
         Kernel::Checked => 3072,
     }
 }
@@ -35,7 +38,7 @@ const fn dom0_memory(kernel: Kernel) -> u32 {
 /// MiB for guests, and for Xen itself.
 const GUESTS_MEMORY: u32 = 2560;
 
-/// What to boot, and how.
+/// Machine to boot, and its settings.
 #[derive(Debug)]
 pub(crate) struct Machine {
     /// Names the folder of the logs.
@@ -48,17 +51,17 @@ pub(crate) struct Machine {
     pub(crate) xen_args: String,
     /// More words for dom0's command line.
     pub(crate) dom0_args: String,
-    /// How dom0 runs on Xen.
+    /// Kind of virtual machine that dom0 is.
     pub(crate) dom0: Dom0,
     /// With the kernel's run-time checks, see `CHECKS`.
     pub(crate) checks: bool,
     /// More disks (raw images); they are vdc, vdd, ...
     pub(crate) disks: Vec<PathBuf>,
-    /// The disk of its root, in the place of one whose changes are thrown away.
+    /// The disk of its root; without one, changes to the root are discarded.
     pub(crate) root: Option<PathBuf>,
-    /// Which of two hosts it is, if another one runs beside it.
+    /// Number of this host, if it is one of two.
     pub(crate) host: Option<Host>,
-    /// A plugin for QEMU; what it writes is `plugin.out` beside the console log.
+    /// A plugin for QEMU; its output is `plugin.out` beside the console log.
     pub(crate) plugin: Option<PathBuf>,
     /// More arguments for the plugin.
     pub(crate) plugin_args: String,
@@ -66,17 +69,17 @@ pub(crate) struct Machine {
     pub(crate) timeout: Duration,
 }
 
-/// How dom0 runs on Xen.
+/// Kind of virtual machine that dom0 is on Xen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dom0 {
-    /// It knows where its memory is.
+    /// PV: dom0 knows its machine addresses.
     Pv,
-    /// With hardware help. Its memory is not where it takes it to be, so an IOMMU stands before its devices.
+    /// PVH: dom0 does not know its machine addresses, so its devices need an IOMMU.
     Pvh,
 }
 
 impl Dom0 {
-    /// The IOMMU. Xen finds that of Intel with a processor of AMD's, too, and QEMU gives it to no other than q35.
+    /// Returns the IOMMU. Xen finds that of Intel also with a processor of AMD, and QEMU offers it only for q35.
     fn iommu(self) -> Option<&'static str> {
         match self {
             Dom0::Pv => None,
@@ -84,7 +87,7 @@ impl Dom0 {
         }
     }
 
-    /// What makes a virtio device use it.
+    /// Returns the option that puts a virtio device behind it.
     fn behind(self) -> &'static str {
         match self {
             Dom0::Pv => "",
@@ -92,7 +95,7 @@ impl Dom0 {
         }
     }
 
-    /// How Xen is told.
+    /// Returns the option for Xen's command line.
     fn word(self) -> &'static str {
         match self {
             Dom0::Pv => "",
@@ -101,21 +104,21 @@ impl Dom0 {
     }
 }
 
-/// One of two hosts with a network between them, and disks that both have.
+/// One of two hosts with a network between them, and shared disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Host {
-    /// The one that is there from the begin to the end.
+    /// The host that runs from the beginning to the end.
     First,
-    /// The one that goes down and comes back.
+    /// The host that goes down and comes back.
     Second,
 }
 
 impl Host {
-    /// The sockets of the cable, in the folder of their first disk.
+    /// The sockets of the network cable, in the folder of their first disk.
     pub(crate) const FIRST: &str = "first";
     const SECOND: &str = "second";
 
-    /// How dom0 learns which one it is.
+    /// Returns the word from which dom0 learns which host it is.
     fn word(self) -> &'static str {
         match self {
             Host::First => "host=first",
@@ -123,7 +126,7 @@ impl Host {
         }
     }
 
-    /// The cable between them. Either end may come and go.
+    /// Returns the option for the network cable. Either end may come and go.
     fn network(self) -> String {
         let (own, other) = match self {
             Host::First => (Host::FIRST, Host::SECOND),
@@ -142,7 +145,7 @@ impl Host {
     }
 }
 
-/// How a run went.
+/// Result of a run.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     /// The console log.
@@ -155,21 +158,44 @@ pub(crate) struct Outcome {
     _folder: Option<Flock<File>>,
 }
 
-/// How a machine ended.
+/// End of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum End {
     /// dom0's /t/run ended, and dom0 went down in order.
     Orderly,
-    /// dom0 went down before that.
+    /// dom0 went down before the end of /t/run.
     Early,
     /// The machine was killed after this many seconds.
     Killed(u64),
-    /// QEMU itself failed, or somebody killed it; with what it said.
+    /// QEMU itself failed, or another process killed it; with its output.
     Failed(String),
 }
 
+/// One boot of a machine, to its end.
+struct Run {
+    /// /t/run has reported a line.
+    reported: bool,
+    /// The time limit, if the machine reached it and was killed.
+    killed: Option<Duration>,
+    /// How QEMU failed, or was killed.
+    failure: Option<String>,
+    stolen: Stolen,
+}
+
+impl Run {
+    /// Returns how the machine ended, by its console.
+    fn end(self, log: &str) -> End {
+        match (self.killed, self.failure) {
+            (Some(limit), _) => End::Killed(limit.as_secs()),
+            (None, Some(failure)) => End::Failed(failure),
+            (None, None) if log.contains("dom0: /t/run ended with") => End::Orderly,
+            (None, None) => End::Early,
+        }
+    }
+}
+
 impl Outcome {
-    /// An error that tells what went wrong outside of what was reported.
+    /// Returns an error about a fault outside of the reported tests.
     pub(crate) fn verdict(&self) -> Result<()> {
         if let Some(first) = self.splats.first() {
             bail!(
@@ -196,7 +222,7 @@ impl Outcome {
 }
 
 impl Machine {
-    /// A machine with the usual settings.
+    /// Returns a machine with the usual settings.
     pub(crate) fn new(name: &str) -> Self {
         Machine {
             name: name.into(),
@@ -215,7 +241,7 @@ impl Machine {
         }
     }
 
-    /// Boots with `payload` at /t; each reported line goes to `on_line` as it comes.
+    /// Boots with `payload` at /t; each reported line goes to `on_line` as it arrives.
     pub(crate) fn run(
         &self,
         machines: &Machines,
@@ -225,14 +251,54 @@ impl Machine {
         let (dir, folder) = self.prepare(payload)?;
         let _one_at_a_time = self.turn()?;
         let console = dir.join("console.log");
-        let mut qemu = self.qemu(machines, &dir);
+        let mut boots = 1;
+        let (run, log) = loop {
+            let run = self.once(machines, &dir, &console, &mut on_line)?;
+            let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+            match trouble::breakpoint::stale(&log) {
+                Some(line) if !run.reported && boots < BOOTS => {
+                    let kept = dir.join(format!("console-{boots}.log"));
+                    fs::rename(&console, &kept)?;
+                    println!(
+                        "        QEMU killed dom0 while it booted, with a breakpoint that was gone ({line}): boots again; the log is {}",
+                        kept.display()
+                    );
+                    boots += 1;
+                }
+                _ => break (run, log),
+            }
+        };
+        let (judged, excused) = run.stolen.without_stalls(&log);
+        if excused > 0 {
+            println!("        the host had no processor for the machine, whose kernels report {excused} stalls: not counted");
+        }
+        Ok(Outcome {
+            splats: trouble::in_console(&judged)
+                .into_iter()
+                .map(str::to_owned)
+                .collect(),
+            end: run.end(&log),
+            console,
+            _folder: Some(folder),
+        })
+    }
+
+    /// Boots once, and waits for the end.
+    fn once(
+        &self,
+        machines: &Machines,
+        dir: &Path,
+        console: &Path,
+        on_line: &mut impl FnMut(&str),
+    ) -> Result<Run> {
+        let mut qemu = self.qemu(machines, dir);
         qemu.args(["-monitor", "none", "-serial", "file:/mnt/b/console.log"]);
         qemu.args(["-chardev", "stdio,id=report,signal=off"]);
-        // A closed standard input would look like an absent host to the port, so it stays open.
+        // The port would treat a closed standard input as an absent host, so it stays open.
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
         qemu.stderr(File::create(dir.join("qemu.log"))?);
         let mut child = run::start(&mut qemu)?;
-        let watch = Watch::start(child.id(), console.clone());
+        let watch = Watch::start(child.id(), console.to_owned());
         let lines = reader(&mut child)?;
         let start = Instant::now();
         let step = |kind, doing: &str| {
@@ -263,39 +329,21 @@ impl Machine {
         }
         let status = child.wait()?;
         drop(step_now);
-        let stolen = watch.stop();
         let complaint = fs::read_to_string(dir.join("qemu.log"))?;
         let failure = match complaint.trim() {
             "" => status.to_string(),
             complaint => format!("{status}: {complaint}"),
         };
-        // What was reported until then may be worth keeping.
+        // The lines reported so far may be useful.
         ensure!(
             timed_out || reported || status.success(),
             "QEMU failed ({failure})"
         );
-        let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-        let end = if timed_out {
-            End::Killed(self.timeout.as_secs())
-        } else if !status.success() {
-            End::Failed(failure)
-        } else if log.contains("dom0: /t/run ended with") {
-            End::Orderly
-        } else {
-            End::Early
-        };
-        let (judged, excused) = stolen.without_stalls(&log);
-        if excused > 0 {
-            println!("        the host had no processor for the machine, whose kernels report {excused} stalls: not counted");
-        }
-        Ok(Outcome {
-            splats: trouble::in_console(&judged)
-                .into_iter()
-                .map(str::to_owned)
-                .collect(),
-            end,
-            console,
-            _folder: Some(folder),
+        Ok(Run {
+            reported,
+            killed: timed_out.then_some(self.timeout),
+            failure: (!status.success()).then_some(failure),
+            stolen: watch.stop(),
         })
     }
 
@@ -313,8 +361,8 @@ impl Machine {
         run::shown(&mut qemu)
     }
 
-    /// Waits until no other machine of the same kind of time runs. One whose time is counted in instructions
-    /// does not notice what runs beside it, and takes what the others leave of the processors.
+    /// Waits until no other machine with this kind of clock runs. A machine whose time is counted in instructions is
+    /// not disturbed by other programs, and uses the processors that they leave idle.
     fn turn(&self) -> Result<Flock<File>> {
         let name = match self.icount {
             true => "machine-counted.lock",
@@ -323,8 +371,7 @@ impl Machine {
         cache::lock(&cache::dir()?.join(name))
     }
 
-    /// Makes the folder of the run, with the payload as a disk; it is nobody else's until the lock is
-    /// given up.
+    /// Makes the folder of the run, with the payload as a disk; no other run may use it until the lock is released.
     pub(crate) fn prepare(&self, payload: &Path) -> Result<(PathBuf, Flock<File>)> {
         ensure!(
             self.disks.len() + usize::from(self.root.is_some()) <= 2,
@@ -358,7 +405,7 @@ impl Machine {
         let mut root = Root::new(&machines.build_root)
             .bind_read_only(&machines.dom0, "/mnt/a")
             .bind(dir, "/mnt/b");
-        // There are two places left in the build root for folders of disks.
+        // The build root has two more mount points for folders of disks.
         let mut places = ["/mnt/c", "/mnt/d"].into_iter();
         let sharing = match self.host {
             Some(_) => ",file.locking=off",
@@ -380,9 +427,8 @@ impl Machine {
         disks.extend(self.disks.iter().map(|disk| shown(disk)));
         let mut qemu = root.command("nice");
         let memory = dom0_memory(machines.kernel) + GUESTS_MEMORY;
-        // Clocks of a machine go on while it waits for the host, and the limits of other programs with them (40 s of
-        // libxl for a script), so it comes before compilers and the like. Counted time does not pass meanwhile: such a
-        // machine takes what others leave.
+        // The clock of a machine runs while it waits for the host, and so do time limits (40 s of libxl for a script),
+        // so it has priority over compilers. Counted time stands still then, so such a machine has low priority.
         let class = if self.icount { "5" } else { "-15" };
         qemu.args(["-n", class, "qemu-system-x86_64"]);
         qemu.args([
@@ -406,9 +452,9 @@ impl Machine {
                 "shift=0,sleep=off",
             ]);
         } else {
-            // One thread for all processors never killed a guest (0 of 15), but is too slow for the tests. With
-            // threads and two busy loops beside it QEMU 10.0.13 killed 1 PVH guest of 7 and 11.1.3 killed 4 of 15;
-            // without the loops none of 7 (tests/trouble tells such deaths from others).
+            // One thread for all processors never killed a guest (0 of 15), but is too slow for the tests. With threads
+            // and two busy loops beside it QEMU 10.0.13 killed 1 PVH guest of 7 and 11.1.3 killed 4 of 15; without the
+            // loops none of 7 (tests/trouble recognises such deaths).
             qemu.args(["-accel", "tcg,thread=multi,tb-size=512"]);
         }
         qemu.args([
@@ -424,7 +470,7 @@ impl Machine {
         qemu.args(["-initrd", &dom0]);
         let behind = self.dom0.behind();
         if let Some(iommu) = self.dom0.iommu() {
-            // Before what is behind it.
+            // Before the devices behind it.
             qemu.args(["-device", iommu]);
         }
         for (number, disk) in disks.iter().enumerate() {
@@ -449,7 +495,7 @@ impl Machine {
     }
 
     fn xen_command_line(&self, kernel: Kernel) -> String {
-        // Xen's log must keep all that one test brings: grants are counted by having them printed.
+        // Xen's log must keep the output of one whole test, because grants are counted by printing them.
         let dom0 = dom0_memory(kernel);
         let mut line =
             format!("console=com1 com1=115200,8n1 conring_size=1M dom0_mem={dom0}M,max:{dom0}M");
@@ -475,7 +521,7 @@ fn join(line: String, more: &str) -> String {
     }
 }
 
-/// The lines of the child's standard output, as they come.
+/// Returns the lines of the child's standard output, as they arrive.
 fn reader(child: &mut Child) -> Result<Receiver<String>> {
     let out = child
         .stdout
@@ -484,8 +530,8 @@ fn reader(child: &mut Child) -> Result<Receiver<String>> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         for line in BufReader::new(out).split(b'\n') {
-            // A read error and a receiver that went away both mean that the run is over; the exit
-            // status and the console tell why.
+            // A read error and a receiver that went away both mean that the run is over; the exit status and the
+            // console show the reason.
             let Ok(line) = line else { return };
             let text = String::from_utf8_lossy(&line)
                 .trim_end_matches('\r')

@@ -30,14 +30,13 @@ use std::process::ExitCode;
 
 /// Builds, tests and demonstrates xen-blkback-rs.
 ///
-/// The first run makes a Debian build root and the test machines from packages (about 3 minutes);
-/// they are kept in $XEN_BLKBACK_RS_CACHE (default: ~/.cache/xen-blkback-rs) and used again.
-/// Nothing there is precious: remove the folder to start anew.
+/// The first run makes a Debian build root and the test machines from packages (about 3 minutes); they are kept in
+/// $XEN_BLKBACK_RS_CACHE (default: ~/.cache/xen-blkback-rs) and reused. To start anew, remove the folder.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
-    /// Build for this stock kernel and test with it: 7.3, 7.2, or a version of one such as 7.3.4.
-    /// Without it the newest of the archive that the module is known to work with.
+    /// Build for this stock kernel and test with it: 7.3, 7.2, or a version of one such as 7.3.4. The default is the
+    /// newest one in the archive that the module is known to work with.
     #[arg(
         long,
         global = true,
@@ -55,10 +54,10 @@ struct Cli {
 enum Task {
     /// Show the driver at work in a Xen machine.
     ///
-    /// Boots Xen and a dom0 in QEMU, starts a guest, and tells what happens to one of its disks.
-    /// It needs nothing of the host but root, and takes a few minutes the first time.
+    /// Boots Xen and a dom0 in QEMU, starts a guest, and reports the events at its disks. It needs only root on the
+    /// host, and takes a few minutes the first time.
     Demo {
-        /// Which story
+        /// Story to show
         #[arg(long, value_enum, default_value = "disks")]
         story: demo::Story,
     },
@@ -69,19 +68,19 @@ enum Task {
         /// Run only this lane; may be given more than once.
         #[arg(long = "lane", value_name = "NAME")]
         lanes: Vec<lanes::Lane>,
-        /// Of the lanes e2e and debug, run only the tests whose name fits this pattern; of nightly, only this
+        /// In the lanes e2e and debug, run only the tests whose name matches this pattern; in nightly, run only this
         /// part: fuzz, fuzz-tap, deaths, packages, and others.
         #[arg(long, default_value = lanes::ALL, value_name = "PATTERN")]
         only: String,
-        /// Where chance begins in the machines, as a run said it, to repeat that; else a new place
-        /// each time.
+        /// Seed of the random numbers in the machines, to repeat a run that reported it; the default is a new one each
+        /// time.
         #[arg(long)]
         seed: Option<u64>,
     },
     /// Check the sources without running them.
     ///
-    /// Formatting, lints of the workspace and of the module, licences, dependency direction, where
-    /// unsafe code is, and that the module cannot panic or use up the stack. The same as `cargo xtask test --lane check`.
+    /// Formatting, lints of the workspace and of the module, licences, dependency direction, places of unsafe code, and
+    /// that the module cannot panic or overflow the stack. Equivalent to `cargo xtask test --lane check`.
     Check {
         /// Run only the checks that need neither root nor a Debian tree: formatting and lints by the host's tools,
         /// licence headers, unsafe code, directions, circles, subjects of commits. They take under a minute once
@@ -95,12 +94,15 @@ enum Task {
         /// Lower the counts in ci/prose.allow to the sentences that are left.
         #[arg(long, conflicts_with_all = ["sources", "message"])]
         lower_prose: bool,
+        /// Lower the counts in ci/names.allow to the types that still share their name.
+        #[arg(long, conflicts_with_all = ["sources", "message", "lower_prose"])]
+        lower_names: bool,
     },
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///
-    /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree,
-    /// and its objects stay in the cache: the checkout stays clean. A module that could panic is
-    /// refused. The programs are static, so that they run in dom0 whatever the host is.
+    /// The module is compiled in the build root, against the stock Debian kernel's own Rust tree, and its objects stay
+    /// in the cache: the checkout stays clean. A module that could panic is refused. The programs are static, so that
+    /// they run in dom0 whatever libc the host has.
     Build {
         /// Also copy the module and the programs into this folder.
         #[arg(long, value_name = "DIR")]
@@ -109,10 +111,10 @@ enum Task {
         #[arg(long, value_name = "DIR", conflicts_with = "release_dir")]
         source: Option<PathBuf>,
     },
-    /// Install what a package would: the module, the programs, the module loader's settings.
+    /// Install the files of a package: the module, the programs, the module loader's settings.
     ///
-    /// With the settings the C driver xen-blkback stays away: whoever asks for it gets ours.
-    /// Run `depmod` afterwards where DIR is the root of the running system.
+    /// With these settings the module loader loads this driver in place of the C driver xen-blkback. Run `depmod`
+    /// afterwards if DIR is the root of the running system.
     Install {
         /// The folder that stands for `/`.
         #[arg(long, value_name = "DIR")]
@@ -127,18 +129,18 @@ enum Task {
         #[arg(long, value_name = "DIR", default_value = "target/packages")]
         out: PathBuf,
     },
-    /// Boot a dom0 with what a package would install, and get a shell in it or run one command.
+    /// Boot a dom0 with the files of a package, and get a shell in it or run one command.
     ///
-    /// `cargo xtask vm -- 'xl info; lsmod'` prints what the command prints and leaves with its exit
-    /// code; the consoles are in target/vm/vm/console.log. Without CMD you get a shell; leave it
-    /// with `exit`, or at any time with Ctrl-A x. In dom0, /t holds the test programs and /t/guest a
-    /// kernel and an initramfs for guests. Nothing that you change in there is kept.
+    /// `cargo xtask vm -- 'xl info; lsmod'` prints the command's output and exits with its exit code; the consoles are
+    /// in target/vm/vm/console.log. Without CMD you get a shell; leave it with `exit`, or at any time with Ctrl-A x. In
+    /// dom0, /t holds the test programs and /t/guest a kernel and an initramfs for guests. Changes in there are not
+    /// kept.
     Vm(vm::Args),
     /// Measure the driver against the C driver, qdisk and loop, in one boot.
     ///
-    /// Time in the machine is counted in executed instructions, so the figures repeat on any host.
-    /// The results go to target/bench: results.json, chart.svg, table.txt. A run whose control (our
-    /// driver against itself) differs by more than 5 % fails.
+    /// Time in the machine is counted in executed instructions, so the figures repeat on any host. The results go to
+    /// target/bench: results.json, chart.svg, table.txt. A run whose control (this driver against itself) differs by
+    /// more than 5 % fails.
     Bench(bench::Args),
 }
 
@@ -154,6 +156,12 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             lower_prose: true, ..
         } => {
             println!("{}", check::prose::lower()?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Check {
+            lower_names: true, ..
+        } => {
+            println!("{}", check::names::lower()?.display());
             Ok(ExitCode::SUCCESS)
         }
         Task::Check { sources: true, .. } => {

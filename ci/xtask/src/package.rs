@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Debian packages of what is built: debhelper makes them of the staged files and `ci/packaging/debian`.
+//! Debian packages of the build: debhelper makes them from the staged files and `ci/packaging/debian`.
 
 pub(crate) mod again;
 mod commit;
@@ -20,7 +20,7 @@ pub(crate) fn all(out: &Path) -> Result<Vec<PathBuf>> {
     made("package", &Commit::checked_out()?, out, |_| Ok(()))
 }
 
-/// The same as a newer version, whose module is another build: what a host is upgraded to in tests.
+/// Makes the packages as a newer version with another build of the module, to which tests upgrade a host.
 pub(crate) fn next(out: &Path) -> Result<Vec<PathBuf>> {
     let mut commit = Commit::checked_out()?;
     commit.version.push_str("+next");
@@ -31,7 +31,7 @@ pub(crate) fn next(out: &Path) -> Result<Vec<PathBuf>> {
     })
 }
 
-/// What is in front of the identifier of a build: sizes, a type, and the name `GNU`.
+/// Bytes in front of the identifier of a build: sizes, a type, and the name `GNU`.
 const IDENTIFIER: &[u8] = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
 
 /// Gives a module the identifier of another build.
@@ -48,7 +48,7 @@ fn as_another_build(module: &Path) -> Result<()> {
     fs::write(module, bytes).with_context(|| format!("cannot write {}", module.display()))
 }
 
-/// Makes packages of what is built, after `change` has seen their files.
+/// Makes packages of the build, after `change` has seen their files.
 fn made(
     name: &str,
     commit: &Commit,
@@ -74,7 +74,7 @@ fn made(
     collect(&work, out)
 }
 
-/// Makes a folder one that apt installs from.
+/// Makes a folder a source of packages for apt.
 pub(crate) fn index(packages: &Path) -> Result<()> {
     let root = Root::new(&recipes::package_root()?).bind(packages, "/mnt/a");
     let mut scan = root.script("cd /mnt/a && dpkg-scanpackages --multiversion . >Packages");
@@ -90,7 +90,7 @@ fn collect(from: &Path, out: &Path) -> Result<Vec<PathBuf>> {
         if file.extension().is_some_and(|extension| extension == "deb") {
             let name = file.file_name().context("a file has a name")?;
             let place = out.join(name);
-            // It may be another file system.
+            // The folder may be on another file system.
             fs::copy(&file, &place).with_context(|| format!("cannot write {}", place.display()))?;
             fs::remove_file(&file)?;
             packages.push(place);

@@ -9,8 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Makes the index of the modules as it is with the payload's modules added, so that dom0 does
-/// not have to: it takes long under emulation.
+/// Makes the index of the modules with the payload's modules added, because that takes long in dom0 under emulation.
 const DEPMOD: &str = r#"
 release=$(cat /kernel-release)
 work=$(mktemp -d)
@@ -24,7 +23,7 @@ find "$work/usr/lib/modules/$release" -maxdepth 1 -type f -name 'modules.*' \
 rm -r "$work"
 "#;
 
-/// A new payload named `name`, whose `/t/run` is the shell script `script`.
+/// Makes a payload named `name`, whose `/t/run` is the shell script `script`.
 pub(crate) fn new(name: &str, script: &str) -> Result<PathBuf> {
     let dir = build::repository()?
         .join("target/vm")
@@ -37,7 +36,7 @@ pub(crate) fn new(name: &str, script: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Adds what a package would install; dom0 lays it over its root before it loads a driver.
+/// Adds the files of a package; dom0 copies them over its root before it loads a driver.
 pub(crate) fn add_installed(
     payload: &Path,
     machines: &Machines,

@@ -29,14 +29,14 @@ const GUEST_INIT: &str = include_str!("../../recipes/guest-init.sh");
 
 /// The modules that dom0 needs to reach its root file system.
 const DOM0_MODULES: &str = "virtio_pci virtio_blk ext4";
-/// The modules of a guest: its disk, file systems to put on it, and the devices with which a
-/// program can play a frontend itself.
+/// The modules of a guest: its disk, file systems to put on it, and the devices that a program needs to act as a
+/// frontend.
 const GUEST_MODULES: &str = "xen-blkfront ext4 xen-evtchn xen-gntdev xen-gntalloc xenfs";
 const GUEST_PROGRAMS: &str = "/usr/bin/fio /usr/sbin/bonnie++ /usr/sbin/mkfs.ext4 /usr/sbin/e2fsck";
-/// Libraries of fio's that are replaced by empty shells, see the recipe.
+/// Libraries of fio that are replaced by empty ones, see the recipe.
 const GUEST_SHELLS: &str = "librbd.so.1 librados.so.2";
 
-/// Takes kernel and modules out of a tree in which packages are unpacked only.
+/// Takes kernel and modules out of a tree in which packages are only unpacked.
 const GUEST_KERNEL: &str = "cd /mnt/a
     release=$(ls tree/usr/lib/modules 2>/dev/null || ls tree/lib/modules)
     [ -d \"tree/usr/lib/modules/$release\" ] || { mkdir -p tree/usr/lib && mv tree/lib/modules tree/usr/lib/; }
@@ -45,12 +45,12 @@ const GUEST_KERNEL: &str = "cd /mnt/a
     mv \"tree/usr/lib/modules/$release\" modules
     mv \"tree/boot/vmlinuz-$release\" vmlinuz
     echo \"$release\" >release";
-/// The size of dom0's root file system; it is sparse.
+/// Size of dom0's root file system; it is sparse.
 const DOM0_SIZE: &str = "1600M";
-/// The same of a host's, on which packages are installed.
+/// Size of the root file system of a host on which packages are installed.
 const HOST_SIZE: &str = "2500M";
 
-/// A Debian tree with the compilers, the kernel packages and QEMU.
+/// Returns a Debian tree with the compilers, the kernel packages and QEMU.
 pub(crate) fn build_root() -> Result<PathBuf> {
     host::prepare()?;
     let release = kernel::release()?;
@@ -63,7 +63,7 @@ pub(crate) fn build_root() -> Result<PathBuf> {
     .get(|dir, log| with_kernel(dir, log, BUILD_PACKAGES, &release))
 }
 
-/// The tree that a Rust module is compiled against: `source`, `build` and `kmake`.
+/// Returns the tree that a Rust module is compiled against: `source`, `build` and `kmake`.
 pub(crate) fn kernel_tree(build_root: &Path, kernel: Kernel) -> Result<PathBuf> {
     match kernel {
         Kernel::Stock => stock_tree(build_root),
@@ -88,7 +88,7 @@ fn stock_tree(build_root: &Path) -> Result<PathBuf> {
     })
 }
 
-/// The kernel with all checks: what [`kernel_tree`] has, and `vmlinuz` and its modules in `installed`.
+/// Returns the kernel with all checks: the content of [`kernel_tree`], with `vmlinuz` and its modules in `installed`.
 fn checked_kernel(build_root: &Path) -> Result<PathBuf> {
     let id = folder_name(build_root)?;
     Artefact {
@@ -106,7 +106,7 @@ fn checked_kernel(build_root: &Path) -> Result<PathBuf> {
     })
 }
 
-/// A Debian tree in which packages are made, judged and tried.
+/// Returns a Debian tree in which packages are made, checked and tested.
 pub(crate) fn package_root() -> Result<PathBuf> {
     host::prepare()?;
     Artefact {
@@ -121,7 +121,7 @@ pub(crate) fn package_root() -> Result<PathBuf> {
     })
 }
 
-/// A Debian tree as a host that builds the module by itself, with the stock kernel and its headers.
+/// Returns a Debian tree of a host that builds the module for itself, with the stock kernel and its headers.
 pub(crate) fn dkms_root() -> Result<PathBuf> {
     host::prepare()?;
     let release = kernel::release()?;
@@ -134,7 +134,7 @@ pub(crate) fn dkms_root() -> Result<PathBuf> {
     .get(|dir, log| with_kernel(dir, log, DKMS_PACKAGES, &release))
 }
 
-/// A Debian tree with Xen's tools, without a kernel and without a module of ours.
+/// Returns a Debian tree with Xen's tools, without a kernel and without this project's module.
 fn dom0_root() -> Result<PathBuf> {
     host::prepare()?;
     Artefact {
@@ -146,7 +146,7 @@ fn dom0_root() -> Result<PathBuf> {
     .get(|dir, log| debian(dir, log, DOM0_PACKAGES, None))
 }
 
-/// A Debian tree as a host with systemd, on which packages are installed by apt.
+/// Returns a Debian tree of a host with systemd, on which apt installs packages.
 fn host_root(release: &str) -> Result<PathBuf> {
     host::prepare()?;
     Artefact {
@@ -158,31 +158,31 @@ fn host_root(release: &str) -> Result<PathBuf> {
     .get(|dir, log| debian(dir, log, HOST_PACKAGES, Some((HOST_HOOK, release))))
 }
 
-/// All that is needed to boot machines.
+/// Everything that is needed to boot machines.
 #[derive(Debug)]
 pub(crate) struct Machines {
-    /// QEMU and the tools are run in here.
+    /// QEMU and the tools run in this tree.
     pub(crate) build_root: PathBuf,
-    /// Holds `xen`, `vmlinuz`, `dom0.cpio`, `dom0.img`.
+    /// Folder with `xen`, `vmlinuz`, `dom0.cpio`, `dom0.img`.
     pub(crate) dom0: PathBuf,
-    /// Holds `guest.cpio`, the base of the guests' initramfs.
+    /// Folder with `guest.cpio`, the base of the guests' initramfs.
     pub(crate) guest: PathBuf,
     /// The guests' kernel: the stock one.
     pub(crate) guest_kernel: PathBuf,
-    /// Which kernel dom0 has.
+    /// Kernel of dom0.
     pub(crate) kernel: Kernel,
     /// The folder of dom0's modules, if they are not those of the build root.
     modules: Option<PathBuf>,
 }
 
 impl Machines {
-    /// The build root, with the modules of dom0's kernel.
+    /// Returns the build root, with the modules of dom0's kernel.
     pub(crate) fn root(&self) -> Result<Root> {
         with_modules(&self.build_root, self.modules.as_deref())
     }
 }
 
-/// The build root, with these modules in the place of the stock kernel's: they have the same release.
+/// Returns the build root, with these modules in place of the stock kernel's: their release is equal.
 fn with_modules(build_root: &Path, modules: Option<&Path>) -> Result<Root> {
     let root = Root::new(build_root);
     Ok(match modules {
@@ -195,8 +195,8 @@ fn modules_folder(build_root: &Path) -> Result<String> {
     Ok(format!("/usr/lib/modules/{}", release(build_root)?))
 }
 
-/// Builds what is missing of the machines, and the kernel tree, for who boots also builds: dom0's
-/// tree is made while the compilers are busy with the kernel's.
+/// Builds missing parts of the machines, and the kernel tree, because a boot also needs a build: dom0's tree is made
+/// while the compilers build the kernel's.
 pub(crate) fn machines(kernel: Kernel) -> Result<Machines> {
     let stock = stock_machines()?;
     match kernel {
@@ -205,7 +205,7 @@ pub(crate) fn machines(kernel: Kernel) -> Result<Machines> {
     }
 }
 
-/// The machines with another kernel in dom0.
+/// Returns the machines with another kernel in dom0.
 fn checked_machines(stock: Machines) -> Result<Machines> {
     let made = checked_kernel(&stock.build_root)?;
     let dom0_root = dom0_root()?;
@@ -235,7 +235,8 @@ fn checked_machines(stock: Machines) -> Result<Machines> {
     })
 }
 
-/// The same machines with a dom0 whose first process is systemd, and that has no module and no program of ours.
+/// Returns the machines with a dom0 whose first process is systemd, and that has no module and no program of this
+/// project.
 pub(crate) fn hosts() -> Result<Machines> {
     let stock = stock_machines()?;
     let root = host_root(&release(&stock.build_root)?)?;
@@ -267,7 +268,7 @@ pub(crate) fn hosts() -> Result<Machines> {
     Ok(Machines { dom0, ..stock })
 }
 
-/// The same machines with guests that have the stock kernel of another suite.
+/// Returns the machines with guests that have the stock kernel of another suite.
 pub(crate) fn with_guests_of(suite: &'static str) -> Result<Machines> {
     let stock = stock_machines()?;
     let dom0_root = dom0_root()?;
@@ -291,7 +292,7 @@ pub(crate) fn with_guests_of(suite: &'static str) -> Result<Machines> {
     })
 }
 
-/// The stock kernel of a suite, as guests have it: `vmlinuz` and `modules`.
+/// Returns the stock kernel of a suite for guests: `vmlinuz` and `modules`.
 fn guest_kernel(suite: &'static str) -> Result<PathBuf> {
     host::prepare()?;
     let build_root = build_root()?;
@@ -353,7 +354,7 @@ fn stock_machines() -> Result<Machines> {
     })
 }
 
-/// The release of the stock kernel in the build root.
+/// Returns the release of the stock kernel in the build root.
 pub(crate) fn release(build_root: &Path) -> Result<String> {
     Ok(fs::read_to_string(build_root.join("kernel-release"))?
         .trim()
@@ -374,7 +375,7 @@ fn with_kernel(dir: &Path, log: &Path, packages: &str, release: &str) -> Result<
     debian(dir, log, &packages, Some((KERNEL_HOOK, release)))
 }
 
-/// Makes a Debian tree of the target suite in `dir`. A hook is given the tree and a kernel's release.
+/// Makes a Debian tree of the target suite in `dir`. A hook gets the tree and a kernel's release.
 fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<(&str, &str)>) -> Result<()> {
     let sources = dir.with_extension("list");
     fs::write(&sources, host::sources()?)?;
@@ -396,7 +397,7 @@ fn debian(dir: &Path, log: &Path, packages: &str, hook: Option<(&str, &str)>) ->
     run::logged(command.stdin(std::process::Stdio::null()), log)
 }
 
-/// What dom0's disk is made of beside programs.
+/// Inputs of dom0's disk besides programs.
 const DOM0_INPUTS: &[&str] = &[
     DOM0_INIT,
     DOM0_INITRAMFS_INIT,
@@ -405,22 +406,22 @@ const DOM0_INPUTS: &[&str] = &[
     DOM0_SIZE,
 ];
 
-/// A kernel that was made here; what there is not is of the stock kernel.
+/// A kernel that was built here; missing parts are those of the stock kernel.
 #[derive(Default)]
 struct Made {
     image: Option<PathBuf>,
     modules: Option<PathBuf>,
 }
 
-/// Who is the first process of a dom0.
+/// First process of a dom0.
 enum Process {
-    /// A script that does what the tests need, and nothing else.
+    /// A script with only the steps that the tests need.
     Script,
-    /// systemd, which starts what packages have, and then the test.
+    /// systemd, which starts the packages' services, and then the test.
     Systemd,
 }
 
-/// What a dom0's disk is made of.
+/// Inputs of a dom0's disk.
 struct Image<'a> {
     tree: &'a Path,
     first: Process,
@@ -437,14 +438,15 @@ impl Image<'_> {
     }
 }
 
-/// A package of a module has all modules indexed, which takes minutes in emulation: a machine has no other devices.
+/// A module's package indexes all modules, which takes minutes in emulation, so the modules of devices that the machine
+/// lacks are removed.
 const FEWER_MODULES: &str = "cd /mnt/a/tree/usr/lib/modules/RELEASE/kernel
     rm -r sound net
     find drivers -mindepth 1 -maxdepth 1 ! -name block ! -name char ! -name md ! -name virtio ! -name xen \
         -exec rm -r {} +
     depmod -b /mnt/a/tree RELEASE";
 
-/// Puts what runs the test into a dom0's tree.
+/// Adds the files that run the test to a dom0's tree.
 fn with_test(tree: &Path, first: &Process) -> Result<()> {
     let program = match first {
         Process::Script => {
@@ -523,7 +525,7 @@ fn dom0_image(
     initramfs(dir, "dom0.cpio", log, root, image.tree, init)
 }
 
-/// What a guest's initramfs is made of beside programs.
+/// Inputs of a guest's initramfs besides programs.
 const GUEST_INPUTS: &[&str] = &[
     GUEST_INIT,
     INITRAMFS,
@@ -532,7 +534,7 @@ const GUEST_INPUTS: &[&str] = &[
     GUEST_SHELLS,
 ];
 
-/// What it holds.
+/// Content of a guest's initramfs.
 const GUEST: Initramfs = Initramfs {
     init: GUEST_INIT,
     modules: GUEST_MODULES,
@@ -540,7 +542,7 @@ const GUEST: Initramfs = Initramfs {
     shells: GUEST_SHELLS,
 };
 
-/// What an initramfs holds beside busybox.
+/// Content of an initramfs besides busybox.
 struct Initramfs {
     init: &'static str,
     modules: &'static str,

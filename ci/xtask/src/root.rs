@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Running a program inside a Debian tree (the build root): the host's own tools may be old or
-//! absent.
+//! Running a program inside a Debian tree (the build root), because the host's own tools may be old or absent.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The mounts live in a namespace of the call, so nothing outlives it and no later clean-up can
-/// reach the host's /dev through the tree. The program dies with us.
+/// The mounts live in a namespace of the call, so nothing outlives it and no later clean-up can reach the host's /dev
+/// through the tree. The program dies with this process.
 const ENTER: &str = r#"set -e
 root=$1; shift
 mount --make-rprivate /
@@ -32,12 +31,12 @@ exec setpriv --pdeathsig KILL chroot "$root" "$@""#;
 pub(crate) struct Root {
     dir: PathBuf,
     binds: Vec<(PathBuf, String, &'static str)>,
-    /// `kept` or `thrown-away`: what becomes of changes to the tree.
+    /// `kept` or `thrown-away`: fate of changes to the tree.
     changes: &'static str,
 }
 
 impl Root {
-    /// The tree at `dir`.
+    /// Returns the tree at `dir`.
     pub(crate) fn new(dir: &Path) -> Self {
         Root {
             dir: dir.into(),
@@ -46,7 +45,7 @@ impl Root {
         }
     }
 
-    /// Changes to the tree are gone when the program ends.
+    /// Discards changes to the tree when the program ends.
     pub(crate) fn thrown_away(mut self) -> Self {
         self.changes = "thrown-away";
         self
@@ -58,14 +57,14 @@ impl Root {
         self
     }
 
-    /// As `bind`, but nothing can be written there.
+    /// Shows `host` at `inside` read-only.
     pub(crate) fn bind_read_only(mut self, host: &Path, inside: &str) -> Self {
         self.binds.push((host.into(), inside.into(), "ro"));
         self
     }
 
-    /// A command that runs `program` in the tree. The process keeps its id all the way, so
-    /// killing the child kills the program.
+    /// Returns a command that runs `program` in the tree. The process keeps its id all the way, so killing the child
+    /// kills the program.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("unshare");
         command
@@ -87,7 +86,7 @@ impl Root {
         command
     }
 
-    /// As `command`, for a text given to `sh`.
+    /// Returns a command like [`command`](Self::command) for a text given to `sh`.
     pub(crate) fn script(&self, text: &str) -> Command {
         let mut command = self.command("sh");
         command.args(["-euc", text]);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Running other programs: with a log, and with a failure that says what to look at.
+//! Running other programs: with a log, and with a failure that names the log.
 
 use anyhow::{bail, Context, Result};
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// How many lines of a log a failure shows.
+/// Number of lines of a log that a failure shows.
 const TAIL: usize = 25;
 
 /// Runs `command` with all its output in `log`; a failure names the log and shows its end.
@@ -30,7 +30,7 @@ pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<()> {
     )
 }
 
-/// Runs `command` with its output on our own.
+/// Runs `command` with its output on this process's output.
 pub(crate) fn shown(command: &mut Command) -> Result<()> {
     let status = start(command)?.wait()?;
     if !status.success() {
@@ -61,8 +61,8 @@ pub(crate) fn start(command: &mut Command) -> Result<std::process::Child> {
         .with_context(|| format!("cannot start `{}`: is it installed?", name(command)))
 }
 
-/// Removes a tree if it is there, without crossing into another file system: a mount left inside
-/// must never be emptied.
+/// Removes a tree if it is there, without crossing into another file system, because a leftover mount must never be
+/// emptied.
 pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     shown(
         Command::new("rm")
@@ -71,7 +71,7 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     )
 }
 
-/// The last `count` lines of `text`.
+/// Returns the last `count` lines of `text`.
 pub(crate) fn tail(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")

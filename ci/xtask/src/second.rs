@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A second host beside the one that is tested: it goes down when the tests want it to, and comes back.
+//! A second host beside the tested one: the tests shut it down, and it comes back.
 
 use crate::machine::{Host, Machine};
 use crate::recipes::Machines;
@@ -11,12 +11,12 @@ use std::process::Stdio;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-/// How often is looked whether it has gone down.
+/// Interval between checks whether it has gone down.
 const LOOK: Duration = Duration::from_millis(100);
-/// It went down so often without having come up: it never will.
+/// Number of shutdowns without a boot after which it counts as broken.
 const ENOUGH: u32 = 20;
 
-/// Boots a machine again and again, until `end` says something or is dropped. A trace of a sick kernel on any of its
+/// Boots a machine again and again, until `end` gets a message or is dropped. A sign of a kernel fault on any of its
 /// consoles is an error.
 pub(crate) fn keep(
     machine: &Machine,
@@ -34,7 +34,7 @@ pub(crate) fn keep(
     let first = disk
         .context("the hosts share no disk")?
         .with_file_name(Host::FIRST);
-    // It waits for its turn, and this one would have the processors meanwhile.
+    // It waits for its turn, and this machine would have the processors in the time until then.
     while !first.exists() {
         match end.recv_timeout(LOOK) {
             Err(RecvTimeoutError::Timeout) => (),

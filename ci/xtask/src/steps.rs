@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Steps of a command: each one that takes long says that it goes on, and the last run's time says how long it may
-//! take. The times of all steps are shown at the end, and written to `target/times.json`.
+//! Steps of a command: each long one reports progress, with an estimate from the last run's time. The times of all
+//! steps are shown at the end, and written to `target/times.json`.
 
 use crate::{build, cache};
 use anyhow::{Context, Result};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 /// A step that takes longer than this is announced.
 const ANNOUNCED: Duration = Duration::from_secs(3);
-/// A step says that it goes on when nothing was printed for this long.
+/// A step reports progress when nothing was printed for this long.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Steps of one kind that the table shows; the file has all.
 const SHOWN: usize = 30;
@@ -53,7 +53,7 @@ impl Kind {
     }
 }
 
-/// One step that ended.
+/// A step that has ended.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Time {
     kind: Kind,
@@ -66,7 +66,7 @@ static TIMES: Mutex<Vec<Time>> = Mutex::new(Vec::new());
 /// When a line of progress was printed last.
 static PRINTED: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// A step that is under way; it ends when this is dropped.
+/// A running step; it ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Step {
     kind: Kind,
@@ -109,14 +109,14 @@ impl Drop for Step {
     fn drop(&mut self) {
         self.end = None;
         if let Some(teller) = self.teller.take() {
-            // A thread that only prints: its panic has been shown, and the step itself is over.
+            // The thread only prints, and its panic has been shown; the step itself is over.
             let _ = teller.join();
         }
         took(self.kind, &self.name, self.start.elapsed().as_secs_f64());
     }
 }
 
-/// Notes that a step took this many seconds.
+/// Records that a step took this many seconds.
 pub(crate) fn took(kind: Kind, name: &str, seconds: f64) {
     let name = name.to_string();
     locked(&TIMES).push(Time {
@@ -126,17 +126,17 @@ pub(crate) fn took(kind: Kind, name: &str, seconds: f64) {
     });
 }
 
-/// Notes that a line was printed, so that no step says meanwhile that it goes on.
+/// Records that a line was printed, so that no step reports progress right after it.
 pub(crate) fn printed() {
     *locked(&PRINTED) = Some(Instant::now());
 }
 
-/// True if cargo shows its own progress: on a terminal.
+/// Returns true if cargo shows its own progress: on a terminal.
 pub(crate) fn cargo_shows_itself() -> bool {
     std::io::stderr().is_terminal()
 }
 
-/// Time that is missing until nothing was printed for `silence`.
+/// Returns the time until nothing will have been printed for `silence`.
 fn quiet_for(silence: Duration) -> Duration {
     let since = locked(&PRINTED).map_or(silence, |printed| printed.elapsed());
     silence.saturating_sub(since)
@@ -150,7 +150,7 @@ fn progress(doing: &str, elapsed: Duration, before: Option<f64>) -> String {
     format!("{doing} ... {}{before}", in_words(elapsed.as_secs_f64()))
 }
 
-/// Minutes and seconds.
+/// Returns minutes and seconds as text.
 fn in_words(seconds: f64) -> String {
     // CAST: a time that a test takes is far below 2^64 s, and never negative.
     let whole = seconds.round() as u64;
@@ -160,7 +160,7 @@ fn in_words(seconds: f64) -> String {
     }
 }
 
-/// File with the last time of each step of this host.
+/// Returns the file with the last time of each step on this host.
 fn history() -> Result<PathBuf> {
     Ok(cache::dir()?.join("times.json"))
 }
@@ -170,7 +170,7 @@ fn key(kind: Kind, name: &str) -> String {
 }
 
 fn last_times(file: &Path) -> BTreeMap<String, f64> {
-    // Estimates only: a file that is missing or damaged leaves them out, and is written anew.
+    // These are only estimates: a missing or damaged file leaves them out, and is replaced.
     let text = fs::read_to_string(file).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
 }
@@ -204,14 +204,14 @@ fn remember(file: &Path, times: &[Time]) -> Result<()> {
     write(file, &serde_json::to_string_pretty(&last)?)
 }
 
-/// Writes a file that is whole or as it was before.
+/// Writes a file so that it is complete or unchanged.
 fn write(file: &Path, text: &str) -> Result<()> {
     let new = file.with_extension("new");
     let done = fs::write(&new, text).and_then(|()| fs::rename(&new, file));
     done.with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Lines of the table: each kind with its sum, and its longest steps.
+/// Returns the lines of the table: each kind with its sum, and its longest steps.
 fn table(times: &[Time]) -> Vec<String> {
     let mut kinds: BTreeMap<Kind, BTreeMap<&str, f64>> = BTreeMap::new();
     for time in times {

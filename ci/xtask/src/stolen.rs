@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Time that the host takes from a machine: while a thread of QEMU waits for one of the host's processors, its guest's
-//! clock goes on. A kernel in there then reports a stall that is none.
+//! clock runs. A kernel in there then reports a false stall.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,38 +9,38 @@ use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// Time between two looks.
+/// Interval between samples.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Looks before a report that are taken into account; a kernel reports a stall after 21 s.
+/// Number of samples before a report that are taken into account; a kernel reports a stall after 21 s.
 const LOOKS: usize = 30;
-/// Wait of one thread, among those looks, that explains a stall.
+/// Wait of one thread, in those samples, that explains a stall.
 const EXPLAINS: Duration = Duration::from_secs(10);
 
-/// Kernel lines that a host's shortage of processors brings about as well as a fault does.
+/// Kernel lines that a host's shortage of processors causes as well as a fault does.
 const STALLS: &[&str] = &["rcu: INFO", "soft lockup", "blocked for more than"];
 
-/// One look at a machine.
+/// One sample of a machine.
 #[derive(Debug, Clone, Copy)]
 struct Look {
-    /// Bytes of the console by then.
+    /// Bytes of the console at that time.
     console: u64,
-    /// Longest wait of a thread since the look before.
+    /// Longest wait of a thread since the previous sample.
     waited: Duration,
 }
 
-/// Looks at a machine while it runs.
+/// Samples a machine while it runs.
 #[derive(Debug)]
 pub(crate) struct Watch {
     end: Sender<()>,
     thread: JoinHandle<Vec<Look>>,
 }
 
-/// Waits of a machine's threads, beside what its console said.
+/// Waits of a machine's threads, by the length of its console log.
 #[derive(Debug, Default)]
 pub(crate) struct Stolen(Vec<Look>);
 
 impl Watch {
-    /// Looks at the process `pid`, whose console is written to `console`.
+    /// Starts to sample the process `pid`, whose console log is `console`.
     pub(crate) fn start(pid: u32, console: PathBuf) -> Watch {
         let (end, ended) = channel();
         let thread = thread::spawn(move || {
@@ -64,13 +64,13 @@ impl Watch {
     /// Ends the watch.
     pub(crate) fn stop(self) -> Stolen {
         drop(self.end);
-        // Without its looks every report counts, as it does on a quiet host.
+        // Without samples every report counts, as on an idle host.
         Stolen(self.thread.join().unwrap_or_default())
     }
 }
 
 impl Stolen {
-    /// True if the host explains the stall that is reported `offset` bytes into the console.
+    /// Returns true if the host explains the stall that is reported `offset` bytes into the console.
     fn explains(&self, offset: u64) -> bool {
         let until = self.0.partition_point(|look| look.console <= offset);
         let until = (until + 1).min(self.0.len());
@@ -78,8 +78,8 @@ impl Stolen {
         looks.iter().map(|look| look.waited).sum::<Duration>() >= EXPLAINS
     }
 
-    /// Console text without the reports of stalls that the host explains, and how many there were. A report is a line
-    /// that names the stall and the kernel's lines after it, to the end of its last call trace.
+    /// Returns the console text without the reports of stalls that the host explains, and the number of these. A report
+    /// is a line that names the stall and the kernel's lines after it, to the end of its last call trace.
     pub(crate) fn without_stalls(&self, log: &str) -> (String, usize) {
         let (mut kept, mut excused, mut offset) = (String::new(), 0, 0u64);
         let mut in_report = false;
@@ -101,7 +101,8 @@ impl Stolen {
     }
 }
 
-/// Lines that follow a report of a stall and are no trouble of their own: what the processor did, and its call trace.
+/// Returns true for lines that follow a report of a stall and are no fault of their own: the processor's state, and its
+/// call trace.
 fn of_report(line: &str) -> bool {
     const PARTS: &[&str] = &[
         "rcu:",
@@ -137,10 +138,10 @@ fn of_report(line: &str) -> bool {
         && !line.contains("WARNING:")
 }
 
-/// Time that each thread of a process has waited for a processor.
+/// Returns the time that each thread of a process has waited for a processor.
 fn waits(pid: u32) -> BTreeMap<PathBuf, Duration> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        // It has ended.
+        // The process has ended.
         return BTreeMap::new();
     };
     let waits = threads.flatten().filter_map(|thread| {
@@ -159,7 +160,7 @@ mod tests {
                          [   60.1] rcu: \t1-...!: (1 GPs behind)\n\
                          [   60.1] Call Trace:\n[   60.1]  <TASK>\n[   60.1]  do_idle+0x1/0x2\n[   60.1]  </TASK>\n";
 
-    /// A look a second, with so many milliseconds of waiting, while the console grew by ten bytes each.
+    /// Returns a sample a second, with these milliseconds of waiting, while the console grew by ten bytes each.
     fn looks(waits: &[u64]) -> Stolen {
         let looks = waits.iter().zip(1..).map(|(&wait, number)| Look {
             console: number * 10,
@@ -182,7 +183,7 @@ mod tests {
         for waits in [&[100; 60][..], &[]] {
             assert_eq!(looks(waits).without_stalls(&log), (log.clone(), 0));
         }
-        // The host took its time a minute before.
+        // The host was busy a minute before.
         let mut waits = vec![900; 20];
         waits.extend([0; 60]);
         let log = format!("{}\n{STALL}", "x".repeat(700));

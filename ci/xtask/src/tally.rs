@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What the tests of a run came to.
+//! Results of a run's tests.
 
-/// The sums of a run, and the names of what failed.
+/// The sums of a run, and the names of failed tests.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
-    /// Tests that held.
+    /// Tests that passed.
     pub(crate) passed: u64,
-    /// Tests that did not hold, or could not be finished.
+    /// Tests that failed, or could not be finished.
     pub(crate) failed: u64,
     /// Tests that could not run here.
     pub(crate) skipped: u64,
@@ -16,13 +16,13 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// A test held.
+    /// Counts a passed test.
     pub(crate) fn pass(&mut self, name: &str) {
         println!("ok      {name}");
         self.passed += 1;
     }
 
-    /// A test did not hold.
+    /// Counts a failed test.
     pub(crate) fn fail(&mut self, name: &str, why: &str) {
         println!("FAILED  {name}");
         why.lines().for_each(|line| println!("        {line}"));
@@ -30,13 +30,13 @@ impl Tally {
         self.failures.push(name.into());
     }
 
-    /// A test could not run here.
+    /// Counts a test that could not run here.
     pub(crate) fn skip(&mut self, name: &str, why: &str) {
         println!("skipped {name}: {why}");
         self.skipped += 1;
     }
 
-    /// A test that was counted as passed says that it could not run here.
+    /// Changes a passed test to one that could not run here, because its output says so.
     pub(crate) fn skip_instead(&mut self, what: &str) {
         println!("skipped {what}");
         self.skipped += 1;
@@ -51,27 +51,27 @@ impl Tally {
         }
     }
 
-    /// Counts tests that another program ran and showed.
+    /// Adds tests that another program ran and showed.
     pub(crate) fn add(&mut self, passed: u64, failed: u64, skipped: u64) {
         self.passed += passed;
         self.failed += failed;
         self.skipped += skipped;
     }
 
-    /// The emulator killed a guest, and the test that it belonged to runs again.
+    /// Counts a guest that the emulator killed; its test runs again.
     pub(crate) fn emulator(&mut self, what: &str) {
         println!("        the emulator killed a guest: {what}");
         self.emulator += 1;
     }
 
-    /// Counts what was counted beside this.
+    /// Adds the counts of another tally.
     pub(crate) fn join(&mut self, other: Self) {
         self.add(other.passed, other.failed, other.skipped);
         self.emulator += other.emulator;
         self.failures.extend(other.failures);
     }
 
-    /// The sums, the last line of a run.
+    /// Returns the sums, the last line of a run.
     pub(crate) fn line(&self) -> String {
         format!(
             "{} passed, {} failed, {} skipped",
@@ -79,7 +79,7 @@ impl Tally {
         )
     }
 
-    /// Prints the names of the failures and the sums; true when nothing failed and something ran.
+    /// Prints the names of the failed tests and the sums; returns true when nothing failed and something ran.
     pub(crate) fn finish(&self) -> bool {
         println!();
         for name in &self.failures {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! `cargo xtask vm`: a dom0 to work in, with what a package would install.
+//! `cargo xtask vm`: a dom0 to work in, with the files of a package.
 
 use crate::kernel::Kernel;
 use crate::machine::{Dom0, Machine};
@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::ExitCode;
 
-/// Says how the command ended, in the last line of the report.
+/// Start of the report's last line, which has the command's exit code.
 const END: &str = "xtask: the command ended with ";
 
-/// What the user asked for.
+/// Arguments of the command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Processors of the machine.
@@ -34,13 +34,13 @@ pub(crate) struct Args {
         allow_hyphen_values = true
     )]
     dom0_args: String,
-    /// Run dom0 with hardware help, behind an IOMMU.
+    /// Run dom0 as PVH, behind an IOMMU.
     #[arg(long)]
     pvh_dom0: bool,
     /// Give dom0 a kernel with lockdep and kmemleak, and memory for that; it is built first (12 min).
     #[arg(long, conflicts_with_all = ["stock", "module"])]
     checked_kernel: bool,
-    /// Do not install our module and programs: the C driver serves the disks.
+    /// Do not install this project's module and programs: the C driver serves the disks.
     #[arg(long)]
     stock: bool,
     /// Leave out the programs and the guest; only the module is built.
@@ -99,7 +99,7 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// Puts the module, the programs and a guest into the payload, as far as wanted.
+/// Adds the requested ones of module, programs and guest to the payload.
 fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
     let programs = if args.bare {
         None
@@ -130,7 +130,7 @@ fn interactive() -> String {
 
 fn once(command: &str) -> String {
     let quoted = command.replace('\'', r"'\''");
-    // One process at a time may open the port, so it is opened once.
+    // Only one process at a time may open the port, so it is opened once.
     format!("exec >\"$REPORT\" 2>&1\nunset REPORT\nbash -c '{quoted}'\necho \"{END}$?\"\n")
 }
 

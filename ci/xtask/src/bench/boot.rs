@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! One boot of the machine that measures: what goes in, and what comes out of it.
+//! One boot of the measuring machine: its input and its output.
 
 use super::collect::Collector;
 use super::result::{Results, WASTEFUL};
@@ -15,14 +15,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Boots the machine and collects.
+/// Boots the machine and collects the results.
 pub(super) fn measure(args: &Args) -> Result<Results> {
     let machines = recipes::machines(Kernel::Stock)?;
     let mut machine = Machine::new("bench");
     machine.icount = true;
     machine.checks = false;
-    // Each domain has processors of its own, so that the counters tell them apart.
-    // More processors than are needed would change how those that are take turns.
+    // Each domain has processors of its own, so that the counters distinguish them. Unused processors would change the
+    // order in which the others take turns.
     let each = if args.names("2cpu") { 2 } else { 1 };
     machine.smp = 2 * each;
     machine.xen_args = format!("dom0_max_vcpus={each} dom0_vcpus_pin");
@@ -60,7 +60,7 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
     Ok(results)
 }
 
-/// The versions of what is not in the machine but around it, and of what goes in.
+/// Returns the versions of QEMU and of the payload, which the machine does not know.
 fn versions(args: &Args, machines: &Machines) -> Result<[(String, String); 2]> {
     let mut qemu = Root::new(&machines.build_root).command("qemu-system-x86_64");
     let qemu = process::output(qemu.arg("--version"))?;
@@ -80,7 +80,7 @@ fn versions(args: &Args, machines: &Machines) -> Result<[(String, String); 2]> {
     ])
 }
 
-/// The payload: our module, the program that measures, and a guest.
+/// Makes the payload: this project's module, the measuring program, and a guest.
 fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
     let programs = build::programs()?;
     let module = match &args.module {
@@ -97,13 +97,13 @@ fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
     payload::add_program(&dir, &programs.join("bench"))?;
     let overlay = dir.join("overlay");
     install::to(&module, Some(&programs), &overlay)?;
-    // Which driver is loaded is what is measured: no setting may choose one.
+    // The measurement depends on the loaded driver, so no setting may choose one.
     fs::remove_dir_all(overlay.join("usr/lib/modprobe.d"))?;
     payload::add_guest(&dir, machines, &programs.join("vmtest"))?;
     Ok(dir)
 }
 
-/// What dom0 runs.
+/// Returns the script that dom0 runs.
 fn script(args: &Args) -> String {
     let mut line = "exec /t/bench".to_string();
     if args.quick {
@@ -125,7 +125,7 @@ fn script(args: &Args) -> String {
     line
 }
 
-/// Compiles the plugin in the build root: it must fit the QEMU in there, and needs nothing else.
+/// Compiles the plugin in the build root, because it must fit the QEMU there, and needs nothing else.
 fn plugin(machines: &Machines) -> Result<PathBuf> {
     let repository = build::repository()?;
     let out = repository.join("target/bench");

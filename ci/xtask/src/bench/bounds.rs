@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The bounds that a change must not cross unnoticed: what an I/O costs, as `tests/bench/bounds.json`
-//! records it by backend, job and part.
+//! The bounds that a change must not cross unnoticed: the cost of an I/O, as `tests/bench/bounds.json` records it by
+//! backend, job and part.
 
 use super::counts::{DOM0, GUEST, TOTAL};
 use super::result::{Results, Row, OURS, WASTEFUL};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 
-/// What is recorded.
+/// The recorded bounds.
 const BOUNDS: &str = include_str!("../../../../tests/bench/bounds.json");
-/// How far above its bound a figure may be.
+/// Share by which a figure may exceed its bound.
 const TOLERANCE: f64 = 0.05;
-/// What is bounded, and the figure that it is. The time in which a queue looks for work is part of what
-/// dom0 does: a driver that looks instead of sleeping must not look cheap.
+/// Bounded parts, and their figures. The time in which a queue polls counts for dom0, so that a driver that polls
+/// instead of sleeping does not look cheap.
 const PARTS: [(&str, &str); 4] = [
     ("driver", "backend module"),
     ("dom0", DOM0),
     ("guest", GUEST),
     ("sum", TOTAL),
 ];
-/// The jobs that must show a build of the driver that is wasteful.
+/// The jobs in which a wasteful build of the driver must exceed its bounds.
 pub(super) const TELLING: [&str; 2] = ["rr4k-qd1", "rr4k-qd32"];
 
 type Parts = BTreeMap<String, f64>;
 type Bounds = BTreeMap<String, BTreeMap<String, Parts>>;
 
-/// The backends that have a bound, and their jobs, as the machine wants to be told.
+/// Returns the backends that have a bound, and their jobs, as arguments for the measuring program.
 pub(super) fn wanted() -> Result<(String, String)> {
     let bounds = parse(BOUNDS)?;
     let jobs = bounds
@@ -36,7 +36,7 @@ pub(super) fn wanted() -> Result<(String, String)> {
     Ok((backends, jobs))
 }
 
-/// The names of all bounds: `BACKEND.JOB.PART`.
+/// Returns the names of all bounds: `BACKEND.JOB.PART`.
 pub(super) fn names() -> Result<Vec<String>> {
     Ok(each(&parse(BOUNDS)?)
         .into_iter()
@@ -44,12 +44,12 @@ pub(super) fn names() -> Result<Vec<String>> {
         .collect())
 }
 
-/// The bounds that are crossed, and why that is one.
+/// Returns the bounds that are crossed, with the reasons.
 pub(super) fn crossed(results: &Results) -> Result<BTreeMap<String, String>> {
     against(results, &parse(BOUNDS)?)
 }
 
-/// Of bounds that were crossed, those that these results cross as well, of which they have only some jobs.
+/// Returns those of the crossed bounds that these results cross as well; the results have only some jobs.
 pub(super) fn still_crossed(
     results: &Results,
     before: &BTreeMap<String, String>,
@@ -63,7 +63,7 @@ pub(super) fn still_crossed(
     against(results, &bounds)
 }
 
-/// Backend and job of the name of a bound.
+/// Returns backend and job of the name of a bound.
 pub(super) fn backend_and_job(bound: &str) -> (&str, &str) {
     let mut parts = bound.split('.');
     (
@@ -72,21 +72,21 @@ pub(super) fn backend_and_job(bound: &str) -> (&str, &str) {
     )
 }
 
-/// What [`crossed`] says, for a wasteful build of our driver, of which only the telling jobs are measured.
+/// Returns the result of [`crossed`] for a wasteful build of this driver, of which only the telling jobs are measured.
 pub(super) fn crossed_by_waste(results: &Results) -> Result<BTreeMap<String, String>> {
     let mut jobs = parse(BOUNDS)?.remove(OURS).unwrap_or_default();
     jobs.retain(|job, _| TELLING.contains(&job.as_str()));
     against(results, &[(WASTEFUL.to_string(), jobs)].into())
 }
 
-/// What is bounded as it is now, in the form of `tests/bench/bounds.json`.
+/// Returns the current figures of all bounds, in the form of `tests/bench/bounds.json`.
 pub(super) fn measured(results: &Results) -> Result<String> {
     let mut bounds = parse(BOUNDS)?;
     for (backend, jobs) in &mut bounds {
         for (job, parts) in jobs {
             let row = row(results, backend, job)?;
             for (part, bound) in parts {
-                // A hundredth of the tolerance is all that anybody reads of it.
+                // Readers need no more digits than a hundredth of the tolerance.
                 *bound = cost(row, part)?.round();
             }
         }
@@ -99,7 +99,7 @@ fn parse(text: &str) -> Result<Bounds> {
         .context("tests/bench/bounds.json must be numbers by names of parts, jobs and backends")
 }
 
-/// Backend, job, part and bound.
+/// Returns backend, job, part and bound.
 fn each(bounds: &Bounds) -> Vec<(&str, &str, &str, f64)> {
     let mut all = Vec::new();
     for (backend, jobs) in bounds {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The results as a picture: for each job the speed of each backend, and what an I/O costs where.
+//! The results as a picture: for each job the speed of each backend, and the cost of an I/O by place.
 
 use super::counts::{Whose, PLACES, TOTAL};
 use super::result::{Named, Results, Row, CONTROL, IO, OURS};
@@ -8,7 +8,7 @@ use std::fmt::Write;
 const WIDTH: u32 = 1240;
 const LABELS: u32 = 250;
 const BARS: u32 = 330;
-/// Where the second column of bars begins.
+/// Start of the second column of bars.
 const SECOND: u32 = 770;
 const LINE: u32 = 22;
 const HEAD: u32 = 34;
@@ -16,7 +16,7 @@ const TOP: u32 = 118;
 pub(super) const OURS_COLOUR: &str = "#d1495b";
 const OTHER_COLOUR: &str = "#8d99ae";
 
-/// The head of a picture, with a white ground.
+/// Returns the head of a picture, with a white background.
 pub(super) fn begin(width: u32, height: u32) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
@@ -25,14 +25,14 @@ pub(super) fn begin(width: u32, height: u32) -> String {
     )
 }
 
-/// The picture.
+/// Returns the picture.
 pub(crate) fn chart(results: &Results) -> String {
     let shown: Vec<_> = results
         .backends
         .iter()
         .filter(|backend| backend.name != CONTROL)
         .collect();
-    // Not every job has a speed, or runs on every backend.
+    // Some jobs have no speed, or run only on some backends.
     let jobs: Vec<(&Named, Vec<(&str, &Row)>)> = results
         .jobs
         .iter()
@@ -92,9 +92,9 @@ fn legend(svg: &mut String) {
     text(svg, (SECOND, 110), "13", "#222", cost);
 }
 
-/// The bars of one job.
+/// Draws the bars of one job.
 fn draw(svg: &mut String, rows: &[(&str, &Row)], top: u32, results: &Results) {
-    // dom0's own speed has another scale than a guest's: its bar may be cut off.
+    // dom0's own speed has another scale than a guest's, so its bar may be cut off.
     let best = |of: fn(&Row) -> f64| {
         let guests = rows.iter().filter(|(_, row)| row.backend != "native");
         guests.map(|(_, row)| of(row)).fold(1.0, f64::max)
@@ -152,7 +152,7 @@ fn whisker(svg: &mut String, y: u32, low: f64, high: f64) {
     let _ = writeln!(svg, "<path d=\"M{from:.1} {0} V{1} M{from:.1} {y} H{to:.1} M{to:.1} {0} V{1}\" stroke=\"#222\" fill=\"none\"/>", y - 4, y + 4);
 }
 
-/// What an I/O costs, place after place.
+/// Draws the cost of an I/O, by place.
 fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
     let mut x = f64::from(SECOND);
     let end = f64::from(SECOND + BARS);

@@ -2,14 +2,15 @@
 //! The lines that the measuring program reports, put together with the counters of the plugin.
 
 use super::counts::{self, Counters, Modules, Places, There};
+use super::modelled::{self, MODELLED};
 use super::result::{Figure, Named, Results, Row, VERSION};
 use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// The version of the lines that this file understands.
-const FORMAT: u32 = 4;
+/// Version of the lines that this file understands.
+const FORMAT: u32 = 5;
 
 #[derive(Debug, Deserialize)]
 struct Plan {
@@ -37,6 +38,9 @@ struct Run {
     latency_us: f64,
     dom0: Domain,
     guest: Domain,
+    /// Latency in microseconds that this percentage of its I/Os did not exceed.
+    #[serde(default)]
+    percentiles: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -46,11 +50,9 @@ struct Sample {
     round: u32,
     /// dom0 and the guest had one processor.
     shared: bool,
-    /// What is taken off the other one: the same without most or all of its I/Os.
+    /// Run to subtract: without most or all of the I/Os.
     short: Option<Run>,
     long: Run,
-    #[serde(default)]
-    hypercalls: BTreeMap<String, f64>,
     #[serde(default)]
     figures: BTreeMap<String, f64>,
 }
@@ -66,7 +68,7 @@ enum Line {
     Done { done: bool },
 }
 
-/// Takes the lines as they come.
+/// Takes the lines as they arrive.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
     plan: Option<Plan>,
@@ -107,21 +109,21 @@ impl Collector {
         }
     }
 
-    /// The machine did not end as it should have.
+    /// Records that the machine did not end normally.
     pub(crate) fn broke_off(&mut self, reason: &anyhow::Error) {
-        // What the measuring itself says is nearer to the cause.
+        // A message of the measuring program is nearer to the cause.
         let text = format!("{reason:#}");
-        // Where the log is says nothing to who reads the results elsewhere.
+        // The path of the log is useless to a reader of the results on another machine.
         let short = text.split("; the").next().unwrap_or_default().to_string();
         self.failed.get_or_insert(short);
     }
 
-    /// What the last line told, once.
+    /// Returns the progress that the last line reported, once.
     pub(crate) fn progress(&mut self) -> Option<String> {
         self.news.take()
     }
 
-    /// Puts it all together. A run that broke off has results, too, unless nothing was measured.
+    /// Returns the results. A run that broke off has results, too, unless nothing was measured.
     pub(crate) fn results(self, marks: &[Counters]) -> Result<Results> {
         let mut failed = self.failed;
         if failed.is_none() && !self.done {
@@ -144,7 +146,7 @@ impl Collector {
                     .iter()
                     .filter(|(sample, _)| sample.job == job.name && sample.backend == backend.name)
                     .collect();
-                // Not every job can be done on every backend.
+                // Some jobs do not run on every backend.
                 if !samples.is_empty() {
                     rows.push(row(backend, job, &samples, marks)?);
                 }
@@ -170,8 +172,8 @@ fn addresses(modules: &[(String, String)]) -> Modules {
         .collect()
 }
 
-/// The values of one figure. A round may have several: their mean counts then, from three on without
-/// the lowest and the highest, for one that met something else must not decide.
+/// The values of one figure. If a round has several, their mean counts, from three on without the lowest and the
+/// highest, so that one disturbed value does not decide.
 #[derive(Debug, Default)]
 struct Values(BTreeMap<u32, Vec<f64>>);
 
@@ -218,7 +220,7 @@ fn row(
 ) -> Result<Row> {
     let (mut instructions, mut per_io) = (Columns::default(), Columns::default());
     let (mut iops, mut latency) = (Values::default(), Values::default());
-    let mut further = Columns::default();
+    let (mut further, mut hypercalls) = (Columns::default(), Columns::default());
     let mut functions: BTreeMap<String, f64> = BTreeMap::new();
     for (sample, there) in samples {
         let round = sample.round;
@@ -229,8 +231,30 @@ fn row(
             per_io.add(&name, round, value);
         }
         let sums = counts::sums(&places);
-        for (name, value) in places.into_iter().chain(sums) {
+        let all: Places = places.into_iter().chain(sums).collect();
+        let others = others_per_io(sample);
+        let between = |first: &Counters, last: &Counters| {
+            counts::turns_between(first, last, there, sample.shared)
+        };
+        let turns = each(sample, marks, between)?;
+        let [.., (_, switches), _] = others;
+        if let Some(nanoseconds) = modelled::nanoseconds(&all, &turns, switches)? {
+            per_io.add(MODELLED, round, nanoseconds);
+        }
+        for (name, value) in all {
             instructions.add(&name, round, value);
+        }
+        for (name, value) in turns {
+            let is_sleeps = name.starts_with("sleeps");
+            let columns = if is_sleeps {
+                &mut per_io
+            } else {
+                &mut hypercalls
+            };
+            columns.add(&name, round, value);
+        }
+        for (name, value) in &sample.long.percentiles {
+            per_io.add(&format!("{name}, us"), round, *value);
         }
         let between =
             |first: &Counters, last: &Counters| counts::functions_between(first, last, there);
@@ -238,7 +262,7 @@ fn row(
             let name = format!("{:#}", rustc_demangle::demangle(&name));
             *functions.entry(name).or_default() += value / samples.len() as f64;
         }
-        for (name, value) in others_per_io(sample) {
+        for (name, value) in others {
             per_io.add(name, round, value);
         }
         for (name, value) in &sample.figures {
@@ -259,16 +283,13 @@ fn row(
         latency_us: speed(latency)?,
         instructions: instructions.figures(),
         per_io: per_io.figures(),
-        hypercalls: samples
-            .iter()
-            .flat_map(|(sample, _)| sample.hypercalls.clone())
-            .collect(),
+        hypercalls: hypercalls.figures().into_iter().map(median).collect(),
         figures: further.figures().into_iter().map(median).collect(),
         functions,
     })
 }
 
-/// The long run less the short one: what starting and ending costs falls out.
+/// Returns the counts of the long run minus those of the short one, which removes the costs of start and end.
 fn each(
     sample: &Sample,
     marks: &[Counters],
@@ -321,13 +342,15 @@ fn more_ios(sample: &Sample) -> f64 {
 mod tests {
     use super::*;
 
-    const PLAN: &str = r#"{"format":4,"versions":{"fio":"1"},"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
+    const PLAN: &str = r#"{"format":5,"versions":{"fio":"1"},"rounds":1,"dom0_processors":1,"backends":[{"name":"phy","title":"p"}],"jobs":[{"name":"j","title":"J"}]}"#;
     const SAMPLE: &str = r#"{"sample":{"backend":"phy","job":"j","round":0,"shared":false,
         "short":{"ios":10,"marks":[0,1],"iops":1.0,"latency_us":2.0,"dom0":{"events":1,"switches":0},"guest":{"events":1,"switches":0}},
-        "long":{"ios":30,"marks":[1,2],"iops":4.0,"latency_us":2.0,"dom0":{"events":11,"switches":0},"guest":{"events":1,"switches":0}}}}"#;
+        "long":{"ios":30,"marks":[1,2],"iops":4.0,"latency_us":2.0,"percentiles":{"p99":70.0},"dom0":{"events":11,"switches":0},"guest":{"events":1,"switches":0}}}}"#;
 
     fn marks() -> Vec<Counters> {
-        counts::parse("mark 0\n0 xen 0\nmark 1\n0 xen 100\nmark 2\n0 xen 400\n").unwrap()
+        let text =
+            "mark 0\n0 xen 0\nmark 1\n0 xen 100\nmark 2\n0 xen 400\n0 hypercall:29 40\n0 halts 5\n";
+        counts::parse(text).unwrap()
     }
 
     #[test]
@@ -343,6 +366,13 @@ mod tests {
         }
         let results = collector.results(&marks()).unwrap();
         let row = &results.rows[0];
+        assert_eq!(row.per_io["p99, us"].median, 70.0);
+        assert_eq!(row.per_io[counts::SLEEPS].median, 0.25);
+        assert_eq!(row.hypercalls, [("dom0 sched_op".to_string(), 2.0)].into());
+        assert_eq!(
+            row.per_io[MODELLED].median,
+            0.3 * 10.0 + 2.0 * 250.0 + 0.25 * 2000.0
+        );
         assert_eq!(row.iops.median, 4.0);
         assert_eq!(row.instructions["Xen, dom0's processor"].median, 10.0);
         assert_eq!(row.instructions["total"].median, 10.0);

@@ -5,10 +5,10 @@ use super::counts::{DOM0, TOTAL};
 use super::result::{Figure, Results, Row, CONTROL, CONTROL_LIMIT, OURS};
 use std::fmt::Write;
 
-/// No change below this is believed, however close the rounds were: addresses and timers move.
+/// Smallest change that counts, however small the noise: addresses and timers vary.
 const FLOOR: f64 = 0.02;
 
-/// Says what changed from `old` to `new`.
+/// Returns the changes from `old` to `new`.
 pub(crate) fn compare(old: &Results, new: &Results) -> String {
     let mut text = String::from("\ncompared with the other results:\n");
     let (mut compared, mut changed) = (0, 0);
@@ -31,8 +31,7 @@ pub(crate) fn compare(old: &Results, new: &Results) -> String {
     text
 }
 
-/// How far apart the speeds are: two runs of one build should agree in each row as well as a run with
-/// itself.
+/// Returns the difference of the speeds: two runs of one build should agree in each row as well as a run with itself.
 fn agreement(old: &Results, new: &Results) -> String {
     let (mut compared, mut apart) = (0, Vec::new());
     for row in &new.rows {
@@ -56,7 +55,7 @@ fn agreement(old: &Results, new: &Results) -> String {
     text + "\n"
 }
 
-/// The noise of a row: the spread of its rounds, or what the control of its job shows.
+/// Returns the noise of a row: the spread of its rounds, or the difference of its job's control.
 fn noise(results: &Results, row: &Row) -> f64 {
     let control = results
         .ratio(CONTROL, OURS, &row.job)

@@ -7,40 +7,40 @@ use std::collections::BTreeMap;
 /// Counters by processor and place at one mark; a place is a name, or the address of a page.
 pub(crate) type Counters = BTreeMap<(u32, String), u64>;
 
-/// The modules of dom0 by the address where their text begins.
+/// The modules of dom0 by the address of their text.
 pub(crate) type Modules = BTreeMap<u64, String>;
 
-/// What is where in the machine.
+/// Addresses in the machine.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct There {
-    /// How many processors are dom0's; the guest has those behind them.
+    /// Number of dom0's processors; those of the guest follow them.
     pub(crate) dom0_processors: u32,
     /// The modules of dom0.
     pub(crate) modules: Modules,
-    /// The functions of the drivers, in the same way.
+    /// The functions of the drivers by address.
     pub(crate) functions: Modules,
 }
 
-/// Instructions by the name that a reader sees.
+/// Instructions by the name of their place.
 pub(crate) type Places = BTreeMap<String, f64>;
 
-/// On whose processor a place is.
+/// Owner of the processor of a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Whose {
     Dom0,
     Guest,
-    /// They share one.
+    /// dom0 and the guest share one.
     Both,
 }
 
-/// Where instructions are executed.
+/// A place where instructions are executed.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) name: &'static str,
     /// The head of its column.
     pub(crate) head: &'static str,
     pub(crate) whose: Whose,
-    /// In pictures.
+    /// Its colour in pictures.
     pub(crate) colour: &'static str,
 }
 
@@ -60,8 +60,8 @@ const fn place(
 
 use Whose::{Both, Dom0, Guest};
 
-/// The places, in the order in which they are shown. Looking for work is the time for which dom0's kernel
-/// and its modules occupy their processor with that.
+/// The places, in the order of the table. Polling is the time for which dom0's kernel and its modules occupy their
+/// processor with it.
 #[rustfmt::skip]
 pub(crate) const PLACES: [Place; 15] = [
     place("Xen, dom0's processor", "d0: Xen", Dom0, "#4e5d78"),
@@ -80,18 +80,18 @@ pub(crate) const PLACES: [Place; 15] = [
     place("copying", "copying", Both, "#8ab17d"),
     place("looking for work", "looking", Both, "#b56576"),
 ];
-/// A place of its own: no instructions of dom0, but time of its processor.
+/// A place of its own, which has no instructions of dom0, but time of its processor.
 pub(crate) const LOOKING: &str = "looking for work, dom0's processor";
-/// The sum of all places, and that of dom0's processor.
+/// The sum of all places, and that of the places on dom0's processor.
 pub(crate) const TOTAL: &str = "total";
 pub(crate) const DOM0: &str = "dom0's processor";
 pub(crate) const GUEST: &str = "guest's processor";
-/// Bytes that were copied, by whose processor.
+/// Bytes copied, by the owner of the processor.
 pub(crate) const COPIED: &str = "bytes copied";
-/// A copy costs one instruction for so many bytes, whoever makes it: a step of `rep movsq`.
+/// A copy counts as one instruction for this number of bytes, like a step of `rep movsq`, whichever code makes it.
 const WORD: f64 = 8.0;
 
-/// The sums of places that make heads of their own.
+/// Returns the sums of places that have columns of their own.
 pub(crate) fn sums(places: &Places) -> Places {
     let of = |wanted: &dyn Fn(Whose) -> bool| -> f64 {
         let there = PLACES.iter().filter(|place| wanted(place.whose));
@@ -105,7 +105,73 @@ pub(crate) fn sums(places: &Places) -> Places {
     sums
 }
 
-/// The bytes that were copied, for what a copy costs.
+/// Hypercalls by their number in Xen's public headers. A hypercall without an entry is named by its number.
+const HYPERCALLS: [(u32, &str); 20] = [
+    (1, "mmu_update"),
+    (3, "stack_switch"),
+    (5, "fpu_taskswitch"),
+    (10, "update_descriptor"),
+    (12, "memory_op"),
+    (13, "multicall"),
+    (14, "update_va_mapping"),
+    (15, "set_timer_op"),
+    (17, "xen_version"),
+    (18, "console_io"),
+    (20, "grant_table_op"),
+    (23, "iret"),
+    (24, "vcpu_op"),
+    (25, "set_segment_base"),
+    (26, "mmuext_op"),
+    (29, "sched_op"),
+    (32, EVENT_OP),
+    (33, "physdev_op"),
+    (34, "hvm_op"),
+    (35, "sysctl"),
+];
+/// The hypercall that sends an event. It can do other things, but a disk needs none of these for each I/O.
+pub(crate) const EVENT_OP: &str = "evtchn_op";
+/// The counter of halts of a processor by Xen, and that of a hypercall, before its number.
+const HALTS: &str = "halts";
+const HYPERCALL: &str = "hypercall:";
+/// Number of sleeps of dom0's processor.
+pub(crate) const SLEEPS: &str = "sleeps of dom0's processor";
+
+/// Returns hypercalls between two marks, as `DOMAIN KIND`, of dom0, of the guest or of both, and the sleeps of the
+/// processors.
+pub(crate) fn turns_between(
+    first: &Counters,
+    last: &Counters,
+    there: &There,
+    shared: bool,
+) -> Places {
+    let mut found = Places::new();
+    for ((processor, raw), value) in last {
+        let before = first.get(&(*processor, raw.clone())).unwrap_or(&0);
+        let more = value.saturating_sub(*before) as f64;
+        let of_dom0 = *processor < there.dom0_processors;
+        let name = match (raw.as_str(), raw.strip_prefix(HYPERCALL)) {
+            (HALTS, _) if shared => "sleeps of the processor".to_string(),
+            (HALTS, _) if of_dom0 => SLEEPS.to_string(),
+            (HALTS, _) => "sleeps of the guest's processor".to_string(),
+            (_, Some(number)) => {
+                let known = |(known, _): &&(u32, &str)| number.parse() == Ok(*known);
+                let kind = HYPERCALLS.iter().find(known);
+                let kind = kind.map_or(number, |(_, name)| *name);
+                let domain = match (shared, of_dom0) {
+                    (true, _) => "both",
+                    (false, true) => "dom0",
+                    (false, false) => "guest",
+                };
+                format!("{domain} {kind}")
+            }
+            _ => continue,
+        };
+        *found.entry(name).or_default() += more;
+    }
+    found
+}
+
+/// Returns the bytes copied, computed from the costs of the copies.
 pub(crate) fn copied(places: &Places) -> Places {
     let copies = places.iter().filter_map(|(name, value)| {
         let whose = name.strip_prefix("copying")?;
@@ -138,7 +204,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Counters>> {
     Ok(marks)
 }
 
-/// What was executed between two marks, by place.
+/// Returns the instructions between two marks, by place.
 pub(crate) fn between(first: &Counters, last: &Counters, there: &There, shared: bool) -> Places {
     let here = |place: &&Place| (place.whose == Both) == shared;
     let mut places: Places = PLACES
@@ -151,15 +217,16 @@ pub(crate) fn between(first: &Counters, last: &Counters, there: &There, shared: 
         let more = value.saturating_sub(*before) as f64;
         let of_dom0 = *processor < there.dom0_processors;
         let (name, each) = match raw.as_str() {
-            // In bytes they are counted already.
+            // The bytes of these are counted already.
             "copying" => continue,
             "copied" if shared => ("copying", WORD),
             "copied" if of_dom0 => ("copying, dom0's processor", WORD),
             "copied" => ("copying, guest's processor", WORD),
             "polled" if shared => ("looking for work", 1.0),
             "polled" if of_dom0 => (LOOKING, 1.0),
-            // The guest's kernel waits for a lock: that is nobody's work.
-            "polled" => continue,
+            // The guest's kernel waits for a lock, which is not work of a place.
+            "polled" | HALTS => continue,
+            _ if raw.starts_with(HYPERCALL) => continue,
             "xen" if shared => ("Xen", 1.0),
             _ if shared => ("both domains", 1.0),
             _ => (of_place(of_dom0, raw, there), 1.0),
@@ -169,7 +236,7 @@ pub(crate) fn between(first: &Counters, last: &Counters, there: &There, shared: 
     places
 }
 
-/// Where an address is, or what has that name.
+/// Returns the place of an address or name.
 fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
     match (of_dom0, raw) {
         (true, "xen") => "Xen, dom0's processor",
@@ -185,7 +252,7 @@ fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
     }
 }
 
-/// What was executed between two marks in each function of the drivers, if blocks were counted.
+/// Returns the instructions between two marks in each function of the drivers, if blocks were counted.
 pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> Places {
     let mut found = Places::new();
     for ((processor, raw), value) in last {
@@ -201,14 +268,14 @@ pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There
     found
 }
 
-/// A block belongs to the function that begins last before it.
+/// Returns the function of a block: the last one that begins before it.
 fn function_of<'a>(block: &str, functions: &'a Modules) -> Option<&'a str> {
     let address = u64::from_str_radix(block, 16).ok()?;
     let (_, name) = functions.range(..=address).next_back()?;
     Some(name)
 }
 
-/// A page belongs to the module whose text begins last before its end.
+/// Returns the module of a page: the last one whose text begins before the page's end.
 fn module_of<'a>(page: &str, modules: &'a Modules) -> Option<&'a str> {
     let address = u64::from_str_radix(page, 16).ok()?;
     let (_, name) = modules.range(..=address | 0xfff).next_back()?;
@@ -255,6 +322,28 @@ mod tests {
         let sums = sums(&places);
         assert_eq!((sums[DOM0], sums[GUEST], sums[TOTAL]), (34.0, 7.0, 41.0));
         assert_eq!(copied(&places)["bytes copied, guest's processor"], 16.0);
+    }
+
+    #[test]
+    fn hypercalls_and_sleeps_are_no_instructions() {
+        let text = "mark 0\n0 hypercall:29 1\nmark 1\n0 hypercall:29 4\n2 hypercall:32 2\n0 hypercall:63 1\n\
+            0 halts 5\n2 halts 6\n";
+        let marks = parse(text).unwrap();
+        let found = |shared| turns_between(&marks[0], &marks[1], &there(), shared);
+        let apart = found(false);
+        for (name, value) in [
+            ("dom0 sched_op", 3.0),
+            ("dom0 63", 1.0),
+            ("guest evtchn_op", 2.0),
+            (SLEEPS, 5.0),
+            ("sleeps of the guest's processor", 6.0),
+        ] {
+            assert_eq!(apart[name], value, "{name}");
+        }
+        assert_eq!(apart.len(), 5);
+        assert_eq!(found(true)["sleeps of the processor"], 11.0);
+        let places = between(&marks[0], &marks[1], &there(), false);
+        assert_eq!(sums(&places)[TOTAL], 0.0);
     }
 
     #[test]

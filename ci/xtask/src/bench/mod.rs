@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! `cargo xtask bench`: our driver against others, in a machine whose time is counted in instructions.
+//! `cargo xtask bench`: this driver against others, in a machine whose time is counted in instructions.
 //!
-//! The program `bench` (tests/bench) does the measuring inside and reports raw samples; a plugin of
-//! QEMU counts the instructions. Here they are put together, judged, and drawn.
+//! The program `bench` (tests/bench) does the measuring inside and reports raw samples; a plugin of QEMU counts the
+//! instructions. This module combines, judges, and draws the results.
 
 mod boot;
 mod bounds;
@@ -10,6 +10,7 @@ mod chart;
 mod collect;
 mod compare;
 mod counts;
+mod modelled;
 mod overview;
 mod result;
 mod summary;
@@ -23,7 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
-/// What the user asked for.
+/// Arguments of the command.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
     /// Fewer backends, jobs and rounds: under 3 minutes.
@@ -47,10 +48,10 @@ pub(crate) struct Args {
     /// Measure only what has a bound in tests/bench/bounds.json, and fail when an I/O costs over 5 % more.
     #[arg(long, conflicts_with_all = ["from", "backends", "jobs"])]
     bounds: bool,
-    /// How often each backend is measured (default: 2; with --quick: 1).
+    /// Number of measurements of each backend (default: 2; with --quick: 1).
     #[arg(long)]
     rounds: Option<u32>,
-    /// Break off after so many minutes (default: 150); what was measured until then is kept.
+    /// Stop after this number of minutes (default: 150), and keep the results so far.
     #[arg(long)]
     minutes: Option<u64>,
     /// Also count for each function of the drivers.
@@ -63,7 +64,7 @@ pub(crate) struct Args {
 
 /// Measures, shows, stores and compares; false when the run is void.
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    // A file that cannot be read must not be found out after the measuring.
+    // Report an unreadable file before the measurement, not after it.
     let old = args.against.as_deref().map(Results::read).transpose()?;
     let results = match &args.from {
         Some(file) => Results::read(file)?,
@@ -98,7 +99,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     }
     let controlled = |row: &result::Row| row.backend == result::CONTROL;
     if !results.rows.iter().any(controlled) {
-        println!("no control: without phy and phy-again nobody knows the noise of this run");
+        println!(
+            "no control: the noise of this run is unknown, because it has no phy and phy-again"
+        );
     }
     if let Some(reason) = &results.failed {
         println!("BROKE OFF: {reason}");
@@ -110,13 +113,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(void.is_empty() && results.failed.is_none())
 }
 
-/// Measures what has bounds.
+/// Returns the arguments to measure the bounds.
 fn bounded() -> Result<Args> {
     let (backends, jobs) = bounds::wanted()?;
     Ok(quick(backends, jobs))
 }
 
-/// The same, and a wasteful build of our driver.
+/// Returns the arguments to measure the bounds, and a wasteful build of this driver.
 fn bounded_and_wasteful() -> Result<Args> {
     let (backends, mut jobs) = bounds::wanted()?;
     for job in bounds::TELLING {
@@ -125,12 +128,12 @@ fn bounded_and_wasteful() -> Result<Args> {
     Ok(quick(format!("{backends},{WASTEFUL}"), jobs))
 }
 
-/// The lane of the gate: the bounds are kept, and not by a wasteful build of our driver.
+/// The lane of the gate: checks that the driver keeps the bounds, and that a wasteful build does not.
 pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
     let wanted = bounded_and_wasteful()?;
     let mut results = boot::measure(&wanted)?;
     if let (Some(reason), true) = (&results.failed, results.rows.is_empty()) {
-        // Storage of a slow host may keep such a machine from starting: its clock goes on while it waits for that.
+        // Slow storage of the host may keep such a machine from starting, because its clock runs while it waits.
         println!("the machine measured nothing ({reason}): it starts once more");
         results = boot::measure(&wanted)?;
     }
@@ -159,9 +162,9 @@ pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// What is crossed in another boot as well. How the guest and dom0 fall into step differs from boot to boot, and with it
-/// how long a queue looks for work: dom0's part of 4 KiB reads was seen 9 % apart in two boots of one module. What a
-/// change costs is there each time.
+/// Returns the bounds that are crossed in another boot as well. The relative timing of guest and dom0 differs from boot
+/// to boot, and with it the polling time of a queue: dom0's cost of 4 KiB reads differed by 9 % in two boots of one
+/// module. The cost of a change shows in each boot.
 fn confirmed(crossed: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
     if crossed.is_empty() {
         return Ok(crossed);
@@ -176,7 +179,7 @@ fn confirmed(crossed: BTreeMap<String, String>) -> Result<BTreeMap<String, Strin
     bounds::still_crossed(&results, &crossed)
 }
 
-/// Measures the jobs whose bounds these are.
+/// Returns the arguments to measure the jobs of these bounds again.
 fn again(crossed: &BTreeMap<String, String>) -> Args {
     let names = crossed.keys().map(|bound| bounds::backend_and_job(bound));
     let (backends, jobs): (BTreeSet<_>, BTreeSet<_>) = names
@@ -198,13 +201,13 @@ fn quick(backends: String, jobs: String) -> Args {
 }
 
 impl Args {
-    /// Jobs were asked for whose names end so.
+    /// Returns true if the arguments name jobs with this ending.
     fn names(&self, end: &str) -> bool {
         let names = self.jobs.as_deref().unwrap_or_default();
         names.split(',').any(|name| name.ends_with(end))
     }
 
-    /// This backend was asked for by its name.
+    /// Returns true if the arguments name this backend.
     fn wants(&self, backend: &str) -> bool {
         let names = self.backends.as_deref().unwrap_or_default();
         names.split(',').any(|name| name == backend)

@@ -11,10 +11,10 @@ const LEFT: f64 = 470.0;
 const RIGHT: f64 = 960.0;
 const TOP: u32 = 128;
 const LINE: u32 = 25;
-/// Where the axis ends; what is beyond stands at its end.
+/// End of the axis; larger values are drawn there.
 const MOST: f64 = 2.0;
 
-/// The backends that are shown, with their colours. The first one is what 1 stands for.
+/// The shown backends, with their colours. The first one is the reference, 1.
 const SHOWN: [(&str, &str); 5] = [
     ("c", "#2b2d42"),
     ("c-plain", "#8d99ae"),
@@ -23,7 +23,7 @@ const SHOWN: [(&str, &str); 5] = [
     (OURS, OURS_COLOUR),
 ];
 
-/// The picture.
+/// Returns the picture.
 pub(crate) fn overview(results: &Results) -> String {
     let reference = SHOWN[0].0;
     let jobs: Vec<&Named> = results
@@ -83,7 +83,7 @@ fn axis(svg: &mut String, bottom: u32) {
     }
 }
 
-/// The line of one job, ours drawn last.
+/// Draws the line of one job, this driver last.
 fn row(svg: &mut String, results: &Results, job: &Named, y: u32) {
     let middle = y + 8;
     let _ = writeln!(

@@ -9,18 +9,18 @@ use std::path::Path;
 
 /// The version of the schema.
 pub(crate) const VERSION: u32 = 3;
-/// Our driver, and our driver again.
+/// This driver, and its control: this driver once more.
 pub(crate) const OURS: &str = "phy";
 pub(crate) const CONTROL: &str = "phy-again";
-/// The build of our driver that wastes what the driver saves.
+/// The build of this driver that wastes the savings.
 pub(crate) const WASTEFUL: &str = "phy-wasteful";
 /// The C driver, with and without persistent grants.
 pub(crate) const C: [&str; 2] = ["c", "c-plain"];
-/// QEMU in dom0, through its page cache and past it.
+/// QEMU in dom0, through its page cache and with direct I/O.
 pub(crate) const QDISK: [&str; 2] = ["qdisk", "qdisk-direct"];
 /// The unit of most jobs.
 pub(crate) const IO: &str = "I/O";
-/// How far the two may be apart.
+/// Largest permitted difference of this driver and its control.
 pub(crate) const CONTROL_LIMIT: f64 = 0.05;
 
 /// A run.
@@ -30,18 +30,18 @@ pub(crate) struct Results {
     pub(crate) version: u32,
     /// Made with --quick.
     pub(crate) quick: bool,
-    /// Why it broke off, if it did: then it is not complete.
+    /// Reason that the run broke off, if it did: then the results are incomplete.
     #[serde(default)]
     pub(crate) failed: Option<String>,
-    /// What was measured with what: of each part its version.
+    /// Versions of all parts of the measurement.
     pub(crate) versions: BTreeMap<String, String>,
-    /// How often each backend was measured.
+    /// Number of measurements of each backend.
     pub(crate) rounds: u32,
     /// The backends, in the order of the table.
     pub(crate) backends: Vec<Named>,
     /// The jobs, in the order of the table.
     pub(crate) jobs: Vec<Named>,
-    /// One for each job and backend that were measured together.
+    /// One row for each job and backend that were measured together.
     pub(crate) rows: Vec<Row>,
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct Named {
     pub(crate) name: String,
     /// The title.
     pub(crate) title: String,
-    /// Of a job: what its figures are for one of.
+    /// For a job: the unit of its figures.
     #[serde(default = "io")]
     pub(crate) unit: String,
 }
@@ -68,24 +68,23 @@ pub(crate) struct Row {
     pub(crate) backend: String,
     /// The job's name.
     pub(crate) job: String,
-    /// I/Os (or what the job's unit is) per second of the machine's time: a thousand million
-    /// instructions of all processors. 0 where there is no speed.
+    /// I/Os (or units of the job) per second of the machine's time: a thousand million instructions of all processors.
+    /// 0 where there is no speed.
     pub(crate) iops: Figure,
-    /// The mean time of one in microseconds of the same time.
+    /// Mean time of one I/O in microseconds of the machine's time.
     pub(crate) latency_us: Figure,
-    /// What one costs, by place and in sums: executed instructions, without those that copy; copies at
-    /// one instruction for 8 bytes, whoever makes them; the time for which dom0 looks for work.
+    /// Cost of one I/O, by place and in sums: executed instructions without those that copy; copies at one instruction
+    /// for 8 bytes; the time for which dom0 polls.
     pub(crate) instructions: BTreeMap<String, Figure>,
     /// Other counts per unit.
     pub(crate) per_io: BTreeMap<String, Figure>,
-    /// Hypercalls and woken threads per unit, by domain and kind, where they were counted (in the
-    /// first round).
+    /// Hypercalls per unit, by domain and kind.
     #[serde(default)]
     pub(crate) hypercalls: BTreeMap<String, f64>,
-    /// What only this job has, such as the columns of bonnie++.
+    /// Figures of only this job, such as the columns of bonnie++.
     #[serde(default)]
     pub(crate) figures: BTreeMap<String, f64>,
-    /// Executed instructions per unit by function of the driver, where they were asked for.
+    /// Executed instructions per unit by function of the driver, with `--functions`.
     #[serde(default)]
     pub(crate) functions: BTreeMap<String, f64>,
 }
@@ -102,7 +101,7 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    /// The figure of these values; none of no value.
+    /// Returns the figure of these values; `None` without values.
     pub(crate) fn of(values: &[f64]) -> Option<Figure> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -116,7 +115,7 @@ impl Figure {
         Some(Figure { median, low, high })
     }
 
-    /// How far lowest and highest are apart, as a part of the median.
+    /// Returns the difference of lowest and highest, as a part of the median.
     pub(crate) fn spread(&self) -> f64 {
         if self.median == 0.0 {
             return 0.0;
@@ -148,34 +147,38 @@ impl Results {
             .with_context(|| format!("cannot write the results to {}", path.display()))
     }
 
-    /// The row of a job on a backend.
+    /// Returns the row of a job on a backend.
     pub(crate) fn row(&self, backend: &str, job: &str) -> Option<&Row> {
         self.rows
             .iter()
             .find(|row| row.backend == backend && row.job == job)
     }
 
-    /// IOPS of one backend in parts of another's.
+    /// Returns the IOPS of one backend as a part of another's.
     pub(crate) fn ratio(&self, backend: &str, reference: &str, job: &str) -> Option<f64> {
         let (one, other) = (self.row(backend, job)?, self.row(reference, job)?);
         (other.iops.median > 0.0).then(|| one.iops.median / other.iops.median)
     }
 
-    /// What one costs in this sum on the one of these backends that does it for least.
+    /// Returns the lowest cost of one unit in this sum, or in this column, among these backends.
     pub(crate) fn least(&self, backends: &[&str], sum: &str, job: &str) -> Option<f64> {
         backends
             .iter()
-            .filter_map(|backend| Some(self.row(backend, job)?.instructions.get(sum)?.median))
+            .filter_map(|backend| {
+                let row = self.row(backend, job)?;
+                let figure = row.instructions.get(sum).or_else(|| row.per_io.get(sum))?;
+                Some(figure.median)
+            })
             .min_by(f64::total_cmp)
     }
 
-    /// What one costs on our driver in this sum, as a part of what it costs on the other ones' best.
+    /// Returns the cost of one unit on this driver in this sum, as a part of the lowest cost among the others.
     pub(crate) fn cost(&self, others: &[&str], sum: &str, job: &str) -> Option<f64> {
         let other = self.least(others, sum, job)?;
         (other > 0.0).then_some(self.least(&[OURS], sum, job)? / other)
     }
 
-    /// Why the run cannot be trusted: each job whose control is off, in words.
+    /// Returns the reasons that the run cannot be trusted: each job whose control differs too much.
     pub(crate) fn void(&self) -> Vec<String> {
         let mut complaints = Vec::new();
         for job in &self.jobs {
@@ -199,7 +202,7 @@ impl Results {
 pub(super) mod tests {
     use super::*;
 
-    /// Results with one job and these medians.
+    /// Returns results with one job and these medians.
     pub(crate) fn results(rows: &[(&str, f64)]) -> Results {
         let named = |name: &str| Named {
             name: name.into(),

@@ -2,10 +2,11 @@
 //! The results as a table of Markdown, for a README.
 
 use super::counts::{DOM0, TOTAL};
+use super::modelled::MODELLED;
 use super::result::{Named, Results, C, IO, OURS, QDISK};
 use std::fmt::Write;
 
-/// What has a column under each head. Of several backends it shows what the best of them needs.
+/// Backends of each column. A column of several shows the lowest cost among them.
 const SHOWN: [(&[&str], &str); 7] = [
     (&[OURS], "this driver"),
     (&C, "C, best"),
@@ -15,12 +16,17 @@ const SHOWN: [(&[&str], &str); 7] = [
     (&["phy-pvh"], "PVH: this driver"),
     (&["c-pvh", "c-plain-pvh"], "PVH: C, best"),
 ];
-/// The two heads.
-const HEADS: [(&str, &str); 2] = [(TOTAL, "the sum"), (DOM0, "dom0's processor")];
-/// What a disk takes of dom0's memory while nobody uses it and under load: figures of this job.
+/// The heads.
+const HEADS: [(&str, &str); 3] = [
+    (TOTAL, "the sum"),
+    (DOM0, "dom0's processor"),
+    (MODELLED, "modelled us of it"),
+];
+/// Memory of dom0 that a disk needs while idle and under load: figures of this job.
 const MEMORY: (&str, [&str; 2]) = ("idle16", ["KiB of dom0, idle", "KiB of dom0, busy"]);
 
-/// The table: what each job costs in sum, and on dom0's processor.
+/// Returns the table: the total cost of each job, and its cost on dom0's processor in instructions and in modelled
+/// microseconds.
 pub(crate) fn summary(results: &Results) -> String {
     let measured = |names: &[&str]| {
         results
@@ -69,7 +75,7 @@ fn line(text: &mut String, results: &Results, job: &Named, shown: &[(&[&str], &s
     text.push('\n');
 }
 
-/// A line of its own: what else it is about are kilobytes.
+/// Adds a line of its own, because its values are kilobytes.
 fn memory(text: &mut String, results: &Results) {
     let (job, names) = MEMORY;
     let rows = results.rows.iter().filter(|row| row.job == job);
@@ -88,7 +94,7 @@ fn memory(text: &mut String, results: &Results) {
     }
 }
 
-/// As many digits as are worth reading.
+/// Returns a number with as many digits as are useful.
 fn number(value: Option<f64>) -> String {
     match value {
         None => "-".to_string(),
@@ -102,7 +108,7 @@ mod tests {
     use super::super::result::tests::results;
 
     #[test]
-    fn each_job_is_a_line_with_both_heads() {
+    fn each_job_is_a_line_with_all_heads() {
         let mut found = results(&[("phy", 50_000.0), ("c", 100_000.0), ("c-plain", 10_000.0)]);
         found.jobs.push(found.jobs[0].clone());
         found.jobs[1].name = "not measured".into();
@@ -110,7 +116,7 @@ mod tests {
         let line = text.lines().last().unwrap();
         assert_eq!(
             line,
-            "| the j & more | 20.0 | 10.0 | **2.00** | - | - | - |"
+            "| the j & more | 20.0 | 10.0 | **2.00** | - | - | - | - | - | - |"
         );
     }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as text.
 
-use super::counts::{Place, Whose::Dom0, DOM0, PLACES, TOTAL};
+use super::counts::{Place, Whose::Dom0, DOM0, PLACES, SLEEPS, TOTAL};
+use super::modelled::MODELLED;
 use super::result::{Named, Results, Row, C, CONTROL, IO, OURS};
 use std::fmt::Write;
 
-/// All tables: one for each job, then the sum of it.
+/// Returns all tables: one for each job, then the summary.
 pub(crate) fn table(results: &Results) -> String {
     let mut text = String::from(LEGEND);
     for (what, version) in &results.versions {
@@ -34,20 +35,23 @@ pub(crate) fn table(results: &Results) -> String {
     text
 }
 
-/// Hypercalls of dom0 by kind, where they were counted.
+/// Hypercalls of dom0 by kind.
 fn hypercalls(text: &mut String, results: &Results) {
     let counted = results.rows.iter().filter(|row| !row.hypercalls.is_empty());
     for (index, row) in counted.enumerate() {
         if index == 0 {
-            text.push_str("\nhypercalls of dom0 per I/O, and what a trace shows beside them\n");
+            text.push_str("\nhypercalls of dom0 per I/O, or of both domains on one processor\n");
         }
-        let _ = write!(text, "  {:12} {:10}", row.job, row.backend);
-        let woken = |domain: &str| row.hypercalls.get(&format!("{domain} wakeups")).copied();
-        let mut kinds: Vec<(&str, f64)> = row
+        let _ = write!(text, "  {:16} {:10}", row.job, row.backend);
+        let kind = |name: &'_ String| -> Option<String> {
+            let kind = name.strip_prefix("dom0 ").or(name.strip_prefix("both "))?;
+            // Results that a trace counted have these as well, which are not hypercalls.
+            (kind != "wakeups").then(|| kind.to_string())
+        };
+        let mut kinds: Vec<(String, f64)> = row
             .hypercalls
             .iter()
-            .filter_map(|(name, count)| Some((name.strip_prefix("dom0 ")?, *count)))
-            .filter(|(name, _)| *name != "wakeups")
+            .filter_map(|(name, count)| Some((kind(name)?, *count)))
             .collect();
         kinds.sort_by(|a, b| b.1.total_cmp(&a.1));
         let sum: f64 = kinds.iter().map(|kind| kind.1).sum();
@@ -58,15 +62,13 @@ fn hypercalls(text: &mut String, results: &Results) {
         let sent = row.hypercalls.get("guest evtchn_op");
         let _ = writeln!(
             text,
-            " and events sent by the guest {:.2}, wakeups in dom0 {:.2}, in the guest {:.2}",
-            sent.copied().unwrap_or(0.0),
-            woken("dom0").unwrap_or(0.0),
-            woken("guest").unwrap_or(0.0)
+            " and events sent by the guest {:.2}",
+            sent.copied().unwrap_or(0.0)
         );
     }
 }
 
-/// What only some jobs have.
+/// Adds figures that only some jobs have.
 fn figures(text: &mut String, results: &Results) {
     for job in &results.jobs {
         let rows: Vec<&Row> = results
@@ -103,10 +105,10 @@ fn figures(text: &mut String, results: &Results) {
     }
 }
 
-/// How many functions are shown; what the others cost is in the results.
+/// Number of functions shown; the results have the others' costs.
 const FUNCTIONS: usize = 30;
 
-/// What the functions of the drivers cost, where that was asked for.
+/// Adds the costs of the functions of the drivers, if they were counted.
 fn functions(text: &mut String, results: &Results) {
     for row in results.rows.iter().filter(|row| !row.functions.is_empty()) {
         let _ = writeln!(
@@ -126,7 +128,7 @@ fn functions(text: &mut String, results: &Results) {
     }
 }
 
-/// The columns of a job: its places, and behind those of dom0's processor and behind all their sum.
+/// Returns the columns of a job: its places, with the sums of dom0's processor and of everything behind those.
 fn places(results: &Results, job: &Named) -> Vec<(&'static str, &'static str)> {
     let rows: Vec<&Row> = results
         .rows
@@ -143,20 +145,27 @@ fn places(results: &Results, job: &Named) -> Vec<(&'static str, &'static str)> {
     columns
 }
 
-/// The other counts of an I/O, and heads for them.
-const OTHERS: [(&str, &str); 4] = [
+/// The other counts of an I/O, and their column names.
+const OTHERS: [(&str, &str); 10] = [
+    (MODELLED, "MODEL"),
     ("events to dom0", "ev>d0"),
     ("events to the guest", "ev>gu"),
     ("context switches of dom0", "cs d0"),
     ("context switches of the guest", "cs gu"),
+    (SLEEPS, "sl d0"),
+    ("sleeps of the guest's processor", "sl gu"),
+    ("p50, us", "p50"),
+    ("p99, us", "p99"),
+    ("p99.9, us", "p99.9"),
 ];
-/// What the heads mean.
+/// Meaning of the columns.
 const LEGEND: &str = "\
 spread: lowest to highest round. we are: this driver's speed as a multiple of the row's.
-What an I/O, a disk or whatever the speed is of costs, in instructions. On dom0's processor: Xen, dom0's kernel, the driver, dom0's
+Cost of one unit of the speed, such as an I/O or a disk, in instructions. On dom0's processor: Xen, dom0's kernel, the driver, dom0's
 other modules, its user space, copying at one for 8 bytes, and the time in which the driver looks for work; their sum is DOM0.
 On the guest's: Xen, its kernel and user space, copying. SUM is all of it. Where both have one processor, domains is what is not Xen.
-Events (ev) to dom0 and to the guest; context switches (cs).
+MODEL: nanoseconds of dom0's processor on a real host, as tests/bench/weights.json has them. Events (ev) to dom0 and to the guest;
+context switches (cs); sleeps of processors (sl); microseconds that 50, 99 and 99.9 % of the I/Os took at most.
 ";
 
 fn heading(text: &mut String, unit: &str, places: &[(&str, &str)]) {
@@ -194,15 +203,22 @@ fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>, places: &
     text.push_str(" |");
     for (name, _) in OTHERS {
         let figure = row.per_io.get(name);
-        let _ = write!(text, " {:>6.2}", figure.map_or(0.0, |figure| figure.median));
+        let value = figure.map_or(0.0, |figure| figure.median);
+        let digits = if value < 100.0 { 2 } else { 0 };
+        let _ = write!(text, " {value:>6.digits$}");
     }
     text.push('\n');
 }
 
-/// Our driver against each other, in one line a job: the two heads, and the speed.
+/// Compares this driver with each other one, in one line a job: the two sums, and the speed.
 fn summary(text: &mut String, results: &Results) {
-    let what = "what it costs with this driver, as a part of what it costs with the other";
-    for (head, sum) in [("the sum", TOTAL), ("dom0's processor", DOM0)] {
+    let what = "cost with this driver, as a part of the cost with the other";
+    let heads = [
+        ("the sum", TOTAL),
+        ("dom0's processor", DOM0),
+        ("modelled nanoseconds of dom0's processor", MODELLED),
+    ];
+    for (head, sum) in heads {
         let title = format!("{head}: {what}");
         let cost = |others: &[&str], job: &str| results.cost(others, sum, job);
         against_others(text, results, &title, &cost);

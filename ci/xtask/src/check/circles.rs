@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! No circle of files: in the trees of the module a file that uses another one is not used by it,
-//! at whatever distance. What a folder's `mod.rs` declares and hands on is not looked at.
+//! No circle of files: in the trees of the module a file that uses another one is not used by it, directly or
+//! indirectly. Declarations and re-exports of a folder's `mod.rs` are ignored.
 
 use super::source::{self, Source};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The trees of the module: the name by which `crate::` finds each, and its folder. What is under none
-/// of these names is the driver's own.
+/// The trees of the module: the name by which `crate::` finds each, and its folder. Other names are the driver's own.
 const TREES: &[(&str, &str)] = &[
     ("linux", "xenbus/src/linux/"),
     ("proto", "xenbus/src/proto/"),
@@ -16,7 +15,7 @@ const TREES: &[(&str, &str)] = &[
     ("", "blkback/src/"),
 ];
 
-/// What each file uses, and the lines where.
+/// Files that each file uses, with the lines.
 type Uses = BTreeMap<String, BTreeSet<String>>;
 
 pub(super) fn check(sources: &[Source]) -> Result<()> {
@@ -47,7 +46,7 @@ fn complaints(sources: &[Source]) -> Vec<String> {
         .collect()
 }
 
-/// The files that a file leads to in one step or more.
+/// Returns the files that a file uses directly or indirectly.
 fn reachable(uses: &Uses, from: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut left = vec![from];
@@ -86,13 +85,13 @@ fn uses(sources: &[Source]) -> Uses {
     uses
 }
 
-/// True for a file that is there to declare the others of its folder.
+/// Returns true for a file that only declares the others of its folder.
 fn declares(path: &str) -> bool {
     let name = path.rsplit('/').next().unwrap_or(path);
     matches!(name, "mod.rs" | "lib.rs") || name.ends_with("_main.rs")
 }
 
-/// The file that a file counts as: with `a.rs` beside it, all of the folder `a` is a part of that.
+/// Returns the file that a file counts as: with `a.rs` beside it, all of the folder `a` is a part of that.
 fn room(paths: &BTreeSet<&str>, path: &str) -> String {
     let mut end = 0;
     while let Some(at) = path[end..].find('/') {
@@ -105,7 +104,7 @@ fn room(paths: &BTreeSet<&str>, path: &str) -> String {
     path.into()
 }
 
-/// The file that a path leads to, from a file of a tree.
+/// Returns the file of a path, from a file of a tree.
 fn used(paths: &BTreeSet<&str>, tree: &str, file: &str, names: &[String]) -> Option<String> {
     let mut names = names.iter().map(String::as_str).peekable();
     let mut place = match names.next()? {
@@ -123,7 +122,7 @@ fn used(paths: &BTreeSet<&str>, tree: &str, file: &str, names: &[String]) -> Opt
             while names.next_if(|name| *name == "super").is_some() {
                 place = place.trim_end_matches('/').rsplit_once('/')?.0.to_string() + "/";
             }
-            // Above the tree there are the others.
+            // Outside of the tree there are the others.
             let inside = place.starts_with(tree);
             if !inside {
                 return None;
@@ -144,8 +143,7 @@ fn used(paths: &BTreeSet<&str>, tree: &str, file: &str, names: &[String]) -> Opt
     None
 }
 
-/// The paths of a text that begin at the crate or above the file, each as its names; what is in
-/// braces is taken apart.
+/// Returns the paths of a text that begin at the crate or above the file, each as its names; braces are expanded.
 fn mentioned(code: &str) -> impl Iterator<Item = Vec<String>> + '_ {
     ["crate::", "super::"].into_iter().flat_map(move |word| {
         let starts = code.match_indices(word).map(|(at, _)| at);
@@ -161,7 +159,7 @@ fn mentioned(code: &str) -> impl Iterator<Item = Vec<String>> + '_ {
     })
 }
 
-/// Reads a path and the braces at its end; returns what follows.
+/// Reads a path and the braces at its end; returns the text behind it.
 fn tree_of<'a>(text: &'a str, before: &mut Vec<String>, found: &mut Vec<Vec<String>>) -> &'a str {
     let depth = before.len();
     let mut rest = text.trim_start();
@@ -170,7 +168,7 @@ fn tree_of<'a>(text: &'a str, before: &mut Vec<String>, found: &mut Vec<Vec<Stri
             rest = inner;
             while !rest.is_empty() && !rest.starts_with('}') {
                 let after = tree_of(rest, before, found).trim_start();
-                // Whatever else is there is passed over.
+                // Other text is skipped.
                 let skip = after.chars().next().filter(|c| *c != '}');
                 rest = &after[skip.map_or(0, char::len_utf8)..];
             }
@@ -201,10 +199,7 @@ mod tests {
     fn found(files: &[(&str, &str)]) -> Vec<String> {
         let sources: Vec<_> = files
             .iter()
-            .map(|(path, text)| Source {
-                path: (*path).into(),
-                text: (*text).into(),
-            })
+            .map(|(path, text)| Source::of(path, text))
             .collect();
         complaints(&sources)
     }

@@ -5,8 +5,8 @@
 use super::source::{self, Source};
 use anyhow::Result;
 
-/// A part of the project: its name, where its files are, and what it may use beside itself.
-/// The first folder that fits decides.
+/// A part of the project: its name, its folders, and the areas that it may use besides itself. The first folder that
+/// matches decides.
 const AREAS: &[(&str, &str, &[&str])] = &[
     ("ring", "ring/", &[]),
     ("xenbus::proto", "xenbus/src/proto/", &["ring"]),
@@ -58,12 +58,12 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ),
 ];
 
-/// The file that puts the module together: it alone sees both data paths. It gives the trees the
-/// names under which `crate::` finds them in the module.
+/// The root file of the module: it alone uses both data paths. It declares the names under which `crate::` finds the
+/// trees in the module.
 const MODULE_ROOT: &str = "blkback/src/blkback_main.rs";
 
-/// Folders whose files and folders have layers, from the lowest to the highest. Each uses what is below
-/// its own layer only.
+/// Folders whose files and folders have layers, from the lowest to the highest. Each uses only files below its own
+/// layer.
 const LAYERED: &[(&str, &[&[&str]])] = &[
     ("blkback/src/", BLKBACK),
     ("userspace/blktapctrl/src/", SUPERVISOR),
@@ -75,12 +75,14 @@ const BLKBACK: &[&[&str]] = &[
         "connect_error",
         "engine",
         "events",
+        "mapping_room",
         "params",
         "planted",
         "shares",
         "worth",
     ],
-    &["backing", "memory", "poll", "totals"],
+    &["memory"],
+    &["backing", "halt", "poll", "totals"],
     &["away", "keeper", "offer", "phy"],
     &["queue"],
     &["connection"],
@@ -111,7 +113,7 @@ const SUPERVISOR: &[&[&str]] = &[
     &["server"],
 ];
 
-/// The areas that the module compiles.
+/// The areas that the module contains.
 const IN_MODULE: &[&str] = &[
     "ring",
     "xenbus::proto",
@@ -156,7 +158,7 @@ fn complaints(sources: &[Source]) -> Vec<String> {
     complaints
 }
 
-/// Where a file of a layered folder uses what is not below it.
+/// Returns the lines at which a file of a layered folder uses files that are not below it.
 fn climbs(file: &Source) -> Vec<String> {
     let inside = |(folder, layers): &(&str, &'static [&'static [&'static str]])| {
         Some((file.path.strip_prefix(folder)?, *layers))
@@ -199,7 +201,7 @@ fn area_of(path: &str) -> Option<&'static (&'static str, &'static str, &'static 
     AREAS.iter().find(|(_, folder, _)| path.starts_with(folder))
 }
 
-/// The modules that the root declares, with the areas of their files.
+/// Returns the modules that the root declares, with the areas of their files.
 fn module_names(root: &Source) -> Names<'_> {
     let folder = root.path.rsplit_once('/').map_or("", |(folder, _)| folder);
     let mut path = None;
@@ -219,7 +221,7 @@ fn module_names(root: &Source) -> Names<'_> {
     names
 }
 
-/// The areas that a file uses, each with the number of the line.
+/// Returns the areas that a file uses, each with the number of the line.
 fn uses(file: &Source, names: &[(&str, &'static str)]) -> Vec<(usize, &'static str)> {
     let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
     let in_manifest = file.path.ends_with("Cargo.toml");
@@ -231,7 +233,7 @@ fn uses(file: &Source, names: &[(&str, &'static str)]) -> Vec<(usize, &'static s
     for (number, (line, code)) in file.text.lines().zip(code.lines()).enumerate() {
         let line = line.trim();
         let target = if in_manifest {
-            // A path without `..` is in the crate itself: where a test or a program of it is.
+            // A path without `..` is in the crate itself: that of a test or a program.
             quoted_after(line, "path = ")
                 .filter(|path| path.starts_with(".."))
                 .map(|path| format!("{path}/"))
@@ -250,7 +252,7 @@ fn uses(file: &Source, names: &[(&str, &'static str)]) -> Vec<(usize, &'static s
     uses
 }
 
-/// The areas that the `crate::` paths of a line name.
+/// Returns the areas that the `crate::` paths of a line name.
 fn crate_paths<'a>(
     line: &'a str,
     names: &'a [(&str, &'static str)],
@@ -263,7 +265,7 @@ fn crate_paths<'a>(
     })
 }
 
-/// The first names of the `crate::` paths of a line.
+/// Returns the first names of the `crate::` paths of a line.
 fn first_names(line: &str) -> impl Iterator<Item = &str> {
     line.match_indices("crate::").filter_map(|(at, word)| {
         line[at + word.len()..]
@@ -280,7 +282,7 @@ fn quoted_after<'a>(line: &'a str, mark: &str) -> Option<&'a str> {
         .next()
 }
 
-/// `folder/target` without `..`.
+/// Returns `folder/target` without `..`.
 fn resolve(folder: &str, target: &str) -> String {
     let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
     for part in target.split('/') {
@@ -298,11 +300,7 @@ mod tests {
     use super::{complaints, Source};
 
     fn found(path: &str, text: &str) -> usize {
-        complaints(&[Source {
-            path: path.into(),
-            text: text.into(),
-        }])
-        .len()
+        complaints(&[Source::of(path, text)]).len()
     }
 
     #[test]
@@ -390,11 +388,7 @@ mod tests {
                     #[path = \"../../xenbus/src/linux/mod.rs\"]\nmod linux;\nmod vbd;\n\
                     #[path = \"../../blktap-kmod/src/mod.rs\"]\nmod tap;\n";
         let found = |path: &str, text: &str| {
-            let source = |path: &str, text: &str| Source {
-                path: path.into(),
-                text: text.into(),
-            };
-            complaints(&[source(super::MODULE_ROOT, root), source(path, text)]).len()
+            complaints(&[Source::of(super::MODULE_ROOT, root), Source::of(path, text)]).len()
         };
         assert_eq!(found("blkback/src/vbd.rs", "use crate::tap::Disk;\n"), 1);
         assert_eq!(

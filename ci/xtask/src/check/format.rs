@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Formatting, by the build root's rustfmt, so that one version judges on every host.
+//! Formatting, by the build root's rustfmt, so that all hosts use one version.
 
 use super::source::{self, Source};
 use crate::root::Root;
@@ -18,7 +18,7 @@ pub(super) fn check(sources: &[Source]) -> Result<()> {
     judge(rustfmt.args(files))
 }
 
-/// Formatting by the host's rustfmt, which may judge a little otherwise than the build root's.
+/// Checks the formatting by the host's rustfmt, which may differ a little from the build root's.
 pub(super) fn by_host() -> Result<()> {
     let mut cargo = build::cargo();
     judge(
@@ -28,7 +28,7 @@ pub(super) fn by_host() -> Result<()> {
     )
 }
 
-/// What rustfmt says of the files, as an error.
+/// Returns rustfmt's complaints about the files as an error.
 fn judge(rustfmt: &mut Command) -> Result<()> {
     let out = rustfmt.output().context("cannot start rustfmt")?;
     if out.status.success() {

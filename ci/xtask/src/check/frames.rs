@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Below a queue's thread run the file systems and drivers of the disk, on the same 16 KiB of
-//! stack: so no function of the module may take much of it. How much each one takes is in the
-//! tables by which the kernel unwinds the stack, made by objtool from the code itself.
+//! Stack frames of the module. The file systems and drivers of the disk run in a queue's thread, on its 16 KiB of
+//! stack, so no function of the module may use much of it. The tables with which the kernel unwinds the stack have the
+//! size of each frame; objtool makes them from the code itself.
 
 use crate::kernel::Kernel;
 use crate::root::Root;
@@ -10,14 +10,14 @@ use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Bytes of stack that a function may take, with its return address and what it saves.
+/// Maximum number of bytes of stack of a function, with its return address and saved registers.
 const MOST: u64 = 1023;
 
-/// Linux's macros make these of trace points, with registers of which perf wants a copy and a frame whose size the
-/// tables do not tell. They run while perf looks at one, and call nothing of the module.
+/// Linux's macros generate these functions for trace points, with a copy of the registers for perf and a frame whose
+/// size is not in the tables. They run only while perf uses a trace point, and call no function of the module.
 const OF_TRACE_POINTS: &str = "perf_trace_";
 
-/// Complains about each function of `module` that takes too much of the stack.
+/// Complains about each function of `module` that uses too much of the stack.
 pub(crate) fn check(module: &Path) -> Result<()> {
     let folder = module.parent().context("the module is in a folder")?;
     let name = module
@@ -39,7 +39,7 @@ pub(crate) fn check(module: &Path) -> Result<()> {
     super::none(complaints(&unwinding, &symbols, MOST))
 }
 
-/// What is wrong with the frames that objtool's dump describes, of the functions that objdump lists.
+/// Returns the faults of the frames that objtool's dump describes, for the functions that objdump lists.
 fn complaints(orc: &str, symbols: &str, most: u64) -> Vec<String> {
     let functions = functions(symbols);
     let mut largest: BTreeMap<&str, u64> = BTreeMap::new();
@@ -59,7 +59,7 @@ fn complaints(orc: &str, symbols: &str, most: u64) -> Vec<String> {
                 *before = bytes.max(*before);
             }
             None => complaints.push(format!(
-                "how much stack is taken there cannot be told: {line}"
+                "this line does not show how much stack is used: {line}"
             )),
         }
     }
@@ -78,12 +78,12 @@ fn complaints(orc: &str, symbols: &str, most: u64) -> Vec<String> {
 }
 
 enum Taken {
-    /// No code is there, or code without a frame that the kernel could unwind.
+    /// There is no code, or code without a frame that the kernel could unwind.
     Nothing,
     Bytes(u64),
 }
 
-/// What a line such as `.text+1f:type:call sp:sp+24 bp:prevsp-16 signal:0` says.
+/// Reads a line such as `.text+1f:type:call sp:sp+24 bp:prevsp-16 signal:0`.
 fn taken(line: &str) -> Option<Taken> {
     let (_, entry) = line.split_once(":type:")?;
     let mut words = entry.split_whitespace();
@@ -95,13 +95,13 @@ fn taken(line: &str) -> Option<Taken> {
     sp.strip_prefix("sp+")?.parse().ok().map(Taken::Bytes)
 }
 
-/// The section and offset of `.text+1f`.
+/// Returns the section and offset of `.text+1f`.
 fn position(place: &str) -> Option<(&str, u64)> {
     let (section, offset) = place.rsplit_once('+')?;
     Some((section, u64::from_str_radix(offset, 16).ok()?))
 }
 
-/// The functions in `objdump --syms`, by section and offset.
+/// Returns the functions in `objdump --syms`, by section and offset.
 fn functions(symbols: &str) -> BTreeMap<&str, BTreeMap<u64, &str>> {
     let mut functions: BTreeMap<&str, BTreeMap<u64, &str>> = BTreeMap::new();
     for line in symbols.lines() {

@@ -6,7 +6,7 @@ use crate::{build, cache, run};
 use anyhow::Result;
 use std::process::{Command, Stdio};
 
-/// The endings of files that must carry a licence header.
+/// The endings of files that must have a licence header.
 const WITH_HEADER: &[&str] = &[
     ".rs",
     ".c",
@@ -18,8 +18,8 @@ const WITH_HEADER: &[&str] = &[
     ".conf",
 ];
 
-/// cargo-deny over the whole dependency graph: licences, versions, sources. It is built from source
-/// once, in about two minutes.
+/// Runs cargo-deny over the whole dependency graph: licences, versions, sources. It is built from source once, in about
+/// two minutes.
 pub(super) fn dependencies() -> Result<()> {
     let tool = cache::Artefact {
         name: "cargo-deny",
@@ -40,7 +40,7 @@ pub(super) fn dependencies() -> Result<()> {
     run::shown(deny.current_dir(build::repository()?))
 }
 
-/// The sources whose first two lines hold no SPDX identifier.
+/// Returns the sources without an SPDX identifier in their first two lines.
 pub(super) fn without_header(sources: &[Source]) -> Vec<String> {
     sources
         .iter()
@@ -71,10 +71,7 @@ mod tests {
 
     #[test]
     fn file_without_a_header_is_found() {
-        let file = |text: &str| Source {
-            path: "a/b.rs".into(),
-            text: text.into(),
-        };
+        let file = |text: &str| Source::of("a/b.rs", text);
         assert_eq!(without_header(&[file("//! Docs.\n")]).len(), 1);
         assert!(without_header(&[file("// SPDX-License-Identifier: MIT\n")]).is_empty());
     }

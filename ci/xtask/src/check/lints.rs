@@ -49,7 +49,7 @@ pub(super) fn module() -> Result<()> {
     super::none(warnings(&messages))
 }
 
-/// The messages of the compiler, if there are warnings among them.
+/// Returns the messages of the compiler, if there are warnings among them.
 fn warnings(messages: &str) -> Vec<String> {
     if messages
         .lines()

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! `cargo xtask check`: what can be said about the sources, and the module that is made of them, without running it.
+//! `cargo xtask check`: checks of the sources, and of the compiled module, that do not run it.
 
+mod allowed;
 mod circles;
 mod direction;
 mod format;
 pub(crate) mod frames;
 mod licences;
 mod lints;
+pub(crate) mod names;
 mod pages;
 pub(crate) mod panics;
 pub(crate) mod prose;
@@ -46,7 +48,7 @@ pub(crate) fn sources(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// Checks of what the files say.
+/// Runs the checks of the files' texts.
 fn of_text(tally: &mut Tally, sources: &[Source]) {
     tally.check(
         "check.licence-headers",
@@ -57,10 +59,11 @@ fn of_text(tally: &mut Tally, sources: &[Source]) {
     tally.check("check.circles", circles::check(sources));
     tally.check("check.pages", pages::check(sources));
     tally.check("check.prose", prose::check(sources));
+    tally.check("check.names", names::check(sources));
     tally.check("check.commit-subjects", subjects::history(sources));
 }
 
-/// An error that lists the complaints, if there are any.
+/// Returns an error that lists the complaints, if there are any.
 fn none(complaints: Vec<String>) -> Result<()> {
     if complaints.is_empty() {
         return Ok(());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Pages of the documentation: their links lead somewhere, they are short, and the manual's list has all of them.
+//! Pages of the documentation: their links are valid, they are short, and the manual's list has all of them.
 
 use super::source::Source;
 use crate::build;
@@ -37,7 +37,7 @@ fn sizes(sources: &[Source]) -> Vec<String> {
     too_large.collect()
 }
 
-/// Pages of the manual that its list does not have.
+/// Returns the pages of the manual that its list does not have.
 fn unlisted(sources: &[Source]) -> Vec<String> {
     let Some(summary) = sources.iter().find(|source| source.path == SUMMARY) else {
         return vec![format!("{SUMMARY} is missing")];
@@ -54,12 +54,13 @@ fn unlisted(sources: &[Source]) -> Vec<String> {
         .collect()
 }
 
-/// Relative links without a file, or without a heading of their name. `exists` is asked for what is no text.
+/// Returns relative links without a file, or without a heading of their name. `exists` decides for files that are not
+/// text.
 fn dead_links(sources: &[Source], exists: impl Fn(&Path) -> bool) -> Vec<String> {
     let mut complaints = Vec::new();
     for page in pages(sources) {
         for (line, link) in links(&page.text) {
-            // A path of Rust is for rustdoc.
+            // rustdoc checks paths of Rust.
             if link.contains("://") || link.contains("::") || link.starts_with("mailto:") {
                 continue;
             }
@@ -96,7 +97,7 @@ fn pages(sources: &[Source]) -> impl Iterator<Item = &Source> {
     sources.iter().filter(|source| source.path.ends_with(".md"))
 }
 
-/// The path of a link in the page at `page`, from the top of the checkout.
+/// Returns the path of a link in the page at `page`, from the root of the checkout.
 fn resolved(page: &str, link: &str) -> PathBuf {
     let mut path = PathBuf::from(page);
     path.pop();
@@ -112,7 +113,7 @@ fn resolved(page: &str, link: &str) -> PathBuf {
     path
 }
 
-/// Lines of a page that are no code, with their numbers.
+/// Returns the lines of a page that are not code, with their numbers.
 fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut code = false;
     (1..).zip(text.lines()).filter(move |(_, line)| {
@@ -122,7 +123,7 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// Targets of links, `[text](target)`, with the numbers of their lines.
+/// Returns the targets of links, `[text](target)`, with the numbers of their lines.
 fn links(text: &str) -> Vec<(usize, String)> {
     let mut links = Vec::new();
     for (number, line) in lines(text) {
@@ -135,7 +136,8 @@ fn links(text: &str) -> Vec<(usize, String)> {
     links
 }
 
-/// Names of a page's headings, as links have them: in lower case, with hyphens for spaces and without other signs.
+/// Returns the names of a page's headings, as links have them: in lower case, with hyphens for spaces and without other
+/// signs.
 fn headings(text: &str) -> Vec<String> {
     let headings = lines(text).filter_map(|(_, line)| {
         let title = line.trim_start_matches('#');
@@ -156,18 +158,11 @@ fn headings(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn file(path: &str, text: &str) -> Source {
-        Source {
-            path: path.into(),
-            text: text.into(),
-        }
-    }
-
     #[test]
     fn dead_link_is_found_with_its_line() {
         let sources = [
-            file("docs/a/b.md", "# A title\n\n[c](../c.md#d-e) [no](no.md) [web](https://x/y)\n"),
-            file("docs/c.md", "## D: `e`!\n[a](a/b.md#a-title) [no](#missing) [picture](p.png)\n```\n[x](x)\n```\n"),
+            Source::of("docs/a/b.md", "# A title\n\n[c](../c.md#d-e) [no](no.md) [web](https://x/y)\n"),
+            Source::of("docs/c.md", "## D: `e`!\n[a](a/b.md#a-title) [no](#missing) [picture](p.png)\n```\n[x](x)\n```\n"),
         ];
         let found = dead_links(&sources, |path| path == Path::new("docs/p.png"));
         assert_eq!(
@@ -183,20 +178,20 @@ mod tests {
     fn long_page_is_found() {
         let long = "x".repeat(README + 1);
         let found = sizes(&[
-            file("README.md", &long),
-            file("docs/a.md", &long),
-            file("ring/README.md", &long),
+            Source::of("README.md", &long),
+            Source::of("docs/a.md", &long),
+            Source::of("ring/README.md", &long),
         ]);
         assert_eq!(found.len(), 1);
-        assert!(!sizes(&[file("docs/a.md", &"x".repeat(PAGE + 1))]).is_empty());
+        assert!(!sizes(&[Source::of("docs/a.md", &"x".repeat(PAGE + 1))]).is_empty());
     }
 
     #[test]
     fn page_that_is_not_listed_is_found() {
         let sources = [
-            file(SUMMARY, "- [a](guide/a.md)\n"),
-            file("docs/guide/a.md", ""),
-            file("docs/guide/b.md", ""),
+            Source::of(SUMMARY, "- [a](guide/a.md)\n"),
+            Source::of("docs/guide/a.md", ""),
+            Source::of("docs/guide/b.md", ""),
         ];
         assert_eq!(
             unlisted(&sources),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! A panic in the module stops the whole host, and `core` lives in the kernel's image: so each
-//! way to panic that the compiler did not prove away shows as an undefined symbol of the .ko.
+//! Panics of the module, each of which would stop the whole host. `core` is in the kernel's image, so each panic that
+//! the compiler could not remove shows as an undefined symbol of the .ko.
 
 use crate::root::Root;
 use crate::{recipes, run};
@@ -19,7 +19,7 @@ const MARKS: &[&str] = &[
     "10rust_panic",
 ];
 
-/// Complains about each way to panic in `module`.
+/// Complains about each possible panic in `module`.
 pub(crate) fn check(module: &Path) -> Result<()> {
     let folder = module.parent().context("the module is in a folder")?;
     let name = module
@@ -37,7 +37,7 @@ pub(crate) fn check(module: &Path) -> Result<()> {
     super::none(complaints(&undefined, ALLOWED))
 }
 
-/// What is wrong with the undefined symbols `nm` lists, given the list of those that may stay.
+/// Returns the forbidden ones of the undefined symbols that `nm` lists, given the list of permitted ones.
 fn complaints(nm: &str, allowed: &str) -> Vec<String> {
     let entries: Vec<(&str, &str)> = allowed
         .lines()

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Plain English: patterns of sentences that hide the actor are counted in each file, and a count may only fall.
 //!
-//! The patterns are those of `docs/contributing/style.md`. They are looked for in Markdown, manual pages, documentation
+//! The patterns are those of `docs/contributing/style.md`. The checker searches Markdown, manual pages, documentation
 //! comments (the texts of `--help` among them) and the strings of the programs. `ci/prose.allow` has the counts.
 
+use super::allowed::{AllowedCounts, AllowedList};
 use super::source::{self, Source};
-use crate::build;
-use anyhow::{Context, Result};
-use std::collections::BTreeMap;
-use std::fs;
+use anyhow::Result;
 use std::path::PathBuf;
 
 /// Sentences of one file that a complaint shows.
 const SHOWN: usize = 3;
 
-/// A pattern: its number on the page, what it is, and whether a sentence's words have it.
+/// A pattern: its number on the page, its description, and the test of a sentence's words.
 struct Pattern {
     number: &'static str,
     what: &'static str,
@@ -25,7 +23,7 @@ struct Pattern {
 struct Sentence {
     text: String,
     words: Vec<String>,
-    /// It is all of a documentation comment.
+    /// The sentence is all of a documentation comment.
     alone: bool,
 }
 
@@ -120,54 +118,32 @@ impl Sentence {
     }
 }
 
-/// File with the counts, from the top of the checkout.
-const ALLOWED: &str = "ci/prose.allow";
-/// First lines of that file.
-const HEADER: &str = "# Sentences of each file that have a pattern of docs/contributing/style.md. A count may only fall:\n\
-                      # `cargo xtask check --lower-prose` writes the lower ones.\n";
+/// Files with such sentences, which may only become fewer.
+const ALLOWED: AllowedList = AllowedList {
+    path: "ci/prose.allow",
+    header: "# Sentences of each file that have a pattern of docs/contributing/style.md. A count may only fall:\n\
+             # `cargo xtask check --lower-prose` writes the lower ones.\n",
+    most: 0,
+};
 
 /// Complains of files with more such sentences than are allowed, and of counts that are too high.
 pub(super) fn check(sources: &[Source]) -> Result<()> {
-    let allowed = sources.iter().find(|source| source.path == ALLOWED);
-    let allowed = counts(allowed.map_or("", |file| &file.text));
-    super::none(complaints(sources, &allowed))
+    super::none(complaints(sources, &ALLOWED.of(sources)))
 }
 
 /// Writes lower counts where there are fewer such sentences; never a higher one.
 pub(crate) fn lower() -> Result<PathBuf> {
     let sources = source::all()?;
-    let file = build::repository()?.join(ALLOWED);
-    let text =
-        fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut lines = String::from(HEADER);
-    for (path, count) in lowered(&sources, &counts(&text)) {
-        lines.push_str(&format!("{count} {path}\n"));
-    }
-    fs::write(&file, lines).with_context(|| format!("cannot write {}", file.display()))?;
-    Ok(file)
+    ALLOWED.lower(|path| sentences_of(&sources, path))
 }
 
-fn lowered(sources: &[Source], allowed: &BTreeMap<String, usize>) -> BTreeMap<String, usize> {
-    let now = |path: &str| {
-        let source = sources.iter().find(|source| source.path == path);
-        source.map_or(0, |source| found(source).len())
-    };
-    let lowered = allowed
-        .iter()
-        .map(|(path, count)| (path.clone(), now(path).min(*count)));
-    lowered.filter(|(_, count)| *count > 0).collect()
+/// Returns the number of such sentences in the file of this path.
+fn sentences_of(sources: &[Source], path: &str) -> usize {
+    let source = sources.iter().find(|source| source.path == path);
+    source.map_or(0, |source| found(source).len())
 }
 
-fn counts(text: &str) -> BTreeMap<String, usize> {
-    let lines = text.lines().filter(|line| !line.starts_with('#'));
-    let counts = lines.filter_map(|line| {
-        let (count, path) = line.split_once(' ')?;
-        Some((path.to_string(), count.parse().ok()?))
-    });
-    counts.collect()
-}
-
-fn complaints(sources: &[Source], allowed: &BTreeMap<String, usize>) -> Vec<String> {
+fn complaints(sources: &[Source], allowed: &AllowedCounts) -> Vec<String> {
     let mut complaints = Vec::new();
     let mut sum = 0;
     for source in sources {
@@ -196,7 +172,7 @@ fn complaints(sources: &[Source], allowed: &BTreeMap<String, usize>) -> Vec<Stri
     complaints
 }
 
-/// Sentences of a file that have a pattern.
+/// Returns the sentences of a file that have a pattern.
 fn found(source: &Source) -> Vec<(&'static Pattern, String)> {
     let mut found = Vec::new();
     for sentence in sentences(source) {
@@ -206,7 +182,7 @@ fn found(source: &Source) -> Vec<(&'static Pattern, String)> {
     found
 }
 
-/// Sentences of what people read in a file.
+/// Returns the sentences of a file that people read.
 fn sentences(source: &Source) -> Vec<Sentence> {
     let paragraphs = if source.path.ends_with(".md") {
         markdown(&source.text)
@@ -230,7 +206,7 @@ fn sentences(source: &Source) -> Vec<Sentence> {
     sentences
 }
 
-/// Sentences of a paragraph: a full stop, question or exclamation mark, or colon, before white space.
+/// Splits a paragraph into sentences: at a full stop, question or exclamation mark before white space.
 fn split(paragraph: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     for word in paragraph.split_whitespace() {
@@ -250,7 +226,7 @@ fn split(paragraph: &str) -> Vec<String> {
     parts
 }
 
-/// Paragraphs, list items and cells of tables, without code.
+/// Returns paragraphs, list items and cells of tables, without code.
 fn markdown(text: &str) -> Vec<String> {
     let (mut paragraphs, mut code) = (vec![String::new()], false);
     for line in text.lines() {
@@ -275,7 +251,7 @@ fn markdown(text: &str) -> Vec<String> {
     paragraphs
 }
 
-/// Paragraphs of a manual page, without its requests.
+/// Returns the paragraphs of a manual page, without its requests.
 fn manual(text: &str) -> Vec<String> {
     let mut paragraphs = vec![String::new()];
     for line in text.lines() {
@@ -297,7 +273,7 @@ fn manual(text: &str) -> Vec<String> {
     paragraphs
 }
 
-/// Documentation comments, a paragraph each.
+/// Returns the documentation comments, a paragraph each.
 fn comments(text: &str) -> Vec<String> {
     let (mut paragraphs, mut code) = (vec![String::new()], false);
     for line in text.lines() {
@@ -325,12 +301,12 @@ fn comments(text: &str) -> Vec<String> {
     paragraphs
 }
 
-/// Strings of several words in code before its tests.
+/// Returns the strings of several words in code before its tests.
 fn strings(text: &str) -> Vec<String> {
     let text = text.split("#[cfg(test)]").next().unwrap_or_default();
     let (code, mut strings) = (source::code(text), Vec::new());
     let mut literal = String::new();
-    // What was blanked and is no comment is a literal.
+    // Blanked text that is not a comment is a literal.
     for (line, blanked) in text.lines().zip(code.lines()) {
         let comment = blanked.trim_end().len();
         let of_comment = line.find("//").filter(|at| {
@@ -370,15 +346,12 @@ fn append(paragraphs: &mut [String], text: &str) {
 mod tests {
     use super::*;
 
-    fn file(path: &str, text: &str) -> Source {
-        Source {
-            path: path.into(),
-            text: text.into(),
-        }
+    fn lowered(sources: &[Source], allowed: &AllowedCounts) -> AllowedCounts {
+        ALLOWED.lowered(allowed, |name| sentences_of(sources, name))
     }
 
     fn numbers(path: &str, text: &str) -> Vec<&'static str> {
-        let found = found(&file(path, text));
+        let found = found(&Source::of(path, text));
         found
             .into_iter()
             .map(|(pattern, _)| pattern.number)
@@ -456,11 +429,11 @@ mod tests {
 
     #[test]
     fn a_count_may_only_fall() {
-        let sources = [file(
+        let sources = [Source::of(
             "a.md",
             "Nobody reads. Who waits?\n\nSomebody writes.\n",
         )];
-        let allowed = |count| BTreeMap::from([("a.md".to_string(), count)]);
+        let allowed = |count| AllowedCounts::from([("a.md".to_string(), count)]);
         assert!(complaints(&sources, &allowed(2)).is_empty());
         let more = complaints(&sources, &allowed(1));
         assert!(
@@ -468,18 +441,9 @@ mod tests {
             "{more:?}"
         );
         assert!(complaints(&sources, &allowed(3))[0].contains("--lower-prose"));
-        assert!(!complaints(&sources, &BTreeMap::new()).is_empty());
+        assert!(!complaints(&sources, &AllowedCounts::new()).is_empty());
         assert_eq!(lowered(&sources, &allowed(3)), allowed(2));
         assert_eq!(lowered(&sources, &allowed(1)), allowed(1));
         assert!(lowered(&[], &allowed(1)).is_empty());
-    }
-
-    #[test]
-    fn counts_are_read() {
-        let read = counts("# a comment\n3 a/b.md\n1 c.rs\n");
-        assert_eq!(
-            read,
-            BTreeMap::from([("a/b.md".into(), 3), ("c.rs".into(), 1)])
-        );
     }
 }

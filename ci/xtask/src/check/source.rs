@@ -7,15 +7,26 @@ use std::fs;
 use std::process::Command;
 
 /// A text file of the checkout.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Source {
-    /// Its path from the top of the checkout.
+    /// Its path from the root of the checkout.
     pub(crate) path: String,
-    /// What it says.
+    /// Its content.
     pub(crate) text: String,
 }
 
-/// All files that git knows or would add, except what is no text.
+#[cfg(test)]
+impl Source {
+    /// Makes a file for a test.
+    pub(crate) fn of(path: &str, text: &str) -> Self {
+        Source {
+            path: path.into(),
+            text: text.into(),
+        }
+    }
+}
+
+/// Returns all text files that git knows or would add.
 pub(crate) fn all() -> Result<Vec<Source>> {
     let repository = build::repository()?;
     let mut git = Command::new("git");
@@ -33,7 +44,7 @@ pub(crate) fn all() -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for path in list.split('\0').filter(|path| !path.is_empty()) {
         let file = repository.join(path);
-        // A file that was deleted and is still in the index is none.
+        // Skip a deleted file that is still in the index.
         if !file.is_file() {
             continue;
         }
@@ -49,13 +60,13 @@ pub(crate) fn all() -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// The Rust files among `sources`.
+/// Returns the Rust files among `sources`.
 pub(crate) fn rust(sources: &[Source]) -> impl Iterator<Item = &Source> {
     sources.iter().filter(|source| source.path.ends_with(".rs"))
 }
 
-/// The lines of a Rust text with comments, strings and character literals blanked, so that a word
-/// that is found is code.
+/// Returns the lines of a Rust text with comments, strings and character literals blanked, so that a word that is found
+/// is code.
 pub(crate) fn code(text: &str) -> String {
     let bytes: Vec<char> = text.chars().collect();
     let mut out = String::with_capacity(text.len());
@@ -108,7 +119,7 @@ fn block_comment(bytes: &[char], from: usize) -> usize {
     at
 }
 
-/// The end of the literal that starts with the quote at `from`.
+/// Returns the end of the literal that starts with the quote at `from`.
 fn quoted(bytes: &[char], from: usize, quote: char) -> usize {
     let mut at = from + 1;
     while at < bytes.len() && bytes[at] != quote {
@@ -117,7 +128,7 @@ fn quoted(bytes: &[char], from: usize, quote: char) -> usize {
     (at + 1).min(bytes.len())
 }
 
-/// The end of a raw string such as r#"..."# that starts at `from`, if one does.
+/// Returns the end of a raw string such as r#"..."# that starts at `from`, if one does.
 fn raw_string(bytes: &[char], from: usize) -> Option<usize> {
     let r = if bytes[from] == 'r' { from } else { from + 1 };
     if bytes.get(r) != Some(&'r') {

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Commits up to this one are from before the rule.
+/// Commits up to this one predate the rule.
 const BEFORE: &str = "803d0c26d57a";
 /// Columns of a subject.
 const LONGEST: usize = 100;
@@ -17,7 +17,7 @@ const LONGEST: usize = 100;
 /// Areas that are not the name of a folder.
 const AREAS: &[&str] = &["docs", "workspace"];
 
-/// Words that begin a sentence about the state of something, where a verb in the imperative belongs.
+/// Words that begin a sentence about a state, where a verb in the imperative belongs.
 const NO_VERBS: &[&str] = &[
     "a", "all", "an", "any", "anybody", "both", "by", "each", "for", "from", "he", "how", "if",
     "in", "it", "its", "no", "nobody", "not", "of", "on", "one", "our", "she", "some", "somebody",
@@ -31,7 +31,7 @@ const VERBS: &[&str] = &[
     "stress", "suppress", "toss", "witness",
 ];
 
-/// Judges the subjects of all commits since the rule is there.
+/// Judges the subjects of all commits since the rule exists.
 pub(super) fn history(sources: &[Source]) -> Result<()> {
     let mut git = Command::new("git");
     git.args(["-c", "safe.directory=*", "rev-parse", "--verify", "--quiet"]);
@@ -73,7 +73,7 @@ pub(crate) fn message(file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Names of all folders of the checkout, without those of files' parts.
+/// Returns the names of all folders of the checkout, and the other areas.
 fn areas(sources: &[Source]) -> BTreeSet<String> {
     let folders = sources.iter().flat_map(|source| {
         let folder = source
@@ -87,7 +87,7 @@ fn areas(sources: &[Source]) -> BTreeSet<String> {
     areas
 }
 
-/// Reason why a subject is refused.
+/// Returns the reason that a subject is refused.
 fn complaint(subject: &str, areas: &BTreeSet<String>) -> Option<String> {
     const FORM: &str = "write `area: verb the thing`, such as `blkback: answer a barrier once`";
     let Some((named, rest)) = subject.split_once(": ") else {
@@ -107,7 +107,7 @@ fn complaint(subject: &str, areas: &BTreeSet<String>) -> Option<String> {
     (!is_imperative(first)).then(|| format!("`{first}` is no verb in the imperative; {FORM}"))
 }
 
-/// True unless the word shows that it is none.
+/// Returns true unless the word is recognisably no imperative.
 fn is_imperative(word: &str) -> bool {
     let ends = |ending: &str| word.len() > ending.len() + 1 && word.ends_with(ending);
     let lower = word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
@@ -155,10 +155,7 @@ mod tests {
 
     #[test]
     fn folders_are_areas() {
-        let file = |path: &str| Source {
-            path: path.into(),
-            text: String::new(),
-        };
+        let file = |path: &str| Source::of(path, "");
         let areas = areas(&[file("userspace/tap-ctl/src/main.rs"), file("README.md")]);
         assert!(areas.contains("tap-ctl") && areas.contains("docs"));
         assert!(!areas.contains("README.md"));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Unsafe code stays in a few files, and says each time why it is sound.
+//! Unsafe code stays in a few files, each time with the reason that it is sound.
 
 use super::source::{self, Source};
 use anyhow::Result;
@@ -41,14 +41,14 @@ fn complaints(sources: &[Source], allowed: &str) -> Vec<String> {
     complaints
 }
 
-/// The word `unsafe` is in this line of code.
+/// Returns true if this line of code has the word `unsafe`.
 fn has_unsafe(line: &str) -> bool {
     line.split(|c: char| !c.is_alphanumeric() && c != '_')
         .any(|word| word == "unsafe")
 }
 
-/// The line claims that something is sound; a declaration of an unsafe function, or the type of
-/// one, only passes the duty on.
+/// Returns true if the line claims soundness; a declaration of an unsafe function, or the type of one, only passes the
+/// duty on.
 fn is_claim(line: &str) -> bool {
     let after = line.split("unsafe").nth(1).unwrap_or("").trim_start();
     !after.starts_with("fn")
@@ -57,7 +57,7 @@ fn is_claim(line: &str) -> bool {
         && !after.starts_with("trait")
 }
 
-/// A SAFETY comment is above the statement that holds line `at`, or above the line itself.
+/// Returns true if a SAFETY comment is above the statement with line `at`, or above the line itself.
 fn is_justified(text: &[&str], code: &[&str], at: usize) -> bool {
     let said = |line: &str| line.contains("SAFETY:");
     if said(text[at]) {
@@ -83,14 +83,7 @@ mod tests {
     use super::{complaints, Source};
 
     fn found(path: &str, text: &str) -> usize {
-        complaints(
-            &[Source {
-                path: path.into(),
-                text: text.into(),
-            }],
-            "# c\nio/ # why\n",
-        )
-        .len()
+        complaints(&[Source::of(path, text)], "# c\nio/ # why\n").len()
     }
 
     #[test]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The module and the programs build, and packages are made of them.
+//! Builds of the module and the programs, and of packages.
 
 use crate::package::{self, again, tried};
 use crate::tally::Tally;
@@ -14,7 +14,7 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     packages(tally, OF_PACKAGES)
 }
 
-/// What must hold of packages in a folder.
+/// Check of packages in a folder.
 type Holds = fn(&Path) -> Result<()>;
 
 const OF_PACKAGES: &[(&str, Holds)] = &[
@@ -23,22 +23,21 @@ const OF_PACKAGES: &[(&str, Holds)] = &[
     ("package.beside-xen", tried::beside_xen),
 ];
 
-/// What takes minutes.
+/// Checks that take minutes.
 const OF_PACKAGES_LONG: &[(&str, Holds)] = &[
     ("package.dkms", tried::dkms),
     ("package.made-again", again::made_again),
 ];
 
-/// Packages of it can be made, and what takes long holds of them.
+/// Makes packages, and runs the long checks on them.
 pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     packages(tally, OF_PACKAGES_LONG)
 }
 
-/// What is run of the lane e2e on each other kernel: I/O in the kernel and through a process, and the module comes
-/// and goes.
+/// Cases of the lane e2e for each other kernel: I/O in the kernel and through a process, and a reload of the module.
 const ON_OTHERS: &str = "phy.pv.fio_verify,tap.file,lifecycle.reload";
 
-/// The module is built for the other kernels that are known, and serves disks there.
+/// Builds the module for the other known kernels, and serves disks there.
 pub(super) fn other_kernels(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let release = kernel::release()?;
     let others = kernel::SERIES
@@ -55,7 +54,7 @@ pub(super) fn other_kernels(tally: &mut Tally, seed: Option<u64>) -> Result<()> 
     Ok(())
 }
 
-/// A command is for one kernel, so another one of ours does this.
+/// Runs a command for another kernel, because this one is for one kernel only.
 fn on_kernel(series: &str, seed: Option<u64>) -> Result<()> {
     let command = || -> Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
@@ -72,7 +71,7 @@ fn on_kernel(series: &str, seed: Option<u64>) -> Result<()> {
     run::shown(&mut test)
 }
 
-/// Packages of it can be made, and do what an administrator expects of them.
+/// Makes packages, and checks that they behave as an administrator expects.
 fn packages(tally: &mut Tally, hold: &[(&str, Holds)]) -> Result<()> {
     let out = build::repository()?.join("target/packages-tried");
     if out.exists() {

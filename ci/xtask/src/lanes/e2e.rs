@@ -16,13 +16,13 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-/// By default all requests are copied. With this the large ones are mapped.
+/// Parameter with which large requests are mapped; by default all requests are copied.
 const MAPPING: &str = "copy_max_segments=16";
 
-/// The case of `vmtest` that plants a warning on dom0's console, and what it says there.
+/// The case of `vmtest` that plants a warning on dom0's console, and that warning.
 const PLANTED: (&str, &str) = ("planted.dom0_log", "WARNING: planted");
 
-/// The tests of what honest guests and toolstacks do.
+/// Runs the tests of honest guests and toolstacks.
 pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let only = only.replace('\'', "");
     let script = format!("exec /t/vmtest run --only '{only}'{}\n", words(seed));
@@ -48,11 +48,11 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     Ok(())
 }
 
-/// Batches of random requests in the usual lane; each run has others.
+/// Batches of random requests in the usual lane; they differ in each run.
 const SOME_FUZZ: u32 = 100;
 
-/// The tests of what a malicious frontend does: all with the parameters that are shipped, then those that are about
-/// the pages of requests in the other ways, kept and mapped.
+/// Runs the tests of a malicious frontend: all with the default parameters, then those about the pages of requests with
+/// persistent grants and with mapped requests.
 pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let seed = words(seed);
     // blktapctrl uses the module.
@@ -68,19 +68,19 @@ pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(tally, "hostile", "", &script)
 }
 
-/// The attacks of all rings, with large requests mapped.
+/// Runs the attacks on all rings, with large requests mapped.
 pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let script = format!("exec /t/hostile run --phy --label mapped{}\n", words(seed));
     boot(tally, "mapped", MAPPING, &script)
 }
 
-/// Guests that move, one way each. Long cases run where they are named in full.
+/// Migrations of guests, one way each. Long cases run only if their full name is given.
 const MOVES: &str = "migrate.raw,migrate.phy,migrate.s20_checkpoints,migrate.s21_failed";
 
-/// The cases of tap disks, most of which leave all to the process otherwise.
+/// Runs the cases of tap disks with passthrough, most of which otherwise use only the process.
 pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     const CASES: &str = "tap.*,handoff.*,snapshot.*,lease.*,ops.*";
-    // They wait for what only a process does: to have a request, and to count.
+    // These cases wait for something that only a process does: to have a request, and to count.
     const NOT: &str =
         "tap.s05_stuck_storage,tap.gone_means_fenced,tap.s13_hung,tap.supervisor_dies";
     let script = format!(
@@ -90,8 +90,8 @@ pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     cases(tally, "direct", &script)
 }
 
-/// The cases that take too long for each change and that the patterns `only` name, but not those
-/// that `except` names.
+/// Runs the cases that take too long for each change and that the patterns `only` name, but not those that `except`
+/// names.
 pub(super) fn long(
     tally: &mut Tally,
     name: &str,
@@ -106,9 +106,10 @@ pub(super) fn long(
     cases(tally, name, &script)
 }
 
-/// The cases that are about xenstore, with the other one of Xen's two daemons.
+/// Runs the cases about xenstore, with the other one of Xen's two daemons.
 pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
-    const CASES: &str = "xenstore.*,lifecycle.*,takeover.*,tap.file,tap.supervisor_dies";
+    const CASES: &str =
+        "xenstore.*,lifecycle.*,takeover.*,tap.file,tap.supervisor_dies,domain.many";
     let script = format!(
         "busybox pidof xenstored >/dev/null || {{ echo 'Bail out! it does not run' >\"$REPORT\"; exit 1; }}
          exec /t/vmtest run --only '{CASES},{MOVES}'{}\n",
@@ -119,7 +120,7 @@ pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     cases_on(tally, machine, &script)
 }
 
-/// A dom0 with hardware help, for which each page that is mapped changes tables of the processor.
+/// Runs tests on a PVH dom0, where each mapped page changes tables of the processor.
 pub(super) fn pvh(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     const CASES: &str =
         "phy.*,rings.*,faults.*,lifecycle.*,takeover.*,tap.*,handoff.*,direct.*,snapshot.*";
@@ -132,10 +133,10 @@ pub(super) fn pvh(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     cases_on(tally, machine, &script)
 }
 
-/// The suites whose stock kernels guests are tried with: Linux 6.1 and 6.12.
+/// Suites whose stock kernels are tested as guests: Linux 6.1 and 6.12.
 const GUESTS: &[&str] = &["bookworm", "trixie"];
 
-/// Guests with older kernels: what they ask for and leave out, and what is done below them.
+/// Runs guests with older kernels, which use other features.
 pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     const CASES: &str =
         "phy.pv.*,phy.pvh.*,rings.*,tap.file,lifecycle.save_restore,takeover.load,handoff.s29_load";
@@ -150,7 +151,7 @@ pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// Cases of `vmtest`, in a machine of their own.
+/// Runs cases of `vmtest`, in a machine of their own.
 fn cases(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
     cases_on(tally, machine(name), script)
 }
@@ -163,7 +164,7 @@ fn cases_on(tally: &mut Tally, machine: Machine, script: &str) -> Result<()> {
     Ok(())
 }
 
-/// A payload for `vmtest`, with the module that has planted faults as well.
+/// Makes a payload for `vmtest`, with the module that has planted faults as well.
 fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
     let payload = with_everything(name, script, Kernel::Stock)?;
     let faulty = payload.join("faulty");
@@ -172,15 +173,15 @@ fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
     Ok(payload)
 }
 
-/// What cannot run there: planted faults stop such a kernel, and so does the C driver, from which a disk is taken over,
-/// because it has a work item on its stack that it does not tell the kernel's checks of. The last one needs RAID, which
-/// such a kernel does not have.
+/// Cases that cannot run there: planted faults stop such a kernel. So does the C driver, from which a takeover starts,
+/// because it has a work item on its stack without the annotation for the kernel's checks. The last case needs RAID,
+/// which such a kernel does not have.
 const NOT_CHECKED: &str = "planted.*,takeover.*,tap.claimed_in_parts";
 
-/// Honest guests and a malicious frontend, on a dom0 whose kernel checks locks, memory and leaks by itself.
+/// Runs honest guests and a malicious frontend on a dom0 whose kernel checks locks, memory and leaks.
 pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
     let (only, seed) = (only.replace('\'', ""), words(seed));
-    // First the malicious ones: what has been lost is looked for at the end.
+    // First the malicious ones, because leaks are searched at the end.
     let mut script = String::new();
     if only == super::ALL {
         script = format!(
@@ -202,7 +203,7 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
 /// The size of a disk that two hosts share: 64 MiB.
 const SHARED: u64 = 64 << 20;
 
-/// What two hosts do with one disk, on a network with nothing else.
+/// Runs the tests of two hosts with one disk, on a network of their own.
 pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     let script = format!(
         "case \" $(cat /proc/cmdline) \" in *\" host=second \"*) exec /t/vmtest peer ;; esac\n\
@@ -241,12 +242,12 @@ pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// A part of the life of the packages on a host with systemd, for which it is booted.
+/// A part of the packages' life on a host with systemd, which boots for each.
 struct LifePart {
     name: &'static str,
-    /// What more the host's kernel is told.
+    /// More words for the host's kernel command line.
     words: &'static str,
-    /// Whether the host has a copy of its own disk, for a guest with the same system.
+    /// True if the host has a copy of its own disk, for a guest with its system.
     has_copy: bool,
 }
 
@@ -260,7 +261,7 @@ impl LifePart {
     }
 }
 
-/// The whole life. Each part finds the disk as the one before has left it.
+/// All parts. Each finds the disk as the one before has left it.
 const LIFE: &[LifePart] = &[
     LifePart::new("installed"),
     LifePart {
@@ -275,9 +276,9 @@ const LIFE: &[LifePart] = &[
     LifePart::new("removed"),
 ];
 
-/// Packages are installed, upgraded under load, downgraded and removed on a host that keeps its disk.
+/// Installs, upgrades under load, downgrades and removes packages on a host that keeps its disk.
 pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
-    // As the kernel's command line says.
+    // The name of the part comes from the kernel's command line.
     const SCRIPT: &str =
         "exec /t/vmtest life \"$(sed -n 's/.*\\blife=\\([a-z]*\\).*/\\1/p' /proc/cmdline)\"\n";
     let machines = recipes::hosts()?;
@@ -301,12 +302,12 @@ pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
         let mut machine = machine(&name);
         machine.root = Some(root.clone());
         if part.has_copy {
-            // The host is down, so its file system is whole.
+            // The host is down, so its file system is consistent.
             let copy = disk.join("copy.img");
             copy_disk(&root, &copy)?;
             machine.disks.push(copy);
         }
-        // Each line on a console of Xen takes its time.
+        // Each line on a console of Xen takes a while.
         machine.dom0_args = format!("life={} systemd.show_status=no {}", part.name, part.words);
         let outcome = report_on(tally, machine, &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
@@ -325,7 +326,7 @@ fn copy_disk(from: &Path, to: &Path) -> Result<()> {
     run::shown(copy.arg(from).arg(to))
 }
 
-/// Random requests of a malicious frontend; each run says its seed.
+/// Sends random requests of a malicious frontend; each run reports its seed.
 pub(super) fn fuzz(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
@@ -335,7 +336,7 @@ pub(super) fn fuzz(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     )
 }
 
-/// Random calls of a malicious process.
+/// Makes random calls of a malicious process.
 pub(super) fn fuzz_tap(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
@@ -345,12 +346,12 @@ pub(super) fn fuzz_tap(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     )
 }
 
-/// The words that name a seed to a program of the tests.
+/// Returns the arguments that pass a seed to a test program.
 fn words(seed: Option<u64>) -> String {
     seed.map_or(String::new(), |seed| format!(" --seed {seed}"))
 }
 
-/// `options` are those of the module.
+/// Boots the machine for a test. `options` are those of the module.
 fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()> {
     let payload = with_everything(name, script, Kernel::Stock)?;
     let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
@@ -361,7 +362,7 @@ fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()
     Ok(())
 }
 
-/// Boots with this payload, and counts what is reported; each line goes to `on_line` as well.
+/// Boots with this payload, and counts the reported tests; each line goes to `on_line` as well.
 fn report(
     tally: &mut Tally,
     machine: Machine,
@@ -373,7 +374,7 @@ fn report(
     report_on(tally, machine, &machines, payload, on_line)
 }
 
-/// The same on these machines.
+/// Boots these machines with this payload, and counts the reported tests.
 fn report_on(
     tally: &mut Tally,
     machine: Machine,
@@ -404,12 +405,12 @@ fn machine(name: &str) -> Machine {
     machine
 }
 
-/// A payload with the module for this kernel installed, the programs and a guest.
+/// Makes a payload with the installed module for this kernel, the programs and a guest.
 pub(crate) fn with_everything(name: &str, script: &str, kernel: Kernel) -> Result<PathBuf> {
     everything(name, script, &recipes::machines(kernel)?)
 }
 
-/// The same for these machines.
+/// Makes a payload for these machines with the installed module, the programs and a guest.
 fn everything(name: &str, script: &str, machines: &Machines) -> Result<PathBuf> {
     let payload = payload::new(name, script)?;
     let programs = build::programs()?;

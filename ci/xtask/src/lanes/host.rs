@@ -12,7 +12,7 @@ use std::time::Instant;
 
 pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     host::for_tests()?;
-    // One selection of crates: with another one cargo builds what they share anew.
+    // One selection of crates, because cargo would rebuild shared crates for another one.
     let mut all = cargo_test();
     all.arg("--workspace");
     count(
@@ -21,7 +21,7 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
         all,
         &["--no-fail-fast", "--", "--show-output"],
     )?;
-    // Another build of everything below the models, so it has a folder of its own.
+    // The models need another build of everything below them, so it has a folder of its own.
     let mut loom = cargo_test();
     loom.args(["-p", "ring", "--release", "--test", "loom"]);
     loom.env("RUSTFLAGS", "--cfg loom")
@@ -29,7 +29,7 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
     count(tally, "the loom models", loom, &[])
 }
 
-/// The tests of sanlock's daemons that wait for what takes these a minute.
+/// Runs the tests of sanlock's daemons that wait for events which take these a minute.
 pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     host::for_sanlock()?;
     let mut tests = cargo_test();
@@ -42,7 +42,7 @@ pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     )
 }
 
-/// Thousands of images of which one word is wrong, and their repair. `SEED` and `SEEDS` choose which.
+/// Repairs thousands of images with one wrong word. `SEED` and `SEEDS` select them.
 pub(super) fn repairs(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
     host::for_tests()?;
     let mut tests = cargo_test();
@@ -64,8 +64,8 @@ fn cargo_test() -> Command {
     cargo
 }
 
-/// Builds what `cargo` names, runs it with the words `run`, and adds what the closing lines say; shows what is not
-/// simply in order.
+/// Builds the programs that `cargo` names, runs them with the words `run`, and adds the counts in their last lines;
+/// shows everything but passed tests.
 fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<()> {
     let programs = match programs(what, &cargo) {
         Ok(programs) => programs,
@@ -74,7 +74,7 @@ fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<
             return Ok(());
         }
     };
-    // cargo says on its standard error which program comes next, and the program's lines are on its output.
+    // cargo reports the next program on its standard error, and the program's lines are on its output.
     let mut merged = Command::new("sh");
     merged.args(["-c", "exec \"$@\" 2>&1", "sh"]);
     merged.arg(cargo.get_program()).args(cargo.get_args());
@@ -130,7 +130,7 @@ fn programs(what: &str, cargo: &Command) -> Result<Vec<(PathBuf, String)>> {
     Ok(text.lines().filter_map(executable).collect())
 }
 
-/// Gives `to` the changes of the environment that `from` has.
+/// Copies the changes of the environment from one command to another.
 fn give_environment(from: &Command, to: &mut Command) {
     for (name, value) in from.get_envs() {
         match value {
@@ -140,7 +140,7 @@ fn give_environment(from: &Command, to: &mut Command) {
     }
 }
 
-/// The test program of a line of cargo's messages: its path, and the names of its crate and target.
+/// Returns the test program in a line of cargo's messages: its path, and the names of its crate and target.
 fn executable(line: &str) -> Option<(PathBuf, String)> {
     let message: serde_json::Value = serde_json::from_str(line).ok()?;
     let path = message.get("executable")?.as_str()?;
@@ -150,7 +150,7 @@ fn executable(line: &str) -> Option<(PathBuf, String)> {
     Some((path.into(), format!("{package} {target}")))
 }
 
-/// The name of the program that cargo says it runs next.
+/// Returns the name of the program that cargo reports to run next.
 fn running(line: &str, programs: &[(PathBuf, String)]) -> Option<String> {
     let line = line.trim_start();
     if let Some(package) = line.strip_prefix("Doc-tests ") {
@@ -162,10 +162,10 @@ fn running(line: &str, programs: &[(PathBuf, String)]) -> Option<String> {
     Some(known.map_or(path, |(_, name)| name).to_string())
 }
 
-/// Which lines are worth showing: thousands of tests that passed, and what they printed, would hide the others.
+/// Selection of the shown lines: thousands of passed tests, and their output, would hide the others.
 #[derive(Default)]
 struct Shown {
-    /// These are lines of tests that passed.
+    /// The lines are those of passed tests.
     passed: bool,
 }
 
@@ -180,12 +180,12 @@ impl Shown {
     }
 }
 
-/// What a test says that could not run.
+/// Returns the reason of a test that could not run.
 fn skipped(line: &str) -> Option<&str> {
     line.strip_prefix("SKIP ")
 }
 
-/// The counts of a `test result:` line.
+/// Returns the counts of a `test result:` line.
 fn result(line: &str) -> Option<(u64, u64, u64)> {
     let rest = line.strip_prefix("test result: ")?;
     let count = |what: &str| -> Option<u64> {

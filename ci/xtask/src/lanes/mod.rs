@@ -31,12 +31,11 @@ pub(crate) enum Lane {
     Debug,
     /// Instructions per I/O against recorded bounds, in a Xen machine.
     Bench,
-    /// What takes too long for each change: random malicious requests, a hundred deaths of a
-    /// process.
+    /// Tests that take too long for each change: random malicious requests, a hundred deaths of a process.
     Nightly,
 }
 
-/// The pattern that fits all tests.
+/// The pattern that matches all tests.
 pub(crate) const ALL: &str = "*";
 
 /// The lanes that run when none is named.
@@ -49,16 +48,18 @@ const USUAL: &[Lane] = &[
     Lane::Bench,
 ];
 
-/// Runs the lanes and returns their sums. The lane of the bench, in a machine whose time is counted in
-/// instructions, runs beside the malicious guests, of what they leave of the processors. Not beside honest
-/// ones: QEMU kills hardware virtualised guests, one in four or five, while something else wants the host's
-/// processors, and hardly any on a quiet host.
+/// Runs the lanes, some of them concurrently, and returns their sums:
+/// - Compilers of the lanes Check and Build use the processors that the tests on the host leave idle: half of them,
+///   because those tests mostly wait for processes.
+/// - The bench, in a machine whose time is counted in instructions, uses the processors that the malicious guests leave
+///   idle. Honest guests run alone, because QEMU kills one in four or five hardware virtualised guests while another
+///   program wants the host's processors, and hardly any on a quiet host.
 pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
     let mut tally = Tally::default();
     let lanes = if lanes.is_empty() { USUAL } else { lanes };
     let start = Instant::now();
     if lanes.contains(&Lane::E2e) {
-        // All artefacts at once is quicker than each when it is first needed.
+        // All artefacts at once is faster than each when it is first needed.
         if let Err(error) = crate::recipes::machines(Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
@@ -78,17 +79,21 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
         }
         tally
     };
-    let first = [Lane::Host, Lane::Check, Lane::Build, Lane::E2e, Lane::Debug];
-    tally.join(each(of(&first)));
-    thread::scope(|scope| {
-        let counted = of(&[Lane::Bench]);
-        let beside = scope.spawn(|| each(counted));
-        tally.join(each(of(&[Lane::Hostile, Lane::Nightly])));
-        match beside.join() {
-            Ok(counted) => tally.join(counted),
-            Err(_) => tally.fail("lane Bench", "it panicked"),
-        }
-    });
+    let beside = |first: &[Lane], second: &[Lane]| -> Tally {
+        thread::scope(|scope| {
+            let (first, second) = (of(first), of(second));
+            let second = scope.spawn(|| each(second));
+            let mut tally = each(first);
+            match second.join() {
+                Ok(second) => tally.join(second),
+                Err(_) => tally.fail("lanes that run beside others", "their thread panicked"),
+            }
+            tally
+        })
+    };
+    tally.join(beside(&[Lane::Host], &[Lane::Check, Lane::Build]));
+    tally.join(each(of(&[Lane::E2e, Lane::Debug])));
+    tally.join(beside(&[Lane::Hostile, Lane::Nightly], &[Lane::Bench]));
     steps::took(Kind::Lane, "all lanes", start.elapsed().as_secs_f64());
     tally
 }

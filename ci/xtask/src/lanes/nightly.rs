@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What takes too long for each change.
+//! Tests that take too long for each change.
 
 use super::{build, e2e, host};
 use crate::demo::{self, Story};
@@ -10,7 +10,7 @@ use clap::ValueEnum;
 /// A part of the lane, which boots a machine of its own.
 #[derive(Clone, Copy)]
 enum Part {
-    /// What is not a case of `vmtest`.
+    /// Tests that are not cases of `vmtest`.
     Own(fn(&mut Tally, Option<u64>) -> Result<()>),
     /// The long cases of these groups.
     Long(&'static str),
@@ -24,43 +24,43 @@ const PARTS: &[(&str, Part)] = &[
     ("mapped", Part::Own(e2e::mapped)),
     // A hundred deaths of a process.
     ("deaths", Part::Long("tap.s12*")),
-    // What must not add up: many disks at once, and one after the other.
+    // Leaks that must not add up: many disks at once, and one after the other.
     (
         "many",
         Part::Long("lifecycle.*,memory.*,tap.cycles,tap.disks*"),
     ),
     // Guests that move, and disks that are handed over.
     ("moves", Part::Long("migrate.*,handoff.*")),
-    // What else there is of disks whose images the kernel may serve by itself.
+    // Other tests of disks with passthrough.
     ("direct", Part::Own(e2e::direct)),
-    // Kept by the clock.
+    // Leases, which need real time.
     ("leases", Part::Long("lease.*")),
-    // Its daemons, which take their time.
+    // The daemons of sanlock, which take long.
     ("sanlock", Part::Own(host::sanlock)),
-    // Images with a wrong word, and what their repair keeps.
+    // Images with a wrong word, and the data that their repair preserves.
     ("repairs", Part::Own(host::repairs)),
     // Guests with other kernels than dom0's.
     ("guests", Part::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.
     ("xenstored", Part::Own(e2e::xenstored)),
-    // A dom0 with hardware help.
+    // A PVH dom0.
     ("pvh", Part::Own(e2e::pvh)),
     // Packages on a host with systemd.
     ("life", Part::Own(e2e::life)),
     // Two machines at once.
     ("hosts", Part::Own(e2e::hosts)),
-    // On a kernel with its own checks.
+    // A kernel with its own checks.
     (
         "debug",
         Part::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
     ),
     // Both stories of the demonstration, to their ends.
     ("demo", Part::Own(demo)),
-    // What is known to work is seen to.
+    // Other kernels that are known to work.
     ("kernels", Part::Own(build::other_kernels)),
-    // The module is built on a host by itself.
+    // A build of the module on a host without this project's tools.
     ("packages", Part::Own(build::long)),
-    // Other shapes, formats, orders and ways in.
+    // Other shapes, formats, orders and entry points.
     ("variants", Part::Rest),
 ];
 
@@ -80,7 +80,7 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     })
 }
 
-/// Tells each story of the demonstration.
+/// Shows each story of the demonstration.
 fn demo(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     for story in Story::value_variants() {
         tally.check(&format!("demo.{}", story.name()), demo::tell(*story));
@@ -88,7 +88,7 @@ fn demo(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// The groups that have a part of their own.
+/// Returns the groups that have a part of their own.
 fn named() -> String {
     let groups = PARTS.iter().filter_map(|(_, part)| match part {
         Part::Long(groups) => Some(*groups),
@@ -105,7 +105,7 @@ fn names() -> Vec<&'static str> {
 mod tests {
     use super::names;
 
-    /// Parts that the workflow file runs, from its line `part: [a, b]`.
+    /// Returns the parts that the workflow file runs, from its line `part: [a, b]`.
     fn scheduled() -> Vec<&'static str> {
         const WORKFLOW: &str = include_str!("../../../../.github/workflows/tests.yml");
         let line = WORKFLOW

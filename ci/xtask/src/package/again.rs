@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Packages that somebody else makes of the same commit are the same, bit by bit.
+//! Reproducibility: another build of a commit must give bit-identical packages.
 
 use crate::{build, run};
 use anyhow::{ensure, Context, Result};
@@ -16,7 +16,7 @@ pub(crate) fn made_again(out: &Path) -> Result<()> {
     if place.exists() {
         run::remove_tree(&place)?;
     }
-    // Only what is committed is in a clone, and has a version.
+    // A clone has only committed files, and only these have a version.
     let mut changes = Command::new("git");
     changes.args(["status", "--porcelain", "--untracked-files=no"]);
     let changes = run::output(changes.current_dir(&repository))?;
@@ -40,7 +40,7 @@ pub(crate) fn made_again(out: &Path) -> Result<()> {
     run::remove_tree(&place)
 }
 
-/// Both folders have files of the same names, with the same bytes.
+/// Checks that both folders have files of equal names and bytes.
 fn compare(first: &Path, second: &Path) -> Result<()> {
     let names = names(first)?;
     ensure!(!names.is_empty(), "there is nothing in {}", first.display());

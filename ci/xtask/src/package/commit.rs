@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What is packaged, and when it was made.
+//! The packaged commit and its time.
 
 use crate::{build, run};
 use anyhow::{Context, Result};
@@ -8,7 +8,7 @@ use std::process::Command;
 /// The commit that is packaged.
 pub(super) struct Commit {
     pub(super) version: String,
-    /// When it was made, in seconds since 1970 and as a changelog has it.
+    /// Time of the commit, in seconds since 1970 and in the form of a changelog.
     pub(super) seconds: String,
     pub(super) date: String,
     pub(super) author: String,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The file `copyright`: what the programs contain, whose it is, and under which licences.
+//! The file `copyright`: parts of the programs, their holders, and their licences.
 
 use crate::{build, install, run};
 use anyhow::{Context, Result};
@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What is ours, and what of other languages the programs contain.
+/// Entries for this project, and for parts in other languages than Rust.
 const OURS: &str = include_str!("../../../packaging/debian/copyright.in");
 
 /// Licences whose texts Debian has in /usr/share/common-licenses, with their names there.
@@ -20,7 +20,7 @@ const COMMON: &[(&str, &str)] = &[
     ("LGPL-2.1-or-later", "LGPL-2.1"),
 ];
 
-/// Others, and where a crate that is under it has the text.
+/// Other licences, and a crate under each that has the text.
 const TEXTS: &[(&str, &str, &str)] = &[
     ("0BSD", "adler2", "LICENSE-0BSD"),
     (
@@ -38,13 +38,13 @@ const TEXTS: &[(&str, &str, &str)] = &[
     ("Zlib", "miniz_oxide", "LICENSE-ZLIB.md"),
 ];
 
-/// Where the exception begins in the text of a licence with it.
+/// Start of the exception in the text of a licence with one.
 const EXCEPTION: &str = "--- LLVM Exceptions";
 
 /// A crate, by its name and version.
 type Id = (String, String);
 
-/// What a crate says of itself.
+/// Description of a crate by its manifest.
 #[derive(Debug, Default)]
 struct Part {
     licence: String,
@@ -54,7 +54,7 @@ struct Part {
     programs: BTreeSet<&'static str>,
 }
 
-/// The whole text.
+/// Returns the whole text.
 pub(super) fn text() -> Result<String> {
     let parts = parts()?;
     let mut text = OURS.to_owned();
@@ -84,7 +84,7 @@ pub(super) fn text() -> Result<String> {
     Ok(text)
 }
 
-/// Crates of others in the programs.
+/// Returns the crates of other projects in the programs.
 fn parts() -> Result<BTreeMap<Id, Part>> {
     let described = described()?;
     let mut parts: BTreeMap<Id, Part> = BTreeMap::new();
@@ -108,19 +108,19 @@ fn parts() -> Result<BTreeMap<Id, Part>> {
     Ok(parts)
 }
 
-/// The crates of others in a program.
+/// Returns the crates of other projects in a program.
 fn contained(program: &str) -> Result<BTreeSet<Id>> {
     let mut tree = build::cargo();
     tree.args(["tree", "--locked", "--edges", "normal", "--prefix", "none"]);
     tree.args(["--format", "{p}", "--target", build::TARGET]);
     tree.args(["--package", program]);
     let text = run::output(tree.current_dir(build::repository()?))?;
-    // Of our own the folder is told.
+    // Crates of this workspace show their folder.
     let others = text.lines().filter(|line| !line.contains(" (/"));
     Ok(others.filter_map(id).collect())
 }
 
-/// A crate in a line such as `serde v1.0.2 (proc-macro)`.
+/// Returns the crate in a line such as `serde v1.0.2 (proc-macro)`.
 fn id(line: &str) -> Option<Id> {
     let mut words = line.split(' ');
     let name = words.next()?;
@@ -128,7 +128,7 @@ fn id(line: &str) -> Option<Id> {
     Some((name.into(), version.into()))
 }
 
-/// All crates of the workspace, as cargo describes them.
+/// Returns all crates of the workspace's dependency graph, as cargo describes them.
 fn described() -> Result<BTreeMap<Id, Value>> {
     let mut cargo = build::cargo();
     cargo.args(["metadata", "--locked", "--format-version", "1"]);
@@ -179,7 +179,7 @@ fn says_whose(file: &Path) -> bool {
         .any(|start| name.starts_with(start))
 }
 
-/// Who is named in a line such as `Copyright (c) 2014 Somebody`; templates and other sentences name nobody.
+/// Returns the holder in a line such as `Copyright (c) 2014 Jane Doe`; `None` for templates and other sentences.
 fn holder(line: &str) -> Option<String> {
     let line = line.trim_start_matches(|byte: char| !byte.is_ascii_alphanumeric());
     let rest = line
@@ -194,13 +194,13 @@ fn holder(line: &str) -> Option<String> {
     let is_dated = rest
         .trim_start_matches('[')
         .starts_with(|byte: char| byte.is_ascii_digit());
-    // The texts of the GPL are another's than what is under them.
+    // The holder of a licence's text is not the holder of the work under it, as with the GPL.
     let is_somebody = !rest.contains(['<', '{']) || rest.contains('@');
     let is_text = rest.contains("Free Software Foundation");
     (is_somebody && !is_text && (is_marked || is_dated)).then(|| rest.replace(['[', ']'], ""))
 }
 
-/// A licence as Debian writes it.
+/// Returns a licence in Debian's form.
 fn expression(spdx: &str) -> String {
     spdx.replace('/', " OR ")
         .replace(" WITH LLVM-exception", "-with-LLVM-exception")
@@ -210,13 +210,13 @@ fn expression(spdx: &str) -> String {
         .replace(['(', ')'], "")
 }
 
-/// The licences in an expression.
+/// Returns the licences in an expression.
 fn names(expression: &str) -> impl Iterator<Item = &str> {
     let words = expression.split([' ', ',']);
     words.filter(|word| !["", "and", "or"].contains(word))
 }
 
-/// The text of a licence, or where it is.
+/// Returns the text of a licence, or its place.
 fn full(licence: &str, parts: &BTreeMap<Id, Part>) -> Result<String> {
     let common = |licence| {
         let (_, file) = COMMON.iter().find(|(name, _)| *name == licence)?;
@@ -242,7 +242,7 @@ fn full(licence: &str, parts: &BTreeMap<Id, Part>) -> Result<String> {
     let file = part.folder.join(file);
     let text =
         fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    // What a licence with an exception is without it is another one.
+    // A licence without its exception is another licence.
     let without = licence.strip_suffix("-with-LLVM-exception");
     Ok(
         match (without.and_then(common), text.split_once(EXCEPTION)) {
@@ -252,7 +252,7 @@ fn full(licence: &str, parts: &BTreeMap<Id, Part>) -> Result<String> {
     )
 }
 
-/// A text as a field's continuation.
+/// Returns a text as a field's continuation.
 fn indented(text: &str) -> String {
     let mut indented = String::new();
     for line in text.trim().lines().map(str::trim_end) {
@@ -262,7 +262,7 @@ fn indented(text: &str) -> String {
     indented
 }
 
-/// One a line, below each other.
+/// Returns one holder a line.
 fn lines(holders: &BTreeSet<String>) -> String {
     Vec::from_iter(holders.iter().map(String::as_str)).join("\n           ")
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The folder `debian`: what debhelper is told of the packages.
+//! The folder `debian`: the description of the packages for debhelper.
 
 use super::commit::Commit;
 use super::copyright;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 
-/// The files in the folder `debian`, by their names there; `@RELEASE@` in names and texts is the kernel's.
+/// The files in the folder `debian`, by name; `@RELEASE@` in names and texts is the kernel's.
 const DEBIAN: &[(&str, &str)] = &[
     (
         "control",
@@ -86,7 +86,7 @@ pub(super) fn describe(debian: &Path, commit: &Commit) -> Result<()> {
     Ok(fs::write(debian.join("copyright"), copyright::text()?)?)
 }
 
-/// A text with what is in the place of words such as `@RELEASE@`.
+/// Replaces words such as `@RELEASE@` in a text.
 fn filled(text: &str, release: &str, commit: &Commit) -> String {
     let series = |each: fn(&str) -> String, between: &str| {
         let all: Vec<String> = kernel::SERIES.iter().map(|series| each(series)).collect();
@@ -144,7 +144,7 @@ mod tests {
         );
     }
 
-    /// The module is tried where nothing else is installed.
+    /// The test of the module's source package runs on a tree without other packages.
     #[test]
     fn the_tree_for_dkms_has_what_the_package_depends_on() {
         let control = text("control");

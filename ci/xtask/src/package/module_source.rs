@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! The source of the module, for hosts that build it for the kernels that they have.
+//! The source of the module, for hosts that build it for their own kernels.
 
 use crate::{build, run};
 use anyhow::{Context, Result};
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// What Kbuild reads, and its licences.
+/// Files that Kbuild reads, and their licences.
 const SOURCE: &[&str] = &[
     "Kbuild",
     "LICENSES",
@@ -19,7 +19,7 @@ const SOURCE: &[&str] = &[
     "xenbus/src",
 ];
 
-/// What is beside it: its name there and its text.
+/// Further files: name there and text.
 const BESIDE: &[(&str, &str)] = &[
     ("prepare", include_str!("../../../packaging/dkms/prepare")),
     (
@@ -30,7 +30,7 @@ const BESIDE: &[(&str, &str)] = &[
 
 const DEPMOD: &str = include_str!("../../../packaging/dkms/depmod.conf");
 
-/// Lays the source out below `dir`, which stands for `/`.
+/// Copies the source below `dir`, which stands for `/`.
 pub(super) fn to(dir: &Path, version: &str) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let place = dir.join(format!("usr/src/xen-blkback-rs-{version}"));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! What must hold of the packages in a folder.
+//! Checks of the packages in a folder.
 
 use crate::root::Root;
 use crate::{build, recipes, run};
@@ -11,7 +11,7 @@ const LIFE: &str = include_str!("../../../recipes/package-life.sh");
 const BESIDE_XEN: &str = include_str!("../../../recipes/package-beside-xen.sh");
 const DKMS: &str = include_str!("../../../recipes/package-dkms.sh");
 
-/// What Debian's checker says against the packages in `out`.
+/// Runs Debian's checker on the packages in `out`.
 pub(crate) fn judged(out: &Path) -> Result<()> {
     let mut lintian = Root::new(&recipes::package_root()?)
         .bind_read_only(out, "/mnt/a")
@@ -21,12 +21,12 @@ pub(crate) fn judged(out: &Path) -> Result<()> {
     run::output(&mut lintian).map(drop)
 }
 
-/// Installs, changes and removes the packages in `out` on a tree that is gone afterwards.
+/// Installs, changes and removes the packages in `out` on a temporary tree.
 pub(crate) fn live(out: &Path) -> Result<()> {
     on_a_tree(out, LIFE)
 }
 
-/// Upgrades and removes Xen's package beside those in `out`, on a tree that is gone afterwards.
+/// Upgrades and removes Xen's package beside those in `out`, on a temporary tree.
 pub(crate) fn beside_xen(out: &Path) -> Result<()> {
     on_a_tree(out, BESIDE_XEN)
 }
