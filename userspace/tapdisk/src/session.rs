@@ -508,6 +508,9 @@ impl Session {
         let mut file = None;
         let served = async {
             file = self.locked(&open, image).await?;
+            if let Some(file) = &file {
+                self.make_durable(&open, file).await?;
+            }
             inactive::check(&open, file.as_ref(), stamp)?;
             let (disk, shape) = self.disk(&open, file.clone()).await?;
             self.serve(&tap, open, engine, identity, disk, shape).await

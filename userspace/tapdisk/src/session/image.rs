@@ -6,7 +6,7 @@ use super::cow::MEMORY;
 use super::Session;
 use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
-use diskio::{File, LockKind, LockPart};
+use diskio::{Errno, File, LockKind, LockPart};
 use drivers::{Disk, Fence, Raw, Shape};
 use formats::{Base, Below, Kind, Options};
 use std::cell::RefCell;
@@ -44,6 +44,23 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
     file.keep_size()
         .map(drop)
         .map_err(|error| Failure::system(format!("cannot look at {name}"), &error))
+}
+
+/// Flushes a file of an image with tables.
+pub(super) async fn flush_tables(open: &Open, file: &File) -> Result<(), Errno> {
+    match kind(open.target.driver()).is_some() && !open.read_only {
+        true => file.flush().await,
+        false => Ok(()),
+    }
+}
+
+/// Drops a file from the page cache, which may hold what the storage could not write back as if it were durable.
+pub(super) fn forget_lost(file: &File) -> Result<(), Failure> {
+    let forgotten = file.forget();
+    forgotten.map_err(|error| {
+        let what = "cannot drop from the page cache what the storage may have lost";
+        Failure::system(what, &error.into())
+    })
 }
 
 impl Session {
@@ -95,21 +112,23 @@ impl Session {
         };
         self.reach(open, Fence::of_descriptor(&image)).await?;
         let file = drivers::image(&self.runtime.io, open, Some(image)).await?;
-        self.forget_lost(&file)?;
         Ok(Some(file))
     }
 
-    /// Where something was lost, the page cache may hold what the storage could not write back as if it were durable. A
-    /// driver that found a table there would rely on it.
-    fn forget_lost(&self, file: &File) -> Result<(), Failure> {
-        if !self.lost().is_owed() {
-            return Ok(());
+    /// Makes the tables in a file of the image durable that an earlier process has written, before a driver reads them:
+    /// a flush that loses them later would fail, but the driver would not write them again, because it only knows its
+    /// own. If they are lost now, the driver reads what the storage has, and a flush of the guest reports the error.
+    ///
+    /// # Errors
+    /// What is lost cannot be dropped from the page cache.
+    pub(super) async fn make_durable(&self, open: &Open, file: &File) -> Result<(), Failure> {
+        if let Err(error) = flush_tables(open, file).await {
+            self.lost().add(error);
         }
-        let forgotten = file.forget();
-        forgotten.map_err(|error| {
-            let what = "cannot drop from the page cache what the storage may have lost";
-            Failure::system(what, &error.into())
-        })
+        match self.lost().is_owed() {
+            true => forget_lost(file),
+            false => Ok(()),
+        }
     }
 
     /// The disk that `open` asks for.
@@ -272,7 +291,7 @@ impl formats::Files<File> for Parts<'_> {
         if writable {
             // The file has as many bytes of the disk as the image claims.
             keep_size(&mut file, &name)?;
-            self.session.forget_lost(&file)?;
+            self.session.make_durable(self.open, &file).await?;
         } else if locked.is_some() {
             let mut state = self.session.state.borrow_mut();
             state.parents.push((path.into(), file.clone()));

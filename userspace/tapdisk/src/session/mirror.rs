@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk is copied to another image, which then takes its place.
 
-use super::image::{below, kind};
+use super::image::{below, flush_tables, forget_lost, kind};
 use super::Session;
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
@@ -62,6 +62,9 @@ impl Session {
             ..open
         };
         let file = self.locked(&open, image).await?;
+        if let Some(file) = &file {
+            self.make_other_durable(&open, file).await?;
+        }
         let lock = match file.as_ref().filter(|_| is_below) {
             Some(file) => Some(self.take_lock(&open.target, file)?),
             None => None,
@@ -92,6 +95,18 @@ impl Session {
         let twin = Twin::new(disk, shape.size, lock, is_below, ban);
         mirror::begin(self, &server, twin, rate);
         Ok(Reply::Done)
+    }
+
+    /// As [`make_durable`](Self::make_durable), for the other image: the guest's writes are not lost by an error there.
+    async fn make_other_durable(&self, open: &Open, file: &File) -> Result<(), Failure> {
+        let flushed = flush_tables(open, file).await;
+        if flushed.is_err() || self.lost().is_owed() {
+            forget_lost(file)?;
+        }
+        flushed.map_err(|error| {
+            let what = format!("what was written to {} before may be lost", open.target);
+            Failure::system(what, &error.into())
+        })
     }
 
     /// Returns the length in bytes of the parts of the disk that the served image may hold separately; `None` if

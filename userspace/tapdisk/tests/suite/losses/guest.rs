@@ -250,44 +250,44 @@ impl Guest {
             let (status, _) = self.fake.answer(sent.tag, 0).expect("an answer");
             (sent, status == Status::Okay)
         };
-        let mut answered: Vec<(Sent, bool)> = answered.into_iter().map(with_status).collect();
-        // A flush among those that were answered since the last look may have reported an error that a write had
-        // before. Of flushes that were under way together, one reports it.
-        answered.sort_by_key(|(sent, is_well)| (sent.flushes(), *is_well));
-        let mut has_flushed = false;
-        for (sent, is_well) in answered {
-            has_flushed |= self.answered(&sent, is_well);
+        let answered: Vec<(Sent, bool)> = answered.into_iter().map(with_status).collect();
+        // The answers since the last look may have come in any order: a flush may have reported an error that a write
+        // had before, one with a preflush as well. Of flushes that were under way together, one reports it.
+        for (sent, is_well) in &answered {
+            self.acknowledge(sent, *is_well);
         }
-        has_flushed
+        let flushes = |is_well| {
+            let answered = answered.iter();
+            answered.filter(move |(sent, done)| sent.flushes() && *done == is_well)
+        };
+        for (sent, _) in flushes(false) {
+            self.failed += 1;
+            self.report(sent.delivered);
+        }
+        for (sent, _) in flushes(true) {
+            self.flushed += 1;
+            self.settle(sent.posted);
+        }
+        flushes(true).next().is_some()
     }
 
-    fn answered(&mut self, sent: &Sent, is_well: bool) -> bool {
+    /// A request was answered. One that writes is acknowledged if that went well.
+    fn acknowledge(&mut self, sent: &Sent, is_well: bool) {
         let now = self.tick();
         self.note(format!("request of {}: {is_well}", sent.posted));
-        let flushes = sent.flushes();
-        if flushes {
-            match is_well {
-                true => self.flushed += 1,
-                false => self.failed += 1,
-            }
-            match is_well {
-                true => self.settle(sent.posted),
-                false => self.report(sent.delivered),
+        if !is_well || sent.op == Op::Flush {
+            return;
+        }
+        for sector in sent.at..sent.at + sent.len {
+            let told = self.sectors.get_mut(&sector).expect("it was sent");
+            let own = told.iter_mut().find(|one| one.request == sent.request);
+            let own = own.expect("it was sent");
+            own.acknowledged = Some(now);
+            if sent.fua {
+                own.promise = Promise::Durable;
+                forget_older(told);
             }
         }
-        if is_well && sent.op != Op::Flush {
-            for sector in sent.at..sent.at + sent.len {
-                let told = self.sectors.get_mut(&sector).expect("it was sent");
-                let own = told.iter_mut().find(|one| one.request == sent.request);
-                let own = own.expect("it was sent");
-                own.acknowledged = Some(now);
-                if sent.fua {
-                    own.promise = Promise::Durable;
-                    forget_older(told);
-                }
-            }
-        }
-        flushes && is_well
     }
 
     /// A flush that began at `begun` has succeeded, or a pause has.

@@ -193,10 +193,12 @@ impl Life {
     ) -> Result<(), String> {
         self.0.storage.fail(false);
         let mut opened = Ok(Reply::Done);
-        for _ in 0..2 {
+        for fails in [true, false] {
             let question = how(self.0.subject.open());
             let image = self.0.storage.descriptor();
+            self.0.storage.open(fails);
             opened = session.handle(question, vec![image]).await;
+            self.0.storage.open(false);
             if let Ok(Reply::Disk(_)) = opened {
                 let fails = !self.guest().chance.one_in(4);
                 self.0.storage.fail(fails);

@@ -46,6 +46,8 @@ struct State {
     /// A write-back has failed that no flush has reported.
     owes: bool,
     fails: bool,
+    /// A process is opening the image: flushes fail at times.
+    opens: bool,
     /// The process is dead: no flush ends any more.
     is_dead: bool,
     /// Operations that failed.
@@ -83,6 +85,7 @@ impl Volatile {
                 forgotten: BTreeSet::new(),
                 owes: false,
                 fails: false,
+                opens: false,
                 is_dead: false,
                 errors: 0,
             }),
@@ -115,6 +118,11 @@ impl Volatile {
         self.0.state.borrow_mut().fails = fails;
     }
 
+    /// A process begins to open the image, or has ended that. It drops the image from the cache after a flush that fails.
+    pub(super) fn open(&self, opens: bool) {
+        self.0.state.borrow_mut().opens = opens;
+    }
+
     /// The process is dead. Its writes may still be executed; no flush is.
     pub(super) fn die(&self) {
         let mut state = self.0.state.borrow_mut();
@@ -129,7 +137,10 @@ impl Volatile {
 
     /// The cache lets go of clean sectors: a reader of one whose write-back failed gets the durable content.
     pub(super) fn evict(&self) {
-        let mut state = self.0.state.borrow_mut();
+        self.let_go(&mut self.0.state.borrow_mut());
+    }
+
+    fn let_go(&self, state: &mut State) {
         let size = self.size();
         for sector in std::mem::take(&mut state.forgotten) {
             let at = sector * SECTOR as u64;
@@ -243,11 +254,14 @@ impl Volatile {
     }
 
     fn flush(&self, state: &mut State) -> Fate {
-        let fails = state.fails && state.chance.one_in(FLUSHES);
+        let fails = (state.fails || state.opens) && state.chance.one_in(FLUSHES);
         if fails || state.owes {
             state.owes = false;
             state.errors += 1;
             state.write_back_some(&self.0.file);
+            if state.opens {
+                self.let_go(state);
+            }
             return Fate::Fail(match state.chance.one_in(4) {
                 true => Errno::NOSPC,
                 false => Errno::IO,
