@@ -77,10 +77,10 @@ impl Vbd {
 
     fn warn_of(&self, age_s: u64) {
         let text = CString::try_from_fmt(fmt!(
-            "a request has not been answered for {age_s} s, of {} that the disk has: see tap-ctl status",
+            "a request has not been answered for {age_s} s, of {} that the disk has: see `tap-ctl status`",
             self.totals.in_flight()
         ));
-        let fallback = c"a request has not been answered for long: see tap-ctl status";
+        let fallback = c"a request has not been answered for long: see `tap-ctl status`";
         self.device.warn(text.as_deref().unwrap_or(fallback));
     }
 }

@@ -281,8 +281,8 @@ impl Image {
             return Err(Failure::new(
                 Code::Denied,
                 format!(
-                    "{} is read-only: use the mode r, or, if it is no backing image (as after tap-ctl \
-                     snapshot: serve that one), allow writing with chmod u+w",
+                    "{0} is read-only: use the mode r, or, if it is no backing image (after a snapshot the \
+                     new image is to be served), allow writing: `chmod u+w {0}`",
                     self.path.display()
                 ),
             ));

@@ -98,7 +98,7 @@ fn tell_slow(disk: &Disk, status: &Kernel) {
             News::Takes { pid, age } => {
                 let why = match has_limits(disk) {
                     true => "it may wait for the disk's limits or those of its group, or its storage does not answer",
-                    false => "its storage may not answer: see tap-ctl status",
+                    false => "its storage may not answer: see `tap-ctl status`",
                 };
                 tell!(
                     warn,

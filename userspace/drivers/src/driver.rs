@@ -271,8 +271,8 @@ pub trait Driver: 'static {
     /// requests except flushes. It is durable when this returns.
     async fn grow(&self, _size: u64) -> Result<(), Failure> {
         Err(Failure::unsupported(
-            "its driver cannot make a disk larger that is served: pause it, make the image larger with \
-             tapimg resize if its format can, and unpause it",
+            "its driver cannot make a disk larger that is served: pause it, make the image larger if its \
+             format can (`tapimg resize IMAGE SIZE`), and unpause it",
         ))
     }
 

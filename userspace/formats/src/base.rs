@@ -97,7 +97,7 @@ pub(crate) fn must_stay(parent: Option<&Base>, what: &str) -> Result<bool, Failu
         None => Ok(false),
         Some(_) => Err(Failure::unsupported(format!(
             "a running disk cannot drop the backing image of {what}: detach the disk and make one image of both \
-             with tapimg convert, or use qcow2"
+             (`tapimg convert IMAGE NEW`), or use qcow2"
         ))),
     }
 }

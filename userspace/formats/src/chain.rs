@@ -86,7 +86,7 @@ pub async fn open_chain<S: Storage>(
         };
         if layers.len() >= options.layers {
             return Err(refused(format!(
-                "{} images lie over each other and {} is one more: bring some of them together, such as with tapimg commit",
+                "{} images lie over each other and {} is one more: bring some of them together: `tapimg commit IMAGE`",
                 layers.len(),
                 next.2.display()
             )));

@@ -24,7 +24,12 @@ use takeover::{exchange, retire, take_over, Driver, Exchange, Outcome, Plan, Ret
 ///
 /// The commands to type are xen-blkback-rs takeover and xen-blkback-rs exchange, which run this program with their options.
 #[derive(Debug, Parser)]
-#[command(name = "xen-blkback-takeover", version, after_long_help = HELP)]
+#[command(
+    name = "xen-blkback-takeover",
+    bin_name = "xen-blkback-rs takeover",
+    version,
+    after_long_help = HELP
+)]
 struct Cli {
     /// The driver that shall serve
     #[arg(long, value_enum, default_value = "xen-blkback-rs")]
@@ -56,6 +61,7 @@ enum Verb {
     ///
     /// Processes of tap disks are ended in order and started anew; clients of their NBD sockets have to connect again.
     /// blktapctrl has to run.
+    #[command(override_usage = "xen-blkback-rs exchange [OPTIONS]")]
     Exchange {
         /// Also if the installed module is the one that is loaded, such as for other parameters (/etc/modprobe.d)
         #[arg(long)]
@@ -241,5 +247,39 @@ fn show(outcome: &Outcome, plan: Plan, json: bool) {
             "guest {domid}: {} stays with {from}: {}",
             left.disk, left.why
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::{CommandFactory, Parser};
+
+    #[test]
+    fn description_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    /// `xen-blkback-rs` is a script that has verbs of its own, and runs this program for the others.
+    #[test]
+    fn commands_that_are_recommended_can_be_typed() {
+        let verbs = ["enable", "disable", "status", "takeover", "exchange"];
+        recommended::check("xen-blkback-rs", &verbs, |words| {
+            let Some((verb, rest)) = words.get(1..).and_then(<[String]>::split_first) else {
+                return Err("a verb is missing".into());
+            };
+            let verb = match (verb.as_str(), rest.is_empty()) {
+                ("enable" | "disable" | "status", true) => return Ok(()),
+                ("takeover", _) => None,
+                ("exchange", _) => Some("exchange"),
+                _ => return Err(format!("{verb} is no verb, or takes no arguments")),
+            };
+            let line = ["xen-blkback-takeover"].into_iter().chain(verb);
+            let line = line.chain(rest.iter().map(String::as_str));
+            match Cli::try_parse_from(line) {
+                Err(error) if error.use_stderr() => Err(error.to_string()),
+                _ => Ok(()),
+            }
+        });
     }
 }

@@ -389,7 +389,9 @@ fn number(text: &str) -> Result<u64, String> {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| "write what tap-ctl lease show says: a number, or a key with its 0x".into())
+    parsed.map_err(|_| {
+        "write what `tap-ctl lease show IMAGE` says: a number, or a key with its 0x".into()
+    })
 }
 
 /// Filter for the list: disks must match every given option.

@@ -79,7 +79,7 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
             // The reason does not matter here: `not-found` would mean a disk.
             tell_programs(cli, &Failure::new(Code::Gone, failure.message.clone()));
             complain(&format!(
-                "{failure}: is blktapctrl running? systemctl start blktapctrl"
+                "{failure}: is blktapctrl running? `systemctl start blktapctrl`"
             ));
             ExitCode::from(5)
         }
@@ -369,7 +369,7 @@ fn snapshot(asked: &cli::Snapshot) -> Result<Request, Failure> {
         let minor = pair.first().and_then(|text| text.to_str()?.parse().ok());
         let (Some(minor), Some(image)) = (minor, pair.get(1)) else {
             return Err(Failure::invalid(
-                "name each disk with its new image: tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2",
+                "name each disk with its new image: `tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2`",
             ));
         };
         disks.push((which(minor), new_image(image, asked.format)?));
@@ -491,6 +491,21 @@ mod tests {
     #[test]
     fn description_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_that_are_recommended_can_be_typed() {
+        let description = Cli::command();
+        let verbs: Vec<&str> = description
+            .get_subcommands()
+            .map(|verb| verb.get_name())
+            .collect();
+        recommended::check("tap-ctl", &verbs, |words| {
+            match Cli::try_parse_from(words) {
+                Err(error) if error.use_stderr() => Err(error.to_string()),
+                _ => Ok(()),
+            }
+        });
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn verdicts(text: &mut Text, report: &Report) {
     text.family((
         "xen_disk_severity",
         "gauge",
-        "Severity of the verdict of tap-ctl status on the disk: 0 is well, 1 needs a look, 2 means that its guest waits.",
+        "Severity of the verdict of `tap-ctl status` on the disk: 0 is well, 1 needs a look, 2 means that its guest waits.",
     ));
     for line in &report.disks {
         text.sample(&of(line), f64::from(line.severity));

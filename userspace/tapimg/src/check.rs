@@ -109,53 +109,53 @@ impl Findings {
         }
         if let Some(why) = &self.footers {
             say(format!(
-                "{why}: if the disk is what it should be, make a new image with tapimg convert"
+                "{why}: if the disk is what it should be, make a new image: `tapimg convert IMAGE NEW`"
             ));
         }
         let many = |count: Option<u64>| count.filter(|count| *count > 0);
         if let Some(count) = many(self.damaged_entries) {
             say(format!(
-                "{count} entries of tables cannot be: what they held is lost; copy what is left with tapimg convert"
+                "{count} entries of tables cannot be: what they held is lost; copy what is left: `tapimg convert --damaged IMAGE NEW`"
             ));
         }
         if let Some(count) = many(self.overlapping_tables) {
             say(format!(
-                "{count} clusters with tables are used by something else, too: do not write to the image; copy it with \
-                 tapimg convert"
+                "{count} clusters with tables are used by something else, too: do not write to the image; copy it: \
+                 `tapimg convert IMAGE NEW`"
             ));
         }
         if let Some(count) = many(self.reserved_bits) {
             say(format!(
-                "{count} entries of tables have bits that have no meaning: copy the image with tapimg convert"
+                "{count} entries of tables have bits that have no meaning: copy the image: `tapimg convert IMAGE NEW`"
             ));
         }
         if let Some(count) = many(self.misplaced_refcounts) {
             say(format!(
                 "{count} refcount structures are where they cannot be, or where something else is: do not write to the \
-                 image before tapimg check --repair"
+                 image before `tapimg check --repair IMAGE`"
             ));
         }
         if let Some(count) = many(self.shared_entries) {
             say(format!(
-                "{count} entries deny that their cluster has other users: do not write to the image before tapimg check \
-                 --repair"
+                "{count} entries deny that their cluster has other users: do not write to the image before `tapimg check \
+                 --repair IMAGE`"
             ));
         }
         if let Some(count) = many(self.unsafe_clusters) {
             say(format!(
                 "{count} clusters are in use and may be allocated once more: do not write to the image before \
-                 tapimg check --repair"
+                 `tapimg check --repair IMAGE`"
             ));
         }
         if let Some(count) = many(self.leaks) {
             say(format!(
-                "{count} clusters are lost, which does no harm: tapimg check --repair takes them back"
+                "{count} clusters are lost, which does no harm: `tapimg check --repair IMAGE` takes them back"
             ));
         }
         if let Some(count) = many(self.unmarked_entries) {
             say(format!(
-                "{count} entries do not say that their cluster has no other user, which does no harm: tapimg check \
-                 --repair mends it"
+                "{count} entries do not say that their cluster has no other user, which does no harm: `tapimg check \
+                 --repair IMAGE` mends it"
             ));
         }
         if self.unreadable > 0 {

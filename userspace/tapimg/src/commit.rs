@@ -84,7 +84,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
             Code::Image,
             format!(
                 "{image} has {} bytes and {parent} {}, which would not be the disk then, with more behind its end: \
-                 tapimg resize {image} {1} first, by zeroes, or make a new image with tapimg convert",
+                 append zeroes first (`tapimg resize {image} {1}`), or make a new image: `tapimg convert {image} NEW`",
                 shape.size, its.size
             ),
         ));
@@ -93,7 +93,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
         return Err(Failure::new(
             Code::Image,
             format!(
-                "{image} has {} bytes and {parent} only {}: tapimg resize {parent} {0} first",
+                "{image} has {} bytes and {parent} only {}: make that larger first: `tapimg resize {parent} {0}`",
                 shape.size, its.size
             ),
         ));
@@ -126,7 +126,7 @@ async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named,
         // a VHDX is only read.
         Below::Raw | Below::Format(Kind::Vmdk | Kind::Vhdx | Kind::Luks) => {
             return Err(Failure::invalid(format!(
-                "{image}: only qcow2, qcow and VHD images are committed: make a new image with tapimg convert {image} NEW"
+                "{image}: only qcow2, qcow and VHD images are committed: make a new image: `tapimg convert {image} NEW`"
             )))
         }
         Below::Format(kind) => kind,
@@ -137,7 +137,7 @@ async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named,
         if !found.is_empty() {
             return Err(Failure::invalid(format!(
                 "{image} has {} snapshots, which show what is below it as it is now: delete them with qemu-img \
-                 snapshot -d, or make a new image of both with tapimg convert",
+                 snapshot -d, or make a new image of both: `tapimg convert {image} NEW`",
                 found.len()
             )));
         }

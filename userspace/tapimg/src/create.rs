@@ -37,7 +37,7 @@ pub(crate) async fn create(opener: &Opener, args: &Create) -> Result<(), Failure
         (None, Some(parent)) => parent.size,
         (None, None) => {
             return Err(Failure::invalid(format!(
-                "say how large {image} is to be, such as: tapimg create {image} 10G"
+                "say how large {image} is to be, such as `tapimg create {image} 10G`"
             )))
         }
     };

@@ -102,7 +102,7 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         .filter(|facts| facts.kind != kind_name(Below::Raw));
     if layers.count() > LAYERS {
         all[0].problems.push(format!(
-            "more than {LAYERS} images lie over each other: bring some of them together with tapimg commit or rebase"
+            "more than {LAYERS} images lie over each other: bring some of them together with `tapimg commit IMAGE` or `tapimg rebase IMAGE --no-parent`"
         ));
     }
     // Whether it can be served shows when it is opened with all that it needs.
@@ -278,7 +278,7 @@ async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {
         corrupt: header.is_corrupt(),
     });
     if header.is_dirty() {
-        let note = "it was not closed: its refcounts are repaired when it is opened for writing, or by tapimg check --repair";
+        let note = "it was not closed: its refcounts are repaired when it is opened for writing, or by `tapimg check --repair IMAGE`";
         facts.notes.push(note.into());
     }
     if header.is_corrupt() {

@@ -245,7 +245,7 @@ fn busy(path: &Path) -> Failure {
     Failure::new(
         Code::Busy,
         format!(
-            "{} is in use: by a guest's disk (tap-ctl list --file {0}; tap-ctl pause), a child of it that is in \
+            "{} is in use: by a guest's disk (`tap-ctl list --file {0}` shows it; pause it), a child of it that is in \
              use, or another program; try again when that has ended",
             path.display()
         ),

@@ -92,11 +92,11 @@ fn can_be(args: &Rebase) -> Result<Kind, Failure> {
             fits.map(|()| Kind::Vhd).map_err(|failure| image.said(failure))
         }
         (Below::Format(Kind::Vhd), None) => Err(Failure::invalid(format!(
-            "{image}: a differencing VHD stays one: make a new image with tapimg convert {image} NEW"
+            "{image}: a differencing VHD stays one: make a new image: `tapimg convert {image} NEW`"
         ))),
         _ => Err(Failure::invalid(format!(
-            "{image}: only qcow2 images and VHDs are put over other ones where they are: make a new image with \
-             tapimg convert {image} NEW --parent OTHER"
+            "{image}: only qcow2 images and VHDs are put over other ones where they are: make a new image: \
+             `tapimg convert {image} NEW --parent OTHER`"
         ))),
     }
 }
@@ -141,7 +141,7 @@ async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
             Code::Image,
             format!(
                 "{image} has {count} snapshots, whose content would change with the image below: delete them with \
-                 qemu-img snapshot -d, or copy one with tapimg convert --snapshot"
+                 qemu-img snapshot -d, or copy one: `tapimg convert --snapshot NAME {image} NEW`"
             ),
         )),
     }

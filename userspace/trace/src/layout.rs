@@ -122,7 +122,9 @@ impl Header {
         let stored = StoredHeader::read_from_bytes(bytes)
             .map_err(|_| no_trace("it has no header of a trace: it is too short"))?;
         if stored.magic != MAGIC {
-            return Err(no_trace("it is no trace of tap-ctl trace"));
+            return Err(no_trace(
+                "it is no file that `tap-ctl trace MINOR --to FILE` has written",
+            ));
         }
         let version = stored.version.get();
         if version != VERSION {

@@ -38,7 +38,13 @@ const AREAS: &[(&str, &str, &[&str])] = &[
     ),
     ("diskio", "userspace/io/", &[]),
     ("tapdev", "userspace/tapdev/", &["ring", "diskio"]),
-    ("userspace", "userspace/", &["ring", "diskio", "tapdev"]),
+    // Reads the sources of all programs, whose tests use it.
+    ("recommended", "tests/recommended/", &[]),
+    (
+        "userspace",
+        "userspace/",
+        &["ring", "diskio", "tapdev", "recommended"],
+    ),
     ("trouble", "tests/trouble/", &[]),
     ("xtask", "ci/", &["trouble"]),
     (

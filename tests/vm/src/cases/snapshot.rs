@@ -319,7 +319,7 @@ pub(super) fn as_configured(base: &str) -> Result<()> {
     let target = format!("aio:{base}");
     let refusal = sh::status(&["tap-ctl", "create", "-a", &target], LIMIT)?;
     ensure!(
-        refusal.rc != 0 && refusal.text.contains("tap-ctl snapshot"),
+        refusal.rc != 0 && refusal.text.contains("after a snapshot"),
         "the old image is served for writing: {}",
         refusal.text
     );

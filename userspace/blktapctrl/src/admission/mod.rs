@@ -85,19 +85,19 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
     }
     if open.target.limits().is_some() {
         return Err(Failure::invalid(format!(
-            "{}: set the limits of a guest when the disk is made, or with tap-ctl set; leave bps= and iops= away",
+            "{}: give the limits when the disk is made, or later: `tap-ctl set -m MINOR --bps 20M`; leave bps= and iops= away",
             open.target
         )));
     }
     if let Some(group) = open.target.group() {
         return Err(Failure::invalid(format!(
-            "{}: set the group of a disk when it is made, or with tap-ctl set; leave group={group} away",
+            "{}: name the group when the disk is made, or later: `tap-ctl set -m MINOR --group {group}`; leave group={group} away",
             open.target
         )));
     }
     if open.target.rules() != SaidRules::default() {
         return Err(Failure::invalid(format!(
-            "{}: set the error policy of a disk when it is made, or with tap-ctl set; leave on-error= and its like away",
+            "{}: say what happens on errors when the disk is made, or later: `tap-ctl set -m MINOR --on-error stop`; leave on-error= and its like away",
             open.target
         )));
     }
@@ -262,7 +262,7 @@ impl Admission {
                 Code::Busy,
                 format!(
                     "{} is not free: {} is being copied to another image and will switch to it, and this is one of the two: \
-                     wait for that, or end it with tap-ctl mirror -m {} --cancel",
+                     wait for that, or end it: `tap-ctl mirror -m {} --cancel`",
                     image.path().display(),
                     disk.name(),
                     disk.minor

@@ -51,7 +51,7 @@ pub(super) fn write(about: &About, what: &What) {
                 .map_or("its image".into(), ToString::to_string);
             let then = match stopped {
                 true => {
-                    "; the guest waits: repair the image's storage, then resume the disk with tap-ctl unpause"
+                    "; the guest waits: repair the image's storage, then resume the disk: `tap-ctl unpause -m MINOR`"
                 }
                 false if trouble.what == Call::Flush => {
                     "; earlier writes may be lost, and a Linux guest takes this for a disk that cannot flush, and \

@@ -32,7 +32,7 @@ pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
         true => Err(Failure::new(
             Code::State,
             format!(
-                "disk {} takes over what is below it: end that with tap-ctl stream --cancel",
+                "disk {0} takes over what is below it: end that first: `tap-ctl stream -m {0} --cancel`",
                 disk.minor
             ),
         )),
@@ -47,8 +47,8 @@ pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::invalid(format!(
-        "disk {} does not go on from {}: name the image below its own, as tap-ctl snapshot said it, or see tapimg \
-         info --chain",
+        "disk {} does not go on from {}: name the image below its own, as the snapshot named it; `tapimg info --chain \
+         IMAGE` of the disk's image shows it",
         disk.minor,
         image.path().display()
     )))

@@ -86,7 +86,7 @@ impl Lifecycle {
     fn awaits(&self, disk: &Disk) -> String {
         match &*disk.leaves.borrow() {
             Some(failure) => format!(
-                "{failure}; if that will never be, tap-ctl forget -m {} leaves it held, for tap-ctl lease break to end",
+                "{failure}; if that will never be, `tap-ctl forget -m {}` leaves the lease held, and `tap-ctl lease show IMAGE` says how to break it",
                 disk.minor
             ),
             None => "it is being cleared away".into(),

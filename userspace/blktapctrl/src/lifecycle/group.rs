@@ -139,7 +139,7 @@ impl Lifecycle {
         tell!(
             error,
             disk.about(),
-            "disk {}: its group {name} is not there, so it does next to nothing: make it with tap-ctl group set {name}",
+            "disk {}: its group {name} is not there, so it does next to nothing: make it: `tap-ctl group set {name} --bps 100M`",
             disk.minor
         );
         let least = Pace {
@@ -182,7 +182,7 @@ impl Lifecycle {
             true => Ok(()),
             false => Err(Failure::unsupported(format!(
                 "tapdisk {} of disk {} is older than groups, and would do as much as it likes: give the disk another \
-                 one with tap-ctl handoff {}",
+                 one: `tap-ctl handoff {}`",
                 process.pid(),
                 disk.minor,
                 disk.minor
@@ -213,12 +213,15 @@ impl Lifecycle {
         if members.is_empty() {
             return self.quota.remove(name);
         }
-        let minors: Vec<String> = members.iter().map(|(minor, _)| minor.to_string()).collect();
+        let ways_out = members
+            .iter()
+            .map(|(minor, _)| format!("`tap-ctl set -m {minor} --group none`"));
+        let ways_out: Vec<String> = ways_out.collect();
         Err(Failure::new(
             Code::Busy,
             format!(
-                "the group {name} has disks ({}): take each out with tap-ctl set MINOR --group none, or into another one",
-                minors.join(", ")
+                "the group {name} has disks: take each out first: {}",
+                ways_out.join(", ")
             ),
         ))
     }

@@ -23,7 +23,7 @@ pub(super) fn must_stay_secret(target: &Target, place: &str) -> Result<(), Failu
         None => Ok(()),
         Some(_) => Err(Failure::unsupported(format!(
             "{target} is encrypted, and {place} is not: the guest's data would be readable there; copy \
-             the disk with tap-ctl mirror to an image that you choose"
+             the disk to an image that you choose: `tap-ctl mirror -m MINOR IMAGE`"
         ))),
     }
 }

@@ -43,8 +43,8 @@ impl Lifecycle {
         let (process, says) = self.introduced(disk).await?;
         if !says.notes {
             return Err(Failure::unsupported(format!(
-                "the process of disk {} is older, and does not note where the guest writes: let a new one have the disk \
-                 with tap-ctl handoff",
+                "the process of disk {0} is older, and does not track where the guest writes: replace it: \
+                 `tap-ctl handoff {0}`",
                 disk.minor
             )));
         }
@@ -410,8 +410,8 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
         return Err(Failure::new(
             Code::Exists,
             format!(
-                "disk {} has a mark {name} already: choose another name, or take that one away with tap-ctl dirty \
-                 --forget {name}",
+                "disk {0} has a mark {name} already: choose another name, or take that one away: `tap-ctl dirty -m {0} \
+                 --forget {name}`",
                 disk.minor
             ),
         ));
@@ -432,8 +432,8 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
         return Err(Failure::new(
             Code::State,
             format!(
-                "disk {minor} has {MAX_MARKS} marks, or what was left of as many, and no more are kept: take some away \
-                 with tap-ctl dirty --forget"
+                "disk {minor} has {MAX_MARKS} marks, or what was left of as many, and no more are kept: take one away: \
+                 `tap-ctl dirty -m {minor} --forget NAME`"
             ),
         ));
     }
@@ -473,8 +473,8 @@ fn no_mark(disk: &Disk, name: &MarkName) -> Failure {
     Failure::new(
         Code::NotFound,
         format!(
-            "disk {} has no mark {name}, so the changes since then are unknown: copy all of it, and set a mark before \
-             with tap-ctl dirty --mark",
+            "disk {0} has no mark {name}, so the changes since then are unknown: set a mark, and then copy all of it: \
+             `tap-ctl dirty -m {0} --mark {name}`",
             disk.minor
         ),
     )

@@ -48,7 +48,7 @@ impl Lifecycle {
             }
             let what = &mirror.open.target;
             let why = format!(
-                "disk {} is being copied to {what}: end that with tap-ctl mirror --cancel",
+                "disk {0} is being copied to {what}: end that first: `tap-ctl mirror -m {0} --cancel`",
                 disk.minor
             );
             return Err(Failure::new(Code::State, why));
@@ -91,7 +91,7 @@ impl Lifecycle {
     async fn take_beside(&self, disk: &Disk, mirror: &mut Mirrored) -> Result<Arc<Image>, Failure> {
         let image = image::of(&mirror.open).await?.ok_or_else(|| {
             Failure::invalid(format!(
-                "{} is no image that a disk could be copied to: make one with tapimg create",
+                "{} is no image that a disk could be copied to: make one: `tapimg create IMAGE SIZE`",
                 mirror.open.target
             ))
         })?;

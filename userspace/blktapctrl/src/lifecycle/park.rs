@@ -31,7 +31,7 @@ impl Lifecycle {
     pub async fn park(self: &Rc<Self>, limit: Duration) -> Result<Vec<u32>, Failure> {
         if let Some(left) = self.registry.left_alone().first() {
             let why = format!(
-                "disk {} is ignored, because its record is not understood: run tap-ctl adopt -m {} first",
+                "disk {} is ignored, because its record is not understood: run `tap-ctl adopt -m {}` first",
                 left.minor, left.minor
             );
             return Err(Failure::new(Code::State, why));
@@ -84,7 +84,7 @@ impl Lifecycle {
             return Ok(());
         };
         let why = format!(
-            "the kernel serves domain {domain} from it: xen-blkback-rs exchange takes it from its driver first"
+            "the kernel serves domain {domain} from it: `xen-blkback-rs exchange` takes it from its driver first"
         );
         Err(Failure::new(Code::Busy, why))
     }
@@ -121,7 +121,7 @@ impl Lifecycle {
             Some(node) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "the node {} belongs to no disk: tap-ctl free -m {} takes it away",
+                    "the node {} belongs to no disk: `tap-ctl free -m {}` takes it away",
                     node.minor, node.minor
                 ),
             )),
@@ -229,7 +229,7 @@ impl Lifecycle {
         };
         tokio::time::timeout(EXCHANGE, over).await.map_err(|_| {
             let why =
-                "the kernel's module is being exchanged: try again, or see xen-blkback-rs exchange";
+                "the kernel's module is being exchanged: try again when `xen-blkback-rs exchange` has ended";
             Failure::new(Code::Busy, why)
         })
     }
@@ -246,7 +246,7 @@ impl Lifecycle {
 
     /// Failure of a verb on a parked disk, which does nothing until it resumes.
     pub(super) fn is_parked() -> Failure {
-        let why = "the kernel's module is being exchanged, and it has no node until then: run tap-ctl unpark if \
+        let why = "the kernel's module is being exchanged, and it has no node until then: run `tap-ctl unpark` if \
                    that exchange has ended";
         Failure::new(Code::State, why)
     }

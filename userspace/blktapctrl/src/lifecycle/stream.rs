@@ -41,7 +41,7 @@ impl Lifecycle {
             return Err(Failure::new(
                 Code::State,
                 format!(
-                    "disk {} gives what it has to the image below: end that with tap-ctl commit --cancel",
+                    "disk {0} gives what it has to the image below: end that first: `tap-ctl commit -m {0} --cancel`",
                     disk.minor
                 ),
             ));

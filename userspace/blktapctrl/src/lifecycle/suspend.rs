@@ -359,13 +359,13 @@ impl Lifecycle {
 /// # Errors
 /// Another disk has taken it over.
 pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
-    let to = disk.record.borrow().passed_on.clone();
+    let (to, minor) = (disk.record.borrow().passed_on.clone(), disk.minor);
     match to {
         None => Ok(()),
         Some(to) => Err(Failure::new(
             Code::Busy,
             format!(
-                "its image went on with {to}, so its guest's cached data is old: end the guest, or, if that disk has written nothing, resume it with tap-ctl unpause"
+                "its image went on with {to}, so its guest's cached data is old: end the guest, or, if that disk has written nothing, resume it: `tap-ctl unpause -m {minor}`"
             ),
         )),
     }

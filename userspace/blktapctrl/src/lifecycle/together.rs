@@ -208,7 +208,7 @@ async fn turns(wanted: &[(Rc<Disk>, Target)]) -> Result<Vec<MutexGuard<'_, ()>>,
         Ok(turns) => turns,
         Err(_) => Err(Failure::new(
             Code::Busy,
-            "something else is being done to one of the disks: see tap-ctl list, and ask again",
+            "something else is being done to one of the disks: see `tap-ctl list`, and ask again",
         )),
     }
 }

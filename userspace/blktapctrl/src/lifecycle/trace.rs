@@ -76,7 +76,7 @@ impl Lifecycle {
         let (process, says) = self.introduced(disk).await?;
         if !says.traces {
             return Err(Failure::unsupported(format!(
-                "the process of disk {} is older, and writes no traces: let a new one have the disk with tap-ctl handoff",
+                "the process of disk {0} is older, and writes no traces: replace it: `tap-ctl handoff {0}`",
                 disk.minor
             )));
         }
@@ -85,7 +85,7 @@ impl Lifecycle {
             return Err(Failure::new(
                 Code::Exists,
                 format!(
-                    "disk {} has a trace already, in {}: end it first with tap-ctl trace --end",
+                    "disk {0} has a trace already, in {1}: end it first: `tap-ctl trace {0} --end`",
                     disk.minor,
                     traced.path.display()
                 ),

@@ -55,7 +55,7 @@ impl Line {
     pub(super) fn lost(count: u64) -> Line {
         let mut line = Line::new(Level::WARN);
         line.message = format!(
-            "{count} lines were left out of the log, because its reader did not take them; tap-ctl events has what happened"
+            "{count} lines were left out of the log, because its reader did not take them; `tap-ctl events --after 0` has what happened"
         );
         let name = format!("{PREFIX}_SUPPRESSED");
         line.fields.push((name, count.to_string()));

@@ -61,7 +61,7 @@ pub fn tell_left_out(about: About, count: u64) {
         warn,
         about,
         suppressed = count,
-        "{of}: {count} lines about it were left out of the log, because there were too many; tap-ctl events has what happened"
+        "{of}: {count} lines about it were left out of the log, because there were too many; `tap-ctl events --after 0` has what happened"
     );
 }
 

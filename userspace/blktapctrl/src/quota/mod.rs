@@ -153,9 +153,8 @@ impl Quota {
     /// There is none.
     pub fn get(&self, name: &GroupName) -> Result<Rc<Group>, Failure> {
         self.groups.borrow().get(name).cloned().ok_or_else(|| {
-            let why = format!(
-                "there is no group {name}: make it with tap-ctl group set {name} --bps 100M"
-            );
+            let why =
+                format!("there is no group {name}: make it: `tap-ctl group set {name} --bps 100M`");
             Failure::new(Code::NotFound, why)
         })
     }
@@ -210,8 +209,8 @@ impl Quota {
         limits.check()?;
         if !limits.any() {
             return Err(Failure::invalid(format!(
-                "the group {name} would limit nothing: give it --bps or --iops, or take it away with tap-ctl group \
-                 remove {name}"
+                "the group {name} would limit nothing: give it --bps or --iops, or take it away: `tap-ctl group \
+                 remove {name}`"
             )));
         }
         fits(name, limits, disks)?;
@@ -282,7 +281,7 @@ fn fits(name: &GroupName, limits: Limits, disks: usize) -> Result<(), Failure> {
     let too_little = |what: &str, least: u64, option: &str| {
         Failure::invalid(format!(
             "{disks} disks are too many for the group {name}, in which each would have less than {least} {what} in a \
-             second: give it more with tap-ctl group set {name} {option} {}",
+             second: give it more: `tap-ctl group set {name} {option} {}`",
             least * disks
         ))
     };
@@ -314,7 +313,7 @@ fn read(path: &Path) -> Option<(GroupName, Rc<Group>)> {
             tell!(
                 error,
                 About::default().because(&error),
-                "the group in {} is not there, because that cannot be understood: say it again with tap-ctl group set: {error}",
+                "the group in {} is not there, because that cannot be understood: make it again: `tap-ctl group set NAME --bps 100M`: {error}",
                 path.display()
             );
             None

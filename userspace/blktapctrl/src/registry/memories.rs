@@ -274,14 +274,14 @@ impl Registry {
         }
         if self.memories.incomplete.get() {
             return Some(
-                "not all records or processes could be read: see tap-ctl events --after 0, and start blktapctrl anew"
+                "not all records or processes could be read: see `tap-ctl events --after 0`, and start blktapctrl anew"
                     .into(),
             );
         }
         let all = self.left_alone_or_forgotten();
         let unclear = all.iter().find(|disk| has_unknown(&disk.peek))?;
         Some(format!(
-            "tap disk {} is not understood: see tap-ctl list, tap-ctl adopt and tap-ctl forget",
+            "tap disk {0} is not understood: take it over (`tap-ctl adopt -m {0}`), or remove its record (`tap-ctl forget -m {0}`)",
             unclear.minor
         ))
     }

@@ -184,7 +184,7 @@ impl Registry {
             Failure::new(
                 Code::NotFound,
                 format!(
-                    "there is no disk with {}: see tap-ctl list",
+                    "there is no disk with {}: see `tap-ctl list`",
                     named.join(" and ")
                 ),
             )

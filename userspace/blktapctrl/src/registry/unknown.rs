@@ -63,7 +63,7 @@ impl Registry {
             return;
         };
         let why = format!(
-            "{}; it is served on, but its process is not replaced: see tap-ctl adopt and tap-ctl forget",
+            "{}; it is served on, but its process is not replaced: take it over (`tap-ctl adopt -m {minor}`), or remove its record (`tap-ctl forget -m {minor}`)",
             unread.why
         );
         let mut unknown = Unknown {
@@ -174,14 +174,15 @@ impl Registry {
         let node = kernel::node(&*self.kernel, minor)
             .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
         let node = node.ok_or_else(|| {
-            let message = format!("there is no node {minor}: tap-ctl forget -m {minor}");
+            let message =
+                format!("there is no node {minor}: remove its record: `tap-ctl forget -m {minor}`");
             Failure::new(Code::NotFound, message)
         })?;
         let (process, status) = self.ask_unknown(minor).await?.ok_or_else(|| {
             Failure::new(
                 Code::State,
                 format!(
-                    "no process serves disk {minor}, so its properties are unknown: run tap-ctl forget -m {minor}, then tap-ctl free -m {minor}"
+                    "no process serves disk {minor}, so its properties are unknown: run `tap-ctl forget -m {minor}`, then `tap-ctl free -m {minor}`"
                 ),
             )
         })?;
@@ -260,7 +261,7 @@ impl Registry {
         if !self.unknown.borrow().contains_key(&minor) {
             return Err(Failure::new(
                 Code::NotFound,
-                format!("disk {minor} is not one that is left alone: see tap-ctl list"),
+                format!("disk {minor} is not one that is left alone: see `tap-ctl list`"),
             ));
         }
         self.records.remove(minor).map_err(|error| {

@@ -174,7 +174,7 @@ fn what_cannot_be_traced_is_refused() {
         asked(&bed, trace(&path)).await.expect("a trace");
         let (code, message) = refused(trace(&bed.dir.join("u"))).await;
         assert_eq!(code, Code::Exists);
-        assert!(message.contains("tap-ctl trace --end"), "{message}");
+        assert!(message.contains("`tap-ctl trace 0 --end`"), "{message}");
         asked(&bed, end()).await.expect("ended");
         bed.ask(pause(0)).await.expect("paused");
         let (code, message) = refused(trace(&bed.dir.join("u"))).await;

@@ -235,7 +235,7 @@ impl<C: Connect> Nbd<C> {
             None => Ok(()),
             Some(known) => image(format!(
                 "{name} is another one since its server is back ({} bytes, and it had {}, or it can do less): if it is \
-                 the right one, kill the tapdisk that waits for it (tap-ctl list), and the next one takes it as it is",
+                 the right one, kill the tapdisk that waits for it (its pid: `tap-ctl list`), and the next one takes it as it is",
                 about.size, known.size
             )),
         }

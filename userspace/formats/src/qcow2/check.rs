@@ -308,7 +308,7 @@ impl<S: Storage> Image<S> {
         };
         Err(refused(format!(
             "the refcounts were not repaired and nothing was changed, because the content might be lost: {why}. Copy \
-             what can be read into a new image with tapimg convert --damaged"
+             what can be read into a new image: `tapimg convert --damaged IMAGE NEW`"
         )))
     }
 

@@ -237,7 +237,7 @@ impl<S: Storage> Qcow2<S> {
                     let lost = at + inside;
                     return Err(refused(format!(
                         "the file ends inside of a cluster, at byte {lost} of the disk: it was cut off, and what is behind that is lost; \
-                         copy what is left with tapimg convert --damaged"
+                         copy what is left: `tapimg convert --damaged IMAGE NEW`"
                     )));
                 }
             }

@@ -21,7 +21,7 @@ pub async fn set_parent(storage: &impl Storage, parent: &ParentOf) -> Result<(),
     let Image { footer, header } = Image::read(storage).await?;
     let Some(mut header) = header.filter(|_| footer.kind == Kind::Differencing) else {
         return Err(refused(
-            "the VHD is no differencing disk, and cannot become one: create one with tapimg create --parent",
+            "the VHD is no differencing disk, and cannot become one: create one: `tapimg create NEW --parent IMAGE`",
         ));
     };
     if parent.path.is_empty() {
@@ -29,7 +29,7 @@ pub async fn set_parent(storage: &impl Storage, parent: &ParentOf) -> Result<(),
     }
     if storage.is_fixed() {
         return Err(refused(
-            "a VHD on a device has no room for other names: copy it with tapimg convert --parent",
+            "a VHD on a device has no room for other names: copy it: `tapimg convert IMAGE NEW --parent OTHER`",
         ));
     }
     let work = async {

@@ -78,8 +78,8 @@ impl<S: Storage> Vhdx<S> {
     async fn start(&self) -> Result<Shape, Failure> {
         if self.options.writable {
             return Err(Failure::unsupported(
-                "a VHDX is only read: serve it read-only, make a qcow2 image of it with tapimg convert, or put one \
-                 over it (tapimg create --parent, or cow: for changes that end with the disk)",
+                "a VHDX is only read: serve it read-only, make a qcow2 image of it (`tapimg convert IMAGE NEW`), or put one \
+                 over it (`tapimg create NEW --parent IMAGE`, or cow: for changes that end with the disk)",
             ));
         }
         let image = Image::read(&self.storage).await?;

@@ -118,7 +118,7 @@ impl Recorded {
                 let who = self.describe(&record);
                 Failure::new(
                     Code::Busy,
-                    format!("{who} has the lease of {place}, which is not the holder that was said to be dead: look again with tap-ctl lease show"),
+                    format!("{who} has the lease of {place}, which is not the holder that was said to be dead: look again: `tap-ctl lease show {place}`"),
                 )
             }
             Refusal::Lives(record) => {
@@ -166,17 +166,18 @@ impl Recorded {
                 image.display()
             ),
         };
-        let (number, ends) = (record.generation, format!("tap-ctl lease break {named}"));
+        let number = record.generation;
+        let ends = format!("`tap-ctl lease break {named} --holder-is-dead {number}`");
         match (host.machine == own.machine, host.boot == own.boot) {
             (true, true) => format!(
-                "that is this host itself; tap-ctl list shows its disks, and tap-ctl destroy ends one; if that disk is not there, and fuser -v {} names no process, that holder is dead: use {ends} --holder-is-dead {number}",
+                "that is this host itself; `tap-ctl list` shows its disks, and `tap-ctl destroy -m MINOR` ends one; if that disk is not there, and `fuser -v {}` names no process, that holder is dead: use {ends}",
                 image.display()
             ),
             (true, false) => format!(
-                "this host was booted since, so that holder is dead: use {ends} --holder-is-dead {number}"
+                "this host was booted since, so that holder is dead: use {ends}"
             ),
             (false, _) => format!(
-                "end that disk there, or if its host is dead, power it off for certain and use {ends} --holder-is-dead {number}"
+                "end that disk there, or if its host is dead, power it off for certain and use {ends}"
             ),
         }
     }

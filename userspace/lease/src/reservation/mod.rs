@@ -140,7 +140,7 @@ impl<S: Storage> Reserved<S> {
                 let remedy = match key.is_of_boot(&self.party.claim.host) {
                     true => self.remedy_here(key),
                     false => format!(
-                        "end its disk there (tap-ctl lease show says `here` on that host), or if that host is dead, use tap-ctl lease break {place} --holder-is-dead {key}"
+                        "end its disk there (on that host `tap-ctl lease show {place}` says \"here\"), or if that host is dead, use `tap-ctl lease break {place} --holder-is-dead {key}`"
                     ),
                 };
                 busy(format!("{place} is reserved by {who}: {remedy}"))
@@ -156,7 +156,7 @@ impl<S: Storage> Reserved<S> {
                 ))
             }
             Refusal::Other(held) => busy(format!(
-                "{} has the reservation of {place}, which is not the holder that was said to be dead: look again with tap-ctl lease show",
+                "{} has the reservation of {place}, which is not the holder that was said to be dead: look again: `tap-ctl lease show {place}`",
                 self.now_has_it(held)
             )),
             Refusal::Here(key) => busy(format!(
@@ -166,7 +166,7 @@ impl<S: Storage> Reserved<S> {
             Refusal::Lost(held) => Failure::new(
                 Code::Gone,
                 format!(
-                    "the reservation of {place} is lost, {} has it now: see whether another host writes it; if so destroy this disk, if not, let it go on with tap-ctl unpause",
+                    "the reservation of {place} is lost, {} has it now: see whether another host writes it; if so destroy this disk, if not, resume it: `tap-ctl unpause -m MINOR`",
                     self.now_has_it(held)
                 ),
             ),
@@ -177,7 +177,7 @@ impl<S: Storage> Reserved<S> {
     fn remedy_here(&self, key: Key) -> String {
         let place = self.image.display();
         format!(
-            "tap-ctl list shows its disks, and tap-ctl destroy ends one; if none of them has it, unregister the key with sg_persist --out --register --param-rk={key} --param-sark=0 {place} (NVMe: nvme resv-register {place} --rrega=1 --crkey={key})"
+            "`tap-ctl list` shows its disks, and `tap-ctl destroy -m MINOR` ends one; if none of them has it, unregister the key: `sg_persist --out --register --param-rk={key} --param-sark=0 {place}` (NVMe: `nvme resv-register {place} --rrega=1 --crkey={key}`)"
         )
     }
 

@@ -137,12 +137,12 @@ fn serving(host: &Host) -> Finding {
         (Driver::Ours, false) => warn(
             "driver",
             "xen-blkback-rs is loaded, and the C driver is decided for",
-            "xen-blkback-rs enable; else xen-blkback-rs takeover --to xen-blkback, while guests work, or the next boot",
+            "`xen-blkback-rs enable`; else `xen-blkback-rs takeover --to xen-blkback`, while guests work, or the next boot",
         ),
         (Driver::C, true) => warn(
             "driver",
             "the C driver is loaded, and xen-blkback-rs is decided for",
-            "xen-blkback-rs takeover, while guests work, or the next boot",
+            "`xen-blkback-rs takeover`, while guests work, or the next boot",
         ),
         (Driver::None, true) => warn("driver", "no driver is loaded", "modprobe xen-blkback-rs"),
         (Driver::None, false) => warn("driver", "no driver is loaded", "modprobe xen-blkback"),
@@ -156,7 +156,11 @@ fn settings(host: &Host) -> Vec<Finding> {
         let path = host.path(path);
         if path.is_symlink() && !path.exists() {
             let what = format!("{} leads nowhere", path.display());
-            findings.push(bad("modprobe", what, "xen-blkback-rs enable, or disable"));
+            findings.push(bad(
+                "modprobe",
+                what,
+                "`xen-blkback-rs enable`, or `xen-blkback-rs disable`",
+            ));
         }
     }
     for folder in SETTINGS {

@@ -35,7 +35,7 @@ pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict
 /// A disk of a guest that no driver has.
 pub(crate) fn without_driver(vbd: &Vbd) -> Verdict {
     let why = format!("no driver serves {}", vbd.path);
-    Verdict::new(State::NoDriver, why).remedy("tap-ctl doctor, then modprobe xen-blkback")
+    Verdict::new(State::NoDriver, why).remedy("`tap-ctl doctor`, then `modprobe xen-blkback`")
 }
 
 /// A device or queue that has requests and answers none.
@@ -257,7 +257,7 @@ fn slow_to_answer(figures: &Figures, around: &Surroundings) -> Option<Verdict> {
     let Slow { what, .. } = slowest(figures, around.limits.slow)?;
     let why = format!("{what}, which no block device below it counts");
     let slow = Verdict::new(State::Slow, why).because(Cause::Storage);
-    Some(slow.remedy("see to its storage, and with tap-ctl status -x whether its thread runs"))
+    Some(slow.remedy("see to its storage, and with `tap-ctl status -x` whether its thread runs"))
 }
 
 /// A disk with which nothing is wrong.

@@ -29,7 +29,7 @@ pub(crate) fn judge(
             .minor
             .map_or("MINOR".into(), |minor| minor.to_string());
         let left = Verdict::new(State::Unknown, format!("blktapctrl leaves it alone: {why}"));
-        return left.remedy(format!("tap-ctl adopt -m {minor}"));
+        return left.remedy(format!("`tap-ctl adopt -m {minor}`"));
     }
     let kernel = tap.row.kernel.clone().unwrap_or_default();
     match tap.row.state {
@@ -59,7 +59,7 @@ fn untold(supervisor: &Supervisor) -> Verdict {
             Verdict::new(State::Unknown, why).remedy("systemctl start blktapctrl")
         }
         Supervisor::Answers => Verdict::new(State::Unknown, "blktapctrl does not know it")
-            .remedy("another program or none serves it: see tap-ctl events --after 0"),
+            .remedy("another program or none serves it: see `tap-ctl events --after 0`"),
     }
 }
 
@@ -75,19 +75,19 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
         let why = "the kernel's module is being exchanged, and it has no node until then";
         return Verdict::new(State::Paused, why)
             .because(Cause::Administrator)
-            .remedy("tap-ctl unpark, if that exchange has ended");
+            .remedy("`tap-ctl unpark`, if that exchange has ended");
     }
     if tap.row.target.is_none() && kernel.waiting == 0 {
         let closed = Verdict::new(State::Closed, "a node without a process");
         return match tap.row.minor {
-            Some(minor) => closed.remedy(format!("tap-ctl free -m {minor}, if it is not needed")),
+            Some(minor) => closed.remedy(format!("`tap-ctl free -m {minor}`, if it is not needed")),
             None => closed,
         };
     }
     let why = format!("no process serves it, {} requests wait", kernel.waiting);
     Verdict::new(State::DeadProcess, why)
         .because(Cause::Process)
-        .remedy("tap-ctl events --after 0 says why the last one failed; the next attempt follows within 30 s")
+        .remedy("`tap-ctl events --after 0` says why the last one failed; the next attempt follows within 30 s")
 }
 
 fn paused(tap: &TopRow, kernel: &Kernel) -> Verdict {
@@ -96,7 +96,7 @@ fn paused(tap: &TopRow, kernel: &Kernel) -> Verdict {
     Verdict::new(State::Paused, why)
         .because(Cause::Administrator)
         .remedy(format!(
-            "tap-ctl events --after 0 says whether an error of the image stopped it; then tap-ctl unpause -m {minor}"
+            "`tap-ctl events --after 0` says whether an error of the image stopped it; then `tap-ctl unpause -m {minor}`"
         ))
 }
 
@@ -113,7 +113,7 @@ fn inactive(kernel: &Kernel) -> Verdict {
     );
     Verdict::new(State::Held, why)
         .because(Cause::Storage)
-        .remedy("tap-ctl events --after 0 says who has the image, and what to do")
+        .remedy("`tap-ctl events --after 0` says who has the image, and what to do")
 }
 
 fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
@@ -125,7 +125,7 @@ fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
             format!("no image is open, {waiting} requests wait"),
         )
         .because(Cause::Administrator)
-        .remedy(format!("tap-ctl open -m {minor} -a TARGET")),
+        .remedy(format!("`tap-ctl open -m {minor} -a TARGET`")),
     }
 }
 
@@ -268,7 +268,7 @@ fn who_hangs(now: &Disk, tap: &TopRow, kernel: &Kernel) -> Verdict {
 
 fn replace(tap: &TopRow) -> String {
     let pid = tap.row.pid.map_or("PID".into(), |pid| pid.to_string());
-    format!("kill -9 {pid}: it is replaced, and nothing is lost (--kill-hung does that by itself)")
+    format!("`kill -9 {pid}`: blktapctrl replaces it, and nothing is lost (--kill-hung does that without you)")
 }
 
 fn poisoned(kernel: &Kernel) -> Option<Verdict> {
@@ -283,7 +283,7 @@ fn poisoned(kernel: &Kernel) -> Option<Verdict> {
         _ => "requests are given out one at a time, to find the one of which processes die".into(),
     };
     let failing = Verdict::new(State::Failing, why).because(Cause::Process);
-    Some(failing.remedy("tap-ctl events --after 0, and the log of blktapctrl"))
+    Some(failing.remedy("`tap-ctl events --after 0`, and the log of blktapctrl"))
 }
 
 /// How much its guest may do.
@@ -318,7 +318,7 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
         let (slow, minor) = (Verdict::new(State::Slow, why), minor(now));
         let slow = slow.because(Cause::Administrator);
         return Some(slow.remedy(format!(
-            "tap-ctl set -m {minor} --bps 0 --iops 0, if it may have more"
+            "`tap-ctl set -m {minor} --bps 0 --iops 0`, if it may have more"
         )));
     }
     // One thread serves a disk, and others do what takes long. Their lack of processor time matters less.

@@ -135,7 +135,7 @@ pub(super) fn check(
             Code::Image,
             format!(
                 "{} has changed while the guest was suspended, and the guest's memory has old content of it: \
-                 end the guest, or, if the changes are its own, resume it with tap-ctl unpause",
+                 end the guest, or, if the changes are its own, resume it: `tap-ctl unpause -m MINOR`",
                 open.target
             ),
         )),

@@ -49,7 +49,7 @@ impl Session {
         };
         let Some(parts) = parts else {
             return Err(Failure::invalid(format!(
-                "{} is not what the image that is served says is below it, by name and format (see tapimg info)",
+                "{} is not what the image that is served says is below it, by name and format (see `tapimg info IMAGE`)",
                 open.target
             )));
         };

@@ -174,7 +174,7 @@ impl Window {
         let found = found.map_err(|failure| said(&self.path, failure))?;
         found.ok_or_else(|| {
             self.refused(
-                "it is being overwritten: copy it first, or end it with tap-ctl trace --end",
+                "it is being overwritten: copy it first, or end it: `tap-ctl trace MINOR --end`",
             )
         })
     }
@@ -190,7 +190,7 @@ impl Window {
         };
         if !self.trace.header().data {
             return Err(self.refused(
-                "no request has its data: only a trace that was begun with tap-ctl trace --data can be replayed",
+                "no request has its data: only a trace with data can be replayed: begin one with `tap-ctl trace MINOR --to FILE --data`",
             ));
         }
         let is_late = match self.from {

@@ -39,7 +39,7 @@ fn what_a_guest_writes_is_left_alone() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{line}: {said}");
         assert!(
-            said.contains("/b is in use") && said.contains("tap-ctl pause"),
+            said.contains("/b is in use") && said.contains("`tap-ctl list --file "),
             "{said}"
         );
     }

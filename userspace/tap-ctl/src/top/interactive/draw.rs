@@ -62,7 +62,7 @@ fn header(app: &App, now: Instant) -> Vec<Line<'static>> {
     let mut lines: Vec<Line<'static>> =
         age.map(|age| Line::styled(age, loud)).into_iter().collect();
     let Some(picture) = app.looks.picture() else {
-        lines.push("tap-ctl top: looking at this host".into());
+        lines.push("top: looking at this host".into());
         return lines;
     };
     lines.push(chosen(&app.view, picture).into());
@@ -108,7 +108,7 @@ fn chosen(view: &View, picture: &Picture) -> String {
         ),
     };
     format!(
-        "tap-ctl top: {disks}, every {} s, sorted by {}, the {first} first",
+        "top: {disks}, every {} s, sorted by {}, the {first} first",
         view.interval.as_secs(),
         view.order.by.name(),
     )

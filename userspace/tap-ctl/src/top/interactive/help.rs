@@ -15,7 +15,7 @@ const KEYS: [(&str, &str); 12] = [
     ("Up, k; Down, j", "select a disk; PgUp, PgDn, Home, End"),
     (
         "Enter, d",
-        "all figures of the selected disk, and what tap-ctl status says of it",
+        "all figures of the selected disk, and what `tap-ctl status` says of it",
     ),
     (
         "Left, <; Right, >",
