@@ -133,9 +133,8 @@ impl FromStr for ParentKind {
 /// Image to look at.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Problems are missing, damaged or unsupported files, in the image or below it. The rules of blktapctrl for files beside an
-image are not checked: it serves a backing image in the same directory only after chmod a-w, and others only with
---files.
+Problems are missing, damaged or unsupported files, in the image or below it. A note says if blktapctrl would refuse a
+backing image: it serves one in the same folder only after chmod a-w, and others only if --files names them.
 Exit status: 0 if there is no problem, 1 if there is one.")]
 pub(crate) struct Info {
     /// The image, KIND:PATH

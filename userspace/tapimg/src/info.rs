@@ -11,6 +11,7 @@ use diskio::File;
 use formats::{look, luks, qcow2, vhdx, Below, Kind, Needs, LAYERS};
 use serde::Serialize;
 use std::fmt::Write;
+use std::os::unix::fs::PermissionsExt;
 
 /// Facts about an image.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -83,7 +84,7 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         if all.len() > DEEPEST {
             break;
         }
-        let (facts, needs) = match one(opener, &image).await {
+        let (mut facts, needs) = match one(opener, &image).await {
             Ok(found) => found,
             // The first one must be there.
             Err(failure) if all.is_empty() => return Err(failure),
@@ -92,10 +93,13 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
                 break;
             }
         };
+        let parent = needs.and_then(|needs| below(opener, &image, &needs));
+        let note = parent
+            .as_ref()
+            .and_then(|parent| not_beside(&image, parent));
+        facts.notes.extend(note);
         all.push(facts);
-        if args.chain {
-            next = needs.and_then(|needs| below(opener, &image, &needs));
-        }
+        next = parent.filter(|_| args.chain);
     }
     let layers = all
         .iter()
@@ -119,6 +123,28 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         }
     }
     Ok(all)
+}
+
+/// Says what blktapctrl demands before it serves a backing image: that is a file in the folder of the image without write
+/// permissions, or it is named for the disk.
+fn not_beside(image: &Named, parent: &Named) -> Option<String> {
+    // A file that is missing or cannot be looked at is a problem, which is told elsewhere.
+    let (its, place) = (
+        image.path.canonicalize().ok()?,
+        parent.path.canonicalize().ok()?,
+    );
+    let is_fixed = place.metadata().ok()?.permissions().mode() & 0o222 == 0;
+    let is_beside = its.parent() == place.parent();
+    let place = place.display();
+    match (is_beside, is_fixed) {
+        (true, true) => None,
+        (true, false) => Some(format!(
+            "blktapctrl serves it only after `chmod a-w {place}`, which is its backing image, or if --files names that"
+        )),
+        (false, _) => Some(format!(
+            "blktapctrl serves it only if --files names {place}, which is its backing image and is in another folder"
+        )),
+    }
 }
 
 impl Facts {

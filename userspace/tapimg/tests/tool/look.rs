@@ -32,6 +32,30 @@ fn a_chain_is_told() {
     assert!(said.contains("lie over each other"), "{said}");
 }
 
+/// blktapctrl refuses a backing image that another program may write, or in another folder.
+#[test]
+fn a_parent_that_the_supervisor_would_refuse_is_noted() {
+    let bench = Bench::new();
+    bench.sparse("base", 4 << 20, &[(0, 4096)], 1);
+    bench.good("create qcow2:top --parent aio:base");
+    let notes = |line: &str| bench.json(line)[0]["notes"].to_string();
+    let base = bench.path("base").display().to_string();
+    let may_be_written = notes("info qcow2:top");
+    assert!(
+        may_be_written.contains(&format!("`chmod a-w {base}`")),
+        "{may_be_written}"
+    );
+    bench.shell("chmod a-w base");
+    assert_eq!(notes("info qcow2:top"), "null");
+    bench.shell("mkdir elsewhere && mv top elsewhere/top");
+    bench.good("rebase --unsafe qcow2:elsewhere/top --parent aio:base");
+    let is_elsewhere = notes("info qcow2:elsewhere/top");
+    assert!(
+        is_elsewhere.contains("--files names") && is_elsewhere.contains(&base),
+        "{is_elsewhere}"
+    );
+}
+
 /// The maker of an image chose the name in it, which clears no screen and begins no line.
 #[test]
 fn a_name_in_an_image_does_nothing_to_a_terminal() {
