@@ -55,7 +55,7 @@ pub(crate) struct Away<'a, B> {
 }
 
 impl<B: Backend> Backend for Away<'_, B> {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
         let traced = self.context.guest.traced();
         let begun = &self.context.begun;
         let batch = batch.inspect(|io| {
@@ -65,7 +65,7 @@ impl<B: Backend> Backend for Away<'_, B> {
         let AwayContext {
             guest, detached, ..
         } = self.context;
-        guest.away(|| detached.set(), || self.backend.submit(batch));
+        guest.away(|| detached.set(), || self.backend.submit(count, batch));
     }
 
     fn can_resume(&self) -> bool {

@@ -122,8 +122,8 @@ pub(crate) struct Phy {
 }
 
 impl Backend for Phy {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        bio::plugged(|| {
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        bio::plugged(count, || {
             for io in batch {
                 if let Some(inflight) = self.bios.begin(io.tag, None) {
                     start(&inflight, &io);

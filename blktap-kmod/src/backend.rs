@@ -190,7 +190,7 @@ fn reject(rejected: &mut KVec<QueueTag>, tag: QueueTag) {
 }
 
 impl Backend for TapQueue {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+    fn submit<'b>(&mut self, _count: u16, batch: impl Iterator<Item = Io<'b>>) {
         let mut segments = None;
         for io in batch {
             segments = Some(io.segments);

@@ -160,7 +160,8 @@ impl Executor {
         if self.begun.is_empty() {
             return;
         }
-        bio::plugged(|| {
+        // CAST: no more than tags.
+        bio::plugged(self.begun.len() as u16, || {
             let mut rest = self.parts.as_slice();
             for begun in &mut self.begun {
                 let (parts, behind) = rest.split_at_checked(begun.parts).unwrap_or_default();

@@ -7,6 +7,7 @@
 
 use crate::engine::segments::{Pool, Segments, Slice};
 use crate::ring::numbers::QueueTag;
+use crate::ring::request::Direction;
 use crate::ring::response::Status;
 
 /// Operation on the disk.
@@ -30,6 +31,14 @@ pub enum IoKind {
 }
 
 impl IoKind {
+    /// Returns that of a plain read or write.
+    pub(crate) const fn of(direction: Direction) -> Self {
+        match direction {
+            Direction::Read => IoKind::Read,
+            Direction::Write => IoKind::Write,
+        }
+    }
+
     /// Returns the operation's number in traces.
     pub const fn number(self) -> u8 {
         match self {
@@ -81,11 +90,11 @@ impl Io<'_> {
 
 /// The part that carries out the I/O of a disk.
 pub trait Backend {
-    /// Starts every I/O of the batch, in order. May sleep.
+    /// Starts every I/O of the batch, in order; there are `count` of them. May sleep.
     ///
     /// Each I/O completes exactly once, possibly before this returns, and is then yielded by [`reap`](Self::reap); an
     /// I/O that cannot be started completes with an error.
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>);
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>);
 
     /// Reports whether I/O that could not be started before can be started now. Neither sleeps nor takes long, because
     /// each pass calls it, the last time after [`reap`](Self::reap).
@@ -152,8 +161,8 @@ pub trait Backend {
 
 impl<B: Backend> Backend for &mut B {
     #[inline]
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        (**self).submit(batch);
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        (**self).submit(count, batch);
     }
 
     #[inline]

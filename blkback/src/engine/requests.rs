@@ -404,11 +404,12 @@ impl<'a> Requests<'a> {
         })
     }
 
-    /// Gives a new request a number; `None` if all numbers are in use.
-    #[inline]
-    pub(crate) fn take(&mut self, request: PendingRequest) -> Option<Handle<Taken>> {
+    /// Gives the new request that `make` returns a number; `None` if all numbers are in use.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, make: impl FnOnce() -> PendingRequest) -> Option<Handle<Taken>> {
         let tag = self.slots.remove_first(&mut self.free)?;
-        *self.slots.get_mut(tag)? = request;
+        // Made in its place, because it is large.
+        *self.slots.get_mut(tag)? = make();
         self.used = self.used.wrapping_add(1);
         Some(Handle(tag, PhantomData))
     }
@@ -470,8 +471,10 @@ impl<'a> Requests<'a> {
     }
 
     /// Frees the pages of a request that got no number.
-    pub(crate) fn release(&mut self, request: &PendingRequest) {
-        release(&mut self.segments, request);
+    #[cold]
+    pub(crate) fn release(&mut self, pool: Pool, chain: Chain) {
+        self.segments.release(pool, chain.head, chain.count);
+        self.segments.release(Pool::Rest, chain.rest, chain.left);
     }
 
     /// Appends a request to a list that is not one of ours.
@@ -554,14 +557,14 @@ mod tests {
     fn a_request_that_is_taken_cannot_be_forgotten() {
         let mut slots = [PendingRequest::FREE; 2];
         let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));
-        drop(requests.take(PendingRequest::FREE));
+        drop(requests.take(|| PendingRequest::FREE));
     }
 
     #[test]
     fn a_request_is_completed_only_while_the_backend_has_it() {
         let mut slots = [PendingRequest::FREE; 2];
         let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));
-        let handle = requests.take(PendingRequest::FREE).unwrap();
+        let handle = requests.take(|| PendingRequest::FREE).unwrap();
         let tag = handle.tag();
         assert!(requests.complete(tag, Status::Okay).is_none());
         let started = requests.start(handle, 7);
@@ -580,7 +583,7 @@ mod tests {
             let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));
             let mut running = Vec::new();
             for now in 1..=4 {
-                let handle = requests.take(PendingRequest::FREE).unwrap();
+                let handle = requests.take(|| PendingRequest::FREE).unwrap();
                 running.push((now, requests.start(handle, now)));
             }
             let (mut order, mut now) = (seed, 4);
@@ -591,7 +594,7 @@ mod tests {
                 let _response = requests.end(handle);
                 if now < 8 {
                     now += 1;
-                    let handle = requests.take(PendingRequest::FREE).unwrap();
+                    let handle = requests.take(|| PendingRequest::FREE).unwrap();
                     running.push((now, requests.start(handle, now)));
                 }
                 let oldest = running.first().map(|(started, _)| *started);

@@ -20,12 +20,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return;
         }
         let now = self.clock.look(&self.backend);
-        let mut first = None;
+        let (mut first, mut count) = (None, 0_u16);
         while let Some(handle) = self.requests.pop_taken() {
             let request = self.requests.of_mut(&handle);
             if request.status == Status::Okay {
                 if !request.counted {
-                    count(self.stats, request);
+                    add(self.stats, request);
                     // Segments that are still left are counted when their piece begins.
                     request.counted = request.left == 0;
                 }
@@ -33,6 +33,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 self.note_pages(since, now);
                 let tag = self.requests.start(handle, now);
                 first = first.or(Some(tag));
+                count = count.wrapping_add(1);
             } else {
                 self.requests.push_completed(handle.fail());
             }
@@ -41,7 +42,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             return;
         };
         let requests = &self.requests;
-        self.backend.submit(requests.from(first).filter_map(|tag| {
+        let batch = requests.from(first).filter_map(|tag| {
             let request = requests.get(tag)?;
             Some(Io {
                 tag,
@@ -54,7 +55,8 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 head: request.head,
                 count: request.count,
             })
-        }));
+        });
+        self.backend.submit(count, batch);
     }
 }
 
@@ -68,7 +70,7 @@ impl PendingRequest {
     }
 }
 
-fn count(stats: &mut Stats, request: &PendingRequest) {
+fn add(stats: &mut Stats, request: &PendingRequest) {
     let (requests, sectors) = match request.kind {
         IoKind::Read => (&mut stats.rd_req, &mut stats.rd_sect),
         IoKind::Write => (&mut stats.wr_req, &mut stats.wr_sect),

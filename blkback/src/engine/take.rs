@@ -11,9 +11,22 @@ use crate::ring::abi::{MAX_SLOT_SIZE, OP_DISCARD, OP_FLUSH_DISKCACHE};
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{
-    Direct, Direction, Discard, Indirect, Ordering, RawRequest, Reason, Request,
+    Direct, Direction, Discard, Indirect, Ordering, Plain, RawRequest, Reason, Request,
 };
 use crate::ring::response::{Response, Status};
+
+/// A new read or write.
+struct Transfer {
+    id: u64,
+    operation: u8,
+    kind: IoKind,
+    /// First sector on the disk.
+    sector: u64,
+    /// 0 while its segments are not known.
+    sectors: u64,
+    /// Its segments.
+    count: u16,
+}
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Gives requests that waited for pages another chance.
@@ -54,6 +67,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         self.begin_taking();
         while taken < available && self.can_take() && self.ring.take(&mut raw.bytes) {
             taken = taken.wrapping_add(1);
+            let plain = raw.plain(&self.limits);
+            if plain.is_some_and(|plain| self.plain(&plain)) {
+                continue;
+            }
             match raw.check(&self.limits) {
                 Ok(request) => {
                     if let Err(why) = self.admit(&request) {
@@ -70,6 +87,33 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         }
         self.end_taking(taken);
         taken
+    }
+
+    /// Takes a plain read or write, as most requests are; [`admit`](Self::admit) does the same for all kinds. Returns
+    /// false if the request must wait.
+    #[inline]
+    fn plain(&mut self, plain: &Plain<'_>) -> bool {
+        let taken = self.with_pages(Transfer {
+            id: plain.id,
+            operation: plain.operation,
+            kind: IoKind::of(plain.direction),
+            sector: plain.sector,
+            sectors: plain.sectors,
+            count: plain.count(),
+        });
+        let Ok(handle) = taken else {
+            return false;
+        };
+        let request = self.requests.of(&handle);
+        // A request that has failed has no pages to fill.
+        if request.status == Status::Okay {
+            let mut at = request.head;
+            for segment in plain.segments() {
+                at = self.requests.segments.fill(at, segment);
+            }
+        }
+        self.requests.push_taken(handle);
+        true
     }
 
     /// Gives a checked request its number and pages, or answers it.
@@ -138,13 +182,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             (Direction::Write, Ordering::PreFlush) => IoKind::PreFlushWrite,
             (Direction::Write, Ordering::Barrier) => IoKind::BarrierWrite,
         };
-        let handle = self.with_pages(PendingRequest {
+        let handle = self.with_pages(Transfer {
             id: direct.id,
             operation: direct.operation,
             kind,
             sector: direct.sector,
+            sectors: 0,
             count: direct.count(),
-            ..PendingRequest::FREE
         })?;
         let request = self.requests.of(&handle);
         // A request that has failed has no pages to fill.
@@ -171,16 +215,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         if self.transfers.is_full() {
             self.fetch();
         }
-        let handle = self.with_pages(PendingRequest {
+        let handle = self.with_pages(Transfer {
             id: indirect.id,
             operation: indirect.operation,
-            kind: match indirect.direction {
-                Direction::Read => IoKind::Read,
-                Direction::Write => IoKind::Write,
-            },
+            kind: IoKind::of(indirect.direction),
             sector: indirect.sector,
+            sectors: 0,
             count: indirect.count(),
-            ..PendingRequest::FREE
         })?;
         if self.requests.of(&handle).status == Status::Okay {
             self.fetch_soon(handle.tag(), indirect);
@@ -192,41 +233,66 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     fn without_pages(&mut self, request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
         let since = self.latencies.spans.taken;
         let request = PendingRequest { since, ..request };
-        self.requests.take(request).ok_or(NoRoom::Turn)
+        self.requests.take(|| request).ok_or(NoRoom::Turn)
     }
 
-    /// Gives a request a number and a chain of `request.count` pages. A request that can never get them is marked as
-    /// failed.
-    fn with_pages(&mut self, mut request: PendingRequest) -> Result<Handle<Taken>, NoRoom> {
+    /// Gives a transfer a number and a chain of `count` pages. One that can never get them is marked as failed.
+    #[inline]
+    fn with_pages(&mut self, transfer: Transfer) -> Result<Handle<Taken>, NoRoom> {
+        let Transfer {
+            id,
+            operation,
+            kind,
+            sector,
+            sectors,
+            count,
+        } = transfer;
         let keeps = self.transfers.mappings.keeps();
         let maps = match keeps {
-            true => self.backend.prefers_mapped(request.kind),
-            false => request.count > self.config.copy_max_segments,
+            true => self.backend.prefers_mapped(kind),
+            false => count > self.config.copy_max_segments,
         };
         let wanted = match maps {
             true => [Pool::Map, Pool::Copy],
             false => [Pool::Copy, Pool::Map],
         };
-        let fits = |pool: &Pool| self.requests.segments.most(*pool) >= request.count;
+        let fits = |pool: &Pool| self.requests.segments.most(*pool) >= count;
         let Some(pool) = wanted.into_iter().find(fits) else {
-            request.count = 0;
-            request.status = Status::Error;
-            return self.without_pages(request);
+            return self.without_pages(PendingRequest {
+                id,
+                operation,
+                kind,
+                sector,
+                status: Status::Error,
+                ..PendingRequest::FREE
+            });
         };
         // A barrier or a flush is the first of its queue's I/O, or is for the whole request.
-        let may_split = matches!(request.kind, IoKind::Read | IoKind::Write);
-        let mut room = |pool| Some((pool, self.room(pool, request.count, may_split)?));
+        let may_split = matches!(kind, IoKind::Read | IoKind::Write);
+        let mut room = |pool| Some((pool, self.room(pool, count, may_split)?));
         let found = match room(pool) {
             // Mappings that stay are only for speed, so no request waits for them.
             None if keeps && pool == Pool::Map => room(Pool::Copy),
             found => found,
         };
         let (pool, chain) = found.ok_or(NoRoom::Pages)?;
-        request.pool = pool;
-        request.since = self.latencies.spans.taken;
-        request.set_chain(chain);
-        self.requests.take(request).ok_or_else(|| {
-            self.requests.release(&request);
+        let since = self.latencies.spans.taken;
+        let handle = self.requests.take(|| PendingRequest {
+            id,
+            operation,
+            kind,
+            sector,
+            sectors,
+            since,
+            pool,
+            head: chain.head,
+            count: chain.count,
+            rest: chain.rest,
+            left: chain.left,
+            ..PendingRequest::FREE
+        });
+        handle.ok_or_else(|| {
+            self.requests.release(pool, chain);
             NoRoom::Turn
         })
     }

@@ -125,6 +125,38 @@ impl Direct {
     }
 }
 
+/// A checked read or write without an ordering, with its segments in the slot: as most requests are.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain<'a> {
+    /// Guest's identifier.
+    pub id: u64,
+    /// The operation to echo.
+    pub operation: u8,
+    /// Direction.
+    pub direction: Direction,
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Sectors of all segments.
+    pub sectors: u64,
+    /// Of the slot's copy, all of them checked.
+    segments: &'a [RawSegment],
+}
+
+impl Plain<'_> {
+    /// Number of segments, 1 to 11.
+    #[inline]
+    pub fn count(&self) -> u16 {
+        // CAST: at most 11.
+        self.segments.len() as u16
+    }
+
+    /// The segments, all of them checked.
+    #[inline]
+    pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
+        self.segments.iter().filter_map(Segment::check)
+    }
+}
+
 /// A checked indirect request; its segments are still in the guest's pages.
 #[derive(Clone, Copy, Debug)]
 pub struct Indirect {
@@ -282,6 +314,46 @@ impl RawRequest {
             Protocol::Abi64 => view!(b, abi::RawOther64).map_or(0, |r| r.id.get()),
             Protocol::Abi32 => view!(b, abi::RawOther32).map_or(0, |r| r.id.get()),
         }
+    }
+
+    /// Returns the request if it is a plain read or write that the disk allows, without a copy of it. `None` gives no reason:
+    /// [`check`](Self::check) decides about all requests, about these in the same way.
+    #[inline]
+    pub fn plain(&self, limits: &Limits) -> Option<Plain<'_>> {
+        let (id, sector, nr_segments, segments) = match self.protocol {
+            Protocol::Abi64 => {
+                let (raw, _) = abi::RawRw64::ref_from_prefix(&self.bytes).ok()?;
+                (raw.id, raw.sector_number, raw.nr_segments, &raw.seg)
+            }
+            Protocol::Abi32 => {
+                let (raw, _) = abi::RawRw32::ref_from_prefix(&self.bytes).ok()?;
+                (raw.id, raw.sector_number, raw.nr_segments, &raw.seg)
+            }
+        };
+        let operation = self.operation();
+        let direction = match operation {
+            abi::OP_READ => Direction::Read,
+            abi::OP_WRITE => Direction::Write,
+            _ => return None,
+        };
+        let segments = segments.get(..usize::from(nr_segments))?;
+        if segments.is_empty() {
+            return None;
+        }
+        let mut range = Range::new(sector.get(), limits);
+        for raw in segments {
+            range.add(&Segment::check(raw)?);
+        }
+        let sectors = range.sectors;
+        range.finish(direction, limits).ok()?;
+        Some(Plain {
+            id: id.get(),
+            operation,
+            direction,
+            sector: sector.get(),
+            sectors,
+            segments,
+        })
     }
 
     /// Checks the request against what the disk allows.

@@ -6,7 +6,7 @@ use proptest::array::uniform8;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use ring::abi::{self, Protocol};
-use ring::request::{Limits, RawRequest, Request};
+use ring::request::{Limits, Ordering, RawRequest, Request};
 use ring::response::{Response, Status};
 
 use crate::encode::{discard, indirect, other, rw, Seg};
@@ -100,6 +100,25 @@ proptest! {
             let end = u128::from(d.sector) + u128::from(sum);
             prop_assert!(sum == 0 || end <= u128::from(limits.sectors));
             prop_assert_eq!(sum % u64::from(limits.block_sectors), 0);
+        }
+    }
+
+    #[test]
+    fn plain_request_is_what_the_full_check_makes_of_it(raw in slots(), limits in limits()) {
+        let plain = raw.plain(&limits);
+        let checked = match raw.check(&limits) {
+            Ok(Request::Direct(direct)) if direct.ordering == Ordering::Plain => Some(direct),
+            _ => None,
+        };
+        prop_assert_eq!(plain.is_some(), checked.is_some());
+        if let Some((plain, direct)) = plain.zip(checked) {
+            prop_assert_eq!(
+                (plain.id, plain.operation, plain.direction, plain.sector, plain.count()),
+                (direct.id, direct.operation, direct.direction, direct.sector, direct.count())
+            );
+            prop_assert!(plain.segments().eq(direct.segments()));
+            let sectors: u64 = direct.segments().map(|segment| u64::from(segment.sectors())).sum();
+            prop_assert_eq!(plain.sectors, sectors);
         }
     }
 

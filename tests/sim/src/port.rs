@@ -54,11 +54,13 @@ impl FakeDisk {
 }
 
 impl Backend for FakeDisk {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
         let mut m = self.machine.borrow_mut();
         m.disk.batches += 1;
         m.gone |= m.goes_in_submit;
+        let mut left = count;
         for io in batch {
+            left = left.checked_sub(1).expect("no more than were announced");
             let mut running = m.accept(&io);
             if m.disk.again == Some(io.tag) {
                 m.disk.again = None;
@@ -76,6 +78,7 @@ impl Backend for FakeDisk {
                 m.disk.running.push(running);
             }
         }
+        assert_eq!(left, 0, "as many as were announced");
     }
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {

@@ -440,7 +440,7 @@ impl TapBackend {
 }
 
 impl Backend for TapBackend {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
+    fn submit<'b>(&mut self, _count: u16, batch: impl Iterator<Item = Io<'b>>) {
         let mut m = self.machine.borrow_mut();
         m.disk.batches += 1;
         for io in batch {

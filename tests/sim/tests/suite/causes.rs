@@ -131,8 +131,8 @@ struct Told {
 }
 
 impl Backend for Told {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        self.disk.submit(batch);
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        self.disk.submit(count, batch);
     }
 
     fn can_resume(&self) -> bool {

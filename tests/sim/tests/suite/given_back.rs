@@ -226,8 +226,8 @@ fn a_ring_that_goes_while_io_is_given_back_is_not_used_again() {
 struct Shy(FakeDisk);
 
 impl Backend for Shy {
-    fn submit<'b>(&mut self, batch: impl Iterator<Item = Io<'b>>) {
-        self.0.submit(batch);
+    fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
+        self.0.submit(count, batch);
     }
 
     fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {

@@ -38,6 +38,8 @@ pub(crate) use transfer::{Piece, Place};
 /// Bios beyond the record's own that can be allocated while there is no memory: enough for progress. Each has room for
 /// as many ranges as a bio can have.
 const RESERVE: u32 = 2;
+/// Requests that a plug allocates at once at most (`BLK_MAX_REQUEST_COUNT`).
+const PLUGGED: u16 = 32;
 /// Ranges of memory of one bio at most (`BIO_MAX_VECS`).
 const MAX_VECS: u16 = 256;
 
@@ -106,7 +108,7 @@ const FIRST_VECS: u16 = 8;
 struct Record {
     /// Bios that have not completed, and one while the I/O is being built.
     pending: Atomic<i32>,
-    /// The first error as `blk_status_t`, or 0.
+    /// The first error as `blk_status_t`, or 0; 0 between two I/Os.
     status: Atomic<u32>,
     /// Not 0 from the beginning of an I/O until its completion is reaped.
     taken: Atomic<u32>,
@@ -247,7 +249,6 @@ impl Disk {
         }
         // SAFETY: The record is ours, and no bio of it is left.
         unsafe { *record.storage.get() = storage };
-        record.status.store(0, Relaxed);
         // INVARIANT: The record becomes busy here and stops to be so in `put`.
         record.pending.store(1, Relaxed);
         self.busy.fetch_add(1, Relaxed);
@@ -276,6 +277,9 @@ impl Disk {
                 let tag = index.wrapping_mul(64).wrapping_add(bit);
                 if let Some(record) = self.records.get(tag) {
                     let status = record.status.load(Relaxed);
+                    if status != 0 {
+                        record.status.store(0, Relaxed);
+                    }
                     // SAFETY: Its bit was set, and it is ours until it is given back below.
                     let storage = unsafe { (*record.storage.get()).take() };
                     // Its bios are gone, and the last of them has seen to its bit.
@@ -479,11 +483,15 @@ fn put(record: &Record) {
     disk.busy.fetch_sub(1, Release);
 }
 
-/// Runs `body` with the block layer's queue plugged, so that the device gets all bios of `body` together.
-pub(crate) fn plugged<R>(body: impl FnOnce() -> R) -> R {
+/// Runs `body`, which submits about `count` bios, with the block layer's queue plugged: the device gets all of them
+/// together, and the block layer allocates their requests at once. Requests that are not needed are given back at the
+/// end, and before the thread sleeps.
+pub(crate) fn plugged<R>(count: u16, body: impl FnOnce() -> R) -> R {
     let mut plug = bindings::blk_plug::default();
     // SAFETY: The plug stays on this stack frame, and is finished before it goes.
     unsafe { bindings::blk_start_plug(&mut plug) };
+    // As `blk_start_plug_nr_ios`, which is not exported. A plug within another one is not looked at.
+    plug.nr_ios = count.clamp(1, PLUGGED);
     let result = body();
     // SAFETY: Started above, by the same thread.
     unsafe { bindings::blk_finish_plug(&mut plug) };
