@@ -208,11 +208,17 @@ fn vdevs(count: usize) -> Vec<String> {
     one.chain(two).take(count).collect()
 }
 
-/// Lets a domain have more keys than usual, which the daemon in C can do; says how many disks there is room for.
+/// Lets a domain have more keys than usual, which the daemon in C can do; returns for how many disks there is room.
 fn room_for_keys() -> Result<usize> {
-    let command = ["xenstore-control", "quota", "set", "nodes", "10000"];
-    let changed = sh::status(&command, Duration::from_secs(10))?.rc == 0;
-    Ok(if changed { MANY } else { USUAL })
+    const KEYS: &str = "10000";
+    let ask = |words: &[&str]| {
+        let line = [&["xenstore-control", "quota"], words].concat();
+        sh::status(&line, Duration::from_secs(10))
+    };
+    ask(&["set", "nodes", KEYS])?;
+    // The daemon in OCaml answers "OK" to whatever it does not know.
+    let is_changed = ask(&[])?.text.contains(KEYS);
+    Ok(if is_changed { MANY } else { USUAL })
 }
 
 fn many(context: &mut Context) -> Result<()> {
@@ -220,8 +226,20 @@ fn many(context: &mut Context) -> Result<()> {
     let count = room_for_keys()?;
     let domain = Domain::start(context, Kind::Pv, &storage.path())?;
     let served = serves_many(&domain, &vdevs(count));
-    context.note(&served.with_context(|| domain.logs())?)?;
+    let served = served.with_context(|| format!("{}\n{}", domain.logs(), quotas(&domain)));
+    context.note(&served?)?;
     domain.guest.destroy()
+}
+
+/// The quotas of xenstore, and how much of each the driver domain uses.
+fn quotas(domain: &Domain) -> String {
+    let domid = domain.guest.domid.to_string();
+    let ask = |words: &[&str]| {
+        let line = [&["xenstore-control", "quota"], words].concat();
+        sh::status(&line, Duration::from_secs(10))
+            .map_or_else(|error| format!("{error:#}"), |said| said.text)
+    };
+    format!("{}\n{}\n{}", ask(&[]), ask(&[&domid]), ask(&["max"]))
 }
 
 /// Serves all these disks of one guest, which looks for them when it boots.
