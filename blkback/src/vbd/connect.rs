@@ -19,7 +19,7 @@ use kernel::sync::atomic::{
 use kernel::sync::Arc;
 
 impl Vbd {
-    /// Gives a job that may wait for storage to the queue that is there for that.
+    /// Hands a job that may wait for storage to the work queue for such jobs.
     pub(super) fn send(self: &Arc<Self>, life: &mut Life, job: Job) {
         life.errand = Errand::Given(job);
         // There is one at a time, so it is not queued.

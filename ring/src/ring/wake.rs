@@ -68,7 +68,7 @@ impl<W: StateWord> WakeState<W> {
         self.0.load() == NOTIFIED
     }
 
-    /// Forgets earlier wake-ups. The sleeper calls this before it looks for work: a wake-up for work that it finds now
+    /// Forgets earlier wake-ups. The sleeper calls this before it polls for work: a wake-up for work that it finds now
     /// shall not cost another look.
     ///
     /// The full barrier pairs with the exchange in [`wake`](Self::wake): a waker that set the state before has made its

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which guests are suspended.
+//! Guests that are suspended.
 //!
 //! Xenstore tells that a domain has ended or was suspended (`@releaseDomain`), not which one and why. Only the
 //! hypervisor knows, and its interface for that changes with its version; `xl list -v` prints the code and is of the

@@ -16,7 +16,7 @@ pub struct Node {
     pub status: control::supervisor::Kernel,
     /// Domain and virtual device of the frontend that is bound, if one is.
     pub bound: Option<(u32, u32)>,
-    /// The kernel can serve a disk by itself.
+    /// The kernel can serve a disk without its process.
     pub has_maps: bool,
     /// Files that the kernel has for passthrough, one bit for each number.
     pub backings: u32,

@@ -182,7 +182,7 @@ pub struct Mirrored {
 /// A moment (mark) from which on a [map](crate::notes) records the guest's writes, until the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noted {
-    /// Which map; a later one has a higher number.
+    /// Number of the map; a later map has a higher one.
     pub number: u64,
     /// Name of the mark; nothing if it was removed while an older mark still needs its map.
     pub name: Option<MarkName>,

@@ -211,7 +211,7 @@ pub enum Request {
         /// As [`Open::trace`].
         on: bool,
     },
-    /// Waits until a trace has ended by itself, and tells it until the next [`Request::Trace`]. Answered with
+    /// Waits until a trace has ended without a request, and reports it until the next [`Request::Trace`]. Answered with
     /// [`Reply::Untraced`]. On a connection of its own: others are answered meanwhile.
     Untraced,
     /// Looks at the image's size again and tells the guest. Answered with [`Reply::Disk`].
@@ -364,7 +364,7 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// Use of the shares of a group.
     Used(Used),
-    /// A trace has ended by itself.
+    /// A trace has ended without a request.
     Untraced {
         /// Reason of the refusal.
         why: String,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which host this is, and for which disk it asks.
+//! Identity of this host, and of the disk for which it asks.
 
 use control::Failure;
 use std::fs;

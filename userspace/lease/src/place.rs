@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which lease an image has, and where that is.
+//! The kind of lease that an image has, and its place.
 
 use crate::lock::Lock;
 use crate::record::Recorded;

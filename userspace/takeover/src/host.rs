@@ -90,7 +90,7 @@ pub trait Host {
     fn has_other_copy(&self) -> bool;
     /// Loads the copy of the module that was there before.
     fn load_back(&self) -> io::Result<()>;
-    /// A driver that comes gets the devices that have none by itself, or not.
+    /// Sets whether the bus gives a driver that is loaded the devices that have none.
     fn set_autoprobe(&self, is_on: bool) -> io::Result<()>;
     /// The supervisor of tap disks answers, or there are none.
     fn ask_supervisor(&self) -> io::Result<()>;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which module is loaded, which one is installed, and whether they are the same: by the build identifier, which the
+//! The module that is loaded and the one that is installed, and whether they are the same: by the build identifier, which the
 //! linker gives to each module, and which Linux shows of those that are loaded.
 
 use crate::real::output;

@@ -179,7 +179,7 @@ pub(crate) enum Verb {
     /// Change the rate limits and the error policy of a disk, while the guest works
     ///
     /// A guest that asks for more than it may waits; nothing fails by that. With a limit every request goes through the
-    /// disk's process: the kernel, which would execute many by itself, knows none. The settings stay until the disk is
+    /// disk's process: the kernel, which could execute many without the process, knows no limits. The settings stay until the disk is
     /// destroyed. A disk of a guest's configuration has them there, before the driver:
     /// target=bps=20M,iops=500,on-error=stop,aio:/srv/a.img
     ///
@@ -372,7 +372,7 @@ pub(crate) enum LeaseVerb {
     ///
     /// A record is watched for 13 seconds: its holder must be silent. Of a reservation the storage first ends what its
     /// holder has under way, and refuses from then on what it writes: should it live, its disk stops. A lease of sanlock's
-    /// is not broken: sanlock gives it to the next host by itself, once a watchdog has reset the dead one.
+    /// is not broken: sanlock gives it to the next host once a watchdog has reset the dead one.
     Break {
         /// A target, or the absolute path of an image
         image: String,
@@ -721,7 +721,7 @@ impl From<EngineName> for Engine {
     }
 }
 
-/// An image for a disk that is there.
+/// An image for an existing disk.
 #[derive(Debug, Args)]
 pub(crate) struct Open {
     #[command(flatten)]

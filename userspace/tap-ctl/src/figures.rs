@@ -214,7 +214,7 @@ fn mean_ms(before: Option<&Block>, now: Option<&Block>) -> Option<f64> {
     Some(now?.mean_ms(before?)?.0)
 }
 
-/// The kernel serves the disk by itself.
+/// The kernel serves the disk without its process.
 fn by_kernel(disk: &Disk) -> bool {
     let kernel = disk.tap.as_ref().and_then(|tap| tap.row.kernel.as_ref());
     kernel.is_some_and(|kernel| kernel.by_itself().is_some())

@@ -19,7 +19,7 @@ use std::task::{Poll, Waker};
 use tapdev::abi::Completion;
 use tapdev::{Command, Tap};
 
-/// Turns of the loop from a result that is there to one that is handed back.
+/// Turns of the loop from a result of the driver to the moment at which the kernel gets it.
 const TURNS: u32 = 3;
 
 /// Tags fetched by one ioctl at most.

@@ -38,7 +38,7 @@ impl Bucket {
         }
     }
 
-    /// So much is let through.
+    /// Counts `amount` as passed.
     fn take(&mut self, now: u64, amount: u64, rate: u64) {
         let cost = u128::from(amount) * u128::from(SECOND) / u128::from(rate.max(1));
         let cost = u64::try_from(cost).unwrap_or(u64::MAX);

@@ -41,7 +41,7 @@ impl Progress {
         }
     }
 
-    /// So many more bytes are done.
+    /// Adds to the number of bytes that are done.
     pub(crate) fn add(&self, bytes: u64) {
         self.done.set(self.done.get() + bytes);
         let Some(shown) = &self.shown else { return };

@@ -39,7 +39,7 @@ pub(crate) struct Side {
 pub(crate) struct Piece<const N: usize> {
     pub(crate) offset: u64,
     pub(crate) len: u64,
-    /// Which sides have data.
+    /// Sides that have data.
     pub(crate) data: [bool; N],
 }
 

@@ -277,7 +277,7 @@ pub enum What {
 /// A record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Which request; of others than requests and what was done, which one comes next.
+    /// Number of the request; in other records the number of the next request.
     pub number: u64,
     /// Nanoseconds since the trace began.
     pub time_ns: u64,

@@ -134,7 +134,7 @@ impl Values {
 pub struct Present(u32);
 
 impl Present {
-    /// Records the name of a key that is there.
+    /// Records the name of an existing key.
     pub fn note(&mut self, name: &[u8]) {
         for key in Key::ALL {
             if without_nul(key.name()) == Some(name) {

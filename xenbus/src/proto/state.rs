@@ -84,7 +84,7 @@ pub enum Ending {
 ///
 /// Rings with requests that are not answered can never be served again: a backend that attaches to them begins at the
 /// first slot without an answer, and answers that came out of order have taken the slots of requests that still wait.
-/// So a frontend that may continue with its rings is never left before it has all answers.
+/// A frontend that may continue with its rings therefore has all answers before the backend leaves it.
 pub fn ending(theirs: State, unbound: bool) -> Ending {
     match theirs {
         State::Initialised | State::Connected | State::Closing => Ending::Answered,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Decides which files a process may have beside its image: the process names a path.
 //!
-//! A guest writes what a process reads, so a name is worth nothing by itself:
+//! A guest writes what a process reads, so a name alone proves nothing:
 //!
 //! - It is decided before anything is looked at: what may not be given is not even there for who asks.
 //! - A new file is only given to a verb that opens an image, because an administrator or a toolstack calls that.

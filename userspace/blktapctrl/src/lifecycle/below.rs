@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where the kernel serves a disk by itself it also reads what is below the image: its process says which parts of the
+//! Where the kernel serves a disk without its process it also reads what is below the image: its process says which parts of the
 //! disk are there.
 //!
 //! A file below has a number with the kernel that no other file of the disk ever gets. So a process can rely on a

@@ -113,7 +113,7 @@ impl Lifecycle {
         its.collect()
     }
 
-    /// The group of a disk, if it is in one that is there.
+    /// The group of a disk, if the disk is in a group that exists.
     fn group(&self, disk: &Disk) -> Option<Rc<Group>> {
         let name = disk.record.borrow().policy.group.clone()?;
         let group = self.quota.get(&name).ok()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An image is opened on a disk, closed, and grown; a process comes and goes by itself.
+//! Opening an image on a disk, closing and growing it; starting and ending a process without an image.
 
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};

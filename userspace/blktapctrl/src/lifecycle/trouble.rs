@@ -147,7 +147,7 @@ fn tell(registry: &Registry, disk: &Disk, told: &Troubles, more: u64) {
     }
 }
 
-/// Tells of flushes that the kernel executed by itself and that failed, which it only counts. The guest has got the
+/// Reports flushes that failed in the kernel, which only counts them. The guest has got the
 /// errors.
 pub(crate) fn tell_of_kernel(registry: &Registry, disk: &Disk, status: &Kernel) {
     let told = disk.record.borrow().failed_flushes;

@@ -65,7 +65,7 @@ impl Process {
         answer
     }
 
-    /// Which program it says it is.
+    /// The program that the process names.
     ///
     /// # Errors
     /// It says nothing, or speaks another version of the protocol.

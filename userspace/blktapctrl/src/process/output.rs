@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Output of a process: lines, in a pipe of which the process has both ends.
 //!
-//! So the pipe lives as long as the process does, whether there is a supervisor or not. A process whose output is not
+//! The pipe lives as long as the process, with or without a supervisor. A process whose output is not
 //! read does not end because of that, and does not wait either: it counts the output for which there is no room. The
 //! next supervisor reads the output that is left; only that of a process which ends while there is no supervisor is
 //! lost. The end that is read is the standard output of the process, which prints nothing there.

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub struct Event {
     /// Numbers events without a gap, from 1. The next supervisor continues the numbers.
     pub number: u64,
-    /// Which numbers these are: a random one, another one when they begin anew, as after a boot. 0 of a supervisor whose
+    /// Random number of this row of event numbers; a new one when they begin anew, as after a boot. 0 of a supervisor whose
     /// numbers end with it.
     #[serde(default)]
     pub series: u32,
@@ -70,7 +70,7 @@ pub enum What {
         target: Option<Target>,
         /// The error in words.
         error: String,
-        /// So many others failed since the last event of this kind.
+        /// Number of other failures since the last event of this kind.
         more: u64,
         /// The request is kept and the disk paused, so that the guest waits until it is unpaused.
         stopped: bool,
@@ -154,7 +154,7 @@ pub enum What {
         /// Description of the problem, its reason, and the remedy.
         why: String,
     },
-    /// The kernel does not serve the disk by itself: its process does all.
+    /// The kernel passes all requests to the disk's process.
     NotDirect {
         /// Reason of the problem.
         why: String,

@@ -285,7 +285,7 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Writes into subclusters of a cluster that is there, then makes the entry say so.
+    /// Writes into subclusters of an allocated cluster, then updates the entry.
     async fn fill(&self, plan: &Plan, at: u64, data: Bytes) -> Result<(), Errno> {
         let place = at + plan.wide.start % self.geometry.cluster();
         self.check_place(place, plan.wide.end - plan.wide.start)?;

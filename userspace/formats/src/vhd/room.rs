@@ -101,7 +101,7 @@ impl<S: Storage> Room<S> {
         }
     }
 
-    /// A place that is there without I/O.
+    /// Returns a free place that needs no I/O.
     fn ready(&self) -> Result<Option<u32>, Errno> {
         let free = self.free.borrow_mut().pop();
         let place = match free {

@@ -166,7 +166,7 @@ impl<S: Storage> Blocks<S> {
         }
     }
 
-    /// The runs of a part of a block that is there partly: bytes of each, and whether they are the image's own.
+    /// The runs of a part of a block that is partly allocated: the bytes of each, and whether the image holds them.
     pub(crate) async fn runs(
         &self,
         block: u64,

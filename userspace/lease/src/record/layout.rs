@@ -116,7 +116,7 @@ impl Default for Area {
     }
 }
 
-/// Which cell of the file it is.
+/// Number of the cell in the file.
 pub(super) fn place(generation: u64, cell: Cell) -> usize {
     // CAST: a remainder of 32.
     2 * (generation % GENERATIONS as u64) as usize + usize::from(cell == Cell::Hold)

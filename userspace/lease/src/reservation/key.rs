@@ -44,7 +44,7 @@ impl Key {
         (self.0 >> 24 & 0xff) as u32
     }
 
-    /// Which host it is, as it is shown.
+    /// The host, as users see it.
     pub(super) fn host_id(self) -> String {
         format!("id-{:05x}", self.0 >> 44)
     }
@@ -86,7 +86,7 @@ fn boot(host: &Host) -> u64 {
     sum(&[&host.machine, &host.boot], 12)
 }
 
-/// So many bits of a checksum.
+/// Number of bits of a checksum.
 fn sum(parts: &[&[u8]], bits: u32) -> u64 {
     let mut sum = crc32fast::Hasher::new();
     for part in parts {

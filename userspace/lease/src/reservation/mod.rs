@@ -15,8 +15,8 @@
 //! | after a release or a break it stays reserved, for an idle key, and the next holder preempts that | a host that has lost it and does not know yet writes when it is free, and that lands after the writes of the next holder |
 //! | it is given up when no I/O is under way | a write lands after those of the next holder, if the storage allows it to who reserves again |
 //!
-//! There is no term that ends by itself, nor a wait for who might still be about to write: what a holder does that has
-//! lost it, the storage refuses. A heartbeat looks whether it is lost, so that the disk stops also if its guest only
+//! A reservation has no term, and its next holder need not wait for late writes: the storage refuses the I/O of a holder
+//! that has lost it. A heartbeat looks whether it is lost, so that the disk stops also if its guest only
 //! reads. Requests that the storage refuses in the meantime fail with EBADE, and the process stops at that error
 //! (`tapdisk`).
 //!

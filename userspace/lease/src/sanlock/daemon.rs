@@ -36,7 +36,7 @@ impl From<Failure> for Trouble {
     }
 }
 
-/// Which hosts have a resource, as it stands on storage.
+/// Returns the hosts that have a resource, as the storage says.
 #[derive(Debug)]
 pub(super) struct Owners {
     /// How often it was taken.

@@ -4,7 +4,7 @@
 //! sanlock gives a resource to a host: each host joins a lockspace under a number of its own and renews that on storage
 //! (every 20 s); a resource names the number that has it. To processes it lends what the host has: it kills them when
 //! the number is not renewed for 80 s, and if one of them stays, a watchdog resets the host 60 s later. Only then
-//! another host takes what this one had, and does so by itself.
+//! sanlock gives another host what this one had.
 //!
 //! **No process stays registered here.** A registered process loses the resource when it ends, and the process of a
 //! disk may end at any time, with I/O under way, and be replaced; so may the supervisor. So the resource is taken
@@ -259,7 +259,7 @@ impl Sanlock {
         )
     }
 
-    /// Which host has it, as far as can be seen.
+    /// The host that has it, as far as is known.
     fn holder(&self) -> Result<Result<Holder, u64>, Failure> {
         let owners = self.daemon.owners(&self.resource);
         let owners = owners.map_err(|trouble| self.explained(trouble))?;
@@ -416,7 +416,7 @@ impl Lease for Sanlock {
     }
 }
 
-/// Which process of this host has a resource.
+/// The process of this host that has a resource.
 fn whose(held: Option<&Held>) -> String {
     held.map_or(String::new(), |held| format!(" (process {})", held.pid))
 }
@@ -430,7 +430,7 @@ fn slept() -> Duration {
     crate::now().saturating_sub(Duration::new(seconds, nanoseconds))
 }
 
-/// So many seconds ago, in milliseconds since 1970.
+/// The time this number of seconds ago, in milliseconds since 1970.
 fn date_of(seconds: u64) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let then = now

@@ -56,7 +56,7 @@ pub(super) struct Held {
     pub(super) version: u64,
     /// It is being given up, or is not had yet.
     pub(super) is_passing: bool,
-    /// Which process has it, or had it last.
+    /// The process that has it, or had it last.
     pub(super) pid: u32,
     /// No process has it.
     pub(super) is_orphan: bool,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which driver serves, and which one is to.
+//! The driver that serves, and the one that the administrator has chosen.
 
 use super::{bad, ok, warn, Finding};
 use crate::host::{vbd, Host};

@@ -57,9 +57,9 @@ impl Maker {
 /// Contents of an initramfs, or the reason why they are unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Listed {
-    /// So says the program of this one.
+    /// The program for this initramfs says so.
     By(Maker, String),
-    /// No program for that is there.
+    /// No program can look into it.
     Nobody,
     /// The program has failed.
     Failed(String),

@@ -108,7 +108,7 @@ impl Cause {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Oldest {
-    /// So many seconds.
+    /// A number of seconds.
     Seconds(f64),
     /// It was watched for so many seconds: when it began is not counted anywhere.
     AtLeast(f64),

@@ -14,7 +14,7 @@ use trace::{Entry, Operation, Record, Segment, Trace, What, BLOCK};
 pub(crate) enum Point {
     /// The request of this number.
     Number(u64),
-    /// So many nanoseconds after the trace began.
+    /// Nanoseconds since the beginning of the trace.
     Time(u64),
 }
 

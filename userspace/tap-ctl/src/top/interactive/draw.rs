@@ -92,7 +92,7 @@ fn age(view: &View, looks: &Looks, now: Instant) -> Option<String> {
     ))
 }
 
-/// Which disks are shown, and how.
+/// The disks that are shown, and their order.
 fn chosen(view: &View, picture: &Picture) -> String {
     let first = match view.order.is_largest_first() {
         true => "largest",

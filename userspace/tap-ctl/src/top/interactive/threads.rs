@@ -21,7 +21,7 @@ pub(super) enum Event {
     Look(Box<Look>),
     /// A signal that ends the program.
     Signal(i32),
-    /// A thread has ended, which none does by itself.
+    /// A thread has ended, which happens only after a fault.
     Ended { thread: &'static str, why: String },
 }
 

@@ -109,7 +109,7 @@ pub(super) struct View {
     at: usize,
     /// The first row that is shown.
     first: usize,
-    /// So many are shown.
+    /// Number of rows that are shown.
     page: usize,
     /// The first line of a text, where one is shown instead of the table, and so many there are.
     line: usize,
@@ -153,7 +153,7 @@ impl View {
         self.filter.is_empty() || is_its_guest() || is_its_target()
     }
 
-    /// Which rows a page shows, and the selected one of all. If that has gone, the one in its place is selected.
+    /// Rows that a page shows, and the selected one of all. If that has gone, the one in its place is selected.
     pub(super) fn settle(&mut self, rows: &[Row<'_>], page: usize) -> (Range<usize>, usize) {
         let last = rows.len().saturating_sub(1);
         self.at = match &self.selected {
