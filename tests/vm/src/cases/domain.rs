@@ -249,6 +249,8 @@ fn serves_many(domain: &Domain, vdevs: &[String]) -> Result<String> {
     let copy = format!("mkdir -p /r{RUN_DIR} && cp /agent {script} && chmod 755 {script}");
     domain.guest.run(&copy)?;
     let mut config = Config::new("front", Kind::Pv, 1);
+    // blkfront allocates the pages of all requests of a disk when it connects.
+    config.memory = 768;
     let disk = |vdev: &String| {
         let disk = hotplug::disk(DEVICE, vdev, "r")?;
         Ok(format!("backend={NAME}, {disk}"))
