@@ -88,8 +88,8 @@ fn refused(
     command: &Recommended,
     parses: &impl Fn(&[String]) -> Result<(), String>,
 ) -> Option<String> {
-    let words: Vec<Vec<Piece>> = command.words.iter().map(|word| pieces(word)).collect();
-    let names: BTreeSet<&str> = words.iter().flatten().filter_map(Piece::name).collect();
+    let words: Vec<Vec<WordPart>> = command.words.iter().map(|word| pieces(word)).collect();
+    let names: BTreeSet<&str> = words.iter().flatten().filter_map(WordPart::name).collect();
     let names: Vec<&str> = names.into_iter().collect();
     let mut last = String::new();
     for mut choice in 0..VALUES
@@ -122,33 +122,33 @@ fn refused(
 
 /// A part of a word.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Piece {
+enum WordPart {
     Text(String),
     /// A placeholder.
     Name(String),
 }
 
-impl Piece {
+impl WordPart {
     fn name(&self) -> Option<&str> {
         match self {
-            Piece::Text(_) => None,
-            Piece::Name(name) => Some(name),
+            WordPart::Text(_) => None,
+            WordPart::Name(name) => Some(name),
         }
     }
 
     fn text(&self, value: &impl Fn(&str) -> &'static str) -> String {
         match self {
-            Piece::Text(text) => text.clone(),
-            Piece::Name(name) => value(name).into(),
+            WordPart::Text(text) => text.clone(),
+            WordPart::Name(name) => value(name).into(),
         }
     }
 }
 
 /// Splits a word into text and placeholders: `{…}`, `$NAME`, `${…}`, `<…>`, and a word in capitals.
-fn pieces(word: &str) -> Vec<Piece> {
+fn pieces(word: &str) -> Vec<WordPart> {
     let is_capital = |c: char| c.is_ascii_uppercase();
     if word.len() > 1 && word.chars().all(|c| is_capital(c) || c == '_') || word.starts_with("$(") {
-        return vec![Piece::Name(word.into())];
+        return vec![WordPart::Name(word.into())];
     }
     let (mut pieces, mut rest) = (Vec::new(), word);
     while let Some(begin) = rest.find(['{', '$', '<']) {
@@ -164,18 +164,18 @@ fn pieces(word: &str) -> Vec<Piece> {
             }
             None => behind.find(['}', '>']).map_or(behind.len(), |end| end + 1),
         };
-        pieces.push(Piece::Text(rest[..begin].into()));
-        pieces.push(Piece::Name(behind[..end].into()));
+        pieces.push(WordPart::Text(rest[..begin].into()));
+        pieces.push(WordPart::Name(behind[..end].into()));
         rest = &behind[end..];
     }
-    pieces.push(Piece::Text(rest.into()));
-    pieces.retain(|piece| *piece != Piece::Text(String::new()));
+    pieces.push(WordPart::Text(rest.into()));
+    pieces.retain(|piece| *piece != WordPart::Text(String::new()));
     pieces
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{pieces, refused, Piece, Recommended};
+    use super::{pieces, refused, Recommended, WordPart};
 
     fn command(line: &str) -> Recommended {
         Recommended {
@@ -187,8 +187,8 @@ mod tests {
     #[test]
     fn placeholders_are_found() {
         let (text, name) = (
-            |text: &str| Piece::Text(text.into()),
-            |name: &str| Piece::Name(name.into()),
+            |text: &str| WordPart::Text(text.into()),
+            |name: &str| WordPart::Name(name.into()),
         );
         assert_eq!(pieces("--bps"), [text("--bps")]);
         assert_eq!(pieces("MINOR"), [name("MINOR")]);

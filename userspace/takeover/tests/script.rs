@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// A host for which xen-blkback-rs is decided.
-struct Host {
+struct HostFolder {
     dir: tempfile::TempDir,
 }
 
-impl Host {
-    fn enabled() -> Host {
-        let host = Host {
+impl HostFolder {
+    fn enabled() -> HostFolder {
+        let host = HostFolder {
             dir: tempfile::tempdir().expect("a folder"),
         };
         std::fs::write(host.settings(), "# settings\n").expect("a file");
@@ -41,7 +41,7 @@ impl Host {
 #[test]
 fn question_for_help_changes_nothing() {
     for verb in ["enable", "disable", "status"] {
-        let host = Host::enabled();
+        let host = HostFolder::enabled();
         for help in ["--help", "-h"] {
             let said = host.run(&[verb, help]);
             assert_eq!(said.status.code(), Some(0), "{verb} {help}: {said:?}");
@@ -54,7 +54,7 @@ fn question_for_help_changes_nothing() {
 
 #[test]
 fn unknown_option_changes_nothing() {
-    let host = Host::enabled();
+    let host = HostFolder::enabled();
     let said = host.run(&["disable", "--dry-run"]);
     assert_eq!(said.status.code(), Some(2), "{said:?}");
     let text = String::from_utf8_lossy(&said.stderr);
@@ -64,7 +64,7 @@ fn unknown_option_changes_nothing() {
 
 #[test]
 fn disable_takes_the_settings_away() {
-    let host = Host::enabled();
+    let host = HostFolder::enabled();
     let said = host.run(&["disable"]);
     assert_eq!(said.status.code(), Some(0), "{said:?}");
     assert!(!host.link().exists() && host.settings().exists());

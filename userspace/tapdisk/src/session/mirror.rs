@@ -104,7 +104,7 @@ impl Session {
             forget_lost(file)?;
         }
         flushed.map_err(|error| {
-            let what = format!("what was written to {} before may be lost", open.target);
+            let what = format!("earlier writes to {} may be lost", open.target);
             Failure::system(what, &error.into())
         })
     }
