@@ -520,6 +520,13 @@ impl Session {
             Ok(_) => self.state.borrow_mut().file = file,
             // Until then it is locked.
             Err(_) => {
+                // A flush of the driver may have failed, after which the page cache holds what the storage has lost.
+                if let Some(Err(error)) = file.as_ref().map(File::forget) {
+                    self.note(
+                        "the page cache keeps what the storage may have lost",
+                        &error.into(),
+                    );
+                }
                 self.state.borrow_mut().parents.clear();
                 self.retreat(failed).await;
             }

@@ -48,7 +48,9 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
 
 /// Flushes a file of an image with tables.
 pub(super) async fn flush_tables(open: &Open, file: &File) -> Result<(), Errno> {
-    match kind(open.target.driver()).is_some() && !open.read_only {
+    // Of the formats, LUKS has none that tapdisk writes.
+    let has_tables = kind(open.target.driver()).is_some_and(|kind| kind != Kind::Luks);
+    match has_tables && !open.read_only {
         true => file.flush().await,
         false => Ok(()),
     }
@@ -122,13 +124,20 @@ impl Session {
     /// # Errors
     /// What is lost cannot be dropped from the page cache.
     pub(super) async fn make_durable(&self, open: &Open, file: &File) -> Result<(), Failure> {
-        if let Err(error) = flush_tables(open, file).await {
+        let flushed = flush_tables(open, file).await;
+        if let Err(error) = flushed {
             self.lost().add(error);
         }
-        match self.lost().is_owed() {
-            true => forget_lost(file),
-            false => Ok(()),
+        if self.lost().is_owed() {
+            forget_lost(file)?;
         }
+        if flushed.is_err() {
+            // The driver reads what the storage has now, a part of which may be in a cache of the storage only.
+            if let Err(error) = flush_tables(open, file).await {
+                self.lost().add(error);
+            }
+        }
+        Ok(())
     }
 
     /// The disk that `open` asks for.
