@@ -160,7 +160,7 @@ impl Executor {
         if self.begun.is_empty() {
             return;
         }
-        // CAST: no more than tags.
+        // CAST: at most a batch.
         bio::plugged(self.begun.len() as u16, || {
             let mut rest = self.parts.as_slice();
             for begun in &mut self.begun {

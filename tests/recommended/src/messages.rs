@@ -22,7 +22,7 @@ pub(crate) fn all(program: &str, verbs: &[&str]) -> (Vec<Recommended>, Vec<Strin
             }
             for (line, message) in strings(&path, &text) {
                 let place = place(&path, line);
-                commands.extend(in_message(program, &place, &message));
+                commands.extend(in_message(program, verbs, &place, &message));
                 if let Some(what) = without_backticks(program, verbs, &message) {
                     bare.push(format!("{place}: put `{what} …` between backticks"));
                 }
@@ -89,9 +89,9 @@ fn skip_item(tokens: &mut impl Iterator<Item = TokenTree>) {
     }
 }
 
-/// Returns the commands in a message: those between backticks, and in a text of several lines those at the beginning of a
-/// line, as in examples.
-fn in_message(program: &str, place: &str, message: &str) -> Vec<Recommended> {
+/// Returns the commands in a message: those between backticks, the message itself if it is one, and in a text of several
+/// lines those at the beginning of a line, as in examples.
+fn in_message(program: &str, verbs: &[&str], place: &str, message: &str) -> Vec<Recommended> {
     let quoted = message.split('`').skip(1).step_by(2);
     // A line of an example is indented, and may have a comment.
     let is_example = |line: &&str| message.contains('\n') && line.starts_with("  ");
@@ -106,7 +106,8 @@ fn in_message(program: &str, place: &str, message: &str) -> Vec<Recommended> {
             .is_some_and(|rest| rest.starts_with(' '))
     };
     let examples = examples.filter(|line| !line.contains('`'));
-    let all = quoted.chain(examples).filter(of_program);
+    let whole = is_command(program, verbs, message).then_some(message);
+    let all = quoted.chain(examples).filter(of_program).chain(whole);
     all.map(|text| Recommended {
         place: place.into(),
         words: text.split_whitespace().map(String::from).collect(),
@@ -114,21 +115,30 @@ fn in_message(program: &str, place: &str, message: &str) -> Vec<Recommended> {
     .collect()
 }
 
+/// Returns true if a message of one line begins with a command, so it has to be one as a whole.
+fn is_command(program: &str, verbs: &[&str], message: &str) -> bool {
+    let words: Vec<&str> = message.split_whitespace().take(2).collect();
+    let is_one = !message.contains(['\n', '`']) && words.first() == Some(&program);
+    is_one && words.get(1).is_some_and(|verb| verbs.contains(verb))
+}
+
 /// Returns a command in a message of one line that is not between backticks, unless it is all of the message.
 fn without_backticks(program: &str, verbs: &[&str], message: &str) -> Option<String> {
-    if message.contains('\n') {
+    if message.contains('\n') || is_command(program, verbs, message) {
         return None;
     }
     let plain: Vec<&str> = message.split('`').step_by(2).collect();
     let plain = plain.join("`");
-    let words: Vec<&str> = plain.split_whitespace().collect();
+    let words = plain.split_whitespace();
+    let words: Vec<&str> = words
+        .map(|word| word.trim_start_matches(['(', '"']))
+        .collect();
     let found = words.windows(2).skip_while(|pair| pair[0] != program);
     let mut found = found.filter(|pair| pair[0] == program);
     let verb = |word: &str| word.trim_end_matches([',', ':', ')', ';']).to_string();
     let is_verb = |pair: &&[&str]| verbs.contains(&verb(pair[1]).as_str());
     let pair = found.find(is_verb)?;
-    let is_all = message.starts_with(program) && verb(pair[1]) == pair[1];
-    (!is_all).then(|| format!("{program} {}", verb(pair[1])))
+    Some(format!("{program} {}", verb(pair[1])))
 }
 
 #[cfg(test)]
@@ -165,7 +175,7 @@ mod tests {
     #[test]
     fn commands_are_between_backticks_or_lines_of_examples() {
         let words = |message| -> Vec<String> {
-            let all = in_message("saw", "a", message);
+            let all = in_message("saw", &["cut"], "a", message);
             all.iter().map(|one| one.words.join(" ")).collect()
         };
         assert_eq!(
@@ -176,7 +186,8 @@ mod tests {
             words("Examples:\n  saw cut 3   # a part\n  other"),
             ["saw cut 3"]
         );
-        assert!(words("saw cut").is_empty());
+        assert_eq!(words("saw cut -m 3"), ["saw cut -m 3"]);
+        assert!(words("saw teeth").is_empty());
     }
 
     #[test]
@@ -184,6 +195,7 @@ mod tests {
         let bare = |message| without_backticks("saw", &["cut"], message);
         assert_eq!(bare("end it with saw cut").as_deref(), Some("saw cut"));
         assert_eq!(bare("saw cut, then that").as_deref(), Some("saw cut"));
+        assert_eq!(bare("see (saw cut)").as_deref(), Some("saw cut"));
         for fine in ["saw cut -m 3", "`saw cut`", "the saw cuts", "saw cuts"] {
             assert_eq!(bare(fine), None, "{fine}");
         }

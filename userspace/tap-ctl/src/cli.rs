@@ -390,7 +390,7 @@ fn number(text: &str) -> Result<u64, String> {
         None => text.parse(),
     };
     parsed.map_err(|_| {
-        "write what `tap-ctl lease show IMAGE` says: a number, or a key with its 0x".into()
+        "write what `tap-ctl lease show TARGET` says: a number, or a key with its 0x".into()
     })
 }
 

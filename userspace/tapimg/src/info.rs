@@ -96,7 +96,7 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
         let parent = needs.and_then(|needs| below(opener, &image, &needs));
         let note = parent
             .as_ref()
-            .and_then(|parent| not_beside(&image, parent));
+            .and_then(|parent| not_beside(&args.image, parent));
         facts.notes.extend(note);
         all.push(facts);
         next = parent.filter(|_| args.chain);
@@ -125,24 +125,25 @@ pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Fai
     Ok(all)
 }
 
-/// Says what blktapctrl demands before it serves a backing image: that is a file in the folder of the image without write
-/// permissions, or it is named for the disk.
+/// Says what blktapctrl demands before it serves a disk with a backing image: that is a file in the folder of the disk's
+/// image without write permissions, or it is named for the disk.
 fn not_beside(image: &Named, parent: &Named) -> Option<String> {
     // A file that is missing or cannot be looked at is a problem, which is told elsewhere.
     let (its, place) = (
         image.path.canonicalize().ok()?,
         parent.path.canonicalize().ok()?,
     );
-    let is_fixed = place.metadata().ok()?.permissions().mode() & 0o222 == 0;
-    let is_beside = its.parent() == place.parent();
+    let its_facts = place.metadata().ok()?;
+    let is_fixed = its_facts.permissions().mode() & 0o222 == 0;
+    let may_be_fixed = its_facts.is_file() && its.parent() == place.parent();
     let place = place.display();
-    match (is_beside, is_fixed) {
+    match (may_be_fixed, is_fixed) {
         (true, true) => None,
         (true, false) => Some(format!(
-            "blktapctrl serves it only after `chmod a-w {place}`, which is its backing image, or if --files names that"
+            "blktapctrl serves the disk only after `chmod a-w {place}`, or if --files names that backing image"
         )),
         (false, _) => Some(format!(
-            "blktapctrl serves it only if --files names {place}, which is its backing image and is in another folder"
+            "blktapctrl serves the disk only if --files names {place}, a backing image in another folder or on a device"
         )),
     }
 }

@@ -49,10 +49,12 @@ pub(super) fn write(about: &About, what: &What) {
             let image = target
                 .as_ref()
                 .map_or("its image".into(), ToString::to_string);
+            let minor = about
+                .minor
+                .map_or("MINOR".into(), |minor| minor.to_string());
+            let waits = format!("; the guest waits: repair the image's storage, then resume the disk: `tap-ctl unpause -m {minor}`");
             let then = match stopped {
-                true => {
-                    "; the guest waits: repair the image's storage, then resume the disk: `tap-ctl unpause -m MINOR`"
-                }
+                true => waits.as_str(),
                 false if trouble.what == Call::Flush => {
                     "; earlier writes may be lost, and a Linux guest takes this for a disk that cannot flush, and \
                      flushes no more: see to the storage, then detach and attach the disk, or restart the guest"

@@ -86,7 +86,7 @@ impl Lifecycle {
     fn awaits(&self, disk: &Disk) -> String {
         match &*disk.leaves.borrow() {
             Some(failure) => format!(
-                "{failure}; if that will never be, `tap-ctl forget -m {}` leaves the lease held, and `tap-ctl lease show IMAGE` says how to break it",
+                "{failure}; if that will never be, `tap-ctl forget -m {}` leaves the lease held; `tap-ctl lease show TARGET` then shows its number, and `tap-ctl lease break TARGET --holder-is-dead NUMBER` ends it",
                 disk.minor
             ),
             None => "it is being cleared away".into(),

@@ -176,7 +176,7 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
     let is_reserved = matches!(&target, Some(target) if *target.lease() == LeaseKind::Reservation);
     let error = match trouble.errno == rustix::io::Errno::BADE.raw_os_error() && is_reserved {
         true => {
-            "the storage refuses it, because the reservation is lost: see `tap-ctl lease show IMAGE`".into()
+            "the storage refuses it, because the reservation is lost: see `tap-ctl lease show TARGET`".into()
         }
         false => std::io::Error::from_raw_os_error(trouble.errno).to_string(),
     };

@@ -23,7 +23,7 @@ const TERM: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(1);
 /// Age after which every process has an equal part again, whatever share it got before.
 pub(super) const SETTLED: Duration = TERM.saturating_add(GRACE);
-/// A process that has not answered for this time counts for nothing.
+/// A process that has not answered counts for nothing this long after its share began to count.
 const SILENT: Duration = Duration::from_secs(3);
 /// Window of a disk's recent use, which shows its demand.
 const RECENT: Duration = Duration::from_secs(1);

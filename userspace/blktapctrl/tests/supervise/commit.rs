@@ -87,7 +87,10 @@ fn a_snapshot_ends_in_the_image_below() {
             rate: Some(1),
         };
         let both = bed.ask(stream).await.expect_err("one of the two");
-        assert!(both.message.contains("commit --cancel"), "{both}");
+        assert!(
+            both.message.contains("`tap-ctl commit -m 0 --cancel`"),
+            "{both}"
+        );
         // A second question changes nothing, and no other disk gets the backing image.
         asked(&bed, commit(&bed)).await.expect("it runs");
         let mut reader = Create {

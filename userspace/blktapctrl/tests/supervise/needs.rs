@@ -176,7 +176,7 @@ fn what_nobody_named_is_refused_with_the_remedy() {
             ask(&bed, "ask", &[parent(path)]);
             let why = refused(&bed, with(&bed, "a.qcow2", &[&named])).await;
             assert!(why.contains(&path.display().to_string()), "{why}");
-            assert!(why.contains("create or unpause --files"), "{why}");
+            assert!(why.contains("name it with --files"), "{why}");
             let why =
                 move |what: &What| matches!(what, What::Refused { why: told } if *told == why);
             assert!(bed.events().iter().any(why));
@@ -493,7 +493,10 @@ fn a_server_is_connected_to_again() {
         let before = bed.log().len();
         ask(&bed, "ask", &[socket]);
         let why = refused(&bed, bed.create("b.qcow2")).await;
-        assert!(why.contains("start blktapctrl with --files"), "{why}");
+        assert!(
+            why.contains("with --files when blktapctrl is started"),
+            "{why}"
+        );
         assert!(!bed
             .log()
             .iter()

@@ -202,7 +202,10 @@ fn disks_come_and_go_while_they_are_served() {
             .await
             .expect_err("it has a disk");
         assert_eq!(failure.code, Code::Busy);
-        assert!(failure.message.contains("(0)"), "{failure}");
+        assert!(
+            failure.message.contains("`tap-ctl set -m 0 --group none`"),
+            "{failure}"
+        );
         // A new limit is heard.
         set_group(&bed, bytes(2 * ALL)).await.expect("changed");
         has(&bed, minor, 200).await;

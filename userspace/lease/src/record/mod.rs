@@ -118,7 +118,7 @@ impl Recorded {
                 let who = self.describe(&record);
                 Failure::new(
                     Code::Busy,
-                    format!("{who} has the lease of {place}, which is not the holder that was said to be dead: look again: `tap-ctl lease show {place}`"),
+                    format!("{who} has the lease of {place}, which is not the holder that was said to be dead: look again: `tap-ctl lease show {}`", self.named()),
                 )
             }
             Refusal::Lives(record) => {
@@ -154,18 +154,23 @@ impl Recorded {
         }
     }
 
-    /// Returns the action that ends the tenure of a holder.
-    fn remedy(&self, record: &Record) -> String {
-        let (host, own) = (&record.who.host, &self.party.claim.host);
-        let (image, beside) = (&self.image, place(&LeaseKind::Record(None), &self.image));
-        let named = match beside.record.as_ref() == Some(&self.path) {
-            true => image.display().to_string(),
+    /// Returns the words by which `tap-ctl lease` finds this record.
+    fn named(&self) -> String {
+        let beside = place(&LeaseKind::Record(None), &self.image);
+        match beside.record.as_ref() == Some(&self.path) {
+            true => self.image.display().to_string(),
             false => format!(
                 "lease=record:{},aio:{}",
                 self.path.display(),
-                image.display()
+                self.image.display()
             ),
-        };
+        }
+    }
+
+    /// Returns the action that ends the tenure of a holder.
+    fn remedy(&self, record: &Record) -> String {
+        let (host, own) = (&record.who.host, &self.party.claim.host);
+        let (image, named) = (&self.image, self.named());
         let number = record.generation;
         let ends = format!("`tap-ctl lease break {named} --holder-is-dead {number}`");
         match (host.machine == own.machine, host.boot == own.boot) {

@@ -86,7 +86,7 @@ fn boot(host: &Host) -> u64 {
     sum(&[&host.machine, &host.boot], 12)
 }
 
-/// Number of bits of a checksum.
+/// Returns the highest `bits` bits of a checksum.
 fn sum(parts: &[&[u8]], bits: u32) -> u64 {
     let mut sum = crc32fast::Hasher::new();
     for part in parts {

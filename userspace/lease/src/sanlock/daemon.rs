@@ -36,7 +36,7 @@ impl From<Failure> for Trouble {
     }
 }
 
-/// Returns the hosts that have a resource, as the storage says.
+/// Hosts that have a resource, as the storage says.
 #[derive(Debug)]
 pub(super) struct Owners {
     /// How often it was taken.

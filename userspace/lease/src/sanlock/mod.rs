@@ -252,7 +252,7 @@ impl Sanlock {
         Failure::new(
             Code::Gone,
             format!(
-                "the lease {} of {} is lost: {why}; see whether another host writes it (`tap-ctl lease show IMAGE`): if so destroy this disk, if not, resume it: `tap-ctl unpause -m MINOR`",
+                "the lease {} of {} is lost: {why}; see whether another host writes it (`tap-ctl lease show TARGET`): if so destroy this disk, if not, resume it: `tap-ctl unpause -m MINOR`",
                 self.resource,
                 self.image.display()
             ),

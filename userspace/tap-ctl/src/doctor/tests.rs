@@ -207,7 +207,7 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
     expect(
         &made,
         Grade::Warn,
-        "xen-blkback-rs takeover, while guests work",
+        "`xen-blkback-rs takeover`, while guests work",
         "C is loaded",
     );
     // A host of the C driver needs nothing of what tap disks need.

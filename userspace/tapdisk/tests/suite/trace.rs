@@ -195,7 +195,7 @@ fn a_disk_is_served_without_its_trace() {
     assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
     assert!(!process.status().open.expect("an image").trace);
     let why = untraced(&mut process);
-    assert!(why.contains("no trace"), "{why}");
+    assert!(why.contains("no file that `tap-ctl trace"), "{why}");
     answered(&fake, Op::Write, 0, &[7; 512]);
     process.exit();
 }
