@@ -119,14 +119,18 @@ pub enum Fate {
 #[cfg(feature = "fake")]
 pub(crate) type Decide = Rc<dyn Fn(&Op) -> Fate>;
 
+/// Learns of each file that leaves the page cache.
+#[cfg(feature = "fake")]
+type Forgotten = Rc<dyn Fn(&Opened)>;
+
 /// Carries out operations. Copies are the same thing.
 #[derive(Clone, Debug)]
 pub struct Io(Rc<Inner>);
 
-/// Holds [`Decide`], which cannot be printed.
+/// Holds [`Decide`] and [`Forgotten`], which cannot be printed.
 #[cfg(feature = "fake")]
 #[derive(Default)]
-struct Decider(RefCell<Option<Decide>>);
+struct Decider(RefCell<Option<Decide>>, RefCell<Option<Forgotten>>);
 
 #[cfg(feature = "fake")]
 impl std::fmt::Debug for Decider {
@@ -186,6 +190,20 @@ impl Io {
     #[cfg(feature = "fake")]
     pub fn decide_by(&self, decide: impl Fn(&Op) -> Fate + 'static) {
         self.0.decider.0.replace(Some(Rc::new(decide)));
+    }
+
+    /// Calls `forgotten` with each file that leaves the page cache by [`File::forget`](crate::File::forget), for tests.
+    #[cfg(feature = "fake")]
+    pub fn forget_by(&self, forgotten: impl Fn(&Opened) + 'static) {
+        self.0.decider.1.replace(Some(Rc::new(forgotten)));
+    }
+
+    /// A file leaves the page cache.
+    #[cfg(feature = "fake")]
+    pub(crate) fn forgets(&self, file: &Opened) {
+        if let Some(forgotten) = &*self.0.decider.1.borrow() {
+            forgotten(file);
+        }
     }
 
     /// Makes the `io_uring`, so that it can be selected later from within a sandbox. The ring accepts only the

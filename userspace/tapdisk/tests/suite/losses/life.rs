@@ -8,7 +8,7 @@ use control::tapdisk::{Needed, Provided, Reply, Request, State, Status};
 use control::{Code, Failure};
 use diskio::Runtime;
 use ring::tap::shadow::Op;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::fs::File;
 use std::future::poll_fn;
 use std::os::fd::OwnedFd;
@@ -41,8 +41,6 @@ struct Inner {
     kept: RefCell<Option<File>>,
     /// How the life ended.
     end: RefCell<Option<End>>,
-    /// The guest is owed an error then.
-    owes: Cell<bool>,
 }
 
 /// How a life ends.
@@ -89,7 +87,6 @@ impl Life {
             guest: guest.clone(),
             kept: RefCell::default(),
             end: RefCell::default(),
-            owes: Cell::default(),
         }))
     }
 
@@ -128,10 +125,8 @@ impl Life {
         }
         drop(runtime);
         self.0.fake.fence();
-        // A process that lets go of an image drops it from the page cache, and so does a process that begins where the
-        // guest is owed an error.
-        let is_dropped = matches!(end, End::HandOff) || self.0.owes.get();
-        if is_dropped || self.0.guest.borrow_mut().chance.one_in(2) {
+        // Memory may be short at any time.
+        if self.0.guest.borrow_mut().chance.one_in(2) {
             self.0.storage.evict();
         }
         match end {
@@ -268,7 +263,6 @@ impl Life {
         let begun = self.guest().now();
         let done = session.handle(Request::Pause, Vec::new()).await;
         self.paused(session, begun, "pause", &done).await?;
-        self.0.storage.evict();
         self.open(session, Request::Unpause).await
     }
 
@@ -280,8 +274,7 @@ impl Life {
         if state != State::Inactive {
             return Err(format!("the disk is not inactive: {state:?}"));
         }
-        self.0.storage.evict();
-        // That has changed the time of the file.
+        // Other programs may have changed the time of the file.
         let stamp = None;
         let activate = |open| Request::Activate { open, stamp };
         self.open(session, activate).await
@@ -364,7 +357,6 @@ impl Life {
         }
         // From here on the storage reports nothing to it.
         self.0.storage.die();
-        self.0.owes.set(self.status(session).await?.owes);
         Ok(End::Death)
     }
 }

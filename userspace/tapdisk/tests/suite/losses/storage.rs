@@ -111,6 +111,12 @@ impl Volatile {
         let storage = self.clone();
         self.0.state.borrow_mut().is_dead = false;
         io.decide_by(move |op| storage.decide(op));
+        let storage = self.clone();
+        io.forget_by(move |file| {
+            if storage.is(file) {
+                storage.evict();
+            }
+        });
     }
 
     /// From now on operations fail at times, or none does any more. A write-back that has failed is still reported.
@@ -118,7 +124,7 @@ impl Volatile {
         self.0.state.borrow_mut().fails = fails;
     }
 
-    /// A process begins to open the image, or has ended that. It drops the image from the cache after a flush that fails.
+    /// A process begins to open the image, or has ended that.
     pub(super) fn open(&self, opens: bool) {
         self.0.state.borrow_mut().opens = opens;
     }
@@ -137,10 +143,7 @@ impl Volatile {
 
     /// The cache lets go of clean sectors: a reader of one whose write-back failed gets the durable content.
     pub(super) fn evict(&self) {
-        self.let_go(&mut self.0.state.borrow_mut());
-    }
-
-    fn let_go(&self, state: &mut State) {
+        let mut state = self.0.state.borrow_mut();
         let size = self.size();
         for sector in std::mem::take(&mut state.forgotten) {
             let at = sector * SECTOR as u64;
@@ -259,9 +262,6 @@ impl Volatile {
             state.owes = false;
             state.errors += 1;
             state.write_back_some(&self.0.file);
-            if state.opens {
-                self.let_go(state);
-            }
             return Fate::Fail(match state.chance.one_in(4) {
                 true => Errno::NOSPC,
                 false => Errno::IO,
