@@ -115,16 +115,18 @@ fn in_message(program: &str, verbs: &[&str], place: &str, message: &str) -> Vec<
     .collect()
 }
 
-/// Returns true if a message of one line begins with a command, so it has to be one as a whole.
+/// Returns true if a message of one line begins with a command, so it has to be one as a whole. A synopsis, which has
+/// brackets, is none.
 fn is_command(program: &str, verbs: &[&str], message: &str) -> bool {
     let words: Vec<&str> = message.split_whitespace().take(2).collect();
-    let is_one = !message.contains(['\n', '`']) && words.first() == Some(&program);
+    let is_one = !message.contains(['\n', '`', '[']) && words.first() == Some(&program);
     is_one && words.get(1).is_some_and(|verb| verbs.contains(verb))
 }
 
 /// Returns a command in a message of one line that is not between backticks, unless it is all of the message.
 fn without_backticks(program: &str, verbs: &[&str], message: &str) -> Option<String> {
-    if message.contains('\n') || is_command(program, verbs, message) {
+    let is_synopsis = message.starts_with(program) && message.contains('[');
+    if message.contains('\n') || is_synopsis || is_command(program, verbs, message) {
         return None;
     }
     let plain: Vec<&str> = message.split('`').step_by(2).collect();
@@ -187,7 +189,7 @@ mod tests {
             ["saw cut 3"]
         );
         assert_eq!(words("saw cut -m 3"), ["saw cut -m 3"]);
-        assert!(words("saw teeth").is_empty());
+        assert!(words("saw teeth").is_empty() && words("saw cut [OPTIONS]").is_empty());
     }
 
     #[test]
