@@ -9,6 +9,7 @@
 mod manual;
 mod messages;
 
+use clap::Parser;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
@@ -81,6 +82,28 @@ pub fn check(program: &str, verbs: &[&str], parses: impl Fn(&[String]) -> Result
         all.len(),
         wrong.join("\n")
     );
+}
+
+/// As [`check`], for a program whose command line is `P` alone.
+///
+/// # Panics
+/// As there.
+pub fn check_program<P: Parser>(program: &str) {
+    let description = P::command();
+    let verbs = description.get_subcommands().map(clap::Command::get_name);
+    let verbs: Vec<&str> = verbs.collect();
+    check(program, &verbs, |words| parse::<P>(words));
+}
+
+/// Parses a command line. A question for help is none that is wrong.
+///
+/// # Errors
+/// The message of the command line.
+pub fn parse<P: Parser>(words: &[impl AsRef<str>]) -> Result<(), String> {
+    match P::try_parse_from(words.iter().map(AsRef::as_ref)) {
+        Err(error) if error.use_stderr() => Err(error.to_string()),
+        _ => Ok(()),
+    }
 }
 
 /// Says why a command cannot be typed, whatever its placeholders stand for.
