@@ -6,7 +6,7 @@ use crate::engine::{Backend, Io, IoKind};
 use crate::events::DeviceEvents;
 use crate::linux::xen::guest_side::Held;
 use crate::ring::numbers::QueueTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::totals::Begun;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 use kernel::sync::Arc;
@@ -87,7 +87,7 @@ impl<B: Backend> Backend for Away<'_, B> {
         self.backend.gathers()
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         let traced = self.context.guest.traced();
         self.backend.reap(|tag, status| {
             traced.complete(tag.number(), status.to_wire());

@@ -15,7 +15,7 @@ use crate::proto::frontend::{self, Offer};
 use crate::proto::state::Ending;
 use crate::queue::{Prepared, Queue, Setup, ThreadEnds};
 use crate::ring::abi::Protocol;
-use crate::ring::request::Limits;
+use crate::ring::request::RequestLimits;
 use crate::totals::Totals;
 use kernel::prelude::*;
 use kernel::str::CString;
@@ -32,7 +32,7 @@ pub(crate) struct Peer<'a> {
     /// The device on the bus.
     pub(crate) device: &'a Arc<Device>,
     /// Limits of the guest's requests.
-    pub(crate) limits: &'a Limits,
+    pub(crate) limits: &'a RequestLimits,
     /// Offer to its frontend: queues, ring size and protocol.
     pub(crate) offer: &'a Offer,
     /// The backend announces persistent grants: pages that the guest keeps granted stay mapped.
@@ -60,7 +60,7 @@ pub(crate) struct Connection {
     queues: KVec<Queue>,
     threads: Arc<Threads>,
     asked: frontend::Request,
-    limits: Limits,
+    limits: RequestLimits,
     #[pin]
     work: Work<Connection>,
     // Last: the threads run the module's code.
@@ -148,7 +148,7 @@ impl Connection {
         device: &Device,
         prepared: KVec<Prepared<D>>,
         asked: frontend::Request,
-        limits: Limits,
+        limits: RequestLimits,
     ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
         let module = ModuleReference::get().ok_or(ENODEV)?;
@@ -204,7 +204,7 @@ impl Connection {
     }
 
     /// Returns the limits of the guest's requests.
-    pub(crate) fn limits(&self) -> &Limits {
+    pub(crate) fn limits(&self) -> &RequestLimits {
         &self.limits
     }
 

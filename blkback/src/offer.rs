@@ -10,7 +10,7 @@ use crate::params;
 use crate::proto::frontend::Offer;
 use crate::proto::publish::{self, Key, Present, Values};
 use crate::proto::state::{Online, Publishing, State};
-use crate::ring::request::Limits;
+use crate::ring::request::RequestLimits;
 use crate::shares;
 use kernel::prelude::*;
 
@@ -127,8 +127,8 @@ impl Features {
     }
 
     /// Returns these properties as limits for the engine.
-    pub(crate) fn limits(&self) -> Limits {
-        Limits {
+    pub(crate) fn limits(&self) -> RequestLimits {
+        RequestLimits {
             sectors: self.device.sectors,
             block_sectors: (self.device.logical_block / 512).max(1),
             read_only: self.read_only,
@@ -143,7 +143,7 @@ impl Features {
     /// Publishes the disk, and then the state Connected after `before`. May sleep.
     ///
     /// `limits` are those of the connection, which may offer less than the disk could.
-    pub(crate) fn publish(&self, device: &Device, limits: &Limits, before: State) -> Result {
+    pub(crate) fn publish(&self, device: &Device, limits: &RequestLimits, before: State) -> Result {
         let mut values = Values::default();
         values.set(Key::Flush, limits.flush.into());
         values.set(Key::Discard, self.discard.into());

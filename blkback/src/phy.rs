@@ -15,7 +15,7 @@ use crate::memory::{queue_bytes, Lease};
 use crate::params::{self, PoolSizes};
 use crate::planted;
 use crate::ring::numbers::QueueTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -132,14 +132,14 @@ impl Backend for Phy {
         });
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         self.bios.reap(|tag, status| {
             done(
                 tag,
                 match status {
-                    0 => Status::Okay,
-                    bio::NOT_SUPPORTED => Status::NotSupported,
-                    _ => Status::Error,
+                    0 => ResponseStatus::Okay,
+                    bio::NOT_SUPPORTED => ResponseStatus::NotSupported,
+                    _ => ResponseStatus::Error,
                 },
             );
         });

@@ -35,7 +35,7 @@ use crate::poll::Pollers;
 use crate::proto::frontend;
 use crate::proto::state::Ending;
 use crate::ring::index::BackRing;
-use crate::ring::request::Limits;
+use crate::ring::request::RequestLimits;
 use crate::totals::{Tally, Totals};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
@@ -116,7 +116,7 @@ pub(crate) struct Setup<'a, D> {
     /// The disk.
     pub(crate) disk: &'a Arc<D>,
     /// Limits of the guest's requests.
-    pub(crate) limits: &'a Limits,
+    pub(crate) limits: &'a RequestLimits,
     /// The guest keeps its pages granted, and knows that they stay mapped.
     pub(crate) keeps_grants: bool,
     /// Memory of the guest that is reserved for the disk.
@@ -312,7 +312,7 @@ struct State<D: QueueBackends> {
     /// Memory that the queue always has, in KiB.
     memory_kib: u64,
     config: Config,
-    limits: Limits,
+    limits: RequestLimits,
     backend: D::Backend,
     around: Surroundings<D>,
 }

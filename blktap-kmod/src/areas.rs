@@ -9,14 +9,14 @@ use crate::linux::char::chardev::NewMapping;
 use crate::linux::memory::pages::Pages;
 use crate::params;
 use crate::ring::numbers::DiskTag;
-use crate::ring::tap::abi::{Desc, Segment};
+use crate::ring::tap::abi::{Desc, TapSegment};
 use crate::ring::tap::arena::{self, MAX_SEGMENTS};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
 const PAGE: u32 = 4096;
 const DESC_SIZE: u32 = size_of::<Desc>() as u32;
-const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
+const SEGMENT_SIZE: u32 = size_of::<TapSegment>() as u32;
 
 /// The memory of a disk.
 pub(crate) struct Areas {
@@ -99,16 +99,18 @@ impl Areas {
     pub(crate) fn write_segments(
         &self,
         tag: DiskTag,
-        pieces: impl Iterator<Item = Segment>,
+        pieces: impl Iterator<Item = TapSegment>,
     ) -> Option<u16> {
         let mut count: u16 = 0;
-        let mut last: Option<Segment> = None;
+        let mut last: Option<TapSegment> = None;
         for piece in pieces {
             last = Some(match last {
-                Some(before) if before.offset.wrapping_add(before.len) == piece.offset => Segment {
-                    offset: before.offset,
-                    len: before.len.wrapping_add(piece.len),
-                },
+                Some(before) if before.offset.wrapping_add(before.len) == piece.offset => {
+                    TapSegment {
+                        offset: before.offset,
+                        len: before.len.wrapping_add(piece.len),
+                    }
+                }
                 Some(before) => {
                     self.write_segment(tag, count, &before)?;
                     count = count.wrapping_add(1);
@@ -125,9 +127,9 @@ impl Areas {
     }
 
     /// Returns a segment of a request, as the queue stored it: the process can only read it.
-    pub(crate) fn segment(&self, tag: DiskTag, index: u16) -> Option<Segment> {
+    pub(crate) fn segment(&self, tag: DiskTag, index: u16) -> Option<TapSegment> {
         let offset = self.segment_offset(tag, index)?;
-        Some(Segment {
+        Some(TapSegment {
             offset: self.descriptors.read_word(offset)?,
             len: self
                 .descriptors
@@ -135,7 +137,7 @@ impl Areas {
         })
     }
 
-    fn write_segment(&self, tag: DiskTag, index: u16, segment: &Segment) -> Option<()> {
+    fn write_segment(&self, tag: DiskTag, index: u16, segment: &TapSegment) -> Option<()> {
         let offset = self.segment_offset(tag, index)?;
         self.descriptors.write(offset, segment).then_some(())
     }

@@ -13,10 +13,10 @@ use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::memory::Lease;
 use crate::ring::numbers::QueueTag;
-use crate::ring::response::Status;
-use crate::ring::tap::abi::Segment;
-use crate::ring::tap::shadow::direct::Parts;
-use crate::ring::tap::shadow::{Op, Request};
+use crate::ring::response::ResponseStatus;
+use crate::ring::tap::abi::TapSegment;
+use crate::ring::tap::shadow::direct::RequestParts;
+use crate::ring::tap::shadow::{Op, PostedRequest};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};
 use kernel::sync::Arc;
@@ -37,7 +37,7 @@ pub(crate) struct TapQueue {
     ready: KVec<Ready>,
     /// Places of the request that was begun last. In an allocation of its own, because the queue would otherwise be too
     /// large to be moved.
-    parts: KBox<Parts>,
+    parts: KBox<RequestParts>,
     /// Requests that could not be posted; has room for all tags.
     rejected: KVec<QueueTag>,
 }
@@ -45,7 +45,7 @@ pub(crate) struct TapQueue {
 /// A request that is to be posted.
 struct Ready {
     tag: QueueTag,
-    request: Request,
+    request: PostedRequest,
     /// Place of its data, if that is in pages of the guest.
     mapped: Option<MappedAt>,
 }
@@ -74,7 +74,7 @@ impl TapQueue {
         })?;
         let ready = KVec::with_capacity(BATCH, GFP_KERNEL)?;
         let rejected = KVec::with_capacity(usize::from(place.depth), GFP_KERNEL)?;
-        let parts = KBox::new(Parts::default(), GFP_KERNEL)?;
+        let parts = KBox::new(RequestParts::default(), GFP_KERNEL)?;
         // From here on the only possible error is that the place is not free. A queue gives its place back when it is
         // dropped, and there is no queue yet.
         let mut inner = disk.inner.lock();
@@ -100,7 +100,7 @@ impl TapQueue {
     }
 
     /// Returns the request to post, and writes its segments into the descriptor area if it may go to the process.
-    fn prepare(&self, io: &Io<'_>) -> Option<Request> {
+    fn prepare(&self, io: &Io<'_>) -> Option<PostedRequest> {
         let (op, preflush, fua) = match io.kind {
             IoKind::Read => (Op::Read, false, false),
             IoKind::Write => (Op::Write, false, false),
@@ -111,7 +111,7 @@ impl TapQueue {
             IoKind::Discard { secure: false } => (Op::Discard, false, false),
             IoKind::Discard { secure: true } => (Op::SecureDiscard, false, false),
         };
-        let request = Request {
+        let request = PostedRequest {
             op,
             preflush,
             fua,
@@ -123,7 +123,7 @@ impl TapQueue {
             return Some(request);
         }
         let first = u32::from(self.place.first_page);
-        let pieces = io.slices().map(|slice| Segment {
+        let pieces = io.slices().map(|slice| TapSegment {
             offset: first
                 .wrapping_add(slice.page.number().into())
                 .wrapping_mul(4096)
@@ -134,7 +134,7 @@ impl TapQueue {
             .disk
             .areas
             .write_segments(self.place.disk_tag(io.tag), pieces)?;
-        Some(Request {
+        Some(PostedRequest {
             segments,
             ..request
         })
@@ -244,11 +244,11 @@ impl Backend for TapQueue {
             .is_none_or(|executor| !executor.has_begun())
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         // Before it looks for results: see `WakeEvent::rearm`.
         self.share.wake_event.rearm();
         while let Some(tag) = self.rejected.pop() {
-            done(tag, Status::Error);
+            done(tag, ResponseStatus::Error);
         }
         if let Some(executor) = &mut self.executor {
             executor.reap(&self.disk, self.place, &mut done);

@@ -15,8 +15,8 @@ use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{self, MapOp, Mapped, Maps};
 use crate::ring::tap::checked::{MapChange, NewBacking, UserArray};
 use crate::ring::tap::extent::BackingNumber;
-use crate::ring::tap::map::tree::{Leaf, Slot};
-use crate::ring::tap::map::{Backing, Map};
+use crate::ring::tap::map::tree::{Leaf, LeafSlot};
+use crate::ring::tap::map::{ExtentMap, MapBacking};
 use kernel::alloc::{flags, Flags};
 use kernel::prelude::*;
 use zerocopy::IntoBytes;
@@ -27,11 +27,11 @@ const LEAVES: usize = 32;
 const CHANGES: usize = 8;
 
 /// Allocates the memory of a map. May sleep.
-fn memory(count: usize, flags: Flags) -> Result<(KVVec<Slot>, KVVec<Leaf>)> {
+fn memory(count: usize, flags: Flags) -> Result<(KVVec<LeafSlot>, KVVec<Leaf>)> {
     let mut slots = KVVec::with_capacity(count, flags)?;
     let mut leaves = KVVec::with_capacity(count, flags)?;
     for _ in 0..count {
-        push(&mut slots, Slot::FREE)?;
+        push(&mut slots, LeafSlot::FREE)?;
         push(&mut leaves, Leaf::FREE)?;
     }
     Ok((slots, leaves))
@@ -41,7 +41,7 @@ fn memory(count: usize, flags: Flags) -> Result<(KVVec<Slot>, KVVec<Leaf>)> {
 fn new_map(sectors: u64) -> Result<DiskMap> {
     let (slots, leaves) = memory(LEAVES, GFP_KERNEL)?;
     // Requests of guests that may not write are refused before they reach the map.
-    let map = Map::new(slots, leaves, sectors, true);
+    let map = ExtentMap::new(slots, leaves, sectors, true);
     Ok(Some(KBox::new(map, GFP_KERNEL)?))
 }
 
@@ -55,7 +55,7 @@ impl TapDisk {
         let fd = u32::try_from(new.fd).map_err(|_| EBADF)?;
         let storage = Storage::of_descriptor(fd, new.writable)?;
         let mut map = new_map(self.sectors())?;
-        let backing = Backing {
+        let backing = MapBacking {
             sectors: storage.sectors(),
             block: storage.block(),
             writable: new.writable,
@@ -71,7 +71,7 @@ impl TapDisk {
         &self,
         number: BackingNumber,
         storage: &Storage,
-        backing: Backing,
+        backing: MapBacking,
         map: &mut DiskMap,
     ) -> Result {
         let mut inner = self.inner.lock();

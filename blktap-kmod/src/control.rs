@@ -6,7 +6,9 @@ use super::node::{invalid, read_user, write_user};
 use super::registry;
 use crate::linux::char::chardev::{may_administer, CharDevice};
 use crate::linux::versions::not_supported;
-use crate::ring::tap::abi::{ioctl, BackingAdd, BackingRemove, Create, Destroy, Info, Mapped};
+use crate::ring::tap::abi::{
+    ioctl, BackingAdd, BackingRemove, CreateCommand, Destroy, Info, Mapped,
+};
 use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -17,7 +19,7 @@ pub(crate) struct Control;
 // Not parts of their caller, so that each of the three has a frame of its own.
 #[inline(never)]
 fn create(address: u64) -> Result<c_int> {
-    let mut create = read_user::<Create>(address)?;
+    let mut create = read_user::<CreateCommand>(address)?;
     let new = create.check().map_err(invalid)?;
     // Tries the address before there is a disk to take back.
     write_user(address, &create)?;

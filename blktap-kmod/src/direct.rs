@@ -22,10 +22,10 @@ use crate::linux::task::wake_event::WakeEvent;
 use crate::memory::Lease;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::{PageIndex, QueueTag};
-use crate::ring::response::Status;
-use crate::ring::tap::abi::{self, Segment};
+use crate::ring::response::ResponseStatus;
+use crate::ring::tap::abi::{self, TapSegment};
 use crate::ring::tap::extent::BackingNumber;
-use crate::ring::tap::shadow::direct::{Part, Start, MAX_PARTS};
+use crate::ring::tap::shadow::direct::{RequestPart, Start, MAX_PARTS};
 use core::pin::Pin;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -59,9 +59,9 @@ pub(super) struct Executor {
     /// To be started; has room for a batch.
     begun: KVec<Begun>,
     /// The places of their data, in the same order; has room for all parts of a batch.
-    parts: KVec<Part>,
+    parts: KVec<RequestPart>,
     /// Ended requests, and their results, unless they are for the process now; has room for all tags.
-    ended: KVec<(QueueTag, Option<Status>)>,
+    ended: KVec<(QueueTag, Option<ResponseStatus>)>,
     /// Requests to be given back; has room for all tags.
     back: KVec<QueueTag>,
     /// A request of the last batch was begun (`has_begun`); more requests of it were begun than given back (`begins`).
@@ -127,7 +127,7 @@ impl Executor {
         backings: &Backings,
         tag: QueueTag,
         start: Start,
-        parts: &[Part],
+        parts: &[RequestPart],
         mapped: Option<MappedAt>,
     ) {
         let number = start.backing.map(BackingNumber::index);
@@ -221,7 +221,7 @@ impl Executor {
         &mut self,
         disk: &TapDisk,
         place: Place,
-        mut done: impl FnMut(QueueTag, Status),
+        mut done: impl FnMut(QueueTag, ResponseStatus),
     ) {
         let ended = &mut self.ended;
         self.bios.reap(|tag, status| {
@@ -234,7 +234,7 @@ impl Executor {
                 self.executing = self.executing.wrapping_sub(1);
                 let disk_tag = place.disk_tag(*tag);
                 let is_mapped = inner.shadow.is_mapped(disk_tag);
-                let status = ending.unwrap_or(Status::Error);
+                let status = ending.unwrap_or(ResponseStatus::Error);
                 *ending = inner.shadow.ended(disk_tag, status);
                 if is_mapped && ending.is_none() {
                     give_back(&mut self.back, *tag);
@@ -253,8 +253,8 @@ impl Executor {
 }
 
 /// Ends a request that was not started: the process gets it, or it is given back.
-fn fail(ended: &mut KVec<(QueueTag, Option<Status>)>, tag: QueueTag) {
-    let _pushed = push(ended, (tag, Some(Status::Error)));
+fn fail(ended: &mut KVec<(QueueTag, Option<ResponseStatus>)>, tag: QueueTag) {
+    let _pushed = push(ended, (tag, Some(ResponseStatus::Error)));
 }
 
 fn give_back(back: &mut KVec<QueueTag>, tag: QueueTag) {
@@ -262,11 +262,11 @@ fn give_back(back: &mut KVec<QueueTag>, tag: QueueTag) {
     let _pushed = push(back, tag);
 }
 
-fn result(status: u32) -> Status {
+fn result(status: u32) -> ResponseStatus {
     match status {
-        0 => Status::Okay,
-        bio::NOT_SUPPORTED => Status::NotSupported,
-        _ => Status::Error,
+        0 => ResponseStatus::Okay,
+        bio::NOT_SUPPORTED => ResponseStatus::NotSupported,
+        _ => ResponseStatus::Error,
     }
 }
 
@@ -276,7 +276,7 @@ fn start_in_arena(
     disk: &TapDisk,
     place: Place,
     begun: &Begun,
-    parts: &[Part],
+    parts: &[RequestPart],
 ) {
     let start = &begun.start;
     let tag = place.disk_tag(begun.tag);
@@ -289,7 +289,7 @@ fn start_in_arena(
 fn transfer(
     inflight: &Inflight<'_>,
     start: &Start,
-    parts: &[Part],
+    parts: &[RequestPart],
     count: u16,
     is_mapped: bool,
     pieces: impl Iterator<Item = Piece>,
@@ -324,7 +324,7 @@ fn transfer(
 }
 
 /// Returns a segment with the page numbers that the queue uses.
-fn piece(segment: &Segment, first_page: u16) -> Piece {
+fn piece(segment: &TapSegment, first_page: u16) -> Piece {
     const PAGE: u32 = PAGE_SIZE as u32;
     // CAST: an arena has fewer pages than that.
     let page = (segment.offset / PAGE) as u16;

@@ -12,11 +12,11 @@ use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::tap::abi::{self, Info};
 use crate::ring::tap::checked::NewDisk;
-use crate::ring::tap::map::tree::{Leaf, Slot};
-use crate::ring::tap::map::Map;
+use crate::ring::tap::map::tree::{Leaf, LeafSlot};
+use crate::ring::tap::map::ExtentMap;
 use crate::ring::tap::params::{Params, Unfit};
 use crate::ring::tap::shadow::{Shadow, MAX_QUEUES};
-use crate::ring::tap::table::Entry;
+use crate::ring::tap::table::TagEntry;
 use kernel::new_poll_condvar;
 use kernel::prelude::*;
 use kernel::sync::atomic::{
@@ -55,14 +55,14 @@ pub(crate) struct TapDisk {
 }
 
 /// The map of a disk, from its first backing on.
-pub(super) type DiskMap = Option<KBox<Map<KVVec<Slot>, KVVec<Leaf>>>>;
+pub(super) type DiskMap = Option<KBox<ExtentMap<KVVec<LeafSlot>, KVVec<Leaf>>>>;
 /// The devices and files behind a disk, by their numbers.
 pub(super) type Backings = [Option<Storage>; abi::MAX_BACKINGS as usize];
 
 /// State under the lock of a disk. This lock is a leaf: the module takes no other lock under it, and does not sleep
 /// under it.
 pub(crate) struct Inner {
-    pub(super) shadow: Shadow<KVVec<Entry>, DiskMap>,
+    pub(super) shadow: Shadow<KVVec<TagEntry>, DiskMap>,
     /// Backings that the map has, and those that it has lost while a request is executed in them.
     pub(super) backings: Backings,
     /// Number of `MAP_SET`s that were refused.
@@ -123,7 +123,7 @@ impl TapDisk {
         let mut entries = KVVec::with_capacity(tags, GFP_KERNEL)?;
         for _ in 0..tags {
             entries
-                .push_within_capacity(Entry::FREE)
+                .push_within_capacity(TagEntry::FREE)
                 .map_err(|_| ENOMEM)?;
         }
         let commands = Commands::new()?;
@@ -281,7 +281,7 @@ impl TapDisk {
 
     /// Returns the memory that the disk holds, in KiB: the areas and the shadow.
     fn memory_kib(&self) -> u32 {
-        let shadow = u64::from(self.areas.tags()).wrapping_mul(size_of::<Entry>() as u64);
+        let shadow = u64::from(self.areas.tags()).wrapping_mul(size_of::<TagEntry>() as u64);
         let areas = self
             .areas
             .arena_len()

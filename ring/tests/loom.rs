@@ -19,7 +19,7 @@ use loom::thread;
 use ring::abi::MAX_SLOT_SIZE;
 use ring::index::BackRing;
 use ring::ports::SharedRing;
-use ring::response::{Response, Status};
+use ring::response::{Response, ResponseStatus};
 
 /// Barriers of the backend that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default)]
@@ -179,7 +179,7 @@ fn answer<const N: usize>(back: &mut BackRing<Back<N>>, id: u32) {
     let response = Response {
         id: u64::from(id),
         operation: 0,
-        status: Status::Okay,
+        status: ResponseStatus::Okay,
     };
     assert!(
         back.respond(&response),

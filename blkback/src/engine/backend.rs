@@ -8,7 +8,7 @@
 use crate::engine::segments::{Pool, Segments, Slice};
 use crate::ring::numbers::QueueTag;
 use crate::ring::request::Direction;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 
 /// Operation on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +118,7 @@ pub trait Backend {
     }
 
     /// Yields the completions that came since the last call, in any order. Does not sleep.
-    fn reap(&mut self, done: impl FnMut(QueueTag, Status));
+    fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus));
 
     /// Reports whether requests of this kind are served best from mapped pages that the guest keeps granted.
     fn prefers_mapped(&self, _kind: IoKind) -> bool {
@@ -186,7 +186,7 @@ impl<B: Backend> Backend for &mut B {
     }
 
     #[inline]
-    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) {
         (**self).reap(done);
     }
 

@@ -9,7 +9,7 @@ use crate::engine::segments::Pool;
 use crate::ring::grants::{CopyDirection, Grants};
 use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn copy_in(&mut self) {
@@ -21,7 +21,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             let Some(request) = requests.get(tag) else {
                 break;
             };
-            if request.status != Status::Okay || request.count == 0 {
+            if request.status != ResponseStatus::Okay || request.count == 0 {
                 continue;
             }
             if request.pool == Pool::Map {
@@ -122,9 +122,9 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 entry.pool = Pool::Copy;
                 entry.set_chain(chain);
                 entry.sectors = sectors;
-                entry.status = Status::Okay;
+                entry.status = ResponseStatus::Okay;
             } else {
-                self.requests.of_mut(&handle).status = Status::Error;
+                self.requests.of_mut(&handle).status = ResponseStatus::Error;
             }
             self.requests.push_taken(handle.resume());
         }

@@ -11,8 +11,8 @@ use crate::engine::requests::Requests;
 use crate::ring::grants::Grants;
 use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::{Indirect, Limits};
-use crate::ring::response::Status;
+use crate::ring::request::{Indirect, RequestLimits};
+use crate::ring::response::ResponseStatus;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn fetch(&mut self) {
@@ -47,13 +47,13 @@ fn fill<G: Grants>(
     indirect: &Indirect,
     grants: &G,
     buffer: u8,
-    limits: &Limits,
+    limits: &RequestLimits,
 ) -> bool {
     let segments = &mut requests.segments;
     let Some(request) = requests.slots.get_mut(tag) else {
         return true;
     };
-    if request.status != Status::Okay {
+    if request.status != ResponseStatus::Okay {
         return true;
     }
     let (mut at, mut sectors, mut now) = (request.head, 0u64, request.count);

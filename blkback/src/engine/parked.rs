@@ -2,7 +2,7 @@
 
 //! The request that was taken from the ring and for which there is no room: nothing is taken behind it.
 
-use crate::ring::request::Request;
+use crate::ring::request::RingRequest;
 
 /// Reason that a request has to wait for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub(super) enum NoRoom {
 /// A request that was checked and has to wait.
 #[derive(Debug)]
 pub(super) struct Parked {
-    pub(super) request: Request,
+    pub(super) request: RingRequest,
     pub(super) why: NoRoom,
     /// When it was taken, in nanoseconds while spans are counted, else 0.
     pub(super) since: u64,

@@ -16,7 +16,7 @@ use crate::ring::abi::Protocol;
 use crate::ring::grants::Grants;
 use crate::ring::index::BackRing;
 use crate::ring::ports::SharedRing;
-use crate::ring::request::Limits;
+use crate::ring::request::RequestLimits;
 
 /// Settings that are fixed for the life of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub struct Engine<'a, R, G, B> {
     pub(super) transfers: Transfers<'a, G>,
     pub(super) backend: B,
     pub(super) config: Config,
-    pub(super) limits: Limits,
+    pub(super) limits: RequestLimits,
     /// A checked request for which there was no room.
     pub(super) parked: Option<Parked>,
     /// A barrier is being executed: no request may pass it.
@@ -86,7 +86,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         tables: Tables<'a>,
         shape: Shape,
         config: Config,
-        limits: Limits,
+        limits: RequestLimits,
     ) -> Self {
         let segments = Segments::new(tables.entries, tables.groups, shape);
         let mappings = Mappings::new(tables.mappings, shape.copy, config.keeps_grants);

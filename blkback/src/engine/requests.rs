@@ -19,7 +19,7 @@ use core::marker::PhantomData;
 use crate::engine::backend::IoKind;
 use crate::engine::segments::{Chain, Pool, Segments};
 use crate::ring::numbers::QueueTag;
-use crate::ring::response::{Response, Status};
+use crate::ring::response::{Response, ResponseStatus};
 
 /// The end of a list.
 const END: QueueTag = QueueTag::new(u16::MAX);
@@ -124,7 +124,7 @@ pub struct PendingRequest {
     pub(super) prev: QueueTag,
     pub(crate) operation: u8,
     pub(crate) pool: Pool,
-    pub(crate) status: Status,
+    pub(crate) status: ResponseStatus,
     /// The backend has it. Checked for each completion, because the number in one proves nothing.
     pub(super) submitted: bool,
     /// A page of the request cannot be mapped, because the hypervisor has no room.
@@ -156,7 +156,7 @@ impl PendingRequest {
         prev: END,
         operation: 0,
         pool: Pool::Copy,
-        status: Status::Okay,
+        status: ResponseStatus::Okay,
         submitted: false,
         unmappable: false,
         refused: false,
@@ -167,7 +167,7 @@ impl PendingRequest {
 
     /// Reports whether it is a read whose data must be copied to the guest.
     pub(crate) fn copies_out(&self) -> bool {
-        self.kind == IoKind::Read && self.pool == Pool::Copy && self.status == Status::Okay
+        self.kind == IoKind::Read && self.pool == Pool::Copy && self.status == ResponseStatus::Okay
     }
 
     /// Reports whether it is a write whose data must be copied from the guest.
@@ -233,7 +233,7 @@ impl Slots<'_> {
     /// Marks a request as failed, because part of its data cannot be moved.
     pub(crate) fn fail(&mut self, tag: QueueTag) {
         if let Some(request) = self.get_mut(tag) {
-            request.status = Status::Error;
+            request.status = ResponseStatus::Error;
         }
     }
 
@@ -432,7 +432,11 @@ impl<'a> Requests<'a> {
 
     /// Takes a completed request from the backend. `None` if the backend does not have it.
     #[inline]
-    pub(crate) fn complete(&mut self, tag: QueueTag, status: Status) -> Option<Handle<Completed>> {
+    pub(crate) fn complete(
+        &mut self,
+        tag: QueueTag,
+        status: ResponseStatus,
+    ) -> Option<Handle<Completed>> {
         let slot = self.slots.get_mut(tag)?;
         if !core::mem::replace(&mut slot.submitted, false) {
             return None;
@@ -543,7 +547,7 @@ mod tests {
 
     use super::{PendingRequest, Requests};
     use crate::engine::segments::{Segments, Shape};
-    use crate::ring::response::Status;
+    use crate::ring::response::ResponseStatus;
     use std::vec::Vec;
 
     const NO_PAGES: Shape = Shape {
@@ -566,12 +570,12 @@ mod tests {
         let mut requests = Requests::new(&mut slots, Segments::new(&mut [], &mut [], NO_PAGES));
         let handle = requests.take(|| PendingRequest::FREE).unwrap();
         let tag = handle.tag();
-        assert!(requests.complete(tag, Status::Okay).is_none());
+        assert!(requests.complete(tag, ResponseStatus::Okay).is_none());
         let started = requests.start(handle, 7);
         assert_eq!(started, tag);
-        let handle = requests.complete(tag, Status::Error).unwrap();
-        assert!(requests.complete(tag, Status::Okay).is_none());
-        assert_eq!(requests.end(handle).status, Status::Error);
+        let handle = requests.complete(tag, ResponseStatus::Error).unwrap();
+        assert!(requests.complete(tag, ResponseStatus::Okay).is_none());
+        assert_eq!(requests.end(handle).status, ResponseStatus::Error);
         assert_eq!(requests.used(), 0);
     }
 
@@ -590,7 +594,7 @@ mod tests {
             for count in (1..=4).rev().chain((1..=4).rev()) {
                 let (_, tag) = running.remove(order % count);
                 order /= count;
-                let handle = requests.complete(tag, Status::Okay).unwrap();
+                let handle = requests.complete(tag, ResponseStatus::Okay).unwrap();
                 let _response = requests.end(handle);
                 if now < 8 {
                     now += 1;

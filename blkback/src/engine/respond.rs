@@ -8,7 +8,7 @@ use crate::engine::requests::{Completed, Handle};
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::Reject;
-use crate::ring::response::{Response, Status};
+use crate::ring::response::{Response, ResponseStatus};
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Answers all completed requests and returns their number.
@@ -33,25 +33,26 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     fn finish(&mut self, handle: Handle<Completed>) {
         self.note_latency(&handle);
         let request = self.requests.of_mut(&handle);
-        if matches!(request.kind, IoKind::Discard { .. }) && request.status == Status::Okay {
+        if matches!(request.kind, IoKind::Discard { .. }) && request.status == ResponseStatus::Okay
+        {
             let piece = request.piece();
             request.sector = request.sector.wrapping_add(piece);
             request.sectors = request.sectors.wrapping_sub(piece);
             if request.sectors > 0 && self.closing {
-                request.status = Status::Error;
+                request.status = ResponseStatus::Error;
             } else if request.sectors > 0 {
                 self.requests.push_taken(handle.go_on());
                 return;
             }
         }
-        if request.left > 0 && request.status == Status::Okay {
+        if request.left > 0 && request.status == ResponseStatus::Okay {
             self.next_piece(handle);
             return;
         }
         if request.kind == IoKind::BarrierWrite {
             self.barrier = false;
         }
-        if request.status != Status::Okay {
+        if request.status != ResponseStatus::Okay {
             self.stats.failed = self.stats.failed.wrapping_add(1);
         }
         self.note_answer();
@@ -69,7 +70,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let (kind, status, since) = (request.kind, request.status, request.since);
         // The clock was read when the request was found to be complete.
         let now = self.clock.last(&self.backend);
-        if status == Status::Okay {
+        if status == ResponseStatus::Okay {
             self.latencies.add(kind, now.saturating_sub(since));
         }
         // The next piece, if there is one, begins here.

@@ -8,7 +8,7 @@ use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
 use crate::engine::transfers::Transfers;
 use crate::ring::grants::Grants;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 
 /// The rest of an engine whose guest is gone. It answers no more requests.
 #[derive(Debug)]
@@ -75,7 +75,7 @@ impl<G: Grants, B: Backend> Rest<'_, G, B> {
     fn end_given_back(&mut self) {
         let requests = &mut self.requests;
         self.backend.give_back(|tag| {
-            if let Some(handle) = requests.complete(tag, Status::Error) {
+            if let Some(handle) = requests.complete(tag, ResponseStatus::Error) {
                 requests.push_completed(handle);
             }
         });

@@ -12,7 +12,7 @@
 
 use crate::engine::blocks::{Blocks, Group, BLOCK};
 use crate::ring::numbers::PageIndex;
-use crate::ring::segment::Segment;
+use crate::ring::segment::GrantSegment;
 
 /// The end of a chain.
 const END: u16 = u16::MAX;
@@ -42,7 +42,7 @@ pub struct Shape {
 /// An entry of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentEntry {
-    segment: Option<Segment>,
+    segment: Option<GrantSegment>,
     next: u16,
     /// The page of its data.
     page: u16,
@@ -217,7 +217,7 @@ impl<'a> Segments<'a> {
     }
 
     /// Puts a segment into entry `index` and returns the next entry of the chain.
-    pub fn fill(&mut self, index: u16, segment: Segment) -> u16 {
+    pub fn fill(&mut self, index: u16, segment: GrantSegment) -> u16 {
         match self.entries.get_mut(usize::from(index)) {
             Some(entry) => {
                 entry.segment = Some(segment);

@@ -8,7 +8,7 @@ use crate::engine::requests::PendingRequest;
 use crate::engine::stats::Stats;
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 
 /// Most sectors (512 bytes) of a discard that the backend gets at once: 1 GiB. A discard may cover the whole disk; in
 /// pieces it can be interleaved and torn down.
@@ -23,7 +23,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let (mut first, mut count) = (None, 0_u16);
         while let Some(handle) = self.requests.pop_taken() {
             let request = self.requests.of_mut(&handle);
-            if request.status == Status::Okay {
+            if request.status == ResponseStatus::Okay {
                 if !request.counted {
                     add(self.stats, request);
                     // Segments that are still left are counted when their piece begins.

@@ -11,9 +11,9 @@ use crate::ring::abi::{MAX_SLOT_SIZE, OP_DISCARD, OP_FLUSH_DISKCACHE};
 use crate::ring::grants::Grants;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::{
-    Direct, Direction, Discard, Indirect, Ordering, Plain, RawRequest, Reason, Request,
+    Direct, Direction, Discard, Indirect, Ordering, Plain, RawRequest, Reason, RingRequest,
 };
-use crate::ring::response::{Response, Status};
+use crate::ring::response::{Response, ResponseStatus};
 
 /// A new read or write.
 struct Transfer {
@@ -106,7 +106,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         };
         let request = self.requests.of(&handle);
         // A request that has failed has no pages to fill.
-        if request.status == Status::Okay {
+        if request.status == ResponseStatus::Okay {
             let mut at = request.head;
             for segment in plain.segments() {
                 at = self.requests.segments.fill(at, segment);
@@ -117,12 +117,12 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// Gives a checked request its number and pages, or answers it.
-    fn admit(&mut self, request: &Request) -> Result<(), NoRoom> {
+    fn admit(&mut self, request: &RingRequest) -> Result<(), NoRoom> {
         match request {
-            Request::Flush(id) => self.flush(*id),
-            Request::Discard(discard) => self.discard(discard),
-            Request::Direct(direct) => self.direct(direct),
-            Request::Indirect(indirect) => self.indirect(indirect),
+            RingRequest::Flush(id) => self.flush(*id),
+            RingRequest::Discard(discard) => self.discard(discard),
+            RingRequest::Direct(direct) => self.direct(direct),
+            RingRequest::Indirect(indirect) => self.indirect(indirect),
         }
     }
 
@@ -133,7 +133,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             self.answer(&Response {
                 id,
                 operation: OP_FLUSH_DISKCACHE,
-                status: Status::Okay,
+                status: ResponseStatus::Okay,
             });
             return Ok(());
         }
@@ -152,7 +152,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             self.answer(&Response {
                 id: discard.id,
                 operation: OP_DISCARD,
-                status: Status::Okay,
+                status: ResponseStatus::Okay,
             });
             return Ok(());
         }
@@ -192,7 +192,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         })?;
         let request = self.requests.of(&handle);
         // A request that has failed has no pages to fill.
-        if request.status == Status::Okay {
+        if request.status == ResponseStatus::Okay {
             let mut at = request.head;
             let mut sectors: u64 = 0;
             for segment in direct.segments() {
@@ -223,7 +223,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
             sectors: 0,
             count: indirect.count(),
         })?;
-        if self.requests.of(&handle).status == Status::Okay {
+        if self.requests.of(&handle).status == ResponseStatus::Okay {
             self.fetch_soon(handle.tag(), indirect);
         }
         self.requests.push_taken(handle);
@@ -263,7 +263,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 operation,
                 kind,
                 sector,
-                status: Status::Error,
+                status: ResponseStatus::Error,
                 ..PendingRequest::FREE
             });
         };

@@ -10,7 +10,7 @@ use crate::engine::segments::Pool;
 use crate::ring::grants::{Buffer, Copy, CopyDirection, Grants, MapOutcome};
 use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::request::Indirect;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 
 /// An indirect request whose segments are being fetched.
 #[derive(Clone, Copy, Debug)]
@@ -104,7 +104,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
         for fetch in self.fetches.iter_mut().take(self.fetching).flatten() {
             let is_well = slots
                 .get(fetch.tag)
-                .is_some_and(|request| request.status == Status::Okay);
+                .is_some_and(|request| request.status == ResponseStatus::Okay);
             let descriptor = fetch.request.descriptors().next();
             let Some((gref, _)) = descriptor.filter(|_| is_well) else {
                 continue;

@@ -9,8 +9,8 @@
 use zerocopy::FromBytes;
 
 use crate::ring::abi::{self, Protocol, RawSegment, MAX_DIRECT_SEGMENTS, MAX_INDIRECT_PAGES};
-use crate::ring::response::{Response, Status};
-use crate::ring::segment::Segment;
+use crate::ring::response::{Response, ResponseStatus};
+use crate::ring::segment::GrantSegment;
 
 /// A slot's bytes, copied once; nothing is known about them.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +23,7 @@ pub struct RawRequest {
 
 /// Limits of the disk behind the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct RequestLimits {
     /// Size of the disk in 512-byte sectors.
     pub sectors: u64,
     /// Sectors of one logical block: 1 for 512-byte blocks, 8 for 4096. A power of two.
@@ -117,11 +117,11 @@ impl Direct {
     }
 
     /// The segments, all of them checked.
-    pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
+    pub fn segments(&self) -> impl Iterator<Item = GrantSegment> + '_ {
         self.segments
             .iter()
             .take(usize::from(self.count))
-            .filter_map(Segment::check)
+            .filter_map(GrantSegment::check)
     }
 }
 
@@ -152,8 +152,8 @@ impl Plain<'_> {
 
     /// The segments, all of them checked.
     #[inline]
-    pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
-        self.segments.iter().filter_map(Segment::check)
+    pub fn segments(&self) -> impl Iterator<Item = GrantSegment> + '_ {
+        self.segments.iter().filter_map(GrantSegment::check)
     }
 }
 
@@ -191,7 +191,7 @@ pub struct Discard {
     clippy::large_enum_variant,
     reason = "lives on the stack for one pass; boxing needs allocation"
 )]
-pub enum Request {
+pub enum RingRequest {
     /// READ, WRITE, WRITE_BARRIER, or FLUSH_DISKCACHE with data.
     Direct(Direct),
     /// FLUSH_DISKCACHE without data: its identifier.
@@ -202,16 +202,16 @@ pub enum Request {
     Indirect(Indirect),
 }
 
-struct Reply {
+struct RequestReply {
     id: u64,
     operation: u8,
 }
 
-impl Reply {
+impl RequestReply {
     fn reject(&self, reason: Reason) -> Reject {
         let status = match reason {
-            Reason::UnknownOperation | Reason::NotOffered => Status::NotSupported,
-            _ => Status::Error,
+            Reason::UnknownOperation | Reason::NotOffered => ResponseStatus::NotSupported,
+            _ => ResponseStatus::Error,
         };
         Reject {
             response: Response {
@@ -319,7 +319,7 @@ impl RawRequest {
     /// Returns the request if it is a plain read or write that the disk allows, without a copy of it. `None` gives no reason:
     /// [`check`](Self::check) decides about all requests, about these in the same way.
     #[inline]
-    pub fn plain(&self, limits: &Limits) -> Option<Plain<'_>> {
+    pub fn plain(&self, limits: &RequestLimits) -> Option<Plain<'_>> {
         let (id, sector, nr_segments, segments) = match self.protocol {
             Protocol::Abi64 => {
                 let (raw, _) = abi::RawRw64::ref_from_prefix(&self.bytes).ok()?;
@@ -342,7 +342,7 @@ impl RawRequest {
         }
         let mut range = Range::new(sector.get(), limits);
         for raw in segments {
-            range.add(&Segment::check(raw)?);
+            range.add(&GrantSegment::check(raw)?);
         }
         let sectors = range.sectors;
         range.finish(direction, limits).ok()?;
@@ -357,9 +357,9 @@ impl RawRequest {
     }
 
     /// Checks the request against what the disk allows.
-    pub fn check(&self, limits: &Limits) -> Result<Request, Reject> {
+    pub fn check(&self, limits: &RequestLimits) -> Result<RingRequest, Reject> {
         let unknown = || {
-            Reply {
+            RequestReply {
                 id: self.other_id(),
                 operation: self.operation(),
             }
@@ -376,8 +376,8 @@ impl RawRequest {
     }
 }
 
-fn check_rw(operation: u8, rw: Rw, limits: &Limits) -> Result<Request, Reject> {
-    let reply = Reply {
+fn check_rw(operation: u8, rw: Rw, limits: &RequestLimits) -> Result<RingRequest, Reject> {
+    let reply = RequestReply {
         id: rw.id,
         operation,
     };
@@ -394,17 +394,18 @@ fn check_rw(operation: u8, rw: Rw, limits: &Limits) -> Result<Request, Reject> {
     }
     if count == 0 && ordering == Ordering::PreFlush {
         // The sector of an empty flush means nothing and is never looked at.
-        return Ok(Request::Flush(rw.id));
+        return Ok(RingRequest::Flush(rw.id));
     }
     let mut range = Range::new(rw.sector, limits);
     for raw in rw.seg.iter().take(count) {
-        let segment = Segment::check(raw).ok_or_else(|| reply.reject(Reason::SegmentBounds))?;
+        let segment =
+            GrantSegment::check(raw).ok_or_else(|| reply.reject(Reason::SegmentBounds))?;
         range.add(&segment);
     }
     range
         .finish(direction, limits)
         .map_err(|reason| reply.reject(reason))?;
-    Ok(Request::Direct(Direct {
+    Ok(RingRequest::Direct(Direct {
         id: rw.id,
         operation,
         direction,
@@ -415,8 +416,8 @@ fn check_rw(operation: u8, rw: Rw, limits: &Limits) -> Result<Request, Reject> {
     }))
 }
 
-fn check_discard(d: Discard, limits: &Limits) -> Result<Request, Reject> {
-    let reply = Reply {
+fn check_discard(d: Discard, limits: &RequestLimits) -> Result<RingRequest, Reject> {
+    let reply = RequestReply {
         id: d.id,
         operation: abi::OP_DISCARD,
     };
@@ -433,14 +434,14 @@ fn check_discard(d: Discard, limits: &Limits) -> Result<Request, Reject> {
     if !is_aligned(d.sector, limits) || !is_aligned(d.sectors, limits) {
         return Err(reply.reject(Reason::Unaligned));
     }
-    Ok(Request::Discard(Discard {
+    Ok(RingRequest::Discard(Discard {
         secure: d.secure && limits.secure_discard,
         ..d
     }))
 }
 
-fn check_indirect(mut request: Indirect, limits: &Limits) -> Result<Request, Reject> {
-    let reply = Reply {
+fn check_indirect(mut request: Indirect, limits: &RequestLimits) -> Result<RingRequest, Reject> {
+    let reply = RequestReply {
         id: request.id,
         operation: request.operation,
     };
@@ -450,7 +451,7 @@ fn check_indirect(mut request: Indirect, limits: &Limits) -> Result<Request, Rej
         // The C driver refuses any other inner operation as an error, not as unsupported.
         _ => {
             let mut reject = reply.reject(Reason::UnknownOperation);
-            reject.response.status = Status::Error;
+            reject.response.status = ResponseStatus::Error;
             return Err(reject);
         }
     };
@@ -463,7 +464,7 @@ fn check_indirect(mut request: Indirect, limits: &Limits) -> Result<Request, Rej
     if request.direction == Direction::Write && limits.read_only {
         return Err(reply.reject(Reason::ReadOnly));
     }
-    Ok(Request::Indirect(request))
+    Ok(RingRequest::Indirect(request))
 }
 
 impl Indirect {
@@ -491,7 +492,7 @@ impl Indirect {
 
     /// The refusal of this request for a reason found after [`RawRequest::check`].
     pub fn reject(&self, reason: Reason) -> Reject {
-        Reply {
+        RequestReply {
             id: self.id,
             operation: self.operation,
         }
@@ -505,13 +506,14 @@ impl Indirect {
     pub fn check_segments(
         &self,
         raw: impl Iterator<Item = RawSegment>,
-        limits: &Limits,
-        mut each: impl FnMut(Segment),
+        limits: &RequestLimits,
+        mut each: impl FnMut(GrantSegment),
     ) -> Result<(), Reject> {
         let mut range = Range::new(self.sector, limits);
         let mut seen: u16 = 0;
         for raw in raw.take(usize::from(self.nr_segments)) {
-            let segment = Segment::check(&raw).ok_or_else(|| self.reject(Reason::SegmentBounds))?;
+            let segment =
+                GrantSegment::check(&raw).ok_or_else(|| self.reject(Reason::SegmentBounds))?;
             range.add(&segment);
             seen = seen.wrapping_add(1);
             each(segment);
@@ -534,7 +536,7 @@ struct Range {
 }
 
 impl Range {
-    fn new(sector: u64, limits: &Limits) -> Self {
+    fn new(sector: u64, limits: &RequestLimits) -> Self {
         Self {
             sector,
             sectors: 0,
@@ -543,7 +545,7 @@ impl Range {
         }
     }
 
-    fn add(&mut self, segment: &Segment) {
+    fn add(&mut self, segment: &GrantSegment) {
         // At most 4096 segments of at most 8 sectors: no overflow.
         self.sectors = self.sectors.wrapping_add(u64::from(segment.sectors()));
         // A buffer may begin at any sector of its page, as with the C driver: memory need not be aligned to a logical
@@ -553,7 +555,7 @@ impl Range {
         }
     }
 
-    fn finish(self, direction: Direction, limits: &Limits) -> Result<(), Reason> {
+    fn finish(self, direction: Direction, limits: &RequestLimits) -> Result<(), Reason> {
         match self.sector.checked_add(self.sectors) {
             Some(end) if end <= limits.sectors => {}
             // A barrier without data has no place on the disk.
@@ -570,6 +572,6 @@ impl Range {
     }
 }
 
-fn is_aligned(sectors: u64, limits: &Limits) -> bool {
+fn is_aligned(sectors: u64, limits: &RequestLimits) -> bool {
     sectors & u64::from(limits.block_sectors.wrapping_sub(1)) == 0
 }

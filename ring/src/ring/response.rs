@@ -4,7 +4,7 @@
 
 /// The outcome of a request as the guest sees it (`BLKIF_RSP_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub enum ResponseStatus {
     /// `BLKIF_RSP_OKAY`.
     Okay,
     /// `BLKIF_RSP_ERROR`.
@@ -13,13 +13,13 @@ pub enum Status {
     NotSupported,
 }
 
-impl Status {
+impl ResponseStatus {
     /// The value on the wire.
     pub const fn to_wire(self) -> i16 {
         match self {
-            Status::Okay => 0,
-            Status::Error => -1,
-            Status::NotSupported => -2,
+            ResponseStatus::Okay => 0,
+            ResponseStatus::Error => -1,
+            ResponseStatus::NotSupported => -2,
         }
     }
 }
@@ -32,7 +32,7 @@ pub struct Response {
     /// Echo of the request's operation; for an indirect request its inner operation.
     pub operation: u8,
     /// The outcome.
-    pub status: Status,
+    pub status: ResponseStatus,
 }
 
 impl Response {

@@ -10,13 +10,13 @@ use crate::ring::abi::{RawSegment, SECTORS_PER_PAGE, SECTOR_SIZE};
 ///
 /// `first <= last < 8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub struct GrantSegment {
     gref: u32,
     first: u8,
     last: u8,
 }
 
-impl Segment {
+impl GrantSegment {
     /// Checks a raw segment.
     ///
     /// Returns `None` if its sectors do not lie inside one page in ascending order.

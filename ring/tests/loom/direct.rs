@@ -8,16 +8,16 @@ use loom::sync::atomic::{fence, AtomicBool, Ordering};
 use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
 use loom::thread;
 use ring::numbers::DiskTag;
-use ring::response::Status;
-use ring::tap::checked::{Commit, Outcome};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::{Backing, Map};
-use ring::tap::shadow::direct::{Parts, Places};
-use ring::tap::shadow::{Committed, Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::response::ResponseStatus;
+use ring::tap::checked::{Commit, RequestOutcome};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::{ExtentMap, MapBacking};
+use ring::tap::shadow::direct::{MapLookup, RequestParts};
+use ring::tap::shadow::{Committed, Op, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
-const WRITE: Request = Request {
+const WRITE: PostedRequest = PostedRequest {
     op: Op::Write,
     preflush: false,
     fua: false,
@@ -27,18 +27,18 @@ const WRITE: Request = Request {
 };
 const DISK: u64 = 64;
 
-type DiskMap = Option<Box<Map<Vec<Slot>, Vec<Leaf>>>>;
+type DiskMap = Option<Box<ExtentMap<Vec<LeafSlot>, Vec<Leaf>>>>;
 
 /// State that the lock of a disk protects.
-struct Disk {
-    shadow: Shadow<Vec<Entry>, DiskMap>,
+struct DirectState {
+    shadow: Shadow<Vec<TagEntry>, DiskMap>,
     epoch: u64,
     /// Number of processes that wait until no request in a range is executed.
     recallers: u32,
 }
 
-struct Shared {
-    disk: Mutex<Disk>,
+struct SharedDirect {
+    disk: Mutex<DirectState>,
     /// The processes wait here.
     ready: Condvar,
     /// I/O of the queue is running, at the mapped place.
@@ -52,8 +52,8 @@ struct Shared {
 }
 
 fn map() -> DiskMap {
-    let mut map = Map::new(vec![Slot::FREE; 1], vec![Leaf::FREE; 1], DISK, true);
-    let backing = Backing {
+    let mut map = ExtentMap::new(vec![LeafSlot::FREE; 1], vec![Leaf::FREE; 1], DISK, true);
+    let backing = MapBacking {
         sectors: DISK,
         block: 1,
         writable: true,
@@ -66,16 +66,16 @@ fn number() -> BackingNumber {
     BackingNumber::new(0).expect("a small number")
 }
 
-impl Shared {
+impl SharedDirect {
     /// Returns a disk that is served, with two queues that can execute mapped requests. Nothing is mapped yet.
     fn new() -> Arc<Self> {
-        let mut shadow = Shadow::with_map(vec![Entry::FREE; 2], map());
+        let mut shadow = Shadow::with_map(vec![TagEntry::FREE; 2], map());
         shadow.set_able(0, true);
         shadow.set_able(1, true);
         let epoch = shadow.opened().expect("nobody has it");
         assert!(shadow.started(epoch).is_ok());
         Arc::new(Self {
-            disk: Mutex::new(Disk {
+            disk: Mutex::new(DirectState {
                 shadow,
                 epoch,
                 recallers: 0,
@@ -95,7 +95,7 @@ impl Shared {
         shared
     }
 
-    fn lock(&self) -> MutexGuard<'_, Disk> {
+    fn lock(&self) -> MutexGuard<'_, DirectState> {
         self.disk.lock().expect("no thread has panicked")
     }
 
@@ -119,9 +119,9 @@ impl Shared {
     }
 
     /// Ends the I/O. Returns the result of the request.
-    fn ended(&self, tag: u16) -> Option<Status> {
+    fn ended(&self, tag: u16) -> Option<ResponseStatus> {
         let mut disk = self.lock();
-        let status = disk.shadow.ended(DiskTag::new(tag), Status::Okay);
+        let status = disk.shadow.ended(DiskTag::new(tag), ResponseStatus::Okay);
         self.announce(&mut disk);
         if disk.recallers > 0 {
             self.ready.notify_all();
@@ -130,7 +130,7 @@ impl Shared {
     }
 
     /// Wakes the first queue if it can begin a request.
-    fn announce(&self, disk: &mut Disk) {
+    fn announce(&self, disk: &mut DirectState) {
         disk.shadow.sort();
         if disk.shadow.take_resumable() & 1 != 0 {
             self.resumable.store(true, Ordering::Release);
@@ -152,18 +152,21 @@ impl Shared {
             found = disk
                 .shadow
                 .map()
-                .transfer(&all, Access::ReadWrite, &mut Parts::default())
+                .transfer(&all, ExtentAccess::ReadWrite, &mut RequestParts::default())
                 .is_ok();
             drop(disk);
             disk = self.lock();
         }
-        let begun = disk.shadow.begin(tag, &mut Parts::default()).is_some();
+        let begun = disk
+            .shadow
+            .begin(tag, &mut RequestParts::default())
+            .is_some();
         drop(disk);
         if begun || found {
             self.transfer();
         }
         if begun {
-            assert_eq!(self.ended(0), Some(Status::Okay));
+            assert_eq!(self.ended(0), Some(ResponseStatus::Okay));
         }
     }
 
@@ -186,18 +189,18 @@ impl Shared {
     }
 }
 
-impl Disk {
-    fn map(&mut self) -> &mut Map<Vec<Slot>, Vec<Leaf>> {
+impl DirectState {
+    fn map(&mut self) -> &mut ExtentMap<Vec<LeafSlot>, Vec<Leaf>> {
         self.shadow.map().as_mut().expect("it has one")
     }
 
     /// The process maps the disk.
     fn say(&mut self) {
-        let extent = Extent {
+        let extent = DataExtent {
             range: Sectors::new(0, DISK).expect("not empty"),
             place: 0,
             source: Source::Backing(number()),
-            access: Access::ReadWrite,
+            access: ExtentAccess::ReadWrite,
         };
         let generation = self.map().generation();
         assert_eq!(self.map().set(&extent, generation), Ok(()));
@@ -214,7 +217,7 @@ impl Disk {
 }
 
 fn recall_against_execution(careless: bool) {
-    let shared = Shared::mapped();
+    let shared = SharedDirect::mapped();
     let queue = shared.clone();
     let queue = thread::spawn(move || queue.execute(careless));
     shared.reuse();
@@ -241,26 +244,29 @@ fn planted_a_queue_that_says_too_late_what_it_executes_is_found() {
 
 /// The second of two requests waits for the first, and is begun or not while the process recalls everything.
 fn recall_against_resumption() {
-    let shared = Shared::mapped();
+    let shared = SharedDirect::mapped();
     let (first, second) = (DiskTag::new(0), DiskTag::new(1));
     {
         let mut disk = shared.lock();
         assert_eq!(disk.shadow.post(first, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(first, &mut Parts::default()).is_some());
+        assert!(disk
+            .shadow
+            .begin(first, &mut RequestParts::default())
+            .is_some());
         assert_eq!(disk.shadow.post(second, 0, &WRITE, 0), Ok(()));
         shared.announce(&mut disk);
     }
     let queue = shared.clone();
     let queue = thread::spawn(move || {
         queue.transfer();
-        assert_eq!(queue.ended(0), Some(Status::Okay));
+        assert_eq!(queue.ended(0), Some(ResponseStatus::Okay));
         let mut begun = false;
         let mut disk = queue.lock();
         disk.shadow.resume(0, 2, |_, _, _| begun = true);
         drop(disk);
         if begun {
             queue.transfer();
-            assert_eq!(queue.ended(1), Some(Status::Okay));
+            assert_eq!(queue.ended(1), Some(ResponseStatus::Okay));
         }
         begun
     });
@@ -276,18 +282,21 @@ fn what_waits_is_begun_or_taken_back() {
 
 /// A process begins while a mapping of its predecessor is in use. Its first recall waits for that.
 fn start_against_execution() {
-    let shared = Shared::mapped();
+    let shared = SharedDirect::mapped();
     {
         let mut disk = shared.lock();
         let tag = DiskTag::new(0);
         assert_eq!(disk.shadow.post(tag, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(tag, &mut Parts::default()).is_some());
+        assert!(disk
+            .shadow
+            .begin(tag, &mut RequestParts::default())
+            .is_some());
         shared.used.store(true, Ordering::Relaxed);
     }
     let queue = shared.clone();
     let queue = thread::spawn(move || {
         queue.finish_transfer();
-        assert_eq!(queue.ended(0), Some(Status::Okay));
+        assert_eq!(queue.ended(0), Some(ResponseStatus::Okay));
     });
     {
         let mut disk = shared.lock();
@@ -310,7 +319,7 @@ fn a_process_that_begins_waits_for_what_the_last_one_has_said() {
 /// A request is unblocked while its queue goes through a pass. A `careless` queue does not check again, after it has
 /// cleared its wake-up, whether it can begin a request.
 fn pass_against_commit(careless: bool) {
-    let shared = Shared::new();
+    let shared = SharedDirect::new();
     let (first, second) = (DiskTag::new(0), DiskTag::new(1));
     let (epoch, generation) = {
         let mut disk = shared.lock();
@@ -318,7 +327,10 @@ fn pass_against_commit(careless: bool) {
         let (_, generation) = disk.fetch().expect("nothing is mapped");
         disk.say();
         assert_eq!(disk.shadow.post(second, 0, &WRITE, 0), Ok(()));
-        assert!(disk.shadow.begin(second, &mut Parts::default()).is_none());
+        assert!(disk
+            .shadow
+            .begin(second, &mut RequestParts::default())
+            .is_none());
         shared.announce(&mut disk);
         (disk.epoch, generation)
     };
@@ -328,7 +340,7 @@ fn pass_against_commit(careless: bool) {
         let commit = Commit {
             tag: first,
             generation,
-            outcome: Outcome::Finished(Status::Okay),
+            outcome: RequestOutcome::Finished(ResponseStatus::Okay),
         };
         assert_eq!(disk.shadow.commit(epoch, &commit), Committed::Done(1));
         process.announce(&mut disk);

@@ -6,12 +6,12 @@
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
 use ring::numbers::DiskTag;
-use ring::response::Status;
-use ring::tap::checked::{Commit, Outcome};
-use ring::tap::shadow::{Committed, Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::response::ResponseStatus;
+use ring::tap::checked::{Commit, RequestOutcome};
+use ring::tap::shadow::{Committed, Op, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
-const WRITE: Request = Request {
+const WRITE: PostedRequest = PostedRequest {
     op: Op::Write,
     preflush: false,
     fua: false,
@@ -21,8 +21,8 @@ const WRITE: Request = Request {
 };
 
 /// A disk as its threads share it.
-struct Disk {
-    shadow: Shadow<Vec<Entry>>,
+struct TapState {
+    shadow: Shadow<Vec<TagEntry>>,
     epoch: u64,
     /// The process has found no request and must be woken.
     wanted: bool,
@@ -30,19 +30,19 @@ struct Disk {
     woken: bool,
 }
 
-struct Shared {
-    disk: Mutex<Disk>,
+struct SharedTap {
+    disk: Mutex<TapState>,
     to_process: Notify,
     to_queue: Notify,
 }
 
-impl Shared {
+impl SharedTap {
     fn new() -> Arc<Self> {
-        let mut shadow = Shadow::new(vec![Entry::FREE; 2]);
+        let mut shadow = Shadow::new(vec![TagEntry::FREE; 2]);
         let epoch = shadow.opened().expect("nobody has it");
         assert!(shadow.started(epoch).is_ok());
         Arc::new(Self {
-            disk: Mutex::new(Disk {
+            disk: Mutex::new(TapState {
                 shadow,
                 epoch,
                 wanted: false,
@@ -53,7 +53,7 @@ impl Shared {
         })
     }
 
-    fn announce(&self, disk: &mut Disk) {
+    fn announce(&self, disk: &mut TapState) {
         if disk.wanted && disk.shadow.has_deliverable() {
             disk.wanted = false;
             disk.woken = true;
@@ -85,7 +85,7 @@ impl Shared {
 
     fn commit(&self, epoch: u64, (tag, generation): (u16, u32)) -> Committed {
         let mut disk = self.disk.lock().unwrap();
-        let outcome = Outcome::Finished(Status::Okay);
+        let outcome = RequestOutcome::Finished(ResponseStatus::Okay);
         let committed = disk.shadow.commit(
             epoch,
             &Commit {
@@ -104,7 +104,7 @@ impl Shared {
 
 /// A queue posts two requests of which one waits for the other; a process serves them.
 fn serve() {
-    let shared = Shared::new();
+    let shared = SharedTap::new();
     let process = shared.clone();
     let process = thread::spawn(move || {
         let mut left = 2;
@@ -128,7 +128,10 @@ fn serve() {
             shared.to_queue.wait();
         }
     }
-    assert_eq!(results, [(1, Status::Okay), (0, Status::Okay)]);
+    assert_eq!(
+        results,
+        [(1, ResponseStatus::Okay), (0, ResponseStatus::Okay)]
+    );
     process.join().unwrap();
 }
 
@@ -139,7 +142,7 @@ fn nobody_sleeps_for_ever() {
 
 /// A process looks for requests while one is posted, and goes to sleep if it finds none.
 fn look_once(careless: bool) {
-    let shared = Shared::new();
+    let shared = SharedTap::new();
     let process = shared.clone();
     let process = thread::spawn(move || process.fetch(careless).is_some());
     shared.post(0);
@@ -163,7 +166,7 @@ fn a_process_that_says_too_late_that_it_sleeps_is_not_woken() {
 #[test]
 fn a_commit_that_meets_the_end_counts_once() {
     loom::model(|| {
-        let shared = Shared::new();
+        let shared = SharedTap::new();
         shared.post(0);
         let delivered = shared.fetch(false).expect("it was posted");
         let dying = shared.clone();

@@ -6,12 +6,12 @@ use std::collections::VecDeque;
 
 use ring::abi::MAX_SLOT_SIZE;
 use ring::index::BackRing;
-use ring::response::{Response, Status};
+use ring::response::{Response, ResponseStatus};
 
 use crate::fake::FakeRing;
 
 /// Both sides of one ring, and which of them sleeps.
-struct World<'a> {
+struct RingWorld<'a> {
     fake: &'a FakeRing,
     back: BackRing<&'a FakeRing>,
     size: u32,
@@ -27,7 +27,7 @@ struct World<'a> {
     woken: u64,
 }
 
-impl<'a> World<'a> {
+impl<'a> RingWorld<'a> {
     fn new(fake: &'a FakeRing, size: u32) -> Self {
         let back = BackRing::attach(fake, size).expect("a fresh ring");
         Self {
@@ -88,7 +88,7 @@ impl<'a> World<'a> {
 
     fn respond(&mut self) {
         if let Some(id) = self.taken.pop_front() {
-            let status = Status::Okay;
+            let status = ResponseStatus::Okay;
             assert!(self.back.respond(&Response {
                 id,
                 operation: 0,
@@ -135,7 +135,7 @@ impl<'a> World<'a> {
 /// Runs one script, a digit a step.
 fn run(size: u32, start: u32, mut script: u32, steps: u32) -> (u64, u64) {
     let fake = FakeRing::new(size, start);
-    let mut world = World::new(&fake, size);
+    let mut world = RingWorld::new(&fake, size);
     for _ in 0..steps {
         match script % 6 {
             0 => world.send(),
@@ -175,7 +175,7 @@ fn no_order_of_steps_loses_an_event() {
 fn a_ring_runs_across_the_wrap_and_loses_nothing() {
     for size in [1, 2, 4, 32] {
         let fake = FakeRing::new(size, u32::MAX - 100);
-        let mut world = World::new(&fake, size);
+        let mut world = RingWorld::new(&fake, size);
         for round in 0..1000u32 {
             (0..=round % size).for_each(|_| world.send());
             (0..size).for_each(|_| world.take());

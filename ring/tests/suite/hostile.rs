@@ -3,8 +3,8 @@
 //! Hostile frontends, H9 to H22 and H36: contents that a guest can write into a request.
 
 use ring::abi::{self, Protocol, RawSegment};
-use ring::request::{Indirect, Limits, RawRequest, Reason, Reject, Request};
-use ring::response::Status;
+use ring::request::{Indirect, RawRequest, Reason, Reject, RequestLimits, RingRequest};
+use ring::response::ResponseStatus;
 use zerocopy::FromBytes;
 
 use crate::encode::{discard, indirect, other, rw, Seg};
@@ -13,7 +13,7 @@ const BOTH: [Protocol; 2] = [Protocol::Abi64, Protocol::Abi32];
 const SECTORS: u64 = 1 << 20;
 
 /// A disk that offers every feature.
-pub(crate) const DISK: Limits = Limits {
+pub(crate) const DISK: RequestLimits = RequestLimits {
     sectors: SECTORS,
     block_sectors: 1,
     read_only: false,
@@ -24,18 +24,18 @@ pub(crate) const DISK: Limits = Limits {
     secure_discard: true,
 };
 
-const READ_ONLY: Limits = Limits {
+const READ_ONLY: RequestLimits = RequestLimits {
     read_only: true,
     ..DISK
 };
 
-const BLOCKS_OF_4096: Limits = Limits {
+const BLOCKS_OF_4096: RequestLimits = RequestLimits {
     block_sectors: 8,
     ..DISK
 };
 
 /// The refusal of `raw`, which must echo `id` and `operation`.
-fn refused(raw: RawRequest, limits: &Limits, id: u64, operation: u8) -> Reject {
+fn refused(raw: RawRequest, limits: &RequestLimits, id: u64, operation: u8) -> Reject {
     match raw.check(limits) {
         Err(reject) => {
             assert_eq!(reject.response.id, id, "wrong identifier");
@@ -47,20 +47,20 @@ fn refused(raw: RawRequest, limits: &Limits, id: u64, operation: u8) -> Reject {
 }
 
 /// `raw` must be an error for this reason.
-fn error(raw: RawRequest, limits: &Limits, id: u64, operation: u8, reason: Reason) {
+fn error(raw: RawRequest, limits: &RequestLimits, id: u64, operation: u8, reason: Reason) {
     let reject = refused(raw, limits, id, operation);
-    assert_eq!(reject.response.status, Status::Error);
+    assert_eq!(reject.response.status, ResponseStatus::Error);
     assert_eq!(reject.reason, reason);
 }
 
-fn accepted(raw: RawRequest, limits: &Limits) -> Request {
+fn accepted(raw: RawRequest, limits: &RequestLimits) -> RingRequest {
     raw.check(limits)
         .unwrap_or_else(|e| panic!("refused: {e:?}"))
 }
 
-fn accepted_indirect(raw: RawRequest, limits: &Limits) -> Indirect {
+fn accepted_indirect(raw: RawRequest, limits: &RequestLimits) -> Indirect {
     match accepted(raw, limits) {
-        Request::Indirect(request) => request,
+        RingRequest::Indirect(request) => request,
         request => panic!("not indirect: {request:?}"),
     }
 }
@@ -84,7 +84,7 @@ fn h09_segment_count_out_of_range_is_an_error() {
             for count in 1..=11 {
                 let raw = rw(p, op, 4, 0, count, &[Seg::page(1); 11]);
                 match accepted(raw, &DISK) {
-                    Request::Direct(d) => assert_eq!(d.segments().count(), usize::from(count)),
+                    RingRequest::Direct(d) => assert_eq!(d.segments().count(), usize::from(count)),
                     request => panic!("not direct: {request:?}"),
                 }
             }
@@ -113,7 +113,7 @@ fn h10_segment_outside_its_page_is_an_error() {
 
 #[test]
 fn h11_sector_near_the_end_of_the_number_range_is_an_error() {
-    let huge = Limits {
+    let huge = RequestLimits {
         sectors: u64::MAX,
         ..DISK
     };
@@ -215,7 +215,7 @@ fn h13_first_sect_in_part_of_a_block_is_accepted() {
     // Only the length of a segment must suit the block size. Direct I/O of a guest's process begins at any 512 bytes of
     // its memory, and blkfront sends it as it is.
     for (block_sectors, first) in [(2, 1), (2, 5), (4, 1), (4, 2), (4, 3)] {
-        let limits = Limits {
+        let limits = RequestLimits {
             block_sectors,
             ..DISK
         };
@@ -254,13 +254,13 @@ fn h14_read_only_disk_refuses_all_that_writes() {
         accepted_indirect(indirect(p, abi::OP_READ, 9, 0, 1, [1; 8]), &READ_ONLY);
         // A flush without data changes nothing and must not fail.
         let flush = rw(p, abi::OP_FLUSH_DISKCACHE, 9, 0, 0, &[]);
-        assert!(matches!(accepted(flush, &READ_ONLY), Request::Flush(9)));
+        assert!(matches!(accepted(flush, &READ_ONLY), RingRequest::Flush(9)));
     }
 }
 
 #[test]
 fn h15_unknown_and_unoffered_operations_are_not_supported() {
-    let plain = Limits {
+    let plain = RequestLimits {
         barrier: false,
         discard: false,
         ..DISK
@@ -268,12 +268,12 @@ fn h15_unknown_and_unoffered_operations_are_not_supported() {
     for p in BOTH {
         for op in (4..=255).filter(|op| ![5, 6].contains(op)) {
             let reject = refused(other(p, op, 10), &DISK, 10, op);
-            assert_eq!(reject.response.status, Status::NotSupported);
+            assert_eq!(reject.response.status, ResponseStatus::NotSupported);
             assert_eq!(reject.reason, Reason::UnknownOperation);
         }
         for raw in [rw(p, 2, 10, 0, 1, &[Seg::page(1)]), discard(p, 0, 10, 0, 8)] {
             let reject = refused(raw, &plain, 10, raw.operation());
-            assert_eq!(reject.response.status, Status::NotSupported);
+            assert_eq!(reject.response.status, ResponseStatus::NotSupported);
             assert_eq!(reject.reason, Reason::NotOffered);
         }
     }
@@ -294,10 +294,10 @@ fn h16_identifier_is_echoed_verbatim() {
                 accepted(indirect(p, 1, id, 0, 1, [0; 8]), &DISK),
             ]
             .map(|request| match request {
-                Request::Direct(d) => d.id,
-                Request::Flush(id) => id,
-                Request::Discard(d) => d.id,
-                Request::Indirect(i) => i.id,
+                RingRequest::Direct(d) => d.id,
+                RingRequest::Flush(id) => id,
+                RingRequest::Discard(d) => d.id,
+                RingRequest::Indirect(i) => i.id,
             });
             assert_eq!(ids, [id; 4]);
         }
@@ -328,10 +328,10 @@ fn h18_sector_of_a_request_without_data_goes_nowhere() {
         for sector in [0, 1, SECTORS, SECTORS + 1, u64::MAX] {
             let flush = rw(p, abi::OP_FLUSH_DISKCACHE, 12, sector, 0, &[]);
             // `Flush` has no field that could carry it.
-            assert!(matches!(accepted(flush, &DISK), Request::Flush(12)));
+            assert!(matches!(accepted(flush, &DISK), RingRequest::Flush(12)));
             let barrier = rw(p, abi::OP_WRITE_BARRIER, 12, sector, 0, &[]);
             match accepted(barrier, &BLOCKS_OF_4096) {
-                Request::Direct(d) => assert_eq!((d.sector, d.count()), (0, 0)),
+                RingRequest::Direct(d) => assert_eq!((d.sector, d.count()), (0, 0)),
                 request => panic!("not direct: {request:?}"),
             }
         }
@@ -347,7 +347,7 @@ fn h19_indirect_count_out_of_range_is_an_error() {
         }
         accepted_indirect(indirect(p, 0, 13, 0, 256, [1; 8]), &DISK);
         // Eight pages of descriptors are the end, whatever is advertised.
-        let all = Limits {
+        let all = RequestLimits {
             max_indirect_segments: u16::MAX,
             ..DISK
         };
@@ -356,7 +356,7 @@ fn h19_indirect_count_out_of_range_is_an_error() {
         let raw = indirect(p, 0, 13, 0, 4097, [1; 8]);
         error(raw, &all, 13, 0, Reason::SegmentCount);
         // A disk that does not offer indirect requests accepts none.
-        let none = Limits {
+        let none = RequestLimits {
             max_indirect_segments: 0,
             ..DISK
         };
@@ -417,7 +417,7 @@ fn h20_missing_descriptors_are_an_error() {
 
 #[test]
 fn h21_only_the_needed_descriptor_pages_are_named() {
-    let all = Limits {
+    let all = RequestLimits {
         max_indirect_segments: 4096,
         ..DISK
     };
@@ -441,7 +441,7 @@ fn h21_only_the_needed_descriptor_pages_are_named() {
     }
     let request = accepted_indirect(indirect(Protocol::Abi32, 1, 16, 0, 1, grefs), &all);
     let reject = request.reject(Reason::Grant);
-    assert_eq!(reject.response.status, Status::Error);
+    assert_eq!(reject.response.status, ResponseStatus::Error);
     assert_eq!((reject.response.id, reject.response.operation), (16, 1));
 }
 
@@ -465,7 +465,7 @@ fn h22_descriptor_page_may_be_a_data_page() {
 
 #[test]
 fn h36_secure_discard_that_is_not_offered_is_a_plain_one() {
-    let plain = Limits {
+    let plain = RequestLimits {
         secure_discard: false,
         ..DISK
     };
@@ -473,7 +473,7 @@ fn h36_secure_discard_that_is_not_offered_is_a_plain_one() {
         for flag in 0..=255 {
             for (limits, offered) in [(&DISK, true), (&plain, false)] {
                 match accepted(discard(p, flag, 18, 0, 8), limits) {
-                    Request::Discard(d) => assert_eq!(d.secure, offered && flag & 1 == 1),
+                    RingRequest::Discard(d) => assert_eq!(d.secure, offered && flag & 1 == 1),
                     request => panic!("not a discard: {request:?}"),
                 }
             }

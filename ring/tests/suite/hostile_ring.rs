@@ -4,18 +4,18 @@
 
 use ring::abi::{self, Protocol, MAX_SLOT_SIZE};
 use ring::index::{BackRing, RingError};
-use ring::request::{RawRequest, Request};
-use ring::response::{Response, Status};
+use ring::request::{RawRequest, RingRequest};
+use ring::response::{Response, ResponseStatus};
 
 use crate::encode::{rw, Seg};
-use crate::fake::{Access, FakeRing};
+use crate::fake::{FakeRing, MemoryAccess};
 use crate::hostile::DISK;
 use crate::ring_case::Checked;
 
 const OKAY: Response = Response {
     id: 7,
     operation: 0,
-    status: Status::Okay,
+    status: ResponseStatus::Okay,
 };
 
 #[test]
@@ -36,7 +36,9 @@ fn h01_producer_index_far_ahead_breaks_the_ring_for_good() {
             assert!(back.available().is_err() && back.final_check().is_err());
             assert!(back.is_broken(), "a broken ring came back");
             let log = fake.take_log();
-            let armed = log.iter().any(|a| matches!(a, Access::StoreReqEvent(_)));
+            let armed = log
+                .iter()
+                .any(|a| matches!(a, MemoryAccess::StoreReqEvent(_)));
             assert!(!armed, "a broken ring asked for events");
         }
     }
@@ -91,9 +93,9 @@ fn h03_producer_index_rewritten_during_a_pass_is_not_looked_at() {
     let mut slot = [0; MAX_SLOT_SIZE];
     assert!(back.take(&mut slot) && back.take(&mut slot));
     let want = [
-        Access::LoadReqProd,
-        Access::CopySlot(0),
-        Access::CopySlot(1),
+        MemoryAccess::LoadReqProd,
+        MemoryAccess::CopySlot(0),
+        MemoryAccess::CopySlot(1),
     ];
     assert_eq!(fake.take_log(), want);
     assert!(!back.is_broken());
@@ -197,7 +199,7 @@ fn h07_attach_accepts_any_start_and_refuses_an_impossible_lead() {
             assert!(!fake
                 .take_log()
                 .iter()
-                .any(|a| matches!(a, Access::StoreRspProd(_))));
+                .any(|a| matches!(a, MemoryAccess::StoreRspProd(_))));
         }
     }
 }
@@ -225,7 +227,7 @@ fn h08_each_slot_is_copied_once_and_later_changes_do_not_matter() {
             assert!(back.take(&mut bytes));
             assert_eq!(fake.copies((u32::MAX - 1).wrapping_add(n)), 1);
             match (RawRequest { bytes, protocol }).check(&DISK) {
-                Ok(Request::Direct(d)) => {
+                Ok(RingRequest::Direct(d)) => {
                     assert_eq!((d.id, d.operation, d.count()), (99, abi::OP_READ, 2));
                     let grefs: Vec<u32> = d.segments().map(|s| s.gref()).collect();
                     assert_eq!(grefs, [1, 2]);

@@ -8,12 +8,12 @@ use std::path::Path;
 use std::process::Command;
 
 use ring::abi::{self, Protocol};
-use ring::response::{Response, Status};
+use ring::response::{Response, ResponseStatus};
 
-type Layout = BTreeMap<String, i64>;
+type AbiLayout = BTreeMap<String, i64>;
 
 /// Compiles a file of the suite with the given flags and reads the lines out of the assembler text.
-fn c_layout(source: &str, flags: &[&str]) -> Result<Layout, String> {
+fn c_layout(source: &str, flags: &[&str]) -> Result<AbiLayout, String> {
     let suite = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite");
     let source = suite.join(source);
     let output = Command::new("cc")
@@ -27,7 +27,7 @@ fn c_layout(source: &str, flags: &[&str]) -> Result<Layout, String> {
         return Err(format!("cc {flags:?} failed:\n{text}"));
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    let mut layout = Layout::new();
+    let mut layout = AbiLayout::new();
     for line in text.lines().filter_map(|l| l.trim().strip_prefix("->")) {
         let (name, value) = line.split_once(' ').ok_or(format!("odd line {line}"))?;
         let value = value
@@ -39,7 +39,7 @@ fn c_layout(source: &str, flags: &[&str]) -> Result<Layout, String> {
 }
 
 /// Our own layout under the names that `layout.c` uses.
-fn our_layout(protocol: Protocol) -> Layout {
+fn our_layout(protocol: Protocol) -> AbiLayout {
     let mut all = vec![
         ("segment.size", size_of::<abi::RawSegment>()),
         ("segment.gref", offset_of!(abi::RawSegment, gref)),
@@ -72,15 +72,15 @@ fn our_layout(protocol: Protocol) -> Layout {
         Protocol::Abi64 => all.extend(requests64()),
         Protocol::Abi32 => all.extend(requests32()),
     }
-    let mut layout: Layout = all.into_iter().map(|(n, v)| (n.into(), v as i64)).collect();
+    let mut layout: AbiLayout = all.into_iter().map(|(n, v)| (n.into(), v as i64)).collect();
     for order in 0..=abi::MAX_RING_ORDER {
         let size = protocol.ring_size(order).expect("an order of the protocol");
         layout.insert(format!("ring.order{order}"), i64::from(size));
     }
     for (name, status) in [
-        ("status.okay", Status::Okay),
-        ("status.error", Status::Error),
-        ("status.unsupported", Status::NotSupported),
+        ("status.okay", ResponseStatus::Okay),
+        ("status.error", ResponseStatus::Error),
+        ("status.unsupported", ResponseStatus::NotSupported),
     ] {
         layout.insert(name.into(), i64::from(status.to_wire()));
     }
@@ -135,7 +135,7 @@ requests!(requests64, RawRw64, RawDiscard64, RawIndirect64);
 requests!(requests32, RawRw32, RawDiscard32, RawIndirect32);
 
 /// The layout of Xen's headers, or `None` after saying what is missing on this machine.
-fn xen_layout(name: &str, flags: &[&str]) -> Option<Layout> {
+fn xen_layout(name: &str, flags: &[&str]) -> Option<AbiLayout> {
     if !Path::new("/usr/include/xen/io/blkif.h").exists() {
         println!("SKIP {name}: no xen/io/blkif.h, install libxen-dev");
         return None;
@@ -148,7 +148,7 @@ pub(crate) fn compiled(name: &str, source: &str) -> Option<BTreeMap<String, i64>
     compiled_with(name, source, &[])
 }
 
-fn compiled_with(name: &str, source: &str, flags: &[&str]) -> Option<Layout> {
+fn compiled_with(name: &str, source: &str, flags: &[&str]) -> Option<AbiLayout> {
     if Command::new("cc").arg("--version").output().is_err() {
         println!("SKIP {name}: no cc, install gcc");
         return None;
@@ -182,11 +182,11 @@ fn compare(name: &str, flags: &[&str], protocol: Protocol) {
 }
 
 /// The words of a response hold each field where C has it and zero elsewhere.
-fn response(theirs: &Layout) {
+fn response(theirs: &AbiLayout) {
     let response = Response {
         id: u64::MAX,
         operation: 0xff,
-        status: Status::Error,
+        status: ResponseStatus::Error,
     };
     let bytes: Vec<u8> = response
         .words()

@@ -6,17 +6,17 @@ use proptest::array::uniform8;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use ring::abi::{self, Protocol};
-use ring::request::{Limits, Ordering, RawRequest, Request};
-use ring::response::{Response, Status};
+use ring::request::{Ordering, RawRequest, RequestLimits, RingRequest};
+use ring::response::{Response, ResponseStatus};
 
 use crate::encode::{discard, indirect, other, rw, Seg};
-use crate::oracle::{self, Kind};
+use crate::oracle::{self, VerdictKind};
 
 fn protocols() -> impl Strategy<Value = Protocol> {
     prop_oneof![Just(Protocol::Abi64), Just(Protocol::Abi32)]
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
+fn limits() -> impl Strategy<Value = RequestLimits> {
     let sectors = prop_oneof![
         0..100u64,
         any::<u64>(),
@@ -25,7 +25,7 @@ fn limits() -> impl Strategy<Value = Limits> {
     let flags = proptest::array::uniform5(any::<bool>());
     (sectors, 0..5u32, flags, any::<u16>()).prop_map(|(sectors, shift, flags, most)| {
         let [read_only, flush, barrier, discard, secure_discard] = flags;
-        Limits {
+        RequestLimits {
             sectors,
             block_sectors: 1 << shift,
             read_only,
@@ -90,12 +90,12 @@ proptest! {
     fn any_slot_is_judged_as_the_oracle_judges_it(raw in slots(), limits in limits()) {
         // The oracle panics where it disagrees.
         let (kind, outcome) = oracle::check(&raw, &limits);
-        prop_assert_eq!(outcome.is_err(), matches!(kind, Kind::Error | Kind::NotSupported));
+        prop_assert_eq!(outcome.is_err(), matches!(kind, VerdictKind::Error | VerdictKind::NotSupported));
     }
 
     #[test]
     fn accepted_transfers_stay_inside_the_disk(raw in slots(), limits in limits()) {
-        if let Ok(Request::Direct(d)) = raw.check(&limits) {
+        if let Ok(RingRequest::Direct(d)) = raw.check(&limits) {
             let sum: u64 = d.segments().map(|s| u64::from(s.sectors())).sum();
             let end = u128::from(d.sector) + u128::from(sum);
             prop_assert!(sum == 0 || end <= u128::from(limits.sectors));
@@ -107,7 +107,7 @@ proptest! {
     fn plain_request_is_what_the_full_check_makes_of_it(raw in slots(), limits in limits()) {
         let plain = raw.plain(&limits);
         let checked = match raw.check(&limits) {
-            Ok(Request::Direct(direct)) if direct.ordering == Ordering::Plain => Some(direct),
+            Ok(RingRequest::Direct(direct)) if direct.ordering == Ordering::Plain => Some(direct),
             _ => None,
         };
         prop_assert_eq!(plain.is_some(), checked.is_some());
@@ -128,8 +128,8 @@ proptest! {
         segs in vec(segs(), 1..40), short in 0..3u16, limits in limits(),
     ) {
         let raw = indirect(p, op, 1, sector, segs.len() as u16 + short / 2, [1; 8]);
-        let open = Limits { max_indirect_segments: 4096, read_only: false, ..limits };
-        if let Ok(Request::Indirect(request)) = raw.check(&open) {
+        let open = RequestLimits { max_indirect_segments: 4096, read_only: false, ..limits };
+        if let Ok(RingRequest::Indirect(request)) = raw.check(&open) {
             let bytes: Vec<[u8; 8]> = segs.iter().map(Seg::bytes).collect();
             // Checked again with the first limits: a disk may turn read-only in between.
             oracle::check_segments(&request, &bytes, &open);
@@ -141,7 +141,7 @@ proptest! {
 }
 
 /// A disk that offers everything and is large.
-const ALL: Limits = Limits {
+const ALL: RequestLimits = RequestLimits {
     sectors: u64::MAX,
     block_sectors: 1,
     read_only: false,
@@ -161,7 +161,7 @@ proptest! {
         segs in vec((any::<u32>(), 0..8u8, 0..8u8), 1..=11),
     ) {
         let segs: Vec<Seg> = segs.iter().map(|&(g, a, b)| Seg::new(g, a.min(b), a.max(b))).collect();
-        let Ok(Request::Direct(d)) = rw(p, op, id, sector, segs.len() as u8, &segs).check(&ALL) else {
+        let Ok(RingRequest::Direct(d)) = rw(p, op, id, sector, segs.len() as u8, &segs).check(&ALL) else {
             return Err(TestCaseError::fail("refused"));
         };
         prop_assert_eq!((d.id, d.operation, d.sector), (id, op, sector));
@@ -177,7 +177,7 @@ proptest! {
         p in protocols(), secure in any::<bool>(), id in any::<u64>(),
         sector in 0..u64::MAX / 2, sectors in 0..u64::MAX / 2,
     ) {
-        let Ok(Request::Discard(d)) = discard(p, u8::from(secure), id, sector, sectors).check(&ALL) else {
+        let Ok(RingRequest::Discard(d)) = discard(p, u8::from(secure), id, sector, sectors).check(&ALL) else {
             return Err(TestCaseError::fail("refused"));
         };
         prop_assert_eq!((d.id, d.sector, d.sectors, d.secure), (id, sector, sectors, secure));
@@ -188,7 +188,7 @@ proptest! {
         p in protocols(), op in 0..2u8, id in any::<u64>(), sector in any::<u64>(),
         count in 1..=4096u16, grefs in uniform8(any::<u32>()),
     ) {
-        let Ok(Request::Indirect(i)) = indirect(p, op, id, sector, count, grefs).check(&ALL) else {
+        let Ok(RingRequest::Indirect(i)) = indirect(p, op, id, sector, count, grefs).check(&ALL) else {
             return Err(TestCaseError::fail("refused"));
         };
         prop_assert_eq!((i.id, i.operation, i.sector, i.count()), (id, op, sector, count));
@@ -205,14 +205,14 @@ proptest! {
     #[test]
     fn response_words_are_the_bytes_of_the_wire(
         id in any::<u64>(), operation in any::<u8>(),
-        status in prop_oneof![Just(Status::Okay), Just(Status::Error), Just(Status::NotSupported)],
+        status in prop_oneof![Just(ResponseStatus::Okay), Just(ResponseStatus::Error), Just(ResponseStatus::NotSupported)],
     ) {
         let words = Response { id, operation, status }.words();
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut want = [0; 16];
         want[..8].copy_from_slice(&id.to_le_bytes());
         want[8] = operation;
-        let wire: i16 = match status { Status::Okay => 0, Status::Error => -1, Status::NotSupported => -2 };
+        let wire: i16 = match status { ResponseStatus::Okay => 0, ResponseStatus::Error => -1, ResponseStatus::NotSupported => -2 };
         want[10..12].copy_from_slice(&wire.to_le_bytes());
         prop_assert_eq!(&bytes[..], &want[..], "padding must be zero");
     }

@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::oracle::Kind;
+use crate::oracle::VerdictKind;
 use crate::tap_case::{self, Ran};
-use crate::tap_pair::Seen;
+use crate::tap_pair::TapEvents;
 use crate::{map_case, request_case, ring_case};
 
 /// SplitMix64: enough randomness for inputs, in five lines.
@@ -50,7 +50,7 @@ fn seed() -> u64 {
 #[test]
 fn random_requests_agree_with_the_oracle() {
     let mut random = Random(seed());
-    let mut kinds: BTreeMap<Kind, u32> = BTreeMap::new();
+    let mut kinds: BTreeMap<VerdictKind, u32> = BTreeMap::new();
     let (mut good, mut bad) = (0, 0);
     for _ in 0..60_000 {
         let len = request_case::PREFIX + 112 + (random.next() % 256) as usize;
@@ -115,7 +115,7 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
             Ran::Argument(kind, accepted) => arguments[kind][usize::from(accepted)] += 1,
         }
     }
-    let sum = |what: fn(&Seen) -> u64| all.iter().map(what).sum::<u64>();
+    let sum = |what: fn(&TapEvents) -> u64| all.iter().map(what).sum::<u64>();
     let often = [
         ("posted", sum(|seen| seen.posted)),
         ("delivered", sum(|seen| seen.delivered)),

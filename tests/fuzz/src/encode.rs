@@ -35,12 +35,12 @@ impl Seg {
 }
 
 /// The bytes of a slot under construction.
-pub struct Slot {
+pub struct EncodedSlot {
     bytes: [u8; MAX_SLOT_SIZE],
     protocol: Protocol,
 }
 
-impl Slot {
+impl EncodedSlot {
     /// Returns an empty slot full of the remains of an earlier request.
     pub fn new(protocol: Protocol, operation: u8) -> Self {
         let mut bytes = [0xcc; MAX_SLOT_SIZE];
@@ -82,7 +82,7 @@ impl Slot {
 
 /// Returns READ, WRITE, WRITE_BARRIER or FLUSH_DISKCACHE. `count` is the number of segments that the guest claims.
 pub fn rw(p: Protocol, operation: u8, id: u64, sector: u64, count: u8, segs: &[Seg]) -> RawRequest {
-    let mut slot = Slot::new(p, operation)
+    let mut slot = EncodedSlot::new(p, operation)
         .put(1, &[count])
         .id(id)
         .sector(sector);
@@ -95,7 +95,7 @@ pub fn rw(p: Protocol, operation: u8, id: u64, sector: u64, count: u8, segs: &[S
 
 /// Returns DISCARD.
 pub fn discard(p: Protocol, flag: u8, id: u64, sector: u64, sectors: u64) -> RawRequest {
-    let slot = Slot::new(p, abi::OP_DISCARD).put(1, &[flag]);
+    let slot = EncodedSlot::new(p, abi::OP_DISCARD).put(1, &[flag]);
     let at = slot.id_at() + 16;
     slot.id(id)
         .sector(sector)
@@ -112,7 +112,7 @@ pub fn indirect(
     count: u16,
     grefs: [u32; 8],
 ) -> RawRequest {
-    let mut slot = Slot::new(p, abi::OP_INDIRECT)
+    let mut slot = EncodedSlot::new(p, abi::OP_INDIRECT)
         .put(1, &[op])
         .put(2, &count.to_le_bytes())
         .id(id)
@@ -126,5 +126,5 @@ pub fn indirect(
 
 /// Returns an operation of which only the identifier is known.
 pub fn other(p: Protocol, operation: u8, id: u64) -> RawRequest {
-    Slot::new(p, operation).id(id).done()
+    EncodedSlot::new(p, operation).id(id).done()
 }

@@ -9,7 +9,7 @@ use ring::ports::SharedRing;
 
 /// One access of the backend to shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum MemoryAccess {
     /// A read of `req_prod`.
     LoadReqProd,
     /// A read of `rsp_prod`.
@@ -44,7 +44,7 @@ pub struct FakeRing {
     /// Every response of the backend, with its index.
     pub responses: RefCell<Vec<(u32, [u32; 4])>>,
     /// The backend's accesses in order.
-    pub log: RefCell<Vec<Access>>,
+    pub log: RefCell<Vec<MemoryAccess>>,
     /// If set, the guest overwrites a slot with this byte as soon as it was read.
     pub scribble: Cell<Option<u8>>,
     /// If set, `req_prod` changes to this as soon as it was read.
@@ -71,12 +71,12 @@ impl FakeRing {
     pub fn copies(&self, index: u32) -> usize {
         let log = self.log.borrow();
         log.iter()
-            .filter(|a| **a == Access::CopySlot(index))
+            .filter(|a| **a == MemoryAccess::CopySlot(index))
             .count()
     }
 
     /// Returns the accesses since the last call.
-    pub fn take_log(&self) -> Vec<Access> {
+    pub fn take_log(&self) -> Vec<MemoryAccess> {
         self.log.take()
     }
 
@@ -87,14 +87,14 @@ impl FakeRing {
         slots[place][..bytes.len()].copy_from_slice(bytes);
     }
 
-    fn note(&self, access: Access) {
+    fn note(&self, access: MemoryAccess) {
         self.log.borrow_mut().push(access);
     }
 }
 
 impl SharedRing for &FakeRing {
     fn load_req_prod(&self) -> u32 {
-        self.note(Access::LoadReqProd);
+        self.note(MemoryAccess::LoadReqProd);
         let value = self.req_prod.get();
         if let Some(next) = self.next_req_prod.take() {
             self.req_prod.set(next);
@@ -103,31 +103,31 @@ impl SharedRing for &FakeRing {
     }
 
     fn load_rsp_prod(&self) -> u32 {
-        self.note(Access::LoadRspProd);
+        self.note(MemoryAccess::LoadRspProd);
         self.rsp_prod.get()
     }
 
     fn load_rsp_event(&self) -> u32 {
-        self.note(Access::LoadRspEvent);
+        self.note(MemoryAccess::LoadRspEvent);
         self.rsp_event.get()
     }
 
     fn store_req_event(&self, value: u32) {
-        self.note(Access::StoreReqEvent(value));
+        self.note(MemoryAccess::StoreReqEvent(value));
         self.req_event.set(value);
     }
 
     fn store_rsp_prod(&self, value: u32) {
-        self.note(Access::StoreRspProd(value));
+        self.note(MemoryAccess::StoreRspProd(value));
         self.rsp_prod.set(value);
     }
 
     fn full_barrier(&self) {
-        self.note(Access::Barrier);
+        self.note(MemoryAccess::Barrier);
     }
 
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
-        self.note(Access::CopySlot(index));
+        self.note(MemoryAccess::CopySlot(index));
         let mut slots = self.slots.borrow_mut();
         let place = index as usize % slots.len();
         *slot = slots[place];
@@ -137,7 +137,7 @@ impl SharedRing for &FakeRing {
     }
 
     fn write_response(&self, index: u32, words: [u32; 4]) {
-        self.note(Access::WriteResponse(index));
+        self.note(MemoryAccess::WriteResponse(index));
         let mut bytes = [0; 16];
         for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
             chunk.copy_from_slice(&word.to_le_bytes());

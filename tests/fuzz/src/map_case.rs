@@ -2,14 +2,14 @@
 
 //! The body of the fuzz target `map`: mappings of a hostile process.
 
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
-use ring::tap::map::Backing;
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::map::MapBacking;
 
 use crate::input::Input;
-use crate::map_pair::{sectors, Pair, Seen, Step, LARGEST};
+use crate::map_pair::{sectors, MapEvents, MapStep, Pair, LARGEST};
 
 /// Runs one input, and returns the counts of events. Input that is too short is ignored.
-pub fn run(data: &[u8]) -> Option<Seen> {
+pub fn run(data: &[u8]) -> Option<MapEvents> {
     let mut input = Input::new(data);
     let [leaves, size, kind] = input.bytes()?;
     let leaves = [1, 2, 3, 6, 24, 0][usize::from(leaves) % 6];
@@ -20,14 +20,14 @@ pub fn run(data: &[u8]) -> Option<Seen> {
         (2, 300, 1, false),
         (3, u64::MAX, 1, true),
     ] {
-        pair.apply(Step::Add(number, backing(sectors, block, writable)));
+        pair.apply(MapStep::Add(number, backing(sectors, block, writable)));
     }
     while step(&mut pair, &mut input).is_some() {}
     Some(pair.seen().clone())
 }
 
-fn backing(sectors: u64, block: u32, writable: bool) -> Backing {
-    Backing {
+fn backing(sectors: u64, block: u32, writable: bool) -> MapBacking {
+    MapBacking {
         sectors,
         block,
         writable,
@@ -47,36 +47,36 @@ fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
                 2..=4 => u32::from(what / 64),
                 _ => 0,
             };
-            pair.apply(Step::Set(extent, ago));
+            pair.apply(MapStep::Set(extent, ago));
         }
         12..=14 => {
             // Many that are not adjacent to each other.
             let [from, stride] = input.bytes()?;
             for at in 0..u64::from(value % 160) {
                 let sector = u64::from(from) * 2 + at * u64::from(1 + stride % 3);
-                let extent = Extent {
+                let extent = DataExtent {
                     range: sectors(sector..sector + 1),
                     place: sector + at % 2,
                     source: Source::Backing(BackingNumber::new(0)?),
                     access: access(stride / 4),
                 };
-                pair.apply(Step::Set(extent, 0));
+                pair.apply(MapStep::Set(extent, 0));
             }
         }
-        15..=18 => pair.apply(Step::Recall(range(pair, value, input)?)),
-        19..=22 => pair.apply(Step::Written(range(pair, value, input)?)),
+        15..=18 => pair.apply(MapStep::Recall(range(pair, value, input)?)),
+        19..=22 => pair.apply(MapStep::Written(range(pair, value, input)?)),
         23..=28 => {
             let room = [16, 16, 2, 1, 0][usize::from(value / 8) % 5];
             let range = range(pair, value, input)?;
-            pair.apply(Step::Translate(range, access(what / 32), room));
+            pair.apply(MapStep::Translate(range, access(what / 32), room));
         }
-        29 if value < 64 => pair.apply(Step::Clear),
-        29 if value < 128 => pair.apply(Step::Grow(usize::from(value % 32))),
-        29 => pair.apply(Step::Resize(LARGEST - u64::from(value) * 2)),
-        30 => pair.apply(Step::Remove(u16::from(value) % 24)),
+        29 if value < 64 => pair.apply(MapStep::Clear),
+        29 if value < 128 => pair.apply(MapStep::Grow(usize::from(value % 32))),
+        29 => pair.apply(MapStep::Resize(LARGEST - u64::from(value) * 2)),
+        30 => pair.apply(MapStep::Remove(u16::from(value) % 24)),
         _ => {
             let backing = backing(u64::from(value) * 16, 1 << (value % 4), value % 3 > 0);
-            pair.apply(Step::Add(
+            pair.apply(MapStep::Add(
                 u16::from(what / 16) + u16::from(value % 4),
                 backing,
             ));
@@ -85,11 +85,11 @@ fn step(pair: &mut Pair, input: &mut Input<'_>) -> Option<()> {
     Some(())
 }
 
-fn access(value: u8) -> Access {
+fn access(value: u8) -> ExtentAccess {
     if value % 2 == 0 {
-        Access::ReadWrite
+        ExtentAccess::ReadWrite
     } else {
-        Access::Read
+        ExtentAccess::Read
     }
 }
 
@@ -118,7 +118,7 @@ fn range(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Sectors> {
     })
 }
 
-fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Extent> {
+fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<DataExtent> {
     let range = range(pair, value, input)?;
     let [place, how] = input.bytes()?;
     let source = match how % 16 {
@@ -134,7 +134,7 @@ fn extent(pair: &Pair, value: u8, input: &mut Input<'_>) -> Option<Extent> {
         2 => range.start().wrapping_add(u64::from(place / 16)),
         other => range.start().wrapping_add(u64::from(other % 3) * 512),
     };
-    Some(Extent {
+    Some(DataExtent {
         range,
         place,
         source,

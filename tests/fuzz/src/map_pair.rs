@@ -7,19 +7,19 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use ring::tap::abi::MAX_BACKINGS;
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::map::recent::REMEMBERED;
-use ring::tap::map::tree::{Leaf, Slot, LEAF};
-use ring::tap::map::{Backing, Map, Miss, Refused, MAX_REPLACED};
+use ring::tap::map::tree::{Leaf, LeafSlot, LEAF};
+use ring::tap::map::{ExtentMap, MapBacking, Miss, RefusedExtent, MAX_REPLACED};
 
 /// Sectors of the largest disk of these tests.
 pub const LARGEST: u64 = 640;
 
 /// A step of a map.
 #[derive(Clone, Copy, Debug)]
-pub enum Step {
+pub enum MapStep {
     /// The process maps an extent, with a generation that is this many changes old.
-    Set(Extent, u32),
+    Set(DataExtent, u32),
     /// The process recalls a range, or has a request that may move any of it.
     Recall(Sectors),
     /// The process has a write of a range.
@@ -27,7 +27,7 @@ pub enum Step {
     /// Another process begins.
     Clear,
     /// The disk gets a backing.
-    Add(u16, Backing),
+    Add(u16, MapBacking),
     /// The disk loses a backing.
     Remove(u16),
     /// The disk has another size.
@@ -35,21 +35,21 @@ pub enum Step {
     /// The map gets memory for this number of leaves.
     Grow(usize),
     /// A queue looks up a range for an access, in at most this number of pieces.
-    Translate(Sectors, Access, usize),
+    Translate(Sectors, ExtentAccess, usize),
 }
 
 /// Number of times that each event happened.
-pub type Seen = BTreeMap<String, u64>;
+pub type MapEvents = BTreeMap<String, u64>;
 
 /// Mapping of a sector.
-type Cell = (u64, Source, Access);
+type Cell = (u64, Source, ExtentAccess);
 
 #[derive(Clone, Debug)]
 struct Model {
     cells: Vec<Option<Cell>>,
     sectors: u64,
     writable: bool,
-    backings: Vec<Option<Backing>>,
+    backings: Vec<Option<MapBacking>>,
     /// The changes, the first one of generation 1.
     changes: Vec<Range<u64>>,
 }
@@ -79,8 +79,8 @@ impl Model {
     }
 
     /// Returns the longest runs of sectors with adjacent mappings.
-    fn runs(&self) -> Vec<Extent> {
-        let mut runs: Vec<Extent> = Vec::new();
+    fn runs(&self) -> Vec<DataExtent> {
+        let mut runs: Vec<DataExtent> = Vec::new();
         for sector in 0..LARGEST {
             let Some((place, source, access)) = self.cell(sector) else {
                 continue;
@@ -96,7 +96,7 @@ impl Model {
                     continue;
                 }
             }
-            runs.push(Extent {
+            runs.push(DataExtent {
                 range: sectors(sector..sector + 1),
                 place,
                 source,
@@ -106,7 +106,7 @@ impl Model {
         runs
     }
 
-    fn backing(&self, source: Source) -> Option<Backing> {
+    fn backing(&self, source: Source) -> Option<MapBacking> {
         match source {
             Source::Zeroes => None,
             Source::Backing(number) => self.backings[number.index()],
@@ -114,47 +114,47 @@ impl Model {
     }
 
     /// Returns the reasons to refuse an extent.
-    fn defects(&self, extent: &Extent, known: Option<usize>) -> Vec<Refused> {
+    fn defects(&self, extent: &DataExtent, known: Option<usize>) -> Vec<RefusedExtent> {
         let range = range(&extent.range);
         let runs = self.runs();
-        let old = |run: &&Extent| {
+        let old = |run: &&DataExtent| {
             let first = run.range.start().max(range.start);
             let is_part = || run.access == extent.access && said(run, first) == said(extent, first);
             overlap(&range, &self::range(&run.range)) && !is_part()
         };
-        let writes = extent.access == Access::ReadWrite;
+        let writes = extent.access == ExtentAccess::ReadWrite;
         let elsewhere = |sector: u64| {
             let meant = said(extent, sector);
             let cell = self.cell(sector);
-            cell.is_some_and(|cell| cell.2 == Access::ReadWrite && (cell.0, cell.1) != meant)
+            cell.is_some_and(|cell| cell.2 == ExtentAccess::ReadWrite && (cell.0, cell.1) != meant)
         };
         let oldest = self.changes.len().saturating_sub(REMEMBERED);
         let stale = known.is_none_or(|known| {
             known < oldest || self.changes[known..].iter().any(|c| overlap(c, &range))
         });
         let mut defects = vec![
-            (stale, Refused::Stale),
-            (range.end > self.sectors, Refused::OutsideDisk),
+            (stale, RefusedExtent::Stale),
+            (range.end > self.sectors, RefusedExtent::OutsideDisk),
             (
                 runs.iter().filter(old).count() > MAX_REPLACED,
-                Refused::Crowded,
+                RefusedExtent::Crowded,
             ),
             (
                 range.clone().take(LARGEST as usize).any(elsewhere),
-                Refused::Writable,
+                RefusedExtent::Writable,
             ),
-            (writes && !self.writable, Refused::ReadOnly),
+            (writes && !self.writable, RefusedExtent::ReadOnly),
         ];
         match (extent.source, self.backing(extent.source)) {
-            (Source::Zeroes, _) => defects.push((writes, Refused::ReadOnly)),
-            (_, None) => defects.push((true, Refused::NoBacking)),
+            (Source::Zeroes, _) => defects.push((writes, RefusedExtent::ReadOnly)),
+            (_, None) => defects.push((true, RefusedExtent::NoBacking)),
             (_, Some(backing)) => {
                 let end = u128::from(extent.place) + u128::from(extent.range.count());
                 let block = u64::from(backing.block);
                 let unlike = extent.place % block != range.start % block;
-                defects.push((end > backing.sectors.into(), Refused::OutsideBacking));
-                defects.push((unlike, Refused::Unaligned));
-                defects.push((writes && !backing.writable, Refused::ReadOnly));
+                defects.push((end > backing.sectors.into(), RefusedExtent::OutsideBacking));
+                defects.push((unlike, RefusedExtent::Unaligned));
+                defects.push((writes && !backing.writable, RefusedExtent::ReadOnly));
             }
         }
         defects.iter().filter(|d| d.0).map(|d| d.1).collect()
@@ -172,7 +172,7 @@ impl Model {
             .iter()
             .filter(|run| overlap(range, &self::range(&run.range)))
             .collect();
-        if hit.len() > MAX_REPLACED || hit.iter().any(|run| run.access == Access::Read) {
+        if hit.len() > MAX_REPLACED || hit.iter().any(|run| run.access == ExtentAccess::Read) {
             self.forget(range);
         }
     }
@@ -180,10 +180,10 @@ impl Model {
     fn translate(
         &self,
         range: &Range<u64>,
-        access: Access,
+        access: ExtentAccess,
         room: usize,
-    ) -> Result<Vec<Extent>, Miss> {
-        let mut pieces: Vec<Extent> = Vec::new();
+    ) -> Result<Vec<DataExtent>, Miss> {
+        let mut pieces: Vec<DataExtent> = Vec::new();
         let runs = self.runs();
         let mut at = range.start;
         while at < range.end {
@@ -197,7 +197,7 @@ impl Model {
                 Some(run) => {
                     let end = run.range.end().min(range.end);
                     let block = self.backing(run.source).map_or(1, |b| u64::from(b.block));
-                    if access == Access::ReadWrite && run.access == Access::Read {
+                    if access == ExtentAccess::ReadWrite && run.access == ExtentAccess::Read {
                         return Err(Miss::ReadOnly);
                     }
                     if at % block != 0 || end % block != 0 {
@@ -205,7 +205,7 @@ impl Model {
                     }
                     let (place, source) = said(run, at);
                     let range = sectors(at..end);
-                    pieces.push(Extent {
+                    pieces.push(DataExtent {
                         range,
                         place,
                         source,
@@ -220,7 +220,7 @@ impl Model {
 }
 
 /// Returns the place of a sector according to an extent.
-fn said(extent: &Extent, sector: u64) -> (u64, Source) {
+fn said(extent: &DataExtent, sector: u64) -> (u64, Source) {
     let place = match extent.source {
         Source::Zeroes => 0,
         Source::Backing(_) => extent.place.wrapping_add(sector - extent.range.start()),
@@ -231,18 +231,18 @@ fn said(extent: &Extent, sector: u64) -> (u64, Source) {
 /// A map and its model.
 #[derive(Clone, Debug)]
 pub struct Pair {
-    map: Map<Vec<Slot>, Vec<Leaf>>,
+    map: ExtentMap<Vec<LeafSlot>, Vec<Leaf>>,
     model: Model,
     leaves: usize,
-    seen: Seen,
+    seen: MapEvents,
 }
 
 impl Pair {
     /// Returns a disk without backings, whose map has this number of leaves.
     pub fn new(leaves: usize, sectors: u64, writable: bool) -> Self {
-        let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+        let memory = (vec![LeafSlot::FREE; leaves], vec![Leaf::FREE; leaves]);
         Self {
-            map: Map::new(memory.0, memory.1, sectors, writable),
+            map: ExtentMap::new(memory.0, memory.1, sectors, writable),
             model: Model {
                 cells: vec![None; LARGEST as usize],
                 sectors,
@@ -251,18 +251,18 @@ impl Pair {
                 changes: Vec::new(),
             },
             leaves,
-            seen: Seen::new(),
+            seen: MapEvents::new(),
         }
     }
 
     /// Returns the number of times that each event happened.
-    pub fn seen(&self) -> &Seen {
+    pub fn seen(&self) -> &MapEvents {
         &self.seen
     }
 
     /// Returns the range from one of the extents to one behind it, if there are any.
     pub fn known(&self, first: usize, more: usize) -> Option<Sectors> {
-        let all: Vec<&Extent> = self.map.extents().collect();
+        let all: Vec<&DataExtent> = self.map.extents().collect();
         let from = first % all.len().max(1);
         let last = all.get(from + more).or(all.last())?;
         Some(sectors(all[from].range.start()..last.range.end()))
@@ -273,24 +273,24 @@ impl Pair {
     }
 
     /// Applies a step to both.
-    pub fn apply(&mut self, step: Step) {
+    pub fn apply(&mut self, step: MapStep) {
         let before = self.map.evicted();
         match step {
-            Step::Set(extent, ago) => self.set(&extent, ago),
-            Step::Recall(range) => {
+            MapStep::Set(extent, ago) => self.set(&extent, ago),
+            MapStep::Recall(range) => {
                 self.map.recall(&range);
                 self.change(self::range(&range));
             }
-            Step::Written(range) => {
+            MapStep::Written(range) => {
                 self.map.written(&range);
                 self.model.changes.push(self::range(&range));
                 self.model.written(&self::range(&range));
             }
-            Step::Clear => {
+            MapStep::Clear => {
                 self.map.clear();
                 self.change(0..u64::MAX);
             }
-            Step::Add(number, backing) => {
+            MapStep::Add(number, backing) => {
                 let Some(number) = BackingNumber::new(number) else {
                     return assert!(number >= MAX_BACKINGS);
                 };
@@ -298,7 +298,7 @@ impl Pair {
                 assert_eq!(self.map.add_backing(number, backing), place.is_none());
                 place.get_or_insert(backing);
             }
-            Step::Remove(number) => {
+            MapStep::Remove(number) => {
                 let Some(number) = BackingNumber::new(number) else {
                     return;
                 };
@@ -308,14 +308,14 @@ impl Pair {
                     self.change(0..u64::MAX);
                 }
             }
-            Step::Resize(sectors) => {
+            MapStep::Resize(sectors) => {
                 self.map.resize(sectors);
                 self.model.sectors = sectors;
                 self.change(sectors..u64::MAX);
             }
-            Step::Grow(leaves) => {
-                let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
-                let all: Vec<Extent> = self.map.extents().copied().collect();
+            MapStep::Grow(leaves) => {
+                let memory = (vec![LeafSlot::FREE; leaves], vec![Leaf::FREE; leaves]);
+                let all: Vec<DataExtent> = self.map.extents().copied().collect();
                 let rest = self.map.grow(memory.0, memory.1);
                 let (less, more) = (leaves.min(self.leaves), leaves.max(self.leaves));
                 assert_eq!((rest.0.len(), rest.1.len()), (less, less));
@@ -323,7 +323,7 @@ impl Pair {
                 self.leaves = more;
                 self.saw("memory".into());
             }
-            Step::Translate(range, access, room) => self.translate(&range, access, room),
+            MapStep::Translate(range, access, room) => self.translate(&range, access, room),
         }
         self.compare(self.map.evicted() - before);
     }
@@ -333,7 +333,7 @@ impl Pair {
         self.model.changes.push(range);
     }
 
-    fn set(&mut self, extent: &Extent, ago: u32) {
+    fn set(&mut self, extent: &DataExtent, ago: u32) {
         let now = self.map.generation();
         let known = self.model.changes.len().checked_sub(ago as usize);
         let got = self.map.set(extent, now.wrapping_sub(ago));
@@ -354,9 +354,9 @@ impl Pair {
         self.saw(format!("{got:?}"));
     }
 
-    fn translate(&mut self, range: &Sectors, access: Access, room: usize) {
+    fn translate(&mut self, range: &Sectors, access: ExtentAccess, room: usize) {
         let mut pieces = Vec::new();
-        let each = |piece: &Extent| pieces.push(*piece);
+        let each = |piece: &DataExtent| pieces.push(*piece);
         let got = self.map.translate(range, access, room, each);
         let got = got.map(|()| pieces);
         let expected = self.model.translate(&self::range(range), access, room);
@@ -369,7 +369,7 @@ impl Pair {
 
     /// Checks that both have equal mappings; the map has counted those that it forgot for lack of room.
     fn compare(&mut self, evicted: u64) {
-        let (mine, theirs): (Vec<Extent>, Vec<Extent>) =
+        let (mine, theirs): (Vec<DataExtent>, Vec<DataExtent>) =
             (self.map.extents().copied().collect(), self.model.runs());
         assert!(mine.len() <= self.leaves * LEAF);
         assert_eq!(self.map.generation() as usize, self.model.changes.len());

@@ -6,12 +6,14 @@
 //! mistake has to be made twice to go unseen.
 
 use ring::abi::{Protocol, RawSegment};
-use ring::request::{Direction, Indirect, Limits, Ordering, RawRequest, Reject, Request};
+use ring::request::{
+    Direction, Indirect, Ordering, RawRequest, Reject, RequestLimits, RingRequest,
+};
 use zerocopy::FromBytes;
 
 /// Kind of the verdict on a request; the callers count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum VerdictKind {
     /// Refused with `BLKIF_RSP_ERROR`.
     Error,
     /// Refused with `BLKIF_RSP_EOPNOTSUPP`.
@@ -63,7 +65,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Returns true if the segments, each `(first, last)`, may be transferred at `sector`.
-fn allowed(sector: u64, segs: &[(u8, u8)], write: bool, limits: &Limits) -> bool {
+fn allowed(sector: u64, segs: &[(u8, u8)], write: bool, limits: &RequestLimits) -> bool {
     let block = u128::from(limits.block_sectors);
     let mut end = u128::from(sector);
     for &(first, last) in segs {
@@ -82,40 +84,40 @@ fn allowed(sector: u64, segs: &[(u8, u8)], write: bool, limits: &Limits) -> bool
     placed && !(write && limits.read_only)
 }
 
-fn expected(f: &Fields, limits: &Limits) -> Kind {
-    let verdict = |ok: bool, kind| if ok { kind } else { Kind::Error };
+fn expected(f: &Fields, limits: &RequestLimits) -> VerdictKind {
+    let verdict = |ok: bool, kind| if ok { kind } else { VerdictKind::Error };
     match f.operation {
-        2 if !limits.barrier => Kind::NotSupported,
+        2 if !limits.barrier => VerdictKind::NotSupported,
         0..=3 => {
             let count = usize::from(f.byte1);
             if count > 11 || (count == 0 && f.operation < 2) {
-                return Kind::Error;
+                return VerdictKind::Error;
             }
             if count == 0 && f.operation == 3 {
-                return Kind::Flush;
+                return VerdictKind::Flush;
             }
             let segs: Vec<(u8, u8)> = (0..count)
                 .map(|n| (f.rest[n * 8 + 4], f.rest[n * 8 + 5]))
                 .collect();
             let ok = allowed(f.sector, &segs, f.operation != 0, limits);
-            verdict(ok, Kind::Direct)
+            verdict(ok, VerdictKind::Direct)
         }
-        5 if !limits.discard => Kind::NotSupported,
+        5 if !limits.discard => VerdictKind::NotSupported,
         5 => {
             let sectors = u64_at(&f.rest, 0);
             let block = u64::from(limits.block_sectors);
             let end = u128::from(f.sector) + u128::from(sectors);
             let inside = end <= u128::from(limits.sectors);
             let whole = f.sector % block == 0 && sectors % block == 0;
-            verdict(inside && whole && !limits.read_only, Kind::Discard)
+            verdict(inside && whole && !limits.read_only, VerdictKind::Discard)
         }
         6 => {
             let most = limits.max_indirect_segments.min(4096);
             let ok = (1..=most).contains(&f.half2)
                 && (f.byte1 == 0 || (f.byte1 == 1 && !limits.read_only));
-            verdict(ok, Kind::Indirect)
+            verdict(ok, VerdictKind::Indirect)
         }
-        _ => Kind::NotSupported,
+        _ => VerdictKind::NotSupported,
     }
 }
 
@@ -124,7 +126,10 @@ fn expected(f: &Fields, limits: &Limits) -> Kind {
 /// # Panics
 ///
 /// Panics if they differ.
-pub fn check(raw: &RawRequest, limits: &Limits) -> (Kind, Result<Request, Reject>) {
+pub fn check(
+    raw: &RawRequest,
+    limits: &RequestLimits,
+) -> (VerdictKind, Result<RingRequest, Reject>) {
     let f = fields(raw);
     let kind = expected(&f, limits);
     let got = raw.check(limits);
@@ -139,8 +144,8 @@ pub fn check(raw: &RawRequest, limits: &Limits) -> (Kind, Result<Request, Reject
             assert_eq!(reject.response.id, f.id, "identifier of {f:?}");
             assert_eq!(reject.response.operation, echo, "operation of {f:?}");
             let want = match kind {
-                Kind::Error => -1,
-                Kind::NotSupported => -2,
+                VerdictKind::Error => -1,
+                VerdictKind::NotSupported => -2,
                 other => panic!("refused, expected {other:?}: {reject:?} {f:?} {limits:?}"),
             };
             assert_eq!(status, want, "status of {reject:?} for {f:?} {limits:?}");
@@ -150,9 +155,9 @@ pub fn check(raw: &RawRequest, limits: &Limits) -> (Kind, Result<Request, Reject
     (kind, got)
 }
 
-fn accepted(f: &Fields, kind: Kind, request: &Request, limits: &Limits) {
+fn accepted(f: &Fields, kind: VerdictKind, request: &RingRequest, limits: &RequestLimits) {
     match (kind, request) {
-        (Kind::Direct, Request::Direct(d)) => {
+        (VerdictKind::Direct, RingRequest::Direct(d)) => {
             assert_eq!((d.id, d.operation), (f.id, f.operation));
             assert_eq!(d.direction == Direction::Write, f.operation != 0);
             let ordering = match f.operation {
@@ -180,13 +185,13 @@ fn accepted(f: &Fields, kind: Kind, request: &Request, limits: &Limits) {
                 assert!(s.offset() + s.len() <= 4096 && !s.is_empty());
             }
         }
-        (Kind::Flush, Request::Flush(id)) => assert_eq!(*id, f.id),
-        (Kind::Discard, Request::Discard(d)) => {
+        (VerdictKind::Flush, RingRequest::Flush(id)) => assert_eq!(*id, f.id),
+        (VerdictKind::Discard, RingRequest::Discard(d)) => {
             assert_eq!((d.id, d.sector), (f.id, f.sector));
             assert_eq!(d.sectors, u64_at(&f.rest, 0));
             assert_eq!(d.secure, f.byte1 & 1 == 1 && limits.secure_discard);
         }
-        (Kind::Indirect, Request::Indirect(i)) => accepted_indirect(f, i),
+        (VerdictKind::Indirect, RingRequest::Indirect(i)) => accepted_indirect(f, i),
         _ => panic!("expected {kind:?}, got {request:?} for {f:?} {limits:?}"),
     }
 }
@@ -214,7 +219,7 @@ fn accepted_indirect(f: &Fields, i: &Indirect) {
 /// # Panics
 ///
 /// Panics if they differ.
-pub fn check_segments(request: &Indirect, descriptors: &[[u8; 8]], limits: &Limits) -> bool {
+pub fn check_segments(request: &Indirect, descriptors: &[[u8; 8]], limits: &RequestLimits) -> bool {
     let count = usize::from(request.count());
     let write = request.direction == Direction::Write;
     let used: Vec<(u8, u8)> = descriptors

@@ -3,9 +3,9 @@
 //! The body of the fuzz target `request`: any bytes in a slot, any limits, both layouts.
 
 use ring::abi::{Protocol, MAX_SLOT_SIZE};
-use ring::request::{Limits, RawRequest, Request};
+use ring::request::{RawRequest, RequestLimits, RingRequest};
 
-use crate::oracle::{self, Kind};
+use crate::oracle::{self, VerdictKind};
 
 /// Bytes of the input in front of the slot.
 pub const PREFIX: usize = 14;
@@ -14,7 +14,7 @@ pub const PREFIX: usize = 14;
 ///
 /// Input too short to hold the limits and a slot is ignored. Returns the verdict on the request and, for an indirect
 /// one, whether its descriptors were accepted.
-pub fn run(data: &[u8]) -> Option<(Kind, Option<bool>)> {
+pub fn run(data: &[u8]) -> Option<(VerdictKind, Option<bool>)> {
     let (prefix, rest) = data.split_at_checked(PREFIX)?;
     let (slot, rest) = rest.split_at_checked(MAX_SLOT_SIZE)?;
     let limits = limits(prefix);
@@ -31,7 +31,7 @@ pub fn run(data: &[u8]) -> Option<(Kind, Option<bool>)> {
         shape(&mut raw, &limits);
     }
     let (kind, outcome) = oracle::check(&raw, &limits);
-    let Ok(Request::Indirect(request)) = outcome else {
+    let Ok(RingRequest::Indirect(request)) = outcome else {
         return Some((kind, None));
     };
     let descriptors: Vec<[u8; 8]> = (0..usize::from(request.count()))
@@ -41,12 +41,12 @@ pub fn run(data: &[u8]) -> Option<(Kind, Option<bool>)> {
     Some((kind, Some(accepted)))
 }
 
-fn limits(prefix: &[u8]) -> Limits {
+fn limits(prefix: &[u8]) -> RequestLimits {
     let size = u64::from_le_bytes([
         prefix[4], prefix[5], prefix[6], prefix[7], prefix[8], prefix[9], prefix[10], prefix[11],
     ]);
     let flags = prefix[1];
-    Limits {
+    RequestLimits {
         // All magnitudes, not only the largest.
         sectors: size >> (prefix[2] % 64),
         block_sectors: 1 << (prefix[3] % 5),
@@ -60,7 +60,7 @@ fn limits(prefix: &[u8]) -> Limits {
 }
 
 /// Moves the fields near their valid ranges; otherwise hardly any input passes the first check.
-fn shape(raw: &mut RawRequest, limits: &Limits) {
+fn shape(raw: &mut RawRequest, limits: &RequestLimits) {
     let id_at = match raw.protocol {
         Protocol::Abi64 => 8,
         Protocol::Abi32 => 4,

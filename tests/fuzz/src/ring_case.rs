@@ -9,13 +9,13 @@ use std::collections::VecDeque;
 
 use ring::abi::MAX_SLOT_SIZE;
 use ring::index::{BackRing, RingError};
-use ring::response::{Response, Status};
+use ring::response::{Response, ResponseStatus};
 
-use crate::fake::{Access, FakeRing};
+use crate::fake::{FakeRing, MemoryAccess};
 
 /// Events of a run; the callers check that runs are not vacuous.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
+pub struct RingEvents {
     /// Requests taken.
     pub taken: u32,
     /// Responses published.
@@ -43,7 +43,7 @@ pub struct Checked<'a> {
     /// Requests that may be taken before the next call of `available`.
     budget: u64,
     /// Events of the run.
-    pub seen: Seen,
+    pub seen: RingEvents,
 }
 
 impl<'a> Checked<'a> {
@@ -78,7 +78,7 @@ impl<'a> Checked<'a> {
             prod: 0,
             published: 0,
             budget: 0,
-            seen: Seen::default(),
+            seen: RingEvents::default(),
         })
     }
 
@@ -123,7 +123,7 @@ impl<'a> Checked<'a> {
         );
         assert_eq!(
             self.fake.take_log(),
-            [Access::LoadReqProd],
+            [MemoryAccess::LoadReqProd],
             "not read exactly once"
         );
         self.judge(want, got);
@@ -141,7 +141,7 @@ impl<'a> Checked<'a> {
             self.back.take(&mut slot),
             "an announced request was not there"
         );
-        let copy = Access::CopySlot(self.index(self.cons));
+        let copy = MemoryAccess::CopySlot(self.index(self.cons));
         assert_eq!(self.fake.take_log(), [copy], "not copied exactly once");
         let [a, b, c, d, e, f, g, h, ..] = slot;
         let id = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
@@ -174,12 +174,12 @@ impl<'a> Checked<'a> {
         let response = Response {
             id: id.unwrap_or(u64::MAX),
             operation: 1,
-            status: Status::Okay,
+            status: ResponseStatus::Okay,
         };
         self.fake.take_log();
         let written = self.back.respond(&response);
         assert_eq!(written, id.is_some(), "answers and requests do not match");
-        let want = Access::WriteResponse(self.index(self.prod));
+        let want = MemoryAccess::WriteResponse(self.index(self.prod));
         let log = self.fake.take_log();
         assert_eq!(log, if written { vec![want] } else { vec![] });
         if written {
@@ -201,8 +201,11 @@ impl<'a> Checked<'a> {
         if self.prod == self.published {
             assert_eq!(log, [], "published nothing, yet touched the ring");
         } else {
-            let store = Access::StoreRspProd(self.index(self.prod));
-            assert_eq!(log, [store, Access::Barrier, Access::LoadRspEvent]);
+            let store = MemoryAccess::StoreRspProd(self.index(self.prod));
+            assert_eq!(
+                log,
+                [store, MemoryAccess::Barrier, MemoryAccess::LoadRspEvent]
+            );
             assert_eq!(self.fake.rsp_prod.get(), self.index(self.prod));
         }
         self.seen.answered += (self.prod - self.published) as u32;
@@ -220,16 +223,16 @@ impl<'a> Checked<'a> {
         let got = self.back.final_check();
         let log = self.fake.take_log();
         if idle {
-            let arm = Access::StoreReqEvent(self.index(self.cons + 1));
+            let arm = MemoryAccess::StoreReqEvent(self.index(self.cons + 1));
             let order = [
-                Access::LoadReqProd,
+                MemoryAccess::LoadReqProd,
                 arm,
-                Access::Barrier,
-                Access::LoadReqProd,
+                MemoryAccess::Barrier,
+                MemoryAccess::LoadReqProd,
             ];
             assert_eq!(log, order);
         } else {
-            assert_eq!(log, [Access::LoadReqProd]);
+            assert_eq!(log, [MemoryAccess::LoadReqProd]);
         }
         // The second read of `req_prod` may see a request that the first did not.
         let want = if idle { self.unconsumed() } else { want };
@@ -253,7 +256,7 @@ impl<'a> Checked<'a> {
 }
 
 /// Runs one input: ring size, start, then a script of both sides' steps.
-pub fn run(data: &[u8]) -> Option<Seen> {
+pub fn run(data: &[u8]) -> Option<RingEvents> {
     let (&[order, a, b, c, d, lead], script) = data.split_first_chunk::<6>()?;
     let size = 1u32 << (order % 6);
     // Half of the runs start near the wrap of the indices.

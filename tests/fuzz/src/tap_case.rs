@@ -5,21 +5,21 @@
 //! An input is a history of a disk, or the bytes of one argument. The shadow and its model execute a history; the crate
 //! and the oracle read an argument.
 
-use ring::response::Status;
-use ring::tap::checked::{Fence, Outcome};
-use ring::tap::extent::{Access, Sectors};
+use ring::response::ResponseStatus;
+use ring::tap::checked::{Fence, RequestOutcome};
+use ring::tap::extent::{ExtentAccess, Sectors};
 use ring::tap::params::{Discard, Params};
-use ring::tap::shadow::{Op, Request};
+use ring::tap::shadow::{Op, PostedRequest};
 
 use crate::input::Input;
 use crate::tap_oracle;
-use crate::tap_pair::{Pair, Seen, Step, OVER, QUEUES, ZEROES};
+use crate::tap_pair::{Pair, ShadowStep, TapEvents, OVER, QUEUES, ZEROES};
 
 /// Kind of an input, and its result.
 #[derive(Clone, Copy, Debug)]
 pub enum Ran {
     /// A history.
-    History(Seen),
+    History(TapEvents),
     /// One argument of this kind, below [`ARGUMENTS`], and whether it was accepted.
     Argument(usize, bool),
 }
@@ -200,12 +200,17 @@ fn description(input: &mut Input<'_>) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn history(input: &mut Input<'_>) -> Option<Seen> {
+fn history(input: &mut Input<'_>) -> Option<TapEvents> {
     let shape = input.byte()?;
     let tags = [1, 2, 3, 8, 24, 40][usize::from(shape) % 6];
     let limit = [0, 0, 1, 2, 3][usize::from(input.byte()?) % 5];
-    let claim = Step::Claim(fence(input.byte()?), 0);
-    let start = [Step::Limit(limit), Step::Open, claim, Step::Start(0)];
+    let claim = ShadowStep::Claim(fence(input.byte()?), 0);
+    let start = [
+        ShadowStep::Limit(limit),
+        ShadowStep::Open,
+        claim,
+        ShadowStep::Start(0),
+    ];
     let mut pair = match shape / 64 {
         0 => Pair::new(tags),
         // Enough leaves that none is forgotten.
@@ -213,9 +218,9 @@ fn history(input: &mut Input<'_>) -> Option<Seen> {
     };
     pair = pair.after(&start);
     pair.apply(match shape & 48 {
-        0 | 16 => Step::Set(near()?, Access::ReadWrite, 0, 0),
-        32 => Step::Scatter(0),
-        _ => Step::Set(near()?, Access::Read, ZEROES, 0),
+        0 | 16 => ShadowStep::Set(near()?, ExtentAccess::ReadWrite, 0, 0),
+        32 => ShadowStep::Scatter(0),
+        _ => ShadowStep::Set(near()?, ExtentAccess::Read, ZEROES, 0),
     });
     while step(&mut pair, tags, input).is_some() {}
     Some(pair.drain())
@@ -245,26 +250,26 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
     let kinds = if pair.is_mapped() { 96 } else { 64 };
     match what % kinds {
         0..=17 => post(pair, tags, value, input)?,
-        18 => pair.apply(Step::Claim(fence(value), u64::from(value == 255))),
-        19 => pair.apply(Step::Pass(u32::from(value / 4))),
-        20..=28 => pair.apply(Step::Deliver(some, ago)),
+        18 => pair.apply(ShadowStep::Claim(fence(value), u64::from(value == 255))),
+        19 => pair.apply(ShadowStep::Pass(u32::from(value / 4))),
+        20..=28 => pair.apply(ShadowStep::Deliver(some, ago)),
         29..=39 => {
             let Some((tag, _)) = aim(pair, tags, value) else {
                 return Some(());
             };
             let how = input.byte()?;
             let outcome = match how % 8 {
-                0 => Outcome::Returned,
-                1 => Outcome::Finished(Status::Error),
-                2 => Outcome::Finished(Status::NotSupported),
-                _ => Outcome::Finished(Status::Okay),
+                0 => RequestOutcome::Returned,
+                1 => RequestOutcome::Finished(ResponseStatus::Error),
+                2 => RequestOutcome::Finished(ResponseStatus::NotSupported),
+                _ => RequestOutcome::Finished(ResponseStatus::Okay),
             };
             let beside = match how / 16 {
                 0 => 1,
                 1 => u32::MAX,
                 _ => 0,
             };
-            let commit = Step::Commit(tag, outcome, beside, ago);
+            let commit = ShadowStep::Commit(tag, outcome, beside, ago);
             pair.apply(commit);
             if how & 8 != 0 {
                 pair.apply(commit);
@@ -273,32 +278,35 @@ fn step(pair: &mut Pair, tags: u16, input: &mut Input<'_>) -> Option<()> {
         40..=44 => {
             let delivery = aim(pair, tags, value);
             let bytes = completion(input, value < 240, delivery)?;
-            pair.apply(Step::Say(bytes, ago));
+            pair.apply(ShadowStep::Say(bytes, ago));
         }
-        45..=49 => pair.apply(Step::Reap(queue, some)),
-        50 => pair.apply(Step::Look),
-        51 => pair.apply(Step::Open),
-        52 => pair.apply(Step::Start(ago)),
-        53 => pair.apply(Step::Close),
-        54 => pair.apply(Step::Quiet),
-        55 => pair.apply(Step::Withdraw(queue)),
-        56..=58 => pair.apply(Step::Orphan(queue)),
-        59 => pair.apply(Step::Fail(some)),
+        45..=49 => pair.apply(ShadowStep::Reap(queue, some)),
+        50 => pair.apply(ShadowStep::Look),
+        51 => pair.apply(ShadowStep::Open),
+        52 => pair.apply(ShadowStep::Start(ago)),
+        53 => pair.apply(ShadowStep::Close),
+        54 => pair.apply(ShadowStep::Quiet),
+        55 => pair.apply(ShadowStep::Withdraw(queue)),
+        56..=58 => pair.apply(ShadowStep::Orphan(queue)),
+        59 => pair.apply(ShadowStep::Fail(some)),
         60 => {
             // A death, after which no process starts in time.
-            let begin = [Step::Close].into_iter().chain(OVER);
+            let begin = [ShadowStep::Close].into_iter().chain(OVER);
             begin
-                .chain([Step::Fail(some)])
+                .chain([ShadowStep::Fail(some)])
                 .for_each(|step| pair.apply(step));
         }
-        61 => pair.apply(Step::Excuse(ago)),
+        61 => pair.apply(ShadowStep::Excuse(ago)),
         what @ 64.. => mapped(pair, tags, [what % 32, value], input)?,
         _ => {
-            let begin = [Step::Close].into_iter().chain(OVER).chain([Step::Open]);
-            let claim = Step::Claim(fence(value), 0);
-            let set = Step::Set(near()?, Access::ReadWrite, 0, 0);
+            let begin = [ShadowStep::Close]
+                .into_iter()
+                .chain(OVER)
+                .chain([ShadowStep::Open]);
+            let claim = ShadowStep::Claim(fence(value), 0);
+            let set = ShadowStep::Set(near()?, ExtentAccess::ReadWrite, 0, 0);
             begin
-                .chain([claim, Step::Start(0), set])
+                .chain([claim, ShadowStep::Start(0), set])
                 .for_each(|step| pair.apply(step));
         }
     }
@@ -314,34 +322,34 @@ fn near() -> Option<Sectors> {
 fn mapped(pair: &mut Pair, tags: u16, [what, value]: [u8; 2], input: &mut Input<'_>) -> Option<()> {
     let queue = u16::from(value) % QUEUES;
     let step = match what {
-        0..=9 => Step::Begin(u16::from(value) % (tags + 1), queue, request(input)?.1),
-        10..=14 => Step::Resume(queue, [usize::MAX, 1][usize::from(value / 4) % 2]),
+        0..=9 => ShadowStep::Begin(u16::from(value) % (tags + 1), queue, request(input)?.1),
+        10..=14 => ShadowStep::Resume(queue, [usize::MAX, 1][usize::from(value / 4) % 2]),
         15..=23 => {
             let begun = pair.begun();
             let Some(tag) = begun.get(usize::from(value / 4) % begun.len().max(1)) else {
                 return Some(());
             };
             let status = match value % 8 {
-                0 | 1 => Status::Error,
-                2 => Status::NotSupported,
-                _ => Status::Okay,
+                0 | 1 => ResponseStatus::Error,
+                2 => ResponseStatus::NotSupported,
+                _ => ResponseStatus::Okay,
             };
-            Step::End(*tag, status)
+            ShadowStep::End(*tag, status)
         }
         24..=28 => {
             let range = if value < 128 { near()? } else { range(input)? };
             let (backing, ago) = (u16::from(value / 16) % (ZEROES + 1), u32::from(value / 224));
             let access = match value % 2 {
-                1 if backing != ZEROES => Access::ReadWrite,
-                _ => Access::Read,
+                1 if backing != ZEROES => ExtentAccess::ReadWrite,
+                _ => ExtentAccess::Read,
             };
-            Step::Set(range, access, backing, ago)
+            ShadowStep::Set(range, access, backing, ago)
         }
-        29 if value >= 192 => Step::Scatter(u16::from(value) % 2),
-        29 => Step::Recall(range(input)?),
-        30 => Step::SetFlush,
-        31 if value < 32 => Step::Remove(u16::from(value) % 2),
-        _ => Step::Add(u16::from(value) % 2),
+        29 if value >= 192 => ShadowStep::Scatter(u16::from(value) % 2),
+        29 => ShadowStep::Recall(range(input)?),
+        30 => ShadowStep::SetFlush,
+        31 if value < 32 => ShadowStep::Remove(u16::from(value) % 2),
+        _ => ShadowStep::Add(u16::from(value) % 2),
     };
     pair.apply(step);
     Some(())
@@ -373,12 +381,12 @@ fn aim(pair: &Pair, tags: u16, value: u8) -> Option<(u16, u32)> {
 fn post(pair: &mut Pair, tags: u16, value: u8, input: &mut Input<'_>) -> Option<()> {
     let tag = u16::from(value) % (tags + 1);
     let (queue, request) = request(input)?;
-    pair.apply(Step::Post(tag, queue, request));
+    pair.apply(ShadowStep::Post(tag, queue, request));
     Some(())
 }
 
 /// Returns a request and its queue.
-fn request(input: &mut Input<'_>) -> Option<(u16, Request)> {
+fn request(input: &mut Input<'_>) -> Option<(u16, PostedRequest)> {
     let [op, place, size, near] = input.bytes()?;
     let queue = match op / 8 {
         0 => 63,
@@ -387,7 +395,7 @@ fn request(input: &mut Input<'_>) -> Option<(u16, Request)> {
     };
     let near = u64::from(near);
     // Sizes around those of the granules of the index, at places where these meet.
-    let request = Request {
+    let request = PostedRequest {
         op: match op % 8 {
             0..=2 => Op::Write,
             3 | 4 => Op::Read,

@@ -5,14 +5,14 @@
 
 use std::collections::BTreeMap;
 
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
 use ring::tap::checked::{Commit, Fence};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::Map;
-use ring::tap::shadow::direct::{Part, MAX_PARTS};
-use ring::tap::shadow::{Op, Request};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::ExtentMap;
+use ring::tap::shadow::direct::{RequestPart, MAX_PARTS};
+use ring::tap::shadow::{Op, PostedRequest};
 
 /// Time at which requests arrive, in nanoseconds.
 pub(crate) const ARRIVED: u64 = 7;
@@ -34,7 +34,7 @@ pub(crate) enum For {
     Process,
 }
 
-pub(crate) type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
+pub(crate) type VecMap = ExtentMap<Vec<LeafSlot>, Vec<Leaf>>;
 
 /// The map of a disk, if it can have mappings.
 #[derive(Clone, Default)]
@@ -51,7 +51,7 @@ impl std::fmt::Debug for Mappings {
 pub(crate) struct Undone {
     pub(crate) tag: u16,
     pub(crate) queue: u16,
-    pub(crate) request: Request,
+    pub(crate) request: PostedRequest,
     pub(crate) stage: Stage,
     pub(crate) whose: For,
     pub(crate) replay: bool,
@@ -127,7 +127,7 @@ impl Undone {
 pub(crate) struct Model {
     pub(crate) sequence: u64,
     pub(crate) undone: BTreeMap<u64, Undone>,
-    pub(crate) done: Vec<(u16, u16, Status)>,
+    pub(crate) done: Vec<(u16, u16, ResponseStatus)>,
     pub(crate) generations: BTreeMap<u16, u32>,
     pub(crate) epoch: u64,
     pub(crate) state: u32,
@@ -144,7 +144,7 @@ pub(crate) struct Model {
     pub(crate) poisoned: Vec<(Op, std::ops::Range<u64>)>,
     /// Time in milliseconds.
     pub(crate) clock: u64,
-    pub(crate) claimed: Claim,
+    pub(crate) claimed: ProcessClaim,
     /// Claims of the process since it last declared all of its I/O over.
     pub(crate) claims: Vec<Fence>,
     /// Time from which no I/O of the process was visible.
@@ -162,9 +162,9 @@ pub(crate) struct Model {
 
 /// Claim of a process; without one, its I/O is only on this machine.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Claim(pub(crate) Fence);
+pub(crate) struct ProcessClaim(pub(crate) Fence);
 
-impl Default for Claim {
+impl Default for ProcessClaim {
     fn default() -> Self {
         Self(Fence::Local)
     }
@@ -265,7 +265,10 @@ impl Model {
     }
 
     /// Returns the place where its queue could execute a request that nothing blocks: the backing, and the parts.
-    pub(crate) fn place(&mut self, sequence: u64) -> Option<(Option<BackingNumber>, Vec<Part>)> {
+    pub(crate) fn place(
+        &mut self,
+        sequence: u64,
+    ) -> Option<(Option<BackingNumber>, Vec<RequestPart>)> {
         let request = &self.undone[&sequence];
         let durable = request.request.fua || request.request.preflush;
         let touched = request.replay || request.deliveries > 0;
@@ -274,19 +277,19 @@ impl Model {
         }
         let map = self.mappings.0.as_mut()?;
         let access = match request.request.op {
-            Op::Read => Access::Read,
-            Op::Write => Access::ReadWrite,
+            Op::Read => ExtentAccess::Read,
+            Op::Write => ExtentAccess::ReadWrite,
             Op::Flush => return map.flushed().map(|backing| (Some(backing), Vec::new())),
             _ => return None,
         };
         let range = Sectors::between(request.range().start, request.range().end)?;
-        let mut pieces: Vec<Extent> = Vec::new();
-        let each = |piece: &Extent| pieces.push(*piece);
+        let mut pieces: Vec<DataExtent> = Vec::new();
+        let each = |piece: &DataExtent| pieces.push(*piece);
         map.translate(&range, access, MAX_PARTS, each).ok()?;
-        let number = |piece: &Extent| piece.source.backing();
+        let number = |piece: &DataExtent| piece.source.backing();
         let mut backings: Vec<_> = pieces.iter().filter_map(number).collect();
         backings.dedup();
-        let part = |piece: &Extent| Part {
+        let part = |piece: &DataExtent| RequestPart {
             sector: number(piece).map(|_| piece.place),
             sectors: piece.range.count(),
         };
@@ -358,7 +361,7 @@ impl Model {
         self.undone.values().filter(|r| r.stage == stage).count() as u32
     }
 
-    pub(crate) fn finish(&mut self, sequence: u64, status: Status) {
+    pub(crate) fn finish(&mut self, sequence: u64, status: ResponseStatus) {
         let request = self.undone.remove(&sequence).expect("it is there");
         self.done.push((request.queue, request.tag, status));
     }
@@ -375,7 +378,7 @@ impl Model {
             if count < max && which(self, sequence, request) {
                 count += 1;
                 queues |= 1 << request.queue;
-                self.finish(sequence, Status::Error);
+                self.finish(sequence, ResponseStatus::Error);
             }
         }
         (count, queues)

@@ -4,13 +4,13 @@
 //!
 //! Written from the field offsets in wide integers. The bytes are those of the host.
 
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{
-    Completion, Create, Destroy, DiscardLimits, Exchange, Geometry, MapOp, ParamHead,
+    Completion, CreateCommand, Destroy, DiscardLimits, Exchange, Geometry, MapOp, ParamHead,
     GEOMETRY_MAY_SHRINK, GEOMETRY_READ_ONLY, GEOMETRY_WRITE_CACHE, PARAM_DISCARD, PARAM_GEOMETRY,
 };
-use ring::tap::checked::{Commit, Malformed, MapChange, NewDisk, Outcome, UserArray};
-use ring::tap::extent::{Access, BackingNumber, Source};
+use ring::tap::checked::{Commit, Malformed, MapChange, NewDisk, RequestOutcome, UserArray};
+use ring::tap::extent::{BackingNumber, ExtentAccess, Source};
 use ring::tap::params::{Discard, Params};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -68,10 +68,10 @@ pub fn completion(bytes: &[u8; 16]) -> Option<Commit> {
     assert_eq!(read.as_bytes(), bytes, "it says something else");
     let commit = judge(&read, read.check(), &defects)?;
     let meaning = match (flags, signed) {
-        (1, _) => Outcome::Returned,
-        (_, 0) => Outcome::Finished(Status::Okay),
-        (_, -95) => Outcome::Finished(Status::NotSupported),
-        _ => Outcome::Finished(Status::Error),
+        (1, _) => RequestOutcome::Returned,
+        (_, 0) => RequestOutcome::Finished(ResponseStatus::Okay),
+        (_, -95) => RequestOutcome::Finished(ResponseStatus::NotSupported),
+        _ => RequestOutcome::Finished(ResponseStatus::Error),
     };
     assert_eq!(commit.outcome, meaning, "{read:x?}");
     assert_eq!(i128::from(commit.tag.number()), tag, "{read:x?}");
@@ -93,7 +93,7 @@ pub fn create(bytes: &[u8; 48]) -> bool {
         (!any && minor >= 1 << 20, Malformed::Range),
         (deaths > 255, Malformed::Range),
     ];
-    let read = Create::read_from_bytes(bytes).expect("48 bytes");
+    let read = CreateCommand::read_from_bytes(bytes).expect("48 bytes");
     let Some(disk) = judge(&read, read.check(), &defects) else {
         return false;
     };
@@ -193,7 +193,11 @@ pub fn map_op(bytes: &[u8; 48]) -> bool {
             assert!(set && i128::from(got) == generation, "{read:x?}");
             same(&extent.range);
             assert_eq!(i128::from(extent.place) * 512, offset, "{read:x?}");
-            assert_eq!(extent.access == Access::ReadWrite, flags == 3, "{read:x?}");
+            assert_eq!(
+                extent.access == ExtentAccess::ReadWrite,
+                flags == 3,
+                "{read:x?}"
+            );
             let named = u16::try_from(backing).ok().and_then(BackingNumber::new);
             assert_eq!(extent.source, named.map_or(Source::Zeroes, Source::Backing));
         }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use blkback::engine::segments::Slice;
 use blkback::engine::{Io, IoKind};
 use ring::numbers::QueueTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 
 use crate::frontend::Target;
 use crate::history::{decode, encode, SECTOR};
@@ -32,7 +32,7 @@ pub(crate) struct Running {
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     running: Vec<Running>,
-    done: Vec<(QueueTag, Status)>,
+    done: Vec<(QueueTag, ResponseStatus)>,
     back: Vec<QueueTag>,
     pages: BTreeMap<QueueTag, Vec<u16>>,
     again: Option<QueueTag>,
@@ -48,7 +48,7 @@ pub struct Disk {
     durable: BTreeMap<u64, Bytes>,
     dirty: BTreeSet<u64>,
     pub(crate) running: Vec<Running>,
-    pub(crate) done: Vec<(QueueTag, Status)>,
+    pub(crate) done: Vec<(QueueTag, ResponseStatus)>,
     /// I/Os that the engine must take back.
     pub(crate) back: Vec<QueueTag>,
     /// Pages of I/Os that the engine has neither reaped nor taken back.
@@ -250,7 +250,11 @@ impl Machine {
         if !matches!(io.kind, IoKind::Read | IoKind::Write) {
             self.disk.special += 1;
         }
-        let status = if fails { Status::Error } else { Status::Okay };
+        let status = if fails {
+            ResponseStatus::Error
+        } else {
+            ResponseStatus::Okay
+        };
         if self.commit(Fault::LoseCompletion) {
             return;
         }

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use ring::abi::{Protocol, PAGE_SIZE};
-use ring::request::Limits;
+use ring::request::RequestLimits;
 
 use crate::again::{Again, Asked};
 use crate::disk::{Disk, Lane};
@@ -133,7 +133,7 @@ pub struct Setup {
     /// The guest uses persistent grants.
     pub keeps_grants: bool,
     /// Limits of the disk.
-    pub limits: Limits,
+    pub limits: RequestLimits,
     /// Descriptor buffers of the grant port.
     pub descriptor_buffers: u8,
     /// Operations that a grant batch holds.
@@ -202,7 +202,7 @@ impl Default for Setup {
             map_pages: 512,
             copy_max_segments: 11,
             keeps_grants: false,
-            limits: Limits {
+            limits: RequestLimits {
                 sectors: 4096,
                 block_sectors: 1,
                 read_only: false,
@@ -240,7 +240,7 @@ impl Setup {
             own_pages: 16,
             map_pages: 0,
             copy_max_segments: u16::MAX,
-            limits: Limits {
+            limits: RequestLimits {
                 max_indirect_segments: 512,
                 sectors: 16384,
                 ..usual.limits

@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blkback::engine::Backend;
-use ring::request::Limits;
+use ring::request::RequestLimits;
 
 use crate::again::{Again, Age};
 use crate::machine::{Fault, Habits, Machine, Setup, Shared};
@@ -196,7 +196,7 @@ fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (
     let like = before.unwrap_or(&setup).clone();
     setup = Setup {
         protocol: like.protocol,
-        limits: Limits {
+        limits: RequestLimits {
             sectors: like.limits.sectors.min(4096),
             block_sectors: like.limits.block_sectors,
             read_only: false,

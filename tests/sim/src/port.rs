@@ -4,7 +4,7 @@
 
 use blkback::engine::{Backend, Io, IoKind};
 use ring::numbers::QueueTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 
 use crate::disk::Running;
 use crate::machine::{Fault, Machine, Shared};
@@ -64,7 +64,7 @@ impl Backend for FakeDisk {
             let mut running = m.accept(&io);
             if m.disk.again == Some(io.tag) {
                 m.disk.again = None;
-                m.disk.done.push((io.tag, Status::Okay));
+                m.disk.done.push((io.tag, ResponseStatus::Okay));
                 m.disk.wake = true;
             }
             if io.is_mapped() && m.give_back_at_once(&mut running) {
@@ -81,7 +81,7 @@ impl Backend for FakeDisk {
         assert_eq!(left, 0, "as many as were announced");
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         let mut m = self.machine.borrow_mut();
         for (tag, status) in std::mem::take(&mut m.disk.done) {
             m.disk.release(tag);

@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use ring::tap::abi::{
-    Completion, Desc, Segment, COMPLETION_RETURNED, DESC_FUA, DESC_PREFLUSH, DESC_REPLAY, OP_FLUSH,
-    OP_READ, OP_WRITE, STATE_FENCING, STATE_IDLE, STATE_OPEN, STATE_RECOVERING,
+    Completion, Desc, TapSegment, COMPLETION_RETURNED, DESC_FUA, DESC_PREFLUSH, DESC_REPLAY,
+    OP_FLUSH, OP_READ, OP_WRITE, STATE_FENCING, STATE_IDLE, STATE_OPEN, STATE_RECOVERING,
 };
 use ring::tap::checked::Fence;
 use ring::tap::shadow::{Committed, Op};
@@ -108,7 +108,7 @@ impl Default for Plan {
 #[derive(Clone, Debug)]
 pub(crate) struct Job {
     pub(crate) desc: Desc,
-    pub(crate) segments: Vec<Segment>,
+    pub(crate) segments: Vec<TapSegment>,
     /// Its I/O was given to the store.
     pub(crate) started: bool,
     /// Sectors that are transferred.

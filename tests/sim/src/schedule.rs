@@ -3,7 +3,7 @@
 //! Random cases: setups, requests, and the order of events.
 
 use ring::abi::{Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
-use ring::request::Limits;
+use ring::request::RequestLimits;
 
 use crate::frontend::BAD_GREF;
 use crate::machine::{Fault, Machine, Setup};
@@ -67,7 +67,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         copy_max_segments: rng.pick(&[0u16, 11, 255, u16::MAX]),
         // Pages that cannot stay mapped are copied.
         keeps_grants: map_pages > 0 && copy_pages >= largest && rng.percent(60),
-        limits: Limits {
+        limits: RequestLimits {
             sectors,
             block_sectors,
             read_only: rng.percent(10),
@@ -387,7 +387,7 @@ pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
         map_pages: 0,
         copy_max_segments: u16::MAX,
         keeps_grants: false,
-        limits: Limits {
+        limits: RequestLimits {
             sectors: match rng.below(16) {
                 // Room for discards with ranges larger than any granule of the shadow's index; slow.
                 0 => 10_000,

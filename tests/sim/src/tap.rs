@@ -11,10 +11,10 @@ use blkback::engine::segments::Slice;
 use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::PAGE_SIZE;
 use ring::numbers::{DiskTag, QueueTag};
-use ring::response::Status;
-use ring::tap::abi::{Desc, Segment};
-use ring::tap::shadow::{Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::response::ResponseStatus;
+use ring::tap::abi::{Desc, TapSegment};
+use ring::tap::shadow::{Op, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
 use crate::ending::{Ghost, Sent};
 use crate::history::{decode, SECTOR};
@@ -110,10 +110,10 @@ pub(crate) struct Place {
 #[derive(Debug)]
 pub struct Tap {
     /// The shadow.
-    pub shadow: Shadow<Vec<Entry>>,
+    pub shadow: Shadow<Vec<TagEntry>>,
     pub(crate) at: Place,
     descs: Vec<Desc>,
-    pub(crate) segments: Vec<Vec<Segment>>,
+    pub(crate) segments: Vec<Vec<TapSegment>>,
     pub(crate) posted: BTreeMap<u16, Posted>,
     /// The disk if everything is executed in arrival order; `None` once a request has failed.
     pub(crate) ordered: Option<BTreeMap<u64, Bytes>>,
@@ -152,7 +152,7 @@ impl Tap {
     /// Returns a disk for the queue at `at`; all of its queues together have `tags` tags.
     fn at(at: Place, tags: usize, plan: Plan) -> Self {
         Self {
-            shadow: Shadow::new(vec![Entry::FREE; tags]),
+            shadow: Shadow::new(vec![TagEntry::FREE; tags]),
             at,
             descs: vec![Desc::default(); tags],
             segments: vec![Vec::new(); tags],
@@ -186,7 +186,7 @@ impl Tap {
 }
 
 /// Returns the place of a sector in the arena.
-pub(crate) fn place(segments: &[Segment], mut at: u64) -> Option<(usize, usize)> {
+pub(crate) fn place(segments: &[TapSegment], mut at: u64) -> Option<(usize, usize)> {
     for segment in segments {
         let sectors = u64::from(segment.len) / SECTOR as u64;
         if at < sectors {
@@ -254,7 +254,7 @@ impl Machine {
     }
 
     /// Returns a sector of the arena, for a process that has it mapped.
-    pub(crate) fn arena(&mut self, segments: &[Segment], at: u64) -> &mut [u8] {
+    pub(crate) fn arena(&mut self, segments: &[TapSegment], at: u64) -> &mut [u8] {
         let (page, byte) = place(segments, at).expect("segments hold all sectors of the request");
         &mut self.host.pages[page][byte..byte + SECTOR]
     }
@@ -264,7 +264,7 @@ impl Machine {
         let request = request_of(io);
         let tag = self.tap.at.base + io.tag.number();
         let slices: Vec<Slice> = io.slices().collect();
-        let segments = slices.iter().map(|slice| Segment {
+        let segments = slices.iter().map(|slice| TapSegment {
             offset: u32::from(slice.page.number()) * PAGE_SIZE as u32 + u32::from(slice.offset),
             len: u32::from(slice.len),
         });
@@ -290,7 +290,7 @@ impl Machine {
     }
 
     /// Applies the request to the ordered image; returns the data that a read returns.
-    fn execute_in_order(&mut self, tag: u16, request: &Request) -> Vec<Option<u64>> {
+    fn execute_in_order(&mut self, tag: u16, request: &PostedRequest) -> Vec<Option<u64>> {
         let segments = self.tap.segments[usize::from(tag)].clone();
         let sectors = request.sector..request.sector + request.sectors;
         let mut image = self.tap.ordered.take();
@@ -317,11 +317,11 @@ impl Machine {
     }
 
     /// Checks a request whose result goes to the engine now.
-    fn reaped(&mut self, tag: u16, status: Status) {
+    fn reaped(&mut self, tag: u16, status: ResponseStatus) {
         let Some(posted) = self.tap.posted.remove(&tag) else {
             return self.problem(format!("tag {tag} has a result and no request"));
         };
-        if status != Status::Okay || self.tap.ordered.is_none() {
+        if status != ResponseStatus::Okay || self.tap.ordered.is_none() {
             self.tap.ordered = None;
             return;
         }
@@ -406,7 +406,7 @@ impl Machine {
     }
 }
 
-fn request_of(io: &Io<'_>) -> Request {
+fn request_of(io: &Io<'_>) -> PostedRequest {
     let op = match io.kind {
         IoKind::Read => Op::Read,
         IoKind::Discard { secure: false } => Op::Discard,
@@ -416,7 +416,7 @@ fn request_of(io: &Io<'_>) -> Request {
         _ if io.sectors == 0 => Op::Flush,
         IoKind::Write | IoKind::PreFlushWrite | IoKind::BarrierWrite => Op::Write,
     };
-    Request {
+    PostedRequest {
         op,
         preflush: matches!(io.kind, IoKind::PreFlushWrite | IoKind::BarrierWrite),
         fua: io.kind == IoKind::BarrierWrite,
@@ -450,7 +450,7 @@ impl Backend for TapBackend {
         m.wake_process();
     }
 
-    fn reap(&mut self, mut done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         let mut m = self.machine.borrow_mut();
         let Place { base, queue } = m.tap.at;
         loop {

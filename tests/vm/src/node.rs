@@ -3,9 +3,11 @@
 
 use crate::sys::{ioctl, readable, Area};
 use anyhow::{ensure, Context, Result};
-use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Create, Desc, Exchange, Info};
 use ring::tap::abi::{
-    Segment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, VERSION,
+    ioctl as numbers, Buffer, Claims, Completion, CreateCommand, Desc, Exchange, Info,
+};
+use ring::tap::abi::{
+    TapSegment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, VERSION,
 };
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -27,14 +29,14 @@ impl Control {
     /// Makes a disk with the default arena; without a process, its requests fail after `fail_after_s` seconds, or never
     /// if that is 0.
     pub(crate) fn create(&self, fail_after_s: u32) -> Result<u32> {
-        self.make(Create {
+        self.make(CreateCommand {
             fail_after_s,
-            ..Create::default()
+            ..CreateCommand::default()
         })
     }
 
     /// Makes a disk.
-    pub(crate) fn make(&self, create: Create) -> Result<u32> {
+    pub(crate) fn make(&self, create: CreateCommand) -> Result<u32> {
         self.0
             .create(None, create)
             .context("cannot make a tap disk")
@@ -179,8 +181,8 @@ impl Node {
     }
 
     /// The segments of a request.
-    pub(crate) fn segments(&self, tag: u16, count: u16) -> Result<Vec<Segment>> {
-        let size = size_of::<Segment>() as u64;
+    pub(crate) fn segments(&self, tag: u16, count: u16) -> Result<Vec<TapSegment>> {
+        let size = size_of::<TapSegment>() as u64;
         let stride = u64::from(self.info.max_segments) * size;
         let first = self.info.segments_offset + u64::from(tag) * stride;
         (0..u64::from(count))
@@ -189,14 +191,14 @@ impl Node {
     }
 
     /// The bytes of a segment.
-    pub(crate) fn data(&self, segment: &Segment) -> Result<Vec<u8>> {
+    pub(crate) fn data(&self, segment: &TapSegment) -> Result<Vec<u8>> {
         let mut bytes = vec![0; segment.len as usize];
         self.arena.read(segment.offset.into(), &mut bytes)?;
         Ok(bytes)
     }
 
     /// Fills a segment.
-    pub(crate) fn fill(&self, segment: &Segment, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn fill(&self, segment: &TapSegment, bytes: &[u8]) -> Result<()> {
         ensure!(
             bytes.len() == segment.len as usize,
             "a segment takes {} bytes, not {}",

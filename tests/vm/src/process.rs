@@ -6,7 +6,7 @@ use crate::node::{Control, Node};
 use crate::sh;
 use crate::sys::punch;
 use anyhow::{bail, ensure, Context, Result};
-use ring::tap::abi::{self, Completion, Desc, Segment, DESC_REPLAY};
+use ring::tap::abi::{self, Completion, Desc, TapSegment, DESC_REPLAY};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -35,15 +35,15 @@ pub(crate) struct Played {
 impl Played {
     /// Makes the disk.
     pub(crate) fn create(mib: u32, fail_after_s: u32) -> Result<Played> {
-        let create = abi::Create {
+        let create = abi::CreateCommand {
             fail_after_s,
-            ..abi::Create::default()
+            ..abi::CreateCommand::default()
         };
         Played::make(mib, create)
     }
 
     /// Makes a disk as `create` describes it.
-    pub(crate) fn make(mib: u32, create: abi::Create) -> Result<Played> {
+    pub(crate) fn make(mib: u32, create: abi::CreateCommand) -> Result<Played> {
         let name = format!("/tmp/played{}.img", NEXT.fetch_add(1, Ordering::Relaxed));
         let image = PathBuf::from(name);
         let file = File::create(&image).context("cannot make an image")?;
@@ -140,7 +140,7 @@ pub(crate) struct Request {
     pub(crate) tag: u16,
     /// Description of the request.
     pub(crate) desc: Desc,
-    segments: Vec<Segment>,
+    segments: Vec<TapSegment>,
 }
 
 impl Request {

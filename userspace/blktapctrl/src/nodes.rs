@@ -7,7 +7,7 @@ use control::supervisor::{self, Poison};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
-use tapdev::abi::{self, Create, Info};
+use tapdev::abi::{self, CreateCommand, Info};
 use tapdev::control::{excuse, open_node, Control};
 
 /// The driver of this host. The control node is opened for each question, so that the driver can be
@@ -17,11 +17,11 @@ pub struct Driver;
 
 impl Kernel for Driver {
     fn create(&self, make: Make) -> io::Result<u32> {
-        let create = Create {
+        let create = CreateCommand {
             arena_kib: make.arena_kib,
             fail_after_s: make.fail_after_s,
             max_deaths: make.max_deaths,
-            ..Create::default()
+            ..CreateCommand::default()
         };
         Control::open()?.create(make.minor, create)
     }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The control node, `/dev/xentap/control`.
 
-use ring::tap::abi::{ioctl as numbers, BackingAdd, BackingRemove, Create, Destroy, Info, Mapped};
+use ring::tap::abi::{
+    ioctl as numbers, BackingAdd, BackingRemove, CreateCommand, Destroy, Info, Mapped,
+};
 use ring::tap::abi::{BACKING_WRITE, VERSION};
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{ioctl, NoArg, Setter, Updater};
@@ -37,13 +39,13 @@ impl Control {
     ///
     /// # Errors
     /// As the kernel says.
-    pub fn create(&self, minor: Option<u32>, create: Create) -> io::Result<u32> {
-        let mut create = Create {
+    pub fn create(&self, minor: Option<u32>, create: CreateCommand) -> io::Result<u32> {
+        let mut create = CreateCommand {
             version: VERSION,
             minor: minor.unwrap_or(u32::MAX),
             ..create
         };
-        // SAFETY: CREATE reads and writes a `Create`, as its number encodes, and nothing else.
+        // SAFETY: CREATE reads and writes a `CreateCommand`, as its number encodes, and nothing else.
         let argument = unsafe { Updater::<{ numbers::CREATE }, _>::new(&mut create) };
         // SAFETY: whatever file this is, the argument is memory of the size that the number encodes.
         unsafe { ioctl(&self.fd, argument) }?;

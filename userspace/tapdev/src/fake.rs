@@ -7,12 +7,12 @@
 use crate::{Mapper, Node};
 use diskio::{Access, Region};
 use ring::numbers::DiskTag;
-use ring::response::Status;
-use ring::tap::abi::{self, Claims, Completion, Desc, Info, MapOp, Maps, Segment};
+use ring::response::ResponseStatus;
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, MapOp, Maps, TapSegment};
 use ring::tap::checked::{Malformed, MapChange};
 use ring::tap::params::{Params, Unfit};
-use ring::tap::shadow::{Op, Request, Shadow, StartError};
-use ring::tap::table::Entry;
+use ring::tap::shadow::{Op, PostedRequest, Shadow, StartError};
+use ring::tap::table::TagEntry;
 use rustix::event::{eventfd, EventfdFlags};
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::{pread, pwrite, read, write, Errno};
@@ -45,13 +45,13 @@ struct Inner {
 
 #[derive(Debug)]
 struct State {
-    shadow: Shadow<Vec<Entry>>,
+    shadow: Shadow<Vec<TagEntry>>,
     params: Option<Params>,
     features: u64,
     free: Vec<u16>,
-    answers: HashMap<u16, Status>,
+    answers: HashMap<u16, ResponseStatus>,
     /// The last request with each tag.
-    asked: HashMap<u16, Request>,
+    asked: HashMap<u16, PostedRequest>,
     /// See [`Fake::insist`].
     insists: bool,
     malformed: u64,
@@ -88,7 +88,7 @@ impl State {
     }
 
     fn ask_again(&mut self) {
-        let is_okay = |(_, status): &(&u16, &Status)| **status == Status::Okay;
+        let is_okay = |(_, status): &(&u16, &ResponseStatus)| **status == ResponseStatus::Okay;
         let okay = self.answers.iter().filter(is_okay).map(|(tag, _)| *tag);
         for tag in okay.collect::<Vec<_>>() {
             self.answers.remove(&tag);
@@ -107,7 +107,7 @@ impl Fake {
         };
         let count = usize::from(tags);
         let state = State {
-            shadow: Shadow::new(vec![Entry::FREE; count]),
+            shadow: Shadow::new(vec![TagEntry::FREE; count]),
             params: None,
             features: abi::FEATURES & !abi::FEATURE_URING_CMD,
             free: (0..tags).rev().collect(),
@@ -182,7 +182,7 @@ impl Fake {
         }
     }
 
-    /// From now on, or not any more, the guest asks at once again what is answered [`Status::Okay`], with the
+    /// From now on, or not any more, the guest asks at once again what is answered [`ResponseStatus::Okay`], with the
     /// same tag: it is never idle, however slowly its threads and those of the process get on.
     pub fn insist(&self, insists: bool) {
         self.lock().insists = insists;
@@ -265,7 +265,7 @@ impl Fake {
     /// If the request is larger than [`SLOT`], or not whole sectors.
     pub fn send(&self, op: Op, sector: u64, bytes: &[u8], fua: bool) -> io::Result<u16> {
         self.post(
-            Request {
+            PostedRequest {
                 op,
                 preflush: false,
                 fua,
@@ -279,7 +279,7 @@ impl Fake {
 
     /// As [`send`](Self::send), for operations that have a range and no data.
     pub fn send_range(&self, op: Op, sector: u64, sectors: u64) -> io::Result<u16> {
-        let request = Request {
+        let request = PostedRequest {
             op,
             preflush: false,
             fua: false,
@@ -291,7 +291,7 @@ impl Fake {
     }
 
     /// As [`send`](Self::send), whatever the request says; its segments are filled in.
-    pub fn post(&self, mut request: Request, bytes: &[u8]) -> io::Result<u16> {
+    pub fn post(&self, mut request: PostedRequest, bytes: &[u8]) -> io::Result<u16> {
         assert!(bytes.len() <= SLOT && bytes.len() % 512 == 0);
         let mut state = self.lock();
         let tag = loop {
@@ -300,7 +300,7 @@ impl Fake {
                 None => state = self.wait(state),
             }
         };
-        let pieces: Vec<Segment> = pieces(tag, bytes.len()).collect();
+        let pieces: Vec<TapSegment> = pieces(tag, bytes.len()).collect();
         request.segments = pieces.len() as u16;
         let mut rest = bytes;
         for piece in &pieces {
@@ -323,7 +323,7 @@ impl Fake {
 
     /// Waits for the answer of a request; the first `len` bytes of its data come along. The tag is
     /// free then.
-    pub fn answer(&self, tag: u16, len: usize) -> io::Result<(Status, Vec<u8>)> {
+    pub fn answer(&self, tag: u16, len: usize) -> io::Result<(ResponseStatus, Vec<u8>)> {
         let mut state = self.lock();
         let status = loop {
             if let Some(status) = state.answers.remove(&tag) {
@@ -566,9 +566,9 @@ impl Drop for FakeNode {
 }
 
 /// Where the first `len` bytes of a request are: the last piece of its slot comes first.
-fn pieces(tag: u16, len: usize) -> impl Iterator<Item = Segment> {
+fn pieces(tag: u16, len: usize) -> impl Iterator<Item = TapSegment> {
     let slot = usize::from(tag) * SLOT;
-    (0..len.div_ceil(PIECE)).map(move |number| Segment {
+    (0..len.div_ceil(PIECE)).map(move |number| TapSegment {
         // CAST: an arena is smaller than 4 GiB.
         offset: (slot + (SEGMENTS - 1 - number) * PIECE) as u32,
         len: (len - number * PIECE).min(PIECE) as u32,
@@ -580,7 +580,7 @@ fn segments_offset(tags: u16) -> usize {
 }
 
 fn segments_offset_of(tag: u16, tags: u16) -> usize {
-    segments_offset(tags) + usize::from(tag) * SEGMENTS * size_of::<Segment>()
+    segments_offset(tags) + usize::from(tag) * SEGMENTS * size_of::<TapSegment>()
 }
 
 fn descriptors_len(tags: u16) -> usize {

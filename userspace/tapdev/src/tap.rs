@@ -4,7 +4,7 @@
 use crate::request::{self, Malformed, Request};
 use crate::{records, Fence, Mapper, Node, Params};
 use diskio::{Data, Region};
-use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, TapSegment};
 use static_assertions::assert_not_impl_any;
 use std::cell::Cell;
 use std::io;
@@ -225,13 +225,13 @@ impl Tap {
             return None;
         }
         // `check` has found the whole table inside of the area.
-        let table =
-            self.info.segments_offset as usize + usize::from(tag) * stride * size_of::<Segment>();
+        let table = self.info.segments_offset as usize
+            + usize::from(tag) * stride * size_of::<TapSegment>();
         let segments = (0..usize::from(count)).map(|number| {
-            let mut bytes = [0; size_of::<Segment>()];
+            let mut bytes = [0; size_of::<TapSegment>()];
             self.descriptors
-                .read(table + number * size_of::<Segment>(), &mut bytes);
-            let segment: Segment = transmute!(bytes);
+                .read(table + number * size_of::<TapSegment>(), &mut bytes);
+            let segment: TapSegment = transmute!(bytes);
             (segment.offset as usize, segment.len as usize)
         });
         Data::new(&self.arena, segments)
@@ -243,7 +243,8 @@ fn check(info: &Info) -> Result<(), &'static str> {
     if info.version != abi::VERSION {
         return Err("the kernel module speaks another version of the interface: use a tapdisk of its release");
     }
-    let table = u64::from(info.tags) * u64::from(info.max_segments) * size_of::<Segment>() as u64;
+    let table =
+        u64::from(info.tags) * u64::from(info.max_segments) * size_of::<TapSegment>() as u64;
     let end = info.segments_offset.checked_add(table);
     let descs = u64::from(info.tags) * size_of::<Desc>() as u64;
     let fits = (1..=abi::MAX_TAGS).contains(&info.tags)

@@ -3,8 +3,8 @@
 
 use diskio::{Access, Errno, Region};
 use proptest::prelude::*;
-use ring::response::Status;
-use ring::tap::abi::{self, Claims, Completion, Desc, Info, Segment};
+use ring::response::ResponseStatus;
+use ring::tap::abi::{self, Claims, Completion, Desc, Info, TapSegment};
 use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pwrite;
@@ -77,13 +77,16 @@ fn requests_come_with_their_data_and_are_answered() {
         .map(|(r, result)| r.done(result))
         .collect();
     assert!(fetch(&tap, &commits).is_empty());
-    assert_eq!(fake.answer(write, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(write, 0).unwrap().0, ResponseStatus::Okay);
     assert_eq!(
         fake.answer(read, 1024).unwrap(),
-        (Status::Okay, bytes[1024..2048].to_vec())
+        (ResponseStatus::Okay, bytes[1024..2048].to_vec())
     );
-    assert_eq!(fake.answer(flush, 0).unwrap().0, Status::Error);
-    assert_eq!(fake.answer(discard, 0).unwrap().0, Status::NotSupported);
+    assert_eq!(fake.answer(flush, 0).unwrap().0, ResponseStatus::Error);
+    assert_eq!(
+        fake.answer(discard, 0).unwrap().0,
+        ResponseStatus::NotSupported
+    );
     assert_eq!(fake.malformed(), 0);
 }
 
@@ -106,7 +109,7 @@ fn request_of_a_dead_process_comes_again() {
     assert_eq!(fetch(&tap, &[request.returned()]), [tag]);
     let request = tap.request(tag).unwrap();
     fetch(&tap, &[request.done(Ok(()))]);
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
 }
 
 #[test]
@@ -307,8 +310,8 @@ proptest! {
         let desc = Desc { op, segments, sector, sectors, tag: said, generation: 9, ..Desc::default() };
         if tag < 8 {
             pwrite(&node.descriptors, desc.as_bytes(), u64::from(tag) * 64).unwrap();
-            let pieces: Vec<Segment> =
-                pieces.iter().map(|(offset, len)| Segment { offset: *offset, len: *len }).collect();
+            let pieces: Vec<TapSegment> =
+                pieces.iter().map(|(offset, len)| TapSegment { offset: *offset, len: *len }).collect();
             pwrite(&node.descriptors, pieces.as_bytes(), 512 + u64::from(tag) * 32).unwrap();
         }
         let tap = Tap::open(node).unwrap();

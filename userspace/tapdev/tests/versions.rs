@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Each side of the kernel's interface with the other one of the time before there were claims.
 
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{self, Claims, Completion, Desc, MapOp};
 use ring::tap::shadow::Op;
 use rustix::io::Errno;
@@ -62,7 +62,7 @@ fn a_process_of_before_is_served() {
         let (op, sector, sectors, done) = process.fetch();
         assert_eq!((op, sector, sectors), (number, 16, 8));
         assert_eq!(process.0.exchange(&[done], &mut []).unwrap(), 0);
-        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
     // The old process dies with a request, and a new one continues; then the other way around.
     let tag = fake.send(Op::Write, 0, &[7; 512], false).unwrap();
@@ -79,7 +79,7 @@ fn a_process_of_before_is_served() {
     let (op, _, _, done) = process.fetch();
     assert_eq!(op, 1);
     assert_eq!(process.0.exchange(&[done], &mut []).unwrap(), 0);
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     assert_eq!((fake.malformed(), fake.info().refused), (0, 0));
 }
 
@@ -104,7 +104,7 @@ fn a_process_of_now_serves_under_a_kernel_of_before() {
     let request = tap.request(tags[0]).unwrap();
     assert_eq!(request.kind, Kind::Discard { secure: false });
     assert_eq!(tap.exchange(&[request.done(Ok(()))], &mut []).unwrap(), 0);
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn what_cannot_be_fenced_fails() {
     assert_eq!(tap.request(tags[0]).unwrap().deliveries, 1);
     drop(tap);
     fake.fence();
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Error);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Error);
 }
 
 /// A mapping of the first half of the disk.

@@ -35,7 +35,7 @@
 //!
 //! The process that opens it may query it ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
 //! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes a [`Desc`] and its
-//! [`Segment`]s at the request's tag into the descriptor area, which the process can only read, and hands out the tag.
+//! [`TapSegment`]s at the request's tag into the descriptor area, which the process can only read, and hands out the tag.
 //! Data is in the arena. The process *commits* the request with a [`Completion`] that names the tag and the generation
 //! of its delivery.
 //!
@@ -139,7 +139,7 @@ pub struct Desc {
     zd::Immutable,
 )]
 #[repr(C)]
-pub struct Segment {
+pub struct TapSegment {
     /// Byte offset in the arena, a multiple of 512.
     pub offset: u32,
     /// Bytes, a multiple of 512 and not 0.
@@ -239,7 +239,7 @@ pub struct Info {
     pub poison_sectors: u64,
     /// Its `OP_*`.
     pub poison_op: u32,
-    /// Requests that failed because processes died of them ([`Create::max_deaths`]).
+    /// Requests that failed because processes died of them ([`CreateCommand::max_deaths`]).
     pub poisoned: u32,
     /// Requests that the process gets one at a time, because earlier ones died with them.
     pub isolated: u32,
@@ -380,7 +380,7 @@ pub const STATE_RECOVERING: u32 = 4;
     zd::Immutable,
 )]
 #[repr(C)]
-pub struct Create {
+pub struct CreateCommand {
     /// [`VERSION`] as the caller knows it.
     pub version: u32,
     /// In: the number of the node to create, or `u32::MAX` for any. Out: the number of the node.
@@ -578,7 +578,7 @@ const _: () = {
     assert!(offset_of!(Desc, sequence) == 24 && offset_of!(Desc, arrived_ns) == 32);
     assert!(offset_of!(Desc, tag) == 40 && offset_of!(Desc, queue) == 42);
     assert!(offset_of!(Desc, deliveries) == 44 && offset_of!(Desc, reserved) == 48);
-    assert!(offset_of!(Segment, offset) == 0 && offset_of!(Segment, len) == 4);
+    assert!(offset_of!(TapSegment, offset) == 0 && offset_of!(TapSegment, len) == 4);
     assert!(offset_of!(Completion, tag) == 0 && offset_of!(Completion, flags) == 2);
     assert!(offset_of!(Completion, generation) == 4 && offset_of!(Completion, result) == 8);
     assert!(offset_of!(Exchange, commits) == 0 && offset_of!(Exchange, tags) == 16);
@@ -586,11 +586,11 @@ const _: () = {
 
 const _: () = {
     assert!(size_of::<Desc>() == 64);
-    assert!(size_of::<Segment>() == 8);
+    assert!(size_of::<TapSegment>() == 8);
     assert!(size_of::<Completion>() == 16);
     assert!(size_of::<Info>() == 184);
     assert!(size_of::<Claims>() == 32);
-    assert!(size_of::<Create>() == 48);
+    assert!(size_of::<CreateCommand>() == 48);
     assert!(size_of::<Destroy>() == 8);
     assert!(size_of::<Buffer>() == 16);
     assert!(size_of::<Exchange>() == 32);
@@ -644,9 +644,9 @@ pub mod ioctl {
         kind == b'x' as u32 && (kept || nr == EXCHANGE & 0xff && size == 48)
     }
 
-    /// Control node: [`Create`]. Needs `CAP_SYS_ADMIN`, as all ioctls of the control node but
+    /// Control node: [`CreateCommand`]. Needs `CAP_SYS_ADMIN`, as all ioctls of the control node but
     /// [`QUERY`] and [`MAPPED`].
-    pub const CREATE: u32 = number::<Create>(READ | WRITE, 0x00);
+    pub const CREATE: u32 = number::<CreateCommand>(READ | WRITE, 0x00);
     /// Control node: [`Destroy`].
     pub const DESTROY: u32 = number::<Destroy>(WRITE, 0x01);
     /// Control node: fills an [`Info`] whose `minor` names the node; `ENOENT` if there is none.
@@ -669,7 +669,7 @@ pub mod ioctl {
     /// this describes the disk; afterwards it resizes it.
     pub const SET_PARAMS: u32 = number::<Buffer>(WRITE, 0x11);
     /// Disk node: the requests that the last process had are not to blame for its end, for example because the
-    /// administrator killed it (see [`Create::max_deaths`]). Before the start.
+    /// administrator killed it (see [`CreateCommand::max_deaths`]). Before the start.
     pub const EXCUSE: u32 = number::<()>(NONE, 0x14);
     /// Disk node: [`Claims`]; its number does not contain the size. Allowed before the start, or after it with no
     /// request in hand, which revokes the start; `EINVAL` otherwise. The last claim counts, except for the time of
@@ -678,7 +678,7 @@ pub mod ioctl {
     /// Disk node: starts the delivery of requests, those of an earlier process first. `EOPNOTSUPP` if the process lacks
     /// an operation that guests may ask for, `EINVAL` if the disk is not described or started already. It can be
     /// repeated after a start that was refused, and after a further [`CLAIM`]; deaths of the process before
-    /// ([`Create::max_deaths`]) count at the first one.
+    /// ([`CreateCommand::max_deaths`]) count at the first one.
     pub const START: u32 = number::<()>(NONE, 0x12);
     /// Disk node: [`Exchange`].
     pub const EXCHANGE: u32 = number::<Exchange>(READ | WRITE, 0x13);

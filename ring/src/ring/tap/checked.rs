@@ -6,9 +6,9 @@
 //! type is used.
 
 use crate::ring::numbers::DiskTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use crate::ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 
 /// Largest negative `errno` that a completion may carry.
 const MAX_ERRNO: i32 = 4095;
@@ -52,9 +52,9 @@ fn zero<const N: usize, T: Copy + Default + PartialEq>(fields: [T; N]) -> Result
 
 /// Fate of a delivered request, as the process reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RequestOutcome {
     /// It was executed, with this result for the guest.
-    Finished(Status),
+    Finished(ResponseStatus),
     /// It was not executed; the kernel delivers it again.
     Returned,
 }
@@ -67,7 +67,7 @@ pub struct Commit {
     /// Its delivery.
     pub generation: u32,
     /// The result.
-    pub outcome: Outcome,
+    pub outcome: RequestOutcome,
 }
 
 impl abi::Completion {
@@ -75,9 +75,9 @@ impl abi::Completion {
     pub fn check(&self) -> Result<Commit, Malformed> {
         zero([self.reserved])?;
         let outcome = match (self.flags, self.result) {
-            (0, 0) => Outcome::Finished(Status::Okay),
-            (0, result) => Outcome::Finished(failure(result)?),
-            (abi::COMPLETION_RETURNED, 0) => Outcome::Returned,
+            (0, 0) => RequestOutcome::Finished(ResponseStatus::Okay),
+            (0, result) => RequestOutcome::Finished(failure(result)?),
+            (abi::COMPLETION_RETURNED, 0) => RequestOutcome::Returned,
             (abi::COMPLETION_RETURNED, _) => return Err(Malformed::Range),
             (abi::kept::COMPLETION_RETRY_LATER, _) => return Err(Malformed::Unknown),
             _ => return Err(Malformed::Flags),
@@ -90,10 +90,10 @@ impl abi::Completion {
     }
 }
 
-fn failure(result: i32) -> Result<Status, Malformed> {
+fn failure(result: i32) -> Result<ResponseStatus, Malformed> {
     match result.checked_neg() {
-        Some(EOPNOTSUPP) => Ok(Status::NotSupported),
-        Some(1..=MAX_ERRNO) => Ok(Status::Error),
+        Some(EOPNOTSUPP) => Ok(ResponseStatus::NotSupported),
+        Some(1..=MAX_ERRNO) => Ok(ResponseStatus::Error),
         _ => Err(Malformed::Range),
     }
 }
@@ -111,7 +111,7 @@ pub struct NewDisk {
     pub max_deaths: u8,
 }
 
-impl abi::Create {
+impl abi::CreateCommand {
     /// Checks the request for a disk.
     pub fn check(&self) -> Result<NewDisk, Malformed> {
         if self.version != abi::VERSION {
@@ -306,7 +306,7 @@ pub enum MapChange {
     /// Maps an extent.
     Set {
         /// The extent.
-        extent: Extent,
+        extent: DataExtent,
         /// Generation of the mappings that the process knew when it looked up the range.
         generation: u32,
     },
@@ -351,10 +351,10 @@ impl abi::MapOp {
         const READ_WRITE: u8 = abi::MAP_READ | abi::MAP_WRITE;
         const ZEROES: u8 = abi::MAP_READ | abi::MAP_ZERO;
         let (source, access) = match self.flags {
-            abi::MAP_READ => (self.check_backing()?, Access::Read),
-            READ_WRITE => (self.check_backing()?, Access::ReadWrite),
+            abi::MAP_READ => (self.check_backing()?, ExtentAccess::Read),
+            READ_WRITE => (self.check_backing()?, ExtentAccess::ReadWrite),
             ZEROES if self.backing == abi::MAP_NO_BACKING && self.offset == 0 => {
-                (Source::Zeroes, Access::Read)
+                (Source::Zeroes, ExtentAccess::Read)
             }
             ZEROES => return Err(Malformed::Range),
             flags if flags & abi::MAP_TRACK != 0 => return Err(Malformed::Unknown),
@@ -367,7 +367,7 @@ impl abi::MapOp {
             return Err(Malformed::Range);
         }
         Ok(MapChange::Set {
-            extent: Extent {
+            extent: DataExtent {
                 range,
                 place,
                 source,

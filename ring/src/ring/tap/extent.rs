@@ -100,7 +100,7 @@ impl Source {
 
 /// Access to an extent that needs no process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum ExtentAccess {
     /// Read it.
     Read,
     /// Also write it where it is, which changes nothing but the data.
@@ -109,7 +109,7 @@ pub enum Access {
 
 /// Where the data of a range is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
+pub struct DataExtent {
     /// The range of the disk.
     pub range: Sectors,
     /// The first sector in the source; 0 and without a meaning for zeroes.
@@ -117,16 +117,16 @@ pub struct Extent {
     /// Storage that holds the data.
     pub source: Source,
     /// Permitted access.
-    pub access: Access,
+    pub access: ExtentAccess,
 }
 
-impl Extent {
+impl DataExtent {
     /// Placeholder of an unused entry.
     pub const NOTHING: Self = Self {
         range: Sectors::ALL,
         place: 0,
         source: Source::Zeroes,
-        access: Access::Read,
+        access: ExtentAccess::Read,
     };
 
     /// Returns the part of the extent that is in a range, with the place of that part.

@@ -6,14 +6,14 @@
 //! also when the process is dead. These rules hold whatever the process does:
 //!
 //! - An extent lies inside the disk and inside a backing that the disk has, allows no more than both, and is aligned in
-//!   the backing as it is on the disk. [`Map::translate`] returns parts of such extents, in whole blocks of the
+//!   the backing as it is on the disk. [`ExtentMap::translate`] returns parts of such extents, in whole blocks of the
 //!   backing.
 //! - Two extents do not overlap. A different extent for a range replaces the old one unless that is writable: the
 //!   process must recall a writable one first, because writes to it may be in flight.
 //! - A lookup that predates a change of the range is refused: each change has a generation, and the process names with
-//!   each extent the generation that it knew ([`Map::set`]).
+//!   each extent the generation that it knew ([`ExtentMap::set`]).
 //! - A write that the process executes may move the data (copy on write), and a discard may do anything. Both change
-//!   the range twice: when the process gets the request and when it answers ([`Map::written`], [`Map::recall`]),
+//!   the range twice: when the process gets the request and when it answers ([`ExtentMap::written`], [`ExtentMap::recall`]),
 //!   because a lookup in between may see the old or the new place.
 //! - Any extent may be forgotten at any time. So the map needs no more memory than the caller gave it, forgets extents
 //!   where that is easier, and no call fails for lack of memory.
@@ -29,16 +29,16 @@ pub mod tree;
 use core::ops::DerefMut;
 
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use crate::ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 use recent::Recent;
-use tree::{Leaf, Slot, Tree};
+use tree::{Leaf, LeafSlot, Tree};
 
 /// Maximum number of extents that one may replace. For more, the process must recall the range first.
 pub const MAX_REPLACED: usize = 64;
 
 /// A file or block device behind the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct MapBacking {
     /// Its size in sectors of 512 bytes.
     pub sectors: u64,
     /// Sectors of its block, the unit of reads and writes: a power of two.
@@ -47,7 +47,7 @@ pub struct Backing {
     pub writable: bool,
 }
 
-impl Backing {
+impl MapBacking {
     /// Returns true if the number of sectors is whole blocks.
     fn whole(&self, sectors: u64) -> bool {
         let mask = u64::from(self.block).wrapping_sub(1);
@@ -59,7 +59,7 @@ impl Backing {
 
 /// Reason that the map did not take an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum RefusedExtent {
     /// The range has changed since the process looked, or the map does not remember that far back.
     Stale,
     /// The extent reaches beyond the end of the disk.
@@ -103,10 +103,10 @@ pub enum Miss {
 
 /// The map of one disk. `S` and `L` are the memory: as many slots as leaves.
 #[derive(Clone, Debug)]
-pub struct Map<S, L> {
+pub struct ExtentMap<S, L> {
     tree: Tree<S, L>,
     recent: Recent,
-    backings: [Option<Backing>; abi::MAX_BACKINGS as usize],
+    backings: [Option<MapBacking>; abi::MAX_BACKINGS as usize],
     /// The size of the disk.
     sectors: u64,
     /// Guests may write the disk.
@@ -115,7 +115,7 @@ pub struct Map<S, L> {
     flushes: bool,
 }
 
-impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
+impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> ExtentMap<S, L> {
     /// Returns the map of a disk of `sectors` sectors, without backings and extents. Overwrites the memory; uses at
     /// most [`tree::MAX_LEAVES`] leaves.
     pub fn new(slots: S, leaves: L, sectors: u64, writable: bool) -> Self {
@@ -135,7 +135,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     }
 
     /// Returns all extents, in the order of the disk.
-    pub fn extents(&self) -> impl Iterator<Item = &Extent> {
+    pub fn extents(&self) -> impl Iterator<Item = &DataExtent> {
         self.tree.within(&Sectors::ALL)
     }
 
@@ -171,9 +171,9 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     pub fn translate(
         &mut self,
         range: &Sectors,
-        access: Access,
+        access: ExtentAccess,
         most: usize,
-        mut each: impl FnMut(&Extent),
+        mut each: impl FnMut(&DataExtent),
     ) -> Result<(), Miss> {
         let mut position = self.tree.find_again(range.start());
         let mut rest = *range;
@@ -198,8 +198,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         Err(Miss::Pieces)
     }
 
-    fn allow(&self, piece: &Extent, access: Access) -> Result<(), Miss> {
-        if access == Access::ReadWrite && piece.access == Access::Read {
+    fn allow(&self, piece: &DataExtent, access: ExtentAccess) -> Result<(), Miss> {
+        if access == ExtentAccess::ReadWrite && piece.access == ExtentAccess::Read {
             return Err(Miss::ReadOnly);
         }
         let Source::Backing(number) = piece.source else {
@@ -215,18 +215,18 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         }
     }
 
-    fn backing(&self, number: BackingNumber) -> Option<&Backing> {
+    fn backing(&self, number: BackingNumber) -> Option<&MapBacking> {
         self.backings.get(number.index())?.as_ref()
     }
 }
 
 /// Calls and requests of the process.
-impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
+impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> ExtentMap<S, L> {
     /// Takes an extent that the process looked up when it knew `generation`.
-    pub fn set(&mut self, extent: &Extent, generation: u32) -> Result<(), Refused> {
+    pub fn set(&mut self, extent: &DataExtent, generation: u32) -> Result<(), RefusedExtent> {
         self.check(extent)?;
         if !self.recent.is_unchanged(&extent.range, generation) {
-            return Err(Refused::Stale);
+            return Err(RefusedExtent::Stale);
         }
         let mut replaced = 0usize;
         for other in self.tree.within(&extent.range) {
@@ -236,10 +236,10 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
                 continue;
             }
             if replaced >= MAX_REPLACED {
-                return Err(Refused::Crowded);
+                return Err(RefusedExtent::Crowded);
             }
-            if other.access == Access::ReadWrite && !other.same_place(extent) {
-                return Err(Refused::Writable);
+            if other.access == ExtentAccess::ReadWrite && !other.same_place(extent) {
+                return Err(RefusedExtent::Writable);
             }
             replaced = replaced.wrapping_add(1);
         }
@@ -258,8 +258,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     }
 
     /// Makes a flush of the disk a flush of its only backing, until everything is recalled.
-    pub fn set_flush(&mut self) -> Result<(), Refused> {
-        self.only_backing().ok_or(Refused::NoBacking)?;
+    pub fn set_flush(&mut self) -> Result<(), RefusedExtent> {
+        self.only_backing().ok_or(RefusedExtent::NoBacking)?;
         self.flushes = true;
         Ok(())
     }
@@ -297,7 +297,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
     /// Returns true if all extents of a range are writable, as far as a short search can tell.
     fn stays(&self, range: &Sectors) -> bool {
         let mut extents = self.tree.within(range).enumerate();
-        extents.all(|(count, extent)| count < MAX_REPLACED && extent.access == Access::ReadWrite)
+        extents
+            .all(|(count, extent)| count < MAX_REPLACED && extent.access == ExtentAccess::ReadWrite)
     }
 
     /// Forgets all extents, because another process begins.
@@ -307,35 +308,35 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
         self.flushes = false;
     }
 
-    fn check(&self, extent: &Extent) -> Result<(), Refused> {
+    fn check(&self, extent: &DataExtent) -> Result<(), RefusedExtent> {
         if extent.range.end() > self.sectors {
-            return Err(Refused::OutsideDisk);
+            return Err(RefusedExtent::OutsideDisk);
         }
-        let writes = extent.access == Access::ReadWrite;
+        let writes = extent.access == ExtentAccess::ReadWrite;
         let Source::Backing(number) = extent.source else {
             return if writes {
-                Err(Refused::ReadOnly)
+                Err(RefusedExtent::ReadOnly)
             } else {
                 Ok(())
             };
         };
-        let backing = self.backing(number).ok_or(Refused::NoBacking)?;
+        let backing = self.backing(number).ok_or(RefusedExtent::NoBacking)?;
         let end = extent.place.checked_add(extent.range.count());
         if end.is_none_or(|end| end > backing.sectors) {
-            return Err(Refused::OutsideBacking);
+            return Err(RefusedExtent::OutsideBacking);
         }
         if !backing.whole(extent.place ^ extent.range.start()) {
-            return Err(Refused::Unaligned);
+            return Err(RefusedExtent::Unaligned);
         }
         if writes && !(backing.writable && self.writable) {
-            return Err(Refused::ReadOnly);
+            return Err(RefusedExtent::ReadOnly);
         }
         Ok(())
     }
 }
 
 /// Changes of the disk.
-impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
+impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> ExtentMap<S, L> {
     /// Sets a new size of the disk.
     pub fn resize(&mut self, sectors: u64) {
         self.sectors = sectors;
@@ -346,7 +347,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Map<S, L> {
 
     /// Adds a backing. Returns `false` if the disk has one of this number.
     #[must_use]
-    pub fn add_backing(&mut self, number: BackingNumber, backing: Backing) -> bool {
+    pub fn add_backing(&mut self, number: BackingNumber, backing: MapBacking) -> bool {
         match self.backings.get_mut(number.index()) {
             Some(place @ None) => *place = Some(backing),
             _ => return false,

@@ -8,32 +8,32 @@
 //! writes are kept apart, because a read looks for writes only.
 
 use crate::ring::numbers::DiskTag;
-use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, LEVELS};
+use crate::ring::tap::table::{next, prev, Link, ListNode, TagEntry, TagList, LEVELS};
 
 /// Granules of both sizes, as powers of two of sectors: 32 KiB and 2 MiB.
 const GRANULES: [u32; LEVELS] = [6, 12];
 
 /// The two kinds of ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RangeKind {
     Read,
     Write,
 }
 
-impl Kind {
-    fn of(entry: &Entry) -> Self {
+impl RangeKind {
+    fn of(entry: &TagEntry) -> Self {
         if writes(entry.op) {
-            Kind::Write
+            RangeKind::Write
         } else {
-            Kind::Read
+            RangeKind::Read
         }
     }
 
     /// Returns the kinds of earlier requests that one of this kind must wait for.
-    fn opposed(self) -> &'static [Kind] {
+    fn opposed(self) -> &'static [RangeKind] {
         match self {
-            Kind::Read => &[Kind::Write],
-            Kind::Write => &[Kind::Write, Kind::Read],
+            RangeKind::Read => &[RangeKind::Write],
+            RangeKind::Write => &[RangeKind::Write, RangeKind::Read],
         }
     }
 }
@@ -45,7 +45,7 @@ pub(super) fn writes(op: u8) -> bool {
 }
 
 /// Returns true if one of the two must wait for the other.
-fn conflict(one: &Entry, other: &Entry) -> bool {
+fn conflict(one: &TagEntry, other: &TagEntry) -> bool {
     one.sector < other.end && other.sector < one.end && (writes(one.op) || writes(other.op))
 }
 
@@ -59,7 +59,7 @@ enum Home {
 struct PerKind {
     /// Number of ranges of each level.
     held: [u16; LEVELS],
-    wide: List,
+    wide: TagList,
 }
 
 /// The index.
@@ -78,7 +78,7 @@ impl Overlap {
             shift: u64::BITS.wrapping_sub(bits),
             kinds: [PerKind {
                 held: [0; LEVELS],
-                wide: List::EMPTY,
+                wide: TagList::EMPTY,
             }; 2],
         }
     }
@@ -90,7 +90,7 @@ impl Overlap {
         hash.checked_shr(self.shift).unwrap_or(0) as usize
     }
 
-    fn home(entry: &Entry) -> Option<Home> {
+    fn home(entry: &TagEntry) -> Option<Home> {
         let sectors = entry.end.checked_sub(entry.sector).filter(|n| *n > 0)?;
         let fits = |bits: &u32| sectors <= 1u64.wrapping_shl(*bits);
         Some(
@@ -102,41 +102,41 @@ impl Overlap {
     }
 
     /// Returns the buckets of the first and the last granule of a range.
-    fn ends(&self, entry: &Entry, level: usize) -> (usize, usize) {
+    fn ends(&self, entry: &TagEntry, level: usize) -> (usize, usize) {
         let bits = GRANULES.get(level).copied().unwrap_or(0);
         let granules = granules(entry, bits);
         (self.bucket(*granules.start()), self.bucket(*granules.end()))
     }
 
     /// Adds the range of a request that is later than all in the index.
-    pub(super) fn insert(&mut self, entries: &mut [Entry], tag: DiskTag) {
-        self.change(entries, tag, 1, List::push_front);
+    pub(super) fn insert(&mut self, entries: &mut [TagEntry], tag: DiskTag) {
+        self.change(entries, tag, 1, TagList::push_front);
     }
 
     /// Removes the range of a request that was added.
-    pub(super) fn remove(&mut self, entries: &mut [Entry], tag: DiskTag) {
-        self.change(entries, tag, u16::MAX, List::remove);
+    pub(super) fn remove(&mut self, entries: &mut [TagEntry], tag: DiskTag) {
+        self.change(entries, tag, u16::MAX, TagList::remove);
     }
 
     /// Applies a function to the lists to which a range belongs, and adds to their number.
     fn change(
         &mut self,
-        entries: &mut [Entry],
+        entries: &mut [TagEntry],
         tag: DiskTag,
         by: u16,
-        apply: impl Fn(&mut List, &mut [Entry], Node),
+        apply: impl Fn(&mut TagList, &mut [TagEntry], ListNode),
     ) {
         let Some(entry) = entries.get(tag.index()) else {
             return;
         };
-        let (kind, home) = (Kind::of(entry) as usize, Self::home(entry));
+        let (kind, home) = (RangeKind::of(entry) as usize, Self::home(entry));
         let Some(lists) = self.kinds.get_mut(kind) else {
             return;
         };
         let level = match home {
             None => return,
             Some(Home::Wide) => {
-                return apply(&mut lists.wide, entries, Node::new(tag, Link::First));
+                return apply(&mut lists.wide, entries, ListNode::new(tag, Link::First));
             }
             Some(Home::Level(level)) => level,
         };
@@ -152,7 +152,7 @@ impl Overlap {
             else {
                 return;
             };
-            apply(&mut list, entries, Node::new(tag, link));
+            apply(&mut list, entries, ListNode::new(tag, link));
             if let Some(home) = entries.get_mut(bucket).and_then(|e| e.bucket(kind, level)) {
                 *home = list;
             }
@@ -167,7 +167,7 @@ impl Overlap {
     /// allows. It may become 0 here, but the search is finished.
     pub(super) fn blocker(
         &self,
-        entries: &[Entry],
+        entries: &[TagEntry],
         tag: DiskTag,
         steps: &mut u32,
     ) -> Option<DiskTag> {
@@ -180,10 +180,10 @@ impl Overlap {
         };
         if let Home::Wide = Self::home(entry)? {
             // A range of this kind overlaps most others, and there are few: examine all.
-            search.walk(prev(entries, Node::new(tag, Link::Order)), prev);
+            search.walk(prev(entries, ListNode::new(tag, Link::Order)), prev);
             return search.latest.map(|(_, tag)| tag);
         }
-        let opposed = Kind::of(entry).opposed();
+        let opposed = RangeKind::of(entry).opposed();
         for kind in opposed {
             let wide = self.kinds.get(*kind as usize).map(|kind| kind.wide);
             search.walk(wide.and_then(|list| list.first()), next);
@@ -199,14 +199,14 @@ impl Overlap {
                 for kind in opposed {
                     let levels = home.buckets.get(*kind as usize);
                     let list = levels.and_then(|levels| levels.get(level));
-                    search.walk(list.and_then(List::first), next);
+                    search.walk(list.and_then(TagList::first), next);
                 }
             }
         }
         search.latest.map(|(_, tag)| tag)
     }
 
-    fn held(&self, kind: Kind, level: usize) -> u16 {
+    fn held(&self, kind: RangeKind, level: usize) -> u16 {
         let kind = self.kinds.get(kind as usize);
         let held = kind.and_then(|kind| kind.held.get(level));
         held.copied().unwrap_or(0)
@@ -215,15 +215,19 @@ impl Overlap {
 
 /// A search for the latest of the requests that one must wait for.
 struct Search<'a> {
-    entries: &'a [Entry],
-    entry: &'a Entry,
+    entries: &'a [TagEntry],
+    entry: &'a TagEntry,
     latest: Option<(u64, DiskTag)>,
     steps: &'a mut u32,
 }
 
 impl Search<'_> {
     /// Searches a list in which later requests come first.
-    fn walk(&mut self, from: Option<Node>, onward: impl Fn(&[Entry], Node) -> Option<Node>) {
+    fn walk(
+        &mut self,
+        from: Option<ListNode>,
+        onward: impl Fn(&[TagEntry], ListNode) -> Option<ListNode>,
+    ) {
         *self.steps = self.steps.saturating_sub(1);
         let mut at = from;
         while let Some(node) = at {
@@ -244,15 +248,15 @@ impl Search<'_> {
     }
 }
 
-impl Entry {
+impl TagEntry {
     /// Returns a bucket that this entry lends to the index.
-    fn bucket(&mut self, kind: usize, level: usize) -> Option<&mut List> {
+    fn bucket(&mut self, kind: usize, level: usize) -> Option<&mut TagList> {
         self.buckets.get_mut(kind)?.get_mut(level)
     }
 }
 
 /// Returns the granules that a range touches; it must not be empty.
-fn granules(entry: &Entry, bits: u32) -> core::ops::RangeInclusive<u64> {
+fn granules(entry: &TagEntry, bits: u32) -> core::ops::RangeInclusive<u64> {
     let last = entry.end.wrapping_sub(1);
     entry.sector.wrapping_shr(bits)..=last.wrapping_shr(bits)
 }

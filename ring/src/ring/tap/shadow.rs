@@ -44,13 +44,13 @@ mod order;
 use core::ops::DerefMut;
 
 use crate::ring::numbers::DiskTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi;
-use crate::ring::tap::checked::{Claimed, Commit, Outcome};
+use crate::ring::tap::checked::{Claimed, Commit, RequestOutcome};
 use crate::ring::tap::map::Miss;
 use crate::ring::tap::overlap::Overlap;
-use crate::ring::tap::table::{next, Entry, Link, List, Node, State, Suspicion};
-use direct::{Executed, NoMap, Places};
+use crate::ring::tap::table::{next, Link, ListNode, Suspicion, TagEntry, TagList, TagState};
+use direct::{Executed, MapLookup, NoMap};
 use ending::Settling;
 use isolation::Isolation;
 
@@ -94,7 +94,7 @@ impl Op {
 /// A request whose data and segments are in place: the segments at its tag in the descriptor area, and the bytes of a
 /// write in the arena. Neither may change any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct PostedRequest {
     /// Operation.
     pub op: Op,
     /// Writes that were answered before must be durable before this is executed.
@@ -192,7 +192,7 @@ enum Phase {
 const fn crosses_threads<T: Send + Sync>() {}
 
 // The kernel keeps a shadow behind a lock that all threads of a disk take.
-const _: () = crosses_threads::<Shadow<[Entry; 1]>>();
+const _: () = crosses_threads::<Shadow<[TagEntry; 1]>>();
 
 /// The shadow of one disk. `S` is the memory: one entry for each tag. `M` is the map: it names requests that need no
 /// process.
@@ -202,16 +202,16 @@ pub struct Shadow<S, M = NoMap> {
     phase: Phase,
     epoch: u64,
     sequence: u64,
-    order: List,
-    pending: List,
+    order: TagList,
+    pending: TagList,
     /// For the process, with nothing in the way.
-    missed: List,
+    missed: TagList,
     /// In the order of delivery.
-    delivered: List,
+    delivered: TagList,
     /// By queue: for its thread, with nothing in the way.
-    ready: [List; MAX_QUEUES],
+    ready: [TagList; MAX_QUEUES],
     /// By queue.
-    done: [List; MAX_QUEUES],
+    done: [TagList; MAX_QUEUES],
     overlap: Overlap,
     waiting: u32,
     held: u32,
@@ -233,7 +233,7 @@ pub struct Shadow<S, M = NoMap> {
     executed: Executed,
 }
 
-impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
+impl<S: DerefMut<Target = [TagEntry]>> Shadow<S> {
     /// Returns the shadow of a disk without requests that no process has opened; all of its requests go to the process.
     /// Overwrites `entries`; does not use entries beyond [`abi::MAX_TAGS`].
     pub fn new(entries: S) -> Self {
@@ -241,22 +241,22 @@ impl<S: DerefMut<Target = [Entry]>> Shadow<S> {
     }
 }
 
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Returns a shadow like [`new`](Shadow::new), with a map of what is executed without the process.
     pub fn with_map(mut entries: S, map: M) -> Self {
-        entries.fill(Entry::FREE);
+        entries.fill(TagEntry::FREE);
         let overlap = Overlap::new(entries.len().min(abi::MAX_TAGS as usize));
         Self {
             entries,
             phase: Phase::Idle,
             epoch: 0,
             sequence: 0,
-            order: List::EMPTY,
-            pending: List::EMPTY,
-            missed: List::EMPTY,
-            delivered: List::EMPTY,
-            ready: [List::EMPTY; MAX_QUEUES],
-            done: [List::EMPTY; MAX_QUEUES],
+            order: TagList::EMPTY,
+            pending: TagList::EMPTY,
+            missed: TagList::EMPTY,
+            delivered: TagList::EMPTY,
+            ready: [TagList::EMPTY; MAX_QUEUES],
+            done: [TagList::EMPTY; MAX_QUEUES],
             overlap,
             waiting: 0,
             held: 0,
@@ -276,11 +276,11 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     // An entry beyond the tags is always free, because nothing is posted there.
-    fn get(&self, tag: DiskTag) -> Option<&Entry> {
+    fn get(&self, tag: DiskTag) -> Option<&TagEntry> {
         self.entries.get(tag.index())
     }
 
-    fn get_mut(&mut self, tag: DiskTag) -> Option<&mut Entry> {
+    fn get_mut(&mut self, tag: DiskTag) -> Option<&mut TagEntry> {
         self.entries.get_mut(tag.index())
     }
 
@@ -342,7 +342,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 }
 
 /// Calls of the process.
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Opens the disk for a process. Returns its epoch, which its calls carry.
     pub fn opened(&mut self) -> Result<u64, OpenError> {
         match self.phase {
@@ -442,14 +442,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     pub fn commit(&mut self, epoch: u64, commit: &Commit) -> Committed {
         let served = self.phase == Phase::Live && epoch == self.epoch;
         let meant = self.get(commit.tag).filter(|entry| {
-            served && entry.state == State::Delivered && entry.generation == commit.generation
+            served && entry.state == TagState::Delivered && entry.generation == commit.generation
         });
         let Some((orphan, queue)) = meant.map(|entry| (entry.orphan, entry.queue)) else {
             self.refused = self.refused.wrapping_add(1);
             return Committed::Refused;
         };
         self.delivered
-            .remove(&mut self.entries, Node::new(commit.tag, Link::State));
+            .remove(&mut self.entries, ListNode::new(commit.tag, Link::State));
         self.held = self.held.wrapping_sub(1);
         self.note_change(commit.tag);
         if orphan {
@@ -459,12 +459,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             return Committed::Released;
         }
         match commit.outcome {
-            Outcome::Returned => {
+            RequestOutcome::Returned => {
                 self.waiting = self.waiting.wrapping_add(1);
                 self.wait(commit.tag, None);
                 Committed::Returned
             }
-            Outcome::Finished(status) => {
+            RequestOutcome::Finished(status) => {
                 self.committed = self.committed.wrapping_add(1);
                 self.isolation.answered();
                 self.finish(commit.tag, status);
@@ -475,7 +475,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 }
 
 /// Calls of the queues.
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Sets the operations that guests may ask for, one bit for each. The caller does this before it posts anything and
     /// before a process is served, because guests rely on it from then on.
     pub fn offer(&mut self, operations: u64) {
@@ -487,7 +487,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         &mut self,
         tag: DiskTag,
         queue: u16,
-        request: &Request,
+        request: &PostedRequest,
         now: u64,
     ) -> Result<(), PostError> {
         if usize::from(queue) >= MAX_QUEUES || u32::from(tag.number()) >= self.tags() {
@@ -498,7 +498,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
         let ordered = self.replaying > 0;
         let entry = self.get_mut(tag).ok_or(PostError::OutOfRange)?;
-        if entry.state != State::Free {
+        if entry.state != TagState::Free {
             return Err(PostError::InUse);
         }
         let flag = |on: bool, flag: u8| if on { flag } else { 0 };
@@ -522,7 +522,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// Yields at most `max` results of a queue's requests and frees their tags. Returns the number of results.
-    pub fn reap(&mut self, queue: u16, max: usize, mut each: impl FnMut(DiskTag, Status)) -> usize {
+    pub fn reap(
+        &mut self,
+        queue: u16,
+        max: usize,
+        mut each: impl FnMut(DiskTag, ResponseStatus),
+    ) -> usize {
         let mut count = 0usize;
         let Some(list) = self.done.get_mut(usize::from(queue)) else {
             return count;
@@ -532,9 +537,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
                 break;
             };
             list.remove(&mut self.entries, node);
-            let mut status = Status::Error;
+            let mut status = ResponseStatus::Error;
             if let Some(entry) = self.entries.get_mut(node.tag().index()) {
-                entry.state = State::Free;
+                entry.state = TagState::Free;
                 status = entry.status;
             }
             each(node.tag(), status);
@@ -574,7 +579,8 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         while let Some(node) = at {
             at = next(&self.entries, node);
             let entry = self.get_mut(node.tag());
-            let left = |e: &Entry| e.queue == queue && !e.orphan && e.state == State::Delivered;
+            let left =
+                |e: &TagEntry| e.queue == queue && !e.orphan && e.state == TagState::Delivered;
             if let Some(entry) = entry.filter(|entry| left(entry)) {
                 entry.orphan = true;
                 count = count.wrapping_add(1);
@@ -610,13 +616,13 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 }
 
 /// Internals of the calls.
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Turns a pending request into a delivered one.
     fn hand_out(&mut self, tag: DiskTag, now: u64) -> Option<abi::Desc> {
         self.unlist(tag);
         self.note_change(tag);
         let entry = self.get_mut(tag)?;
-        entry.state = State::Delivered;
+        entry.state = TagState::Delivered;
         entry.delivered_ns = now;
         entry.generation = entry.generation.wrapping_add(1);
         let again = entry.flags & abi::DESC_REPLAY != 0;
@@ -637,7 +643,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             reserved: [0; 4],
         };
         self.delivered
-            .push_back(&mut self.entries, Node::new(tag, Link::State));
+            .push_back(&mut self.entries, ListNode::new(tag, Link::State));
         if desc.deliveries == 1 {
             self.executed.count_miss(miss);
         }
@@ -659,26 +665,26 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     fn fail(&mut self, tag: DiskTag) {
         self.unlist(tag);
         self.waiting = self.waiting.wrapping_sub(1);
-        self.finish(tag, Status::Error);
+        self.finish(tag, ResponseStatus::Error);
     }
 
     /// Gives a result to a request that is in no list of a state.
-    fn finish(&mut self, tag: DiskTag, status: Status) {
+    fn finish(&mut self, tag: DiskTag, status: ResponseStatus) {
         self.forget(tag);
         let Some(entry) = self.get_mut(tag) else {
             return;
         };
-        entry.state = State::Done;
+        entry.state = TagState::Done;
         entry.status = status;
         let queue = usize::from(entry.queue);
         if let Some(list) = self.done.get_mut(queue) {
-            list.push_back(&mut self.entries, Node::new(tag, Link::State));
+            list.push_back(&mut self.entries, ListNode::new(tag, Link::State));
         }
     }
 
     fn free(&mut self, tag: DiskTag) {
         if let Some(entry) = self.get_mut(tag) {
-            entry.state = State::Free;
+            entry.state = TagState::Free;
         }
     }
 }

@@ -6,12 +6,12 @@
 //! that does is looked up: nothing here can go out of bounds or allocate.
 
 use crate::ring::numbers::DiskTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::ring::tap::map::Miss;
 
 /// State of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum TagState {
     /// No request: it was never posted, or it was reaped.
     Free,
     /// To be sorted: it may be executed unless an earlier request blocks it.
@@ -49,13 +49,13 @@ const LINKS: u16 = 4;
 pub(super) const LEVELS: usize = 2;
 
 /// The lists that an entry lends to the index over ranges: by kind of request, by level.
-pub(super) type Buckets = [[List; LEVELS]; 2];
+pub(super) type Buckets = [[TagList; LEVELS]; 2];
 
 /// One link of one entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Node(u16);
+pub(super) struct ListNode(u16);
 
-impl Node {
+impl ListNode {
     const NONE: Self = Self(u16::MAX);
 
     pub(super) const fn new(tag: DiskTag, link: Link) -> Self {
@@ -100,13 +100,13 @@ impl Suspicion {
 
 #[derive(Clone, Copy, Debug)]
 struct Neighbours {
-    prev: Node,
-    next: Node,
+    prev: ListNode,
+    next: ListNode,
 }
 
 /// One tag.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
+pub struct TagEntry {
     pub(super) sequence: u64,
     /// First sector, and the sector behind the last one; equal if the request has no range on the disk.
     pub(super) sector: u64,
@@ -120,8 +120,8 @@ pub struct Entry {
     pub(super) blocked_on: DiskTag,
     pub(super) op: u8,
     pub(super) flags: u8,
-    pub(super) state: State,
-    pub(super) status: Status,
+    pub(super) state: TagState,
+    pub(super) status: ResponseStatus,
     /// Number of the backing in which it is executed.
     pub(super) backing: u8,
     /// Reason that the process gets it; not determined while the map is empty.
@@ -140,12 +140,12 @@ pub struct Entry {
     pub(super) suspicion: Suspicion,
     links: [Neighbours; LINKS as usize],
     /// Requests that are blocked on this one.
-    pub(super) waiters: List,
+    pub(super) waiters: TagList,
     /// Unrelated to the request: a part of the index over ranges.
     pub(super) buckets: Buckets,
 }
 
-impl Entry {
+impl TagEntry {
     /// An entry without a request.
     pub const FREE: Self = Self {
         sequence: 0,
@@ -159,8 +159,8 @@ impl Entry {
         blocked_on: DiskTag::new(u16::MAX),
         op: 0,
         flags: 0,
-        state: State::Free,
-        status: Status::Error,
+        state: TagState::Free,
+        status: ResponseStatus::Error,
         backing: 0,
         miss: Miss::Unmapped,
         deliveries: 0,
@@ -170,52 +170,52 @@ impl Entry {
         indexed: false,
         suspicion: Suspicion::NONE,
         links: [Neighbours {
-            prev: Node::NONE,
-            next: Node::NONE,
+            prev: ListNode::NONE,
+            next: ListNode::NONE,
         }; LINKS as usize],
-        waiters: List::EMPTY,
-        buckets: [[List::EMPTY; LEVELS]; 2],
+        waiters: TagList::EMPTY,
+        buckets: [[TagList::EMPTY; LEVELS]; 2],
     };
 }
 
-fn neighbours(entries: &mut [Entry], node: Node) -> Option<&mut Neighbours> {
+fn neighbours(entries: &mut [TagEntry], node: ListNode) -> Option<&mut Neighbours> {
     let entry = entries.get_mut(node.get()?.tag().index())?;
     entry.links.get_mut(node.link())
 }
 
-fn peek(entries: &[Entry], node: Node) -> Option<&Neighbours> {
+fn peek(entries: &[TagEntry], node: ListNode) -> Option<&Neighbours> {
     let entry = entries.get(node.get()?.tag().index())?;
     entry.links.get(node.link())
 }
 
 /// The node behind this one.
-pub(super) fn next(entries: &[Entry], node: Node) -> Option<Node> {
+pub(super) fn next(entries: &[TagEntry], node: ListNode) -> Option<ListNode> {
     peek(entries, node)?.next.get()
 }
 
 /// The node before this one.
-pub(super) fn prev(entries: &[Entry], node: Node) -> Option<Node> {
+pub(super) fn prev(entries: &[TagEntry], node: ListNode) -> Option<ListNode> {
     peek(entries, node)?.prev.get()
 }
 
 /// A doubly linked list.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct List {
-    head: Node,
-    tail: Node,
+pub(super) struct TagList {
+    head: ListNode,
+    tail: ListNode,
 }
 
-impl List {
+impl TagList {
     pub(super) const EMPTY: Self = Self {
-        head: Node::NONE,
-        tail: Node::NONE,
+        head: ListNode::NONE,
+        tail: ListNode::NONE,
     };
 
-    pub(super) fn first(&self) -> Option<Node> {
+    pub(super) fn first(&self) -> Option<ListNode> {
         self.head.get()
     }
 
-    pub(super) fn last(&self) -> Option<Node> {
+    pub(super) fn last(&self) -> Option<ListNode> {
         self.tail.get()
     }
 
@@ -224,12 +224,12 @@ impl List {
     }
 
     /// Appends a node that is in no list.
-    pub(super) fn push_back(&mut self, entries: &mut [Entry], node: Node) {
+    pub(super) fn push_back(&mut self, entries: &mut [TagEntry], node: ListNode) {
         let before = self.tail;
         if let Some(links) = neighbours(entries, node) {
             *links = Neighbours {
                 prev: before,
-                next: Node::NONE,
+                next: ListNode::NONE,
             };
         }
         match neighbours(entries, before) {
@@ -240,11 +240,11 @@ impl List {
     }
 
     /// Puts a node that is in no list before all others.
-    pub(super) fn push_front(&mut self, entries: &mut [Entry], node: Node) {
+    pub(super) fn push_front(&mut self, entries: &mut [TagEntry], node: ListNode) {
         let behind = self.head;
         if let Some(links) = neighbours(entries, node) {
             *links = Neighbours {
-                prev: Node::NONE,
+                prev: ListNode::NONE,
                 next: behind,
             };
         }
@@ -256,14 +256,14 @@ impl List {
     }
 
     /// Takes a node out of this list, in which it must be.
-    pub(super) fn remove(&mut self, entries: &mut [Entry], node: Node) {
+    pub(super) fn remove(&mut self, entries: &mut [TagEntry], node: ListNode) {
         let Some(links) = neighbours(entries, node) else {
             return;
         };
         let Neighbours { prev, next } = *links;
         *links = Neighbours {
-            prev: Node::NONE,
-            next: Node::NONE,
+            prev: ListNode::NONE,
+            next: ListNode::NONE,
         };
         match neighbours(entries, prev) {
             Some(links) => links.next = next,
@@ -276,7 +276,7 @@ impl List {
     }
 
     /// Puts all nodes of another list before those of this one.
-    pub(super) fn prepend(&mut self, entries: &mut [Entry], other: Self) {
+    pub(super) fn prepend(&mut self, entries: &mut [TagEntry], other: Self) {
         if other.is_empty() {
             return;
         }

@@ -4,7 +4,7 @@
 
 use ring::tap::abi::{self, BackingAdd, BackingRemove, Buffer, MapOp, Maps};
 use ring::tap::checked::{Malformed, MapChange, NewBacking};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 
 const SET: MapOp = MapOp {
     op: abi::MAP_SET,
@@ -36,11 +36,11 @@ const FLUSH: MapOp = MapOp {
 
 #[test]
 fn changes_of_mappings() {
-    let extent = Extent {
+    let extent = DataExtent {
         range: Sectors::new(8, 16).expect("some"),
         place: 8,
         source: Source::Backing(last()),
-        access: Access::ReadWrite,
+        access: ExtentAccess::ReadWrite,
     };
     let set = |extent| {
         Ok(MapChange::Set {
@@ -53,15 +53,15 @@ fn changes_of_mappings() {
         flags: abi::MAP_READ,
         ..SET
     };
-    let access = Access::Read;
-    assert_eq!(read.check(), set(Extent { access, ..extent }));
+    let access = ExtentAccess::Read;
+    assert_eq!(read.check(), set(DataExtent { access, ..extent }));
     let zero = MapOp {
         flags: abi::MAP_READ | abi::MAP_ZERO,
         backing: abi::MAP_NO_BACKING,
         offset: 0,
         ..SET
     };
-    let zeroes = Extent {
+    let zeroes = DataExtent {
         place: 0,
         source: Source::Zeroes,
         access,

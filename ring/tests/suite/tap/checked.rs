@@ -3,11 +3,11 @@
 //! Arguments of the process: every field out of its range, one at a time.
 
 use proptest::prelude::*;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{
-    self, Buffer, Claims, Completion, Create, Destroy, DiscardLimits, Exchange, Geometry,
+    self, Buffer, Claims, Completion, CreateCommand, Destroy, DiscardLimits, Exchange, Geometry,
 };
-use ring::tap::checked::{Claimed, Fence, Malformed, NewDisk, Outcome, UserArray};
+use ring::tap::checked::{Claimed, Fence, Malformed, NewDisk, RequestOutcome, UserArray};
 use ring::tap::params::{Discard, ParamError, Params, Unfit, MAX_SECTORS};
 use zerocopy::IntoBytes;
 
@@ -28,14 +28,23 @@ fn completions() {
             commit.outcome
         })
     };
-    assert_eq!(check(0, 0, 0), Ok(Outcome::Finished(Status::Okay)));
-    assert_eq!(check(0, -5, 0), Ok(Outcome::Finished(Status::Error)));
+    assert_eq!(
+        check(0, 0, 0),
+        Ok(RequestOutcome::Finished(ResponseStatus::Okay))
+    );
+    assert_eq!(
+        check(0, -5, 0),
+        Ok(RequestOutcome::Finished(ResponseStatus::Error))
+    );
     assert_eq!(
         check(0, -95, 0),
-        Ok(Outcome::Finished(Status::NotSupported))
+        Ok(RequestOutcome::Finished(ResponseStatus::NotSupported))
     );
-    assert_eq!(check(0, -4095, 0), Ok(Outcome::Finished(Status::Error)));
-    assert_eq!(check(1, 0, 0), Ok(Outcome::Returned));
+    assert_eq!(
+        check(0, -4095, 0),
+        Ok(RequestOutcome::Finished(ResponseStatus::Error))
+    );
+    assert_eq!(check(1, 0, 0), Ok(RequestOutcome::Returned));
     for result in [1, 512, i32::MAX, -4096, i32::MIN] {
         assert_eq!(check(0, result, 0), Err(Malformed::Range), "{result}");
     }
@@ -222,7 +231,7 @@ fn what_guests_may_ask_for() {
     assert_eq!(disk.operations(), 1);
 }
 
-const CREATE: Create = Create {
+const CREATE: CreateCommand = CreateCommand {
     version: abi::VERSION,
     minor: u32::MAX,
     arena_kib: 0,
@@ -241,7 +250,7 @@ fn new_disks() {
         max_deaths: 0,
     };
     assert_eq!(CREATE.check(), Ok(disk));
-    let all = Create {
+    let all = CreateCommand {
         minor: 7,
         arena_kib: 65536,
         fail_after_s: 30,
@@ -257,22 +266,25 @@ fn new_disks() {
     assert_eq!(all.check(), Ok(disk));
     for version in [0, abi::VERSION + 1] {
         assert_eq!(
-            Create { version, ..CREATE }.check(),
+            CreateCommand { version, ..CREATE }.check(),
             Err(Malformed::Version)
         );
     }
     for minor in [1 << 20, u32::MAX - 1] {
-        assert_eq!(Create { minor, ..CREATE }.check(), Err(Malformed::Range));
+        assert_eq!(
+            CreateCommand { minor, ..CREATE }.check(),
+            Err(Malformed::Range)
+        );
     }
     for arena_kib in [1, 1023, 1025, 66560, u32::MAX] {
-        let wrong = Create {
+        let wrong = CreateCommand {
             arena_kib,
             ..CREATE
         };
         assert_eq!(wrong.check(), Err(Malformed::Range), "{arena_kib}");
     }
     let max_deaths = 256;
-    let wrong = Create {
+    let wrong = CreateCommand {
         max_deaths,
         ..CREATE
     };

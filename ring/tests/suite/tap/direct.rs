@@ -10,20 +10,20 @@ mod without_process;
 
 use super::shadow::request;
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{Completion, Desc, Info};
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::{Backing, Map};
-use ring::tap::shadow::direct::{Part, Parts, Start};
-use ring::tap::shadow::{Committed, Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::{ExtentMap, MapBacking};
+use ring::tap::shadow::direct::{RequestPart, RequestParts, Start};
+use ring::tap::shadow::{Committed, Op, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
 /// Sectors of the disk.
 const SIZE: u64 = 1 << 16;
 /// Distance in sectors by which the backing's place of an extent is shifted from that on the disk.
 const SHIFT: u64 = 1 << 10;
-const BACKING: Backing = Backing {
+const BACKING: MapBacking = MapBacking {
     sectors: SIZE + SHIFT,
     block: 8,
     writable: true,
@@ -37,8 +37,8 @@ fn range(start: u64, count: u64) -> Sectors {
     Sectors::new(start, count).expect("it is not empty")
 }
 
-fn extent(start: u64, count: u64, access: Access) -> Extent {
-    Extent {
+fn extent(start: u64, count: u64, access: ExtentAccess) -> DataExtent {
+    DataExtent {
         range: range(start, count),
         place: start + SHIFT,
         source: Source::Backing(number(0)),
@@ -46,20 +46,20 @@ fn extent(start: u64, count: u64, access: Access) -> Extent {
     }
 }
 
-type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
+type VecMap = ExtentMap<Vec<LeafSlot>, Vec<Leaf>>;
 
 /// A disk with one backing, its two queues and its process. A tag belongs to queue `tag % 2`.
-struct Disk {
-    shadow: Shadow<Vec<Entry>, Option<Box<VecMap>>>,
+struct BackedDisk {
+    shadow: Shadow<Vec<TagEntry>, Option<Box<VecMap>>>,
     epoch: u64,
 }
 
-impl Disk {
+impl BackedDisk {
     /// Returns a disk that a process serves without any mapping.
     fn unmapped(tags: usize) -> Self {
-        let mut map = Map::new(vec![Slot::FREE; 8], vec![Leaf::FREE; 8], SIZE, true);
+        let mut map = ExtentMap::new(vec![LeafSlot::FREE; 8], vec![Leaf::FREE; 8], SIZE, true);
         assert!(map.add_backing(number(0), BACKING));
-        let mut shadow = Shadow::with_map(vec![Entry::FREE; tags], Some(Box::new(map)));
+        let mut shadow = Shadow::with_map(vec![TagEntry::FREE; tags], Some(Box::new(map)));
         shadow.set_able(0, true);
         shadow.set_able(1, true);
         let mut disk = Self { shadow, epoch: 0 };
@@ -70,7 +70,7 @@ impl Disk {
     /// Returns a disk all of which is mapped for reads and writes.
     fn mapped(tags: usize) -> Self {
         let mut disk = Self::unmapped(tags);
-        disk.set(0, SIZE, Access::ReadWrite);
+        disk.set(0, SIZE, ExtentAccess::ReadWrite);
         disk
     }
 
@@ -90,7 +90,7 @@ impl Disk {
     }
 
     #[track_caller]
-    fn set(&mut self, start: u64, count: u64, access: Access) {
+    fn set(&mut self, start: u64, count: u64, access: ExtentAccess) {
         let generation = self.map().generation();
         let set = self.map().set(&extent(start, count, access), generation);
         assert_eq!(set, Ok(()));
@@ -98,10 +98,10 @@ impl Disk {
 
     #[track_caller]
     fn set_zeroes(&mut self, start: u64, count: u64) {
-        let zeroes = Extent {
+        let zeroes = DataExtent {
             source: Source::Zeroes,
             place: 0,
-            ..extent(start, count, Access::Read)
+            ..extent(start, count, ExtentAccess::Read)
         };
         let generation = self.map().generation();
         assert_eq!(self.map().set(&zeroes, generation), Ok(()));
@@ -117,7 +117,7 @@ impl Disk {
     }
 
     #[track_caller]
-    fn post_as(&mut self, tag: u16, request: &Request) {
+    fn post_as(&mut self, tag: u16, request: &PostedRequest) {
         let posted = self.shadow.post(DiskTag::new(tag), tag % 2, request, 0);
         assert_eq!(posted, Ok(()));
     }
@@ -126,15 +126,15 @@ impl Disk {
         self.begin_in_parts(tag).map(|(start, _)| start)
     }
 
-    fn begin_in_parts(&mut self, tag: u16) -> Option<(Start, Vec<Part>)> {
-        let mut parts = Parts::default();
+    fn begin_in_parts(&mut self, tag: u16) -> Option<(Start, Vec<RequestPart>)> {
+        let mut parts = RequestParts::default();
         let start = self.shadow.begin(DiskTag::new(tag), &mut parts)?;
         Some((start, parts.as_slice().to_vec()))
     }
 
     /// Begins a request whose data is in mapped pages of the guest.
     fn begin_mapped(&mut self, tag: u16) -> Option<Start> {
-        let mut parts = Parts::default();
+        let mut parts = RequestParts::default();
         self.shadow.begin_mapped(DiskTag::new(tag), &mut parts)
     }
 
@@ -164,7 +164,7 @@ impl Disk {
         assert_eq!(self.tags(), [tag]);
     }
 
-    fn ended(&mut self, tag: u16, status: Status) -> Option<Status> {
+    fn ended(&mut self, tag: u16, status: ResponseStatus) -> Option<ResponseStatus> {
         self.shadow.ended(DiskTag::new(tag), status)
     }
 
@@ -176,7 +176,7 @@ impl Disk {
 
     fn resume(&mut self, queue: u16) -> Vec<u16> {
         let mut tags = Vec::new();
-        let each = |tag: DiskTag, _, _: &[Part]| tags.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[RequestPart]| tags.push(tag.number());
         self.shadow.resume(queue, usize::MAX, each);
         tags
     }
@@ -212,7 +212,7 @@ impl Disk {
         assert_eq!(committed, Committed::Done(tag % 2));
     }
 
-    fn reap(&mut self, queue: u16) -> Vec<(u16, Status)> {
+    fn reap(&mut self, queue: u16) -> Vec<(u16, ResponseStatus)> {
         let mut all = Vec::new();
         self.shadow.reap(queue, usize::MAX, |tag, status| {
             all.push((tag.number(), status))

@@ -3,26 +3,26 @@
 //! Requests of which processes die.
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{self, Completion, Info};
 use ring::tap::shadow::{Op, Shadow};
-use ring::tap::table::Entry;
+use ring::tap::table::TagEntry;
 
 use super::shadow::request;
 
 /// A disk whose processes die of some requests.
 struct Deadly {
-    shadow: Shadow<Vec<Entry>>,
+    shadow: Shadow<Vec<TagEntry>>,
     poison: Vec<u16>,
     /// Number of requests that a process takes before it answers any.
     width: usize,
     deaths: u32,
-    results: Vec<(u16, Status)>,
+    results: Vec<(u16, ResponseStatus)>,
 }
 
 impl Deadly {
     fn new(limit: u8, poison: &[u16], width: usize) -> Self {
-        let mut shadow = Shadow::new(vec![Entry::FREE; 32]);
+        let mut shadow = Shadow::new(vec![TagEntry::FREE; 32]);
         shadow.set_death_limit(limit);
         Self {
             shadow,
@@ -97,7 +97,7 @@ impl Deadly {
     }
 
     fn failed(&self) -> Vec<u16> {
-        let failed = self.results.iter().filter(|r| r.1 == Status::Error);
+        let failed = self.results.iter().filter(|r| r.1 == ResponseStatus::Error);
         failed.map(|r| r.0).collect()
     }
 

@@ -40,7 +40,7 @@ fn ours() -> BTreeMap<String, i64> {
         all, desc, Desc, op, flags, segments, generation, sector, sectors, sequence, arrived_ns,
         tag, queue, deliveries, reserved
     );
-    structure!(all, segment, Segment, offset, len);
+    structure!(all, segment, TapSegment, offset, len);
     structure!(all, completion, Completion, tag, flags, generation, result, reserved);
     structure!(
         all,
@@ -83,7 +83,7 @@ fn ours() -> BTreeMap<String, i64> {
     structure!(
         all,
         create,
-        Create,
+        CreateCommand,
         version,
         minor,
         arena_kib,

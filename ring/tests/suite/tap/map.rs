@@ -3,19 +3,19 @@
 //! The map compared with its model in all short histories, and rule by rule.
 
 use proptest::prelude::*;
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::map::recent::REMEMBERED;
-use ring::tap::map::tree::{Leaf, Slot, LEAF, MAX_LEAVES};
-use ring::tap::map::{Backing, Map, Miss, Refused, MAX_REPLACED};
+use ring::tap::map::tree::{Leaf, LeafSlot, LEAF, MAX_LEAVES};
+use ring::tap::map::{ExtentMap, MapBacking, Miss, RefusedExtent, MAX_REPLACED};
 
 use crate::map_case;
-use crate::map_pair::{sectors, Pair, Step};
+use crate::map_pair::{sectors, MapStep, Pair};
 
-type VecMap = Map<Vec<Slot>, Vec<Leaf>>;
+type VecMap = ExtentMap<Vec<LeafSlot>, Vec<Leaf>>;
 
 /// Sectors of the disks here.
 const SIZE: u64 = 1 << 20;
-const BACKING: Backing = Backing {
+const BACKING: MapBacking = MapBacking {
     sectors: 2 * SIZE,
     block: 1,
     writable: true,
@@ -26,15 +26,15 @@ fn number(number: u16) -> BackingNumber {
 }
 
 /// Returns the map of a disk with one backing.
-fn with(leaves: usize, backing: Backing) -> VecMap {
-    let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
-    let mut map = Map::new(memory.0, memory.1, SIZE, true);
+fn with(leaves: usize, backing: MapBacking) -> VecMap {
+    let memory = (vec![LeafSlot::FREE; leaves], vec![Leaf::FREE; leaves]);
+    let mut map = ExtentMap::new(memory.0, memory.1, SIZE, true);
     assert!(map.add_backing(number(0), backing));
     map
 }
 
-fn extent(start: u64, count: u64, place: u64, access: Access) -> Extent {
-    Extent {
+fn extent(start: u64, count: u64, place: u64, access: ExtentAccess) -> DataExtent {
+    DataExtent {
         range: Sectors::new(start, count).expect("it is not empty"),
         place,
         source: Source::Backing(number(0)),
@@ -43,23 +43,23 @@ fn extent(start: u64, count: u64, place: u64, access: Access) -> Extent {
 }
 
 /// Returns a writable extent.
-fn writable(start: u64, count: u64, place: u64) -> Extent {
-    extent(start, count, place, Access::ReadWrite)
+fn writable(start: u64, count: u64, place: u64) -> DataExtent {
+    extent(start, count, place, ExtentAccess::ReadWrite)
 }
 
-fn readable(start: u64, count: u64, place: u64) -> Extent {
-    extent(start, count, place, Access::Read)
+fn readable(start: u64, count: u64, place: u64) -> DataExtent {
+    extent(start, count, place, ExtentAccess::Read)
 }
 
-fn zeroes(start: u64, count: u64) -> Extent {
-    Extent {
+fn zeroes(start: u64, count: u64) -> DataExtent {
+    DataExtent {
         source: Source::Zeroes,
         ..readable(start, count, 0)
     }
 }
 
 /// Sets an extent with the newest generation.
-fn set(map: &mut VecMap, extent: Extent) -> Result<(), Refused> {
+fn set(map: &mut VecMap, extent: DataExtent) -> Result<(), RefusedExtent> {
     map.set(&extent, map.generation())
 }
 
@@ -70,14 +70,14 @@ fn comb(map: &mut VecMap, starts: impl Iterator<Item = u64>) {
     }
 }
 
-fn all(map: &VecMap) -> Vec<Extent> {
+fn all(map: &VecMap) -> Vec<DataExtent> {
     map.extents().copied().collect()
 }
 
-fn read(map: &mut VecMap, start: u64, count: u64) -> Result<Vec<Extent>, Miss> {
+fn read(map: &mut VecMap, start: u64, count: u64) -> Result<Vec<DataExtent>, Miss> {
     let mut pieces = Vec::new();
     let range = sectors(start..start + count);
-    map.translate(&range, Access::Read, 4, |piece| pieces.push(*piece))?;
+    map.translate(&range, ExtentAccess::Read, 4, |piece| pieces.push(*piece))?;
     Ok(pieces)
 }
 
@@ -97,33 +97,33 @@ fn every_short_history_does_what_the_model_does() {
     let ranges = || (0..4).flat_map(|start| (start + 1..5).map(move |end| (start, end - start)));
     let mut steps = Vec::new();
     for (start, count) in ranges() {
-        for access in [Access::Read, Access::ReadWrite] {
-            steps.push(Step::Set(extent(start, count, start, access), 0));
+        for access in [ExtentAccess::Read, ExtentAccess::ReadWrite] {
+            steps.push(MapStep::Set(extent(start, count, start, access), 0));
         }
-        steps.push(Step::Set(readable(start, count, start + 8), 0));
-        steps.push(Step::Set(zeroes(start, count), 1));
-        steps.push(Step::Recall(sectors(start..start + count)));
-        steps.push(Step::Written(sectors(start..start + count)));
-        steps.push(Step::Translate(
+        steps.push(MapStep::Set(readable(start, count, start + 8), 0));
+        steps.push(MapStep::Set(zeroes(start, count), 1));
+        steps.push(MapStep::Recall(sectors(start..start + count)));
+        steps.push(MapStep::Written(sectors(start..start + count)));
+        steps.push(MapStep::Translate(
             sectors(start..start + count),
-            Access::ReadWrite,
+            ExtentAccess::ReadWrite,
             2,
         ));
     }
     steps.extend([
-        Step::Clear,
-        Step::Resize(3),
-        Step::Remove(0),
-        Step::Add(0, BACKING),
+        MapStep::Clear,
+        MapStep::Resize(3),
+        MapStep::Remove(0),
+        MapStep::Add(0, BACKING),
     ]);
     let mut start = Pair::new(1, 4, true);
-    start.apply(Step::Add(0, BACKING));
+    start.apply(MapStep::Add(0, BACKING));
     let mut count = 0;
     explore(&start, &steps, 3, &mut count);
     assert!(count > 300_000, "{count}");
 }
 
-fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {
+fn explore(pair: &Pair, steps: &[MapStep], depth: u32, count: &mut u64) {
     for step in steps {
         let mut next = pair.clone();
         next.apply(*step);
@@ -136,67 +136,73 @@ fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {
 
 #[test]
 fn an_extent_lies_inside_the_disk_and_its_backing() {
-    let small = Backing {
+    let small = MapBacking {
         sectors: 1000,
         ..BACKING
     };
     let mut map = with(4, small);
     let mut set = |extent| set(&mut map, extent);
     assert_eq!(set(writable(SIZE - 8, 8, 992)), Ok(()));
-    assert_eq!(set(zeroes(SIZE - 16, 16)), Err(Refused::Writable));
+    assert_eq!(set(zeroes(SIZE - 16, 16)), Err(RefusedExtent::Writable));
     for beyond in [
         readable(SIZE - 8, 9, 0),
         zeroes(SIZE, 1),
         readable(u64::MAX - 1, 1, 0),
     ] {
-        assert_eq!(set(beyond), Err(Refused::OutsideDisk), "{beyond:?}");
+        assert_eq!(set(beyond), Err(RefusedExtent::OutsideDisk), "{beyond:?}");
     }
-    let everything = Extent {
+    let everything = DataExtent {
         range: Sectors::ALL,
         ..readable(0, 1, u64::MAX)
     };
-    assert_eq!(set(everything), Err(Refused::OutsideDisk));
+    assert_eq!(set(everything), Err(RefusedExtent::OutsideDisk));
     for place in [993, 1000, u64::MAX - 7, u64::MAX] {
         assert_eq!(
             set(readable(0, 8, place)),
-            Err(Refused::OutsideBacking),
+            Err(RefusedExtent::OutsideBacking),
             "{place}"
         );
     }
-    let elsewhere = Extent {
+    let elsewhere = DataExtent {
         source: Source::Backing(number(15)),
         ..readable(0, 8, 0)
     };
-    assert_eq!(set(elsewhere), Err(Refused::NoBacking));
+    assert_eq!(set(elsewhere), Err(RefusedExtent::NoBacking));
     assert_eq!(all(&map), [writable(SIZE - 8, 8, 992)]);
 }
 
 #[test]
 fn what_may_only_be_read_is_not_written() {
-    let fixed = Backing {
+    let fixed = MapBacking {
         writable: false,
         ..BACKING
     };
     let mut map = with(4, fixed);
-    assert_eq!(set(&mut map, writable(0, 8, 0)), Err(Refused::ReadOnly));
+    assert_eq!(
+        set(&mut map, writable(0, 8, 0)),
+        Err(RefusedExtent::ReadOnly)
+    );
     assert_eq!(set(&mut map, readable(0, 8, 0)), Ok(()));
-    let written = Extent {
-        access: Access::ReadWrite,
+    let written = DataExtent {
+        access: ExtentAccess::ReadWrite,
         ..zeroes(8, 8)
     };
-    assert_eq!(set(&mut map, written), Err(Refused::ReadOnly));
+    assert_eq!(set(&mut map, written), Err(RefusedExtent::ReadOnly));
     let range = sectors(0..8);
-    let got = map.translate(&range, Access::ReadWrite, 1, |_| ());
+    let got = map.translate(&range, ExtentAccess::ReadWrite, 1, |_| ());
     assert_eq!(got, Err(Miss::ReadOnly));
-    let mut disk = Map::new(vec![Slot::FREE; 1], vec![Leaf::FREE; 1], SIZE, false);
+    let mut disk = ExtentMap::new(vec![LeafSlot::FREE; 1], vec![Leaf::FREE; 1], SIZE, false);
     assert!(disk.add_backing(number(0), BACKING));
-    assert_eq!(set(&mut disk, writable(0, 8, 0)), Err(Refused::ReadOnly));
+    assert_eq!(
+        set(&mut disk, writable(0, 8, 0)),
+        Err(RefusedExtent::ReadOnly)
+    );
     assert_eq!(set(&mut disk, readable(0, 8, 0)), Ok(()));
 }
 
 #[test]
 fn only_whole_blocks_of_a_backing_are_given_out() {
-    let blocks = Backing {
+    let blocks = MapBacking {
         block: 8,
         ..BACKING
     };
@@ -204,7 +210,7 @@ fn only_whole_blocks_of_a_backing_are_given_out() {
     for place in [1, 4, 7, 9] {
         assert_eq!(
             set(&mut map, readable(0, 64, place)),
-            Err(Refused::Unaligned)
+            Err(RefusedExtent::Unaligned)
         );
     }
     // The ends need not be aligned, because a disk may end anywhere.
@@ -219,9 +225,12 @@ fn only_whole_blocks_of_a_backing_are_given_out() {
     }
     // A block size that is not a power of two is refused.
     for block in [0, 3, 12] {
-        let odd = Backing { block, ..BACKING };
+        let odd = MapBacking { block, ..BACKING };
         let mut map = with(1, odd);
-        assert_eq!(set(&mut map, readable(0, 12, 0)), Err(Refused::Unaligned));
+        assert_eq!(
+            set(&mut map, readable(0, 12, 0)),
+            Err(RefusedExtent::Unaligned)
+        );
     }
 }
 
@@ -237,7 +246,7 @@ fn a_range_is_found_in_pieces() {
     assert_eq!(read(&mut map, 4, 21), Err(Miss::Partial));
     assert_eq!(read(&mut map, 24, 1), Err(Miss::Unmapped));
     let mut count = 0;
-    let mut two = |range| map.translate(&range, Access::Read, 2, |_| count += 1);
+    let mut two = |range| map.translate(&range, ExtentAccess::Read, 2, |_| count += 1);
     assert_eq!(two(sectors(4..17)), Err(Miss::Pieces));
     assert_eq!(two(sectors(4..16)), Ok(()));
     assert_eq!(count, 4);
@@ -268,7 +277,11 @@ fn what_may_be_written_is_recalled_before_it_is_elsewhere() {
     let mut map = with(4, BACKING);
     assert_eq!(set(&mut map, writable(0, 64, 0)), Ok(()));
     for other in [readable(63, 2, 500), writable(0, 1, 1), zeroes(8, 8)] {
-        assert_eq!(set(&mut map, other), Err(Refused::Writable), "{other:?}");
+        assert_eq!(
+            set(&mut map, other),
+            Err(RefusedExtent::Writable),
+            "{other:?}"
+        );
     }
     // The process may make a writable extent read-only, at the place that it has.
     assert_eq!(set(&mut map, readable(8, 8, 8)), Ok(()));
@@ -302,7 +315,10 @@ fn a_write_of_the_process_takes_away_what_it_may_move() {
     let before = map.generation();
     assert_eq!(map.set(&readable(80, 8, 516), before), Ok(()));
     map.written(&sectors(80..88));
-    assert_eq!(map.set(&readable(72, 9, 508), before), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(72, 9, 508), before),
+        Err(RefusedExtent::Stale)
+    );
     assert_eq!(all(&map), rest);
     // The process maps the range of its own write before it answers, and the mapping stays.
     assert_eq!(set(&mut map, writable(80, 8, 700)), Ok(()));
@@ -323,12 +339,18 @@ fn what_was_found_out_before_a_change_does_not_count_for_it() {
     let before = map.generation();
     assert_eq!(
         map.set(&readable(0, 8, 0), before.wrapping_sub(1)),
-        Err(Refused::Stale)
+        Err(RefusedExtent::Stale)
     );
-    assert_eq!(map.set(&readable(0, 8, 0), before + 1), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(0, 8, 0), before + 1),
+        Err(RefusedExtent::Stale)
+    );
     map.recall(&sectors(0..8));
     assert_eq!(map.generation(), before + 1);
-    assert_eq!(map.set(&readable(7, 8, 7), before), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(7, 8, 7), before),
+        Err(RefusedExtent::Stale)
+    );
     assert_eq!(map.set(&readable(8, 8, 8), before), Ok(()), "another range");
     assert_eq!(map.set(&readable(7, 8, 7), before + 1), Ok(()));
     // The generation is too old to be remembered.
@@ -337,7 +359,10 @@ fn what_was_found_out_before_a_change_does_not_count_for_it() {
     }
     assert_eq!(map.set(&readable(16, 8, 16), before), Ok(()));
     map.recall(&sectors(100..101));
-    assert_eq!(map.set(&readable(24, 8, 24), before), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(24, 8, 24), before),
+        Err(RefusedExtent::Stale)
+    );
 }
 
 #[test]
@@ -347,7 +372,10 @@ fn each_process_begins_with_nothing() {
     let before = map.generation();
     map.clear();
     assert_eq!(map.extents().count(), 0);
-    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(0, 8, 0), before),
+        Err(RefusedExtent::Stale)
+    );
     assert_eq!(
         set(&mut map, readable(0, 8, 0)),
         Ok(()),
@@ -365,9 +393,15 @@ fn a_number_that_names_another_backing_is_not_mistaken() {
     assert!(map.remove_backing(number(0)));
     assert!(!map.remove_backing(number(0)));
     assert_eq!(map.extents().count(), 0);
-    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::NoBacking));
+    assert_eq!(
+        map.set(&readable(0, 8, 0), before),
+        Err(RefusedExtent::NoBacking)
+    );
     assert!(map.add_backing(number(0), BACKING));
-    assert_eq!(map.set(&readable(0, 8, 0), before), Err(Refused::Stale));
+    assert_eq!(
+        map.set(&readable(0, 8, 0), before),
+        Err(RefusedExtent::Stale)
+    );
     assert_eq!(BackingNumber::new(16), None);
     assert_eq!(BackingNumber::new(256), None);
 }
@@ -378,7 +412,10 @@ fn nothing_stays_behind_the_end_of_a_disk() {
     assert_eq!(set(&mut map, writable(0, 64, 0)), Ok(()));
     map.resize(40);
     assert_eq!(all(&map), [writable(0, 40, 0)]);
-    assert_eq!(set(&mut map, zeroes(40, 1)), Err(Refused::OutsideDisk));
+    assert_eq!(
+        set(&mut map, zeroes(40, 1)),
+        Err(RefusedExtent::OutsideDisk)
+    );
     map.resize(64);
     assert_eq!(read(&mut map, 40, 1), Err(Miss::Unmapped));
 }
@@ -392,7 +429,7 @@ fn one_extent_does_not_replace_too_many() {
     }
     assert_eq!(
         set(&mut map, readable(0, many + 1, 9000)),
-        Err(Refused::Crowded)
+        Err(RefusedExtent::Crowded)
     );
     assert_eq!(set(&mut map, readable(0, many, 9000)), Ok(()));
     assert_eq!(map.extents().count(), 2);
@@ -455,7 +492,7 @@ fn with_more_memory_nothing_is_forgotten() {
         let mut map = with(4, BACKING);
         for at in 0..COUNT {
             if let Some(leaves) = map.wants().filter(|_| grows) {
-                let memory = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
+                let memory = (vec![LeafSlot::FREE; leaves], vec![Leaf::FREE; leaves]);
                 let rest = map.grow(memory.0, memory.1);
                 assert!(rest.1.len() < leaves);
             }

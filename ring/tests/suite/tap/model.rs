@@ -3,14 +3,14 @@
 //! The shadow compared with its model: random histories, and all short ones.
 
 use proptest::prelude::*;
-use ring::response::Status;
-use ring::tap::checked::{Fence, Outcome};
-use ring::tap::extent::{Access, Sectors};
-use ring::tap::shadow::{Op, Request};
+use ring::response::ResponseStatus;
+use ring::tap::checked::{Fence, RequestOutcome};
+use ring::tap::extent::{ExtentAccess, Sectors};
+use ring::tap::shadow::{Op, PostedRequest};
 
-use crate::tap_pair::{Pair, Step, OVER, QUEUES, ZEROES};
+use crate::tap_pair::{Pair, ShadowStep, OVER, QUEUES, ZEROES};
 
-fn requests() -> impl Strategy<Value = Request> {
+fn requests() -> impl Strategy<Value = PostedRequest> {
     let op = prop_oneof![
         4 => Just(Op::Read),
         5 => Just(Op::Write),
@@ -23,7 +23,7 @@ fn requests() -> impl Strategy<Value = Request> {
     let size = prop_oneof![0..4u64, 60..70u64, 4090..4100u64, Just(1 << 21)];
     let place = prop_oneof![0..8u64, 58..70u64, 4085..4105u64, 8185..8195u64];
     (op, place, size, any::<bool>(), any::<bool>()).prop_map(
-        |(op, sector, sectors, preflush, fua)| Request {
+        |(op, sector, sectors, preflush, fua)| PostedRequest {
             op,
             preflush: preflush && op == Op::Write,
             fua,
@@ -34,12 +34,12 @@ fn requests() -> impl Strategy<Value = Request> {
     )
 }
 
-fn steps(tags: u16) -> impl Strategy<Value = Step> {
+fn steps(tags: u16) -> impl Strategy<Value = ShadowStep> {
     let tag = 0..tags;
     let outcome = prop_oneof![
-        4 => Just(Outcome::Finished(Status::Okay)),
-        1 => Just(Outcome::Finished(Status::Error)),
-        1 => Just(Outcome::Returned),
+        4 => Just(RequestOutcome::Finished(ResponseStatus::Okay)),
+        1 => Just(RequestOutcome::Finished(ResponseStatus::Error)),
+        1 => Just(RequestOutcome::Returned),
     ];
     // Mostly the right generation, and sometimes a wrong one.
     let beside = prop_oneof![9 => Just(0u32), 1 => Just(1), 1 => Just(u32::MAX)];
@@ -47,24 +47,24 @@ fn steps(tags: u16) -> impl Strategy<Value = Step> {
     let queue = 0..QUEUES;
     prop_oneof![
         12 => (0..tags + 1, prop_oneof![20 => 0..QUEUES, 1 => Just(63u16), 1 => Just(64)], requests())
-            .prop_map(|(tag, queue, request)| Step::Post(tag, queue, request)),
+            .prop_map(|(tag, queue, request)| ShadowStep::Post(tag, queue, request)),
         6 => (prop_oneof![Just(1usize), Just(2), Just(usize::MAX)], ago.clone())
-            .prop_map(|(max, ago)| Step::Deliver(max, ago)),
-        1 => Just(Step::Look),
+            .prop_map(|(max, ago)| ShadowStep::Deliver(max, ago)),
+        1 => Just(ShadowStep::Look),
         12 => (tag, outcome, beside, ago.clone())
-            .prop_map(|(tag, outcome, beside, ago)| Step::Commit(tag, outcome, beside, ago)),
+            .prop_map(|(tag, outcome, beside, ago)| ShadowStep::Commit(tag, outcome, beside, ago)),
         4 => (queue.clone(), prop_oneof![Just(1usize), Just(usize::MAX)])
-            .prop_map(|(queue, max)| Step::Reap(queue, max)),
-        3 => Just(Step::Open),
-        3 => ago.clone().prop_map(Step::Start),
-        1 => Just(Step::Close),
-        2 => Just(Step::Quiet),
-        2 => (0..80u32).prop_map(Step::Pass),
-        2 => (fences(), ago.clone()).prop_map(|(fence, ago)| Step::Claim(fence, ago)),
-        1 => queue.clone().prop_map(Step::Withdraw),
-        1 => queue.prop_map(Step::Orphan),
-        1 => prop_oneof![Just(1usize), Just(usize::MAX)].prop_map(Step::Fail),
-        1 => Just(0u64).prop_map(Step::Excuse),
+            .prop_map(|(queue, max)| ShadowStep::Reap(queue, max)),
+        3 => Just(ShadowStep::Open),
+        3 => ago.clone().prop_map(ShadowStep::Start),
+        1 => Just(ShadowStep::Close),
+        2 => Just(ShadowStep::Quiet),
+        2 => (0..80u32).prop_map(ShadowStep::Pass),
+        2 => (fences(), ago.clone()).prop_map(|(fence, ago)| ShadowStep::Claim(fence, ago)),
+        1 => queue.clone().prop_map(ShadowStep::Withdraw),
+        1 => queue.prop_map(ShadowStep::Orphan),
+        1 => prop_oneof![Just(1usize), Just(usize::MAX)].prop_map(ShadowStep::Fail),
+        1 => Just(0u64).prop_map(ShadowStep::Excuse),
     ]
 }
 
@@ -77,23 +77,23 @@ fn fences() -> impl Strategy<Value = Fence> {
 }
 
 /// A death after which another process starts, perhaps one that knows its reason.
-fn deaths() -> impl Strategy<Value = Vec<Step>> {
+fn deaths() -> impl Strategy<Value = Vec<ShadowStep>> {
     (any::<bool>(), fences()).prop_map(|(excused, fence)| {
-        let excuse = excused.then_some(Step::Excuse(0));
-        let over = [Step::Close].into_iter().chain(OVER);
-        let open = [Step::Open, Step::Claim(fence, 0)];
+        let excuse = excused.then_some(ShadowStep::Excuse(0));
+        let over = [ShadowStep::Close].into_iter().chain(OVER);
+        let open = [ShadowStep::Open, ShadowStep::Claim(fence, 0)];
         over.chain(open)
             .chain(excuse)
-            .chain([Step::Start(0)])
+            .chain([ShadowStep::Start(0)])
             .collect()
     })
 }
 
 /// Steps on a disk with backings.
-fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
+fn mapped_steps(tags: u16) -> impl Strategy<Value = ShadowStep> {
     let tag = || 0..tags;
     let queue = || 0..QUEUES;
-    let status = prop_oneof![5 => Just(Status::Okay), 1 => Just(Status::Error)];
+    let status = prop_oneof![5 => Just(ResponseStatus::Okay), 1 => Just(ResponseStatus::Error)];
     let range = || {
         let some = (0..8200u64, prop_oneof![1..32u64, Just(1 << 13)]);
         let some = some.prop_map(|(start, count)| Sectors::new(start, count).expect("not empty"));
@@ -101,20 +101,20 @@ fn mapped_steps(tags: u16) -> impl Strategy<Value = Step> {
     };
     let whole = (0..1u64, 14..22u32)
         .prop_map(|(start, bits)| Sectors::new(start, 1 << bits).expect("not empty"));
-    let access = prop_oneof![1 => Just(Access::Read), 3 => Just(Access::ReadWrite)];
+    let access = prop_oneof![1 => Just(ExtentAccess::Read), 3 => Just(ExtentAccess::ReadWrite)];
     let beside = prop_oneof![6 => Just(0u32), 1 => Just(1)];
     let set = (prop_oneof![range(), whole], access, 0..=ZEROES, beside);
     prop_oneof![
         12 => steps(tags),
-        12 => (tag(), queue(), requests()).prop_map(|(tag, queue, r)| Step::Begin(tag, queue, r)),
-        8 => (tag(), status).prop_map(|(tag, status)| Step::End(tag, status)),
+        12 => (tag(), queue(), requests()).prop_map(|(tag, queue, r)| ShadowStep::Begin(tag, queue, r)),
+        8 => (tag(), status).prop_map(|(tag, status)| ShadowStep::End(tag, status)),
         4 => (queue(), prop_oneof![Just(1usize), Just(usize::MAX)])
-            .prop_map(|(queue, max)| Step::Resume(queue, max)),
-        5 => set.prop_map(|(range, access, backing, ago)| Step::Set(range, access, backing, ago)),
-        1 => Just(Step::SetFlush),
-        1 => range().prop_map(Step::Recall),
-        1 => (0..2u16).prop_map(Step::Remove),
-        2 => (0..2u16).prop_map(Step::Add),
+            .prop_map(|(queue, max)| ShadowStep::Resume(queue, max)),
+        5 => set.prop_map(|(range, access, backing, ago)| ShadowStep::Set(range, access, backing, ago)),
+        1 => Just(ShadowStep::SetFlush),
+        1 => range().prop_map(ShadowStep::Recall),
+        1 => (0..2u16).prop_map(ShadowStep::Remove),
+        2 => (0..2u16).prop_map(ShadowStep::Add),
     ]
 }
 
@@ -131,8 +131,8 @@ proptest! {
             0..120,
         ),
     ) {
-        let all = Step::Set(Sectors::new(0, 1 << 14).expect("not empty"), Access::ReadWrite, 0, 0);
-        let start = [Step::Limit(limit), Step::Open, Step::Start(0), all, Step::SetFlush];
+        let all = ShadowStep::Set(Sectors::new(0, 1 << 14).expect("not empty"), ExtentAccess::ReadWrite, 0, 0);
+        let start = [ShadowStep::Limit(limit), ShadowStep::Open, ShadowStep::Start(0), all, ShadowStep::SetFlush];
         let mut pair = Pair::mapped(tags, 16, backings).after(&start);
         for step in steps.into_iter().flatten() {
             pair.apply(fit(step, tags));
@@ -149,7 +149,7 @@ proptest! {
             0..120,
         ),
     ) {
-        let mut pair = Pair::with(tags, &[Step::Limit(limit), Step::Open, Step::Start(0)]);
+        let mut pair = Pair::with(tags, &[ShadowStep::Limit(limit), ShadowStep::Open, ShadowStep::Start(0)]);
         for step in steps.into_iter().flatten() {
             pair.apply(fit(step, tags));
         }
@@ -158,13 +158,15 @@ proptest! {
 }
 
 /// Makes most steps name an existing tag.
-fn fit(step: Step, tags: u16) -> Step {
+fn fit(step: ShadowStep, tags: u16) -> ShadowStep {
     let fit = |tag: u16| if tag > 40 { tag } else { tag % tags };
     match step {
-        Step::Post(tag, queue, request) => Step::Post(fit(tag), queue, request),
-        Step::Begin(tag, queue, request) => Step::Begin(fit(tag), queue, request),
-        Step::End(tag, status) => Step::End(fit(tag), status),
-        Step::Commit(tag, outcome, beside, ago) => Step::Commit(fit(tag), outcome, beside, ago),
+        ShadowStep::Post(tag, queue, request) => ShadowStep::Post(fit(tag), queue, request),
+        ShadowStep::Begin(tag, queue, request) => ShadowStep::Begin(fit(tag), queue, request),
+        ShadowStep::End(tag, status) => ShadowStep::End(fit(tag), status),
+        ShadowStep::Commit(tag, outcome, beside, ago) => {
+            ShadowStep::Commit(fit(tag), outcome, beside, ago)
+        }
         other => other,
     }
 }
@@ -176,39 +178,43 @@ fn every_short_history_does_what_the_model_does() {
     let write = request(Op::Write, 0, 8);
     let read = request(Op::Read, 4, 8);
     let flush = request(Op::Flush, 0, 0);
-    let finished = Outcome::Finished(Status::Okay);
+    let finished = RequestOutcome::Finished(ResponseStatus::Okay);
     let mut steps = vec![
-        Step::Deliver(1, 0),
-        Step::Deliver(8, 0),
-        Step::Commit(0, Outcome::Returned, 0, 0),
-        Step::Reap(0, 1),
-        Step::Close,
-        Step::Quiet,
-        Step::Open,
-        Step::Start(0),
-        Step::Orphan(0),
-        Step::Fail(8),
+        ShadowStep::Deliver(1, 0),
+        ShadowStep::Deliver(8, 0),
+        ShadowStep::Commit(0, RequestOutcome::Returned, 0, 0),
+        ShadowStep::Reap(0, 1),
+        ShadowStep::Close,
+        ShadowStep::Quiet,
+        ShadowStep::Open,
+        ShadowStep::Start(0),
+        ShadowStep::Orphan(0),
+        ShadowStep::Fail(8),
     ];
     for tag in 0..3 {
-        steps.push(Step::Commit(tag, finished, 0, 0));
+        steps.push(ShadowStep::Commit(tag, finished, 0, 0));
     }
-    steps.push(Step::Post(0, 0, write));
-    steps.push(Step::Post(2, 1, read));
+    steps.push(ShadowStep::Post(0, 0, write));
+    steps.push(ShadowStep::Post(2, 1, read));
     let three = [
-        Step::Post(1, 0, write),
-        Step::Post(0, 1, read),
-        Step::Post(2, 0, flush),
+        ShadowStep::Post(1, 0, write),
+        ShadowStep::Post(0, 1, read),
+        ShadowStep::Post(2, 0, flush),
     ];
-    let dead = [Step::Deliver(8, 0), Step::Close, Step::Quiet];
-    let starts: [&[Step]; 4] = [
+    let dead = [
+        ShadowStep::Deliver(8, 0),
+        ShadowStep::Close,
+        ShadowStep::Quiet,
+    ];
+    let starts: [&[ShadowStep]; 4] = [
         &[],
-        &[Step::Open, Step::Start(0)],
-        &[&[Step::Open, Step::Start(0)], &three[..]].concat(),
+        &[ShadowStep::Open, ShadowStep::Start(0)],
+        &[&[ShadowStep::Open, ShadowStep::Start(0)], &three[..]].concat(),
         &[
-            &[Step::Open, Step::Start(0)],
+            &[ShadowStep::Open, ShadowStep::Start(0)],
             &three[..],
             &dead[..],
-            &[Step::Open, Step::Start(0)],
+            &[ShadowStep::Open, ShadowStep::Start(0)],
         ]
         .concat(),
     ];
@@ -223,46 +229,46 @@ fn every_short_history_does_what_the_model_does() {
 #[test]
 fn every_short_end_of_a_process_does_what_the_model_does() {
     let write = super::shadow::request(Op::Write, 0, 8);
-    let session = |settle_ms| Step::Claim(Fence::Session { settle_ms }, 0);
+    let session = |settle_ms| ShadowStep::Claim(Fence::Session { settle_ms }, 0);
     let steps = [
-        Step::Deliver(8, 0),
-        Step::Commit(0, Outcome::Finished(Status::Okay), 0, 0),
-        Step::Claim(Fence::Local, 0),
-        Step::Claim(Fence::None, 0),
+        ShadowStep::Deliver(8, 0),
+        ShadowStep::Commit(0, RequestOutcome::Finished(ResponseStatus::Okay), 0, 0),
+        ShadowStep::Claim(Fence::Local, 0),
+        ShadowStep::Claim(Fence::None, 0),
         session(3),
         session(5),
-        Step::Start(0),
-        Step::Close,
-        Step::Quiet,
-        Step::Pass(3),
-        Step::Pass(2),
-        Step::Open,
+        ShadowStep::Start(0),
+        ShadowStep::Close,
+        ShadowStep::Quiet,
+        ShadowStep::Pass(3),
+        ShadowStep::Pass(2),
+        ShadowStep::Open,
     ];
     let mut count = 0;
     for limit in [0, 2] {
         let start = [
-            Step::Limit(limit),
-            Step::Open,
+            ShadowStep::Limit(limit),
+            ShadowStep::Open,
             session(3),
-            Step::Start(0),
-            Step::Post(0, 0, write),
-            Step::Post(1, 1, write),
-            Step::Deliver(1, 0),
+            ShadowStep::Start(0),
+            ShadowStep::Post(0, 0, write),
+            ShadowStep::Post(1, 1, write),
+            ShadowStep::Deliver(1, 0),
         ];
         let again = [
-            Step::Close,
-            Step::Quiet,
-            Step::Pass(3),
-            Step::Quiet,
-            Step::Open,
+            ShadowStep::Close,
+            ShadowStep::Quiet,
+            ShadowStep::Pass(3),
+            ShadowStep::Quiet,
+            ShadowStep::Open,
         ];
         let served = [
             session(5),
-            Step::Start(0),
-            Step::Post(2, 0, write),
-            Step::Look,
+            ShadowStep::Start(0),
+            ShadowStep::Post(2, 0, write),
+            ShadowStep::Look,
         ];
-        let gone = [Step::Close, Step::Quiet];
+        let gone = [ShadowStep::Close, ShadowStep::Quiet];
         let starts = [
             start.to_vec(),
             [&start[..], &again, &served].concat(),
@@ -283,38 +289,48 @@ fn every_short_history_of_a_mapped_disk_does_what_the_model_does() {
     let read = request(Op::Read, 4, 8);
     let discard = request(Op::Discard, 0, 16);
     let range = Sectors::new(0, 64).expect("not empty");
-    let set = |access| Step::Set(range, access, 0, 0);
-    let writable = set(Access::ReadWrite);
+    let set = |access| ShadowStep::Set(range, access, 0, 0);
+    let writable = set(ExtentAccess::ReadWrite);
     let mut steps = vec![
         writable,
-        set(Access::Read),
-        Step::Set(range, Access::ReadWrite, 0, 1),
-        Step::Recall(Sectors::new(8, 8).expect("not empty")),
-        Step::Deliver(8, 0),
-        Step::Resume(0, 1),
-        Step::Resume(1, 8),
-        Step::Close,
-        Step::Quiet,
-        Step::Fail(8),
-        Step::Orphan(1),
-        Step::End(0, Status::Error),
-        Step::Commit(0, Outcome::Returned, 0, 0),
-        Step::Begin(0, 0, write),
-        Step::Begin(1, 1, read),
-        Step::Post(2, 0, discard),
+        set(ExtentAccess::Read),
+        ShadowStep::Set(range, ExtentAccess::ReadWrite, 0, 1),
+        ShadowStep::Recall(Sectors::new(8, 8).expect("not empty")),
+        ShadowStep::Deliver(8, 0),
+        ShadowStep::Resume(0, 1),
+        ShadowStep::Resume(1, 8),
+        ShadowStep::Close,
+        ShadowStep::Quiet,
+        ShadowStep::Fail(8),
+        ShadowStep::Orphan(1),
+        ShadowStep::End(0, ResponseStatus::Error),
+        ShadowStep::Commit(0, RequestOutcome::Returned, 0, 0),
+        ShadowStep::Begin(0, 0, write),
+        ShadowStep::Begin(1, 1, read),
+        ShadowStep::Post(2, 0, discard),
     ];
     for tag in 0..3 {
-        steps.push(Step::End(tag, Status::Okay));
-        steps.push(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
+        steps.push(ShadowStep::End(tag, ResponseStatus::Okay));
+        steps.push(ShadowStep::Commit(
+            tag,
+            RequestOutcome::Finished(ResponseStatus::Okay),
+            0,
+            0,
+        ));
     }
-    let live = [Step::Open, Step::Start(0), writable];
+    let live = [ShadowStep::Open, ShadowStep::Start(0), writable];
     let three = [
-        Step::Begin(0, 0, write),
-        Step::Post(1, 1, read),
-        Step::Post(2, 1, write),
+        ShadowStep::Begin(0, 0, write),
+        ShadowStep::Post(1, 1, read),
+        ShadowStep::Post(2, 1, write),
     ];
-    let again = [Step::Close, Step::Quiet, Step::Open, Step::Start(0)];
-    let starts: [&[Step]; 4] = [
+    let again = [
+        ShadowStep::Close,
+        ShadowStep::Quiet,
+        ShadowStep::Open,
+        ShadowStep::Start(0),
+    ];
+    let starts: [&[ShadowStep]; 4] = [
         &live,
         &[&live[..], &three[..]].concat(),
         &[&live[..], &three[..], &again[..1]].concat(),
@@ -327,7 +343,7 @@ fn every_short_history_of_a_mapped_disk_does_what_the_model_does() {
     assert!(count > 40_000, "{count}");
 }
 
-fn explore(pair: &Pair, steps: &[Step], depth: u32, count: &mut u64) {
+fn explore(pair: &Pair, steps: &[ShadowStep], depth: u32, count: &mut u64) {
     *count += 1;
     if depth == 0 {
         pair.clone().drain();

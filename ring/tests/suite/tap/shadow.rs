@@ -3,13 +3,13 @@
 //! The shadow, one rule at a time.
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{self, Completion, Desc, Info};
 use ring::tap::checked::{Claimed, Fence};
 use ring::tap::shadow::{
-    Committed, Delivered, Op, OpenError, PostError, Request, Shadow, StartError,
+    Committed, Delivered, Op, OpenError, PostError, PostedRequest, Shadow, StartError,
 };
-use ring::tap::table::Entry;
+use ring::tap::table::TagEntry;
 use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
@@ -17,8 +17,8 @@ use std::rc::Rc;
 const DIED: u8 = abi::DESC_REPLAY;
 const EIO: i32 = -5;
 
-pub(super) fn request(op: Op, sector: u64, sectors: u64) -> Request {
-    Request {
+pub(super) fn request(op: Op, sector: u64, sectors: u64) -> PostedRequest {
+    PostedRequest {
         op,
         preflush: false,
         fua: false,
@@ -29,16 +29,16 @@ pub(super) fn request(op: Op, sector: u64, sectors: u64) -> Request {
 }
 
 /// A disk and the process that has it.
-struct Disk {
-    shadow: Shadow<Vec<Entry>>,
+struct ShadowDisk {
+    shadow: Shadow<Vec<TagEntry>>,
     epoch: u64,
     now: u64,
 }
 
-impl Disk {
+impl ShadowDisk {
     fn new(tags: usize) -> Self {
         Self {
-            shadow: Shadow::new(vec![Entry::FREE; tags]),
+            shadow: Shadow::new(vec![TagEntry::FREE; tags]),
             epoch: 0,
             now: 100,
         }
@@ -67,7 +67,7 @@ impl Disk {
     }
 
     #[track_caller]
-    fn post_as(&mut self, tag: u16, request: &Request) {
+    fn post_as(&mut self, tag: u16, request: &PostedRequest) {
         self.now += 1;
         // The parity of the tag selects one of two queues.
         let posted = self
@@ -109,7 +109,7 @@ impl Disk {
         self.commit(tag, 1, 0, 0)
     }
 
-    fn reap(&mut self, queue: u16) -> Vec<(u16, Status)> {
+    fn reap(&mut self, queue: u16) -> Vec<(u16, ResponseStatus)> {
         let mut all = Vec::new();
         self.shadow.reap(queue, usize::MAX, |tag, status| {
             all.push((tag.number(), status))
@@ -126,10 +126,10 @@ impl Disk {
 
 #[test]
 fn a_request_goes_through_all_states() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post_as(
         3,
-        &Request {
+        &PostedRequest {
             preflush: true,
             fua: true,
             ..request(Op::Write, 100, 8)
@@ -159,7 +159,7 @@ fn a_request_goes_through_all_states() {
     assert_eq!(disk.done(3), Committed::Done(1));
     assert!(disk.shadow.has_results(1) && !disk.shadow.has_results(0));
     assert_eq!(disk.reap(0), []);
-    assert_eq!(disk.reap(1), [(3, Status::Okay)]);
+    assert_eq!(disk.reap(1), [(3, ResponseStatus::Okay)]);
     let info = disk.info();
     assert_eq!((info.delivered, info.committed, info.oldest_ns), (0, 1, 0));
     // The tag is free again, and its next delivery has another generation.
@@ -172,12 +172,12 @@ fn a_request_goes_through_all_states() {
 #[test]
 fn results_are_those_of_the_process() {
     for (result, status) in [
-        (0, Status::Okay),
-        (EIO, Status::Error),
-        (-95, Status::NotSupported),
-        (-4095, Status::Error),
+        (0, ResponseStatus::Okay),
+        (EIO, ResponseStatus::Error),
+        (-95, ResponseStatus::NotSupported),
+        (-4095, ResponseStatus::Error),
     ] {
-        let mut disk = Disk::live(2);
+        let mut disk = ShadowDisk::live(2);
         disk.post(0, Op::Discard, 0, 8);
         disk.tags();
         assert_eq!(disk.commit(0, 1, 0, result), Committed::Done(0));
@@ -187,7 +187,7 @@ fn results_are_those_of_the_process() {
 
 #[test]
 fn tags_and_queues_that_do_not_exist_are_refused() {
-    let mut disk = Disk::live(4);
+    let mut disk = ShadowDisk::live(4);
     let read = request(Op::Read, 0, 8);
     let mut post = |tag, queue| disk.shadow.post(DiskTag::new(tag), queue, &read, 0);
     assert_eq!(post(4, 0), Err(PostError::OutOfRange));
@@ -204,9 +204,9 @@ fn tags_and_queues_that_do_not_exist_are_refused() {
 
 #[test]
 fn only_so_many_tags_are_used_as_the_abi_allows() {
-    let disk = Disk::new(5000);
+    let disk = ShadowDisk::new(5000);
     assert_eq!(disk.shadow.tags(), abi::MAX_TAGS);
-    let mut disk = Disk::live(5000);
+    let mut disk = ShadowDisk::live(5000);
     let read = request(Op::Read, 0, 8);
     assert_eq!(disk.shadow.post(DiskTag::new(4095), 0, &read, 0), Ok(()));
     let beyond = disk.shadow.post(DiskTag::new(4096), 0, &read, 0);
@@ -215,7 +215,7 @@ fn only_so_many_tags_are_used_as_the_abi_allows() {
 
 #[test]
 fn a_request_waits_for_earlier_ones_that_it_overlaps() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(0, Op::Write, 0, 8);
     disk.post(1, Op::Read, 7, 2);
     disk.post(2, Op::Read, 8, 8);
@@ -239,7 +239,7 @@ fn a_request_waits_for_earlier_ones_that_it_overlaps() {
 
 #[test]
 fn a_flush_waits_for_nobody_while_nothing_is_replayed() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(0, Op::Write, 0, 8);
     disk.post(1, Op::Flush, 0, 0);
     assert_eq!(disk.tags(), [0, 1]);
@@ -247,7 +247,7 @@ fn a_flush_waits_for_nobody_while_nothing_is_replayed() {
 
 #[test]
 fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     for tag in [5, 1, 3, 2] {
         disk.post(tag, Op::Write, 8 * u64::from(tag), 8);
     }
@@ -271,18 +271,22 @@ fn what_a_dead_process_had_is_delivered_again_in_arrival_order() {
     // The last one was never delivered before.
     assert_eq!(seen, [(5, 0, DIED, 2), (3, 2, DIED, 2), (2, 3, 0, 1)]);
     assert_eq!(disk.info().replayed, 2);
-    assert_eq!(disk.reap(1), [(1, Status::Okay)], "its result outlives it");
+    assert_eq!(
+        disk.reap(1),
+        [(1, ResponseStatus::Okay)],
+        "its result outlives it"
+    );
 }
 
 #[test]
 fn a_flush_waits_for_earlier_writes_during_a_replay() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(0, Op::Read, 0, 8);
     disk.post(1, Op::Write, 8, 8);
     disk.post(2, Op::Flush, 0, 0);
     disk.post_as(
         3,
-        &Request {
+        &PostedRequest {
             preflush: true,
             ..request(Op::Write, 100, 8)
         },
@@ -312,7 +316,7 @@ fn a_flush_waits_for_earlier_writes_during_a_replay() {
 
 #[test]
 fn completions_that_name_no_delivery_are_refused() {
-    let mut disk = Disk::live(4);
+    let mut disk = ShadowDisk::live(4);
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.done(0), Committed::Refused, "not delivered");
     disk.tags();
@@ -334,7 +338,7 @@ fn completions_that_name_no_delivery_are_refused() {
 
 #[test]
 fn a_dead_process_is_not_heard() {
-    let mut disk = Disk::live(4);
+    let mut disk = ShadowDisk::live(4);
     disk.post(0, Op::Write, 0, 8);
     disk.tags();
     disk.shadow.closed();
@@ -355,7 +359,7 @@ fn a_dead_process_is_not_heard() {
 
 #[test]
 fn a_returned_request_keeps_its_place() {
-    let mut disk = Disk::live(4);
+    let mut disk = ShadowDisk::live(4);
     disk.post(0, Op::Write, 0, 8);
     disk.post(1, Op::Write, 4, 8);
     assert_eq!(disk.tags(), [0]);
@@ -372,7 +376,7 @@ fn a_returned_request_keeps_its_place() {
 
 #[test]
 fn a_process_has_to_open_and_start_in_this_order() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     assert!(disk.shadow.started(0).is_err());
     disk.post(0, Op::Read, 0, 8);
     assert_eq!(disk.shadow.state(), abi::STATE_IDLE);
@@ -393,7 +397,7 @@ fn a_process_has_to_open_and_start_in_this_order() {
 #[test]
 fn a_process_that_cannot_do_what_was_offered_is_not_started() {
     let bits = |ops: &[u8]| ops.iter().fold(0, |all, op| all | 1u64 << op);
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     disk.shadow
         .offer(bits(&[abi::OP_READ, abi::OP_WRITE, abi::OP_DISCARD]));
     let request = request(Op::Flush, 0, 0);
@@ -405,7 +409,7 @@ fn a_process_that_cannot_do_what_was_offered_is_not_started() {
         features: 0,
         fence: Fence::Local,
     };
-    let lacking = |disk: &Disk| {
+    let lacking = |disk: &ShadowDisk| {
         let mut info = abi::Info::default();
         disk.shadow.describe(&mut info, 0);
         info.lacking
@@ -442,14 +446,14 @@ fn claimed(fence: Fence) -> Claimed {
     }
 }
 
-fn claim(disk: &mut Disk, fence: Fence) {
+fn claim(disk: &mut ShadowDisk, fence: Fence) {
     disk.epoch = disk.shadow.opened().expect("nobody has it");
     assert!(disk.shadow.claim(disk.epoch, claimed(fence)));
     assert!(disk.shadow.started(disk.epoch).is_ok());
 }
 
 /// Ends the process with no visible I/O, and returns the milliseconds after which its I/O is over.
-fn settles(disk: &mut Disk) -> u64 {
+fn settles(disk: &mut ShadowDisk) -> u64 {
     const NS: u64 = 1_000_000;
     let seen_last = 5_000 * NS;
     disk.shadow.closed();
@@ -460,7 +464,7 @@ fn settles(disk: &mut Disk) -> u64 {
 
 #[test]
 fn what_goes_over_a_network_has_time_to_settle() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     let session = Fence::Session { settle_ms: 700 };
     claim(&mut disk, session);
     assert_eq!(settles(&mut disk), 700, "it may have served others");
@@ -480,7 +484,7 @@ fn what_goes_over_a_network_has_time_to_settle() {
 
 #[test]
 fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     let session = |settle_ms| claimed(Fence::Session { settle_ms });
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     // The process has no request of this disk, and does not declare its I/O for others over.
@@ -501,7 +505,7 @@ fn what_was_said_of_io_is_not_taken_back_by_another_claim() {
 /// The process may have opened its storage, because tapdisk claims before it opens an image.
 #[test]
 fn what_was_claimed_counts_of_a_process_that_was_never_started() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     let session = claimed(Fence::Session { settle_ms: 700 });
     disk.epoch = disk.shadow.opened().expect("nobody has it");
     assert!(disk.shadow.claim(disk.epoch, session));
@@ -523,17 +527,17 @@ fn what_was_claimed_counts_of_a_process_that_was_never_started() {
 }
 
 /// Counts the accesses of the shadow to its memory.
-struct Counted(Vec<Entry>, Rc<Cell<u64>>);
+struct Counted(Vec<TagEntry>, Rc<Cell<u64>>);
 
 impl Deref for Counted {
-    type Target = [Entry];
-    fn deref(&self) -> &[Entry] {
+    type Target = [TagEntry];
+    fn deref(&self) -> &[TagEntry] {
         &self.0
     }
 }
 
 impl DerefMut for Counted {
-    fn deref_mut(&mut self) -> &mut [Entry] {
+    fn deref_mut(&mut self) -> &mut [TagEntry] {
         self.1.set(self.1.get() + 1);
         &mut self.0
     }
@@ -544,7 +548,10 @@ impl DerefMut for Counted {
 fn a_start_after_the_first_one_looks_at_no_request() {
     const REQUESTS: u16 = 1000;
     let count = Rc::new(Cell::new(0));
-    let mut shadow = Shadow::new(Counted(vec![Entry::FREE; REQUESTS.into()], count.clone()));
+    let mut shadow = Shadow::new(Counted(
+        vec![TagEntry::FREE; REQUESTS.into()],
+        count.clone(),
+    ));
     shadow.set_death_limit(2);
     let mut epoch = shadow.opened().unwrap();
     assert!(shadow.started(epoch).is_ok());
@@ -572,7 +579,7 @@ fn a_start_after_the_first_one_looks_at_no_request() {
 /// Requests that wait for others keep their place.
 #[test]
 fn a_start_after_another_claim_keeps_what_waits_in_order() {
-    let mut disk = Disk::live(4);
+    let mut disk = ShadowDisk::live(4);
     disk.shadow.set_death_limit(2);
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
@@ -596,7 +603,7 @@ fn a_start_after_another_claim_keeps_what_waits_in_order() {
 
 #[test]
 fn who_has_ended_all_its_io_says_so() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     claim(&mut disk, Fence::Session { settle_ms: 700 });
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
@@ -616,7 +623,7 @@ fn who_has_ended_all_its_io_says_so() {
 /// For example, the process begins a mirror to a server: the guest does not wait for that.
 #[test]
 fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     let session = |settle_ms| claimed(Fence::Session { settle_ms });
     claim(&mut disk, Fence::Local);
     disk.post(0, Op::Write, 0, 8);
@@ -657,7 +664,7 @@ fn who_serves_says_that_its_io_is_over_later_and_serves_on() {
 
 #[test]
 fn what_cannot_be_fenced_is_not_executed_again() {
-    let mut disk = Disk::new(8);
+    let mut disk = ShadowDisk::new(8);
     claim(&mut disk, Fence::None);
     disk.post(0, Op::Write, 0, 8);
     disk.post(1, Op::Read, 64, 8);
@@ -668,8 +675,8 @@ fn what_cannot_be_fenced_is_not_executed_again() {
     disk.shadow.closed();
     let failed = disk.shadow.quiet(0).unwrap();
     assert_eq!((failed.count, failed.queues, failed.more), (1, 1, false));
-    assert_eq!(disk.reap(0), [(0, Status::Error)]);
-    assert_eq!(disk.reap(1), [(1, Status::Okay)]);
+    assert_eq!(disk.reap(0), [(0, ResponseStatus::Error)]);
+    assert_eq!(disk.reap(1), [(1, ResponseStatus::Okay)]);
     // The next process gets requests that the old one never had and requests that change nothing; only the latter are
     // replays.
     disk.start();
@@ -683,7 +690,7 @@ fn what_cannot_be_fenced_is_not_executed_again() {
 
 #[test]
 fn deliveries_are_counted() {
-    let mut disk = Disk::live(2);
+    let mut disk = ShadowDisk::live(2);
     disk.post(0, Op::Write, 0, 8);
     for count in 1..4u32 {
         let epoch = disk.epoch;
@@ -706,7 +713,7 @@ fn deliveries_are_counted() {
     let last = last.expect("it was returned");
     assert_eq!(last.deliveries, 4);
     assert_eq!(disk.commit(0, last.generation, 0, 0), Committed::Done(0));
-    assert_eq!(disk.reap(0), [(0, Status::Okay)]);
+    assert_eq!(disk.reap(0), [(0, ResponseStatus::Okay)]);
     disk.post(0, Op::Write, 0, 8);
     let _ = disk
         .shadow
@@ -715,7 +722,7 @@ fn deliveries_are_counted() {
 
 #[test]
 fn every_process_is_fenced_also_one_that_has_nothing() {
-    let mut disk = Disk::new(4);
+    let mut disk = ShadowDisk::new(4);
     let _epoch = disk.shadow.opened().expect("nobody has it");
     assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
     assert_eq!(disk.shadow.state(), abi::STATE_OPEN, "it is alive");
@@ -730,7 +737,7 @@ fn every_process_is_fenced_also_one_that_has_nothing() {
 
 #[test]
 fn a_queue_that_is_gone_leaves_only_what_the_process_has() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(1, Op::Write, 0, 8);
     disk.post(3, Op::Write, 100, 8);
     disk.post(5, Op::Write, 0, 4);
@@ -751,7 +758,7 @@ fn a_queue_that_is_gone_leaves_only_what_the_process_has() {
 
 #[test]
 fn orphans_of_a_dead_process_are_released_by_the_fence() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(1, Op::Write, 0, 8);
     disk.post(0, Op::Write, 4, 8);
     disk.tags();
@@ -766,22 +773,22 @@ fn orphans_of_a_dead_process_are_released_by_the_fence() {
 
 #[test]
 fn a_queue_that_closes_gets_back_what_is_not_delivered() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     disk.post(1, Op::Write, 0, 8);
     disk.post(3, Op::Write, 0, 8);
     disk.post(0, Op::Write, 0, 8);
     disk.tags();
     assert_eq!(disk.shadow.withdraw(1), 1);
-    assert_eq!(disk.reap(1), [(3, Status::Error)]);
+    assert_eq!(disk.reap(1), [(3, ResponseStatus::Error)]);
     assert_eq!((disk.shadow.delivered(), disk.shadow.waiting()), (1, 1));
     assert_eq!(disk.done(1), Committed::Done(1));
-    assert_eq!(disk.reap(1), [(1, Status::Okay)]);
+    assert_eq!(disk.reap(1), [(1, ResponseStatus::Okay)]);
     assert_eq!(disk.tags(), [0]);
 }
 
 #[test]
 fn requests_fail_only_while_nobody_serves_them() {
-    let mut disk = Disk::live(8);
+    let mut disk = ShadowDisk::live(8);
     for tag in 0..4 {
         disk.post(tag, Op::Write, 0, 8);
     }
@@ -793,7 +800,7 @@ fn requests_fail_only_while_nobody_serves_them() {
     assert_eq!((failed.count, failed.queues, failed.more), (1, 2, true));
     let failed = disk.shadow.fail_waiting(8);
     assert_eq!((failed.count, failed.queues, failed.more), (2, 3, false));
-    let error = |tag| (tag, Status::Error);
+    let error = |tag| (tag, ResponseStatus::Error);
     assert_eq!(disk.reap(0), [error(2)]);
     assert_eq!(disk.reap(1), [error(1), error(3)]);
     assert_eq!(disk.shadow.fail_waiting(8).count, 0, "not fenced");
@@ -809,7 +816,7 @@ fn requests_fail_only_while_nobody_serves_them() {
 
 #[test]
 fn one_call_does_not_look_at_everything() {
-    let mut disk = Disk::live(4096);
+    let mut disk = ShadowDisk::live(4096);
     // Each of these requests must be compared with all before it.
     for tag in 0..4096 {
         disk.post(tag, Op::Read, 0, 100_000);

@@ -3,33 +3,33 @@
 //! Requests that a queue executes without the process, and the mappings for them.
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::extent::{Access, Extent, Sectors, Source};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::Map;
-use ring::tap::shadow::direct::{Part, Parts, Start};
+use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::ExtentMap;
+use ring::tap::shadow::direct::{RequestPart, RequestParts, Start};
 use ring::tap::shadow::Op;
 
-use super::{number, Pair, Step, BACKINGS, SIZE, ZEROES};
+use super::{number, Pair, ShadowStep, BACKINGS, SIZE, ZEROES};
 use crate::tap_model::{wire, For, Stage, Undone, VecMap};
 
 /// Maps parts of 16 sectors, two of which have changed places.
 fn scatter(map: &mut VecMap, backing: u16) {
     for part in 0..264 {
-        let extent = Extent {
+        let extent = DataExtent {
             range: Sectors::new(16 * part, 16).expect("it is not empty"),
             place: 16 * (part ^ 1),
             source: Source::Backing(number(backing)),
-            access: Access::ReadWrite,
+            access: ExtentAccess::ReadWrite,
         };
         let _taken = map.set(&extent, map.generation());
     }
 }
 
 pub(super) fn mappings(leaves: usize, backings: u16) -> Box<VecMap> {
-    let (slots, leaves) = (vec![Slot::FREE; leaves], vec![Leaf::FREE; leaves]);
-    let mut map = Map::new(slots, leaves, SIZE, true);
+    let (slots, leaves) = (vec![LeafSlot::FREE; leaves], vec![Leaf::FREE; leaves]);
+    let mut map = ExtentMap::new(slots, leaves, SIZE, true);
     for (backing, what) in (0..backings).zip(BACKINGS) {
         assert!(map.add_backing(number(backing), what));
     }
@@ -48,7 +48,7 @@ impl Pair {
         let free = sequence.filter(|s| free || self.model.blocker(*s).is_none());
         self.seen.begun_beside += u64::from(free.is_some_and(|s| self.model.blocker(s).is_some()));
         let expected = free.and_then(|s| self.expect_start(s));
-        let mut parts = Parts::default();
+        let mut parts = RequestParts::default();
         let start = self.shadow.begin(DiskTag::new(tag), &mut parts);
         let got = start.map(|start| (start, parts.as_slice().to_vec()));
         assert_eq!(got, expected, "{self:?}");
@@ -59,7 +59,7 @@ impl Pair {
     }
 
     /// Returns the expected start of a request that nothing blocks, which its queue executes from now on if it can.
-    fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<Part>)> {
+    fn expect_start(&mut self, sequence: u64) -> Option<(Start, Vec<RequestPart>)> {
         let (backing, parts) = self.model.place(sequence)?;
         let request = self.model.undone.get_mut(&sequence).expect("it waits");
         request.stage = Stage::Direct(backing);
@@ -80,7 +80,7 @@ impl Pair {
         let max = if missed > 0 { usize::MAX } else { max };
         self.told &= !1u64.wrapping_shl(queue.into());
         let mut got = Vec::new();
-        let each = |tag: DiskTag, start, parts: &[Part]| {
+        let each = |tag: DiskTag, start, parts: &[RequestPart]| {
             got.push((tag.number(), (start, parts.to_vec())));
         };
         self.shadow.resume(queue, max, each);
@@ -101,16 +101,16 @@ impl Pair {
         self.seen.missed += missed as u64;
     }
 
-    pub(super) fn end(&mut self, tag: u16, status: Status) {
+    pub(super) fn end(&mut self, tag: u16, status: ResponseStatus) {
         let result = self.shadow.ended(DiskTag::new(tag), status);
         let direct = |s: &u64| matches!(self.model.undone[s].stage, Stage::Direct(_));
         let Some(sequence) = self.model.sequence_of(tag).filter(direct) else {
             return assert_eq!(result, None, "{self:?}");
         };
         let mut request = self.model.undone.remove(&sequence).expect("it is there");
-        if status == Status::Okay || request.request.op == Op::Flush {
+        if status == ResponseStatus::Okay || request.request.op == Op::Flush {
             self.model.executed += 1;
-            self.model.failed_flushes += u32::from(status != Status::Okay);
+            self.model.failed_flushes += u32::from(status != ResponseStatus::Okay);
             self.seen.executed += 1;
             return assert_eq!(result, Some(status), "{self:?}");
         }
@@ -125,12 +125,12 @@ impl Pair {
     }
 
     /// The process changes mappings if it is served; the host changes the backings.
-    pub(super) fn map(&mut self, step: Step) {
+    pub(super) fn map(&mut self, step: ShadowStep) {
         let live = self.model.state == abi::STATE_LIVE;
         let busy = |number| self.shadow.is_executing_in(number);
         let may = match step {
-            Step::Add(backing) => !busy(number(backing)),
-            Step::Remove(_) => true,
+            ShadowStep::Add(backing) => !busy(number(backing)),
+            ShadowStep::Remove(_) => true,
             _ => live,
         };
         let (shadow, model) = (self.shadow.map(), &mut self.model.mappings.0);
@@ -139,8 +139,8 @@ impl Pair {
         };
         for map in [shadow, model] {
             match step {
-                Step::Set(range, access, backing, ago) => {
-                    let extent = Extent {
+                ShadowStep::Set(range, access, backing, ago) => {
+                    let extent = DataExtent {
                         range,
                         place: match backing {
                             ZEROES => 0,
@@ -155,16 +155,16 @@ impl Pair {
                     let generation = map.generation().wrapping_sub(ago);
                     let _taken = map.set(&extent, generation);
                 }
-                Step::Scatter(backing) => scatter(map, backing),
-                Step::SetFlush => {
+                ShadowStep::Scatter(backing) => scatter(map, backing),
+                ShadowStep::SetFlush => {
                     let _taken = map.set_flush();
                 }
-                Step::Recall(range) => map.recall(&range),
-                Step::Add(backing) => {
+                ShadowStep::Recall(range) => map.recall(&range),
+                ShadowStep::Add(backing) => {
                     let what = BACKINGS[usize::from(backing)];
                     let _added = map.add_backing(number(backing), what);
                 }
-                Step::Remove(backing) => {
+                ShadowStep::Remove(backing) => {
                     let _removed = map.remove_backing(number(backing));
                 }
                 _ => {}

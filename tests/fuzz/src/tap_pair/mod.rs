@@ -8,19 +8,19 @@ mod seen;
 mod step;
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::checked::{Commit, Outcome};
+use ring::tap::checked::{Commit, RequestOutcome};
 use ring::tap::extent::BackingNumber;
-use ring::tap::map::Backing;
-use ring::tap::shadow::{Committed, Delivered, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::tap::map::MapBacking;
+use ring::tap::shadow::{Committed, Delivered, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
 use crate::tap_model::{wire, For, Mappings, Model, Stage, Undone, VecMap, ARRIVED};
 use crate::tap_oracle;
 use direct::mappings;
-pub use seen::Seen;
-pub use step::{Step, OVER};
+pub use seen::TapEvents;
+pub use step::{ShadowStep, OVER};
 
 /// Queues that most requests come from.
 pub const QUEUES: u16 = 2;
@@ -32,13 +32,13 @@ const DESCRIBED: u64 = 11;
 /// Sectors of a disk that has backings, and of these.
 const SIZE: u64 = 1 << 54;
 /// The backings that a disk can have: an extent has an equal place in both. The second one has larger blocks.
-pub const BACKINGS: [Backing; 2] = [
-    Backing {
+pub const BACKINGS: [MapBacking; 2] = [
+    MapBacking {
         sectors: SIZE,
         block: 1,
         writable: true,
     },
-    Backing {
+    MapBacking {
         sectors: SIZE,
         block: 8,
         writable: true,
@@ -55,26 +55,26 @@ fn number(backing: u16) -> BackingNumber {
 /// The shadow and its model.
 #[derive(Clone)]
 pub struct Pair {
-    shadow: Shadow<Vec<Entry>, Option<Box<VecMap>>>,
+    shadow: Shadow<Vec<TagEntry>, Option<Box<VecMap>>>,
     model: Model,
     tags: u16,
     /// Queues that were woken to begin a request, and have not done so yet; one bit for each.
     told: u64,
-    steps: Vec<Step>,
+    steps: Vec<ShadowStep>,
     /// Counts of events.
-    pub seen: Seen,
+    pub seen: TapEvents,
 }
 
 impl Pair {
     /// Returns a disk with this number of tags that no process has opened.
     pub fn new(tags: u16) -> Self {
         Self {
-            shadow: Shadow::with_map(vec![Entry::FREE; usize::from(tags)], None),
+            shadow: Shadow::with_map(vec![TagEntry::FREE; usize::from(tags)], None),
             model: Model::default(),
             tags,
             told: 0,
             steps: Vec::new(),
-            seen: Seen::default(),
+            seen: TapEvents::default(),
         }
     }
 
@@ -92,13 +92,13 @@ impl Pair {
     }
 
     /// Returns a disk that can have no mappings, after some steps.
-    pub fn with(tags: u16, steps: &[Step]) -> Self {
+    pub fn with(tags: u16, steps: &[ShadowStep]) -> Self {
         Self::new(tags).after(steps)
     }
 
     /// Returns the pair after some steps.
     #[must_use]
-    pub fn after(mut self, steps: &[Step]) -> Self {
+    pub fn after(mut self, steps: &[ShadowStep]) -> Self {
         steps.iter().for_each(|step| self.apply(*step));
         self
     }
@@ -128,14 +128,14 @@ impl Pair {
     }
 
     /// Takes a step on both sides and compares them.
-    pub fn apply(&mut self, step: Step) {
+    pub fn apply(&mut self, step: ShadowStep) {
         self.steps.push(step);
         match step {
-            Step::Post(tag, queue, request) => {
+            ShadowStep::Post(tag, queue, request) => {
                 self.post(tag, queue, request);
             }
-            Step::Deliver(max, ago) => self.deliver(max, ago),
-            Step::Commit(tag, outcome, beside, ago) => {
+            ShadowStep::Deliver(max, ago) => self.deliver(max, ago),
+            ShadowStep::Commit(tag, outcome, beside, ago) => {
                 let generation = self.generation(tag).wrapping_sub(beside);
                 let commit = Commit {
                     tag: DiskTag::new(tag),
@@ -144,38 +144,38 @@ impl Pair {
                 };
                 self.commit(&commit, ago);
             }
-            Step::Say(bytes, ago) => match tap_oracle::completion(&bytes) {
+            ShadowStep::Say(bytes, ago) => match tap_oracle::completion(&bytes) {
                 Some(commit) => self.commit(&commit, ago),
                 None => self.seen.malformed += 1,
             },
-            Step::Look => self.look(),
-            Step::Reap(queue, max) => self.reap(queue, max),
-            Step::Open => self.open(),
-            Step::Limit(limit) => {
+            ShadowStep::Look => self.look(),
+            ShadowStep::Reap(queue, max) => self.reap(queue, max),
+            ShadowStep::Open => self.open(),
+            ShadowStep::Limit(limit) => {
                 self.shadow.set_death_limit(limit);
                 self.model.limit = if limit == 1 { 2 } else { limit.into() };
             }
-            Step::Excuse(ago) => self.excuse(ago),
-            Step::Claim(fence, ago) => self.claim(fence, ago),
-            Step::Start(ago) => self.start(ago),
-            Step::Close => self.close(),
-            Step::Quiet => self.quiet(),
-            Step::Pass(ms) => self.model.clock += u64::from(ms),
-            Step::Withdraw(queue) => {
+            ShadowStep::Excuse(ago) => self.excuse(ago),
+            ShadowStep::Claim(fence, ago) => self.claim(fence, ago),
+            ShadowStep::Start(ago) => self.start(ago),
+            ShadowStep::Close => self.close(),
+            ShadowStep::Quiet => self.quiet(),
+            ShadowStep::Pass(ms) => self.model.clock += u64::from(ms),
+            ShadowStep::Withdraw(queue) => {
                 let (failed, _) = self.model.fail(usize::MAX, |_, _, r| r.queue == queue);
                 assert_eq!(self.shadow.withdraw(queue) as usize, failed, "{self:?}");
                 self.seen.failed += failed as u64;
             }
-            Step::Orphan(queue) => self.orphan(queue),
-            Step::Fail(max) => self.fail(max),
-            Step::Begin(tag, queue, request) => {
+            ShadowStep::Orphan(queue) => self.orphan(queue),
+            ShadowStep::Fail(max) => self.fail(max),
+            ShadowStep::Begin(tag, queue, request) => {
                 let posted = self.post(tag, queue, request);
                 self.begin(tag, posted);
             }
-            Step::Resume(queue, max) => self.resume(queue, max),
-            Step::End(tag, status) => self.end(tag, status),
-            Step::Set(..) | Step::Scatter(_) | Step::SetFlush => self.map(step),
-            Step::Recall(_) | Step::Add(_) | Step::Remove(_) => self.map(step),
+            ShadowStep::Resume(queue, max) => self.resume(queue, max),
+            ShadowStep::End(tag, status) => self.end(tag, status),
+            ShadowStep::Set(..) | ShadowStep::Scatter(_) | ShadowStep::SetFlush => self.map(step),
+            ShadowStep::Recall(_) | ShadowStep::Add(_) | ShadowStep::Remove(_) => self.map(step),
         }
         // One call is enough except for very many requests, of which each call sorts some.
         for _ in 0..=self.model.undone.len() {
@@ -186,7 +186,7 @@ impl Pair {
         self.compare();
     }
 
-    fn post(&mut self, tag: u16, queue: u16, request: Request) -> bool {
+    fn post(&mut self, tag: u16, queue: u16, request: PostedRequest) -> bool {
         let valid = tag < self.tags && usize::from(queue) < 64 && self.model.is_free(tag);
         let posted = self
             .shadow
@@ -288,13 +288,13 @@ impl Pair {
                 self.seen.released += 1;
                 Committed::Released
             }
-            Outcome::Returned => {
+            RequestOutcome::Returned => {
                 request.stage = Stage::Waiting;
                 request.whose = For::Unknown;
                 self.seen.returned += 1;
                 Committed::Returned
             }
-            Outcome::Finished(status) => {
+            RequestOutcome::Finished(status) => {
                 self.model.finish(sequence, status);
                 self.model.committed += 1;
                 (self.model.answered, self.model.unproven) = (true, false);
@@ -337,7 +337,7 @@ impl Pair {
         for tag in self.begun() {
             let sequence = self.model.sequence_of(tag).expect("it is there");
             if self.model.undone[&sequence].queue == queue {
-                self.end(tag, Status::Okay);
+                self.end(tag, ResponseStatus::Okay);
             }
         }
         let (failed, _) = self.model.fail(usize::MAX, |_, _, r| r.queue == queue);
@@ -418,34 +418,42 @@ impl Pair {
     }
 
     /// Brings all waiting requests to an end. Returns the counts of events.
-    pub fn drain(mut self) -> Seen {
+    pub fn drain(mut self) -> TapEvents {
         if self.model.state == abi::STATE_OPEN {
-            self.apply(Step::Start(0));
+            self.apply(ShadowStep::Start(0));
         }
         if self.model.state != abi::STATE_LIVE {
-            for step in OVER.into_iter().chain([Step::Open, Step::Start(0)]) {
+            for step in OVER
+                .into_iter()
+                .chain([ShadowStep::Open, ShadowStep::Start(0)])
+            {
                 self.apply(step);
             }
         }
         for _ in 0..=2 * self.tags {
-            self.apply(Step::Look);
-            self.apply(Step::Deliver(usize::MAX, 0));
+            self.apply(ShadowStep::Look);
+            self.apply(ShadowStep::Deliver(usize::MAX, 0));
             for queue in 0..QUEUES {
                 if self.told >> queue & 1 == 1 {
-                    self.apply(Step::Resume(queue, usize::MAX));
+                    self.apply(ShadowStep::Resume(queue, usize::MAX));
                 }
             }
             if let Some(tag) = self.begun().pop() {
-                self.apply(Step::End(tag, Status::Okay));
+                self.apply(ShadowStep::End(tag, ResponseStatus::Okay));
             } else if let Some(tag) = self.held().pop() {
-                self.apply(Step::Commit(tag, Outcome::Finished(Status::Okay), 0, 0));
+                self.apply(ShadowStep::Commit(
+                    tag,
+                    RequestOutcome::Finished(ResponseStatus::Okay),
+                    0,
+                    0,
+                ));
             } else if self.model.deliverable().is_empty() {
                 break;
             }
         }
         assert!(self.model.undone.is_empty(), "{self:?}");
         for queue in 0..64 {
-            self.apply(Step::Reap(queue, usize::MAX));
+            self.apply(ShadowStep::Reap(queue, usize::MAX));
         }
         assert!(self.model.done.is_empty(), "{self:?}");
         self.seen

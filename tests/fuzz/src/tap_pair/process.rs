@@ -2,12 +2,12 @@
 
 //! Start, service and end of a process.
 
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
 use ring::tap::checked::{Claimed, Fence};
 
 use super::Pair;
-use crate::tap_model::{Claim, Stage};
+use crate::tap_model::{ProcessClaim, Stage};
 
 impl Pair {
     pub(super) fn open(&mut self) {
@@ -17,7 +17,7 @@ impl Pair {
             self.model.epoch += 1;
             self.model.state = abi::STATE_OPEN;
             self.model.answered = false;
-            self.model.claimed = Claim::default();
+            self.model.claimed = ProcessClaim::default();
             self.model.claims.clear();
             self.model.quiet = None;
             self.model.started = false;
@@ -45,7 +45,7 @@ impl Pair {
         if !widens {
             self.model.state = abi::STATE_OPEN;
         }
-        self.model.claimed = Claim(fence);
+        self.model.claimed = ProcessClaim(fence);
         match fence {
             Fence::Local => self.model.claims.clear(),
             Fence::Session { .. } | Fence::None => self.model.claims.push(fence),
@@ -82,7 +82,7 @@ impl Pair {
             let (queue, what) = (request.queue, (request.request.op, request.range()));
             self.model.poisoned.push(what);
             self.model.unproven = true;
-            self.model.finish(sequence, Status::Error);
+            self.model.finish(sequence, ResponseStatus::Error);
             self.seen.poisoned += 1;
             1 << queue
         });
@@ -155,7 +155,7 @@ impl Pair {
         let mut queues = 0;
         for sequence in &lost {
             queues |= 1 << self.model.undone[sequence].queue;
-            self.model.finish(*sequence, Status::Error);
+            self.model.finish(*sequence, ResponseStatus::Error);
         }
         self.seen.lost += lost.len() as u64;
         (lost.len(), queues)

@@ -4,7 +4,7 @@
 
 /// Counts of events in a run; the callers check that runs are not vacuous.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
+pub struct TapEvents {
     /// Requests posted.
     pub posted: u64,
     /// Deliveries.

@@ -2,21 +2,21 @@
 
 //! Steps of the shadow of a tap disk and of its model.
 
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::checked::{Fence, Outcome};
-use ring::tap::extent::{Access, Sectors};
-use ring::tap::shadow::Request;
+use ring::tap::checked::{Fence, RequestOutcome};
+use ring::tap::extent::{ExtentAccess, Sectors};
+use ring::tap::shadow::PostedRequest;
 
 /// A step of a shadow. `ago` is the number of openers between the calling process and the newest one.
 #[derive(Clone, Copy, Debug)]
-pub enum Step {
+pub enum ShadowStep {
     /// A queue posts a request.
-    Post(u16, u16, Request),
+    Post(u16, u16, PostedRequest),
     /// The process fetches at most this number; and its `ago`.
     Deliver(usize, u64),
     /// The process commits a tag: with its generation or one beside it; and its `ago`.
-    Commit(u16, Outcome, u32, u64),
+    Commit(u16, RequestOutcome, u32, u64),
     /// The process sends any 16 bytes as a completion; and its `ago`.
     Say([u8; 16], u64),
     /// The process checks whether there is a request to fetch.
@@ -46,14 +46,14 @@ pub enum Step {
     /// The time without a process is over: at most this number of requests fail.
     Fail(usize),
     /// A queue posts a request, and begins it if it can.
-    Begin(u16, u16, Request),
+    Begin(u16, u16, PostedRequest),
     /// A queue begins at most this number of waiting requests.
     Resume(u16, usize),
     /// A queue has executed a tag, with this result.
-    End(u16, Status),
+    End(u16, ResponseStatus),
     /// The process maps a range to a backing, or to [`ZEROES`](super::ZEROES), with a generation that is this many
     /// changes old.
-    Set(Sectors, Access, u16, u32),
+    Set(Sectors, ExtentAccess, u16, u32),
     /// The process maps much of the range of most requests to a backing, but in parts that are in another order.
     Scatter(u16),
     /// The process declares a flush of the disk a flush of the backing.
@@ -67,4 +67,8 @@ pub enum Step {
 }
 
 /// Steps after which the I/O of a dead process is over.
-pub const OVER: [Step; 3] = [Step::Quiet, Step::Pass(abi::MAX_SETTLE_MS), Step::Quiet];
+pub const OVER: [ShadowStep; 3] = [
+    ShadowStep::Quiet,
+    ShadowStep::Pass(abi::MAX_SETTLE_MS),
+    ShadowStep::Quiet,
+];

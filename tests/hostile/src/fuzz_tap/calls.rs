@@ -13,7 +13,7 @@ use crate::tap::{
 use crate::wait;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
-    ioctl, Buffer, Completion, Create, Destroy, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK,
+    ioctl, Buffer, Completion, CreateCommand, Destroy, COMPLETION_RETURNED, GEOMETRY_MAY_SHRINK,
     GEOMETRY_WRITE_CACHE, MAX_TAGS, MMAP_ARENA, MMAP_DESCRIPTORS, STATE_LIVE,
 };
 use ring::tap::params::{Params, Unfit};
@@ -542,12 +542,12 @@ fn control_node(process: &Process, rng: &mut Rng) -> Result<()> {
 
 /// Creates another disk; if the arguments are valid, the disk is created and destroyed again.
 fn create(file: &File, ours: u32, rng: &mut Rng) -> Result<()> {
-    let mut create = Create {
+    let mut create = CreateCommand {
         version: rng.pick(&[1, 1, 1, 0, 2, u32::MAX]),
         minor: rng.pick(&[ours, u32::MAX, FAR as u32, (1 << 20) - 1, 1 << 20]),
         arena_kib: rng.pick(&[0, 1024, SMALL, 1, 1025, 65 << 10, u32::MAX]),
         fail_after_s: rng.pick(&[0, 1, u32::MAX]),
-        ..Create::default()
+        ..CreateCommand::default()
     };
     if rng.below(8) == 0 {
         let at = rng.below(create.reserved.len() as u64);

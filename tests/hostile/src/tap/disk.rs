@@ -4,7 +4,7 @@
 use super::node::{call, Node};
 use crate::wait;
 use anyhow::{Context, Result};
-use ring::tap::abi::{self, ioctl, Create, Destroy, Info};
+use ring::tap::abi::{self, ioctl, CreateCommand, Destroy, Info};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -52,10 +52,10 @@ impl TapDisk {
 
     /// Makes a disk that fails a request after this number of deaths at it.
     pub(crate) fn make_judging(max_deaths: u32) -> Result<TapDisk> {
-        TapDisk::ready(TapDisk::try_make_of(Create {
+        TapDisk::ready(TapDisk::try_make_of(CreateCommand {
             minor: u32::MAX,
             max_deaths,
-            ..Create::default()
+            ..CreateCommand::default()
         })?)
     }
 
@@ -70,15 +70,15 @@ impl TapDisk {
 
     /// Tries to make the disk of a number.
     pub(crate) fn try_make(minor: u32, fail_after_s: u32) -> Result<io::Result<TapDisk>> {
-        TapDisk::try_make_of(Create {
+        TapDisk::try_make_of(CreateCommand {
             minor,
             fail_after_s,
-            ..Create::default()
+            ..CreateCommand::default()
         })
     }
 
-    fn try_make_of(create: Create) -> Result<io::Result<TapDisk>> {
-        let mut create = Create {
+    fn try_make_of(create: CreateCommand) -> Result<io::Result<TapDisk>> {
+        let mut create = CreateCommand {
             version: abi::VERSION,
             arena_kib: ARENA_KIB,
             ..create

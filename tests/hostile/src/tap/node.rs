@@ -5,7 +5,7 @@ use super::Map;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     ioctl, Buffer, Claims, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead,
-    Segment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, PARAM_DISCARD,
+    TapSegment, FEATURES, FENCE_LOCAL, MMAP_ARENA, MMAP_DESCRIPTORS, OPERATIONS, PARAM_DISCARD,
     PARAM_GEOMETRY,
 };
 use std::fs::File;
@@ -312,10 +312,10 @@ impl Node {
     }
 
     /// Returns the pieces of the arena of a request.
-    pub(crate) fn segments(&self, desc: &Desc) -> Result<Vec<Segment>> {
-        let stride = self.info.max_segments as usize * size_of::<Segment>();
+    pub(crate) fn segments(&self, desc: &Desc) -> Result<Vec<TapSegment>> {
+        let stride = self.info.max_segments as usize * size_of::<TapSegment>();
         let start = self.info.segments_offset as usize + usize::from(desc.tag) * stride;
-        let at = |index| start + usize::from(index) * size_of::<Segment>();
+        let at = |index| start + usize::from(index) * size_of::<TapSegment>();
         (0..desc.segments)
             .map(|index| self.entry(at(index)))
             .collect()

@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
-use ring::tap::shadow::{Op, Request};
+use ring::response::ResponseStatus;
+use ring::tap::shadow::{Op, PostedRequest};
 
 use super::image::{Image, CLUSTER, SECTORS};
 use super::{Scene, ABLE, UNABLE};
@@ -15,7 +15,7 @@ use crate::history::{value, History, ZERO};
 /// A request without an answer.
 #[derive(Clone, Debug)]
 pub(super) struct Posted {
-    pub(super) request: Request,
+    pub(super) request: PostedRequest,
     /// Data of a write, or data that a read has returned: a value for each sector.
     pub(super) data: Vec<u64>,
     /// The data is in pages of the guest, which no process can access.
@@ -78,7 +78,7 @@ impl Guest {
     }
 
     /// Makes a request. Each write has values of its own.
-    fn issue(&mut self, request: &Request, is_mapped: bool) -> Posted {
+    fn issue(&mut self, request: &PostedRequest, is_mapped: bool) -> Posted {
         let (start, sectors) = (request.sector, request.sectors);
         self.clock += 1;
         self.changes += u32::from(matches!(request.op, Op::Write | Op::Discard));
@@ -187,7 +187,7 @@ impl Scene {
         }
     }
 
-    fn request(&mut self) -> Request {
+    fn request(&mut self) -> PostedRequest {
         let op = match self.rng.below(20) {
             0..9 => Op::Write,
             9..16 => Op::Read,
@@ -200,7 +200,7 @@ impl Scene {
             sector -= sector % CLUSTER;
             sectors = CLUSTER * self.rng.pick(&[1, 1, 2]);
         }
-        Request {
+        PostedRequest {
             op,
             preflush: false,
             fua: false,
@@ -215,7 +215,7 @@ impl Scene {
     }
 
     /// Records the result of a request.
-    pub(super) fn answer(&mut self, tag: u16, status: Status) {
+    pub(super) fn answer(&mut self, tag: u16, status: ResponseStatus) {
         let Some(posted) = self.guest.posted.remove(&tag) else {
             return self.problem(format!("tag {tag} has a result and no request"));
         };
@@ -223,7 +223,7 @@ impl Scene {
             return;
         }
         let request = posted.request;
-        if status != Status::Okay {
+        if status != ResponseStatus::Okay {
             return self.problem(format!("{request:?} has failed"));
         }
         if let Err(what) = self.guest.note(&posted) {

@@ -3,11 +3,11 @@
 //! The queue's thread and its I/O: begun in one step, executed sector by sector in any order, ended later.
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::OP_READ;
-use ring::tap::extent::{Access, Extent, Sectors, Source};
-use ring::tap::shadow::direct::{Part, Parts, Start, MAX_PARTS};
-use ring::tap::shadow::{Op, Request};
+use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::shadow::direct::{RequestPart, RequestParts, Start, MAX_PARTS};
+use ring::tap::shadow::{Op, PostedRequest};
 
 use super::image::{BASE, FIRST, FOREIGN};
 use super::{Fault, Scene};
@@ -37,7 +37,7 @@ enum Work {
 impl Scene {
     /// Begins a request that was just posted, if it needs no process and no other request blocks it.
     pub(super) fn begin(&mut self, tag: u16) {
-        let mut parts = Parts::default();
+        let mut parts = RequestParts::default();
         if let Some(start) = self.shadow.begin(DiskTag::new(tag), &mut parts) {
             self.run(tag, &start, parts.as_slice());
         }
@@ -45,7 +45,7 @@ impl Scene {
 
     /// Begins a request whose data is in pages of the guest; takes it back if it cannot be begun.
     pub(super) fn begin_mapped(&mut self, tag: u16) {
-        let mut parts = Parts::default();
+        let mut parts = RequestParts::default();
         let disk_tag = DiskTag::new(tag);
         let mut may = self.shadow.clone();
         let is_blind =
@@ -73,7 +73,8 @@ impl Scene {
         }
         let most = self.rng.pick(&[1, 2, usize::MAX]);
         let mut begun = Vec::new();
-        let each = |tag: DiskTag, start, parts: &[Part]| begun.push((tag, start, parts.to_vec()));
+        let each =
+            |tag: DiskTag, start, parts: &[RequestPart]| begun.push((tag, start, parts.to_vec()));
         self.shadow.resume(0, most, each);
         self.counts.resumed += begun.len() as u64;
         for (tag, start, parts) in begun {
@@ -82,12 +83,12 @@ impl Scene {
         self.announce();
     }
 
-    fn run(&mut self, tag: u16, start: &Start, parts: &[Part]) {
+    fn run(&mut self, tag: u16, start: &Start, parts: &[RequestPart]) {
         // CAST: the number of one of a few backings.
         let store = start
             .backing
             .map_or(FOREIGN, |number| number.index() as u16);
-        let sectors = |part: &Part| {
+        let sectors = |part: &RequestPart| {
             let first = part.sector.map(|sector| (store, sector));
             (0..part.sectors).map(move |more| first.map(|(store, sector)| (store, sector + more)))
         };
@@ -103,7 +104,7 @@ impl Scene {
         self.push(tag, &request, false, work);
     }
 
-    fn push(&mut self, tag: u16, request: &Request, beside: bool, work: Work) {
+    fn push(&mut self, tag: u16, request: &PostedRequest, beside: bool, work: Work) {
         let is_slow = self.rng.percent(self.plan.slow);
         self.running.push(Running {
             tag,
@@ -115,7 +116,7 @@ impl Scene {
     }
 
     /// Begins a request that the shadow does not know of: a planted fault.
-    pub(super) fn begin_beside(&mut self, tag: u16, queue: u16, request: &Request) -> bool {
+    pub(super) fn begin_beside(&mut self, tag: u16, queue: u16, request: &PostedRequest) -> bool {
         let work = match request.op {
             _ if queue != 0 => None,
             Op::Flush if self.commits(Fault::FlushOne) && self.plan.grows => {
@@ -132,15 +133,15 @@ impl Scene {
     }
 
     /// Returns the places that the map has for a request.
-    fn found(&mut self, request: &Request) -> Option<Work> {
+    fn found(&mut self, request: &PostedRequest) -> Option<Work> {
         let reads = request.op == Op::Read;
         let access = if reads {
-            Access::Read
+            ExtentAccess::Read
         } else {
-            Access::ReadWrite
+            ExtentAccess::ReadWrite
         };
         let mut pieces = Vec::new();
-        let each = |piece: &Extent| pieces.push(*piece);
+        let each = |piece: &DataExtent| pieces.push(*piece);
         let found = self
             .map()
             .translate(&range(request), access, MAX_PARTS, each);
@@ -218,10 +219,14 @@ impl Scene {
         self.counts.flushed += u64::from(is_flush);
         self.counts.executed += 1;
         if running.beside {
-            return self.answer(running.tag, Status::Okay);
+            return self.answer(running.tag, ResponseStatus::Okay);
         }
         let fails = !is_flush && self.rng.percent(self.plan.failing);
-        let status = if fails { Status::Error } else { Status::Okay };
+        let status = if fails {
+            ResponseStatus::Error
+        } else {
+            ResponseStatus::Okay
+        };
         let tag = DiskTag::new(running.tag);
         let is_mapped = self.shadow.is_mapped(tag);
         let ended = self.shadow.ended(tag, status);
@@ -241,6 +246,6 @@ impl Scene {
 }
 
 /// Returns the range of a request; that of a flush is the whole disk.
-fn range(request: &Request) -> Sectors {
+fn range(request: &PostedRequest) -> Sectors {
     Sectors::new(request.sector, request.sectors).unwrap_or(Sectors::ALL)
 }

@@ -14,12 +14,12 @@ mod kernel;
 mod process;
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::extent::{BackingNumber, Sectors};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::{Backing, Map};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::{ExtentMap, MapBacking};
 use ring::tap::shadow::Shadow;
-use ring::tap::table::Entry;
+use ring::tap::table::TagEntry;
 
 use crate::rng::Rng;
 use guest::Guest;
@@ -35,7 +35,7 @@ const UNABLE: std::ops::Range<u16> = 8..11;
 /// Steps after which a case counts as stuck.
 const PATIENCE: u32 = 200_000;
 
-type DiskMap = Option<Box<Map<Vec<Slot>, Vec<Leaf>>>>;
+type DiskMap = Option<Box<ExtentMap<Vec<LeafSlot>, Vec<Leaf>>>>;
 
 /// A fault in the surroundings of the shadow and the map, or a broken rule of theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,7 +169,7 @@ struct Scene {
     rng: Rng,
     plan: Plan,
     fault: Option<Fault>,
-    shadow: Shadow<Vec<Entry>, DiskMap>,
+    shadow: Shadow<Vec<TagEntry>, DiskMap>,
     image: Image,
     guest: Guest,
     /// Requests that queues execute.
@@ -203,10 +203,10 @@ fn number(store: u16) -> BackingNumber {
 impl Scene {
     fn new(seed: u64, plan: &Plan, fault: Option<Fault>) -> Self {
         // One leaf only, so that some extents are forgotten.
-        let memory = (vec![Slot::FREE; 1], vec![Leaf::FREE; 1]);
-        let map = Map::new(memory.0, memory.1, SECTORS, true);
+        let memory = (vec![LeafSlot::FREE; 1], vec![Leaf::FREE; 1]);
+        let map = ExtentMap::new(memory.0, memory.1, SECTORS, true);
         let tags = usize::from(UNABLE.end);
-        let mut shadow = Shadow::with_map(vec![Entry::FREE; tags], Some(Box::new(map)));
+        let mut shadow = Shadow::with_map(vec![TagEntry::FREE; tags], Some(Box::new(map)));
         shadow.set_able(0, true);
         let image = Image::new(plan.base);
         let mut scene = Self {
@@ -232,7 +232,7 @@ impl Scene {
 
     /// Adds a backing, as the supervisor does.
     fn add_backing(&mut self, store: u16) {
-        let backing = Backing {
+        let backing = MapBacking {
             sectors: self.image.sectors_of(store),
             block: 1,
             writable: store != BASE,
@@ -240,7 +240,7 @@ impl Scene {
         assert!(self.map().add_backing(number(store), backing));
     }
 
-    fn map(&mut self) -> &mut Map<Vec<Slot>, Vec<Leaf>> {
+    fn map(&mut self) -> &mut ExtentMap<Vec<LeafSlot>, Vec<Leaf>> {
         self.shadow.map().as_mut().expect("it has one")
     }
 
@@ -333,7 +333,9 @@ impl Scene {
         assert_eq!(failed.map(|failed| failed.count), Some(0), "all is local");
         if self.commits(Fault::GiveAway) {
             for running in &self.running {
-                let _given = self.shadow.ended(DiskTag::new(running.tag), Status::Error);
+                let _given = self
+                    .shadow
+                    .ended(DiskTag::new(running.tag), ResponseStatus::Error);
             }
         }
         self.announce();

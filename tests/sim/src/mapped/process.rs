@@ -7,10 +7,10 @@
 use std::collections::BTreeSet;
 
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi::{Desc, OP_DISCARD, OP_FLUSH, OP_READ};
-use ring::tap::checked::{Commit, Outcome};
-use ring::tap::extent::{Access, Extent, Sectors, Source};
+use ring::tap::checked::{Commit, RequestOutcome};
+use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::shadow::Committed;
 
 use super::image::{Image, Place, CLUSTER, CLUSTERS, FIRST, FOREIGN, SECOND, SECTORS};
@@ -147,7 +147,7 @@ impl Scene {
         self.announce();
         for desc in got {
             if self.rng.percent(5) {
-                self.commit(&desc, Outcome::Returned);
+                self.commit(&desc, RequestOutcome::Returned);
                 continue;
             }
             let (at, copy) = (0, None);
@@ -155,7 +155,7 @@ impl Scene {
         }
     }
 
-    fn commit(&mut self, desc: &Desc, outcome: Outcome) {
+    fn commit(&mut self, desc: &Desc, outcome: RequestOutcome) {
         let epoch = self.server().epoch;
         let commit = Commit {
             tag: DiskTag::new(desc.tag),
@@ -197,7 +197,7 @@ impl Scene {
         }
         if at >= desc.sectors {
             self.counts.served += 1;
-            self.commit(&desc, Outcome::Finished(Status::Okay));
+            self.commit(&desc, RequestOutcome::Finished(ResponseStatus::Okay));
             return Step::Ends;
         }
         let sector = desc.sector + at;
@@ -389,10 +389,10 @@ impl Scene {
     fn tell(&mut self, generation: u32, found: Vec<(u64, Option<Place>)>) {
         for (cluster, place) in found {
             let access = match place {
-                Some(place) if place.is_writable() => Access::ReadWrite,
-                _ => Access::Read,
+                Some(place) if place.is_writable() => ExtentAccess::ReadWrite,
+                _ => ExtentAccess::Read,
             };
-            let extent = Extent {
+            let extent = DataExtent {
                 range: sectors_of(cluster),
                 place: place.map_or(0, Place::sector),
                 source: place.map_or(Source::Zeroes, |place| Source::Backing(number(place.store))),
@@ -402,7 +402,7 @@ impl Scene {
         }
     }
 
-    fn say(&mut self, extent: &Extent, generation: u32) {
+    fn say(&mut self, extent: &DataExtent, generation: u32) {
         let now = self.map().generation();
         let ignores = self.commits(Fault::IgnoreGeneration);
         let taken = self
@@ -428,13 +428,15 @@ impl Scene {
         let place = self
             .rng
             .pick(&[0, start, end - 4, end, u64::MAX - count, u64::MAX]);
-        let extent = Extent {
+        let extent = DataExtent {
             range,
             place,
             source: Source::Backing(number(store)),
-            access: self
-                .rng
-                .pick(&[Access::Read, Access::ReadWrite, Access::ReadWrite]),
+            access: self.rng.pick(&[
+                ExtentAccess::Read,
+                ExtentAccess::ReadWrite,
+                ExtentAccess::ReadWrite,
+            ]),
         };
         let generation = self.map().generation();
         let ago = self.rng.pick(&[0, 0, 1, 100]);

@@ -8,8 +8,8 @@ use crate::closing::{large_writes, one_at_a_time};
 use blkback::engine::{Backend, Io};
 use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
 use ring::numbers::QueueTag;
-use ring::request::Limits;
-use ring::response::Status;
+use ring::request::RequestLimits;
+use ring::response::ResponseStatus;
 use sim::machine::Setup;
 use sim::port::FakeDisk;
 use sim::spec::{Expect, Spec};
@@ -24,7 +24,7 @@ fn discard_all(sectors: u64) -> Spec {
 
 fn large_disk() -> Setup {
     Setup {
-        limits: Limits {
+        limits: RequestLimits {
             sectors: 10 << 20,
             ..Setup::default().limits
         },
@@ -144,7 +144,7 @@ impl Backend for Told {
     }
 
     /// Takes all results, so that a wake-up from before this call finds none.
-    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) {
         self.disk.reap(done);
     }
 

@@ -6,7 +6,7 @@
 use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::{OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use ring::numbers::QueueTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use sim::machine::{Fault, Setup};
 use sim::negative::{self, CASES};
 use sim::port::FakeDisk;
@@ -230,7 +230,7 @@ impl Backend for Shy {
         self.0.submit(count, batch);
     }
 
-    fn reap(&mut self, done: impl FnMut(QueueTag, Status)) {
+    fn reap(&mut self, done: impl FnMut(QueueTag, ResponseStatus)) {
         self.0.reap(done);
     }
 

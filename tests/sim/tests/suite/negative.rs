@@ -6,7 +6,7 @@
 //! schedule happens to hide does not count as a miss; one that is found in few cases does.
 
 use ring::abi::OP_READ;
-use ring::request::Limits;
+use ring::request::RequestLimits;
 use sim::machine::{Fault, Setup};
 use sim::rng::Rng;
 use sim::schedule::run_setup;
@@ -17,7 +17,7 @@ const CASES: u64 = 40;
 
 fn setup() -> Setup {
     Setup {
-        limits: Limits {
+        limits: RequestLimits {
             sectors: 128,
             ..Setup::default().limits
         },

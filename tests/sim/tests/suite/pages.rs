@@ -5,19 +5,19 @@
 use blkback::engine::segments::{Pool, SegmentEntry, Segments, Shape};
 use blkback::engine::Group;
 use ring::abi::{RawSegment, OP_READ, OP_WRITE};
-use ring::segment::Segment;
+use ring::segment::GrantSegment;
 use sim::machine::Setup;
 use sim::rng::Rng;
 use sim::spec::Spec;
 use sim::world::{Storage, World};
 use zerocopy::FromBytes;
 
-fn segment(gref: u32) -> Segment {
+fn segment(gref: u32) -> GrantSegment {
     let mut raw = [0; 8];
     raw[..4].copy_from_slice(&gref.to_le_bytes());
     raw[5] = 7;
     let raw = RawSegment::read_from_bytes(&raw).expect("8 bytes");
-    Segment::check(&raw).expect("a whole page")
+    GrantSegment::check(&raw).expect("a whole page")
 }
 
 fn shape(copy: u16, map: u16) -> Shape {

@@ -8,9 +8,9 @@ use super::{seeds, Chance, World};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Holder, Place};
 use formats::Storage;
-use ring::tap::extent::{Access, BackingNumber, Extent, Sectors, Source};
-use ring::tap::map::tree::{Leaf, Slot};
-use ring::tap::map::{Backing, Map};
+use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::map::tree::{Leaf, LeafSlot};
+use ring::tap::map::{ExtentMap, MapBacking};
 use ring::tap::shadow::direct::MAX_PARTS;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -58,7 +58,7 @@ pub(crate) struct Host<S: Subject> {
     storage: S::Storage,
     pub(crate) disk: Disk,
     sectors: u64,
-    map: RefCell<Map<Vec<Slot>, Vec<Leaf>>>,
+    map: RefCell<ExtentMap<Vec<LeafSlot>, Vec<Leaf>>>,
     /// Number in each sector; `None` where it was discarded.
     model: RefCell<Vec<Option<u32>>>,
     /// Changes that the process has begun and not answered.
@@ -75,16 +75,16 @@ pub(crate) struct Host<S: Subject> {
 impl<S: Subject> Host<S> {
     /// `disk` is that of the subject, and active.
     pub(crate) fn new(subject: S, disk: Disk, sectors: u64, seed: u64) -> Rc<Self> {
-        let (slots, leaves) = (vec![Slot::FREE; 8], vec![Leaf::FREE; 8]);
-        let mut map = Map::new(slots, leaves, sectors, true);
-        let backing = Backing {
+        let (slots, leaves) = (vec![LeafSlot::FREE; 8], vec![Leaf::FREE; 8]);
+        let mut map = ExtentMap::new(slots, leaves, sectors, true);
+        let backing = MapBacking {
             sectors: 0,
             block: 1,
             writable: true,
         };
         assert!(map.add_backing(BackingNumber::new(0).unwrap(), backing));
         if let Some((number, _)) = subject.below() {
-            let backing = Backing {
+            let backing = MapBacking {
                 // The process must report no places behind its end.
                 sectors: u64::MAX,
                 writable: false,
@@ -113,9 +113,9 @@ impl<S: Subject> Host<S> {
     }
 
     /// Returns the places of a range, if the kernel may serve all of it.
-    fn hit(&self, range: &Sectors, access: Access) -> Option<Vec<Extent>> {
+    fn hit(&self, range: &Sectors, access: ExtentAccess) -> Option<Vec<DataExtent>> {
         let mut pieces = Vec::new();
-        let each = |piece: &Extent| pieces.push(*piece);
+        let each = |piece: &DataExtent| pieces.push(*piece);
         let mut map = self.map.borrow_mut();
         map.translate(range, access, MAX_PARTS, each).ok()?;
         Some(pieces)
@@ -123,8 +123,8 @@ impl<S: Subject> Host<S> {
 
     async fn request(self: Rc<Self>, range: Sectors, kind: Kind) {
         let access = match kind {
-            Kind::Read => Access::Read,
-            _ => Access::ReadWrite,
+            Kind::Read => ExtentAccess::Read,
+            _ => ExtentAccess::ReadWrite,
         };
         let pieces = match kind {
             Kind::Read | Kind::Write(_) => self.hit(&range, access),
@@ -155,7 +155,7 @@ impl<S: Subject> Host<S> {
         Bytes::copied(&sectors.collect::<Vec<_>>().concat()).unwrap()
     }
 
-    async fn by_kernel(&self, piece: &Extent, kind: Kind, model: &[Option<u32>]) {
+    async fn by_kernel(&self, piece: &DataExtent, kind: Kind, model: &[Option<u32>]) {
         let at = piece.place * SECTOR;
         match kind {
             Kind::Write(number) => {
@@ -339,9 +339,9 @@ fn read(disk: &Disk, at: u64, len: u64) -> Vec<u8> {
     Runtime::new().block_on(read).unwrap().unwrap()
 }
 
-fn extent(place: &Place) -> Extent {
+fn extent(place: &Place) -> DataExtent {
     let number = |number| Source::Backing(BackingNumber::new(number).unwrap());
-    Extent {
+    DataExtent {
         range: Sectors::new(place.offset / SECTOR, place.len / SECTOR).unwrap(),
         place: place.at / SECTOR,
         source: match place.holder {
@@ -350,8 +350,8 @@ fn extent(place: &Place) -> Extent {
             Holder::Nothing => Source::Zeroes,
         },
         access: match place.writable {
-            true => Access::ReadWrite,
-            false => Access::Read,
+            true => ExtentAccess::ReadWrite,
+            false => ExtentAccess::Read,
         },
     }
 }

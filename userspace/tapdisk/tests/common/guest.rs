@@ -2,7 +2,7 @@
 //! A guest that knows what its disk must hold.
 
 use proptest::prelude::*;
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::collections::VecDeque;
 use tapdev::fake::{Fake, SLOT};

@@ -11,7 +11,7 @@ use control::{Channel, Failure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 use qemu::has_qemu;
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
 use std::io::{Seek, Write};

@@ -8,7 +8,7 @@ use crate::common::{Process, LIMIT};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Reply, Request};
 use control::{Channel, Code, Failure};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;

@@ -6,7 +6,7 @@ use crate::common::images::{answered, give, holds, steps, Folder, SIZE};
 use crate::common::Process;
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Channel, Code, Failure};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use rustix::fs::{memfd_create, MemfdFlags};
 use std::fs::{self, File};

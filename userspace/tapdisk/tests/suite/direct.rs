@@ -6,7 +6,7 @@ use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
 use drivers::{Attributes, Disk, Driver, Fence, Holder, Place, Shape};
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use rustix::event::{eventfd, EventfdFlags};
 use std::io::Read;
@@ -116,7 +116,7 @@ impl Device {
     }
 
     /// A request of the guest that is answered by the process.
-    fn request(&self, op: Op) -> Status {
+    fn request(&self, op: Op) -> ResponseStatus {
         let tag = match op {
             Op::Flush => self.kernel.send(op, 0, &[], false),
             // Beside all discards, which it would have to wait for.
@@ -129,8 +129,8 @@ impl Device {
     /// Returns the mappings that the kernel got when all work is done. The process sends a mapping in the turn in which
     /// it fetches the request, or in an earlier one.
     fn told(&self) -> Vec<MapOp> {
-        assert_eq!(self.request(Op::Read), Status::Okay);
-        assert_eq!(self.request(Op::Read), Status::Okay);
+        assert_eq!(self.request(Op::Read), ResponseStatus::Okay);
+        assert_eq!(self.request(Op::Read), ResponseStatus::Okay);
         self.kernel.map_ops()
     }
 }
@@ -281,7 +281,7 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
         };
         kernel.back(backings);
         let process = device.serve(move |open| open.shared = shared);
-        assert_eq!(device.request(Op::Discard), Status::Okay);
+        assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
         assert_eq!(device.told(), [], "{is_verbatim} {shared} {backings}");
         process.exit();
         // A mapping that may exist is revoked, whichever process has sent it.
@@ -323,7 +323,7 @@ fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
     kernel.break_maps();
     let device = Device::new(&kernel);
     let mut process = device.serve(|_| ());
-    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), []);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     process.exit();
@@ -345,7 +345,7 @@ fn after_discards_it_is_told_once_more() {
     assert_eq!(device.told(), given(), "they are not answered");
     device.go_on();
     for tag in discards {
-        assert_eq!(kernel.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(kernel.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
     let twice = [given(), given()].concat();
     assert_eq!(device.told(), twice);
@@ -398,9 +398,9 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
         let kernel = Fake::new(4).unwrap();
         let device = Device::in_parts(&kernel);
         let mut process = device.serve(move |open| open.read_only = read_only);
-        assert_eq!(device.request(Op::Flush), Status::Okay);
+        assert_eq!(device.request(Op::Flush), ResponseStatus::Okay);
         assert_eq!(kernel.map_ops(), []);
-        assert_eq!(device.request(Op::Read), Status::Okay);
+        assert_eq!(device.request(Op::Read), ResponseStatus::Okay);
         let flags = MAP_READ | if read_only { 0 } else { MAP_WRITE };
         let told = told_in_parts(0, flags);
         assert_eq!(kernel.wait_for_map_ops(2), told);
@@ -452,7 +452,7 @@ fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
     };
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(expected);
-    assert_eq!(device.request(Op::Flush), Status::Okay);
+    assert_eq!(device.request(Op::Flush), ResponseStatus::Okay);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let mut told = kernel.map_ops();
     assert_eq!(told.pop(), Some(recall()));
@@ -486,7 +486,7 @@ fn behind_a_write_all_is_told_that_may_be_written() {
             ..Device::in_parts(&kernel)
         };
         let mut process = device.serve(|_| ());
-        assert_eq!(device.request(op), Status::Okay);
+        assert_eq!(device.request(op), ResponseStatus::Okay);
         kernel.wait_for_map_ops(expected.len());
         assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
         let mut told = kernel.map_ops();
@@ -518,7 +518,7 @@ fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
     };
     kernel.back(1 | 1 << 2);
     let process = device.serve(|_| ());
-    assert_eq!(device.request(Op::Read), Status::Okay);
+    assert_eq!(device.request(Op::Read), ResponseStatus::Okay);
     let set = |flags, backing, sector, offset| MapOp {
         op: MAP_SET,
         flags,
@@ -546,7 +546,7 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
     };
     let folder = tempfile::tempdir().unwrap();
     let mut process = with_nbd(&device, &folder);
-    assert_eq!(device.request(Op::Read), Status::Okay);
+    assert_eq!(device.request(Op::Read), ResponseStatus::Okay);
     let mut client = client(&folder);
     served(&mut client);
     device.go_on();
@@ -568,7 +568,7 @@ fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
         let pause = scope.spawn(|| process.ask(Request::Pause, None));
         kernel.wait_for_recalls(1);
         // A change of the mappings during the pause sends nothing to the kernel.
-        assert_eq!(device.request(Op::Discard), Status::Okay);
+        assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
         assert_eq!(device.told(), given());
         assert!(!pause.is_finished() && device.told.lock().unwrap().is_empty());
         kernel.stick(false);
@@ -612,7 +612,7 @@ fn the_kernel_does_nothing_while_there_are_nbd_clients() {
     served(&mut second);
     let taken = [given(), vec![recall()]].concat();
     assert_eq!(device.told(), taken);
-    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     drop(first);
     assert_eq!(device.told(), taken, "there is another one");
     drop(second);
@@ -681,7 +681,7 @@ fn a_guest_that_is_not_suspended_keeps_the_kernel() {
     assert_eq!(process.status().state, State::Running);
     assert_eq!(kernel.wait_for_map_ops(5), given_again());
     for tag in tags {
-        assert_eq!(kernel.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(kernel.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
     process.exit();
 }
@@ -736,18 +736,18 @@ fn kernel_does_nothing_with(rules: Rules) {
     kernel.wait_for_map_ops(2);
     assert_eq!(process.ask(limited, None), Ok(Reply::Done));
     let taken = [given(), vec![recall()]].concat();
-    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), taken);
     let unlimited = Request::Set(Rules::default());
     assert_eq!(process.ask(unlimited, None), Ok(Reply::Done));
-    assert_eq!(device.request(Op::Read), Status::Okay);
+    assert_eq!(device.request(Op::Read), ResponseStatus::Okay);
     assert_eq!(kernel.wait_for_map_ops(5), given_again());
     process.exit();
     // Mappings of the previous process are revoked before a request is served.
     let kernel = Fake::new(4).unwrap();
     let device = Device::new(&kernel);
     let process = device.serve(move |open| (open.limits, open.share) = (rules.limits, rules.share));
-    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), [recall()]);
     process.exit();
 }
@@ -762,8 +762,8 @@ fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
     };
     let process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
-    assert_eq!(device.request(Op::Flush), Status::Error);
-    assert_eq!(device.request(Op::Discard), Status::Okay);
+    assert_eq!(device.request(Op::Flush), ResponseStatus::Error);
+    assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), [given(), vec![recall()]].concat());
     process.exit();
 }

@@ -4,7 +4,7 @@
 use crate::common::{give_or_refuse, Process};
 use control::tapdisk::{Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code};
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::{self, Op};
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::process::{kill_process, Pid, Signal};
@@ -307,7 +307,7 @@ fn write_all(fake: &Fake, round: u8) -> Vec<u16> {
 
 fn assert_written(fake: &Fake, tags: Vec<u16>) {
     for tag in tags {
-        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
 }
 
@@ -418,7 +418,7 @@ fn what_the_guest_is_owed_outlives_the_process() {
     };
     let ask = |op| {
         let bytes: &[u8] = if op == Op::Flush { &[] } else { &[1; 512] };
-        let request = shadow::Request {
+        let request = shadow::PostedRequest {
             op,
             preflush: false,
             fua: false,
@@ -430,21 +430,21 @@ fn what_the_guest_is_owed_outlives_the_process() {
         fake.answer(tag, 0).unwrap().0
     };
     let mut process = start();
-    assert_eq!(ask(Op::Write), Status::Okay);
+    assert_eq!(ask(Op::Write), ResponseStatus::Okay);
     let failure = process.ask(Request::Pause, None).unwrap_err();
     assert!(failure.message.contains("durable"), "{failure}");
     assert!(process.status().owes);
     process.kill();
     let mut process = start();
     assert!(process.status().owes);
-    assert_eq!(ask(Op::Flush), Status::Error);
+    assert_eq!(ask(Op::Flush), ResponseStatus::Error);
     assert!(!process.status().owes);
     // The answers of these are with the kernel, and so is that before them.
     for _ in 0..5 {
-        assert_eq!(ask(Op::Flush), Status::Okay);
+        assert_eq!(ask(Op::Flush), ResponseStatus::Okay);
     }
     process.kill();
     let process = start();
-    assert_eq!(ask(Op::Flush), Status::Okay);
+    assert_eq!(ask(Op::Flush), ResponseStatus::Okay);
     process.exit();
 }

@@ -6,7 +6,7 @@ use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io, Op, Region, Runtime};
 use drivers::{Attributes, Disk, Driver, Fence, Shape};
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op as Kind;
 use std::cell::RefCell;
 use std::io;
@@ -90,12 +90,12 @@ fn under_an_older_kernel_the_process_waits_itself() {
     let fake = Fake::before_claims(4).unwrap();
     let process = serving(&fake, 400);
     let tag = fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     process.kill();
     let begun = Instant::now();
     let process = serving(&fake, 400);
     let tag = fake.send(Kind::Write, 0, &[2; 512], false).unwrap();
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     assert!(begun.elapsed() >= SETTLES, "{:?}", begun.elapsed());
     process.exit();
 }

@@ -7,7 +7,7 @@ use crate::common::images::{answered, file, steps, Folder, Served, SEALED, SIZE}
 use crate::common::Process;
 use control::tapdisk::{Open, Reply, Request};
 use control::{Code, Driver};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::collections::HashSet;
 use std::fs::{self, File};

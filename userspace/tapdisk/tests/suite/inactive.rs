@@ -5,7 +5,7 @@
 use crate::common::{needs, refuse, Image, Process, SIZE};
 use control::tapdisk::{Engine, Needed, Open, Reply, Request, Stamp, State};
 use control::{Channel, Code, Failure};
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -57,7 +57,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
         let info = fake.info();
         assert_eq!((info.waiting, info.delivered), (0, 0), "{engine:?}");
         for tag in sent {
-            assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+            assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
         }
         // The answer to the same question again, which was lost.
         assert_eq!(inactivated(&mut process), stamp);
@@ -73,7 +73,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
         assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
         assert_eq!(
             fake.answer(tag, 512).unwrap(),
-            (Status::Okay, vec![16; 512])
+            (ResponseStatus::Okay, vec![16; 512])
         );
         // Again and again, as a checkpoint does.
         for round in 0..20 {
@@ -82,7 +82,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
             wanted(&mut process);
             let reply = activate(&mut process, &image, engine, stamp);
             assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-            assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+            assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
         }
         assert_eq!(image.bytes()[3 * 512], 19);
         process.exit();
@@ -113,12 +113,12 @@ fn two_are_never_active_at_once() {
 
     let last = here.send(Op::Write, 0, &[7; 512], false).unwrap();
     inactivated(&mut source);
-    assert_eq!(here.answer(last, 0).unwrap().0, Status::Okay);
+    assert_eq!(here.answer(last, 0).unwrap().0, ResponseStatus::Okay);
     let reply = activate(&mut destination, &image, Engine::Auto, None);
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     assert_eq!(
         there.answer(tag, 512).unwrap(),
-        (Status::Okay, vec![7; 512])
+        (ResponseStatus::Okay, vec![7; 512])
     );
     let refused = activate(&mut source, &image, Engine::Auto, None).unwrap_err();
     assert_eq!(refused.code, Code::Busy, "{refused}");
@@ -159,7 +159,7 @@ fn image_that_others_write_may_be_written_meanwhile() {
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     assert_eq!(
         fake.answer(tag, 5).unwrap(),
-        (Status::Okay, b"other".to_vec())
+        (ResponseStatus::Okay, b"other".to_vec())
     );
     process.exit();
 }
@@ -181,7 +181,7 @@ fn image_that_was_written_since_is_not_used() {
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
     assert_eq!(
         fake.answer(tag, 5).unwrap(),
-        (Status::Okay, b"other".to_vec())
+        (ResponseStatus::Okay, b"other".to_vec())
     );
     process.exit();
 }
@@ -196,12 +196,12 @@ fn guest_that_runs_is_not_stopped() {
     let refused = process.ask(Request::Inactivate, None).unwrap_err();
     fake.insist(false);
     for tag in tags {
-        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
     assert_eq!(refused.code, Code::State, "{refused}");
     assert_eq!(process.status().state, State::Running);
     let tag = fake.send(Op::Read, 0, &[0; 512], false).unwrap();
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     process.exit();
 }
 
@@ -226,7 +226,7 @@ fn inactive_disk_is_paused_closed_and_replaced() {
         wanted(&mut next);
         let reply = activate(&mut next, &image, engine, None);
         assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
-        assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
         inactivated(&mut next);
         assert_eq!(next.ask(Request::Close, None), Ok(Reply::Done));
         assert_eq!(next.status().state, State::Idle);
@@ -278,7 +278,10 @@ fn s27_last_tables_of_the_source_are_seen() {
     // The destination has sent no request before, and allocates now: no cluster of the disk existed.
     for cluster in 0..32 {
         let tag = here.send(Op::Write, cluster * 128, &[cluster as u8 + 1; 512], false);
-        assert_eq!(here.answer(tag.unwrap(), 0).unwrap().0, Status::Okay);
+        assert_eq!(
+            here.answer(tag.unwrap(), 0).unwrap().0,
+            ResponseStatus::Okay
+        );
     }
     inactivated(&mut source);
     let tags: Vec<u16> = (0..4)
@@ -296,7 +299,7 @@ fn s27_last_tables_of_the_source_are_seen() {
     alone(&mut destination, activate, file()).unwrap();
     for (at, tag) in tags.into_iter().enumerate() {
         let found = there.answer(tag, 512).unwrap();
-        assert_eq!(found, (Status::Okay, vec![at as u8 * 8 + 1; 512]));
+        assert_eq!(found, (ResponseStatus::Okay, vec![at as u8 * 8 + 1; 512]));
     }
     destination.exit();
     source.exit();
@@ -311,7 +314,7 @@ fn inactive_disk_says_nothing_by_itself() {
     let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     let tag = fake.send(Op::Read, 0, &[0; 512], false).unwrap();
-    assert_eq!(fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     process
         .needs
         .set_timeout(Some(Duration::from_millis(200)))

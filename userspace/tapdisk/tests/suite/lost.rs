@@ -6,7 +6,7 @@ use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk, Driver, Fence, Shape};
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::{self, Op};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -63,9 +63,9 @@ fn serving(fake: &Fake, early: bool) -> Process {
     process
 }
 
-fn status(fake: &Fake, op: Op, preflush: bool, fua: bool) -> Status {
+fn status(fake: &Fake, op: Op, preflush: bool, fua: bool) -> ResponseStatus {
     let bytes: &[u8] = if op == Op::Flush { &[] } else { &[1; 512] };
-    let request = shadow::Request {
+    let request = shadow::PostedRequest {
         op,
         preflush,
         fua,
@@ -96,14 +96,18 @@ fn guest_learns_of_what_a_pause_lost() {
         ] {
             let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
             let mut process = serving(&fake, early);
-            assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
+            assert_eq!(status(&fake, Op::Write, false, false), ResponseStatus::Okay);
             lose(&mut process, &image);
             // Neither of these writes covers earlier ones.
-            assert_eq!(status(&fake, Op::Write, false, false), Status::Okay);
-            assert_eq!(status(&fake, Op::Write, false, true), Status::Okay);
+            assert_eq!(status(&fake, Op::Write, false, false), ResponseStatus::Okay);
+            assert_eq!(status(&fake, Op::Write, false, true), ResponseStatus::Okay);
             let first = status(&fake, op, preflush, fua);
-            assert_eq!(first, Status::Error, "{op:?} {preflush} {fua} {early}");
-            assert_eq!(status(&fake, op, preflush, fua), Status::Okay);
+            assert_eq!(
+                first,
+                ResponseStatus::Error,
+                "{op:?} {preflush} {fua} {early}"
+            );
+            assert_eq!(status(&fake, op, preflush, fua), ResponseStatus::Okay);
             process.exit();
         }
     }
@@ -152,7 +156,10 @@ fn each_who_writes_learns_of_it() {
     assert_eq!(flush(&mut before), 5, "EIO");
     assert_eq!(flush(&mut before), 0);
     assert_eq!(flush(&mut after), 0, "nothing of its own is lost");
-    assert_eq!(status(&fake, Op::Flush, false, false), Status::Error);
-    assert_eq!(status(&fake, Op::Flush, false, false), Status::Okay);
+    assert_eq!(
+        status(&fake, Op::Flush, false, false),
+        ResponseStatus::Error
+    );
+    assert_eq!(status(&fake, Op::Flush, false, false), ResponseStatus::Okay);
     process.exit();
 }

@@ -8,7 +8,7 @@ use crate::export::{give, Server};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Code, Failure};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
 use std::fs;

@@ -6,8 +6,8 @@ use control::tapdisk::{Call, OnError, Rules, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
-use ring::response::Status;
-use ring::tap::shadow::{Op, Request};
+use ring::response::ResponseStatus;
+use ring::tap::shadow::{Op, PostedRequest};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -217,7 +217,7 @@ impl Lab {
     }
 
     fn write(&self, preflush: bool, fua: bool) -> u16 {
-        let request = Request {
+        let request = PostedRequest {
             op: Op::Write,
             preflush,
             fua,
@@ -229,7 +229,7 @@ impl Lab {
     }
 
     fn flush(&self) -> u16 {
-        let request = Request {
+        let request = PostedRequest {
             op: Op::Flush,
             preflush: false,
             fua: false,
@@ -263,7 +263,7 @@ fn durable_write_is_flushed_before_its_answer() {
             (vec!["write", "flush"], 1)
         ]
     );
-    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
 }
 
 #[test]
@@ -293,14 +293,14 @@ fn write_whose_flush_fails_is_an_error() {
             calls,
             "nothing comes after the error"
         );
-        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
+        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Error);
     }
 }
 
 /// A second attempt would succeed, and the guest would take lost data for durable.
 #[test]
 fn flush_that_failed_is_never_tried_again() {
-    let flush = Request {
+    let flush = PostedRequest {
         op: Op::Flush,
         preflush: false,
         fua: false,
@@ -308,7 +308,7 @@ fn flush_that_failed_is_never_tried_again() {
         sectors: 0,
         segments: 0,
     };
-    let write = Request {
+    let write = PostedRequest {
         op: Op::Write,
         sectors: 1,
         ..flush
@@ -317,13 +317,13 @@ fn flush_that_failed_is_never_tried_again() {
         for (request, calls) in [
             (flush, 1),
             (
-                Request {
+                PostedRequest {
                     preflush: true,
                     ..write
                 },
                 1,
             ),
-            (Request { fua: true, ..write }, 2),
+            (PostedRequest { fua: true, ..write }, 2),
         ] {
             let lab = Lab::with(Terms {
                 rules: rules(OnError::Stop, OnError::Stop),
@@ -334,7 +334,7 @@ fn flush_that_failed_is_never_tried_again() {
             let bytes = vec![1; request.sectors as usize * 512];
             let tag = lab.fake.post(request, &bytes).unwrap();
             lab.settle();
-            assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error);
+            assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Error);
             assert_eq!(lab.driver.calls().len(), calls, "{request:?}");
             let told = lab.told();
             assert_eq!((told.count, told.is_stopped), (1, false), "{request:?}");
@@ -355,7 +355,7 @@ fn durable_write_without_room_is_tried_again() {
     lab.driver.0.write_fails.set(None);
     lab.go_on();
     lab.settle();
-    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
 }
 
 #[test]
@@ -414,7 +414,7 @@ fn request_is_answered_when_the_driver_is_done_and_others_go_on() {
     lab.driver.allow(3);
     lab.settle();
     assert_eq!((lab.server.in_flight(), lab.fake.info().committed), (0, 3));
-    assert_eq!(lab.fake.answer(slow, 0).unwrap().0, Status::Okay);
+    assert_eq!(lab.fake.answer(slow, 0).unwrap().0, ResponseStatus::Okay);
 }
 
 #[test]
@@ -475,7 +475,7 @@ fn guest_waits_while_there_is_no_room() {
     let other = lab.fake.send(Op::Read, 8, &[0; 512], false).unwrap();
     lab.driver.allow(9);
     lab.settle();
-    assert_eq!(lab.fake.answer(other, 0).unwrap().0, Status::Okay);
+    assert_eq!(lab.fake.answer(other, 0).unwrap().0, ResponseStatus::Okay);
     // Later requests wait, too.
     let third = lab.fake.send(Op::Read, 100, &[0; 512], false).unwrap();
     lab.settle();
@@ -501,7 +501,7 @@ fn guest_waits_while_there_is_no_room() {
     lab.settle();
     assert_eq!(lab.fake.info().committed, 4);
     for tag in [first, second, third] {
-        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+        assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
 }
 
@@ -555,7 +555,11 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
             let stops = (told.count, told.is_stopped);
             assert_eq!(stops, (1, is_reserved), "{what}");
             if !is_reserved {
-                assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Error, "{what}");
+                assert_eq!(
+                    lab.fake.answer(tag, 0).unwrap().0,
+                    ResponseStatus::Error,
+                    "{what}"
+                );
                 continue;
             }
             assert_eq!(lab.fake.info().committed, 0, "{what}");
@@ -563,10 +567,18 @@ fn what_a_reservation_refuses_waits_and_is_never_told_the_guest() {
             fails.set(None);
             lab.go_on();
             lab.settle();
-            assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay, "{what}");
+            assert_eq!(
+                lab.fake.answer(tag, 0).unwrap().0,
+                ResponseStatus::Okay,
+                "{what}"
+            );
             let flush = lab.flush();
             lab.settle();
-            assert_eq!(lab.fake.answer(flush, 0).unwrap().0, Status::Okay, "{what}");
+            assert_eq!(
+                lab.fake.answer(flush, 0).unwrap().0,
+                ResponseStatus::Okay,
+                "{what}"
+            );
         }
     }
 }
@@ -588,5 +600,5 @@ fn what_fails_on_a_disk_that_is_reserved_waits() {
     lab.driver.0.write_fails.set(None);
     lab.go_on();
     lab.settle();
-    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, Status::Okay);
+    assert_eq!(lab.fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
 }

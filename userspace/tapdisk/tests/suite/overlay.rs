@@ -5,7 +5,7 @@ use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, holds, steps, Folder, Served, SIZE};
 use control::tapdisk::{Disk, Needed, Reply, Request};
 use control::Code;
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
 use std::os::fd::AsFd;

@@ -7,7 +7,7 @@ use control::tapdisk::{Call, Engine, Open, Reply, Request, Trouble};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Shape};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::File;
 use std::os::fd::AsFd;

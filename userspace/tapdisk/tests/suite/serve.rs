@@ -8,7 +8,7 @@ use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Disk, Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use proptest::prelude::*;
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::abi::{STATE_IDLE, STATE_LIVE, STATE_OPEN};
 use ring::tap::shadow::Op;
 use std::fs::File;

@@ -10,7 +10,7 @@ use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
 use std::fs::{self, File};

@@ -7,7 +7,7 @@ use crate::common::watched::{does_all_itself, give, Raw, Watched};
 use crate::common::{Image, Process};
 use control::tapdisk::{Engine, Reply, Request};
 use control::{Channel, Code};
-use ring::response::Status as Answer;
+use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};

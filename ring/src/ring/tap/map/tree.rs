@@ -11,7 +11,7 @@
 
 use core::ops::DerefMut;
 
-use crate::ring::tap::extent::{Extent, Sectors};
+use crate::ring::tap::extent::{DataExtent, Sectors};
 
 /// Extents of a leaf.
 pub const LEAF: usize = 32;
@@ -22,16 +22,16 @@ const LOOKS: usize = 32;
 
 /// A part of the memory of a map: extents that are neighbours.
 #[derive(Clone, Copy, Debug)]
-pub struct Leaf([Extent; LEAF]);
+pub struct Leaf([DataExtent; LEAF]);
 
 impl Leaf {
     /// A leaf without extents.
-    pub const FREE: Self = Self([Extent::NOTHING; LEAF]);
+    pub const FREE: Self = Self([DataExtent::NOTHING; LEAF]);
 }
 
 /// A part of the memory of a map: the place of a leaf in the order of the disk.
 #[derive(Clone, Copy, Debug)]
-pub struct Slot {
+pub struct LeafSlot {
     /// First sector of its first extent.
     first: u64,
     leaf: u16,
@@ -41,7 +41,7 @@ pub struct Slot {
     used: bool,
 }
 
-impl Slot {
+impl LeafSlot {
     /// A slot without a leaf.
     pub const FREE: Self = Self {
         first: 0,
@@ -55,7 +55,7 @@ impl Slot {
     }
 }
 
-const _: () = assert!(size_of::<Extent>() == 32 && size_of::<Slot>() == 16);
+const _: () = assert!(size_of::<DataExtent>() == 32 && size_of::<LeafSlot>() == 16);
 
 /// A position in the order of the extents: that of an extent, or behind the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,12 +80,15 @@ pub(super) struct Tree<S, L> {
     last: Position,
 }
 
-impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
+impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     /// Returns a tree without extents. Overwrites the memory.
     pub(super) fn new(mut slots: S, leaves: L) -> Self {
         let capacity = slots.len().min(leaves.len()).min(MAX_LEAVES);
         for (slot, leaf) in slots.iter_mut().zip(0..=u16::MAX) {
-            *slot = Slot { leaf, ..Slot::FREE };
+            *slot = LeafSlot {
+                leaf,
+                ..LeafSlot::FREE
+            };
         }
         Self {
             slots,
@@ -150,7 +153,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     /// few extents.
     pub(super) fn find_again(&mut self, sector: u64) -> Position {
         // Extents do not overlap, so no other one has the sector.
-        let has = |extent: &Extent| extent.range.start() <= sector && sector < extent.range.end();
+        let has =
+            |extent: &DataExtent| extent.range.start() <= sector && sector < extent.range.end();
         if !self.get(self.last).is_some_and(has) {
             self.last = self.find(sector);
         }
@@ -166,12 +170,12 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     }
 
     /// Returns the extent at a position.
-    pub(super) fn get(&self, position: Position) -> Option<&Extent> {
+    pub(super) fn get(&self, position: Position) -> Option<&DataExtent> {
         self.extents(position.slot).get(position.at)
     }
 
     /// Returns the extent at a position like [`get`](Self::get), and marks its leaf as used, so that it is kept longer.
-    pub(super) fn get_used(&mut self, position: Position) -> Option<Extent> {
+    pub(super) fn get_used(&mut self, position: Position) -> Option<DataExtent> {
         if let Some(slot) = self.slots.get_mut(position.slot) {
             slot.used = true;
         }
@@ -179,7 +183,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     }
 
     /// Returns the extents that overlap a range, in order.
-    pub(super) fn within<'a>(&'a self, range: &Sectors) -> impl Iterator<Item = &'a Extent> {
+    pub(super) fn within<'a>(&'a self, range: &Sectors) -> impl Iterator<Item = &'a DataExtent> {
         let mut position = self.find(range.start());
         let end = range.end();
         core::iter::from_fn(move || {
@@ -191,7 +195,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     }
 
     /// Adds an extent that overlaps none; may forget others for it.
-    pub(super) fn insert(&mut self, extent: Extent) {
+    pub(super) fn insert(&mut self, extent: DataExtent) {
         let start = extent.range.start();
         self.make_room(start);
         let slot = self.slot_of(start);
@@ -200,7 +204,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
             self.evicted = self.evicted.saturating_add(1);
             return;
         };
-        let before = |other: &Extent| other.range.start() < start;
+        let before = |other: &DataExtent| other.range.start() < start;
         let there = extents.get(..slot.len()).unwrap_or_default();
         let at = partition(there, before);
         let mut carried = extent;
@@ -248,8 +252,8 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
 }
 
 /// Leaves and their directory.
-impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
-    fn directory(&self) -> &[Slot] {
+impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
+    fn directory(&self) -> &[LeafSlot] {
         self.slots.get(..self.live).unwrap_or_default()
     }
 
@@ -259,7 +263,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         before.saturating_sub(1)
     }
 
-    fn extents(&self, slot: usize) -> &[Extent] {
+    fn extents(&self, slot: usize) -> &[DataExtent] {
         let extents = self.directory().get(slot).and_then(|slot| {
             let Leaf(extents) = self.leaves.get(usize::from(slot.leaf))?;
             extents.get(..slot.len())
@@ -267,7 +271,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
         extents.unwrap_or_default()
     }
 
-    fn leaf_mut(&mut self, slot: usize) -> Option<(&mut Slot, &mut Leaf)> {
+    fn leaf_mut(&mut self, slot: usize) -> Option<(&mut LeafSlot, &mut Leaf)> {
         let slot = self.slots.get_mut(..self.live)?.get_mut(slot)?;
         let leaf = self.leaves.get_mut(usize::from(slot.leaf))?;
         Some((slot, leaf))
@@ -285,7 +289,7 @@ impl<S: DerefMut<Target = [Slot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> {
     }
 
     /// Replaces an extent by a part of it.
-    fn replace(&mut self, position: Position, part: Extent) {
+    fn replace(&mut self, position: Position, part: DataExtent) {
         let Some((slot, Leaf(extents))) = self.leaf_mut(position.slot) else {
             return;
         };

@@ -22,7 +22,7 @@
 //! - Queues execute only reads and writes of whole blocks that no process ever had. They execute a flush if the process
 //!   declared it a flush of the backing.
 //! - When the process gets a write or a discard, and when it answers or dies, the map of that range may become wrong
-//!   (see [`Map`]). So the shadow updates the map both times.
+//!   (see [`ExtentMap`]). So the shadow updates the map both times.
 //! - The thread of its queue begins a request and ends it. The death of a process does not affect it; the start of the
 //!   next one clears the map, so nothing more is begun.
 //! - If a request fails, its effect is unknown, so the process gets it as a replay and answers it. It arrives anew, so
@@ -37,13 +37,13 @@ use core::ops::DerefMut;
 
 use super::{Shadow, STEPS};
 use crate::ring::numbers::DiskTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi;
-use crate::ring::tap::extent::{Access, BackingNumber, Extent, Sectors};
-use crate::ring::tap::map::tree::{Leaf, Slot};
-use crate::ring::tap::map::{Map, Miss};
+use crate::ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors};
+use crate::ring::tap::map::tree::{Leaf, LeafSlot};
+use crate::ring::tap::map::{ExtentMap, Miss};
 use crate::ring::tap::overlap::writes;
-use crate::ring::tap::table::{next, Entry, Link, Node, State};
+use crate::ring::tap::table::{next, Link, ListNode, TagEntry, TagState};
 
 /// Maximum number of parts that a request is executed in: 1 MiB of 64 KiB clusters at arbitrary places, with neither
 /// end of the request on a cluster boundary.
@@ -51,7 +51,7 @@ pub const MAX_PARTS: usize = 17;
 
 /// A part of a request that is contiguous in its backing, or reads as zeroes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Part {
+pub struct RequestPart {
     /// The first sector of 512 bytes in the backing; `None` if it reads as zeroes.
     pub sector: Option<u64>,
     /// Sectors of 512 bytes.
@@ -63,14 +63,14 @@ const NO_BACKING: u8 = u8::MAX;
 
 /// Places of all parts of a request, in its own order. A flush has none.
 #[derive(Clone, Debug, Default)]
-pub struct Parts {
-    list: [Part; MAX_PARTS],
+pub struct RequestParts {
+    list: [RequestPart; MAX_PARTS],
     count: usize,
 }
 
-impl Parts {
+impl RequestParts {
     /// Returns all parts.
-    pub fn as_slice(&self) -> &[Part] {
+    pub fn as_slice(&self) -> &[RequestPart] {
         self.list.get(..self.count).unwrap_or(&[])
     }
 
@@ -79,7 +79,7 @@ impl Parts {
     }
 
     /// Appends a part; does nothing if there are [`MAX_PARTS`].
-    fn push(&mut self, part: Part) {
+    fn push(&mut self, part: RequestPart) {
         if let Some(place) = self.list.get_mut(self.count) {
             *place = part;
             self.count = self.count.wrapping_add(1);
@@ -87,7 +87,7 @@ impl Parts {
     }
 }
 
-/// A request that its queue is to execute, at the places in [`Parts`].
+/// A request that its queue is to execute, at the places in [`RequestParts`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
     /// Backing of the parts that do not read as zeroes; `None` if there are none.
@@ -101,7 +101,7 @@ pub struct Start {
 }
 
 /// Lookups in the map of a disk, if it has one.
-pub trait Places {
+pub trait MapLookup {
     /// Returns false if the map is empty.
     fn is_any(&self) -> bool;
 
@@ -109,8 +109,8 @@ pub trait Places {
     fn transfer(
         &mut self,
         range: &Sectors,
-        access: Access,
-        parts: &mut Parts,
+        access: ExtentAccess,
+        parts: &mut RequestParts,
     ) -> Result<Option<BackingNumber>, Miss>;
 
     /// Returns the backing that a flush of the disk flushes.
@@ -127,7 +127,7 @@ pub trait Places {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoMap;
 
-impl Places for NoMap {
+impl MapLookup for NoMap {
     fn is_any(&self) -> bool {
         false
     }
@@ -135,8 +135,8 @@ impl Places for NoMap {
     fn transfer(
         &mut self,
         _range: &Sectors,
-        _access: Access,
-        _parts: &mut Parts,
+        _access: ExtentAccess,
+        _parts: &mut RequestParts,
     ) -> Result<Option<BackingNumber>, Miss> {
         Err(Miss::Unmapped)
     }
@@ -150,10 +150,10 @@ impl Places for NoMap {
     fn clear(&mut self) {}
 }
 
-impl<P, S, L> Places for Option<P>
+impl<P, S, L> MapLookup for Option<P>
 where
-    P: DerefMut<Target = Map<S, L>>,
-    S: DerefMut<Target = [Slot]>,
+    P: DerefMut<Target = ExtentMap<S, L>>,
+    S: DerefMut<Target = [LeafSlot]>,
     L: DerefMut<Target = [Leaf]>,
 {
     fn is_any(&self) -> bool {
@@ -163,18 +163,18 @@ where
     fn transfer(
         &mut self,
         range: &Sectors,
-        access: Access,
-        parts: &mut Parts,
+        access: ExtentAccess,
+        parts: &mut RequestParts,
     ) -> Result<Option<BackingNumber>, Miss> {
         let mut all_in = None;
         let mut is_one = true;
         parts.clear();
-        let each = |piece: &Extent| {
+        let each = |piece: &DataExtent| {
             let is_in = piece.source.backing();
             if let Some(number) = is_in {
                 is_one &= all_in.replace(number).is_none_or(|one| one == number);
             }
-            parts.push(Part {
+            parts.push(RequestPart {
                 sector: is_in.map(|_| piece.place),
                 sectors: piece.range.count(),
             });
@@ -248,7 +248,7 @@ impl Executed {
 }
 
 /// Calls of the queues, and of ioctls that change the map.
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Returns the map.
     pub fn map(&mut self) -> &mut M {
         &mut self.map
@@ -264,9 +264,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Begins a request that was just posted, if no other request blocks it and it needs no process; `parts` then has
     /// the places.
-    pub fn begin(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
+    pub fn begin(&mut self, tag: DiskTag, parts: &mut RequestParts) -> Option<Start> {
         let entry = self.get(tag)?;
-        if !self.map.is_any() || entry.state != State::Pending {
+        if !self.map.is_any() || entry.state != TagState::Pending {
             return None;
         }
         // It has just been posted, and all other requests are those that queues execute.
@@ -279,12 +279,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Begins a request whose data is in mapped pages of the guest, like [`begin`](Self::begin). If it cannot be begun,
     /// the shadow takes it back, as if it had never been posted.
-    pub fn begin_mapped(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
+    pub fn begin_mapped(&mut self, tag: DiskTag, parts: &mut RequestParts) -> Option<Start> {
         let start = self.begin(tag, parts);
         let entry = self.get_mut(tag)?;
         if start.is_some() {
             entry.mapped = true;
-        } else if entry.state == State::Pending {
+        } else if entry.state == TagState::Pending {
             self.unlist(tag);
             self.waiting = self.waiting.wrapping_sub(1);
             self.forget(tag);
@@ -295,7 +295,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Returns true if a request is executed whose data is in mapped pages of the guest.
     pub fn is_mapped(&self, tag: DiskTag) -> bool {
-        let is_mapped = |entry: &Entry| entry.mapped && entry.state == State::Direct;
+        let is_mapped = |entry: &TagEntry| entry.mapped && entry.state == TagState::Direct;
         self.get(tag).is_some_and(is_mapped)
     }
 
@@ -304,9 +304,9 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         &mut self,
         queue: u16,
         max: usize,
-        mut each: impl FnMut(DiskTag, Start, &[Part]),
+        mut each: impl FnMut(DiskTag, Start, &[RequestPart]),
     ) {
-        let mut parts = Parts::default();
+        let mut parts = RequestParts::default();
         self.sort();
         for _ in 0..max {
             let list = self.ready.get(usize::from(queue));
@@ -326,14 +326,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Ends a request that a queue has executed with this result: returns the result for the guest, and frees the tag.
     /// `None` if the process gets the request now, or if it was a [mapped](Self::is_mapped) one, which the shadow
     /// forgets.
-    pub fn ended(&mut self, tag: DiskTag, status: Status) -> Option<Status> {
-        let entry = self.get_mut(tag).filter(|e| e.state == State::Direct)?;
+    pub fn ended(&mut self, tag: DiskTag, status: ResponseStatus) -> Option<ResponseStatus> {
+        let entry = self.get_mut(tag).filter(|e| e.state == TagState::Direct)?;
         let (op, backing, mapped) = (entry.op, entry.backing, entry.mapped);
         self.executed.count(backing, u32::MAX);
         self.forget(tag);
-        if status == Status::Okay || op == abi::OP_FLUSH {
+        if status == ResponseStatus::Okay || op == abi::OP_FLUSH {
             self.executed.done = self.executed.done.wrapping_add(1);
-            let failed = u32::from(status != Status::Okay);
+            let failed = u32::from(status != ResponseStatus::Okay);
             self.executed.failed_flushes = self.executed.failed_flushes.wrapping_add(failed);
             self.free(tag);
             return Some(status);
@@ -401,10 +401,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         while let Some(node) = at {
             at = next(&self.entries, node);
             let entry = self.get(node.tag());
-            let overlaps = |e: &Entry| e.sector < range.end() && range.start() < e.end;
-            let flushes = |e: &Entry| e.op == abi::OP_FLUSH && *range == Sectors::ALL;
-            let uses = |e: &Entry| overlaps(e) || flushes(e);
-            if entry.is_some_and(|e| e.state == State::Direct && uses(e)) {
+            let overlaps = |e: &TagEntry| e.sector < range.end() && range.start() < e.end;
+            let flushes = |e: &TagEntry| e.op == abi::OP_FLUSH && *range == Sectors::ALL;
+            let uses = |e: &TagEntry| overlaps(e) || flushes(e);
+            if entry.is_some_and(|e| e.state == TagState::Direct && uses(e)) {
                 return true;
             }
         }
@@ -413,14 +413,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 }
 
 /// Internals of the calls.
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Turns a request that waits, with nothing in its way, into one that its queue executes.
-    fn execute(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Start> {
+    fn execute(&mut self, tag: DiskTag, parts: &mut RequestParts) -> Option<Start> {
         let backing = self.place(tag, parts)?;
         self.unlist(tag);
         self.waiting = self.waiting.wrapping_sub(1);
         let entry = self.get_mut(tag)?;
-        entry.state = State::Direct;
+        entry.state = TagState::Direct;
         // CAST: a small number.
         let number = backing.map_or(NO_BACKING, |backing| backing.index() as u8);
         entry.backing = number;
@@ -436,7 +436,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Returns the place where a request could be executed without the process. Stores the reason in the entry if it
     /// cannot.
-    fn place(&mut self, tag: DiskTag, parts: &mut Parts) -> Option<Option<BackingNumber>> {
+    fn place(&mut self, tag: DiskTag, parts: &mut RequestParts) -> Option<Option<BackingNumber>> {
         let place = self.look_up(tag, parts);
         if let (Err(miss), Some(entry)) = (place, self.get_mut(tag)) {
             entry.miss = miss;
@@ -444,17 +444,23 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         place.ok()
     }
 
-    fn look_up(&mut self, tag: DiskTag, parts: &mut Parts) -> Result<Option<BackingNumber>, Miss> {
-        let fresh = |e: &&Entry| e.flags == 0 && e.deliveries == 0;
-        let able = |e: &&Entry| self.executed.able & bit(e.queue) != 0;
+    fn look_up(
+        &mut self,
+        tag: DiskTag,
+        parts: &mut RequestParts,
+    ) -> Result<Option<BackingNumber>, Miss> {
+        let fresh = |e: &&TagEntry| e.flags == 0 && e.deliveries == 0;
+        let able = |e: &&TagEntry| self.executed.able & bit(e.queue) != 0;
         let entry = self.get(tag).filter(fresh).ok_or(Miss::Never)?;
         if !able(&entry) {
             return Err(Miss::Queue);
         }
         let range = Sectors::between(entry.sector, entry.end);
         match (entry.op, range) {
-            (abi::OP_READ, Some(range)) => self.map.transfer(&range, Access::Read, parts),
-            (abi::OP_WRITE, Some(range)) => self.map.transfer(&range, Access::ReadWrite, parts),
+            (abi::OP_READ, Some(range)) => self.map.transfer(&range, ExtentAccess::Read, parts),
+            (abi::OP_WRITE, Some(range)) => {
+                self.map.transfer(&range, ExtentAccess::ReadWrite, parts)
+            }
             (abi::OP_FLUSH, _) => {
                 parts.clear();
                 self.map.flush().map(Some).ok_or(Miss::Never)
@@ -466,17 +472,17 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Decides for a waiting request that nothing blocks: returns true if its queue must execute it, and marks the
     /// queue as resumable.
     pub(super) fn make_ready(&mut self, tag: DiskTag) -> bool {
-        if !self.map.is_any() || self.place(tag, &mut Parts::default()).is_none() {
+        if !self.map.is_any() || self.place(tag, &mut RequestParts::default()).is_none() {
             return false;
         }
         self.unlist(tag);
         let Some(entry) = self.get_mut(tag) else {
             return false;
         };
-        entry.state = State::Ready;
+        entry.state = TagState::Ready;
         let queue = entry.queue;
         if let Some(list) = self.ready.get_mut(usize::from(queue)) {
-            list.push_back(&mut self.entries, Node::new(tag, Link::State));
+            list.push_back(&mut self.entries, ListNode::new(tag, Link::State));
         }
         self.executed.resumable |= bit(queue);
         true
@@ -486,10 +492,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     fn miss(&mut self, tag: DiskTag) {
         self.unlist(tag);
         if let Some(entry) = self.get_mut(tag) {
-            entry.state = State::Missed;
+            entry.state = TagState::Missed;
         }
         self.missed
-            .push_back(&mut self.entries, Node::new(tag, Link::State));
+            .push_back(&mut self.entries, ListNode::new(tag, Link::State));
     }
 
     /// Returns true if a queue executes a request, or is about to.
@@ -500,18 +506,18 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Returns true if a request waits for a process, itself or because of a request that blocks it. The caller asks in
     /// the order of arrival, while it fails those that do.
     pub(super) fn needs_process(&mut self, tag: DiskTag, steps: &mut u32) -> bool {
-        if self.is_waiting(tag, |entry| entry.state == State::Pending) {
+        if self.is_waiting(tag, |entry| entry.state == TagState::Pending) {
             self.block(tag, steps);
         }
         self.get(tag).is_some_and(|entry| match entry.state {
-            State::Pending | State::Missed => true,
+            TagState::Pending | TagState::Missed => true,
             // A blocking request that waits was examined before, and does not wait for a process.
-            State::Blocked => {
+            TagState::Blocked => {
                 let blocker = self.get(entry.blocked_on);
-                blocker.is_none_or(|blocker| blocker.state == State::Delivered)
+                blocker.is_none_or(|blocker| blocker.state == TagState::Delivered)
             }
-            State::Ready | State::Direct => false,
-            State::Free | State::Delivered | State::Done => false,
+            TagState::Ready | TagState::Direct => false,
+            TagState::Free | TagState::Delivered | TagState::Done => false,
         })
     }
 

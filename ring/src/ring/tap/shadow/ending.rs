@@ -12,14 +12,14 @@
 
 use core::ops::DerefMut;
 
-use super::direct::Places;
+use super::direct::MapLookup;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
-use crate::ring::response::Status;
+use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi;
 use crate::ring::tap::checked::Fence;
 use crate::ring::tap::overlap::writes;
-use crate::ring::tap::table::{next, Entry, List, State};
+use crate::ring::tap::table::{next, TagEntry, TagList, TagState};
 
 const NS_PER_MS: u64 = 1_000_000;
 
@@ -50,7 +50,7 @@ impl Settling {
     }
 }
 
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Records the end of the process: its completions do not count any more, and nothing is delivered.
     /// [`quiet`](Self::quiet) must follow.
     pub fn closed(&mut self) {
@@ -74,10 +74,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         if !self.settling.is_over(now) {
             return None;
         }
-        self.pending = List::EMPTY;
-        self.missed = List::EMPTY;
-        self.delivered = List::EMPTY;
-        self.ready.fill(List::EMPTY);
+        self.pending = TagList::EMPTY;
+        self.missed = TagList::EMPTY;
+        self.delivered = TagList::EMPTY;
+        self.ready.fill(TagList::EMPTY);
         self.isolation.died(self.held);
         let mut at = self.order.first();
         while let Some(node) = at {
@@ -85,21 +85,21 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
             let Some(entry) = self.get_mut(node.tag()) else {
                 break;
             };
-            entry.waiters = List::EMPTY;
+            entry.waiters = TagList::EMPTY;
             entry.ordered = true;
             match entry.state {
-                State::Delivered => {
+                TagState::Delivered => {
                     // The process may have executed it, and answers no more.
                     self.note_change(node.tag());
                     self.left(node.tag(), &mut failed);
                 }
-                State::Pending | State::Blocked | State::Missed | State::Ready => {
+                TagState::Pending | TagState::Blocked | TagState::Missed | TagState::Ready => {
                     self.wait(node.tag(), None);
                 }
                 // Its queue executes it, independently of the process.
-                State::Direct => {}
+                TagState::Direct => {}
                 // Not in the order of what has no result.
-                State::Free | State::Done => {}
+                TagState::Free | TagState::Done => {}
             }
         }
         self.phase = if self.order.is_empty() {
@@ -129,7 +129,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         } else if changes && self.claimed.fence == Fence::None {
             failed.queues |= 1u64.wrapping_shl(u32::from(queue));
             failed.count = failed.count.wrapping_add(1);
-            self.finish(tag, Status::Error);
+            self.finish(tag, ResponseStatus::Error);
         } else {
             self.waiting = self.waiting.wrapping_add(1);
             self.wait(tag, None);

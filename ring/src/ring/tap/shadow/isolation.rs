@@ -16,11 +16,11 @@
 
 use core::ops::DerefMut;
 
-use super::direct::Places;
+use super::direct::MapLookup;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
-use crate::ring::tap::table::{next, Entry, Suspicion};
+use crate::ring::tap::table::{next, Suspicion, TagEntry};
 
 /// The death of a process that had requests. It is not counted yet.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +129,7 @@ enum Class {
     Undecided,
 }
 
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Sets the number of deaths at which a request fails; 0 is for never. 1 counts as 2, because one death of a
     /// process with several requests does not identify one.
     pub fn set_death_limit(&mut self, limit: u8) {
@@ -220,7 +220,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     }
 
     /// Calls `each` for each request without a result, the oldest first.
-    fn each_undone(&mut self, mut each: impl FnMut(DiskTag, &mut Entry)) {
+    fn each_undone(&mut self, mut each: impl FnMut(DiskTag, &mut TagEntry)) {
         let mut at = self.order.first();
         while let Some(node) = at {
             at = next(&self.entries, node);

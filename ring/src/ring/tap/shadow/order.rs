@@ -9,14 +9,14 @@
 
 use core::ops::DerefMut;
 
-use super::direct::Places;
+use super::direct::MapLookup;
 use super::Shadow;
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;
 use crate::ring::tap::overlap::writes;
-use crate::ring::tap::table::{next, prev, Entry, Link, List, Node, State};
+use crate::ring::tap::table::{next, prev, Link, ListNode, TagEntry, TagList, TagState};
 
-impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
+impl<S: DerefMut<Target = [TagEntry]>, M: MapLookup> Shadow<S, M> {
     /// Adds a request that is in no list to those that wait, behind all that have arrived before.
     pub(super) fn arrive(&mut self, tag: DiskTag) {
         let sequence = self.sequence;
@@ -25,10 +25,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         };
         entry.sequence = sequence;
         entry.indexed = false;
-        entry.waiters = List::EMPTY;
+        entry.waiters = TagList::EMPTY;
         self.sequence = sequence.wrapping_add(1);
         self.order
-            .push_back(&mut self.entries, Node::new(tag, Link::Order));
+            .push_back(&mut self.entries, ListNode::new(tag, Link::Order));
         self.waiting = self.waiting.wrapping_add(1);
         self.wait(tag, None);
     }
@@ -39,12 +39,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         let Some(entry) = self.get_mut(tag) else {
             return;
         };
-        let node = Node::new(tag, Link::State);
+        let node = ListNode::new(tag, Link::State);
         let Some(blocker) = blocker else {
-            entry.state = State::Pending;
+            entry.state = TagState::Pending;
             return self.pending.push_back(&mut self.entries, node);
         };
-        entry.state = State::Blocked;
+        entry.state = TagState::Blocked;
         entry.blocked_on = blocker;
         if let Some(mut waiters) = self.get(blocker).map(|entry| entry.waiters) {
             waiters.push_back(&mut self.entries, node);
@@ -56,19 +56,19 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
 
     /// Removes a request from the list of its state.
     pub(super) fn unlist(&mut self, tag: DiskTag) {
-        let node = Node::new(tag, Link::State);
+        let node = ListNode::new(tag, Link::State);
         let Some(entry) = self.get(tag) else {
             return;
         };
         let (state, queue, blocker) = (entry.state, entry.queue, entry.blocked_on);
         match state {
-            State::Free => {}
+            TagState::Free => {}
             // It is in no list.
-            State::Direct => {}
-            State::Pending => self.pending.remove(&mut self.entries, node),
-            State::Missed => self.missed.remove(&mut self.entries, node),
-            State::Delivered => self.delivered.remove(&mut self.entries, node),
-            State::Blocked => {
+            TagState::Direct => {}
+            TagState::Pending => self.pending.remove(&mut self.entries, node),
+            TagState::Missed => self.missed.remove(&mut self.entries, node),
+            TagState::Delivered => self.delivered.remove(&mut self.entries, node),
+            TagState::Blocked => {
                 if let Some(mut waiters) = self.get(blocker).map(|e| e.waiters) {
                     waiters.remove(&mut self.entries, node);
                     if let Some(blocker) = self.get_mut(blocker) {
@@ -76,12 +76,12 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
                     }
                 }
             }
-            State::Ready => {
+            TagState::Ready => {
                 if let Some(list) = self.ready.get_mut(usize::from(queue)) {
                     list.remove(&mut self.entries, node);
                 }
             }
-            State::Done => {
+            TagState::Done => {
                 if let Some(list) = self.done.get_mut(usize::from(queue)) {
                     list.remove(&mut self.entries, node);
                 }
@@ -155,7 +155,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         if !entry.ordered || !flushes {
             return None;
         }
-        let mut node = Node::new(tag, Link::Order);
+        let mut node = ListNode::new(tag, Link::Order);
         loop {
             node = prev(&self.entries, node)?;
             *steps = steps.saturating_sub(1);
@@ -165,10 +165,10 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         }
     }
 
-    pub(super) fn is_waiting(&self, tag: DiskTag, and: impl Fn(&Entry) -> bool) -> bool {
-        let waits = |e: &Entry| match e.state {
-            State::Pending | State::Blocked | State::Missed | State::Ready => true,
-            State::Free | State::Delivered | State::Direct | State::Done => false,
+    pub(super) fn is_waiting(&self, tag: DiskTag, and: impl Fn(&TagEntry) -> bool) -> bool {
+        let waits = |e: &TagEntry| match e.state {
+            TagState::Pending | TagState::Blocked | TagState::Missed | TagState::Ready => true,
+            TagState::Free | TagState::Delivered | TagState::Direct | TagState::Done => false,
         };
         self.get(tag)
             .is_some_and(|entry| waits(entry) && and(entry))
@@ -177,14 +177,14 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
     /// Releases all requests that wait for this one.
     pub(super) fn forget(&mut self, tag: DiskTag) {
         self.order
-            .remove(&mut self.entries, Node::new(tag, Link::Order));
+            .remove(&mut self.entries, ListNode::new(tag, Link::Order));
         if self.get(tag).is_some_and(|entry| entry.indexed) {
             self.overlap.remove(&mut self.entries, tag);
         }
         let Some(entry) = self.get_mut(tag) else {
             return;
         };
-        let waiters = core::mem::replace(&mut entry.waiters, List::EMPTY);
+        let waiters = core::mem::replace(&mut entry.waiters, TagList::EMPTY);
         let replay = entry.flags & abi::DESC_REPLAY != 0;
         let isolated = core::mem::replace(&mut entry.suspicion.isolated, false);
         self.isolation.forget(isolated);
@@ -194,7 +194,7 @@ impl<S: DerefMut<Target = [Entry]>, M: Places> Shadow<S, M> {
         while let Some(node) = at {
             at = next(&self.entries, node);
             if let Some(waiter) = self.get_mut(node.tag()) {
-                waiter.state = State::Pending;
+                waiter.state = TagState::Pending;
             }
         }
         self.pending.prepend(&mut self.entries, waiters);

@@ -2,18 +2,18 @@
 
 //! Requests that a queue begins, their order, and the number of their parts.
 
-use super::{extent, number, range, Disk, BACKING, SHIFT, SIZE};
+use super::{extent, number, range, BackedDisk, BACKING, SHIFT, SIZE};
 use crate::tap::shadow::request;
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::extent::{Access, Extent, Source};
-use ring::tap::shadow::direct::{Part, Start, MAX_PARTS};
-use ring::tap::shadow::{Op, Request};
+use ring::tap::extent::{DataExtent, ExtentAccess, Source};
+use ring::tap::shadow::direct::{RequestPart, Start, MAX_PARTS};
+use ring::tap::shadow::{Op, PostedRequest};
 
 #[test]
 fn what_is_mapped_begins_at_once() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Read, 16, 8);
     let start = Start {
         backing: Some(number(0)),
@@ -22,7 +22,7 @@ fn what_is_mapped_begins_at_once() {
         segments: 1,
     };
     assert_eq!(disk.info().waiting, 1);
-    let whole = Part {
+    let whole = RequestPart {
         sector: Some(16 + SHIFT),
         sectors: 8,
     };
@@ -39,8 +39,11 @@ fn what_is_mapped_begins_at_once() {
         (0, vec![]),
         "nobody else has it"
     );
-    assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
-    assert_eq!(disk.ended(1, Status::Okay), None, "it has ended");
+    assert_eq!(
+        disk.ended(1, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
+    assert_eq!(disk.ended(1, ResponseStatus::Okay), None, "it has ended");
     assert_eq!((disk.info().executing, disk.info().direct), (1, 1));
     assert_eq!(disk.reap(1), [], "its result went to the queue");
     disk.begin_write(1, 32);
@@ -48,15 +51,15 @@ fn what_is_mapped_begins_at_once() {
 
 #[test]
 fn what_is_not_mapped_is_for_the_process() {
-    let mut disk = Disk::unmapped(16);
+    let mut disk = BackedDisk::unmapped(16);
     disk.post(0, Op::Read, 0, 8);
     assert_eq!(disk.begin(0), None, "nothing is mapped");
-    disk.set(64, 64, Access::ReadWrite);
-    disk.set(256, 64, Access::Read);
+    disk.set(64, 64, ExtentAccess::ReadWrite);
+    disk.set(256, 64, ExtentAccess::Read);
     disk.set_zeroes(512, 64);
     let write = request(Op::Write, 64, 8);
-    let fua = Request { fua: true, ..write };
-    let preflush = Request {
+    let fua = PostedRequest { fua: true, ..write };
+    let preflush = PostedRequest {
         preflush: true,
         ..write
     };
@@ -87,7 +90,7 @@ fn what_is_not_mapped_is_for_the_process() {
     for tag in 0..8 {
         disk.done(tag);
     }
-    disk.set(256, 64, Access::Read);
+    disk.set(256, 64, ExtentAccess::Read);
     for (tag, request) in (8..).zip(&[fua, preflush, request(Op::Discard, 72, 8)]) {
         disk.post_as(tag, request);
         assert_eq!(disk.begin(tag), None, "{request:?}");
@@ -99,14 +102,17 @@ fn what_is_not_mapped_is_for_the_process() {
 
 #[test]
 fn a_queue_that_cannot_gets_nothing() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.shadow.set_able(1, false);
     disk.begin_write(0, 0);
     disk.post(1, Op::Write, 8, 8);
     assert_eq!(disk.begin(1), None);
     disk.post(3, Op::Read, 0, 8);
     assert_eq!(disk.begin(3), None);
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0);
     assert_eq!(disk.resume(1), []);
     assert_eq!(disk.tags(), [1, 3]);
@@ -115,7 +121,7 @@ fn a_queue_that_cannot_gets_nothing() {
 
 #[test]
 fn what_waits_for_an_earlier_one_is_ready_when_that_ends() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.occupy(7);
     disk.begin_write(0, 0);
     disk.post(1, Op::Write, 0, 16);
@@ -130,21 +136,27 @@ fn what_waits_for_an_earlier_one_is_ready_when_that_ends() {
     assert!(disk.begin(4).is_some(), "nothing is in its way");
     assert_eq!((disk.told(), disk.tags()), (0, vec![]));
     assert!(!disk.shadow.has_deliverable());
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b10);
     assert_eq!(disk.told(), 0, "it was told");
     assert_eq!(disk.resume(0), [], "that is not its request");
     assert!(!disk.shadow.has_deliverable(), "it needs no process");
     assert_eq!(disk.resume(1), [1]);
     assert_eq!(disk.told(), 0);
-    assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(1, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b01);
     assert_eq!(disk.resume(0), [2]);
 }
 
 #[test]
 fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() {
-    let mut disk = Disk::mapped(16);
+    let mut disk = BackedDisk::mapped(16);
     // As on a device without a process, a guest expects no order among requests in flight.
     for (tag, sector) in [(0, 0), (1, 0), (2, 4088)] {
         disk.begin_write(tag, sector);
@@ -160,17 +172,29 @@ fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() 
     disk.post(8, Op::Read, 4088, 8);
     assert_eq!(disk.begin_mapped(8), None);
     for tag in [1, 4, 3] {
-        assert_eq!(disk.ended(tag, Status::Okay), Some(Status::Okay));
+        assert_eq!(
+            disk.ended(tag, ResponseStatus::Okay),
+            Some(ResponseStatus::Okay)
+        );
         assert_eq!((disk.told(), disk.tags()), (0, vec![]), "{tag}");
     }
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!((disk.told(), disk.tags()), (0, vec![5]));
     disk.begin_write(0, 64);
     disk.post(1, Op::Read, 64, 8);
     assert_eq!(disk.begin(1), None, "the process has something");
     disk.done(5);
-    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(2, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b11);
     assert_eq!((disk.resume(0), disk.resume(1)), (vec![6], vec![1]));
     // Without such a request they do not wait.
@@ -179,28 +203,31 @@ fn what_queues_execute_waits_for_each_other_only_beside_what_is_for_a_process() 
 
 #[test]
 fn what_the_process_has_is_in_the_way() {
-    let mut disk = Disk::unmapped(8);
+    let mut disk = BackedDisk::unmapped(8);
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
-    disk.set(0, SIZE, Access::ReadWrite);
+    disk.set(0, SIZE, ExtentAccess::ReadWrite);
     disk.post(1, Op::Read, 0, 8);
     assert_eq!(disk.begin(1), None);
     assert_eq!(disk.told(), 0);
     disk.done(0);
-    disk.set(0, SIZE, Access::ReadWrite);
+    disk.set(0, SIZE, ExtentAccess::ReadWrite);
     assert_eq!(disk.told(), 0b10);
     assert_eq!(disk.resume(1), [1]);
 }
 
 #[test]
 fn what_a_queue_executes_is_in_the_way_of_what_the_process_gets() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.begin_write(0, 0);
     disk.post(1, Op::Discard, 0, 64);
     assert_eq!((disk.told(), disk.tags()), (0, vec![]));
     disk.post(2, Op::Read, 8, 8);
     assert_eq!(disk.begin(2), None, "the discard was before it");
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(disk.shadow.has_deliverable());
     assert_eq!(disk.tags(), [1]);
     disk.done(1);
@@ -209,12 +236,12 @@ fn what_a_queue_executes_is_in_the_way_of_what_the_process_gets() {
 }
 
 /// `count` extents of 16 sectors, from the beginning of the disk on, in the opposite order in the backing.
-fn scattered(count: u64) -> Disk {
-    let mut disk = Disk::unmapped(8);
+fn scattered(count: u64) -> BackedDisk {
+    let mut disk = BackedDisk::unmapped(8);
     for at in 0..count {
-        let scattered = Extent {
+        let scattered = DataExtent {
             place: 16 * (count - 1 - at),
-            ..extent(16 * at, 16, Access::ReadWrite)
+            ..extent(16 * at, 16, ExtentAccess::ReadWrite)
         };
         let generation = disk.map().generation();
         assert_eq!(disk.map().set(&scattered, generation), Ok(()));
@@ -224,7 +251,7 @@ fn scattered(count: u64) -> Disk {
 
 #[test]
 fn a_request_is_executed_in_parts() {
-    let part = |sector, sectors| Part {
+    let part = |sector, sectors| RequestPart {
         sector: Some(sector),
         sectors,
     };
@@ -244,9 +271,15 @@ fn a_request_is_executed_in_parts() {
     disk.post(2, Op::Read, 32, 8);
     assert_eq!(disk.begin(2), None);
     assert_eq!(disk.told(), 0);
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!((disk.told(), disk.resume(0)), (1, vec![2]));
-    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(2, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     // As many parts as are allowed, and one more.
     disk.post(4, Op::Read, 0, 16 * most);
     assert_eq!(disk.begin_in_parts(4).expect("just so").1.len(), MAX_PARTS);
@@ -261,9 +294,9 @@ fn all_parts_are_in_one_backing() {
     let mut disk = scattered(2);
     assert!(disk.map().add_backing(number(1), BACKING));
     let generation = disk.map().generation();
-    let other = Extent {
+    let other = DataExtent {
         source: Source::Backing(number(1)),
-        ..extent(32, 8, Access::Read)
+        ..extent(32, 8, ExtentAccess::Read)
     };
     assert_eq!(disk.map().set(&other, generation), Ok(()));
     for (tag, (sector, sectors)) in (0..).zip([(0, 40), (16, 24)]) {
@@ -276,11 +309,11 @@ fn all_parts_are_in_one_backing() {
 
 #[test]
 fn zeroes_are_read_beside_one_backing_and_alone() {
-    let mut disk = Disk::unmapped(8);
-    disk.set(0, 16, Access::ReadWrite);
+    let mut disk = BackedDisk::unmapped(8);
+    disk.set(0, 16, ExtentAccess::ReadWrite);
     disk.set_zeroes(16, 16);
-    disk.set(32, 8, Access::ReadWrite);
-    let part = |sector, sectors| Part { sector, sectors };
+    disk.set(32, 8, ExtentAccess::ReadWrite);
+    let part = |sector, sectors| RequestPart { sector, sectors };
     disk.post(0, Op::Read, 8, 32);
     let (start, parts) = disk.begin_in_parts(0).expect("it is known");
     assert_eq!((start.backing, start.sectors), (Some(number(0)), 32));
@@ -295,16 +328,22 @@ fn zeroes_are_read_beside_one_backing_and_alone() {
     assert_eq!((start.backing, parts), (None, vec![part(None, 3)]));
     assert_eq!(disk.info().executing, 2);
     assert!(disk.shadow.is_executing_in(number(0)));
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(!disk.shadow.is_executing_in(number(0)));
     assert!(disk.shadow.is_executing(&range(17, 1)));
-    assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(1, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.info().executing, 0);
 }
 
 #[test]
 fn a_write_ends_zeroes_when_the_process_gets_it_and_when_it_answers() {
-    let mut disk = Disk::unmapped(8);
+    let mut disk = BackedDisk::unmapped(8);
     disk.set_zeroes(0, 64);
     disk.post(0, Op::Write, 8, 8);
     assert_eq!(disk.begin(0), None);
@@ -320,17 +359,20 @@ fn a_write_ends_zeroes_when_the_process_gets_it_and_when_it_answers() {
 
 #[test]
 fn a_queue_is_told_of_all_that_it_has_not_taken() {
-    let mut disk = Disk::mapped(16);
+    let mut disk = BackedDisk::mapped(16);
     disk.begin_write(0, 0);
     for tag in [2, 4, 6] {
         disk.post(tag, Op::Read, 0, 8);
     }
     assert_eq!(disk.told(), 0);
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     let mut got = Vec::new();
     for left in [2, 1, 0] {
         assert_eq!(disk.told(), 1);
-        let each = |tag: DiskTag, _, _: &[Part]| got.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[RequestPart]| got.push(tag.number());
         disk.shadow.resume(0, 1, each);
         assert_eq!(disk.info().waiting, left);
     }

@@ -2,20 +2,23 @@
 
 //! Requests that a queue was to execute and that the process executes, because they were recalled, failed, or returned.
 
-use super::{extent, number, Disk, BACKING, SIZE};
-use ring::response::Status;
+use super::{extent, number, BackedDisk, BACKING, SIZE};
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::extent::{Access, Extent, Sectors};
-use ring::tap::map::Refused;
+use ring::tap::extent::{DataExtent, ExtentAccess, Sectors};
+use ring::tap::map::RefusedExtent;
 use ring::tap::shadow::{Committed, Op};
 
 #[test]
 fn what_is_recalled_before_it_was_begun_is_for_the_process() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.begin_write(0, 0);
     disk.post(1, Op::Write, 0, 8);
     disk.post(3, Op::Read, 0, 8);
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b10);
     disk.recall(0, 8);
     assert_eq!(disk.resume(1), []);
@@ -26,7 +29,10 @@ fn what_is_recalled_before_it_was_begun_is_for_the_process() {
     disk.reap(1);
     disk.begin_write(5, 64);
     disk.post(7, Op::Write, 64, 8);
-    assert_eq!(disk.ended(5, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(5, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b10);
     disk.map().recall(&Sectors::ALL);
     assert_eq!(disk.resume(1), []);
@@ -35,8 +41,11 @@ fn what_is_recalled_before_it_was_begun_is_for_the_process() {
 
 #[test]
 fn what_failed_is_executed_again_by_the_process() {
-    for (op, status) in [(Op::Write, Status::Error), (Op::Read, Status::NotSupported)] {
-        let mut disk = Disk::mapped(8);
+    for (op, status) in [
+        (Op::Write, ResponseStatus::Error),
+        (Op::Read, ResponseStatus::NotSupported),
+    ] {
+        let mut disk = BackedDisk::mapped(8);
         disk.post(0, op, 0, 8);
         assert!(disk.begin(0).is_some());
         disk.post(1, Op::Write, 0, 8);
@@ -47,7 +56,10 @@ fn what_failed_is_executed_again_by_the_process() {
         assert_eq!((disk.told(), disk.tags()), (0b10, vec![]));
         assert_eq!(disk.resume(1), [1]);
         assert_eq!(disk.tags(), []);
-        assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+        assert_eq!(
+            disk.ended(1, ResponseStatus::Okay),
+            Some(ResponseStatus::Okay)
+        );
         assert_eq!(disk.told(), 0, "it is not tried again");
         let descs = disk.descs();
         let [desc] = descs.as_slice() else {
@@ -56,7 +68,7 @@ fn what_failed_is_executed_again_by_the_process() {
         assert_eq!((desc.tag, desc.flags), (0, abi::DESC_REPLAY));
         assert_eq!((desc.generation, desc.deliveries), (1, 1));
         disk.done(0);
-        assert_eq!(disk.reap(0), [(0, Status::Okay)]);
+        assert_eq!(disk.reap(0), [(0, ResponseStatus::Okay)]);
         assert_eq!((disk.info().waiting, disk.info().executing), (0, 0));
     }
 }
@@ -64,17 +76,20 @@ fn what_failed_is_executed_again_by_the_process() {
 /// The process may move the data of a write that it gets, so no queue may write there at the same time.
 #[test]
 fn what_failed_waits_for_all_that_is_executed_where_it_is() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.begin_write(0, 0);
     disk.begin_write(1, 0);
     disk.begin_mapped_write(2, 0);
     disk.begin_write(3, 64);
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     disk.post(4, Op::Write, 0, 8);
     assert_eq!(disk.begin(4), None, "it came after it");
     for tag in [1, 2] {
         assert_eq!((disk.told(), disk.tags()), (0, vec![]), "{tag}");
-        assert_eq!(disk.ended(tag, Status::Okay), Some(Status::Okay));
+        assert_eq!(
+            disk.ended(tag, ResponseStatus::Okay),
+            Some(ResponseStatus::Okay)
+        );
     }
     assert_eq!((disk.told(), disk.tags()), (0, vec![0]));
     disk.done(0);
@@ -84,10 +99,10 @@ fn what_failed_waits_for_all_that_is_executed_where_it_is() {
 
 #[test]
 fn flushes_wait_for_what_failed() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));
     disk.begin_write(0, 0);
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     disk.post(1, Op::Flush, 0, 0);
     assert_eq!(
         disk.begin(1),
@@ -107,7 +122,7 @@ fn flushes_wait_for_what_failed() {
 
 #[test]
 fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Flush, 0, 0);
     assert_eq!(disk.begin(0), None);
     assert_eq!(disk.tags(), [0]);
@@ -115,18 +130,24 @@ fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
     disk.post(1, Op::Flush, 0, 0);
     let start = disk.begin(1).expect("now it is");
     assert_eq!((start.op, start.backing), (abi::OP_FLUSH, Some(number(0))));
-    assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(1, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     // This holds also if nothing else is mapped.
     disk.recall(0, SIZE);
     disk.post(1, Op::Flush, 0, 0);
     assert!(disk.begin(1).is_some());
     // A retried flush could succeed over lost data.
-    assert_eq!(disk.ended(1, Status::Error), Some(Status::Error));
+    assert_eq!(
+        disk.ended(1, ResponseStatus::Error),
+        Some(ResponseStatus::Error)
+    );
     assert_eq!((disk.info().executing, disk.info().waiting), (0, 0));
     assert!(disk.map().add_backing(number(1), BACKING));
     disk.post(1, Op::Flush, 0, 0);
     assert_eq!(disk.begin(1), None, "there are two");
-    assert_eq!(disk.map().set_flush(), Err(Refused::NoBacking));
+    assert_eq!(disk.map().set_flush(), Err(RefusedExtent::NoBacking));
     assert!(disk.map().remove_backing(number(1)));
     disk.post(2, Op::Flush, 0, 0);
     assert_eq!(disk.begin(2), None, "all was taken back");
@@ -135,25 +156,28 @@ fn a_flush_is_one_of_the_only_backing_if_the_process_says_so() {
 
 #[test]
 fn a_delivered_write_takes_back_what_may_only_be_read_of_its_range() {
-    let mut disk = Disk::unmapped(8);
-    disk.set(0, 64, Access::Read);
+    let mut disk = BackedDisk::unmapped(8);
+    disk.set(0, 64, ExtentAccess::Read);
     disk.post(0, Op::Write, 8, 8);
     assert_eq!(disk.begin(0), None);
     assert_eq!(disk.tags(), [0]);
-    let extents: Vec<Extent> = disk.map().extents().copied().collect();
-    let rest = [extent(0, 8, Access::Read), extent(16, 48, Access::Read)];
+    let extents: Vec<DataExtent> = disk.map().extents().copied().collect();
+    let rest = [
+        extent(0, 8, ExtentAccess::Read),
+        extent(16, 48, ExtentAccess::Read),
+    ];
     assert_eq!(extents, rest);
     let between = disk.map().generation();
     // The process looks up the range while it executes the write.
-    let old = extent(8, 8, Access::Read);
+    let old = extent(8, 8, ExtentAccess::Read);
     assert_eq!(disk.map().set(&old, between), Ok(()));
     disk.done(0);
-    let extents: Vec<Extent> = disk.map().extents().copied().collect();
+    let extents: Vec<DataExtent> = disk.map().extents().copied().collect();
     assert_eq!(extents, rest, "at the answer again");
-    assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
-    disk.set(8, 8, Access::Read);
+    assert_eq!(disk.map().set(&old, between), Err(RefusedExtent::Stale));
+    disk.set(8, 8, ExtentAccess::Read);
     // Writable extents stay mapped; the process executes this write because it is not whole blocks.
-    disk.set(128, 64, Access::ReadWrite);
+    disk.set(128, 64, ExtentAccess::ReadWrite);
     disk.post(1, Op::Write, 129, 1);
     assert_eq!(disk.begin(1), None);
     assert_eq!(disk.tags(), [1]);
@@ -165,7 +189,7 @@ fn a_delivered_write_takes_back_what_may_only_be_read_of_its_range() {
 #[test]
 fn a_delivered_discard_takes_back_its_range() {
     for op in [Op::Discard, Op::WriteZeroes, Op::SecureDiscard] {
-        let mut disk = Disk::mapped(8);
+        let mut disk = BackedDisk::mapped(8);
         let before = disk.map().generation();
         disk.post(0, op, 64, 64);
         assert_eq!(disk.begin(0), None);
@@ -173,31 +197,31 @@ fn a_delivered_discard_takes_back_its_range() {
         assert_eq!(disk.tags(), [0]);
         assert_eq!(disk.map().extents().count(), 2, "{op:?}");
         let between = disk.map().generation();
-        let old = extent(64, 64, Access::ReadWrite);
-        assert_eq!(disk.map().set(&old, before), Err(Refused::Stale));
+        let old = extent(64, 64, ExtentAccess::ReadWrite);
+        assert_eq!(disk.map().set(&old, before), Err(RefusedExtent::Stale));
         assert_eq!(disk.map().set(&old, between), Ok(()));
         disk.done(0);
         assert_eq!(disk.map().extents().count(), 2, "at the answer again");
-        assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+        assert_eq!(disk.map().set(&old, between), Err(RefusedExtent::Stale));
     }
 }
 
 #[test]
 fn a_change_that_has_no_queue_any_more_is_one_all_the_same() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Discard, 64, 64);
     assert_eq!(disk.tags(), [0]);
     let between = disk.map().generation();
     assert_eq!(disk.shadow.orphan(0), 1);
     assert_eq!(disk.commit(0, 1, 0), Committed::Released);
-    let old = extent(64, 64, Access::ReadWrite);
-    assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+    let old = extent(64, 64, ExtentAccess::ReadWrite);
+    assert_eq!(disk.map().set(&old, between), Err(RefusedExtent::Stale));
 }
 
 /// A process looks up a range, discards it, and dies. No process executes the discard again, but its lookup is stale.
 #[test]
 fn a_discard_that_nobody_answers_takes_back_its_range_too() {
-    let ends: [fn(&mut Disk); 3] = [
+    let ends: [fn(&mut BackedDisk); 3] = [
         |disk| {
             disk.shadow.withdraw(0);
         },
@@ -208,11 +232,11 @@ fn a_discard_that_nobody_answers_takes_back_its_range_too() {
         |_| (),
     ];
     for (number, end) in ends.into_iter().enumerate() {
-        let mut disk = Disk::mapped(8);
+        let mut disk = BackedDisk::mapped(8);
         disk.post(0, Op::Discard, 64, 64);
         assert_eq!(disk.tags(), [0]);
         let between = disk.map().generation();
-        let old = extent(64, 64, Access::ReadWrite);
+        let old = extent(64, 64, ExtentAccess::ReadWrite);
         assert_eq!(disk.map().set(&old, between), Ok(()));
         if number == 2 {
             assert_eq!(disk.shadow.orphan(0), 1);
@@ -225,18 +249,18 @@ fn a_discard_that_nobody_answers_takes_back_its_range_too() {
             .extents()
             .filter(|e| e.range.common(&range).is_some());
         assert_eq!(left.count(), 0, "{number}");
-        assert_eq!(disk.map().set(&old, between), Err(Refused::Stale));
+        assert_eq!(disk.map().set(&old, between), Err(RefusedExtent::Stale));
     }
 }
 
 #[test]
 fn what_the_process_gives_back_is_delivered_again() {
-    let mut disk = Disk::unmapped(8);
+    let mut disk = BackedDisk::unmapped(8);
     disk.post(0, Op::Write, 0, 8);
     assert_eq!(disk.tags(), [0]);
     let returned = disk.commit(0, 1, abi::COMPLETION_RETURNED);
     assert_eq!(returned, Committed::Returned);
-    disk.set(0, SIZE, Access::ReadWrite);
+    disk.set(0, SIZE, ExtentAccess::ReadWrite);
     assert_eq!(disk.told(), 0, "a process had it");
     assert_eq!(disk.tags(), [0]);
 }

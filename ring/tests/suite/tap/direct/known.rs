@@ -2,18 +2,18 @@
 
 //! State that is kept about requests that a queue executes, and bounds of the work of one call.
 
-use super::{extent, number, range, Disk, BACKING, SIZE};
+use super::{extent, number, range, BackedDisk, BACKING, SIZE};
 use crate::tap::shadow::request;
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::extent::{Access, Extent, Sectors, Source};
-use ring::tap::shadow::direct::Part;
+use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
+use ring::tap::shadow::direct::RequestPart;
 use ring::tap::shadow::{Committed, Op, STEPS};
 
 #[test]
 fn what_is_executed_is_known_by_range() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert!(!disk.shadow.is_executing(&Sectors::ALL));
     disk.begin_write(0, 64);
     disk.post(1, Op::Write, 64, 64);
@@ -23,7 +23,10 @@ fn what_is_executed_is_known_by_range() {
     assert!(!disk.shadow.is_executing(&range(72, 8)), "it only waits");
     disk.recall(0, SIZE);
     assert!(disk.shadow.is_executing(&Sectors::ALL), "it goes on");
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(!disk.shadow.is_executing(&Sectors::ALL));
     assert_eq!(disk.resume(1), []);
     assert_eq!(disk.tags(), [1]);
@@ -35,7 +38,7 @@ fn what_is_executed_is_known_by_range() {
 
 #[test]
 fn a_flush_is_executed_until_everything_is_recalled() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));
     disk.post(0, Op::Flush, 0, 0);
     assert!(disk.begin(0).is_some());
@@ -46,19 +49,22 @@ fn a_flush_is_executed_until_everything_is_recalled() {
     disk.map().recall(&Sectors::ALL);
     disk.post(1, Op::Flush, 0, 0);
     assert_eq!(disk.begin(1), None);
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(!disk.shadow.is_executing(&Sectors::ALL));
 }
 
 #[test]
 fn what_is_executed_is_known_by_backing() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert!(disk.map().add_backing(number(1), BACKING));
     disk.recall(64, 64);
     let generation = disk.map().generation();
-    let other = Extent {
+    let other = DataExtent {
         source: Source::Backing(number(1)),
-        ..extent(64, 64, Access::ReadWrite)
+        ..extent(64, 64, ExtentAccess::ReadWrite)
     };
     assert_eq!(disk.map().set(&other, generation), Ok(()));
     disk.begin_write(0, 64);
@@ -69,17 +75,23 @@ fn what_is_executed_is_known_by_backing() {
     disk.begin_write(2, 0);
     assert!(disk.shadow.is_executing_in(number(0)));
     assert!(disk.map().remove_backing(number(1)));
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(disk.shadow.is_executing_in(number(1)));
-    assert_eq!(disk.ended(1, Status::Error), None);
+    assert_eq!(disk.ended(1, ResponseStatus::Error), None);
     assert!(!disk.shadow.is_executing_in(number(1)));
-    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(2, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(!disk.shadow.is_executing_in(number(0)) && disk.shadow.executing() == 0);
 }
 
 #[test]
 fn nothing_else_that_is_said_of_a_direct_request_counts() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Discard, 64, 8);
     assert_eq!(disk.tags(), [0]);
     disk.done(0);
@@ -92,16 +104,20 @@ fn nothing_else_that_is_said_of_a_direct_request_counts() {
     );
     disk.post(2, Op::Discard, 128, 8);
     assert_eq!(disk.tags(), [2]);
-    assert_eq!(disk.ended(2, Status::Okay), None, "the process has it");
-    assert_eq!(disk.ended(4, Status::Okay), None, "there is none");
-    assert_eq!(disk.ended(999, Status::Okay), None);
+    assert_eq!(
+        disk.ended(2, ResponseStatus::Okay),
+        None,
+        "the process has it"
+    );
+    assert_eq!(disk.ended(4, ResponseStatus::Okay), None, "there is none");
+    assert_eq!(disk.ended(999, ResponseStatus::Okay), None);
     assert_eq!(disk.info().executing, 1);
     disk.done(2);
 }
 
 /// Posts more requests than one call sorts, before anything is mapped.
-fn many(tags: u16, queue_of: impl Fn(u16) -> u16) -> Disk {
-    let mut disk = Disk::unmapped(usize::from(tags));
+fn many(tags: u16, queue_of: impl Fn(u16) -> u16) -> BackedDisk {
+    let mut disk = BackedDisk::unmapped(usize::from(tags));
     for tag in 0..tags {
         let read = request(Op::Read, 8 * u64::from(tag), 8);
         let posted = disk.shadow.post(DiskTag::new(tag), queue_of(tag), &read, 0);
@@ -110,7 +126,7 @@ fn many(tags: u16, queue_of: impl Fn(u16) -> u16) -> Disk {
     }
     disk.shadow.closed();
     assert_eq!(disk.shadow.quiet(0).unwrap().count, 0);
-    disk.set(0, SIZE, Access::ReadWrite);
+    disk.set(0, SIZE, ExtentAccess::ReadWrite);
     disk
 }
 
@@ -122,7 +138,7 @@ fn very_many_are_sorted_by_and_by() {
     let mut calls = 0;
     while disk.told() == 1 {
         calls += 1;
-        let each = |tag: DiskTag, _, _: &[Part]| got.push(tag.number());
+        let each = |tag: DiskTag, _, _: &[RequestPart]| got.push(tag.number());
         disk.shadow.resume(0, usize::MAX, each);
     }
     assert_eq!(got, Vec::from_iter(0..count));
@@ -130,7 +146,7 @@ fn very_many_are_sorted_by_and_by() {
     let mut disk = many(count, |_| 0);
     disk.shadow.sort();
     let mut some = 0;
-    let each = |_, _, _: &[Part]| some += 1;
+    let each = |_, _, _: &[RequestPart]| some += 1;
     disk.shadow.resume(0, usize::MAX, each);
     assert_eq!(some, count, "the queue sorts as well");
 }

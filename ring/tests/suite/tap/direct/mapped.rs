@@ -2,19 +2,19 @@
 
 //! Requests whose data is in mapped pages of the guest: begun at once or not at all, and never given to a process.
 
-use super::{extent, number, range, Disk, SHIFT, SIZE};
+use super::{extent, number, range, BackedDisk, SHIFT, SIZE};
 use crate::tap::shadow::request;
 use ring::numbers::DiskTag;
-use ring::response::Status;
+use ring::response::ResponseStatus;
 use ring::tap::abi;
-use ring::tap::extent::{Access, Sectors};
-use ring::tap::shadow::direct::{Part, Parts, Start};
-use ring::tap::shadow::{Committed, Op, Request, Shadow};
-use ring::tap::table::Entry;
+use ring::tap::extent::{ExtentAccess, Sectors};
+use ring::tap::shadow::direct::{RequestPart, RequestParts, Start};
+use ring::tap::shadow::{Committed, Op, PostedRequest, Shadow};
+use ring::tap::table::TagEntry;
 
 /// Posts a request and begins it with mapped data, which fails: the shadow must forget it.
 #[track_caller]
-fn is_taken_back(disk: &mut Disk, tag: u16, request: &Request) {
+fn is_taken_back(disk: &mut BackedDisk, tag: u16, request: &PostedRequest) {
     let before = disk.info();
     let missed = disk.shadow.missed();
     disk.post_as(tag, request);
@@ -24,15 +24,15 @@ fn is_taken_back(disk: &mut Disk, tag: u16, request: &Request) {
     assert_eq!(disk.told(), 0, "{request:?}");
     assert_eq!(disk.shadow.missed(), missed, "{request:?}");
     assert_eq!(disk.tags(), [], "no process gets it: {request:?}");
-    assert_eq!(disk.ended(tag, Status::Okay), None, "{request:?}");
+    assert_eq!(disk.ended(tag, ResponseStatus::Okay), None, "{request:?}");
     assert_eq!(disk.reap(tag % 2), [], "{request:?}");
 }
 
 #[test]
 fn it_begins_and_ends_as_any_other() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Read, 16, 8);
-    let mut parts = Parts::default();
+    let mut parts = RequestParts::default();
     let start = Start {
         backing: Some(number(0)),
         op: abi::OP_READ,
@@ -41,7 +41,7 @@ fn it_begins_and_ends_as_any_other() {
     };
     let begun = disk.shadow.begin_mapped(DiskTag::new(0), &mut parts);
     assert_eq!(begun, Some(start));
-    let whole = Part {
+    let whole = RequestPart {
         sector: Some(16 + SHIFT),
         sectors: 8,
     };
@@ -53,28 +53,31 @@ fn it_begins_and_ends_as_any_other() {
     assert_eq!(disk.begin_mapped(0), None, "once");
     assert_eq!(disk.begin(0), None, "once");
     assert!(disk.is_mapped(0), "and that changes nothing of it");
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert!(!disk.is_mapped(0));
-    assert_eq!(disk.ended(0, Status::Okay), None, "it has ended");
+    assert_eq!(disk.ended(0, ResponseStatus::Okay), None, "it has ended");
     assert_eq!((disk.info().executing, disk.info().direct), (0, 1));
     assert_eq!(disk.reap(0), [], "its result went to the queue");
     // The next request of that tag is independent.
     disk.begin_write(0, 16);
     assert!(!disk.is_mapped(0));
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     assert_eq!(disk.tags(), [0]);
 }
 
 #[test]
 fn what_is_in_its_way_has_it_taken_back() {
-    let mut disk = Disk::mapped(16);
+    let mut disk = BackedDisk::mapped(16);
     disk.recall(64, 64);
     // A request that a queue executes, one whose data is mapped, one that the process has, and one that waits.
     disk.begin_write(0, 0);
     disk.begin_mapped_write(2, 8);
     disk.post(4, Op::Write, 64, 8);
     assert_eq!(disk.tags(), [4]);
-    disk.set(64, 64, Access::ReadWrite);
+    disk.set(64, 64, ExtentAccess::ReadWrite);
     disk.post(6, Op::Write, 0, 24);
     assert_eq!(disk.begin(6), None);
     for sector in [0, 8, 64, 16] {
@@ -84,16 +87,28 @@ fn what_is_in_its_way_has_it_taken_back() {
     // A request that was taken back blocks no other.
     disk.post(3, Op::Write, 24, 8);
     assert_eq!(disk.begin_mapped(3).map(|start| start.sectors), Some(8));
-    assert_eq!(disk.ended(3, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(3, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     is_taken_back(&mut disk, 1, &request(Op::Write, 16, 16));
     disk.begin_write(3, 24);
     // A request that was taken back is not resumed either.
-    assert_eq!(disk.ended(0, Status::Okay), Some(Status::Okay));
-    assert_eq!(disk.ended(2, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(0, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
+    assert_eq!(
+        disk.ended(2, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!(disk.told(), 0b01);
     assert_eq!((disk.resume(1), disk.resume(0)), (vec![], vec![6]));
     disk.done(4);
-    assert_eq!(disk.ended(6, Status::Okay), Some(Status::Okay));
+    assert_eq!(
+        disk.ended(6, ResponseStatus::Okay),
+        Some(ResponseStatus::Okay)
+    );
     assert_eq!((disk.told(), disk.tags()), (0, vec![]));
     // A request that is posted anew counts as a new one.
     disk.begin_write(1, 16);
@@ -101,14 +116,14 @@ fn what_is_in_its_way_has_it_taken_back() {
 
 #[test]
 fn what_is_not_mapped_in_the_disk_has_it_taken_back() {
-    let mut disk = Disk::unmapped(8);
+    let mut disk = BackedDisk::unmapped(8);
     is_taken_back(&mut disk, 0, &request(Op::Read, 0, 8));
-    disk.set(64, 64, Access::ReadWrite);
-    disk.set(256, 64, Access::Read);
+    disk.set(64, 64, ExtentAccess::ReadWrite);
+    disk.set(256, 64, ExtentAccess::Read);
     disk.set_zeroes(512, 64);
     let write = request(Op::Write, 64, 8);
-    let fua = Request { fua: true, ..write };
-    let preflush = Request {
+    let fua = PostedRequest { fua: true, ..write };
+    let preflush = PostedRequest {
         preflush: true,
         ..write
     };
@@ -134,25 +149,31 @@ fn what_is_not_mapped_in_the_disk_has_it_taken_back() {
 
 #[test]
 fn without_a_map_it_is_taken_back() {
-    let mut shadow = Shadow::new(vec![Entry::FREE; 4]);
+    let mut shadow = Shadow::new(vec![TagEntry::FREE; 4]);
     shadow.set_able(0, true);
     let (tag, read) = (DiskTag::new(2), request(Op::Read, 0, 8));
     for _ in 0..3 {
         assert_eq!(shadow.post(tag, 0, &read, 0), Ok(()));
-        assert_eq!(shadow.begin_mapped(tag, &mut Parts::default()), None);
+        assert_eq!(shadow.begin_mapped(tag, &mut RequestParts::default()), None);
         assert_eq!((shadow.waiting(), shadow.executing()), (0, 0));
     }
     assert!(!shadow.has_deliverable());
     // Unknown tags are not mapped either.
     let beyond = DiskTag::new(999);
-    assert_eq!(shadow.begin_mapped(beyond, &mut Parts::default()), None);
+    assert_eq!(
+        shadow.begin_mapped(beyond, &mut RequestParts::default()),
+        None
+    );
     assert!(!shadow.is_mapped(beyond) && !shadow.is_mapped(tag));
 }
 
 #[test]
 fn what_failed_is_for_no_process() {
-    for (op, status) in [(Op::Write, Status::Error), (Op::Read, Status::NotSupported)] {
-        let mut disk = Disk::mapped(8);
+    for (op, status) in [
+        (Op::Write, ResponseStatus::Error),
+        (Op::Read, ResponseStatus::NotSupported),
+    ] {
+        let mut disk = BackedDisk::mapped(8);
         let before = disk.info();
         disk.post(0, op, 0, 8);
         assert!(disk.begin_mapped(0).is_some());
@@ -176,21 +197,21 @@ fn what_failed_is_for_no_process() {
         };
         assert_eq!((desc.tag, desc.flags), (0, abi::DESC_REPLAY));
         disk.done(0);
-        assert_eq!(disk.reap(0), [(0, Status::Okay)]);
+        assert_eq!(disk.reap(0), [(0, ResponseStatus::Okay)]);
     }
 }
 
 #[test]
 fn what_waits_for_it_goes_on_when_it_ends() {
-    for status in [Status::Okay, Status::Error] {
-        let mut disk = Disk::mapped(16);
+    for status in [ResponseStatus::Okay, ResponseStatus::Error] {
+        let mut disk = BackedDisk::mapped(16);
         disk.occupy(7);
         disk.begin_mapped_write(0, 0);
         disk.post(1, Op::Read, 0, 8);
         assert_eq!(disk.begin(1), None);
         disk.post(2, Op::Discard, 0, 64);
         assert_eq!((disk.told(), disk.tags()), (0, vec![]));
-        let expected = Some(status).filter(|status| *status == Status::Okay);
+        let expected = Some(status).filter(|status| *status == ResponseStatus::Okay);
         assert_eq!(disk.ended(0, status), expected);
         assert_eq!(disk.told(), 0b10);
         assert_eq!(disk.resume(1), [1]);
@@ -198,7 +219,10 @@ fn what_waits_for_it_goes_on_when_it_ends() {
         disk.post(0, Op::Write, 0, 8);
         assert_eq!(disk.begin(0), None);
         assert_eq!((disk.told(), disk.tags()), (0, vec![]));
-        assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+        assert_eq!(
+            disk.ended(1, ResponseStatus::Okay),
+            Some(ResponseStatus::Okay)
+        );
         assert_eq!(disk.tags(), [2]);
         disk.done(2);
         assert_eq!(disk.tags(), [0]);
@@ -207,8 +231,8 @@ fn what_waits_for_it_goes_on_when_it_ends() {
 
 #[test]
 fn a_recall_waits_for_it() {
-    for status in [Status::Okay, Status::Error] {
-        let mut disk = Disk::mapped(8);
+    for status in [ResponseStatus::Okay, ResponseStatus::Error] {
+        let mut disk = BackedDisk::mapped(8);
         disk.begin_mapped_write(0, 64);
         disk.recall(0, SIZE);
         assert!(disk.is_mapped(0), "it goes on");
@@ -218,13 +242,16 @@ fn a_recall_waits_for_it() {
         }
         assert!(disk.shadow.is_executing(&Sectors::ALL));
         assert!(disk.shadow.is_executing_in(number(0)));
-        assert_eq!(disk.ended(0, status).is_some(), status == Status::Okay);
+        assert_eq!(
+            disk.ended(0, status).is_some(),
+            status == ResponseStatus::Okay
+        );
         assert!(!disk.shadow.is_executing(&Sectors::ALL));
         assert!(!disk.shadow.is_executing_in(number(0)));
         is_taken_back(&mut disk, 2, &request(Op::Write, 64, 8));
     }
     // No request waits for one that was taken back.
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Read, 65, 1);
     assert_eq!(disk.begin_mapped(0), None);
     assert!(!disk.shadow.is_executing(&Sectors::ALL));
@@ -232,8 +259,8 @@ fn a_recall_waits_for_it() {
 
 #[test]
 fn it_outlives_its_process_and_is_not_for_the_next_one() {
-    for status in [Status::Okay, Status::Error] {
-        let mut disk = Disk::mapped(8);
+    for status in [ResponseStatus::Okay, ResponseStatus::Error] {
+        let mut disk = BackedDisk::mapped(8);
         disk.begin_mapped_write(0, 0);
         disk.post(1, Op::Read, 0, 8);
         disk.shadow.closed();
@@ -247,9 +274,15 @@ fn it_outlives_its_process_and_is_not_for_the_next_one() {
         disk.start();
         assert_eq!(disk.tags(), []);
         assert_eq!((disk.info().waiting, disk.info().executing), (1, 2));
-        assert_eq!(disk.ended(2, status).is_some(), status == Status::Okay);
+        assert_eq!(
+            disk.ended(2, status).is_some(),
+            status == ResponseStatus::Okay
+        );
         assert_eq!(disk.tags(), []);
-        assert_eq!(disk.ended(0, status).is_some(), status == Status::Okay);
+        assert_eq!(
+            disk.ended(0, status).is_some(),
+            status == ResponseStatus::Okay
+        );
         let seen: Vec<_> = disk.descs().iter().map(|d| (d.tag, d.flags)).collect();
         assert_eq!(
             seen,
@@ -262,10 +295,10 @@ fn it_outlives_its_process_and_is_not_for_the_next_one() {
 
 #[test]
 fn what_fails_while_nobody_serves_waits_for_nobody() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.begin_mapped_write(0, 0);
     disk.die();
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     assert_eq!(disk.info().waiting, 0);
     assert_eq!(disk.shadow.fail_waiting(usize::MAX).count, 0);
     assert_eq!(disk.reap(0), []);
@@ -276,8 +309,8 @@ fn what_fails_while_nobody_serves_waits_for_nobody() {
 
 #[test]
 fn a_queue_that_goes_leaves_it_to_its_end() {
-    for status in [Status::Okay, Status::Error] {
-        let mut disk = Disk::mapped(8);
+    for status in [ResponseStatus::Okay, ResponseStatus::Error] {
+        let mut disk = BackedDisk::mapped(8);
         disk.begin_mapped_write(0, 0);
         disk.post(2, Op::Read, 0, 8);
         disk.post(1, Op::Read, 0, 8);
@@ -287,7 +320,10 @@ fn a_queue_that_goes_leaves_it_to_its_end() {
         assert_eq!(disk.shadow.orphans(), 0);
         assert!(disk.is_mapped(0), "its queue waits for that");
         assert_eq!((disk.told(), disk.tags()), (0, vec![]));
-        assert_eq!(disk.ended(0, status).is_some(), status == Status::Okay);
+        assert_eq!(
+            disk.ended(0, status).is_some(),
+            status == ResponseStatus::Okay
+        );
         assert_eq!(disk.told(), 0b10);
         assert_eq!(disk.resume(1), [1]);
         assert_eq!((disk.info().waiting, disk.info().executing), (0, 1));
@@ -299,30 +335,33 @@ fn a_queue_that_goes_leaves_it_to_its_end() {
 
 #[test]
 fn a_flush_waits_for_none_that_failed() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));
     // The process has a write, for which only a flush after a failure would wait.
     disk.post(4, Op::Write, 129, 1);
     assert_eq!(disk.tags(), [4]);
     for tag in [0, 2] {
         disk.begin_mapped_write(tag, 0);
-        assert_eq!(disk.ended(tag, Status::Error), None);
+        assert_eq!(disk.ended(tag, ResponseStatus::Error), None);
         is_taken_back(&mut disk, tag, &request(Op::Read, 128, 8));
         disk.post(1, Op::Flush, 0, 0);
         assert!(disk.begin(1).is_some(), "nothing is executed again");
-        assert_eq!(disk.ended(1, Status::Okay), Some(Status::Okay));
+        assert_eq!(
+            disk.ended(1, ResponseStatus::Okay),
+            Some(ResponseStatus::Okay)
+        );
     }
 }
 
 #[test]
 fn a_flush_waits_for_another_that_failed_all_the_same() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     assert_eq!(disk.map().set_flush(), Ok(()));
     disk.begin_write(0, 0);
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     assert_eq!(disk.tags(), [0], "it is executed again");
     disk.begin_mapped_write(2, 64);
-    assert_eq!(disk.ended(2, Status::Error), None);
+    assert_eq!(disk.ended(2, ResponseStatus::Error), None);
     is_taken_back(&mut disk, 4, &request(Op::Read, 0, 8));
     disk.post(1, Op::Flush, 0, 0);
     assert_eq!((disk.begin(1), disk.told()), (None, 0));
@@ -333,7 +372,7 @@ fn a_flush_waits_for_another_that_failed_all_the_same() {
 
 #[test]
 fn nothing_that_a_process_says_of_it_counts() {
-    let mut disk = Disk::mapped(8);
+    let mut disk = BackedDisk::mapped(8);
     disk.post(0, Op::Discard, 64, 8);
     assert_eq!(disk.tags(), [0]);
     disk.done(0);
@@ -346,7 +385,7 @@ fn nothing_that_a_process_says_of_it_counts() {
     assert!(disk.is_mapped(0));
     // The process writes in place, so the mapping stays.
     let all = disk.map().extents().copied().collect::<Vec<_>>();
-    assert_eq!(disk.ended(0, Status::Error), None);
+    assert_eq!(disk.ended(0, ResponseStatus::Error), None);
     assert_eq!(disk.map().extents().copied().collect::<Vec<_>>(), all);
-    assert!(all.contains(&extent(72, SIZE - 72, Access::ReadWrite)));
+    assert!(all.contains(&extent(72, SIZE - 72, ExtentAccess::ReadWrite)));
 }

@@ -3,7 +3,7 @@
 //! Grants, discards, and the content of the guest's pages.
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
-use ring::request::Limits;
+use ring::request::RequestLimits;
 use sim::frontend::{BAD_GREF, RING_GREF};
 use sim::machine::Setup;
 use sim::spec::{Expect, Gref, Spec};
@@ -196,7 +196,7 @@ fn r38_the_padding_of_responses_is_zero() {
     for junk in [0xa5, 0xff] {
         let change = |s: &mut Setup| {
             s.junk = junk;
-            s.limits = Limits {
+            s.limits = RequestLimits {
                 discard: false,
                 ..s.limits
             };

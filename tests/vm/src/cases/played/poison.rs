@@ -7,7 +7,7 @@ use crate::guest::COMMAND;
 use crate::process::{Played, Process, Request};
 use crate::{sh, xs};
 use anyhow::{ensure, Result};
-use ring::tap::abi::{Create, OP_WRITE};
+use ring::tap::abi::{CreateCommand, OP_WRITE};
 use std::time::{Duration, Instant};
 use tapdev::Params;
 
@@ -81,9 +81,9 @@ fn live(disk: &Played, process: &Process) -> Result<bool> {
 fn poison(context: &mut Context) -> Result<()> {
     let disk = Played::make(
         MIB,
-        Create {
+        CreateCommand {
             max_deaths: DEATHS,
-            ..Create::default()
+            ..CreateCommand::default()
         },
     )?;
     let theirs = disk.clone();

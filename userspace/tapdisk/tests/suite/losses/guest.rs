@@ -6,8 +6,8 @@ use super::storage::Volatile;
 use super::subject::Subject;
 use diskio::{Data, Runtime};
 use drivers::Disk;
-use ring::response::Status;
-use ring::tap::shadow::{Op, Request};
+use ring::response::ResponseStatus;
+use ring::tap::shadow::{Op, PostedRequest};
 use std::collections::BTreeMap;
 use std::fs::File;
 use tapdev::fake::Fake;
@@ -207,7 +207,7 @@ impl Guest {
             }
         }
         let posted = self.tick().clock;
-        let what = Request {
+        let what = PostedRequest {
             op,
             preflush,
             fua,
@@ -248,7 +248,7 @@ impl Guest {
         let answered: Vec<Sent> = answered;
         let with_status = |sent: Sent| {
             let (status, _) = self.fake.answer(sent.tag, 0).expect("an answer");
-            (sent, status == Status::Okay)
+            (sent, status == ResponseStatus::Okay)
         };
         let answered: Vec<(Sent, bool)> = answered.into_iter().map(with_status).collect();
         // The answers since the last look may have come in any order: a flush may have reported an error that a write
