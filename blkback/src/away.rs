@@ -4,7 +4,7 @@
 
 use crate::engine::{Backend, Io, IoKind};
 use crate::events::DeviceEvents;
-use crate::linux::xen::guest_side::Held;
+use crate::linux::xen::guest_side::GuestMapping;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::ResponseStatus;
 use crate::totals::Begun;
@@ -41,7 +41,7 @@ impl Detached {
 /// A queue's guest, the mark that is set when the guest's ring is given back, and where an I/O is shown when it begins.
 /// It outlasts the queue's state.
 pub(crate) struct AwayContext<'a> {
-    pub(crate) guest: &'a Held,
+    pub(crate) guest: &'a GuestMapping,
     pub(crate) detached: &'a Detached,
     pub(crate) begun: Begun,
 }

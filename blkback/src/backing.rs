@@ -15,7 +15,7 @@ use crate::memory::Reservation;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-pub(crate) use crate::linux::block::bdev::Limits;
+pub(crate) use crate::linux::block::bdev::BlockLimits;
 
 /// State of a disk that a process serves, as administrators see it in the key `tap-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(crate) enum Unavailable {
 /// An open disk. Dropping the last reference gives it back.
 pub(crate) trait BackingDisk: Send + Sync + 'static {
     /// Returns the disk's current limits.
-    fn limits(&self) -> Limits;
+    fn limits(&self) -> BlockLimits;
 
     /// Returns its current size in sectors of 512 bytes. Each pass of each queue calls it.
     fn sectors(&self) -> u64;

@@ -8,22 +8,22 @@
 
 use crate::disk::AttachTap;
 use crate::events::DeviceEvents;
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::driver::{self, Attribute};
 use crate::linux::xen::watch::{InXenwatch, Listener};
-use crate::proto::state::State;
-use crate::proto::watched::{Key, TYPES};
+use crate::proto::state::XenbusState;
+use crate::proto::watched::{WrittenKey, TYPES};
 use crate::vbd::Vbd;
 use core::marker::PhantomData;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
 impl Listener for Vbd {
-    fn changed(self: Arc<Self>, key: Key, thread: &InXenwatch) {
+    fn changed(self: Arc<Self>, key: WrittenKey, thread: &InXenwatch) {
         match key {
-            Key::State => self.state_written(thread),
-            Key::Disk => self.disk_available(),
-            Key::Any => {
+            WrittenKey::State => self.state_written(thread),
+            WrittenKey::Disk => self.disk_available(),
+            WrittenKey::Any => {
                 self.clone().disk_available();
                 self.state_written(thread);
             }
@@ -49,21 +49,21 @@ impl Drop for Bound {
     }
 }
 
-impl<T: TapDisks> driver::Driver for VbdDriver<T> {
+impl<T: TapDisks> driver::XenDriver for VbdDriver<T> {
     type Data = Bound;
     // A toolstack says vbd3 where it expects a process to serve the disk. The driver binds such a device in any case,
     // because a probe that refuses it puts an error into xenstore and into the log; a device that is not ours is
     // ignored (`disk::is_ours`).
     const DEVICE_TYPES: [&'static [u8]; 2] = TYPES;
 
-    fn probe(device: Device) -> Result<Bound> {
+    fn probe(device: XenDevice) -> Result<Bound> {
         let device = Arc::new(device, GFP_KERNEL)?;
         let bound = Bound(Vbd::new(device, T::ATTACH)?);
         bound.0.listen()?;
         Ok(bound)
     }
 
-    fn otherend_changed(data: &Bound, state: State) {
+    fn otherend_changed(data: &Bound, state: XenbusState) {
         data.0.frontend_moved(state);
     }
 

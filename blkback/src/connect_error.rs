@@ -3,7 +3,7 @@
 //! Reasons that a frontend could not be connected, in words for the administrator.
 
 use crate::patience::{is_shortage, store_recovers};
-use crate::proto::frontend::{Fault, KeyError};
+use crate::proto::frontend::{KeyError, KeyFault};
 use kernel::prelude::*;
 use kernel::str::CString;
 
@@ -32,7 +32,7 @@ impl ConnectError {
     pub(crate) fn passes(&self) -> bool {
         let errno = |error: &Error| error.to_errno().saturating_neg();
         match self {
-            Self::Key(error) => error.fault == Fault::Unread,
+            Self::Key(error) => error.fault == KeyFault::Unread,
             Self::Step(_, error) => is_shortage(errno(error)),
             Self::Store(_, error) => store_recovers(errno(error)),
             Self::Frontend(..) | Self::TakenAway => false,
@@ -57,8 +57,8 @@ impl ConnectError {
         match self {
             Self::Key(error) => (
                 match error.fault {
-                    Fault::Unread => EAGAIN,
-                    Fault::Missing | Fault::Malformed | Fault::OutOfRange => EINVAL,
+                    KeyFault::Unread => EAGAIN,
+                    KeyFault::Missing | KeyFault::Malformed | KeyFault::OutOfRange => EINVAL,
                 },
                 CString::try_from_fmt(fmt!(
                     "the frontend's key {} {}{again}",

@@ -8,7 +8,7 @@ use crate::events::DeviceEvents;
 use crate::linux::memory::vectors::push;
 use crate::linux::module::ModuleReference;
 use crate::linux::task::workqueue;
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::store;
 use crate::memory::Reservation;
 use crate::proto::frontend::{self, Offer};
@@ -30,7 +30,7 @@ pub(crate) struct Peer<'a> {
     /// Counters of the device.
     pub(crate) totals: &'a Arc<Totals>,
     /// The device on the bus.
-    pub(crate) device: &'a Arc<Device>,
+    pub(crate) device: &'a Arc<XenDevice>,
     /// Limits of the guest's requests.
     pub(crate) limits: &'a RequestLimits,
     /// Offer to its frontend: queues, ring size and protocol.
@@ -59,7 +59,7 @@ impl<D: QueueBackends> Connect for D {
 pub(crate) struct Connection {
     queues: KVec<Queue>,
     threads: Arc<Threads>,
-    asked: frontend::Request,
+    asked: frontend::FrontendRequest,
     limits: RequestLimits,
     #[pin]
     work: Work<Connection>,
@@ -113,8 +113,8 @@ impl_has_work! {
 impl Connection {
     /// Connects to the frontend as its directory says. All or nothing. May sleep.
     fn new<D: QueueBackends>(disk: &Arc<D>, peer: &Peer<'_>) -> Result<Arc<Self>, ConnectError> {
-        let dir: &Device = peer.device;
-        let request = frontend::Request::read(dir, peer.offer)?;
+        let dir: &XenDevice = peer.device;
+        let request = frontend::FrontendRequest::read(dir, peer.offer)?;
         let mut limits = *peer.limits;
         // A barrier orders one queue only; frontends with several have no use for it.
         limits.barrier &= request.queues == 1;
@@ -145,9 +145,9 @@ impl Connection {
 
     /// Starts the threads; all or none.
     fn start<D: QueueBackends>(
-        device: &Device,
+        device: &XenDevice,
         prepared: KVec<Prepared<D>>,
-        asked: frontend::Request,
+        asked: frontend::FrontendRequest,
         limits: RequestLimits,
     ) -> Result<Arc<Self>> {
         let mut queues = KVec::with_capacity(prepared.len(), GFP_KERNEL)?;
@@ -234,7 +234,7 @@ impl WorkItem for Connection {
 }
 
 /// The C driver's thread name without the queue: domain and virtual device.
-fn thread_name(device: &Device) -> crate::proto::text::Name {
+fn thread_name(device: &XenDevice) -> crate::proto::text::Name {
     let mut dev = [0u8; 16];
     // Threads have names for people to read: without the key it is a shorter one.
     let len = store::read(device.nodename(), c"dev", &mut dev).unwrap_or(None);

@@ -7,7 +7,7 @@ use crate::connection::Connect;
 use crate::events::DeviceEvents;
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::local_clock;
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::store;
 use crate::proto::text::{parse_device, parse_u32};
 use crate::proto::watched::{BLOCK_KEY, SERVER_KEY, SHARED_TYPE, TAP_KEY};
@@ -35,7 +35,7 @@ pub(crate) type AttachTap = fn(u32, Attachment) -> Result<Arc<dyn Connect>, Unav
 /// Context for opening the disk of a device.
 pub(crate) struct Opener {
     /// The device.
-    pub(crate) device: Arc<Device>,
+    pub(crate) device: Arc<XenDevice>,
     /// Receiver of changes of the disk.
     pub(crate) events: Arc<dyn DeviceEvents>,
     /// Attaches a disk that a process serves.
@@ -145,7 +145,7 @@ fn open_block(major: u32, minor: u32, writable: bool) -> Result<Arc<dyn Connect>
     Ok(disk)
 }
 
-fn unavailable(to: &Device, minor: u32, why: &Unavailable) -> Bad {
+fn unavailable(to: &XenDevice, minor: u32, why: &Unavailable) -> Bad {
     let name = Name::Tap(minor);
     match why {
         Unavailable::Missing => Bad::new(
@@ -185,7 +185,7 @@ fn unavailable(to: &Device, minor: u32, why: &Unavailable) -> Bad {
 ///
 /// # Errors
 /// Xenstore does not answer.
-pub(crate) fn is_ours(device: &Device) -> Result<bool> {
+pub(crate) fn is_ours(device: &XenDevice) -> Result<bool> {
     if !device.is_of_type(SHARED_TYPE) {
         return Ok(true);
     }
@@ -198,7 +198,7 @@ pub(crate) fn is_ours(device: &Device) -> Result<bool> {
 }
 
 /// Returns the disk that the script names; `None` if it has named none. May sleep.
-pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
+pub(crate) fn named(device: &XenDevice) -> Result<Option<Name>, Bad> {
     let nonsense = |text| Bad::new(Name::Nonsense, EINVAL, text);
     let mut value = [0; 32];
     if let Some(value) = naming(device, TAP_KEY, &mut value)? {
@@ -216,7 +216,7 @@ pub(crate) fn named(device: &Device) -> Result<Option<Name>, Bad> {
 
 /// Reads a key that may name the disk. A value that does not fit is no name, and reads as nothing.
 fn naming<'value>(
-    device: &Device,
+    device: &XenDevice,
     key: &CStr,
     value: &'value mut [u8],
 ) -> Result<Option<&'value [u8]>, Bad> {

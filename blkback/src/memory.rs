@@ -8,10 +8,10 @@
 
 use crate::connect_error::ConnectError;
 use crate::engine::{Group, Mapping, PendingRequest, SegmentEntry};
-use crate::linux::block::bio::Disk;
+use crate::linux::block::bio::BioDisk;
 use crate::linux::bounds;
 use crate::linux::memory::data::DataPages;
-use crate::linux::memory::page_blocks::{Block, Effort, PAGES};
+use crate::linux::memory::page_blocks::{Effort, PageBlock, PAGES};
 use crate::linux::memory::pool::Pool;
 use crate::linux::memory::shrinker::{Shrink, Shrinker};
 use crate::linux::monotonic_ns;
@@ -189,7 +189,7 @@ impl WorkItem for Store {
 
     fn run(this: Arc<Store>) {
         while this.pool.len() < READY {
-            match Block::new(Effort::Light) {
+            match PageBlock::new(Effort::Light) {
                 Ok(block) => this.pool.give(block, READY),
                 Err(_) => {
                     let later = monotonic_ns().saturating_add(PAUSE_NS);
@@ -234,7 +234,7 @@ pub(crate) fn queue_bytes(sizes: &PoolSizes, depth: u16) -> usize {
         .saturating_add(groups)
         .saturating_add(mappings)
         .saturating_add(DataPages::bytes(sizes.copy))
-        .saturating_add(Disk::bytes(depth))
+        .saturating_add(BioDisk::bytes(depth))
         .saturating_add(GuestGrants::bytes(sizes.map))
 }
 
@@ -382,7 +382,7 @@ impl Lease {
     }
 
     /// Borrows a block; neither sleeps nor allocates.
-    pub(crate) fn borrow(&mut self) -> Option<KBox<Block>> {
+    pub(crate) fn borrow(&mut self) -> Option<KBox<PageBlock>> {
         let lend = |host: &mut Host, guest: &mut Guest| {
             (host.lend(guest, BLOCK, current_bounds()), host.has_hungry())
         };
@@ -406,7 +406,7 @@ impl Lease {
     }
 
     /// Gives a block back.
-    pub(crate) fn give_back(&mut self, block: KBox<Block>) {
+    pub(crate) fn give_back(&mut self, block: KBox<PageBlock>) {
         self.store.pool.give(block, READY);
         let pages = BLOCK.min(self.lent);
         self.lent = self.lent.saturating_sub(pages);

@@ -3,13 +3,13 @@
 //! Keys that the backend publishes in its own directory.
 
 use crate::backing::{self, BackingDisk};
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::store::{self, Transaction};
 use crate::memory::{queue_pages, Reservation};
 use crate::params;
 use crate::proto::frontend::Offer;
-use crate::proto::publish::{self, Key, Present, Values};
-use crate::proto::state::{Online, Publishing, State};
+use crate::proto::publish::{self, Present, PublishedKey, Values};
+use crate::proto::state::{Online, Publishing, XenbusState};
 use crate::ring::request::RequestLimits;
 use crate::shares;
 use kernel::prelude::*;
@@ -53,31 +53,41 @@ impl Offered {
 
 /// Publishes the offer to the frontend, which is in the state `theirs`, with the state InitWait after `before`, and
 /// returns it. May sleep.
-pub(crate) fn publish_offer(device: &Device, before: State, theirs: State) -> Result<Offered> {
-    let earlier = |key: Key| store::read_number(device.nodename(), key.name());
+pub(crate) fn publish_offer(
+    device: &XenDevice,
+    before: XenbusState,
+    theirs: XenbusState,
+) -> Result<Offered> {
+    let earlier = |key: PublishedKey| store::read_number(device.nodename(), key.name());
     let mut offered = Offered::new(device.otherend_id())?;
     let offer = &mut offered.offer;
-    if matches!(theirs, State::Initialised | State::Connected) {
+    if matches!(theirs, XenbusState::Initialised | XenbusState::Connected) {
         // It has chosen from an earlier backend's offer, and does not choose again.
-        let (queues, order) = (earlier(Key::Queues)?, earlier(Key::Order)?);
+        let (queues, order) = (
+            earlier(PublishedKey::Queues)?,
+            earlier(PublishedKey::Order)?,
+        );
         *offer = offer.with_earlier(queues, order, params::QUEUES);
     }
-    let is_told = theirs == State::Connected && earlier(Key::Segments)?.is_some();
+    let is_told = theirs == XenbusState::Connected && earlier(PublishedKey::Segments)?.is_some();
     let mut values = Values::default();
     if !is_told {
-        values.set(Key::Segments, params::max_indirect_segments().into());
+        values.set(
+            PublishedKey::Segments,
+            params::max_indirect_segments().into(),
+        );
     }
-    values.set(Key::Queues, offer.max_queues.into());
-    values.set(Key::Order, offer.max_ring_order.into());
+    values.set(PublishedKey::Queues, offer.max_queues.into());
+    values.set(PublishedKey::Order, offer.max_ring_order.into());
     offered.hold();
-    publish_with_state(device, before, State::InitWait, &values)?;
+    publish_with_state(device, before, XenbusState::InitWait, &values)?;
     Ok(offered)
 }
 
 /// A disk as one device offers it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Features {
-    device: backing::Limits,
+    device: backing::BlockLimits,
     read_only: bool,
     cdrom: bool,
     discard: bool,
@@ -91,7 +101,7 @@ pub(crate) struct Features {
 
 impl Features {
     /// Reads the toolstack's keys about the disk. May sleep.
-    pub(crate) fn read(device: &Device, disk: &(impl BackingDisk + ?Sized)) -> Result<Self> {
+    pub(crate) fn read(device: &XenDevice, disk: &(impl BackingDisk + ?Sized)) -> Result<Self> {
         let limits = disk.limits();
         let read_only = !disk.is_writable() || limits.read_only;
         // The toolstack's own copy: that of the frontend is the guest's to write.
@@ -105,7 +115,7 @@ impl Features {
         // expect so stays mapped, and continues to send requests of the size that it read then.
         let (persistent, segments) = match is_connected(device)? {
             true => (
-                value_is(device, Key::Persistent.name(), b"1")?,
+                value_is(device, PublishedKey::Persistent.name(), b"1")?,
                 told_segments(device)?,
             ),
             false => (keeps_grants, offered),
@@ -143,23 +153,34 @@ impl Features {
     /// Publishes the disk, and then the state Connected after `before`. May sleep.
     ///
     /// `limits` are those of the connection, which may offer less than the disk could.
-    pub(crate) fn publish(&self, device: &Device, limits: &RequestLimits, before: State) -> Result {
+    pub(crate) fn publish(
+        &self,
+        device: &XenDevice,
+        limits: &RequestLimits,
+        before: XenbusState,
+    ) -> Result {
         let mut values = Values::default();
-        values.set(Key::Flush, limits.flush.into());
-        values.set(Key::Discard, self.discard.into());
+        values.set(PublishedKey::Flush, limits.flush.into());
+        values.set(PublishedKey::Discard, self.discard.into());
         if let (true, Some(granularity)) = (self.discard, self.device.discard_granularity) {
-            values.set(Key::DiscardGranularity, granularity.into());
-            values.set(Key::DiscardAlignment, self.device.discard_alignment.into());
-            values.set(Key::DiscardSecure, limits.secure_discard.into());
+            values.set(PublishedKey::DiscardGranularity, granularity.into());
+            values.set(
+                PublishedKey::DiscardAlignment,
+                self.device.discard_alignment.into(),
+            );
+            values.set(PublishedKey::DiscardSecure, limits.secure_discard.into());
         }
-        values.set(Key::Barrier, limits.barrier.into());
-        values.set(Key::Segments, limits.max_indirect_segments.into());
-        values.set(Key::Persistent, self.persistent.into());
-        values.set(Key::Sectors, self.device.sectors);
-        values.set(Key::Info, self.info());
-        values.set(Key::SectorSize, self.device.logical_block.into());
-        values.set(Key::PhysicalSectorSize, self.device.physical_block.into());
-        publish_with_state(device, before, State::Connected, &values)
+        values.set(PublishedKey::Barrier, limits.barrier.into());
+        values.set(PublishedKey::Segments, limits.max_indirect_segments.into());
+        values.set(PublishedKey::Persistent, self.persistent.into());
+        values.set(PublishedKey::Sectors, self.device.sectors);
+        values.set(PublishedKey::Info, self.info());
+        values.set(PublishedKey::SectorSize, self.device.logical_block.into());
+        values.set(
+            PublishedKey::PhysicalSectorSize,
+            self.device.physical_block.into(),
+        );
+        publish_with_state(device, before, XenbusState::Connected, &values)
     }
 
     fn info(&self) -> u64 {
@@ -183,25 +204,25 @@ pub(crate) const TAKEN_AWAY: Error = EPIPE;
 
 /// Publishes a new size. Writing the state Connected again makes the frontend look; it is left alone if
 /// it is another one by now, because the toolstack, which takes the device away, has written it. May sleep.
-pub(crate) fn publish_size(device: &Device, sectors: u64) -> Result {
+pub(crate) fn publish_size(device: &XenDevice, sectors: u64) -> Result {
     let dir = device.nodename();
     store::transaction(|t| {
         let there = t.read_state(dir)?;
-        t.write_number(dir, Key::Sectors.name(), sectors)?;
+        t.write_number(dir, PublishedKey::Sectors.name(), sectors)?;
         match there {
-            State::Connected => t.write_number(dir, c"state", there.number().into()),
+            XenbusState::Connected => t.write_number(dir, c"state", there.number().into()),
             _ => Ok(()),
         }
     })
 }
 
 /// Our state, as the directory has it. May sleep.
-pub(crate) fn state(device: &Device) -> Result<State> {
+pub(crate) fn state(device: &XenDevice) -> Result<XenbusState> {
     store::read_state(device.nodename())
 }
 
 /// Publishes how a disk is served. May sleep.
-pub(crate) fn publish_status(device: &Device, status: backing::Status) -> Result {
+pub(crate) fn publish_status(device: &XenDevice, status: backing::Status) -> Result {
     while_there(device, |t| {
         t.write(device.nodename(), c"tap-status", status.text())
     })
@@ -209,24 +230,26 @@ pub(crate) fn publish_status(device: &Device, status: backing::Status) -> Result
 
 /// Writes the state Closed, also where it is that already, so that the watch on it fires. A state
 /// that the toolstack has reset for a new device is left as it is, but written as well. May sleep.
-pub(crate) fn touch_state(device: &Device) -> Result {
+pub(crate) fn touch_state(device: &XenDevice) -> Result {
     let dir = device.nodename();
     store::transaction(|t| match t.read_state(dir) {
         Err(error) if error == ENOENT => Ok(()),
         Err(error) => Err(error),
-        Ok(State::Initialising) => t.write(dir, c"state", c"1"),
+        Ok(XenbusState::Initialising) => t.write(dir, c"state", c"1"),
         Ok(_) => t.write(dir, c"state", c"6"),
     })
 }
 
 /// Nothing is left of a device that was unbound: one that was Closing, by whomever, is Closed now. May sleep.
-pub(crate) fn close_after_unbind(device: &Device) -> Result {
+pub(crate) fn close_after_unbind(device: &XenDevice) -> Result {
     if device.is_vanished() {
         return Ok(());
     }
     let dir = device.nodename();
     store::transaction(|t| match t.read_state(dir) {
-        Ok(State::Closing) => t.write_number(dir, c"state", State::Closed.number().into()),
+        Ok(XenbusState::Closing) => {
+            t.write_number(dir, c"state", XenbusState::Closed.number().into())
+        }
         Ok(_) => Ok(()),
         // The toolstack has removed our directory: there is no reader left.
         Err(error) if error == ENOENT => Ok(()),
@@ -236,7 +259,7 @@ pub(crate) fn close_after_unbind(device: &Device) -> Result {
 
 /// Publishes the state `now` after `before`, unless it is there: a toolstack that takes a device away
 /// writes Closing itself, and the frontend has heard of it. Fails like [`publish_with_state`]. May sleep.
-pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Result {
+pub(crate) fn publish_state(device: &XenDevice, before: XenbusState, now: XenbusState) -> Result {
     if store::read_state(device.nodename()).is_ok_and(|there| there == now) {
         device.note_state(now);
         return Ok(());
@@ -246,7 +269,12 @@ pub(crate) fn publish_state(device: &Device, before: State, now: State) -> Resul
 
 /// Publishes `values` and then the state `now` after `before`: the bus's `xenbus_switch_state`, with what belongs to the
 /// state. ENOENT if our directory is gone, or is that of a new device already; [`TAKEN_AWAY`]. May sleep.
-fn publish_with_state(device: &Device, before: State, now: State, values: &Values) -> Result {
+fn publish_with_state(
+    device: &XenDevice,
+    before: XenbusState,
+    now: XenbusState,
+    values: &Values,
+) -> Result {
     if device.is_vanished() {
         return Err(ENOENT);
     }
@@ -261,9 +289,9 @@ fn publish_with_state(device: &Device, before: State, now: State, values: &Value
 }
 
 /// Our directory, to write there.
-struct Directory<'a>(&'a Device);
+struct Directory<'a>(&'a XenDevice);
 
-impl<'a> publish::Store for Directory<'a> {
+impl<'a> publish::BackendStore for Directory<'a> {
     type Error = Error;
     type Transaction<'t> = InDirectory<'t>;
 
@@ -275,7 +303,7 @@ impl<'a> publish::Store for Directory<'a> {
         }
     }
 
-    fn write(&mut self, key: Key, value: u64) -> Result {
+    fn write(&mut self, key: PublishedKey, value: u64) -> Result {
         // Less often than the transaction finds out that it was removed, which then removes it again.
         if self.0.is_vanished() {
             return Err(ENOENT);
@@ -298,7 +326,7 @@ struct InDirectory<'a> {
 impl publish::Transaction for InDirectory<'_> {
     type Error = Error;
 
-    fn state(&self) -> Result<Option<State>> {
+    fn state(&self) -> Result<Option<XenbusState>> {
         match self.transaction.read_state(self.dir) {
             Err(error) if error == ENOENT => Ok(None),
             other => other.map(Some),
@@ -310,7 +338,7 @@ impl publish::Transaction for InDirectory<'_> {
         Ok(Online::of(number))
     }
 
-    fn set_state(&self, state: State) -> Result {
+    fn set_state(&self, state: XenbusState) -> Result {
         let number = state.number().into();
         self.transaction.write_number(self.dir, c"state", number)
     }
@@ -329,7 +357,7 @@ impl publish::Transaction for InDirectory<'_> {
 }
 
 /// A transaction in our directory, if that is still there: a write must not bring it back.
-fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) -> Result {
+fn while_there(device: &XenDevice, mut body: impl FnMut(&Transaction) -> Result) -> Result {
     store::transaction(|t| {
         t.read_state(device.nodename())?;
         body(t)
@@ -337,24 +365,24 @@ fn while_there(device: &Device, mut body: impl FnMut(&Transaction) -> Result) ->
 }
 
 /// True if the frontend is connected already. One that is gone is not, which others will see.
-fn is_connected(device: &Device) -> Result<bool> {
+fn is_connected(device: &XenDevice) -> Result<bool> {
     match store::read_state(device.otherend()) {
-        Ok(state) => Ok(state == State::Connected),
+        Ok(state) => Ok(state == XenbusState::Connected),
         Err(error) if error == ENOENT => Ok(false),
         Err(error) => Err(error),
     }
 }
 
 /// Segments of the largest indirect request, as our directory tells the frontend.
-fn told_segments(device: &Device) -> Result<u16> {
-    let told = store::read_number(device.nodename(), Key::Segments.name())?;
+fn told_segments(device: &XenDevice) -> Result<u16> {
+    let told = store::read_number(device.nodename(), PublishedKey::Segments.name())?;
     let told = told.unwrap_or(0).min(params::MOST_SEGMENTS.into());
     // CAST: not more than a `u16`.
     Ok(told as u16)
 }
 
 /// True if a key of the backend's directory has this value.
-fn value_is(device: &Device, key: &CStr, wanted: &[u8]) -> Result<bool> {
+fn value_is(device: &XenDevice, key: &CStr, wanted: &[u8]) -> Result<bool> {
     let mut value = [0; 16];
     let len = store::read(device.nodename(), key, &mut value)?;
     Ok(len.and_then(|len| value.get(..len)) == Some(wanted))

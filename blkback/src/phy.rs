@@ -2,14 +2,14 @@
 
 //! `phy:` disks: a block device as a backing disk, and the engine's backend over bios.
 
-use crate::backing::{BackingDisk, Drain, Limits, Needs, Part, QueueBackends};
+use crate::backing::{BackingDisk, BlockLimits, Drain, Needs, Part, QueueBackends};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Io, IoKind, Slice};
 use crate::linux::block::bdev::BlockDevice;
-use crate::linux::block::bio::{self, Disk, Inflight, Operation, Piece};
-use crate::linux::memory::data::Backing;
-use crate::linux::memory::page_blocks::{Block, Effort};
+use crate::linux::block::bio::{self, BioDisk, Inflight, Operation, PagePiece};
+use crate::linux::memory::data::PageBacking;
+use crate::linux::memory::page_blocks::{Effort, PageBlock};
 use crate::linux::monotonic_ns;
 use crate::memory::{queue_bytes, Lease};
 use crate::params::{self, PoolSizes};
@@ -21,7 +21,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 
 impl BackingDisk for BlockDevice {
-    fn limits(&self) -> Limits {
+    fn limits(&self) -> BlockLimits {
         BlockDevice::limits(self)
     }
 
@@ -78,7 +78,7 @@ impl QueueBackends for BlockDevice {
         let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
         let pages = memory.backing.table().clone();
         let device = Some(self.clone());
-        let bios = Disk::new(pages.clone(), needs.wake_event.clone(), device, needs.depth)
+        let bios = BioDisk::new(pages.clone(), needs.wake_event.clone(), device, needs.depth)
             .map_err(no_memory)?;
         Ok(Part {
             backend: Phy { bios, memory },
@@ -98,16 +98,16 @@ impl QueueBackends for BlockDevice {
 /// The memory of a queue's data pages, its own and what it has borrowed.
 struct Memory {
     // The pages go before their share of what there is is given back.
-    backing: Backing,
+    backing: PageBacking,
     lease: Lease,
 }
 
 impl Memory {
     /// The pages that the queue has for ever. May sleep.
     fn new(lease: Lease, sizes: &PoolSizes) -> Result<Self> {
-        let mut backing = Backing::new(lease.domain(), sizes.copy, sizes.map)?;
+        let mut backing = PageBacking::new(lease.domain(), sizes.copy, sizes.map)?;
         for index in 0..sizes.own / BLOCK {
-            let block = Block::new(Effort::Full)?;
+            let block = PageBlock::new(Effort::Full)?;
             backing.attach(index, block).map_err(|_| EINVAL)?;
         }
         Ok(Self { backing, lease })
@@ -117,7 +117,7 @@ impl Memory {
 /// A block device as the backend of one queue.
 pub(crate) struct Phy {
     // First: it waits for the last bios, which use the memory.
-    bios: Pin<KBox<Disk>>,
+    bios: Pin<KBox<BioDisk>>,
     memory: Memory,
 }
 
@@ -200,18 +200,18 @@ fn write(preflush: bool, fua: bool) -> Operation {
 }
 
 fn transfer(inflight: &Inflight<'_>, io: &Io<'_>, operation: Operation) {
-    let pieces = io.slices().map(Piece::from);
+    let pieces = io.slices().map(PagePiece::from);
     if io.is_mapped() {
         return inflight.scatter(operation, io.sector, io.count(), pieces);
     }
-    let place = bio::Place {
+    let place = bio::DeviceTarget {
         sector: Some(io.sector),
         bytes: io.sectors.saturating_mul(512),
     };
     inflight.transfer(operation, core::iter::once(place), io.count(), pieces);
 }
 
-impl From<Slice> for Piece {
+impl From<Slice> for PagePiece {
     fn from(slice: Slice) -> Self {
         Self {
             page: slice.page,

@@ -22,10 +22,10 @@ use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
 use crate::linux::task::wake_event::WakeEvent;
 use crate::linux::trace;
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
 use crate::linux::xen::grant::GuestGrants;
-use crate::linux::xen::guest_side::{Held, Taker};
+use crate::linux::xen::guest_side::{GuestMapping, Taker};
 use crate::linux::xen::ring_map::RingMap;
 use crate::linux::{cond_resched, local_clock};
 use crate::mapping_room;
@@ -106,13 +106,13 @@ pub(crate) struct Queue {
 /// Parts and parameters of a new queue.
 pub(crate) struct Setup<'a, D> {
     /// The device.
-    pub(crate) device: &'a Arc<Device>,
+    pub(crate) device: &'a Arc<XenDevice>,
     /// Receiver of a broken ring, a new size and the end.
     pub(crate) events: &'a Arc<dyn DeviceEvents>,
     /// Counters of the device.
     pub(crate) totals: &'a Arc<Totals>,
     /// The frontend's request: queues, ring size, protocol and features.
-    pub(crate) request: &'a frontend::Request,
+    pub(crate) request: &'a frontend::FrontendRequest,
     /// The disk.
     pub(crate) disk: &'a Arc<D>,
     /// Limits of the guest's requests.
@@ -187,13 +187,13 @@ impl<D: QueueBackends> Prepared<D> {
         let control =
             Arc::new(control, GFP_KERNEL).map_err(|error| step(NO_MEMORY, error.into()))?;
         let (ring, map) = back.replace(());
-        let traced = trace::Queue {
+        let traced = trace::TracedQueue {
             domain: setup.device.otherend_id(),
             device: setup.device.number(),
             index,
         };
         let (guest, taker) =
-            Held::new(channel, map, traced).map_err(|error| step(NO_MEMORY, error))?;
+            GuestMapping::new(channel, map, traced).map_err(|error| step(NO_MEMORY, error))?;
         let (state, grants) = State::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.memory_kib,
@@ -293,7 +293,7 @@ impl<D: QueueBackends> Runner for Body<D> {
 /// State that the thread owns.
 struct Server<D: QueueBackends> {
     ring: BackRing<()>,
-    guest: Held,
+    guest: GuestMapping,
     state: KBox<State<D>>,
     grants: KBox<GuestGrants>,
 }
@@ -492,7 +492,7 @@ type Left<'a, D> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <D as QueueBac
 
 /// The thread while the engine has the rest of its state.
 struct Serving<'a, D> {
-    guest: &'a Held,
+    guest: &'a GuestMapping,
     around: &'a Surroundings<D>,
 }
 
@@ -502,7 +502,7 @@ impl<D: QueueBackends> Serving<'_, D> {
     #[inline(never)]
     fn serve<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, &Held, G, B>,
+        engine: &mut Engine<'_, &GuestMapping, G, B>,
         mut sectors: u64,
     ) -> Command {
         let mut broken = false;
@@ -588,7 +588,7 @@ impl<D: QueueBackends> Serving<'_, D> {
     }
 
     /// Begins to count how long things take, or ends that.
-    fn measure<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
+    fn measure<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &GuestMapping, G, B>) {
         let wanted = self.around.tally.measures();
         if engine.latencies().is_on() != wanted {
             engine.latencies().switch(wanted);
@@ -597,7 +597,7 @@ impl<D: QueueBackends> Serving<'_, D> {
     }
 
     /// Publishes the counters.
-    fn show<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &Held, G, B>) {
+    fn show<G: Grants, B: Backend>(&self, engine: &mut Engine<'_, &GuestMapping, G, B>) {
         self.around.tally.show(engine.stats(), engine.flight());
         if engine.latencies().is_on() {
             self.around.tally.show_latencies(engine.latencies());
@@ -607,7 +607,7 @@ impl<D: QueueBackends> Serving<'_, D> {
     /// Publishes the counters once in a while; `hidden` counts the calls.
     fn show_rarely<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, &Held, G, B>,
+        engine: &mut Engine<'_, &GuestMapping, G, B>,
         hidden: &mut u8,
     ) {
         *hidden = hidden.wrapping_add(1);
@@ -634,7 +634,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         &self,
         command: Command,
         pass: &Pass,
-        engine: &mut Engine<'_, &Held, G, B>,
+        engine: &mut Engine<'_, &GuestMapping, G, B>,
         pollers: &mut Pollers,
     ) -> bool {
         if pass.again || self.around.control.command() != command {
@@ -670,7 +670,7 @@ impl<D: QueueBackends> Serving<'_, D> {
     /// Follows a change of the disk's size.
     fn limits_changed<G: Grants, B: Backend>(
         &self,
-        engine: &mut Engine<'_, &Held, G, B>,
+        engine: &mut Engine<'_, &GuestMapping, G, B>,
         known: u64,
     ) -> u64 {
         let sectors = self.around.disk.sectors();

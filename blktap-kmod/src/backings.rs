@@ -8,7 +8,7 @@
 
 use super::disk::{DiskMap, Inner, TapDisk};
 use super::node::invalid;
-use crate::linux::block::storage::Storage;
+use crate::linux::block::storage::DiskStorage;
 use crate::linux::char::chardev::user_memory;
 use crate::linux::memory::vectors::push;
 use crate::linux::versions::not_supported;
@@ -53,7 +53,7 @@ impl TapDisk {
     /// `EEXIST` if the disk has another backing of this number.
     pub(super) fn add_backing(&self, new: &NewBacking) -> Result {
         let fd = u32::try_from(new.fd).map_err(|_| EBADF)?;
-        let storage = Storage::of_descriptor(fd, new.writable)?;
+        let storage = DiskStorage::of_descriptor(fd, new.writable)?;
         let mut map = new_map(self.sectors())?;
         let backing = MapBacking {
             sectors: storage.sectors(),
@@ -70,7 +70,7 @@ impl TapDisk {
     fn keep_backing(
         &self,
         number: BackingNumber,
-        storage: &Storage,
+        storage: &DiskStorage,
         backing: MapBacking,
         map: &mut DiskMap,
     ) -> Result {

@@ -7,7 +7,7 @@ use super::disk::TapDisk;
 use super::place::Place;
 use super::registry;
 use crate::backing::{
-    Attachment, BackingDisk, Drain, Limits, Needs, Part, QueueBackends, Status, Unavailable,
+    Attachment, BackingDisk, BlockLimits, Drain, Needs, Part, QueueBackends, Status, Unavailable,
 };
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
@@ -83,10 +83,10 @@ impl Drop for Binding {
 }
 
 impl BackingDisk for Binding {
-    fn limits(&self) -> Limits {
+    fn limits(&self) -> BlockLimits {
         let params = self.disk.inner.lock().params;
         let discard = params.and_then(|params| params.discard);
-        Limits {
+        BlockLimits {
             sectors: params.map_or(0, |params| params.sectors),
             logical_block: params.map_or(512, |params| params.logical_block),
             physical_block: params.map_or(512, |params| params.physical_block),

@@ -14,8 +14,8 @@
 use super::disk::{Backings, Inner, TapDisk, BATCH};
 use super::place::Place;
 use crate::engine::segments::Segments;
-use crate::linux::block::bio::{self, Inflight, Operation, Piece};
-use crate::linux::block::storage::Storage;
+use crate::linux::block::bio::{self, Inflight, Operation, PagePiece};
+use crate::linux::block::storage::DiskStorage;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
 use crate::linux::task::wake_event::WakeEvent;
@@ -40,7 +40,7 @@ struct Begun {
     /// Number of the executor's parts that belong to it.
     parts: usize,
     /// Target of the I/O; `None` if the backing is gone, or if the whole request reads as zeroes.
-    storage: Option<Storage>,
+    storage: Option<DiskStorage>,
     /// Place of its data, if that is in pages of the guest.
     mapped: Option<MappedAt>,
 }
@@ -55,7 +55,7 @@ pub(super) struct MappedAt {
 /// Resources of a queue for executing requests.
 pub(super) struct Executor {
     // First, because its drop waits for the last bios, which use the pages.
-    bios: Pin<KBox<bio::Disk>>,
+    bios: Pin<KBox<bio::BioDisk>>,
     /// To be started; has room for a batch.
     begun: KVec<Begun>,
     /// The places of their data, in the same order; has room for all parts of a batch.
@@ -86,7 +86,7 @@ impl Executor {
         lease: Option<Lease>,
     ) -> Result<KBox<Self>> {
         let executor = Self {
-            bios: bio::Disk::new(pages, wake_event.clone(), None, depth)?,
+            bios: bio::BioDisk::new(pages, wake_event.clone(), None, depth)?,
             begun: KVec::with_capacity(BATCH, GFP_KERNEL)?,
             parts: KVec::with_capacity(BATCH.saturating_mul(MAX_PARTS), GFP_KERNEL)?,
             ended: KVec::with_capacity(depth.into(), GFP_KERNEL)?,
@@ -133,7 +133,7 @@ impl Executor {
         let number = start.backing.map(BackingNumber::index);
         let storage = number.and_then(|number| backings.get(number).cloned().flatten());
         self.executing = self.executing.wrapping_add(1);
-        let stable = |storage: &Storage| mapped.is_some() && storage.wants_stable_pages();
+        let stable = |storage: &DiskStorage| mapped.is_some() && storage.wants_stable_pages();
         if storage.as_ref().is_some_and(stable) {
             self.shuns_mapped = true;
             return fail(&mut self.ended, tag);
@@ -177,7 +177,7 @@ impl Executor {
                 };
                 match begun.mapped.zip(segments) {
                     Some((at, segments)) => {
-                        let pieces = segments.slices(at.head, at.count).map(Piece::from);
+                        let pieces = segments.slices(at.head, at.count).map(PagePiece::from);
                         transfer(&inflight, &begun.start, parts, at.count, true, pieces);
                     }
                     None => start_in_arena(&inflight, disk, place, begun, parts),
@@ -292,7 +292,7 @@ fn transfer(
     parts: &[RequestPart],
     count: u16,
     is_mapped: bool,
-    pieces: impl Iterator<Item = Piece>,
+    pieces: impl Iterator<Item = PagePiece>,
 ) {
     let operation = match start.op {
         abi::OP_READ => Operation::Read,
@@ -316,7 +316,7 @@ fn transfer(
     // CAST: no more than `MAX_PARTS`.
     let most = most.saturating_add((parts.len() as u64).saturating_mul(2));
     let most = u16::try_from(most).unwrap_or(u16::MAX);
-    let places = parts.iter().map(|part| bio::Place {
+    let places = parts.iter().map(|part| bio::DeviceTarget {
         sector: part.sector,
         bytes: part.sectors.saturating_mul(512),
     });
@@ -324,11 +324,11 @@ fn transfer(
 }
 
 /// Returns a segment with the page numbers that the queue uses.
-fn piece(segment: &TapSegment, first_page: u16) -> Piece {
+fn piece(segment: &TapSegment, first_page: u16) -> PagePiece {
     const PAGE: u32 = PAGE_SIZE as u32;
     // CAST: an arena has fewer pages than that.
     let page = (segment.offset / PAGE) as u16;
-    Piece {
+    PagePiece {
         page: PageIndex::new(page.wrapping_sub(first_page)),
         // CAST: below a page.
         offset: (segment.offset % PAGE) as u16,

@@ -6,7 +6,7 @@ use super::areas::Areas;
 use super::commands::Commands;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
-use crate::linux::block::storage::Storage;
+use crate::linux::block::storage::DiskStorage;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::wake_event::WakeEvent;
@@ -57,7 +57,7 @@ pub(crate) struct TapDisk {
 /// The map of a disk, from its first backing on.
 pub(super) type DiskMap = Option<KBox<ExtentMap<KVVec<LeafSlot>, KVVec<Leaf>>>>;
 /// The devices and files behind a disk, by their numbers.
-pub(super) type Backings = [Option<Storage>; abi::MAX_BACKINGS as usize];
+pub(super) type Backings = [Option<DiskStorage>; abi::MAX_BACKINGS as usize];
 
 /// State under the lock of a disk. This lock is a leaf: the module takes no other lock under it, and does not sleep
 /// under it.

@@ -25,7 +25,7 @@ mod registry;
 
 use crate::bus::TapDisks;
 use crate::disk::AttachTap;
-use crate::linux::char::chardev::{Class, Node, Region};
+use crate::linux::char::chardev::{Class, DeviceNode, Region};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
@@ -46,7 +46,7 @@ impl Tap {
 /// The nodes of the module. It may be dropped only while no node is open and no disk is bound, which the kernel and the
 /// driver guarantee.
 pub(crate) struct Nodes {
-    _control: Node,
+    _control: DeviceNode,
     // The order matters: the regions go after the nodes, and before the disks to which an open
     // file leads.
     _controls: Region,

@@ -8,7 +8,7 @@ use super::registry;
 use crate::linux::char::chardev::{
     current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
 };
-use crate::linux::char::uring::{Identity, Issued, Outcome, Parked, Woken};
+use crate::linux::char::uring::{CommandOutcome, Identity, Issued, Parked, Woken};
 use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info, Maps};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
@@ -313,9 +313,9 @@ impl CharDevice for Opener {
         }
     }
 
-    fn uring_command(&self, command: Issued<'_>) -> Outcome {
+    fn uring_command(&self, command: Issued<'_>) -> CommandOutcome {
         if command.number() != ioctl::EXCHANGE {
-            return Outcome::refused();
+            return CommandOutcome::refused();
         }
         let tags = match self.issue(command.payload()) {
             Ok((None, tags)) => tags,

@@ -3,7 +3,7 @@
 //! The table of all disks.
 
 use super::disk::TapDisk;
-use crate::linux::char::chardev::{Class, Node, Region};
+use crate::linux::char::chardev::{Class, DeviceNode, Region};
 use crate::ring::tap::checked::{NewDisk, MAX_MINORS};
 use kernel::prelude::*;
 use kernel::rbtree::{RBTree, RBTreeNode};
@@ -17,7 +17,7 @@ pub(super) const MINORS: u32 = MAX_MINORS;
 /// A disk and its node. The node exists from the last step of making the disk to the first step of removing it.
 struct Place {
     disk: Arc<TapDisk>,
-    node: Option<Node>,
+    node: Option<DeviceNode>,
 }
 
 /// Resources for making disks. Nodes go before the region of their numbers.

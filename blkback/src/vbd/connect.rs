@@ -8,9 +8,9 @@ use crate::connection::Peer;
 use crate::disk::{self, Name, Opener};
 use crate::linux::local_clock;
 use crate::linux::task::workqueue;
-use crate::linux::xen::claims::Claim;
+use crate::linux::xen::claims::FrontendClaim;
 use crate::offer::{Features, TAKEN_AWAY};
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use crate::storage::{Errand, Job, Outcome};
 use kernel::prelude::*;
 use kernel::sync::atomic::{
@@ -103,7 +103,7 @@ impl Vbd {
     pub(super) fn claim(self: &Arc<Self>, life: &mut Life) -> bool {
         if life.claim.is_none() {
             let frontend = (self.device.otherend_id(), self.device.number());
-            match Claim::new(frontend, self.clone()) {
+            match FrontendClaim::new(frontend, self.clone()) {
                 Ok(claim) => {
                     life.claim = claim;
                     if life.claim.is_some() {
@@ -140,7 +140,7 @@ impl Vbd {
             Ok(()) => {
                 life.patience.connected();
                 life.short_of = None;
-                life.state.set(State::Connected, true);
+                life.state.set(XenbusState::Connected, true);
                 self.watch_for_late();
             }
             Err(ConnectError::TakenAway) => self.taken_away(life),

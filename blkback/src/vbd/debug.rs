@@ -5,7 +5,7 @@
 
 use crate::engine::latency::{FIRST_STEP_NS, STEPS};
 use crate::linux::debug;
-use crate::linux::xen::device::Device;
+use crate::linux::xen::device::XenDevice;
 use crate::totals::Totals;
 use core::pin::Pin;
 use kernel::debugfs::{Dir, File};
@@ -27,7 +27,7 @@ pub(super) struct Folder {
 
 impl Folder {
     /// Makes the folder and its files. May sleep.
-    pub(super) fn new(device: &Device, totals: &Arc<Totals>) -> Result<Pin<KBox<Self>>> {
+    pub(super) fn new(device: &XenDevice, totals: &Arc<Totals>) -> Result<Pin<KBox<Self>>> {
         let (domain, number) = (device.otherend_id(), device.number());
         let name = CString::try_from_fmt(fmt!("vbd-{domain}-{number}"))?;
         let dir = debug::folder(&name).ok_or(ENODEV)?;

@@ -30,13 +30,13 @@ use crate::events::DeviceEvents;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::workqueue;
-use crate::linux::xen::claims::{Claim, Waiter};
-use crate::linux::xen::device::Device;
+use crate::linux::xen::claims::{FrontendClaim, Waiter};
+use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::driver::Attribute;
 use crate::linux::xen::watch::{InXenwatch, Subscription};
 use crate::offer::Offered;
 use crate::patience::Patience;
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use crate::storage::Errand;
 use crate::totals::Totals;
 use core::pin::Pin;
@@ -63,7 +63,7 @@ const AGES: u64 = 3;
 /// A device.
 #[pin_data]
 pub(crate) struct Vbd {
-    device: Arc<Device>,
+    device: Arc<XenDevice>,
     attach_tap: AttachTap,
     totals: Arc<Totals>,
     /// The number of the disk's device node, for sysfs.
@@ -139,7 +139,7 @@ struct Life {
     /// Offer to the frontend, and the memory for it.
     offer: Option<Offered>,
     /// Disk and frontend are ours alone.
-    claim: Option<Claim>,
+    claim: Option<FrontendClaim>,
     connection: Option<Arc<Connection>>,
     /// State of the reports of unanswered requests.
     late: Late,
@@ -185,7 +185,7 @@ enum Next {
 
 impl Vbd {
     /// A device that was just found.
-    pub(crate) fn new(device: Arc<Device>, attach_tap: AttachTap) -> Result<Arc<Self>> {
+    pub(crate) fn new(device: Arc<XenDevice>, attach_tap: AttachTap) -> Result<Arc<Self>> {
         let totals = Totals::new()?;
         Arc::pin_init(
             pin_init!(Self {
@@ -246,7 +246,7 @@ impl Vbd {
     }
 
     /// The bus has read the frontend's state.
-    pub(crate) fn frontend_moved(self: &Arc<Self>, state: State) {
+    pub(crate) fn frontend_moved(self: &Arc<Self>, state: XenbusState) {
         self.theirs.store(state.number(), Release);
         self.moved.store(true, Release);
         self.kick();

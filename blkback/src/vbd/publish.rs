@@ -7,36 +7,36 @@ use crate::connect_error::ConnectError;
 use crate::disk;
 use crate::linux::local_clock;
 use crate::offer;
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release};
 use kernel::sync::Arc;
 
 /// This driver's state, and whether xenstore has it.
 pub(super) struct OurState {
-    now: State,
+    now: XenbusState,
     said: bool,
 }
 
 impl OurState {
     pub(super) const NEW: Self = Self {
-        now: State::Initialising,
+        now: XenbusState::Initialising,
         said: true,
     };
 
     /// Returns the state.
-    pub(super) fn now(&self) -> State {
+    pub(super) fn now(&self) -> XenbusState {
         self.now
     }
 
     /// Sets the state. `said` is whether xenstore has it or needs no write; otherwise the write is tried again.
-    pub(super) fn set(&mut self, state: State, said: bool) {
+    pub(super) fn set(&mut self, state: XenbusState, said: bool) {
         (self.now, self.said) = (state, said);
     }
 }
 
 impl Vbd {
-    pub(super) fn publish(self: &Arc<Self>, life: &mut Life, state: State) {
+    pub(super) fn publish(self: &Arc<Self>, life: &mut Life, state: XenbusState) {
         if state != life.state.now() {
             let result = offer::publish_state(&self.device, life.state.now(), state);
             self.published(life, state, result);
@@ -44,7 +44,7 @@ impl Vbd {
     }
 
     /// Sets this driver's state after an attempt to write it. If the write failed, it is tried again after a while.
-    pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: State, result: Result) {
+    pub(super) fn published(self: &Arc<Self>, life: &mut Life, state: XenbusState, result: Result) {
         // The toolstack has removed our directory or made a new one: there is no reader left.
         let failed = result.err().filter(|error| *error != ENOENT);
         life.state.set(state, failed.is_none());
@@ -59,7 +59,7 @@ impl Vbd {
     /// before the frontend acts.
     pub(super) fn taken_away(&self, life: &mut Life) {
         // A state that cannot be read counts as Closing, because that is what the toolstack writes.
-        let there = offer::state(&self.device).unwrap_or(State::Closing);
+        let there = offer::state(&self.device).unwrap_or(XenbusState::Closing);
         life.state.set(there, true);
         self.device.note_state(there);
         life.refused = true;
@@ -100,7 +100,7 @@ impl Vbd {
         self.report_why(error);
         life.patience.refused(local_clock());
         life.refused = true;
-        self.publish(life, State::Closing);
+        self.publish(life, XenbusState::Closing);
     }
 
     pub(super) fn disk_is_bad(self: &Arc<Self>, life: &mut Life, bad: &disk::Bad) {
@@ -118,7 +118,7 @@ impl Vbd {
             return;
         }
         life.bad_disk = Some(bad.name);
-        self.publish(life, State::Closing);
+        self.publish(life, XenbusState::Closing);
     }
 
     /// Reports that the device below the disk is gone, or that it is back with all its openers. The guest gets no
@@ -138,7 +138,7 @@ impl Vbd {
     /// Publishes how the disk is served, and a size that changed while connected. Returns the number of milliseconds to
     /// wait if that must be delayed, because a process may change both as often as it likes.
     pub(super) fn follow_disk(&self, life: &mut Life) -> Option<u32> {
-        let connected = life.state.now() == State::Connected;
+        let connected = life.state.now() == XenbusState::Connected;
         let Some(disk) = &mut life.disk else {
             return None;
         };

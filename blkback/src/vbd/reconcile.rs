@@ -8,7 +8,7 @@ use crate::disk;
 use crate::linux::task::workqueue;
 use crate::linux::xen::store;
 use crate::offer;
-use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, State, View};
+use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, View, XenbusState};
 use crate::storage::Job;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
@@ -103,13 +103,13 @@ impl Vbd {
         let theirs = match self.theirs.load(Acquire) {
             // The bus tells it in a moment.
             UNHEARD => return Ok(Action::Wait),
-            number => State::from_number(number),
+            number => XenbusState::from_number(number),
         };
         let view = View {
             ours: life.state.now(),
             theirs: match theirs {
                 // The bus does not say why it could not be read.
-                State::Unknown => self.frontend_state()?,
+                XenbusState::Unknown => self.frontend_state()?,
                 known => known,
             },
             online: Online::Yes,
@@ -135,9 +135,9 @@ impl Vbd {
 
     /// Reads the frontend's state; a node that is gone or hidden from us, or that holds no state, is Unknown. Any other
     /// error says nothing about the frontend.
-    fn frontend_state(&self) -> Result<State> {
+    fn frontend_state(&self) -> Result<XenbusState> {
         match store::read_state(self.device.otherend()) {
-            Err(error) if error == ENOENT || error == EACCES => Ok(State::Unknown),
+            Err(error) if error == ENOENT || error == EACCES => Ok(XenbusState::Unknown),
             other => other,
         }
     }
@@ -152,7 +152,7 @@ impl Vbd {
                 return Next::Rest;
             }
             Action::Offer => {
-                let theirs = State::from_number(self.theirs.load(Acquire));
+                let theirs = XenbusState::from_number(self.theirs.load(Acquire));
                 // The memory that was reserved for the last offer is for this one.
                 life.offer = None;
                 let offered = offer::publish_offer(&self.device, life.state.now(), theirs)
@@ -166,26 +166,26 @@ impl Vbd {
                     self.kick_after(ASK_AGAIN);
                     return Next::Rest;
                 }
-                self.published(life, State::InitWait, offered);
+                self.published(life, XenbusState::InitWait, offered);
                 if offered.is_err() {
-                    self.publish(life, State::Closing);
+                    self.publish(life, XenbusState::Closing);
                     return Next::Rest;
                 }
             }
             Action::Connect => return self.connect(life),
-            Action::StartClosing => self.publish(life, State::Closing),
+            Action::StartClosing => self.publish(life, XenbusState::Closing),
             // How, `end_draining` says.
             Action::Disconnect => life.draining = true,
             // An earlier driver of the device may still have rings and disk.
             Action::Close | Action::Leave if !self.claim(life) => return Next::Rest,
-            Action::Close => self.publish(life, State::Closed),
+            Action::Close => self.publish(life, XenbusState::Closed),
             Action::Leave => life.leaving = true,
             Action::Refuse => {
                 self.device.report(
                     EINVAL,
                     c"the frontend's state is one that no frontend may have",
                 );
-                self.publish(life, State::Closing);
+                self.publish(life, XenbusState::Closing);
             }
         }
         Next::Look
@@ -202,7 +202,7 @@ impl Vbd {
         }
         life.left = true;
         life.offer = None;
-        life.state.set(State::Closed, true);
+        life.state.set(XenbusState::Closed, true);
         self.gone.store(true, Release);
         // Not by way of the bus, which writes nothing where it finds Closed or a state that the
         // toolstack has reset: only a write makes the watch fire in whose callback the device is
@@ -216,7 +216,7 @@ impl Vbd {
                 return;
             }
         }
-        self.device.note_state(State::Closed);
+        self.device.note_state(XenbusState::Closed);
     }
 
     /// Gives back everything of a device that is not ours any more, step by step: each look resumes where the last one
@@ -277,10 +277,10 @@ impl Vbd {
     pub(super) fn ending(&self) -> Ending {
         let theirs = match self.theirs.load(Acquire) {
             UNHEARD => return Ending::Answered,
-            number => State::from_number(number),
+            number => XenbusState::from_number(number),
         };
         let theirs = match theirs {
-            State::Unknown => self.frontend_state(),
+            XenbusState::Unknown => self.frontend_state(),
             known => Ok(known),
         };
         theirs.map_or(Ending::Answered, |state| ending(state, false))

@@ -8,7 +8,7 @@ use kernel::bindings::tracepoint;
 use kernel::jump_label::static_branch_unlikely;
 
 /// Identity of the queue whose requests are traced.
-pub(crate) struct Queue {
+pub(crate) struct TracedQueue {
     /// The guest's domain.
     pub(crate) domain: u16,
     /// The number of its virtual device.
@@ -17,7 +17,7 @@ pub(crate) struct Queue {
     pub(crate) index: u32,
 }
 
-impl Queue {
+impl TracedQueue {
     /// Traces that the disk gets a request, or a piece of one. A sector is 512 bytes.
     #[inline(always)]
     pub(crate) fn submit(&self, tag: u16, operation: u8, sector: u64, sectors: u64) {

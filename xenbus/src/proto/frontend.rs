@@ -58,7 +58,7 @@ impl Offer {
 
 /// Checked request of the frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct FrontendRequest {
     /// Layout of its slots.
     pub protocol: Protocol,
     /// Number of queues, 1 to the advertised maximum.
@@ -74,7 +74,7 @@ pub struct Request {
 /// The ring of one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ring {
-    /// Grant references of its pages; the first [`Request::pages`] count.
+    /// Grant references of its pages; the first [`FrontendRequest::pages`] count.
     pub refs: [u32; MAX_RING_PAGES],
     /// The event channel's port in the frontend's domain.
     pub port: u32,
@@ -82,7 +82,7 @@ pub struct Ring {
 
 /// Fault of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum KeyFault {
     /// The key is not there.
     Missing,
     /// The value has the wrong form.
@@ -99,17 +99,19 @@ pub struct KeyError {
     /// The key, below the frontend's directory.
     pub key: Name,
     /// Its fault.
-    pub fault: Fault,
+    pub fault: KeyFault,
 }
 
 impl KeyError {
     /// Returns the description for the administrator.
     pub fn text(&self) -> &'static str {
         match self.fault {
-            Fault::Missing => "is missing",
-            Fault::Malformed => "is not a number or name this backend knows",
-            Fault::OutOfRange => "is outside what this backend offers",
-            Fault::Unread => "cannot be read now: there is no memory, or xenstore does not answer",
+            KeyFault::Missing => "is missing",
+            KeyFault::Malformed => "is not a number or name this backend knows",
+            KeyFault::OutOfRange => "is outside what this backend offers",
+            KeyFault::Unread => {
+                "cannot be read now: there is no memory, or xenstore does not answer"
+            }
         }
     }
 }
@@ -123,7 +125,7 @@ fn read(
     key: Name,
     value: &mut [u8; VALUE_SIZE],
 ) -> Result<Option<usize>, KeyError> {
-    let fault = Fault::Unread;
+    let fault = KeyFault::Unread;
     dir.read(&key, value)
         .map_err(|Unread| KeyError { key, fault })
 }
@@ -135,7 +137,7 @@ fn read_u32(dir: &impl Directory, key: Name) -> Result<Option<u32>, KeyError> {
     };
     let malformed = KeyError {
         key,
-        fault: Fault::Malformed,
+        fault: KeyFault::Malformed,
     };
     let text = value.get(..len).ok_or(malformed)?;
     parse_u32(text).ok_or(malformed).map(Some)
@@ -144,7 +146,7 @@ fn read_u32(dir: &impl Directory, key: Name) -> Result<Option<u32>, KeyError> {
 fn need_u32(dir: &impl Directory, key: Name) -> Result<u32, KeyError> {
     let missing = KeyError {
         key,
-        fault: Fault::Missing,
+        fault: KeyFault::Missing,
     };
     read_u32(dir, key)?.ok_or(missing)
 }
@@ -161,12 +163,12 @@ fn protocol(dir: &impl Directory, offer: &Offer) -> Result<Protocol, KeyError> {
         Some(b"arm-abi") if cfg!(target_arch = "aarch64") => Ok(Protocol::Abi64),
         _ => Err(KeyError {
             key,
-            fault: Fault::Malformed,
+            fault: KeyFault::Malformed,
         }),
     }
 }
 
-impl Request {
+impl FrontendRequest {
     /// Reads and checks the frontend's request.
     pub fn read(dir: &impl Directory, offer: &Offer) -> Result<Self, KeyError> {
         let protocol = protocol(dir, offer)?;
@@ -175,7 +177,7 @@ impl Request {
         if queues == 0 || queues > offer.max_queues {
             return Err(KeyError {
                 key: queues_key,
-                fault: Fault::OutOfRange,
+                fault: KeyFault::OutOfRange,
             });
         }
         let order_key = key("ring-page-order");
@@ -184,7 +186,7 @@ impl Request {
         if order.is_some_and(|order| order > u32::from(max)) {
             return Err(KeyError {
                 key: order_key,
-                fault: Fault::OutOfRange,
+                fault: KeyFault::OutOfRange,
             });
         }
         let keeps_grants = read_u32(dir, key("feature-persistent"))?.unwrap_or(0) != 0;
@@ -216,7 +218,7 @@ impl Request {
     /// domain may have left keys of the other kind. Order 0 with only `ring-ref` is accepted, because some frontends
     /// write that.
     pub fn ring(&self, dir: &impl Directory, queue: u32) -> Result<Ring, KeyError> {
-        let named = |name: keys::Key| {
+        let named = |name: keys::RingKey| {
             if self.queues == 1 {
                 Name::new(format_args!("{name}"))
             } else {
@@ -225,29 +227,29 @@ impl Request {
         };
         let mut refs = [0; MAX_RING_PAGES];
         for (index, gref) in refs.iter_mut().enumerate().take(self.pages()) {
-            let single = named(keys::Key::RingRef);
+            let single = named(keys::RingKey::RingRef);
             *gref = if !self.numbered {
                 need_u32(dir, single)?
             } else {
-                let numbered = named(keys::Key::RingRefN(index));
+                let numbered = named(keys::RingKey::RingRefN(index));
                 match read_u32(dir, numbered)? {
                     Some(gref) => gref,
                     None if self.order == 0 => need_u32(dir, single)?,
                     None => {
                         return Err(KeyError {
                             key: numbered,
-                            fault: Fault::Missing,
+                            fault: KeyFault::Missing,
                         })
                     }
                 }
             };
         }
-        let port_key = named(keys::Key::EventChannel);
+        let port_key = named(keys::RingKey::EventChannel);
         let port = need_u32(dir, port_key)?;
         if port == 0 {
             return Err(KeyError {
                 key: port_key,
-                fault: Fault::OutOfRange,
+                fault: KeyFault::OutOfRange,
             });
         }
         Ok(Ring { refs, port })
@@ -260,18 +262,18 @@ mod keys {
 
     /// A key of one ring.
     #[derive(Clone, Copy)]
-    pub(super) enum Key {
+    pub(super) enum RingKey {
         RingRef,
         RingRefN(usize),
         EventChannel,
     }
 
-    impl fmt::Display for Key {
+    impl fmt::Display for RingKey {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             match self {
-                Key::RingRef => f.write_str("ring-ref"),
-                Key::RingRefN(index) => write!(f, "ring-ref{index}"),
-                Key::EventChannel => f.write_str("event-channel"),
+                RingKey::RingRef => f.write_str("ring-ref"),
+                RingKey::RingRefN(index) => write!(f, "ring-ref{index}"),
+                RingKey::EventChannel => f.write_str("event-channel"),
             }
         }
     }

@@ -7,13 +7,13 @@
 //! reads all other keys after it has seen the state. A key is not written while its absence means
 //! its value.
 
-use super::state::{publishing, Online, Publishing, State};
+use super::state::{publishing, Online, Publishing, XenbusState};
 use super::text::without_nul;
 
 /// Keys of the backend's directory that the backend writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Key {
+pub enum PublishedKey {
     /// Segments of an indirect request at most.
     Segments,
     /// Queues of a frontend at most.
@@ -44,7 +44,7 @@ pub enum Key {
     PhysicalSectorSize,
 }
 
-impl Key {
+impl PublishedKey {
     /// All keys.
     pub const ALL: [Self; 14] = [
         Self::Segments,
@@ -84,7 +84,7 @@ impl Key {
     }
 
     /// Value that the frontend takes if the key is absent (`blkif.h`); `None` if the backend has to write it in any case.
-    /// The next driver of the device learns from [`Key::Persistent`] what the frontend knows.
+    /// The next driver of the device learns from [`PublishedKey::Persistent`] what the frontend knows.
     fn default(self, sector_size: Option<u64>) -> Option<u64> {
         match self {
             Self::Segments
@@ -107,25 +107,25 @@ impl Key {
 
 /// Values of some keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Values([Option<u64>; Key::ALL.len()]);
+pub struct Values([Option<u64>; PublishedKey::ALL.len()]);
 
 impl Values {
     /// Sets the value of a key.
-    pub fn set(&mut self, key: Key, value: u64) {
+    pub fn set(&mut self, key: PublishedKey, value: u64) {
         if let Some(place) = self.0.get_mut(key as usize) {
             *place = Some(value);
         }
     }
 
     /// Returns the value of a key.
-    pub fn get(&self, key: Key) -> Option<u64> {
+    pub fn get(&self, key: PublishedKey) -> Option<u64> {
         self.0.get(key as usize).copied().flatten()
     }
 
     /// True if the frontend takes this value of the key for granted.
-    fn is_default(&self, key: Key) -> bool {
+    fn is_default(&self, key: PublishedKey) -> bool {
         let value = self.get(key);
-        value.is_some() && value == key.default(self.get(Key::SectorSize))
+        value.is_some() && value == key.default(self.get(PublishedKey::SectorSize))
     }
 }
 
@@ -136,24 +136,24 @@ pub struct Present(u32);
 impl Present {
     /// Records the name of an existing key.
     pub fn note(&mut self, name: &[u8]) {
-        for key in Key::ALL {
+        for key in PublishedKey::ALL {
             if without_nul(key.name()) == Some(name) {
                 self.0 |= Self::bit(key);
             }
         }
     }
 
-    fn has(self, key: Key) -> bool {
+    fn has(self, key: PublishedKey) -> bool {
         self.0 & Self::bit(key) != 0
     }
 
-    fn bit(key: Key) -> u32 {
+    fn bit(key: PublishedKey) -> u32 {
         1u32.wrapping_shl(key as u32)
     }
 }
 
 /// The backend's directory in xenstore. Each call is one request, to which xenstore answers.
-pub trait Store {
+pub trait BackendStore {
     /// Failure of a request. It says nothing about the key.
     type Error;
     /// An open transaction.
@@ -171,7 +171,7 @@ pub trait Store {
     /// # Errors
     ///
     /// The key is not written.
-    fn write(&mut self, key: Key, value: u64) -> Result<(), Self::Error>;
+    fn write(&mut self, key: PublishedKey, value: u64) -> Result<(), Self::Error>;
 
     /// Does all that `body` does in one transaction, or nothing. `body` may be called several times.
     ///
@@ -194,7 +194,7 @@ pub trait Transaction {
     /// # Errors
     ///
     /// Xenstore does not answer.
-    fn state(&self) -> Result<Option<State>, Self::Error>;
+    fn state(&self) -> Result<Option<XenbusState>, Self::Error>;
 
     /// Reads the wish of the toolstack.
     ///
@@ -208,7 +208,7 @@ pub trait Transaction {
     /// # Errors
     ///
     /// The state is not written.
-    fn set_state(&self, state: State) -> Result<(), Self::Error>;
+    fn set_state(&self, state: XenbusState) -> Result<(), Self::Error>;
 
     /// Removes the directory, if it is not the toolstack's: it has no key `frontend`.
     ///
@@ -224,10 +224,10 @@ pub trait Transaction {
 /// # Errors
 ///
 /// Xenstore does not answer, or refuses a key. Xenstore may have stored some of the values.
-pub fn publish<S: Store>(
+pub fn publish<S: BackendStore>(
     store: &mut S,
-    before: State,
-    now: State,
+    before: XenbusState,
+    now: XenbusState,
     values: &Values,
 ) -> Result<Publishing, S::Error> {
     let writes = write_values(store, values)?;
@@ -244,7 +244,7 @@ pub fn publish<S: Store>(
         };
         // Only what is about to be served is held against it.
         let online = match now {
-            State::Connected => t.online()?,
+            XenbusState::Connected => t.online()?,
             _ => Online::Unsaid,
         };
         let result = publishing(before, there, online, now);
@@ -265,8 +265,8 @@ enum Writes {
     Gone,
 }
 
-fn write_values<S: Store>(store: &mut S, values: &Values) -> Result<Writes, S::Error> {
-    let mut set = Key::ALL
+fn write_values<S: BackendStore>(store: &mut S, values: &Values) -> Result<Writes, S::Error> {
+    let mut set = PublishedKey::ALL
         .into_iter()
         .filter_map(|key| Some((key, values.get(key)?)))
         .peekable();

@@ -9,7 +9,7 @@
 /// `XenbusState`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum State {
+pub enum XenbusState {
     /// The node is missing or unreadable.
     Unknown = 0,
     /// The toolstack made the directory.
@@ -30,26 +30,26 @@ pub enum State {
     Reconfigured = 8,
 }
 
-impl State {
+impl XenbusState {
     /// Every state, in order of its number.
-    pub const ALL: [State; 9] = [
-        State::Unknown,
-        State::Initialising,
-        State::InitWait,
-        State::Initialised,
-        State::Connected,
-        State::Closing,
-        State::Closed,
-        State::Reconfiguring,
-        State::Reconfigured,
+    pub const ALL: [XenbusState; 9] = [
+        XenbusState::Unknown,
+        XenbusState::Initialising,
+        XenbusState::InitWait,
+        XenbusState::Initialised,
+        XenbusState::Connected,
+        XenbusState::Closing,
+        XenbusState::Closed,
+        XenbusState::Reconfiguring,
+        XenbusState::Reconfigured,
     ];
 
-    /// Returns the state of a number; any number that is no state counts as [`State::Unknown`].
+    /// Returns the state of a number; any number that is no state counts as [`XenbusState::Unknown`].
     pub fn from_number(number: u32) -> Self {
         usize::try_from(number)
             .ok()
             .and_then(|index| Self::ALL.get(index).copied())
-            .unwrap_or(State::Unknown)
+            .unwrap_or(XenbusState::Unknown)
     }
 
     /// Returns the number on the wire.
@@ -85,9 +85,11 @@ pub enum Ending {
 /// Rings with requests that are not answered can never be served again: a backend that attaches to them begins at the
 /// first slot without an answer, and answers that came out of order have taken the slots of requests that still wait.
 /// A frontend that may continue with its rings therefore has all answers before the backend leaves it.
-pub fn ending(theirs: State, unbound: bool) -> Ending {
+pub fn ending(theirs: XenbusState, unbound: bool) -> Ending {
     match theirs {
-        State::Initialised | State::Connected | State::Closing => Ending::Answered,
+        XenbusState::Initialised | XenbusState::Connected | XenbusState::Closing => {
+            Ending::Answered
+        }
         _ if unbound => Ending::Now,
         _ => Ending::Soon,
     }
@@ -123,9 +125,9 @@ impl Online {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
     /// The state that this backend published last.
-    pub ours: State,
+    pub ours: XenbusState,
     /// The state that the frontend's directory holds now.
-    pub theirs: State,
+    pub theirs: XenbusState,
     /// Wish of the toolstack.
     pub online: Online,
     /// The disk is open.
@@ -176,36 +178,42 @@ pub fn step(view: &View) -> Action {
         return Action::Wait;
     }
     let served = view.rings == Rings::Served;
-    let closing = matches!(view.ours, State::Closing | State::Closed);
+    let closing = matches!(view.ours, XenbusState::Closing | XenbusState::Closed);
     match view.theirs {
-        State::Unknown if served && !closing => Action::StartClosing,
-        State::Unknown if served => Action::Disconnect,
-        State::Unknown => Action::Leave,
-        State::Initialising => match view.ours {
-            State::Initialising | State::Unknown => Action::Offer,
-            State::InitWait if !served => Action::Wait,
+        XenbusState::Unknown if served && !closing => Action::StartClosing,
+        XenbusState::Unknown if served => Action::Disconnect,
+        XenbusState::Unknown => Action::Leave,
+        XenbusState::Initialising => match view.ours {
+            XenbusState::Initialising | XenbusState::Unknown => Action::Offer,
+            XenbusState::InitWait if !served => Action::Wait,
             _ => start_again(view),
         },
-        State::Initialised | State::Connected => match view.ours {
-            State::Connected if served => Action::Wait,
+        XenbusState::Initialised | XenbusState::Connected => match view.ours {
+            XenbusState::Connected if served => Action::Wait,
             // The toolstack is taking the device away: the frontend must see us close.
             _ if view.online == Online::No && closing => Action::Wait,
             _ if view.online == Online::No => Action::StartClosing,
-            State::Initialising | State::Unknown => Action::Offer,
+            XenbusState::Initialising | XenbusState::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,
             _ if !view.ready => Action::Wait,
             _ => Action::Connect,
         },
-        State::Closing if closing => Action::Wait,
-        State::Closing => Action::StartClosing,
-        State::Closed if !closing => Action::StartClosing,
-        State::Closed if served => Action::Disconnect,
-        State::Closed if view.online != Online::Yes => Action::Leave,
-        State::Closed if view.ours == State::Closing => Action::Close,
-        State::Closed => Action::Wait,
-        State::InitWait | State::Reconfiguring | State::Reconfigured if closing => Action::Wait,
-        State::InitWait | State::Reconfiguring | State::Reconfigured => Action::Refuse,
+        XenbusState::Closing if closing => Action::Wait,
+        XenbusState::Closing => Action::StartClosing,
+        XenbusState::Closed if !closing => Action::StartClosing,
+        XenbusState::Closed if served => Action::Disconnect,
+        XenbusState::Closed if view.online != Online::Yes => Action::Leave,
+        XenbusState::Closed if view.ours == XenbusState::Closing => Action::Close,
+        XenbusState::Closed => Action::Wait,
+        XenbusState::InitWait | XenbusState::Reconfiguring | XenbusState::Reconfigured
+            if closing =>
+        {
+            Action::Wait
+        }
+        XenbusState::InitWait | XenbusState::Reconfiguring | XenbusState::Reconfigured => {
+            Action::Refuse
+        }
     }
 }
 
@@ -240,13 +248,18 @@ pub enum Publishing {
 ///
 /// A toolstack that takes a device away writes Closing and `online` in one transaction. The frontend would never see
 /// that if the backend overwrote it.
-pub fn publishing(before: State, there: State, online: Online, now: State) -> Publishing {
-    let closes = |state| matches!(state, State::Closing | State::Closed);
+pub fn publishing(
+    before: XenbusState,
+    there: XenbusState,
+    online: Online,
+    now: XenbusState,
+) -> Publishing {
+    let closes = |state| matches!(state, XenbusState::Closing | XenbusState::Closed);
     match (there, now) {
-        (State::Initialising, _) if before != State::Initialising => Publishing::Gone,
-        (State::Closing, _) if !closes(before) && !closes(now) => Publishing::TakenAway,
+        (XenbusState::Initialising, _) if before != XenbusState::Initialising => Publishing::Gone,
+        (XenbusState::Closing, _) if !closes(before) && !closes(now) => Publishing::TakenAway,
         // Closing and Closed may be our own.
-        (_, State::Connected) if online == Online::No => Publishing::TakenAway,
+        (_, XenbusState::Connected) if online == Online::No => Publishing::TakenAway,
         _ => Publishing::Written,
     }
 }
@@ -255,13 +268,15 @@ pub fn publishing(before: State, there: State, online: Online, now: State) -> Pu
 /// closed.
 fn start_again(view: &View) -> Action {
     match view.ours {
-        State::Closing | State::Closed if view.rings == Rings::Served => Action::Disconnect,
-        State::Closing | State::Closed if view.online != Online::Yes => Action::Leave,
+        XenbusState::Closing | XenbusState::Closed if view.rings == Rings::Served => {
+            Action::Disconnect
+        }
+        XenbusState::Closing | XenbusState::Closed if view.online != Online::Yes => Action::Leave,
         // Closing may stand for a disk that cannot be opened. The toolstack must see that until there is one; a
         // frontend that writes its details after that is connected nevertheless.
-        State::Closing if !view.disk => Action::Wait,
-        State::Closing => Action::Close,
-        State::Closed => Action::Offer,
+        XenbusState::Closing if !view.disk => Action::Wait,
+        XenbusState::Closing => Action::Close,
+        XenbusState::Closed => Action::Offer,
         _ => Action::StartClosing,
     }
 }

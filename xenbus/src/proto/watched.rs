@@ -30,7 +30,7 @@ pub const PATH_MAX: usize = 63;
 
 /// A backend's directory, `backend/TYPE/DOMID/DEVID`. A part that is no number counts as `u32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct BackendPath {
     /// Index in [`TYPES`].
     pub kind: usize,
     /// Domain of the frontend.
@@ -39,18 +39,18 @@ pub struct Place {
     pub number: u32,
 }
 
-impl Place {
+impl BackendPath {
     /// Returns the place of a backend's directory; `None` if the path is none of a backend of these types.
     pub fn of(directory: &[u8]) -> Option<Self> {
-        let change = Change::of(directory)?;
+        let change = DirectoryChange::of(directory)?;
         let (first, last) = (*change.places.start(), *change.places.end());
-        (first == last && change.key == Key::Any).then_some(first)
+        (first == last && change.key == WrittenKey::Any).then_some(first)
     }
 }
 
 /// A written key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
+pub enum WrittenKey {
     /// The key names the disk, or the program that serves it.
     Disk,
     /// `state`.
@@ -61,14 +61,14 @@ pub enum Key {
 
 /// Change of the directories of some backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct DirectoryChange {
     /// The directories.
-    pub places: RangeInclusive<Place>,
+    pub places: RangeInclusive<BackendPath>,
     /// The key in each of them.
-    pub key: Key,
+    pub key: WrittenKey,
 }
 
-impl Change {
+impl DirectoryChange {
     /// Returns the change for which the watch has fired with this path; `None` if no device has to look. Takes time
     /// for [`PATH_MAX`] bytes at most.
     pub fn of(path: &[u8]) -> Option<Self> {
@@ -83,15 +83,17 @@ impl Change {
         let kind = TYPES.iter().position(|name| *name == kind)?;
         let mut number = || parts.next().map(|part| parse_u32(part).unwrap_or(u32::MAX));
         let (domain, device) = (number(), number());
-        let place = |domain: Option<u32>, number: Option<u32>, other: u32| Place {
+        let place = |domain: Option<u32>, number: Option<u32>, other: u32| BackendPath {
             kind,
             domain: domain.unwrap_or(other),
             number: number.unwrap_or(other),
         };
         let key = match parts.next() {
-            None => Key::Any,
-            Some(b"state") => Key::State,
-            Some(name) if DISK_KEYS.iter().any(|key| without_nul(key) == Some(name)) => Key::Disk,
+            None => WrittenKey::Any,
+            Some(b"state") => WrittenKey::State,
+            Some(name) if DISK_KEYS.iter().any(|key| without_nul(key) == Some(name)) => {
+                WrittenKey::Disk
+            }
             Some(_) => return None,
         };
         // A key of a key.

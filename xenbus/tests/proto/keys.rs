@@ -7,21 +7,21 @@ use proptest::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use xenbus::proto::frontend::{
-    Directory, Fault, KeyError, Offer, Request, Ring, Unread, MAX_RING_PAGES, VALUE_SIZE,
+    Directory, FrontendRequest, KeyError, KeyFault, Offer, Ring, Unread, MAX_RING_PAGES, VALUE_SIZE,
 };
 use xenbus::proto::text::Name;
 use xenbus::ring::abi::Protocol;
 
 /// A directory that counts how often each key is read.
 #[derive(Debug, Default)]
-struct Fake {
+struct CountingDirectory {
     keys: BTreeMap<String, Vec<u8>>,
     reads: RefCell<BTreeMap<String, u32>>,
     /// The key that xenstore does not tell.
     unread: Option<String>,
 }
 
-impl Fake {
+impl CountingDirectory {
     fn new(keys: &[(&str, &str)]) -> Self {
         let mut fake = Self::default();
         for (key, value) in keys {
@@ -54,9 +54,9 @@ impl Fake {
     }
 
     /// Reads what the driver reads to connect.
-    fn connect(&self, offer: &Offer) -> Result<(Request, Vec<Ring>), KeyError> {
+    fn connect(&self, offer: &Offer) -> Result<(FrontendRequest, Vec<Ring>), KeyError> {
         self.reads.borrow_mut().clear();
-        let request = Request::read(self, offer)?;
+        let request = FrontendRequest::read(self, offer)?;
         let rings = (0..request.queues)
             .map(|queue| request.ring(self, queue))
             .collect::<Result<_, _>>()?;
@@ -70,14 +70,14 @@ impl Fake {
     }
 
     /// The key and the fault for which the directory is refused.
-    fn refusal(&self) -> (String, Fault) {
+    fn refusal(&self) -> (String, KeyFault) {
         let error = self.connect(&OFFER).expect_err("it should be refused");
         self.assert_read_once();
         assert!(!error.text().is_empty());
         (error.key.as_str().into(), error.fault)
     }
 
-    fn accepted(&self) -> (Request, Vec<Ring>) {
+    fn accepted(&self) -> (FrontendRequest, Vec<Ring>) {
         let connected = self.connect(&OFFER).expect("it should be accepted");
         self.assert_read_once();
         connected
@@ -88,7 +88,7 @@ impl Fake {
     }
 }
 
-impl Directory for Fake {
+impl Directory for CountingDirectory {
     fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread> {
         *self
             .reads
@@ -111,7 +111,7 @@ impl Directory for Fake {
 /// The driver is loaded anew below a frontend that is connected, with smaller parameters.
 #[test]
 fn a_frontend_keeps_the_queues_and_rings_that_it_was_offered() {
-    let mut fake = Fake::plain()
+    let mut fake = CountingDirectory::plain()
         .with("multi-queue-num-queues", "2")
         .with("ring-page-order", "1");
     for (queue, key) in
@@ -177,7 +177,7 @@ fn junk() -> Vec<Vec<u8>> {
 
 #[test]
 fn plain_frontend() {
-    let (request, rings) = Fake::plain().accepted();
+    let (request, rings) = CountingDirectory::plain().accepted();
     assert_eq!(request.protocol, Protocol::Abi64);
     assert_eq!((request.queues, request.order), (1, 0));
     assert_eq!((request.pages(), request.slots()), (1, 32));
@@ -191,7 +191,7 @@ fn protocols() {
         ("x86_64-abi", Protocol::Abi64),
         ("x86_32-abi", Protocol::Abi32),
     ] {
-        let (request, _) = Fake::plain().with("protocol", name).accepted();
+        let (request, _) = CountingDirectory::plain().with("protocol", name).accepted();
         assert_eq!(request.protocol, protocol);
     }
     for default_protocol in [Protocol::Abi32, Protocol::Abi64] {
@@ -199,7 +199,10 @@ fn protocols() {
             default_protocol,
             ..OFFER
         };
-        let (request, _) = Fake::plain().without("protocol").connect(&offer).unwrap();
+        let (request, _) = CountingDirectory::plain()
+            .without("protocol")
+            .connect(&offer)
+            .unwrap();
         assert_eq!(request.protocol, default_protocol);
     }
     let mut bad = junk();
@@ -213,9 +216,9 @@ fn protocols() {
         bad.push(name.as_bytes().into());
     }
     for value in bad {
-        let mut fake = Fake::plain();
+        let mut fake = CountingDirectory::plain();
         fake.set("protocol", &value);
-        assert_eq!(fake.refusal(), ("protocol".into(), Fault::Malformed));
+        assert_eq!(fake.refusal(), ("protocol".into(), KeyFault::Malformed));
     }
 }
 
@@ -229,15 +232,19 @@ fn absent_is_a_default_or_missing_and_malformed_is_refused() {
     ] {
         match absent {
             Some(name) => assert_eq!(
-                Fake::plain().without(key).refusal(),
-                (name.into(), Fault::Missing)
+                CountingDirectory::plain().without(key).refusal(),
+                (name.into(), KeyFault::Missing)
             ),
-            None => drop(Fake::plain().without(key).accepted()),
+            None => drop(CountingDirectory::plain().without(key).accepted()),
         }
         for value in junk() {
-            let mut fake = Fake::plain();
+            let mut fake = CountingDirectory::plain();
             fake.set(key, &value);
-            assert_eq!(fake.refusal(), (key.into(), Fault::Malformed), "{value:?}");
+            assert_eq!(
+                fake.refusal(),
+                (key.into(), KeyFault::Malformed),
+                "{value:?}"
+            );
         }
     }
 }
@@ -245,22 +252,24 @@ fn absent_is_a_default_or_missing_and_malformed_is_refused() {
 #[test]
 fn numbers_of_queues() {
     for (value, fault) in [
-        ("0", Fault::OutOfRange),
-        ("5", Fault::OutOfRange),
-        ("4294967295", Fault::OutOfRange),
-        ("4294967296", Fault::Malformed),
+        ("0", KeyFault::OutOfRange),
+        ("5", KeyFault::OutOfRange),
+        ("4294967295", KeyFault::OutOfRange),
+        ("4294967296", KeyFault::Malformed),
     ] {
-        let fake = Fake::plain().with("multi-queue-num-queues", value);
+        let fake = CountingDirectory::plain().with("multi-queue-num-queues", value);
         assert_eq!(fake.refusal(), ("multi-queue-num-queues".into(), fault));
     }
     // One queue uses the keys at the top, even if it is announced.
-    let (request, _) = Fake::plain().with("multi-queue-num-queues", "1").accepted();
+    let (request, _) = CountingDirectory::plain()
+        .with("multi-queue-num-queues", "1")
+        .accepted();
     assert_eq!(request.queues, 1);
 }
 
 #[test]
 fn several_queues_have_their_own_keys() {
-    let mut fake = Fake::plain().with("multi-queue-num-queues", "4");
+    let mut fake = CountingDirectory::plain().with("multi-queue-num-queues", "4");
     for queue in 0..4 {
         fake.set(
             &format!("queue-{queue}/ring-ref"),
@@ -279,14 +288,14 @@ fn several_queues_have_their_own_keys() {
     let fake = fake.without("queue-3/event-channel");
     assert_eq!(
         fake.refusal(),
-        ("queue-3/event-channel".into(), Fault::Missing)
+        ("queue-3/event-channel".into(), KeyFault::Missing)
     );
 }
 
 #[test]
 fn ring_orders() {
     for order in 0..=4u32 {
-        let mut fake = Fake::plain()
+        let mut fake = CountingDirectory::plain()
             .without("ring-ref")
             .with("ring-page-order", &order.to_string());
         for page in 0..1 << order {
@@ -305,35 +314,35 @@ fn ring_orders() {
         let fake = fake.without(&last);
         // A ring of one page may be named either way, so the other name is what is missed.
         let missed = if order == 0 { "ring-ref".into() } else { last };
-        assert_eq!(fake.refusal(), (missed, Fault::Missing));
+        assert_eq!(fake.refusal(), (missed, KeyFault::Missing));
     }
     for order in ["5", "31", "32", "256", "4294967295"] {
-        let fake = Fake::plain().with("ring-page-order", order);
+        let fake = CountingDirectory::plain().with("ring-page-order", order);
         assert_eq!(
             fake.refusal(),
-            ("ring-page-order".into(), Fault::OutOfRange)
+            ("ring-page-order".into(), KeyFault::OutOfRange)
         );
     }
     let offer = Offer {
         max_ring_order: 1,
         ..OFFER
     };
-    let error = Fake::plain()
+    let error = CountingDirectory::plain()
         .with("ring-page-order", "2")
         .connect(&offer)
         .unwrap_err();
-    assert_eq!(error.fault, Fault::OutOfRange);
+    assert_eq!(error.fault, KeyFault::OutOfRange);
 }
 
 #[test]
 fn only_ring_page_order_chooses_between_stale_keys() {
     // A boot loader left `ring-ref0`, the driver wrote `ring-ref`.
-    let fake = Fake::plain()
+    let fake = CountingDirectory::plain()
         .with("ring-ref0", "666")
         .with("ring-ref1", "667");
     assert_eq!(fake.accepted().1[0].refs[0], 8);
     // The other way round: `ring-ref` is the stale one.
-    let fake = Fake::plain()
+    let fake = CountingDirectory::plain()
         .with("ring-page-order", "1")
         .with("ring-ref0", "20")
         .with("ring-ref1", "21");
@@ -341,29 +350,32 @@ fn only_ring_page_order_chooses_between_stale_keys() {
     assert!(!fake.was_read("ring-ref"));
     // And a missing one is not made up from the stale one.
     let fake = fake.without("ring-ref1");
-    assert_eq!(fake.refusal(), ("ring-ref1".into(), Fault::Missing));
+    assert_eq!(fake.refusal(), ("ring-ref1".into(), KeyFault::Missing));
 }
 
 #[test]
 fn order_zero_may_use_either_name() {
-    let fake = Fake::plain().with("ring-page-order", "0");
+    let fake = CountingDirectory::plain().with("ring-page-order", "0");
     assert_eq!(fake.accepted().1[0].refs[0], 8);
     let fake = fake.with("ring-ref0", "9");
     assert_eq!(fake.accepted().1[0].refs[0], 9);
     // A malformed one is not the same as an absent one.
     let fake = fake.with("ring-ref0", "x");
-    assert_eq!(fake.refusal(), ("ring-ref0".into(), Fault::Malformed));
+    assert_eq!(fake.refusal(), ("ring-ref0".into(), KeyFault::Malformed));
 }
 
 #[test]
 fn event_channel_zero_is_none() {
-    let fake = Fake::plain().with("event-channel", "0");
-    assert_eq!(fake.refusal(), ("event-channel".into(), Fault::OutOfRange));
+    let fake = CountingDirectory::plain().with("event-channel", "0");
+    assert_eq!(
+        fake.refusal(),
+        ("event-channel".into(), KeyFault::OutOfRange)
+    );
 }
 
 #[test]
 fn keys_that_mean_nothing_are_not_read() {
-    let fake = Fake::plain()
+    let fake = CountingDirectory::plain()
         .with("feature-large-sector-size", "1")
         .with("num-ring-pages", "16")
         .with("device-type", "cdrom");
@@ -400,7 +412,7 @@ proptest! {
             ["ring-ref", "ring-ref0", "ring-ref1", "event-channel"]
                 .map(|key| format!("queue-{queue}/{key}"))
         });
-        let mut fake = Fake::default();
+        let mut fake = CountingDirectory::default();
         for (name, value) in names.map(String::from).into_iter().chain(refs).chain(queues).zip(values) {
             if let Some(value) = value {
                 fake.set(&name, &value);
@@ -422,9 +434,9 @@ proptest! {
 #[test]
 fn a_key_that_cannot_be_read_is_not_absent() {
     let shapes = [
-        Fake::plain(),
-        Fake::plain().with("ring-page-order", "0"),
-        Fake::new(&[
+        CountingDirectory::plain(),
+        CountingDirectory::plain().with("ring-page-order", "0"),
+        CountingDirectory::new(&[
             ("protocol", "x86_32-abi"),
             ("multi-queue-num-queues", "2"),
             ("ring-page-order", "1"),
@@ -442,7 +454,7 @@ fn a_key_that_cannot_be_read_is_not_absent() {
         assert!(keys.len() >= 5, "{keys:?}");
         for key in keys {
             fake.unread = Some(key.clone());
-            assert_eq!(fake.refusal(), (key, Fault::Unread));
+            assert_eq!(fake.refusal(), (key, KeyFault::Unread));
         }
     }
 }

@@ -3,7 +3,9 @@
 //! A driver and its surroundings without Xen: it carries out what the state machine says, and
 //! checks at each step what a guest or a toolstack may see of it.
 
-use xenbus::proto::state::{publishing, step, Action, Online, Publishing, Rings, State, View};
+use xenbus::proto::state::{
+    publishing, step, Action, Online, Publishing, Rings, View, XenbusState,
+};
 
 /// The steps that the driver's work takes before it queues itself again; coming to rest must never
 /// need as many.
@@ -11,7 +13,7 @@ const STEPS: u32 = 16;
 
 /// A device, its frontend and its disk.
 #[derive(Clone, Debug)]
-pub(crate) struct World {
+pub(crate) struct DeviceWorld {
     /// View of the state machine.
     pub(crate) view: View,
     /// The frontend's keys can be used.
@@ -21,23 +23,23 @@ pub(crate) struct World {
     /// The device was given up.
     pub(crate) left: bool,
     /// Every state that was published, in order.
-    pub(crate) published: Vec<State>,
+    pub(crate) published: Vec<XenbusState>,
     /// Times that the frontend was reported for an impossible state.
     pub(crate) reports: u32,
     /// Times that the frontend's directory was read to connect.
     pub(crate) attempts: u32,
     /// State in the directory.
-    pub(crate) there: State,
+    pub(crate) there: XenbusState,
     /// The toolstack takes the device away while the driver is about to publish what comes next.
     pub(crate) detach_in_between: bool,
 }
 
-impl World {
+impl DeviceWorld {
     /// A device as the toolstack makes it.
     pub(crate) fn new() -> Self {
         Self::looking_like(View {
-            ours: State::Initialising,
-            theirs: State::Initialising,
+            ours: XenbusState::Initialising,
+            theirs: XenbusState::Initialising,
             online: Online::Yes,
             disk: false,
             ready: true,
@@ -64,7 +66,7 @@ impl World {
     // Events of the machine.
 
     /// The frontend writes its state.
-    pub(crate) fn write(&mut self, theirs: State) {
+    pub(crate) fn write(&mut self, theirs: XenbusState) {
         self.view.theirs = theirs;
         self.view.refused = false;
     }
@@ -77,7 +79,7 @@ impl World {
     /// The toolstack takes the device away: it writes our state, too.
     pub(crate) fn detach(&mut self) {
         self.set_online(Online::No);
-        self.there = State::Closing;
+        self.there = XenbusState::Closing;
     }
 
     /// The hotplug script names a disk that can be opened.
@@ -90,7 +92,7 @@ impl World {
     /// The hotplug script names something that cannot be opened.
     pub(crate) fn disk_is_bad(&mut self) {
         if !self.left && !self.view.disk {
-            self.publish(State::Closing);
+            self.publish(XenbusState::Closing);
         }
     }
 
@@ -115,23 +117,23 @@ impl World {
         }
         match step(&self.view) {
             Action::Wait => return false,
-            Action::Offer => self.publish(State::InitWait),
+            Action::Offer => self.publish(XenbusState::InitWait),
             Action::Connect => return self.connect(),
-            Action::StartClosing => self.publish(State::Closing),
+            Action::StartClosing => self.publish(XenbusState::Closing),
             Action::Disconnect => {
                 assert_eq!(self.view.rings, Rings::Served, "nothing to disconnect");
                 self.view.rings = Rings::Draining;
             }
-            Action::Close => self.publish(State::Closed),
+            Action::Close => self.publish(XenbusState::Closed),
             Action::Leave => {
                 assert_eq!(self.view.rings, Rings::None, "left with rings");
                 self.view.disk = false;
                 self.left = true;
-                self.publish(State::Closed);
+                self.publish(XenbusState::Closed);
             }
             Action::Refuse => {
                 self.reports += 1;
-                self.publish(State::Closing);
+                self.publish(XenbusState::Closing);
             }
         }
         true
@@ -146,18 +148,18 @@ impl World {
         self.attempts += 1;
         if !self.good_keys {
             self.view.refused = true;
-            self.publish(State::Closing);
+            self.publish(XenbusState::Closing);
             return true;
         }
         if self.is_short {
             return false;
         }
         self.view.rings = Rings::Served;
-        self.publish(State::Connected);
+        self.publish(XenbusState::Connected);
         true
     }
 
-    fn publish(&mut self, state: State) {
+    fn publish(&mut self, state: XenbusState) {
         if std::mem::take(&mut self.detach_in_between) {
             self.detach();
         }
@@ -170,12 +172,12 @@ impl World {
             }
             return;
         }
-        if state == State::Closed {
+        if state == XenbusState::Closed {
             assert_eq!(self.view.rings, Rings::None, "Closed while rings are held");
-            let seen = matches!(self.view.ours, State::Closing | State::Closed);
+            let seen = matches!(self.view.ours, XenbusState::Closing | XenbusState::Closed);
             // Where the frontend's directory is gone, no reader could miss Closing.
             assert!(
-                seen || self.view.theirs == State::Unknown,
+                seen || self.view.theirs == XenbusState::Unknown,
                 "Closed without Closing, after {:?}",
                 self.published
             );
@@ -210,10 +212,10 @@ impl World {
         let View {
             ours, rings, disk, ..
         } = self.view;
-        if ours == State::Connected {
+        if ours == XenbusState::Connected {
             assert!(rings == Rings::Served && disk, "Connected, but {self:?}");
         }
-        if ours == State::Closed {
+        if ours == XenbusState::Closed {
             assert_eq!(rings, Rings::None, "Closed, but {self:?}");
         }
         if rings != Rings::None {
@@ -234,39 +236,47 @@ impl World {
             refused,
         } = self.view;
         let closed_or_left = if online == Online::Yes {
-            !self.left && ours == State::Closed && rings == Rings::None
+            !self.left && ours == XenbusState::Closed && rings == Rings::None
         } else {
             self.left
         };
         let good = match theirs {
-            State::Unknown => self.left,
-            State::Closed => closed_or_left,
-            State::Initialising if disk && online == Online::Yes => ours == State::InitWait,
+            XenbusState::Unknown => self.left,
+            XenbusState::Closed => closed_or_left,
+            XenbusState::Initialising if disk && online == Online::Yes => {
+                ours == XenbusState::InitWait
+            }
             // Closing stands for a disk that cannot be opened.
-            State::Initialising => {
+            XenbusState::Initialising => {
                 self.left
-                    || matches!(ours, State::InitWait | State::Closing) && !disk
+                    || matches!(ours, XenbusState::InitWait | XenbusState::Closing) && !disk
                     || online != Online::Yes
             }
             // A device that the toolstack is taking away is not connected any more; one that is
             // connected waits for its frontend.
-            State::Initialised | State::Connected if online == Online::No => {
-                matches!(ours, State::Connected | State::Closing | State::Closed)
+            XenbusState::Initialised | XenbusState::Connected if online == Online::No => {
+                matches!(
+                    ours,
+                    XenbusState::Connected | XenbusState::Closing | XenbusState::Closed
+                )
             }
-            State::Initialised | State::Connected
+            XenbusState::Initialised | XenbusState::Connected
                 if disk && !refused && ready && !(self.is_short && self.good_keys) =>
             {
-                ours == State::Connected
+                ours == XenbusState::Connected
             }
             // The disk may stop being ready for another connection while there is one.
-            State::Initialised | State::Connected if ours == State::Connected => {
+            XenbusState::Initialised | XenbusState::Connected if ours == XenbusState::Connected => {
                 rings == Rings::Served
             }
-            State::Initialised | State::Connected => {
+            XenbusState::Initialised | XenbusState::Connected => {
                 rings == Rings::None
-                    && matches!(ours, State::InitWait | State::Closing | State::Closed)
+                    && matches!(
+                        ours,
+                        XenbusState::InitWait | XenbusState::Closing | XenbusState::Closed
+                    )
             }
-            _ => matches!(ours, State::Closing | State::Closed),
+            _ => matches!(ours, XenbusState::Closing | XenbusState::Closed),
         };
         assert!(good || self.left, "came to rest as {self:?}");
     }

@@ -2,17 +2,19 @@
 
 //! The state machine in every situation that can arise, and in those that cannot.
 
-use crate::machine::World;
+use crate::machine::DeviceWorld;
 use std::collections::HashSet;
-use xenbus::proto::state::{ending, step, step_asking, Action, Ending, Online, Rings, State, View};
+use xenbus::proto::state::{
+    ending, step, step_asking, Action, Ending, Online, Rings, View, XenbusState,
+};
 
 const BOTH: [bool; 2] = [false, true];
 const RINGS: [Rings; 3] = [Rings::None, Rings::Served, Rings::Draining];
 
 fn every_view() -> Vec<View> {
     let mut views = Vec::new();
-    for ours in State::ALL {
-        for theirs in State::ALL {
+    for ours in XenbusState::ALL {
+        for theirs in XenbusState::ALL {
             for rings in RINGS {
                 for online in Online::ALL {
                     for bits in 0..8 {
@@ -37,18 +39,18 @@ fn every_view() -> Vec<View> {
 fn obey(view: &mut View, connects: bool) -> bool {
     match step(view) {
         Action::Wait | Action::Leave => return false,
-        Action::Offer => view.ours = State::InitWait,
+        Action::Offer => view.ours = XenbusState::InitWait,
         Action::Connect if connects => {
-            view.ours = State::Connected;
+            view.ours = XenbusState::Connected;
             view.rings = Rings::Served;
         }
         Action::Connect => {
-            view.ours = State::Closing;
+            view.ours = XenbusState::Closing;
             view.refused = true;
         }
-        Action::StartClosing | Action::Refuse => view.ours = State::Closing,
+        Action::StartClosing | Action::Refuse => view.ours = XenbusState::Closing,
         Action::Disconnect => view.rings = Rings::Draining,
-        Action::Close => view.ours = State::Closed,
+        Action::Close => view.ours = XenbusState::Closed,
     }
     true
 }
@@ -81,7 +83,10 @@ fn every_view_comes_to_rest() {
 #[test]
 fn a_frontend_that_wants_to_be_connected_is_served() {
     for start in every_view() {
-        let wants = matches!(start.theirs, State::Initialised | State::Connected);
+        let wants = matches!(
+            start.theirs,
+            XenbusState::Initialised | XenbusState::Connected
+        );
         if wants && start.disk && start.ready && !start.refused && start.online != Online::No {
             let mut view = start;
             for _ in 0..8 {
@@ -90,7 +95,7 @@ fn a_frontend_that_wants_to_be_connected_is_served() {
                     view.rings = Rings::None;
                 }
             }
-            assert_eq!(view.ours, State::Connected, "{start:?}");
+            assert_eq!(view.ours, XenbusState::Connected, "{start:?}");
             assert_eq!(view.rings, Rings::Served, "{start:?}");
         }
     }
@@ -99,7 +104,10 @@ fn a_frontend_that_wants_to_be_connected_is_served() {
 #[test]
 fn a_device_that_is_taken_away_is_not_connected_but_closed() {
     for start in every_view() {
-        let wants = matches!(start.theirs, State::Initialised | State::Connected);
+        let wants = matches!(
+            start.theirs,
+            XenbusState::Initialised | XenbusState::Connected
+        );
         if wants && start.online == Online::No && start.rings == Rings::None {
             let mut view = start;
             for _ in 0..8 {
@@ -107,7 +115,7 @@ fn a_device_that_is_taken_away_is_not_connected_but_closed() {
                 obey(&mut view, true);
             }
             assert!(
-                matches!(view.ours, State::Closing | State::Closed),
+                matches!(view.ours, XenbusState::Closing | XenbusState::Closed),
                 "{start:?} comes to {view:?}"
             );
         }
@@ -130,7 +138,7 @@ fn asking_for_online_only_where_it_matters_changes_nothing() {
 #[test]
 fn a_device_at_work_is_not_asked_about() {
     for view in every_view() {
-        if view.ours == State::Connected && view.rings == Rings::Served {
+        if view.ours == XenbusState::Connected && view.rings == Rings::Served {
             let asked = step_asking(view, || Err(()));
             assert!(asked.is_ok(), "asked, at {view:?}");
         }
@@ -159,9 +167,9 @@ fn served_rings_are_never_left_nor_mapped_again() {
 
 /// Everything that can happen next, one thing at a time: a step of the driver, a write of the
 /// frontend or of the toolstack, the end of draining.
-fn successors(world: &World) -> Vec<World> {
+fn successors(world: &DeviceWorld) -> Vec<DeviceWorld> {
     let mut next = Vec::new();
-    let mut after = |change: &dyn Fn(&mut World)| {
+    let mut after = |change: &dyn Fn(&mut DeviceWorld)| {
         let mut copy = world.clone();
         change(&mut copy);
         next.push(copy);
@@ -169,7 +177,7 @@ fn successors(world: &World) -> Vec<World> {
     after(&|world| {
         world.one_step();
     });
-    for state in State::ALL {
+    for state in XenbusState::ALL {
         after(&|world| world.write(state));
     }
     for online in Online::ALL {
@@ -180,13 +188,13 @@ fn successors(world: &World) -> Vec<World> {
         after(&|world| world.good_keys = on);
         after(&|world| world.is_short = on);
     }
-    after(&World::disk_comes);
-    after(&World::disk_is_bad);
-    after(&World::drained);
+    after(&DeviceWorld::disk_comes);
+    after(&DeviceWorld::disk_is_bad);
+    after(&DeviceWorld::drained);
     next
 }
 
-fn key(world: &World) -> (u32, u32, Online, [bool; 6], u8) {
+fn key(world: &DeviceWorld) -> (u32, u32, Online, [bool; 6], u8) {
     let view = &world.view;
     let rings = match view.rings {
         Rings::None => 0,
@@ -215,7 +223,7 @@ fn key(world: &World) -> (u32, u32, Online, [bool; 6], u8) {
 #[test]
 fn every_order_of_events_is_safe_and_forgotten() {
     let mut seen = HashSet::new();
-    let mut open = vec![World::new()];
+    let mut open = vec![DeviceWorld::new()];
     while let Some(world) = open.pop() {
         world.check();
         let mut rest = world.clone();
@@ -234,11 +242,11 @@ fn every_order_of_events_is_safe_and_forgotten() {
 
 #[test]
 fn numbers_that_are_no_state_are_unknown() {
-    for state in State::ALL {
-        assert_eq!(State::from_number(state.number()), state);
+    for state in XenbusState::ALL {
+        assert_eq!(XenbusState::from_number(state.number()), state);
     }
     for number in [9, 10, 255, 256, u32::MAX] {
-        assert_eq!(State::from_number(number), State::Unknown);
+        assert_eq!(XenbusState::from_number(number), XenbusState::Unknown);
     }
 }
 
@@ -246,14 +254,14 @@ fn numbers_that_are_no_state_are_unknown() {
 /// has all answers, and no backend waits for one that is gone.
 #[test]
 fn rings_are_given_back_early_only_where_nobody_goes_on_with_them() {
-    for theirs in State::ALL {
+    for theirs in XenbusState::ALL {
         let goes_on = every_view().into_iter().any(|view| {
             let again = View {
                 theirs,
                 rings: Rings::None,
                 ..view
             };
-            theirs == State::Closing || step(&again) == Action::Connect
+            theirs == XenbusState::Closing || step(&again) == Action::Connect
         });
         for unbound in BOTH {
             let how = ending(theirs, unbound);

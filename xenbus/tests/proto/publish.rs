@@ -4,8 +4,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use xenbus::proto::publish::{self, publish, Key, Present, Values};
-use xenbus::proto::state::{Online, Publishing, State};
+use xenbus::proto::publish::{self, publish, Present, PublishedKey, Values};
+use xenbus::proto::state::{Online, Publishing, XenbusState};
 
 /// Keys that libxl makes for a disk of a driver domain, its directory among them, and those of the hotplug script.
 const TOOLSTACK: usize = 18;
@@ -31,7 +31,7 @@ enum Meddling {
 type Tree = BTreeMap<String, String>;
 
 /// The directory of one device in xenstore.
-struct Fake {
+struct DeviceDirectory {
     tree: RefCell<Tree>,
     /// Requests so far.
     requests: Cell<u32>,
@@ -56,7 +56,7 @@ fn toolstack(state: &str) -> Tree {
         .into()
 }
 
-impl Fake {
+impl DeviceDirectory {
     fn new(meddling: Meddling, at: u32) -> Self {
         Self {
             tree: RefCell::new(toolstack("1")),
@@ -113,14 +113,14 @@ impl Fake {
     /// The backend's keys.
     fn own(&self) -> usize {
         let tree = self.tree.borrow();
-        let own = Key::ALL
+        let own = PublishedKey::ALL
             .iter()
             .filter(|key| tree.contains_key(key.name().to_str().unwrap()));
         own.count()
     }
 }
 
-impl publish::Store for Fake {
+impl publish::BackendStore for DeviceDirectory {
     type Error = ();
     type Transaction<'t> = Within<'t>;
 
@@ -135,7 +135,7 @@ impl publish::Store for Fake {
         Ok(Some(present))
     }
 
-    fn write(&mut self, key: Key, value: u64) -> Result<(), ()> {
+    fn write(&mut self, key: PublishedKey, value: u64) -> Result<(), ()> {
         self.request();
         let name = key.name().to_str().unwrap().to_owned();
         self.tree.borrow_mut().insert(name, value.to_string());
@@ -190,7 +190,7 @@ fn merge(now: &Tree, within: &Tree, read: &Read) -> Tree {
 }
 
 struct Within<'t> {
-    store: &'t Fake,
+    store: &'t DeviceDirectory,
     tree: RefCell<Tree>,
     read: RefCell<Read>,
 }
@@ -208,9 +208,9 @@ impl Within<'_> {
 impl publish::Transaction for Within<'_> {
     type Error = ();
 
-    fn state(&self) -> Result<Option<State>, ()> {
+    fn state(&self) -> Result<Option<XenbusState>, ()> {
         let text = self.read("state");
-        Ok(text.map(|text| State::from_number(text.parse().unwrap())))
+        Ok(text.map(|text| XenbusState::from_number(text.parse().unwrap())))
     }
 
     fn online(&self) -> Result<Online, ()> {
@@ -218,7 +218,7 @@ impl publish::Transaction for Within<'_> {
         Ok(Online::of(text.map(|text| text.parse().unwrap())))
     }
 
-    fn set_state(&self, state: State) -> Result<(), ()> {
+    fn set_state(&self, state: XenbusState) -> Result<(), ()> {
         self.store.request();
         let number = state.number().to_string();
         self.tree.borrow_mut().insert("state".into(), number);
@@ -236,51 +236,60 @@ impl publish::Transaction for Within<'_> {
 
 fn offer(queues: u64) -> Values {
     let mut values = Values::default();
-    values.set(Key::Segments, 256);
-    values.set(Key::Queues, queues);
-    values.set(Key::Order, 4);
+    values.set(PublishedKey::Segments, 256);
+    values.set(PublishedKey::Queues, queues);
+    values.set(PublishedKey::Order, 4);
     values
 }
 
 /// A disk as the driver describes it.
 fn disk(discard: bool, queues: u64) -> Values {
     let mut values = Values::default();
-    values.set(Key::Flush, 1);
-    values.set(Key::Discard, discard.into());
+    values.set(PublishedKey::Flush, 1);
+    values.set(PublishedKey::Discard, discard.into());
     if discard {
-        values.set(Key::DiscardGranularity, 4096);
-        values.set(Key::DiscardAlignment, 0);
-        values.set(Key::DiscardSecure, 0);
+        values.set(PublishedKey::DiscardGranularity, 4096);
+        values.set(PublishedKey::DiscardAlignment, 0);
+        values.set(PublishedKey::DiscardSecure, 0);
     }
-    values.set(Key::Barrier, (queues == 1).into());
-    values.set(Key::Segments, 256);
-    values.set(Key::Persistent, 1);
-    values.set(Key::Sectors, 1 << 20);
-    values.set(Key::Info, 0);
-    values.set(Key::SectorSize, 512);
-    values.set(Key::PhysicalSectorSize, 512);
+    values.set(PublishedKey::Barrier, (queues == 1).into());
+    values.set(PublishedKey::Segments, 256);
+    values.set(PublishedKey::Persistent, 1);
+    values.set(PublishedKey::Sectors, 1 << 20);
+    values.set(PublishedKey::Info, 0);
+    values.set(PublishedKey::SectorSize, 512);
+    values.set(PublishedKey::PhysicalSectorSize, 512);
     values
 }
 
 /// The value that a frontend takes from the directory, with the defaults of `blkif.h`.
-fn read_by_frontend(tree: &Tree, key: Key) -> Option<u64> {
-    let get = |key: Key| -> Option<u64> { tree.get(key.name().to_str().unwrap())?.parse().ok() };
+fn read_by_frontend(tree: &Tree, key: PublishedKey) -> Option<u64> {
+    let get =
+        |key: PublishedKey| -> Option<u64> { tree.get(key.name().to_str().unwrap())?.parse().ok() };
     get(key).or_else(|| match key {
-        Key::PhysicalSectorSize => get(Key::SectorSize),
-        Key::Queues => Some(1),
-        Key::DiscardGranularity | Key::Sectors | Key::Info | Key::SectorSize => None,
+        PublishedKey::PhysicalSectorSize => get(PublishedKey::SectorSize),
+        PublishedKey::Queues => Some(1),
+        PublishedKey::DiscardGranularity
+        | PublishedKey::Sectors
+        | PublishedKey::Info
+        | PublishedKey::SectorSize => None,
         _ => Some(0),
     })
 }
 
-fn connect(store: &mut Fake, values: &Values) -> Publishing {
-    publish(store, State::InitWait, State::Connected, values).unwrap()
+fn connect(store: &mut DeviceDirectory, values: &Values) -> Publishing {
+    publish(store, XenbusState::InitWait, XenbusState::Connected, values).unwrap()
 }
 
 #[test]
 fn a_transaction_has_the_state_and_what_decides_about_it() {
-    let mut store = Fake::new(Meddling::Nothing, 0);
-    let offered = publish(&mut store, State::Initialising, State::InitWait, &offer(4));
+    let mut store = DeviceDirectory::new(Meddling::Nothing, 0);
+    let offered = publish(
+        &mut store,
+        XenbusState::Initialising,
+        XenbusState::InitWait,
+        &offer(4),
+    );
     assert_eq!(offered, Ok(Publishing::Written));
     // Begin, read the state, write it, end: as many as `xenbus_switch_state` has.
     assert_eq!(store.in_transactions.get(), 4);
@@ -298,11 +307,11 @@ fn a_transaction_has_the_state_and_what_decides_about_it() {
 fn a_disk_has_fewer_keys_than_with_the_c_driver() {
     for (discard, most) in [true, false].into_iter().zip(C_KEYS) {
         for queues in [1, 4] {
-            let mut store = Fake::new(Meddling::Nothing, 0);
+            let mut store = DeviceDirectory::new(Meddling::Nothing, 0);
             let offered = publish(
                 &mut store,
-                State::Initialising,
-                State::InitWait,
+                XenbusState::Initialising,
+                XenbusState::InitWait,
                 &offer(queues),
             );
             assert_eq!(offered, Ok(Publishing::Written));
@@ -326,7 +335,7 @@ fn a_frontend_that_sees_the_state_sees_all_values() {
     for discard in [true, false] {
         // The second connection is of another disk than the first: nothing of the first may be left.
         for first in [None, Some(true), Some(false)] {
-            let mut store = Fake::new(Meddling::Nothing, 0);
+            let mut store = DeviceDirectory::new(Meddling::Nothing, 0);
             store.offered();
             if let Some(first) = first {
                 assert_eq!(connect(&mut store, &disk(first, 1)), Publishing::Written);
@@ -339,7 +348,7 @@ fn a_frontend_that_sees_the_state_sees_all_values() {
             let connected: Vec<_> = seen.iter().filter(|tree| tree["state"] == "4").collect();
             assert!(!connected.is_empty());
             for tree in connected {
-                for key in Key::ALL {
+                for key in PublishedKey::ALL {
                     if let Some(value) = values.get(key) {
                         assert_eq!(read_by_frontend(tree, key), Some(value), "{key:?}");
                     }
@@ -350,10 +359,10 @@ fn a_frontend_that_sees_the_state_sees_all_values() {
 }
 
 /// The toolstack acts before each of the requests, one after the other, until there are no more.
-fn at_each_moment(meddling: Meddling, mut check: impl FnMut(&Fake, Publishing, &str)) {
+fn at_each_moment(meddling: Meddling, mut check: impl FnMut(&DeviceDirectory, Publishing, &str)) {
     let mut moments = 0;
     for at in 0.. {
-        let mut store = Fake::new(meddling, at);
+        let mut store = DeviceDirectory::new(meddling, at);
         store.offered();
         let result = connect(&mut store, &disk(true, 2));
         let ended = store.requests.get() <= at;

@@ -2,16 +2,16 @@
 
 //! Sequences of frontends and toolstacks in use, step by step, and the states that they see.
 
-use crate::machine::World;
-use xenbus::proto::state::{Online, Rings, State};
-use State::{
+use crate::machine::DeviceWorld;
+use xenbus::proto::state::{Online, Rings, XenbusState};
+use XenbusState::{
     Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring,
     Unknown,
 };
 
 /// The frontend writes a state, the driver looks and everything in flight ends; returns what was
 /// published meanwhile.
-fn sees(world: &mut World, theirs: State) -> Vec<State> {
+fn sees(world: &mut DeviceWorld, theirs: XenbusState) -> Vec<XenbusState> {
     let from = world.published.len();
     world.write(theirs);
     world.settle();
@@ -20,8 +20,8 @@ fn sees(world: &mut World, theirs: State) -> Vec<State> {
 }
 
 /// A device whose disk is open and whose frontend is connected.
-fn connected() -> World {
-    let mut world = World::new();
+fn connected() -> DeviceWorld {
+    let mut world = DeviceWorld::new();
     world.settle();
     world.disk_comes();
     assert_eq!(sees(&mut world, Initialised), [Connected]);
@@ -31,7 +31,7 @@ fn connected() -> World {
 
 #[test]
 fn normal_start() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.settle();
     assert_eq!(world.published, [InitWait]);
     world.disk_comes();
@@ -44,14 +44,14 @@ fn normal_start() {
 
 #[test]
 fn start_with_connected_at_once() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.disk_comes();
     assert_eq!(sees(&mut world, Connected), [InitWait, Connected]);
 }
 
 #[test]
 fn physical_device_comes_after_the_frontend() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     assert_eq!(sees(&mut world, Initialised), [InitWait]);
     world.settle();
     assert_eq!(world.attempts, 0);
@@ -62,7 +62,7 @@ fn physical_device_comes_after_the_frontend() {
 
 #[test]
 fn physical_device_is_bad_and_then_good() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.settle();
     world.disk_is_bad();
     world.settle();
@@ -78,7 +78,7 @@ fn physical_device_is_bad_and_then_good() {
 
 #[test]
 fn bad_physical_device_is_detached_without_the_guest() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.settle();
     world.disk_is_bad();
     world.set_online(Online::No);
@@ -109,8 +109,8 @@ fn detach_by_the_toolstack() {
 /// Between what the driver saw and what it writes there is a moment.
 #[test]
 fn a_detach_is_not_written_over() {
-    let about_to_offer = World::new();
-    let mut about_to_connect = World::new();
+    let about_to_offer = DeviceWorld::new();
+    let mut about_to_connect = DeviceWorld::new();
     about_to_connect.settle();
     about_to_connect.disk_comes();
     // Our state is Closing already.
@@ -203,7 +203,7 @@ fn new_kernel_after_kexec() {
 
 #[test]
 fn destroyed_in_each_state() {
-    for theirs in State::ALL {
+    for theirs in XenbusState::ALL {
         for online in Online::ALL {
             let mut world = connected();
             sees(&mut world, theirs);
@@ -214,7 +214,7 @@ fn destroyed_in_each_state() {
             assert!(!world.view.disk, "{theirs:?}");
         }
     }
-    let mut early = World::new();
+    let mut early = DeviceWorld::new();
     early.write(Unknown);
     early.settle();
     assert!(early.left);
@@ -236,7 +236,7 @@ fn destroyed_while_it_drains() {
 #[test]
 fn bad_keys_then_good_ones() {
     for closes in [false, true] {
-        let mut world = World::new();
+        let mut world = DeviceWorld::new();
         world.disk_comes();
         world.settle();
         world.good_keys = false;
@@ -257,7 +257,7 @@ fn bad_keys_then_good_ones() {
 
 #[test]
 fn a_frontend_that_waits_out_a_shortage_sees_nothing_but_connected() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.settle();
     world.disk_comes();
     world.is_short = true;
@@ -275,7 +275,7 @@ fn a_frontend_that_waits_out_a_shortage_sees_nothing_but_connected() {
 
 #[test]
 fn a_frontend_may_give_up_during_a_shortage() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.disk_comes();
     world.is_short = true;
     assert_eq!(sees(&mut world, Initialised), [InitWait]);
@@ -291,7 +291,7 @@ fn a_frontend_may_give_up_during_a_shortage() {
 
 #[test]
 fn a_device_that_waits_out_a_shortage_can_be_taken_away() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.disk_comes();
     world.is_short = true;
     sees(&mut world, Initialised);
@@ -331,7 +331,7 @@ fn toggling_costs_a_bounded_number_of_steps() {
     let mut steps = 0;
     for round in 0..2000 {
         // Every state in every order of pairs; Unknown is a destroy and ends the device.
-        let state = State::ALL[1 + (round * 7 + round / 8) % 8];
+        let state = XenbusState::ALL[1 + (round * 7 + round / 8) % 8];
         world.write(state);
         steps += world.look();
         if round % 3 == 0 {
@@ -347,7 +347,7 @@ fn toggling_costs_a_bounded_number_of_steps() {
 
 #[test]
 fn a_device_without_online_connects_and_leaves_when_it_is_closed() {
-    let mut world = World::new();
+    let mut world = DeviceWorld::new();
     world.set_online(Online::Unsaid);
     world.disk_comes();
     world.settle();

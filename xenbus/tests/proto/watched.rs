@@ -4,17 +4,17 @@
 
 use proptest::prelude::*;
 use xenbus::proto::publish;
-use xenbus::proto::watched::{Change, Key, Place, PATH_MAX, TYPES};
+use xenbus::proto::watched::{BackendPath, DirectoryChange, WrittenKey, PATH_MAX, TYPES};
 
-fn place(kind: usize, domain: u32, number: u32) -> Place {
-    Place {
+fn place(kind: usize, domain: u32, number: u32) -> BackendPath {
+    BackendPath {
         kind,
         domain,
         number,
     }
 }
 
-fn directory(place: Place) -> String {
+fn directory(place: BackendPath) -> String {
     let kind = std::str::from_utf8(TYPES[place.kind]).unwrap();
     format!("backend/{kind}/{}/{}", place.domain, place.number)
 }
@@ -22,10 +22,10 @@ fn directory(place: Place) -> String {
 #[test]
 fn a_key_that_names_the_disk_or_the_state_concerns_its_device_alone() {
     let keys = [
-        ("state", Key::State),
-        ("physical-device", Key::Disk),
-        ("tap-minor", Key::Disk),
-        ("tap-server", Key::Disk),
+        ("state", WrittenKey::State),
+        ("physical-device", WrittenKey::Disk),
+        ("tap-minor", WrittenKey::Disk),
+        ("tap-server", WrittenKey::Disk),
     ];
     for kind in 0..TYPES.len() {
         let device = place(kind, 7, 51712);
@@ -33,21 +33,21 @@ fn a_key_that_names_the_disk_or_the_state_concerns_its_device_alone() {
             let path = format!("{}/{name}", directory(device));
             assert!(path.len() <= PATH_MAX);
             let places = device..=device;
-            let change = Change { places, key };
-            assert_eq!(Change::of(path.as_bytes()), Some(change), "{path}");
+            let change = DirectoryChange { places, key };
+            assert_eq!(DirectoryChange::of(path.as_bytes()), Some(change), "{path}");
         }
     }
 }
 
 #[test]
 fn the_keys_that_the_backend_writes_itself_concern_nobody() {
-    for key in publish::Key::ALL {
+    for key in publish::PublishedKey::ALL {
         let name = key.name().to_str().unwrap();
         let path = format!("backend/vbd/7/51712/{name}");
-        assert_eq!(Change::of(path.as_bytes()), None, "{path}");
+        assert_eq!(DirectoryChange::of(path.as_bytes()), None, "{path}");
     }
     for path in ["backend/vbd/7/51712/tap-status", "backend/vbd/7/51712/a/b"] {
-        assert_eq!(Change::of(path.as_bytes()), None, "{path}");
+        assert_eq!(DirectoryChange::of(path.as_bytes()), None, "{path}");
     }
 }
 
@@ -65,11 +65,11 @@ fn a_directory_stands_for_all_devices_below() {
         ("backend/vbd3", place(1, 0, 0), place(1, all, all)),
     ];
     for (path, first, last) in cases {
-        let change = Change {
+        let change = DirectoryChange {
             places: first..=last,
-            key: Key::Any,
+            key: WrittenKey::Any,
         };
-        assert_eq!(Change::of(path.as_bytes()), Some(change), "{path}");
+        assert_eq!(DirectoryChange::of(path.as_bytes()), Some(change), "{path}");
     }
 }
 
@@ -87,22 +87,22 @@ fn other_paths_concern_nobody() {
         &long,
     ];
     for path in paths {
-        assert_eq!(Change::of(path.as_bytes()), None, "{path}");
+        assert_eq!(DirectoryChange::of(path.as_bytes()), None, "{path}");
     }
 }
 
 #[test]
 fn a_part_that_is_no_number_is_a_place_all_the_same() {
-    let odd = Place::of(b"backend/vbd/7/xvda");
+    let odd = BackendPath::of(b"backend/vbd/7/xvda");
     assert_eq!(odd, Some(place(0, 7, u32::MAX)));
-    let change = Change::of(b"backend/vbd/7/xvda/state").unwrap();
+    let change = DirectoryChange::of(b"backend/vbd/7/xvda/state").unwrap();
     assert_eq!(Some(*change.places.start()), odd);
 }
 
 #[test]
 fn only_the_directory_of_a_device_is_a_place() {
     for path in ["backend/vbd", "backend/vbd/7", "backend/vbd/7/1/state"] {
-        assert_eq!(Place::of(path.as_bytes()), None, "{path}");
+        assert_eq!(BackendPath::of(path.as_bytes()), None, "{path}");
     }
 }
 
@@ -111,11 +111,11 @@ proptest! {
     fn a_device_hears_of_its_own_directory(kind in 0..TYPES.len(), domain: u32, number: u32) {
         let device = place(kind, domain, number);
         let path = directory(device);
-        prop_assert_eq!(Place::of(path.as_bytes()), Some(device));
+        prop_assert_eq!(BackendPath::of(path.as_bytes()), Some(device));
         // Each directory above it, as xenstore names it when it is removed.
         let mut above = path.as_str();
         while let Some((rest, _)) = above.rsplit_once('/') {
-            let change = Change::of(above.as_bytes()).unwrap();
+            let change = DirectoryChange::of(above.as_bytes()).unwrap();
             prop_assert!(change.places.contains(&device), "{}", above);
             if rest == "backend" {
                 break;
@@ -126,6 +126,6 @@ proptest! {
 
     #[test]
     fn any_bytes_are_looked_at_without_harm(path in proptest::collection::vec(any::<u8>(), 0..100)) {
-        let _change = Change::of(&path);
+        let _change = DirectoryChange::of(&path);
     }
 }

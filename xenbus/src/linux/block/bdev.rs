@@ -16,7 +16,7 @@ use kernel::sync::aref::ARef;
 
 /// Limits of a block device. Sizes in bytes; sectors are 512 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Limits {
+pub(crate) struct BlockLimits {
     /// Size in sectors.
     pub(crate) sectors: u64,
     /// Logical block size.
@@ -120,11 +120,11 @@ impl BlockDevice {
     }
 
     /// Returns the present limits of the device.
-    pub(crate) fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> BlockLimits {
         let mut raw = sys::BdevLimits::default();
         // SAFETY: By the type invariant; `raw` is valid for writes.
         unsafe { sys::xbr_bdev_limits(self.as_raw(), &mut raw) };
-        Limits {
+        BlockLimits {
             sectors: raw.sectors,
             logical_block: raw.logical_block,
             physical_block: raw.physical_block,

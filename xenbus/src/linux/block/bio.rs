@@ -14,7 +14,7 @@ mod transfer;
 
 use super::bdev::BlockDevice;
 use super::file::Most;
-use super::storage::Storage;
+use super::storage::DiskStorage;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
 use crate::linux::memory::vectors::push;
@@ -33,7 +33,7 @@ use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, ordering::Release,
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
-pub(crate) use transfer::{Piece, Place};
+pub(crate) use transfer::{DeviceTarget, PagePiece};
 
 /// Bios beyond the record's own that can be allocated while there is no memory: enough for progress. Each has room for
 /// as many ranges as a bio can have.
@@ -63,7 +63,7 @@ pub(crate) enum Operation {
     SecureErase,
 }
 
-impl Record {
+impl IoRecord {
     fn first_bio(&self) -> *mut bindings::bio {
         // SAFETY: Only the address is taken.
         unsafe { core::ptr::addr_of_mut!((*self.first.get()).bio) }
@@ -74,7 +74,7 @@ impl Record {
     /// # Safety
     ///
     /// The record is taken, and its I/O is not reaped as long as this is used.
-    unsafe fn storage(&self) -> Option<&Storage> {
+    unsafe fn storage(&self) -> Option<&DiskStorage> {
         // SAFETY: Until then no code changes it.
         unsafe { (*self.storage.get()).as_ref() }
     }
@@ -105,7 +105,7 @@ impl Operation {
 const FIRST_VECS: u16 = 8;
 
 /// The part of an I/O that its bios share, and the first of them: most I/Os need no other.
-struct Record {
+struct IoRecord {
     /// Bios that have not completed, and one while the I/O is being built.
     pending: Atomic<i32>,
     /// The first error as `blk_status_t`, or 0; 0 between two I/Os.
@@ -113,10 +113,10 @@ struct Record {
     /// Not 0 from the beginning of an I/O until its completion is reaped.
     taken: Atomic<u32>,
     tag: QueueTag,
-    owner: *const Disk,
+    owner: *const BioDisk,
     /// Target of the I/O; `None` for the disk's own device. Belongs to the code that has taken the record, which does
     /// not change it until the completion is reaped.
-    storage: UnsafeCell<Option<Storage>>,
+    storage: UnsafeCell<Option<DiskStorage>>,
     /// Belongs to the code that builds the I/O, and from submission to completion to the block layer or the file
     /// system.
     first: Opaque<Framed>,
@@ -129,28 +129,28 @@ struct Record {
 ///
 /// - `records[n].tag == n` and its owner is this object, which is pinned.
 /// - `busy` is the number of records that an [`Inflight`] or a bio can still touch.
-/// - A record is `taken` from [`Disk::begin`] until its completion is reaped, so no other code touches it. All that
+/// - A record is `taken` from [`BioDisk::begin`] until its completion is reaped, so no other code touches it. All that
 ///   time its bios go to its storage, or without one to `device`.
 #[pin_data(PinnedDrop)]
-pub(crate) struct Disk {
+pub(crate) struct BioDisk {
     pages: Arc<DataPages>,
     wake_event: Arc<WakeEvent>,
     /// Destination of all I/O without another one.
     device: Option<Arc<BlockDevice>>,
     #[pin]
     set: Opaque<bindings::bio_set>,
-    records: KVVec<Record>,
+    records: KVVec<IoRecord>,
     /// One bit for each tag whose I/O is complete and not reaped.
     done: KVec<Atomic<u64>>,
     busy: Atomic<i32>,
 }
 
 // SAFETY: Records are atomic, the bio set has its own locks, and the rest does not change.
-unsafe impl Send for Disk {}
+unsafe impl Send for BioDisk {}
 // SAFETY: As above.
-unsafe impl Sync for Disk {}
+unsafe impl Sync for BioDisk {}
 
-impl Disk {
+impl BioDisk {
     /// Allocates the records of `tags` concurrent I/Os, which all go to `device` if there is one. Completions wake the
     /// thread of `wake_event`. May sleep.
     pub(crate) fn new(
@@ -161,7 +161,7 @@ impl Disk {
     ) -> Result<Pin<KBox<Self>>> {
         let mut records = KVVec::with_capacity(usize::from(tags), GFP_KERNEL)?;
         for tag in (0..tags).map(QueueTag::new) {
-            let record = Record {
+            let record = IoRecord {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
                 taken: Atomic::new(0),
@@ -213,7 +213,7 @@ impl Disk {
 
     /// Returns the bytes of memory for the I/O of `tags` tags, with the reserve.
     pub(crate) const fn bytes(tags: u16) -> usize {
-        let records = (tags as usize).saturating_mul(size_of::<Record>());
+        let records = (tags as usize).saturating_mul(size_of::<IoRecord>());
         let vecs = (MAX_VECS as usize).saturating_mul(size_of::<bindings::bio_vec>());
         let bio = vecs.saturating_add(size_of::<Framed>());
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
@@ -221,11 +221,15 @@ impl Disk {
 
     /// Starts to build the I/O of a tag, on the disk's own device if no storage is named. `None` if there is no such
     /// tag or device, or if an earlier I/O of the tag has not been reaped.
-    pub(crate) fn begin(&self, tag: QueueTag, storage: Option<Storage>) -> Option<Inflight<'_>> {
+    pub(crate) fn begin(
+        &self,
+        tag: QueueTag,
+        storage: Option<DiskStorage>,
+    ) -> Option<Inflight<'_>> {
         let (device, most) = match &storage {
             None => (self.device.as_ref()?.as_raw(), None),
-            Some(Storage::Device(device)) => (device.as_raw(), None),
-            Some(Storage::File(file)) => (core::ptr::null_mut(), file.most()),
+            Some(DiskStorage::Device(device)) => (device.as_raw(), None),
+            Some(DiskStorage::File(file)) => (core::ptr::null_mut(), file.most()),
         };
         self.begin_at(tag, storage, device, most)
     }
@@ -239,7 +243,7 @@ impl Disk {
     fn begin_at(
         &self,
         tag: QueueTag,
-        storage: Option<Storage>,
+        storage: Option<DiskStorage>,
         device: *mut bindings::block_device,
         most: Option<Most>,
     ) -> Option<Inflight<'_>> {
@@ -293,7 +297,7 @@ impl Disk {
 }
 
 #[pinned_drop]
-impl PinnedDrop for Disk {
+impl PinnedDrop for BioDisk {
     fn drop(self: Pin<&mut Self>) {
         // The owner of the object has reaped everything; only the last instructions of an interrupt handler on another
         // CPU can remain, and this waits for them. It would also wait for I/O that is still in flight.
@@ -312,8 +316,8 @@ impl PinnedDrop for Disk {
 /// `device` is that of the record's storage, or null if that is a file. Without a storage it is the disk's own, or null
 /// if the I/O goes nowhere.
 pub(crate) struct Inflight<'a> {
-    disk: &'a Disk,
-    record: &'a Record,
+    disk: &'a BioDisk,
+    record: &'a IoRecord,
     device: *mut bindings::block_device,
     /// Limit of each of its bios, if that is less than a bio can have.
     most: Option<Most>,
@@ -344,7 +348,7 @@ impl Inflight<'_> {
             }
         } else {
             let first = self.record.first_bio();
-            // SAFETY: The record's bio and its vectors are ours from `Disk::begin`, which has taken the record, until
+            // SAFETY: The record's bio and its vectors are ours from `BioDisk::begin`, which has taken the record, until
             // submission; the device is valid for that time, or there is none.
             unsafe {
                 bindings::bio_init(
@@ -431,7 +435,7 @@ impl Drop for Bio<'_> {
 /// Ends a bio that the block layer has completed. Runs in any context, interrupts included.
 extern "C" fn end_io(bio: *mut bindings::bio) {
     // SAFETY: The block layer passes the bio that completed; its record is busy, so valid.
-    let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<Record>()) };
+    let (status, record) = unsafe { ((*bio).bi_status, &*(*bio).bi_private.cast::<IoRecord>()) };
     // SAFETY: The bio is complete, and no other code uses it.
     unsafe { end(bio, record, u32::from(status)) };
 }
@@ -441,7 +445,7 @@ extern "C" fn end_io(bio: *mut bindings::bio) {
 /// # Safety
 ///
 /// The bio is one of this record, and no longer in use.
-unsafe fn end(bio: *mut bindings::bio, record: &Record, status: u32) {
+unsafe fn end(bio: *mut bindings::bio, record: &IoRecord, status: u32) {
     // SAFETY: As the caller says.
     unsafe { free(bio, record) };
     if status != 0 {
@@ -455,7 +459,7 @@ unsafe fn end(bio: *mut bindings::bio, record: &Record, status: u32) {
 /// # Safety
 ///
 /// The bio is one of this record, and no longer in use.
-unsafe fn free(bio: *mut bindings::bio, record: &Record) {
+unsafe fn free(bio: *mut bindings::bio, record: &IoRecord) {
     if bio == record.first_bio() {
         // SAFETY: It was initialised, and no code uses it.
         unsafe { bindings::bio_uninit(bio) };
@@ -466,7 +470,7 @@ unsafe fn free(bio: *mut bindings::bio, record: &Record) {
 }
 
 /// Gives back one share of a record; the last one reports the completion.
-fn put(record: &Record) {
+fn put(record: &IoRecord) {
     if record.pending.fetch_sub(1, Full) != 1 {
         return;
     }

@@ -11,14 +11,14 @@ use kernel::sync::Arc;
 
 /// A block device or a file. Dropping the last copy releases it.
 #[derive(Clone)]
-pub(crate) enum Storage {
+pub(crate) enum DiskStorage {
     /// A device, which gets bios.
     Device(Arc<BlockDevice>),
     /// A file, whose file system is called.
     File(Arc<ImageFile>),
 }
 
-impl Storage {
+impl DiskStorage {
     /// Returns the storage of a descriptor of the calling process. It keeps the open file description and that
     /// description's locks. May sleep for as long as the storage takes.
     ///
@@ -34,33 +34,33 @@ impl Storage {
         let file = unsafe { LocalFile::assume_no_fdget_pos(file) };
         if is_device(&file) {
             let device = BlockDevice::of_file(file, writable)?;
-            return Ok(Storage::Device(Arc::new(device, GFP_KERNEL)?));
+            return Ok(DiskStorage::Device(Arc::new(device, GFP_KERNEL)?));
         }
         let file = ImageFile::new(file, writable)?;
-        Ok(Storage::File(Arc::new(file, GFP_KERNEL)?))
+        Ok(DiskStorage::File(Arc::new(file, GFP_KERNEL)?))
     }
 
     /// Returns the present size in sectors of 512 bytes.
     pub(crate) fn sectors(&self) -> u64 {
         match self {
-            Storage::Device(device) => device.sectors(),
-            Storage::File(file) => file.sectors(),
+            DiskStorage::Device(device) => device.sectors(),
+            DiskStorage::File(file) => file.sectors(),
         }
     }
 
     /// Returns the number of 512-byte sectors of which the length and the beginning of each transfer are multiples.
     pub(crate) fn block(&self) -> u32 {
         match self {
-            Storage::Device(device) => device.limits().logical_block / 512,
-            Storage::File(file) => file.block(),
+            DiskStorage::Device(device) => device.limits().logical_block / 512,
+            DiskStorage::File(file) => file.block(),
         }
     }
 
     /// Returns true if it is open for writing.
     pub(crate) fn is_writable(&self) -> bool {
         match self {
-            Storage::Device(device) => device.is_writable(),
-            Storage::File(file) => file.is_writable(),
+            DiskStorage::Device(device) => device.is_writable(),
+            DiskStorage::File(file) => file.is_writable(),
         }
     }
 
@@ -68,16 +68,18 @@ impl Storage {
     /// connection that other disks share, so a guest that changes its data would also harm others.
     pub(crate) fn wants_stable_pages(&self) -> bool {
         match self {
-            Storage::Device(device) => device.wants_stable_pages(),
-            Storage::File(file) => file.wants_stable_pages(),
+            DiskStorage::Device(device) => device.wants_stable_pages(),
+            DiskStorage::File(file) => file.wants_stable_pages(),
         }
     }
 
     /// Returns true if both are the same device or the same file.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
-            (Storage::Device(one), Storage::Device(other)) => one.number() == other.number(),
-            (Storage::File(one), Storage::File(other)) => one.is_same(other),
+            (DiskStorage::Device(one), DiskStorage::Device(other)) => {
+                one.number() == other.number()
+            }
+            (DiskStorage::File(one), DiskStorage::File(other)) => one.is_same(other),
             _ => false,
         }
     }

@@ -60,8 +60,8 @@ pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
     }
 
     /// Takes a command of io_uring.
-    fn uring_command(&self, _command: uring::Issued<'_>) -> uring::Outcome {
-        uring::Outcome::refused()
+    fn uring_command(&self, _command: uring::Issued<'_>) -> uring::CommandOutcome {
+        uring::CommandOutcome::refused()
     }
 
     /// Handles a parked command that was woken. Runs in the command's task.
@@ -152,7 +152,12 @@ impl Region {
 
     /// Makes the node `/dev/NAME` of a minor number. A `!` in the name stands for a folder. May
     /// sleep.
-    pub(crate) fn add_node(&self, class: &Arc<Class>, minor: u32, name: &CStr) -> Result<Node> {
+    pub(crate) fn add_node(
+        &self,
+        class: &Arc<Class>,
+        minor: u32,
+        name: &CStr,
+    ) -> Result<DeviceNode> {
         let number = self.number(minor);
         // SAFETY: The class is valid, and the format takes one string, which is given.
         from_err_ptr(unsafe {
@@ -166,7 +171,7 @@ impl Region {
             )
         })?;
         // INVARIANT: Just created.
-        Ok(Node {
+        Ok(DeviceNode {
             class: class.clone(),
             number,
         })
@@ -220,12 +225,12 @@ impl Drop for Class {
 /// # Invariants
 ///
 /// The class has a device of this number.
-pub(crate) struct Node {
+pub(crate) struct DeviceNode {
     class: Arc<Class>,
     number: u32,
 }
 
-impl Drop for Node {
+impl Drop for DeviceNode {
     fn drop(&mut self) {
         // SAFETY: By the type invariant the device exists.
         unsafe { bindings::device_destroy(self.class.0.as_ptr(), self.number) };

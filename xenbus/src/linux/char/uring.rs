@@ -100,9 +100,9 @@ impl Cancelled<'_> {
 
 /// Result of handling an [`Issued`] command.
 #[must_use]
-pub(crate) struct Outcome(c_int);
+pub(crate) struct CommandOutcome(c_int);
 
-impl Outcome {
+impl CommandOutcome {
     /// Makes the outcome of a command that is not known.
     pub(crate) fn refused() -> Self {
         Self(NOT_SUPPORTED)
@@ -136,8 +136,8 @@ impl Issued<'_> {
     }
 
     /// Answers the command.
-    pub(crate) fn complete(self, result: Result<c_int>) -> Outcome {
-        Outcome(match result {
+    pub(crate) fn complete(self, result: Result<c_int>) -> CommandOutcome {
+        CommandOutcome(match result {
             // The kernel would issue the command again, or leave it without an answer.
             Err(error) if error == EAGAIN || error == EIOCBQUEUED => EINVAL.to_errno(),
             Err(error) => error.to_errno(),
@@ -148,7 +148,7 @@ impl Issued<'_> {
     /// Turns the command into one that can wait, and returns it together with the outcome.
     ///
     /// From here on it can be cancelled; a cancellation that does not find it parked is repeated.
-    pub(crate) fn park(self, note: Note) -> (Parked, Outcome) {
+    pub(crate) fn park(self, note: Note) -> (Parked, CommandOutcome) {
         let command = self.command.as_ptr();
         // SAFETY: The command is valid, and these bytes are the driver's.
         unsafe { (*command).pdu = note };
@@ -158,7 +158,7 @@ impl Issued<'_> {
             command: self.command,
             woken: self.woken,
         };
-        (parked, Outcome(EIOCBQUEUED.to_errno()))
+        (parked, CommandOutcome(EIOCBQUEUED.to_errno()))
     }
 }
 

@@ -7,7 +7,7 @@
 //! things up in it for grant operations and bios.
 
 use super::mappable::Mappable;
-use super::page_blocks::{Block, Page, PAGES};
+use super::page_blocks::{Page, PageBlock, PAGES};
 use super::pages::Pages;
 use super::vectors::push;
 use crate::ring::abi::PAGE_SIZE;
@@ -19,12 +19,12 @@ use kernel::sync::atomic::{ordering::Relaxed, Atomic};
 use kernel::sync::Arc;
 
 /// Place of one page; both fields are 0 if it has no memory.
-struct Place {
+struct PagePlace {
     page: Atomic<usize>,
     frame: Atomic<u64>,
 }
 
-impl Place {
+impl PagePlace {
     fn get(&self) -> (*mut bindings::page, u64) {
         let page = self.page.load(Relaxed) as *mut bindings::page;
         (page, self.frame.load(Relaxed))
@@ -33,7 +33,7 @@ impl Place {
 
 /// Returns a bit for each page of a block: set if the next page lies directly behind it, for this kernel and for the
 /// machine.
-fn joins(places: &[Place]) -> u32 {
+fn joins(places: &[PagePlace]) -> u32 {
     let mut bits = 0;
     let pairs = places.iter().zip(places.iter().skip(1));
     for (at, (place, next)) in (0..PAGES as u32).zip(pairs) {
@@ -49,9 +49,9 @@ fn joins(places: &[Place]) -> u32 {
 /// # Invariants
 ///
 /// A page in `places` is valid as long as it is there: it belongs to `_arena`, or to the block that
-/// the table's [`Backing`] has for it, which `joins` describes.
+/// the table's [`PageBacking`] has for it, which `joins` describes.
 pub(crate) struct DataPages {
-    places: KVec<Place>,
+    places: KVec<PagePlace>,
     /// Result of [`joins`] for each block of pages.
     joins: KVec<Atomic<u32>>,
     mappable: Option<Arc<Mappable>>,
@@ -70,7 +70,7 @@ impl DataPages {
         let count = usize::from(with_memory);
         let mut places = KVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
-            let place = Place {
+            let place = PagePlace {
                 page: Atomic::new(0),
                 frame: Atomic::new(0),
             };
@@ -118,7 +118,7 @@ impl DataPages {
     /// Returns the bytes of a table for `with_memory` pages with memory.
     pub(crate) const fn bytes(with_memory: u16) -> usize {
         let joins = (with_memory as usize / PAGES).saturating_mul(size_of::<Atomic<u32>>());
-        let places = (with_memory as usize).saturating_mul(size_of::<Place>());
+        let places = (with_memory as usize).saturating_mul(size_of::<PagePlace>());
         places.saturating_add(joins)
     }
 
@@ -204,13 +204,13 @@ impl DataPages {
 }
 
 /// The memory behind a table of data pages. Only its owner can change the table.
-pub(crate) struct Backing {
+pub(crate) struct PageBacking {
     table: Arc<DataPages>,
-    blocks: KVec<Option<KBox<Block>>>,
+    blocks: KVec<Option<KBox<PageBlock>>>,
     domain: u16,
 }
 
-impl Backing {
+impl PageBacking {
     /// Makes a table for up to `with_memory` pages, in whole blocks, that hold data of `domain`. May sleep.
     pub(crate) fn new(domain: u16, with_memory: u16, mappable: u16) -> Result<Self> {
         let count = usize::from(with_memory) / PAGES;
@@ -245,7 +245,11 @@ impl Backing {
     /// # Errors
     ///
     /// Returns the block if there is no such place, or if the place has memory.
-    pub(crate) fn attach(&mut self, index: u16, mut block: KBox<Block>) -> Result<(), KBox<Block>> {
+    pub(crate) fn attach(
+        &mut self,
+        index: u16,
+        mut block: KBox<PageBlock>,
+    ) -> Result<(), KBox<PageBlock>> {
         let places = self.table.places.get(Self::pages(index));
         let word = self.table.joins.get(usize::from(index));
         let slot = self.blocks.get_mut(usize::from(index));
@@ -266,7 +270,7 @@ impl Backing {
 
     /// Takes back the memory of a block. No I/O uses it any more, because the engine's segment table gives a block back
     /// only when none of its pages belongs to a request.
-    pub(crate) fn detach(&mut self, index: u16) -> Option<KBox<Block>> {
+    pub(crate) fn detach(&mut self, index: u16) -> Option<KBox<PageBlock>> {
         let places = self.table.places.get(Self::pages(index))?;
         let joins = self.table.joins.get(usize::from(index))?;
         let block = self.blocks.get_mut(usize::from(index))?.take()?;
@@ -279,7 +283,7 @@ impl Backing {
     }
 }
 
-impl Drop for Backing {
+impl Drop for PageBacking {
     fn drop(&mut self) {
         // Other owners may have the table for longer: they find no page in it any more.
         for word in &self.table.joins {

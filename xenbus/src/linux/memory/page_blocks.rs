@@ -107,15 +107,15 @@ impl Effort {
 /// # Invariants
 ///
 /// `pages` has [`PAGES`] of them.
-pub(crate) struct Block {
+pub(crate) struct PageBlock {
     pages: KVec<Page>,
     /// The domain whose data is in the block.
     domain: Option<u16>,
     /// The next block of a list.
-    pub(in crate::linux) next: Option<KBox<Block>>,
+    pub(in crate::linux) next: Option<KBox<PageBlock>>,
 }
 
-impl Block {
+impl PageBlock {
     /// Allocates a block of zeroed pages. May sleep.
     pub(crate) fn new(effort: Effort) -> Result<KBox<Self>> {
         let light = match effort {

@@ -2,19 +2,19 @@
 
 //! Free blocks that are ready at once: taking one neither sleeps nor allocates.
 
-use super::page_blocks::Block;
+use super::page_blocks::PageBlock;
 use kernel::new_spinlock;
 use kernel::prelude::*;
 use kernel::sync::SpinLock;
 
 /// A list of blocks.
-struct List {
-    head: Option<KBox<Block>>,
+struct BlockList {
+    head: Option<KBox<PageBlock>>,
     count: u32,
 }
 
-impl List {
-    fn pop(&mut self) -> Option<KBox<Block>> {
+impl BlockList {
+    fn pop(&mut self) -> Option<KBox<PageBlock>> {
         let mut block = self.head.take()?;
         self.head = block.next.take();
         self.count = self.count.wrapping_sub(1);
@@ -22,7 +22,7 @@ impl List {
     }
 }
 
-impl Drop for List {
+impl Drop for BlockList {
     fn drop(&mut self) {
         // One by one, because each block owns the next one, and dropping the first would drop the others recursively.
         while self.pop().is_some() {}
@@ -33,14 +33,14 @@ impl Drop for List {
 #[pin_data]
 pub(crate) struct Pool {
     #[pin]
-    free: SpinLock<List>,
+    free: SpinLock<BlockList>,
 }
 
 impl Pool {
     /// Makes an empty pool.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            free <- new_spinlock!(List { head: None, count: 0 }, "Pool::free"),
+            free <- new_spinlock!(BlockList { head: None, count: 0 }, "Pool::free"),
         })
     }
 
@@ -50,12 +50,12 @@ impl Pool {
     }
 
     /// Takes a block; neither sleeps nor allocates.
-    pub(crate) fn take(&self) -> Option<KBox<Block>> {
+    pub(crate) fn take(&self) -> Option<KBox<PageBlock>> {
         self.free.lock().pop()
     }
 
     /// Adds a block, or frees it if there are `most` already. Does not sleep.
-    pub(crate) fn give(&self, mut block: KBox<Block>, most: u32) {
+    pub(crate) fn give(&self, mut block: KBox<PageBlock>, most: u32) {
         let mut free = self.free.lock();
         if free.count >= most {
             drop(free);

@@ -83,13 +83,13 @@ impl Drop for OwnQueue {
 struct WorkQueue {
     // First field, so that work which queues other work finds the queue until it is gone.
     _queue: OwnQueue,
-    _place: Place,
+    _place: QueueAddress,
 }
 
 /// The address of a queue; dropping this removes the address.
-struct Place(&'static Atomic<usize>);
+struct QueueAddress(&'static Atomic<usize>);
 
-impl Drop for Place {
+impl Drop for QueueAddress {
     fn drop(&mut self) {
         self.0.store(0, Release);
     }
@@ -105,7 +105,7 @@ impl WorkQueue {
         // INVARIANT: Just stored.
         Ok(Self {
             _queue: queue,
-            _place: Place(place),
+            _place: QueueAddress(place),
         })
     }
 }

@@ -20,12 +20,12 @@ pub(crate) trait Waiter: Send + Sync + 'static {
     fn frontend_is_free(self: Arc<Self>);
 }
 
-type Table = RBTree<Frontend, Option<Arc<dyn Waiter>>>;
+type ClaimTable = RBTree<Frontend, Option<Arc<dyn Waiter>>>;
 
 kernel::sync::global_lock! {
     // SAFETY: `Claims::new`, which the module calls before it registers its driver, initialises it
     // once.
-    unsafe(uninit) static TABLE: Mutex<Option<Table>> = None;
+    unsafe(uninit) static TABLE: Mutex<Option<ClaimTable>> = None;
 }
 
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
@@ -57,11 +57,11 @@ impl Drop for Claims {
 /// # Invariants
 ///
 /// The table has an entry of `frontend`, which belongs to this claim.
-pub(crate) struct Claim {
+pub(crate) struct FrontendClaim {
     frontend: Frontend,
 }
 
-impl Claim {
+impl FrontendClaim {
     /// Claims a frontend; `None` if another claim exists, in which case `waiter` learns when it is free, in place of
     /// the former waiter. May sleep.
     pub(crate) fn new(frontend: Frontend, waiter: Arc<dyn Waiter>) -> Result<Option<Self>> {
@@ -84,7 +84,7 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for FrontendClaim {
     fn drop(&mut self) {
         let waiting = TABLE
             .lock()

@@ -9,9 +9,9 @@ use super::store;
 use super::watch::InXenwatch;
 use crate::linux::sys;
 use crate::proto::frontend::{Directory, Unread, VALUE_SIZE};
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use crate::proto::text::{without_nul, Name};
-use crate::proto::watched::{Place, TYPES};
+use crate::proto::watched::{BackendPath, TYPES};
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::ffi::c_char;
@@ -24,10 +24,10 @@ use kernel::sync::atomic::{ordering::Acquire, ordering::Release, AtomicFlag};
 /// # Invariants
 ///
 /// `raw` is valid, and we hold a reference to it.
-pub(crate) struct Device {
+pub(crate) struct XenDevice {
     raw: NonNull<sys::XenbusDevice>,
     nodename: CString,
-    place: Place,
+    place: BackendPath,
     otherend: CString,
     otherend_id: u16,
     /// The bus takes it from its driver.
@@ -35,11 +35,11 @@ pub(crate) struct Device {
 }
 
 // SAFETY: The device is reference counted and its fields that we use do not change.
-unsafe impl Send for Device {}
+unsafe impl Send for XenDevice {}
 // SAFETY: As above.
-unsafe impl Sync for Device {}
+unsafe impl Sync for XenDevice {}
 
-impl Device {
+impl XenDevice {
     /// Takes a reference.
     ///
     /// # Safety
@@ -54,7 +54,9 @@ impl Device {
         // SAFETY: By the requirement of this function; the name lives as long as the device.
         let nodename = unsafe { sys::xbr_dev_nodename(raw) };
         let nodename = CString::try_from_fmt(fmt!("{}", Text(nodename)))?;
-        let place = without_nul(&nodename).and_then(Place::of).ok_or(EINVAL)?;
+        let place = without_nul(&nodename)
+            .and_then(BackendPath::of)
+            .ok_or(EINVAL)?;
         // The string stays while the device is bound, which may be shorter than our reference.
         let otherend = CString::try_from_fmt(fmt!("{}", Text(otherend)))?;
         // SAFETY: By the requirement of this function.
@@ -98,7 +100,7 @@ impl Device {
     }
 
     /// Our directory, as events of the watches name it.
-    pub(crate) fn place(&self) -> Place {
+    pub(crate) fn place(&self) -> BackendPath {
         self.place
     }
 
@@ -120,7 +122,7 @@ impl Device {
 
     /// Tells the bus the published state: sysfs shows it, and the next driver of the device continues from it. The
     /// caller is the only one to do so.
-    pub(crate) fn note_state(&self, state: State) {
+    pub(crate) fn note_state(&self, state: XenbusState) {
         if self.unbound.load(Acquire) {
             return;
         }
@@ -134,7 +136,7 @@ impl Device {
     pub(crate) fn mark_unbound(&self) {
         self.unbound.store(true, Release);
         // SAFETY: By the type invariant; readers of the field expect it to change at any time.
-        unsafe { sys::xbr_dev_set_state(self.as_raw(), State::Closed.number()) };
+        unsafe { sys::xbr_dev_set_state(self.as_raw(), XenbusState::Closed.number()) };
     }
 
     /// Tells the administrator what is wrong with this device: in xenstore's error directory,
@@ -201,7 +203,7 @@ impl Device {
 }
 
 /// The frontend's directory.
-impl Directory for Device {
+impl Directory for XenDevice {
     fn read(&self, key: &Name, value: &mut [u8; VALUE_SIZE]) -> Result<Option<usize>, Unread> {
         let mut name = [0u8; Name::CAPACITY + 1];
         for (to, from) in name.iter_mut().zip(key.as_bytes()) {
@@ -241,7 +243,7 @@ impl kernel::fmt::Display for Text {
     }
 }
 
-impl Drop for Device {
+impl Drop for XenDevice {
     fn drop(&mut self) {
         // SAFETY: By the type invariant we hold a reference.
         unsafe { bindings::put_device(self.device()) };

@@ -10,9 +10,9 @@
 //!
 //! Wraps `__xenbus_register_backend` and `xenbus_unregister_driver` (include/xen/xenbus.h).
 
-use super::device::Device;
+use super::device::XenDevice;
 use crate::linux::sys;
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use core::marker::PhantomData;
 use kernel::bindings;
 use kernel::device;
@@ -36,18 +36,18 @@ pub(crate) enum Attribute {
 }
 
 /// A backend driver.
-pub(crate) trait Driver: 'static {
+pub(crate) trait XenDriver: 'static {
     /// Data of one device.
     type Data: Send + Sync + 'static;
     /// The device types that it drives, such as `vbd`, of at most 31 bytes.
     const DEVICE_TYPES: [&'static [u8]; 2];
 
     /// Begins to drive a device that was found. Runs under the device lock, often in the xenwatch thread: be quick.
-    fn probe(device: Device) -> Result<Self::Data>;
+    fn probe(device: XenDevice) -> Result<Self::Data>;
 
     /// Handles the state that the other end has set; `Unknown` if it could not be read. The kernel calls it at least
     /// once after `probe`. Runs in the xenwatch thread: queue work and return.
-    fn otherend_changed(data: &Self::Data, state: State);
+    fn otherend_changed(data: &Self::Data, state: XenbusState);
 
     /// Ends the driving of a device that goes. Runs under the device lock, often in the xenwatch thread: record it,
     /// queue work and return. Waiting here for I/O, for xenwatch, or for a lock under which other code waits, can stop
@@ -63,19 +63,19 @@ pub(crate) trait Driver: 'static {
 /// reads through one pointer, so there can be one driver at a time.
 static ATTRIBUTES_TAKEN: AtomicFlag = AtomicFlag::new(false);
 
-/// Connects a [`Driver`] to the kernel's registration.
-pub(crate) struct Adapter<T: Driver>(PhantomData<T>);
+/// Connects a [`XenDriver`] to the kernel's registration.
+pub(crate) struct Adapter<T: XenDriver>(PhantomData<T>);
 
 // SAFETY: `XenbusDriver` is `repr(C)` and has its `device_driver` at the offset given (asserted on
 // both sides); `T::Data` is what `probe` stores as driver data.
-unsafe impl<T: Driver> DriverLayout for Adapter<T> {
+unsafe impl<T: XenDriver> DriverLayout for Adapter<T> {
     type DriverType = sys::XenbusDriver;
     type DriverData<'bound> = T::Data;
     const DEVICE_DRIVER_OFFSET: usize = core::mem::offset_of!(sys::XenbusDriver, driver);
 }
 
 // SAFETY: `unregister` may be called after a successful `register`.
-unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
+unsafe impl<T: XenDriver> RegistrationOps for Adapter<T> {
     unsafe fn register(
         driver: &Opaque<sys::XenbusDriver>,
         name: &'static CStr,
@@ -114,7 +114,7 @@ unsafe impl<T: Driver> RegistrationOps for Adapter<T> {
     }
 }
 
-impl<T: Driver> Adapter<T> {
+impl<T: XenDriver> Adapter<T> {
     /// The device types' names, padded with zeroes; an empty one ends the list.
     const IDS: &'static [sys::XenbusDeviceId; 3] = &{
         let mut ids = [const {
@@ -139,7 +139,7 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn probe(raw: *mut sys::XenbusDevice, _id: *const sys::XenbusDeviceId) -> c_int {
         from_result(|| {
             // SAFETY: The bus calls this with a valid device whose other end is known.
-            let device = unsafe { Device::from_probe(raw) }?;
+            let device = unsafe { XenDevice::from_probe(raw) }?;
             // SAFETY: The device is valid, and this is its driver's probe.
             let core = unsafe {
                 device::Device::<device::CoreInternal<'_>>::from_raw(sys::xbr_dev_device(raw))
@@ -166,7 +166,7 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn otherend_changed(raw: *mut sys::XenbusDevice, state: c_uint) {
         // SAFETY: The watch exists only while the device is bound.
         let data = unsafe { Self::data(sys::xbr_dev_device(raw)) };
-        T::otherend_changed(data, State::from_number(state));
+        T::otherend_changed(data, XenbusState::from_number(state));
     }
 
     extern "C" fn remove(raw: *mut sys::XenbusDevice) {

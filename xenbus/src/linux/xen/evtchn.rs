@@ -8,7 +8,7 @@
 //! Wraps `bind_interdomain_evtchn_to_irqhandler_lateeoi`, `xen_irq_lateeoi`, `notify_remote_via_irq`
 //! and `unbind_from_irqhandler` (include/xen/events.h).
 
-use super::device::Device;
+use super::device::XenDevice;
 use crate::linux::sys;
 use crate::linux::task::wake_event::WakeEvent;
 use kernel::error::to_result;
@@ -21,7 +21,7 @@ use kernel::sync::Arc;
 const HANDLED: c_uint = 1;
 
 /// Data of the interrupt handler.
-struct Line {
+struct InterruptLine {
     /// An event came and was not ended. Set by the handler, taken by the thread.
     pending: Atomic<u32>,
     wake_event: Arc<WakeEvent>,
@@ -34,9 +34,9 @@ struct Line {
 /// `irq` is bound with `line` as its cookie.
 pub(crate) struct EventChannel {
     irq: c_uint,
-    line: KBox<Line>,
+    line: KBox<InterruptLine>,
     // Binding counts events in the device.
-    _device: Arc<Device>,
+    _device: Arc<XenDevice>,
 }
 
 /// Result of an event.
@@ -59,18 +59,18 @@ pub(crate) struct Pending<'a> {
 impl EventChannel {
     /// Binds to the frontend's port; events wake the thread. May sleep.
     pub(crate) fn bind(
-        device: &Arc<Device>,
+        device: &Arc<XenDevice>,
         port: u32,
         wake_event: Arc<WakeEvent>,
     ) -> Result<Self> {
         let line = KBox::new(
-            Line {
+            InterruptLine {
                 pending: Atomic::new(0),
                 wake_event,
             },
             GFP_KERNEL,
         )?;
-        let cookie = core::ptr::from_ref::<Line>(&line).cast_mut();
+        let cookie = core::ptr::from_ref::<InterruptLine>(&line).cast_mut();
         // SAFETY: The device is valid; the cookie stays valid until it is unbound in `drop`.
         let irq = unsafe {
             sys::bind_interdomain_evtchn_to_irqhandler_lateeoi(
@@ -128,7 +128,7 @@ impl Drop for Pending<'_> {
 
 impl Drop for EventChannel {
     fn drop(&mut self) {
-        let cookie = core::ptr::from_ref::<Line>(&self.line).cast_mut();
+        let cookie = core::ptr::from_ref::<InterruptLine>(&self.line).cast_mut();
         // SAFETY: By the type invariant; the call waits for a running handler.
         unsafe { sys::unbind_from_irqhandler(self.irq, cookie.cast()) }
     }
@@ -136,8 +136,8 @@ impl Drop for EventChannel {
 
 /// Runs with interrupts off.
 extern "C" fn handler(_irq: c_int, cookie: *mut c_void) -> c_uint {
-    // SAFETY: The cookie is the `Line` of a bound channel.
-    let line = unsafe { &*cookie.cast::<Line>() };
+    // SAFETY: The cookie is the `InterruptLine` of a bound channel.
+    let line = unsafe { &*cookie.cast::<InterruptLine>() };
     line.pending.xchg(1, Full);
     line.wake_event.wake();
     HANDLED

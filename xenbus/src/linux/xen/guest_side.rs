@@ -4,7 +4,7 @@
 //! is stuck in the block layer.
 //!
 //! The thread alone uses them, without a lock. While it is in the block layer, where it may sleep for as long as a
-//! device hangs, it does not use them: it puts them aside ([`Held::away`]), and another thread may give them back then
+//! device hangs, it does not use them: it puts them aside ([`GuestMapping::away`]), and another thread may give them back then
 //! ([`Taker::take`]). If the queue's thread is not away, it gives them back itself before it goes away again, or as
 //! soon as it has seen the command to stop.
 
@@ -33,39 +33,39 @@ struct GuestSide {
 ///
 /// `side` belongs to the owner, with one exception: if a thread sets `WANTED` while `AWAY` is set, it belongs to that
 /// thread from then on. The owner alone changes `AWAY`, and only while `WANTED` is not set.
-struct Shared {
+struct SharedMapping {
     state: Atomic<u32>,
     side: UnsafeCell<Option<GuestSide>>,
-    traced: trace::Queue,
+    traced: trace::TracedQueue,
 }
 
 // SAFETY: By the type invariant `side` is used by one thread at a time, and both of its parts may be
 // used and dropped on any thread.
-unsafe impl Send for Shared {}
+unsafe impl Send for SharedMapping {}
 // SAFETY: As above.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for SharedMapping {}
 
 /// The owner's end: one thread has it. Dropping it gives everything back.
-pub(crate) struct Held {
-    shared: Arc<Shared>,
+pub(crate) struct GuestMapping {
+    shared: Arc<SharedMapping>,
     /// Everything was given back. (A cell also keeps references to this object on one thread.)
     gone: Cell<bool>,
-    /// A call of [`Held::away`] on this thread's stack has put everything aside.
+    /// A call of [`GuestMapping::away`] on this thread's stack has put everything aside.
     away: Cell<bool>,
 }
 
 /// The other end.
-pub(crate) struct Taker(Arc<Shared>);
+pub(crate) struct Taker(Arc<SharedMapping>);
 
-impl Held {
+impl GuestMapping {
     /// Makes both ends of a guest's side. May sleep.
     pub(crate) fn new(
         channel: EventChannel,
         ring: RingMap,
-        traced: trace::Queue,
+        traced: trace::TracedQueue,
     ) -> Result<(Self, Taker)> {
         let shared = Arc::new(
-            Shared {
+            SharedMapping {
                 state: Atomic::new(0),
                 side: UnsafeCell::new(Some(GuestSide { channel, ring })),
                 traced,
@@ -83,7 +83,7 @@ impl Held {
 
     /// Returns the queue that has it, for trace points.
     #[inline(always)]
-    pub(crate) fn traced(&self) -> &trace::Queue {
+    pub(crate) fn traced(&self) -> &trace::TracedQueue {
         &self.shared.traced
     }
 
@@ -148,7 +148,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for GuestMapping {
     fn drop(&mut self) {
         self.let_go();
     }
@@ -182,7 +182,7 @@ impl Taker {
 }
 
 /// Reads of a ring that is gone return nothing, and writes have no effect.
-impl SharedRing for &Held {
+impl SharedRing for &GuestMapping {
     fn is_gone(&self) -> bool {
         self.gone.get()
     }

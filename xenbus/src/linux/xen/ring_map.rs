@@ -4,7 +4,7 @@
 //!
 //! Wraps `xenbus_map_ring_valloc` and `xenbus_unmap_ring_vfree` (include/xen/xenbus.h).
 
-use super::device::Device;
+use super::device::XenDevice;
 use super::trial;
 use crate::linux::barrier;
 use crate::linux::sys;
@@ -26,7 +26,7 @@ pub(crate) struct RingMap {
     base: NonNull<u8>,
     mask: u32,
     stride: usize,
-    device: Arc<Device>,
+    device: Arc<XenDevice>,
 }
 
 // SAFETY: The mapping may be used from any thread; all accesses are volatile.
@@ -41,7 +41,7 @@ impl RingMap {
     /// hypervisor's status of one of the frontend's pages, whatever that number is in Linux, and the bus has then
     /// published Closing.
     pub(crate) fn map(
-        device: &Arc<Device>,
+        device: &Arc<XenDevice>,
         refs: &[u32; MAX_RING_PAGES],
         order: u8,
         protocol: Protocol,

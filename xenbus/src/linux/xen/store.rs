@@ -6,7 +6,7 @@
 //! `xenbus_transaction_end` (include/xen/xenbus.h).
 
 use crate::linux::sys;
-use crate::proto::state::State;
+use crate::proto::state::XenbusState;
 use crate::proto::text::parse_u32;
 use kernel::bindings;
 use kernel::error::{from_err_ptr, to_result};
@@ -73,15 +73,15 @@ fn read_number_in(
     Ok(len.and_then(|len| value.get(..len)).and_then(parse_u32))
 }
 
-fn read_state_in(transaction: sys::XenbusTransaction, dir: &CStr) -> Result<State> {
+fn read_state_in(transaction: sys::XenbusTransaction, dir: &CStr) -> Result<XenbusState> {
     let mut value = [0; 16];
     let len = read_in(transaction, dir, c"state", &mut value)?;
     let number = value.get(..len).and_then(parse_u32);
-    Ok(number.map_or(State::Unknown, State::from_number))
+    Ok(number.map_or(XenbusState::Unknown, XenbusState::from_number))
 }
 
 /// Reads the state of a device's directory; a value that is no state is Unknown.
-pub(crate) fn read_state(dir: &CStr) -> Result<State> {
+pub(crate) fn read_state(dir: &CStr) -> Result<XenbusState> {
     read_state_in(NONE, dir)
 }
 
@@ -137,7 +137,7 @@ pub(crate) struct Transaction(sys::XenbusTransaction);
 
 impl Transaction {
     /// Reads the state of a device's directory; a value that is no state is Unknown.
-    pub(crate) fn read_state(&self, dir: &CStr) -> Result<State> {
+    pub(crate) fn read_state(&self, dir: &CStr) -> Result<XenbusState> {
         read_state_in(self.0, dir)
     }
 

@@ -21,11 +21,11 @@ use kernel::prelude::*;
 /// # Invariants
 ///
 /// `raw` has pages of `gnttab_alloc_pages` that were not freed, and null in other places.
-struct Places {
+struct UnmappedPages {
     raw: KVec<*mut bindings::page>,
 }
 
-impl Places {
+impl UnmappedPages {
     /// Allocates `count` pages. May sleep.
     fn new(count: u32) -> Result<Self> {
         let mut raw = filled(core::ptr::null_mut(), count as usize)?;
@@ -36,7 +36,7 @@ impl Places {
     }
 }
 
-impl Drop for Places {
+impl Drop for UnmappedPages {
     fn drop(&mut self) {
         for page in self.raw.iter_mut().filter(|page| !page.is_null()) {
             // SAFETY: By the type invariant the page may be freed; a page from which a guest's page was not taken away
@@ -54,7 +54,7 @@ impl Drop for Places {
 /// reason is no error here, because the kernel's function for rings reports it.
 pub(super) fn map_once(domain: u16, refs: &[u32]) -> Result {
     let count = u32::try_from(refs.len()).map_err(|_| EINVAL)?;
-    let mut places = Places::new(count)?;
+    let mut places = UnmappedPages::new(count)?;
     let mut maps = filled(sys::GnttabMap::default(), refs.len())?;
     let mut unmaps: KVec<sys::GnttabUnmap> = KVec::with_capacity(refs.len(), GFP_KERNEL)?;
     let mut mapped: KVec<*mut bindings::page> = KVec::with_capacity(refs.len(), GFP_KERNEL)?;
@@ -105,7 +105,7 @@ fn unmap_all(
     ops: &mut KVec<sys::GnttabUnmap>,
     mapped: &mut KVec<*mut bindings::page>,
     data: &mut MaybeUninit<sys::UnmapData>,
-    places: &mut Places,
+    places: &mut UnmappedPages,
 ) {
     if ops.is_empty() {
         return;

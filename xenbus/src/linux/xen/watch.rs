@@ -12,7 +12,7 @@
 //! for a running callback and removes events that wait.
 
 use crate::linux::sys;
-use crate::proto::watched::{Change, Key, Place, PATH_MAX, TYPES};
+use crate::proto::watched::{BackendPath, DirectoryChange, WrittenKey, PATH_MAX, TYPES};
 use core::pin::Pin;
 use kernel::bindings;
 use kernel::error::to_result;
@@ -30,23 +30,23 @@ pub(crate) struct InXenwatch(());
 pub(crate) trait Listener: Send + Sync + 'static {
     /// The key has changed. Runs in the xenwatch thread, which serves every backend of the host, as `thread` shows:
     /// queue work and return.
-    fn changed(self: Arc<Self>, key: Key, thread: &InXenwatch);
+    fn changed(self: Arc<Self>, key: WrittenKey, thread: &InXenwatch);
 }
 
 /// Paths that are watched, in the order of [`TYPES`].
 const PATHS: [&CStr; TYPES.len()] = [c"backend/vbd", c"backend/vbd3"];
 
 /// Several devices can have one place for a while: a former one may not have given everything back yet.
-type Id = (Place, u64);
+type WatchId = (BackendPath, u64);
 
 /// The listeners, and the number of the next one.
 struct Listeners {
-    tree: RBTree<Id, Arc<dyn Listener>>,
+    tree: RBTree<WatchId, Arc<dyn Listener>>,
     next: u64,
 }
 
 /// The registered watches.
-type Registered = [Option<Pin<KBox<Watch>>>; TYPES.len()];
+type Registered = [Option<Pin<KBox<RegisteredWatch>>>; TYPES.len()];
 
 kernel::sync::global_lock! {
     // SAFETY: `Watches::new`, which the module calls before it registers its driver, initialises it once.
@@ -87,7 +87,7 @@ impl Watches {
         let mut registered = REGISTERED.lock();
         let place = registered.get_mut(kind).ok_or(EINVAL)?;
         if place.is_none() {
-            *place = Some(Watch::register(path)?);
+            *place = Some(RegisteredWatch::register(path)?);
         }
         Ok(())
     }
@@ -109,13 +109,13 @@ impl Drop for Watches {
 ///
 /// The table has an entry of `id`, which belongs to this subscription.
 pub(crate) struct Subscription {
-    id: Id,
+    id: WatchId,
 }
 
 impl Subscription {
     /// Calls `listener` from now on when a key in this directory changes. The caller looks at the keys afterwards,
     /// because no first event comes. May sleep.
-    pub(crate) fn new(place: Place, listener: Arc<dyn Listener>) -> Result<Self> {
+    pub(crate) fn new(place: BackendPath, listener: Arc<dyn Listener>) -> Result<Self> {
         Watches::register(place.kind)?;
         // Not under the lock, for which the xenwatch thread would wait.
         let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
@@ -143,7 +143,7 @@ impl Drop for Subscription {
 }
 
 /// The first listener from `from` on that is not behind `last`.
-fn next_listener(from: &Id, last: &Place) -> Option<(Id, Arc<dyn Listener>)> {
+fn next_listener(from: &WatchId, last: &BackendPath) -> Option<(WatchId, Arc<dyn Listener>)> {
     let table = LISTENERS.lock();
     let cursor = table.as_ref()?.tree.cursor_lower_bound(from)?;
     let (id, listener) = cursor.current();
@@ -152,7 +152,7 @@ fn next_listener(from: &Id, last: &Place) -> Option<(Id, Arc<dyn Listener>)> {
 
 /// Tells all that listen. Most changes are of one device. One of more devices is that of a whole directory, for which
 /// the bus goes through its devices, too.
-fn tell(change: &Change, thread: &InXenwatch) {
+fn tell(change: &DirectoryChange, thread: &InXenwatch) {
     let mut from = (*change.places.start(), 0);
     while let Some((id, listener)) = next_listener(&from, change.places.end()) {
         // The callee may end its subscription, and others may begin: the next one is looked up anew.
@@ -165,17 +165,17 @@ fn tell(change: &Change, thread: &InXenwatch) {
 ///
 /// Dropping sleeps, and waits for a running callback unless it is called from one.
 #[pin_data(PinnedDrop)]
-struct Watch {
+struct RegisteredWatch {
     #[pin]
     raw: Opaque<sys::XenbusWatch>,
 }
 
 // SAFETY: The C side serialises registration and callbacks.
-unsafe impl Send for Watch {}
+unsafe impl Send for RegisteredWatch {}
 // SAFETY: As above.
-unsafe impl Sync for Watch {}
+unsafe impl Sync for RegisteredWatch {}
 
-impl Watch {
+impl RegisteredWatch {
     /// Watches `path` and all below it. May sleep.
     fn register(path: &'static CStr) -> Result<Pin<KBox<Self>>> {
         KBox::try_pin_init(
@@ -201,9 +201,9 @@ impl Watch {
 }
 
 #[pinned_drop]
-impl PinnedDrop for Watch {
+impl PinnedDrop for RegisteredWatch {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: A `Watch` exists only if its registration succeeded.
+        // SAFETY: A `RegisteredWatch` exists only if its registration succeeded.
         unsafe { sys::unregister_xenbus_watch(self.raw.get()) };
     }
 }
@@ -213,7 +213,7 @@ impl PinnedDrop for Watch {
 /// # Safety
 ///
 /// `path` is a C string.
-unsafe fn change(path: *const c_char) -> Option<Change> {
+unsafe fn change(path: *const c_char) -> Option<DirectoryChange> {
     let mut bytes = [0u8; PATH_MAX];
     let mut len: usize = 0;
     loop {
@@ -226,7 +226,7 @@ unsafe fn change(path: *const c_char) -> Option<Change> {
         *bytes.get_mut(len)? = byte;
         len = len.wrapping_add(1);
     }
-    Change::of(bytes.get(..len)?)
+    DirectoryChange::of(bytes.get(..len)?)
 }
 
 /// Most events come from our own writes, and no device looks at those keys. A guest can write none.

@@ -9,9 +9,9 @@
 //! Wraps `struct kiocb`, `iov_iter_bvec` (include/linux/uio.h), `sb_start_write` and `kiocb_end_write`
 //! (include/linux/fs.h), `memalloc_noio_save` (include/linux/sched/mm.h).
 
-use super::{end, Record, IO_ERROR, NOT_SUPPORTED};
+use super::{end, IoRecord, IO_ERROR, NOT_SUPPORTED};
 use crate::linux::block::file::ImageFile;
-use crate::linux::block::storage::Storage;
+use crate::linux::block::storage::DiskStorage;
 use crate::linux::sys;
 use core::mem::offset_of;
 use kernel::bindings;
@@ -35,7 +35,7 @@ pub(super) struct Framed {
 
 /// Operation on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum CallKind {
     Read,
     Write,
     Flush,
@@ -78,7 +78,7 @@ pub(super) unsafe fn submit(bio: *mut bindings::bio) {
         );
     }
     match started.kind() {
-        Some(Kind::Read | Kind::Write) if file.can_refuse_to_wait() => {
+        Some(CallKind::Read | CallKind::Write) if file.can_refuse_to_wait() => {
             started.call(sys::IOCB_NOWAIT);
         }
         Some(_) => started.later(),
@@ -92,15 +92,15 @@ impl Started {
         unsafe { core::ptr::addr_of_mut!((*self.0).bio) }
     }
 
-    fn record(&self) -> &Record {
+    fn record(&self) -> &IoRecord {
         // SAFETY: By the invariant.
-        unsafe { &*(*self.bio()).bi_private.cast::<Record>() }
+        unsafe { &*(*self.bio()).bi_private.cast::<IoRecord>() }
     }
 
     fn file(&self) -> Option<&ImageFile> {
         // SAFETY: By the invariant the record is not reaped.
         match unsafe { self.record().storage() } {
-            Some(Storage::File(file)) => Some(file),
+            Some(DiskStorage::File(file)) => Some(file),
             _ => None,
         }
     }
@@ -112,7 +112,7 @@ impl Started {
     }
 
     /// Returns the operation on the file; `None` for one that a file does not get in this way.
-    fn kind(&self) -> Option<Kind> {
+    fn kind(&self) -> Option<CallKind> {
         const REQ_OP: u32 = (1 << bindings::REQ_OP_BITS) - 1;
         const DURABLE: u32 =
             1 << bindings::req_flag_bits___REQ_PREFLUSH | 1 << bindings::req_flag_bits___REQ_FUA;
@@ -120,15 +120,15 @@ impl Started {
         let flags = unsafe { (*self.bio()).bi_opf };
         let is_plain = flags & DURABLE == 0;
         match flags & REQ_OP {
-            bindings::req_op_REQ_OP_READ => Some(Kind::Read),
-            bindings::req_op_REQ_OP_WRITE if is_plain => Some(Kind::Write),
-            bindings::req_op_REQ_OP_WRITE if self.len() == 0 => Some(Kind::Flush),
+            bindings::req_op_REQ_OP_READ => Some(CallKind::Read),
+            bindings::req_op_REQ_OP_WRITE if is_plain => Some(CallKind::Write),
+            bindings::req_op_REQ_OP_WRITE if self.len() == 0 => Some(CallKind::Flush),
             _ => None,
         }
     }
 
     fn is_write(&self) -> bool {
-        self.kind() == Some(Kind::Write)
+        self.kind() == Some(CallKind::Write)
     }
 
     fn iocb(&self) -> *mut bindings::kiocb {
@@ -254,7 +254,7 @@ extern "C" fn work(work: *mut bindings::work_struct) {
     let framed = unsafe { work.byte_sub(at) }.cast::<Framed>();
     // INVARIANT: It was queued by `Started::later`.
     let started = Started(framed);
-    if started.kind() != Some(Kind::Flush) {
+    if started.kind() != Some(CallKind::Flush) {
         return started.call(0);
     }
     match started.file().map(ImageFile::sync) {

@@ -2,7 +2,7 @@
 
 //! Builds the bios of a transfer: as few, with as few ranges of memory, as the device accepts.
 
-use super::{Bio, Disk, Inflight, Most, Operation, FIRST_VECS};
+use super::{Bio, BioDisk, Inflight, Most, Operation, FIRST_VECS};
 use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
@@ -15,9 +15,9 @@ impl Inflight<'_> {
     pub(crate) fn transfer(
         &self,
         operation: Operation,
-        mut places: impl Iterator<Item = Place>,
+        mut places: impl Iterator<Item = DeviceTarget>,
         count: u16,
-        pieces: impl Iterator<Item = Piece>,
+        pieces: impl Iterator<Item = PagePiece>,
     ) {
         let Some(first) = places.next() else {
             return self.fail();
@@ -31,7 +31,7 @@ impl Inflight<'_> {
         };
         // Bytes of the place that no run has. A run has at most as many, so what joins it needs no look.
         let mut room = first.bytes;
-        let mut run: Option<Run> = None;
+        let mut run: Option<TransferRun> = None;
         for mut piece in pieces {
             if run.as_mut().is_some_and(|run| run.join(&piece)) {
                 bios.left = bios.left.wrapping_sub(1);
@@ -51,7 +51,7 @@ impl Inflight<'_> {
                     bios.go_on(&next);
                     room = next.bytes;
                 }
-                run = Run::take(self.disk, &mut piece, room);
+                run = TransferRun::take(self.disk, &mut piece, room);
                 if run.is_none() {
                     return self.fail();
                 }
@@ -71,7 +71,7 @@ impl Inflight<'_> {
         operation: Operation,
         sector: u64,
         count: u16,
-        pieces: impl Iterator<Item = Piece>,
+        pieces: impl Iterator<Item = PagePiece>,
     ) {
         let mut bios = Bios {
             operation,
@@ -100,7 +100,7 @@ impl Inflight<'_> {
 }
 
 /// Destination of a part of a transfer on the device.
-pub(crate) struct Place {
+pub(crate) struct DeviceTarget {
     /// The first sector of 512 bytes; `None` if it is nowhere and reads as zeroes.
     pub(crate) sector: Option<u64>,
     /// Whole sectors.
@@ -108,7 +108,7 @@ pub(crate) struct Place {
 }
 
 /// A piece of one data page, or of several that follow one another by their numbers.
-pub(crate) struct Piece {
+pub(crate) struct PagePiece {
     /// The first page.
     pub(crate) page: PageIndex,
     /// Byte offset in that page.
@@ -117,7 +117,7 @@ pub(crate) struct Piece {
     pub(crate) len: u32,
 }
 
-impl Piece {
+impl PagePiece {
     /// Skips the first `len` bytes of the piece.
     fn skip(&mut self, len: u32) {
         const PAGE: u32 = PAGE_SIZE as u32;
@@ -137,7 +137,7 @@ impl Piece {
 ///
 /// From `page` on, `room` bytes of the disk's data pages lie one behind the other, and
 /// `offset + len` is at most that.
-struct Run {
+struct TransferRun {
     page: *mut bindings::page,
     room: u32,
     /// The first page.
@@ -146,10 +146,10 @@ struct Run {
     len: u32,
 }
 
-impl Run {
+impl TransferRun {
     /// Takes from the beginning of a piece what lies one behind the other. With what joins it, it has no more than
     /// `most` bytes. `None` if there is no such page.
-    fn take(disk: &Disk, piece: &mut Piece, most: u64) -> Option<Self> {
+    fn take(disk: &BioDisk, piece: &mut PagePiece, most: u64) -> Option<Self> {
         let (page, room) = disk.pages.run(piece.page)?;
         let there = room.checked_sub(piece.offset.into()).filter(|n| *n > 0)?;
         let there = u32::try_from(most).map_or(there, |most| most.min(there));
@@ -172,7 +172,7 @@ impl Run {
     }
 
     /// Extends the range with `next` if that lies directly behind it.
-    fn join(&mut self, next: &Piece) -> bool {
+    fn join(&mut self, next: &PagePiece) -> bool {
         const PAGE: u32 = PAGE_SIZE as u32;
         let end = self.len.wrapping_add(self.offset.into());
         // First, because a mapped page is full with the bytes that it has.
@@ -213,7 +213,7 @@ struct Bios<'a> {
 
 impl Bios<'_> {
     /// Directs the following pieces to another place.
-    fn go_on(&mut self, place: &Place) {
+    fn go_on(&mut self, place: &DeviceTarget) {
         self.sector = place.sector;
         // Whole pages, and two that are not. A piece that needs more ranges gets another bio.
         let pages = (place.bytes / PAGE_SIZE as u64).saturating_add(2);
@@ -229,7 +229,7 @@ impl Bios<'_> {
     }
 
     /// Adds a run. Returns false if the device does not take it even alone in a bio.
-    fn add(&mut self, run: &Run) -> bool {
+    fn add(&mut self, run: &TransferRun) -> bool {
         let Some(sector) = self.sector else {
             let reads = self.operation == Operation::Read;
             if reads {
@@ -251,7 +251,7 @@ impl Bios<'_> {
 
     /// Adds a piece of a page at which a guest's page is mapped. False if there is no such page.
     #[inline]
-    fn add_mapped(&mut self, piece: &Piece) -> bool {
+    fn add_mapped(&mut self, piece: &PagePiece) -> bool {
         if self.bio.add_mapped(piece) {
             return true;
         }
@@ -267,7 +267,7 @@ impl Bios<'_> {
 
 impl Bio<'_> {
     /// Adds a run of the same I/O; returns `false` if the bio cannot take it.
-    fn add(&mut self, run: &Run) -> bool {
+    fn add(&mut self, run: &TransferRun) -> bool {
         let Some(raw) = self.raw else {
             return false;
         };
@@ -315,7 +315,7 @@ impl Bio<'_> {
     /// Adds a piece of a page at which a guest's page is mapped, without a look whether it lies behind the last one,
     /// which such pages do not. False if there is no such page, or if it is full.
     #[inline(always)]
-    fn add_mapped(&mut self, piece: &Piece) -> bool {
+    fn add_mapped(&mut self, piece: &PagePiece) -> bool {
         let end = piece.len.saturating_add(piece.offset.into());
         let page = self.inflight.disk.pages.map_page(piece.page);
         let (Some(raw), Some(page), true) = (self.raw, page, end <= PAGE_SIZE as u32) else {
