@@ -19,7 +19,7 @@ pub(crate) use crate::linux::block::bdev::BlockLimits;
 
 /// State of a disk that a process serves, as administrators see it in the key `tap-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
+pub(crate) enum TapStatus {
     /// A process serves it.
     Live,
     /// No process does; requests wait for the next one.
@@ -28,7 +28,7 @@ pub(crate) enum Status {
     Fencing,
 }
 
-impl Status {
+impl TapStatus {
     /// The value of the key.
     pub(crate) fn text(self) -> &'static CStr {
         match self {
@@ -98,7 +98,7 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
     fn offered_segments(&self) -> u16;
 
     /// Returns how a process serves it, or `None` if the kernel does.
-    fn status(&self) -> Option<Status> {
+    fn status(&self) -> Option<TapStatus> {
         None
     }
 
@@ -107,7 +107,7 @@ pub(crate) trait BackingDisk: Send + Sync + 'static {
 }
 
 /// Requirements of a queue for its part of the disk.
-pub(crate) struct Needs<'a> {
+pub(crate) struct QueueNeeds<'a> {
     /// Domain of the guest, whose memory the disk uses.
     pub(crate) domain: u16,
     /// Number of the queue, from 0.
@@ -127,7 +127,7 @@ pub(crate) struct Needs<'a> {
 }
 
 /// A queue's part of the disk.
-pub(crate) struct Part<B> {
+pub(crate) struct QueuePart<B> {
     /// Carries out its I/O.
     pub(crate) backend: B,
     /// Pages for its data.
@@ -139,7 +139,7 @@ pub(crate) struct Part<B> {
     pub(crate) rest: u16,
     /// Memory that it takes always, in KiB.
     pub(crate) memory_kib: u64,
-    /// Requests in flight at most, and so the number of tags: from 1 to the [depth](Needs::depth) that the queue needs.
+    /// Requests in flight at most, and so the number of tags: from 1 to the [depth](QueueNeeds::depth) that the queue needs.
     pub(crate) depth: u16,
 }
 
@@ -152,7 +152,10 @@ pub(crate) trait QueueBackends: BackingDisk + Sized {
     fn max_segments(&self, queues: u32) -> u16;
 
     /// Reserves a queue's part. May sleep.
-    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Self::Backend>, ConnectError>;
+    fn queue(
+        self: &Arc<Self>,
+        needs: &QueueNeeds<'_>,
+    ) -> Result<QueuePart<Self::Backend>, ConnectError>;
 
     /// Returns what a draining queue does about the I/O in flight; the queue calls it again after each wake-up. The
     /// variant never changes during the life of a disk.

@@ -61,7 +61,7 @@ use linux::xen::claims::Claims;
 use linux::xen::driver::Adapter;
 use linux::xen::store::Transactions;
 use linux::xen::watch::Watches;
-use memory::Memory;
+use memory::DiskMemory;
 
 module! {
     type: Blkback,
@@ -119,15 +119,15 @@ module! {
 #[pin_data]
 struct Blkback {
     #[pin]
-    driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::Tap>>>,
+    driver: kernel::driver::Registration<Adapter<bus::VbdDriver<tap::TapTable>>>,
     watches: Watches,
     debug: Debug,
     nodes: tap::Nodes,
-    tap: tap::Tap,
+    tap: tap::TapTable,
     queues: WorkQueues,
     transactions: Transactions,
     claims: Claims,
-    memory: Memory,
+    memory: DiskMemory,
 }
 
 impl kernel::InPlaceModule for Blkback {
@@ -137,12 +137,12 @@ impl kernel::InPlaceModule for Blkback {
             // the driver are ready before it, because the bus may probe a device at once.
             memory: linux::needs_xen()
                 .inspect(|()| params::note_processors())
-                .and_then(|()| Memory::new())?,
+                .and_then(|()| DiskMemory::new())?,
             claims: Claims::new()?,
             transactions: Transactions::new()?,
             debug: Debug::new()?,
             queues: WorkQueues::new()?,
-            tap: tap::Tap::new()?,
+            tap: tap::TapTable::new()?,
             // If the rest fails, this goes before the work that events queue.
             watches: Watches::new()?,
             driver <- kernel::driver::Registration::new(c"xen-blkback-rs", module),

@@ -13,7 +13,7 @@ use crate::linux::xen::store;
 use crate::memory::Reservation;
 use crate::proto::frontend::{self, Offer};
 use crate::proto::state::Ending;
-use crate::queue::{Prepared, Queue, Setup, ThreadEnds};
+use crate::queue::{Prepared, Queue, QueueSetup, ThreadEnds};
 use crate::ring::abi::Protocol;
 use crate::ring::request::RequestLimits;
 use crate::totals::Totals;
@@ -121,7 +121,7 @@ impl Connection {
         // Published again before the frontend sees Connected, which is when it looks.
         let max_segments = disk.max_segments(request.queues);
         limits.max_indirect_segments = limits.max_indirect_segments.min(max_segments);
-        let setup = Setup {
+        let setup = QueueSetup {
             device: peer.device,
             events: &peer.events,
             totals: peer.totals,

@@ -2,7 +2,7 @@
 
 //! The disk of a device: which one the hotplug script names, and opening it.
 
-use crate::backing::{Attachment, Status, Unavailable};
+use crate::backing::{Attachment, TapStatus, Unavailable};
 use crate::connection::Connect;
 use crate::events::DeviceEvents;
 use crate::linux::block::bdev::BlockDevice;
@@ -33,7 +33,7 @@ pub(crate) enum Name {
 pub(crate) type AttachTap = fn(u32, Attachment) -> Result<Arc<dyn Connect>, Unavailable>;
 
 /// Context for opening the disk of a device.
-pub(crate) struct Opener {
+pub(crate) struct DiskOpener {
     /// The device.
     pub(crate) device: Arc<XenDevice>,
     /// Receiver of changes of the disk.
@@ -43,14 +43,14 @@ pub(crate) struct Opener {
 }
 
 /// The open disk of a device, and what was published about it.
-pub(crate) struct Disk {
+pub(crate) struct AttachedDisk {
     pub(crate) name: Name,
     pub(crate) backing: Arc<dyn Connect>,
     /// Size in sectors of 512 bytes.
     pub(crate) sectors: u64,
     /// The device below the disk was seen to be gone.
     pub(crate) is_gone: bool,
-    pub(crate) status: Option<Status>,
+    pub(crate) status: Option<TapStatus>,
     /// Time of the last publication about the disk, in nanoseconds of the local clock.
     published_at: Option<u64>,
 }
@@ -87,9 +87,9 @@ impl Bad {
     }
 }
 
-impl Disk {
+impl AttachedDisk {
     /// Opens the disk of this name. May sleep for as long as its storage does not answer.
-    pub(crate) fn open(opener: &Opener, name: Name) -> Result<Self, Bad> {
+    pub(crate) fn open(opener: &DiskOpener, name: Name) -> Result<Self, Bad> {
         let device = &*opener.device;
         let mut mode = [0; 8];
         let len = store::read(device.nodename(), c"mode", &mut mode)

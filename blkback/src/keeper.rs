@@ -6,7 +6,7 @@ use crate::engine::{Backend, Engine, Grants};
 use crate::linux::local_clock;
 use crate::mapping_room;
 use crate::ring::ports::SharedRing;
-use crate::totals::Tally;
+use crate::totals::QueueTally;
 
 /// Nanoseconds after which unused borrowed memory is given back. It is a little less than a thread with borrowed memory
 /// sleeps.
@@ -18,7 +18,7 @@ const PASSES: u32 = 4096;
 
 /// Looks after what one queue has borrowed.
 pub(crate) struct Keeper<'a> {
-    tally: &'a Tally,
+    tally: &'a QueueTally,
     /// Borrowed pages that the statistics show.
     borrowed: u16,
     /// Nanoseconds of the local clock at the last check for unused memory, and at the last sweep of mappings.
@@ -31,7 +31,7 @@ pub(crate) struct Keeper<'a> {
 
 impl<'a> Keeper<'a> {
     /// Makes the keeper of a queue that has borrowed nothing.
-    pub(crate) fn new(tally: &'a Tally) -> Self {
+    pub(crate) fn new(tally: &'a QueueTally) -> Self {
         let now = local_clock();
         Self {
             tally,

@@ -7,7 +7,7 @@
 //! fills the pool, if memory can be had without waiting for I/O.
 
 use crate::connect_error::ConnectError;
-use crate::engine::{Group, Mapping, PendingRequest, SegmentEntry};
+use crate::engine::{BlockGroup, Mapping, PendingRequest, SegmentEntry};
 use crate::linux::block::bio::BioDisk;
 use crate::linux::bounds;
 use crate::linux::memory::data::DataPages;
@@ -19,7 +19,7 @@ use crate::linux::task::workqueue;
 use crate::linux::xen::grant::GuestGrants;
 use crate::params::{self, PoolSizes};
 use crate::ring::abi::{Protocol, PAGE_SIZE};
-use crate::shares::{Bounds, Guest, Host, Refusal};
+use crate::shares::{Bounds, GuestLedger, HostLedger, Refusal};
 use kernel::new_spinlock;
 use kernel::prelude::*;
 use kernel::rbtree::{RBTree, RBTreeNodeReservation};
@@ -38,8 +38,8 @@ const PAUSE_NS: u64 = 10_000_000;
 const BLOCK: u32 = PAGES as u32;
 
 kernel::sync::global_lock! {
-    // SAFETY: `Memory::new` initialises it once, and no function uses it before `INITIALISED` is set.
-    unsafe(uninit) static HOST: Mutex<Option<Arc<Store>>> = None;
+    // SAFETY: `DiskMemory::new` initialises it once, and no function uses it before `INITIALISED` is set.
+    unsafe(uninit) static HOST: Mutex<Option<Arc<HostMemory>>> = None;
 }
 
 static CLAIMED: AtomicFlag = AtomicFlag::new(false);
@@ -47,14 +47,18 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 
 /// The books of the host.
 struct Books {
-    host: Host,
+    host: HostLedger,
     /// Guests that have queues or an offer, and for each the number of users of its books.
-    guests: RBTree<u16, (Guest, u32)>,
+    guests: RBTree<u16, (GuestLedger, u32)>,
 }
 
 impl Books {
     /// Does something with the books of a guest that has a user of them.
-    fn with<T>(&mut self, domain: u16, how: impl FnOnce(&mut Host, &mut Guest) -> T) -> Option<T> {
+    fn with<T>(
+        &mut self,
+        domain: u16,
+        how: impl FnOnce(&mut HostLedger, &mut GuestLedger) -> T,
+    ) -> Option<T> {
         let (guest, _) = self.guests.get_mut(&domain)?;
         let result = how(&mut self.host, guest);
         bounds::set_memory_kib(self.host.held().saturating_mul(4));
@@ -64,7 +68,7 @@ impl Books {
 
 /// The memory of the host.
 #[pin_data]
-struct Store {
+struct HostMemory {
     #[pin]
     books: SpinLock<Books>,
     #[pin]
@@ -76,11 +80,11 @@ struct Store {
     /// Time at which the pool may be filled again, in nanoseconds of the monotonic clock.
     fill_after: Atomic<u64>,
     #[pin]
-    work: Work<Store>,
+    work: Work<HostMemory>,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Store { self.work }
+    impl HasWork<Self> for HostMemory { self.work }
 }
 
 /// The bounds as the parameters are now.
@@ -97,9 +101,9 @@ fn current_bounds() -> Bounds {
 }
 
 /// The memory of all disks; the module holds it while it is loaded.
-pub(crate) struct Memory(Option<Shrinker<Store>>);
+pub(crate) struct DiskMemory(Option<Shrinker<HostMemory>>);
 
-impl Memory {
+impl DiskMemory {
     /// Works once in the life of the module. May sleep.
     pub(crate) fn new() -> Result<Self> {
         if CLAIMED.xchg(true, Full) {
@@ -109,16 +113,16 @@ impl Memory {
         unsafe { HOST.init() };
         INITIALISED.store(true, Release);
         let store = Arc::pin_init(
-            pin_init!(Store {
+            pin_init!(HostMemory {
                 books <- new_spinlock!(
-                    Books { host: Host::default(), guests: RBTree::new() },
-                    "Store::books"
+                    Books { host: HostLedger::default(), guests: RBTree::new() },
+                    "HostMemory::books"
                 ),
                 pool <- Pool::new(),
                 calls: Atomic::new(0),
                 pressure: Atomic::new(0),
                 fill_after: Atomic::new(0),
-                work <- new_work!("Store::work"),
+                work <- new_work!("HostMemory::work"),
             }),
             GFP_KERNEL,
         )?;
@@ -128,7 +132,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for DiskMemory {
     fn drop(&mut self) {
         drop(self.0.take());
         let store = HOST.lock().take();
@@ -137,7 +141,7 @@ impl Drop for Memory {
     }
 }
 
-impl Store {
+impl HostMemory {
     /// The one of the host.
     fn get() -> Result<Arc<Self>> {
         if !INITIALISED.load(Acquire) {
@@ -157,7 +161,7 @@ impl Store {
     /// A guest has one more queue, or a disk that it is offered. May sleep.
     fn enter(&self, domain: u16) -> Result {
         let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
-        let node = node.into_node(domain, (Guest::default(), 1));
+        let node = node.into_node(domain, (GuestLedger::default(), 1));
         let mut books = self.books.lock();
         match books.guests.get_mut(&domain) {
             Some((_, queues)) => *queues = queues.saturating_add(1),
@@ -184,10 +188,10 @@ impl Store {
     }
 }
 
-impl WorkItem for Store {
-    type Pointer = Arc<Store>;
+impl WorkItem for HostMemory {
+    type Pointer = Arc<HostMemory>;
 
-    fn run(this: Arc<Store>) {
+    fn run(this: Arc<HostMemory>) {
         while this.pool.len() < READY {
             match PageBlock::new(Effort::Light) {
                 Ok(block) => this.pool.give(block, READY),
@@ -201,7 +205,7 @@ impl WorkItem for Store {
     }
 }
 
-impl Shrink for Store {
+impl Shrink for HostMemory {
     fn count(&self) -> usize {
         (self.pool.len() as usize).saturating_mul(PAGES)
     }
@@ -225,7 +229,7 @@ impl Shrink for Store {
 pub(crate) fn queue_bytes(sizes: &PoolSizes, depth: u16) -> usize {
     let slots = usize::from(depth).saturating_mul(size_of::<PendingRequest>());
     let entries = sizes.entries().saturating_mul(size_of::<SegmentEntry>());
-    let groups = Group::needed(sizes.copy).saturating_mul(size_of::<Group>());
+    let groups = BlockGroup::needed(sizes.copy).saturating_mul(size_of::<BlockGroup>());
     let mappings = usize::from(sizes.map).saturating_mul(size_of::<Mapping>());
     usize::from(sizes.own)
         .saturating_mul(PAGE_SIZE)
@@ -258,7 +262,7 @@ pub(crate) fn queue_pages(order: u8) -> u32 {
 /// A disk that a frontend is offered, and the memory of its guest that is reserved for what the frontend may ask for.
 /// Only the work of the device uses it. Dropping it gives the reserved pages back.
 pub(crate) struct Reservation {
-    store: Arc<Store>,
+    store: Arc<HostMemory>,
     domain: u16,
     left: Atomic<u32>,
 }
@@ -267,10 +271,11 @@ impl Reservation {
     /// Counts one more disk of a guest, and returns the pages that it may be offered, if a queue needs `least`. May
     /// sleep.
     pub(crate) fn new(domain: u16, least: u32) -> Result<(Self, u32)> {
-        let store = Store::get()?;
+        let store = HostMemory::get()?;
         store.enter(domain)?;
-        let add =
-            |host: &mut Host, guest: &mut Guest| host.add_disk(guest, least, current_bounds());
+        let add = |host: &mut HostLedger, guest: &mut GuestLedger| {
+            host.add_disk(guest, least, current_bounds())
+        };
         let share = store.books.lock().with(domain, add).unwrap_or(least);
         let left = Atomic::new(0);
         let disk = Self {
@@ -285,8 +290,9 @@ impl Reservation {
     pub(crate) fn hold(&self, pages: u32) {
         let left = self.left.load(Relaxed);
         let more = pages.saturating_sub(left);
-        let reserve =
-            |host: &mut Host, guest: &mut Guest| host.reserve(guest, more, current_bounds());
+        let reserve = |host: &mut HostLedger, guest: &mut GuestLedger| {
+            host.reserve(guest, more, current_bounds())
+        };
         let got = self.store.books.lock().with(self.domain, reserve);
         let now = left.saturating_add(got.unwrap_or(0));
         self.left.store(now, Relaxed);
@@ -295,7 +301,8 @@ impl Reservation {
     /// Gives back the reserved pages: the frontend has connected, and its queues have their memory.
     pub(crate) fn settle(&self) {
         let left = self.left.xchg(0, Relaxed);
-        let unreserve = |host: &mut Host, guest: &mut Guest| host.unreserve(guest, left);
+        let unreserve =
+            |host: &mut HostLedger, guest: &mut GuestLedger| host.unreserve(guest, left);
         let _done = self.store.books.lock().with(self.domain, unreserve);
     }
 }
@@ -303,7 +310,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.settle();
-        let remove = |host: &mut Host, guest: &mut Guest| host.remove_disk(guest);
+        let remove = |host: &mut HostLedger, guest: &mut GuestLedger| host.remove_disk(guest);
         let _done = self.store.books.lock().with(self.domain, remove);
         self.store.leave(self.domain);
     }
@@ -312,7 +319,7 @@ impl Drop for Reservation {
 /// Part of the host's memory that one queue has. Dropping it gives back the promised pages; the queue must have given
 /// back the lent ones before.
 pub(crate) struct Lease {
-    store: Arc<Store>,
+    store: Arc<HostMemory>,
     domain: u16,
     promised: u32,
     lent: u32,
@@ -332,7 +339,7 @@ impl Lease {
         reservation: Option<&Reservation>,
     ) -> Result<Self, ConnectError> {
         let failed = |error| ConnectError::Step("there is not enough memory for the queues", error);
-        let store = Store::get().map_err(failed)?;
+        let store = HostMemory::get().map_err(failed)?;
         store.enter(domain).map_err(failed)?;
         let promised = pages(bytes);
         let reserved = reservation.map_or(0, |disk| disk.left.load(Relaxed));
@@ -347,7 +354,7 @@ impl Lease {
             mappings: 0,
         };
         lease.pressure = lease.store.pressure.load(Relaxed);
-        let promise = |host: &mut Host, guest: &mut Guest| {
+        let promise = |host: &mut HostLedger, guest: &mut GuestLedger| {
             host.promise_reserved(guest, promised, reserved, current_bounds())
         };
         let quota = Error::from_errno(-(kernel::bindings::EDQUOT as i32));
@@ -383,7 +390,7 @@ impl Lease {
 
     /// Borrows a block; neither sleeps nor allocates.
     pub(crate) fn borrow(&mut self) -> Option<KBox<PageBlock>> {
-        let lend = |host: &mut Host, guest: &mut Guest| {
+        let lend = |host: &mut HostLedger, guest: &mut GuestLedger| {
             (host.lend(guest, BLOCK, current_bounds()), host.has_hungry())
         };
         let answer = self.store.books.lock().with(self.domain, lend);
@@ -415,7 +422,7 @@ impl Lease {
     }
 
     fn settle(&self, pages: u32) {
-        let back = |host: &mut Host, guest: &mut Guest| host.take_back(guest, pages);
+        let back = |host: &mut HostLedger, guest: &mut GuestLedger| host.take_back(guest, pages);
         let _done = self.store.books.lock().with(self.domain, back);
     }
 
@@ -424,7 +431,8 @@ impl Lease {
     pub(crate) fn owed(&mut self, thorough: bool) -> u32 {
         let calls = self.store.calls.load(Relaxed);
         if self.lent > 0 && (thorough || calls != self.calls) {
-            let owed = |host: &mut Host, guest: &mut Guest| host.owed(guest, current_bounds());
+            let owed =
+                |host: &mut HostLedger, guest: &mut GuestLedger| host.owed(guest, current_bounds());
             let owed = self.store.books.lock().with(self.domain, owed);
             self.owed = owed.unwrap_or(0).min(self.lent);
         }
@@ -441,7 +449,8 @@ impl Lease {
 
     /// Reserves mappings of the guest's pages; `false` if it would have more than it may.
     pub(crate) fn reserve_mappings(&mut self, count: u32, most: u32) -> bool {
-        let reserve = |_: &mut Host, guest: &mut Guest| guest.reserve_mappings(count, most);
+        let reserve =
+            |_: &mut HostLedger, guest: &mut GuestLedger| guest.reserve_mappings(count, most);
         let done = self.store.books.lock().with(self.domain, reserve) == Some(true);
         if done {
             self.mappings = self.mappings.saturating_add(count);
@@ -451,7 +460,7 @@ impl Lease {
 
     /// The queue needs no more at present.
     pub(crate) fn is_content(&mut self) {
-        let content = |host: &mut Host, guest: &mut Guest| host.is_content(guest);
+        let content = |host: &mut HostLedger, guest: &mut GuestLedger| host.is_content(guest);
         let _done = self.store.books.lock().with(self.domain, content);
     }
 }
@@ -459,7 +468,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let (promised, lent, mappings) = (self.promised, self.lent, self.mappings);
-        let release = |host: &mut Host, guest: &mut Guest| {
+        let release = |host: &mut HostLedger, guest: &mut GuestLedger| {
             host.take_back(guest, lent);
             host.release(guest, promised);
             guest.release_mappings(mappings);

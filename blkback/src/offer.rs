@@ -222,7 +222,7 @@ pub(crate) fn state(device: &XenDevice) -> Result<XenbusState> {
 }
 
 /// Publishes how a disk is served. May sleep.
-pub(crate) fn publish_status(device: &XenDevice, status: backing::Status) -> Result {
+pub(crate) fn publish_status(device: &XenDevice, status: backing::TapStatus) -> Result {
     while_there(device, |t| {
         t.write(device.nodename(), c"tap-status", status.text())
     })

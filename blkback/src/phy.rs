@@ -2,7 +2,7 @@
 
 //! `phy:` disks: a block device as a backing disk, and the engine's backend over bios.
 
-use crate::backing::{BackingDisk, BlockLimits, Drain, Needs, Part, QueueBackends};
+use crate::backing::{BackingDisk, BlockLimits, Drain, QueueBackends, QueueNeeds, QueuePart};
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Io, IoKind, Slice};
@@ -61,7 +61,7 @@ impl QueueBackends for BlockDevice {
         u16::MAX
     }
 
-    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<Phy>, ConnectError> {
+    fn queue(self: &Arc<Self>, needs: &QueueNeeds<'_>) -> Result<QueuePart<Phy>, ConnectError> {
         let mut sizes = params::pool_sizes(needs.depth.into(), needs.keeps_grants, needs.segments);
         let bytes = queue_bytes(&sizes, needs.depth);
         let mut lease = Lease::new(needs.domain, bytes, needs.reservation)?;
@@ -75,12 +75,12 @@ impl QueueBackends for BlockDevice {
         }
         let no_memory =
             |error| ConnectError::Step("there is not enough memory for the queues", error);
-        let memory = Memory::new(lease, &sizes).map_err(no_memory)?;
+        let memory = QueueMemory::new(lease, &sizes).map_err(no_memory)?;
         let pages = memory.backing.table().clone();
         let device = Some(self.clone());
         let bios = BioDisk::new(pages.clone(), needs.wake_event.clone(), device, needs.depth)
             .map_err(no_memory)?;
-        Ok(Part {
+        Ok(QueuePart {
             backend: Phy { bios, memory },
             pages,
             own_pages: sizes.own,
@@ -96,13 +96,13 @@ impl QueueBackends for BlockDevice {
 }
 
 /// The memory of a queue's data pages, its own and what it has borrowed.
-struct Memory {
+struct QueueMemory {
     // The pages go before their share of what there is is given back.
     backing: PageBacking,
     lease: Lease,
 }
 
-impl Memory {
+impl QueueMemory {
     /// The pages that the queue has for ever. May sleep.
     fn new(lease: Lease, sizes: &PoolSizes) -> Result<Self> {
         let mut backing = PageBacking::new(lease.domain(), sizes.copy, sizes.map)?;
@@ -118,7 +118,7 @@ impl Memory {
 pub(crate) struct Phy {
     // First: it waits for the last bios, which use the memory.
     bios: Pin<KBox<BioDisk>>,
-    memory: Memory,
+    memory: QueueMemory,
 }
 
 impl Backend for Phy {
@@ -150,7 +150,7 @@ impl Backend for Phy {
     }
 
     fn attach(&mut self, block: u16) -> bool {
-        let Memory { backing, lease } = &mut self.memory;
+        let QueueMemory { backing, lease } = &mut self.memory;
         let Some(memory) = lease.borrow() else {
             return false;
         };

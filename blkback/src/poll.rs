@@ -22,7 +22,7 @@ const LOOKS: u32 = 16;
 const PAUSES: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
+enum PollResult {
     Ready,
     /// Ready, and another domain had the physical CPU until then.
     ReadyWhenBack,
@@ -34,30 +34,30 @@ enum Look {
 }
 
 /// Polls until `ready`, for at most `limit` nanoseconds.
-fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> Look {
+fn look(limit: u64, rivals: &mut Rivals, mut ready: impl FnMut() -> bool) -> PollResult {
     let start = linux::local_clock();
     loop {
         // If the guest waits for this very CPU, its request cannot come before it has had the CPU.
         for _ in 0..if rivals.are_here() { 1 } else { LOOKS } {
             if ready() {
-                return Look::Ready;
+                return PollResult::Ready;
             }
             for _ in 0..PAUSES {
                 cpu_relax();
             }
         }
         if linux::cpu_is_wanted() {
-            return Look::CpuWanted;
+            return PollResult::CpuWanted;
         }
         if let Some(away) = rivals.offer_cpu() {
             if away <= Rivals::AWAY && ready() {
-                return Look::ReadyWhenBack;
+                return PollResult::ReadyWhenBack;
             }
             rivals.rest(away);
-            return Look::CpuShared;
+            return PollResult::CpuShared;
         }
         if since(start) > limit {
-            return Look::TimedOut;
+            return PollResult::TimedOut;
         }
     }
 }
@@ -212,19 +212,19 @@ impl Poller {
         let look = look(limit, &mut self.rivals, ready);
         if self.gathers {
             match look {
-                Look::TimedOut => self.gathering.looked_in_vain(),
-                Look::CpuShared => self.gathering.now = 0,
-                Look::Ready | Look::ReadyWhenBack | Look::CpuWanted => {}
+                PollResult::TimedOut => self.gathering.looked_in_vain(),
+                PollResult::CpuShared => self.gathering.now = 0,
+                PollResult::Ready | PollResult::ReadyWhenBack | PollResult::CpuWanted => {}
             }
         }
         match look {
-            Look::Ready => self.worth.looked(since(start), true),
-            Look::ReadyWhenBack => self.worth.is_free(),
-            Look::TimedOut => self.worth.looked(since(start), false),
-            Look::CpuWanted => self.worth.interrupted(),
-            Look::CpuShared => self.worth.is_harmful(),
+            PollResult::Ready => self.worth.looked(since(start), true),
+            PollResult::ReadyWhenBack => self.worth.is_free(),
+            PollResult::TimedOut => self.worth.looked(since(start), false),
+            PollResult::CpuWanted => self.worth.interrupted(),
+            PollResult::CpuShared => self.worth.is_harmful(),
         }
-        matches!(look, Look::Ready | Look::ReadyWhenBack)
+        matches!(look, PollResult::Ready | PollResult::ReadyWhenBack)
     }
 
     /// Learns from a sleep of this length.

@@ -9,11 +9,11 @@
 //! only where requests are mapped instead of copied.
 
 use crate::away::{Away, AwayContext, Detached};
-use crate::backing::{Drain, Needs, Part, QueueBackends};
+use crate::backing::{Drain, QueueBackends, QueueNeeds, QueuePart};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, Config, Engine, Fetch, Grants, Group, Latencies, Mapping, Pass, PendingRequest, Rest,
-    SegmentEntry, Shape, Stats, Tables,
+    Backend, BlockGroup, Config, Engine, EngineTables, Fetch, Grants, Latencies, Mapping, Pass,
+    PendingRequest, Rest, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
 use crate::halt::Halts;
@@ -36,14 +36,14 @@ use crate::proto::frontend;
 use crate::proto::state::Ending;
 use crate::ring::index::BackRing;
 use crate::ring::request::RequestLimits;
-use crate::totals::{Tally, Totals};
+use crate::totals::{QueueTally, Totals};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release, Atomic};
 use kernel::sync::Arc;
 
 /// Command to the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Command {
+enum QueueCommand {
     /// Touch nothing yet.
     Wait = 0,
     /// Serve the ring.
@@ -56,7 +56,7 @@ enum Command {
     Abandon = 4,
 }
 
-impl From<Ending> for Command {
+impl From<Ending> for QueueCommand {
     fn from(ending: Ending) -> Self {
         match ending {
             Ending::Answered => Self::Drain,
@@ -76,35 +76,35 @@ pub(crate) trait ThreadEnds: Send + Sync + 'static {
 }
 
 /// State that the thread and its owner share.
-struct Control {
+struct ThreadControl {
     wake_event: Arc<WakeEvent>,
-    /// A [`Command`]; only ever raised.
+    /// A [`QueueCommand`]; only ever raised.
     command: Atomic<u32>,
     detached: Detached,
 }
 
-impl Control {
-    fn command(&self) -> Command {
+impl ThreadControl {
+    fn command(&self) -> QueueCommand {
         match self.command.load(Acquire) {
-            0 => Command::Wait,
-            1 => Command::Serve,
-            2 => Command::Drain,
-            3 => Command::Finish,
-            _ => Command::Abandon,
+            0 => QueueCommand::Wait,
+            1 => QueueCommand::Serve,
+            2 => QueueCommand::Drain,
+            3 => QueueCommand::Finish,
+            _ => QueueCommand::Abandon,
         }
     }
 }
 
 /// A served queue. Dropping it waits for the end of its thread; tell it to end first.
 pub(crate) struct Queue {
-    control: Arc<Control>,
+    control: Arc<ThreadControl>,
     guest: Taker,
     memory_kib: u64,
     _thread: Thread,
 }
 
 /// Parts and parameters of a new queue.
-pub(crate) struct Setup<'a, D> {
+pub(crate) struct QueueSetup<'a, D> {
     /// The device.
     pub(crate) device: &'a Arc<XenDevice>,
     /// Receiver of a broken ring, a new size and the end.
@@ -154,8 +154,8 @@ fn not_mapped(error: Error) -> ConnectError {
 
 /// A queue with its memory reserved and its ring mapped, but without a thread.
 pub(crate) struct Prepared<D: QueueBackends> {
-    server: Server<D>,
-    control: Arc<Control>,
+    server: QueueServer<D>,
+    control: Arc<ThreadControl>,
     guest: Taker,
     memory_kib: u64,
 }
@@ -164,7 +164,7 @@ impl<D: QueueBackends> Prepared<D> {
     /// Maps the ring, binds the event channel and reserves all memory that the queue will need.
     #[inline(never)]
     pub(crate) fn new(
-        setup: &Setup<'_, D>,
+        setup: &QueueSetup<'_, D>,
         ring: &frontend::Ring,
         index: u32,
     ) -> Result<Self, ConnectError> {
@@ -179,9 +179,9 @@ impl<D: QueueBackends> Prepared<D> {
             .map_err(|_| step("the indices in the frontend's ring are impossible", EIO))?;
         let channel = EventChannel::bind(setup.device, ring.port, wake_event.clone())
             .map_err(|error| step("the frontend's event-channel cannot be bound", error))?;
-        let control = Control {
+        let control = ThreadControl {
             wake_event,
-            command: Atomic::new(Command::Wait as u32),
+            command: Atomic::new(QueueCommand::Wait as u32),
             detached: Detached::new(setup.events.clone()),
         };
         let control =
@@ -194,10 +194,10 @@ impl<D: QueueBackends> Prepared<D> {
         };
         let (guest, taker) =
             GuestMapping::new(channel, map, traced).map_err(|error| step(NO_MEMORY, error))?;
-        let (state, grants) = State::new(setup, index, depth, &control)?;
+        let (state, grants) = ServerState::new(setup, index, depth, &control)?;
         Ok(Self {
             memory_kib: state.memory_kib,
-            server: Server {
+            server: QueueServer {
                 ring,
                 guest,
                 state,
@@ -210,7 +210,7 @@ impl<D: QueueBackends> Prepared<D> {
 
     /// Starts the thread, which does nothing until it has a command to serve or to end.
     pub(crate) fn start(self, name: &CStr, ending: &Arc<dyn ThreadEnds>) -> Result<Queue> {
-        let body = Body {
+        let body = ThreadBody {
             server: self.server,
             ending: ending.clone(),
         };
@@ -234,7 +234,7 @@ impl Drop for Queue {
 }
 
 impl Queue {
-    fn tell(&self, command: Command) {
+    fn tell(&self, command: QueueCommand) {
         if self.control.command() < command {
             self.control.command.store(command as u32, Release);
             self.control.wake_event.wake();
@@ -243,7 +243,7 @@ impl Queue {
 
     /// Serves the ring from now on.
     pub(crate) fn serve(&self) {
-        self.tell(Command::Serve);
+        self.tell(QueueCommand::Serve);
     }
 
     /// Takes no more requests and ends as `ending` says, or in a quicker way that an earlier call chose; does not wait.
@@ -277,12 +277,12 @@ fn longest_pause(left: Option<u64>, held: u64) -> Option<u64> {
 }
 
 /// Body of the thread.
-struct Body<D: QueueBackends> {
-    server: Server<D>,
+struct ThreadBody<D: QueueBackends> {
+    server: QueueServer<D>,
     ending: Arc<dyn ThreadEnds>,
 }
 
-impl<D: QueueBackends> Runner for Body<D> {
+impl<D: QueueBackends> Runner for ThreadBody<D> {
     fn run(self) {
         // All that may wait for I/O is gone now.
         self.server.run();
@@ -291,24 +291,24 @@ impl<D: QueueBackends> Runner for Body<D> {
 }
 
 /// State that the thread owns.
-struct Server<D: QueueBackends> {
+struct QueueServer<D: QueueBackends> {
     ring: BackRing<()>,
     guest: GuestMapping,
-    state: KBox<State<D>>,
+    state: KBox<ServerState<D>>,
     grants: KBox<GuestGrants>,
 }
 
 /// The part of it that stays in its place, because it is too large for a stack on which a driver of
 /// the block layer has yet to run.
-struct State<D: QueueBackends> {
+struct ServerState<D: QueueBackends> {
     slots: KVec<PendingRequest>,
     entries: KVec<SegmentEntry>,
-    groups: KVec<Group>,
+    groups: KVec<BlockGroup>,
     mappings: KVec<Mapping>,
     fetches: KVec<Option<Fetch>>,
     stats: Stats,
     latencies: Latencies,
-    shape: Shape,
+    shape: TableShape,
     /// Memory that the queue always has, in KiB.
     memory_kib: u64,
     config: Config,
@@ -321,13 +321,13 @@ struct State<D: QueueBackends> {
 struct Surroundings<D> {
     disk: Arc<D>,
     events: Arc<dyn DeviceEvents>,
-    tally: Tally,
-    control: Arc<Control>,
+    tally: QueueTally,
+    control: Arc<ThreadControl>,
     /// True for the first queue of a device.
     leads: bool,
 }
 
-impl<D: QueueBackends> Server<D> {
+impl<D: QueueBackends> QueueServer<D> {
     fn run(self) {
         let Self {
             ring,
@@ -338,7 +338,7 @@ impl<D: QueueBackends> Server<D> {
         let disk = state.around.disk.clone();
         // This outlasts it.
         let control = state.around.control.clone();
-        while control.command() == Command::Wait {
+        while control.command() == QueueCommand::Wait {
             control.wake_event.wait();
         }
         let context = AwayContext {
@@ -348,7 +348,7 @@ impl<D: QueueBackends> Server<D> {
         };
         let (command, mut rest) = state.serve(ring, &mut grants, &context);
         let may_go = disk.drain() != Drain::MustFinish && !rest.is_bound();
-        if command == Command::Drain || may_go {
+        if command == QueueCommand::Drain || may_go {
             rest.let_go();
             // The disk, too, is given back before the detached state is visible: the toolstack's script takes it apart
             // as soon as the state is Closed.
@@ -366,26 +366,26 @@ impl<D: QueueBackends> Server<D> {
     }
 }
 
-impl<D: QueueBackends> State<D> {
+impl<D: QueueBackends> ServerState<D> {
     /// Reserves all memory that a queue with a ring of `slots` slots will need.
     // Not part of its caller, so that each of the two has a small frame.
     #[inline(never)]
     fn new(
-        setup: &Setup<'_, D>,
+        setup: &QueueSetup<'_, D>,
         index: u32,
         slots: u16,
-        control: &Arc<Control>,
+        control: &Arc<ThreadControl>,
     ) -> Result<(KBox<Self>, KBox<GuestGrants>), ConnectError> {
         let no_memory = |error| step(NO_MEMORY, error);
         let domain = setup.device.otherend_id();
-        let Part {
+        let QueuePart {
             backend,
             pages,
             own_pages,
             rest,
             memory_kib,
             depth,
-        } = setup.disk.queue(&Needs {
+        } = setup.disk.queue(&QueueNeeds {
             domain,
             index,
             queues: setup.request.queues,
@@ -395,7 +395,7 @@ impl<D: QueueBackends> State<D> {
             reservation: setup.reservation,
             wake_event: &control.wake_event,
         })?;
-        let shape = Shape {
+        let shape = TableShape {
             copy: pages.with_memory(),
             own: own_pages,
             map: pages.mappable(),
@@ -404,11 +404,12 @@ impl<D: QueueBackends> State<D> {
             .into_iter()
             .fold(0, |sum, part| usize::from(part).wrapping_add(sum));
         let entries = filled(SegmentEntry::EMPTY, entries).map_err(no_memory)?;
-        let groups = filled(Group::EMPTY, Group::needed(shape.copy)).map_err(no_memory)?;
+        let groups =
+            filled(BlockGroup::EMPTY, BlockGroup::needed(shape.copy)).map_err(no_memory)?;
         let mappings = filled(Mapping::FREE, usize::from(shape.map)).map_err(no_memory)?;
         let grants = GuestGrants::new(domain, pages).map_err(no_memory)?;
         let buffers = usize::from(grants.descriptor_buffers());
-        let tally = Tally::new(setup.totals, slots).map_err(no_memory)?;
+        let tally = QueueTally::new(setup.totals, slots).map_err(no_memory)?;
         let slots = filled(PendingRequest::FREE, usize::from(depth)).map_err(no_memory)?;
         let fetches = filled(None, buffers).map_err(no_memory)?;
         let config = Config {
@@ -451,7 +452,7 @@ impl<D: QueueBackends> State<D> {
         ring: BackRing<()>,
         grants: &'a mut GuestGrants,
         context: &'a AwayContext<'a>,
-    ) -> (Command, Left<'a, D>) {
+    ) -> (QueueCommand, Left<'a, D>) {
         let guest = context.guest;
         let (ring, ()) = ring.replace(guest);
         let server = Serving {
@@ -465,7 +466,7 @@ impl<D: QueueBackends> State<D> {
                 backend: &mut self.backend,
                 context,
             },
-            Tables {
+            EngineTables {
                 slots: &mut self.slots,
                 entries: &mut self.entries,
                 groups: &mut self.groups,
@@ -504,7 +505,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         &self,
         engine: &mut Engine<'_, &GuestMapping, G, B>,
         mut sectors: u64,
-    ) -> Command {
+    ) -> QueueCommand {
         let mut broken = false;
         let mut active = false;
         let mut hidden = 0u8;
@@ -519,9 +520,9 @@ impl<D: QueueBackends> Serving<'_, D> {
             sectors = self.limits_changed(engine, sectors);
             self.measure(engine);
             let pass = match command {
-                Command::Wait | Command::Serve => engine.pass(),
-                Command::Drain | Command::Finish => engine.drain_pass(),
-                Command::Abandon => return Command::Abandon,
+                QueueCommand::Wait | QueueCommand::Serve => engine.pass(),
+                QueueCommand::Drain | QueueCommand::Finish => engine.drain_pass(),
+                QueueCommand::Abandon => return QueueCommand::Abandon,
             };
             if pass.notify {
                 self.guest.notify();
@@ -538,12 +539,12 @@ impl<D: QueueBackends> Serving<'_, D> {
                 broken = true;
                 self.around.events.clone().ring_broken();
             }
-            if command >= Command::Drain && engine.in_flight() == 0 {
-                return Command::Drain;
+            if command >= QueueCommand::Drain && engine.in_flight() == 0 {
+                return QueueCommand::Drain;
             }
             let left = self.time_left(command, &mut draining);
             if left == Some(0) {
-                return Command::Abandon;
+                return QueueCommand::Abandon;
             }
             if self.must_go_on(command, &pass, engine, &mut pollers) {
                 self.show_rarely(engine, &mut hidden);
@@ -555,14 +556,14 @@ impl<D: QueueBackends> Serving<'_, D> {
             held = if pass.held { held.saturating_add(1) } else { 0 };
             let pause = longest_pause(left, held);
             self.end_event(broken, &mut active);
-            if pause.is_none() && command == Command::Serve && halts.wait(wake_event, start) {
+            if pause.is_none() && command == QueueCommand::Serve && halts.wait(wake_event, start) {
                 self.show_rarely(engine, &mut hidden);
                 // The thread may never sleep.
                 cond_resched();
             } else {
                 let borrows = keeper.before_sleep(engine, start);
                 self.show(engine);
-                self.sleep(pause, borrows || command != Command::Serve);
+                self.sleep(pause, borrows || command != QueueCommand::Serve);
             }
             engine.woken(wake_event.woken_ns());
             let waited = local_clock().saturating_sub(start);
@@ -618,8 +619,8 @@ impl<D: QueueBackends> Serving<'_, D> {
 
     /// Nanoseconds for which I/O in flight may still be waited for; `None` if that has no end, or while the ring is
     /// served. `since` is when this began to count.
-    fn time_left(&self, command: Command, since: &mut Option<u64>) -> Option<u64> {
-        if command != Command::Finish {
+    fn time_left(&self, command: QueueCommand, since: &mut Option<u64>) -> Option<u64> {
+        if command != QueueCommand::Finish {
             return None;
         }
         let now = local_clock();
@@ -632,7 +633,7 @@ impl<D: QueueBackends> Serving<'_, D> {
 
     fn must_go_on<G: Grants, B: Backend>(
         &self,
-        command: Command,
+        command: QueueCommand,
         pass: &Pass,
         engine: &mut Engine<'_, &GuestMapping, G, B>,
         pollers: &mut Pollers,
@@ -640,7 +641,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         if pass.again || self.around.control.command() != command {
             return true;
         }
-        if command != Command::Serve {
+        if command != QueueCommand::Serve {
             return false;
         }
         let (wake_event, in_flight) = (&self.around.control.wake_event, engine.in_flight());

@@ -38,7 +38,7 @@ pub enum Refusal {
 
 /// The books of all guests together.
 #[derive(Debug, Default)]
-pub struct Host {
+pub struct HostLedger {
     promised: u32,
     /// Pages for what frontends were offered and have not asked for yet.
     reserved: u32,
@@ -50,7 +50,7 @@ pub struct Host {
 
 /// The books of one guest.
 #[derive(Debug, Default)]
-pub struct Guest {
+pub struct GuestLedger {
     promised: u32,
     reserved: u32,
     /// Disks that were offered something, whether they are connected or not.
@@ -60,7 +60,7 @@ pub struct Guest {
     mappings: u32,
 }
 
-impl Guest {
+impl GuestLedger {
     /// Pages promised and lent.
     pub fn held(&self) -> u32 {
         self.promised.saturating_add(self.lent)
@@ -89,7 +89,7 @@ impl Guest {
     }
 }
 
-impl Host {
+impl HostLedger {
     /// Pages promised and lent to all guests.
     pub fn held(&self) -> u32 {
         self.promised.saturating_add(self.lent)
@@ -102,7 +102,7 @@ impl Host {
     /// The pages do not fit into the bounds, even if all that is lent came back.
     pub fn promise(
         &mut self,
-        guest: &mut Guest,
+        guest: &mut GuestLedger,
         pages: u32,
         bounds: Bounds,
     ) -> Result<(), Refusal> {
@@ -125,7 +125,7 @@ impl Host {
     /// the host's. Then nothing has changed.
     pub fn promise_reserved(
         &mut self,
-        guest: &mut Guest,
+        guest: &mut GuestLedger,
         pages: u32,
         reserved: u32,
         bounds: Bounds,
@@ -146,7 +146,7 @@ impl Host {
     }
 
     /// Counts one more disk of a guest. Returns the pages that it may be offered, if one queue needs `least`.
-    pub fn add_disk(&mut self, guest: &mut Guest, least: u32, bounds: Bounds) -> u32 {
+    pub fn add_disk(&mut self, guest: &mut GuestLedger, least: u32, bounds: Bounds) -> u32 {
         guest.disks = guest.disks.saturating_add(1);
         let left = |bound: u32, promised: u32, reserved: u32| {
             bound.saturating_sub(promised).saturating_sub(reserved)
@@ -160,12 +160,12 @@ impl Host {
     }
 
     /// A disk of a guest is not offered anything any more.
-    pub fn remove_disk(&mut self, guest: &mut Guest) {
+    pub fn remove_disk(&mut self, guest: &mut GuestLedger) {
         guest.disks = guest.disks.saturating_sub(1);
     }
 
     /// Reserves pages for a disk's offer, or as many as the guest has left. Returns their number. Returns how many.
-    pub fn reserve(&mut self, guest: &mut Guest, pages: u32, bounds: Bounds) -> u32 {
+    pub fn reserve(&mut self, guest: &mut GuestLedger, pages: u32, bounds: Bounds) -> u32 {
         let left = bounds.guest.saturating_sub(guest.promised);
         let pages = pages.min(left.saturating_sub(guest.reserved));
         guest.reserved = guest.reserved.saturating_add(pages);
@@ -174,13 +174,13 @@ impl Host {
     }
 
     /// Ends a reservation.
-    pub fn unreserve(&mut self, guest: &mut Guest, pages: u32) {
+    pub fn unreserve(&mut self, guest: &mut GuestLedger, pages: u32) {
         guest.reserved = guest.reserved.saturating_sub(pages);
         self.reserved = self.reserved.saturating_sub(pages);
     }
 
     /// Ends a promise.
-    pub fn release(&mut self, guest: &mut Guest, pages: u32) {
+    pub fn release(&mut self, guest: &mut GuestLedger, pages: u32) {
         self.promised = self.promised.saturating_sub(pages);
         guest.promised = guest.promised.saturating_sub(pages);
     }
@@ -192,7 +192,7 @@ impl Host {
     }
 
     /// Lends a guest pages; `false` if it gets none. The guest may be hungry then: see
-    pub fn lend(&mut self, guest: &mut Guest, pages: u32, bounds: Bounds) -> bool {
+    pub fn lend(&mut self, guest: &mut GuestLedger, pages: u32, bounds: Bounds) -> bool {
         let own = guest.lent.saturating_add(pages);
         if own > bounds.guest.saturating_sub(guest.promised) {
             // The guest's own bound is the reason, not another guest.
@@ -217,14 +217,14 @@ impl Host {
     }
 
     /// Takes back pages that were lent.
-    pub fn take_back(&mut self, guest: &mut Guest, pages: u32) {
+    pub fn take_back(&mut self, guest: &mut GuestLedger, pages: u32) {
         let pages = pages.min(guest.lent);
         self.lent = self.lent.saturating_sub(pages);
         self.change(guest, |guest| guest.lent = guest.lent.wrapping_sub(pages));
     }
 
     /// Records that a guest needs nothing more at present.
-    pub fn is_content(&mut self, guest: &mut Guest) {
+    pub fn is_content(&mut self, guest: &mut GuestLedger) {
         self.change(guest, |guest| guest.hungry = false);
     }
 
@@ -234,7 +234,7 @@ impl Host {
     }
 
     /// Pages that a guest has to give back as soon as it does not use them.
-    pub fn owed(&self, guest: &Guest, bounds: Bounds) -> u32 {
+    pub fn owed(&self, guest: &GuestLedger, bounds: Bounds) -> u32 {
         let own_bound = bounds.guest.saturating_sub(guest.promised);
         let over_own = guest.lent.saturating_sub(own_bound);
         let others_are_hungry = self.hungry.saturating_sub(u32::from(guest.hungry));
@@ -245,7 +245,7 @@ impl Host {
         over_own.max(over_share.min(lacking))
     }
 
-    fn change(&mut self, guest: &mut Guest, how: impl FnOnce(&mut Guest)) {
+    fn change(&mut self, guest: &mut GuestLedger, how: impl FnOnce(&mut GuestLedger)) {
         let (shared, hungry) = (guest.shares(), guest.hungry);
         how(guest);
         let step = |count: u32, before: bool, now: bool| {

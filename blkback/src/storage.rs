@@ -8,38 +8,38 @@
 
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
-use crate::disk::{Bad, Disk, Name, Opener};
+use crate::disk::{AttachedDisk, Bad, DiskOpener, Name};
 use kernel::sync::Arc;
 
 /// Work for the storage.
-pub(crate) enum Job {
+pub(crate) enum StorageJob {
     /// Open the disk of this name.
-    Open(Opener, Name),
+    Open(DiskOpener, Name),
     /// Get the disk ready for a connect.
     Prepare(Arc<dyn Connect>),
     /// Close the disk.
-    Close(Disk),
+    Close(AttachedDisk),
 }
 
 /// Result of a job.
-pub(crate) enum Outcome {
+pub(crate) enum JobOutcome {
     /// Result of opening the disk.
-    Opened(Result<Disk, Bad>),
+    Opened(Result<AttachedDisk, Bad>),
     /// Result of getting the disk ready for a connect.
     Prepared(Result<(), ConnectError>),
     /// The disk is closed.
     Closed,
 }
 
-impl Job {
+impl StorageJob {
     /// Runs the job. May sleep without limit.
-    pub(crate) fn run(self) -> Outcome {
+    pub(crate) fn run(self) -> JobOutcome {
         match self {
-            Self::Open(opener, name) => Outcome::Opened(Disk::open(&opener, name)),
-            Self::Prepare(disk) => Outcome::Prepared(disk.prepare()),
+            Self::Open(opener, name) => JobOutcome::Opened(AttachedDisk::open(&opener, name)),
+            Self::Prepare(disk) => JobOutcome::Prepared(disk.prepare()),
             Self::Close(disk) => {
                 drop(disk);
-                Outcome::Closed
+                JobOutcome::Closed
             }
         }
     }
@@ -50,11 +50,11 @@ pub(crate) enum Errand {
     /// No job.
     None,
     /// A job that was given and not taken.
-    Given(Job),
+    Given(StorageJob),
     /// A job that was taken and is running.
     Running,
     /// A job that is done.
-    Done(Outcome),
+    Done(JobOutcome),
 }
 
 impl Errand {
@@ -64,7 +64,7 @@ impl Errand {
     }
 
     /// Takes the job that was given.
-    pub(crate) fn take_job(&mut self) -> Option<Job> {
+    pub(crate) fn take_job(&mut self) -> Option<StorageJob> {
         match core::mem::replace(self, Self::Running) {
             Self::Given(job) => Some(job),
             other => {
@@ -75,7 +75,7 @@ impl Errand {
     }
 
     /// Takes the result of the job.
-    pub(crate) fn take_outcome(&mut self) -> Option<Outcome> {
+    pub(crate) fn take_outcome(&mut self) -> Option<JobOutcome> {
         match core::mem::replace(self, Self::None) {
             Self::Done(outcome) => Some(outcome),
             other => {

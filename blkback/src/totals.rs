@@ -302,12 +302,12 @@ impl Totals {
 }
 
 /// A queue's part of its device's statistics. Its counts stay when it is dropped.
-pub(crate) struct Tally {
+pub(crate) struct QueueTally {
     totals: Arc<Totals>,
     counters: Arc<Counters>,
 }
 
-impl Tally {
+impl QueueTally {
     /// Makes the part of a queue whose ring has `slots` slots, all zero. May sleep.
     pub(crate) fn new(totals: &Arc<Totals>, slots: u16) -> Result<Self> {
         let counters = Arc::new(Counters::new(slots)?, GFP_KERNEL)?;
@@ -374,7 +374,7 @@ impl Begun {
     }
 }
 
-impl Drop for Tally {
+impl Drop for QueueTally {
     fn drop(&mut self) {
         // In one step under the lock, so that a reader's sums never go back.
         let mut queues = self.totals.queues.lock();

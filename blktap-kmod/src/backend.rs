@@ -3,8 +3,8 @@
 //! The engine's backend over the shadow of a disk.
 
 use super::direct::{Executor, MappedAt};
-use super::disk::{Inner, Share, TapDisk, BATCH};
-use super::place::Place;
+use super::disk::{DiskInner, QueueSignal, TapDisk, BATCH};
+use super::place::QueueSlice;
 use crate::engine::segments::Segments;
 use crate::engine::{Backend, Io, IoKind};
 use crate::linux::memory::data::DataPages;
@@ -31,8 +31,8 @@ pub(crate) struct TapQueue {
     /// bios.
     executor: Option<KBox<Executor>>,
     disk: Arc<TapDisk>,
-    share: Arc<Share>,
-    place: Place,
+    share: Arc<QueueSignal>,
+    place: QueueSlice,
     /// Requests to be posted; has room for a batch.
     ready: KVec<Ready>,
     /// Places of the request that was begun last. In an allocation of its own, because the queue would otherwise be too
@@ -59,7 +59,7 @@ impl TapQueue {
     pub(super) fn new(
         disk: Arc<TapDisk>,
         wake_event: Arc<WakeEvent>,
-        place: Place,
+        place: QueueSlice,
         pages: &Arc<DataPages>,
         lease: Option<Lease>,
     ) -> Result<Self> {
@@ -67,7 +67,7 @@ impl TapQueue {
             .has_backings()
             .then(|| Executor::new(pages.clone(), &wake_event, place.depth, lease))
             .transpose()?;
-        let share = super::shared(Share {
+        let share = super::shared(QueueSignal {
             wake_event,
             done: AtomicFlag::new(false),
             resumable: AtomicFlag::new(false),
@@ -147,7 +147,7 @@ impl TapQueue {
         let (mut begun, mut given_back) = (0u16, 0u16);
         {
             let mut inner = self.disk.inner.lock();
-            let Inner {
+            let DiskInner {
                 shadow, backings, ..
             } = &mut *inner;
             for ready in &self.ready {

@@ -6,7 +6,7 @@
 //! backing of another disk. A backing is kept open while a request is executed in it, and with it the lock that the
 //! administrator's program took on it.
 
-use super::disk::{DiskMap, Inner, TapDisk};
+use super::disk::{DiskInner, DiskMap, TapDisk};
 use super::node::invalid;
 use crate::linux::block::storage::DiskStorage;
 use crate::linux::char::chardev::user_memory;
@@ -78,7 +78,7 @@ impl TapDisk {
         if self.is_destroyed() {
             return Err(ENOENT);
         }
-        let Inner {
+        let DiskInner {
             shadow, backings, ..
         } = &mut *inner;
         let place = backings.get_mut(number.index()).ok_or(EINVAL)?;
@@ -162,7 +162,7 @@ impl TapDisk {
             return Err(not_supported());
         }
         inner.must_be_served_by(epoch)?;
-        let Inner {
+        let DiskInner {
             shadow, backings, ..
         } = &mut *inner;
         let Some(map) = shadow.map() else {
@@ -196,7 +196,7 @@ impl TapDisk {
     fn change_map(&self, epoch: u64, change: &MapChange) -> Result {
         let mut inner = self.inner.lock();
         inner.must_be_served_by(epoch)?;
-        let Inner {
+        let DiskInner {
             shadow,
             sets_refused,
             ..
@@ -255,7 +255,7 @@ impl TapDisk {
     }
 }
 
-impl Inner {
+impl DiskInner {
     /// Refuses changes of the map by a process that was replaced: `EINVAL`.
     fn must_be_served_by(&self, epoch: u64) -> Result {
         if self.is_live() && self.shadow.epoch() == epoch {

@@ -4,10 +4,11 @@
 
 use super::backend::TapQueue;
 use super::disk::TapDisk;
-use super::place::Place;
+use super::place::QueueSlice;
 use super::registry;
 use crate::backing::{
-    Attachment, BackingDisk, BlockLimits, Drain, Needs, Part, QueueBackends, Status, Unavailable,
+    Attachment, BackingDisk, BlockLimits, Drain, QueueBackends, QueueNeeds, QueuePart, TapStatus,
+    Unavailable,
 };
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
@@ -116,11 +117,11 @@ impl BackingDisk for Binding {
         self.disk.inner.lock().is_ready()
     }
 
-    fn status(&self) -> Option<Status> {
+    fn status(&self) -> Option<TapStatus> {
         Some(match self.disk.inner.lock().shadow.state() {
-            STATE_LIVE => Status::Live,
-            STATE_FENCING => Status::Fencing,
-            _ => Status::Recovering,
+            STATE_LIVE => TapStatus::Live,
+            STATE_FENCING => TapStatus::Fencing,
+            _ => TapStatus::Recovering,
         })
     }
 
@@ -148,7 +149,10 @@ impl QueueBackends for Binding {
         share(self.disk.areas.arena_pages(), queues).min(MAX_SEGMENTS)
     }
 
-    fn queue(self: &Arc<Self>, needs: &Needs<'_>) -> Result<Part<TapQueue>, ConnectError> {
+    fn queue(
+        self: &Arc<Self>,
+        needs: &QueueNeeds<'_>,
+    ) -> Result<QueuePart<TapQueue>, ConnectError> {
         let areas = &self.disk.areas;
         let index = u16::try_from(needs.index).map_err(|_| too_small())?;
         let pages = share(areas.arena_pages(), needs.queues);
@@ -163,7 +167,7 @@ impl QueueBackends for Binding {
         let own = DataPages::of_arena(areas.arena(), first_page, pages, map)
             .and_then(crate::tap::shared)
             .map_err(no_memory)?;
-        let place = Place {
+        let place = QueueSlice {
             index,
             first_tag: index.wrapping_mul(share(areas.tags(), needs.queues)),
             first_page,
@@ -178,7 +182,7 @@ impl QueueBackends for Binding {
                     error => no_memory(error),
                 }
             })?;
-        Ok(Part {
+        Ok(QueuePart {
             backend,
             pages: own,
             own_pages: pages,
@@ -204,7 +208,7 @@ impl Binding {
     /// are a matter of speed: without room for them everything is copied.
     // Not part of its caller, so that both have small frames.
     #[inline(never)]
-    fn mappings(&self, needs: &Needs<'_>) -> Option<(u16, Lease)> {
+    fn mappings(&self, needs: &QueueNeeds<'_>) -> Option<(u16, Lease)> {
         if !needs.keeps_grants || !self.disk.has_backings() {
             return None;
         }

@@ -10,9 +10,9 @@ const PLACES: usize = MAX_COMMANDS as usize;
 
 /// The place of a command, which it keeps until it completes.
 #[derive(Clone, Copy)]
-pub(crate) struct Place(u32);
+pub(crate) struct CommandSlot(u32);
 
-impl Place {
+impl CommandSlot {
     /// Returns the number, for the command's data.
     pub(crate) fn number(self) -> u32 {
         self.0
@@ -65,8 +65,8 @@ impl Commands {
     }
 
     /// Takes a place for a command; `None` if all are taken.
-    pub(super) fn reserve(&mut self) -> Option<Place> {
-        let place = Place(self.taken.trailing_ones());
+    pub(super) fn reserve(&mut self) -> Option<CommandSlot> {
+        let place = CommandSlot(self.taken.trailing_ones());
         if place.index() >= PLACES {
             return None;
         }
@@ -75,7 +75,7 @@ impl Commands {
     }
 
     /// Puts a command that waits into its place.
-    pub(super) fn wait(&mut self, place: Place, command: Parked) {
+    pub(super) fn wait(&mut self, place: CommandSlot, command: Parked) {
         if let Some(parked) = self.parked.get_mut(place.index()) {
             // No other command has this place.
             let _none = parked.replace(command);
@@ -84,7 +84,7 @@ impl Commands {
     }
 
     /// Frees the place of a command that is over.
-    pub(super) fn release(&mut self, place: Place) {
+    pub(super) fn release(&mut self, place: CommandSlot) {
         self.taken &= !place.bit();
     }
 
@@ -95,7 +95,7 @@ impl Commands {
 
     /// Takes a waiting command, to be woken. The command keeps its place.
     pub(super) fn next(&mut self) -> Option<Parked> {
-        let place = Place(self.waiting.trailing_zeros());
+        let place = CommandSlot(self.waiting.trailing_zeros());
         let command = self.parked.get_mut(place.index())?.take()?;
         self.waiting &= !place.bit();
         Some(command)
@@ -106,7 +106,7 @@ impl Commands {
         let found = |parked: &Option<Parked>| parked.as_ref().is_some_and(|one| one.is(wanted));
         let index = self.parked.iter().position(found)?;
         // CAST: below 64.
-        let place = Place(index as u32);
+        let place = CommandSlot(index as u32);
         self.waiting &= !place.bit();
         self.taken &= !place.bit();
         self.parked.get_mut(index)?.take()

@@ -14,7 +14,7 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 
 /// An opener of the control node.
-pub(crate) struct Control;
+pub(crate) struct ControlOpener;
 
 // Not parts of their caller, so that each of the three has a frame of its own.
 #[inline(never)]
@@ -77,7 +77,7 @@ fn mapped(address: u64) -> Result<c_int> {
     Ok(0)
 }
 
-impl CharDevice for Control {
+impl CharDevice for ControlOpener {
     fn open(_minor: u32, _nonblocking: bool) -> Result<Arc<Self>> {
         super::shared(Self)
     }

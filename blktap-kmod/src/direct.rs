@@ -11,8 +11,8 @@
 //! copied. No process ever sees such a request: if the queue cannot begin it, or it fails, the queue gives it back to
 //! the engine, which brings the data to the arena.
 
-use super::disk::{Backings, Inner, TapDisk, BATCH};
-use super::place::Place;
+use super::disk::{Backings, DiskInner, TapDisk, BATCH};
+use super::place::QueueSlice;
 use crate::engine::segments::Segments;
 use crate::linux::block::bio::{self, Inflight, Operation, PagePiece};
 use crate::linux::block::storage::DiskStorage;
@@ -106,10 +106,10 @@ impl Executor {
     }
 
     /// Begins waiting requests that the queue can begin now, at most a batch. May sleep.
-    pub(super) fn resume(&mut self, disk: &TapDisk, place: Place) {
+    pub(super) fn resume(&mut self, disk: &TapDisk, place: QueueSlice) {
         {
             let mut inner = disk.inner.lock();
-            let Inner {
+            let DiskInner {
                 shadow, backings, ..
             } = &mut *inner;
             shadow.resume(place.index, BATCH, |tag, start, parts| {
@@ -156,7 +156,12 @@ impl Executor {
     }
 
     /// Starts the requests that were taken; `segments` has the places of data in pages of the guest. May sleep.
-    pub(super) fn start(&mut self, disk: &TapDisk, place: Place, segments: Option<&Segments<'_>>) {
+    pub(super) fn start(
+        &mut self,
+        disk: &TapDisk,
+        place: QueueSlice,
+        segments: Option<&Segments<'_>>,
+    ) {
         if self.begun.is_empty() {
             return;
         }
@@ -220,7 +225,7 @@ impl Executor {
     pub(super) fn reap(
         &mut self,
         disk: &TapDisk,
-        place: Place,
+        place: QueueSlice,
         mut done: impl FnMut(QueueTag, ResponseStatus),
     ) {
         let ended = &mut self.ended;
@@ -274,7 +279,7 @@ fn result(status: u32) -> ResponseStatus {
 fn start_in_arena(
     inflight: &Inflight<'_>,
     disk: &TapDisk,
-    place: Place,
+    place: QueueSlice,
     begun: &Begun,
     parts: &[RequestPart],
 ) {

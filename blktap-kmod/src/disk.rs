@@ -46,7 +46,7 @@ pub(crate) struct TapDisk {
     /// The disk was destroyed; no opener waits for it any more.
     pub(super) destroyed: AtomicFlag,
     #[pin]
-    pub(super) inner: SpinLock<Inner>,
+    pub(super) inner: SpinLock<DiskInner>,
     /// Notified when there is something to fetch, and when a node can be opened again.
     #[pin]
     pub(super) ready: PollCondVar,
@@ -61,7 +61,7 @@ pub(super) type Backings = [Option<DiskStorage>; abi::MAX_BACKINGS as usize];
 
 /// State under the lock of a disk. This lock is a leaf: the module takes no other lock under it, and does not sleep
 /// under it.
-pub(crate) struct Inner {
+pub(crate) struct DiskInner {
     pub(super) shadow: Shadow<KVVec<TagEntry>, DiskMap>,
     /// Backings that the map has, and those that it has lost while a request is executed in them.
     pub(super) backings: Backings,
@@ -87,11 +87,11 @@ pub(crate) struct Inner {
     /// The process found no request: it may be sleeping, and must be woken for the next one.
     pub(super) wanted: bool,
     /// The queues of the connection.
-    pub(super) shares: [Option<Arc<Share>>; MAX_QUEUES],
+    pub(super) shares: [Option<Arc<QueueSignal>>; MAX_QUEUES],
 }
 
 /// State that a queue's thread shares with the callers that complete its requests.
-pub(crate) struct Share {
+pub(crate) struct QueueSignal {
     pub(super) wake_event: Arc<WakeEvent>,
     /// The queue has something to reap.
     pub(super) done: AtomicFlag,
@@ -99,7 +99,7 @@ pub(crate) struct Share {
     pub(super) resumable: AtomicFlag,
 }
 
-impl Share {
+impl QueueSignal {
     /// Tells the queue that it has something to reap.
     pub(super) fn tell(&self) {
         self.done.store(true, Release);
@@ -138,7 +138,7 @@ impl TapDisk {
                 sectors: Atomic::new(0),
                 destroyed: AtomicFlag::new(false),
                 inner <- new_spinlock!(
-                    Inner {
+                    DiskInner {
                         shadow: Shadow::with_map(entries, None),
                         backings: [const { None }; abi::MAX_BACKINGS as usize],
                         sets_refused: 0,
@@ -319,7 +319,7 @@ impl TapDisk {
     }
 
     /// Wakes the process if it waits and there is a request to fetch, and queues that can begin a request.
-    pub(super) fn announce(&self, inner: &mut Inner) {
+    pub(super) fn announce(&self, inner: &mut DiskInner) {
         if inner.shadow.waiting() == 0 {
             return;
         }
@@ -339,7 +339,7 @@ impl TapDisk {
     }
 }
 
-impl Inner {
+impl DiskInner {
     /// Schedules the device's work, which looks at the disk.
     pub(super) fn kick(&self) {
         if let Some(attachment) = &self.attachment {

@@ -4,7 +4,7 @@
 //!
 //! User memory is copied outside the lock, in batches of [`BATCH`].
 
-use super::disk::{Inner, TapDisk, BATCH};
+use super::disk::{DiskInner, TapDisk, BATCH};
 use super::node::invalid;
 use crate::linux::char::chardev::user_memory;
 use crate::linux::{cond_resched, monotonic_ns};
@@ -153,7 +153,7 @@ impl TapDisk {
     }
 }
 
-impl Inner {
+impl DiskInner {
     /// Returns true once the process has started the disk.
     pub(super) fn is_live(&self) -> bool {
         self.shadow.state() == crate::ring::tap::abi::STATE_LIVE

@@ -30,11 +30,11 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 
 /// The table of disks, while the module is loaded: the driver and the openers of nodes find disks in it.
-pub(crate) struct Tap {
+pub(crate) struct TapTable {
     _registry: registry::Registry,
 }
 
-impl Tap {
+impl TapTable {
     /// Makes the table, before anything is registered. It stays empty without [`Nodes`].
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
@@ -50,18 +50,18 @@ pub(crate) struct Nodes {
     // The order matters: the regions go after the nodes, and before the disks to which an open
     // file leads.
     _controls: Region,
-    _disks: registry::Disks,
+    _disks: registry::DiskTable,
 }
 
 impl Nodes {
-    /// Makes the control node. The caller must have made a [`Tap`] and have finished every step that may fail, because
+    /// Makes the control node. The caller must have made a [`TapTable`] and have finished every step that may fail, because
     /// a module that cannot be loaded is removed even if a process has opened one of its nodes. May sleep.
     pub(crate) fn new() -> Result<Self> {
         let class = Class::new(c"xentap")?;
-        let nodes = Region::register::<node::Opener>(c"xentap", registry::MINORS)?;
-        let disks = registry::Disks::new(class.clone(), nodes);
+        let nodes = Region::register::<node::NodeOpener>(c"xentap", registry::MINORS)?;
+        let disks = registry::DiskTable::new(class.clone(), nodes);
         // Last, because from here on a process may use the node.
-        let controls = Region::register::<control::Control>(c"xentap-control", 1)?;
+        let controls = Region::register::<control::ControlOpener>(c"xentap-control", 1)?;
         Ok(Self {
             _control: controls.add_node(&class, 0, c"xentap!control")?,
             _controls: controls,
@@ -70,7 +70,7 @@ impl Nodes {
     }
 }
 
-impl TapDisks for Tap {
+impl TapDisks for TapTable {
     const ATTACH: AttachTap = binding::attach;
 }
 

@@ -2,7 +2,7 @@
 
 //! The node of a disk, as the process that has it open uses it.
 
-use super::commands::Place;
+use super::commands::CommandSlot;
 use super::disk::TapDisk;
 use super::registry;
 use crate::linux::char::chardev::{
@@ -24,7 +24,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 const MAX_PARAMS: usize = 256;
 
 /// An opener of a disk's node.
-pub(crate) struct Opener {
+pub(crate) struct NodeOpener {
     disk: Arc<TapDisk>,
     epoch: u64,
 }
@@ -82,7 +82,7 @@ fn read_claims(address: u64) -> Result<Claims> {
     Ok(claims)
 }
 
-impl Opener {
+impl NodeOpener {
     fn info(&self, address: u64) -> Result<c_int> {
         let info: Info = self.disk.info();
         write_user(address, &info)?;
@@ -223,7 +223,7 @@ impl Opener {
     }
 
     /// Puts a command into its place to wait.
-    fn leave_waiting(&self, place: Place, command: Parked) {
+    fn leave_waiting(&self, place: CommandSlot, command: Parked) {
         let mut inner = self.disk.inner.lock();
         inner.commands.wait(place, command);
         // Requests may have come since the command found none.
@@ -231,7 +231,7 @@ impl Opener {
     }
 }
 
-impl CharDevice for Opener {
+impl CharDevice for NodeOpener {
     fn open(minor: u32, nonblocking: bool) -> Result<Arc<Self>> {
         let disk = registry::find(minor).ok_or(ENXIO)?;
         let mut opener = UniqueArc::new(Self { disk, epoch: 0 }, GFP_KERNEL)?;
@@ -339,7 +339,7 @@ impl CharDevice for Opener {
             len: note as u32,
         };
         // CAST: the upper half.
-        let place = Place::noted(note.wrapping_shr(32) as u32);
+        let place = CommandSlot::noted(note.wrapping_shr(32) as u32);
         let result = if command.is_cancelled() {
             None
         } else {

@@ -6,7 +6,7 @@ use crate::ring::numbers::{DiskTag, QueueTag};
 
 /// A queue's part of the disk.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct QueueSlice {
     /// Number of the queue.
     pub(super) index: u16,
     /// Its tags begin here.
@@ -17,7 +17,7 @@ pub(super) struct Place {
     pub(super) depth: u16,
 }
 
-impl Place {
+impl QueueSlice {
     /// Returns the disk's tag of a request of this queue.
     pub(super) fn disk_tag(self, tag: QueueTag) -> DiskTag {
         DiskTag::new(self.first_tag.wrapping_add(tag.number()))

@@ -15,7 +15,7 @@ use kernel::sync::Arc;
 pub(super) const MINORS: u32 = MAX_MINORS;
 
 /// A disk and its node. The node exists from the last step of making the disk to the first step of removing it.
-struct Place {
+struct RegisteredDisk {
     disk: Arc<TapDisk>,
     node: Option<DeviceNode>,
 }
@@ -35,7 +35,7 @@ kernel::sync::global_lock! {
 kernel::sync::global_lock! {
     // SAFETY: As for `MAKER`. Every open of a node takes it, so memory is allocated without it: disks are made and
     // destroyed one at a time under `MAKER`, which is taken first.
-    unsafe(uninit) static TABLE: Mutex<Option<RBTree<u32, Place>>> = None;
+    unsafe(uninit) static TABLE: Mutex<Option<RBTree<u32, RegisteredDisk>>> = None;
 }
 
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
@@ -44,7 +44,7 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 pub(super) struct Registry(());
 
 impl Registry {
-    /// Makes the table, in which no disk is found before there are [`Disks`]. Succeeds once in the life of the module:
+    /// Makes the table, in which no disk is found before there are [`DiskTable`]. Succeeds once in the life of the module:
     /// `EBUSY` after that. May sleep.
     pub(super) fn new() -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
@@ -60,9 +60,9 @@ impl Registry {
 
 /// The content of the table: without it no disk can be made. It may be dropped only while no node is open and no disk
 /// is bound.
-pub(super) struct Disks(());
+pub(super) struct DiskTable(());
 
-impl Disks {
+impl DiskTable {
     /// Makes the content, without a disk. Needs a [`Registry`]. May sleep.
     pub(super) fn new(class: Arc<Class>, nodes: Region) -> Self {
         *TABLE.lock() = Some(RBTree::new());
@@ -71,7 +71,7 @@ impl Disks {
     }
 }
 
-impl Drop for Disks {
+impl Drop for DiskTable {
     fn drop(&mut self) {
         let maker = MAKER.lock().take();
         let table = TABLE.lock().take();
@@ -112,7 +112,7 @@ pub(super) fn create(new: &NewDisk) -> Result<u32> {
     let minor = choose(new)?;
     let disk = TapDisk::new(minor, maker.nodes.number(minor), new)?;
     let name = CString::try_from_fmt(fmt!("xentap!{minor}"))?;
-    let place = Place {
+    let place = RegisteredDisk {
         disk: disk.clone(),
         node: None,
     };
@@ -148,7 +148,7 @@ fn choose(new: &NewDisk) -> Result<u32> {
     }
 }
 
-fn lowest_free(places: &RBTree<u32, Place>) -> Option<u32> {
+fn lowest_free(places: &RBTree<u32, RegisteredDisk>) -> Option<u32> {
     let mut free = 0u32;
     for taken in places.keys() {
         if *taken != free {

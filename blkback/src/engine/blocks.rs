@@ -17,7 +17,7 @@ const TRIES: u32 = 3;
 
 /// State of 64 blocks: one bit, or one byte of bits, for each.
 #[derive(Clone, Copy, Debug)]
-pub struct Group {
+pub struct BlockGroup {
     /// Has memory.
     present: u64,
     /// All pages are free.
@@ -28,7 +28,7 @@ pub struct Group {
     free: [u8; GROUP as usize],
 }
 
-impl Group {
+impl BlockGroup {
     /// Blocks without memory.
     pub const EMPTY: Self = Self {
         present: 0,
@@ -64,12 +64,12 @@ impl Group {
 
 /// Neighbouring pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct PageRun {
     first: u16,
     pub(crate) len: u16,
 }
 
-impl Run {
+impl PageRun {
     pub(crate) fn pages(self) -> impl Iterator<Item = u16> {
         self.first..self.first.saturating_add(self.len)
     }
@@ -77,8 +77,8 @@ impl Run {
 
 /// The pages with memory of a queue.
 #[derive(Debug)]
-pub(crate) struct Blocks<'a> {
-    groups: &'a mut [Group],
+pub(crate) struct PageBlocks<'a> {
+    groups: &'a mut [BlockGroup],
     most: u16,
     own: u16,
     capacity: u16,
@@ -101,10 +101,10 @@ fn number(group: usize, index: u32) -> u16 {
         .wrapping_add(index as u16)
 }
 
-impl<'a> Blocks<'a> {
+impl<'a> PageBlocks<'a> {
     /// Makes a table of up to `most` pages, of which the first `own` always have memory.
-    pub(crate) fn new(groups: &'a mut [Group], most: u16, own: u16) -> Self {
-        groups.fill(Group::EMPTY);
+    pub(crate) fn new(groups: &'a mut [BlockGroup], most: u16, own: u16) -> Self {
+        groups.fill(BlockGroup::EMPTY);
         let mut blocks = Self {
             groups,
             most,
@@ -197,7 +197,7 @@ impl<'a> Blocks<'a> {
     }
 
     /// Takes neighbouring pages, at most `wanted`; `None` if no page is free.
-    pub(crate) fn take_run(&mut self, wanted: u16) -> Option<Run> {
+    pub(crate) fn take_run(&mut self, wanted: u16) -> Option<PageRun> {
         let (block, mask) = self.find_run(wanted)?;
         let (group, index) = place(block);
         let group = self.groups.get_mut(group)?;
@@ -207,7 +207,7 @@ impl<'a> Blocks<'a> {
         let (start, len) = (mask.trailing_zeros() as u16, mask.count_ones() as u16);
         self.took(len);
         let first = block.wrapping_mul(BLOCK).wrapping_add(start);
-        Some(Run { first, len })
+        Some(PageRun { first, len })
     }
 
     /// Returns a block, and the bits of its pages to take.

@@ -4,7 +4,7 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::parts::Engine;
-use crate::engine::requests::{List, PendingRequest};
+use crate::engine::requests::{PendingRequest, StageList};
 use crate::engine::segments::Pool;
 use crate::ring::grants::{CopyDirection, Grants};
 use crate::ring::numbers::QueueTag;
@@ -66,7 +66,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Sets aside the requests whose pages there is no room to map.
     fn stall_unmappable(&mut self) {
         let requests = &mut self.requests;
-        let mut keep = List::EMPTY;
+        let mut keep = StageList::EMPTY;
         while let Some(handle) = requests.pop_taken() {
             if requests.of(&handle).unmappable {
                 requests.push_stalled(handle.stall());

@@ -26,7 +26,7 @@ const END: u16 = u16::MAX;
 const WALK: u32 = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum MappingState {
     Free,
     /// A guest's page is about to be mapped.
     Queued,
@@ -53,7 +53,7 @@ pub struct Mapping {
     next: u16,
     /// The first mapping of the list of kept ones whose grant references lead to this entry.
     head: u16,
-    state: State,
+    state: MappingState,
     /// A request has used the page since the last sweep that found it idle.
     used: bool,
 }
@@ -66,7 +66,7 @@ impl Mapping {
         users: 0,
         next: END,
         head: END,
-        state: State::Free,
+        state: MappingState::Free,
         used: false,
     };
 }
@@ -93,9 +93,9 @@ pub(crate) struct Mappings<'a> {
     first: u16,
     free: u16,
     leaving: u16,
-    /// Number of mappings in state [`Kept`](State::Kept).
+    /// Number of mappings in state [`Kept`](MappingState::Kept).
     kept: u16,
-    /// Number of mappings in state [`Mapped`](State::Mapped), which are unmapped with their request.
+    /// Number of mappings in state [`Mapped`](MappingState::Mapped), which are unmapped with their request.
     going: u16,
     keeps: bool,
     /// The hypervisor, or the table, had no room for one more since the last sweep.
@@ -141,20 +141,20 @@ impl<'a> Mappings<'a> {
 
     /// Reports whether no page is mapped except lost ones.
     pub(crate) fn is_empty(&self) -> bool {
-        let is_empty = |at: &Mapping| matches!(at.state, State::Free | State::Lost);
+        let is_empty = |at: &Mapping| matches!(at.state, MappingState::Free | MappingState::Lost);
         self.table.iter().all(is_empty)
     }
 
     /// Returns the number of pages that no request uses, without lost ones.
     pub(crate) fn unused(&self) -> u16 {
-        let unused = |at: &&Mapping| at.users == 0 && at.state != State::Lost;
+        let unused = |at: &&Mapping| at.users == 0 && at.state != MappingState::Lost;
         // CAST: there are fewer than 65536.
         self.table.iter().filter(unused).count() as u16
     }
 
     /// Returns the number of pages that are not lost.
     pub(crate) fn sound(&self) -> u16 {
-        let sound = |at: &&Mapping| at.state != State::Lost;
+        let sound = |at: &&Mapping| at.state != MappingState::Lost;
         // CAST: there are fewer than 65536.
         self.table.iter().filter(sound).count() as u16
     }
@@ -179,7 +179,7 @@ impl<'a> Mappings<'a> {
     fn set_free(&mut self, at: u16) {
         let next = self.free;
         if let Some(mapping) = self.get_mut(at) {
-            mapping.state = State::Free;
+            mapping.state = MappingState::Free;
             mapping.users = 0;
             mapping.next = next;
             self.free = at;
@@ -237,7 +237,7 @@ impl<'a> Mappings<'a> {
         self.free = mapping.next;
         mapping.gref = gref;
         mapping.users = 1;
-        mapping.state = State::Queued;
+        mapping.state = MappingState::Queued;
         mapping.used = true;
         Some(self.page(at))
     }
@@ -262,7 +262,7 @@ impl<'a> Mappings<'a> {
         let Some(mapping) = self.get_mut(at) else {
             return;
         };
-        mapping.state = State::Mapped;
+        mapping.state = MappingState::Mapped;
         mapping.handle = handle;
         let gref = mapping.gref;
         self.going = self.going.saturating_add(1);
@@ -292,7 +292,7 @@ impl<'a> Mappings<'a> {
         let next = self.head(gref);
         if let Some(mapping) = self.get_mut(at) {
             mapping.next = next;
-            mapping.state = State::Kept;
+            mapping.state = MappingState::Kept;
             self.kept = self.kept.saturating_add(1);
             self.going = self.going.saturating_sub(1);
             self.set_head(gref, at);
@@ -321,7 +321,7 @@ impl<'a> Mappings<'a> {
             }
         }
         if let Some(mapping) = self.get_mut(at) {
-            mapping.state = State::Mapped;
+            mapping.state = MappingState::Mapped;
             self.kept = self.kept.saturating_sub(1);
             self.going = self.going.saturating_add(1);
         }
@@ -332,9 +332,11 @@ impl<'a> Mappings<'a> {
         self.short |= is_full;
         let at = self.index(page);
         match self.get_mut(at) {
-            Some(mapping) if mapping.state == State::Queued => mapping.state = State::Failed,
+            Some(mapping) if mapping.state == MappingState::Queued => {
+                mapping.state = MappingState::Failed
+            }
             // The page is mapped, but the call as a whole has failed.
-            Some(mapping) if mapping.state == State::Kept => self.unkeep(at),
+            Some(mapping) if mapping.state == MappingState::Kept => self.unkeep(at),
             _ => {}
         }
     }
@@ -350,7 +352,7 @@ impl<'a> Mappings<'a> {
     #[inline]
     pub(crate) fn goes(&self, page: PageIndex) -> bool {
         let mapping = self.get(self.index(page));
-        mapping.is_some_and(|mapping| mapping.state == State::Mapped)
+        mapping.is_some_and(|mapping| mapping.state == MappingState::Mapped)
     }
 
     /// Releases a page from a segment. Returns the page's handle if it must be unmapped now. The caller then calls
@@ -364,8 +366,8 @@ impl<'a> Mappings<'a> {
             return None;
         }
         match mapping.state {
-            State::Mapped => Some(self.leave(at)),
-            State::Failed => {
+            MappingState::Mapped => Some(self.leave(at)),
+            MappingState::Failed => {
                 self.set_free(at);
                 None
             }
@@ -378,7 +380,7 @@ impl<'a> Mappings<'a> {
         let Some(mapping) = self.get_mut(at) else {
             return 0;
         };
-        mapping.state = State::Leaving;
+        mapping.state = MappingState::Leaving;
         mapping.next = next;
         let handle = mapping.handle;
         self.leaving = at;
@@ -390,7 +392,7 @@ impl<'a> Mappings<'a> {
     pub(crate) fn lost(&mut self, page: PageIndex) {
         let at = self.index(page);
         if let Some(mapping) = self.get_mut(at) {
-            mapping.state = State::Lost;
+            mapping.state = MappingState::Lost;
         }
     }
 
@@ -398,7 +400,7 @@ impl<'a> Mappings<'a> {
     pub(crate) fn unmapped(&mut self) {
         let mut at = core::mem::replace(&mut self.leaving, END);
         while let Some(mapping) = self.get(at).copied() {
-            if mapping.state == State::Leaving {
+            if mapping.state == MappingState::Leaving {
                 self.set_free(at);
             }
             at = mapping.next;
@@ -428,7 +430,7 @@ impl<'a> Mappings<'a> {
         loop {
             let page = self.page(at);
             let mapping = self.get_mut(at)?;
-            if mapping.state == State::Kept && mapping.users == 0 {
+            if mapping.state == MappingState::Kept && mapping.users == 0 {
                 let used = core::mem::replace(&mut mapping.used, false);
                 if (all || !used) && !is_held(page) {
                     break;

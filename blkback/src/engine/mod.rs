@@ -39,14 +39,14 @@ mod transfers;
 
 pub use crate::ring::grants::Grants;
 pub use backend::{Backend, Io, IoKind};
-pub use blocks::Group;
+pub use blocks::BlockGroup;
 pub use latency::Latencies;
 pub use mappings::Mapping;
-pub use parts::{Config, Engine, Tables};
+pub use parts::{Config, Engine, EngineTables};
 pub use pass::Pass;
 pub use requests::PendingRequest;
 pub use rest::Rest;
-pub use segments::{SegmentEntry, Shape, Slice};
+pub use segments::{SegmentEntry, Slice, TableShape};
 pub use stats::{Flight, Stats};
 pub use times::Times;
 pub use transfers::Fetch;

@@ -3,13 +3,13 @@
 //! The parts of an engine. Each step of a pass is a file that works on it.
 
 use crate::engine::backend::Backend;
-use crate::engine::blocks::Group;
+use crate::engine::blocks::BlockGroup;
 use crate::engine::clock::PassClock;
 use crate::engine::latency::Latencies;
 use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
-use crate::engine::segments::{SegmentEntry, Segments, Shape};
+use crate::engine::segments::{SegmentEntry, Segments, TableShape};
 use crate::engine::stats::{Flight, Stats};
 use crate::engine::transfers::{Fetch, Transfers};
 use crate::ring::abi::Protocol;
@@ -31,14 +31,14 @@ pub struct Config {
 
 /// The memory of an engine, allocated by the code that connects it.
 #[derive(Debug)]
-pub struct Tables<'a> {
+pub struct EngineTables<'a> {
     /// An entry for each slot of the ring.
     pub slots: &'a mut [PendingRequest],
     /// An entry for each data page, and, where pages come and go, an additional one for each segment of the largest
     /// request.
     pub entries: &'a mut [SegmentEntry],
     /// A group for each 512 pages that can have memory.
-    pub groups: &'a mut [Group],
+    pub groups: &'a mut [BlockGroup],
     /// An entry for each page at which guest pages are mapped.
     pub mappings: &'a mut [Mapping],
     /// An entry for each descriptor buffer that is to be used, at least one.
@@ -83,8 +83,8 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
         ring: BackRing<R>,
         grants: G,
         backend: B,
-        tables: Tables<'a>,
-        shape: Shape,
+        tables: EngineTables<'a>,
+        shape: TableShape,
         config: Config,
         limits: RequestLimits,
     ) -> Self {

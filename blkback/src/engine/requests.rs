@@ -185,13 +185,13 @@ impl PendingRequest {
 
 /// Requests of one stage, in arrival order.
 #[derive(Debug)]
-pub(crate) struct List<S> {
+pub(crate) struct StageList<S> {
     head: QueueTag,
     tail: QueueTag,
     stage: PhantomData<S>,
 }
 
-impl<S> List<S> {
+impl<S> StageList<S> {
     pub(crate) const EMPTY: Self = Self {
         head: END,
         tail: END,
@@ -263,7 +263,7 @@ impl Slots<'_> {
 
     /// Appends a slot that is in no list.
     #[inline]
-    fn append<S>(&mut self, list: &mut List<S>, tag: QueueTag) {
+    fn append<S>(&mut self, list: &mut StageList<S>, tag: QueueTag) {
         if let Some(slot) = self.get_mut(tag) {
             slot.next = END;
             slot.prev = list.tail;
@@ -276,7 +276,7 @@ impl Slots<'_> {
     }
 
     #[inline]
-    fn remove_first<S>(&mut self, list: &mut List<S>) -> Option<QueueTag> {
+    fn remove_first<S>(&mut self, list: &mut StageList<S>) -> Option<QueueTag> {
         let tag = list.head;
         let slot = self.get_mut(tag)?;
         list.head = slot.next;
@@ -289,7 +289,7 @@ impl Slots<'_> {
 
     /// Takes a slot out of its list.
     #[inline]
-    fn remove<S>(&mut self, list: &mut List<S>, tag: QueueTag) {
+    fn remove<S>(&mut self, list: &mut StageList<S>, tag: QueueTag) {
         let Some(slot) = self.get_mut(tag) else {
             return;
         };
@@ -327,16 +327,16 @@ fn release(segments: &mut Segments<'_>, request: &PendingRequest) {
 pub(crate) struct Requests<'a> {
     pub(crate) slots: Slots<'a>,
     /// Slots without a request.
-    free: List<()>,
+    free: StageList<()>,
     used: u16,
     pub(crate) segments: Segments<'a>,
-    pub(crate) taken: List<Taken>,
-    pub(crate) stalled: List<Stalled>,
+    pub(crate) taken: StageList<Taken>,
+    pub(crate) stalled: StageList<Stalled>,
     /// The requests that the backend has, the oldest first. They complete in any order.
-    submitted: List<Submitted>,
-    pub(crate) completed: List<Completed>,
+    submitted: StageList<Submitted>,
+    pub(crate) completed: StageList<Completed>,
     /// Requests whose I/O is done while storage still holds one of their pages.
-    pub(crate) held: List<Completed>,
+    pub(crate) held: StageList<Completed>,
 }
 
 impl<'a> Requests<'a> {
@@ -349,14 +349,14 @@ impl<'a> Requests<'a> {
                 slots,
                 nobody: PendingRequest::FREE,
             },
-            free: List::EMPTY,
+            free: StageList::EMPTY,
             used: 0,
             segments,
-            taken: List::EMPTY,
-            stalled: List::EMPTY,
-            submitted: List::EMPTY,
-            completed: List::EMPTY,
-            held: List::EMPTY,
+            taken: StageList::EMPTY,
+            stalled: StageList::EMPTY,
+            submitted: StageList::EMPTY,
+            completed: StageList::EMPTY,
+            held: StageList::EMPTY,
         };
         for tag in (0..total).map(QueueTag::new) {
             requests.slots.append(&mut requests.free, tag);
@@ -483,7 +483,7 @@ impl<'a> Requests<'a> {
 
     /// Appends a request to a list that is not one of ours.
     #[inline]
-    pub(crate) fn push<S>(&mut self, list: &mut List<S>, handle: Handle<S>) {
+    pub(crate) fn push<S>(&mut self, list: &mut StageList<S>, handle: Handle<S>) {
         self.slots.append(list, handle.put_down());
     }
 
@@ -546,11 +546,11 @@ mod tests {
     extern crate std;
 
     use super::{PendingRequest, Requests};
-    use crate::engine::segments::{Segments, Shape};
+    use crate::engine::segments::{Segments, TableShape};
     use crate::ring::response::ResponseStatus;
     use std::vec::Vec;
 
-    const NO_PAGES: Shape = Shape {
+    const NO_PAGES: TableShape = TableShape {
         copy: 0,
         own: 0,
         map: 0,

@@ -10,7 +10,7 @@
 //! Pages with memory come and go in blocks of eight neighbours (`blocks`). Nothing is allocated
 //! here: a request that finds too little waits, or is done in pieces.
 
-use crate::engine::blocks::{Blocks, Group, BLOCK};
+use crate::engine::blocks::{BlockGroup, PageBlocks, BLOCK};
 use crate::ring::numbers::PageIndex;
 use crate::ring::segment::GrantSegment;
 
@@ -30,7 +30,7 @@ pub enum Pool {
 
 /// Shares of the kinds of pages in a table. The entries behind both kinds have no pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct TableShape {
     /// Pages that can have memory; they are the first ones.
     pub copy: u16,
     /// Those of them that always have memory.
@@ -87,7 +87,7 @@ pub(crate) struct Chain {
 #[derive(Debug)]
 pub struct Segments<'a> {
     entries: &'a mut [SegmentEntry],
-    copy: Blocks<'a>,
+    copy: PageBlocks<'a>,
     map: Free,
     rest: Free,
 }
@@ -101,7 +101,11 @@ struct Free {
 
 impl<'a> Segments<'a> {
     /// Makes a table. `groups` has one for each 512 copy pages; at most 65534 entries are used.
-    pub fn new(entries: &'a mut [SegmentEntry], groups: &'a mut [Group], shape: Shape) -> Self {
+    pub fn new(
+        entries: &'a mut [SegmentEntry],
+        groups: &'a mut [BlockGroup],
+        shape: TableShape,
+    ) -> Self {
         let empty = Free {
             head: END,
             count: 0,
@@ -113,7 +117,7 @@ impl<'a> Segments<'a> {
         let copy = shape.copy.min(total);
         let mut table = Self {
             entries,
-            copy: Blocks::new(groups, copy, shape.own),
+            copy: PageBlocks::new(groups, copy, shape.own),
             map: empty,
             rest: empty,
         };
@@ -164,7 +168,7 @@ impl<'a> Segments<'a> {
     }
 
     /// Returns the blocks of pages with memory.
-    pub(crate) fn blocks(&mut self) -> &mut Blocks<'a> {
+    pub(crate) fn blocks(&mut self) -> &mut PageBlocks<'a> {
         &mut self.copy
     }
 
@@ -314,7 +318,11 @@ impl<'a> Segments<'a> {
 }
 
 /// Takes `count` pages with memory, in as few runs of neighbours as there are.
-fn alloc_pages(entries: &mut [SegmentEntry], blocks: &mut Blocks<'_>, count: u16) -> Option<u16> {
+fn alloc_pages(
+    entries: &mut [SegmentEntry],
+    blocks: &mut PageBlocks<'_>,
+    count: u16,
+) -> Option<u16> {
     if blocks.free() < count {
         return None;
     }
@@ -341,7 +349,7 @@ fn alloc_pages(entries: &mut [SegmentEntry], blocks: &mut Blocks<'_>, count: u16
 }
 
 /// Gives the pages of a chain back, all of one block that follow one another at once.
-fn release_pages(entries: &[SegmentEntry], blocks: &mut Blocks<'_>, head: u16, count: u16) {
+fn release_pages(entries: &[SegmentEntry], blocks: &mut PageBlocks<'_>, head: u16, count: u16) {
     let (mut block, mut pages) = (head / BLOCK, 0u8);
     let mut page = head;
     for _ in 0..count {

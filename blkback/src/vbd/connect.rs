@@ -5,13 +5,13 @@
 use super::{Life, Next, Vbd, ASK_AGAIN, ERRAND};
 use crate::connect_error::ConnectError;
 use crate::connection::Peer;
-use crate::disk::{self, Name, Opener};
+use crate::disk::{self, DiskOpener, Name};
 use crate::linux::local_clock;
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::FrontendClaim;
 use crate::offer::{Features, TAKEN_AWAY};
 use crate::proto::state::XenbusState;
-use crate::storage::{Errand, Job, Outcome};
+use crate::storage::{Errand, JobOutcome, StorageJob};
 use kernel::prelude::*;
 use kernel::sync::atomic::{
     ordering::Acquire, ordering::Full, ordering::Relaxed, ordering::Release,
@@ -20,7 +20,7 @@ use kernel::sync::Arc;
 
 impl Vbd {
     /// Hands a job that may wait for storage to the work queue for such jobs.
-    pub(super) fn send(self: &Arc<Self>, life: &mut Life, job: Job) {
+    pub(super) fn send(self: &Arc<Self>, life: &mut Life, job: StorageJob) {
         life.errand = Errand::Given(job);
         // There is one at a time, so it is not queued.
         let _queued = workqueue::enqueue_storage::<_, ERRAND>(self.clone());
@@ -38,16 +38,16 @@ impl Vbd {
     /// Handles the outcome of the last errand.
     pub(super) fn end_errand(self: &Arc<Self>, life: &mut Life) {
         match life.errand.take_outcome() {
-            None | Some(Outcome::Closed) => {}
-            Some(Outcome::Prepared(Ok(()))) => life.prepared = true,
-            Some(Outcome::Prepared(Err(error))) => self.connect_failed(life, &error),
-            Some(Outcome::Opened(Ok(disk))) => {
+            None | Some(JobOutcome::Closed) => {}
+            Some(JobOutcome::Prepared(Ok(()))) => life.prepared = true,
+            Some(JobOutcome::Prepared(Err(error))) => self.connect_failed(life, &error),
+            Some(JobOutcome::Opened(Ok(disk))) => {
                 self.number.store(disk.backing.number(), Relaxed);
                 self.writable.store(disk.backing.is_writable(), Relaxed);
                 life.bad_disk = None;
                 life.disk = Some(disk);
             }
-            Some(Outcome::Opened(Err(bad))) => self.disk_is_bad(life, &bad),
+            Some(JobOutcome::Opened(Err(bad))) => self.disk_is_bad(life, &bad),
         }
     }
 
@@ -67,12 +67,12 @@ impl Vbd {
         match disk::named(&self.device) {
             Ok(None) => {}
             Ok(Some(name)) => {
-                let opener = Opener {
+                let opener = DiskOpener {
                     device: self.device.clone(),
                     events: self.clone(),
                     attach_tap: self.attach_tap,
                 };
-                self.send(life, Job::Open(opener, name));
+                self.send(life, StorageJob::Open(opener, name));
             }
             Err(bad) => self.disk_is_bad(life, &bad),
         }
@@ -131,7 +131,7 @@ impl Vbd {
         }
         if !core::mem::replace(&mut life.prepared, false) {
             if let Some(disk) = &life.disk {
-                let job = Job::Prepare(disk.backing.clone());
+                let job = StorageJob::Prepare(disk.backing.clone());
                 self.send(life, job);
             }
             return Next::Rest;

@@ -17,7 +17,7 @@ use kernel::uaccess::UserSliceReader;
 
 /// A device's folder. Dropping it waits for current readers and writers of its files. May sleep.
 #[pin_data]
-pub(super) struct Folder {
+pub(super) struct DebugFolder {
     #[pin]
     queues: File<Arc<Totals>>,
     #[pin]
@@ -25,7 +25,7 @@ pub(super) struct Folder {
     _dir: Dir,
 }
 
-impl Folder {
+impl DebugFolder {
     /// Makes the folder and its files. May sleep.
     pub(super) fn new(device: &XenDevice, totals: &Arc<Totals>) -> Result<Pin<KBox<Self>>> {
         let (domain, number) = (device.otherend_id(), device.number());

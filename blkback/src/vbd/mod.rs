@@ -20,11 +20,11 @@ mod late;
 mod publish;
 mod reconcile;
 
-use self::debug::Folder;
+use self::debug::DebugFolder;
 use self::late::Late;
 use self::publish::OurState;
 use crate::connection::Connection;
-use crate::disk::{self, AttachTap, Disk};
+use crate::disk::{self, AttachTap, AttachedDisk};
 use crate::due::Due;
 use crate::events::DeviceEvents;
 use crate::linux::module::ModuleReference;
@@ -113,7 +113,7 @@ impl_has_delayed_work! {
 struct Hold {
     subscription: Option<Subscription>,
     /// The device's folder in debugfs.
-    debug: Option<Pin<KBox<Folder>>>,
+    debug: Option<Pin<KBox<DebugFolder>>>,
     /// The bus has one while the device is bound; this is for what follows.
     module: Option<ModuleReference>,
 }
@@ -130,7 +130,7 @@ struct Life {
     /// The device was unbound, and everything is given back.
     over: bool,
     state: OurState,
-    disk: Option<Disk>,
+    disk: Option<AttachedDisk>,
     /// A disk that could not be opened, so that it is reported once.
     bad_disk: Option<disk::Name>,
     errand: Errand,
@@ -223,7 +223,7 @@ impl Vbd {
 
     /// Shows the device in debugfs. Without that, the device serves as well.
     fn show_in_debugfs(&self) {
-        let folder = Folder::new(&self.device, &self.totals);
+        let folder = DebugFolder::new(&self.device, &self.totals);
         if let Ok(folder) = folder {
             self.hold.lock().debug = Some(folder);
         }

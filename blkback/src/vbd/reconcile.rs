@@ -9,7 +9,7 @@ use crate::linux::task::workqueue;
 use crate::linux::xen::store;
 use crate::offer;
 use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, View, XenbusState};
-use crate::storage::Job;
+use crate::storage::StorageJob;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
 use kernel::sync::lock::mutex::MutexGuard;
@@ -197,7 +197,7 @@ impl Vbd {
             return;
         }
         if let Some(disk) = life.disk.take() {
-            self.send(life, Job::Close(disk));
+            self.send(life, StorageJob::Close(disk));
             return;
         }
         life.left = true;
@@ -234,7 +234,7 @@ impl Vbd {
             return;
         }
         if let Some(disk) = life.disk.take() {
-            self.send(&mut life, Job::Close(disk));
+            self.send(&mut life, StorageJob::Close(disk));
             return;
         }
         if let Err(error) = offer::close_after_unbind(&self.device) {

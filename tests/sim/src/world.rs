@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blkback::engine::{
-    Backend, Config, Engine, Fetch, Group, Latencies, Mapping, Pass, PendingRequest, SegmentEntry,
-    Shape, Stats, Tables,
+    Backend, BlockGroup, Config, Engine, EngineTables, Fetch, Latencies, Mapping, Pass,
+    PendingRequest, SegmentEntry, Stats, TableShape,
 };
 use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
@@ -26,7 +26,7 @@ use crate::tap::{Tap, TapBackend};
 pub struct Storage {
     slots: Vec<PendingRequest>,
     entries: Vec<SegmentEntry>,
-    groups: Vec<Group>,
+    groups: Vec<BlockGroup>,
     mappings: Vec<Mapping>,
     fetches: Vec<Option<Fetch>>,
     stats: Stats,
@@ -41,7 +41,7 @@ impl Storage {
         Self {
             slots: vec![PendingRequest::FREE; size as usize],
             entries: vec![SegmentEntry::EMPTY; usize::from(pages)],
-            groups: vec![Group::EMPTY; Group::needed(setup.copy_pages)],
+            groups: vec![BlockGroup::EMPTY; BlockGroup::needed(setup.copy_pages)],
             mappings: vec![Mapping::FREE; usize::from(setup.map_pages)],
             fetches: vec![None; usize::from(setup.descriptor_buffers)],
             stats: Stats::default(),
@@ -184,7 +184,7 @@ impl<'a, B: Backend> World<'a, B> {
             ring,
             FakeGrants::new(machine.clone()),
             backend,
-            Tables {
+            EngineTables {
                 slots: &mut storage.slots,
                 entries: &mut storage.entries,
                 groups: &mut storage.groups,
@@ -193,7 +193,7 @@ impl<'a, B: Backend> World<'a, B> {
                 stats: &mut storage.stats,
                 latencies: &mut storage.latencies,
             },
-            Shape {
+            TableShape {
                 copy: setup.copy_pages,
                 own: setup.own_pages,
                 map: setup.map_pages,

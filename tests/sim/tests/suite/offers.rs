@@ -2,8 +2,8 @@
 
 //! How many queues the disks of one guest are offered, so that all of them fit into its memory.
 
-use blkback::engine::{Group, Mapping, PendingRequest, SegmentEntry};
-use blkback::shares::{fit, Bounds, Guest, Host, Refusal};
+use blkback::engine::{BlockGroup, Mapping, PendingRequest, SegmentEntry};
+use blkback::shares::{fit, Bounds, GuestLedger, HostLedger, Refusal};
 
 const MIB: u32 = 256;
 const DEFAULT: Bounds = Bounds {
@@ -25,7 +25,7 @@ fn pages(order: u8) -> u32 {
     let entries = (usize::from(COPY) + MAP + REST) * size_of::<SegmentEntry>();
     let tables = entries
         + slots * size_of::<PendingRequest>()
-        + Group::needed(COPY) * size_of::<Group>()
+        + BlockGroup::needed(COPY) * size_of::<BlockGroup>()
         + MAP * size_of::<Mapping>();
     let (places, grants) = (17 << 10, 36 << 10);
     let bios = (8 << 10) + slots * 328;
@@ -42,16 +42,16 @@ struct Disk {
 }
 
 struct Scene {
-    host: Host,
-    guest: Guest,
+    host: HostLedger,
+    guest: GuestLedger,
     bounds: Bounds,
 }
 
 impl Scene {
     fn new(bounds: Bounds) -> Self {
         Self {
-            host: Host::default(),
-            guest: Guest::default(),
+            host: HostLedger::default(),
+            guest: GuestLedger::default(),
             bounds,
         }
     }

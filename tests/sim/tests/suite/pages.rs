@@ -2,8 +2,8 @@
 
 //! The segment table: which pages a request gets.
 
-use blkback::engine::segments::{Pool, SegmentEntry, Segments, Shape};
-use blkback::engine::Group;
+use blkback::engine::segments::{Pool, SegmentEntry, Segments, TableShape};
+use blkback::engine::BlockGroup;
 use ring::abi::{RawSegment, OP_READ, OP_WRITE};
 use ring::segment::GrantSegment;
 use sim::machine::Setup;
@@ -20,8 +20,8 @@ fn segment(gref: u32) -> GrantSegment {
     GrantSegment::check(&raw).expect("a whole page")
 }
 
-fn shape(copy: u16, map: u16) -> Shape {
-    Shape {
+fn shape(copy: u16, map: u16) -> TableShape {
+    TableShape {
         copy,
         own: copy,
         map,
@@ -45,7 +45,7 @@ fn take(table: &mut Segments<'_>, pool: Pool, count: u16) -> Option<Vec<u16>> {
 
 #[test]
 fn pages_that_come_back_are_given_out_again_in_the_same_order() {
-    let (mut entries, mut groups) = ([SegmentEntry::EMPTY; 24], [Group::EMPTY; 1]);
+    let (mut entries, mut groups) = ([SegmentEntry::EMPTY; 24], [BlockGroup::EMPTY; 1]);
     let mut table = Segments::new(&mut entries, &mut groups, shape(16, 8));
     for _ in 0..3 {
         let first = take(&mut table, Pool::Copy, 8).expect("there are 16");
@@ -63,7 +63,7 @@ fn pages_that_come_back_are_given_out_again_in_the_same_order() {
 #[test]
 fn every_page_belongs_to_one_chain() {
     // Pages that are not whole blocks as well.
-    let (mut entries, mut groups) = ([SegmentEntry::EMPTY; 20], [Group::EMPTY; 1]);
+    let (mut entries, mut groups) = ([SegmentEntry::EMPTY; 20], [BlockGroup::EMPTY; 1]);
     let mut table = Segments::new(&mut entries, &mut groups, shape(13, 7));
     let mut taken: Vec<Vec<u16>> = Vec::new();
     for step in 0u16..1000 {
@@ -102,7 +102,7 @@ fn runs(pages: &[u16]) -> usize {
 fn after_random_requests_a_large_one_has_few_pieces() {
     const PAGES: u16 = 1024;
     let mut entries = vec![SegmentEntry::EMPTY; usize::from(PAGES)];
-    let mut groups = vec![Group::EMPTY; Group::needed(PAGES)];
+    let mut groups = vec![BlockGroup::EMPTY; BlockGroup::needed(PAGES)];
     let mut table = Segments::new(&mut entries, &mut groups, shape(PAGES, 0));
     let mut rng = Rng::new(7);
     let mut taken: Vec<Vec<u16>> = Vec::new();

@@ -2,23 +2,23 @@
 
 //! Shares of memory: bounds that change at any time, and fairness between guests.
 
-use blkback::shares::{Bounds, Guest, Host, Refusal};
+use blkback::shares::{Bounds, GuestLedger, HostLedger, Refusal};
 use sim::rng::{seeds, Rng};
 
 const BLOCK: u32 = 8;
 
 /// The host as its guests see it; each guest's queues request memory for as long as they need some.
 struct Scene {
-    host: Host,
-    guests: Vec<(Guest, u32)>,
+    host: HostLedger,
+    guests: Vec<(GuestLedger, u32)>,
     bounds: Bounds,
 }
 
 impl Scene {
     fn new(guests: usize, bounds: Bounds) -> Self {
-        let mut host = Host::default();
+        let mut host = HostLedger::default();
         let guests = (0..guests).map(|_| {
-            let mut guest = Guest::default();
+            let mut guest = GuestLedger::default();
             assert_eq!(host.promise(&mut guest, 32, bounds), Ok(()));
             (guest, 0)
         });
