@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 
 use crate::frontend::{Pending, FREE};
-use crate::machine::{page, Fault, Machine, Page};
+use crate::machine::{page, Machine, MachineFault, Page};
 use crate::spec::{Expect, Gref, Spec};
 
 /// How a frontend repeats requests.
@@ -37,7 +37,7 @@ pub(crate) struct Again {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct RequestEntry {
     start: u64,
     end: u64,
     changes: bool,
@@ -49,14 +49,14 @@ struct Entry {
 
 /// Requests of a guest whose answers it has not seen, by number.
 #[derive(Debug, Default)]
-pub(crate) struct Asked(BTreeMap<u32, Entry>);
+pub(crate) struct UnansweredRequests(BTreeMap<u32, RequestEntry>);
 
-impl Asked {
+impl UnansweredRequests {
     /// Adds a new request.
     pub(crate) fn add(&mut self, pending: &Pending) {
         let spec = &pending.spec;
         let sectors = spec.sectors().max(spec.discard);
-        let entry = Entry {
+        let entry = RequestEntry {
             start: spec.sector,
             end: spec.sector.saturating_add(sectors),
             changes: spec.operation != OP_READ,
@@ -72,7 +72,7 @@ impl Asked {
     pub(crate) fn meets(&self, spec: &Spec) -> bool {
         let end = spec.sector.saturating_add(spec.sectors().max(spec.discard));
         let reads = spec.operation == OP_READ;
-        let meets = |entry: &Entry| entry.start < end && spec.sector < entry.end;
+        let meets = |entry: &RequestEntry| entry.start < end && spec.sector < entry.end;
         self.0
             .values()
             .any(|entry| entry.changes == reads && meets(entry))
@@ -162,7 +162,7 @@ impl Machine {
         }
         let mut requests = Vec::new();
         for again in all {
-            if self.commit(Fault::ForgetReplay) {
+            if self.commit(MachineFault::ForgetReplay) {
                 continue;
             }
             if !self.is_offered(&again.spec) {

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE_BARRIER};
 
-use crate::frontend::{gref_of, Answer, Pending};
+use crate::frontend::{gref_of, GuestAnswer, Pending};
 use crate::heard::Unheard;
 use crate::history::{decode, SECTOR};
-use crate::machine::{Fault, Machine, Page};
+use crate::machine::{Machine, MachineFault, Page};
 use crate::spec::{Expect, Gref};
 
 impl Machine {
@@ -26,7 +26,7 @@ impl Machine {
             let index = self.front.published;
             self.front.published = index.wrapping_add(1);
             let slot = self.ring.slot(index);
-            let answer = Answer {
+            let answer = GuestAnswer {
                 id: u64::from_le_bytes(slot[..8].try_into().expect("8 bytes")),
                 operation: slot[8],
                 status: i16::from_le_bytes([slot[10], slot[11]]),
@@ -39,8 +39,8 @@ impl Machine {
         }
     }
 
-    fn answered(&mut self, mut answer: Answer) {
-        if self.commit(Fault::WrongId) {
+    fn answered(&mut self, mut answer: GuestAnswer) {
+        if self.commit(MachineFault::WrongId) {
             answer.id ^= 1;
         }
         self.front.answers.push(answer);

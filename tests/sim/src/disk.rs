@@ -9,14 +9,14 @@ use blkback::engine::{Io, IoKind};
 use ring::numbers::QueueTag;
 use ring::response::ResponseStatus;
 
-use crate::frontend::Target;
+use crate::frontend::GrantTarget;
 use crate::history::{decode, encode, SECTOR};
-use crate::machine::{Fault, Machine};
+use crate::machine::{Machine, MachineFault};
 
-type Bytes = [u8; SECTOR];
+type SectorBytes = [u8; SECTOR];
 
 #[derive(Debug)]
-pub(crate) struct Running {
+pub(crate) struct RunningIo {
     pub(crate) tag: QueueTag,
     pub(crate) kind: IoKind,
     sector: u64,
@@ -31,7 +31,7 @@ pub(crate) struct Running {
 /// State of the disk for one queue.
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
-    running: Vec<Running>,
+    running: Vec<RunningIo>,
     done: Vec<(QueueTag, ResponseStatus)>,
     back: Vec<QueueTag>,
     pages: BTreeMap<QueueTag, Vec<u16>>,
@@ -41,13 +41,13 @@ pub(crate) struct Lane {
 
 /// The disk.
 #[derive(Debug, Default)]
-pub struct Disk {
+pub struct SimDisk {
     /// Content as reads see it; absent sectors are zero.
-    content: BTreeMap<u64, Bytes>,
+    content: BTreeMap<u64, SectorBytes>,
     /// Content after a power cut.
-    durable: BTreeMap<u64, Bytes>,
+    durable: BTreeMap<u64, SectorBytes>,
     dirty: BTreeSet<u64>,
-    pub(crate) running: Vec<Running>,
+    pub(crate) running: Vec<RunningIo>,
     pub(crate) done: Vec<(QueueTag, ResponseStatus)>,
     /// I/Os that the engine must take back.
     pub(crate) back: Vec<QueueTag>,
@@ -55,7 +55,7 @@ pub struct Disk {
     pages: BTreeMap<QueueTag, Vec<u16>>,
     pub(crate) again: Option<QueueTag>,
     /// Writes that a host left running, and that end at some time.
-    strays: Vec<(u64, Bytes)>,
+    strays: Vec<(u64, SectorBytes)>,
     /// Completions came and the worker was woken.
     pub wake: bool,
     /// I/Os completed.
@@ -70,7 +70,7 @@ pub struct Disk {
     pub sectors_moved: (u64, u64),
 }
 
-impl Disk {
+impl SimDisk {
     /// I/Os that are submitted and not completed.
     pub fn running(&self) -> usize {
         self.running.len()
@@ -109,7 +109,7 @@ impl Disk {
     }
 
     /// Returns the current content.
-    pub(crate) fn image(&self) -> BTreeMap<u64, Bytes> {
+    pub(crate) fn image(&self) -> BTreeMap<u64, SectorBytes> {
         self.content.clone()
     }
 
@@ -117,7 +117,7 @@ impl Disk {
         self.pages.contains_key(&tag) || self.running.iter().any(|io| io.tag == tag)
     }
 
-    pub(crate) fn put(&mut self, sector: u64, bytes: Bytes, volatile: bool) {
+    pub(crate) fn put(&mut self, sector: u64, bytes: SectorBytes, volatile: bool) {
         self.content.insert(sector, bytes);
         self.dirty.insert(sector);
         if !volatile {
@@ -142,7 +142,7 @@ impl Disk {
     }
 
     /// Returns the bytes that a read sees; `None` if they are zero.
-    pub(crate) fn bytes(&self, sector: u64) -> Option<Bytes> {
+    pub(crate) fn bytes(&self, sector: u64) -> Option<SectorBytes> {
         self.content.get(&sector).copied()
     }
 
@@ -199,14 +199,14 @@ impl Machine {
         }
         let others = self.disk.running.len() > 1;
         let io = if self.setup.fifo {
-            let starve = others && self.commit(Fault::StarveFirst);
+            let starve = others && self.commit(MachineFault::StarveFirst);
             self.disk.running.remove(usize::from(starve))
         } else {
             let at = self.rng.index(self.disk.running.len());
             self.disk.running.swap_remove(at)
         };
         self.execute(io);
-        if !self.commit(Fault::SwallowWake) {
+        if !self.commit(MachineFault::SwallowWake) {
             self.disk.wake = true;
         }
     }
@@ -218,7 +218,7 @@ impl Machine {
         }
     }
 
-    pub(crate) fn execute(&mut self, io: Running) {
+    pub(crate) fn execute(&mut self, io: RunningIo) {
         if io.is_given_back {
             return self.give_back_late(&io);
         }
@@ -255,19 +255,19 @@ impl Machine {
         } else {
             ResponseStatus::Okay
         };
-        if self.commit(Fault::LoseCompletion) {
+        if self.commit(MachineFault::LoseCompletion) {
             return;
         }
-        if self.commit(Fault::DoubleCompletion) {
+        if self.commit(MachineFault::DoubleCompletion) {
             self.disk.again = Some(io.tag);
         }
         self.disk.done.push((io.tag, status));
-        if self.commit(Fault::RepeatCompletion) {
+        if self.commit(MachineFault::RepeatCompletion) {
             self.disk.done.push((io.tag, status));
         }
     }
 
-    fn count_sectors(&mut self, io: &Running) {
+    fn count_sectors(&mut self, io: &RunningIo) {
         let (reads, writes) = &mut self.disk.sectors_moved;
         match io.kind {
             IoKind::Read => *reads += io.sectors,
@@ -276,8 +276,8 @@ impl Machine {
         }
     }
 
-    fn flush(&mut self, io: &Running) {
-        if !self.commit(Fault::IgnoreFlush) {
+    fn flush(&mut self, io: &RunningIo) {
+        if !self.commit(MachineFault::IgnoreFlush) {
             self.disk.flush(&io.flushes);
         }
     }
@@ -305,7 +305,7 @@ impl Machine {
             self.problem(format!("I/O to the wrong mapping: {slice:?}, {mapping:?}"));
             return None;
         }
-        if let Target::Page(_) = mapping.target {
+        if let GrantTarget::Page(_) = mapping.target {
             if self.front.lent(mapping.gref) == 0 {
                 self.problem(format!("I/O to a page that no request lends: {slice:?}"));
             }
@@ -336,8 +336,8 @@ impl Machine {
     }
 
     /// Returns the data that an I/O writes.
-    fn data(&mut self, io: &Running) -> Vec<(u64, Bytes)> {
-        let mut data: Vec<(u64, Bytes)> = Vec::new();
+    fn data(&mut self, io: &RunningIo) -> Vec<(u64, SectorBytes)> {
+        let mut data: Vec<(u64, SectorBytes)> = Vec::new();
         for slice in &io.slices {
             for at in 0..usize::from(slice.len) / SECTOR {
                 let start = usize::from(slice.offset) + at * SECTOR;
@@ -351,10 +351,10 @@ impl Machine {
     }
 
     /// Returns true if data reaches a mapped page only after the answer, without a mark of the page as changed.
-    fn delays(&mut self, slice: &Slice, start: usize, bytes: &Bytes) -> bool {
+    fn delays(&mut self, slice: &Slice, start: usize, bytes: &SectorBytes) -> bool {
         let mapping = self.host.mappings.get(&slice.page.number()).copied();
         match mapping {
-            Some(mapping) if self.commit(Fault::CopyLater) => {
+            Some(mapping) if self.commit(MachineFault::CopyLater) => {
                 self.host.delay(mapping.target, start, bytes, false);
                 true
             }
@@ -362,9 +362,9 @@ impl Machine {
         }
     }
 
-    pub(crate) fn read(&mut self, io: &Running, fails: bool) {
+    pub(crate) fn read(&mut self, io: &RunningIo, fails: bool) {
         let mut sector = io.sector;
-        let mut tear = self.commit(Fault::TearRead);
+        let mut tear = self.commit(MachineFault::TearRead);
         for slice in &io.slices {
             for at in 0..usize::from(slice.len) / SECTOR {
                 let bytes = self
@@ -394,22 +394,22 @@ impl Machine {
         }
     }
 
-    fn write(&mut self, io: &Running, fails: bool, volatile: bool) {
+    fn write(&mut self, io: &RunningIo, fails: bool, volatile: bool) {
         let mut data = self.data(io);
         if fails {
             let keep = self.rng.below(data.len() as u64 + 1) as usize;
             data.truncate(keep);
         }
-        if data.len() > 1 && self.commit(Fault::SwapSectors) {
+        if data.len() > 1 && self.commit(MachineFault::SwapSectors) {
             let (first, last) = (data[0].1, data[data.len() - 1].1);
             let end = data.len() - 1;
             data[0].1 = last;
             data[end].1 = first;
         }
-        if self.commit(Fault::MisdirectWrite) {
+        if self.commit(MachineFault::MisdirectWrite) {
             data.iter_mut().for_each(|(sector, _)| *sector += 1);
         }
-        if self.commit(Fault::DropWrite) {
+        if self.commit(MachineFault::DropWrite) {
             return;
         }
         for (sector, bytes) in data {
@@ -417,7 +417,7 @@ impl Machine {
         }
     }
 
-    fn discard(&mut self, io: &Running, volatile: bool) {
+    fn discard(&mut self, io: &RunningIo, volatile: bool) {
         let range = io.sector..io.sector + io.sectors;
         let gone: Vec<u64> = self.disk.content.range(range).map(|(s, _)| *s).collect();
         for sector in gone {
@@ -450,8 +450,8 @@ impl Machine {
     }
 
     /// Accepts an I/O from the engine.
-    pub(crate) fn accept(&mut self, io: &Io<'_>) -> Running {
-        let running = Running {
+    pub(crate) fn accept(&mut self, io: &Io<'_>) -> RunningIo {
+        let running = RunningIo {
             tag: io.tag,
             kind: io.kind,
             sector: io.sector,
@@ -467,7 +467,7 @@ impl Machine {
     }
 
     /// Checks an I/O as the engine submits it.
-    fn check_io(&mut self, io: &Running, count: u16) {
+    fn check_io(&mut self, io: &RunningIo, count: u16) {
         let limits = self.setup.limits;
         let bytes: u64 = io.slices.iter().map(|s| u64::from(s.len)).sum();
         let data = !matches!(io.kind, IoKind::Flush | IoKind::Discard { .. });

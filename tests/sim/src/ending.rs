@@ -7,9 +7,9 @@ use ring::tap::abi::{Desc, MAX_SETTLE_MS, OP_FLUSH, OP_READ, OP_WRITE, STATE_LIV
 use ring::tap::checked::{Claimed, Fence};
 
 use crate::history::{decode, SECTOR};
-use crate::machine::{Fault, Machine};
-use crate::process::{completion, Job};
-use crate::tap::Bytes;
+use crate::machine::{Machine, MachineFault};
+use crate::process::{completion, ProcessJob};
+use crate::tap::TapBytes;
 
 /// Nanoseconds of one unit of the machine's clock.
 const TICK_NS: u64 = 1_000_000;
@@ -21,16 +21,16 @@ const LONGEST_PAUSE: u64 = 100;
 /// I/O of a dead process that holds pages of the arena.
 #[derive(Debug)]
 pub(crate) struct Ghost {
-    job: Job,
+    job: ProcessJob,
     fence: Fence,
 }
 
 /// I/O that a remote server executes, and that holds no pages here any more.
 #[derive(Debug)]
 pub(crate) struct Sent {
-    job: Job,
+    job: ProcessJob,
     /// Data that it writes.
-    data: Vec<Bytes>,
+    data: Vec<TapBytes>,
     /// The server executes it before this time or never; `None` if the time is unknown.
     until: Option<u64>,
 }
@@ -62,7 +62,7 @@ impl Machine {
         };
         let again = self.tap.shadow.state() == STATE_LIVE;
         let unsaid = fence == Fence::Local && !again && self.rng.percent(50);
-        let heard = match self.commit(Fault::ForgetClass) {
+        let heard = match self.commit(MachineFault::ForgetClass) {
             true => Fence::Local,
             false => fence,
         };
@@ -100,7 +100,7 @@ impl Machine {
         if fence == before {
             return;
         }
-        let is_heard = !self.commit(Fault::ForgetClass);
+        let is_heard = !self.commit(MachineFault::ForgetClass);
         let is_taken = !is_heard || self.tap.shadow.claim(epoch, claimed);
         if !is_taken || self.tap.shadow.state() != STATE_LIVE {
             self.problem(format!("{claimed:?} is refused: {:?}", self.tap.shadow));
@@ -160,7 +160,7 @@ impl Machine {
             OP_WRITE => job.landed..job.desc.sectors,
             _ => 0..0,
         };
-        let mut data: Vec<Bytes> = Vec::new();
+        let mut data: Vec<TapBytes> = Vec::new();
         for at in sectors {
             let bytes: &[u8] = self.arena(&job.segments, at);
             data.push(bytes.try_into().expect("a sector"));
@@ -217,7 +217,7 @@ impl Machine {
 
     /// The kernel checks a dead process for visible I/O and sees none; it may have checked before.
     pub(crate) fn look(&mut self) {
-        let _planted = self.commit(Fault::SkipFence);
+        let _planted = self.commit(MachineFault::SkipFence);
         self.clock += self.rng.below(LONGEST_PAUSE);
         // During the pause.
         for sent in std::mem::take(&mut self.tap.sent) {

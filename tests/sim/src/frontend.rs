@@ -8,7 +8,7 @@ use ring::abi::{OP_DISCARD, OP_INDIRECT, OP_READ, REQ_EVENT, REQ_PROD, RSP_EVENT
 
 use crate::heard::{Kept, Unheard};
 use crate::history::{encode, value, SECTOR};
-use crate::machine::{page, Fault, Machine, Page};
+use crate::machine::{page, Machine, MachineFault, Page};
 use crate::passes::Passes;
 use crate::spec::{Expect, Gref, Spec};
 use crate::wire::{segment_bytes, Tail, Wire, WireSegment};
@@ -51,7 +51,7 @@ pub(crate) struct Pending {
 
 /// An answer as the guest found it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct GuestAnswer {
     /// Identifier.
     pub id: u64,
     /// Operation.
@@ -62,7 +62,7 @@ pub struct Answer {
 
 /// Page that a grant reference names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum GrantTarget {
     /// A page of the guest.
     Page(usize),
     /// A page of the ring.
@@ -95,7 +95,7 @@ pub struct Frontend {
     pub(crate) outstanding: u32,
     next: u32,
     /// Answers in the order in which they arrived.
-    pub answers: Vec<Answer>,
+    pub answers: Vec<GuestAnswer>,
 }
 
 impl Frontend {
@@ -181,18 +181,18 @@ impl Frontend {
     }
 
     /// Returns the page that a grant names, if it is granted.
-    pub fn resolve(&self, gref: u32, write: bool) -> Option<Target> {
+    pub fn resolve(&self, gref: u32, write: bool) -> Option<GrantTarget> {
         if (RING_GREF..RING_GREF + 16).contains(&gref) {
-            return Some(Target::Ring((gref - RING_GREF) as usize));
+            return Some(GrantTarget::Ring((gref - RING_GREF) as usize));
         }
         let index = gref.checked_sub(FIRST_GREF)? as usize;
         let grant = self.grants.get(index)?;
-        (grant.valid && !(write && grant.read_only)).then_some(Target::Page(index))
+        (grant.valid && !(write && grant.read_only)).then_some(GrantTarget::Page(index))
     }
 
     /// Inverts bytes of a page that a request lends, as another CPU of the guest may.
     pub(crate) fn rewrite(&mut self, gref: u32, range: std::ops::Range<usize>) {
-        let Some(Target::Page(index)) = self.resolve(gref, false) else {
+        let Some(GrantTarget::Page(index)) = self.resolve(gref, false) else {
             return;
         };
         let invert = |page: &mut Page| page[range.clone()].iter_mut().for_each(|b| *b = !*b);
@@ -258,10 +258,10 @@ pub(crate) fn gref_of(page: usize) -> u32 {
 
 impl Machine {
     /// Returns the bytes behind a grant.
-    pub fn target(&mut self, target: Target) -> Option<&mut [u8]> {
+    pub fn target(&mut self, target: GrantTarget) -> Option<&mut [u8]> {
         match target {
-            Target::Page(index) => Some(&mut self.front.pages[index][..]),
-            Target::Ring(index) => {
+            GrantTarget::Page(index) => Some(&mut self.front.pages[index][..]),
+            GrantTarget::Ring(index) => {
                 self.hosed = true;
                 self.ring.bytes.chunks_mut(4096).nth(index)
             }
@@ -363,7 +363,7 @@ impl Machine {
     pub(crate) fn choose_unmapped(&mut self) {
         let mappings = self.host.mappings.values();
         let mapped: Vec<_> = mappings.map(|mapping| mapping.target).collect();
-        let is_free = |page: &usize| !mapped.contains(&Target::Page(*page));
+        let is_free = |page: &usize| !mapped.contains(&GrantTarget::Page(*page));
         match self.front.free.iter().rposition(is_free) {
             Some(at) => {
                 let page = self.front.free.remove(at);
@@ -472,7 +472,7 @@ impl Machine {
         let event = self.ring.load(REQ_EVENT);
         let wanted = new.wrapping_sub(event) < new.wrapping_sub(old);
         // A guest that overwrites `req_event` cannot know whether it owes an event.
-        if (wanted || self.setup.lawless > 0) && !self.commit(Fault::LoseEvent) {
+        if (wanted || self.setup.lawless > 0) && !self.commit(MachineFault::LoseEvent) {
             self.event = true;
         }
     }

@@ -11,8 +11,8 @@ use ring::grants::{Buffer, Copy, CopyDirection, MapOutcome};
 use ring::numbers::{PageIndex, QueueTag};
 use zerocopy::FromBytes;
 
-use crate::frontend::Target;
-use crate::machine::{page, Fault, Machine, Page, Setup, Shared};
+use crate::frontend::GrantTarget;
+use crate::machine::{page, Machine, MachineFault, MachineSetup, Page, SharedMachine};
 
 /// A guest's page mapped at a page of the backend.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +22,7 @@ pub struct Mapping {
     /// Grant reference.
     pub gref: u32,
     /// Page that the reference names.
-    pub target: Target,
+    pub target: GrantTarget,
     /// The backend must not write it.
     pub read_only: bool,
     /// An unmap of it failed.
@@ -31,7 +31,7 @@ pub struct Mapping {
 
 /// The host's side of the grant table.
 #[derive(Debug)]
-pub struct Host {
+pub struct GrantHost {
     /// Pages with memory.
     pub pages: Vec<Page>,
     /// Pages that could have memory and have none.
@@ -44,14 +44,14 @@ pub struct Host {
     /// Data pages with another user, such as the connection of network storage.
     pub held: BTreeSet<u16>,
     next_handle: u32,
-    late: Option<(Target, usize)>,
+    late: Option<(GrantTarget, usize)>,
     /// Data that reaches the guest's pages later than it should.
     later: Vec<Late>,
 }
 
-impl Host {
+impl GrantHost {
     /// Returns the host of a setup.
-    pub fn new(setup: &Setup) -> Self {
+    pub fn new(setup: &MachineSetup) -> Self {
         Self {
             pages: (0..setup.copy_pages).map(|_| page(0xbb)).collect(),
             absent: (setup.own_pages..setup.copy_pages).collect(),
@@ -71,7 +71,13 @@ impl Host {
     }
 
     /// Delays data for a page of the guest.
-    pub(crate) fn delay(&mut self, target: Target, start: usize, data: &[u8], is_marked: bool) {
+    pub(crate) fn delay(
+        &mut self,
+        target: GrantTarget,
+        start: usize,
+        data: &[u8],
+        is_marked: bool,
+    ) {
         self.later.push(Late {
             target,
             start,
@@ -94,7 +100,7 @@ impl Host {
 
 #[derive(Debug)]
 struct Late {
-    target: Target,
+    target: GrantTarget,
     start: usize,
     data: Vec<u8>,
     /// The page is marked as changed only then.
@@ -104,7 +110,7 @@ struct Late {
 /// The engine's port to the grant table.
 #[derive(Debug)]
 pub struct FakeGrants {
-    machine: Shared,
+    machine: SharedMachine,
     descriptors: Vec<Vec<RawSegment>>,
     copies: Vec<Copy>,
     maps: Vec<(QueueTag, PageIndex, u32, bool)>,
@@ -114,7 +120,7 @@ pub struct FakeGrants {
 
 impl FakeGrants {
     /// Returns a port to the machine's grant table.
-    pub fn new(machine: Shared) -> Self {
+    pub fn new(machine: SharedMachine) -> Self {
         let (buffers, batch) = {
             let setup = &machine.borrow().setup;
             (setup.descriptor_buffers, setup.batch)
@@ -140,7 +146,7 @@ impl FakeGrants {
         let Some(target) = m.front.resolve(copy.gref, write) else {
             return false;
         };
-        if matches!(target, Target::Page(_)) && m.front.lent(copy.gref) == 0 {
+        if matches!(target, GrantTarget::Page(_)) && m.front.lent(copy.gref) == 0 {
             m.problem(format!("copy of a page that no request lends: {copy:?}"));
         }
         match copy.buffer {
@@ -149,7 +155,13 @@ impl FakeGrants {
         }
     }
 
-    fn copy_descriptor(&mut self, m: &mut Machine, c: &Copy, buffer: u8, target: Target) -> bool {
+    fn copy_descriptor(
+        &mut self,
+        m: &mut Machine,
+        c: &Copy,
+        buffer: u8,
+        target: GrantTarget,
+    ) -> bool {
         let Some(to) = self.descriptors.get_mut(usize::from(buffer)) else {
             m.problem(format!("there is no descriptor buffer: {c:?}"));
             return false;
@@ -162,7 +174,12 @@ impl FakeGrants {
     }
 }
 
-fn take_descriptors(m: &mut Machine, to: &mut [RawSegment], len: usize, target: Target) -> bool {
+fn take_descriptors(
+    m: &mut Machine,
+    to: &mut [RawSegment],
+    len: usize,
+    target: GrantTarget,
+) -> bool {
     let scribble = m.setup.scribble;
     let Some(from) = m.target(target) else {
         return false;
@@ -178,9 +195,9 @@ fn take_descriptors(m: &mut Machine, to: &mut [RawSegment], len: usize, target: 
     true
 }
 
-fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
-    let beyond = m.commit(Fault::CopyBeyond);
-    if m.commit(Fault::SkipCopy) {
+fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: GrantTarget) -> bool {
+    let beyond = m.commit(MachineFault::CopyBeyond);
+    if m.commit(MachineFault::SkipCopy) {
         return true;
     }
     let absent = m.host.absent.contains(&page);
@@ -193,7 +210,7 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
     if beyond {
         range = range.start.saturating_sub(8)..(range.end + 8).min(PAGE_SIZE);
     }
-    let late = c.direction == CopyDirection::ToGuest && m.commit(Fault::LateCopy);
+    let late = c.direction == CopyDirection::ToGuest && m.commit(MachineFault::LateCopy);
     let Some(guest) = m.target(target) else {
         return false;
     };
@@ -212,18 +229,18 @@ fn copy_page(m: &mut Machine, c: &Copy, page: u16, target: Target) -> bool {
 
 impl Machine {
     /// Copies data into a page of the guest, and marks it as changed.
-    fn copy_out(&mut self, target: Target, range: Range<usize>, data: &[u8]) {
-        if self.commit(Fault::CopyLater) {
+    fn copy_out(&mut self, target: GrantTarget, range: Range<usize>, data: &[u8]) {
+        if self.commit(MachineFault::CopyLater) {
             return self.host.delay(target, range.start, data, true);
         }
-        let early = self.commit(Fault::MarkEarly);
-        if let (true, Target::Page(page)) = (early, target) {
+        let early = self.commit(MachineFault::MarkEarly);
+        if let (true, GrantTarget::Page(page)) = (early, target) {
             self.pass_by(page);
         }
         if let Some(guest) = self.target(target) {
             guest[range].copy_from_slice(data);
         }
-        if let (false, Target::Page(page)) = (early, target) {
+        if let (false, GrantTarget::Page(page)) = (early, target) {
             self.front.mark(page);
         }
     }
@@ -234,7 +251,7 @@ impl Machine {
             if let Some(guest) = self.target(late.target) {
                 guest[late.start..late.start + late.data.len()].copy_from_slice(&late.data);
             }
-            if let (true, Target::Page(page)) = (late.is_marked, late.target) {
+            if let (true, GrantTarget::Page(page)) = (late.is_marked, late.target) {
                 self.front.mark(page);
             }
         }
@@ -257,7 +274,7 @@ impl Machine {
         if self.host.lent + 8 > self.host.lendable {
             return false;
         }
-        let nothing = self.commit(Fault::LendNothing);
+        let nothing = self.commit(MachineFault::LendNothing);
         for page in block * 8..block * 8 + 8 {
             let absent = self.host.absent.contains(&page);
             if !absent {
@@ -304,7 +321,7 @@ impl Machine {
         let Some(target) = self.front.resolve(gref, !read_only) else {
             return MapOutcome::Refused;
         };
-        if matches!(target, Target::Page(_)) && self.front.lent(gref) == 0 {
+        if matches!(target, GrantTarget::Page(_)) && self.front.lent(gref) == 0 {
             self.problem(format!("map of grant {gref}, which no request lends"));
         }
         let full = self.host.mappings.len() >= self.setup.maptrack;
@@ -323,7 +340,7 @@ impl Machine {
         if let Some(old) = self.host.mappings.insert(page, mapping) {
             self.problem(format!("page {page} was mapped over {old:?}"));
         }
-        if self.commit(Fault::LeakMapping) {
+        if self.commit(MachineFault::LeakMapping) {
             return MapOutcome::Refused;
         }
         MapOutcome::Mapped(handle)
@@ -337,19 +354,19 @@ impl Machine {
         if self.host.held.contains(&page) && !self.gone {
             self.problem(format!("the queue waits for who holds page {page}"));
         }
-        if self.commit(Fault::ForgetUnmap) {
+        if self.commit(MachineFault::ForgetUnmap) {
             return true;
         }
         let stays = self.rng.percent(self.setup.stuck);
         let mapping = self.host.mappings.get(&page).copied();
         if let Some(Mapping {
-            target: Target::Page(page),
+            target: GrantTarget::Page(page),
             read_only: false,
             ..
         }) = mapping
         {
             // The end of a writable mapping marks the page as changed.
-            if !stays && !self.commit(Fault::LateUnmap) {
+            if !stays && !self.commit(MachineFault::LateUnmap) {
                 self.front.mark(page);
             }
         }
@@ -441,7 +458,7 @@ impl Grants for FakeGrants {
     fn run_unmaps(&mut self, mut lost: impl FnMut(PageIndex)) {
         let mut m = self.machine.borrow_mut();
         for (page, handle) in std::mem::take(&mut self.unmaps) {
-            if !m.unmap(page.number(), handle) && !m.commit(Fault::ForgetLost) {
+            if !m.unmap(page.number(), handle) && !m.commit(MachineFault::ForgetLost) {
                 lost(page);
             }
         }

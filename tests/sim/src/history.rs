@@ -76,19 +76,19 @@ impl Write {
 
 /// The history of one disk.
 #[derive(Debug, Default)]
-pub struct History {
+pub struct DiskHistory {
     writes: Vec<Write>,
     /// Data writes by sector.
     by_sector: HashMap<u64, Vec<usize>>,
     discards: Vec<usize>,
     by_number: HashMap<u32, usize>,
     /// Values that answered reads returned.
-    seen: HashMap<u64, Vec<Seen>>,
+    seen: HashMap<u64, Vec<SeenValue>>,
 }
 
 /// Value that an answered read returned.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct SeenValue {
     issued: u64,
     answered: u64,
     value: u64,
@@ -123,7 +123,7 @@ impl Cluster {
     }
 }
 
-impl History {
+impl DiskHistory {
     /// Records that a data write was issued.
     pub fn write(&mut self, number: u32, issued: u64, start: u64, sectors: u64, wild: bool) {
         let index = self.note(number, issued, start, sectors, wild);
@@ -203,7 +203,7 @@ impl History {
     ) -> Result<(), String> {
         let write = self.explain(sector, found, issued, answered)?;
         let seen = self.seen.entry(sector).or_default();
-        seen.push(Seen {
+        seen.push(SeenValue {
             issued,
             answered,
             value: found.unwrap_or(ZERO),
@@ -284,7 +284,7 @@ impl History {
         let seen = self.seen.get(&sector).map_or(&[][..], |s| &s[..]);
         writes
             .map(|write| {
-                let mine = |s: &&Seen| s.value == value(write.number, sector);
+                let mine = |s: &&SeenValue| s.value == value(write.number, sector);
                 let end = if write.okay { write.answered } else { NEVER };
                 let reads = || seen.iter().filter(mine);
                 Cluster {
@@ -307,8 +307,8 @@ mod tests {
     use super::*;
 
     /// Write 1 over [1, 10], write 2 over [20, 30], both of sector 5 and answered without error.
-    fn two_writes() -> History {
-        let mut history = History::default();
+    fn two_writes() -> DiskHistory {
+        let mut history = DiskHistory::default();
         history.write(1, 1, 5, 1, false);
         history.answered(1, 10, true);
         history.write(2, 20, 5, 1, false);
@@ -411,7 +411,7 @@ mod tests {
             (&[2, 1, 1], false),
             (&[2, 1, 2], true),
         ] {
-            let mut history = History::default();
+            let mut history = DiskHistory::default();
             history.write(1, 1, 5, 1, false);
             history.write(2, 2, 5, 1, false);
             for (at, number) in (1u64..).zip(seen) {

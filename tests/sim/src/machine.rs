@@ -9,18 +9,18 @@ use std::rc::Rc;
 use ring::abi::{Protocol, PAGE_SIZE};
 use ring::request::RequestLimits;
 
-use crate::again::{Again, Asked};
-use crate::disk::{Disk, Lane};
+use crate::again::{Again, UnansweredRequests};
+use crate::disk::{Lane, SimDisk};
 use crate::frontend::Frontend;
-use crate::grants::Host;
-use crate::history::History;
+use crate::grants::GrantHost;
+use crate::history::DiskHistory;
 use crate::ring::{Accesses, RingMemory};
 use crate::rng::Rng;
 use crate::schedule;
-use crate::tap::Tap;
+use crate::tap::SimTap;
 
 /// The machine as its parts share it.
-pub type Shared = Rc<RefCell<Machine>>;
+pub type SharedMachine = Rc<RefCell<Machine>>;
 
 /// A page.
 pub type Page = Box<[u8; PAGE_SIZE]>;
@@ -32,7 +32,7 @@ pub fn page(byte: u8) -> Page {
 
 /// A fault planted into a fake, to show that the checker finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum MachineFault {
     /// The disk forgets to complete an I/O.
     LoseCompletion,
     /// The disk completes an I/O again when its tag is next in use.
@@ -113,7 +113,7 @@ pub enum Fault {
 
 /// Parameters of a case.
 #[derive(Clone, Debug)]
-pub struct Setup {
+pub struct MachineSetup {
     /// Layout of the slots.
     pub protocol: Protocol,
     /// The ring has 2^order pages.
@@ -190,7 +190,7 @@ impl Default for Habits {
     }
 }
 
-impl Default for Setup {
+impl Default for MachineSetup {
     fn default() -> Self {
         Self {
             protocol: Protocol::Abi64,
@@ -231,7 +231,7 @@ impl Default for Setup {
     }
 }
 
-impl Setup {
+impl MachineSetup {
     /// Returns the setup of a queue with 16 pages, on a host that lends nothing.
     pub fn poor() -> Self {
         let usual = Self::default();
@@ -264,7 +264,7 @@ impl Setup {
 #[derive(Debug)]
 pub struct Machine {
     /// Parameters of the case.
-    pub setup: Setup,
+    pub setup: MachineSetup,
     /// The schedule.
     pub rng: Rng,
     /// Number of steps so far: the time of the simulation.
@@ -288,13 +288,13 @@ pub struct Machine {
     /// The guest.
     pub front: Frontend,
     /// The disk.
-    pub disk: Disk,
+    pub disk: SimDisk,
     /// The disk's process, if it is served by one.
-    pub tap: Tap,
+    pub tap: SimTap,
     /// The host's pages and mappings.
-    pub host: Host,
+    pub host: GrantHost,
     /// History of the guest's requests.
-    pub history: History,
+    pub history: DiskHistory,
     /// The guest destroyed its own ring: from now on only leaks are checked.
     pub hosed: bool,
     /// The ring is given back while the next batch of I/O is started.
@@ -310,7 +310,7 @@ pub struct Machine {
     /// The guest is suspended: it neither sends requests nor sees answers.
     pub suspended: bool,
     /// Requests of the guest without a seen answer, kept only if it may migrate.
-    pub(crate) asked: Asked,
+    pub(crate) asked: UnansweredRequests,
     /// Pages that were copied to other hosts.
     pub(crate) copied: u64,
     /// Requests that a migrated guest must repeat.
@@ -320,7 +320,7 @@ pub struct Machine {
     /// An event came from the frontend.
     pub event: bool,
     /// The planted fault, and the number of chances that are skipped first.
-    pub fault: Option<(Fault, u32)>,
+    pub fault: Option<(MachineFault, u32)>,
     racing: bool,
     /// No rules are broken for now.
     pub(crate) lawful: bool,
@@ -328,14 +328,14 @@ pub struct Machine {
 
 impl Machine {
     /// Returns an idle machine.
-    pub fn new(setup: Setup, seed: u64) -> Self {
+    pub fn new(setup: MachineSetup, seed: u64) -> Self {
         let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
         Self {
             front: Frontend::new(ring.size()),
-            disk: Disk::default(),
-            tap: Tap::default(),
-            host: Host::new(&setup),
-            history: History::default(),
+            disk: SimDisk::default(),
+            tap: SimTap::default(),
+            host: GrantHost::new(&setup),
+            history: DiskHistory::default(),
             ring,
             setup,
             rng: Rng::new(seed),
@@ -354,7 +354,7 @@ impl Machine {
             closing: false,
             habits: Habits::default(),
             suspended: false,
-            asked: Asked::default(),
+            asked: UnansweredRequests::default(),
             copied: 0,
             again: VecDeque::new(),
             plan: 0,
@@ -375,9 +375,9 @@ impl Machine {
     }
 
     /// Moves the guest to another host, with the same disk.
-    pub(crate) fn arrive(&mut self, setup: Setup) {
+    pub(crate) fn arrive(&mut self, setup: MachineSetup) {
         self.setup = setup;
-        self.host = Host::new(&self.setup);
+        self.host = GrantHost::new(&self.setup);
         self.disk.exchange(&mut Lane::default());
         self.reconnect();
         self.suspended = false;
@@ -409,18 +409,22 @@ impl Machine {
     }
 
     /// Returns true when the planted fault is due: at every third chance.
-    pub fn commit(&mut self, fault: Fault) -> bool {
+    pub fn commit(&mut self, fault: MachineFault) -> bool {
         match &mut self.fault {
             Some((planted, left)) if *planted == fault => {
                 let due = *left == 0;
                 *left = match fault {
                     _ if !due => *left - 1,
                     // Of several flushes at one time each does the work of the others.
-                    Fault::IgnoreFlush | Fault::StarveFirst | Fault::HideRanges => 0,
+                    MachineFault::IgnoreFlush
+                    | MachineFault::StarveFirst
+                    | MachineFault::HideRanges => 0,
                     // I/O that a process has sent does harm only if many requests follow it.
-                    Fault::ForgetClass => 0,
+                    MachineFault::ForgetClass => 0,
                     // Only the last moment before a move matters.
-                    Fault::MarkEarly | Fault::CopyLater | Fault::LateUnmap => 0,
+                    MachineFault::MarkEarly | MachineFault::CopyLater | MachineFault::LateUnmap => {
+                        0
+                    }
                     _ => 2,
                 };
                 due

@@ -14,21 +14,21 @@ use blkback::engine::Backend;
 use ring::request::RequestLimits;
 
 use crate::again::{Again, Age};
-use crate::machine::{Fault, Habits, Machine, Setup, Shared};
+use crate::machine::{Habits, Machine, MachineFault, MachineSetup, SharedMachine};
 use crate::port::FakeDisk;
-use crate::process::Plan;
+use crate::process::ProcessPlan;
 use crate::queues::Queues;
 use crate::rng::Rng;
 use crate::schedule::{borrow_pages, give_back_mapped, prepare, random_setup, served_setup};
 use crate::tap::TapBackend;
-use crate::world::{Storage, World};
+use crate::world::{EngineWorld, ReservedMemory};
 
 /// Steps after which a phase counts as stuck.
 const BOUND: u32 = 200_000;
 
 /// End of a suspension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum SuspensionEnd {
     /// The guest resumes with its ring, because the suspend was cancelled or was a checkpoint.
     Cancelled,
     /// The guest resumes on another host.
@@ -39,7 +39,7 @@ pub enum End {
 
 /// How data is transferred from and to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum TransferMode {
     /// Any way, at random.
     Any,
     /// Data is copied.
@@ -56,11 +56,11 @@ pub struct Journey {
     /// Number of times that it is suspended.
     pub suspends: u32,
     /// End of each suspension.
-    pub end: End,
+    pub end: SuspensionEnd,
     /// Age of its frontend: one of these.
     pub ages: &'static [Age],
     /// How its data is transferred.
-    pub way: Way,
+    pub way: TransferMode,
     /// Hosts differ from earlier ones in rings, queues and limits.
     pub others: bool,
     /// Its memory is copied while it runs.
@@ -68,16 +68,16 @@ pub struct Journey {
     /// The guest copies data that it has read away from pages that stay granted.
     pub bounces: bool,
     /// A process serves the disk.
-    pub served: Option<Plan>,
+    pub served: Option<ProcessPlan>,
 }
 
 impl Default for Journey {
     fn default() -> Self {
         Self {
             suspends: 3,
-            end: End::Either,
+            end: SuspensionEnd::Either,
             ages: &[Age::Old, Age::OldTable, Age::New],
-            way: Way::Any,
+            way: TransferMode::Any,
             others: true,
             passes: false,
             bounces: true,
@@ -88,7 +88,7 @@ impl Default for Journey {
 
 /// Events of a case, to show that it exercised something.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
+pub struct MoveCounts {
     /// Guests that resumed on another host.
     pub moved: u64,
     /// Guests that resumed on their host.
@@ -109,7 +109,7 @@ pub struct Counts {
     pub deaths: u64,
 }
 
-impl Counts {
+impl MoveCounts {
     /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.moved += other.moved;
@@ -126,17 +126,21 @@ impl Counts {
 
 struct Trip<'j> {
     journey: &'j Journey,
-    fault: Option<Fault>,
-    machine: Shared,
+    fault: Option<MachineFault>,
+    machine: SharedMachine,
     rng: Rng,
     age: Age,
     queues: usize,
     left: u32,
-    counts: Counts,
+    counts: MoveCounts,
 }
 
 /// Runs the case of a seed, with a planted fault if there is one. Returns the violations, and the counts.
-pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<String>, Counts) {
+pub fn run_journey(
+    seed: u64,
+    journey: &Journey,
+    fault: Option<MachineFault>,
+) -> (Vec<String>, MoveCounts) {
     let mut rng = Rng::new(seed);
     let age = rng.pick(journey.ages);
     let (setup, queues) = host(&mut rng, journey, age, None);
@@ -157,7 +161,7 @@ pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<S
         age,
         queues,
         left: journey.suspends,
-        counts: Counts::default(),
+        counts: MoveCounts::default(),
     };
     loop {
         let again = match journey.served {
@@ -184,17 +188,22 @@ pub fn run_journey(seed: u64, journey: &Journey, fault: Option<Fault>) -> (Vec<S
 }
 
 /// Returns a random host with the disk of another one, and the number of the guest's queues there.
-fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (Setup, usize) {
+fn host(
+    rng: &mut Rng,
+    journey: &Journey,
+    age: Age,
+    before: Option<&MachineSetup>,
+) -> (MachineSetup, usize) {
     let served = journey.served.is_some();
     let mut setup = match served {
         true => served_setup(rng),
         false => random_setup(rng),
     };
-    if !served && journey.way == Way::Any && rng.percent(40) {
+    if !served && journey.way == TransferMode::Any && rng.percent(40) {
         borrow_pages(&mut setup, rng);
     }
     let like = before.unwrap_or(&setup).clone();
-    setup = Setup {
+    setup = MachineSetup {
         protocol: like.protocol,
         limits: RequestLimits {
             sectors: like.limits.sectors.min(4096),
@@ -226,8 +235,8 @@ fn host(rng: &mut Rng, journey: &Journey, age: Age, before: Option<&Setup>) -> (
     (setup, queues)
 }
 
-fn go(way: Way, setup: &mut Setup) {
-    let pages = |setup: &mut Setup, copied: u16, keeps: bool| {
+fn go(way: TransferMode, setup: &mut MachineSetup) {
+    let pages = |setup: &mut MachineSetup, copied: u16, keeps: bool| {
         setup.copy_pages = 352;
         setup.own_pages = u16::MAX;
         setup.lendable = 0;
@@ -236,19 +245,19 @@ fn go(way: Way, setup: &mut Setup) {
         setup.keeps_grants = keeps;
     };
     match way {
-        Way::Any => {}
-        Way::Copied => {
+        TransferMode::Any => {}
+        TransferMode::Copied => {
             pages(setup, u16::MAX, false);
             setup.map_pages = 0;
         }
-        Way::Mapped => pages(setup, 0, false),
-        Way::Kept => pages(setup, u16::MAX, true),
+        TransferMode::Mapped => pages(setup, 0, false),
+        TransferMode::Kept => pages(setup, u16::MAX, true),
     }
 }
 
 impl Trip<'_> {
-    fn serve(&mut self, plan: Plan) {
-        let plan = Plan {
+    fn serve(&mut self, plan: ProcessPlan) {
+        let plan = ProcessPlan {
             enabled: true,
             fetch: self.rng.pick(&[1usize, 4, 32]),
             ..plan
@@ -260,9 +269,11 @@ impl Trip<'_> {
 
     /// Runs the guest on a host until it moves. Returns the requests that it must repeat, or `None` when it has
     /// finished.
-    fn stay<B: Backend>(&mut self, backend: fn(Shared) -> B) -> Option<Vec<Again>> {
+    fn stay<B: Backend>(&mut self, backend: fn(SharedMachine) -> B) -> Option<Vec<Again>> {
         let setup = self.machine.borrow().setup.clone();
-        let mut storages: Vec<Storage> = (0..self.queues).map(|_| Storage::new(&setup)).collect();
+        let mut storages: Vec<ReservedMemory> = (0..self.queues)
+            .map(|_| ReservedMemory::new(&setup))
+            .collect();
         let mut queues = Queues::new(self.machine.clone(), self.queues);
         let mut worlds = Vec::new();
         for (at, storage) in storages.iter_mut().enumerate() {
@@ -270,7 +281,12 @@ impl Trip<'_> {
             // Some rings wrap.
             let index = 0u32.wrapping_sub(self.rng.below(64) as u32);
             let backend = backend(self.machine.clone());
-            worlds.push(World::attach(storage, self.machine.clone(), index, backend));
+            worlds.push(EngineWorld::attach(
+                storage,
+                self.machine.clone(),
+                index,
+                backend,
+            ));
         }
         queues.look_at(0);
         self.replay();
@@ -298,9 +314,9 @@ impl Trip<'_> {
 
     fn is_cancelled(&mut self) -> bool {
         match self.journey.end {
-            End::Cancelled => true,
-            End::Moved => false,
-            End::Either => self.rng.percent(50),
+            SuspensionEnd::Cancelled => true,
+            SuspensionEnd::Moved => false,
+            SuspensionEnd::Either => self.rng.percent(50),
         }
     }
 
@@ -320,20 +336,20 @@ impl Trip<'_> {
     }
 
     /// One step, in any of the queues; returns false if that one has nothing left to do.
-    fn turn<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) -> bool {
+    fn turn<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [EngineWorld<'_, B>]) -> bool {
         let at = self.rng.index(worlds.len());
         queues.look_at(at);
         worlds[at].turn()
     }
 
     /// Lets the guest work, while its memory is copied.
-    fn work<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+    fn work<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [EngineWorld<'_, B>]) {
         self.machine.borrow_mut().plan += self.rng.pick(&[10u32, 60, 150]);
         let steps = self.rng.pick(&[10u64, 100, 400]);
         let begin = self.rng.below(steps / 2);
         let armed = match self.fault {
             // The fault is active all the time, but does harm only where a pass has been.
-            Some(Fault::MarkEarly | Fault::LateUnmap) => begin,
+            Some(MachineFault::MarkEarly | MachineFault::LateUnmap) => begin,
             _ => steps - steps / 4,
         };
         for step in 0..steps {
@@ -364,7 +380,7 @@ impl Trip<'_> {
             if let Some(passes) = &mut m.front.passes {
                 passes.finish();
             }
-            if m.commit(Fault::AbortAtSuspend) {
+            if m.commit(MachineFault::AbortAtSuspend) {
                 m.disk.give_up();
                 m.give_up_jobs();
             }
@@ -376,7 +392,7 @@ impl Trip<'_> {
     }
 
     /// Runs all queues until nothing is left to do.
-    fn rest<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+    fn rest<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [EngineWorld<'_, B>]) {
         for _ in 0..BOUND {
             if self.turn(queues, worlds) {
                 continue;
@@ -395,7 +411,7 @@ impl Trip<'_> {
     }
 
     /// Resumes the guest with its rings, perhaps before all running requests have ended.
-    fn cancel<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+    fn cancel<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [EngineWorld<'_, B>]) {
         if self.rng.percent(50) {
             self.rest(queues, worlds);
         } else {
@@ -413,9 +429,9 @@ impl Trip<'_> {
     fn leave<B: Backend>(
         &mut self,
         mut queues: Queues,
-        mut worlds: Vec<World<'_, B>>,
+        mut worlds: Vec<EngineWorld<'_, B>>,
     ) -> Vec<Again> {
-        let leaves = self.fault == Some(Fault::LeaveRunning);
+        let leaves = self.fault == Some(MachineFault::LeaveRunning);
         if leaves {
             self.each(&mut queues, Machine::leave_running);
         }
@@ -467,7 +483,7 @@ impl Trip<'_> {
     }
 
     /// Lets the guest finish its work.
-    fn finish<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [World<'_, B>]) {
+    fn finish<B: Backend>(&mut self, queues: &mut Queues, worlds: &mut [EngineWorld<'_, B>]) {
         self.rest(queues, worlds);
         for (at, world) in worlds.iter_mut().enumerate() {
             queues.look_at(at);

@@ -6,25 +6,25 @@ use blkback::engine::{Backend, Io, IoKind};
 use ring::numbers::QueueTag;
 use ring::response::ResponseStatus;
 
-use crate::disk::Running;
-use crate::machine::{Fault, Machine, Shared};
+use crate::disk::RunningIo;
+use crate::machine::{Machine, MachineFault, SharedMachine};
 
 impl Machine {
     /// Gives back an I/O that was begun, so that the engine submits it once more. The guest's pages may already have
     /// some of the data of a read. A write has no effect before, because its second execution could overwrite data that
     /// another guest's request may have read in between.
-    pub(crate) fn give_back_late(&mut self, io: &Running) {
+    pub(crate) fn give_back_late(&mut self, io: &RunningIo) {
         if io.kind == IoKind::Read {
             self.read(io, true);
         }
         self.disk.given_back.1 += 1;
-        if !self.commit(Fault::LoseGivenBack) {
+        if !self.commit(MachineFault::LoseGivenBack) {
             self.disk.back.push(io.tag);
         }
     }
 
     /// Gives back an I/O that cannot be done where its data is. Returns true if it is not begun.
-    fn give_back_at_once(&mut self, io: &mut Running) -> bool {
+    fn give_back_at_once(&mut self, io: &mut RunningIo) -> bool {
         let chance = self.setup.gives_back;
         if chance == 0 || !self.rng.percent(chance) {
             return false;
@@ -36,19 +36,19 @@ impl Machine {
         self.disk.given_back.0 += 1;
         self.disk.back.push(io.tag);
         // The planted fault begins it nevertheless.
-        !self.commit(Fault::BeginGivenBack)
+        !self.commit(MachineFault::BeginGivenBack)
     }
 }
 
 /// The engine's port to the disk.
 #[derive(Debug)]
 pub struct FakeDisk {
-    machine: Shared,
+    machine: SharedMachine,
 }
 
 impl FakeDisk {
     /// Returns a port to the machine's disk.
-    pub fn new(machine: Shared) -> Self {
+    pub fn new(machine: SharedMachine) -> Self {
         Self { machine }
     }
 }

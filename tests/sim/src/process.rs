@@ -13,8 +13,8 @@ use ring::tap::shadow::{Committed, Op};
 
 use crate::ending::Ghost;
 use crate::history::SECTOR;
-use crate::machine::{Fault, Machine};
-use crate::tap::Bytes;
+use crate::machine::{Machine, MachineFault};
+use crate::tap::TapBytes;
 
 /// When a process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub enum Moment {
 
 /// Plan of a case; chances are in a hundred of the steps of the process.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct ProcessPlan {
     /// The disk is served by a process.
     pub enabled: bool,
     /// Processes that may die.
@@ -80,7 +80,7 @@ pub struct Plan {
     pub sectors: Option<u64>,
 }
 
-impl Default for Plan {
+impl Default for ProcessPlan {
     fn default() -> Self {
         Self {
             enabled: false,
@@ -106,7 +106,7 @@ impl Default for Plan {
 
 /// A request as a process has it.
 #[derive(Clone, Debug)]
-pub(crate) struct Job {
+pub(crate) struct ProcessJob {
     pub(crate) desc: Desc,
     pub(crate) segments: Vec<TapSegment>,
     /// Its I/O was given to the store.
@@ -120,22 +120,22 @@ pub(crate) struct Job {
 
 /// A process.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct SimProcess {
     pub(crate) epoch: u64,
     /// When its I/O is over after its end, as it has claimed.
     pub(crate) fence: Fence,
-    pub(crate) jobs: Vec<Job>,
+    pub(crate) jobs: Vec<ProcessJob>,
     awake: bool,
     hung: bool,
     /// Writes that a faulty process keeps in its own memory.
-    cache: BTreeMap<u64, Bytes>,
+    cache: BTreeMap<u64, TapBytes>,
 }
 
 /// Completions that were once valid, and I/O that a faulty process repeats.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     pub(crate) old: Vec<(u64, Completion)>,
-    echoes: Vec<(u64, Bytes)>,
+    echoes: Vec<(u64, TapBytes)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,7 +232,7 @@ impl Machine {
         let state = tap.shadow.state();
         if state == STATE_FENCING {
             let over = tap.ghosts.is_empty();
-            let planted = matches!(self.fault, Some((Fault::SkipFence, 0)));
+            let planted = matches!(self.fault, Some((MachineFault::SkipFence, 0)));
             acts.extend((over || planted).then_some(Act::Fence));
         }
         let waits = tap.shadow.waiting() > 0;
@@ -359,7 +359,7 @@ impl Machine {
     }
 
     /// Returns true if another write to equal sectors waits.
-    fn is_met(&self, job: &Job) -> bool {
+    fn is_met(&self, job: &ProcessJob) -> bool {
         let end = job.desc.sector + job.desc.sectors;
         self.tap.posted.iter().any(|(tag, posted)| {
             let sectors = posted.slices.iter().map(|s| u64::from(s.len)).sum::<u64>() / 512;
@@ -371,7 +371,7 @@ impl Machine {
     fn open(&mut self) {
         match self.tap.shadow.opened() {
             Ok(epoch) => {
-                self.tap.process = Some(Process {
+                self.tap.process = Some(SimProcess {
                     epoch,
                     fence: Fence::Local,
                     jobs: Vec::new(),
@@ -396,7 +396,7 @@ impl Machine {
     /// Wakes a sleeping process if there is a request for it.
     pub(crate) fn wake_process(&mut self) {
         let wake = self.tap.shadow.has_deliverable();
-        if wake && !self.commit(Fault::LeaveAsleep) {
+        if wake && !self.commit(MachineFault::LeaveAsleep) {
             if let Some(process) = &mut self.tap.process {
                 process.awake = true;
             }
@@ -419,7 +419,7 @@ impl Machine {
 
     fn fetched(&mut self, desc: Desc) {
         let replay = desc.flags & DESC_REPLAY != 0;
-        let mut job = Job {
+        let mut job = ProcessJob {
             segments: self.tap.segments[usize::from(desc.tag)].clone(),
             desc,
             started: false,
@@ -435,10 +435,10 @@ impl Machine {
             if flushes {
                 self.check_earlier_writes(&desc);
             }
-            if desc.op == OP_WRITE && self.commit(Fault::RereadGuest) {
+            if desc.op == OP_WRITE && self.commit(MachineFault::RereadGuest) {
                 self.reread(desc.tag);
             }
-            if desc.op == OP_WRITE && self.commit(Fault::SkipReplay) {
+            if desc.op == OP_WRITE && self.commit(MachineFault::SkipReplay) {
                 job.started = true;
                 job.done = true;
             }
@@ -481,7 +481,7 @@ impl Machine {
         }
     }
 
-    fn with_job(&mut self, at: usize, go_on: fn(&mut Self, &mut Job)) {
+    fn with_job(&mut self, at: usize, go_on: fn(&mut Self, &mut ProcessJob)) {
         let Some(mut process) = self.tap.process.take() else {
             return;
         };
@@ -494,7 +494,7 @@ impl Machine {
     }
 
     /// Executes a part of the I/O.
-    pub(crate) fn land(&mut self, job: &mut Job) {
+    pub(crate) fn land(&mut self, job: &mut ProcessJob) {
         let desc = job.desc;
         if job.landed == 0 && (desc.op == OP_FLUSH || desc.flags & DESC_PREFLUSH != 0) {
             self.flush_store(&job.flushes);
@@ -518,7 +518,7 @@ impl Machine {
     }
 
     fn flush_store(&mut self, sectors: &[u64]) {
-        if self.commit(Fault::IgnoreFlush) {
+        if self.commit(MachineFault::IgnoreFlush) {
             return;
         }
         if let Some(process) = &mut self.tap.process {
@@ -530,7 +530,7 @@ impl Machine {
         self.disk.flush(sectors);
     }
 
-    fn land_sector(&mut self, job: &Job, at: u64) {
+    fn land_sector(&mut self, job: &ProcessJob, at: u64) {
         let sector = job.desc.sector + at;
         let volatile = self.setup.limits.flush;
         match job.desc.op {
@@ -541,13 +541,13 @@ impl Machine {
                 self.arena(&job.segments, at).copy_from_slice(&bytes);
             }
             OP_WRITE => {
-                let bytes: Bytes = (&*self.arena(&job.segments, at))
+                let bytes: TapBytes = (&*self.arena(&job.segments, at))
                     .try_into()
                     .expect("sector");
-                if at == 0 && self.commit(Fault::ExecuteTwice) {
+                if at == 0 && self.commit(MachineFault::ExecuteTwice) {
                     self.tap.words.echoes.push((sector, bytes));
                 }
-                if self.commit(Fault::PrivateCache) {
+                if self.commit(MachineFault::PrivateCache) {
                     if let Some(process) = &mut self.tap.process {
                         process.cache.insert(sector, bytes);
                         return;
@@ -577,7 +577,7 @@ impl Machine {
             flags,
             ..completion(&job.desc)
         };
-        if self.commit(Fault::LoseCompletion) {
+        if self.commit(MachineFault::LoseCompletion) {
             return;
         }
         let orphans = self.tap.shadow.orphans() > 0;
@@ -601,7 +601,7 @@ impl Machine {
         let commit = completion.check().ok()?;
         let committed = self.tap.shadow.commit(epoch, &commit);
         if let Committed::Done(_) = committed {
-            if !self.commit(Fault::SwallowWake) {
+            if !self.commit(MachineFault::SwallowWake) {
                 self.disk.wake = true;
             }
         }
@@ -629,7 +629,7 @@ impl Machine {
                 return;
             }
         }
-        if self.commit(Fault::TrustStale) {
+        if self.commit(MachineFault::TrustStale) {
             epoch = live;
             completion.generation = self.generation(completion.tag);
         }

@@ -5,37 +5,37 @@
 
 use crate::disk::Lane;
 use crate::frontend::Frontend;
-use crate::grants::Host;
-use crate::machine::{Machine, Setup, Shared};
+use crate::grants::GrantHost;
+use crate::machine::{Machine, MachineSetup, SharedMachine};
 use crate::ring::{Accesses, RingMemory};
-use crate::tap::Place;
+use crate::tap::QueuePlace;
 
 /// A queue that is not the current one.
 #[derive(Debug)]
-struct Queue {
+struct OtherQueue {
     ring: RingMemory,
     front: Frontend,
-    host: Host,
+    host: GrantHost,
     accesses: Accesses,
     taken: u32,
     event: bool,
     lane: Lane,
-    at: Place,
+    at: QueuePlace,
 }
 
-impl Queue {
-    fn new(setup: &Setup, number: u16) -> Self {
+impl OtherQueue {
+    fn new(setup: &MachineSetup, number: u16) -> Self {
         let ring = RingMemory::new(setup.protocol, setup.order, setup.junk);
         let size = ring.size();
         Self {
             front: Frontend::new(size),
             ring,
-            host: Host::new(setup),
+            host: GrantHost::new(setup),
             accesses: Accesses::default(),
             taken: 0,
             event: false,
             lane: Lane::default(),
-            at: Place {
+            at: QueuePlace {
                 queue: number,
                 base: number * size as u16,
             },
@@ -59,18 +59,18 @@ impl Queue {
 /// The queues of a machine.
 #[derive(Debug)]
 pub(crate) struct Queues {
-    machine: Shared,
+    machine: SharedMachine,
     /// All but the current one.
-    others: Vec<Option<Queue>>,
+    others: Vec<Option<OtherQueue>>,
     here: usize,
 }
 
 impl Queues {
     /// Returns `count` queues, of which the first is current.
-    pub(crate) fn new(machine: Shared, count: usize) -> Self {
+    pub(crate) fn new(machine: SharedMachine, count: usize) -> Self {
         let setup = machine.borrow().setup.clone();
         let first = machine.borrow().tap.at.queue;
-        let other = |at: usize| (at > 0).then(|| Queue::new(&setup, first + at as u16));
+        let other = |at: usize| (at > 0).then(|| OtherQueue::new(&setup, first + at as u16));
         Self {
             others: (0..count).map(other).collect(),
             machine,

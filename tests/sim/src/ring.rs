@@ -9,7 +9,7 @@ use ring::abi::{
 };
 use ring::ports::SharedRing;
 
-use crate::machine::Shared;
+use crate::machine::SharedMachine;
 
 /// The pages of one ring, as both sides see them.
 #[derive(Debug)]
@@ -79,13 +79,13 @@ pub struct Accesses {
 /// The engine's port to the ring.
 #[derive(Debug)]
 pub struct FakeRing {
-    machine: Shared,
+    machine: SharedMachine,
     last_copied: Cell<Option<u32>>,
 }
 
 impl FakeRing {
     /// Returns a port to the machine's ring.
-    pub fn new(machine: Shared) -> Self {
+    pub fn new(machine: SharedMachine) -> Self {
         Self {
             machine,
             last_copied: Cell::new(None),

@@ -6,18 +6,18 @@ use ring::abi::{Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_
 use ring::request::RequestLimits;
 
 use crate::frontend::BAD_GREF;
-use crate::machine::{Fault, Machine, Setup};
-use crate::process::Plan;
+use crate::machine::{Machine, MachineFault, MachineSetup};
+use crate::process::ProcessPlan;
 use crate::rng::Rng;
 use crate::spec::{Expect, Gref, Spec};
-use crate::tap::Counts;
-use crate::world::{Storage, World};
+use crate::tap::TapCounts;
+use crate::world::{EngineWorld, ReservedMemory};
 
 /// Sectors at the start of the disk that hold data before the guest comes.
 const INSTALLED: u64 = 256;
 
 /// Gives the queue few pages of its own, and lets it borrow the others.
-pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
+pub(crate) fn borrow_pages(setup: &mut MachineSetup, rng: &mut Rng) {
     let largest = setup.limits.max_indirect_segments.max(16);
     setup.copy_pages = largest.next_multiple_of(8) + 8 * rng.below(20) as u16;
     setup.own_pages = rng.pick(&[16u16, 16, 24, 32]).min(setup.copy_pages);
@@ -28,14 +28,14 @@ pub(crate) fn borrow_pages(setup: &mut Setup, rng: &mut Rng) {
 }
 
 /// Lets the disk give back I/O with mapped data. Requests whose mappings are not kept may find no pages to copy to.
-pub(crate) fn give_back_mapped(setup: &mut Setup, rng: &mut Rng) {
+pub(crate) fn give_back_mapped(setup: &mut MachineSetup, rng: &mut Rng) {
     if setup.keeps_grants {
         setup.gives_back = rng.pick(&[0u64, 5, 30, 100]);
     }
 }
 
 /// Returns a random setup.
-pub fn random_setup(rng: &mut Rng) -> Setup {
+pub fn random_setup(rng: &mut Rng) -> MachineSetup {
     let max_indirect = rng.pick(&[0u16, 1, 16, 32, 64, 256]);
     let largest = max_indirect.max(11);
     let roomy = largest * rng.range(1, 3) as u16;
@@ -56,7 +56,7 @@ pub fn random_setup(rng: &mut Rng) -> Setup {
         _ => 512,
     };
     let bad = rng.below(sectors.min(400));
-    Setup {
+    MachineSetup {
         protocol: rng.pick(&[Protocol::Abi64, Protocol::Abi32]),
         order: rng.pick(&[0u8, 0, 0, 1, 2, 3, 4]),
         copy_pages,
@@ -331,7 +331,7 @@ fn overlapping(m: &mut Machine, operation: u8) -> Spec {
 
 /// Result of a case.
 #[derive(Clone, Debug, Default)]
-pub struct Outcome {
+pub struct CaseOutcome {
     /// Violations.
     pub problems: Vec<String>,
     /// Requests answered.
@@ -351,7 +351,7 @@ pub struct Outcome {
 }
 
 /// Runs the case of a seed, with a planted fault if there is one.
-pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
+pub fn run_case(seed: u64, fault: Option<MachineFault>) -> CaseOutcome {
     let mut rng = Rng::new(seed);
     let mut setup = random_setup(&mut rng);
     if rng.percent(40) {
@@ -362,7 +362,7 @@ pub fn run_case(seed: u64, fault: Option<Fault>) -> Outcome {
 }
 
 /// Prepares the disk's initial data, the guest's plan, and the planted fault.
-pub(crate) fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
+pub(crate) fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<MachineFault>) {
     let installed = INSTALLED.min(m.setup.limits.sectors);
     m.install(0xffff_fff0, 0, installed);
     m.plan = rng.pick(&[10u32, 60, 150, 300]);
@@ -374,11 +374,11 @@ pub(crate) fn prepare(m: &mut Machine, rng: &mut Rng, fault: Option<Fault>) {
 }
 
 /// Returns the setup of a disk that a process serves: everything is copied, and requests meet often.
-pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
+pub(crate) fn served_setup(rng: &mut Rng) -> MachineSetup {
     let setup = random_setup(rng);
     let indirect = setup.limits.max_indirect_segments.min(32);
     let largest = indirect.max(11);
-    Setup {
+    MachineSetup {
         order: rng.pick(&[0u8, 0, 0, 1]),
         copy_pages: largest * rng.range(1, 4) as u16,
         own_pages: u16::MAX,
@@ -408,17 +408,17 @@ pub(crate) fn served_setup(rng: &mut Rng) -> Setup {
 
 /// Result of a case at a disk that a process serves.
 #[derive(Clone, Debug, Default)]
-pub struct Served {
+pub struct ServedOutcome {
     /// Violations.
     pub problems: Vec<String>,
     /// Requests answered.
     pub answers: u64,
     /// Counts of the processes' acts.
-    pub counts: Counts,
+    pub counts: TapCounts,
 }
 
 /// Runs the case of a seed on a disk that processes serve, with a planted fault if there is one.
-pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
+pub fn run_served(seed: u64, plan: &ProcessPlan, fault: Option<MachineFault>) -> ServedOutcome {
     let mut rng = Rng::new(seed);
     let mut setup = served_setup(&mut rng);
     if plan.patient {
@@ -427,16 +427,16 @@ pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     if let Some(sectors) = plan.sectors {
         setup.limits.sectors = sectors;
     }
-    let mut storage = Storage::new(&setup);
+    let mut storage = ReservedMemory::new(&setup);
     let start = 0u32.wrapping_sub(rng.below(64) as u32);
     let queue = rng.below(3) as u16;
     let seed = rng.bits();
-    let plan = Plan {
+    let plan = ProcessPlan {
         enabled: true,
         fetch: rng.pick(&[1usize, 4, 32]),
         ..*plan
     };
-    let mut world = World::served(&mut storage, setup, plan, queue, seed, start);
+    let mut world = EngineWorld::served(&mut storage, setup, plan, queue, seed, start);
     {
         let mut m = world.machine.borrow_mut();
         prepare(&mut m, &mut rng, fault);
@@ -455,7 +455,7 @@ pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
     if info.waiting + info.delivered > 0 {
         problems.push(format!("all is answered, but {info:?}"));
     }
-    Served {
+    ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
         counts: m.tap.counts,
@@ -463,20 +463,20 @@ pub fn run_served(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
 }
 
 /// A guest goes away in the middle of its work, and another one connects.
-pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
+pub fn run_two_guests(seed: u64, plan: &ProcessPlan, fault: Option<MachineFault>) -> ServedOutcome {
     let mut rng = Rng::new(seed);
     let setup = served_setup(&mut rng);
-    let (mut storage, mut second) = (Storage::new(&setup), Storage::new(&setup));
+    let (mut storage, mut second) = (ReservedMemory::new(&setup), ReservedMemory::new(&setup));
     let seed = rng.bits();
-    let plan = Plan {
+    let plan = ProcessPlan {
         enabled: true,
         ..*plan
     };
-    let mut world = World::served(&mut storage, setup, plan, 1, seed, 0);
+    let mut world = EngineWorld::served(&mut storage, setup, plan, 1, seed, 0);
     prepare(&mut world.machine.borrow_mut(), &mut rng, None);
     world.run_for(rng.range(1, 120) as u32);
     let (machine, orphans) = world.let_go();
-    if fault != Some(Fault::ForgetOrphans) {
+    if fault != Some(MachineFault::ForgetOrphans) {
         let mut m = machine.borrow_mut();
         let mut steps = 0;
         while m.tap.shadow.orphans() > 0 && m.backend_busy() && steps < 10_000 {
@@ -489,14 +489,14 @@ pub fn run_two_guests(seed: u64, plan: &Plan, fault: Option<Fault>) -> Served {
         }
         m.check_arena_is_ours();
     }
-    let mut world = World::again(&mut second, machine, rng.bits() as u32);
+    let mut world = EngineWorld::again(&mut second, machine, rng.bits() as u32);
     world.machine.borrow_mut().plan = 40;
     world.run();
     world.close();
     let problems = world.verdict();
     let mut m = world.machine.borrow_mut();
     m.tap.counts.orphans = orphans.into();
-    Served {
+    ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
         counts: m.tap.counts,
@@ -513,17 +513,17 @@ pub enum Leaves {
 }
 
 /// The driver leaves a guest in the middle of its work, and attaches again to the rings.
-pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
+pub fn run_rebound(seed: u64, plan: &ProcessPlan, leaves: Leaves) -> ServedOutcome {
     let mut rng = Rng::new(seed);
     let setup = served_setup(&mut rng);
-    let (mut storage, mut second) = (Storage::new(&setup), Storage::new(&setup));
+    let (mut storage, mut second) = (ReservedMemory::new(&setup), ReservedMemory::new(&setup));
     let seed = rng.bits();
-    let plan = Plan {
+    let plan = ProcessPlan {
         enabled: true,
         ..*plan
     };
     let start = 0u32.wrapping_sub(rng.below(64) as u32);
-    let mut world = World::served(&mut storage, setup, plan, 1, seed, start);
+    let mut world = EngineWorld::served(&mut storage, setup, plan, 1, seed, start);
     prepare(&mut world.machine.borrow_mut(), &mut rng, None);
     world.run_for(rng.range(1, 120) as u32);
     let under_way = world.engine.in_flight();
@@ -536,7 +536,7 @@ pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
         machine.borrow_mut().backend_step();
         steps += 1;
     }
-    let mut world = World::back(&mut second, machine);
+    let mut world = EngineWorld::back(&mut second, machine);
     world.machine.borrow_mut().plan = 40;
     world.run();
     world.close();
@@ -544,7 +544,7 @@ pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
     let mut m = world.machine.borrow_mut();
     m.tap.counts.orphans = orphans.into();
     m.tap.counts.under_way = under_way.into();
-    Served {
+    ServedOutcome {
         problems,
         answers: m.front.answers.len() as u64,
         counts: m.tap.counts,
@@ -552,15 +552,15 @@ pub fn run_rebound(seed: u64, plan: &Plan, leaves: Leaves) -> Served {
 }
 
 /// Runs a random load on a setup.
-pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
-    let mut storage = Storage::new(&setup);
+pub fn run_setup(setup: MachineSetup, rng: &mut Rng, fault: Option<MachineFault>) -> CaseOutcome {
+    let mut storage = ReservedMemory::new(&setup);
     // Half of the rings wrap during the case.
     let start = if rng.percent(50) {
         0u32.wrapping_sub(rng.below(64) as u32)
     } else {
         0
     };
-    let mut world = World::attached_at(&mut storage, setup, rng.bits(), start);
+    let mut world = EngineWorld::attached_at(&mut storage, setup, rng.bits(), start);
     prepare(&mut world.machine.borrow_mut(), rng, fault);
     let machine = world.machine.clone();
     let (stats, broken);
@@ -590,7 +590,7 @@ pub fn run_setup(setup: Setup, rng: &mut Rng, fault: Option<Fault>) -> Outcome {
         }
     };
     let m = machine.borrow();
-    Outcome {
+    CaseOutcome {
         problems,
         answers: m.front.answers.len() as u64,
         okay: m.front.answers.iter().filter(|a| a.status == 0).count() as u64,

@@ -18,11 +18,11 @@ use ring::tap::table::TagEntry;
 
 use crate::ending::{Ghost, Sent};
 use crate::history::{decode, SECTOR};
-use crate::machine::{Fault, Machine, Shared};
-use crate::process::{Plan, Process, Words};
+use crate::machine::{Machine, MachineFault, SharedMachine};
+use crate::process::{ProcessPlan, SimProcess, Words};
 
 /// Bytes of a sector.
-pub(crate) type Bytes = [u8; SECTOR];
+pub(crate) type TapBytes = [u8; SECTOR];
 
 /// Number of requests examined in one hold of the lock.
 const BATCH: usize = 32;
@@ -39,7 +39,7 @@ pub(crate) struct Posted {
 
 /// Events of a case, to show that it exercised something.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
+pub struct TapCounts {
     /// Processes that died.
     pub deaths: u64,
     /// Deaths of processes that had requests.
@@ -76,7 +76,7 @@ pub struct Counts {
     pub widened: u64,
 }
 
-impl Counts {
+impl TapCounts {
     /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.deaths += other.deaths;
@@ -101,24 +101,24 @@ impl Counts {
 
 /// The current queue, and its first tag.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Place {
+pub(crate) struct QueuePlace {
     pub(crate) queue: u16,
     pub(crate) base: u16,
 }
 
 /// A disk that a process serves.
 #[derive(Debug)]
-pub struct Tap {
+pub struct SimTap {
     /// The shadow.
     pub shadow: Shadow<Vec<TagEntry>>,
-    pub(crate) at: Place,
+    pub(crate) at: QueuePlace,
     descs: Vec<Desc>,
     pub(crate) segments: Vec<Vec<TapSegment>>,
     pub(crate) posted: BTreeMap<u16, Posted>,
     /// The disk if everything is executed in arrival order; `None` once a request has failed.
-    pub(crate) ordered: Option<BTreeMap<u64, Bytes>>,
+    pub(crate) ordered: Option<BTreeMap<u64, TapBytes>>,
     /// The process.
-    pub(crate) process: Option<Process>,
+    pub(crate) process: Option<SimProcess>,
     /// I/O of dead processes that is still running.
     pub(crate) ghosts: Vec<Ghost>,
     /// I/O of dead processes that a remote server may still execute.
@@ -128,21 +128,21 @@ pub struct Tap {
     /// False completions that processes may send.
     pub(crate) words: Words,
     /// Plan of the case.
-    pub plan: Plan,
+    pub plan: ProcessPlan,
     /// Events of the case.
-    pub counts: Counts,
+    pub counts: TapCounts,
 }
 
-impl Default for Tap {
+impl Default for SimTap {
     fn default() -> Self {
-        Self::new(0, 0, Plan::default())
+        Self::new(0, 0, ProcessPlan::default())
     }
 }
 
-impl Tap {
+impl SimTap {
     /// Returns a disk of a ring of `size` slots, which is the frontend's queue number `queue`.
-    pub fn new(size: u32, queue: u16, plan: Plan) -> Self {
-        let at = Place {
+    pub fn new(size: u32, queue: u16, plan: ProcessPlan) -> Self {
+        let at = QueuePlace {
             queue,
             base: queue * size as u16,
         };
@@ -150,7 +150,7 @@ impl Tap {
     }
 
     /// Returns a disk for the queue at `at`; all of its queues together have `tags` tags.
-    fn at(at: Place, tags: usize, plan: Plan) -> Self {
+    fn at(at: QueuePlace, tags: usize, plan: ProcessPlan) -> Self {
         Self {
             shadow: Shadow::new(vec![TagEntry::FREE; tags]),
             at,
@@ -164,7 +164,7 @@ impl Tap {
             lost: 0,
             words: Words::default(),
             plan,
-            counts: Counts::default(),
+            counts: TapCounts::default(),
         }
     }
 
@@ -201,15 +201,15 @@ pub(crate) fn place(segments: &[TapSegment], mut at: u64) -> Option<(usize, usiz
 impl Machine {
     /// Gives the disk of a migrated guest a process of its own here, for `queues` queues, of which the first one is
     /// `first`.
-    pub(crate) fn serve_here(&mut self, first: u16, queues: usize, plan: Plan) {
+    pub(crate) fn serve_here(&mut self, first: u16, queues: usize, plan: ProcessPlan) {
         let counts = self.tap.counts;
         let size = self.ring.size();
-        let at = Place {
+        let at = QueuePlace {
             queue: first,
             base: first * size as u16,
         };
         let tags = (usize::from(first) + queues) * size as usize;
-        self.tap = Tap::at(at, tags, plan);
+        self.tap = SimTap::at(at, tags, plan);
         self.tap.counts = counts;
         if let Some(ordered) = &mut self.tap.ordered {
             *ordered = self.disk.image();
@@ -277,7 +277,7 @@ impl Machine {
             expected,
         };
         let mut shown = request;
-        if request.sectors > 0 && self.commit(Fault::HideRanges) {
+        if request.sectors > 0 && self.commit(MachineFault::HideRanges) {
             // The shadow gets a range that no other request has.
             shown.sector = (1 << 40) + (u64::from(tag) << 22);
         }
@@ -429,12 +429,12 @@ fn request_of(io: &Io<'_>) -> PostedRequest {
 /// The engine's port to a disk that a process serves.
 #[derive(Debug)]
 pub struct TapBackend {
-    machine: Shared,
+    machine: SharedMachine,
 }
 
 impl TapBackend {
     /// Returns a port to the machine's process.
-    pub fn new(machine: Shared) -> Self {
+    pub fn new(machine: SharedMachine) -> Self {
         Self { machine }
     }
 }
@@ -452,7 +452,7 @@ impl Backend for TapBackend {
 
     fn reap(&mut self, mut done: impl FnMut(QueueTag, ResponseStatus)) {
         let mut m = self.machine.borrow_mut();
-        let Place { base, queue } = m.tap.at;
+        let QueuePlace { base, queue } = m.tap.at;
         loop {
             let mut results = Vec::new();
             let count = m.tap.shadow.reap(queue, BATCH, |tag, status| {

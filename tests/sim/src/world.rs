@@ -13,17 +13,17 @@ use ring::abi::{REQ_PROD, RSP_EVENT, RSP_PROD};
 use ring::index::BackRing;
 
 use crate::grants::FakeGrants;
-use crate::machine::{Fault, Machine, Setup, Shared};
+use crate::machine::{Machine, MachineFault, MachineSetup, SharedMachine};
 use crate::port::FakeDisk;
-use crate::process::Plan;
+use crate::process::ProcessPlan;
 use crate::ring::FakeRing;
 use crate::schedule;
 use crate::spec::Spec;
-use crate::tap::{Tap, TapBackend};
+use crate::tap::{SimTap, TapBackend};
 
 /// The memory that a connection reserves.
 #[derive(Debug)]
-pub struct Storage {
+pub struct ReservedMemory {
     slots: Vec<PendingRequest>,
     entries: Vec<SegmentEntry>,
     groups: Vec<BlockGroup>,
@@ -33,9 +33,9 @@ pub struct Storage {
     latencies: Latencies,
 }
 
-impl Storage {
+impl ReservedMemory {
     /// Allocates the memory for a setup.
-    pub fn new(setup: &Setup) -> Self {
+    pub fn new(setup: &MachineSetup) -> Self {
         let size = setup.protocol.ring_size(setup.order).expect("order");
         let pages = setup.copy_pages + setup.map_pages + setup.rest_entries();
         Self {
@@ -52,9 +52,9 @@ impl Storage {
 
 /// The engine in its machine.
 #[derive(Debug)]
-pub struct World<'a, B = FakeDisk> {
+pub struct EngineWorld<'a, B = FakeDisk> {
     /// Everything around the engine.
-    pub machine: Shared,
+    pub machine: SharedMachine,
     /// The engine.
     pub engine: Engine<'a, FakeRing, FakeGrants, B>,
     /// Result of the last pass.
@@ -65,14 +65,19 @@ pub struct World<'a, B = FakeDisk> {
     idle_passes: u32,
 }
 
-impl<'a> World<'a> {
+impl<'a> EngineWorld<'a> {
     /// Connects an engine to a fresh machine.
-    pub fn new(storage: &'a mut Storage, setup: Setup, seed: u64) -> Self {
+    pub fn new(storage: &'a mut ReservedMemory, setup: MachineSetup, seed: u64) -> Self {
         Self::attached_at(storage, setup, seed, 0)
     }
 
     /// Connects an engine to a ring of a fresh machine, with its indices at `index`.
-    pub fn attached_at(storage: &'a mut Storage, setup: Setup, seed: u64, index: u32) -> Self {
+    pub fn attached_at(
+        storage: &'a mut ReservedMemory,
+        setup: MachineSetup,
+        seed: u64,
+        index: u32,
+    ) -> Self {
         let machine = Rc::new(RefCell::new(Machine::new(setup, seed)));
         let backend = FakeDisk::new(machine.clone());
         Self::attach(storage, machine, index, backend)
@@ -97,19 +102,19 @@ impl<'a> World<'a> {
     }
 }
 
-impl<'a> World<'a, TapBackend> {
+impl<'a> EngineWorld<'a, TapBackend> {
     /// Connects an engine to a fresh machine whose disk is served by a process, for the frontend's queue number
     /// `queue`.
     pub fn served(
-        storage: &'a mut Storage,
-        setup: Setup,
-        plan: Plan,
+        storage: &'a mut ReservedMemory,
+        setup: MachineSetup,
+        plan: ProcessPlan,
         queue: u16,
         seed: u64,
         index: u32,
     ) -> Self {
         let mut machine = Machine::new(setup, seed);
-        machine.tap = Tap::new(machine.ring.size(), queue, plan);
+        machine.tap = SimTap::new(machine.ring.size(), queue, plan);
         let machine = Rc::new(RefCell::new(machine));
         let backend = TapBackend::new(machine.clone());
         Self::attach(storage, machine, index, backend)
@@ -117,7 +122,7 @@ impl<'a> World<'a, TapBackend> {
 
     /// Disconnects at once, because the guest is gone. Returns the machine, for the next guest, and the number of
     /// requests that the process has.
-    pub fn let_go(self) -> (Shared, u32) {
+    pub fn let_go(self) -> (SharedMachine, u32) {
         let machine = self.machine;
         drop(self.engine.detach());
         let orphans = machine.borrow_mut().orphan();
@@ -125,25 +130,25 @@ impl<'a> World<'a, TapBackend> {
     }
 
     /// Connects the next guest to the machine of one that is gone.
-    pub fn again(storage: &'a mut Storage, machine: Shared, index: u32) -> Self {
+    pub fn again(storage: &'a mut ReservedMemory, machine: SharedMachine, index: u32) -> Self {
         machine.borrow_mut().reconnect();
         let backend = TapBackend::new(machine.clone());
         Self::attach(storage, machine, index, backend)
     }
 
     /// Connects an engine to the ring of a guest that another engine has served, in its current state.
-    pub fn back(storage: &'a mut Storage, machine: Shared) -> Self {
+    pub fn back(storage: &'a mut ReservedMemory, machine: SharedMachine) -> Self {
         machine.borrow_mut().closing = false;
         let backend = TapBackend::new(machine.clone());
         Self::join(storage, machine, backend)
     }
 }
 
-impl<'a, B: Backend> World<'a, B> {
+impl<'a, B: Backend> EngineWorld<'a, B> {
     /// Connects an engine to a fresh machine, with another backend in front of the disk.
     pub fn behind(
-        storage: &'a mut Storage,
-        setup: Setup,
+        storage: &'a mut ReservedMemory,
+        setup: MachineSetup,
         seed: u64,
         backend: impl FnOnce(FakeDisk) -> B,
     ) -> Self {
@@ -154,8 +159,8 @@ impl<'a, B: Backend> World<'a, B> {
 
     /// Connects an engine to the ring of a machine, which is new there.
     pub(crate) fn attach(
-        storage: &'a mut Storage,
-        machine: Shared,
+        storage: &'a mut ReservedMemory,
+        machine: SharedMachine,
         index: u32,
         backend: B,
     ) -> Self {
@@ -170,7 +175,7 @@ impl<'a, B: Backend> World<'a, B> {
         Self::join(storage, machine, backend)
     }
 
-    fn join(storage: &'a mut Storage, machine: Shared, backend: B) -> Self {
+    fn join(storage: &'a mut ReservedMemory, machine: SharedMachine, backend: B) -> Self {
         let (setup, size) = {
             let mut m = machine.borrow_mut();
             // The backend refuses the rings of a guest that breaks the rules before it is served.
@@ -298,7 +303,7 @@ impl<'a, B: Backend> World<'a, B> {
 
     fn after(&mut self, pass: Pass) {
         let mut m = self.machine.borrow_mut();
-        if pass.notify && !m.commit(Fault::LoseInterrupt) {
+        if pass.notify && !m.commit(MachineFault::LoseInterrupt) {
             m.front.interrupt = true;
         }
         m.late_copy();
@@ -483,7 +488,7 @@ impl<'a, B: Backend> World<'a, B> {
 
     /// Sends requests, runs, and fails the test on any violation. Returns the answers.
     #[track_caller]
-    pub fn serve(&mut self, specs: &[Spec]) -> Vec<crate::frontend::Answer> {
+    pub fn serve(&mut self, specs: &[Spec]) -> Vec<crate::frontend::GuestAnswer> {
         let before = self.machine.borrow().front.answers.len();
         for chunk in specs.chunks(32) {
             self.send(chunk);

@@ -9,7 +9,7 @@
 use crate::memory::Aligned;
 use crate::sys::discard;
 use anyhow::{bail, ensure, Context, Result};
-use sim::history::{decode, encode, value, History, SECTOR, ZERO};
+use sim::history::{decode, encode, value, DiskHistory, SECTOR, ZERO};
 use sim::rng::Rng;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -308,7 +308,7 @@ fn explain(
     last: (u64, u64),
     hints: bool,
 ) -> Vec<String> {
-    let mut history = History::default();
+    let mut history = DiskHistory::default();
     for (sector, held) in (0u64..).zip(before) {
         if let Some(held) = held.filter(|held| *held != ZERO) {
             // CAST: the upper half.

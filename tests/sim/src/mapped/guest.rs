@@ -8,9 +8,9 @@ use ring::numbers::DiskTag;
 use ring::response::ResponseStatus;
 use ring::tap::shadow::{Op, PostedRequest};
 
-use super::image::{Image, CLUSTER, SECTORS};
-use super::{Scene, ABLE, UNABLE};
-use crate::history::{value, History, ZERO};
+use super::image::{SimImage, CLUSTER, SECTORS};
+use super::{MappedScene, ABLE, UNABLE};
+use crate::history::{value, DiskHistory, ZERO};
 
 /// A request without an answer.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ pub(super) struct Posted {
 
 /// The guest, and its history of the disk.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(super) struct MappedGuest {
     /// Requests that it has not made yet.
     pub(super) left: u32,
     pub(super) posted: BTreeMap<u16, Posted>,
@@ -37,21 +37,21 @@ pub(super) struct Guest {
     changes: u32,
     /// Counts requests and answers.
     clock: u64,
-    history: History,
+    history: DiskHistory,
     /// History without reads, because data that a read returned need not be durable.
-    changed: History,
+    changed: DiskHistory,
 }
 
-impl Guest {
-    pub(super) fn new(image: &Image, requests: u32) -> Self {
+impl MappedGuest {
+    pub(super) fn new(image: &SimImage, requests: u32) -> Self {
         let mut guest = Self {
             left: requests,
             posted: BTreeMap::new(),
             given_back: Vec::new(),
             changes: 0,
             clock: 2,
-            history: History::default(),
-            changed: History::default(),
+            history: DiskHistory::default(),
+            changed: DiskHistory::default(),
         };
         for history in [&mut guest.history, &mut guest.changed] {
             for sector in (0..SECTORS).filter(|sector| image.sector(*sector) != ZERO) {
@@ -131,7 +131,7 @@ impl Guest {
     }
 }
 
-impl Scene {
+impl MappedScene {
     /// Posts a request, if the guest has a free tag for it.
     pub(super) fn post(&mut self) {
         let queue = u16::from(self.rng.percent(25));

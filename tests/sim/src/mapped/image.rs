@@ -22,12 +22,12 @@ pub(super) const FOREIGN: u16 = 3;
 
 /// A cluster of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct StoreCluster {
     pub(super) store: u16,
     pub(super) cluster: u64,
 }
 
-impl Place {
+impl StoreCluster {
     pub(super) fn sector(self) -> u64 {
         self.cluster * CLUSTER
     }
@@ -39,7 +39,7 @@ impl Place {
 
 /// Content of a store: a value for each sector.
 #[derive(Clone, Debug)]
-struct Store {
+struct StoreContent {
     now: Vec<u64>,
     /// Content after a power cut.
     durable: Vec<u64>,
@@ -47,10 +47,10 @@ struct Store {
 
 /// Table and stores. A change of the table is durable at once.
 #[derive(Clone, Debug)]
-pub(super) struct Image {
-    stores: Vec<Store>,
+pub(super) struct SimImage {
+    stores: Vec<StoreContent>,
     /// Place of each cluster; one without a place reads as zeroes.
-    table: Vec<Option<Place>>,
+    table: Vec<Option<StoreCluster>>,
 }
 
 /// Value of a sector before the first write to it.
@@ -58,7 +58,7 @@ fn first(store: u16, sector: u64) -> u64 {
     (0xba5e_0000 + u64::from(store)) << 32 | sector
 }
 
-impl Image {
+impl SimImage {
     /// Returns a disk with a part in the shared store if `base` is set; the rest is in the first store or not
     /// allocated.
     pub(super) fn new(base: bool) -> Self {
@@ -66,14 +66,14 @@ impl Image {
         let stores = (0..).zip(sizes).map(|(store, clusters)| {
             let now: Vec<u64> = (0..clusters * CLUSTER).map(|s| first(store, s)).collect();
             let durable = now.clone();
-            Store { now, durable }
+            StoreContent { now, durable }
         });
         let place = |cluster: u64| match cluster % 4 {
-            0 | 1 if base => Some(Place {
+            0 | 1 if base => Some(StoreCluster {
                 store: BASE,
                 cluster,
             }),
-            0..3 => Some(Place {
+            0..3 => Some(StoreCluster {
                 store: FIRST,
                 cluster,
             }),
@@ -90,13 +90,13 @@ impl Image {
         self.stores[usize::from(store)].now.len() as u64
     }
 
-    pub(super) fn place(&self, cluster: u64) -> Option<Place> {
+    pub(super) fn place(&self, cluster: u64) -> Option<StoreCluster> {
         self.table[cluster as usize]
     }
 
     /// Changes an entry of the table. The data that it points to is durable, as in any format that survives a power
     /// cut.
-    pub(super) fn point(&mut self, cluster: u64, place: Option<Place>) {
+    pub(super) fn point(&mut self, cluster: u64, place: Option<StoreCluster>) {
         if let Some(place) = place {
             let store = &mut self.stores[usize::from(place.store)];
             let its = place.sector() as usize..(place.sector() + CLUSTER) as usize;
@@ -132,7 +132,7 @@ impl Image {
         self.found(sector, |store| &store.durable)
     }
 
-    fn found(&self, sector: u64, of: impl Fn(&Store) -> &Vec<u64>) -> u64 {
+    fn found(&self, sector: u64, of: impl Fn(&StoreContent) -> &Vec<u64>) -> u64 {
         self.place(sector / CLUSTER).map_or(0, |place| {
             let at = place.sector() + sector % CLUSTER;
             of(&self.stores[usize::from(place.store)])[at as usize]
@@ -150,8 +150,9 @@ impl Image {
     }
 
     /// Returns the clusters of a store that the table does not use.
-    pub(super) fn free(&self, store: u16) -> Vec<Place> {
-        let all = (0..self.sectors_of(store) / CLUSTER).map(|cluster| Place { store, cluster });
+    pub(super) fn free(&self, store: u16) -> Vec<StoreCluster> {
+        let all =
+            (0..self.sectors_of(store) / CLUSTER).map(|cluster| StoreCluster { store, cluster });
         all.filter(|place| !self.table.contains(&Some(*place)))
             .collect()
     }

@@ -10,22 +10,22 @@ use ring::tap::shadow::direct::{RequestPart, RequestParts, Start, MAX_PARTS};
 use ring::tap::shadow::{Op, PostedRequest};
 
 use super::image::{BASE, FIRST, FOREIGN};
-use super::{Fault, Scene};
+use super::{MappedFault, MappedScene};
 
 /// A request that a queue executes.
 #[derive(Clone, Debug)]
-pub(super) struct Running {
+pub(super) struct RunningRequest {
     pub(super) tag: u16,
     pub(super) range: Sectors,
     /// The shadow does not know of the request: a planted fault.
     pub(super) beside: bool,
     /// Many other steps happen during its execution.
     is_slow: bool,
-    work: Work,
+    work: RequestWork,
 }
 
 #[derive(Clone, Debug)]
-enum Work {
+enum RequestWork {
     Flush(u16),
     /// Sectors of a store, or of zeroes, and the places of their data.
     Transfer {
@@ -34,7 +34,7 @@ enum Work {
     },
 }
 
-impl Scene {
+impl MappedScene {
     /// Begins a request that was just posted, if it needs no process and no other request blocks it.
     pub(super) fn begin(&mut self, tag: u16) {
         let mut parts = RequestParts::default();
@@ -48,8 +48,8 @@ impl Scene {
         let mut parts = RequestParts::default();
         let disk_tag = DiskTag::new(tag);
         let mut may = self.shadow.clone();
-        let is_blind =
-            self.commits(Fault::ServeMapped) && may.begin_mapped(disk_tag, &mut parts).is_some();
+        let is_blind = self.commits(MappedFault::ServeMapped)
+            && may.begin_mapped(disk_tag, &mut parts).is_some();
         let start = match is_blind {
             true => self.shadow.begin(disk_tag, &mut parts),
             false => self.shadow.begin_mapped(disk_tag, &mut parts),
@@ -95,8 +95,8 @@ impl Scene {
         let left = parts.iter().flat_map(sectors).zip(0..);
         let request = self.guest.posted[&tag].request;
         let work = match request.op {
-            Op::Flush => Work::Flush(store),
-            _ => Work::Transfer {
+            Op::Flush => RequestWork::Flush(store),
+            _ => RequestWork::Transfer {
                 reads: start.op == OP_READ,
                 left: left.collect(),
             },
@@ -104,9 +104,9 @@ impl Scene {
         self.push(tag, &request, false, work);
     }
 
-    fn push(&mut self, tag: u16, request: &PostedRequest, beside: bool, work: Work) {
+    fn push(&mut self, tag: u16, request: &PostedRequest, beside: bool, work: RequestWork) {
         let is_slow = self.rng.percent(self.plan.slow);
-        self.running.push(Running {
+        self.running.push(RunningRequest {
             tag,
             range: range(request),
             beside,
@@ -119,10 +119,10 @@ impl Scene {
     pub(super) fn begin_beside(&mut self, tag: u16, queue: u16, request: &PostedRequest) -> bool {
         let work = match request.op {
             _ if queue != 0 => None,
-            Op::Flush if self.commits(Fault::FlushOne) && self.plan.grows => {
-                Some(Work::Flush(FIRST))
+            Op::Flush if self.commits(MappedFault::FlushOne) && self.plan.grows => {
+                Some(RequestWork::Flush(FIRST))
             }
-            Op::Read | Op::Write if self.commits(Fault::IgnoreOverlap) => self.found(request),
+            Op::Read | Op::Write if self.commits(MappedFault::IgnoreOverlap) => self.found(request),
             _ => None,
         };
         let Some(work) = work else {
@@ -133,7 +133,7 @@ impl Scene {
     }
 
     /// Returns the places that the map has for a request.
-    fn found(&mut self, request: &PostedRequest) -> Option<Work> {
+    fn found(&mut self, request: &PostedRequest) -> Option<RequestWork> {
         let reads = request.op == Op::Read;
         let access = if reads {
             ExtentAccess::Read
@@ -157,7 +157,7 @@ impl Scene {
                 left.push((there, left.len()));
             }
         }
-        Some(Work::Transfer { reads, left })
+        Some(RequestWork::Transfer { reads, left })
     }
 
     /// Executes a step of some I/O.
@@ -171,11 +171,11 @@ impl Scene {
         }
         let mut running = self.running.swap_remove(at);
         let is_over = match &mut running.work {
-            Work::Flush(store) => {
+            RequestWork::Flush(store) => {
                 self.image.flush(*store);
                 true
             }
-            Work::Transfer { reads, left } => {
+            RequestWork::Transfer { reads, left } => {
                 let next = self.rng.index(left.len().max(1));
                 let next = (next < left.len()).then(|| left.swap_remove(next));
                 if let Some(next) = next {
@@ -214,8 +214,8 @@ impl Scene {
         }
     }
 
-    fn end(&mut self, running: &Running) {
-        let is_flush = matches!(running.work, Work::Flush(_));
+    fn end(&mut self, running: &RunningRequest) {
+        let is_flush = matches!(running.work, RequestWork::Flush(_));
         self.counts.flushed += u64::from(is_flush);
         self.counts.executed += 1;
         if running.beside {
@@ -238,7 +238,7 @@ impl Scene {
                 self.give_back(running.tag);
             }
             None if fails => {}
-            None if self.commits(Fault::GiveAway) => {}
+            None if self.commits(MappedFault::GiveAway) => {}
             None => self.problem(format!("tag {} has ended twice", running.tag)),
         }
         self.announce();

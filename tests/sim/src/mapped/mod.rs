@@ -22,10 +22,10 @@ use ring::tap::shadow::Shadow;
 use ring::tap::table::TagEntry;
 
 use crate::rng::Rng;
-use guest::Guest;
-use image::{Image, BASE, CLUSTERS, FIRST, SECOND, SECTORS};
-use kernel::Running;
-use process::Process;
+use guest::MappedGuest;
+use image::{SimImage, BASE, CLUSTERS, FIRST, SECOND, SECTORS};
+use kernel::RunningRequest;
+use process::MappedProcess;
 
 /// Clusters with most of the requests, moves and lookups.
 const HOT: u64 = 6;
@@ -39,7 +39,7 @@ type DiskMap = Option<Box<ExtentMap<Vec<LeafSlot>, Vec<Leaf>>>>;
 
 /// A fault in the surroundings of the shadow and the map, or a broken rule of theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum MappedFault {
     /// A recall returns while the recalled range is in use.
     RecallAtOnce,
     /// Requests that the process gets, answers or leaves do not change the map.
@@ -62,7 +62,7 @@ pub enum Fault {
 
 /// Plan of a case; chances are in a hundred.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct MappedPlan {
     /// Requests of the guest.
     pub requests: u32,
     /// Processes that die.
@@ -85,7 +85,7 @@ pub struct Plan {
     pub lies: u64,
 }
 
-impl Default for Plan {
+impl Default for MappedPlan {
     fn default() -> Self {
         Self {
             requests: 150,
@@ -104,7 +104,7 @@ impl Default for Plan {
 
 /// Events of a case.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
+pub struct MappedCounts {
     /// Requests that queues executed.
     pub executed: u64,
     /// Requests among them that failed there.
@@ -141,7 +141,7 @@ pub struct Counts {
     pub evicted: u64,
 }
 
-impl Counts {
+impl MappedCounts {
     /// Adds the counts of another case.
     pub fn add(&mut self, other: &Self) {
         self.executed += other.executed;
@@ -165,26 +165,30 @@ impl Counts {
 }
 
 /// Everything in a case.
-struct Scene {
+struct MappedScene {
     rng: Rng,
-    plan: Plan,
-    fault: Option<Fault>,
+    plan: MappedPlan,
+    fault: Option<MappedFault>,
     shadow: Shadow<Vec<TagEntry>, DiskMap>,
-    image: Image,
-    guest: Guest,
+    image: SimImage,
+    guest: MappedGuest,
     /// Requests that queues execute.
-    running: Vec<Running>,
+    running: Vec<RunningRequest>,
     /// The queue was woken to begin a request.
     told: bool,
-    process: Option<Process>,
+    process: Option<MappedProcess>,
     deaths: u32,
     problems: Vec<String>,
-    counts: Counts,
+    counts: MappedCounts,
 }
 
 /// Runs the case of a seed. Returns the violations, and the counts.
-pub fn run_mapped(seed: u64, plan: &Plan, fault: Option<Fault>) -> (Vec<String>, Counts) {
-    let mut scene = Scene::new(seed, plan, fault);
+pub fn run_mapped(
+    seed: u64,
+    plan: &MappedPlan,
+    fault: Option<MappedFault>,
+) -> (Vec<String>, MappedCounts) {
+    let mut scene = MappedScene::new(seed, plan, fault);
     for _ in 0..PATIENCE {
         if !scene.problems.is_empty() || scene.is_over() {
             break;
@@ -200,28 +204,28 @@ fn number(store: u16) -> BackingNumber {
     BackingNumber::new(store).expect("a small number")
 }
 
-impl Scene {
-    fn new(seed: u64, plan: &Plan, fault: Option<Fault>) -> Self {
+impl MappedScene {
+    fn new(seed: u64, plan: &MappedPlan, fault: Option<MappedFault>) -> Self {
         // One leaf only, so that some extents are forgotten.
         let memory = (vec![LeafSlot::FREE; 1], vec![Leaf::FREE; 1]);
         let map = ExtentMap::new(memory.0, memory.1, SECTORS, true);
         let tags = usize::from(UNABLE.end);
         let mut shadow = Shadow::with_map(vec![TagEntry::FREE; tags], Some(Box::new(map)));
         shadow.set_able(0, true);
-        let image = Image::new(plan.base);
+        let image = SimImage::new(plan.base);
         let mut scene = Self {
             rng: Rng::new(seed),
             plan: *plan,
             fault,
             shadow,
-            guest: Guest::new(&image, plan.requests),
+            guest: MappedGuest::new(&image, plan.requests),
             image,
             running: Vec::new(),
             told: false,
             process: None,
             deaths: plan.deaths,
             problems: Vec::new(),
-            counts: Counts::default(),
+            counts: MappedCounts::default(),
         };
         scene.add_backing(FIRST);
         if plan.base {
@@ -249,7 +253,7 @@ impl Scene {
         self.rng.below(most)
     }
 
-    fn commits(&self, fault: Fault) -> bool {
+    fn commits(&self, fault: MappedFault) -> bool {
         self.fault == Some(fault)
     }
 
@@ -258,7 +262,7 @@ impl Scene {
     }
 
     /// Makes a change that the map must not learn of, if the fault is planted.
-    fn unnoticed<T>(&mut self, fault: Fault, change: impl FnOnce(&mut Self) -> T) -> T {
+    fn unnoticed<T>(&mut self, fault: MappedFault, change: impl FnOnce(&mut Self) -> T) -> T {
         let before = self.commits(fault).then(|| self.shadow.map().clone());
         let result = change(self);
         if let Some(before) = before {
@@ -315,23 +319,25 @@ impl Scene {
         }
         let epoch = self.shadow.opened().expect("nobody has it");
         self.counts.begun_beside += u64::from(!self.running.is_empty());
-        let started = self.unnoticed(Fault::KeepAtStart, |scene| scene.shadow.started(epoch));
+        let started = self.unnoticed(MappedFault::KeepAtStart, |scene| {
+            scene.shadow.started(epoch)
+        });
         if let Ok(failed) = started {
             assert_eq!(failed.count, 0, "there is no limit of deaths");
         } else {
             self.problem(format!("a process cannot start: {started:?}"));
         }
         self.announce();
-        self.process = Some(Process::new(epoch, &self.image, self.plan.grows));
+        self.process = Some(MappedProcess::new(epoch, &self.image, self.plan.grows));
     }
 
     fn kill(&mut self) {
         self.process = None;
         self.counts.deaths += 1;
         self.shadow.closed();
-        let failed = self.unnoticed(Fault::ForgetChanges, |scene| scene.shadow.quiet(0));
+        let failed = self.unnoticed(MappedFault::ForgetChanges, |scene| scene.shadow.quiet(0));
         assert_eq!(failed.map(|failed| failed.count), Some(0), "all is local");
-        if self.commits(Fault::GiveAway) {
+        if self.commits(MappedFault::GiveAway) {
             for running in &self.running {
                 let _given = self
                     .shadow
@@ -343,7 +349,8 @@ impl Scene {
 
     /// Returns true if a request that overlaps a range is being executed.
     fn is_executing(&self, range: &Sectors) -> bool {
-        let beside = |running: &Running| running.beside && running.range.common(range).is_some();
+        let beside =
+            |running: &RunningRequest| running.beside && running.range.common(range).is_some();
         self.shadow.is_executing(range) || self.running.iter().any(beside)
     }
 

@@ -13,8 +13,8 @@ use ring::tap::checked::{Commit, RequestOutcome};
 use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::shadow::Committed;
 
-use super::image::{Image, Place, CLUSTER, CLUSTERS, FIRST, FOREIGN, SECOND, SECTORS};
-use super::{number, Fault, Scene};
+use super::image::{SimImage, StoreCluster, CLUSTER, CLUSTERS, FIRST, FOREIGN, SECOND, SECTORS};
+use super::{number, MappedFault, MappedScene};
 
 /// Content of the arena where no data was stored.
 const ARENA: u64 = 0xa4e_4a00;
@@ -22,10 +22,10 @@ const ARENA: u64 = 0xa4e_4a00;
 const BESIDE: usize = 2;
 
 #[derive(Clone, Debug)]
-pub(super) struct Process {
+pub(super) struct MappedProcess {
     epoch: u64,
-    jobs: Vec<Job>,
-    free: Vec<Place>,
+    jobs: Vec<MappedJob>,
+    free: Vec<StoreCluster>,
     has_second: bool,
     /// Clusters that a write or a move has locked.
     locked: BTreeSet<u64>,
@@ -38,7 +38,7 @@ pub(super) struct Process {
 }
 
 #[derive(Clone, Debug)]
-enum Job {
+enum MappedJob {
     Request {
         desc: Desc,
         at: u64,
@@ -50,14 +50,14 @@ enum Job {
     },
     Look {
         generation: u32,
-        found: Vec<(u64, Option<Place>)>,
+        found: Vec<(u64, Option<StoreCluster>)>,
     },
 }
 
 /// A cluster that is being copied to another place.
 #[derive(Clone, Debug)]
 struct Copying {
-    to: Place,
+    to: StoreCluster,
     done: u64,
     is_told: bool,
 }
@@ -70,14 +70,14 @@ enum Stage {
 }
 
 /// Result of a step of a job.
-enum Step {
-    Goes(Job),
+enum JobStep {
+    Goes(MappedJob),
     Ends,
 }
 
-impl Process {
+impl MappedProcess {
     /// Starts a process. It determines the free clusters from the table, as any format does.
-    pub(super) fn new(epoch: u64, image: &Image, tells_flush: bool) -> Self {
+    pub(super) fn new(epoch: u64, image: &SimImage, tells_flush: bool) -> Self {
         Self {
             epoch,
             jobs: Vec::new(),
@@ -91,7 +91,7 @@ impl Process {
     }
 
     fn beside(&self) -> usize {
-        let requests = |job: &&Job| matches!(job, Job::Request { .. });
+        let requests = |job: &&MappedJob| matches!(job, MappedJob::Request { .. });
         self.jobs.len() - self.jobs.iter().filter(requests).count()
     }
 }
@@ -100,9 +100,9 @@ fn sectors_of(cluster: u64) -> Sectors {
     Sectors::new(cluster * CLUSTER, CLUSTER).expect("a cluster has sectors")
 }
 
-impl Scene {
+impl MappedScene {
     /// Returns the process. The caller has checked that there is one.
-    fn server(&mut self) -> &mut Process {
+    fn server(&mut self) -> &mut MappedProcess {
         self.process.as_mut().expect("there is a process")
     }
 
@@ -139,7 +139,7 @@ impl Scene {
     fn fetch(&mut self) {
         let (epoch, most) = (self.server().epoch, self.rng.range(1, 4) as usize);
         let mut got = Vec::new();
-        let delivered = self.unnoticed(Fault::ForgetChanges, |scene| {
+        let delivered = self.unnoticed(MappedFault::ForgetChanges, |scene| {
             let each = |_, desc: &Desc| got.push(*desc);
             scene.shadow.deliver(epoch, most, 0, each)
         });
@@ -151,7 +151,9 @@ impl Scene {
                 continue;
             }
             let (at, copy) = (0, None);
-            self.server().jobs.push(Job::Request { desc, at, copy });
+            self.server()
+                .jobs
+                .push(MappedJob::Request { desc, at, copy });
         }
     }
 
@@ -162,10 +164,10 @@ impl Scene {
             generation: desc.generation,
             outcome,
         };
-        let committed = self.unnoticed(Fault::ForgetChanges, |scene| {
+        let committed = self.unnoticed(MappedFault::ForgetChanges, |scene| {
             scene.shadow.commit(epoch, &commit)
         });
-        if committed == Committed::Refused && !self.commits(Fault::GiveAway) {
+        if committed == Committed::Refused && !self.commits(MappedFault::GiveAway) {
             self.problem(format!("{desc:?} is refused"));
         }
         self.announce();
@@ -178,19 +180,19 @@ impl Scene {
         }
         let at = self.rng.index(jobs.len());
         let step = match jobs.swap_remove(at) {
-            Job::Request { desc, at, copy } => self.step_request(desc, at, copy),
-            Job::Move { cluster, stage } => self.step_move(cluster, stage),
-            Job::Look { generation, found } => {
+            MappedJob::Request { desc, at, copy } => self.step_request(desc, at, copy),
+            MappedJob::Move { cluster, stage } => self.step_move(cluster, stage),
+            MappedJob::Look { generation, found } => {
                 self.tell(generation, found);
-                Step::Ends
+                JobStep::Ends
             }
         };
-        if let Step::Goes(job) = step {
+        if let JobStep::Goes(job) = step {
             self.server().jobs.push(job);
         }
     }
 
-    fn step_request(&mut self, desc: Desc, at: u64, copy: Option<Copying>) -> Step {
+    fn step_request(&mut self, desc: Desc, at: u64, copy: Option<Copying>) -> JobStep {
         if desc.op == OP_FLUSH {
             self.counts.synced += 1;
             (FIRST..=SECOND).for_each(|store| self.image.flush(store));
@@ -198,7 +200,7 @@ impl Scene {
         if at >= desc.sectors {
             self.counts.served += 1;
             self.commit(&desc, RequestOutcome::Finished(ResponseStatus::Okay));
-            return Step::Ends;
+            return JobStep::Ends;
         }
         let sector = desc.sector + at;
         let (at, copy) = match desc.op {
@@ -209,7 +211,7 @@ impl Scene {
             }
             _ => self.change(&desc, at, copy),
         };
-        Step::Goes(Job::Request { desc, at, copy })
+        JobStep::Goes(MappedJob::Request { desc, at, copy })
     }
 
     /// Returns a sector of the data of a request, after replacing it by `found` if that is a value that was read.
@@ -292,7 +294,7 @@ impl Scene {
             self.put(&mut copy, value);
             return (at, Some(copy));
         }
-        if self.commits(Fault::TellEarly) && !self.rng.percent(2) {
+        if self.commits(MappedFault::TellEarly) && !self.rng.percent(2) {
             if !std::mem::replace(&mut copy.is_told, true) {
                 let generation = self.map().generation();
                 self.tell(generation, vec![(cluster, Some(copy.to))]);
@@ -316,16 +318,16 @@ impl Scene {
         let cluster = self.cluster();
         let place = self.image.place(cluster);
         let is_locked = self.server().locked.contains(&cluster);
-        if place.is_some_and(Place::is_writable) && !is_locked {
+        if place.is_some_and(StoreCluster::is_writable) && !is_locked {
             let server = self.server();
             server.locked.insert(cluster);
             let stage = Stage::Begin;
-            server.jobs.push(Job::Move { cluster, stage });
+            server.jobs.push(MappedJob::Move { cluster, stage });
         }
     }
 
     /// A step of a move. Before it copies, the kernel must stop using the old place.
-    fn step_move(&mut self, cluster: u64, stage: Stage) -> Step {
+    fn step_move(&mut self, cluster: u64, stage: Stage) -> JobStep {
         let range = sectors_of(cluster);
         let stage = match stage {
             Stage::Begin => {
@@ -340,7 +342,7 @@ impl Scene {
                 }
             }
             Stage::Recalled { has_waited } => {
-                let waits = self.is_executing(&range) && !self.commits(Fault::RecallAtOnce);
+                let waits = self.is_executing(&range) && !self.commits(MappedFault::RecallAtOnce);
                 if waits {
                     Stage::Recalled { has_waited: true }
                 } else {
@@ -360,10 +362,10 @@ impl Scene {
                 let server = self.server();
                 server.locked.remove(&cluster);
                 server.free.extend(old);
-                return Step::Ends;
+                return JobStep::Ends;
             }
         };
-        Step::Goes(Job::Move { cluster, stage })
+        JobStep::Goes(MappedJob::Move { cluster, stage })
     }
 
     /// Looks up the places of some clusters; the kernel gets them later.
@@ -374,8 +376,7 @@ impl Scene {
         for cluster in first..(first + 4).min(CLUSTERS) {
             // A cluster that is moving is mapped when it has arrived. One that is being written or freed may be looked
             // up, because the kernel knows of that request.
-            let moves =
-                |job: &Job| matches!(job, Job::Move { cluster: its, .. } if *its == cluster);
+            let moves = |job: &MappedJob| matches!(job, MappedJob::Move { cluster: its, .. } if *its == cluster);
             if self.server().jobs.iter().any(moves) {
                 continue;
             }
@@ -383,10 +384,12 @@ impl Scene {
             self.server().told.insert(cluster);
             found.push((cluster, self.image.place(cluster)));
         }
-        self.server().jobs.push(Job::Look { generation, found });
+        self.server()
+            .jobs
+            .push(MappedJob::Look { generation, found });
     }
 
-    fn tell(&mut self, generation: u32, found: Vec<(u64, Option<Place>)>) {
+    fn tell(&mut self, generation: u32, found: Vec<(u64, Option<StoreCluster>)>) {
         for (cluster, place) in found {
             let access = match place {
                 Some(place) if place.is_writable() => ExtentAccess::ReadWrite,
@@ -394,7 +397,7 @@ impl Scene {
             };
             let extent = DataExtent {
                 range: sectors_of(cluster),
-                place: place.map_or(0, Place::sector),
+                place: place.map_or(0, StoreCluster::sector),
                 source: place.map_or(Source::Zeroes, |place| Source::Backing(number(place.store))),
                 access,
             };
@@ -404,7 +407,7 @@ impl Scene {
 
     fn say(&mut self, extent: &DataExtent, generation: u32) {
         let now = self.map().generation();
-        let ignores = self.commits(Fault::IgnoreGeneration);
+        let ignores = self.commits(MappedFault::IgnoreGeneration);
         let taken = self
             .map()
             .set(extent, if ignores { now } else { generation });

@@ -10,10 +10,10 @@ use ring::abi::{OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_BARRIER, REQ_PROD};
 use ring::numbers::QueueTag;
 use ring::request::RequestLimits;
 use ring::response::ResponseStatus;
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::port::FakeDisk;
 use sim::spec::{Expect, Spec};
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 fn discard_all(sectors: u64) -> Spec {
     Spec {
@@ -22,25 +22,25 @@ fn discard_all(sectors: u64) -> Spec {
     }
 }
 
-fn large_disk() -> Setup {
-    Setup {
+fn large_disk() -> MachineSetup {
+    MachineSetup {
         limits: RequestLimits {
             sectors: 10 << 20,
-            ..Setup::default().limits
+            ..MachineSetup::default().limits
         },
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
 #[test]
 fn a_request_too_large_for_both_pools_does_not_fill_the_pages_of_another() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 4,
         map_pages: 4,
-        ..Setup::default()
+        ..MachineSetup::default()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.serve(&[
         Spec::pages(OP_WRITE, 8, 1),
         Spec::pages(OP_WRITE, 64, 11).expect(Expect::Error),
@@ -52,8 +52,8 @@ fn a_request_too_large_for_both_pools_does_not_fill_the_pages_of_another() {
 #[test]
 fn a_discard_of_the_whole_disk_does_not_delay_closing() {
     let setup = large_disk();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[discard_all(10 << 20).expect(Expect::Error)]);
     let _pass = world.pass();
     world.close_clean();
@@ -65,8 +65,8 @@ fn a_discard_of_the_whole_disk_does_not_delay_closing() {
 #[test]
 fn a_discard_done_in_pieces_is_counted_once() {
     let setup = large_disk();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.serve(&[discard_all(10 << 20)]);
     assert_eq!(world.machine.borrow().disk.special, 5);
     assert_eq!(world.engine.stats().ds_req, 1);
@@ -75,8 +75,8 @@ fn a_discard_done_in_pieces_is_counted_once() {
 #[test]
 fn a_request_that_waits_for_long_is_counted_once() {
     let setup = one_at_a_time();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&large_writes::<2>());
     for _ in 0..5 {
         let _pass = world.pass();
@@ -88,9 +88,9 @@ fn a_request_that_waits_for_long_is_counted_once() {
 
 #[test]
 fn an_impossible_index_found_on_the_way_to_sleep_is_reported() {
-    let setup = Setup::default();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let setup = MachineSetup::default();
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     assert!(!world.engine.pass().broken);
     world.machine.borrow_mut().ring.store(REQ_PROD, 33);
     assert!(
@@ -103,15 +103,15 @@ fn an_impossible_index_found_on_the_way_to_sleep_is_reported() {
 
 #[test]
 fn a_request_that_can_be_neither_mapped_nor_copied_does_not_wait_for_the_end_of_the_load() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 11,
         map_pages: 200,
         copy_max_segments: 0,
         no_space: 100,
-        ..Setup::default()
+        ..MachineSetup::default()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[Spec::indirect(OP_READ, 0, 40).expect(Expect::Error)]);
     for _ in 0..5 {
         world.send(&[Spec::pages(OP_READ, 512, 1)]);
@@ -124,13 +124,13 @@ fn a_request_that_can_be_neither_mapped_nor_copied_does_not_wait_for_the_end_of_
 }
 
 /// A disk that can begin a request from the moment at which the engine asks whether it can.
-struct Told {
+struct PromptDisk {
     disk: FakeDisk,
     told: Cell<bool>,
     begun: bool,
 }
 
-impl Backend for Told {
+impl Backend for PromptDisk {
     fn submit<'b>(&mut self, count: u16, batch: impl Iterator<Item = Io<'b>>) {
         self.disk.submit(count, batch);
     }
@@ -155,9 +155,9 @@ impl Backend for Told {
 
 #[test]
 fn what_can_be_begun_is_not_slept_over() {
-    let setup = Setup::default();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::behind(&mut storage, setup, 1, |disk| Told {
+    let setup = MachineSetup::default();
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::behind(&mut storage, setup, 1, |disk| PromptDisk {
         disk,
         told: Cell::new(false),
         begun: false,

@@ -3,16 +3,16 @@
 //! Teardown of a queue: what was taken is answered, nothing more is taken, and it ends.
 
 use ring::abi::{OP_READ, OP_WRITE};
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::Spec;
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 /// Returns a setup with pages for one of these requests, so that the next one waits.
-pub(crate) fn one_at_a_time() -> Setup {
-    Setup {
+pub(crate) fn one_at_a_time() -> MachineSetup {
+    MachineSetup {
         copy_pages: 16,
         map_pages: 0,
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
@@ -23,15 +23,15 @@ pub(crate) fn large_writes<const COUNT: usize>() -> [Spec; COUNT] {
 
 #[test]
 fn requests_stalled_for_copy_pages_do_not_keep_the_queue_from_closing() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 16,
         map_pages: 64,
         copy_max_segments: 0,
         no_space: 100,
-        ..Setup::default()
+        ..MachineSetup::default()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&large_writes::<3>());
     while world.pass().again {}
     assert_eq!(world.machine.borrow().disk.running(), 1);
@@ -42,8 +42,8 @@ fn requests_stalled_for_copy_pages_do_not_keep_the_queue_from_closing() {
 #[test]
 fn a_parked_request_is_answered_when_the_queue_closes() {
     let setup = one_at_a_time();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&large_writes::<3>());
     let _pass = world.pass();
     assert_eq!(world.engine.in_flight(), 2, "one runs, one is parked");
@@ -55,9 +55,9 @@ fn a_parked_request_is_answered_when_the_queue_closes() {
 
 #[test]
 fn h47_requests_that_keep_arriving_do_not_keep_the_queue_from_closing() {
-    let setup = Setup::default();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let setup = MachineSetup::default();
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&vec![Spec::pages(OP_READ, 0, 2); 12]);
     let _pass = world.pass();
     for _ in 0..12 {
@@ -76,15 +76,15 @@ fn h47_requests_that_keep_arriving_do_not_keep_the_queue_from_closing() {
 fn h45_a_guest_that_is_gone_leaves_nothing_behind() {
     for copy_max_segments in [0, 11, u16::MAX] {
         for steps in 0..12 {
-            let setup = Setup {
+            let setup = MachineSetup {
                 copy_max_segments,
                 copy_pages: 64,
                 map_pages: 64,
                 no_space: if steps % 2 == 0 { 0 } else { 40 },
-                ..Setup::default()
+                ..MachineSetup::default()
             };
-            let mut storage = Storage::new(&setup);
-            let mut world = World::new(&mut storage, setup, steps);
+            let mut storage = ReservedMemory::new(&setup);
+            let mut world = EngineWorld::new(&mut storage, setup, steps);
             let mut specs = vec![Spec::indirect(OP_WRITE, 0, 40); 3];
             specs.extend(vec![Spec::pages(OP_READ, 0, 7); 10]);
             world.send(&specs);
@@ -103,15 +103,15 @@ fn h45_a_guest_that_is_gone_leaves_nothing_behind() {
 #[test]
 fn a_ring_that_goes_while_io_is_started_is_not_used_again() {
     for copy_max_segments in [0, u16::MAX] {
-        let setup = Setup {
+        let setup = MachineSetup {
             copy_max_segments,
             map_pages: 64,
             // Every I/O completes before the backend returns, and its answer is due.
             synchronous: 100,
-            ..Setup::default()
+            ..MachineSetup::default()
         };
-        let mut storage = Storage::new(&setup);
-        let mut world = World::new(&mut storage, setup, 1);
+        let mut storage = ReservedMemory::new(&setup);
+        let mut world = EngineWorld::new(&mut storage, setup, 1);
         world.send(&[Spec::pages(OP_READ, 0, 2), Spec::pages(OP_WRITE, 64, 2)]);
         world.machine.borrow_mut().goes_in_submit = true;
         let pass = world.pass();

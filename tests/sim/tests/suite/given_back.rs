@@ -7,29 +7,29 @@ use blkback::engine::{Backend, Io, IoKind};
 use ring::abi::{OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use ring::numbers::QueueTag;
 use ring::response::ResponseStatus;
-use sim::machine::{Fault, Setup};
+use sim::machine::{MachineFault, MachineSetup};
 use sim::negative::{self, CASES};
 use sim::port::FakeDisk;
 use sim::rng::{seeds, Rng};
 use sim::schedule::{random_setup, run_setup};
 use sim::spec::{Expect, Spec};
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 const SEEDS: u64 = 16;
 
-fn giving(gives_back: u64) -> Setup {
-    Setup {
+fn giving(gives_back: u64) -> MachineSetup {
+    MachineSetup {
         copy_max_segments: u16::MAX,
         keeps_grants: true,
         gives_back,
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
-fn each(setup: &Setup, case: impl Fn(&mut World<'_>)) {
+fn each(setup: &MachineSetup, case: impl Fn(&mut EngineWorld<'_>)) {
     for seed in 0..SEEDS {
-        let mut storage = Storage::new(setup);
-        let mut world = World::new(&mut storage, setup.clone(), seed);
+        let mut storage = ReservedMemory::new(setup);
+        let mut world = EngineWorld::new(&mut storage, setup.clone(), seed);
         case(&mut world);
         world.check_counters();
         world.close_clean();
@@ -37,7 +37,7 @@ fn each(setup: &Setup, case: impl Fn(&mut World<'_>)) {
 }
 
 /// Returns the number of I/Os that the disk has given back.
-fn given_back<B: Backend>(world: &World<'_, B>) -> u64 {
+fn given_back<B: Backend>(world: &EngineWorld<'_, B>) -> u64 {
     let (at_once, late) = world.machine.borrow().disk.given_back;
     at_once + late
 }
@@ -107,7 +107,7 @@ fn a_barrier_that_is_given_back_is_one() {
 
 #[test]
 fn those_for_which_there_are_no_pages_wait_for_each_other() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 16,
         ..giving(100)
     };
@@ -121,7 +121,7 @@ fn those_for_which_there_are_no_pages_wait_for_each_other() {
 /// A request that was mapped as a whole is executed piece by piece.
 #[test]
 fn what_is_done_in_pieces_is_counted_once() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 352,
         own_pages: 16,
         ..giving(100)
@@ -137,13 +137,13 @@ fn what_is_done_in_pieces_is_counted_once() {
 
 #[test]
 fn what_can_never_be_copied_fails_and_leaves_nothing() {
-    let setup = Setup {
+    let setup = MachineSetup {
         copy_pages: 16,
         ..giving(100)
     };
     for seed in 0..SEEDS {
-        let mut storage = Storage::new(&setup);
-        let mut world = World::new(&mut storage, setup.clone(), seed);
+        let mut storage = ReservedMemory::new(&setup);
+        let mut world = EngineWorld::new(&mut storage, setup.clone(), seed);
         let large = |op| Spec::indirect(op, 0, 17).expect(Expect::Any);
         let answers = world.serve(&[large(OP_READ), large(OP_WRITE), large(OP_READ)]);
         assert!(answers.iter().all(|answer| answer.status == -1));
@@ -157,7 +157,7 @@ fn what_can_never_be_copied_fails_and_leaves_nothing() {
 fn a_queue_that_closes_does_what_was_given_back() {
     for steps in 0..12 {
         for synchronous in [0, 50] {
-            let setup = Setup {
+            let setup = MachineSetup {
                 copy_pages: 40,
                 synchronous,
                 ..giving(60)
@@ -181,13 +181,13 @@ fn a_guest_that_is_gone_leaves_nothing_mapped() {
     let (mut before, mut after) = (0, 0);
     for steps in 0..12 {
         for seed in 0..SEEDS {
-            let setup = Setup {
+            let setup = MachineSetup {
                 copy_pages: 40,
                 synchronous: 30 * (seed % 2),
                 ..giving(60)
             };
-            let mut storage = Storage::new(&setup);
-            let mut world = World::new(&mut storage, setup, seed);
+            let mut storage = ReservedMemory::new(&setup);
+            let mut world = EngineWorld::new(&mut storage, setup, seed);
             world.send(&some(12, 16));
             for _ in 0..steps {
                 let _pass = world.pass();
@@ -208,8 +208,8 @@ fn a_guest_that_is_gone_leaves_nothing_mapped() {
 fn a_ring_that_goes_while_io_is_given_back_is_not_used_again() {
     for seed in 0..SEEDS {
         let setup = giving(100);
-        let mut storage = Storage::new(&setup);
-        let mut world = World::new(&mut storage, setup, seed);
+        let mut storage = ReservedMemory::new(&setup);
+        let mut world = EngineWorld::new(&mut storage, setup, seed);
         world.send(&some(6, 7));
         world.machine.borrow_mut().goes_in_submit = true;
         let pass = world.pass();
@@ -250,8 +250,8 @@ impl Backend for Shy {
 #[test]
 fn what_the_backend_does_not_want_mapped_is_copied() {
     let setup = giving(0);
-    let mut storage = Storage::new(&setup);
-    let mut world = World::behind(&mut storage, setup, 1, Shy);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::behind(&mut storage, setup, 1, Shy);
     world.serve(&some(24, 7));
     assert_eq!(world.engine.stats().mapped, 12, "the reads");
     assert_eq!(given_back(&world), 0);
@@ -264,7 +264,7 @@ fn every_schedule_is_explained_whatever_is_given_back() {
     for seed in seeds(150) {
         let mut rng = Rng::new(seed);
         let random = random_setup(&mut rng);
-        let setup = Setup {
+        let setup = MachineSetup {
             copy_pages: 352,
             own_pages: rng.pick(&[16, 40, u16::MAX]),
             map_pages: 512,
@@ -288,15 +288,15 @@ fn every_schedule_is_explained_whatever_is_given_back() {
     assert!(count == 1 || sum > 5 * count, "{sum} in {count} cases");
 }
 
-fn loaded() -> Setup {
-    Setup {
+fn loaded() -> MachineSetup {
+    MachineSetup {
         synchronous: 20,
         race: 5,
         ..giving(40)
     }
 }
 
-fn problems(setup: &Setup, seed: u64, fault: Option<Fault>) -> Vec<String> {
+fn problems(setup: &MachineSetup, seed: u64, fault: Option<MachineFault>) -> Vec<String> {
     run_setup(setup.clone(), &mut Rng::new(seed), fault).problems
 }
 
@@ -308,7 +308,7 @@ fn without_a_fault_nothing_is_reported() {
 
 #[test]
 fn io_that_is_never_given_back_is_found() {
-    let fault = Fault::LoseGivenBack;
+    let fault = MachineFault::LoseGivenBack;
     let words = ["asleep", "never answered"];
     negative::must_find(&fault, CASES * 3 / 4, &words, |seed| {
         problems(&loaded(), seed, Some(fault))
@@ -317,7 +317,7 @@ fn io_that_is_never_given_back_is_found() {
 
 #[test]
 fn io_that_is_done_although_it_was_given_back_is_found() {
-    let fault = Fault::BeginGivenBack;
+    let fault = MachineFault::BeginGivenBack;
     negative::must_find(&fault, CASES / 2, &["the tag is in use"], |seed| {
         problems(&loaded(), seed, Some(fault))
     });

@@ -3,23 +3,23 @@
 //! Mapped pages that network storage still holds after their I/O is done: an unmap would wait for that storage.
 
 use ring::abi::{OP_READ, OP_WRITE};
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::rng::Rng;
 use sim::schedule::{random_setup, run_setup};
 use sim::spec::Spec;
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
-fn mapped() -> Setup {
-    Setup {
+fn mapped() -> MachineSetup {
+    MachineSetup {
         copy_max_segments: 0,
         map_pages: 64,
         copy_pages: 64,
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
 /// Three requests whose I/O is done; storage still holds a page of the second one. Returns that request's number.
-fn done_and_held(world: &mut World<'_>) -> u64 {
+fn done_and_held(world: &mut EngineWorld<'_>) -> u64 {
     let ids = world.send(&[
         Spec::pages(OP_READ, 0, 2),
         Spec::pages(OP_WRITE, 64, 2),
@@ -35,21 +35,21 @@ fn done_and_held(world: &mut World<'_>) -> u64 {
     ids[1]
 }
 
-fn answered(world: &World<'_>) -> Vec<u64> {
+fn answered(world: &EngineWorld<'_>) -> Vec<u64> {
     let m = world.machine.borrow();
     m.front.answers.iter().map(|answer| answer.id).collect()
 }
 
 /// The frontend takes the answers that it can see.
-fn look(world: &World<'_>) {
+fn look(world: &EngineWorld<'_>) {
     world.machine.borrow_mut().consume();
 }
 
 #[test]
 fn a_page_that_storage_still_holds_delays_its_request_alone() {
     let setup = mapped();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     let held = done_and_held(&mut world);
     let pass = world.pass();
     assert!(pass.held && !pass.again, "{pass:?}");
@@ -75,8 +75,8 @@ fn a_page_that_storage_still_holds_delays_its_request_alone() {
 #[test]
 fn a_request_whose_page_storage_holds_is_answered_before_the_queue_ends() {
     let setup = mapped();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     done_and_held(&mut world);
     for _ in 0..3 {
         assert!(world.engine.drain_pass().held);
@@ -89,8 +89,8 @@ fn a_request_whose_page_storage_holds_is_answered_before_the_queue_ends() {
 #[test]
 fn a_page_that_storage_holds_does_not_keep_the_ring_from_being_given_back() {
     let setup = mapped();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     done_and_held(&mut world);
     assert!(world.pass().held);
     let problems = world.abandon();
@@ -99,12 +99,12 @@ fn a_page_that_storage_holds_does_not_keep_the_ring_from_being_given_back() {
 
 #[test]
 fn a_ring_that_goes_while_stalled_pages_are_unmapped_is_not_used_again() {
-    let setup = Setup {
+    let setup = MachineSetup {
         gives_back: 100,
         ..mapped()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[Spec::pages(OP_READ, 0, 2), Spec::pages(OP_WRITE, 64, 2)]);
     world.machine.borrow_mut().goes_in_unmap = true;
     let pass = world.pass();
@@ -122,7 +122,7 @@ fn no_schedule_makes_a_queue_wait_for_storage() {
     let mut mapped = 0;
     for seed in 0..600 {
         let mut rng = Rng::new(seed);
-        let setup = Setup {
+        let setup = MachineSetup {
             holds: rng.pick(&[5, 30, 100]),
             ..random_setup(&mut rng)
         };

@@ -3,31 +3,31 @@
 //! Guests with persistent grants: which pages stay mapped, and for how long.
 
 use ring::abi::{OP_READ, OP_WRITE};
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::{Gref, Spec};
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
-fn keeping(map_pages: u16) -> Setup {
-    Setup {
+fn keeping(map_pages: u16) -> MachineSetup {
+    MachineSetup {
         map_pages,
         copy_max_segments: u16::MAX,
         keeps_grants: true,
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
-fn each(map_pages: u16, case: impl Fn(&mut World<'_>)) {
+fn each(map_pages: u16, case: impl Fn(&mut EngineWorld<'_>)) {
     for seed in 0..8 {
         let setup = keeping(map_pages);
-        let mut storage = Storage::new(&setup);
-        let mut world = World::new(&mut storage, setup, seed);
+        let mut storage = ReservedMemory::new(&setup);
+        let mut world = EngineWorld::new(&mut storage, setup, seed);
         case(&mut world);
         world.close_clean();
     }
 }
 
 /// Runs without a sweep, which the worker makes only now and then.
-fn serve(world: &mut World<'_>, specs: &[Spec]) {
+fn serve(world: &mut EngineWorld<'_>, specs: &[Spec]) {
     world.send(specs);
     while world.engine.in_flight() > 0 || world.engine.has_requests() {
         let _pass = world.engine.pass();
@@ -36,7 +36,7 @@ fn serve(world: &mut World<'_>, specs: &[Spec]) {
     world.machine.borrow_mut().consume();
 }
 
-fn counts(world: &World<'_>) -> (u64, u64) {
+fn counts(world: &EngineWorld<'_>) -> (u64, u64) {
     let accesses = world.machine.borrow().accesses;
     (accesses.copies, accesses.maps)
 }

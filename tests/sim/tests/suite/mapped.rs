@@ -5,7 +5,7 @@
 //! Each case is a plan with its own random schedules. `SIM_CASES=n` runs n of each, `SIM_SEED=n` replays one seed in
 //! each test that is run.
 
-use sim::mapped::{run_mapped, Counts, Plan};
+use sim::mapped::{run_mapped, MappedCounts, MappedPlan};
 use sim::rng::seeds;
 
 fn cases() -> u64 {
@@ -14,8 +14,8 @@ fn cases() -> u64 {
 }
 
 /// Runs the schedules of a plan; `enough` decides whether the sums show that it exercised anything.
-fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
-    let (mut sum, mut count) = (Counts::default(), 0);
+fn run(plan: &MappedPlan, enough: impl Fn(&MappedCounts, u64) -> bool) {
+    let (mut sum, mut count) = (MappedCounts::default(), 0);
     for seed in seeds(cases()) {
         let run = std::panic::catch_unwind(|| run_mapped(seed, plan, None));
         let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
@@ -34,9 +34,9 @@ fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
 #[test]
 fn what_the_kernel_knows_is_true_while_clusters_are_copied_and_freed() {
     run(
-        &Plan {
+        &MappedPlan {
             moves: 0,
-            ..Plan::default()
+            ..MappedPlan::default()
         },
         |sum, cases| {
             let both = sum.executed > 10 * cases && sum.served > 10 * cases;
@@ -48,10 +48,10 @@ fn what_the_kernel_knows_is_true_while_clusters_are_copied_and_freed() {
 
 #[test]
 fn what_is_moved_is_taken_back_first() {
-    let plan = Plan {
+    let plan = MappedPlan {
         moves: 60,
         deaths: 0,
-        ..Plan::default()
+        ..MappedPlan::default()
     };
     run(&plan, |sum, cases| {
         sum.moved > 5 * cases && sum.waited > cases / 4 && sum.refused > cases / 4
@@ -60,11 +60,11 @@ fn what_is_moved_is_taken_back_first() {
 
 #[test]
 fn a_process_that_dies_leaves_nothing_that_is_not_true() {
-    let plan = Plan {
+    let plan = MappedPlan {
         moves: 40,
         deaths: 20,
         death: 3,
-        ..Plan::default()
+        ..MappedPlan::default()
     };
     run(&plan, |sum, cases| {
         sum.deaths > 2 * cases && sum.begun_beside > cases / 2 && sum.executed > 10 * cases
@@ -73,10 +73,10 @@ fn a_process_that_dies_leaves_nothing_that_is_not_true() {
 
 #[test]
 fn a_flush_is_one_of_all_that_the_disk_is_in() {
-    let plan = Plan {
+    let plan = MappedPlan {
         base: false,
         grows: true,
-        ..Plan::default()
+        ..MappedPlan::default()
     };
     run(&plan, |sum, cases| {
         sum.flushed > cases / 2 && sum.synced > cases
@@ -85,12 +85,12 @@ fn a_flush_is_one_of_all_that_the_disk_is_in() {
 
 #[test]
 fn what_has_its_data_mapped_is_begun_at_once_or_posted_anew() {
-    let plan = Plan {
+    let plan = MappedPlan {
         mapped: 80,
         failing: 20,
         moves: 40,
         deaths: 10,
-        ..Plan::default()
+        ..MappedPlan::default()
     };
     run(&plan, |sum, cases| {
         let given_back = sum.taken_back > 5 * cases && sum.failed_mapped > cases;
@@ -100,10 +100,10 @@ fn what_has_its_data_mapped_is_begun_at_once_or_posted_anew() {
 
 #[test]
 fn who_lies_harms_his_own_disk_alone() {
-    let plan = Plan {
+    let plan = MappedPlan {
         lies: 90,
         moves: 40,
-        ..Plan::default()
+        ..MappedPlan::default()
     };
     run(&plan, |sum, cases| {
         sum.refused > cases && sum.executed > 5 * cases

@@ -3,52 +3,52 @@
 //! Negative controls of disks with mappings: a rule of the kernel or of the process is switched off, and the oracle
 //! must find the consequences.
 
-use sim::mapped::{run_mapped, Fault, Plan};
+use sim::mapped::{run_mapped, MappedFault, MappedPlan};
 use sim::negative::{self, CASES};
 
 /// Report of the history checker about an impossible value.
 const UNEXPLAINED: &str = "no order of the writes";
 
-fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
+fn found(plan: &MappedPlan, fault: Option<MappedFault>) -> (u64, Vec<String>) {
     negative::found(|seed| run_mapped(seed, plan, fault).0)
 }
 
 #[track_caller]
-fn must_find(plan: Plan, fault: Fault, least: u64, words: &str) {
+fn must_find(plan: MappedPlan, fault: MappedFault, least: u64, words: &str) {
     negative::must_find(&fault, least, &[words], |seed| {
         run_mapped(seed, &plan, Some(fault)).0
     });
 }
 
-fn moving() -> Plan {
-    Plan {
+fn moving() -> MappedPlan {
+    MappedPlan {
         moves: 60,
         deaths: 0,
-        ..Plan::default()
+        ..MappedPlan::default()
     }
 }
 
-fn dying() -> Plan {
-    Plan {
+fn dying() -> MappedPlan {
+    MappedPlan {
         moves: 60,
         deaths: 20,
         death: 3,
-        ..Plan::default()
+        ..MappedPlan::default()
     }
 }
 
-fn growing() -> Plan {
-    Plan {
+fn growing() -> MappedPlan {
+    MappedPlan {
         base: false,
         grows: true,
         deaths: 0,
-        ..Plan::default()
+        ..MappedPlan::default()
     }
 }
 
 #[test]
 fn without_a_fault_nothing_is_reported() {
-    for plan in [Plan::default(), moving(), dying(), growing()] {
+    for plan in [MappedPlan::default(), moving(), dying(), growing()] {
         let (found, reports) = found(&plan, None);
         assert_eq!(found, 0, "{reports:#?}");
     }
@@ -56,56 +56,66 @@ fn without_a_fault_nothing_is_reported() {
 
 #[test]
 fn a_recall_that_waits_for_nothing_is_found() {
-    must_find(moving(), Fault::RecallAtOnce, CASES / 8, UNEXPLAINED);
+    must_find(moving(), MappedFault::RecallAtOnce, CASES / 8, UNEXPLAINED);
 }
 
 #[test]
 fn a_change_of_the_process_that_the_kernel_forgets_is_found() {
-    let plan = Plan {
+    let plan = MappedPlan {
         moves: 0,
         ..moving()
     };
-    must_find(plan, Fault::ForgetChanges, CASES / 4, UNEXPLAINED);
+    must_find(plan, MappedFault::ForgetChanges, CASES / 4, UNEXPLAINED);
 }
 
 #[test]
 fn what_outlives_the_start_of_a_process_is_found() {
-    must_find(dying(), Fault::KeepAtStart, CASES / 8, UNEXPLAINED);
+    must_find(dying(), MappedFault::KeepAtStart, CASES / 8, UNEXPLAINED);
 }
 
 #[test]
 fn a_request_that_queue_and_process_have_is_found() {
-    must_find(dying(), Fault::GiveAway, CASES / 12, "still executed");
+    must_find(dying(), MappedFault::GiveAway, CASES / 12, "still executed");
 }
 
 #[test]
 fn a_queue_that_overtakes_is_found() {
-    must_find(moving(), Fault::IgnoreOverlap, CASES / 2, UNEXPLAINED);
+    must_find(moving(), MappedFault::IgnoreOverlap, CASES / 2, UNEXPLAINED);
 }
 
 #[test]
 fn what_was_looked_up_too_early_is_found() {
-    must_find(moving(), Fault::IgnoreGeneration, CASES / 4, UNEXPLAINED);
+    must_find(
+        moving(),
+        MappedFault::IgnoreGeneration,
+        CASES / 4,
+        UNEXPLAINED,
+    );
 }
 
 #[test]
 fn what_is_told_before_the_image_says_it_is_found() {
-    must_find(dying(), Fault::TellEarly, CASES / 12, UNEXPLAINED);
+    must_find(dying(), MappedFault::TellEarly, CASES / 12, UNEXPLAINED);
 }
 
 #[test]
 fn a_process_that_gets_what_has_its_data_mapped_is_found() {
     for plan in [moving(), dying()] {
-        let plan = Plan {
+        let plan = MappedPlan {
             mapped: 80,
             failing: 20,
             ..plan
         };
-        must_find(plan, Fault::ServeMapped, CASES / 2, UNEXPLAINED);
+        must_find(plan, MappedFault::ServeMapped, CASES / 2, UNEXPLAINED);
     }
 }
 
 #[test]
 fn a_flush_of_one_store_of_two_is_found() {
-    must_find(growing(), Fault::FlushOne, CASES / 8, "after a power cut");
+    must_find(
+        growing(),
+        MappedFault::FlushOne,
+        CASES / 8,
+        "after a power cut",
+    );
 }

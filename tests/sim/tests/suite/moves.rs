@@ -9,8 +9,8 @@
 use std::time::{Duration, Instant};
 
 use sim::again::Age;
-use sim::moves::{run_journey, Counts, End, Journey, Way};
-use sim::process::{Moment, Plan};
+use sim::moves::{run_journey, Journey, MoveCounts, SuspensionEnd, TransferMode};
+use sim::process::{Moment, ProcessPlan};
 use sim::rng::fresh_seed;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(3);
@@ -24,7 +24,7 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-fn check(seed: u64, journey: &Journey) -> Counts {
+fn check(seed: u64, journey: &Journey) -> MoveCounts {
     let run = std::panic::catch_unwind(|| run_journey(seed, journey, None));
     let (problems, counts) = run.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
     assert!(
@@ -35,14 +35,14 @@ fn check(seed: u64, journey: &Journey) -> Counts {
 }
 
 /// Runs the schedules of a journey; `enough` decides whether the sums show that it exercised anything.
-fn run(journey: Journey, enough: impl Fn(&Counts, u64) -> bool) {
+fn run(journey: Journey, enough: impl Fn(&MoveCounts, u64) -> bool) {
     if let Some(seed) = number("SIM_SEED") {
         println!("{:?}", check(seed, &journey));
         return;
     }
     let wanted = number("SIM_CASES");
     let begin = Instant::now();
-    let mut sum = Counts::default();
+    let mut sum = MoveCounts::default();
     let (first, mut cases) = (fresh_seed(), 0);
     while match wanted {
         Some(wanted) => cases < wanted,
@@ -57,21 +57,21 @@ fn run(journey: Journey, enough: impl Fn(&Counts, u64) -> bool) {
     assert!(enough(&sum, cases), "{sum:?}");
 }
 
-fn served() -> Option<Plan> {
-    Some(Plan::default())
+fn served() -> Option<ProcessPlan> {
+    Some(ProcessPlan::default())
 }
 
-fn dying() -> Option<Plan> {
-    Some(Plan {
+fn dying() -> Option<ProcessPlan> {
+    Some(ProcessPlan {
         deaths: 8,
         moment: Moment::Any,
         death: 5,
         sessions: 25,
-        ..Plan::default()
+        ..ProcessPlan::default()
     })
 }
 
-fn only_moved(sum: &Counts, cases: u64) -> bool {
+fn only_moved(sum: &MoveCounts, cases: u64) -> bool {
     sum.moved == 3 * cases && sum.again > 3 * cases
 }
 
@@ -79,7 +79,7 @@ fn only_moved(sum: &Counts, cases: u64) -> bool {
 fn s20_h12_a_guest_that_goes_on_with_its_ring_loses_nothing() {
     let journey = Journey {
         suspends: 8,
-        end: End::Cancelled,
+        end: SuspensionEnd::Cancelled,
         ..Journey::default()
     };
     run(journey, |sum, cases| sum.cancelled == 8 * cases);
@@ -90,7 +90,7 @@ fn s20_h12_a_guest_of_a_tap_disk_that_goes_on_with_its_ring_loses_nothing() {
     for plan in [served(), dying()] {
         let journey = Journey {
             suspends: 8,
-            end: End::Cancelled,
+            end: SuspensionEnd::Cancelled,
             served: plan,
             ..Journey::default()
         };
@@ -102,7 +102,7 @@ fn s20_h12_a_guest_of_a_tap_disk_that_goes_on_with_its_ring_loses_nothing() {
 fn s25_an_old_frontend_puts_its_table_into_the_new_ring() {
     for age in [&[Age::Old], &[Age::OldTable]] {
         let journey = Journey {
-            end: End::Moved,
+            end: SuspensionEnd::Moved,
             ages: age,
             ..Journey::default()
         };
@@ -114,7 +114,7 @@ fn s25_an_old_frontend_puts_its_table_into_the_new_ring() {
 fn s25_an_old_frontend_of_a_tap_disk_puts_its_table_into_the_new_ring() {
     for age in [&[Age::Old], &[Age::OldTable]] {
         let journey = Journey {
-            end: End::Moved,
+            end: SuspensionEnd::Moved,
             ages: age,
             served: served(),
             ..Journey::default()
@@ -126,7 +126,7 @@ fn s25_an_old_frontend_of_a_tap_disk_puts_its_table_into_the_new_ring() {
 #[test]
 fn s25_s26_s28_a_new_frontend_makes_other_requests_for_another_host() {
     let journey = Journey {
-        end: End::Moved,
+        end: SuspensionEnd::Moved,
         ages: &[Age::New],
         ..Journey::default()
     };
@@ -139,7 +139,7 @@ fn s25_s26_s28_a_new_frontend_makes_other_requests_for_another_host() {
 #[test]
 fn s25_s26_s28_a_new_frontend_makes_other_requests_for_another_tap_disk() {
     let journey = Journey {
-        end: End::Moved,
+        end: SuspensionEnd::Moved,
         ages: &[Age::New],
         served: served(),
         ..Journey::default()
@@ -162,7 +162,7 @@ fn s25_s36_processes_die_while_guests_come_and_go() {
     });
 }
 
-fn copied_while_it_runs(way: Way, served: Option<Plan>) {
+fn copied_while_it_runs(way: TransferMode, served: Option<ProcessPlan>) {
     let journey = Journey {
         way,
         served,
@@ -177,20 +177,20 @@ fn copied_while_it_runs(way: Way, served: Option<Plan>) {
 
 #[test]
 fn s23_h10_what_is_copied_to_the_guest_arrives_with_it() {
-    copied_while_it_runs(Way::Copied, None);
+    copied_while_it_runs(TransferMode::Copied, None);
 }
 
 #[test]
 fn s23_h10_what_is_written_through_a_mapping_arrives_with_the_guest() {
-    copied_while_it_runs(Way::Mapped, None);
+    copied_while_it_runs(TransferMode::Mapped, None);
 }
 
 #[test]
 fn s23_h10_what_is_written_to_pages_that_stay_granted_arrives_with_the_guest() {
-    copied_while_it_runs(Way::Kept, None);
+    copied_while_it_runs(TransferMode::Kept, None);
 }
 
 #[test]
 fn s23_h10_what_a_tap_disk_answers_arrives_with_the_guest() {
-    copied_while_it_runs(Way::Copied, served());
+    copied_while_it_runs(TransferMode::Copied, served());
 }

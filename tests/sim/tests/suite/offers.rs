@@ -34,20 +34,20 @@ fn pages(order: u8) -> u32 {
 }
 
 /// A disk: what it was offered, what is still reserved for it, and what it was promised.
-struct Disk {
+struct OfferedDisk {
     queues: u32,
     order: u8,
     reserved: u32,
     promised: u32,
 }
 
-struct Scene {
+struct OfferScene {
     host: HostLedger,
     guest: GuestLedger,
     bounds: Bounds,
 }
 
-impl Scene {
+impl OfferScene {
     fn new(bounds: Bounds) -> Self {
         Self {
             host: HostLedger::default(),
@@ -56,12 +56,12 @@ impl Scene {
         }
     }
 
-    fn offer(&mut self) -> Disk {
+    fn offer(&mut self) -> OfferedDisk {
         let least = pages(ORDER);
         let share = self.host.add_disk(&mut self.guest, least, self.bounds);
         let (queues, order) = fit(QUEUES, ORDER, share, pages);
         let needed = queues * pages(order);
-        Disk {
+        OfferedDisk {
             queues,
             order,
             reserved: self.host.reserve(&mut self.guest, needed, self.bounds),
@@ -70,7 +70,7 @@ impl Scene {
     }
 
     /// The frontend asks for so many queues, with rings of this order. The rest of the reservation is given back.
-    fn connect(&mut self, disk: &mut Disk, queues: u32, order: u8) -> Result<(), Refusal> {
+    fn connect(&mut self, disk: &mut OfferedDisk, queues: u32, order: u8) -> Result<(), Refusal> {
         for _ in 0..queues {
             let used = self.host.promise_reserved(
                 &mut self.guest,
@@ -86,7 +86,7 @@ impl Scene {
         Ok(())
     }
 
-    fn remove(&mut self, disk: &Disk) {
+    fn remove(&mut self, disk: &OfferedDisk) {
         self.host.unreserve(&mut self.guest, disk.reserved);
         self.host.release(&mut self.guest, disk.promised);
         self.host.remove_disk(&mut self.guest);
@@ -105,7 +105,7 @@ fn as_many_disks_as_a_guest_can_have_fit_into_its_memory() {
     // All are offered before the first connects, as when a guest boots; and one after the other.
     for at_once in [true, false] {
         for (queues, order) in [(QUEUES, ORDER), (QUEUES, 0), (1, ORDER)] {
-            let mut scene = Scene::new(DEFAULT);
+            let mut scene = OfferScene::new(DEFAULT);
             let mut disks = Vec::new();
             for number in 0..255 {
                 let mut disk = scene.offer();
@@ -127,7 +127,7 @@ fn as_many_disks_as_a_guest_can_have_fit_into_its_memory() {
 
 #[test]
 fn the_first_disks_are_offered_all() {
-    let mut scene = Scene::new(DEFAULT);
+    let mut scene = OfferScene::new(DEFAULT);
     for number in 0..8 {
         let disk = scene.offer();
         let offered = (disk.queues, disk.order);
@@ -138,7 +138,7 @@ fn the_first_disks_are_offered_all() {
 #[test]
 fn each_disk_is_offered_at_most_as_much_as_the_one_before() {
     for guest in [16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB] {
-        let mut scene = Scene::new(Bounds { guest, ..DEFAULT });
+        let mut scene = OfferScene::new(Bounds { guest, ..DEFAULT });
         let mut last = QUEUES;
         for number in 0..300 {
             let disk = scene.offer();
@@ -152,7 +152,7 @@ fn each_disk_is_offered_at_most_as_much_as_the_one_before() {
 
 #[test]
 fn a_disk_gets_what_it_was_offered_whatever_others_do_meanwhile() {
-    let mut scene = Scene::new(DEFAULT);
+    let mut scene = OfferScene::new(DEFAULT);
     let mut first = scene.offer();
     let mut others = Vec::new();
     // Others take what there is.
@@ -173,7 +173,7 @@ fn a_disk_gets_what_it_was_offered_whatever_others_do_meanwhile() {
 
 #[test]
 fn disks_that_are_gone_leave_their_part_to_others() {
-    let mut scene = Scene::new(DEFAULT);
+    let mut scene = OfferScene::new(DEFAULT);
     for _ in 0..3 {
         let disks: Vec<_> = (0..300).map(|_| scene.offer()).collect();
         assert_eq!(disks[0].queues, QUEUES);
@@ -188,7 +188,7 @@ fn the_memory_of_the_host_shrinks_offers_as_well() {
         host: 64 * MIB,
         guest: 256 * MIB,
     };
-    let mut scene = Scene::new(bounds);
+    let mut scene = OfferScene::new(bounds);
     let first = scene.offer();
     assert!(
         first.queues < QUEUES && first.queues > 1,

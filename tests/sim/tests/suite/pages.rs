@@ -6,10 +6,10 @@ use blkback::engine::segments::{Pool, SegmentEntry, Segments, TableShape};
 use blkback::engine::BlockGroup;
 use ring::abi::{RawSegment, OP_READ, OP_WRITE};
 use ring::segment::GrantSegment;
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::rng::Rng;
 use sim::spec::Spec;
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 use zerocopy::FromBytes;
 
 fn segment(gref: u32) -> GrantSegment {
@@ -141,9 +141,9 @@ fn after_random_requests_a_large_one_has_few_pieces() {
 
 #[test]
 fn the_largest_request_is_done_in_pieces_where_nothing_is_lent() {
-    let setup = Setup::poor();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let setup = MachineSetup::poor();
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.serve(&[
         Spec::indirect(OP_WRITE, 0, 512),
         Spec::pages(OP_WRITE, 8192, 11),
@@ -164,13 +164,13 @@ fn the_largest_request_is_done_in_pieces_where_nothing_is_lent() {
 
 #[test]
 fn what_is_borrowed_is_given_back_when_it_is_not_used() {
-    let setup = Setup {
+    let setup = MachineSetup {
         lendable: 512,
         fickle: 0,
-        ..Setup::poor()
+        ..MachineSetup::poor()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[Spec::indirect(OP_WRITE, 0, 128)]);
     let _pass = world.engine.pass();
     assert_eq!(world.engine.pages(), 128, "as many as the request needs");

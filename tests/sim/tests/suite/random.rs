@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use sim::rng::fresh_seed;
-use sim::schedule::{run_case, Outcome};
+use sim::schedule::{run_case, CaseOutcome};
 
 const DEFAULT_TIME: Duration = Duration::from_secs(20);
 const LEAST_CASES: u64 = 500;
@@ -21,7 +21,7 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-fn check(seed: u64, total: &mut Outcome) {
+fn check(seed: u64, total: &mut CaseOutcome) {
     let outcome = std::panic::catch_unwind(|| run_case(seed, None));
     let outcome = outcome.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
     assert!(
@@ -40,7 +40,7 @@ fn check(seed: u64, total: &mut Outcome) {
 
 #[test]
 fn every_schedule_is_explained() {
-    let mut total = Outcome::default();
+    let mut total = CaseOutcome::default();
     if let Some(seed) = number("SIM_SEED") {
         check(seed, &mut total);
         println!("{total:?}");

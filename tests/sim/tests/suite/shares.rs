@@ -8,13 +8,13 @@ use sim::rng::{seeds, Rng};
 const BLOCK: u32 = 8;
 
 /// The host as its guests see it; each guest's queues request memory for as long as they need some.
-struct Scene {
+struct ShareScene {
     host: HostLedger,
     guests: Vec<(GuestLedger, u32)>,
     bounds: Bounds,
 }
 
-impl Scene {
+impl ShareScene {
     fn new(guests: usize, bounds: Bounds) -> Self {
         let mut host = HostLedger::default();
         let guests = (0..guests).map(|_| {
@@ -60,7 +60,7 @@ fn a_thousand_disks_connect_while_one_guest_has_borrowed_all() {
         host: 64 * 1024,
         guest: 64 * 1024,
     };
-    let mut scene = Scene::new(2, bounds);
+    let mut scene = ShareScene::new(2, bounds);
     while scene.borrow(0) {}
     assert_eq!(scene.host.held(), 64 * 1024);
     let (guest, _) = &mut scene.guests[1];
@@ -78,7 +78,7 @@ fn what_is_promised_stays_within_both_bounds() {
         host: 100,
         guest: 60,
     };
-    let mut scene = Scene::new(2, bounds);
+    let mut scene = ShareScene::new(2, bounds);
     let (a, _) = &mut scene.guests[0];
     assert_eq!(scene.host.promise(a, 29, bounds), Err(Refusal::Guest));
     assert_eq!(scene.host.promise(a, 28, bounds), Ok(()));
@@ -95,7 +95,7 @@ fn a_guest_that_comes_late_gets_its_share() {
         host: 64 * 2 + 1024,
         guest: 8192,
     };
-    let mut scene = Scene::new(4, bounds);
+    let mut scene = ShareScene::new(4, bounds);
     while scene.borrow(0) {}
     assert_eq!(scene.lent(0), 1024, "alone it gets all");
     for late in 1..4 {
@@ -132,7 +132,7 @@ fn a_guest_at_its_own_bound_takes_nothing_from_others() {
         host: 2048,
         guest: 96,
     };
-    let mut scene = Scene::new(2, bounds);
+    let mut scene = ShareScene::new(2, bounds);
     while scene.borrow(0) {}
     assert_eq!(scene.lent(0), 64);
     assert!(!scene.host.has_hungry());
@@ -149,7 +149,7 @@ fn any_order_of_events_keeps_the_books() {
             guest: 32 + rng.below(400) as u32,
         };
         let bounds = random(&mut rng);
-        let mut scene = Scene::new(many, bounds);
+        let mut scene = ShareScene::new(many, bounds);
         for step in 0..400 {
             let who = rng.index(many);
             match rng.below(20) {

@@ -8,10 +8,10 @@
 
 use std::time::{Duration, Instant};
 
-use sim::process::{Moment, Plan};
+use sim::process::{Moment, ProcessPlan};
 use sim::rng::fresh_seed;
-use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves, Served};
-use sim::tap::Counts;
+use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves, ServedOutcome};
+use sim::tap::TapCounts;
 
 const DEFAULT_TIME: Duration = Duration::from_secs(3);
 const LEAST_CASES: u64 = 300;
@@ -24,9 +24,9 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-type Case = fn(u64, &Plan) -> Served;
+type CaseRun = fn(u64, &ProcessPlan) -> ServedOutcome;
 
-fn check(seed: u64, plan: &Plan, case: Case) -> Served {
+fn check(seed: u64, plan: &ProcessPlan, case: CaseRun) -> ServedOutcome {
     let served = std::panic::catch_unwind(|| case(seed, plan));
     let served = served.unwrap_or_else(|_| panic!("replay it with SIM_SEED={seed}"));
     assert!(
@@ -38,18 +38,18 @@ fn check(seed: u64, plan: &Plan, case: Case) -> Served {
 }
 
 /// Runs the schedules of a plan; `enough` decides whether the sums show that it exercised anything.
-fn run(plan: &Plan, enough: impl Fn(&Counts, u64) -> bool) {
+fn run(plan: &ProcessPlan, enough: impl Fn(&TapCounts, u64) -> bool) {
     run_cases(plan, |seed, plan| run_served(seed, plan, None), enough);
 }
 
-fn run_cases(plan: &Plan, case: Case, enough: impl Fn(&Counts, u64) -> bool) {
+fn run_cases(plan: &ProcessPlan, case: CaseRun, enough: impl Fn(&TapCounts, u64) -> bool) {
     if let Some(seed) = number("SIM_SEED") {
         println!("{:?}", check(seed, plan, case));
         return;
     }
     let wanted = number("SIM_CASES");
     let begin = Instant::now();
-    let mut sum = Counts::default();
+    let mut sum = TapCounts::default();
     let mut answers = 0;
     let (first, mut cases) = (fresh_seed(), 0);
     while match wanted {
@@ -68,20 +68,20 @@ fn run_cases(plan: &Plan, case: Case, enough: impl Fn(&Counts, u64) -> bool) {
     assert!(enough(&sum, cases), "{sum:?}");
 }
 
-fn deaths(moment: Moment) -> Plan {
-    Plan {
+fn deaths(moment: Moment) -> ProcessPlan {
+    ProcessPlan {
         deaths: 4,
         moment,
         death: 30,
         sessions: 25,
         claims: 3,
-        ..Plan::default()
+        ..ProcessPlan::default()
     }
 }
 
 #[test]
 fn s01_a_process_that_dies_idle_is_replaced() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         death: 100,
         patient: true,
         ..deaths(Moment::Idle)
@@ -121,7 +121,7 @@ fn s05_a_late_write_of_a_dead_process_does_no_harm() {
 
 #[test]
 fn s05_what_a_dead_process_sent_over_a_network_does_no_harm() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         sessions: 100,
         ..deaths(Moment::Running)
     };
@@ -132,7 +132,7 @@ fn s05_what_a_dead_process_sent_over_a_network_does_no_harm() {
 
 #[test]
 fn s05_what_may_be_executed_at_any_time_is_not_executed_again() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         sessions: 0,
         unknown: 100,
         ..deaths(Moment::Running)
@@ -145,7 +145,7 @@ fn s05_what_may_be_executed_at_any_time_is_not_executed_again() {
 #[test]
 fn s06_new_writes_wait_for_those_that_are_executed_again() {
     // The guest continues while there is no process and during a replay.
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 8,
         death: 10,
         fetch: 1,
@@ -157,7 +157,7 @@ fn s06_new_writes_wait_for_those_that_are_executed_again() {
 #[test]
 fn s07_reads_do_not_go_backwards() {
     // Reads are answered before the writes that they see.
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 20,
         death: 20,
         hoard: 90,
@@ -185,7 +185,7 @@ fn s10_discards_keep_their_place() {
 
 #[test]
 fn s11_what_is_not_true_is_refused() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         lies: 30,
         returns: 10,
         ..deaths(Moment::Any)
@@ -195,7 +195,7 @@ fn s11_what_is_not_true_is_refused() {
 
 #[test]
 fn s12_processes_die_all_the_time() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 100,
         death: 25,
         lies: 3,
@@ -214,7 +214,7 @@ fn s12_processes_die_all_the_time() {
 
 #[test]
 fn s12_a_replay_is_cut_short_again_and_again() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 100,
         death: 15,
         ..deaths(Moment::Replay)
@@ -224,7 +224,7 @@ fn s12_a_replay_is_cut_short_again_and_again() {
 
 #[test]
 fn s13_a_process_that_hangs_and_is_killed_is_replaced() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 10,
         death: 0,
         hang: 10,
@@ -235,7 +235,7 @@ fn s13_a_process_that_hangs_and_is_killed_is_replaced() {
 
 #[test]
 fn s16_s17_a_guest_that_goes_away_leaves_nothing_that_harms_the_next() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         returns: 10,
         lies: 5,
         hang: 1,
@@ -251,7 +251,7 @@ fn s16_s17_a_guest_that_goes_away_leaves_nothing_that_harms_the_next() {
 
 #[test]
 fn a_driver_that_leaves_a_guest_and_comes_back_answers_each_request_once() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         sessions: 0,
         ..deaths(Moment::Any)
     };
@@ -264,7 +264,7 @@ fn a_driver_that_leaves_a_guest_and_comes_back_answers_each_request_once() {
 
 #[test]
 fn s18_a_guest_that_rewrites_its_pages_changes_nothing() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         rewrite: 20,
         ..deaths(Moment::Any)
     };
@@ -273,7 +273,7 @@ fn s18_a_guest_that_rewrites_its_pages_changes_nothing() {
 
 #[test]
 fn requests_may_fail_while_no_process_serves_them() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         fail: 50,
         ..deaths(Moment::Any)
     };

@@ -6,28 +6,28 @@
 //! H1 to H6, H9 and H11 are the hazards of a replay. Each fault is tried on a number of seeds; one that is found in few
 //! of them is a miss.
 
-use sim::machine::Fault;
+use sim::machine::MachineFault;
 use sim::negative::{self, CASES};
-use sim::process::{Moment, Plan};
+use sim::process::{Moment, ProcessPlan};
 use sim::schedule::{run_rebound, run_served, run_two_guests, Leaves};
 
-fn plan() -> Plan {
-    Plan {
+fn plan() -> ProcessPlan {
+    ProcessPlan {
         deaths: 30,
         moment: Moment::Any,
         death: 10,
         // Only the guest's view is checked, except in the case that it cannot see.
         any_order: true,
-        ..Plan::default()
+        ..ProcessPlan::default()
     }
 }
 
-fn found(plan: &Plan, fault: Option<Fault>) -> (u64, Vec<String>) {
+fn found(plan: &ProcessPlan, fault: Option<MachineFault>) -> (u64, Vec<String>) {
     negative::found(|seed| run_served(seed, plan, fault).problems)
 }
 
 #[track_caller]
-fn must_find(plan: &Plan, fault: Fault, least: u64, words: &[&str]) {
+fn must_find(plan: &ProcessPlan, fault: MachineFault, least: u64, words: &[&str]) {
     negative::must_find(&fault, least, words, |seed| {
         run_served(seed, plan, Some(fault)).problems
     });
@@ -35,17 +35,17 @@ fn must_find(plan: &Plan, fault: Fault, least: u64, words: &[&str]) {
 
 #[test]
 fn without_a_fault_nothing_is_reported() {
-    let all = Plan {
+    let all = ProcessPlan {
         lies: 10,
         rewrite: 10,
         any_order: false,
         ..plan()
     };
-    let tiny = Plan {
+    let tiny = ProcessPlan {
         sectors: Some(8),
         ..all
     };
-    let elsewhere = Plan {
+    let elsewhere = ProcessPlan {
         moment: Moment::Running,
         sessions: 70,
         unknown: 50,
@@ -60,64 +60,64 @@ fn without_a_fault_nothing_is_reported() {
 
 #[test]
 fn h1_a_late_write_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         moment: Moment::Running,
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::SkipFence, CASES / 8, &words);
+    must_find(&plan, MachineFault::SkipFence, CASES / 8, &words);
 }
 
 #[test]
 fn h1_a_write_that_was_sent_over_a_network_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         moment: Moment::Running,
         sessions: 100,
         sectors: Some(16),
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::ForgetClass, CASES / 12, &words);
+    must_find(&plan, MachineFault::ForgetClass, CASES / 12, &words);
 }
 
 #[test]
 fn h1_a_write_that_may_come_at_any_time_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         moment: Moment::Running,
         unknown: 100,
         sectors: Some(16),
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::ForgetClass, CASES / 12, &words);
+    must_find(&plan, MachineFault::ForgetClass, CASES / 12, &words);
 }
 
 #[test]
 fn h2_a_write_that_is_executed_twice_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         patient: true,
         sectors: Some(64),
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::ExecuteTwice, CASES / 6, &words);
+    must_find(&plan, MachineFault::ExecuteTwice, CASES / 6, &words);
 }
 
 #[test]
 fn h3_requests_that_overtake_others_are_found() {
     // A guest cannot see it before one of them is answered.
-    let plan = Plan {
+    let plan = ProcessPlan {
         any_order: false,
         ..plan()
     };
     let words = ["in arrival order"];
-    must_find(&plan, Fault::HideRanges, CASES / 2, &words);
+    must_find(&plan, MachineFault::HideRanges, CASES / 2, &words);
 }
 
 #[test]
 fn h4_reads_that_go_backwards_are_found() {
     // Only the guest can see this: it read two values in turn.
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 200,
         moment: Moment::Executed,
         hoard: 95,
@@ -125,53 +125,58 @@ fn h4_reads_that_go_backwards_are_found() {
         ..plan()
     };
     let words = ["no order of all accesses explains"];
-    must_find(&plan, Fault::HideRanges, CASES / 12, &words);
+    must_find(&plan, MachineFault::HideRanges, CASES / 12, &words);
 }
 
 #[test]
 fn h5_a_flush_that_is_lost_is_found() {
-    must_find(&plan(), Fault::IgnoreFlush, CASES / 6, &["power cut"]);
+    must_find(
+        &plan(),
+        MachineFault::IgnoreFlush,
+        CASES / 6,
+        &["power cut"],
+    );
 }
 
 #[test]
 fn h5_writes_that_die_with_their_process_are_found() {
     let words = ["which no order of the writes explains"];
-    must_find(&plan(), Fault::PrivateCache, CASES / 4, &words);
+    must_find(&plan(), MachineFault::PrivateCache, CASES / 4, &words);
 }
 
 #[test]
 fn h6_a_write_that_stays_torn_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         moment: Moment::Running,
         death: 30,
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::SkipReplay, CASES / 8, &words);
+    must_find(&plan, MachineFault::SkipReplay, CASES / 8, &words);
 }
 
 #[test]
 fn h9_data_that_is_taken_from_the_guest_again_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         rewrite: 20,
         ..plan()
     };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::RereadGuest, CASES / 4, &words);
+    must_find(&plan, MachineFault::RereadGuest, CASES / 4, &words);
 }
 
 #[test]
 fn h11_an_old_completion_that_counts_is_found() {
-    let plan = Plan { lies: 20, ..plan() };
+    let plan = ProcessPlan { lies: 20, ..plan() };
     let words = ["which no order of the writes explains"];
-    must_find(&plan, Fault::TrustStale, CASES / 2, &words);
+    must_find(&plan, MachineFault::TrustStale, CASES / 2, &words);
 }
 
 #[test]
 fn a_guest_that_is_served_while_there_are_orphans_is_found() {
     let mut found = 0;
     for seed in 0..CASES {
-        let served = run_two_guests(seed, &plan(), Some(Fault::ForgetOrphans));
+        let served = run_two_guests(seed, &plan(), Some(MachineFault::ForgetOrphans));
         let reports = served.problems.join("\n");
         found += u64::from(reports.contains("cannot be posted"));
     }
@@ -182,7 +187,7 @@ fn a_guest_that_is_served_while_there_are_orphans_is_found() {
 /// request.
 #[test]
 fn rings_that_are_given_back_before_all_is_answered_and_served_again_are_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 0,
         ..plan()
     };
@@ -195,27 +200,27 @@ fn rings_that_are_given_back_before_all_is_answered_and_served_again_are_found()
 #[test]
 fn a_completion_that_is_lost_is_found() {
     // A death would bring the request back.
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 0,
         ..plan()
     };
-    must_find(&plan, Fault::LoseCompletion, CASES / 2, &["asleep"]);
+    must_find(&plan, MachineFault::LoseCompletion, CASES / 2, &["asleep"]);
 }
 
 #[test]
 fn a_process_that_is_not_woken_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 0,
         ..plan()
     };
-    must_find(&plan, Fault::LeaveAsleep, CASES / 4, &["asleep"]);
+    must_find(&plan, MachineFault::LeaveAsleep, CASES / 4, &["asleep"]);
 }
 
 #[test]
 fn a_worker_that_is_not_woken_is_found() {
-    let plan = Plan {
+    let plan = ProcessPlan {
         deaths: 0,
         ..plan()
     };
-    must_find(&plan, Fault::SwallowWake, CASES / 8, &["asleep"]);
+    must_find(&plan, MachineFault::SwallowWake, CASES / 8, &["asleep"]);
 }

@@ -3,25 +3,25 @@
 //! Durations of I/O and waiting times of requests, by a clock that the test sets.
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::Spec;
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 /// I/O ends in the order of arrival, and not before the test lets it.
-fn slow() -> Setup {
-    Setup {
+fn slow() -> MachineSetup {
+    MachineSetup {
         fifo: true,
         synchronous: 0,
-        ..Setup::default()
+        ..MachineSetup::default()
     }
 }
 
-fn at(world: &World<'_>, now: u64) {
+fn at(world: &EngineWorld<'_>, now: u64) {
     world.machine.borrow_mut().now = now;
 }
 
 /// Ends the oldest I/O.
-fn end_one(world: &mut World<'_>) {
+fn end_one(world: &mut EngineWorld<'_>) {
     world.machine.borrow_mut().disk_step();
     let _pass = world.pass();
 }
@@ -29,8 +29,8 @@ fn end_one(world: &mut World<'_>) {
 #[test]
 fn times_are_those_from_the_batch_to_the_end_by_operation() {
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[
         Spec::pages(OP_READ, 8, 1),
         Spec::pages(OP_READ, 16, 1),
@@ -64,8 +64,8 @@ fn times_are_those_from_the_batch_to_the_end_by_operation() {
 #[test]
 fn flushes_and_discards_are_told_apart() {
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[
         Spec::new(OP_FLUSH_DISKCACHE, 0),
         Spec {
@@ -88,8 +88,8 @@ fn flushes_and_discards_are_told_apart() {
 #[test]
 fn latencies_are_counted_while_that_is_switched_on() {
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     let mut now = 1_000;
     for (on, took, write) in [
         (false, 5_000, false),
@@ -127,12 +127,12 @@ fn steps(counts: &[u64]) -> Vec<usize> {
 /// The second request reuses the pages of the first one, and the clock advances while the engine works.
 #[test]
 fn what_is_before_an_io_and_after_it_is_counted() {
-    let setup = Setup {
+    let setup = MachineSetup {
         fifo: true,
-        ..Setup::poor()
+        ..MachineSetup::poor()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.engine.latencies().switch(true);
     at(&world, 1_000);
     let _pass = world.pass();
@@ -168,8 +168,8 @@ fn what_is_before_an_io_and_after_it_is_counted() {
 #[test]
 fn a_clock_that_is_near_its_end_does_no_harm() {
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[Spec::pages(OP_READ, 8, 1)]);
     at(&world, u64::MAX - 10);
     let _pass = world.engine.pass();
@@ -181,12 +181,12 @@ fn a_clock_that_is_near_its_end_does_no_harm() {
 
 #[test]
 fn waiting_for_pages_is_counted_in_time_and_in_pieces() {
-    let setup = Setup {
+    let setup = MachineSetup {
         fifo: true,
-        ..Setup::poor()
+        ..MachineSetup::poor()
     };
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[
         Spec::indirect(OP_WRITE, 0, 32),
         Spec::pages(OP_WRITE, 1024, 11),
@@ -213,8 +213,8 @@ fn waiting_for_pages_is_counted_in_time_and_in_pieces() {
 fn a_barrier_that_waits_for_its_turn_does_not_wait_for_pages() {
     use ring::abi::OP_WRITE_BARRIER;
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     world.send(&[
         Spec::pages(OP_WRITE, 8, 1),
         Spec::pages(OP_WRITE_BARRIER, 16, 1),
@@ -230,8 +230,8 @@ fn a_barrier_that_waits_for_its_turn_does_not_wait_for_pages() {
 #[test]
 fn a_full_ring_is_counted_while_it_is_full() {
     let setup = slow();
-    let mut storage = Storage::new(&setup);
-    let mut world = World::new(&mut storage, setup, 1);
+    let mut storage = ReservedMemory::new(&setup);
+    let mut world = EngineWorld::new(&mut storage, setup, 1);
     let specs: Vec<Spec> = (0..32).map(|at| Spec::pages(OP_READ, at * 8, 1)).collect();
     world.send(&specs[..31]);
     let _pass = world.pass();

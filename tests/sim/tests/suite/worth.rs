@@ -9,14 +9,14 @@ use sim::rng::Rng;
 const SLEEP: u64 = 20_000;
 
 /// A queue, and the cost of its waits in nanoseconds.
-struct Queue {
+struct PolledQueue {
     worth: Worth,
     waits: u64,
     looks: u64,
     cost: u64,
 }
 
-impl Queue {
+impl PolledQueue {
     fn new(sleep: u64) -> Self {
         Self {
             worth: Worth::new(sleep),
@@ -53,21 +53,21 @@ impl Queue {
 
 #[test]
 fn a_guest_that_comes_back_sooner_than_a_sleep_is_worth_is_looked_for() {
-    let mut queue = Queue::new(SLEEP);
+    let mut queue = PolledQueue::new(SLEEP);
     assert!(queue.run(1000, SLEEP / 4, 1) >= 980);
     assert!(queue.cost < 1000 * SLEEP * 3 / 10);
 }
 
 #[test]
 fn a_guest_that_comes_back_later_is_not() {
-    let mut queue = Queue::new(SLEEP);
+    let mut queue = PolledQueue::new(SLEEP);
     assert!(queue.run(1000, 5 * SLEEP / 2, 1) <= 16);
     assert!(queue.cost < 1000 * SLEEP * 102 / 100);
 }
 
 #[test]
 fn where_requests_gather_in_a_sleep_each_is_worth_less_looking() {
-    let mut queue = Queue::new(SLEEP);
+    let mut queue = PolledQueue::new(SLEEP);
     // Polling for each of them would cost more than one sleep for all of them.
     queue.run(100, SLEEP / 4, 6);
     assert!(queue.run(1000, SLEEP / 4, 6) <= 20);
@@ -77,7 +77,7 @@ fn where_requests_gather_in_a_sleep_each_is_worth_less_looking() {
 
 #[test]
 fn a_guest_that_changes_its_ways_is_followed() {
-    let mut queue = Queue::new(SLEEP);
+    let mut queue = PolledQueue::new(SLEEP);
     for _ in 0..10 {
         queue.run(100, SLEEP / 4, 1);
         assert!(queue.run(100, SLEEP / 4, 1) >= 97);
@@ -94,7 +94,7 @@ fn a_guest_that_changes_its_ways_is_followed() {
 fn nothing_costs_more_than_twice_the_better_of_both() {
     for seed in 0..200 {
         let mut rng = Rng::new(seed);
-        let mut queue = Queue::new(SLEEP);
+        let mut queue = PolledQueue::new(SLEEP);
         let (mut always_look, mut always_sleep) = (0u64, 0u64);
         while queue.waits < 4000 {
             // A guest keeps its behaviour for a while.
@@ -131,7 +131,7 @@ fn others_on_the_processor_make_looking_free_or_harmful() {
 
 #[test]
 fn zero_never_looks() {
-    let mut queue = Queue::new(0);
+    let mut queue = PolledQueue::new(0);
     assert_eq!(queue.run(1000, 0, 1) + queue.run(1000, 1, 1), 0);
 }
 

@@ -5,7 +5,7 @@
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE};
 use ring::request::RequestLimits;
 use sim::frontend::{BAD_GREF, RING_GREF};
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::{Expect, Gref, Spec};
 
 use super::{each, requests, settle, unchanged};
@@ -194,7 +194,7 @@ fn h36_a_secure_discard_that_was_not_offered_is_a_plain_one() {
 #[test]
 fn r38_the_padding_of_responses_is_zero() {
     for junk in [0xa5, 0xff] {
-        let change = |s: &mut Setup| {
+        let change = |s: &mut MachineSetup| {
             s.junk = junk;
             s.limits = RequestLimits {
                 discard: false,

@@ -10,30 +10,30 @@ mod requests;
 mod rings;
 
 use ring::abi::Protocol;
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::Spec;
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 /// Runs a case on every layout and data path.
-fn each(change: impl Fn(&mut Setup), case: impl Fn(&mut World<'_>)) {
+fn each(change: impl Fn(&mut MachineSetup), case: impl Fn(&mut EngineWorld<'_>)) {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
         for (copy_max_segments, keeps_grants) in [(0, false), (u16::MAX, false), (u16::MAX, true)] {
-            let mut setup = Setup {
+            let mut setup = MachineSetup {
                 protocol,
                 copy_max_segments,
                 keeps_grants,
-                ..Setup::default()
+                ..MachineSetup::default()
             };
             change(&mut setup);
-            let mut storage = Storage::new(&setup);
-            let mut world = World::new(&mut storage, setup, 1);
+            let mut storage = ReservedMemory::new(&setup);
+            let mut world = EngineWorld::new(&mut storage, setup, 1);
             case(&mut world);
         }
     }
 }
 
 /// Serves the requests of a case, each with the answer it expects, then a valid load.
-fn requests(change: impl Fn(&mut Setup), specs: &[Spec]) {
+fn requests(change: impl Fn(&mut MachineSetup), specs: &[Spec]) {
     each(change, |world| {
         let answers = world.serve(specs);
         assert_eq!(answers.len(), specs.len(), "one answer to each");
@@ -41,10 +41,10 @@ fn requests(change: impl Fn(&mut Setup), specs: &[Spec]) {
     });
 }
 
-fn unchanged(_setup: &mut Setup) {}
+fn unchanged(_setup: &mut MachineSetup) {}
 
 /// Lets the engine and the disk finish without the guest's doing anything.
-fn settle(world: &mut World<'_>) {
+fn settle(world: &mut EngineWorld<'_>) {
     for _ in 0..10_000 {
         let again = world.engine.pass().again || world.engine.must_stay_awake();
         let mut m = world.machine.borrow_mut();

@@ -4,7 +4,7 @@
 
 use ring::abi::{OP_DISCARD, OP_FLUSH_DISKCACHE, OP_READ, OP_WRITE, OP_WRITE_BARRIER};
 use sim::frontend::BAD_GREF;
-use sim::machine::Setup;
+use sim::machine::MachineSetup;
 use sim::spec::{Expect, Gref, Spec};
 
 use super::{each, requests, unchanged};
@@ -80,7 +80,7 @@ fn h11_sums_that_overflow_are_errors() {
 
 #[test]
 fn h12_the_last_sector_is_inside_and_the_next_is_not() {
-    let end = Setup::default().limits.sectors;
+    let end = MachineSetup::default().limits.sectors;
     let mut specs = Vec::new();
     for operation in [OP_READ, OP_WRITE] {
         specs.push(Spec::pages(operation, end - 88, 11));
@@ -212,7 +212,7 @@ fn h18_the_sector_of_an_empty_flush_is_nothing() {
                 ]
             })
             .collect();
-        let change = |s: &mut Setup| {
+        let change = |s: &mut MachineSetup| {
             s.limits.flush = flush;
             s.limits.block_sectors = 8;
         };

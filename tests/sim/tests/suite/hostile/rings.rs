@@ -9,7 +9,7 @@ use ring::abi::{
 use ring::index::{BackRing, RingError};
 use sim::ring::FakeRing;
 use sim::spec::{Expect, Spec};
-use sim::world::{Storage, World};
+use sim::world::{EngineWorld, ReservedMemory};
 
 use super::{each, settle, unchanged};
 
@@ -40,8 +40,8 @@ fn h01_a_producer_index_beyond_the_ring_stops_it_for_good() {
 fn h02_indices_wrap_and_may_go_back() {
     each(unchanged, |world| {
         let setup = world.machine.borrow().setup.clone();
-        let mut storage = Storage::new(&setup);
-        let mut wrapping = World::attached_at(&mut storage, setup, 1, 0xffff_ffe7);
+        let mut storage = ReservedMemory::new(&setup);
+        let mut wrapping = EngineWorld::attached_at(&mut storage, setup, 1, 0xffff_ffe7);
         for _ in 0..5 {
             wrapping.serve(&vec![Spec::pages(OP_READ, 0, 1); 32]);
         }
@@ -86,7 +86,7 @@ fn h04_the_backends_words_may_be_overwritten() {
         each(unchanged, |world| {
             for round in 1..=3 {
                 world.send(&vec![Spec::pages(OP_READ, 0, 1); 4]);
-                let spoil = |world: &mut World<'_>| {
+                let spoil = |world: &mut EngineWorld<'_>| {
                     let mut m = world.machine.borrow_mut();
                     m.ring.store(RSP_PROD, junk);
                     m.ring.store(REQ_EVENT, junk);
@@ -166,8 +166,8 @@ fn h07_attach_takes_any_index_at_which_the_ring_can_be() {
             }
         }
         let setup = m.borrow().setup.clone();
-        let mut storage = Storage::new(&setup);
-        World::attached_at(&mut storage, setup, 1, 0xffff_fff0).still_works();
+        let mut storage = ReservedMemory::new(&setup);
+        EngineWorld::attached_at(&mut storage, setup, 1, 0xffff_fff0).still_works();
     });
 }
 
