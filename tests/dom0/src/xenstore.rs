@@ -38,7 +38,7 @@ const TRIES: u32 = 50;
 /// A connection to xenstore. Each thread needs its own connection, or a lock around it, because concurrent requests
 /// would get each other's answers.
 #[derive(Debug)]
-pub struct Connection(RefCell<File>);
+pub struct StoreConnection(RefCell<File>);
 
 struct Message {
     kind: u32,
@@ -46,17 +46,19 @@ struct Message {
 }
 
 /// An answer's payload, or the name of the error that it holds.
-type Answer = std::result::Result<Vec<u8>, String>;
+type StoreAnswer = std::result::Result<Vec<u8>, String>;
 
-impl Connection {
+impl StoreConnection {
     /// Opens a connection.
-    pub fn open() -> Result<Connection> {
+    pub fn open() -> Result<StoreConnection> {
         if let Ok(socket) = UnixStream::connect(SOCKET) {
-            return Ok(Connection(RefCell::new(File::from(OwnedFd::from(socket)))));
+            return Ok(StoreConnection(RefCell::new(File::from(OwnedFd::from(
+                socket,
+            )))));
         }
         let device = File::options().read(true).write(true).open(DEVICE);
         let device = device.with_context(|| format!("cannot open {DEVICE}: run this in dom0"))?;
-        Ok(Connection(RefCell::new(device)))
+        Ok(StoreConnection(RefCell::new(device)))
     }
 
     fn receive(&self) -> Result<Message> {
@@ -92,7 +94,7 @@ impl Connection {
             .context("cannot write to xenstore")
     }
 
-    fn call(&self, kind: Type, transaction: u32, payload: &[u8]) -> Result<Answer> {
+    fn call(&self, kind: Type, transaction: u32, payload: &[u8]) -> Result<StoreAnswer> {
         self.send(kind, transaction, payload)?;
         loop {
             let message = self.receive()?;
@@ -190,7 +192,7 @@ impl Connection {
     }
 }
 
-impl AsRawFd for Connection {
+impl AsRawFd for StoreConnection {
     fn as_raw_fd(&self) -> RawFd {
         self.0.borrow().as_raw_fd()
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 const CONFIG: &str = "/sys/kernel/config/nullb";
 
 /// A block device.
-pub(crate) struct Disk {
+pub(crate) struct BackingDevice {
     device: PathBuf,
     /// Its directory in configfs, if this program made it.
     made: Option<PathBuf>,
@@ -21,7 +21,7 @@ pub(crate) struct Disk {
 }
 
 /// Properties of a new disk.
-pub(crate) struct Shape {
+pub(crate) struct DiskShape {
     /// Its name in configfs.
     pub(crate) name: &'static str,
     /// Bytes of a logical block.
@@ -30,9 +30,9 @@ pub(crate) struct Shape {
     pub(crate) latency: Duration,
 }
 
-impl Disk {
+impl BackingDevice {
     /// Makes a disk of 40 MiB, all written, that supports discard and has a volatile cache.
-    pub(crate) fn make(shape: &Shape) -> Result<Disk> {
+    pub(crate) fn make(shape: &DiskShape) -> Result<BackingDevice> {
         if !Path::new(CONFIG).exists() {
             run(&["modprobe", "null_blk", "nr_devices=0"])?;
         }
@@ -65,7 +65,7 @@ impl Disk {
             let paths = names.iter().map(|name| Path::new("/dev").join(name));
             Ok(paths.into_iter().find(|path| path.exists()))
         })?;
-        let disk = Disk::of(&found, made)?;
+        let disk = BackingDevice::of(&found, made)?;
         disk.fill()?;
         Ok(disk)
     }
@@ -97,17 +97,17 @@ impl Disk {
     }
 
     /// Returns an existing device.
-    pub(crate) fn existing(device: &Path) -> Result<Disk> {
-        Disk::of(device, None)
+    pub(crate) fn existing(device: &Path) -> Result<BackingDevice> {
+        BackingDevice::of(device, None)
     }
 
-    fn of(device: &Path, made: Option<PathBuf>) -> Result<Disk> {
+    fn of(device: &Path, made: Option<PathBuf>) -> Result<BackingDevice> {
         let name = device.file_name().context("a device has a name")?;
         let size = Path::new("/sys/class/block").join(name).join("size");
         let text = fs::read_to_string(&size)
             .with_context(|| format!("{} is no block device", device.display()))?;
         let sectors = text.trim().parse().context("a size is a number")?;
-        Ok(Disk {
+        Ok(BackingDevice {
             device: device.to_owned(),
             made,
             sectors,
@@ -122,7 +122,7 @@ impl Disk {
     }
 }
 
-impl Drop for Disk {
+impl Drop for BackingDevice {
     fn drop(&mut self) {
         if let Some(dir) = &self.made {
             if let Err(error) = fs::remove_dir(dir) {

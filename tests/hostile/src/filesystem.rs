@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A file system for the duration of an attack.
 
-use crate::disk::{run, Disk};
+use crate::disk::{run, BackingDevice};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub(crate) struct Filesystem {
 
 impl Filesystem {
     /// Makes and mounts one; fails if another program has the disk open exclusively.
-    pub(crate) fn make(disk: &Disk) -> Result<Filesystem> {
+    pub(crate) fn make(disk: &BackingDevice) -> Result<Filesystem> {
         let device = disk.path().to_string_lossy();
         // The disk keeps the memory that it has: a discard would free it, and later writes would look like a leak.
         run(&[

@@ -5,11 +5,11 @@
 
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::report::Report;
+use crate::report::AttackReport;
 use crate::rng::Rng;
-use crate::session::{Session, Shape, DESCRIPTOR_PAGE, WIDE};
+use crate::session::{FrontendShape, Session, DESCRIPTOR_PAGE, WIDE};
 use crate::vbd::Mode;
-use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
+use crate::wire::{flush, rw, Seg, WireRequest, WireResponse, ERROR, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Context, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE, REQ_PROD};
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub(crate) fn reported(
     body: impl FnOnce(&mut Lab) -> Result<Option<String>>,
 ) -> Result<bool> {
     let mut lab = Lab::new(device, seed)?;
-    let mut report = Report::open(1)?;
+    let mut report = AttackReport::open(1)?;
     let start = Instant::now();
     let outcome = body(&mut lab).and_then(|note| note.map_or(Ok(()), |note| report.note(&note)));
     report.verdict(name, start.elapsed().as_secs_f64(), &outcome)?;
@@ -76,7 +76,7 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<()> {
 
 struct Fuzz {
     session: Session,
-    shape: Shape,
+    shape: FrontendShape,
     /// Content of each page of the disk for good requests.
     content: [u32; Fuzz::PAGES],
 }
@@ -86,7 +86,7 @@ impl Fuzz {
     const PAGES: usize = 64;
 
     fn start(lab: &Lab, rng: &mut Rng) -> Result<Fuzz> {
-        let shape = Shape {
+        let shape = FrontendShape {
             queues: WIDE.queues,
             order: rng.below(3) as u8,
             protocol: rng.pick(&[Protocol::Abi64, Protocol::Abi32]),
@@ -165,22 +165,22 @@ impl Fuzz {
         self.session.reconnect(self.shape)
     }
 
-    fn bad(&self, rng: &mut Rng, id: u64) -> Request {
+    fn bad(&self, rng: &mut Rng, id: u64) -> WireRequest {
         let segs = self.bad_segs(rng, 11);
         match rng.below(8) {
-            0 => Request::Other {
+            0 => WireRequest::Other {
                 op: rng.pick(&[4, 7, 8, 100, 255]),
                 id,
             },
             1 => flush(id),
-            2 => Request::Discard {
+            2 => WireRequest::Discard {
                 flag: rng.next() as u8,
                 id,
                 sector: self.bad_sector(rng),
                 sectors: rng.pick(&[0, 1, 8, 64, u64::MAX, 1 << 63]),
             },
             3 | 4 => self.bad_indirect(rng, id),
-            _ => Request::Rw {
+            _ => WireRequest::Rw {
                 op: rng.pick(&[0, 0, 1, 1, 2, 3]),
                 count: rng.pick(&[0, segs.len() as u8, segs.len() as u8, 11, 12, 255]),
                 handle: rng.next() as u16,
@@ -191,7 +191,7 @@ impl Fuzz {
         }
     }
 
-    fn bad_indirect(&self, rng: &mut Rng, id: u64) -> Request {
+    fn bad_indirect(&self, rng: &mut Rng, id: u64) -> WireRequest {
         let segs = self.bad_segs(rng, 40);
         // All bad indirect requests of a batch share their descriptors, which change during the requests.
         let page = self.session.data.page(DESCRIPTOR_PAGE);
@@ -206,7 +206,7 @@ impl Fuzz {
             grefs[0] = rng.next() as u32 | 0x8000_0000;
         }
         let count = segs.len() as u16;
-        Request::Indirect {
+        WireRequest::Indirect {
             op: rng.pick(&[0, 0, 1, 1, 2, 6, 255]),
             count: rng.pick(&[count, count, count, 0, 257, 513, u16::MAX]),
             id,
@@ -245,7 +245,7 @@ impl Fuzz {
 }
 
 /// Checks that each request has one answer of its own, and that the good ones succeed.
-fn check_answers(requests: &[Request], answers: &[Answer]) -> Result<()> {
+fn check_answers(requests: &[WireRequest], answers: &[WireResponse]) -> Result<()> {
     ensure!(
         answers.len() == requests.len(),
         "{} answers to {} requests",
@@ -253,7 +253,7 @@ fn check_answers(requests: &[Request], answers: &[Answer]) -> Result<()> {
         requests.len()
     );
     for request in requests {
-        let own: Vec<&Answer> = answers
+        let own: Vec<&WireResponse> = answers
             .iter()
             .filter(|answer| answer.id == request.id())
             .collect();

@@ -14,11 +14,11 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::rng::Rng;
 use crate::session::{Session, WIDE};
-use crate::tap::server::Store;
+use crate::tap::server::DiskData;
 use crate::tap::TapDisk;
 use anyhow::{bail, ensure, Context, Result};
 use ledger::Ledger;
-use process::{Process, Seen};
+use process::{FuzzProcess, ProcessEvents};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
@@ -38,7 +38,7 @@ pub(crate) fn run(seed: u64, cases: u32, device: Option<&PathBuf>) -> Result<boo
 
 fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<Option<String>> {
     let mut rng = Rng::new(seed);
-    let mut seen = Seen::default();
+    let mut seen = ProcessEvents::default();
     let mut case = 0;
     while case < cases {
         lab.begin()?;
@@ -62,23 +62,23 @@ fn batches(lab: &mut Lab, seed: u64, cases: u32) -> Result<Option<String>> {
 /// A disk, its process and its frontend.
 struct Fuzz {
     session: Session,
-    store: Store,
+    store: DiskData,
     /// Present except while one process replaces another.
-    process: Option<Process>,
+    process: Option<FuzzProcess>,
     ledger: Ledger,
     disk: TapDisk,
 }
 
 impl Fuzz {
-    fn start(lab: &Lab, seen: Seen) -> Result<Fuzz> {
+    fn start(lab: &Lab, seen: ProcessEvents) -> Result<Fuzz> {
         let disk = TapDisk::make()?;
-        let mut process = Process::open(&disk)?;
+        let mut process = FuzzProcess::open(&disk)?;
         process.seen = seen;
         process.start()?;
         let session = lab.session_on_tap(&disk, WIDE)?;
         Ok(Fuzz {
             session,
-            store: Store::new()?,
+            store: DiskData::new()?,
             process: Some(process),
             ledger: Ledger::new(),
             disk,
@@ -113,7 +113,7 @@ impl Fuzz {
         process.judge(ledger)
     }
 
-    fn parts(&mut self) -> Result<(&mut Process, &Store, &mut Ledger)> {
+    fn parts(&mut self) -> Result<(&mut FuzzProcess, &DiskData, &mut Ledger)> {
         let process = self.process.as_mut().context("no process")?;
         Ok((process, &self.store, &mut self.ledger))
     }
@@ -160,7 +160,7 @@ impl Fuzz {
     }
 
     /// Checks that the disk has the right data, and tears everything down.
-    fn finish(mut self) -> Result<Seen> {
+    fn finish(mut self) -> Result<ProcessEvents> {
         // The end of a ring takes waiting commands along, so the next process starts without any.
         let process = self.process.take().context("no process")?;
         let mut process = process.die(&self.disk, &mut self.ledger)?;
@@ -185,7 +185,7 @@ impl Fuzz {
 }
 
 /// Waits until the disk has all requests of a batch.
-fn all_posted(process: &mut Process, ledger: &Ledger, count: usize) -> Result<()> {
+fn all_posted(process: &mut FuzzProcess, ledger: &Ledger, count: usize) -> Result<()> {
     let begun = Instant::now();
     loop {
         let info = process.node.ask()?;

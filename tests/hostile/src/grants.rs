@@ -23,7 +23,7 @@ pub(crate) const fn request(kind: u8, number: u8, size: u32) -> libc::c_ulong {
 
 /// Access of the peer to the pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Access {
+pub(crate) enum GrantAccess {
     /// Read only.
     ReadOnly,
     /// Read and write.
@@ -45,13 +45,13 @@ unsafe impl Sync for GrantPages {}
 
 impl GrantPages {
     /// Makes `count` zeroed pages and grants them to domain 0.
-    pub(crate) fn new(count: usize, access: Access) -> Result<GrantPages> {
+    pub(crate) fn new(count: usize, access: GrantAccess) -> Result<GrantPages> {
         let device = File::options().read(true).write(true).open(DEVICE);
         let device =
             device.with_context(|| format!("cannot open {DEVICE}: modprobe xen-gntalloc"))?;
         // domid, flags, count, index, then one reference per page; padded to the structure.
         let mut block = vec![0u32; 4 + count.max(2)];
-        block[0] = u32::from(access == Access::ReadWrite) << 16;
+        block[0] = u32::from(access == GrantAccess::ReadWrite) << 16;
         block[1] = u32::try_from(count).context("too many pages")?;
         // SAFETY: The block has room for the structure with `count` references behind it.
         if unsafe { libc::ioctl(device.as_raw_fd(), ALLOC, block.as_mut_ptr()) } != 0 {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Environment of every case, and the oracle that checks dom0 after it.
 
-use crate::disk::{self, Disk};
+use crate::disk::{self, BackingDevice};
 use crate::leaks::Leaks;
-use crate::session::{Session, Shape, KEEPS_GRANTS, WIDE};
+use crate::session::{FrontendShape, Session, KEEPS_GRANTS, WIDE};
 use crate::tap::{self, TapDisk};
-use crate::vbd::{Mode, Vbd};
+use crate::vbd::{Mode, VirtualDisk};
 use anyhow::{ensure, Context, Result};
 use dom0::kmsg::{Kmsg, LOST};
 use dom0::xen;
@@ -32,14 +32,14 @@ const RESPONSIVE: Duration = Duration::from_secs(5);
 /// The disks of a run.
 pub(crate) struct Lab {
     /// A disk with blocks of 512 bytes.
-    pub(crate) disk: Disk,
+    pub(crate) disk: BackingDevice,
     /// A disk with blocks of 4096 bytes.
-    pub(crate) coarse: Disk,
+    pub(crate) coarse: BackingDevice,
     /// A disk on which each I/O takes a while.
-    pub(crate) slow: Disk,
+    pub(crate) slow: BackingDevice,
     bystander: Session,
     planted: Vec<Session>,
-    _other: Disk,
+    _other: BackingDevice,
     kmsg: Kmsg,
     baseline: Leaks,
     begun: Instant,
@@ -51,14 +51,14 @@ impl Lab {
     /// Makes the disks and connects the bystander. `device` replaces the attacked disk.
     pub(crate) fn new(device: Option<&PathBuf>, seed: u64) -> Result<Lab> {
         let make = |name, block, latency| {
-            disk::Disk::make(&disk::Shape {
+            disk::BackingDevice::make(&disk::DiskShape {
                 name,
                 block,
                 latency,
             })
         };
         let disk = match device {
-            Some(path) => Disk::existing(path)?,
+            Some(path) => BackingDevice::existing(path)?,
             None => make("hostile-disk", 512, Duration::ZERO)?,
         };
         let coarse = make("hostile-coarse", 4096, Duration::ZERO)?;
@@ -97,18 +97,23 @@ impl Lab {
     }
 
     /// Attaches the disk without connecting.
-    pub(crate) fn attach(&self) -> Result<Vbd> {
-        Vbd::attach(self.devid(), &self.disk, Mode::ReadWrite)
+    pub(crate) fn attach(&self) -> Result<VirtualDisk> {
+        VirtualDisk::attach(self.devid(), &self.disk, Mode::ReadWrite)
     }
 
     /// Attaches a disk and connects.
-    pub(crate) fn session_on(&self, disk: &Disk, mode: Mode, shape: Shape) -> Result<Session> {
+    pub(crate) fn session_on(
+        &self,
+        disk: &BackingDevice,
+        mode: Mode,
+        shape: FrontendShape,
+    ) -> Result<Session> {
         Session::start(self.devid(), disk, mode, shape)
     }
 
     /// Attaches a tap disk and connects.
-    pub(crate) fn session_on_tap(&self, disk: &TapDisk, shape: Shape) -> Result<Session> {
-        let vbd = Vbd::attach_named(self.devid(), disk.key(), Mode::ReadWrite)?;
+    pub(crate) fn session_on_tap(&self, disk: &TapDisk, shape: FrontendShape) -> Result<Session> {
+        let vbd = VirtualDisk::attach_named(self.devid(), disk.key(), Mode::ReadWrite)?;
         Session::connect(vbd, tap::SECTORS, shape, crate::session::queues(shape)?)
     }
 

@@ -13,7 +13,7 @@ const MODULE: &str = "/sys/module/xen_blkback_rs";
 /// One reading of the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Leaks {
-    kernel: Kernel,
+    kernel: KernelCounters,
     /// Grants that dom0 has mapped, by Xen's own count.
     grants: u64,
     available_kib: u64,
@@ -21,19 +21,19 @@ pub(crate) struct Leaks {
 
 /// Counters of the kernel; cheap to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Kernel {
+struct KernelCounters {
     threads: usize,
     interrupts: usize,
     users: u64,
     devices: usize,
 }
 
-impl Kernel {
-    fn now() -> Result<Kernel> {
+impl KernelCounters {
+    fn now() -> Result<KernelCounters> {
         let interrupts = fs::read_to_string("/proc/interrupts").context("/proc/interrupts")?;
         let users = fs::read_to_string(format!("{MODULE}/refcnt"))
             .with_context(|| format!("{MODULE} is missing: modprobe xen-blkback-rs"))?;
-        Ok(Kernel {
+        Ok(KernelCounters {
             threads: queue_threads()?,
             interrupts: interrupts
                 .lines()
@@ -49,7 +49,7 @@ impl Leaks {
     /// Reads the counters.
     pub(crate) fn now() -> Result<Leaks> {
         Ok(Leaks {
-            kernel: Kernel::now()?,
+            kernel: KernelCounters::now()?,
             grants: xen::mapped_grants()?,
             available_kib: memory::field("MemAvailable:")?,
         })
@@ -59,7 +59,7 @@ impl Leaks {
     pub(crate) fn wait_same(self, limit: Duration) -> Result<()> {
         // Not an error yet, because all leaks are to be reported at once.
         let _differs = wait::until("the end of all that a case made", limit, || {
-            Ok((Kernel::now()? == self.kernel).then_some(()))
+            Ok((KernelCounters::now()? == self.kernel).then_some(()))
         });
         let mut left = self.differences(&Leaks::now()?);
         if !left.is_empty() {

@@ -35,7 +35,7 @@ use std::sync::atomic::Ordering::Relaxed;
 /// A malicious frontend against the block backend of this dom0.
 #[derive(Parser)]
 #[command(name = "hostile", version)]
-struct Cli {
+struct HostileCli {
     /// Attack this block device in place of a new null_blk device; its content is destroyed.
     #[arg(long, global = true, value_name = "DEVICE")]
     device: Option<PathBuf>,
@@ -107,7 +107,7 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<bool> {
-    let cli = Cli::parse();
+    let cli = HostileCli::parse();
     let device = cli.device.as_ref();
     session::KEEPS_GRANTS.store(cli.keeps_grants, Relaxed);
     match cli.face {

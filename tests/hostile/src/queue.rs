@@ -2,8 +2,8 @@
 //! The frontend's side of one ring.
 
 use crate::evtchn::EventChannel;
-use crate::grants::{Access, GrantPages};
-use crate::wire::{Answer, Request};
+use crate::grants::{GrantAccess, GrantPages};
+use crate::wire::{WireRequest, WireResponse};
 use anyhow::{bail, ensure, Context, Result};
 use ring::abi::{self, Protocol, MAX_SLOT_SIZE, RING_HEADER_SIZE};
 use std::sync::atomic::{fence, AtomicU32, AtomicU8, Ordering};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// An honest ring: it keeps the indices privately and only writes the shared ones.
-pub(crate) struct Queue {
+pub(crate) struct HonestRing {
     /// The ring's pages.
     pub(crate) pages: Arc<GrantPages>,
     /// Its event channel.
@@ -24,11 +24,11 @@ pub(crate) struct Queue {
     pub(crate) events: u64,
 }
 
-impl Queue {
+impl HonestRing {
     /// Makes a new ring.
-    pub(crate) fn new(protocol: Protocol, order: u8) -> Result<Queue> {
-        let pages = Arc::new(GrantPages::new(1 << order, Access::ReadWrite)?);
-        let queue = Queue {
+    pub(crate) fn new(protocol: Protocol, order: u8) -> Result<HonestRing> {
+        let pages = Arc::new(GrantPages::new(1 << order, GrantAccess::ReadWrite)?);
+        let queue = HonestRing {
             pages,
             channel: Arc::new(EventChannel::new()?),
             protocol,
@@ -84,7 +84,7 @@ impl Queue {
     }
 
     /// Writes a request into the next slot, without publishing it.
-    pub(crate) fn push(&mut self, request: &Request) {
+    pub(crate) fn push(&mut self, request: &WireRequest) {
         let bytes = request.encode(self.protocol);
         self.pages
             .write(self.offset(self.prod), &bytes[..self.protocol.slot_size()]);
@@ -104,7 +104,7 @@ impl Queue {
     }
 
     /// Takes the answers that have arrived.
-    pub(crate) fn take(&mut self) -> Result<Vec<Answer>> {
+    pub(crate) fn take(&mut self) -> Result<Vec<WireResponse>> {
         let produced = self.word(abi::RSP_PROD).load(Ordering::Acquire);
         let ready = produced.wrapping_sub(self.cons);
         ensure!(
@@ -119,14 +119,14 @@ impl Queue {
                 self.offset(self.cons),
                 &mut slot[..self.protocol.slot_size()],
             );
-            answers.push(Answer::decode(&slot, self.protocol));
+            answers.push(WireResponse::decode(&slot, self.protocol));
             self.cons = self.cons.wrapping_add(1);
         }
         Ok(answers)
     }
 
     /// Waits for `count` answers, by events alone.
-    pub(crate) fn wait(&mut self, count: usize, limit: Duration) -> Result<Vec<Answer>> {
+    pub(crate) fn wait(&mut self, count: usize, limit: Duration) -> Result<Vec<WireResponse>> {
         let deadline = Instant::now() + limit;
         let mut answers = Vec::new();
         loop {
@@ -157,7 +157,7 @@ impl Queue {
     }
 
     /// Sends one request and waits for its answer.
-    pub(crate) fn call(&mut self, request: &Request) -> Result<Answer> {
+    pub(crate) fn call(&mut self, request: &WireRequest) -> Result<WireResponse> {
         ensure!(
             self.pending() == 0,
             "a single call on a ring with requests in flight"
@@ -174,7 +174,7 @@ impl Queue {
     }
 
     /// Sends requests, as many at once as fit, and returns their answers in the order of arrival.
-    pub(crate) fn batch(&mut self, requests: &[Request]) -> Result<Vec<Answer>> {
+    pub(crate) fn batch(&mut self, requests: &[WireRequest]) -> Result<Vec<WireResponse>> {
         let mut answers = Vec::new();
         for chunk in requests.chunks(self.size as usize) {
             for request in chunk {

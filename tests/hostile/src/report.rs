@@ -6,15 +6,15 @@ use std::fs::OpenOptions;
 use std::io::Write;
 
 /// The writer of the report.
-pub(crate) struct Report {
+pub(crate) struct AttackReport {
     channel: Box<dyn Write>,
     number: usize,
     failed: usize,
 }
 
-impl Report {
+impl AttackReport {
     /// Opens the channel and announces how many cases follow.
-    pub(crate) fn open(cases: usize) -> Result<Report> {
+    pub(crate) fn open(cases: usize) -> Result<AttackReport> {
         let channel: Box<dyn Write> = match std::env::var_os("REPORT") {
             Some(path) => Box::new(
                 OpenOptions::new()
@@ -25,7 +25,7 @@ impl Report {
             ),
             None => Box::new(std::io::stdout()),
         };
-        let mut report = Report {
+        let mut report = AttackReport {
             channel,
             number: 0,
             failed: 0,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A connected frontend: a virtual disk, its queues, and pages for data.
 
-use crate::disk::Disk;
-use crate::grants::{Access, GrantPages};
-use crate::queue::{Queue, ANSWER};
-use crate::vbd::{state, Mode, Vbd};
-use crate::wire::{flush, rw, Answer, Request, Seg, OKAY};
+use crate::disk::BackingDevice;
+use crate::grants::{GrantAccess, GrantPages};
+use crate::queue::{HonestRing, ANSWER};
+use crate::vbd::{state, Mode, VirtualDisk};
+use crate::wire::{flush, rw, Seg, WireRequest, WireResponse, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{Protocol, OP_READ, OP_WRITE, PAGE_SIZE};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -23,7 +23,7 @@ pub(crate) const MAPPED: usize = 32;
 
 /// Queues and rings that a frontend requests.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
+pub(crate) struct FrontendShape {
     /// Queues.
     pub(crate) queues: usize,
     /// Ring order.
@@ -33,7 +33,7 @@ pub(crate) struct Shape {
 }
 
 /// One queue of one page in the native layout.
-pub(crate) const PLAIN: Shape = Shape {
+pub(crate) const PLAIN: FrontendShape = FrontendShape {
     queues: 1,
     order: 0,
     protocol: Protocol::Abi64,
@@ -41,14 +41,14 @@ pub(crate) const PLAIN: Shape = Shape {
 
 /// Two such queues, as ordinary guests have them: an attack through one of them must not harm the other one, which the
 /// health tests use as well. Attacks of a process get their requests through both.
-pub(crate) const WIDE: Shape = Shape { queues: 2, ..PLAIN };
+pub(crate) const WIDE: FrontendShape = FrontendShape { queues: 2, ..PLAIN };
 
 /// A connected frontend. The fields are dropped in this order, so that the backend disconnects first.
 pub(crate) struct Session {
     /// The virtual disk.
-    pub(crate) vbd: Vbd,
+    pub(crate) vbd: VirtualDisk,
     /// The queues.
-    pub(crate) queues: Vec<Queue>,
+    pub(crate) queues: Vec<HonestRing>,
     /// Pages for data that the backend may write.
     pub(crate) data: Arc<GrantPages>,
     /// Sectors of the disk.
@@ -56,9 +56,9 @@ pub(crate) struct Session {
 }
 
 /// Makes the queues of a shape.
-pub(crate) fn queues(shape: Shape) -> Result<Vec<Queue>> {
+pub(crate) fn queues(shape: FrontendShape) -> Result<Vec<HonestRing>> {
     (0..shape.queues)
-        .map(|_| Queue::new(shape.protocol, shape.order))
+        .map(|_| HonestRing::new(shape.protocol, shape.order))
         .collect()
 }
 
@@ -66,7 +66,7 @@ pub(crate) fn queues(shape: Shape) -> Result<Vec<Queue>> {
 pub(crate) static KEEPS_GRANTS: AtomicBool = AtomicBool::new(false);
 
 /// Returns the keys of an honest frontend for these queues.
-pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
+pub(crate) fn keys(shape: FrontendShape, queues: &[HonestRing]) -> Vec<(String, String)> {
     let protocol = match shape.protocol {
         Protocol::Abi64 => "x86_64-abi",
         Protocol::Abi32 => "x86_32-abi",
@@ -102,22 +102,27 @@ pub(crate) fn keys(shape: Shape, queues: &[Queue]) -> Vec<(String, String)> {
 
 impl Session {
     /// Attaches a disk and connects to it.
-    pub(crate) fn start(devid: u32, disk: &Disk, mode: Mode, shape: Shape) -> Result<Session> {
-        let vbd = Vbd::attach(devid, disk, mode)?;
+    pub(crate) fn start(
+        devid: u32,
+        disk: &BackingDevice,
+        mode: Mode,
+        shape: FrontendShape,
+    ) -> Result<Session> {
+        let vbd = VirtualDisk::attach(devid, disk, mode)?;
         Session::connect(vbd, disk.sectors, shape, queues(shape)?)
     }
 
     /// Connects an attached disk with these queues.
     pub(crate) fn connect(
-        vbd: Vbd,
+        vbd: VirtualDisk,
         sectors: u64,
-        shape: Shape,
-        queues: Vec<Queue>,
+        shape: FrontendShape,
+        queues: Vec<HonestRing>,
     ) -> Result<Session> {
         let session = Session {
             vbd,
             queues,
-            data: Arc::new(GrantPages::new(DATA_PAGES, Access::ReadWrite)?),
+            data: Arc::new(GrantPages::new(DATA_PAGES, GrantAccess::ReadWrite)?),
             sectors,
         };
         session.publish_keys(shape)?;
@@ -125,7 +130,7 @@ impl Session {
     }
 
     /// Writes the keys of the queues and waits for Connected.
-    pub(crate) fn publish_keys(&self, shape: Shape) -> Result<()> {
+    pub(crate) fn publish_keys(&self, shape: FrontendShape) -> Result<()> {
         // Keys of an earlier shape must not count.
         for key in ["multi-queue-num-queues", "ring-page-order"] {
             self.vbd
@@ -148,22 +153,22 @@ impl Session {
     }
 
     /// Returns the first queue.
-    pub(crate) fn queue(&mut self) -> &mut Queue {
+    pub(crate) fn queue(&mut self) -> &mut HonestRing {
         &mut self.queues[0]
     }
 
     /// Sends requests, in turn through each queue.
-    pub(crate) fn spread(&mut self, requests: &[Request]) -> Result<()> {
+    pub(crate) fn spread(&mut self, requests: &[WireRequest]) -> Result<()> {
         let queues = self.queues.len();
         for (at, request) in requests.iter().enumerate() {
             self.queues[at % queues].push(request);
         }
         let mut used = self.queues.iter().take(requests.len());
-        used.try_for_each(Queue::publish)
+        used.try_for_each(HonestRing::publish)
     }
 
     /// Waits for the `count` answers that are yet to arrive.
-    pub(crate) fn answers(&mut self, count: usize) -> Result<Vec<Answer>> {
+    pub(crate) fn answers(&mut self, count: usize) -> Result<Vec<WireResponse>> {
         let mut answers = Vec::new();
         for queue in &mut self.queues {
             let pending = queue.pending() as usize;
@@ -192,7 +197,7 @@ impl Session {
     }
 
     /// Closes the connection and begins anew with fresh queues.
-    pub(crate) fn reconnect(&mut self, shape: Shape) -> Result<()> {
+    pub(crate) fn reconnect(&mut self, shape: FrontendShape) -> Result<()> {
         self.vbd.close()?;
         self.queues = queues(shape)?;
         self.vbd.reopen()?;
@@ -213,7 +218,7 @@ impl Session {
     }
 
     /// Describes segments in the last data page, and makes an indirect request of them.
-    pub(crate) fn indirect(&self, op: u8, sector: u64, segs: &[Seg]) -> Request {
+    pub(crate) fn indirect(&self, op: u8, sector: u64, segs: &[Seg]) -> WireRequest {
         let page = self.data.page(DESCRIPTOR_PAGE);
         for (index, seg) in segs.iter().enumerate() {
             let bytes = zerocopy::transmute!(seg.raw());
@@ -221,7 +226,7 @@ impl Session {
             page[index * 2].store(low, Relaxed);
             page[index * 2 + 1].store(high, Relaxed);
         }
-        Request::Indirect {
+        WireRequest::Indirect {
             op,
             count: segs.len() as u16,
             id: sector ^ 0x7777_7777_0000,
@@ -236,7 +241,7 @@ impl Session {
     }
 
     /// Sends one request and expects a status.
-    pub(crate) fn expect(&mut self, request: &Request, status: i16) -> Result<()> {
+    pub(crate) fn expect(&mut self, request: &WireRequest, status: i16) -> Result<()> {
         let answer = self.queue().call(request)?;
         ensure!(
             answer.status == status,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A device that stands still on command: requests to it wait until it resumes.
 
-use crate::disk::{run, Disk};
+use crate::disk::{run, BackingDevice};
 use crate::wait;
 use anyhow::{anyhow, ensure, Context, Result};
 use std::fs::File;
@@ -28,7 +28,7 @@ pub(crate) struct Standstill {
 
 impl Stoppable {
     /// Makes a device of this name over a disk, which no other program can open exclusively while it exists.
-    pub(crate) fn over(disk: &Disk, name: &'static str) -> Result<Stoppable> {
+    pub(crate) fn over(disk: &BackingDevice, name: &'static str) -> Result<Stoppable> {
         let table = format!("0 {} linear {} 0", disk.sectors, disk.path().display());
         run(&["dmsetup", "create", name, "--table", &table])?;
         let device = Stoppable { name, gone: false };

@@ -3,17 +3,17 @@
 
 use crate::wait;
 use anyhow::Result;
-use dom0::xenstore::Connection;
+use dom0::xenstore::StoreConnection;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 /// A connection to xenstore. Each thread opens its own.
-pub(crate) struct Store(Connection);
+pub(crate) struct StoreClient(StoreConnection);
 
-impl Store {
+impl StoreClient {
     /// Opens a connection.
-    pub(crate) fn open() -> Result<Store> {
-        Connection::open().map(Store)
+    pub(crate) fn open() -> Result<StoreClient> {
+        StoreConnection::open().map(StoreClient)
     }
 
     /// Returns the value of a key, or `None` when there is no such key.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A virtual disk in xenstore: the keys of a toolstack, and the frontend's directory.
 
-use crate::disk::Disk;
-use crate::store::Store;
+use crate::disk::BackingDevice;
+use crate::store::StoreClient;
 use crate::wait;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -42,9 +42,9 @@ pub(crate) enum Mode {
 }
 
 /// A virtual disk. Dropping it removes it as `xl` does with force.
-pub(crate) struct Vbd {
+pub(crate) struct VirtualDisk {
     /// Its own connection, because a case may use it on a thread.
-    pub(crate) store: Store,
+    pub(crate) store: StoreClient,
     /// The frontend's directory.
     pub(crate) front: String,
     /// The backend's directory.
@@ -54,15 +54,19 @@ pub(crate) struct Vbd {
     gone: bool,
 }
 
-impl Vbd {
+impl VirtualDisk {
     /// Makes the directories and waits until the backend offers the disk.
-    pub(crate) fn attach(devid: u32, disk: &Disk, mode: Mode) -> Result<Vbd> {
-        Vbd::attach_named(devid, disk.key()?, mode)
+    pub(crate) fn attach(devid: u32, disk: &BackingDevice, mode: Mode) -> Result<VirtualDisk> {
+        VirtualDisk::attach_named(devid, disk.key()?, mode)
     }
 
     /// Attaches a disk with any key that names it.
-    pub(crate) fn attach_named(devid: u32, disk: (&str, String), mode: Mode) -> Result<Vbd> {
-        Vbd::attach_as("vbd", devid, disk, mode)
+    pub(crate) fn attach_named(
+        devid: u32,
+        disk: (&str, String),
+        mode: Mode,
+    ) -> Result<VirtualDisk> {
+        VirtualDisk::attach_as("vbd", devid, disk, mode)
     }
 
     /// Attaches a disk as a device of this type.
@@ -71,9 +75,9 @@ impl Vbd {
         devid: u32,
         disk: (&str, String),
         mode: Mode,
-    ) -> Result<Vbd> {
-        let vbd = Vbd {
-            store: Store::open()?,
+    ) -> Result<VirtualDisk> {
+        let vbd = VirtualDisk {
+            store: StoreClient::open()?,
             front: format!("{FRONTENDS}/{devid}"),
             back: format!("{BACKENDS}/{class}/0/{devid}"),
             class,
@@ -203,7 +207,7 @@ impl Vbd {
     }
 }
 
-impl Drop for Vbd {
+impl Drop for VirtualDisk {
     fn drop(&mut self) {
         if self.gone {
             return;

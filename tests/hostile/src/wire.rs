@@ -48,7 +48,7 @@ impl Seg {
 
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Request {
+pub(crate) enum WireRequest {
     /// READ, WRITE, WRITE_BARRIER, FLUSH_DISKCACHE.
     Rw {
         /// The operation.
@@ -98,8 +98,8 @@ pub(crate) enum Request {
 }
 
 /// Returns a plain transfer.
-pub(crate) fn rw(op: u8, id: u64, sector: u64, segs: &[Seg]) -> Request {
-    Request::Rw {
+pub(crate) fn rw(op: u8, id: u64, sector: u64, segs: &[Seg]) -> WireRequest {
+    WireRequest::Rw {
         op,
         count: segs.len() as u8,
         handle: 0,
@@ -110,28 +110,28 @@ pub(crate) fn rw(op: u8, id: u64, sector: u64, segs: &[Seg]) -> Request {
 }
 
 /// Returns a flush.
-pub(crate) fn flush(id: u64) -> Request {
+pub(crate) fn flush(id: u64) -> WireRequest {
     rw(abi::OP_FLUSH_DISKCACHE, id, 0, &[])
 }
 
-impl Request {
+impl WireRequest {
     /// Returns the identifier.
     pub(crate) fn id(&self) -> u64 {
         match self {
-            Request::Rw { id, .. }
-            | Request::Discard { id, .. }
-            | Request::Indirect { id, .. }
-            | Request::Other { id, .. } => *id,
+            WireRequest::Rw { id, .. }
+            | WireRequest::Discard { id, .. }
+            | WireRequest::Indirect { id, .. }
+            | WireRequest::Other { id, .. } => *id,
         }
     }
 
     /// Returns the operation that its answer must name.
     pub(crate) fn echo(&self) -> u8 {
         match self {
-            Request::Rw { op, .. } | Request::Indirect { op, .. } | Request::Other { op, .. } => {
-                *op
-            }
-            Request::Discard { .. } => abi::OP_DISCARD,
+            WireRequest::Rw { op, .. }
+            | WireRequest::Indirect { op, .. }
+            | WireRequest::Other { op, .. } => *op,
+            WireRequest::Discard { .. } => abi::OP_DISCARD,
         }
     }
 
@@ -148,7 +148,7 @@ impl Request {
 
     fn encode64(&self, put: &mut dyn FnMut(&[u8])) {
         match self {
-            Request::Rw {
+            WireRequest::Rw {
                 op,
                 count,
                 handle,
@@ -165,7 +165,7 @@ impl Request {
                 seg: raw_segments(segs),
             }
             .as_bytes()),
-            Request::Discard {
+            WireRequest::Discard {
                 flag,
                 id,
                 sector,
@@ -180,7 +180,7 @@ impl Request {
                 nr_sectors: (*sectors).into(),
             }
             .as_bytes()),
-            Request::Indirect {
+            WireRequest::Indirect {
                 op,
                 count,
                 id,
@@ -198,7 +198,7 @@ impl Request {
                 indirect_grefs: grefs.map(Into::into),
             }
             .as_bytes()),
-            Request::Other { op, id } => put(abi::RawOther64 {
+            WireRequest::Other { op, id } => put(abi::RawOther64 {
                 operation: *op,
                 pad: [PAD; 7],
                 id: (*id).into(),
@@ -209,7 +209,7 @@ impl Request {
 
     fn encode32(&self, put: &mut dyn FnMut(&[u8])) {
         match self {
-            Request::Rw {
+            WireRequest::Rw {
                 op,
                 count,
                 handle,
@@ -225,7 +225,7 @@ impl Request {
                 seg: raw_segments(segs),
             }
             .as_bytes()),
-            Request::Discard {
+            WireRequest::Discard {
                 flag,
                 id,
                 sector,
@@ -239,7 +239,7 @@ impl Request {
                 nr_sectors: (*sectors).into(),
             }
             .as_bytes()),
-            Request::Indirect {
+            WireRequest::Indirect {
                 op,
                 count,
                 id,
@@ -256,7 +256,7 @@ impl Request {
                 indirect_grefs: grefs.map(Into::into),
             }
             .as_bytes()),
-            Request::Other { op, id } => put(abi::RawOther32 {
+            WireRequest::Other { op, id } => put(abi::RawOther32 {
                 operation: *op,
                 pad: [PAD; 3],
                 id: (*id).into(),
@@ -278,7 +278,7 @@ fn raw_segments(segs: &[Seg]) -> [RawSegment; MAX_DIRECT_SEGMENTS] {
 
 /// An answer, with the padding of its slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub(crate) struct WireResponse {
     /// The identifier.
     pub(crate) id: u64,
     /// The operation.
@@ -289,15 +289,15 @@ pub(crate) struct Answer {
     pub(crate) padding: [u8; 5],
 }
 
-impl Answer {
+impl WireResponse {
     /// Reads an answer out of a slot.
-    pub(crate) fn decode(slot: &[u8; MAX_SLOT_SIZE], protocol: Protocol) -> Answer {
+    pub(crate) fn decode(slot: &[u8; MAX_SLOT_SIZE], protocol: Protocol) -> WireResponse {
         let tail = match protocol {
             Protocol::Abi64 => [slot[12], slot[13], slot[14], slot[15]],
             // The response of the 32-bit layout ends with its status.
             Protocol::Abi32 => [0; 4],
         };
-        Answer {
+        WireResponse {
             id: u64::from_le_bytes([
                 slot[0], slot[1], slot[2], slot[3], slot[4], slot[5], slot[6], slot[7],
             ]),
@@ -310,7 +310,7 @@ impl Answer {
 
 #[cfg(test)]
 mod tests {
-    use super::{flush, rw, Answer, Seg};
+    use super::{flush, rw, Seg, WireResponse};
     use ring::abi::{Protocol, OP_READ};
 
     #[test]
@@ -326,7 +326,7 @@ mod tests {
         let mut slot = [0xa5; 112];
         slot[..8].copy_from_slice(&3u64.to_le_bytes());
         slot[8..12].copy_from_slice(&[1, 0, 0xff, 0xff]);
-        let answer = Answer::decode(&slot, Protocol::Abi64);
+        let answer = WireResponse::decode(&slot, Protocol::Abi64);
         assert_eq!((answer.id, answer.op, answer.status), (3, 1, -1));
         assert_eq!(answer.padding, [0, 0xa5, 0xa5, 0xa5, 0xa5]);
     }

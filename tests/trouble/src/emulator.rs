@@ -45,18 +45,18 @@ const DUMP_LINES: usize = 24;
 
 /// Fault of the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum EmulatorFault {
     /// It took one #VMEXIT twice.
     ExitTwice,
     /// It ran the guest without its nested page tables.
     NoTables,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for EmulatorFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Fault::ExitTwice => "a #VMEXIT taken twice",
-            Fault::NoTables => "the loss of its nested page tables",
+            EmulatorFault::ExitTwice => "a #VMEXIT taken twice",
+            EmulatorFault::NoTables => "the loss of its nested page tables",
         })
     }
 }
@@ -67,7 +67,7 @@ pub struct Death<'a> {
     /// Its number; `None` if the line is incomplete.
     pub domain: Option<u32>,
     /// Fault of the emulator, if the dump proves one.
-    pub by_emulator: Option<Fault>,
+    pub by_emulator: Option<EmulatorFault>,
     /// The line that reports it.
     pub line: &'a str,
 }
@@ -112,11 +112,11 @@ fn dump<'l, 'a>(rest: &'l [&'a str], domain: u32) -> &'l [&'a str] {
 }
 
 /// Returns the fault of the emulator that a dump proves.
-fn fault(dump: &[&str]) -> Option<Fault> {
+fn fault(dump: &[&str]) -> Option<EmulatorFault> {
     if is_hypervisor(dump) {
-        return Some(Fault::ExitTwice);
+        return Some(EmulatorFault::ExitTwice);
     }
-    has_no_tables(dump).then_some(Fault::NoTables)
+    has_no_tables(dump).then_some(EmulatorFault::NoTables)
 }
 
 /// Returns true if a guest's kernel could not read the gate of the double fault.
@@ -172,7 +172,7 @@ fn hexadecimal(word: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{deaths, Death, Fault};
+    use super::{deaths, Death, EmulatorFault};
 
     /// Output of Xen 4.20 for such a death.
     const DUMP: &str = "\
@@ -210,11 +210,11 @@ mod tests {
 ";
 
     fn judged(log: &str) -> Vec<(Option<u32>, bool)> {
-        let judged = |(domain, fault): (_, Option<Fault>)| (domain, fault.is_some());
+        let judged = |(domain, fault): (_, Option<EmulatorFault>)| (domain, fault.is_some());
         faults(log).into_iter().map(judged).collect()
     }
 
-    fn faults(log: &str) -> Vec<(Option<u32>, Option<Fault>)> {
+    fn faults(log: &str) -> Vec<(Option<u32>, Option<EmulatorFault>)> {
         let lines: Vec<&str> = log.lines().collect();
         let found = deaths(&lines).into_iter();
         found
@@ -240,11 +240,11 @@ mod tests {
 
     #[test]
     fn each_fault_has_its_name() {
-        assert_eq!(faults(DUMP), [(Some(7), Some(Fault::ExitTwice))]);
-        assert_eq!(faults(BARE), [(Some(2), Some(Fault::NoTables))]);
+        assert_eq!(faults(DUMP), [(Some(7), Some(EmulatorFault::ExitTwice))]);
+        assert_eq!(faults(BARE), [(Some(2), Some(EmulatorFault::NoTables))]);
         // Early in the boot the table is elsewhere.
         let early = BARE.replace("fffffe0000000080", "ffffffff83f71080");
-        assert_eq!(faults(&early), [(Some(2), Some(Fault::NoTables))]);
+        assert_eq!(faults(&early), [(Some(2), Some(EmulatorFault::NoTables))]);
     }
 
     #[test]

@@ -3,17 +3,17 @@
 
 use crate::sh;
 use anyhow::{Context, Result};
-use dom0::xenstore::Connection;
+use dom0::xenstore::StoreConnection;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-static CONNECTION: Mutex<Option<Connection>> = Mutex::new(None);
+static CONNECTION: Mutex<Option<StoreConnection>> = Mutex::new(None);
 
-fn with<T>(body: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+fn with<T>(body: impl FnOnce(&StoreConnection) -> Result<T>) -> Result<T> {
     let mut slot = CONNECTION.lock().unwrap_or_else(PoisonError::into_inner);
     let connection = match &mut *slot {
         Some(connection) => connection,
-        empty => empty.insert(Connection::open()?),
+        empty => empty.insert(StoreConnection::open()?),
     };
     body(connection)
 }

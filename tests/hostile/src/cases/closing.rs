@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Closing and reconnecting at bad times.
 
-use super::{case, closing, Case};
+use super::{case, closing, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, MAPPED, WIDE};
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::Release};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             closing::h45_destroyed_in_flight,

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Attacks with granted pages, and with pages that are not granted.
 
-use super::{case, data, Case};
-use crate::grants::{Access, GrantPages};
+use super::{case, data, AttackCase};
+use crate::grants::{GrantAccess, GrantPages};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, DESCRIPTOR_PAGE, MAPPED, WIDE};
 use crate::vbd::Mode;
-use crate::wire::{flush, rw, Request, Seg, ERROR, OKAY};
+use crate::wire::{flush, rw, Seg, WireRequest, ERROR, OKAY};
 use anyhow::{ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE};
 use std::sync::atomic::Ordering::Relaxed;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             data::h21_descriptor_grants,
@@ -52,7 +52,7 @@ pub(super) fn all() -> Vec<Case> {
 
 /// Returns references that the backend must never accept.
 fn bad_grefs() -> Result<Vec<u32>> {
-    let taken_back = GrantPages::new(1, Access::ReadWrite)?;
+    let taken_back = GrantPages::new(1, GrantAccess::ReadWrite)?;
     taken_back.revoke()?;
     let mut bad = taken_back.grefs().to_vec();
     bad.extend([u32::MAX, 0x7fff_ffff, 0x8000_0000, 0x10_0000, 0xffff]);
@@ -64,7 +64,7 @@ fn h21_descriptor_grants(lab: &mut Lab) -> Result<()> {
     for count in [8, MAPPED] {
         for bad in bad_grefs()? {
             let segs = session.segs(count);
-            let Request::Indirect {
+            let WireRequest::Indirect {
                 op,
                 count,
                 id,
@@ -74,7 +74,7 @@ fn h21_descriptor_grants(lab: &mut Lab) -> Result<()> {
             else {
                 continue;
             };
-            let with = |grefs| Request::Indirect {
+            let with = |grefs| WireRequest::Indirect {
                 op,
                 count,
                 id,
@@ -147,7 +147,7 @@ fn h23_bad_grants(lab: &mut Lab) -> Result<()> {
 
 fn h24_read_into_read_only(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
-    let pages = GrantPages::new(MAPPED, Access::ReadOnly)?;
+    let pages = GrantPages::new(MAPPED, GrantAccess::ReadOnly)?;
     pages.fill(0x33);
     let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
     for few in [1, 11] {
@@ -176,7 +176,7 @@ fn h25_taken_back_in_flight(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session_on(&lab.slow, Mode::ReadWrite, WIDE)?;
     for count in [8, MAPPED] {
         for op in [OP_READ, OP_WRITE] {
-            let pages = GrantPages::new(count, Access::ReadWrite)?;
+            let pages = GrantPages::new(count, GrantAccess::ReadWrite)?;
             let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
             let request = session.indirect(op, 2048, &segs);
             let queue = session.queue();
@@ -195,7 +195,7 @@ fn h26_one_grant_everywhere(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     let same = [session.seg(0); 11];
     for op in [OP_WRITE, OP_READ] {
-        let requests: Vec<Request> = (0..64).map(|id| rw(op, id, id * 88, &same)).collect();
+        let requests: Vec<WireRequest> = (0..64).map(|id| rw(op, id, id * 88, &same)).collect();
         expect_all_okay(&mut session, &requests)?;
     }
     // The pages are mapped, not copied. The hypervisor allows at most 128 mappings of a page, so a request may fail
@@ -228,7 +228,7 @@ fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
         .context("the number of pages that may be granted cannot be changed")?;
     let mut session = lab.session()?;
     session.keep_grants()?;
-    let pages = GrantPages::new(NEW_PAGES, Access::ReadWrite)?;
+    let pages = GrantPages::new(NEW_PAGES, GrantAccess::ReadWrite)?;
     // Twice: in the second round some pages are kept mapped, and others were never kept.
     for round in 0..2 {
         let pattern = |at: usize| (at as u32).wrapping_mul(0x9e37_79b9) ^ round;
@@ -237,7 +237,7 @@ fn h27_more_than_can_be_kept(lab: &mut Lab) -> Result<()> {
         }
         let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
         for op in [OP_WRITE, OP_READ] {
-            let requests: Vec<Request> = (0u64..)
+            let requests: Vec<WireRequest> = (0u64..)
                 .zip(segs.chunks(8))
                 .map(|(id, segs)| rw(op, id, id * 64, segs))
                 .collect();
@@ -260,7 +260,7 @@ fn h28_taken_back_while_kept(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     session.keep_grants()?;
     for op in [OP_READ, OP_WRITE] {
-        let pages = GrantPages::new(11, Access::ReadWrite)?;
+        let pages = GrantPages::new(11, GrantAccess::ReadWrite)?;
         let segs: Vec<Seg> = pages.grefs().iter().copied().map(Seg::page).collect();
         session.expect(&rw(op, 1, 2048, &segs), OKAY)?;
         pages.revoke()?;
@@ -280,7 +280,7 @@ fn h28_taken_back_while_kept(lab: &mut Lab) -> Result<()> {
     lab.finish_healthy(session)
 }
 
-fn expect_all_okay(session: &mut Session, requests: &[Request]) -> Result<()> {
+fn expect_all_okay(session: &mut Session, requests: &[WireRequest]) -> Result<()> {
     let answers = session.queue().batch(requests)?;
     ensure!(
         answers.iter().all(|answer| answer.status == OKAY),

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Events without reason.
 
-use super::{case, events, Case};
+use super::{case, events, AttackCase};
 use crate::lab::Lab;
-use crate::wire::Request;
+use crate::wire::WireRequest;
 use anyhow::{anyhow, ensure, Context, Result};
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             events::h49_event_storm,
@@ -94,7 +94,7 @@ fn h49_event_for_each_bad_request(lab: &mut Lab) -> Result<()> {
     while start.elapsed() < STORM {
         for _ in 0..100 {
             id += 1;
-            session.queue().call(&Request::Other { op: 77, id })?;
+            session.queue().call(&WireRequest::Other { op: 77, id })?;
         }
         lab.bystander()?;
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Attacks on the indices of the ring.
 
-use super::{case, indices, Case};
+use super::{case, indices, AttackCase};
 use crate::lab::Lab;
-use crate::queue::{Queue, ANSWER};
+use crate::queue::{HonestRing, ANSWER};
 use crate::session::{self, Session, WIDE};
 use crate::vbd::{state, Mode};
 use crate::wire::{flush, rw, OKAY};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::Release};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             indices::h01_req_prod_jumps,
@@ -206,7 +206,7 @@ fn h04_backend_words_overwritten(lab: &mut Lab) -> Result<()> {
 }
 
 /// Waits until the slots of a full ring hold answers.
-fn wait_slots(queue: &Queue, base: u32) -> Result<()> {
+fn wait_slots(queue: &HonestRing, base: u32) -> Result<()> {
     crate::wait::until("answers in all slots", ANSWER, || {
         let answered = (0..queue.size()).all(|index| {
             let slot = queue.slot(base.wrapping_add(index));

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Lies in the frontend's directory.
 
-use super::{case, keys, states, Case};
+use super::{case, keys, states, AttackCase};
 use crate::evtchn::EventChannel;
 use crate::lab::Lab;
-use crate::queue::{Queue, ANSWER};
-use crate::session::{self, Session, Shape, PLAIN, WIDE};
-use crate::vbd::{state, Mode, Vbd};
-use crate::wire::{Request, OKAY, UNSUPPORTED};
+use crate::queue::{HonestRing, ANSWER};
+use crate::session::{self, FrontendShape, Session, PLAIN, WIDE};
+use crate::vbd::{state, Mode, VirtualDisk};
+use crate::wire::{WireRequest, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Context, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             keys::h39_bad_keys,
@@ -55,15 +55,15 @@ pub(super) fn all() -> Vec<Case> {
 
 /// A device that never connects, because the backend refuses it again and again.
 struct Refusing<'a> {
-    vbd: &'a Vbd,
-    shape: Shape,
-    queues: &'a [Queue],
+    vbd: &'a VirtualDisk,
+    shape: FrontendShape,
+    queues: &'a [HonestRing],
 }
 
 impl Refusing<'_> {
     /// Publishes good keys, then the bad ones, and expects an error. `None` removes a key.
     fn refuse(&self, bad: &[(&str, Option<&[u8]>)]) -> Result<()> {
-        let Vbd { store, front, .. } = self.vbd;
+        let VirtualDisk { store, front, .. } = self.vbd;
         let node = self.vbd.error_node();
         store.remove(&node)?;
         for key in ["multi-queue-num-queues", "ring-page-order"] {
@@ -102,7 +102,7 @@ impl Refusing<'_> {
 }
 
 /// Connects as an honest frontend after refusals.
-fn retry(lab: &Lab, vbd: Vbd, shape: Shape, queues: Vec<Queue>) -> Result<()> {
+fn retry(lab: &Lab, vbd: VirtualDisk, shape: FrontendShape, queues: Vec<HonestRing>) -> Result<()> {
     let session = Session::connect(vbd, lab.disk.sectors, shape, queues)
         .context("a proper retry after refusals failed")?;
     lab.finish_healthy(session)
@@ -216,7 +216,7 @@ fn h41_ring_order(lab: &mut Lab) -> Result<()> {
     session.vbd.close()?;
     session.vbd.reopen()?;
     session.queues = session::queues(PLAIN)?;
-    let Vbd { store, front, .. } = &session.vbd;
+    let VirtualDisk { store, front, .. } = &session.vbd;
     store.remove(&format!("{front}/ring-ref0"))?;
     let mut keys = session::keys(PLAIN, &session.queues);
     keys.push(("ring-page-order".into(), "0".into()));
@@ -231,7 +231,7 @@ fn h42_all_that_is_offered(lab: &mut Lab) -> Result<()> {
     let mut sessions = Vec::new();
     for _ in 0..5 {
         let vbd = lab.attach()?;
-        let shape = Shape {
+        let shape = FrontendShape {
             queues: vbd.offered("multi-queue-max-queues")?.unwrap_or(1) as usize,
             order: vbd.offered("max-ring-page-order")?.unwrap_or(0) as u8,
             ..PLAIN
@@ -287,7 +287,7 @@ fn h50_bad_ports(lab: &mut Lab) -> Result<()> {
 fn other_disk_is_named(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     session.exercise(0, 38)?;
-    let Vbd { store, back, .. } = &session.vbd;
+    let VirtualDisk { store, back, .. } = &session.vbd;
     let node = session.vbd.error_node();
     let (key, value) = lab.disk.key()?;
     let key = format!("{back}/{key}");
@@ -323,7 +323,7 @@ fn discard_is_switched_off(lab: &mut Lab) -> Result<()> {
             Ok(offered) == enable.parse(),
             "with discard-enable={enable} it is offered: {offered}"
         );
-        let request = Request::Discard {
+        let request = WireRequest::Discard {
             flag: 0,
             id: 1,
             sector: 0,

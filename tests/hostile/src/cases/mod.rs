@@ -23,13 +23,13 @@ mod tap_unbound;
 mod tap_uring;
 
 use crate::lab::Lab;
-use crate::report::Report;
+use crate::report::AttackReport;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::time::Instant;
 
 /// One attack.
-pub(crate) struct Case {
+pub(crate) struct AttackCase {
     /// Its name; it begins with its number in the catalogue.
     pub(crate) name: &'static str,
     /// Purpose of the attack, in one line.
@@ -43,7 +43,7 @@ pub(crate) struct Case {
 /// Defines an entry of the table.
 macro_rules! case {
     ($module:ident::$name:ident, $about:literal) => {
-        Case {
+        AttackCase {
             name: stringify!($name),
             about: $about,
             finds: &[],
@@ -65,7 +65,7 @@ enum Meets {
 }
 
 /// All attacks, in the order in which they run.
-fn groups() -> impl Iterator<Item = (Meets, Case)> {
+fn groups() -> impl Iterator<Item = (Meets, AttackCase)> {
     let groups = [
         (Meets::Rings, indices::all()),
         (Meets::Rings, requests::all()),
@@ -89,12 +89,12 @@ fn groups() -> impl Iterator<Item = (Meets, Case)> {
         (Meets::Rings, planted::all()),
     ];
     let each =
-        |(meets, cases): (Meets, Vec<Case>)| cases.into_iter().map(move |case| (meets, case));
+        |(meets, cases): (Meets, Vec<AttackCase>)| cases.into_iter().map(move |case| (meets, case));
     groups.into_iter().flat_map(each)
 }
 
 /// All attacks.
-pub(crate) fn all() -> Vec<Case> {
+pub(crate) fn all() -> Vec<AttackCase> {
     groups().map(|(_, case)| case).collect()
 }
 
@@ -111,20 +111,21 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    fn cases(&self) -> Result<Vec<Case>> {
+    fn cases(&self) -> Result<Vec<AttackCase>> {
         let words: Vec<&str> = self
             .only
             .split(',')
             .filter(|word| !word.is_empty())
             .collect();
-        let named =
-            |case: &Case| words.is_empty() || words.iter().any(|word| case.name.contains(word));
+        let named = |case: &AttackCase| {
+            words.is_empty() || words.iter().any(|word| case.name.contains(word))
+        };
         let wanted = groups().filter(|(meets, case)| {
             (!self.phy || *meets != Meets::Tap)
                 && (!self.pages || *meets == Meets::Pages)
                 && named(case)
         });
-        let cases: Vec<Case> = wanted.map(|(_, case)| case).collect();
+        let cases: Vec<AttackCase> = wanted.map(|(_, case)| case).collect();
         anyhow::ensure!(
             !cases.is_empty(),
             "no attack is called `{}`: see --list",
@@ -133,7 +134,7 @@ impl Selection {
         Ok(cases)
     }
 
-    fn name(&self, case: &Case) -> String {
+    fn name(&self, case: &AttackCase) -> String {
         match self.label.as_str() {
             "" => format!("hostile.{}", case.name),
             label => format!("hostile.{label}.{}", case.name),
@@ -144,7 +145,7 @@ impl Selection {
 /// Runs the selected attacks; returns true if the backend withstood all of them.
 pub(crate) fn run(selection: &Selection, seed: u64, device: Option<&PathBuf>) -> Result<bool> {
     let cases = selection.cases()?;
-    let mut report = Report::open(cases.len())?;
+    let mut report = AttackReport::open(cases.len())?;
     report.note(&format!("seed {seed}"))?;
     let mut lab = Lab::new(device, seed)?;
     for case in &cases {

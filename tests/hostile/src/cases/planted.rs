@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Planted faults that the oracle must find, to show that it does.
 
-use super::Case;
+use super::AttackCase;
 use crate::lab::Lab;
 use anyhow::{bail, Context, Result};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
-        Case {
+        AttackCase {
             name: "planted_connection",
             about: "a connection that stays moves each counter",
             finds: &[
@@ -19,19 +19,19 @@ pub(super) fn all() -> Vec<Case> {
             ],
             run: Lab::plant_session,
         },
-        Case {
+        AttackCase {
             name: "planted_memory",
             about: "memory that stays is found",
             finds: &["KiB less memory available"],
             run: Lab::plant_memory,
         },
-        Case {
+        AttackCase {
             name: "planted_complaint",
             about: "a complaint of dom0's kernel is found",
             finds: &["dom0's kernel is in trouble"],
             run: |_| log("BUG: planted", 1),
         },
-        Case {
+        AttackCase {
             name: "planted_chatter",
             about: "a log that a guest could fill is found",
             finds: &["the case made dom0 log"],

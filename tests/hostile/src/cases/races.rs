@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Memory that changes while the backend reads it.
 
-use super::{case, races, Case};
+use super::{case, races, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::rng::Rng;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             races::h08_operation_and_count_flip,

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Discards and flushes with bad numbers.
 
-use super::{case, ranges, Case};
+use super::{case, ranges, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{Shape, WIDE};
+use crate::session::{FrontendShape, WIDE};
 use crate::vbd::Mode;
-use crate::wire::{flush, rw, Request, ERROR, OKAY};
+use crate::wire::{flush, rw, WireRequest, ERROR, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_DISCARD, OP_READ};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             ranges::h33_huge_discards,
@@ -31,8 +31,8 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-fn discard(id: u64, sector: u64, sectors: u64) -> Request {
-    Request::Discard {
+fn discard(id: u64, sector: u64, sectors: u64) -> WireRequest {
+    WireRequest::Discard {
         flag: 0,
         id,
         sector,
@@ -81,7 +81,7 @@ fn h34_bad_discards(lab: &mut Lab) -> Result<()> {
         (8, u64::MAX),
     ];
     for round in 0..100 {
-        let requests: Vec<Request> = (0..32)
+        let requests: Vec<WireRequest> = (0..32)
             .map(|id| {
                 let (sector, sectors) = bad[id % bad.len()];
                 discard(round << 8 | id as u64, sector, sectors)
@@ -103,7 +103,7 @@ fn h34_bad_discards(lab: &mut Lab) -> Result<()> {
 fn h35_flush_storm(lab: &mut Lab) -> Result<()> {
     let vbd = lab.attach()?;
     let queues = vbd.offered("multi-queue-max-queues")?.unwrap_or(1).min(4) as usize;
-    let shape = Shape { queues, ..WIDE };
+    let shape = FrontendShape { queues, ..WIDE };
     let made = crate::session::queues(shape)?;
     let mut session = crate::session::Session::connect(vbd, lab.disk.sectors, shape, made)?;
     for round in 0..60 {
@@ -131,7 +131,7 @@ fn h36_secure_discard(lab: &mut Lab) -> Result<()> {
         "null_blk has no secure discard: {secure:?}"
     );
     for flag in [1, 2, 0x80, 0xff] {
-        let request = Request::Discard {
+        let request = WireRequest::Discard {
             flag,
             id: 1,
             sector: 0,

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Malformed requests, one at a time.
 
-use super::{case, requests, Case};
+use super::{case, requests, AttackCase};
 use crate::lab::Lab;
-use crate::session::{Session, Shape, WIDE};
+use crate::session::{FrontendShape, Session, WIDE};
 use crate::vbd::Mode;
-use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
+use crate::wire::{flush, rw, Seg, WireRequest, WireResponse, ERROR, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Result};
 use ring::abi::{
     Protocol, OP_DISCARD, OP_FLUSH_DISKCACHE, OP_INDIRECT, OP_READ, OP_WRITE, OP_WRITE_BARRIER,
 };
 use std::sync::atomic::Ordering::Relaxed;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             requests::h09_segment_counts,
@@ -59,16 +59,16 @@ pub(super) fn all() -> Vec<Case> {
     ]
 }
 
-fn count_of(request: Request, nr: u8) -> Request {
+fn count_of(request: WireRequest, nr: u8) -> WireRequest {
     match request {
-        Request::Rw {
+        WireRequest::Rw {
             op,
             handle,
             id,
             sector,
             segs,
             ..
-        } => Request::Rw {
+        } => WireRequest::Rw {
             op,
             count: nr,
             handle,
@@ -82,7 +82,7 @@ fn count_of(request: Request, nr: u8) -> Request {
 
 fn h09_segment_counts(lab: &mut Lab) -> Result<()> {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
-        let shape = Shape { protocol, ..WIDE };
+        let shape = FrontendShape { protocol, ..WIDE };
         let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, shape)?;
         let segs = [session.seg(0); 11];
         for op in [OP_READ, OP_WRITE] {
@@ -133,7 +133,7 @@ fn h11_sectors_near_the_end_of_u64(lab: &mut Lab) -> Result<()> {
             session.expect(&rw(op, sector, sector, &segs), ERROR)?;
         }
         for length in [1, 16, u64::MAX - sector, u64::MAX] {
-            let request = Request::Discard {
+            let request = WireRequest::Discard {
                 flag: 0,
                 id: 2,
                 sector,
@@ -190,15 +190,15 @@ fn h13_unaligned_to_the_block(lab: &mut Lab) -> Result<()> {
 }
 
 /// An indirect read or write of 16 pages that claims to have `count` segments.
-fn indirect(session: &Session, op: u8, claimed: u16, sector: u64) -> Request {
+fn indirect(session: &Session, op: u8, claimed: u16, sector: u64) -> WireRequest {
     match session.indirect(op, sector, &session.segs(16)) {
-        Request::Indirect {
+        WireRequest::Indirect {
             op,
             id,
             sector,
             grefs,
             ..
-        } => Request::Indirect {
+        } => WireRequest::Indirect {
             op,
             count: claimed,
             id,
@@ -221,13 +221,13 @@ fn h14_read_only_disk(lab: &mut Lab) -> Result<()> {
         rw(OP_WRITE, 1, 256, &[seg]),
         rw(OP_WRITE_BARRIER, 2, 256, &[seg]),
         rw(OP_FLUSH_DISKCACHE, 3, 256, &[seg]),
-        Request::Discard {
+        WireRequest::Discard {
             flag: 0,
             id: 4,
             sector: 256,
             sectors: 8,
         },
-        Request::Discard {
+        WireRequest::Discard {
             flag: 1,
             id: 5,
             sector: 256,
@@ -264,8 +264,8 @@ fn h15_unknown_operations(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     for round in 0..40 {
         let unknown = (0..=255u8).filter(|op| *op == 4 || *op > OP_INDIRECT);
-        let requests: Vec<Request> = unknown
-            .map(|op| Request::Other {
+        let requests: Vec<WireRequest> = unknown
+            .map(|op| WireRequest::Other {
                 op,
                 id: round << 40 | u64::from(op),
             })
@@ -285,13 +285,13 @@ fn h15_unknown_operations(lab: &mut Lab) -> Result<()> {
 
 fn h16_identifiers(lab: &mut Lab) -> Result<()> {
     for protocol in [Protocol::Abi64, Protocol::Abi32] {
-        let shape = Shape { protocol, ..WIDE };
+        let shape = FrontendShape { protocol, ..WIDE };
         let mut session = lab.session_on(&lab.disk, Mode::ReadWrite, shape)?;
         let seg = session.seg(0);
         for id in [0, 1, u64::MAX, 1 << 63, 0x0123_4567_89ab_cdef] {
             let requests = vec![rw(OP_READ, id, 0, &[seg]); 32];
             let answers = session.queue().batch(&requests)?;
-            let right = |answer: &&Answer| answer.id == id && answer.status == OKAY;
+            let right = |answer: &&WireResponse| answer.id == id && answer.status == OKAY;
             ensure!(
                 answers.iter().filter(right).count() == 32,
                 "32 requests with identifier {id:#x} got {answers:?}"
@@ -305,7 +305,7 @@ fn h16_identifiers(lab: &mut Lab) -> Result<()> {
 fn h17_handle(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
     for handle in [0, 1, 0x7fff, 0xffff] {
-        let request = Request::Rw {
+        let request = WireRequest::Rw {
             op: OP_READ,
             count: 1,
             handle,
@@ -372,8 +372,8 @@ fn r38_padding(lab: &mut Lab) -> Result<()> {
         rw(OP_READ, 2, u64::MAX, &[seg]),
         rw(OP_WRITE, 3, 0, &[]),
         flush(4),
-        Request::Other { op: 200, id: 5 },
-        Request::Discard {
+        WireRequest::Other { op: 200, id: 5 },
+        WireRequest::Discard {
             flag: 0,
             id: 6,
             sector: 1 << 60,

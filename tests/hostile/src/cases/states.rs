@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! States in an order that no real frontend uses.
 
-use super::{case, states, Case};
+use super::{case, states, AttackCase};
 use crate::lab::Lab;
 use crate::rng::Rng;
 use crate::session::{self, Session, WIDE};
-use crate::vbd::{state, Vbd, SOON};
+use crate::vbd::{state, VirtualDisk, SOON};
 use anyhow::{bail, ensure, Context, Result};
 use std::fs;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             states::h37_states_at_full_speed,
@@ -39,7 +39,7 @@ pub(super) fn all() -> Vec<Case> {
 const TOGGLING: Duration = Duration::from_secs(5);
 
 /// Writes these states in turn as fast as xenstore accepts them.
-fn toggle(vbd: &Vbd, values: &[&[u8]], seed: u64) -> Result<()> {
+fn toggle(vbd: &VirtualDisk, values: &[&[u8]], seed: u64) -> Result<()> {
     let mut rng = Rng::new(seed);
     let start = Instant::now();
     let path = format!("{}/state", vbd.front);
@@ -170,7 +170,7 @@ fn h44_frontend_removed(lab: &mut Lab) -> Result<()> {
     for path in ["", "/state"] {
         let mut session = lab.session()?;
         session.exercise(0, 44)?;
-        let Vbd { store, front, .. } = &session.vbd;
+        let VirtualDisk { store, front, .. } = &session.vbd;
         store.remove(&format!("{front}{path}"))?;
         let sysfs = session.vbd.sysfs();
         crate::wait::until("the end of the device", SOON, || {

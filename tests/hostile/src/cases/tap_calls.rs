@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Calls of a hostile process of a tap disk.
 
-use super::{case, tap_calls, Case};
+use super::{case, tap_calls, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::tap::scene::{serve_until, while_served, Scene};
+use crate::tap::scene::{serve_until, while_served, TapScene};
 use crate::tap::server::{answer, done};
-use crate::tap::{expect, Map, Node, Nowhere, TapDisk, SECTORS};
+use crate::tap::{expect, FileMapping, Nowhere, TapDisk, TapNode, SECTORS};
 use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_calls::tap_serve,
@@ -57,12 +57,12 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 fn tap_serve(lab: &mut Lab) -> Result<()> {
-    let Scene {
+    let TapScene {
         mut session,
         store,
         node,
         disk,
-    } = Scene::new(lab)?;
+    } = TapScene::new(lab)?;
     while_served(&node, &store, || {
         for round in 0..16 {
             session.exercise(round * 64, round as u32)?;
@@ -93,7 +93,7 @@ fn tap_serve(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_false_completions(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let tags = scene.take(4)?;
     let good: Vec<Completion> = tags
         .iter()
@@ -136,7 +136,7 @@ fn tap_false_completions(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let fault = [libc::EFAULT, libc::EINVAL];
     for place in Nowhere::ALL {
         for number in [
@@ -232,7 +232,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             &[libc::EINVAL],
         )?;
     }
-    let Scene { node, store, .. } = &scene;
+    let TapScene { node, store, .. } = &scene;
     let mut left = 8usize;
     let start = Instant::now();
     while left > 0 {
@@ -274,7 +274,7 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
     expect("another kind of disk", node.describe(SECTORS, 2), &invalid)?;
     expect(
         "a second opener",
-        Node::file(&disk.path(), 0),
+        TapNode::file(&disk.path(), 0),
         &[libc::EBUSY],
     )?;
     expect("an end while open", disk.try_destroy()?, &[libc::EBUSY])?;
@@ -289,7 +289,7 @@ fn tap_bad_descriptions(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_mappings(lab: &mut Lab) -> Result<()> {
-    let scene = Scene::new(lab)?;
+    let scene = TapScene::new(lab)?;
     let node = &scene.node;
     let (read, both) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE);
     let info = node.info;
@@ -369,7 +369,7 @@ fn tap_mappings(lab: &mut Lab) -> Result<()> {
         ),
     ];
     for (what, offset, len, protection, flags) in wrong {
-        let map = Map::new(&node.file, offset, len, protection, flags);
+        let map = FileMapping::new(&node.file, offset, len, protection, flags);
         expect(what, map, &refused)?;
     }
     expect("writable later", node.descriptors().protect(both), &refused)?;
@@ -388,14 +388,14 @@ fn tap_mappings(lab: &mut Lab) -> Result<()> {
     }
     // More honest mappings than a process needs.
     for _ in 0..64 {
-        drop(Map::new(
+        drop(FileMapping::new(
             &node.file,
             MMAP_ARENA,
             large,
             both,
             libc::MAP_SHARED,
         )?);
-        drop(Map::new(
+        drop(FileMapping::new(
             &node.file,
             MMAP_DESCRIPTORS,
             small,
@@ -407,7 +407,7 @@ fn tap_mappings(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_returned_requests(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let mut tags = scene.take(12)?;
     for round in 0..50 {
         let returned: Vec<Completion> = tags
@@ -437,8 +437,8 @@ fn tap_returned_requests(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_racing_threads(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
-    let Scene {
+    let mut scene = TapScene::new(lab)?;
+    let TapScene {
         session,
         store,
         node,
@@ -458,7 +458,7 @@ fn tap_racing_threads(lab: &mut Lab) -> Result<()> {
             node.commit(&junk)?;
             expect(
                 "a second opener",
-                Node::file(&disk.path(), 0),
+                TapNode::file(&disk.path(), 0),
                 &[libc::EBUSY],
             )?;
             expect("an end while open", disk.try_destroy()?, &[libc::EBUSY])?;
@@ -481,8 +481,8 @@ fn tap_racing_threads(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_wild_arena(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
-    let Scene {
+    let mut scene = TapScene::new(lab)?;
+    let TapScene {
         session,
         store,
         node,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Claims of a process, and a process that predates claims.
 
-use super::{case, tap_claims, Case};
+use super::{case, tap_claims, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::WIDE;
-use crate::tap::scene::{wait_status, Scene};
-use crate::tap::server::{answer, done, Pipe, Store};
-use crate::tap::uring::{Memory, Ring};
-use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use crate::tap::scene::{wait_status, TapScene};
+use crate::tap::server::{answer, done, DiskData, Pipe};
+use crate::tap::uring::{CommandMemory, Ring};
+use crate::tap::{expect, TapDisk, TapNode, CLAIMS, SECTORS};
 use crate::wait;
 use crate::wire::{rw, ERROR};
 use anyhow::{ensure, Context, Result};
@@ -25,7 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use zerocopy::{FromZeros, IntoBytes};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_claims::tap_claims,
@@ -166,7 +166,7 @@ fn tap_claims(lab: &mut Lab) -> Result<()> {
     node.claim(&Claims { features, ..CLAIMS })?;
     node.start_unclaimed()?;
     let mut ring = Ring::new()?;
-    ring.exchange(&node, &Memory::new(&[]), 1)?;
+    ring.exchange(&node, &CommandMemory::new(&[]), 1)?;
     let refused = ring.next(Duration::from_secs(20))?;
     ensure!(refused == Some((1, -libc::EOPNOTSUPP)), "{refused:?}");
     drop((ring, node));
@@ -184,7 +184,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
         settle_ms: settle.as_millis() as u32,
         ..CLAIMS
     };
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     scene = restart(scene, &session(SETTLE))?;
     scene.take(4)?;
     expect(
@@ -230,7 +230,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
     pipe.read.read_exact(&mut [0; PAGE])?;
     let free = Instant::now();
     // No page of the arena is in use, but the disk cannot be opened yet.
-    let busy = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
+    let busy = TapNode::file(&scene.disk.path(), libc::O_NONBLOCK);
     expect("an opener while I/O settles", busy, &[libc::EBUSY])?;
     expect(
         "an end while I/O settles",
@@ -310,7 +310,7 @@ fn tap_fence_classes(lab: &mut Lab) -> Result<()> {
 /// Some requests wait for others when the process starts for the second time.
 fn tap_starts_again(lab: &mut Lab) -> Result<()> {
     const WRITES: u64 = 4;
-    let mut scene = Scene::on(lab, TapDisk::make_judging(2)?)?;
+    let mut scene = TapScene::on(lab, TapDisk::make_judging(2)?)?;
     scene.take(WRITES)?;
     drop(scene.node);
     // From now on each of those is delivered alone, and overlapping requests wait.
@@ -347,8 +347,8 @@ fn tap_starts_again(lab: &mut Lab) -> Result<()> {
 }
 
 /// Starts another process with these claims.
-fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
-    let Scene {
+fn restart(scene: TapScene, claims: &Claims) -> Result<TapScene> {
+    let TapScene {
         session,
         store,
         node,
@@ -359,7 +359,7 @@ fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
     node.describe(SECTORS, GEOMETRY_WRITE_CACHE)?;
     node.claim(claims)?;
     node.start_unclaimed()?;
-    Ok(Scene {
+    Ok(TapScene {
         session,
         store,
         node,
@@ -368,7 +368,7 @@ fn restart(scene: Scene, claims: &Claims) -> Result<Scene> {
 }
 
 /// A process that predates claims. Numbers and offsets are literals, as it was compiled with.
-struct Before(Node);
+struct Before(TapNode);
 
 impl Before {
     const INFO: u64 = 0x80b8_7810;
@@ -403,7 +403,7 @@ impl Before {
     }
 
     /// Commits the answers of the last call, and fetches.
-    fn exchange(&self, store: &Store, answers: &mut Vec<[u32; 4]>) -> Result<()> {
+    fn exchange(&self, store: &DiskData, answers: &mut Vec<[u32; 4]>) -> Result<()> {
         let (mut tags, commits) = ([0u16; 32], std::mem::take(answers));
         let mut arrays = [
             commits.as_ptr() as u64,
@@ -435,7 +435,7 @@ impl Before {
 }
 
 fn tap_before_claims(lab: &mut Lab) -> Result<()> {
-    let (disk, store) = (TapDisk::make()?, Store::new()?);
+    let (disk, store) = (TapDisk::make()?, DiskData::new()?);
     let before = Before::start(&disk)?;
     let mut session = lab.session_on_tap(&disk, WIDE)?;
     let serve = |before: &Before, session: &mut crate::session::Session, seed| -> Result<()> {
@@ -462,7 +462,7 @@ fn tap_before_claims(lab: &mut Lab) -> Result<()> {
     let info = before.0.ask()?;
     ensure!(info.refused == 0, "{info:?}");
     drop(before);
-    let scene = Scene {
+    let scene = TapScene {
         session,
         store,
         node: disk.start()?,

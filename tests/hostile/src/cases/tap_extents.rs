@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Mappings of a hostile process to storage that it must not use so, to one place twice, and their recalls.
 
-use super::{case, tap_extents, Case};
+use super::{case, tap_extents, AttackCase};
 use crate::lab::Lab;
 use crate::session::WIDE;
 use crate::tap::maps::{add, flush, recall, remove, set, Backed};
-use crate::tap::scene::{while_served, Scene};
-use crate::tap::server::Store;
+use crate::tap::scene::{while_served, TapScene};
+use crate::tap::server::DiskData;
 use crate::tap::{TapDisk, SECTORS};
 use crate::wire::OKAY;
 use anyhow::{anyhow, ensure, Context, Result};
 use ring::tap::abi::{MapOp, MAP_READ};
 use std::thread;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_extents::tap_extents_forbidden,
@@ -114,9 +114,9 @@ fn tap_extents_aliased(lab: &mut Lab) -> Result<()> {
 fn tap_extents_recalled_by_many(lab: &mut Lab) -> Result<()> {
     let disk = TapDisk::make()?;
     add(&disk, 0, &lab.slow.open()?, true)?;
-    let (node, store) = (disk.start()?, Store::on(lab.slow.path())?);
+    let (node, store) = (disk.start()?, DiskData::on(lab.slow.path())?);
     let session = lab.session_on_tap(&disk, WIDE)?;
-    let mut scene = Scene {
+    let mut scene = TapScene {
         session,
         store,
         node,
@@ -129,7 +129,7 @@ fn tap_extents_recalled_by_many(lab: &mut Lab) -> Result<()> {
         scene.send(RECALLERS as u64)?;
         recall_by_many(&scene).with_context(|| format!("round {round}"))?;
         // The process gets the request that the kernel did not begin.
-        let Scene {
+        let TapScene {
             session,
             store,
             node,
@@ -144,7 +144,7 @@ fn tap_extents_recalled_by_many(lab: &mut Lab) -> Result<()> {
     scene.finish()
 }
 
-fn recall_by_many(scene: &Scene) -> Result<()> {
+fn recall_by_many(scene: &TapScene) -> Result<()> {
     let node = &scene.node;
     thread::scope(|scope| -> Result<()> {
         let recall = || node.maps(&[recall(0, u64::MAX)]);

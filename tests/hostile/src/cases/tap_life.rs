@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Processes of tap disks that die, hang or never start, and frontends that disconnect in between.
 
-use super::{case, tap_life, Case};
+use super::{case, tap_life, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, WIDE};
 use crate::tap::scene::wait_status;
-use crate::tap::server::{answer, Manner, Pipe, Server, Store};
-use crate::tap::{expect, query, Node, TapDisk};
-use crate::vbd::{state, Mode, Vbd};
+use crate::tap::server::{answer, DiskData, Manner, Pipe, TapServer};
+use crate::tap::{expect, query, TapDisk, TapNode};
+use crate::vbd::{state, Mode, VirtualDisk};
 use crate::wait;
 use crate::wire::{flush, rw, ERROR, OKAY};
 use anyhow::{ensure, Context, Result};
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// Time from the frontend's wish to close until the backend has closed: 10 s, twice that in an emulated machine.
 const CLOSED: Duration = Duration::from_secs(20);
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_life::tap_killed_again_and_again,
@@ -84,22 +84,22 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 /// A disk and a frontend; its process may be absent.
-struct Scene {
+struct LifeScene {
     session: Session,
-    store: Store,
+    store: DiskData,
     pipe: Pipe,
     disk: TapDisk,
 }
 
-impl Scene {
+impl LifeScene {
     /// Connects while a process serves the disk, then kills that.
-    fn new(lab: &Lab) -> Result<Scene> {
+    fn new(lab: &Lab) -> Result<LifeScene> {
         let disk = TapDisk::make()?;
-        let (store, pipe) = (Store::new()?, Pipe::new()?);
-        let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+        let (store, pipe) = (DiskData::new()?, Pipe::new()?);
+        let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
         let session = lab.session_on_tap(&disk, WIDE)?;
         server.kill()?;
-        Ok(Scene {
+        Ok(LifeScene {
             session,
             store,
             pipe,
@@ -107,8 +107,8 @@ impl Scene {
         })
     }
 
-    fn serve(&self, manner: Manner) -> Result<Server> {
-        Server::start(&self.disk, &self.store, &self.pipe, manner)
+    fn serve(&self, manner: Manner) -> Result<TapServer> {
+        TapServer::start(&self.disk, &self.store, &self.pipe, manner)
     }
 
     /// Sends one-page writes from sector 0 on, whose pages hold `mark`.
@@ -145,7 +145,7 @@ impl Scene {
     /// Serves honestly and tears everything down.
     fn finish(self) -> Result<()> {
         let server = self.serve(Manner::Honest)?;
-        let Scene {
+        let LifeScene {
             mut session, disk, ..
         } = self;
         session
@@ -158,7 +158,7 @@ impl Scene {
 }
 
 fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     let mut rng = crate::rng::Rng::new(12);
     for round in 0..24u32 {
         let mark = round << 8;
@@ -183,7 +183,7 @@ fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     for (manner, mark) in [(Manner::Hold, 0x1000), (Manner::Silent, 0x2000)] {
         let before = scene.disk.info()?;
         let server = scene.serve(manner)?;
@@ -213,7 +213,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     let server = scene.serve(Manner::Pin)?;
     scene.send(4, 0x77)?;
     scene
@@ -223,7 +223,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     wait_status(&scene.session, "fencing")?;
     let pinned = scene.disk.info()?;
     ensure!(pinned.state == STATE_FENCING, "{pinned:?}");
-    let other = Node::file(&scene.disk.path(), libc::O_NONBLOCK);
+    let other = TapNode::file(&scene.disk.path(), libc::O_NONBLOCK);
     let refused = other.err().and_then(|error| error.raw_os_error());
     ensure!(
         refused == Some(libc::EBUSY),
@@ -231,7 +231,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     );
     // Another opener sleeps until then, but can be killed.
     let path = scene.disk.path();
-    let sleeper = std::thread::spawn(move || Node::file(&path, 0).map(drop));
+    let sleeper = std::thread::spawn(move || TapNode::file(&path, 0).map(drop));
     // The backend still takes requests, and answers none.
     scene.session.queue().push(&flush(99));
     scene.session.queue().publish()?;
@@ -254,7 +254,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
 }
 
 /// Closes as an honest frontend does; the backend must follow in time.
-fn close_in_time(vbd: &Vbd, what: &str) -> Result<()> {
+fn close_in_time(vbd: &VirtualDisk, what: &str) -> Result<()> {
     let start = Instant::now();
     vbd.close().with_context(|| what.to_owned())?;
     ensure!(
@@ -267,7 +267,7 @@ fn close_in_time(vbd: &Vbd, what: &str) -> Result<()> {
 
 fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
     for manner in [None, Some(Manner::Hold), Some(Manner::Pin)] {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = LifeScene::new(lab)?;
         let server = manner.map(|manner| scene.serve(manner)).transpose()?;
         scene.send(8, 0)?;
         let all = |info: &ring::tap::abi::Info| info.delivered + info.waiting == 8;
@@ -283,7 +283,7 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
         if let Some(server) = server {
             server.kill()?;
         }
-        let Scene {
+        let LifeScene {
             session,
             pipe,
             disk,
@@ -302,7 +302,7 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_orphans(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     // The process is in this program, and slow.
     let node = scene.disk.start()?;
     scene.send(4, 0x99)?;
@@ -341,13 +341,13 @@ fn tap_orphans(lab: &mut Lab) -> Result<()> {
 
 fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
     for manner in [None, Some(Manner::Hold), Some(Manner::Silent)] {
-        let mut scene = Scene::new(lab)?;
+        let mut scene = LifeScene::new(lab)?;
         let server = manner.map(|manner| scene.serve(manner)).transpose()?;
         scene.send(8, 0)?;
         if server.is_some() {
             scene.disk.wait("delivery", |info| info.delivered == 8)?;
         }
-        let Scene {
+        let LifeScene {
             session,
             store,
             pipe,
@@ -358,9 +358,9 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
         // The next guest gets the disk once the process has answered the requests of the last one.
         let mut session = match server {
             Some(server) => {
-                let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
+                let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
                 server.kill()?;
-                let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+                let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
                 let queues = crate::session::queues(WIDE)?;
                 let mut session = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues)?;
                 session.exercise(64, 5)?;
@@ -368,7 +368,7 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
                 session
             }
             None => {
-                let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+                let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
                 let mut session = lab.session_on_tap(&disk, WIDE)?;
                 session.exercise(64, 5)?;
                 server.kill()?;
@@ -378,7 +378,7 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
         session
             .queues
             .iter_mut()
-            .for_each(crate::queue::Queue::forget);
+            .for_each(crate::queue::HonestRing::forget);
         session.vbd.destroy()?;
         disk.destroy()?;
     }
@@ -386,8 +386,8 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_bound_once(lab: &mut Lab) -> Result<()> {
-    let scene = Scene::new(lab)?;
-    let other = Vbd::attach_named(lab.devid(), scene.disk.key(), Mode::ReadWrite)?;
+    let scene = LifeScene::new(lab)?;
+    let other = VirtualDisk::attach_named(lab.devid(), scene.disk.key(), Mode::ReadWrite)?;
     other.wait_back("a refusal", &[state::CLOSING])?;
     let text = wait::until("the reason", crate::vbd::SOON, || other.error())?;
     let name = format!("device {}", scene.session.vbd.devid());
@@ -400,14 +400,14 @@ fn tap_bound_once(lab: &mut Lab) -> Result<()> {
         busy.err().and_then(|error| error.raw_os_error()) == Some(libc::EBUSY),
         "a bound disk was taken away"
     );
-    let Scene {
+    let LifeScene {
         session,
         store,
         pipe,
         disk,
     } = scene;
     session.finish()?;
-    let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
     let queues = crate::session::queues(WIDE)?;
     let mut session = Session::connect(other, crate::tap::SECTORS, WIDE, queues)
         .context("the second device after the first one let go")?;
@@ -421,21 +421,21 @@ fn tap_bound_once(lab: &mut Lab) -> Result<()> {
         gone.map_or(true, |info| info.minor != minor),
         "it is still there"
     );
-    let missing = Vbd::attach_named(
+    let missing = VirtualDisk::attach_named(
         lab.devid(),
         ("tap-minor", minor.to_string()),
         Mode::ReadWrite,
     )?;
     missing.wait_back("a refusal", &[state::CLOSING])?;
     missing.destroy()?;
-    let junk = Vbd::attach_named(lab.devid(), ("tap-minor", "-1".into()), Mode::ReadWrite)?;
+    let junk = VirtualDisk::attach_named(lab.devid(), ("tap-minor", "-1".into()), Mode::ReadWrite)?;
     junk.wait_back("a refusal", &[state::CLOSING])?;
     junk.destroy()
 }
 
 fn tap_described_late(lab: &mut Lab) -> Result<()> {
-    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
+    let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
+    let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let queues = crate::session::queues(WIDE)?;
     vbd.store
         .write_all(&vbd.front, &crate::session::keys(WIDE, &queues))?;
@@ -447,7 +447,7 @@ fn tap_described_late(lab: &mut Lab) -> Result<()> {
         "it did not wait for the description"
     );
     drop(node);
-    let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
     vbd.wait_back("Connected", &[state::CONNECTED])?;
     server.kill()?;
     vbd.close()?;
@@ -460,7 +460,7 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
     let node = disk.open()?;
     node.describe(crate::tap::SECTORS, GEOMETRY_READ_ONLY)?;
     node.start()?;
-    let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
+    let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let queues = crate::session::queues(WIDE)?;
     let refused = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues);
     ensure!(
@@ -469,7 +469,7 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
     );
     drop(refused);
     disk.wait("the end of the bond", |info| info.domain == u32::MAX)?;
-    let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadOnly)?;
+    let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadOnly)?;
     let queues = crate::session::queues(WIDE)?;
     let mut session = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues)?;
     ensure!(
@@ -487,11 +487,11 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
 const AFTER: u32 = 3;
 
 /// Returns a disk that fails requests after a while without a process, and its process.
-fn impatient(lab: &Lab, manner: Manner) -> Result<(Scene, Server)> {
-    let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, manner)?;
+fn impatient(lab: &Lab, manner: Manner) -> Result<(LifeScene, TapServer)> {
+    let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, DiskData::new()?, Pipe::new()?);
+    let server = TapServer::start(&disk, &store, &pipe, manner)?;
     let session = lab.session_on_tap(&disk, WIDE)?;
-    let scene = Scene {
+    let scene = LifeScene {
         session,
         store,
         pipe,
@@ -554,7 +554,7 @@ fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_stopped(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     let server = scene.serve(Manner::Honest)?;
     server.pause(true)?;
     scene.send(16, 0x600)?;
@@ -579,7 +579,7 @@ fn tap_module_stays(lab: &mut Lab) -> Result<()> {
     };
     let before = users()?;
     let area = node.info.arena_len as usize;
-    let map = crate::tap::Map::new(
+    let map = crate::tap::FileMapping::new(
         &node.file,
         ring::tap::abi::MMAP_ARENA,
         area,
@@ -599,7 +599,7 @@ fn tap_module_stays(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_opened_and_closed(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = LifeScene::new(lab)?;
     scene.send(16, 0xabc00)?;
     let begun = Instant::now();
     let mut rounds = 0u32;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Mappings of a hostile process, and mistakes of its supervisor.
 
-use super::{case, tap_maps, Case};
+use super::{case, tap_maps, AttackCase};
 use crate::lab::Lab;
 use crate::rng::Rng;
 use crate::session::WIDE;
 use crate::tap::maps::{add, flush, give_again, mapped, recall, remove, set, Backed};
-use crate::tap::scene::{while_served, Scene};
-use crate::tap::server::Store;
+use crate::tap::scene::{while_served, TapScene};
+use crate::tap::server::DiskData;
 use crate::tap::{expect, TapDisk, CLAIMS, SECTORS};
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
@@ -21,7 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_maps::tap_maps_malformed,
@@ -207,7 +207,7 @@ fn tap_maps_refused(lab: &mut Lab) -> Result<()> {
 }
 
 /// Sets more extents than the kernel keeps: it must forget others, and its memory is bounded.
-fn expect_bounded(scene: &Scene) -> Result<()> {
+fn expect_bounded(scene: &TapScene) -> Result<()> {
     let node = &scene.node;
     let before = mapped(&scene.disk)?;
     let generation = node.maps(&[recall(0, u64::MAX)])?.generation;
@@ -334,7 +334,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
     let mut session = None;
     for round in 0..6 {
         give_again(&disk, &device)?;
-        let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+        let (node, store) = (disk.start()?, DiskData::on(lab.disk.path())?);
         let mut guest = match session.take() {
             Some(session) => session,
             None => lab.session_on_tap(&disk, WIDE)?,
@@ -366,9 +366,9 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
     let info = disk.info()?;
     ensure!(info.direct > 0, "the kernel has executed nothing: {info:?}");
     give_again(&disk, &device)?;
-    let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
+    let (node, store) = (disk.start()?, DiskData::on(lab.disk.path())?);
     let session = session.context("no session")?;
-    Scene {
+    TapScene {
         session,
         store,
         node,
@@ -378,7 +378,7 @@ fn tap_maps_races(lab: &mut Lab) -> Result<()> {
 }
 
 /// Sets random mappings, which are always correct, and recalls them.
-fn change_at_random(node: &crate::tap::Node, over: &AtomicBool, seed: u64) {
+fn change_at_random(node: &crate::tap::TapNode, over: &AtomicBool, seed: u64) {
     let mut rng = Rng::new(seed);
     let mut generation = 0;
     while !over.load(Relaxed) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Tap disks with several queues, failed connections, and disks that are created and destroyed.
 
-use super::{case, tap_queues, Case};
+use super::{case, tap_queues, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
-use crate::session::{self, Session, Shape, WIDE};
-use crate::tap::server::{Manner, Pipe, Server, Store};
-use crate::tap::{query, Node, TapDisk, SECTORS};
-use crate::vbd::{state, Mode, Vbd};
+use crate::session::{self, FrontendShape, Session, WIDE};
+use crate::tap::server::{DiskData, Manner, Pipe, TapServer};
+use crate::tap::{query, TapDisk, TapNode, SECTORS};
+use crate::vbd::{state, Mode, VirtualDisk};
 use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{ensure, Context, Result};
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_queues::tap_many_queues,
@@ -44,9 +44,9 @@ pub(super) fn all() -> Vec<Case> {
 }
 
 /// Returns a shape with all offered queues, at most four, with large rings.
-fn wide(vbd: &Vbd) -> Result<Shape> {
+fn wide(vbd: &VirtualDisk) -> Result<FrontendShape> {
     let offered = vbd.offered("multi-queue-max-queues")?.unwrap_or(1);
-    Ok(Shape {
+    Ok(FrontendShape {
         queues: offered.min(4) as usize,
         order: 3,
         protocol: Protocol::Abi64,
@@ -54,9 +54,9 @@ fn wide(vbd: &Vbd) -> Result<Shape> {
 }
 
 fn tap_many_queues(lab: &mut Lab) -> Result<()> {
-    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let mut server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-    let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
+    let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
+    let mut server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let shape = wide(&vbd)?;
     let mut session = Session::connect(vbd, SECTORS, shape, session::queues(shape)?)?;
     session.exercise(0, 1)?;
@@ -74,7 +74,7 @@ fn tap_many_queues(lab: &mut Lab) -> Result<()> {
         }
         if round % 2 == 1 {
             server.kill()?;
-            server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
+            server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
         }
         let mut came = 0;
         for queue in &mut session.queues {
@@ -91,9 +91,9 @@ fn tap_many_queues(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_other_type(lab: &mut Lab) -> Result<()> {
-    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-    let vbd = Vbd::attach_as("vbd3", lab.devid(), disk.key(), Mode::ReadWrite)?;
+    let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
+    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let vbd = VirtualDisk::attach_as("vbd3", lab.devid(), disk.key(), Mode::ReadWrite)?;
     let mut session = Session::connect(vbd, SECTORS, WIDE, session::queues(WIDE)?)?;
     session.exercise(64, 3)?;
     session.reconnect(WIDE)?;
@@ -104,9 +104,9 @@ fn tap_other_type(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_connected_half(lab: &mut Lab) -> Result<()> {
-    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, Manner::Honest)?;
-    let vbd = Vbd::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
+    let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
+    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let shape = wide(&vbd)?;
     let last = shape.queues - 1;
     let bad = if last == 0 {
@@ -162,7 +162,7 @@ fn tap_come_and_go(lab: &mut Lab) -> Result<()> {
         let path = format!("/dev/xentap/{MINOR}");
         while going() {
             let gone = [libc::ENOENT, libc::ENXIO, libc::EBUSY];
-            let file = tolerate(Node::file(path.as_ref(), libc::O_NONBLOCK), &gone)?;
+            let file = tolerate(TapNode::file(path.as_ref(), libc::O_NONBLOCK), &gone)?;
             drop(file);
             let found = query(MINOR)?;
             tolerate(found, &[libc::ENOENT])?;
@@ -173,7 +173,7 @@ fn tap_come_and_go(lab: &mut Lab) -> Result<()> {
     let binder = move |devid: u32| -> Result<()> {
         while going() {
             let key = ("tap-minor", MINOR.to_string());
-            let vbd = Vbd::attach_named(devid, key, Mode::ReadWrite)?;
+            let vbd = VirtualDisk::attach_named(devid, key, Mode::ReadWrite)?;
             vbd.destroy()?;
         }
         Ok(())

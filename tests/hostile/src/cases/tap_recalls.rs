@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Recalls of mappings while the device stands still, and processes die or are replaced.
 
-use super::{case, tap_recalls, Case};
+use super::{case, tap_recalls, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, PLAIN};
 use crate::standstill::{Standstill, Stoppable};
 use crate::tap::maps::{add, change, flush, give_again, mapped, recall, remove, set, Backed};
-use crate::tap::scene::{while_served, Scene};
-use crate::tap::server::{Manner, Pipe, Server, Store, UNDER_WAY};
+use crate::tap::scene::{while_served, TapScene};
+use crate::tap::server::{DiskData, Manner, Pipe, TapServer, UNDER_WAY};
 use crate::tap::signal::Interruptible;
-use crate::tap::{expect, Node, TapDisk, CLAIMS, SECTORS};
+use crate::tap::{expect, TapDisk, TapNode, CLAIMS, SECTORS};
 use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{anyhow, ensure, Context, Result};
@@ -24,7 +24,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_recalls::tap_recall_killed,
@@ -112,7 +112,7 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     add(&disk, 0, &device.open()?, true)?;
     let mut pipe = Pipe::new()?;
     // The only file of the disk that it has is the node.
-    let server = Server::start(&disk, &Store::new()?, &pipe, Manner::Recall)?;
+    let server = TapServer::start(&disk, &DiskData::new()?, &pipe, Manner::Recall)?;
     let has_mapped = wait::readable(pipe.read.as_raw_fd(), ANSWER)?;
     ensure!(has_mapped, "the process maps nothing");
     pipe.read.read_exact(&mut [0])?;
@@ -129,8 +129,8 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     let back = wait::readable(pipe.read.as_raw_fd(), Duration::ZERO)?;
     ensure!(!back, "its recall did not wait for what is under way");
     // The kernel's I/O does not keep the next process from starting.
-    let (node, store) = (disk.start()?, Store::on(lab.disk.path())?);
-    let mut scene = Scene {
+    let (node, store) = (disk.start()?, DiskData::on(lab.disk.path())?);
+    let mut scene = TapScene {
         session,
         store,
         node,
@@ -140,7 +140,7 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
     next_process(&mut scene, still)?;
     // The writes, and the read that waited for one of them.
     let held = u64::from(UNDER_WAY);
-    let Scene {
+    let TapScene {
         session,
         store,
         node,
@@ -163,9 +163,9 @@ fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
 
 /// Checks that the next process serves requests which do not overlap the running ones, and waits for those like the
 /// process before.
-fn next_process(scene: &mut Scene, still: Standstill) -> Result<()> {
+fn next_process(scene: &mut TapScene, still: Standstill) -> Result<()> {
     let held = u64::from(UNDER_WAY);
-    let Scene {
+    let TapScene {
         session,
         store,
         node,
@@ -256,7 +256,7 @@ fn latency(lab: &mut Lab) -> Result<Duration> {
 }
 
 /// Checks that a signal ends a waiting recall, and that the requests that it waited for continue.
-fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
+fn interrupted(node: &TapNode, disk: &TapDisk, recalled: u64) -> Result<()> {
     thread::scope(|scope| -> Result<()> {
         let (tell, told) = mpsc::channel();
         let sleeper = scope.spawn(move || -> Result<_> {
@@ -282,7 +282,7 @@ fn interrupted(node: &Node, disk: &TapDisk, recalled: u64) -> Result<()> {
 }
 
 /// Checks that nothing else of this disk and of others waits for the device.
-fn others_are_prompt(node: &Node, disk: &TapDisk) -> Result<()> {
+fn others_are_prompt(node: &TapNode, disk: &TapDisk) -> Result<()> {
     let start = Instant::now();
     let mut last = start;
     let mut took = Vec::new();
@@ -312,7 +312,7 @@ fn others_are_prompt(node: &Node, disk: &TapDisk) -> Result<()> {
 fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     let backed = Backed::new(lab)?;
     backed.map_all()?;
-    let Scene {
+    let TapScene {
         mut session,
         store,
         node,
@@ -324,7 +324,7 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     drop(node);
     let again = Path::new("/proc/self/fd").join(copy.as_raw_fd().to_string());
     for path in [disk.path(), again] {
-        let opened = Node::file(&path, libc::O_NONBLOCK);
+        let opened = TapNode::file(&path, libc::O_NONBLOCK);
         expect("another opener beside a copy", opened, &[libc::EBUSY])?;
     }
     change(&copy, &[set(0, SECTORS, known)]).context("a copy speaks for the process")?;
@@ -348,7 +348,7 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
     node.claim(&CLAIMS)?;
     node.start_unclaimed()?;
     nothing_counts(&node, &store, &disk, &mut session, known)?;
-    Scene {
+    TapScene {
         session,
         store,
         node,
@@ -359,8 +359,8 @@ fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
 
 /// Checks that nothing is mapped, and that mappings from an earlier lookup are refused.
 fn nothing_counts(
-    node: &Node,
-    store: &Store,
+    node: &TapNode,
+    store: &DiskData,
     disk: &TapDisk,
     session: &mut Session,
     known: u32,

@@ -2,16 +2,16 @@
 //! Data of a disk that changes without the kernel: in the arena by its process, and in a file that another program
 //! truncates.
 
-use super::{case, tap_spoiled, Case};
+use super::{case, tap_spoiled, AttackCase};
 use crate::filesystem::Filesystem;
 use crate::lab::Lab;
 use crate::session::Session;
 use crate::standstill::Stoppable;
 use crate::tap::maps::{flush, map, recall, scene_on, set, Backed};
-use crate::tap::scene::Scene;
-use crate::tap::server::{done, Store};
-use crate::tap::{Map, Node, SECTORS};
-use crate::wire::{rw, Answer, Request, ERROR, OKAY};
+use crate::tap::scene::TapScene;
+use crate::tap::server::{done, DiskData};
+use crate::tap::{FileMapping, TapNode, SECTORS};
+use crate::wire::{rw, WireRequest, WireResponse, ERROR, OKAY};
 use anyhow::{anyhow, ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
 use ring::tap::abi::{Completion, DESC_REPLAY};
@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_spoiled::tap_arena_scribbled,
@@ -41,7 +41,7 @@ const GUEST: u32 = 0x6e65_6775;
 const PROCESS: u8 = 0xee;
 
 /// Returns one request for each of those pages, with pages of the guest from `first` on.
-fn each_page(session: &Session, op: u8, first: usize) -> Vec<Request> {
+fn each_page(session: &Session, op: u8, first: usize) -> Vec<WireRequest> {
     let request = |page: usize| {
         let seg = session.seg(first + page);
         let id = (u64::from(op) << 32) + page as u64;
@@ -65,13 +65,13 @@ fn holds(session: &Session, pages: std::ops::Range<usize>, word: u32) -> Result<
     Ok(())
 }
 
-fn all_okay(answers: &[Answer]) -> Result<()> {
+fn all_okay(answers: &[WireResponse]) -> Result<()> {
     let failed = answers.iter().find(|answer| answer.status != OKAY);
     ensure!(failed.is_none(), "a good request failed: {failed:?}");
     Ok(())
 }
 
-fn scribble(arena: &Map) {
+fn scribble(arena: &FileMapping) {
     for byte in arena.bytes() {
         byte.store(PROCESS, Relaxed);
     }
@@ -79,7 +79,7 @@ fn scribble(arena: &Map) {
 
 /// Sends as many writes or reads as there are pages while the device stands still, scribbles, and lets the device
 /// resume.
-fn scribble_under(device: &Stoppable, scene: &mut Scene, op: u8, first: usize) -> Result<()> {
+fn scribble_under(device: &Stoppable, scene: &mut TapScene, op: u8, first: usize) -> Result<()> {
     let still = device.stop()?;
     let requests = each_page(&scene.session, op, first);
     scene.session.spread(&requests)?;
@@ -147,8 +147,8 @@ fn is_unchanged(before: &[u8], rest: &[u8]) -> Result<()> {
 }
 
 /// The process never stops scribbling, while two guests continue.
-fn scribble_on(scene: &mut Scene, neighbour: &mut Session) -> Result<()> {
-    let Scene { session, node, .. } = scene;
+fn scribble_on(scene: &mut TapScene, neighbour: &mut Session) -> Result<()> {
+    let TapScene { session, node, .. } = scene;
     let over = AtomicBool::new(false);
     let rounds = AtomicU64::new(0);
     thread::scope(|scope| -> Result<()> {
@@ -183,7 +183,7 @@ fn scribble_on(scene: &mut Scene, neighbour: &mut Session) -> Result<()> {
 const LEFT: u64 = SECTORS / 2;
 
 /// Returns a disk in a file of this name, all of it mapped, and the file.
-fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<Scene> {
+fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<TapScene> {
     let path = files.file(name);
     let file = std::fs::File::options()
         .read(true)
@@ -200,7 +200,7 @@ fn in_file(lab: &Lab, files: &Filesystem, name: &str) -> Result<Scene> {
 
 /// Executes and answers the delivered requests; failures are answered as such. Returns how many of them the kernel had
 /// tried.
-fn serve_or_fail(node: &Node, store: &Store) -> Result<u64> {
+fn serve_or_fail(node: &TapNode, store: &DiskData) -> Result<u64> {
     let (mut commits, mut tried) = (Vec::new(), 0);
     for tag in node.exchange(&[]).context("an honest fetch is refused")? {
         let desc = node.desc(tag)?;
@@ -220,8 +220,8 @@ fn serve_or_fail(node: &Node, store: &Store) -> Result<u64> {
 
 /// Serves while `frontend` runs; returns how many requests the kernel had tried before.
 fn while_tried<T: Send>(
-    node: &Node,
-    store: &Store,
+    node: &TapNode,
+    store: &DiskData,
     frontend: impl FnOnce() -> Result<T> + Send,
 ) -> Result<(T, u64)> {
     thread::scope(|scope| {
@@ -259,8 +259,8 @@ fn tap_file_shortened(lab: &mut Lab) -> Result<()> {
 }
 
 /// Sends one request after the other in a file that is shorter than the kernel knows.
-fn beyond_the_end(scene: &mut Scene) -> Result<()> {
-    let Scene {
+fn beyond_the_end(scene: &mut TapScene) -> Result<()> {
+    let TapScene {
         session,
         store,
         node,
@@ -297,8 +297,8 @@ fn beyond_the_end(scene: &mut Scene) -> Result<()> {
 
 /// Changes the length of the file all the time, during reads, writes and recalls of the whole disk. Returns the number
 /// of requests that the kernel could not execute.
-fn shorter_and_longer(lab: &mut Lab, scene: &mut Scene, neighbour: &mut Session) -> Result<u64> {
-    let Scene {
+fn shorter_and_longer(lab: &mut Lab, scene: &mut TapScene, neighbour: &mut Session) -> Result<u64> {
+    let TapScene {
         session,
         store,
         node,
@@ -346,7 +346,7 @@ fn whole_disk(session: &mut Session, neighbour: &mut Session) -> Result<()> {
     let segs = session.segs(4);
     for round in 0..96u32 {
         let at = u64::from(round % 32) * 64;
-        let requests: Vec<Request> = (0..16)
+        let requests: Vec<WireRequest> = (0..16)
             .map(|id| {
                 let op = if id % 2 == 0 { OP_READ } else { OP_WRITE };
                 rw(op, id, LEFT + at + id * 32, &segs)

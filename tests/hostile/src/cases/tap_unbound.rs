@@ -2,13 +2,13 @@
 //! The driver is unbound from a tap disk during requests, and bound again, or the guest disconnects in between.
 
 use super::tap_recalls::stop_under_writes;
-use super::{case, tap_unbound, Case};
+use super::{case, tap_unbound, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{queues, WIDE};
 use crate::standstill::Stoppable;
 use crate::tap::maps::Backed;
-use crate::tap::scene::{while_served, Scene};
+use crate::tap::scene::{while_served, TapScene};
 use crate::tap::server::answer;
 use crate::vbd::state;
 use crate::wait;
@@ -20,7 +20,7 @@ use std::fs;
 use std::sync::atomic::Ordering::Release;
 use std::time::{Duration, Instant};
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_unbound::tap_driver_taken_away,
@@ -59,8 +59,8 @@ fn driver(file: &str, name: &str) -> Result<()> {
 
 /// Sends eight writes of one queue. The process answers the sixth, whose answer takes the slot of the first request.
 /// Returns also the tags of the others.
-fn answered_out_of_order(lab: &Lab) -> Result<(Scene, Vec<u16>)> {
-    let mut scene = Scene::new(lab)?;
+fn answered_out_of_order(lab: &Lab) -> Result<(TapScene, Vec<u16>)> {
+    let mut scene = TapScene::new(lab)?;
     let segs = scene.session.segs(1);
     let queue = scene.session.queue();
     (0..8).for_each(|id| queue.push(&rw(OP_WRITE, id, id * 8, &segs)));
@@ -78,7 +78,7 @@ fn answered_out_of_order(lab: &Lab) -> Result<(Scene, Vec<u16>)> {
 /// Checks that each request is answered once: those from before the unbind, during it, and after it.
 fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
     let (scene, held) = answered_out_of_order(lab)?;
-    let Scene {
+    let TapScene {
         mut session,
         store,
         node,
@@ -124,7 +124,7 @@ fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
         );
         Ok(())
     })?;
-    let scene = Scene {
+    let scene = TapScene {
         session,
         store,
         node,
@@ -136,7 +136,7 @@ fn taken_and_given_back(lab: &mut Lab, dies: bool) -> Result<()> {
 /// The backend releases everything of a guest that is destroyed while its disk has no driver.
 fn taken_and_destroyed(lab: &mut Lab) -> Result<()> {
     let (scene, _) = answered_out_of_order(lab)?;
-    let Scene {
+    let TapScene {
         session,
         node,
         disk,
@@ -155,7 +155,7 @@ fn taken_and_destroyed(lab: &mut Lab) -> Result<()> {
 
 fn tap_unbound_closing(lab: &mut Lab) -> Result<()> {
     let (scene, held) = answered_out_of_order(lab)?;
-    let Scene {
+    let TapScene {
         mut session,
         store,
         node,
@@ -197,7 +197,7 @@ fn tap_rebound_over_standstill(lab: &mut Lab) -> Result<()> {
     let file = device.open()?;
     let mut backed = Backed::by(lab, &lab.disk, &file)?;
     backed.map_all()?;
-    let Scene { session, disk, .. } = &mut backed.scene;
+    let TapScene { session, disk, .. } = &mut backed.scene;
     let still = stop_under_writes(&device, disk, session)?;
     let name = format!("vbd-0-{}", session.vbd.devid());
     // The frontend gives up its requests.

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Commands of io_uring that wait, are malformed, or are cancelled.
 
-use super::{case, tap_uring, Case};
+use super::{case, tap_uring, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::WIDE;
-use crate::tap::scene::Scene;
-use crate::tap::server::{answer, done, Manner, Pipe, Server, Store};
-use crate::tap::uring::{Memory, Ring};
+use crate::tap::scene::TapScene;
+use crate::tap::server::{answer, done, DiskData, Manner, Pipe, TapServer};
+use crate::tap::uring::{CommandMemory, Ring};
 use crate::tap::{Nowhere, TapDisk};
 use crate::wait;
 use crate::wire::{rw, OKAY};
@@ -17,7 +17,7 @@ use ring::tap::abi::{ioctl, Buffer, MAX_COMMANDS};
 use std::collections::HashMap;
 use std::time::Duration;
 
-pub(super) fn all() -> Vec<Case> {
+pub(super) fn all() -> Vec<AttackCase> {
     vec![
         case!(
             tap_uring::tap_ring_serves,
@@ -63,8 +63,8 @@ fn tap_rings_serve(lab: &mut Lab) -> Result<()> {
 }
 
 fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
-    let (disk, store, pipe) = (TapDisk::make()?, Store::new()?, Pipe::new()?);
-    let server = Server::start(&disk, &store, &pipe, manner)?;
+    let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
+    let server = TapServer::start(&disk, &store, &pipe, manner)?;
     let mut session = lab.session_on_tap(&disk, WIDE)?;
     session.exercise(0, 1)?;
     let mut server = Some(server);
@@ -78,9 +78,9 @@ fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
         let writes: Vec<_> = (0..16).map(write).collect();
         session.spread(&writes)?;
         if round % 2 == 0 {
-            drop(Server::start(&disk, &store, &pipe, manner)?);
+            drop(TapServer::start(&disk, &store, &pipe, manner)?);
         }
-        server = Some(Server::start(&disk, &store, &pipe, manner)?);
+        server = Some(TapServer::start(&disk, &store, &pipe, manner)?);
         let answers = session.answers(16)?;
         ensure!(answers.iter().all(|a| a.status == OKAY), "{answers:?}");
         session.exercise(200, round)?;
@@ -91,7 +91,7 @@ fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
 }
 
 fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let mut ring = Ring::new()?;
     let node = &scene.node;
     let wrong = |ring: &mut Ring, what: &str, number, payload, wanted: &[i32]| -> Result<()> {
@@ -102,7 +102,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
         }
         Ok(())
     };
-    let good = Memory::new(&[]).payload();
+    let good = CommandMemory::new(&[]).payload();
     let fault = [-libc::EFAULT, -libc::EINVAL];
     wrong(
         &mut ring,
@@ -140,7 +140,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
         wrong(&mut ring, "an address", ioctl::EXCHANGE, junk, &fault)?;
     }
     // One command waits, and will be cancelled.
-    let first = Memory::new(&[]);
+    let first = CommandMemory::new(&[]);
     ring.exchange(&scene.node, &first, 10)?;
     ensure!(ring.next(NONE_YET)?.is_none(), "it did not wait");
     // Only the end of a ring cancels a command; an explicit cancel fails.
@@ -156,7 +156,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
     // Another command in its place gets the requests, wherever it was issued; its commits are taken when it is issued.
     let mut commits = Vec::new();
     for (round, elsewhere) in [false, true, false, true].into_iter().enumerate() {
-        let memory = Memory::new(&commits);
+        let memory = CommandMemory::new(&commits);
         let payload = memory.payload();
         ring.command(&scene.node, ioctl::EXCHANGE, payload, 14, elsewhere)?;
         if round > 0 {
@@ -178,11 +178,11 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
 /// Each command has room for one tag, so that each gets one request.
 fn tap_ring_many(lab: &mut Lab) -> Result<()> {
     const ALL: u64 = MAX_COMMANDS as u64;
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let mut rings = [Ring::new()?, Ring::new()?];
     let mut waiting = HashMap::new();
     for id in 0..1000u64 {
-        let memory = Memory::with_room(1);
+        let memory = CommandMemory::with_room(1);
         let ring = &mut rings[(id % 2) as usize];
         ring.exchange(&scene.node, &memory, id)?;
         if id < ALL {
@@ -209,14 +209,14 @@ fn tap_ring_many(lab: &mut Lab) -> Result<()> {
     }
     ensure!(sent == ALL, "{sent} requests for {ALL} commands");
     // A ring ends with half of them, which frees their places.
-    let mut memories: Vec<Memory> = (0..ALL).map(|_| Memory::with_room(1)).collect();
+    let mut memories: Vec<CommandMemory> = (0..ALL).map(|_| CommandMemory::with_room(1)).collect();
     for (id, memory) in (0..).zip(&memories) {
         rings[(id % 2) as usize].exchange(&scene.node, memory, id)?;
     }
     rings[0] = Ring::new()?;
     for id in (0..ALL).step_by(2) {
         memories[id as usize] = wait::until("room for a command", ANSWER, || {
-            let memory = Memory::with_room(1);
+            let memory = CommandMemory::with_room(1);
             rings[0].exchange(&scene.node, &memory, id)?;
             match rings[0].next(Duration::ZERO)? {
                 None => Ok(Some(memory)),
@@ -248,10 +248,14 @@ fn either(rings: &mut [Ring]) -> Result<(u64, i32)> {
 }
 
 fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     let mut ring = Ring::new()?;
     for (id, place) in (20..).zip([Nowhere::Null, Nowhere::NonCanonical, Nowhere::Kernel]) {
-        ring.exchange(&scene.node, &Memory::with_tags_at(place.address()), id)?;
+        ring.exchange(
+            &scene.node,
+            &CommandMemory::with_tags_at(place.address()),
+            id,
+        )?;
         scene.send(4)?;
         let got = result(&mut ring, id)?;
         ensure!(
@@ -266,10 +270,10 @@ fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let mut scene = TapScene::new(lab)?;
     for round in 0..40u64 {
         let mut ring = Ring::new()?;
-        let waiting = Memory::new(&[]);
+        let waiting = CommandMemory::new(&[]);
         ring.exchange(&scene.node, &waiting, round)?;
         if round % 2 == 0 {
             drop(ring);
@@ -282,14 +286,14 @@ fn tap_ring_thrown_away(lab: &mut Lab) -> Result<()> {
             // The answer is in a ring that ends right after it.
             let desc = scene.node.desc(tags[0])?;
             scene.store.execute(&scene.node, &desc)?;
-            let memory = Memory::new(&[done(&desc)]);
+            let memory = CommandMemory::new(&[done(&desc)]);
             ring.exchange(&scene.node, &memory, round)?;
             scene.answered(1)?;
             drop(ring);
             ring = Ring::new()?;
         }
         let memory = wait::until("room for a command", ANSWER, || {
-            let memory = Memory::new(&[]);
+            let memory = CommandMemory::new(&[]);
             ring.exchange(&scene.node, &memory, round)?;
             match ring.next(NONE_YET)? {
                 None => Ok(Some(memory)),

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The calls, and the result that each must have.
 
-use super::ledger::{Ledger, Verdict};
-use super::process::{Effect, Process};
+use super::ledger::{Ledger, LedgerVerdict};
+use super::process::{Effect, FuzzProcess};
 use crate::rng::Rng;
-use crate::tap::server::{done, Store};
-use crate::tap::uring::Memory;
+use crate::tap::server::{done, DiskData};
+use crate::tap::uring::CommandMemory;
 use crate::tap::{
-    call, call_nowhere, control, expect, query, records, Map, Node, Nowhere, TapDisk, CLAIMS,
-    SECTORS,
+    call, call_nowhere, control, expect, query, records, FileMapping, Nowhere, TapDisk, TapNode,
+    CLAIMS, SECTORS,
 };
 use crate::wait;
 use anyhow::{ensure, Context, Result};
@@ -35,8 +35,8 @@ const SMALL: u32 = 4 << 10;
 
 /// Makes any call of a process that is served.
 pub(super) fn any(
-    process: &mut Process,
-    store: &Store,
+    process: &mut FuzzProcess,
+    store: &DiskData,
     ledger: &mut Ledger,
     rng: &mut Rng,
 ) -> Result<()> {
@@ -49,7 +49,11 @@ pub(super) fn any(
 }
 
 /// Makes a call that cannot delay or fail any request of the frontend.
-pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
+pub(super) fn harmless(
+    process: &mut FuzzProcess,
+    ledger: &mut Ledger,
+    rng: &mut Rng,
+) -> Result<()> {
     match rng.below(15) {
         0 => lie(process, ledger, rng),
         1 => false_arrays(process, rng),
@@ -73,7 +77,7 @@ pub(super) fn harmless(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng
 
 /// Claims again: refused while the process has requests; otherwise it gets more as soon as it starts again. A waiting
 /// command may bring some at any time.
-fn claim_again(process: &mut Process) -> Result<()> {
+fn claim_again(process: &mut FuzzProcess) -> Result<()> {
     if process.has_commands() {
         return Ok(());
     }
@@ -87,7 +91,7 @@ fn claim_again(process: &mut Process) -> Result<()> {
 }
 
 /// Makes calls of a process that has not started the disk.
-pub(super) fn before_the_start(process: &mut Process, rng: &mut Rng) -> Result<()> {
+pub(super) fn before_the_start(process: &mut FuzzProcess, rng: &mut Rng) -> Result<()> {
     let invalid = &[libc::EINVAL];
     for _ in 0..rng.below(4) {
         let node = &process.node;
@@ -108,7 +112,12 @@ pub(super) fn before_the_start(process: &mut Process, rng: &mut Rng) -> Result<(
 }
 
 /// Fetches tags, and completes some of its requests.
-fn speak(process: &mut Process, store: &Store, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
+fn speak(
+    process: &mut FuzzProcess,
+    store: &DiskData,
+    ledger: &mut Ledger,
+    rng: &mut Rng,
+) -> Result<()> {
     if rng.below(2) == 0 {
         let tags = process.node.exchange(&[])?;
         process.got(&tags, ledger)?;
@@ -127,8 +136,8 @@ fn speak(process: &mut Process, store: &Store, ledger: &mut Ledger, rng: &mut Rn
 
 /// Makes completions that are valid, false or malformed. Those behind a malformed one have no effect.
 fn statements(
-    process: &Process,
-    store: &Store,
+    process: &FuzzProcess,
+    store: &DiskData,
     rng: &mut Rng,
 ) -> Result<Vec<(Completion, Effect)>> {
     let mut said = Vec::new();
@@ -148,17 +157,17 @@ fn statements(
         let right = done(&desc);
         let failed = |errno: i32| {
             let result = -errno;
-            let verdict = Verdict::Failed(errno);
+            let verdict = LedgerVerdict::Failed(errno);
             (Completion { result, ..right }, Effect::Ended(desc, verdict))
         };
         let statement = match rng.below(8) {
             0 => failed(1 + rng.below(4095) as i32),
             1 => failed(libc::EOPNOTSUPP),
-            2 => (right, Effect::Ended(desc, Verdict::Lie)),
+            2 => (right, Effect::Ended(desc, LedgerVerdict::Lie)),
             // If the completion has no effect the process must not execute the request, which may fail later.
             3 | 4 if !broken => {
                 store.execute(&process.node, &desc)?;
-                (right, Effect::Ended(desc, Verdict::Right))
+                (right, Effect::Ended(desc, LedgerVerdict::Right))
             }
             _ => {
                 let flags = COMPLETION_RETURNED;
@@ -200,7 +209,7 @@ fn malformed(rng: &mut Rng) -> Completion {
 }
 
 /// Sends only false completions.
-fn lie(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
+fn lie(process: &mut FuzzProcess, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     let mut said = Vec::new();
     for _ in 0..1 + rng.below(80) {
         said.push((process.false_completion(rng)?, Effect::Refused));
@@ -215,7 +224,7 @@ fn lie(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> 
 }
 
 /// Sends false completions in an array that is longer than its memory.
-fn false_arrays(process: &mut Process, rng: &mut Rng) -> Result<()> {
+fn false_arrays(process: &mut FuzzProcess, rng: &mut Rng) -> Result<()> {
     const SIZE: usize = size_of::<Completion>();
     let there = rng.below(100) as usize;
     let start = 4096 - there * SIZE;
@@ -246,7 +255,7 @@ fn false_arrays(process: &mut Process, rng: &mut Rng) -> Result<()> {
 }
 
 /// Fetches tags to memory that is not writable, or only in part.
-fn tags_nowhere(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
+fn tags_nowhere(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     let len = rng.pick(&[1, 2, 32, 33, MAX_TAGS]);
     let before = process.node.ask()?;
     let (none, place) = ((Nowhere::Null, 0), rng.pick(&Nowhere::ALL));
@@ -275,7 +284,7 @@ fn tags_nowhere(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result
     Ok(())
 }
 
-fn arguments_nowhere(process: &Process, rng: &mut Rng) -> Result<()> {
+fn arguments_nowhere(process: &FuzzProcess, rng: &mut Rng) -> Result<()> {
     let place = rng.pick(&Nowhere::ALL);
     let number = rng.pick(&[
         ioctl::INFO,
@@ -321,7 +330,7 @@ fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
 }
 
 /// Maps any offset, size and protection: only the two areas can be mapped, as a whole.
-fn mapping(node: &Node, rng: &mut Rng) -> Result<()> {
+fn mapping(node: &TapNode, rng: &mut Rng) -> Result<()> {
     let (small, large) = (node.info.descriptors_len, node.info.arena_len);
     let page = |number: u64| number * 4096;
     let offset = match rng.below(6) {
@@ -345,7 +354,7 @@ fn mapping(node: &Node, rng: &mut Rng) -> Result<()> {
         libc::PROT_READ | libc::PROT_EXEC,
     ]);
     let flags = rng.pick(&[libc::MAP_SHARED, libc::MAP_SHARED, libc::MAP_PRIVATE]);
-    let map = Map::new(&node.file, offset, len as usize, protection, flags);
+    let map = FileMapping::new(&node.file, offset, len as usize, protection, flags);
     let area = match offset {
         MMAP_DESCRIPTORS => len == small && protection & libc::PROT_WRITE == 0,
         MMAP_ARENA => len == large,
@@ -364,7 +373,7 @@ fn mapping(node: &Node, rng: &mut Rng) -> Result<()> {
 }
 
 /// Reads tags into a small buffer.
-fn read(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
+fn read(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     let mut bytes = [0; 9];
     let len = rng.below(10) as usize;
     match process.node.read_into(&mut bytes[..len]) {
@@ -378,7 +387,7 @@ fn read(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
 }
 
 /// Polls: the node is readable only while requests wait.
-fn poll(process: &Process) -> Result<()> {
+fn poll(process: &FuzzProcess) -> Result<()> {
     let ready = wait::readable(process.node.file.as_raw_fd(), Duration::ZERO)?;
     let info = process.node.ask()?;
     ensure!(info.state == STATE_LIVE, "{info:?}");
@@ -390,24 +399,24 @@ fn poll(process: &Process) -> Result<()> {
     Ok(())
 }
 
-fn another_opener(process: &Process) -> Result<()> {
+fn another_opener(process: &FuzzProcess) -> Result<()> {
     let path = format!("/dev/xentap/{}", process.node.info.minor);
     for flags in [0, libc::O_NONBLOCK] {
-        let other = Node::file(path.as_ref(), flags);
+        let other = TapNode::file(path.as_ref(), flags);
         expect("a second opener", other, &[libc::EBUSY])?;
     }
     Ok(())
 }
 
 /// Sends a command of io_uring with a wrong number or argument.
-fn wrong_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
+fn wrong_command(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     const UNKNOWN: &[i32] = &[-libc::EOPNOTSUPP, -libc::ENOTTY];
     const INVALID: &[i32] = &[-libc::EINVAL];
     const NOWHERE: &[i32] = &[-libc::EFAULT, -libc::EINVAL];
     if !process.may_send() {
         return Ok(());
     }
-    let good = Memory::new(&[]).payload();
+    let good = CommandMemory::new(&[]).payload();
     let (number, payload, wanted) = match rng.below(4) {
         0 => {
             let number = rng.next() as u32;
@@ -434,18 +443,18 @@ fn wrong_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Resul
 }
 
 /// Sends a command without memory for its tags; it may wait before it fails.
-fn faulty_command(process: &mut Process, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
+fn faulty_command(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     const RESULTS: &[i32] = &[-libc::EFAULT, -libc::EINVAL, -libc::EBUSY];
     if !process.may_send() {
         return Ok(());
     }
     let place = rng.pick(&Nowhere::ALL);
-    let payload = Memory::with_tags_at(place.address()).payload();
+    let payload = CommandMemory::with_tags_at(place.address()).payload();
     process.send_wrong((ioctl::EXCHANGE, payload), RESULTS, false, true, ledger)
 }
 
 /// Sends a command that may wait, or tries to cancel one.
-fn waiting_command(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
+fn waiting_command(process: &mut FuzzProcess, ledger: &mut Ledger, rng: &mut Rng) -> Result<()> {
     if !process.may_send() {
         return Ok(());
     }
@@ -456,7 +465,7 @@ fn waiting_command(process: &mut Process, ledger: &mut Ledger, rng: &mut Rng) ->
 }
 
 /// Describes the disk with bytes that are nearly valid, or random. Only the size may change.
-fn describe(process: &mut Process, rng: &mut Rng) -> Result<()> {
+fn describe(process: &mut FuzzProcess, rng: &mut Rng) -> Result<()> {
     let size = rng.pick(&[SECTORS, SECTORS, 8, SECTORS * 2, 1 << 54, u64::MAX]);
     let flags = rng.pick(&[GEOMETRY_WRITE_CACHE, GEOMETRY_WRITE_CACHE, 0, 1, 4]);
     let mut bytes = match rng.below(5) {
@@ -502,7 +511,7 @@ fn describe(process: &mut Process, rng: &mut Rng) -> Result<()> {
 }
 
 /// Makes calls of the supervisor while the disk is open.
-fn control_node(process: &Process, rng: &mut Rng) -> Result<()> {
+fn control_node(process: &FuzzProcess, rng: &mut Rng) -> Result<()> {
     let ours = process.node.info.minor;
     let file = control()?;
     match rng.below(5) {

@@ -3,8 +3,8 @@
 
 use crate::rng::Rng;
 use crate::session::Session;
-use crate::tap::Node;
-use crate::wire::{flush, rw, Answer, Request, Seg, ERROR, OKAY, UNSUPPORTED};
+use crate::tap::TapNode;
+use crate::wire::{flush, rw, Seg, WireRequest, WireResponse, ERROR, OKAY, UNSUPPORTED};
 use anyhow::{ensure, Context, Result};
 use ring::abi::{OP_READ, OP_WRITE, PAGE_SIZE};
 use ring::tap::abi::{self, Desc};
@@ -23,7 +23,7 @@ const SECTORS: u64 = 8;
 
 /// Result that a request must have.
 #[derive(Clone, Debug)]
-enum Fate {
+enum RequestFate {
     /// Executed; a read has these values, one for each page.
     Right(Vec<u32>),
     /// Failed by the process, with this status.
@@ -33,22 +33,22 @@ enum Fate {
 }
 
 #[derive(Clone, Debug)]
-struct Asked {
-    request: Request,
+struct LedgerRequest {
+    request: WireRequest,
     op: u8,
     place: usize,
     /// Its data pages.
     pages: std::ops::Range<usize>,
     /// Data of a write.
     value: u32,
-    fate: Option<Fate>,
+    fate: Option<RequestFate>,
     /// A process had the request when it died.
     replay: bool,
 }
 
 /// Answer of the process to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum LedgerVerdict {
     /// It has executed the request.
     Right,
     /// It failed the request, with this errno.
@@ -59,7 +59,7 @@ pub(super) enum Verdict {
 
 /// The requests of a batch, and the content of the disk.
 pub(super) struct Ledger {
-    asked: Vec<Asked>,
+    asked: Vec<LedgerRequest>,
     /// Arrival number of the first of them.
     first: u64,
     content: [[u32; PAGES]; PLACES],
@@ -112,7 +112,7 @@ impl Ledger {
                 word.store(if op == abi::OP_READ { !value } else { value }, Relaxed);
             }
             session.queues[queue].push(&request);
-            self.asked.push(Asked {
+            self.asked.push(LedgerRequest {
                 request,
                 op,
                 place,
@@ -137,7 +137,7 @@ impl Ledger {
     }
 
     /// Returns the requests without a result.
-    pub(super) fn open(&self) -> Vec<&Request> {
+    pub(super) fn open(&self) -> Vec<&WireRequest> {
         let open = self.asked.iter().filter(|asked| asked.fate.is_none());
         open.map(|asked| &asked.request).collect()
     }
@@ -149,7 +149,7 @@ impl Ledger {
     }
 
     /// Checks a delivery.
-    pub(super) fn delivered(&self, node: &Node, desc: &Desc) -> Result<()> {
+    pub(super) fn delivered(&self, node: &TapNode, desc: &Desc) -> Result<()> {
         let mut bytes = 0;
         for segment in node.segments(desc)? {
             let end = u64::from(segment.offset) + u64::from(segment.len);
@@ -188,7 +188,7 @@ impl Ledger {
             "a wrong mark of a replay: {desc:?}"
         );
         // Overlapping requests are delivered one after the other.
-        let data = |asked: &Asked| asked.op != abi::OP_FLUSH;
+        let data = |asked: &LedgerRequest| asked.op != abi::OP_FLUSH;
         for earlier in &self.asked[..index] {
             let reads = earlier.op == abi::OP_READ && asked.op == abi::OP_READ;
             let overlaps = data(asked) && data(earlier) && earlier.place == asked.place;
@@ -214,25 +214,25 @@ impl Ledger {
     }
 
     /// Records the answer of the process to a request.
-    pub(super) fn ended(&mut self, desc: &Desc, verdict: Verdict) {
+    pub(super) fn ended(&mut self, desc: &Desc, verdict: LedgerVerdict) {
         let Some(index) = self.index(desc) else {
             return;
         };
         let asked = &mut self.asked[index];
         let content = &mut self.content[asked.place][..asked.pages.len()];
-        if verdict == Verdict::Right && asked.op == abi::OP_WRITE {
+        if verdict == LedgerVerdict::Right && asked.op == abi::OP_WRITE {
             content.fill(asked.value);
         }
         asked.fate = Some(match verdict {
-            Verdict::Right => Fate::Right(content.to_vec()),
-            Verdict::Failed(libc::EOPNOTSUPP) => Fate::Failed(UNSUPPORTED),
-            Verdict::Failed(_) => Fate::Failed(ERROR),
-            Verdict::Lie => Fate::Lie,
+            LedgerVerdict::Right => RequestFate::Right(content.to_vec()),
+            LedgerVerdict::Failed(libc::EOPNOTSUPP) => RequestFate::Failed(UNSUPPORTED),
+            LedgerVerdict::Failed(_) => RequestFate::Failed(ERROR),
+            LedgerVerdict::Lie => RequestFate::Lie,
         });
     }
 
     /// Compares the answers of a batch with the completions of the process.
-    pub(super) fn judge(&self, session: &Session, answers: &[Answer]) -> Result<()> {
+    pub(super) fn judge(&self, session: &Session, answers: &[WireResponse]) -> Result<()> {
         ensure!(answers.len() == self.asked.len(), "answers: {answers:?}");
         for asked in &self.asked {
             let request = &asked.request;
@@ -241,14 +241,14 @@ impl Ledger {
             ensure!(own.next().is_none(), "two answers to {request:?}");
             let fate = asked.fate.as_ref().context("no fate")?;
             let status = match fate {
-                Fate::Right(_) | Fate::Lie => OKAY,
-                Fate::Failed(status) => *status,
+                RequestFate::Right(_) | RequestFate::Lie => OKAY,
+                RequestFate::Failed(status) => *status,
             };
             ensure!(
                 answer.status == status && answer.op == request.echo(),
                 "{answer:?} answers {request:?}, whose fate is {fate:?}"
             );
-            if let (Fate::Right(values), abi::OP_READ) = (fate, asked.op) {
+            if let (RequestFate::Right(values), abi::OP_READ) = (fate, asked.op) {
                 for (page, value) in asked.pages.clone().zip(values) {
                     holds(session, page, *value).with_context(|| format!("{request:?}"))?;
                 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The process: its requests, its completions, and the counters that must agree with these.
 
-use super::ledger::{Ledger, Verdict};
+use super::ledger::{Ledger, LedgerVerdict};
 use crate::queue::ANSWER;
 use crate::rng::Rng;
-use crate::tap::server::{done, Store};
-use crate::tap::uring::{Memory, Ring};
-use crate::tap::{Map, Node, TapDisk, SECTORS};
+use crate::tap::server::{done, DiskData};
+use crate::tap::uring::{CommandMemory, Ring};
+use crate::tap::{FileMapping, TapDisk, TapNode, SECTORS};
 use crate::wait;
 use anyhow::{bail, ensure, Context, Result};
 use ring::tap::abi::{
@@ -22,7 +22,7 @@ const COMMANDS: usize = 4;
 
 /// Counts of events: a run without one of them shows nothing about it.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct ProcessEvents {
     /// Requests that were executed.
     executed: u32,
     /// Requests that it failed.
@@ -45,10 +45,10 @@ pub(super) struct Seen {
     wrong: u32,
 }
 
-impl Seen {
+impl ProcessEvents {
     /// Returns true if every event happened.
     pub(super) fn is_whole(&self) -> bool {
-        let Seen {
+        let ProcessEvents {
             executed,
             failed,
             lies,
@@ -76,14 +76,14 @@ pub(super) enum Effect {
     /// The request is delivered again.
     Returned(Desc),
     /// The request has a result.
-    Ended(Desc, Verdict),
+    Ended(Desc, LedgerVerdict),
 }
 
 /// A command of io_uring that has not completed.
 enum Sent {
     /// An exchange, whose completions may be malformed.
     Exchange {
-        memory: Memory,
+        memory: CommandMemory,
         malformed: bool,
         elsewhere: bool,
     },
@@ -92,10 +92,10 @@ enum Sent {
 }
 
 /// A process that has the node open.
-pub(super) struct Process {
-    pub(super) node: Node,
+pub(super) struct FuzzProcess {
+    pub(super) node: TapNode,
     /// A page in front of an address that is not mapped.
-    pub(super) edge: Map,
+    pub(super) edge: FileMapping,
     ring: Ring,
     sent: BTreeMap<u64, Sent>,
     next: u64,
@@ -108,24 +108,25 @@ pub(super) struct Process {
     refused: u64,
     committed: u64,
     /// Counts of this process and of those before.
-    pub(super) seen: Seen,
+    pub(super) seen: ProcessEvents,
 }
 
-impl Process {
+impl FuzzProcess {
     /// Opens the disk; an earlier process may have it open for a moment longer.
-    pub(super) fn open(disk: &TapDisk) -> Result<Process> {
-        let file = wait::until("a node that can be opened", ANSWER, || {
-            match Node::file(&disk.path(), libc::O_NONBLOCK) {
-                Ok(file) => Ok(Some(file)),
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
-                Err(error) => Err(error).context("a node cannot be opened"),
-            }
+    pub(super) fn open(disk: &TapDisk) -> Result<FuzzProcess> {
+        let file = wait::until("a node that can be opened", ANSWER, || match TapNode::file(
+            &disk.path(),
+            libc::O_NONBLOCK,
+        ) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+            Err(error) => Err(error).context("a node cannot be opened"),
         })?;
-        let node = Node::of(file)?;
-        Ok(Process {
+        let node = TapNode::of(file)?;
+        Ok(FuzzProcess {
             before: node.info,
             node,
-            edge: Map::edge()?,
+            edge: FileMapping::edge()?,
             ring: Ring::new()?,
             sent: BTreeMap::new(),
             next: 1,
@@ -133,7 +134,7 @@ impl Process {
             old: Vec::new(),
             refused: 0,
             committed: 0,
-            seen: Seen::default(),
+            seen: ProcessEvents::default(),
         })
     }
 
@@ -146,7 +147,7 @@ impl Process {
     }
 
     /// Lets the process die with all of its requests; returns the next one, which has not started.
-    pub(super) fn die(mut self, disk: &TapDisk, ledger: &mut Ledger) -> Result<Process> {
+    pub(super) fn die(mut self, disk: &TapDisk, ledger: &mut Ledger) -> Result<FuzzProcess> {
         self.drain(ledger)?;
         self.judge(ledger)?;
         self.seen.deaths += u32::from(!self.held.is_empty());
@@ -155,7 +156,7 @@ impl Process {
             self.old.push(done(desc));
         }
         ledger.died();
-        let Process {
+        let FuzzProcess {
             node,
             ring,
             old,
@@ -164,7 +165,7 @@ impl Process {
         } = self;
         drop(ring);
         drop(node);
-        let mut next = Process::open(disk)?;
+        let mut next = FuzzProcess::open(disk)?;
         next.old = old;
         next.seen = seen;
         Ok(next)
@@ -206,14 +207,14 @@ impl Process {
     }
 
     /// Fetches all requests, and executes and commits all that it has.
-    pub(super) fn serve(&mut self, store: &Store, ledger: &mut Ledger) -> Result<()> {
+    pub(super) fn serve(&mut self, store: &DiskData, ledger: &mut Ledger) -> Result<()> {
         let tags = self.node.exchange(&[]).context("an honest fetch fails")?;
         self.got(&tags, ledger)?;
         self.drain(ledger)?;
         let mut commits = Vec::new();
         for desc in self.held.clone() {
             store.execute(&self.node, &desc)?;
-            commits.push((done(&desc), Effect::Ended(desc, Verdict::Right)));
+            commits.push((done(&desc), Effect::Ended(desc, LedgerVerdict::Right)));
         }
         if commits.is_empty() {
             std::thread::yield_now();
@@ -245,9 +246,9 @@ impl Process {
                     self.committed += 1;
                     ledger.ended(desc, *verdict);
                     match verdict {
-                        Verdict::Right => self.seen.executed += 1,
-                        Verdict::Failed(_) => self.seen.failed += 1,
-                        Verdict::Lie => self.seen.lies += 1,
+                        LedgerVerdict::Right => self.seen.executed += 1,
+                        LedgerVerdict::Failed(_) => self.seen.failed += 1,
+                        LedgerVerdict::Lie => self.seen.lies += 1,
                     }
                     desc
                 }
@@ -348,7 +349,7 @@ impl Process {
     ) -> Result<()> {
         ensure!(said.is_empty() || !elsewhere, "commits without a moment");
         let completions: Vec<Completion> = said.iter().map(|(said, _)| *said).collect();
-        let memory = Memory::new(&completions);
+        let memory = CommandMemory::new(&completions);
         let payload = memory.payload();
         let id = self.id();
         self.ring

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Creation, inspection and removal of tap disks, as the supervisor does them.
 
-use super::node::{call, Node};
+use super::node::{call, TapNode};
 use crate::wait;
 use anyhow::{Context, Result};
 use ring::tap::abi::{self, ioctl, CreateCommand, Destroy, Info};
@@ -103,13 +103,13 @@ impl TapDisk {
     }
 
     /// Opens its node.
-    pub(crate) fn open(&self) -> Result<Node> {
-        let node = Node::open(&self.path());
+    pub(crate) fn open(&self) -> Result<TapNode> {
+        let node = TapNode::open(&self.path());
         node.with_context(|| format!("{} cannot be opened", self.path().display()))
     }
 
     /// Opens, describes and starts it.
-    pub(crate) fn start(&self) -> Result<Node> {
+    pub(crate) fn start(&self) -> Result<TapNode> {
         let node = self.open()?;
         node.describe(SECTORS, abi::GEOMETRY_WRITE_CACHE)
             .context("an honest description is refused")?;

@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 /// A mapping of a file.
-pub(crate) struct Map {
+pub(crate) struct FileMapping {
     base: NonNull<u8>,
     len: usize,
     /// Number of inaccessible bytes behind the mapping.
@@ -21,11 +21,11 @@ pub(crate) struct Map {
 const PAGE: usize = 4096;
 
 // SAFETY: The mapping belongs to the value, and all accesses to it are atomic.
-unsafe impl Send for Map {}
+unsafe impl Send for FileMapping {}
 // SAFETY: As above.
-unsafe impl Sync for Map {}
+unsafe impl Sync for FileMapping {}
 
-impl Map {
+impl FileMapping {
     /// Maps `len` bytes with these `PROT_*` and `MAP_*`.
     pub(crate) fn new(
         file: &File,
@@ -33,7 +33,7 @@ impl Map {
         len: usize,
         protection: i32,
         flags: i32,
-    ) -> io::Result<Map> {
+    ) -> io::Result<FileMapping> {
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: A new mapping; nothing refers to its place.
         let base = unsafe {
@@ -51,11 +51,11 @@ impl Map {
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
         let guard = 0;
-        Ok(Map { base, len, guard })
+        Ok(FileMapping { base, len, guard })
     }
 
     /// Returns one page of this program's memory with an inaccessible page behind it.
-    pub(crate) fn edge() -> io::Result<Map> {
+    pub(crate) fn edge() -> io::Result<FileMapping> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: A new mapping; nothing refers to its place.
         let base = unsafe {
@@ -72,7 +72,7 @@ impl Map {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        let map = Map {
+        let map = FileMapping {
             base,
             len: PAGE,
             guard: PAGE,
@@ -81,7 +81,7 @@ impl Map {
         Ok(map)
     }
 
-    /// Returns the address of a byte of an [`edge`](Map::edge).
+    /// Returns the address of a byte of an [`edge`](FileMapping::edge).
     pub(crate) fn address(&self, offset: usize) -> Address<'_> {
         // A write of the kernel beyond the end must not reach other memory.
         assert!(self.guard > 0, "there is no guard");
@@ -146,7 +146,7 @@ impl Map {
     }
 }
 
-impl Drop for Map {
+impl Drop for FileMapping {
     fn drop(&mut self) {
         // SAFETY: The mapping was made by `new`, and no reference to it is left.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len + self.guard) };

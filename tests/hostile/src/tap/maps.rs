@@ -2,10 +2,10 @@
 //! Storage behind a tap disk that the kernel may use, and the mappings of its process.
 
 use super::node::call;
-use super::scene::Scene;
-use super::server::Store;
-use super::{control, Node, TapDisk, SECTORS};
-use crate::disk::Disk;
+use super::scene::TapScene;
+use super::server::DiskData;
+use super::{control, TapDisk, TapNode, SECTORS};
+use crate::disk::BackingDevice;
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::PLAIN;
@@ -51,7 +51,7 @@ pub(crate) fn flush() -> MapOp {
     }
 }
 
-impl Node {
+impl TapNode {
     /// Changes mappings, and returns their state.
     pub(crate) fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {
         change(&self.file, ops)
@@ -84,7 +84,7 @@ pub(crate) fn mapped(disk: &TapDisk) -> Result<Mapped> {
 }
 
 /// Maps the first `sectors` sectors of the disk, and nothing else, and checks whether the kernel takes the mapping.
-pub(crate) fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
+pub(crate) fn map(node: &TapNode, sectors: u64, is_taken: bool) -> Result<()> {
     let before = node.maps(&[recall(0, u64::MAX)])?;
     let maps = node.maps(&[set(0, sectors, before.generation), flush()])?;
     let refused = maps.refused - before.refused;
@@ -96,12 +96,12 @@ pub(crate) fn map(node: &Node, sectors: u64, is_taken: bool) -> Result<()> {
 }
 
 /// Returns a disk with this storage, open as `file`, as its backing and no mapping.
-pub(crate) fn scene_on(lab: &Lab, file: &File, path: &Path) -> Result<Scene> {
+pub(crate) fn scene_on(lab: &Lab, file: &File, path: &Path) -> Result<TapScene> {
     let disk = TapDisk::make()?;
     add(&disk, 0, file, true)?;
-    let (node, store) = (disk.start()?, Store::on(path)?);
+    let (node, store) = (disk.start()?, DiskData::on(path)?);
     let session = lab.session_on_tap(&disk, PLAIN)?;
-    Ok(Scene {
+    Ok(TapScene {
         session,
         store,
         node,
@@ -153,7 +153,7 @@ pub(crate) fn remove(disk: &TapDisk, number: u32) -> io::Result<()> {
 
 /// A disk with a backing, its process in this program, which serves it from the same storage, and a frontend.
 pub(crate) struct Backed {
-    pub(crate) scene: Scene,
+    pub(crate) scene: TapScene,
     sectors: u64,
 }
 
@@ -163,12 +163,12 @@ impl Backed {
     }
 
     /// Returns such a disk with `device` as its backing.
-    pub(crate) fn on(lab: &Lab, device: &Disk) -> Result<Backed> {
+    pub(crate) fn on(lab: &Lab, device: &BackingDevice) -> Result<Backed> {
         Backed::by(lab, device, &device.open()?)
     }
 
     /// Returns such a disk whose kernel uses the device through this file.
-    pub(crate) fn by(lab: &Lab, device: &Disk, file: &File) -> Result<Backed> {
+    pub(crate) fn by(lab: &Lab, device: &BackingDevice, file: &File) -> Result<Backed> {
         Ok(Backed {
             scene: scene_on(lab, file, device.path())?,
             sectors: device.sectors,

@@ -11,5 +11,5 @@ pub(crate) mod signal;
 pub(crate) mod uring;
 
 pub(crate) use disk::{control, leave, query, TapDisk, SECTORS};
-pub(crate) use map::Map;
-pub(crate) use node::{call, call_nowhere, expect, records, Address, Node, Nowhere, CLAIMS};
+pub(crate) use map::FileMapping;
+pub(crate) use node::{call, call_nowhere, expect, records, Address, Nowhere, TapNode, CLAIMS};

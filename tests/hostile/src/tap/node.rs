@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The node of a tap disk as its process sees it.
 
-use super::Map;
+use super::FileMapping;
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::{
     ioctl, Buffer, Claims, Completion, Desc, DiscardLimits, Exchange, Geometry, Info, ParamHead,
@@ -144,28 +144,29 @@ pub(crate) fn records(sectors: u64, flags: u32) -> Vec<u8> {
 }
 
 /// An open node.
-pub(crate) struct Node {
+pub(crate) struct TapNode {
     pub(crate) file: File,
     pub(crate) info: Info,
-    descriptors: Map,
-    arena: Map,
+    descriptors: FileMapping,
+    arena: FileMapping,
 }
 
-impl Node {
+impl TapNode {
     /// Opens a node and maps its areas.
-    pub(crate) fn open(path: &Path) -> Result<Node> {
-        Node::of(Node::file(path, 0)?)
+    pub(crate) fn open(path: &Path) -> Result<TapNode> {
+        TapNode::of(TapNode::file(path, 0)?)
     }
 
     /// Maps the areas of an open node.
-    pub(crate) fn of(file: File) -> Result<Node> {
+    pub(crate) fn of(file: File) -> Result<TapNode> {
         let mut info = Info::default();
         call(&file, ioctl::INFO, &mut info).context("a node says nothing of itself")?;
         let (descriptors, arena) = (info.descriptors_len as usize, info.arena_len as usize);
         let both = libc::PROT_READ | libc::PROT_WRITE;
         let shared = libc::MAP_SHARED;
-        let map = |offset, len, protection| Map::new(&file, offset, len, protection, shared);
-        Ok(Node {
+        let map =
+            |offset, len, protection| FileMapping::new(&file, offset, len, protection, shared);
+        Ok(TapNode {
             descriptors: map(MMAP_DESCRIPTORS, descriptors, libc::PROT_READ)
                 .context("the descriptors cannot be mapped")?,
             arena: map(MMAP_ARENA, arena, both).context("the arena cannot be mapped")?,
@@ -328,12 +329,12 @@ impl Node {
     }
 
     /// Returns the arena.
-    pub(crate) fn arena(&self) -> &Map {
+    pub(crate) fn arena(&self) -> &FileMapping {
         &self.arena
     }
 
     /// Returns the descriptor area.
-    pub(crate) fn descriptors(&self) -> &Map {
+    pub(crate) fn descriptors(&self) -> &FileMapping {
         &self.descriptors
     }
 }

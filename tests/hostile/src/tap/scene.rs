@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A disk with its process in this program, and a frontend: start and end of most attacks.
 
-use super::server::{answer, Store};
-use super::{Node, TapDisk};
+use super::server::{answer, DiskData};
+use super::{TapDisk, TapNode};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, WIDE};
@@ -15,24 +15,24 @@ use std::thread;
 use std::time::Instant;
 
 /// The scene.
-pub(crate) struct Scene {
+pub(crate) struct TapScene {
     pub(crate) session: Session,
-    pub(crate) store: Store,
-    pub(crate) node: Node,
+    pub(crate) store: DiskData,
+    pub(crate) node: TapNode,
     pub(crate) disk: TapDisk,
 }
 
-impl Scene {
+impl TapScene {
     /// Connects a frontend to a disk that this program serves.
-    pub(crate) fn new(lab: &Lab) -> Result<Scene> {
-        Scene::on(lab, TapDisk::make()?)
+    pub(crate) fn new(lab: &Lab) -> Result<TapScene> {
+        TapScene::on(lab, TapDisk::make()?)
     }
 
     /// Connects a frontend to an existing disk that this program serves.
-    pub(crate) fn on(lab: &Lab, disk: TapDisk) -> Result<Scene> {
-        let (node, store) = (disk.start()?, Store::new()?);
+    pub(crate) fn on(lab: &Lab, disk: TapDisk) -> Result<TapScene> {
+        let (node, store) = (disk.start()?, DiskData::new()?);
         let session = lab.session_on_tap(&disk, WIDE)?;
-        Ok(Scene {
+        Ok(TapScene {
             session,
             store,
             node,
@@ -86,7 +86,7 @@ impl Scene {
 
     /// Checks the data, then tears everything down.
     pub(crate) fn finish(self) -> Result<()> {
-        let Scene {
+        let TapScene {
             mut session,
             store,
             node,
@@ -103,7 +103,7 @@ impl Scene {
 
     /// The process dies first, and none of its I/O is left; then everything is torn down.
     pub(crate) fn finish_dead(self) -> Result<()> {
-        let Scene {
+        let TapScene {
             session,
             node,
             disk,
@@ -128,8 +128,8 @@ pub(crate) fn wait_status(session: &Session, wanted: &str) -> Result<()> {
 
 /// Serves a node in this thread until `enough` returns true.
 pub(crate) fn serve_until(
-    node: &Node,
-    store: &Store,
+    node: &TapNode,
+    store: &DiskData,
     mut enough: impl FnMut() -> bool,
 ) -> Result<()> {
     while !enough() {
@@ -144,8 +144,8 @@ pub(crate) fn serve_until(
 
 /// Runs `frontend` while an honest process serves the disk.
 pub(crate) fn while_served<T: Send>(
-    node: &Node,
-    store: &Store,
+    node: &TapNode,
+    store: &DiskData,
     frontend: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     thread::scope(|scope| {

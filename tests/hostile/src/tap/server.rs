@@ -4,8 +4,8 @@
 //! The file outlives it, as an image would.
 
 use super::maps::{flush, recall, set};
-use super::uring::{Memory, Ring};
-use super::{Node, TapDisk, SECTORS};
+use super::uring::{CommandMemory, Ring};
+use super::{TapDisk, TapNode, SECTORS};
 use crate::queue::ANSWER;
 use crate::wait;
 use anyhow::{bail, Context, Result};
@@ -62,7 +62,7 @@ pub(crate) struct Orders {
 }
 
 /// Data of a disk, in memory or on a device.
-pub(crate) struct Store(File);
+pub(crate) struct DiskData(File);
 
 /// Memory for direct I/O.
 #[repr(C, align(4096))]
@@ -92,20 +92,20 @@ fn owned(fd: RawFd) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-impl Store {
+impl DiskData {
     /// Returns a file of zeroes, of the size of the disks. Children inherit it.
-    pub(crate) fn new() -> Result<Store> {
+    pub(crate) fn new() -> Result<DiskData> {
         // SAFETY: The name is a C string.
         let file = File::from(owned(unsafe { libc::memfd_create(c"store".as_ptr(), 0) })?);
         file.set_len(SECTORS * 512)?;
-        Ok(Store(file))
+        Ok(DiskData(file))
     }
 
     /// Opens a block device for direct I/O.
-    pub(crate) fn on(device: &Path) -> Result<Store> {
+    pub(crate) fn on(device: &Path) -> Result<DiskData> {
         let mut options = File::options();
         let options = options.read(true).write(true).custom_flags(libc::O_DIRECT);
-        Ok(Store(options.open(device)?))
+        Ok(DiskData(options.open(device)?))
     }
 
     /// Returns its file.
@@ -123,7 +123,7 @@ impl Store {
     }
 
     /// Executes a request.
-    pub(crate) fn execute(&self, node: &Node, desc: &Desc) -> Result<()> {
+    pub(crate) fn execute(&self, node: &TapNode, desc: &Desc) -> Result<()> {
         let mut at = desc.sector * 512;
         for segment in node.segments(desc)? {
             let mut pages = Aligned::zeroes(segment.len as usize);
@@ -155,7 +155,7 @@ pub(crate) fn done(desc: &Desc) -> Completion {
 }
 
 /// Executes and commits these requests.
-pub(crate) fn answer(node: &Node, store: &Store, tags: &[u16]) -> Result<()> {
+pub(crate) fn answer(node: &TapNode, store: &DiskData, tags: &[u16]) -> Result<()> {
     let mut commits = Vec::new();
     for tag in tags {
         let desc = node.desc(*tag)?;
@@ -167,8 +167,8 @@ pub(crate) fn answer(node: &Node, store: &Store, tags: &[u16]) -> Result<()> {
 
 /// The body of a process: serves until it is killed.
 pub(crate) fn run(orders: &Orders) -> Result<()> {
-    let node = Node::open(&orders.node)?;
-    let store = Store(File::from(owned(orders.store)?));
+    let node = TapNode::open(&orders.node)?;
+    let store = DiskData(File::from(owned(orders.store)?));
     node.describe(SECTORS, abi::GEOMETRY_WRITE_CACHE)?;
     if orders.manner == Manner::Pin {
         let count = node.arena().pin_into(orders.pipe, 2 * 4096)?;
@@ -209,7 +209,7 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
 }
 
 /// Recalls everything while the kernel executes requests.
-fn recall_under_way(node: &Node, pipe: RawFd) -> Result<()> {
+fn recall_under_way(node: &TapNode, pipe: RawFd) -> Result<()> {
     let generation = node.maps(&[])?.generation;
     node.maps(&[set(0, SECTORS, generation), flush()])?;
     let mut pipe = File::from(owned(pipe)?);
@@ -223,12 +223,12 @@ fn recall_under_way(node: &Node, pipe: RawFd) -> Result<()> {
 }
 
 /// Serves with one command of io_uring after the other.
-fn serve_by_ring(node: &Node, store: &Store) -> Result<()> {
+fn serve_by_ring(node: &TapNode, store: &DiskData) -> Result<()> {
     let mut ring = Ring::new()?;
     ring.register(node)?;
     let mut commits = Vec::new();
     loop {
-        let memory = Memory::new(&commits);
+        let memory = CommandMemory::new(&commits);
         ring.exchange(node, &memory, 0)?;
         let result = loop {
             if let Some((_, result)) = ring.next(Duration::from_secs(60))? {
@@ -265,16 +265,16 @@ impl Pipe {
 }
 
 /// A running process. Dropping it kills it.
-pub(crate) struct Server(Child);
+pub(crate) struct TapServer(Child);
 
-impl Server {
+impl TapServer {
     /// Starts a process and waits until it is served.
     pub(crate) fn start(
         disk: &TapDisk,
-        store: &Store,
+        store: &DiskData,
         pipe: &Pipe,
         manner: Manner,
-    ) -> Result<Server> {
+    ) -> Result<TapServer> {
         // The kernel closes the node of a process that used io_uring some time after the end of the process.
         disk.wait("the end of the process before", |info| info.pid == 0)?;
         let mut command = Command::new(std::env::current_exe()?);
@@ -283,7 +283,7 @@ impl Server {
         command.args(["--pipe", &pipe.write.as_raw_fd().to_string()]);
         let manner = clap::ValueEnum::to_possible_value(&manner).context("no such manner")?;
         command.args(["--manner", manner.get_name()]);
-        let server = Server(command.spawn().context("a process cannot be started")?);
+        let server = TapServer(command.spawn().context("a process cannot be started")?);
         let pid = server.0.id();
         disk.wait("a process that serves", |info| {
             info.state == abi::STATE_LIVE && info.pid == pid
@@ -308,7 +308,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for TapServer {
     fn drop(&mut self) {
         // It may be dead already; neither error matters then.
         let _dead = self.0.kill();

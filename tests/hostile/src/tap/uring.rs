@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Commands of io_uring to a node, right and wrong ones.
 
-use super::Node;
+use super::TapNode;
 use anyhow::{Context, Result};
 use io_uring::{opcode, squeue, types, IoUring};
 use ring::tap::abi::{ioctl, Buffer, Completion, Exchange};
@@ -14,14 +14,14 @@ pub(crate) const ROOM: usize = 64;
 
 /// The memory of a command. It is never freed, because the kernel may write there until the command has completed, and
 /// the end of a ring does not wait for that.
-pub(crate) struct Memory {
+pub(crate) struct CommandMemory {
     exchange: &'static Exchange,
     tags: *const [u16; ROOM],
 }
 
-impl Memory {
+impl CommandMemory {
     /// Returns the memory of a command that commits these and fetches.
-    pub(crate) fn new(commits: &[Completion]) -> Memory {
+    pub(crate) fn new(commits: &[Completion]) -> CommandMemory {
         let commits: &'static [Completion] = Vec::leak(commits.to_vec());
         let tags: *mut [u16; ROOM] = Box::into_raw(Box::new([0; ROOM]));
         let buffer = |addr, len: usize| Buffer {
@@ -29,7 +29,7 @@ impl Memory {
             len: len as u32,
             reserved: 0,
         };
-        Memory {
+        CommandMemory {
             exchange: Box::leak(Box::new(Exchange {
                 commits: buffer(commits.as_ptr() as u64, commits.len()),
                 tags: buffer(tags as u64, ROOM),
@@ -39,9 +39,9 @@ impl Memory {
     }
 
     /// Returns the memory of a command that fetches at most `room` tags.
-    pub(crate) fn with_room(room: u32) -> Memory {
+    pub(crate) fn with_room(room: u32) -> CommandMemory {
         assert!(room as usize <= ROOM);
-        let mut memory = Memory::new(&[]);
+        let mut memory = CommandMemory::new(&[]);
         memory.exchange = Box::leak(Box::new(Exchange {
             tags: Buffer {
                 len: room,
@@ -53,8 +53,8 @@ impl Memory {
     }
 
     /// Returns the memory of a command whose tags go to an address of other memory.
-    pub(crate) fn with_tags_at(address: u64) -> Memory {
-        let mut memory = Memory::new(&[]);
+    pub(crate) fn with_tags_at(address: u64) -> CommandMemory {
+        let mut memory = CommandMemory::new(&[]);
         memory.exchange = Box::leak(Box::new(Exchange {
             tags: Buffer {
                 addr: address,
@@ -93,7 +93,7 @@ impl Ring {
     }
 
     /// Pins the whole arena for as long as the ring lives.
-    pub(crate) fn register(&mut self, node: &Node) -> Result<()> {
+    pub(crate) fn register(&mut self, node: &TapNode) -> Result<()> {
         let bytes = node.arena().bytes();
         let piece = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -105,14 +105,19 @@ impl Ring {
     }
 
     /// Sends an exchange.
-    pub(crate) fn exchange(&mut self, node: &Node, memory: &Memory, id: u64) -> Result<()> {
+    pub(crate) fn exchange(
+        &mut self,
+        node: &TapNode,
+        memory: &CommandMemory,
+        id: u64,
+    ) -> Result<()> {
         self.command(node, ioctl::EXCHANGE, memory.payload(), id, false)
     }
 
     /// Sends any command; with `elsewhere` a thread of the kernel issues it.
     pub(crate) fn command(
         &mut self,
-        node: &Node,
+        node: &TapNode,
         number: u32,
         payload: Buffer,
         id: u64,

@@ -168,7 +168,7 @@ impl Attempt {
 }
 
 /// The domains that the emulator killed, by what Xen logged, and how.
-fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::Fault)> {
+fn killed_by_emulator(log: &[String]) -> Vec<(u32, emulator::EmulatorFault)> {
     let lines: Vec<&str> = log.iter().map(String::as_str).collect();
     let deaths = emulator::deaths(&lines).into_iter();
     let killed = deaths.filter_map(|death| Some((death.domain?, death.by_emulator?)));
