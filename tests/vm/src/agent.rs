@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 /// The device that carries the protocol; a PV and a PVH guest both have it.
 const CONSOLE: &str = "/dev/hvc0";
 
-type Line = Arc<Mutex<File>>;
+type SerialLine = Arc<Mutex<File>>;
 
 /// Serves until the machine goes down, as its first process.
 pub(crate) fn main() -> Result<()> {
@@ -185,7 +185,7 @@ fn make_raw(tty: &File) -> Result<()> {
     Ok(())
 }
 
-fn answer(line: &Line, request: &str) {
+fn answer(line: &SerialLine, request: &str) {
     let mut words = request.splitn(3, ' ');
     match (words.next(), words.next(), words.next()) {
         (Some("PING"), Some(number), None) => say(line, &format!("PONG {number}")),
@@ -198,7 +198,7 @@ fn answer(line: &Line, request: &str) {
     }
 }
 
-fn execute(line: &Line, id: &str, command: &str) {
+fn execute(line: &SerialLine, id: &str, command: &str) {
     let script = format!("exec 2>&1; {command}");
     let child = Command::new("/bin/sh")
         .args(["-c", &script])
@@ -229,7 +229,7 @@ fn execute(line: &Line, id: &str, command: &str) {
 }
 
 /// Prints one line, in one piece.
-fn say(line: &Line, text: &str) {
+fn say(line: &SerialLine, text: &str) {
     let mut console = line
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);

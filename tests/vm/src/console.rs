@@ -13,17 +13,17 @@ use std::time::{Duration, Instant};
 
 /// A command that was started in the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Job(u64);
+pub(crate) struct GuestJob(u64);
 
 /// Result of a command of the guest.
-pub(crate) struct Done {
+pub(crate) struct CommandResult {
     /// Its status.
     pub(crate) rc: i32,
     /// Its standard output and standard error.
     pub(crate) text: String,
 }
 
-impl Done {
+impl CommandResult {
     /// Fails with `what` unless the command has succeeded.
     pub(crate) fn succeeded(&self, what: &str) -> Result<()> {
         ensure!(self.rc == 0, "{what}: {}", sh::tail(&self.text, 400));
@@ -38,7 +38,7 @@ struct Progress {
 }
 
 #[derive(Default)]
-struct State {
+struct ConsoleState {
     pong: Option<u64>,
     closed: bool,
     jobs: HashMap<u64, Progress>,
@@ -47,20 +47,20 @@ struct State {
 }
 
 #[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
+struct SharedConsole {
+    state: Mutex<ConsoleState>,
     changed: Condvar,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl SharedConsole {
+    fn lock(&self) -> MutexGuard<'_, ConsoleState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// An open console.
 pub(crate) struct Console {
-    shared: Arc<Shared>,
+    shared: Arc<SharedConsole>,
     tty: File,
     next: AtomicU64,
 }
@@ -78,7 +78,7 @@ impl Console {
     pub(crate) fn over(file: File, log: &Path, first_job: u64) -> Result<Console> {
         let log = OpenOptions::new().append(true).create(true).open(log);
         let log = log.context("cannot open the log of the guest's console")?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(SharedConsole::default());
         let (theirs, input) = (
             Arc::clone(&shared),
             file.try_clone().context("cannot duplicate the console")?,
@@ -128,23 +128,23 @@ impl Console {
     }
 
     /// Starts a command and returns at once.
-    pub(crate) fn start(&self, command: &str) -> Result<Job> {
+    pub(crate) fn start(&self, command: &str) -> Result<GuestJob> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.shared.lock().jobs.insert(id, Progress::default());
         self.send(&format!("RUN {id} {}", command.replace('\n', " ")))?;
-        Ok(Job(id))
+        Ok(GuestJob(id))
     }
 
     /// Expects the answer to a command that was started over an earlier console.
-    pub(crate) fn adopt(&self, job: Job) {
+    pub(crate) fn adopt(&self, job: GuestJob) {
         self.shared.lock().jobs.entry(job.0).or_default();
     }
 
     /// Waits for the end of a command.
-    pub(crate) fn wait(&self, job: Job, limit: Duration) -> Result<Done> {
+    pub(crate) fn wait(&self, job: GuestJob, limit: Duration) -> Result<CommandResult> {
         let done = self.wait_until(Instant::now() + limit, |state| {
             let rc = state.jobs.get(&job.0)?.rc?;
-            state.jobs.remove(&job.0).map(|progress| Done {
+            state.jobs.remove(&job.0).map(|progress| CommandResult {
                 rc,
                 text: progress.text,
             })
@@ -187,7 +187,7 @@ impl Console {
     fn wait_until<T>(
         &self,
         deadline: Instant,
-        mut pick: impl FnMut(&mut State) -> Option<T>,
+        mut pick: impl FnMut(&mut ConsoleState) -> Option<T>,
     ) -> Result<Option<T>> {
         let mut state = self.shared.lock();
         loop {
@@ -215,7 +215,7 @@ impl Console {
 }
 
 /// Reads until the terminal closes, which is what happens when the domain ends.
-fn listen(shared: &Shared, mut tty: File, mut log: File) {
+fn listen(shared: &SharedConsole, mut tty: File, mut log: File) {
     let mut pending = Vec::new();
     let mut buffer = [0u8; 4096];
     while let Ok(count @ 1..) = tty.read(&mut buffer) {
@@ -236,7 +236,7 @@ fn listen(shared: &Shared, mut tty: File, mut log: File) {
     shared.changed.notify_all();
 }
 
-fn take_line(state: &mut State, line: &str) {
+fn take_line(state: &mut ConsoleState, line: &str) {
     let mut words = line.splitn(3, ' ');
     let (verb, id, rest) = (
         words.next().unwrap_or(""),
@@ -261,11 +261,11 @@ fn take_line(state: &mut State, line: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::{take_line, State};
+    use super::{take_line, ConsoleState};
 
     #[test]
     fn answers_and_kernel_lines_are_told_apart() {
-        let mut state = State::default();
+        let mut state = ConsoleState::default();
         for line in [
             "PONG 3",
             "OUT 7 a  b",

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// Kernel to load.
 #[derive(clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct CrashArgs {
     /// The kernel.
     kernel: PathBuf,
     /// Its initramfs.
@@ -21,7 +21,7 @@ pub(crate) struct Args {
 }
 
 /// Loads it.
-pub(crate) fn load(args: &Args) -> Result<()> {
+pub(crate) fn load(args: &CrashArgs) -> Result<()> {
     let open = |path: &PathBuf| {
         File::open(path).with_context(|| format!("cannot open {}", path.display()))
     };

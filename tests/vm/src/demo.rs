@@ -8,9 +8,9 @@ mod tap;
 
 use crate::backing::{self, Lvm, NullBlk};
 use crate::cases::{self, load_driver};
-use crate::guest::{Config, Guest, Kind, Vbd};
-use crate::report::Report;
-use crate::{sh, splat, Driver};
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind};
+use crate::report::CaseReport;
+use crate::{sh, splat, TestedDriver};
 use anyhow::{bail, ensure, Context, Result};
 use clap::ValueEnum;
 use std::process::ExitCode;
@@ -25,7 +25,7 @@ const TREE_SUM: &str =
 
 /// Story of a demonstration.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Story {
+pub(crate) enum DemoStory {
     /// A disk from its volume to a table of figures, and one that a process serves.
     Disks,
     /// A guest that moves, and whose disk gets another process, another image and another module.
@@ -33,13 +33,13 @@ pub(crate) enum Story {
 }
 
 /// Tells a story with the given driver.
-pub(crate) fn run(driver: Driver, story: Story) -> Result<ExitCode> {
-    let mut report = Report::open()?;
+pub(crate) fn run(driver: TestedDriver, story: DemoStory) -> Result<ExitCode> {
+    let mut report = CaseReport::open()?;
     load_driver(driver)?;
     let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
     let result = match story {
-        Story::Disks => disks(&mut report, driver),
-        Story::Migrate => migrate::tell(&mut report),
+        DemoStory::Disks => disks(&mut report, driver),
+        DemoStory::Migrate => migrate::tell(&mut report),
     };
     let messages = kmsg.take()?;
     let bad = splat::in_kernel("dom0", messages.iter().map(String::as_str));
@@ -61,14 +61,14 @@ pub(crate) fn run(driver: Driver, story: Story) -> Result<ExitCode> {
     })
 }
 
-fn disks(report: &mut Report, driver: Driver) -> Result<()> {
+fn disks(report: &mut CaseReport, driver: TestedDriver) -> Result<()> {
     let device = NullBlk::create(DEVICE_MIB, &[])?;
     let result = with_device(report, driver, &device.path());
     let removed = device.remove();
     result.and(removed)
 }
 
-fn with_device(report: &mut Report, driver: Driver, device: &str) -> Result<()> {
+fn with_device(report: &mut CaseReport, driver: TestedDriver, device: &str) -> Result<()> {
     let volume = Lvm::create("vmdemo", device, VOLUME_MIB)?;
     report.say(&format!(
         "dom0 made the LVM volume {} of {VOLUME_MIB} MiB",
@@ -79,12 +79,12 @@ fn with_device(report: &mut Report, driver: Driver, device: &str) -> Result<()> 
     result.and(removed)
 }
 
-fn with_volume(report: &mut Report, driver: Driver, volume: &str) -> Result<()> {
+fn with_volume(report: &mut CaseReport, driver: TestedDriver, volume: &str) -> Result<()> {
     let disk = format!("phy:{volume},xvda,w");
-    let mut config = Config::new("demo", Kind::Pv, 2);
+    let mut config = Config::new("demo", GuestKind::Pv, 2);
     config.disks.push(disk.clone());
     let guest = Guest::create(config)?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     let serving = vbd.driver()?;
     ensure!(
         serving == driver.bus_name(),
@@ -119,7 +119,7 @@ fn with_volume(report: &mut Report, driver: Driver, volume: &str) -> Result<()> 
 }
 
 /// Makes a file system, copies a tree, verifies a load; returns the sum of the tree.
-fn fill(report: &mut Report, guest: &Guest) -> Result<String> {
+fn fill(report: &mut CaseReport, guest: &Guest) -> Result<String> {
     guest.run_for(
         "mkfs.ext4 -q /dev/xvda && mount -t ext4 /dev/xvda /mnt && cp -a /mod /bin /mnt/",
         FIO,
@@ -142,7 +142,7 @@ fn fill(report: &mut Report, guest: &Guest) -> Result<String> {
 }
 
 /// Row of the table.
-struct Row {
+struct DemoRow {
     name: &'static str,
     iops: f64,
     guest_events: f64,
@@ -150,7 +150,7 @@ struct Row {
     hypercalls: Option<f64>,
 }
 
-fn measure(report: &mut Report, guest: &Guest, vbd: &Vbd) -> Result<()> {
+fn measure(report: &mut CaseReport, guest: &Guest, vbd: &AttachedVbd) -> Result<()> {
     report.say(
         "measuring 4 KiB random reads (an emulated machine: look at the counts, not at the speed)",
     )?;
@@ -170,7 +170,12 @@ fn measure(report: &mut Report, guest: &Guest, vbd: &Vbd) -> Result<()> {
     report.say("")
 }
 
-fn measure_one(guest: &Guest, vbd: &Vbd, name: &'static str, depth: u32) -> Result<Row> {
+fn measure_one(
+    guest: &Guest,
+    vbd: &AttachedVbd,
+    name: &'static str,
+    depth: u32,
+) -> Result<DemoRow> {
     let job = |limit: &str| {
         format!("fio --name=m --filename=/dev/xvda --direct=1 --ioengine=libaio --rw=randread --bs=4k --iodepth={depth} --size=64m {limit} --output-format=json")
     };
@@ -191,7 +196,7 @@ fn measure_one(guest: &Guest, vbd: &Vbd, name: &'static str, depth: u32) -> Resu
     let hypercalls = count_hypercalls(vbd);
     guest.run("killall fio")?;
     guest.wait(running, Duration::from_secs(60))?;
-    Ok(Row {
+    Ok(DemoRow {
         name,
         iops,
         guest_events: theirs as f64 / requests,
@@ -201,7 +206,7 @@ fn measure_one(guest: &Guest, vbd: &Vbd, name: &'static str, depth: u32) -> Resu
 }
 
 /// Returns dom0's hypercalls for each request, from a trace of two seconds; `None` if this machine cannot trace.
-fn count_hypercalls(vbd: &Vbd) -> Result<Option<f64>> {
+fn count_hypercalls(vbd: &AttachedVbd) -> Result<Option<f64>> {
     const TRACE: &str = "/tmp/vmtest.trace";
     let start = vbd.statistic("rd_req")?;
     sh::wait_for("the load to trace", Duration::from_secs(60), || {

@@ -2,8 +2,8 @@
 //! A guest that serves disks of another guest, `backend=NAME`: the tests for it, whatever its system.
 
 use crate::cases::{load, verify_job};
-use crate::guest::{Config, Guest, Kind, Vbd};
-use crate::{sh, xs, Driver};
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind};
+use crate::{sh, xs, TestedDriver};
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ pub(crate) fn serves_both(
     domain: &dyn DriverDomain,
     note: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<()> {
-    let mut config = Config::new("front", Kind::Pv, 1);
+    let mut config = Config::new("front", GuestKind::Pv, 1);
     let what = format!("backendtype=phy, target={DEVICE}");
     config.disks = vec![disk(&what, PHY_VDEV)];
     let guest = Guest::create(config)?;
@@ -60,7 +60,7 @@ pub(crate) fn serves_both(
 }
 
 /// Gives the other guest a tap disk.
-fn attach_tap(domain: &dyn DriverDomain, guest: &Guest) -> Result<Vbd> {
+fn attach_tap(domain: &dyn DriverDomain, guest: &Guest) -> Result<AttachedVbd> {
     let image = domain.image();
     domain.run(&format!("truncate -s 32M {image}"))?;
     let tap = format!("script=block-tap-rs, target=aio:{image}");
@@ -78,13 +78,13 @@ fn disk(what: &str, vdev: &str) -> String {
 }
 
 /// A disk of the other guest, which ours must serve.
-fn find(domain: &dyn DriverDomain, guest: &Guest, vdev: &str) -> Result<Vbd> {
-    let vbd = Vbd::of_backend(domain.guest().domid, guest.domid, vdev)?;
+fn find(domain: &dyn DriverDomain, guest: &Guest, vdev: &str) -> Result<AttachedVbd> {
+    let vbd = AttachedVbd::of_backend(domain.guest().domid, guest.domid, vdev)?;
     let link = format!("readlink {}/driver", vbd.sysfs().display());
     let serving = domain.run(&link)?;
     let name = serving.trim().rsplit('/').next();
     ensure!(
-        name == Some(Driver::Rs.bus_name()),
+        name == Some(TestedDriver::Rs.bus_name()),
         "{serving} serves {} in {NAME}",
         vbd.backend
     );
@@ -92,7 +92,7 @@ fn find(domain: &dyn DriverDomain, guest: &Guest, vdev: &str) -> Result<Vbd> {
 }
 
 /// Waits until some writes were answered.
-fn wait_load(domain: &dyn DriverDomain, vbd: &Vbd) -> Result<()> {
+fn wait_load(domain: &dyn DriverDomain, vbd: &AttachedVbd) -> Result<()> {
     let file = format!("cat {}/statistics/wr_done", vbd.sysfs().display());
     let done = || -> Result<u64> { Ok(domain.run(&file)?.trim().parse()?) };
     let before = done()?;
@@ -116,13 +116,13 @@ fn is_replaced(domain: &dyn DriverDomain) -> Result<()> {
 }
 
 /// Takes a disk away from the other guest.
-fn detach(guest: &Guest, vbd: &Vbd) -> Result<()> {
+fn detach(guest: &Guest, vbd: &AttachedVbd) -> Result<()> {
     let command = ["xl", "block-detach", &guest.domid.to_string(), &vbd.vdev];
     sh::run_for(&command, LIMIT).map(drop)
 }
 
 /// Waits until nothing of a disk is left there.
-fn wait_gone(domain: &dyn DriverDomain, vbd: &Vbd) -> Result<()> {
+fn wait_gone(domain: &dyn DriverDomain, vbd: &AttachedVbd) -> Result<()> {
     let there = format!("[ -e {} ]", vbd.sysfs().display());
     sh::wait_for("the end of a disk in the driver domain", LIMIT, || {
         let there = domain.guest().status(&there)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The life cycle of a guest, through xl.
 
-use crate::console::{Console, Done, Job};
+use crate::console::{CommandResult, Console, GuestJob};
 use crate::{sh, splat, xs};
 use anyhow::{bail, Context, Result};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ const XL: Duration = Duration::from_secs(90);
 
 /// Virtualisation of a guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum GuestKind {
     /// Paravirtualised.
     Pv,
     /// Hardware virtualised, without an emulated machine.
@@ -47,7 +47,7 @@ pub(crate) struct Config {
     /// Its name, unique in the machine.
     pub(crate) name: String,
     /// Virtualisation of the guest.
-    pub(crate) kind: Kind,
+    pub(crate) kind: GuestKind,
     /// Source of its kernel.
     pub(crate) boot: Boot,
     /// Virtual CPUs; the frontend asks for at most one queue for each.
@@ -68,7 +68,7 @@ pub(crate) struct Config {
 
 impl Config {
     /// A guest without disks.
-    pub(crate) fn new(name: &str, kind: Kind, vcpus: u32) -> Config {
+    pub(crate) fn new(name: &str, kind: GuestKind, vcpus: u32) -> Config {
         Config {
             name: name.to_owned(),
             kind,
@@ -97,9 +97,9 @@ impl Config {
 
     fn text(&self) -> String {
         let kind = match self.kind {
-            Kind::Pv => "pv",
-            Kind::Pvh => "pvh",
-            Kind::Hvm => "hvm",
+            GuestKind::Pv => "pv",
+            GuestKind::Pvh => "pvh",
+            GuestKind::Hvm => "hvm",
         };
         let again = match self.starts_again {
             true => "restart",
@@ -127,13 +127,13 @@ impl Config {
             (Boot::Payload, kind) => format!(
                 "{}kernel = '{PAYLOAD}/vmlinuz'\nramdisk = '{PAYLOAD}/guest.cpio.gz'\nextra = '{CMDLINE} {}'\n",
                 match kind {
-                    Kind::Hvm => "vga = 'none'\n",
-                    Kind::Pv | Kind::Pvh => "",
+                    GuestKind::Hvm => "vga = 'none'\n",
+                    GuestKind::Pv | GuestKind::Pvh => "",
                 },
                 self.cmdline
             ),
             // The BIOS reads an IDE disk sector by sector: minutes in emulation, for a kernel.
-            (Boot::Disk, Kind::Hvm) => format!(
+            (Boot::Disk, GuestKind::Hvm) => format!(
                 "hdtype = 'ahci'\nvga = 'none'\nserial = 'file:{}'\n",
                 serial_path(&self.name).display()
             ),
@@ -254,30 +254,30 @@ impl Guest {
     }
 
     /// Runs a command, whatever its status.
-    pub(crate) fn status(&self, command: &str) -> Result<Done> {
+    pub(crate) fn status(&self, command: &str) -> Result<CommandResult> {
         self.status_for(command, COMMAND)
     }
 
     /// Runs a command, with a time limit of the caller.
-    pub(crate) fn status_for(&self, command: &str, limit: Duration) -> Result<Done> {
+    pub(crate) fn status_for(&self, command: &str, limit: Duration) -> Result<CommandResult> {
         let job = self.console.start(command)?;
         self.console.wait(job, limit)
     }
 
     /// Starts a command that runs beside others.
-    pub(crate) fn start(&self, command: &str) -> Result<Job> {
+    pub(crate) fn start(&self, command: &str) -> Result<GuestJob> {
         self.console.start(command)
     }
 
     /// Waits for a command that was started.
-    pub(crate) fn wait(&self, job: Job, limit: Duration) -> Result<Done> {
+    pub(crate) fn wait(&self, job: GuestJob, limit: Duration) -> Result<CommandResult> {
         self.console.wait(job, limit)
     }
 
     /// Attaches a disk (`phy:/dev/nullb0,xvda,w`) and waits until the guest has it.
-    pub(crate) fn attach(&self, disk: &str) -> Result<Vbd> {
+    pub(crate) fn attach(&self, disk: &str) -> Result<AttachedVbd> {
         sh::run_for(&["xl", "block-attach", &self.domid.to_string(), disk], XL)?;
-        let vbd = Vbd::of(self.domid, disk)?;
+        let vbd = AttachedVbd::of(self.domid, disk)?;
         self.wait_disk(&vbd.vdev)?;
         Ok(vbd)
     }
@@ -288,7 +288,7 @@ impl Guest {
     }
 
     /// Detaches a disk in the orderly way and waits until nothing of it is left.
-    pub(crate) fn detach(&self, vbd: &Vbd) -> Result<()> {
+    pub(crate) fn detach(&self, vbd: &AttachedVbd) -> Result<()> {
         sh::run_for(
             &["xl", "block-detach", &self.domid.to_string(), &vbd.vdev],
             XL,
@@ -432,24 +432,24 @@ impl Guest {
     }
 
     /// Finds a guest that has come from another host; `jobs` are commands that run.
-    pub(crate) fn arrived(config: Config, next_job: u64, jobs: &[Job]) -> Result<Guest> {
+    pub(crate) fn arrived(config: Config, next_job: u64, jobs: &[GuestJob]) -> Result<Guest> {
         let guest = Guest::connect(config, next_job)?;
         jobs.iter().for_each(|&job| guest.console.adopt(job));
         Ok(guest)
     }
 
     /// Moves the guest to another domain of this host, as to another host; `jobs` are commands that run.
-    pub(crate) fn migrate(self, jobs: &[Job]) -> Result<Guest> {
+    pub(crate) fn migrate(self, jobs: &[GuestJob]) -> Result<Guest> {
         self.migrate_with(&[], jobs)
     }
 
     /// Moves the guest to another domain that has these disks.
-    pub(crate) fn migrate_to(self, disks: &[&str], jobs: &[Job]) -> Result<Guest> {
+    pub(crate) fn migrate_to(self, disks: &[&str], jobs: &[GuestJob]) -> Result<Guest> {
         let path = self.config.written_with(&self.config.name, disks)?;
         self.migrate_with(&["-C", &path], jobs)
     }
 
-    fn migrate_with(self, options: &[&str], jobs: &[Job]) -> Result<Guest> {
+    fn migrate_with(self, options: &[&str], jobs: &[GuestJob]) -> Result<Guest> {
         let id = self.domid.to_string();
         let there = ["-s", "", &id, "xl migrate-receive"];
         let command = [&["xl", "migrate"], options, &there].concat();
@@ -476,7 +476,7 @@ pub(crate) struct Saved {
 
 impl Saved {
     /// Brings the guest back; `jobs` are commands that were running when it was saved.
-    pub(crate) fn restore(self, jobs: &[Job]) -> Result<Guest> {
+    pub(crate) fn restore(self, jobs: &[GuestJob]) -> Result<Guest> {
         sh::run_for(&["xl", "restore", &self.path], Duration::from_secs(240))?;
         Guest::arrived(self.config, self.next_job, jobs)
     }
@@ -496,7 +496,7 @@ pub(crate) fn serial_path(name: &str) -> PathBuf {
 pub(crate) const KINDS: [&str; 2] = ["vbd", "vbd3"];
 
 /// An attached disk.
-pub(crate) struct Vbd {
+pub(crate) struct AttachedVbd {
     /// The guest's name of the disk.
     pub(crate) vdev: String,
     /// The backend's directory in xenstore.
@@ -507,14 +507,14 @@ pub(crate) struct Vbd {
     name: String,
 }
 
-impl Vbd {
+impl AttachedVbd {
     /// Finds the disk that xl made from a specification, with its backend in dom0.
-    pub(crate) fn of(domid: u32, disk: &str) -> Result<Vbd> {
-        Vbd::of_backend(0, domid, disk)
+    pub(crate) fn of(domid: u32, disk: &str) -> Result<AttachedVbd> {
+        AttachedVbd::of_backend(0, domid, disk)
     }
 
     /// Finds the disk with its backend in the domain `back`.
-    pub(crate) fn of_backend(back: u32, domid: u32, disk: &str) -> Result<Vbd> {
+    pub(crate) fn of_backend(back: u32, domid: u32, disk: &str) -> Result<AttachedVbd> {
         let vdev = disk.split(',').find_map(|part| {
             part.trim()
                 .strip_prefix("vdev=")
@@ -528,7 +528,7 @@ impl Vbd {
             for devid in xs::list(&base)? {
                 if xs::read(&format!("{base}/{devid}/dev"))?.as_deref() == Some(&vdev) {
                     let frontend = format!("/local/domain/{domid}/device/vbd/{devid}");
-                    return Ok(Vbd {
+                    return Ok(AttachedVbd {
                         vdev,
                         backend: format!("{base}/{devid}"),
                         frontend,

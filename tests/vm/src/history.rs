@@ -28,7 +28,7 @@ const TOLD: usize = 5;
 
 /// Work to do.
 #[derive(clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct HistoryArgs {
     /// The disk.
     device: PathBuf,
     /// Seed of the random numbers.
@@ -69,7 +69,7 @@ enum Op {
 }
 
 /// A request that was answered. `number` is that of a write or discard.
-struct Event {
+struct AnsweredRequest {
     op: Op,
     start: u64,
     sectors: u64,
@@ -81,8 +81,8 @@ struct Event {
 }
 
 /// State that all threads share.
-struct Shared<'a> {
-    args: &'a Args,
+struct SharedHistory<'a> {
+    args: &'a HistoryArgs,
     disk: File,
     /// Descriptor whose writes are durable when they are answered.
     durable: File,
@@ -95,7 +95,7 @@ struct Shared<'a> {
 
 /// Numbers of requests.
 #[derive(Default)]
-struct Counts {
+struct RequestCounts {
     reads: u64,
     writes: u64,
     flushes: u64,
@@ -103,12 +103,12 @@ struct Counts {
 }
 
 /// Does it, and fails if something was read that cannot be.
-pub(crate) fn main(args: &Args) -> Result<()> {
+pub(crate) fn main(args: &HistoryArgs) -> Result<()> {
     ensure!(
         args.sectors > MAX_SECTORS && args.sectors % DISCARD == 0 && args.threads > 0,
         "--sectors must be a multiple of {DISCARD} above {MAX_SECTORS}, and --threads not 0"
     );
-    let shared = Shared {
+    let shared = SharedHistory {
         args,
         disk: open(&args.device, 0)?,
         durable: open(&args.device, libc::O_DSYNC)?,
@@ -116,7 +116,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         numbers: AtomicU32::new(1),
         slowest_ns: AtomicU64::new(0),
     };
-    let (mut counts, mut rounds) = (Counts::default(), 0);
+    let (mut counts, mut rounds) = (RequestCounts::default(), 0);
     // The old content of the disk is no write of this program.
     shared.zero()?;
     let mut known = shared.contents()?;
@@ -145,13 +145,13 @@ fn open(device: &Path, flags: i32) -> Result<File> {
     file.with_context(|| format!("cannot open {}", device.display()))
 }
 
-impl Shared<'_> {
+impl SharedHistory<'_> {
     fn now(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
     }
 
     /// All threads do their requests; all answers are there when this returns.
-    fn round(&self, round: u32) -> Result<Vec<Event>> {
+    fn round(&self, round: u32) -> Result<Vec<AnsweredRequest>> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..self.args.threads)
                 .map(|thread| {
@@ -171,7 +171,7 @@ impl Shared<'_> {
         })
     }
 
-    fn thread(&self, rng: &mut Rng) -> Result<Vec<Event>> {
+    fn thread(&self, rng: &mut Rng) -> Result<Vec<AnsweredRequest>> {
         let mut memory = Aligned::new((MAX_SECTORS as usize) * SECTOR);
         (0..self.args.requests)
             .map(|_| self.request(rng, &mut memory))
@@ -180,7 +180,7 @@ impl Shared<'_> {
 
     /// Executes one random request: most are small, and half of them are in the first part of the disk, where they meet
     /// others.
-    fn request(&self, rng: &mut Rng, memory: &mut Aligned) -> Result<Event> {
+    fn request(&self, rng: &mut Rng, memory: &mut Aligned) -> Result<AnsweredRequest> {
         let op = match rng.below(100) {
             0..45 => Op::Read,
             45..85 => Op::Write,
@@ -208,7 +208,13 @@ impl Shared<'_> {
         self.execute(op, start, sectors, memory)
     }
 
-    fn execute(&self, op: Op, start: u64, sectors: u64, memory: &mut Aligned) -> Result<Event> {
+    fn execute(
+        &self,
+        op: Op,
+        start: u64,
+        sectors: u64,
+        memory: &mut Aligned,
+    ) -> Result<AnsweredRequest> {
         let bytes = memory.get(usize::try_from(sectors)? * SECTOR);
         let number = match op {
             Op::Write | Op::Durable | Op::Discard => self.numbers.fetch_add(1, Ordering::Relaxed),
@@ -236,7 +242,7 @@ impl Shared<'_> {
             Op::Read => bytes.chunks_exact(SECTOR).map(decode).collect(),
             _ => Vec::new(),
         };
-        Ok(Event {
+        Ok(AnsweredRequest {
             op,
             start,
             sectors,
@@ -279,7 +285,11 @@ impl Shared<'_> {
     }
 
     /// Explains a round, given the disk's content before it; returns its content after it.
-    fn judge(&self, before: &[Option<u64>], events: Vec<Event>) -> Result<Vec<Option<u64>>> {
+    fn judge(
+        &self,
+        before: &[Option<u64>],
+        events: Vec<AnsweredRequest>,
+    ) -> Result<Vec<Option<u64>>> {
         let issued = self.now();
         let after = self.contents()?;
         let answered = self.now();
@@ -303,7 +313,7 @@ impl Shared<'_> {
 /// have done nothing.
 fn explain(
     before: &[Option<u64>],
-    mut events: Vec<Event>,
+    mut events: Vec<AnsweredRequest>,
     after: &[Option<u64>],
     last: (u64, u64),
     hints: bool,
@@ -355,8 +365,8 @@ fn explain(
     problems
 }
 
-impl Counts {
-    fn add(&mut self, events: &[Event]) {
+impl RequestCounts {
+    fn add(&mut self, events: &[AnsweredRequest]) {
         for event in events {
             *match event.op {
                 Op::Read => &mut self.reads,
@@ -372,8 +382,14 @@ impl Counts {
 mod tests {
     use super::*;
 
-    fn event(op: Op, number: u32, issued: u64, answered: u64, found: Option<u64>) -> Event {
-        Event {
+    fn event(
+        op: Op,
+        number: u32,
+        issued: u64,
+        answered: u64,
+        found: Option<u64>,
+    ) -> AnsweredRequest {
+        AnsweredRequest {
             op,
             start: 0,
             sectors: 1,

@@ -2,8 +2,8 @@
 //! Counters that must return to where they were once a disk is gone.
 
 use crate::guest::KINDS;
-use crate::node::Control;
-use crate::{sh, xs, Driver};
+use crate::node::ControlNode;
+use crate::{sh, xs, TestedDriver};
 use anyhow::{bail, Context, Result};
 use dom0::{memory, xen};
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ pub(crate) struct Leaks {
 
 impl Leaks {
     /// Reads the counters.
-    pub(crate) fn now(driver: Driver) -> Result<Leaks> {
+    pub(crate) fn now(driver: TestedDriver) -> Result<Leaks> {
         let mut exact = BTreeMap::new();
         exact.insert("grants of guests mapped by dom0", xen::mapped_grants()?);
         let channels = sh::run(&["/usr/lib/xen-4.20/bin/lsevtchn", "0"])
@@ -38,8 +38,8 @@ impl Leaks {
             "backend devices in sysfs",
             entries("/sys/bus/xen-backend/devices", "vbd")?,
         );
-        if driver == Driver::Rs {
-            let nodes = Control::open()?.all()?.len();
+        if driver == TestedDriver::Rs {
+            let nodes = ControlNode::open()?.all()?.len();
             exact.insert("nodes of tap disks", nodes as u64);
             exact.insert("files of tap disks", tap_files()?);
             exact.insert("processes of tap disks", processes("tapdisk")?);
@@ -53,7 +53,7 @@ impl Leaks {
     }
 
     /// Waits until the counters read the same again.
-    pub(crate) fn wait_same(&self, driver: Driver, limit: Duration) -> Result<()> {
+    pub(crate) fn wait_same(&self, driver: TestedDriver, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
         loop {
             let differences = self.differences(&Leaks::now(driver)?);

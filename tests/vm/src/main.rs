@@ -41,7 +41,7 @@ use std::process::ExitCode;
 /// End to end tests of a Xen block backend.
 #[derive(Parser)]
 #[command(name = "vmtest", version)]
-struct Cli {
+struct VmCli {
     #[command(subcommand)]
     face: Face,
 }
@@ -54,7 +54,7 @@ enum Face {
         cases: cases::Selection,
         /// The driver that must serve the disks.
         #[arg(long, value_enum, default_value = "rs")]
-        driver: Driver,
+        driver: TestedDriver,
         /// Seed of the random numbers; a run prints its own, with which it can be repeated.
         #[arg(long)]
         seed: Option<u64>,
@@ -66,23 +66,23 @@ enum Face {
     Demo {
         /// Story to tell.
         #[arg(long, value_enum, default_value = "disks")]
-        story: demo::Story,
+        story: demo::DemoStory,
         /// The driver that must serve the disk.
         #[arg(long, value_enum, default_value = "rs")]
-        driver: Driver,
+        driver: TestedDriver,
     },
     /// On a host with systemd: a part of the life of the packages.
     Life {
         /// Part to run.
         #[arg(value_enum)]
-        part: life::Part,
+        part: life::BootPart,
     },
     /// In a guest: read and write a disk at random and judge what was read.
-    History(history::Args),
+    History(history::HistoryArgs),
     /// In a guest: read a disk into memory, and look later whether it is still there.
-    Reread(reread::Args),
+    Reread(reread::RereadArgs),
     /// In a guest: load the kernel that starts when it has crashed.
-    CrashKernel(crash::Args),
+    CrashKernel(crash::CrashArgs),
     /// Execute commands from the console; this is what a guest runs as its first process.
     Agent {
         /// The guest has another first process, which has mounted and loaded what there is.
@@ -103,27 +103,27 @@ enum Face {
 
 /// The backend driver under test.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Driver {
+pub(crate) enum TestedDriver {
     /// The driver of this project.
     Rs,
     /// The C driver of the Linux kernel, as a reference.
     C,
 }
 
-impl Driver {
+impl TestedDriver {
     /// The name for modprobe.
     pub(crate) fn module(self) -> &'static str {
         match self {
-            Driver::Rs => "xen-blkback-rs",
-            Driver::C => "xen-blkback",
+            TestedDriver::Rs => "xen-blkback-rs",
+            TestedDriver::C => "xen-blkback",
         }
     }
 
     /// The directory below /sys/module.
     pub(crate) fn sys_module(self) -> &'static str {
         match self {
-            Driver::Rs => "xen_blkback_rs",
-            Driver::C => "xen_blkback",
+            TestedDriver::Rs => "xen_blkback_rs",
+            TestedDriver::C => "xen_blkback",
         }
     }
 
@@ -135,16 +135,16 @@ impl Driver {
     /// The name on the xen-backend bus.
     pub(crate) fn bus_name(self) -> &'static str {
         match self {
-            Driver::Rs => "xen-blkback-rs",
-            Driver::C => "vbd",
+            TestedDriver::Rs => "xen-blkback-rs",
+            TestedDriver::C => "vbd",
         }
     }
 
     /// The driver that must be out of the way.
-    pub(crate) fn other(self) -> Driver {
+    pub(crate) fn other(self) -> TestedDriver {
         match self {
-            Driver::Rs => Driver::C,
-            Driver::C => Driver::Rs,
+            TestedDriver::Rs => TestedDriver::C,
+            TestedDriver::C => TestedDriver::Rs,
         }
     }
 }
@@ -177,7 +177,7 @@ fn start() -> Result<ExitCode> {
         hotplug::main()?;
         return Ok(ExitCode::SUCCESS);
     }
-    match Cli::parse().face {
+    match VmCli::parse().face {
         Face::Run {
             cases: selection,
             driver,

@@ -16,13 +16,13 @@ use std::time::Duration;
 use tapdev::control::{self, FOLDER};
 
 /// The node that makes disks.
-pub(crate) struct Control(control::Control);
+pub(crate) struct ControlNode(control::Control);
 
-impl Control {
+impl ControlNode {
     /// Opens it.
-    pub(crate) fn open() -> Result<Control> {
+    pub(crate) fn open() -> Result<ControlNode> {
         control::Control::open()
-            .map(Control)
+            .map(ControlNode)
             .with_context(|| format!("cannot open {FOLDER}/control: is the module loaded?"))
     }
 
@@ -75,7 +75,7 @@ pub(crate) fn path(minor: u32) -> String {
 }
 
 /// A disk's node and its areas. Dropping it looks to the kernel like the death of the process.
-pub(crate) struct Node {
+pub(crate) struct OpenNode {
     /// The areas go before the node: they keep it open.
     descriptors: Area,
     arena: Area,
@@ -83,11 +83,11 @@ pub(crate) struct Node {
     file: File,
 }
 
-impl Node {
+impl OpenNode {
     /// Opens the node of a disk as soon as the I/O of the process before is over.
-    pub(crate) fn open(minor: u32) -> Result<Node> {
+    pub(crate) fn open(minor: u32) -> Result<OpenNode> {
         let file = options(0).open(path(minor));
-        Node::new(file.with_context(|| format!("cannot open {}", path(minor)))?)
+        OpenNode::new(file.with_context(|| format!("cannot open {}", path(minor)))?)
     }
 
     /// Opens it at once or not at all.
@@ -95,7 +95,7 @@ impl Node {
         options(libc::O_NONBLOCK).open(path(minor))
     }
 
-    fn new(file: File) -> Result<Node> {
+    fn new(file: File) -> Result<OpenNode> {
         let mut info = Info::default();
         ioctl(&file, numbers::INFO, &mut info).context("the node does not describe itself")?;
         ensure!(
@@ -105,7 +105,7 @@ impl Node {
         );
         let descriptors = Area::map(&file, MMAP_DESCRIPTORS, info.descriptors_len, false)?;
         let arena = Area::map(&file, MMAP_ARENA, info.arena_len, true)?;
-        Ok(Node {
+        Ok(OpenNode {
             descriptors,
             arena,
             info,

@@ -26,26 +26,26 @@ const SILENT: Duration = Duration::from_secs(60);
 
 /// One of the two hosts.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Host {
+pub(crate) enum PeerHost {
     /// The one where the cases run.
     First,
     /// The other one.
     Second,
 }
 
-impl Host {
+impl PeerHost {
     fn name(self) -> &'static str {
         match self {
-            Host::First => "first",
-            Host::Second => "second",
+            PeerHost::First => "first",
+            PeerHost::Second => "second",
         }
     }
 
     /// Its address.
     pub(crate) fn address(self) -> &'static str {
         match self {
-            Host::First => "10.0.0.1",
-            Host::Second => "10.0.0.2",
+            PeerHost::First => "10.0.0.1",
+            PeerHost::Second => "10.0.0.2",
         }
     }
 
@@ -69,9 +69,9 @@ impl Host {
 
 /// Runs as the second host until the first one ends it.
 pub(crate) fn main() -> Result<()> {
-    let listener = Host::Second.become_this()?;
+    let listener = PeerHost::Second.become_this()?;
     tap::end_supervisor()?;
-    let _supervisor = tap::Supervisor::start()?;
+    let _supervisor = tap::RunningSupervisor::start()?;
     serve(&listener)
 }
 
@@ -167,7 +167,7 @@ pub(crate) fn run(command: &str) -> Result<String> {
 /// Runs a command on the second host; returns its status and its output.
 pub(crate) fn status(command: &str) -> Result<(String, String)> {
     let command = format!("( {command} ) </dev/null 2>&1; echo \"{STATUS}$?\"");
-    let mut stream = connect(Host::Second.address(), &command)?;
+    let mut stream = connect(PeerHost::Second.address(), &command)?;
     stream.set_read_timeout(Some(UP))?;
     let mut text = String::new();
     stream
@@ -190,8 +190,8 @@ pub(crate) fn wait_up() -> Result<()> {
 /// Resets the second host as a power cut does, and waits until it is gone.
 pub(crate) fn cut_power() -> Result<()> {
     // The host answers nothing to this, and does not even close the connection.
-    let _kept = connect(Host::Second.address(), "busybox reboot -f")?;
-    let address = format!("{}:{PORT}", Host::Second.address()).parse()?;
+    let _kept = connect(PeerHost::Second.address(), "busybox reboot -f")?;
+    let address = format!("{}:{PORT}", PeerHost::Second.address()).parse()?;
     sh::wait_for("the end of the second host", UP, || {
         Ok(TcpStream::connect_timeout(&address, GONE).is_err())
     })

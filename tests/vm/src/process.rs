@@ -2,7 +2,7 @@
 //! A process that serves a tap disk, played by a case: it fetches requests, executes and answers them or not, as the
 //! case wants, and dies when it is dropped.
 
-use crate::node::{Control, Node};
+use crate::node::{ControlNode, OpenNode};
 use crate::sh;
 use crate::sys::punch;
 use anyhow::{bail, ensure, Context, Result};
@@ -50,7 +50,7 @@ impl Played {
         file.set_len(u64::from(mib) << 20)
             .context("cannot size an image")?;
         Ok(Played {
-            minor: Control::open()?.make(create)?,
+            minor: ControlNode::open()?.make(create)?,
             image,
             sectors: u64::from(mib) << 11,
         })
@@ -74,18 +74,18 @@ impl Played {
     }
 
     /// Starts a process for it, as soon as the one before is gone.
-    pub(crate) fn process(&self) -> Result<Process> {
+    pub(crate) fn process(&self) -> Result<TestProcess> {
         self.process_with(&self.params())
     }
 
     /// Starts a process that describes the disk in its own way.
-    pub(crate) fn process_with(&self, params: &Params) -> Result<Process> {
-        let node = Node::open(self.minor)?;
+    pub(crate) fn process_with(&self, params: &Params) -> Result<TestProcess> {
+        let node = OpenNode::open(self.minor)?;
         node.set_params(&records(params))
             .context("the kernel refuses the description of a disk")?;
         node.start().context("the kernel does not start a disk")?;
         let image = File::options().read(true).write(true).open(&self.image);
-        Ok(Process {
+        Ok(TestProcess {
             node,
             image: image.context("cannot open an image")?,
         })
@@ -93,7 +93,7 @@ impl Played {
 
     /// Returns the kernel's information about it.
     pub(crate) fn info(&self) -> Result<abi::Info> {
-        let info = Control::open()?.query(self.minor)?;
+        let info = ControlNode::open()?.query(self.minor)?;
         info.with_context(|| format!("the kernel has no tap disk {}", self.minor))
     }
 
@@ -121,7 +121,7 @@ impl Played {
     /// Takes the disk away.
     pub(crate) fn remove(&self) -> Result<()> {
         fs::remove_file(&self.image).context("cannot remove an image")?;
-        let (control, mut last) = (Control::open()?, None);
+        let (control, mut last) = (ControlNode::open()?, None);
         let gone = sh::wait_for("the end of a tap disk", Duration::from_secs(20), || {
             match control.destroy(self.minor) {
                 Ok(()) => return Ok(true),
@@ -135,7 +135,7 @@ impl Played {
 
 /// A request that was delivered.
 #[derive(Clone, Debug)]
-pub(crate) struct Request {
+pub(crate) struct DeliveredRequest {
     /// Its tag.
     pub(crate) tag: u16,
     /// Description of the request.
@@ -143,7 +143,7 @@ pub(crate) struct Request {
     segments: Vec<TapSegment>,
 }
 
-impl Request {
+impl DeliveredRequest {
     /// The answer to it.
     pub(crate) fn answer(&self, result: i32) -> Completion {
         Completion {
@@ -163,7 +163,7 @@ impl Request {
 
 /// Fault of a process, for cases that check that it is noticed. Numbers count writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub(crate) enum ProcessFault {
     /// One of that many writes is answered and never executed.
     Lost(u32),
     /// One of that many writes is answered at once and executed after that many others.
@@ -173,15 +173,15 @@ pub(crate) enum Fault {
 }
 
 /// The process.
-pub(crate) struct Process {
+pub(crate) struct TestProcess {
     /// The node.
-    pub(crate) node: Node,
+    pub(crate) node: OpenNode,
     image: File,
 }
 
-impl Process {
+impl TestProcess {
     /// Fetches `count` requests, and fails if there are more or fewer of them.
-    pub(crate) fn fetch(&self, count: usize) -> Result<Vec<Request>> {
+    pub(crate) fn fetch(&self, count: usize) -> Result<Vec<DeliveredRequest>> {
         let deadline = Instant::now() + ARRIVAL;
         let mut found = Vec::new();
         loop {
@@ -209,7 +209,7 @@ impl Process {
     }
 
     /// Fetches all requests that wait.
-    pub(crate) fn fetch_now(&self) -> Result<Vec<Request>> {
+    pub(crate) fn fetch_now(&self) -> Result<Vec<DeliveredRequest>> {
         let tags = self
             .node
             .exchange(&[], ROOM)
@@ -217,7 +217,7 @@ impl Process {
         tags.into_iter().map(|tag| self.request(tag)).collect()
     }
 
-    fn request(&self, tag: u16) -> Result<Request> {
+    fn request(&self, tag: u16) -> Result<DeliveredRequest> {
         let desc = self.node.desc(tag)?;
         ensure!(
             desc.tag == tag,
@@ -231,7 +231,7 @@ impl Process {
             bytes == if has_data { desc.sectors * SECTOR } else { 0 },
             "{desc:?} has {bytes} bytes in the arena"
         );
-        Ok(Request {
+        Ok(DeliveredRequest {
             tag,
             desc,
             segments,
@@ -239,11 +239,11 @@ impl Process {
     }
 
     /// Executes a request.
-    pub(crate) fn execute(&self, request: &Request) -> Result<()> {
+    pub(crate) fn execute(&self, request: &DeliveredRequest) -> Result<()> {
         self.execute_at(request, request.desc.sector)
     }
 
-    fn execute_at(&self, request: &Request, sector: u64) -> Result<()> {
+    fn execute_at(&self, request: &DeliveredRequest, sector: u64) -> Result<()> {
         let mut offset = sector * SECTOR;
         match request.desc.op {
             abi::OP_READ => {
@@ -265,7 +265,7 @@ impl Process {
         Ok(())
     }
 
-    fn data(&self, request: &Request) -> Result<Vec<u8>> {
+    fn data(&self, request: &DeliveredRequest) -> Result<Vec<u8>> {
         let pieces = request.segments.iter().map(|piece| self.node.data(piece));
         Ok(pieces.collect::<Result<Vec<_>>>()?.concat())
     }
@@ -277,7 +277,7 @@ impl Process {
     }
 
     /// Answers requests without an error.
-    pub(crate) fn commit(&self, requests: &[Request]) -> Result<()> {
+    pub(crate) fn commit(&self, requests: &[DeliveredRequest]) -> Result<()> {
         let answers: Vec<Completion> = requests.iter().map(|request| request.answer(0)).collect();
         self.node
             .exchange(&answers, 0)
@@ -286,7 +286,7 @@ impl Process {
     }
 
     /// Executes and answers.
-    pub(crate) fn serve(&self, requests: &[Request]) -> Result<()> {
+    pub(crate) fn serve(&self, requests: &[DeliveredRequest]) -> Result<()> {
         requests
             .iter()
             .try_for_each(|request| self.execute(request))?;
@@ -316,7 +316,7 @@ impl Process {
     /// Serves requests until `done`, with a fault.
     pub(crate) fn serve_with(
         &self,
-        fault: Option<Fault>,
+        fault: Option<ProcessFault>,
         mut done: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
         let (mut writes, mut late) = (0u32, Vec::<(u32, Vec<u8>, u64)>::new());
@@ -327,14 +327,15 @@ impl Process {
                 let is_write = request.desc.op == abi::OP_WRITE;
                 writes += u32::from(is_write);
                 match fault {
-                    Some(Fault::Lost(every)) if is_write && writes % every == 0 => (),
-                    Some(Fault::Late(every, after)) if is_write && writes % every == 0 => late
-                        .push((
+                    Some(ProcessFault::Lost(every)) if is_write && writes % every == 0 => (),
+                    Some(ProcessFault::Late(every, after)) if is_write && writes % every == 0 => {
+                        late.push((
                             writes + after,
                             self.data(request)?,
                             request.desc.sector * SECTOR,
-                        )),
-                    Some(Fault::Astray(every)) if is_write && writes % every == 0 => {
+                        ))
+                    }
+                    Some(ProcessFault::Astray(every)) if is_write && writes % every == 0 => {
                         self.execute_at(request, request.desc.sector ^ 8)?;
                     }
                     _ => self.execute(request)?,

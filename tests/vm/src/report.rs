@@ -6,7 +6,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 
 /// Result of a case.
-pub(crate) enum Verdict {
+pub(crate) enum CaseVerdict {
     /// The case has passed.
     Pass,
     /// The case has failed, for this reason.
@@ -18,16 +18,16 @@ pub(crate) enum Verdict {
 }
 
 /// The writer of the report.
-pub(crate) struct Report {
+pub(crate) struct CaseReport {
     channel: Box<dyn Write>,
     number: usize,
     failed: usize,
     skipped: usize,
 }
 
-impl Report {
+impl CaseReport {
     /// Opens the channel named by the environment variable REPORT, or standard output.
-    pub(crate) fn open() -> Result<Report> {
+    pub(crate) fn open() -> Result<CaseReport> {
         let channel: Box<dyn Write> =
             match std::env::var_os("REPORT") {
                 Some(path) => {
@@ -38,7 +38,7 @@ impl Report {
                 }
                 None => Box::new(std::io::stdout()),
             };
-        Ok(Report {
+        Ok(CaseReport {
             channel,
             number: 0,
             failed: 0,
@@ -78,26 +78,31 @@ impl Report {
     }
 
     /// Records the verdict on a case.
-    pub(crate) fn verdict(&mut self, name: &str, seconds: f64, verdict: &Verdict) -> Result<()> {
+    pub(crate) fn verdict(
+        &mut self,
+        name: &str,
+        seconds: f64,
+        verdict: &CaseVerdict,
+    ) -> Result<()> {
         self.number += 1;
         let number = self.number;
         match verdict {
-            Verdict::Pass => self.line(&format!("ok {number} - {name}"))?,
-            Verdict::Skip(reason) => {
+            CaseVerdict::Pass => self.line(&format!("ok {number} - {name}"))?,
+            CaseVerdict::Skip(reason) => {
                 self.skipped += 1;
                 return self.line(&format!("ok {number} - {name} # SKIP {}", one_line(reason)));
             }
-            Verdict::Fail(_) => {
+            CaseVerdict::Fail(_) => {
                 self.failed += 1;
                 self.line(&format!("not ok {number} - {name}"))?;
             }
-            Verdict::KnownFail(_, known) => {
+            CaseVerdict::KnownFail(_, known) => {
                 self.line(&format!("not ok {number} - {name} # TODO {known}"))?
             }
         }
         self.line("  ---")?;
         self.line(&format!("  seconds: {seconds:.1}"))?;
-        if let Verdict::Fail(why) | Verdict::KnownFail(why, _) = verdict {
+        if let CaseVerdict::Fail(why) | CaseVerdict::KnownFail(why, _) = verdict {
             self.line("  message: |")?;
             for line in why.lines() {
                 self.line(&format!("    {line}"))?;

@@ -22,7 +22,7 @@ const STEP: u64 = 13;
 
 /// Work to do.
 #[derive(clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct RereadArgs {
     /// The disk.
     device: PathBuf,
     /// Fill the disk for later reads, and do nothing else.
@@ -47,7 +47,7 @@ pub(crate) struct Args {
 }
 
 /// Does it, and fails if something is not there any more.
-pub(crate) fn main(args: &Args) -> Result<()> {
+pub(crate) fn main(args: &RereadArgs) -> Result<()> {
     let blocks = (args.mib << 20) / BLOCK as u64;
     ensure!(
         blocks % STEP != 0 && blocks > args.places,
@@ -102,7 +102,7 @@ fn others(bytes: &[u8], block: u64) -> Vec<u64> {
 }
 
 /// Reads one block after the other, each to the next place; returns how many.
-fn read(args: &Args, disk: &File, blocks: u64, until: &Path, thread: u64) -> Result<u64> {
+fn read(args: &RereadArgs, disk: &File, blocks: u64, until: &Path, thread: u64) -> Result<u64> {
     let mut places: Vec<_> = (0..args.places).map(|_| Aligned::new(BLOCK)).collect();
     let mut held: Vec<Option<u64>> = vec![None; places.len()];
     let pause = Duration::from_millis(args.pause_ms);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Tap disks as an administrator has them: the supervisor, its command line, and the processes.
 
-use crate::guest::{Guest, Vbd, RUN_DIR};
-use crate::node::Control;
+use crate::guest::{AttachedVbd, Guest, RUN_DIR};
+use crate::node::ControlNode;
 use crate::{sh, sys, xs};
 use anyhow::{bail, ensure, Context, Result};
 use control::installed::SUPERVISOR;
@@ -23,16 +23,16 @@ const SOCKET: &str = "/run/xentap/control.sock";
 const REPLACED: Duration = Duration::from_secs(30);
 
 /// The supervisor, started as on a host without systemd.
-pub(crate) struct Supervisor(Child);
+pub(crate) struct RunningSupervisor(Child);
 
-impl Supervisor {
+impl RunningSupervisor {
     /// Starts it and waits until it answers.
-    pub(crate) fn start() -> Result<Supervisor> {
-        Supervisor::start_with(&[])
+    pub(crate) fn start() -> Result<RunningSupervisor> {
+        RunningSupervisor::start_with(&[])
     }
 
     /// Starts it with more settings: names of its environment, and their values.
-    pub(crate) fn start_with(settings: &[(&str, &str)]) -> Result<Supervisor> {
+    pub(crate) fn start_with(settings: &[(&str, &str)]) -> Result<RunningSupervisor> {
         let log = log_of("blktapctrl")?;
         let child = Command::new(SUPERVISOR)
             .arg("--foreground")
@@ -48,7 +48,7 @@ impl Supervisor {
             .stderr(log)
             .spawn()
             .context("cannot start blktapctrl: is it installed?")?;
-        let mut supervisor = Supervisor(child);
+        let mut supervisor = RunningSupervisor(child);
         sh::wait_for("an answer of blktapctrl", Duration::from_secs(30), || {
             if let Some(status) = supervisor.0.try_wait()? {
                 bail!("blktapctrl ended ({status}): {}", log_tail()?);
@@ -158,27 +158,27 @@ pub(crate) fn image(name: &str, mib: u32) -> Result<String> {
 }
 
 /// A disk that a tapdisk serves to a guest.
-pub(crate) struct Served {
+pub(crate) struct ServedDisk {
     /// The device.
-    pub(crate) vbd: Vbd,
+    pub(crate) vbd: AttachedVbd,
     /// Number of the node.
     pub(crate) minor: u32,
 }
 
-impl Served {
+impl ServedDisk {
     /// Attaches a disk.
-    pub(crate) fn attach(guest: &Guest, specification: &str) -> Result<Served> {
+    pub(crate) fn attach(guest: &Guest, specification: &str) -> Result<ServedDisk> {
         let vbd = guest.attach(specification).map_err(|error| {
             let log = log_tail().unwrap_or_default();
             error.context(format!("blktapctrl says: {log}"))
         })?;
-        Served::of(vbd)
+        ServedDisk::of(vbd)
     }
 
     /// Finds the tap disk of an attached device.
-    pub(crate) fn of(vbd: Vbd) -> Result<Served> {
+    pub(crate) fn of(vbd: AttachedVbd) -> Result<ServedDisk> {
         let minor = xs::number(&format!("{}/tap-minor", vbd.backend))?;
-        Ok(Served {
+        Ok(ServedDisk {
             vbd,
             minor: u32::try_from(minor).context("`tap-minor` is too large")?,
         })
@@ -186,7 +186,7 @@ impl Served {
 
     /// Returns the kernel's information about the disk.
     pub(crate) fn info(&self) -> Result<Info> {
-        let info = Control::open()?.query(self.minor)?;
+        let info = ControlNode::open()?.query(self.minor)?;
         info.with_context(|| format!("the kernel has no tap disk {}", self.minor))
     }
 
@@ -255,7 +255,7 @@ impl Served {
     /// Waits until neither kernel nor supervisor knows the disk.
     pub(crate) fn wait_gone(&self) -> Result<()> {
         let (control, record) = (
-            Control::open()?,
+            ControlNode::open()?,
             format!("/run/xentap/disks/{}.json", self.minor),
         );
         sh::wait_for(

@@ -4,8 +4,8 @@
 
 use super::{detach_own_disks, undo, Case, Context, Skip, RUNS};
 use crate::leaks::Leaks;
-use crate::report::Verdict;
-use crate::{guest, splat, Driver};
+use crate::report::CaseVerdict;
+use crate::{guest, splat, TestedDriver};
 use anyhow::Result;
 use dom0::kmsg::Kmsg;
 use dom0::xen;
@@ -130,38 +130,40 @@ impl Attempt {
     }
 
     /// Returns the result of the case, if it is not repeated.
-    pub(super) fn verdict(mut self, case: &Case, driver: Driver) -> Verdict {
+    pub(super) fn verdict(mut self, case: &Case, driver: TestedDriver) -> CaseVerdict {
         if !case.finds.is_empty() {
             return self.found(case.finds);
         }
-        if let (Some(reason), Driver::Rs) = (&self.skipped, driver) {
+        if let (Some(reason), TestedDriver::Rs) = (&self.skipped, driver) {
             let why = format!("{reason}: with our own driver nothing may be skipped");
             self.failed.push(why);
         }
         self.failed.append(&mut self.trouble);
         let why = self.failed.join("\n");
         match (self.failed.is_empty(), self.skipped, case.c_fails) {
-            (true, None, _) => Verdict::Pass,
-            (true, Some(reason), _) => Verdict::Skip(reason),
-            (false, _, Some(known)) if driver == Driver::C => Verdict::KnownFail(why, known),
-            (false, _, _) => Verdict::Fail(why),
+            (true, None, _) => CaseVerdict::Pass,
+            (true, Some(reason), _) => CaseVerdict::Skip(reason),
+            (false, _, Some(known)) if driver == TestedDriver::C => {
+                CaseVerdict::KnownFail(why, known)
+            }
+            (false, _, _) => CaseVerdict::Fail(why),
         }
     }
 }
 
 impl Attempt {
     /// Returns the result of a case with a planted fault: the case must find it, and no other trouble.
-    fn found(self, finds: &[&str]) -> Verdict {
+    fn found(self, finds: &[&str]) -> CaseVerdict {
         let problems = || self.failed.iter().chain(&self.trouble);
         let is_found = |what: &&&str| problems().any(|problem| problem.contains(**what));
         let missed: Vec<&&str> = finds.iter().filter(|what| !is_found(what)).collect();
         let is_planted = |problem: &&String| finds.iter().any(|what| problem.contains(what));
         let other: Vec<&String> = self.trouble.iter().filter(|p| !is_planted(p)).collect();
         if missed.is_empty() && other.is_empty() && self.skipped.is_none() {
-            return Verdict::Pass;
+            return CaseVerdict::Pass;
         }
         let all: Vec<&String> = problems().collect();
-        Verdict::Fail(format!(
+        CaseVerdict::Fail(format!(
             "planted and not found: {missed:?}; all that was found: {all:#?}"
         ))
     }
@@ -198,8 +200,8 @@ pub(crate) fn outlive_emulator<T>(
 
 #[cfg(test)]
 mod tests {
-    use super::{Attempt, Case, Driver, Verdict};
-    use crate::cases::Needs;
+    use super::{Attempt, Case, CaseVerdict, TestedDriver};
+    use crate::cases::SharedGuest;
 
     fn attempt(failed: &[&str], trouble: &[&str], lost: bool) -> Attempt {
         let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
@@ -225,9 +227,9 @@ mod tests {
     #[test]
     fn a_planted_fault_must_be_found_and_nothing_else() {
         let held = |failed: &[&str], trouble: &[&str]| {
-            let case = Case::new("a", "b", Needs::Nothing, |_| Ok(())).finds(&["x", "y"]);
-            let verdict = attempt(failed, trouble, false).verdict(&case, Driver::Rs);
-            matches!(verdict, Verdict::Pass)
+            let case = Case::new("a", "b", SharedGuest::Nothing, |_| Ok(())).finds(&["x", "y"]);
+            let verdict = attempt(failed, trouble, false).verdict(&case, TestedDriver::Rs);
+            matches!(verdict, CaseVerdict::Pass)
         };
         assert!(held(&["ax", "by", "in consequence"], &[]));
         assert!(held(&["x"], &["y"]));
@@ -238,19 +240,19 @@ mod tests {
 
     #[test]
     fn a_skip_with_our_own_driver_is_a_failure() {
-        let case = Case::new("a", "b", Needs::Nothing, |_| Ok(()));
+        let case = Case::new("a", "b", SharedGuest::Nothing, |_| Ok(()));
         let skipped = || Attempt {
             skipped: Some("no such ring".into()),
             ..Attempt::default()
         };
-        let failed = |verdict| matches!(verdict, Verdict::Fail(_));
-        assert!(failed(skipped().verdict(&case, Driver::Rs)));
-        let verdict = skipped().verdict(&case, Driver::C);
-        assert!(matches!(verdict, Verdict::Skip(_)));
+        let failed = |verdict| matches!(verdict, CaseVerdict::Fail(_));
+        assert!(failed(skipped().verdict(&case, TestedDriver::Rs)));
+        let verdict = skipped().verdict(&case, TestedDriver::C);
+        assert!(matches!(verdict, CaseVerdict::Skip(_)));
         assert!(failed(
-            attempt(&[], &["x"], false).verdict(&case, Driver::Rs)
+            attempt(&[], &["x"], false).verdict(&case, TestedDriver::Rs)
         ));
-        let verdict = Attempt::default().verdict(&case, Driver::Rs);
-        assert!(matches!(verdict, Verdict::Pass));
+        let verdict = Attempt::default().verdict(&case, TestedDriver::Rs);
+        assert!(matches!(verdict, CaseVerdict::Pass));
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Data goes both ways, unchanged, for every kind of guest and disk.
 
-use super::{skip, Case, Context, Needs};
+use super::{skip, Case, Context, SharedGuest};
 use crate::backing::{self, Lvm, NullBlk};
-use crate::guest::{Guest, Vbd};
+use crate::guest::{AttachedVbd, Guest};
 use crate::hotplug;
 use crate::{seed, sh, xs};
 use anyhow::{ensure, Context as _, Result};
@@ -16,7 +16,7 @@ pub(crate) const FIO: Duration = Duration::from_secs(180);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv, Pvh};
+    use SharedGuest::{Nothing, Pv, Pvh};
     vec![
         Case::new(
             "phy.dom0.loopback",
@@ -150,9 +150,9 @@ pub(crate) fn compare(guest: &Guest, vdev: &str, device: &str, mib: u32) -> Resu
     Ok(())
 }
 
-pub(super) fn fio_verify(context: &mut Context, needs: Needs) -> Result<()> {
+pub(super) fn fio_verify(context: &mut Context, needs: SharedGuest) -> Result<()> {
     let backing = context.null_blk(64, &[])?;
-    let (guest, writes) = if needs == Needs::Pvh {
+    let (guest, writes) = if needs == SharedGuest::Pvh {
         (context.pvh()?, 80)
     } else {
         (context.pv()?, 300)
@@ -225,10 +225,10 @@ fn loopback(context: &mut Context) -> Result<()> {
 }
 
 /// Attaches a disk to dom0 itself and waits for the disk.
-pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Result<Vbd> {
+pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Result<AttachedVbd> {
     let disk = hotplug::disk(device, vdev, "w")?;
     sh::run(&["xl", "block-attach", "0", &disk])?;
-    let vbd = Vbd::of(0, &disk)?;
+    let vbd = AttachedVbd::of(0, &disk)?;
     let node = format!("/dev/{vdev}");
     sh::wait_for(
         &format!("the appearance of {node}"),
@@ -240,7 +240,7 @@ pub(super) fn attach_own(context: &mut Context, device: &str, vdev: &str) -> Res
 }
 
 /// Detaches a disk of dom0. Udev may have opened it for a moment, which makes xl fail.
-pub(super) fn detach_own(vbd: &Vbd) -> Result<()> {
+pub(super) fn detach_own(vbd: &AttachedVbd) -> Result<()> {
     dom0::udev::settle()?;
     sh::run(&["xl", "block-detach", "0", &vbd.vdev])?;
     vbd.wait_gone()
@@ -334,7 +334,7 @@ fn flush_later(context: &mut Context) -> Result<()> {
 }
 
 /// The guest flushes, and the device and the statistics count it.
-pub(super) fn flushes_arrive(guest: &Guest, vbd: &Vbd, device: &NullBlk) -> Result<()> {
+pub(super) fn flushes_arrive(guest: &Guest, vbd: &AttachedVbd, device: &NullBlk) -> Result<()> {
     const FLUSHES: u64 = 12;
     let (device_before, disk_before) = (device.flushes()?, vbd.statistic("f_req")?);
     guest.run(&format!(
@@ -511,7 +511,7 @@ fn log(context: &mut Context) -> Result<()> {
 }
 
 /// A volume that can grow, and the disk of the guest on it.
-fn growing(context: &mut Context) -> Result<(Lvm, Vbd)> {
+fn growing(context: &mut Context) -> Result<(Lvm, AttachedVbd)> {
     let device = context.null_blk(64, &[])?;
     let volume = Lvm::create("vmtestvg", &device.path(), 16)?;
     let theirs = volume.clone();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Disks of the kind `vbd3` that a program beside us serves: the case plays that program.
 
-use super::{load_driver, Case, Context, Needs};
-use crate::{sh, xs, Driver};
+use super::{load_driver, Case, Context, SharedGuest};
+use crate::{sh, xs, TestedDriver};
 use anyhow::{ensure, Result};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![Case::new(
         "tap.beside",
         "a disk of the kind vbd3 that another program serves is left alone, and ours is served",
-        Needs::Nothing,
+        SharedGuest::Nothing,
         beside,
     )
     .supervised()
@@ -124,7 +124,7 @@ fn beside(context: &mut Context) -> Result<()> {
     // A driver that is loaded later takes its own devices, and no others. The supervisor has the driver's control node
     // open.
     context.take_supervisor()?.stop()?;
-    sh::run(&["rmmod", Driver::Rs.sys_module()])?;
+    sh::run(&["rmmod", TestedDriver::Rs.sys_module()])?;
     // udev would load the driver for the new devices, at any time and without this case's parameters.
     let resume = || sh::run(&["udevadm", "control", "--start-exec-queue"]).map(drop);
     sh::run(&["udevadm", "control", "--stop-exec-queue"])?;
@@ -132,7 +132,7 @@ fn beside(context: &mut Context) -> Result<()> {
     let foreign = Played::make("vbd3", 9000, theirs[0].1)?;
     let ours = Played::make("vbd3", 9001, &[("tap-server", "blktapctrl")])?;
     let before = foreign.all()?;
-    load_driver(Driver::Rs)?;
+    load_driver(TestedDriver::Rs)?;
     resume()?;
     xs::wait_value(&ours.state(), "2", SOON)?;
     context.supervise(true)?;

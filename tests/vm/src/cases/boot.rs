@@ -5,10 +5,10 @@
 use super::basic::{compare, verify_job, FIO};
 use super::formats::{check, over, qemu_img, Format, QCOW2, VHD};
 use super::tap::{image, stand_in, wait_progress};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::boot::{self, DATA_MIB, MARK};
-use crate::guest::{serial_path, Boot, Config, Guest, Kind, Vbd};
-use crate::tap::{self, Served};
+use crate::guest::{serial_path, AttachedVbd, Boot, Config, Guest, GuestKind};
+use crate::tap::{self, ServedDisk};
 use crate::{backing, hotplug, sh, sys, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use std::time::Duration;
@@ -22,7 +22,7 @@ const DATA: &str = "/dev/xvda1";
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Nothing, run)
+        Case::new(name, about, SharedGuest::Nothing, run)
             .supervised()
             .no_leaks()
     };
@@ -48,19 +48,19 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "boot.pygrub_vhd",
             "a PV guest with the kernel of its VHD",
-            |context| boots_from(context, Kind::Pv, &VHD),
+            |context| boots_from(context, GuestKind::Pv, &VHD),
         )
         .nightly(),
         case(
             "boot.hvm_qcow2",
             "an HVM guest boots from a qcow2 image",
-            |context| boots_from(context, Kind::Hvm, &QCOW2),
+            |context| boots_from(context, GuestKind::Hvm, &QCOW2),
         )
         .nightly(),
         case(
             "boot.hvm_vhd",
             "an HVM guest boots from a VHD",
-            |context| boots_from(context, Kind::Hvm, &VHD),
+            |context| boots_from(context, GuestKind::Hvm, &VHD),
         )
         .nightly(),
         case(
@@ -92,7 +92,7 @@ fn bootable(context: &mut Context) -> Result<String> {
 }
 
 /// Creates a guest that boots from its first disk.
-fn create(kind: Kind, disks: Vec<String>) -> Result<Guest> {
+fn create(kind: GuestKind, disks: Vec<String>) -> Result<Guest> {
     let config = Config {
         boot: Boot::Disk,
         disks,
@@ -113,10 +113,10 @@ fn create(kind: Kind, disks: Vec<String>) -> Result<Guest> {
 /// Boots a guest from its first disk, and runs `meanwhile` beside that.
 fn booted(
     context: &mut Context,
-    kind: Kind,
+    kind: GuestKind,
     disks: Vec<String>,
     meanwhile: fn() -> Result<()>,
-) -> Result<(Guest, Served)> {
+) -> Result<(Guest, ServedDisk)> {
     let beside = std::thread::spawn(meanwhile);
     let created = create(kind, disks);
     // Whether the guest has booted or not, no action that began here may continue in the next case.
@@ -129,13 +129,13 @@ fn booted(
         "the kernel of the guest is not that of its disk: it was started with `{}`",
         words.trim()
     );
-    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
     context.check_driver(&disk.vbd)?;
     Ok((guest, disk))
 }
 
 /// The guest uses the disk that it booted from, and is destroyed; nothing may stay behind.
-fn use_and_destroy(guest: Guest, disk: &Served, image: &str) -> Result<()> {
+fn use_and_destroy(guest: Guest, disk: &ServedDisk, image: &str) -> Result<()> {
     guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
     compare(&guest, VDEV, image, 1 + DATA_MIB)?;
     disk.goes_with(guest)
@@ -145,7 +145,7 @@ fn pygrub(context: &mut Context) -> Result<()> {
     let image = bootable(context)?;
     sh::modprobe("xen-blkfront", &[])?;
     let specification = tap::disk(&format!("aio:{image}"), VDEV, "w");
-    let (guest, disk) = booted(context, Kind::Pv, vec![specification], || Ok(()))?;
+    let (guest, disk) = booted(context, GuestKind::Pv, vec![specification], || Ok(()))?;
     // dom0 had the disk while pygrub read it, and has it no more.
     ensure!(
         xs::list("/local/domain/0/device/vbd")?.is_empty(),
@@ -155,7 +155,7 @@ fn pygrub(context: &mut Context) -> Result<()> {
 }
 
 /// The system is in an image of a format; QEMU must find the guest's writes in it afterwards.
-fn boots_from(context: &mut Context, kind: Kind, format: &Format) -> Result<()> {
+fn boots_from(context: &mut Context, kind: GuestKind, format: &Format) -> Result<()> {
     let raw = bootable(context)?;
     let path = image(context, &format!("boot.{}", format.driver), 1)?;
     let convert = [
@@ -178,7 +178,7 @@ fn boots_from(context: &mut Context, kind: Kind, format: &Format) -> Result<()> 
 }
 
 /// A guest boots from a disk, and works on it.
-fn boots(context: &mut Context, kind: Kind, target: &str) -> Result<()> {
+fn boots(context: &mut Context, kind: GuestKind, target: &str) -> Result<()> {
     let disks = vec![tap::disk(target, VDEV, "w")];
     let (guest, disk) = booted(context, kind, disks, || Ok(()))?;
     guest.run_for(&verify_job(DATA, DATA_MIB, 60, 512), FIO)?;
@@ -191,7 +191,7 @@ fn pygrub_qcow2(context: &mut Context) -> Result<()> {
     let before = backing::sha256(&golden, boot::MIB)?;
     let path = over(context, "boot.qcow2", &golden, "raw")?;
     sh::modprobe("xen-blkfront", &[])?;
-    boots(context, Kind::Pv, &format!("qcow2:{path}"))?;
+    boots(context, GuestKind::Pv, &format!("qcow2:{path}"))?;
     check("qcow2", &path)?;
     ensure!(
         backing::sha256(&golden, boot::MIB)? == before,
@@ -205,7 +205,7 @@ fn pygrub_drop_in(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     stand_in(context)?;
     let specification = format!("tap:aio:{image},{VDEV},w");
-    let (guest, disk) = booted(context, Kind::Pv, vec![specification], || Ok(()))?;
+    let (guest, disk) = booted(context, GuestKind::Pv, vec![specification], || Ok(()))?;
     use_and_destroy(guest, &disk, &image)
 }
 
@@ -238,13 +238,13 @@ fn hvm(context: &mut Context) -> Result<()> {
         tap::disk(&format!("aio:{image}"), VDEV, "w"),
         hotplug::disk(&device.path(), "xvdb", "w")?,
     ];
-    let (guest, disk) = booted(context, Kind::Hvm, disks, kill_while_qemu_reads)?;
+    let (guest, disk) = booted(context, GuestKind::Hvm, disks, kill_while_qemu_reads)?;
     let asked = asked_by_qemu(disk.minor.into())?;
     ensure!(
         asked > 0,
         "QEMU did not go on with the next tapdisk after the first one had died"
     );
-    let phy = Vbd::of(guest.domid, "xvdb")?;
+    let phy = AttachedVbd::of(guest.domid, "xvdb")?;
     context.check_driver(&phy)?;
     guest.run_for(&verify_job("/dev/xvdb", 4, 40, 512), FIO)?;
     compare(&guest, "xvdb", &device.path(), 4)?;
@@ -266,7 +266,7 @@ fn hvm_drop_in(context: &mut Context) -> Result<()> {
     // libxl then gives the image to QEMU; the tapdisk has it open already, and refuses.
     let beside = format!("tap:aio:{image},{VDEV},w");
     ensure!(
-        booted(context, Kind::Hvm, vec![beside], || Ok(())).is_err(),
+        booted(context, GuestKind::Hvm, vec![beside], || Ok(())).is_err(),
         "QEMU opened an image beside the tapdisk that serves it"
     );
     let log = sh::get("/var/log/xen/qemu-dm-boots.log")?;
@@ -275,7 +275,7 @@ fn hvm_drop_in(context: &mut Context) -> Result<()> {
         "QEMU was refused for another reason: {log}"
     );
     let specification = format!("format=raw, script=block, vdev={VDEV}, access=w, target={image}");
-    let (guest, disk) = booted(context, Kind::Hvm, vec![specification], || Ok(()))?;
+    let (guest, disk) = booted(context, GuestKind::Hvm, vec![specification], || Ok(()))?;
     use_and_destroy(guest, &disk, &image)
 }
 
@@ -284,6 +284,6 @@ fn hvm_backendtype(context: &mut Context) -> Result<()> {
     let specification = format!(
         "backendtype=tap, script=block-tap-rs, format=raw, vdev={VDEV}, access=w, target={image}"
     );
-    let (guest, disk) = booted(context, Kind::Hvm, vec![specification], || Ok(()))?;
+    let (guest, disk) = booted(context, GuestKind::Hvm, vec![specification], || Ok(()))?;
     use_and_destroy(guest, &disk, &image)
 }

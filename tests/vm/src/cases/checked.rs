@@ -5,12 +5,12 @@
 use super::basic::{attach_own, detach_own, verify_job, FIO};
 use super::direct::{attach_scattered, hits_all, mapped, scattered, PLACES};
 use super::hung::loop_device;
-use super::own::{self, Disks};
+use super::own::{self, OwnDisks};
 use super::tap::{image, DEVICE, VDEV};
-use super::{Case, Context, Needs};
-use crate::console::Job;
-use crate::guest::{Guest, Vbd};
-use crate::tap::{self, Served};
+use super::{Case, Context, SharedGuest};
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Guest};
+use crate::tap::{self, ServedDisk};
 use crate::{hotplug, seed, sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
@@ -33,7 +33,7 @@ const ASKED_AGAIN: &[&str] = &[
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name: &str, about: &str, needs, run: fn(&mut Context) -> Result<()>| Case {
         ours: true,
         checked: true,
@@ -192,7 +192,7 @@ fn connect(context: &mut Context) -> Result<()> {
     for _ in 0..ATTEMPTS {
         let percent = rng.pick(&[1, 2, 3, 5, 10, 30, 100]);
         let failing = Failing::begin(percent, 1)?;
-        let disks = Disks::connect(&device.path(), 1)?;
+        let disks = OwnDisks::connect(&device.path(), 1)?;
         let id = &disks.0[0];
         let backend = format!("/local/domain/0/backend/vbd/0/{id}");
         let connected = settled(&backend).with_context(|| {
@@ -259,7 +259,7 @@ const RECONNECTS: usize = 30;
 fn reconnect(context: &mut Context) -> Result<()> {
     let path = image(context, "checked.img", 16)?;
     let specification = tap::disk(&format!("aio:{path}"), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     let vbd = &disk.vbd;
     let mut rng = Rng::new(seed::get());
     let (mut failed, mut refused) = (0, 0);
@@ -304,13 +304,13 @@ fn reconnect(context: &mut Context) -> Result<()> {
 }
 
 /// The guest's name of a disk on its bus.
-fn on_bus(vbd: &Vbd) -> String {
+fn on_bus(vbd: &AttachedVbd) -> String {
     let number = vbd.frontend.rsplit('/').next().unwrap_or_default();
     format!("vbd-{number}")
 }
 
 /// Lets the guest close a disk.
-fn close(guest: &Guest, vbd: &Vbd) -> Result<()> {
+fn close(guest: &Guest, vbd: &AttachedVbd) -> Result<()> {
     let name = on_bus(vbd);
     guest.run(&format!("echo {name} >/sys/bus/xen/drivers/vbd/unbind"))?;
     xs::wait_value(&format!("{}/state", vbd.backend), "6", SETTLED)
@@ -318,7 +318,7 @@ fn close(guest: &Guest, vbd: &Vbd) -> Result<()> {
 
 /// Offers the disk again to a guest that has closed it: Linux makes its device again when a toolstack has reset its
 /// state. Its driver cannot be bound again to one that is closed, and must not find the backend closed.
-fn offer_again(guest: &Guest, vbd: &Vbd) -> Result<()> {
+fn offer_again(guest: &Guest, vbd: &AttachedVbd) -> Result<()> {
     let name = on_bus(vbd);
     xs::remove(&error_of(&vbd.backend))?;
     guest.run("echo 0 >/sys/bus/xen/drivers_autoprobe")?;
@@ -332,7 +332,7 @@ fn offer_again(guest: &Guest, vbd: &Vbd) -> Result<()> {
 }
 
 /// The guest's driver takes a disk that is offered.
-fn probe(guest: &Guest, vbd: &Vbd) -> Result<()> {
+fn probe(guest: &Guest, vbd: &AttachedVbd) -> Result<()> {
     let name = on_bus(vbd);
     guest.run(&format!("echo {name} >/sys/bus/xen/drivers_probe"))?;
     Ok(())
@@ -354,7 +354,7 @@ fn load(context: &mut Context) -> Result<()> {
 fn tap_load(context: &mut Context) -> Result<()> {
     let path = image(context, "checked.img", 16)?;
     let specification = tap::disk(&format!("aio:{path}"), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     let job = context.pv()?.start(&verify_job(DEVICE, 16, 400, 512))?;
     let pid = disk.pid()?;
     // So few that a process comes through in the end.
@@ -365,7 +365,7 @@ fn tap_load(context: &mut Context) -> Result<()> {
 }
 
 /// Ends a guest's load, which must not have had an error although allocations failed.
-fn goes_on(context: &mut Context, job: Job, failing: Failing) -> Result<()> {
+fn goes_on(context: &mut Context, job: GuestJob, failing: Failing) -> Result<()> {
     let done = context.pv()?.wait(job, FIO)?;
     let failed = failing.count()?;
     drop(failing);
@@ -377,7 +377,7 @@ fn goes_on(context: &mut Context, job: Job, failing: Failing) -> Result<()> {
 
 fn map(context: &mut Context) -> Result<()> {
     let disk = attach_scattered(context)?;
-    let room = |disk: &Served| mapped(disk)?["room"].as_u64().context("no room is told");
+    let room = |disk: &ServedDisk| mapped(disk)?["room"].as_u64().context("no room is told");
     let before = room(&disk)?;
     let guest = context.pv()?;
     let failing = Failing::begin(100, MANY)?;

@@ -3,8 +3,8 @@
 
 use super::formats::{base, load_and_deaths, of_guest, over, sum_of, SIZE, TOOL};
 use super::tap::VDEV;
-use super::{Case, Context, Needs};
-use crate::tap::{self, Served};
+use super::{Case, Context, SharedGuest};
+use crate::tap::{self, ServedDisk};
 use crate::{backing, sh};
 use anyhow::{ensure, Result};
 use std::path::Path;
@@ -14,7 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![Case::new(
         "formats.cow",
         "two disks write into memory over one image, under load while a process dies: neither sees the other, and the image stays",
-        Needs::Pv,
+        SharedGuest::Pv,
         cow,
     ).nightly()
     .supervised()
@@ -29,8 +29,8 @@ fn cow(context: &mut Context) -> Result<()> {
     let (before, expected) = (sums()?, backing::sha256(&root, SIZE)?);
     let target = format!("cow:qcow2:{golden}");
     let guest = context.pv()?;
-    let worked = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
-    let idle = Served::attach(guest, &tap::disk(&target, "xvdc", "w"))?;
+    let worked = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let idle = ServedDisk::attach(guest, &tap::disk(&target, "xvdc", "w"))?;
     context.check_driver(&worked.vbd)?;
     load_and_deaths(context, &worked)?;
     let guest = context.pv()?;
@@ -61,7 +61,7 @@ fn cow(context: &mut Context) -> Result<()> {
     );
     ensure!(sums()? == before, "the image was written");
     // A new disk begins with the image.
-    let anew = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let anew = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     ensure!(
         of_guest(guest)? == expected,
         "a new disk has what an old one had"

@@ -3,12 +3,12 @@
 
 use super::basic::{verify_job, FIO};
 use super::tap::{end_load, image, same, start_load, wait_progress, DEVICE, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm, Holding};
-use crate::guest::{Config, Guest, Kind, COMMAND};
+use crate::guest::{Config, Guest, GuestKind, COMMAND};
 use crate::hotplug;
-use crate::node::{Control, Node};
-use crate::tap::{self, EventLog, Served, Supervisor};
+use crate::node::{ControlNode, OpenNode};
+use crate::tap::{self, EventLog, RunningSupervisor, ServedDisk};
 use crate::{seed, sh, sys, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use control::installed::TAPDISK;
@@ -23,7 +23,7 @@ const MANY_KILLS: u32 = 100;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -99,7 +99,7 @@ pub(super) fn cases() -> Vec<Case> {
 fn s01_idle(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
     let took = disk.replace()?;
     let status = format!("{}/tap-status", disk.vbd.backend);
@@ -145,7 +145,7 @@ impl Lone {
 
     /// Waits until it serves.
     fn wait_live(&mut self, minor: u32) -> Result<()> {
-        let control = Control::open()?;
+        let control = ControlNode::open()?;
         sh::wait_for("a process that serves", Duration::from_secs(30), || {
             if let Some(status) = self.0.try_wait()? {
                 bail!(
@@ -200,7 +200,7 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     let new = Dm::create("vmtest-new", &linear(&below.path(), SLOW_SECTORS))?;
     let theirs = new.clone();
     context.at_end("remove vmtest-new", move || theirs.remove());
-    let control = Control::open()?;
+    let control = ControlNode::open()?;
     let minor = control.create(0)?;
     context.at_end("remove the tap disk", move || {
         sh::wait_for("the end of the disk", Duration::from_secs(20), || {
@@ -248,12 +248,12 @@ struct Late {
     /// True if it had to wait.
     fenced: bool,
     /// The write, as the guest sees it.
-    job: Option<crate::console::Job>,
+    job: Option<crate::console::GuestJob>,
 }
 
 /// Kills the process while a write of its is under way, and starts the next one.
 fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) -> Result<Late> {
-    let control = Control::open()?;
+    let control = ControlNode::open()?;
     let job = guest.start(&write(7, 'a'))?;
     // Not only at the process: a process that dies before it has passed the write on leaves nothing.
     old.wait_write()?;
@@ -270,7 +270,7 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
     let begun = Instant::now();
     let mut fenced = state()? == STATE_FENCING;
     while begun.elapsed() < Duration::from_secs(2) && fenced {
-        let open = Node::try_open(minor);
+        let open = OpenNode::try_open(minor);
         ensure!(
             open.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)),
             "the node can be opened although a write of the dead process is under way"
@@ -309,12 +309,12 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
     context.at_end("remove the mapped device", move || theirs.remove());
     let image = image(context, "b.img", 16)?;
     let guest = context.pv()?;
-    let served = Served::attach(
+    let served = ServedDisk::attach(
         guest,
         &tap::disk(&format!("aio:{}", disk.path()), VDEV, "w"),
     )?;
-    let other = Served::attach(guest, &tap::disk(&format!("aio:{image}"), "xvdc", "w"))?;
-    let stuck = || -> Result<crate::console::Job> {
+    let other = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), "xvdc", "w"))?;
+    let stuck = || -> Result<crate::console::GuestJob> {
         let job = guest.start(&write(7, 'a'))?;
         disk.wait_write()?;
         let old = served.kill()?;
@@ -353,8 +353,8 @@ fn gone_means_fenced(context: &mut Context) -> Result<()> {
     let theirs = stuck.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let target = format!("aio:{}", stuck.path());
-    let guest = Guest::create(Config::new("victim", Kind::Pv, 1))?;
-    let served = Served::attach(&guest, &tap::disk(&target, VDEV, "w"))?;
+    let guest = Guest::create(Config::new("victim", GuestKind::Pv, 1))?;
+    let served = ServedDisk::attach(&guest, &tap::disk(&target, VDEV, "w"))?;
     guest.start(&write(7, 'a'))?;
     stuck.wait_write()?;
     served.kill()?;
@@ -380,8 +380,8 @@ fn gone_means_fenced(context: &mut Context) -> Result<()> {
 }
 
 /// Another disk cannot get the image of a disk that has lost its guest and is not fenced.
-fn image_is_kept(served: &Served, target: &str) -> Result<()> {
-    let (control, minor) = (Control::open()?, served.minor);
+fn image_is_kept(served: &ServedDisk, target: &str) -> Result<()> {
+    let (control, minor) = (ControlNode::open()?, served.minor);
     sh::wait_for("the end of the device", Duration::from_secs(30), || {
         let info = control.query(minor)?.context("the disk is gone")?;
         Ok(info.domain == u32::MAX)
@@ -417,7 +417,7 @@ fn s12_kills(context: &mut Context, kills: u32) -> Result<()> {
     let seed = seed::get();
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 100)?;
     let mut rng = Rng::new(seed);
@@ -464,7 +464,7 @@ fn s13_hung(context: &mut Context) -> Result<()> {
         }
         let minor: u32 = tap::ctl(&arguments)?.trim().parse()?;
         let guest = context.pv()?;
-        let disk = Served::attach(guest, &hotplug::played(minor, VDEV)?)?;
+        let disk = ServedDisk::attach(guest, &hotplug::played(minor, VDEV)?)?;
         let pid = disk.pid()?;
         disk.signal(pid, libc::SIGSTOP)?;
         let job = guest.start(&write(7, 'a'))?;
@@ -497,10 +497,10 @@ fn s13_hung(context: &mut Context) -> Result<()> {
 }
 
 /// A guest of the case's own with a tap disk, and a process of it that has requests and answers none.
-fn hanging(context: &mut Context) -> Result<(Guest, Served, u32)> {
+fn hanging(context: &mut Context) -> Result<(Guest, ServedDisk, u32)> {
     let image = image(context, "a.img", 16)?;
-    let guest = Guest::create(Config::new("victim", Kind::Pv, 1))?;
-    let disk = Served::attach(&guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let guest = Guest::create(Config::new("victim", GuestKind::Pv, 1))?;
+    let disk = ServedDisk::attach(&guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     guest.run_for(&verify_job(DEVICE, 2, 20, 512), FIO)?;
     let pid = disk.pid()?;
     disk.signal(pid, libc::SIGSTOP)?;
@@ -560,7 +560,7 @@ fn s17_destroyed(context: &mut Context) -> Result<()> {
 fn supervisor_dies(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 50)?;
     let pid = disk.pid()?;
@@ -574,7 +574,7 @@ fn supervisor_dies(context: &mut Context) -> Result<()> {
     sh::wait_for("writes", Duration::from_secs(120), || Ok(written()? >= 500))?;
     let early = written()?;
     for crash in [true, false] {
-        let supervisor: Supervisor = context.take_supervisor()?;
+        let supervisor: RunningSupervisor = context.take_supervisor()?;
         if crash {
             supervisor.kill()?;
         } else {

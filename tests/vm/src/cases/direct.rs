@@ -12,10 +12,10 @@ use super::memory::Parameter;
 use super::tap::{
     end_load, full_image, same, start_load, start_load_with, wait_progress, DEVICE, VDEV,
 };
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, unwritable, Dm, NullBlk};
-use crate::guest::Vbd;
-use crate::tap::{self, EventLog, Served};
+use crate::guest::AttachedVbd;
+use crate::tap::{self, EventLog, ServedDisk};
 use crate::{sh, sys};
 use anyhow::{ensure, Context as _, Result};
 use diskio::LockKind;
@@ -30,7 +30,7 @@ const SOON: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -39,19 +39,19 @@ pub(super) fn cases() -> Vec<Case> {
             "direct.serves",
             "the kernel serves a device behind a tap disk: verified, flushed, discarded",
             Pv,
-            |context| serves(context, Place::device),
+            |context| serves(context, MappableImage::device),
         ),
         case(
             "direct.serves_file",
             "the same of a file with holes",
             Pv,
-            |context| serves(context, Place::file),
+            |context| serves(context, MappableImage::file),
         ).nightly(),
         case(
             "direct.serves_xfs",
             "the same on XFS",
             Pv,
-            |context| serves(context, |context| Place::on(context, "xfs", 320)),
+            |context| serves(context, |context| MappableImage::on(context, "xfs", 320)),
         )
         .nightly(),
         case(
@@ -101,26 +101,26 @@ pub(super) fn cases() -> Vec<Case> {
             "direct.without_process",
             "process and supervisor are gone under load: reads, writes and flushes go on, and then the next process",
             Pv,
-            |context| without_process(context, Place::device),
+            |context| without_process(context, MappableImage::device),
         )
         .nightly(),
         case(
             "direct.without_process_file",
             "the same of a file with holes, which are filled without the process",
             Pv,
-            |context| without_process(context, Place::file),
+            |context| without_process(context, MappableImage::file),
         ),
         case(
             "direct.pause",
             "paused under load, nothing is executed and the kernel has let go of the device",
             Pv,
-            |context| pause(context, Place::device),
+            |context| pause(context, MappableImage::device),
         ).nightly(),
         case(
             "direct.pause_file",
             "the same of a file",
             Pv,
-            |context| pause(context, Place::file),
+            |context| pause(context, MappableImage::file),
         )
         .nightly(),
         case(
@@ -161,16 +161,16 @@ fn disk(path: &str, vdev: &str) -> String {
 const MOUNT: &str = "/run/vmtest-direct";
 
 /// An image that the kernel may serve.
-struct Place {
+struct MappableImage {
     /// A device that can all that a guest asks for.
     device: NullBlk,
     image: String,
 }
 
 /// Makes one for the time of a case.
-type Make = fn(&mut Context) -> Result<Place>;
+type Make = fn(&mut Context) -> Result<MappableImage>;
 
-impl Place {
+impl MappableImage {
     fn device(context: &mut Context) -> Result<Self> {
         let device = context.null_blk(16, &[("discard", "1"), ("cache_size", "4")])?;
         let image = device.path();
@@ -197,22 +197,22 @@ impl Place {
     }
 }
 
-fn attach(context: &mut Context, place: &Place) -> Result<Served> {
-    let disk = Served::attach(context.pv()?, &disk(&place.image, VDEV))?;
+fn attach(context: &mut Context, place: &MappableImage) -> Result<ServedDisk> {
+    let disk = ServedDisk::attach(context.pv()?, &disk(&place.image, VDEV))?;
     context.check_driver(&disk.vbd)?;
     wait_given(&disk)?;
     Ok(disk)
 }
 
 /// Waits until the kernel has the device.
-fn wait_given(disk: &Served) -> Result<()> {
+fn wait_given(disk: &ServedDisk) -> Result<()> {
     sh::wait_for("a device that the kernel may use", SOON, || {
         Ok(disk.info()?.backings == 1)
     })
 }
 
 /// Waits until the kernel has executed `count` more requests in passthrough.
-fn wait_direct(disk: &Served, count: u64) -> Result<()> {
+fn wait_direct(disk: &ServedDisk, count: u64) -> Result<()> {
     let before = disk.info()?.direct;
     sh::wait_for("requests that the kernel executes", SOON, || {
         Ok(disk.info()?.direct >= before + count)
@@ -221,7 +221,7 @@ fn wait_direct(disk: &Served, count: u64) -> Result<()> {
 }
 
 /// Ends the supervisor and the process of a disk; returns which that was.
-fn leave_alone(context: &mut Context, disk: &Served) -> Result<u32> {
+fn leave_alone(context: &mut Context, disk: &ServedDisk) -> Result<u32> {
     context.take_supervisor()?.kill()?;
     let old = disk.kill()?;
     sh::wait_for("the end of the process", SOON, || {
@@ -278,7 +278,7 @@ fn failed_flush(context: &mut Context) -> Result<()> {
     let theirs = storage.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &disk(&storage.path(), VDEV))?;
+    let disk = ServedDisk::attach(guest, &disk(&storage.path(), VDEV))?;
     wait_given(&disk)?;
     sh::wait_for("a flush that the kernel executes", SOON, || {
         let before = disk.info()?.direct;
@@ -315,7 +315,7 @@ fn serves_format(context: &mut Context, format: &Format) -> Result<()> {
     let path = make(context, &format!("a.{}", format.driver), format)?;
     let target = format!("direct=yes,{}:{path}", format.driver);
     let specification = tap::disk(&target, VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     wait_given(&disk)?;
     let guest = context.pv()?;
@@ -365,7 +365,7 @@ fn clone(context: &mut Context) -> Result<()> {
     let expected = sum.split_whitespace().next().context("no checksum")?;
     let before = sh::run(&["sha256sum", &below])?;
     let specification = tap::disk(&format!("direct=yes,qcow2:{path}"), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     sh::wait_for(
         "the image and the one below it with the kernel",
@@ -441,23 +441,23 @@ pub(super) fn scattered(what: &str) -> String {
 }
 
 /// Attaches a disk whose clusters have 4 KiB and lie in the order of their first writes.
-pub(super) fn attach_scattered(context: &mut Context) -> Result<Served> {
+pub(super) fn attach_scattered(context: &mut Context) -> Result<ServedDisk> {
     let path = make(context, "a.qcow", &QCOW)?;
     let specification = tap::disk(&format!("direct=yes,qcow:{path}"), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     wait_given(&disk)?;
     Ok(disk)
 }
 
 /// Returns the statistics of a disk's mappings.
-pub(super) fn mapped(disk: &Served) -> Result<serde_json::Value> {
+pub(super) fn mapped(disk: &ServedDisk) -> Result<serde_json::Value> {
     let mut stats = tap::ctl_json(&["stats", "-m", &disk.minor.to_string()])?;
     Ok(stats["direct"]["mapped"].take())
 }
 
 /// Nearly all reads are the kernel's.
-pub(super) fn hits_all(context: &mut Context, disk: &Served) -> Result<()> {
+pub(super) fn hits_all(context: &mut Context, disk: &ServedDisk) -> Result<()> {
     let before = disk.info()?.direct;
     let job = scattered("--rw=randread --number_ios=1000");
     context.pv()?.run_for(&job, FIO)?;
@@ -549,7 +549,7 @@ fn is_free(image: &str) -> Result<bool> {
 }
 
 fn locked(context: &mut Context) -> Result<()> {
-    let place = Place::file(context)?;
+    let place = MappableImage::file(context)?;
     let disk = attach(context, &place)?;
     ensure!(!is_free(&place.image)?, "the image of a disk is not locked");
     let old = leave_alone(context, &disk)?;
@@ -568,7 +568,7 @@ fn locked(context: &mut Context) -> Result<()> {
 }
 
 fn frozen(context: &mut Context) -> Result<()> {
-    let place = Place::file(context)?;
+    let place = MappableImage::file(context)?;
     let disk = attach(context, &place)?;
     let load = start_load(context.pv()?)?;
     wait_direct(&disk, 50)?;
@@ -596,7 +596,7 @@ fn hung(context: &mut Context, pages: Pages) -> Result<()> {
     let _copies = (pages == Pages::Copied).then(copies).transpose()?;
     let device = hangable(context)?;
     let guest = own_guest(2, vec![disk(&device.path(), "xvda")])?;
-    let served = Served::of(Vbd::of(guest.domid, "xvda")?)?;
+    let served = ServedDisk::of(AttachedVbd::of(guest.domid, "xvda")?)?;
     wait_given(&served)?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&served.vbd)?;

@@ -3,9 +3,9 @@
 
 use super::snapshot::{snapshot, sum};
 use super::tap::{end_load, full_image, image, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -20,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let about = "three copies of a disk under load, of which each but the first takes only what has changed, over a death and a hand-off";
-    let copies = Case::new("dirty.copies", about, Needs::Pv, copies);
+    let copies = Case::new("dirty.copies", about, SharedGuest::Pv, copies);
     vec![copies.supervised().no_leaks().nightly()]
 }
 
@@ -71,7 +71,7 @@ fn copies(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     // The kernel writes in passthrough where it may, until there is a mark.
     let target = format!("direct=yes,aio:{base}");
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let load = start_load_with(guest, "")?;
     let mut copied = Vec::new();

@@ -6,10 +6,10 @@
 //! driver domain with a system of its own, with packages, see `life.domain_pv` and `life.domain_pvh`.
 
 use super::basic::{verify_job, FIO};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::driver_domain::{nothing_left, serves_both, DriverDomain, DEVICE, NAME};
-use crate::guest::{Config, Guest, Kind, Vbd, RUN_DIR};
-use crate::{hotplug, sh, xs, Driver};
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind, RUN_DIR};
+use crate::{hotplug, sh, xs, TestedDriver};
 use anyhow::{ensure, Context as _, Result};
 use control::installed::SUPERVISOR;
 use std::time::Duration;
@@ -20,7 +20,7 @@ const ROOT: &str = "/dev/vda";
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Nothing, run)
+        Case::new(name, about, SharedGuest::Nothing, run)
             .no_leaks()
             .nightly()
     };
@@ -28,12 +28,12 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "domain.pv",
             "a PV driver domain serves phy and tap disks to another guest, and a tapdisk is killed there",
-            |context| serve(context, Kind::Pv),
+            |context| serve(context, GuestKind::Pv),
         ),
         case(
             "domain.pvh",
             "the same with a PVH driver domain",
-            |context| serve(context, Kind::Pvh),
+            |context| serve(context, GuestKind::Pvh),
         ),
         case(
             "domain.small_maptrack",
@@ -61,7 +61,7 @@ struct Domain {
 }
 
 impl Domain {
-    fn start(context: &mut Context, kind: Kind, storage: &str) -> Result<Domain> {
+    fn start(context: &mut Context, kind: GuestKind, storage: &str) -> Result<Domain> {
         Domain::start_with(context, Config::new(NAME, kind, 1), &[storage])
     }
 
@@ -96,7 +96,7 @@ impl Domain {
              mkdir -p /dev/shm; mount -t xenfs xenfs /r/proc/xen",
         )?;
         self.run("for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd; do modprobe $m; done")?;
-        self.run(&format!("modprobe {}", Driver::Rs.module()))?;
+        self.run(&format!("modprobe {}", TestedDriver::Rs.module()))?;
         self.run(&format!("systemd-sysusers /usr/lib/sysusers.d/xentap.conf; ({SUPERVISOR} --foreground >/var/log/blktapctrl.log 2>&1 &)"))?;
         self.run("xl devd")?;
         Ok(())
@@ -152,7 +152,7 @@ fn small_maptrack(context: &mut Context) -> Result<()> {
     for _ in 0..KEEPERS {
         devices.push(context.null_blk(64, &[])?.path());
     }
-    let mut config = Config::new(NAME, Kind::Pv, 1);
+    let mut config = Config::new(NAME, GuestKind::Pv, 1);
     config.maptrack_frames = Some(1);
     let devices: Vec<&str> = devices.iter().map(String::as_str).collect();
     let domain = Domain::start_with(context, config, &devices)?;
@@ -166,14 +166,14 @@ fn serve_keepers(domain: &Domain, context: &mut Context) -> Result<()> {
     let job = verify_job("/dev/xvda", 16, 100, 512);
     let mut guests = Vec::new();
     for (number, device) in ["xvdb", "xvdc", "xvdd"].iter().enumerate() {
-        let mut config = Config::new(&format!("front{number}"), Kind::Pv, 1);
+        let mut config = Config::new(&format!("front{number}"), GuestKind::Pv, 1);
         config.memory = 256;
         config.disks = vec![format!(
             "format=raw, vdev=xvda, access=w, backend={NAME}, backendtype=phy, target=/dev/{device}"
         )];
         let guest = Guest::create(config)?;
         guest.run_for(&job, FIO)?;
-        let vbd = Vbd::of_backend(domain.guest.domid, guest.domid, "xvda")?;
+        let vbd = AttachedVbd::of_backend(domain.guest.domid, guest.domid, "xvda")?;
         let kept = format!("cat {}/statistics/kept_pages", vbd.sysfs().display());
         let kept: u64 = domain.run(&kept)?.trim().parse()?;
         context.note(&format!(
@@ -192,7 +192,7 @@ fn serve_keepers(domain: &Domain, context: &mut Context) -> Result<()> {
     Ok(())
 }
 
-fn serve(context: &mut Context, kind: Kind) -> Result<()> {
+fn serve(context: &mut Context, kind: GuestKind) -> Result<()> {
     let storage = context.null_blk(64, &[])?;
     let domain = Domain::start(context, kind, &storage.path())?;
     let served = serves_both(&domain, &mut |text| context.note(text));
@@ -224,7 +224,7 @@ fn room_for_keys() -> Result<usize> {
 fn many(context: &mut Context) -> Result<()> {
     let storage = context.null_blk(64, &[])?;
     let count = room_for_keys()?;
-    let domain = Domain::start(context, Kind::Pv, &storage.path())?;
+    let domain = Domain::start(context, GuestKind::Pv, &storage.path())?;
     let served = serves_many(&domain, &vdevs(count));
     let served = served.with_context(|| format!("{}\n{}", domain.logs(), quotas(&domain)));
     context.note(&served?)?;
@@ -248,7 +248,7 @@ fn serves_many(domain: &Domain, vdevs: &[String]) -> Result<String> {
     let script = format!("/r{RUN_DIR}/{}", hotplug::NAME);
     let copy = format!("mkdir -p /r{RUN_DIR} && cp /agent {script} && chmod 755 {script}");
     domain.guest.run(&copy)?;
-    let mut config = Config::new("front", Kind::Pv, 1);
+    let mut config = Config::new("front", GuestKind::Pv, 1);
     // blkfront allocates the pages of all requests of a disk when it connects.
     config.memory = 768;
     let disk = |vdev: &String| {
@@ -260,7 +260,7 @@ fn serves_many(domain: &Domain, vdevs: &[String]) -> Result<String> {
     let back = domain.guest.domid;
     let disks = vdevs
         .iter()
-        .map(|vdev| Vbd::of_backend(back, guest.domid, vdev))
+        .map(|vdev| AttachedVbd::of_backend(back, guest.domid, vdev))
         .collect::<Result<Vec<_>>>()?;
     let mut late = String::new();
     let connected = sh::wait_for("the connection of all disks", ALL, || {

@@ -8,9 +8,9 @@ use super::handoff::handoff;
 use super::images::refused;
 use super::migrate::moves_with;
 use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::guest::Guest;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use crate::{backing, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs::{self, Permissions};
@@ -33,25 +33,25 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "formats.luks",
             "an image that LUKS encrypts under verified load, while its process dies and is handed over: nothing is in plain text on the storage",
-            Needs::Pv,
+            SharedGuest::Pv,
             |context| endures(context, &LUKS),
         ),
         case(
             "formats.qcow2_luks",
             "the same for a qcow2 image that is encrypted",
-            Needs::Pv,
+            SharedGuest::Pv,
             |context| endures(context, &QCOW2),
         ),
         case(
             "formats.key",
             "an encrypted image is refused with a wrong key, without one, or with one that others may read",
-            Needs::Pv,
+            SharedGuest::Pv,
             wrong_keys,
         ),
         case(
             "migrate.encrypted",
             "a guest moves with an encrypted disk, whose key is on both sides",
-            Needs::Pvh,
+            SharedGuest::Pvh,
             moves,
         ),
     ]
@@ -80,13 +80,13 @@ const QCOW2: Sealed = Sealed {
 };
 
 /// An image and its key.
-struct Made {
+struct EncryptedImage {
     path: String,
     key: String,
     how: &'static Sealed,
 }
 
-impl Made {
+impl EncryptedImage {
     fn new(context: &mut Context, how: &'static Sealed) -> Result<Self> {
         let key = key(context, &format!("{}.key", how.driver))?;
         let path = image(context, &format!("sealed.{}", how.driver), 1)?;
@@ -164,9 +164,9 @@ fn write_plain(guest: &Guest) -> Result<()> {
 }
 
 fn endures(context: &mut Context, how: &'static Sealed) -> Result<()> {
-    let made = Made::new(context, how)?;
+    let made = EncryptedImage::new(context, how)?;
     let specification = tap::disk(&made.target(), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     write_plain(context.pv()?)?;
     load_and_deaths(context, &disk)?;
@@ -184,7 +184,7 @@ fn endures(context: &mut Context, how: &'static Sealed) -> Result<()> {
 
 fn wrong_keys(context: &mut Context) -> Result<()> {
     for how in [&LUKS, &QCOW2] {
-        let made = Made::new(context, how)?;
+        let made = EncryptedImage::new(context, how)?;
         let other = key(context, &format!("other-{}.key", how.driver))?;
         let domain = context.pv()?.domid;
         refused(domain, &made.target_with(&other), "opens no")?;
@@ -196,7 +196,7 @@ fn wrong_keys(context: &mut Context) -> Result<()> {
         fs::set_permissions(&made.key, Permissions::from_mode(0o600))?;
         // After all that it is as good as before.
         let guest = context.pv()?;
-        let disk = Served::attach(guest, &tap::disk(&made.target(), VDEV, "w"))?;
+        let disk = ServedDisk::attach(guest, &tap::disk(&made.target(), VDEV, "w"))?;
         guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
         disk.detach(guest)?;
     }
@@ -204,8 +204,8 @@ fn wrong_keys(context: &mut Context) -> Result<()> {
 }
 
 fn moves(context: &mut Context) -> Result<()> {
-    let made = Made::new(context, &QCOW2)?;
-    let (disk, told) = moves_with(context, Needs::Pvh, &made.target(), "")?;
+    let made = EncryptedImage::new(context, &QCOW2)?;
+    let (disk, told) = moves_with(context, SharedGuest::Pvh, &made.target(), "")?;
     let guest = context.pvh()?;
     write_plain(guest)?;
     let seen = of_guest(guest)?;

@@ -4,9 +4,9 @@
 use super::formats::of_guest;
 use super::snapshot::sum;
 use super::tap::{end_load, full_image, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::sh;
-use crate::tap::{self, EventLog, Served};
+use crate::tap::{self, EventLog, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -23,7 +23,7 @@ const FENCE: Duration = Duration::from_secs(150);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run)
+        Case::new(name, about, SharedGuest::Pv, run)
             .supervised()
             .no_leaks()
     };
@@ -43,12 +43,12 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// QEMU's server of an image.
-pub(super) struct Server {
+pub(super) struct QemuServer {
     child: Child,
     image: String,
 }
 
-impl Server {
+impl QemuServer {
     pub(super) fn start(image: &str) -> Result<Self> {
         let image = image.to_owned();
         Ok(Self {
@@ -68,7 +68,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for QemuServer {
     fn drop(&mut self) {
         // The server may have ended already, and another failure cannot be handled here.
         let _ = self.end();
@@ -95,12 +95,12 @@ fn spawn(image: &str) -> Result<Child> {
 
 fn under_load(
     context: &mut Context,
-    work: impl FnOnce(&Served, &mut Server) -> Result<()>,
+    work: impl FnOnce(&ServedDisk, &mut QemuServer) -> Result<()>,
 ) -> Result<()> {
     let image = full_image(context, "a.img", SIZE)?;
-    let mut server = Server::start(&image)?;
+    let mut server = QemuServer::start(&image)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&server.target(), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&server.target(), VDEV, "w"))?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 40)?;
     work(&disk, &mut server)?;
@@ -137,7 +137,7 @@ fn server_dies(context: &mut Context) -> Result<()> {
 }
 
 /// Checks that the process's own messages are in the supervisor's log, each as a line about its disk.
-fn is_said(disk: &Served, target: &str) -> Result<()> {
+fn is_said(disk: &ServedDisk, target: &str) -> Result<()> {
     let (minor, pid) = (disk.minor, disk.pid()?);
     let line = format!("disk {minor}: tapdisk {pid}: {target} is connected again");
     sh::wait_for("what the tapdisk says of its connection", LIMIT, || {

@@ -2,7 +2,7 @@
 //! The device below fails, or is not there at all.
 
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm, NullBlk};
 use crate::guest::{Guest, COMMAND};
 use crate::hotplug;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     vec![
         Case::new(
             "faults.bad_sectors",
@@ -186,7 +186,7 @@ pub(super) fn endless(device: &str, size: &str, depth: u32) -> String {
 }
 
 /// Waits until requests flow through the backend.
-pub(crate) fn wait_load(vbd: &crate::guest::Vbd) -> Result<()> {
+pub(crate) fn wait_load(vbd: &crate::guest::AttachedVbd) -> Result<()> {
     let before = vbd.statistic("wr_req")?;
     sh::wait_for("a load on the disk", Duration::from_secs(60), || {
         Ok(vbd.statistic("wr_req")? > before + 100)

@@ -5,9 +5,9 @@
 use super::basic::{verify_job, wait_size, FIO};
 use super::images::{fill, mount_memory, refused, FULL};
 use super::tap::{end_load, image, start_load_with, wait_progress, DEVICE, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::guest::Guest;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use crate::{backing, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
@@ -66,7 +66,7 @@ const VMDK_FLAT: Format = Format {
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run)
+        Case::new(name, about, SharedGuest::Pv, run)
             .supervised()
             .no_leaks()
     };
@@ -244,7 +244,7 @@ pub(super) fn check_tables(image: &[&str]) -> Result<()> {
 }
 
 /// A guest works on a disk while its process is killed again and again.
-pub(super) fn load_and_deaths(context: &mut Context, disk: &Served) -> Result<()> {
+pub(super) fn load_and_deaths(context: &mut Context, disk: &ServedDisk) -> Result<()> {
     let guest = context.pv()?;
     let load = start_load_with(guest, "")?;
     for _ in 0..DEATHS {
@@ -278,13 +278,13 @@ fn vhdx(context: &mut Context) -> Result<()> {
         writer.text
     );
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "r"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "r"))?;
     ensure!(
         of_guest(guest)? == expected,
         "the guest does not read what is in the image"
     );
     disk.detach(guest)?;
-    let over = Served::attach(guest, &tap::disk(&format!("cow:{target}"), VDEV, "w"))?;
+    let over = ServedDisk::attach(guest, &tap::disk(&format!("cow:{target}"), VDEV, "w"))?;
     load_and_deaths(context, &over)?;
     let guest = context.pv()?;
     ensure!(of_guest(guest)? != expected, "the load has written nothing");
@@ -296,7 +296,7 @@ fn vhdx(context: &mut Context) -> Result<()> {
 fn endures(context: &mut Context, format: &Format) -> Result<()> {
     let path = make(context, &format!("a.{}", format.driver), format)?;
     let specification = tap::disk(&format!("{}:{path}", format.driver), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &specification)?;
+    let disk = ServedDisk::attach(context.pv()?, &specification)?;
     context.check_driver(&disk.vbd)?;
     load_and_deaths(context, &disk)?;
     let guest = context.pv()?;
@@ -310,7 +310,7 @@ fn endures(context: &mut Context, format: &Format) -> Result<()> {
 /// Attaches the disk again: the guest must read the earlier content, and writes it again.
 pub(super) fn once_more(context: &mut Context, specification: &str, seen: &str) -> Result<()> {
     let guest = context.pv()?;
-    let disk = Served::attach(guest, specification)?;
+    let disk = ServedDisk::attach(guest, specification)?;
     let again = of_guest(guest)?;
     ensure!(
         again == seen,
@@ -349,7 +349,7 @@ fn chain(context: &mut Context) -> Result<()> {
     let sums = |paths: [&str; 2]| -> Result<String> { sh::run(&["sha256sum", paths[0], paths[1]]) };
     let before = sums([&base, &middle])?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let (seen, expected) = (of_guest(guest)?, backing::sha256(&base, SIZE)?);
     ensure!(seen == expected, "the guest does not read what is below");
     load_and_deaths(context, &disk)?;
@@ -386,7 +386,7 @@ fn long_chain(context: &mut Context) -> Result<()> {
     let copy = place(context, "content.raw")?;
     let expected = read_by_qemu(&copy, format, &top)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("qcow2:{top}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("qcow2:{top}"), VDEV, "w"))?;
     let seen = of_guest(guest)?;
     ensure!(
         seen == expected,
@@ -405,7 +405,7 @@ fn long_chain(context: &mut Context) -> Result<()> {
 fn snapshot(context: &mut Context) -> Result<()> {
     let base = base(context)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let load = start_load_with(guest, "")?;
     let mut below = (base, "raw");
@@ -435,7 +435,7 @@ fn grown(context: &mut Context) -> Result<()> {
     const GIB: u64 = 64;
     let (path, specification) = qcow2_disk(context)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
     let (minor, size) = (disk.minor.to_string(), format!("{GIB}G"));
@@ -479,7 +479,7 @@ fn shared(context: &mut Context) -> Result<()> {
         refusal.text
     );
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("qcow2:{path}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("qcow2:{path}"), VDEV, "w"))?;
     guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
     disk.detach(guest)?;
     check("qcow2", &path)

@@ -2,9 +2,9 @@
 //! The control group of a guest: limits of it hold for phy and tap disks.
 
 use super::tap::VDEV;
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::guest::{Guest, RUN_DIR};
-use crate::tap::{self, Served, Supervisor};
+use crate::tap::{self, RunningSupervisor, ServedDisk};
 use crate::{hotplug, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
@@ -22,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let about = "a guest has a control group: what its phy and its tap disk read, and what phy discards, is counted and limited there";
-    let groups = Case::new("ops.groups", about, Needs::Pv, groups);
+    let groups = Case::new("ops.groups", about, SharedGuest::Pv, groups);
     vec![groups.supervised().no_leaks().nightly()]
 }
 
@@ -88,7 +88,10 @@ fn groups(context: &mut Context) -> Result<()> {
     let guests = tree(context)?;
     let template = format!("{guests}/guest-%d");
     context.take_supervisor()?.stop()?;
-    context.give_supervisor(Supervisor::start_with(&[("XENTAP_CGROUP", &template)])?);
+    context.give_supervisor(RunningSupervisor::start_with(&[(
+        "XENTAP_CGROUP",
+        &template,
+    )])?);
     let devices = [
         context.null_blk(16, &[("discard", "1")])?,
         context.null_blk(16, &[])?,
@@ -97,7 +100,7 @@ fn groups(context: &mut Context) -> Result<()> {
     let group = format!("{guests}/guest-{}", guest.domid);
     let phy = guest.attach(&hotplug::disk(&devices[0].path(), "xvdc", "w")?)?;
     let target = format!("aio:{}", devices[1].path());
-    let tap = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let tap = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let mut told = Vec::new();
     for (device, disk) in devices.iter().zip(["xvdc", VDEV]) {
         let number = device.number()?;

@@ -3,9 +3,9 @@
 
 use super::formats;
 use super::tap::{end_load, image, same, start_load, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use control::installed::TAPDISK;
 use serde_json::Value;
@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -86,7 +86,7 @@ fn script(context: &mut Context, name: &str, text: &str) -> Result<String> {
 }
 
 /// Hands a disk over; returns the number of microseconds in which no process served it.
-pub(super) fn handoff(disk: &Served, arguments: &[&str]) -> Result<u64> {
+pub(super) fn handoff(disk: &ServedDisk, arguments: &[&str]) -> Result<u64> {
     let (old, minor) = (disk.pid()?, disk.minor.to_string());
     let told = tap::ctl_json(&[&["handoff", &minor], arguments].concat())?;
     let number = |name: &str| {
@@ -102,7 +102,7 @@ pub(super) fn handoff(disk: &Served, arguments: &[&str]) -> Result<u64> {
 }
 
 /// Hands a disk from one program to another and back, while its guest works; returns the pauses, sorted.
-fn back_and_forth(disk: &Served, program: &str, times: u32) -> Result<Vec<u64>> {
+fn back_and_forth(disk: &ServedDisk, program: &str, times: u32) -> Result<Vec<u64>> {
     let mut pauses = Vec::new();
     for number in 0..times {
         wait_progress(disk, 40)?;
@@ -116,7 +116,7 @@ fn back_and_forth(disk: &Served, program: &str, times: u32) -> Result<Vec<u64>> 
 
 /// A process that ends in order has finished its requests, has given back the others, and sends no results for requests
 /// that belong to the next process.
-fn nothing_twice(disk: &Served) -> Result<()> {
+fn nothing_twice(disk: &ServedDisk) -> Result<()> {
     let info = disk.info()?;
     ensure!(
         info.replayed == 0 && info.refused == 0,
@@ -138,7 +138,7 @@ fn s29_load(context: &mut Context, times: u32) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let program = upgrade(context, "tapdisk-2")?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     let pauses = back_and_forth(&disk, &program, times)?;
     let told = end_load(guest, load)?;
@@ -152,7 +152,7 @@ fn s29_qcow2(context: &mut Context) -> Result<()> {
     let (path, specification) = formats::qcow2_disk(context)?;
     let program = upgrade(context, "tapdisk-2")?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let load = start_load_with(guest, "")?;
     let pauses = back_and_forth(&disk, &program, 4)?;
     let told = end_load(guest, load)?;
@@ -185,7 +185,7 @@ fn s30_fails(context: &mut Context) -> Result<()> {
         programs.push((script(context, name, text)?, why));
     }
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     let (minor, old) = (disk.minor.to_string(), disk.pid()?);
     for (program, why) in &programs {

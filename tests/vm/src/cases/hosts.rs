@@ -8,12 +8,12 @@
 
 use super::lease::break_lease;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
-use crate::console::{Console, Job};
-use crate::guest::{log_path, Config, Guest, Kind, Vbd};
-use crate::peer::{self, Host};
+use super::{Case, Context, SharedGuest};
+use crate::console::{Console, GuestJob};
+use crate::guest::{log_path, AttachedVbd, Config, Guest, GuestKind};
+use crate::peer::{self, PeerHost};
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use std::net::TcpStream;
@@ -33,7 +33,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Nothing, run)
+        Case::new(name, about, SharedGuest::Nothing, run)
             .supervised()
             .no_leaks()
             .nightly()
@@ -80,15 +80,15 @@ fn lease_is_here() -> Result<()> {
 fn config(name: &str) -> Config {
     Config {
         memory: 192,
-        ..Config::new(name, Kind::Pv, 1)
+        ..Config::new(name, GuestKind::Pv, 1)
     }
 }
 
 /// A guest with the disk, which works on it.
-fn working_guest() -> Result<(Guest, Served, [Job; 2])> {
+fn working_guest() -> Result<(Guest, ServedDisk, [GuestJob; 2])> {
     peer::wait_up()?;
     let guest = Guest::create(config("moves"))?;
-    let disk = Served::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
+    let disk = ServedDisk::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
     let load = start_load_with(&guest, "")?;
     wait_progress(&disk, 50)?;
     Ok((guest, disk, load))
@@ -104,7 +104,7 @@ impl Away {
     /// Moves a guest there.
     fn to(guest: Guest) -> Result<Away> {
         let domid = guest.domid.to_string();
-        sh::run_for(&["bash", "-c", &moving(&domid, Host::Second)], MOVE)?;
+        sh::run_for(&["bash", "-c", &moving(&domid, PeerHost::Second)], MOVE)?;
         let (config, next) = guest.left();
         wait_arrived(&config.name, |line| {
             peer::status(line).map(|(rc, _)| rc == "0")
@@ -114,15 +114,15 @@ impl Away {
             config.name
         ))?;
         let bridge = format!("exec 3<>{}; cat <&3 & exec cat >&3", tty.trim());
-        let stream: TcpStream = peer::connect(Host::Second.address(), &bridge)?;
+        let stream: TcpStream = peer::connect(PeerHost::Second.address(), &bridge)?;
         let console = Console::over(OwnedFd::from(stream).into(), &log_path(&config.name), next)?;
         console.wait_agent(LIMIT)?;
         Ok(Away { config, console })
     }
 
     /// Moves it back.
-    fn back(self, jobs: &[Job]) -> Result<Guest> {
-        peer::run(&moving(&self.config.name, Host::First))?;
+    fn back(self, jobs: &[GuestJob]) -> Result<Guest> {
+        peer::run(&moving(&self.config.name, PeerHost::First))?;
         wait_arrived(&self.config.name, |line| {
             Ok(sh::status(&["bash", "-c", line], LIMIT)?.rc == 0)
         })?;
@@ -138,7 +138,7 @@ impl Away {
 
 /// Returns the line of shell that moves a guest to the other host. It fails if the guest is not sent, which then
 /// resumes where it was.
-fn moving(guest: &str, to: Host) -> String {
+fn moving(guest: &str, to: PeerHost) -> String {
     let address = to.address();
     // xl opens its input by a name, which a socket has not.
     let restore = "'cat | xl restore /dev/stdin'";
@@ -180,7 +180,7 @@ fn there_and_back(context: &mut Context) -> Result<()> {
     );
     refused("second")?;
     let guest = away.back(&load)?;
-    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
     wait_progress(&disk, 50)?;
     let told = end_load(&guest, load)?;
     same(&guest, IMAGE, MIB)?;
@@ -204,7 +204,7 @@ fn destination_dies(context: &mut Context) -> Result<()> {
     let (guest, disk, load) = working_guest()?;
     let domid = guest.domid.to_string();
     let name = guest.config.name.clone();
-    let line = moving(&domid, Host::Second);
+    let line = moving(&domid, PeerHost::Second);
     let mover = thread::spawn(move || sh::status(&["bash", "-c", &line], MOVE));
     let incoming = sh::wait_for("the guest on the second host", LIMIT, || {
         let (rc, text) = peer::status("xl list")?;
@@ -257,7 +257,7 @@ fn source_dies(context: &mut Context) -> Result<()> {
         broken.text
     );
     let guest = Guest::create(config("again"))?;
-    let disk = Served::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
+    let disk = ServedDisk::attach(&guest, &tap::disk(&target(), VDEV, "w"))?;
     let again = cut.elapsed();
     let said = guest.run("dd if=/dev/xvdb bs=1M skip=15 count=1 2>/dev/null | head -n 1")?;
     ensure!(

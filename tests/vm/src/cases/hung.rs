@@ -6,10 +6,10 @@ use super::basic::{compare, detach_own, verify_job, FIO};
 use super::faults::{endless, endless_load, wait_load};
 use super::lifecycle::own_guest;
 use super::memory::Parameter;
-use super::own::{self, Disks};
-use super::{Case, Context, Needs};
+use super::own::{self, OwnDisks};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
-use crate::guest::{Guest, Vbd};
+use crate::guest::{AttachedVbd, Guest};
 use crate::{hotplug, sh, xs};
 use anyhow::{bail, ensure, Context as _, Result};
 use std::fs::File;
@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
-    use Step::{Bind, Destroy, Return, Unbind};
-    let ordered = |name: &str, about: &str, steps: &'static [Step], pages| {
+    use DiskStep::{Bind, Destroy, Return, Unbind};
+    use SharedGuest::{Nothing, Pv};
+    let ordered = |name: &str, about: &str, steps: &'static [DiskStep], pages| {
         Case::new(name, about, Nothing, move |context| {
             in_order(context, steps, pages)
         })
@@ -102,7 +102,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Operation on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum DiskStep {
     Unbind,
     Bind,
     Destroy,
@@ -151,7 +151,7 @@ fn quickly(what: &str, argv: &[&str]) -> Result<i32> {
 }
 
 /// Has the driver take or leave a device.
-pub(super) fn bus(context: &Context, vbd: &Vbd, file: &str) -> Result<()> {
+pub(super) fn bus(context: &Context, vbd: &AttachedVbd, file: &str) -> Result<()> {
     let driver = context.driver.bus_name();
     let name = vbd.sysfs();
     let name = name.file_name().unwrap_or_default().to_string_lossy();
@@ -179,7 +179,7 @@ pub(super) fn others_are_served(context: &mut Context, after: &str) -> Result<()
     let look = |context: &mut Context| -> Result<()> {
         let other = context.null_blk(16, &[])?;
         let started = Instant::now();
-        let disks = Disks::connect(&other.path(), 1)?;
+        let disks = OwnDisks::connect(&other.path(), 1)?;
         disks.wait("4")?;
         own::write(&disks.0[0], 1)?;
         disks.disconnect()?;
@@ -194,22 +194,22 @@ pub(super) fn others_are_served(context: &mut Context, after: &str) -> Result<()
     look(context).with_context(|| format!("after {after}"))
 }
 
-fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
+fn in_order(context: &mut Context, steps: &[DiskStep], pages: Pages) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let copies = || Parameter::set("feature_persistent", "N");
     let _copies = (pages == Pages::Copied).then(copies).transpose()?;
     let disk = hangable(context)?;
     let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     disk.suspend()?;
     let mut guest = Some(guest);
     for (at, step) in steps.iter().enumerate() {
         match step {
-            Step::Unbind => bus(context, &vbd, "unbind")?,
-            Step::Bind => bus(context, &vbd, "bind")?,
-            Step::Destroy => match (guest.take(), pages) {
+            DiskStep::Unbind => bus(context, &vbd, "unbind")?,
+            DiskStep::Bind => bus(context, &vbd, "bind")?,
+            DiskStep::Destroy => match (guest.take(), pages) {
                 (None, _) => bail!("the guest is destroyed twice"),
                 // The domain vanishes, pages and all, although the device still has its I/O.
                 (Some(guest), Pages::Copied) => guest.destroy()?,
@@ -218,13 +218,13 @@ fn in_order(context: &mut Context, steps: &[Step], pages: Pages) -> Result<()> {
                     guest = Some(its);
                 }
             },
-            Step::Return => disk.resume()?,
+            DiskStep::Return => disk.resume()?,
         }
         let so_far = &steps[..=at];
         let after = format!("{so_far:?}");
         if at + 1 == steps.len() {
             others_are_served(context, &after)?;
-        } else if so_far == [Step::Unbind, Step::Return] {
+        } else if so_far == [DiskStep::Unbind, DiskStep::Return] {
             // It was unbound, and its I/O is over: the module may be removed.
             others_are_served(context, &after)?;
         } else {
@@ -311,7 +311,7 @@ pub(super) fn loop_device(context: &mut Context, below: &str, options: &[&str]) 
 }
 
 /// Waits until a queue of a disk sleeps in the block layer because it gets no tag.
-pub(super) fn wait_for_sleeper(vbd: &Vbd) -> Result<()> {
+pub(super) fn wait_for_sleeper(vbd: &AttachedVbd) -> Result<()> {
     let domain = vbd.backend.split('/').nth_back(1).unwrap_or_default();
     let thread = format!("{domain}.{}-", vbd.vdev);
     let line = format!("for t in $(pgrep '^{thread}'); do cat /proc/$t/stack; done");
@@ -326,7 +326,7 @@ fn no_tags(context: &mut Context) -> Result<()> {
     let disk = hangable(context)?;
     let path = narrow_loop(context, &disk.path())?;
     let guest = own_guest(2, vec![hotplug::disk(&path, "xvda", "w")?])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     disk.suspend()?;
@@ -348,7 +348,7 @@ fn no_tags_kept(context: &mut Context) -> Result<()> {
     let disk = hangable(context)?;
     let path = narrow_loop(context, &disk.path())?;
     let guest = own_guest(2, vec![hotplug::disk(&path, "xvda", "w")?])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     guest.start(&large_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     let kept = vbd.statistic("kept_pages")?;
@@ -410,7 +410,7 @@ fn write_back(context: &mut Context) -> Result<()> {
         "0",
         &hotplug::disk(&disk.path(), "xvdj", "w")?,
     ])?;
-    let vbd = Vbd::of(0, "xvdj")?;
+    let vbd = AttachedVbd::of(0, "xvdj")?;
     // The frontend waits for us, and we for the device.
     xs::wait_value(&format!("{}/state", vbd.frontend), "3", QUICK)?;
     host_is_well(context, "a disk that cannot be got ready")?;

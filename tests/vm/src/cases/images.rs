@@ -3,8 +3,8 @@
 
 use super::basic::{verify_job, FIO};
 use super::tap::{forget_refused, same, DEVICE, VDEV};
-use super::{Case, Context, Needs};
-use crate::tap::{self, Served};
+use super::{Case, Context, SharedGuest};
+use crate::tap::{self, ServedDisk};
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
@@ -18,7 +18,7 @@ pub(super) const FULL: &str = "/srv/vmtest-full";
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run)
+        Case::new(name, about, SharedGuest::Pv, run)
             .supervised()
             .no_leaks()
     };
@@ -124,7 +124,7 @@ fn large_blocks(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[("blocksize", "4096")])?;
     let guest = context.pv()?;
     let target = format!("aio:{}", device.path());
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let sector = xs::number(&format!("{}/sector-size", disk.vbd.backend))?;
     let seen = guest.run(&format!("cat /sys/block/{VDEV}/queue/logical_block_size"))?;
     ensure!(
@@ -138,7 +138,7 @@ fn large_blocks(context: &mut Context) -> Result<()> {
     guest.run_for(&verify_job(DEVICE, 4, 40, 4096), FIO)?;
     disk.detach(guest)?;
 
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{odd}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{odd}"), VDEV, "w"))?;
     guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
     let last = odd_size / 512 - 1;
     guest.run(&format!(
@@ -194,10 +194,10 @@ fn full_storage(context: &mut Context) -> Result<()> {
 
 /// Lets a guest fill an image of 16 MiB on the [`FULL`] file system, which first has room for a part of it, and then
 /// for all.
-pub(super) fn fill(context: &mut Context, target: &str) -> Result<Served> {
+pub(super) fn fill(context: &mut Context, target: &str) -> Result<ServedDisk> {
     let image = target.split_once(':').map_or(target, |(_, path)| path);
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(target, VDEV, "w"))?;
     let (pid, minor) = (disk.pid()?, disk.minor.to_string());
     let write = |from: u32, count: u32| {
         format!("dd if=/dev/urandom of={DEVICE} bs=64k seek={from} count={count} oflag=direct 2>&1")

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Files in debugfs and trace points of a disk.
 
-use super::{Case, Context, Needs};
-use crate::guest::{Guest, Vbd};
+use super::{Case, Context, SharedGuest};
+use crate::guest::{AttachedVbd, Guest};
 use crate::{hotplug, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::path::{Path, PathBuf};
@@ -19,19 +19,19 @@ pub(super) fn cases() -> Vec<Case> {
         ours(Case::new(
             "ops.latency",
             "debugfs counts how long I/O takes while that is wanted, and shows each queue",
-            Needs::Pv,
+            SharedGuest::Pv,
             latency,
         )),
         ours(Case::new(
             "ops.traced",
             "trace points tell of each I/O that the disk has and is through with",
-            Needs::Pv,
+            SharedGuest::Pv,
             traced,
         )),
     ]
 }
 
-fn folder(guest: &Guest, vbd: &Vbd) -> Result<PathBuf> {
+fn folder(guest: &Guest, vbd: &AttachedVbd) -> Result<PathBuf> {
     let number = vbd.backend.rsplit('/').next();
     let number = number.context("a backend's directory has a name")?;
     let name = format!("vbd-{}-{number}", guest.domid);

@@ -5,9 +5,9 @@ use super::tap::{
     end_load, forget_refused, image, same, stand_in, start_load, start_load_with, wait_progress,
     VDEV,
 };
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use ::lease::{Claim, Keeper, Kind, View};
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
@@ -22,7 +22,7 @@ const LONG: Duration = Duration::from_secs(60);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run)
+        Case::new(name, about, SharedGuest::Pv, run)
             .supervised()
             .no_leaks()
             .nightly()
@@ -64,7 +64,7 @@ fn generation(image: &str) -> Result<u64> {
 fn kept(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&target(&image), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target(&image), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 50)?;
     let first = generation(&image)?;
@@ -108,7 +108,7 @@ fn phy(context: &mut Context) -> Result<()> {
     stand_in(context)?;
     let target = format!("lease=record:{record},phy:{}", device.path());
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &format!("script=block,vdev={VDEV},target={target}"))?;
+    let disk = ServedDisk::attach(guest, &format!("script=block,vdev={VDEV},target={target}"))?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
     let held = generation(&target)?;
@@ -183,7 +183,7 @@ fn other_host(context: &mut Context) -> Result<()> {
         broken.text
     );
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     ensure!(
         generation(&image)? > grant.generation,
         "the lease has the generation of the dead host"

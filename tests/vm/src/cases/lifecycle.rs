@@ -4,13 +4,13 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::memory::Parameter;
-use super::{load_driver, start_driver, Case, Context, Needs};
+use super::{load_driver, start_driver, Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
-use crate::console::Job;
-use crate::guest::{Config, Guest, Kind, Saved, Vbd, COMMAND, RUN_DIR};
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind, Saved, COMMAND, RUN_DIR};
 use crate::hotplug;
 use crate::leaks::Leaks;
-use crate::{sh, xs, Driver};
+use crate::{sh, xs, TestedDriver};
 use anyhow::{bail, ensure, Context as _, Result};
 use dom0::memory;
 use std::fs;
@@ -21,7 +21,7 @@ const CYCLES: u32 = 50;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     vec![
         Case::new(
             "lifecycle.detach_under_load",
@@ -135,7 +135,7 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
 const DETACHES: u32 = 6;
 
 /// Takes a disk away on which a job works, in the orderly way, and waits for the end of both.
-pub(super) fn detach_used(guest: &Guest, vbd: &Vbd, load: Job) -> Result<()> {
+pub(super) fn detach_used(guest: &Guest, vbd: &AttachedVbd, load: GuestJob) -> Result<()> {
     let id = guest.domid.to_string();
     let mut said = String::new();
     for _ in 0..DETACHES {
@@ -187,16 +187,16 @@ pub(super) fn long_job(mib: u32) -> String {
 
 /// Checks that the load of a guest that was saved, or of a disk that changed its driver, continues, and ends it, which
 /// must give no error.
-pub(super) fn end_job(guest: &Guest, vbd: &Vbd, job: Job) -> Result<()> {
+pub(super) fn end_job(guest: &Guest, vbd: &AttachedVbd, job: GuestJob) -> Result<()> {
     wait_load(vbd).with_context(|| vbd.describe())?;
     guest.run("touch /tmp/stop")?;
     wait_saved(guest, job)
 }
 
 /// Waits for a job that was running when its guest was saved.
-pub(crate) fn wait_saved(guest: &Guest, job: Job) -> Result<()> {
+pub(crate) fn wait_saved(guest: &Guest, job: GuestJob) -> Result<()> {
     let done = guest.wait(job, FIO).with_context(|| {
-        let vbd = Vbd::of(guest.domid, "xvda");
+        let vbd = AttachedVbd::of(guest.domid, "xvda");
         vbd.map_or_else(|error| format!("{error:#}"), |vbd| vbd.describe())
     })?;
     done.succeeded("fio failed across what was done to its guest")?;
@@ -212,7 +212,7 @@ fn save_restore(context: &mut Context) -> Result<()> {
     let saved = save(context, "pv")?;
     vbd.wait_gone()?;
     let guest = saved.restore(&[job])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     let ended = end_job(&guest, &vbd, job);
     context.give_pv(guest);
     ended?;
@@ -297,7 +297,7 @@ fn rebind(context: &mut Context) -> Result<()> {
 }
 
 /// Unbinds the driver from a disk that has offered `persistent` to its guest, and binds it again.
-fn rebind_told(context: &mut Context, vbd: &Vbd, persistent: &str) -> Result<()> {
+fn rebind_told(context: &mut Context, vbd: &AttachedVbd, persistent: &str) -> Result<()> {
     let key = format!("{}/feature-persistent", vbd.backend);
     let guest = context.pv()?;
     guest.run_for(&verify_job("/dev/xvda", 4, 60, 512), FIO)?;
@@ -395,7 +395,7 @@ fn no_online(context: &mut Context) -> Result<()> {
 
 /// A guest of the case's own, with these disks.
 pub(super) fn own_guest(vcpus: u32, disks: Vec<String>) -> Result<Guest> {
-    let mut config = Config::new("victim", Kind::Pv, vcpus);
+    let mut config = Config::new("victim", GuestKind::Pv, vcpus);
     config.disks = disks;
     Guest::create(config)
 }
@@ -411,7 +411,7 @@ fn destroy_under_load(context: &mut Context) -> Result<()> {
         ],
     )?;
     let guest = own_guest(2, vec![hotplug::disk(&device.path(), "xvda", "w")?])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     context.check_driver(&vbd)?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
@@ -425,7 +425,7 @@ fn destroy_hung(context: &mut Context) -> Result<()> {
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let guest = own_guest(2, vec![hotplug::disk(&disk.path(), "xvda", "w")?])?;
-    let vbd = Vbd::of(guest.domid, "xvda")?;
+    let vbd = AttachedVbd::of(guest.domid, "xvda")?;
     guest.start(&endless_load("/dev/xvda"))?;
     wait_load(&vbd)?;
     disk.suspend()?;
@@ -513,11 +513,11 @@ fn rmmod_in_use(context: &mut Context) -> Result<()> {
 /// A module that is not where it should be.
 struct Hidden {
     file: String,
-    driver: Driver,
+    driver: TestedDriver,
 }
 
 impl Hidden {
-    fn new(driver: Driver) -> Result<Hidden> {
+    fn new(driver: TestedDriver) -> Result<Hidden> {
         let file = sh::run(&["modinfo", "-n", driver.module()])?
             .trim()
             .to_string();
@@ -563,7 +563,7 @@ fn reload(context: &mut Context) -> Result<()> {
     let device = context.null_blk(16, &[])?;
     let driver = context.driver;
     for _ in 0..3 {
-        if driver == Driver::Rs {
+        if driver == TestedDriver::Rs {
             // Disks that a process has served and left: they go with the module.
             sh::run(&["/t/hostile", "tap-leave"])?;
             sh::run(&["/t/hostile", "tap-leave"])?;

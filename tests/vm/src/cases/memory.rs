@@ -5,9 +5,9 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::detach_used;
-use super::own::{self, Disks};
-use super::{Case, Context, Needs};
-use crate::guest::Vbd;
+use super::own::{self, OwnDisks};
+use super::{Case, Context, SharedGuest};
+use crate::guest::AttachedVbd;
 use crate::hotplug;
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
@@ -21,7 +21,7 @@ const PARAMETERS: &str = "/sys/module/xen_blkback_rs/parameters";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name: &str, about: &str, needs, run: fn(&mut Context) -> Result<()>| Case {
         ours: true,
         ..Case::new(name, about, needs, run)
@@ -92,19 +92,19 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-fn held(vbd: &Vbd) -> Result<u64> {
+fn held(vbd: &AttachedVbd) -> Result<u64> {
     vbd.statistic("memory_kib")
 }
 
 /// Queues of a connected disk.
-fn queues(vbd: &Vbd) -> Result<u64> {
+fn queues(vbd: &AttachedVbd) -> Result<u64> {
     match xs::read(&format!("{}/multi-queue-num-queues", vbd.frontend))? {
         Some(text) => Ok(text.parse()?),
         None => Ok(1),
     }
 }
 
-fn wait_idle(vbd: &Vbd) -> Result<()> {
+fn wait_idle(vbd: &AttachedVbd) -> Result<()> {
     let most = IDLE_KIB * queues(vbd)?;
     let mut now = 0;
     sh::wait_for("the return of an idle disk's memory", GIVES_BACK, || {
@@ -296,7 +296,7 @@ fn pressure(context: &mut Context) -> Result<()> {
 fn many(context: &mut Context, count: u32) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let device = context.null_blk(16, &[])?;
-    let disks = Disks::connect(&device.path(), count)?;
+    let disks = OwnDisks::connect(&device.path(), count)?;
     let works = all_work(&disks);
     disks.disconnect()?;
     let (most, sum) = works?;
@@ -306,7 +306,7 @@ fn many(context: &mut Context, count: u32) -> Result<()> {
 }
 
 /// All disks connect, the last one works, and all take little when they are idle.
-fn all_work(disks: &Disks) -> Result<(u64, u64)> {
+fn all_work(disks: &OwnDisks) -> Result<(u64, u64)> {
     disks.wait("4")?;
     dom0::udev::settle()?;
     for id in disks.0.first().into_iter().chain(disks.0.last()) {
@@ -329,7 +329,7 @@ fn refused(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let device = context.null_blk(16, &[])?;
     let parameter = Parameter::set("domain_memory_mib", "0")?;
-    let disks = Disks::connect(&device.path(), 2)?;
+    let disks = OwnDisks::connect(&device.path(), 2)?;
     let waits = wait_short(&disks);
     drop(parameter);
     let served = waits.and_then(|()| {
@@ -346,7 +346,7 @@ fn refused(context: &mut Context) -> Result<()> {
     served?;
     // A disk that waits can be taken away.
     let parameter = Parameter::set("domain_memory_mib", "0")?;
-    let disks = Disks::connect(&device.path(), 1)?;
+    let disks = OwnDisks::connect(&device.path(), 1)?;
     let waits = wait_short(&disks);
     disks.disconnect()?;
     drop(parameter);
@@ -362,7 +362,7 @@ fn error_of(id: &str) -> String {
 
 /// Waits until the error nodes of all disks name the parameter that is too small, which must not close them: many
 /// frontends do not survive that.
-fn wait_short(disks: &Disks) -> Result<()> {
+fn wait_short(disks: &OwnDisks) -> Result<()> {
     for id in &disks.0 {
         let error = error_of(id);
         sh::wait_for(

@@ -6,11 +6,11 @@ use super::death::holding;
 use super::tap::{
     end_load, image, same, slowest, start_load, start_load_with, wait_progress, DEVICE, VDEV,
 };
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::Holding;
-use crate::console::Job;
-use crate::guest::{Guest, Vbd, RUN_DIR};
-use crate::tap::{self, EventLog, Served};
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Guest, RUN_DIR};
+use crate::tap::{self, EventLog, ServedDisk};
 use crate::{hotplug, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::thread::{self, JoinHandle};
@@ -23,7 +23,7 @@ pub(super) const SOON: Duration = Duration::from_secs(60);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Pv, Pvh};
+    use SharedGuest::{Pv, Pvh};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -77,7 +77,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Takes the shared guest, moves it, and gives back what arrived.
-fn moved(context: &mut Context, needs: Needs, jobs: &[Job]) -> Result<()> {
+fn moved(context: &mut Context, needs: SharedGuest, jobs: &[GuestJob]) -> Result<()> {
     let guest = context.take(needs)?;
     let there = guest.migrate(jobs)?;
     context.give(needs, there);
@@ -87,19 +87,19 @@ fn moved(context: &mut Context, needs: Needs, jobs: &[Job]) -> Result<()> {
 /// The guest moves under the load `jobs`, and reads afterwards what its image holds.
 pub(super) fn moves_with(
     context: &mut Context,
-    needs: Needs,
+    needs: SharedGuest,
     target: &str,
     options: &str,
-) -> Result<(Served, String)> {
+) -> Result<(ServedDisk, String)> {
     let guest = context.guest(needs)?;
     let events = EventLog::follow()?;
-    let source = Served::attach(guest, &tap::disk(target, VDEV, "w"))?;
+    let source = ServedDisk::attach(guest, &tap::disk(target, VDEV, "w"))?;
     let load = start_load_with(guest, options)?;
     wait_progress(&source, 100)?;
     moved(context, needs, &load)?;
     events.wait_for("inactive", source.minor, SOON)?;
     let guest = context.guest(needs)?;
-    let there = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    let there = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
     events.wait_for("active", there.minor, SOON)?;
     source.wait_gone()?;
     wait_progress(&there, 100)?;
@@ -110,7 +110,7 @@ pub(super) fn moves_with(
 fn raw(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let target = format!("aio:{image}");
-    let (disk, told) = moves_with(context, Needs::Pvh, &target, "--discard")?;
+    let (disk, told) = moves_with(context, SharedGuest::Pvh, &target, "--discard")?;
     let guest = context.pvh()?;
     same(guest, &image, 16)?;
     disk.detach(guest)?;
@@ -120,7 +120,7 @@ fn raw(context: &mut Context) -> Result<()> {
 fn s27_qcow2(context: &mut Context) -> Result<()> {
     let path = image(context, "a.qcow2", 1)?;
     sh::run(&["qemu-img", "create", "-q", "-f", "qcow2", &path, "16M"])?;
-    let (disk, told) = moves_with(context, Needs::Pvh, &format!("qcow2:{path}"), "")?;
+    let (disk, told) = moves_with(context, SharedGuest::Pvh, &format!("qcow2:{path}"), "")?;
     disk.detach(context.pvh()?)?;
     sh::run(&["qemu-img", "check", "-f", "qcow2", &path])?;
     context.note(&told)
@@ -135,8 +135,8 @@ const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --dire
 pub(super) struct SlowMove {
     pub(super) slow: Holding,
     pub(super) events: EventLog,
-    pub(super) source: Served,
-    job: Job,
+    pub(super) source: ServedDisk,
+    job: GuestJob,
     before: u32,
     mover: JoinHandle<Result<Guest>>,
 }
@@ -148,10 +148,10 @@ impl SlowMove {
         let events = EventLog::follow()?;
         let guest = context.pvh()?;
         let target = format!("{words}aio:{}", slow.path());
-        let source = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+        let source = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
         let job = guest.start(WRITES)?;
         slow.wait_writes(32)?;
-        let guest = context.take(Needs::Pvh)?;
+        let guest = context.take(SharedGuest::Pvh)?;
         Ok(SlowMove {
             slow,
             events,
@@ -163,14 +163,14 @@ impl SlowMove {
     }
 
     /// Waits until the guest has asked for something on the other side.
-    pub(super) fn arrived(&self) -> Result<Served> {
+    pub(super) fn arrived(&self) -> Result<ServedDisk> {
         let mut found = None;
         sh::wait_for("requests of the guest that arrived", MOVE, || {
             let domain = crate::guest::newest_domain()?;
             if domain <= self.before {
                 return Ok(false);
             }
-            let Ok(disk) = Vbd::of(domain, VDEV).and_then(Served::of) else {
+            let Ok(disk) = AttachedVbd::of(domain, VDEV).and_then(ServedDisk::of) else {
                 return Ok(false);
             };
             let waits = disk.minor != self.source.minor && disk.info()?.waiting > 0;
@@ -184,14 +184,14 @@ impl SlowMove {
     pub(super) fn end(
         self,
         context: &mut Context,
-        there: Result<Served>,
-        check: impl FnOnce(&EventLog, &Served, &Served) -> Result<()>,
+        there: Result<ServedDisk>,
+        check: impl FnOnce(&EventLog, &ServedDisk, &ServedDisk) -> Result<()>,
     ) -> Result<()> {
         let guest = self
             .mover
             .join()
             .map_err(|_| anyhow::anyhow!("the move panicked"))?;
-        context.give(Needs::Pvh, guest?);
+        context.give(SharedGuest::Pvh, guest?);
         let there = there?;
         check(&self.events, &self.source, &there)?;
         let guest = context.pvh()?;
@@ -231,7 +231,7 @@ fn s20_checkpoints(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let events = EventLog::follow()?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     let file = format!("{RUN_DIR}/checkpoint");
     let id = guest.domid.to_string();
@@ -269,14 +269,14 @@ fn phy(context: &mut Context) -> Result<()> {
     let disk = hotplug::disk(&device.path(), VDEV, "w")?;
     let vbd = guest.attach(&disk)?;
     let load = start_load_with(guest, "")?;
-    let guest: Guest = context.take(Needs::Pvh)?;
+    let guest: Guest = context.take(SharedGuest::Pvh)?;
     let there = guest.migrate(&load)?;
-    context.give(Needs::Pvh, there);
+    context.give(SharedGuest::Pvh, there);
     vbd.wait_gone()?;
     let guest = context.pvh()?;
     let told = end_load(guest, load)?;
     same(guest, &device.path(), 16)?;
-    guest.detach(&Vbd::of(guest.domid, VDEV)?)?;
+    guest.detach(&AttachedVbd::of(guest.domid, VDEV)?)?;
     context.note(&told)
 }
 
@@ -299,14 +299,14 @@ pub(super) fn mapped_reads(context: &mut Context) -> Result<()> {
         let said = guest.run("dmesg | tail -n 6")?;
         return Err(error.context(format!("the guest says: {}", said.trim())));
     }
-    let guest: Guest = context.take(Needs::Pvh)?;
+    let guest: Guest = context.take(SharedGuest::Pvh)?;
     let there = guest.migrate(&[reads])?;
-    context.give(Needs::Pvh, there);
+    context.give(SharedGuest::Pvh, there);
     vbd.wait_gone()?;
     let guest = context.pvh()?;
     guest.run("touch /tmp/stop")?;
     let done = guest.wait(reads, MOVE)?;
     done.succeeded("what was read before the move")?;
-    guest.detach(&Vbd::of(guest.domid, VDEV)?)?;
+    guest.detach(&AttachedVbd::of(guest.domid, VDEV)?)?;
     context.note(done.text.trim())
 }

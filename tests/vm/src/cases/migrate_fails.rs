@@ -6,10 +6,10 @@
 
 use super::migrate::{SlowMove, MOVE, SOON};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
-use super::{Case, Context, Needs};
-use crate::guest::{Config, Guest, Kind, Vbd, RUN_DIR};
+use super::{Case, Context, SharedGuest};
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind, RUN_DIR};
 use crate::sh::{self, Output};
-use crate::tap::{self, EventLog, Served};
+use crate::tap::{self, EventLog, ServedDisk};
 use crate::xs;
 use anyhow::{ensure, Context as _, Result};
 use std::fs::OpenOptions;
@@ -22,7 +22,7 @@ const THERE: &str = "there";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pvh};
+    use SharedGuest::{Nothing, Pvh};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run)
             .supervised()
@@ -111,7 +111,7 @@ fn failed(context: &mut Context) -> Result<()> {
     let events = EventLog::follow()?;
     let guest = context.pvh()?;
     let domid = guest.domid;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let load = start_load(guest)?;
     wait_progress(&disk, 50)?;
     let receiver = Receiver::start(context, domid, NEVER_READY);
@@ -148,9 +148,9 @@ fn told_to_go(config: &str, meanwhile: &str) -> String {
 fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> {
     let disk = tap::disk(target, VDEV, "w");
     let events = EventLog::follow()?;
-    let guest = Guest::create(Config::new("leaving", Kind::Pvh, 1))?;
+    let guest = Guest::create(Config::new("leaving", GuestKind::Pvh, 1))?;
     let config = arriving(&guest, &disk)?;
-    let source = Served::attach(&guest, &disk)?;
+    let source = ServedDisk::attach(&guest, &disk)?;
     let load = start_load(&guest)?;
     wait_progress(&source, 50)?;
     context.at_end("end what has arrived", || {
@@ -185,16 +185,16 @@ fn arriving(guest: &Guest, disk: &str) -> Result<String> {
 
 struct Going {
     guest: Guest,
-    source: Served,
-    load: [crate::console::Job; 2],
+    source: ServedDisk,
+    load: [crate::console::GuestJob; 2],
     events: EventLog,
     receiver: Receiver,
 }
 
 /// The disk of the domain on the other side.
-fn disk_there() -> Result<Served> {
+fn disk_there() -> Result<ServedDisk> {
     let domid = sh::run(&["xl", "domid", THERE])?.trim().parse()?;
-    Served::of(Vbd::of(domid, VDEV)?)
+    ServedDisk::of(AttachedVbd::of(domid, VDEV)?)
 }
 
 fn after_go(context: &mut Context) -> Result<()> {

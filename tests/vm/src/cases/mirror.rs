@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A disk is copied to another image while its guest works, and switches to it.
 
-use super::export::Server;
+use super::export::QemuServer;
 use super::formats::{check, of_guest};
 use super::snapshot::{as_configured, sum};
 use super::tap::{end_load, full_image, image, same, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
-use crate::guest::Vbd;
+use super::{Case, Context, SharedGuest};
+use crate::guest::AttachedVbd;
 use crate::sh;
-use crate::tap::{self, EventLog, Served};
+use crate::tap::{self, EventLog, ServedDisk};
 use anyhow::{anyhow, ensure, Result};
 use std::thread;
 use std::time::Duration;
@@ -22,15 +22,15 @@ const MOVE: Duration = Duration::from_secs(240);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let about = "a raw image becomes a qcow2 image, and that another raw one, under load that is judged; its process dies";
-    let load = Case::new("mirror.t34_load", about, Needs::Pv, t34_load);
+    let load = Case::new("mirror.t34_load", about, SharedGuest::Pv, t34_load);
     let about = "a guest moves and takes its disk along, without shared storage: first to a server, which is the image of the other side";
-    let moves = Case::new("mirror.moves_along", about, Needs::Pvh, moves_along).nightly();
+    let moves = Case::new("mirror.moves_along", about, SharedGuest::Pvh, moves_along).nightly();
     let all = [load, moves];
     all.map(|case| case.supervised().no_leaks()).into()
 }
 
 /// Begins to copy the disk to this image, slowly; something is copied already.
-fn begin(disk: &Served, target: &str) -> Result<()> {
+fn begin(disk: &ServedDisk, target: &str) -> Result<()> {
     let minor = disk.minor.to_string();
     tap::ctl(&["mirror", "-m", &minor, target, "--rate", "2"])?;
     let copied = || {
@@ -41,7 +41,7 @@ fn begin(disk: &Served, target: &str) -> Result<()> {
 }
 
 /// Switches the disk to this image.
-fn go_on(disk: &Served, target: &str) -> Result<()> {
+fn go_on(disk: &ServedDisk, target: &str) -> Result<()> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["mirror", "-m", &minor, target, "--wait"])?;
     ensure!(told["state"] == "complete", "tap-ctl mirror says {told}");
@@ -60,7 +60,7 @@ fn t34_load(context: &mut Context) -> Result<()> {
     let create = ["qemu-img", "create", "-f", "qcow2", &between, &size];
     sh::run_for(&create, LIMIT)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{first}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{first}"), VDEV, "w"))?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 40)?;
     let target = format!("qcow2:{between}");
@@ -88,16 +88,16 @@ fn moves_along(context: &mut Context) -> Result<()> {
     let there = image(context, "b.img", SIZE)?;
     let events = EventLog::follow()?;
     let guest = context.pvh()?;
-    let source = Served::attach(guest, &tap::disk(&format!("aio:{here}"), VDEV, "w"))?;
+    let source = ServedDisk::attach(guest, &tap::disk(&format!("aio:{here}"), VDEV, "w"))?;
     let load = start_load_with(guest, "--discard")?;
     wait_progress(&source, 40)?;
-    let mut server = Server::start(&there)?;
+    let mut server = QemuServer::start(&there)?;
     begin(&source, &server.target())?;
     go_on(&source, &server.target())?;
     as_configured(&here)?;
     is_locked(&there)?;
     let before = sum(&here)?;
-    let guest = context.take(Needs::Pvh)?;
+    let guest = context.take(SharedGuest::Pvh)?;
     let disk = tap::disk(&format!("aio:{there}"), VDEV, "w");
     let mover = thread::spawn(move || guest.migrate_to(&[&disk], &load).map(|guest| (guest, load)));
     // The server has the image locked: the other side cannot write to it before.
@@ -105,10 +105,10 @@ fn moves_along(context: &mut Context) -> Result<()> {
     let ended = let_go.and_then(|_| server.end());
     let moved = mover.join();
     let (guest, load) = moved.map_err(|_| anyhow!("the move panicked"))??;
-    context.give(Needs::Pvh, guest);
+    context.give(SharedGuest::Pvh, guest);
     ended?;
-    let guest = context.guest(Needs::Pvh)?;
-    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    let guest = context.guest(SharedGuest::Pvh)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
     source.wait_gone()?;
     wait_progress(&disk, 40)?;
     let told = end_load(guest, load)?;

@@ -46,7 +46,7 @@ mod tap_life;
 mod trace;
 mod xenstore;
 
-use crate::guest::{Config, Guest, Kind};
+use crate::guest::{Config, Guest, GuestKind};
 pub(crate) use basic::{compare, verify_job};
 /// Loads of guests during an operation on their disks.
 pub(crate) mod load {
@@ -57,9 +57,9 @@ pub(crate) mod load {
 }
 pub(crate) use takeover::build_id;
 
-use crate::report::{Report, Verdict};
-use crate::tap::Supervisor;
-use crate::{guest, peer, seed, sh, xs, Driver};
+use crate::report::{CaseReport, CaseVerdict};
+use crate::tap::RunningSupervisor;
+use crate::{guest, peer, seed, sh, xs, TestedDriver};
 use anyhow::{bail, ensure, Context as _, Result};
 pub(crate) use attempt::outlive_emulator;
 use attempt::Attempt;
@@ -72,7 +72,7 @@ pub(crate) use tap::wait_progress;
 
 /// The shared guest that a case uses; it is started before the case and stays for the next one.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Needs {
+pub(crate) enum SharedGuest {
     /// No shared guest.
     Nothing,
     /// The PV guest.
@@ -83,7 +83,7 @@ pub(crate) enum Needs {
     Pvh,
 }
 
-type Body = Box<dyn Fn(&mut Context) -> Result<()>>;
+type CaseBody = Box<dyn Fn(&mut Context) -> Result<()>>;
 
 /// A case.
 pub(crate) struct Case {
@@ -92,7 +92,7 @@ pub(crate) struct Case {
     /// Description of the case in one line.
     pub(crate) about: String,
     /// The shared guest that it uses.
-    pub(crate) needs: Needs,
+    pub(crate) needs: SharedGuest,
     /// Reason why the C driver is known to fail it.
     pub(crate) c_fails: Option<&'static str>,
     /// Whether the counters of `leaks` must return to where they were.
@@ -114,14 +114,14 @@ pub(crate) struct Case {
     /// Words that the case's problems must contain; then it has passed. Empty for most cases.
     pub(crate) finds: &'static [&'static str],
     /// The case itself.
-    pub(crate) run: Body,
+    pub(crate) run: CaseBody,
 }
 
 impl Case {
     fn new(
         name: &str,
         about: &str,
-        needs: Needs,
+        needs: SharedGuest,
         run: impl Fn(&mut Context) -> Result<()> + 'static,
     ) -> Case {
         let (name, about) = (name.to_owned(), about.to_owned());
@@ -218,17 +218,17 @@ type Cleanup = (String, Box<dyn FnOnce() -> Result<()>>);
 /// Environment of a case.
 pub(crate) struct Context {
     /// The driver under test.
-    pub(crate) driver: Driver,
+    pub(crate) driver: TestedDriver,
     pv: Option<Guest>,
     wide: Option<Guest>,
     pvh: Option<Guest>,
-    supervisor: Option<Supervisor>,
+    supervisor: Option<RunningSupervisor>,
     /// Whether the module with planted faults is loaded.
     faulty: bool,
     cleanups: Vec<Cleanup>,
     /// Clean-ups that run after the verdict.
     late_cleanups: Vec<Cleanup>,
-    report: Report,
+    report: CaseReport,
 }
 
 impl Context {
@@ -289,7 +289,7 @@ impl Context {
     }
 
     /// Fails unless the driver under test serves the disk.
-    pub(crate) fn check_driver(&self, vbd: &crate::guest::Vbd) -> Result<()> {
+    pub(crate) fn check_driver(&self, vbd: &crate::guest::AttachedVbd) -> Result<()> {
         let serving = vbd.driver()?;
         if serving != self.driver.bus_name() {
             bail!(
@@ -301,28 +301,28 @@ impl Context {
         Ok(())
     }
 
-    fn place(&mut self, needs: Needs) -> &mut Option<Guest> {
+    fn place(&mut self, needs: SharedGuest) -> &mut Option<Guest> {
         match needs {
-            Needs::PvWide => &mut self.wide,
-            Needs::Pvh => &mut self.pvh,
-            Needs::Pv | Needs::Nothing => &mut self.pv,
+            SharedGuest::PvWide => &mut self.wide,
+            SharedGuest::Pvh => &mut self.pvh,
+            SharedGuest::Pv | SharedGuest::Nothing => &mut self.pv,
         }
     }
 
     /// A shared guest.
-    pub(crate) fn guest(&self, needs: Needs) -> Result<&Guest> {
+    pub(crate) fn guest(&self, needs: SharedGuest) -> Result<&Guest> {
         let guest = self.shared(needs);
         guest.context("the case did not ask for this guest")
     }
 
     /// Takes a shared guest away, for a case that moves it.
-    pub(crate) fn take(&mut self, needs: Needs) -> Result<Guest> {
+    pub(crate) fn take(&mut self, needs: SharedGuest) -> Result<Guest> {
         let guest = self.place(needs).take();
         guest.context("the case did not ask for this guest")
     }
 
     /// Gives a shared guest back.
-    pub(crate) fn give(&mut self, needs: Needs, guest: Guest) {
+    pub(crate) fn give(&mut self, needs: SharedGuest, guest: Guest) {
         *self.place(needs) = Some(guest);
     }
 
@@ -338,13 +338,13 @@ impl Context {
         self.pv = Some(guest);
     }
 
-    fn start_shared(&mut self, needs: Needs) -> Result<()> {
+    fn start_shared(&mut self, needs: SharedGuest) -> Result<()> {
         // Nested paging is slow in emulation: one CPU is enough for the PVH guest.
         let (slot, name, kind, vcpus) = match needs {
-            Needs::Nothing => return Ok(()),
-            Needs::Pv => (&mut self.pv, "pv", Kind::Pv, 2),
-            Needs::PvWide => (&mut self.wide, "wide", Kind::Pv, 4),
-            Needs::Pvh => (&mut self.pvh, "pvh", Kind::Pvh, 1),
+            SharedGuest::Nothing => return Ok(()),
+            SharedGuest::Pv => (&mut self.pv, "pv", GuestKind::Pv, 2),
+            SharedGuest::PvWide => (&mut self.wide, "wide", GuestKind::Pv, 4),
+            SharedGuest::Pvh => (&mut self.pvh, "pvh", GuestKind::Pvh, 1),
         };
         if slot.is_none() {
             *slot = Some(Guest::create(Config::new(name, kind, vcpus))?);
@@ -353,14 +353,14 @@ impl Context {
     }
 
     /// Takes the supervisor of tap disks away, for a case that ends it.
-    pub(crate) fn take_supervisor(&mut self) -> Result<Supervisor> {
+    pub(crate) fn take_supervisor(&mut self) -> Result<RunningSupervisor> {
         self.supervisor
             .take()
             .context("the case did not ask for the supervisor")
     }
 
     /// Takes care of a supervisor that a case has started.
-    pub(crate) fn give_supervisor(&mut self, supervisor: Supervisor) {
+    pub(crate) fn give_supervisor(&mut self, supervisor: RunningSupervisor) {
         self.supervisor = Some(supervisor);
     }
 
@@ -371,7 +371,7 @@ impl Context {
             None => false,
         };
         if wanted && !running {
-            self.supervisor = Some(Supervisor::start()?);
+            self.supervisor = Some(RunningSupervisor::start()?);
         } else if !wanted && running {
             self.take_supervisor()?.stop()?;
         }
@@ -418,9 +418,9 @@ impl Context {
     /// nested paging now and then loses a guest that does nothing at all.
     fn end_unneeded(&mut self, later: &[Case]) -> Result<()> {
         let slots = [
-            (&mut self.pv, Needs::Pv),
-            (&mut self.wide, Needs::PvWide),
-            (&mut self.pvh, Needs::Pvh),
+            (&mut self.pv, SharedGuest::Pv),
+            (&mut self.wide, SharedGuest::PvWide),
+            (&mut self.pvh, SharedGuest::Pvh),
         ];
         for (slot, needs) in slots {
             if !later.iter().any(|case| case.needs == needs) {
@@ -448,12 +448,12 @@ impl Context {
     }
 
     /// The shared guest that a case uses.
-    fn shared(&self, needs: Needs) -> Option<&Guest> {
+    fn shared(&self, needs: SharedGuest) -> Option<&Guest> {
         match needs {
-            Needs::Nothing => None,
-            Needs::Pv => self.pv.as_ref(),
-            Needs::PvWide => self.wide.as_ref(),
-            Needs::Pvh => self.pvh.as_ref(),
+            SharedGuest::Nothing => None,
+            SharedGuest::Pv => self.pv.as_ref(),
+            SharedGuest::PvWide => self.wide.as_ref(),
+            SharedGuest::Pvh => self.pvh.as_ref(),
         }
     }
 
@@ -533,7 +533,7 @@ pub(crate) fn all() -> Vec<Case> {
 }
 
 /// Runs the cases that are meant.
-pub(crate) fn run(selection: &Selection, driver: Driver) -> Result<ExitCode> {
+pub(crate) fn run(selection: &Selection, driver: TestedDriver) -> Result<ExitCode> {
     let cases: Vec<Case> = all()
         .into_iter()
         .filter(|case| selection.means(&case.name, case.nightly))
@@ -553,7 +553,7 @@ pub(crate) fn run(selection: &Selection, driver: Driver) -> Result<ExitCode> {
         faulty: false,
         cleanups: Vec::new(),
         late_cleanups: Vec::new(),
-        report: Report::open()?,
+        report: CaseReport::open()?,
     };
     context.report.plan(cases.len())?;
     context.report.note(&format!("seed {}", seed::get()))?;
@@ -565,7 +565,7 @@ pub(crate) fn run(selection: &Selection, driver: Driver) -> Result<ExitCode> {
 }
 
 fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
-    if context.driver == Driver::Rs {
+    if context.driver == TestedDriver::Rs {
         crate::tap::end_supervisor()?;
     }
     if cases.iter().any(|case| case.hosts) {
@@ -601,7 +601,7 @@ fn run_all(cases: &[Case], context: &mut Context) -> Result<ExitCode> {
 
 /// Makes this machine the first of two hosts, which executes the commands of the second one.
 fn begin_hosts() -> Result<()> {
-    let listener = peer::Host::First.become_this()?;
+    let listener = peer::PeerHost::First.become_this()?;
     std::thread::spawn(move || {
         if let Err(error) = peer::serve(&listener) {
             eprintln!("vmtest: {error:#}");
@@ -616,12 +616,14 @@ const RUNS: u32 = 6;
 
 /// Runs one case, looks at the logs, and leaves the machine ready for the next one. A case whose guest the emulator has
 /// killed runs again, because that says nothing about the case.
-fn run_case(case: &Case, context: &mut Context) -> Result<Verdict> {
-    if (case.tap || case.ours) && context.driver == Driver::C {
-        return Ok(Verdict::Skip("the C driver does not have this".into()));
+fn run_case(case: &Case, context: &mut Context) -> Result<CaseVerdict> {
+    if (case.tap || case.ours) && context.driver == TestedDriver::C {
+        return Ok(CaseVerdict::Skip("the C driver does not have this".into()));
     }
-    if !case.finds.is_empty() && context.driver == Driver::C {
-        return Ok(Verdict::Skip("nothing is planted for the C driver".into()));
+    if !case.finds.is_empty() && context.driver == TestedDriver::C {
+        return Ok(CaseVerdict::Skip(
+            "nothing is planted for the C driver".into(),
+        ));
     }
     let mut attempt = Attempt::run(case, context)?;
     let mut runs = 1;
@@ -641,7 +643,7 @@ fn detach_own_disks() -> Result<()> {
 }
 
 /// Loads the driver under test and puts the other one away.
-pub(crate) fn load_driver(driver: Driver) -> Result<()> {
+pub(crate) fn load_driver(driver: TestedDriver) -> Result<()> {
     if driver.other().is_loaded() {
         sh::run(&["rmmod", driver.other().sys_module()])?;
     }
@@ -653,7 +655,7 @@ pub(crate) fn load_driver(driver: Driver) -> Result<()> {
 }
 
 /// Loads a driver with these parameters, when none is loaded.
-pub(crate) fn start_driver(driver: Driver, parameters: &[&str]) -> Result<()> {
+pub(crate) fn start_driver(driver: TestedDriver, parameters: &[&str]) -> Result<()> {
     sh::modprobe(driver.module(), parameters)?;
     wait_registered(driver)
 }
@@ -665,7 +667,7 @@ pub(crate) const QUEUES: &str = "max_queues=4";
 const FAULTY: &str = "/t/faulty/xen-blkback-rs.ko";
 
 /// Loads the driver, or the one with planted faults, with these parameters beside the usual ones.
-fn start(driver: Driver, faulty: bool, parameters: &[&str]) -> Result<()> {
+fn start(driver: TestedDriver, faulty: bool, parameters: &[&str]) -> Result<()> {
     let parameters = [&[QUEUES], parameters].concat();
     match faulty {
         true => insert(driver, FAULTY, &parameters),
@@ -674,12 +676,12 @@ fn start(driver: Driver, faulty: bool, parameters: &[&str]) -> Result<()> {
 }
 
 /// Loads the driver from this file.
-fn insert(driver: Driver, file: &str, parameters: &[&str]) -> Result<()> {
+fn insert(driver: TestedDriver, file: &str, parameters: &[&str]) -> Result<()> {
     sh::run(&[&["insmod", file], parameters].concat())?;
     wait_registered(driver)
 }
 
-fn wait_registered(driver: Driver) -> Result<()> {
+fn wait_registered(driver: TestedDriver) -> Result<()> {
     let directory = Path::new("/sys/bus/xen-backend/drivers").join(driver.bus_name());
     sh::wait_for(
         "the registration of the driver",

@@ -4,9 +4,9 @@
 use super::basic::{attach_own, detach_own};
 use super::hung::{narrow_loop, wait_for_sleeper};
 use super::tap::attach_dom0;
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
-use crate::guest::Vbd;
+use crate::guest::AttachedVbd;
 use crate::{sh, tap};
 use anyhow::{ensure, Context as _, Result};
 use dom0::kmsg::Kmsg;
@@ -20,7 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(
             "ops.status",
             "a phy disk that hangs is named with its device, a tap disk beside it is not, and both are in the metrics",
-            Needs::Nothing,
+            SharedGuest::Nothing,
             status,
         )
         .supervised()
@@ -30,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
             ..Case::new(
                 "ops.log",
                 "the kernel's log tells of a disk that comes, has a request that nobody answers for long, and goes",
-                Needs::Nothing,
+                SharedGuest::Nothing,
                 log,
             )
         }
@@ -41,7 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
             ..Case::new(
                 "ops.log_asleep",
                 "the kernel's log tells of requests that nobody answers, whose thread has slept in the block layer from the first pass on",
-                Needs::Nothing,
+                SharedGuest::Nothing,
                 log_asleep,
             )
         }
@@ -77,7 +77,7 @@ pub(super) fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
 }
 
 /// Starts a write to a disk that hangs: it ends when the disk is resumed.
-fn write(device: &str, vbd: &Vbd) -> Result<Child> {
+fn write(device: &str, vbd: &AttachedVbd) -> Result<Child> {
     let before = vbd.statistic("wr_req")?;
     let child = Command::new("dd")
         .args(["if=/dev/zero", &format!("of={device}"), "bs=4k", "count=1"])
@@ -91,7 +91,7 @@ fn write(device: &str, vbd: &Vbd) -> Result<Child> {
 }
 
 /// Checks that `tap-ctl report` does not wait for a disk that hangs, and names it.
-fn report(served: &tap::Served) -> Result<()> {
+fn report(served: &tap::ServedDisk) -> Result<()> {
     let words = ["tap-ctl", "report", "--hung", HUNG];
     let told = sh::run_for(&words, LIMIT)?;
     for wanted in [
@@ -125,12 +125,12 @@ pub(super) fn storage(context: &mut Context) -> Result<(Dm, String)> {
 }
 
 /// Messages in the kernel's log about one disk.
-struct Log {
+struct KernelLog {
     kmsg: Kmsg,
     of: String,
 }
 
-impl Log {
+impl KernelLog {
     /// Waits until it has a line of the disk with these words, and returns that.
     fn wait(&mut self, words: &str) -> Result<String> {
         let mut found = None;
@@ -151,7 +151,7 @@ fn log(context: &mut Context) -> Result<()> {
         "the log does not say what the module's parameters come to"
     );
     let (storage, _) = storage(context)?;
-    let mut log = Log {
+    let mut log = KernelLog {
         kmsg: Kmsg::from_now()?,
         of: "vbd-0-".into(),
     };
@@ -177,7 +177,7 @@ fn log_asleep(context: &mut Context) -> Result<()> {
     let (storage, _) = storage(context)?;
     let path = narrow_loop(context, &storage.path())?;
     let vbd = attach_own(context, &path, "xvdk")?;
-    let mut log = Log {
+    let mut log = KernelLog {
         kmsg: Kmsg::from_now()?,
         of: "vbd-0-".into(),
     };

@@ -26,17 +26,17 @@ pub(super) fn write(id: &str, mebibytes: u32) -> Result<()> {
 }
 
 /// Disks of dom0, made by their keys alone: xl would take longer than all else.
-pub(super) struct Disks(pub(super) Vec<String>);
+pub(super) struct OwnDisks(pub(super) Vec<String>);
 
-impl Disks {
+impl OwnDisks {
     /// Makes `count` disks of a device, without waiting.
-    pub(super) fn connect(device: &str, count: u32) -> Result<Disks> {
+    pub(super) fn connect(device: &str, count: u32) -> Result<OwnDisks> {
         let number = fs::metadata(device)?.rdev();
         let (major, minor) = (
             (number >> 8) & 0xfff,
             (number & 0xff) | (number >> 12 & 0xfff00),
         );
-        let mut disks = Disks(Vec::new());
+        let mut disks = OwnDisks(Vec::new());
         for disk in 0..count {
             let id = (1u32 << 28 | (16 + disk) << 8).to_string();
             let back = format!("/local/domain/0/backend/vbd/0/{id}");

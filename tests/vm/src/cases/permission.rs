@@ -2,8 +2,8 @@
 //! Permissions of the nodes and images of tap disks: the supervisor opens them, and hands each process its own.
 
 use super::tap::{image, VDEV};
-use super::{Case, Context, Needs};
-use crate::tap::{self, Served};
+use super::{Case, Context, SharedGuest};
+use crate::tap::{self, ServedDisk};
 use crate::{node, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
@@ -21,7 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![Case::new(
         "tap.permissions",
         "nobody else opens a node or talks to the supervisor, and a process has its own disk alone",
-        Needs::Pv,
+        SharedGuest::Pv,
         permissions,
     )
     .supervised()
@@ -34,8 +34,8 @@ fn permissions(context: &mut Context) -> Result<()> {
         fs::set_permissions(image, fs::Permissions::from_mode(0o600))?;
     }
     let guest = context.pv()?;
-    let mine = Served::attach(guest, &tap::disk(&format!("aio:{}", images[0]), VDEV, "w"))?;
-    let other = Served::attach(guest, &tap::disk(&format!("aio:{}", images[1]), OTHER, "w"))?;
+    let mine = ServedDisk::attach(guest, &tap::disk(&format!("aio:{}", images[0]), VDEV, "w"))?;
+    let other = ServedDisk::attach(guest, &tap::disk(&format!("aio:{}", images[1]), OTHER, "w"))?;
     let pids = [mine.pid()?, other.pid()?];
     pids.iter().try_for_each(|pid| check_process(*pid))?;
     let user = ids(pids[0])?;

@@ -8,16 +8,16 @@
 use super::basic::{attach_own, fio_verify, flush};
 use super::death::{s05_late_write, NOT_FENCED};
 use super::migrate::mapped_reads;
-use super::{detach_own_disks, insert, load_driver, Case, Context, Needs, QUEUES};
+use super::{detach_own_disks, insert, load_driver, Case, Context, SharedGuest, QUEUES};
 use crate::backing::NullBlk;
-use crate::guest::{Config, Guest, Kind};
-use crate::{sh, Driver};
+use crate::guest::{Config, Guest, GuestKind};
+use crate::{sh, TestedDriver};
 use anyhow::Result;
 use std::time::Duration;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv, Pvh};
+    use SharedGuest::{Nothing, Pv, Pvh};
     vec![
         Case::new(
             "planted.dom0_log",
@@ -114,7 +114,7 @@ fn guest_log(context: &mut Context) -> Result<()> {
 }
 
 fn guest_panic(_: &mut Context) -> Result<()> {
-    let guest = Guest::create(Config::new("panics", Kind::Pv, 1))?;
+    let guest = Guest::create(Config::new("panics", GuestKind::Pv, 1))?;
     guest.start("echo c >/proc/sysrq-trigger")?;
     sh::wait_for("the guest's end", Duration::from_secs(60), || {
         Ok(guest.console.is_closed())
@@ -150,7 +150,7 @@ fn wrong_driver(context: &mut Context) -> Result<()> {
     context.at_end("load the driver again", move || load_driver(driver));
     sh::run(&["rmmod", driver.sys_module()])?;
     // modprobe would load ours under this name.
-    let file = sh::run(&["modinfo", "-n", Driver::C.module()])?;
-    insert(Driver::C, file.trim(), &[QUEUES])?;
+    let file = sh::run(&["modinfo", "-n", TestedDriver::C.module()])?;
+    insert(TestedDriver::C, file.trim(), &[QUEUES])?;
     attach_own(context, &device.path(), "xvdk").map(drop)
 }

@@ -5,9 +5,9 @@
 use super::hung::{bus, hangable, others_are_served, QUICK};
 use super::played;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{slow_writes, Dm};
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use ring::tap::abi::{Info, STATE_LIVE};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let ours = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run).no_leaks()
+        Case::new(name, about, SharedGuest::Pv, run).no_leaks()
     };
     vec![
         ours(
@@ -63,7 +63,7 @@ fn is_kept(info: impl Fn() -> Result<Info>) -> Result<bool> {
 }
 
 /// Unbinds and binds the driver of a disk whose requests do not end. Other disks are served during that.
-fn rebind(context: &mut Context, disk: &Served) -> Result<()> {
+fn rebind(context: &mut Context, disk: &ServedDisk) -> Result<()> {
     let state = format!("{}/state", disk.vbd.backend);
     bus(context, &disk.vbd, "unbind")?;
     others_are_served(context, "a tap disk was unbound")?;
@@ -80,7 +80,7 @@ fn rebind(context: &mut Context, disk: &Served) -> Result<()> {
 }
 
 /// The requests have ended: the disk is served again, and nothing was lost.
-fn goes_on(disk: &Served) -> Result<()> {
+fn goes_on(disk: &ServedDisk) -> Result<()> {
     xs::wait_value(&format!("{}/state", disk.vbd.backend), "4", QUICK)?;
     wait_progress(disk, 50)
 }
@@ -98,7 +98,7 @@ fn stopped(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let storage = uneven(context)?;
     let target = tap::disk(&format!("aio:{}", storage.path()), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &target)?;
+    let disk = ServedDisk::attach(context.pv()?, &target)?;
     let load = start_load_with(context.pv()?, "")?;
     for _ in 0..2 {
         wait_progress(&disk, 100)?;
@@ -119,7 +119,7 @@ fn killed(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let storage = uneven(context)?;
     let target = tap::disk(&format!("aio:{}", storage.path()), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &target)?;
+    let disk = ServedDisk::attach(context.pv()?, &target)?;
     let load = start_load_with(context.pv()?, "")?;
     for _ in 0..2 {
         wait_progress(&disk, 100)?;
@@ -143,7 +143,7 @@ fn direct(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
     let storage = hangable(context)?;
     let target = tap::disk(&format!("direct=yes,aio:{}", storage.path()), VDEV, "w");
-    let disk = Served::attach(context.pv()?, &target)?;
+    let disk = ServedDisk::attach(context.pv()?, &target)?;
     sh::wait_for("a device that the kernel may use", QUICK, || {
         Ok(disk.info()?.backings == 1)
     })?;

@@ -3,9 +3,9 @@
 
 use super::lease::{alpha, break_lease};
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::reserved::Reserved;
-use crate::tap::{self, EventLog, Served};
+use crate::tap::{self, EventLog, ServedDisk};
 use crate::{backing, sh};
 use ::lease::Kind;
 use anyhow::{ensure, Context as _, Result};
@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_secs(60);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Pv, run)
+        Case::new(name, about, SharedGuest::Pv, run)
             .supervised()
             .no_leaks()
             .nightly()
@@ -69,14 +69,17 @@ fn copy(from: &str, to: &str) -> Result<()> {
 }
 
 /// A disk on storage that is taken down with the case, in use by its guest.
-fn attach(context: &mut Context, storage: Reserved) -> Result<(Served, [crate::console::Job; 2])> {
+fn attach(
+    context: &mut Context,
+    storage: Reserved,
+) -> Result<(ServedDisk, [crate::console::GuestJob; 2])> {
     let [own, other] = storage.disks.clone();
     context.at_end(format!("take {own} and {other} down"), move || {
         storage.remove()
     });
     let guest = context.pv()?;
     let target = format!("lease=reservation,aio:{own}");
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let load = start_load_with(guest, "")?;
     wait_progress(&disk, 50)?;
     Ok((disk, load))
@@ -85,8 +88,8 @@ fn attach(context: &mut Context, storage: Reserved) -> Result<(Served, [crate::c
 /// Checks that the guest has seen no error, and that the disk has its data.
 fn finish(
     context: &mut Context,
-    disk: Served,
-    load: [crate::console::Job; 2],
+    disk: ServedDisk,
+    load: [crate::console::GuestJob; 2],
     medium: &str,
 ) -> Result<()> {
     let guest = context.pv()?;
@@ -173,7 +176,12 @@ fn refused(other: &str) -> Result<()> {
 }
 
 /// Requests of the guest wait, and none of them reaches the storage while the other host writes to it.
-fn while_another_has_it(disk: &Served, events: &EventLog, medium: &str, other: &str) -> Result<()> {
+fn while_another_has_it(
+    disk: &ServedDisk,
+    events: &EventLog,
+    medium: &str,
+    other: &str,
+) -> Result<()> {
     let saved = "/srv/vmtest/reserved.saved";
     std::fs::create_dir_all("/srv/vmtest")?;
     sh::run(&[

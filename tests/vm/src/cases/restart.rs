@@ -5,9 +5,9 @@
 
 use super::basic::{compare, verify_job, FIO};
 use super::tap::{image, wait_progress};
-use super::{Case, Context, Needs};
-use crate::guest::{newest_domain, Config, Guest, Kind, Vbd, CMDLINE, PAYLOAD};
-use crate::tap::{self, Served};
+use super::{Case, Context, SharedGuest};
+use crate::guest::{newest_domain, AttachedVbd, Config, Guest, GuestKind, CMDLINE, PAYLOAD};
+use crate::tap::{self, ServedDisk};
 use crate::{backing, hotplug, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::fs;
@@ -31,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, run: fn(&mut Context) -> Result<()>| {
-        Case::new(name, about, Needs::Nothing, run)
+        Case::new(name, about, SharedGuest::Nothing, run)
             .supervised()
             .no_leaks()
             .nightly()
@@ -59,13 +59,13 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// A guest that is started again, with a phy and a tap disk, and their storage.
-struct Bed {
+struct RestartHarness {
     config: Config,
     storage: [(&'static str, String); 2],
 }
 
-impl Bed {
-    fn new(context: &mut Context, kind: Kind) -> Result<Self> {
+impl RestartHarness {
+    fn new(context: &mut Context, kind: GuestKind) -> Result<Self> {
         let file = image(context, "a.img", SIZE)?;
         let device = context.null_blk(SIZE, &[])?;
         let mut config = Config::new(NAME, kind, 1);
@@ -83,7 +83,7 @@ impl Bed {
         for (vdev, _) in &self.storage {
             guest.start(&verify_job(&format!("/dev/{vdev}"), SIZE, 100_000, 512))?;
         }
-        wait_progress(&Served::of(Vbd::of(guest.domid, TAP)?)?, 50)
+        wait_progress(&ServedDisk::of(AttachedVbd::of(guest.domid, TAP)?)?, 50)
     }
 }
 
@@ -97,13 +97,13 @@ fn crash(guest: &Guest) -> Result<()> {
 
 /// Ends a guest with `end`, and lets another domain continue with its disks.
 fn starts_again(context: &mut Context, end: fn(&Guest) -> Result<()>) -> Result<()> {
-    let bed = Bed::new(context, Kind::Pvh)?;
+    let bed = RestartHarness::new(context, GuestKind::Pvh)?;
     let guest = Guest::create(bed.config.clone())?;
     for (vdev, _) in &bed.storage {
         guest.wait_disk(vdev)?;
         guest.run_for(&verify_job(&format!("/dev/{vdev}"), USED, 40, 512), FIO)?;
     }
-    let first = Served::of(Vbd::of(guest.domid, TAP)?)?;
+    let first = ServedDisk::of(AttachedVbd::of(guest.domid, TAP)?)?;
     bed.load(&guest)?;
     end(&guest)?;
     let before = guest.domid;
@@ -113,11 +113,11 @@ fn starts_again(context: &mut Context, end: fn(&Guest) -> Result<()>) -> Result<
     first.vbd.wait_gone()?;
     for (vdev, storage) in &bed.storage {
         guest.wait_disk(vdev)?;
-        context.check_driver(&Vbd::of(guest.domid, vdev)?)?;
+        context.check_driver(&AttachedVbd::of(guest.domid, vdev)?)?;
         compare(&guest, vdev, storage, SIZE)?;
         guest.run_for(&verify_job(&format!("/dev/{vdev}"), USED, 40, 512), FIO)?;
     }
-    let disk = Served::of(Vbd::of(guest.domid, TAP)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, TAP)?)?;
     disk.goes_with(guest)
 }
 
@@ -183,7 +183,7 @@ fn dump(guest: &Guest, vdev: &str, storage: &str) -> Result<()> {
 
 fn crash_dump(context: &mut Context) -> Result<()> {
     let (kernels, kernel, initramfs) = kernels(context)?;
-    let mut bed = Bed::new(context, Kind::Hvm)?;
+    let mut bed = RestartHarness::new(context, GuestKind::Hvm)?;
     bed.config.memory = 768;
     bed.config.cmdline = "crashkernel=256M no_timer_check".into();
     let third = tap::disk(&format!("aio:{kernels}"), KERNELS, "r");
@@ -197,8 +197,8 @@ fn crash_dump(context: &mut Context) -> Result<()> {
     crash_into_second(&guest)?;
     for (vdev, storage) in &bed.storage {
         dump(&guest, vdev, storage)?;
-        context.check_driver(&Vbd::of(guest.domid, vdev)?)?;
+        context.check_driver(&AttachedVbd::of(guest.domid, vdev)?)?;
     }
-    let disk = Served::of(Vbd::of(guest.domid, TAP)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, TAP)?)?;
     disk.goes_with(guest)
 }

@@ -2,8 +2,8 @@
 //! Every shape of ring that a frontend can ask for.
 
 use super::basic::{compare, verify_job, FIO};
-use super::{skip, Case, Context, Needs};
-use crate::guest::{Guest, Vbd};
+use super::{skip, Case, Context, SharedGuest};
+use crate::guest::{AttachedVbd, Guest};
 use crate::hotplug;
 use crate::sh;
 use crate::xs;
@@ -15,7 +15,7 @@ const UNUSED: Duration = Duration::from_secs(30);
 
 /// Properties that a frontend requests.
 #[derive(Clone, Copy)]
-struct Shape {
+struct RingShape {
     queues: u64,
     order: u64,
     /// The most segments of an indirect request.
@@ -26,10 +26,10 @@ struct Shape {
 /// The longest rings, with both kinds of grants. With persistent grants the frontend allocates a page for every
 /// segment of every slot of the ring at once, so a long ring and long requests together need more memory than a small
 /// guest has.
-const SHAPES: &[Shape] = &[shape(4, 3, 0, true)];
+const SHAPES: &[RingShape] = &[shape(4, 3, 0, true)];
 
 /// With these every order and every number of queues, and each pair of the other choices at least once.
-const MORE_SHAPES: &[Shape] = &[
+const MORE_SHAPES: &[RingShape] = &[
     shape(4, 4, 256, false),
     shape(1, 0, 32, false),
     shape(2, 1, 256, true),
@@ -37,8 +37,8 @@ const MORE_SHAPES: &[Shape] = &[
     shape(1, 4, 32, true),
 ];
 
-const fn shape(queues: u64, order: u64, segments: u64, persistent: bool) -> Shape {
-    Shape {
+const fn shape(queues: u64, order: u64, segments: u64, persistent: bool) -> RingShape {
+    RingShape {
         queues,
         order,
         segments,
@@ -48,8 +48,8 @@ const fn shape(queues: u64, order: u64, segments: u64, persistent: bool) -> Shap
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    let case = |shape: &Shape| {
-        let Shape {
+    let case = |shape: &RingShape| {
+        let RingShape {
             queues,
             order,
             segments,
@@ -62,7 +62,7 @@ pub(super) fn cases() -> Vec<Case> {
             1 << order
         );
         let shape = *shape;
-        Case::new(&name, &about, Needs::PvWide, move |context| {
+        Case::new(&name, &about, SharedGuest::PvWide, move |context| {
             one(context, shape)
         })
     };
@@ -71,7 +71,7 @@ pub(super) fn cases() -> Vec<Case> {
     all.push(Case::new(
         "rings.defaults_back",
         "the frontend's defaults after all that",
-        Needs::PvWide,
+        SharedGuest::PvWide,
         defaults,
     ));
     all.push(Case {
@@ -79,7 +79,7 @@ pub(super) fn cases() -> Vec<Case> {
         ..Case::new(
             "rings.events",
             "each event of a guest is ended once, and none that brought requests is called spurious: the kernel would hold back the next one",
-            Needs::Pv,
+            SharedGuest::Pv,
             events,
         )
     });
@@ -110,7 +110,7 @@ fn events(context: &mut Context) -> Result<()> {
     guest.detach(&vbd)
 }
 
-fn one(context: &mut Context, shape: Shape) -> Result<()> {
+fn one(context: &mut Context, shape: RingShape) -> Result<()> {
     let device = context.null_blk(32, &[])?;
     let guest = context.wide()?;
     reload(
@@ -167,7 +167,7 @@ fn reload(guest: &Guest, parameters: &str) -> Result<()> {
 }
 
 /// Checks that the negotiated properties are the requested ones.
-fn check_shape(guest: &Guest, vbd: &Vbd, shape: Shape) -> Result<()> {
+fn check_shape(guest: &Guest, vbd: &AttachedVbd, shape: RingShape) -> Result<()> {
     let key = |name: &str| -> Result<Option<u64>> {
         let text = xs::read(&format!("{}/{name}", vbd.frontend))?;
         text.map(|text| text.parse().with_context(|| format!("{name} is `{text}`")))

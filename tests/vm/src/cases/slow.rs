@@ -6,9 +6,9 @@ use super::formats::qemu_img;
 use super::memory::Parameter;
 use super::ops::{of, said, storage, HUNG, LIMIT, SECTORS, SLOW};
 use super::tap::{attach_dom0, image};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{delayed, linear};
-use crate::guest::Vbd;
+use crate::guest::AttachedVbd;
 use crate::{sh, tap};
 use anyhow::{ensure, Context as _, Result};
 use serde_json::{Deserializer, Value};
@@ -19,7 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
     let ours = |name, about, run: fn(&mut Context) -> Result<()>| {
         Case {
             ours: true,
-            ..Case::new(name, about, Needs::Nothing, run)
+            ..Case::new(name, about, SharedGuest::Nothing, run)
         }
         .no_leaks()
         .nightly()
@@ -47,18 +47,18 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// A program that runs until this is dropped.
-struct Running(Child);
+struct RunningProgram(Child);
 
-impl Running {
-    fn start(command: &mut Command) -> Result<Running> {
+impl RunningProgram {
+    fn start(command: &mut Command) -> Result<RunningProgram> {
         let child = command.spawn();
         child
-            .map(Running)
+            .map(RunningProgram)
             .with_context(|| format!("cannot start {command:?}"))
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningProgram {
     fn drop(&mut self) {
         let killed = self.0.kill();
         let ended = self.0.wait();
@@ -69,7 +69,7 @@ impl Drop for Running {
 }
 
 /// Starts fio on a disk with these words, and waits until its first phase is over.
-fn load(words: &str, vbd: &Vbd) -> Result<Running> {
+fn load(words: &str, vbd: &AttachedVbd) -> Result<RunningProgram> {
     const BEGUN: u64 = 100;
     let ended = || Ok::<_, anyhow::Error>(vbd.statistic("wr_done")? + vbd.statistic("rd_done")?);
     let before = ended()?;
@@ -79,7 +79,7 @@ fn load(words: &str, vbd: &Vbd) -> Result<Running> {
         .args(["--filename=/dev/xvdk", "--time_based", "--runtime=1h"])
         .arg("--output=/dev/null")
         .args(words.split_whitespace());
-    let load = Running::start(&mut fio)?;
+    let load = RunningProgram::start(&mut fio)?;
     sh::wait_for(
         "the first requests",
         LIMIT,
@@ -89,9 +89,9 @@ fn load(words: &str, vbd: &Vbd) -> Result<Running> {
 }
 
 /// Loads dom0's processors, with so many programs that others get a small share.
-fn hogs() -> Result<Vec<Running>> {
+fn hogs() -> Result<Vec<RunningProgram>> {
     const COUNT: usize = 8;
-    let hog = || Running::start(Command::new("sh").args(["-c", "while :; do :; done"]));
+    let hog = || RunningProgram::start(Command::new("sh").args(["-c", "while :; do :; done"]));
     (0..COUNT).map(|_| hog()).collect()
 }
 
@@ -155,7 +155,7 @@ fn write_ms() -> Result<f64> {
 const ON_BOTH: &str = "--numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split";
 
 /// Its storage is fast again, so that nothing is left.
-fn ends(vbd: &Vbd) -> Result<()> {
+fn ends(vbd: &AttachedVbd) -> Result<()> {
     for (name, left) in [("in_flight", 0), ("oldest_ns", 0)] {
         sh::wait_for("the end of all requests", LIMIT, || {
             Ok(vbd.statistic(name)? == left)

@@ -3,10 +3,10 @@
 
 use super::formats::{check, of_guest};
 use super::tap::{end_load, full_image, image, start_load_with, wait_progress, DEVICE, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::guest::Guest;
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Context as _, Result};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -22,13 +22,13 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) fn cases() -> Vec<Case> {
     let about =
         "two snapshots under load that is judged, a death, and each image keeps what it was";
-    let load = Case::new("snapshot.t30_load", about, Needs::Pv, t30_load).nightly();
+    let load = Case::new("snapshot.t30_load", about, SharedGuest::Pv, t30_load).nightly();
     let about = "an image takes over what is below it under load that is judged, its process dies, and then it is alone";
-    let stream = Case::new("snapshot.stream", about, Needs::Pv, stream).nightly();
+    let stream = Case::new("snapshot.stream", about, SharedGuest::Pv, stream).nightly();
     let about = "a snapshot ends under load that is judged: the image below takes over what the one above has, a process dies, and the disk goes on there";
-    let commit = Case::new("snapshot.commit", about, Needs::Pv, commit).nightly();
+    let commit = Case::new("snapshot.commit", about, SharedGuest::Pv, commit).nightly();
     let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
-    let group = Case::new("snapshot.group", about, Needs::Pv, group).nightly();
+    let group = Case::new("snapshot.group", about, SharedGuest::Pv, group).nightly();
     let all = [load, stream, commit, group];
     all.map(|case| case.supervised().no_leaks()).into()
 }
@@ -68,7 +68,7 @@ fn group(context: &mut Context) -> Result<()> {
     }
     let guest = context.pv()?;
     let attach =
-        |path: &str, vdev| Served::attach(guest, &tap::disk(&format!("aio:{path}"), vdev, "w"));
+        |path: &str, vdev| ServedDisk::attach(guest, &tap::disk(&format!("aio:{path}"), vdev, "w"));
     let [first, second] = &rounds[0];
     let disks = [attach(first, VDEV)?, attach(second, "xvdc")?];
     let [one, two] = [&disks[0], &disks[1]].map(|disk| disk.minor.to_string());
@@ -157,7 +157,7 @@ fn stream(context: &mut Context) -> Result<()> {
     // The kernel writes in passthrough to the clusters that the image has, beside the stream.
     let target = format!("direct=yes,qcow2:{top}");
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let ask = |words: &[&str]| tap::ctl_json(&[&["stream", "-m", &minor], words].concat());
     let load = start_load_with(guest, "")?;
@@ -199,7 +199,7 @@ fn commit(context: &mut Context) -> Result<()> {
     // The kernel writes in passthrough to the clusters that the image has, until each write must go to the backing
     // image as well.
     let target = format!("direct=yes,aio:{base}");
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let load = start_load_with(guest, "--discard --hints")?;
     wait_progress(&disk, 40)?;
@@ -246,7 +246,7 @@ fn commit(context: &mut Context) -> Result<()> {
 }
 
 /// Switches the disk to a new image; returns the number of microseconds in which no process served it.
-pub(super) fn snapshot(disk: &Served, new: &str, old: &str) -> Result<u64> {
+pub(super) fn snapshot(disk: &ServedDisk, new: &str, old: &str) -> Result<u64> {
     let minor = disk.minor.to_string();
     let told = tap::ctl_json(&["snapshot", &minor, new])?;
     ensure!(
@@ -266,7 +266,7 @@ fn t30_load(context: &mut Context) -> Result<()> {
         images.push(path);
     }
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{base}"), VDEV, "w"))?;
     let load = start_load_with(guest, "")?;
     let (mut pauses, mut sums) = (Vec::new(), Vec::new());
     for (number, pair) in (1..).zip(images.windows(2)) {

@@ -6,10 +6,10 @@ use super::faults::wait_load;
 use super::hung::{hangable, host_is_well};
 use super::lifecycle::{end_job, long_job, wait_saved};
 use super::tap::{end_load, image, same, start_load, wait_progress, VDEV};
-use super::{load_driver, Case, Context, Needs, QUEUES};
-use crate::guest::{Guest, Vbd};
-use crate::tap::{self, Served};
-use crate::{hotplug, seed, sh, Driver};
+use super::{load_driver, Case, Context, SharedGuest, QUEUES};
+use crate::guest::{AttachedVbd, Guest};
+use crate::tap::{self, ServedDisk};
+use crate::{hotplug, seed, sh, TestedDriver};
 use anyhow::{ensure, Context as _, Result};
 use sim::rng::Rng;
 use std::process::{Child, Command, Stdio};
@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Pv, PvWide, Pvh};
+    use SharedGuest::{Pv, PvWide, Pvh};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run)
     };
@@ -84,18 +84,20 @@ fn with_both(context: &mut Context) -> Result<()> {
     sh::run(&[
         "modprobe",
         "--ignore-install",
-        Driver::C.module(),
+        TestedDriver::C.module(),
         "max_queues=4",
     ])?;
-    context.at_end("unload the C driver", || match Driver::C.is_loaded() {
-        true => sh::run(&["rmmod", Driver::C.module()]).map(drop),
-        false => Ok(()),
+    context.at_end("unload the C driver", || {
+        match TestedDriver::C.is_loaded() {
+            true => sh::run(&["rmmod", TestedDriver::C.module()]).map(drop),
+            false => Ok(()),
+        }
     });
     Ok(())
 }
 
 /// Switches to a driver; returns the result and the guest's pause.
-fn take_over(guest: &Guest, to: Driver, more: &[&str]) -> Result<(i32, serde_json::Value)> {
+fn take_over(guest: &Guest, to: TestedDriver, more: &[&str]) -> Result<(i32, serde_json::Value)> {
     let domid = guest.domid.to_string();
     let asked = [
         &[PROGRAM, "--json", "--to", to.module(), "--domain", &domid],
@@ -108,7 +110,7 @@ fn take_over(guest: &Guest, to: Driver, more: &[&str]) -> Result<(i32, serde_jso
     Ok((done.rc, serde_json::from_str(line)?))
 }
 
-fn is_served_by(vbd: &Vbd, driver: Driver) -> Result<()> {
+fn is_served_by(vbd: &AttachedVbd, driver: TestedDriver) -> Result<()> {
     let serving = vbd.driver()?;
     ensure!(
         serving == driver.bus_name(),
@@ -120,7 +122,7 @@ fn is_served_by(vbd: &Vbd, driver: Driver) -> Result<()> {
 }
 
 /// Starts the program and does not wait for it.
-fn start(domid: &str, to: Driver, more: &[&str]) -> Result<Child> {
+fn start(domid: &str, to: TestedDriver, more: &[&str]) -> Result<Child> {
     Command::new(PROGRAM)
         .args(["--to", to.module(), "--domain", domid])
         .args(more)
@@ -129,18 +131,18 @@ fn start(domid: &str, to: Driver, more: &[&str]) -> Result<Child> {
         .with_context(|| format!("cannot start {PROGRAM}"))
 }
 
-fn there_and_back(context: &mut Context, needs: Needs, rounds: usize) -> Result<()> {
+fn there_and_back(context: &mut Context, needs: SharedGuest, rounds: usize) -> Result<()> {
     let (device, idle) = (context.null_blk(32, &[])?, context.null_blk(16, &[])?);
     with_both(context)?;
     let guest = match needs {
-        Needs::Pvh => context.pvh()?,
+        SharedGuest::Pvh => context.pvh()?,
         _ => context.wide()?,
     };
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let other = guest.attach(&hotplug::disk(&idle.path(), "xvdb", "w")?)?;
     let job = guest.start(&long_job(8))?;
     let mut pauses = Vec::new();
-    for to in [Driver::C, Driver::Rs].repeat(rounds) {
+    for to in [TestedDriver::C, TestedDriver::Rs].repeat(rounds) {
         wait_load(&vbd)?;
         let (rc, said) = take_over(guest, to, &[])?;
         ensure!(rc == 0, "to {}: {said}", to.module());
@@ -163,7 +165,7 @@ fn module(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&long_job(8))?;
-    for to in [Driver::C, Driver::Rs] {
+    for to in [TestedDriver::C, TestedDriver::Rs] {
         wait_load(&vbd)?;
         let done = sh::status(&[PROGRAM, "--to", to.module()], LIMIT)?;
         ensure!(done.rc == 0, "to {}: {}", to.module(), done.text);
@@ -179,7 +181,7 @@ fn module(context: &mut Context) -> Result<()> {
     compare(guest, "xvda", &device.path(), 8)?;
     guest.detach(&vbd)?;
     // With what other cases need.
-    load_driver(Driver::Rs)
+    load_driver(TestedDriver::Rs)
 }
 
 /// The module that is loaded, as Linux and the files of modules name it.
@@ -210,7 +212,7 @@ fn installed_module(context: &mut Context) -> Result<(String, Vec<u8>)> {
         "modprobe",
         "--ignore-install",
         "--show-depends",
-        Driver::Rs.module(),
+        TestedDriver::Rs.module(),
     ])?;
     let path = said
         .split_whitespace()
@@ -257,7 +259,7 @@ fn exchange(context: &mut Context) -> Result<()> {
     with_settings(context)?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let job = guest.start(&long_job(8))?;
     let load = start_load(guest)?;
     let (rc, said) = exchanged()?;
@@ -288,7 +290,7 @@ fn exchange(context: &mut Context) -> Result<()> {
         ensure!(build_id()? != id, "the same module is loaded: {said}");
         ensure!(disk.pid()? != pid, "the process was not: {said}");
         pauses.extend(said["paused_ms"].as_u64());
-        is_served_by(&vbd, Driver::Rs)?;
+        is_served_by(&vbd, TestedDriver::Rs)?;
     }
     std::fs::write(COPY, &original)?;
     std::fs::write(&path, "this is no module")?;
@@ -297,7 +299,7 @@ fn exchange(context: &mut Context) -> Result<()> {
         rc == 1 && said["is_as_before"] == true,
         "it cannot be loaded: {said}"
     );
-    is_served_by(&vbd, Driver::Rs)?;
+    is_served_by(&vbd, TestedDriver::Rs)?;
     std::fs::write(&path, &original)?;
     wait_load(&vbd)?;
     wait_progress(&disk, 40)?;
@@ -315,7 +317,7 @@ fn exchange(context: &mut Context) -> Result<()> {
     disk.detach(guest)?;
     // A setting in two places would be refused.
     std::fs::remove_file(SETTINGS)?;
-    load_driver(Driver::Rs)
+    load_driver(TestedDriver::Rs)
 }
 
 fn hung(context: &mut Context) -> Result<()> {
@@ -330,7 +332,7 @@ fn hung(context: &mut Context) -> Result<()> {
         Ok(vbd.statistic("wr_req")? > before)
     })?;
     let domid = guest.domid.to_string();
-    let mut child = start(&domid, Driver::C, &["--patience", "15"])?;
+    let mut child = start(&domid, TestedDriver::C, &["--patience", "15"])?;
     sh::wait_for("a guest that is paused", LIMIT, || {
         Ok(sh::run(&["xl", "list", &domid])?.contains("--p---"))
     })?;
@@ -338,21 +340,21 @@ fn hung(context: &mut Context) -> Result<()> {
     let ended = child.wait()?;
     ensure!(ended.code() == Some(1), "it was not refused: {ended}");
     let guest = context.pv()?;
-    let (rc, said) = take_over(guest, Driver::C, &["--patience", "1"])?;
+    let (rc, said) = take_over(guest, TestedDriver::C, &["--patience", "1"])?;
     let why = said["left"][0]["why"].as_str().unwrap_or_default();
     ensure!(
         rc == 1 && why.contains("are not answered"),
         "exit code {rc}: {said}"
     );
-    is_served_by(&vbd, Driver::Rs)?;
+    is_served_by(&vbd, TestedDriver::Rs)?;
     disk.resume()?;
     let guest = context.pv()?;
     let done = guest.wait(job, FIO)?;
     done.succeeded("fio failed")?;
-    let (rc, said) = take_over(guest, Driver::C, &[])?;
+    let (rc, said) = take_over(guest, TestedDriver::C, &[])?;
     ensure!(rc == 0, "after the storage came back: {said}");
     compare(guest, "xvda", &disk.path(), 8)?;
-    let (rc, said) = take_over(guest, Driver::Rs, &[])?;
+    let (rc, said) = take_over(guest, TestedDriver::Rs, &[])?;
     ensure!(rc == 0, "and back: {said}");
     guest.detach(&vbd)
 }
@@ -366,7 +368,7 @@ fn killed(context: &mut Context) -> Result<()> {
     let vbd = guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     let job = guest.start(&long_job(8))?;
     let mut rng = Rng::new(seed::get());
-    for to in [Driver::C, Driver::Rs].repeat(ROUNDS / 2) {
+    for to in [TestedDriver::C, TestedDriver::Rs].repeat(ROUNDS / 2) {
         wait_load(&vbd)?;
         let mut child = start(&domid, to, &[])?;
         // Anywhere on its way, which takes so long here.

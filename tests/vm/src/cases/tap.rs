@@ -4,10 +4,10 @@
 use super::basic::{check_grown, compare, detach_own, verify_job, FIO};
 use super::permission::check_process;
 use super::played::history;
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{self, Lvm};
-use crate::guest::{Guest, Vbd};
-use crate::tap::{self, Served};
+use crate::guest::{AttachedVbd, Guest};
+use crate::tap::{self, ServedDisk};
 use crate::{sh, xs};
 use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(super) const DEVICE: &str = "/dev/xvdb";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv, Pvh};
+    use SharedGuest::{Nothing, Pv, Pvh};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -123,7 +123,7 @@ pub(super) fn same(guest: &Guest, image: &str, mib: u32) -> Result<()> {
 fn file(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 32)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     context.check_driver(&disk.vbd)?;
     let status = xs::must_read(&format!("{}/tap-status", disk.vbd.backend))?;
     ensure!(status == "live", "`tap-status` is `{status}`");
@@ -197,7 +197,7 @@ fn check_xentop(guest: &Guest) -> Result<()> {
 fn pvh(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pvh()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     context.check_driver(&disk.vbd)?;
     let guest = context.pvh()?;
     guest.run_for(&verify_job(DEVICE, 8, 60, 512), FIO)?;
@@ -223,7 +223,7 @@ fn drop_in(context: &mut Context) -> Result<()> {
         format!("tap:aio:{image},{VDEV},w"),
         format!("file:{image},{VDEV},w"),
     ] {
-        let disk = Served::attach(guest, &specification)?;
+        let disk = ServedDisk::attach(guest, &specification)?;
         context.check_driver(&disk.vbd)?;
         guest.run_for(&verify_job(DEVICE, 4, 40, 512), FIO)?;
         same(guest, &image, 4)?;
@@ -244,7 +244,7 @@ fn backendtype(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let specification =
         format!("backendtype=tap, format=raw, vdev={VDEV}, access=w, target={image}");
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     ensure!(
         disk.vbd.backend.contains("/backend/vbd3/"),
         "backendtype=tap made {}",
@@ -264,7 +264,7 @@ fn volume(context: &mut Context) -> Result<()> {
     let theirs = volume.clone();
     context.at_end("remove the volume", move || theirs.remove());
     let guest = context.pv()?;
-    let disk = Served::attach(
+    let disk = ServedDisk::attach(
         guest,
         &tap::disk(&format!("aio:{}", volume.path()), VDEV, "w"),
     )?;
@@ -286,7 +286,7 @@ fn read_only(context: &mut Context) -> Result<()> {
     ))?;
     let before = backing::sha256(&image, 4)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "r"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "r"))?;
     ensure!(
         xs::number(&format!("{}/info", disk.vbd.backend))? & 4 != 0,
         "`info` does not say that the disk is read-only"
@@ -311,7 +311,7 @@ fn sharing(context: &mut Context) -> Result<()> {
     let target = format!("aio:{image}");
     let own = |access: &str| tap::disk(&target, "xvdk", access);
     let guest = context.pv()?;
-    let writer = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let writer = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     for access in ["w", "r"] {
         let refused = sh::status(
             &["xl", "block-attach", "0", &own(access)],
@@ -325,9 +325,9 @@ fn sharing(context: &mut Context) -> Result<()> {
         forget_refused("0", "xvdk")?;
     }
     writer.detach(guest)?;
-    let reader = Served::attach(guest, &tap::disk(&target, VDEV, "r"))?;
+    let reader = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "r"))?;
     sh::run(&["xl", "block-attach", "0", &own("r")])?;
-    let second = Served::of(Vbd::of(0, "xvdk")?)?;
+    let second = ServedDisk::of(AttachedVbd::of(0, "xvdk")?)?;
     wait_node("xvdk")?;
     ensure!(
         second.minor != reader.minor && second.pid()? != reader.pid()?,
@@ -356,9 +356,9 @@ fn wait_node(vdev: &str) -> Result<()> {
 }
 
 /// Attaches a disk to dom0 itself.
-pub(super) fn attach_dom0(specification: &str, vdev: &str) -> Result<Served> {
+pub(super) fn attach_dom0(specification: &str, vdev: &str) -> Result<ServedDisk> {
     sh::run(&["xl", "block-attach", "0", specification])?;
-    let disk = Served::of(Vbd::of(0, vdev)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(0, vdev)?)?;
     wait_node(vdev)?;
     Ok(disk)
 }
@@ -383,7 +383,7 @@ fn dom0(context: &mut Context) -> Result<()> {
 
 fn memory(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk("ram:16M", VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk("ram:16M", VDEV, "w"))?;
     let load = start_load(guest)?;
     for _ in 0..3 {
         wait_progress(&disk, 50)?;
@@ -403,7 +403,7 @@ fn memory(context: &mut Context) -> Result<()> {
     );
     context.note(&told)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk("null:16M", VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk("null:16M", VDEV, "w"))?;
     guest.run("dd if=/dev/zero of=/dev/xvdb bs=64k count=8 oflag=direct")?;
     let text = guest
         .run("dd if=/dev/xvdb bs=64k count=8 iflag=direct 2>/dev/null | tr -d '\\000' | wc -c")?;
@@ -415,13 +415,16 @@ fn memory(context: &mut Context) -> Result<()> {
 }
 
 /// Starts the guest's load, which runs until it is stopped: the history, and fio beside it.
-pub(crate) fn start_load(guest: &Guest) -> Result<[crate::console::Job; 2]> {
+pub(crate) fn start_load(guest: &Guest) -> Result<[crate::console::GuestJob; 2]> {
     start_load_with(guest, "--discard")
 }
 
 /// Starts that load with other options of the history: without `--discard` it does not discard, which not every driver
 /// can.
-pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[crate::console::Job; 2]> {
+pub(super) fn start_load_with(
+    guest: &Guest,
+    options: &str,
+) -> Result<[crate::console::GuestJob; 2]> {
     guest.run("rm -f /tmp/stop")?;
     let judged = history(
         DEVICE,
@@ -434,7 +437,7 @@ pub(super) fn start_load_with(guest: &Guest, options: &str) -> Result<[crate::co
 }
 
 /// Ends the load, which must not have seen an error; returns what the history says.
-pub(crate) fn end_load(guest: &Guest, jobs: [crate::console::Job; 2]) -> Result<String> {
+pub(crate) fn end_load(guest: &Guest, jobs: [crate::console::GuestJob; 2]) -> Result<String> {
     guest.run("touch /tmp/stop")?;
     let mut texts = Vec::new();
     for (what, job) in ["the history", "fio"].into_iter().zip(jobs) {
@@ -463,7 +466,7 @@ fn pause(context: &mut Context) -> Result<()> {
     let first = image(context, "a.img", 16)?;
     let second = image(context, "b.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{first}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{first}"), VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let load = start_load(guest)?;
     for _ in 0..3 {
@@ -494,7 +497,7 @@ fn pause(context: &mut Context) -> Result<()> {
 }
 
 /// Waits until `count` more requests were answered, by the kernel or a process.
-pub(crate) fn wait_progress(disk: &Served, count: u64) -> Result<()> {
+pub(crate) fn wait_progress(disk: &ServedDisk, count: u64) -> Result<()> {
     let answered = || disk.info().map(|info| info.committed + info.direct);
     let before = answered()?;
     sh::wait_for(
@@ -538,7 +541,7 @@ fn nbd(context: &mut Context) -> Result<()> {
 fn history_holds(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     let told = guest.run_for(&history(DEVICE, "--rounds 6 --discard"), FIO)?;
     same(guest, &image, 16)?;
     context.note(told.trim())?;

@@ -3,10 +3,10 @@
 //! restarted.
 
 use super::tap::{image, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::backing::{self, linear, Dm, Lvm};
-use crate::guest::{Config, Guest, Kind};
-use crate::tap::{self, Served};
+use crate::guest::{Config, Guest, GuestKind};
+use crate::tap::{self, ServedDisk};
 use crate::{leaks, sh};
 use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
@@ -18,7 +18,7 @@ const DEAD: &str = "/mnt/dead";
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised().no_leaks()
     };
@@ -91,11 +91,11 @@ fn all_read_the_same(guests: &[&Guest]) -> Result<()> {
 }
 
 fn shared_memory(context: &mut Context) -> Result<()> {
-    let other = Guest::create(Config::new("beside", Kind::Pv, 1))?;
+    let other = Guest::create(Config::new("beside", GuestKind::Pv, 1))?;
     let guest = context.pv()?;
     let specification = tap::disk(&format!("shared=yes,{SCRATCH}"), VDEV, "w");
-    let first = Served::attach(guest, &specification)?;
-    let second = Served::attach(&other, &specification)?;
+    let first = ServedDisk::attach(guest, &specification)?;
+    let second = ServedDisk::attach(&other, &specification)?;
     ensure!(
         first.minor != second.minor && first.pid()? != second.pid()?,
         "two guests have one disk"
@@ -145,7 +145,7 @@ fn limited(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
     let target = format!("bps=2M,aio:{image}");
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
     let begun = Instant::now();
     guest.run(WRITES)?;
@@ -318,7 +318,7 @@ fn dead_mount(context: &mut Context) -> Result<()> {
     let mut dead = attach_slowly("0", &tap::disk(&format!("aio:{DEAD}/a.img"), "xvdk", "w"))?;
     let image = image(context, "a.img", 16)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     disk.detach(guest)?;
     ensure!(
         dead.try_wait()?.is_none(),
@@ -362,7 +362,7 @@ fn supervisor_away(context: &mut Context) -> Result<()> {
             tap::log_tail()?
         );
         let guest = context.pv()?;
-        Served::of(crate::guest::Vbd::of(guest.domid, VDEV)?)?.detach(guest)?;
+        ServedDisk::of(crate::guest::AttachedVbd::of(guest.domid, VDEV)?)?.detach(guest)?;
     }
     Ok(())
 }

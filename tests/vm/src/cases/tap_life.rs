@@ -5,11 +5,11 @@ use super::basic::{verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::{detach_used, own_guest, refuses_to_go, save, wait_saved};
 use super::tap::{image, same, wait_progress, DEVICE, VDEV};
-use super::{compare, start_driver, Case, Context, Needs, QUEUES};
-use crate::console::Job;
-use crate::guest::{Config, Guest, Kind, Vbd};
+use super::{compare, start_driver, Case, Context, SharedGuest, QUEUES};
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind};
 use crate::hotplug;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use crate::{leaks, sh, xs};
 use anyhow::{ensure, Result};
 use std::time::Duration;
@@ -19,7 +19,7 @@ const MANY: usize = 16;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use Needs::{Nothing, Pv};
+    use SharedGuest::{Nothing, Pv};
     let case = |name, about, needs, run: fn(&mut Context) -> Result<()>| {
         Case::new(name, about, needs, run).supervised()
     };
@@ -34,7 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "tap.s28_other_host",
             "saved and restored where the driver has one queue and small rings, and back, with large requests, while all is verified",
-            Needs::Nothing,
+            SharedGuest::Nothing,
             other_host,
         )
         .nightly(),
@@ -72,7 +72,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// Starts a load that verifies again and again until it is stopped.
-fn endless_verify(guest: &Guest, device: &str) -> Result<Job> {
+fn endless_verify(guest: &Guest, device: &str) -> Result<GuestJob> {
     let job = verify_job(device, 4, 100, 512);
     guest.start(&format!(
         "while [ ! -e /tmp/stop ]; do {job} || exit 1; done"
@@ -90,7 +90,7 @@ const LITTLE: &[&str] = &["max_queues=1", "max_ring_page_order=0"];
 
 fn other_host(context: &mut Context) -> Result<()> {
     // With a CPU for each of several queues, which then share what one queue has alone on the other host.
-    let mut config = Config::new("wider", Kind::Pv, 4);
+    let mut config = Config::new("wider", GuestKind::Pv, 4);
     config.cmdline = "xen_blkfront.max_indirect_segments=256".to_owned();
     context.give_pv(Guest::create(config)?);
     saved_and_restored(context, &[Some(LITTLE), Some(&[QUEUES])])?;
@@ -106,11 +106,11 @@ fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Resul
     guest.run("rm -f /tmp/stop")?;
     guest.attach(&hotplug::disk(&device.path(), "xvda", "w")?)?;
     for (vdev, image) in TAPS.into_iter().zip(&images) {
-        Served::attach(guest, &tap::disk(&format!("aio:{image}"), vdev, "w"))?;
+        ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), vdev, "w"))?;
     }
     let devices = ["/dev/xvda", DEVICE, "/dev/xvdc"];
     let jobs = devices.map(|device| endless_verify(guest, device));
-    let jobs = jobs.into_iter().collect::<Result<Vec<Job>>>()?;
+    let jobs = jobs.into_iter().collect::<Result<Vec<GuestJob>>>()?;
     let before = segments(context.pv()?)?;
     for host in hosts {
         progress(context.pv()?)?;
@@ -128,9 +128,9 @@ fn saved_and_restored(context: &mut Context, hosts: &[Option<&[&str]>]) -> Resul
     compare(guest, "xvda", &device.path(), 4)?;
     for (vdev, image) in TAPS.into_iter().zip(&images) {
         compare(guest, vdev, image, 4)?;
-        Served::of(Vbd::of(guest.domid, vdev)?)?.detach(guest)?;
+        ServedDisk::of(AttachedVbd::of(guest.domid, vdev)?)?.detach(guest)?;
     }
-    guest.detach(&Vbd::of(guest.domid, "xvda")?)
+    guest.detach(&AttachedVbd::of(guest.domid, "xvda")?)
 }
 
 /// The limit for a disk of a restored guest to connect.
@@ -143,7 +143,7 @@ const TAPS: [&str; 2] = [VDEV, "xvdc"];
 /// as many as the host allows.
 fn segments(guest: &Guest) -> Result<Vec<String>> {
     let told = |vdev| {
-        let backend = Vbd::of(guest.domid, vdev)?.backend;
+        let backend = AttachedVbd::of(guest.domid, vdev)?.backend;
         xs::wait_value(&format!("{backend}/state"), "4", CONNECTS)?;
         xs::must_read(&format!("{backend}/feature-max-indirect-segments"))
     };
@@ -152,14 +152,15 @@ fn segments(guest: &Guest) -> Result<Vec<String>> {
 
 /// Waits until its jobs have made progress.
 fn progress(guest: &Guest) -> Result<()> {
-    TAPS.into_iter()
-        .try_for_each(|vdev| wait_progress(&Served::of(Vbd::of(guest.domid, vdev)?)?, 50))
+    TAPS.into_iter().try_for_each(|vdev| {
+        wait_progress(&ServedDisk::of(AttachedVbd::of(guest.domid, vdev)?)?, 50)
+    })
 }
 
 /// Saves the guest, reloads the driver if there are parameters for it, and restores the guest.
-fn move_to(context: &mut Context, parameters: Option<&[&str]>, jobs: &[Job]) -> Result<()> {
+fn move_to(context: &mut Context, parameters: Option<&[&str]>, jobs: &[GuestJob]) -> Result<()> {
     let domid = context.pv()?.domid;
-    let disks = TAPS.map(|vdev| Served::of(Vbd::of(domid, vdev)?));
+    let disks = TAPS.map(|vdev| ServedDisk::of(AttachedVbd::of(domid, vdev)?));
     let saved = save(context, "tap")?;
     for disk in disks {
         disk?.wait_gone()?;
@@ -184,12 +185,12 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let specification = tap::disk(&format!("aio:{image}"), VDEV, "w");
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let load = guest.start(&endless_load(DEVICE))?;
     wait_load(&disk.vbd)?;
     detach_used(guest, &disk.vbd, load)?;
     disk.wait_gone()?;
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;
     same(guest, &image, 2)?;
     disk.detach(guest)
@@ -198,7 +199,7 @@ fn detach_under_load(context: &mut Context) -> Result<()> {
 fn destroy_under_load(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 16)?;
     let guest = own_guest(1, vec![tap::disk(&format!("aio:{image}"), VDEV, "w")])?;
-    let disk = Served::of(Vbd::of(guest.domid, VDEV)?)?;
+    let disk = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
     context.check_driver(&disk.vbd)?;
     guest.start(&endless_load(DEVICE))?;
     wait_load(&disk.vbd)?;
@@ -217,8 +218,8 @@ fn many_disks(context: &mut Context) -> Result<()> {
     let guest = own_guest(1, names.iter().zip(&images).map(disk).collect())?;
     let disks = names
         .iter()
-        .map(|name| Served::of(Vbd::of(guest.domid, name)?));
-    let disks = disks.collect::<Result<Vec<Served>>>()?;
+        .map(|name| ServedDisk::of(AttachedVbd::of(guest.domid, name)?));
+    let disks = disks.collect::<Result<Vec<ServedDisk>>>()?;
     ensure!(
         leaks::processes("tapdisk")? == MANY as u64,
         "there is not one process for each disk"
@@ -237,13 +238,13 @@ fn many_disks(context: &mut Context) -> Result<()> {
         );
     }
     guest.destroy()?;
-    disks.iter().try_for_each(Served::wait_gone)
+    disks.iter().try_for_each(ServedDisk::wait_gone)
 }
 
 fn rmmod_in_use(context: &mut Context) -> Result<()> {
     let image = image(context, "a.img", 8)?;
     let guest = context.pv()?;
-    let disk = Served::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&format!("aio:{image}"), VDEV, "w"))?;
     refuses_to_go(context)?;
     let guest = context.pv()?;
     guest.run_for(&verify_job(DEVICE, 2, 60, 512), FIO)?;

@@ -2,9 +2,9 @@
 //! The requests of a guest are traced, and replayed on a copy of its disk.
 
 use super::tap::{end_load, full_image, image, start_load, wait_progress, VDEV};
-use super::{Case, Context, Needs};
+use super::{Case, Context, SharedGuest};
 use crate::sh;
-use crate::tap::{self, Served};
+use crate::tap::{self, ServedDisk};
 use anyhow::{ensure, Result};
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ const TRACE: &str = "/dev/shm/guest.trace";
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
     let about = "a trace over deaths and a hand-off, done again on a copy of the disk, gives what is in the disk";
-    let replayed = Case::new("trace.replayed", about, Needs::Pv, replayed);
+    let replayed = Case::new("trace.replayed", about, SharedGuest::Pv, replayed);
     vec![replayed.supervised().no_leaks().nightly()]
 }
 
@@ -30,7 +30,7 @@ fn replayed(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     // The process would not see writes of the kernel in passthrough.
     let target = format!("direct=yes,aio:{worked}");
-    let disk = Served::attach(guest, &tap::disk(&target, VDEV, "w"))?;
+    let disk = ServedDisk::attach(guest, &tap::disk(&target, VDEV, "w"))?;
     let minor = disk.minor.to_string();
     tap::ctl(&["trace", &minor, "--to", TRACE, "--data", "--size", "256M"])?;
     let load = start_load(guest)?;

@@ -6,8 +6,8 @@
 //! frontend on the same device afterwards.
 
 use super::basic::{attach_own, detach_own};
-use super::{Case, Context, Needs};
-use crate::{sh, xs, Driver};
+use super::{Case, Context, SharedGuest};
+use crate::{sh, xs, TestedDriver};
 use anyhow::{ensure, Context as _, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -110,7 +110,7 @@ pub(super) fn cases() -> Vec<Case> {
         let case = Case::new(
             &format!("xenstore.{}", attack.name),
             &about,
-            Needs::Nothing,
+            SharedGuest::Nothing,
             run,
         )
         // The attacks of `h39` have these and more, with every change.
@@ -126,7 +126,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(
             "xenstore.bad_physical_device",
             "the hotplug script names a device that does not exist",
-            Needs::Nothing,
+            SharedGuest::Nothing,
             bad_device,
         )
         .no_leaks(),
@@ -135,13 +135,13 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(
             "xenstore.close_and_return",
             "a frontend closes and comes back, again and again",
-            Needs::Nothing,
+            SharedGuest::Nothing,
             close_and_return,
         )
         .no_leaks(),
     );
     let about = "a frontend jumps between states as fast as it can";
-    let storm = Case::new("xenstore.state_storm", about, Needs::Nothing, storm)
+    let storm = Case::new("xenstore.state_storm", about, SharedGuest::Nothing, storm)
         .nightly()
         .no_leaks();
     all.push(Case {
@@ -257,7 +257,7 @@ fn refuse(context: &mut Context, attack: &Attack) -> Result<()> {
             .collect::<Vec<_>>(),
     )?;
     // The C driver does not always name the key; that is no reason to call it broken.
-    let text = wait_refusal(if context.driver == Driver::C {
+    let text = wait_refusal(if context.driver == TestedDriver::C {
         ""
     } else {
         attack.key

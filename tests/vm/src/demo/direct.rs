@@ -4,10 +4,10 @@
 use super::tap::slowest;
 use super::FIO;
 use crate::cases;
-use crate::console::Job;
+use crate::console::GuestJob;
 use crate::guest::Guest;
-use crate::report::Report;
-use crate::tap::{disk, Served};
+use crate::report::CaseReport;
+use crate::tap::{disk, ServedDisk};
 use crate::{sh, sys};
 use anyhow::{ensure, Context, Result};
 use ring::tap::abi::STATE_LIVE;
@@ -41,9 +41,9 @@ impl Drop for Halted {
     }
 }
 
-pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
+pub(super) fn tell(report: &mut CaseReport, guest: &Guest, file: &str) -> Result<()> {
     let specification = disk(&format!("aio:{file}"), "xvdb", "w");
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let load = guest.start(&job())?;
     sh::wait_for("requests that the kernel executes", FIO, || {
         Ok(disk.info()?.direct > 100)
@@ -88,7 +88,7 @@ pub(super) fn tell(report: &mut Report, guest: &Guest, file: &str) -> Result<()>
 }
 
 /// Ends that load, which must have seen no error; returns the milliseconds that its slowest request took.
-pub(super) fn end(guest: &Guest, load: Job) -> Result<u64> {
+pub(super) fn end(guest: &Guest, load: GuestJob) -> Result<u64> {
     guest.run("touch /tmp/stop")?;
     slowest(guest, load)
 }

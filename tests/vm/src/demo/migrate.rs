@@ -4,11 +4,11 @@
 
 use super::direct::{end, job, USED_MIB};
 use crate::cases::{outlive_emulator, wait_progress};
-use crate::console::Job;
-use crate::guest::{Config, Guest, Kind, Vbd};
-use crate::report::Report;
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind};
+use crate::report::CaseReport;
 use crate::sh;
-use crate::tap::{self, disk, image, wait_supervisor, EventLog, Served};
+use crate::tap::{self, disk, image, wait_supervisor, EventLog, ServedDisk};
 use anyhow::{ensure, Context, Result};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ const AT_WORK: u64 = 40;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Tells it to the end, from the beginning again if the emulator breaks it off.
-pub(super) fn tell(report: &mut Report) -> Result<()> {
+pub(super) fn tell(report: &mut CaseReport) -> Result<()> {
     wait_supervisor()?;
     outlive_emulator(report, tell_once, |report, death| {
         report.say(&format!(
@@ -29,7 +29,7 @@ pub(super) fn tell(report: &mut Report) -> Result<()> {
 }
 
 /// Leaves nothing behind.
-fn tell_once(report: &mut Report) -> Result<()> {
+fn tell_once(report: &mut CaseReport) -> Result<()> {
     let (first, second) = (image("moving.img", IMAGE_MIB)?, image("moving.qcow2", 1)?);
     let size = format!("{IMAGE_MIB}M");
     sh::run_for(
@@ -49,10 +49,10 @@ fn tell_once(report: &mut Report) -> Result<()> {
     result
 }
 
-fn with_images(report: &mut Report, first: &str, second: &str) -> Result<()> {
-    let guest = Guest::create(Config::new("moving", Kind::Pvh, 2))?;
+fn with_images(report: &mut CaseReport, first: &str, second: &str) -> Result<()> {
+    let guest = Guest::create(Config::new("moving", GuestKind::Pvh, 2))?;
     let specification = disk(&format!("aio:{first}"), "xvdb", "w");
-    let source = Served::attach(&guest, &specification)?;
+    let source = ServedDisk::attach(&guest, &specification)?;
     report.say(&format!(
         "a PVH guest, domain {}, has {specification}; it writes, flushes and verifies from now on",
         guest.domid
@@ -100,14 +100,19 @@ fn number(told: &serde_json::Value, name: &str) -> Result<u64> {
     number.with_context(|| format!("{name} is missing in {told}"))
 }
 
-fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result<(Guest, Served)> {
+fn moves(
+    report: &mut CaseReport,
+    guest: Guest,
+    source: &ServedDisk,
+    job: GuestJob,
+) -> Result<(Guest, ServedDisk)> {
     wait_progress(source, AT_WORK)?;
     let events = EventLog::follow()?;
     let (before, begun) = (guest.domid, Instant::now());
     let guest = guest.migrate(&[job])?;
     let took = begun.elapsed();
     events.wait_for("inactive", source.minor, LIMIT)?;
-    let there = Served::of(Vbd::of(guest.domid, "xvdb")?)?;
+    let there = ServedDisk::of(AttachedVbd::of(guest.domid, "xvdb")?)?;
     events.wait_for("active", there.minor, LIMIT)?;
     source.wait_gone()?;
     wait_progress(&there, AT_WORK)?;
@@ -119,7 +124,7 @@ fn moves(report: &mut Report, guest: Guest, source: &Served, job: Job) -> Result
     Ok((guest, there))
 }
 
-fn is_upgraded(report: &mut Report, disk: &Served) -> Result<()> {
+fn is_upgraded(report: &mut CaseReport, disk: &ServedDisk) -> Result<()> {
     let told = tap::ctl_json(&["handoff", &disk.minor.to_string()])?;
     report.say(&format!(
         "tap-ctl handoff, as after an upgrade: tapdisk {} took the disk from {}; for {} ms nobody served it",
@@ -130,7 +135,7 @@ fn is_upgraded(report: &mut Report, disk: &Served) -> Result<()> {
     wait_progress(disk, AT_WORK)
 }
 
-fn goes_on_elsewhere(report: &mut Report, disk: &Served, file: &str) -> Result<()> {
+fn goes_on_elsewhere(report: &mut CaseReport, disk: &ServedDisk, file: &str) -> Result<()> {
     let (minor, target) = (disk.minor.to_string(), format!("qcow2:{file}"));
     let told = tap::ctl_json(&["mirror", "-m", &minor, &target, "--wait"])?;
     ensure!(told["state"] == "complete", "tap-ctl mirror says {told}");
@@ -140,7 +145,7 @@ fn goes_on_elsewhere(report: &mut Report, disk: &Served, file: &str) -> Result<(
     wait_progress(disk, AT_WORK)
 }
 
-fn gets_another_module(report: &mut Report, disk: &Served) -> Result<()> {
+fn gets_another_module(report: &mut CaseReport, disk: &ServedDisk) -> Result<()> {
     let done = sh::status(
         &["xen-blkback-takeover", "exchange", "--again", "--json"],
         LIMIT,

@@ -3,10 +3,10 @@
 
 use super::{direct, FIO};
 use crate::cases;
-use crate::console::Job;
+use crate::console::GuestJob;
 use crate::guest::Guest;
-use crate::report::Report;
-use crate::tap::{disk, image, wait_supervisor, Served};
+use crate::report::CaseReport;
+use crate::tap::{disk, image, wait_supervisor, ServedDisk};
 use crate::{sh, sys};
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
@@ -17,7 +17,7 @@ const USED_MIB: u32 = 16;
 const DEATHS: usize = 3;
 
 /// Tells it to the end, and that of a [file that the kernel serves](super::direct), and leaves nothing behind.
-pub(super) fn tell(report: &mut Report, guest: &Guest) -> Result<()> {
+pub(super) fn tell(report: &mut CaseReport, guest: &Guest) -> Result<()> {
     report.say("now a disk that a process of dom0 serves, from a file")?;
     let file = image("demo.img", IMAGE_MIB)?;
     let result = with_file(report, guest, &file).and_then(|()| direct::tell(report, guest, &file));
@@ -25,11 +25,11 @@ pub(super) fn tell(report: &mut Report, guest: &Guest) -> Result<()> {
     result
 }
 
-fn with_file(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
+fn with_file(report: &mut CaseReport, guest: &Guest, file: &str) -> Result<()> {
     wait_supervisor()?;
     // A death of the process would not stop requests that the kernel executes in passthrough.
     let specification = disk(&format!("direct=no,aio:{file}"), "xvdb", "w");
-    let disk = Served::attach(guest, &specification)?;
+    let disk = ServedDisk::attach(guest, &specification)?;
     let user = sh::run(&["stat", "-c", "%U", &format!("/proc/{}", disk.pid()?)])?;
     report.say(&format!(
         "the guest gets {specification}; tapdisk {} serves it, as the user {}, without any privilege",
@@ -56,7 +56,7 @@ fn with_file(report: &mut Report, guest: &Guest, file: &str) -> Result<()> {
 
 /// Kills the process in the middle of verified writes, again and again; returns the milliseconds that
 /// the slowest request of the guest took.
-fn load(report: &mut Report, guest: &Guest, disk: &Served) -> Result<u64> {
+fn load(report: &mut CaseReport, guest: &Guest, disk: &ServedDisk) -> Result<u64> {
     let job = cases::verify_job("/dev/xvdb", USED_MIB, 1500, 512).replace("terse", "json");
     let job = guest.start(&job)?;
     for _ in 0..DEATHS {
@@ -78,7 +78,7 @@ fn load(report: &mut Report, guest: &Guest, disk: &Served) -> Result<u64> {
 }
 
 /// Waits for a load, which must have seen no error; milliseconds of its slowest request.
-pub(super) fn slowest(guest: &Guest, job: Job) -> Result<u64> {
+pub(super) fn slowest(guest: &Guest, job: GuestJob) -> Result<u64> {
     let done = guest.wait(job, FIO)?;
     ensure!(
         done.rc == 0,

@@ -2,8 +2,8 @@
 //! The packages are gone, and the host has booted since.
 
 use super::working::Working;
-use super::{host, Chapter, Story};
-use crate::Driver;
+use super::{host, Chapter, LifeStory};
+use crate::TestedDriver;
 use anyhow::{ensure, Result};
 
 pub(super) fn chapters() -> Vec<Chapter> {
@@ -14,10 +14,10 @@ pub(super) fn chapters() -> Vec<Chapter> {
     }]
 }
 
-fn after(_: &mut Story) -> Result<()> {
+fn after(_: &mut LifeStory) -> Result<()> {
     host::is_up()?;
     let working = Working::begin()?;
-    working.is_served_by(Driver::C)?;
-    ensure!(!Driver::Rs.is_loaded(), "our module is loaded");
+    working.is_served_by(TestedDriver::C)?;
+    ensure!(!TestedDriver::Rs.is_loaded(), "our module is loaded");
     working.end()
 }

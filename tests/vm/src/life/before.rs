@@ -2,8 +2,8 @@
 //! The host has Xen's own driver, and gets ours.
 
 use super::working::Working;
-use super::{host, Chapter, Story};
-use crate::{sh, Driver};
+use super::{host, Chapter, LifeStory};
+use crate::{sh, TestedDriver};
 use anyhow::{ensure, Context, Result};
 
 /// Highest exposure that systemd may report for each unit, in tenths: a little more than it reports, because other
@@ -34,23 +34,26 @@ pub(super) fn chapters() -> Vec<Chapter> {
     ]
 }
 
-fn before(story: &mut Story) -> Result<()> {
+fn before(story: &mut LifeStory) -> Result<()> {
     host::is_up()?;
     let working = Working::begin()?;
-    working.is_served_by(Driver::C)?;
+    working.is_served_by(TestedDriver::C)?;
     story.working = Some(working);
     Ok(())
 }
 
-fn installed(story: &mut Story) -> Result<()> {
+fn installed(story: &mut LifeStory) -> Result<()> {
     let [version, _] = host::versions()?;
     host::apt_does(&["update"])?;
     let [programs, module] = host::both(&version)?;
     host::apt_does(&["install", &programs, &module])?;
     let working = story.working()?;
-    working.is_served_by(Driver::C)?;
+    working.is_served_by(TestedDriver::C)?;
     working.goes_on()?;
-    ensure!(!Driver::Rs.is_loaded(), "installing has loaded our module");
+    ensure!(
+        !TestedDriver::Rs.is_loaded(),
+        "installing has loaded our module"
+    );
     ensure!(
         !host::is_active("blktapctrl.service")?,
         "installing has started a supervisor on a host that has not decided for it"
@@ -61,7 +64,7 @@ fn installed(story: &mut Story) -> Result<()> {
     host::nothing_failed()
 }
 
-fn decided_for(story: &mut Story) -> Result<()> {
+fn decided_for(story: &mut LifeStory) -> Result<()> {
     let said = sh::run(&["xen-blkback-rs", "enable"])?;
     ensure!(
         said.contains("xen-blkback-rs takeover"),
@@ -69,7 +72,7 @@ fn decided_for(story: &mut Story) -> Result<()> {
     );
     sh::run(&["xen-blkback-rs", "takeover"])?;
     let working = story.working()?;
-    working.is_served_by(Driver::Rs)?;
+    working.is_served_by(TestedDriver::Rs)?;
     working.goes_on()?;
     working.add_tap()?;
     host::nothing_failed()?;

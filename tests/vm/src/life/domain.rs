@@ -2,12 +2,12 @@
 //! A driver domain with a system of its own: Debian from a copy of the host's disk, with the packages that apt has
 //! installed there. Nothing is done in it but what README.md tells its administrator; all else systemd starts.
 
-use super::{host, Chapter, Story};
+use super::{host, Chapter, LifeStory};
 use crate::backing::NullBlk;
 use crate::cases::outlive_emulator;
 use crate::driver_domain::{serves_both, DriverDomain, NAME};
-use crate::guest::{Config, Guest, Kind};
-use crate::Driver;
+use crate::guest::{Config, Guest, GuestKind};
+use crate::TestedDriver;
 use anyhow::{ensure, Context, Result};
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub(super) fn chapters() -> Vec<Chapter> {
             tell: |story| {
                 host::is_up()?;
                 let role = Role {
-                    kind: Kind::Pv,
+                    kind: GuestKind::Pv,
                     is_new: true,
                 };
                 told(story, role)
@@ -39,7 +39,7 @@ pub(super) fn chapters() -> Vec<Chapter> {
             about: "as a PVH guest it boots, and serves without a word to anybody",
             tell: |story| {
                 let role = Role {
-                    kind: Kind::Pvh,
+                    kind: GuestKind::Pvh,
                     is_new: false,
                 };
                 told(story, role)
@@ -51,13 +51,13 @@ pub(super) fn chapters() -> Vec<Chapter> {
 /// Role of a driver domain.
 #[derive(Clone, Copy)]
 struct Role {
-    kind: Kind,
+    kind: GuestKind,
     /// Whether its system is not set up as a driver domain yet.
     is_new: bool,
 }
 
 /// Tells how a domain serves.
-fn told(story: &mut Story, role: Role) -> Result<()> {
+fn told(story: &mut LifeStory, role: Role) -> Result<()> {
     outlive_emulator(
         story,
         |story| serves(story, role),
@@ -65,14 +65,14 @@ fn told(story: &mut Story, role: Role) -> Result<()> {
     )
 }
 
-fn serves(story: &mut Story, role: Role) -> Result<()> {
+fn serves(story: &mut LifeStory, role: Role) -> Result<()> {
     let storage = NullBlk::create(DEVICE_MIB, &[])?;
     let served = with_storage(story, role, &storage);
     let removed = storage.remove();
     served.and(removed)
 }
 
-fn with_storage(story: &mut Story, role: Role, storage: &NullBlk) -> Result<()> {
+fn with_storage(story: &mut LifeStory, role: Role, storage: &NullBlk) -> Result<()> {
     let domain = Domain::boot(role.kind, storage)?;
     let served = (|| {
         domain.is_up()?;
@@ -93,7 +93,7 @@ struct Domain {
 }
 
 impl Domain {
-    fn boot(kind: Kind, storage: &NullBlk) -> Result<Domain> {
+    fn boot(kind: GuestKind, storage: &NullBlk) -> Result<Domain> {
         let mut config = Config::new(NAME, kind, 1);
         config.is_driver_domain = true;
         config.memory = 512;
@@ -131,7 +131,7 @@ impl Domain {
             state.with_context(|| format!("{unit} is not active"))?;
         }
         let said = self.run("xen-blkback-rs status")?;
-        let serving = format!("serving: {}", Driver::Rs.module());
+        let serving = format!("serving: {}", TestedDriver::Rs.module());
         ensure!(
             said.lines().any(|line| line == serving),
             "another driver is loaded: {said}"

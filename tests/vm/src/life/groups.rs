@@ -2,7 +2,7 @@
 //! The control group that a guest has under systemd without being asked for.
 
 use super::working::Working;
-use super::{host, Story};
+use super::{host, LifeStory};
 use crate::{sh, tap};
 use anyhow::{ensure, Context, Result};
 use std::path::Path;
@@ -15,17 +15,17 @@ pub(super) const UNIT: &str = "xentap-guests.service";
 const RATE: &str = "rbps=1073741824";
 
 /// The group of the guest that works.
-pub(super) struct Group {
+pub(super) struct GuestGroup {
     path: String,
     domid: u32,
     /// The block device of its phy disk, as `MAJOR:MINOR`.
     device: String,
 }
 
-impl Group {
-    pub(super) fn of(working: &Working) -> Result<Group> {
+impl GuestGroup {
+    pub(super) fn of(working: &Working) -> Result<GuestGroup> {
         let domid = working.guest.domid;
-        Ok(Group {
+        Ok(GuestGroup {
             path: format!("/sys/fs/cgroup/system.slice/{UNIT}/guest-{domid}"),
             domid,
             device: working.device()?,
@@ -98,10 +98,10 @@ impl Group {
 }
 
 /// The chapter.
-pub(super) fn groups(story: &mut Story) -> Result<()> {
+pub(super) fn groups(story: &mut LifeStory) -> Result<()> {
     ensure!(host::is_active(UNIT)?, "{UNIT} is not active");
     let working = story.working()?;
-    let group = Group::of(working)?;
+    let group = GuestGroup::of(working)?;
     let process = working.disk()?.pid()?;
     group.has(process)?;
     group.counts()?;
@@ -117,7 +117,7 @@ pub(super) fn groups(story: &mut Story) -> Result<()> {
 }
 
 /// Checks that the group has its processes and settings, and that the guest works.
-fn kept(working: &Working, group: &Group, process: u32) -> Result<()> {
+fn kept(working: &Working, group: &GuestGroup, process: u32) -> Result<()> {
     ensure!(
         working.disk()?.pid()? == process,
         "the disk has another process"

@@ -12,7 +12,7 @@ mod refused;
 mod serving;
 mod working;
 
-use crate::report::{Report, Verdict};
+use crate::report::{CaseReport, CaseVerdict};
 use crate::{guest, splat};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -22,7 +22,7 @@ use working::Working;
 
 /// Work in one boot.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Part {
+pub(crate) enum BootPart {
     /// The C driver serves, the packages are installed, and it is decided for ours.
     Installed,
     /// The kernel takes no module without a signature, as ours.
@@ -35,14 +35,14 @@ pub(crate) enum Part {
     Removed,
 }
 
-impl Part {
+impl BootPart {
     fn chapters(self) -> Vec<Chapter> {
         match self {
-            Part::Installed => before::chapters(),
-            Part::Refused => refused::chapters(),
-            Part::Domains => domain::chapters(),
-            Part::Upgraded => serving::chapters(),
-            Part::Removed => after::chapters(),
+            BootPart::Installed => before::chapters(),
+            BootPart::Refused => refused::chapters(),
+            BootPart::Domains => domain::chapters(),
+            BootPart::Upgraded => serving::chapters(),
+            BootPart::Removed => after::chapters(),
         }
     }
 }
@@ -51,25 +51,25 @@ impl Part {
 struct Chapter {
     name: &'static str,
     about: &'static str,
-    tell: fn(&mut Story) -> Result<()>,
+    tell: fn(&mut LifeStory) -> Result<()>,
 }
 
 /// State that passes from one chapter to the next.
-struct Story {
-    report: Report,
+struct LifeStory {
+    report: CaseReport,
     working: Option<Working>,
 }
 
-impl Story {
+impl LifeStory {
     fn working(&mut self) -> Result<&mut Working> {
         self.working.as_mut().context("nobody works")
     }
 }
 
 /// Tells one part.
-pub(crate) fn run(part: Part) -> Result<ExitCode> {
-    let mut story = Story {
-        report: Report::open()?,
+pub(crate) fn run(part: BootPart) -> Result<ExitCode> {
+    let mut story = LifeStory {
+        report: CaseReport::open()?,
         working: None,
     };
     let chapters = part.chapters();
@@ -79,8 +79,8 @@ pub(crate) fn run(part: Part) -> Result<ExitCode> {
         story.report.note(&about)?;
         let begun = Instant::now();
         let verdict = match judged(&mut story, chapter.tell) {
-            Ok(()) => Verdict::Pass,
-            Err(error) => Verdict::Fail(format!("{error:#}")),
+            Ok(()) => CaseVerdict::Pass,
+            Err(error) => CaseVerdict::Fail(format!("{error:#}")),
         };
         let seconds = begun.elapsed().as_secs_f64();
         story.report.verdict(chapter.name, seconds, &verdict)?;
@@ -95,7 +95,7 @@ pub(crate) fn run(part: Part) -> Result<ExitCode> {
 }
 
 /// Tells a chapter, and looks whether the kernels of dom0 and of guests that have ended are well.
-fn judged(story: &mut Story, tell: fn(&mut Story) -> Result<()>) -> Result<()> {
+fn judged(story: &mut LifeStory, tell: fn(&mut LifeStory) -> Result<()>) -> Result<()> {
     let mut kmsg = dom0::kmsg::Kmsg::from_now()?;
     tell(story)?;
     let messages = kmsg.take()?;

@@ -2,8 +2,8 @@
 //! The kernel demands that modules are signed, and ours is not.
 
 use super::working::Working;
-use super::{host, Chapter, Story};
-use crate::{sh, Driver};
+use super::{host, Chapter, LifeStory};
+use crate::{sh, TestedDriver};
 use anyhow::{ensure, Result};
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ pub(super) fn chapters() -> Vec<Chapter> {
     }]
 }
 
-fn refused(_: &mut Story) -> Result<()> {
+fn refused(_: &mut LifeStory) -> Result<()> {
     host::is_up()?;
     let working = Working::begin()?;
-    working.is_served_by(Driver::C)?;
-    ensure!(!Driver::Rs.is_loaded(), "our module is loaded");
+    working.is_served_by(TestedDriver::C)?;
+    ensure!(!TestedDriver::Rs.is_loaded(), "our module is loaded");
     let decided = sh::run(&["xen-blkback-rs", "status"])?;
     ensure!(
         decided.contains("refused, because it is not signed"),
@@ -36,7 +36,7 @@ fn refused(_: &mut Story) -> Result<()> {
     );
     let takeover = sh::status(&["xen-blkback-rs", "takeover"], LIMIT)?;
     ensure!(takeover.rc != 0, "a disk was taken over: {}", takeover.text);
-    working.is_served_by(Driver::C)?;
+    working.is_served_by(TestedDriver::C)?;
     working.goes_on()?;
     working.end()
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Ours serves, and its packages change below guests that work.
 
-use super::groups::{self, Group};
+use super::groups::{self, GuestGroup};
 use super::working::Working;
-use super::{host, Chapter, Story};
+use super::{host, Chapter, LifeStory};
 use crate::cases::build_id;
 use crate::tap;
-use crate::{sh, sys, Driver};
+use crate::{sh, sys, TestedDriver};
 use anyhow::{ensure, Context, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -60,21 +60,21 @@ pub(super) fn chapters() -> Vec<Chapter> {
     ]
 }
 
-fn booted(story: &mut Story) -> Result<()> {
+fn booted(story: &mut LifeStory) -> Result<()> {
     host::is_up()?;
     ensure!(
         host::is_active("blktapctrl.service")?,
         "nobody supervises tap disks"
     );
     let mut working = Working::begin()?;
-    working.is_served_by(Driver::Rs)?;
-    ensure!(!Driver::C.is_loaded(), "the C driver is loaded, too");
+    working.is_served_by(TestedDriver::Rs)?;
+    ensure!(!TestedDriver::C.is_loaded(), "the C driver is loaded, too");
     working.add_tap()?;
     story.working = Some(working);
     host::nothing_failed()
 }
 
-fn supervisor_dies(story: &mut Story) -> Result<()> {
+fn supervisor_dies(story: &mut LifeStory) -> Result<()> {
     let working = story.working()?;
     let process = working.disk()?.pid()?;
     host::replace_supervisor()?;
@@ -100,7 +100,7 @@ fn bring_to(version: &str) -> Result<String> {
 
 /// Both packages change while the guest works, and with them the module and the processes that serve its disks.
 /// `change` returns its output.
-fn changed(story: &mut Story, change: impl FnOnce() -> Result<String>) -> Result<()> {
+fn changed(story: &mut LifeStory, change: impl FnOnce() -> Result<String>) -> Result<()> {
     let working = story.working()?;
     let (supervisor, process, module) = (host::supervisor()?, working.disk()?.pid()?, build_id()?);
     let holder = host::property(groups::UNIT, "MainPID")?;
@@ -117,7 +117,7 @@ fn changed(story: &mut Story, change: impl FnOnce() -> Result<String>) -> Result
         host::property(groups::UNIT, "MainPID")? == holder,
         "the unit of the guests' groups was started anew below them: {said}"
     );
-    let group = Group::of(working)?;
+    let group = GuestGroup::of(working)?;
     group.has(working.disk()?.pid()?)?;
     group.is_limited()?;
     let listed = tap::ctl_json(&["list"])?;
@@ -138,11 +138,11 @@ fn changed(story: &mut Story, change: impl FnOnce() -> Result<String>) -> Result
     sh::run_for(&["xen-blkback-rs", "exchange"], LIMIT)?;
     ensure!(build_id()? != module, "the module is the old one");
     working.goes_on()?;
-    working.is_served_by(Driver::Rs)?;
+    working.is_served_by(TestedDriver::Rs)?;
     host::nothing_failed()
 }
 
-fn upgraded(story: &mut Story) -> Result<()> {
+fn upgraded(story: &mut LifeStory) -> Result<()> {
     let [_, next] = host::versions()?;
     changed(story, || bring_to(&next))
 }
@@ -161,7 +161,7 @@ fn fill() -> Result<()> {
     Ok(())
 }
 
-fn no_room(story: &mut Story) -> Result<()> {
+fn no_room(story: &mut LifeStory) -> Result<()> {
     let [version, _] = host::versions()?;
     let [programs, module] = host::both(&version)?;
     fill()?;
@@ -188,7 +188,7 @@ fn dpkg_state(package: &str) -> Result<String> {
     sh::run(&["dpkg-query", "--show", format, package])
 }
 
-fn interrupted(story: &mut Story) -> Result<()> {
+fn interrupted(story: &mut LifeStory) -> Result<()> {
     let [_, next] = host::versions()?;
     let [programs, _] = host::packages()?;
     let was = (host::supervisor()?, story.working()?.disk()?.pid()?);
@@ -232,7 +232,7 @@ fn interrupted(story: &mut Story) -> Result<()> {
     host::nothing_failed()
 }
 
-fn xens_tools(story: &mut Story) -> Result<()> {
+fn xens_tools(story: &mut LifeStory) -> Result<()> {
     sh::run(&["xentap-block", "enable"])?;
     let folder = std::fs::read_dir("/srv/xen")?;
     let package = folder
@@ -252,7 +252,7 @@ fn xens_tools(story: &mut Story) -> Result<()> {
     working.goes_on()
 }
 
-fn removed(story: &mut Story) -> Result<()> {
+fn removed(story: &mut LifeStory) -> Result<()> {
     let packages = host::packages()?;
     let purge = ["purge", &packages[0], &packages[1]];
     let refused = host::apt(&purge)?;
@@ -267,7 +267,7 @@ fn removed(story: &mut Story) -> Result<()> {
         host::is_active("blktapctrl.service")?,
         "nobody supervises the disk that is still there"
     );
-    let group = Group::of(working)?;
+    let group = GuestGroup::of(working)?;
     story.working.take().context("nobody works")?.end()?;
     group.is_gone()?;
     host::apt_does(&purge)?;

@@ -3,10 +3,10 @@
 
 use crate::backing::NullBlk;
 use crate::cases::{load, verify_job};
-use crate::console::Job;
-use crate::guest::{Config, Guest, Kind, Vbd};
-use crate::tap::{self, Served};
-use crate::Driver;
+use crate::console::GuestJob;
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind};
+use crate::tap::{self, ServedDisk};
+use crate::TestedDriver;
 use anyhow::{ensure, Context, Result};
 use std::fs;
 
@@ -27,26 +27,26 @@ fn work(vdev: &str) -> String {
 }
 
 /// A tap disk, its image, and what writes there.
-struct Tap {
-    disk: Served,
+struct WorkingTap {
+    disk: ServedDisk,
     image: String,
-    job: Job,
+    job: GuestJob,
 }
 
 /// The guest, its disks, and its loads.
 pub(super) struct Working {
     pub(super) guest: Guest,
     device: NullBlk,
-    phy: Vbd,
-    job: Job,
-    tap: Option<Tap>,
+    phy: AttachedVbd,
+    job: GuestJob,
+    tap: Option<WorkingTap>,
 }
 
 impl Working {
     /// Starts a guest that works on a phy disk.
     pub(super) fn begin() -> Result<Working> {
         let device = NullBlk::create(DEVICE_MIB, &[])?;
-        let guest = Guest::create(Config::new("life", Kind::Pv, 1))?;
+        let guest = Guest::create(Config::new("life", GuestKind::Pv, 1))?;
         let phy = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
         guest.run(&format!("rm -f {STOP}"))?;
         let job = guest.start(&work("xvda"))?;
@@ -64,12 +64,12 @@ impl Working {
     /// Gives it a tap disk to work on, too.
     pub(super) fn add_tap(&mut self) -> Result<()> {
         let image = tap::image("life.img", IMAGE_MIB)?;
-        let disk = Served::attach(
+        let disk = ServedDisk::attach(
             &self.guest,
             &tap::disk(&format!("aio:{image}"), load::VDEV, "w"),
         )?;
         let job = self.guest.start(&work(load::VDEV))?;
-        self.tap = Some(Tap { disk, image, job });
+        self.tap = Some(WorkingTap { disk, image, job });
         self.goes_on()
     }
 
@@ -83,7 +83,7 @@ impl Working {
     }
 
     /// Its phy disk is served by this driver.
-    pub(super) fn is_served_by(&self, driver: Driver) -> Result<()> {
+    pub(super) fn is_served_by(&self, driver: TestedDriver) -> Result<()> {
         let serving = self.phy.driver()?;
         ensure!(
             serving == driver.bus_name(),
@@ -94,7 +94,7 @@ impl Working {
     }
 
     /// Its tap disk.
-    pub(super) fn disk(&self) -> Result<&Served> {
+    pub(super) fn disk(&self) -> Result<&ServedDisk> {
         let tap = self.tap.as_ref().context("the guest has no tap disk")?;
         Ok(&tap.disk)
     }

@@ -7,9 +7,9 @@ mod refused;
 mod replay;
 
 use super::{Case, Context};
-use crate::guest::{Guest, Vbd, COMMAND};
+use crate::guest::{AttachedVbd, Guest, COMMAND};
 use crate::hotplug;
-use crate::process::{Played, Process, Request};
+use crate::process::{DeliveredRequest, Played, TestProcess};
 use crate::{seed, sh};
 use anyhow::{ensure, Result};
 use ring::tap::abi;
@@ -43,7 +43,7 @@ pub(super) fn played(context: &mut Context, fail_after_s: u32) -> Result<Played>
 
 /// Attaches the disk to the guest, with the process serving. The first open waits for the end of the
 /// guest's search for partitions: afterwards it asks for nothing that a case does not make it ask for.
-pub(super) fn attach(guest: &Guest, disk: &Played, process: &Process) -> Result<Vbd> {
+pub(super) fn attach(guest: &Guest, disk: &Played, process: &TestProcess) -> Result<AttachedVbd> {
     let specification = hotplug::played(disk.minor, VDEV)?;
     process.serve_while(|| {
         let vbd = guest.attach(&specification)?;
@@ -52,7 +52,7 @@ pub(super) fn attach(guest: &Guest, disk: &Played, process: &Process) -> Result<
     })
 }
 
-pub(super) fn detach(guest: &Guest, vbd: &Vbd, process: &Process) -> Result<()> {
+pub(super) fn detach(guest: &Guest, vbd: &AttachedVbd, process: &TestProcess) -> Result<()> {
     process.serve_while(|| guest.detach(vbd))
 }
 
@@ -78,9 +78,9 @@ fn read(block: u64) -> String {
 /// Starts writes and waits until the process has each of them.
 pub(super) fn deliver(
     guest: &Guest,
-    process: &Process,
+    process: &TestProcess,
     writes: &[(u64, char)],
-) -> Result<Vec<Held>> {
+) -> Result<Vec<HeldCommand>> {
     let mut held = Vec::new();
     for (block, letter) in writes {
         let job = guest.start(&write(*block, *letter))?;
@@ -94,19 +94,19 @@ pub(super) fn deliver(
             !request.is_replay(),
             "a request that is new is said to be executed again"
         );
-        held.push(Held { job, request });
+        held.push(HeldCommand { job, request });
     }
     Ok(held)
 }
 
 /// A command of the guest that waits for a request.
-pub(super) struct Held {
-    pub(super) job: crate::console::Job,
-    pub(super) request: Request,
+pub(super) struct HeldCommand {
+    pub(super) job: crate::console::GuestJob,
+    pub(super) request: DeliveredRequest,
 }
 
 /// Checks that the next process gets exactly the requests of the last one, in the order of their arrival.
-fn check_replay(again: &[Request], held: &[Held]) -> Result<()> {
+fn check_replay(again: &[DeliveredRequest], held: &[HeldCommand]) -> Result<()> {
     let pairs = again.iter().zip(held);
     for (again, before) in pairs {
         let (now, then) = (&again.desc, &before.request.desc);
@@ -126,12 +126,12 @@ fn check_replay(again: &[Request], held: &[Held]) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn finish(guest: &Guest, held: Vec<Held>) -> Result<()> {
+pub(super) fn finish(guest: &Guest, held: Vec<HeldCommand>) -> Result<()> {
     held.into_iter()
         .try_for_each(|one| succeeded(guest, one.job))
 }
 
-pub(super) fn succeeded(guest: &Guest, job: crate::console::Job) -> Result<()> {
+pub(super) fn succeeded(guest: &Guest, job: crate::console::GuestJob) -> Result<()> {
     let done = guest.wait(job, COMMAND)?;
     ensure!(
         done.rc == 0,
@@ -143,7 +143,7 @@ pub(super) fn succeeded(guest: &Guest, job: crate::console::Job) -> Result<()> {
 }
 
 /// Checks that nothing is delivered although `waiting` requests wait.
-fn check_held_back(disk: &Played, process: &Process, waiting: u32) -> Result<()> {
+fn check_held_back(disk: &Played, process: &TestProcess, waiting: u32) -> Result<()> {
     disk.wait_waiting(waiting)?;
     let early = process.fetch_now()?;
     ensure!(early.is_empty(), "delivered too early: {early:?}");
@@ -154,7 +154,7 @@ fn check_held_back(disk: &Played, process: &Process, waiting: u32) -> Result<()>
 pub(super) fn check_block(
     guest: &Guest,
     disk: &Played,
-    process: &Process,
+    process: &TestProcess,
     block: u64,
     letter: char,
 ) -> Result<()> {
@@ -173,7 +173,7 @@ pub(super) fn check_block(
 }
 
 /// Writes one block while the process serves.
-fn process_writes(guest: &Guest, process: &Process, block: u64, letter: char) -> Result<()> {
+fn process_writes(guest: &Guest, process: &TestProcess, block: u64, letter: char) -> Result<()> {
     process
         .serve_while(|| guest.run(&write(block, letter)))
         .map(drop)

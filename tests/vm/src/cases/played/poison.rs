@@ -4,7 +4,7 @@
 use super::{attach, check_block, deliver, detach, process_writes, succeeded, BLOCK, MIB};
 use crate::cases::{Case, Context};
 use crate::guest::COMMAND;
-use crate::process::{Played, Process, Request};
+use crate::process::{DeliveredRequest, Played, TestProcess};
 use crate::{sh, xs};
 use anyhow::{ensure, Result};
 use ring::tap::abi::{CreateCommand, OP_WRITE};
@@ -13,7 +13,7 @@ use tapdev::Params;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use crate::cases::Needs::Pv;
+    use crate::cases::SharedGuest::Pv;
     let case =
         |name, about, run: fn(&mut Context) -> Result<()>| Case::new(name, about, Pv, run).tap();
     vec![
@@ -46,12 +46,12 @@ const WRITES: [(u64, char); 8] = [
     (6, 'h'),
 ];
 
-fn is_deadly(request: &Request) -> bool {
+fn is_deadly(request: &DeliveredRequest) -> bool {
     request.desc.op == OP_WRITE && request.desc.sector == DEADLY * BLOCK
 }
 
 /// Serves all that there is until the disk has nothing more, or until it is to die: then it says so.
-fn live(disk: &Played, process: &Process) -> Result<bool> {
+fn live(disk: &Played, process: &TestProcess) -> Result<bool> {
     let deadline = Instant::now() + COMMAND;
     loop {
         let requests = process.fetch_now()?;

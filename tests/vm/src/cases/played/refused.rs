@@ -6,10 +6,10 @@ use super::{
     write, DEVICE,
 };
 use crate::cases::{basic::FIO, Case, Context};
-use crate::guest::{Guest, Vbd, COMMAND};
+use crate::guest::{AttachedVbd, Guest, COMMAND};
 use crate::hotplug;
-use crate::node::{Control, Node};
-use crate::process::{Fault, Request};
+use crate::node::{ControlNode, OpenNode};
+use crate::process::{DeliveredRequest, ProcessFault};
 use crate::{sh, xs};
 use anyhow::{bail, ensure, Result};
 use ring::tap::abi::{self, Completion};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use crate::cases::Needs::{Nothing, Pv};
+    use crate::cases::SharedGuest::{Nothing, Pv};
     let case =
         |name, about, run: fn(&mut Context) -> Result<()>| Case::new(name, about, Pv, run).tap();
     vec![
@@ -250,7 +250,7 @@ fn one_device(context: &mut Context) -> Result<()> {
     let second = hotplug::played(disk.minor, "xvdc")?;
     // xl does not wait until a frontend is connected, but the backend says why it does not.
     sh::run(&["xl", "block-attach", &id, &second])?;
-    let other = Vbd::of(guest.domid, "xvdc")?;
+    let other = AttachedVbd::of(guest.domid, "xvdc")?;
     let place = other
         .backend
         .replace("/local/domain/0/", "/local/domain/0/error/");
@@ -269,7 +269,7 @@ fn one_device(context: &mut Context) -> Result<()> {
     );
     guest.detach(&other)?;
     ensure!(
-        Control::open()?.destroy(disk.minor).is_err(),
+        ControlNode::open()?.destroy(disk.minor).is_err(),
         "a disk was destroyed below a guest"
     );
     process_writes(guest, &process, 7, 'a')?;
@@ -283,7 +283,7 @@ fn wrong_node(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let vbd = attach(guest, &disk, &process)?;
     let errno = |result: std::io::Result<()>| result.err().and_then(|error| error.raw_os_error());
-    let second = Node::try_open(disk.minor).map(drop);
+    let second = OpenNode::try_open(disk.minor).map(drop);
     ensure!(
         errno(second) == Some(libc::EBUSY),
         "a node can be open twice"
@@ -321,9 +321,9 @@ fn history_finds_faults(context: &mut Context) -> Result<()> {
     let vbd = attach(guest, &disk, &process)?;
     let faults = [
         None,
-        Some(Fault::Lost(20)),
-        Some(Fault::Late(20, 25)),
-        Some(Fault::Astray(20)),
+        Some(ProcessFault::Lost(20)),
+        Some(ProcessFault::Late(20, 25)),
+        Some(ProcessFault::Astray(20)),
     ];
     for fault in faults {
         let line = history(DEVICE, "--rounds 1 --discard --sectors 512 --requests 25");
@@ -353,7 +353,7 @@ fn history_finds_faults(context: &mut Context) -> Result<()> {
 fn s17_destroyed(context: &mut Context) -> Result<()> {
     let disk = played(context, 0)?;
     let process = disk.process()?;
-    let config = crate::guest::Config::new("victim", crate::guest::Kind::Pv, 1);
+    let config = crate::guest::Config::new("victim", crate::guest::GuestKind::Pv, 1);
     let guest = Guest::create(config)?;
     let vbd = attach(&guest, &disk, &process)?;
     let held = deliver(&guest, &process, &[(7, 'a'), (9, 'b')])?;
@@ -365,7 +365,7 @@ fn s17_destroyed(context: &mut Context) -> Result<()> {
         "after the end of the guest the kernel says {info:?}"
     );
     // The process may still execute and answer its requests, which have no guest any more.
-    let requests: Vec<Request> = held.into_iter().map(|one| one.request).collect();
+    let requests: Vec<DeliveredRequest> = held.into_iter().map(|one| one.request).collect();
     process.serve(&requests)?;
     let info = disk.info()?;
     if info.delivered != 0 || info.refused != 0 {

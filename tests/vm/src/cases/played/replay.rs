@@ -13,7 +13,7 @@ use ring::tap::abi;
 
 /// The cases of this file.
 pub(super) fn cases() -> Vec<Case> {
-    use crate::cases::Needs::Pv;
+    use crate::cases::SharedGuest::Pv;
     let case =
         |name, about, run: fn(&mut Context) -> Result<()>| Case::new(name, about, Pv, run).tap();
     vec![
