@@ -5,9 +5,9 @@
 //! of the columns would measure the cache. The writer may fill most of that memory before it must wait, and writeback
 //! begins early, because with the kernel's usual limits the writer sometimes sleeps for two seconds, whatever the disk.
 
-use crate::jobs::Job;
+use crate::jobs::BenchJob;
 use crate::mark::Marks;
-use crate::sample::{self, Place, MKFS};
+use crate::sample::{self, JobPlace, MKFS};
 use anyhow::{Context, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -39,8 +39,8 @@ const COLUMNS: [(&str, usize); 7] = [
 /// Measures on `device`, and destroys its content. Byte by byte I/O runs only with `with_bytes`, in a separate run,
 /// because it measures system calls of the guest and not the disk; it is not part of the speed.
 pub(crate) fn measure(
-    place: &mut Place<'_>,
-    job: &Job,
+    place: &mut JobPlace<'_>,
+    job: &BenchJob,
     device: &str,
     with_bytes: bool,
     marks: &mut Marks,

@@ -2,9 +2,9 @@
 //! First boot of a guest: it mounts a system, reads its files here and there, which updates their access times, and
 //! writes its first log. With several disks it does so on all of them at once.
 
-use crate::jobs::Job;
+use crate::jobs::BenchJob;
 use crate::mark::Marks;
-use crate::sample::{self, Place, MKFS};
+use crate::sample::{self, JobPlace, MKFS};
 use crate::sh;
 use anyhow::Result;
 use serde_json::Value;
@@ -38,8 +38,8 @@ pub(crate) fn put_system(device: &str, files: u32, size: u32) -> Result<()> {
 
 /// Measures on `devices`, each of which has such a system.
 pub(crate) fn measure(
-    place: &mut Place<'_>,
-    job: &Job,
+    place: &mut JobPlace<'_>,
+    job: &BenchJob,
     devices: &[String],
     marks: &mut Marks,
 ) -> Result<Value> {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Copy of a file to the disk: it is mounted, written, and unmounted, as in the measurements of dm-userspace.
 
-use crate::jobs::Job;
+use crate::jobs::BenchJob;
 use crate::mark::Marks;
-use crate::sample::{self, Place, MKFS};
+use crate::sample::{self, JobPlace, MKFS};
 use anyhow::Result;
 use serde_json::Value;
 
@@ -15,8 +15,8 @@ const LINE: &str = "copied";
 
 /// Measures on `device`, and destroys its content.
 pub(crate) fn measure(
-    place: &mut Place<'_>,
-    job: &Job,
+    place: &mut JobPlace<'_>,
+    job: &BenchJob,
     device: &str,
     marks: &mut Marks,
 ) -> Result<Value> {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Storage below the disks.
 
-use crate::backends::Store;
+use crate::backends::DiskStore;
 use crate::booted::SYSTEM_MIB;
 use crate::jobs::Medium;
 use crate::sample::MKFS;
-use crate::snapshots::{self, Layout};
+use crate::snapshots::{self, CloneLayout};
 use crate::{booted, images, sh};
 use anyhow::{ensure, Context, Result};
 use std::collections::BTreeMap;
@@ -41,7 +41,7 @@ impl Stores {
     /// Makes the stores in `wanted`, and `small` small disks, the first `used` of them to be read; prepares clones if
     /// `cloned`; and makes these devices.
     pub(crate) fn create(
-        wanted: &[Store],
+        wanted: &[DiskStore],
         small: u32,
         used: u32,
         cloned: bool,
@@ -53,13 +53,17 @@ impl Stores {
         }
         let memory = null_blk("bench", SIZE_MIB)?;
         fill(&memory, SIZE_MIB)?;
-        let of_loop = if wanted.contains(&Store::Loop) {
+        let of_loop = if wanted.contains(&DiskStore::Loop) {
             Some(loop_device()?)
         } else {
             None
         };
-        let needs_none =
-            |store: &Store| matches!(store, Store::Memory | Store::Loop | Store::Export);
+        let needs_none = |store: &DiskStore| {
+            matches!(
+                store,
+                DiskStore::Memory | DiskStore::Loop | DiskStore::Export
+            )
+        };
         if cloned {
             // Load it now, because the addresses of modules are read before a job begins.
             sh::run(&["modprobe", "dm-snapshot"])?;
@@ -94,17 +98,17 @@ impl Stores {
     }
 
     /// Returns the device node of a store, or its file.
-    pub(crate) fn path(&self, store: Store) -> &str {
+    pub(crate) fn path(&self, store: DiskStore) -> &str {
         match store {
-            Store::Memory => &self.memory,
-            Store::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
-            Store::Image(_) | Store::New => self.image(),
-            Store::File(_)
-            | Store::FileOf(..)
-            | Store::Clone(_)
-            | Store::Sealed(_)
-            | Store::Chain(_) => MOUNTED,
-            Store::Export => images::EXPORT,
+            DiskStore::Memory => &self.memory,
+            DiskStore::Loop => self.of_loop.as_deref().unwrap_or("/dev/loop0"),
+            DiskStore::Image(_) | DiskStore::New => self.image(),
+            DiskStore::File(_)
+            | DiskStore::FileOf(..)
+            | DiskStore::Clone(_)
+            | DiskStore::Sealed(_)
+            | DiskStore::Chain(_) => MOUNTED,
+            DiskStore::Export => images::EXPORT,
         }
     }
 
@@ -114,37 +118,37 @@ impl Stores {
     }
 
     /// Fills a store, before a guest uses it.
-    pub(crate) fn prepare(&self, store: Store) -> Result<()> {
+    pub(crate) fn prepare(&self, store: DiskStore) -> Result<()> {
         let image = self.image();
         images::end_server()?;
         match store {
-            Store::Memory | Store::Loop => Ok(()),
-            Store::Export => images::serve(&self.memory),
-            Store::Image(format) => {
+            DiskStore::Memory | DiskStore::Loop => Ok(()),
+            DiskStore::Export => images::serve(&self.memory),
+            DiskStore::Image(format) => {
                 release()?;
                 images::convert(&self.memory, format, image)
             }
-            Store::FileOf(kind, format) => {
+            DiskStore::FileOf(kind, format) => {
                 mount(kind, image)?;
                 images::convert(&self.memory, format, MOUNTED)
             }
-            Store::File(kind) => {
+            DiskStore::File(kind) => {
                 mount(kind, image)?;
                 copy(&self.memory, MOUNTED, SIZE_MIB)
             }
-            Store::Clone(kind) => {
+            DiskStore::Clone(kind) => {
                 self.put_below(kind, SIZE_MIB)?;
                 images::over(BELOW, "raw", MOUNTED)
             }
-            Store::New => {
+            DiskStore::New => {
                 release()?;
                 images::empty(image, SIZE_MIB)
             }
-            Store::Sealed(kind) => {
+            DiskStore::Sealed(kind) => {
                 mount(kind, image)?;
                 images::seal(&self.memory, MOUNTED, SIZE_MIB)
             }
-            Store::Chain(kind) => {
+            DiskStore::Chain(kind) => {
                 mount(kind, image)?;
                 images::chain(BELOW, MOUNTED, SIZE_MIB)
             }
@@ -153,11 +157,11 @@ impl Stores {
 
     /// Makes `count` clones of a disk with a system of `files` MiB, all on the device of images: new images over one
     /// file, or snapshots of one volume.
-    pub(crate) fn clones(&self, store: Store, count: u32, files: u32) -> Result<Vec<String>> {
+    pub(crate) fn clones(&self, store: DiskStore, count: u32, files: u32) -> Result<Vec<String>> {
         release()?;
         images::end_server()?;
         booted::put_system(&self.memory, files, GOLDEN_MIB)?;
-        if let Store::Clone(kind) = store {
+        if let DiskStore::Clone(kind) = store {
             self.put_below(kind, GOLDEN_MIB)?;
             let clones = (0..count).map(|index| {
                 let clone = format!("{MOUNT}/clone{index}.img");
@@ -167,7 +171,7 @@ impl Stores {
             return clones.collect();
         }
         copy(&self.memory, self.image(), GOLDEN_MIB)?;
-        let layout = Layout {
+        let layout = CloneLayout {
             count,
             golden: GOLDEN_MIB,
             all: IMAGE_MIB,

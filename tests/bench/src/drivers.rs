@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Drivers in the kernel that serve the disks.
 
-use crate::backends::Driver;
+use crate::backends::RequiredDriver;
 use crate::sh;
 use anyhow::Result;
 use std::path::Path;
@@ -16,7 +16,7 @@ const NO_ALIASES: &str = "blacklist xen-blkback\nblacklist xen-blkback-rs\n";
 #[derive(Debug)]
 pub(crate) struct Drivers {
     ours: String,
-    loaded: Driver,
+    loaded: RequiredDriver,
 }
 
 impl Drivers {
@@ -26,30 +26,30 @@ impl Drivers {
         sh::put("/etc/modprobe.d/bench.conf", NO_ALIASES)?;
         Ok(Drivers {
             ours: ours.to_owned(),
-            loaded: Driver::None,
+            loaded: RequiredDriver::None,
         })
     }
 
     /// Replaces the loaded driver by `wanted`. No disk may be attached.
-    pub(crate) fn switch(&mut self, wanted: Driver) -> Result<()> {
+    pub(crate) fn switch(&mut self, wanted: RequiredDriver) -> Result<()> {
         if self.loaded == wanted {
             return Ok(());
         }
         self.unload()?;
         let name = match wanted {
-            Driver::Ours | Driver::Wasteful => {
+            RequiredDriver::Ours | RequiredDriver::Wasteful => {
                 let file = match wanted {
-                    Driver::Wasteful => WASTEFUL,
+                    RequiredDriver::Wasteful => WASTEFUL,
                     _ => &self.ours,
                 };
                 sh::run(&["insmod", file])?;
                 "xen-blkback-rs"
             }
-            Driver::C(parameter) => {
+            RequiredDriver::C(parameter) => {
                 sh::run(&["modprobe", "xen-blkback", parameter])?;
                 "vbd"
             }
-            Driver::None => return Ok(()),
+            RequiredDriver::None => return Ok(()),
         };
         self.loaded = wanted;
         let dir = Path::new("/sys/bus/xen-backend/drivers").join(name);
@@ -58,10 +58,12 @@ impl Drivers {
 
     /// Unloads the driver, so that the next one sees the current number of processors.
     pub(crate) fn unload(&mut self) -> Result<()> {
-        match std::mem::replace(&mut self.loaded, Driver::None) {
-            Driver::Ours | Driver::Wasteful => sh::run(&["rmmod", "xen_blkback_rs"])?,
-            Driver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
-            Driver::None => String::new(),
+        match std::mem::replace(&mut self.loaded, RequiredDriver::None) {
+            RequiredDriver::Ours | RequiredDriver::Wasteful => {
+                sh::run(&["rmmod", "xen_blkback_rs"])?
+            }
+            RequiredDriver::C(_) => sh::run(&["rmmod", "xen_blkback"])?,
+            RequiredDriver::None => String::new(),
         };
         Ok(())
     }

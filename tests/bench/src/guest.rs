@@ -25,7 +25,7 @@ const STATE: &str = "xl vcpu-list; tail -n 5 /var/log/xen/guest-bench.log; \
 
 /// Properties of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Shape {
+pub(crate) struct GuestShape {
     /// Run as PVH, not as PV.
     pub(crate) pvh: bool,
     /// An unused disk of qdisk.
@@ -36,22 +36,22 @@ pub(crate) struct Shape {
 }
 
 /// A running guest.
-pub(crate) struct Guest {
-    shape: Shape,
+pub(crate) struct RunningGuest {
+    shape: GuestShape,
     domid: String,
     tty: File,
     lines: Receiver<String>,
     next: u64,
 }
 
-impl Guest {
+impl RunningGuest {
     /// Starts the guest.
-    pub(crate) fn create(shape: Shape) -> Result<Guest> {
-        Guest::start(shape)
+    pub(crate) fn create(shape: GuestShape) -> Result<RunningGuest> {
+        RunningGuest::start(shape)
             .with_context(|| format!("the guest does not start; the logs say: {}", logs()))
     }
 
-    fn start(shape: Shape) -> Result<Guest> {
+    fn start(shape: GuestShape) -> Result<RunningGuest> {
         let (processors, first) = (shape.processors, shape.first);
         let kind = if shape.pvh { "pvh" } else { "pv" };
         std::fs::create_dir_all(DIR)?;
@@ -72,11 +72,11 @@ impl Guest {
         let path = format!("{DIR}/guest.cfg");
         sh::put(&path, &config)?;
         sh::run(&["xl", "create", &path])?;
-        Guest::connect(shape, 1)
+        RunningGuest::connect(shape, 1)
     }
 
     /// Connects to the domain that has the name now; `next` is the number of the next command.
-    fn connect(shape: Shape, next: u64) -> Result<Guest> {
+    fn connect(shape: GuestShape, next: u64) -> Result<RunningGuest> {
         let domid = sh::run(&["xl", "domid", NAME])?.trim().to_owned();
         let key = format!("/local/domain/{domid}/console/tty");
         let mut tty = String::new();
@@ -92,7 +92,7 @@ impl Guest {
             .open(&tty)
             .with_context(|| format!("cannot open the guest's console {tty}"))?;
         let lines = listen(tty.try_clone()?);
-        let mut guest = Guest {
+        let mut guest = RunningGuest {
             shape,
             domid,
             tty,
@@ -250,12 +250,12 @@ impl Guest {
 
     /// Continues with the domain to which the guest was moved.
     pub(crate) fn follow(&mut self) -> Result<()> {
-        *self = Guest::connect(self.shape, self.next)?;
+        *self = RunningGuest::connect(self.shape, self.next)?;
         Ok(())
     }
 
     /// Returns its properties.
-    pub(crate) fn shape(&self) -> Shape {
+    pub(crate) fn shape(&self) -> GuestShape {
         self.shape
     }
 

@@ -2,12 +2,12 @@
 //! The load. A job is one entry of [`ALL`]; it is bounded by a number of I/Os, never by time, so that all backends do
 //! equal work.
 
-use crate::backends::{Backend, Set, Way};
+use crate::backends::{Backend, Set, StoreAccess};
 use crate::booted::{SMALL_SYSTEM_MIB, SYSTEM_MIB};
 
 /// Work of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Work {
+pub(crate) enum JobWork {
     /// fio with these words, `count` I/Os in each of this number of processes on each disk.
     Fio(&'static str, u32),
     /// bonnie++ on ext4, with a file of `count` MiB.
@@ -82,13 +82,13 @@ impl Setting {
 
 /// One job.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Job {
+pub(crate) struct BenchJob {
     /// Its short name.
     pub(crate) name: &'static str,
     /// Its name for readers.
     pub(crate) title: &'static str,
     /// Its work.
-    pub(crate) work: Work,
+    pub(crate) work: JobWork,
     /// Amount of work.
     pub(crate) count: u32,
     /// Guest and disks.
@@ -113,12 +113,12 @@ const RW64K: &str = "--rw=randwrite --bs=64k --iodepth=256";
 const fn entry(
     name: &'static str,
     title: &'static str,
-    work: Work,
+    work: JobWork,
     count: u32,
     setting: Setting,
     set: Set,
-) -> Job {
-    Job {
+) -> BenchJob {
+    BenchJob {
         name,
         title,
         work,
@@ -128,13 +128,13 @@ const fn entry(
     }
 }
 
+use JobWork::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 use Medium::{AtOnce, Interrupt};
 use Setting::{Clones, Disks, On, Plain, Queues, Shared};
-use Work::{Attach, Bonnie, Boot, CopyFile, Death, Detach, Fio, Handoff, Idle, Move, Takeover};
 
 /// All jobs.
 #[rustfmt::skip]
-pub(crate) const ALL: &[Job] = &[
+pub(crate) const ALL: &[BenchJob] = &[
     // First of all, because the others write to the disk.
     entry("boot", "a system boots for the first time: 60 MiB of files are read, and a log is written", Boot, SYSTEM_MIB, Plain, Set::Full),
     entry("rr4k-qd32", "4 KiB random read, depth 32", Fio(RR4K, 1), 6000, Plain, Set::Quick),
@@ -186,7 +186,7 @@ pub(crate) const ALL: &[Job] = &[
     entry("move", "the guest is moved to another domain of the host, longest time without an answer", Move, 1, Plain, Set::Named),
 ];
 
-impl Job {
+impl BenchJob {
     /// Returns the number of measurements in a round, each time on newly attached disks; it is equal for all backends,
     /// so that none profits more from a lucky attach. Jobs whose whole result depends on one event, or on how a disk
     /// was attached, need several.
@@ -209,9 +209,9 @@ impl Job {
 
     /// Returns the job for this backend. The disk itself is several times as fast as through a guest, and gets more
     /// work, because fio's clock counts milliseconds.
-    pub(crate) fn on(self, backend: &Backend) -> Job {
+    pub(crate) fn on(self, backend: &Backend) -> BenchJob {
         match (backend.way, self.work) {
-            (Way::Native, Fio(..)) => Job {
+            (StoreAccess::Native, Fio(..)) => BenchJob {
                 count: 4 * self.count,
                 ..self
             },
@@ -295,12 +295,15 @@ fn fio(words: &str, processes: u32, devices: &[String], count: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Work, ALL};
+    use super::{JobWork, ALL};
     use crate::backends;
 
     #[test]
     fn a_short_run_is_shorter_and_not_empty() {
-        for job in ALL.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
+        for job in ALL
+            .iter()
+            .filter(|job| matches!(job.work, JobWork::Fio(..)))
+        {
             assert!(job.short() > 0 && job.short() < job.count, "{}", job.name);
         }
     }

@@ -34,7 +34,7 @@ use std::process::ExitCode;
 /// Measures backends of disks inside a Xen machine.
 #[derive(Debug, Parser)]
 #[command(name = "bench", version)]
-struct Cli {
+struct BenchCli {
     /// Measure less of everything: for a quick check, not for a verdict.
     #[arg(long)]
     quick: bool,
@@ -56,8 +56,8 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let plan = plan::Plan {
+    let cli = BenchCli::parse();
+    let plan = plan::BenchPlan {
         quick: cli.quick,
         backends: cli.backends,
         jobs: cli.jobs,

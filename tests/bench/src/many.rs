@@ -5,8 +5,8 @@
 //! writes the keys of all disks without the states; one write of all states then makes the disks appear, and another
 //! one makes them disappear.
 
-use crate::backends::Driver;
-use crate::guest::Guest;
+use crate::backends::RequiredDriver;
+use crate::guest::RunningGuest;
 use crate::sh;
 use anyhow::{Context, Result};
 use std::os::linux::fs::MetadataExt;
@@ -21,7 +21,7 @@ const CLOSING: &str = "5";
 
 /// Some disks of the guest.
 #[derive(Debug)]
-pub(crate) struct Disks {
+pub(crate) struct GuestDisks {
     domid: String,
     /// The part of the backend's path that names the type of backend.
     kind: &'static str,
@@ -30,13 +30,17 @@ pub(crate) struct Disks {
     before: usize,
 }
 
-impl Disks {
+impl GuestDisks {
     /// Writes the keys of these devices as a toolstack does, except the states.
-    pub(crate) fn prepare(guest: &mut Guest, nodes: &[String], driver: Driver) -> Result<Disks> {
+    pub(crate) fn prepare(
+        guest: &mut RunningGuest,
+        nodes: &[String],
+        driver: RequiredDriver,
+    ) -> Result<GuestDisks> {
         let before = guest.run("set -- /sys/block/xvd*; [ -e $1 ] || shift; echo $#")?;
-        let disks = Disks {
+        let disks = GuestDisks {
             domid: guest.domid().to_owned(),
-            kind: if driver == Driver::None {
+            kind: if driver == RequiredDriver::None {
                 "qdisk"
             } else {
                 "vbd"
@@ -125,14 +129,14 @@ impl Disks {
     }
 
     /// Makes them appear, and returns when the guest has all of them.
-    pub(crate) fn appear(&self, guest: &mut Guest) -> Result<()> {
+    pub(crate) fn appear(&self, guest: &mut RunningGuest) -> Result<()> {
         self.write_states(INITIALISING, true)?;
         self.wait_in_guest(guest, "-lt", self.before + self.numbers.len())
             .context("not all disks appeared in the guest")
     }
 
     /// Makes them disappear, and returns when neither side has them any more.
-    pub(crate) fn go(&self, guest: &mut Guest) -> Result<()> {
+    pub(crate) fn go(&self, guest: &mut RunningGuest) -> Result<()> {
         self.write_states(CLOSING, false)?;
         if self.kind == "qdisk" {
             self.wait_for_qemu()?;
@@ -207,7 +211,7 @@ impl Disks {
 
     /// Waits in the guest while `compare` holds between the number of its disks and `count`. The shell does it without
     /// another process, so that waiting costs little.
-    fn wait_in_guest(&self, guest: &mut Guest, compare: &str, count: usize) -> Result<()> {
+    fn wait_in_guest(&self, guest: &mut RunningGuest, compare: &str, count: usize) -> Result<()> {
         let line = format!(
             "[ -p /tmp/never ] || mkfifo /tmp/never; exec 9<>/tmp/never; n=0; \
              while set -- /sys/block/xvd*; [ -e $1 ] || shift; [ $# {compare} {count} ]; do \

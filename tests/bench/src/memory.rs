@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Memory that disks need on both sides.
 
-use crate::guest::Guest;
+use crate::guest::RunningGuest;
 use crate::sh;
 use anyhow::{anyhow, Context, Result};
 use std::collections::BTreeMap;
@@ -17,15 +17,15 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Free memory, in KiB.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Memory {
+pub(crate) struct FreeMemory {
     dom0: f64,
     guest: f64,
 }
 
-impl Memory {
+impl FreeMemory {
     /// Reads the free memory.
-    pub(crate) fn now(guest: &mut Guest) -> Result<Memory> {
-        Ok(Memory {
+    pub(crate) fn now(guest: &mut RunningGuest) -> Result<FreeMemory> {
+        Ok(FreeMemory {
             dom0: free(&sh::shell(FREE)?)?,
             guest: free(&guest.run(FREE)?)?,
         })
@@ -66,7 +66,7 @@ impl Memory {
 
     /// Returns the memory of each of `disks` disks, with `before` as the value without them; `when` is part of the
     /// names.
-    pub(crate) fn each(self, when: &str, before: &Memory, disks: u32) -> BTreeMap<String, f64> {
+    pub(crate) fn each(self, when: &str, before: &FreeMemory, disks: u32) -> BTreeMap<String, f64> {
         let each = |before: f64, now: f64| (before - now) / f64::from(disks);
         [
             (format!("KiB of dom0, {when}"), each(before.dom0, self.dom0)),
@@ -89,15 +89,15 @@ fn free(text: &str) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::Memory;
+    use super::FreeMemory;
 
     #[test]
     fn memory_of_each_disk() {
-        let before = Memory {
+        let before = FreeMemory {
             dom0: 1000.0,
             guest: 50.0,
         };
-        let now = Memory {
+        let now = FreeMemory {
             dom0: 200.0,
             guest: 50.0,
         };

@@ -2,11 +2,11 @@
 //! Pauses of a guest's disk when its server changes: another process, another driver, another domain. The result is the
 //! longest time without an answer, in virtual time.
 
-use crate::guest::Guest;
-use crate::jobs::{Job, Work};
+use crate::guest::RunningGuest;
+use crate::jobs::{BenchJob, JobWork};
 use crate::mark::Marks;
 use crate::reads::{Reads, ERRORS};
-use crate::sample::{self, Place};
+use crate::sample::{self, JobPlace};
 use crate::sh;
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::{json, Map, Value};
@@ -24,12 +24,12 @@ struct Pause {
 
 /// Measures the job's number of changes, while the guest reads.
 pub(crate) fn measure(
-    place: &mut Place<'_>,
+    place: &mut JobPlace<'_>,
     number: u32,
-    job: &Job,
+    job: &BenchJob,
     marks: &mut Marks,
 ) -> Result<Map<String, Value>> {
-    let Place::Guest(guest) = place else {
+    let JobPlace::Guest(guest) = place else {
         bail!("only a guest waits for who serves its disk");
     };
     let mut pauses = Vec::new();
@@ -51,25 +51,25 @@ pub(crate) fn measure(
     Ok(value)
 }
 
-fn changes(guest: &mut Guest, number: u32, job: &Job) -> Result<Vec<Pause>> {
+fn changes(guest: &mut RunningGuest, number: u32, job: &BenchJob) -> Result<Vec<Pause>> {
     let reads = Reads::start(guest, number)?;
-    if job.work == Work::Takeover {
+    if job.work == JobWork::Takeover {
         sh::run(&["modprobe", "xen-blkback", "feature_persistent=1"])?;
     }
     let mut pauses = Vec::new();
     for _ in 0..job.count {
         match job.work {
-            Work::Handoff => pauses.push(handoff(&reads)?),
-            Work::Takeover => {
+            JobWork::Handoff => pauses.push(handoff(&reads)?),
+            JobWork::Takeover => {
                 for driver in THERE_AND_BACK {
                     pauses.push(takeover(&reads, guest.domid(), driver)?);
                 }
             }
-            Work::Move => pauses.push(moved(&reads, guest)?),
+            JobWork::Move => pauses.push(moved(&reads, guest)?),
             _ => bail!("{} changes nothing", job.name),
         }
     }
-    if job.work == Work::Takeover {
+    if job.work == JobWork::Takeover {
         sh::run(&["rmmod", "xen_blkback"])?;
     }
     reads.end(guest)?;
@@ -104,7 +104,7 @@ fn takeover(reads: &Reads, domid: &str, to: &str) -> Result<Pause> {
 }
 
 /// Moves the guest to another domain of this host, as to another host.
-fn moved(reads: &Reads, guest: &mut Guest) -> Result<Pause> {
+fn moved(reads: &Reads, guest: &mut RunningGuest) -> Result<Pause> {
     reads.wait(100)?;
     let command = ["migrate", "-s", "", guest.domid(), "xl migrate-receive"];
     let (pause, output) = reads.longest_silence_of_move(Command::new("xl").args(command))?;

@@ -2,12 +2,12 @@
 //! The requested measurements, selected from the tables of backends and jobs.
 
 use crate::backends::{self, Backend, Set};
-use crate::jobs::{self, Job};
+use crate::jobs::{self, BenchJob};
 use anyhow::{ensure, Result};
 
 /// The requested measurements.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct BenchPlan {
     /// Less of everything.
     pub(crate) quick: bool,
     /// Names of backends; all when empty.
@@ -22,7 +22,7 @@ pub(crate) struct Plan {
     pub(crate) functions: bool,
 }
 
-impl Plan {
+impl BenchPlan {
     pub(crate) fn backends(&self) -> Result<Vec<Backend>> {
         let all = backends::ALL
             .iter()
@@ -30,7 +30,7 @@ impl Plan {
         select("backend", all.collect(), &self.backends, self.quick)
     }
 
-    pub(crate) fn jobs(&self) -> Result<Vec<Job>> {
+    pub(crate) fn jobs(&self) -> Result<Vec<BenchJob>> {
         let all = jobs::ALL
             .iter()
             .map(|entry| (entry.name, entry.set, *entry));
@@ -39,7 +39,7 @@ impl Plan {
     }
 
     /// Returns true if the job is to be measured on this backend.
-    pub(crate) fn wants(&self, backend: &Backend, job: &Job) -> bool {
+    pub(crate) fn wants(&self, backend: &Backend, job: &BenchJob) -> bool {
         let here = |name: &String| {
             let (only, name) = cell(name);
             name == job.name && only.is_none_or(|only| only == backend.name)
@@ -88,11 +88,11 @@ fn select<T>(
 
 #[cfg(test)]
 mod tests {
-    use super::{backends, jobs, select, Plan, Set};
+    use super::{backends, jobs, select, BenchPlan, Set};
 
     #[test]
     fn jobs_can_be_for_one_backend() {
-        let plan = Plan {
+        let plan = BenchPlan {
             quick: true,
             backends: Vec::new(),
             jobs: vec!["c:rr4k-qd1".into(), "rr4k-qd32".into()],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A guest that reads one block after the other, and the time of its last answer.
 
-use crate::guest::Guest;
+use crate::guest::RunningGuest;
 use crate::sh;
 use anyhow::{bail, Context, Result};
 use std::cell::Cell;
@@ -27,7 +27,7 @@ type Count = (u32, u64);
 
 impl Reads {
     /// Makes the guest begin, on the disk of this number.
-    pub(crate) fn start(guest: &mut Guest, number: u32) -> Result<Reads> {
+    pub(crate) fn start(guest: &mut RunningGuest, number: u32) -> Result<Reads> {
         guest.run(
             "fio --name=load --filename=/dev/xvda --direct=1 --rw=randread --bs=4k --ioengine=libaio \
              --iodepth=1 --time_based --runtime=3600 >/tmp/load 2>&1 & echo $! >/tmp/load.pid",
@@ -40,7 +40,7 @@ impl Reads {
     }
 
     /// Stops them; the guest must not have seen an error.
-    pub(crate) fn end(self, guest: &mut Guest) -> Result<()> {
+    pub(crate) fn end(self, guest: &mut RunningGuest) -> Result<()> {
         // fio reports its number of errors when it is stopped.
         guest
             .run(

@@ -7,11 +7,11 @@ use std::fs::File;
 use std::io::{stdout, Write};
 
 /// Where the lines go.
-pub(crate) struct Report(Box<dyn Write>);
+pub(crate) struct BenchReport(Box<dyn Write>);
 
-impl Report {
+impl BenchReport {
     /// The file named by REPORT, or standard output.
-    pub(crate) fn open() -> Result<Report> {
+    pub(crate) fn open() -> Result<BenchReport> {
         let out: Box<dyn Write> = match std::env::var_os("REPORT") {
             None => Box::new(stdout()),
             Some(path) => Box::new(
@@ -21,7 +21,7 @@ impl Report {
                     .context("cannot open the file named by REPORT")?,
             ),
         };
-        Ok(Report(out))
+        Ok(BenchReport(out))
     }
 
     /// Writes one line.

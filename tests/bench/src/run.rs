@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A run: each part measures all backends, forwards and backwards in turn, for the requested number of rounds.
 
-use crate::backends::{Backend, Driver, Store, Way, PROCESS};
+use crate::backends::{Backend, DiskStore, RequiredDriver, StoreAccess, PROCESS};
 use crate::disks::Stores;
 use crate::drivers::Drivers;
-use crate::guest::{Guest, Shape};
-use crate::jobs::{self, Job, Medium, Setting, Work};
-use crate::many::{self, Disks};
+use crate::guest::{GuestShape, RunningGuest};
+use crate::jobs::{self, BenchJob, JobWork, Medium, Setting};
+use crate::many::{self, GuestDisks};
 use crate::mark::Marks;
-use crate::memory::Memory;
+use crate::memory::FreeMemory;
 use crate::pauses;
-use crate::plan::Plan;
-use crate::report::Report;
-use crate::sample::{self, Place};
+use crate::plan::BenchPlan;
+use crate::report::BenchReport;
+use crate::sample::{self, JobPlace};
 use crate::storage::Traffic;
-use crate::tap::{self, Supervisor};
+use crate::tap::{self, BenchSupervisor};
 use crate::{bonnie, booted, copied, sh};
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Map, Value};
@@ -39,8 +39,8 @@ fn dom0_processors() -> u32 {
 const XVDA: u32 = 51712;
 
 /// Measures and reports.
-pub(crate) fn run(plan: &Plan) -> Result<()> {
-    let mut report = Report::open()?;
+pub(crate) fn run(plan: &BenchPlan) -> Result<()> {
+    let mut report = BenchReport::open()?;
     let result = measure(plan, &mut report);
     match &result {
         Ok(()) => report.line(&json!({"done": true}))?,
@@ -49,11 +49,12 @@ pub(crate) fn run(plan: &Plan) -> Result<()> {
     result
 }
 
-fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
+fn measure(plan: &BenchPlan, report: &mut BenchReport) -> Result<()> {
     let (backends, jobs) = (plan.backends()?, plan.jobs()?);
     let versions = versions()?;
     let backend = |entry: &Backend| json!({"name": entry.name, "title": entry.title});
-    let job = |entry: &Job| json!({"name": entry.name, "title": entry.title, "unit": entry.unit()});
+    let job =
+        |entry: &BenchJob| json!({"name": entry.name, "title": entry.title, "unit": entry.unit()});
     report.line(&json!({
         "format": FORMAT,
         "versions": versions,
@@ -68,7 +69,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
     let mut marks = Marks::new();
     let mut failures = Vec::new();
     for part in PARTS {
-        let jobs: Vec<Job> = jobs.iter().filter(|job| part(job)).copied().collect();
+        let jobs: Vec<BenchJob> = jobs.iter().filter(|job| part(job)).copied().collect();
         let Some(first) = jobs.first() else {
             continue;
         };
@@ -87,7 +88,7 @@ fn measure(plan: &Plan, report: &mut Report) -> Result<()> {
             let mut bench = Bench {
                 stores: &stores,
                 drivers: &mut drivers,
-                guest: Guest::create(Shape {
+                guest: RunningGuest::create(GuestShape {
                     pvh: false,
                     idle_qdisk: qdisk,
                     processors,
@@ -124,24 +125,24 @@ fn versions() -> Result<BTreeMap<&'static str, String>> {
 }
 
 /// Groups of jobs that are measured with a guest of their own, the most important first.
-const PARTS: [fn(&Job) -> bool; 7] = [
+const PARTS: [fn(&BenchJob) -> bool; 7] = [
     |job| match job.setting {
-        Setting::Plain => job.work != Work::Bonnie && !job.is_change(),
+        Setting::Plain => job.work != JobWork::Bonnie && !job.is_change(),
         Setting::On(_) => true,
         _ => false,
     },
     |job| job.setting == Setting::Shared,
     |job| matches!(job.setting, Setting::Disks(_)),
     |job| job.setting == Setting::Queues,
-    Job::is_change,
-    |job| job.work == Work::Bonnie,
+    BenchJob::is_change,
+    |job| job.work == JobWork::Bonnie,
     |job| matches!(job.setting, Setting::Clones(_)),
 ];
 
 /// Makes the stores that these backends and jobs need.
-fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
-    let wanted: Vec<Store> = backends.iter().map(|entry| entry.store).collect();
-    let most = |used: fn(&Job) -> bool| {
+fn stores(backends: &[Backend], jobs: &[BenchJob]) -> Result<Stores> {
+    let wanted: Vec<DiskStore> = backends.iter().map(|entry| entry.store).collect();
+    let most = |used: fn(&BenchJob) -> bool| {
         let small = jobs
             .iter()
             .filter(|job| used(job))
@@ -151,7 +152,7 @@ fn stores(backends: &[Backend], jobs: &[Job]) -> Result<Stores> {
             });
         small.max().unwrap_or(0)
     };
-    let used = most(|job| matches!(job.work, Work::Fio(..)));
+    let used = most(|job| matches!(job.work, JobWork::Fio(..)));
     let cloned = jobs
         .iter()
         .any(|job| matches!(job.setting, Setting::Clones(_)));
@@ -183,16 +184,16 @@ impl Visit {
 struct Bench<'a> {
     stores: &'a Stores,
     drivers: &'a mut Drivers,
-    guest: Guest,
+    guest: RunningGuest,
     marks: &'a mut Marks,
-    report: &'a mut Report,
-    plan: &'a Plan,
+    report: &'a mut BenchReport,
+    plan: &'a BenchPlan,
     /// The short runs of a visit, by job: later jobs on this backend reuse them.
     shorts: BTreeMap<&'static str, Value>,
 }
 
 impl Bench<'_> {
-    fn rounds(&mut self, rounds: u32, backends: &[Backend], jobs: &[Job]) -> Result<()> {
+    fn rounds(&mut self, rounds: u32, backends: &[Backend], jobs: &[BenchJob]) -> Result<()> {
         let mut failures = Vec::new();
         for round in 0..rounds {
             let mut order = backends.to_vec();
@@ -209,7 +210,7 @@ impl Bench<'_> {
                     failures.push(format!("{error:#}"));
                     // The remains of its disks are removed with the guest.
                     self.guest.destroy()?;
-                    self.guest = Guest::create(self.guest.shape())?;
+                    self.guest = RunningGuest::create(self.guest.shape())?;
                 }
             }
         }
@@ -218,8 +219,8 @@ impl Bench<'_> {
     }
 
     /// Measures all jobs on one backend.
-    fn one(&mut self, backend: &Backend, jobs: &[Job], round: u32) -> Result<()> {
-        let jobs: Vec<Job> = jobs
+    fn one(&mut self, backend: &Backend, jobs: &[BenchJob], round: u32) -> Result<()> {
+        let jobs: Vec<BenchJob> = jobs
             .iter()
             .filter(|job| fits(backend, job) && self.plan.wants(backend, job))
             .map(|job| job.on(backend))
@@ -241,8 +242,8 @@ impl Bench<'_> {
         }
         for setting in settings {
             let here = jobs.iter().filter(|job| job.setting == setting);
-            let here: Vec<Job> = here.copied().collect();
-            let times = |job: &Job| {
+            let here: Vec<BenchJob> = here.copied().collect();
+            let times = |job: &BenchJob| {
                 if self.plan.quick {
                     1
                 } else {
@@ -250,11 +251,11 @@ impl Bench<'_> {
                 }
             };
             let most = here.iter().map(times).max().unwrap_or(0);
-            let often: Vec<(u32, Job)> = here.iter().map(|job| (times(job), *job)).collect();
+            let often: Vec<(u32, BenchJob)> = here.iter().map(|job| (times(job), *job)).collect();
             self.shorts.clear();
             for time in 0..most {
                 let again = often.iter().filter(|(times, _)| time < *times);
-                let again: Vec<Job> = again.map(|(_, job)| *job).collect();
+                let again: Vec<BenchJob> = again.map(|(_, job)| *job).collect();
                 let visit = Visit { round, time };
                 match setting {
                     Setting::Disks(count) => self.many(backend, &again, count, visit)?,
@@ -278,21 +279,21 @@ impl Bench<'_> {
     /// Replaces the running guest by one of the other kind, if the backend needs that.
     fn right_guest(&mut self, backend: &Backend) -> Result<()> {
         let shape = self.guest.shape();
-        let pvh = matches!(backend.way, Way::Pvh(_));
+        let pvh = matches!(backend.way, StoreAccess::Pvh(_));
         if pvh != shape.pvh {
             self.guest.destroy()?;
-            self.guest = Guest::create(Shape { pvh, ..shape })?;
+            self.guest = RunningGuest::create(GuestShape { pvh, ..shape })?;
         }
         Ok(())
     }
 
     /// Measures jobs on one disk that xl attaches, or on its store in dom0.
-    fn plain(&mut self, backend: &Backend, jobs: &[Job], visit: Visit) -> Result<()> {
+    fn plain(&mut self, backend: &Backend, jobs: &[BenchJob], visit: Visit) -> Result<()> {
         let store = match jobs.first().map(|job| job.setting) {
             Some(Setting::On(medium)) => self.stores.medium(medium)?.to_owned(),
             _ => self.stores.path(backend.store).to_owned(),
         };
-        if jobs.iter().any(|job| job.work == Work::Boot) {
+        if jobs.iter().any(|job| job.work == JobWork::Boot) {
             self.stores.put_system()?;
         }
         self.stores.prepare(backend.store)?;
@@ -300,19 +301,21 @@ impl Bench<'_> {
         let device = &devices[0];
         for job in jobs {
             let mut place = match backend.way {
-                Way::Guest(_) | Way::Pvh(_) | Way::Direct(_) | Way::Export | Way::Tap(..) => {
-                    Place::Guest(&mut self.guest)
-                }
-                Way::Native => Place::Dom0,
+                StoreAccess::Guest(_)
+                | StoreAccess::Pvh(_)
+                | StoreAccess::Direct(_)
+                | StoreAccess::Export
+                | StoreAccess::Tap(..) => JobPlace::Guest(&mut self.guest),
+                StoreAccess::Native => JobPlace::Dom0,
             };
             let sample = match job.work {
-                Work::Bonnie => {
+                JobWork::Bonnie => {
                     bonnie::measure(&mut place, job, device, visit.is_first(), self.marks)?
                 }
-                Work::Boot => long(booted::measure(&mut place, job, &devices, self.marks)?),
-                Work::CopyFile => long(copied::measure(&mut place, job, device, self.marks)?),
-                Work::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
-                Work::Handoff | Work::Takeover | Work::Move => {
+                JobWork::Boot => long(booted::measure(&mut place, job, &devices, self.marks)?),
+                JobWork::CopyFile => long(copied::measure(&mut place, job, device, self.marks)?),
+                JobWork::Death => tap::measure(&mut place, XVDA, job, self.marks)?,
+                JobWork::Handoff | JobWork::Takeover | JobWork::Move => {
                     pauses::measure(&mut place, XVDA, job, self.marks)?
                 }
                 _ => {
@@ -328,7 +331,13 @@ impl Bench<'_> {
     }
 
     /// Measures jobs on `count` disks that are clones of one.
-    fn clones(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
+    fn clones(
+        &mut self,
+        backend: &Backend,
+        jobs: &[BenchJob],
+        count: u32,
+        visit: Visit,
+    ) -> Result<()> {
         for job in jobs {
             let clones = self.stores.clones(backend.store, count, job.count)?;
             let (devices, supervisor) = self.attach(backend, &clones)?;
@@ -336,7 +345,7 @@ impl Bench<'_> {
             sh::run(&["sync"])?;
             let storage = self.stores.image();
             let before = Traffic::of(storage)?;
-            let mut place = Place::Guest(&mut self.guest);
+            let mut place = JobPlace::Guest(&mut self.guest);
             let mut sample = long(booted::measure(&mut place, job, &devices, self.marks)?);
             let moved = Traffic::of(storage)?.since(before);
             sample.insert("figures".into(), json!(moved));
@@ -351,24 +360,24 @@ impl Bench<'_> {
         &mut self,
         backend: &Backend,
         stores: &[String],
-    ) -> Result<(Vec<String>, Option<Supervisor>)> {
+    ) -> Result<(Vec<String>, Option<BenchSupervisor>)> {
         let supervisor = match backend.way {
-            Way::Tap(_, engine) => Some(Supervisor::start(engine)?),
+            StoreAccess::Tap(_, engine) => Some(BenchSupervisor::start(engine)?),
             _ => None,
         };
         let mut devices = Vec::new();
         for (number, store) in (0..).map(many::number).zip(stores) {
             let device = many::name(devices.len());
             let vdev = device.trim_start_matches("/dev/");
-            let memory = self.stores.path(Store::Memory);
+            let memory = self.stores.path(DiskStore::Memory);
             let Some(disk) = backend.way.disk(store, memory, vdev) else {
                 return Ok((stores.to_vec(), None));
             };
             self.guest.attach(&disk, &device)?;
             self.check_server(backend.driver, number)?;
             match backend.way {
-                Way::Direct(_) => self.guest.make_direct(store)?,
-                Way::Export => self.guest.exchange(memory, store)?,
+                StoreAccess::Direct(_) => self.guest.make_direct(store)?,
+                StoreAccess::Export => self.guest.exchange(memory, store)?,
                 _ => {}
             }
             devices.push(device);
@@ -381,21 +390,27 @@ impl Bench<'_> {
         &mut self,
         backend: &Backend,
         devices: &[String],
-        supervisor: Option<Supervisor>,
+        supervisor: Option<BenchSupervisor>,
     ) -> Result<()> {
-        if backend.way != Way::Native {
+        if backend.way != StoreAccess::Native {
             for (number, device) in (0..).map(many::number).zip(devices) {
                 self.guest.detach(number, device)?;
             }
         }
-        if let Way::Export = backend.way {
+        if let StoreAccess::Export = backend.way {
             self.guest.forget_exchanged()?;
         }
-        supervisor.map_or(Ok(()), Supervisor::stop)
+        supervisor.map_or(Ok(()), BenchSupervisor::stop)
     }
 
     /// Measures jobs on `count` disks that appear at once, and the costs of attach and detach.
-    fn many(&mut self, backend: &Backend, jobs: &[Job], count: u32, visit: Visit) -> Result<()> {
+    fn many(
+        &mut self,
+        backend: &Backend,
+        jobs: &[BenchJob],
+        count: u32,
+        visit: Visit,
+    ) -> Result<()> {
         let nodes: Vec<String> = self
             .stores
             .small()
@@ -403,25 +418,29 @@ impl Bench<'_> {
             .take(count as usize)
             .cloned()
             .collect();
-        let of = |work: Work| jobs.iter().find(|job| job.work == work);
-        if of(Work::Idle).is_some() {
+        let of = |work: JobWork| jobs.iter().find(|job| job.work == work);
+        if of(JobWork::Idle).is_some() {
             // Memory that the first disks ever allocate permanently does not count for these.
-            let disks = Disks::prepare(&mut self.guest, &nodes, backend.driver)?;
+            let disks = GuestDisks::prepare(&mut self.guest, &nodes, backend.driver)?;
             disks.appear(&mut self.guest)?;
             disks.go(&mut self.guest)?;
             disks.forget()?;
         }
         // The idle time without disks, to compare with that with disks.
-        let idle = match of(Work::Idle) {
-            Some(job) => Some((job, Memory::now(&mut self.guest)?, self.idle(job.count)?)),
+        let idle = match of(JobWork::Idle) {
+            Some(job) => Some((
+                job,
+                FreeMemory::now(&mut self.guest)?,
+                self.idle(job.count)?,
+            )),
             None => None,
         };
-        let disks = Disks::prepare(&mut self.guest, &nodes, backend.driver)?;
+        let disks = GuestDisks::prepare(&mut self.guest, &nodes, backend.driver)?;
         let run = sample::around(&mut self.guest, self.marks, |guest| disks.appear(guest))?;
         for number in disks.numbers() {
             self.check_server(backend.driver, *number)?;
         }
-        if let Some(job) = of(Work::Attach) {
+        if let Some(job) = of(JobWork::Attach) {
             self.say(backend, job, visit, long(run.whole(u64::from(count))))?;
         }
         let idle = match idle {
@@ -429,33 +448,36 @@ impl Bench<'_> {
                 let with = self.idle(job.count)?;
                 let mut sample = long(with.json(job.total(job.count), 0.0, 0.0));
                 sample.insert("short".into(), without.json(0, 0.0, 0.0));
-                let mut each = Memory::now(&mut self.guest)?.each("idle", &memory, count);
+                let mut each = FreeMemory::now(&mut self.guest)?.each("idle", &memory, count);
                 let load = jobs::memory_load(&disks.in_guest());
                 each.extend(memory.busy(count, || self.guest.run(&load).map(drop))?);
                 Some((job, memory, sample, each))
             }
             None => None,
         };
-        for job in jobs.iter().filter(|job| matches!(job.work, Work::Fio(..))) {
-            let mut place = Place::Guest(&mut self.guest);
+        for job in jobs
+            .iter()
+            .filter(|job| matches!(job.work, JobWork::Fio(..)))
+        {
+            let mut place = JobPlace::Guest(&mut self.guest);
             let sample = sample::fio(&mut place, job, &disks.in_guest(), self.marks, None)?;
             self.say(backend, job, visit, sample)?;
         }
         if let Some((job, memory, mut sample, mut each)) = idle {
-            each.extend(Memory::now(&mut self.guest)?.each("after load", &memory, count));
+            each.extend(FreeMemory::now(&mut self.guest)?.each("after load", &memory, count));
             sample.insert("figures".into(), json!(each));
             self.say(backend, job, visit, sample)?;
         }
         let run = sample::around(&mut self.guest, self.marks, |guest| disks.go(guest))?;
         disks.forget()?;
-        if let Some(job) = of(Work::Detach) {
+        if let Some(job) = of(JobWork::Detach) {
             self.say(backend, job, visit, long(run.whole(u64::from(count))))?;
         }
         Ok(())
     }
 
     /// Waits for this number of seconds without any load.
-    fn idle(&mut self, seconds: u32) -> Result<sample::Run> {
+    fn idle(&mut self, seconds: u32) -> Result<sample::RunCounters> {
         let pause = Duration::from_secs(seconds.into());
         sample::around(&mut self.guest, self.marks, |_| {
             std::thread::sleep(pause);
@@ -466,7 +488,7 @@ impl Bench<'_> {
     fn say(
         &mut self,
         backend: &Backend,
-        job: &Job,
+        job: &BenchJob,
         visit: Visit,
         mut sample: Map<String, Value>,
     ) -> Result<()> {
@@ -478,11 +500,11 @@ impl Bench<'_> {
     }
 
     /// Checks which driver serves the disk, because a figure of the wrong driver would be worse than none.
-    fn check_server(&self, driver: Driver, number: u32) -> Result<()> {
+    fn check_server(&self, driver: RequiredDriver, number: u32) -> Result<()> {
         let wanted = match driver {
-            Driver::Ours | Driver::Wasteful => Some("xen-blkback-rs"),
-            Driver::C(_) => Some("vbd"),
-            Driver::None => None,
+            RequiredDriver::Ours | RequiredDriver::Wasteful => Some("xen-blkback-rs"),
+            RequiredDriver::C(_) => Some("vbd"),
+            RequiredDriver::None => None,
         };
         let server = self.guest.server(number);
         ensure!(
@@ -494,29 +516,29 @@ impl Bench<'_> {
 }
 
 /// Returns true if a job suits a backend. Only the jobs of fio on one disk show the costs of other kinds of stores.
-fn fits(backend: &Backend, job: &Job) -> bool {
-    let guest = matches!(backend.way, Way::Guest(_));
-    let memory = backend.store == Store::Memory;
-    let process = matches!(backend.way, Way::Tap(PROCESS, _));
+fn fits(backend: &Backend, job: &BenchJob) -> bool {
+    let guest = matches!(backend.way, StoreAccess::Guest(_));
+    let memory = backend.store == DiskStore::Memory;
+    let process = matches!(backend.way, StoreAccess::Tap(PROCESS, _));
     match (job.setting, job.work) {
-        (_, Work::Death | Work::Handoff) => process,
-        (_, Work::Takeover) => memory && guest && backend.driver == Driver::Ours,
+        (_, JobWork::Death | JobWork::Handoff) => process,
+        (_, JobWork::Takeover) => memory && guest && backend.driver == RequiredDriver::Ours,
         // Xen does not log the dirty pages of PV guests here.
-        (_, Work::Move) => matches!(backend.way, Way::Pvh(_)),
-        (Setting::Plain, Work::Bonnie) | (Setting::Queues, _) => memory,
+        (_, JobWork::Move) => matches!(backend.way, StoreAccess::Pvh(_)),
+        (Setting::Plain, JobWork::Bonnie) | (Setting::Queues, _) => memory,
         // In this setting dom0 shares a processor with a guest.
-        (Setting::Shared, _) => memory && backend.way != Way::Native,
+        (Setting::Shared, _) => memory && backend.way != StoreAccess::Native,
         // dom0's page cache would answer in place of the device.
-        (Setting::On(_), _) => memory && !(guest && backend.driver == Driver::None),
-        (Setting::Plain, Work::Boot) => backend.way != Way::Native,
+        (Setting::On(_), _) => memory && !(guest && backend.driver == RequiredDriver::None),
+        (Setting::Plain, JobWork::Boot) => backend.way != StoreAccess::Native,
         // Otherwise there are snapshots of a block device.
         (Setting::Clones(_), _) => {
-            let snapshots = memory && guest && backend.driver != Driver::None;
-            snapshots || matches!(backend.store, Store::Clone(_))
+            let snapshots = memory && guest && backend.driver != RequiredDriver::None;
+            snapshots || matches!(backend.store, DiskStore::Clone(_))
         }
         // Clones are only for a first boot, because most of their data is in the backing image.
-        (Setting::Plain, _) => !matches!(backend.store, Store::Clone(_)),
-        (Setting::Disks(_), _) => memory && guest && backend.driver != Driver::None,
+        (Setting::Plain, _) => !matches!(backend.store, DiskStore::Clone(_)),
+        (Setting::Disks(_), _) => memory && guest && backend.driver != RequiredDriver::None,
     }
 }
 

@@ -3,8 +3,8 @@
 //!
 //! Where there are a short and a long run, both are reported, because their difference contains neither start nor end.
 
-use crate::guest::Guest;
-use crate::jobs::Job;
+use crate::guest::RunningGuest;
+use crate::jobs::BenchJob;
 use crate::mark::Marks;
 use crate::sh;
 use anyhow::{Context, Result};
@@ -32,7 +32,7 @@ impl Counters {
     }
 
     /// Reads those of the guest.
-    pub(crate) fn of_guest(guest: &mut Guest) -> Result<Counters> {
+    pub(crate) fn of_guest(guest: &mut RunningGuest) -> Result<Counters> {
         Ok(Counters::parse(&guest.run(COUNTERS)?))
     }
 
@@ -63,27 +63,27 @@ impl Counters {
 }
 
 /// Place where a job runs.
-pub(crate) enum Place<'a> {
+pub(crate) enum JobPlace<'a> {
     /// In the guest.
-    Guest(&'a mut Guest),
+    Guest(&'a mut RunningGuest),
     /// In dom0.
     Dom0,
 }
 
-impl Place<'_> {
+impl JobPlace<'_> {
     /// Runs a command with the counters around it, and returns all output.
     pub(crate) fn run(&mut self, command: &str) -> Result<String> {
         let command = format!("{COUNTERS}; {command}; {COUNTERS}");
         match self {
-            Place::Guest(guest) => guest.run(&command),
-            Place::Dom0 => sh::shell(&command),
+            JobPlace::Guest(guest) => guest.run(&command),
+            JobPlace::Dom0 => sh::shell(&command),
         }
     }
 }
 
 /// Counters of a run in the machine.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Run {
+pub(crate) struct RunCounters {
     /// The numbers of the marks before and after it.
     pub(crate) marks: [u64; 2],
     /// Duration in seconds.
@@ -93,7 +93,7 @@ pub(crate) struct Run {
     pub(crate) guest: Counters,
 }
 
-impl Run {
+impl RunCounters {
     /// Returns it as a line of the report.
     pub(crate) fn json(&self, units: u64, per_second: f64, latency_us: f64) -> Value {
         json!({
@@ -121,11 +121,11 @@ impl Run {
 /// Runs a program such as fio that prints a line with its result; the output before and after that line has the
 /// counters.
 pub(crate) fn printed(
-    place: &mut Place<'_>,
+    place: &mut JobPlace<'_>,
     command: &str,
     line_begins: &str,
     marks: &mut Marks,
-) -> Result<(Run, String)> {
+) -> Result<(RunCounters, String)> {
     let before = Counters::of_dom0()?;
     let (start, first) = (Instant::now(), marks.set());
     let text = place.run(command)?;
@@ -135,7 +135,7 @@ pub(crate) fn printed(
     let (early, line, late) = split(&text, line_begins)
         .with_context(|| format!("no result was printed by `{command}`: {text}"))?;
     let guest = Counters::parse(late).since(Counters::parse(early));
-    let run = Run {
+    let run = RunCounters {
         marks: [first, last],
         seconds,
         dom0,
@@ -146,10 +146,10 @@ pub(crate) fn printed(
 
 /// Counts during `what`, which may use the guest.
 pub(crate) fn around(
-    guest: &mut Guest,
+    guest: &mut RunningGuest,
     marks: &mut Marks,
-    what: impl FnOnce(&mut Guest) -> Result<()>,
-) -> Result<Run> {
+    what: impl FnOnce(&mut RunningGuest) -> Result<()>,
+) -> Result<RunCounters> {
     let before = (Counters::of_dom0()?, Counters::of_guest(guest)?);
     let (start, first) = (Instant::now(), marks.set());
     what(guest)?;
@@ -157,7 +157,7 @@ pub(crate) fn around(
     let seconds = start.elapsed().as_secs_f64();
     let guest = Counters::of_guest(guest)?.since(before.1);
     let dom0 = Counters::of_dom0()?.since(before.0);
-    Ok(Run {
+    Ok(RunCounters {
         marks: [first, last],
         seconds,
         dom0,
@@ -168,8 +168,8 @@ pub(crate) fn around(
 /// Measures with fio: the short run, unless one of this job on this backend exists, then the long one. A first run is
 /// not counted.
 pub(crate) fn fio(
-    place: &mut Place<'_>,
-    job: &Job,
+    place: &mut JobPlace<'_>,
+    job: &BenchJob,
     devices: &[String],
     marks: &mut Marks,
     short: Option<Value>,

@@ -19,7 +19,7 @@ const CHUNK: u32 = 8;
 
 /// Layout of clones on a device.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Layout {
+pub(crate) struct CloneLayout {
     /// Number of clones.
     pub(crate) count: u32,
     /// MiB of the cloned volume, which is at the beginning.
@@ -28,7 +28,7 @@ pub(crate) struct Layout {
     pub(crate) all: u32,
 }
 
-impl Layout {
+impl CloneLayout {
     /// Returns the MiB for writes to one clone.
     fn room(self) -> Result<u32> {
         let room = self.all.saturating_sub(self.golden).checked_div(self.count);
@@ -67,7 +67,7 @@ fn linear(size: u32, device: &str, from: u32) -> String {
 }
 
 /// Makes such clones of the volume at the beginning of `device`, without changes yet.
-pub(crate) fn create(device: &str, layout: Layout) -> Result<Vec<String>> {
+pub(crate) fn create(device: &str, layout: CloneLayout) -> Result<Vec<String>> {
     map(GOLDEN, &layout.golden(device))?;
     let clones = (0..layout.count).map(|index| {
         let room = map(&format!("bench-room{index}"), &layout.own(device, index)?)?;
@@ -119,9 +119,9 @@ fn map(name: &str, table: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{in_order, Layout};
+    use super::{in_order, CloneLayout};
 
-    const LAYOUT: Layout = Layout {
+    const LAYOUT: CloneLayout = CloneLayout {
         count: 8,
         golden: 64,
         all: 384,
@@ -146,14 +146,14 @@ mod tests {
     #[test]
     fn a_device_that_is_too_small_is_refused() {
         for layout in [
-            Layout { all: 64, ..LAYOUT },
-            Layout { all: 71, ..LAYOUT },
-            Layout { count: 0, ..LAYOUT },
+            CloneLayout { all: 64, ..LAYOUT },
+            CloneLayout { all: 71, ..LAYOUT },
+            CloneLayout { count: 0, ..LAYOUT },
         ] {
             let error = layout.own("/dev/a", 0).unwrap_err().to_string();
             assert!(error.contains("no room"), "{error}");
         }
-        assert!(Layout { all: 72, ..LAYOUT }.own("/dev/a", 7).is_ok());
+        assert!(CloneLayout { all: 72, ..LAYOUT }.own("/dev/a", 7).is_ok());
     }
 
     #[test]

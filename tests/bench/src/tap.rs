@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Disks that a process serves: the supervisor, and the time until it replaces a dead process.
 
-use crate::guest::Guest;
-use crate::jobs::Job;
+use crate::guest::RunningGuest;
+use crate::jobs::BenchJob;
 use crate::mark::Marks;
 use crate::reads::{Reads, LOOK};
-use crate::sample::{self, Place};
+use crate::sample::{self, JobPlace};
 use crate::sh;
 use anyhow::{bail, ensure, Context, Result};
 use ring::tap::abi::{Info, STATE_LIVE};
@@ -25,18 +25,18 @@ pub(crate) fn disk(target: &str, vdev: &str) -> String {
 
 /// The supervisor, while disks of processes are measured.
 #[derive(Debug)]
-pub(crate) struct Supervisor(Child);
+pub(crate) struct BenchSupervisor(Child);
 
-impl Supervisor {
+impl BenchSupervisor {
     /// Starts it; its processes use this engine.
-    pub(crate) fn start(engine: &str) -> Result<Supervisor> {
+    pub(crate) fn start(engine: &str) -> Result<BenchSupervisor> {
         sh::put(SETTINGS, &format!("CREATE_OPTIONS='--engine {engine}'\n"))?;
         let child = Command::new(control::installed::SUPERVISOR)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .context("cannot start blktapctrl: is it installed?")?;
-        let mut supervisor = Supervisor(child);
+        let mut supervisor = BenchSupervisor(child);
         sh::wait_for("an answer of blktapctrl", || {
             let ended = supervisor.0.try_wait()?;
             ensure!(ended.is_none(), "blktapctrl has ended: {ended:?}");
@@ -62,12 +62,12 @@ pub(crate) fn end_supervisor() -> Result<()> {
 /// first death, because the supervisor delays the restart from the second death in a minute on. The instructions and
 /// events of such a run include those of the load.
 pub(crate) fn measure(
-    place: &mut Place<'_>,
+    place: &mut JobPlace<'_>,
     number: u32,
-    job: &Job,
+    job: &BenchJob,
     marks: &mut Marks,
 ) -> Result<Map<String, Value>> {
-    let Place::Guest(guest) = place else {
+    let JobPlace::Guest(guest) = place else {
         bail!("only a guest waits for a process");
     };
     let mut seconds = Vec::new();
@@ -92,7 +92,7 @@ fn served(control: &Control) -> Result<Info> {
 
 /// Kills the process `deaths` times while the guest reads, and waits each time until the next process has answered a
 /// request. Returns the seconds of each.
-fn deaths(guest: &mut Guest, number: u32, deaths: u32) -> Result<Vec<f64>> {
+fn deaths(guest: &mut RunningGuest, number: u32, deaths: u32) -> Result<Vec<f64>> {
     let reads = Reads::start(guest, number)?;
     let (control, mut seconds) = (Control::open()?, Vec::new());
     for _ in 0..deaths {

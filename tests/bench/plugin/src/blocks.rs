@@ -8,11 +8,11 @@
 /// Number of known bytes of an instruction.
 pub(crate) type Length = usize;
 /// Its first bytes.
-pub(crate) type Bytes = [u8; 8];
+pub(crate) type LeadingBytes = [u8; 8];
 
 /// Effects of a block each time that it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Block {
+pub(crate) struct BlockEffects {
     /// Instructions that do not copy.
     pub(crate) instructions: u64,
     /// Instructions that copy, and their number of bytes.
@@ -24,7 +24,7 @@ pub(crate) struct Block {
 
 /// Kind of an instruction, where it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum InstructionKind {
     /// A step of a string move of this number of bytes.
     Move(u64),
     /// Loads a word from where `rsi` points.
@@ -47,7 +47,7 @@ pub(crate) enum Turn {
 impl Turn {
     /// Meaning of such an instruction in the hypervisor and in a kernel. A PV kernel under Xen uses `syscall` only for
     /// hypercalls; kernels in hardware virtual machines use the other two.
-    pub(crate) fn of((bytes, length): (Bytes, Length), in_hypervisor: bool) -> Option<Turn> {
+    pub(crate) fn of((bytes, length): (LeadingBytes, Length), in_hypervisor: bool) -> Option<Turn> {
         match (bytes.get(..length)?, in_hypervisor) {
             ([0xf4], true) => Some(Turn::Halt),
             ([0x0f, 0x05] | [0x0f, 0x01, 0xc1 | 0xd9], false) => Some(Turn::Hypercall),
@@ -62,18 +62,22 @@ const PAUSE: [u8; 2] = [REP, 0x90];
 const WORDS: u64 = 4;
 const WORD: u64 = 8;
 
-impl Kind {
-    fn of((bytes, length): (Bytes, Length)) -> Kind {
+impl InstructionKind {
+    fn of((bytes, length): (LeadingBytes, Length)) -> InstructionKind {
         let bytes = bytes.get(..length).unwrap_or(&bytes);
         match bytes {
-            [REP, 0x48, 0xa5] => Kind::Move(8),
-            [REP, 0xa5] => Kind::Move(4),
-            [REP, 0xa4] => Kind::Move(1),
+            [REP, 0x48, 0xa5] => InstructionKind::Move(8),
+            [REP, 0xa5] => InstructionKind::Move(4),
+            [REP, 0xa4] => InstructionKind::Move(1),
             // A word (REX.W), no register added to the address, at most a byte of displacement.
-            [rex, 0x8b, operands, ..] if word(*rex) && points(*operands, 6) => Kind::Load,
-            [rex, 0x89, operands, ..] if word(*rex) && points(*operands, 7) => Kind::Store,
-            _ if bytes == PAUSE => Kind::Pause,
-            _ => Kind::Other,
+            [rex, 0x8b, operands, ..] if word(*rex) && points(*operands, 6) => {
+                InstructionKind::Load
+            }
+            [rex, 0x89, operands, ..] if word(*rex) && points(*operands, 7) => {
+                InstructionKind::Store
+            }
+            _ if bytes == PAUSE => InstructionKind::Pause,
+            _ => InstructionKind::Other,
         }
     }
 }
@@ -88,24 +92,24 @@ fn points(operands: u8, register: u8) -> bool {
     operands >> 6 <= 1 && operands & 7 == register
 }
 
-impl Block {
+impl BlockEffects {
     /// Returns the effects of a block of these instructions.
     pub(crate) fn of(
-        instructions: impl Iterator<Item = (Bytes, Length)>,
+        instructions: impl Iterator<Item = (LeadingBytes, Length)>,
         in_domain: bool,
-    ) -> Block {
-        let (mut block, mut loads, mut stores) = (Block::default(), 0, 0);
-        for kind in instructions.map(Kind::of) {
-            block.pauses = in_domain && kind == Kind::Pause;
+    ) -> BlockEffects {
+        let (mut block, mut loads, mut stores) = (BlockEffects::default(), 0, 0);
+        for kind in instructions.map(InstructionKind::of) {
+            block.pauses = in_domain && kind == InstructionKind::Pause;
             match kind {
-                Kind::Move(bytes) => {
+                InstructionKind::Move(bytes) => {
                     block.copying += 1;
                     block.copied += bytes;
                     continue;
                 }
-                Kind::Load => loads += 1,
-                Kind::Store => stores += 1,
-                Kind::Pause | Kind::Other => {}
+                InstructionKind::Load => loads += 1,
+                InstructionKind::Store => stores += 1,
+                InstructionKind::Pause | InstructionKind::Other => {}
             }
             block.instructions += 1;
         }
@@ -128,9 +132,9 @@ impl Block {
     }
 
     /// Unpacks the counter and the block.
-    pub(crate) fn unpack(packed: usize) -> (usize, Block) {
+    pub(crate) fn unpack(packed: usize) -> (usize, BlockEffects) {
         let number = |shift: u32| (packed >> shift & 0xfff) as u64;
-        let block = Block {
+        let block = BlockEffects {
             instructions: number(25),
             copying: number(13),
             copied: number(1),
@@ -142,16 +146,16 @@ impl Block {
 
 #[cfg(test)]
 mod tests {
-    use super::{Block, Bytes, Length, Turn};
+    use super::{BlockEffects, LeadingBytes, Length, Turn};
 
-    fn instruction(text: &[u8]) -> (Bytes, Length) {
-        let mut bytes = Bytes::default();
+    fn instruction(text: &[u8]) -> (LeadingBytes, Length) {
+        let mut bytes = LeadingBytes::default();
         bytes[..text.len()].copy_from_slice(text);
         (bytes, text.len())
     }
 
-    fn block(instructions: &[&[u8]], in_domain: bool) -> Block {
-        Block::of(instructions.iter().map(|text| instruction(text)), in_domain)
+    fn block(instructions: &[&[u8]], in_domain: bool) -> BlockEffects {
+        BlockEffects::of(instructions.iter().map(|text| instruction(text)), in_domain)
     }
 
     /// An iteration of the loop of Linux's `memcpy_orig`, forward.
@@ -208,16 +212,16 @@ mod tests {
 
     #[test]
     fn what_is_packed_is_unpacked() {
-        let block = Block {
+        let block = BlockEffects {
             instructions: 511,
             copying: 12,
             copied: 512,
             pauses: true,
         };
-        assert_eq!(Block::unpack(block.pack(50000)), (50000, block));
+        assert_eq!(BlockEffects::unpack(block.pack(50000)), (50000, block));
         assert_eq!(
-            Block::unpack(Block::default().pack(7)),
-            (7, Block::default())
+            BlockEffects::unpack(BlockEffects::default().pack(7)),
+            (7, BlockEffects::default())
         );
     }
 }

@@ -30,11 +30,11 @@ pub(crate) const COUNTERS: usize = FIXED + BLOCKS;
 
 /// The blocks of modules with a counter of their own, by start address.
 #[derive(Debug, Default)]
-pub(crate) struct Blocks {
+pub(crate) struct CountedBlocks {
     counters: BTreeMap<u64, usize>,
 }
 
-impl Blocks {
+impl CountedBlocks {
     /// Returns the counter of a block, or that of its page when there are too many blocks.
     pub(crate) fn counter(&mut self, address: u64) -> usize {
         let known = self.counters.len();
@@ -82,7 +82,7 @@ pub(crate) fn name(counter: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{counter, in_module, name, Blocks, BLOCKS, COUNTERS, FIXED, MARK};
+    use super::{counter, in_module, name, CountedBlocks, BLOCKS, COUNTERS, FIXED, MARK};
 
     #[test]
     fn mark_is_one_long_nop() {
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn blocks_have_their_own_counters_until_there_are_too_many() {
-        let mut blocks = Blocks::default();
+        let mut blocks = CountedBlocks::default();
         let first = 0xffff_ffff_c000_0010;
         assert_eq!(blocks.counter(first), FIXED);
         assert_eq!(blocks.counter(first + 1), FIXED + 1);

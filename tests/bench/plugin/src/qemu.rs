@@ -5,8 +5,8 @@
 //! at translation. For code that all processors run, such as the hypervisor's, it is the first one that ran it. So the
 //! plugin reads QEMU's own variable instead.
 
-use crate::blocks::{Block as Kind, Length, Turn};
-use crate::places::{self, Blocks, COUNTERS, FIXED, MARK};
+use crate::blocks::{BlockEffects as Kind, Length, Turn};
+use crate::places::{self, CountedBlocks, COUNTERS, FIXED, MARK};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A translation block: opaque.
-enum Block {}
+enum TranslationBlock {}
 /// An instruction of a block: opaque.
 enum Instruction {}
 /// A register of a processor: opaque.
@@ -38,9 +38,12 @@ struct Array<T> {
 }
 
 extern "C" {
-    fn qemu_plugin_register_vcpu_tb_trans_cb(id: u64, translated: extern "C" fn(u64, *mut Block));
+    fn qemu_plugin_register_vcpu_tb_trans_cb(
+        id: u64,
+        translated: extern "C" fn(u64, *mut TranslationBlock),
+    );
     fn qemu_plugin_register_vcpu_tb_exec_cb(
-        block: *mut Block,
+        block: *mut TranslationBlock,
         executed: extern "C" fn(c_uint, *mut c_void),
         flags: c_int,
         data: *mut c_void,
@@ -51,9 +54,9 @@ extern "C" {
         flags: c_int,
         data: *mut c_void,
     );
-    fn qemu_plugin_tb_n_insns(block: *const Block) -> usize;
-    fn qemu_plugin_tb_vaddr(block: *const Block) -> u64;
-    fn qemu_plugin_tb_get_insn(block: *const Block, index: usize) -> *mut Instruction;
+    fn qemu_plugin_tb_n_insns(block: *const TranslationBlock) -> usize;
+    fn qemu_plugin_tb_vaddr(block: *const TranslationBlock) -> u64;
+    fn qemu_plugin_tb_get_insn(block: *const TranslationBlock, index: usize) -> *mut Instruction;
     fn qemu_plugin_insn_data(
         instruction: *const Instruction,
         place: *mut c_void,
@@ -82,7 +85,7 @@ pub static qemu_plugin_version: c_int = 4;
 const PROCESSORS: usize = 4;
 
 /// Present when each block of a module has a counter of its own.
-static EACH_BLOCK: OnceLock<Mutex<Blocks>> = OnceLock::new();
+static EACH_BLOCK: OnceLock<Mutex<CountedBlocks>> = OnceLock::new();
 
 /// The output file, and the number of marks in it.
 struct Out {
@@ -156,7 +159,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
         })
         .collect();
     if arguments.iter().any(|text| text == "blocks=on") {
-        EACH_BLOCK.get_or_init(|| Mutex::new(Blocks::default()));
+        EACH_BLOCK.get_or_init(|| Mutex::new(CountedBlocks::default()));
     }
     let Some(path) = arguments.iter().find_map(|text| text.strip_prefix("out=")) else {
         eprintln!("bench-plugin: give it the argument out=FILE");
@@ -190,7 +193,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
 
 /// Adds the effects of a block to the counters of the processor that runs it, each time that it runs. QEMU calls this
 /// when it has translated the block.
-extern "C" fn translated(_id: u64, block: *mut Block) {
+extern "C" fn translated(_id: u64, block: *mut TranslationBlock) {
     // SAFETY: QEMU passes a block that is valid during this call.
     let (address, count) = unsafe { (qemu_plugin_tb_vaddr(block), qemu_plugin_tb_n_insns(block)) };
     let counter = match EACH_BLOCK.get() {
@@ -222,7 +225,7 @@ extern "C" fn translated(_id: u64, block: *mut Block) {
 }
 
 /// Returns the first bytes of an instruction, and the number of bytes read.
-fn instruction(block: *mut Block, index: usize) -> ([u8; MARK.len()], Length) {
+fn instruction(block: *mut TranslationBlock, index: usize) -> ([u8; MARK.len()], Length) {
     let mut bytes = [0u8; MARK.len()];
     // SAFETY: the index is below the number of instructions, and `bytes` has that length.
     let length = unsafe {
@@ -233,7 +236,7 @@ fn instruction(block: *mut Block, index: usize) -> ([u8; MARK.len()], Length) {
 }
 
 /// Lets QEMU count an instruction that calls the hypervisor, or with which the hypervisor halts.
-fn count_turn(block: *mut Block, index: usize, address: u64) {
+fn count_turn(block: *mut TranslationBlock, index: usize, address: u64) {
     let place = places::NAMES.get(places::counter(address)).copied();
     if matches!(place, Some("user" | "other")) {
         return;
@@ -252,7 +255,7 @@ fn count_turn(block: *mut Block, index: usize, address: u64) {
     }
 }
 
-fn mark_if_it_is(block: *mut Block, index: usize) {
+fn mark_if_it_is(block: *mut TranslationBlock, index: usize) {
     if instruction(block, index) != (MARK, MARK.len()) {
         return;
     }
