@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Building the kernel module and the programs.
 
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::root::Root;
-use crate::steps::{self, Kind, Step};
+use crate::steps::{self, RunningStep, StepKind};
 use crate::{cache, recipes, run};
 use anyhow::{Context, Result};
 use std::fs;
@@ -43,21 +43,21 @@ pub(crate) fn all() -> Result<Built> {
 
 /// Builds the kernel module and returns the path of the .ko. The compiler's messages are shown.
 pub(crate) fn module() -> Result<PathBuf> {
-    module_for(Kernel::Stock)
+    module_for(Dom0Kernel::Stock)
 }
 
 /// Builds the module like [`module`], for this kernel.
-pub(crate) fn module_for(kernel: Kernel) -> Result<PathBuf> {
+pub(crate) fn module_for(kernel: Dom0Kernel) -> Result<PathBuf> {
     let name = match kernel {
-        Kernel::Stock => "module",
-        Kernel::Checked => "module-checked",
+        Dom0Kernel::Stock => "module",
+        Dom0Kernel::Checked => "module-checked",
     };
     compile(name, &repository()?, kernel, &[])
 }
 
 /// Builds the module like [`module`], from the Kbuild in `source`.
 pub(crate) fn module_of(source: &Path) -> Result<PathBuf> {
-    compile("module", source, Kernel::Stock, &[])
+    compile("module", source, Dom0Kernel::Stock, &[])
 }
 
 /// Builds the module so that it wastes the driver's savings; only the gate of the bench uses it.
@@ -73,14 +73,14 @@ pub(crate) fn faulty_module() -> Result<PathBuf> {
 /// Builds the module of the checkout with this cfg; such a build is never shipped.
 fn planted(name: &str, cfg: &str) -> Result<PathBuf> {
     let flag = format!("RUSTFLAGS_MODULE=--cfg={cfg}");
-    compile(name, &repository()?, Kernel::Stock, &[&flag])
+    compile(name, &repository()?, Dom0Kernel::Stock, &[&flag])
 }
 
 /// Builds the module of `source` in the folder of objects `name`, with more words for make.
-fn compile(name: &str, source: &Path, kernel: Kernel, flags: &[&str]) -> Result<PathBuf> {
+fn compile(name: &str, source: &Path, kernel: Dom0Kernel, flags: &[&str]) -> Result<PathBuf> {
     let objects = objects(name, source, kernel)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
-    let _step = Step::begin(Kind::Build, name, &format!("compiling {name}"));
+    let _step = RunningStep::begin(StepKind::Build, name, &format!("compiling {name}"));
     run::shown(make(source, &objects, kernel)?.args(flags))?;
     let module = objects.join("xen-blkback-rs.ko");
     anyhow::ensure!(
@@ -94,17 +94,17 @@ fn compile(name: &str, source: &Path, kernel: Kernel, flags: &[&str]) -> Result<
 /// is never loaded.
 pub(crate) fn clippy_messages() -> Result<String> {
     let source = repository()?;
-    let objects = objects("module-clippy", &source, Kernel::Stock)?;
+    let objects = objects("module-clippy", &source, Dom0Kernel::Stock)?;
     let _lock = cache::lock(&objects.with_extension("lock"))?;
     // Up to date files would not be checked, and their warnings would be lost.
     run::remove_tree(&objects)?;
     fs::create_dir_all(&objects)?;
-    let _step = Step::begin(
-        Kind::Build,
+    let _step = RunningStep::begin(
+        StepKind::Build,
         "clippy of the module",
         "looking at the module with clippy",
     );
-    let out = make(&source, &objects, Kernel::Stock)?
+    let out = make(&source, &objects, Dom0Kernel::Stock)?
         .arg("CLIPPY=1")
         .output()?;
     let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).replace("/mnt/b/", "");
@@ -117,7 +117,7 @@ pub(crate) fn clippy_messages() -> Result<String> {
 
 /// Returns the folder for the objects of a build, which depend on the path of the checkout and on the tree that they
 /// are built against.
-fn objects(name: &str, source: &Path, kernel: Kernel) -> Result<PathBuf> {
+fn objects(name: &str, source: &Path, kernel: Dom0Kernel) -> Result<PathBuf> {
     let tree = recipes::kernel_tree(&recipes::build_root()?, kernel)?;
     let key = cache::key(&[&source.to_string_lossy(), &tree.to_string_lossy()]);
     let objects = cache::dir()?.join(format!("{name}-{key}"));
@@ -126,7 +126,7 @@ fn objects(name: &str, source: &Path, kernel: Kernel) -> Result<PathBuf> {
 }
 
 /// Returns the make that builds the module of `source` into `objects`.
-fn make(source: &Path, objects: &Path, kernel: Kernel) -> Result<Command> {
+fn make(source: &Path, objects: &Path, kernel: Dom0Kernel) -> Result<Command> {
     let build_root = recipes::build_root()?;
     let root = Root::new(&build_root)
         .bind_read_only(&recipes::kernel_tree(&build_root, kernel)?, "/mnt/a")
@@ -192,7 +192,7 @@ fn debuggable() -> Result<PathBuf> {
         )
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
         .current_dir(&repository);
-    let _step = Step::begin(Kind::Build, "programs", "compiling the programs");
+    let _step = RunningStep::begin(StepKind::Build, "programs", "compiling the programs");
     run::shown(&mut cargo)?;
     Ok(target.join(TARGET).join("release"))
 }

@@ -4,7 +4,7 @@
 //! Each artefact is one directory `NAME-KEY`, where KEY is a hash of all inputs. It is built as `NAME-KEY.partial`
 //! under a lock and renamed at the end, so an existing one is complete.
 
-use crate::steps::{Kind, Step};
+use crate::steps::{RunningStep, StepKind};
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
@@ -86,7 +86,11 @@ impl Artefact<'_> {
         fs::write(&log, "")?;
         eprintln!("building {} (about {}) ...", self.title, self.about);
         let start = Instant::now();
-        let _step = Step::begin(Kind::Build, self.title, &format!("building {}", self.title));
+        let _step = RunningStep::begin(
+            StepKind::Build,
+            self.title,
+            &format!("building {}", self.title),
+        );
         make(&partial, &log).with_context(|| format!("cannot build {}", self.title))?;
         fs::rename(&partial, &done)?;
         eprintln!("built {} in {} s", self.title, start.elapsed().as_secs());

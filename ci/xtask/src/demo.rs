@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask demo`: a demonstration of the driver by `vmtest demo` in a Xen machine.
 
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::machine::Machine;
 use crate::{lanes, recipes, steps};
 use anyhow::Result;
@@ -41,12 +41,12 @@ pub(crate) fn tell(story: Story) -> Result<()> {
     let script = format!(
         "/t/vmtest demo --story {story} 2>/tmp/complaint && echo '{TOLD}' >\"$REPORT\" || cat /tmp/complaint >\"$REPORT\"\n"
     );
-    let payload = lanes::e2e::with_everything("demo", &script, Kernel::Stock)?;
+    let payload = lanes::e2e::with_everything("demo", &script, Dom0Kernel::Stock)?;
     let mut machine = Machine::new("demo");
     machine.timeout = Duration::from_secs(900);
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
     let mut told = false;
-    let outcome = machine.run(&recipes::machines(Kernel::Stock)?, &payload, |line| {
+    let outcome = machine.run(&recipes::machines(Dom0Kernel::Stock)?, &payload, |line| {
         steps::printed();
         if line == TOLD {
             told = true;

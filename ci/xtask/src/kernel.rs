@@ -18,7 +18,7 @@ pub(crate) const SERIES: &[&str] = &["7.3", "7.2"];
 
 /// A kernel of the target suite, as dom0 has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kernel {
+pub(crate) enum Dom0Kernel {
     /// The kernel of the archive.
     Stock,
     /// Built from the stock kernel's source, with the kernel's own checks (`ci/recipes/kernel-checked.config`). Its

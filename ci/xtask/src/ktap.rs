@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Reads the lines of KTAP that a program in a test machine reports.
 
-use crate::steps::{self, Kind};
-use crate::tally::Tally;
+use crate::steps::{self, StepKind};
+use crate::tally::TestTally;
 
 /// Start of a note on a guest that the emulator killed.
 const EMULATOR: &str = "# emulator: ";
@@ -20,14 +20,14 @@ pub(crate) struct Reader {
 
 impl Reader {
     /// Takes the next line.
-    pub(crate) fn line(&mut self, line: &str, tally: &mut Tally) {
+    pub(crate) fn line(&mut self, line: &str, tally: &mut TestTally) {
         steps::printed();
         if line.starts_with(char::is_whitespace) {
             let time = line.trim().strip_prefix("seconds: ");
             if let Some(seconds) = time.and_then(|time| time.parse().ok()) {
                 // A run that is ended from outside has no list of long cases.
                 println!("        {seconds} s");
-                steps::took(Kind::Case, &self.last, seconds);
+                steps::took(StepKind::Case, &self.last, seconds);
             }
             if let Some((_, why)) = &mut self.failing {
                 why.push_str(line);
@@ -66,7 +66,7 @@ impl Reader {
     }
 
     /// Ends the report: planned tests without a result have failed.
-    pub(crate) fn finish(mut self, tally: &mut Tally) {
+    pub(crate) fn finish(mut self, tally: &mut TestTally) {
         self.flush(tally);
         match self.planned {
             None => tally.fail(
@@ -85,7 +85,7 @@ impl Reader {
         }
     }
 
-    fn flush(&mut self, tally: &mut Tally) {
+    fn flush(&mut self, tally: &mut TestTally) {
         if let Some((name, why)) = self.failing.take() {
             tally.fail(&name, &why);
         }
@@ -107,10 +107,10 @@ fn parts(rest: &str) -> (String, String) {
 #[cfg(test)]
 mod tests {
     use super::Reader;
-    use crate::tally::Tally;
+    use crate::tally::TestTally;
 
     fn sums(report: &str) -> String {
-        let mut tally = Tally::default();
+        let mut tally = TestTally::default();
         let mut reader = Reader::default();
         report
             .lines()
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn death_by_the_emulator_is_counted_apart() {
-        let mut tally = Tally::default();
+        let mut tally = TestTally::default();
         let mut reader = Reader::default();
         for line in ["1..1", "# emulator: a: domain 7", "# a note", "ok 1 - a"] {
             reader.line(line, &mut tally);

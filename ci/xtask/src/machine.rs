@@ -5,11 +5,11 @@
 //! writes to the device named by $REPORT; the consoles go to a log of their own, and a sign of a kernel fault in it
 //! fails the run whatever was reported.
 
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::recipes::Machines;
 use crate::root::Root;
-use crate::steps::{Kind, Step};
-use crate::stolen::{Stolen, Watch};
+use crate::steps::{RunningStep, StepKind};
+use crate::stolen::{StealWatch, Stolen};
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::Flock;
@@ -27,11 +27,11 @@ const CHECKS: &str = "kfence.sample_interval=50 slab_debug=FZPU panic_on_warn=1 
 const BOOTS: u32 = 3;
 
 /// Returns the MiB of dom0's memory.
-const fn dom0_memory(kernel: Kernel) -> u32 {
+const fn dom0_memory(kernel: Dom0Kernel) -> u32 {
     match kernel {
-        Kernel::Stock => 1536,
+        Dom0Kernel::Stock => 1536,
         // It keeps records of all its memory.
-        Kernel::Checked => 3072,
+        Dom0Kernel::Checked => 3072,
     }
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct Machine {
     /// The disk of its root; without one, changes to the root are discarded.
     pub(crate) root: Option<PathBuf>,
     /// Number of this host, if it is one of two.
-    pub(crate) host: Option<Host>,
+    pub(crate) host: Option<MachineHost>,
     /// A plugin for QEMU; its output is `plugin.out` beside the console log.
     pub(crate) plugin: Option<PathBuf>,
     /// More arguments for the plugin.
@@ -106,14 +106,14 @@ impl Dom0 {
 
 /// One of two hosts with a network between them, and shared disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Host {
+pub(crate) enum MachineHost {
     /// The host that runs from the beginning to the end.
     First,
     /// The host that goes down and comes back.
     Second,
 }
 
-impl Host {
+impl MachineHost {
     /// The sockets of the network cable, in the folder of their first disk.
     pub(crate) const FIRST: &str = "first";
     const SECOND: &str = "second";
@@ -121,16 +121,16 @@ impl Host {
     /// Returns the word from which dom0 learns which host it is.
     fn word(self) -> &'static str {
         match self {
-            Host::First => "host=first",
-            Host::Second => "host=second",
+            MachineHost::First => "host=first",
+            MachineHost::Second => "host=second",
         }
     }
 
     /// Returns the option for the network cable. Either end may come and go.
     fn network(self) -> String {
         let (own, other) = match self {
-            Host::First => (Host::FIRST, Host::SECOND),
-            Host::Second => (Host::SECOND, Host::FIRST),
+            MachineHost::First => (MachineHost::FIRST, MachineHost::SECOND),
+            MachineHost::Second => (MachineHost::SECOND, MachineHost::FIRST),
         };
         format!(
             "dgram,id=net,local.type=unix,local.path=/mnt/c/{own},remote.type=unix,remote.path=/mnt/c/{other}"
@@ -139,28 +139,28 @@ impl Host {
 
     fn card(self) -> &'static str {
         match self {
-            Host::First => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01",
-            Host::Second => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:02",
+            MachineHost::First => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01",
+            MachineHost::Second => "virtio-net-pci,netdev=net,mac=52:54:00:00:00:02",
         }
     }
 }
 
 /// Result of a run.
 #[derive(Debug)]
-pub(crate) struct Outcome {
+pub(crate) struct RunOutcome {
     /// The console log.
     pub(crate) console: PathBuf,
     /// Lines of it that no healthy run has.
     pub(crate) splats: Vec<String>,
     /// How the machine ended.
-    pub(crate) end: End,
+    pub(crate) end: MachineEnd,
     /// Until this is dropped no other run of this name begins, which would remove the logs.
     _folder: Option<Flock<File>>,
 }
 
 /// End of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum MachineEnd {
     /// dom0's /t/run ended, and dom0 went down in order.
     Orderly,
     /// dom0 went down before the end of /t/run.
@@ -172,7 +172,7 @@ pub(crate) enum End {
 }
 
 /// One boot of a machine, to its end.
-struct Run {
+struct MachineRun {
     /// /t/run has reported a line.
     reported: bool,
     /// The time limit, if the machine reached it and was killed.
@@ -182,19 +182,19 @@ struct Run {
     stolen: Stolen,
 }
 
-impl Run {
+impl MachineRun {
     /// Returns how the machine ended, by its console.
-    fn end(self, log: &str) -> End {
+    fn end(self, log: &str) -> MachineEnd {
         match (self.killed, self.failure) {
-            (Some(limit), _) => End::Killed(limit.as_secs()),
-            (None, Some(failure)) => End::Failed(failure),
-            (None, None) if log.contains("dom0: /t/run ended with") => End::Orderly,
-            (None, None) => End::Early,
+            (Some(limit), _) => MachineEnd::Killed(limit.as_secs()),
+            (None, Some(failure)) => MachineEnd::Failed(failure),
+            (None, None) if log.contains("dom0: /t/run ended with") => MachineEnd::Orderly,
+            (None, None) => MachineEnd::Early,
         }
     }
 }
 
-impl Outcome {
+impl RunOutcome {
     /// Returns an error about a fault outside of the reported tests.
     pub(crate) fn verdict(&self) -> Result<()> {
         if let Some(first) = self.splats.first() {
@@ -205,12 +205,12 @@ impl Outcome {
             );
         }
         let what = match &self.end {
-            End::Orderly => return Ok(()),
-            End::Early => "dom0 went down before its work was done".to_string(),
-            End::Killed(seconds) => {
+            MachineEnd::Orderly => return Ok(()),
+            MachineEnd::Early => "dom0 went down before its work was done".to_string(),
+            MachineEnd::Killed(seconds) => {
                 format!("the machine was not done after {seconds} s and was killed")
             }
-            End::Failed(how) => format!("QEMU failed ({how})"),
+            MachineEnd::Failed(how) => format!("QEMU failed ({how})"),
         };
         let log = String::from_utf8_lossy(&fs::read(&self.console)?).into_owned();
         bail!(
@@ -247,7 +247,7 @@ impl Machine {
         machines: &Machines,
         payload: &Path,
         mut on_line: impl FnMut(&str),
-    ) -> Result<Outcome> {
+    ) -> Result<RunOutcome> {
         let (dir, folder) = self.prepare(payload)?;
         let _one_at_a_time = self.turn()?;
         let console = dir.join("console.log");
@@ -272,7 +272,7 @@ impl Machine {
         if excused > 0 {
             println!("        the host had no processor for the machine, whose kernels report {excused} stalls: not counted");
         }
-        Ok(Outcome {
+        Ok(RunOutcome {
             splats: trouble::in_console(&judged)
                 .into_iter()
                 .map(str::to_owned)
@@ -290,7 +290,7 @@ impl Machine {
         dir: &Path,
         console: &Path,
         on_line: &mut impl FnMut(&str),
-    ) -> Result<Run> {
+    ) -> Result<MachineRun> {
         let mut qemu = self.qemu(machines, dir);
         qemu.args(["-monitor", "none", "-serial", "file:/mnt/b/console.log"]);
         qemu.args(["-chardev", "stdio,id=report,signal=off"]);
@@ -298,24 +298,24 @@ impl Machine {
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
         qemu.stderr(File::create(dir.join("qemu.log"))?);
         let mut child = run::start(&mut qemu)?;
-        let watch = Watch::start(child.id(), console.to_owned());
+        let watch = StealWatch::start(child.id(), console.to_owned());
         let lines = reader(&mut child)?;
         let start = Instant::now();
         let step = |kind, doing: &str| {
-            Step::begin(
+            RunningStep::begin(
                 kind,
                 &self.name,
                 &format!("{doing} the machine {}", self.name),
             )
         };
-        let mut step_now = step(Kind::Boot, "booting");
+        let mut step_now = step(StepKind::Boot, "booting");
         let mut reported = false;
         let timed_out = loop {
             match lines.recv_timeout(self.timeout.saturating_sub(start.elapsed())) {
                 Ok(line) => {
                     if !reported {
                         drop(step_now);
-                        step_now = step(Kind::Machine, "waiting for");
+                        step_now = step(StepKind::Machine, "waiting for");
                     }
                     reported = true;
                     on_line(&line);
@@ -339,7 +339,7 @@ impl Machine {
             timed_out || reported || status.success(),
             "QEMU failed ({failure})"
         );
-        Ok(Run {
+        Ok(MachineRun {
             reported,
             killed: timed_out.then_some(self.timeout),
             failure: (!status.success()).then_some(failure),
@@ -494,7 +494,7 @@ impl Machine {
         qemu
     }
 
-    fn xen_command_line(&self, kernel: Kernel) -> String {
+    fn xen_command_line(&self, kernel: Dom0Kernel) -> String {
         // Xen's log must keep the output of one whole test, because grants are counted by printing them.
         let dom0 = dom0_memory(kernel);
         let mut line =
@@ -508,7 +508,7 @@ impl Machine {
     fn dom0_command_line(&self) -> String {
         let line = String::from("console=hvc0 root=/dev/vda");
         let line = join(line, if self.checks { CHECKS } else { "panic=-1" });
-        let line = join(line, self.host.map_or("", Host::word));
+        let line = join(line, self.host.map_or("", MachineHost::word));
         join(line, &self.dom0_args)
     }
 }
@@ -564,17 +564,17 @@ mod tests {
     fn splat_or_early_death_fails_a_run() {
         let console = std::env::temp_dir().join(format!("xtask-console-{}", std::process::id()));
         fs::write(&console, "").unwrap();
-        let outcome = |splats: &[&str], end| Outcome {
+        let outcome = |splats: &[&str], end| RunOutcome {
             console: console.clone(),
             splats: splats.iter().map(ToString::to_string).collect(),
             end,
             _folder: None,
         };
-        assert!(outcome(&[], End::Orderly).verdict().is_ok());
-        assert!(outcome(&["BUG: x"], End::Orderly).verdict().is_err());
-        assert!(outcome(&[], End::Early).verdict().is_err());
-        assert!(outcome(&[], End::Killed(9)).verdict().is_err());
-        let failed = outcome(&[], End::Failed("signal: 9".into())).verdict();
+        assert!(outcome(&[], MachineEnd::Orderly).verdict().is_ok());
+        assert!(outcome(&["BUG: x"], MachineEnd::Orderly).verdict().is_err());
+        assert!(outcome(&[], MachineEnd::Early).verdict().is_err());
+        assert!(outcome(&[], MachineEnd::Killed(9)).verdict().is_err());
+        let failed = outcome(&[], MachineEnd::Failed("signal: 9".into())).verdict();
         assert!(failed.unwrap_err().to_string().contains("signal: 9"));
         fs::remove_file(console).unwrap();
     }

@@ -34,7 +34,7 @@ use std::process::ExitCode;
 /// $XEN_BLKBACK_RS_CACHE (default: ~/.cache/xen-blkback-rs) and reused. To start anew, remove the folder.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
-struct Cli {
+struct XtaskCli {
     /// Build for this stock kernel and test with it: 7.3, 7.2, or a version of one such as 7.3.4. The default is the
     /// newest one in the archive that the module is known to work with.
     #[arg(
@@ -47,11 +47,11 @@ struct Cli {
     )]
     kernel: String,
     #[command(subcommand)]
-    command: Task,
+    command: XtaskCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Task {
+enum XtaskCommand {
     /// Show the driver at work in a Xen machine.
     ///
     /// Boots Xen and a dom0 in QEMU, starts a guest, and reports the events at its disks. It needs only root on the
@@ -135,42 +135,42 @@ enum Task {
     /// in target/vm/vm/console.log. Without CMD you get a shell; leave it with `exit`, or at any time with Ctrl-A x. In
     /// dom0, /t holds the test programs and /t/guest a kernel and an initramfs for guests. Changes in there are not
     /// kept.
-    Vm(vm::Args),
+    Vm(vm::VmArgs),
     /// Measure the driver against the C driver, qdisk and loop, in one boot.
     ///
     /// Time in the machine is counted in executed instructions, so the figures repeat on any host. The results go to
     /// target/bench: results.json, chart.svg, table.txt. A run whose control (this driver against itself) differs by
     /// more than 5 % fails.
-    Bench(bench::Args),
+    Bench(bench::BenchArgs),
 }
 
-fn run(task: Task) -> anyhow::Result<ExitCode> {
+fn run(task: XtaskCommand) -> anyhow::Result<ExitCode> {
     match task {
-        Task::Demo { story } => demo::run(story),
-        Task::Test { lanes, only, seed } => judged(&lanes::run(&lanes, &only, seed)),
-        Task::Check {
+        XtaskCommand::Demo { story } => demo::run(story),
+        XtaskCommand::Test { lanes, only, seed } => judged(&lanes::run(&lanes, &only, seed)),
+        XtaskCommand::Check {
             message: Some(file),
             ..
         } => check::subjects::message(&file).map(|()| ExitCode::SUCCESS),
-        Task::Check {
+        XtaskCommand::Check {
             lower_prose: true, ..
         } => {
             println!("{}", check::prose::lower()?.display());
             Ok(ExitCode::SUCCESS)
         }
-        Task::Check {
+        XtaskCommand::Check {
             lower_names: true, ..
         } => {
             println!("{}", check::names::lower()?.display());
             Ok(ExitCode::SUCCESS)
         }
-        Task::Check { sources: true, .. } => {
-            let mut tally = tally::Tally::default();
+        XtaskCommand::Check { sources: true, .. } => {
+            let mut tally = tally::TestTally::default();
             check::sources(&mut tally)?;
             judged(&tally)
         }
-        Task::Check { .. } => judged(&lanes::run(&[lanes::Lane::Check], lanes::ALL, None)),
-        Task::Build {
+        XtaskCommand::Check { .. } => judged(&lanes::run(&[lanes::Lane::Check], lanes::ALL, None)),
+        XtaskCommand::Build {
             source: Some(source),
             ..
         } => {
@@ -180,7 +180,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             println!("{}", module.display());
             Ok(ExitCode::SUCCESS)
         }
-        Task::Build { release_dir, .. } => {
+        XtaskCommand::Build { release_dir, .. } => {
             let built = build::all()?;
             check::panics::check(&built.module)?;
             check::frames::check(&built.module)?;
@@ -190,24 +190,24 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
             println!("{}", built.module.display());
             Ok(ExitCode::SUCCESS)
         }
-        Task::Install { destdir } => {
+        XtaskCommand::Install { destdir } => {
             let built = build::all()?;
             install::to(&built.module, Some(&built.programs), &destdir)?;
             Ok(ExitCode::SUCCESS)
         }
-        Task::Package { out } => {
+        XtaskCommand::Package { out } => {
             for package in package::all(&out)? {
                 println!("{}", package.display());
             }
             Ok(ExitCode::SUCCESS)
         }
-        Task::Vm(args) => vm::vm(&args),
-        Task::Bench(args) => Ok(exit(bench::run(&args)?)),
+        XtaskCommand::Vm(args) => vm::vm(&args),
+        XtaskCommand::Bench(args) => Ok(exit(bench::run(&args)?)),
     }
 }
 
 /// Shows the times and the sums of tests.
-fn judged(tally: &tally::Tally) -> anyhow::Result<ExitCode> {
+fn judged(tally: &tally::TestTally) -> anyhow::Result<ExitCode> {
     let shown = steps::finish();
     let good = tally.finish();
     shown?;
@@ -223,7 +223,7 @@ fn exit(good: bool) -> ExitCode {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = XtaskCli::parse();
     match kernel::request(&cli.kernel).and_then(|()| run(cli.command)) {
         Ok(code) => code,
         Err(error) => {
@@ -240,6 +240,6 @@ mod tests {
 
     #[test]
     fn command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        super::XtaskCli::command().debug_assert();
     }
 }

@@ -2,7 +2,7 @@
 //! The artefacts: the build root, the kernel tree, and the disks and initramfs of the machines.
 
 use crate::cache::Artefact;
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::{gates, host, kernel, run};
 use anyhow::{Context, Result};
@@ -64,10 +64,10 @@ pub(crate) fn build_root() -> Result<PathBuf> {
 }
 
 /// Returns the tree that a Rust module is compiled against: `source`, `build` and `kmake`.
-pub(crate) fn kernel_tree(build_root: &Path, kernel: Kernel) -> Result<PathBuf> {
+pub(crate) fn kernel_tree(build_root: &Path, kernel: Dom0Kernel) -> Result<PathBuf> {
     match kernel {
-        Kernel::Stock => stock_tree(build_root),
-        Kernel::Checked => checked_kernel(build_root),
+        Dom0Kernel::Stock => stock_tree(build_root),
+        Dom0Kernel::Checked => checked_kernel(build_root),
     }
 }
 
@@ -170,7 +170,7 @@ pub(crate) struct Machines {
     /// The guests' kernel: the stock one.
     pub(crate) guest_kernel: PathBuf,
     /// Kernel of dom0.
-    pub(crate) kernel: Kernel,
+    pub(crate) kernel: Dom0Kernel,
     /// The folder of dom0's modules, if they are not those of the build root.
     modules: Option<PathBuf>,
 }
@@ -197,11 +197,11 @@ fn modules_folder(build_root: &Path) -> Result<String> {
 
 /// Builds missing parts of the machines, and the kernel tree, because a boot also needs a build: dom0's tree is made
 /// while the compilers build the kernel's.
-pub(crate) fn machines(kernel: Kernel) -> Result<Machines> {
+pub(crate) fn machines(kernel: Dom0Kernel) -> Result<Machines> {
     let stock = stock_machines()?;
     match kernel {
-        Kernel::Stock => Ok(stock),
-        Kernel::Checked => checked_machines(stock),
+        Dom0Kernel::Stock => Ok(stock),
+        Dom0Kernel::Checked => checked_machines(stock),
     }
 }
 
@@ -213,7 +213,7 @@ fn checked_machines(stock: Machines) -> Result<Machines> {
         .join("installed/lib/modules")
         .join(release(&stock.build_root)?);
     let inputs = [folder_name(&made)?, folder_name(&dom0_root)?];
-    let kernel = Made {
+    let kernel = BuiltKernel {
         image: Some(made.join("vmlinuz")),
         modules: Some(modules),
     };
@@ -224,12 +224,12 @@ fn checked_machines(stock: Machines) -> Result<Machines> {
         inputs: [DOM0_INPUTS, &[&inputs[0], &inputs[1]]].concat(),
     }
     .get(|dir, log| {
-        let image = Image::of_tests(&dom0_root);
+        let image = Dom0Image::of_tests(&dom0_root);
         dom0_image(dir, log, &stock.build_root, &image, &kernel)
     })?;
     Ok(Machines {
         dom0,
-        kernel: Kernel::Checked,
+        kernel: Dom0Kernel::Checked,
         modules: kernel.modules,
         ..stock
     })
@@ -258,12 +258,12 @@ pub(crate) fn hosts() -> Result<Machines> {
         ],
     }
     .get(|dir, log| {
-        let image = Image {
+        let image = Dom0Image {
             tree: &root,
-            first: Process::Systemd,
+            first: FirstProcess::Systemd,
             size: HOST_SIZE,
         };
-        dom0_image(dir, log, &stock.build_root, &image, &Made::default())
+        dom0_image(dir, log, &stock.build_root, &image, &BuiltKernel::default())
     })?;
     Ok(Machines { dom0, ..stock })
 }
@@ -331,8 +331,8 @@ fn stock_machines() -> Result<Machines> {
         inputs: [&[ids.0.as_str(), &ids.1], DOM0_INPUTS].concat(),
     }
     .get(|dir, log| {
-        let image = Image::of_tests(&dom0_root);
-        dom0_image(dir, log, &build_root, &image, &Made::default())
+        let image = Dom0Image::of_tests(&dom0_root);
+        dom0_image(dir, log, &build_root, &image, &BuiltKernel::default())
     })?;
     let guest = Artefact {
         name: "guest-initramfs",
@@ -349,7 +349,7 @@ fn stock_machines() -> Result<Machines> {
         guest_kernel: dom0.join("vmlinuz"),
         dom0,
         guest,
-        kernel: Kernel::Stock,
+        kernel: Dom0Kernel::Stock,
         modules: None,
     })
 }
@@ -408,13 +408,13 @@ const DOM0_INPUTS: &[&str] = &[
 
 /// A kernel that was built here; missing parts are those of the stock kernel.
 #[derive(Default)]
-struct Made {
+struct BuiltKernel {
     image: Option<PathBuf>,
     modules: Option<PathBuf>,
 }
 
 /// First process of a dom0.
-enum Process {
+enum FirstProcess {
     /// A script with only the steps that the tests need.
     Script,
     /// systemd, which starts the packages' services, and then the test.
@@ -422,17 +422,17 @@ enum Process {
 }
 
 /// Inputs of a dom0's disk.
-struct Image<'a> {
+struct Dom0Image<'a> {
     tree: &'a Path,
-    first: Process,
+    first: FirstProcess,
     size: &'static str,
 }
 
-impl Image<'_> {
-    fn of_tests(tree: &Path) -> Image<'_> {
-        Image {
+impl Dom0Image<'_> {
+    fn of_tests(tree: &Path) -> Dom0Image<'_> {
+        Dom0Image {
             tree,
-            first: Process::Script,
+            first: FirstProcess::Script,
             size: DOM0_SIZE,
         }
     }
@@ -447,9 +447,9 @@ const FEWER_MODULES: &str = "cd /mnt/a/tree/usr/lib/modules/RELEASE/kernel
     depmod -b /mnt/a/tree RELEASE";
 
 /// Adds the files that run the test to a dom0's tree.
-fn with_test(tree: &Path, first: &Process) -> Result<()> {
+fn with_test(tree: &Path, first: &FirstProcess) -> Result<()> {
     let program = match first {
-        Process::Script => {
+        FirstProcess::Script => {
             let init = tree.join("usr/sbin/init");
             // A package's init is a link to a program elsewhere: replace the link, not the program.
             if init.symlink_metadata().is_ok() {
@@ -458,7 +458,7 @@ fn with_test(tree: &Path, first: &Process) -> Result<()> {
             fs::write(&init, DOM0_INIT)?;
             init
         }
-        Process::Systemd => {
+        FirstProcess::Systemd => {
             let unit = tree.join("etc/systemd/system/host-test.service");
             fs::write(unit, HOST_SERVICE)?;
             let program = tree.join("usr/local/sbin/host-test");
@@ -473,8 +473,8 @@ fn dom0_image(
     dir: &Path,
     log: &Path,
     build_root: &Path,
-    image: &Image<'_>,
-    kernel: &Made,
+    image: &Dom0Image<'_>,
+    kernel: &BuiltKernel,
 ) -> Result<()> {
     let release = release(build_root)?;
     let tree = dir.join("tree");
@@ -500,7 +500,7 @@ fn dom0_image(
         fs::copy(kernel, dir.join("vmlinuz"))?;
     }
     let root = Root::new(build_root).bind(dir, "/mnt/a");
-    if matches!(image.first, Process::Systemd) {
+    if matches!(image.first, FirstProcess::Systemd) {
         let script = FEWER_MODULES.replace("RELEASE", &release);
         run::logged(&mut root.script(&script), log)?;
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A second host beside the tested one: the tests shut it down, and it comes back.
 
-use crate::machine::{Host, Machine};
+use crate::machine::{Machine, MachineHost};
 use crate::recipes::Machines;
 use crate::run;
 use anyhow::{bail, ensure, Context, Result};
@@ -25,7 +25,7 @@ pub(crate) fn keep(
     end: &Receiver<()>,
 ) -> Result<()> {
     ensure!(
-        machine.host == Some(Host::Second),
+        machine.host == Some(MachineHost::Second),
         "the machine is not the second host"
     );
     let (dir, _folder) = machine.prepare(payload)?;
@@ -33,7 +33,7 @@ pub(crate) fn keep(
     let disk = machine.disks.first();
     let first = disk
         .context("the hosts share no disk")?
-        .with_file_name(Host::FIRST);
+        .with_file_name(MachineHost::FIRST);
     // It waits for its turn, and this machine would have the processors in the time until then.
     while !first.exists() {
         match end.recv_timeout(LOOK) {

@@ -24,7 +24,7 @@ const SHOWN: usize = 30;
 /// Kinds of steps, in the order of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Kind {
+pub(crate) enum StepKind {
     /// A lane of the tests.
     Lane,
     /// Compiling, and making artefacts of the cache.
@@ -39,16 +39,16 @@ pub(crate) enum Kind {
     Case,
 }
 
-impl Kind {
+impl StepKind {
     /// Heading of the kind in the table.
     fn heading(self) -> &'static str {
         match self {
-            Kind::Lane => "lanes",
-            Kind::Build => "build steps",
-            Kind::Boot => "boots",
-            Kind::Machine => "machines after their boot",
-            Kind::Program => "test programs on the host",
-            Kind::Case => "cases in machines",
+            StepKind::Lane => "lanes",
+            StepKind::Build => "build steps",
+            StepKind::Boot => "boots",
+            StepKind::Machine => "machines after their boot",
+            StepKind::Program => "test programs on the host",
+            StepKind::Case => "cases in machines",
         }
     }
 }
@@ -56,7 +56,7 @@ impl Kind {
 /// A step that has ended.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Time {
-    kind: Kind,
+    kind: StepKind,
     name: String,
     seconds: f64,
 }
@@ -68,8 +68,8 @@ static PRINTED: Mutex<Option<Instant>> = Mutex::new(None);
 
 /// A running step; it ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Step {
-    kind: Kind,
+pub(crate) struct RunningStep {
+    kind: StepKind,
     name: String,
     start: Instant,
     /// Dropped to end the thread that announces the step.
@@ -77,9 +77,9 @@ pub(crate) struct Step {
     teller: Option<JoinHandle<()>>,
 }
 
-impl Step {
+impl RunningStep {
     /// Begins a step; `doing` is announced when it takes long, such as "compiling the programs".
-    pub(crate) fn begin(kind: Kind, name: &str, doing: &str) -> Step {
+    pub(crate) fn begin(kind: StepKind, name: &str, doing: &str) -> RunningStep {
         let start = Instant::now();
         let (end, ended) = channel();
         let before = last_time(kind, name);
@@ -95,7 +95,7 @@ impl Step {
                 }
             }
         });
-        Step {
+        RunningStep {
             kind,
             name: name.into(),
             start,
@@ -105,7 +105,7 @@ impl Step {
     }
 }
 
-impl Drop for Step {
+impl Drop for RunningStep {
     fn drop(&mut self) {
         self.end = None;
         if let Some(teller) = self.teller.take() {
@@ -117,7 +117,7 @@ impl Drop for Step {
 }
 
 /// Records that a step took this many seconds.
-pub(crate) fn took(kind: Kind, name: &str, seconds: f64) {
+pub(crate) fn took(kind: StepKind, name: &str, seconds: f64) {
     let name = name.to_string();
     locked(&TIMES).push(Time {
         kind,
@@ -165,7 +165,7 @@ fn history() -> Result<PathBuf> {
     Ok(cache::dir()?.join("times.json"))
 }
 
-fn key(kind: Kind, name: &str) -> String {
+fn key(kind: StepKind, name: &str) -> String {
     format!("{kind:?} {name}")
 }
 
@@ -175,7 +175,7 @@ fn last_times(file: &Path) -> BTreeMap<String, f64> {
     serde_json::from_str(&text).unwrap_or_default()
 }
 
-fn last_time(kind: Kind, name: &str) -> Option<f64> {
+fn last_time(kind: StepKind, name: &str) -> Option<f64> {
     let file = history().ok()?;
     last_times(&file).get(&key(kind, name)).copied()
 }
@@ -213,7 +213,7 @@ fn write(file: &Path, text: &str) -> Result<()> {
 
 /// Returns the lines of the table: each kind with its sum, and its longest steps.
 fn table(times: &[Time]) -> Vec<String> {
-    let mut kinds: BTreeMap<Kind, BTreeMap<&str, f64>> = BTreeMap::new();
+    let mut kinds: BTreeMap<StepKind, BTreeMap<&str, f64>> = BTreeMap::new();
     for time in times {
         let of_kind = kinds.entry(time.kind).or_default();
         *of_kind.entry(&time.name).or_default() += time.seconds;
@@ -242,7 +242,7 @@ fn locked<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn time(kind: Kind, name: &str, seconds: f64) -> Time {
+    fn time(kind: StepKind, name: &str, seconds: f64) -> Time {
         let name = name.into();
         Time {
             kind,
@@ -254,10 +254,10 @@ mod tests {
     #[test]
     fn table_shows_the_longest_first_and_sums_repeated_steps() {
         let lines = table(&[
-            time(Kind::Case, "a", 1.0),
-            time(Kind::Case, "b", 5.5),
-            time(Kind::Lane, "host", 70.0),
-            time(Kind::Case, "a", 2.0),
+            time(StepKind::Case, "a", 1.0),
+            time(StepKind::Case, "b", 5.5),
+            time(StepKind::Lane, "host", 70.0),
+            time(StepKind::Case, "a", 2.0),
         ]);
         assert_eq!(
             lines,
@@ -288,11 +288,11 @@ mod tests {
     fn last_times_survive_a_damaged_file() {
         let file = std::env::temp_dir().join(format!("xtask-times-{}.json", std::process::id()));
         fs::write(&file, "{ half").unwrap();
-        remember(&file, &[time(Kind::Boot, "e2e", 31.0)]).unwrap();
-        remember(&file, &[time(Kind::Lane, "e2e", 400.0)]).unwrap();
+        remember(&file, &[time(StepKind::Boot, "e2e", 31.0)]).unwrap();
+        remember(&file, &[time(StepKind::Lane, "e2e", 400.0)]).unwrap();
         let last = last_times(&file);
-        assert_eq!(last.get(&key(Kind::Boot, "e2e")), Some(&31.0));
-        assert_eq!(last.get(&key(Kind::Lane, "e2e")), Some(&400.0));
+        assert_eq!(last.get(&key(StepKind::Boot, "e2e")), Some(&31.0));
+        assert_eq!(last.get(&key(StepKind::Lane, "e2e")), Some(&400.0));
         fs::remove_file(&file).unwrap();
         fs::remove_file(file.with_extension("lock")).unwrap();
     }

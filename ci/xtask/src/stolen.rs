@@ -21,7 +21,7 @@ const STALLS: &[&str] = &["rcu: INFO", "soft lockup", "blocked for more than"];
 
 /// One sample of a machine.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct StealSample {
     /// Bytes of the console at that time.
     console: u64,
     /// Longest wait of a thread since the previous sample.
@@ -30,18 +30,18 @@ struct Look {
 
 /// Samples a machine while it runs.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct StealWatch {
     end: Sender<()>,
-    thread: JoinHandle<Vec<Look>>,
+    thread: JoinHandle<Vec<StealSample>>,
 }
 
 /// Waits of a machine's threads, by the length of its console log.
 #[derive(Debug, Default)]
-pub(crate) struct Stolen(Vec<Look>);
+pub(crate) struct Stolen(Vec<StealSample>);
 
-impl Watch {
+impl StealWatch {
     /// Starts to sample the process `pid`, whose console log is `console`.
-    pub(crate) fn start(pid: u32, console: PathBuf) -> Watch {
+    pub(crate) fn start(pid: u32, console: PathBuf) -> StealWatch {
         let (end, ended) = channel();
         let thread = thread::spawn(move || {
             let (mut before, mut looks) = (waits(pid), Vec::new());
@@ -50,7 +50,7 @@ impl Watch {
                 let grown = now.iter().map(|(thread, wait)| {
                     wait.saturating_sub(before.get(thread).copied().unwrap_or_default())
                 });
-                looks.push(Look {
+                looks.push(StealSample {
                     console: fs::metadata(&console).map_or(0, |file| file.len()),
                     waited: grown.max().unwrap_or_default(),
                 });
@@ -58,7 +58,7 @@ impl Watch {
             }
             looks
         });
-        Watch { end, thread }
+        StealWatch { end, thread }
     }
 
     /// Ends the watch.
@@ -162,7 +162,7 @@ mod tests {
 
     /// Returns a sample a second, with these milliseconds of waiting, while the console grew by ten bytes each.
     fn looks(waits: &[u64]) -> Stolen {
-        let looks = waits.iter().zip(1..).map(|(&wait, number)| Look {
+        let looks = waits.iter().zip(1..).map(|(&wait, number)| StealSample {
             console: number * 10,
             waited: Duration::from_millis(wait),
         });

@@ -3,7 +3,7 @@
 
 /// The sums of a run, and the names of failed tests.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
+pub(crate) struct TestTally {
     /// Tests that passed.
     pub(crate) passed: u64,
     /// Tests that failed, or could not be finished.
@@ -15,7 +15,7 @@ pub(crate) struct Tally {
     failures: Vec<String>,
 }
 
-impl Tally {
+impl TestTally {
     /// Counts a passed test.
     pub(crate) fn pass(&mut self, name: &str) {
         println!("ok      {name}");
@@ -95,11 +95,11 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
-    use super::Tally;
+    use super::TestTally;
 
     #[test]
     fn last_line_has_the_sums() {
-        let mut tally = Tally::default();
+        let mut tally = TestTally::default();
         tally.pass("a");
         tally.fail("b", "why");
         tally.skip("c", "why");
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn lane_that_ran_beside_others_counts() {
-        let (mut tally, mut beside) = (Tally::default(), Tally::default());
+        let (mut tally, mut beside) = (TestTally::default(), TestTally::default());
         tally.pass("a");
         beside.fail("b", "why");
         beside.emulator("c");
@@ -122,6 +122,6 @@ mod tests {
 
     #[test]
     fn run_without_a_test_is_no_success() {
-        assert!(!Tally::default().finish());
+        assert!(!TestTally::default().finish());
     }
 }

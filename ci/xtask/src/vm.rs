@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask vm`: a dom0 to work in, with the files of a package.
 
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::machine::{Dom0, Machine};
 use crate::recipes::Machines;
 use crate::{build, payload, recipes};
@@ -14,7 +14,7 @@ const END: &str = "xtask: the command ended with ";
 
 /// Arguments of the command.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct VmArgs {
     /// Processors of the machine.
     #[arg(long, default_value_t = 2)]
     smp: u32,
@@ -58,7 +58,7 @@ pub(crate) struct Args {
 }
 
 /// Boots the machine.
-pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
+pub(crate) fn vm(args: &VmArgs) -> Result<ExitCode> {
     let script = if args.command.is_empty() {
         interactive()
     } else {
@@ -66,8 +66,8 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
     };
     let payload = payload::new("vm", &script)?;
     let kernel = match args.checked_kernel {
-        true => Kernel::Checked,
-        false => Kernel::Stock,
+        true => Dom0Kernel::Checked,
+        false => Dom0Kernel::Stock,
     };
     let machines = recipes::machines(kernel)?;
     fill(args, &payload, &machines)?;
@@ -100,7 +100,7 @@ pub(crate) fn vm(args: &Args) -> Result<ExitCode> {
 }
 
 /// Adds the requested ones of module, programs and guest to the payload.
-fn fill(args: &Args, payload: &Path, machines: &Machines) -> Result<()> {
+fn fill(args: &VmArgs, payload: &Path, machines: &Machines) -> Result<()> {
     let programs = if args.bare {
         None
     } else {

@@ -3,8 +3,8 @@
 
 use super::collect::Collector;
 use super::result::{Results, WASTEFUL};
-use super::{counts, Args};
-use crate::kernel::Kernel;
+use super::{counts, BenchArgs};
+use crate::kernel::Dom0Kernel;
 use crate::machine::Machine;
 use crate::recipes::{self, Machines};
 use crate::root::Root;
@@ -16,8 +16,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Boots the machine and collects the results.
-pub(super) fn measure(args: &Args) -> Result<Results> {
-    let machines = recipes::machines(Kernel::Stock)?;
+pub(super) fn measure(args: &BenchArgs) -> Result<Results> {
+    let machines = recipes::machines(Dom0Kernel::Stock)?;
     let mut machine = Machine::new("bench");
     machine.icount = true;
     machine.checks = false;
@@ -61,7 +61,7 @@ pub(super) fn measure(args: &Args) -> Result<Results> {
 }
 
 /// Returns the versions of QEMU and of the payload, which the machine does not know.
-fn versions(args: &Args, machines: &Machines) -> Result<[(String, String); 2]> {
+fn versions(args: &BenchArgs, machines: &Machines) -> Result<[(String, String); 2]> {
     let mut qemu = Root::new(&machines.build_root).command("qemu-system-x86_64");
     let qemu = process::output(qemu.arg("--version"))?;
     let first = qemu.lines().next().unwrap_or_default();
@@ -81,7 +81,7 @@ fn versions(args: &Args, machines: &Machines) -> Result<[(String, String); 2]> {
 }
 
 /// Makes the payload: this project's module, the measuring program, and a guest.
-fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
+fn fill(args: &BenchArgs, machines: &Machines) -> Result<PathBuf> {
     let programs = build::programs()?;
     let module = match &args.module {
         Some(module) => module.canonicalize()?,
@@ -104,7 +104,7 @@ fn fill(args: &Args, machines: &Machines) -> Result<PathBuf> {
 }
 
 /// Returns the script that dom0 runs.
-fn script(args: &Args) -> String {
+fn script(args: &BenchArgs) -> String {
     let mut line = "exec /t/bench".to_string();
     if args.quick {
         line.push_str(" --quick");
@@ -148,15 +148,15 @@ fn plugin(machines: &Machines) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::{script, Args};
+    use super::{script, BenchArgs};
 
     #[test]
     fn wishes_reach_the_machine() {
-        let args = Args {
+        let args = BenchArgs {
             quick: true,
             backends: Some("phy,c".into()),
             rounds: Some(2),
-            ..Args::default()
+            ..BenchArgs::default()
         };
         assert_eq!(
             script(&args),

@@ -3,7 +3,7 @@
 //! backend, job and part.
 
 use super::counts::{DOM0, GUEST, TOTAL};
-use super::result::{Results, Row, OURS, WASTEFUL};
+use super::result::{ResultRow, Results, OURS, WASTEFUL};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 
@@ -22,8 +22,8 @@ const PARTS: [(&str, &str); 4] = [
 /// The jobs in which a wasteful build of the driver must exceed its bounds.
 pub(super) const TELLING: [&str; 2] = ["rr4k-qd1", "rr4k-qd32"];
 
-type Parts = BTreeMap<String, f64>;
-type Bounds = BTreeMap<String, BTreeMap<String, Parts>>;
+type BoundParts = BTreeMap<String, f64>;
+type Bounds = BTreeMap<String, BTreeMap<String, BoundParts>>;
 
 /// Returns the backends that have a bound, and their jobs, as arguments for the measuring program.
 pub(super) fn wanted() -> Result<(String, String)> {
@@ -115,13 +115,13 @@ fn name(backend: &str, job: &str, part: &str) -> String {
     format!("{backend}.{job}.{part}")
 }
 
-fn row<'a>(results: &'a Results, backend: &str, job: &str) -> Result<&'a Row> {
+fn row<'a>(results: &'a Results, backend: &str, job: &str) -> Result<&'a ResultRow> {
     results
         .row(backend, job)
         .with_context(|| format!("{job} has a bound, but was not measured on {backend}"))
 }
 
-fn cost(row: &Row, part: &str) -> Result<f64> {
+fn cost(row: &ResultRow, part: &str) -> Result<f64> {
     let (_, figure) = PARTS
         .iter()
         .find(|(name, _)| *name == part)
@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn bounds(backend: &str, job: &str, part: &str, bound: f64) -> Bounds {
-        let parts = Parts::from([(part.to_string(), bound)]);
+        let parts = BoundParts::from([(part.to_string(), bound)]);
         [(backend.to_string(), [(job.to_string(), parts)].into())].into()
     }
 

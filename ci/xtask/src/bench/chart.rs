@@ -2,7 +2,7 @@
 //! The results as a picture: for each job the speed of each backend, and the cost of an I/O by place.
 
 use super::counts::{Whose, PLACES, TOTAL};
-use super::result::{Named, Results, Row, CONTROL, IO, OURS};
+use super::result::{Named, ResultRow, Results, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 const WIDTH: u32 = 1240;
@@ -33,7 +33,7 @@ pub(crate) fn chart(results: &Results) -> String {
         .filter(|backend| backend.name != CONTROL)
         .collect();
     // Some jobs have no speed, or run only on some backends.
-    let jobs: Vec<(&Named, Vec<(&str, &Row)>)> = results
+    let jobs: Vec<(&Named, Vec<(&str, &ResultRow)>)> = results
         .jobs
         .iter()
         .map(|job| {
@@ -93,9 +93,9 @@ fn legend(svg: &mut String) {
 }
 
 /// Draws the bars of one job.
-fn draw(svg: &mut String, rows: &[(&str, &Row)], top: u32, results: &Results) {
+fn draw(svg: &mut String, rows: &[(&str, &ResultRow)], top: u32, results: &Results) {
     // dom0's own speed has another scale than a guest's, so its bar may be cut off.
-    let best = |of: fn(&Row) -> f64| {
+    let best = |of: fn(&ResultRow) -> f64| {
         let guests = rows.iter().filter(|(_, row)| row.backend != "native");
         guests.map(|(_, row)| of(row)).fold(1.0, f64::max)
     };
@@ -153,7 +153,7 @@ fn whisker(svg: &mut String, y: u32, low: f64, high: f64) {
 }
 
 /// Draws the cost of an I/O, by place.
-fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
+fn stack(svg: &mut String, row: &ResultRow, y: u32, dearest: f64) {
     let mut x = f64::from(SECOND);
     let end = f64::from(SECOND + BARS);
     for place in PLACES {
@@ -177,7 +177,7 @@ fn stack(svg: &mut String, row: &Row, y: u32, dearest: f64) {
     );
 }
 
-fn total(row: &Row) -> f64 {
+fn total(row: &ResultRow) -> f64 {
     row.instructions
         .get(TOTAL)
         .map_or(0.0, |figure| figure.median)

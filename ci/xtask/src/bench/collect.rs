@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The lines that the measuring program reports, put together with the counters of the plugin.
 
-use super::counts::{self, Counters, Modules, Places, There};
+use super::counts::{self, Counters, Modules, PlaceCounts, There};
 use super::modelled::{self, MODELLED};
-use super::result::{Figure, Named, Results, Row, VERSION};
+use super::result::{Figure, Named, ResultRow, Results, VERSION};
 use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use std::rc::Rc;
 const FORMAT: u32 = 5;
 
 #[derive(Debug, Deserialize)]
-struct Plan {
+struct PlanLine {
     format: u32,
     versions: BTreeMap<String, String>,
     rounds: u32,
@@ -31,7 +31,7 @@ struct Domain {
 
 /// One run of a job.
 #[derive(Debug, Deserialize)]
-struct Run {
+struct JobRun {
     ios: u64,
     marks: [usize; 2],
     iops: f64,
@@ -51,16 +51,16 @@ struct Sample {
     /// dom0 and the guest had one processor.
     shared: bool,
     /// Run to subtract: without most or all of the I/Os.
-    short: Option<Run>,
-    long: Run,
+    short: Option<JobRun>,
+    long: JobRun,
     #[serde(default)]
     figures: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Line {
-    Plan(Plan),
+enum ReportLine {
+    Plan(PlanLine),
     Modules { modules: Vec<(String, String)> },
     Functions { functions: Vec<(String, String)> },
     Sample { sample: Sample },
@@ -71,7 +71,7 @@ enum Line {
 /// Takes the lines as they arrive.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
-    plan: Option<Plan>,
+    plan: Option<PlanLine>,
     there: Rc<There>,
     samples: Vec<(Sample, Rc<There>)>,
     failed: Option<String>,
@@ -83,28 +83,28 @@ impl Collector {
     /// Takes one line.
     pub(crate) fn line(&mut self, line: &str) {
         match serde_json::from_str(line) {
-            Ok(Line::Plan(plan)) => self.plan = Some(plan),
-            Ok(Line::Modules { modules }) => {
+            Ok(ReportLine::Plan(plan)) => self.plan = Some(plan),
+            Ok(ReportLine::Modules { modules }) => {
                 self.there = Rc::new(There {
                     dom0_processors: self.plan.as_ref().map_or(1, |plan| plan.dom0_processors),
                     modules: addresses(&modules),
                     functions: Modules::new(),
                 });
             }
-            Ok(Line::Functions { functions }) => {
+            Ok(ReportLine::Functions { functions }) => {
                 let there = (*self.there).clone();
                 let functions = addresses(&functions);
                 self.there = Rc::new(There { functions, ..there });
             }
-            Ok(Line::Sample { sample }) => {
+            Ok(ReportLine::Sample { sample }) => {
                 self.news = Some(format!(
                     "{:10} {:12} {:8.0} /s",
                     sample.backend, sample.job, sample.long.iops
                 ));
                 self.samples.push((sample, self.there.clone()));
             }
-            Ok(Line::Failed { failed }) => self.failed = Some(failed),
-            Ok(Line::Done { done }) => self.done = done,
+            Ok(ReportLine::Failed { failed }) => self.failed = Some(failed),
+            Ok(ReportLine::Done { done }) => self.done = done,
             Err(error) => self.failed = Some(format!("no line of a report ({error}): `{line}`")),
         }
     }
@@ -217,7 +217,7 @@ fn row(
     job: &Named,
     samples: &[&(Sample, Rc<There>)],
     marks: &[Counters],
-) -> Result<Row> {
+) -> Result<ResultRow> {
     let (mut instructions, mut per_io) = (Columns::default(), Columns::default());
     let (mut iops, mut latency) = (Values::default(), Values::default());
     let (mut further, mut hypercalls) = (Columns::default(), Columns::default());
@@ -231,7 +231,7 @@ fn row(
             per_io.add(&name, round, value);
         }
         let sums = counts::sums(&places);
-        let all: Places = places.into_iter().chain(sums).collect();
+        let all: PlaceCounts = places.into_iter().chain(sums).collect();
         let others = others_per_io(sample);
         let between = |first: &Counters, last: &Counters| {
             counts::turns_between(first, last, there, sample.shared)
@@ -276,7 +276,7 @@ fn row(
         figure.with_context(|| format!("{} was never measured on {}", job.name, backend.name))
     };
     let median = |(name, figure): (String, Figure)| (name, figure.median);
-    Ok(Row {
+    Ok(ResultRow {
         backend: backend.name.clone(),
         job: job.name.clone(),
         iops: speed(iops)?,
@@ -293,9 +293,9 @@ fn row(
 fn each(
     sample: &Sample,
     marks: &[Counters],
-    between: impl Fn(&Counters, &Counters) -> Places,
-) -> Result<Places> {
-    let of = |run: &Run| -> Result<Places> {
+    between: impl Fn(&Counters, &Counters) -> PlaceCounts,
+) -> Result<PlaceCounts> {
+    let of = |run: &JobRun| -> Result<PlaceCounts> {
         let mark = |index: usize| {
             marks.get(index).with_context(|| {
                 format!(
@@ -318,7 +318,7 @@ fn each(
 
 fn others_per_io(sample: &Sample) -> [(&'static str, f64); 4] {
     let ios = more_ios(sample);
-    let each = |pick: fn(&Run) -> u64| {
+    let each = |pick: fn(&JobRun) -> u64| {
         let short = sample.short.as_ref().map_or(0, pick);
         (pick(&sample.long) as f64 - short as f64) / ios
     };

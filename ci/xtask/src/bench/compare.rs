@@ -2,7 +2,7 @@
 //! Two results: what changed beyond the noise.
 
 use super::counts::{DOM0, TOTAL};
-use super::result::{Figure, Results, Row, CONTROL, CONTROL_LIMIT, OURS};
+use super::result::{Figure, ResultRow, Results, CONTROL, CONTROL_LIMIT, OURS};
 use std::fmt::Write;
 
 /// Smallest change that counts, however small the noise: addresses and timers vary.
@@ -56,14 +56,14 @@ fn agreement(old: &Results, new: &Results) -> String {
 }
 
 /// Returns the noise of a row: the spread of its rounds, or the difference of its job's control.
-fn noise(results: &Results, row: &Row) -> f64 {
+fn noise(results: &Results, row: &ResultRow) -> f64 {
     let control = results
         .ratio(CONTROL, OURS, &row.job)
         .map_or(0.0, |ratio| (ratio - 1.0).abs());
     row.iops.spread().max(control).max(FLOOR)
 }
 
-fn changes(old: &Row, new: &Row, noise: f64) -> Vec<String> {
+fn changes(old: &ResultRow, new: &ResultRow, noise: f64) -> Vec<String> {
     let mut found = Vec::new();
     let mut look =
         |what: &str, old: Option<&Figure>, new: Option<&Figure>, more_is_better: bool| {

@@ -22,7 +22,7 @@ pub(crate) struct There {
 }
 
 /// Instructions by the name of their place.
-pub(crate) type Places = BTreeMap<String, f64>;
+pub(crate) type PlaceCounts = BTreeMap<String, f64>;
 
 /// Owner of the processor of a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub(crate) enum Whose {
 
 /// A place where instructions are executed.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct CodePlace {
     pub(crate) name: &'static str,
     /// The head of its column.
     pub(crate) head: &'static str,
@@ -49,8 +49,8 @@ const fn place(
     head: &'static str,
     whose: Whose,
     colour: &'static str,
-) -> Place {
-    Place {
+) -> CodePlace {
+    CodePlace {
         name,
         head,
         whose,
@@ -63,7 +63,7 @@ use Whose::{Both, Dom0, Guest};
 /// The places, in the order of the table. Polling is the time for which dom0's kernel and its modules occupy their
 /// processor with it.
 #[rustfmt::skip]
-pub(crate) const PLACES: [Place; 15] = [
+pub(crate) const PLACES: [CodePlace; 15] = [
     place("Xen, dom0's processor", "d0: Xen", Dom0, "#4e5d78"),
     place("dom0 kernel", "kernel", Dom0, "#2a9d8f"),
     place("backend module", "driver", Dom0, "#e76f51"),
@@ -92,12 +92,12 @@ pub(crate) const COPIED: &str = "bytes copied";
 const WORD: f64 = 8.0;
 
 /// Returns the sums of places that have columns of their own.
-pub(crate) fn sums(places: &Places) -> Places {
+pub(crate) fn sums(places: &PlaceCounts) -> PlaceCounts {
     let of = |wanted: &dyn Fn(Whose) -> bool| -> f64 {
         let there = PLACES.iter().filter(|place| wanted(place.whose));
         there.filter_map(|place| places.get(place.name)).sum()
     };
-    let mut sums = Places::from([(TOTAL.to_string(), of(&|_| true))]);
+    let mut sums = PlaceCounts::from([(TOTAL.to_string(), of(&|_| true))]);
     if !places.contains_key("both domains") {
         sums.insert(DOM0.to_string(), of(&|whose| whose == Dom0));
         sums.insert(GUEST.to_string(), of(&|whose| whose == Guest));
@@ -143,8 +143,8 @@ pub(crate) fn turns_between(
     last: &Counters,
     there: &There,
     shared: bool,
-) -> Places {
-    let mut found = Places::new();
+) -> PlaceCounts {
+    let mut found = PlaceCounts::new();
     for ((processor, raw), value) in last {
         let before = first.get(&(*processor, raw.clone())).unwrap_or(&0);
         let more = value.saturating_sub(*before) as f64;
@@ -172,7 +172,7 @@ pub(crate) fn turns_between(
 }
 
 /// Returns the bytes copied, computed from the costs of the copies.
-pub(crate) fn copied(places: &Places) -> Places {
+pub(crate) fn copied(places: &PlaceCounts) -> PlaceCounts {
     let copies = places.iter().filter_map(|(name, value)| {
         let whose = name.strip_prefix("copying")?;
         Some((format!("{COPIED}{whose}"), value * WORD))
@@ -205,9 +205,14 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Counters>> {
 }
 
 /// Returns the instructions between two marks, by place.
-pub(crate) fn between(first: &Counters, last: &Counters, there: &There, shared: bool) -> Places {
-    let here = |place: &&Place| (place.whose == Both) == shared;
-    let mut places: Places = PLACES
+pub(crate) fn between(
+    first: &Counters,
+    last: &Counters,
+    there: &There,
+    shared: bool,
+) -> PlaceCounts {
+    let here = |place: &&CodePlace| (place.whose == Both) == shared;
+    let mut places: PlaceCounts = PLACES
         .iter()
         .filter(here)
         .map(|place| (place.name.to_string(), 0.0))
@@ -253,8 +258,8 @@ fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
 }
 
 /// Returns the instructions between two marks in each function of the drivers, if blocks were counted.
-pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> Places {
-    let mut found = Places::new();
+pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> PlaceCounts {
+    let mut found = PlaceCounts::new();
     for ((processor, raw), value) in last {
         if of_place(*processor < there.dom0_processors, raw, there) != "backend module" {
             continue;

@@ -17,7 +17,7 @@ mod summary;
 mod table;
 
 use crate::build;
-use crate::tally::Tally;
+use crate::tally::TestTally;
 use anyhow::{bail, Result};
 use result::{Results, WASTEFUL};
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +26,7 @@ use std::path::PathBuf;
 
 /// Arguments of the command.
 #[derive(Debug, Default, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct BenchArgs {
     /// Fewer backends, jobs and rounds: under 3 minutes.
     #[arg(long)]
     quick: bool,
@@ -63,7 +63,7 @@ pub(crate) struct Args {
 }
 
 /// Measures, shows, stores and compares; false when the run is void.
-pub(crate) fn run(args: &Args) -> Result<bool> {
+pub(crate) fn run(args: &BenchArgs) -> Result<bool> {
     // Report an unreadable file before the measurement, not after it.
     let old = args.against.as_deref().map(Results::read).transpose()?;
     let results = match &args.from {
@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         }
         return Ok(crossed.is_empty() && results.failed.is_none());
     }
-    let controlled = |row: &result::Row| row.backend == result::CONTROL;
+    let controlled = |row: &result::ResultRow| row.backend == result::CONTROL;
     if !results.rows.iter().any(controlled) {
         println!(
             "no control: the noise of this run is unknown, because it has no phy and phy-again"
@@ -114,13 +114,13 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 /// Returns the arguments to measure the bounds.
-fn bounded() -> Result<Args> {
+fn bounded() -> Result<BenchArgs> {
     let (backends, jobs) = bounds::wanted()?;
     Ok(quick(backends, jobs))
 }
 
 /// Returns the arguments to measure the bounds, and a wasteful build of this driver.
-fn bounded_and_wasteful() -> Result<Args> {
+fn bounded_and_wasteful() -> Result<BenchArgs> {
     let (backends, mut jobs) = bounds::wanted()?;
     for job in bounds::TELLING {
         jobs.push_str(&format!(",{WASTEFUL}:{job}"));
@@ -129,7 +129,7 @@ fn bounded_and_wasteful() -> Result<Args> {
 }
 
 /// The lane of the gate: checks that the driver keeps the bounds, and that a wasteful build does not.
-pub(crate) fn gate(tally: &mut Tally) -> Result<()> {
+pub(crate) fn gate(tally: &mut TestTally) -> Result<()> {
     let wanted = bounded_and_wasteful()?;
     let mut results = boot::measure(&wanted)?;
     if let (Some(reason), true) = (&results.failed, results.rows.is_empty()) {
@@ -180,7 +180,7 @@ fn confirmed(crossed: BTreeMap<String, String>) -> Result<BTreeMap<String, Strin
 }
 
 /// Returns the arguments to measure the jobs of these bounds again.
-fn again(crossed: &BTreeMap<String, String>) -> Args {
+fn again(crossed: &BTreeMap<String, String>) -> BenchArgs {
     let names = crossed.keys().map(|bound| bounds::backend_and_job(bound));
     let (backends, jobs): (BTreeSet<_>, BTreeSet<_>) = names
         .map(|(backend, job)| (backend, format!("{backend}:{job}")))
@@ -191,16 +191,16 @@ fn again(crossed: &BTreeMap<String, String>) -> Args {
     )
 }
 
-fn quick(backends: String, jobs: String) -> Args {
-    Args {
+fn quick(backends: String, jobs: String) -> BenchArgs {
+    BenchArgs {
         backends: Some(backends),
         jobs: Some(jobs),
         quick: true,
-        ..Args::default()
+        ..BenchArgs::default()
     }
 }
 
-impl Args {
+impl BenchArgs {
     /// Returns true if the arguments name jobs with this ending.
     fn names(&self, end: &str) -> bool {
         let names = self.jobs.as_deref().unwrap_or_default();

@@ -3,7 +3,7 @@
 //! rates a hypercall like any other instruction; `tests/bench/weights.json` has its further cost and that of the other
 //! counts, each with the source of the figure.
 
-use super::counts::{Places, DOM0, EVENT_OP, SLEEPS};
+use super::counts::{PlaceCounts, DOM0, EVENT_OP, SLEEPS};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -25,7 +25,11 @@ struct Weight {
 
 /// Returns the nanoseconds of one I/O from its instructions by place, its hypercalls and sleeps by name, and its
 /// context switches. `None` where dom0 and the guest share a processor.
-pub(crate) fn nanoseconds(places: &Places, turns: &Places, switches: f64) -> Result<Option<f64>> {
+pub(crate) fn nanoseconds(
+    places: &PlaceCounts,
+    turns: &PlaceCounts,
+    switches: f64,
+) -> Result<Option<f64>> {
     let weights: BTreeMap<String, Weight> =
         serde_json::from_str(WEIGHTS).context("tests/bench/weights.json has other words")?;
     let weight = |name: &str| {
@@ -35,7 +39,7 @@ pub(crate) fn nanoseconds(places: &Places, turns: &Places, switches: f64) -> Res
     let Some(all) = places.get(DOM0) else {
         return Ok(None);
     };
-    let of = |counts: &Places, name: &str| counts.get(name).copied().unwrap_or(0.0);
+    let of = |counts: &PlaceCounts, name: &str| counts.get(name).copied().unwrap_or(0.0);
     let copied = of(places, "copying, dom0's processor");
     let events = of(turns, &format!("dom0 {EVENT_OP}"));
     let hypercalls: f64 = turns
@@ -64,7 +68,7 @@ mod tests {
 
     #[test]
     fn each_count_has_its_weight() {
-        let places = |of: &[(&str, f64)]| -> Places {
+        let places = |of: &[(&str, f64)]| -> PlaceCounts {
             of.iter()
                 .map(|(name, count)| (name.to_string(), *count))
                 .collect()
@@ -79,6 +83,6 @@ mod tests {
         let found = nanoseconds(&all, &turns, 2.0).unwrap().unwrap();
         let wanted = 0.3 * 1000.0 + 0.06 * 80.0 + 250.0 * 2.0 + 2000.0 + 300.0 + 300.0 * 2.0;
         assert!((found - wanted).abs() < 1e-6, "{found} {wanted}");
-        assert_eq!(nanoseconds(&Places::new(), &turns, 2.0).unwrap(), None);
+        assert_eq!(nanoseconds(&PlaceCounts::new(), &turns, 2.0).unwrap(), None);
     }
 }

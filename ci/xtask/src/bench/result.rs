@@ -42,7 +42,7 @@ pub(crate) struct Results {
     /// The jobs, in the order of the table.
     pub(crate) jobs: Vec<Named>,
     /// One row for each job and backend that were measured together.
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<ResultRow>,
 }
 
 /// Something with a short name and a title.
@@ -63,7 +63,7 @@ fn io() -> String {
 
 /// One job on one backend.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Row {
+pub(crate) struct ResultRow {
     /// The backend's name.
     pub(crate) backend: String,
     /// The job's name.
@@ -148,7 +148,7 @@ impl Results {
     }
 
     /// Returns the row of a job on a backend.
-    pub(crate) fn row(&self, backend: &str, job: &str) -> Option<&Row> {
+    pub(crate) fn row(&self, backend: &str, job: &str) -> Option<&ResultRow> {
         self.rows
             .iter()
             .find(|row| row.backend == backend && row.job == job)
@@ -224,7 +224,7 @@ pub(super) mod tests {
             jobs: vec![named("j")],
             rows: rows
                 .iter()
-                .map(|(name, iops)| Row {
+                .map(|(name, iops)| ResultRow {
                     backend: (*name).into(),
                     job: "j".into(),
                     iops: figure(*iops),

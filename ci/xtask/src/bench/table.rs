@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as text.
 
-use super::counts::{Place, Whose::Dom0, DOM0, PLACES, SLEEPS, TOTAL};
+use super::counts::{CodePlace, Whose::Dom0, DOM0, PLACES, SLEEPS, TOTAL};
 use super::modelled::MODELLED;
-use super::result::{Named, Results, Row, C, CONTROL, IO, OURS};
+use super::result::{Named, ResultRow, Results, C, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 /// Returns all tables: one for each job, then the summary.
@@ -71,7 +71,7 @@ fn hypercalls(text: &mut String, results: &Results) {
 /// Adds figures that only some jobs have.
 fn figures(text: &mut String, results: &Results) {
     for job in &results.jobs {
-        let rows: Vec<&Row> = results
+        let rows: Vec<&ResultRow> = results
             .rows
             .iter()
             .filter(|row| row.job == job.name && !row.figures.is_empty())
@@ -130,13 +130,13 @@ fn functions(text: &mut String, results: &Results) {
 
 /// Returns the columns of a job: its places, with the sums of dom0's processor and of everything behind those.
 fn places(results: &Results, job: &Named) -> Vec<(&'static str, &'static str)> {
-    let rows: Vec<&Row> = results
+    let rows: Vec<&ResultRow> = results
         .rows
         .iter()
         .filter(|row| row.job == job.name)
         .collect();
     let is_there = |name: &str| rows.iter().any(|row| row.instructions.contains_key(name));
-    let of = |place: &Place| (place.name, place.head);
+    let of = |place: &CodePlace| (place.name, place.head);
     let mut columns: Vec<_> = PLACES.iter().map(of).collect();
     let behind = PLACES.iter().rposition(|place| place.whose == Dom0);
     columns.insert(behind.map_or(0, |last| last + 1), (DOM0, "DOM0"));
@@ -188,7 +188,13 @@ fn heading(text: &mut String, unit: &str, places: &[(&str, &str)]) {
     text.push('\n');
 }
 
-fn line(text: &mut String, title: &str, row: &Row, ratio: Option<f64>, places: &[(&str, &str)]) {
+fn line(
+    text: &mut String,
+    title: &str,
+    row: &ResultRow,
+    ratio: Option<f64>,
+    places: &[(&str, &str)],
+) {
     let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2} x"));
     let _ = write!(
         text,

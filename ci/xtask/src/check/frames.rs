@@ -3,7 +3,7 @@
 //! stack, so no function of the module may use much of it. The tables with which the kernel unwinds the stack have the
 //! size of each frame; objtool makes them from the code itself.
 
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::{recipes, run};
 use anyhow::{Context, Result};
@@ -27,7 +27,10 @@ pub(crate) fn check(module: &Path) -> Result<()> {
     let file = format!("/mnt/c/{name}");
     let build_root = recipes::build_root()?;
     let root = Root::new(&build_root)
-        .bind_read_only(&recipes::kernel_tree(&build_root, Kernel::Stock)?, "/mnt/a")
+        .bind_read_only(
+            &recipes::kernel_tree(&build_root, Dom0Kernel::Stock)?,
+            "/mnt/a",
+        )
         .bind_read_only(folder, "/mnt/c");
     let symbols = run::output(root.command("objdump").args(["--syms", &file]))?;
     let unwinding = run::output(root.command("env").args([

@@ -3,12 +3,12 @@
 
 use crate::build;
 use crate::run;
-use crate::steps::{Kind, Step};
-use crate::tally::Tally;
+use crate::steps::{RunningStep, StepKind};
+use crate::tally::TestTally;
 use anyhow::Result;
 use std::process::Stdio;
 
-pub(super) fn workspace(tally: &mut Tally) {
+pub(super) fn workspace(tally: &mut TestTally) {
     let mut probe = build::cargo();
     probe
         .args(["clippy", "--version"])
@@ -36,8 +36,8 @@ fn clippy() -> Result<()> {
         "-D",
         "warnings",
     ]);
-    let _step = Step::begin(
-        Kind::Build,
+    let _step = RunningStep::begin(
+        StepKind::Build,
         "clippy of the workspace",
         "looking at the workspace with clippy",
     );

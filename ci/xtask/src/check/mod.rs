@@ -17,12 +17,12 @@ pub(crate) mod subjects;
 mod unsafe_code;
 
 use crate::build;
-use crate::tally::Tally;
+use crate::tally::TestTally;
 use anyhow::{bail, Result};
 use source::Source;
 
 /// Runs all checks.
-pub(crate) fn run(tally: &mut Tally) -> Result<()> {
+pub(crate) fn run(tally: &mut TestTally) -> Result<()> {
     let sources = source::all()?;
     tally.check("check.format", format::check(&sources));
     of_text(tally, &sources);
@@ -40,7 +40,7 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
 }
 
 /// Runs the checks that need neither root nor a Debian tree, before each commit.
-pub(crate) fn sources(tally: &mut Tally) -> Result<()> {
+pub(crate) fn sources(tally: &mut TestTally) -> Result<()> {
     let sources = source::all()?;
     tally.check("check.format", format::by_host());
     of_text(tally, &sources);
@@ -49,7 +49,7 @@ pub(crate) fn sources(tally: &mut Tally) -> Result<()> {
 }
 
 /// Runs the checks of the files' texts.
-fn of_text(tally: &mut Tally, sources: &[Source]) {
+fn of_text(tally: &mut TestTally, sources: &[Source]) {
     tally.check(
         "check.licence-headers",
         none(licences::without_header(sources)),

@@ -2,13 +2,13 @@
 //! Builds of the module and the programs, and of packages.
 
 use crate::package::{self, again, tried};
-use crate::tally::Tally;
+use crate::tally::TestTally;
 use crate::{build, kernel, run};
 use anyhow::Result;
 use std::path::Path;
 use std::process::Command;
 
-pub(super) fn tests(tally: &mut Tally) -> Result<()> {
+pub(super) fn tests(tally: &mut TestTally) -> Result<()> {
     tally.check("build.programs", build::programs().map(drop));
     tally.check("build.module", build::module().map(drop));
     packages(tally, OF_PACKAGES)
@@ -30,7 +30,7 @@ const OF_PACKAGES_LONG: &[(&str, Holds)] = &[
 ];
 
 /// Makes packages, and runs the long checks on them.
-pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+pub(super) fn long(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     packages(tally, OF_PACKAGES_LONG)
 }
 
@@ -38,7 +38,7 @@ pub(super) fn long(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
 const ON_OTHERS: &str = "phy.pv.fio_verify,tap.file,lifecycle.reload";
 
 /// Builds the module for the other known kernels, and serves disks there.
-pub(super) fn other_kernels(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn other_kernels(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let release = kernel::release()?;
     let others = kernel::SERIES
         .iter()
@@ -72,7 +72,7 @@ fn on_kernel(series: &str, seed: Option<u64>) -> Result<()> {
 }
 
 /// Makes packages, and checks that they behave as an administrator expects.
-fn packages(tally: &mut Tally, hold: &[(&str, Holds)]) -> Result<()> {
+fn packages(tally: &mut TestTally, hold: &[(&str, Holds)]) -> Result<()> {
     let out = build::repository()?.join("target/packages-tried");
     if out.exists() {
         run::remove_tree(&out)?;

@@ -2,11 +2,11 @@
 //! The tests that run in a Xen machine: one boot, many tests.
 
 use crate::build;
-use crate::kernel::Kernel;
+use crate::kernel::Dom0Kernel;
 use crate::ktap;
-use crate::machine::{Dom0, Host, Machine, Outcome};
+use crate::machine::{Dom0, Machine, MachineHost, RunOutcome};
 use crate::recipes::Machines;
-use crate::tally::Tally;
+use crate::tally::TestTally;
 use crate::{package, payload, recipes, run, second};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
@@ -23,12 +23,12 @@ const MAPPING: &str = "copy_max_segments=16";
 const PLANTED: (&str, &str) = ("planted.dom0_log", "WARNING: planted");
 
 /// Runs the tests of honest guests and toolstacks.
-pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
+pub(super) fn tests(tally: &mut TestTally, only: &str, seed: Option<u64>) -> Result<()> {
     let only = only.replace('\'', "");
     let script = format!("exec /t/vmtest run --only '{only}'{}\n", words(seed));
     let payload = with_faulty("e2e", &script)?;
     let mut planted = false;
-    let mut outcome = report(tally, machine("e2e"), Kernel::Stock, &payload, |line| {
+    let mut outcome = report(tally, machine("e2e"), Dom0Kernel::Stock, &payload, |line| {
         planted |= line.starts_with("ok ") && line.ends_with(PLANTED.0);
     });
     if let (true, Ok(outcome)) = (planted, &mut outcome) {
@@ -53,7 +53,7 @@ const SOME_FUZZ: u32 = 100;
 
 /// Runs the tests of a malicious frontend: all with the default parameters, then those about the pages of requests with
 /// persistent grants and with mapped requests.
-pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn hostile(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let seed = words(seed);
     // blktapctrl uses the module.
     let script = format!(
@@ -69,7 +69,7 @@ pub(super) fn hostile(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 }
 
 /// Runs the attacks on all rings, with large requests mapped.
-pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn mapped(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let script = format!("exec /t/hostile run --phy --label mapped{}\n", words(seed));
     boot(tally, "mapped", MAPPING, &script)
 }
@@ -78,7 +78,7 @@ pub(super) fn mapped(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 const MOVES: &str = "migrate.raw,migrate.phy,migrate.s20_checkpoints,migrate.s21_failed";
 
 /// Runs the cases of tap disks with passthrough, most of which otherwise use only the process.
-pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn direct(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     const CASES: &str = "tap.*,handoff.*,snapshot.*,lease.*,ops.*";
     // These cases wait for something that only a process does: to have a request, and to count.
     const NOT: &str =
@@ -93,7 +93,7 @@ pub(super) fn direct(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 /// Runs the cases that take too long for each change and that the patterns `only` name, but not those that `except`
 /// names.
 pub(super) fn long(
-    tally: &mut Tally,
+    tally: &mut TestTally,
     name: &str,
     only: &str,
     except: &str,
@@ -107,7 +107,7 @@ pub(super) fn long(
 }
 
 /// Runs the cases about xenstore, with the other one of Xen's two daemons.
-pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn xenstored(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     const CASES: &str =
         "xenstore.*,lifecycle.*,takeover.*,tap.file,tap.supervisor_dies,domain.many";
     let script = format!(
@@ -121,7 +121,7 @@ pub(super) fn xenstored(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 }
 
 /// Runs tests on a PVH dom0, where each mapped page changes tables of the processor.
-pub(super) fn pvh(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn pvh(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     const CASES: &str =
         "phy.*,rings.*,faults.*,lifecycle.*,takeover.*,tap.*,handoff.*,direct.*,snapshot.*";
     let script = format!(
@@ -137,7 +137,7 @@ pub(super) fn pvh(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 const GUESTS: &[&str] = &["bookworm", "trixie"];
 
 /// Runs guests with older kernels, which use other features.
-pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn guests(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     const CASES: &str =
         "phy.pv.*,phy.pvh.*,rings.*,tap.file,lifecycle.save_restore,takeover.load,handoff.s29_load";
     for suite in GUESTS {
@@ -152,21 +152,21 @@ pub(super) fn guests(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 }
 
 /// Runs cases of `vmtest`, in a machine of their own.
-fn cases(tally: &mut Tally, name: &str, script: &str) -> Result<()> {
+fn cases(tally: &mut TestTally, name: &str, script: &str) -> Result<()> {
     cases_on(tally, machine(name), script)
 }
 
-fn cases_on(tally: &mut Tally, machine: Machine, script: &str) -> Result<()> {
+fn cases_on(tally: &mut TestTally, machine: Machine, script: &str) -> Result<()> {
     let name = machine.name.clone();
     let payload = with_faulty(&name, script)?;
-    let outcome = report(tally, machine, Kernel::Stock, &payload, |_| ());
+    let outcome = report(tally, machine, Dom0Kernel::Stock, &payload, |_| ());
     consoles(tally, &name, outcome);
     Ok(())
 }
 
 /// Makes a payload for `vmtest`, with the module that has planted faults as well.
 fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
-    let payload = with_everything(name, script, Kernel::Stock)?;
+    let payload = with_everything(name, script, Dom0Kernel::Stock)?;
     let faulty = payload.join("faulty");
     fs::create_dir_all(&faulty)?;
     fs::copy(build::faulty_module()?, faulty.join("xen-blkback-rs.ko"))?;
@@ -179,7 +179,7 @@ fn with_faulty(name: &str, script: &str) -> Result<PathBuf> {
 const NOT_CHECKED: &str = "planted.*,takeover.*,tap.claimed_in_parts";
 
 /// Runs honest guests and a malicious frontend on a dom0 whose kernel checks locks, memory and leaks.
-pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
+pub(super) fn debug(tally: &mut TestTally, only: &str, seed: Option<u64>) -> Result<()> {
     let (only, seed) = (only.replace('\'', ""), words(seed));
     // First the malicious ones, because leaks are searched at the end.
     let mut script = String::new();
@@ -192,10 +192,10 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
     script += &format!(
         "exec /t/vmtest run --checked-kernel --only '{only}' --except '{NOT_CHECKED}'{seed}\n"
     );
-    let payload = with_everything("debug", &script, Kernel::Checked)?;
+    let payload = with_everything("debug", &script, Dom0Kernel::Checked)?;
     let mut machine = machine("debug");
     machine.timeout = Duration::from_secs(4 * 60 * 60);
-    let outcome = report(tally, machine, Kernel::Checked, &payload, |_| ());
+    let outcome = report(tally, machine, Dom0Kernel::Checked, &payload, |_| ());
     consoles(tally, "debug", outcome);
     Ok(())
 }
@@ -204,13 +204,13 @@ pub(super) fn debug(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
 const SHARED: u64 = 64 << 20;
 
 /// Runs the tests of two hosts with one disk, on a network of their own.
-pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     let script = format!(
         "case \" $(cat /proc/cmdline) \" in *\" host=second \"*) exec /t/vmtest peer ;; esac\n\
          exec /t/vmtest run --hosts --nightly{}\n",
         words(seed)
     );
-    let payload = with_everything("hosts", &script, Kernel::Stock)?;
+    let payload = with_everything("hosts", &script, Dom0Kernel::Stock)?;
     let folder = build::repository()?.join("target/vm/hosts.shared");
     run::remove_tree(&folder)?;
     fs::create_dir_all(&folder)?;
@@ -225,13 +225,13 @@ pub(super) fn hosts(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
         machine.host = Some(host);
         machine
     };
-    let machines = recipes::machines(Kernel::Stock)?;
-    let second = host("hosts-second", Host::Second);
+    let machines = recipes::machines(Dom0Kernel::Stock)?;
+    let second = host("hosts-second", MachineHost::Second);
     let (ended, end) = channel();
     let (outcome, second) = thread::scope(|scope| {
         let second = scope.spawn(|| second::keep(&second, &machines, &payload, &{ end }));
-        let first = host("hosts", Host::First);
-        let outcome = report(tally, first, Kernel::Stock, &payload, |_| ());
+        let first = host("hosts", MachineHost::First);
+        let outcome = report(tally, first, Dom0Kernel::Stock, &payload, |_| ());
         drop(ended);
         (outcome, second.join())
     });
@@ -277,7 +277,7 @@ const LIFE: &[LifePart] = &[
 ];
 
 /// Installs, upgrades under load, downgrades and removes packages on a host that keeps its disk.
-pub(super) fn life(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+pub(super) fn life(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     // The name of the part comes from the kernel's command line.
     const SCRIPT: &str =
         "exec /t/vmtest life \"$(sed -n 's/.*\\blife=\\([a-z]*\\).*/\\1/p' /proc/cmdline)\"\n";
@@ -327,7 +327,7 @@ fn copy_disk(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Sends random requests of a malicious frontend; each run reports its seed.
-pub(super) fn fuzz(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn fuzz(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
         "fuzz",
@@ -337,7 +337,7 @@ pub(super) fn fuzz(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
 }
 
 /// Makes random calls of a malicious process.
-pub(super) fn fuzz_tap(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn fuzz_tap(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     boot(
         tally,
         "fuzz-tap",
@@ -352,36 +352,36 @@ fn words(seed: Option<u64>) -> String {
 }
 
 /// Boots the machine for a test. `options` are those of the module.
-fn boot(tally: &mut Tally, name: &str, options: &str, script: &str) -> Result<()> {
-    let payload = with_everything(name, script, Kernel::Stock)?;
+fn boot(tally: &mut TestTally, name: &str, options: &str, script: &str) -> Result<()> {
+    let payload = with_everything(name, script, Dom0Kernel::Stock)?;
     let conf = payload.join("overlay/usr/lib/modprobe.d/test.conf");
     fs::write(&conf, format!("options xen-blkback-rs {options}\n"))
         .with_context(|| format!("cannot write {}", conf.display()))?;
-    let outcome = report(tally, machine(name), Kernel::Stock, &payload, |_| ());
+    let outcome = report(tally, machine(name), Dom0Kernel::Stock, &payload, |_| ());
     consoles(tally, name, outcome);
     Ok(())
 }
 
 /// Boots with this payload, and counts the reported tests; each line goes to `on_line` as well.
 fn report(
-    tally: &mut Tally,
+    tally: &mut TestTally,
     machine: Machine,
-    kernel: Kernel,
+    kernel: Dom0Kernel,
     payload: &Path,
     on_line: impl FnMut(&str),
-) -> Result<Outcome> {
+) -> Result<RunOutcome> {
     let machines = recipes::machines(kernel)?;
     report_on(tally, machine, &machines, payload, on_line)
 }
 
 /// Boots these machines with this payload, and counts the reported tests.
 fn report_on(
-    tally: &mut Tally,
+    tally: &mut TestTally,
     machine: Machine,
     machines: &Machines,
     payload: &Path,
     mut on_line: impl FnMut(&str),
-) -> Result<Outcome> {
+) -> Result<RunOutcome> {
     let mut reader = ktap::Reader::default();
     let outcome = machine.run(machines, payload, |line| {
         on_line(line);
@@ -392,7 +392,7 @@ fn report_on(
 }
 
 /// Judges the consoles.
-fn consoles(tally: &mut Tally, name: &str, outcome: Result<Outcome>) {
+fn consoles(tally: &mut TestTally, name: &str, outcome: Result<RunOutcome>) {
     tally.check(
         &format!("{name}.consoles-are-clean"),
         outcome.and_then(|outcome| outcome.verdict()),
@@ -406,7 +406,7 @@ fn machine(name: &str) -> Machine {
 }
 
 /// Makes a payload with the installed module for this kernel, the programs and a guest.
-pub(crate) fn with_everything(name: &str, script: &str, kernel: Kernel) -> Result<PathBuf> {
+pub(crate) fn with_everything(name: &str, script: &str, kernel: Dom0Kernel) -> Result<PathBuf> {
     everything(name, script, &recipes::machines(kernel)?)
 }
 

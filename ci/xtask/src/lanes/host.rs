@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Unit, property and model tests: `cargo test` over the workspace, and the loom models.
 
-use crate::steps::{self, Kind, Step};
-use crate::tally::Tally;
+use crate::steps::{self, RunningStep, StepKind};
+use crate::tally::TestTally;
 use crate::{build, host, run};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-pub(super) fn tests(tally: &mut Tally) -> Result<()> {
+pub(super) fn tests(tally: &mut TestTally) -> Result<()> {
     host::for_tests()?;
     // One selection of crates, because cargo would rebuild shared crates for another one.
     let mut all = cargo_test();
@@ -30,7 +30,7 @@ pub(super) fn tests(tally: &mut Tally) -> Result<()> {
 }
 
 /// Runs the tests of sanlock's daemons that wait for events which take these a minute.
-pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+pub(super) fn sanlock(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     host::for_sanlock()?;
     let mut tests = cargo_test();
     tests.args(["-p", "lease", "--lib"]);
@@ -43,7 +43,7 @@ pub(super) fn sanlock(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
 }
 
 /// Repairs thousands of images with one wrong word. `SEED` and `SEEDS` select them.
-pub(super) fn repairs(tally: &mut Tally, seed: Option<u64>) -> Result<()> {
+pub(super) fn repairs(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     host::for_tests()?;
     let mut tests = cargo_test();
     tests.args(["-p", "tapimg", "--test", "tool"]);
@@ -66,7 +66,7 @@ fn cargo_test() -> Command {
 
 /// Builds the programs that `cargo` names, runs them with the words `run`, and adds the counts in their last lines;
 /// shows everything but passed tests.
-fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<()> {
+fn count(tally: &mut TestTally, what: &str, cargo: Command, run: &[&str]) -> Result<()> {
     let programs = match programs(what, &cargo) {
         Ok(programs) => programs,
         Err(error) => {
@@ -86,8 +86,8 @@ fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<
         .stdout(Stdio::piped());
     let mut child = run::start(&mut merged)?;
     let out = child.stdout.take().context("cargo has no output")?;
-    let _step = Step::begin(Kind::Machine, what, &format!("running {what}"));
-    let (mut failed_before, mut shown) = (false, Shown::default());
+    let _step = RunningStep::begin(StepKind::Machine, what, &format!("running {what}"));
+    let (mut failed_before, mut shown) = (false, ShownLines::default());
     let mut program: Option<(String, Instant)> = None;
     for line in BufReader::new(out).lines() {
         let line = line?;
@@ -97,7 +97,7 @@ fn count(tally: &mut Tally, what: &str, cargo: Command, run: &[&str]) -> Result<
             tally.add(passed, failed, skipped);
             failed_before |= failed > 0;
             if let Some((program, start)) = program.take() {
-                steps::took(Kind::Program, &program, start.elapsed().as_secs_f64());
+                steps::took(StepKind::Program, &program, start.elapsed().as_secs_f64());
             }
         }
         if let Some(skipped) = skipped(&line) {
@@ -124,7 +124,7 @@ fn programs(what: &str, cargo: &Command) -> Result<Vec<(PathBuf, String)>> {
         build.arg("--quiet");
     }
     give_environment(cargo, &mut build);
-    let _step = Step::begin(Kind::Build, what, &format!("compiling {what}"));
+    let _step = RunningStep::begin(StepKind::Build, what, &format!("compiling {what}"));
     let text = run::output(build.current_dir(build::repository()?).stdin(Stdio::null()))
         .context("it did not build; the compiler's messages are above")?;
     Ok(text.lines().filter_map(executable).collect())
@@ -164,12 +164,12 @@ fn running(line: &str, programs: &[(PathBuf, String)]) -> Option<String> {
 
 /// Selection of the shown lines: thousands of passed tests, and their output, would hide the others.
 #[derive(Default)]
-struct Shown {
+struct ShownLines {
     /// The lines are those of passed tests.
     passed: bool,
 }
 
-impl Shown {
+impl ShownLines {
     fn wants(&mut self, line: &str) -> bool {
         if line == "successes:" {
             self.passed = true;
@@ -201,7 +201,7 @@ fn result(line: &str) -> Option<(u64, u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{executable, result, running, skipped, Shown};
+    use super::{executable, result, running, skipped, ShownLines};
 
     #[test]
     fn what_passed_is_not_shown() {
@@ -219,7 +219,7 @@ mod tests {
             "why",
             "test result: FAILED. 1 passed; 1 failed",
         ];
-        let mut shown = Shown::default();
+        let mut shown = ShownLines::default();
         let of: Vec<_> = lines.into_iter().filter(|line| shown.wants(line)).collect();
         assert_eq!(
             of,

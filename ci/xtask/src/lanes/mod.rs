@@ -6,9 +6,9 @@ pub(crate) mod e2e;
 mod host;
 mod nightly;
 
-use crate::kernel::Kernel;
-use crate::steps::{self, Kind};
-use crate::tally::Tally;
+use crate::kernel::Dom0Kernel;
+use crate::steps::{self, StepKind};
+use crate::tally::TestTally;
 use anyhow::anyhow;
 use std::thread;
 use std::time::Instant;
@@ -54,13 +54,13 @@ const USUAL: &[Lane] = &[
 /// - The bench, in a machine whose time is counted in instructions, uses the processors that the malicious guests leave
 ///   idle. Honest guests run alone, because QEMU kills one in four or five hardware virtualised guests while another
 ///   program wants the host's processors, and hardly any on a quiet host.
-pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
-    let mut tally = Tally::default();
+pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
+    let mut tally = TestTally::default();
     let lanes = if lanes.is_empty() { USUAL } else { lanes };
     let start = Instant::now();
     if lanes.contains(&Lane::E2e) {
         // All artefacts at once is faster than each when it is first needed.
-        if let Err(error) = crate::recipes::machines(Kernel::Stock) {
+        if let Err(error) = crate::recipes::machines(Dom0Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
     }
@@ -69,7 +69,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
         lanes.copied().collect()
     };
     let each = |lanes: Vec<Lane>| {
-        let mut tally = Tally::default();
+        let mut tally = TestTally::default();
         for lane in lanes {
             println!(
                 "== {lane:?}, {} s after the start",
@@ -79,7 +79,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
         }
         tally
     };
-    let beside = |first: &[Lane], second: &[Lane]| -> Tally {
+    let beside = |first: &[Lane], second: &[Lane]| -> TestTally {
         thread::scope(|scope| {
             let (first, second) = (of(first), of(second));
             let second = scope.spawn(|| each(second));
@@ -94,11 +94,11 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> Tally {
     tally.join(beside(&[Lane::Host], &[Lane::Check, Lane::Build]));
     tally.join(each(of(&[Lane::E2e, Lane::Debug])));
     tally.join(beside(&[Lane::Hostile, Lane::Nightly], &[Lane::Bench]));
-    steps::took(Kind::Lane, "all lanes", start.elapsed().as_secs_f64());
+    steps::took(StepKind::Lane, "all lanes", start.elapsed().as_secs_f64());
     tally
 }
 
-fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut Tally) {
+fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
     let start = Instant::now();
     let done = match lane {
         Lane::E2e => e2e::tests(tally, only, seed),
@@ -118,5 +118,5 @@ fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut Tally) {
     }
     let seconds = start.elapsed().as_secs_f64();
     println!("== {lane:?} took {seconds:.0} s");
-    steps::took(Kind::Lane, &format!("{lane:?}"), seconds);
+    steps::took(StepKind::Lane, &format!("{lane:?}"), seconds);
 }

@@ -3,69 +3,69 @@
 
 use super::{build, e2e, host};
 use crate::demo::{self, Story};
-use crate::tally::Tally;
+use crate::tally::TestTally;
 use anyhow::{ensure, Result};
 use clap::ValueEnum;
 
 /// A part of the lane, which boots a machine of its own.
 #[derive(Clone, Copy)]
-enum Part {
+enum LanePart {
     /// Tests that are not cases of `vmtest`.
-    Own(fn(&mut Tally, Option<u64>) -> Result<()>),
+    Own(fn(&mut TestTally, Option<u64>) -> Result<()>),
     /// The long cases of these groups.
     Long(&'static str),
     /// The long cases that no other part names.
     Rest,
 }
 
-const PARTS: &[(&str, Part)] = &[
-    ("fuzz", Part::Own(e2e::fuzz)),
-    ("fuzz-tap", Part::Own(e2e::fuzz_tap)),
-    ("mapped", Part::Own(e2e::mapped)),
+const PARTS: &[(&str, LanePart)] = &[
+    ("fuzz", LanePart::Own(e2e::fuzz)),
+    ("fuzz-tap", LanePart::Own(e2e::fuzz_tap)),
+    ("mapped", LanePart::Own(e2e::mapped)),
     // A hundred deaths of a process.
-    ("deaths", Part::Long("tap.s12*")),
+    ("deaths", LanePart::Long("tap.s12*")),
     // Leaks that must not add up: many disks at once, and one after the other.
     (
         "many",
-        Part::Long("lifecycle.*,memory.*,tap.cycles,tap.disks*"),
+        LanePart::Long("lifecycle.*,memory.*,tap.cycles,tap.disks*"),
     ),
     // Guests that move, and disks that are handed over.
-    ("moves", Part::Long("migrate.*,handoff.*")),
+    ("moves", LanePart::Long("migrate.*,handoff.*")),
     // Other tests of disks with passthrough.
-    ("direct", Part::Own(e2e::direct)),
+    ("direct", LanePart::Own(e2e::direct)),
     // Leases, which need real time.
-    ("leases", Part::Long("lease.*")),
+    ("leases", LanePart::Long("lease.*")),
     // The daemons of sanlock, which take long.
-    ("sanlock", Part::Own(host::sanlock)),
+    ("sanlock", LanePart::Own(host::sanlock)),
     // Images with a wrong word, and the data that their repair preserves.
-    ("repairs", Part::Own(host::repairs)),
+    ("repairs", LanePart::Own(host::repairs)),
     // Guests with other kernels than dom0's.
-    ("guests", Part::Own(e2e::guests)),
+    ("guests", LanePart::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.
-    ("xenstored", Part::Own(e2e::xenstored)),
+    ("xenstored", LanePart::Own(e2e::xenstored)),
     // A PVH dom0.
-    ("pvh", Part::Own(e2e::pvh)),
+    ("pvh", LanePart::Own(e2e::pvh)),
     // Packages on a host with systemd.
-    ("life", Part::Own(e2e::life)),
+    ("life", LanePart::Own(e2e::life)),
     // Two machines at once.
-    ("hosts", Part::Own(e2e::hosts)),
+    ("hosts", LanePart::Own(e2e::hosts)),
     // A kernel with its own checks.
     (
         "debug",
-        Part::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
+        LanePart::Own(|tally, seed| e2e::debug(tally, super::ALL, seed)),
     ),
     // Both stories of the demonstration, to their ends.
-    ("demo", Part::Own(demo)),
+    ("demo", LanePart::Own(demo)),
     // Other kernels that are known to work.
-    ("kernels", Part::Own(build::other_kernels)),
+    ("kernels", LanePart::Own(build::other_kernels)),
     // A build of the module on a host without this project's tools.
-    ("packages", Part::Own(build::long)),
+    ("packages", LanePart::Own(build::long)),
     // Other shapes, formats, orders and entry points.
-    ("variants", Part::Rest),
+    ("variants", LanePart::Rest),
 ];
 
 /// Runs the part that `only` names, or all parts.
-pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<()> {
+pub(super) fn tests(tally: &mut TestTally, only: &str, seed: Option<u64>) -> Result<()> {
     let wanted = |name| only == super::ALL || only == name;
     let parts: Vec<_> = PARTS.iter().filter(|part| wanted(part.0)).collect();
     ensure!(
@@ -74,14 +74,14 @@ pub(super) fn tests(tally: &mut Tally, only: &str, seed: Option<u64>) -> Result<
         names().join(", ")
     );
     parts.into_iter().try_for_each(|(name, part)| match part {
-        Part::Own(run) => run(tally, seed),
-        Part::Long(groups) => e2e::long(tally, name, groups, "", seed),
-        Part::Rest => e2e::long(tally, name, super::ALL, &named(), seed),
+        LanePart::Own(run) => run(tally, seed),
+        LanePart::Long(groups) => e2e::long(tally, name, groups, "", seed),
+        LanePart::Rest => e2e::long(tally, name, super::ALL, &named(), seed),
     })
 }
 
 /// Shows each story of the demonstration.
-fn demo(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
+fn demo(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     for story in Story::value_variants() {
         tally.check(&format!("demo.{}", story.name()), demo::tell(*story));
     }
@@ -91,8 +91,8 @@ fn demo(tally: &mut Tally, _seed: Option<u64>) -> Result<()> {
 /// Returns the groups that have a part of their own.
 fn named() -> String {
     let groups = PARTS.iter().filter_map(|(_, part)| match part {
-        Part::Long(groups) => Some(*groups),
-        Part::Own(_) | Part::Rest => None,
+        LanePart::Long(groups) => Some(*groups),
+        LanePart::Own(_) | LanePart::Rest => None,
     });
     groups.collect::<Vec<_>>().join(",")
 }

@@ -42,11 +42,11 @@ const TEXTS: &[(&str, &str, &str)] = &[
 const EXCEPTION: &str = "--- LLVM Exceptions";
 
 /// A crate, by its name and version.
-type Id = (String, String);
+type CrateId = (String, String);
 
 /// Description of a crate by its manifest.
 #[derive(Debug, Default)]
-struct Part {
+struct CrateManifest {
     licence: String,
     holders: BTreeSet<String>,
     folder: PathBuf,
@@ -85,9 +85,9 @@ pub(super) fn text() -> Result<String> {
 }
 
 /// Returns the crates of other projects in the programs.
-fn parts() -> Result<BTreeMap<Id, Part>> {
+fn parts() -> Result<BTreeMap<CrateId, CrateManifest>> {
     let described = described()?;
-    let mut parts: BTreeMap<Id, Part> = BTreeMap::new();
+    let mut parts: BTreeMap<CrateId, CrateManifest> = BTreeMap::new();
     for program in install::PROGRAMS.iter().map(|program| program.name) {
         for id in contained(program)? {
             if let Some(part) = parts.get_mut(&id) {
@@ -98,7 +98,7 @@ fn parts() -> Result<BTreeMap<Id, Part>> {
             let about = described
                 .get(&id)
                 .with_context(|| format!("cargo does not describe {name} {version}"))?;
-            let part = Part {
+            let part = CrateManifest {
                 programs: [program].into(),
                 ..part(name, about)?
             };
@@ -109,7 +109,7 @@ fn parts() -> Result<BTreeMap<Id, Part>> {
 }
 
 /// Returns the crates of other projects in a program.
-fn contained(program: &str) -> Result<BTreeSet<Id>> {
+fn contained(program: &str) -> Result<BTreeSet<CrateId>> {
     let mut tree = build::cargo();
     tree.args(["tree", "--locked", "--edges", "normal", "--prefix", "none"]);
     tree.args(["--format", "{p}", "--target", build::TARGET]);
@@ -121,7 +121,7 @@ fn contained(program: &str) -> Result<BTreeSet<Id>> {
 }
 
 /// Returns the crate in a line such as `serde v1.0.2 (proc-macro)`.
-fn id(line: &str) -> Option<Id> {
+fn id(line: &str) -> Option<CrateId> {
     let mut words = line.split(' ');
     let name = words.next()?;
     let version = words.next()?.strip_prefix('v')?;
@@ -129,7 +129,7 @@ fn id(line: &str) -> Option<Id> {
 }
 
 /// Returns all crates of the workspace's dependency graph, as cargo describes them.
-fn described() -> Result<BTreeMap<Id, Value>> {
+fn described() -> Result<BTreeMap<CrateId, Value>> {
     let mut cargo = build::cargo();
     cargo.args(["metadata", "--locked", "--format-version", "1"]);
     cargo.args(["--filter-platform", build::TARGET]);
@@ -143,7 +143,7 @@ fn described() -> Result<BTreeMap<Id, Value>> {
         .collect())
 }
 
-fn part(name: &str, about: &Value) -> Result<Part> {
+fn part(name: &str, about: &Value) -> Result<CrateManifest> {
     let licence = about["license"].as_str();
     let manifest = about["manifest_path"].as_str().map(Path::new);
     let folder = manifest.and_then(Path::parent);
@@ -163,11 +163,11 @@ fn part(name: &str, about: &Value) -> Result<Part> {
     if holders.is_empty() {
         holders.insert(format!("the contributors of {name}"));
     }
-    Ok(Part {
+    Ok(CrateManifest {
         licence: expression(licence.with_context(|| format!("{name} names no licence"))?),
         holders,
         folder: folder.into(),
-        ..Part::default()
+        ..CrateManifest::default()
     })
 }
 
@@ -217,7 +217,7 @@ fn names(expression: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Returns the text of a licence, or its place.
-fn full(licence: &str, parts: &BTreeMap<Id, Part>) -> Result<String> {
+fn full(licence: &str, parts: &BTreeMap<CrateId, CrateManifest>) -> Result<String> {
     let common = |licence| {
         let (_, file) = COMMON.iter().find(|(name, _)| *name == licence)?;
         Some(format!(
