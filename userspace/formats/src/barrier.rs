@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Flushes of an image's files, which requests share.
 
-use crate::metadata::{Log, Metadata};
+use crate::metadata::{Metadata, MetadataLog};
 use crate::Storage;
 use diskio::Errno;
 use std::rc::Rc;
@@ -13,7 +13,7 @@ pub(crate) struct Barrier<S> {
     storages: Rc<[S]>,
     shared: Rc<diskio::Barrier>,
     /// Metadata, which is all in the last of the files.
-    log: Rc<Log>,
+    log: Rc<MetadataLog>,
 }
 
 impl<S> Clone for Barrier<S> {
@@ -40,7 +40,7 @@ impl<S: Storage> Barrier<S> {
         Metadata::new(file.clone(), self.clone())
     }
 
-    pub(crate) fn log(&self) -> &Log {
+    pub(crate) fn log(&self) -> &MetadataLog {
         &self.log
     }
 

@@ -182,12 +182,12 @@ pub(crate) async fn is_hole(parent: Option<&Base>, offset: u64, len: u64) -> Res
 
 /// Contiguous extents; neighbours of the same content are merged.
 #[derive(Debug, Default)]
-pub(crate) struct Row {
+pub(crate) struct ExtentRun {
     extents: Vec<Extent>,
     len: u64,
 }
 
-impl Row {
+impl ExtentRun {
     pub(crate) fn push(&mut self, len: u64, content: Content) {
         self.len += len;
         match self.extents.last_mut() {

@@ -5,7 +5,7 @@
 
 use crate::field::refused;
 use crate::open::{id, named};
-use crate::{look, open, Below, Kind, Options, Parent, Parts, Storage};
+use crate::{look, open, Below, ImageFormat, ImageParts, Options, Parent, Storage};
 use control::{Code, Failure};
 use drivers::Disk;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub trait Files<S> {
 
 /// Image of a chain whose files were found.
 struct Layer<S> {
-    kind: Kind,
+    kind: ImageFormat,
     image: S,
     path: PathBuf,
     extents: Vec<S>,
@@ -41,7 +41,7 @@ struct Layer<S> {
 /// A backing image that was found.
 enum Found<S> {
     Raw(Disk),
-    Image(Kind, S, PathBuf),
+    Image(ImageFormat, S, PathBuf),
 }
 
 /// Returns the disk in `image` with its whole chain of backing images. `path` is the absolute path of the image; names
@@ -50,7 +50,7 @@ enum Found<S> {
 /// # Errors
 /// A file is missing or refused, or differs from what the header of its child says.
 pub async fn open_chain<S: Storage>(
-    kind: Kind,
+    kind: ImageFormat,
     image: S,
     path: &Path,
     options: Options,
@@ -94,7 +94,7 @@ pub async fn open_chain<S: Storage>(
     };
     while let Some(layer) = layers.pop() {
         let own = of_layer(&options, &layer.path, layers.len());
-        let parts = Parts {
+        let parts = ImageParts {
             parent: disk,
             extents: layer.extents,
         };

@@ -6,7 +6,7 @@
 //! power cut could leave an entry that points to empty space, and so lose data that was flushed long ago. Concurrent
 //! requests share that flush.
 
-use crate::base::{self, Base, Row};
+use crate::base::{self, Base, ExtentRun};
 use crate::field::{part, pieces, refused};
 use crate::locks::Locks;
 use crate::tail::Tail;
@@ -43,7 +43,7 @@ pub(crate) struct Packed {
 
 /// Map of the clusters of a disk.
 #[allow(async_fn_in_trait, reason = "everything is in one thread")]
-pub(crate) trait Map<S>: 'static {
+pub(crate) trait ClusterMap<S>: 'static {
     /// Bytes of a cluster.
     fn cluster(&self) -> u64;
     /// Returns the offset in bytes at which clusters may begin; the metadata before it must not be touched.
@@ -75,7 +75,7 @@ pub(crate) struct Clusters<S, M> {
     unpacked: RefCell<Vec<(u64, Rc<Vec<u8>>)>>,
 }
 
-impl<S: Storage, M: Map<S>> Clusters<S, M> {
+impl<S: Storage, M: ClusterMap<S>> Clusters<S, M> {
     pub(crate) fn new(
         storage: Rc<S>,
         map: M,
@@ -380,7 +380,7 @@ impl<S: Storage, M: Map<S>> Clusters<S, M> {
         whole: bool,
     ) -> Result<Vec<Extent>, Errno> {
         self.check(offset, len)?;
-        let mut row = Row::default();
+        let mut row = ExtentRun::default();
         for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
             match self.find(cluster).await? {
                 Found::Missing => {

@@ -17,7 +17,7 @@ pub(crate) struct Locks {
 /// A range that is locked, or that a task waits for; dropping it releases the range.
 #[derive(Debug)]
 #[must_use = "the lock is held as long as this"]
-pub(crate) struct Held<'l> {
+pub(crate) struct HeldRange<'l> {
     locks: &'l Locks,
     ticket: u64,
 }
@@ -25,12 +25,12 @@ pub(crate) struct Held<'l> {
 impl Locks {
     /// Waits until no other task holds a part of `range`; tasks get it in the order of their calls. A task that holds a
     /// range must not lock another one.
-    pub(crate) async fn lock(&self, range: Range<u64>) -> Held<'_> {
+    pub(crate) async fn lock(&self, range: Range<u64>) -> HeldRange<'_> {
         let ticket = self.next.get();
         self.next.set(ticket + 1);
         self.asked.borrow_mut().push((ticket, range.clone()));
         // Dropping the future while it waits also removes the ticket.
-        let held = Held {
+        let held = HeldRange {
             locks: self,
             ticket,
         };
@@ -45,12 +45,12 @@ impl Locks {
     }
 
     /// Locks one number, as [`lock`](Self::lock) does for a range.
-    pub(crate) async fn alone(&self, number: u64) -> Held<'_> {
+    pub(crate) async fn alone(&self, number: u64) -> HeldRange<'_> {
         self.lock(number..number.saturating_add(1)).await
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldRange<'_> {
     fn drop(&mut self) {
         let mut asked = self.locks.asked.borrow_mut();
         asked.retain(|(ticket, _)| *ticket != self.ticket);

@@ -21,7 +21,7 @@ const MOST: usize = 8192;
 
 /// Metadata that may not be durable yet.
 #[derive(Debug, Default)]
-pub(crate) struct Log {
+pub(crate) struct MetadataLog {
     sectors: RefCell<BTreeMap<u64, Sector>>,
     /// Writes until now.
     count: Cell<u64>,
@@ -39,7 +39,7 @@ struct Sector {
     number: u64,
 }
 
-impl Log {
+impl MetadataLog {
     fn add(&self, at: u64, bytes: &[u8]) {
         let number = self.count.get().wrapping_add(1);
         self.count.set(number);
@@ -246,11 +246,11 @@ impl<S: Storage> Storage for Metadata<S> {
 
 #[cfg(test)]
 mod tests {
-    use super::Log;
+    use super::MetadataLog;
 
     #[test]
     fn log_holds_what_was_written_last_until_it_is_durable() {
-        let log = Log::default();
+        let log = MetadataLog::default();
         log.add(48, &[1; 600]);
         log.add(512, &[2; 512]);
         assert_eq!(

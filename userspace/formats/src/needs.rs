@@ -4,13 +4,13 @@
 
 /// Result of a first look at an image's header. No name in it was followed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
+pub struct ImageNeeds {
     /// Bytes of the disk.
     pub size: u64,
     /// Parent image; `None` if the image has none.
     pub parent: Option<Parent>,
     /// The files that hold the content, in the order of the disk; empty if the image does.
-    pub extents: Vec<Extent>,
+    pub extents: Vec<ExtentFile>,
 }
 
 /// A parent, as the image names it.
@@ -29,7 +29,7 @@ pub struct Parent {
 
 /// A file that holds a part of the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Extent {
+pub struct ExtentFile {
     /// Its name: absolute, or from the folder of the image.
     pub name: String,
     /// True if it may only be read.

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the name of a format and an image to a disk, whatever the format.
 
-use crate::luks::{Key, Luks};
+use crate::luks::{ImageKey, Luks};
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::vhd::Vhd;
 use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
-use crate::{luks, qcow, qcow2, vhd, vhdx, vmdk, Needs, Storage};
+use crate::{luks, qcow, qcow2, vhd, vhdx, vmdk, ImageNeeds, Storage};
 use control::Failure;
 use drivers::Disk;
 use std::fmt;
@@ -15,7 +15,7 @@ use std::str::FromStr;
 
 /// The formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ImageFormat {
     /// qcow2, versions 2 and 3.
     Qcow2,
     /// qcow, the first version.
@@ -30,7 +30,7 @@ pub enum Kind {
     Luks,
 }
 
-impl Kind {
+impl ImageFormat {
     /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Qcow2,
@@ -54,13 +54,13 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for Kind {
+impl FromStr for ImageFormat {
     type Err = Failure;
 
     fn from_str(name: &str) -> Result<Self, Failure> {
@@ -79,7 +79,7 @@ pub enum Below {
     /// have stored one.
     Raw,
     /// An image.
-    Format(Kind),
+    Format(ImageFormat),
 }
 
 impl Below {
@@ -87,7 +87,7 @@ impl Below {
     pub fn qemu_name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
-            Self::Format(Kind::Vhd) => "vpc",
+            Self::Format(ImageFormat::Vhd) => "vpc",
             Self::Format(kind) => kind.name(),
         }
     }
@@ -100,7 +100,7 @@ impl FromStr for Below {
     fn from_str(name: &str) -> Result<Self, Failure> {
         Ok(match name {
             "raw" | "aio" | "file" | "host_device" => Self::Raw,
-            "vpc" => Self::Format(Kind::Vhd),
+            "vpc" => Self::Format(ImageFormat::Vhd),
             name => Self::Format(name.parse()?),
         })
     }
@@ -124,7 +124,7 @@ pub struct Options {
     /// Images over each other at most.
     pub layers: usize,
     /// Key of an encrypted image. A backing image cannot have one.
-    pub key: Option<Key>,
+    pub key: Option<ImageKey>,
 }
 
 impl Options {
@@ -160,14 +160,14 @@ pub(crate) fn named(name: impl fmt::Display, failure: Failure) -> Failure {
 
 /// Files and disks that an image needs beside itself, as [`look`] reports them.
 #[derive(Clone, Debug)]
-pub struct Parts<S> {
+pub struct ImageParts<S> {
     /// Backing disk, which is activated together with the image.
     pub parent: Option<Disk>,
-    /// The files with its content, in the order of [`Needs::extents`].
+    /// The files with its content, in the order of [`ImageNeeds::extents`].
     pub extents: Vec<S>,
 }
 
-impl<S> Default for Parts<S> {
+impl<S> Default for ImageParts<S> {
     fn default() -> Self {
         Self {
             parent: None,
@@ -178,36 +178,44 @@ impl<S> Default for Parts<S> {
 
 /// Returns the files that an image needs beside itself; no name in the header is followed. The caller must have locked
 /// the image.
-pub async fn look<S: Storage>(kind: Kind, image: &S) -> Result<Needs, Failure> {
+pub async fn look<S: Storage>(kind: ImageFormat, image: &S) -> Result<ImageNeeds, Failure> {
     match kind {
-        Kind::Qcow2 => qcow2::look(image).await,
-        Kind::Qcow => qcow::look(image).await,
-        Kind::Vhd => Ok(vhd::look(image).await?.1),
-        Kind::Vhdx => vhdx::look(image).await,
-        Kind::Vmdk => vmdk::look(image).await,
-        Kind::Luks => luks::look(image).await,
+        ImageFormat::Qcow2 => qcow2::look(image).await,
+        ImageFormat::Qcow => qcow::look(image).await,
+        ImageFormat::Vhd => Ok(vhd::look(image).await?.1),
+        ImageFormat::Vhdx => vhdx::look(image).await,
+        ImageFormat::Vmdk => vmdk::look(image).await,
+        ImageFormat::Luks => luks::look(image).await,
     }
 }
 
 /// Returns the identity of an image's content, as its children have it in [`Parent::id`](crate::Parent::id); `None` if
 /// the format has no such identity.
-pub(crate) async fn id<S: Storage>(kind: Kind, image: &S) -> Result<Option<String>, Failure> {
+pub(crate) async fn id<S: Storage>(
+    kind: ImageFormat,
+    image: &S,
+) -> Result<Option<String>, Failure> {
     match kind {
-        Kind::Qcow2 | Kind::Qcow | Kind::Luks => Ok(None),
-        Kind::Vhd => Ok(Some(vhd::spelled(vhd::id(image).await?))),
-        Kind::Vhdx => Ok(Some(vhdx::id(image).await?)),
-        Kind::Vmdk => Ok(Some(vmdk::id(image).await?)),
+        ImageFormat::Qcow2 | ImageFormat::Qcow | ImageFormat::Luks => Ok(None),
+        ImageFormat::Vhd => Ok(Some(vhd::spelled(vhd::id(image).await?))),
+        ImageFormat::Vhdx => Ok(Some(vhdx::id(image).await?)),
+        ImageFormat::Vmdk => Ok(Some(vmdk::id(image).await?)),
     }
 }
 
 /// Returns the disk in `image`, with the files that it needs. Nothing is read before its activation.
-pub fn open<S: Storage>(kind: Kind, image: S, parts: Parts<S>, options: Options) -> Disk {
+pub fn open<S: Storage>(
+    kind: ImageFormat,
+    image: S,
+    parts: ImageParts<S>,
+    options: Options,
+) -> Disk {
     match kind {
-        Kind::Qcow2 => Disk::new(Qcow2::new(image, parts, options)),
-        Kind::Qcow => Disk::new(Qcow::new(image, parts, options)),
-        Kind::Vhd => Disk::new(Vhd::new(image, parts, options)),
-        Kind::Vhdx => Disk::new(Vhdx::new(image, parts, options)),
-        Kind::Vmdk => Disk::new(Vmdk::new(image, parts, options)),
-        Kind::Luks => Disk::new(Luks::new(image, parts, options)),
+        ImageFormat::Qcow2 => Disk::new(Qcow2::new(image, parts, options)),
+        ImageFormat::Qcow => Disk::new(Qcow::new(image, parts, options)),
+        ImageFormat::Vhd => Disk::new(Vhd::new(image, parts, options)),
+        ImageFormat::Vhdx => Disk::new(Vhdx::new(image, parts, options)),
+        ImageFormat::Vmdk => Disk::new(Vmdk::new(image, parts, options)),
+        ImageFormat::Luks => Disk::new(Luks::new(image, parts, options)),
     }
 }

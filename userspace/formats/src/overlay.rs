@@ -2,7 +2,7 @@
 //! A new image with a backing image: how it names that, and how it is created.
 
 use crate::vhd::{self, ParentOf};
-use crate::{qcow2, vmdk, Below, Kind, Storage};
+use crate::{qcow2, vmdk, Below, ImageFormat, Storage};
 use control::{Code, Failure};
 use rustix::io::Errno;
 use rustix::rand::{getrandom, GetRandomFlags};
@@ -10,7 +10,7 @@ use std::path::Path;
 
 /// Identity of an image's content, in formats whose children store it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Id {
+enum ContentId {
     None,
     Vhd([u8; 16]),
     Vmdk(u32),
@@ -21,7 +21,7 @@ enum Id {
 pub struct Base {
     kind: Below,
     name: String,
-    id: Id,
+    id: ContentId,
 }
 
 impl Base {
@@ -36,9 +36,9 @@ impl Base {
         child: &Path,
     ) -> Result<Self, Failure> {
         let id = match kind {
-            Below::Format(Kind::Vhd) => Id::Vhd(vhd::id(image).await?),
-            Below::Format(Kind::Vmdk) => Id::Vmdk(number(&vmdk::id(image).await?)?),
-            _ => Id::None,
+            Below::Format(ImageFormat::Vhd) => ContentId::Vhd(vhd::id(image).await?),
+            Below::Format(ImageFormat::Vmdk) => ContentId::Vmdk(number(&vmdk::id(image).await?)?),
+            _ => ContentId::None,
         };
         let name = name_from(path, child)?;
         Ok(Self { kind, name, id })
@@ -50,7 +50,7 @@ impl Base {
     }
 
     /// As a qcow2 image has it.
-    pub fn backing(&self) -> qcow2::Backing {
+    pub fn backing(&self) -> qcow2::BackingImage {
         named(self.kind, self.name.clone())
     }
 
@@ -59,7 +59,7 @@ impl Base {
         ParentOf {
             path: self.name.clone(),
             id: match self.id {
-                Id::Vhd(id) => id,
+                ContentId::Vhd(id) => id,
                 _ => [0; 16],
             },
         }
@@ -68,7 +68,7 @@ impl Base {
     /// As a VMDK has it.
     pub fn of_vmdk(&self) -> (String, u32) {
         let id = match self.id {
-            Id::Vmdk(id) => id,
+            ContentId::Vmdk(id) => id,
             _ => 0,
         };
         (self.name.clone(), id)
@@ -106,32 +106,32 @@ fn name_from(image: &Path, child: &Path) -> Result<String, Failure> {
 ///
 /// # Errors
 /// The header cannot store its name.
-pub fn backing(kind: Below, path: &Path, child: &Path) -> Result<qcow2::Backing, Failure> {
+pub fn backing(kind: Below, path: &Path, child: &Path) -> Result<qcow2::BackingImage, Failure> {
     Ok(named(kind, name_from(path, child)?))
 }
 
-fn named(kind: Below, name: String) -> qcow2::Backing {
+fn named(kind: Below, name: String) -> qcow2::BackingImage {
     let format = Some(kind.qemu_name().to_string());
-    qcow2::Backing { name, format }
+    qcow2::BackingImage { name, format }
 }
 
 /// Refuses an image of a kind that cannot lie over one of another.
 ///
 /// # Errors
 /// Says what can.
-pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
+pub fn fits(kind: ImageFormat, below: Below) -> Result<(), Failure> {
     match (kind, below) {
-        (Kind::Vhd, Below::Raw | Below::Format(Kind::Vhd))
-        | (Kind::Vmdk, Below::Format(Kind::Vmdk))
-        | (Kind::Qcow2 | Kind::Qcow, _) => Ok(()),
-        (Kind::Vhd, _) => Err(Failure::invalid(
+        (ImageFormat::Vhd, Below::Raw | Below::Format(ImageFormat::Vhd))
+        | (ImageFormat::Vmdk, Below::Format(ImageFormat::Vmdk))
+        | (ImageFormat::Qcow2 | ImageFormat::Qcow, _) => Ok(()),
+        (ImageFormat::Vhd, _) => Err(Failure::invalid(
             "the parent of a VHD is a VHD or raw: use qcow2",
         )),
-        (Kind::Vmdk, _) => Err(Failure::invalid(
+        (ImageFormat::Vmdk, _) => Err(Failure::invalid(
             "the parent of a VMDK is a VMDK: use qcow2",
         )),
-        (Kind::Vhdx, _) => Err(Failure::invalid("a VHDX is read and not made: use qcow2")),
-        (Kind::Luks, _) => Err(Failure::invalid(
+        (ImageFormat::Vhdx, _) => Err(Failure::invalid("a VHDX is read and not made: use qcow2")),
+        (ImageFormat::Luks, _) => Err(Failure::invalid(
             "a LUKS image cannot have a backing image: use qcow2",
         )),
     }
@@ -143,23 +143,23 @@ pub fn fits(kind: Kind, below: Below) -> Result<(), Failure> {
 /// The kind is not one for this, or the storage fails.
 pub async fn overlay<S: Storage>(
     file: &S,
-    kind: Kind,
+    kind: ImageFormat,
     size: u64,
     base: &Base,
 ) -> Result<(), Failure> {
     fits(kind, base.kind)?;
     match kind {
-        Kind::Qcow2 => {
+        ImageFormat::Qcow2 => {
             let backing = Some(base.backing());
-            let plan = qcow2::Plan {
+            let plan = qcow2::Qcow2Create {
                 backing,
-                ..qcow2::Plan::new(size)
+                ..qcow2::Qcow2Create::new(size)
             };
             qcow2::create(file, &plan).await?;
         }
-        Kind::Vhd => {
-            let what = vhd::Create {
-                kind: vhd::Kind::Differencing,
+        ImageFormat::Vhd => {
+            let what = vhd::VhdCreate {
+                kind: vhd::VhdKind::Differencing,
                 size,
                 id: random()?,
                 parent: Some(base.of_vhd()),
@@ -169,7 +169,7 @@ pub async fn overlay<S: Storage>(
         }
         // qcow does not name the type of its backing image, a VMDK stores the identity of the parent's content, which
         // changes when that is changed, and this program does not create the others for a running disk.
-        Kind::Qcow | Kind::Vmdk | Kind::Vhdx | Kind::Luks => {
+        ImageFormat::Qcow | ImageFormat::Vmdk | ImageFormat::Vhdx | ImageFormat::Luks => {
             return Err(Failure::unsupported(format!(
                 "a running disk cannot switch to a new {kind} image: use qcow2 or vhd"
             )))
@@ -212,7 +212,7 @@ pub(crate) fn fill_by_chance(bytes: &mut [u8]) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::{fits, name_from};
-    use crate::{Below, Kind};
+    use crate::{Below, ImageFormat};
     use std::path::Path;
 
     #[test]
@@ -229,10 +229,12 @@ mod tests {
 
     #[test]
     fn what_lies_over_what() {
-        let vhd = Below::Format(Kind::Vhd);
-        assert!(fits(Kind::Qcow2, vhd).is_ok() && fits(Kind::Qcow2, Below::Raw).is_ok());
-        assert!(fits(Kind::Vhd, vhd).is_ok() && fits(Kind::Vhd, Below::Raw).is_ok());
-        assert!(fits(Kind::Vhd, Below::Format(Kind::Qcow2)).is_err());
-        assert!(fits(Kind::Vmdk, Below::Raw).is_err());
+        let vhd = Below::Format(ImageFormat::Vhd);
+        assert!(
+            fits(ImageFormat::Qcow2, vhd).is_ok() && fits(ImageFormat::Qcow2, Below::Raw).is_ok()
+        );
+        assert!(fits(ImageFormat::Vhd, vhd).is_ok() && fits(ImageFormat::Vhd, Below::Raw).is_ok());
+        assert!(fits(ImageFormat::Vhd, Below::Format(ImageFormat::Qcow2)).is_err());
+        assert!(fits(ImageFormat::Vmdk, Below::Raw).is_err());
     }
 }

@@ -15,15 +15,15 @@ const SECTOR: u64 = 512;
 
 /// One table.
 #[derive(Debug)]
-pub(crate) struct Table {
+pub(crate) struct CachedTable {
     at: u64,
     len: usize,
     gate: Gate,
-    state: RefCell<State>,
+    state: RefCell<TableState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct TableState {
     /// As in the image; empty until it was read.
     bytes: Vec<u8>,
     /// Content with the changes that are waiting.
@@ -40,13 +40,13 @@ struct State {
     used: bool,
 }
 
-impl Table {
+impl CachedTable {
     /// Makes a table whose content is known.
     pub(crate) fn with(at: u64, bytes: Vec<u8>) -> Rc<Self> {
         let len = bytes.len();
-        let state = State {
+        let state = TableState {
             bytes,
-            ..State::default()
+            ..TableState::default()
         };
         Rc::new(Self {
             at,
@@ -138,7 +138,7 @@ impl Table {
     }
 }
 
-impl State {
+impl TableState {
     /// Makes a change in memory that may be stored from now on, and returns its number.
     fn edit(&mut self, edit: impl FnOnce(&mut [u8])) -> u64 {
         let mut next = match self.next.take() {
@@ -213,7 +213,7 @@ fn differences(
 /// A table that is in memory as a whole: the first of two levels, which is small.
 #[derive(Debug)]
 pub(crate) struct Pinned {
-    chunks: Vec<Rc<Table>>,
+    chunks: Vec<Rc<CachedTable>>,
     len: usize,
 }
 
@@ -232,7 +232,7 @@ impl Pinned {
         let chunks = places.zip(bytes.chunks(CHUNK));
         Self {
             chunks: chunks
-                .map(|(at, bytes)| Table::with(at, bytes.to_vec()))
+                .map(|(at, bytes)| CachedTable::with(at, bytes.to_vec()))
                 .collect(),
             len: bytes.len(),
         }
@@ -266,14 +266,14 @@ impl Pinned {
 
 /// The tables that are in memory, no more than a budget allows.
 #[derive(Debug)]
-pub(crate) struct Tables {
+pub(crate) struct TableCache {
     budget: usize,
     cached: RefCell<Cached>,
 }
 
 #[derive(Debug, Default)]
 struct Cached {
-    tables: HashMap<u64, Rc<Table>>,
+    tables: HashMap<u64, Rc<CachedTable>>,
     /// Offsets in the order in which tables are checked when there is no room.
     order: VecDeque<u64>,
     bytes: usize,
@@ -281,7 +281,7 @@ struct Cached {
     misses: u64,
 }
 
-impl Tables {
+impl TableCache {
     pub(crate) fn new(budget: usize) -> Self {
         Self {
             budget,
@@ -295,7 +295,7 @@ impl Tables {
         storage: &impl Storage,
         at: u64,
         len: usize,
-    ) -> Result<Rc<Table>, Errno> {
+    ) -> Result<Rc<CachedTable>, Errno> {
         let table = self.find(at, len);
         table.load(storage).await?;
         Ok(table)
@@ -303,7 +303,7 @@ impl Tables {
 
     /// The table, if its content is here.
     #[cfg(test)]
-    fn peek(&self, at: u64) -> Option<Rc<Table>> {
+    fn peek(&self, at: u64) -> Option<Rc<CachedTable>> {
         let cached = self.cached.borrow();
         cached
             .tables
@@ -312,7 +312,7 @@ impl Tables {
             .cloned()
     }
 
-    fn find(&self, at: u64, len: usize) -> Rc<Table> {
+    fn find(&self, at: u64, len: usize) -> Rc<CachedTable> {
         let mut cached = self.cached.borrow_mut();
         let found = cached.tables.get(&at).filter(|table| table.len == len);
         if let Some(table) = found.cloned() {
@@ -321,7 +321,7 @@ impl Tables {
             return table;
         }
         cached.misses += 1;
-        let table = Rc::new(Table {
+        let table = Rc::new(CachedTable {
             at,
             len,
             gate: Gate::default(),
@@ -333,7 +333,7 @@ impl Tables {
 
     /// A table that was just written there.
     pub(crate) fn put(&self, at: u64, bytes: Vec<u8>) {
-        let table = Table::with(at, bytes);
+        let table = CachedTable::with(at, bytes);
         self.cached.borrow_mut().insert(table, self.budget);
     }
 
@@ -350,7 +350,7 @@ impl Tables {
 }
 
 impl Cached {
-    fn insert(&mut self, table: Rc<Table>, budget: usize) {
+    fn insert(&mut self, table: Rc<CachedTable>, budget: usize) {
         self.remove(table.at);
         self.make_room(budget.saturating_sub(table.len));
         self.bytes += table.len;
@@ -393,7 +393,7 @@ impl Cached {
 
 #[cfg(test)]
 mod tests {
-    use super::{differences, Tables};
+    use super::{differences, TableCache};
 
     #[test]
     fn only_what_changed_is_written_in_sectors_of_the_image() {
@@ -415,7 +415,7 @@ mod tests {
 
     #[test]
     fn budget_is_kept_and_what_is_used_stays() {
-        let tables = Tables::new(4096);
+        let tables = TableCache::new(4096);
         tables.put(0, vec![1; 1024]);
         let held = tables.peek(0).unwrap();
         for at in 1..100 {

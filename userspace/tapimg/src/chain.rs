@@ -4,11 +4,11 @@
 use crate::named::{parse_kind, Named};
 use crate::open::{identity, Opener, Use, DEEPEST};
 use control::{Code, Failure};
-use formats::{look, qcow2, resolve, Below, Kind, Needs};
+use formats::{look, qcow2, resolve, Below, ImageFormat, ImageNeeds};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
-pub(crate) fn below(opener: &Opener, image: &Named, needs: &Needs) -> Option<Named> {
+pub(crate) fn below(opener: &Opener, image: &Named, needs: &ImageNeeds) -> Option<Named> {
     let parent = needs.parent.as_ref()?;
     let kind = match &parent.driver {
         Some(name) => parse_kind(name).ok()?,
@@ -70,7 +70,7 @@ pub(crate) async fn refuse_damage(opener: &Opener, image: &Named) -> Result<(), 
             .await
             .map_err(|failure| image.said(failure))?;
         next = below(opener, &image, &needs);
-        if kind != Kind::Qcow2 {
+        if kind != ImageFormat::Qcow2 {
             continue;
         }
         let found = qcow2::check(&file, &image.path.display().to_string(), false).await?;

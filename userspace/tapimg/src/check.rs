@@ -8,7 +8,7 @@ use crate::walk::PIECE;
 use control::{Code, Failure};
 use diskio::{Data, Errno};
 use drivers::{Content, Disk};
-use formats::{qcow2, vhd, Below, Kind};
+use formats::{qcow2, vhd, Below, ImageFormat};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -182,7 +182,7 @@ impl Findings {
 /// Checks.
 pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Failure> {
     let image = &args.image;
-    let is_qcow2 = image.kind == Below::Format(Kind::Qcow2);
+    let is_qcow2 = image.kind == Below::Format(ImageFormat::Qcow2);
     if args.repair && !is_qcow2 {
         return Err(Failure::invalid(format!(
             "{image}: only qcow2 images have something that can be repaired: leave --repair out"
@@ -194,7 +194,7 @@ pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Fai
         false => Ok(()),
     };
     let tables = match tables {
-        Ok(()) if image.kind == Below::Format(Kind::Vhd) => {
+        Ok(()) if image.kind == Below::Format(ImageFormat::Vhd) => {
             footers(opener, image, &mut findings).await
         }
         tables => tables,

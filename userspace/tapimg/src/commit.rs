@@ -11,7 +11,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
-use formats::{look, qcow2, Below, Kind, Options};
+use formats::{look, qcow2, Below, ImageFormat, Options};
 use serde::Serialize;
 use std::cell::Cell;
 use std::fs;
@@ -124,14 +124,14 @@ async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named,
     let kind = match image.kind {
         // The number of a VMDK's parent changes with the first write, and then it is not its parent any more. That of
         // a VHDX is only read.
-        Below::Raw | Below::Format(Kind::Vmdk | Kind::Vhdx | Kind::Luks) => {
+        Below::Raw | Below::Format(ImageFormat::Vmdk | ImageFormat::Vhdx | ImageFormat::Luks) => {
             return Err(Failure::invalid(format!(
                 "{image}: only qcow2, qcow and VHD images are committed: make a new image: `tapimg convert {image} NEW`"
             )))
         }
         Below::Format(kind) => kind,
     };
-    if kind == Kind::Qcow2 {
+    if kind == ImageFormat::Qcow2 {
         let found = qcow2::snapshots(file).await;
         let found = found.map_err(|failure| image.said(failure))?;
         if !found.is_empty() {

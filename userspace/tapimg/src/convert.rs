@@ -15,7 +15,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Io};
 use drivers::Disk;
-use formats::{Below, Kind, Options};
+use formats::{Below, ImageFormat, Options};
 use std::rc::Rc;
 
 /// Source and destination of a copy.
@@ -98,7 +98,7 @@ pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Res
 fn starts_dirty(image: &Named, target: &Target) -> bool {
     match image.kind {
         Below::Raw => target.is_device(),
-        Below::Format(kind) => kind == Kind::Luks,
+        Below::Format(kind) => kind == ImageFormat::Luks,
     }
 }
 

@@ -8,7 +8,7 @@ use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
 use drivers::Disk;
-use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, Kind, LAYERS};
+use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, ImageFormat, LAYERS};
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -65,11 +65,11 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
         Below::Raw => None,
         Below::Format(kind) => Some(kind),
     };
-    if kind == Some(Kind::Vhdx) {
+    if kind == Some(ImageFormat::Vhdx) {
         return Err(read_only(image));
     }
     check_key(image, layout)?;
-    if kind != Some(Kind::Qcow2) && (layout.cluster_size.is_some() || layout.subclusters) {
+    if kind != Some(ImageFormat::Qcow2) && (layout.cluster_size.is_some() || layout.subclusters) {
         return refuse(
             "only qcow2 images are made with clusters of any size",
             "qcow2",
@@ -83,10 +83,10 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
             )));
         }
     }
-    if kind != Some(Kind::Vhd) && layout.fixed {
+    if kind != Some(ImageFormat::Vhd) && layout.fixed {
         return refuse("only a VHD is fixed or not", "vhd");
     }
-    if kind != Some(Kind::Vhd) && layout.reserve.is_some() {
+    if kind != Some(ImageFormat::Vhd) && layout.reserve.is_some() {
         return refuse("only a VHD has a table that room is left in", "vhd");
     }
     if layout.fixed && layout.parent.is_some() {
@@ -158,28 +158,28 @@ pub(crate) async fn make(
     };
     let base = parent.map(|parent| &parent.base);
     match kind {
-        Kind::Qcow2 => {
-            let plan = qcow2::Plan {
+        ImageFormat::Qcow2 => {
+            let plan = qcow2::Qcow2Create {
                 cluster: layout.cluster_size.map_or(64 << 10, |size| size.0),
                 extended: layout.subclusters,
                 backing: base.map(Base::backing),
                 encryption: encryption(image, layout)?,
-                ..qcow2::Plan::new(size)
+                ..qcow2::Qcow2Create::new(size)
             };
             qcow2::create(file, &plan).await
         }
-        Kind::Qcow => {
+        ImageFormat::Qcow => {
             let parent = base.map(|base| base.name().to_string());
-            qcow::create(file, &qcow::Create { size, parent }).await
+            qcow::create(file, &qcow::QcowCreate { size, parent }).await
         }
-        Kind::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
-        Kind::Vhdx => Err(read_only(image)),
-        Kind::Luks => {
+        ImageFormat::Vhd => vhd::create(file, &of_vhd(size, layout, base)?).await,
+        ImageFormat::Vhdx => Err(read_only(image)),
+        ImageFormat::Luks => {
             let how = encryption(image, layout)?.ok_or_else(|| no_key(image))?;
             luks::create(file, size, &how).await
         }
-        Kind::Vmdk => {
-            let what = vmdk::Create {
+        ImageFormat::Vmdk => {
+            let what = vmdk::VmdkCreate {
                 form: vmdk::Form::MonolithicSparse,
                 size,
                 name: own_name(image)?,
@@ -242,12 +242,12 @@ fn read_only(image: &Named) -> Failure {
     ))
 }
 
-fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::Create, Failure> {
-    Ok(vhd::Create {
+fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::VhdCreate, Failure> {
+    Ok(vhd::VhdCreate {
         kind: match (base, layout.fixed) {
-            (Some(_), _) => vhd::Kind::Differencing,
-            (None, true) => vhd::Kind::Fixed,
-            (None, false) => vhd::Kind::Dynamic,
+            (Some(_), _) => vhd::VhdKind::Differencing,
+            (None, true) => vhd::VhdKind::Fixed,
+            (None, false) => vhd::VhdKind::Dynamic,
         },
         size,
         id: random()?,

@@ -8,7 +8,7 @@ use crate::open::{Opener, DEEPEST};
 use crate::progress::bytes;
 use control::{shown, Code, Failure};
 use diskio::File;
-use formats::{look, luks, qcow2, vhdx, Below, Kind, Needs, LAYERS};
+use formats::{look, luks, qcow2, vhdx, Below, ImageFormat, ImageNeeds, LAYERS};
 use serde::Serialize;
 use std::fmt::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -229,7 +229,7 @@ impl Facts {
 }
 
 /// One image. The facts include its faults.
-async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), Failure> {
+async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<ImageNeeds>), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
     let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);
     let mut facts = Facts {
@@ -261,7 +261,7 @@ async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), F
         kind: parent.driver.clone(),
         id: parent.id.clone(),
     });
-    if kind == Kind::Vhdx {
+    if kind == ImageFormat::Vhdx {
         let changes = vhdx::unreplayed(&file).await;
         if changes.map_err(|failure| image.said(failure))? > 0 {
             facts.notes.push(
@@ -273,7 +273,7 @@ async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), F
         Ok(how) => facts.encryption = how,
         Err(failure) => facts.problems.push(failure.message),
     }
-    if kind == Kind::Qcow2 {
+    if kind == ImageFormat::Qcow2 {
         if let Err(failure) = add_qcow2(&file, &mut facts).await {
             facts.problems.push(failure.message);
         }
@@ -282,10 +282,10 @@ async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<Needs>), F
 }
 
 /// How an image is encrypted, if it is.
-async fn encryption(kind: Kind, file: &File) -> Result<Option<String>, Failure> {
+async fn encryption(kind: ImageFormat, file: &File) -> Result<Option<String>, Failure> {
     let header = match kind {
-        Kind::Luks => Some(luks::header(file).await?),
-        Kind::Qcow2 => qcow2::encryption(file).await?,
+        ImageFormat::Luks => Some(luks::header(file).await?),
+        ImageFormat::Qcow2 => qcow2::encryption(file).await?,
         _ => None,
     };
     Ok(header.map(|its| format!("LUKS, {}, keys: {}", its.cipher(), its.keys())))
@@ -320,7 +320,7 @@ async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {
 /// The snapshots in a qcow2 image.
 pub(crate) async fn snapshots(file: &File) -> Result<Vec<SnapshotFacts>, Failure> {
     let all = qcow2::snapshots(file).await?.into_iter();
-    let facts = |one: qcow2::Snapshot| SnapshotFacts {
+    let facts = |one: qcow2::DiskSnapshot| SnapshotFacts {
         id: one.id,
         name: one.name,
         size: one.size,

@@ -2,8 +2,8 @@
 //! Images as they are named on the command line: `qcow2:/srv/a.qcow2`.
 
 use control::{open_named, Failure, Secrecy};
-use formats::luks::Key;
-use formats::{Below, Kind};
+use formats::luks::ImageKey;
+use formats::{Below, ImageFormat};
 use std::fmt;
 use std::fs;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub(crate) fn kind_name(kind: Below) -> &'static str {
 
 /// All names, for messages.
 fn kinds() -> String {
-    let formats = Kind::ALL.map(Kind::name).join(", ");
+    let formats = ImageFormat::ALL.map(ImageFormat::name).join(", ");
     format!("aio (raw), {formats}")
 }
 
@@ -55,13 +55,13 @@ impl Named {
     }
 
     /// Reads the key, if the command line names one.
-    pub(crate) fn secret(&self) -> Result<Option<Key>, Failure> {
+    pub(crate) fn secret(&self) -> Result<Option<ImageKey>, Failure> {
         let Some(path) = &self.key else {
             return Ok(None);
         };
         // As the supervisor has it, so that what is made here can be served.
         let file = open_named(path, "key", Secrecy::Secret)?;
-        let key = Key::read(fs::File::from(file)).map_err(|failure| {
+        let key = ImageKey::read(fs::File::from(file)).map_err(|failure| {
             let name = path.display();
             Failure::new(failure.code, format!("key={name}: {}", failure.message))
         })?;
@@ -70,7 +70,7 @@ impl Named {
 
     /// Whether it is encrypted, by its kind or key on the command line.
     pub(crate) fn is_sealed(&self) -> bool {
-        self.key.is_some() || self.kind == Below::Format(Kind::Luks)
+        self.key.is_some() || self.kind == Below::Format(ImageFormat::Luks)
     }
 
     /// Adds the image's path to a failure.
@@ -114,7 +114,7 @@ impl FromStr for Named {
         }
         let path = std::path::absolute(path)
             .map_err(|error| Failure::system(format!("cannot find {path:?}"), &error))?;
-        let may_have = matches!(kind, Below::Format(Kind::Luks | Kind::Qcow2));
+        let may_have = matches!(kind, Below::Format(ImageFormat::Luks | ImageFormat::Qcow2));
         match may_have || key.is_none() {
             true => Ok(Self { kind, path, key }),
             false => Err(Failure::invalid(format!(
@@ -144,15 +144,15 @@ fn key_before(text: &str) -> Result<(Option<PathBuf>, &str), Failure> {
 #[cfg(test)]
 mod tests {
     use super::Named;
-    use formats::{Below, Kind};
+    use formats::{Below, ImageFormat};
     use std::path::Path;
 
     #[test]
     fn an_image_is_named_with_its_kind() {
         for (text, kind, path) in [
-            ("qcow2:/a:b", Below::Format(Kind::Qcow2), "/a:b"),
-            ("tap:vhd:/a", Below::Format(Kind::Vhd), "/a"),
-            ("vpc:/a", Below::Format(Kind::Vhd), "/a"),
+            ("qcow2:/a:b", Below::Format(ImageFormat::Qcow2), "/a:b"),
+            ("tap:vhd:/a", Below::Format(ImageFormat::Vhd), "/a"),
+            ("vpc:/a", Below::Format(ImageFormat::Vhd), "/a"),
             ("aio:/a", Below::Raw, "/a"),
             ("sync:/a", Below::Raw, "/a"),
             ("raw:/a", Below::Raw, "/a"),
@@ -165,7 +165,7 @@ mod tests {
         let named: Named = "tap:key=a=b.key,luks:/a,b".parse().unwrap();
         assert_eq!(
             (named.kind, named.path.as_path()),
-            (Below::Format(Kind::Luks), Path::new("/a,b"))
+            (Below::Format(ImageFormat::Luks), Path::new("/a,b"))
         );
         assert_eq!(named.key.as_deref(), Some(Path::new("a=b.key")));
         for text in [

@@ -5,7 +5,7 @@ use crate::named::Named;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, Raw, Shape};
-use formats::{open_chain, Below, Files, Kind, Options};
+use formats::{open_chain, Below, Files, ImageFormat, Options};
 use rustix::fs::OFlags;
 use std::fs;
 use std::io;
@@ -176,7 +176,7 @@ impl Opener {
         mut file: File,
         options: Options,
     ) -> Result<(Disk, Shape), Failure> {
-        if options.snapshot.is_some() && image.kind != Below::Format(Kind::Qcow2) {
+        if options.snapshot.is_some() && image.kind != Below::Format(ImageFormat::Qcow2) {
             return Err(Failure::invalid(format!(
                 "{image} has no snapshots, only qcow2 images do: leave --snapshot out"
             )));

@@ -13,7 +13,7 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
-use formats::{backing, fits, qcow2, vhd, Base, Below, Kind, Options};
+use formats::{backing, fits, qcow2, vhd, Base, Below, ImageFormat, Options};
 use serde::Serialize;
 use std::cell::Cell;
 
@@ -63,7 +63,7 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
         refuse_damage(opener, image).await?;
     }
     let file = opener.file(&image.path, Use::Write).await?;
-    if kind == Kind::Qcow2 {
+    if kind == ImageFormat::Qcow2 {
         refuse_snapshots(image, &file).await?;
     }
     let written = match args.name_only {
@@ -72,7 +72,7 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
     };
     // Data that was copied from the old chain by now is durable.
     let named = match kind {
-        Kind::Vhd => name_in_vhd(opener, image, &file, parent).await,
+        ImageFormat::Vhd => name_in_vhd(opener, image, &file, parent).await,
         _ => name_in_qcow2(image, &file, parent).await,
     };
     Ok(Done {
@@ -83,15 +83,15 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
 }
 
 /// The kind of an image that can be put over another one, or over none, where it is.
-fn can_be(args: &Rebase) -> Result<Kind, Failure> {
+fn can_be(args: &Rebase) -> Result<ImageFormat, Failure> {
     let image = &args.image;
     match (image.kind, &args.parent) {
-        (Below::Format(Kind::Qcow2), _) => Ok(Kind::Qcow2),
-        (Below::Format(Kind::Vhd), Some(parent)) => {
-            let fits = fits(Kind::Vhd, parent.kind);
-            fits.map(|()| Kind::Vhd).map_err(|failure| image.said(failure))
+        (Below::Format(ImageFormat::Qcow2), _) => Ok(ImageFormat::Qcow2),
+        (Below::Format(ImageFormat::Vhd), Some(parent)) => {
+            let fits = fits(ImageFormat::Vhd, parent.kind);
+            fits.map(|()| ImageFormat::Vhd).map_err(|failure| image.said(failure))
         }
-        (Below::Format(Kind::Vhd), None) => Err(Failure::invalid(format!(
+        (Below::Format(ImageFormat::Vhd), None) => Err(Failure::invalid(format!(
             "{image}: a differencing VHD stays one: make a new image: `tapimg convert {image} NEW`"
         ))),
         _ => Err(Failure::invalid(format!(

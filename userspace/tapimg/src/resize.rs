@@ -11,7 +11,7 @@ use crate::walk::{self, PIECE};
 use control::{Code, Failure};
 use diskio::File;
 use drivers::{Content, Disk, Driver};
-use formats::{look, luks, qcow2, resolve, vhd, Below, Kind, Options, Parts};
+use formats::{look, luks, qcow2, resolve, vhd, Below, ImageFormat, ImageParts, Options};
 use serde::Serialize;
 use std::ops::Range;
 
@@ -84,7 +84,7 @@ pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failu
         size,
         lost,
         undefined: match image.kind {
-            Below::Format(Kind::Luks) => size.saturating_sub(old_size),
+            Below::Format(ImageFormat::Luks) => size.saturating_sub(old_size),
             _ => 0,
         },
     })
@@ -99,15 +99,15 @@ async fn grow(
 ) -> Result<(), Failure> {
     match image.kind {
         Below::Raw => set_size(image, file, size).await,
-        Below::Format(Kind::Qcow2) => grow_qcow2(opener, image, file, size)
+        Below::Format(ImageFormat::Qcow2) => grow_qcow2(opener, image, file, size)
             .await
             .map_err(|failure| image.said(failure)),
-        Below::Format(Kind::Vhd) => {
+        Below::Format(ImageFormat::Vhd) => {
             refuse_longer_parent(opener, image, file, old_size).await?;
             let grown = vhd::grow(file, size).await;
             grown.map_err(|failure| image.said(failure))
         }
-        Below::Format(Kind::Luks) => {
+        Below::Format(ImageFormat::Luks) => {
             if image.key.is_some() {
                 // A key that was named is the right one, though this needs none.
                 let options = Options::new(image.path.display().to_string());
@@ -115,16 +115,18 @@ async fn grow(
             }
             set_size(image, file, size).await
         }
-        Below::Format(kind @ (Kind::Qcow | Kind::Vmdk | Kind::Vhdx)) => Err(Failure::invalid(
-            format!("{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"),
-        )),
+        Below::Format(kind @ (ImageFormat::Qcow | ImageFormat::Vmdk | ImageFormat::Vhdx)) => {
+            Err(Failure::invalid(format!(
+                "{image}: a {kind} image keeps its size: convert it to qcow2, which can grow"
+            )))
+        }
     }
 }
 
 /// Of an image that is as long as its disk, but for a header in front.
 async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> {
     let changed = match image.kind {
-        Below::Format(Kind::Luks) => luks::set_size(file, size).await,
+        Below::Format(ImageFormat::Luks) => luks::set_size(file, size).await,
         _ => drivers::set_size(file, size).await,
     };
     changed.map_err(|failure| image.said(failure))
@@ -133,8 +135,8 @@ async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> 
 /// Makes a qcow2 image larger, with its backing image open, because the part of that behind the old end must stay
 /// hidden.
 async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> Result<(), Failure> {
-    let needs = look(Kind::Qcow2, file).await?;
-    let mut parts = Parts::default();
+    let needs = look(ImageFormat::Qcow2, file).await?;
+    let mut parts = ImageParts::default();
     if let Some(parent) = &needs.parent {
         let found = below(opener, image, &needs).ok_or_else(|| {
             Failure::invalid(format!(
@@ -167,7 +169,7 @@ async fn refuse_longer_parent(
     file: &File,
     size: u64,
 ) -> Result<(), Failure> {
-    let needs = look(Kind::Vhd, file).await;
+    let needs = look(ImageFormat::Vhd, file).await;
     let needs = needs.map_err(|failure| image.said(failure))?;
     let Some(parent) = below(opener, image, &needs) else {
         return Ok(());
@@ -199,7 +201,7 @@ async fn shrink(
             "{image} has {old_size} bytes, and {size} are fewer: say --shrink if that is meant"
         )));
     }
-    if !matches!(image.kind, Below::Raw | Below::Format(Kind::Luks)) {
+    if !matches!(image.kind, Below::Raw | Below::Format(ImageFormat::Luks)) {
         return Err(Failure::invalid(format!(
             "{image}: only a raw file and a luks image become smaller: convert it to aio, shrink that, \
              and convert that back"

@@ -6,7 +6,7 @@ use crate::create::create;
 use crate::info::{snapshots, SnapshotFacts};
 use crate::open::Opener;
 use control::Failure;
-use formats::{Below, Kind};
+use formats::{Below, ImageFormat};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -58,7 +58,7 @@ pub(crate) async fn snapshot(opener: &Opener, args: &Snapshot) -> Result<Answer,
         answer.overlay = Some(overlay.to_string());
         return Ok(answer);
     }
-    if image.kind != Below::Format(Kind::Qcow2) {
+    if image.kind != Below::Format(ImageFormat::Qcow2) {
         return Err(Failure::invalid(format!(
             "{image}: only qcow2 images have snapshots inside: name the image to make over it"
         )));

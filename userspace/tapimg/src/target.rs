@@ -6,7 +6,7 @@ use crate::named::Named;
 use crate::open::{direct, identity, Opener, Use};
 use control::{Code, Failure};
 use diskio::File;
-use formats::{Below, Kind};
+use formats::{Below, ImageFormat};
 use rustix::fs::{renameat_with, OFlags, RenameFlags, CWD};
 use std::ffi::OsString;
 use std::fs;
@@ -74,7 +74,7 @@ impl Target {
         }
         let old = opener.file(path, Use::Write).await?;
         if old.is_device() {
-            if let Below::Format(kind @ (Kind::Qcow | Kind::Vmdk)) = image.kind {
+            if let Below::Format(kind @ (ImageFormat::Qcow | ImageFormat::Vmdk)) = image.kind {
                 return Err(Failure::invalid(format!(
                     "a {kind} image grows with its file, which {} is not: use aio, qcow2 or vhd there, or a file",
                     path.display()

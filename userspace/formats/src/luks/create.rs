@@ -3,9 +3,9 @@
 
 use super::hash::Hash;
 use super::header::{
-    Header, Slot, AT_SLOTS, LEN, MAGIC, ROUNDS, SLOT, SLOTS, STRIPES, UNUSED, USED,
+    KeySlot, LuksHeader, AT_SLOTS, LEN, MAGIC, ROUNDS, SLOT, SLOTS, STRIPES, UNUSED, USED,
 };
-use super::key::Key;
+use super::key::ImageKey;
 use super::xts::{Cipher, SECTOR};
 use crate::field::{failed, put, refused};
 use crate::overlay::fill_by_chance;
@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 #[derive(Clone, Debug)]
 pub struct Encryption {
     /// Key that opens the image.
-    pub key: Key,
+    pub key: ImageKey,
     /// Time that a processor of this host needs to try a passphrase.
     pub iter_time: Duration,
 }
@@ -100,7 +100,7 @@ pub(crate) async fn header<S: Storage>(
     let made = file.elsewhere(move || made(&its)).await;
     let bytes = made.map_err(failed("cannot make a key"))??;
     // The new header must be readable, so it has to pass the checks for foreign images.
-    Header::parse(&bytes, PAYLOAD)?;
+    LuksHeader::parse(&bytes, PAYLOAD)?;
     Ok(bytes)
 }
 
@@ -126,7 +126,7 @@ fn made(encryption: &Encryption) -> Result<Vec<u8>, Failure> {
     let mut digest = [0; 20];
     HASH.derive(&*master, &digest_salt, of_digest, &mut digest);
 
-    let slot = Slot {
+    let slot = KeySlot {
         salt: slot_salt,
         iterations: of_slot,
         // CAST: a constant.
@@ -161,7 +161,7 @@ fn words(digest: &[u8; 20], salt: &[u8; 32], iterations: u32) -> Result<Vec<u8>,
 }
 
 /// A slot of a header; one that is not used says where its stripes would be all the same.
-fn put_slot(bytes: &mut [u8], number: usize, slot: Option<&Slot>) {
+fn put_slot(bytes: &mut [u8], number: usize, slot: Option<&KeySlot>) {
     let at = AT_SLOTS + number * SLOT;
     let state = if slot.is_some() { USED } else { UNUSED };
     let place = (ALIGN + number * MATERIAL.next_multiple_of(ALIGN)) / SECTOR;
@@ -248,13 +248,13 @@ fn spent() -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::{made, uuid, Encryption, Header, Rate, ALIGN, MATERIAL, PAYLOAD, ROUNDS};
+    use super::{made, uuid, Encryption, LuksHeader, Rate, ALIGN, MATERIAL, PAYLOAD, ROUNDS};
     use crate::luks::unlock::unlock;
-    use crate::luks::Key;
+    use crate::luks::ImageKey;
     use std::time::Duration;
 
-    fn key(word: &[u8]) -> Key {
-        Key::new(word.to_vec().into())
+    fn key(word: &[u8]) -> ImageKey {
+        ImageKey::new(word.to_vec().into())
     }
 
     #[test]
@@ -265,12 +265,12 @@ mod tests {
         };
         let bytes = made(&how).expect("a header");
         assert_eq!(bytes.len(), ALIGN + MATERIAL);
-        let header = Header::parse(&bytes, PAYLOAD).expect("what is made is read");
+        let header = LuksHeader::parse(&bytes, PAYLOAD).expect("what is made is read");
         let material = || vec![bytes[ALIGN..].to_vec()];
         assert!(unlock(&header, material(), &key(b"one")).is_some());
         assert!(unlock(&header, material(), &key(b"one\n")).is_none());
         let other = made(&how).expect("a header");
-        let other = Header::parse(&other, PAYLOAD).expect("what is made is read");
+        let other = LuksHeader::parse(&other, PAYLOAD).expect("what is made is read");
         assert_ne!(header.digest, other.digest);
         assert_ne!(header.digest_salt, other.digest_salt);
         assert_ne!(header.slots[0].salt, other.slots[0].salt);
@@ -285,7 +285,7 @@ mod tests {
             iter_time: Duration::from_millis(1),
         };
         let bytes = made(&how).expect("a header");
-        let header = Header::parse(&bytes, PAYLOAD).expect("what is made is read");
+        let header = LuksHeader::parse(&bytes, PAYLOAD).expect("what is made is read");
         for at in [0, MATERIAL / 2, MATERIAL - 1] {
             let mut material = bytes[ALIGN..].to_vec();
             material[at] ^= 1;

@@ -24,7 +24,7 @@ pub(super) const ROUNDS: u64 = 1 << 29;
 
 /// Fields of a LUKS header.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct LuksHeader {
     pub(super) hash: Hash,
     /// Bytes of the key: two of AES.
     pub(super) key_bytes: usize,
@@ -34,19 +34,19 @@ pub struct Header {
     pub(super) digest_salt: [u8; 32],
     pub(super) digest_iterations: u32,
     /// Key slots in use.
-    pub(super) slots: Vec<Slot>,
+    pub(super) slots: Vec<KeySlot>,
 }
 
 /// A place where the key is, encrypted with a passphrase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
+pub(super) struct KeySlot {
     pub(super) salt: [u8; 32],
     pub(super) iterations: u32,
     /// Offset of its stripes from the beginning of the header, in bytes.
     pub(super) at: u64,
 }
 
-impl Header {
+impl LuksHeader {
     /// Returns the encryption of the content in the terms of QEMU and cryptsetup.
     #[must_use]
     pub fn cipher(&self) -> String {
@@ -131,7 +131,7 @@ impl Header {
                 )));
             }
         }
-        let rounds = |slot: &Slot| self.hash.rounds(slot.iterations, self.key_bytes);
+        let rounds = |slot: &KeySlot| self.hash.rounds(slot.iterations, self.key_bytes);
         let of_slots: u64 = self.slots.iter().map(rounds).sum();
         // Unlocking tries each slot, and compares the digest of each result.
         let of_digest = self.hash.rounds(self.digest_iterations, self.digest.len());
@@ -172,7 +172,7 @@ fn check_version(bytes: &[u8]) -> Result<(), Failure> {
     }
 }
 
-fn slots(bytes: &[u8]) -> Result<Vec<Slot>, Failure> {
+fn slots(bytes: &[u8]) -> Result<Vec<KeySlot>, Failure> {
     let mut slots = Vec::new();
     for number in 0..SLOTS {
         let at = AT_SLOTS + number * SLOT;
@@ -185,7 +185,7 @@ fn slots(bytes: &[u8]) -> Result<Vec<Slot>, Failure> {
                     "key slot {number} has {stripes} stripes and not {STRIPES}: the header of LUKS is damaged"
                 )))
             }
-            USED => slots.push(Slot {
+            USED => slots.push(KeySlot {
                 salt: array(bytes, at + 8),
                 iterations: be32(bytes, at + 4),
                 at: sectors(be32(bytes, at + 40)),

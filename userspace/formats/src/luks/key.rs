@@ -12,9 +12,9 @@ const MOST: usize = 64 << 10;
 
 /// The passphrase of an image: bytes, whatever they are. Copies are the same bytes, which are wiped with the last one.
 #[derive(Clone)]
-pub struct Key(Arc<Zeroizing<Vec<u8>>>);
+pub struct ImageKey(Arc<Zeroizing<Vec<u8>>>);
 
-impl Key {
+impl ImageKey {
     /// Makes a key of these bytes. The caller must not keep another copy of them.
     pub fn new(bytes: Zeroizing<Vec<u8>>) -> Self {
         Self(Arc::new(bytes))
@@ -55,7 +55,7 @@ impl Key {
 }
 
 /// Hides the key: it must not appear in a message, not even in one for debugging.
-impl fmt::Debug for Key {
+impl fmt::Debug for ImageKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Key")
     }
@@ -63,18 +63,21 @@ impl fmt::Debug for Key {
 
 #[cfg(test)]
 mod tests {
-    use super::{Key, MOST};
+    use super::{ImageKey, MOST};
 
     #[test]
     fn each_byte_of_a_file_counts() {
-        let key = Key::read(&b"one\0two\n"[..]).expect("a key");
+        let key = ImageKey::read(&b"one\0two\n"[..]).expect("a key");
         assert_eq!(key.bytes(), b"one\0two\n");
         assert_eq!(
-            Key::read(&vec![7; MOST][..]).expect("a key").bytes().len(),
+            ImageKey::read(&vec![7; MOST][..])
+                .expect("a key")
+                .bytes()
+                .len(),
             MOST
         );
         for (bytes, why) in [(0, "is empty"), (MOST + 1, "more than 65536 bytes")] {
-            let failure = Key::read(&vec![7; bytes][..]).expect_err("no key");
+            let failure = ImageKey::read(&vec![7; bytes][..]).expect_err("no key");
             assert!(failure.message.contains(why), "{failure}");
         }
     }

@@ -11,14 +11,14 @@ mod xts;
 
 pub use create::{create, Encryption, ITER_TIME};
 pub(crate) use create::{header as new_header, PAYLOAD};
-pub use header::Header;
-pub use key::Key;
+pub use header::LuksHeader;
+pub use key::ImageKey;
 pub(crate) use sealed::Sealed;
 pub(crate) use xts::Cipher;
 
 use crate::barrier::Barrier;
 use crate::field::{failed, no_extents, refused};
-use crate::{storage, Needs, Options, Parts, Storage};
+use crate::{storage, ImageNeeds, ImageParts, Options, Storage};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Driver, Fence, Limits, Shape};
@@ -34,33 +34,37 @@ const ZEROES: u64 = 256 << 20;
 const HOLE: u32 = 4096;
 
 /// Reads the header at byte `at`. The header and its keys may take `room` bytes from there on.
-pub(crate) async fn header_at<S: Storage>(file: &S, at: u64, room: u64) -> Result<Header, Failure> {
+pub(crate) async fn header_at<S: Storage>(
+    file: &S,
+    at: u64,
+    room: u64,
+) -> Result<LuksHeader, Failure> {
     let bytes = storage::bytes(file, at, header::LEN).await;
     let bytes = bytes.map_err(failed("cannot read the header of LUKS"))?;
-    Header::parse(&bytes, room)
+    LuksHeader::parse(&bytes, room)
 }
 
 /// Returns the header of an image.
 ///
 /// # Errors
 /// The image cannot be served.
-pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
+pub async fn header<S: Storage>(file: &S) -> Result<LuksHeader, Failure> {
     let size = file.size();
     let size = size.map_err(failed("cannot see the size of the image"))?;
     header_at(file, 0, size).await
 }
 
 /// Returns the files that an image needs: none, only its key.
-pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
+pub async fn look<S: Storage>(file: &S) -> Result<ImageNeeds, Failure> {
     let header = header(file).await?;
-    Ok(Needs {
+    Ok(ImageNeeds {
         size: payload(file, &header)?,
-        ..Needs::default()
+        ..ImageNeeds::default()
     })
 }
 
 /// Bytes of the disk in an image.
-fn payload<S: Storage>(file: &S, header: &Header) -> Result<u64, Failure> {
+fn payload<S: Storage>(file: &S, header: &LuksHeader) -> Result<u64, Failure> {
     let size = file.size();
     let size = size.map_err(failed("cannot see the size of the image"))?;
     let slots = header.slots.iter().map(|slot| slot.at);
@@ -125,8 +129,8 @@ async fn resize<S: Storage>(file: &S, size: u64, barrier: &Barrier<S>) -> Result
 pub(crate) async fn unlock<S: Storage>(
     file: &S,
     at: u64,
-    header: &Header,
-    key: Option<&Key>,
+    header: &LuksHeader,
+    key: Option<&ImageKey>,
 ) -> Result<Cipher, Failure> {
     let key = key.cloned().ok_or_else(no_key)?;
     let mut materials = Vec::new();
@@ -170,7 +174,7 @@ pub struct Luks<S: Storage> {
 
 impl<S: Storage> Luks<S> {
     /// The image in `file`, which is looked at when it is activated.
-    pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(file: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
             barrier: Barrier::new(vec![file.clone()]),
             file,

@@ -19,7 +19,7 @@ const FIRST: u64 = 16 << 20;
 
 /// A header that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct QcowHeader {
     /// Bytes of the disk.
     pub(crate) size: u64,
     pub(crate) cluster_bits: u32,
@@ -32,7 +32,7 @@ pub(crate) struct Header {
     pub(crate) xen: Option<u32>,
 }
 
-impl Header {
+impl QcowHeader {
     /// Parses and checks the header of an image of `length` bytes.
     pub(crate) fn parse(bytes: &[u8], length: u64) -> Result<Self, Failure> {
         if bytes.get(..4) != Some(MAGIC) {
@@ -142,7 +142,7 @@ fn name(bytes: &[u8], length: u64) -> Result<Option<(u64, u32)>, Failure> {
 /// corrected bytes of the table, or `None` if none is wrong.
 pub(crate) fn repaired(
     bytes: &[u8],
-    header: &Header,
+    header: &QcowHeader,
     length: u64,
 ) -> Result<Option<Vec<u8>>, Failure> {
     if header.xen.is_none_or(|flags| flags & XEN_BIG_ENDIAN != 0) {

@@ -6,17 +6,17 @@ mod header;
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
-use crate::clusters::{Clusters, Found, Map, Packed};
+use crate::clusters::{ClusterMap, Clusters, Found, Packed};
 use crate::field::{be64, counters, failed, no_extents, put, refused};
 use crate::locks::Locks;
 use crate::storage;
-use crate::tables::{Pinned, Table, Tables};
+use crate::tables::{CachedTable, Pinned, TableCache};
 use crate::tail::Tail;
-use crate::{Needs, Options, Parent, Parts, Storage};
+use crate::{ImageNeeds, ImageParts, Options, Parent, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
-use header::{repaired, Header, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
+use header::{repaired, QcowHeader, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
 use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -47,26 +47,26 @@ struct Entries {
     table_bits: u32,
     begin: u64,
     first: Pinned,
-    tables: Tables,
+    tables: TableCache,
     /// A lock for each table that does not exist.
     locks: Locks,
 }
 
-async fn read_header(storage: &impl Storage) -> Result<(Header, u64), Failure> {
+async fn read_header(storage: &impl Storage) -> Result<(QcowHeader, u64), Failure> {
     let length = storage
         .size()
         .map_err(failed("cannot see the image's size"))?;
     let bytes = storage::bytes(storage, 0, 64).await;
     let bytes = bytes.map_err(failed("cannot read the image's header"))?;
-    Ok((Header::parse(&bytes, length)?, length))
+    Ok((QcowHeader::parse(&bytes, length)?, length))
 }
 
 /// Returns the files that an image needs; no name in the header is followed.
-pub async fn look(storage: &impl Storage) -> Result<Needs, Failure> {
+pub async fn look(storage: &impl Storage) -> Result<ImageNeeds, Failure> {
     let (header, _) = read_header(storage).await?;
-    let mut needs = Needs {
+    let mut needs = ImageNeeds {
         size: header.size,
-        ..Needs::default()
+        ..ImageNeeds::default()
     };
     if let Some((at, len)) = header.name {
         let name = storage::bytes(storage, at, len as usize).await;
@@ -85,7 +85,7 @@ pub async fn look(storage: &impl Storage) -> Result<Needs, Failure> {
 
 /// Properties of a new image.
 #[derive(Clone, Debug, Default)]
-pub struct Create {
+pub struct QcowCreate {
     /// Bytes of the disk, whole sectors.
     pub size: u64,
     /// The backing file's name.
@@ -93,7 +93,7 @@ pub struct Create {
 }
 
 /// Makes an image in `storage`, whose old content is lost, with clusters of 4 KiB as blktap's.
-pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
+pub async fn create(storage: &impl Storage, what: &QcowCreate) -> Result<(), Failure> {
     let name = what.parent.as_deref().unwrap_or("").as_bytes();
     if what.size == 0 || what.size % 512 != 0 || name.len() > 1023 {
         return Err(Failure::invalid(format!(
@@ -103,7 +103,7 @@ pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure
     }
     // CAST: at most 1023.
     let place = (!name.is_empty()).then_some((LEN, name.len() as u32));
-    let header = Header {
+    let header = QcowHeader {
         size: what.size,
         cluster_bits: 12,
         table_bits: 9,
@@ -114,7 +114,7 @@ pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure
     let end = (header.first + header.first_len()).next_multiple_of(4096);
     let mut bytes = header.bytes();
     bytes.extend(name);
-    Header::parse(&bytes, end)?;
+    QcowHeader::parse(&bytes, end)?;
     let work = async {
         if storage.is_fixed() {
             storage.clear(0, end).await?;
@@ -131,7 +131,7 @@ pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure
 
 impl<S: Storage> Qcow<S> {
     /// Returns the disk in `storage`, on top of its parent if it names one.
-    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(storage: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
             parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
@@ -145,7 +145,7 @@ impl<S: Storage> Qcow<S> {
         self.active.borrow().clone().ok_or(Errno::NXIO)
     }
 
-    async fn check_parent(&self, header: &Header) -> Result<(), Failure> {
+    async fn check_parent(&self, header: &QcowHeader) -> Result<(), Failure> {
         no_extents("qcow", self.extents)?;
         match (&self.parent, header.name) {
             (Some(parent), Some(_)) => parent.activate().await,
@@ -161,7 +161,7 @@ impl<S: Storage> Qcow<S> {
 
     /// Reads the first table, whose numbers all lead into the image. If an early blktap made the table, its byte order
     /// is corrected.
-    async fn first(&self, header: &Header) -> Result<Pinned, Failure> {
+    async fn first(&self, header: &QcowHeader) -> Result<Pinned, Failure> {
         let reading = failed("cannot read the first table of the image");
         // CAST: it was checked to be small.
         let bytes = storage::bytes(&*self.storage, header.first, header.first_len() as usize).await;
@@ -196,7 +196,7 @@ impl<S: Storage> Qcow<S> {
     }
 
     /// The table first, then the flag that says that it is right.
-    async fn repair(&self, header: &Header, bytes: &[u8]) -> Result<(), Errno> {
+    async fn repair(&self, header: &QcowHeader, bytes: &[u8]) -> Result<(), Errno> {
         let flags = header.xen.unwrap_or(0) | XEN_BIG_ENDIAN;
         self.storage
             .write(header.first, Bytes::copied(bytes)?)
@@ -216,7 +216,7 @@ impl<S: Storage> Qcow<S> {
             table_bits: header.table_bits,
             begin: header.first + header.first_len(),
             first: self.first(&header).await?,
-            tables: Tables::new(self.options.cache),
+            tables: TableCache::new(self.options.cache),
             locks: Locks::default(),
         };
         let parent = self.parent.clone();
@@ -274,7 +274,11 @@ impl Entries {
         Ok((at, (cluster & ((1 << self.table_bits) - 1)) as usize * 8))
     }
 
-    async fn table(&self, storage: &impl Storage, at: usize) -> Result<Option<Rc<Table>>, Errno> {
+    async fn table(
+        &self,
+        storage: &impl Storage,
+        at: usize,
+    ) -> Result<Option<Rc<CachedTable>>, Errno> {
         match self.first.see(at, |bytes| be64(bytes, 0)) {
             0 => Ok(None),
             place => self
@@ -291,7 +295,7 @@ impl Entries {
         storage: &S,
         tail: &Tail<S>,
         at: usize,
-    ) -> Result<Rc<Table>, Errno> {
+    ) -> Result<Rc<CachedTable>, Errno> {
         if let Some(table) = self.table(storage, at).await? {
             return Ok(table);
         }
@@ -308,7 +312,7 @@ impl Entries {
     }
 }
 
-impl<S: Storage> Map<S> for Entries {
+impl<S: Storage> ClusterMap<S> for Entries {
     fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }

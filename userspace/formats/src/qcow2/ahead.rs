@@ -5,9 +5,9 @@
 //! The preallocated clusters still read as zeroes, because their new places are zero. A preallocated cluster that the
 //! guest never writes is lost space until the guest discards it, so a row never gets more clusters ahead than it has.
 
-use super::entry::{Entry, Place};
-use super::image::Image;
-use super::write::Plan;
+use super::entry::{ClusterLocation, L2Entry};
+use super::image::Qcow2Image;
+use super::write::WritePlan;
 use crate::Storage;
 use diskio::Errno;
 
@@ -20,7 +20,7 @@ const WRITERS: usize = 4;
 
 /// A writer in a row.
 #[derive(Clone, Copy, Debug)]
-struct Row {
+struct SequentialWriter {
     /// The cluster of the disk that would be its next one.
     next: u64,
     /// The one behind those that have their place: the writes until there did not have to come here.
@@ -31,14 +31,15 @@ struct Row {
 
 /// The most recent sequential writers.
 #[derive(Debug, Default)]
-pub(crate) struct Rows(Vec<Row>);
+pub(crate) struct Rows(Vec<SequentialWriter>);
 
 impl Rows {
     /// Notes that the guest allocates `count` clusters from `first` on, in a new row or in a known one, and returns how
     /// many clusters behind them get their place ahead, `most` at most.
     fn add(&mut self, first: u64, count: u64, most: u64) -> u64 {
         // A write of the guest may begin and end within a cluster.
-        let goes_on = |row: &Row| (row.next.saturating_sub(1)..=row.reach).contains(&first);
+        let goes_on =
+            |row: &SequentialWriter| (row.next.saturating_sub(1)..=row.reach).contains(&first);
         let known = self.0.iter().position(goes_on);
         let known = known.map(|at| self.0.remove(at));
         let next = known.map_or(0, |row| row.next).max(first + count);
@@ -49,12 +50,12 @@ impl Rows {
         };
         let reach = known.map_or(next, |row| row.reach).max(next + ahead);
         self.0.truncate(WRITERS - 1);
-        self.0.insert(0, Row { next, reach, count });
+        self.0.insert(0, SequentialWriter { next, reach, count });
         ahead
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Returns how many clusters may be preallocated behind a write that begins in cluster `first` and needs `count`.
     pub(crate) fn wanted_ahead(&self, first: u64, count: u64) -> u64 {
         // Clusters of a data file have their place already, and a new encrypted cluster does not read as zeroes.
@@ -66,7 +67,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns how many clusters behind those of a plan can get their place together with them, `wanted` at most.
-    pub(crate) fn can_be_ahead(&self, plan: &Plan, wanted: u64) -> Result<u64, Errno> {
+    pub(crate) fn can_be_ahead(&self, plan: &WritePlan, wanted: u64) -> Result<u64, Errno> {
         let cluster = self.geometry.cluster();
         let behind = plan.old.len() as u64;
         let mut count = 0;
@@ -85,17 +86,19 @@ impl<S: Storage> Image<S> {
     }
 
     /// A cluster reads as zeroes, and has no place.
-    fn is_blank(&self, entry: &Entry, at: u64) -> bool {
+    fn is_blank(&self, entry: &L2Entry, at: u64) -> bool {
         let (run, len) = self.runs(entry, 0);
-        self.is_zero(run, at) && entry.place == Place::Nowhere && len == self.geometry.cluster()
+        self.is_zero(run, at)
+            && entry.place == ClusterLocation::Nowhere
+            && len == self.geometry.cluster()
     }
 
     /// Clusters behind those of a plan have got their place, which reads as zeroes, as they do.
-    pub(crate) fn place_ahead(&self, plan: &Plan, place: u64, count: u64) {
+    pub(crate) fn place_ahead(&self, plan: &WritePlan, place: u64, count: u64) {
         let behind = plan.old.len() as u64;
         for number in 0..count {
-            let entry = Entry {
-                place: Place::Host {
+            let entry = L2Entry {
+                place: ClusterLocation::Host {
                     at: place + number * self.geometry.cluster(),
                     owned: true,
                 },

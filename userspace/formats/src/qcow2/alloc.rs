@@ -11,8 +11,8 @@
 //! request relies on it that had found it before.
 
 use super::geometry::MAX_OFFSET;
-use super::image::Image;
-use super::refcounts::{get, set, Counts};
+use super::image::Qcow2Image;
+use super::refcounts::{get, set, SliceRefcounts};
 use crate::{storage, Storage};
 use diskio::{Errno, Gate};
 use std::cell::{Cell, RefCell};
@@ -93,7 +93,7 @@ impl Allocator {
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Allocates up to `count` contiguous clusters, at least one. The clusters read as zeroes and have a refcount, both
     /// durably.
     pub(crate) async fn take(&self, count: u64) -> Result<Clusters, Errno> {
@@ -256,7 +256,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// The first free clusters among counts from `from` on, in a row, `most - from` at most.
-    fn free_in(&self, counts: &Counts, from: u64, most: u64) -> Option<(u64, u64)> {
+    fn free_in(&self, counts: &SliceRefcounts, from: u64, most: u64) -> Option<(u64, u64)> {
         let order = self.geometry.refcount_order;
         let limit = most - from;
         counts.slice.look(|bytes| {

@@ -2,7 +2,7 @@
 //! Dropping the backing image of an image that is in use.
 
 use super::header::AT_NAME;
-use super::image::Image;
+use super::image::Qcow2Image;
 use super::{header, Qcow2};
 use crate::field::refused;
 use crate::Storage;
@@ -31,7 +31,7 @@ impl<S: Storage> Qcow2<S> {
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// The header names no image below from now on, which takes one write of one sector. A format that it names
     /// stays, and means nothing without a name.
     pub(super) async fn forget_below(&self) -> Result<(), Failure> {

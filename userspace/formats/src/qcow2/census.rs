@@ -5,9 +5,9 @@
 //! snapshots share is read once, and its entries count once for each of them.
 
 use super::check::Others;
-use super::entry::{Entry, Place, COPIED, L1_RESERVED, L2_RESERVED};
+use super::entry::{ClusterLocation, L2Entry, COPIED, L1_RESERVED, L2_RESERVED};
 use super::geometry::MAX_OFFSET;
-use super::image::{Image, Table};
+use super::image::{EntryTable, Qcow2Image};
 use crate::field::be64;
 use crate::{storage, Storage};
 use diskio::Errno;
@@ -125,7 +125,7 @@ impl Window {
 
 /// An L2 table.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct SeenTable {
     /// Entries of L1 tables that lead to it.
     uses: u32,
     /// True if one of these entries belongs to the current disk.
@@ -135,19 +135,19 @@ struct Seen {
 }
 
 /// L2 tables by their offsets: all from `from` on, or the first ones.
-pub(super) struct Tables {
-    known: BTreeMap<u64, Seen>,
+pub(super) struct L2Tables {
+    known: BTreeMap<u64, SeenTable>,
     from: u64,
     /// The first one that is missing.
     next: Option<u64>,
 }
 
-impl Tables {
+impl L2Tables {
     fn add(&mut self, at: u64, is_active: bool) {
         if at < self.from || self.next.is_some_and(|next| at >= next) {
             return;
         }
-        let seen = self.known.entry(at).or_insert(Seen {
+        let seen = self.known.entry(at).or_insert(SeenTable {
             uses: 0,
             is_active: false,
             reach: (0, u64::MAX),
@@ -170,18 +170,18 @@ pub(super) enum Holder {
 
 /// Counts a window after the other.
 pub(super) struct Census<'c, S: Storage> {
-    image: &'c Image<S>,
+    image: &'c Qcow2Image<S>,
     others: &'c Others,
     holder: Holder,
     /// Clusters of the file.
     pub(super) end: u64,
     /// L2 tables, as long as all of them fit.
-    tables: Option<Tables>,
+    tables: Option<L2Tables>,
 }
 
 impl<'c, S: Storage> Census<'c, S> {
     pub(super) fn new(
-        image: &'c Image<S>,
+        image: &'c Qcow2Image<S>,
         others: &'c Others,
         holder: Holder,
     ) -> Result<Self, Errno> {
@@ -241,7 +241,7 @@ impl<'c, S: Storage> Census<'c, S> {
         Ok(window)
     }
 
-    fn l1_tables(&self) -> impl Iterator<Item = Table> + 'c {
+    fn l1_tables(&self) -> impl Iterator<Item = EntryTable> + 'c {
         let others = self.others;
         std::iter::once(self.image.l1.get()).chain(others.tables.iter().copied())
     }
@@ -273,9 +273,9 @@ impl<'c, S: Storage> Census<'c, S> {
     }
 
     /// The L2 tables to which all L1 tables lead, from an offset on.
-    async fn collect(&self, from: u64, mut odd: Option<&mut Odd>) -> Result<Tables, Errno> {
+    async fn collect(&self, from: u64, mut odd: Option<&mut Odd>) -> Result<L2Tables, Errno> {
         let cluster = self.image.geometry.cluster();
-        let mut tables = Tables {
+        let mut tables = L2Tables {
             known: BTreeMap::new(),
             from,
             next: None,
@@ -297,7 +297,7 @@ impl<'c, S: Storage> Census<'c, S> {
         Ok(tables)
     }
 
-    async fn count_tables(&self, tables: &mut Tables, window: &mut Window) -> Result<(), Errno> {
+    async fn count_tables(&self, tables: &mut L2Tables, window: &mut Window) -> Result<(), Errno> {
         let image = self.image;
         let cluster = image.geometry.cluster();
         let is_first = window.clusters.start == 0;
@@ -311,9 +311,11 @@ impl<'c, S: Storage> Census<'c, S> {
             image
                 .each_l2(*at, |_, word, entry| {
                     let wanted = match entry.map(|entry| entry.place) {
-                        Ok(Place::Host { at, .. }) if !image.geometry.external => at..at + cluster,
+                        Ok(ClusterLocation::Host { at, .. }) if !image.geometry.external => {
+                            at..at + cluster
+                        }
                         // The last sector need not be there.
-                        Ok(Place::Compressed { at, len }) => at..at + len,
+                        Ok(ClusterLocation::Compressed { at, len }) => at..at + len,
                         Ok(_) => 0..0,
                         Err(_) => {
                             window.odd.damaged += u64::from(is_first);
@@ -386,7 +388,7 @@ impl<'c, S: Storage> Census<'c, S> {
 
     async fn l2_flags(
         &self,
-        tables: &Tables,
+        tables: &L2Tables,
         window: &Window,
         repair: bool,
         wrong: &mut (u64, u64),
@@ -406,7 +408,8 @@ impl<'c, S: Storage> Census<'c, S> {
             let mut places = Vec::new();
             image
                 .each_l2(*table, |offset, word, entry| {
-                    let Ok(Place::Host { at, .. }) = entry.map(|entry| entry.place) else {
+                    let Ok(ClusterLocation::Host { at, .. }) = entry.map(|entry| entry.place)
+                    else {
                         return;
                     };
                     if !external && !window.clusters.contains(&(at / cluster)) {
@@ -456,11 +459,11 @@ fn note(at: u64, word: u64, right: u64, places: &mut Vec<(u64, u64)>, wrong: &mu
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Looks at the entries of a table that are in the file, which has `end` clusters.
     async fn each_entry(
         &self,
-        table: Table,
+        table: EntryTable,
         end: u64,
         mut look: impl FnMut(u64, u64),
     ) -> Result<(), Errno> {
@@ -483,7 +486,7 @@ impl<S: Storage> Image<S> {
     async fn each_l2(
         &self,
         table: u64,
-        mut look: impl FnMut(u64, u64, Result<Entry, super::entry::Broken>),
+        mut look: impl FnMut(u64, u64, Result<L2Entry, super::entry::Broken>),
     ) -> Result<(), Errno> {
         // CAST: at most 2 MiB, and 16.
         let (cluster, step) = (
@@ -498,7 +501,7 @@ impl<S: Storage> Image<S> {
             };
             if word != 0 || bitmap != 0 {
                 let at = table + (number * step) as u64;
-                look(at, word, Entry::decode(word, bitmap, &self.geometry));
+                look(at, word, L2Entry::decode(word, bitmap, &self.geometry));
             }
         }
         Ok(())

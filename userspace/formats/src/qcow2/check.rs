@@ -6,8 +6,8 @@
 //! another place (`rebuild.rs`).
 
 use super::census::{Census, Holder, Window};
-use super::header::{Header, AT_INCOMPATIBLE, DIRTY};
-use super::image::{Image, Table};
+use super::header::{Qcow2Header, AT_INCOMPATIBLE, DIRTY};
+use super::image::{EntryTable, Qcow2Image};
 use super::refcounts::{get, set, MAX_TABLE};
 use super::snapshot;
 use crate::field::{be32, be64, refused};
@@ -43,11 +43,11 @@ pub(crate) struct Others {
     /// Ranges of bytes.
     pub(super) ranges: Vec<Range<u64>>,
     /// The L1 tables of snapshots.
-    pub(super) tables: Vec<Table>,
+    pub(super) tables: Vec<EntryTable>,
 }
 
 /// Result of a check of the whole image.
-pub(super) struct Report {
+pub(super) struct CheckReport {
     pub(super) findings: Findings,
     /// The refcounts cannot be made right where they are.
     rebuild: bool,
@@ -60,7 +60,7 @@ pub(super) struct Report {
     row: Range<u64>,
 }
 
-impl Report {
+impl CheckReport {
     /// Nothing uses a cluster.
     fn add_free(&mut self, number: u64) {
         match self.row.end == number {
@@ -74,7 +74,7 @@ impl Report {
 }
 
 /// Collects the users of clusters beside the current content of the disk.
-pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Others, Failure> {
+pub(crate) async fn others<S: Storage>(file: &S, header: &Qcow2Header) -> Result<Others, Failure> {
     let cluster = header.geometry.cluster();
     // Their names are not kept.
     let mut tables = Vec::new();
@@ -94,7 +94,7 @@ pub(crate) async fn others<S: Storage>(file: &S, header: &Header) -> Result<Othe
 }
 
 /// Each snapshot has an L1 table of its own, so all of them together must not be larger than the file.
-fn check_tables(tables: &[Table]) -> Result<(), Failure> {
+fn check_tables(tables: &[EntryTable]) -> Result<(), Failure> {
     let mut places: Vec<_> = tables
         .iter()
         .filter(|table| table.entries > 0)
@@ -113,7 +113,7 @@ fn check_tables(tables: &[Table]) -> Result<(), Failure> {
 /// Bytes that bitmaps take.
 async fn bitmaps<S: Storage>(
     file: &S,
-    header: &Header,
+    header: &Qcow2Header,
     ranges: &mut Vec<Range<u64>>,
 ) -> Result<(), Errno> {
     /// Bytes of a directory, and entries of a bitmap's table, at most: QEMU's limits.
@@ -177,20 +177,20 @@ async fn clusters_of_bitmap<S: Storage>(
     Ok(())
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Compares all refcounts with the users of the clusters. The image must not be in use.
     pub(crate) async fn check(&self, others: &Others) -> Result<Findings, Errno> {
         Ok(self.report(others).await?.findings)
     }
 
-    async fn report(&self, others: &Others) -> Result<Report, Errno> {
+    async fn report(&self, others: &Others) -> Result<CheckReport, Errno> {
         if self.writable {
             self.slices.settle_all().await?;
         }
         let mut census = Census::new(self, others, Holder::Image)?;
         let most = MAX_TABLE / 8;
         let blocks = census.end.div_ceil(self.geometry.block_entries());
-        let mut report = Report {
+        let mut report = CheckReport {
             findings: Findings::default(),
             rebuild: false,
             too_many: None,
@@ -211,7 +211,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Adds the faults of the clusters of a window to `report`.
-    async fn look(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
+    async fn look(&self, window: &Window, report: &mut CheckReport) -> Result<(), Errno> {
         report.findings.damaged += window.odd.damaged;
         report.findings.reserved += window.odd.reserved;
         report.findings.refcounts += window.odd.refcounts;
@@ -236,7 +236,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Compares the refcounts of a window's clusters with their users.
-    async fn compare(&self, window: &Window, report: &mut Report) -> Result<(), Errno> {
+    async fn compare(&self, window: &Window, report: &mut CheckReport) -> Result<(), Errno> {
         let order = self.geometry.refcount_order;
         let mut at = window.clusters.start;
         while at < window.clusters.end {
@@ -288,7 +288,7 @@ impl<S: Storage> Image<S> {
         Ok(findings)
     }
 
-    fn may_repair(&self, report: &Report) -> Result<(), Failure> {
+    fn may_repair(&self, report: &CheckReport) -> Result<(), Failure> {
         let findings = &report.findings;
         let why = match report.too_many {
             Some(cluster) => format!("cluster {cluster} has more users than a refcount can say"),

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The clusters with the disk's content: as they are, or encrypted, each sector by where it is in the image.
 
-use super::header::Header;
-use crate::luks::{self, Key, Sealed};
+use super::header::Qcow2Header;
+use crate::luks::{self, ImageKey, Sealed};
 use crate::Storage;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
 /// File that holds the clusters.
-pub(crate) enum Content<S> {
+pub(crate) enum ClusterFile<S> {
     Plain(S),
     Sealed(Sealed<S>),
 }
 
-impl<S: Storage> Content<S> {
+impl<S: Storage> ClusterFile<S> {
     /// Returns the content of an image in `file`, which `key` opens if it is encrypted.
     ///
     /// # Errors
@@ -21,8 +21,8 @@ impl<S: Storage> Content<S> {
     pub(super) async fn of(
         file: &S,
         data: Option<&S>,
-        header: &Header,
-        key: Option<&Key>,
+        header: &Qcow2Header,
+        key: Option<&ImageKey>,
     ) -> Result<Self, Failure> {
         let Some(place) = header.crypt else {
             return match key {

@@ -2,7 +2,7 @@
 //! New images.
 
 use super::geometry::{Geometry, CLUSTER_BITS, EXTENDED_BITS};
-use super::header::{self, Backing, Compression, Header, MAGIC};
+use super::header::{self, BackingImage, Compression, Qcow2Header, MAGIC};
 use super::refcounts::set;
 use crate::field::{failed, refused};
 use crate::luks::{self, Encryption};
@@ -12,7 +12,7 @@ use diskio::{Bytes, Errno};
 
 /// Properties of a new image.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct Qcow2Create {
     /// Bytes of the disk, whole sectors.
     pub size: u64,
     /// 2 or 3.
@@ -26,14 +26,14 @@ pub struct Plan {
     /// Compression that other programs will use for clusters.
     pub compression: Compression,
     /// The image below.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingImage>,
     /// The name of a file for the data, and whether that is to be the disk, byte for byte.
     pub data_file: Option<(String, bool)>,
     /// Encryption of its clusters, if any.
     pub encryption: Option<Encryption>,
 }
 
-impl Plan {
+impl Qcow2Create {
     /// An image as most are.
     pub fn new(size: u64) -> Self {
         Self {
@@ -84,7 +84,7 @@ impl Plan {
 }
 
 /// Places of all structures in a new image, in clusters.
-struct Layout {
+struct ImageLayout {
     geometry: Geometry,
     reftable: u64,
     blocks: u64,
@@ -94,8 +94,8 @@ struct Layout {
     keys: u64,
 }
 
-impl Layout {
-    fn new(plan: &Plan) -> Result<Self, Failure> {
+impl ImageLayout {
+    fn new(plan: &Qcow2Create) -> Result<Self, Failure> {
         let geometry = plan.geometry()?;
         let cluster = geometry.cluster();
         let l1_entries = geometry.l1_entries(plan.size);
@@ -140,11 +140,11 @@ impl Layout {
 }
 
 /// Makes an image in `file`, which must be empty. It is durable when this returns.
-pub async fn create<S: Storage>(file: &S, plan: &Plan) -> Result<(), Failure> {
-    let layout = Layout::new(plan)?;
+pub async fn create<S: Storage>(file: &S, plan: &Qcow2Create) -> Result<(), Failure> {
+    let layout = ImageLayout::new(plan)?;
     let head = head(plan, &layout)?;
     // The new header must be readable, so it has to pass the checks for foreign images.
-    Header::parse(&head)?;
+    Qcow2Header::parse(&head)?;
     let keys = match &plan.encryption {
         Some(encryption) => luks::new_header(file, encryption).await?,
         None => Vec::new(),
@@ -155,7 +155,7 @@ pub async fn create<S: Storage>(file: &S, plan: &Plan) -> Result<(), Failure> {
 
 async fn write<S: Storage>(
     file: &S,
-    layout: &Layout,
+    layout: &ImageLayout,
     keys: &[u8],
     head: &[u8],
 ) -> Result<(), Errno> {
@@ -196,7 +196,7 @@ async fn put<S: Storage>(file: &S, at: u64, bytes: &[u8]) -> Result<(), Errno> {
 }
 
 /// The first cluster.
-fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
+fn head(plan: &Qcow2Create, layout: &ImageLayout) -> Result<Vec<u8>, Failure> {
     let geometry = &layout.geometry;
     let cluster = geometry.cluster();
     let mut out = Vec::new();
@@ -249,7 +249,7 @@ fn head(plan: &Plan, layout: &Layout) -> Result<Vec<u8>, Failure> {
     Ok(out)
 }
 
-fn extensions(plan: &Plan, layout: &Layout, out: &mut Vec<u8>) {
+fn extensions(plan: &Qcow2Create, layout: &ImageLayout, out: &mut Vec<u8>) {
     let format = plan
         .backing
         .as_ref()

@@ -14,7 +14,7 @@ pub(crate) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// Location of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum ClusterLocation {
     /// Nowhere.
     Nowhere,
     /// In a cluster of the image, or of the data file.
@@ -35,7 +35,7 @@ pub(crate) enum Place {
 
 /// Source of a subcluster's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+pub(crate) enum SubclusterSource {
     /// The backing image.
     Below,
     /// Zeroes.
@@ -46,8 +46,8 @@ pub(crate) enum Part {
 
 /// An L2 entry: a bit of `alloc` or `zero` for each subcluster, never of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) place: Place,
+pub(crate) struct L2Entry {
+    pub(crate) place: ClusterLocation,
     pub(crate) alloc: u32,
     pub(crate) zero: u32,
 }
@@ -55,10 +55,10 @@ pub(crate) struct Entry {
 /// Reason why an entry is impossible.
 pub(crate) type Broken = &'static str;
 
-impl Entry {
+impl L2Entry {
     /// Entry of a cluster that no guest has written.
     pub(crate) const NONE: Self = Self {
-        place: Place::Nowhere,
+        place: ClusterLocation::Nowhere,
         alloc: 0,
         zero: 0,
     };
@@ -74,20 +74,20 @@ impl Entry {
         }
         // In a data file a cluster may be at its beginning.
         let place = match at != 0 || geometry.external && owned {
-            true => Place::Host { at, owned },
-            false => Place::Nowhere,
+            true => ClusterLocation::Host { at, owned },
+            false => ClusterLocation::Nowhere,
         };
         // CAST: each half of the bitmap.
         let (alloc, zero) = match (geometry.extended, word & ZERO != 0) {
             (true, _) => (bitmap as u32, (bitmap >> 32) as u32),
             (false, true) if !geometry.has_zero => return Err("version 2 has no zero clusters"),
             (false, true) => (0, 1),
-            (false, false) => (u32::from(place != Place::Nowhere), 0),
+            (false, false) => (u32::from(place != ClusterLocation::Nowhere), 0),
         };
         if alloc & zero != 0 {
             return Err("a subcluster is both data and zeroes");
         }
-        if alloc != 0 && place == Place::Nowhere {
+        if alloc != 0 && place == ClusterLocation::Nowhere {
             return Err("a subcluster is data without a cluster");
         }
         Ok(Self { place, alloc, zero })
@@ -106,7 +106,7 @@ impl Entry {
         if at >= MAX_OFFSET {
             return Err("a compressed cluster is out of reach");
         }
-        let place = Place::Compressed {
+        let place = ClusterLocation::Compressed {
             at,
             len: sectors * 512 - at % 512,
         };
@@ -121,8 +121,8 @@ impl Entry {
     /// The words of a table for it. Compressed clusters are never written.
     pub(crate) fn encode(&self, geometry: &Geometry) -> (u64, u64) {
         let word = match self.place {
-            Place::Host { at, owned } => at | if owned { COPIED } else { 0 },
-            Place::Nowhere | Place::Compressed { .. } => 0,
+            ClusterLocation::Host { at, owned } => at | if owned { COPIED } else { 0 },
+            ClusterLocation::Nowhere | ClusterLocation::Compressed { .. } => 0,
         };
         match geometry.extended {
             true => (word, u64::from(self.zero) << 32 | u64::from(self.alloc)),
@@ -131,19 +131,19 @@ impl Entry {
     }
 
     /// Returns the source of a subcluster's content.
-    pub(crate) fn part(&self, number: u32) -> Part {
+    pub(crate) fn part(&self, number: u32) -> SubclusterSource {
         let bit = 1 << number;
         match (self.alloc & bit != 0, self.zero & bit != 0) {
-            (true, _) => Part::Data,
-            (_, true) => Part::Zero,
-            _ => Part::Below,
+            (true, _) => SubclusterSource::Data,
+            (_, true) => SubclusterSource::Zero,
+            _ => SubclusterSource::Below,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Entry, Place, COMPRESSED, COPIED};
+    use super::{ClusterLocation, L2Entry, COMPRESSED, COPIED};
     use crate::qcow2::geometry::Geometry;
 
     const PLAIN: Geometry = Geometry {
@@ -169,7 +169,7 @@ mod tests {
             (0x50000, 0x0000_0100_0000_0001, extended),
             (0, 0xffff_ffff_0000_0000, extended),
         ] {
-            let entry = Entry::decode(word, bitmap, &geometry).unwrap();
+            let entry = L2Entry::decode(word, bitmap, &geometry).unwrap();
             assert_eq!(entry.encode(&geometry), (word, bitmap), "{entry:?}");
         }
     }
@@ -177,9 +177,12 @@ mod tests {
     #[test]
     fn compressed_entry_says_where_and_how_much() {
         // Offset 0x12345 and three more sectors: 8 bits of size with clusters of 64 KiB.
-        let entry = Entry::decode(COMPRESSED | 3 << 54 | 0x12345, 0, &PLAIN).unwrap();
+        let entry = L2Entry::decode(COMPRESSED | 3 << 54 | 0x12345, 0, &PLAIN).unwrap();
         let len = 4 * 512 - 0x145;
-        assert_eq!(entry.place, Place::Compressed { at: 0x12345, len });
+        assert_eq!(
+            entry.place,
+            ClusterLocation::Compressed { at: 0x12345, len }
+        );
     }
 
     #[test]
@@ -200,7 +203,10 @@ mod tests {
             (0x50000, 1 << 32 | 1, extended),
             (COMPRESSED | 512, 1, extended),
         ] {
-            assert!(Entry::decode(word, bitmap, &geometry).is_err(), "{word:#x}");
+            assert!(
+                L2Entry::decode(word, bitmap, &geometry).is_err(),
+                "{word:#x}"
+            );
         }
     }
 }

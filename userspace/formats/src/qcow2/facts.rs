@@ -2,15 +2,15 @@
 //! Facts that tools ask for about an image that is not served.
 
 use super::check::{self, Findings};
-use super::content::Content;
-use super::header::{Header, CORRUPT, DIRTY};
+use super::content::ClusterFile;
+use super::header::{Qcow2Header, CORRUPT, DIRTY};
 use super::Qcow2;
 use crate::field::refused;
-use crate::{Options, Parts, Storage};
+use crate::{ImageParts, Options, Storage};
 use control::Failure;
 use diskio::Errno;
 
-impl Header {
+impl Qcow2Header {
     /// Bytes of a cluster.
     pub fn cluster(&self) -> u64 {
         self.geometry.cluster()
@@ -46,9 +46,9 @@ pub async fn check<S: Storage>(file: &S, name: &str, repair: bool) -> Result<Fin
             "the header says that the image is corrupt, so that refcounts may not be all that is wrong: repair it with qemu-img check -r all",
         )));
     }
-    let alone = Qcow2::new(file.clone(), Parts::default(), options.clone());
+    let alone = Qcow2::new(file.clone(), ImageParts::default(), options.clone());
     // Nothing that is encrypted is looked at.
-    let content = Content::Plain(file.clone());
+    let content = ClusterFile::Plain(file.clone());
     let image = alone.image_of(&header, content).await.map_err(said)?;
     let others = check::others(file, &header).await.map_err(said)?;
     let failed = |error: Errno| Failure::system("cannot check the refcounts", &error.into());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Changes of an active image's header.
 
-use super::image::Image;
+use super::image::Qcow2Image;
 use super::slices::{Slice, Slices};
 use crate::metadata::Metadata;
 use crate::Storage;
@@ -27,7 +27,7 @@ impl<S: Storage> Drop for Changed<'_, S> {
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// The header has `new` at a byte: it is durable when this returns. If that fails, it counts as not having
     /// happened.
     pub(crate) async fn change_header(&self, at: usize, new: &[u8]) -> Result<(), Errno> {

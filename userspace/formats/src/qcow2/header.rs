@@ -60,7 +60,7 @@ pub enum Compression {
 
 /// A backing image as the header names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingImage {
     /// Path as it is in the header, relative to the image's folder if it does not begin with `/`.
     pub name: String,
     /// Format; `None` if the header does not name it. The format is never guessed from the content.
@@ -76,14 +76,14 @@ pub(crate) struct Crypt {
 
 /// Fields of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct Qcow2Header {
     pub(crate) geometry: Geometry,
     /// 2 or 3.
     pub version: u32,
     /// Bytes of the disk.
     pub size: u64,
     /// The image below.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingImage>,
     /// Name of the file with the data, if that is not in the image and the header says it.
     pub data_file: Option<String>,
     /// Compression of clusters.
@@ -124,7 +124,7 @@ pub(crate) fn needed(begin: &[u8]) -> Result<usize, Failure> {
     Ok(1 << bits)
 }
 
-impl Header {
+impl Qcow2Header {
     /// Understands the first cluster of an image.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Failure> {
         needed(bytes)?;
@@ -264,7 +264,7 @@ impl Header {
                     let format = text(data, "format of the backing image")?;
                     let format = (!format.is_empty()).then_some(format);
                     let name = String::new();
-                    self.backing = Some(Backing { name, format });
+                    self.backing = Some(BackingImage { name, format });
                 }
                 EXT_DATA_FILE => self.data_file = Some(text(data, "name of the data file")?),
                 EXT_BITMAPS => {
@@ -326,7 +326,7 @@ impl Header {
             .ok_or_else(|| refused("the name of the backing image is not inside the header"))?;
         let name = text(name, "name of the backing image")?;
         let format = self.backing.take().and_then(|backing| backing.format);
-        self.backing = (!name.is_empty()).then_some(Backing { name, format });
+        self.backing = (!name.is_empty()).then_some(BackingImage { name, format });
         Ok(())
     }
 }

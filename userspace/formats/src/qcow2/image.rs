@@ -4,10 +4,10 @@
 use super::ahead::Rows;
 use super::alloc::Allocator;
 use super::compressed::Unpacked;
-use super::content::Content;
-use super::entry::{Broken, Entry, Part, Place, COPIED};
+use super::content::ClusterFile;
+use super::entry::{Broken, ClusterLocation, L2Entry, SubclusterSource, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
-use super::header::{Compression, Crypt, Header};
+use super::header::{Compression, Crypt, Qcow2Header};
 use super::slices::{Slice, Slices};
 use super::users::Users;
 use crate::barrier::Barrier;
@@ -22,13 +22,13 @@ use std::rc::Rc;
 
 /// A table of 8-byte entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Table {
+pub(crate) struct EntryTable {
     pub(crate) at: u64,
     pub(crate) entries: u64,
 }
 
 /// State that all requests of an image share.
-pub(crate) struct Image<S> {
+pub(crate) struct Qcow2Image<S> {
     /// Names it in messages.
     pub(crate) name: String,
     pub(crate) geometry: Geometry,
@@ -40,12 +40,12 @@ pub(crate) struct Image<S> {
     /// The metadata.
     pub(crate) file: S,
     /// The clusters: in the same file, or another one.
-    pub(crate) data: Content<S>,
+    pub(crate) data: ClusterFile<S>,
     /// Place of the keys, if the image is encrypted.
     pub(crate) crypt: Option<Crypt>,
     pub(crate) below: RefCell<Option<Rc<Base>>>,
-    pub(crate) l1: Cell<Table>,
-    pub(crate) reftable: Cell<Table>,
+    pub(crate) l1: Cell<EntryTable>,
+    pub(crate) reftable: Cell<EntryTable>,
     /// Autoclear features that the image still has.
     pub(crate) autoclear: Cell<u64>,
     pub(crate) slices: Slices<Metadata<S>>,
@@ -86,7 +86,7 @@ enum Wrong {
 
 /// Bytes of the disk that are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Run {
+pub(crate) enum ByteRun {
     Below,
     Zero,
     /// In a row from `at` on.
@@ -102,7 +102,7 @@ pub(crate) enum Run {
     },
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Damage that was met: says what and where, not more often than a few times.
     pub(crate) fn damaged(&self, what: impl std::fmt::Display) -> Errno {
         let count = self.reported.get();
@@ -119,7 +119,7 @@ impl<S: Storage> Image<S> {
     /// The slice with an entry of a table, and its place there.
     pub(crate) async fn slot(
         &self,
-        table: Table,
+        table: EntryTable,
         number: u64,
     ) -> Result<(Rc<Slice>, usize), Errno> {
         if number >= table.entries {
@@ -189,22 +189,22 @@ impl<S: Storage> Image<S> {
         let found = self.known(guest)?;
         let (run, there) = self.run_at(&found, guest, len).ok()?;
         match (run, &*self.below.borrow()) {
-            (Run::Below, Some(below)) if there == len => below.all_of(guest, len),
+            (ByteRun::Below, Some(below)) if there == len => below.all_of(guest, len),
             _ => None,
         }
     }
 
     /// Returns the entry `number` clusters behind the one that was looked for; `None` at the end of the slice.
-    pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<Entry>, Errno> {
+    pub(crate) fn entry(&self, found: &Found, number: u64) -> Result<Option<L2Entry>, Errno> {
         let entry = self.decoded(found, number);
         entry.map_err(|wrong| self.impossible(wrong))
     }
 
     /// Returns the entry `number` clusters behind the one that was looked for, without a message if it is invalid;
     /// `None` at the end of the slice.
-    fn decoded(&self, found: &Found, number: u64) -> Result<Option<Entry>, Wrong> {
+    fn decoded(&self, found: &Found, number: u64) -> Result<Option<L2Entry>, Wrong> {
         let Some((slice, at)) = &found.l2 else {
-            return Ok(Some(Entry::NONE));
+            return Ok(Some(L2Entry::NONE));
         };
         let step = self.geometry.entry();
         // CAST: numbers of entries in a slice are small, and larger ones are behind its end.
@@ -217,7 +217,7 @@ impl<S: Storage> Image<S> {
             false => 0,
         };
         let word = slice.number(at);
-        let entry = Entry::decode(word, bitmap, &self.geometry);
+        let entry = L2Entry::decode(word, bitmap, &self.geometry);
         entry.map(Some).map_err(|why| Wrong::Entry { word, why })
     }
 
@@ -231,7 +231,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Changes the entry a number of clusters behind the one that was looked for, in memory.
-    pub(crate) fn set_entry(&self, found: &Found, number: u64, entry: &Entry) {
+    pub(crate) fn set_entry(&self, found: &Found, number: u64, entry: &L2Entry) {
         let Some((slice, at)) = &found.l2 else { return };
         // CAST: it is inside the slice: `entry` has found it there.
         let at = at + (number * self.geometry.entry()) as usize;
@@ -254,7 +254,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns the kind of content at byte `guest` of the disk, and its length in bytes, `len` at most.
-    pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(Run, u64, Found), Errno> {
+    pub(crate) async fn map(&self, guest: u64, len: u64) -> Result<(ByteRun, u64, Found), Errno> {
         let found = self.find(guest).await?;
         let there = self.run_at(&found, guest, len);
         let (run, len) = there.map_err(|wrong| self.impossible(wrong))?;
@@ -263,11 +263,11 @@ impl<S: Storage> Image<S> {
 
     /// Returns the run at byte `guest` as [`map`](Self::map) does, from entries that were found already, without a
     /// message if they are invalid.
-    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(Run, u64), Wrong> {
+    fn run_at(&self, found: &Found, guest: u64, len: u64) -> Result<(ByteRun, u64), Wrong> {
         let geometry = &self.geometry;
         if found.l2.is_none() {
             let rest = geometry.span() - guest % geometry.span();
-            return Ok((Run::Below, len.min(rest)));
+            return Ok((ByteRun::Below, len.min(rest)));
         }
         let skip = guest % geometry.cluster();
         let (run, mut count) = match self.decoded(found, 0)? {
@@ -292,10 +292,10 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns the content of a cluster from byte `skip` on, and its length in bytes.
-    pub(crate) fn runs(&self, entry: &Entry, skip: u64) -> (Run, u64) {
+    pub(crate) fn runs(&self, entry: &L2Entry, skip: u64) -> (ByteRun, u64) {
         let geometry = &self.geometry;
-        if let Place::Compressed { at, len } = entry.place {
-            return (Run::Packed { at, len, skip }, geometry.cluster() - skip);
+        if let ClusterLocation::Compressed { at, len } = entry.place {
+            return (ByteRun::Packed { at, len, skip }, geometry.cluster() - skip);
         }
         // CAST: a cluster has at most 32 parts.
         let first = (skip / geometry.part()) as u32;
@@ -306,12 +306,12 @@ impl<S: Storage> Image<S> {
         }
         let count = u64::from(end) * geometry.part() - skip;
         let run = match (kind, entry.place) {
-            (Part::Data, Place::Host { at, owned }) => Run::Data {
+            (SubclusterSource::Data, ClusterLocation::Host { at, owned }) => ByteRun::Data {
                 at: at + skip,
                 owned,
             },
-            (Part::Zero, _) => Run::Zero,
-            _ => Run::Below,
+            (SubclusterSource::Zero, _) => ByteRun::Zero,
+            _ => ByteRun::Below,
         };
         (run, count)
     }
@@ -356,11 +356,11 @@ impl<S: Storage> Image<S> {
     }
 
     /// A run from a byte on reads as zeroes.
-    pub(crate) fn is_zero(&self, run: Run, guest: u64) -> bool {
+    pub(crate) fn is_zero(&self, run: ByteRun, guest: u64) -> bool {
         match run {
-            Run::Zero => true,
-            Run::Below => self.is_bare(guest),
-            Run::Data { .. } | Run::Packed { .. } => false,
+            ByteRun::Zero => true,
+            ByteRun::Below => self.is_bare(guest),
+            ByteRun::Data { .. } | ByteRun::Packed { .. } => false,
         }
     }
 
@@ -462,12 +462,12 @@ impl<S: Storage> Image<S> {
 }
 
 /// Returns true if `next` continues a run that is `count` bytes long.
-fn follows(run: Run, count: u64, next: Run) -> bool {
+fn follows(run: ByteRun, count: u64, next: ByteRun) -> bool {
     match (run, next) {
-        (Run::Below, Run::Below) | (Run::Zero, Run::Zero) => true,
+        (ByteRun::Below, ByteRun::Below) | (ByteRun::Zero, ByteRun::Zero) => true,
         (
-            Run::Data { at, owned },
-            Run::Data {
+            ByteRun::Data { at, owned },
+            ByteRun::Data {
                 at: then,
                 owned: too,
             },
@@ -476,14 +476,14 @@ fn follows(run: Run, count: u64, next: Run) -> bool {
     }
 }
 
-impl Image<()> {
+impl Qcow2Image<()> {
     /// Returns the places of the L1 and refcount tables from a header.
-    pub(crate) fn tables_of(header: &Header) -> (Table, Table) {
-        let l1 = Table {
+    pub(crate) fn tables_of(header: &Qcow2Header) -> (EntryTable, EntryTable) {
+        let l1 = EntryTable {
             at: header.l1,
             entries: header.l1_entries,
         };
-        let reftable = Table {
+        let reftable = EntryTable {
             at: header.reftable,
             entries: header.reftable_clusters * header.geometry.cluster() / 8,
         };

@@ -28,25 +28,25 @@ mod write;
 mod zero;
 
 pub use check::Findings;
-pub use create::{create, Plan};
+pub use create::{create, Qcow2Create};
 pub use facts::check;
-pub use header::{Backing, Compression, Header};
+pub use header::{BackingImage, Compression, Qcow2Header};
 pub use rename::set_backing;
-pub use snapshot::Snapshot;
+pub use snapshot::DiskSnapshot;
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::field::{counters, refused};
-use crate::Extent as Part;
-use crate::{luks, storage, Needs, Options, Parent, Parts, Storage};
+use crate::ExtentFile as Part;
+use crate::{luks, storage, ImageNeeds, ImageParts, Options, Parent, Storage};
 use alloc::Allocator;
 use compressed::Unpacked;
-use content::Content;
+use content::ClusterFile;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Place, Shape};
 use header::{CORRUPT, DIRTY};
-use image::{Image, Run};
+use image::{ByteRun, Qcow2Image};
 use slices::Slices;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -66,23 +66,23 @@ pub struct Qcow2<S: Storage> {
     /// Number of files that were given for that.
     extents: usize,
     options: Options,
-    image: RefCell<Option<Rc<Image<S>>>>,
+    image: RefCell<Option<Rc<Qcow2Image<S>>>>,
 }
 
 /// Returns the header of an image. The caller must have locked it.
-pub async fn header<S: Storage>(file: &S) -> Result<Header, Failure> {
+pub async fn header<S: Storage>(file: &S) -> Result<Qcow2Header, Failure> {
     let failed = |error: Errno| Failure::system("cannot read the header", &error.into());
     let begin = storage::bytes(file, 0, 512).await.map_err(failed)?;
     let len = header::needed(&begin)?;
     let bytes = storage::bytes(file, 0, len).await.map_err(failed)?;
-    Header::parse(&bytes)
+    Qcow2Header::parse(&bytes)
 }
 
 /// Returns the encryption of an image's clusters; `None` if they are not encrypted.
 ///
 /// # Errors
 /// The image cannot be read, or not be served.
-pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::Header>, Failure> {
+pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::LuksHeader>, Failure> {
     match header(file).await?.crypt {
         Some(place) => Ok(Some(luks::header_at(file, place.at, place.len).await?)),
         None => Ok(None),
@@ -90,7 +90,7 @@ pub async fn encryption<S: Storage>(file: &S) -> Result<Option<luks::Header>, Fa
 }
 
 /// Returns the files that an image needs beside itself; no name in the header is followed.
-pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
+pub async fn look<S: Storage>(file: &S) -> Result<ImageNeeds, Failure> {
     let header = header(file).await?;
     let parent = header.backing.map(|backing| Parent {
         names: vec![backing.name],
@@ -109,7 +109,7 @@ pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
             ))
         }
     };
-    Ok(Needs {
+    Ok(ImageNeeds {
         size: header.size,
         parent,
         extents,
@@ -117,7 +117,7 @@ pub async fn look<S: Storage>(file: &S) -> Result<Needs, Failure> {
 }
 
 /// The snapshots in an image.
-pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Failure> {
+pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<DiskSnapshot>, Failure> {
     let header = header(file).await?;
     let mut all = Vec::new();
     snapshot::walk(file, &header, |one| all.push(one)).await?;
@@ -126,7 +126,7 @@ pub async fn snapshots<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Failure> {
 
 impl<S: Storage> Qcow2<S> {
     /// The image in `file`, which is looked at when it is activated.
-    pub fn new(file: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(file: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
             file,
             below: RefCell::new(parts.parent.map(|disk| Rc::new(Base::new(disk)))),
@@ -137,12 +137,12 @@ impl<S: Storage> Qcow2<S> {
         }
     }
 
-    fn image(&self) -> Result<Rc<Image<S>>, Errno> {
+    fn image(&self) -> Result<Rc<Qcow2Image<S>>, Errno> {
         self.image.borrow().clone().ok_or(Errno::BADFD)
     }
 
     /// Refuses images that cannot be served.
-    fn check(&self, header: &Header) -> Result<(), Failure> {
+    fn check(&self, header: &Qcow2Header) -> Result<(), Failure> {
         if self.options.writable && header.incompatible & CORRUPT != 0 {
             return Err(refused(
                 "the header says that the image is corrupt: repair it with qemu-img check -r all, or serve it read-only",
@@ -191,12 +191,12 @@ impl<S: Storage> Qcow2<S> {
         Ok(below)
     }
 
-    async fn open(&self) -> Result<Image<S>, Failure> {
+    async fn open(&self) -> Result<Qcow2Image<S>, Failure> {
         let header = header(&self.file).await?;
         self.check(&header)?;
         // With a wrong key nothing of the image is changed.
         let (data, key) = (self.data_file.as_ref(), self.options.key.as_ref());
-        let content = Content::of(&self.file, data, &header, key).await?;
+        let content = ClusterFile::of(&self.file, data, &header, key).await?;
         let image = self.image_of(&header, content).await?;
         if let Some(wanted) = &self.options.snapshot {
             image.show(&snapshot::find(&self.file, &header, wanted).await?);
@@ -217,7 +217,7 @@ impl<S: Storage> Qcow2<S> {
 
     /// Refuses to write to an image that ends inside of a cluster with data: a write would make the file longer, with
     /// zeroes in place of the lost data.
-    async fn refuse_cut(&self, image: &Image<S>) -> Result<(), Failure> {
+    async fn refuse_cut(&self, image: &Qcow2Image<S>) -> Result<(), Failure> {
         let failed = |error: Errno| Failure::system("cannot see what is in it", &error.into());
         let length = self.file.size().map_err(failed)?;
         if length % image.geometry.cluster() == 0 || image.geometry.external {
@@ -230,7 +230,7 @@ impl<S: Storage> Qcow2<S> {
                 at = (at / image.geometry.span() + 1).saturating_mul(image.geometry.span());
                 continue;
             };
-            if let Run::Data { at: place, .. } = run {
+            if let ByteRun::Data { at: place, .. } = run {
                 let inside = image.inside(at, place, len).map_err(failed)?;
                 // A cluster that lies completely behind the end was damaged before.
                 if inside < len && place.saturating_add(inside) == length {
@@ -255,15 +255,19 @@ impl<S: Storage> Qcow2<S> {
         image.check(&others).await.map_err(failed)
     }
 
-    async fn image_of(&self, header: &Header, content: Content<S>) -> Result<Image<S>, Failure> {
+    async fn image_of(
+        &self,
+        header: &Qcow2Header,
+        content: ClusterFile<S>,
+    ) -> Result<Qcow2Image<S>, Failure> {
         let geometry = header.geometry;
         let mut storages = vec![self.file.clone()];
         storages.splice(0..0, self.data_file.clone());
         let barrier = Barrier::new(storages);
         let metadata = barrier.metadata(&self.file);
-        let (l1, reftable) = Image::tables_of(header);
+        let (l1, reftable) = Qcow2Image::tables_of(header);
         let budget = self.options.cache;
-        Ok(Image {
+        Ok(Qcow2Image {
             name: self.options.name.clone(),
             geometry,
             compression: header.compression,
@@ -304,7 +308,7 @@ impl<S: Storage> Qcow2<S> {
         image.barrier.flush().await
     }
 
-    fn shape(&self, image: &Image<S>) -> Shape {
+    fn shape(&self, image: &Qcow2Image<S>) -> Shape {
         // CAST: sizes of clusters, at most 2 MiB.
         let (cluster, part) = (
             image.geometry.cluster() as u32,

@@ -5,12 +5,12 @@
 //! a write moves its whole cluster, and the old place may be freed and reused soon. Backing images do not change, so
 //! their places are reported until the guest writes that range; so are zeroes.
 
-use super::image::{Found, Image, Run};
+use super::image::{ByteRun, Found, Qcow2Image};
 use crate::{base, Storage};
 use diskio::Errno;
 use drivers::{Holder, Place};
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// See [`Driver::places`](drivers::Driver::places).
     pub(crate) async fn places(&self, guest: u64, len: u64) -> Result<Vec<Place>, Errno> {
         let _user = self.users.enter();
@@ -21,7 +21,7 @@ impl<S: Storage> Image<S> {
         while at < end {
             let (run, len, settled) = self.map_sure(at, end - at).await?;
             match run {
-                Run::Data { at: place, owned }
+                ByteRun::Data { at: place, owned }
                     if settled
                         && self.stays(place, len, owned)
                         && self.inside(at, place, len)? == len =>
@@ -38,8 +38,8 @@ impl<S: Storage> Image<S> {
                         });
                     }
                 }
-                Run::Zero if settled => base::add_place(&mut places, base::zeroes(at, len)),
-                Run::Below if settled => {
+                ByteRun::Zero if settled => base::add_place(&mut places, base::zeroes(at, len)),
+                ByteRun::Below if settled => {
                     let below = self.below();
                     base::add_places(below.as_deref(), at, len, &mut places).await?;
                 }
@@ -53,7 +53,7 @@ impl<S: Storage> Image<S> {
     /// Returns the content at byte `at` of the disk, its length in bytes, and whether the image has the same entries as
     /// the memory. Other requests may be changing the same table continuously, so this writes the slice to the image
     /// itself.
-    async fn map_sure(&self, at: u64, len: u64) -> Result<(Run, u64, bool), Errno> {
+    async fn map_sure(&self, at: u64, len: u64) -> Result<(ByteRun, u64, bool), Errno> {
         let (run, len, found) = self.map(at, len).await?;
         if is_settled(&found) {
             return Ok((run, len, true));

@@ -2,7 +2,7 @@
 //! Reading.
 
 use super::compressed::unpack;
-use super::image::{Image, Run};
+use super::image::{ByteRun, Qcow2Image};
 use crate::base;
 use crate::Storage;
 use diskio::{Data, Errno};
@@ -19,7 +19,7 @@ pub(crate) async fn all(pieces: Vec<impl Future<Output = Result<(), Errno>>>) ->
     join_all(pieces).await.into_iter().collect()
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Reads into all of `data`.
     pub(crate) async fn read(&self, guest: u64, data: Data) -> Result<(), Errno> {
         let _user = self.users.enter();
@@ -47,18 +47,18 @@ impl<S: Storage> Image<S> {
         all(pieces).await
     }
 
-    async fn read_run(&self, run: Run, guest: u64, data: Data) -> Result<(), Errno> {
+    async fn read_run(&self, run: ByteRun, guest: u64, data: Data) -> Result<(), Errno> {
         match run {
-            Run::Zero => data.fill(0, data.len(), 0),
-            Run::Data { at, .. } => {
+            ByteRun::Zero => data.fill(0, data.len(), 0),
+            ByteRun::Data { at, .. } => {
                 let len = data.len() as u64;
                 if self.inside(guest, at, len)? < len {
                     return Err(self.cut_off(guest));
                 }
                 self.data.read(at, data).await?;
             }
-            Run::Below => base::read(self.below().as_deref(), guest, data).await?,
-            Run::Packed { at, len, skip } => {
+            ByteRun::Below => base::read(self.below().as_deref(), guest, data).await?,
+            ByteRun::Packed { at, len, skip } => {
                 let content = self.unpacked(at, len).await?;
                 // CAST: it is inside of a cluster.
                 data.write(0, &content[skip as usize..][..data.len()]);
@@ -105,7 +105,7 @@ impl<S: Storage> Image<S> {
         let _user = self.users.enter();
         let (run, mut len, _) = self.map(guest, len).await?;
         let content = match run {
-            Run::Data { at, .. } => {
+            ByteRun::Data { at, .. } => {
                 // Only whole sectors, because readers ask for sectors.
                 len = match self.inside(guest, at, len)? {
                     inside if inside == len => len,
@@ -116,10 +116,10 @@ impl<S: Storage> Image<S> {
                 }
                 Content::Data
             }
-            Run::Packed { .. } => Content::Data,
-            Run::Zero => Content::Hole,
-            Run::Below if !resolve => Content::Below,
-            Run::Below => match self.below() {
+            ByteRun::Packed { .. } => Content::Data,
+            ByteRun::Zero => Content::Hole,
+            ByteRun::Below if !resolve => Content::Below,
+            ByteRun::Below => match self.below() {
                 Some(below) => return below.extents(guest, len).await,
                 None => Content::Hole,
             },

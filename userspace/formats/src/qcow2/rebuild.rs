@@ -2,9 +2,9 @@
 //! Rebuilds the refcounts of an image in unused space, and then lets the header name them.
 
 use super::census::{Census, Holder, Window};
-use super::check::{Others, Report};
+use super::check::{CheckReport, Others};
 use super::geometry::MAX_OFFSET;
-use super::image::{Image, Table};
+use super::image::{EntryTable, Qcow2Image};
 use super::refcounts::{set, MAX_TABLE};
 use crate::field::refused;
 use crate::Storage;
@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Place of the new refcounts.
-struct Place {
+struct RefcountPlace {
     /// The table's clusters, and the blocks' behind them.
     clusters: Range<u64>,
     /// Clusters of the table.
@@ -23,9 +23,13 @@ struct Place {
     blocks: BTreeSet<u64>,
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Rebuilds all refcounts. The current structures of the image do not change before the new ones are durable.
-    pub(super) async fn rebuild(&self, others: &Others, report: &Report) -> Result<(), Failure> {
+    pub(super) async fn rebuild(
+        &self,
+        others: &Others,
+        report: &CheckReport,
+    ) -> Result<(), Failure> {
         let place = self.place_for_refcounts(report)?;
         let failed =
             |error: Errno| Failure::system("cannot make the refcounts anew", &error.into());
@@ -42,7 +46,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Behind the end of a file, or where nothing is on a device.
-    fn place_for_refcounts(&self, report: &Report) -> Result<Place, Failure> {
+    fn place_for_refcounts(&self, report: &CheckReport) -> Result<RefcountPlace, Failure> {
         let failed =
             |error: Errno| Failure::system("cannot see the size of the image", &error.into());
         let (cluster, entries) = (self.geometry.cluster(), self.geometry.block_entries());
@@ -74,7 +78,7 @@ impl<S: Storage> Image<S> {
             let before = blocks.len();
             blocks.extend(clusters.start / entries..=(clusters.end - 1) / entries);
             if blocks.len() == before {
-                return Ok(Place {
+                return Ok(RefcountPlace {
                     clusters,
                     table,
                     blocks,
@@ -83,7 +87,11 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn make_refcounts(&self, others: &Others, place: &Place) -> Result<Table, Errno> {
+    async fn make_refcounts(
+        &self,
+        others: &Others,
+        place: &RefcountPlace,
+    ) -> Result<EntryTable, Errno> {
         let cluster = self.geometry.cluster();
         let range = place.clusters.start * cluster..place.clusters.end * cluster;
         self.prepare_range(range.start, range.end - range.start)
@@ -93,7 +101,7 @@ impl<S: Storage> Image<S> {
             let window = census.count(clusters).await?;
             self.write_blocks(place, &window).await?;
         }
-        let table = Table {
+        let table = EntryTable {
             at: range.start,
             entries: place.table * cluster / 8,
         };
@@ -108,7 +116,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Writes the refcounts of a window's clusters into the new blocks.
-    async fn write_blocks(&self, place: &Place, window: &Window) -> Result<(), Errno> {
+    async fn write_blocks(&self, place: &RefcountPlace, window: &Window) -> Result<(), Errno> {
         let (cluster, entries) = (self.geometry.cluster(), self.geometry.block_entries());
         let order = self.geometry.refcount_order;
         let in_slice = (self.slices.slice_len() * 8) >> order;

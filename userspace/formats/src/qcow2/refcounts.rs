@@ -3,7 +3,7 @@
 
 use super::geometry::MAX_OFFSET;
 use super::header::AT_REFTABLE;
-use super::image::{Image, Table};
+use super::image::{EntryTable, Qcow2Image};
 use super::slices::Slice;
 use crate::Storage;
 use diskio::Errno;
@@ -49,7 +49,7 @@ pub(crate) fn set(bytes: &mut [u8], number: usize, order: u32, value: u64) {
 }
 
 /// Refcounts of clusters in a row that are in one slice.
-pub(crate) struct Counts {
+pub(crate) struct SliceRefcounts {
     pub(crate) slice: Rc<Slice>,
     /// The number of the first one in the slice.
     pub(crate) first: usize,
@@ -57,7 +57,7 @@ pub(crate) struct Counts {
     pub(crate) count: u64,
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Returns the place of the refcount block for a cluster; `None` if there is none.
     async fn block(&self, cluster: u64) -> Result<Option<u64>, Errno> {
         let number = cluster / self.geometry.block_entries();
@@ -69,7 +69,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns the refcounts from that of a cluster on; `None` if no block has them.
-    pub(crate) async fn counts(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+    pub(crate) async fn counts(&self, cluster: u64) -> Result<Option<SliceRefcounts>, Errno> {
         match self.block(cluster).await? {
             Some(block) => Ok(Some(self.counts_in(block, cluster).await?)),
             None => Ok(None),
@@ -77,7 +77,10 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns the refcounts of a cluster for a check: an invalid refcount block counts as none.
-    pub(crate) async fn counts_if_any(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+    pub(crate) async fn counts_if_any(
+        &self,
+        cluster: u64,
+    ) -> Result<Option<SliceRefcounts>, Errno> {
         let number = cluster / self.geometry.block_entries();
         if number >= self.reftable.get().entries {
             return Ok(None);
@@ -94,7 +97,10 @@ impl<S: Storage> Image<S> {
     /// Returns the refcounts of a cluster for a caller that is about to change them or to allocate: the refcount block
     /// must have one user by the refcounts themselves. A block that lies where something else is would be read as
     /// refcounts, and overwritten.
-    pub(crate) async fn counts_to_change(&self, cluster: u64) -> Result<Option<Counts>, Errno> {
+    pub(crate) async fn counts_to_change(
+        &self,
+        cluster: u64,
+    ) -> Result<Option<SliceRefcounts>, Errno> {
         let Some(block) = self.block(cluster).await? else {
             return Ok(None);
         };
@@ -137,7 +143,7 @@ impl<S: Storage> Image<S> {
         Ok((number * cluster).saturating_sub(at).min(len))
     }
 
-    async fn counts_in(&self, block: u64, cluster: u64) -> Result<Counts, Errno> {
+    async fn counts_in(&self, block: u64, cluster: u64) -> Result<SliceRefcounts, Errno> {
         let (order, slice_len) = (self.geometry.refcount_order, self.slices.slice_len());
         let number = cluster % self.geometry.block_entries();
         let in_slice = (slice_len * 8) >> order;
@@ -146,7 +152,7 @@ impl<S: Storage> Image<S> {
             .at(block + number / in_slice * slice_len)
             .await?;
         let first = number % in_slice;
-        Ok(Counts {
+        Ok(SliceRefcounts {
             slice,
             // CAST: less than there are in a slice.
             first: first as usize,
@@ -219,7 +225,7 @@ impl<S: Storage> Image<S> {
         self.flush().await?;
         self.prepare_range(start * cluster, end - start * cluster)
             .await?;
-        let new = Table {
+        let new = EntryTable {
             at: (start + blocks) * cluster,
             entries: clusters * per_cluster,
         };
@@ -239,8 +245,8 @@ impl<S: Storage> Image<S> {
 
     async fn copy_reftable(
         &self,
-        old: Table,
-        new: Table,
+        old: EntryTable,
+        new: EntryTable,
         start: u64,
         blocks: u64,
     ) -> Result<(), Errno> {
@@ -263,7 +269,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// The header names another refcount table, at once.
-    pub(super) async fn switch_reftable(&self, new: Table) -> Result<(), Errno> {
+    pub(super) async fn switch_reftable(&self, new: EntryTable) -> Result<(), Errno> {
         // CAST: the table has at most 8 MiB.
         let clusters = (new.entries * 8 / self.geometry.cluster()) as u32;
         let mut place = new.at.to_be_bytes().to_vec();

@@ -2,7 +2,8 @@
 //! Changing the backing image in the header.
 
 use super::header::{
-    Backing, Extensions, Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, RAW_EXTERNAL, V2, V3,
+    BackingImage, Extensions, Qcow2Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, RAW_EXTERNAL, V2,
+    V3,
 };
 use crate::field::{be32, be64, failed, put, refused};
 use crate::{storage, Storage};
@@ -14,13 +15,16 @@ use diskio::Bytes;
 ///
 /// The new name is durable beside the old one before anything leads to it, and what leads there is one write,
 /// which changes no other sector than the first if the header named a format before.
-pub async fn set_backing<S: Storage>(file: &S, backing: Option<&Backing>) -> Result<(), Failure> {
+pub async fn set_backing<S: Storage>(
+    file: &S,
+    backing: Option<&BackingImage>,
+) -> Result<(), Failure> {
     let reading = failed("cannot read the header");
     let begin = storage::bytes(file, 0, 512).await.map_err(reading)?;
     let len = super::header::needed(&begin)?;
     let reading = failed("cannot read the header");
     let old = storage::bytes(file, 0, len).await.map_err(reading)?;
-    let header = Header::parse(&old)?;
+    let header = Qcow2Header::parse(&old)?;
     if header.autoclear & RAW_EXTERNAL != 0 && backing.is_some() {
         return Err(refused(
             "the data file of the image is the disk, byte for byte, so nothing can be below it",
@@ -28,7 +32,7 @@ pub async fn set_backing<S: Storage>(file: &S, backing: Option<&Backing>) -> Res
     }
     let new = renamed(&old, header.version, backing)?;
     // The new header must be readable, so it has to pass the checks for foreign images.
-    if Header::parse(&new.head)?.backing.as_ref() != backing {
+    if Qcow2Header::parse(&new.head)?.backing.as_ref() != backing {
         return Err(refused(
             "the header cannot store the name of the backing image",
         ));
@@ -53,9 +57,9 @@ struct Renamed {
     name: Option<u64>,
 }
 
-fn renamed(old: &[u8], version: u32, backing: Option<&Backing>) -> Result<Renamed, Failure> {
+fn renamed(old: &[u8], version: u32, backing: Option<&BackingImage>) -> Result<Renamed, Failure> {
     let length = match version >= 3 {
-        // `Header::parse` has checked this.
+        // `Qcow2Header::parse` has checked this.
         true => (be32(old, AT_HEADER_LEN) as usize).max(V3),
         false => V2,
     };

@@ -2,7 +2,7 @@
 //! Larger disks.
 
 use super::header::{AT_L1_ENTRIES, AT_SIZE};
-use super::image::{Image, Table};
+use super::image::{EntryTable, Qcow2Image};
 use crate::field::refused;
 use crate::Storage;
 use control::Failure;
@@ -11,7 +11,7 @@ use diskio::Errno;
 /// Bytes of an L1 table at most, as QEMU has it.
 const MAX_L1: u64 = 32 << 20;
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// The disk has `size` bytes from now on, no fewer than before. It is durable when this returns.
     pub(crate) async fn grow(&self, size: u64) -> Result<(), Failure> {
         let old = self.size.get();
@@ -62,7 +62,7 @@ impl<S: Storage> Image<S> {
         let at = self.take_row(wanted).await? * cluster;
         // No entry may change while they are being copied.
         let _held = self.tables.lock(0..u64::MAX).await;
-        let new = Table { at, entries };
+        let new = EntryTable { at, entries };
         for number in 0..old.entries {
             let (from, place) = self.slot(old, number).await?;
             let entry = from.number(place);

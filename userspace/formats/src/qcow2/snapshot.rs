@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Internal snapshots.
 
-use super::header::Header;
-use super::image::{Image, Table};
+use super::header::Qcow2Header;
+use super::image::{EntryTable, Qcow2Image};
 use crate::field::refused;
 use crate::{storage, Storage};
 use control::Failure;
@@ -17,7 +17,7 @@ const MOST_IN_ALL: u64 = 64 << 20;
 
 /// The state of a disk at an earlier time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct DiskSnapshot {
     /// Its id, unique in the image.
     pub id: String,
     /// Its name.
@@ -28,14 +28,14 @@ pub struct Snapshot {
     pub seconds: u32,
     /// Bytes of the guest's memory that it also has.
     pub memory: u64,
-    pub(crate) l1: Table,
+    pub(crate) l1: EntryTable,
 }
 
 /// Looks at the snapshots of an image one after the other, and says how many bytes their table has.
 pub(crate) async fn walk<S: Storage>(
     file: &S,
-    header: &Header,
-    mut look: impl FnMut(Snapshot),
+    header: &Qcow2Header,
+    mut look: impl FnMut(DiskSnapshot),
 ) -> Result<u64, Failure> {
     let mut at = header.snapshots_at;
     for number in 0..header.snapshots {
@@ -67,13 +67,13 @@ pub(crate) async fn walk<S: Storage>(
         };
         let text =
             |from: usize, len: usize| String::from_utf8_lossy(&rest[from..from + len]).into_owned();
-        let l1 = Table {
+        let l1 = EntryTable {
             at: long(0),
             entries: u64::from(word(8)),
         };
         let size = extra_long(8).unwrap_or(header.size);
         check(header, number, l1, size)?;
-        look(Snapshot {
+        look(DiskSnapshot {
             id: text(extra, id),
             name: text(extra + id, name),
             size,
@@ -95,9 +95,9 @@ pub(crate) async fn walk<S: Storage>(
 /// The snapshot with an id, or else the first one with that name.
 pub(crate) async fn find<S: Storage>(
     file: &S,
-    header: &Header,
+    header: &Qcow2Header,
     wanted: &str,
-) -> Result<Snapshot, Failure> {
+) -> Result<DiskSnapshot, Failure> {
     let (mut by_id, mut by_name) = (None, None);
     walk(file, header, |one| {
         if one.id == wanted {
@@ -112,7 +112,7 @@ pub(crate) async fn find<S: Storage>(
         .ok_or_else(|| refused(format!("there is no snapshot {wanted:?}")))
 }
 
-fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failure> {
+fn check(header: &Qcow2Header, number: u32, l1: EntryTable, size: u64) -> Result<(), Failure> {
     let cluster = header.geometry.cluster();
     let is_right = l1.at % cluster == 0
         && l1.at < super::geometry::MAX_OFFSET
@@ -128,9 +128,9 @@ fn check(header: &Header, number: u32, l1: Table, size: u64) -> Result<(), Failu
     }
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Shows a snapshot instead of the disk as it is now. The image must be read-only.
-    pub(crate) fn show(&self, snapshot: &Snapshot) {
+    pub(crate) fn show(&self, snapshot: &DiskSnapshot) {
         self.l1.set(snapshot.l1);
         self.size.set(snapshot.size);
     }

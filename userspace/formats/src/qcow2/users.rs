@@ -14,17 +14,17 @@ pub(crate) struct Users {
 /// A request that is under way, until it is dropped.
 #[derive(Debug)]
 #[must_use = "the request counts as over without this"]
-pub(crate) struct User<'u> {
+pub(crate) struct ActiveRequest<'u> {
     users: &'u Users,
     number: u64,
 }
 
 impl Users {
-    pub(crate) fn enter(&self) -> User<'_> {
+    pub(crate) fn enter(&self) -> ActiveRequest<'_> {
         let number = self.next.get();
         self.next.set(number + 1);
         self.active.borrow_mut().insert(number);
-        User {
+        ActiveRequest {
             users: self,
             number,
         }
@@ -42,7 +42,7 @@ impl Users {
     }
 }
 
-impl Drop for User<'_> {
+impl Drop for ActiveRequest<'_> {
     fn drop(&mut self) {
         self.users.active.borrow_mut().remove(&self.number);
     }

@@ -2,8 +2,8 @@
 //! Writing: where clusters are, or into new ones.
 
 use super::alloc::Clusters;
-use super::entry::{Entry, Part, Place};
-use super::image::{Found, Image, Run};
+use super::entry::{ClusterLocation, L2Entry, SubclusterSource};
+use super::image::{ByteRun, Found, Qcow2Image};
 use super::read::{all, PIECES};
 use crate::Storage;
 use diskio::{Bytes, Data, Errno};
@@ -13,12 +13,12 @@ use std::ops::Range;
 const AT_ONCE: u64 = 4 << 20;
 
 /// A write into clusters that have to be changed: those of one slice of a table, in a row.
-pub(crate) struct Plan {
+pub(crate) struct WritePlan {
     pub(crate) found: Found,
     /// The clusters of the disk.
     pub(crate) first: u64,
     /// Their current entries.
-    pub(crate) old: Vec<Entry>,
+    pub(crate) old: Vec<L2Entry>,
     /// Clusters behind them that may get their place with them.
     ahead: u64,
     /// Range of the guest's write, in bytes of the disk.
@@ -27,7 +27,7 @@ pub(crate) struct Plan {
     wide: Range<u64>,
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// Writes all of `data`. When this returns, no death of this process undoes it.
     pub(crate) async fn write(&self, guest: u64, data: Bytes) -> Result<(), Errno> {
         let _user = self.users.enter();
@@ -42,7 +42,7 @@ impl<S: Storage> Image<S> {
         let mut pieces = Vec::new();
         while at < whole {
             let (run, len, found) = self.map(guest + at, whole - at).await?;
-            if let Run::Data {
+            if let ByteRun::Data {
                 at: place,
                 owned: true,
             } = run
@@ -82,7 +82,7 @@ impl<S: Storage> Image<S> {
         let cluster = place - place % self.geometry.cluster();
         if let Some(entry) = self.entry(found, 0)? {
             if entry.place
-                == (Place::Host {
+                == (ClusterLocation::Host {
                     at: cluster,
                     owned: true,
                 })
@@ -90,11 +90,11 @@ impl<S: Storage> Image<S> {
                 self.damaged(format_args!(
                     "an entry says that the cluster at {cluster:#x} has no other user, and its refcount does not"
                 ));
-                let place = Place::Host {
+                let place = ClusterLocation::Host {
                     at: cluster,
                     owned: false,
                 };
-                self.set_entry(found, 0, &Entry { place, ..entry });
+                self.set_entry(found, 0, &L2Entry { place, ..entry });
             }
         }
         Ok(0)
@@ -117,8 +117,8 @@ impl<S: Storage> Image<S> {
         let ahead = self.wanted_ahead(first, behind - first);
         let _held = self.clusters.lock(first..behind + ahead).await;
         let found = self.find_owned(guest).await?;
-        if let Some(Entry {
-            place: Place::Host { at, owned: true },
+        if let Some(L2Entry {
+            place: ClusterLocation::Host { at, owned: true },
             ..
         }) = self.entry(&found, 0)?
         {
@@ -133,14 +133,14 @@ impl<S: Storage> Image<S> {
         let len = plan.range.end - guest;
         let data = part(&data, 0, len);
         match plan.old[0].place {
-            Place::Host { at, owned: true } => self.fill(&plan, at, data).await?,
+            ClusterLocation::Host { at, owned: true } => self.fill(&plan, at, data).await?,
             _ => self.write_new(&plan, data).await?,
         }
         Ok(len)
     }
 
     /// Plans the write of the beginning of a range; `None` if no entry has to change.
-    fn plan(&self, found: Found, range: Range<u64>) -> Result<Option<Plan>, Errno> {
+    fn plan(&self, found: Found, range: Range<u64>) -> Result<Option<WritePlan>, Errno> {
         let geometry = &self.geometry;
         let (cluster, part) = (geometry.cluster(), geometry.part());
         let first = range.start / cluster;
@@ -149,7 +149,7 @@ impl<S: Storage> Image<S> {
             let Some(entry) = self.entry(&found, old.len() as u64)? else {
                 break;
             };
-            let is_here = matches!(entry.place, Place::Host { owned: true, .. });
+            let is_here = matches!(entry.place, ClusterLocation::Host { owned: true, .. });
             if old.is_empty() && is_here {
                 old.push(entry);
                 break;
@@ -163,7 +163,7 @@ impl<S: Storage> Image<S> {
             return Err(Errno::IO);
         };
         let mut range = range.start..range.end.min((first + old.len() as u64) * cluster);
-        let is_owned = matches!(head.place, Place::Host { owned: true, .. });
+        let is_owned = matches!(head.place, ClusterLocation::Host { owned: true, .. });
         if is_owned {
             range.end = range.end.min(self.missing(&head, range.start));
             if range.is_empty() {
@@ -183,7 +183,7 @@ impl<S: Storage> Image<S> {
                 wide.start = wide.start.min(wide.end - cluster);
             }
         }
-        Ok(Some(Plan {
+        Ok(Some(WritePlan {
             found,
             first,
             old,
@@ -196,7 +196,7 @@ impl<S: Storage> Image<S> {
     /// Returns the end of the cluster's missing subclusters from that of byte `from` on; at or before `from` if that
     /// subcluster exists. An existing subcluster must not be copied along with missing ones, because other requests
     /// write into it without the lock, and the copy around the guest's bytes would undo that.
-    fn missing(&self, entry: &Entry, from: u64) -> u64 {
+    fn missing(&self, entry: &L2Entry, from: u64) -> u64 {
         let (cluster, part) = (self.geometry.cluster(), self.geometry.part());
         let first = from % cluster / part;
         // CAST: a cluster has at most 32 parts.
@@ -216,7 +216,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Writes into new clusters, then makes the entries lead there.
-    async fn write_new(&self, plan: &Plan, data: Bytes) -> Result<(), Errno> {
+    async fn write_new(&self, plan: &WritePlan, data: Bytes) -> Result<(), Errno> {
         let cluster = self.geometry.cluster();
         let mut done = 0;
         let count = plan.old.len() as u64;
@@ -252,8 +252,8 @@ impl<S: Storage> Image<S> {
             self.change(plan, done..done + new.count, |number, entry| {
                 let at = shift + (number - done) * cluster;
                 let touched = self.touched((plan.first + number) * cluster, &wide);
-                Entry {
-                    place: Place::Host { at, owned: true },
+                L2Entry {
+                    place: ClusterLocation::Host { at, owned: true },
                     alloc: entry.alloc | touched,
                     zero: entry.zero & !touched,
                 }
@@ -286,14 +286,14 @@ impl<S: Storage> Image<S> {
     }
 
     /// Writes into subclusters of an allocated cluster, then updates the entry.
-    async fn fill(&self, plan: &Plan, at: u64, data: Bytes) -> Result<(), Errno> {
+    async fn fill(&self, plan: &WritePlan, at: u64, data: Bytes) -> Result<(), Errno> {
         let place = at + plan.wide.start % self.geometry.cluster();
         self.check_place(place, plan.wide.end - plan.wide.start)?;
         self.write_wide(&plan.range, &plan.wide, place, data, false)
             .await?;
         self.change(plan, 0..1, |_, entry| {
             let touched = self.touched(plan.first * self.geometry.cluster(), &plan.wide);
-            Entry {
+            L2Entry {
                 alloc: entry.alloc | touched,
                 zero: entry.zero & !touched,
                 ..*entry
@@ -303,7 +303,12 @@ impl<S: Storage> Image<S> {
     }
 
     /// Changes entries in memory.
-    fn change(&self, plan: &Plan, numbers: Range<u64>, new: impl Fn(u64, &Entry) -> Entry) {
+    fn change(
+        &self,
+        plan: &WritePlan,
+        numbers: Range<u64>,
+        new: impl Fn(u64, &L2Entry) -> L2Entry,
+    ) {
         for number in numbers {
             // CAST: there is one for each cluster of the plan.
             let entry = new(number, &plan.old[number as usize]);
@@ -374,13 +379,13 @@ impl<S: Storage> Image<S> {
     }
 
     /// An entry does not lead to its place any more, and the image says so.
-    pub(crate) fn release_place(&self, old: &Entry) {
+    pub(crate) fn release_place(&self, old: &L2Entry) {
         let cluster = self.geometry.cluster();
         match old.place {
-            Place::Nowhere => {}
-            Place::Host { .. } if self.geometry.external => {}
-            Place::Host { at, .. } => self.release(at / cluster, 1),
-            Place::Compressed { at, len } => {
+            ClusterLocation::Nowhere => {}
+            ClusterLocation::Host { .. } if self.geometry.external => {}
+            ClusterLocation::Host { at, .. } => self.release(at / cluster, 1),
+            ClusterLocation::Compressed { at, len } => {
                 // A cluster counts a compressed one once, even if that is only partly inside.
                 let first = at / cluster;
                 self.release(first, (at + len - 1) / cluster - first + 1);
@@ -410,7 +415,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// True if all of an entry's parts are alike.
-    pub(crate) fn is_whole(&self, entry: &Entry, kind: Part) -> bool {
+    pub(crate) fn is_whole(&self, entry: &L2Entry, kind: SubclusterSource) -> bool {
         (0..self.geometry.parts()).all(|part| entry.part(part) == kind)
     }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Ranges that are forgotten or become zeroes.
 
-use super::entry::{Entry, Part, Place};
-use super::image::{Found, Image};
+use super::entry::{ClusterLocation, L2Entry, SubclusterSource};
+use super::image::{Found, Qcow2Image};
 use crate::Storage;
 use diskio::{Bytes, Data, Errno};
 use std::ops::Range;
@@ -10,7 +10,7 @@ use std::ops::Range;
 /// Maximum number of zero bytes in one write.
 const ZEROES: u64 = 256 << 10;
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> Qcow2Image<S> {
     /// A range reads as zeroes; with `hint` it may also stay as it is.
     pub(crate) async fn zero(&self, guest: u64, len: u64, hint: bool) -> Result<(), Errno> {
         let user = self.users.enter();
@@ -80,9 +80,9 @@ impl<S: Storage> Image<S> {
             let at = (first + number) * cluster;
             let some = at.max(range.start)..end.min(at + cluster);
             match self.zero_cluster(&found, number, &some)? {
-                Change::Done(old) => released.extend(old),
-                Change::Write if !hint => written.push(some),
-                Change::Write => {}
+                ClusterWork::Done(old) => released.extend(old),
+                ClusterWork::Write if !hint => written.push(some),
+                ClusterWork::Write => {}
             }
             number += 1;
         }
@@ -102,12 +102,17 @@ impl<S: Storage> Image<S> {
     }
 
     /// Changes a cluster's entry in memory, so that the part `some` reads as zeroes, and returns the remaining work.
-    fn zero_cluster(&self, found: &Found, number: u64, some: &Range<u64>) -> Result<Change, Errno> {
+    fn zero_cluster(
+        &self,
+        found: &Found,
+        number: u64,
+        some: &Range<u64>,
+    ) -> Result<ClusterWork, Errno> {
         let geometry = &self.geometry;
         let Some(old) = self.entry(found, number)? else {
             return Err(Errno::IO);
         };
-        if let Place::Host { at, .. } = old.place {
+        if let ClusterLocation::Host { at, .. } = old.place {
             self.check_place(at, geometry.cluster())?;
         }
         let bare = self.is_bare(some.start);
@@ -117,18 +122,21 @@ impl<S: Storage> Image<S> {
         let to = (skip + len).div_ceil(geometry.part()) as u32;
         let touched = geometry.some_parts((skip / geometry.part()) as u32, to);
         let whole = touched == geometry.all_parts();
-        let is_packed = matches!(old.place, Place::Compressed { .. });
-        if self.is_whole(&old, Part::Zero) && old.place == Place::Nowhere {
-            return Ok(Change::Done(None));
+        let is_packed = matches!(old.place, ClusterLocation::Compressed { .. });
+        if self.is_whole(&old, SubclusterSource::Zero) && old.place == ClusterLocation::Nowhere {
+            return Ok(ClusterWork::Done(None));
         }
-        if bare && self.is_whole(&old, Part::Below) && old.place == Place::Nowhere {
-            return Ok(Change::Done(None));
+        if bare
+            && self.is_whole(&old, SubclusterSource::Below)
+            && old.place == ClusterLocation::Nowhere
+        {
+            return Ok(ClusterWork::Done(None));
         }
         let can_say = geometry.has_zero || bare && whole;
         if !can_say || is_packed && !whole {
-            return Ok(Change::Write);
+            return Ok(ClusterWork::Write);
         }
-        let mut new = Entry {
+        let mut new = L2Entry {
             place: old.place,
             alloc: old.alloc & !touched,
             zero: if bare {
@@ -138,19 +146,19 @@ impl<S: Storage> Image<S> {
             },
         };
         if new.alloc == 0 {
-            new.place = Place::Nowhere;
+            new.place = ClusterLocation::Nowhere;
         }
         self.zeroed.set(self.zeroed.get() + 1);
         self.set_entry(found, number, &new);
-        let gone = new.place == Place::Nowhere && old.place != Place::Nowhere;
-        Ok(Change::Done(gone.then_some(old)))
+        let gone = new.place == ClusterLocation::Nowhere && old.place != ClusterLocation::Nowhere;
+        Ok(ClusterWork::Done(gone.then_some(old)))
     }
 }
 
 /// Work that remains for a cluster.
-enum Change {
+enum ClusterWork {
     /// The entry was changed, and does not lead to its old place any more.
-    Done(Option<Entry>),
+    Done(Option<L2Entry>),
     /// The entry cannot express it, so zeroes have to be stored.
     Write,
 }

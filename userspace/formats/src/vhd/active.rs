@@ -2,15 +2,15 @@
 //! The body of a VHD whose blocks are allocated on the first write.
 
 use super::batmap::Batmap;
-use super::blocks::{check, Blocks, Item, UNUSED};
+use super::blocks::{check, BlockTable, Item, UNUSED};
 use super::footer::Footer;
-use super::header::Header;
+use super::header::VhdHeader;
 use super::room::{Room, PAGE};
-use crate::base::{self, Base, Row};
+use crate::base::{self, Base, ExtentRun};
 use crate::field::{counters, failed, part, pieces, refused};
 use crate::locks::Locks;
 use crate::metadata::Metadata;
-use crate::tables::{Table, Tables};
+use crate::tables::{CachedTable, TableCache};
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
@@ -31,9 +31,9 @@ pub(crate) struct Active<S> {
     block: u64,
     bitmap: u64,
     is_writable: bool,
-    blocks: Blocks,
+    blocks: BlockTable,
     batmap: Option<Batmap>,
-    bitmaps: Tables,
+    bitmaps: TableCache,
     room: Room<S>,
     parent: Option<Rc<Base>>,
     locks: Locks,
@@ -52,7 +52,7 @@ async fn fill(storage: &impl Storage, footer: &Footer, length: u64) -> Result<()
 
 /// A part of a block that exists: its number, where its bitmap is, and which of its bytes.
 #[derive(Clone, Copy)]
-struct Held {
+struct BlockPart {
     block: u32,
     at: u64,
     within: u64,
@@ -63,11 +63,11 @@ impl<S: Storage> Active<S> {
     pub(crate) async fn open(
         storage: Rc<S>,
         footer: Footer,
-        header: Header,
+        header: VhdHeader,
         parent: Option<Rc<Base>>,
         options: &Options,
     ) -> Result<Self, Failure> {
-        let blocks = Blocks::read(&*storage, &header, footer.size).await;
+        let blocks = BlockTable::read(&*storage, &header, footer.size).await;
         let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
         // The length is read after the table, because another host may be making the image longer and have new blocks
         // there.
@@ -98,7 +98,7 @@ impl<S: Storage> Active<S> {
             is_writable,
             blocks,
             batmap,
-            bitmaps: Tables::new(options.cache),
+            bitmaps: TableCache::new(options.cache),
             room,
             parent,
             locks: Locks::default(),
@@ -119,9 +119,9 @@ impl<S: Storage> Active<S> {
         Ok(pieces(offset, len, self.block).map(|(n, within, at, len)| (n as u32, within, at, len)))
     }
 
-    fn place(&self, block: u32, within: u64, len: u64) -> Option<Held> {
+    fn place(&self, block: u32, within: u64, len: u64) -> Option<BlockPart> {
         let at = self.blocks.place(block)?;
-        Some(Held {
+        Some(BlockPart {
             block,
             at,
             within,
@@ -130,7 +130,7 @@ impl<S: Storage> Active<S> {
     }
 
     /// Returns the offset of the bytes in the image.
-    fn data(&self, place: Held) -> u64 {
+    fn data(&self, place: BlockPart) -> u64 {
         place.at + self.bitmap + place.within
     }
 
@@ -139,14 +139,14 @@ impl<S: Storage> Active<S> {
     }
 
     /// The bitmap of the block.
-    async fn bits(&self, place: Held) -> Result<Rc<Table>, Errno> {
+    async fn bits(&self, place: BlockPart) -> Result<Rc<CachedTable>, Errno> {
         // CAST: a bitmap is at most 64 KiB.
         let len = self.bitmap as usize;
         self.bitmaps.get(&*self.storage, place.at, len).await
     }
 
     /// Returns the lengths in bytes of the block's runs of sectors, and whether the image has each.
-    async fn runs(&self, place: Held) -> Result<Vec<(u64, bool)>, Errno> {
+    async fn runs(&self, place: BlockPart) -> Result<Vec<(u64, bool)>, Errno> {
         if self.blocks.is_full(place.block) {
             return Ok(vec![(place.len, true)]);
         }
@@ -176,7 +176,7 @@ impl<S: Storage> Active<S> {
         Ok(())
     }
 
-    async fn read_block(&self, place: Held, offset: u64, data: Data) -> Result<(), Errno> {
+    async fn read_block(&self, place: BlockPart, offset: u64, data: Data) -> Result<(), Errno> {
         let mut done = 0;
         for (len, is_written) in self.runs(place).await? {
             let data = part(&data, done, len);
@@ -274,7 +274,7 @@ impl<S: Storage> Active<S> {
 
     /// Sets the bits of sectors from `offset` on, whose data is in the image. `errors` is the number of
     /// [errors](Room::errors) before the write.
-    async fn mark(&self, place: Held, offset: u64, errors: u64) -> Result<(), Errno> {
+    async fn mark(&self, place: BlockPart, offset: u64, errors: u64) -> Result<(), Errno> {
         let metadata = self.metadata();
         self.blocks.settle(&metadata, place.block).await?;
         if self.blocks.is_full(place.block) {
@@ -342,7 +342,7 @@ impl<S: Storage> Active<S> {
     }
 
     /// Makes a whole block of a disk without a parent be no more. Says whether it is one.
-    async fn give_up(&self, place: Held) -> Result<bool, Errno> {
+    async fn give_up(&self, place: BlockPart) -> Result<bool, Errno> {
         if self.parent.is_some() || place.len != self.block {
             return Ok(false);
         }
@@ -364,7 +364,7 @@ impl<S: Storage> Active<S> {
         len: u64,
         whole: bool,
     ) -> Result<Vec<Extent>, Errno> {
-        let mut row = Row::default();
+        let mut row = ExtentRun::default();
         for (block, within, at, len) in self.pieces(offset, len)? {
             let mut place = offset + at;
             let runs = match self.place(block, within, len) {
@@ -422,7 +422,7 @@ impl<S: Storage> Active<S> {
     }
 
     /// Adopts a new size, for which the table has room.
-    pub(crate) fn resize(&self, footer: Footer, header: &Header) -> Result<u64, Failure> {
+    pub(crate) fn resize(&self, footer: Footer, header: &VhdHeader) -> Result<u64, Failure> {
         let most = u64::from(self.blocks.count()) * self.block;
         if header.blocks != self.blocks.count()
             || footer.size < self.size.get()

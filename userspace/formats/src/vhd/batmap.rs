@@ -4,9 +4,9 @@
 //! not be there would show zeroes instead of the parent, so a block of a differencing disk that has its
 //! bit is never given up.
 
-use super::blocks::{Blocks, Item};
+use super::blocks::{BlockTable, Item};
 use super::footer::{checksum, Footer};
-use super::header::{Header, BLOCK};
+use super::header::{VhdHeader, BLOCK};
 use crate::field::{be32, be64, failed, put, refused};
 use crate::storage;
 use crate::Storage;
@@ -47,8 +47,8 @@ impl Batmap {
     pub(crate) async fn read(
         storage: &impl Storage,
         footer: &Footer,
-        header: &Header,
-        blocks: &Blocks,
+        header: &VhdHeader,
+        blocks: &BlockTable,
         length: u64,
     ) -> Result<Option<Self>, Failure> {
         if !footer.may_have_batmap() || header.block != BLOCK {
@@ -86,7 +86,7 @@ impl Batmap {
         Ok(Some(batmap))
     }
 
-    async fn tell(&self, storage: &impl Storage, blocks: &Blocks) -> Result<(), Failure> {
+    async fn tell(&self, storage: &impl Storage, blocks: &BlockTable) -> Result<(), Failure> {
         let reading = failed("cannot read the VHD's batmap");
         let bytes = storage::bytes(storage, self.map, self.len)
             .await
@@ -127,7 +127,11 @@ impl Batmap {
     }
 
     /// Writes what `blocks` knows.
-    pub(crate) async fn write(&self, storage: &impl Storage, blocks: &Blocks) -> Result<(), Errno> {
+    pub(crate) async fn write(
+        &self,
+        storage: &impl Storage,
+        blocks: &BlockTable,
+    ) -> Result<(), Errno> {
         let mut bytes = vec![0_u8; self.len];
         for block in (0..blocks.count()).filter(|block| blocks.is_full(*block)) {
             if let Some(byte) = bytes.get_mut(block as usize / 8) {

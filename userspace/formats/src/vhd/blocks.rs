@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Places of the blocks of a VHD: its table in memory, and the blocks whose bitmap need not be read.
 
-use super::header::{table_len, Header};
+use super::header::{table_len, VhdHeader};
 use crate::field::{be32, put, refused};
 use crate::storage;
-use crate::tables::Table;
+use crate::tables::CachedTable;
 use crate::Storage;
 use control::Failure;
 use diskio::Errno;
@@ -19,8 +19,8 @@ const ENTRIES: usize = CHUNK / 4;
 
 /// The table.
 #[derive(Debug)]
-pub(crate) struct Blocks {
-    chunks: Vec<Rc<Table>>,
+pub(crate) struct BlockTable {
+    chunks: Vec<Rc<CachedTable>>,
     count: u32,
     /// The first block behind the end of the disk, as that was when the table was read. Entries from there on may be 0
     /// instead of unused.
@@ -29,11 +29,11 @@ pub(crate) struct Blocks {
     full: RefCell<Vec<u64>>,
 }
 
-impl Blocks {
+impl BlockTable {
     /// Reads that of a disk of `size` bytes.
     pub(crate) async fn read(
         storage: &impl Storage,
-        header: &Header,
+        header: &VhdHeader,
         size: u64,
     ) -> Result<Self, Errno> {
         let len = table_len(header.blocks);
@@ -43,7 +43,7 @@ impl Blocks {
             // CAST: at most a chunk.
             let count = (len - at).min(CHUNK as u64) as usize;
             let bytes = storage::bytes(storage, header.table + at, count).await?;
-            chunks.push(Table::with(header.table + at, bytes));
+            chunks.push(CachedTable::with(header.table + at, bytes));
             at += count as u64;
         }
         Ok(Self {
@@ -54,7 +54,7 @@ impl Blocks {
         })
     }
 
-    fn chunk(&self, block: u32) -> Option<(&Table, usize)> {
+    fn chunk(&self, block: u32) -> Option<(&CachedTable, usize)> {
         let block = block as usize;
         let chunk = self.chunks.get(block / ENTRIES)?;
         Some((chunk, block % ENTRIES * 4))
@@ -123,13 +123,17 @@ impl Blocks {
 }
 
 /// The first block that a disk of `size` bytes does not have.
-fn first_behind(header: &Header, size: u64) -> u32 {
+fn first_behind(header: &VhdHeader, size: u64) -> u32 {
     u32::try_from(size.div_ceil(u64::from(header.block))).unwrap_or(u32::MAX)
 }
 
 /// Makes entries unused that are 0 and behind the end of a disk of `size` bytes, before that becomes larger.
-pub(crate) async fn clean(storage: &impl Storage, header: &Header, size: u64) -> Result<(), Errno> {
-    let blocks = Blocks::read(storage, header, size).await?;
+pub(crate) async fn clean(
+    storage: &impl Storage,
+    header: &VhdHeader,
+    size: u64,
+) -> Result<(), Errno> {
+    let blocks = BlockTable::read(storage, header, size).await?;
     for block in blocks.behind..blocks.count {
         let word = blocks
             .chunk(block)

@@ -3,8 +3,8 @@
 
 use super::batmap;
 use super::blocks::UNUSED;
-use super::footer::{self, Footer, Kind};
-use super::header::{self, table_len, Header, Locator};
+use super::footer::{self, Footer, VhdKind};
+use super::header::{self, table_len, Locator, VhdHeader};
 use super::{locator, MOST};
 use crate::field::failed;
 use crate::Storage;
@@ -13,9 +13,9 @@ use diskio::{Bytes, Errno};
 
 /// Properties of a new image.
 #[derive(Clone, Debug)]
-pub struct Create {
+pub struct VhdCreate {
     /// Kind of the VHD.
-    pub kind: Kind,
+    pub kind: VhdKind,
     /// Bytes of the disk, whole sectors.
     pub size: u64,
     /// Identity of the disk: any unique number.
@@ -35,7 +35,7 @@ pub struct ParentOf {
     pub id: [u8; 16],
 }
 
-impl Create {
+impl VhdCreate {
     fn check(&self) -> Result<(), Failure> {
         let largest = self.size.max(self.reserve);
         if self.size == 0 || self.size % 512 != 0 {
@@ -50,13 +50,13 @@ impl Create {
             )));
         }
         match (self.kind, &self.parent) {
-            (Kind::Differencing, None) => Err(Failure::invalid(
+            (VhdKind::Differencing, None) => Err(Failure::invalid(
                 "a differencing VHD needs a parent: name it",
             )),
-            (Kind::Differencing, Some(parent)) if parent.path.is_empty() => {
+            (VhdKind::Differencing, Some(parent)) if parent.path.is_empty() => {
                 Err(Failure::invalid("the parent's name is empty"))
             }
-            (Kind::Differencing, Some(_)) | (_, None) => Ok(()),
+            (VhdKind::Differencing, Some(_)) | (_, None) => Ok(()),
             (_, Some(_)) => Err(Failure::invalid(
                 "only a differencing VHD has a parent: leave it out",
             )),
@@ -66,12 +66,12 @@ impl Create {
 
 /// Makes an image in `storage`, whose old content is lost. The structure that identifies the image is at the beginning
 /// and comes last: before that it is no image.
-pub async fn create(storage: &impl Storage, what: &Create) -> Result<(), Failure> {
+pub async fn create(storage: &impl Storage, what: &VhdCreate) -> Result<(), Failure> {
     what.check()?;
     let footer = Footer::new(what.kind, what.size, what.id);
     let failed = |error| failed("cannot make the VHD")(error);
     match what.kind {
-        Kind::Fixed => fixed(storage, &footer).await.map_err(failed),
+        VhdKind::Fixed => fixed(storage, &footer).await.map_err(failed),
         _ => blocks(storage, &footer, what).await.map_err(failed),
     }
 }
@@ -97,12 +97,12 @@ async fn fixed(storage: &impl Storage, footer: &Footer) -> Result<(), Errno> {
     storage.flush().await
 }
 
-async fn blocks(storage: &impl Storage, footer: &Footer, what: &Create) -> Result<(), Errno> {
+async fn blocks(storage: &impl Storage, footer: &Footer, what: &VhdCreate) -> Result<(), Errno> {
     let largest = what.size.max(what.reserve);
     let count = largest.div_ceil(u64::from(header::BLOCK));
     let count = u32::try_from(count).map_err(|_| Errno::FBIG)?;
     let table = footer::LEN as u64 + header::LEN as u64;
-    let mut header = Header::new(table, count);
+    let mut header = VhdHeader::new(table, count);
     let mut bytes = empty_table(count);
     let map = table + bytes.len() as u64;
     bytes.extend(batmap::empty(map, count));

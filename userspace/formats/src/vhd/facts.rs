@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Facts about a VHD that Xen's tools ask for, and their mark "hidden".
 
-use super::blocks::Blocks;
-use super::footer::Kind;
-use super::image::Image;
+use super::blocks::BlockTable;
+use super::footer::VhdKind;
+use super::image::VhdImage;
 use super::resize::put_footers;
 use crate::field::failed;
 use crate::Storage;
@@ -13,7 +13,7 @@ use control::Failure;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// Kind of the VHD.
-    pub kind: Kind,
+    pub kind: VhdKind,
     /// Bytes of the disk.
     pub size: u64,
     /// Bytes that the disk can have before its table has to move.
@@ -29,10 +29,10 @@ pub struct Facts {
 /// # Errors
 /// The image is no VHD, or cannot be read.
 pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
-    let Image { footer, header } = Image::read(storage).await?;
+    let VhdImage { footer, header } = VhdImage::read(storage).await?;
     let (mut most, mut used) = (footer.size, 0);
     if let Some(header) = &header {
-        let blocks = Blocks::read(storage, header, footer.size).await;
+        let blocks = BlockTable::read(storage, header, footer.size).await;
         let blocks = blocks.map_err(failed("cannot read the VHD's table"))?;
         most = u64::from(header.blocks) * u64::from(header.block);
         used = (0..blocks.count())
@@ -54,7 +54,7 @@ pub async fn facts(storage: &impl Storage) -> Result<Facts, Failure> {
 /// # Errors
 /// It is no VHD, or its storage fails.
 pub async fn hide(storage: &impl Storage, hidden: bool) -> Result<(), Failure> {
-    let Image { mut footer, .. } = Image::read(storage).await?;
+    let VhdImage { mut footer, .. } = VhdImage::read(storage).await?;
     footer.hide(hidden);
     let done = put_footers(storage, &footer).await;
     done.map_err(failed("cannot mark the VHD"))

@@ -23,7 +23,7 @@ const MOST_SECTORS: u64 = 65_535 * 16 * 255;
 
 /// Kind of a VHD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum VhdKind {
     /// The content as it is, and a footer.
     Fixed,
     /// Blocks are allocated on the first write.
@@ -36,7 +36,7 @@ pub enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Footer {
     bytes: [u8; LEN],
-    pub(crate) kind: Kind,
+    pub(crate) kind: VhdKind,
     /// Bytes of the disk.
     pub(crate) size: u64,
     /// Offset of the header in bytes; without meaning for a fixed VHD.
@@ -66,9 +66,9 @@ impl Footer {
             )));
         }
         let kind = match be32(&bytes, 60) {
-            2 => Kind::Fixed,
-            3 => Kind::Dynamic,
-            4 => Kind::Differencing,
+            2 => VhdKind::Fixed,
+            3 => VhdKind::Dynamic,
+            4 => VhdKind::Differencing,
             other => {
                 return Err(refused(format!(
                     "the VHD is of type {other}, which is neither fixed, dynamic nor differencing"
@@ -81,7 +81,7 @@ impl Footer {
                 "the VHD says that its disk has {size} bytes, which are no sectors"
             )));
         }
-        if bytes[28..32] == *TAPDISK && be32(&bytes, 32) == 1 && kind != Kind::Fixed {
+        if bytes[28..32] == *TAPDISK && be32(&bytes, 32) == 1 && kind != VhdKind::Fixed {
             return Err(refused(
                 "the VHD was made by a tapdisk of version 0.1, whose bitmaps are different: convert it with vhd-update",
             ));
@@ -95,16 +95,16 @@ impl Footer {
     }
 
     /// Makes the footer of a new disk.
-    pub(crate) fn new(kind: Kind, size: u64, id: [u8; 16]) -> Self {
+    pub(crate) fn new(kind: VhdKind, size: u64, id: [u8; 16]) -> Self {
         let mut bytes = [0; LEN];
         let header = match kind {
-            Kind::Fixed => u64::MAX,
+            VhdKind::Fixed => u64::MAX,
             _ => LEN as u64,
         };
         let number: u32 = match kind {
-            Kind::Fixed => 2,
-            Kind::Dynamic => 3,
-            Kind::Differencing => 4,
+            VhdKind::Fixed => 2,
+            VhdKind::Dynamic => 3,
+            VhdKind::Differencing => 4,
         };
         put(&mut bytes, 0, COOKIE);
         // Reserved, and always set.
@@ -163,7 +163,7 @@ impl Footer {
 
     /// Tapdisk made it, and may have given it a batmap.
     pub(crate) fn may_have_batmap(&self) -> bool {
-        self.kind != Kind::Fixed && self.bytes[28..32] == *TAPDISK && be32(&self.bytes, 32) > 1
+        self.kind != VhdKind::Fixed && self.bytes[28..32] == *TAPDISK && be32(&self.bytes, 32) > 1
     }
 }
 
@@ -220,11 +220,11 @@ fn geometry(size: u64) -> [u8; 4] {
 
 #[cfg(test)]
 mod tests {
-    use super::{geometry, Footer, Kind};
+    use super::{geometry, Footer, VhdKind};
 
     #[test]
     fn what_is_made_is_what_is_read() {
-        for kind in [Kind::Fixed, Kind::Dynamic, Kind::Differencing] {
+        for kind in [VhdKind::Fixed, VhdKind::Dynamic, VhdKind::Differencing] {
             let footer = Footer::new(kind, 5 << 20, [7; 16]);
             assert_eq!(Footer::parse(*footer.bytes()), Ok(Some(footer)));
         }
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn every_changed_bit_is_noticed() {
-        let footer = Footer::new(Kind::Dynamic, 5 << 20, [7; 16]);
+        let footer = Footer::new(VhdKind::Dynamic, 5 << 20, [7; 16]);
         for bit in 0..512 * 8 {
             let mut bytes = *footer.bytes();
             bytes[bit / 8] ^= 1 << (bit % 8);

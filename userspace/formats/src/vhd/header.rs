@@ -2,7 +2,7 @@
 //! The header of a VHD whose blocks are allocated on the first write.
 
 use super::blocks::Item;
-use super::footer::{self, checksum, timestamp, Footer, Kind};
+use super::footer::{self, checksum, timestamp, Footer, VhdKind};
 use super::locator;
 use crate::field::{array, be32, be64, put, refused, round_up};
 use control::Failure;
@@ -27,7 +27,7 @@ const PATH: u32 = 8192;
 
 /// Header with the places of all other structures.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct VhdHeader {
     bytes: Vec<u8>,
     /// Offset of the table of blocks, in bytes.
     pub(crate) table: u64,
@@ -50,7 +50,7 @@ pub(crate) struct Locator {
     pub(crate) at: u64,
 }
 
-impl Header {
+impl VhdHeader {
     /// Parses and checks the header of an image of `length` bytes.
     pub(crate) fn parse(bytes: Vec<u8>, footer: &Footer, length: u64) -> Result<Self, Failure> {
         if bytes.len() != LEN || bytes[..8] != *COOKIE {
@@ -89,7 +89,7 @@ impl Header {
             )));
         }
         let locators = match footer.kind {
-            Kind::Differencing => locators(&bytes, length)?,
+            VhdKind::Differencing => locators(&bytes, length)?,
             _ => Vec::new(),
         };
         Ok(Self {

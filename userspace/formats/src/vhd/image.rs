@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The metadata of a VHD, read and checked.
 
-use super::footer::{self, Footer, Kind};
-use super::header::{self, Header};
+use super::footer::{self, Footer, VhdKind};
+use super::header::{self, VhdHeader};
 use super::locator;
 use crate::field::{array, failed, refused};
 use crate::storage;
-use crate::{Needs, Parent, Storage};
+use crate::{ImageNeeds, Parent, Storage};
 use control::Failure;
 
 /// A footer, and the header if there is one.
 #[derive(Debug)]
-pub(crate) struct Image {
+pub(crate) struct VhdImage {
     pub(crate) footer: Footer,
-    pub(crate) header: Option<Header>,
+    pub(crate) header: Option<VhdHeader>,
 }
 
-impl Image {
+impl VhdImage {
     /// Reads the footer and the header, and checks each of them alone.
     pub(crate) async fn read(storage: &impl Storage) -> Result<Self, Failure> {
         let length = storage
             .size()
             .map_err(failed("cannot see the image's size"))?;
         let footer = find(storage, length).await?;
-        if footer.kind == Kind::Fixed {
+        if footer.kind == VhdKind::Fixed {
             if footer.size > length.saturating_sub(511) {
                 return Err(refused(format!(
                     "the fixed VHD has {length} bytes, which is not enough for its disk of {}: it is cut off",
@@ -47,7 +47,7 @@ impl Image {
         }
         let bytes = storage::bytes(storage, footer.header, header::LEN).await;
         let bytes = bytes.map_err(failed("cannot read the VHD's header"))?;
-        let header = Header::parse(bytes, &footer, length)?;
+        let header = VhdHeader::parse(bytes, &footer, length)?;
         Ok(Self {
             footer,
             header: Some(header),
@@ -59,14 +59,14 @@ impl Image {
 /// other kinds the footer at the beginning never moves, and counts.
 async fn find(storage: &impl Storage, length: u64) -> Result<Footer, Failure> {
     let last = match last(storage, length).await {
-        Ok(Some(footer)) if footer.kind == Kind::Fixed => return Ok(footer),
+        Ok(Some(footer)) if footer.kind == VhdKind::Fixed => return Ok(footer),
         last => last,
     };
     let first = at(storage, 0).await;
     match (first, last) {
-        (Ok(Some(first)), Ok(_)) if first.kind != Kind::Fixed => Ok(first),
+        (Ok(Some(first)), Ok(_)) if first.kind != VhdKind::Fixed => Ok(first),
         // Only the end was being written.
-        (Ok(Some(first)), Err(_)) if first.kind != Kind::Fixed => Ok(first),
+        (Ok(Some(first)), Err(_)) if first.kind != VhdKind::Fixed => Ok(first),
         (_, Ok(Some(last))) => Ok(last),
         (Err(failure), _) | (_, Err(failure)) => Err(failure),
         _ => Err(refused(
@@ -84,7 +84,7 @@ pub async fn footers(storage: &impl Storage) -> Result<Option<String>, Failure> 
     let length = storage
         .size()
         .map_err(failed("cannot see the image's size"))?;
-    if find(storage, length).await?.kind == Kind::Fixed {
+    if find(storage, length).await?.kind == VhdKind::Fixed {
         return Ok(None);
     }
     let said = |place: &str, found: Result<Option<Footer>, Failure>| match found {
@@ -128,19 +128,19 @@ async fn at(storage: &impl Storage, offset: u64) -> Result<Option<Footer>, Failu
 }
 
 /// Returns the kind of a VHD and the files that it needs; no name in it is followed.
-pub async fn look(storage: &impl Storage) -> Result<(Kind, Needs), Failure> {
-    let image = Image::read(storage).await?;
-    let mut needs = Needs {
+pub async fn look(storage: &impl Storage) -> Result<(VhdKind, ImageNeeds), Failure> {
+    let image = VhdImage::read(storage).await?;
+    let mut needs = ImageNeeds {
         size: image.footer.size,
-        ..Needs::default()
+        ..ImageNeeds::default()
     };
-    if let (Kind::Differencing, Some(header)) = (image.footer.kind, &image.header) {
+    if let (VhdKind::Differencing, Some(header)) = (image.footer.kind, &image.header) {
         needs.parent = Some(parent(storage, header).await?);
     }
     Ok((image.footer.kind, needs))
 }
 
-async fn parent(storage: &impl Storage, header: &Header) -> Result<Parent, Failure> {
+async fn parent(storage: &impl Storage, header: &VhdHeader) -> Result<Parent, Failure> {
     let mut names: Vec<String> = Vec::new();
     for locator in &header.locators {
         // CAST: it was checked to be small.
@@ -163,7 +163,7 @@ async fn parent(storage: &impl Storage, header: &Header) -> Result<Parent, Failu
 
 /// Returns the identity of an image.
 pub async fn id(storage: &impl Storage) -> Result<[u8; 16], Failure> {
-    Ok(Image::read(storage).await?.footer.id())
+    Ok(VhdImage::read(storage).await?.footer.id())
 }
 
 /// An identity in the usual form, as it is in [`Parent::id`].

@@ -25,9 +25,9 @@ mod rename;
 mod resize;
 mod room;
 
-pub use create::{create, Create, ParentOf};
+pub use create::{create, ParentOf, VhdCreate};
 pub use facts::{facts, hide, Facts};
-pub use footer::Kind;
+pub use footer::VhdKind;
 pub use image::{footers, id, look, spelled};
 pub use rename::set_parent;
 pub use resize::grow;
@@ -35,13 +35,13 @@ pub use resize::grow;
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::field::{failed, no_extents, refused};
-use crate::{Options, Parts, Storage};
+use crate::{ImageParts, Options, Storage};
 use active::Active;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
 use fixed::Fixed;
-use image::Image;
+use image::VhdImage;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -60,16 +60,16 @@ pub struct Vhd<S> {
     extents: usize,
     options: Options,
     /// State that serves the disk while it is active.
-    body: RefCell<Option<Body<S>>>,
+    body: RefCell<Option<DiskBody<S>>>,
 }
 
 #[derive(Debug)]
-enum Body<S> {
+enum DiskBody<S> {
     Fixed(Rc<Fixed<S>>, Barrier<S>),
     Blocks(Rc<Active<S>>),
 }
 
-impl<S> Clone for Body<S> {
+impl<S> Clone for DiskBody<S> {
     fn clone(&self) -> Self {
         match self {
             Self::Fixed(fixed, barrier) => Self::Fixed(fixed.clone(), barrier.clone()),
@@ -80,7 +80,7 @@ impl<S> Clone for Body<S> {
 
 impl<S: Storage> Vhd<S> {
     /// Returns the disk in `storage`, on top of its parent if it is a differencing disk.
-    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(storage: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
             storage: Rc::new(storage),
             parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
@@ -90,16 +90,16 @@ impl<S: Storage> Vhd<S> {
         }
     }
 
-    fn body(&self) -> Result<Body<S>, Errno> {
+    fn body(&self) -> Result<DiskBody<S>, Errno> {
         self.body.borrow().clone().ok_or(Errno::NXIO)
     }
 
     /// Checks that differencing disks, and only these, have a parent.
-    async fn check_parent(&self, kind: Kind) -> Result<(), Failure> {
+    async fn check_parent(&self, kind: VhdKind) -> Result<(), Failure> {
         no_extents("VHD", self.extents)?;
         match (kind, &self.parent) {
-            (Kind::Differencing, Some(parent)) => parent.activate().await,
-            (Kind::Differencing, None) => Err(refused(
+            (VhdKind::Differencing, Some(parent)) => parent.activate().await,
+            (VhdKind::Differencing, None) => Err(refused(
                 "the VHD is a differencing one and its parent was not given: open that too",
             )),
             (_, Some(_)) => Err(refused(
@@ -110,13 +110,13 @@ impl<S: Storage> Vhd<S> {
     }
 
     async fn start(&self) -> Result<Shape, Failure> {
-        let image = Image::read(&*self.storage).await?;
+        let image = VhdImage::read(&*self.storage).await?;
         self.check_parent(image.footer.kind).await?;
         let size = image.footer.size;
         let body = match image.header {
             None => {
                 let barrier = Barrier::new(vec![(*self.storage).clone()]);
-                Body::Fixed(Rc::new(Fixed::new(self.fixed(size)?, size)), barrier)
+                DiskBody::Fixed(Rc::new(Fixed::new(self.fixed(size)?, size)), barrier)
             }
             Some(header) => {
                 let parent = self.parent.clone();
@@ -127,7 +127,7 @@ impl<S: Storage> Vhd<S> {
                     parent,
                     &self.options,
                 );
-                Body::Blocks(Rc::new(active.await?))
+                DiskBody::Blocks(Rc::new(active.await?))
             }
         };
         *self.body.borrow_mut() = Some(body);
@@ -163,12 +163,12 @@ impl<S: Storage> Vhd<S> {
             return Ok(());
         }
         match body {
-            Some(Body::Blocks(active)) => {
+            Some(DiskBody::Blocks(active)) => {
                 active.flush().await?;
                 active.tidy(&self.options.name).await;
                 Ok(())
             }
-            Some(Body::Fixed(_, barrier)) => barrier.flush().await,
+            Some(DiskBody::Fixed(_, barrier)) => barrier.flush().await,
             None => Ok(()),
         }
     }
@@ -186,88 +186,88 @@ impl<S: Storage> Driver for Vhd<S> {
 
     fn is_verbatim(&self) -> bool {
         match self.body() {
-            Ok(Body::Fixed(fixed, _)) => fixed.is_direct(),
+            Ok(DiskBody::Fixed(fixed, _)) => fixed.is_direct(),
             _ => false,
         }
     }
 
     fn has_places(&self) -> bool {
-        matches!(self.body(), Ok(Body::Blocks(_))) && self.storage.is_direct()
+        matches!(self.body(), Ok(DiskBody::Blocks(_))) && self.storage.is_direct()
     }
 
     async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
         match self.body()? {
-            Body::Fixed(..) => Ok(Vec::new()),
-            Body::Blocks(active) => active.places(offset, len).await,
+            DiskBody::Fixed(..) => Ok(Vec::new()),
+            DiskBody::Blocks(active) => active.places(offset, len).await,
         }
     }
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.read(offset, data).await,
-            Body::Blocks(active) => active.read(offset, data).await,
+            DiskBody::Fixed(fixed, _) => fixed.read(offset, data).await,
+            DiskBody::Blocks(active) => active.read(offset, data).await,
         }
     }
 
     async fn write(&self, offset: u64, data: Bytes, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.write(offset, data).await,
-            Body::Blocks(active) => active.write(offset, data).await,
+            DiskBody::Fixed(fixed, _) => fixed.write(offset, data).await,
+            DiskBody::Blocks(active) => active.write(offset, data).await,
         }
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(_, barrier) => barrier.flush().await,
-            Body::Blocks(active) => active.flush().await,
+            DiskBody::Fixed(_, barrier) => barrier.flush().await,
+            DiskBody::Blocks(active) => active.flush().await,
         }
     }
 
     fn owes(&self) -> bool {
         match self.body() {
-            Ok(Body::Fixed(_, barrier)) => barrier.owes(),
-            Ok(Body::Blocks(active)) => active.owes(),
+            Ok(DiskBody::Fixed(_, barrier)) => barrier.owes(),
+            Ok(DiskBody::Blocks(active)) => active.owes(),
             Err(_) => false,
         }
     }
 
     async fn discard(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.discard(offset, len).await,
-            Body::Blocks(active) => active.discard(offset, len).await,
+            DiskBody::Fixed(fixed, _) => fixed.discard(offset, len).await,
+            DiskBody::Blocks(active) => active.discard(offset, len).await,
         }
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, _how: Attributes) -> Result<(), Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.write_zeroes(offset, len).await,
-            Body::Blocks(active) => active.write_zeroes(offset, len).await,
+            DiskBody::Fixed(fixed, _) => fixed.write_zeroes(offset, len).await,
+            DiskBody::Blocks(active) => active.write_zeroes(offset, len).await,
         }
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.extents(offset, len).await,
-            Body::Blocks(active) => active.extents(offset, len, true).await,
+            DiskBody::Fixed(fixed, _) => fixed.extents(offset, len).await,
+            DiskBody::Blocks(active) => active.extents(offset, len, true).await,
         }
     }
 
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         match self.body()? {
-            Body::Fixed(fixed, _) => fixed.extents(offset, len).await,
-            Body::Blocks(active) => active.extents(offset, len, false).await,
+            DiskBody::Fixed(fixed, _) => fixed.extents(offset, len).await,
+            DiskBody::Blocks(active) => active.extents(offset, len, false).await,
         }
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        let image = Image::read(&*self.storage).await;
+        let image = VhdImage::read(&*self.storage).await;
         let image = image.map_err(|failure| self.options.named(failure))?;
         let body = self
             .body()
             .map_err(failed("cannot look at the size of a VHD that is not open"))?;
         match (body, image.header) {
-            (Body::Fixed(fixed, _), None) => fixed.resize(image.footer.size),
-            (Body::Blocks(active), Some(header)) => active.resize(image.footer, &header),
+            (DiskBody::Fixed(fixed, _), None) => fixed.resize(image.footer.size),
+            (DiskBody::Blocks(active), Some(header)) => active.resize(image.footer, &header),
             _ => Err(refused(
                 "the VHD became one of another type while it was open",
             )),
@@ -276,7 +276,7 @@ impl<S: Storage> Driver for Vhd<S> {
 
     fn stats(&self) -> BTreeMap<String, u64> {
         match self.body() {
-            Ok(Body::Blocks(active)) => active.stats(),
+            Ok(DiskBody::Blocks(active)) => active.stats(),
             _ => BTreeMap::new(),
         }
     }

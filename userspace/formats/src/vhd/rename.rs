@@ -2,8 +2,8 @@
 //! Changing the parent of a differencing VHD.
 
 use super::create::locators;
-use super::footer::Kind;
-use super::image::Image;
+use super::footer::VhdKind;
+use super::image::VhdImage;
 use super::ParentOf;
 use crate::field::{failed, refused};
 use crate::Storage;
@@ -18,8 +18,8 @@ use diskio::{Bytes, Errno};
 /// # Errors
 /// The image has no parent, there is no room for the paths, or the storage fails.
 pub async fn set_parent(storage: &impl Storage, parent: &ParentOf) -> Result<(), Failure> {
-    let Image { footer, header } = Image::read(storage).await?;
-    let Some(mut header) = header.filter(|_| footer.kind == Kind::Differencing) else {
+    let VhdImage { footer, header } = VhdImage::read(storage).await?;
+    let Some(mut header) = header.filter(|_| footer.kind == VhdKind::Differencing) else {
         return Err(refused(
             "the VHD is no differencing disk, and cannot become one: create one: `tapimg create NEW --parent IMAGE`",
         ));

@@ -2,9 +2,9 @@
 //! A VHD becomes larger. After each step it is a whole image, of the old size or of the new one.
 
 use super::batmap;
-use super::footer::{self, Footer, Kind};
-use super::header::{table_len, Header, MOST_BLOCKS};
-use super::image::Image;
+use super::footer::{self, Footer, VhdKind};
+use super::header::{table_len, VhdHeader, MOST_BLOCKS};
+use super::image::VhdImage;
 use super::MOST;
 use crate::field::{failed, put};
 use crate::storage;
@@ -13,9 +13,9 @@ use control::Failure;
 use diskio::{Bytes, Errno};
 
 /// Makes the disk in `storage` one of `size` bytes. The image must not be in use, unless its table has room
-/// ([`reserve`](super::Create::reserve)): then the program that serves it must read the metadata again.
+/// ([`reserve`](super::VhdCreate::reserve)): then the program that serves it must read the metadata again.
 pub async fn grow(storage: &impl Storage, size: u64) -> Result<(), Failure> {
-    let Image { footer, header } = Image::read(storage).await?;
+    let VhdImage { footer, header } = VhdImage::read(storage).await?;
     if size < footer.size || size % 512 != 0 {
         return Err(Failure::invalid(format!(
             "the VHD's disk has {} bytes and cannot become one of {size}: it can grow by whole sectors only",
@@ -73,7 +73,7 @@ async fn fixed(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<
 async fn move_table(
     storage: &impl Storage,
     footer: &Footer,
-    mut header: Header,
+    mut header: VhdHeader,
     count: u32,
 ) -> Result<(), Errno> {
     if storage.is_fixed() {
@@ -109,7 +109,7 @@ pub(super) async fn put_footers(storage: &impl Storage, footer: &Footer) -> Resu
     let last = storage.size()?.saturating_sub(footer::LEN as u64);
     storage.write(last, Bytes::copied(footer.bytes())?).await?;
     storage.flush().await?;
-    if footer.kind == Kind::Fixed {
+    if footer.kind == VhdKind::Fixed {
         return Ok(());
     }
     storage.write(0, Bytes::copied(footer.bytes())?).await?;

@@ -5,12 +5,12 @@
 //! Blocks are in chunks, of as many sectors as a bitmap of 1 MiB has bits. In the table the entry of the bitmap
 //! follows those of the blocks of its chunk. The table may have 512 MiB, so it is read in slices, within a budget.
 
-use super::image::Image;
+use super::image::VhdxImage;
 use super::metadata::Metadata;
 use super::region::Regions;
 use super::replayed::Replayed;
 use crate::field::{le64, pieces, refused};
-use crate::tables::{Table, Tables};
+use crate::tables::{CachedTable, TableCache};
 use crate::Storage;
 use control::Failure;
 use diskio::Errno;
@@ -40,7 +40,7 @@ const BITMAP_PRESENT: u64 = 6;
 
 /// State of a block in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Block {
+pub(crate) enum BlockState {
     /// The parent has the block, or it is zero.
     Missing,
     /// The block is zero, whatever the parent has.
@@ -53,20 +53,20 @@ pub(crate) enum Block {
 
 /// The table of an image.
 #[derive(Debug)]
-pub(crate) struct Blocks<S> {
+pub(crate) struct PayloadBlocks<S> {
     storage: Replayed<S>,
     length: u64,
     regions: Regions,
     pub(crate) metadata: Metadata,
     /// Blocks of a chunk.
     ratio: u64,
-    tables: Tables,
+    tables: TableCache,
 }
 
-impl<S: Storage> Blocks<S> {
+impl<S: Storage> PayloadBlocks<S> {
     /// Returns the table of `image`, of which at most `cache` bytes are kept in memory.
-    pub(crate) fn new(image: Image<S>, cache: usize) -> Result<Self, Failure> {
-        let Image {
+    pub(crate) fn new(image: VhdxImage<S>, cache: usize) -> Result<Self, Failure> {
+        let VhdxImage {
             storage,
             regions,
             metadata,
@@ -92,7 +92,7 @@ impl<S: Storage> Blocks<S> {
             regions,
             metadata,
             ratio,
-            tables: Tables::new(cache),
+            tables: TableCache::new(cache),
         })
     }
 
@@ -119,7 +119,7 @@ impl<S: Storage> Blocks<S> {
         }
     }
 
-    async fn slice(&self, at: u64) -> Result<Rc<Table>, Errno> {
+    async fn slice(&self, at: u64) -> Result<Rc<CachedTable>, Errno> {
         // CAST: a small number.
         self.tables.get(&self.storage, at, SLICE as usize).await
     }
@@ -145,7 +145,7 @@ impl<S: Storage> Blocks<S> {
     }
 
     /// Returns a block's state in the table, or an error if the entry is invalid.
-    pub(crate) async fn find(&self, block: u64) -> Result<Block, Errno> {
+    pub(crate) async fn find(&self, block: u64) -> Result<BlockState, Errno> {
         let entry = self.entry(block + block / self.ratio).await?;
         let size = u64::from(self.metadata.block);
         // The last one reaches beyond the disk, and need not be there as a whole.
@@ -155,12 +155,12 @@ impl<S: Storage> Blocks<S> {
             .saturating_sub(block.saturating_mul(size))
             .min(size);
         match entry & STATE {
-            NOT_PRESENT => Ok(Block::Missing),
+            NOT_PRESENT => Ok(BlockState::Missing),
             // An undefined block may read as anything but another guest's data.
-            UNDEFINED | ZERO | UNMAPPED | UNMAPPED_EARLY => Ok(Block::Zeroes),
-            FULLY_PRESENT => Ok(Block::At(self.place(entry, used)?)),
+            UNDEFINED | ZERO | UNMAPPED | UNMAPPED_EARLY => Ok(BlockState::Zeroes),
+            FULLY_PRESENT => Ok(BlockState::At(self.place(entry, used)?)),
             PARTIALLY_PRESENT if self.metadata.locator.is_some() => {
-                Ok(Block::Partly(self.place(entry, used)?))
+                Ok(BlockState::Partly(self.place(entry, used)?))
             }
             _ => Err(Errno::IO),
         }
@@ -182,7 +182,7 @@ impl<S: Storage> Blocks<S> {
         let sector = u64::from(self.metadata.logical);
         let first = number * u64::from(self.metadata.block) / sector;
         let mut runs: Vec<(u64, bool)> = Vec::new();
-        let mut held: Option<(u64, Rc<Table>)> = None;
+        let mut held: Option<(u64, Rc<CachedTable>)> = None;
         for (sector, _, _, count) in pieces(within, len, sector) {
             let (byte, bit) = ((first + sector) / 8, (first + sector) % 8);
             let at = bitmap + byte / SLICE * SLICE;

@@ -2,7 +2,7 @@
 //! An entry of the log of a VHDX: a header with descriptors, and a sector of data for each that is no zeroes.
 
 use super::guid::Guid;
-use super::header::Header;
+use super::header::VhdxHeader;
 use super::replayed::SECTOR;
 use super::sum::said;
 use crate::field::{le32, le64};
@@ -13,7 +13,7 @@ const DESCRIPTOR: u64 = 32;
 
 /// Header of an entry; only the checks that need nothing else were made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct LogEntry {
     /// Offset in the log, in bytes.
     pub(crate) at: u64,
     pub(crate) len: u64,
@@ -29,9 +29,9 @@ pub(crate) struct Entry {
     pub(crate) last: u64,
 }
 
-impl Entry {
+impl LogEntry {
     /// Parses an entry that begins at `at`; `None` if it does not belong to the log of this header.
-    pub(crate) fn parse(sector: &[u8], at: u64, header: &Header) -> Option<Self> {
+    pub(crate) fn parse(sector: &[u8], at: u64, header: &VhdxHeader) -> Option<Self> {
         let (len, tail) = (u64::from(le32(sector, 8)), u64::from(le32(sector, 12)));
         let entry = Self {
             at,
@@ -97,7 +97,7 @@ pub(crate) enum Descriptor {
 
 impl Descriptor {
     /// Returns `None` if it is no descriptor, or not one of this entry.
-    pub(crate) fn parse(bytes: &[u8], entry: &Entry) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8], entry: &LogEntry) -> Option<Self> {
         let (len, at) = (le64(bytes, 8), le64(bytes, 16));
         if le64(bytes, 24) != entry.sequence || at % SECTOR != 0 {
             return None;
@@ -113,7 +113,7 @@ impl Descriptor {
 /// Looks at the sectors of an entry, one after the other.
 #[derive(Debug)]
 pub(crate) struct Sectors<'e> {
-    entry: &'e Entry,
+    entry: &'e LogEntry,
     seen: u64,
     /// Sectors of data that the descriptors speak of, and that were seen.
     wanted: u64,
@@ -121,7 +121,7 @@ pub(crate) struct Sectors<'e> {
 }
 
 impl<'e> Sectors<'e> {
-    pub(crate) fn new(entry: &'e Entry) -> Self {
+    pub(crate) fn new(entry: &'e LogEntry) -> Self {
         Self {
             entry,
             seen: 0,

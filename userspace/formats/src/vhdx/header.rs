@@ -20,7 +20,7 @@ const SIGNATURE: &[u8; 4] = b"head";
 
 /// The header that counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct VhdxHeader {
     sequence: u64,
     version: u16,
     /// Identity of the content, which changes in each session that changes the content.
@@ -33,7 +33,7 @@ pub(crate) struct Header {
     pub(crate) log_len: u64,
 }
 
-impl Header {
+impl VhdxHeader {
     /// Reads and checks the header that counts.
     ///
     /// # Errors
@@ -111,11 +111,11 @@ impl Header {
 
 #[cfg(test)]
 mod tests {
-    use super::Header;
+    use super::VhdxHeader;
     use crate::vhdx::guid::Guid;
 
-    fn header(sequence: u64) -> Header {
-        Header {
+    fn header(sequence: u64) -> VhdxHeader {
+        VhdxHeader {
             sequence,
             version: 1,
             data: Guid(sequence.into()),
@@ -130,14 +130,14 @@ mod tests {
     fn the_later_header_counts_and_one_is_enough() {
         let (old, new) = (Some(header(7)), Some(header(8)));
         for found in [[old, new], [new, old], [None, new], [new, None], [new, new]] {
-            assert_eq!(Header::choose(found).unwrap(), header(8));
+            assert_eq!(VhdxHeader::choose(found).unwrap(), header(8));
         }
-        let other = Header {
+        let other = VhdxHeader {
             data: Guid(1),
             ..header(8)
         };
-        assert!(Header::choose([new, Some(other)]).is_err());
-        assert!(Header::choose([None, None]).is_err());
+        assert!(VhdxHeader::choose([new, Some(other)]).is_err());
+        assert!(VhdxHeader::choose([None, None]).is_err());
     }
 
     #[test]
@@ -149,14 +149,14 @@ mod tests {
             (1 << 20, 7),
             (u64::MAX << 20, 1 << 20),
         ] {
-            let wrong = Header {
+            let wrong = VhdxHeader {
                 log_at: at,
                 log_len: len,
                 ..header(1)
             };
             assert!(wrong.check().is_err(), "{at} {len}");
         }
-        let wrong = Header {
+        let wrong = VhdxHeader {
             version: 2,
             ..header(1)
         };

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All of a VHDX that is known before its blocks are looked at.
 
-use super::header::Header;
+use super::header::VhdxHeader;
 use super::locator;
 use super::log;
 use super::metadata::Metadata;
 use super::region::Regions;
 use super::replayed::Replayed;
 use crate::field::failed;
-use crate::{Needs, Parent, Storage};
+use crate::{ImageNeeds, Parent, Storage};
 use control::Failure;
 
 /// A VHDX, as it is after its log was replayed.
 #[derive(Debug)]
-pub(crate) struct Image<S> {
+pub(crate) struct VhdxImage<S> {
     pub(crate) storage: Replayed<S>,
     pub(crate) regions: Regions,
     pub(crate) metadata: Metadata,
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> VhdxImage<S> {
     /// Reads and checks it.
     pub(crate) async fn read(storage: &S) -> Result<Self, Failure> {
-        let header = Header::read(storage).await?;
+        let header = VhdxHeader::read(storage).await?;
         let overlay = log::replay(storage, &header).await?;
         let seeing = |error| failed("cannot see the image's size")(error);
         let storage = Replayed::new(storage.clone(), overlay).map_err(seeing)?;
@@ -47,9 +47,9 @@ impl<S: Storage> Image<S> {
 ///
 /// # Errors
 /// The image is no VHDX, or damaged, or its log cannot be replayed.
-pub async fn look<S: Storage>(storage: &S) -> Result<Needs, Failure> {
-    let image = Image::read(storage).await?;
-    Ok(Needs {
+pub async fn look<S: Storage>(storage: &S) -> Result<ImageNeeds, Failure> {
+    let image = VhdxImage::read(storage).await?;
+    Ok(ImageNeeds {
         size: image.metadata.size,
         parent: image.parent().await?,
         extents: Vec::new(),
@@ -62,7 +62,7 @@ pub async fn look<S: Storage>(storage: &S) -> Result<Needs, Failure> {
 /// # Errors
 /// The image has no valid header.
 pub async fn id(storage: &impl Storage) -> Result<String, Failure> {
-    Ok(Header::read(storage).await?.data.to_string())
+    Ok(VhdxHeader::read(storage).await?.data.to_string())
 }
 
 /// Returns the number of changes in the log of a VHDX that are not in their places, because the image was not closed.
@@ -71,5 +71,5 @@ pub async fn id(storage: &impl Storage) -> Result<String, Failure> {
 /// # Errors
 /// As [`look`].
 pub async fn unreplayed(storage: &impl Storage) -> Result<usize, Failure> {
-    Ok(Image::read(storage).await?.storage.count())
+    Ok(VhdxImage::read(storage).await?.storage.count())
 }

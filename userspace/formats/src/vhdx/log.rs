@@ -5,8 +5,8 @@
 //! Each change is of a whole sector, or zeroes a range. The changes of the log are kept in memory ([`Overlay`]); the
 //! file does not change.
 
-use super::entry::{Descriptor, Entry, Sectors};
-use super::header::{Header, HEADERS_END};
+use super::entry::{Descriptor, LogEntry, Sectors};
+use super::header::{VhdxHeader, HEADERS_END};
 use super::replayed::{Over, Overlay, MOST, SECTOR};
 use super::sum::Sum;
 use crate::field::{array, failed, le32, refused};
@@ -24,9 +24,9 @@ const LOOKS: u64 = 16;
 
 /// The ring.
 #[derive(Debug)]
-struct Log<'s, S> {
+struct LogRing<'s, S> {
     file: &'s S,
-    header: &'s Header,
+    header: &'s VhdxHeader,
     /// Bytes of entries that were looked at.
     looked: u64,
 }
@@ -35,13 +35,13 @@ struct Log<'s, S> {
 ///
 /// # Errors
 /// The log is damaged, or larger than this driver replays.
-pub(crate) async fn replay<S: Storage>(file: &S, header: &Header) -> Result<Overlay, Failure> {
+pub(crate) async fn replay<S: Storage>(file: &S, header: &VhdxHeader) -> Result<Overlay, Failure> {
     if header.log.is_zero() {
         return Ok(Overlay::default());
     }
     let length = file.size().map_err(failed("cannot see the image's size"))?;
     check(header, length)?;
-    let mut log = Log {
+    let mut log = LogRing {
         file,
         header,
         looked: 0,
@@ -67,7 +67,7 @@ pub(crate) async fn replay<S: Storage>(file: &S, header: &Header) -> Result<Over
     Ok(overlay)
 }
 
-fn check(header: &Header, length: u64) -> Result<(), Failure> {
+fn check(header: &VhdxHeader, length: u64) -> Result<(), Failure> {
     if header.log_version != 0 {
         return Err(refused(format!(
             "the VHDX was not closed, and its log has version {}, of which nothing is known: let the program that \
@@ -100,8 +100,8 @@ fn too_much(what: &str) -> Failure {
 /// Returns the entries that count, the oldest first: up to the newest one from which the chain leads back without a gap
 /// to the beginning that it names. An entry that a power cut interrupted does not count, nor does one before it whose
 /// successor exists but is not complete.
-fn active(entries: &BTreeMap<u64, Entry>) -> Option<Vec<Entry>> {
-    let mut newest: Vec<&Entry> = entries.values().collect();
+fn active(entries: &BTreeMap<u64, LogEntry>) -> Option<Vec<LogEntry>> {
+    let mut newest: Vec<&LogEntry> = entries.values().collect();
     newest.sort_by_key(|entry| std::cmp::Reverse(entry.sequence));
     // Place of the last entry that each entry leads to.
     let mut heads: BTreeMap<u64, u64> = BTreeMap::new();
@@ -111,7 +111,7 @@ fn active(entries: &BTreeMap<u64, Entry>) -> Option<Vec<Entry>> {
         let head = head.copied().unwrap_or(entry.at);
         heads.insert(entry.at, head);
     }
-    let is_whole = |entry: &&&Entry| {
+    let is_whole = |entry: &&&LogEntry| {
         heads.get(&entry.at) == Some(&entry.at) && heads.get(&entry.tail) == Some(&entry.at)
     };
     let head = **newest.iter().find(is_whole)?;
@@ -124,7 +124,7 @@ fn active(entries: &BTreeMap<u64, Entry>) -> Option<Vec<Entry>> {
     Some(all)
 }
 
-impl<S: Storage> Log<'_, S> {
+impl<S: Storage> LogRing<'_, S> {
     /// Reads from a place in the log on; at most a piece, which wraps around at the end of the log.
     async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, Errno> {
         let ring = self.header.log_len;
@@ -141,7 +141,7 @@ impl<S: Storage> Log<'_, S> {
     }
 
     /// All entries that are whole, by where they begin.
-    async fn entries(&mut self) -> Result<BTreeMap<u64, Entry>, Failure> {
+    async fn entries(&mut self) -> Result<BTreeMap<u64, LogEntry>, Failure> {
         let reading = |error| failed("cannot read the VHDX's log")(error);
         let mut found = BTreeMap::new();
         let mut at = 0;
@@ -152,7 +152,7 @@ impl<S: Storage> Log<'_, S> {
                 .chunks(SECTOR as usize)
                 .zip((at..).step_by(SECTOR as usize))
             {
-                let Some(entry) = Entry::parse(sector, place, self.header) else {
+                let Some(entry) = LogEntry::parse(sector, place, self.header) else {
                     continue;
                 };
                 self.looked = self.looked.saturating_add(entry.len);
@@ -171,7 +171,7 @@ impl<S: Storage> Log<'_, S> {
     }
 
     /// The checksum of an entry is right, and everything in it belongs to it.
-    async fn is_whole(&self, entry: &Entry) -> Result<bool, Errno> {
+    async fn is_whole(&self, entry: &LogEntry) -> Result<bool, Errno> {
         let mut sectors = Sectors::new(entry);
         let mut sum: Option<Sum> = None;
         let mut at = 0;
@@ -195,7 +195,7 @@ impl<S: Storage> Log<'_, S> {
     }
 
     /// Lays the changes of an entry over the file.
-    async fn apply(&self, entry: &Entry, overlay: &mut Overlay) -> Result<(), Failure> {
+    async fn apply(&self, entry: &LogEntry, overlay: &mut Overlay) -> Result<(), Failure> {
         let mut data = entry.data();
         for number in 0..entry.descriptor_sectors() {
             let sector = self.read(entry.at + number * SECTOR, SECTOR).await;
@@ -244,17 +244,17 @@ impl<S: Storage> Log<'_, S> {
 
 #[cfg(test)]
 mod tests {
-    use super::{active, Entry};
+    use super::{active, LogEntry};
     use std::collections::BTreeMap;
 
     /// Entries of one sector each: where, which number, and where the first is that counts.
-    fn ring(all: &[(u64, u64, u64)]) -> BTreeMap<u64, Entry> {
-        let entry = |(at, sequence, tail): (u64, u64, u64)| Entry {
+    fn ring(all: &[(u64, u64, u64)]) -> BTreeMap<u64, LogEntry> {
+        let entry = |(at, sequence, tail): (u64, u64, u64)| LogEntry {
             at,
             next: (at + 1) % 8,
             sequence,
             tail,
-            ..Entry::default()
+            ..LogEntry::default()
         };
         all.iter().map(|one| (one.0, entry(*one))).collect()
     }

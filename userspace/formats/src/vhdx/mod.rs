@@ -21,14 +21,14 @@ mod sum;
 
 pub use image::{id, look, unreplayed};
 
-use crate::base::{self, Base, Row};
+use crate::base::{self, Base, ExtentRun};
 use crate::field::{counters, no_extents, part, refused};
-use crate::{Options, Parts, Storage};
-use blocks::{Block, Blocks};
+use crate::{ImageParts, Options, Storage};
+use blocks::{BlockState, PayloadBlocks};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
-use image::Image;
+use image::VhdxImage;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -41,13 +41,13 @@ pub struct Vhdx<S> {
     /// Other files that were given: there must be none.
     extents: usize,
     options: Options,
-    active: RefCell<Option<Rc<Blocks<S>>>>,
+    active: RefCell<Option<Rc<PayloadBlocks<S>>>>,
 }
 
 impl<S: Storage> Vhdx<S> {
     /// Returns the disk in `storage`, on top of its parent if it is a differencing disk. Activation refuses a writable
     /// disk.
-    pub fn new(storage: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(storage: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
             storage,
             parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
@@ -57,7 +57,7 @@ impl<S: Storage> Vhdx<S> {
         }
     }
 
-    fn active(&self) -> Result<Rc<Blocks<S>>, Errno> {
+    fn active(&self) -> Result<Rc<PayloadBlocks<S>>, Errno> {
         self.active.borrow().clone().ok_or(Errno::NXIO)
     }
 
@@ -82,9 +82,9 @@ impl<S: Storage> Vhdx<S> {
                  over it (`tapimg create NEW --parent IMAGE`, or cow: for changes that end with the disk)",
             ));
         }
-        let image = Image::read(&self.storage).await?;
+        let image = VhdxImage::read(&self.storage).await?;
         self.check_parent(image.metadata.locator.is_some()).await?;
-        let blocks = Blocks::new(image, self.options.cache)?;
+        let blocks = PayloadBlocks::new(image, self.options.cache)?;
         let metadata = &blocks.metadata;
         let shape = Shape {
             size: metadata.size,
@@ -105,7 +105,7 @@ impl<S: Storage> Vhdx<S> {
     /// Reads a part of a block, some of whose sectors are the parent's.
     async fn read_partly(
         &self,
-        blocks: &Blocks<S>,
+        blocks: &PayloadBlocks<S>,
         (block, within, at): (u64, u64, u64),
         offset: u64,
         data: Data,
@@ -130,14 +130,14 @@ impl<S: Storage> Vhdx<S> {
     /// Returns the content of a range: with the backing images if `whole` is set, else of this image alone.
     async fn row(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
         let blocks = self.active()?;
-        let mut row = Row::default();
+        let mut row = ExtentRun::default();
         for (block, within, from, len) in blocks.pieces(offset, len)? {
             let (parent, from) = (self.parent.as_deref(), offset + from);
             match blocks.find(block).await? {
-                Block::Missing => row.push_missing(parent, from, len, whole).await?,
-                Block::Zeroes => row.push(len, Content::Hole),
-                Block::At(at) => push_own(&blocks, at + within, len, &mut row).await?,
-                Block::Partly(at) => {
+                BlockState::Missing => row.push_missing(parent, from, len, whole).await?,
+                BlockState::Zeroes => row.push(len, Content::Hole),
+                BlockState::At(at) => push_own(&blocks, at + within, len, &mut row).await?,
+                BlockState::Partly(at) => {
                     let mut done = 0;
                     for (len, is_own) in blocks.runs(block, within, len).await? {
                         match is_own {
@@ -161,10 +161,10 @@ impl<S: Storage> Vhdx<S> {
 
 /// Adds the image's own content. All blocks of a fixed VHDX are allocated, and may be holes of its file.
 async fn push_own<S: Storage>(
-    blocks: &Blocks<S>,
+    blocks: &PayloadBlocks<S>,
     at: u64,
     len: u64,
-    row: &mut Row,
+    row: &mut ExtentRun,
 ) -> Result<(), Errno> {
     let mut done = 0;
     while done < len {
@@ -198,10 +198,10 @@ impl<S: Storage> Driver for Vhdx<S> {
         for (block, within, from, len) in blocks.pieces(offset, data.len() as u64)? {
             let (data, from) = (part(&data, from, len), offset + from);
             match blocks.find(block).await? {
-                Block::Missing => base::read(self.parent.as_deref(), from, data).await?,
-                Block::Zeroes => data.fill(0, data.len(), 0),
-                Block::At(at) => blocks.storage().read_exact(at + within, data).await?,
-                Block::Partly(at) => {
+                BlockState::Missing => base::read(self.parent.as_deref(), from, data).await?,
+                BlockState::Zeroes => data.fill(0, data.len(), 0),
+                BlockState::At(at) => blocks.storage().read_exact(at + within, data).await?,
+                BlockState::Partly(at) => {
                     let place = (block, within, at);
                     self.read_partly(&blocks, place, from, data).await?;
                 }

@@ -3,7 +3,7 @@
 //! copies.
 
 use super::guid::Guid;
-use super::header::{Header, UNIT};
+use super::header::{VhdxHeader, UNIT};
 use super::sum::is_right;
 use crate::field::{failed, le32, le64, refused};
 use crate::{storage, Storage};
@@ -36,7 +36,7 @@ impl Regions {
     /// The table is damaged, or has an unknown region that must be known.
     pub(crate) async fn read(
         storage: &impl Storage,
-        header: &Header,
+        header: &VhdxHeader,
         length: u64,
     ) -> Result<Self, Failure> {
         for at in PLACES {
@@ -51,7 +51,7 @@ impl Regions {
         ))
     }
 
-    fn parse(bytes: &[u8], header: &Header, length: u64) -> Result<Self, Failure> {
+    fn parse(bytes: &[u8], header: &VhdxHeader, length: u64) -> Result<Self, Failure> {
         let (begin, len, most) = ENTRIES;
         let count = le32(bytes, 8);
         if count > most {

@@ -2,7 +2,7 @@
 //! New VMDKs.
 
 use super::descriptor::spelled;
-use super::sparse::{Header, NEWLINES, REDUNDANT, TABLE};
+use super::sparse::{SparseHeader, NEWLINES, REDUNDANT, TABLE};
 use crate::field::failed;
 use crate::Storage;
 use control::Failure;
@@ -38,7 +38,7 @@ impl Form {
 
 /// Properties of a new image.
 #[derive(Clone, Debug)]
-pub struct Create {
+pub struct VmdkCreate {
     /// Form of the image's files.
     pub form: Form,
     /// Bytes of the disk, whole sectors.
@@ -70,7 +70,7 @@ const EXTENTS: u64 = 1024;
 const MOST_SPARSE: u64 = (u32::MAX as u64) / 512 * 511;
 
 /// The files that `what` has beside the image.
-pub fn plan(what: &Create) -> Result<Vec<NewFile>, Failure> {
+pub fn plan(what: &VmdkCreate) -> Result<Vec<NewFile>, Failure> {
     if what.size == 0 || what.size % 512 != 0 {
         return Err(Failure::invalid(format!(
             "a disk of {} bytes cannot be made: its size must be whole sectors of 512",
@@ -121,7 +121,7 @@ pub fn plan(what: &Create) -> Result<Vec<NewFile>, Failure> {
 
 /// Makes an image in `image` and the files that [`plan`] names, whose old content is lost. The structure that
 /// identifies the image comes last.
-pub async fn create<S: Storage>(image: &S, files: &[S], what: &Create) -> Result<(), Failure> {
+pub async fn create<S: Storage>(image: &S, files: &[S], what: &VmdkCreate) -> Result<(), Failure> {
     let plan = plan(what)?;
     if plan.len() != files.len() {
         return Err(Failure::invalid(format!(
@@ -197,7 +197,7 @@ async fn sparse(file: &impl Storage, sectors: u64, text: &str) -> Result<(), Err
     let table = TABLE as u64 / 512;
     let map = directory + tables * table;
     let redundant = 1 + room;
-    let header = Header {
+    let header = SparseHeader {
         flags: NEWLINES | REDUNDANT,
         capacity: sectors,
         grain: GRAIN,

@@ -23,20 +23,20 @@ pub(crate) struct Descriptor {
     /// Range of the digits of `cid` in the text. Other programs write as few digits as it needs.
     pub(crate) cid_at: Option<Range<usize>>,
     pub(crate) parent: Option<String>,
-    pub(crate) extents: Vec<Part>,
+    pub(crate) extents: Vec<ExtentLine>,
 }
 
 /// A line of the list of extents.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
+pub(crate) struct ExtentLine {
     pub(crate) read_only: bool,
     pub(crate) sectors: u64,
-    pub(crate) body: Body,
+    pub(crate) body: ExtentBody,
 }
 
 /// Location of an extent's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Body {
+pub(crate) enum ExtentBody {
     /// Sectors of a file, from one on.
     Flat { name: String, first: u64 },
     /// A file that knows which of its grains exist.
@@ -105,11 +105,11 @@ impl Descriptor {
         let parts = self.extents.iter();
         let mut ranges: Vec<(&str, u64, u64)> = parts
             .filter_map(|part| match &part.body {
-                Body::Flat { name, first } => {
+                ExtentBody::Flat { name, first } => {
                     Some((name.as_str(), *first, first.saturating_add(part.sectors)))
                 }
-                Body::Sparse { name } => Some((name.as_str(), 0, u64::MAX)),
-                Body::Zero => None,
+                ExtentBody::Sparse { name } => Some((name.as_str(), 0, u64::MAX)),
+                ExtentBody::Zero => None,
             })
             .collect();
         ranges.sort_unstable();
@@ -262,7 +262,7 @@ impl Encoding {
 }
 
 /// Parses a line such as `RW 4192256 SPARSE "a-s001.vmdk"`; `None` for other lines. Text behind it is ignored.
-fn part(text: &str) -> Result<Option<Part>, Failure> {
+fn part(text: &str) -> Result<Option<ExtentLine>, Failure> {
     let (access, rest) = word(text);
     let (sectors, rest) = word(rest);
     let (kind, rest) = word(rest);
@@ -289,16 +289,16 @@ fn part(text: &str) -> Result<Option<Part>, Failure> {
     let sectors = sectors.parse().map_err(|_| wrong())?;
     let body = match kind {
         "" => return Err(wrong()),
-        "ZERO" => Body::Zero,
+        "ZERO" => ExtentBody::Zero,
         "FLAT" | "VMFS" => {
             let (name, rest) = name(rest).ok_or_else(wrong)?;
             let first = match word(rest).0 {
                 "" => 0,
                 first => first.parse().map_err(|_| wrong())?,
             };
-            Body::Flat { name, first }
+            ExtentBody::Flat { name, first }
         }
-        "SPARSE" => Body::Sparse {
+        "SPARSE" => ExtentBody::Sparse {
             name: name(rest).ok_or_else(wrong)?.0,
         },
         other => {
@@ -307,7 +307,7 @@ fn part(text: &str) -> Result<Option<Part>, Failure> {
             )))
         }
     };
-    Ok(Some(Part {
+    Ok(Some(ExtentLine {
         read_only,
         sectors,
         body,
@@ -357,7 +357,7 @@ pub(crate) fn spelled(
 
 #[cfg(test)]
 mod tests {
-    use super::{spelled, Body, Descriptor};
+    use super::{spelled, Descriptor, ExtentBody};
 
     #[test]
     fn what_is_written_is_read() {
@@ -387,22 +387,22 @@ mod tests {
             let place = found.cid_at.map(|place| &others[place]);
             assert_eq!(place, at.then_some(digits));
         }
-        let flat = Body::Flat {
+        let flat = ExtentBody::Flat {
             name: "a b-f001.vmdk".into(),
             first: 7,
         };
         assert_eq!(found.extents[0].body, flat);
-        assert!(found.extents[1].read_only && found.extents[2].body == Body::Zero);
+        assert!(found.extents[1].read_only && found.extents[2].body == ExtentBody::Zero);
     }
 
-    fn parsed(text: &[u8]) -> Result<Vec<Body>, control::Failure> {
+    fn parsed(text: &[u8]) -> Result<Vec<ExtentBody>, control::Failure> {
         let found = Descriptor::parse(text)?;
         Ok(found.extents.into_iter().map(|part| part.body).collect())
     }
 
-    fn flat(name: &str, first: u64) -> Body {
+    fn flat(name: &str, first: u64) -> ExtentBody {
         let name = name.into();
-        Body::Flat { name, first }
+        ExtentBody::Flat { name, first }
     }
 
     /// As VMware, VirtualBox and QEMU read them.
@@ -430,7 +430,11 @@ mod tests {
             "",
         ] {
             let text = good.replace("# Disk DescriptorFile", head);
-            assert_eq!(parsed(text.as_bytes()), Ok(vec![Body::Zero]), "{head}");
+            assert_eq!(
+                parsed(text.as_bytes()),
+                Ok(vec![ExtentBody::Zero]),
+                "{head}"
+            );
         }
         for wrong in ["x", "# made by a script\nname=1", "versions=1"] {
             let text = good.replace("# Disk DescriptorFile", wrong);
@@ -478,7 +482,7 @@ mod tests {
         ]
         .concat();
         let text = [&b"# Disk DescriptorFile\n"[..], &text].concat();
-        assert_eq!(parsed(&text), Ok(vec![Body::Zero]));
+        assert_eq!(parsed(&text), Ok(vec![ExtentBody::Zero]));
     }
 
     #[test]

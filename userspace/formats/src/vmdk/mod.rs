@@ -8,7 +8,7 @@ mod create;
 mod descriptor;
 mod sparse;
 
-pub use create::{create, plan, Create, Form, NewFile};
+pub use create::{create, plan, Form, NewFile, VmdkCreate};
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
@@ -16,12 +16,12 @@ use crate::clusters::Clusters;
 use crate::field::{counters, failed, refused};
 use crate::storage;
 use crate::tail::Tail;
-use crate::{Extent as NeededExtent, Needs, Options, Parent, Parts, Storage};
+use crate::{ExtentFile as NeededExtent, ImageNeeds, ImageParts, Options, Parent, Storage};
 use control::Failure;
-use descriptor::{Body, Descriptor, NO_PARENT};
+use descriptor::{Descriptor, ExtentBody, NO_PARENT};
 use diskio::{Bytes, Data, Errno, Gate};
 use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
-use sparse::{Grains, Header, DIRECTORIES};
+use sparse::{Grains, SparseHeader, DIRECTORIES};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -35,8 +35,8 @@ const ZEROES: u64 = 64 << 20;
 /// A disk in a VMDK.
 #[derive(Debug)]
 pub struct Vmdk<S> {
-    image: Image<S>,
-    extents: Vec<Image<S>>,
+    image: VmdkFile<S>,
+    extents: Vec<VmdkFile<S>>,
     parent: Option<Rc<Base>>,
     options: Options,
     active: RefCell<Option<Rc<Active<S>>>>,
@@ -44,13 +44,13 @@ pub struct Vmdk<S> {
 
 /// File of a disk.
 #[derive(Debug)]
-struct Image<S> {
+struct VmdkFile<S> {
     file: Rc<S>,
     /// All of its flushes.
     barrier: Barrier<S>,
 }
 
-impl<S: Storage> Image<S> {
+impl<S: Storage> VmdkFile<S> {
     fn new(file: S) -> Self {
         Self {
             barrier: Barrier::new(vec![file.clone()]),
@@ -61,21 +61,21 @@ impl<S: Storage> Image<S> {
 
 #[derive(Debug)]
 struct Active<S> {
-    parts: Vec<Part<S>>,
+    parts: Vec<ExtentPart<S>>,
     size: u64,
     cid: Mark,
 }
 
 /// A part of the disk, from a byte on.
 #[derive(Debug)]
-struct Part<S> {
+struct ExtentPart<S> {
     begin: u64,
     len: u64,
-    body: Held<S>,
+    body: PartContent<S>,
 }
 
 #[derive(Debug)]
-enum Held<S> {
+enum PartContent<S> {
     Flat(Rc<S>, u64),
     Sparse(Box<Clusters<S, Grains>>),
     Zero,
@@ -83,7 +83,7 @@ enum Held<S> {
 
 /// Memory for extents.
 #[derive(Debug)]
-struct Share {
+struct ExtentMemory {
     /// Bytes for the tables of each.
     cache: usize,
     /// Bytes that are left for what all of them keep whatever happens.
@@ -102,7 +102,7 @@ struct Mark {
 /// The descriptor, where in the image it begins, and the header if the image is an extent itself.
 async fn read_descriptor(
     image: &impl Storage,
-) -> Result<(Descriptor, u64, Option<Header>), Failure> {
+) -> Result<(Descriptor, u64, Option<SparseHeader>), Failure> {
     let length = image
         .size()
         .map_err(failed("cannot see the image's size"))?;
@@ -110,7 +110,7 @@ async fn read_descriptor(
     let first = storage::bytes(image, 0, 512).await.map_err(reading)?;
     let (header, at, len) = match first.get(..4) == Some(sparse::MAGIC) {
         true => {
-            let header = Header::read(image, length).await?;
+            let header = SparseHeader::read(image, length).await?;
             let (at, len) = header.descriptor;
             if at == 0 {
                 return Err(refused(
@@ -139,7 +139,7 @@ async fn read_descriptor(
 }
 
 /// Returns the files that a VMDK needs; no name in it is followed.
-pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
+pub async fn look(image: &impl Storage) -> Result<ImageNeeds, Failure> {
     let (descriptor, _, header) = read_descriptor(image).await?;
     let parent = (descriptor.parent_cid != NO_PARENT).then(|| Parent {
         names: descriptor.parent.clone().into_iter().collect(),
@@ -155,7 +155,7 @@ pub async fn look(image: &impl Storage) -> Result<Needs, Failure> {
         Some(header) => header.capacity * 512,
         None => descriptor.size()?,
     };
-    Ok(Needs {
+    Ok(ImageNeeds {
         size,
         parent,
         extents,
@@ -171,21 +171,21 @@ fn named(descriptor: &Descriptor) -> Vec<NeededExtent> {
     let parts = descriptor.extents.iter();
     parts
         .filter_map(|part| match &part.body {
-            Body::Flat { name, .. } | Body::Sparse { name } => Some(NeededExtent {
+            ExtentBody::Flat { name, .. } | ExtentBody::Sparse { name } => Some(NeededExtent {
                 name: name.clone(),
                 read_only: part.read_only,
             }),
-            Body::Zero => None,
+            ExtentBody::Zero => None,
         })
         .collect()
 }
 
 impl<S: Storage> Vmdk<S> {
     /// The disk that `image` describes.
-    pub fn new(image: S, parts: Parts<S>, options: Options) -> Self {
+    pub fn new(image: S, parts: ImageParts<S>, options: Options) -> Self {
         Self {
-            image: Image::new(image),
-            extents: parts.extents.into_iter().map(Image::new).collect(),
+            image: VmdkFile::new(image),
+            extents: parts.extents.into_iter().map(VmdkFile::new).collect(),
             parent: parts.parent.map(|disk| Rc::new(Base::new(disk))),
             options,
             active: RefCell::new(None),
@@ -197,7 +197,7 @@ impl<S: Storage> Vmdk<S> {
     }
 
     /// All files.
-    fn files(&self) -> impl Iterator<Item = &Image<S>> {
+    fn files(&self) -> impl Iterator<Item = &VmdkFile<S>> {
         std::iter::once(&self.image).chain(&self.extents)
     }
 
@@ -217,11 +217,11 @@ impl<S: Storage> Vmdk<S> {
     /// An extent that is sparse, as large as its line says.
     async fn sparse(
         &self,
-        image: &Image<S>,
-        header: Header,
+        image: &VmdkFile<S>,
+        header: SparseHeader,
         place: (u64, u64),
-        share: &mut Share,
-    ) -> Result<Held<S>, Failure> {
+        share: &mut ExtentMemory,
+    ) -> Result<PartContent<S>, Failure> {
         let file = &image.file;
         let may_write = self.options.may_write(&**file);
         if header.is_packed() && may_write.map_err(failed("cannot use the image"))? {
@@ -250,11 +250,11 @@ impl<S: Storage> Vmdk<S> {
         if may_write.map_err(failed("cannot use the image"))? {
             clusters.refuse_cut(length).await?;
         }
-        Ok(Held::Sparse(Box::new(clusters)))
+        Ok(PartContent::Sparse(Box::new(clusters)))
     }
 
     /// Returns the parts of a disk whose descriptor is a file of its own.
-    async fn parts(&self, descriptor: &Descriptor) -> Result<Vec<Part<S>>, Failure> {
+    async fn parts(&self, descriptor: &Descriptor) -> Result<Vec<ExtentPart<S>>, Failure> {
         let wanted = named(descriptor).len();
         if wanted != self.extents.len() {
             return Err(refused(format!(
@@ -262,7 +262,7 @@ impl<S: Storage> Vmdk<S> {
                 self.extents.len()
             )));
         }
-        let mut share = Share {
+        let mut share = ExtentMemory {
             cache: self.options.cache / wanted.max(1),
             left: DIRECTORIES,
         };
@@ -273,13 +273,13 @@ impl<S: Storage> Vmdk<S> {
             // The sum was checked.
             let len = part.sectors * 512;
             let body = match &part.body {
-                Body::Flat { first, .. } => {
+                ExtentBody::Flat { first, .. } => {
                     let file = files
                         .next()
                         .ok_or_else(|| refused("an extent is missing"))?;
                     flat(&file.file, *first, len)?
                 }
-                Body::Sparse { .. } => {
+                ExtentBody::Sparse { .. } => {
                     let file = files
                         .next()
                         .ok_or_else(|| refused("an extent is missing"))?;
@@ -287,12 +287,12 @@ impl<S: Storage> Vmdk<S> {
                     let length = storage
                         .size()
                         .map_err(failed("cannot see the image's size"))?;
-                    let header = Header::read(storage, length).await?;
+                    let header = SparseHeader::read(storage, length).await?;
                     self.sparse(file, header, (begin, len), &mut share).await?
                 }
-                Body::Zero => Held::Zero,
+                ExtentBody::Zero => PartContent::Zero,
             };
-            parts.push(Part { begin, len, body });
+            parts.push(ExtentPart { begin, len, body });
             begin += len;
         }
         Ok(parts)
@@ -304,14 +304,14 @@ impl<S: Storage> Vmdk<S> {
         let parts = match header {
             Some(header) if self.extents.is_empty() => {
                 let len = header.capacity * 512;
-                let mut share = Share {
+                let mut share = ExtentMemory {
                     cache: self.options.cache,
                     left: DIRECTORIES,
                 };
                 let body = self
                     .sparse(&self.image, header, (0, len), &mut share)
                     .await?;
-                vec![Part {
+                vec![ExtentPart {
                     begin: 0,
                     len,
                     body,
@@ -371,7 +371,7 @@ impl<S: Storage> Vmdk<S> {
         let active = self.active.borrow_mut().take();
         self.flush_all().await?;
         for part in active.iter().flat_map(|active| &active.parts) {
-            if let Held::Sparse(clusters) = &part.body {
+            if let PartContent::Sparse(clusters) = &part.body {
                 let storage = &*clusters.storage;
                 if self.options.may_write(storage)? {
                     clusters.tail.tidy(storage, &self.options.name).await;
@@ -382,12 +382,12 @@ impl<S: Storage> Vmdk<S> {
     }
 }
 
-fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failure> {
+fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<PartContent<S>, Failure> {
     let length = file.size().map_err(failed("cannot see the image's size"))?;
     let at = first.checked_mul(512);
     let end = at.and_then(|at| at.checked_add(len));
     match (at, end.is_some_and(|end| end <= length)) {
-        (Some(at), true) => Ok(Held::Flat(file.clone(), at)),
+        (Some(at), true) => Ok(PartContent::Flat(file.clone(), at)),
         _ => Err(refused(format!(
             "a flat extent of the VMDK has {length} bytes, which is not enough for {len} from sector {first} on: it is cut off"
         ))),
@@ -395,7 +395,7 @@ fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<Held<S>, Failu
 }
 
 /// A piece of a range in one part of the disk: the part, where in it, where in the range, how long.
-type Piece<'a, S> = (&'a Part<S>, u64, u64, u64);
+type PartPiece<'a, S> = (&'a ExtentPart<S>, u64, u64, u64);
 
 impl Mark {
     /// The image shows that its content is another one than before, or cannot.
@@ -406,7 +406,7 @@ impl Mark {
 
 impl<S: Storage> Active<S> {
     /// The pieces of a range.
-    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<Piece<'_, S>>, Errno> {
+    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<PartPiece<'_, S>>, Errno> {
         let end = offset.checked_add(len).filter(|end| *end <= self.size);
         let end = end.ok_or(Errno::INVAL)?;
         let mut found = Vec::new();
@@ -460,7 +460,7 @@ impl<S: Storage> Active<S> {
         let pieces = self.pieces(offset, len)?;
         let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
         match &part.body {
-            Held::Flat(file, first) => {
+            PartContent::Flat(file, first) => {
                 let (len, is_data) = file.part(first + within, *len).await?;
                 let content = match is_data {
                     true => Content::Data,
@@ -468,8 +468,8 @@ impl<S: Storage> Active<S> {
                 };
                 Ok(vec![Extent { len, content }])
             }
-            Held::Sparse(clusters) => clusters.extents(*within, *len, whole).await,
-            Held::Zero => Ok(vec![Extent {
+            PartContent::Sparse(clusters) => clusters.extents(*within, *len, whole).await,
+            PartContent::Zero => Ok(vec![Extent {
                 len: *len,
                 content: Content::Hole,
             }]),
@@ -498,8 +498,8 @@ impl<S: Storage> Driver for Vmdk<S> {
         let writable = self.options.may_write(&*self.image.file)? && active.cid.is_said();
         match &active.parts[..] {
             [part] if self.has_places() => match &part.body {
-                Held::Sparse(clusters) => clusters.places(offset, len, writable).await,
-                Held::Flat(..) | Held::Zero => Ok(Vec::new()),
+                PartContent::Sparse(clusters) => clusters.places(offset, len, writable).await,
+                PartContent::Flat(..) | PartContent::Zero => Ok(Vec::new()),
             },
             _ => Ok(Vec::new()),
         }
@@ -510,9 +510,9 @@ impl<S: Storage> Driver for Vmdk<S> {
         for (part, within, at, len) in active.pieces(offset, data.len() as u64)? {
             let data = crate::field::part(&data, at, len);
             match &part.body {
-                Held::Flat(file, first) => file.read_exact(first + within, data).await?,
-                Held::Sparse(clusters) => clusters.read(within, data).await?,
-                Held::Zero => data.fill(0, data.len(), 0),
+                PartContent::Flat(file, first) => file.read_exact(first + within, data).await?,
+                PartContent::Sparse(clusters) => clusters.read(within, data).await?,
+                PartContent::Zero => data.fill(0, data.len(), 0),
             }
         }
         Ok(())
@@ -525,9 +525,9 @@ impl<S: Storage> Driver for Vmdk<S> {
             // CAST: they are inside of the data.
             let data = data.part(at as usize, len as usize);
             match &part.body {
-                Held::Flat(file, first) => file.write(first + within, data).await?,
-                Held::Sparse(clusters) => clusters.write(within, data).await?,
-                Held::Zero => return Err(Errno::ROFS),
+                PartContent::Flat(file, first) => file.write(first + within, data).await?,
+                PartContent::Sparse(clusters) => clusters.write(within, data).await?,
+                PartContent::Zero => return Err(Errno::ROFS),
             }
         }
         Ok(())
@@ -546,11 +546,11 @@ impl<S: Storage> Driver for Vmdk<S> {
         active.mark(&self.image.file).await?;
         for (part, within, _, len) in active.pieces(offset, len)? {
             match &part.body {
-                Held::Flat(file, first) => {
+                PartContent::Flat(file, first) => {
                     storage::give_back(&**file, first + within, len).await?;
                 }
-                Held::Sparse(clusters) => clusters.discard(within, len).await?,
-                Held::Zero => {}
+                PartContent::Sparse(clusters) => clusters.discard(within, len).await?,
+                PartContent::Zero => {}
             }
         }
         Ok(())
@@ -561,9 +561,9 @@ impl<S: Storage> Driver for Vmdk<S> {
         active.mark(&self.image.file).await?;
         for (part, within, _, len) in active.pieces(offset, len)? {
             match &part.body {
-                Held::Flat(file, first) => file.write_zeroes(first + within, len).await?,
-                Held::Sparse(clusters) => clusters.write_zeroes(within, len).await?,
-                Held::Zero => {}
+                PartContent::Flat(file, first) => file.write_zeroes(first + within, len).await?,
+                PartContent::Sparse(clusters) => clusters.write_zeroes(within, len).await?,
+                PartContent::Zero => {}
             }
         }
         Ok(())
@@ -581,7 +581,7 @@ impl<S: Storage> Driver for Vmdk<S> {
             return BTreeMap::new();
         };
         let sparse = active.parts.iter().filter_map(|part| match &part.body {
-            Held::Sparse(clusters) => Some(clusters.counts()),
+            PartContent::Sparse(clusters) => Some(clusters.counts()),
             _ => None,
         });
         let (bytes, hits, misses) = sparse.fold((0, 0, 0), |all, one| {

@@ -2,11 +2,11 @@
 //! A file of a VMDK that knows which of its grains exist: the header, and the map of two levels, which
 //! is there twice.
 
-use crate::clusters::{Found, Map, Packed, KEPT};
+use crate::clusters::{ClusterMap, Found, Packed, KEPT};
 use crate::field::{failed, le16, le32, le64, put, refused};
 use crate::locks::Locks;
 use crate::storage;
-use crate::tables::{Pinned, Table, Tables};
+use crate::tables::{CachedTable, Pinned, TableCache};
 use crate::tail::Tail;
 use crate::Storage;
 use control::Failure;
@@ -36,7 +36,7 @@ const ZERO_GRAIN: u32 = 1;
 
 /// A header that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct SparseHeader {
     pub(crate) flags: u32,
     /// In sectors, as everything here.
     pub(crate) capacity: u64,
@@ -47,7 +47,7 @@ pub(crate) struct Header {
     pub(crate) overhead: u64,
 }
 
-impl Header {
+impl SparseHeader {
     /// Reads and checks that of an extent of `length` bytes.
     pub(crate) async fn read(storage: &impl Storage, length: u64) -> Result<Self, Failure> {
         let reading = |error| failed("cannot read the VMDK's header")(error);
@@ -256,7 +256,7 @@ pub(crate) struct Grains {
     has_zeroes: bool,
     directory: Pinned,
     redundant: Option<Pinned>,
-    tables: Tables,
+    tables: TableCache,
     /// A lock for each table that does not exist.
     locks: Locks,
 }
@@ -264,7 +264,7 @@ pub(crate) struct Grains {
 /// Reads a directory, whose tables are all in the image.
 async fn directory(
     storage: &impl Storage,
-    header: &Header,
+    header: &SparseHeader,
     sector: u64,
 ) -> Result<Pinned, Failure> {
     // CAST: it was checked to be small.
@@ -299,7 +299,7 @@ pub(crate) const TABLE: usize = ENTRIES as usize * 4;
 impl Grains {
     pub(crate) async fn read(
         storage: &impl Storage,
-        header: &Header,
+        header: &SparseHeader,
         cache: usize,
     ) -> Result<Self, Failure> {
         let directory = directory(storage, header, header.directory).await?;
@@ -315,7 +315,7 @@ impl Grains {
             has_zeroes: header.flags & ZEROES != 0,
             directory,
             redundant,
-            tables: Tables::new(cache),
+            tables: TableCache::new(cache),
             locks: Locks::default(),
         })
     }
@@ -332,7 +332,7 @@ impl Grains {
         storage: &impl Storage,
         directory: &Pinned,
         number: usize,
-    ) -> Result<Option<Rc<Table>>, Errno> {
+    ) -> Result<Option<Rc<CachedTable>>, Errno> {
         if number * 4 >= directory.len() {
             return Err(Errno::INVAL);
         }
@@ -352,7 +352,7 @@ impl Grains {
         tail: &Tail<S>,
         directory: &Pinned,
         number: usize,
-    ) -> Result<Rc<Table>, Errno> {
+    ) -> Result<Rc<CachedTable>, Errno> {
         if let Some(table) = self.table(storage, directory, number).await? {
             return Ok(table);
         }
@@ -389,7 +389,7 @@ impl Grains {
     }
 }
 
-impl<S: Storage> Map<S> for Grains {
+impl<S: Storage> ClusterMap<S> for Grains {
     fn cluster(&self) -> u64 {
         self.grain
     }

@@ -2,7 +2,7 @@
 //! The requests that a disk got, sector by sector, and checks that reads agree with them: at the end, after the death
 //! of the process at any change of the image, and after a power cut.
 
-use super::{Chance, Content, What, World, SECTOR};
+use super::{SeededRng, SparseContent, What, World, SECTOR};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
 use std::cell::{Cell, RefCell};
@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 /// Effect of one request on a sector: the number that it stored, 0 for zeroes, `None` for a discard.
 #[derive(Clone, Copy, Debug)]
-struct Told {
+struct SectorEffect {
     number: Option<u32>,
     /// Number of the images' changes when the request began, and when it was answered.
     begin: usize,
@@ -19,15 +19,15 @@ struct Told {
 }
 
 /// Opens the disk in the files of a world.
-pub(crate) type Opener = dyn Fn(&World) -> Disk;
+pub(crate) type OpenFn = dyn Fn(&World) -> Disk;
 
 /// A disk that is tried out.
 pub(crate) struct Trial {
     pub(crate) name: String,
     pub(crate) size: u64,
     /// The files before the first request.
-    pub(crate) files: Vec<Content>,
-    pub(crate) open: Rc<Opener>,
+    pub(crate) files: Vec<SparseContent>,
+    pub(crate) open: Rc<OpenFn>,
     /// The number in a sector that was not written.
     pub(crate) base: Rc<dyn Fn(u64) -> u32>,
     /// Bytes that requests like to be near to the borders of.
@@ -36,7 +36,7 @@ pub(crate) struct Trial {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Step {
+enum HistoryStep {
     Write,
     Zeroes,
     Discard,
@@ -76,13 +76,13 @@ const NOW: Then = Then {
     cut: false,
 };
 
-fn all(_: u64, _: &[Told]) -> bool {
+fn all(_: u64, _: &[SectorEffect]) -> bool {
     true
 }
 
 #[derive(Default)]
-struct History {
-    sectors: BTreeMap<u64, Vec<Told>>,
+struct SectorHistory {
+    sectors: BTreeMap<u64, Vec<SectorEffect>>,
     /// Numbers of changes when the guest's flushes began and ended.
     flushes: Vec<(usize, usize)>,
 }
@@ -91,7 +91,7 @@ impl Trial {
     /// Returns the numbers that may be in a sector: the durable one, and those of all later requests.
     fn allowed(
         &self,
-        told: &[Told],
+        told: &[SectorEffect],
         sector: u64,
         sure: usize,
         begun: usize,
@@ -120,10 +120,10 @@ impl Trial {
     /// Reads the sectors that `wanted` picks, and looks whether they are allowed.
     fn check(
         &self,
-        history: &History,
+        history: &SectorHistory,
         disk: &Disk,
         then: Then,
-        wanted: &dyn Fn(u64, &[Told]) -> bool,
+        wanted: &dyn Fn(u64, &[SectorEffect]) -> bool,
     ) {
         let picked = history
             .sectors
@@ -179,10 +179,10 @@ impl Trial {
     }
 
     /// Requests that do not overlap, at the same time.
-    fn group(&self, chance: &mut Chance) -> Vec<(Step, u64, u64)> {
+    fn group(&self, chance: &mut SeededRng) -> Vec<(HistoryStep, u64, u64)> {
         let sectors = self.size / SECTOR as u64;
         let unit = self.unit / SECTOR as u64;
-        let mut group: Vec<(Step, u64, u64)> = Vec::new();
+        let mut group: Vec<(HistoryStep, u64, u64)> = Vec::new();
         for _ in 0..1 + chance.below(8) {
             let border = chance.below(sectors.div_ceil(unit)) * unit;
             let at = match chance.below(3) {
@@ -199,10 +199,10 @@ impl Trial {
             };
             let len = len.min(sectors - at).min(8192);
             let step = match chance.below(12) {
-                0..7 => Step::Write,
-                7 => Step::Zeroes,
-                8 => Step::Discard,
-                _ => Step::Read,
+                0..7 => HistoryStep::Write,
+                7 => HistoryStep::Zeroes,
+                8 => HistoryStep::Discard,
+                _ => HistoryStep::Read,
             };
             if group
                 .iter()
@@ -217,10 +217,10 @@ impl Trial {
     /// Does it all: `groups` of requests, then the checks.
     pub(crate) fn run(&self, groups: usize) {
         let world = World::new(self.files.clone());
-        let mut chance = Chance(self.seed);
+        let mut chance = SeededRng(self.seed);
         world.shuffle(chance.next());
         let disk = self.active(&world);
-        let history = Rc::new(RefCell::new(History::default()));
+        let history = Rc::new(RefCell::new(SectorHistory::default()));
         let mut stamps = 0x4000_0000;
         for _ in 0..groups {
             let runtime = Runtime::new();
@@ -260,7 +260,7 @@ impl Trial {
     }
 
     /// The process dies after each change of the image.
-    fn deaths(&self, world: &World, history: &History, chance: &mut Chance) {
+    fn deaths(&self, world: &World, history: &SectorHistory, chance: &mut SeededRng) {
         let mut files = self.files.clone();
         let log = world.log();
         for count in 0..=log.len() {
@@ -295,11 +295,11 @@ impl Trial {
         &self,
         world: &World,
         disk: &Disk,
-        history: &History,
+        history: &SectorHistory,
         count: usize,
-        chance: &mut Chance,
+        chance: &mut SeededRng,
     ) {
-        let mut more = History::default();
+        let mut more = SectorHistory::default();
         more.sectors.clone_from(&history.sectors);
         for told in more.sectors.values_mut() {
             told.retain(|one| one.begin < count + 1);
@@ -313,7 +313,7 @@ impl Trial {
                     .await
             };
             Runtime::new().block_on(write).unwrap().unwrap();
-            let told = Told {
+            let told = SectorEffect {
                 number: Some(77 + number),
                 begin: 0,
                 end: 0,
@@ -332,7 +332,7 @@ impl Trial {
     }
 
     /// Simulates power cuts: of the changes since the last flush, some sectors survive.
-    fn power_cuts(&self, world: &World, history: &History, chance: &mut Chance) {
+    fn power_cuts(&self, world: &World, history: &SectorHistory, chance: &mut SeededRng) {
         let log = world.log();
         for _ in 0..20 {
             let count = chance.below(log.len() as u64 + 1) as usize;
@@ -361,10 +361,10 @@ impl Trial {
 /// Visits every state that a power cut after any change of `log` from `begin` on can leave, if each change survives as
 /// a whole or not at all. There must be few changes between two flushes.
 pub(crate) fn every_cut(
-    files: &[Content],
+    files: &[SparseContent],
     log: &[(usize, What)],
     begin: usize,
-    look: impl Fn(Vec<Content>, String),
+    look: impl Fn(Vec<SparseContent>, String),
 ) {
     for end in begin..=log.len() {
         let flush = |at: &usize| matches!(log[*at].1, What::Flush);
@@ -388,7 +388,7 @@ pub(crate) fn every_cut(
 }
 
 /// Applies some sectors of a change at random.
-fn lose(file: &mut Content, what: &What, chance: &mut Chance) {
+fn lose(file: &mut SparseContent, what: &What, chance: &mut SeededRng) {
     match what {
         What::Write(at, bytes) => {
             for (number, sector) in bytes.chunks(SECTOR).enumerate() {
@@ -405,8 +405,8 @@ fn lose(file: &mut Content, what: &What, chance: &mut Chance) {
 async fn request(
     world: World,
     disk: Disk,
-    history: Rc<RefCell<History>>,
-    step: Step,
+    history: Rc<RefCell<SectorHistory>>,
+    step: HistoryStep,
     at: u64,
     len: u64,
     stamps: u32,
@@ -415,14 +415,14 @@ async fn request(
     let begin = world.changes();
     let how = Attributes::default();
     let number = match step {
-        Step::Write => Some(stamps),
-        Step::Zeroes => Some(0),
+        HistoryStep::Write => Some(stamps),
+        HistoryStep::Zeroes => Some(0),
         _ => None,
     };
     // The request may take effect from now on.
-    if !matches!(step, Step::Read) {
+    if !matches!(step, HistoryStep::Read) {
         for sector in at..at + len {
-            let told = Told {
+            let told = SectorEffect {
                 number,
                 begin,
                 end: usize::MAX,
@@ -436,7 +436,7 @@ async fn request(
         }
     }
     match step {
-        Step::Write => {
+        HistoryStep::Write => {
             let content: Vec<u8> = (at..at + len)
                 .flat_map(|sector| stamp(stamps, sector))
                 .collect();
@@ -444,9 +444,9 @@ async fn request(
                 .await
                 .unwrap();
         }
-        Step::Zeroes => disk.write_zeroes(offset, bytes, how).await.unwrap(),
-        Step::Discard => disk.discard(offset, bytes, how).await.unwrap(),
-        Step::Read => {
+        HistoryStep::Zeroes => disk.write_zeroes(offset, bytes, how).await.unwrap(),
+        HistoryStep::Discard => disk.discard(offset, bytes, how).await.unwrap(),
+        HistoryStep::Read => {
             let data = Data::zeroed(bytes as usize).unwrap();
             disk.read(offset, data.clone()).await.unwrap();
             let extents = disk.extents(offset, bytes).await.unwrap();

@@ -36,9 +36,9 @@ pub(crate) fn seeds(count: u64) -> Range<u64> {
 
 /// Numbers by chance, the same for the same seed.
 #[derive(Clone, Debug)]
-pub(crate) struct Chance(pub(crate) u64);
+pub(crate) struct SeededRng(pub(crate) u64);
 
-impl Chance {
+impl SeededRng {
     pub(crate) fn next(&mut self) -> u64 {
         // SplitMix64.
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -55,12 +55,12 @@ impl Chance {
 
 /// Sparse content of a file: only pages that a change touched exist.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Content {
+pub(crate) struct SparseContent {
     pages: BTreeMap<u64, Rc<[u8; PAGE]>>,
     pub(crate) len: u64,
 }
 
-impl Content {
+impl SparseContent {
     pub(crate) fn from(bytes: &[u8]) -> Self {
         let mut content = Self::default();
         content.write(0, bytes);
@@ -155,11 +155,11 @@ pub(crate) enum What {
 
 /// Files whose changes are recorded in one order.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct World(Rc<Inner>);
+pub(crate) struct World(Rc<WorldState>);
 
 #[derive(Debug, Default)]
-struct Inner {
-    files: RefCell<Vec<Content>>,
+struct WorldState {
+    files: RefCell<Vec<SparseContent>>,
     log: RefCell<Vec<(usize, What)>>,
     chance: Cell<u64>,
     /// Operations end in another order than they begin.
@@ -175,7 +175,7 @@ struct Inner {
 }
 
 impl World {
-    pub(crate) fn new(files: Vec<Content>) -> Self {
+    pub(crate) fn new(files: Vec<SparseContent>) -> Self {
         let world = Self::default();
         *world.0.files.borrow_mut() = files;
         world
@@ -224,7 +224,7 @@ impl World {
         self.0.left_once.get().is_none()
     }
 
-    pub(crate) fn files(&self) -> Vec<Content> {
+    pub(crate) fn files(&self) -> Vec<SparseContent> {
         self.0.files.borrow().clone()
     }
 
@@ -236,8 +236,8 @@ impl World {
         self.0.log.borrow().len()
     }
 
-    pub(crate) fn file(&self, number: usize) -> Memory {
-        Memory {
+    pub(crate) fn file(&self, number: usize) -> WorldFile {
+        WorldFile {
             world: self.clone(),
             number,
             read_only: false,
@@ -249,7 +249,7 @@ impl World {
         if !self.0.shuffles.get() {
             return;
         }
-        let mut chance = Chance(self.0.chance.get());
+        let mut chance = SeededRng(self.0.chance.get());
         let mut turns = chance.below(6);
         self.0.chance.set(chance.0);
         std::future::poll_fn(move |cx| {
@@ -292,7 +292,7 @@ impl World {
 
 /// A file of a world.
 #[derive(Clone, Debug)]
-pub(crate) struct Memory {
+pub(crate) struct WorldFile {
     world: World,
     number: usize,
     pub(crate) read_only: bool,
@@ -303,7 +303,7 @@ pub(crate) struct Memory {
 /// Bytes of a block whose write is atomic.
 pub(crate) const BLOCK: u64 = 4096;
 
-impl Storage for Memory {
+impl Storage for WorldFile {
     async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
         self.world.wait().await;
         let mut bytes = vec![0; data.len()];

@@ -4,7 +4,7 @@
 
 use super::history::{number, stamp, Trial};
 use super::tools::{parent, PARENT_BACKING};
-use super::{seeds, Chance, World};
+use super::{seeds, SeededRng, World};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Holder, Place};
 use formats::Storage;
@@ -45,7 +45,7 @@ pub(crate) trait Subject: 'static {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum GuestOperation {
     Read,
     Write(u32),
     Zeroes,
@@ -53,7 +53,7 @@ enum Kind {
 }
 
 /// The kernel, a process with the image, and the content that the guest may read.
-pub(crate) struct Host<S: Subject> {
+pub(crate) struct PlacesHost<S: Subject> {
     pub(crate) subject: S,
     storage: S::Storage,
     pub(crate) disk: Disk,
@@ -62,8 +62,8 @@ pub(crate) struct Host<S: Subject> {
     /// Number in each sector; `None` where it was discarded.
     model: RefCell<Vec<Option<u32>>>,
     /// Changes that the process has begun and not answered.
-    unanswered: RefCell<Vec<(Sectors, Kind)>>,
-    chance: RefCell<Chance>,
+    unanswered: RefCell<Vec<(Sectors, GuestOperation)>>,
+    chance: RefCell<SeededRng>,
     /// Requests of the kernel, and deaths of the process.
     pub(crate) hits: Cell<u64>,
     /// Parts that the kernel read as zeroes, and below the image.
@@ -72,7 +72,7 @@ pub(crate) struct Host<S: Subject> {
     pub(crate) deaths: Cell<u64>,
 }
 
-impl<S: Subject> Host<S> {
+impl<S: Subject> PlacesHost<S> {
     /// `disk` is that of the subject, and active.
     pub(crate) fn new(subject: S, disk: Disk, sectors: u64, seed: u64) -> Rc<Self> {
         let (slots, leaves) = (vec![LeafSlot::FREE; 8], vec![Leaf::FREE; 8]);
@@ -97,7 +97,7 @@ impl<S: Subject> Host<S> {
             map: RefCell::new(map),
             model: RefCell::new((0..sectors).map(|at| Some(subject.first(at))).collect()),
             unanswered: RefCell::default(),
-            chance: RefCell::new(Chance(seed)),
+            chance: RefCell::new(SeededRng(seed)),
             subject,
             disk,
             sectors,
@@ -121,14 +121,14 @@ impl<S: Subject> Host<S> {
         Some(pieces)
     }
 
-    async fn request(self: Rc<Self>, range: Sectors, kind: Kind) {
+    async fn request(self: Rc<Self>, range: Sectors, kind: GuestOperation) {
         let access = match kind {
-            Kind::Read => ExtentAccess::Read,
+            GuestOperation::Read => ExtentAccess::Read,
             _ => ExtentAccess::ReadWrite,
         };
         let pieces = match kind {
-            Kind::Read | Kind::Write(_) => self.hit(&range, access),
-            Kind::Zeroes | Kind::Discard => None,
+            GuestOperation::Read | GuestOperation::Write(_) => self.hit(&range, access),
+            GuestOperation::Zeroes | GuestOperation::Discard => None,
         };
         let before = self.model.borrow().clone();
         match pieces {
@@ -141,10 +141,10 @@ impl<S: Subject> Host<S> {
             None => self.by_process(&range, kind, &before).await,
         }
         let new = match kind {
-            Kind::Read => return,
-            Kind::Write(stamp) => Some(stamp),
-            Kind::Zeroes => Some(0),
-            Kind::Discard => None,
+            GuestOperation::Read => return,
+            GuestOperation::Write(stamp) => Some(stamp),
+            GuestOperation::Zeroes => Some(0),
+            GuestOperation::Discard => None,
         };
         self.model.borrow_mut()[range.start() as usize..range.end() as usize].fill(new);
     }
@@ -155,10 +155,10 @@ impl<S: Subject> Host<S> {
         Bytes::copied(&sectors.collect::<Vec<_>>().concat()).unwrap()
     }
 
-    async fn by_kernel(&self, piece: &DataExtent, kind: Kind, model: &[Option<u32>]) {
+    async fn by_kernel(&self, piece: &DataExtent, kind: GuestOperation, model: &[Option<u32>]) {
         let at = piece.place * SECTOR;
         match kind {
-            Kind::Write(number) => {
+            GuestOperation::Write(number) => {
                 let bytes = self.bytes(&piece.range, number);
                 self.storage.write(at, bytes).await.unwrap();
             }
@@ -181,28 +181,28 @@ impl<S: Subject> Host<S> {
     }
 
     /// As the kernel delivers it, and takes the answer.
-    async fn by_process(&self, range: &Sectors, kind: Kind, model: &[Option<u32>]) {
+    async fn by_process(&self, range: &Sectors, kind: GuestOperation, model: &[Option<u32>]) {
         let changes = || match kind {
-            Kind::Read => {}
-            Kind::Write(_) => self.map.borrow_mut().written(range),
-            Kind::Zeroes | Kind::Discard => self.map.borrow_mut().recall(range),
+            GuestOperation::Read => {}
+            GuestOperation::Write(_) => self.map.borrow_mut().written(range),
+            GuestOperation::Zeroes | GuestOperation::Discard => self.map.borrow_mut().recall(range),
         };
         changes();
         let (at, len) = (range.start() * SECTOR, range.count() * SECTOR);
         let how = Attributes::default();
         self.unanswered.borrow_mut().push((*range, kind));
         match kind {
-            Kind::Read => {
+            GuestOperation::Read => {
                 let data = Data::zeroed(len as usize).unwrap();
                 self.disk.read(at, data.clone()).await.unwrap();
                 self.judge("the process", range.start(), &data.to_vec(), model);
             }
-            Kind::Write(number) => {
+            GuestOperation::Write(number) => {
                 let bytes = self.bytes(range, number);
                 self.disk.write(at, bytes, how).await.unwrap();
             }
-            Kind::Zeroes => self.disk.write_zeroes(at, len, how).await.unwrap(),
-            Kind::Discard => self.disk.discard(at, len, how).await.unwrap(),
+            GuestOperation::Zeroes => self.disk.write_zeroes(at, len, how).await.unwrap(),
+            GuestOperation::Discard => self.disk.discard(at, len, how).await.unwrap(),
         }
         let mut unanswered = self.unanswered.borrow_mut();
         unanswered.retain(|(other, _)| other != range);
@@ -247,9 +247,9 @@ impl<S: Subject> Host<S> {
         let its = extent(place).range;
         self.unanswered.borrow().iter().any(|(range, kind)| {
             let stays = match kind {
-                Kind::Read => true,
-                Kind::Write(_) => place.holder == Holder::Image,
-                Kind::Zeroes | Kind::Discard => false,
+                GuestOperation::Read => true,
+                GuestOperation::Write(_) => place.holder == Holder::Image,
+                GuestOperation::Zeroes | GuestOperation::Discard => false,
             };
             !stays && range.common(&its).is_some()
         })
@@ -290,12 +290,12 @@ impl<S: Subject> Host<S> {
             }
             busy.push(range);
             let kind = match self.below(10) {
-                0 => Kind::Zeroes,
-                1 => Kind::Discard,
-                2..5 => Kind::Read,
+                0 => GuestOperation::Zeroes,
+                1 => GuestOperation::Discard,
+                2..5 => GuestOperation::Read,
                 _ => {
                     *number += 1;
-                    Kind::Write(*number)
+                    GuestOperation::Write(*number)
                 }
             };
             runtime.tasks.spawn(self.clone().request(range, kind));
@@ -323,7 +323,7 @@ impl<S: Subject> Host<S> {
         }
         let all = Sectors::between(0, self.sectors).unwrap();
         let (its, model) = (self.clone(), self.model.borrow().clone());
-        let read = async move { its.by_process(&all, Kind::Read, &model).await };
+        let read = async move { its.by_process(&all, GuestOperation::Read, &model).await };
         runtime.block_on(read).unwrap();
     }
 }
@@ -363,7 +363,7 @@ struct Tried {
 }
 
 impl Subject for Tried {
-    type Storage = super::Memory;
+    type Storage = super::WorldFile;
 
     fn name(&self) -> String {
         self.trial.name.clone()
@@ -408,7 +408,7 @@ pub(crate) fn told_is_sure(trial: impl Fn() -> Trial) {
         let trial = trial();
         let world = World::new(trial.files.clone());
         let (disk, sectors, unit) = (trial.active(&world), trial.size / SECTOR, trial.unit);
-        let host = Host::new(
+        let host = PlacesHost::new(
             Tried {
                 trial,
                 world: world.clone(),
@@ -465,7 +465,7 @@ pub(crate) fn told_stays_true(has_parent: bool, trial: impl Fn(u64) -> Trial) {
         world.shuffle(seed);
         let (disk, sectors) = (trial.active(&world), trial.size / SECTOR);
         name = trial.name.clone();
-        let host = Host::new(Tried { trial, world }, disk, sectors, seed);
+        let host = PlacesHost::new(Tried { trial, world }, disk, sectors, seed);
         host.rounds(&runtime);
         hits += host.hits.get();
         deaths += host.deaths.get();

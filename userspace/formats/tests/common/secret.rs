@@ -2,21 +2,21 @@
 //! Encrypted images of QEMU's tools, and the key that opens them.
 
 use super::tools::{file, text, tool};
-use super::Content;
+use super::SparseContent;
 use diskio::{File, Runtime};
-use formats::luks::Key;
+use formats::luks::ImageKey;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The passphrase; each of its bytes counts.
 pub(crate) const SECRET: &[u8] = "a sécret\n".as_bytes();
 
-pub(crate) fn key() -> Key {
+pub(crate) fn key() -> ImageKey {
     of(SECRET)
 }
 
-pub(crate) fn of(secret: &[u8]) -> Key {
-    Key::new(secret.to_vec().into())
+pub(crate) fn of(secret: &[u8]) -> ImageKey {
+    ImageKey::new(secret.to_vec().into())
 }
 
 /// A folder with images, and the file with their key.
@@ -47,8 +47,8 @@ impl Safe {
     }
 
     /// Its bytes, for a world.
-    pub(crate) fn content(&self) -> Vec<Content> {
-        vec![Content::from(&fs::read(self.image()).unwrap())]
+    pub(crate) fn content(&self) -> Vec<SparseContent> {
+        vec![SparseContent::from(&fs::read(self.image()).unwrap())]
     }
 
     /// Makes the image: the options of qemu-img name its key `s`.

@@ -2,7 +2,7 @@
 //! QEMU's tools as a second opinion, parents, and images that are wrong.
 
 use super::history::stamp;
-use super::{Chance, Content, World, SECTOR};
+use super::{SeededRng, SparseContent, World, SECTOR};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, File, Io, Runtime};
 use drivers::{Attributes, Content as Held, Disk, Driver, Extent, Fence, Limits, Shape};
@@ -167,7 +167,7 @@ pub(crate) async fn scribble(
     seed: u64,
     count: usize,
 ) -> Result<(), Errno> {
-    let mut chance = Chance(seed);
+    let mut chance = SeededRng(seed);
     let sectors = (model.len() / SECTOR) as u64;
     for _ in 0..count {
         let at = chance.below(sectors);
@@ -286,10 +286,14 @@ pub(crate) const PARENT_BACKING: u16 = 3;
 
 /// Opens an image with wrong bytes, and if that succeeds reads and writes it. Nothing may panic or take long; returns
 /// whether the image was opened.
-pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed: u64) -> bool {
+pub(crate) fn try_wrong(
+    files: Vec<SparseContent>,
+    open: &dyn Fn(&World) -> Disk,
+    seed: u64,
+) -> bool {
     let world = World::new(files);
     let disk = open(&world);
-    let mut chance = Chance(seed);
+    let mut chance = SeededRng(seed);
     let work = async move {
         let Ok(shape) = disk.activate().await else {
             return false;
@@ -321,7 +325,7 @@ pub(crate) fn try_wrong(files: Vec<Content>, open: &dyn Fn(&World) -> Disk, seed
 /// A failed write must not take effect later: for disks without a parent, whose clusters have `unit` bytes. Several are
 /// under way at once, so that they share changes of a table.
 pub(crate) fn failed_writes_stay_undone(
-    files: &[Content],
+    files: &[SparseContent],
     open: &dyn Fn(&World) -> Disk,
     unit: u64,
 ) {
@@ -389,7 +393,7 @@ async fn put(disk: &Disk, offset: u64, number: u32) -> Result<(), Errno> {
 
 /// A pause makes everything durable first. A failure after that flush, such as on a full file system, loses nothing.
 pub(crate) fn pause_fails_only_if_something_is_lost(
-    files: &[Content],
+    files: &[SparseContent],
     open: &dyn Fn(&World) -> Disk,
 ) {
     let mut failed = 0;
@@ -431,7 +435,7 @@ pub(crate) fn pause_fails_only_if_something_is_lost(
 }
 
 /// The first entry of a new table leads to a place inside of the image, also after a power cut before the first flush.
-pub(crate) fn first_write_survives_a_cut(first: &[Content], open: &dyn Fn(&World) -> Disk) {
+pub(crate) fn first_write_survives_a_cut(first: &[SparseContent], open: &dyn Fn(&World) -> Disk) {
     let world = World::new(first.to_vec());
     let disk = open(&world);
     super::run(async move {
@@ -455,7 +459,7 @@ pub(crate) fn first_write_survives_a_cut(first: &[Content], open: &dyn Fn(&World
 /// After a power cut a range holds the content of the parent or the new one, and nothing else: the test changes `len`
 /// bytes twice, in places that are not contiguous.
 pub(crate) fn parent_or_new_after_a_cut(
-    files: &[Content],
+    files: &[SparseContent],
     open: &dyn Fn(&World) -> Disk,
     len: u64,
 ) {

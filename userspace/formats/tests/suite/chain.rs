@@ -5,7 +5,7 @@ use crate::common::tools::folder;
 use control::Failure;
 use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk, Raw};
-use formats::{open_chain, qcow, qcow2, vhd, vmdk, Below, Files, Kind, Options, LAYERS};
+use formats::{open_chain, qcow, qcow2, vhd, vmdk, Below, Files, ImageFormat, Options, LAYERS};
 use std::cell::RefCell;
 use std::fs;
 use std::future::Future;
@@ -16,14 +16,14 @@ const SIZE: u64 = 4 << 20;
 const PIECE: u64 = 256 << 10;
 
 /// Files of a folder, and a log of the files that were opened.
-struct Folder {
+struct ChainFolder {
     io: Io,
     asked: RefCell<Vec<(PathBuf, bool)>>,
     /// A file that is refused.
     refused: Option<PathBuf>,
 }
 
-impl Folder {
+impl ChainFolder {
     fn new(io: &Io) -> Self {
         Self {
             io: io.clone(),
@@ -48,7 +48,7 @@ impl Folder {
     }
 }
 
-impl Files<File> for Folder {
+impl Files<File> for ChainFolder {
     async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
         self.asked.borrow_mut().push((path.to_path_buf(), writable));
         if self.refused.as_deref() == Some(path) || !path.exists() {
@@ -70,8 +70,8 @@ fn run<W: Future<Output = ()> + 'static>(test: impl FnOnce(PathBuf, Io) -> W) {
     runtime.block_on(work).unwrap();
 }
 
-fn vhd(kind: vhd::Kind, id: u8, parent: Option<(&str, [u8; 16])>) -> vhd::Create {
-    vhd::Create {
+fn vhd(kind: vhd::VhdKind, id: u8, parent: Option<(&str, [u8; 16])>) -> vhd::VhdCreate {
+    vhd::VhdCreate {
         kind,
         size: SIZE,
         id: [id; 16],
@@ -83,18 +83,18 @@ fn vhd(kind: vhd::Kind, id: u8, parent: Option<(&str, [u8; 16])>) -> vhd::Create
     }
 }
 
-fn plan(parent: Option<(&str, Option<&str>)>) -> qcow2::Plan {
-    qcow2::Plan {
-        backing: parent.map(|(name, format)| qcow2::Backing {
+fn plan(parent: Option<(&str, Option<&str>)>) -> qcow2::Qcow2Create {
+    qcow2::Qcow2Create {
+        backing: parent.map(|(name, format)| qcow2::BackingImage {
             name: name.into(),
             format: format.map(str::to_string),
         }),
-        ..qcow2::Plan::new(SIZE)
+        ..qcow2::Qcow2Create::new(SIZE)
     }
 }
 
 /// Writes piece `number` of an image, and closes the image.
-async fn put(files: &Folder, kind: Kind, path: &Path, options: Options, number: u64) {
+async fn put(files: &ChainFolder, kind: ImageFormat, path: &Path, options: Options, number: u64) {
     let image = files.open(path, true);
     let disk = open_chain(kind, image, path, options, files).await.unwrap();
     assert_eq!(disk.activate().await.unwrap().size, SIZE);
@@ -131,44 +131,58 @@ fn first(count: u8) -> Vec<u8> {
 #[test]
 fn formats_lie_over_each_other() {
     run(|folder, io| async move {
-        let files = Folder::new(&io);
+        let files = ChainFolder::new(&io);
         let at = |name: &str| folder.join(name);
         let new = |name: &str| files.open(&at(name), true);
         let mut raw = vec![1; PIECE as usize];
         raw.resize(SIZE as usize, 0);
         fs::write(at("a.raw"), raw).unwrap();
         // A raw parent, which tapdisk says by an identity of zeroes.
-        let what = vhd(vhd::Kind::Differencing, 1, Some(("a.raw", [0; 16])));
+        let what = vhd(vhd::VhdKind::Differencing, 1, Some(("a.raw", [0; 16])));
         vhd::create(&new("b.vhd"), &what).await.unwrap();
-        put(&files, Kind::Vhd, &at("b.vhd"), Options::new("b"), 1).await;
-        let what = vhd(vhd::Kind::Differencing, 2, Some(("b.vhd", [1; 16])));
+        put(&files, ImageFormat::Vhd, &at("b.vhd"), Options::new("b"), 1).await;
+        let what = vhd(vhd::VhdKind::Differencing, 2, Some(("b.vhd", [1; 16])));
         vhd::create(&new("c.vhd"), &what).await.unwrap();
-        put(&files, Kind::Vhd, &at("c.vhd"), Options::new("c"), 2).await;
+        put(&files, ImageFormat::Vhd, &at("c.vhd"), Options::new("c"), 2).await;
         // QEMU calls VHD vpc.
         qcow2::create(&new("d.qcow2"), &plan(Some(("c.vhd", Some("vpc")))))
             .await
             .unwrap();
-        put(&files, Kind::Qcow2, &at("d.qcow2"), Options::new("d"), 3).await;
-        let what = qcow::Create {
+        put(
+            &files,
+            ImageFormat::Qcow2,
+            &at("d.qcow2"),
+            Options::new("d"),
+            3,
+        )
+        .await;
+        let what = qcow::QcowCreate {
             size: SIZE,
             parent: Some("d.qcow2".into()),
         };
         qcow::create(&new("e.qcow"), &what).await.unwrap();
         let over = Options {
-            parents: Some(Below::Format(Kind::Qcow2)),
+            parents: Some(Below::Format(ImageFormat::Qcow2)),
             ..Options::new("e")
         };
-        put(&files, Kind::Qcow, &at("e.qcow"), over, 4).await;
+        put(&files, ImageFormat::Qcow, &at("e.qcow"), over, 4).await;
         let mut what = plan(Some(("e.qcow", Some("qcow"))));
         what.data_file = Some(("f.data".into(), false));
         fs::write(at("f.data"), []).unwrap();
         qcow2::create(&new("f.qcow2"), &what).await.unwrap();
         let options = Options {
-            parents: Some(Below::Format(Kind::Qcow2)),
+            parents: Some(Below::Format(ImageFormat::Qcow2)),
             ..Options::new("f")
         };
         let before = files.names().len();
-        put(&files, Kind::Qcow2, &at("f.qcow2"), options.clone(), 5).await;
+        put(
+            &files,
+            ImageFormat::Qcow2,
+            &at("f.qcow2"),
+            options.clone(),
+            5,
+        )
+        .await;
         let asked = files.names().split_off(before);
         let below = ["e.qcow", "d.qcow2", "c.vhd", "b.vhd", "a.raw"];
         // Only the files of the top image may be opened for writing.
@@ -179,7 +193,7 @@ fn formats_lie_over_each_other() {
         };
         let before = files.names().len();
         let (image, path) = (files.open(&at("f.qcow2"), false), at("f.qcow2"));
-        let disk = open_chain(Kind::Qcow2, image, &path, options, &files);
+        let disk = open_chain(ImageFormat::Qcow2, image, &path, options, &files);
         let disk = disk.await.unwrap();
         assert_eq!(files.names()[before], "f.data");
         disk.activate().await.unwrap();
@@ -191,9 +205,9 @@ fn formats_lie_over_each_other() {
 #[test]
 fn vmdk_in_several_files_lies_below_another() {
     run(|folder, io| async move {
-        let files = Folder::new(&io);
+        let files = ChainFolder::new(&io);
         let at = |name: &str| folder.join(name);
-        let create = |name: &str, form, parent: Option<&str>| vmdk::Create {
+        let create = |name: &str, form, parent: Option<&str>| vmdk::VmdkCreate {
             form,
             size: SIZE,
             name: name.into(),
@@ -217,15 +231,29 @@ fn vmdk_in_several_files_lies_below_another() {
         vmdk::create(&files.open(&at("b.vmdk"), true), &[], &what)
             .await
             .unwrap();
-        put(&files, Kind::Vmdk, &at("b.vmdk"), Options::new("b"), 0).await;
+        put(
+            &files,
+            ImageFormat::Vmdk,
+            &at("b.vmdk"),
+            Options::new("b"),
+            0,
+        )
+        .await;
         let asked: Vec<&str> = std::iter::once("a.vmdk")
             .chain(names.iter().map(String::as_str))
             .collect();
         assert_eq!(files.names(), asked);
         // A parent whose content has changed has another identity.
-        put(&files, Kind::Vmdk, &at("a.vmdk"), Options::new("a"), 1).await;
+        put(
+            &files,
+            ImageFormat::Vmdk,
+            &at("a.vmdk"),
+            Options::new("a"),
+            1,
+        )
+        .await;
         let (image, path) = (files.open(&at("b.vmdk"), true), at("b.vmdk"));
-        let opened = open_chain(Kind::Vmdk, image, &path, Options::new("b"), &files).await;
+        let opened = open_chain(ImageFormat::Vmdk, image, &path, Options::new("b"), &files).await;
         let said = opened.unwrap_err().message;
         assert!(
             said.contains("b.vmdk") && said.contains("not the parent"),
@@ -238,7 +266,7 @@ fn vmdk_in_several_files_lies_below_another() {
 #[test]
 fn raw_parent_is_never_looked_into() {
     run(|folder, io| async move {
-        let files = Folder::new(&io);
+        let files = ChainFolder::new(&io);
         let at = |name: &str| folder.join(name);
         // The image names a file that the guest would like to read.
         let secret = plan(Some(("/etc/shadow", Some("raw"))));
@@ -252,7 +280,7 @@ fn raw_parent_is_never_looked_into() {
                 .unwrap();
             let open = async |options| {
                 let (image, path) = (files.open(&at(name), true), at(name));
-                open_chain(Kind::Qcow2, image, &path, options, &files).await
+                open_chain(ImageFormat::Qcow2, image, &path, options, &files).await
             };
             let disk = match format {
                 Some(_) => open(Options::new("b")).await.unwrap(),
@@ -279,22 +307,33 @@ fn raw_parent_is_never_looked_into() {
 #[test]
 fn parent_is_the_one_that_is_meant() {
     run(|folder, io| async move {
-        let mut files = Folder::new(&io);
+        let mut files = ChainFolder::new(&io);
         let at = |name: &str| folder.join(name);
         let other = folder.join("other");
         fs::create_dir(&other).unwrap();
         for (path, id) in [(at("a.vhd"), 1), (other.join("a.vhd"), 2)] {
-            let what = vhd(vhd::Kind::Dynamic, id, None);
+            let what = vhd(vhd::VhdKind::Dynamic, id, None);
             vhd::create(&files.open(&path, true), &what).await.unwrap();
         }
-        let what = vhd(vhd::Kind::Differencing, 3, Some(("other/a.vhd", [1; 16])));
+        let what = vhd(
+            vhd::VhdKind::Differencing,
+            3,
+            Some(("other/a.vhd", [1; 16])),
+        );
         vhd::create(&files.open(&at("b.vhd"), true), &what)
             .await
             .unwrap();
         // The locators lead to another disk, the name in the header to the one that is meant.
-        let open = async |files: &Folder| {
+        let open = async |files: &ChainFolder| {
             let image = files.open(&at("b.vhd"), true);
-            open_chain(Kind::Vhd, image, &at("b.vhd"), Options::new("b"), files).await
+            open_chain(
+                ImageFormat::Vhd,
+                image,
+                &at("b.vhd"),
+                Options::new("b"),
+                files,
+            )
+            .await
         };
         let disk = open(&files).await.unwrap();
         disk.activate().await.unwrap();
@@ -309,7 +348,7 @@ fn parent_is_the_one_that_is_meant() {
 #[test]
 fn long_chain_is_refused_and_so_is_one_without_end() {
     run(|folder, io| async move {
-        let files = Folder::new(&io);
+        let files = ChainFolder::new(&io);
         let at = |number: usize| folder.join(number.to_string());
         for number in 0..=LAYERS {
             let below = number.checked_sub(1).map(|below| below.to_string());
@@ -320,9 +359,16 @@ fn long_chain_is_refused_and_so_is_one_without_end() {
         }
         let open = async |number: usize| {
             let image = files.open(&at(number), true);
-            open_chain(Kind::Qcow2, image, &at(number), Options::new("top"), &files).await
+            open_chain(
+                ImageFormat::Qcow2,
+                image,
+                &at(number),
+                Options::new("top"),
+                &files,
+            )
+            .await
         };
-        put(&files, Kind::Qcow2, &at(0), Options::new("a"), 0).await;
+        put(&files, ImageFormat::Qcow2, &at(0), Options::new("a"), 0).await;
         let disk = open(LAYERS - 1).await.unwrap();
         disk.activate().await.unwrap();
         assert_eq!(pieces(&disk).await, first(1));
@@ -343,7 +389,7 @@ fn long_chain_is_refused_and_so_is_one_without_end() {
 #[test]
 fn what_cannot_be_followed_is_named() {
     run(|folder, io| async move {
-        let files = Folder::new(&io);
+        let files = ChainFolder::new(&io);
         let path = folder.join("a.qcow2");
         for (name, format, part) in [
             ("json:{}", Some("raw"), "only files"),
@@ -357,7 +403,7 @@ fn what_cannot_be_followed_is_named() {
                 .await
                 .unwrap();
             let image = files.open(&path, true);
-            let opened = open_chain(Kind::Qcow2, image, &path, Options::new("a"), &files);
+            let opened = open_chain(ImageFormat::Qcow2, image, &path, Options::new("a"), &files);
             let said = opened.await.unwrap_err().message;
             assert!(said.contains("a.qcow2") && said.contains(part), "{said}");
         }

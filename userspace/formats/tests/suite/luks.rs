@@ -4,27 +4,27 @@
 
 use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{has_qemu, scribble, try_wrong, whole};
-use crate::common::{run, seeds, Chance, Content, What, World, SECTOR};
+use crate::common::{run, seeds, SeededRng, SparseContent, What, World, SECTOR};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::luks::{self, header, look, Key, Luks};
-use formats::{Options, Parts, Storage};
+use formats::luks::{self, header, look, ImageKey, Luks};
+use formats::{ImageParts, Options, Storage};
 use std::time::Duration;
 
-fn options(key: Option<Key>) -> Options {
+fn options(key: Option<ImageKey>) -> Options {
     Options {
         key,
         ..Options::new("image")
     }
 }
 
-fn disk<S: Storage>(storage: S, key: Option<Key>) -> Disk {
-    Disk::new(Luks::new(storage, Parts::default(), options(key)))
+fn disk<S: Storage>(storage: S, key: Option<ImageKey>) -> Disk {
+    Disk::new(Luks::new(storage, ImageParts::default(), options(key)))
 }
 
 /// Returns the reason why a disk cannot be used.
-fn refused(world: &World, key: Option<Key>) -> Failure {
+fn refused(world: &World, key: Option<ImageKey>) -> Failure {
     let disk = disk(world.file(0), key);
     run(async move { disk.activate().await }).expect_err("it opened")
 }
@@ -200,7 +200,7 @@ fn what_may_not_be_written_is_not() {
         discard: false,
         ..options(Some(key()))
     };
-    let disk = Disk::new(Luks::new(world.file(0), Parts::default(), options));
+    let disk = Disk::new(Luks::new(world.file(0), ImageParts::default(), options));
     run(async move {
         disk.activate().await.unwrap();
         let how = Attributes::default();
@@ -247,7 +247,7 @@ fn qemu_opens_what_is_made() {
             writable: false,
             ..options(Some(key()))
         };
-        let disk = Disk::new(Luks::new(storage, Parts::default(), options));
+        let disk = Disk::new(Luks::new(storage, ImageParts::default(), options));
         disk.activate().await.unwrap();
         whole(&disk, SIZE).await.unwrap()
     };
@@ -255,8 +255,8 @@ fn qemu_opens_what_is_made() {
 }
 
 /// An image of ours that is opened at once.
-fn made(key: Key, size: u64) -> World {
-    let world = World::new(vec![Content::from(&[])]);
+fn made(key: ImageKey, size: u64) -> World {
+    let world = World::new(vec![SparseContent::from(&[])]);
     let file = world.file(0);
     let how = luks::Encryption {
         key,
@@ -307,7 +307,7 @@ fn disk_grows_with_its_file_while_it_is_used() {
         writable: false,
         ..options(Some(key()))
     };
-    let disk = Disk::new(Luks::new(storage, Parts::default(), again));
+    let disk = Disk::new(Luks::new(storage, ImageParts::default(), again));
     run(async move {
         let shape = disk.activate().await.unwrap();
         assert_eq!(shape.size, model.len() as u64);
@@ -325,7 +325,7 @@ fn an_image_is_there_when_its_header_is() {
     const SIZE: u64 = 64 << 10;
     let world = made(key(), SIZE);
     let log = world.log();
-    let mut content = Content::from(&[]);
+    let mut content = SparseContent::from(&[]);
     for (number, (_, what)) in log.iter().enumerate() {
         content.apply(what);
         let world = World::new(vec![content.clone()]);
@@ -339,7 +339,7 @@ fn an_image_is_there_when_its_header_is() {
         }
     }
     for left in 0..log.len() {
-        let world = World::new(vec![Content::from(&[])]);
+        let world = World::new(vec![SparseContent::from(&[])]);
         world.fail_after(Some(left));
         let file = world.file(0);
         let how = luks::Encryption {
@@ -352,7 +352,7 @@ fn an_image_is_there_when_its_header_is() {
 }
 
 /// Puts a number where it is in a header.
-fn with(image: &[Content], at: u64, bytes: &[u8]) -> World {
+fn with(image: &[SparseContent], at: u64, bytes: &[u8]) -> World {
     let mut image = image.to_vec();
     image[0].write(at, bytes);
     World::new(image)
@@ -422,7 +422,7 @@ fn eight_keys_of_default_cost_are_not_too_many() {
     let material = image[0].clone();
     let mut of_first = [0; 48];
     material.read(208, &mut of_first);
-    let header = |image: &[Content]| {
+    let header = |image: &[SparseContent]| {
         let file = World::new(image.to_vec()).file(0);
         run(async move { luks::header(&file).await })
     };
@@ -447,7 +447,7 @@ fn damaged_headers_do_no_harm() {
     let image = safe.content();
     let mut opened = 0;
     for seed in seeds(80) {
-        let mut chance = Chance(seed);
+        let mut chance = SeededRng(seed);
         let mut bytes = image.clone();
         for _ in 0..1 + chance.below(3) {
             let at = chance.below(592);

@@ -9,26 +9,26 @@ use crate::common::tools::{
     goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
     pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, Chance, Content, World};
+use crate::common::{run, seeds, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Io, Runtime};
 use drivers::Disk;
-use formats::qcow::{create, look, Create, Qcow};
-use formats::{Options, Parts};
+use formats::qcow::{create, look, Qcow, QcowCreate};
+use formats::{ImageParts, Options};
 use std::path::PathBuf;
 use std::rc::Rc;
 
 const SIZE: u64 = (5 << 20) + 3 * 512;
 
-fn make(size: u64, has_parent: bool) -> Create {
-    Create {
+fn make(size: u64, has_parent: bool) -> QcowCreate {
+    QcowCreate {
         size,
         parent: has_parent.then(|| "base.img".into()),
     }
 }
 
-fn image(what: Create) -> Vec<Content> {
-    let world = World::new(vec![Content::default()]);
+fn image(what: QcowCreate) -> Vec<SparseContent> {
+    let world = World::new(vec![SparseContent::default()]);
     let storage = world.file(0);
     run(async move { create(&storage, &what).await }).unwrap();
     world.files()
@@ -43,10 +43,10 @@ fn open(world: &World, has_parent: bool) -> Disk {
     Disk::new(Qcow::new(world.file(0), parts(parent), options))
 }
 
-fn parts<S>(parent: Option<Disk>) -> Parts<S> {
-    Parts {
+fn parts<S>(parent: Option<Disk>) -> ImageParts<S> {
+    ImageParts {
         parent,
-        ..Parts::default()
+        ..ImageParts::default()
     }
 }
 
@@ -93,7 +93,11 @@ fn qemu_reads_what_is_written() {
     let storage = file(&runtime.io, &path, true);
     let model = runtime.block_on(async move {
         create(&storage, &make(SIZE, false)).await.unwrap();
-        let disk = Disk::new(Qcow::new(storage, Parts::default(), Options::new("image")));
+        let disk = Disk::new(Qcow::new(
+            storage,
+            ImageParts::default(),
+            Options::new("image"),
+        ));
         disk.activate().await.unwrap();
         let mut model = vec![0; SIZE as usize];
         scribble(&disk, &mut model, 1, 40).await.unwrap();
@@ -179,7 +183,11 @@ fn compressed_clusters_are_read_and_written_over() {
     let runtime = Runtime::new();
     let storage = file(&runtime.io, &path, true);
     let model = runtime.block_on(async move {
-        let disk = Disk::new(Qcow::new(storage, Parts::default(), Options::new("image")));
+        let disk = Disk::new(Qcow::new(
+            storage,
+            ImageParts::default(),
+            Options::new("image"),
+        ));
         let shape = disk.activate().await.unwrap();
         assert!(whole(&disk, shape.size).await.unwrap() == model);
         let mut model = model;
@@ -192,7 +200,7 @@ fn compressed_clusters_are_read_and_written_over() {
 }
 
 /// Makes an image of an early blktap: a header, and a first table whose numbers begin with the lowest byte.
-fn early() -> (Vec<Content>, Vec<u8>) {
+fn early() -> (Vec<SparseContent>, Vec<u8>) {
     let world = World::new(image(make(SIZE, false)));
     let disk = open(&world, false);
     let model = run(async move {
@@ -210,7 +218,7 @@ fn early() -> (Vec<Content>, Vec<u8>) {
     (files, model)
 }
 
-fn turn(content: &mut Content, number: u64) {
+fn turn(content: &mut SparseContent, number: u64) {
     let mut entry = [0; 8];
     content.read(4096 + number * 8, &mut entry);
     entry.reverse();
@@ -220,12 +228,16 @@ fn turn(content: &mut Content, number: u64) {
 #[test]
 fn table_of_an_early_blktap_is_put_right_wherever_that_was_interrupted() {
     let (files, model) = early();
-    let check = |files: Vec<Content>, read_only: bool| {
+    let check = |files: Vec<SparseContent>, read_only: bool| {
         let world = World::new(files);
         let mut storage = world.file(0);
         storage.read_only = read_only;
         let (disk, model) = (
-            Disk::new(Qcow::new(storage, Parts::default(), Options::new("image"))),
+            Disk::new(Qcow::new(
+                storage,
+                ImageParts::default(),
+                Options::new("image"),
+            )),
             model.clone(),
         );
         run(async move {
@@ -283,7 +295,7 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
         disk.inactivate().await.unwrap();
     });
     for good in [early, world.files()] {
-        let mut chance = Chance(99);
+        let mut chance = SeededRng(99);
         for round in 0..400 {
             let mut files = good.clone();
             let length = files[0].len;

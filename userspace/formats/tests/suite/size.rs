@@ -6,7 +6,7 @@
 use crate::common::tools::{file, folder};
 use diskio::{Bytes, Data, File, Runtime};
 use drivers::{Attributes, Driver};
-use formats::{luks, qcow, qcow2, vhd, vhdx, vmdk, Options, Parts};
+use formats::{luks, qcow, qcow2, vhd, vhdx, vmdk, ImageParts, Options};
 
 /// Bytes of a request that is executed where its place is already.
 const MOST: usize = 2560;
@@ -23,7 +23,13 @@ fn sizes(driver: &impl Driver) -> [usize; 2] {
 fn requests_are_small() {
     let (runtime, folder) = (Runtime::new(), folder());
     let image = file(&runtime.io, &folder.path().join("a.img"), true);
-    let new = |name: &str| (image.clone(), Parts::<File>::default(), Options::new(name));
+    let new = |name: &str| {
+        (
+            image.clone(),
+            ImageParts::<File>::default(),
+            Options::new(name),
+        )
+    };
     let (file, parts, options) = new("qcow2");
     let qcow2 = sizes(&qcow2::Qcow2::new(file, parts, options));
     let (file, parts, options) = new("qcow");

@@ -11,23 +11,25 @@ use crate::common::tools::{
     parent_number, parent_or_new_after_a_cut, pause_fails_only_if_something_is_lost, scribble,
     text, tool, try_wrong, PARENT_SIZE,
 };
-use crate::common::{run, seeds, Chance, Content, What, World, SECTOR};
+use crate::common::{run, seeds, SeededRng, SparseContent, What, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Io, Runtime};
 use drivers::{Attributes, Disk};
-use formats::vhd::{create, grow, id, look, set_parent, spelled, Create, Kind, ParentOf, Vhd};
-use formats::{Options, Parts};
+use formats::vhd::{
+    create, grow, id, look, set_parent, spelled, ParentOf, Vhd, VhdCreate, VhdKind,
+};
+use formats::{ImageParts, Options};
 use std::path::PathBuf;
 use std::rc::Rc;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
 
-fn make(kind: Kind, size: u64, reserve: u64) -> Create {
-    Create {
+fn make(kind: VhdKind, size: u64, reserve: u64) -> VhdCreate {
+    VhdCreate {
         kind,
         size,
         id: [7; 16],
-        parent: (kind == Kind::Differencing).then(|| ParentOf {
+        parent: (kind == VhdKind::Differencing).then(|| ParentOf {
             path: "base.vhd".into(),
             id: [9; 16],
         }),
@@ -36,18 +38,18 @@ fn make(kind: Kind, size: u64, reserve: u64) -> Create {
 }
 
 /// The files of a new image.
-fn image(what: Create) -> Vec<Content> {
-    let world = World::new(vec![Content::default()]);
+fn image(what: VhdCreate) -> Vec<SparseContent> {
+    let world = World::new(vec![SparseContent::default()]);
     let storage = world.file(0);
     run(async move { create(&storage, &what).await }).unwrap();
     world.files()
 }
 
-fn open(world: &World, kind: Kind) -> Disk {
-    let parent = (kind == Kind::Differencing).then(parent);
-    let parts = Parts {
+fn open(world: &World, kind: VhdKind) -> Disk {
+    let parent = (kind == VhdKind::Differencing).then(parent);
+    let parts = ImageParts {
         parent,
-        ..Parts::default()
+        ..ImageParts::default()
     };
     let options = Options {
         cache: 2048,
@@ -56,14 +58,14 @@ fn open(world: &World, kind: Kind) -> Disk {
     Disk::new(Vhd::new(world.file(0), parts, options))
 }
 
-fn trial(kind: Kind, seed: u64) -> Trial {
+fn trial(kind: VhdKind, seed: u64) -> Trial {
     Trial {
         name: format!("vhd {kind:?}"),
         size: SIZE,
         files: image(make(kind, SIZE, 0)),
         open: Rc::new(move |world| open(world, kind)),
         base: match kind {
-            Kind::Differencing => Rc::new(|sector| match sector * 512 < PARENT_SIZE {
+            VhdKind::Differencing => Rc::new(|sector| match sector * 512 < PARENT_SIZE {
                 true => parent_number(sector),
                 false => 0,
             }),
@@ -76,7 +78,7 @@ fn trial(kind: Kind, seed: u64) -> Trial {
 
 #[test]
 fn nothing_is_lost_and_nothing_stale_is_shown() {
-    for kind in [Kind::Dynamic, Kind::Differencing, Kind::Fixed] {
+    for kind in [VhdKind::Dynamic, VhdKind::Differencing, VhdKind::Fixed] {
         for seed in seeds(6) {
             trial(kind, seed).run(24);
         }
@@ -86,12 +88,12 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
 /// An image that went through many hands has gaps with the bytes of others in them.
 #[test]
 fn gaps_with_old_bytes_are_used_and_show_nothing() {
-    let mut files = image(make(Kind::Dynamic, SIZE, 0));
+    let mut files = image(make(VhdKind::Dynamic, SIZE, 0));
     // Bytes that a process could have left when it died, and more.
     let end = files[0].len;
     files[0].write(end - 512, &vec![0xee; 12 << 20]);
     for seed in seeds(3) {
-        let mut trial = trial(Kind::Dynamic, seed);
+        let mut trial = trial(VhdKind::Dynamic, seed);
         trial.files.clone_from(&files);
         trial.run(12);
     }
@@ -101,9 +103,9 @@ fn gaps_with_old_bytes_are_used_and_show_nothing() {
 #[test]
 fn place_of_a_discarded_block_is_not_reused_too_early() {
     const BLOCK: u64 = 2 << 20;
-    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let world = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
     let first = world.files();
-    let disk = open(&world, Kind::Dynamic);
+    let disk = open(&world, VhdKind::Dynamic);
     let its = world.clone();
     let begin = run(async move {
         let how = Attributes::default();
@@ -120,7 +122,7 @@ fn place_of_a_discarded_block_is_not_reused_too_early() {
     let is_flush = |(_, what): &(usize, What)| matches!(what, What::Flush);
     assert!(!log[begin..].iter().any(is_flush));
     every_cut(&first, &log, begin, |files, when| {
-        let disk = open(&World::new(files), Kind::Dynamic);
+        let disk = open(&World::new(files), VhdKind::Dynamic);
         run(async move {
             disk.activate().await.unwrap();
             for (offset, mine) in [(0, 1), (BLOCK, 2)] {
@@ -140,7 +142,7 @@ fn place_of_a_discarded_block_is_not_reused_too_early() {
 #[test]
 fn gap_between_blocks_is_used_and_shows_nothing() {
     const BLOCK: u64 = 2 << 20;
-    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let world = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
     let step = |disk: Disk, offset, discarded: Option<u64>| {
         run(async move {
             let how = Attributes::default();
@@ -154,23 +156,23 @@ fn gap_between_blocks_is_used_and_shows_nothing() {
         });
     };
     for block in 0..3 {
-        step(open(&world, Kind::Dynamic), block * BLOCK, None);
+        step(open(&world, VhdKind::Dynamic), block * BLOCK, None);
     }
-    let entry = |files: &[Content], block: u64| {
+    let entry = |files: &[SparseContent], block: u64| {
         let mut bytes = [0; 4];
         // Behind the footer and the header.
         files[0].read(1536 + block * 4, &mut bytes);
         u64::from(u32::from_be_bytes(bytes)) * 512
     };
     let gap = entry(&world.files(), 1);
-    step(open(&world, Kind::Dynamic), 0, Some(BLOCK));
+    step(open(&world, VhdKind::Dynamic), 0, Some(BLOCK));
     let mut files = world.files();
     let len = files[0].len;
     files[0].write(gap, &vec![0xee; BLOCK as usize]);
     let world = World::new(files);
-    step(open(&world, Kind::Dynamic), 3 * BLOCK, None);
+    step(open(&world, VhdKind::Dynamic), 3 * BLOCK, None);
     assert_eq!((entry(&world.files(), 3), world.files()[0].len), (gap, len));
-    let disk = open(&world, Kind::Dynamic);
+    let disk = open(&world, VhdKind::Dynamic);
     run(async move {
         disk.activate().await.unwrap();
         let data = Data::zeroed(BLOCK as usize).unwrap();
@@ -185,7 +187,7 @@ fn qemu_reads_what_is_written() {
     if !has_qemu("qemu_reads_what_is_written") {
         return;
     }
-    for kind in [Kind::Fixed, Kind::Dynamic] {
+    for kind in [VhdKind::Fixed, VhdKind::Dynamic] {
         let folder = folder();
         let path = folder.path().join("a.vhd");
         let runtime = Runtime::new();
@@ -195,7 +197,7 @@ fn qemu_reads_what_is_written() {
             create(&its, &make(kind, SIZE, 0)).await.unwrap();
             let disk = Disk::new(Vhd::new(
                 its.clone(),
-                Parts::default(),
+                ImageParts::default(),
                 Options::new("image"),
             ));
             disk.activate().await.unwrap();
@@ -239,7 +241,11 @@ fn footer_stays_at_the_end() {
         };
         let storage = file(&runtime.io, &path, true).with_align(align);
         let work = async move {
-            let disk = Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
+            let disk = Disk::new(Vhd::new(
+                storage,
+                ImageParts::default(),
+                Options::new("image"),
+            ));
             disk.activate().await.unwrap();
             let last = Bytes::copied(&[7; 512]).unwrap();
             let how = Attributes::default();
@@ -276,7 +282,11 @@ fn what_qemu_writes_is_read_and_both_go_on() {
         let path = folder.path().join("a.vhd");
         let open = async |io: Io, path: PathBuf| {
             let storage = file(&io, &path, true);
-            Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")))
+            Disk::new(Vhd::new(
+                storage,
+                ImageParts::default(),
+                Options::new("image"),
+            ))
         };
         goes_on_with_qemu("vpc", &path, &["-o", options], &writes, open, || ());
     }
@@ -284,11 +294,11 @@ fn what_qemu_writes_is_read_and_both_go_on() {
 
 #[test]
 fn parent_is_named_as_tapdisk_does() {
-    let files = image(make(Kind::Differencing, SIZE, 0));
+    let files = image(make(VhdKind::Differencing, SIZE, 0));
     let storage = World::new(files).file(0);
     run(async move {
         let (kind, needs) = look(&storage).await.unwrap();
-        assert_eq!((kind, needs.size), (Kind::Differencing, SIZE));
+        assert_eq!((kind, needs.size), (VhdKind::Differencing, SIZE));
         let parent = needs.parent.unwrap();
         assert_eq!(parent.names, ["./base.vhd", "base.vhd"]);
         assert_eq!(parent.id, Some(spelled([9; 16])));
@@ -296,7 +306,11 @@ fn parent_is_named_as_tapdisk_does() {
         assert_eq!(id(&storage).await.unwrap(), [7; 16]);
         assert_eq!(spelled([9; 16]), "09090909-0909-0909-0909-090909090909");
         // Without its parent it is not served.
-        let disk = Disk::new(Vhd::new(storage, Parts::default(), Options::new("image")));
+        let disk = Disk::new(Vhd::new(
+            storage,
+            ImageParts::default(),
+            Options::new("image"),
+        ));
         let failure = disk.activate().await.unwrap_err();
         assert_eq!(failure.code, Code::Image);
         assert!(failure.message.contains("parent"), "{failure}");
@@ -307,9 +321,9 @@ fn parent_is_named_as_tapdisk_does() {
 #[test]
 fn growing_can_be_interrupted_at_any_change() {
     for (kind, reserve) in [
-        (Kind::Fixed, 0),
-        (Kind::Dynamic, 0),
-        (Kind::Dynamic, 64 << 20),
+        (VhdKind::Fixed, 0),
+        (VhdKind::Dynamic, 0),
+        (VhdKind::Dynamic, 64 << 20),
     ] {
         let large = 2100_u64 << 20;
         let large = if reserve > 0 { reserve } else { large };
@@ -365,7 +379,7 @@ fn growing_can_be_interrupted_at_any_change() {
 /// After an interruption at any point the image has the old parent or the new one, and its own content.
 #[test]
 fn another_parent_is_named_at_once() {
-    let kind = Kind::Differencing;
+    let kind = VhdKind::Differencing;
     let world = World::new(image(make(kind, SIZE, 0)));
     let (its, storage) = (open(&world, kind), world.file(0));
     run(async move {
@@ -422,7 +436,7 @@ fn another_parent_is_named_at_once() {
             named(&["./b", "b"], None),
         ]
     );
-    let alone = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+    let alone = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
     let storage = alone.file(0);
     let refused = run(async move {
         let (path, id) = ("b".into(), [0; 16]);
@@ -434,8 +448,8 @@ fn another_parent_is_named_at_once() {
 
 #[test]
 fn growing_is_seen_by_who_serves_the_disk() {
-    let world = World::new(image(make(Kind::Dynamic, SIZE, 64 << 20)));
-    let (disk, storage) = (open(&world, Kind::Dynamic), world.file(0));
+    let world = World::new(image(make(VhdKind::Dynamic, SIZE, 64 << 20)));
+    let (disk, storage) = (open(&world, VhdKind::Dynamic), world.file(0));
     run(async move {
         disk.activate().await.unwrap();
         let write = |at| {
@@ -457,16 +471,16 @@ fn growing_is_seen_by_who_serves_the_disk() {
 
 #[test]
 fn size_has_a_limit_that_is_told() {
-    let storage = World::new(vec![Content::default()]).file(0);
-    let failure = run(async move { create(&storage, &make(Kind::Dynamic, 2 << 40, 0)).await });
+    let storage = World::new(vec![SparseContent::default()]).file(0);
+    let failure = run(async move { create(&storage, &make(VhdKind::Dynamic, 2 << 40, 0)).await });
     let failure = failure.unwrap_err();
     assert_eq!(failure.code, Code::Invalid);
     assert!(
         failure.message.contains("2040 GiB") && failure.message.contains("qcow2"),
         "{failure}"
     );
-    let files = image(make(Kind::Dynamic, 2040 << 30, 0));
-    let disk = open(&World::new(files), Kind::Dynamic);
+    let files = image(make(VhdKind::Dynamic, 2040 << 30, 0));
+    let disk = open(&World::new(files), VhdKind::Dynamic);
     run(async move {
         let size = disk.activate().await.unwrap().size;
         disk.write(
@@ -482,18 +496,18 @@ fn size_has_a_limit_that_is_told() {
 /// The first bytes of a fixed VHD belong to the guest, which may have stored a footer there.
 #[test]
 fn guest_cannot_choose_the_type() {
-    let mut files = image(make(Kind::Fixed, SIZE, 0));
-    let other = image(make(Kind::Differencing, SIZE, 0));
+    let mut files = image(make(VhdKind::Fixed, SIZE, 0));
+    let other = image(make(VhdKind::Differencing, SIZE, 0));
     let mut head = vec![0; 1 << 20];
     other[0].read(0, &mut head);
     files[0].write(0, &head);
     let storage = World::new(files).file(0);
     let (kind, needs) = run(async move { look(&storage).await }).unwrap();
-    assert_eq!((kind, needs.parent), (Kind::Fixed, None));
+    assert_eq!((kind, needs.parent), (VhdKind::Fixed, None));
 }
 
 /// The checksum of a header or footer at `at`.
-fn seal(bytes: &mut Content, at: u64, len: usize, sum: usize) {
+fn seal(bytes: &mut SparseContent, at: u64, len: usize, sum: usize) {
     let mut header = vec![0; len];
     bytes.read(at, &mut header);
     header[sum..sum + 4].fill(0);
@@ -506,7 +520,7 @@ fn seal(bytes: &mut Content, at: u64, len: usize, sum: usize) {
 #[test]
 fn wrong_images_are_refused_or_served_and_never_worse() {
     let mut opened = 0;
-    for kind in [Kind::Dynamic, Kind::Differencing] {
+    for kind in [VhdKind::Dynamic, VhdKind::Differencing] {
         let world = World::new(image(make(kind, SIZE, 0)));
         let disk = open(&world, kind);
         run(async move {
@@ -516,7 +530,7 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
             disk.inactivate().await.unwrap();
         });
         let good = world.files();
-        let mut chance = Chance(99);
+        let mut chance = SeededRng(99);
         for round in 0..400 {
             let mut files = good.clone();
             let length = files[0].len;
@@ -554,8 +568,8 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
 #[test]
 fn failures_are_told_and_nothing_is_lost() {
     for count in 0..12 {
-        let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
-        let disk = open(&world, Kind::Dynamic);
+        let world = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
+        let disk = open(&world, VhdKind::Dynamic);
         run(async move {
             disk.activate().await.unwrap();
             let write = |at: u64, byte| {
@@ -579,7 +593,7 @@ fn failures_are_told_and_nothing_is_lost() {
             world.fail_after(None);
             assert!(count >= 7 || results.iter().any(Result::is_err), "{count}");
             write(8 << 20, 5).await.unwrap();
-            let again = open(&world, Kind::Dynamic);
+            let again = open(&world, VhdKind::Dynamic);
             again.activate().await.unwrap();
             for (at, byte, result) in [
                 (0, 1, &Ok(())),
@@ -606,8 +620,8 @@ fn failures_are_told_and_nothing_is_lost() {
 #[test]
 fn failed_write_is_not_carried_out_later() {
     failed_writes_stay_undone(
-        &image(make(Kind::Dynamic, SIZE, 0)),
-        &|world| open(world, Kind::Dynamic),
+        &image(make(VhdKind::Dynamic, SIZE, 0)),
+        &|world| open(world, VhdKind::Dynamic),
         2 << 20,
     );
 }
@@ -617,11 +631,11 @@ fn failed_write_is_not_carried_out_later() {
 fn failed_discard_is_not_carried_out_later() {
     const BLOCK: u64 = 2 << 20;
     for (error, is_late) in [(Errno::IO, false), (Errno::NOSPC, false), (Errno::IO, true)] {
-        let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
+        let world = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
         if is_late {
             world.fail_late();
         }
-        let disk = open(&world, Kind::Dynamic);
+        let disk = open(&world, VhdKind::Dynamic);
         run(async move {
             let how = Attributes::default();
             let bytes = |number| Bytes::copied(&stamp(number, 0)).unwrap();
@@ -631,13 +645,13 @@ fn failed_discard_is_not_carried_out_later() {
             assert_eq!(disk.discard(0, BLOCK, how).await, Err(error));
             disk.write(0, bytes(2), how).await.unwrap();
             disk.flush().await.unwrap();
-            let again = open(&World::new(world.files()), Kind::Dynamic);
+            let again = open(&World::new(world.files()), VhdKind::Dynamic);
             again.activate().await.unwrap();
             let data = Data::zeroed(SECTOR).unwrap();
             again.read(0, data.clone()).await.unwrap();
             assert_eq!(number(&data.to_vec(), 0), Some(2), "{error} {is_late}");
             disk.write(BLOCK, bytes(3), how).await.unwrap();
-            for disk in [disk, open(&World::new(world.files()), Kind::Dynamic)] {
+            for disk in [disk, open(&World::new(world.files()), VhdKind::Dynamic)] {
                 disk.activate().await.unwrap();
                 for (offset, wanted) in [(0, 2), (BLOCK, 3)] {
                     let data = Data::zeroed(SECTOR).unwrap();
@@ -655,8 +669,8 @@ fn failed_discard_is_not_carried_out_later() {
 
 #[test]
 fn pause_without_space_loses_nothing() {
-    pause_fails_only_if_something_is_lost(&image(make(Kind::Dynamic, SIZE, 0)), &|world| {
-        open(world, Kind::Dynamic)
+    pause_fails_only_if_something_is_lost(&image(make(VhdKind::Dynamic, SIZE, 0)), &|world| {
+        open(world, VhdKind::Dynamic)
     });
 }
 
@@ -664,8 +678,8 @@ fn pause_without_space_loses_nothing() {
 #[test]
 fn place_of_a_discarded_block_is_not_reused_after_a_failed_flush() {
     const BLOCK: u64 = 2 << 20;
-    let world = World::new(image(make(Kind::Dynamic, SIZE, 0)));
-    let disk = open(&world, Kind::Dynamic);
+    let world = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
+    let disk = open(&world, VhdKind::Dynamic);
     let place = |world: &World, block: u64| {
         let mut bytes = [0; 4];
         // Behind the footer and the header.
@@ -697,32 +711,32 @@ fn place_of_a_discarded_block_is_not_reused_after_a_failed_flush() {
 #[test]
 fn power_cut_over_a_parent_leaves_old_or_new() {
     parent_or_new_after_a_cut(
-        &image(make(Kind::Differencing, SIZE, 0)),
-        &|world| open(world, Kind::Differencing),
+        &image(make(VhdKind::Differencing, SIZE, 0)),
+        &|world| open(world, VhdKind::Differencing),
         512,
     );
 }
 
 #[test]
 fn what_the_kernel_is_told_stays_true() {
-    for kind in [Kind::Dynamic, Kind::Differencing] {
-        told_stays_true(kind == Kind::Differencing, |seed| trial(kind, seed));
+    for kind in [VhdKind::Dynamic, VhdKind::Differencing] {
+        told_stays_true(kind == VhdKind::Differencing, |seed| trial(kind, seed));
     }
 }
 
 #[test]
 fn what_is_not_sure_is_not_told() {
-    for kind in [Kind::Dynamic, Kind::Differencing] {
+    for kind in [VhdKind::Dynamic, VhdKind::Differencing] {
         told_is_sure(|| trial(kind, 1));
     }
 }
 
 #[test]
 fn a_flush_that_fails_within_a_write_is_told() {
-    lost_flush_is_told(|| trial(Kind::Differencing, 1));
+    lost_flush_is_told(|| trial(VhdKind::Differencing, 1));
 }
 
 #[test]
 fn a_flush_that_fails_beside_the_guests_is_told() {
-    lost_flush_is_told_beside(|seed| trial(Kind::Differencing, seed));
+    lost_flush_is_told_beside(|seed| trial(VhdKind::Differencing, seed));
 }

@@ -9,19 +9,19 @@ use crate::common::tools::{
     goes_on_with_qemu, has_qemu, parent, parent_number, parent_or_new_after_a_cut,
     pause_fails_only_if_something_is_lost, scribble, text, tool, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, Chance, Content, World, SECTOR};
+use crate::common::{run, seeds, SeededRng, SparseContent, World, SECTOR};
 use control::Code;
 use diskio::{Bytes, Data, File, Io, Runtime};
 use drivers::{Attributes, Disk};
-use formats::vmdk::{create, id, look, plan, Create, Form, Vmdk};
-use formats::{Options, Parts};
+use formats::vmdk::{create, id, look, plan, Form, Vmdk, VmdkCreate};
+use formats::{ImageParts, Options};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
 
-fn make(form: Form, size: u64, has_parent: bool) -> Create {
-    Create {
+fn make(form: Form, size: u64, has_parent: bool) -> VmdkCreate {
+    VmdkCreate {
         form,
         size,
         name: "a.vmdk".into(),
@@ -31,9 +31,9 @@ fn make(form: Form, size: u64, has_parent: bool) -> Create {
 }
 
 /// The files of a new image: the image, and its extents.
-fn image(what: &Create) -> Vec<Content> {
+fn image(what: &VmdkCreate) -> Vec<SparseContent> {
     let count = plan(what).unwrap().len();
-    let world = World::new(vec![Content::default(); 1 + count]);
+    let world = World::new(vec![SparseContent::default(); 1 + count]);
     let (first, rest) = (
         world.file(0),
         (1..=count)
@@ -54,7 +54,11 @@ fn open(world: &World, has_parent: bool) -> Disk {
         cache: 4096,
         ..Options::new("image")
     };
-    Disk::new(Vmdk::new(world.file(0), Parts { parent, extents }, options))
+    Disk::new(Vmdk::new(
+        world.file(0),
+        ImageParts { parent, extents },
+        options,
+    ))
 }
 
 fn trial(form: Form, has_parent: bool, seed: u64) -> Trial {
@@ -104,7 +108,7 @@ async fn open_file(io: &Io, path: &Path, write: bool) -> Disk {
     let needs = look(&image).await.unwrap();
     let folder = path.parent().unwrap();
     let names = needs.extents.iter().map(|extent| folder.join(&extent.name));
-    let parts = Parts {
+    let parts = ImageParts {
         parent: None,
         extents: names.map(|path| file(io, &path, write)).collect(),
     };
@@ -189,7 +193,7 @@ fn compressed_images_are_read_and_not_written() {
     }
     let folder = folder();
     let (raw, path) = (folder.path().join("a.raw"), folder.path().join("a.vmdk"));
-    let mut chance = Chance(4);
+    let mut chance = SeededRng(4);
     let model: Vec<u8> = (0..(9 << 20) + (5 << 10))
         .map(|at| match at >> 18 & 3 {
             0 => 0,
@@ -290,7 +294,7 @@ fn new_disks_have_names_and_limits() {
         make(Form::MonolithicSparse, 3 << 40, false),
         make(Form::MonolithicFlat, 512, true),
         make(Form::MonolithicSparse, 511, false),
-        Create {
+        VmdkCreate {
             name: "../a.vmdk".into(),
             ..make(Form::MonolithicSparse, 512, false)
         },
@@ -335,7 +339,7 @@ fn wrong_images_are_refused_or_served_and_never_worse() {
             disk.inactivate().await.unwrap();
         });
         let good = world.files();
-        let mut chance = Chance(99);
+        let mut chance = SeededRng(99);
         for round in 0..400 {
             let mut files = good.clone();
             let length = files[0].len;
@@ -428,12 +432,12 @@ fn pause_without_space_loses_nothing() {
 }
 
 /// A disk of extents, each with a line of its own.
-fn lines(lines: &[&str]) -> Content {
+fn lines(lines: &[&str]) -> SparseContent {
     let text = format!(
         "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"custom\"\n{}\n",
         lines.join("\n")
     );
-    Content::from(text.as_bytes())
+    SparseContent::from(text.as_bytes())
 }
 
 #[test]
@@ -470,7 +474,7 @@ fn directories_have_a_budget_together() {
         head[at..at + 8].copy_from_slice(&u64::to_le_bytes(number));
     }
     head[44..48].copy_from_slice(&512_u32.to_le_bytes());
-    let mut extent = Content::from(&head);
+    let mut extent = SparseContent::from(&head);
     extent.set_len(17 << 20);
     let names = [
         "RW 8 SPARSE \"a\"",

@@ -5,7 +5,7 @@
 use super::image::{below, kind, Parts};
 use control::{Below, Code, Failure};
 use diskio::{Errno, File};
-use formats::{Base, Files, Kind, Options};
+use formats::{Base, Files, ImageFormat, Options};
 use std::path::Path;
 
 /// Path of the memory in place of a file's name.
@@ -32,7 +32,7 @@ impl Parts<'_> {
         let kind_below = below(image.driver)?;
         let base = Base::of(kind_below, &image.path, &file, Path::new(MEMORY)).await?;
         let size = self.size_of(image, file).await?;
-        formats::overlay(&memory, Kind::Qcow2, size, &base).await?;
+        formats::overlay(&memory, ImageFormat::Qcow2, size, &base).await?;
         Ok(memory)
     }
 
@@ -64,7 +64,7 @@ async fn is_empty(memory: &File) -> Result<bool, Errno> {
 
 /// Checks that the memory was filled over this image, because over another one its content is garbage.
 async fn check_goes_on(image: &Below, memory: &File) -> Result<(), Failure> {
-    let needs = formats::look(Kind::Qcow2, memory).await?;
+    let needs = formats::look(ImageFormat::Qcow2, memory).await?;
     let parent = needs.parent.unwrap_or_default();
     let name = parent.names.first().map_or("", String::as_str);
     let driver = parent.driver.as_deref().unwrap_or_default();

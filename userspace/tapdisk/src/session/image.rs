@@ -8,22 +8,22 @@ use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
 use diskio::{Errno, File, LockKind, LockPart};
 use drivers::{Disk, Fence, Raw, Shape};
-use formats::{Base, Below, Kind, Options};
+use formats::{Base, Below, ImageFormat, Options};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// The format of a driver's images, if they have one.
-pub(super) fn kind(driver: Driver) -> Option<Kind> {
+pub(super) fn kind(driver: Driver) -> Option<ImageFormat> {
     match driver {
         // Its image is the memory.
-        Driver::Qcow2 | Driver::Cow => Some(Kind::Qcow2),
-        Driver::Qcow => Some(Kind::Qcow),
-        Driver::Vhd => Some(Kind::Vhd),
-        Driver::Vhdx => Some(Kind::Vhdx),
-        Driver::Vmdk => Some(Kind::Vmdk),
-        Driver::Luks => Some(Kind::Luks),
+        Driver::Qcow2 | Driver::Cow => Some(ImageFormat::Qcow2),
+        Driver::Qcow => Some(ImageFormat::Qcow),
+        Driver::Vhd => Some(ImageFormat::Vhd),
+        Driver::Vhdx => Some(ImageFormat::Vhdx),
+        Driver::Vmdk => Some(ImageFormat::Vmdk),
+        Driver::Luks => Some(ImageFormat::Luks),
         Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null | Driver::Nbd => None,
     }
 }
@@ -49,7 +49,7 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
 /// Flushes a file of an image with tables.
 pub(super) async fn flush_tables(open: &Open, file: &File) -> Result<(), Errno> {
     // Of the formats, LUKS has none that tapdisk writes.
-    let has_tables = kind(open.target.driver()).is_some_and(|kind| kind != Kind::Luks);
+    let has_tables = kind(open.target.driver()).is_some_and(|kind| kind != ImageFormat::Luks);
     match has_tables && !open.read_only {
         true => file.flush().await,
         false => Ok(()),
@@ -242,7 +242,7 @@ impl Parts<'_> {
             file = self.over(below, file).await?;
         }
         let writable = !open.read_only && !self.looks;
-        if kind == Kind::Vmdk && writable {
+        if kind == ImageFormat::Vmdk && writable {
             // The image may be a text, which ends with its last line.
             keep_size(&mut file, &format!("the image of {}", open.target))?;
         }

@@ -4,12 +4,12 @@
 use super::image::Parts;
 use control::tapdisk::Needed;
 use control::Failure;
-use formats::luks::Key;
+use formats::luks::ImageKey;
 use std::fs::File;
 
 impl Parts<'_> {
     /// The key of the image, if it has one.
-    pub(super) async fn key(&self) -> Result<Option<Key>, Failure> {
+    pub(super) async fn key(&self) -> Result<Option<ImageKey>, Failure> {
         let target = &self.open.target;
         let Some(path) = target.key() else {
             return Ok(None);
@@ -21,7 +21,7 @@ impl Parts<'_> {
         }
         let target = target.clone();
         let given = self.session.needs.ask(Needed::Key { target }).await?;
-        let key = Key::read(File::from(given.fd)).map_err(|failure| {
+        let key = ImageKey::read(File::from(given.fd)).map_err(|failure| {
             let name = path.display();
             Failure::new(failure.code, format!("key={name}: {}", failure.message))
         })?;

@@ -10,7 +10,7 @@ use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
 use drivers::{Disk, Shape};
-use formats::{qcow2, vhd, Kind, Parent};
+use formats::{qcow2, vhd, ImageFormat, Parent};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -125,10 +125,11 @@ impl Session {
         };
         let kind = kind(open.target.driver());
         // A VHD has nothing inside that could be in the way; a qcow2 image may have snapshots.
-        if kind != Some(Kind::Vhd) && !disk.goes_on().await? {
+        if kind != Some(ImageFormat::Vhd) && !disk.goes_on().await? {
             return Ok(None);
         }
-        let (Some(kind @ (Kind::Qcow2 | Kind::Vhd)), Some(path)) = (kind, open.target.path())
+        let (Some(kind @ (ImageFormat::Qcow2 | ImageFormat::Vhd)), Some(path)) =
+            (kind, open.target.path())
         else {
             return Err(Failure::unsupported(format!(
                 "{} is no qcow2 image and no VHD: of others nothing is committed while they are served",
@@ -142,7 +143,7 @@ impl Session {
         if target.path() != place.as_deref() || what != Some(below(target.driver())) {
             return Ok(None);
         }
-        if kind == Kind::Vhd {
+        if kind == ImageFormat::Vhd {
             return Ok(Some(SECTOR));
         }
         let header = qcow2::header(&file).await?;

@@ -9,10 +9,10 @@ use crate::stop::Stop;
 use crate::{convert, create};
 use clap::Parser;
 use control::Failure;
-use formats::{Below, Kind};
+use formats::{Below, ImageFormat};
 use std::path::PathBuf;
 
-const QCOW: Below = Below::Format(Kind::Qcow);
+const QCOW: Below = Below::Format(ImageFormat::Qcow);
 
 /// Makes a qcow image, with the options of blktap's program of this name.
 ///

@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use control::{Code, Failure};
 use diskio::File;
 use formats::vhd::{self, Facts};
-use formats::{look, Below, Kind, Needs};
+use formats::{look, Below, ImageFormat, ImageNeeds};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -277,7 +277,7 @@ fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
         path,
         match is_raw {
             true => Below::Raw,
-            false => Below::Format(Kind::Vhd),
+            false => Below::Format(ImageFormat::Vhd),
         },
     )
 }
@@ -335,7 +335,7 @@ async fn facts(opener: &Opener, image: &Named) -> Result<(File, Facts), Failure>
 }
 
 async fn parent(opener: &Opener, image: &Named, file: &File) -> Result<Option<Named>, Failure> {
-    let needs: Needs = look(Kind::Vhd, file)
+    let needs: ImageNeeds = look(ImageFormat::Vhd, file)
         .await
         .map_err(|failure| image.said(failure))?;
     if needs

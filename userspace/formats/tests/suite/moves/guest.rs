@@ -2,7 +2,7 @@
 //! The guest: its requests and the answers that it got, wherever it runs.
 
 use crate::common::history::{number, stamp};
-use crate::common::{Chance, SECTOR};
+use crate::common::{SeededRng, SECTOR};
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk};
 use std::cell::RefCell;
@@ -11,15 +11,15 @@ use std::rc::Rc;
 
 /// Something that a guest asks for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Request {
-    step: Step,
+pub(crate) struct GuestRequest {
+    step: GuestStep,
     /// Sectors.
     at: u64,
     len: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum GuestStep {
     Read,
     /// Stores this number in each sector.
     Write(u32),
@@ -30,9 +30,9 @@ enum Step {
 
 /// The guest. Copies are the same one.
 #[derive(Clone)]
-pub(crate) struct Guest(Rc<RefCell<Inner>>);
+pub(crate) struct MovingGuest(Rc<RefCell<GuestState>>);
 
-struct Inner {
+struct GuestState {
     /// The numbers that a sector may have; several while something is under way.
     sectors: BTreeMap<u64, Vec<u32>>,
     base: fn(u64) -> u32,
@@ -41,9 +41,9 @@ struct Inner {
     wrong: Option<String>,
 }
 
-impl Guest {
+impl MovingGuest {
     pub(crate) fn new(base: fn(u64) -> u32) -> Self {
-        Self(Rc::new(RefCell::new(Inner {
+        Self(Rc::new(RefCell::new(GuestState {
             sectors: BTreeMap::new(),
             base,
             stamps: 0x4000_0000,
@@ -66,8 +66,13 @@ impl Guest {
     }
 
     /// Returns requests that do not overlap, for a disk of `sectors` sectors.
-    pub(crate) fn group(&self, chance: &mut Chance, sectors: u64, unit: u64) -> Vec<Request> {
-        let mut group: Vec<Request> = Vec::new();
+    pub(crate) fn group(
+        &self,
+        chance: &mut SeededRng,
+        sectors: u64,
+        unit: u64,
+    ) -> Vec<GuestRequest> {
+        let mut group: Vec<GuestRequest> = Vec::new();
         for _ in 0..1 + chance.below(8) {
             // Near to the borders of few units, so that hosts meet.
             let border = chance.below(3) * (sectors / 3) + chance.below(12) * unit;
@@ -84,36 +89,36 @@ impl Guest {
             };
             let len = len.min(sectors - at);
             let step = self.step(chance);
-            let is_free = |other: &Request| at + len <= other.at || other.at + other.len <= at;
+            let is_free = |other: &GuestRequest| at + len <= other.at || other.at + other.len <= at;
             if group.iter().all(is_free) {
-                group.push(Request { step, at, len });
+                group.push(GuestRequest { step, at, len });
             }
         }
         group
     }
 
-    fn step(&self, chance: &mut Chance) -> Step {
+    fn step(&self, chance: &mut SeededRng) -> GuestStep {
         match chance.below(16) {
-            0 => Step::Zeroes,
-            1 => Step::Discard,
-            2 => Step::Flush,
-            3..7 => Step::Read,
+            0 => GuestStep::Zeroes,
+            1 => GuestStep::Discard,
+            2 => GuestStep::Flush,
+            3..7 => GuestStep::Read,
             _ => {
                 let mut inner = self.0.borrow_mut();
                 inner.stamps += 1;
-                Step::Write(inner.stamps)
+                GuestStep::Write(inner.stamps)
             }
         }
     }
 
     /// Writes to where these are.
-    pub(crate) fn over(&self, group: &[Request]) -> Vec<Request> {
+    pub(crate) fn over(&self, group: &[GuestRequest]) -> Vec<GuestRequest> {
         let writes = group.iter().filter(|request| request.is_write());
         let mut inner = self.0.borrow_mut();
         let over = writes.map(|request| {
             inner.stamps += 1;
-            Request {
-                step: Step::Write(inner.stamps),
+            GuestRequest {
+                step: GuestStep::Write(inner.stamps),
                 ..*request
             }
         });
@@ -121,10 +126,10 @@ impl Guest {
     }
 
     /// Reads requests' ranges on a host that has no guest yet; any content is right.
-    pub(crate) async fn peek(disk: Disk, group: Vec<Request>) {
+    pub(crate) async fn peek(disk: Disk, group: Vec<GuestRequest>) {
         for request in group {
-            let request = Request {
-                step: Step::Read,
+            let request = GuestRequest {
+                step: GuestStep::Read,
                 ..request
             };
             let _whatever = execute(&disk, request).await;
@@ -132,7 +137,7 @@ impl Guest {
     }
 
     /// From now on it may be executed.
-    pub(crate) fn ask(&self, request: Request) {
+    pub(crate) fn ask(&self, request: GuestRequest) {
         let mut inner = self.0.borrow_mut();
         let Some(number) = request.leaves() else {
             return;
@@ -141,7 +146,7 @@ impl Guest {
         for sector in request.at..request.at + request.len {
             let allowed = inner.sectors.entry(sector);
             allowed.or_insert_with(|| vec![base(sector)]).push(number);
-            if request.step == Step::Discard {
+            if request.step == GuestStep::Discard {
                 // A discarded sector may show the backing image.
                 inner.sectors.entry(sector).or_default().push(base(sector));
             }
@@ -149,7 +154,7 @@ impl Guest {
     }
 
     /// Executes a request on this disk; the guest gets the answer if `hears` is set.
-    pub(crate) async fn send(self, disk: Disk, request: Request, hears: bool) {
+    pub(crate) async fn send(self, disk: Disk, request: GuestRequest, hears: bool) {
         match execute(&disk, request).await {
             Ok(data) if hears => self.hear(request, &data),
             Ok(_) => {}
@@ -157,24 +162,24 @@ impl Guest {
         }
     }
 
-    fn hear(&self, request: Request, data: &[u8]) {
+    fn hear(&self, request: GuestRequest, data: &[u8]) {
         let mut inner = self.0.borrow_mut();
         let sectors = request.at..request.at + request.len;
         match request.step {
-            Step::Flush | Step::Discard => {}
-            Step::Read => {
+            GuestStep::Flush | GuestStep::Discard => {}
+            GuestStep::Read => {
                 for (sector, bytes) in sectors.zip(data.chunks(SECTOR)) {
                     inner.look(sector, bytes);
                 }
             }
-            Step::Write(number) => inner.settle(sectors, number),
-            Step::Zeroes => inner.settle(sectors, 0),
+            GuestStep::Write(number) => inner.settle(sectors, number),
+            GuestStep::Zeroes => inner.settle(sectors, 0),
         }
     }
 
     /// Answers a request that was executed while no host listened for it, and that is not executed again.
-    pub(crate) fn hear_late(&self, request: Request) {
-        if request.step != Step::Read {
+    pub(crate) fn hear_late(&self, request: GuestRequest) {
+        if request.step != GuestStep::Read {
             self.hear(request, &[]);
         }
     }
@@ -182,8 +187,8 @@ impl Guest {
     /// The content of the disk in the end.
     pub(crate) async fn look_at_all(self, disk: Disk) {
         for sector in self.known() {
-            let request = Request {
-                step: Step::Read,
+            let request = GuestRequest {
+                step: GuestStep::Read,
                 at: sector,
                 len: 1,
             };
@@ -192,7 +197,7 @@ impl Guest {
     }
 }
 
-impl Inner {
+impl GuestState {
     fn settle(&mut self, sectors: std::ops::Range<u64>, number: u32) {
         for sector in sectors {
             self.sectors.insert(sector, vec![number]);
@@ -213,41 +218,41 @@ impl Inner {
     }
 }
 
-impl Request {
+impl GuestRequest {
     /// The number that it leaves in its sectors.
     fn leaves(&self) -> Option<u32> {
         match self.step {
-            Step::Write(number) => Some(number),
-            Step::Zeroes | Step::Discard => Some(0),
-            Step::Read | Step::Flush => None,
+            GuestStep::Write(number) => Some(number),
+            GuestStep::Zeroes | GuestStep::Discard => Some(0),
+            GuestStep::Read | GuestStep::Flush => None,
         }
     }
 
     pub(crate) fn is_write(&self) -> bool {
-        matches!(self.step, Step::Write(_))
+        matches!(self.step, GuestStep::Write(_))
     }
 }
 
-async fn execute(disk: &Disk, request: Request) -> Result<Vec<u8>, Errno> {
+async fn execute(disk: &Disk, request: GuestRequest) -> Result<Vec<u8>, Errno> {
     let how = Attributes::default();
     let (offset, len) = (request.at * SECTOR as u64, request.len * SECTOR as u64);
     match request.step {
-        Step::Read => {
+        GuestStep::Read => {
             let data = Data::zeroed(len as usize)?;
             disk.read(offset, data.clone()).await?;
             return Ok(data.to_vec());
         }
-        Step::Write(number) => {
+        GuestStep::Write(number) => {
             let sectors = request.at..request.at + request.len;
             let content: Vec<u8> = sectors.flat_map(|sector| stamp(number, sector)).collect();
             disk.write(offset, Bytes::copied(&content)?, how).await?;
         }
-        Step::Zeroes => disk.write_zeroes(offset, len, how).await?,
-        Step::Discard => match disk.discard(offset, len, how).await {
+        GuestStep::Zeroes => disk.write_zeroes(offset, len, how).await?,
+        GuestStep::Discard => match disk.discard(offset, len, how).await {
             Ok(()) | Err(Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error),
         },
-        Step::Flush => disk.flush().await?,
+        GuestStep::Flush => disk.flush().await?,
     }
     Ok(Vec::new())
 }

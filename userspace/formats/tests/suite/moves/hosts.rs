@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The hosts: the times at which each has the image, and its knowledge of it.
 
-use super::guest::{Guest, Request};
-use crate::common::{Chance, Content, Memory, World};
+use super::guest::{GuestRequest, MovingGuest};
+use crate::common::{SeededRng, SparseContent, World, WorldFile};
 use diskio::{Errno, Runtime};
 use drivers::Disk;
 use std::future::poll_fn;
@@ -11,7 +11,7 @@ use std::task::Poll;
 
 /// Rules for hosts that share an image.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rules {
+pub(crate) struct SharingRules {
     /// A host relies on no data of the image that it read before the other one has closed it.
     pub(crate) waits: bool,
     /// A host closes the image only when no request of its guest is under way.
@@ -20,7 +20,7 @@ pub(crate) struct Rules {
     pub(crate) forgets: bool,
 }
 
-impl Rules {
+impl SharingRules {
     pub(crate) const ALL: Self = Self {
         waits: true,
         drains: true,
@@ -28,7 +28,7 @@ impl Rules {
     };
 }
 
-type Open = dyn Fn(Memory, bool) -> Disk;
+type Open = dyn Fn(WorldFile, bool) -> Disk;
 
 /// Image of a test.
 pub(crate) struct Format {
@@ -37,18 +37,18 @@ pub(crate) struct Format {
     pub(crate) size: u64,
     /// Unit of allocation in bytes.
     pub(crate) unit: u64,
-    pub(crate) files: Vec<Content>,
+    pub(crate) files: Vec<SparseContent>,
     /// Opens the disk in the image; the argument says whether it may be changed.
     pub(crate) open: Box<Open>,
     /// The number in a sector that was not written.
     pub(crate) base: fn(u64) -> u32,
     /// Checks an image that is not in use.
-    pub(crate) is_sound: fn(Memory) -> Result<(), String>,
+    pub(crate) is_sound: fn(WorldFile) -> Result<(), String>,
 }
 
 /// Counts of a run.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counts {
+pub(crate) struct RunCounts {
     /// Moves of the guest to the other host, and moves that were cancelled.
     pub(crate) moved: u64,
     pub(crate) stayed: u64,
@@ -57,7 +57,7 @@ pub(crate) struct Counts {
     pub(crate) again: u64,
 }
 
-impl Counts {
+impl RunCounts {
     pub(crate) fn add(&mut self, other: &Self) {
         self.moved += other.moved;
         self.stayed += other.stayed;
@@ -66,30 +66,30 @@ impl Counts {
     }
 }
 
-struct Story<'f> {
+struct MoveStory<'f> {
     format: &'f Format,
-    rules: Rules,
+    rules: SharingRules,
     world: World,
     runtime: Runtime,
-    chance: Chance,
-    guest: Guest,
-    counts: Counts,
+    chance: SeededRng,
+    guest: MovingGuest,
+    counts: RunCounts,
     /// Disk that each host has open.
     hosts: [Option<Disk>; 2],
     /// Host on which the guest runs.
     here: usize,
 }
 
-fn begin(format: &Format, rules: Rules, seed: u64) -> Result<Story<'_>, String> {
-    let mut chance = Chance(seed);
+fn begin(format: &Format, rules: SharingRules, seed: u64) -> Result<MoveStory<'_>, String> {
+    let mut chance = SeededRng(seed);
     let world = World::new(format.files.clone());
     world.shuffle(chance.next());
-    let story = Story {
+    let story = MoveStory {
         rules,
         runtime: Runtime::new(),
         chance,
-        guest: Guest::new(format.base),
-        counts: Counts::default(),
+        guest: MovingGuest::new(format.base),
+        counts: RunCounts::default(),
         hosts: [Some((format.open)(world.file(0), true)), None],
         here: 0,
         world,
@@ -101,7 +101,7 @@ fn begin(format: &Format, rules: Rules, seed: u64) -> Result<Story<'_>, String> 
 
 /// Other hosts look at the size again and again, while the first requests of a guest make the image longer.
 pub(crate) fn look_while_it_grows(format: &Format, seed: u64) -> Result<(), String> {
-    let mut story = begin(format, Rules::ALL, seed)?;
+    let mut story = begin(format, SharingRules::ALL, seed)?;
     let group = story.group();
     story.begin(&group, &[]);
     for turns in 0..60 {
@@ -111,7 +111,11 @@ pub(crate) fn look_while_it_grows(format: &Format, seed: u64) -> Result<(), Stri
 }
 
 /// Runs the guest, suspends it, and resumes it on either host, again and again.
-pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Counts, String> {
+pub(crate) fn move_about(
+    format: &Format,
+    rules: SharingRules,
+    seed: u64,
+) -> Result<RunCounts, String> {
     let mut story = begin(format, rules, seed)?;
     for _ in 0..6 {
         for _ in 0..story.chance.below(4) {
@@ -125,12 +129,12 @@ pub(crate) fn move_about(format: &Format, rules: Rules, seed: u64) -> Result<Cou
     Ok(story.counts)
 }
 
-impl Story<'_> {
+impl MoveStory<'_> {
     fn disk(&self, host: usize) -> Disk {
         self.hosts[host].clone().expect("it has opened the image")
     }
 
-    fn group(&mut self) -> Vec<Request> {
+    fn group(&mut self) -> Vec<GuestRequest> {
         let (sectors, unit) = (self.format.size / 512, self.format.unit / 512);
         let group = self.guest.group(&mut self.chance, sectors, unit);
         self.counts.written += group.iter().filter(|request| request.is_write()).count() as u64;
@@ -138,7 +142,7 @@ impl Story<'_> {
     }
 
     /// The guest asks for these at its host; the answers to those that are `lost` it does not hear.
-    fn begin(&mut self, group: &[Request], lost: &[bool]) {
+    fn begin(&mut self, group: &[GuestRequest], lost: &[bool]) {
         for (at, request) in group.iter().enumerate() {
             self.guest.ask(*request);
             let hears = !lost.get(at).copied().unwrap_or(false);
@@ -194,7 +198,7 @@ impl Story<'_> {
     }
 
     /// The other host opens the image, perhaps earlier than it may. True if it takes it that it knows the image.
-    fn open_there(&mut self, group: &[Request]) -> bool {
+    fn open_there(&mut self, group: &[GuestRequest]) -> bool {
         let there = 1 - self.here;
         self.look(0);
         if !self.rules.forgets && self.hosts[there].is_some() {
@@ -207,7 +211,7 @@ impl Story<'_> {
             let (guest, group) = (self.guest.clone(), group.to_vec());
             self.runtime.tasks.spawn(async move {
                 match disk.activate().await {
-                    Ok(_) => Guest::peek(disk, group).await,
+                    Ok(_) => MovingGuest::peek(disk, group).await,
                     Err(failure) => guest.complain(format!("it cannot be used: {failure}")),
                 }
             });
@@ -231,7 +235,7 @@ impl Story<'_> {
         }
         self.begin(&group, &lost);
         let again = group.iter().zip(&lost).filter(|(_, lost)| **lost);
-        let again: Vec<Request> = again.map(|(request, _)| *request).collect();
+        let again: Vec<GuestRequest> = again.map(|(request, _)| *request).collect();
         if self.rules.drains {
             self.end()?;
             self.let_go()?;
@@ -258,7 +262,7 @@ impl Story<'_> {
     }
 
     /// Resumes the guest on its host after a cancelled move: its ring is the old one, with the answers in it.
-    fn stay(&mut self, unheard: &[Request], other_knows: bool) -> Result<(), String> {
+    fn stay(&mut self, unheard: &[GuestRequest], other_knows: bool) -> Result<(), String> {
         if self.rules.forgets {
             self.activate(self.here)?;
         }
@@ -273,7 +277,7 @@ impl Story<'_> {
     }
 
     /// The guest asks for these, one after the other, and waits for the answers.
-    fn ask(&mut self, requests: Vec<Request>) -> Result<(), String> {
+    fn ask(&mut self, requests: Vec<GuestRequest>) -> Result<(), String> {
         let (guest, disk) = (self.guest.clone(), self.disk(self.here));
         let work = async move {
             for request in requests {

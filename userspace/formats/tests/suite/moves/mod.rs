@@ -6,10 +6,10 @@ mod guest;
 mod hosts;
 
 use crate::common::tools::{parent, parent_number, PARENT_SIZE};
-use crate::common::{run, seeds, Content, Memory, World};
+use crate::common::{run, seeds, SparseContent, World, WorldFile};
 use drivers::Disk;
-use formats::{qcow, qcow2, vhd, vmdk, Options, Parts};
-use hosts::{look_while_it_grows, move_about, Counts, Format, Rules};
+use formats::{qcow, qcow2, vhd, vmdk, ImageParts, Options};
+use hosts::{look_while_it_grows, move_about, Format, RunCounts, SharingRules};
 use std::future::Future;
 
 const SIZE: u64 = (9 << 20) + 3 * 512;
@@ -19,8 +19,8 @@ const JOURNEYS: u64 = 40;
 const SCHEDULES: u64 = 40;
 
 /// The files of a new image.
-fn made<F: Future<Output = ()> + 'static>(make: impl FnOnce(Memory) -> F) -> Vec<Content> {
-    let world = World::new(vec![Content::default()]);
+fn made<F: Future<Output = ()> + 'static>(make: impl FnOnce(WorldFile) -> F) -> Vec<SparseContent> {
+    let world = World::new(vec![SparseContent::default()]);
     run(make(world.file(0)));
     world.files()
 }
@@ -36,10 +36,10 @@ fn base(sector: u64) -> u32 {
     }
 }
 
-fn parts(below: bool) -> Parts<Memory> {
-    Parts {
+fn parts(below: bool) -> ImageParts<WorldFile> {
+    ImageParts {
         parent: below.then(parent),
-        ..Parts::default()
+        ..ImageParts::default()
     }
 }
 
@@ -53,14 +53,14 @@ fn options(writable: bool) -> Options {
 }
 
 fn qcow2(cluster: u64, extended: bool, below: bool) -> Format {
-    let plan = qcow2::Plan {
+    let plan = qcow2::Qcow2Create {
         cluster,
         extended,
-        backing: below.then(|| qcow2::Backing {
+        backing: below.then(|| qcow2::BackingImage {
             name: "base".into(),
             format: Some("raw".into()),
         }),
-        ..qcow2::Plan::new(SIZE)
+        ..qcow2::Qcow2Create::new(SIZE)
     };
     Format {
         name: "qcow2",
@@ -82,9 +82,9 @@ fn qcow2(cluster: u64, extended: bool, below: bool) -> Format {
     }
 }
 
-fn vhd(kind: vhd::Kind) -> Format {
-    let below = kind == vhd::Kind::Differencing;
-    let what = vhd::Create {
+fn vhd(kind: vhd::VhdKind) -> Format {
+    let below = kind == vhd::VhdKind::Differencing;
+    let what = vhd::VhdCreate {
         kind,
         size: SIZE,
         id: [7; 16],
@@ -108,7 +108,7 @@ fn vhd(kind: vhd::Kind) -> Format {
 }
 
 fn qcow(below: bool) -> Format {
-    let what = qcow::Create {
+    let what = qcow::QcowCreate {
         size: SIZE,
         parent: below.then(|| "base".into()),
     };
@@ -126,7 +126,7 @@ fn qcow(below: bool) -> Format {
 }
 
 fn vmdk(below: bool) -> Format {
-    let what = vmdk::Create {
+    let what = vmdk::VmdkCreate {
         form: vmdk::Form::MonolithicSparse,
         size: SIZE,
         name: "image".into(),
@@ -152,8 +152,8 @@ fn formats() -> Vec<Format> {
         qcow2(512, false, true),
         qcow2(65536, false, true),
         qcow2(16384, true, true),
-        vhd(vhd::Kind::Dynamic),
-        vhd(vhd::Kind::Differencing),
+        vhd(vhd::VhdKind::Dynamic),
+        vhd(vhd::VhdKind::Differencing),
         qcow(true),
         vmdk(false),
         vmdk(true),
@@ -162,11 +162,11 @@ fn formats() -> Vec<Format> {
 
 #[test]
 fn s27_whoever_goes_on_finds_what_was_written() {
-    let (mut all, mut schedules) = (Counts::default(), 0);
+    let (mut all, mut schedules) = (RunCounts::default(), 0);
     for format in formats() {
         for seed in seeds(JOURNEYS) {
             schedules += 1;
-            let counts = move_about(&format, Rules::ALL, seed);
+            let counts = move_about(&format, SharingRules::ALL, seed);
             let counts =
                 counts.unwrap_or_else(|what| panic!("{}, seed {seed}: {what}", format.name));
             all.add(&counts);
@@ -202,7 +202,7 @@ fn s27_the_size_is_seen_while_the_image_grows() {
 
 /// Without a rule the guest is shown something wrong in a tenth of the schedules at least, with an image of every
 /// format.
-fn is_needed(rules: Rules) {
+fn is_needed(rules: SharingRules) {
     for format in formats() {
         let what = format!("{} of {}", format.name, format.unit);
         let wrong = (0..SCHEDULES).filter_map(|seed| move_about(&format, rules, seed).err());
@@ -223,24 +223,24 @@ fn is_needed(rules: Rules) {
 
 #[test]
 fn h7_tables_that_were_read_before_the_other_host_let_go_are_found() {
-    is_needed(Rules {
+    is_needed(SharingRules {
         waits: false,
-        ..Rules::ALL
+        ..SharingRules::ALL
     });
 }
 
 #[test]
 fn h7_tables_that_are_kept_for_the_guest_that_comes_back_are_found() {
-    is_needed(Rules {
+    is_needed(SharingRules {
         forgets: false,
-        ..Rules::ALL
+        ..SharingRules::ALL
     });
 }
 
 #[test]
 fn h1_an_image_that_is_given_up_with_io_under_way_is_found() {
-    is_needed(Rules {
+    is_needed(SharingRules {
         drains: false,
-        ..Rules::ALL
+        ..SharingRules::ALL
     });
 }

@@ -2,7 +2,7 @@
 //! Dropping the backing image of an image that is in use, with a power cut at any moment.
 
 use super::crash::{cases, fresh, opened, SIZE};
-use super::memory::{apply, sector, Event, Memory};
+use super::memory::{apply, sector, ImageEvent, MemoryImage};
 use super::rename::{header_of, torn};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::Attributes;
@@ -13,7 +13,7 @@ fn every_prefix_has_the_image_below_or_needs_none() {
     let mut tried = 0;
     for case in cases() {
         let first = fresh(&runtime, &case);
-        let memory = Memory::new(first.clone(), 1, false);
+        let memory = MemoryImage::new(first.clone(), 1, false);
         let disk = opened(&runtime, &memory, &case, true);
         let its = disk.clone();
         let goes_on = runtime.block_on(async move { its.goes_on().await });
@@ -59,11 +59,10 @@ fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused
     let all = cases();
     let case = all.iter().find(|case| case.name == "overlay").unwrap();
     let first = fresh(&runtime, case);
-    let memory = Memory::new(first, 1, false);
+    let memory = MemoryImage::new(first, 1, false);
     let disk = opened(&runtime, &memory, case, true);
     // Tables have writes of this size, and data has not; the header could.
-    let refused =
-        |event: &Event| matches!(event, Event::Write(at, data) if *at > 0 && data.len() == 4096);
+    let refused = |event: &ImageEvent| matches!(event, ImageEvent::Write(at, data) if *at > 0 && data.len() == 4096);
     memory.refuse(refused);
     let its = disk.clone();
     let bytes = Bytes::copied(&sector(7)).unwrap();
@@ -73,7 +72,7 @@ fn what_a_write_or_a_flush_has_failed_to_bring_is_brought_first_or_it_is_refused
     let failed = runtime.block_on(async move { its.stand_alone().await });
     assert!(failed.unwrap().is_err(), "it has forgotten what is below");
     assert!(header_of(&runtime, &memory.bytes()).backing.is_some());
-    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    memory.refuse(|event| matches!(event, ImageEvent::FlushEnd(_)));
     let its = disk.clone();
     let failed = runtime.block_on(async move { its.flush().await });
     assert_eq!(failed.unwrap(), Err(Errno::IO));

@@ -3,14 +3,15 @@
 //! and flushed ones after a power cut, and no read returns data that was never stored there.
 
 use super::memory::{
-    allowed, apply, exercise, read_all, sector, stamps, Chance, Event, History, Memory,
+    allowed, apply, exercise, read_all, sector, stamps, ImageEvent, ImageHistory, MemoryImage,
+    MemoryRng,
 };
 use crate::common::seeds;
 use crate::common::tools::{command, folder, has_qemu, Pattern, PARENT_BACKING};
 use diskio::Runtime;
 use drivers::{Disk, Driver};
-use formats::qcow2::{create, Backing, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::qcow2::{create, BackingImage, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options};
 
 pub(crate) const SECTORS: u64 = 640;
 pub(crate) const SIZE: u64 = SECTORS * 512;
@@ -21,25 +22,25 @@ const BELOW_SECTORS: u64 = 505;
 
 /// Layout of an image, and whether it has a backing image.
 #[derive(Clone, Debug)]
-pub(crate) struct Case {
+pub(crate) struct CrashCase {
     pub(crate) name: &'static str,
-    pub(crate) plan: Plan,
+    pub(crate) plan: Qcow2Create,
     pub(crate) below: bool,
 }
 
-pub(crate) fn cases() -> Vec<Case> {
-    let plan = |cluster: u64| Plan {
+pub(crate) fn cases() -> Vec<CrashCase> {
+    let plan = |cluster: u64| Qcow2Create {
         cluster,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     };
-    let case = |name, plan, below| Case { name, plan, below };
+    let case = |name, plan, below| CrashCase { name, plan, below };
     vec![
         case("alone", plan(4096), false),
         case("overlay", plan(4096), true),
         case("large clusters over an image", plan(65536), true),
         case(
             "subclusters",
-            Plan {
+            Qcow2Create {
                 extended: true,
                 ..plan(16384)
             },
@@ -47,7 +48,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "subclusters over an image",
-            Plan {
+            Qcow2Create {
                 extended: true,
                 ..plan(16384)
             },
@@ -55,7 +56,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "large subclusters over an image",
-            Plan {
+            Qcow2Create {
                 extended: true,
                 ..plan(65536)
             },
@@ -63,7 +64,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "smallest clusters",
-            Plan {
+            Qcow2Create {
                 refcount_bits: 64,
                 ..plan(512)
             },
@@ -71,7 +72,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "refcounts of one bit",
-            Plan {
+            Qcow2Create {
                 refcount_bits: 1,
                 ..plan(1024)
             },
@@ -79,7 +80,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "version 2",
-            Plan {
+            Qcow2Create {
                 version: 2,
                 ..plan(4096)
             },
@@ -87,7 +88,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case(
             "version 2 alone",
-            Plan {
+            Qcow2Create {
                 version: 2,
                 ..plan(4096)
             },
@@ -107,14 +108,14 @@ pub(crate) fn below() -> Disk {
     below
 }
 
-pub(crate) fn parts<S>(case: &Case) -> Parts<S> {
-    Parts {
+pub(crate) fn parts<S>(case: &CrashCase) -> ImageParts<S> {
+    ImageParts {
         parent: case.below.then(below),
-        ..Parts::default()
+        ..ImageParts::default()
     }
 }
 
-pub(crate) fn options(case: &Case, writable: bool) -> Options {
+pub(crate) fn options(case: &CrashCase, writable: bool) -> Options {
     Options {
         writable,
         // Few slices, so that they come and go.
@@ -123,10 +124,10 @@ pub(crate) fn options(case: &Case, writable: bool) -> Options {
     }
 }
 
-pub(crate) fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
-    let memory = Memory::new(Vec::new(), 1, false);
+pub(crate) fn fresh(runtime: &Runtime, case: &CrashCase) -> Vec<u8> {
+    let memory = MemoryImage::new(Vec::new(), 1, false);
     let mut plan = case.plan.clone();
-    plan.backing = case.below.then(|| Backing {
+    plan.backing = case.below.then(|| BackingImage {
         name: "below.img".into(),
         format: Some("raw".into()),
     });
@@ -136,7 +137,12 @@ pub(crate) fn fresh(runtime: &Runtime, case: &Case) -> Vec<u8> {
     memory.bytes()
 }
 
-pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: bool) -> Disk {
+pub(crate) fn opened(
+    runtime: &Runtime,
+    memory: &MemoryImage,
+    case: &CrashCase,
+    writable: bool,
+) -> Disk {
     let (parts, options) = (parts(case), options(case, writable));
     let disk = Disk::new(Qcow2::new(memory.clone(), parts, options));
     let its = disk.clone();
@@ -149,8 +155,8 @@ pub(crate) fn opened(runtime: &Runtime, memory: &Memory, case: &Case, writable: 
 }
 
 /// Returns the disk of an image that may have leaked clusters, but no other fault.
-pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
-    let memory = Memory::new(bytes, 1, false);
+pub(crate) fn checked(runtime: &Runtime, case: &CrashCase, bytes: Vec<u8>) -> Disk {
+    let memory = MemoryImage::new(bytes, 1, false);
     let image = Qcow2::new(memory.clone(), parts(case), options(case, false));
     let found = runtime.block_on(async move {
         image.activate().await.unwrap();
@@ -167,13 +173,13 @@ pub(crate) fn checked(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Disk {
 }
 
 /// Returns the number in each sector of that disk.
-fn content(runtime: &Runtime, case: &Case, bytes: Vec<u8>) -> Vec<Option<u32>> {
+fn content(runtime: &Runtime, case: &CrashCase, bytes: Vec<u8>) -> Vec<Option<u32>> {
     let disk = checked(runtime, case, bytes);
     let all = runtime.block_on(async move { read_all(&disk, SIZE).await });
     stamps(&all.unwrap().unwrap())
 }
 
-pub(crate) fn first(case: &Case, sector: u64) -> u32 {
+pub(crate) fn first(case: &CrashCase, sector: u64) -> u32 {
     match case.below && sector < BELOW_SECTORS {
         true => BELOW,
         false => 0,
@@ -181,7 +187,13 @@ pub(crate) fn first(case: &Case, sector: u64) -> u32 {
 }
 
 /// Checks the content after the death of the process at `now`.
-fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
+fn judge_death(
+    case: &CrashCase,
+    history: &ImageHistory,
+    now: usize,
+    found: &[Option<u32>],
+    seed: u64,
+) {
     for (number, stamp) in found.iter().enumerate() {
         let number = number as u64;
         let its = history
@@ -202,7 +214,13 @@ fn judge_death(case: &Case, history: &History, now: usize, found: &[Option<u32>]
 }
 
 /// Checks the content after a power cut at `now`.
-fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], seed: u64) {
+fn judge_cut(
+    case: &CrashCase,
+    history: &ImageHistory,
+    now: usize,
+    found: &[Option<u32>],
+    seed: u64,
+) {
     let flushed = history
         .flushes
         .iter()
@@ -229,15 +247,15 @@ fn judge_cut(case: &Case, history: &History, now: usize, found: &[Option<u32>], 
 }
 
 /// Returns the image after a power cut: all flushed sectors, and any of the later ones.
-fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
+fn cut(base: &[u8], log: &[ImageEvent], chance: &MemoryRng) -> Vec<u8> {
     let mut sure = 0;
     for (at, event) in log.iter().enumerate() {
-        let Event::FlushEnd(number) = event else {
+        let ImageEvent::FlushEnd(number) = event else {
             continue;
         };
         let begin = log[..at]
             .iter()
-            .position(|event| matches!(event, Event::FlushBegin(other) if other == number));
+            .position(|event| matches!(event, ImageEvent::FlushBegin(other) if other == number));
         sure = sure.max(begin.unwrap());
     }
     let mut bytes = base.to_vec();
@@ -246,12 +264,12 @@ fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
     }
     for event in &log[sure..] {
         match event {
-            Event::Write(at, data) => {
+            ImageEvent::Write(at, data) => {
                 for (number, sector) in data.chunks(512).enumerate() {
                     if chance.below(2) == 0 {
                         apply(
                             &mut bytes,
-                            &Event::Write(at + number as u64 * 512, sector.to_vec()),
+                            &ImageEvent::Write(at + number as u64 * 512, sector.to_vec()),
                         );
                     }
                 }
@@ -264,7 +282,7 @@ fn cut(base: &[u8], log: &[Event], chance: &Chance) -> Vec<u8> {
 }
 
 /// Checks an image with QEMU: only leaked clusters are allowed, and these only if `leaks` is set.
-fn check(bytes: &[u8], case: &Case, leaks: bool, when: &str) {
+fn check(bytes: &[u8], case: &CrashCase, leaks: bool, when: &str) {
     let folder = folder();
     let below = sector(BELOW).repeat(BELOW_SECTORS as usize);
     std::fs::write(folder.path().join("below.img"), below).unwrap();
@@ -283,12 +301,12 @@ fn check(bytes: &[u8], case: &Case, leaks: bool, when: &str) {
     assert!(is_right, "{}, {when}: {said}", case.name);
 }
 
-fn run(case: &Case, seed: u64, steps: u64, has_qemu: bool) {
+fn run(case: &CrashCase, seed: u64, steps: u64, has_qemu: bool) {
     let runtime = Runtime::new();
     let base = fresh(&runtime, case);
-    let memory = Memory::new(base.clone(), seed, true);
+    let memory = MemoryImage::new(base.clone(), seed, true);
     let disk = opened(&runtime, &memory, case, true);
-    let chance = Chance::new(seed);
+    let chance = MemoryRng::new(seed);
     let log = memory.clone();
     let history = exercise(&runtime, &disk, SECTORS, steps, &chance, move || log.now());
     let log = memory.log();
@@ -349,10 +367,10 @@ fn a_disk_without_room_loses_nothing() {
     for case in cases() {
         for seed in seeds(40) {
             let runtime = Runtime::new();
-            let memory = Memory::new(fresh(&runtime, &case), seed, true);
+            let memory = MemoryImage::new(fresh(&runtime, &case), seed, true);
             let disk = opened(&runtime, &memory, &case, true);
             memory.fail(60);
-            let chance = Chance::new(seed);
+            let chance = MemoryRng::new(seed);
             let log = memory.clone();
             let now = move || log.now();
             let mut history = exercise(&runtime, &disk, SECTORS, 30, &chance, now.clone());
@@ -396,12 +414,12 @@ fn a_disk_without_room_loses_nothing() {
 /// that the first one copies must not undo the second.
 #[test]
 fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
-    let case = Case {
+    let case = CrashCase {
         name: "neighbours",
-        plan: Plan {
+        plan: Qcow2Create {
             cluster: 65536,
             extended: true,
-            ..Plan::new(SIZE)
+            ..Qcow2Create::new(SIZE)
         },
         below: false,
     };
@@ -409,7 +427,7 @@ fn a_write_does_not_undo_another_one_into_the_next_subcluster() {
     const PART: u64 = 4;
     for seed in seeds(50) {
         let runtime = Runtime::new();
-        let memory = Memory::new(fresh(&runtime, &case), seed, true);
+        let memory = MemoryImage::new(fresh(&runtime, &case), seed, true);
         let disk = opened(&runtime, &memory, &case, true);
         let write = |first: u64, count: u64, stamp| {
             let disk = disk.clone();

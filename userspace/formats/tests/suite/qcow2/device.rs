@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image on a device, which does not grow.
 
-use super::memory::{sector, stamps, Memory};
+use super::memory::{sector, stamps, MemoryImage};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{check, create, Findings, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::qcow2::{check, create, Findings, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options};
 
 const SIZE: u64 = 1 << 20;
 /// Bytes of a cluster: an L2 table is for 32 KiB, a refcount block for 128 KiB.
 const CLUSTER: u64 = 512;
 
 /// An image with nothing in it on a device.
-fn device(runtime: &Runtime, size: u64) -> Memory {
-    let memory = Memory::new(vec![0; size as usize], 1, false);
+fn device(runtime: &Runtime, size: u64) -> MemoryImage {
+    let memory = MemoryImage::new(vec![0; size as usize], 1, false);
     memory.fix();
     let file = memory.clone();
-    let plan = Plan {
+    let plan = Qcow2Create {
         cluster: CLUSTER,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     };
     runtime
         .block_on(async move { create(&file, &plan).await })
@@ -27,9 +27,9 @@ fn device(runtime: &Runtime, size: u64) -> Memory {
     memory
 }
 
-fn opened(runtime: &Runtime, memory: &Memory) -> Disk {
+fn opened(runtime: &Runtime, memory: &MemoryImage) -> Disk {
     let options = Options::new("device");
-    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
+    let disk = Disk::new(Qcow2::new(memory.clone(), ImageParts::default(), options));
     let its = disk.clone();
     runtime
         .block_on(async move { its.activate().await })
@@ -65,7 +65,7 @@ fn close(runtime: &Runtime, disk: Disk) {
         .unwrap();
 }
 
-fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
+fn findings(runtime: &Runtime, memory: &MemoryImage) -> Findings {
     let file = memory.clone();
     runtime
         .block_on(async move { check(&file, "device", false).await })
@@ -131,7 +131,7 @@ fn refcounts_are_repaired_on_a_device_that_is_larger_than_they_cover() {
         // The image was not closed, and a refcount block is missing.
         bytes[79] |= 1;
         bytes[reftable + 16..reftable + 24].fill(0);
-        let memory = Memory::new(bytes, 1, false);
+        let memory = MemoryImage::new(bytes, 1, false);
         memory.fix();
         let disk = opened(&runtime, &memory);
         for at in 0..600 {

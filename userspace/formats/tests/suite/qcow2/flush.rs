@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Second task of a flush: released clusters become free.
 
-use super::memory::{sector, Event, Memory};
+use super::memory::{sector, ImageEvent, MemoryImage};
 use crate::common::history::{lost_flush_is_told, lost_flush_is_told_beside, Trial};
 use crate::common::tools::parent;
-use crate::common::{run, Content, World};
+use crate::common::{run, SparseContent, World};
 use diskio::{Bytes, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{check, create, Backing, Findings, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::qcow2::{check, create, BackingImage, Findings, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options};
 
 const CLUSTER: u64 = 4096;
 
 /// Returns an active disk with one durable cluster of data.
-fn disk(runtime: &Runtime) -> (Memory, Disk) {
-    let memory = Memory::new(Vec::new(), 1, false);
+fn disk(runtime: &Runtime) -> (MemoryImage, Disk) {
+    let memory = MemoryImage::new(Vec::new(), 1, false);
     let file = memory.clone();
     let options = Options {
         discard: true,
         ..Options::new("flush")
     };
-    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
+    let disk = Disk::new(Qcow2::new(memory.clone(), ImageParts::default(), options));
     let its = disk.clone();
     let begin = async move {
-        let plan = Plan {
+        let plan = Qcow2Create {
             cluster: CLUSTER,
-            ..Plan::new(1 << 20)
+            ..Qcow2Create::new(1 << 20)
         };
         create(&file, &plan).await.unwrap();
         its.activate().await.unwrap();
@@ -37,8 +37,8 @@ fn disk(runtime: &Runtime) -> (Memory, Disk) {
     (memory, disk)
 }
 
-fn memory_of(bytes: &[u8]) -> Memory {
-    Memory::new(bytes.to_vec(), 1, false)
+fn memory_of(bytes: &[u8]) -> MemoryImage {
+    MemoryImage::new(bytes.to_vec(), 1, false)
 }
 
 fn discard(runtime: &Runtime, disk: &Disk) {
@@ -57,7 +57,7 @@ fn close(runtime: &Runtime, disk: Disk) {
     runtime.block_on(work).unwrap().unwrap();
 }
 
-fn findings(runtime: &Runtime, memory: &Memory) -> Findings {
+fn findings(runtime: &Runtime, memory: &MemoryImage) -> Findings {
     let file = memory.clone();
     let work = async move { check(&file, "flush", false).await };
     runtime.block_on(work).unwrap().unwrap()
@@ -69,7 +69,7 @@ fn a_flush_does_not_fail_because_a_cluster_cannot_be_freed() {
     let runtime = Runtime::new();
     let (memory, disk) = disk(&runtime);
     discard(&runtime, &disk);
-    memory.refuse(|event| matches!(event, Event::Write(..)));
+    memory.refuse(|event| matches!(event, ImageEvent::Write(..)));
     assert_eq!(flush(&runtime, &disk), Ok(()));
     assert_eq!(disk.stats()["damage"], 1);
     memory.refuse(|_| false);
@@ -84,7 +84,7 @@ fn a_flush_does_not_fail_because_the_storage_keeps_its_space() {
     let runtime = Runtime::new();
     let (memory, disk) = disk(&runtime);
     discard(&runtime, &disk);
-    memory.refuse(|event| matches!(event, Event::Discard(..)));
+    memory.refuse(|event| matches!(event, ImageEvent::Discard(..)));
     assert_eq!(flush(&runtime, &disk), Ok(()));
     assert_eq!(disk.stats()["damage"], 0);
     assert_eq!(disk.stats()["clusters_freed"], 1);
@@ -104,15 +104,15 @@ fn an_image_that_is_let_go_of_is_not_in_the_cache() {
 
     let (image, data) = (memory_of(&[]), memory_of(&[0; 1 << 20]));
     let file = image.clone();
-    let parts = Parts {
+    let parts = ImageParts {
         extents: vec![data.clone()],
-        ..Parts::default()
+        ..ImageParts::default()
     };
     let disk = Disk::new(Qcow2::new(image.clone(), parts, Options::new("data")));
     let work = async move {
-        let plan = Plan {
+        let plan = Qcow2Create {
             data_file: Some(("data".into(), false)),
-            ..Plan::new(1 << 20)
+            ..Qcow2Create::new(1 << 20)
         };
         create(&file, &plan).await.unwrap();
         disk.activate().await.unwrap();
@@ -129,7 +129,7 @@ fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
     let runtime = Runtime::new();
     let (memory, disk) = disk(&runtime);
     discard(&runtime, &disk);
-    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    memory.refuse(|event| matches!(event, ImageEvent::FlushEnd(_)));
     assert_eq!(flush(&runtime, &disk), Err(Errno::IO));
     memory.refuse(|_| false);
     assert_eq!(flush(&runtime, &disk), Ok(()));
@@ -156,7 +156,7 @@ fn what_a_flush_that_failed_was_to_make_durable_is_not_freed() {
 fn an_image_is_let_go_of_even_if_its_flush_fails() {
     let runtime = Runtime::new();
     let (memory, disk) = disk(&runtime);
-    memory.refuse(|event| matches!(event, Event::FlushEnd(_)));
+    memory.refuse(|event| matches!(event, ImageEvent::FlushEnd(_)));
     let its = disk.clone();
     let work = async move { its.inactivate().await };
     assert_eq!(runtime.block_on(work).unwrap(), Err(Errno::IO));
@@ -169,15 +169,15 @@ fn an_image_is_let_go_of_even_if_its_flush_fails() {
 
 /// An image with a backing image, so that the first write to a part of a cluster has to flush.
 fn trial(seed: u64) -> Trial {
-    let world = World::new(vec![Content::default()]);
+    let world = World::new(vec![SparseContent::default()]);
     let (file, size) = (world.file(0), 1 << 20);
-    let plan = Plan {
+    let plan = Qcow2Create {
         cluster: CLUSTER,
-        backing: Some(Backing {
+        backing: Some(BackingImage {
             name: "base".into(),
             format: Some("raw".into()),
         }),
-        ..Plan::new(size)
+        ..Qcow2Create::new(size)
     };
     run(async move { create(&file, &plan).await.unwrap() });
     Trial {
@@ -185,9 +185,9 @@ fn trial(seed: u64) -> Trial {
         size,
         files: world.files(),
         open: std::rc::Rc::new(|world| {
-            let parts = Parts {
+            let parts = ImageParts {
                 parent: Some(parent()),
-                ..Parts::default()
+                ..ImageParts::default()
             };
             let image = Qcow2::new(world.file(0), parts, Options::new("flush"));
             Disk::new(image)

@@ -2,19 +2,19 @@
 //! Hostile images: whatever their content, the driver does not panic, every loop ends, and it uses no more memory than
 //! its budget.
 
-use super::memory::{read_all, sector, Chance, Memory};
+use super::memory::{read_all, sector, MemoryImage, MemoryRng};
 use crate::common::seeds;
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{create, header, snapshots, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::qcow2::{create, header, snapshots, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options};
 
 const SIZE: u64 = 1 << 20;
 
 /// A sound image with some content.
-fn sound(plan: Plan) -> Vec<u8> {
+fn sound(plan: Qcow2Create) -> Vec<u8> {
     let runtime = Runtime::new();
-    let memory = Memory::new(Vec::new(), 1, false);
+    let memory = MemoryImage::new(Vec::new(), 1, false);
     let its = memory.clone();
     runtime
         .block_on(async move { create(&its, &plan).await })
@@ -22,7 +22,7 @@ fn sound(plan: Plan) -> Vec<u8> {
         .unwrap();
     let disk = Disk::new(Qcow2::new(
         memory.clone(),
-        Parts::default(),
+        ImageParts::default(),
         Options::new("sound"),
     ));
     let fill = async move {
@@ -45,12 +45,12 @@ fn sound(plan: Plan) -> Vec<u8> {
 /// Sends requests of each kind to an image with any content. Each failure must be an error.
 fn use_it(bytes: Vec<u8>) -> u64 {
     let runtime = Runtime::new();
-    let memory = Memory::new(bytes, 1, false);
+    let memory = MemoryImage::new(bytes, 1, false);
     let options = Options {
         cache: 1 << 20,
         ..Options::new("hostile")
     };
-    let disk = Disk::new(Qcow2::new(memory.clone(), Parts::default(), options));
+    let disk = Disk::new(Qcow2::new(memory.clone(), ImageParts::default(), options));
     let work = async move {
         let Ok(shape) = disk.activate().await else {
             return 0;
@@ -80,23 +80,23 @@ fn use_it(bytes: Vec<u8>) -> u64 {
 
 #[test]
 fn damaged_metadata_does_no_harm() {
-    let small = |cluster| Plan {
+    let small = |cluster| Qcow2Create {
         cluster,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     };
     let plans = [
         small(65536),
         small(512),
         small(4096),
-        Plan {
+        Qcow2Create {
             extended: true,
             ..small(16384)
         },
-        Plan {
+        Qcow2Create {
             refcount_bits: 1,
             ..small(4096)
         },
-        Plan {
+        Qcow2Create {
             version: 2,
             ..small(4096)
         },
@@ -105,7 +105,7 @@ fn damaged_metadata_does_no_harm() {
         let image = sound(plan.clone());
         let metadata = metadata(&image, plan.cluster as usize);
         for seed in seeds(300) {
-            let chance = Chance::new(seed);
+            let chance = MemoryRng::new(seed);
             let mut bytes = image.clone();
             for _ in 0..1 + chance.below(4) {
                 let at = match chance.below(3) {
@@ -156,9 +156,9 @@ fn metadata(image: &[u8], cluster: usize) -> Vec<usize> {
 /// Entries that lead to where others are, and tables that are their own.
 #[test]
 fn tables_that_lead_to_themselves_do_no_harm() {
-    let image = sound(Plan {
+    let image = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
     let (l1, reftable) = (number(40), number(48));
@@ -186,9 +186,9 @@ fn tables_that_lead_to_themselves_do_no_harm() {
 
 #[test]
 fn the_header_is_not_overwritten_by_way_of_an_entry() {
-    let image = sound(Plan {
+    let image = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
     let l1 = number(40);
@@ -196,10 +196,10 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
     let mut bytes = image.clone();
     bytes[l2..l2 + 8].copy_from_slice(&(l1 | 1 << 63).to_be_bytes());
     let runtime = Runtime::new();
-    let memory = Memory::new(bytes, 1, false);
+    let memory = MemoryImage::new(bytes, 1, false);
     let disk = Disk::new(Qcow2::new(
         memory.clone(),
-        Parts::default(),
+        ImageParts::default(),
         Options::new("hostile"),
     ));
     let write = async move {
@@ -217,16 +217,16 @@ fn the_header_is_not_overwritten_by_way_of_an_entry() {
 /// An L1 entry says that its table has one user, and leads to none.
 #[test]
 fn a_write_below_an_empty_l1_entry_is_there() {
-    let mut bytes = sound(Plan {
+    let mut bytes = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
     bytes[l1..l1 + 8].copy_from_slice(&(1_u64 << 63).to_be_bytes());
     let runtime = Runtime::new();
     let disk = Disk::new(Qcow2::new(
-        Memory::new(bytes, 1, false),
-        Parts::default(),
+        MemoryImage::new(bytes, 1, false),
+        ImageParts::default(),
         Options::new("hostile"),
     ));
     let work = async move {
@@ -242,9 +242,9 @@ fn a_write_below_an_empty_l1_entry_is_there() {
 /// An entry leads to a table instead of a cluster: a write, which releases the cluster, must not free the table.
 #[test]
 fn tables_are_not_freed_by_way_of_an_entry() {
-    let image = sound(Plan {
+    let image = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let number = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
     let (l1, refs) = (number(40), number(48));
@@ -254,10 +254,10 @@ fn tables_are_not_freed_by_way_of_an_entry() {
         let mut bytes = image.clone();
         bytes[l2..l2 + 8].copy_from_slice(&entry.to_be_bytes());
         let runtime = Runtime::new();
-        let memory = Memory::new(bytes, 1, false);
+        let memory = MemoryImage::new(bytes, 1, false);
         let disk = Disk::new(Qcow2::new(
             memory.clone(),
-            Parts::default(),
+            ImageParts::default(),
             Options::new("hostile"),
         ));
         let write = async move {
@@ -287,9 +287,9 @@ fn tables_are_not_freed_by_way_of_an_entry() {
 /// A thousand bitmaps, each as large as one can be: to look at them would take hours.
 #[test]
 fn bitmaps_without_end_are_refused() {
-    let mut bytes = sound(Plan {
+    let mut bytes = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let number = |bytes: &[u8], at: usize| {
         u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
@@ -316,10 +316,10 @@ fn bitmaps_without_end_are_refused() {
         record.resize(24, 0);
         bytes.extend(record);
     }
-    let memory = Memory::new(bytes, 1, false);
+    let memory = MemoryImage::new(bytes, 1, false);
     let disk = Disk::new(Qcow2::new(
         memory,
-        Parts::default(),
+        ImageParts::default(),
         Options::new("hostile"),
     ));
     let opened = Runtime::new().block_on(async move { disk.activate().await });
@@ -350,14 +350,14 @@ fn add_snapshots(bytes: &mut Vec<u8>, count: u32, name: usize) {
 /// A bitmap's name may have 64 KiB: the driver keeps no more of them in memory than QEMU allows.
 #[test]
 fn snapshots_without_end_are_refused() {
-    let image = sound(Plan {
+    let image = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     for (count, is_right) in [(1000, true), (1100, false)] {
         let mut bytes = image.clone();
         add_snapshots(&mut bytes, count, 65528);
-        let memory = Memory::new(bytes, 1, false);
+        let memory = MemoryImage::new(bytes, 1, false);
         let found = Runtime::new().block_on(async move { snapshots(&memory).await });
         match found.unwrap() {
             Ok(all) => assert!(is_right && all.len() == count as usize, "{}", all.len()),
@@ -370,8 +370,8 @@ fn snapshots_without_end_are_refused() {
 fn refusal(mut bytes: Vec<u8>) -> String {
     bytes[79] |= 1;
     let disk = Disk::new(Qcow2::new(
-        Memory::new(bytes, 1, false),
-        Parts::default(),
+        MemoryImage::new(bytes, 1, false),
+        ImageParts::default(),
         Options::new("hostile"),
     ));
     let opened = Runtime::new().block_on(async move { disk.activate().await });
@@ -381,9 +381,9 @@ fn refusal(mut bytes: Vec<u8>) -> String {
 /// Many snapshots with one L1 table, and many entries with one L2 table: to walk all that once for each would take hours.
 #[test]
 fn tables_that_are_used_without_end_are_refused() {
-    let mut image = sound(Plan {
+    let mut image = sound(Qcow2Create {
         cluster: 4096,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     });
     let number =
         |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
@@ -427,7 +427,7 @@ fn a_file_that_is_no_image_is_refused() {
         b"QFI\xfb\0\0\0\x01".repeat(64),
     ] {
         let runtime = Runtime::new();
-        let memory = Memory::new(bytes, 1, false);
+        let memory = MemoryImage::new(bytes, 1, false);
         assert!(runtime
             .block_on(async move { header(&memory).await })
             .unwrap()

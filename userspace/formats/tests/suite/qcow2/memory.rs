@@ -13,9 +13,9 @@ pub(crate) const SECTOR: u64 = 512;
 
 /// Numbers that look like chance, from a seed.
 #[derive(Clone, Debug)]
-pub(crate) struct Chance(Rc<Cell<u64>>);
+pub(crate) struct MemoryRng(Rc<Cell<u64>>);
 
-impl Chance {
+impl MemoryRng {
     pub(crate) fn new(seed: u64) -> Self {
         Self(Rc::new(Cell::new(seed.wrapping_mul(2).wrapping_add(1))))
     }
@@ -36,7 +36,7 @@ impl Chance {
 
 /// Change of an image.
 #[derive(Clone, Debug)]
-pub(crate) enum Event {
+pub(crate) enum ImageEvent {
     Write(u64, Vec<u8>),
     Clear(u64, u64),
     Discard(u64, u64),
@@ -47,24 +47,24 @@ pub(crate) enum Event {
 
 /// An image in memory. Operations happen at some later time, in any order.
 #[derive(Clone)]
-pub(crate) struct Memory(Rc<Inner>);
+pub(crate) struct MemoryImage(Rc<MemoryState>);
 
-struct Inner {
+struct MemoryState {
     bytes: RefCell<Vec<u8>>,
-    log: RefCell<Vec<Event>>,
+    log: RefCell<Vec<ImageEvent>>,
     flushes: Cell<u64>,
-    chance: Chance,
+    chance: MemoryRng,
     delay: bool,
     /// Chance in a thousand that a write or flush fails; a failed write may have taken effect.
     failing: Cell<u64>,
     /// Changes that fail always.
-    refused: Cell<fn(&Event) -> bool>,
+    refused: Cell<fn(&ImageEvent) -> bool>,
     /// True if its size is fixed, as a device's.
     fixed: Cell<bool>,
     forgotten: Cell<bool>,
 }
 
-pub(crate) fn apply(bytes: &mut Vec<u8>, event: &Event) {
+pub(crate) fn apply(bytes: &mut Vec<u8>, event: &ImageEvent) {
     let mut put = |at: u64, len: usize, from: &dyn Fn(usize) -> u8| {
         let (at, end) = (at as usize, at as usize + len);
         if bytes.len() < end {
@@ -75,22 +75,22 @@ pub(crate) fn apply(bytes: &mut Vec<u8>, event: &Event) {
         }
     };
     match event {
-        Event::Write(at, data) => put(*at, data.len(), &|number| data[number]),
-        Event::Clear(at, len) => put(*at, *len as usize, &|_| 0),
+        ImageEvent::Write(at, data) => put(*at, data.len(), &|number| data[number]),
+        ImageEvent::Clear(at, len) => put(*at, *len as usize, &|_| 0),
         // A device may have anything there afterwards.
-        Event::Discard(at, len) => put(*at, *len as usize, &|_| 0xdd),
-        Event::Size(size) => bytes.resize(*size as usize, 0),
-        Event::FlushBegin(_) | Event::FlushEnd(_) => {}
+        ImageEvent::Discard(at, len) => put(*at, *len as usize, &|_| 0xdd),
+        ImageEvent::Size(size) => bytes.resize(*size as usize, 0),
+        ImageEvent::FlushBegin(_) | ImageEvent::FlushEnd(_) => {}
     }
 }
 
-impl Memory {
+impl MemoryImage {
     pub(crate) fn new(bytes: Vec<u8>, seed: u64, delay: bool) -> Self {
-        Self(Rc::new(Inner {
+        Self(Rc::new(MemoryState {
             bytes: RefCell::new(bytes),
             log: RefCell::default(),
             flushes: Cell::new(0),
-            chance: Chance::new(seed),
+            chance: MemoryRng::new(seed),
             delay,
             failing: Cell::new(0),
             refused: Cell::new(|_| false),
@@ -103,7 +103,7 @@ impl Memory {
         self.0.bytes.borrow().clone()
     }
 
-    pub(crate) fn log(&self) -> Vec<Event> {
+    pub(crate) fn log(&self) -> Vec<ImageEvent> {
         self.0.log.borrow().clone()
     }
 
@@ -117,7 +117,7 @@ impl Memory {
     }
 
     /// Sets which changes fail from now on.
-    pub(crate) fn refuse(&self, what: fn(&Event) -> bool) {
+    pub(crate) fn refuse(&self, what: fn(&ImageEvent) -> bool) {
         self.0.refused.set(what);
     }
 
@@ -132,10 +132,10 @@ impl Memory {
     }
 
     /// A device has nothing there.
-    fn is_behind(&self, event: &Event) -> bool {
+    fn is_behind(&self, event: &ImageEvent) -> bool {
         let end = match event {
-            Event::Write(at, data) => at + data.len() as u64,
-            Event::Clear(at, len) | Event::Discard(at, len) => at + len,
+            ImageEvent::Write(at, data) => at + data.len() as u64,
+            ImageEvent::Clear(at, len) | ImageEvent::Discard(at, len) => at + len,
             _ => 0,
         };
         self.0.fixed.get() && end > self.0.bytes.borrow().len() as u64
@@ -157,10 +157,10 @@ impl Memory {
         .await;
     }
 
-    async fn event(&self, event: Event) -> Result<(), Errno> {
+    async fn event(&self, event: ImageEvent) -> Result<(), Errno> {
         self.later().await;
         if self.0.chance.below(1000) < self.0.failing.get() {
-            let may_be_done = !matches!(event, Event::FlushEnd(_));
+            let may_be_done = !matches!(event, ImageEvent::FlushEnd(_));
             if may_be_done && self.0.chance.below(3) == 0 {
                 apply(&mut self.0.bytes.borrow_mut(), &event);
                 self.0.log.borrow_mut().push(event);
@@ -180,7 +180,7 @@ impl Memory {
     }
 }
 
-impl Storage for Memory {
+impl Storage for MemoryImage {
     fn size(&self) -> Result<u64, Errno> {
         Ok(self.0.bytes.borrow().len() as u64)
     }
@@ -190,7 +190,7 @@ impl Storage for Memory {
             return Ok(());
         }
         assert!(size < 1 << 30, "an image grows without limit");
-        self.event(Event::Size(size)).await
+        self.event(ImageEvent::Size(size)).await
     }
 
     fn is_direct(&self) -> bool {
@@ -227,7 +227,7 @@ impl Storage for Memory {
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.event(Event::Clear(offset, len)).await
+        self.event(ImageEvent::Clear(offset, len)).await
     }
 
     async fn read_padded(&self, offset: u64, data: Data) -> Result<(), Errno> {
@@ -244,22 +244,22 @@ impl Storage for Memory {
         if offset + data.len() as u64 > 1 << 30 {
             return Err(Errno::FBIG);
         }
-        self.event(Event::Write(offset, data.to_vec())).await
+        self.event(ImageEvent::Write(offset, data.to_vec())).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         let number = self.0.flushes.get();
         self.0.flushes.set(number + 1);
-        self.0.log.borrow_mut().push(Event::FlushBegin(number));
-        self.event(Event::FlushEnd(number)).await
+        self.0.log.borrow_mut().push(ImageEvent::FlushBegin(number));
+        self.event(ImageEvent::FlushEnd(number)).await
     }
 
     async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.event(Event::Discard(offset, len)).await
+        self.event(ImageEvent::Discard(offset, len)).await
     }
 
     async fn clear(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.event(Event::Clear(offset, len)).await
+        self.event(ImageEvent::Clear(offset, len)).await
     }
 
     fn buffer(&self, len: usize) -> Result<Data, Errno> {
@@ -283,7 +283,7 @@ impl Storage for Memory {
 
 /// Request of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum RequestKind {
     Write(u32),
     Zero,
     Discard,
@@ -291,25 +291,25 @@ pub(crate) enum Kind {
 
 /// A change of a disk, and when it was under way: in events of the image.
 #[derive(Clone, Debug)]
-pub(crate) struct Change {
+pub(crate) struct DiskChange {
     pub(crate) sectors: std::ops::Range<u64>,
-    pub(crate) kind: Kind,
+    pub(crate) kind: RequestKind,
     pub(crate) begun: usize,
     pub(crate) answered: usize,
 }
 
 /// History of a disk.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct History {
-    pub(crate) changes: Vec<Change>,
+pub(crate) struct ImageHistory {
+    pub(crate) changes: Vec<DiskChange>,
     /// Flushes: when they began, and when they were answered.
     pub(crate) flushes: Vec<(usize, usize)>,
 }
 
-impl History {
+impl ImageHistory {
     /// Changes that failed.
     pub(crate) fn failed(&self) -> usize {
-        let failed = |change: &&Change| change.answered == usize::MAX;
+        let failed = |change: &&DiskChange| change.answered == usize::MAX;
         self.changes.iter().filter(failed).count()
     }
 }
@@ -344,15 +344,15 @@ pub(crate) async fn read_all(disk: &Disk, size: u64) -> Result<Vec<u8>, Errno> {
 /// Returns the stamps that a sector may hold, from its first one and its changes.
 pub(crate) fn allowed<'c>(
     first: u32,
-    changes: impl Iterator<Item = (&'c Change, bool)>,
+    changes: impl Iterator<Item = (&'c DiskChange, bool)>,
 ) -> Vec<u32> {
     let mut may = vec![first];
     for (change, is_sure) in changes {
         let new = match change.kind {
-            Kind::Write(stamp) => stamp,
-            Kind::Zero | Kind::Discard => 0,
+            RequestKind::Write(stamp) => stamp,
+            RequestKind::Zero | RequestKind::Discard => 0,
         };
-        if is_sure && change.kind != Kind::Discard {
+        if is_sure && change.kind != RequestKind::Discard {
             may.clear();
         }
         if !may.contains(&new) {
@@ -368,10 +368,10 @@ pub(crate) fn exercise(
     disk: &Disk,
     sectors: u64,
     steps: u64,
-    chance: &Chance,
+    chance: &MemoryRng,
     now: impl Fn() -> usize + Clone + 'static,
-) -> History {
-    let history = Rc::new(RefCell::new(History::default()));
+) -> ImageHistory {
+    let history = Rc::new(RefCell::new(ImageHistory::default()));
     // Others than those of another call.
     let mut stamp = (chance.below(1 << 20) as u32 + 1) << 8;
     let mut step = 0;
@@ -395,15 +395,15 @@ pub(crate) fn exercise(
             }
             busy.push(range.clone());
             let kind = match chance.below(8) {
-                0 => Kind::Zero,
-                1 => Kind::Discard,
+                0 => RequestKind::Zero,
+                1 => RequestKind::Discard,
                 2 => {
                     spawn_flush(runtime, disk, &history, now.clone());
                     continue;
                 }
                 _ => {
                     stamp += 1;
-                    Kind::Write(stamp)
+                    RequestKind::Write(stamp)
                 }
             };
             spawn_change(runtime, disk, &history, range, kind, now.clone());
@@ -416,7 +416,7 @@ pub(crate) fn exercise(
 fn spawn_flush(
     runtime: &Runtime,
     disk: &Disk,
-    history: &Rc<RefCell<History>>,
+    history: &Rc<RefCell<ImageHistory>>,
     now: impl Fn() -> usize + 'static,
 ) {
     let (disk, history) = (disk.clone(), history.clone());
@@ -431,9 +431,9 @@ fn spawn_flush(
 fn spawn_change(
     runtime: &Runtime,
     disk: &Disk,
-    history: &Rc<RefCell<History>>,
+    history: &Rc<RefCell<ImageHistory>>,
     sectors: std::ops::Range<u64>,
-    kind: Kind,
+    kind: RequestKind,
     now: impl Fn() -> usize + 'static,
 ) {
     let (disk, history) = (disk.clone(), history.clone());
@@ -445,12 +445,12 @@ fn spawn_change(
         );
         let how = Attributes::default();
         let done = match kind {
-            Kind::Write(stamp) => {
+            RequestKind::Write(stamp) => {
                 let bytes = sector(stamp).repeat((len / SECTOR) as usize);
                 disk.write(at, Bytes::copied(&bytes).unwrap(), how).await
             }
-            Kind::Zero => disk.write_zeroes(at, len, how).await,
-            Kind::Discard => disk.discard(at, len, how).await,
+            RequestKind::Zero => disk.write_zeroes(at, len, how).await,
+            RequestKind::Discard => disk.discard(at, len, how).await,
         };
         // A failed change may take effect at any later time, or never.
         let answered = match done {
@@ -458,7 +458,7 @@ fn spawn_change(
             Err(Errno::NOSPC) => usize::MAX,
             Err(error) => panic!("{kind:?} of {sectors:?}: {error}"),
         };
-        history.borrow_mut().changes.push(Change {
+        history.borrow_mut().changes.push(DiskChange {
             sectors,
             kind,
             begun,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The driver reads the images of QEMU's tools, and these find the driver's images to be right.
 
-use super::memory::{exercise, read_all, sector, Chance, Kind};
+use super::memory::{exercise, read_all, sector, MemoryRng, RequestKind};
 use crate::common::tools::{command, folder, has_qemu, tool_in as tool};
 use diskio::{Bytes, File, Runtime};
 use drivers::{Attributes, Content, Disk, Driver, Raw};
-use formats::qcow2::{create, header, snapshots, Backing, Compression, Plan, Qcow2};
-use formats::{Options, Parts};
+use formats::qcow2::{create, header, snapshots, BackingImage, Compression, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options};
 use std::path::{Path, PathBuf};
 
 const SIZE: u64 = 3 << 20;
@@ -36,7 +36,7 @@ fn chain(runtime: &Runtime, path: &Path, writable: bool) -> Disk {
         _ => Disk::new(Raw::new(file(runtime, &beside(&backing.name)), false)),
     });
     let data_file = head.data_file.map(|name| file(runtime, &beside(&name)));
-    let parts = Parts {
+    let parts = ImageParts {
         parent: below,
         extents: data_file.into_iter().collect(),
     };
@@ -180,7 +180,7 @@ fn more(folder: &Path, options: &str) {
 fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     let before = content(runtime, path);
     let disk = active(runtime, path, true);
-    let chance = Chance::new(seed);
+    let chance = MemoryRng::new(seed);
     let history = exercise(runtime, &disk, SIZE / 512, 120, &chance, || 0);
     let its = disk.clone();
     let now = runtime
@@ -192,11 +192,11 @@ fn change(runtime: &Runtime, path: &Path, seed: u64, what: &str) {
     for change in &history.changes {
         for number in change.sectors.clone() {
             let bytes = &mut expected[number as usize * 512..][..512];
-            unsure[number as usize] = change.kind == Kind::Discard;
+            unsure[number as usize] = change.kind == RequestKind::Discard;
             match change.kind {
-                Kind::Write(stamp) => bytes.copy_from_slice(&sector(stamp)),
-                Kind::Zero => bytes.fill(0),
-                Kind::Discard => {}
+                RequestKind::Write(stamp) => bytes.copy_from_slice(&sector(stamp)),
+                RequestKind::Zero => bytes.fill(0),
+                RequestKind::Discard => {}
             }
         }
     }
@@ -301,18 +301,18 @@ fn images_of_ours_are_read_and_written_by_qemu() {
     if !has_qemu("images_of_ours_are_read_and_written_by_qemu") {
         return;
     }
-    let plan = |cluster: u64| Plan {
+    let plan = |cluster: u64| Qcow2Create {
         cluster,
-        ..Plan::new(SIZE)
+        ..Qcow2Create::new(SIZE)
     };
-    let below = |plan: Plan| Plan {
-        backing: Some(Backing {
+    let below = |plan: Qcow2Create| Qcow2Create {
+        backing: Some(BackingImage {
             name: "middle".into(),
             format: Some("qcow2".into()),
         }),
         ..plan
     };
-    let bits = |refcount_bits, plan: Plan| Plan {
+    let bits = |refcount_bits, plan: Qcow2Create| Qcow2Create {
         refcount_bits,
         ..plan
     };
@@ -321,27 +321,27 @@ fn images_of_ours_are_read_and_written_by_qemu() {
         below(plan(65536)),
         plan(512),
         below(plan(2 << 20)),
-        Plan {
+        Qcow2Create {
             version: 2,
             ..plan(65536)
         },
-        Plan {
+        Qcow2Create {
             version: 2,
             ..below(plan(4096))
         },
-        Plan {
+        Qcow2Create {
             extended: true,
             ..below(plan(16384))
         },
-        Plan {
+        Qcow2Create {
             compression: Compression::Zstd,
             ..plan(65536)
         },
-        Plan {
+        Qcow2Create {
             data_file: Some(("data.raw".into(), false)),
             ..plan(65536)
         },
-        Plan {
+        Qcow2Create {
             data_file: Some(("data.raw".into(), true)),
             ..plan(65536)
         },
@@ -602,7 +602,7 @@ fn snapshots_are_listed_and_read() {
         snapshot: Some("one".into()),
         ..Options::new("image")
     };
-    let disk = Disk::new(Qcow2::new(image, Parts::default(), options));
+    let disk = Disk::new(Qcow2::new(image, ImageParts::default(), options));
     let all = runtime.block_on(async move {
         disk.activate().await.unwrap();
         read_all(&disk, SIZE).await
@@ -641,9 +641,9 @@ fn a_disk_grows() {
         let runtime = Runtime::new();
         let before = content(&runtime, &path);
         let image = file(&runtime, &path);
-        let parts = Parts {
+        let parts = ImageParts {
             parent: over.then(|| chain(&runtime, &path.with_file_name("middle"), false)),
-            ..Parts::default()
+            ..ImageParts::default()
         };
         let image = Qcow2::new(image, parts, Options::new("image"));
         let grown = runtime.block_on(async move {

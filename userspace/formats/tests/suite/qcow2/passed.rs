@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images of a chain that have nothing of a range: a read passes them without asking each.
 
-use super::memory::{sector, stamps, Memory};
+use super::memory::{sector, stamps, MemoryImage};
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk};
-use formats::qcow2::{create, Backing, Plan, Qcow2};
-use formats::{Options, Parts, Storage};
+use formats::qcow2::{create, BackingImage, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options, Storage};
 use std::future::Future;
 
 /// Bytes of the disk, of its backing image, and of a cluster.
@@ -15,17 +15,17 @@ const CLUSTER: u64 = 64 << 10;
 /// Sectors of 512 bytes of a cluster.
 const SECTORS: u64 = CLUSTER / 512;
 
-struct Bed(Runtime);
+struct BackingHarness(Runtime);
 
-impl Bed {
+impl BackingHarness {
     fn run<T: 'static>(&self, work: impl Future<Output = T> + 'static) -> T {
         self.0.block_on(work).unwrap()
     }
 
-    fn image(&self, size: u64, backing: bool) -> Memory {
-        let memory = Memory::new(Vec::new(), 1, false);
-        let mut plan = Plan::new(size);
-        plan.backing = backing.then(|| Backing {
+    fn image(&self, size: u64, backing: bool) -> MemoryImage {
+        let memory = MemoryImage::new(Vec::new(), 1, false);
+        let mut plan = Qcow2Create::new(size);
+        plan.backing = backing.then(|| BackingImage {
             name: "below".into(),
             format: Some("qcow2".into()),
         });
@@ -34,10 +34,10 @@ impl Bed {
         memory
     }
 
-    fn opened(&self, image: &Memory, parent: Option<Disk>) -> Disk {
-        let parts = Parts {
+    fn opened(&self, image: &MemoryImage, parent: Option<Disk>) -> Disk {
+        let parts = ImageParts {
             parent,
-            ..Parts::default()
+            ..ImageParts::default()
         };
         let disk = Disk::new(Qcow2::new(image.clone(), parts, Options::new("image")));
         let its = disk.clone();
@@ -68,7 +68,7 @@ fn passed(disk: &Disk, number: u64, count: u64) -> Option<Disk> {
 
 #[test]
 fn an_image_is_passed_where_it_is_known_to_have_nothing() {
-    let bed = Bed(Runtime::new());
+    let bed = BackingHarness(Runtime::new());
     let below = bed.opened(&bed.image(SHORTER, false), None);
     bed.write(&below, 7, 70);
     bed.write(&below, 2 * SECTORS + 1, 71);
@@ -108,7 +108,7 @@ fn an_image_is_passed_where_it_is_known_to_have_nothing() {
 
 #[test]
 fn an_image_over_nothing_is_not_passed() {
-    let bed = Bed(Runtime::new());
+    let bed = BackingHarness(Runtime::new());
     let disk = bed.opened(&bed.image(SIZE, false), None);
     assert_eq!(bed.read(&disk, 0), Some(0));
     assert!(passed(&disk, 0, 1).is_none());
@@ -117,7 +117,7 @@ fn an_image_over_nothing_is_not_passed() {
 /// The search for that disk meets damage first, and the read that follows meets it again; both together report it once.
 #[test]
 fn damage_is_told_once_for_each_read() {
-    let bed = Bed(Runtime::new());
+    let bed = BackingHarness(Runtime::new());
     // The L1 table is the fourth cluster of a new image, and what it leads to the fifth.
     let (l1, l2) = (3 * CLUSTER, 4 * CLUSTER);
     for (at, word) in [(l2 + 7 * 8, 1_u64 << 63 | 512), (l1, 1 << 63 | 512)] {

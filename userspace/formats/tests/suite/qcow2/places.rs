@@ -2,17 +2,17 @@
 //! Places that a disk reports to the kernel stay true; it does not report clusters with another user.
 
 use super::crash::{
-    below, cases, checked, first, fresh, opened, options, parts, Case, SECTORS, SIZE,
+    below, cases, checked, first, fresh, opened, options, parts, CrashCase, SECTORS, SIZE,
 };
-use super::memory::{read_all, sector, stamps, Memory, SECTOR};
+use super::memory::{read_all, sector, stamps, MemoryImage, SECTOR};
 use crate::common::history::Trial;
-use crate::common::places::{told_is_sure, Host, Subject};
+use crate::common::places::{told_is_sure, PlacesHost, Subject};
 use crate::common::tools::{folder, has_qemu, tool_in, PARENT_BACKING};
-use crate::common::{seeds, Content};
+use crate::common::{seeds, SparseContent};
 use diskio::{Bytes, Runtime};
 use drivers::{Attributes, Disk};
 use formats::qcow2::Qcow2;
-use formats::{Options, Parts};
+use formats::{ImageParts, Options};
 use futures::future::join_all;
 use std::rc::Rc;
 
@@ -21,19 +21,19 @@ const BEFORE: u32 = 0x5555_5555;
 
 /// An image, and what its disk held before.
 struct Tried {
-    case: Case,
-    memory: Memory,
-    first: fn(&Case, u64) -> u32,
+    case: CrashCase,
+    memory: MemoryImage,
+    first: fn(&CrashCase, u64) -> u32,
 }
 
 impl Subject for Tried {
-    type Storage = Memory;
+    type Storage = MemoryImage;
 
     fn name(&self) -> String {
         self.case.name.into()
     }
 
-    fn storage(&self) -> Memory {
+    fn storage(&self) -> MemoryImage {
         self.memory.clone()
     }
 
@@ -68,15 +68,15 @@ impl Subject for Tried {
 
 fn host(
     runtime: &Runtime,
-    case: &Case,
+    case: &CrashCase,
     image: Vec<u8>,
     seed: u64,
-    first: fn(&Case, u64) -> u32,
-) -> Rc<Host<Tried>> {
-    let memory = Memory::new(image, seed, true);
+    first: fn(&CrashCase, u64) -> u32,
+) -> Rc<PlacesHost<Tried>> {
+    let memory = MemoryImage::new(image, seed, true);
     let disk = opened(runtime, &memory, case, true);
     let case = case.clone();
-    Host::new(
+    PlacesHost::new(
         Tried {
             case,
             memory,
@@ -120,7 +120,7 @@ fn what_is_told_stays_true() {
 fn what_is_not_sure_is_not_told() {
     let runtime = Runtime::new();
     for case in cases().into_iter().filter(|case| !case.below) {
-        let image = Content::from(&fresh(&runtime, &case));
+        let image = SparseContent::from(&fresh(&runtime, &case));
         told_is_sure(|| {
             let its = case.clone();
             Trial {
@@ -190,7 +190,7 @@ fn clusters_of_a_snapshot_are_not_told() {
         };
         let snapshot = Disk::new(Qcow2::new(
             host.subject.memory.clone(),
-            Parts::default(),
+            ImageParts::default(),
             options,
         ));
         let bytes = runtime.block_on(async move {
@@ -214,7 +214,7 @@ fn nothing_is_written_before_the_first_write() {
     let runtime = Runtime::new();
     let case = &cases()[0];
     let mut image = fresh(&runtime, case);
-    let memory = Memory::new(image.clone(), 1, false);
+    let memory = MemoryImage::new(image.clone(), 1, false);
     let disk = opened(&runtime, &memory, case, true);
     let data = || Bytes::copied(&sector(7)).unwrap();
     let its = disk.clone();
@@ -225,7 +225,7 @@ fn nothing_is_written_before_the_first_write() {
     written.unwrap().unwrap();
     image = memory.bytes();
     image[AUTOCLEAR + 7] |= 1;
-    let disk = opened(&runtime, &Memory::new(image, 1, false), case, true);
+    let disk = opened(&runtime, &MemoryImage::new(image, 1, false), case, true);
     let (before, after) = runtime
         .block_on(async move {
             let before = disk.places(0, SECTOR).await.unwrap();
@@ -244,7 +244,7 @@ fn the_next_clusters_of_a_row_are_there() {
     const ROW: u64 = 24;
     let runtime = Runtime::new();
     let case = &cases()[0];
-    let memory = Memory::new(fresh(&runtime, case), 1, false);
+    let memory = MemoryImage::new(fresh(&runtime, case), 1, false);
     let disk = opened(&runtime, &memory, case, true);
     let its = disk.clone();
     let places = runtime.block_on(async move {

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image below gets another name: whatever the header has room for, and whenever it ends.
 
-use super::memory::{apply, Event, Memory};
+use super::memory::{apply, ImageEvent, MemoryImage};
 use diskio::Runtime;
-use formats::qcow2::{create, header, set_backing, Backing, Header, Plan};
+use formats::qcow2::{create, header, set_backing, BackingImage, Qcow2Create, Qcow2Header};
 
-fn backing(name: &str, format: Option<&str>) -> Option<Backing> {
-    Some(Backing {
+fn backing(name: &str, format: Option<&str>) -> Option<BackingImage> {
+    Some(BackingImage {
         name: name.into(),
         format: format.map(str::to_string),
     })
 }
 
 /// Names that are absent, short, long, and longer than a header of 512 bytes has room for twice.
-fn names() -> Vec<Option<Backing>> {
+fn names() -> Vec<Option<BackingImage>> {
     vec![
         None,
         backing("a", Some("raw")),
@@ -24,16 +24,16 @@ fn names() -> Vec<Option<Backing>> {
     ]
 }
 
-pub(crate) fn header_of(runtime: &Runtime, bytes: &[u8]) -> Header {
-    let file = Memory::new(bytes.to_vec(), 1, false);
+pub(crate) fn header_of(runtime: &Runtime, bytes: &[u8]) -> Qcow2Header {
+    let file = MemoryImage::new(bytes.to_vec(), 1, false);
     runtime
         .block_on(async move { header(&file).await })
         .unwrap()
         .unwrap()
 }
 
-fn made(runtime: &Runtime, plan: &Plan) -> Vec<u8> {
-    let (file, plan) = (Memory::new(Vec::new(), 1, false), plan.clone());
+fn made(runtime: &Runtime, plan: &Qcow2Create) -> Vec<u8> {
+    let (file, plan) = (MemoryImage::new(Vec::new(), 1, false), plan.clone());
     let its = file.clone();
     let work = async move { create(&its, &plan).await };
     runtime.block_on(work).unwrap().unwrap();
@@ -41,15 +41,15 @@ fn made(runtime: &Runtime, plan: &Plan) -> Vec<u8> {
 }
 
 /// Returns the image after each partial write of the first bytes, in whole sectors.
-pub(crate) fn torn(before: &[u8], event: &Event) -> Vec<Vec<u8>> {
-    let Event::Write(at, data) = event else {
+pub(crate) fn torn(before: &[u8], event: &ImageEvent) -> Vec<Vec<u8>> {
+    let ImageEvent::Write(at, data) = event else {
         return Vec::new();
     };
     let parts = (0..data.len()).step_by(512).skip(1);
     parts
         .map(|end| {
             let mut bytes = before.to_vec();
-            apply(&mut bytes, &Event::Write(*at, data[..end].to_vec()));
+            apply(&mut bytes, &ImageEvent::Write(*at, data[..end].to_vec()));
             bytes
         })
         .collect()
@@ -60,17 +60,17 @@ fn every_prefix_of_another_name_is_the_old_one_or_the_new_one() {
     let runtime = Runtime::new();
     for (version, cluster) in [(2, 4096), (3, 512), (3, 65536)] {
         for old in names() {
-            let plan = Plan {
+            let plan = Qcow2Create {
                 version,
                 cluster,
                 backing: old.clone(),
-                ..Plan::new(1 << 20)
+                ..Qcow2Create::new(1 << 20)
             };
             let first = made(&runtime, &plan);
             let before = header_of(&runtime, &first);
             assert_eq!(before.backing, old);
             for new in names() {
-                let file = Memory::new(first.clone(), 1, false);
+                let file = MemoryImage::new(first.clone(), 1, false);
                 let (its, wanted) = (file.clone(), new.clone());
                 let work = async move { set_backing(&its, wanted.as_ref()).await };
                 runtime.block_on(work).unwrap().unwrap();
@@ -80,7 +80,7 @@ fn every_prefix_of_another_name_is_the_old_one_or_the_new_one() {
                     let mut states = vec![bytes.clone()];
                     // A power cut in the middle: if the header has the format's place already, the format changes with
                     // the name.
-                    let has_format = |backing: &Option<Backing>| {
+                    let has_format = |backing: &Option<BackingImage>| {
                         backing.as_ref().is_some_and(|one| one.format.is_some())
                     };
                     if has_format(&old) && has_format(&new) {
@@ -105,11 +105,11 @@ fn every_prefix_of_another_name_is_the_old_one_or_the_new_one() {
 #[test]
 fn a_name_that_has_no_room_is_refused() {
     let runtime = Runtime::new();
-    let plan = Plan {
+    let plan = Qcow2Create {
         cluster: 512,
-        ..Plan::new(1 << 20)
+        ..Qcow2Create::new(1 << 20)
     };
-    let file = Memory::new(made(&runtime, &plan), 1, false);
+    let file = MemoryImage::new(made(&runtime, &plan), 1, false);
     let before = file.bytes();
     let its = file.clone();
     let long = backing(&"z".repeat(400), Some("raw"));

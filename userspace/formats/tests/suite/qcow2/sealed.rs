@@ -6,18 +6,18 @@ use crate::common::secret::{key, of, Safe};
 use crate::common::tools::{
     has_qemu, parent, parent_number, scribble, try_wrong, whole, PARENT_SIZE,
 };
-use crate::common::{run, seeds, Chance, Content, World};
+use crate::common::{run, seeds, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Bytes, Data, Errno, Runtime};
 use drivers::{Attributes, Disk, Driver};
-use formats::luks::Key;
-use formats::qcow2::{check, create, look, set_backing, Backing, Plan, Qcow2};
-use formats::{Options, Parts, Storage};
+use formats::luks::ImageKey;
+use formats::qcow2::{check, create, look, set_backing, BackingImage, Qcow2, Qcow2Create};
+use formats::{ImageParts, Options, Storage};
 use std::rc::Rc;
 
 const SIZE: u64 = (3 << 20) + 512;
 
-fn options(key: Option<Key>) -> Options {
+fn options(key: Option<ImageKey>) -> Options {
     Options {
         key,
         cache: 8192,
@@ -25,10 +25,10 @@ fn options(key: Option<Key>) -> Options {
     }
 }
 
-fn qcow2<S: Storage>(storage: S, parent: Option<Disk>, key: Option<Key>) -> Qcow2<S> {
-    let parts = Parts {
+fn qcow2<S: Storage>(storage: S, parent: Option<Disk>, key: Option<ImageKey>) -> Qcow2<S> {
+    let parts = ImageParts {
         parent,
-        ..Parts::default()
+        ..ImageParts::default()
     };
     Qcow2::new(storage, parts, options(key))
 }
@@ -152,9 +152,9 @@ fn nothing_is_lost_and_nothing_stale_is_shown() {
 }
 
 /// Gives the image a parent if `has_parent` is set.
-fn over(safe: &Safe, has_parent: bool) -> Vec<Content> {
+fn over(safe: &Safe, has_parent: bool) -> Vec<SparseContent> {
     let world = World::new(safe.content());
-    let backing = Backing {
+    let backing = BackingImage {
         name: "base".into(),
         format: Some("raw".into()),
     };
@@ -202,9 +202,9 @@ fn without_the_key_nothing_is_read_or_written() {
 /// A user must not believe that a plain disk is encrypted.
 #[test]
 fn key_of_an_image_that_is_not_encrypted_is_refused() {
-    let world = World::new(vec![Content::default()]);
+    let world = World::new(vec![SparseContent::default()]);
     let file = world.file(0);
-    run(async move { create(&file, &Plan::new(SIZE)).await }).unwrap();
+    run(async move { create(&file, &Qcow2Create::new(SIZE)).await }).unwrap();
     let disk = Disk::new(qcow2(world.file(0), None, Some(key())));
     let failure = run(async move { disk.activate().await }).expect_err("it opened");
     assert!(failure.message.contains("leave key= away"), "{failure}");
@@ -312,7 +312,7 @@ fn damaged_images_do_no_harm() {
     let image = safe.content();
     let mut opened = 0;
     for seed in seeds(100) {
-        let mut chance = Chance(seed);
+        let mut chance = SeededRng(seed);
         let mut bytes = image.clone();
         for _ in 0..1 + chance.below(3) {
             let at = 4 + chance.below(200);

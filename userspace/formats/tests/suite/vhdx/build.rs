@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Makes images by the specification, without the driver's code: QEMU reads them, too.
 
-use crate::common::{Content, Memory, World};
+use crate::common::{SparseContent, World, WorldFile};
 use drivers::Disk;
 use formats::vhdx::Vhdx;
-use formats::{Options, Parts};
+use formats::{ImageParts, Options};
 use std::sync::LazyLock;
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -68,7 +68,7 @@ pub(crate) fn seal(bytes: &mut [u8]) {
 }
 
 /// Stores the checksum of a structure in an image.
-pub(crate) fn seal_in(image: &mut Content, at: u64, len: usize) {
+pub(crate) fn seal_in(image: &mut SparseContent, at: u64, len: usize) {
     let mut bytes = vec![0; len];
     image.read(at, &mut bytes);
     seal(&mut bytes);
@@ -81,7 +81,7 @@ pub(crate) fn utf16(text: &str) -> Vec<u8> {
 
 /// Properties of an image.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct ImagePlan {
     pub(crate) size: u64,
     pub(crate) block: u64,
     pub(crate) logical: u32,
@@ -90,7 +90,7 @@ pub(crate) struct Plan {
     pub(crate) parent: Option<Vec<(String, String)>>,
 }
 
-impl Plan {
+impl ImagePlan {
     pub(crate) fn new(size: u64) -> Self {
         Self {
             size,
@@ -131,8 +131,8 @@ impl Plan {
     }
 
     /// An image without blocks.
-    pub(crate) fn image(&self) -> Content {
-        let mut image = Content::default();
+    pub(crate) fn image(&self) -> SparseContent {
+        let mut image = SparseContent::default();
         image.write(0, b"vhdxfile");
         image.write(8, &utf16("a test"));
         for (number, at) in HEADERS.into_iter().enumerate() {
@@ -217,7 +217,7 @@ impl Plan {
     }
 
     /// Stores a block's state, and its content at the end of the image.
-    pub(crate) fn put(&self, image: &mut Content, block: u64, state: u64, bytes: &[u8]) {
+    pub(crate) fn put(&self, image: &mut SparseContent, block: u64, state: u64, bytes: &[u8]) {
         let mut entry = state;
         if matches!(state, PRESENT | PARTLY) {
             let at = image.len.next_multiple_of(MIB);
@@ -229,7 +229,7 @@ impl Plan {
     }
 
     /// Makes the bitmap of a block's chunk, or changes it: the sectors of the block that are its own.
-    pub(crate) fn mark(&self, image: &mut Content, block: u64, own: &dyn Fn(u64) -> bool) {
+    pub(crate) fn mark(&self, image: &mut SparseContent, block: u64, own: &dyn Fn(u64) -> bool) {
         let mut entry = [0; 8];
         image.read(self.bitmap(block), &mut entry);
         let mut at = u64::from_le_bytes(entry) & !0xf_ffff;
@@ -281,14 +281,14 @@ fn locator(pairs: &[(String, String)]) -> Vec<u8> {
 
 /// A change in a log.
 #[derive(Clone, Debug)]
-pub(crate) enum Change {
+pub(crate) enum LogChange {
     Zero(u64, u64),
     Data(u64, Vec<u8>),
 }
 
-impl Change {
+impl LogChange {
     /// Carries it out.
-    pub(crate) fn apply(&self, image: &mut Content) {
+    pub(crate) fn apply(&self, image: &mut SparseContent) {
         match self {
             Self::Zero(at, len) => image.write(*at, &vec![0; *len as usize]),
             Self::Data(at, bytes) => image.write(*at, bytes),
@@ -298,27 +298,27 @@ impl Change {
 
 /// An entry of a log.
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
+pub(crate) struct BuiltEntry {
     pub(crate) sequence: u64,
     pub(crate) tail: u64,
     pub(crate) flushed: u64,
     pub(crate) last: u64,
-    pub(crate) changes: Vec<Change>,
+    pub(crate) changes: Vec<LogChange>,
 }
 
-impl Entry {
+impl BuiltEntry {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let number = self.sequence.to_le_bytes();
         let mut bytes = vec![0; 64];
         let mut data = Vec::new();
         for change in &self.changes {
             match change {
-                Change::Zero(at, len) => {
+                LogChange::Zero(at, len) => {
                     bytes.extend(*b"zero\0\0\0\0");
                     bytes.extend(len.to_le_bytes());
                     bytes.extend(at.to_le_bytes());
                 }
-                Change::Data(at, sector) => {
+                LogChange::Data(at, sector) => {
                     bytes.extend(*b"desc");
                     bytes.extend(&sector[4092..]);
                     bytes.extend(&sector[..8]);
@@ -348,7 +348,7 @@ impl Entry {
 }
 
 /// Writes an entry into the ring, and says where the next one begins.
-pub(crate) fn log(image: &mut Content, at: u64, bytes: &[u8]) -> u64 {
+pub(crate) fn log(image: &mut SparseContent, at: u64, bytes: &[u8]) -> u64 {
     for (number, sector) in bytes.chunks(SECTOR).enumerate() {
         let place = (at + (number * SECTOR) as u64) % MIB;
         image.write(LOG + place, sector);
@@ -357,7 +357,7 @@ pub(crate) fn log(image: &mut Content, at: u64, bytes: &[u8]) -> u64 {
 }
 
 /// From now on the image has a log to be replayed.
-pub(crate) fn open_log(image: &mut Content) {
+pub(crate) fn open_log(image: &mut SparseContent) {
     image.write(HEADERS[0], &header(9, LOG_GUID));
 }
 
@@ -368,7 +368,7 @@ pub(crate) fn options(name: &str) -> Options {
     }
 }
 
-fn file(world: &World, number: usize) -> Memory {
+fn file(world: &World, number: usize) -> WorldFile {
     let mut file = world.file(number);
     // The driver must never write to it.
     file.read_only = true;
@@ -377,7 +377,7 @@ fn file(world: &World, number: usize) -> Memory {
 
 /// The disk in an image.
 pub(crate) fn open(world: &World, parent: Option<Disk>) -> Disk {
-    let parts = Parts {
+    let parts = ImageParts {
         parent,
         extents: Vec::new(),
     };
@@ -389,7 +389,7 @@ pub(crate) fn open(world: &World, parent: Option<Disk>) -> Disk {
 }
 
 /// Returns the content of the disk in an image, or the reason why there is none.
-pub(crate) fn read(image: Content, parent: Option<Disk>) -> Result<Vec<u8>, String> {
+pub(crate) fn read(image: SparseContent, parent: Option<Disk>) -> Result<Vec<u8>, String> {
     let disk = open(&World::new(vec![image]), parent);
     crate::common::run(async move {
         let shape = disk.activate().await.map_err(|failure| failure.message)?;

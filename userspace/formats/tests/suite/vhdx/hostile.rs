@@ -3,20 +3,20 @@
 //! its budget.
 
 use super::build::{
-    self, guid, header, log, open_log, seal_in, Change, Entry, Plan, BAT, HEADERS, ITEMS, LOG_GUID,
-    METADATA, MIB, PARTLY, PRESENT, REGIONS, SECTOR,
+    self, guid, header, log, open_log, seal_in, BuiltEntry, ImagePlan, LogChange, BAT, HEADERS,
+    ITEMS, LOG_GUID, METADATA, MIB, PARTLY, PRESENT, REGIONS, SECTOR,
 };
 use crate::common::tools::{parent, try_wrong};
-use crate::common::{run, seeds, Chance, Content, World};
+use crate::common::{run, seeds, SeededRng, SparseContent, World};
 use control::Code;
 use diskio::{Bytes, Data, Errno};
 use drivers::{Attributes, Disk};
 use formats::vhdx::{look, Vhdx};
-use formats::{Options, Parts};
+use formats::{ImageParts, Options};
 
 /// Makes a disk with some blocks and a log, and a parent if `has_parent` is set.
-fn sound(has_parent: bool) -> (Plan, Content) {
-    let plan = Plan {
+fn sound(has_parent: bool) -> (ImagePlan, SparseContent) {
+    let plan = ImagePlan {
         parent: has_parent.then(|| {
             vec![
                 (
@@ -26,7 +26,7 @@ fn sound(has_parent: bool) -> (Plan, Content) {
                 ("relative_path".into(), ".\\base.vhdx".into()),
             ]
         }),
-        ..Plan::new(5 * MIB - 512)
+        ..ImagePlan::new(5 * MIB - 512)
     };
     let mut image = plan.image();
     for block in [0, 2, 3] {
@@ -43,15 +43,15 @@ fn sound(has_parent: bool) -> (Plan, Content) {
     }
     let mut table = vec![0; SECTOR];
     image.read(BAT, &mut table);
-    let entry = Entry {
+    let entry = BuiltEntry {
         sequence: 5,
         tail: 0,
         flushed: image.len,
         last: image.len,
         changes: vec![
-            Change::Data(BAT, table),
-            Change::Zero(plan.first(), 8192),
-            Change::Data(plan.first() + 4096, vec![3; SECTOR]),
+            LogChange::Data(BAT, table),
+            LogChange::Zero(plan.first(), 8192),
+            LogChange::Data(plan.first() + 4096, vec![3; SECTOR]),
         ],
     };
     log(&mut image, 0, &entry.bytes());
@@ -59,12 +59,12 @@ fn sound(has_parent: bool) -> (Plan, Content) {
     (plan, image)
 }
 
-fn reason(image: Content) -> String {
+fn reason(image: SparseContent) -> String {
     build::read(image, None).unwrap_err()
 }
 
 /// Corrects all checksums that may hide the change.
-fn seal_all(image: &mut Content) {
+fn seal_all(image: &mut SparseContent) {
     for at in HEADERS {
         seal_in(image, at, SECTOR);
     }
@@ -209,7 +209,7 @@ fn damaged_images_do_no_harm() {
         let (_, good) = sound(has_parent);
         let fields = fields(has_parent);
         for seed in seeds(700) {
-            let chance = &mut Chance(seed);
+            let chance = &mut SeededRng(seed);
             let mut image = good.clone();
             for _ in 0..1 + chance.below(4) {
                 let (at, len) = fields[chance.below(fields.len() as u64) as usize];
@@ -247,7 +247,7 @@ fn damaged_images_do_no_harm() {
 fn a_file_that_is_no_vhdx_is_refused() {
     let text = b"vhdxfile".repeat(100_000);
     for bytes in [&b""[..], b"vhdxfile", &[0; 4096], &text] {
-        let mut image = Content::from(bytes);
+        let mut image = SparseContent::from(bytes);
         image.set_len(bytes.len() as u64);
         let failure = reason(image);
         assert!(failure.contains("VHDX"), "{failure}");
@@ -272,14 +272,14 @@ fn a_file_that_is_no_vhdx_is_refused() {
 }
 
 /// A change of an image.
-type Edit = Box<dyn Fn(&mut Content)>;
+type Edit = Box<dyn Fn(&mut SparseContent)>;
 
 /// A refusal says what is wrong, and names a feature that is unknown.
 #[test]
 fn refusals_say_what_is_wrong() {
-    let plan = Plan::new(5 * MIB - 512);
+    let plan = ImagePlan::new(5 * MIB - 512);
     let unknown = "12345678-9abc-def0-1234-56789abcdef0";
-    let with = |edit: &dyn Fn(&mut Content)| {
+    let with = |edit: &dyn Fn(&mut SparseContent)| {
         let mut image = plan.image();
         edit(&mut image);
         seal_all(&mut image);
@@ -290,7 +290,7 @@ fn refusals_say_what_is_wrong() {
         entry.extend(at.to_le_bytes());
         entry.extend(len.to_le_bytes());
         entry.extend(flags.to_le_bytes());
-        move |image: &mut Content| {
+        move |image: &mut SparseContent| {
             for table in REGIONS {
                 image.write(table + 8, &[3]);
                 image.write(table + 16 + 64, &entry);
@@ -302,20 +302,20 @@ fn refusals_say_what_is_wrong() {
         entry.extend((ITEMS as u32).to_le_bytes());
         entry.extend(8_u32.to_le_bytes());
         entry.extend([flags, 0, 0, 0, 0, 0, 0, 0]);
-        move |image: &mut Content| {
+        move |image: &mut SparseContent| {
             image.write(METADATA + 10, &[6]);
             image.write(METADATA + 32 + 5 * 32, &entry);
         }
     };
     let both = |at: u64, bytes: &'static [u8]| {
-        move |image: &mut Content| {
+        move |image: &mut SparseContent| {
             REGIONS
                 .into_iter()
                 .for_each(|table| image.write(table + at, bytes))
         }
     };
     let meta = |at: u64, bytes: &'static [u8]| {
-        move |image: &mut Content| image.write(METADATA + at, bytes)
+        move |image: &mut SparseContent| image.write(METADATA + at, bytes)
     };
     let cases: Vec<(&str, Edit)> = vec![
         (
@@ -428,7 +428,7 @@ fn refusals_say_what_is_wrong() {
         assert!(failure.starts_with("image: "), "{failure}");
     }
     // Unknown features that are optional, and damage of one of two copies.
-    let fine: [&dyn Fn(&mut Content); 7] = [
+    let fine: [&dyn Fn(&mut SparseContent); 7] = [
         &|_| {},
         &region(64 * MIB, MIB as u32, 0),
         &item(0),
@@ -452,7 +452,7 @@ fn refusals_say_what_is_wrong() {
 /// Of two headers the later one counts, wherever it is.
 #[test]
 fn the_header_that_counts_is_the_later_one() {
-    let plan = Plan::new(MIB);
+    let plan = ImagePlan::new(MIB);
     for (first, second) in [(3, 2), (2, 3)] {
         let mut image = plan.image();
         image.write(
@@ -470,7 +470,7 @@ fn the_header_that_counts_is_the_later_one() {
 /// A structure that was cut off in a power cut has a wrong checksum, and its copy counts.
 #[test]
 fn what_has_a_wrong_checksum_does_not_count() {
-    let plan = Plan::new(MIB);
+    let plan = ImagePlan::new(MIB);
     let mut image = plan.image();
     // A header that would count, with a log, and another place for the table.
     let mut torn = header(99, LOG_GUID);
@@ -526,7 +526,7 @@ fn entries_that_cannot_be_are_errors() {
 /// A disk without a parent has no sectors of one, whatever a bitmap claims.
 #[test]
 fn a_block_is_not_partly_there_without_a_parent() {
-    let plan = Plan::new(MIB);
+    let plan = ImagePlan::new(MIB);
     let mut image = plan.image();
     plan.put(&mut image, 0, PARTLY, &[1; MIB as usize]);
     plan.mark(&mut image, 0, &|_| true);
@@ -536,9 +536,9 @@ fn a_block_is_not_partly_there_without_a_parent() {
 /// The largest disk with the smallest blocks has a table of 512 MiB, little of which is kept in memory.
 #[test]
 fn a_large_table_takes_little_memory() {
-    let plan = Plan::new(64 << 40);
+    let plan = ImagePlan::new(64 << 40);
     let mut image = plan.image();
-    let chance = &mut Chance(1);
+    let chance = &mut SeededRng(1);
     let mut blocks: Vec<u64> = (0..60).map(|_| chance.below(plan.blocks())).collect();
     blocks.push(plan.blocks() - 1);
     for (number, block) in blocks.iter().enumerate() {
@@ -562,7 +562,7 @@ fn a_large_table_takes_little_memory() {
 fn a_disk_that_may_be_written_is_refused() {
     let (_, image) = sound(false);
     let world = World::new(vec![image]);
-    let writable = Vhdx::new(world.file(0), Parts::default(), Options::new("image"));
+    let writable = Vhdx::new(world.file(0), ImageParts::default(), Options::new("image"));
     let disk = build::open(&world, None);
     run(async move {
         let failure = Disk::new(writable).activate().await.unwrap_err();

@@ -2,12 +2,12 @@
 //! Images that were not closed: what their log has is shown as if it had been replayed, which QEMU does.
 
 use super::build::{
-    self, header, log, open_log, seal, seal_in, Change, Entry, Plan, BAT, HEADERS, LOG, LOG_GUID,
-    METADATA, MIB, MISSING, PRESENT, SECTOR, UNMAPPED, ZERO,
+    self, header, log, open_log, seal, seal_in, BuiltEntry, ImagePlan, LogChange, BAT, HEADERS,
+    LOG, LOG_GUID, METADATA, MIB, MISSING, PRESENT, SECTOR, UNMAPPED, ZERO,
 };
 use super::oracle;
 use crate::common::tools::{command, content, file, folder, has_qemu, text, tool};
-use crate::common::{run, seeds, Chance, Content, World};
+use crate::common::{run, seeds, SeededRng, SparseContent, World};
 use diskio::Runtime;
 use formats::vhdx::unreplayed;
 use std::fs;
@@ -47,7 +47,7 @@ fn a_log_that_qemu_left_is_replayed() {
         let path = folder.path().join("a.vhdx");
         let size = 24 * MIB + 512;
         oracle::create(&path, "subformat=dynamic,block_size=2M", size);
-        let mut chance = Chance(seed);
+        let mut chance = SeededRng(seed);
         let mut model = vec![0; size as usize];
         // Into the first blocks, so that the last are new.
         oracle::scribble(&path, &mut model[..12 << 20], &mut chance, 6);
@@ -66,8 +66,8 @@ fn a_log_that_qemu_left_is_replayed() {
 }
 
 /// An image with blocks, and how many it has.
-fn base(chance: &mut Chance) -> (Plan, Content) {
-    let plan = Plan::new(9 * MIB - 512 * chance.below(2000));
+fn base(chance: &mut SeededRng) -> (ImagePlan, SparseContent) {
+    let plan = ImagePlan::new(9 * MIB - 512 * chance.below(2000));
     let mut image = plan.image();
     for block in 0..plan.blocks() {
         let state = [PRESENT, PRESENT, MISSING, ZERO, UNMAPPED][chance.below(5) as usize];
@@ -81,7 +81,7 @@ fn base(chance: &mut Chance) -> (Plan, Content) {
 }
 
 /// The sector of the table, with another entry.
-fn changed_table(plan: &Plan, image: &Content, chance: &mut Chance) -> Vec<u8> {
+fn changed_table(plan: &ImagePlan, image: &SparseContent, chance: &mut SeededRng) -> Vec<u8> {
     let mut table = vec![0; SECTOR];
     image.read(BAT, &mut table);
     let entry = match chance.below(4) {
@@ -95,21 +95,26 @@ fn changed_table(plan: &Plan, image: &Content, chance: &mut Chance) -> Vec<u8> {
 }
 
 /// Changes by chance, to the table and to blocks; `image` has those that were before.
-fn changes(plan: &Plan, image: &mut Content, chance: &mut Chance, count: u64) -> Vec<Change> {
+fn changes(
+    plan: &ImagePlan,
+    image: &mut SparseContent,
+    chance: &mut SeededRng,
+    count: u64,
+) -> Vec<LogChange> {
     let mut all = Vec::new();
     for _ in 0..count {
         let sectors = (image.len - plan.first()) / SECTOR as u64;
         let at = plan.first() + chance.below(sectors) * SECTOR as u64;
         let change = match chance.below(12) {
-            0..4 => Change::Data(BAT, changed_table(plan, image, chance)),
+            0..4 => LogChange::Data(BAT, changed_table(plan, image, chance)),
             4 => {
                 let most = (image.len - at).min(40 << 12);
-                Change::Zero(at, chance.below(most / 4096 + 1) * 4096)
+                LogChange::Zero(at, chance.below(most / 4096 + 1) * 4096)
             }
-            5 if chance.below(8) == 0 => Change::Zero(BAT, 4096),
+            5 if chance.below(8) == 0 => LogChange::Zero(BAT, 4096),
             _ => {
                 let bytes = (0..SECTOR).map(|_| chance.next() as u8).collect();
-                Change::Data(at, bytes)
+                LogChange::Data(at, bytes)
             }
         };
         change.apply(image);
@@ -119,7 +124,7 @@ fn changes(plan: &Plan, image: &mut Content, chance: &mut Chance, count: u64) ->
 }
 
 /// An image with a log by chance, as it is and as it is to be, and whether QEMU replays that.
-fn logged(chance: &mut Chance) -> (Content, Content, bool) {
+fn logged(chance: &mut SeededRng) -> (SparseContent, SparseContent, bool) {
     let (plan, mut image) = base(chance);
     let mut wanted = image.clone();
     let first = chance.below(256) * SECTOR as u64;
@@ -131,7 +136,7 @@ fn logged(chance: &mut Chance) -> (Content, Content, bool) {
             &image,
             sequence - 7,
             place,
-            vec![Change::Zero(plan.first(), MIB)],
+            vec![LogChange::Zero(plan.first(), MIB)],
         );
         log(&mut image, place, &old.bytes());
     }
@@ -164,7 +169,7 @@ fn logs_are_replayed_as_qemu_does() {
     let has_qemu = has_qemu("logs_are_replayed_as_qemu_does");
     let mut judged = 0;
     for seed in seeds(12) {
-        let (image, wanted, is_judge) = logged(&mut Chance(seed));
+        let (image, wanted, is_judge) = logged(&mut SeededRng(seed));
         let wanted = build::read(wanted, None).unwrap();
         let found = build::read(image.clone(), None).unwrap();
         assert!(found == wanted, "seed {seed}");
@@ -188,15 +193,15 @@ fn sector(byte: u8) -> Vec<u8> {
 }
 
 /// Makes a disk with one allocated block.
-fn one_block() -> (Plan, Content) {
-    let plan = Plan::new(MIB);
+fn one_block() -> (ImagePlan, SparseContent) {
+    let plan = ImagePlan::new(MIB);
     let mut image = plan.image();
     plan.put(&mut image, 0, PRESENT, &[1; MIB as usize]);
     (plan, image)
 }
 
-fn entry(image: &Content, sequence: u64, tail: u64, changes: Vec<Change>) -> Entry {
-    Entry {
+fn entry(image: &SparseContent, sequence: u64, tail: u64, changes: Vec<LogChange>) -> BuiltEntry {
+    BuiltEntry {
         sequence,
         tail,
         flushed: image.len,
@@ -209,13 +214,13 @@ fn entry(image: &Content, sequence: u64, tail: u64, changes: Vec<Change>) -> Ent
 #[test]
 fn what_the_newest_entry_leaves_behind_does_not_count() {
     let (plan, mut image) = one_block();
-    let old = entry(&image, 4, 0, vec![Change::Data(plan.first(), sector(4))]);
+    let old = entry(&image, 4, 0, vec![LogChange::Data(plan.first(), sector(4))]);
     let next = log(&mut image, 0, &old.bytes());
     let new = entry(
         &image,
         5,
         next,
-        vec![Change::Data(plan.first() + 4096, sector(5))],
+        vec![LogChange::Data(plan.first() + 4096, sector(5))],
     );
     log(&mut image, next, &new.bytes());
     open_log(&mut image);
@@ -229,9 +234,9 @@ fn what_the_newest_entry_leaves_behind_does_not_count() {
 fn what_was_not_written_as_a_whole_does_not_count() {
     let (plan, mut image) = one_block();
     let place = plan.first();
-    let first = entry(&image, 4, 0, vec![Change::Data(place, sector(4))]);
+    let first = entry(&image, 4, 0, vec![LogChange::Data(place, sector(4))]);
     let next = log(&mut image, 0, &first.bytes());
-    let second = entry(&image, 5, 0, vec![Change::Data(place, sector(5))]);
+    let second = entry(&image, 5, 0, vec![LogChange::Data(place, sector(5))]);
     let bytes = second.bytes();
     for torn in (0..bytes.len()).step_by(SECTOR) {
         let mut image = image.clone();
@@ -253,21 +258,21 @@ fn a_file_becomes_as_long_as_its_log_says() {
     let begin = image.len;
     let mut table = vec![0; SECTOR];
     table[..8].copy_from_slice(&(begin | PRESENT).to_le_bytes());
-    let longer = Entry {
+    let longer = BuiltEntry {
         last: begin + MIB,
-        ..entry(&image, 1, 0, vec![Change::Data(BAT, table.clone())])
+        ..entry(&image, 1, 0, vec![LogChange::Data(BAT, table.clone())])
     };
     log(&mut image, 0, &longer.bytes());
     open_log(&mut image);
     let found = build::read(image.clone(), None).unwrap();
     assert!(found.iter().all(|byte| *byte == 0));
     // Too short for the block, which then is an error and not zeroes.
-    let shorter = entry(&image, 1, 0, vec![Change::Data(BAT, table)]);
+    let shorter = entry(&image, 1, 0, vec![LogChange::Data(BAT, table)]);
     log(&mut image, 0, &shorter.bytes());
     let failure = build::read(image.clone(), None).unwrap_err();
     assert!(failure.contains("cannot be read"), "{failure}");
     // And the file that the log speaks of was longer.
-    let cut = Entry {
+    let cut = BuiltEntry {
         flushed: image.len + MIB,
         ..shorter
     };
@@ -282,8 +287,8 @@ fn a_file_becomes_as_long_as_its_log_says() {
 fn an_entry_with_a_wrong_field_is_none() {
     let (plan, image) = one_block();
     let changes = vec![
-        Change::Data(plan.first(), sector(4)),
-        Change::Zero(plan.first() + 4096, 4096),
+        LogChange::Data(plan.first(), sector(4)),
+        LogChange::Zero(plan.first() + 4096, 4096),
     ];
     let good = entry(&image, 0x1_0000_0004, 0, changes).bytes();
     let refuse = |name: &str, edit: &dyn Fn(&mut Vec<u8>), is_sealed: bool| {
@@ -333,14 +338,14 @@ fn an_entry_with_a_wrong_field_is_none() {
 fn a_log_that_changes_headers_or_itself_is_refused() {
     let (_, image) = one_block();
     for change in [
-        Change::Data(0, sector(1)),
-        Change::Data(HEADERS[1], sector(1)),
-        Change::Zero(188 << 10, 8192),
-        Change::Zero(MIB - 4096, 8192),
-        Change::Data(LOG, sector(1)),
-        Change::Zero(METADATA - 4096, 4096),
-        Change::Zero(u64::MAX - 4095, 4096),
-        Change::Zero(METADATA, u64::MAX - 4095),
+        LogChange::Data(0, sector(1)),
+        LogChange::Data(HEADERS[1], sector(1)),
+        LogChange::Zero(188 << 10, 8192),
+        LogChange::Zero(MIB - 4096, 8192),
+        LogChange::Data(LOG, sector(1)),
+        LogChange::Zero(METADATA - 4096, 4096),
+        LogChange::Zero(u64::MAX - 4095, 4096),
+        LogChange::Zero(METADATA, u64::MAX - 4095),
     ] {
         let mut image = image.clone();
         let entry = entry(&image, 1, 0, vec![change.clone()]);
@@ -354,7 +359,7 @@ fn a_log_that_changes_headers_or_itself_is_refused() {
 /// A log may change what says where everything is.
 #[test]
 fn tables_are_read_as_the_log_has_them() {
-    let plan = Plan::new(MIB);
+    let plan = ImagePlan::new(MIB);
     let mut image = plan.image();
     plan.put(&mut image, 0, PRESENT, &sector(9));
     let broken = image.clone();
@@ -362,7 +367,7 @@ fn tables_are_read_as_the_log_has_them() {
     let changes = [192 << 10, 256 << 10, METADATA, METADATA + (64 << 10), BAT].map(|at| {
         broken.read(at, &mut good);
         image.write(at, &[0xff; SECTOR]);
-        Change::Data(at, good.clone())
+        LogChange::Data(at, good.clone())
     });
     assert!(build::read(image.clone(), None).is_err());
     let entry = entry(&image, 1, 0, changes.to_vec());
@@ -413,7 +418,7 @@ fn a_log_without_end_is_refused() {
     // A log of 64 MiB, behind the blocks, with one entry of many zeroes, each in another place.
     let mut image = image;
     let begin = image.len;
-    let zeroes = (0..160_000).map(|at| Change::Zero(begin + (64 << 20) + at * 8192, 4096));
+    let zeroes = (0..160_000).map(|at| LogChange::Zero(begin + (64 << 20) + at * 8192, 4096));
     let entry = entry(&image, 1, 0, zeroes.collect());
     image.write(begin, &entry.bytes());
     image.set_len(begin + (64 << 20));
@@ -439,7 +444,7 @@ fn changes_in_the_log_are_counted() {
     let (plan, mut image) = one_block();
     let file = World::new(vec![image.clone()]).file(0);
     assert_eq!(run(async move { unreplayed(&file).await }).unwrap(), 0);
-    let entry = entry(&image, 1, 0, vec![Change::Zero(plan.first(), 8192)]);
+    let entry = entry(&image, 1, 0, vec![LogChange::Zero(plan.first(), 8192)]);
     log(&mut image, 0, &entry.bytes());
     open_log(&mut image);
     let file = World::new(vec![image]).file(0);

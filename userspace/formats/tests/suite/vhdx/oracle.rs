@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! QEMU's tools as a second opinion: the driver reads their images, and they read those that the tests build.
 
-use super::build::{self, Plan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
+use super::build::{self, ImagePlan, MIB, MISSING, PRESENT, UNMAPPED, ZERO};
 use crate::common::tools::{content, file, folder, has_qemu, text, tool, whole};
-use crate::common::{seeds, Chance};
+use crate::common::{seeds, SeededRng};
 use diskio::{Errno, Runtime};
 use drivers::{Content as Held, Disk};
 use formats::vhdx::Vhdx;
-use formats::{Options, Parts};
+use formats::{ImageParts, Options};
 use std::path::Path;
 
 /// Reads the whole disk in a file. A hole reads as zeroes.
@@ -16,7 +16,11 @@ pub(crate) fn read(path: &Path) -> Vec<u8> {
     let (io, path) = (runtime.io.clone(), path.to_path_buf());
     let work = async move {
         let image = file(&io, &path, false);
-        let disk = Disk::new(Vhdx::new(image, Parts::default(), build::options("image")));
+        let disk = Disk::new(Vhdx::new(
+            image,
+            ImageParts::default(),
+            build::options("image"),
+        ));
         let shape = disk.activate().await.unwrap();
         let bytes = whole(&disk, shape.size).await.unwrap();
         holes_are_zeroes(&disk, &bytes).await.unwrap();
@@ -40,7 +44,7 @@ async fn holes_are_zeroes(disk: &Disk, bytes: &[u8]) -> Result<(), Errno> {
 }
 
 /// Writes by chance with qemu-io, into the image and the model.
-pub(crate) fn scribble(path: &Path, model: &mut [u8], chance: &mut Chance, count: usize) {
+pub(crate) fn scribble(path: &Path, model: &mut [u8], chance: &mut SeededRng, count: usize) {
     let sectors = (model.len() / 512) as u64;
     let mut args: Vec<String> = vec!["-f".into(), "vhdx".into()];
     for _ in 0..count {
@@ -104,7 +108,7 @@ fn what_qemu_writes_is_read() {
             create(&path, options, size);
             let mut model = vec![0; size as usize];
             assert!(read(&path) == model, "{options}: new");
-            let mut chance = Chance(seed);
+            let mut chance = SeededRng(seed);
             for _ in 0..2 {
                 scribble(&path, &mut model, &mut chance, 12);
                 assert!(read(&path) == model, "{options} seed {seed}");
@@ -156,7 +160,7 @@ fn what_is_behind_a_chunk_is_read() {
                 cache: 4096,
                 ..build::options("image")
             };
-            let disk = Disk::new(Vhdx::new(image, Parts::default(), options));
+            let disk = Disk::new(Vhdx::new(image, ImageParts::default(), options));
             assert_eq!(disk.activate().await.unwrap().size, size);
             let byte = |at: u64| {
                 // Later writes cover the end of earlier ones.
@@ -181,7 +185,7 @@ fn what_is_behind_a_chunk_is_read() {
 /// QEMU accepts the images that the tests build, and reads the same content.
 #[test]
 fn qemu_reads_what_is_built() {
-    let plan = Plan::new(6 * MIB - 512);
+    let plan = ImagePlan::new(6 * MIB - 512);
     let mut image = plan.image();
     let mut model = vec![0; plan.size as usize];
     for (block, state) in [PRESENT, MISSING, ZERO, UNMAPPED, PRESENT, PRESENT]

@@ -2,17 +2,17 @@
 //! Differencing images, which QEMU neither makes nor reads: over images that it made, beside a model.
 
 use super::build::{
-    self, spelled, Plan, DATA_GUID, HEADERS, MIB, MISSING, PARTLY, PRESENT, UNDEFINED, UNMAPPED,
-    ZERO,
+    self, spelled, ImagePlan, DATA_GUID, HEADERS, MIB, MISSING, PARTLY, PRESENT, UNDEFINED,
+    UNMAPPED, ZERO,
 };
 use super::oracle;
 use crate::common::tools::{file, folder, has_qemu, parent, parent_number, whole, PARENT_SIZE};
-use crate::common::{run, seeds, Chance, Content, World};
+use crate::common::{run, seeds, SeededRng, SparseContent, World};
 use control::{Code, Failure};
 use diskio::{File, Io, Runtime};
 use drivers::{Content as Held, Disk, Raw};
 use formats::vhdx::{id, look};
-use formats::{open_chain, Files, Kind};
+use formats::{open_chain, Files, ImageFormat};
 use std::fs;
 use std::path::Path;
 
@@ -26,16 +26,21 @@ fn names(linkage: &str, more: &[(&str, &str)]) -> Option<Vec<(String, String)>> 
     Some(all)
 }
 
-fn child(size: u64, logical: u32) -> Plan {
-    Plan {
+fn child(size: u64, logical: u32) -> ImagePlan {
+    ImagePlan {
         logical,
         parent: names(&spelled(DATA_GUID), &[("relative_path", ".\\base.vhdx")]),
-        ..Plan::new(size)
+        ..ImagePlan::new(size)
     }
 }
 
 /// Gives blocks random states, and returns the content of the disk over `below`.
-fn fill(plan: &Plan, image: &mut Content, below: &[u8], chance: &mut Chance) -> Vec<u8> {
+fn fill(
+    plan: &ImagePlan,
+    image: &mut SparseContent,
+    below: &[u8],
+    chance: &mut SeededRng,
+) -> Vec<u8> {
     let mut model = below.to_vec();
     model.resize(plan.size as usize, 0);
     let sector = plan.logical as usize;
@@ -56,7 +61,7 @@ fn fill(plan: &Plan, image: &mut Content, below: &[u8], chance: &mut Chance) -> 
                 // Runs of sectors, short and long.
                 let unit = 1 + chance.below(40);
                 let salt = chance.next();
-                let own = move |sector: u64| Chance(salt ^ (sector / unit)).next() % 2 == 0;
+                let own = move |sector: u64| SeededRng(salt ^ (sector / unit)).next() % 2 == 0;
                 plan.mark(image, block, &own);
                 for (number, part) in range.chunks_mut(sector).enumerate() {
                     if own(number as u64) {
@@ -84,7 +89,7 @@ fn blocks_of_all_states_are_read_over_a_parent() {
     let below = below();
     for logical in [512, 4096] {
         for seed in seeds(8) {
-            let chance = &mut Chance(seed);
+            let chance = &mut SeededRng(seed);
             let units = u64::from(logical);
             let plan = child(9 * MIB - units * chance.below(100), logical);
             let mut image = plan.image();
@@ -126,7 +131,7 @@ async fn extents_are_true(disk: &Disk, model: &[u8]) {
 /// Each chunk has a bitmap of its own, and a block may need more of it than one read returns.
 #[test]
 fn bitmaps_of_all_chunks_are_found() {
-    let plan = Plan {
+    let plan = ImagePlan {
         block: 32 * MIB,
         ..child(9 << 30, 512)
     };
@@ -165,9 +170,9 @@ fn bitmaps_of_all_chunks_are_found() {
 }
 
 /// Files of a folder.
-struct Folder(Io);
+struct ParentFolder(Io);
 
-impl Files<File> for Folder {
+impl Files<File> for ParentFolder {
     async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
         assert!(!writable);
         match path.exists() {
@@ -186,8 +191,15 @@ fn read_chain(path: &Path) -> Result<Vec<u8>, Failure> {
     let runtime = Runtime::new();
     let (io, path) = (runtime.io.clone(), path.to_path_buf());
     let work = async move {
-        let (image, files) = (file(&io, &path, false), Folder(io));
-        let disk = open_chain(Kind::Vhdx, image, &path, build::options("top"), &files).await?;
+        let (image, files) = (file(&io, &path, false), ParentFolder(io));
+        let disk = open_chain(
+            ImageFormat::Vhdx,
+            image,
+            &path,
+            build::options("top"),
+            &files,
+        )
+        .await?;
         let size = disk.activate().await?.size;
         Ok(whole(&disk, size).await.unwrap())
     };
@@ -209,12 +221,12 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
     for seed in seeds(3) {
         let folder = folder();
         let at = |name: &str| folder.path().join(name);
-        let chance = &mut Chance(seed);
+        let chance = &mut SeededRng(seed);
         let size = 8 * MIB + 512;
         oracle::create(&at("base.vhdx"), "subformat=dynamic,block_size=1M", size);
         let mut base = vec![0; size as usize];
         oracle::scribble(&at("base.vhdx"), &mut base, chance, 10);
-        let plan = Plan {
+        let plan = ImagePlan {
             parent: names(
                 &id_of(&at("base.vhdx")),
                 &[
@@ -222,7 +234,7 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
                     ("relative_path", ".\\base.vhdx"),
                 ],
             ),
-            ..Plan::new(size)
+            ..ImagePlan::new(size)
         };
         let mut image = plan.image();
         let model = fill(&plan, &mut image, &base, chance);
@@ -233,10 +245,10 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
         );
         // Another image on top of it, with larger blocks, in a folder beside it.
         fs::create_dir(at("sub")).unwrap();
-        let plan = Plan {
+        let plan = ImagePlan {
             block: 4 * MIB,
             parent: names(&spelled(DATA_GUID), &[("relative_path", "..\\child.vhdx")]),
-            ..Plan::new(size)
+            ..ImagePlan::new(size)
         };
         let mut image = plan.image();
         let model = fill(&plan, &mut image, &model, chance);
@@ -256,11 +268,11 @@ fn children_lie_over_what_qemu_made_and_over_each_other() {
 #[test]
 fn parents_are_named_as_the_format_has_it() {
     let linkage = "83ed0ec3-24c8-49a6-a959-5e4bf1288bfb";
-    let plan = |more: &[(&str, &str)]| Plan {
+    let plan = |more: &[(&str, &str)]| ImagePlan {
         parent: names(linkage, more),
-        ..Plan::new(MIB)
+        ..ImagePlan::new(MIB)
     };
-    let look_at = |plan: &Plan| {
+    let look_at = |plan: &ImagePlan| {
         let file = World::new(vec![plan.image()]).file(0);
         run(async move { look(&file).await })
     };
@@ -290,9 +302,9 @@ fn parents_are_named_as_the_format_has_it() {
         let failure = look_at(&plan(&[wrong])).unwrap_err();
         assert!(failure.message.contains(why), "{failure}");
     }
-    let none = Plan {
+    let none = ImagePlan {
         parent: Some(vec![("relative_path".into(), "a".into())]),
-        ..Plan::new(MIB)
+        ..ImagePlan::new(MIB)
     };
     let failure = look_at(&none).unwrap_err();
     assert!(failure.message.contains("which content"), "{failure}");
@@ -303,7 +315,7 @@ fn parents_are_named_as_the_format_has_it() {
 fn a_parent_may_have_either_of_two_names() {
     let folder = folder();
     let at = |name: &str| folder.path().join(name);
-    let mut base = Plan::new(MIB);
+    let mut base = ImagePlan::new(MIB);
     base.block = 2 * MIB;
     let mut image = base.image();
     base.put(&mut image, 0, PRESENT, &[5; MIB as usize]);
@@ -314,12 +326,12 @@ fn a_parent_may_have_either_of_two_names() {
         (own.as_str(), true),
         ("{10000000-24c8-49a6-a959-5e4bf1288bfb}", false),
     ] {
-        let plan = Plan {
+        let plan = ImagePlan {
             parent: names(
                 other,
                 &[("parent_linkage2", second), ("relative_path", "base.vhdx")],
             ),
-            ..Plan::new(MIB)
+            ..ImagePlan::new(MIB)
         };
         fs::write(at("child.vhdx"), plan.image().to_vec()).unwrap();
         let found = read_chain(&at("child.vhdx"));
@@ -336,7 +348,7 @@ fn a_parent_may_have_either_of_two_names() {
 
 #[test]
 fn a_parent_is_given_to_those_that_have_one() {
-    let alone = Plan::new(MIB).image();
+    let alone = ImagePlan::new(MIB).image();
     let failure = build::read(alone, Some(parent())).unwrap_err();
     assert!(failure.contains("leave that out"), "{failure}");
     let plan = child(MIB, 512);

@@ -7,8 +7,8 @@ use control::tapdisk::{Engine, Open};
 use control::Driver;
 use diskio::Runtime;
 use drivers::{Disk, Raw};
-use formats::luks::{self, Key};
-use formats::{qcow, qcow2, vhd, vmdk, Kind, Options, Parts};
+use formats::luks::{self, ImageKey};
+use formats::{qcow, qcow2, vhd, vmdk, ImageFormat, ImageParts, Options};
 use std::fs::File;
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub(super) struct Subject {
     pub(super) size: u64,
     /// Bytes that requests like to begin at a multiple of.
     pub(super) unit: u64,
-    kind: Option<Kind>,
+    kind: Option<ImageFormat>,
     pub(super) below: Below,
 }
 
@@ -54,7 +54,7 @@ pub(super) const QCOW2: Subject = Subject {
     target: "qcow2:/image",
     size: 1 << 20,
     unit: 4096,
-    kind: Some(Kind::Qcow2),
+    kind: Some(ImageFormat::Qcow2),
     below: Below::Nothing,
 };
 pub(super) const QCOW2_OVER: Subject = Subject {
@@ -65,7 +65,7 @@ pub(super) const QCOW2_OVER: Subject = Subject {
 pub(super) const QCOW: Subject = Subject {
     name: "qcow over raw",
     target: "qcow:/image",
-    kind: Some(Kind::Qcow),
+    kind: Some(ImageFormat::Qcow),
     below: Below::Unknown,
     ..QCOW2
 };
@@ -74,7 +74,7 @@ pub(super) const VHD: Subject = Subject {
     target: "vhd:/image",
     size: 8 << 20,
     unit: 2 << 20,
-    kind: Some(Kind::Vhd),
+    kind: Some(ImageFormat::Vhd),
     below: Below::Nothing,
 };
 pub(super) const VHD_OVER: Subject = Subject {
@@ -87,14 +87,14 @@ pub(super) const VMDK: Subject = Subject {
     name: "vmdk",
     target: "vmdk:/image",
     unit: 64 << 10,
-    kind: Some(Kind::Vmdk),
+    kind: Some(ImageFormat::Vmdk),
     ..QCOW2
 };
 pub(super) const LUKS: Subject = Subject {
     name: "luks",
     target: "key=/key,luks:/image",
     size: 1 << 18,
-    kind: Some(Kind::Luks),
+    kind: Some(ImageFormat::Luks),
     ..QCOW2
 };
 pub(super) const COW: Subject = Subject {
@@ -102,7 +102,7 @@ pub(super) const COW: Subject = Subject {
     target: "cow:aio:/base",
     size: BASE,
     unit: 64 << 10,
-    kind: Some(Kind::Qcow2),
+    kind: Some(ImageFormat::Qcow2),
     below: Below::Named,
 };
 
@@ -120,7 +120,7 @@ impl Subject {
     /// The number in a sector that was not written, if that is known.
     pub(super) fn initial(&self, sector: u64) -> Option<u32> {
         match (self.kind, self.below) {
-            (Some(Kind::Luks), _) => None,
+            (Some(ImageFormat::Luks), _) => None,
             (_, Below::Nothing) => Some(0),
             _ if sector * 512 < BASE => Some(BELOW),
             _ => Some(0),
@@ -151,32 +151,32 @@ impl Subject {
         let image = diskio::File::new(&runtime.io, reopen(&file, true)).expect("a file");
         let work = async move {
             match kind {
-                Kind::Qcow2 => {
-                    let backing = has_base.then(|| qcow2::Backing {
+                ImageFormat::Qcow2 => {
+                    let backing = has_base.then(|| qcow2::BackingImage {
                         name: "/base".into(),
                         format: Some("raw".into()),
                     });
-                    let plan = qcow2::Plan {
+                    let plan = qcow2::Qcow2Create {
                         cluster: 4096,
                         backing,
-                        ..qcow2::Plan::new(size)
+                        ..qcow2::Qcow2Create::new(size)
                     };
                     qcow2::create(&image, &plan).await
                 }
-                Kind::Qcow => {
+                ImageFormat::Qcow => {
                     let parent = has_base.then(|| "/base".into());
-                    qcow::create(&image, &qcow::Create { size, parent }).await
+                    qcow::create(&image, &qcow::QcowCreate { size, parent }).await
                 }
-                Kind::Vhd => {
+                ImageFormat::Vhd => {
                     let parent = has_base.then(|| vhd::ParentOf {
                         path: "/base".into(),
                         id: [0; 16],
                     });
                     let kind = match has_base {
-                        true => vhd::Kind::Differencing,
-                        false => vhd::Kind::Dynamic,
+                        true => vhd::VhdKind::Differencing,
+                        false => vhd::VhdKind::Dynamic,
                     };
-                    let what = vhd::Create {
+                    let what = vhd::VhdCreate {
                         kind,
                         size,
                         id: [7; 16],
@@ -185,8 +185,8 @@ impl Subject {
                     };
                     vhd::create(&image, &what).await
                 }
-                Kind::Vmdk => {
-                    let what = vmdk::Create {
+                ImageFormat::Vmdk => {
+                    let what = vmdk::VmdkCreate {
                         form: vmdk::Form::MonolithicSparse,
                         size,
                         name: "image".into(),
@@ -195,14 +195,14 @@ impl Subject {
                     };
                     vmdk::create(&image, &[], &what).await
                 }
-                Kind::Luks => {
+                ImageFormat::Luks => {
                     let how = luks::Encryption {
                         key: key(),
                         iter_time: Duration::from_millis(1),
                     };
                     luks::create(&image, size, &how).await
                 }
-                Kind::Vhdx => unreachable!("such an image is only read"),
+                ImageFormat::Vhdx => unreachable!("such an image is only read"),
             }
         };
         let made = runtime.block_on(work).expect("it ends");
@@ -220,18 +220,18 @@ impl Subject {
             return Disk::new(Raw::new(file(image), true));
         };
         let parent = (self.below != Below::Nothing).then(|| Disk::new(Raw::new(file(base), false)));
-        let parts = Parts {
+        let parts = ImageParts {
             parent,
-            ..Parts::default()
+            ..ImageParts::default()
         };
         let options = Options {
-            key: (kind == Kind::Luks).then(key),
+            key: (kind == ImageFormat::Luks).then(key),
             ..Options::new(self.name)
         };
         formats::open(kind, file(image), parts, options)
     }
 }
 
-fn key() -> Key {
-    Key::new(SECRET.to_vec().into())
+fn key() -> ImageKey {
+    ImageKey::new(SECRET.to_vec().into())
 }
