@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk, whatever its driver.
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Holder, Limits, Place, Shape};
+use crate::{
+    Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder, MappedExtent,
+};
 use control::Failure;
 use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
@@ -14,11 +16,11 @@ type Later<'a, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + 'a>>;
 
 /// [`Driver`] in a form that can be pointed to.
 trait Any {
-    fn activate(&self) -> Later<'_, Shape, Failure>;
+    fn activate(&self) -> Later<'_, DiskInfo, Failure>;
     fn fence(&self) -> Fence;
     fn is_verbatim(&self) -> bool;
     fn has_places(&self) -> bool;
-    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<Place>, Errno>;
+    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<MappedExtent>, Errno>;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
     fn flush(&self) -> Later<'_, (), Errno>;
@@ -38,7 +40,7 @@ trait Any {
 }
 
 impl<D: Driver> Any for D {
-    fn activate(&self) -> Later<'_, Shape, Failure> {
+    fn activate(&self) -> Later<'_, DiskInfo, Failure> {
         Box::pin(Driver::activate(self))
     }
     fn fence(&self) -> Fence {
@@ -50,7 +52,7 @@ impl<D: Driver> Any for D {
     fn has_places(&self) -> bool {
         Driver::has_places(self)
     }
-    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<Place>, Errno> {
+    fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<MappedExtent>, Errno> {
         Box::pin(Driver::places(self, offset, len))
     }
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno> {
@@ -106,11 +108,11 @@ impl<D: Driver> Any for D {
 /// A disk, whatever serves its content. Copies are the same disk. Its functions are those of [`Driver`]; it does the
 /// work that a driver does not do itself.
 #[derive(Clone)]
-pub struct Disk(Rc<Inner<dyn Any>>);
+pub struct Disk(Rc<DiskCore<dyn Any>>);
 
-struct Inner<D: ?Sized> {
+struct DiskCore<D: ?Sized> {
     /// Properties that the driver reported.
-    shape: Cell<Option<Shape>>,
+    shape: Cell<Option<DiskInfo>>,
     /// The kernel has the image by this number.
     backing: Cell<Option<u16>>,
     driver: D,
@@ -125,7 +127,7 @@ impl std::fmt::Debug for Disk {
 impl Disk {
     /// The disk that `driver` serves.
     pub fn new(driver: impl Driver) -> Self {
-        Self(Rc::new(Inner {
+        Self(Rc::new(DiskCore {
             shape: Cell::new(None),
             backing: Cell::new(None),
             driver,
@@ -138,7 +140,7 @@ impl Disk {
     }
 
     /// See [`Driver::activate`].
-    pub async fn activate(&self) -> Result<Shape, Failure> {
+    pub async fn activate(&self) -> Result<DiskInfo, Failure> {
         let shape = self.0.driver.activate().await?;
         self.0.shape.set(Some(shape));
         Ok(shape)
@@ -156,9 +158,9 @@ impl Disk {
 
     /// Returns where a range is, as a disk on top of this one reports it: no place is in that disk's own image. See
     /// [`Driver::places`].
-    pub async fn places_below(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    pub async fn places_below(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let mut places = match self.is_verbatim() {
-            true => vec![Place {
+            true => vec![MappedExtent {
                 offset,
                 len,
                 holder: Holder::Image,
@@ -189,7 +191,7 @@ impl Disk {
     }
 
     /// See [`Driver::places`].
-    pub async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    pub async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         self.0.driver.places(offset, len).await
     }
 
@@ -253,7 +255,7 @@ impl Disk {
         &self,
         offset: u64,
         len: u64,
-        limit: impl Fn(&Limits) -> u64,
+        limit: impl Fn(&DriverLimits) -> u64,
     ) -> impl Iterator<Item = (u64, u64)> {
         let limits = self.0.shape.get().map(|shape| shape.limits);
         let limits = limits.unwrap_or_default();
@@ -383,9 +385,9 @@ mod tests {
     use crate::Content::{Data, Hole};
     use crate::{Content, Extent};
 
-    type Parts = Vec<(u64, Content)>;
+    type ReadParts = Vec<(u64, Content)>;
 
-    fn rounded(found: &[(u64, Content)], len: u64) -> Option<Parts> {
+    fn rounded(found: &[(u64, Content)], len: u64) -> Option<ReadParts> {
         let found: Vec<Extent> = found
             .iter()
             .map(|&(len, content)| Extent { len, content })

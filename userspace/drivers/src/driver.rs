@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 /// Properties of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct DiskInfo {
     /// Size in bytes, whole logical blocks.
     pub size: u64,
     /// Bytes of a logical block, the unit of requests: 512 to 4096.
@@ -23,13 +23,13 @@ pub struct Shape {
     /// True if the driver supports [`Attributes::fua`]. Otherwise [`Disk`](crate::Disk) flushes after such a request.
     pub fua: bool,
     /// Limits of one call.
-    pub limits: Limits,
+    pub limits: DriverLimits,
 }
 
 /// Limits of one call of a driver: [`Disk`](crate::Disk) splits a larger request into several calls. By default there
 /// is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct DriverLimits {
     /// Largest read or write, in bytes.
     pub transfer: u64,
     /// Largest range to zero or discard at once, in bytes.
@@ -38,7 +38,7 @@ pub struct Limits {
     pub align: u32,
 }
 
-impl Default for Limits {
+impl Default for DriverLimits {
     fn default() -> Self {
         Self {
             transfer: u64::MAX,
@@ -135,7 +135,7 @@ pub enum Holder {
 
 /// A part of the disk that is a part of a file, byte for byte and past the page cache, or nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct MappedExtent {
     /// Offset on the disk, in bytes.
     pub offset: u64,
     /// Bytes, not 0.
@@ -148,10 +148,10 @@ pub struct Place {
     pub writable: bool,
 }
 
-impl Place {
+impl MappedExtent {
     /// Returns true if `next` directly continues this place, on the disk and in the file.
     #[must_use]
-    pub fn is_continued_by(&self, next: &Place) -> bool {
+    pub fn is_continued_by(&self, next: &MappedExtent) -> bool {
         let goes_on = self.holder == Holder::Nothing || self.at + self.len == next.at;
         let alike = (self.holder, self.writable) == (next.holder, next.writable);
         alike && goes_on && self.offset + self.len == next.offset
@@ -171,7 +171,7 @@ impl Place {
 pub trait Driver: 'static {
     /// Reads the image for the first time, and returns the properties of the disk. Before this, the driver must not
     /// read and keep any part of it, because another process may still change it. Now it is locked.
-    async fn activate(&self) -> Result<Shape, Failure>;
+    async fn activate(&self) -> Result<DiskInfo, Failure>;
 
     /// Returns when its I/O is over if this process dies. There is no default: a driver that sends data over a network
     /// must not return [`Fence::Local`], or old writes take effect late.
@@ -197,7 +197,7 @@ pub trait Driver: 'static {
     ///   outside of the image itself stays valid until a write to it: a write beside it changes nothing. Before clients
     ///   other than the guest change the disk, the kernel has stopped passthrough;
     /// - may be changed, if it is `writable`, without the driver's knowledge: a flush makes that durable, too.
-    async fn places(&self, _offset: u64, _len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, _offset: u64, _len: u64) -> Result<Vec<MappedExtent>, Errno> {
         Ok(Vec::new())
     }
 

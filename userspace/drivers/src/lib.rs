@@ -16,7 +16,9 @@ mod raw;
 
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io, LockKind, LockPart};
-pub use driver::{Attributes, Content, Driver, Extent, Fence, Holder, Limits, Place, Shape};
+pub use driver::{
+    Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder, MappedExtent,
+};
 pub use lock::{lock, lock_part};
 pub use null::Null;
 pub use open::{activate, file, image, missing, open, open_on};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `null`: nothing, to measure what everything else costs.
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
 
@@ -19,15 +19,15 @@ impl Null {
 }
 
 impl Driver for Null {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             size: self.size,
             logical_block: 512,
             physical_block: 512,
             discard: Some(512),
             write_cache: false,
             fua: true,
-            limits: Limits::default(),
+            limits: DriverLimits::default(),
         })
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Opening the disk that a request describes.
 
-use crate::{lock_part, Disk, Null, Ram, Raw, Shape};
+use crate::{lock_part, Disk, DiskInfo, Null, Ram, Raw};
 use control::tapdisk::Open;
 use control::{Code, Driver as Name, Failure};
 use diskio::{File, Io, LockKind, LockPart};
@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 
 /// Opens the disk that `open` describes: locks the image, which waits a little for the I/O of a process that died, and
 /// only then reads it. It refuses drivers that [have a format](Name::has_format).
-pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Shape), Failure> {
+pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, DiskInfo), Failure> {
     let file = match (open.target.driver(), open.target.size()) {
         (Name::Aio | Name::Sync, _) | (Name::Ram, Some(_)) => Some(image(io, open, fd).await?),
         _ => None,
@@ -19,7 +19,7 @@ pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, Sh
 }
 
 /// Opens a disk on an image that [is locked](image) already.
-pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), Failure> {
+pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, DiskInfo), Failure> {
     let disk = match (open.target.driver(), open.target.size(), file) {
         (Name::Aio | Name::Sync, _, Some(file)) => Disk::new(raw(open, file)?),
         (Name::Ram, Some(size), Some(memory)) => Disk::new(Ram::new(memory, size)),
@@ -57,7 +57,7 @@ pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, Shape), F
 }
 
 /// Activates a disk; guests may discard only if `open` allows that.
-pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, Shape), Failure> {
+pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, DiskInfo), Failure> {
     let mut shape = disk.activate().await?;
     if !open.discard || open.read_only {
         shape.discard = None;

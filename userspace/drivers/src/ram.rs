@@ -2,7 +2,7 @@
 //! `ram`: sparse memory, which holds only the ranges that the guest has changed.
 
 use crate::raw::extents;
-use crate::{Attributes, Driver, Extent, Fence, Limits, Shape};
+use crate::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ impl Ram {
 }
 
 impl Driver for Ram {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let found = self
             .memory
             .size()
@@ -37,14 +37,14 @@ impl Driver for Ram {
                 ),
             ));
         }
-        Ok(Shape {
+        Ok(DiskInfo {
             size: self.size,
             logical_block: 512,
             physical_block: 4096,
             discard: Some(4096),
             write_cache: false,
             fua: true,
-            limits: Limits::default(),
+            limits: DriverLimits::default(),
         })
     }
 

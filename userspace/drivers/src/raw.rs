@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use control::{Code, Failure};
 use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
 
@@ -116,23 +116,23 @@ impl Raw {
 }
 
 impl Driver for Raw {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let (logical_block, physical_block) = self.blocks()?;
         let unit = match self.file.is_device() {
             true => physical_block,
             false => HOLE.max(physical_block),
         };
-        Ok(Shape {
+        Ok(DiskInfo {
             size: self.size(logical_block)?,
             logical_block,
             physical_block,
             discard: self.discard.then_some(unit),
             write_cache: true,
             fua: true,
-            limits: Limits {
+            limits: DriverLimits {
                 zeroes: ZEROES,
                 align: unit,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
         })
     }

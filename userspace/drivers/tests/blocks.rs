@@ -3,7 +3,7 @@
 
 use control::Code;
 use diskio::{Align, Data, File, Runtime};
-use drivers::{Attributes, Disk, Raw, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Raw};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -26,7 +26,7 @@ fn image(size: u64) -> std::fs::File {
     image
 }
 
-fn active(runtime: &Runtime, raw: Raw) -> (Disk, Result<Shape, control::Failure>) {
+fn active(runtime: &Runtime, raw: Raw) -> (Disk, Result<DiskInfo, control::Failure>) {
     let disk = Disk::new(raw);
     let its = disk.clone();
     let shape = runtime.block_on(async move { its.activate().await });
@@ -38,7 +38,7 @@ fn active(runtime: &Runtime, raw: Raw) -> (Disk, Result<Shape, control::Failure>
 fn writers_of_a_shared_image_do_not_undo_each_others_writes() {
     let runtime = Runtime::new();
     let image = image(8 * BLOCK as u64);
-    let both: Vec<(Disk, Shape)> = (0..2)
+    let both: Vec<(Disk, DiskInfo)> = (0..2)
         .map(|_| {
             let raw = Raw::new(file(&runtime, &image), false).in_whole_blocks();
             let (disk, shape) = active(&runtime, raw);

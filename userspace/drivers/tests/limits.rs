@@ -3,12 +3,12 @@
 
 use control::Failure;
 use diskio::Runtime;
-use drivers::{Attributes, Bytes, Data, Disk, Driver, Errno, Fence, Limits, Shape};
+use drivers::{Attributes, Bytes, Data, Disk, DiskInfo, Driver, DriverLimits, Errno, Fence};
 use std::cell::RefCell;
 use std::rc::Rc;
 
 const SIZE: u64 = 64 << 10;
-const LIMITS: Limits = Limits {
+const LIMITS: DriverLimits = DriverLimits {
     transfer: 5000,
     zeroes: 9000,
     align: 4096,
@@ -33,9 +33,9 @@ impl Small {
 }
 
 impl Driver for Small {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         self.bytes.borrow_mut().resize(SIZE as usize, 0);
-        Ok(Shape {
+        Ok(DiskInfo {
             size: SIZE,
             logical_block: 512,
             physical_block: 512,

@@ -5,7 +5,7 @@
 use control::tapdisk::Open;
 use control::{Code, Driver as Name};
 use diskio::{Data, Engine, Errno, Runtime};
-use drivers::{open, Attributes, Content, Disk, Extent, Shape};
+use drivers::{open, Attributes, Content, Disk, DiskInfo, Extent};
 use proptest::prelude::*;
 use std::cell::RefCell;
 use std::fs;
@@ -70,7 +70,7 @@ fn try_open(
     name: Name,
     file: &tempfile::NamedTempFile,
     what: Open,
-) -> Result<(Disk, Shape), control::Failure> {
+) -> Result<(Disk, DiskInfo), control::Failure> {
     let io = runtime.io.clone();
     let image = Some(descriptor(name, file));
     runtime
@@ -79,7 +79,7 @@ fn try_open(
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum ModelStep {
     Read(u64, u64),
     Write(u64, u64, u8),
     Zeroes(u64, u64),
@@ -87,7 +87,7 @@ enum Step {
     Flush,
 }
 
-impl Step {
+impl ModelStep {
     fn range(&self) -> Option<(u64, u64)> {
         match *self {
             Self::Read(at, n)
@@ -99,14 +99,14 @@ impl Step {
     }
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = ModelStep> {
     let range = || (0..SECTORS, 1..=160_u64).prop_map(|(at, n)| (at, n.min(SECTORS - at)));
     prop_oneof![
-        4 => range().prop_map(|(at, n)| Step::Read(at, n)),
-        4 => (range(), 1_u8..).prop_map(|((at, n), byte)| Step::Write(at, n, byte)),
-        1 => range().prop_map(|(at, n)| Step::Zeroes(at, n)),
-        1 => range().prop_map(|(at, n)| Step::Discard(at, n)),
-        1 => Just(Step::Flush),
+        4 => range().prop_map(|(at, n)| ModelStep::Read(at, n)),
+        4 => (range(), 1_u8..).prop_map(|((at, n), byte)| ModelStep::Write(at, n, byte)),
+        1 => range().prop_map(|(at, n)| ModelStep::Zeroes(at, n)),
+        1 => range().prop_map(|(at, n)| ModelStep::Discard(at, n)),
+        1 => Just(ModelStep::Flush),
     ]
 }
 
@@ -117,45 +117,45 @@ fn bytes(sectors: u64, byte: u8) -> Vec<u8> {
 }
 
 /// Applies a step to a vector; `read` is called for those that read.
-fn apply(model: &mut [u8], step: &Step) {
+fn apply(model: &mut [u8], step: &ModelStep) {
     let Some((at, n)) = step.range() else { return };
     let range = &mut model[(at * 512) as usize..][..(n * 512) as usize];
     match step {
-        Step::Write(_, n, byte) => range.copy_from_slice(&bytes(*n, *byte)),
-        Step::Zeroes(..) | Step::Discard(..) => range.fill(0),
+        ModelStep::Write(_, n, byte) => range.copy_from_slice(&bytes(*n, *byte)),
+        ModelStep::Zeroes(..) | ModelStep::Discard(..) => range.fill(0),
         _ => {}
     }
 }
 
-async fn execute(disk: &Disk, step: &Step) -> Result<Option<Vec<u8>>, Errno> {
+async fn execute(disk: &Disk, step: &ModelStep) -> Result<Option<Vec<u8>>, Errno> {
     // Some of them, always the same, are to be durable.
     let how = Attributes {
         fua: step.range().is_some_and(|(at, n)| (at + n) % 3 == 0),
         ..PLAIN
     };
     match *step {
-        Step::Read(at, n) => {
+        ModelStep::Read(at, n) => {
             let data = Data::zeroed((n * 512) as usize)?;
             disk.read(at * 512, data.clone()).await?;
             return Ok(Some(data.to_vec()));
         }
-        Step::Write(at, n, byte) => {
+        ModelStep::Write(at, n, byte) => {
             let data = Data::copied(&bytes(n, byte))?;
             disk.write(at * 512, data, how).await?;
         }
-        Step::Zeroes(at, n) => disk.write_zeroes(at * 512, n * 512, how).await?,
-        Step::Discard(at, n) => disk.discard(at * 512, n * 512, how).await?,
-        Step::Flush => disk.flush().await?,
+        ModelStep::Zeroes(at, n) => disk.write_zeroes(at * 512, n * 512, how).await?,
+        ModelStep::Discard(at, n) => disk.discard(at * 512, n * 512, how).await?,
+        ModelStep::Flush => disk.flush().await?,
     }
     Ok(None)
 }
 
 /// Returns groups of steps that do not overlap.
-fn groups(steps: Vec<Step>) -> Vec<Vec<Step>> {
-    let mut groups: Vec<Vec<Step>> = vec![Vec::new()];
+fn groups(steps: Vec<ModelStep>) -> Vec<Vec<ModelStep>> {
+    let mut groups: Vec<Vec<ModelStep>> = vec![Vec::new()];
     for step in steps {
         let last = groups.last().unwrap();
-        let meets = |other: &Step| match (step.range(), other.range()) {
+        let meets = |other: &ModelStep| match (step.range(), other.range()) {
             (Some((a, n)), Some((b, m))) => a < b + m && b < a + n,
             _ => false,
         };

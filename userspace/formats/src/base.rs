@@ -3,7 +3,7 @@
 
 use control::Failure;
 use diskio::{Data, Errno};
-use drivers::{Content, Disk, Extent, Holder, Place};
+use drivers::{Content, Disk, Extent, Holder, MappedExtent};
 use std::cell::Cell;
 
 /// Maximum number of extents that one query returns.
@@ -67,7 +67,7 @@ impl Base {
     }
 
     /// Returns the places of a range that the kernel may use; the part behind the end of the disk is nowhere.
-    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let there = self.size.get().saturating_sub(offset).min(len);
         let mut places = match there {
             0 => Vec::new(),
@@ -130,8 +130,8 @@ pub(crate) async fn read(parent: Option<&Base>, offset: u64, data: Data) -> Resu
 }
 
 /// A part that is nowhere.
-pub(crate) fn zeroes(offset: u64, len: u64) -> Place {
-    Place {
+pub(crate) fn zeroes(offset: u64, len: u64) -> MappedExtent {
+    MappedExtent {
         offset,
         len,
         holder: Holder::Nothing,
@@ -141,7 +141,7 @@ pub(crate) fn zeroes(offset: u64, len: u64) -> Place {
 }
 
 /// Adds a place, or extends the last one if both are contiguous, because one answer holds a limited number of places.
-pub(crate) fn add_place(places: &mut Vec<Place>, place: Place) {
+pub(crate) fn add_place(places: &mut Vec<MappedExtent>, place: MappedExtent) {
     match places.last_mut() {
         Some(last) if last.is_continued_by(&place) => last.len += place.len,
         _ => places.push(place),
@@ -153,7 +153,7 @@ pub(crate) async fn add_places(
     parent: Option<&Base>,
     offset: u64,
     len: u64,
-    places: &mut Vec<Place>,
+    places: &mut Vec<MappedExtent>,
 ) -> Result<(), Errno> {
     let more = match parent {
         Some(parent) => parent.places(offset, len).await?,

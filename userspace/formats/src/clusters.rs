@@ -13,7 +13,7 @@ use crate::tail::Tail;
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent, Holder, Place};
+use drivers::{Content, Extent, Holder, MappedExtent};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -337,7 +337,7 @@ impl<S: Storage, M: ClusterMap<S>> Clusters<S, M> {
         offset: u64,
         len: u64,
         writable: bool,
-    ) -> Result<Vec<Place>, Errno> {
+    ) -> Result<Vec<MappedExtent>, Errno> {
         self.check(offset, len)?;
         let mut places = Vec::new();
         for (cluster, within, at, len) in pieces(offset, len, self.map.cluster()) {
@@ -359,7 +359,7 @@ impl<S: Storage, M: ClusterMap<S>> Clusters<S, M> {
             let end = begin.checked_add(len);
             // The last cluster may be cut off.
             if end.is_some_and(|end| end <= self.tail.end()) {
-                let place = Place {
+                let place = MappedExtent {
                     offset: from,
                     len,
                     holder: Holder::Image,

@@ -14,7 +14,7 @@ mod parts;
 
 use control::Failure;
 use diskio::{Gate, Io};
-use drivers::{Holder, Place};
+use drivers::{Holder, MappedExtent};
 use parts::Missed;
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -45,7 +45,7 @@ impl Image {
     /// Returns the mappings for the kernel, for a generation of its table.
     fn ops(&self, generation: u32) -> Vec<MapOp> {
         let set = self.set(
-            &Place {
+            &MappedExtent {
                 offset: 0,
                 len: self.size,
                 holder: Holder::Image,
@@ -64,7 +64,7 @@ impl Image {
     }
 
     /// Returns the mapping of a part of the disk, for a generation of the kernel's table.
-    fn set(&self, place: &Place, generation: u32) -> MapOp {
+    fn set(&self, place: &MappedExtent, generation: u32) -> MapOp {
         let (backing, flags) = match place.holder {
             Holder::Image if self.writable && place.writable => (BACKING, MAP_WRITE),
             Holder::Image => (BACKING, 0),

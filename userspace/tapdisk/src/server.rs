@@ -14,7 +14,7 @@ use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Rules, Trouble};
 use control::{Code, Failure};
 use diskio::{of_earlier, Bytes, Errno, Runtime, Seen};
-use drivers::{Attributes, Disk, Shape};
+use drivers::{Attributes, Disk, DiskInfo};
 use futures::future::join;
 use rustix::time::{clock_gettime, ClockId};
 use std::cell::{Cell, RefCell};
@@ -121,7 +121,7 @@ impl Server {
         runtime: &Runtime,
         tap: &Rc<Tap>,
         disk: Disk,
-        shape: &Shape,
+        shape: &DiskInfo,
         terms: Terms,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
@@ -135,7 +135,7 @@ impl Server {
         tap: &Rc<Tap>,
         link: Rc<Link>,
         disk: Disk,
-        shape: &Shape,
+        shape: &DiskInfo,
         terms: Terms,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {

@@ -28,7 +28,7 @@ use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
 use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
-use drivers::{Fence, Shape};
+use drivers::{DiskInfo, Fence};
 use inactive::Inactive;
 use marks::Marks;
 pub(crate) use marks::Since;
@@ -543,7 +543,7 @@ impl Session {
         &self,
         open: Open,
         disk: drivers::Disk,
-        shape: Shape,
+        shape: DiskInfo,
     ) -> Result<Reply, Failure> {
         let _alone = self.gate.alone().await;
         if self.status().state != State::Attached {
@@ -565,7 +565,7 @@ impl Session {
         engine: Engine,
         identity: Identity,
         disk: drivers::Disk,
-        shape: Shape,
+        shape: DiskInfo,
     ) -> Result<Reply, Failure> {
         let notes = self.find_notes(&open).await?;
         let tracer = self.find_tracer(&open, shape.size).await;
@@ -656,7 +656,7 @@ impl Session {
         &self,
         tap: &Tap,
         open: &Open,
-        shape: &Shape,
+        shape: &DiskInfo,
         storage: Fence,
     ) -> Result<(), Failure> {
         let params = params(shape, open);

@@ -3,7 +3,7 @@
 
 use control::tapdisk::{self, Engine, Open};
 use control::{Code, Failure};
-use drivers::Shape;
+use drivers::DiskInfo;
 use std::io;
 use tapdev::{Discard, Params};
 
@@ -63,7 +63,7 @@ pub(crate) fn fence(fence: drivers::Fence) -> tapdev::Fence {
 }
 
 /// A disk, for the kernel.
-pub(crate) fn params(shape: &Shape, open: &Open) -> Params {
+pub(crate) fn params(shape: &DiskInfo, open: &Open) -> Params {
     Params {
         sectors: shape.size >> 9,
         logical_block: shape.logical_block,
@@ -80,7 +80,7 @@ pub(crate) fn params(shape: &Shape, open: &Open) -> Params {
 }
 
 /// A disk, for the supervisor.
-pub(crate) fn describe(shape: &Shape, open: &Open, engine: Engine) -> tapdisk::Disk {
+pub(crate) fn describe(shape: &DiskInfo, open: &Open, engine: Engine) -> tapdisk::Disk {
     tapdisk::Disk {
         size: shape.size,
         logical_block: shape.logical_block,

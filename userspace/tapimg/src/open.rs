@@ -4,7 +4,7 @@
 use crate::named::Named;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
-use drivers::{lock, Disk, Raw, Shape};
+use drivers::{lock, Disk, DiskInfo, Raw};
 use formats::{open_chain, Below, Files, ImageFormat, Options};
 use rustix::fs::OFlags;
 use std::fs;
@@ -158,7 +158,7 @@ impl Opener {
         &self,
         image: &Named,
         snapshot: Option<&str>,
-    ) -> Result<(Disk, Shape), Failure> {
+    ) -> Result<(Disk, DiskInfo), Failure> {
         let file = self.file(&image.path, self.reading).await?;
         let options = Options {
             writable: false,
@@ -175,7 +175,7 @@ impl Opener {
         image: &Named,
         mut file: File,
         options: Options,
-    ) -> Result<(Disk, Shape), Failure> {
+    ) -> Result<(Disk, DiskInfo), Failure> {
         if options.snapshot.is_some() && image.kind != Below::Format(ImageFormat::Qcow2) {
             return Err(Failure::invalid(format!(
                 "{image} has no snapshots, only qcow2 images do: leave --snapshot out"

@@ -4,7 +4,7 @@
 use crate::named::Named;
 use control::Failure;
 use diskio::{Data, Errno, Io};
-use drivers::{Disk, Shape};
+use drivers::{Disk, DiskInfo};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ pub(crate) struct Lost {
 
 impl Lost {
     /// Nothing of a disk with that shape.
-    pub(crate) fn new(shape: &Shape) -> Self {
+    pub(crate) fn new(shape: &DiskInfo) -> Self {
         let cluster = u64::from(shape.limits.align.max(512));
         Self {
             step: STEP.min(cluster),

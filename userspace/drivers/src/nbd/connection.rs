@@ -24,7 +24,7 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// A request, which may have to be sent more than once.
 #[derive(Clone, Debug)]
-pub(super) struct Request {
+pub(super) struct NbdRequest {
     pub(super) command: u16,
     pub(super) flags: CommandFlags,
     pub(super) offset: u64,
@@ -34,7 +34,7 @@ pub(super) struct Request {
     pub(super) payload: Option<Bytes>,
 }
 
-impl Request {
+impl NbdRequest {
     /// Makes a request without data.
     pub(super) fn plain(command: u16, offset: u64, len: u32) -> Self {
         Self {
@@ -67,7 +67,7 @@ impl Request {
 }
 
 /// An extent as a server tells of it: bytes, and whether they are zeroes.
-pub(super) type Told = (u32, bool);
+pub(super) type ServerExtent = (u32, bool);
 
 /// Reason why there is no good answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,9 +88,9 @@ struct Waiting {
     len: u32,
     changes: bool,
     cover: Cover,
-    told: Vec<Told>,
+    told: Vec<ServerExtent>,
     error: Option<Errno>,
-    answer: Option<Result<Vec<Told>, Unanswered>>,
+    answer: Option<Result<Vec<ServerExtent>, Unanswered>>,
     waker: Option<Waker>,
     /// True if the caller has stopped waiting.
     is_withdrawn: bool,
@@ -107,7 +107,7 @@ pub(super) struct Loss {
 
 /// A connection that is agreed about.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct NbdConnection {
     wire: Rc<Wire>,
     about: About,
     outgoing: Outgoing,
@@ -116,7 +116,7 @@ pub(super) struct Connection {
     loss: Cell<Option<Loss>>,
 }
 
-impl Connection {
+impl NbdConnection {
     /// After the handshake; [`send`](Self::send) and [`receive`](Self::receive) must run.
     pub(super) fn new(wire: Rc<Wire>, about: About) -> Rc<Self> {
         Rc::new(Self {
@@ -141,9 +141,9 @@ impl Connection {
     /// Executes a request. A read brings where its data goes.
     pub(super) async fn call(
         &self,
-        request: &Request,
+        request: &NbdRequest,
         data: Option<Data>,
-    ) -> Result<Vec<Told>, Unanswered> {
+    ) -> Result<Vec<ServerExtent>, Unanswered> {
         if self.loss.get().is_some() {
             return Err(Unanswered::Lost);
         }
@@ -163,7 +163,7 @@ impl Connection {
             is_withdrawn: false,
         };
         self.waiting.borrow_mut().insert(cookie, waiting);
-        let _asked = Asked {
+        let _asked = PendingReply {
             connection: self,
             cookie,
         };
@@ -182,7 +182,7 @@ impl Connection {
         }
     }
 
-    fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<Told>, Unanswered>> {
+    fn poll(&self, cookie: u64, waker: &Waker) -> Poll<Result<Vec<ServerExtent>, Unanswered>> {
         let mut all = self.waiting.borrow_mut();
         let Some(waiting) = all.get_mut(&cookie) else {
             return Poll::Ready(Err(Unanswered::Lost));
@@ -393,7 +393,7 @@ impl Connection {
             // A server that does not hear it sees the end of the connection.
             self.outgoing.push(Message {
                 cookie: 0,
-                head: Request::plain(command::DISCONNECT, 0, 0).head(0),
+                head: NbdRequest::plain(command::DISCONNECT, 0, 0).head(0),
                 payload: None,
             });
             // The queue may hold messages whose callers have stopped waiting, and the server may not read.
@@ -420,12 +420,12 @@ impl Waiting {
 }
 
 /// A request whose caller waits for it. Dropping it ends the wait.
-struct Asked<'a> {
-    connection: &'a Connection,
+struct PendingReply<'a> {
+    connection: &'a NbdConnection,
     cookie: u64,
 }
 
-impl Drop for Asked<'_> {
+impl Drop for PendingReply<'_> {
     fn drop(&mut self) {
         let mut all = self.connection.waiting.borrow_mut();
         if self.connection.outgoing.withdraw(self.cookie) {
@@ -439,7 +439,7 @@ impl Drop for Asked<'_> {
 }
 
 /// Returns the extents in a chunk.
-fn told(bytes: &[u8], context: Option<u32>) -> Option<Vec<Told>> {
+fn told(bytes: &[u8], context: Option<u32>) -> Option<Vec<ServerExtent>> {
     let (number, rest) = bytes.split_first_chunk::<4>()?;
     if Some(u32::from_be_bytes(*number)) != context {
         return None;

@@ -39,21 +39,21 @@ pub(super) struct About {
 
 /// Reason why the export cannot be used.
 #[derive(Debug)]
-pub(super) enum Refused {
+pub(super) enum RefusedExport {
     /// The connection.
     Io(Errno),
     /// The server does not give it.
     Failure(Failure),
 }
 
-impl From<Errno> for Refused {
+impl From<Errno> for RefusedExport {
     fn from(error: Errno) -> Self {
         Self::Io(error)
     }
 }
 
 /// An answer to an option.
-struct Reply {
+struct OptionAnswer {
     kind: u32,
     data: Vec<u8>,
 }
@@ -73,7 +73,7 @@ impl Talk<'_> {
         &mut self,
         export: &str,
         tls: Option<ClientConnection>,
-    ) -> Result<About, Refused> {
+    ) -> Result<About, RefusedExport> {
         let is_brief = self.greet().await?;
         if let Some(tls) = tls {
             self.encrypt(tls).await?;
@@ -96,10 +96,10 @@ impl Talk<'_> {
     }
 
     /// Reads the greeting, and returns whether the server leaves out unneeded zeroes.
-    async fn greet(&mut self) -> Result<bool, Refused> {
+    async fn greet(&mut self) -> Result<bool, RefusedExport> {
         let magic: [u8; 16] = self.incoming.array().await?;
         let old = || {
-            Refused::Failure(Failure::unsupported(
+            RefusedExport::Failure(Failure::unsupported(
                 "no NBD server of the newstyle protocol listens there: check the address",
             ))
         };
@@ -117,7 +117,7 @@ impl Talk<'_> {
     }
 
     /// Encrypts the connection, or fails: nothing about the export goes out in plain text.
-    async fn encrypt(&mut self, tls: ClientConnection) -> Result<(), Refused> {
+    async fn encrypt(&mut self, tls: ClientConnection) -> Result<(), RefusedExport> {
         self.ask(option::STARTTLS, &[]).await?;
         let reply = self.reply(option::STARTTLS).await?;
         if reply.kind != option_reply::ACK {
@@ -133,12 +133,12 @@ impl Talk<'_> {
                 )),
                 _ => Failure::new(Code::Image, format!("{what}{}", shown(&reply.data))),
             };
-            return Err(Refused::Failure(failure));
+            return Err(RefusedExport::Failure(failure));
         }
         // The server waits for this client now. An early message comes from a third party in between, and must not be
         // taken for encrypted data.
         if !self.incoming.is_empty() {
-            return Err(Refused::Failure(Failure::new(
+            return Err(RefusedExport::Failure(Failure::new(
                 Code::Denied,
                 format!(
                     "a third party has answered for the server of {} before the encryption began: check the network \
@@ -151,7 +151,7 @@ impl Talk<'_> {
     }
 
     /// Asks the server for the number of its metadata context for holes, if it has one.
-    async fn context(&mut self, export: &str) -> Result<Option<u32>, Refused> {
+    async fn context(&mut self, export: &str) -> Result<Option<u32>, RefusedExport> {
         let mut data = text(export);
         data.extend(1_u32.to_be_bytes());
         data.extend(counted(proto::ALLOCATION));
@@ -174,7 +174,7 @@ impl Talk<'_> {
     }
 
     /// Returns the export; `None` if the server does not know this form of the question.
-    async fn go(&mut self, export: &str) -> Result<Option<About>, Refused> {
+    async fn go(&mut self, export: &str) -> Result<Option<About>, RefusedExport> {
         let mut data = text(export);
         data.extend(1_u16.to_be_bytes());
         data.extend(info::BLOCK_SIZE.to_be_bytes());
@@ -202,7 +202,7 @@ impl Talk<'_> {
                     }));
                 }
                 option_reply::UNSUPPORTED => return Ok(None),
-                kind => return Err(Refused::Failure(refused(export, kind, &reply.data))),
+                kind => return Err(RefusedExport::Failure(refused(export, kind, &reply.data))),
             }
         }
         Err(Errno::PROTO.into())
@@ -210,7 +210,7 @@ impl Talk<'_> {
 
     /// Asks for the export in the way of servers that do not know GO, such as that of XAPI. A server that has no export
     /// of that name ends the connection.
-    async fn by_name(&mut self, export: &str, is_brief: bool) -> Result<About, Refused> {
+    async fn by_name(&mut self, export: &str, is_brief: bool) -> Result<About, RefusedExport> {
         self.ask(option::EXPORT_NAME, export.as_bytes()).await?;
         let size = u64::from_be_bytes(self.incoming.array().await?);
         let flags = u16::from_be_bytes(self.incoming.array().await?);
@@ -228,14 +228,14 @@ impl Talk<'_> {
         })
     }
 
-    async fn ask(&mut self, option: u32, data: &[u8]) -> Result<(), Refused> {
+    async fn ask(&mut self, option: u32, data: &[u8]) -> Result<(), RefusedExport> {
         let mut bytes = proto::OPTION_MAGIC.to_be_bytes().to_vec();
         bytes.extend(option.to_be_bytes());
         bytes.extend(counted(data));
         self.send(&bytes).await
     }
 
-    async fn reply(&mut self, option: u32) -> Result<Reply, Refused> {
+    async fn reply(&mut self, option: u32) -> Result<OptionAnswer, RefusedExport> {
         let magic = u64::from_be_bytes(self.incoming.array().await?);
         let of = u32::from_be_bytes(self.incoming.array().await?);
         let kind = u32::from_be_bytes(self.incoming.array().await?);
@@ -244,10 +244,10 @@ impl Talk<'_> {
             return Err(Errno::PROTO.into());
         }
         let data = self.incoming.vec(len, MOST_REPLY).await?;
-        Ok(Reply { kind, data })
+        Ok(OptionAnswer { kind, data })
     }
 
-    async fn send(&self, bytes: &[u8]) -> Result<(), Refused> {
+    async fn send(&self, bytes: &[u8]) -> Result<(), RefusedExport> {
         Ok(self.wire.send_all(bytes).await?)
     }
 }

@@ -15,12 +15,12 @@ mod stream;
 mod tls;
 mod wire;
 
-use crate::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
-use connection::{Connection, Loss, Request, Told, Unanswered};
+use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use connection::{Loss, NbdConnection, NbdRequest, ServerExtent, Unanswered};
 use control::{Code, Failure};
 use diskio::{of_earlier, Barrier, Bytes, Data, Errno, Gate, Runtime};
-use handshake::{About, Refused, Talk};
-use log::Log;
+use handshake::{About, RefusedExport, Talk};
+use log::RequestLog;
 pub use options::{Options, Settle};
 use proto::{command, CommandFlags, Transmission};
 use std::cell::{Cell, OnceCell, RefCell};
@@ -64,12 +64,12 @@ pub struct Nbd<C> {
     runtime: Runtime,
     connector: C,
     options: Options,
-    connection: RefCell<Option<Rc<Connection>>>,
+    connection: RefCell<Option<Rc<NbdConnection>>>,
     /// Serialises replacements of the connection.
     renewing: Gate,
     /// Export as the guest knows it.
     about: OnceCell<About>,
-    log: RefCell<Log>,
+    log: RefCell<RequestLog>,
     /// All flushes of the server.
     flushes: Barrier,
     /// Time before the next attempt to replace the connection: it grows with each attempt without an answer.
@@ -91,12 +91,12 @@ impl<C> Drop for Nbd<C> {
 /// server may execute parts of it late: its loss counts from then on.
 struct Fresh<'a, C> {
     nbd: &'a Nbd<C>,
-    connection: Rc<Connection>,
+    connection: Rc<NbdConnection>,
     is_taken: bool,
 }
 
 impl<'a, C> Fresh<'a, C> {
-    fn new(nbd: &'a Nbd<C>, connection: Rc<Connection>) -> Self {
+    fn new(nbd: &'a Nbd<C>, connection: Rc<NbdConnection>) -> Self {
         Self {
             nbd,
             connection,
@@ -104,7 +104,7 @@ impl<'a, C> Fresh<'a, C> {
         }
     }
 
-    fn taken(mut self) -> Rc<Connection> {
+    fn taken(mut self) -> Rc<NbdConnection> {
         self.is_taken = true;
         self.connection.clone()
     }
@@ -144,7 +144,7 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// A connection after its handshake.
-    async fn connect(&self) -> Result<Rc<Connection>, Failure> {
+    async fn connect(&self) -> Result<Rc<NbdConnection>, Failure> {
         let io = &self.runtime.io;
         // Before there is a server that would have to wait for it.
         let tls = match &self.options.tls {
@@ -165,14 +165,14 @@ impl<C: Connect> Nbd<C> {
             // A refusal is no error of the connection.
             match talk.agree(&self.options.export, tls).await {
                 Ok(about) => Ok(Ok(about)),
-                Err(Refused::Failure(failure)) => Ok(Err(failure)),
-                Err(Refused::Io(error)) => Err(error),
+                Err(RefusedExport::Failure(failure)) => Ok(Err(failure)),
+                Err(RefusedExport::Io(error)) => Err(error),
             }
         };
         let agreed = io.within(PATIENCE, agreed).await;
         let about = agreed.map_err(|error| self.unsaid(&wire, error))??;
         self.check(&about)?;
-        let connection = Connection::new(wire, about);
+        let connection = NbdConnection::new(wire, about);
         self.runtime.tasks.spawn(connection.clone().send());
         let receiving = connection.clone().receive(incoming);
         self.runtime.tasks.spawn(receiving);
@@ -243,7 +243,7 @@ impl<C: Connect> Nbd<C> {
 
     /// Returns the connection, or a new one if the last one is lost. The caller waits as long as necessary, as with a
     /// disk whose cable was pulled.
-    async fn connection(&self) -> Result<Rc<Connection>, Errno> {
+    async fn connection(&self) -> Result<Rc<NbdConnection>, Errno> {
         loop {
             let current = self.connection.borrow().clone();
             let Some(current) = current else {
@@ -253,7 +253,7 @@ impl<C: Connect> Nbd<C> {
                 return Ok(current);
             };
             let _alone = self.renewing.alone().await;
-            let is_newest = |now: &Rc<Connection>| Rc::ptr_eq(now, &current);
+            let is_newest = |now: &Rc<NbdConnection>| Rc::ptr_eq(now, &current);
             if !self.connection.borrow().as_ref().is_some_and(is_newest) {
                 continue;
             }
@@ -263,7 +263,7 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// Replaces a lost connection, and replays the last one's changes on it.
-    async fn renew(&self, loss: Loss) -> Result<Rc<Connection>, Errno> {
+    async fn renew(&self, loss: Loss) -> Result<Rc<NbdConnection>, Errno> {
         let mut loss = loss;
         let mut told = None;
         loop {
@@ -330,7 +330,7 @@ impl<C: Connect> Nbd<C> {
 
     /// Repeats the requests of the log on a new connection. The requests run one after the other, because they may
     /// overlap.
-    async fn replay(&self, connection: &Rc<Connection>) -> Result<(), Unanswered> {
+    async fn replay(&self, connection: &Rc<NbdConnection>) -> Result<(), Unanswered> {
         let (all, mark) = {
             let log = self.log.borrow();
             (log.all(), log.mark())
@@ -346,14 +346,18 @@ impl<C: Connect> Nbd<C> {
             }
             self.replayed.set(self.replayed.get() + 1);
         }
-        let flush = Request::plain(command::FLUSH, 0, 0);
+        let flush = NbdRequest::plain(command::FLUSH, 0, 0);
         connection.call(&flush, None).await?;
         self.log.borrow_mut().forget(mark);
         Ok(())
     }
 
     /// Executes a request, and repeats it on each new connection.
-    async fn perform(&self, request: &Request, data: Option<Data>) -> Result<Vec<Told>, Errno> {
+    async fn perform(
+        &self,
+        request: &NbdRequest,
+        data: Option<Data>,
+    ) -> Result<Vec<ServerExtent>, Errno> {
         loop {
             let connection = self.connection().await?;
             match connection.call(request, data.clone()).await {
@@ -373,7 +377,7 @@ impl<C: Connect> Nbd<C> {
     }
 
     /// Executes a request that changes something, in parts that the server takes.
-    async fn change(&self, mut request: Request, how: Attributes) -> Result<(), Errno> {
+    async fn change(&self, mut request: NbdRequest, how: Attributes) -> Result<(), Errno> {
         let is_durable = how.fua && self.can(Transmission::SEND_FUA);
         if is_durable {
             request.flags |= CommandFlags::FUA;
@@ -398,7 +402,7 @@ impl<C: Connect> Nbd<C> {
     /// Flushes the answered requests on the server, and drops them from the log.
     async fn flush_log(&self) -> Result<(), Errno> {
         let mark = self.log.borrow().mark();
-        let flush = Request::plain(command::FLUSH, 0, 0);
+        let flush = NbdRequest::plain(command::FLUSH, 0, 0);
         self.perform(&flush, None).await?;
         self.log.borrow_mut().forget(mark);
         Ok(())
@@ -429,13 +433,13 @@ fn limit(about: &About) -> u32 {
     about.largest.min(TRANSFER) / MAX_BLOCK * MAX_BLOCK
 }
 
-/// A length as the protocol has it; requests are cut before, see [`Limits`].
+/// A length as the protocol has it; requests are cut before, see [`DriverLimits`].
 fn length(len: u64) -> Result<u32, Errno> {
     u32::try_from(len).map_err(|_| Errno::INVAL)
 }
 
 impl<C: Connect> Driver for Nbd<C> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let connection = self.connect().await?;
         let about = *connection.about();
         self.about.get_or_init(|| about);
@@ -446,14 +450,14 @@ impl<C: Connect> Driver for Nbd<C> {
             false => block,
         };
         let can = |what| about.flags.contains(what);
-        Ok(Shape {
+        Ok(DiskInfo {
             size: about.size,
             logical_block: block,
             physical_block: best,
             discard: can(Transmission::SEND_TRIM).then_some(best),
             write_cache: can(Transmission::SEND_FLUSH),
             fua: can(Transmission::SEND_FUA),
-            limits: Limits {
+            limits: DriverLimits {
                 transfer: limit(&about).into(),
                 zeroes: ZEROES.into(),
                 align: best,
@@ -467,7 +471,7 @@ impl<C: Connect> Driver for Nbd<C> {
 
     async fn read(&self, offset: u64, data: Data) -> Result<(), Errno> {
         let len = length(data.len() as u64)?;
-        let request = Request::plain(command::READ, offset, len);
+        let request = NbdRequest::plain(command::READ, offset, len);
         self.perform(&request, Some(data)).await.map(drop)
     }
 
@@ -475,9 +479,9 @@ impl<C: Connect> Driver for Nbd<C> {
         // The data is copied once, because the guest may change its own, and the log needs the data that was sent.
         let payload = self.runtime.io.buffer(data.len())?;
         data.copy_to(&payload, 0);
-        let request = Request {
+        let request = NbdRequest {
             payload: Some(payload.into()),
-            ..Request::plain(command::WRITE, offset, length(data.len() as u64)?)
+            ..NbdRequest::plain(command::WRITE, offset, length(data.len() as u64)?)
         };
         self.change(request, how).await
     }
@@ -497,13 +501,13 @@ impl<C: Connect> Driver for Nbd<C> {
         if !self.can(Transmission::SEND_TRIM) {
             return Err(Errno::OPNOTSUPP);
         }
-        let request = Request::plain(command::TRIM, offset, length(len)?);
+        let request = NbdRequest::plain(command::TRIM, offset, length(len)?);
         self.change(request, how).await
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Result<(), Errno> {
         if self.can(Transmission::SEND_WRITE_ZEROES) {
-            let request = Request::plain(command::WRITE_ZEROES, offset, length(len)?);
+            let request = NbdRequest::plain(command::WRITE_ZEROES, offset, length(len)?);
             return self.change(request, how).await;
         }
         let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
@@ -514,9 +518,9 @@ impl<C: Connect> Driver for Nbd<C> {
             // CAST: at most `most`.
             let zeroes = self.runtime.io.buffer(count as usize)?;
             zeroes.fill(0, zeroes.len(), 0);
-            let request = Request {
+            let request = NbdRequest {
                 payload: Some(zeroes.into()),
-                ..Request::plain(command::WRITE, at, length(count)?)
+                ..NbdRequest::plain(command::WRITE, at, length(count)?)
             };
             self.change(request, how).await?;
             at += count;
@@ -533,7 +537,7 @@ impl<C: Connect> Driver for Nbd<C> {
             return Ok(vec![data()]);
         }
         let asked = len.min(STATUS.into());
-        let request = Request::plain(command::BLOCK_STATUS, offset, length(asked)?);
+        let request = NbdRequest::plain(command::BLOCK_STATUS, offset, length(asked)?);
         // Another server may be there by now, which knows nothing of that.
         let told = self.perform(&request, None).await.unwrap_or_default();
         let mut left = len;

@@ -227,19 +227,19 @@ mod tests {
     }
 
     #[derive(Clone, Debug)]
-    enum Step {
+    enum SendStep {
         Push(usize),
         Withdraw(u8),
         Send,
         Receive(usize),
     }
 
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
+    fn steps() -> impl Strategy<Value = Vec<SendStep>> {
         let step = prop_oneof![
-            prop_oneof![Just(0), 1..5000_usize, 100_000..700_000_usize].prop_map(Step::Push),
-            (1..40_u8).prop_map(Step::Withdraw),
-            Just(Step::Send),
-            (1..400_000_usize).prop_map(Step::Receive),
+            prop_oneof![Just(0), 1..5000_usize, 100_000..700_000_usize].prop_map(SendStep::Push),
+            (1..40_u8).prop_map(SendStep::Withdraw),
+            Just(SendStep::Send),
+            (1..400_000_usize).prop_map(SendStep::Receive),
         ];
         prop::collection::vec(step, 1..40)
     }
@@ -253,18 +253,18 @@ mod tests {
             let (mut wanted, mut got, mut last) = (Vec::new(), Vec::new(), 0);
             for step in steps {
                 match step {
-                    Step::Push(len) => {
+                    SendStep::Push(len) => {
                         last += 1;
                         outgoing.push(message(last, len));
                         wanted.push((last, len + proto::REQUEST));
                     }
-                    Step::Withdraw(cookie) => {
+                    SendStep::Withdraw(cookie) => {
                         if outgoing.withdraw(cookie.into()) {
                             wanted.retain(|its| its.0 != cookie);
                         }
                     }
-                    Step::Send => runtime.turn(false).unwrap(),
-                    Step::Receive(most) => got.extend(received(&server, most)),
+                    SendStep::Send => runtime.turn(false).unwrap(),
+                    SendStep::Receive(most) => got.extend(received(&server, most)),
                 }
             }
             while !outgoing.queue.borrow().is_empty() {

@@ -2,8 +2,8 @@
 //! Servers that stop reading in the middle of a message, of which the socket holds as much as it has room for.
 
 use super::secure::{self, How};
-use super::server::{End, Kind, Server};
-use super::{served, Bed, PLAIN, SETTLE};
+use super::server::{NbdServer, ServerEnd, ServerKind};
+use super::{served, ExportHarness, PLAIN, SETTLE};
 use diskio::{Data, Errno};
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -14,15 +14,15 @@ const LARGE: usize = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// As they are, and encrypted.
-fn kinds() -> [Kind; 2] {
-    let plain = Kind::new(LARGE);
+fn kinds() -> [ServerKind; 2] {
+    let plain = ServerKind::new(LARGE);
     let tls = Some(secure::server("server", How::Well));
-    [plain.clone(), Kind { tls, ..plain }]
+    [plain.clone(), ServerKind { tls, ..plain }]
 }
 
 /// Drops a write when the server has read a part of it, so that no caller waits for it any more.
-fn drop_in_the_middle(bed: &Bed, server: &Server, byte: u8) {
-    server.ends(0, End::Deaf);
+fn drop_in_the_middle(bed: &ExportHarness, server: &NbdServer, byte: u8) {
+    server.ends(0, ServerEnd::Deaf);
     let (disk, io) = (bed.disk.clone(), bed.runtime.io.clone());
     let data = Data::copied(&vec![byte; LARGE]).unwrap();
     let state = server.watched();
@@ -51,7 +51,7 @@ fn until(what: &str, is_done: impl Fn() -> bool) {
 }
 
 /// The connection ends. A part of a message came, and nothing behind it.
-fn ends_with_half(server: &Server, byte: u8) {
+fn ends_with_half(server: &NbdServer, byte: u8) {
     until("the end of the connection", || {
         !server.state().halves.is_empty()
     });
@@ -110,7 +110,7 @@ fn message_that_nobody_waits_for_any_more_goes_to_its_end() {
 fn message_that_a_server_has_half_of_is_sent_again_to_the_next() {
     for kind in kinds() {
         let (_folder, server, bed) = served(kind, SETTLE);
-        server.ends(0, End::Half);
+        server.ends(0, ServerEnd::Half);
         let bytes: Vec<u8> = (0..LARGE).map(|at| (at / 509) as u8).collect();
         bed.write(0, &bytes, PLAIN).unwrap();
         assert!(server.state().content == bytes);
@@ -128,7 +128,7 @@ fn who_lets_go_of_the_disk_ends_a_message_in_the_middle() {
         let stopped = ears.lock().unwrap();
         drop_in_the_middle(&bed, &server, 9);
         // Other requests continue, so it is not the end of all that ends the connection.
-        let Bed { runtime, disk, .. } = bed;
+        let ExportHarness { runtime, disk, .. } = bed;
         drop(disk);
         drop(stopped);
         ends_with_half(&server, 9);

@@ -10,10 +10,10 @@ use control::Failure;
 use diskio::{Data, Errno, Runtime};
 use drivers::nbd::proto::{self, chunk, command, option_reply, Transmission};
 use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle};
-use drivers::{Attributes, Content, Disk, Shape};
+use drivers::{Attributes, Content, Disk, DiskInfo};
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use secure::How;
-use server::{piece, End, Kind, Server, LATE};
+use server::{piece, NbdServer, ServerEnd, ServerKind, LATE};
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -60,13 +60,13 @@ impl Connect for Socket {
 }
 
 /// A disk of a server's export.
-struct Bed {
+struct ExportHarness {
     runtime: Runtime,
     disk: Disk,
-    shape: Result<Shape, Failure>,
+    shape: Result<DiskInfo, Failure>,
 }
 
-impl Bed {
+impl ExportHarness {
     fn new(path: &Path, settle: Settle, writable: bool) -> Self {
         Self::with(path, settle, writable, None)
     }
@@ -156,11 +156,11 @@ impl Bed {
     }
 }
 
-fn served(kind: Kind, settle: Settle) -> (tempfile::TempDir, Server, Bed) {
+fn served(kind: ServerKind, settle: Settle) -> (tempfile::TempDir, NbdServer, ExportHarness) {
     let folder = tempfile::tempdir().unwrap();
     let tls = kind.tls.is_some().then(secure::believed);
-    let server = Server::new(folder.path(), kind);
-    let bed = Bed::with(server.path(), settle, true, tls);
+    let server = NbdServer::new(folder.path(), kind);
+    let bed = ExportHarness::with(server.path(), settle, true, tls);
     (folder, server, bed)
 }
 
@@ -180,21 +180,26 @@ fn nothing_is_lost_with_a_server() {
     };
     let (mut deaths, mut lost, mut again) = (0, 0, 0);
     for round in 0..8 {
-        let kind = Kind {
+        let kind = ServerKind {
             chunks: [None, Some(1 + random(9000))][round % 2],
             flags: match round % 3 {
-                0 => Kind::new(SIZE).flags - Transmission::SEND_FUA,
-                1 => Kind::new(SIZE).flags - Transmission::SEND_WRITE_ZEROES,
-                _ => Kind::new(SIZE).flags,
+                0 => ServerKind::new(SIZE).flags - Transmission::SEND_FUA,
+                1 => ServerKind::new(SIZE).flags - Transmission::SEND_WRITE_ZEROES,
+                _ => ServerKind::new(SIZE).flags,
             },
             tls: (round >= 5).then(|| secure::server("server", How::Well)),
-            ..Kind::new(SIZE)
+            ..ServerKind::new(SIZE)
         };
         let (_folder, server, bed) = served(kind, SETTLE);
         let mut model = vec![0; SIZE];
         for step in 0..120_u32 {
             if server.state().ends.is_none() && random(10) == 0 {
-                let end = [End::Before, End::After, End::Late, End::Power][random(4)];
+                let end = [
+                    ServerEnd::Before,
+                    ServerEnd::After,
+                    ServerEnd::Late,
+                    ServerEnd::Power,
+                ][random(4)];
                 server.ends(random(6) as u32, end);
             }
             let at = random(SIZE / 512) * 512;
@@ -240,7 +245,7 @@ fn nothing_is_lost_with_a_server() {
 }
 
 /// Waits until a server has executed late the requests that it had when the connection ended.
-fn wait_for_late(server: &Server) {
+fn wait_for_late(server: &NbdServer) {
     let start = std::time::Instant::now();
     while server.state().late == 0 {
         assert!(start.elapsed() < Duration::from_secs(300), "never executed");
@@ -250,10 +255,10 @@ fn wait_for_late(server: &Server) {
 
 /// A write that its server has when the connection ends is executed late; if `held_back`, after the next write to its place.
 fn late_write(settle: Settle, held_back: bool) -> Vec<u8> {
-    let (_folder, server, bed) = served(Kind::new(SIZE), settle);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), settle);
     let gate = server.state().held_back.clone();
     let holds = held_back.then(|| gate.lock().unwrap());
-    server.ends(0, End::Late);
+    server.ends(0, ServerEnd::Late);
     bed.write(0, &[1; 512], PLAIN).unwrap();
     bed.write(0, &[2; 512], PLAIN).unwrap();
     drop(holds);
@@ -279,10 +284,10 @@ fn late_write_is_found_where_nobody_waits() {
 /// A request that is sent again comes before a write that is newer and already durable.
 #[test]
 fn durable_write_is_not_undone_by_what_is_executed_again() {
-    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
     bed.write(0, &[1; 1024], PLAIN).unwrap();
     bed.write(512, &[2; 512], DURABLE).unwrap();
-    server.ends(0, End::Power);
+    server.ends(0, ServerEnd::Power);
     let found = bed.read(0, 1024).unwrap();
     assert_eq!(found[..512], [1; 512]);
     assert_eq!(found[512..], [2; 512]);
@@ -293,7 +298,7 @@ fn durable_write_is_not_undone_by_what_is_executed_again() {
 /// The data that is kept for a server that could forget it is bounded.
 #[test]
 fn what_is_kept_is_flushed_before_it_is_too_much() {
-    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
     let bytes = vec![5; SIZE];
     for _ in 0..300 {
         bed.write(0, &bytes, PLAIN).unwrap();
@@ -308,7 +313,7 @@ fn what_is_kept_is_flushed_before_it_is_too_much() {
 fn flush_that_fails_within_a_write_is_told() {
     let error = 5;
     for ends in [false, true] {
-        let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+        let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
         while bed.stat("nbd_unflushed_bytes") <= 16 << 20 {
             bed.write(0, &[5; SIZE], PLAIN).unwrap();
         }
@@ -378,11 +383,11 @@ fn wrong_answers_end_the_connection_and_the_request_is_sent_again() {
         ),
         ("after its end", [last.clone(), last].concat()),
     ] {
-        let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+        let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
         let content: Vec<u8> = (0..SIZE).map(|at| (at / 512) as u8).collect();
         server.state().content = content.clone();
         server.state().wrong = wrong;
-        server.ends(0, End::Wrong);
+        server.ends(0, ServerEnd::Wrong);
         assert!(
             bed.read(4096, 512).unwrap() == content[4096..4608],
             "{what}"
@@ -394,9 +399,9 @@ fn wrong_answers_end_the_connection_and_the_request_is_sent_again() {
 #[test]
 fn error_of_a_server_is_the_guests() {
     for structured in [true, false] {
-        let kind = Kind {
+        let kind = ServerKind {
             chunks: structured.then_some(4096),
-            ..Kind::new(SIZE)
+            ..ServerKind::new(SIZE)
         };
         let (_folder, server, bed) = served(kind, SETTLE);
         let no_space = 28_u32.to_be_bytes();
@@ -409,7 +414,7 @@ fn error_of_a_server_is_the_guests() {
             ),
             false => [&proto::REPLY_MAGIC.to_be_bytes(), &no_space[..], &[0xcc; 8]].concat(),
         };
-        server.ends(0, End::Wrong);
+        server.ends(0, ServerEnd::Wrong);
         assert_eq!(bed.write(0, &[1; 512], PLAIN), Err(Errno::NOSPC));
         // The connection is as good as before.
         assert_eq!(bed.stat("nbd_connections"), 1);
@@ -418,27 +423,27 @@ fn error_of_a_server_is_the_guests() {
 
 #[test]
 fn export_that_cannot_be_the_disk_is_refused() {
-    let good = || Kind::new(SIZE);
+    let good = || ServerKind::new(SIZE);
     let read_only = Transmission::HAS_FLAGS | Transmission::READ_ONLY;
-    let refuses = |reply: u32| Kind {
+    let refuses = |reply: u32| ServerKind {
         refuses: Some(reply),
         ..good()
     };
-    let blocks = |blocks| Kind {
+    let blocks = |blocks| ServerKind {
         blocks: Some(blocks),
         ..good()
     };
     for (kind, why) in [
         (
-            Kind {
+            ServerKind {
                 flags: read_only,
                 ..good()
             },
             "use the mode r",
         ),
-        (Kind { size: 0, ..good() }, "0 bytes"),
+        (ServerKind { size: 0, ..good() }, "0 bytes"),
         (
-            Kind {
+            ServerKind {
                 size: SIZE + 100,
                 ..good()
             },
@@ -466,10 +471,10 @@ fn export_that_cannot_be_the_disk_is_refused() {
 #[test]
 fn servers_that_know_an_export_by_its_name_only_are_used() {
     for is_brief in [false, true] {
-        let kind = Kind {
+        let kind = ServerKind {
             old: Some(is_brief),
             chunks: None,
-            ..Kind::new(SIZE)
+            ..ServerKind::new(SIZE)
         };
         let (_folder, server, bed) = served(kind, SETTLE);
         let shape = bed.shape.clone().unwrap();
@@ -478,7 +483,7 @@ fn servers_that_know_an_export_by_its_name_only_are_used() {
         bed.flush().unwrap();
         assert_eq!(bed.read(4096, 8192), Ok(vec![7; 8192]), "{is_brief}");
         // The client negotiates in the same way when the server comes back.
-        server.ends(0, End::Before);
+        server.ends(0, ServerEnd::Before);
         assert_eq!(bed.read(0, 512), Ok(vec![0; 512]), "{is_brief}");
         assert_eq!(bed.stat("nbd_connections"), 2, "{is_brief}");
     }
@@ -487,10 +492,10 @@ fn servers_that_know_an_export_by_its_name_only_are_used() {
 /// A server that comes back with another disk gets no request.
 #[test]
 fn another_export_behind_the_same_name_is_waited_out() {
-    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
     bed.write(0, &[1; 512], PLAIN).unwrap();
     bed.flush().unwrap();
-    server.ends(0, End::Before);
+    server.ends(0, ServerEnd::Before);
     server.state().kind.size = SIZE / 2;
     assert!(bed.is_waiting(700));
     server.state().kind.size = SIZE;
@@ -501,15 +506,15 @@ fn another_export_behind_the_same_name_is_waited_out() {
 /// forgotten. A replayed write that was sent may be executed late, and must not come behind a newer one.
 #[test]
 fn replay_that_is_dropped_does_no_harm() {
-    let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), PATIENT);
     bed.write(0, &[1; 512], PLAIN).unwrap();
     bed.write(0, &[2; 512], PLAIN).unwrap();
     let impatient = |millis| assert!(bed.is_waiting(millis));
-    server.ends(0, End::Before);
+    server.ends(0, ServerEnd::Before);
     server.state().is_away = true;
     impatient(120);
     server.state().is_away = false;
-    server.ends(0, End::Stalled);
+    server.ends(0, ServerEnd::Stalled);
     // The next attempt takes a while.
     impatient(3000);
     assert_eq!(bed.read(0, 512).unwrap(), [2; 512]);
@@ -523,9 +528,14 @@ fn replay_that_is_dropped_does_no_harm() {
 fn nothing_is_lost_of_many_requests_at_once() {
     const TASKS: usize = 8;
     const SHARE: usize = SIZE / TASKS;
-    let (_folder, server, bed) = served(Kind::new(SIZE), PATIENT);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), PATIENT);
     for round in 0..12_u8 {
-        let end = [End::Before, End::After, End::Late, End::Power][round as usize % 4];
+        let end = [
+            ServerEnd::Before,
+            ServerEnd::After,
+            ServerEnd::Late,
+            ServerEnd::Power,
+        ][round as usize % 4];
         // Somewhere among them.
         server.ends(u32::from(round) % 7 + 3, end);
         let (disk, tasks) = (bed.disk.clone(), bed.runtime.tasks.clone());
@@ -575,9 +585,9 @@ fn nothing_is_lost_of_many_requests_at_once() {
 fn large_reads_are_whole() {
     const LARGE: usize = 9 << 20;
     for chunks in [None, Some(1 << 20), Some(17 << 10), Some(100_001)] {
-        let kind = Kind {
+        let kind = ServerKind {
             chunks,
-            ..Kind::new(LARGE)
+            ..ServerKind::new(LARGE)
         };
         let bytes: Vec<u8> = (0..LARGE).map(|at| (at / 509) as u8 | 1).collect();
         let (_folder, its, bed) = served(kind, SETTLE);
@@ -595,7 +605,7 @@ fn large_reads_are_whole() {
 /// A read whose caller waits no more writes nothing into memory that may have another owner.
 #[test]
 fn dropped_read_leaves_its_memory_alone() {
-    let (_folder, server, bed) = served(Kind::new(SIZE), SETTLE);
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
     server.state().content.fill(3);
     let data = Data::copied(&[0xee; 4096]).unwrap();
     let (disk, target, runtime) = (bed.disk.clone(), data.clone(), bed.runtime.clone());
@@ -681,7 +691,7 @@ fn server_of_qemu() {
     let size = 4 << 20;
     std::fs::write(&image, vec![0; size]).unwrap();
     let mut qemu = Qemu::start(folder.path(), &image);
-    let bed = Bed::new(&qemu.socket, SETTLE, true);
+    let bed = ExportHarness::new(&qemu.socket, SETTLE, true);
     let shape = bed.shape.clone().unwrap();
     assert_eq!(
         (shape.size, shape.write_cache, shape.fua),

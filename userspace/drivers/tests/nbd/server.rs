@@ -17,7 +17,7 @@ pub(crate) const LATE: Duration = Duration::from_millis(60);
 
 /// Properties of a server.
 #[derive(Clone, Debug)]
-pub(crate) struct Kind {
+pub(crate) struct ServerKind {
     pub(crate) size: usize,
     pub(crate) flags: Transmission,
     /// Answers of reads are chunks of at most this number of bytes each; nothing for simple answers.
@@ -31,7 +31,7 @@ pub(crate) struct Kind {
     pub(crate) tls: Option<Secure>,
 }
 
-impl Kind {
+impl ServerKind {
     pub(crate) fn new(size: usize) -> Self {
         use Transmission as T;
         Self {
@@ -48,7 +48,7 @@ impl Kind {
 
 /// Way in which a server ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum ServerEnd {
     /// The request in hand is not executed.
     Before,
     /// It is executed, and the client gets no answer.
@@ -59,26 +59,26 @@ pub(crate) enum End {
     Stalled,
     /// Its machine loses power: what was not flushed is gone.
     Power,
-    /// It says something that makes no sense, see [`Server::wrong`].
+    /// It says something that makes no sense, see [`NbdServer::wrong`].
     Wrong,
-    /// It writes [`State::wrong`] to the connection below the encryption.
+    /// It writes [`ExportState::wrong`] to the connection below the encryption.
     Raw,
     /// And then it closes the connection.
     Cut,
-    /// No end: it takes the begin of the request, and no more while a test [stops its ears](State::ears).
+    /// No end: it takes the begin of the request, and no more while a test [stops its ears](ExportState::ears).
     Deaf,
     /// It takes the begin of the request, and closes the connection.
     Half,
 }
 
 /// State of the server, and the events that the test has ordered.
-pub(crate) struct State {
+pub(crate) struct ExportState {
     /// Content of the disk after a loss of power.
     pub(crate) durable: Vec<u8>,
     /// Content of the disk for reads.
     pub(crate) content: Vec<u8>,
     /// Requests until an end.
-    pub(crate) ends: Option<(u32, End)>,
+    pub(crate) ends: Option<(u32, ServerEnd)>,
     /// Bytes that it sends instead of an answer.
     pub(crate) wrong: Vec<u8>,
     /// Bytes that were lost with the power.
@@ -87,12 +87,12 @@ pub(crate) struct State {
     pub(crate) deaths: u32,
     /// Times that a client has given it up.
     pub(crate) given_up: u32,
-    pub(crate) kind: Kind,
+    pub(crate) kind: ServerKind,
     /// It accepts no client.
     pub(crate) is_away: bool,
     /// A test that holds this stops the server's ears.
     pub(crate) ears: Arc<Mutex<()>>,
-    /// A test that has this holds back what is [executed late](End::Late).
+    /// A test that has this holds back what is [executed late](ServerEnd::Late).
     pub(crate) held_back: Arc<Mutex<()>>,
     /// Requests that were executed late.
     pub(crate) late: u32,
@@ -107,16 +107,16 @@ pub(crate) struct State {
 }
 
 /// A server at a socket.
-pub(crate) struct Server {
-    state: Arc<Mutex<State>>,
+pub(crate) struct NbdServer {
+    state: Arc<Mutex<ExportState>>,
     path: PathBuf,
 }
 
-impl Server {
-    pub(crate) fn new(folder: &Path, kind: Kind) -> Self {
+impl NbdServer {
+    pub(crate) fn new(folder: &Path, kind: ServerKind) -> Self {
         let path = folder.join("nbd.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        let state = Arc::new(Mutex::new(State {
+        let state = Arc::new(Mutex::new(ExportState {
             durable: vec![0; kind.size],
             content: vec![0; kind.size],
             ends: None,
@@ -161,23 +161,23 @@ impl Server {
     }
 
     /// Returns the shared state, for a task that cannot borrow the server.
-    pub(crate) fn watched(&self) -> Arc<Mutex<State>> {
+    pub(crate) fn watched(&self) -> Arc<Mutex<ExportState>> {
         self.state.clone()
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, ExportState> {
         self.state.lock().unwrap()
     }
 
     /// It ends so with the request after `requests` others.
-    pub(crate) fn ends(&self, requests: u32, end: End) {
+    pub(crate) fn ends(&self, requests: u32, end: ServerEnd) {
         self.state().ends = Some((requests, end));
     }
 }
 
 struct Client {
     stream: Stream,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<ExportState>>,
 }
 
 impl Client {
@@ -199,7 +199,7 @@ impl Client {
         Ok(u32::from_be_bytes(self.array()?))
     }
 
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> ServerKind {
         self.state.lock().unwrap().kind.clone()
     }
 
@@ -305,22 +305,22 @@ impl Client {
         }
         let end = self.next_end();
         match end {
-            Some(End::Half) => return Ok(false),
-            Some(End::Deaf) => self.hear_nothing(),
+            Some(ServerEnd::Half) => return Ok(false),
+            Some(ServerEnd::Deaf) => self.hear_nothing(),
             _ => {}
         }
         let payload = match asked {
             command::WRITE => self.payload(len)?,
             _ => Vec::new(),
         };
-        let request = Asked {
+        let request = ServerRequest {
             command: asked,
             is_durable: flags.contains(CommandFlags::FUA),
             offset,
             len,
             payload,
         };
-        if let Some(end) = end.filter(|end| *end != End::Deaf) {
+        if let Some(end) = end.filter(|end| *end != ServerEnd::Deaf) {
             self.end(end, request, cookie)?;
             return Ok(false);
         }
@@ -340,7 +340,7 @@ impl Client {
     }
 
     /// How it ends with the request in hand.
-    fn next_end(&self) -> Option<End> {
+    fn next_end(&self) -> Option<ServerEnd> {
         let mut state = self.state.lock().unwrap();
         match &mut state.ends {
             Some((0, end)) => {
@@ -378,11 +378,11 @@ impl Client {
         done.and(Err(io::ErrorKind::UnexpectedEof.into()))
     }
 
-    fn end(&mut self, end: End, request: Asked, cookie: [u8; 8]) -> io::Result<()> {
+    fn end(&mut self, end: ServerEnd, request: ServerRequest, cookie: [u8; 8]) -> io::Result<()> {
         match end {
-            End::Before | End::Deaf | End::Half => {}
-            End::After => drop(self.state.lock().unwrap().execute(&request)),
-            End::Late => {
+            ServerEnd::Before | ServerEnd::Deaf | ServerEnd::Half => {}
+            ServerEnd::After => drop(self.state.lock().unwrap().execute(&request)),
+            ServerEnd::Late => {
                 let state = self.state.clone();
                 thread::spawn(move || {
                     thread::sleep(LATE);
@@ -393,31 +393,31 @@ impl Client {
                     state.late += 1;
                 });
             }
-            End::Stalled => {
+            ServerEnd::Stalled => {
                 let _end = self.stream.read(&mut [0; 1]);
                 thread::sleep(LATE);
                 let mut state = self.state.lock().unwrap();
                 state.execute(&request);
                 state.given_up += 1;
             }
-            End::Power => {
+            ServerEnd::Power => {
                 let mut state = self.state.lock().unwrap();
                 let pairs = state.content.iter().zip(&state.durable);
                 state.lost += pairs.filter(|(a, b)| a != b).count();
                 state.content = state.durable.clone();
             }
-            End::Wrong => {
+            ServerEnd::Wrong => {
                 let wrong = self.state.lock().unwrap().wrong.clone();
                 // The client may be gone when it has seen the first bytes.
                 let _ = self.stream.write_all(&patched(&wrong, cookie));
                 // The client must end the connection.
                 let _ = self.stream.read(&mut [0; 1]);
             }
-            End::Raw | End::Cut => {
+            ServerEnd::Raw | ServerEnd::Cut => {
                 let wrong = self.state.lock().unwrap().wrong.clone();
                 let socket = self.stream.raw();
                 let _ = socket.write_all(&wrong);
-                if end == End::Raw {
+                if end == ServerEnd::Raw {
                     // The client must end the connection.
                     let _ = socket.read_to_end(&mut Vec::new());
                 }
@@ -440,7 +440,7 @@ impl Client {
         self.stream.write_all(&bytes)
     }
 
-    fn answer(&mut self, request: &Asked, cookie: [u8; 8], read: &[u8]) -> io::Result<()> {
+    fn answer(&mut self, request: &ServerRequest, cookie: [u8; 8], read: &[u8]) -> io::Result<()> {
         let Some(most) = self.kind().chunks else {
             let mut bytes = proto::REPLY_MAGIC.to_be_bytes().to_vec();
             bytes.extend([0; 4]);
@@ -520,7 +520,7 @@ pub(crate) fn piece(flags: u16, kind: u16, cookie: [u8; 8], content: &[u8]) -> V
     bytes
 }
 
-struct Asked {
+struct ServerRequest {
     command: u16,
     is_durable: bool,
     offset: usize,
@@ -528,8 +528,8 @@ struct Asked {
     payload: Vec<u8>,
 }
 
-impl State {
-    fn execute(&mut self, request: &Asked) -> Vec<u8> {
+impl ExportState {
+    fn execute(&mut self, request: &ServerRequest) -> Vec<u8> {
         let range = request.offset..request.offset + request.len;
         match request.command {
             command::READ => return self.content[range].to_vec(),

@@ -2,25 +2,25 @@
 //! Exports that are reached with TLS: which servers a client believes, and the errors of a connection.
 
 use crate::secure::{self, believed, believing, known, server, server_for_known, How, HOST};
-use crate::server::{End, Kind, Server};
-use crate::{served, Bed, Qemu, DURABLE, PLAIN, SETTLE, SIZE};
+use crate::server::{NbdServer, ServerEnd, ServerKind};
+use crate::{served, ExportHarness, Qemu, DURABLE, PLAIN, SETTLE, SIZE};
 use control::{Code, Failure};
 use drivers::nbd::proto::option_reply;
 use drivers::nbd::Credentials;
 use std::path::Path;
 
-fn encrypted(secure: secure::Secure) -> Kind {
-    Kind {
+fn encrypted(secure: secure::Secure) -> ServerKind {
+    ServerKind {
         tls: Some(secure),
-        ..Kind::new(SIZE)
+        ..ServerKind::new(SIZE)
     }
 }
 
 /// Returns why a server is not used, and the number of options that it received without encryption.
-fn refused(kind: Kind, tls: Option<(Credentials, &str)>) -> (Failure, u32) {
+fn refused(kind: ServerKind, tls: Option<(Credentials, &str)>) -> (Failure, u32) {
     let folder = tempfile::tempdir().unwrap();
-    let server = Server::new(folder.path(), kind);
-    let bed = Bed::with(server.path(), SETTLE, true, tls);
+    let server = NbdServer::new(folder.path(), kind);
+    let bed = ExportHarness::with(server.path(), SETTLE, true, tls);
     let failure = bed.shape.unwrap_err();
     let plain = server.state().plain;
     (failure, plain)
@@ -81,8 +81,8 @@ fn server_must_prove_who_it_is() {
     // By its name, and by its address.
     for host in [HOST, "192.0.2.7"] {
         let folder = tempfile::tempdir().unwrap();
-        let its = Server::new(folder.path(), encrypted(server("server", How::Well)));
-        let bed = Bed::with(its.path(), SETTLE, true, Some((good(), host)));
+        let its = NbdServer::new(folder.path(), encrypted(server("server", How::Well)));
+        let bed = ExportHarness::with(its.path(), SETTLE, true, Some((good(), host)));
         assert_eq!(bed.shape.as_ref().unwrap().size, SIZE as u64);
         bed.write(0, &[1; 512], DURABLE).unwrap();
         assert_eq!(its.state().durable[..512], [1; 512]);
@@ -103,9 +103,9 @@ fn client_proves_who_it_is() {
     let (failure, _) = refused(kind(), Some((wrong, HOST)));
     assert!(failure.message.contains("tls-cert="), "{failure}");
     let folder = tempfile::tempdir().unwrap();
-    let its = Server::new(folder.path(), kind());
+    let its = NbdServer::new(folder.path(), kind());
     let tls = (known("client.pem", "client.key"), HOST);
-    let bed = Bed::with(its.path(), SETTLE, true, Some(tls));
+    let bed = ExportHarness::with(its.path(), SETTLE, true, Some(tls));
     bed.shape.clone().unwrap();
     assert_eq!(bed.read(0, 512).unwrap(), [0; 512]);
 }
@@ -113,7 +113,7 @@ fn client_proves_who_it_is() {
 /// Without the encryption that the administrator demands, the client sends nothing and believes nothing.
 #[test]
 fn nothing_is_said_without_encryption() {
-    let (failure, plain) = refused(Kind::new(SIZE), Some(believed()));
+    let (failure, plain) = refused(ServerKind::new(SIZE), Some(believed()));
     assert_eq!((failure.code, plain), (Code::Unsupported, 0));
     assert!(failure.message.contains("--tls-creds"), "{failure}");
     for (how, why) in [
@@ -158,8 +158,8 @@ fn broken_records_end_the_connection_and_the_request_is_sent_again() {
     ] {
         let (_folder, its, bed) = served(encrypted(server("server", How::Well)), SETTLE);
         let end = match what.starts_with("cut") {
-            true => End::Cut,
-            false => End::Raw,
+            true => ServerEnd::Cut,
+            false => ServerEnd::Raw,
         };
         its.state().content.fill(7);
         its.state().wrong = wrong;
@@ -180,7 +180,7 @@ fn server_that_is_another_one_gets_no_request() {
     let (_folder, its, bed) = served(encrypted(server("server", How::Well)), SETTLE);
     bed.write(0, &[1; 512], DURABLE).unwrap();
     for other in [Some(server("expired", How::Well)), None] {
-        its.ends(0, End::Before);
+        its.ends(0, ServerEnd::Before);
         its.state().kind.tls = other;
         assert!(bed.is_waiting(700));
         assert_eq!(its.state().plain, 0);
@@ -193,7 +193,7 @@ fn server_that_is_another_one_gets_no_request() {
 #[test]
 fn large_requests_are_whole() {
     const LARGE: usize = 9 << 20;
-    let kind = Kind {
+    let kind = ServerKind {
         size: LARGE,
         chunks: Some(1 << 20),
         ..encrypted(server("server", How::Well))
@@ -229,7 +229,7 @@ fn server_of_qemu_with_certificates() {
         let more = ["--object", &object, "--tls-creds=tls"].map(str::to_owned);
         Qemu::start_with(folder.path(), &image, &more)
     };
-    let open = |qemu: &Qemu, tls| Bed::with(&qemu.socket, SETTLE, true, tls);
+    let open = |qemu: &Qemu, tls| ExportHarness::with(&qemu.socket, SETTLE, true, tls);
     let client = || (known("client.pem", "client.key"), HOST);
     let mut qemu = with(",verify-peer=yes");
     for (tls, why) in [

@@ -21,7 +21,7 @@ use crate::field::{failed, no_extents, refused};
 use crate::{storage, ImageNeeds, ImageParts, Options, Storage};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Fence, Limits, Shape};
+use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Fence};
 use std::cell::RefCell;
 use std::rc::Rc;
 use xts::SECTOR;
@@ -220,16 +220,16 @@ impl<S: Storage> Luks<S> {
 }
 
 impl<S: Storage> Driver for Luks<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let size = self.open().await;
-        Ok(Shape {
+        Ok(DiskInfo {
             size: size.map_err(|failure| self.options.named(failure))?,
             logical_block: 512,
             physical_block: 4096,
             discard: self.options.discard.then_some(HOLE),
             write_cache: true,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 transfer: TRANSFER,
                 zeroes: ZEROES,
                 align: HOLE,

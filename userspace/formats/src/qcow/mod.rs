@@ -15,7 +15,7 @@ use crate::tail::Tail;
 use crate::{ImageNeeds, ImageParts, Options, Parent, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
+use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
 use header::{repaired, QcowHeader, LEN, XEN_BIG_ENDIAN, XEN_FLAGS};
 use miniz_oxide::inflate::decompress_to_vec_with_limit;
 use std::cell::RefCell;
@@ -208,7 +208,7 @@ impl<S: Storage> Qcow<S> {
         self.storage.flush().await
     }
 
-    async fn start(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<DiskInfo, Failure> {
         let (header, length) = read_header(&*self.storage).await?;
         self.check_parent(&header).await?;
         let entries = Entries {
@@ -234,17 +234,17 @@ impl<S: Storage> Qcow<S> {
             clusters.refuse_cut(length).await?;
         }
         *self.active.borrow_mut() = Some(Rc::new(clusters));
-        Ok(Shape {
+        Ok(DiskInfo {
             size: header.size,
             logical_block: 512,
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 zeroes: ZEROES,
                 align: 1 << header.cluster_bits,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
         })
     }
@@ -388,7 +388,7 @@ impl<S: Storage> ClusterMap<S> for Entries {
 }
 
 impl<S: Storage> Driver for Qcow<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let shape = self.start().await;
         shape.map_err(|failure| self.options.named(failure))
     }
@@ -401,7 +401,7 @@ impl<S: Storage> Driver for Qcow<S> {
         self.storage.is_direct()
     }
 
-    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let writable = self.options.may_write(&*self.storage)?;
         self.active()?.places(offset, len, writable).await
     }

@@ -44,7 +44,7 @@ use compressed::Unpacked;
 use content::ClusterFile;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Extent, Fence, Limits, Place, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
 use header::{CORRUPT, DIRTY};
 use image::{ByteRun, Qcow2Image};
 use slices::Slices;
@@ -308,20 +308,20 @@ impl<S: Storage> Qcow2<S> {
         image.barrier.flush().await
     }
 
-    fn shape(&self, image: &Qcow2Image<S>) -> Shape {
+    fn shape(&self, image: &Qcow2Image<S>) -> DiskInfo {
         // CAST: sizes of clusters, at most 2 MiB.
         let (cluster, part) = (
             image.geometry.cluster() as u32,
             image.geometry.part() as u32,
         );
-        Shape {
+        DiskInfo {
             size: image.size.get(),
             logical_block: 512,
             physical_block: 4096,
             discard: self.options.discard.then_some(part.max(512)),
             write_cache: true,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 transfer: TRANSFER,
                 zeroes: ZEROES,
                 align: cluster,
@@ -331,7 +331,7 @@ impl<S: Storage> Qcow2<S> {
 }
 
 impl<S: Storage> Driver for Qcow2<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let image = self
             .open()
             .await
@@ -350,7 +350,7 @@ impl<S: Storage> Driver for Qcow2<S> {
         self.data_file.is_none() && self.options.key.is_none() && self.file.is_direct()
     }
 
-    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         match self.has_places() {
             true => self.image()?.places(offset, len).await,
             false => Ok(Vec::new()),

@@ -8,11 +8,11 @@
 use super::image::{ByteRun, Found, Qcow2Image};
 use crate::{base, Storage};
 use diskio::Errno;
-use drivers::{Holder, Place};
+use drivers::{Holder, MappedExtent};
 
 impl<S: Storage> Qcow2Image<S> {
     /// See [`Driver::places`](drivers::Driver::places).
-    pub(crate) async fn places(&self, guest: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    pub(crate) async fn places(&self, guest: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let _user = self.users.enter();
         let end = guest.saturating_add(len).min(self.size.get());
         // The first write has to say that features which are not kept up to date are void.
@@ -29,7 +29,7 @@ impl<S: Storage> Qcow2Image<S> {
                     // The refcounts must be read first, and during that read the cluster may move.
                     let alone = !self.writable || self.alone(place, len).await? == len;
                     if alone && self.map_sure(at, len).await? == (run, len, true) {
-                        places.push(Place {
+                        places.push(MappedExtent {
                             offset: at,
                             len,
                             holder: Holder::Image,

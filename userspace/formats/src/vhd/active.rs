@@ -14,7 +14,7 @@ use crate::tables::{CachedTable, TableCache};
 use crate::{storage, Options, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Content, Extent, Holder, Place};
+use drivers::{Content, Extent, Holder, MappedExtent};
 use futures::future::join;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -388,7 +388,7 @@ impl<S: Storage> Active<S> {
 
     /// See [`Driver::places`](drivers::Driver::places). A block stays where it is until all of it is discarded, and a
     /// sector of this image never falls back to the parent.
-    pub(crate) async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    pub(crate) async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let mut places = Vec::new();
         let parent = self.parent.as_deref();
         for (block, within, at, len) in self.pieces(offset, len)? {
@@ -404,7 +404,7 @@ impl<S: Storage> Active<S> {
             for (len, is_written) in self.runs(found).await? {
                 let from = offset + at + done;
                 if is_written {
-                    let place = Place {
+                    let place = MappedExtent {
                         offset: from,
                         len,
                         holder: Holder::Image,

@@ -39,7 +39,7 @@ use crate::{ImageParts, Options, Storage};
 use active::Active;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Driver, Extent, Fence, Limits, Place, Shape};
+use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
 use fixed::Fixed;
 use image::VhdImage;
 use std::cell::RefCell;
@@ -109,7 +109,7 @@ impl<S: Storage> Vhd<S> {
         }
     }
 
-    async fn start(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<DiskInfo, Failure> {
         let image = VhdImage::read(&*self.storage).await?;
         self.check_parent(image.footer.kind).await?;
         let size = image.footer.size;
@@ -131,17 +131,17 @@ impl<S: Storage> Vhd<S> {
             }
         };
         *self.body.borrow_mut() = Some(body);
-        Ok(Shape {
+        Ok(DiskInfo {
             size,
             logical_block: 512,
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 zeroes: ZEROES,
                 align: header::BLOCK,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
         })
     }
@@ -175,7 +175,7 @@ impl<S: Storage> Vhd<S> {
 }
 
 impl<S: Storage> Driver for Vhd<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let shape = self.start().await;
         shape.map_err(|failure| self.options.named(failure))
     }
@@ -195,7 +195,7 @@ impl<S: Storage> Driver for Vhd<S> {
         matches!(self.body(), Ok(DiskBody::Blocks(_))) && self.storage.is_direct()
     }
 
-    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         match self.body()? {
             DiskBody::Fixed(..) => Ok(Vec::new()),
             DiskBody::Blocks(active) => active.places(offset, len).await,

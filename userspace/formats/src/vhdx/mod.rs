@@ -27,7 +27,7 @@ use crate::{ImageParts, Options, Storage};
 use blocks::{BlockState, PayloadBlocks};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use image::VhdxImage;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -75,7 +75,7 @@ impl<S: Storage> Vhdx<S> {
         }
     }
 
-    async fn start(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<DiskInfo, Failure> {
         if self.options.writable {
             return Err(Failure::unsupported(
                 "a VHDX is only read: serve it read-only, make a qcow2 image of it (`tapimg convert IMAGE NEW`), or put one \
@@ -86,16 +86,16 @@ impl<S: Storage> Vhdx<S> {
         self.check_parent(image.metadata.locator.is_some()).await?;
         let blocks = PayloadBlocks::new(image, self.options.cache)?;
         let metadata = &blocks.metadata;
-        let shape = Shape {
+        let shape = DiskInfo {
             size: metadata.size,
             logical_block: metadata.logical,
             physical_block: metadata.physical.max(metadata.logical),
             discard: None,
             write_cache: false,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 align: metadata.block,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
         };
         *self.active.borrow_mut() = Some(Rc::new(blocks));
@@ -184,7 +184,7 @@ async fn push_own<S: Storage>(
 }
 
 impl<S: Storage> Driver for Vhdx<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let shape = self.start().await;
         shape.map_err(|failure| self.options.named(failure))
     }

@@ -20,7 +20,7 @@ use crate::{ExtentFile as NeededExtent, ImageNeeds, ImageParts, Options, Parent,
 use control::Failure;
 use descriptor::{Descriptor, ExtentBody, NO_PARENT};
 use diskio::{Bytes, Data, Errno, Gate};
-use drivers::{Attributes, Content, Driver, Extent, Fence, Limits, Place, Shape};
+use drivers::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
 use sparse::{Grains, SparseHeader, DIRECTORIES};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -298,7 +298,7 @@ impl<S: Storage> Vmdk<S> {
         Ok(parts)
     }
 
-    async fn start(&self) -> Result<Shape, Failure> {
+    async fn start(&self) -> Result<DiskInfo, Failure> {
         let (descriptor, at, header) = read_descriptor(&*self.image.file).await?;
         self.check_parent(&descriptor).await?;
         let parts = match header {
@@ -340,17 +340,17 @@ impl<S: Storage> Vmdk<S> {
             },
         };
         *self.active.borrow_mut() = Some(Rc::new(active));
-        Ok(Shape {
+        Ok(DiskInfo {
             size,
             logical_block: 512,
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,
             fua: false,
-            limits: Limits {
+            limits: DriverLimits {
                 zeroes: ZEROES,
                 align: 64 << 10,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
         })
     }
@@ -478,7 +478,7 @@ impl<S: Storage> Active<S> {
 }
 
 impl<S: Storage> Driver for Vmdk<S> {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         let shape = self.start().await;
         shape.map_err(|failure| self.options.named(failure))
     }
@@ -492,7 +492,7 @@ impl<S: Storage> Driver for Vmdk<S> {
         self.extents.is_empty() && self.image.file.is_direct()
     }
 
-    async fn places(&self, offset: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, offset: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let active = self.active()?;
         // The first write has to say that the content is another one.
         let writable = self.options.may_write(&*self.image.file)? && active.cid.is_said();

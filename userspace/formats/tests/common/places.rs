@@ -6,7 +6,7 @@ use super::history::{number, stamp, Trial};
 use super::tools::{parent, PARENT_BACKING};
 use super::{seeds, SeededRng, World};
 use diskio::{Bytes, Data, Errno, Runtime};
-use drivers::{Attributes, Disk, Holder, Place};
+use drivers::{Attributes, Disk, Holder, MappedExtent};
 use formats::Storage;
 use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::map::tree::{Leaf, LeafSlot};
@@ -231,7 +231,7 @@ impl<S: Subject> PlacesHost<S> {
             .iter()
             .filter(|place| map.set(&extent(place), generation).is_ok())
             .filter(|place| !self.may_be_old(place));
-        let told: Vec<Place> = told.copied().collect();
+        let told: Vec<MappedExtent> = told.copied().collect();
         drop(map);
         // A death now: the next process finds the same.
         if !told.is_empty() && self.below(8) == 0 {
@@ -243,7 +243,7 @@ impl<S: Subject> PlacesHost<S> {
     /// Returns true if the image may have changed at a place, of which the kernel learns only with the answer: until
     /// then the guest may find either content, and the next process knows nothing of the old answer. Clusters of the
     /// image itself stay in place during a write.
-    fn may_be_old(&self, place: &Place) -> bool {
+    fn may_be_old(&self, place: &MappedExtent) -> bool {
         let its = extent(place).range;
         self.unanswered.borrow().iter().any(|(range, kind)| {
             let stays = match kind {
@@ -255,7 +255,7 @@ impl<S: Subject> PlacesHost<S> {
         })
     }
 
-    fn same_after_death(&self, told: Vec<Place>) {
+    fn same_after_death(&self, told: Vec<MappedExtent>) {
         let disk = self.subject.next();
         for place in told {
             let here = match place.holder {
@@ -339,7 +339,7 @@ fn read(disk: &Disk, at: u64, len: u64) -> Vec<u8> {
     Runtime::new().block_on(read).unwrap().unwrap()
 }
 
-fn extent(place: &Place) -> DataExtent {
+fn extent(place: &MappedExtent) -> DataExtent {
     let number = |number| Source::Backing(BackingNumber::new(number).unwrap());
     DataExtent {
         range: Sectors::new(place.offset / SECTOR, place.len / SECTOR).unwrap(),

@@ -5,7 +5,7 @@ use super::history::stamp;
 use super::{SeededRng, SparseContent, World, SECTOR};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, File, Io, Runtime};
-use drivers::{Attributes, Content as Held, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content as Held, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -203,15 +203,15 @@ pub(crate) struct Pattern {
 }
 
 impl Driver for Pattern {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             size: self.size,
             logical_block: 512,
             physical_block: 512,
             discard: None,
             write_cache: false,
             fua: true,
-            limits: Limits::default(),
+            limits: DriverLimits::default(),
         })
     }
 

@@ -9,7 +9,7 @@
 //! of changes by other clients: they hold a [`Ban`](super::Ban), and places that were looked up before it are not sent.
 
 use super::{Direct, Image, Told};
-use drivers::{Disk, Holder, Place};
+use drivers::{Disk, Holder, MappedExtent};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
@@ -57,11 +57,11 @@ struct Ahead {
     until: u64,
     /// Contiguous runs of places.
     told: usize,
-    last: Option<Place>,
+    last: Option<MappedExtent>,
 }
 
 impl Ahead {
-    fn add(&mut self, places: &[Place]) {
+    fn add(&mut self, places: &[MappedExtent]) {
         for place in places {
             let goes_on = self.last.is_some_and(|last| last.is_continued_by(place));
             self.told += usize::from(!goes_on);
@@ -175,7 +175,7 @@ impl Direct {
         image: &Image,
         disk: &Disk,
         windows: Vec<Window>,
-    ) -> io::Result<Vec<Place>> {
+    ) -> io::Result<Vec<MappedExtent>> {
         let era = self.era.get();
         let (mut windows, mut all) = (VecDeque::from(windows), Vec::new());
         while let Some(Window { from, behind }) = windows.pop_front() {
@@ -204,7 +204,8 @@ impl Direct {
                 from: from + len,
                 behind: behind.saturating_sub(1),
             };
-            let goes_on = |last: &Place| last.writable && last.offset + last.len == next.from;
+            let goes_on =
+                |last: &MappedExtent| last.writable && last.offset + last.len == next.from;
             let is_known = windows.iter().any(|window| window.from == next.from);
             if behind > 0 && !is_known && found.last().is_some_and(goes_on) {
                 windows.push_back(next);
@@ -216,6 +217,6 @@ impl Direct {
 }
 
 /// Returns the places that the driver reports. Damage of the image is no error here: the read of that range reports it.
-async fn places(disk: &Disk, from: u64, len: u64) -> Vec<Place> {
+async fn places(disk: &Disk, from: u64, len: u64) -> Vec<MappedExtent> {
     disk.places(from, len).await.unwrap_or_default()
 }

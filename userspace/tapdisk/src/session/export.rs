@@ -7,7 +7,7 @@ use crate::Needs;
 use control::tapdisk::Needed;
 use control::{Export, Failure, Listener, Target, TlsFile};
 use drivers::nbd::{self, Credentials, Nbd};
-use drivers::{Disk, Shape};
+use drivers::{Disk, DiskInfo};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ const MOST: u64 = 1 << 20;
 
 impl Parts<'_> {
     /// The disk that a server has.
-    pub(super) async fn export(&self, export: &Export) -> Result<(Disk, Shape), Failure> {
+    pub(super) async fn export(&self, export: &Export) -> Result<(Disk, DiskInfo), Failure> {
         let open = self.open;
         if !open.may_ask {
             return Err(Failure::unsupported(format!(

@@ -7,7 +7,7 @@ use super::Session;
 use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
 use diskio::{Errno, File, LockKind, LockPart};
-use drivers::{Disk, Fence, Raw, Shape};
+use drivers::{Disk, DiskInfo, Fence, Raw};
 use formats::{Base, Below, ImageFormat, Options};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -145,7 +145,7 @@ impl Session {
         &self,
         open: &Open,
         file: Option<File>,
-    ) -> Result<(Disk, Shape), Failure> {
+    ) -> Result<(Disk, DiskInfo), Failure> {
         let parts = Parts {
             session: self,
             open,
@@ -194,7 +194,7 @@ impl Session {
         &self,
         open: &Open,
         image: Option<OwnedFd>,
-    ) -> Result<(Shape, Fence), Failure> {
+    ) -> Result<(DiskInfo, Fence), Failure> {
         let unlocked = Open {
             shared: true,
             ..open.clone()
@@ -229,7 +229,7 @@ pub(super) struct Parts<'s> {
 
 impl Parts<'_> {
     /// The disk in an image.
-    async fn disk(&self, file: Option<File>) -> Result<(Disk, Shape), Failure> {
+    async fn disk(&self, file: Option<File>) -> Result<(Disk, DiskInfo), Failure> {
         let open = self.open;
         if let Some(export) = open.target.export() {
             return self.export(export).await;

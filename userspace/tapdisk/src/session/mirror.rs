@@ -9,7 +9,7 @@ use crate::twin::{Twin, WriteLock};
 use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
-use drivers::{Disk, Shape};
+use drivers::{Disk, DiskInfo};
 use formats::{qcow2, vhd, ImageFormat, Parent};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -209,7 +209,7 @@ impl Session {
     }
 
     /// An image may take the place of the one that is served.
-    fn may_follow(&self, open: &Open, shape: &Shape, size: u64) -> Result<(), Failure> {
+    fn may_follow(&self, open: &Open, shape: &DiskInfo, size: u64) -> Result<(), Failure> {
         if shape.size < size {
             return Err(Failure::new(
                 Code::Image,

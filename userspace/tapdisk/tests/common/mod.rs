@@ -11,7 +11,7 @@ pub(crate) mod watched;
 use control::tapdisk::{Engine, Need, Open, Provided, Reply, Request, Status};
 use control::{Channel, Code, Failure};
 use diskio::Runtime;
-use drivers::{Limits, Shape};
+use drivers::{DiskInfo, DriverLimits};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -33,15 +33,15 @@ pub(crate) const SIZE: u64 = 1 << 20;
 pub(crate) const SECTORS: u64 = SIZE / 512;
 
 /// Returns the properties of a test's disk: nothing special, with a write cache or without.
-pub(crate) fn shape(write_cache: bool) -> Shape {
-    Shape {
+pub(crate) fn shape(write_cache: bool) -> DiskInfo {
+    DiskInfo {
         size: SIZE,
         logical_block: 512,
         physical_block: 512,
         discard: None,
         write_cache,
         fua: false,
-        limits: Limits::default(),
+        limits: DriverLimits::default(),
     }
 }
 

@@ -5,7 +5,7 @@ use crate::common::{Process, SECTORS, SIZE};
 use control::tapdisk::{OnError, Open, Reply, Request, Rules, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io};
-use drivers::{Attributes, Disk, Driver, Fence, Holder, Place, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Driver, Fence, Holder, MappedExtent};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use rustix::event::{eventfd, EventfdFlags};
@@ -32,7 +32,7 @@ struct Device {
     write_fails: bool,
     flush_fails: bool,
     /// Places in the image, if the disk is not there byte for byte.
-    places: Option<Vec<Place>>,
+    places: Option<Vec<MappedExtent>>,
     /// True if the places appear with the first request.
     comes: bool,
     was_asked: Arc<AtomicBool>,
@@ -65,7 +65,7 @@ impl Device {
 
     /// Makes an image that gets a part of the disk with the first request; the kernel may write half of it.
     fn in_parts(kernel: &Fake) -> Self {
-        let place = |offset, at, writable| Place {
+        let place = |offset, at, writable| MappedExtent {
             offset,
             len: 4096,
             holder: Holder::Image,
@@ -151,8 +151,8 @@ impl Served {
 }
 
 impl Driver for Served {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             discard: Some(512),
             size: self.device.first_size,
             ..crate::common::shape(true)
@@ -167,7 +167,7 @@ impl Driver for Served {
     fn has_places(&self) -> bool {
         self.device.places.is_some()
     }
-    async fn places(&self, from: u64, len: u64) -> Result<Vec<Place>, Errno> {
+    async fn places(&self, from: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         if self.device.comes && !self.device.was_asked.load(Ordering::Relaxed) {
             self.device.was_looked_for.store(true, Ordering::Relaxed);
             return Ok(Vec::new());
@@ -175,7 +175,7 @@ impl Driver for Served {
         let goes_on = Rc::new(self.device.goes_on.try_clone().unwrap());
         self.io.readable(&goes_on).await?;
         let all = self.device.places.iter().flatten();
-        let here = |place: &&Place| (from..from + len).contains(&place.offset);
+        let here = |place: &&MappedExtent| (from..from + len).contains(&place.offset);
         Ok(all.filter(here).copied().collect())
     }
     async fn read(&self, _: u64, data: Data) -> Result<(), Errno> {
@@ -437,7 +437,7 @@ fn an_image_in_parts_is_told_ahead() {
 /// for `expected` of them.
 fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
     let kernel = Fake::new(4).unwrap();
-    let place = |number| Place {
+    let place = |number| MappedExtent {
         offset: number << 21,
         len: 1 << 21,
         holder: Holder::Image,
@@ -473,7 +473,7 @@ fn no_more_is_told_ahead_than_there_is_room_for() {
 fn behind_a_write_all_is_told_that_may_be_written() {
     for (op, expected) in [(Op::Write, vec![0, 1, 2, 3]), (Op::Read, vec![0])] {
         let kernel = Fake::new(4).unwrap();
-        let place = |number: u64| Place {
+        let place = |number: u64| MappedExtent {
             offset: number << 21,
             len: if number == 3 { 1 << 20 } else { 1 << 21 },
             holder: Holder::Image,
@@ -501,7 +501,7 @@ fn behind_a_write_all_is_told_that_may_be_written() {
 #[test]
 fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
     let kernel = Fake::new(4).unwrap();
-    let place = |offset, holder, at| Place {
+    let place = |offset, holder, at| MappedExtent {
         offset,
         len: 4096,
         holder,

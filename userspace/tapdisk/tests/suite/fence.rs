@@ -5,7 +5,7 @@ use crate::common::{Image, Process, SECTORS, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, Io, Op, Region, Runtime};
-use drivers::{Attributes, Disk, Driver, Fence, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Driver, Fence};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::Op as Kind;
 use std::cell::RefCell;
@@ -35,7 +35,7 @@ fn behind(settle_ms: u32) -> Elsewhere {
 }
 
 impl Driver for Elsewhere {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         Ok(crate::common::shape(true))
     }
     fn fence(&self) -> Fence {

@@ -5,7 +5,7 @@ use crate::common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, Driver, Fence, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Driver, Fence};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::{self, Op};
 use std::io::{Read, Write};
@@ -20,7 +20,7 @@ struct Losing {
 }
 
 impl Driver for Losing {
-    async fn activate(&self) -> Result<Shape, Failure> {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
         Ok(crate::common::shape(true))
     }
     fn fence(&self) -> Fence {

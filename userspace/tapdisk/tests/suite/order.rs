@@ -5,7 +5,7 @@ use control::stats::Stats;
 use control::tapdisk::{Call, OnError, Rules, Trouble, Troubles as Told};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Runtime};
-use drivers::{Attributes, Disk, Driver, Fence, Limits, Shape};
+use drivers::{Attributes, Disk, DiskInfo, Driver, DriverLimits, Fence};
 use ring::response::ResponseStatus;
 use ring::tap::shadow::{Op, PostedRequest};
 use std::cell::{Cell, RefCell};
@@ -16,14 +16,14 @@ use tapdev::fake::Fake;
 use tapdev::{Params, Tap};
 use tapdisk::{Server, Terms};
 
-const SHAPE: Shape = Shape {
+const SHAPE: DiskInfo = DiskInfo {
     size: 1 << 20,
     logical_block: 512,
     physical_block: 512,
     discard: Some(512),
     write_cache: true,
     fua: false,
-    limits: Limits {
+    limits: DriverLimits {
         transfer: u64::MAX,
         zeroes: u64::MAX,
         align: 1,
@@ -84,8 +84,8 @@ impl Slow {
 }
 
 impl Driver for Slow {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             fua: self.0.heeds_fua.get(),
             ..SHAPE
         })

@@ -6,7 +6,7 @@ use control::stats::{Scrub, Stats};
 use control::tapdisk::{Call, Engine, Open, Reply, Request, Trouble};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Shape};
+use drivers::{Attributes, Content, Disk, DiskInfo, Driver, Extent, Fence};
 use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::File;
@@ -166,8 +166,8 @@ fn scrub_ends_with_its_image() {
 struct Unmapped;
 
 impl Driver for Unmapped {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             size: SIZE,
             ..crate::common::shape(false)
         })

@@ -9,7 +9,7 @@ use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
 use control::{Channel, Code, Failure};
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Content, Disk, Driver, Extent, Fence, Limits, Shape};
+use drivers::{Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
@@ -450,12 +450,12 @@ const SLOW_SIZE: u64 = 64 * BLOCK;
 const BELOW: u8 = 0xbb;
 
 impl Driver for Slow {
-    async fn activate(&self) -> Result<Shape, Failure> {
-        Ok(Shape {
+    async fn activate(&self) -> Result<DiskInfo, Failure> {
+        Ok(DiskInfo {
             size: SLOW_SIZE,
-            limits: Limits {
+            limits: DriverLimits {
                 align: self.unit,
-                ..Limits::default()
+                ..DriverLimits::default()
             },
             ..crate::common::shape(false)
         })
