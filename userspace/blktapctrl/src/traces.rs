@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use trace::{Header, Writer, BLOCK};
+use trace::{TraceHeader, Writer, BLOCK};
 
 /// Makes the file of a trace of a disk of `size` bytes. Its room is there from now on, where its file system can do that.
 ///
@@ -70,15 +70,15 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-fn header(to: &TraceTo, minor: u32, size: u64) -> Result<Header, Failure> {
-    let (segment, segments) = Header::divide(to.size)?;
+fn header(to: &TraceTo, minor: u32, size: u64) -> Result<TraceHeader, Failure> {
+    let (segment, segments) = TraceHeader::divide(to.size)?;
     let mut mark = [0; 8];
     getrandom(&mut mark, GetRandomFlags::empty())
         .map_err(|error| Failure::system("cannot get a random number", &error.into()))?;
     let now = clock_gettime(ClockId::Monotonic);
     let wall = SystemTime::now().duration_since(UNIX_EPOCH);
     let wall = wall.unwrap_or(Duration::ZERO).as_millis();
-    Ok(Header {
+    Ok(TraceHeader {
         data: to.data,
         segment,
         segments,

@@ -5,7 +5,7 @@
 //! which stays in the table until its event has been taken.
 
 use crate::sync;
-use crate::table::Table;
+use crate::table::SlotTable;
 use crate::Op;
 use rustix::event::{eventfd, EventfdFlags};
 use static_assertions::{assert_not_impl_any, const_assert_eq};
@@ -18,7 +18,7 @@ const DEPTH: usize = 256;
 /// `struct iocb` of the kernel, little endian.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Block {
+struct IoControlBlock {
     data: u64,
     key: u32,
     rw_flags: u32,
@@ -36,7 +36,7 @@ struct Block {
 /// `struct io_event` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Event {
+struct IoEvent {
     data: u64,
     block: u64,
     result: i64,
@@ -44,8 +44,8 @@ struct Event {
 }
 
 // The kernel reads and writes arrays of them.
-const_assert_eq!(size_of::<Block>(), 64);
-const_assert_eq!(size_of::<Event>(), 32);
+const_assert_eq!(size_of::<IoControlBlock>(), 64);
+const_assert_eq!(size_of::<IoEvent>(), 32);
 // Dropping it waits until the kernel has finished with this thread's memory.
 assert_not_impl_any!(Aio: Clone);
 
@@ -58,9 +58,9 @@ pub(crate) struct Aio {
     context: libc::c_ulong,
     /// Tells that events are there, beside other descriptors.
     ready: OwnedFd,
-    blocks: Vec<Block>,
+    blocks: Vec<IoControlBlock>,
     slots: Vec<usize>,
-    events: Vec<Event>,
+    events: Vec<IoEvent>,
     under_way: usize,
 }
 
@@ -86,13 +86,13 @@ impl Aio {
             ready,
             blocks: Vec::with_capacity(DEPTH),
             slots: Vec::with_capacity(DEPTH),
-            events: vec![Event::default(); DEPTH],
+            events: vec![IoEvent::default(); DEPTH],
             under_way: 0,
         })
     }
 
     /// Returns the number of system calls.
-    pub(crate) fn enter(&mut self, table: &mut Table, wait: bool) -> io::Result<u64> {
+    pub(crate) fn enter(&mut self, table: &mut SlotTable, wait: bool) -> io::Result<u64> {
         let before = table.finished();
         sync::cancel(table);
         let mut calls = self.gather(table);
@@ -111,7 +111,7 @@ impl Aio {
 
     /// Makes control blocks of queued operations, and executes those that AIO cannot do. Returns the number of system
     /// calls.
-    fn gather(&mut self, table: &mut Table) -> u64 {
+    fn gather(&mut self, table: &mut SlotTable) -> u64 {
         let mut calls = 0;
         self.blocks.clear();
         self.slots.clear();
@@ -134,7 +134,7 @@ impl Aio {
                 _ => None,
             };
             if let Some((opcode, file, offset, flags)) = transfer {
-                self.blocks.push(Block {
+                self.blocks.push(IoControlBlock {
                     data: index as u64,
                     opcode,
                     // CAST: the bits are those of the kernel.
@@ -147,7 +147,7 @@ impl Aio {
                     offset: offset as i64,
                     flags: FLAG_EVENTFD,
                     eventfd: self.ready.as_raw_fd() as u32,
-                    ..Block::default()
+                    ..IoControlBlock::default()
                 });
                 if opcode == FDSYNC {
                     let last = self.blocks.len() - 1;
@@ -163,10 +163,10 @@ impl Aio {
     }
 
     /// Submits the blocks; those for which the kernel has no room stay queued.
-    fn submit(&mut self, table: &mut Table) -> io::Result<()> {
+    fn submit(&mut self, table: &mut SlotTable) -> io::Result<()> {
         let mut from = 0;
         while from < self.blocks.len() {
-            let pointers: Vec<*const Block> =
+            let pointers: Vec<*const IoControlBlock> =
                 self.blocks[from..].iter().map(std::ptr::from_ref).collect();
             // SAFETY: each pointer names a block that is filled in; its vector and memory belong to
             // an operation that the table keeps until its event is taken.
@@ -205,7 +205,7 @@ impl Aio {
     }
 
     /// Takes the events that are there.
-    fn reap(&mut self, table: &mut Table) -> io::Result<u64> {
+    fn reap(&mut self, table: &mut SlotTable) -> io::Result<u64> {
         let mut counter = [0; 8];
         match rustix::io::read(&self.ready, &mut counter) {
             Ok(_) => {}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Flushes of one storage, which requests share.
 
-use crate::losses::{Losses, Seen};
+use crate::losses::{Losses, SeenErrors};
 use crate::{Errno, Gate};
 use std::cell::Cell;
 
@@ -20,17 +20,17 @@ pub struct Barrier {
     gate: Gate,
     losses: Losses,
     /// Errors that were reported by [`flush`](Self::flush).
-    told: Seen,
+    told: SeenErrors,
 }
 
 /// A flush of the storage that is under way.
-struct Running<'b> {
+struct RunningFlush<'b> {
     barrier: &'b Barrier,
     number: u64,
     has_ended: bool,
 }
 
-impl Running<'_> {
+impl RunningFlush<'_> {
     fn end(mut self, done: Result<(), Errno>) {
         self.has_ended = true;
         match done {
@@ -40,7 +40,7 @@ impl Running<'_> {
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for RunningFlush<'_> {
     fn drop(&mut self) {
         // The flush may fail later, and the storage would report that to a call without a caller.
         if !self.has_ended {
@@ -98,7 +98,7 @@ impl Barrier {
         }
         let number = self.next();
         self.begun.set(number);
-        let running = Running {
+        let running = RunningFlush {
             barrier: self,
             number,
             has_ended: false,

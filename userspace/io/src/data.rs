@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 /// A range of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct RegionPiece {
     pub(crate) at: usize,
     pub(crate) len: usize,
 }
@@ -15,8 +15,8 @@ pub(crate) struct Piece {
 /// Most I/O has one piece, which needs no allocation.
 #[derive(Clone, Debug)]
 enum Pieces {
-    One([Piece; 1]),
-    Many(Rc<[Piece]>),
+    One([RegionPiece; 1]),
+    Many(Rc<[RegionPiece]>),
 }
 
 /// Pieces of a [`Region`], in the order of the disk. Copies refer to the same bytes.
@@ -40,7 +40,7 @@ impl Data {
     ) -> Option<Self> {
         let mut pieces = pieces.into_iter();
         let piece = |(at, len): (usize, usize)| {
-            (len > 0 && region.holds(at, len)).then_some(Piece { at, len })
+            (len > 0 && region.holds(at, len)).then_some(RegionPiece { at, len })
         };
         let mut last = piece(pieces.next()?)?;
         let mut total = last.len;
@@ -78,7 +78,7 @@ impl Data {
         let region = Region::anonymous(len).map_err(|_: io::Error| Errno::NOMEM)?;
         Ok(Self {
             region: Rc::new(region),
-            pieces: Pieces::One([Piece { at: 0, len }]),
+            pieces: Pieces::One([RegionPiece { at: 0, len }]),
             len,
         })
     }
@@ -114,7 +114,7 @@ impl Data {
         &self.region
     }
 
-    pub(crate) fn pieces(&self) -> &[Piece] {
+    pub(crate) fn pieces(&self) -> &[RegionPiece] {
         match &self.pieces {
             Pieces::One(piece) => piece,
             Pieces::Many(pieces) => pieces,
@@ -218,7 +218,7 @@ impl Data {
     }
 
     /// The pieces of the `len` bytes from `from` on.
-    fn ranges(&self, from: usize, len: usize) -> impl Iterator<Item = Piece> + '_ {
+    fn ranges(&self, from: usize, len: usize) -> impl Iterator<Item = RegionPiece> + '_ {
         assert!(
             from.checked_add(len).is_some_and(|end| end <= self.len),
             "{len} bytes at {from} are not inside data of {}",
@@ -231,7 +231,7 @@ impl Data {
             skip -= skipped;
             let taken = left.min(piece.len - skipped);
             left -= taken;
-            (taken > 0).then_some(Piece {
+            (taken > 0).then_some(RegionPiece {
                 at: piece.at + skipped,
                 len: taken,
             })

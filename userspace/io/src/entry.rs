@@ -22,7 +22,7 @@ pub(crate) struct Entries {
 }
 
 /// Form in which data is passed to the kernel.
-enum Way {
+enum TransferForm {
     /// One piece of the registered region.
     Fixed { place: *mut u8, len: u32 },
     /// Several pieces of it.
@@ -90,13 +90,13 @@ impl Entries {
         // CAST: data has at most a few hundred pieces.
         let (pointer, count) = (vector.as_ptr(), vector.len() as u32);
         match self.way(data) {
-            Way::Fixed { place, len } => opcode::ReadFixed::new(fd, place, len, 0)
+            TransferForm::Fixed { place, len } => opcode::ReadFixed::new(fd, place, len, 0)
                 .offset(offset)
                 .build(),
-            Way::FixedVector => opcode::ReadvFixed::new(fd, pointer, count, 0)
+            TransferForm::FixedVector => opcode::ReadvFixed::new(fd, pointer, count, 0)
                 .offset(offset)
                 .build(),
-            Way::Vector => opcode::Readv::new(fd, pointer, count)
+            TransferForm::Vector => opcode::Readv::new(fd, pointer, count)
                 .offset(offset)
                 .build(),
         }
@@ -115,34 +115,34 @@ impl Entries {
         // CAST: data has at most a few hundred pieces.
         let (pointer, count) = (vector.as_ptr(), vector.len() as u32);
         match self.way(data) {
-            Way::Fixed { place, len } => opcode::WriteFixed::new(fd, place, len, 0)
+            TransferForm::Fixed { place, len } => opcode::WriteFixed::new(fd, place, len, 0)
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),
-            Way::FixedVector => opcode::WritevFixed::new(fd, pointer, count, 0)
+            TransferForm::FixedVector => opcode::WritevFixed::new(fd, pointer, count, 0)
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),
-            Way::Vector => opcode::Writev::new(fd, pointer, count)
+            TransferForm::Vector => opcode::Writev::new(fd, pointer, count)
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),
         }
     }
 
-    fn way(&self, data: &Data) -> Way {
+    fn way(&self, data: &Data) -> TransferForm {
         let is_registered = |region| Rc::ptr_eq(region, data.region());
         if !self.registered.as_ref().is_some_and(is_registered) {
-            return Way::Vector;
+            return TransferForm::Vector;
         }
         match data.pieces() {
-            [piece] if piece.len <= MAX_LEN => Way::Fixed {
+            [piece] if piece.len <= MAX_LEN => TransferForm::Fixed {
                 place: data.region().place(piece.at, piece.len),
                 // CAST: bounded above.
                 len: piece.len as u32,
             },
-            _ if self.vectors => Way::FixedVector,
-            _ => Way::Vector,
+            _ if self.vectors => TransferForm::FixedVector,
+            _ => TransferForm::Vector,
         }
     }
 }

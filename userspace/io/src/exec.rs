@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Tasks that were woken. Wakers may be called from anywhere.
 #[derive(Debug, Default)]
@@ -28,13 +28,13 @@ impl Woken {
 
 /// Wakes one place of the executor. The waker stays with the place, so it may outlive its task and wake the next one,
 /// which does no harm.
-struct Place {
+struct TaskSlot {
     number: usize,
     queued: AtomicBool,
     woken: Arc<Woken>,
 }
 
-impl Wake for Place {
+impl Wake for TaskSlot {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
@@ -49,17 +49,17 @@ impl Wake for Place {
 
 /// Polls futures. Copies are the same thing.
 #[derive(Clone, Default)]
-pub struct Executor(Rc<Inner>);
+pub struct Executor(Rc<ExecutorState>);
 
 /// A place and its task.
 struct Seat {
-    task: Option<Task>,
-    place: Arc<Place>,
+    task: Option<BoxedTask>,
+    place: Arc<TaskSlot>,
     waker: Waker,
 }
 
 #[derive(Default)]
-struct Inner {
+struct ExecutorState {
     woken: Arc<Woken>,
     places: RefCell<Vec<Seat>>,
     free: RefCell<Vec<usize>>,
@@ -79,11 +79,11 @@ impl std::fmt::Debug for Executor {
 impl Executor {
     /// Adds a task; it is polled by the next [`run`](Self::run).
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let task: Task = Box::pin(task);
+        let task: BoxedTask = Box::pin(task);
         let mut places = self.0.places.borrow_mut();
         let free = self.0.free.borrow_mut().pop();
         let number = free.unwrap_or_else(|| {
-            let place = Arc::new(Place {
+            let place = Arc::new(TaskSlot {
                 number: places.len(),
                 queued: AtomicBool::new(false),
                 woken: self.0.woken.clone(),
@@ -138,7 +138,7 @@ impl Executor {
     /// ever. The task that calls this stays.
     pub fn clear(&self) {
         loop {
-            let tasks: Vec<Task> = {
+            let tasks: Vec<BoxedTask> = {
                 let mut places = self.0.places.borrow_mut();
                 let mut free = self.0.free.borrow_mut();
                 let seats = places.iter_mut().filter_map(|seat| {

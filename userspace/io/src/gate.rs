@@ -9,10 +9,10 @@ use std::task::{Poll, Waker};
 
 /// A lock. Tasks get it in the order of their calls, so none waits for ever. Copies are the same lock.
 #[derive(Clone, Debug, Default)]
-pub struct Gate(Rc<RefCell<State>>);
+pub struct Gate(Rc<RefCell<GateState>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct GateState {
     /// Passes that are shared, or `usize::MAX` for one alone.
     held: usize,
     next_ticket: u64,
@@ -25,7 +25,7 @@ const ALONE: usize = usize::MAX;
 /// The right to be inside; dropping it gives it back.
 #[derive(Debug)]
 #[must_use = "the lock is held as long as this"]
-pub struct Pass(Rc<RefCell<State>>);
+pub struct Pass(Rc<RefCell<GateState>>);
 
 impl Gate {
     /// Waits until no task is inside alone.
@@ -70,12 +70,12 @@ impl Gate {
 
 /// A place in the queue, which is left even if the future that waits is dropped.
 struct Ticket<'g> {
-    state: &'g Rc<RefCell<State>>,
+    state: &'g Rc<RefCell<GateState>>,
     number: u64,
 }
 
 impl<'g> Ticket<'g> {
-    fn new(state: &'g Rc<RefCell<State>>) -> Self {
+    fn new(state: &'g Rc<RefCell<GateState>>) -> Self {
         let mut inner = state.borrow_mut();
         let number = inner.next_ticket;
         inner.next_ticket += 1;
@@ -103,7 +103,7 @@ impl Drop for Pass {
     }
 }
 
-fn wake_first(state: &mut State) {
+fn wake_first(state: &mut GateState) {
     if let Some((_, Some(waker))) = state.queue.front() {
         waker.wake_by_ref();
     }

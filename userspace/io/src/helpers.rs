@@ -19,7 +19,7 @@ use std::thread;
 /// Bytes of a helper's stack.
 const STACK: usize = 256 << 10;
 
-type Job = Box<dyn FnOnce() + Send>;
+type HelperJob = Box<dyn FnOnce() + Send>;
 
 /// Tells the thread that waits that a job is done.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ struct Bell {
 /// The helper threads, which end when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Helpers {
-    jobs: Sender<Job>,
+    jobs: Sender<HelperJob>,
     count: usize,
     /// Unused bells.
     bells: RefCell<Vec<Bell>>,
@@ -105,7 +105,7 @@ impl Helpers {
         value.ok_or(Errno::IO)
     }
 
-    fn send(&self, job: Job) -> io::Result<()> {
+    fn send(&self, job: HelperJob) -> io::Result<()> {
         let sent = self.jobs.send(job);
         sent.map_err(|_| io::Error::other("there is no helper thread any more"))
     }
@@ -125,7 +125,7 @@ impl Helpers {
 }
 
 /// Does one job after the other.
-fn work(queue: &Mutex<Receiver<Job>>) {
+fn work(queue: &Mutex<Receiver<HelperJob>>) {
     loop {
         let job = locked(queue).recv();
         match job {

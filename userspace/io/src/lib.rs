@@ -48,15 +48,15 @@ pub use file::{is_remote, of_earlier, Align, File};
 pub use gate::{Gate, Pass};
 pub use inherited::inherited;
 pub use lock::{lock_part, lock_whole, LockKind, LockPart, Opened};
-pub use losses::{Flushing, Losses, Seen, Writing};
+pub use losses::{Flushing, Losses, SeenErrors, Writing};
 #[cfg(feature = "fake")]
-pub use op::Fate;
+pub use op::OperationFate;
 pub use op::{Engine, Io, Op, Pending};
-pub use region::{Access, Region};
+pub use region::{MappingAccess, Region};
 #[doc(hidden)]
 pub use say::say_line;
 pub use signal::signals;
-pub use socket::{receive_data, send_parts, Part};
+pub use socket::{receive_data, send_parts, MessagePart};
 
 /// The number of an error, as the kernel says it.
 pub use rustix::io::Errno;

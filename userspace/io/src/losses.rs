@@ -29,7 +29,7 @@ pub struct Losses {
 
 /// Number of errors that a client, such as the guest, knows of.
 #[derive(Clone, Debug, Default)]
-pub struct Seen(Cell<u64>);
+pub struct SeenErrors(Cell<u64>);
 
 /// A flush that is under way.
 #[derive(Clone, Copy, Debug)]
@@ -51,12 +51,12 @@ pub struct Writing {
 
 impl Losses {
     /// For one that begins to write now: earlier losses are not its own.
-    pub fn newcomer(&self) -> Seen {
-        Seen(self.count.clone())
+    pub fn newcomer(&self) -> SeenErrors {
+        SeenErrors(self.count.clone())
     }
 
     /// Returns true if `by` does not know of all errors.
-    pub fn owes(&self, by: &Seen) -> bool {
+    pub fn owes(&self, by: &SeenErrors) -> bool {
         by.0.get() != self.count.get()
     }
 
@@ -85,7 +85,7 @@ impl Losses {
     }
 
     /// A flush of `by` begins.
-    pub fn begin(&self, by: &Seen) -> Flushing {
+    pub fn begin(&self, by: &SeenErrors) -> Flushing {
         Flushing {
             told: by.0.get(),
             writes: self.writes.get(),
@@ -97,7 +97,12 @@ impl Losses {
     ///
     /// # Errors
     /// Writes may be lost, or `done` is an error.
-    pub fn end(&self, by: &Seen, flushing: Flushing, done: Result<(), Errno>) -> Result<(), Errno> {
+    pub fn end(
+        &self,
+        by: &SeenErrors,
+        flushing: Flushing,
+        done: Result<(), Errno>,
+    ) -> Result<(), Errno> {
         if let Err(error) = done {
             self.add(error);
         }
@@ -137,17 +142,17 @@ impl Losses {
 
 #[cfg(test)]
 mod tests {
-    use super::{Losses, Seen};
+    use super::{Losses, SeenErrors};
     use crate::Errno;
 
-    fn flush(losses: &Losses, by: &Seen) -> Result<(), Errno> {
+    fn flush(losses: &Losses, by: &SeenErrors) -> Result<(), Errno> {
         losses.end(by, losses.begin(by), Ok(()))
     }
 
     #[test]
     fn each_is_told_once() {
         let losses = Losses::default();
-        let (guest, client) = (Seen::default(), losses.newcomer());
+        let (guest, client) = (SeenErrors::default(), losses.newcomer());
         losses.add(Errno::OPNOTSUPP);
         assert_eq!(flush(&losses, &client), Ok(()));
         losses.add(Errno::IO);
@@ -162,7 +167,7 @@ mod tests {
     #[test]
     fn flush_that_fails_is_told_itself_and_for_all_others() {
         let losses = Losses::default();
-        let (guest, client) = (Seen::default(), Seen::default());
+        let (guest, client) = (SeenErrors::default(), SeenErrors::default());
         let first = losses.begin(&guest);
         let beside = losses.begin(&guest);
         let failed = losses.end(&guest, first, Err(Errno::NOSPC));
@@ -179,7 +184,7 @@ mod tests {
 
     #[test]
     fn writes_between_an_error_and_the_flush_that_reports_it_change_nothing() {
-        let (losses, guest) = (Losses::default(), Seen::default());
+        let (losses, guest) = (Losses::default(), SeenErrors::default());
         losses.acknowledge(losses.write());
         losses.add(Errno::IO);
         losses.acknowledge(losses.write());
@@ -190,7 +195,7 @@ mod tests {
     #[test]
     fn flush_does_not_speak_for_writes_behind_its_beginning() {
         for is_acknowledged_first in [true, false] {
-            let (losses, guest) = (Losses::default(), Seen::default());
+            let (losses, guest) = (Losses::default(), SeenErrors::default());
             let flushing = losses.begin(&guest);
             let writing = losses.write();
             if is_acknowledged_first {

@@ -5,7 +5,7 @@ use crate::aio::Aio;
 use crate::helpers::Helpers;
 use crate::pool::Pool;
 use crate::sync;
-use crate::table::Table;
+use crate::table::SlotTable;
 use crate::uring::Uring;
 use crate::{Bytes, Data, Errno, Opened, Region};
 use rustix::time::{
@@ -106,7 +106,7 @@ pub enum Engine {
 /// Decision of a test's storage about an operation of [`Engine::Sync`].
 #[cfg(feature = "fake")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum OperationFate {
     /// The system executes it now.
     Execute,
     /// It fails, and the system does not learn of it.
@@ -117,7 +117,7 @@ pub enum Fate {
 
 /// Decides on each operation.
 #[cfg(feature = "fake")]
-pub(crate) type Decide = Rc<dyn Fn(&Op) -> Fate>;
+pub(crate) type Decide = Rc<dyn Fn(&Op) -> OperationFate>;
 
 /// Learns of each file that leaves the page cache.
 #[cfg(feature = "fake")]
@@ -125,7 +125,7 @@ type Forgotten = Rc<dyn Fn(&Opened)>;
 
 /// Carries out operations. Copies are the same thing.
 #[derive(Clone, Debug)]
-pub struct Io(Rc<Inner>);
+pub struct Io(Rc<IoState>);
 
 /// Holds [`Decide`] and [`Forgotten`], which cannot be printed.
 #[cfg(feature = "fake")]
@@ -142,13 +142,13 @@ impl std::fmt::Debug for Decider {
 }
 
 #[derive(Debug)]
-struct Inner {
+struct IoState {
     engine: Cell<Engine>,
     /// Made early and kept, because a sandbox may forbid to make it later. The ring is dropped before the table, as
     /// `aio` is, because both wait for the table's operations.
     uring: RefCell<Option<Uring>>,
     aio: RefCell<Option<Aio>>,
-    table: RefCell<Table>,
+    table: RefCell<SlotTable>,
     /// System calls made.
     calls: Cell<u64>,
     /// Times that the thread slept in one of them.
@@ -171,8 +171,8 @@ impl Default for Io {
 impl Io {
     /// With plain calls at first, see [`select`](Self::select).
     pub fn new() -> Self {
-        Self(Rc::new(Inner {
-            table: RefCell::new(Table::default()),
+        Self(Rc::new(IoState {
+            table: RefCell::new(SlotTable::default()),
             engine: Cell::new(Engine::Sync),
             uring: RefCell::new(None),
             aio: RefCell::new(None),
@@ -188,7 +188,7 @@ impl Io {
 
     /// Asks `decide` about each further operation of [`Engine::Sync`] but [`Op::Ready`] and [`Op::Command`], for tests.
     #[cfg(feature = "fake")]
-    pub fn decide_by(&self, decide: impl Fn(&Op) -> Fate + 'static) {
+    pub fn decide_by(&self, decide: impl Fn(&Op) -> OperationFate + 'static) {
         self.0.decider.0.replace(Some(Rc::new(decide)));
     }
 

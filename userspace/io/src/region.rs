@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 /// Accesses that a mapping of a file allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum MappingAccess {
     /// Only reading.
     Read,
     /// Reading and writing.
@@ -48,12 +48,17 @@ impl Region {
     }
 
     /// Maps `len` bytes of a file or device from `offset` on, shared with all other mappings.
-    pub fn map(fd: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> io::Result<Self> {
+    pub fn map(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: MappingAccess,
+    ) -> io::Result<Self> {
         let len = whole_pages(len)?;
-        let writable = access == Access::Write;
+        let writable = access == MappingAccess::Write;
         let prot = match access {
-            Access::Read => ProtFlags::READ,
-            Access::Write => ProtFlags::READ | ProtFlags::WRITE,
+            MappingAccess::Read => ProtFlags::READ,
+            MappingAccess::Write => ProtFlags::READ | ProtFlags::WRITE,
         };
         // SAFETY: no address is requested, so no existing mapping changes.
         let base = unsafe { mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;

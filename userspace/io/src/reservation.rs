@@ -49,7 +49,7 @@ pub struct Reservation {
 
 /// Answer of the storage to a command that reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum StorageAnswer {
     /// The storage has executed it.
     Done,
     /// It conflicts with a registration or a reservation.
@@ -163,7 +163,7 @@ const MOST: usize = 1 << 16;
 /// Makes `new` the key under which this host is registered, which is registered as `old`; with an `old` of 0 it
 /// must not be registered, with a `new` of 0 it is not any more, nor is anything reserved for it (SCSI; see
 /// [`unregister_from_nvme`]).
-pub fn register(device: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<Answer> {
+pub fn register(device: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<StorageAnswer> {
     let argument = Registration {
         old_key: old,
         new_key: new,
@@ -174,7 +174,11 @@ pub fn register(device: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<Answer
 }
 
 /// Reserves for the registered key `key`.
-pub fn reserve(device: BorrowedFd<'_>, key: u64, kind: ReservationKind) -> io::Result<Answer> {
+pub fn reserve(
+    device: BorrowedFd<'_>,
+    key: u64,
+    kind: ReservationKind,
+) -> io::Result<StorageAnswer> {
     let argument = Reserving {
         key,
         kind: kind.number(),
@@ -190,7 +194,7 @@ pub fn preempt_and_abort(
     own: u64,
     victim: u64,
     kind: ReservationKind,
-) -> io::Result<Answer> {
+) -> io::Result<StorageAnswer> {
     // The kernel's names are misleading: its drivers pass the first one on as the key of the caller, and the second one
     // as the key to be removed (`sd_pr_preempt`, `nvme_pr_preempt`).
     let argument = Preempting {
@@ -204,7 +208,7 @@ pub fn preempt_and_abort(
 
 /// Makes this host one that is not registered with an NVMe namespace, where `key` is its key: the kernel's call for all
 /// kinds of storage replaces that by zero there (`nvme_pr_register`), and the reservation stays.
-pub fn unregister_from_nvme(namespace: BorrowedFd<'_>, key: u64) -> io::Result<Answer> {
+pub fn unregister_from_nvme(namespace: BorrowedFd<'_>, key: u64) -> io::Result<StorageAnswer> {
     // SAFETY: takes no argument.
     let number = unsafe { call::<()>(namespace, NVME_ID, std::ptr::null_mut()) }?;
     // The current key, and the new one, which does not count.
@@ -223,8 +227,8 @@ pub fn unregister_from_nvme(namespace: BorrowedFd<'_>, key: u64) -> io::Result<A
     // outlive the call.
     let status = unsafe { call(namespace, NVME_COMMAND, &raw mut command) }?;
     match status & 0x7ff {
-        0 => Ok(Answer::Done),
-        NVME_CONFLICT => Ok(Answer::Conflict),
+        0 => Ok(StorageAnswer::Done),
+        NVME_CONFLICT => Ok(StorageAnswer::Conflict),
         status => Err(io::Error::other(format!(
             "the NVMe controller answers {status:#x}"
         ))),
@@ -275,11 +279,11 @@ pub fn reservation(device: BorrowedFd<'_>) -> io::Result<Option<Reservation>> {
 }
 
 /// A command with an argument that the kernel only reads.
-fn command<T>(device: BorrowedFd<'_>, number: u64, mut argument: T) -> io::Result<Answer> {
+fn command<T>(device: BorrowedFd<'_>, number: u64, mut argument: T) -> io::Result<StorageAnswer> {
     // SAFETY: the kernel reads the structure, whose size is part of the number, and which has no pointer.
     match unsafe { call(device, number, &raw mut argument) }? {
-        CONFLICT => Ok(Answer::Conflict),
-        answer => done(answer).map(|()| Answer::Done),
+        CONFLICT => Ok(StorageAnswer::Conflict),
+        answer => done(answer).map(|()| StorageAnswer::Done),
     }
 }
 

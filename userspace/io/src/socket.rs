@@ -10,19 +10,19 @@ const PIECES: usize = libc::UIO_MAXIOV as usize;
 
 /// Something that is sent.
 #[derive(Clone, Copy, Debug)]
-pub enum Part<'a> {
+pub enum MessagePart<'a> {
     /// Bytes that do not change during the send.
     Plain(&'a [u8]),
     /// Data of a write.
     Data(&'a Bytes),
 }
 
-impl Part<'_> {
+impl MessagePart<'_> {
     /// Number of bytes.
     pub fn len(&self) -> usize {
         match self {
-            Part::Plain(bytes) => bytes.len(),
-            Part::Data(data) => data.len(),
+            MessagePart::Plain(bytes) => bytes.len(),
+            MessagePart::Data(data) => data.len(),
         }
     }
 
@@ -38,8 +38,8 @@ impl Part<'_> {
     /// If they are not inside.
     pub fn read(&self, from: usize, to: &mut [u8]) {
         match self {
-            Part::Plain(bytes) => to.copy_from_slice(&bytes[from..from + to.len()]),
-            Part::Data(data) => data.read(from, to),
+            MessagePart::Plain(bytes) => to.copy_from_slice(&bytes[from..from + to.len()]),
+            MessagePart::Data(data) => data.read(from, to),
         }
     }
 }
@@ -48,15 +48,15 @@ impl Part<'_> {
 /// which need not be all.
 pub fn send_parts<'a>(
     socket: BorrowedFd<'_>,
-    parts: impl Iterator<Item = Part<'a>>,
+    parts: impl Iterator<Item = MessagePart<'a>>,
     skip: usize,
 ) -> Result<usize, Errno> {
     let mut vector = Vec::new();
     let mut skip = skip;
     for part in parts {
         match part {
-            Part::Plain(bytes) => add(&mut vector, &mut skip, plain(bytes)),
-            Part::Data(data) => {
+            MessagePart::Plain(bytes) => add(&mut vector, &mut skip, plain(bytes)),
+            MessagePart::Data(data) => {
                 let pieces = data.data().vectors();
                 pieces.for_each(|piece| add(&mut vector, &mut skip, piece));
             }
@@ -118,7 +118,7 @@ fn count(result: isize) -> Result<usize, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use super::{receive_data, send_parts, Part, PIECES};
+    use super::{receive_data, send_parts, MessagePart, PIECES};
     use crate::{Bytes, Data, Errno, Region};
     use rustix::net::{socketpair, AddressFamily, SocketFlags, SocketType};
     use std::os::fd::{AsFd, OwnedFd};
@@ -142,9 +142,9 @@ mod tests {
         data.write(0, &content);
         let data = Bytes::from(data);
         let parts = [
-            Part::Plain(b"head"),
-            Part::Data(&data),
-            Part::Plain(b"tail"),
+            MessagePart::Plain(b"head"),
+            MessagePart::Data(&data),
+            MessagePart::Plain(b"tail"),
         ];
         let all = [b"head", &*content, b"tail"].concat();
         for skip in (0..all.len()).step_by(7) {
@@ -162,7 +162,7 @@ mod tests {
     fn more_pieces_than_one_call_takes_are_taken_in_part() {
         let (here, there) = pair();
         let many = Bytes::from(scattered(PIECES + 5));
-        let sent = send_parts(here.as_fd(), [Part::Data(&many)].into_iter(), 0);
+        let sent = send_parts(here.as_fd(), [MessagePart::Data(&many)].into_iter(), 0);
         let sent = sent.unwrap();
         assert!(sent > 0 && sent <= PIECES * 512, "{sent}");
         let received = receive_data(there.as_fd(), &scattered(PIECES + 5));
@@ -178,7 +178,7 @@ mod tests {
         );
         drop(here);
         assert_eq!(receive_data(there.as_fd(), &scattered(1)), Ok(0));
-        let parts = [Part::Plain(b"nobody")].into_iter();
+        let parts = [MessagePart::Plain(b"nobody")].into_iter();
         assert_eq!(send_parts(there.as_fd(), parts, 0), Err(Errno::PIPE));
     }
 }

@@ -2,8 +2,8 @@
 //! Operations by plain calls, and `poll` for what waits for a descriptor.
 
 #[cfg(feature = "fake")]
-use crate::op::{Decide, Fate};
-use crate::table::Table;
+use crate::op::{Decide, OperationFate};
+use crate::table::SlotTable;
 use crate::Op;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use std::io;
@@ -29,7 +29,7 @@ pub(crate) fn write_flags(durable: bool) -> i32 {
 /// Executes queued operations; with `wait`, waits for a descriptor if there were none. Returns the number of system
 /// calls.
 pub(crate) fn enter(
-    table: &mut Table,
+    table: &mut SlotTable,
     wait: bool,
     #[cfg(feature = "fake")] decide: Option<&Decide>,
 ) -> io::Result<u64> {
@@ -44,12 +44,12 @@ pub(crate) fn enter(
         };
         #[cfg(feature = "fake")]
         match decided(decide, op) {
-            Fate::Execute => {}
-            Fate::Fail(error) => {
+            OperationFate::Execute => {}
+            OperationFate::Fail(error) => {
                 table.finish(index, -error.raw_os_error());
                 continue;
             }
-            Fate::Later => {
+            OperationFate::Later => {
                 later.push(index);
                 continue;
             }
@@ -70,15 +70,15 @@ pub(crate) fn enter(
 }
 
 #[cfg(feature = "fake")]
-fn decided(decide: Option<&Decide>, op: &Op) -> Fate {
+fn decided(decide: Option<&Decide>, op: &Op) -> OperationFate {
     match (decide, op) {
-        (None, _) | (_, Op::Ready { .. } | Op::Command { .. }) => Fate::Execute,
+        (None, _) | (_, Op::Ready { .. } | Op::Command { .. }) => OperationFate::Execute,
         (Some(decide), op) => decide(op),
     }
 }
 
 /// Ends waits for descriptors, which this engine can do at once.
-pub(crate) fn cancel(table: &mut Table) {
+pub(crate) fn cancel(table: &mut SlotTable) {
     for index in table.take_cancels() {
         if table.waiting().any(|(waiting, _, _)| waiting == index) {
             table.finish(index, -libc::ECANCELED);
@@ -88,7 +88,11 @@ pub(crate) fn cancel(table: &mut Table) {
 
 /// Looks at the descriptors that something waits for, and at `also`; with `wait`, until one of
 /// them is ready. Returns the number of system calls.
-pub(crate) fn look(table: &mut Table, also: Option<BorrowedFd<'_>>, wait: bool) -> io::Result<u64> {
+pub(crate) fn look(
+    table: &mut SlotTable,
+    also: Option<BorrowedFd<'_>>,
+    wait: bool,
+) -> io::Result<u64> {
     let (waiting, mut fds): (Vec<usize>, Vec<PollFd<'_>>) = table
         .waiting()
         .map(|(index, fd, write)| {

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::task::Waker;
 
 #[derive(Debug)]
-enum State {
+enum SlotState {
     /// Under way, with the waker of the task that waits, if any.
     Busy(Option<Waker>),
     /// Under way, and its task has stopped waiting.
@@ -20,8 +20,8 @@ enum State {
 }
 
 #[derive(Debug)]
-struct Slot {
-    state: State,
+struct TableSlot {
+    state: SlotState,
     op: Op,
     /// Handed over to the engine.
     started: bool,
@@ -32,8 +32,8 @@ struct Slot {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Table {
-    slots: Vec<Option<Slot>>,
+pub(crate) struct SlotTable {
+    slots: Vec<Option<TableSlot>>,
     free: Vec<usize>,
     /// To be handed over, in order.
     queue: VecDeque<usize>,
@@ -62,14 +62,14 @@ fn may_be_executed(op: &Op, result: i32) -> bool {
     }
 }
 
-impl Table {
+impl SlotTable {
     pub(crate) fn insert(&mut self, op: Op) -> usize {
         self.busy += 1;
         self.transfers += usize::from(is_transfer(&op));
         let mut vector = self.spare.pop().unwrap_or_default();
         fill(&mut vector, &op);
-        let slot = Slot {
-            state: State::Busy(None),
+        let slot = TableSlot {
+            state: SlotState::Busy(None),
             vector,
             op,
             started: false,
@@ -91,19 +91,19 @@ impl Table {
     pub(crate) fn poll(&mut self, index: usize, waker: &Waker) -> Option<i32> {
         let slot = self.slots[index].as_mut()?;
         match &mut slot.state {
-            State::Done(result) => {
+            SlotState::Done(result) => {
                 let result = *result;
                 self.release(index);
                 Some(result)
             }
-            State::Busy(waiter) => {
+            SlotState::Busy(waiter) => {
                 match waiter {
                     Some(old) => old.clone_from(waker),
                     None => *waiter = Some(waker.clone()),
                 }
                 None
             }
-            State::Detached => unreachable!("a task that waits for a slot has not detached it"),
+            SlotState::Detached => unreachable!("a task that waits for a slot has not detached it"),
         }
     }
 
@@ -113,9 +113,9 @@ impl Table {
             return;
         };
         match slot.state {
-            State::Done(_) => self.release(index),
+            SlotState::Done(_) => self.release(index),
             _ => {
-                slot.state = State::Detached;
+                slot.state = SlotState::Detached;
                 // Nothing is lost if it never happens, and its descriptor can be closed.
                 if matches!(slot.op, Op::Ready { .. }) {
                     self.cancel(index);
@@ -127,7 +127,7 @@ impl Table {
     /// Asks for an early end.
     pub(crate) fn cancel(&mut self, index: usize) {
         if let Some(slot) = self.slots[index].as_mut() {
-            if !slot.cancel && !matches!(slot.state, State::Done(_)) {
+            if !slot.cancel && !matches!(slot.state, SlotState::Done(_)) {
                 slot.cancel = true;
                 self.cancels.push(index);
             }
@@ -157,16 +157,16 @@ impl Table {
         let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else {
             return;
         };
-        if matches!(slot.state, State::Done(_)) {
+        if matches!(slot.state, SlotState::Done(_)) {
             return;
         }
         self.busy -= 1;
         self.finished = self.finished.wrapping_add(1);
         self.transfers -= usize::from(is_transfer(&slot.op));
         self.failed += u64::from(result < 0 && may_be_executed(&slot.op, result));
-        match std::mem::replace(&mut slot.state, State::Done(result)) {
-            State::Busy(Some(waker)) => waker.wake(),
-            State::Detached => self.release(index),
+        match std::mem::replace(&mut slot.state, SlotState::Done(result)) {
+            SlotState::Busy(Some(waker)) => waker.wake(),
+            SlotState::Detached => self.release(index),
             _ => {}
         }
     }
@@ -232,7 +232,7 @@ impl Table {
             .filter(|index| {
                 self.slots[*index]
                     .as_ref()
-                    .is_some_and(|slot| !matches!(slot.state, State::Done(_)))
+                    .is_some_and(|slot| !matches!(slot.state, SlotState::Done(_)))
             })
             .collect();
         for slot in self.slots.iter_mut().flatten() {
@@ -263,10 +263,10 @@ impl Table {
             })
     }
 
-    fn busy_slots(&self) -> impl Iterator<Item = (usize, &Slot)> {
+    fn busy_slots(&self) -> impl Iterator<Item = (usize, &TableSlot)> {
         self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let slot = slot.as_ref()?;
-            (!matches!(slot.state, State::Done(_))).then_some((index, slot))
+            (!matches!(slot.state, SlotState::Done(_))).then_some((index, slot))
         })
     }
 }

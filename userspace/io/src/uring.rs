@@ -6,7 +6,7 @@
 //! operations were cancelled and are over.
 
 use crate::entry::Entries;
-use crate::table::Table;
+use crate::table::SlotTable;
 use crate::{Op, Region};
 use io_uring::register::{Probe, Restriction};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
@@ -129,7 +129,7 @@ impl Uring {
     /// Returns the number of system calls.
     pub(crate) fn enter(
         &mut self,
-        table: &mut Table,
+        table: &mut SlotTable,
         wait: bool,
         heeds_quick: bool,
     ) -> io::Result<u64> {
@@ -168,7 +168,7 @@ impl Uring {
 
     /// Ends everything that is under way but commands: for a change of the engine. Commands that still wait are not
     /// reported, and they bring no result until the ring is entered again.
-    pub(crate) fn cancel_all(&mut self, table: &mut Table) -> io::Result<()> {
+    pub(crate) fn cancel_all(&mut self, table: &mut SlotTable) -> io::Result<()> {
         let waiting: Vec<usize> = table.waiting().map(|(index, _, _)| index).collect();
         self.reap(table);
         for index in waiting {
@@ -198,7 +198,7 @@ impl Uring {
         !queue.is_empty() || queue.taskrun() || queue.cq_overflow()
     }
 
-    fn cancel(&mut self, table: &mut Table) -> io::Result<()> {
+    fn cancel(&mut self, table: &mut SlotTable) -> io::Result<()> {
         for index in table.take_cancels() {
             self.push_entry(cancellation(index))?;
         }
@@ -207,7 +207,7 @@ impl Uring {
 
     /// Puts entries into the queue while there is room. Returns how many of them are over as soon
     /// as they are handed over.
-    fn push(&mut self, table: &mut Table) -> io::Result<usize> {
+    fn push(&mut self, table: &mut SlotTable) -> io::Result<usize> {
         let mut quick = 0;
         while !self.ring.submission().is_full() {
             let Some(index) = table.next_queued() else {
@@ -242,7 +242,7 @@ impl Uring {
         Ok(())
     }
 
-    fn reap(&mut self, table: &mut Table) {
+    fn reap(&mut self, table: &mut SlotTable) {
         self.take(|index, result, _| table.finish(index, result));
     }
 

@@ -55,7 +55,7 @@ fn scattered(region: &Rc<Region>, sizes: &[usize]) -> Data {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum EngineStep {
     Read(u64, usize),
     Write(u64, usize, u8),
     Zero(u64, u64),
@@ -65,20 +65,26 @@ enum Step {
 
 const SECTORS: u64 = 96;
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = EngineStep> {
     let range =
         || (0..SECTORS, 1..=32_u64).prop_map(|(at, n)| (at * 512, n.min(SECTORS - at) * 512));
     prop_oneof![
-        4 => range().prop_map(|(at, len)| Step::Read(at, len as usize)),
-        4 => (range(), 1_u8..).prop_map(|((at, len), byte)| Step::Write(at, len as usize, byte)),
-        1 => range().prop_map(|(at, len)| Step::Zero(at, len)),
-        1 => range().prop_map(|(at, len)| Step::Discard(at, len)),
-        1 => Just(Step::Flush),
+        4 => range().prop_map(|(at, len)| EngineStep::Read(at, len as usize)),
+        4 => (range(), 1_u8..).prop_map(|((at, len), byte)| EngineStep::Write(at, len as usize, byte)),
+        1 => range().prop_map(|(at, len)| EngineStep::Zero(at, len)),
+        1 => range().prop_map(|(at, len)| EngineStep::Discard(at, len)),
+        1 => Just(EngineStep::Flush),
     ]
 }
 
 /// Executes the steps on a file and on a vector, which must agree after each read and at the end.
-fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, steps: &[Step]) {
+fn compare(
+    engine: Engine,
+    align: Option<Align>,
+    direct: bool,
+    register: bool,
+    steps: &[EngineStep],
+) {
     let size = (SECTORS * 512) as usize;
     let mut model: Vec<u8> = (0..size).map(|at| (at / 512) as u8).collect();
     let runtime = runtime(engine);
@@ -96,7 +102,7 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
     for step in steps.iter().cloned() {
         let file = file.clone();
         match step {
-            Step::Read(at, len) => {
+            EngineStep::Read(at, len) => {
                 let data = scattered(&arena, &vec![512; len / 512]);
                 let target = data.clone();
                 runtime
@@ -105,7 +111,7 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
                     .unwrap();
                 assert_eq!(data.to_vec(), model[at as usize..][..len]);
             }
-            Step::Write(at, len, byte) => {
+            EngineStep::Write(at, len, byte) => {
                 let data = scattered(&arena, &[len]);
                 let bytes: Vec<u8> = (0..len).map(|n| byte ^ (n / 512) as u8).collect();
                 data.write(0, &bytes);
@@ -123,14 +129,14 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
                     .unwrap();
                 model[at as usize..][..len].copy_from_slice(&bytes);
             }
-            Step::Zero(at, len) => {
+            EngineStep::Zero(at, len) => {
                 runtime
                     .block_on(async move { file.write_zeroes(at, len).await })
                     .unwrap()
                     .unwrap();
                 model[at as usize..][..len as usize].fill(0);
             }
-            Step::Discard(at, len) => {
+            EngineStep::Discard(at, len) => {
                 runtime
                     .block_on(async move { file.discard(at, len).await })
                     .unwrap()
@@ -138,7 +144,7 @@ fn compare(engine: Engine, align: Option<Align>, direct: bool, register: bool, s
                 // A hole of a file reads as zeroes.
                 model[at as usize..][..len as usize].fill(0);
             }
-            Step::Flush => runtime
+            EngineStep::Flush => runtime
                 .block_on(async move { file.flush().await })
                 .unwrap()
                 .unwrap(),

@@ -11,9 +11,9 @@ use std::task::{Context, Waker};
 use std::thread;
 
 /// A file that is opened again and again.
-struct Image(tempfile::NamedTempFile);
+struct LockedFile(tempfile::NamedTempFile);
 
-impl Image {
+impl LockedFile {
     fn new() -> Self {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         file.as_file().set_len(4096).unwrap();
@@ -33,7 +33,7 @@ impl Image {
 
 #[test]
 fn lock_is_of_the_description() {
-    let (image, runtime) = (Image::new(), Runtime::new());
+    let (image, runtime) = (LockedFile::new(), Runtime::new());
     let first = image.open();
     let copy = first.try_clone().unwrap();
     lock_whole(first.as_fd(), LockKind::Write).unwrap();
@@ -52,7 +52,7 @@ fn lock_is_of_the_description() {
 /// `io_uring` may have it for some time after a flush.
 #[test]
 fn lock_ends_with_the_image() {
-    let image = Image::new();
+    let image = LockedFile::new();
     for engine in [Engine::Uring, Engine::Aio, Engine::Sync] {
         for part in [LockPart::Whole, LockPart::Data, LockPart::Fence] {
             let runtime = Runtime::new();
@@ -77,7 +77,7 @@ fn lock_ends_with_the_image() {
 /// Work in another thread continues when its caller stops waiting.
 #[test]
 fn lock_stays_while_another_thread_is_at_work() {
-    let (image, runtime) = (Image::new(), Runtime::new());
+    let (image, runtime) = (LockedFile::new(), Runtime::new());
     runtime.io.start_helpers(1).unwrap();
     let first = image.open_in(&runtime);
     first.lock(LockKind::Write).unwrap();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk whose kernel side and guest are in the same process, over the kernel's own shadow.
 //!
-//! [`Fake`] is the kernel and the guest; [`Fake::open`] is what a process opens. The process
+//! [`FakeTap`] is the kernel and the guest; [`FakeTap::open`] is what a process opens. The process
 //! "dies" when that is dropped.
 
 use crate::{Mapper, Node};
-use diskio::{Access, Region};
+use diskio::{MappingAccess, Region};
 use ring::numbers::DiskTag;
 use ring::response::ResponseStatus;
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, MapOp, Maps, TapSegment};
@@ -31,11 +31,11 @@ const PIECE: usize = SLOT / SEGMENTS;
 
 /// The kernel's side of a disk, and its guest. Copies are the same disk; they may be in any thread.
 #[derive(Clone, Debug)]
-pub struct Fake(Arc<Inner>);
+pub struct FakeTap(Arc<NodeInner>);
 
 #[derive(Debug)]
-struct Inner {
-    state: Mutex<State>,
+struct NodeInner {
+    state: Mutex<FakeState>,
     changed: Condvar,
     descriptors: OwnedFd,
     arena: OwnedFd,
@@ -44,7 +44,7 @@ struct Inner {
 }
 
 #[derive(Debug)]
-struct State {
+struct FakeState {
     shadow: Shadow<Vec<TagEntry>>,
     params: Option<Params>,
     features: u64,
@@ -52,7 +52,7 @@ struct State {
     answers: HashMap<u16, ResponseStatus>,
     /// The last request with each tag.
     asked: HashMap<u16, PostedRequest>,
-    /// See [`Fake::insist`].
+    /// See [`FakeTap::insist`].
     insists: bool,
     malformed: u64,
     clock: u64,
@@ -77,7 +77,7 @@ struct Mapped {
     waiting: u32,
 }
 
-impl State {
+impl FakeState {
     /// Posts the request of a tag, which is free; its data are in place.
     fn send(&mut self, tag: u16) {
         let request = self.asked.get(&tag).expect("the tag has a request");
@@ -97,7 +97,7 @@ impl State {
     }
 }
 
-impl Fake {
+impl FakeTap {
     /// A disk with so many tags.
     pub fn new(tags: u16) -> io::Result<Self> {
         let memory = |name: &str, bytes: usize| -> io::Result<OwnedFd> {
@@ -106,7 +106,7 @@ impl Fake {
             Ok(fd)
         };
         let count = usize::from(tags);
-        let state = State {
+        let state = FakeState {
             shadow: Shadow::new(vec![TagEntry::FREE; count]),
             params: None,
             features: abi::FEATURES & !abi::FEATURE_URING_CMD,
@@ -118,7 +118,7 @@ impl Fake {
             clock: 1,
             mapped: Mapped::default(),
         };
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(NodeInner {
             state: Mutex::new(state),
             changed: Condvar::new(),
             descriptors: memory("descriptors", descriptors_len(tags))?,
@@ -222,8 +222,8 @@ impl Fake {
         over
     }
 
-    fn reap(&self, state: &mut State) {
-        let State {
+    fn reap(&self, state: &mut FakeState) {
+        let FakeState {
             shadow, answers, ..
         } = state;
         shadow.reap(0, usize::MAX, |tag, status| {
@@ -362,7 +362,7 @@ impl Fake {
         rustix::fs::fstat(&self.0.arena).map_or(0, |stat| stat.st_size as usize)
     }
 
-    fn describe(&self, state: &State) -> Info {
+    fn describe(&self, state: &FakeState) -> Info {
         let mut info = Info {
             version: abi::VERSION,
             features: state.features,
@@ -380,7 +380,7 @@ impl Fake {
         info
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, FakeState> {
         // A thread that panics is a process that dies: the state stays whole.
         self.0
             .state
@@ -388,13 +388,13 @@ impl Fake {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn wait<'g>(&self, state: MutexGuard<'g, State>) -> MutexGuard<'g, State> {
+    fn wait<'g>(&self, state: MutexGuard<'g, FakeState>) -> MutexGuard<'g, FakeState> {
         let woken = self.0.changed.wait(state);
         woken.unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Waits until no I/O of the kernel is running.
-    fn recall<'g>(&'g self, mut state: MutexGuard<'g, State>) -> MutexGuard<'g, State> {
+    fn recall<'g>(&'g self, mut state: MutexGuard<'g, FakeState>) -> MutexGuard<'g, FakeState> {
         state.mapped.waiting += 1;
         self.0.changed.notify_all();
         while state.mapped.stuck {
@@ -405,7 +405,7 @@ impl Fake {
     }
 
     /// Makes the descriptor say whether something can be fetched.
-    fn signal(&self, state: &mut State) -> io::Result<()> {
+    fn signal(&self, state: &mut FakeState) -> io::Result<()> {
         let mut counter = [0; 8];
         if state.shadow.has_deliverable() {
             write(&self.0.ready, &1_u64.to_ne_bytes())?;
@@ -422,7 +422,7 @@ impl Fake {
 /// The node as a process has it.
 #[derive(Debug)]
 pub struct FakeNode {
-    disk: Fake,
+    disk: FakeTap,
     epoch: u64,
     ready: Rc<OwnedFd>,
 }
@@ -436,8 +436,12 @@ impl Node for FakeNode {
         let inner = &self.disk.0;
         let map = |fd: &OwnedFd, len: u64, access| Region::map(fd.as_fd(), 0, len as usize, access);
         Ok((
-            map(&inner.descriptors, info.descriptors_len, Access::Read)?,
-            map(&inner.arena, info.arena_len, Access::Write)?,
+            map(
+                &inner.descriptors,
+                info.descriptors_len,
+                MappingAccess::Read,
+            )?,
+            map(&inner.arena, info.arena_len, MappingAccess::Write)?,
         ))
     }
 
@@ -520,7 +524,7 @@ impl Node for FakeNode {
 
 /// The mappings of a disk.
 #[derive(Debug)]
-struct FakeMapper(Fake);
+struct FakeMapper(FakeTap);
 
 impl Mapper for FakeMapper {
     fn maps(&self, ops: &[MapOp]) -> io::Result<Maps> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The node of a disk: the calls that the kernel has for it.
 
-use diskio::{Access, Region};
+use diskio::{MappingAccess, Region};
 use ring::tap::abi::{ioctl as numbers, Buffer, Claims, Completion, Exchange, Info, MapOp, Maps};
 use ring::tap::abi::{MMAP_ARENA, MMAP_DESCRIPTORS};
 use rustix::ioctl::{ioctl, Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter, Updater};
@@ -80,8 +80,12 @@ impl Node for KernelNode {
     fn map(&self, info: &Info) -> io::Result<(Region, Region)> {
         let len = |bytes: u64| usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory);
         let map = |offset, bytes, access| Region::map(self.fd.as_fd(), offset, bytes, access);
-        let descriptors = map(MMAP_DESCRIPTORS, len(info.descriptors_len)?, Access::Read)?;
-        let arena = map(MMAP_ARENA, len(info.arena_len)?, Access::Write)?;
+        let descriptors = map(
+            MMAP_DESCRIPTORS,
+            len(info.descriptors_len)?,
+            MappingAccess::Read,
+        )?;
+        let arena = map(MMAP_ARENA, len(info.arena_len)?, MappingAccess::Write)?;
         Ok((descriptors, arena))
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A node from the process' side: the data that it gets, and that mistakes of the kernel are found.
 
-use diskio::{Access, Errno, Region};
+use diskio::{Errno, MappingAccess, Region};
 use proptest::prelude::*;
 use ring::response::ResponseStatus;
 use ring::tap::abi::{self, Claims, Completion, Desc, Info, TapSegment};
@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use tapdev::fake::{Fake, SLOT};
+use tapdev::fake::{FakeTap, SLOT};
 use tapdev::{Kind, Mapper, Node, Params, Tap};
 use zerocopy::IntoBytes;
 
@@ -26,7 +26,7 @@ const PARAMS: Params = Params {
     may_shrink: false,
 };
 
-fn started(fake: &Fake) -> Tap {
+fn started(fake: &FakeTap) -> Tap {
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&PARAMS).unwrap();
     tap.start(tapdev::Fence::Local).unwrap();
@@ -41,7 +41,7 @@ fn fetch(tap: &Tap, commits: &[Completion]) -> Vec<u16> {
 
 #[test]
 fn requests_come_with_their_data_and_are_answered() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let tap = started(&fake);
     let bytes: Vec<u8> = (0..SLOT).map(|at| (at >> 8) as u8).collect();
     let write = fake.send(Op::Write, 8, &bytes, true).unwrap();
@@ -92,7 +92,7 @@ fn requests_come_with_their_data_and_are_answered() {
 
 #[test]
 fn request_of_a_dead_process_comes_again() {
-    let fake = Fake::new(2).unwrap();
+    let fake = FakeTap::new(2).unwrap();
     let tap = started(&fake);
     let tag = fake.send(Op::Write, 0, &[5; 512], false).unwrap();
     fetch(&tap, &[]);
@@ -114,7 +114,7 @@ fn request_of_a_dead_process_comes_again() {
 
 #[test]
 fn size_may_change_and_what_guests_were_told_stays() {
-    let fake = Fake::new(2).unwrap();
+    let fake = FakeTap::new(2).unwrap();
     let tap = started(&fake);
     let larger = Params {
         sectors: 4096,
@@ -176,13 +176,13 @@ impl Node for Wrong {
                 self.descriptors.as_fd(),
                 0,
                 info.descriptors_len as usize,
-                Access::Read,
+                MappingAccess::Read,
             )?,
             Region::map(
                 self.arena.as_fd(),
                 0,
                 info.arena_len as usize,
-                Access::Write,
+                MappingAccess::Write,
             )?,
         ))
     }

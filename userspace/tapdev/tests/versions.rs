@@ -6,7 +6,7 @@ use ring::tap::abi::{self, Claims, Completion, Desc, MapOp};
 use ring::tap::shadow::Op;
 use rustix::io::Errno;
 use std::io::ErrorKind;
-use tapdev::fake::{Fake, FakeNode};
+use tapdev::fake::{FakeNode, FakeTap};
 use tapdev::{Fence, Kind, Node, Params, Tap};
 use zerocopy::FromBytes;
 
@@ -23,7 +23,7 @@ fn description() -> Vec<u8> {
 struct Before(FakeNode);
 
 impl Before {
-    fn start(fake: &Fake) -> Self {
+    fn start(fake: &FakeTap) -> Self {
         let node = fake.open().unwrap();
         node.set_params(&description()).unwrap();
         node.start().unwrap();
@@ -51,7 +51,7 @@ impl Before {
 
 #[test]
 fn a_process_of_before_is_served() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let process = Before::start(&fake);
     for (op, number) in [
         (Op::Discard, 3),
@@ -83,7 +83,7 @@ fn a_process_of_before_is_served() {
     assert_eq!((fake.malformed(), fake.info().refused), (0, 0));
 }
 
-fn now(fake: &Fake) -> Tap {
+fn now(fake: &FakeTap) -> Tap {
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     let params = Params::parse(&description()).unwrap();
     tap.describe(&params).unwrap();
@@ -93,7 +93,7 @@ fn now(fake: &Fake) -> Tap {
 
 #[test]
 fn a_process_of_now_serves_under_a_kernel_of_before() {
-    let fake = Fake::before_claims(4).unwrap();
+    let fake = FakeTap::before_claims(4).unwrap();
     let refused = fake.open().unwrap().claim(&Claims::default()).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(Errno::NOTTY.raw_os_error()));
     fake.fence();
@@ -109,7 +109,7 @@ fn a_process_of_now_serves_under_a_kernel_of_before() {
 
 #[test]
 fn what_the_process_does_not_understand_is_named() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     // The disk of a later process, which took something that is not known here.
     fake.offer(1 << abi::OP_READ | 1 << 40 | 1 << 41);
     let tap = Tap::open(fake.open().unwrap()).unwrap();
@@ -127,7 +127,7 @@ fn what_the_process_does_not_understand_is_named() {
 
 #[test]
 fn who_claims_too_little_is_not_started() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let node = fake.open().unwrap();
     node.set_params(&description()).unwrap();
     let claim = |operations, features| {
@@ -158,7 +158,7 @@ fn who_claims_too_little_is_not_started() {
 
 #[test]
 fn under_a_kernel_of_before_what_goes_over_a_network_waits() {
-    let fake = Fake::before_claims(4).unwrap();
+    let fake = FakeTap::before_claims(4).unwrap();
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&Params::parse(&description()).unwrap())
         .unwrap();
@@ -188,7 +188,7 @@ fn under_a_kernel_of_before_what_goes_over_a_network_waits() {
 
 #[test]
 fn what_cannot_be_fenced_fails() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let tap = Tap::open(fake.open().unwrap()).unwrap();
     tap.describe(&Params::parse(&description()).unwrap())
         .unwrap();
@@ -226,7 +226,7 @@ const EVERYTHING: MapOp = MapOp {
 
 #[test]
 fn mappings_are_for_who_claims_them() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     fake.back(1);
     let invalid = Some(Errno::INVAL.raw_os_error());
     let process = Before::start(&fake);
@@ -256,7 +256,7 @@ fn mappings_are_for_who_claims_them() {
 
 #[test]
 fn a_kernel_of_before_has_no_mappings() {
-    let fake = Fake::before_claims(4).unwrap();
+    let fake = FakeTap::before_claims(4).unwrap();
     let tap = now(&fake);
     assert!(tap.mapper().unwrap().is_none());
 }

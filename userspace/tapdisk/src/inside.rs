@@ -8,7 +8,7 @@ use crate::server::Failed;
 use crate::tracer::Asked;
 use crate::{Server, Session};
 use control::tapdisk::Call;
-use diskio::{Bytes, Data, Errno, Seen};
+use diskio::{Bytes, Data, Errno, SeenErrors};
 use drivers::{Attributes, Extent};
 use std::rc::Rc;
 use trace::{Flags, Operation};
@@ -37,7 +37,7 @@ pub(crate) struct Request {
 
 impl Request {
     /// Executes it for `by`, as often as the disk was stopped because of it.
-    pub(crate) async fn perform(&self, session: &Session, by: &Seen) -> Result<(), Errno> {
+    pub(crate) async fn perform(&self, session: &Session, by: &SeenErrors) -> Result<(), Errno> {
         loop {
             let server = session.running().await;
             let _hold = server.hold();
@@ -52,7 +52,7 @@ impl Request {
     }
 
     /// Executes it once, on a server that is held.
-    pub(crate) async fn execute(&self, server: &Rc<Server>, by: &Seen) -> Result<(), Failed> {
+    pub(crate) async fn execute(&self, server: &Rc<Server>, by: &SeenErrors) -> Result<(), Failed> {
         let _claim = match self.work {
             Work::Flush => None,
             _ => {
@@ -65,7 +65,7 @@ impl Request {
     }
 
     /// Executes it. Nothing that overlaps is in its way.
-    async fn execute_alone(&self, server: &Rc<Server>, by: &Seen) -> Result<(), Failed> {
+    async fn execute_alone(&self, server: &Rc<Server>, by: &SeenErrors) -> Result<(), Failed> {
         if matches!(self.work, Work::Flush) {
             return server.flush(by).await;
         }

@@ -331,13 +331,13 @@ mod tests {
     use diskio::Runtime;
     use ring::tap::shadow::Op;
     use std::rc::Rc;
-    use tapdev::fake::Fake;
+    use tapdev::fake::FakeTap;
     use tapdev::{Params, Tap};
 
     /// A command that could not be cancelled brings a request although the disk is paused.
     #[test]
     fn request_that_comes_too_late_goes_back() {
-        let fake = Fake::new(2).unwrap();
+        let fake = FakeTap::new(2).unwrap();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
         tap.describe(&Params {
             sectors: 8,

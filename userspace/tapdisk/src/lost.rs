@@ -5,7 +5,7 @@
 //! An error is stored for the next process as soon as it occurs, so before any answer to the guest that depends on it:
 //! the guest learns of it even if this process dies.
 
-use diskio::{Errno, Flushing, Losses, Seen, Writing};
+use diskio::{Errno, Flushing, Losses, SeenErrors, Writing};
 use std::cell::{Cell, RefCell};
 
 /// Function that stores the error that the guest must learn of for the next process; `None` if there is none any more.
@@ -18,7 +18,7 @@ const TURNS: u32 = 3;
 #[derive(Default)]
 pub struct Lost {
     losses: Losses,
-    guest: Seen,
+    guest: SeenErrors,
     /// Error that was handed on.
     kept: Cell<Option<Errno>>,
     /// Errors until then.
@@ -36,12 +36,12 @@ impl std::fmt::Debug for Lost {
 
 impl Lost {
     /// Returns the errors that the guest knows of.
-    pub(crate) fn guest(&self) -> &Seen {
+    pub(crate) fn guest(&self) -> &SeenErrors {
         &self.guest
     }
 
     /// As [`Losses::newcomer`].
-    pub(crate) fn newcomer(&self) -> Seen {
+    pub(crate) fn newcomer(&self) -> SeenErrors {
         self.losses.newcomer()
     }
 
@@ -78,7 +78,7 @@ impl Lost {
     }
 
     /// As [`Losses::begin`].
-    pub(crate) fn begin(&self, by: &Seen) -> Flushing {
+    pub(crate) fn begin(&self, by: &SeenErrors) -> Flushing {
         self.losses.begin(by)
     }
 
@@ -88,7 +88,7 @@ impl Lost {
     /// As there.
     pub(crate) fn end(
         &self,
-        by: &Seen,
+        by: &SeenErrors,
         flushing: Flushing,
         done: Result<(), Errno>,
     ) -> Result<(), Errno> {

@@ -314,7 +314,7 @@ fn only(
 mod tests {
     use super::{apply_filter, BpfProgram, SeccompAction, SeccompFilter};
     use super::{confine, entry, User};
-    use diskio::{Access, Data, Engine, File, Region, Runtime};
+    use diskio::{Data, Engine, File, MappingAccess, Region, Runtime};
     use std::fs;
     use std::io::ErrorKind;
     use std::net::UdpSocket;
@@ -392,7 +392,7 @@ mod tests {
                     })
                     .unwrap();
             }
-            Region::map(file.as_fd(), 0, 4096, Access::Write).unwrap();
+            Region::map(file.as_fd(), 0, 4096, MappingAccess::Write).unwrap();
             drop(vec![0_u8; 64 << 20]);
         });
         child.join().unwrap();

@@ -13,7 +13,7 @@ use crate::Troubles;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Rules, Trouble};
 use control::{Code, Failure};
-use diskio::{of_earlier, Bytes, Errno, Runtime, Seen};
+use diskio::{of_earlier, Bytes, Errno, Runtime, SeenErrors};
 use drivers::{Attributes, Disk, DiskInfo};
 use futures::future::join;
 use rustix::time::{clock_gettime, ClockId};
@@ -692,7 +692,7 @@ impl Server {
     }
 
     /// Makes all writes durable, for one of the writers.
-    pub(crate) async fn flush(&self, by: &Seen) -> Result<(), Failed> {
+    pub(crate) async fn flush(&self, by: &SeenErrors) -> Result<(), Failed> {
         let lost = &self.terms.lost;
         let flushing = lost.begin(by);
         // Also where an error is owed: the driver may owe one of its own, and this flush reports both.

@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use trace::{Entry, Flags, Operation, Writer, BLOCK};
+use trace::{Flags, Operation, TraceEntry, Writer, BLOCK};
 
 /// Request to the disk.
 #[derive(Clone, Debug)]
@@ -108,7 +108,7 @@ impl Tracer {
 
     /// Something is about to be done. Returns its number.
     fn begin(&self, asked: &Asked) -> Option<u64> {
-        let entry = Entry {
+        let entry = TraceEntry {
             operation: asked.operation,
             sector: asked.offset / BLOCK,
             sectors: asked.len / BLOCK,

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::fs;
 use std::io::Write;
-use trace::{Entry, Operation, Record, What, BLOCK};
+use trace::{Operation, TraceEntry, TraceRecord, What, BLOCK};
 pub(crate) use window::Point;
 use window::{Outcome, Window};
 
@@ -131,7 +131,7 @@ async fn all(window: &Window, image: &Named, disk: &Disk, done: &mut Done) -> Re
 }
 
 /// Does one request, of which it is known that the disk has such a place.
-async fn apply(disk: &Disk, entry: &Entry, data: &[u8], done: &mut Done) -> Result<(), Errno> {
+async fn apply(disk: &Disk, entry: &TraceEntry, data: &[u8], done: &mut Done) -> Result<(), Errno> {
     let how = Attributes::default();
     let (offset, len) = (
         entry.sector.saturating_mul(BLOCK),
@@ -221,7 +221,7 @@ pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(),
     Ok(out.flush()?)
 }
 
-fn row(record: &Record, entry: &Entry, outcome: Outcome) -> serde_json::Value {
+fn row(record: &TraceRecord, entry: &TraceEntry, outcome: Outcome) -> serde_json::Value {
     let flags: Vec<_> = entry.flags.names().collect();
     json!({
         "number": record.number, "time_ns": record.time_ns, "operation": entry.operation.to_string(),
@@ -230,7 +230,7 @@ fn row(record: &Record, entry: &Entry, outcome: Outcome) -> serde_json::Value {
     })
 }
 
-fn line(record: &Record, entry: &Entry, outcome: Outcome) -> String {
+fn line(record: &TraceRecord, entry: &TraceEntry, outcome: Outcome) -> String {
     let flags: Vec<_> = entry.flags.names().collect();
     let flags = match flags.is_empty() {
         true => "-".to_owned(),

@@ -31,7 +31,7 @@ const DATA: u32 = 1;
 
 /// Fields that all records of a file share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct TraceHeader {
     /// Records of writes carry their data.
     pub data: bool,
     /// Bytes of a segment.
@@ -70,7 +70,7 @@ struct StoredHeader {
 /// Bytes of a header that mean something.
 pub(crate) const STORED: usize = size_of::<StoredHeader>();
 
-impl Header {
+impl TraceHeader {
     /// How a file of so many bytes is divided: the bytes of a segment, and their number.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ impl Header {
         bytes
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Header, Failure> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<TraceHeader, Failure> {
         let no_trace = |why: &str| Failure::new(Code::Image, why);
         let stored = StoredHeader::read_from_bytes(bytes)
             .map_err(|_| no_trace("it has no header of a trace: it is too short"))?;
@@ -141,7 +141,7 @@ impl Header {
         if !is_whole || !makes_sense {
             return Err(no_trace("the header of the trace is damaged"));
         }
-        Ok(Header {
+        Ok(TraceHeader {
             data: stored.flags.get() & DATA != 0,
             segment,
             segments,
@@ -244,7 +244,7 @@ impl Flags {
 
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct TraceEntry {
     /// Operation of the request.
     pub operation: Operation,
     /// The first sector.
@@ -266,7 +266,7 @@ pub enum What {
         sectors: u64,
     },
     /// The disk is about to do this.
-    Request(Entry),
+    Request(TraceEntry),
     /// It is done.
     Done {
         /// 0, or the number of the error.
@@ -276,7 +276,7 @@ pub enum What {
 
 /// A record.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct TraceRecord {
     /// Number of the request; in other records the number of the next request.
     pub number: u64,
     /// Nanoseconds since the trace began.
@@ -309,7 +309,7 @@ const _: () = assert!(size_of::<Stored>() == RECORD && STORED == RECORD);
 
 /// Where a record is: part of it says so.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(crate) struct RecordPlace {
     /// Of the file.
     pub(crate) mark: u64,
     pub(crate) segment: u64,
@@ -326,7 +326,7 @@ fn checksum(head: &[u8], data: &[u8]) -> u32 {
 ///
 /// # Panics
 /// If there is no room for one, or data is longer than a segment.
-pub(crate) fn encode(place: Place, number: u64, time_ns: u64, what: &What, bytes: &mut [u8]) {
+pub(crate) fn encode(place: RecordPlace, number: u64, time_ns: u64, what: &What, bytes: &mut [u8]) {
     let (head, data) = bytes.split_at_mut(RECORD);
     let mut stored = Stored {
         mark: place.mark.into(),
@@ -367,7 +367,7 @@ pub(crate) fn encode(place: Place, number: u64, time_ns: u64, what: &What, bytes
 }
 
 /// The record at a place of a segment, and where the next one is; nothing if there is none that is whole and makes sense.
-pub(crate) fn decode(place: Place, bytes: &[u8], at: usize) -> Option<(Record, usize)> {
+pub(crate) fn decode(place: RecordPlace, bytes: &[u8], at: usize) -> Option<(TraceRecord, usize)> {
     let begin = at.checked_add(RECORD)?;
     let head = bytes.get(at..begin)?;
     let stored = Stored::read_from_bytes(head).ok()?;
@@ -385,7 +385,7 @@ pub(crate) fn decode(place: Place, bytes: &[u8], at: usize) -> Option<(Record, u
         2 => What::Opened {
             sectors: stored.sectors.get(),
         },
-        3 => What::Request(Entry {
+        3 => What::Request(TraceEntry {
             operation: Operation::of(stored.operation)?,
             sector: stored.sector.get(),
             sectors: stored.sectors.get(),
@@ -396,7 +396,7 @@ pub(crate) fn decode(place: Place, bytes: &[u8], at: usize) -> Option<(Record, u
         },
         _ => return None,
     };
-    let record = Record {
+    let record = TraceRecord {
         number: stored.number.get(),
         time_ns: stored.time_ns.get(),
         what,

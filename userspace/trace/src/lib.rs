@@ -53,6 +53,8 @@ mod layout;
 mod reader;
 mod writer;
 
-pub use layout::{Entry, Flags, Header, Operation, Record, What, BLOCK, MAX_SIZE, MIN_SIZE};
-pub use reader::{Segment, Trace};
+pub use layout::{
+    Flags, Operation, TraceEntry, TraceHeader, TraceRecord, What, BLOCK, MAX_SIZE, MIN_SIZE,
+};
+pub use reader::{Trace, TraceSegment};
 pub use writer::Writer;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads a trace, whatever is in the file.
 
-use crate::layout::{decode, Header, Place, Record, What, RECORD, STORED};
+use crate::layout::{decode, RecordPlace, TraceHeader, TraceRecord, What, RECORD, STORED};
 use control::{Code, Failure};
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 #[derive(Debug)]
 pub struct Trace {
     file: File,
-    header: Header,
+    header: TraceHeader,
     /// Numbers of the segments that there are, ascending.
     segments: Vec<u64>,
 }
@@ -32,7 +32,7 @@ impl Trace {
         let head = &mut bytes[..len];
         file.read_exact_at(head, 0)
             .map_err(|error| unread(&error))?;
-        let header = Header::decode(head)?;
+        let header = TraceHeader::decode(head)?;
         if size < header.size() {
             return Err(Failure::new(
                 Code::Image,
@@ -52,7 +52,7 @@ impl Trace {
     }
 
     /// Returns the fields that all records share.
-    pub fn header(&self) -> &Header {
+    pub fn header(&self) -> &TraceHeader {
         &self.header
     }
 
@@ -65,7 +65,7 @@ impl Trace {
         self.segments.last().copied()
     }
 
-    pub(crate) fn into_file(self) -> (File, Header) {
+    pub(crate) fn into_file(self) -> (File, TraceHeader) {
         (self.file, self.header)
     }
 
@@ -93,8 +93,8 @@ impl Trace {
         Ok(())
     }
 
-    fn place(&self, segment: u64) -> Place {
-        Place {
+    fn place(&self, segment: u64) -> RecordPlace {
+        RecordPlace {
             mark: self.header.mark,
             segment,
         }
@@ -104,7 +104,7 @@ impl Trace {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn segment(&self, number: u64) -> Result<Option<Segment>, Failure> {
+    pub fn segment(&self, number: u64) -> Result<Option<TraceSegment>, Failure> {
         let mut bytes = vec![0; self.header.segment as usize];
         let read = self
             .file
@@ -119,7 +119,7 @@ impl Trace {
             records.push(record);
             at = next;
         }
-        Ok((at > 0).then_some(Segment {
+        Ok((at > 0).then_some(TraceSegment {
             number,
             bytes,
             records,
@@ -130,14 +130,14 @@ impl Trace {
 
 /// A segment of a trace.
 #[derive(Clone, Debug)]
-pub struct Segment {
+pub struct TraceSegment {
     number: u64,
     bytes: Vec<u8>,
-    records: Vec<Record>,
+    records: Vec<TraceRecord>,
     end: usize,
 }
 
-impl Segment {
+impl TraceSegment {
     pub(crate) fn number(&self) -> u64 {
         self.number
     }
@@ -149,7 +149,7 @@ impl Segment {
 
     /// The number that the next request gets.
     pub(crate) fn next(&self) -> u64 {
-        let number = |record: &Record| match record.what {
+        let number = |record: &TraceRecord| match record.what {
             What::Request(_) => record.number.saturating_add(1),
             What::Segment => record.number,
             What::Opened { .. } | What::Done { .. } => 0,
@@ -158,12 +158,12 @@ impl Segment {
     }
 
     /// Its records, in their order.
-    pub fn records(&self) -> &[Record] {
+    pub fn records(&self) -> &[TraceRecord] {
         &self.records
     }
 
     /// The data of one of them.
-    pub fn data(&self, record: &Record) -> &[u8] {
+    pub fn data(&self, record: &TraceRecord) -> &[u8] {
         self.bytes.get(record.data.clone()).unwrap_or_default()
     }
 }

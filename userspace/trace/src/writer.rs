@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Writes a trace.
 
-use crate::layout::{encode, Entry, Header, Place, What, HEADER, RECORD};
+use crate::layout::{encode, RecordPlace, TraceEntry, TraceHeader, What, HEADER, RECORD};
 use crate::reader::Trace;
 use control::Failure;
 use std::fs::File;
@@ -21,7 +21,7 @@ const KEPT: usize = 256 << 10;
 #[derive(Debug)]
 pub struct Writer {
     file: File,
-    header: Header,
+    header: TraceHeader,
     segment: u64,
     /// Bytes of the segment that are in the file.
     at: usize,
@@ -36,7 +36,7 @@ impl Writer {
     ///
     /// # Errors
     /// The file cannot be changed.
-    pub fn create(file: &File, header: &Header) -> io::Result<()> {
+    pub fn create(file: &File, header: &TraceHeader) -> io::Result<()> {
         let mut bytes = [0; HEADER as usize];
         let encoded = header.encode();
         bytes[..encoded.len()].copy_from_slice(&encoded);
@@ -74,7 +74,7 @@ impl Writer {
     }
 
     /// Returns the fields that all records share.
-    pub fn header(&self) -> &Header {
+    pub fn header(&self) -> &TraceHeader {
         &self.header
     }
 
@@ -93,7 +93,7 @@ impl Writer {
     /// The file cannot be changed: the trace is at its end.
     pub fn begin(
         &mut self,
-        entry: Entry,
+        entry: TraceEntry,
         now_ns: u64,
         data: usize,
         fill: impl FnOnce(&mut [u8]),
@@ -160,7 +160,7 @@ impl Writer {
         if data > 0 {
             fill(&mut bytes[RECORD..]);
         }
-        let place = Place {
+        let place = RecordPlace {
             mark: self.header.mark,
             segment: self.segment,
         };
@@ -174,7 +174,7 @@ impl Writer {
         self.segment = segment;
         self.at = 0;
         self.waiting.resize(RECORD, 0);
-        let place = Place {
+        let place = RecordPlace {
             mark: self.header.mark,
             segment,
         };

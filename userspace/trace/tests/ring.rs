@@ -6,15 +6,15 @@ use proptest::prelude::*;
 use std::fs::{self, File};
 use std::path::Path;
 use tempfile::NamedTempFile;
-use trace::{Entry, Flags, Header, Operation, Trace, What, Writer};
+use trace::{Flags, Operation, Trace, TraceEntry, TraceHeader, What, Writer};
 
 /// When the trace began.
 const BEGIN: u64 = 1_000;
 /// Bytes of the header of the file.
 const HEAD: usize = 4096;
 
-fn header(segment: u32, segments: u32) -> Header {
-    Header {
+fn header(segment: u32, segments: u32) -> TraceHeader {
+    TraceHeader {
         data: true,
         segment,
         segments,
@@ -26,7 +26,7 @@ fn header(segment: u32, segments: u32) -> Header {
     }
 }
 
-fn create(header: &Header) -> NamedTempFile {
+fn create(header: &TraceHeader) -> NamedTempFile {
     let file = NamedTempFile::new().expect("a file");
     file.as_file().set_len(header.size()).expect("a size");
     Writer::create(file.as_file(), header).expect("a trace");
@@ -39,10 +39,10 @@ fn writer(path: &Path) -> Writer {
 }
 
 /// A record without its place.
-type Said = (u64, u64, What, Vec<u8>);
+type PlainRecord = (u64, u64, What, Vec<u8>);
 
 /// All records but those that begin a segment.
-fn read(path: &Path) -> Vec<Said> {
+fn read(path: &Path) -> Vec<PlainRecord> {
     let trace = Trace::open(File::open(path).expect("open")).expect("a trace");
     let mut all = Vec::new();
     for number in trace.segments() {
@@ -57,8 +57,8 @@ fn read(path: &Path) -> Vec<Said> {
     all
 }
 
-fn entry(operation: Operation, sector: u64, bytes: usize) -> Entry {
-    Entry {
+fn entry(operation: Operation, sector: u64, bytes: usize) -> TraceEntry {
+    TraceEntry {
         operation,
         sector,
         sectors: bytes as u64 / 512,
@@ -72,7 +72,7 @@ fn entry(operation: Operation, sector: u64, bytes: usize) -> Entry {
 }
 
 /// Writes a request, and says what must be read.
-fn begin(writer: &mut Writer, sector: u64, bytes: usize, byte: u8, at: u64) -> Said {
+fn begin(writer: &mut Writer, sector: u64, bytes: usize, byte: u8, at: u64) -> PlainRecord {
     let entry = entry(Operation::Write, sector, bytes);
     let number = writer.begin(entry, BEGIN + at, bytes, |to| to.fill(byte));
     (
@@ -84,7 +84,7 @@ fn begin(writer: &mut Writer, sector: u64, bytes: usize, byte: u8, at: u64) -> S
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum RingStep {
     Request(u64, usize, u8),
     Done(u32),
     Settle,
@@ -93,14 +93,14 @@ enum Step {
     Dies,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = RingStep> {
     let bytes = prop_oneof![Just(0_usize), Just(512), Just(1024), Just(2048)];
     prop_oneof![
-        6 => (0..2048_u64, bytes, any::<u8>()).prop_map(|(at, len, byte)| Step::Request(at, len, byte)),
-        4 => (0..40_u32).prop_map(Step::Done),
-        1 => Just(Step::Settle),
-        1 => Just(Step::Opened),
-        1 => Just(Step::Dies),
+        6 => (0..2048_u64, bytes, any::<u8>()).prop_map(|(at, len, byte)| RingStep::Request(at, len, byte)),
+        4 => (0..40_u32).prop_map(RingStep::Done),
+        1 => Just(RingStep::Settle),
+        1 => Just(RingStep::Opened),
+        1 => Just(RingStep::Dies),
     ]
 }
 
@@ -113,31 +113,31 @@ proptest! {
         let path = file.path();
         let mut now = writer(path);
         // Those in the file, and those that wait.
-        let (mut all, mut waiting): (Vec<Said>, Vec<Said>) = Default::default();
+        let (mut all, mut waiting): (Vec<PlainRecord>, Vec<PlainRecord>) = Default::default();
         let mut last = 0;
         for (at, step) in (0..).zip(steps) {
             match step {
-                Step::Request(sector, bytes, byte) => {
+                RingStep::Request(sector, bytes, byte) => {
                     let said = begin(&mut now, sector, bytes, byte, at);
                     last += 1;
                     prop_assert_eq!(said.0, last);
                     waiting.push(said);
                     all.append(&mut waiting);
                 }
-                Step::Done(errno) => {
+                RingStep::Done(errno) => {
                     now.end(last, errno, BEGIN + at).expect("write");
                     waiting.push((last, at, What::Done { errno }, Vec::new()));
                 }
-                Step::Settle => {
+                RingStep::Settle => {
                     now.settle().expect("write");
                     all.append(&mut waiting);
                 }
-                Step::Opened => {
+                RingStep::Opened => {
                     now.opened(9, BEGIN + at).expect("write");
                     waiting.push((last + 1, at, What::Opened { sectors: 9 }, Vec::new()));
                     all.append(&mut waiting);
                 }
-                Step::Dies => {
+                RingStep::Dies => {
                     now = writer(path);
                     // Some records were stored when a segment was full.
                     let seen = read(path);
@@ -163,7 +163,7 @@ proptest! {
         let file = create(&header(4096, 3));
         let path = file.path();
         let mut now = writer(path);
-        let mut all: Vec<Said> = Vec::new();
+        let mut all: Vec<PlainRecord> = Vec::new();
         for at in 0..before as u64 {
             all.push(begin(&mut now, at, 512, at as u8, at));
         }
@@ -245,7 +245,7 @@ fn cost_of_a_request() {
 /// Data of a guest counts as no record, wherever it comes to lie.
 #[test]
 fn a_guest_forges_nothing() {
-    let other = create(&Header {
+    let other = create(&TraceHeader {
         mark: 1,
         ..header(4096, 2)
     });
@@ -282,17 +282,17 @@ fn what_is_no_trace_is_refused() {
     let damaged = refused(&|bytes| bytes[20] = 1);
     assert!(damaged.message.contains("damaged"), "{damaged}");
     for size in [0, 1 << 20, 1 << 40] {
-        let refused = Header::divide(size).expect_err("a size");
+        let refused = TraceHeader::divide(size).expect_err("a size");
         assert!(refused.message.contains("--size"), "{refused}");
     }
-    assert_eq!(Header::divide(64 << 20), Ok((4 << 20, 16)));
+    assert_eq!(TraceHeader::divide(64 << 20), Ok((4 << 20, 16)));
 }
 
 /// Without data, and with data for which no segment has room, the record has the operation all the same.
 #[test]
 fn headers_are_always_there() {
     for data in [false, true] {
-        let file = create(&Header {
+        let file = create(&TraceHeader {
             data,
             ..header(4096, 2)
         });

@@ -10,7 +10,7 @@ use control::tapdisk::State;
 use control::{Code, Failure, TraceTo, Tracing};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use trace::{Segment, Trace};
+use trace::{Trace, TraceSegment};
 
 /// Bytes of a file.
 const SIZE: u64 = 16 << 20;
@@ -51,8 +51,8 @@ async fn is_on(bed: &Bed) -> Option<PathBuf> {
 fn processes(path: &Path) -> usize {
     let trace = Trace::open(File::open(path).expect("open")).expect("a trace");
     let read = |number: &u64| trace.segment(*number).expect("read");
-    let all: Vec<Segment> = trace.segments().iter().filter_map(read).collect();
-    let opened = all.iter().flat_map(Segment::records);
+    let all: Vec<TraceSegment> = trace.segments().iter().filter_map(read).collect();
+    let opened = all.iter().flat_map(TraceSegment::records);
     opened
         .filter(|record| matches!(record.what, trace::What::Opened { .. }))
         .count()

@@ -4,7 +4,7 @@
 
 use super::proto;
 use super::wire::Wire;
-use diskio::{Bytes, Errno, Part};
+use diskio::{Bytes, Errno, MessagePart};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -22,9 +22,9 @@ pub(super) struct Message {
 }
 
 impl Message {
-    fn parts(&self) -> impl Iterator<Item = Part<'_>> {
-        let payload = self.payload.iter().map(Part::Data);
-        [Part::Plain(&self.head)].into_iter().chain(payload)
+    fn parts(&self) -> impl Iterator<Item = MessagePart<'_>> {
+        let payload = self.payload.iter().map(MessagePart::Data);
+        [MessagePart::Plain(&self.head)].into_iter().chain(payload)
     }
 
     fn len(&self) -> usize {

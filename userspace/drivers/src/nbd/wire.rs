@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A socket, and what encrypts it if anything does.
 
-use diskio::{receive_data, send_parts, Data, Errno, Io, Part};
+use diskio::{receive_data, send_parts, Data, Errno, Io, MessagePart};
 use rustix::net::{
     recv, send, sendmsg, shutdown, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown,
 };
@@ -102,7 +102,7 @@ impl Wire {
     pub(super) async fn send_all(&self, bytes: &[u8]) -> Result<(), Errno> {
         let mut done = 0;
         while done < bytes.len() {
-            let parts = || [Part::Plain(bytes)].into_iter();
+            let parts = || [MessagePart::Plain(bytes)].into_iter();
             let send = |wire: &Self| wire.send_parts(parts(), done);
             done += self.when_writable(send).await?;
         }
@@ -113,7 +113,7 @@ impl Wire {
     /// [`send_left`](Self::send_left) has to follow.
     pub(super) fn send_parts<'a>(
         &self,
-        parts: impl Iterator<Item = Part<'a>>,
+        parts: impl Iterator<Item = MessagePart<'a>>,
         skip: usize,
     ) -> Result<usize, Errno> {
         match &mut *self.tls.borrow_mut() {
@@ -251,7 +251,7 @@ impl Tls {
     fn put_parts<'a>(
         &mut self,
         socket: &OwnedFd,
-        parts: impl Iterator<Item = Part<'a>>,
+        parts: impl Iterator<Item = MessagePart<'a>>,
         skip: usize,
     ) -> Result<usize, Errno> {
         let mut skip = skip;

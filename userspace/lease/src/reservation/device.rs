@@ -3,7 +3,7 @@
 
 use super::rules::Storage;
 use control::{Code, Failure};
-use diskio::reservation::{self, Answer, Reservation, ReservationKind};
+use diskio::reservation::{self, Reservation, ReservationKind, StorageAnswer};
 use diskio::Errno;
 use rustix::fs::{major, minor, FileType, Mode, OFlags};
 use std::fs;
@@ -101,44 +101,44 @@ impl Device {
     }
 
     /// Registers one way; with an `old`, it may be new to the storage, or have got its key already.
-    fn register_way(&self, way: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<Answer> {
+    fn register_way(&self, way: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<StorageAnswer> {
         let first = match (self.kind, new) {
             (Kind::Nvme, 0) => return reservation::unregister_from_nvme(way, old),
             _ => reservation::register(way, old, new)?,
         };
-        if self.kind != Kind::Map || old == 0 || new == 0 || first == Answer::Done {
+        if self.kind != Kind::Map || old == 0 || new == 0 || first == StorageAnswer::Done {
             return Ok(first);
         }
         match reservation::register(way, 0, new)? {
-            Answer::Done => Ok(Answer::Done),
-            Answer::Conflict => reservation::register(way, new, new),
+            StorageAnswer::Done => Ok(StorageAnswer::Done),
+            StorageAnswer::Conflict => reservation::register(way, new, new),
         }
     }
 
     /// Registers all ways, or none if one conflicts or fails.
-    fn register_all(&self, old: u64, new: u64) -> io::Result<Answer> {
+    fn register_all(&self, old: u64, new: u64) -> io::Result<StorageAnswer> {
         for (done, way) in self.ways.iter().enumerate() {
             let answer = self.register_way(way.as_fd(), old, new);
-            if !matches!(answer, Ok(Answer::Done)) {
+            if !matches!(answer, Ok(StorageAnswer::Done)) {
                 for way in &self.ways[..done] {
                     self.register_way(way.as_fd(), new, 0)?;
                 }
                 return answer;
             }
         }
-        Ok(Answer::Done)
+        Ok(StorageAnswer::Done)
     }
 
     /// Registers no way any more that is registered so; one that is not, as one that is new, need not be.
-    fn unregister_all(&self, key: u64) -> io::Result<Answer> {
+    fn unregister_all(&self, key: u64) -> io::Result<StorageAnswer> {
         let answers: Vec<_> = self
             .ways
             .iter()
             .map(|way| self.register_way(way.as_fd(), key, 0))
             .collect::<io::Result<_>>()?;
-        Ok(match answers.contains(&Answer::Done) {
-            true => Answer::Done,
-            false => Answer::Conflict,
+        Ok(match answers.contains(&StorageAnswer::Done) {
+            true => StorageAnswer::Done,
+            false => StorageAnswer::Conflict,
         })
     }
 }
@@ -244,7 +244,7 @@ impl Storage for Device {
         sleep(time);
     }
 
-    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure> {
+    async fn register(&self, old: u64, new: u64) -> Result<StorageAnswer, Failure> {
         let answer = match new {
             0 => self.unregister_all(old),
             _ => self.register_all(old, new),
@@ -252,13 +252,18 @@ impl Storage for Device {
         answer.map_err(|error| self.explain("register at", &error))
     }
 
-    async fn reserve(&self, key: u64) -> Result<Answer, Failure> {
+    async fn reserve(&self, key: u64) -> Result<StorageAnswer, Failure> {
         self.any("reserve", |way| {
             reservation::reserve(way, key, self.reserved_as())
         })
     }
 
-    async fn preempt(&self, own: u64, victim: u64, _aborts: bool) -> Result<Answer, Failure> {
+    async fn preempt(
+        &self,
+        own: u64,
+        victim: u64,
+        _aborts: bool,
+    ) -> Result<StorageAnswer, Failure> {
         self.any("take away the reservation of", |way| {
             reservation::preempt_and_abort(way, own, victim, self.reserved_as())
         })

@@ -5,7 +5,7 @@ use super::rules::Storage;
 use super::Reserved;
 use crate::{Claim, Lease};
 use control::Failure;
-use diskio::reservation::{Answer, Reservation, ReservationKind};
+use diskio::reservation::{Reservation, ReservationKind, StorageAnswer};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,35 +62,35 @@ impl Target {
     }
 
     /// Makes `new` the key of an initiator that is registered as `old`.
-    pub fn register(&self, by: Initiator, old: u64, new: u64) -> Answer {
+    pub fn register(&self, by: Initiator, old: u64, new: u64) -> StorageAnswer {
         let mut state = self.state();
         if state.keys.get(&by).copied().unwrap_or(0) != old {
-            return Answer::Conflict;
+            return StorageAnswer::Conflict;
         }
         state.changes += 1;
         match new {
             0 => state.forget(by),
             new => drop(state.keys.insert(by, new)),
         }
-        Answer::Done
+        StorageAnswer::Done
     }
 
     /// Reserves for an initiator that is registered with `key`.
-    pub fn reserve(&self, by: Initiator, key: u64) -> Answer {
+    pub fn reserve(&self, by: Initiator, key: u64) -> StorageAnswer {
         let mut state = self.state();
         let is_registered = state.keys.get(&by) == Some(&key);
         if !is_registered || state.holder.is_some_and(|holder| holder != by) {
-            return Answer::Conflict;
+            return StorageAnswer::Conflict;
         }
         state.holder = Some(by);
-        Answer::Done
+        StorageAnswer::Done
     }
 
     /// Takes away what all have that are registered as `victim`; what they have under way ends first, if `aborts`.
-    pub fn preempt(&self, by: Initiator, own: u64, victim: u64, aborts: bool) -> Answer {
+    pub fn preempt(&self, by: Initiator, own: u64, victim: u64, aborts: bool) -> StorageAnswer {
         let mut state = self.state();
         if state.keys.get(&by) != Some(&own) || !state.keys.values().any(|key| *key == victim) {
-            return Answer::Conflict;
+            return StorageAnswer::Conflict;
         }
         let is_victim = |state: &State, who: &Initiator| state.keys.get(who) == Some(&victim);
         let held_by_victim = state
@@ -110,7 +110,7 @@ impl Target {
         if held_by_victim {
             state.holder = Some(by);
         }
-        Answer::Done
+        StorageAnswer::Done
     }
 
     /// Returns the registered keys, and the number of changes of them.
@@ -193,15 +193,15 @@ impl Storage for Way {
         std::thread::sleep(time);
     }
 
-    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure> {
+    async fn register(&self, old: u64, new: u64) -> Result<StorageAnswer, Failure> {
         Ok(self.target.register(self.initiator, old, new))
     }
 
-    async fn reserve(&self, key: u64) -> Result<Answer, Failure> {
+    async fn reserve(&self, key: u64) -> Result<StorageAnswer, Failure> {
         Ok(self.target.reserve(self.initiator, key))
     }
 
-    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure> {
+    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<StorageAnswer, Failure> {
         Ok(self.target.preempt(self.initiator, own, victim, aborts))
     }
 

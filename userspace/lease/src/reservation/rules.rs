@@ -4,7 +4,7 @@
 use super::key::Key;
 use crate::Claim;
 use control::Failure;
-use diskio::reservation::{Answer, Reservation};
+use diskio::reservation::{Reservation, StorageAnswer};
 use std::time::Duration;
 
 /// Time between two attempts to get a reservation that another host has.
@@ -17,12 +17,12 @@ pub(crate) trait Storage {
     async fn sleep(&self, time: Duration);
     /// Makes `new` the key of this host, which is registered as `old`; 0 is none. A holder that is registered no longer
     /// has lost its reservation.
-    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure>;
+    async fn register(&self, old: u64, new: u64) -> Result<StorageAnswer, Failure>;
     /// Reserves for the key under which this host is registered, so that no other host can write from now on.
-    async fn reserve(&self, key: u64) -> Result<Answer, Failure>;
+    async fn reserve(&self, key: u64) -> Result<StorageAnswer, Failure>;
     /// Takes away what `victim` has, its registration too, and reserves for this host's key `own`; ends first what
     /// `victim` has under way, if `aborts`.
-    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure>;
+    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<StorageAnswer, Failure>;
     /// Returns the registered keys, and the number of changes of them.
     async fn keys(&self) -> Result<(u32, Vec<u64>), Failure>;
     /// Returns the reservation.
@@ -118,7 +118,8 @@ impl Party {
         let new = Key::new(&self.claim, changes);
         // The storage refuses it to all who are not registered so, whatever host the key seems to be of.
         let may_replace = self.is_left_over(key) || key.is_of_nobody();
-        let replaced = may_replace && storage.register(held.key, new.0).await? == Answer::Done;
+        let replaced =
+            may_replace && storage.register(held.key, new.0).await? == StorageAnswer::Done;
         if replaced {
             match storage.reservation().await? {
                 Some(held) if held.key == new.0 => return Ok(new),
@@ -133,17 +134,25 @@ impl Party {
         let taken = match key.is_of_nobody() {
             true => self.preempt(storage, key, new).await?,
             // Of a map, a path that was not registered is now, and another host has it.
-            false => self.settle(storage, new, Ok(Answer::Conflict)).await?,
+            false => {
+                self.settle(storage, new, Ok(StorageAnswer::Conflict))
+                    .await?
+            }
         };
         match taken {
-            Answer::Done => Ok(new),
+            StorageAnswer::Done => Ok(new),
             // Another host was faster.
-            Answer::Conflict => Err(Refusal::Busy(held)),
+            StorageAnswer::Conflict => Err(Refusal::Busy(held)),
         }
     }
 
     /// Takes away what `old` has.
-    async fn preempt(&self, storage: &impl Storage, old: Key, new: Key) -> Result<Answer, Refusal> {
+    async fn preempt(
+        &self,
+        storage: &impl Storage,
+        old: Key,
+        new: Key,
+    ) -> Result<StorageAnswer, Refusal> {
         let preempted = storage.preempt(new.0, old.0, self.rules.aborts).await;
         self.settle(storage, new, preempted).await
     }
@@ -166,8 +175,8 @@ impl Party {
     async fn reserve_as(&self, storage: &impl Storage, key: Key) -> Result<Key, Refusal> {
         let reserved = storage.reserve(key.0).await;
         match self.settle(storage, key, reserved).await? {
-            Answer::Done => Ok(key),
-            Answer::Conflict => match storage.reservation().await? {
+            StorageAnswer::Done => Ok(key),
+            StorageAnswer::Conflict => match storage.reservation().await? {
                 Some(held) => Err(Refusal::Busy(held)),
                 // It was given up since, so the next attempt gets it.
                 None => Err(Refusal::Registered(Vec::new())),
@@ -182,14 +191,14 @@ impl Party {
         &self,
         storage: &impl Storage,
         key: Key,
-        answer: Result<Answer, Failure>,
-    ) -> Result<Answer, Refusal> {
-        if matches!(answer, Ok(Answer::Done)) {
-            return Ok(Answer::Done);
+        answer: Result<StorageAnswer, Failure>,
+    ) -> Result<StorageAnswer, Refusal> {
+        if matches!(answer, Ok(StorageAnswer::Done)) {
+            return Ok(StorageAnswer::Done);
         }
         // To unregister what has been reserved would make it free.
         if matches!(storage.reservation().await?, Some(held) if held.key == key.0) {
-            return Ok(Answer::Done);
+            return Ok(StorageAnswer::Done);
         }
         if self.rules.leaves {
             storage.register(key.0, 0).await?;
@@ -205,7 +214,7 @@ impl Party {
         new: Key,
         except: Option<u64>,
     ) -> Result<(), Refusal> {
-        if storage.register(0, new.0).await? == Answer::Done {
+        if storage.register(0, new.0).await? == StorageAnswer::Done {
             return Ok(());
         }
         let own = |key: &&u64| {
@@ -213,7 +222,7 @@ impl Party {
             left_over && Some(**key) != except
         };
         for old in keys.iter().filter(own) {
-            if storage.register(*old, new.0).await? == Answer::Done {
+            if storage.register(*old, new.0).await? == StorageAnswer::Done {
                 return Ok(());
             }
         }
@@ -247,7 +256,7 @@ impl Party {
             true => Key::of_nobody(&self.claim.host, key.changes()),
             false => Key(0),
         };
-        if storage.register(key.0, idle.0).await? == Answer::Done {
+        if storage.register(key.0, idle.0).await? == StorageAnswer::Done {
             return Ok(());
         }
         match storage.reservation().await? {
@@ -279,7 +288,7 @@ impl Party {
             }
             registered => registered?,
         }
-        if self.preempt(storage, dead, idle).await? == Answer::Conflict {
+        if self.preempt(storage, dead, idle).await? == StorageAnswer::Conflict {
             return Err(Refusal::Other(storage.reservation().await?));
         }
         // Of who was registered and had nothing reserved nothing is left.

@@ -5,7 +5,7 @@ use super::fake::Target;
 use super::key::Key;
 use crate::{Claim, HolderIsDead, Keeper, Lease, News, View};
 use control::Code;
-use diskio::reservation::{Answer, ReservationKind};
+use diskio::reservation::{ReservationKind, StorageAnswer};
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -123,7 +123,7 @@ fn what_an_earlier_boot_left_is_taken_over_and_by_no_other_host() {
     assert_eq!(target.keys().1, [generation]);
     // Registered, and not reserved: it died in between.
     let target = Target::default();
-    assert_eq!(target.register(1, 0, before), Answer::Done);
+    assert_eq!(target.register(1, 0, before), StorageAnswer::Done);
     let mut same = lease(&target, 1, claim("a", 1, 1));
     let refused = same.take(Duration::ZERO).unwrap_err();
     assert!(

@@ -10,7 +10,7 @@ use crate::{Server, Session};
 pub(crate) use control::stats::Scrub;
 use control::tapdisk::Call;
 use control::Failure;
-use diskio::{Data, Errno, Seen};
+use diskio::{Data, Errno, SeenErrors};
 use drivers::Content;
 use std::rc::Rc;
 
@@ -89,7 +89,7 @@ async fn look(
         len,
         fua: false,
     };
-    if let Err(why) = request.execute(server, &Seen::default()).await {
+    if let Err(why) = request.execute(server, &SeenErrors::default()).await {
         failed(len, why.error);
     }
     Piece { len, work: len }

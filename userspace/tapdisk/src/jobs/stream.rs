@@ -10,7 +10,7 @@ use crate::{Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
 use control::tapdisk::Call;
 use control::{Code, Failure};
-use diskio::{Bytes, Data, Errno, Seen};
+use diskio::{Bytes, Data, Errno, SeenErrors};
 use drivers::{Attributes, Content, Disk};
 use std::rc::Rc;
 
@@ -188,7 +188,11 @@ async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
 }
 
 /// Drops the backing images while no request is under way.
-async fn stand_alone(worker: &Worker<Stream>, serve: u64, seen: &Seen) -> Result<End, Failure> {
+async fn stand_alone(
+    worker: &Worker<Stream>,
+    serve: u64,
+    seen: &SeenErrors,
+) -> Result<End, Failure> {
     let Some(server) = worker.session.running_from(worker.image).await else {
         return Ok(End::Closed);
     };

@@ -13,7 +13,7 @@ mod wire;
 use crate::inside::{self, Work};
 use crate::Session;
 use context::Context;
-use diskio::{Errno, Io, Seen};
+use diskio::{Errno, Io, SeenErrors};
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -70,7 +70,7 @@ struct Client {
     socket: Rc<OwnedFd>,
     export: Rc<str>,
     /// Lost writes that it knows of.
-    lost: Seen,
+    lost: SeenErrors,
     /// Reads are answered with chunks.
     has_chunks: Cell<bool>,
     /// Metadata contexts that it has chosen; the index of each is its number.

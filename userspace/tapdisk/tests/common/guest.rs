@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::collections::VecDeque;
-use tapdev::fake::{Fake, SLOT};
+use tapdev::fake::{FakeTap, SLOT};
 
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
@@ -37,7 +37,7 @@ pub(crate) fn step(sectors: u64) -> impl Strategy<Value = Step> {
 
 /// A guest that keeps up to `depth` requests under way, and knows what each must answer.
 pub(crate) struct Guest<'a> {
-    fake: &'a Fake,
+    fake: &'a FakeTap,
     pub(crate) model: Vec<u8>,
     depth: usize,
     /// Tag, and the expected data of a read.
@@ -46,7 +46,7 @@ pub(crate) struct Guest<'a> {
 
 impl<'a> Guest<'a> {
     /// The guest of a disk that holds `model`.
-    pub(crate) fn new(fake: &'a Fake, model: Vec<u8>, depth: usize) -> Self {
+    pub(crate) fn new(fake: &'a FakeTap, model: Vec<u8>, depth: usize) -> Self {
         Self {
             fake,
             model,

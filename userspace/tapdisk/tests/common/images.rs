@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Bytes of a disk: some clusters of all formats, and an odd end.
 pub(crate) const SIZE: u64 = (5 << 20) + 4096;
@@ -229,7 +229,7 @@ impl Served {
         (reply, asked)
     }
 
-    pub(crate) fn start(&self, fake: &Fake) -> (Process, Disk) {
+    pub(crate) fn start(&self, fake: &FakeTap) -> (Process, Disk) {
         let mut process = Process::start(fake);
         let (reply, _) = self.ask(&mut process, Request::Open(self.question()));
         match reply {
@@ -256,7 +256,7 @@ pub(crate) fn steps() -> Vec<Step> {
 }
 
 /// The guest reads all of its disk, which must be this.
-pub(crate) fn holds(fake: &Fake, model: &[u8]) {
+pub(crate) fn holds(fake: &FakeTap, model: &[u8]) {
     let bytes = vec![0; 1 << 16];
     for (at, expected) in (0..).step_by(1 << 16).zip(model.chunks(1 << 16)) {
         let read = answered(fake, Op::Read, at / 512, &bytes[..expected.len()]);
@@ -265,7 +265,7 @@ pub(crate) fn holds(fake: &Fake, model: &[u8]) {
 }
 
 /// Sends a request, which must succeed; returns the data of a read.
-pub(crate) fn answered(fake: &Fake, op: Op, sector: u64, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn answered(fake: &FakeTap, op: Op, sector: u64, bytes: &[u8]) -> Vec<u8> {
     let len = if op == Op::Read { bytes.len() } else { 0 };
     let tag = fake.send(op, sector, bytes, false).expect("a request");
     let (status, read) = fake.answer(tag, len).expect("an answer");

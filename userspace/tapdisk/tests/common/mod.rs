@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 use tapdev::Tap;
 use tapdisk::Session;
 
@@ -127,18 +127,18 @@ pub(crate) struct Process {
     pub(crate) needs: Channel,
     kill: UnixStream,
     thread: JoinHandle<()>,
-    fake: Fake,
+    fake: FakeTap,
 }
 
 impl Process {
     /// A process that has the node.
-    pub(crate) fn start(fake: &Fake) -> Self {
+    pub(crate) fn start(fake: &FakeTap) -> Self {
         Self::start_with(fake, |_| ())
     }
 
     /// A process that has the node, and begins with something of its own.
     pub(crate) fn start_with(
-        fake: &Fake,
+        fake: &FakeTap,
         begin: impl FnOnce(&Rc<Session>) + Send + 'static,
     ) -> Self {
         let node = fake.clone();
@@ -150,7 +150,7 @@ impl Process {
     }
 
     /// A process that has no node but the one that it begins with.
-    pub(crate) fn idle(fake: &Fake, begin: impl FnOnce(&Rc<Session>) + Send + 'static) -> Self {
+    pub(crate) fn idle(fake: &FakeTap, begin: impl FnOnce(&Rc<Session>) + Send + 'static) -> Self {
         let (kill, killed) = UnixStream::pair().unwrap();
         let (ask, answer) = UnixStream::pair().unwrap();
         let (needs, other) = UnixStream::pair().unwrap();
@@ -235,7 +235,7 @@ impl Process {
     }
 
     /// Serves an image.
-    pub(crate) fn serving(fake: &Fake, image: &Image, engine: Engine) -> Self {
+    pub(crate) fn serving(fake: &FakeTap, image: &Image, engine: Engine) -> Self {
         let mut process = Self::start(fake);
         let reply = process.ask(Request::Open(image.open(engine)), Some(image));
         assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");

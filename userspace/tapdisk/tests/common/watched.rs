@@ -10,7 +10,7 @@ use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use tapdev::abi::{MAP_FLUSH, MAP_RECALL, MAP_SET};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Places where a process records the requests.
 #[derive(Clone, Copy, Default)]
@@ -36,7 +36,7 @@ impl Raw {
     }
 
     /// A process that serves it.
-    pub(crate) fn start(&self, fake: &Fake, watched: Watched<'_>) -> Process {
+    pub(crate) fn start(&self, fake: &FakeTap, watched: Watched<'_>) -> Process {
         let mut process = Process::start(fake);
         let question = Request::Open(self.open(&watched));
         let image = file(&self.0, true);
@@ -59,7 +59,7 @@ impl Raw {
 
 /// Between `begin` and `end` a process must suspend passthrough, though the kernel could serve the disk.
 pub(crate) fn does_all_itself(begin: impl FnOnce(&mut Process), end: impl FnOnce(&mut Process)) {
-    let (fake, image) = (Fake::new(16).expect("a node"), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(16).expect("a node"), Image::new(SIZE));
     fake.back(1);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     fake.wait_for_map_ops(2);

@@ -10,7 +10,7 @@ use rustix::fs::{fadvise, Advice};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Counter of bytes that a serving thread reads from storage.
 struct Reads(PathBuf);
@@ -26,7 +26,7 @@ impl Reads {
 }
 
 /// A process that does in its own thread all that it does.
-fn start(clone: &Served, fake: &Fake) -> (Process, Reads) {
+fn start(clone: &Served, fake: &FakeTap) -> (Process, Reads) {
     let (tell, told) = mpsc::channel();
     let mut process = Process::start_with(fake, move |_| {
         let place = fs::read_link("/proc/thread-self").expect("a thread");
@@ -82,7 +82,7 @@ impl Clones {
 
     /// A guest reads all of its disk, and writes something; bytes that were read from storage for the first.
     fn read_all(&self, name: &str) -> u64 {
-        let (clone, fake) = (self.served(name), Fake::new(16).expect("a node"));
+        let (clone, fake) = (self.served(name), FakeTap::new(16).expect("a node"));
         let (mut process, reads) = start(&clone, &fake);
         // Its tables.
         answered(&fake, Op::Read, 0, &[0; 512]);

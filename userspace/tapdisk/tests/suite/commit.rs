@@ -14,7 +14,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::Instant;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 fn told(process: &mut Process) -> Option<Mirror> {
     match process.ask(Request::Stats, None) {
@@ -104,7 +104,7 @@ impl Chain {
 /// Works on `top` as a guest with the content `model`, while its process is killed, until `below` has all of it and
 /// gets new writes, too. Returns the remaining steps, without deaths.
 fn commits_under_load<'a>(
-    fake: &'a Fake,
+    fake: &'a FakeTap,
     top: &Served,
     below: &Served,
     model: Vec<u8>,
@@ -145,7 +145,7 @@ fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
         ..chain.top
     };
     let root = (format != "raw").then(|| fs::read(folder.path("root.img")).expect("read"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, mut guest, steps) = commits_under_load(&fake, &top, &below, chain.model);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
     let last = told(&mut process).expect("a commit");
@@ -187,7 +187,7 @@ fn vhd_over(folder: &Folder, name: &str, below: &Served) -> Served {
         files: below.files + 1,
     };
     fs::File::create_new(&child.path).expect("a new file");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = below.start(&fake);
     let target = child.question().target;
     let image = file(&child.path, true);
@@ -239,7 +239,7 @@ fn image_holds(folder: &Folder, image: &Served, model: &[u8]) {
         // QEMU cannot make differencing VHDs.
         _ => {}
     }
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (process, disk) = image.start(&fake);
     assert_eq!(disk.size, SIZE);
     holds(&fake, model);
@@ -253,7 +253,7 @@ fn vhd_ends_in(test: &str, under: UnderVhd) {
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
     let root = fs::read(folder.path("base.img")).expect("read");
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, mut guest, steps) = commits_under_load(&fake, &top, &below, chain.model);
     guest.finish();
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
@@ -299,10 +299,10 @@ fn vhd_whose_commit_is_ended_is_the_disk_as_before() {
             return;
         };
         let (folder, top, below) = (chain.folder, chain.top, chain.below);
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let (mut process, _) = top.start(&fake);
         let mut model = chain.model;
-        let mut write = |fake: &Fake, at: usize, byte: u8| {
+        let mut write = |fake: &FakeTap, at: usize, byte: u8| {
             answered(fake, Op::Write, at as u64 / 512, &[byte; 1536]);
             model[at..at + 1536].fill(byte);
         };
@@ -330,7 +330,7 @@ fn vhd_is_committed_to_what_is_right_below_it() {
     let Some(chain) = vhd_chain("vhd_right_below", UnderVhd::Differencing) else {
         return;
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = chain.top.start(&fake);
     let deeper = Served {
         path: chain.folder.path("base.img"),
@@ -374,7 +374,7 @@ fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
     // It asks for that one, too, which is refused.
     top.files += 1;
     let before = fs::read(&root.path).expect("read");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = top.start(&fake);
     holds(&fake, &chain.model);
     let deeper = Served { files: 0, ..root };
@@ -411,10 +411,10 @@ fn one_that_is_ended_leaves_the_disk_as_it_is() {
         return;
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = top.start(&fake);
     let mut model = chain.model;
-    let mut write = |fake: &Fake, at: usize, byte: u8| {
+    let mut write = |fake: &FakeTap, at: usize, byte: u8| {
         answered(fake, Op::Write, at as u64 / 512, &[byte; 8192]);
         model[at..at + 8192].fill(byte);
     };
@@ -445,7 +445,7 @@ fn what_is_not_below_is_no_place_for_it() {
     };
     let (folder, top, below) = (chain.folder, chain.top, chain.below);
     folder.raw("other", 9);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = top.start(&fake);
     let other = Served {
         path: folder.path("other"),
@@ -462,7 +462,7 @@ fn what_is_not_below_is_no_place_for_it() {
         assert_eq!(failure.code, Code::Invalid, "{failure}");
     }
     process.exit();
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = below.start(&fake);
     let failure = commit(&mut process, &other).expect_err("it is raw");
     assert_eq!(failure.code, Code::Invalid, "{failure}");
@@ -476,7 +476,7 @@ fn one_with_smaller_clusters_is_refused() {
         let Some(chain) = Chain::new("smaller_clusters", "qcow2", smaller) else {
             return;
         };
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let (mut process, _) = chain.top.start(&fake);
         let failure = commit(&mut process, &chain.below).expect_err("they are smaller");
         assert_eq!(failure.code, Code::Unsupported, "{failure}");
@@ -501,7 +501,7 @@ fn one_that_ends_leaves_the_read_lock_of_the_parent() {
         let Some(chain) = Chain::new("leaves_the_read_lock", format, PLAIN) else {
             return;
         };
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let (mut process, _) = chain.top.start(&fake);
         is_read_locked(&chain.below);
         commit(&mut process, &chain.below).expect("it begins");
@@ -531,7 +531,7 @@ fn one_with_internal_snapshots_is_refused() {
     };
     chain.folder.img(&["snapshot", "-c", "s1", "a.qcow2"]);
     let before = fs::read(&chain.below.path).expect("read");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = chain.top.start(&fake);
     let failure = commit(&mut process, &chain.below).expect_err("it has a snapshot");
     assert!(failure.message.contains("snapshots"), "{failure}");
@@ -545,7 +545,7 @@ fn one_that_somebody_else_reads_is_refused() {
     let Some(chain) = Chain::new("somebody_reads", "raw", PLAIN) else {
         return;
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = chain.top.start(&fake);
     let reader = file(&chain.below.path, false);
     diskio::lock_whole(reader.as_fd(), diskio::LockKind::Read).expect("it may be read");

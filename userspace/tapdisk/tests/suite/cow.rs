@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// The memory of a disk, which survives its processes, and its backing image.
 struct Cow {
@@ -54,7 +54,7 @@ impl Cow {
         std::os::fd::AsRawFd::as_raw_fd(&self.memory)
     }
 
-    fn start(&self, fake: &Fake) -> Process {
+    fn start(&self, fake: &FakeTap) -> Process {
         let mut process = Process::start(fake);
         let reply = self.open(&mut process);
         assert!(
@@ -65,7 +65,7 @@ impl Cow {
     }
 
     fn refused(&self) -> Failure {
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let mut process = Process::start(&fake);
         let failure = self.open(&mut process).expect_err("it may not");
         process.exit();
@@ -77,7 +77,7 @@ impl Cow {
 fn works(folder: &Folder, cow: &Cow, below: &[&str], model: Vec<u8>) {
     let content = |name: &&str| fs::read(folder.path(name)).expect("read");
     let before: Vec<Vec<u8>> = below.iter().map(content).collect();
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let mut process = cow.start(&fake);
     let mut guest = Guest::new(&fake, model, 8);
     for step in steps() {
@@ -169,7 +169,7 @@ fn what_was_written_over_one_image_is_not_shown_over_another() {
     folder.raw("base.img", 3);
     folder.raw("other.img", 4);
     let mut cow = Cow::over("aio", &folder.path("base.img"), 1);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     cow.start(&fake).exit();
     // The process does not even ask for the image.
     cow.files = 0;
@@ -195,7 +195,7 @@ fn guest_fills_no_more_than_its_room() {
     let mut cow = Cow::over("aio", &folder.path("base.img"), 1);
     let plain = cow.target.clone();
     cow.target = format!("room=1M,{plain}");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let process = cow.start(&fake);
     let chunk = [0xab; 1 << 16];
     let mut refused = Vec::new();

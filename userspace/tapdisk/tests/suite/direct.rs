@@ -19,12 +19,12 @@ use std::thread;
 use tapdev::abi::{
     MapOp, MAP_FLUSH, MAP_NO_BACKING, MAP_READ, MAP_RECALL, MAP_SET, MAP_WRITE, MAP_ZERO,
 };
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// A device whose mappings the kernel gets.
 #[derive(Clone)]
 struct Device {
-    kernel: Fake,
+    kernel: FakeTap,
     is_verbatim: bool,
     /// Size at first, and size after a resize.
     first_size: u64,
@@ -45,7 +45,7 @@ struct Device {
 }
 
 impl Device {
-    fn new(kernel: &Fake) -> Self {
+    fn new(kernel: &FakeTap) -> Self {
         kernel.back(1);
         Self {
             kernel: kernel.clone(),
@@ -64,7 +64,7 @@ impl Device {
     }
 
     /// Makes an image that gets a part of the disk with the first request; the kernel may write half of it.
-    fn in_parts(kernel: &Fake) -> Self {
+    fn in_parts(kernel: &FakeTap) -> Self {
         let place = |offset, at, writable| MappedExtent {
             offset,
             len: 4096,
@@ -81,7 +81,7 @@ impl Device {
     }
 
     /// Makes a device whose discards do not end until [`Device::go_on`].
-    fn slow(kernel: &Fake) -> Self {
+    fn slow(kernel: &FakeTap) -> Self {
         Self {
             goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
             ..Self::new(kernel)
@@ -250,7 +250,7 @@ fn given_again() -> Vec<MapOp> {
 /// The kernel takes nothing before the start.
 #[test]
 fn a_device_is_given_to_the_kernel_when_it_is_started() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let process = Device::new(&kernel).serve(|_| ());
     assert_eq!(kernel.wait_for_map_ops(2), given());
     process.exit();
@@ -258,7 +258,7 @@ fn a_device_is_given_to_the_kernel_when_it_is_started() {
 
 #[test]
 fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device::new(&kernel);
     let process = device.serve(|open| open.read_only = true);
     let read = MapOp {
@@ -274,7 +274,7 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
     type Case = (bool, bool, u32);
     const CASES: [Case; 3] = [(false, false, 1), (true, true, 1), (true, false, 2)];
     for (is_verbatim, shared, backings) in CASES {
-        let kernel = Fake::new(4).unwrap();
+        let kernel = FakeTap::new(4).unwrap();
         let device = Device {
             is_verbatim,
             ..Device::new(&kernel)
@@ -294,7 +294,7 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
 /// The kernel may still use a mapping of the previous process.
 #[test]
 fn who_has_told_nothing_waits_for_the_kernel_too() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let mut process = Device::in_parts(&kernel).serve(|_| ());
     kernel.stick(true);
     thread::scope(|scope| {
@@ -310,7 +310,7 @@ fn who_has_told_nothing_waits_for_the_kernel_too() {
 
 #[test]
 fn kernels_of_before_are_told_nothing() {
-    let kernel = Fake::before_claims(4).unwrap();
+    let kernel = FakeTap::before_claims(4).unwrap();
     let device = Device::new(&kernel);
     let process = device.serve(|_| ());
     assert_eq!(device.told(), []);
@@ -319,7 +319,7 @@ fn kernels_of_before_are_told_nothing() {
 
 #[test]
 fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     kernel.break_maps();
     let device = Device::new(&kernel);
     let mut process = device.serve(|_| ());
@@ -331,7 +331,7 @@ fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
 
 #[test]
 fn after_discards_it_is_told_once_more() {
-    let kernel = Fake::new(8).unwrap();
+    let kernel = FakeTap::new(8).unwrap();
     let device = Device::slow(&kernel);
     let process = device.serve(|_| ());
     assert_eq!(kernel.wait_for_map_ops(2), given());
@@ -360,7 +360,7 @@ fn everything_is_taken_back_before_the_image_is_let_go_of() {
         Request::Close,
         Request::Exit,
     ] {
-        let kernel = Fake::new(4).unwrap();
+        let kernel = FakeTap::new(4).unwrap();
         let device = Device::new(&kernel);
         let mut process = device.serve(|_| ());
         let given = kernel.wait_for_map_ops(2);
@@ -395,7 +395,7 @@ fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
 #[test]
 fn an_image_in_parts_is_told_where_something_was_asked() {
     for read_only in [false, true] {
-        let kernel = Fake::new(4).unwrap();
+        let kernel = FakeTap::new(4).unwrap();
         let device = Device::in_parts(&kernel);
         let mut process = device.serve(move |open| open.read_only = read_only);
         assert_eq!(device.request(Op::Flush), ResponseStatus::Okay);
@@ -413,7 +413,7 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
 /// Places are mapped before the first request, and again after the kernel had to drop them.
 #[test]
 fn an_image_in_parts_is_told_ahead() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device {
         comes: false,
         ..Device::in_parts(&kernel)
@@ -436,7 +436,7 @@ fn an_image_in_parts_is_told_ahead() {
 /// Returns the mappings of a disk with a place in each window of 2 MiB, `step` bytes apart, without requests; it waits
 /// for `expected` of them.
 fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let place = |number| MappedExtent {
         offset: number << 21,
         len: 1 << 21,
@@ -472,7 +472,7 @@ fn no_more_is_told_ahead_than_there_is_room_for() {
 #[test]
 fn behind_a_write_all_is_told_that_may_be_written() {
     for (op, expected) in [(Op::Write, vec![0, 1, 2, 3]), (Op::Read, vec![0])] {
-        let kernel = Fake::new(4).unwrap();
+        let kernel = FakeTap::new(4).unwrap();
         let place = |number: u64| MappedExtent {
             offset: number << 21,
             len: if number == 3 { 1 << 20 } else { 1 << 21 },
@@ -500,7 +500,7 @@ fn behind_a_write_all_is_told_that_may_be_written() {
 /// A backing image that the kernel does not have gets no mapping.
 #[test]
 fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let place = |offset, holder, at| MappedExtent {
         offset,
         len: 4096,
@@ -539,7 +539,7 @@ fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
 /// While another client uses the image it may change, so places that were found before are invalid.
 #[test]
 fn what_was_found_before_a_ban_is_not_told_after_it() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device {
         goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
         ..Device::in_parts(&kernel)
@@ -559,7 +559,7 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
 
 #[test]
 fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device::new(&kernel);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
@@ -603,7 +603,7 @@ fn served(client: &mut UnixStream) {
 
 #[test]
 fn the_kernel_does_nothing_while_there_are_nbd_clients() {
-    let (kernel, folder) = (Fake::new(4).unwrap(), tempfile::tempdir().unwrap());
+    let (kernel, folder) = (FakeTap::new(4).unwrap(), tempfile::tempdir().unwrap());
     let device = Device::new(&kernel);
     let process = with_nbd(&device, &folder);
     assert_eq!(device.told(), given(), "nobody is there yet");
@@ -623,7 +623,7 @@ fn the_kernel_does_nothing_while_there_are_nbd_clients() {
 
 #[test]
 fn a_client_is_served_when_the_kernel_has_ended_its_own_io() {
-    let (kernel, folder) = (Fake::new(4).unwrap(), tempfile::tempdir().unwrap());
+    let (kernel, folder) = (FakeTap::new(4).unwrap(), tempfile::tempdir().unwrap());
     let device = Device::new(&kernel);
     let mut process = with_nbd(&device, &folder);
     kernel.stick(true);
@@ -653,7 +653,7 @@ fn another_size_is_told() {
         (SIZE / 2, vec![recall(), set(1, SECTORS / 2), flush()]),
         (SIZE, vec![]),
     ] {
-        let kernel = Fake::new(4).unwrap();
+        let kernel = FakeTap::new(4).unwrap();
         let device = Device {
             size,
             ..Device::new(&kernel)
@@ -669,7 +669,7 @@ fn another_size_is_told() {
 
 #[test]
 fn a_guest_that_is_not_suspended_keeps_the_kernel() {
-    let kernel = Fake::new(16).unwrap();
+    let kernel = FakeTap::new(16).unwrap();
     let device = Device::new(&kernel);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
@@ -689,7 +689,7 @@ fn a_guest_that_is_not_suspended_keeps_the_kernel() {
 /// The process's own request has failed; one of the kernel would come back to the process and fail again.
 #[test]
 fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device {
         write_fails: true,
         ..Device::new(&kernel)
@@ -729,7 +729,7 @@ fn with_a_limit_the_kernel_does_nothing() {
 }
 
 fn kernel_does_nothing_with(rules: Rules) {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device::new(&kernel);
     let limited = Request::Set(rules);
     let mut process = device.serve(|_| ());
@@ -744,7 +744,7 @@ fn kernel_does_nothing_with(rules: Rules) {
     assert_eq!(kernel.wait_for_map_ops(5), given_again());
     process.exit();
     // Mappings of the previous process are revoked before a request is served.
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device::new(&kernel);
     let process = device.serve(move |open| (open.limits, open.share) = (rules.limits, rules.share));
     assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
@@ -755,7 +755,7 @@ fn kernel_does_nothing_with(rules: Rules) {
 /// The process reports lost writes with the guest's next flush; the kernel would not.
 #[test]
 fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
-    let kernel = Fake::new(4).unwrap();
+    let kernel = FakeTap::new(4).unwrap();
     let device = Device {
         flush_fails: true,
         ..Device::new(&kernel)

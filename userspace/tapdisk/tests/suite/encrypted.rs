@@ -10,7 +10,7 @@ use ring::tap::shadow::Op;
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 fn open(words: &str, path: &Path) -> Open {
     let target = format!("{words}:{}", path.display());
@@ -53,7 +53,7 @@ fn key_is_used_in_the_sandbox() {
     for (driver, format) in [("luks", "luks"), ("qcow2", "qcow2")] {
         let path = folder.path(&format!("a.{driver}"));
         let before = fs::read(&path).expect("read");
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let confine = |session: &std::rc::Rc<tapdisk::Session>| {
             session.runtime().io.start_helpers(1).expect("a thread");
             tapdisk::sandbox::confine(None).expect("a sandbox");
@@ -86,7 +86,7 @@ fn disk_is_made_larger_below_its_guest() {
         return;
     };
     folder.sealed("luks", "a.luks", "1", SIZE);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let path = folder.path("a.luks");
     serve(&mut process, open("key=/etc/a.key,luks", &path), KEY).expect("it is served");
@@ -115,7 +115,7 @@ fn without_a_supervisor_there_is_no_key() {
         return;
     };
     folder.sealed("luks", "a.luks", "1", SIZE);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let path = folder.path("a.luks");
     let alone = Open {
@@ -143,7 +143,7 @@ fn process_answers_while_it_opens_an_image() {
         return;
     };
     folder.sealed("luks", "a.luks", "200", SIZE);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let helpers = |session: &std::rc::Rc<tapdisk::Session>| {
         session.runtime().io.start_helpers(1).expect("a thread");
     };
@@ -175,7 +175,7 @@ fn disk_is_copied_to_an_image_with_a_key() {
     };
     let model = folder.raw("a.img", 3);
     folder.sealed("qcow2", "b.qcow2", "1", SIZE);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let from = file(&folder.path("a.img"), true);
     let question = Request::Open(open("aio", &folder.path("a.img")));

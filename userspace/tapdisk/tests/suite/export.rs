@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use tapdev::fake::{Fake, SLOT};
+use tapdev::fake::{FakeTap, SLOT};
 
 const SIZE: usize = 1 << 20;
 
@@ -199,7 +199,7 @@ fn serve(process: &mut Process, open: Open, socket: &Path) -> Result<Reply, cont
 
 #[test]
 fn export_is_served_and_its_server_may_be_replaced() {
-    let (fake, mut server) = (Fake::new(4).unwrap(), Server::start());
+    let (fake, mut server) = (FakeTap::new(4).unwrap(), Server::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     let Ok(Reply::Disk(disk)) = reply else {
@@ -226,7 +226,7 @@ fn export_is_served_and_its_server_may_be_replaced() {
 
 #[test]
 fn export_that_its_server_does_not_have() {
-    let (fake, server) = (Fake::new(4).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(4).unwrap(), Server::start());
     let mut process = Process::start(&fake);
     let failure = serve(&mut process, server.open("other"), &server.socket()).unwrap_err();
     assert_eq!(failure.code, Code::NotFound);
@@ -246,7 +246,7 @@ fn export_that_its_server_does_not_have() {
 /// The process serves it from within the sandbox, with descriptors that the supervisor has opened.
 #[test]
 fn export_is_reached_with_tls() {
-    let (fake, mut server) = (Fake::new(4).unwrap(), Server::encrypting());
+    let (fake, mut server) = (FakeTap::new(4).unwrap(), Server::encrypting());
     let confine = |_: &_| {
         tapdisk::sandbox::confine(None).unwrap();
     };
@@ -295,7 +295,7 @@ fn export_is_reached_with_tls() {
 }
 
 /// Writes all of the disk at once: more than a socket has room for.
-fn write_all(fake: &Fake, round: u8) -> Vec<u16> {
+fn write_all(fake: &FakeTap, round: u8) -> Vec<u16> {
     let count = SIZE / SLOT;
     let tags = (0..count).map(|at| {
         let bytes = [round + at as u8; SLOT];
@@ -305,7 +305,7 @@ fn write_all(fake: &Fake, round: u8) -> Vec<u16> {
     tags.collect()
 }
 
-fn assert_written(fake: &Fake, tags: Vec<u16>) {
+fn assert_written(fake: &FakeTap, tags: Vec<u16>) {
     for tag in tags {
         assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
     }
@@ -320,7 +320,7 @@ fn is_round(image: &[u8], round: u8) -> bool {
 /// on a connection of its own.
 #[test]
 fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
-    let (fake, server) = (Fake::new(16).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(16).unwrap(), Server::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -361,7 +361,7 @@ fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
 /// Ranges that the server reports as holes are neither read nor copied.
 #[test]
 fn holes_of_an_export_are_not_read() {
-    let (fake, server) = (Fake::new(4).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(4).unwrap(), Server::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -393,7 +393,7 @@ fn holes_of_an_export_are_not_read() {
 /// A process that dies leaves an error to the next one, which reports it to the guest: the storage has forgotten it.
 #[test]
 fn what_the_guest_is_owed_outlives_the_process() {
-    let (fake, server) = (Fake::new(4).unwrap(), Server::losing());
+    let (fake, server) = (FakeTap::new(4).unwrap(), Server::losing());
     let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&memory, 1 << 16).unwrap();
     let start = || {

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tapdev::abi::{Claims, Completion, Info, FENCE_LOCAL, FENCE_SESSION};
-use tapdev::fake::{Fake, FakeNode};
+use tapdev::fake::{FakeNode, FakeTap};
 use tapdev::{Mapper, Node, Tap};
 use tapdisk::Session;
 
@@ -57,7 +57,7 @@ impl Driver for Elsewhere {
 }
 
 /// A process that serves it, or will as soon as it may.
-fn serving(fake: &Fake, settle_ms: u32) -> Process {
+fn serving(fake: &FakeTap, settle_ms: u32) -> Process {
     Process::start_with(fake, move |session| {
         let its = session.clone();
         session.runtime().tasks.spawn(async move {
@@ -71,7 +71,7 @@ fn serving(fake: &Fake, settle_ms: u32) -> Process {
 
 #[test]
 fn image_of_another_kind_of_storage_is_refused_before_the_guest_knows() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(2 * SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(2 * SIZE));
     let mut process = serving(&fake, 60_000);
     fake.wait_for_params();
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
@@ -87,7 +87,7 @@ fn image_of_another_kind_of_storage_is_refused_before_the_guest_knows() {
 #[test]
 fn under_an_older_kernel_the_process_waits_itself() {
     const SETTLES: Duration = Duration::from_millis(400);
-    let fake = Fake::before_claims(4).unwrap();
+    let fake = FakeTap::before_claims(4).unwrap();
     let process = serving(&fake, 400);
     let tag = fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
     assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);
@@ -160,7 +160,7 @@ impl Node for Watched {
 
 /// Returns the fences that a process claims which serves one write and ends in order.
 fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)> {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     fake.send(Kind::Write, 0, &[1; 512], false).unwrap();
     let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
     let node = Watched {
@@ -193,7 +193,7 @@ fn claims_of(storage: Elsewhere, refuses: bool, pauses: bool) -> Vec<(u32, u32)>
 
 /// Returns the fences that a process claims which cannot open an image on storage that may be anywhere, and ends.
 fn claims_of_an_image_that_cannot_be_opened(breaks: bool) -> Vec<(u32, u32)> {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let claims: Rc<RefCell<Vec<(u32, u32)>>> = Rc::default();
     let runtime = Runtime::new();
     let node = Watched {
@@ -241,7 +241,7 @@ fn storage_is_claimed_before_it_is_looked_at() {
 /// The next process still waits for it.
 #[test]
 fn what_was_reached_counts_of_a_process_that_dies_before_it_serves() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let session = Session::new(&Runtime::new());
     session
         .attach(Tap::open(fake.open().unwrap()).unwrap())

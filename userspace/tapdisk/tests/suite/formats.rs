@@ -13,13 +13,13 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// A guest works on an image while its process is killed again and again.
 fn endure(folder: &Folder, served: &Served, format: &str, model: Vec<u8>) {
     let name = served.path.file_name().and_then(|name| name.to_str());
     let name = name.expect("a name");
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, disk) = served.start(&fake);
     assert_eq!(disk.size, SIZE, "{name}");
     let mut guest = Guest::new(&fake, model, 8);
@@ -208,7 +208,7 @@ fn vhdx_is_only_read() {
         files: 0,
     };
     let before = fs::read(&served.path).expect("read");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let (reply, _) = served.ask(&mut process, Request::Open(served.question()));
     let failure = reply.expect_err("it is to be written");
@@ -238,7 +238,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     folder.img(&[
         "create", "-f", "qcow", "-b", "raw.img", "-F", "raw", "old.qcow",
     ]);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     for driver in ["qcow2", "qcow", "vhd", "vhdx", "vmdk"] {
         let served = Served {
@@ -318,7 +318,10 @@ fn image_and_parents_are_locked() {
         driver,
         files,
     };
-    let (first, second) = (Fake::new(4).expect("a node"), Fake::new(4).expect("a node"));
+    let (first, second) = (
+        FakeTap::new(4).expect("a node"),
+        FakeTap::new(4).expect("a node"),
+    );
     let (process, _) = served("a.qcow2", "qcow2", 1).start(&first);
     // Another disk may have the same parent, and no process may change it.
     let (other, _) = served("b.qcow2", "qcow2", 1).start(&second);
@@ -355,7 +358,7 @@ fn a_qcow2_disk_grows_below_its_guest() {
         driver: "qcow2",
         files: 1,
     };
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, disk) = served.start(&fake);
     let old = disk.size / 512;
     let begun: Vec<_> = (0..8)
@@ -414,7 +417,7 @@ fn tables_take_no_more_memory_than_is_said() {
             driver,
             files: 0,
         };
-        let fake = Fake::new(4).expect("a node");
+        let fake = FakeTap::new(4).expect("a node");
         let (mut process, disk) = served.start(&fake);
         for at in (0..disk.size).step_by(16 << 10) {
             answered(&fake, Op::Read, at / 512, &[0; 512]);

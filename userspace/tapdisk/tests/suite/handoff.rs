@@ -9,10 +9,10 @@ use control::{Code, Failure};
 use proptest::prelude::*;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Hands the disk over with whatever is under way: the old process lives until the new one serves.
-fn hand_over(mut old: Process, fake: &Fake, image: &Image, engine: Engine) -> Process {
+fn hand_over(mut old: Process, fake: &FakeTap, image: &Image, engine: Engine) -> Process {
     assert_eq!(old.ask(Request::Close, None), Ok(Reply::Done));
     assert_eq!(old.status().state, State::Idle);
     // The kernel does this when the node is given back.
@@ -23,7 +23,7 @@ fn hand_over(mut old: Process, fake: &Fake, image: &Image, engine: Engine) -> Pr
 }
 
 fn run(engine: Engine, depth: usize, steps: &[Step]) {
-    let fake = Fake::new(16).unwrap();
+    let fake = FakeTap::new(16).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, engine);
     let mut guest = Guest::new(&fake, vec![0; SIZE as usize], depth);
@@ -66,7 +66,7 @@ fn code(answer: Result<Reply, Failure>) -> Code {
 
 #[test]
 fn an_image_is_looked_at_while_somebody_else_serves_it() {
-    let (fake, other) = (Fake::new(4).unwrap(), Fake::new(1).unwrap());
+    let (fake, other) = (FakeTap::new(4).unwrap(), FakeTap::new(1).unwrap());
     let image = Image::new(SIZE);
     let mut old = Process::serving(&fake, &image, Engine::Auto);
     let mut new = Process::idle(&other, |_| ());
@@ -85,7 +85,7 @@ fn an_image_is_looked_at_while_somebody_else_serves_it() {
 
 #[test]
 fn an_image_without_its_header_is_seen_in_advance() {
-    let (other, image) = (Fake::new(1).unwrap(), Image::new(SIZE));
+    let (other, image) = (FakeTap::new(1).unwrap(), Image::new(SIZE));
     let target = format!("qcow2:{}", image.0.path().display());
     let question = || Request::Prepare(Open::new(target.parse().unwrap()));
     let mut new = Process::idle(&other, |_| ());

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::Command;
 use std::time::Duration;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
 
@@ -44,7 +44,7 @@ fn wanted(process: &mut Process) {
 #[test]
 fn suspend_that_is_cancelled_loses_nothing() {
     for engine in ENGINES {
-        let (fake, image) = (Fake::new(16).unwrap(), Image::new(SIZE));
+        let (fake, image) = (FakeTap::new(16).unwrap(), Image::new(SIZE));
         let mut process = Process::serving(&fake, &image, engine);
         let sent: Vec<u16> = (0..16)
             .map(|at| {
@@ -64,7 +64,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
         assert!(stamp.is_some());
 
         // No process has it.
-        let other = Fake::new(2).unwrap();
+        let other = FakeTap::new(2).unwrap();
         Process::serving(&other, &image, engine).exit();
 
         let tag = fake.send(Op::Read, 15, &[0; 512], false).unwrap();
@@ -92,7 +92,7 @@ fn suspend_that_is_cancelled_loses_nothing() {
 /// Two processes, one image: the second one is ready at once, and serves when the first one has let go.
 #[test]
 fn two_are_never_active_at_once() {
-    let (here, there) = (Fake::new(2).unwrap(), Fake::new(2).unwrap());
+    let (here, there) = (FakeTap::new(2).unwrap(), FakeTap::new(2).unwrap());
     let image = Image::new(SIZE);
     let mut source = Process::serving(&here, &image, Engine::Auto);
     let mut destination = Process::start(&there);
@@ -142,7 +142,7 @@ fn write_since(image: &Image, before: Stamp) {
 /// Others write a shared image all the time, and the guest knows that.
 #[test]
 fn image_that_others_write_may_be_written_meanwhile() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let open = Open {
         shared: true,
@@ -167,7 +167,7 @@ fn image_that_others_write_may_be_written_meanwhile() {
 /// A disk that returned to an image which has changed since would mix two states.
 #[test]
 fn image_that_was_written_since_is_not_used() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     let stamp = inactivated(&mut process);
     let before = stamp.expect("a file has one");
@@ -189,7 +189,7 @@ fn image_that_was_written_since_is_not_used() {
 /// A guest that runs is served on.
 #[test]
 fn guest_that_runs_is_not_stopped() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     fake.insist(true);
     let tags = [0, 1, 2].map(|at| fake.send(Op::Read, at, &[0; 512], false).unwrap());
@@ -209,7 +209,7 @@ fn guest_that_runs_is_not_stopped() {
 #[test]
 fn inactive_disk_is_paused_closed_and_replaced() {
     for engine in ENGINES {
-        let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+        let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
         let mut process = Process::serving(&fake, &image, engine);
         inactivated(&mut process);
         assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
@@ -267,7 +267,7 @@ fn s27_last_tables_of_the_source_are_seen() {
         open.may_ask = true;
         open
     };
-    let (here, there) = (Fake::new(4).unwrap(), Fake::new(4).unwrap());
+    let (here, there) = (FakeTap::new(4).unwrap(), FakeTap::new(4).unwrap());
     let (mut source, mut destination) = (Process::start(&here), Process::start(&there));
     alone(&mut source, Request::Open(open()), file()).unwrap();
     let reply = destination.ask_with(Request::OpenInactive(open()), file().as_fd());
@@ -311,7 +311,7 @@ fn s27_last_tables_of_the_source_are_seen() {
 /// The supervisor hears nothing of an inactive disk without requests.
 #[test]
 fn inactive_disk_says_nothing_by_itself() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     let tag = fake.send(Op::Read, 0, &[0; 512], false).unwrap();
     assert_eq!(fake.answer(tag, 0).unwrap().0, ResponseStatus::Okay);

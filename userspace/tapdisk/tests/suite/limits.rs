@@ -8,7 +8,7 @@ use control::{Code, Limits, Pace, Share, Used};
 use ring::tap::shadow::Op;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Requests that a fake kernel has at once.
 const TAGS: u16 = 64;
@@ -38,14 +38,14 @@ fn stats(process: &mut Process) -> Stats {
 }
 
 /// Writes one sector after the other, as many as there are tags.
-fn write(fake: &Fake) -> Vec<u16> {
+fn write(fake: &FakeTap) -> Vec<u16> {
     let write = |at: u16| fake.send(Op::Write, at.into(), &[7; 512], false).unwrap();
     (0..TAGS).map(write).collect()
 }
 
 #[test]
 fn more_than_a_disk_may_do_waits() {
-    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(TAGS).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let opened = process.ask(open(&image, 40), Some(&image));
     assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
@@ -85,7 +85,7 @@ fn more_than_a_disk_may_do_waits() {
 /// A request that waits for a limit delays no other work: a pause hands it back, and it is executed afterwards.
 #[test]
 fn pause_does_not_wait_for_a_limit() {
-    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(TAGS).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     process.ask(open(&image, 10), Some(&image)).unwrap();
     let tags = write(&fake);
@@ -140,7 +140,7 @@ fn used(process: &mut Process, share: Share) -> Used {
 /// without a supervisor.
 #[test]
 fn share_of_a_group_holds_and_ends() {
-    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(TAGS).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let long = Duration::from_secs(3600);
     let shared = Open {
@@ -193,7 +193,7 @@ fn share_of_a_group_holds_and_ends() {
 /// limit holds them back.
 #[test]
 fn discards_and_zeroes_count_too() {
-    let (fake, image) = (Fake::new(TAGS).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(TAGS).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let shared = Open {
         share: Some(share(100_000, Duration::from_secs(3600), 100_000)),

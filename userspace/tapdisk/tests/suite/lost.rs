@@ -11,7 +11,7 @@ use ring::tap::shadow::{self, Op};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Storage that acknowledges writes and loses them at the write-back.
 struct Losing {
@@ -49,7 +49,7 @@ impl Driver for Losing {
 }
 
 /// A process that serves it.
-fn serving(fake: &Fake, early: bool) -> Process {
+fn serving(fake: &FakeTap, early: bool) -> Process {
     let process = Process::start_with(fake, move |session| {
         let its = session.clone();
         session.runtime().tasks.spawn(async move {
@@ -63,7 +63,7 @@ fn serving(fake: &Fake, early: bool) -> Process {
     process
 }
 
-fn status(fake: &Fake, op: Op, preflush: bool, fua: bool) -> ResponseStatus {
+fn status(fake: &FakeTap, op: Op, preflush: bool, fua: bool) -> ResponseStatus {
     let bytes: &[u8] = if op == Op::Flush { &[] } else { &[1; 512] };
     let request = shadow::PostedRequest {
         op,
@@ -94,7 +94,7 @@ fn guest_learns_of_what_a_pause_lost() {
             (Op::Write, true, false),
             (Op::Write, true, true),
         ] {
-            let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+            let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
             let mut process = serving(&fake, early);
             assert_eq!(status(&fake, Op::Write, false, false), ResponseStatus::Okay);
             lose(&mut process, &image);
@@ -141,7 +141,7 @@ fn flush(socket: &mut UnixStream) -> u32 {
 
 #[test]
 fn each_who_writes_learns_of_it() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     let mut process = serving(&fake, false);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("nbd");

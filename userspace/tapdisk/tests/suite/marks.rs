@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// A mark, whose name may be forgotten, and its map.
 struct Noted {
@@ -162,7 +162,7 @@ impl Known {
 }
 
 /// A process that serves an image, also to NBD clients at a socket in a folder.
-fn serving(image: &Raw, fake: &Fake, marks: &Marks, folder: &Path) -> (Process, JoinHandle<()>) {
+fn serving(image: &Raw, fake: &FakeTap, marks: &Marks, folder: &Path) -> (Process, JoinHandle<()>) {
     let mut process = Process::start(fake);
     let supervisor = marks.supervise(&mut process);
     let noted = !marks.known().all.is_empty();
@@ -280,16 +280,16 @@ fn unknown(socket: &mut UnixStream, mark: &str) {
 }
 
 /// A raw image of zeroes, its node, and a folder for its socket.
-fn bed() -> (Image, Raw, Fake, tempfile::TempDir) {
+fn bed() -> (Image, Raw, FakeTap, tempfile::TempDir) {
     let image = Image::new(SIZE);
     let raw = Raw(image.0.path().to_path_buf());
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let folder = tempfile::tempdir().expect("a folder");
     (image, raw, fake, folder)
 }
 
 /// The guest writes something in a unit.
-fn write(fake: &Fake, unit: u64) {
+fn write(fake: &FakeTap, unit: u64) {
     answered(fake, Op::Write, unit * UNIT / 512 + 1, &[7; 512]);
 }
 
@@ -443,7 +443,7 @@ fn tools_of_qemu_are_told_what_has_changed() {
     let Some(folder) = Folder::new("tools_of_qemu_are_told_what_has_changed") else {
         return;
     };
-    let (model, fake) = (folder.raw("a.img", 5), Fake::new(16).expect("a node"));
+    let (model, fake) = (folder.raw("a.img", 5), FakeTap::new(16).expect("a node"));
     let (raw, marks) = (Raw(folder.path("a.img")), Marks::default());
     let place = folder.path("");
     let mut running = serving(&raw, &fake, &marks, &place);

@@ -15,7 +15,7 @@ use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Time in which a guest's request ends although its mirror hangs, on a busy machine.
 const LATE: Duration = Duration::from_secs(90);
@@ -96,7 +96,7 @@ fn moves(test: &str, from: (&'static str, &str), to: (&'static str, &str)) {
         (served(&folder, "from", from.0), from.1),
         (served(&folder, "to", to.0), to.1),
     );
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, _) = from.0.start(&fake);
     let mut guest = Guest::new(&fake, model, 8);
     let (mut steps, mut deaths) = (steps().into_iter(), 0);
@@ -168,7 +168,7 @@ fn one_that_is_paused_or_ended_is_over_and_another_one_begins() {
     let model = folder.raw("from", 5);
     folder.raw("to", 9);
     let (from, to) = (served(&folder, "from", "aio"), served(&folder, "to", "aio"));
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = from.start(&fake);
     assert_eq!(told(&mut process), None);
     // A piece takes days.
@@ -203,7 +203,7 @@ fn what_cannot_be_the_disk_is_refused() {
     };
     folder.raw("from", 5);
     let from = served(&folder, "from", "aio");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = from.start(&fake);
     let small = (SIZE - 4096).to_string();
     folder.img(&["create", "-f", "qcow2", "small", &small]);
@@ -236,7 +236,7 @@ fn a_mirror_that_fails_is_not_the_guests() {
     };
     folder.raw("from", 5);
     let from = served(&folder, "from", "aio");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = from.start(&fake);
     let memory = memfd_create("to", MemfdFlags::ALLOW_SEALING).expect("memory");
     ftruncate(&memory, SIZE).expect("a size");
@@ -273,7 +273,7 @@ fn what_a_larger_image_held_behind_the_disks_end_is_not_seen() {
     let from = served(&folder, "from", "aio");
     let to = served(&folder, "to", "aio");
     fs::write(&to.path, vec![0x77; SIZE as usize + (3 << 20)]).expect("write");
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = from.start(&fake);
     mirror(&mut process, &to, u64::MAX).expect("a mirror");
     until(&mut process, is_same);
@@ -300,7 +300,7 @@ struct OverNetwork {
     from: Served,
     model: Vec<u8>,
     server: Server,
-    fake: Fake,
+    fake: FakeTap,
 }
 
 impl OverNetwork {
@@ -311,7 +311,7 @@ impl OverNetwork {
             from: served(&folder, "from", "aio"),
             folder,
             server: Server::of(SIZE),
-            fake: Fake::new(16).expect("a node"),
+            fake: FakeTap::new(16).expect("a node"),
         })
     }
 

@@ -11,11 +11,11 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 use tempfile::TempDir;
 
 /// A tapdisk that serves NBD clients at a socket in a folder.
-fn serving(fake: &Fake, image: &Image) -> (Process, TempDir) {
+fn serving(fake: &FakeTap, image: &Image) -> (Process, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(folder.path().join("nbd")).unwrap();
     let mut process = Process::serving(fake, image, Engine::Auto);
@@ -90,7 +90,7 @@ fn code(socket: &mut UnixStream) -> u32 {
 
 #[test]
 fn client_and_guest_see_the_same_disk() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let mut socket = served(&folder);
     send(&mut socket, 1, 4096, 1024, &[5; 1024]);
@@ -112,7 +112,7 @@ fn client_and_guest_see_the_same_disk() {
 
 #[test]
 fn what_cannot_be_done_is_refused() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let mut socket = served(&folder);
     for (kind, offset, len) in [
@@ -136,7 +136,7 @@ fn what_cannot_be_done_is_refused() {
 
 #[test]
 fn options_are_answered() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let mut socket = client(folder.path());
     // TLS.
@@ -167,7 +167,7 @@ fn options_are_answered() {
 
 #[test]
 fn number_of_clients_is_limited() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let mut clients: Vec<UnixStream> = (0..16).map(|_| served(&folder)).collect();
     let mut refused = UnixStream::connect(folder.path().join("nbd")).unwrap();
@@ -181,7 +181,7 @@ fn number_of_clients_is_limited() {
 
 #[test]
 fn client_waits_while_the_disk_is_paused() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (mut process, folder) = serving(&fake, &image);
     let mut socket = served(&folder);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
@@ -200,7 +200,7 @@ fn client_waits_while_the_disk_is_paused() {
 /// The client has asked for a megabyte, of which a socket holds a part, and reads nothing.
 #[test]
 fn client_that_takes_no_answer_keeps_nobody_waiting() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (mut process, folder) = serving(&fake, &image);
     let mut stalled = served(&folder);
     send(&mut stalled, 0, 0, SIZE as u32, &[]);
@@ -240,7 +240,7 @@ pub(super) fn any_chunk(socket: &mut UnixStream) -> (bool, u16, Vec<u8>) {
 
 #[test]
 fn client_is_told_where_nothing_is() {
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let tag = fake.send(Op::Write, 16, &[5; 4096], false).unwrap();
     fake.answer(tag, 0).unwrap();
@@ -304,7 +304,7 @@ fn tools_of_qemu_understand_it() {
     if !has_qemu("tools_of_qemu_understand_it") {
         return;
     }
-    let (fake, image) = (Fake::new(2).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(2).unwrap(), Image::new(SIZE));
     let (process, folder) = serving(&fake, &image);
     let url = format!("nbd+unix:///disk?socket={}/nbd", folder.path().display());
     let run = |command: &mut Command| {

@@ -13,7 +13,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 fn may_ask(image: &Image) -> Request {
     Request::Open(Open {
@@ -62,7 +62,7 @@ fn writes(process: &mut Process) -> u64 {
 
 #[test]
 fn what_was_counted_outlives_the_process() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&memory, 1 << 16).unwrap();
     let mut process = Process::start(&fake);
@@ -103,7 +103,7 @@ fn what_was_counted_outlives_the_process() {
 /// The next supervisor comes with connections of its own.
 #[test]
 fn connection_ends_with_who_waited_for_an_answer() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     for question in [
         Request::Needs { after: 0 },
         Request::Troubles { after: Some(0) },
@@ -128,7 +128,7 @@ fn connection_ends_with_who_waited_for_an_answer() {
 /// Such as one that ended between the question and the answer, when no other one is started.
 #[test]
 fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let mut number = 0;
     let reply = open(&mut process, &image, |channel| {
@@ -153,7 +153,7 @@ fn a_supervisor_that_does_not_answer_does_not_keep_the_disk_for_ever() {
 
 #[test]
 fn a_disk_is_served_without_what_it_can_do_without() {
-    let (fake, image) = (Fake::new(4).unwrap(), Image::new(SIZE));
+    let (fake, image) = (FakeTap::new(4).unwrap(), Image::new(SIZE));
     let mut process = Process::start(&fake);
     let reply = open(&mut process, &image, |channel| {
         let asked = needs(channel, 0);

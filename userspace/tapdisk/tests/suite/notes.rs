@@ -11,7 +11,7 @@ use ring::tap::shadow::Op;
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use rustix::io::pread;
 use std::os::fd::{AsFd, OwnedFd};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Bytes that a bit covers.
 pub(super) const UNIT: u64 = 4096;
@@ -89,7 +89,7 @@ fn nothing_changes_that_is_not_noted() {
     };
     let model = folder.raw("a.img", 5);
     let image = Raw(folder.path("a.img"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let mut process = image.start(&fake, Watched::default());
     let mut guest = Guest::new(&fake, model, 8);
     let maps = [Map::new(), Map::new()];
@@ -143,7 +143,7 @@ fn notes_end_and_are_refused_without_a_map() {
     };
     folder.raw("a.img", 5);
     let image = Raw(folder.path("a.img"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let map = Map::new();
     let mut process = image.start(&fake, map.watched());
     answered(&fake, Op::Write, 8, &[7; 512]);

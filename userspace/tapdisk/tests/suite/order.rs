@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 use tapdev::{Params, Tap};
 use tapdisk::{Server, Terms};
 
@@ -111,7 +111,7 @@ impl Driver for Slow {
 
 struct Lab {
     runtime: Runtime,
-    fake: Fake,
+    fake: FakeTap,
     tap: Rc<Tap>,
     terms: Terms,
     server: Rc<Server>,
@@ -143,11 +143,11 @@ impl Lab {
     }
 
     fn with(terms: Terms) -> Self {
-        Self::on(Fake::new(8).unwrap(), Slow::default(), terms)
+        Self::on(FakeTap::new(8).unwrap(), Slow::default(), terms)
     }
 
     /// A process that serves this node with this driver.
-    fn on(fake: Fake, driver: Slow, terms: Terms) -> Self {
+    fn on(fake: FakeTap, driver: Slow, terms: Terms) -> Self {
         let runtime = Runtime::new();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
         tap.describe(&Params {
@@ -362,7 +362,7 @@ fn durable_write_without_room_is_tried_again() {
 fn driver_that_writes_durably_is_not_flushed() {
     let driver = Slow::default();
     driver.0.heeds_fua.set(true);
-    let lab = Lab::on(Fake::new(8).unwrap(), driver, Terms::default());
+    let lab = Lab::on(FakeTap::new(8).unwrap(), driver, Terms::default());
     lab.write(true, true);
     assert_eq!(
         lab.steps(2),

@@ -9,7 +9,7 @@ use ring::response::ResponseStatus as Answer;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Snapshot: the guest continues in a new image on top of the served one.
 #[test]
@@ -23,7 +23,7 @@ fn disk_goes_on_over_what_was_served() {
         driver: "aio",
         files: 0,
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = base.start(&fake);
     answered(&fake, Op::Write, 0, &[7; 512]);
     assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
@@ -91,7 +91,7 @@ fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
         driver: "aio",
         files: 0,
     };
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, _) = served.start(&fake);
     let mut guest = Guest::new(&fake, model, 8);
     let (steps, mut left) = (steps(), Vec::new());
@@ -180,7 +180,7 @@ fn image_that_cannot_go_on_from_what_is_served_is_not_made() {
         driver: "aio",
         files: 0,
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = served.start(&fake);
     let path = folder.path("new");
     File::create_new(&path).expect("a new file");

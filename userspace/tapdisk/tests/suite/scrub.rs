@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 const SIZE: u64 = 8 << 20;
 
@@ -56,7 +56,7 @@ fn scrub(process: &mut Process, rate: u64) {
 #[test]
 fn all_data_is_read_and_nothing_else() {
     for engine in [Engine::Uring, Engine::Aio, Engine::Sync] {
-        let fake = Fake::new(4).unwrap();
+        let fake = FakeTap::new(4).unwrap();
         let (image, data) = image();
         let mut process = Process::serving(&fake, &image, engine);
         assert_eq!(stats(&mut process).scrub, None);
@@ -75,7 +75,7 @@ fn all_data_is_read_and_nothing_else() {
 
 #[test]
 fn rate_is_kept_and_the_guest_and_a_pause_need_not_wait() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let (image, _) = image();
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     // A piece takes a month.
@@ -108,7 +108,7 @@ fn rate_is_kept_and_the_guest_and_a_pause_need_not_wait() {
 
 #[test]
 fn what_cannot_be_read_is_told_and_the_rest_is_read() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let (image, data) = image();
     let mut process = Process::start(&fake);
     let open = Open {
@@ -140,7 +140,7 @@ fn what_cannot_be_read_is_told_and_the_rest_is_read() {
 /// The other image has data elsewhere, so the progress would be of neither.
 #[test]
 fn scrub_ends_with_its_image() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let ((first, _), (second, data)) = (image(), image());
     let mut process = Process::serving(&fake, &first, Engine::Auto);
     // A piece takes a month.
@@ -196,7 +196,7 @@ impl Driver for Unmapped {
 
 #[test]
 fn where_it_is_not_known_what_is_there_the_scrub_goes_on() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let mut process = Process::start_with(&fake, |session| {
         let its = session.clone();
         session.runtime().tasks.spawn(async move {

@@ -14,10 +14,10 @@ use ring::tap::shadow::Op;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 fn run(engine: Engine, depth: usize, steps: &[Step]) {
-    let fake = Fake::new(16).unwrap();
+    let fake = FakeTap::new(16).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, engine);
     let mut guest = Guest::new(&fake, vec![0; SIZE as usize], depth);
@@ -54,7 +54,7 @@ proptest! {
 
 #[test]
 fn requests_wait_while_the_disk_is_paused() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let (first, second) = (Image::new(SIZE), Image::new(2 * SIZE));
     let mut process = Process::serving(&fake, &first, Engine::Auto);
     let tag = fake.send(Op::Write, 0, &[1; 512], false).unwrap();
@@ -64,7 +64,7 @@ fn requests_wait_while_the_disk_is_paused() {
     assert_eq!(process.status().state, State::Paused);
     assert_eq!(fake.info().waiting, 1);
     // The image is closed and unlocked, so another process may have it.
-    let other = Fake::new(1).unwrap();
+    let other = FakeTap::new(1).unwrap();
     Process::serving(&other, &first, Engine::Auto).exit();
     // The content moves to a larger image, and the disk switches to it.
     second.0.as_file().write_all_at(&first.bytes(), 0).unwrap();
@@ -83,7 +83,7 @@ fn requests_wait_while_the_disk_is_paused() {
 /// Pages that are not written back are not dropped, so one that is not there any more is durable.
 #[test]
 fn paused_image_is_durable_and_nothing_of_it_is_kept() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::start(&fake);
     let target = format!("sync:{}", image.0.path().display());
@@ -103,7 +103,7 @@ fn paused_image_is_durable_and_nothing_of_it_is_kept() {
 
 #[test]
 fn grown_image_makes_a_larger_disk() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     let beyond = fake.send(Op::Write, SECTORS, &[1; 512], false).unwrap();
@@ -119,7 +119,7 @@ fn grown_image_makes_a_larger_disk() {
 
 #[test]
 fn raw_image_is_made_larger_below_its_guest() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     let grow = |process: &mut Process, size| process.ask(Request::Grow { size }, None);
@@ -138,7 +138,7 @@ fn raw_image_is_made_larger_below_its_guest() {
 
 #[test]
 fn read_only_disk_is_not_written() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let open = Open {
         read_only: true,
@@ -171,7 +171,7 @@ fn read_only_disk_is_not_written() {
 
 #[test]
 fn secure_discard_is_not_promised() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let process = Process::serving(&fake, &image, Engine::Auto);
     let tag = fake.send_range(Op::SecureDiscard, 0, 8).unwrap();
@@ -181,7 +181,7 @@ fn secure_discard_is_not_promised() {
 
 #[test]
 fn everything_is_counted() {
-    let fake = Fake::new(4).unwrap();
+    let fake = FakeTap::new(4).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     for (op, bytes) in [
@@ -213,7 +213,7 @@ fn everything_is_counted() {
 
 #[test]
 fn questions_in_the_wrong_state_are_refused() {
-    let fake = Fake::new(1).unwrap();
+    let fake = FakeTap::new(1).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::start(&fake);
     let code = |reply: Result<Reply, Failure>| reply.unwrap_err().code;
@@ -238,7 +238,7 @@ fn questions_in_the_wrong_state_are_refused() {
 
 #[test]
 fn image_with_other_properties_is_no_replacement() {
-    let fake = Fake::new(1).unwrap();
+    let fake = FakeTap::new(1).unwrap();
     let image = Image::new(SIZE);
     let mut process = Process::serving(&fake, &image, Engine::Auto);
     process.ask(Request::Pause, None).unwrap();
@@ -255,7 +255,7 @@ fn image_with_other_properties_is_no_replacement() {
 
 #[test]
 fn image_in_use_is_refused() {
-    let (first, second) = (Fake::new(1).unwrap(), Fake::new(1).unwrap());
+    let (first, second) = (FakeTap::new(1).unwrap(), FakeTap::new(1).unwrap());
     let image = Image::new(SIZE);
     let process = Process::serving(&first, &image, Engine::Auto);
     let mut other = Process::start(&second);

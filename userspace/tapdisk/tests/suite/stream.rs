@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 fn stream(process: &mut Process, rate: u64) -> Result<Stream, Failure> {
     match process.ask(Request::Stream { rate, anew: false }, None)? {
@@ -101,7 +101,7 @@ fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
         driver: "qcow2",
         files: 1,
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (process, _) = mid.start(&fake);
     for (sector, byte) in [(1, 1), (700, 2), (2500, 3), (8000, 4)] {
         answered(&fake, Op::Write, sector, &[byte; 4096]);
@@ -132,7 +132,7 @@ fn endure(test: &str, options: &str, base: Base) {
     };
     let (mut served, model) = chain(&folder, options, base);
     let below = ["base.img", "mid.qcow2"].map(|name| fs::read(folder.path(name)).expect("read"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let (mut process, _) = served.start(&fake);
     let mut guest = Guest::new(&fake, model, 8);
     // All of it takes longer than a second, in pieces that are as long as clusters at least.
@@ -246,7 +246,7 @@ fn rate_is_kept_and_a_pause_and_an_end_are_heeded() {
         return;
     };
     let (served, model) = chain(&folder, "compat=1.1", Base::Full);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = served.start(&fake);
     // A piece takes days.
     stream(&mut process, 1).expect("a stream");
@@ -293,7 +293,7 @@ fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused(
         return;
     };
     folder.raw("base.img", 1);
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let raw = Served {
         path: folder.path("base.img"),
         driver: "aio",
@@ -318,14 +318,14 @@ fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused(
         driver: "qcow2",
         files: 1,
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = kept.start(&fake);
     let refused = stream(&mut process, 1).expect_err("it has a snapshot");
     assert_eq!(refused.code, Code::Image, "{refused}");
     assert!(refused.message.contains("snapshot -d"), "{refused}");
     process.exit();
     assert!(goes_on(&folder, "a.qcow2"));
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let open = Open {
         read_only: true,
@@ -380,7 +380,7 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
         driver: "qcow2",
         files: 1,
     };
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     let image = file(&served.path, true);
     let open = Request::Open(served.question());
@@ -527,7 +527,7 @@ impl Driver for Slow {
 }
 
 /// A process that serves a slow disk, with these blocks of its own.
-fn slow(fake: &Fake, state: &Arc<State>, own: &[usize], unit: u32) -> Process {
+fn slow(fake: &FakeTap, state: &Arc<State>, own: &[usize], unit: u32) -> Process {
     let mut blocks = vec![None; (SLOW_SIZE / BLOCK) as usize];
     for number in own {
         blocks[*number] = Some(0x22);
@@ -560,7 +560,7 @@ fn wait(flag: &AtomicBool) {
 /// The stream must not overwrite a write of the guest with the content that the backing image had before it.
 #[test]
 fn a_write_of_the_guest_is_not_overtaken() {
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let state = Arc::new(State::default());
     let mut process = slow(&fake, &state, &[], 1);
     let block = [0x11; BLOCK as usize];
@@ -588,7 +588,7 @@ fn a_write_of_the_guest_is_not_overtaken() {
 /// A write allocates a whole cluster, and the kernel may write the rest of it in passthrough from then on.
 #[test]
 fn a_cluster_is_not_copied_while_the_guest_writes_a_part_of_it() {
-    let fake = Fake::new(4).expect("a node");
+    let fake = FakeTap::new(4).expect("a node");
     let state = Arc::new(State::default());
     // Two parts of one cluster are missing.
     let mut process = slow(&fake, &state, &[10], 64 * 4096);

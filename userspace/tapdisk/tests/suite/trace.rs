@@ -14,12 +14,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use tapdev::fake::Fake;
-use trace::{Entry, Header, Operation, Segment, Trace, What, Writer};
+use tapdev::fake::FakeTap;
+use trace::{Operation, Trace, TraceEntry, TraceHeader, TraceSegment, What, Writer};
 
 /// Makes a trace in a file that is there already. It is sparse at first, and grows with the trace.
 fn create(path: &Path) -> File {
-    let header = Header {
+    let header = TraceHeader {
         data: true,
         segment: 1 << 20,
         segments: 4,
@@ -38,12 +38,12 @@ fn create(path: &Path) -> File {
 }
 
 /// All requests, each with what became of it.
-fn requests(path: &Path) -> Vec<(Entry, Option<u32>)> {
+fn requests(path: &Path) -> Vec<(TraceEntry, Option<u32>)> {
     let trace = Trace::open(File::open(path).expect("open")).expect("a trace");
     let read = |number: &u64| trace.segment(*number).expect("read");
-    let segments: Vec<Segment> = trace.segments().iter().filter_map(read).collect();
+    let segments: Vec<TraceSegment> = trace.segments().iter().filter_map(read).collect();
     let mut all = Vec::new();
-    for record in segments.iter().flat_map(Segment::records) {
+    for record in segments.iter().flat_map(TraceSegment::records) {
         match record.what {
             What::Request(entry) => all.push((entry, None)),
             What::Done { errno } => all[record.number as usize - 1].1 = Some(errno),
@@ -88,7 +88,7 @@ fn each_request_is_there_with_what_became_of_it() {
     let image = Raw(folder.path("a.img"));
     let path = folder.path("t");
     let file = create(&path);
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let mut process = image.start(&fake, Watched::default());
     answered(&fake, Op::Write, 0, &[7; 512]);
     trace(&mut process, &file);
@@ -139,7 +139,7 @@ fn what_a_dead_process_had_is_there() {
         trace: Some(file.as_fd()),
         ..Watched::default()
     };
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let process = image.start(&fake, watched);
     for sector in 0..5 {
         answered(&fake, Op::Write, sector, &[7; 512]);
@@ -176,7 +176,7 @@ fn a_disk_is_served_without_its_trace() {
     std::fs::write(&other, [0; 9000]).expect("write");
     let mut options = File::options();
     let other = options.read(true).write(true).open(other).expect("a file");
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let mut process = image.start(&fake, Watched::default());
     let refused = process.ask_with(Request::Trace { on: true }, other.as_fd());
     assert_eq!(refused.expect_err("no trace").code, Code::Image);
@@ -250,7 +250,7 @@ fn a_full_storage_ends_the_trace_and_not_the_disk() {
     let path = small.root.join("t");
     let file = create(&path);
     let (fake, image) = (
-        Fake::new(16).expect("a node"),
+        FakeTap::new(16).expect("a node"),
         Image::new(crate::common::SIZE),
     );
     let mut process = Process::serving(&fake, &image, Engine::Auto);

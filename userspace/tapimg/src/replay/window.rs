@@ -7,7 +7,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use trace::{Entry, Operation, Record, Segment, Trace, What, BLOCK};
+use trace::{Operation, Trace, TraceEntry, TraceRecord, TraceSegment, What, BLOCK};
 
 /// A place in a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,14 +27,14 @@ impl Point {
     ];
 
     /// It is this request, or a later one if so.
-    fn is_reached(self, record: &Record) -> bool {
+    fn is_reached(self, record: &TraceRecord) -> bool {
         match self {
             Self::Number(number) => record.number >= number,
             Self::Time(ns) => record.time_ns >= ns,
         }
     }
 
-    fn is_passed(self, record: &Record) -> bool {
+    fn is_passed(self, record: &TraceRecord) -> bool {
         match self {
             Self::Number(number) => record.number > number,
             Self::Time(ns) => record.time_ns > ns,
@@ -124,14 +124,14 @@ impl Window {
         for number in window.trace.segments().to_vec() {
             let segment = window.trace.segment(number);
             let segment = segment.map_err(|failure| said(path, failure))?;
-            for record in segment.iter().flat_map(Segment::records) {
+            for record in segment.iter().flat_map(TraceSegment::records) {
                 window.add(record);
             }
         }
         Ok(window)
     }
 
-    fn add(&mut self, record: &Record) {
+    fn add(&mut self, record: &TraceRecord) {
         let number = record.number;
         match record.what {
             What::Request(_) => {
@@ -154,7 +154,7 @@ impl Window {
     }
 
     /// The request is in this part.
-    pub(super) fn holds(&self, record: &Record) -> bool {
+    pub(super) fn holds(&self, record: &TraceRecord) -> bool {
         self.from.is_none_or(|from| from.is_reached(record))
             && !self.to.is_some_and(|to| to.is_passed(record))
     }
@@ -169,7 +169,7 @@ impl Window {
     }
 
     /// A segment of the trace, which must not be overwritten meanwhile.
-    pub(super) fn segment(&self, number: u64) -> Result<Segment, Failure> {
+    pub(super) fn segment(&self, number: u64) -> Result<TraceSegment, Failure> {
         let found = self.trace.segment(number);
         let found = found.map_err(|failure| said(&self.path, failure))?;
         found.ok_or_else(|| {
@@ -225,8 +225,8 @@ impl Window {
     fn check_one(
         &self,
         size: u64,
-        record: &Record,
-        entry: &Entry,
+        record: &TraceRecord,
+        entry: &TraceEntry,
         before: Option<u64>,
     ) -> Result<(), Failure> {
         let number = record.number;

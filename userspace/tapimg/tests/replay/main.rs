@@ -14,8 +14,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use tapdev::fake::Fake;
-use trace::{Header, Writer};
+use tapdev::fake::FakeTap;
+use trace::{TraceHeader, Writer};
 
 /// Bytes of the disk.
 const SIZE: u64 = 2 << 20;
@@ -43,7 +43,7 @@ impl Place {
 
     /// A new trace, and the file of it.
     fn trace(&self, data: bool, (segment, segments): (u32, u32)) -> File {
-        let header = Header {
+        let header = TraceHeader {
             data,
             segment,
             segments,
@@ -102,7 +102,7 @@ impl Place {
 /// and what it was at each flush if nothing else was under way.
 fn traced(place: &Place, trace: &File, steps: &[Step], depth: usize) -> (Vec<u8>, Vec<Vec<u8>>) {
     let image = Raw(place.path("a.img"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let watched = Watched {
         trace: Some(trace.as_fd()),
         ..Watched::default()
@@ -282,7 +282,7 @@ fn a_disk_that_is_served_is_left_alone() {
     traced(&place, &trace, &[Step::Write(0, 512, 7, false)], 1);
     place.copy("a.img");
     let image = Raw(place.path("a.img"));
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let process = image.start(&fake, Watched::default());
     let busy = place.bad(3, "replay t aio:a.img");
     assert!(busy.contains("in use"), "{busy}");

@@ -9,7 +9,7 @@ use super::rules::{Party, Refusal, Rules, Storage};
 use crate::host::{Claim, Host as Name};
 use crate::sim::{latency, Dice, Sim};
 use control::{Code, Failure};
-use diskio::reservation::{Answer, Reservation, ReservationKind};
+use diskio::reservation::{Reservation, ReservationKind, StorageAnswer};
 use std::cell::{Cell as Var, RefCell};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::rc::Rc;
@@ -123,18 +123,18 @@ impl Storage for Way {
         self.all.sim.pass(time).await;
     }
 
-    async fn register(&self, old: u64, new: u64) -> Result<Answer, Failure> {
+    async fn register(&self, old: u64, new: u64) -> Result<StorageAnswer, Failure> {
         let by = self.by;
         self.operate(move |target| target.register(by, old, new))
             .await
     }
 
-    async fn reserve(&self, key: u64) -> Result<Answer, Failure> {
+    async fn reserve(&self, key: u64) -> Result<StorageAnswer, Failure> {
         let by = self.by;
         self.operate(move |target| target.reserve(by, key)).await
     }
 
-    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<Answer, Failure> {
+    async fn preempt(&self, own: u64, victim: u64, aborts: bool) -> Result<StorageAnswer, Failure> {
         let by = self.by;
         self.operate(move |target| target.preempt(by, own, victim, aborts))
             .await

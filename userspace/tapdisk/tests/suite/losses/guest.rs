@@ -10,7 +10,7 @@ use ring::response::ResponseStatus;
 use ring::tap::shadow::{Op, PostedRequest};
 use std::collections::BTreeMap;
 use std::fs::File;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 const SECTOR: usize = 512;
 /// Units at the beginning of the disk in which all requests are, so that many meet each other.
@@ -87,7 +87,7 @@ impl Sent {
 
 /// State of the guest.
 pub(super) struct Guest {
-    fake: Fake,
+    fake: FakeTap,
     subject: Subject,
     pub(super) chance: Chance,
     sectors: BTreeMap<u64, Vec<Told>>,
@@ -104,7 +104,7 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(fake: &Fake, subject: Subject, chance: Chance) -> Self {
+    pub(super) fn new(fake: &FakeTap, subject: Subject, chance: Chance) -> Self {
         Self {
             fake: fake.clone(),
             subject,

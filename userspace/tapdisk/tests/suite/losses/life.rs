@@ -14,7 +14,7 @@ use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::Poll;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 use tapdev::Tap;
 use tapdisk::Session;
 
@@ -33,7 +33,7 @@ pub(super) struct Life(Rc<Inner>);
 
 struct Inner {
     subject: Subject,
-    fake: Fake,
+    fake: FakeTap,
     storage: Volatile,
     base: File,
     guest: Rc<RefCell<Guest>>,
@@ -74,7 +74,7 @@ async fn turns(count: u32) {
 impl Life {
     pub(super) fn new(
         subject: Subject,
-        fake: &Fake,
+        fake: &FakeTap,
         storage: &Volatile,
         base: &File,
         guest: &Rc<RefCell<Guest>>,

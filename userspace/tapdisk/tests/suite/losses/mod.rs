@@ -21,7 +21,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use storage::Volatile;
 use subject::Subject;
-use tapdev::fake::Fake;
+use tapdev::fake::FakeTap;
 
 /// Schedules of each driver by default.
 const SCHEDULES: u64 = 8;
@@ -54,7 +54,7 @@ fn runs(subject: Subject, schedules: u64) {
 
 fn run(subject: Subject, seed: u64) -> (u64, u64) {
     let mut chance = Chance(seed);
-    let fake = Fake::new(16).expect("a node");
+    let fake = FakeTap::new(16).expect("a node");
     let base = Subject::base();
     let storage = Volatile::new(subject.image(), Chance(chance.next()));
     let guest = guest::Guest::new(&fake, subject, Chance(chance.next()));

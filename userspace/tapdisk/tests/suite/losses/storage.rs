@@ -3,7 +3,7 @@
 //! one flush reports the error, and the next one succeeds although the sector is not durable.
 
 use super::chance::Chance;
-use diskio::{Errno, Fate, Io, Op, Opened};
+use diskio::{Errno, Io, Op, Opened, OperationFate};
 use rustix::fs::{fstat, memfd_create, MemfdFlags};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -206,22 +206,22 @@ impl Volatile {
         state.size = size;
     }
 
-    fn decide(&self, op: &Op) -> Fate {
+    fn decide(&self, op: &Op) -> OperationFate {
         let file = match op {
             Op::Read { file, .. }
             | Op::Write { file, .. }
             | Op::Sync { file }
             | Op::Zero { file, .. }
             | Op::Discard { file, .. } => file,
-            Op::Ready { .. } | Op::Command { .. } => return Fate::Execute,
+            Op::Ready { .. } | Op::Command { .. } => return OperationFate::Execute,
         };
         if !self.is(file) {
-            return Fate::Execute;
+            return OperationFate::Execute;
         }
         let mut state = self.0.state.borrow_mut();
         self.look_at_size(&mut state);
         if state.chance.one_in(DELAYS) {
-            return Fate::Later;
+            return OperationFate::Later;
         }
         match op {
             Op::Write { offset, data, .. } => {
@@ -230,7 +230,7 @@ impl Volatile {
                 if failed {
                     state.errors += 1;
                     if state.chance.one_in(2) {
-                        return Fate::Fail(Errno::IO);
+                        return OperationFate::Fail(Errno::IO);
                     }
                     // It is in the image nevertheless.
                     self.0.file.write_all_at(&bytes, *offset).expect("memory");
@@ -241,28 +241,28 @@ impl Volatile {
                     state.write_back_some(&self.0.file);
                 }
                 match failed {
-                    true => Fate::Fail(Errno::IO),
-                    false => Fate::Execute,
+                    true => OperationFate::Fail(Errno::IO),
+                    false => OperationFate::Execute,
                 }
             }
-            Op::Zero { hole: false, .. } => Fate::Fail(Errno::OPNOTSUPP),
+            Op::Zero { hole: false, .. } => OperationFate::Fail(Errno::OPNOTSUPP),
             Op::Zero { offset, len, .. } => {
                 state.write(*offset, *len);
-                Fate::Execute
+                OperationFate::Execute
             }
-            Op::Sync { .. } if state.is_dead => Fate::Later,
+            Op::Sync { .. } if state.is_dead => OperationFate::Later,
             Op::Sync { .. } => self.flush(&mut state),
-            _ => Fate::Execute,
+            _ => OperationFate::Execute,
         }
     }
 
-    fn flush(&self, state: &mut State) -> Fate {
+    fn flush(&self, state: &mut State) -> OperationFate {
         let fails = (state.fails || state.opens) && state.chance.one_in(FLUSHES);
         if fails || state.owes {
             state.owes = false;
             state.errors += 1;
             state.write_back_some(&self.0.file);
-            return Fate::Fail(match state.chance.one_in(4) {
+            return OperationFate::Fail(match state.chance.one_in(4) {
                 true => Errno::NOSPC,
                 false => Errno::IO,
             });
@@ -271,7 +271,7 @@ impl Volatile {
             state.write_back(&self.0.file, sector);
         }
         state.durable_size = state.size;
-        Fate::Execute
+        OperationFate::Execute
     }
 }
 
