@@ -41,7 +41,7 @@ impl Host {
 
 /// For whom a lease is taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Claim {
+pub struct LeaseClaim {
     /// The host.
     pub host: Host,
     /// Names the disk to people, such as `guest 3, xvda (minor 2)`.
@@ -51,13 +51,13 @@ pub struct Claim {
     pub token: Token,
 }
 
-impl Claim {
+impl LeaseClaim {
     /// Makes the claim of a disk of this host, with a new token.
     ///
     /// # Errors
     /// This host has no identity of its own.
-    pub fn new(disk: impl Into<String>) -> Result<Claim, Failure> {
-        Ok(Claim {
+    pub fn new(disk: impl Into<String>) -> Result<LeaseClaim, Failure> {
+        Ok(LeaseClaim {
             host: Host::here()?,
             disk: disk.into(),
             token: token_in("/proc/sys/kernel/random/uuid", "mount /proc")?,
@@ -68,10 +68,10 @@ impl Claim {
     ///
     /// # Errors
     /// It is none.
-    pub fn again(self, token: &str) -> Result<Claim, Failure> {
+    pub fn again(self, token: &str) -> Result<LeaseClaim, Failure> {
         let token = self::token(token)
             .ok_or_else(|| Failure::invalid(format!("{token:?} is no token of a lease")))?;
-        Ok(Claim { token, ..self })
+        Ok(LeaseClaim { token, ..self })
     }
 
     /// Returns the token, for a record.

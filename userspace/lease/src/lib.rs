@@ -18,7 +18,7 @@
 //! - The keeper of the lease and the process that does I/O may be two: [`Term::until`] is a time that both know
 //!   ([`now`]), so a heartbeat has to send one number only.
 //! - A process that ends without giving it up leaves it held. Its successor for that disk on that host continues with
-//!   [`Lease::resume`], which needs the generation and the [`Claim::token`] of the first.
+//!   [`Lease::resume`], which needs the generation and the [`LeaseClaim::token`] of the first.
 //!
 //! # Drivers
 //!
@@ -43,9 +43,9 @@ mod term;
 
 pub use control::LeaseKind as Kind;
 pub use date::date;
-pub use host::{Claim, Host, Token};
+pub use host::{Host, LeaseClaim, Token};
 pub use keeper::{Keeper, News};
-pub use place::{open, place, Place};
+pub use place::{open, place, LeaseLocation};
 pub use term::{now, Term};
 
 use control::Failure;

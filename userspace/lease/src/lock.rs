@@ -7,7 +7,7 @@
 
 use crate::host::hex;
 use crate::term::Term;
-use crate::{Claim, Grant, Holder, HolderIsDead, Lease, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, View};
 use control::{Code, Failure};
 use diskio::{lock_whole, LockKind};
 use rustix::fs::{Mode, OFlags};
@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Lock {
     path: PathBuf,
-    claim: Claim,
+    claim: LeaseClaim,
     /// Of the description that holds the lock, or none: closing it gives the lock up.
     held: Option<OwnedFd>,
     term: Term,
@@ -32,7 +32,7 @@ pub(crate) struct Lock {
 
 impl Lock {
     /// The lock of the image at `path`, which exists.
-    pub(crate) fn open(path: &Path, claim: Claim) -> Result<Lock, Failure> {
+    pub(crate) fn open(path: &Path, claim: LeaseClaim) -> Result<Lock, Failure> {
         let lock = Lock {
             path: path.into(),
             claim,
@@ -171,14 +171,14 @@ impl Lease for Lock {
 #[cfg(test)]
 mod tests {
     use super::Lock;
-    use crate::{Claim, HolderIsDead, Lease, View};
+    use crate::{HolderIsDead, Lease, LeaseClaim, View};
     use control::Code;
     use std::time::Duration;
 
     #[test]
     fn one_has_the_lock_and_the_other_gets_it_afterwards() {
         let image = tempfile::NamedTempFile::new().unwrap();
-        let open = || Lock::open(image.path(), Claim::new("a disk").unwrap()).unwrap();
+        let open = || Lock::open(image.path(), LeaseClaim::new("a disk").unwrap()).unwrap();
         let (mut first, mut second) = (open(), open());
         let term = first.take(Duration::ZERO).unwrap().term;
         assert!(!term.is_over());

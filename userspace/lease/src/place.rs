@@ -3,13 +3,13 @@
 
 use crate::lock::Lock;
 use crate::record::Recorded;
-use crate::{reservation, sanlock, Claim, Lease};
+use crate::{reservation, sanlock, Lease, LeaseClaim};
 use control::{Failure, LeaseKind};
 use std::path::{Path, PathBuf};
 
 /// An image, and where its lease is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct LeaseLocation {
     /// The image.
     pub image: PathBuf,
     /// The record, if its lease has one.
@@ -18,7 +18,7 @@ pub struct Place {
 
 /// Where the lease of an image is.
 #[must_use]
-pub fn place(kind: &LeaseKind, image: &Path) -> Place {
+pub fn place(kind: &LeaseKind, image: &Path) -> LeaseLocation {
     let record = match kind {
         LeaseKind::Lock | LeaseKind::Reservation | LeaseKind::Sanlock(_) => None,
         LeaseKind::Record(Some(path)) => Some(path.clone()),
@@ -28,7 +28,7 @@ pub fn place(kind: &LeaseKind, image: &Path) -> Place {
             Some(name.into())
         }
     };
-    Place {
+    LeaseLocation {
         image: image.into(),
         record,
     }
@@ -38,7 +38,7 @@ pub fn place(kind: &LeaseKind, image: &Path) -> Place {
 ///
 /// # Errors
 /// It cannot be opened.
-pub fn open(kind: &LeaseKind, image: &Path, claim: Claim) -> Result<Box<dyn Lease>, Failure> {
+pub fn open(kind: &LeaseKind, image: &Path, claim: LeaseClaim) -> Result<Box<dyn Lease>, Failure> {
     let place = place(kind, image);
     match kind {
         LeaseKind::Reservation => return reservation::open(image, claim),

@@ -63,7 +63,7 @@ impl Ord for Timed {
     }
 }
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+type SimTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// The world: true time, what will happen, and who does something.
 #[derive(Default)]
@@ -71,8 +71,8 @@ pub(crate) struct Sim {
     time: Var<Duration>,
     count: Var<u64>,
     queue: RefCell<BinaryHeap<Timed>>,
-    tasks: RefCell<Vec<(Rc<Var<bool>>, Task)>>,
-    new: RefCell<Vec<(Rc<Var<bool>>, Task)>>,
+    tasks: RefCell<Vec<(Rc<Var<bool>>, SimTask)>>,
+    new: RefCell<Vec<(Rc<Var<bool>>, SimTask)>>,
 }
 
 impl Sim {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disks of all guests, or of some, change their driver.
 
-use crate::disk::{Device, Keys, Refused};
+use crate::disk::{BusDevice, Keys, RefusedDisk};
 use crate::exchange;
 use crate::host::{Begun, Host};
-use crate::swap::{self, Outcome, Plan};
+use crate::swap::{self, SwapOutcome, SwapPlan};
 use std::collections::BTreeMap;
 use std::io;
 
@@ -15,14 +15,14 @@ use std::io;
 /// Nothing could be begun.
 pub fn take_over<H: Host>(
     host: &H,
-    plan: Plan,
+    plan: SwapPlan,
     only: &[u16],
-    mut tell: impl FnMut(&Outcome),
-) -> io::Result<Vec<Outcome>> {
+    mut tell: impl FnMut(&SwapOutcome),
+) -> io::Result<Vec<SwapOutcome>> {
     let mut outcomes = Vec::new();
     match host.remembered()? {
         Some(begun) if plan.dry_run => {
-            let outcome = Outcome::cut_off(&begun);
+            let outcome = SwapOutcome::cut_off(&begun);
             tell(&outcome);
             outcomes.push(outcome);
         }
@@ -32,7 +32,7 @@ pub fn take_over<H: Host>(
     if !plan.dry_run {
         host.load(plan.to)?;
     }
-    let mut guests: BTreeMap<u16, Vec<Device>> = BTreeMap::new();
+    let mut guests: BTreeMap<u16, Vec<BusDevice>> = BTreeMap::new();
     for (device, driver) in host.devices()? {
         let is_wanted = only.is_empty() || only.contains(&device.domid);
         if is_wanted && driver == Some(plan.from) {
@@ -71,7 +71,7 @@ pub enum Retired {
 ///
 /// # Errors
 /// The drivers of the devices cannot be read, or a disk has no driver.
-pub fn retire<H: Host>(host: &H, plan: Plan) -> io::Result<Retired> {
+pub fn retire<H: Host>(host: &H, plan: SwapPlan) -> io::Result<Retired> {
     let serves = |driver| Ok::<_, io::Error>(host.devices()?.iter().any(|(_, its)| *its == driver));
     if serves(Some(plan.from))? {
         return Ok(Retired::Serves);
@@ -96,7 +96,7 @@ pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
     if begun.exchange {
         return exchange::put_right(host, begun);
     }
-    let failed = |device: &Device, why: Refused| {
+    let failed = |device: &BusDevice, why: RefusedDisk| {
         io::Error::other(format!(
             "an earlier attempt left {} without a driver, and it cannot be given to one: {}",
             device.name, why.0

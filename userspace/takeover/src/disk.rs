@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk of a guest as the bus and xenstore show it, and whether another driver may take it.
 
-use crate::host::{Driver, Host};
+use crate::host::{BackendDriver, Host};
 use std::io;
 
 /// Queues at most that are looked at: more than any driver takes.
@@ -13,7 +13,7 @@ const CLOSING: u64 = 5;
 
 /// A device of the bus of backends.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Device {
+pub struct BusDevice {
     /// The guest.
     pub domid: u16,
     /// Its name for the disk, as a number.
@@ -22,12 +22,12 @@ pub struct Device {
     pub name: String,
 }
 
-impl Device {
+impl BusDevice {
     /// The device with a name of the bus, if it is a disk that both drivers could serve.
     #[must_use]
-    pub fn named(name: &str) -> Option<Device> {
+    pub fn named(name: &str) -> Option<BusDevice> {
         let (domid, handle) = name.strip_prefix("vbd-")?.split_once('-')?;
-        Some(Device {
+        Some(BusDevice {
             domid: domid.parse().ok()?,
             handle: handle.parse().ok()?,
             name: name.to_owned(),
@@ -60,26 +60,26 @@ pub(crate) struct Keys {
 
 /// Why a disk stays with the driver that it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused(pub String);
+pub struct RefusedDisk(pub String);
 
-impl From<io::Error> for Refused {
+impl From<io::Error> for RefusedDisk {
     fn from(error: io::Error) -> Self {
-        Refused(error.to_string())
+        RefusedDisk(error.to_string())
     }
 }
 
 impl Keys {
-    pub(crate) fn read(host: &impl Host, device: &Device) -> Result<Keys, Refused> {
-        let number = |path: &str, absent: u64| -> Result<u64, Refused> {
+    pub(crate) fn read(host: &impl Host, device: &BusDevice) -> Result<Keys, RefusedDisk> {
+        let number = |path: &str, absent: u64| -> Result<u64, RefusedDisk> {
             let Some(text) = host.read(path)? else {
                 return Ok(absent);
             };
             let parsed = text.trim().parse();
-            parsed.map_err(|_| Refused(format!("{path} is `{text}`, which is no number")))
+            parsed.map_err(|_| RefusedDisk(format!("{path} is `{text}`, which is no number")))
         };
         let back = |key: &str| device.back(key);
         let front = host.read(&back("frontend"))?;
-        let front = front.ok_or_else(|| Refused(format!("{} is missing", back("frontend"))))?;
+        let front = front.ok_or_else(|| RefusedDisk(format!("{} is missing", back("frontend"))))?;
         let dev = host.read(&back("dev"))?;
         Ok(Keys {
             vdev: dev.unwrap_or_else(|| device.handle.to_string()),
@@ -105,9 +105,13 @@ impl Keys {
     }
 
     /// Checks that `to` may serve it, without a look at its rings.
-    pub(crate) fn check(&self, limits: Limits, to: Driver) -> Result<(), Refused> {
-        let no = |why: String| Err(Refused(why));
-        if self.is_tap && to == Driver::C {
+    pub(crate) fn check(
+        &self,
+        limits: OfferedLimits,
+        to: BackendDriver,
+    ) -> Result<(), RefusedDisk> {
+        let no = |why: String| Err(RefusedDisk(why));
+        if self.is_tap && to == BackendDriver::C {
             return no("it is a tap disk, which only xen-blkback-rs can serve".into());
         }
         if self.is_going() {
@@ -143,18 +147,18 @@ impl Keys {
     }
 
     /// The guest, which does not ask again, may send what it could send before.
-    pub(crate) fn offers_as_much(&self, before: &Keys) -> Result<(), Refused> {
+    pub(crate) fn offers_as_much(&self, before: &Keys) -> Result<(), RefusedDisk> {
         let (now, was) = (self.segments, before.segments);
         match !before.is_connected() || now >= was {
             true => Ok(()),
-            false => Err(Refused(format!(
+            false => Err(RefusedDisk(format!(
                 "its guest may send {was} indirect segments, and the driver takes {now}: load that with other parameters"
             ))),
         }
     }
 
     /// The first page of each ring.
-    pub(crate) fn rings(&self, host: &impl Host) -> Result<Vec<u32>, Refused> {
+    pub(crate) fn rings(&self, host: &impl Host) -> Result<Vec<u32>, RefusedDisk> {
         let mut rings = Vec::new();
         for queue in 0..self.queues.min(QUEUES) {
             let dir = match self.queues {
@@ -166,7 +170,7 @@ impl Keys {
                 found = found.or(host.read(&format!("{dir}/{key}"))?);
             }
             let found = found.and_then(|text| text.trim().parse().ok());
-            rings.push(found.ok_or_else(|| Refused(format!("{dir} names no ring")))?);
+            rings.push(found.ok_or_else(|| RefusedDisk(format!("{dir} names no ring")))?);
         }
         Ok(rings)
     }
@@ -179,7 +183,7 @@ impl Keys {
 
 /// Limits of a driver, from the information that it gives before it serves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct OfferedLimits {
     /// Queues of a disk.
     pub queues: Option<u64>,
     /// Pages of a ring, as a power of two.

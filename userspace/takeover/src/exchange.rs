@@ -8,15 +8,15 @@
 //! After any failure, and whenever this ends, a module serves the disks and the guests run, at the latest after the
 //! next attempt. If the installed module is refused, that is the one that was there before, of which a copy was kept.
 
-use crate::disk::{Device, Keys, Refused};
-use crate::host::{Begun, Driver, Host};
+use crate::disk::{BusDevice, Keys, RefusedDisk};
+use crate::host::{BackendDriver, Begun, Host};
 use crate::swap::{self, Left};
 use serde::Serialize;
 use std::io;
 use std::time::Duration;
 
 /// The driver that is exchanged.
-const RS: Driver = Driver::Rs;
+const RS: BackendDriver = BackendDriver::Rs;
 /// How long to wait for a process that only asks the module for information.
 const UNUSED: Duration = Duration::from_secs(2);
 /// How long the module may take to give back what it has of disks that were taken from it: the bus does not wait.
@@ -86,7 +86,7 @@ pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<Exchanged> {
     }
     let all = host.devices()?;
     let served = all.into_iter().filter(|(_, driver)| *driver == Some(RS));
-    let mut devices: Vec<Device> = served.map(|(device, _)| device).collect();
+    let mut devices: Vec<BusDevice> = served.map(|(device, _)| device).collect();
     devices.sort();
     let (mut ready, mut left) = (Vec::new(), Vec::new());
     for device in &devices {
@@ -133,7 +133,7 @@ struct Restored {
 }
 
 impl Exchanged {
-    fn settle(&mut self, done: Result<(), Refused>, restored: io::Result<Restored>) {
+    fn settle(&mut self, done: Result<(), RefusedDisk>, restored: io::Result<Restored>) {
         let was_done = done.is_ok();
         let mut why: Vec<String> = done.err().map(|why| why.0).into_iter().collect();
         match restored {
@@ -164,7 +164,7 @@ fn refused(left: Vec<Left>, why: Option<String>) -> Exchanged {
     }
 }
 
-fn named(device: &Device, keys: &Keys) -> String {
+fn named(device: &BusDevice, keys: &Keys) -> String {
     format!("{} of domain {}", keys.vdev, device.domid)
 }
 
@@ -183,7 +183,11 @@ fn is_needless<H: Host>(host: &H, plan: Exchange) -> io::Result<Option<String>> 
 }
 
 /// Each once more than it was.
-fn pause_all<H: Host>(host: &H, begun: &mut Begun, devices: &[Device]) -> Result<(), Refused> {
+fn pause_all<H: Host>(
+    host: &H,
+    begun: &mut Begun,
+    devices: &[BusDevice],
+) -> Result<(), RefusedDisk> {
     let mut guests: Vec<u16> = devices.iter().map(|device| device.domid).collect();
     guests.dedup();
     // Also if there is none: tap disks may be served without a guest.
@@ -193,7 +197,7 @@ fn pause_all<H: Host>(host: &H, begun: &mut Begun, devices: &[Device]) -> Result
         let paused = host.remember(Some(begun)).and_then(|()| host.pause(domid));
         if let Err(error) = paused {
             begun.guests.pop();
-            return Err(Refused(format!(
+            return Err(RefusedDisk(format!(
                 "the guest {domid} cannot be paused: {error}"
             )));
         }
@@ -202,9 +206,13 @@ fn pause_all<H: Host>(host: &H, begun: &mut Begun, devices: &[Device]) -> Result
 }
 
 /// All guests are paused: the module goes, if nothing is in the way.
-fn with_pause<H: Host>(host: &H, plan: Exchange, ready: &[(&Device, Keys)]) -> Result<(), Refused> {
-    let about = |device: &Device, keys: &Keys, why: Refused| {
-        Refused(format!("{}: {}", named(device, keys), why.0))
+fn with_pause<H: Host>(
+    host: &H,
+    plan: Exchange,
+    ready: &[(&BusDevice, Keys)],
+) -> Result<(), RefusedDisk> {
+    let about = |device: &BusDevice, keys: &Keys, why: RefusedDisk| {
+        RefusedDisk(format!("{}: {}", named(device, keys), why.0))
     };
     let until = host.now() + plan.patience;
     let mut drained = Vec::new();
@@ -225,10 +233,10 @@ fn with_pause<H: Host>(host: &H, plan: Exchange, ready: &[(&Device, Keys)]) -> R
 }
 
 /// Unloads the module once it is unused.
-fn let_go<H: Host>(host: &H) -> Result<(), Refused> {
+fn let_go<H: Host>(host: &H) -> Result<(), RefusedDisk> {
     again(host, GIVEN_BACK, || host.park())?;
     let gone = again(host, UNUSED, || host.unload(RS));
-    gone.map_err(|error| Refused(format!("the module does not go: {error}")))
+    gone.map_err(|error| RefusedDisk(format!("the module does not go: {error}")))
 }
 
 /// Does it again until it succeeds, or was refused for so long.
@@ -266,7 +274,11 @@ pub(crate) fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
 ///
 /// # Errors
 /// No module can be loaded.
-fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io::Result<Restored> {
+fn restore<H: Host>(
+    host: &H,
+    mut begun: Begun,
+    ready: &[(&BusDevice, Keys)],
+) -> io::Result<Restored> {
     let mut went_back = None;
     if !host.is_loaded(RS)? {
         if let Err(error) = host.load(RS) {
@@ -291,7 +303,7 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
     }
     host.set_autoprobe(true)?;
     // Those that came until then.
-    let came = |device: &Device| !begun.disks.contains(&device.name);
+    let came = |device: &BusDevice| !begun.disks.contains(&device.name);
     left.extend(give_all(host, &[], true, came)?);
     begun.guests.retain(|domid| !swap::unpause(host, *domid));
     let paused = begun.guests.clone();
@@ -305,11 +317,11 @@ fn restore<H: Host>(host: &H, mut begun: Begun, ready: &[(&Device, Keys)]) -> io
 }
 
 /// Resumes tap disks, and gives each disk without a driver its driver. Returns those that are not served.
-fn serve_all<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> io::Result<Vec<Left>> {
+fn serve_all<H: Host>(host: &H, ready: &[(&BusDevice, Keys)]) -> io::Result<Vec<Left>> {
     let mut left = Vec::new();
     let unparked = unpark(host);
     if let Err(error) = &unparked {
-        left.push(Left::new("all tap disks", Refused(error.to_string())));
+        left.push(Left::new("all tap disks", RefusedDisk(error.to_string())));
     }
     left.extend(give_all(host, ready, unparked.is_ok(), |_| true)?);
     Ok(left)
@@ -318,9 +330,9 @@ fn serve_all<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> io::Result<Vec<Lef
 /// Each disk that has no driver gets it, of those that are meant. Returns those that are not served, or not as before.
 fn give_all<H: Host>(
     host: &H,
-    ready: &[(&Device, Keys)],
+    ready: &[(&BusDevice, Keys)],
     unparked: bool,
-    is_meant: impl Fn(&Device) -> bool,
+    is_meant: impl Fn(&BusDevice) -> bool,
 ) -> io::Result<Vec<Left>> {
     let mut begun = Vec::new();
     for (device, driver) in host.devices()? {
@@ -351,13 +363,17 @@ fn unpark<H: Host>(host: &H) -> io::Result<()> {
 }
 
 /// A disk gets the driver, unless it is on its way out.
-fn begin<H: Host>(host: &H, device: &Device, unparked: bool) -> Result<Option<Keys>, Refused> {
+fn begin<H: Host>(
+    host: &H,
+    device: &BusDevice,
+    unparked: bool,
+) -> Result<Option<Keys>, RefusedDisk> {
     let keys = Keys::read(host, device)?;
     if keys.is_going() {
         return Ok(None);
     }
     if keys.is_tap && !unparked {
-        return Err(Refused("its tap disk does not resume".into()));
+        return Err(RefusedDisk("its tap disk does not resume".into()));
     }
     swap::begin(host, RS, device)?;
     Ok(Some(keys))
@@ -366,10 +382,10 @@ fn begin<H: Host>(host: &H, device: &Device, unparked: bool) -> Result<Option<Ke
 /// It is served, as before.
 fn serves<H: Host>(
     host: &H,
-    device: &Device,
+    device: &BusDevice,
     keys: Option<Keys>,
     before: Option<&Keys>,
-) -> Result<(), Refused> {
+) -> Result<(), RefusedDisk> {
     let Some(keys) = keys else { return Ok(()) };
     swap::served(host, RS, device, &keys)?;
     match before {
@@ -379,7 +395,7 @@ fn serves<H: Host>(
 }
 
 /// The module that was there before takes the place of one that does not serve what that did. True if it is loaded.
-fn go_back<H: Host>(host: &H, ready: &[(&Device, Keys)]) -> bool {
+fn go_back<H: Host>(host: &H, ready: &[(&BusDevice, Keys)]) -> bool {
     if !host.has_other_copy() {
         return false;
     }

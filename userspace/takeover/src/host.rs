@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Access to a host, behind a trait, so that tests need no Xen.
 
-use crate::disk::{Device, Limits};
+use crate::disk::{BusDevice, OfferedLimits};
 use crate::exchange::Modules;
 use crate::rings::Head;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// A driver that serves disks of guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Driver {
+pub enum BackendDriver {
     /// `xen-blkback-rs`.
     #[serde(rename = "xen-blkback-rs")]
     Rs,
@@ -19,16 +19,16 @@ pub enum Driver {
     C,
 }
 
-impl Driver {
+impl BackendDriver {
     /// Both.
-    pub const ALL: [Driver; 2] = [Driver::Rs, Driver::C];
+    pub const ALL: [BackendDriver; 2] = [BackendDriver::Rs, BackendDriver::C];
 
     /// The name of its module.
     #[must_use]
     pub fn module(self) -> &'static str {
         match self {
-            Driver::Rs => "xen-blkback-rs",
-            Driver::C => "xen-blkback",
+            BackendDriver::Rs => "xen-blkback-rs",
+            BackendDriver::C => "xen-blkback",
         }
     }
 
@@ -36,17 +36,17 @@ impl Driver {
     #[must_use]
     pub fn bus_name(self) -> &'static str {
         match self {
-            Driver::Rs => "xen-blkback-rs",
-            Driver::C => "vbd",
+            BackendDriver::Rs => "xen-blkback-rs",
+            BackendDriver::C => "vbd",
         }
     }
 
     /// The other one.
     #[must_use]
-    pub fn other(self) -> Driver {
+    pub fn other(self) -> BackendDriver {
         match self {
-            Driver::Rs => Driver::C,
-            Driver::C => Driver::Rs,
+            BackendDriver::Rs => BackendDriver::C,
+            BackendDriver::C => BackendDriver::Rs,
         }
     }
 }
@@ -59,7 +59,7 @@ pub struct Begun {
     /// Their disks, by their names on the bus.
     pub disks: Vec<String>,
     /// The driver that served them.
-    pub from: Driver,
+    pub from: BackendDriver,
     /// Its module is exchanged.
     #[serde(default)]
     pub exchange: bool,
@@ -68,22 +68,22 @@ pub struct Begun {
 /// The host.
 pub trait Host {
     /// Returns all disks of guests, and their drivers: nothing if none of the two serves a disk.
-    fn devices(&self) -> io::Result<Vec<(Device, Option<Driver>)>>;
+    fn devices(&self) -> io::Result<Vec<(BusDevice, Option<BackendDriver>)>>;
     /// Returns the driver that serves a disk now.
-    fn driver(&self, device: &Device) -> io::Result<Option<Driver>>;
+    fn driver(&self, device: &BusDevice) -> io::Result<Option<BackendDriver>>;
     /// The value of a key of xenstore, relative to our domain or absolute; nothing if there is no such key.
     fn read(&self, key: &str) -> io::Result<Option<String>>;
     /// Writes a key of xenstore.
     fn write(&self, key: &str, value: &str) -> io::Result<()>;
     /// The state of a disk becomes one that says of no driver that it serves, unless the toolstack is taking the disk
     /// away: false then.
-    fn renew(&self, device: &Device) -> io::Result<bool>;
+    fn renew(&self, device: &BusDevice) -> io::Result<bool>;
     /// Loads a driver's module, whatever the host's settings say of it.
-    fn load(&self, driver: Driver) -> io::Result<()>;
+    fn load(&self, driver: BackendDriver) -> io::Result<()>;
     /// Unloads a driver's module, which must serve no disk.
-    fn unload(&self, driver: Driver) -> io::Result<()>;
+    fn unload(&self, driver: BackendDriver) -> io::Result<()>;
     /// A driver's module is loaded.
-    fn is_loaded(&self, driver: Driver) -> io::Result<bool>;
+    fn is_loaded(&self, driver: BackendDriver) -> io::Result<bool>;
     /// Returns the installed and the loaded module.
     fn modules(&self) -> io::Result<Modules>;
     /// A copy was kept of another module than the one that is loaded.
@@ -99,7 +99,7 @@ pub trait Host {
     /// Resumes the parked tap disks, if there are any.
     fn unpark(&self) -> io::Result<()>;
     /// Returns the limits of a driver.
-    fn limits(&self, driver: Driver) -> Limits;
+    fn limits(&self, driver: BackendDriver) -> OfferedLimits;
     /// Stops the processors of a guest. Such calls add up; one that fails has done nothing.
     fn pause(&self, domid: u16) -> io::Result<()>;
     /// Takes one of those back, or has done nothing if it fails.
@@ -107,9 +107,9 @@ pub trait Host {
     /// The head of a ring of a guest.
     fn ring(&self, domid: u16, reference: u32) -> io::Result<Head>;
     /// Takes a disk from its driver. It fails if that takes long; then it may happen later.
-    fn unbind(&self, driver: Driver, device: &Device) -> io::Result<()>;
+    fn unbind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()>;
     /// Gives a disk that has no driver to one.
-    fn bind(&self, driver: Driver, device: &Device) -> io::Result<()>;
+    fn bind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()>;
     /// Remembers what has begun, in place of what it remembered before.
     fn remember(&self, begun: Option<&Begun>) -> io::Result<()>;
     /// Returns the remembered attempt, also of a process that has ended since.

@@ -9,7 +9,7 @@ pub mod rings;
 mod swap;
 
 pub use all::{put_right, retire, take_over, Retired};
-pub use disk::{Device, Limits, Refused};
+pub use disk::{BusDevice, OfferedLimits, RefusedDisk};
 pub use exchange::{exchange, Exchange, Exchanged, Modules};
-pub use host::{Begun, Driver, Host};
-pub use swap::{Left, Outcome, Plan};
+pub use host::{BackendDriver, Begun, Host};
+pub use swap::{Left, SwapOutcome, SwapPlan};

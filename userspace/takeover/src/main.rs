@@ -11,7 +11,9 @@ use real::Real;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
-use takeover::{exchange, retire, take_over, Driver, Exchange, Outcome, Plan, Retired};
+use takeover::{
+    exchange, retire, take_over, BackendDriver, Exchange, Retired, SwapOutcome, SwapPlan,
+};
 
 /// Have the other driver serve the disks of guests that run.
 ///
@@ -30,7 +32,7 @@ use takeover::{exchange, retire, take_over, Driver, Exchange, Outcome, Plan, Ret
     version,
     after_long_help = HELP
 )]
-struct Cli {
+struct TakeoverCli {
     /// The driver that shall serve
     #[arg(long, value_enum, default_value = "xen-blkback-rs")]
     to: To,
@@ -47,11 +49,11 @@ struct Cli {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    verb: Option<Verb>,
+    verb: Option<TakeoverVerb>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
+enum TakeoverVerb {
     /// Exchange the module for the one that is installed, below all disks at once, tap disks too
     ///
     /// This pauses all guests that have disks of xen-blkback-rs, waits until their requests are answered, takes their
@@ -111,15 +113,17 @@ command line, 6 if nothing could be begun.";
 const SEE_ALSO: &str = "xen-blkback-rs(8), xl(1)";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Some(Verb::Generate { what }) = cli.verb {
-        return match manual::write(Cli::command(), what, SEE_ALSO, &mut io::stdout()) {
+    let cli = TakeoverCli::parse();
+    if let Some(TakeoverVerb::Generate { what }) = cli.verb {
+        return match manual::write(TakeoverCli::command(), what, SEE_ALSO, &mut io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
         };
     }
     let done = match cli.verb {
-        Some(Verb::Exchange { again, no_way_back }) => run_exchange(&cli, again, no_way_back),
+        Some(TakeoverVerb::Exchange { again, no_way_back }) => {
+            run_exchange(&cli, again, no_way_back)
+        }
         _ => run(&cli),
     };
     match done {
@@ -134,13 +138,13 @@ fn failed(error: &io::Error) -> ExitCode {
     ExitCode::from(6)
 }
 
-fn patience(cli: &Cli) -> io::Result<Duration> {
+fn patience(cli: &TakeoverCli) -> io::Result<Duration> {
     Duration::try_from_secs_f64(cli.patience)
         .map_err(|error| io::Error::other(format!("--patience: {error}")))
 }
 
 /// True if the installed module serves.
-fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
+fn run_exchange(cli: &TakeoverCli, again: bool, no_way_back: bool) -> io::Result<bool> {
     let plan = Exchange {
         patience: patience(cli)?,
         again,
@@ -156,7 +160,7 @@ fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
     for left in &outcome.left {
         println!("{}: {}", left.disk, left.why);
     }
-    let module = Driver::Rs.module();
+    let module = BackendDriver::Rs.module();
     let pause = match outcome.paused_ms {
         Some(paused) => format!(" (guests were paused for {paused} ms)"),
         None => String::new(),
@@ -180,13 +184,13 @@ fn run_exchange(cli: &Cli, again: bool, no_way_back: bool) -> io::Result<bool> {
 }
 
 /// True if no disk was left.
-fn run(cli: &Cli) -> io::Result<bool> {
+fn run(cli: &TakeoverCli) -> io::Result<bool> {
     let to = match cli.to {
-        To::XenBlkbackRs => Driver::Rs,
-        To::XenBlkback => Driver::C,
+        To::XenBlkbackRs => BackendDriver::Rs,
+        To::XenBlkback => BackendDriver::C,
     };
     let patience = patience(cli)?;
-    let plan = Plan {
+    let plan = SwapPlan {
         from: to.other(),
         to,
         patience,
@@ -223,7 +227,7 @@ fn run(cli: &Cli) -> io::Result<bool> {
     Ok(is_retired)
 }
 
-fn show(outcome: &Outcome, plan: Plan, json: bool) {
+fn show(outcome: &SwapOutcome, plan: SwapPlan, json: bool) {
     if json {
         match serde_json::to_string(outcome) {
             Ok(line) => println!("{line}"),
@@ -252,12 +256,12 @@ fn show(outcome: &Outcome, plan: Plan, json: bool) {
 
 #[cfg(test)]
 mod tests {
-    use super::Cli;
+    use super::TakeoverCli;
     use clap::CommandFactory;
 
     #[test]
     fn description_is_sound() {
-        Cli::command().debug_assert();
+        TakeoverCli::command().debug_assert();
     }
 
     /// `xen-blkback-rs` is a script that has verbs of its own, and runs this program for the others.
@@ -276,7 +280,7 @@ mod tests {
             };
             let line = ["xen-blkback-takeover"].into_iter().chain(verb);
             let line: Vec<&str> = line.chain(rest.iter().map(String::as_str)).collect();
-            recommended::parse::<Cli>(&line)
+            recommended::parse::<TakeoverCli>(&line)
         });
     }
 }

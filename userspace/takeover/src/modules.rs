@@ -6,10 +6,10 @@ use crate::real::output;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use takeover::{Driver, Modules};
+use takeover::{BackendDriver, Modules};
 
 /// The module that may be exchanged.
-const DRIVER: Driver = Driver::Rs;
+const DRIVER: BackendDriver = BackendDriver::Rs;
 /// Bytes of a build identifier, at the end of its note.
 const ID: usize = 20;
 
@@ -21,12 +21,12 @@ pub(crate) struct Installed {
     pub(crate) parameters: Vec<String>,
 }
 
-fn folder(driver: Driver) -> PathBuf {
+fn folder(driver: BackendDriver) -> PathBuf {
     Path::new("/sys/module").join(driver.module().replace('-', "_"))
 }
 
 /// It is loaded, and through with that.
-pub(crate) fn is_loaded(driver: Driver) -> io::Result<bool> {
+pub(crate) fn is_loaded(driver: BackendDriver) -> io::Result<bool> {
     match fs::read_to_string(folder(driver).join("initstate")) {
         Ok(state) => Ok(state.trim() == "live"),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),

@@ -14,7 +14,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 use takeover::rings::{Grants, Head};
-use takeover::{Begun, Device, Driver, Host, Limits, Modules};
+use takeover::{BackendDriver, Begun, BusDevice, Host, Modules, OfferedLimits};
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs;
 
@@ -68,7 +68,7 @@ impl Real {
         })
     }
 
-    fn put(&self, driver: Driver, file: &str, device: &Device) -> io::Result<()> {
+    fn put(&self, driver: BackendDriver, file: &str, device: &BusDevice) -> io::Result<()> {
         let path = format!("{BUS}/drivers/{}/{file}", driver.bus_name());
         let name = device.name.clone();
         let (done, result) = mpsc::channel();
@@ -133,13 +133,13 @@ pub(crate) fn output(program: &str, arguments: &[&str]) -> io::Result<String> {
 }
 
 impl Host for Real {
-    fn devices(&self) -> io::Result<Vec<(Device, Option<Driver>)>> {
+    fn devices(&self) -> io::Result<Vec<(BusDevice, Option<BackendDriver>)>> {
         let mut all = Vec::new();
         let Some(entries) = or_none(fs::read_dir(Path::new(BUS).join("devices")))? else {
             return Ok(all);
         };
         for entry in entries {
-            if let Some(device) = Device::named(&entry?.file_name().to_string_lossy()) {
+            if let Some(device) = BusDevice::named(&entry?.file_name().to_string_lossy()) {
                 let driver = self.driver(&device)?;
                 all.push((device, driver));
             }
@@ -147,12 +147,12 @@ impl Host for Real {
         Ok(all)
     }
 
-    fn driver(&self, device: &Device) -> io::Result<Option<Driver>> {
+    fn driver(&self, device: &BusDevice) -> io::Result<Option<BackendDriver>> {
         let link = format!("{BUS}/devices/{}/driver", device.name);
         let name = or_none(fs::read_link(link))?;
         let name = name.as_deref().and_then(Path::file_name);
-        let is_its = |driver: &Driver| name.is_some_and(|name| name == driver.bus_name());
-        Ok(Driver::ALL.into_iter().find(is_its))
+        let is_its = |driver: &BackendDriver| name.is_some_and(|name| name == driver.bus_name());
+        Ok(BackendDriver::ALL.into_iter().find(is_its))
     }
 
     fn read(&self, key: &str) -> io::Result<Option<String>> {
@@ -163,7 +163,7 @@ impl Host for Real {
         self.store.write(key, value)
     }
 
-    fn renew(&self, device: &Device) -> io::Result<bool> {
+    fn renew(&self, device: &BusDevice) -> io::Result<bool> {
         let is_going = || {
             let online = self.read(&device.back("online"))?;
             Ok::<_, io::Error>(online.is_some_and(|online| online.trim() == "0"))
@@ -182,7 +182,7 @@ impl Host for Real {
         Ok(!is_going)
     }
 
-    fn load(&self, driver: Driver) -> io::Result<()> {
+    fn load(&self, driver: BackendDriver) -> io::Result<()> {
         // A module that was loaded from a file is unknown to modprobe.
         if modules::is_loaded(driver)? {
             return Ok(());
@@ -192,11 +192,11 @@ impl Host for Real {
         loaded.map_err(modules::explained)
     }
 
-    fn unload(&self, driver: Driver) -> io::Result<()> {
+    fn unload(&self, driver: BackendDriver) -> io::Result<()> {
         run("rmmod", &[driver.module()])
     }
 
-    fn is_loaded(&self, driver: Driver) -> io::Result<bool> {
+    fn is_loaded(&self, driver: BackendDriver) -> io::Result<bool> {
         modules::is_loaded(driver)
     }
 
@@ -243,7 +243,7 @@ impl Host for Real {
         }
     }
 
-    fn limits(&self, driver: Driver) -> Limits {
+    fn limits(&self, driver: BackendDriver) -> OfferedLimits {
         let folder = format!(
             "/sys/module/{}/parameters",
             driver.module().replace('-', "_")
@@ -252,7 +252,7 @@ impl Host for Real {
             let text = fs::read_to_string(Path::new(&folder).join(name)).ok()?;
             text.trim().parse().ok()
         };
-        Limits {
+        OfferedLimits {
             queues: number("max_queues").filter(|queues| *queues > 0),
             ring_order: number("max_ring_page_order"),
             segments: number("max_indirect_segments"),
@@ -281,11 +281,11 @@ impl Host for Real {
         opened.head(domid, reference)
     }
 
-    fn unbind(&self, driver: Driver, device: &Device) -> io::Result<()> {
+    fn unbind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()> {
         self.put(driver, "unbind", device)
     }
 
-    fn bind(&self, driver: Driver, device: &Device) -> io::Result<()> {
+    fn bind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()> {
         self.put(driver, "bind", device)
     }
 

@@ -48,12 +48,12 @@ const SOURCE_IS_GRANTED: u16 = 1;
 #[repr(C)]
 struct Copies {
     count: u32,
-    segments: *mut Segment,
+    segments: *mut CopySegment,
 }
 
 /// `struct gntdev_grant_copy_segment`, from a guest's page to our memory.
 #[repr(C)]
-struct Segment {
+struct CopySegment {
     source: Granted,
     dest: *mut u8,
     len: u16,
@@ -69,7 +69,7 @@ struct Granted {
     domid: u16,
 }
 
-const _: () = assert!(size_of::<Segment>() == 24 && size_of::<Copies>() == 16);
+const _: () = assert!(size_of::<CopySegment>() == 24 && size_of::<Copies>() == 16);
 
 /// Access to pages that guests have granted to this domain.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Grants {
     /// The hypervisor does not copy from there.
     pub fn head(&self, domid: u16, reference: u32) -> io::Result<Head> {
         let mut page = [0; LEN];
-        let mut segment = Segment {
+        let mut segment = CopySegment {
             source: Granted {
                 reference,
                 offset: 0,

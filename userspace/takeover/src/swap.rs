@@ -9,8 +9,8 @@
 //! After any failure, each disk is given back to the driver that it had, and the guest runs again. The attempt is
 //! remembered from its beginning, so that the next one puts right the parts that this one did not reach.
 
-use crate::disk::{Device, Keys, Refused};
-use crate::host::{Begun, Driver, Host};
+use crate::disk::{BusDevice, Keys, RefusedDisk};
+use crate::host::{BackendDriver, Begun, Host};
 use serde::Serialize;
 use std::io;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// Result for a guest's disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Outcome {
+pub struct SwapOutcome {
     /// The guest.
     pub domid: u16,
     /// Disks that have the other driver now, by the guest's names.
@@ -45,7 +45,7 @@ pub struct Left {
 }
 
 impl Left {
-    pub(crate) fn new(disk: &str, why: Refused) -> Left {
+    pub(crate) fn new(disk: &str, why: RefusedDisk) -> Left {
         Left {
             disk: disk.to_owned(),
             why: why.0,
@@ -55,11 +55,11 @@ impl Left {
 
 /// How it is to be done.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct SwapPlan {
     /// Present driver.
-    pub from: Driver,
+    pub from: BackendDriver,
     /// New driver.
-    pub to: Driver,
+    pub to: BackendDriver,
     /// Time for a guest's requests to be answered.
     pub patience: Duration,
     /// Only says what it would do.
@@ -67,8 +67,13 @@ pub struct Plan {
 }
 
 /// Gives the disks of one guest to another driver.
-pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device]) -> Outcome {
-    let mut outcome = Outcome {
+pub(crate) fn guest<H: Host>(
+    host: &H,
+    plan: SwapPlan,
+    domid: u16,
+    devices: &[BusDevice],
+) -> SwapOutcome {
+    let mut outcome = SwapOutcome {
         domid,
         moved: Vec::new(),
         left: Vec::new(),
@@ -107,7 +112,12 @@ pub(crate) fn guest<H: Host>(host: &H, plan: Plan, domid: u16, devices: &[Device
 }
 
 /// The guest is paused while its disks are moved.
-fn with_pause<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
+fn with_pause<H: Host>(
+    host: &H,
+    plan: SwapPlan,
+    ready: &[(&BusDevice, Keys)],
+    outcome: &mut SwapOutcome,
+) {
     let (since, domid) = (host.now(), outcome.domid);
     if let Err(error) = host.pause(domid) {
         let why = format!("its guest cannot be paused: {error}");
@@ -119,9 +129,9 @@ fn with_pause<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome:
 }
 
 /// Forgets the attempt, unless a disk has no driver or the guest is paused.
-fn finish<H: Host>(host: &H, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
+fn finish<H: Host>(host: &H, ready: &[(&BusDevice, Keys)], outcome: &mut SwapOutcome) {
     // One that is not there any more needs no driver.
-    let is_left = |device: &Device| match host.devices() {
+    let is_left = |device: &BusDevice| match host.devices() {
         Ok(all) => all.contains(&(device.clone(), None)),
         Err(_) => true,
     };
@@ -131,18 +141,18 @@ fn finish<H: Host>(host: &H, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
     }
     if let Err(error) = host.remember(None) {
         let why = format!("that it has ended cannot be remembered: {error}");
-        outcome.leave("all", Refused(why));
+        outcome.leave("all", RefusedDisk(why));
     }
 }
 
-impl Outcome {
+impl SwapOutcome {
     /// Of a guest with which an earlier attempt was not through, which is only said.
-    pub(crate) fn cut_off(begun: &Begun) -> Outcome {
+    pub(crate) fn cut_off(begun: &Begun) -> SwapOutcome {
         let left = begun.disks.iter().map(|disk| Left {
             disk: disk.clone(),
             why: "an earlier attempt was not through with it: without --dry-run that is put right first".into(),
         });
-        Outcome {
+        SwapOutcome {
             domid: begun.guests.first().copied().unwrap_or_default(),
             moved: Vec::new(),
             left: left.collect(),
@@ -151,21 +161,25 @@ impl Outcome {
         }
     }
 
-    fn leave_all(&mut self, ready: &[(&Device, Keys)], why: &str) {
+    fn leave_all(&mut self, ready: &[(&BusDevice, Keys)], why: &str) {
         for (_, keys) in ready {
-            self.leave(&keys.vdev, Refused(why.to_owned()));
+            self.leave(&keys.vdev, RefusedDisk(why.to_owned()));
         }
     }
 
-    fn leave(&mut self, disk: &str, why: Refused) {
+    fn leave(&mut self, disk: &str, why: RefusedDisk) {
         self.left.push(Left::new(disk, why));
     }
 }
 
 /// A disk may be served by another driver, or another module of its own.
-pub(crate) fn look<H: Host>(host: &H, to: Driver, device: &Device) -> Result<Keys, Refused> {
+pub(crate) fn look<H: Host>(
+    host: &H,
+    to: BackendDriver,
+    device: &BusDevice,
+) -> Result<Keys, RefusedDisk> {
     if device.domid == 0 {
-        return Err(Refused(
+        return Err(RefusedDisk(
             "domain 0 has it itself and cannot be paused: detach it, and attach it again afterwards".into(),
         ));
     }
@@ -191,16 +205,21 @@ pub(crate) fn unpause<H: Host>(host: &H, domid: u16) -> bool {
     tried || has_gone().unwrap_or(false)
 }
 
-fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut Outcome) {
+fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut SwapOutcome) {
     if !unpause(host, domid) {
         outcome.is_unfinished = true;
         let why = format!("its guest is still paused: ask again, or xl unpause {domid}");
-        outcome.leave("all", Refused(why));
+        outcome.leave("all", RefusedDisk(why));
     }
 }
 
 /// The guest is paused: drains its rings, and moves its disks.
-fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome: &mut Outcome) {
+fn move_paused<H: Host>(
+    host: &H,
+    plan: SwapPlan,
+    ready: &[(&BusDevice, Keys)],
+    outcome: &mut SwapOutcome,
+) {
     let until = host.now() + plan.patience;
     let mut drained = Vec::new();
     for (device, keys) in ready {
@@ -225,10 +244,10 @@ fn move_paused<H: Host>(host: &H, plan: Plan, ready: &[(&Device, Keys)], outcome
 /// Waits until all requests of a disk are answered.
 pub(crate) fn drain<H: Host>(
     host: &H,
-    device: &Device,
+    device: &BusDevice,
     keys: &Keys,
     until: Duration,
-) -> Result<(), Refused> {
+) -> Result<(), RefusedDisk> {
     if !keys.is_connected() {
         return Ok(());
     }
@@ -238,7 +257,7 @@ pub(crate) fn drain<H: Host>(
         for ring in &rings {
             let head = host
                 .ring(device.domid, *ring)
-                .map_err(|error| Refused(format!("its ring cannot be looked at: {error}")))?;
+                .map_err(|error| RefusedDisk(format!("its ring cannot be looked at: {error}")))?;
             if !head.is_drained() {
                 waiting += u64::from(head.requested.wrapping_sub(head.answered));
             }
@@ -247,10 +266,10 @@ pub(crate) fn drain<H: Host>(
             return Ok(());
         }
         if host.is_interrupted() {
-            return Err(Refused("a signal came".into()));
+            return Err(RefusedDisk("a signal came".into()));
         }
         if host.now() >= until {
-            return Err(Refused(format!(
+            return Err(RefusedDisk(format!(
                 "{waiting} of its requests are not answered: see to its storage, or give it more time (--patience)"
             )));
         }
@@ -261,21 +280,26 @@ pub(crate) fn drain<H: Host>(
 /// Takes a disk whose rings are drained from its driver.
 pub(crate) fn take<H: Host>(
     host: &H,
-    from: Driver,
-    device: &Device,
+    from: BackendDriver,
+    device: &BusDevice,
     keys: &Keys,
-) -> Result<(), Refused> {
+) -> Result<(), RefusedDisk> {
     if keys.is_connected() && !keys.keeps_grants {
         // The guest does not expect persistent grants, because the old driver did not offer them when it connected.
         host.write(&keys.persistent(), "0")?;
     }
     // Whether it has a driver shows; one that is on its way out is the next one's to see to.
     host.unbind(from, device)
-        .map_err(|error| Refused(format!("{} does not let go of it: {error}", from.module())))
+        .map_err(|error| RefusedDisk(format!("{} does not let go of it: {error}", from.module())))
 }
 
 /// A disk whose rings are drained goes to the other driver, or back.
-fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(), Refused> {
+fn swap<H: Host>(
+    host: &H,
+    plan: SwapPlan,
+    device: &BusDevice,
+    keys: &Keys,
+) -> Result<(), RefusedDisk> {
     take(host, plan.from, device, keys)?;
     let taken = give(host, plan.to, device, keys).and_then(|()| {
         // It was not asked anything yet, and says only now what it takes.
@@ -286,7 +310,7 @@ fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(
             host.unbind(plan.to, device)?;
         }
         give(host, plan.from, device, keys).map_err(|back| {
-            Refused(format!(
+            RefusedDisk(format!(
                 "{}; and {} does not take it back: {}: ask again",
                 why.0,
                 plan.from.module(),
@@ -300,31 +324,35 @@ fn swap<H: Host>(host: &H, plan: Plan, device: &Device, keys: &Keys) -> Result<(
 /// A driver gets a disk, and serves it if it was served before.
 pub(crate) fn give<H: Host>(
     host: &H,
-    driver: Driver,
-    device: &Device,
+    driver: BackendDriver,
+    device: &BusDevice,
     keys: &Keys,
-) -> Result<(), Refused> {
+) -> Result<(), RefusedDisk> {
     begin(host, driver, device)?;
     served(host, driver, device, keys)
 }
 
 /// A driver gets a disk. Whether it serves that shows later.
-pub(crate) fn begin<H: Host>(host: &H, driver: Driver, device: &Device) -> Result<(), Refused> {
+pub(crate) fn begin<H: Host>(
+    host: &H,
+    driver: BackendDriver,
+    device: &BusDevice,
+) -> Result<(), RefusedDisk> {
     // Keys of the last driver say nothing about this one.
     if !host.renew(device)? {
-        return Err(Refused("it is being detached".into()));
+        return Err(RefusedDisk("it is being detached".into()));
     }
     host.bind(driver, device)
-        .map_err(|error| Refused(format!("{} does not take it: {error}", driver.module())))
+        .map_err(|error| RefusedDisk(format!("{} does not take it: {error}", driver.module())))
 }
 
 /// Waits until a driver serves a disk that it has got, if that was served before.
 pub(crate) fn served<H: Host>(
     host: &H,
-    driver: Driver,
-    device: &Device,
+    driver: BackendDriver,
+    device: &BusDevice,
     keys: &Keys,
-) -> Result<(), Refused> {
+) -> Result<(), RefusedDisk> {
     if !keys.is_connected() {
         return Ok(());
     }
@@ -337,12 +365,14 @@ pub(crate) fn served<H: Host>(
             Some("5" | "6") => {
                 let error = host.read(&format!("error/{}", device.back("error")))?;
                 let error = error.unwrap_or_else(|| "see the kernel's log".into());
-                return Err(Refused(format!("{name} does not serve it: {error}")));
+                return Err(RefusedDisk(format!("{name} does not serve it: {error}")));
             }
             _ => {}
         }
         if host.now() >= until {
-            return Err(Refused(format!("{name} has not connected it in {SERVE:?}")));
+            return Err(RefusedDisk(format!(
+                "{name} has not connected it in {SERVE:?}"
+            )));
         }
         host.sleep(LOOK);
     }

@@ -4,7 +4,7 @@
 
 use crate::cli::LeaseVerb;
 use control::{Failure, LeaseKind, Target};
-use lease::{date, Claim, Holder, HolderIsDead, Lease, View};
+use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, View};
 use serde_json::{json, Value};
 use std::path::Path;
 
@@ -48,7 +48,7 @@ fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
     let has_record = lease::place(&beside, image)
         .record
         .is_some_and(|record| record.exists());
-    let claim = Claim::new("tap-ctl")?;
+    let claim = LeaseClaim::new("tap-ctl")?;
     match target.lease() {
         LeaseKind::Lock if has_record => lease::open(&beside, image, claim),
         LeaseKind::Lock => match reservation(image, &claim) {
@@ -60,7 +60,7 @@ fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
 }
 
 /// Returns the reservation in the storage of an image. Most have nothing, and cannot.
-fn reservation(image: &Path, claim: &Claim) -> Option<Box<dyn Lease>> {
+fn reservation(image: &Path, claim: &LeaseClaim) -> Option<Box<dyn Lease>> {
     let mut lease = lease::open(&LeaseKind::Reservation, image, claim.clone()).ok()?;
     let is_held = matches!(lease.inspect(), Ok(View::Held(_)));
     is_held.then_some(lease)
@@ -115,7 +115,7 @@ mod tests {
     use crate::cli::{Cli, LeaseVerb, Verb};
     use clap::Parser;
     use control::Code;
-    use lease::Claim;
+    use lease::LeaseClaim;
     use std::time::Duration;
 
     fn verb(line: &str) -> LeaseVerb {
@@ -133,7 +133,7 @@ mod tests {
         let target = format!("lease=record,aio:{}", image.display());
         let show = verb(&format!("tap-ctl lease show {target}"));
         assert_eq!(run(&show).unwrap().0, "state=free generation=0\n");
-        let mut claim = Claim::new("guest 3, xvda").unwrap();
+        let mut claim = LeaseClaim::new("guest 3, xvda").unwrap();
         claim.host.name = "alpha".into();
         let kind = "record".parse().unwrap();
         let mut holder = lease::open(&kind, &image, claim).unwrap();
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn a_lease_of_sanlock_is_shown_with_its_host() {
         let dir = tempfile::tempdir().unwrap();
-        let storage = lease::sanlock::fake::Storage::default();
+        let storage = lease::sanlock::fake::LockspaceStorage::default();
         let [here, there] = [1, 2].map(|number| storage.node(dir.path(), number).unwrap());
         let text = "sanlock:vms:a:/srv/leases";
         let Ok(control::LeaseKind::Sanlock(resource)) = text.parse() else {
@@ -185,7 +185,7 @@ mod tests {
         };
         let image = std::path::Path::new("/srv/a.img");
         let mut open = [&here, &there].map(|node| {
-            let claim = Claim::new("tap-ctl").unwrap();
+            let claim = LeaseClaim::new("tap-ctl").unwrap();
             node.lease(&resource, image, claim)
         });
         let free = open[1].inspect().unwrap();
@@ -202,9 +202,9 @@ mod tests {
 
     #[test]
     fn a_reservation_is_shown_with_its_key() {
-        let target = lease::reservation::fake::Target::default();
+        let target = lease::reservation::fake::ScsiTarget::default();
         let image = std::path::Path::new("/dev/sdx");
-        let own = Claim::new("a disk").unwrap();
+        let own = LeaseClaim::new("a disk").unwrap();
         let mut lease = target.lease(1, image, own.clone());
         assert_eq!(
             super::show(&lease.inspect().unwrap()),

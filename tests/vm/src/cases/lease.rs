@@ -8,7 +8,7 @@ use super::tap::{
 use super::{Case, Context, SharedGuest};
 use crate::sh;
 use crate::tap::{self, ServedDisk};
-use ::lease::{Claim, Keeper, Kind, View};
+use ::lease::{Keeper, Kind, LeaseClaim, View};
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -138,8 +138,8 @@ pub(super) fn break_lease(image: &str, holder: &str, limit: Duration) -> Result<
 }
 
 /// As another host asks for an image.
-pub(super) fn alpha() -> Result<Claim> {
-    let mut claim = Claim::new("guest 3, xvda")?;
+pub(super) fn alpha() -> Result<LeaseClaim> {
+    let mut claim = LeaseClaim::new("guest 3, xvda")?;
     claim.host.name = "alpha".into();
     claim.host.machine = [0xa1; 16];
     claim.host.boot = [0xa2; 16];

@@ -27,7 +27,7 @@ use crate::tenure::Tenure;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, LeaseKind, Target};
-use lease::{Claim, Grant, Keeper, Lease, News};
+use lease::{Grant, Keeper, Lease, LeaseClaim, News};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -136,7 +136,7 @@ impl Lifecycle {
         if target.lease().is_of_host() {
             self.check_not_reserved_here(disk, target)?;
         }
-        let mut claim = Claim::new(name)?;
+        let mut claim = LeaseClaim::new(name)?;
         // The next supervisor of the disk continues the lease with this token, so the record has it first.
         if let Some(token) = token {
             claim = claim.again(&token)?;
@@ -193,7 +193,7 @@ impl Lifecycle {
         &self,
         target: &Target,
         before: Option<Hold>,
-        claim: Claim,
+        claim: LeaseClaim,
         asked: &Arc<Asked>,
     ) -> Result<(Box<dyn Lease>, Grant), Failure> {
         let image = image_of(target).to_owned();

@@ -45,7 +45,7 @@ use crate::process::{Process, Program, OPEN, SOON};
 use crate::quota::Quota;
 use crate::record::Want;
 use crate::registry::Registry;
-use ::lease::{Claim, Lease};
+use ::lease::{Lease, LeaseClaim};
 use control::supervisor::Doing;
 use control::tapdisk;
 use control::{Code, Failure, LeaseKind};
@@ -88,7 +88,7 @@ pub struct Lifecycle {
 
 /// Opens the lease of an image; it may hang as storage does.
 pub type OpenLease =
-    Arc<dyn Fn(&LeaseKind, &Path, Claim) -> Result<Box<dyn Lease>, Failure> + Send + Sync>;
+    Arc<dyn Fn(&LeaseKind, &Path, LeaseClaim) -> Result<Box<dyn Lease>, Failure> + Send + Sync>;
 
 /// Converts a failure of a disk's process for a caller, for whom `Gone` would mean that the supervisor has gone.
 fn of_a_process(failure: Failure) -> Failure {

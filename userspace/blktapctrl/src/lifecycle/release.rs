@@ -16,7 +16,7 @@ use crate::record::{image_of, is_one_lease, leased, Hold, Leased, Want};
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, Target};
-use lease::Claim;
+use lease::LeaseClaim;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -119,7 +119,7 @@ impl Lifecycle {
         let Some(token) = disk.record.borrow().token().map(str::to_owned) else {
             return Ok(());
         };
-        let claim = Claim::new("")?.again(&token)?;
+        let claim = LeaseClaim::new("")?.again(&token)?;
         let (how, kind) = (self.leases.borrow().clone(), target.lease().clone());
         let its = image.to_owned();
         apart(image, LIMIT, move || {

@@ -6,7 +6,7 @@ use blktapctrl::adopt;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Failure, LeaseKind};
-use lease::{Claim, Grant, Holder, HolderIsDead, Lease, View};
+use lease::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, View};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -26,7 +26,7 @@ fn leased(bed: &Bed) -> Create {
 
 /// The lease, as another host has it.
 pub(crate) fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
-    let mut claim = Claim::new("its disk").expect("a host");
+    let mut claim = LeaseClaim::new("its disk").expect("a host");
     claim.host.name = "beta".into();
     (claim.host.machine, claim.host.boot) = ([7; 16], [7; 16]);
     let image = bed.dir.join("a.img");
@@ -35,7 +35,7 @@ pub(crate) fn elsewhere(bed: &Bed) -> Box<dyn Lease> {
 
 /// Returns the holder of the lease of an image, for people.
 pub(crate) fn holder_of(bed: &Bed, image: &str) -> Option<String> {
-    let claim = Claim::new("its disk").expect("a host");
+    let claim = LeaseClaim::new("its disk").expect("a host");
     let image = bed.dir.join(image);
     if !image.exists() {
         return None;

@@ -6,8 +6,8 @@ use blktapctrl::adopt;
 use control::supervisor::{Create, MirrorTo, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind};
-use lease::reservation::fake::Target;
-use lease::{Claim, HolderIsDead, Lease, View};
+use lease::reservation::fake::ScsiTarget;
+use lease::{HolderIsDead, Lease, LeaseClaim, View};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ const HERE: u8 = 1;
 const THERE: u8 = 2;
 
 /// From now on this host reaches a storage with reservations.
-fn reach(bed: &Bed, target: &Target) {
+fn reach(bed: &Bed, target: &ScsiTarget) {
     let target = target.clone();
     bed.lifecycle
         .use_leases(Arc::new(move |kind, image, claim| match kind {
@@ -33,15 +33,15 @@ fn reserved(bed: &Bed) -> Create {
     create
 }
 
-fn elsewhere(bed: &Bed, target: &Target) -> Box<dyn Lease> {
-    let mut claim = Claim::new("its disk").expect("a host");
+fn elsewhere(bed: &Bed, target: &ScsiTarget) -> Box<dyn Lease> {
+    let mut claim = LeaseClaim::new("its disk").expect("a host");
     claim.host.name = "beta".into();
     (claim.host.machine, claim.host.boot) = ([7; 16], [7; 16]);
     target.lease(THERE, &bed.dir.join("a.dev"), claim)
 }
 
 /// The key of the disk that has it reserved, in the eyes of another host.
-fn key(bed: &Bed, target: &Target) -> Option<u64> {
+fn key(bed: &Bed, target: &ScsiTarget) -> Option<u64> {
     match elsewhere(bed, target).inspect().expect("a lease") {
         View::Held(holder) => Some(holder.generation),
         _ => None,
@@ -49,13 +49,13 @@ fn key(bed: &Bed, target: &Target) -> Option<u64> {
 }
 
 /// Whether no host has it, and another host cannot write it either.
-fn is_nobodys(bed: &Bed, target: &Target) -> bool {
+fn is_nobodys(bed: &Bed, target: &ScsiTarget) -> bool {
     let refused = [HERE, THERE].map(|by| target.begin(by).is_none());
     key(bed, target).is_none() && refused.contains(&true)
 }
 
 /// Another host takes it away, as if this one were dead.
-fn broken(bed: &Bed, target: &Target) {
+fn broken(bed: &Bed, target: &ScsiTarget) {
     let generation = key(bed, target).expect("a key");
     let was = elsewhere(bed, target).break_off(HolderIsDead { generation });
     assert!(was.expect("broken").is_some());
@@ -84,7 +84,7 @@ pub(crate) async fn wait_stopped(bed: &Bed) {
 #[test]
 fn a_reservation_is_held_while_the_image_is_open_and_no_longer() {
     test("reservation", |bed| async move {
-        let target = Target::default();
+        let target = ScsiTarget::default();
         reach(&bed, &target);
         let minor = bed.made(reserved(&bed)).await;
         let held = key(&bed, &target).expect("a key");
@@ -129,7 +129,7 @@ fn a_reservation_is_held_while_the_image_is_open_and_no_longer() {
 #[test]
 fn a_disk_that_has_lost_its_reservation_waits_for_somebody() {
     test("reservation-lost", |bed| async move {
-        let target = Target::default();
+        let target = ScsiTarget::default();
         reach(&bed, &target);
         let minor = bed.made(reserved(&bed)).await;
         broken(&bed, &target);
@@ -149,7 +149,7 @@ fn a_disk_that_has_lost_its_reservation_waits_for_somebody() {
 #[test]
 fn a_process_that_dies_after_the_loss_is_not_replaced() {
     test("reservation-dead", |bed| async move {
-        let target = Target::default();
+        let target = ScsiTarget::default();
         reach(&bed, &target);
         let minor = bed.made(reserved(&bed)).await;
         let pid = bed.row(minor).await.pid.expect("a process");
@@ -163,7 +163,7 @@ fn a_process_that_dies_after_the_loss_is_not_replaced() {
 
 #[test]
 fn the_next_supervisor_goes_on_with_the_reservation() {
-    let (host, target) = (Succession::new("reservation-next"), Target::default());
+    let (host, target) = (Succession::new("reservation-next"), ScsiTarget::default());
     let held = block_on(async {
         let bed = host.bed();
         reach(&bed, &target);
@@ -187,7 +187,7 @@ fn the_next_supervisor_goes_on_with_the_reservation() {
 
 #[test]
 fn what_was_lost_while_there_was_no_supervisor_is_not_taken_again() {
-    let (host, target) = (Succession::new("reservation-gap"), Target::default());
+    let (host, target) = (Succession::new("reservation-gap"), ScsiTarget::default());
     for ends in [false, true] {
         let pid = block_on(async {
             let bed = host.bed();
@@ -213,7 +213,7 @@ fn what_was_lost_while_there_was_no_supervisor_is_not_taken_again() {
 
 #[test]
 fn a_disk_that_ends_before_it_was_taken_over_gives_its_reservation_up() {
-    let (host, target) = (Succession::new("reservation-end"), Target::default());
+    let (host, target) = (Succession::new("reservation-end"), ScsiTarget::default());
     block_on(async {
         let bed = host.bed();
         reach(&bed, &target);
@@ -241,7 +241,7 @@ fn what_has_no_reservation_of_its_own_is_refused() {
         for word in ["is no block device", "lease=record"] {
             assert!(refused.message.contains(word), "{refused}");
         }
-        let target = Target::default();
+        let target = ScsiTarget::default();
         reach(&bed, &target);
         let mut shared = reserved(&bed);
         shared.mode = Mode::WriteShared;

@@ -7,8 +7,8 @@ use blktapctrl::adopt;
 use control::supervisor::{Create, MirrorTo, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind, SanlockResource};
-use lease::sanlock::fake::{Node, Storage};
-use lease::{Claim, Lease};
+use lease::sanlock::fake::{LockspaceStorage, SanlockNode};
+use lease::{Lease, LeaseClaim};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,14 +25,14 @@ fn resource() -> SanlockResource {
 }
 
 /// A lockspace, this host, and another one.
-fn hosts(dir: &Path) -> (Storage, Node, Node) {
-    let storage = Storage::default();
+fn hosts(dir: &Path) -> (LockspaceStorage, SanlockNode, SanlockNode) {
+    let storage = LockspaceStorage::default();
     let [here, there] = [HERE, THERE].map(|number| storage.node(dir, number).expect("a host"));
     (storage, here, there)
 }
 
 /// From now on the supervisor asks the daemon of this host.
-fn reach(bed: &Bed, here: &Node) {
+fn reach(bed: &Bed, here: &SanlockNode) {
     let here = here.clone();
     bed.lifecycle
         .use_leases(Arc::new(move |kind, image, claim| match kind {
@@ -50,8 +50,8 @@ fn leased(bed: &Bed, name: &str) -> Create {
     create
 }
 
-fn elsewhere(there: &Node) -> Box<dyn Lease> {
-    let claim = Claim::new("its disk").expect("a host");
+fn elsewhere(there: &SanlockNode) -> Box<dyn Lease> {
+    let claim = LeaseClaim::new("its disk").expect("a host");
     there.lease(&resource(), Path::new("/dev/a"), claim)
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases that a host had when it was booted anew, with a storage that answers at once and a clock that only sleeps move.
 
-use super::layout::{Area, Cell, Record, State};
-use super::rules::{Held, Party, Refusal, Rules, World};
+use super::layout::{Area, Cell, LeaseRecord, RecordState};
+use super::rules::{HeldLease, LeaseWorld, Party, RecordRules, Refusal};
 use crate::complete::complete;
-use crate::host::{Claim, Host as Name};
+use crate::host::{Host as Name, LeaseClaim};
 use control::Failure;
 use std::cell::{Cell as Var, RefCell};
 use std::time::Duration;
@@ -33,14 +33,14 @@ impl Still {
         world
     }
 
-    fn take(&self, party: &Party) -> (Result<Held, Refusal>, Duration) {
+    fn take(&self, party: &Party) -> (Result<HeldLease, Refusal>, Duration) {
         let begun = self.now.get();
         let taken = complete(party.take(self, WAIT));
         (taken, self.now.get() - begun)
     }
 }
 
-impl World for Still {
+impl LeaseWorld for Still {
     fn now(&self) -> Duration {
         self.now.get()
     }
@@ -52,17 +52,19 @@ impl World for Still {
     async fn read(&self) -> Result<Area, Failure> {
         let mut area = self.area.borrow_mut();
         if let Some(every) = self.beats {
-            let held = area.settled().filter(|record| record.state == State::Held);
+            let held = area
+                .settled()
+                .filter(|record| record.state == RecordState::Held);
             if let Some(held) = held.cloned() {
                 // CAST: few.
                 let beat = (self.now.get().as_millis() / every.as_millis()) as u64;
-                area.set(Cell::Hold, Record { beat, ..held });
+                area.set(Cell::Hold, LeaseRecord { beat, ..held });
             }
         }
         Ok(area.clone())
     }
 
-    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure> {
+    async fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure> {
         self.area.borrow_mut().set(cell, record.clone());
         Ok(())
     }
@@ -75,7 +77,7 @@ impl World for Still {
 /// A disk on a machine in one of its boots.
 fn on(machine: u8, boot: u8) -> Party {
     Party {
-        claim: Claim {
+        claim: LeaseClaim {
             host: Name {
                 name: format!("host{machine}"),
                 machine: [machine; 16],
@@ -86,7 +88,7 @@ fn on(machine: u8, boot: u8) -> Party {
             token: [boot; 16],
         },
         image: 1,
-        rules: Rules::ALL,
+        rules: RecordRules::ALL,
     }
 }
 

@@ -5,7 +5,7 @@
 //! writes it as a whole. A generation has two cells: in the first all candidates write, in the second only the one that
 //! got it. The cells of a generation are used again 32 generations later.
 
-use crate::host::{hex, Claim, Token};
+use crate::host::{hex, LeaseClaim, Token};
 use crate::Holder;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -34,7 +34,7 @@ pub(super) enum Cell {
 
 /// State of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum State {
+pub(super) enum RecordState {
     Claimed,
     Held,
     /// It was given up.
@@ -43,7 +43,7 @@ pub(super) enum State {
     Broken,
 }
 
-impl State {
+impl RecordState {
     const ALL: [(Self, u32); 4] = [
         (Self::Claimed, 1),
         (Self::Held, 2),
@@ -59,26 +59,26 @@ impl State {
 
 /// Content of a cell.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) state: State,
+pub(super) struct LeaseRecord {
+    pub(super) state: RecordState,
     pub(super) generation: u64,
     /// Heartbeats since it was taken.
     pub(super) beat: u64,
     pub(super) since_ms: u64,
     /// Number of the image's file; 0 for a block device.
     pub(super) image: u64,
-    pub(super) who: Claim,
+    pub(super) who: LeaseClaim,
 }
 
-impl Record {
+impl LeaseRecord {
     /// It is of this very disk, of this boot.
-    pub(super) fn is_of(&self, claim: &Claim) -> bool {
+    pub(super) fn is_of(&self, claim: &LeaseClaim) -> bool {
         let (host, other) = (&self.who.host, &claim.host);
         self.who.token == claim.token && host.machine == other.machine && host.boot == other.boot
     }
 
     /// Returns the holder, for people.
-    pub(super) fn holder(&self, seen_by: &Claim) -> Holder {
+    pub(super) fn holder(&self, seen_by: &LeaseClaim) -> Holder {
         let (host, other) = (&self.who.host, &seen_by.host);
         Holder {
             host: host.name.clone(),
@@ -105,7 +105,7 @@ pub(super) enum Damage {
 /// The cells of a file, as they were at the moments at which they were read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Area {
-    cells: Vec<Option<Record>>,
+    cells: Vec<Option<LeaseRecord>>,
 }
 
 impl Default for Area {
@@ -135,13 +135,13 @@ impl Area {
     }
 
     #[cfg(test)]
-    pub(super) fn set(&mut self, cell: Cell, record: Record) {
+    pub(super) fn set(&mut self, cell: Cell, record: LeaseRecord) {
         let at = place(record.generation, cell);
         self.cells[at] = Some(record);
     }
 
     /// The record of a generation.
-    pub(super) fn at(&self, generation: u64, cell: Cell) -> Option<&Record> {
+    pub(super) fn at(&self, generation: u64, cell: Cell) -> Option<&LeaseRecord> {
         let record = self.cells.get(place(generation, cell))?.as_ref()?;
         (record.generation == generation).then_some(record)
     }
@@ -153,14 +153,14 @@ impl Area {
     }
 
     /// Returns the last holder or the present one: the record of the latest generation that a host got.
-    pub(super) fn settled(&self) -> Option<&Record> {
+    pub(super) fn settled(&self) -> Option<&LeaseRecord> {
         let all = self.cells.iter().flatten();
-        all.filter(|record| record.state != State::Claimed)
+        all.filter(|record| record.state != RecordState::Claimed)
             .max_by_key(|record| record.generation)
     }
 
     /// Returns the next candidate: the latest claim of a generation that no host got, nor any later one.
-    pub(super) fn claim(&self) -> Option<&Record> {
+    pub(super) fn claim(&self) -> Option<&LeaseRecord> {
         let generation = self.generation();
         let settled = self.settled().map_or(0, |record| record.generation);
         self.at(generation, Cell::Claim)
@@ -191,8 +191,8 @@ struct Stored {
 
 const _: () = assert!(size_of::<Stored>() == RECORD);
 
-pub(super) fn encode(record: &Record) -> [u8; RECORD] {
-    let state = State::ALL
+pub(super) fn encode(record: &LeaseRecord) -> [u8; RECORD] {
+    let state = RecordState::ALL
         .iter()
         .find(|(state, _)| *state == record.state)
         .map_or(0, |(_, number)| *number);
@@ -218,7 +218,7 @@ pub(super) fn encode(record: &Record) -> [u8; RECORD] {
     bytes
 }
 
-fn decode(bytes: &[u8], at: usize) -> Result<Option<Record>, Damage> {
+fn decode(bytes: &[u8], at: usize) -> Result<Option<LeaseRecord>, Damage> {
     if bytes.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
@@ -233,7 +233,7 @@ fn decode(bytes: &[u8], at: usize) -> Result<Option<Record>, Damage> {
         0 => Cell::Claim,
         _ => Cell::Hold,
     };
-    let state = State::ALL
+    let state = RecordState::ALL
         .iter()
         .find(|(_, number)| *number == stored.state.get())
         .map(|(state, _)| *state)
@@ -245,13 +245,13 @@ fn decode(bytes: &[u8], at: usize) -> Result<Option<Record>, Damage> {
         }
         _ => return Err(Damage::Foreign),
     };
-    Ok(Some(Record {
+    Ok(Some(LeaseRecord {
         state,
         generation,
         beat: stored.beat.get(),
         since_ms: stored.since_ms.get(),
         image: stored.image.get(),
-        who: Claim {
+        who: LeaseClaim {
             host: crate::Host {
                 name: name(&stored.host),
                 machine: stored.machine,
@@ -290,17 +290,17 @@ fn name(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{encode, place, Area, Cell, Damage, Record, State, CELL, RECORD, SIZE};
-    use crate::host::{Claim, Host};
+    use super::{encode, place, Area, Cell, Damage, LeaseRecord, RecordState, CELL, RECORD, SIZE};
+    use crate::host::{Host, LeaseClaim};
 
-    fn record(generation: u64, state: State) -> Record {
-        Record {
+    fn record(generation: u64, state: RecordState) -> LeaseRecord {
+        LeaseRecord {
             state,
             generation,
             beat: 7,
             since_ms: 1234,
             image: 99,
-            who: Claim {
+            who: LeaseClaim {
                 host: Host {
                     name: "one".into(),
                     machine: [1; 16],
@@ -312,7 +312,7 @@ mod tests {
         }
     }
 
-    fn file(records: &[(Cell, Record)]) -> Vec<u8> {
+    fn file(records: &[(Cell, LeaseRecord)]) -> Vec<u8> {
         let mut bytes = vec![0; SIZE];
         for (cell, record) in records {
             let at = place(record.generation, *cell) * CELL;
@@ -325,9 +325,9 @@ mod tests {
     fn what_is_written_is_read() {
         assert_eq!(Area::read(&vec![0; SIZE]).unwrap(), Area::default());
         let (old, claim, hold) = (
-            record(31, State::Free),
-            record(32, State::Claimed),
-            record(32, State::Held),
+            record(31, RecordState::Free),
+            record(32, RecordState::Claimed),
+            record(32, RecordState::Held),
         );
         let bytes = file(&[
             (Cell::Hold, old),
@@ -349,7 +349,7 @@ mod tests {
 
     #[test]
     fn names_that_are_too_long_or_strange_are_shown_all_the_same() {
-        let mut long = record(1, State::Held);
+        let mut long = record(1, RecordState::Held);
         long.who.host.name = "\u{e9}".repeat(60);
         long.who.disk = "a\u{1b}[2J".into();
         let area = Area::read(&file(&[(Cell::Hold, long)])).unwrap();
@@ -360,7 +360,7 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_not_taken_for_free() {
-        let good = file(&[(Cell::Hold, record(5, State::Held))]);
+        let good = file(&[(Cell::Hold, record(5, RecordState::Held))]);
         let at = place(5, Cell::Hold) * CELL;
         // Every byte counts.
         for byte in 0..RECORD {
@@ -375,7 +375,7 @@ mod tests {
         let mut moved = vec![0; SIZE];
         moved[..RECORD].copy_from_slice(&good[at..at + RECORD]);
         assert_eq!(Area::read(&moved), Err(Damage::Foreign));
-        let wrong = file(&[(Cell::Claim, record(5, State::Held))]);
+        let wrong = file(&[(Cell::Claim, record(5, RecordState::Held))]);
         assert_eq!(Area::read(&wrong), Err(Damage::Foreign));
         assert_eq!(Area::read(&good[..SIZE - 1]), Err(Damage::Foreign));
     }

@@ -41,13 +41,13 @@ mod model;
 
 use crate::complete::complete;
 use crate::host::hex;
-use crate::{place, Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
+use crate::{place, Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
 use control::{Code, Failure, LeaseKind};
-use layout::{Area, Record, State};
-use rules::{Party, Refusal, Rules, BEAT};
+use layout::{Area, LeaseRecord, RecordState};
+use rules::{Party, RecordRules, Refusal, BEAT};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use store::Store;
+use store::LeaseStore;
 
 /// A lease in a record.
 #[derive(Debug)]
@@ -56,22 +56,22 @@ pub(crate) struct Recorded {
     image: PathBuf,
     party: Party,
     /// The file; it is made when the lease is first taken.
-    store: Option<Store>,
+    store: Option<LeaseStore>,
     generation: Option<u64>,
     term: Term,
 }
 
 impl Recorded {
     /// The lease of `image` in the file at `path`, which need not be there yet.
-    pub(crate) fn open(path: &Path, image: &Path, claim: Claim) -> Result<Recorded, Failure> {
+    pub(crate) fn open(path: &Path, image: &Path, claim: LeaseClaim) -> Result<Recorded, Failure> {
         Ok(Recorded {
             path: path.into(),
             image: image.into(),
-            store: Store::open(path)?,
+            store: LeaseStore::open(path)?,
             party: Party {
                 claim,
                 image: store::number(image)?,
-                rules: Rules::ALL,
+                rules: RecordRules::ALL,
             },
             generation: None,
             term: Term::default(),
@@ -79,9 +79,9 @@ impl Recorded {
     }
 
     /// Returns the file, if a host has made it.
-    fn look(&mut self) -> Result<Option<&Store>, Failure> {
+    fn look(&mut self) -> Result<Option<&LeaseStore>, Failure> {
         if self.store.is_none() {
-            self.store = Store::open(&self.path)?;
+            self.store = LeaseStore::open(&self.path)?;
         }
         Ok(self.store.as_ref())
     }
@@ -89,12 +89,12 @@ impl Recorded {
     /// The file, which is made if it is not there.
     fn make(&mut self) -> Result<(), Failure> {
         if self.store.is_none() {
-            self.store = Some(Store::make(&self.path)?);
+            self.store = Some(LeaseStore::make(&self.path)?);
         }
         Ok(())
     }
 
-    fn store(&self) -> Result<&Store, Failure> {
+    fn store(&self) -> Result<&LeaseStore, Failure> {
         self.store.as_ref().ok_or_else(|| {
             Failure::new(
                 Code::Gone,
@@ -168,7 +168,7 @@ impl Recorded {
     }
 
     /// Returns the action that ends the tenure of a holder.
-    fn remedy(&self, record: &Record) -> String {
+    fn remedy(&self, record: &LeaseRecord) -> String {
         let (host, own) = (&record.who.host, &self.party.claim.host);
         let (image, named) = (&self.image, self.named());
         let number = record.generation;
@@ -188,7 +188,7 @@ impl Recorded {
     }
 
     /// Returns the holder and the time of its claim, for people.
-    fn describe(&self, record: &Record) -> String {
+    fn describe(&self, record: &LeaseRecord) -> String {
         let (host, own) = (&record.who.host, &self.party.claim.host);
         let other = match host.name == own.name && host.machine != own.machine {
             true => format!(
@@ -206,7 +206,7 @@ impl Recorded {
         )
     }
 
-    fn granted(&mut self, held: rules::Held) -> Grant {
+    fn granted(&mut self, held: rules::HeldLease) -> Grant {
         self.generation = Some(held.generation);
         self.term.set(held.until);
         Grant {
@@ -240,9 +240,9 @@ impl Lease for Recorded {
             Some(store) => store.read()?,
             None => Area::default(),
         };
-        let holder = |record: &Record| record.holder(&self.party.claim);
+        let holder = |record: &LeaseRecord| record.holder(&self.party.claim);
         Ok(match (area.settled(), area.claim()) {
-            (Some(record), _) if record.state == State::Held => View::Held(holder(record)),
+            (Some(record), _) if record.state == RecordState::Held => View::Held(holder(record)),
             (_, Some(record)) => View::Claimed(holder(record)),
             (last, None) => View::Free {
                 generation: area.generation(),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! By which rules hosts take, keep, give up and break a lease, whatever their clocks and storage are.
 
-use super::layout::{Area, Cell, Record, State};
-use crate::Claim;
+use super::layout::{Area, Cell, LeaseRecord, RecordState};
+use crate::LeaseClaim;
 use control::Failure;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ pub(super) fn patience(time: Duration) -> Duration {
 }
 
 /// The storage of a lease and the clock of a host.
-pub(super) trait World {
+pub(super) trait LeaseWorld {
     /// Time that never goes back, that of suspends included.
     fn now(&self) -> Duration;
     /// Milliseconds since 1970, for people.
@@ -32,13 +32,13 @@ pub(super) trait World {
     /// All cells.
     async fn read(&self) -> Result<Area, Failure>;
     /// Writes a cell, durably. After a failure the cell may have changed, but will not change later.
-    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure>;
+    async fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure>;
     async fn sleep(&self, time: Duration);
 }
 
 /// Rules that tests switch off, to see that they are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rules {
+pub(super) struct RecordRules {
     /// A claim is read again after the wait.
     pub(super) reads_again: bool,
     /// A write that took too long does not count.
@@ -51,7 +51,7 @@ pub(super) struct Rules {
     pub(super) watches: bool,
 }
 
-impl Rules {
+impl RecordRules {
     pub(super) const ALL: Self = Self {
         reads_again: true,
         is_bounded: true,
@@ -65,15 +65,15 @@ impl Rules {
 #[derive(Debug)]
 pub(super) enum Refusal {
     /// Another host has it, or claims it.
-    Busy(Box<Record>),
+    Busy(Box<LeaseRecord>),
     /// It is to be broken, but this is not the holder that is meant.
-    Other(Box<Record>),
+    Other(Box<LeaseRecord>),
     /// It is to be broken, but its holder lives.
-    Lives(Box<Record>),
+    Lives(Box<LeaseRecord>),
     /// Another host has, or may have, a later generation; or the record is gone.
-    Lost(Option<Box<Record>>),
+    Lost(Option<Box<LeaseRecord>>),
     /// The record is of another image.
-    Replaced(Box<Record>),
+    Replaced(Box<LeaseRecord>),
     /// The storage takes too long.
     Slow,
     /// The storage fails.
@@ -88,7 +88,7 @@ impl From<Failure> for Refusal {
 
 /// A lease that is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct HeldLease {
     pub(super) generation: u64,
     /// Until when its holder may do I/O, by its own clock.
     pub(super) until: Duration,
@@ -97,20 +97,20 @@ pub(super) struct Held {
 /// The acting disk and host, and its image.
 #[derive(Debug)]
 pub(super) struct Party {
-    pub(super) claim: Claim,
-    /// As in [`Record`].
+    pub(super) claim: LeaseClaim,
+    /// As in [`LeaseRecord`].
     pub(super) image: u64,
-    pub(super) rules: Rules,
+    pub(super) rules: RecordRules,
 }
 
 /// The last look, and how long it has been unchanged.
 #[derive(Default)]
-struct Watch {
+struct LeaseWatch {
     seen: Option<Area>,
     since: Duration,
 }
 
-impl Watch {
+impl LeaseWatch {
     /// For how long it has been the same.
     fn look(&mut self, now: Duration, area: &Area) -> Duration {
         if self.seen.as_ref() != Some(area) {
@@ -124,15 +124,19 @@ impl Watch {
 impl Party {
     /// Takes the lease; waits so long for who has it. A host that had it when it was booted anew is waited for until it
     /// is known that it does not live, unless nothing is to be waited for.
-    pub(super) async fn take(&self, world: &impl World, wait: Duration) -> Result<Held, Refusal> {
+    pub(super) async fn take(
+        &self,
+        world: &impl LeaseWorld,
+        wait: Duration,
+    ) -> Result<HeldLease, Refusal> {
         let start = world.now();
-        let mut watch = Watch::default();
+        let mut watch = LeaseWatch::default();
         loop {
             let read_at = world.now();
             let area = world.read().await?;
             self.check_image(&area)?;
             match area.settled() {
-                Some(record) if record.state == State::Held && record.is_of(&self.claim) => {
+                Some(record) if record.state == RecordState::Held && record.is_of(&self.claim) => {
                     // Of an earlier process for the same disk.
                     return self.keep(world, record.generation).await;
                 }
@@ -140,7 +144,7 @@ impl Party {
             }
             let still = watch.look(world.now(), &area);
             let Some(record) = self.in_the_way(&area, still) else {
-                match self.seize(world, &area, read_at, State::Held).await? {
+                match self.seize(world, &area, read_at, RecordState::Held).await? {
                     Seized::Held(held) => return Ok(held),
                     Seized::Slow | Seized::Lost => {}
                 }
@@ -153,7 +157,7 @@ impl Party {
             };
             if world.now().saturating_sub(start) >= wait {
                 return Err(
-                    match record.state == State::Claimed && record.is_of(&self.claim) {
+                    match record.state == RecordState::Claimed && record.is_of(&self.claim) {
                         true => Refusal::Slow,
                         false => Refusal::Busy(Box::new(record.clone())),
                     },
@@ -164,8 +168,11 @@ impl Party {
     }
 
     /// Returns the record that forbids a further claim, without an administrator's statement that its host is dead.
-    fn in_the_way<'a>(&self, area: &'a Area, still: Duration) -> Option<&'a Record> {
-        if let Some(record) = area.settled().filter(|record| record.state == State::Held) {
+    fn in_the_way<'a>(&self, area: &'a Area, still: Duration) -> Option<&'a LeaseRecord> {
+        if let Some(record) = area
+            .settled()
+            .filter(|record| record.state == RecordState::Held)
+        {
             if !self.is_own_of_earlier(record) || still < patience(LEASE) {
                 return Some(record);
             }
@@ -176,22 +183,22 @@ impl Party {
 
     /// True if this host held the record and was booted since: nothing of that boot does I/O now. If another host has its
     /// number, that host's heartbeats move the record.
-    fn is_own_of_earlier(&self, record: &Record) -> bool {
+    fn is_own_of_earlier(&self, record: &LeaseRecord) -> bool {
         let (host, own) = (&record.who.host, &self.claim.host);
         let is_host = host.machine == own.machine && host.name == own.name;
-        record.state == State::Held && is_host && host.boot != own.boot
+        record.state == RecordState::Held && is_host && host.boot != own.boot
     }
 
     /// Claims the generation after those of the last read, and has it if no other host does.
     async fn seize(
         &self,
-        world: &impl World,
+        world: &impl LeaseWorld,
         base: &Area,
         read_at: Duration,
-        state: State,
+        state: RecordState,
     ) -> Result<Seized, Refusal> {
         let generation = base.generation().saturating_add(1);
-        let claim = self.record(world, generation, State::Claimed, 0);
+        let claim = self.record(world, generation, RecordState::Claimed, 0);
         world.write(Cell::Claim, &claim).await?;
         if self.is_late(world, read_at) {
             return Ok(Seized::Slow);
@@ -216,43 +223,56 @@ impl Party {
             // No other host can have this generation, but perhaps a later one: the next look shows that.
             return Ok(Seized::Slow);
         }
-        Ok(Seized::Held(Held {
+        Ok(Seized::Held(HeldLease {
             generation,
             until: again_at + LEASE,
         }))
     }
 
     /// A heartbeat, or the first one of a process that continues with another one's lease.
-    pub(super) async fn keep(&self, world: &impl World, generation: u64) -> Result<Held, Refusal> {
+    pub(super) async fn keep(
+        &self,
+        world: &impl LeaseWorld,
+        generation: u64,
+    ) -> Result<HeldLease, Refusal> {
         let read_at = world.now();
         let area = world.read().await?;
         let own = self.own(&area, generation)?;
         if self.rules.knows_generations && area.claim().is_some() {
             // Another host takes this holder for dead, or has not seen it. The host with the last claim has it.
-            return match self.seize(world, &area, read_at, State::Held).await? {
+            return match self.seize(world, &area, read_at, RecordState::Held).await? {
                 Seized::Held(held) => Ok(held),
                 Seized::Slow | Seized::Lost => Err(Refusal::Slow),
             };
         }
         let generation = own.generation;
-        let mut next = self.record(world, generation, State::Held, own.beat.saturating_add(1));
+        let mut next = self.record(
+            world,
+            generation,
+            RecordState::Held,
+            own.beat.saturating_add(1),
+        );
         next.since_ms = own.since_ms;
         world.write(Cell::Hold, &next).await?;
         if self.is_late(world, read_at) {
             return Err(Refusal::Slow);
         }
-        Ok(Held {
+        Ok(HeldLease {
             generation,
             until: read_at + LEASE,
         })
     }
 
     /// Gives it up. No I/O on the image is under way, and none follows.
-    pub(super) async fn give_up(&self, world: &impl World, generation: u64) -> Result<(), Refusal> {
+    pub(super) async fn give_up(
+        &self,
+        world: &impl LeaseWorld,
+        generation: u64,
+    ) -> Result<(), Refusal> {
         let area = world.read().await?;
         let own = match area.settled() {
             // It was done, but the answer was lost.
-            Some(record) if record.state == State::Free && record.is_of(&self.claim) => {
+            Some(record) if record.state == RecordState::Free && record.is_of(&self.claim) => {
                 return Ok(())
             }
             _ => self.own(&area, generation)?,
@@ -260,7 +280,7 @@ impl Party {
         let free = self.record(
             world,
             own.generation,
-            State::Free,
+            RecordState::Free,
             own.beat.saturating_add(1),
         );
         world.write(Cell::Hold, &free).await?;
@@ -270,15 +290,17 @@ impl Party {
     /// Takes generation `dead` away from its holder, who is dead, and leaves it free; says who it was.
     pub(super) async fn break_off(
         &self,
-        world: &impl World,
+        world: &impl LeaseWorld,
         dead: u64,
-    ) -> Result<Option<Record>, Refusal> {
-        let mut first: Option<(Record, Duration)> = None;
+    ) -> Result<Option<LeaseRecord>, Refusal> {
+        let mut first: Option<(LeaseRecord, Duration)> = None;
         loop {
             let read_at = world.now();
             let area = world.read().await?;
             self.check_image(&area)?;
-            let held = area.settled().filter(|record| record.state == State::Held);
+            let held = area
+                .settled()
+                .filter(|record| record.state == RecordState::Held);
             let Some(record) = held.cloned() else {
                 return Ok(None);
             };
@@ -291,7 +313,10 @@ impl Party {
             }
             let still = world.now().saturating_sub(*since);
             if !self.rules.watches || still >= patience(LEASE) {
-                return match self.seize(world, &area, read_at, State::Broken).await? {
+                return match self
+                    .seize(world, &area, read_at, RecordState::Broken)
+                    .await?
+                {
                     Seized::Held(_) => Ok(Some(record)),
                     Seized::Slow => Err(Refusal::Slow),
                     Seized::Lost => Err(Refusal::Lives(Box::new(record))),
@@ -302,7 +327,7 @@ impl Party {
     }
 
     /// Returns the record of this disk.
-    fn own<'a>(&self, area: &'a Area, generation: u64) -> Result<&'a Record, Refusal> {
+    fn own<'a>(&self, area: &'a Area, generation: u64) -> Result<&'a LeaseRecord, Refusal> {
         let counts = match self.rules.knows_generations {
             // A later one is this disk's own, after it had to claim again.
             true => area
@@ -311,11 +336,11 @@ impl Party {
             false => area.at(generation, Cell::Hold),
         };
         counts
-            .filter(|record| record.state == State::Held && record.is_of(&self.claim))
+            .filter(|record| record.state == RecordState::Held && record.is_of(&self.claim))
             .ok_or_else(|| Refusal::Lost(area.settled().cloned().map(Box::new)))
     }
 
-    fn is_late(&self, world: &impl World, read_at: Duration) -> bool {
+    fn is_late(&self, world: &impl LeaseWorld, read_at: Duration) -> bool {
         self.rules.is_bounded && world.now().saturating_sub(read_at) > CLAIM
     }
 
@@ -328,8 +353,14 @@ impl Party {
         }
     }
 
-    fn record(&self, world: &impl World, generation: u64, state: State, beat: u64) -> Record {
-        Record {
+    fn record(
+        &self,
+        world: &impl LeaseWorld,
+        generation: u64,
+        state: RecordState,
+        beat: u64,
+    ) -> LeaseRecord {
+        LeaseRecord {
             state,
             generation,
             beat,
@@ -342,7 +373,7 @@ impl Party {
 
 /// Result of a claim.
 enum Seized {
-    Held(Held),
+    Held(HeldLease),
     /// Another host got it.
     Lost,
     /// The storage took too long, so it does not count.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The file of a lease: read and written past the page cache, and durable when a write returns.
 
-use super::layout::{encode, place, Area, Cell, Damage, Record, CELL, SIZE};
-use super::rules::World;
+use super::layout::{encode, place, Area, Cell, Damage, LeaseRecord, CELL, SIZE};
+use super::rules::LeaseWorld;
 use control::{Code, Failure};
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -14,17 +14,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The file, or a block device that holds nothing else.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct LeaseStore {
     path: PathBuf,
     fd: OwnedFd,
 }
 
-impl Store {
+impl LeaseStore {
     /// Opens it; nothing if it is not there.
-    pub(super) fn open(path: &Path) -> Result<Option<Store>, Failure> {
+    pub(super) fn open(path: &Path) -> Result<Option<LeaseStore>, Failure> {
         match open(path, OFlags::empty()) {
             Ok(fd) => {
-                let store = Store {
+                let store = LeaseStore {
                     path: path.into(),
                     fd,
                 };
@@ -38,9 +38,9 @@ impl Store {
 
     /// Opens it, and makes it if it is not there. Hosts that do this at the same time make the same file:
     /// one of zeroes.
-    pub(super) fn make(path: &Path) -> Result<Store, Failure> {
+    pub(super) fn make(path: &Path) -> Result<LeaseStore, Failure> {
         let fd = open(path, OFlags::CREATE).map_err(|error| cannot("make", path, error))?;
-        let store = Store {
+        let store = LeaseStore {
             path: path.into(),
             fd,
         };
@@ -105,7 +105,7 @@ impl Store {
         Area::read(bytes).map_err(|damage| self.damaged(damage))
     }
 
-    fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure> {
+    fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure> {
         let mut memory = vec![0; 2 * CELL];
         let bytes = aligned(&mut memory, CELL);
         let encoded = encode(record);
@@ -145,7 +145,7 @@ impl Store {
     }
 }
 
-impl World for Store {
+impl LeaseWorld for LeaseStore {
     fn now(&self) -> Duration {
         crate::now()
     }
@@ -157,11 +157,11 @@ impl World for Store {
     }
 
     async fn read(&self) -> Result<Area, Failure> {
-        Store::read(self)
+        LeaseStore::read(self)
     }
 
-    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure> {
-        Store::write(self, cell, record)
+    async fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure> {
+        LeaseStore::write(self, cell, record)
     }
 
     async fn sleep(&self, time: Duration) {

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases in real files.
 
-use super::layout::{encode, place, Cell, Record, State, CELL, SIZE};
+use super::layout::{encode, place, Cell, LeaseRecord, RecordState, CELL, SIZE};
 use super::Recorded;
-use crate::{Claim, HolderIsDead, Keeper, Lease, News, View};
+use crate::{HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
 use control::Code;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-struct Shared {
+struct SharedImage {
     _dir: tempfile::TempDir,
     image: PathBuf,
     lease: PathBuf,
 }
 
-impl Shared {
-    fn new() -> Shared {
+impl SharedImage {
+    fn new() -> SharedImage {
         // The lease needs a file system with direct I/O.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let image = dir.path().join("a.img");
         fs::write(&image, b"image").unwrap();
-        Shared {
+        SharedImage {
             lease: dir.path().join("a.img.lease"),
             image,
             _dir: dir,
@@ -30,14 +30,14 @@ impl Shared {
     }
 
     fn host(&self, name: &str, number: u8) -> Recorded {
-        let mut claim = Claim::new(format!("guest {number}, xvda")).unwrap();
+        let mut claim = LeaseClaim::new(format!("guest {number}, xvda")).unwrap();
         claim.host.name = name.into();
         claim.host.machine = [number; 16];
         claim.host.boot = [number; 16];
         Recorded::open(&self.lease, &self.image, claim).unwrap()
     }
 
-    fn write(&self, cell: Cell, record: &Record) {
+    fn write(&self, cell: Cell, record: &LeaseRecord) {
         let mut bytes = fs::read(&self.lease).unwrap();
         let at = place(record.generation, cell) * CELL;
         let record = encode(record);
@@ -48,7 +48,7 @@ impl Shared {
 
 #[test]
 fn one_host_has_it_and_the_other_gets_it_afterwards() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     let (mut a, mut b) = (shared.host("a", 1), shared.host("b", 2));
     assert!(matches!(
         b.inspect().unwrap(),
@@ -84,7 +84,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
 
 #[test]
 fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     let mut first = shared.host("a", 1);
     first.take(Duration::ZERO).unwrap();
     let claim = first.party.claim.clone();
@@ -107,7 +107,7 @@ fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
 /// The remedy is the word of the operator, which helps.
 #[test]
 fn what_this_host_had_before_it_was_booted_can_be_broken() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     shared.host("a", 1).take(Duration::ZERO).unwrap();
     let mut next = shared.host("a", 1);
     next.party.claim.host.boot = [9; 16];
@@ -126,7 +126,7 @@ fn what_this_host_had_before_it_was_booted_can_be_broken() {
 
 #[test]
 fn a_break_while_the_holder_lives_is_refused() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     let (mut a, mut b) = (shared.host("a", 1), shared.host("b", 2));
     let grant = a.take(Duration::ZERO).unwrap();
     let keeper = Keeper::start(Box::new(a), &grant, |_| ()).unwrap();
@@ -145,7 +145,7 @@ fn a_break_while_the_holder_lives_is_refused() {
 
 #[test]
 fn who_keeps_a_lease_learns_that_it_was_lost() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     let mut a = shared.host("a", 1);
     let grant = a.take(Duration::ZERO).unwrap();
     let b = shared.host("b", 2);
@@ -156,7 +156,7 @@ fn who_keeps_a_lease_learns_that_it_was_lost() {
     let store = b.store.as_ref().unwrap();
     let mut record = store.read().unwrap().settled().unwrap().clone();
     record.who = b.party.claim.clone();
-    (record.state, record.generation) = (State::Held, 2);
+    (record.state, record.generation) = (RecordState::Held, 2);
     shared.write(Cell::Hold, &record);
     match news.recv().unwrap() {
         News::Lost(failure) => assert!(failure.message.contains("host b"), "{failure}"),
@@ -168,7 +168,7 @@ fn who_keeps_a_lease_learns_that_it_was_lost() {
 
 #[test]
 fn what_cannot_be_right_is_refused_by_one_sentence() {
-    let shared = Shared::new();
+    let shared = SharedImage::new();
     let (mut a, mut b) = (shared.host("a", 1), shared.host("a", 2));
     a.take(Duration::ZERO).unwrap();
     let name = b.take(Duration::ZERO).unwrap_err();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The device of a reservation: which it may be, and its commands, by the kernel's `pr_ops`.
 
-use super::rules::Storage;
+use super::rules::ReservationStorage;
 use control::{Code, Failure};
 use diskio::reservation::{self, Reservation, ReservationKind, StorageAnswer};
 use diskio::Errno;
@@ -18,16 +18,16 @@ const ELSE: &str = "use lease=record:/PATH, with the record on a file system tha
 
 /// A device whose reservation is its own.
 #[derive(Debug)]
-pub(super) struct Device {
+pub(super) struct ReservedDevice {
     path: PathBuf,
-    kind: Kind,
+    kind: CommandSet,
     /// All ways from this host to its storage.
     ways: Vec<OwnedFd>,
 }
 
 /// Command set of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum CommandSet {
     /// A SCSI disk, of which nothing is known but one path.
     Scsi,
     /// An NVMe namespace: its storage knows hosts, and not paths.
@@ -38,9 +38,9 @@ enum Kind {
     Map,
 }
 
-impl Device {
+impl ReservedDevice {
     /// The device at a path.
-    pub(super) fn open(path: &Path) -> Result<Device, Failure> {
+    pub(super) fn open(path: &Path) -> Result<ReservedDevice, Failure> {
         let fd = open(path)?;
         let stat = rustix::fs::fstat(&fd).map_err(|error| cannot_open(path, error))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {
@@ -50,10 +50,10 @@ impl Device {
         let folder = Path::new("/sys/dev/block").join(number);
         let kind = kind(path, &folder)?;
         let ways = match kind {
-            Kind::Scsi | Kind::Nvme => vec![fd],
-            Kind::Map => paths(path, &folder)?,
+            CommandSet::Scsi | CommandSet::Nvme => vec![fd],
+            CommandSet::Map => paths(path, &folder)?,
         };
-        Ok(Device {
+        Ok(ReservedDevice {
             path: path.into(),
             kind,
             ways,
@@ -62,8 +62,8 @@ impl Device {
 
     fn reserved_as(&self) -> ReservationKind {
         match self.kind {
-            Kind::Scsi | Kind::Nvme => ReservationKind::WriteExclusive,
-            Kind::Map => ReservationKind::WriteExclusiveRegistrants,
+            CommandSet::Scsi | CommandSet::Nvme => ReservationKind::WriteExclusive,
+            CommandSet::Map => ReservationKind::WriteExclusiveRegistrants,
         }
     }
 
@@ -103,10 +103,10 @@ impl Device {
     /// Registers one way; with an `old`, it may be new to the storage, or have got its key already.
     fn register_way(&self, way: BorrowedFd<'_>, old: u64, new: u64) -> io::Result<StorageAnswer> {
         let first = match (self.kind, new) {
-            (Kind::Nvme, 0) => return reservation::unregister_from_nvme(way, old),
+            (CommandSet::Nvme, 0) => return reservation::unregister_from_nvme(way, old),
             _ => reservation::register(way, old, new)?,
         };
-        if self.kind != Kind::Map || old == 0 || new == 0 || first == StorageAnswer::Done {
+        if self.kind != CommandSet::Map || old == 0 || new == 0 || first == StorageAnswer::Done {
             return Ok(first);
         }
         match reservation::register(way, 0, new)? {
@@ -175,7 +175,7 @@ fn paths(map: &Path, folder: &Path) -> Result<Vec<OwnedFd>, Failure> {
 }
 
 /// Returns the kind of a device with this folder of sysfs.
-fn kind(path: &Path, folder: &Path) -> Result<Kind, Failure> {
+fn kind(path: &Path, folder: &Path) -> Result<CommandSet, Failure> {
     if folder.join("partition").exists() {
         let remedy = "give the guest the whole disk, or use lease=record:/PATH";
         return Err(refused(
@@ -186,7 +186,7 @@ fn kind(path: &Path, folder: &Path) -> Result<Kind, Failure> {
     }
     if let Some(uuid) = text(&folder.join("dm/uuid")) {
         if uuid.starts_with("mpath-") {
-            return Ok(Kind::Map);
+            return Ok(CommandSet::Map);
         }
         let what = "is a volume of device mapper, and a reservation would be that of everybody on the disk below";
         return Err(refused(path, what, ELSE));
@@ -196,8 +196,8 @@ fn kind(path: &Path, folder: &Path) -> Result<Kind, Failure> {
         return Err(refused(path, "is one path of several to its disk", &remedy));
     }
     match bus(folder) {
-        Some(bus) if bus == "scsi" => Ok(Kind::Scsi),
-        Some(bus) if bus.starts_with("nvme") => Ok(Kind::Nvme),
+        Some(bus) if bus == "scsi" => Ok(CommandSet::Scsi),
+        Some(bus) if bus.starts_with("nvme") => Ok(CommandSet::Nvme),
         _ => Err(refused(
             path,
             "is neither a SCSI disk nor an NVMe namespace",
@@ -235,7 +235,7 @@ fn refused(path: &Path, what: &str, remedy: &str) -> Failure {
     ))
 }
 
-impl Storage for Device {
+impl ReservationStorage for ReservedDevice {
     fn now(&self) -> Duration {
         crate::now()
     }
@@ -280,7 +280,7 @@ impl Storage for Device {
 
 #[cfg(test)]
 mod tests {
-    use super::{kind, Device, Kind};
+    use super::{kind, CommandSet, ReservedDevice};
     use control::Code;
     use std::fs;
     use std::os::unix::fs::symlink;
@@ -305,7 +305,7 @@ mod tests {
         dir
     }
 
-    fn said(files: &[(&str, &str)], bus: Option<&str>) -> Result<Kind, String> {
+    fn said(files: &[(&str, &str)], bus: Option<&str>) -> Result<CommandSet, String> {
         let folder = sysfs(files, bus);
         kind(Path::new("/dev/x"), folder.path()).map_err(|failure| {
             assert_eq!(failure.code, Code::Unsupported);
@@ -315,10 +315,13 @@ mod tests {
 
     #[test]
     fn what_a_reservation_belongs_to_is_taken_and_all_else_refused_with_a_remedy() {
-        assert_eq!(said(&[], Some("scsi")), Ok(Kind::Scsi));
-        assert_eq!(said(&[], Some("nvme")), Ok(Kind::Nvme));
-        assert_eq!(said(&[], Some("nvme-subsystem")), Ok(Kind::Nvme));
-        assert_eq!(said(&[("dm/uuid", "mpath-3600\n")], None), Ok(Kind::Map));
+        assert_eq!(said(&[], Some("scsi")), Ok(CommandSet::Scsi));
+        assert_eq!(said(&[], Some("nvme")), Ok(CommandSet::Nvme));
+        assert_eq!(said(&[], Some("nvme-subsystem")), Ok(CommandSet::Nvme));
+        assert_eq!(
+            said(&[("dm/uuid", "mpath-3600\n")], None),
+            Ok(CommandSet::Map)
+        );
         let path_of_a_map = [
             ("holders/dm-0/dm/uuid", "mpath-3600\n"),
             ("holders/dm-0/dm/name", "lun7\n"),
@@ -352,7 +355,7 @@ mod tests {
             }
         }
         let file = tempfile::NamedTempFile::new().unwrap();
-        let refused = Device::open(file.path()).unwrap_err();
+        let refused = ReservedDevice::open(file.path()).unwrap_err();
         assert!(refused.message.contains("is no block device"), "{refused}");
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A storage with reservations in memory, which several hosts reach, as SPC-5 and NVMe say what one does.
 
-use super::rules::Storage;
+use super::rules::ReservationStorage;
 use super::Reserved;
-use crate::{Claim, Lease};
+use crate::{Lease, LeaseClaim};
 use control::Failure;
 use diskio::reservation::{Reservation, ReservationKind, StorageAnswer};
 use std::collections::BTreeMap;
@@ -13,8 +13,8 @@ use std::time::Duration;
 
 /// The storage. Copies are the same one.
 #[derive(Clone, Debug)]
-pub struct Target {
-    state: Arc<Mutex<State>>,
+pub struct ScsiTarget {
+    state: Arc<Mutex<TargetState>>,
     kind: ReservationKind,
 }
 
@@ -22,7 +22,7 @@ pub struct Target {
 pub type Initiator = u8;
 
 #[derive(Debug, Default)]
-struct State {
+struct TargetState {
     keys: BTreeMap<Initiator, u64>,
     changes: u32,
     holder: Option<Initiator>,
@@ -31,30 +31,30 @@ struct State {
     count: u64,
 }
 
-impl Default for Target {
+impl Default for ScsiTarget {
     fn default() -> Self {
-        Target::of_kind(ReservationKind::WriteExclusive)
+        ScsiTarget::of_kind(ReservationKind::WriteExclusive)
     }
 }
 
-impl Target {
+impl ScsiTarget {
     /// One whose reservations are all of a kind.
     #[must_use]
-    pub fn of_kind(kind: ReservationKind) -> Target {
-        Target {
+    pub fn of_kind(kind: ReservationKind) -> ScsiTarget {
+        ScsiTarget {
             state: Arc::default(),
             kind,
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, TargetState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The lease of this storage, as an initiator has it.
     #[must_use]
-    pub fn lease(&self, initiator: Initiator, image: &Path, claim: Claim) -> Box<dyn Lease> {
-        let storage = Way {
+    pub fn lease(&self, initiator: Initiator, image: &Path, claim: LeaseClaim) -> Box<dyn Lease> {
+        let storage = InitiatorPath {
             target: self.clone(),
             initiator,
         };
@@ -92,7 +92,7 @@ impl Target {
         if state.keys.get(&by) != Some(&own) || !state.keys.values().any(|key| *key == victim) {
             return StorageAnswer::Conflict;
         }
-        let is_victim = |state: &State, who: &Initiator| state.keys.get(who) == Some(&victim);
+        let is_victim = |state: &TargetState, who: &Initiator| state.keys.get(who) == Some(&victim);
         let held_by_victim = state
             .holder
             .is_some_and(|holder| is_victim(&state, &holder));
@@ -169,7 +169,7 @@ impl Target {
     }
 }
 
-impl State {
+impl TargetState {
     /// An initiator is registered no longer, and has nothing reserved.
     fn forget(&mut self, who: Initiator) {
         self.keys.remove(&who);
@@ -179,12 +179,12 @@ impl State {
 
 /// The way of an initiator to the storage.
 #[derive(Debug)]
-struct Way {
-    target: Target,
+struct InitiatorPath {
+    target: ScsiTarget,
     initiator: Initiator,
 }
 
-impl Storage for Way {
+impl ReservationStorage for InitiatorPath {
     fn now(&self) -> Duration {
         crate::now()
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lease that is a persistent reservation of SCSI or NVMe: the storage itself refuses the writes of all others.
 //!
-//! The holder registers a [key](key::Key) and reserves Write Exclusive, so that others may read. For a disk that one
+//! The holder registers a [key](key::ReservationKey) and reserves Write Exclusive, so that others may read. For a disk that one
 //! path leads to it is that: only the holder writes, and another registered host does not. Of a map of dm-multipath it
 //! is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all paths of the
 //! host, which are all registered. There no other host may be registered, so a host that does not get the reservation
@@ -34,12 +34,12 @@ mod rules;
 mod model;
 
 use crate::complete::complete;
-use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Term, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
 use control::{Code, Failure};
-use device::Device;
+use device::ReservedDevice;
 use diskio::reservation::Reservation;
-use key::Key;
-use rules::{Party, Refusal, Rules, Storage};
+use key::ReservationKey;
+use rules::{Party, Refusal, ReservationRules, ReservationStorage};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -53,22 +53,26 @@ pub(crate) struct Reserved<S> {
     image: PathBuf,
     party: Party,
     storage: S,
-    key: Option<Key>,
+    key: Option<ReservationKey>,
     term: Term,
 }
 
 /// The reservation of the device at `image`.
-pub(crate) fn open(image: &Path, claim: Claim) -> Result<Box<dyn Lease>, Failure> {
-    Ok(Box::new(Reserved::new(image, Device::open(image)?, claim)))
+pub(crate) fn open(image: &Path, claim: LeaseClaim) -> Result<Box<dyn Lease>, Failure> {
+    Ok(Box::new(Reserved::new(
+        image,
+        ReservedDevice::open(image)?,
+        claim,
+    )))
 }
 
-impl<S: Storage> Reserved<S> {
-    fn new(image: &Path, storage: S, claim: Claim) -> Reserved<S> {
+impl<S: ReservationStorage> Reserved<S> {
+    fn new(image: &Path, storage: S, claim: LeaseClaim) -> Reserved<S> {
         Reserved {
             image: image.into(),
             party: Party {
                 claim,
-                rules: Rules::ALL,
+                rules: ReservationRules::ALL,
             },
             storage,
             key: None,
@@ -76,7 +80,7 @@ impl<S: Storage> Reserved<S> {
         }
     }
 
-    fn granted(&mut self, key: Key) -> Grant {
+    fn granted(&mut self, key: ReservationKey) -> Grant {
         self.key = Some(key);
         // It ends when the storage says so.
         self.term.set(Duration::MAX);
@@ -86,7 +90,7 @@ impl<S: Storage> Reserved<S> {
         }
     }
 
-    fn held(&self) -> Result<Key, Failure> {
+    fn held(&self) -> Result<ReservationKey, Failure> {
         self.key.ok_or_else(|| {
             Failure::new(
                 Code::Gone,
@@ -96,7 +100,7 @@ impl<S: Storage> Reserved<S> {
     }
 
     /// Of a key only this is known.
-    fn holder(&self, key: Key) -> Holder {
+    fn holder(&self, key: ReservationKey) -> Holder {
         let own = &self.party.claim.host;
         let is_here = key.is_of_boot(own);
         Holder {
@@ -116,7 +120,7 @@ impl<S: Storage> Reserved<S> {
 
     /// Returns the holder, for people.
     fn describe(&self, key: u64) -> String {
-        let key = Key(key);
+        let key = ReservationKey(key);
         match key.is_of_boot(&self.party.claim.host) {
             true => format!("this host (key {key})"),
             false => format!("host {} (key {key})", key.host_id()),
@@ -125,7 +129,7 @@ impl<S: Storage> Reserved<S> {
 
     fn now_has_it(&self, held: Option<Reservation>) -> String {
         match held {
-            Some(held) if !Key(held.key).is_of_nobody() => self.describe(held.key),
+            Some(held) if !ReservationKey(held.key).is_of_nobody() => self.describe(held.key),
             _ => "nobody".into(),
         }
     }
@@ -136,7 +140,7 @@ impl<S: Storage> Reserved<S> {
         match refusal {
             Refusal::Failed(failure) => failure,
             Refusal::Busy(held) => {
-                let (who, key) = (self.describe(held.key), Key(held.key));
+                let (who, key) = (self.describe(held.key), ReservationKey(held.key));
                 let remedy = match key.is_of_boot(&self.party.claim.host) {
                     true => self.remedy_here(key),
                     false => format!(
@@ -146,7 +150,7 @@ impl<S: Storage> Reserved<S> {
                 busy(format!("{place} is reserved by {who}: {remedy}"))
             }
             Refusal::Registered(keys) => {
-                let keys: Vec<_> = keys.iter().map(|key| Key(*key).to_string()).collect();
+                let keys: Vec<_> = keys.iter().map(|key| ReservationKey(*key).to_string()).collect();
                 let keys = match keys.is_empty() {
                     true => "a key".into(),
                     false => keys.join(", "),
@@ -174,7 +178,7 @@ impl<S: Storage> Reserved<S> {
     }
 
     /// Returns the action that ends the tenure of a disk of this host.
-    fn remedy_here(&self, key: Key) -> String {
+    fn remedy_here(&self, key: ReservationKey) -> String {
         let place = self.image.display();
         format!(
             "`tap-ctl list` shows its disks, and `tap-ctl destroy -m MINOR` ends one; if none of them has it, unregister the key: `sg_persist --out --register --param-rk={key} --param-sark=0 {place}` (NVMe: `nvme resv-register {place} --rrega=1 --crkey={key}`)"
@@ -191,12 +195,12 @@ impl<S: Storage> Reserved<S> {
     }
 }
 
-impl<S: Storage + Send + fmt::Debug> Lease for Reserved<S> {
+impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
     fn inspect(&mut self) -> Result<View, Failure> {
         let held = complete(async { Ok(self.storage.reservation().await?) });
         match held {
-            Ok(Some(held)) if !Key(held.key).is_of_nobody() => {
-                Ok(View::Held(self.holder(Key(held.key))))
+            Ok(Some(held)) if !ReservationKey(held.key).is_of_nobody() => {
+                Ok(View::Held(self.holder(ReservationKey(held.key))))
             }
             Ok(_) => Ok(View::Free {
                 generation: 0,
@@ -242,7 +246,7 @@ impl<S: Storage + Send + fmt::Debug> Lease for Reserved<S> {
     }
 
     fn break_off(&mut self, confirmed: HolderIsDead) -> Result<Option<Holder>, Failure> {
-        let dead = Key(confirmed.generation);
+        let dead = ReservationKey(confirmed.generation);
         match complete(self.party.break_off(&self.storage, dead)) {
             Ok(true) => Ok(Some(self.holder(dead))),
             Ok(false) => Ok(None),

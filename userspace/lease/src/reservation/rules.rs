@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! By which rules a host registers, reserves, looks, gives up and preempts, whatever the storage is.
 
-use super::key::Key;
-use crate::Claim;
+use super::key::ReservationKey;
+use crate::LeaseClaim;
 use control::Failure;
 use diskio::reservation::{Reservation, StorageAnswer};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 const POLL: Duration = Duration::from_millis(100);
 
 /// One way to the storage, that of a host: each call is one command, and the storage does one after the other.
-pub(crate) trait Storage {
+pub(crate) trait ReservationStorage {
     /// Time that never goes back.
     fn now(&self) -> Duration;
     async fn sleep(&self, time: Duration);
@@ -31,7 +31,7 @@ pub(crate) trait Storage {
 
 /// Rules that tests switch off, to see that they are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rules {
+pub(super) struct ReservationRules {
     /// A preemption first ends the holder's commands under way.
     pub(super) aborts: bool,
     /// A host that does not get the reservation is registered no longer.
@@ -42,7 +42,7 @@ pub(super) struct Rules {
     pub(super) idles: bool,
 }
 
-impl Rules {
+impl ReservationRules {
     pub(super) const ALL: Self = Self {
         aborts: true,
         leaves: true,
@@ -61,7 +61,7 @@ pub(super) enum Refusal {
     /// It is to be broken, but this is who has it.
     Other(Option<Reservation>),
     /// It is to be broken, but this host has it.
-    Here(Key),
+    Here(ReservationKey),
     /// It is not this disk's any more.
     Lost(Option<Reservation>),
     /// A command failed.
@@ -77,17 +77,17 @@ impl From<Failure> for Refusal {
 /// The acting disk and host.
 #[derive(Debug)]
 pub(super) struct Party {
-    pub(super) claim: Claim,
-    pub(super) rules: Rules,
+    pub(super) claim: LeaseClaim,
+    pub(super) rules: ReservationRules,
 }
 
 impl Party {
     /// Reserves; waits so long for who has it.
     pub(super) async fn take(
         &self,
-        storage: &impl Storage,
+        storage: &impl ReservationStorage,
         wait: Duration,
-    ) -> Result<Key, Refusal> {
+    ) -> Result<ReservationKey, Refusal> {
         let start = storage.now();
         loop {
             match self.attempt(storage).await {
@@ -101,7 +101,7 @@ impl Party {
         }
     }
 
-    async fn attempt(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+    async fn attempt(&self, storage: &impl ReservationStorage) -> Result<ReservationKey, Refusal> {
         match storage.reservation().await? {
             Some(held) => self.inherit(storage, held).await,
             None => self.reserve(storage).await,
@@ -109,13 +109,17 @@ impl Party {
     }
 
     /// Returns the key for an existing reservation, if that is this disk's, or was left by this host.
-    async fn inherit(&self, storage: &impl Storage, held: Reservation) -> Result<Key, Refusal> {
-        let key = Key(held.key);
+    async fn inherit(
+        &self,
+        storage: &impl ReservationStorage,
+        held: Reservation,
+    ) -> Result<ReservationKey, Refusal> {
+        let key = ReservationKey(held.key);
         if key.is_of(&self.claim) {
             return Ok(key);
         }
         let (changes, keys) = storage.keys().await?;
-        let new = Key::new(&self.claim, changes);
+        let new = ReservationKey::new(&self.claim, changes);
         // The storage refuses it to all who are not registered so, whatever host the key seems to be of.
         let may_replace = self.is_left_over(key) || key.is_of_nobody();
         let replaced =
@@ -149,30 +153,34 @@ impl Party {
     /// Takes away what `old` has.
     async fn preempt(
         &self,
-        storage: &impl Storage,
-        old: Key,
-        new: Key,
+        storage: &impl ReservationStorage,
+        old: ReservationKey,
+        new: ReservationKey,
     ) -> Result<StorageAnswer, Refusal> {
         let preempted = storage.preempt(new.0, old.0, self.rules.aborts).await;
         self.settle(storage, new, preempted).await
     }
 
     /// Whether no disk does I/O under this key, which this host left behind when it died or when a command failed.
-    fn is_left_over(&self, key: Key) -> bool {
+    fn is_left_over(&self, key: ReservationKey) -> bool {
         let host = &self.claim.host;
         let is_idle = !key.is_of_boot(host) || key.is_of_nobody();
         key.is_of_machine(host) && (is_idle || !self.rules.respects)
     }
 
-    async fn reserve(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+    async fn reserve(&self, storage: &impl ReservationStorage) -> Result<ReservationKey, Refusal> {
         let (changes, keys) = storage.keys().await?;
-        let new = Key::new(&self.claim, changes);
+        let new = ReservationKey::new(&self.claim, changes);
         self.register(storage, &keys, new, None).await?;
         self.reserve_as(storage, new).await
     }
 
     /// Reserves for a key that is registered.
-    async fn reserve_as(&self, storage: &impl Storage, key: Key) -> Result<Key, Refusal> {
+    async fn reserve_as(
+        &self,
+        storage: &impl ReservationStorage,
+        key: ReservationKey,
+    ) -> Result<ReservationKey, Refusal> {
         let reserved = storage.reserve(key.0).await;
         match self.settle(storage, key, reserved).await? {
             StorageAnswer::Done => Ok(key),
@@ -189,8 +197,8 @@ impl Party {
     /// registered hosts write.
     async fn settle(
         &self,
-        storage: &impl Storage,
-        key: Key,
+        storage: &impl ReservationStorage,
+        key: ReservationKey,
         answer: Result<StorageAnswer, Failure>,
     ) -> Result<StorageAnswer, Refusal> {
         if matches!(answer, Ok(StorageAnswer::Done)) {
@@ -209,16 +217,17 @@ impl Party {
     /// Registers a new key in place of none, or of one that was left over, but not of `except`.
     async fn register(
         &self,
-        storage: &impl Storage,
+        storage: &impl ReservationStorage,
         keys: &[u64],
-        new: Key,
+        new: ReservationKey,
         except: Option<u64>,
     ) -> Result<(), Refusal> {
         if storage.register(0, new.0).await? == StorageAnswer::Done {
             return Ok(());
         }
         let own = |key: &&u64| {
-            let left_over = Key(**key).is_of(&self.claim) || self.is_left_over(Key(**key));
+            let left_over = ReservationKey(**key).is_of(&self.claim)
+                || self.is_left_over(ReservationKey(**key));
             left_over && Some(**key) != except
         };
         for old in keys.iter().filter(own) {
@@ -227,20 +236,31 @@ impl Party {
             }
         }
         let host = &self.claim.host;
-        let here = keys.iter().filter(|key| Key(**key).is_of_machine(host));
+        let here = keys
+            .iter()
+            .filter(|key| ReservationKey(**key).is_of_machine(host));
         Err(Refusal::Registered(here.copied().collect()))
     }
 
     /// Continues with the reservation of an earlier supervisor for this disk.
-    pub(super) async fn resume(&self, storage: &impl Storage) -> Result<Key, Refusal> {
+    pub(super) async fn resume(
+        &self,
+        storage: &impl ReservationStorage,
+    ) -> Result<ReservationKey, Refusal> {
         match storage.reservation().await? {
-            Some(held) if Key(held.key).is_of(&self.claim) => Ok(Key(held.key)),
+            Some(held) if ReservationKey(held.key).is_of(&self.claim) => {
+                Ok(ReservationKey(held.key))
+            }
             held => Err(Refusal::Lost(held)),
         }
     }
 
     /// A heartbeat: looks whether it is still reserved for this disk.
-    pub(super) async fn keep(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
+    pub(super) async fn keep(
+        &self,
+        storage: &impl ReservationStorage,
+        key: ReservationKey,
+    ) -> Result<(), Refusal> {
         match storage.reservation().await? {
             Some(held) if held.key == key.0 => Ok(()),
             held => Err(Refusal::Lost(held)),
@@ -251,10 +271,14 @@ impl Party {
     ///
     /// The storage keeps it reserved, for an idle key: if it were free, the storage would accept writes of a host that
     /// has lost it before and has not noticed.
-    pub(super) async fn give_up(&self, storage: &impl Storage, key: Key) -> Result<(), Refusal> {
+    pub(super) async fn give_up(
+        &self,
+        storage: &impl ReservationStorage,
+        key: ReservationKey,
+    ) -> Result<(), Refusal> {
         let idle = match self.rules.idles {
-            true => Key::of_nobody(&self.claim.host, key.changes()),
-            false => Key(0),
+            true => ReservationKey::of_nobody(&self.claim.host, key.changes()),
+            false => ReservationKey(0),
         };
         if storage.register(key.0, idle.0).await? == StorageAnswer::Done {
             return Ok(());
@@ -270,18 +294,18 @@ impl Party {
     /// something to be taken.
     pub(super) async fn break_off(
         &self,
-        storage: &impl Storage,
-        dead: Key,
+        storage: &impl ReservationStorage,
+        dead: ReservationKey,
     ) -> Result<bool, Refusal> {
         let (changes, keys) = storage.keys().await?;
         let held = storage.reservation().await?;
         match held {
-            Some(held) if Key(held.key).is_of_nobody() => return Ok(false),
+            Some(held) if ReservationKey(held.key).is_of_nobody() => return Ok(false),
             Some(held) if held.key != dead.0 => return Err(Refusal::Other(Some(held))),
             None if !keys.contains(&dead.0) => return Ok(false),
             _ => {}
         }
-        let idle = Key::of_nobody(&self.claim.host, changes);
+        let idle = ReservationKey::of_nobody(&self.claim.host, changes);
         match self.register(storage, &keys, idle, Some(dead.0)).await {
             Err(Refusal::Registered(here)) if here.contains(&dead.0) => {
                 return Err(Refusal::Here(dead))

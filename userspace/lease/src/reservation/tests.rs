@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases of a storage with reservations.
 
-use super::fake::Target;
-use super::key::Key;
-use crate::{Claim, HolderIsDead, Keeper, Lease, News, View};
+use super::fake::ScsiTarget;
+use super::key::ReservationKey;
+use crate::{HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
 use control::Code;
 use diskio::reservation::{ReservationKind, StorageAnswer};
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-fn claim(name: &str, machine: u8, boot: u8) -> Claim {
-    let mut claim = Claim::new("a disk").unwrap();
+fn claim(name: &str, machine: u8, boot: u8) -> LeaseClaim {
+    let mut claim = LeaseClaim::new("a disk").unwrap();
     claim.host.name = name.into();
     claim.host.machine = [machine; 16];
     claim.host.boot = [boot; 16];
     claim
 }
 
-fn lease(target: &Target, initiator: u8, claim: Claim) -> Box<dyn Lease> {
+fn lease(target: &ScsiTarget, initiator: u8, claim: LeaseClaim) -> Box<dyn Lease> {
     target.lease(initiator, Path::new("/dev/sdx"), claim)
 }
 
@@ -35,7 +35,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
         ReservationKind::WriteExclusive,
         ReservationKind::WriteExclusiveRegistrants,
     ] {
-        let target = Target::of_kind(kind);
+        let target = ScsiTarget::of_kind(kind);
         let mut a = lease(&target, 1, claim("a", 1, 1));
         let mut b = lease(&target, 2, claim("b", 2, 2));
         let grant = a.take(Duration::ZERO).unwrap();
@@ -45,7 +45,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
         assert_eq!(target.begin(2), None);
         let refused = b.take(Duration::ZERO).unwrap_err();
         assert_eq!(refused.code, Code::Busy);
-        let shown = Key(grant.generation).to_string();
+        let shown = ReservationKey(grant.generation).to_string();
         for word in [&shown[..], "host id-", "/dev/sdx", "tap-ctl lease break"] {
             assert!(refused.message.contains(word), "{refused}");
         }
@@ -65,7 +65,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
 
 #[test]
 fn a_break_ends_what_the_holder_has_under_way_and_leaves_it_free() {
-    let target = Target::default();
+    let target = ScsiTarget::default();
     let mut a = lease(&target, 1, claim("a", 1, 1));
     let mut b = lease(&target, 2, claim("b", 2, 2));
     let generation = a.take(Duration::ZERO).unwrap().generation;
@@ -75,7 +75,7 @@ fn a_break_ends_what_the_holder_has_under_way_and_leaves_it_free() {
     let own = a.break_off(HolderIsDead { generation }).unwrap_err();
     assert!(own.message.contains("this host itself"), "{own}");
     let was = b.break_off(HolderIsDead { generation }).unwrap().unwrap();
-    assert_eq!(was.key, Some(Key(generation).to_string()));
+    assert_eq!(was.key, Some(ReservationKey(generation).to_string()));
     assert!(!target.land(write));
     assert_eq!(key(&mut *b), None);
     // It does not know yet.
@@ -90,7 +90,7 @@ fn a_break_ends_what_the_holder_has_under_way_and_leaves_it_free() {
 
 #[test]
 fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
-    let target = Target::default();
+    let target = ScsiTarget::default();
     let own = claim("a", 1, 1);
     let mut first = lease(&target, 1, own.clone());
     let generation = first.take(Duration::ZERO).unwrap().generation;
@@ -111,7 +111,7 @@ fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
 
 #[test]
 fn what_an_earlier_boot_left_is_taken_over_and_by_no_other_host() {
-    let target = Target::default();
+    let target = ScsiTarget::default();
     let before = lease(&target, 1, claim("a", 1, 1)).take(Duration::ZERO);
     let before = before.unwrap().generation;
     // A machine whose number is the same, which the storage knows to be another one.
@@ -122,7 +122,7 @@ fn what_an_earlier_boot_left_is_taken_over_and_by_no_other_host() {
     assert_ne!(generation, before);
     assert_eq!(target.keys().1, [generation]);
     // Registered, and not reserved: it died in between.
-    let target = Target::default();
+    let target = ScsiTarget::default();
     assert_eq!(target.register(1, 0, before), StorageAnswer::Done);
     let mut same = lease(&target, 1, claim("a", 1, 1));
     let refused = same.take(Duration::ZERO).unwrap_err();
@@ -137,7 +137,7 @@ fn what_an_earlier_boot_left_is_taken_over_and_by_no_other_host() {
 
 #[test]
 fn what_nobody_has_is_taken_by_one_host_of_several() {
-    let target = Target::default();
+    let target = ScsiTarget::default();
     let mut a = lease(&target, 1, claim("a", 1, 1));
     a.take(Duration::ZERO).unwrap();
     a.give_up().unwrap();
@@ -154,7 +154,7 @@ fn what_nobody_has_is_taken_by_one_host_of_several() {
 
 #[test]
 fn who_keeps_a_reservation_learns_that_it_was_lost() {
-    let target = Target::default();
+    let target = ScsiTarget::default();
     let mut a = lease(&target, 1, claim("a", 1, 1));
     let grant = a.take(Duration::ZERO).unwrap();
     let (sender, news) = channel();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The daemon of sanlock, asked over its socket. Each question has a connection of its own.
 
-use super::state::State;
-use super::wire::{self, Command, Disk, Header, Host, Lockspace, Resource};
+use super::state::DaemonState;
+use super::wire::{self, Lockspace, MessageHeader, Resource, SanlkDisk, SanlkHost, SanlockCommand};
 use control::{Code, Failure, SanlockResource};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -42,7 +42,7 @@ pub(super) struct Owners {
     /// How often it was taken.
     pub(super) version: u64,
     /// One, unless it is shared.
-    pub(super) hosts: Vec<Host>,
+    pub(super) hosts: Vec<SanlkHost>,
 }
 
 /// A daemon.
@@ -61,17 +61,17 @@ impl Daemon {
     }
 
     /// All that it has in memory, without any I/O of its own.
-    pub(super) fn state(&self) -> Result<State, Failure> {
+    pub(super) fn state(&self) -> Result<DaemonState, Failure> {
         let mut connection = self.connect(SOON)?;
-        let header = Header {
+        let header = MessageHeader {
             // The most that there is to say.
             data: 0,
-            ..Header::new(Command::Status, 0, 0)
+            ..MessageHeader::new(SanlockCommand::Status, 0, 0)
         };
         connection.send(&[header.as_bytes()])?;
-        connection.header(Command::Status)?;
+        connection.header(SanlockCommand::Status)?;
         let told = connection.rest()?;
-        State::read(&told).map_err(|why| self.strange(why))
+        DaemonState::read(&told).map_err(|why| self.strange(why))
     }
 
     /// Takes a resource for this host, or finds that the host has it. It stays the host's when the connection ends,
@@ -87,10 +87,10 @@ impl Daemon {
         // A resource that the host has without a process becomes this connection's.
         connection.acquire(of)?;
         let (resource, _) = Resource::new(of, 0);
-        let header = Header::new(Command::Release, 0, size_of::<Resource>());
-        let header = Header { data: 1, ..header };
+        let header = MessageHeader::new(SanlockCommand::Release, 0, size_of::<Resource>());
+        let header = MessageHeader { data: 1, ..header };
         connection.send(&[header.as_bytes(), resource.as_bytes()])?;
-        connection.result(Command::Release).map(drop)
+        connection.result(SanlockCommand::Release).map(drop)
     }
 
     /// The host has a resource no longer, whatever its storage does. True if it had it.
@@ -98,36 +98,36 @@ impl Daemon {
         let mut connection = self.registered()?;
         let (resource, _) = Resource::new(of, 0);
         let flags = wire::RELEASE_ORPHAN;
-        let header = Header::new(Command::Release, flags, size_of::<Resource>());
-        let header = Header { data: 1, ..header };
+        let header = MessageHeader::new(SanlockCommand::Release, flags, size_of::<Resource>());
+        let header = MessageHeader { data: 1, ..header };
         connection.send(&[header.as_bytes(), resource.as_bytes()])?;
         connection
-            .result(Command::Release)
+            .result(SanlockCommand::Release)
             .map(|released| released.data > 0)
     }
 
     /// From now on the host does not leave a lockspace while it has a resource there.
     pub(super) fn stay(&self, lockspace: &str) -> Result<(), Trouble> {
         let mut connection = self.connect(SOON)?;
-        let header = Header::new(Command::SetConfig, 0, size_of::<Lockspace>());
-        let header = Header {
+        let header = MessageHeader::new(SanlockCommand::SetConfig, 0, size_of::<Lockspace>());
+        let header = MessageHeader {
             // CAST: it is small.
             data: wire::USED_BY_ORPHANS as i32,
             ..header
         };
         let lockspace = Lockspace::new(lockspace, 0);
         connection.send(&[header.as_bytes(), lockspace.as_bytes()])?;
-        connection.result(Command::SetConfig).map(drop)
+        connection.result(SanlockCommand::SetConfig).map(drop)
     }
 
     /// Reads from storage who has a resource.
     pub(super) fn owners(&self, of: &SanlockResource) -> Result<Owners, Trouble> {
         let mut connection = self.connect(STORAGE)?;
         let (resource, disk) = Resource::new(of, 0);
-        let behind = size_of::<Resource>() + size_of::<Disk>();
-        let header = Header::new(Command::ReadOwners, 0, behind);
+        let behind = size_of::<Resource>() + size_of::<SanlkDisk>();
+        let header = MessageHeader::new(SanlockCommand::ReadOwners, 0, behind);
         connection.send(&[header.as_bytes(), resource.as_bytes(), disk.as_bytes()])?;
-        let count = connection.result(Command::ReadOwners)?.data2;
+        let count = connection.result(SanlockCommand::ReadOwners)?.data2;
         let resource: Resource = connection.read()?;
         let hosts = connection.hosts(count)?;
         Ok(Owners {
@@ -138,12 +138,12 @@ impl Daemon {
 
     /// Returns the daemon's information about a host of a lockspace; nothing if it was not seen, or this host has not
     /// joined.
-    pub(super) fn host(&self, lockspace: &str, host_id: u64) -> Result<Option<Host>, Failure> {
+    pub(super) fn host(&self, lockspace: &str, host_id: u64) -> Result<Option<SanlkHost>, Failure> {
         let mut connection = self.connect(SOON)?;
-        let header = Header::new(Command::GetHosts, 0, size_of::<Lockspace>());
+        let header = MessageHeader::new(SanlockCommand::GetHosts, 0, size_of::<Lockspace>());
         let lockspace = Lockspace::new(lockspace, host_id);
         connection.send(&[header.as_bytes(), lockspace.as_bytes()])?;
-        match connection.result(Command::GetHosts) {
+        match connection.result(SanlockCommand::GetHosts) {
             Ok(header) => Ok(connection.hosts(header.data2)?.first().copied()),
             Err(Trouble::Refused(_)) => Ok(None),
             Err(Trouble::Failed(failure)) => Err(failure),
@@ -153,13 +153,13 @@ impl Daemon {
     /// The name that a host of a lockspace has given itself.
     pub(super) fn name(&self, lockspace: &str, host_id: u64) -> Result<Option<String>, Failure> {
         let mut connection = self.connect(SOON)?;
-        let header = Header::new(Command::HostStatus, 0, size_of::<Lockspace>());
+        let header = MessageHeader::new(SanlockCommand::HostStatus, 0, size_of::<Lockspace>());
         let lockspace = Lockspace::new(lockspace, 0);
         connection.send(&[header.as_bytes(), lockspace.as_bytes()])?;
-        match connection.result(Command::HostStatus) {
+        match connection.result(SanlockCommand::HostStatus) {
             Ok(_) => {
                 let told = connection.rest()?;
-                State::host_name(&told, host_id).map_err(|why| self.strange(why))
+                DaemonState::host_name(&told, host_id).map_err(|why| self.strange(why))
             }
             Err(Trouble::Refused(_)) => Ok(None),
             Err(Trouble::Failed(failure)) => Err(failure),
@@ -168,16 +168,16 @@ impl Daemon {
 
     /// A connection that may have resources. Should their lockspace be lost in the moment in which it has one, sanlock
     /// asks this process to end, and does not kill it.
-    fn registered(&self) -> Result<Connection<'_>, Trouble> {
+    fn registered(&self) -> Result<DaemonConnection<'_>, Trouble> {
         let mut connection = self.connect(STORAGE)?;
-        let register = Header::new(Command::Register, 0, 0);
-        let restrict = Header::new(Command::Restrict, wire::NO_SIGKILL, 0);
+        let register = MessageHeader::new(SanlockCommand::Register, 0, 0);
+        let restrict = MessageHeader::new(SanlockCommand::Restrict, wire::NO_SIGKILL, 0);
         connection.send(&[register.as_bytes(), restrict.as_bytes()])?;
-        connection.result(Command::Restrict)?;
+        connection.result(SanlockCommand::Restrict)?;
         Ok(connection)
     }
 
-    fn connect(&self, limit: Duration) -> Result<Connection<'_>, Failure> {
+    fn connect(&self, limit: Duration) -> Result<DaemonConnection<'_>, Failure> {
         let connect = || {
             let stream = UnixStream::connect(&self.socket)?;
             stream.set_read_timeout(Some(limit))?;
@@ -195,7 +195,7 @@ impl Daemon {
             ),
             _ => self.failed("connect to", &error),
         })?;
-        Ok(Connection {
+        Ok(DaemonConnection {
             daemon: self,
             stream,
         })
@@ -221,12 +221,12 @@ impl Daemon {
     }
 }
 
-struct Connection<'d> {
+struct DaemonConnection<'d> {
     daemon: &'d Daemon,
     stream: UnixStream,
 }
 
-impl Connection<'_> {
+impl DaemonConnection<'_> {
     fn send(&mut self, parts: &[&[u8]]) -> Result<(), Failure> {
         self.stream
             .write_all(&parts.concat())
@@ -251,8 +251,8 @@ impl Connection<'_> {
         Ok(told)
     }
 
-    fn header(&mut self, of: Command) -> Result<Header, Failure> {
-        let header: Header = self.read()?;
+    fn header(&mut self, of: SanlockCommand) -> Result<MessageHeader, Failure> {
+        let header: MessageHeader = self.read()?;
         // CAST: the numbers are those of the daemon.
         if header.magic != wire::MAGIC || header.command != of as u32 {
             return Err(self
@@ -262,7 +262,7 @@ impl Connection<'_> {
         Ok(header)
     }
 
-    fn result(&mut self, of: Command) -> Result<Header, Trouble> {
+    fn result(&mut self, of: SanlockCommand) -> Result<MessageHeader, Trouble> {
         let header = self.header(of)?;
         match header.data {
             refused if refused < 0 => Err(Trouble::Refused(refused)),
@@ -270,7 +270,7 @@ impl Connection<'_> {
         }
     }
 
-    fn hosts(&mut self, count: i32) -> Result<Vec<Host>, Failure> {
+    fn hosts(&mut self, count: i32) -> Result<Vec<SanlkHost>, Failure> {
         if !(0..=HOSTS).contains(&count) {
             let why = format!("it knows {count} hosts");
             return Err(self.daemon.strange(why));
@@ -284,11 +284,11 @@ impl Connection<'_> {
         let parts = [resource.as_bytes(), disk.as_bytes(), options.as_bytes()];
         let behind = parts.iter().map(|part| part.len()).sum();
         let flags = wire::ORPHAN | wire::NO_WAIT;
-        let header = Header {
+        let header = MessageHeader {
             data: 1,
-            ..Header::new(Command::Acquire, flags, behind)
+            ..MessageHeader::new(SanlockCommand::Acquire, flags, behind)
         };
         self.send(&[header.as_bytes(), parts[0], parts[1], parts[2]])?;
-        self.result(Command::Acquire).map(drop)
+        self.result(SanlockCommand::Acquire).map(drop)
     }
 }

@@ -2,9 +2,12 @@
 //! Daemons of sanlock on sockets, with a lockspace and its resources in memory.
 
 use super::daemon::Daemon;
-use super::wire::{self, Command, Disk, Header, Host, Lockspace, Options, Resource, State};
+use super::wire::{
+    self, Lockspace, MessageHeader, Options, Resource, SanlkDisk, SanlkHost, SanlkState,
+    SanlockCommand,
+};
 use super::Sanlock;
-use crate::{Claim, Lease};
+use crate::{Lease, LeaseClaim};
 use control::SanlockResource;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -21,7 +24,7 @@ const NOW: u64 = 1000;
 
 /// The storage of a lockspace. Copies are the same one.
 #[derive(Clone, Debug, Default)]
-pub struct Storage(Arc<Mutex<BTreeMap<Names, Leader>>>);
+pub struct LockspaceStorage(Arc<Mutex<BTreeMap<Names, Leader>>>);
 
 type Names = ([u8; 48], [u8; 48]);
 
@@ -34,15 +37,15 @@ struct Leader {
 
 /// A host, and its daemon.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct SanlockNode {
     socket: PathBuf,
-    storage: Storage,
-    state: Arc<Mutex<Told>>,
+    storage: LockspaceStorage,
+    state: Arc<Mutex<DaemonInfo>>,
 }
 
 /// A daemon's information about itself, as a test sets it.
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct DaemonInfo {
     /// The number of the host.
     pub host_id: u64,
     /// How often it has joined.
@@ -69,15 +72,15 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Storage {
+impl LockspaceStorage {
     /// A host that reaches it and has joined as `host_id`. Its daemon listens in `folder`.
     ///
     /// # Errors
     /// It cannot listen there.
-    pub fn node(&self, folder: &Path, host_id: u64) -> io::Result<Node> {
+    pub fn node(&self, folder: &Path, host_id: u64) -> io::Result<SanlockNode> {
         let socket = folder.join(format!("sanlock-{host_id}.sock"));
         let listener = UnixListener::bind(&socket)?;
-        let told = Told {
+        let told = DaemonInfo {
             host_id,
             generation: 1,
             list: "spaces",
@@ -90,7 +93,7 @@ impl Storage {
             stays: false,
             orphans: BTreeMap::new(),
         };
-        let node = Node {
+        let node = SanlockNode {
             socket,
             storage: self.clone(),
             state: Arc::new(Mutex::new(told)),
@@ -116,16 +119,16 @@ impl Storage {
     }
 }
 
-impl Node {
+impl SanlockNode {
     /// A resource as a lease of `image`, as this host has it.
     #[must_use]
-    pub fn lease(&self, of: &SanlockResource, image: &Path, claim: Claim) -> Box<dyn Lease> {
+    pub fn lease(&self, of: &SanlockResource, image: &Path, claim: LeaseClaim) -> Box<dyn Lease> {
         let socket = self.socket.clone();
         Box::new(Sanlock::new(of, image, claim, Daemon { socket }))
     }
 
     /// Changes what the daemon says.
-    pub fn change(&self, how: impl FnOnce(&mut Told)) {
+    pub fn change(&self, how: impl FnOnce(&mut DaemonInfo)) {
         how(&mut lock(&self.state));
     }
 
@@ -162,49 +165,49 @@ impl Node {
 
     fn serve(&self, mut stream: UnixStream) -> io::Result<()> {
         loop {
-            let header: Header = take(&mut stream)?;
+            let header: MessageHeader = take(&mut stream)?;
             let babble = lock(&self.state).babble.clone();
             if let Some(bytes) = babble {
                 return stream.write_all(&bytes);
             }
-            let is = |command: Command| header.command == command as u32;
+            let is = |command: SanlockCommand| header.command == command as u32;
             let mut answer = Vec::new();
             let (mut data, mut data2) = (0, 0);
-            if is(Command::Register) {
+            if is(SanlockCommand::Register) {
                 continue;
-            } else if is(Command::Status) {
+            } else if is(SanlockCommand::Status) {
                 answer = self.status();
-            } else if is(Command::SetConfig) {
+            } else if is(SanlockCommand::SetConfig) {
                 take::<Lockspace>(&mut stream)?;
                 lock(&self.state).stays = true;
-            } else if is(Command::Acquire) {
+            } else if is(SanlockCommand::Acquire) {
                 let resource: Resource = take(&mut stream)?;
-                take::<Disk>(&mut stream)?;
+                take::<SanlkDisk>(&mut stream)?;
                 take::<Options>(&mut stream)?;
                 data = self.acquire(resource);
-            } else if is(Command::Release) {
+            } else if is(SanlockCommand::Release) {
                 let resource: Resource = take(&mut stream)?;
                 data = self.release(&resource, header.flags & wire::RELEASE_ORPHAN == 0);
-            } else if is(Command::ReadOwners) {
+            } else if is(SanlockCommand::ReadOwners) {
                 let resource: Resource = take(&mut stream)?;
-                take::<Disk>(&mut stream)?;
+                take::<SanlkDisk>(&mut stream)?;
                 (data, data2, answer) = self.owners(resource);
-            } else if is(Command::GetHosts) {
+            } else if is(SanlockCommand::GetHosts) {
                 let asked: Lockspace = take(&mut stream)?;
                 (data2, answer) = (1, live(asked.host_id).as_bytes().to_vec());
-            } else if is(Command::HostStatus) {
+            } else if is(SanlockCommand::HostStatus) {
                 take::<Lockspace>(&mut stream)?;
                 answer = names();
-            } else if !is(Command::Restrict) {
+            } else if !is(SanlockCommand::Restrict) {
                 return Err(io::ErrorKind::InvalidData.into());
             }
-            let header = Header {
+            let header = MessageHeader {
                 data,
                 data2,
                 ..header
             };
             stream.write_all(&[header.as_bytes(), &answer].concat())?;
-            if is(Command::Status) || is(Command::HostStatus) {
+            if is(SanlockCommand::Status) || is(SanlockCommand::HostStatus) {
                 return Ok(());
             }
         }
@@ -236,7 +239,7 @@ impl Node {
             let words = format!("list=orphan flags=0 lver={version} token_id=0\0");
             all.extend(told(wire::OF_RESOURCE, "a", *version, 4711, &words));
             all.extend(resource.as_bytes());
-            all.extend(Disk::new_zeroed().as_bytes());
+            all.extend(SanlkDisk::new_zeroed().as_bytes());
         }
         all
     }
@@ -285,7 +288,7 @@ impl Node {
         let Some((host_id, generation)) = leader.owner else {
             return (0, 0, answer);
         };
-        let host = Host {
+        let host = SanlkHost {
             generation,
             timestamp: NOW - 60,
             ..live(host_id)
@@ -296,8 +299,8 @@ impl Node {
 }
 
 /// A host that has renewed its number a moment ago.
-fn live(host_id: u64) -> Host {
-    Host {
+fn live(host_id: u64) -> SanlkHost {
+    SanlkHost {
         host_id,
         generation: 1,
         timestamp: NOW,
@@ -317,7 +320,7 @@ fn names() -> Vec<u8> {
 
 fn told(kind: u32, name: &str, long: u64, number: u32, words: &str) -> Vec<u8> {
     let length = u32::try_from(words.len()).unwrap_or_default();
-    let head = State::new(kind, name, long, number, length);
+    let head = SanlkState::new(kind, name, long, number, length);
     [head.as_bytes(), words.as_bytes()].concat()
 }
 

@@ -34,11 +34,11 @@ mod refusal;
 mod state;
 mod wire;
 
-use crate::{Claim, Grant, Holder, HolderIsDead, Lease, Owner, Term, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, Owner, Term, View};
 use control::{Code, Failure, SanlockResource};
 use daemon::{Daemon, Trouble};
 use rustix::time::{clock_gettime, ClockId};
-use state::{Held, Phase, Space, State};
+use state::{DaemonState, HeldResource, Phase, Space};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -60,7 +60,7 @@ const TAKEN: &str = "on storage it is not this host's, which must have slept";
 pub(crate) struct Sanlock {
     resource: SanlockResource,
     image: PathBuf,
-    claim: Claim,
+    claim: LeaseClaim,
     daemon: Daemon,
     /// A watchdog is required; without one this host is not fenced, which is for tests only.
     needs_watchdog: bool,
@@ -79,18 +79,18 @@ struct Got {
 }
 
 /// A lease that is not this host's any more, and why.
-enum Look {
+enum LostLease {
     Here(Got, Duration),
     Lost(String),
 }
 
 /// The resource as a lease of `image`.
-pub(crate) fn open(resource: &SanlockResource, image: &Path, claim: Claim) -> Box<dyn Lease> {
+pub(crate) fn open(resource: &SanlockResource, image: &Path, claim: LeaseClaim) -> Box<dyn Lease> {
     Box::new(Sanlock::new(resource, image, claim, Daemon::here()))
 }
 
 impl Sanlock {
-    fn new(resource: &SanlockResource, image: &Path, claim: Claim, daemon: Daemon) -> Sanlock {
+    fn new(resource: &SanlockResource, image: &Path, claim: LeaseClaim, daemon: Daemon) -> Sanlock {
         Sanlock {
             resource: resource.clone(),
             image: image.into(),
@@ -103,7 +103,7 @@ impl Sanlock {
     }
 
     /// The lockspace, if something may be taken there.
-    fn joined<'s>(&self, state: &'s State) -> Result<&'s Space, Failure> {
+    fn joined<'s>(&self, state: &'s DaemonState) -> Result<&'s Space, Failure> {
         let name = &self.resource.lockspace;
         let refuse = |why: String| Err(Failure::new(Code::State, why));
         let space = match state.space(name) {
@@ -141,16 +141,16 @@ impl Sanlock {
             Err(Trouble::Failed(failure)) => return Err(self.undone(failure)),
         }
         match self.confirm() {
-            Ok(Look::Here(got, until)) => Ok(Ok(self.granted(got, until))),
-            Ok(Look::Lost(why)) => Err(self.undone(self.lost(&why))),
+            Ok(LostLease::Here(got, until)) => Ok(Ok(self.granted(got, until))),
+            Ok(LostLease::Lost(why)) => Err(self.undone(self.lost(&why))),
             Err(failure) => Err(self.undone(failure)),
         }
     }
 
     /// Looks whether it is this host's, on storage too: what the host had before may have been lost in its sleep.
-    fn confirm(&self) -> Result<Look, Failure> {
+    fn confirm(&self) -> Result<LostLease, Failure> {
         match self.look(None)? {
-            Look::Here(got, _) if !self.is_owner(&got)? => Ok(Look::Lost(TAKEN.into())),
+            LostLease::Here(got, _) if !self.is_owner(&got)? => Ok(LostLease::Lost(TAKEN.into())),
             look => Ok(look),
         }
     }
@@ -172,16 +172,16 @@ impl Sanlock {
     }
 
     /// Looks whether it is this host's, and until when. `before` is what it was.
-    fn look(&self, before: Option<Got>) -> Result<Look, Failure> {
+    fn look(&self, before: Option<Got>) -> Result<LostLease, Failure> {
         let asked = crate::now();
         let state = self.daemon.state()?;
         let name = &self.resource.lockspace;
         let Some(space) = state.space(name) else {
             let why = format!("this host has left the lockspace {name}");
-            return Ok(Look::Lost(why));
+            return Ok(LostLease::Lost(why));
         };
         if space.phase != Phase::Joined {
-            return Ok(Look::Lost(format!(
+            return Ok(LostLease::Lost(format!(
                 "this host has not renewed its number in the lockspace {name} for {} s, or has orders to leave it",
                 space.lasts()
             )));
@@ -189,7 +189,7 @@ impl Sanlock {
         let held = state.held(&self.resource).filter(|held| !held.is_passing);
         let Some(held) = held else {
             let why = "sanlock says that this host has it no longer".to_owned();
-            return Ok(Look::Lost(why));
+            return Ok(LostLease::Lost(why));
         };
         let slept = slept();
         let got = Got {
@@ -202,16 +202,16 @@ impl Sanlock {
             let since = Got { slept, ..before };
             if got != since {
                 let why = format!("this host has joined the lockspace {name} or taken it anew");
-                return Ok(Look::Lost(why));
+                return Ok(LostLease::Lost(why));
             }
             if slept > before.slept + SLEPT && !self.is_owner(&got)? {
-                return Ok(Look::Lost(TAKEN.into()));
+                return Ok(LostLease::Lost(TAKEN.into()));
             }
         }
         // Both times are without their fractions.
         let age = state.now.saturating_sub(space.renewed) + 1;
         let lasts = space.is_well_for().saturating_sub(age);
-        Ok(Look::Here(got, asked + Duration::from_secs(lasts)))
+        Ok(LostLease::Here(got, asked + Duration::from_secs(lasts)))
     }
 
     /// It is this host's on storage, too.
@@ -220,8 +220,9 @@ impl Sanlock {
             Ok(owners) => owners,
             Err(trouble) => return Err(self.explained(trouble)),
         };
-        let is_ours =
-            |host: &wire::Host| (host.host_id, host.generation) == (got.host_id, got.generation);
+        let is_ours = |host: &wire::SanlkHost| {
+            (host.host_id, host.generation) == (got.host_id, got.generation)
+        };
         Ok(owners.version == got.version && owners.hosts.iter().any(is_ours))
     }
 
@@ -346,13 +347,13 @@ impl Lease for Sanlock {
 
     fn resume(&mut self, generation: u64) -> Result<Grant, Failure> {
         match self.confirm()? {
-            Look::Here(got, until) if generation == 0 || generation == got.version => {
+            LostLease::Here(got, until) if generation == 0 || generation == got.version => {
                 let stayed = self.daemon.stay(&self.resource.lockspace);
                 stayed.map_err(|trouble| self.explained(trouble))?;
                 Ok(self.granted(got, until))
             }
-            Look::Here(..) => Err(self.ended("this host has taken it anew")),
-            Look::Lost(why) => Err(self.ended(&why)),
+            LostLease::Here(..) => Err(self.ended("this host has taken it anew")),
+            LostLease::Lost(why) => Err(self.ended(&why)),
         }
     }
 
@@ -361,11 +362,11 @@ impl Lease for Sanlock {
             return Err(self.lost("it is not held"));
         };
         match self.look(Some(before))? {
-            Look::Here(got, until) => {
+            LostLease::Here(got, until) => {
                 self.granted(got, until);
                 Ok(())
             }
-            Look::Lost(why) => Err(self.ended(&why)),
+            LostLease::Lost(why) => Err(self.ended(&why)),
         }
     }
 
@@ -378,7 +379,7 @@ impl Lease for Sanlock {
             return Err(self.lost("it is not held"));
         };
         self.term.end();
-        if let Look::Lost(why) = self.look(Some(before))? {
+        if let LostLease::Lost(why) = self.look(Some(before))? {
             self.settle()?;
             return Err(self.ended(&why));
         }
@@ -417,7 +418,7 @@ impl Lease for Sanlock {
 }
 
 /// The process of this host that has a resource.
-fn whose(held: Option<&Held>) -> String {
+fn whose(held: Option<&HeldResource>) -> String {
     held.map_or(String::new(), |held| format!(" (process {})", held.pid))
 }
 

@@ -5,7 +5,7 @@
 use super::daemon::Daemon;
 use super::state::Phase;
 use super::Sanlock;
-use crate::{now, Claim, Lease, View};
+use crate::{now, Lease, LeaseClaim, View};
 use control::{Code, SanlockResource};
 use std::fs::{self, File};
 use std::io::Read;
@@ -25,25 +25,25 @@ const SIZE: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(90);
 
 /// A lockspace and a few resources.
-struct Bed {
+struct LockspaceHarness {
     dir: tempfile::TempDir,
 }
 
 /// A host: a daemon, which ends with this.
-struct Host {
+struct DaemonHost {
     folder: PathBuf,
     child: Child,
 }
 
-impl Bed {
-    fn new() -> Bed {
+impl LockspaceHarness {
+    fn new() -> LockspaceHarness {
         // Of a file system with direct I/O.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         for (name, size) in [("space", SIZE), ("leases", 2 * SIZE)] {
             let file = File::create(dir.path().join(name)).unwrap();
             file.set_len(size).unwrap();
         }
-        let bed = Bed { dir };
+        let bed = LockspaceHarness { dir };
         let (space, resource) = (bed.space(0), bed.resource("a").to_string());
         let mut init = sanlock(bed.dir.path());
         // A host that joins waits as long as the previous one could take by the timeout that is stored there.
@@ -72,8 +72,8 @@ impl Bed {
     }
 
     /// Hosts that have joined, under the numbers from 1.
-    fn hosts<const N: usize>(&self, names: [&str; N]) -> [Host; N] {
-        let hosts = names.map(|name| Host::start(&self.path(name), name));
+    fn hosts<const N: usize>(&self, names: [&str; N]) -> [DaemonHost; N] {
+        let hosts = names.map(|name| DaemonHost::start(&self.path(name), name));
         let joining = (1..).zip(&hosts).map(|(number, host)| {
             let mut join = sanlock(&host.folder);
             let (space, timeout) = (self.space(number), TIMEOUT.to_string());
@@ -87,8 +87,8 @@ impl Bed {
         hosts
     }
 
-    fn lease(&self, host: &Host) -> Sanlock {
-        let claim = Claim::new("a disk").unwrap();
+    fn lease(&self, host: &DaemonHost) -> Sanlock {
+        let claim = LeaseClaim::new("a disk").unwrap();
         let (resource, daemon) = (self.resource("a"), host.daemon());
         let mut lease = Sanlock::new(&resource, Path::new("/srv/a.img"), claim, daemon);
         lease.needs_watchdog = false;
@@ -96,8 +96,8 @@ impl Bed {
     }
 }
 
-impl Host {
-    fn start(folder: &Path, name: &str) -> Host {
+impl DaemonHost {
+    fn start(folder: &Path, name: &str) -> DaemonHost {
         fs::create_dir(folder).unwrap();
         let [user, group] = ["-un", "-gn"].map(|which| run(Command::new("id").arg(which)));
         let log = File::create(folder.join("log")).unwrap();
@@ -106,7 +106,7 @@ impl Host {
         daemon.args(["-e", name, "-U", user.trim(), "-G", group.trim()]);
         daemon.stdout(Stdio::null()).stderr(log);
         let child = daemon.spawn().unwrap();
-        let host = Host {
+        let host = DaemonHost {
             folder: folder.into(),
             child,
         };
@@ -147,7 +147,7 @@ impl Host {
     }
 }
 
-impl Drop for Host {
+impl Drop for DaemonHost {
     fn drop(&mut self) {
         // It may have ended, as a test wanted it.
         let _ = self.child.kill();
@@ -182,7 +182,7 @@ fn run(command: &mut Command) -> String {
 #[test]
 #[ignore = "it keeps the daemon's times: cargo xtask test --lane nightly --only sanlock"]
 fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
-    let bed = Bed::new();
+    let bed = LockspaceHarness::new();
     let [alpha, beta] = bed.hosts(["alpha", "beta"]);
     let (mut a, mut b) = (bed.lease(&alpha), bed.lease(&beta));
     assert!(matches!(
@@ -257,7 +257,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
 #[test]
 #[ignore = "it keeps the daemon's times: cargo xtask test --lane nightly --only sanlock"]
 fn sanlock_gives_it_to_another_host_when_the_watchdog_has_reset_the_first() {
-    let bed = Bed::new();
+    let bed = LockspaceHarness::new();
     let [alpha, beta] = bed.hosts(["alpha", "beta"]);
     let first = bed.lease(&alpha).take(Duration::ZERO).unwrap();
     let died = Instant::now();

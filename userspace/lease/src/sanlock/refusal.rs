@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Meanings of the daemon's error numbers, and holders of a resource, for people.
 
-use super::wire::Host;
+use super::wire::SanlkHost;
 use crate::Holder;
 use control::{Code, Failure, SanlockResource};
 use rustix::io::Errno;
@@ -65,7 +65,7 @@ pub(super) fn explain(resource: &SanlockResource, code: i32) -> Failure {
 }
 
 /// Whether a host lives, as this one sees it.
-pub(super) fn condition(host: Option<Host>, generation: u64) -> &'static str {
+pub(super) fn condition(host: Option<SanlkHost>, generation: u64) -> &'static str {
     match host {
         // It has joined again since, so it does not have it.
         Some(host) if host.generation != generation => "gone",

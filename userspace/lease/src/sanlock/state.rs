@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The daemon's state in memory: the lockspaces that the host has joined, and the resources that it has.
 
-use super::wire::{self, Disk, Lockspace, Resource};
+use super::wire::{self, Lockspace, Resource, SanlkDisk};
 use control::SanlockResource;
 use zerocopy::FromBytes;
 
@@ -13,7 +13,7 @@ const DISKS: u32 = 4;
 
 /// Answer of the daemon.
 #[derive(Clone, Debug, Default)]
-pub(super) struct State {
+pub(super) struct DaemonState {
     /// Seconds of the clock by which it measures.
     pub(super) now: u64,
     /// A watchdog resets the host if a lockspace is lost and what uses it has not ended.
@@ -21,7 +21,7 @@ pub(super) struct State {
     /// After so many seconds.
     pub(super) fires_after: u64,
     pub(super) spaces: Vec<Space>,
-    resources: Vec<(Resource, Held)>,
+    resources: Vec<(Resource, HeldResource)>,
 }
 
 /// A lockspace that this host has joined.
@@ -51,7 +51,7 @@ pub(super) enum Phase {
 
 /// A resource that this host has.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct HeldResource {
     /// How often it was taken.
     pub(super) version: u64,
     /// It is being given up, or is not had yet.
@@ -74,10 +74,10 @@ impl Space {
     }
 }
 
-impl State {
-    /// Reads the answer to [`Command::Status`](wire::Command::Status).
-    pub(super) fn read(told: &[u8]) -> Result<State, String> {
-        let mut state = State::default();
+impl DaemonState {
+    /// Reads the answer to [`SanlockCommand::Status`](wire::SanlockCommand::Status).
+    pub(super) fn read(told: &[u8]) -> Result<DaemonState, String> {
+        let mut state = DaemonState::default();
         let mut rest = told;
         while !rest.is_empty() {
             let (head, words) = next(&mut rest)?;
@@ -100,7 +100,7 @@ impl State {
                         return Err(format!("a resource has {} disks", resource.disks));
                     }
                     for _ in 0..resource.disks {
-                        take::<Disk>(&mut rest)?;
+                        take::<SanlkDisk>(&mut rest)?;
                     }
                     state.resources.push((resource, held(&head, words)?));
                 }
@@ -110,7 +110,7 @@ impl State {
         Ok(state)
     }
 
-    /// The name that a host has given itself, from the answer to [`Command::HostStatus`](wire::Command::HostStatus).
+    /// The name that a host has given itself, from the answer to [`SanlockCommand::HostStatus`](wire::SanlockCommand::HostStatus).
     pub(super) fn host_name(told: &[u8], host_id: u64) -> Result<Option<String>, String> {
         let mut rest = told;
         while !rest.is_empty() {
@@ -129,13 +129,13 @@ impl State {
     }
 
     /// A resource, if the host has it, or has just given it up.
-    pub(super) fn held(&self, of: &SanlockResource) -> Option<&Held> {
+    pub(super) fn held(&self, of: &SanlockResource) -> Option<&HeldResource> {
         let found = self.resources.iter().find(|(resource, _)| resource.is(of));
         found.map(|(_, held)| held)
     }
 }
 
-fn space(head: &wire::State, words: &str) -> Result<Space, String> {
+fn space(head: &wire::SanlkState, words: &str) -> Result<Space, String> {
     let is_lost = number(words, "killing_pids")? != 0 || number(words, "space_dead")? != 0;
     let phase = match word(words, "list") {
         Some("add") => Phase::Joining,
@@ -153,9 +153,9 @@ fn space(head: &wire::State, words: &str) -> Result<Space, String> {
     })
 }
 
-fn held(head: &wire::State, words: &str) -> Result<Held, String> {
+fn held(head: &wire::SanlkState, words: &str) -> Result<HeldResource, String> {
     let list = word(words, "list").unwrap_or_default();
-    Ok(Held {
+    Ok(HeldResource {
         version: number(words, "lver")?,
         is_passing: !matches!(list, "held" | "orphan"),
         pid: head.number,
@@ -164,8 +164,8 @@ fn held(head: &wire::State, words: &str) -> Result<Held, String> {
 }
 
 /// The next state of an answer, and its words.
-fn next<'t>(rest: &mut &'t [u8]) -> Result<(wire::State, &'t str), String> {
-    let head: wire::State = take(rest)?;
+fn next<'t>(rest: &mut &'t [u8]) -> Result<(wire::SanlkState, &'t str), String> {
+    let head: wire::SanlkState = take(rest)?;
     let length = usize::try_from(head.length).unwrap_or(usize::MAX);
     let (words, behind) = rest.split_at_checked(length).ok_or_else(short)?;
     *rest = behind;
@@ -197,8 +197,8 @@ fn number(words: &str, name: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::{State as Head, OF_DAEMON, OF_LOCKSPACE, OF_RESOURCE};
-    use super::State;
+    use super::super::wire::{SanlkState as Head, OF_DAEMON, OF_LOCKSPACE, OF_RESOURCE};
+    use super::DaemonState;
     use zerocopy::IntoBytes;
 
     fn told(kind: u32, words: &str, behind: usize) -> Vec<u8> {
@@ -212,11 +212,11 @@ mod tests {
     #[test]
     fn what_is_no_answer_is_refused_with_a_reason() {
         let whole = told(OF_DAEMON, "monotime=7 use_watchdog=1", 0);
-        let state = State::read(&whole).unwrap();
+        let state = DaemonState::read(&whole).unwrap();
         assert_eq!((state.now, state.has_watchdog), (7, true));
         assert_eq!(state.fires_after, 60);
         for end in 1..whole.len() {
-            assert!(State::read(&whole[..end]).is_err(), "{end}");
+            assert!(DaemonState::read(&whole[..end]).is_err(), "{end}");
         }
         let mut many = told(OF_RESOURCE, "list=orphan lver=1", 128);
         let disks = many.len() - 4;
@@ -229,7 +229,7 @@ mod tests {
             (many, "has 5 disks"),
             (told(OF_DAEMON, "monotime=\u{7f}", 0), "monotime is"),
         ] {
-            let error = State::read(&bytes).unwrap_err();
+            let error = DaemonState::read(&bytes).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases of hosts whose daemons say what a test likes.
 
-use super::fake::{Node, Storage};
+use super::fake::{LockspaceStorage, SanlockNode};
 use super::slept;
-use crate::{now, Claim, HolderIsDead, Keeper, Lease, News, View};
+use crate::{now, HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
 use control::{Code, LeaseKind, SanlockResource};
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -16,16 +16,21 @@ fn resource() -> SanlockResource {
     }
 }
 
-fn lease(node: &Node) -> Box<dyn Lease> {
-    let mut claim = Claim::new("a disk").unwrap();
+fn lease(node: &SanlockNode) -> Box<dyn Lease> {
+    let mut claim = LeaseClaim::new("a disk").unwrap();
     claim.host.name = "here".into();
     node.lease(&resource(), Path::new("/dev/sdx"), claim)
 }
 
 /// Two hosts of a lockspace.
-fn hosts() -> (tempfile::TempDir, Storage, Node, Node) {
+fn hosts() -> (
+    tempfile::TempDir,
+    LockspaceStorage,
+    SanlockNode,
+    SanlockNode,
+) {
     let dir = tempfile::tempdir().unwrap();
-    let storage = Storage::default();
+    let storage = LockspaceStorage::default();
     let [a, b] = [1, 2].map(|number| storage.node(dir.path(), number).unwrap());
     (dir, storage, a, b)
 }
@@ -195,7 +200,7 @@ fn a_host_that_has_joined_anew_or_slept_has_lost_it() {
 #[test]
 fn a_heartbeat_after_a_sleep_asks_the_storage() {
     let (dir, _, alpha, _) = hosts();
-    let claim = Claim::new("a disk").unwrap();
+    let claim = LeaseClaim::new("a disk").unwrap();
     let socket = dir.path().join("sanlock-1.sock");
     let daemon = super::Daemon { socket };
     let mut a = super::Sanlock::new(&resource(), Path::new("/dev/sdx"), claim, daemon);
@@ -250,10 +255,10 @@ fn a_daemon_that_does_not_answer_is_no_loss() {
 fn where_nothing_can_be_taken_it_is_said_why_and_what_to_do() {
     let (_dir, _, alpha, _) = hosts();
     let refused = || lease(&alpha).take(Duration::ZERO).unwrap_err();
-    let clean = |told: &mut super::fake::Told| {
+    let clean = |told: &mut super::fake::DaemonInfo| {
         (told.list, told.io_timeout, told.has_watchdog, told.refusal) = ("spaces", 10, true, None);
     };
-    type How = fn(&mut super::fake::Told);
+    type How = fn(&mut super::fake::DaemonInfo);
     let states: [(How, &str); 4] = [
         (|told| told.list = "", "add_lockspace -s vms"),
         (|told| told.list = "add", "is joining"),

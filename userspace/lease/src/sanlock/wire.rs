@@ -20,7 +20,7 @@ const PATH: usize = 1024;
 /// `SM_CMD_REGISTER` and its like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(super) enum Command {
+pub(super) enum SanlockCommand {
     Register = 1,
     Status = 5,
     Acquire = 7,
@@ -48,7 +48,7 @@ pub(super) const USED_BY_ORPHANS: u32 = 4;
 /// `struct sm_header`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct Header {
+pub(super) struct MessageHeader {
     pub(super) magic: u32,
     pub(super) version: u32,
     pub(super) command: u32,
@@ -65,7 +65,7 @@ pub(super) struct Header {
 /// `struct sanlk_disk`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct Disk {
+pub(super) struct SanlkDisk {
     path: [u8; PATH],
     pub(super) offset: u64,
     pad: [u32; 2],
@@ -83,7 +83,7 @@ pub(super) struct Resource {
     data32: u32,
     unused: u32,
     pub(super) flags: u32,
-    /// How many [`Disk`]s follow.
+    /// How many [`SanlkDisk`]s follow.
     pub(super) disks: u32,
 }
 
@@ -104,13 +104,13 @@ pub(super) struct Lockspace {
     pub(super) host_id: u64,
     flags: u32,
     pad: u32,
-    disk: Disk,
+    disk: SanlkDisk,
 }
 
 /// `struct sanlk_host`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct Host {
+pub(super) struct SanlkHost {
     pub(super) host_id: u64,
     pub(super) generation: u64,
     /// Seconds of its own clock.
@@ -122,7 +122,7 @@ pub(super) struct Host {
 /// `struct sanlk_state`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct State {
+pub(super) struct SanlkState {
     pub(super) kind: u32,
     flags: u32,
     pub(super) number: u32,
@@ -134,22 +134,22 @@ pub(super) struct State {
     pad2: u32,
 }
 
-/// Kinds of a [`State`], as `SANLK_STATE_DAEMON` and its like.
+/// Kinds of a [`SanlkState`], as `SANLK_STATE_DAEMON` and its like.
 pub(super) const OF_DAEMON: u32 = 1;
 pub(super) const OF_LOCKSPACE: u32 = 3;
 pub(super) const OF_RESOURCE: u32 = 4;
 pub(super) const OF_HOST: u32 = 5;
 
-impl Header {
+impl MessageHeader {
     /// A question with so many bytes behind it.
-    pub(super) fn new(command: Command, flags: u32, behind: usize) -> Header {
-        Header {
+    pub(super) fn new(command: SanlockCommand, flags: u32, behind: usize) -> MessageHeader {
+        MessageHeader {
             magic: MAGIC,
             version: PROTOCOL,
             // CAST: the numbers are those of the daemon.
             command: command as u32,
             flags,
-            length: u32::try_from(size_of::<Header>() + behind).unwrap_or(u32::MAX),
+            length: u32::try_from(size_of::<MessageHeader>() + behind).unwrap_or(u32::MAX),
             sequence: 0,
             data: 0,
             data2: -1,
@@ -159,8 +159,8 @@ impl Header {
 
 impl Resource {
     /// The resource, and where it is.
-    pub(super) fn new(of: &SanlockResource, flags: u32) -> (Resource, Disk) {
-        let mut disk = Disk::new_zeroed();
+    pub(super) fn new(of: &SanlockResource, flags: u32) -> (Resource, SanlkDisk) {
+        let mut disk = SanlkDisk::new_zeroed();
         disk.offset = of.offset;
         let path = of.path.as_os_str().as_encoded_bytes();
         // One byte stays, for the zero.
@@ -193,7 +193,7 @@ impl Lockspace {
     }
 }
 
-impl State {
+impl SanlkState {
     /// Returns the name of the object whose state this is.
     pub(super) fn name(&self) -> String {
         let end = self.name.iter().position(|byte| *byte == 0);
@@ -228,32 +228,32 @@ impl Resource {
 }
 
 #[cfg(any(test, feature = "fake"))]
-impl State {
+impl SanlkState {
     /// Makes the state of an object, as a daemon sends it.
-    pub(super) fn new(kind: u32, name: &str, long: u64, number: u32, length: u32) -> State {
-        State {
+    pub(super) fn new(kind: u32, name: &str, long: u64, number: u32, length: u32) -> SanlkState {
+        SanlkState {
             kind,
             number,
             long,
             name: named(name),
             length,
-            ..State::new_zeroed()
+            ..SanlkState::new_zeroed()
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Disk, Header, Host, Lockspace, Options, Resource, State};
+    use super::{Lockspace, MessageHeader, Options, Resource, SanlkDisk, SanlkHost, SanlkState};
 
     #[test]
     fn structures_are_as_large_as_those_of_c() {
-        assert_eq!(size_of::<Header>(), 32);
-        assert_eq!(size_of::<Disk>(), 1040);
+        assert_eq!(size_of::<MessageHeader>(), 32);
+        assert_eq!(size_of::<SanlkDisk>(), 1040);
         assert_eq!(size_of::<Resource>(), 128);
         assert_eq!(size_of::<Options>(), 56);
         assert_eq!(size_of::<Lockspace>(), 1104);
-        assert_eq!(size_of::<Host>(), 32);
-        assert_eq!(size_of::<State>(), 80);
+        assert_eq!(size_of::<SanlkHost>(), 32);
+        assert_eq!(size_of::<SanlkState>(), 80);
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The module is exchanged below all disks, or none.
 
-use super::fake::{device, Fake, Fault, Version};
+use super::fake::{device, FakeHost, HostFault, Version};
 use std::io;
 use std::time::Duration;
-use takeover::{exchange, Driver, Exchange, Exchanged};
+use takeover::{exchange, BackendDriver, Exchange, Exchanged};
 
 const PLAN: Exchange = Exchange {
     patience: Duration::from_millis(300),
@@ -14,8 +14,8 @@ const PLAN: Exchange = Exchange {
 };
 
 /// Another module is installed than the one that is loaded, of which there is a copy.
-fn upgraded() -> Fake {
-    let fake = Fake::new(Driver::Rs);
+fn upgraded() -> FakeHost {
+    let fake = FakeHost::new(BackendDriver::Rs);
     fake.installed.set(Version::New);
     fake.has_copy.set(true);
     fake.set(&device(2, 51712).back("tap-minor"), "3");
@@ -24,7 +24,7 @@ fn upgraded() -> Fake {
     fake
 }
 
-fn run(fake: &Fake) -> io::Result<Exchanged> {
+fn run(fake: &FakeHost) -> io::Result<Exchanged> {
     exchange(fake, PLAN)
 }
 
@@ -36,7 +36,11 @@ fn the_installed_module_serves_all_disks() {
     assert!(outcome.is_done && outcome.why.is_none(), "{outcome:?}");
     assert_eq!(outcome.disks.len(), 4);
     assert_eq!(fake.version.get(), Version::New);
-    assert_eq!(fake.served_by(Driver::Rs), 5, "and one that came meanwhile");
+    assert_eq!(
+        fake.served_by(BackendDriver::Rs),
+        5,
+        "and one that came meanwhile"
+    );
     fake.assert_sound("after it");
     // There is nothing more to do, unless a new exchange is requested.
     let calls = fake.calls.get();
@@ -79,7 +83,7 @@ fn a_module_that_cannot_be_loaded_gives_way_to_the_one_before() {
     assert!(!outcome.is_done && outcome.is_as_before, "{outcome:?}");
     assert!(outcome.why.unwrap().contains("invalid module format"));
     assert_eq!(
-        (fake.version.get(), fake.served_by(Driver::Rs)),
+        (fake.version.get(), fake.served_by(BackendDriver::Rs)),
         (Version::Old, 4)
     );
     fake.assert_sound("after it");
@@ -93,7 +97,7 @@ fn a_module_that_serves_less_gives_way_to_the_one_before() {
     assert!(!outcome.is_done && outcome.is_as_before, "{outcome:?}");
     assert!(outcome.why.unwrap().contains("256 indirect segments"));
     assert_eq!(
-        (fake.version.get(), fake.served_by(Driver::Rs)),
+        (fake.version.get(), fake.served_by(BackendDriver::Rs)),
         (Version::Old, 4)
     );
     fake.assert_sound("after it");
@@ -101,7 +105,7 @@ fn a_module_that_serves_less_gives_way_to_the_one_before() {
 
 #[test]
 fn one_disk_that_must_stay_keeps_the_module() {
-    let refused = |prepare: fn(&Fake), words: &str| {
+    let refused = |prepare: fn(&FakeHost), words: &str| {
         let fake = upgraded();
         prepare(&fake);
         let outcome = run(&fake).unwrap();
@@ -116,7 +120,7 @@ fn one_disk_that_must_stay_keeps_the_module() {
         assert_eq!(*fake.wrong.borrow(), [""; 0]);
         assert!(fake.paused.borrow().values().all(|count| *count == 0));
     };
-    let hangs = |fake: &Fake| {
+    let hangs = |fake: &FakeHost| {
         fake.vbds
             .borrow_mut()
             .get_mut(&device(1, 51728))
@@ -128,7 +132,7 @@ fn one_disk_that_must_stay_keeps_the_module() {
         |fake| fake.set(&device(1, 51712).back("online"), "0"),
         "detached",
     );
-    refused(|fake| fake.add(Driver::Rs, 0, 51712, 1), "domain 0");
+    refused(|fake| fake.add(BackendDriver::Rs, 0, 51712, 1), "domain 0");
     // No guest is paused for a supervisor that cannot do its part.
     let fake = upgraded();
     fake.is_silent.set(true);
@@ -149,7 +153,7 @@ fn whatever_fails_a_module_serves_all_and_no_guest_is_paused() {
     assert!(calls > 25, "{calls}");
     for broken in [None, Some(Version::New)] {
         for at in 0..calls + 8 {
-            for fault in [Fault::Before, Fault::After, Fault::Killed] {
+            for fault in [HostFault::Before, HostFault::After, HostFault::Killed] {
                 let when = format!("{broken:?} cannot be loaded, {fault:?} at {at}");
                 let fake = upgraded();
                 fake.unloadable.set(broken);
@@ -173,7 +177,7 @@ fn whatever_fails_a_module_serves_all_and_no_guest_is_paused() {
                 fake.fault.set(None);
                 let second = run(&fake).unwrap_or_else(|error| panic!("{when}: {error}"));
                 fake.assert_sound(&when);
-                assert_eq!(fake.served_by(Driver::Rs), 4, "{when}: {second:?}");
+                assert_eq!(fake.served_by(BackendDriver::Rs), 4, "{when}: {second:?}");
                 let wanted = if broken.is_some() {
                     Version::Old
                 } else {

@@ -6,14 +6,16 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 use takeover::rings::Head;
-use takeover::{take_over, Begun, Device, Driver, Host, Limits, Modules, Outcome, Plan};
+use takeover::{
+    take_over, BackendDriver, Begun, BusDevice, Host, Modules, OfferedLimits, SwapOutcome, SwapPlan,
+};
 
 /// How long our module takes to give back what it has of a disk, of which the bus waits for nothing.
 const GIVES_BACK: Duration = Duration::from_millis(300);
 
 #[derive(Clone, Debug)]
-pub(crate) struct Vbd {
-    pub(crate) driver: Option<Driver>,
+pub(crate) struct FakeVbd {
+    pub(crate) driver: Option<BackendDriver>,
     /// The backend has announced persistent grants when the guest connected.
     pub(crate) is_told: bool,
     /// Indexes of its rings.
@@ -24,7 +26,7 @@ pub(crate) struct Vbd {
 
 /// Fault of a call of the host that changes something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
+pub(crate) enum HostFault {
     /// It fails, and nothing has happened.
     Before,
     /// It fails, and has happened.
@@ -34,19 +36,19 @@ pub(crate) enum Fault {
 }
 
 #[derive(Default)]
-pub(crate) struct Fake {
-    pub(crate) vbds: RefCell<BTreeMap<Device, Vbd>>,
+pub(crate) struct FakeHost {
+    pub(crate) vbds: RefCell<BTreeMap<BusDevice, FakeVbd>>,
     pub(crate) keys: RefCell<BTreeMap<String, String>>,
     pub(crate) paused: RefCell<BTreeMap<u16, i32>>,
-    pub(crate) loaded: RefCell<Vec<Driver>>,
+    pub(crate) loaded: RefCell<Vec<BackendDriver>>,
     pub(crate) begun: RefCell<Option<Begun>>,
-    pub(crate) refuses: Cell<Option<Driver>>,
+    pub(crate) refuses: Cell<Option<BackendDriver>>,
     /// It serves with smaller requests than the other one.
-    pub(crate) is_small: Cell<Option<Driver>>,
+    pub(crate) is_small: Cell<Option<BackendDriver>>,
     /// The guest is destroyed when its first disk has no driver.
     pub(crate) vanishes: Cell<bool>,
     /// Calls until the fault.
-    pub(crate) fault: Cell<Option<(usize, Fault)>>,
+    pub(crate) fault: Cell<Option<(usize, HostFault)>>,
     pub(crate) calls: Cell<usize>,
     pub(crate) is_dead: Cell<bool>,
     pub(crate) now: Cell<Duration>,
@@ -82,14 +84,14 @@ pub(crate) enum Version {
     New,
 }
 
-pub(crate) fn device(domid: u16, handle: u32) -> Device {
-    Device::named(&format!("vbd-{domid}-{handle}")).unwrap()
+pub(crate) fn device(domid: u16, handle: u32) -> BusDevice {
+    BusDevice::named(&format!("vbd-{domid}-{handle}")).unwrap()
 }
 
-impl Fake {
+impl FakeHost {
     /// Guests 1 and 2 have two disks each, of which one has two queues and one is not connected.
-    pub(crate) fn new(from: Driver) -> Fake {
-        let fake = Fake::default();
+    pub(crate) fn new(from: BackendDriver) -> FakeHost {
+        let fake = FakeHost::default();
         fake.loaded.borrow_mut().push(from);
         for (domid, handle, queues) in [(1, 51712, 1), (1, 51728, 2), (2, 51712, 2), (2, 51728, 0)]
         {
@@ -98,7 +100,7 @@ impl Fake {
         fake
     }
 
-    pub(crate) fn add(&self, from: Driver, domid: u16, handle: u32, queues: u32) {
+    pub(crate) fn add(&self, from: BackendDriver, domid: u16, handle: u32, queues: u32) {
         let device = device(domid, handle);
         let front = format!("/local/domain/{domid}/device/vbd/{handle}");
         let head = |_| Head {
@@ -106,8 +108,8 @@ impl Fake {
             answered: 30,
         };
         // This driver did not say so in its first versions.
-        let is_told = from == Driver::C || domid == 2;
-        let vbd = Vbd {
+        let is_told = from == BackendDriver::C || domid == 2;
+        let vbd = FakeVbd {
             driver: Some(from),
             is_told,
             rings: (0..queues).map(head).collect(),
@@ -146,7 +148,7 @@ impl Fake {
         self.keys.borrow_mut().insert(key.into(), value.into());
     }
 
-    pub(crate) fn front(&self, device: &Device, key: &str) -> Option<String> {
+    pub(crate) fn front(&self, device: &BusDevice, key: &str) -> Option<String> {
         let keys = self.keys.borrow();
         let front = keys.get(&device.back("frontend"))?;
         keys.get(&format!("{front}/{key}")).cloned()
@@ -188,10 +190,10 @@ impl Fake {
         self.calls.set(call + 1);
         match self.fault.get() {
             Some((at, fault)) if at == call => {
-                if fault == Fault::Killed || fault == Fault::After && may_be_done {
+                if fault == HostFault::Killed || fault == HostFault::After && may_be_done {
                     work()?;
                 }
-                self.is_dead.set(fault == Fault::Killed);
+                self.is_dead.set(fault == HostFault::Killed);
                 Err(io::Error::other("planted"))
             }
             _ => work(),
@@ -209,8 +211,8 @@ impl Fake {
         self.wrong.borrow_mut().push(what);
     }
 
-    pub(crate) fn plan(&self, to: Driver) -> Plan {
-        Plan {
+    pub(crate) fn plan(&self, to: BackendDriver) -> SwapPlan {
+        SwapPlan {
             from: to.other(),
             to,
             patience: Duration::from_millis(300),
@@ -218,15 +220,15 @@ impl Fake {
         }
     }
 
-    pub(crate) fn run(&self, to: Driver) -> io::Result<Vec<Outcome>> {
+    pub(crate) fn run(&self, to: BackendDriver) -> io::Result<Vec<SwapOutcome>> {
         take_over(self, self.plan(to), &[], |_| ())
     }
 
     /// Checks that a dry run changes nothing, and names the disks that an earlier attempt has left.
-    pub(crate) fn only_says(&self, to: Driver, when: &str) {
+    pub(crate) fn only_says(&self, to: BackendDriver, when: &str) {
         let state = || format!("{:?} {:?}", self.keys, self.paused);
         let (before, begun) = (state(), self.begun.borrow().clone());
-        let plan = Plan {
+        let plan = SwapPlan {
             dry_run: true,
             ..self.plan(to)
         };
@@ -238,7 +240,7 @@ impl Fake {
         assert_eq!((state(), &*self.begun.borrow()), (before, &begun), "{when}");
     }
 
-    pub(crate) fn served_by(&self, driver: Driver) -> usize {
+    pub(crate) fn served_by(&self, driver: BackendDriver) -> usize {
         let vbds = self.vbds.borrow();
         vbds.values()
             .filter(|vbd| vbd.driver == Some(driver))
@@ -280,8 +282,8 @@ impl Fake {
     }
 }
 
-impl Host for Fake {
-    fn devices(&self) -> io::Result<Vec<(Device, Option<Driver>)>> {
+impl Host for FakeHost {
+    fn devices(&self) -> io::Result<Vec<(BusDevice, Option<BackendDriver>)>> {
         self.alive()?;
         let vbds = self.vbds.borrow();
         let all = vbds
@@ -290,7 +292,7 @@ impl Host for Fake {
         Ok(all.collect())
     }
 
-    fn driver(&self, device: &Device) -> io::Result<Option<Driver>> {
+    fn driver(&self, device: &BusDevice) -> io::Result<Option<BackendDriver>> {
         self.alive()?;
         let vbds = self.vbds.borrow();
         Ok(vbds.get(device).and_then(|vbd| vbd.driver))
@@ -309,7 +311,7 @@ impl Host for Fake {
         })
     }
 
-    fn renew(&self, device: &Device) -> io::Result<bool> {
+    fn renew(&self, device: &BusDevice) -> io::Result<bool> {
         let online = self.read(&device.back("online"))?;
         if online.as_deref() == Some("0") {
             return Ok(false);
@@ -318,10 +320,10 @@ impl Host for Fake {
         Ok(true)
     }
 
-    fn load(&self, driver: Driver) -> io::Result<()> {
+    fn load(&self, driver: BackendDriver) -> io::Result<()> {
         self.call(|| {
             if !self.loaded.borrow().contains(&driver) {
-                if driver == Driver::Rs {
+                if driver == BackendDriver::Rs {
                     self.insert(self.installed.get())?;
                 }
                 self.loaded.borrow_mut().push(driver);
@@ -330,7 +332,7 @@ impl Host for Fake {
         })
     }
 
-    fn is_loaded(&self, driver: Driver) -> io::Result<bool> {
+    fn is_loaded(&self, driver: BackendDriver) -> io::Result<bool> {
         self.alive()?;
         Ok(self.loaded.borrow().contains(&driver))
     }
@@ -359,7 +361,7 @@ impl Host for Fake {
                 return Err(io::ErrorKind::NotFound.into());
             }
             self.insert(Version::Old)?;
-            self.loaded.borrow_mut().push(Driver::Rs);
+            self.loaded.borrow_mut().push(BackendDriver::Rs);
             Ok(())
         })
     }
@@ -380,7 +382,7 @@ impl Host for Fake {
 
     fn park(&self) -> io::Result<()> {
         self.call(|| {
-            if self.served_by(Driver::Rs) > 0 {
+            if self.served_by(BackendDriver::Rs) > 0 {
                 return Err(io::Error::other("a guest is attached"));
             }
             if self.now.get() < self.gives_back.get() {
@@ -393,7 +395,7 @@ impl Host for Fake {
 
     fn unpark(&self) -> io::Result<()> {
         self.call(|| {
-            if !self.loaded.borrow().contains(&Driver::Rs) {
+            if !self.loaded.borrow().contains(&BackendDriver::Rs) {
                 return Err(io::ErrorKind::NotFound.into());
             }
             self.nodes.set(self.has_taps.get());
@@ -401,12 +403,12 @@ impl Host for Fake {
         })
     }
 
-    fn unload(&self, driver: Driver) -> io::Result<()> {
+    fn unload(&self, driver: BackendDriver) -> io::Result<()> {
         self.call(|| {
             if self.served_by(driver) > 0 {
                 self.wrong(format!("{driver:?} is unloaded and serves"));
             }
-            if driver == Driver::Rs && self.nodes.get() {
+            if driver == BackendDriver::Rs && self.nodes.get() {
                 return Err(io::ErrorKind::ResourceBusy.into());
             }
             self.loaded.borrow_mut().retain(|other| *other != driver);
@@ -419,8 +421,8 @@ impl Host for Fake {
         })
     }
 
-    fn limits(&self, _: Driver) -> Limits {
-        Limits {
+    fn limits(&self, _: BackendDriver) -> OfferedLimits {
+        OfferedLimits {
             queues: Some(4),
             ring_order: Some(4),
             segments: Some(256),
@@ -453,7 +455,7 @@ impl Host for Fake {
         Ok(vbd.rings[reference as usize % 8])
     }
 
-    fn unbind(&self, driver: Driver, device: &Device) -> io::Result<()> {
+    fn unbind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()> {
         self.call(|| {
             let mut vbds = self.vbds.borrow_mut();
             let Some(vbd) = vbds.get_mut(device) else {
@@ -466,7 +468,7 @@ impl Host for Fake {
                 self.wrong(format!("{} is taken away with requests", device.name));
             }
             vbd.driver = None;
-            if driver == Driver::Rs {
+            if driver == BackendDriver::Rs {
                 self.gives_back.set(self.now.get() + GIVES_BACK);
             }
             if self.vanishes.get() {
@@ -477,7 +479,7 @@ impl Host for Fake {
         })
     }
 
-    fn bind(&self, driver: Driver, device: &Device) -> io::Result<()> {
+    fn bind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()> {
         self.call(|| {
             let mut vbds = self.vbds.borrow_mut();
             let Some(vbd) = vbds.get_mut(device) else {
@@ -510,7 +512,8 @@ impl Host for Fake {
                 (false, false) => "4",
             };
             self.set(&device.back("state"), state);
-            let is_weak = driver == Driver::Rs && self.weak.get() == Some(self.version.get());
+            let is_weak =
+                driver == BackendDriver::Rs && self.weak.get() == Some(self.version.get());
             let segments = match self.is_small.get() == Some(driver) || is_weak {
                 true => "16",
                 false => "256",

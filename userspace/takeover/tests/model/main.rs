@@ -5,17 +5,17 @@
 mod exchange;
 mod fake;
 
-use fake::{device, Fake, Fault};
-use takeover::{retire, Driver, Retired};
+use fake::{device, FakeHost, HostFault};
+use takeover::{retire, BackendDriver, Retired};
 
-fn both(test: impl Fn(Driver)) {
-    Driver::ALL.into_iter().for_each(test);
+fn both(test: impl Fn(BackendDriver)) {
+    BackendDriver::ALL.into_iter().for_each(test);
 }
 
 #[test]
 fn all_disks_go_to_the_other_driver_which_alone_stays() {
     both(|to| {
-        let fake = Fake::new(to.other());
+        let fake = FakeHost::new(to.other());
         let outcomes = fake.run(to).unwrap();
         assert_eq!(outcomes.len(), 2);
         assert!(
@@ -25,7 +25,7 @@ fn all_disks_go_to_the_other_driver_which_alone_stays() {
         assert_eq!(fake.served_by(to), 4);
         fake.assert_sound("after all");
         // Another program still uses it.
-        fake.fault.set(Some((fake.calls.get(), Fault::Before)));
+        fake.fault.set(Some((fake.calls.get(), HostFault::Before)));
         let retired = retire(&fake, fake.plan(to)).unwrap();
         assert!(matches!(retired, Retired::Stays(_)), "{retired:?}");
         let retired = retire(&fake, fake.plan(to)).unwrap();
@@ -37,7 +37,7 @@ fn all_disks_go_to_the_other_driver_which_alone_stays() {
 #[test]
 fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
     both(|to| {
-        let fake = Fake::new(to.other());
+        let fake = FakeHost::new(to.other());
         fake.vbds
             .borrow_mut()
             .get_mut(&device(1, 51728))
@@ -60,7 +60,7 @@ fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
 #[test]
 fn a_driver_that_takes_less_than_the_guest_may_send_gives_them_back() {
     both(|to| {
-        let fake = Fake::new(to.other());
+        let fake = FakeHost::new(to.other());
         fake.is_small.set(Some(to));
         let outcomes = fake.run(to).unwrap();
         assert_eq!(fake.served_by(to), 1, "the one that is not connected");
@@ -73,7 +73,7 @@ fn a_driver_that_takes_less_than_the_guest_may_send_gives_them_back() {
 #[test]
 fn a_guest_that_is_destroyed_meanwhile_leaves_nothing_to_do() {
     both(|to| {
-        let fake = Fake::new(to.other());
+        let fake = FakeHost::new(to.other());
         fake.vanishes.set(true);
         let outcomes = fake.run(to).unwrap();
         assert!(outcomes[0].moved.is_empty() && outcomes[0].left.len() >= 2);
@@ -86,7 +86,7 @@ fn a_guest_that_is_destroyed_meanwhile_leaves_nothing_to_do() {
 #[test]
 fn a_driver_that_refuses_gives_them_back() {
     both(|to| {
-        let fake = Fake::new(to.other());
+        let fake = FakeHost::new(to.other());
         fake.refuses.set(Some(to));
         let outcomes = fake.run(to).unwrap();
         assert_eq!(fake.served_by(to), 1, "the one that is not connected");
@@ -97,8 +97,8 @@ fn a_driver_that_refuses_gives_them_back() {
 
 #[test]
 fn what_is_not_safe_is_refused_by_its_reason() {
-    let refused = |to: Driver, prepare: fn(&Fake), words: &str| {
-        let fake = Fake::new(to.other());
+    let refused = |to: BackendDriver, prepare: fn(&FakeHost), words: &str| {
+        let fake = FakeHost::new(to.other());
         prepare(&fake);
         let outcomes = fake.run(to).unwrap();
         let left: Vec<_> = outcomes.iter().flat_map(|outcome| &outcome.left).collect();
@@ -109,7 +109,7 @@ fn what_is_not_safe_is_refused_by_its_reason() {
         assert_eq!(*fake.wrong.borrow(), [""; 0]);
     };
     refused(
-        Driver::C,
+        BackendDriver::C,
         |fake| fake.set(&device(1, 51712).back("tap-minor"), "3"),
         "tap disk",
     );
@@ -159,15 +159,15 @@ fn what_is_not_safe_is_refused_by_its_reason() {
 fn whatever_fails_each_disk_has_a_driver_and_no_guest_is_paused() {
     both(|to| {
         let calls = {
-            let fake = Fake::new(to.other());
+            let fake = FakeHost::new(to.other());
             fake.run(to).unwrap();
             fake.calls.get()
         };
         assert!(calls > 20, "{calls}");
         for at in 0..calls + 5 {
-            for fault in [Fault::Before, Fault::After, Fault::Killed] {
+            for fault in [HostFault::Before, HostFault::After, HostFault::Killed] {
                 let when = format!("to {to:?}, {fault:?} at {at}");
-                let fake = Fake::new(to.other());
+                let fake = FakeHost::new(to.other());
                 fake.fault.set(Some((at, fault)));
                 let first = fake.run(to);
                 let is_finished = first

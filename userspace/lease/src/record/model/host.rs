@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A storage that takes its time, fails, and does late what a dead host had asked for, as hosts see it.
 
-use super::super::layout::{Area, Cell, Record};
-use super::super::rules::World;
+use super::super::layout::{Area, Cell, LeaseRecord};
+use super::super::rules::LeaseWorld;
 use crate::sim::{latency, Dice, Sim};
 use control::{Code, Failure};
 use std::cell::RefCell;
@@ -20,7 +20,7 @@ pub(super) enum Mood {
 
 /// A host's view of the storage, and its clock.
 #[derive(Clone)]
-pub(super) struct Host {
+pub(super) struct ModelHost {
     pub(super) sim: Rc<Sim>,
     pub(super) dice: Rc<Dice>,
     pub(super) store: Rc<RefCell<Area>>,
@@ -30,7 +30,7 @@ pub(super) struct Host {
     pub(super) begin: Duration,
 }
 
-impl Host {
+impl ModelHost {
     /// A host may be stopped at any step.
     async fn pause(&self) {
         let is_drowsy = self.mood == Mood::Drowsy;
@@ -69,7 +69,7 @@ impl Host {
     }
 }
 
-impl World for Host {
+impl LeaseWorld for ModelHost {
     fn now(&self) -> Duration {
         self.begin + self.sim.time() * self.rate / 1000
     }
@@ -84,7 +84,7 @@ impl World for Host {
         self.operate(move || store.borrow().clone()).await
     }
 
-    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure> {
+    async fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure> {
         let (store, record) = (self.store.clone(), record.clone());
         self.operate(move || store.borrow_mut().set(cell, record))
             .await

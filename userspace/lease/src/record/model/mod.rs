@@ -5,12 +5,12 @@
 mod host;
 
 use super::complete;
-use super::layout::{Area, Cell, Record, State};
-use super::rules::{patience, Party, Refusal, Rules, World, BEAT, CLAIM};
-use crate::host::{Claim, Host as Name};
+use super::layout::{Area, Cell, LeaseRecord, RecordState};
+use super::rules::{patience, LeaseWorld, Party, RecordRules, Refusal, BEAT, CLAIM};
+use crate::host::{Host as Name, LeaseClaim};
 use crate::sim::{latency, Dice, Sim};
 use control::Failure;
-use host::{Host, Mood};
+use host::{ModelHost, Mood};
 use std::cell::{Cell as Var, RefCell};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::rc::Rc;
@@ -27,10 +27,10 @@ enum Operator {
 
 /// Rules that a test switches off.
 #[derive(Clone, Copy, Debug)]
-struct Setup {
+struct RecordSetup {
     operator: Operator,
     mood: Mood,
-    rules: Rules,
+    rules: RecordRules,
     /// A holder looks at its clock before it writes.
     has_deadline: bool,
     /// A lease is taken at all.
@@ -39,12 +39,12 @@ struct Setup {
     drains: bool,
 }
 
-impl Setup {
+impl RecordSetup {
     fn of(operator: Operator) -> Self {
         Self {
             operator,
             mood: Mood::Mixed,
-            rules: Rules::ALL,
+            rules: RecordRules::ALL,
             has_deadline: true,
             has_lease: true,
             drains: true,
@@ -54,7 +54,7 @@ impl Setup {
 
 /// The image, as the storage sees it: generations of the writes.
 #[derive(Default)]
-struct Image {
+struct ModelImage {
     /// The latest generation of which a write was sent, and by whom, and of which one has landed.
     sent: Var<(u64, u8)>,
     landed: Var<u64>,
@@ -65,24 +65,24 @@ struct Image {
     wrong: RefCell<Option<String>>,
 }
 
-impl Image {
+impl ModelImage {
     fn complain(&self, what: String) {
         self.wrong.borrow_mut().get_or_insert(what);
     }
 }
 
 struct Schedule {
-    setup: Setup,
+    setup: RecordSetup,
     sim: Rc<Sim>,
     dice: Rc<Dice>,
-    image: Rc<Image>,
+    image: Rc<ModelImage>,
     store: Rc<RefCell<Area>>,
 }
 
 /// A machine, in one of its boots.
 struct Boot {
     all: Rc<Schedule>,
-    world: Host,
+    world: ModelHost,
     party: Party,
     number: u8,
     /// It is powered.
@@ -150,7 +150,7 @@ impl Boot {
             let wait = dice.up_to(Duration::from_secs(30));
             let taken = match self.all.setup.has_lease {
                 true => self.party.take(&self.world, wait).await,
-                false => Ok(super::rules::Held {
+                false => Ok(super::rules::HeldLease {
                     generation: self.all.image.takings.get() + 1,
                     until: Duration::MAX,
                 }),
@@ -214,7 +214,7 @@ impl Schedule {
         let life = Rc::new(Var::new(true));
         let boot = Rc::new(Boot {
             all: self.clone(),
-            world: Host {
+            world: ModelHost {
                 sim: self.sim.clone(),
                 dice: dice.clone(),
                 store: self.store.clone(),
@@ -224,7 +224,7 @@ impl Schedule {
                 begin: dice.up_to(Duration::from_secs(100_000)),
             },
             party: Party {
-                claim: Claim {
+                claim: LeaseClaim {
                     host: Name {
                         name: format!("host{number}"),
                         machine: [number; 16],
@@ -294,7 +294,7 @@ impl Schedule {
 }
 
 /// One schedule; what went wrong, if something did.
-fn run(setup: Setup, seed: u64) -> (Rc<Image>, Option<String>) {
+fn run(setup: RecordSetup, seed: u64) -> (Rc<ModelImage>, Option<String>) {
     let sim = Rc::new(Sim::default());
     let all = Rc::new(Schedule {
         setup,
@@ -319,7 +319,7 @@ fn run(setup: Setup, seed: u64) -> (Rc<Image>, Option<String>) {
 /// Schedules that a rule which is switched off must be found in.
 const SCHEDULES: u64 = 200;
 
-fn found(setup: Setup) -> Option<(u64, String)> {
+fn found(setup: RecordSetup) -> Option<(u64, String)> {
     // It ends with the first one; a holder that ignores its deadline does harm in few.
     (0..10 * SCHEDULES).find_map(|seed| run(setup, seed).1.map(|wrong| (seed, wrong)))
 }
@@ -330,7 +330,7 @@ fn nothing_goes_wrong(operator: Operator) {
     let wanted = std::env::var("SEED").map(|text| text.parse().expect("SEED is a number"));
     let first = wanted.unwrap_or_else(|_| RandomState::new().build_hasher().finish() >> 32);
     for seed in first..first + SCHEDULES {
-        let mut setup = Setup::of(operator);
+        let mut setup = RecordSetup::of(operator);
         if seed % 4 == 0 {
             setup.mood = Mood::Drowsy;
         }
@@ -355,7 +355,7 @@ fn h8_a_break_while_the_holder_lives_makes_no_second_writer() {
     nothing_goes_wrong(Operator::Mistaken);
 }
 
-fn is_needed(setup: Setup) {
+fn is_needed(setup: RecordSetup) {
     let found = found(setup);
     println!("{found:?}");
     assert!(
@@ -366,25 +366,25 @@ fn is_needed(setup: Setup) {
 
 #[test]
 fn s19_without_a_lease_late_writes_are_found() {
-    is_needed(Setup {
+    is_needed(RecordSetup {
         has_lease: false,
-        ..Setup::of(Operator::Careful)
+        ..RecordSetup::of(Operator::Careful)
     });
 }
 
 #[test]
 fn h1_a_lease_that_is_given_up_with_io_under_way_is_found() {
-    is_needed(Setup {
+    is_needed(RecordSetup {
         drains: false,
-        ..Setup::of(Operator::Careful)
+        ..RecordSetup::of(Operator::Careful)
     });
 }
 
 #[test]
 fn h8_a_holder_that_ignores_its_deadline_is_found() {
-    is_needed(Setup {
+    is_needed(RecordSetup {
         has_deadline: false,
-        ..Setup::of(Operator::Mistaken)
+        ..RecordSetup::of(Operator::Mistaken)
     });
 }
 
@@ -392,8 +392,8 @@ macro_rules! rule_is_needed {
     ($($name:ident: $rule:ident, $operator:ident;)*) => {$(
         #[test]
         fn $name() {
-            let rules = Rules { $rule: false, ..Rules::ALL };
-            is_needed(Setup { rules, ..Setup::of(Operator::$operator) });
+            let rules = RecordRules { $rule: false, ..RecordRules::ALL };
+            is_needed(RecordSetup { rules, ..RecordSetup::of(Operator::$operator) });
         }
     )*};
 }
@@ -409,10 +409,10 @@ rule_is_needed! {
 struct LateBeat {
     time: Var<Duration>,
     area: RefCell<Area>,
-    holder: Record,
+    holder: LeaseRecord,
 }
 
-impl World for LateBeat {
+impl LeaseWorld for LateBeat {
     fn now(&self) -> Duration {
         self.time.get()
     }
@@ -425,7 +425,7 @@ impl World for LateBeat {
         Ok(self.area.borrow().clone())
     }
 
-    async fn write(&self, cell: Cell, record: &Record) -> Result<(), Failure> {
+    async fn write(&self, cell: Cell, record: &LeaseRecord) -> Result<(), Failure> {
         self.area.borrow_mut().set(cell, record.clone());
         Ok(())
     }
@@ -442,7 +442,7 @@ impl World for LateBeat {
 
 #[test]
 fn holder_that_was_not_dead_is_found() {
-    let who = |number: u8| Claim {
+    let who = |number: u8| LeaseClaim {
         host: Name {
             name: format!("host{number}"),
             machine: [number; 16],
@@ -451,8 +451,8 @@ fn holder_that_was_not_dead_is_found() {
         disk: "the disk".into(),
         token: [number; 16],
     };
-    let holder = Record {
-        state: State::Held,
+    let holder = LeaseRecord {
+        state: RecordState::Held,
         generation: 5,
         beat: 1,
         since_ms: 0,
@@ -470,9 +470,9 @@ fn holder_that_was_not_dead_is_found() {
         let party = Party {
             claim: who(2),
             image: 1,
-            rules: Rules {
+            rules: RecordRules {
                 looks_back,
-                ..Rules::ALL
+                ..RecordRules::ALL
             },
         };
         let broken = complete(party.break_off(&world, 5));

@@ -3,10 +3,10 @@
 //! commands whose answers are lost, writes that are under way for long, hosts that die and are booted, and an operator
 //! who breaks reservations of the dead, or of living hosts.
 
-use super::fake::{Initiator, Target};
-use super::key::Key;
-use super::rules::{Party, Refusal, Rules, Storage};
-use crate::host::{Claim, Host as Name};
+use super::fake::{Initiator, ScsiTarget};
+use super::key::ReservationKey;
+use super::rules::{Party, Refusal, ReservationRules, ReservationStorage};
+use crate::host::{Host as Name, LeaseClaim};
 use crate::sim::{latency, Dice, Sim};
 use control::{Code, Failure};
 use diskio::reservation::{Reservation, ReservationKind, StorageAnswer};
@@ -19,8 +19,8 @@ const BEAT: Duration = super::BEAT;
 
 /// Rules that a test switches off, or breaks.
 #[derive(Clone, Copy, Debug)]
-struct Setup {
-    rules: Rules,
+struct ReservationSetup {
+    rules: ReservationRules,
     kind: ReservationKind,
     /// The operator breaks any reservation at any time, although its holder lives.
     is_mistaken: bool,
@@ -36,10 +36,10 @@ struct Setup {
     stops: bool,
 }
 
-impl Setup {
+impl ReservationSetup {
     fn of(kind: ReservationKind) -> Self {
         Self {
-            rules: Rules::ALL,
+            rules: ReservationRules::ALL,
             kind,
             is_mistaken: false,
             has_lease: true,
@@ -53,7 +53,7 @@ impl Setup {
 
 /// The image: which taking its writes are of.
 #[derive(Default)]
-struct Image {
+struct ReservedImage {
     takings: Var<u64>,
     landed: Var<u64>,
     writes: Var<u64>,
@@ -62,34 +62,34 @@ struct Image {
     wrong: RefCell<Option<String>>,
 }
 
-impl Image {
+impl ReservedImage {
     fn complain(&self, what: String) {
         self.wrong.borrow_mut().get_or_insert(what);
     }
 }
 
 struct Schedule {
-    setup: Setup,
+    setup: ReservationSetup,
     sim: Rc<Sim>,
     dice: Rc<Dice>,
-    target: Target,
-    image: Rc<Image>,
+    target: ScsiTarget,
+    image: Rc<ReservedImage>,
 }
 
 /// A host's view of the storage: each command is done at some time before it ends, if it is, and its answer may be
 /// lost.
 #[derive(Clone)]
-struct Way {
+struct HostPath {
     all: Rc<Schedule>,
     by: Initiator,
     /// The storage has not learnt yet that the host was booted.
     is_connected: Rc<Var<bool>>,
 }
 
-impl Way {
+impl HostPath {
     async fn operate<T: 'static>(
         &self,
-        effect: impl FnOnce(&Target) -> T + 'static,
+        effect: impl FnOnce(&ScsiTarget) -> T + 'static,
     ) -> Result<T, Failure> {
         let (sim, dice) = (&self.all.sim, &self.all.dice);
         if dice.once_in(60) {
@@ -114,7 +114,7 @@ impl Way {
     }
 }
 
-impl Storage for Way {
+impl ReservationStorage for HostPath {
     fn now(&self) -> Duration {
         self.all.sim.time()
     }
@@ -141,17 +141,17 @@ impl Storage for Way {
     }
 
     async fn keys(&self) -> Result<(u32, Vec<u64>), Failure> {
-        self.operate(Target::keys).await
+        self.operate(ScsiTarget::keys).await
     }
 
     async fn reservation(&self) -> Result<Option<Reservation>, Failure> {
-        self.operate(Target::reservation).await
+        self.operate(ScsiTarget::reservation).await
     }
 }
 
 /// A disk of a machine, in one of its boots.
-struct Disk {
-    way: Way,
+struct ModelDisk {
+    way: HostPath,
     party: Party,
     /// One disk of a machine at a time has the image, or asks for it.
     lock: Rc<Var<bool>>,
@@ -163,7 +163,7 @@ struct Disk {
     quiet: Var<bool>,
 }
 
-impl Disk {
+impl ModelDisk {
     /// A write of the guest.
     fn write(self: &Rc<Self>) {
         let Some(taking) = self.taking.get().filter(|_| !self.quiet.get()) else {
@@ -208,7 +208,7 @@ impl Disk {
             let wait = all.dice.up_to(Duration::from_secs(30));
             let taken = match all.setup.has_lease {
                 true => self.party.take(&way, wait).await,
-                false => Ok(Key(1)),
+                false => Ok(ReservationKey(1)),
             };
             if let Ok(key) = taken {
                 let taking = all.image.takings.get() + 1;
@@ -219,7 +219,7 @@ impl Disk {
         }
     }
 
-    async fn hold(self: &Rc<Self>, key: Key, taking: u64) {
+    async fn hold(self: &Rc<Self>, key: ReservationKey, taking: u64) {
         let (all, way) = (self.way.all.clone(), &self.way);
         self.quiet.set(false);
         self.taking.set(Some(taking));
@@ -243,7 +243,7 @@ impl Disk {
     }
 
     /// Until the storage has taken it back.
-    async fn give_up(&self, key: Key) {
+    async fn give_up(&self, key: ReservationKey) {
         while let Err(refusal) = self.party.give_up(&self.way, key).await {
             if matches!(refusal, Refusal::Lost(_)) {
                 return;
@@ -253,7 +253,7 @@ impl Disk {
     }
 
     /// A heartbeat.
-    async fn has_lost(&self, key: Key) -> bool {
+    async fn has_lost(&self, key: ReservationKey) -> bool {
         let setup = &self.way.all.setup;
         let is_lost = matches!(self.party.keep(&self.way, key).await, Err(Refusal::Lost(_)));
         if is_lost && !setup.is_mistaken {
@@ -265,12 +265,18 @@ impl Disk {
 }
 
 impl Schedule {
-    fn disk(self: &Rc<Self>, way: &Way, boot: u8, number: u8, lock: &Rc<Var<bool>>) -> Rc<Disk> {
+    fn disk(
+        self: &Rc<Self>,
+        way: &HostPath,
+        boot: u8,
+        number: u8,
+        lock: &Rc<Var<bool>>,
+    ) -> Rc<ModelDisk> {
         let by = way.by;
-        Rc::new(Disk {
+        Rc::new(ModelDisk {
             way: way.clone(),
             party: Party {
-                claim: Claim {
+                claim: LeaseClaim {
                     host: Name {
                         name: format!("host{by}"),
                         machine: [by; 16],
@@ -288,8 +294,8 @@ impl Schedule {
         })
     }
 
-    fn way(self: &Rc<Self>, by: Initiator) -> Way {
-        Way {
+    fn way(self: &Rc<Self>, by: Initiator) -> HostPath {
+        HostPath {
             all: self.clone(),
             by,
             is_connected: Rc::new(Var::new(true)),
@@ -335,7 +341,10 @@ impl Schedule {
             // The operator's own is of a break whose end failed.
             let is_over = by == OPERATOR || dead.borrow().contains(&by);
             if is_over || self.setup.is_mistaken {
-                let broken = breaker.party.break_off(&breaker.way, Key(held.key)).await;
+                let broken = breaker
+                    .party
+                    .break_off(&breaker.way, ReservationKey(held.key))
+                    .await;
                 if matches!(broken, Ok(true)) {
                     self.image.breaks.set(self.image.breaks.get() + 1);
                 }
@@ -345,13 +354,13 @@ impl Schedule {
 }
 
 /// One schedule; what went wrong, if something did.
-fn run(setup: Setup, seed: u64) -> (Rc<Image>, Option<String>) {
+fn run(setup: ReservationSetup, seed: u64) -> (Rc<ReservedImage>, Option<String>) {
     let sim = Rc::new(Sim::default());
     let all = Rc::new(Schedule {
         setup,
         sim: sim.clone(),
         dice: Rc::new(Dice::new(seed)),
-        target: Target::of_kind(setup.kind),
+        target: ScsiTarget::of_kind(setup.kind),
         image: Rc::default(),
     });
     let always = Rc::new(Var::new(true));
@@ -370,11 +379,11 @@ fn run(setup: Setup, seed: u64) -> (Rc<Image>, Option<String>) {
 /// Schedules that a rule which is switched off must be found in.
 const SCHEDULES: u64 = 200;
 
-fn found(setup: Setup) -> Option<(u64, String)> {
+fn found(setup: ReservationSetup) -> Option<(u64, String)> {
     (0..SCHEDULES).find_map(|seed| run(setup, seed).1.map(|wrong| (seed, wrong)))
 }
 
-fn nothing_goes_wrong(setup: Setup) {
+fn nothing_goes_wrong(setup: ReservationSetup) {
     let (mut takings, mut writes, mut refused, mut breaks) = (0, 0, 0, 0);
     // Those of each run are new. A test that fails prints its seed, and `SEED` with that number begins there.
     let wanted = std::env::var("SEED").map(|text| text.parse().expect("SEED is a number"));
@@ -400,31 +409,31 @@ const KINDS: [ReservationKind; 2] = [
 #[test]
 fn s22_three_hosts_write_one_after_the_other_on_reserved_storage() {
     for kind in KINDS {
-        nothing_goes_wrong(Setup::of(kind));
+        nothing_goes_wrong(ReservationSetup::of(kind));
     }
 }
 
 #[test]
 fn h8_a_break_while_the_holder_lives_makes_no_second_writer_on_reserved_storage() {
     for kind in KINDS {
-        nothing_goes_wrong(Setup {
+        nothing_goes_wrong(ReservationSetup {
             is_mistaken: true,
-            ..Setup::of(kind)
+            ..ReservationSetup::of(kind)
         });
     }
 }
 
 #[test]
 fn h8_a_holder_that_writes_on_without_looking_is_refused_by_the_storage() {
-    nothing_goes_wrong(Setup {
+    nothing_goes_wrong(ReservationSetup {
         is_mistaken: true,
         disks: 1,
         stops: false,
-        ..Setup::of(ReservationKind::WriteExclusive)
+        ..ReservationSetup::of(ReservationKind::WriteExclusive)
     });
 }
 
-fn is_needed(setup: Setup) {
+fn is_needed(setup: ReservationSetup) {
     let found = found(setup);
     println!("{found:?}");
     assert!(
@@ -435,71 +444,71 @@ fn is_needed(setup: Setup) {
 
 #[test]
 fn s19_without_a_reservation_late_writes_are_found() {
-    is_needed(Setup {
+    is_needed(ReservationSetup {
         has_lease: false,
-        ..Setup::of(ReservationKind::WriteExclusive)
+        ..ReservationSetup::of(ReservationKind::WriteExclusive)
     });
 }
 
 #[test]
 fn h1_a_reservation_that_is_given_up_with_io_under_way_is_found() {
-    is_needed(Setup {
+    is_needed(ReservationSetup {
         drains: false,
-        ..Setup::of(ReservationKind::WriteExclusive)
+        ..ReservationSetup::of(ReservationKind::WriteExclusive)
     });
 }
 
 #[test]
 fn s05_a_break_that_does_not_abort_is_found() {
     for kind in KINDS {
-        let rules = Rules {
+        let rules = ReservationRules {
             aborts: false,
-            ..Rules::ALL
+            ..ReservationRules::ALL
         };
-        is_needed(Setup {
+        is_needed(ReservationSetup {
             rules,
-            ..Setup::of(kind)
+            ..ReservationSetup::of(kind)
         });
     }
 }
 
 #[test]
 fn who_stays_registered_and_writes_on_is_found() {
-    let rules = Rules {
+    let rules = ReservationRules {
         leaves: false,
-        ..Rules::ALL
+        ..ReservationRules::ALL
     };
-    is_needed(Setup {
+    is_needed(ReservationSetup {
         rules,
         is_mistaken: true,
         is_ordered: false,
         stops: false,
-        ..Setup::of(ReservationKind::WriteExclusiveRegistrants)
+        ..ReservationSetup::of(ReservationKind::WriteExclusiveRegistrants)
     });
 }
 
 #[test]
 fn h8_what_is_free_after_a_break_is_found() {
-    let rules = Rules {
+    let rules = ReservationRules {
         idles: false,
-        ..Rules::ALL
+        ..ReservationRules::ALL
     };
-    is_needed(Setup {
+    is_needed(ReservationSetup {
         rules,
         is_mistaken: true,
-        ..Setup::of(ReservationKind::WriteExclusive)
+        ..ReservationSetup::of(ReservationKind::WriteExclusive)
     });
 }
 
 #[test]
 fn a_disk_that_takes_away_what_another_one_of_its_host_has_is_found() {
-    let rules = Rules {
+    let rules = ReservationRules {
         respects: false,
-        ..Rules::ALL
+        ..ReservationRules::ALL
     };
-    is_needed(Setup {
+    is_needed(ReservationSetup {
         rules,
         is_ordered: false,
-        ..Setup::of(ReservationKind::WriteExclusive)
+        ..ReservationSetup::of(ReservationKind::WriteExclusive)
     });
 }
