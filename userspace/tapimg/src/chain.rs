@@ -2,13 +2,13 @@
 //! The images that lie below one.
 
 use crate::named::{parse_kind, Named};
-use crate::open::{identity, Opener, Use, DEEPEST};
+use crate::open::{identity, ImageOpener, Use, DEEPEST};
 use control::{Code, Failure};
 use formats::{look, qcow2, resolve, Below, ImageFormat, ImageNeeds};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
-pub(crate) fn below(opener: &Opener, image: &Named, needs: &ImageNeeds) -> Option<Named> {
+pub(crate) fn below(opener: &ImageOpener, image: &Named, needs: &ImageNeeds) -> Option<Named> {
     let parent = needs.parent.as_ref()?;
     let kind = match &parent.driver {
         Some(name) => parse_kind(name).ok()?,
@@ -26,7 +26,7 @@ pub(crate) fn below(opener: &Opener, image: &Named, needs: &ImageNeeds) -> Optio
 
 /// Refuses to put an image over itself, or over one that has it as a backing image.
 pub(crate) async fn refuse_loop(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     parent: &Named,
 ) -> Result<(), Failure> {
@@ -58,7 +58,7 @@ pub(crate) async fn refuse_loop(
 
 /// Refuses a chain in which an image is damaged in a way that reads as zeroes: what lies behind the end of a
 /// qcow2 image does, so one that was cut off would be copied as if nothing were missing.
-pub(crate) async fn refuse_damage(opener: &Opener, image: &Named) -> Result<(), Failure> {
+pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result<(), Failure> {
     let mut next = Some(image.clone());
     for _ in 0..DEEPEST {
         let Some(image) = next.take() else { break };

@@ -3,7 +3,7 @@
 
 use crate::cli::Check;
 use crate::named::Named;
-use crate::open::{Opener, Use};
+use crate::open::{ImageOpener, Use};
 use crate::walk::PIECE;
 use control::{Code, Failure};
 use diskio::{Data, Errno};
@@ -180,7 +180,7 @@ impl Findings {
 }
 
 /// Checks.
-pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Failure> {
+pub(crate) async fn check(opener: &ImageOpener, args: &Check) -> Result<Findings, Failure> {
     let image = &args.image;
     let is_qcow2 = image.kind == Below::Format(ImageFormat::Qcow2);
     if args.repair && !is_qcow2 {
@@ -224,7 +224,7 @@ pub(crate) async fn check(opener: &Opener, args: &Check) -> Result<Findings, Fai
 
 /// Compares refcounts with what is used.
 async fn refcounts(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     repair: bool,
     findings: &mut Findings,
@@ -263,7 +263,11 @@ async fn refcounts(
 }
 
 /// Looks at both footers of a VHD.
-async fn footers(opener: &Opener, image: &Named, findings: &mut Findings) -> Result<(), Failure> {
+async fn footers(
+    opener: &ImageOpener,
+    image: &Named,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
     let found = vhd::footers(&file).await;
     findings.footers = found.map_err(|failure| image.said(failure))?;
@@ -272,7 +276,7 @@ async fn footers(opener: &Opener, image: &Named, findings: &mut Findings) -> Res
 
 /// Looks at all that leads to data, and perhaps at that.
 async fn walk(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     data: bool,
     findings: &mut Findings,
@@ -302,7 +306,13 @@ async fn walk(
 }
 
 /// How many bytes from `at` on can be read: an error if none can.
-async fn seen(opener: &Opener, disk: &Disk, at: u64, len: u64, data: bool) -> Result<u64, Errno> {
+async fn seen(
+    opener: &ImageOpener,
+    disk: &Disk,
+    at: u64,
+    len: u64,
+    data: bool,
+) -> Result<u64, Errno> {
     let mut done = 0;
     for extent in disk.extents(at, len).await? {
         let end = done + extent.len;

@@ -79,7 +79,7 @@ pub(crate) enum Verb {
     /// Show size, parent and snapshots of an image, and the problems of its files that keep it from being served
     Info(Info),
     /// Make an image
-    Create(Create),
+    Create(CreateImage),
     /// Make an image of the content of another one, in any format
     Convert(Convert),
     /// Look for damage
@@ -177,7 +177,7 @@ An existing image is replaced with --force only, and never while it is in use.
 With key=FILE in front it is encrypted with LUKS, version 1 (AES-256-XTS, SHA-256); each byte of FILE counts, a line's
 end too. A luks image reads as anything where it was not written yet.
 A parent in the same folder is named without the folder, so both can be moved together.")]
-pub(crate) struct Create {
+pub(crate) struct CreateImage {
     /// The image, KIND:PATH
     pub(crate) image: Named,
     /// Size of the disk, such as 10G; with --parent that of the parent if not said

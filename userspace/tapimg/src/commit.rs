@@ -4,7 +4,7 @@
 use crate::chain::{below, refuse_damage};
 use crate::cli::Commit;
 use crate::named::Named;
-use crate::open::{failed, Opener, Use};
+use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
 use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
@@ -18,7 +18,7 @@ use std::fs;
 
 /// Result of a commit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Done {
+pub(crate) struct CommitResult {
     image: String,
     /// The image below, which is the disk now.
     parent: String,
@@ -28,7 +28,7 @@ pub(crate) struct Done {
     marked: bool,
 }
 
-impl Done {
+impl CommitResult {
     /// Bytes that the image below got.
     pub(crate) fn written(&self) -> u64 {
         self.written
@@ -56,7 +56,11 @@ struct Own<'o> {
 }
 
 /// Commits.
-pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Result<Done, Failure> {
+pub(crate) async fn commit(
+    opener: &ImageOpener,
+    stop: &Stop,
+    args: &Commit,
+) -> Result<CommitResult, Failure> {
     let image = &args.image;
     refuse_damage(opener, image).await?;
     // It is only read, but whoever used it would see what is below it change.
@@ -69,7 +73,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
     let options = Options::new(parent.path.display().to_string());
     let (base, its) = opener.disk_of(&parent, base, options).await?;
     // This program has locked the backing image already, and only its metadata is read.
-    let look = Opener {
+    let look = ImageOpener {
         reading: Use::Look,
         ..opener.clone()
     };
@@ -105,7 +109,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
         written: Cell::new(0),
     };
     own.all(shape.size, stop, args.progress).await?;
-    Ok(Done {
+    Ok(CommitResult {
         image: image.to_string(),
         parent: parent.to_string(),
         written: own.written.get(),
@@ -114,7 +118,7 @@ pub(crate) async fn commit(opener: &Opener, stop: &Stop, args: &Commit) -> Resul
 }
 
 /// The image below, which must be one that may change below `image`.
-async fn parent_of(opener: &Opener, image: &Named, file: &File) -> Result<Named, Failure> {
+async fn parent_of(opener: &ImageOpener, image: &Named, file: &File) -> Result<Named, Failure> {
     if image.key.is_some() {
         return Err(Failure::invalid(format!(
             "{image} is encrypted and what is below it is not: make a new image with qemu-img convert, which may be \

@@ -2,7 +2,7 @@
 //! `tapimg compare`: whether guests see the same.
 
 use crate::cli::Compare;
-use crate::open::Opener;
+use crate::open::ImageOpener;
 use crate::progress::Progress;
 use crate::runs::is_zero;
 use crate::walk::{self, Piece, Side, Walk};
@@ -12,7 +12,7 @@ use std::cell::Cell;
 
 /// How two disks differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Verdict {
+pub(crate) struct DiskDifference {
     /// They are the same.
     identical: bool,
     /// The first byte that differs.
@@ -22,7 +22,7 @@ pub(crate) struct Verdict {
     sizes: [u64; 2],
 }
 
-impl Verdict {
+impl DiskDifference {
     pub(crate) fn is_good(&self) -> bool {
         self.identical
     }
@@ -41,14 +41,17 @@ impl Verdict {
 }
 
 /// Compares.
-pub(crate) async fn compare(opener: &Opener, args: &Compare) -> Result<Verdict, Failure> {
+pub(crate) async fn compare(
+    opener: &ImageOpener,
+    args: &Compare,
+) -> Result<DiskDifference, Failure> {
     let images = [&args.one, &args.other];
     let (one, its) = opener.disk(images[0], None).await?;
     let (other, others) = opener.disk(images[1], None).await?;
     let disks = [one, other];
     let sizes = [its.size, others.size];
     if args.strict && sizes[0] != sizes[1] {
-        return Ok(Verdict {
+        return Ok(DiskDifference {
             identical: false,
             first_difference: None,
             sizes,
@@ -82,7 +85,7 @@ pub(crate) async fn compare(opener: &Opener, args: &Compare) -> Result<Verdict, 
         .await;
     progress.end();
     done?;
-    Ok(Verdict {
+    Ok(DiskDifference {
         identical: first.get().is_none(),
         first_difference: first.get(),
         sizes,

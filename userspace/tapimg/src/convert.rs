@@ -5,7 +5,7 @@ use crate::chain::refuse_damage;
 use crate::cli::Convert;
 use crate::create::{apart, check, make, Parent};
 use crate::named::Named;
-use crate::open::{failed, Opener};
+use crate::open::{failed, ImageOpener};
 use crate::progress::Progress;
 use crate::runs::{runs, Run};
 use crate::salvage::Lost;
@@ -32,7 +32,11 @@ struct Copy<'c> {
 }
 
 /// Converts.
-pub(crate) async fn convert(opener: &Opener, stop: &Stop, args: &Convert) -> Result<(), Failure> {
+pub(crate) async fn convert(
+    opener: &ImageOpener,
+    stop: &Stop,
+    args: &Convert,
+) -> Result<(), Failure> {
     let (from, to, layout) = (&args.from, &args.to, &args.layout);
     apart(from, to)?;
     check(to, layout)?;

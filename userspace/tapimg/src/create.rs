@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tapimg create`: new images.
 
-use crate::cli::{Create, Layout};
+use crate::cli::{CreateImage, Layout};
 use crate::named::Named;
-use crate::open::{identity, Opener};
+use crate::open::{identity, ImageOpener};
 use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
@@ -25,7 +25,7 @@ pub(crate) struct Parent {
 }
 
 /// Makes an image.
-pub(crate) async fn create(opener: &Opener, args: &Create) -> Result<(), Failure> {
+pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<(), Failure> {
     let image = &args.image;
     check(image, &args.layout)?;
     let parent = match &args.layout.parent {
@@ -104,7 +104,7 @@ pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
 impl Parent {
     /// Opens and locks what is to lie below `child`.
     pub(crate) async fn open(
-        opener: &Opener,
+        opener: &ImageOpener,
         image: &Named,
         child: &Named,
     ) -> Result<Self, Failure> {
@@ -115,7 +115,7 @@ impl Parent {
             )));
         }
         // The child has to be one that can be served.
-        let opener = &Opener {
+        let opener = &ImageOpener {
             layers: LAYERS - 1,
             ..opener.clone()
         };

@@ -4,7 +4,7 @@
 use crate::chain::below;
 use crate::cli::Info;
 use crate::named::{kind_name, Named};
-use crate::open::{Opener, DEEPEST};
+use crate::open::{ImageOpener, DEEPEST};
 use crate::progress::bytes;
 use control::{shown, Code, Failure};
 use diskio::File;
@@ -77,7 +77,7 @@ pub(crate) struct SnapshotFacts {
 }
 
 /// Looks at an image, and on request at all below it.
-pub(crate) async fn info(opener: &Opener, args: &Info) -> Result<Vec<Facts>, Failure> {
+pub(crate) async fn info(opener: &ImageOpener, args: &Info) -> Result<Vec<Facts>, Failure> {
     let mut all = Vec::new();
     let mut next = Some(args.image.clone());
     while let Some(image) = next.take() {
@@ -229,7 +229,7 @@ impl Facts {
 }
 
 /// One image. The facts include its faults.
-async fn one(opener: &Opener, image: &Named) -> Result<(Facts, Option<ImageNeeds>), Failure> {
+async fn one(opener: &ImageOpener, image: &Named) -> Result<(Facts, Option<ImageNeeds>), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
     let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);
     let mut facts = Facts {

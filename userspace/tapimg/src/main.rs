@@ -29,7 +29,7 @@ use clap::{CommandFactory, Parser};
 use cli::{Cli, Verb};
 use control::{shown, shown_json, shown_lines, Code, Failure};
 use diskio::Runtime;
-use open::{Opener, Use};
+use open::{ImageOpener, Use};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
@@ -61,7 +61,7 @@ impl From<Failure> for Error {
 
 /// Result of a verb: exit status 0 or 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+enum VerbOutcome {
     /// All is as it should be.
     Good,
     /// Images differ, or something is wrong with one.
@@ -78,8 +78,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.json;
     match run(cli) {
-        Ok(Outcome::Good) => ExitCode::SUCCESS,
-        Ok(Outcome::Bad) => ExitCode::from(1),
+        Ok(VerbOutcome::Good) => ExitCode::SUCCESS,
+        Ok(VerbOutcome::Bad) => ExitCode::from(1),
         // Such as `tapimg map ... | head`.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
@@ -107,10 +107,10 @@ fn status(code: Code) -> u8 {
     }
 }
 
-fn run(cli: Cli) -> Result<Outcome, Error> {
+fn run(cli: Cli) -> Result<VerbOutcome, Error> {
     if let Verb::Generate { what } = cli.verb {
         manual::write(Cli::command(), what, SEE_ALSO, &mut io::stdout())?;
-        return Ok(Outcome::Good);
+        return Ok(VerbOutcome::Good);
     }
     let runtime = Runtime::new();
     // Threads inherit what is blocked of signals, so this comes first.
@@ -122,14 +122,14 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Verb::Info(info) if info.unlocked => Use::Look,
         _ => Use::Read,
     };
-    let opener = Opener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
+    let opener = ImageOpener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
     let work = async move { verb(&cli, &opener, &stop).await };
     runtime
         .block_on(work)
         .map_err(|error| Failure::system("cannot wait for I/O", &error))?
 }
 
-async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error> {
+async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcome, Error> {
     let mut out = BufWriter::new(io::stdout());
     let good = match &cli.verb {
         Verb::Info(args) => {
@@ -192,7 +192,11 @@ async fn verb(cli: &Cli, opener: &Opener, stop: &Stop) -> Result<Outcome, Error>
         }
         Verb::Generate { .. } => true,
     };
-    Ok(if good { Outcome::Good } else { Outcome::Bad })
+    Ok(if good {
+        VerbOutcome::Good
+    } else {
+        VerbOutcome::Bad
+    })
 }
 
 /// Prints an answer, for a program or a person.

@@ -2,7 +2,7 @@
 //! `tapimg map`: where there is data.
 
 use crate::cli::Map;
-use crate::open::{failed, Opener};
+use crate::open::{failed, ImageOpener};
 use crate::Error;
 use drivers::{Content, Extent};
 use std::io::Write;
@@ -12,7 +12,7 @@ const SOME: u64 = 1 << 30;
 
 /// Writes a map, as it is found: it may be long.
 pub(crate) async fn map(
-    opener: &Opener,
+    opener: &ImageOpener,
     args: &Map,
     json: bool,
     out: &mut dyn Write,

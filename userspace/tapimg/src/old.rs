@@ -7,7 +7,7 @@ mod vhd_util;
 
 use crate::cli;
 use crate::named::Named;
-use crate::open::{Opener, Use};
+use crate::open::{ImageOpener, Use};
 use clap::Parser;
 use control::{shown, shown_lines, Code, Failure};
 use diskio::Runtime;
@@ -24,7 +24,7 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
     let name = Path::new(program).file_name()?.to_str()?;
     let done = match name {
         "vhd-util" => {
-            let cli = vhd_util::Cli::parse();
+            let cli = vhd_util::VhdUtilCli::parse();
             run(
                 None,
                 |opener| async move { vhd_util::verb(&cli, &opener).await },
@@ -64,10 +64,10 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
 
 fn run<F: Future<Output = Result<String, Failure>> + 'static>(
     parents: Option<Below>,
-    work: impl FnOnce(Opener) -> F,
+    work: impl FnOnce(ImageOpener) -> F,
 ) -> Result<String, Failure> {
     let runtime = Runtime::new();
-    let opener = Opener::start(&runtime, Use::Read, parents)?;
+    let opener = ImageOpener::start(&runtime, Use::Read, parents)?;
     runtime
         .block_on(work(opener))
         .map_err(|error| Failure::system("cannot wait for I/O", &error))?

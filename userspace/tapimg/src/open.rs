@@ -25,7 +25,7 @@ pub(crate) enum Use {
 
 /// Opens images.
 #[derive(Clone, Debug)]
-pub(crate) struct Opener {
+pub(crate) struct ImageOpener {
     pub(crate) io: Io,
     /// How what is only read is opened: [`Use::Read`] or [`Use::Look`].
     pub(crate) reading: Use,
@@ -75,7 +75,7 @@ impl With for Failure {
     }
 }
 
-impl Opener {
+impl ImageOpener {
     /// Begins to do I/O on this thread, and with helpers.
     pub(crate) fn start(
         runtime: &Runtime,
@@ -209,7 +209,7 @@ impl Opener {
     }
 }
 
-impl Files<File> for Opener {
+impl Files<File> for ImageOpener {
     async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
         let how = if writable { Use::Write } else { self.reading };
         self.file(path, how).await

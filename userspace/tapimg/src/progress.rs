@@ -12,13 +12,13 @@ const PERIODS: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 #[derive(Debug)]
 pub(crate) struct Progress {
     /// Nothing if no progress is shown.
-    shown: Option<Shown>,
+    shown: Option<ShownProgress>,
     all: u64,
     done: Cell<u64>,
 }
 
 #[derive(Debug)]
-struct Shown {
+struct ShownProgress {
     is_terminal: bool,
     begin: Instant,
     last: Cell<Instant>,
@@ -29,7 +29,7 @@ impl Progress {
     pub(crate) fn new(all: u64, wanted: bool) -> Self {
         let is_terminal = io::stderr().is_terminal();
         let now = Instant::now();
-        let shown = (is_terminal || wanted).then_some(Shown {
+        let shown = (is_terminal || wanted).then_some(ShownProgress {
             is_terminal,
             begin: now,
             last: Cell::new(now),
@@ -66,7 +66,7 @@ impl Progress {
         }
     }
 
-    fn show(&self, shown: &Shown, end: &str) {
+    fn show(&self, shown: &ShownProgress, end: &str) {
         let line = line(
             self.done.get(),
             self.all,

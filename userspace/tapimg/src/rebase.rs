@@ -5,7 +5,7 @@ use crate::chain::{refuse_damage, refuse_loop};
 use crate::cli::Rebase;
 use crate::create::Parent;
 use crate::named::Named;
-use crate::open::{failed, Opener, Use};
+use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
 use crate::runs::{runs, Run};
 use crate::stop::Stop;
@@ -19,7 +19,7 @@ use std::cell::Cell;
 
 /// Result of a rebase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Done {
+pub(crate) struct RebaseResult {
     image: String,
     /// The image below from now on, as the header names it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -29,7 +29,7 @@ pub(crate) struct Done {
     written: Option<u64>,
 }
 
-impl Done {
+impl RebaseResult {
     pub(crate) fn text(&self) -> String {
         let parent = match &self.parent {
             Some(parent) => format!("has the backing image {parent}"),
@@ -52,7 +52,11 @@ struct Own<'o> {
 }
 
 /// Rebases.
-pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Result<Done, Failure> {
+pub(crate) async fn rebase(
+    opener: &ImageOpener,
+    stop: &Stop,
+    args: &Rebase,
+) -> Result<RebaseResult, Failure> {
     let image = &args.image;
     let kind = can_be(args)?;
     let parent = args.parent.as_ref();
@@ -75,7 +79,7 @@ pub(crate) async fn rebase(opener: &Opener, stop: &Stop, args: &Rebase) -> Resul
         ImageFormat::Vhd => name_in_vhd(opener, image, &file, parent).await,
         _ => name_in_qcow2(image, &file, parent).await,
     };
-    Ok(Done {
+    Ok(RebaseResult {
         image: image.to_string(),
         parent: named.map_err(|failure| image.said(failure))?,
         written,
@@ -116,7 +120,7 @@ async fn name_in_qcow2(
 }
 
 async fn name_in_vhd(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     file: &File,
     parent: Option<&Named>,
@@ -150,7 +154,7 @@ async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
 /// Writes into the image what it shows of the old chain and the new one does not have. Whenever that ends, the
 /// image holds the same disk. Says how many bytes.
 async fn make_own(
-    opener: &Opener,
+    opener: &ImageOpener,
     stop: &Stop,
     args: &Rebase,
     file: &File,

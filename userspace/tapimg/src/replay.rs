@@ -6,7 +6,7 @@ mod window;
 use crate::chain::refuse_damage;
 use crate::cli::Replay;
 use crate::named::Named;
-use crate::open::{failed, Opener, Use};
+use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
 use crate::Error;
 use control::{Code, Failure};
@@ -19,11 +19,11 @@ use std::fs;
 use std::io::Write;
 use trace::{Operation, TraceEntry, TraceRecord, What, BLOCK};
 pub(crate) use window::Point;
-use window::{Outcome, Window};
+use window::{ReplayOutcome, Window};
 
 /// Result of a replay.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct Done {
+pub(crate) struct ReplayResult {
     image: String,
     /// Numbers of the first and the last request.
     from: u64,
@@ -40,7 +40,7 @@ pub(crate) struct Done {
     unknown: u64,
 }
 
-impl Done {
+impl ReplayResult {
     pub(crate) fn text(&self) -> String {
         let Self {
             image, from, to, ..
@@ -67,7 +67,11 @@ impl Done {
 }
 
 /// Does a window of a trace again.
-pub(crate) async fn replay(opener: &Opener, args: &Replay, image: &Named) -> Result<Done, Failure> {
+pub(crate) async fn replay(
+    opener: &ImageOpener,
+    args: &Replay,
+    image: &Named,
+) -> Result<ReplayResult, Failure> {
     let window = Window::open(&args.trace, args.from, args.to)?;
     refuse_marked(image)?;
     refuse_damage(opener, image).await?;
@@ -77,11 +81,11 @@ pub(crate) async fn replay(opener: &Opener, args: &Replay, image: &Named) -> Res
     // The program changes nothing unless all of the trace can be replayed.
     window.check(shape.size)?;
     let (from, to) = window.holds.unwrap_or_default();
-    let mut done = Done {
+    let mut done = ReplayResult {
         image: image.to_string(),
         from,
         to,
-        ..Done::default()
+        ..ReplayResult::default()
     };
     let replayed = all(&window, image, &disk, &mut done).await;
     let last = disk.inactivate().await;
@@ -103,7 +107,12 @@ fn refuse_marked(image: &Named) -> Result<(), Failure> {
     }
 }
 
-async fn all(window: &Window, image: &Named, disk: &Disk, done: &mut Done) -> Result<(), Failure> {
+async fn all(
+    window: &Window,
+    image: &Named,
+    disk: &Disk,
+    done: &mut ReplayResult,
+) -> Result<(), Failure> {
     for number in window.trace.segments() {
         let segment = window.segment(*number)?;
         for record in segment.records() {
@@ -114,12 +123,12 @@ async fn all(window: &Window, image: &Named, disk: &Disk, done: &mut Done) -> Re
                 continue;
             }
             match window.outcome(record.number) {
-                Outcome::Failed(_) => {
+                ReplayOutcome::Failed(_) => {
                     done.failed += 1;
                     continue;
                 }
-                Outcome::Unknown => done.unknown += 1,
-                Outcome::Done => {}
+                ReplayOutcome::Unknown => done.unknown += 1,
+                ReplayOutcome::Done => {}
             }
             let data = segment.data(record);
             let applied = apply(disk, &entry, data, done).await;
@@ -131,7 +140,12 @@ async fn all(window: &Window, image: &Named, disk: &Disk, done: &mut Done) -> Re
 }
 
 /// Does one request, of which it is known that the disk has such a place.
-async fn apply(disk: &Disk, entry: &TraceEntry, data: &[u8], done: &mut Done) -> Result<(), Errno> {
+async fn apply(
+    disk: &Disk,
+    entry: &TraceEntry,
+    data: &[u8],
+    done: &mut ReplayResult,
+) -> Result<(), Errno> {
     let how = Attributes::default();
     let (offset, len) = (
         entry.sector.saturating_mul(BLOCK),
@@ -221,7 +235,7 @@ pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(),
     Ok(out.flush()?)
 }
 
-fn row(record: &TraceRecord, entry: &TraceEntry, outcome: Outcome) -> serde_json::Value {
+fn row(record: &TraceRecord, entry: &TraceEntry, outcome: ReplayOutcome) -> serde_json::Value {
     let flags: Vec<_> = entry.flags.names().collect();
     json!({
         "number": record.number, "time_ns": record.time_ns, "operation": entry.operation.to_string(),
@@ -230,7 +244,7 @@ fn row(record: &TraceRecord, entry: &TraceEntry, outcome: Outcome) -> serde_json
     })
 }
 
-fn line(record: &TraceRecord, entry: &TraceEntry, outcome: Outcome) -> String {
+fn line(record: &TraceRecord, entry: &TraceEntry, outcome: ReplayOutcome) -> String {
     let flags: Vec<_> = entry.flags.names().collect();
     let flags = match flags.is_empty() {
         true => "-".to_owned(),

@@ -4,7 +4,7 @@
 use crate::chain::below;
 use crate::cli::Resize;
 use crate::named::Named;
-use crate::open::{failed, Opener, Use};
+use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
 use crate::runs::is_zero;
 use crate::walk::{self, PIECE};
@@ -17,7 +17,7 @@ use std::ops::Range;
 
 /// Result of a change of the size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Done {
+pub(crate) struct ResizeResult {
     image: String,
     old_size: u64,
     size: u64,
@@ -33,7 +33,7 @@ fn is_nothing(count: &u64) -> bool {
     *count == 0
 }
 
-impl Done {
+impl ResizeResult {
     pub(crate) fn text(&self) -> String {
         let lost = match self.lost {
             0 => String::new(),
@@ -54,7 +54,7 @@ impl Done {
 }
 
 /// Changes the size.
-pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failure> {
+pub(crate) async fn resize(opener: &ImageOpener, args: &Resize) -> Result<ResizeResult, Failure> {
     let (image, size) = (&args.image, args.size.0);
     if size == 0 {
         return Err(Failure::invalid(format!(
@@ -78,7 +78,7 @@ pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failu
             0
         }
     };
-    Ok(Done {
+    Ok(ResizeResult {
         image: image.to_string(),
         old_size,
         size,
@@ -91,7 +91,7 @@ pub(crate) async fn resize(opener: &Opener, args: &Resize) -> Result<Done, Failu
 }
 
 async fn grow(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     file: &File,
     old_size: u64,
@@ -134,7 +134,12 @@ async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> 
 
 /// Makes a qcow2 image larger, with its backing image open, because the part of that behind the old end must stay
 /// hidden.
-async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> Result<(), Failure> {
+async fn grow_qcow2(
+    opener: &ImageOpener,
+    image: &Named,
+    file: &File,
+    size: u64,
+) -> Result<(), Failure> {
     let needs = look(ImageFormat::Qcow2, file).await?;
     let mut parts = ImageParts::default();
     if let Some(parent) = &needs.parent {
@@ -164,7 +169,7 @@ async fn grow_qcow2(opener: &Opener, image: &Named, file: &File, size: u64) -> R
 
 /// A VHD has nothing by which it could hide what its parent has behind its own end.
 async fn refuse_longer_parent(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     file: &File,
     size: u64,
@@ -190,7 +195,7 @@ async fn refuse_longer_parent(
 
 /// Cuts the end off, and says how many bytes of data that were.
 async fn shrink(
-    opener: &Opener,
+    opener: &ImageOpener,
     args: &Resize,
     file: &File,
     old_size: u64,
@@ -238,7 +243,7 @@ async fn shrink(
 /// How many bytes of a range are in pieces with other than zeroes, and where the first of those begins. Where there is
 /// any content says `written`, from the byte `begin` of it on.
 async fn data_behind(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: &Named,
     disk: &Disk,
     (written, begin): (&Disk, u64),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tapimg snapshot`: makes an image over a backing image, and lists the snapshots in one.
 
-use crate::cli::{Create, Layout, Snapshot};
+use crate::cli::{CreateImage, Layout, Snapshot};
 use crate::create::create;
 use crate::info::{snapshots, SnapshotFacts};
-use crate::open::Opener;
+use crate::open::ImageOpener;
 use control::Failure;
 use formats::{Below, ImageFormat};
 use serde::Serialize;
@@ -12,7 +12,7 @@ use std::fmt::Write;
 
 /// The new image, or the list.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Answer {
+pub(crate) struct SnapshotAnswer {
     image: String,
     /// The new image over it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -22,7 +22,7 @@ pub(crate) struct Answer {
     snapshots: Option<Vec<SnapshotFacts>>,
 }
 
-impl Answer {
+impl SnapshotAnswer {
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         if let Some(overlay) = &self.overlay {
@@ -37,15 +37,18 @@ impl Answer {
 }
 
 /// Makes an overlay, or lists.
-pub(crate) async fn snapshot(opener: &Opener, args: &Snapshot) -> Result<Answer, Failure> {
+pub(crate) async fn snapshot(
+    opener: &ImageOpener,
+    args: &Snapshot,
+) -> Result<SnapshotAnswer, Failure> {
     let image = &args.image;
-    let mut answer = Answer {
+    let mut answer = SnapshotAnswer {
         image: image.to_string(),
         overlay: None,
         snapshots: None,
     };
     if let Some(overlay) = &args.overlay {
-        let what = Create {
+        let what = CreateImage {
             image: overlay.clone(),
             size: None,
             layout: Layout {

@@ -3,7 +3,7 @@
 //! an image under its name; a file that it replaces is there until then.
 
 use crate::named::Named;
-use crate::open::{direct, identity, Opener, Use};
+use crate::open::{direct, identity, ImageOpener, Use};
 use control::{Code, Failure};
 use diskio::File;
 use formats::{Below, ImageFormat};
@@ -46,7 +46,7 @@ enum Place {
 impl Target {
     /// Makes room for an image where there is none, or with `force` where there is one that is not in use.
     pub(crate) async fn begin(
-        opener: &Opener,
+        opener: &ImageOpener,
         image: &Named,
         force: bool,
     ) -> Result<Self, Failure> {
@@ -215,7 +215,7 @@ impl Drop for Target {
 }
 
 /// A new, empty file beside `path`, locked. One that was left by a process that was killed is used again.
-async fn unfinished(opener: &Opener, path: &Path) -> Result<(File, PathBuf), Failure> {
+async fn unfinished(opener: &ImageOpener, path: &Path) -> Result<(File, PathBuf), Failure> {
     let mut name = OsString::from(path);
     name.push(ENDING);
     let name = PathBuf::from(name);

@@ -4,7 +4,7 @@
 use super::{mib, named};
 use crate::cli;
 use crate::named::Named;
-use crate::open::Opener;
+use crate::open::ImageOpener;
 use crate::stop::Stop;
 use crate::{convert, create};
 use clap::Parser;
@@ -79,7 +79,7 @@ impl Make {
         Some(self.parents.parents.0)
     }
 
-    pub(super) async fn run(&self, opener: &Opener) -> Result<String, Failure> {
+    pub(super) async fn run(&self, opener: &ImageOpener) -> Result<String, Failure> {
         let parent = self.parent.as_deref();
         let layout = cli::Layout {
             parent: parent
@@ -87,7 +87,7 @@ impl Make {
                 .transpose()?,
             ..cli::Layout::default()
         };
-        let create = cli::Create {
+        let create = cli::CreateImage {
             image: named(&self.image, QCOW)?,
             size: Some(mib(self.size)?),
             layout,
@@ -99,7 +99,7 @@ impl Make {
 }
 
 impl FromRaw {
-    pub(super) async fn run(&self, opener: &Opener) -> Result<String, Failure> {
+    pub(super) async fn run(&self, opener: &ImageOpener) -> Result<String, Failure> {
         copy(
             opener,
             named(&self.from, Below::Raw)?,
@@ -114,7 +114,7 @@ impl ToRaw {
         Some(self.parents.parents.0)
     }
 
-    pub(super) async fn run(&self, opener: &Opener) -> Result<String, Failure> {
+    pub(super) async fn run(&self, opener: &ImageOpener) -> Result<String, Failure> {
         copy(
             opener,
             named(&self.from, QCOW)?,
@@ -124,7 +124,7 @@ impl ToRaw {
     }
 }
 
-async fn copy(opener: &Opener, from: Named, to: Named) -> Result<String, Failure> {
+async fn copy(opener: &ImageOpener, from: Named, to: Named) -> Result<String, Failure> {
     let convert = cli::Convert {
         from,
         to,

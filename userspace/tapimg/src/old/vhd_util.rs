@@ -5,7 +5,7 @@ use super::{mib, MIB};
 use crate::chain::below;
 use crate::cli;
 use crate::named::Named;
-use crate::open::{Opener, Use, DEEPEST};
+use crate::open::{ImageOpener, Use, DEEPEST};
 use crate::stop::Stop;
 use crate::{check, commit, create, rebase, resize};
 use clap::{Args, Parser, Subcommand};
@@ -23,16 +23,16 @@ use std::path::{Path, PathBuf};
 /// caller. Journals are not needed: whenever the work ends, the image is whole.
 #[derive(Debug, Parser)]
 #[command(name = "vhd-util", version)]
-pub(super) struct Cli {
+pub(super) struct VhdUtilCli {
     /// Taken, and of no effect
     #[arg(long, global = true)]
     debug: bool,
     #[command(subcommand)]
-    verb: Verb,
+    verb: VhdUtilVerb,
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
+enum VhdUtilVerb {
     /// Make an image
     Create {
         #[command(flatten)]
@@ -178,9 +178,9 @@ struct Scan {
 }
 
 /// Does it, and says what is printed.
-pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> {
+pub(super) async fn verb(cli: &VhdUtilCli, opener: &ImageOpener) -> Result<String, Failure> {
     match &cli.verb {
-        Verb::Create {
+        VhdUtilVerb::Create {
             image,
             size,
             reserve,
@@ -193,7 +193,7 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
             };
             make(opener, image.vhd()?, Some(mib(*size)?), layout).await
         }
-        Verb::Snapshot {
+        VhdUtilVerb::Snapshot {
             image,
             parent,
             limit,
@@ -216,12 +216,12 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
             };
             make(opener, image.vhd()?, None, layout).await
         }
-        Verb::Query(query) => query.answer(opener).await,
-        Verb::Set { image, value, .. } => {
+        VhdUtilVerb::Query(query) => query.answer(opener).await,
+        VhdUtilVerb::Set { image, value, .. } => {
             let file = opener.file(&image.vhd()?.path, Use::Write).await?;
             vhd::hide(&file, *value == 1).await.map(|()| String::new())
         }
-        Verb::Modify { image, parent, raw } => {
+        VhdUtilVerb::Modify { image, parent, raw } => {
             let rebase = cli::Rebase {
                 image: image.vhd()?,
                 parent: Some(named(parent, *raw)?),
@@ -232,10 +232,10 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
             let done = rebase::rebase(opener, &Stop::default(), &rebase).await;
             done.map(|_| String::new())
         }
-        Verb::Resize {
+        VhdUtilVerb::Resize {
             image, size, fast, ..
         } => grow(opener, image.vhd()?, mib(*size)?, *fast).await,
-        Verb::Check { image, ignore } => {
+        VhdUtilVerb::Check { image, ignore } => {
             let image = image.vhd()?;
             let name = image.path.display().to_string();
             let check = cli::Check {
@@ -252,7 +252,7 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
                 false => Err(Failure::new(Code::Image, found.text().trim().to_owned())),
             }
         }
-        Verb::Coalesce {
+        VhdUtilVerb::Coalesce {
             image, progress, ..
         } => {
             let commit = cli::Commit {
@@ -262,7 +262,7 @@ pub(super) async fn verb(cli: &Cli, opener: &Opener) -> Result<String, Failure> 
             let done = commit::commit(opener, &Stop::default(), &commit).await?;
             Ok(format!("Coalesced {} sectors", done.written() / 512))
         }
-        Verb::Scan(scan) => scan.answer(opener).await,
+        VhdUtilVerb::Scan(scan) => scan.answer(opener).await,
     }
 }
 
@@ -284,12 +284,12 @@ fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
 
 /// Makes an image; an existing one is replaced, as with the other program, unless it is in use.
 async fn make(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: Named,
     size: Option<cli::Size>,
     layout: cli::Layout,
 ) -> Result<String, Failure> {
-    let create = cli::Create {
+    let create = cli::CreateImage {
         image,
         size,
         layout,
@@ -300,7 +300,7 @@ async fn make(
 }
 
 async fn grow(
-    opener: &Opener,
+    opener: &ImageOpener,
     image: Named,
     size: cli::Size,
     fast: bool,
@@ -328,13 +328,17 @@ async fn grow(
 }
 
 /// An image may be in use while it is looked at.
-async fn facts(opener: &Opener, image: &Named) -> Result<(File, Facts), Failure> {
+async fn facts(opener: &ImageOpener, image: &Named) -> Result<(File, Facts), Failure> {
     let file = opener.file(&image.path, Use::Look).await?;
     let facts = vhd::facts(&file).await;
     Ok((file, facts.map_err(|failure| image.said(failure))?))
 }
 
-async fn parent(opener: &Opener, image: &Named, file: &File) -> Result<Option<Named>, Failure> {
+async fn parent(
+    opener: &ImageOpener,
+    image: &Named,
+    file: &File,
+) -> Result<Option<Named>, Failure> {
     let needs: ImageNeeds = look(ImageFormat::Vhd, file)
         .await
         .map_err(|failure| image.said(failure))?;
@@ -358,7 +362,7 @@ fn real(image: &Named) -> String {
 }
 
 /// Images of a chain.
-async fn depth(opener: &Opener, image: &Named) -> Result<usize, Failure> {
+async fn depth(opener: &ImageOpener, image: &Named) -> Result<usize, Failure> {
     let (mut count, mut next) = (0, Some(image.clone()));
     while let Some(at) = next.take() {
         count += 1;
@@ -375,7 +379,7 @@ async fn depth(opener: &Opener, image: &Named) -> Result<usize, Failure> {
 }
 
 impl Query {
-    async fn answer(&self, opener: &Opener) -> Result<String, Failure> {
+    async fn answer(&self, opener: &ImageOpener) -> Result<String, Failure> {
         let image = self.image.vhd()?;
         let (file, facts) = facts(opener, &image).await?;
         let mut text = String::new();
@@ -414,7 +418,7 @@ fn file_size(image: &Named, file: &File) -> Result<u64, Failure> {
 }
 
 impl Scan {
-    async fn answer(&self, opener: &Opener) -> Result<String, Failure> {
+    async fn answer(&self, opener: &ImageOpener) -> Result<String, Failure> {
         let mut files = self.files.clone();
         if let Some(pattern) = &self.pattern {
             files.extend(fitting(pattern)?);
@@ -437,7 +441,7 @@ impl Scan {
     }
 }
 
-async fn line(opener: &Opener, path: &Path) -> Result<String, Failure> {
+async fn line(opener: &ImageOpener, path: &Path) -> Result<String, Failure> {
     let image = named(path, false)?;
     let (file, facts) = facts(opener, &image).await?;
     let parent = parent(opener, &image, &file).await?;
@@ -485,12 +489,12 @@ fn fits(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{fits, Cli};
+    use super::{fits, VhdUtilCli};
     use clap::{CommandFactory, Parser};
 
     #[test]
     fn description_is_sound() {
-        Cli::command().debug_assert();
+        VhdUtilCli::command().debug_assert();
     }
 
     #[test]
@@ -514,7 +518,7 @@ mod tests {
             "scan -f -m /srv/*.vhd",
         ] {
             let words = ["vhd-util"].into_iter().chain(line.split(' '));
-            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+            assert!(VhdUtilCli::try_parse_from(words).is_ok(), "{line}");
         }
     }
 

@@ -67,7 +67,7 @@ impl FromStr for Point {
 
 /// Result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum ReplayOutcome {
     /// It was done.
     Done,
     /// It failed with this error.
@@ -76,7 +76,7 @@ pub(super) enum Outcome {
     Unknown,
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for ReplayOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Done => f.write_str("ok"),
@@ -160,11 +160,11 @@ impl Window {
     }
 
     /// Returns the result of a request.
-    pub(super) fn outcome(&self, number: u64) -> Outcome {
+    pub(super) fn outcome(&self, number: u64) -> ReplayOutcome {
         match self.failed.get(&number) {
-            Some(errno) => Outcome::Failed(*errno),
-            None if self.unknown.contains(&number) => Outcome::Unknown,
-            None => Outcome::Done,
+            Some(errno) => ReplayOutcome::Failed(*errno),
+            None if self.unknown.contains(&number) => ReplayOutcome::Unknown,
+            None => ReplayOutcome::Done,
         }
     }
 
@@ -241,7 +241,7 @@ impl Window {
             return Err(cannot("those before it are missing"));
         }
         let is_change = !matches!(entry.operation, Operation::Read | Operation::Flush);
-        if !is_change || matches!(self.outcome(number), Outcome::Failed(_)) {
+        if !is_change || matches!(self.outcome(number), ReplayOutcome::Failed(_)) {
             return Ok(());
         }
         let bytes = entry.sectors.checked_mul(BLOCK);

@@ -21,9 +21,9 @@ use trace::{TraceHeader, Writer};
 const SIZE: u64 = 2 << 20;
 
 /// A folder with a disk, a copy of it, and a trace.
-struct Place(tempfile::TempDir);
+struct ReplayFolder(tempfile::TempDir);
 
-impl Place {
+impl ReplayFolder {
     fn new() -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
         let place = Self(folder);
@@ -100,7 +100,12 @@ impl Place {
 
 /// A guest with up to `depth` requests under way does these steps, and its disk is traced. Returns what the disk is then,
 /// and what it was at each flush if nothing else was under way.
-fn traced(place: &Place, trace: &File, steps: &[Step], depth: usize) -> (Vec<u8>, Vec<Vec<u8>>) {
+fn traced(
+    place: &ReplayFolder,
+    trace: &File,
+    steps: &[Step],
+    depth: usize,
+) -> (Vec<u8>, Vec<Vec<u8>>) {
     let image = Raw(place.path("a.img"));
     let fake = FakeTap::new(16).expect("a node");
     let watched = Watched {
@@ -126,7 +131,7 @@ fn traced(place: &Place, trace: &File, steps: &[Step], depth: usize) -> (Vec<u8>
     (guest.model, flushed)
 }
 
-fn numbers_of_flushes(place: &Place) -> Vec<u64> {
+fn numbers_of_flushes(place: &ReplayFolder) -> Vec<u64> {
     let list = place.json("replay t --list --json");
     let requests = list["requests"].as_array().expect("requests");
     let flushes = requests.iter().filter(|row| row["operation"] == "flush");
@@ -149,7 +154,7 @@ proptest! {
             let at = death.index(steps.len());
             steps[at] = Step::Kill;
         }
-        let place = Place::new();
+        let place = ReplayFolder::new();
         let trace = place.trace(true, (4 << 20, 16));
         let (end, _) = traced(&place, &trace, &steps, 8);
         place.copy("b.img");
@@ -169,7 +174,7 @@ proptest! {
 /// Content of the disk at any flush.
 #[test]
 fn a_prefix_is_what_there_was_at_a_flush() {
-    let place = Place::new();
+    let place = ReplayFolder::new();
     let trace = place.trace(true, (4 << 20, 4));
     let mut steps = Vec::new();
     for number in 0..40 {
@@ -199,7 +204,7 @@ fn a_prefix_is_what_there_was_at_a_flush() {
 
 #[test]
 fn what_cannot_be_replayed_is_refused_before_anything_is_written() {
-    let place = Place::new();
+    let place = ReplayFolder::new();
     let writes: Vec<_> = (0..60)
         .map(|number| Step::Write(number * 8, 4096, number as u8, false))
         .collect();
@@ -237,7 +242,7 @@ fn what_cannot_be_replayed_is_refused_before_anything_is_written() {
 
 #[test]
 fn without_data_it_is_a_list() {
-    let place = Place::new();
+    let place = ReplayFolder::new();
     let trace = place.trace(false, (4 << 20, 4));
     let steps = [
         Step::Write(8, 4096, 1, true),
@@ -277,7 +282,7 @@ fn without_data_it_is_a_list() {
 /// The image of a disk that is served is in use.
 #[test]
 fn a_disk_that_is_served_is_left_alone() {
-    let place = Place::new();
+    let place = ReplayFolder::new();
     let trace = place.trace(true, (4 << 20, 4));
     traced(&place, &trace, &[Step::Write(0, 512, 7, false)], 1);
     place.copy("a.img");
@@ -293,7 +298,7 @@ fn a_disk_that_is_served_is_left_alone() {
 }
 
 /// Arbitrary bytes are listed or refused.
-fn hostile(place: &Place, path: &Path) {
+fn hostile(place: &ReplayFolder, path: &Path) {
     let whole = fs::read(path).expect("read");
     place.copy("b.img");
     for at in (0..64).chain(4096..4096 + 192).step_by(3) {

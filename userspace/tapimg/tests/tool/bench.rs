@@ -15,14 +15,14 @@ pub(crate) struct Bench(tempfile::TempDir);
 
 /// Output of a program, and its exit status.
 #[derive(Debug)]
-pub(crate) struct Said {
+pub(crate) struct ProgramOutput {
     pub(crate) status: Option<i32>,
     pub(crate) out: String,
     pub(crate) err: String,
 }
 
-fn said(output: Output) -> Said {
-    Said {
+fn said(output: Output) -> ProgramOutput {
+    ProgramOutput {
         status: output.status.code(),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
         err: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -47,7 +47,7 @@ impl Bench {
     }
 
     /// Runs tapimg, whatever comes of it.
-    pub(crate) fn run(&self, line: &str) -> Said {
+    pub(crate) fn run(&self, line: &str) -> ProgramOutput {
         let said = said(
             self.command(env!("CARGO_BIN_EXE_tapimg"), line)
                 .output()
@@ -59,7 +59,7 @@ impl Bench {
     }
 
     /// Runs it under another name, whatever comes of it.
-    pub(crate) fn named(&self, name: &str, line: &str) -> Said {
+    pub(crate) fn named(&self, name: &str, line: &str) -> ProgramOutput {
         let link = self.path(&format!(".bin-{name}")).join(name);
         if !link.exists() {
             fs::create_dir(link.parent().unwrap()).unwrap();
@@ -136,7 +136,12 @@ impl Bench {
     }
 
     /// Begins tapimg and sends it a signal as soon as `is_time`. It must not be done by then.
-    pub(crate) fn end(&self, line: &str, signal: Signal, is_time: impl Fn() -> bool) -> Said {
+    pub(crate) fn end(
+        &self,
+        line: &str,
+        signal: Signal,
+        is_time: impl Fn() -> bool,
+    ) -> ProgramOutput {
         let mut child = self.start(line);
         while !is_time() {
             assert!(

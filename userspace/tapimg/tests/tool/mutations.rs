@@ -26,9 +26,9 @@ const IMAGES: &[(&str, &str, bool)] = &[
 ];
 
 /// Numbers by chance.
-struct Chance(u64);
+struct MutationRng(u64);
 
-impl Chance {
+impl MutationRng {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -45,7 +45,7 @@ impl Chance {
 
 /// Results of the mutations.
 #[derive(Debug, Default)]
-struct Tally {
+struct MutationTally {
     read_right: u64,
     repaired: u64,
     unchanged: u64,
@@ -84,7 +84,7 @@ fn words(kind: &str, image: &[u8]) -> Vec<usize> {
     all
 }
 
-fn mutate(chance: &mut Chance, kind: &str, image: &mut [u8], words: &[usize]) -> String {
+fn mutate(chance: &mut MutationRng, kind: &str, image: &mut [u8], words: &[usize]) -> String {
     let at = words[chance.below(words.len())];
     let wide = kind == "qcow2" && at >= 112;
     let len = if wide { 8 } else { 4 };
@@ -118,7 +118,7 @@ fn content(bench: &Bench, kind: &str, snapshot: bool) -> Option<Vec<u8>> {
     bench.try_qemu(&line).then(|| bench.bytes("read"))
 }
 
-fn mutations(count: u64) -> Vec<Tally> {
+fn mutations(count: u64) -> Vec<MutationTally> {
     let first: u64 = std::env::var("SEED").map_or(1, |seed| seed.parse().unwrap());
     let count = std::env::var("SEEDS").map_or(count, |seeds| seeds.parse().unwrap());
     let mut tallies = Vec::new();
@@ -135,9 +135,9 @@ fn mutations(count: u64) -> Vec<Tally> {
         let words = words(kind, &sound);
         let disk = content(&bench, kind, false).unwrap();
         let snapshot = has_snapshot.then(|| content(&bench, kind, true).unwrap());
-        let mut tally = Tally::default();
+        let mut tally = MutationTally::default();
         for seed in first..first + count {
-            let mut chance = Chance(seed << 8);
+            let mut chance = MutationRng(seed << 8);
             let mut damaged = sound.clone();
             let what = mutate(&mut chance, kind, &mut damaged, &words);
             let what = format!("{kind} {how}, SEED={seed}: {what}");

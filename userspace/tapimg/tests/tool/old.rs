@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The program under the names of older ones.
 
-use crate::bench::{has_qemu, places, Bench, Said};
+use crate::bench::{has_qemu, places, Bench, ProgramOutput};
 use crate::wrong::lock;
 use diskio::LockKind;
 
 const MIB: u64 = 1 << 20;
 
-fn vhd_util(bench: &Bench, line: &str) -> Said {
+fn vhd_util(bench: &Bench, line: &str) -> ProgramOutput {
     bench.named("vhd-util", line)
 }
 

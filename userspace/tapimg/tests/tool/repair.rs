@@ -10,7 +10,7 @@ const CLUSTER: u64 = 65536;
 const SIZE: u64 = 8 << 20;
 
 /// Where the tables of the image `a` are.
-struct Tables {
+struct TableOffsets {
     l1: u64,
     l2: u64,
     reftable: u64,
@@ -20,7 +20,7 @@ struct Tables {
 }
 
 /// A bench with the disk `raw` and the image `a` of it.
-fn bench() -> (Bench, Tables) {
+fn bench() -> (Bench, TableOffsets) {
     let bench = Bench::new();
     bench.sparse("raw", SIZE, &places(7, SIZE, 20), 7);
     bench.good("convert aio:raw qcow2:a");
@@ -28,11 +28,11 @@ fn bench() -> (Bench, Tables) {
     (bench, tables)
 }
 
-fn tables(bench: &Bench) -> Tables {
+fn tables(bench: &Bench) -> TableOffsets {
     let (l1, reftable) = (bench.peek("a", 40), bench.peek("a", 48));
     let l2 = bench.peek("a", l1) & OFFSET;
     let entries = (0..SIZE / CLUSTER).map(|number| bench.peek("a", l2 + number * 8) & OFFSET);
-    Tables {
+    TableOffsets {
         l1,
         l2,
         reftable,
@@ -46,7 +46,7 @@ fn poke(bench: &Bench, at: u64, word: u64) {
 }
 
 /// The first entry of the L2 table that leads somewhere, after `skip` others.
-fn entry(bench: &Bench, tables: &Tables, skip: usize) -> u64 {
+fn entry(bench: &Bench, tables: &TableOffsets, skip: usize) -> u64 {
     (0..SIZE / CLUSTER)
         .map(|number| tables.l2 + number * 8)
         .filter(|at| bench.peek("a", *at) & OFFSET != 0)
