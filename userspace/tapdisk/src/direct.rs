@@ -30,7 +30,7 @@ const BACKING: u16 = 0;
 
 /// An image that the kernel may use.
 #[derive(Clone, Debug)]
-pub(crate) struct Image {
+pub(crate) struct PassthroughImage {
     /// Runtime whose helper thread waits during a revocation.
     pub(crate) io: Io,
     pub(crate) mapper: Arc<dyn Mapper>,
@@ -41,7 +41,7 @@ pub(crate) struct Image {
     pub(crate) in_parts: bool,
 }
 
-impl Image {
+impl PassthroughImage {
     /// Returns the mappings for the kernel, for a generation of its table.
     fn ops(&self, generation: u32) -> Vec<MapOp> {
         let set = self.set(
@@ -86,7 +86,7 @@ impl Image {
 
 /// State of the kernel's mappings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Told {
+enum KernelMappings {
     /// The kernel has no valid mapping.
     #[default]
     Nothing,
@@ -101,8 +101,8 @@ enum Told {
 /// Passthrough of a disk.
 #[derive(Debug, Default)]
 pub struct Direct {
-    image: RefCell<Option<Image>>,
-    told: Cell<Told>,
+    image: RefCell<Option<PassthroughImage>>,
+    told: Cell<KernelMappings>,
     /// True if the mapping of the disk is to be sent.
     due: Cell<bool>,
     /// True if the mapping is to be sent once the kernel has the earlier answers, because an answer also drops the
@@ -154,12 +154,12 @@ impl Drop for Forgets {
 
 impl Direct {
     /// From now on the kernel may use this image.
-    pub(crate) fn offer(&self, image: Image) {
+    pub(crate) fn offer(&self, image: PassthroughImage) {
         self.missed.begin(image.in_parts);
         self.end_era();
         *self.image.borrow_mut() = Some(image);
-        if self.told.get() == Told::Nothing {
-            self.told.set(Told::Before);
+        if self.told.get() == KernelMappings::Nothing {
+            self.told.set(KernelMappings::Before);
         }
         self.is_vain.set(false);
         self.due.set(true);
@@ -171,7 +171,7 @@ impl Direct {
 
     /// The kernel may be using the image.
     pub(crate) fn is_used(&self) -> bool {
-        self.told.get() != Told::Nothing && self.image.borrow().is_some()
+        self.told.get() != KernelMappings::Nothing && self.image.borrow().is_some()
     }
 
     /// The disk has another size.
@@ -210,7 +210,7 @@ impl Direct {
 
     /// Returns true if mappings may be sent.
     fn may_tell(&self) -> bool {
-        !self.is_vain.get() && self.bans.get() == 0 && self.told.get() != Told::Recalled
+        !self.is_vain.get() && self.bans.get() == 0 && self.told.get() != KernelMappings::Recalled
     }
 
     fn told_or_vain(&self, told: io::Result<()>) {
@@ -220,17 +220,17 @@ impl Direct {
         }
     }
 
-    fn tell(&self, image: &Image) -> io::Result<()> {
+    fn tell(&self, image: &PassthroughImage) -> io::Result<()> {
         let Some((generation, _)) = self.generation(image)? else {
             return Ok(());
         };
-        self.told.set(Told::Image);
+        self.told.set(KernelMappings::Image);
         image.mapper.maps(&image.ops(generation)).map(drop)
     }
 
     /// Returns the generation of the kernel's mappings and one bit for each backing; `None` if the supervisor has not
     /// given the image to the kernel.
-    fn generation(&self, image: &Image) -> io::Result<Option<(u32, u32)>> {
+    fn generation(&self, image: &PassthroughImage) -> io::Result<Option<(u32, u32)>> {
         let now = image.mapper.maps(&[])?;
         let has_image = now.backings >> BACKING & 1 != 0;
         self.is_vain.set(!has_image);
@@ -246,14 +246,14 @@ impl Direct {
         let ban = Ban::new(self);
         let _alone = self.gate.alone().await;
         let image = self.image.borrow().clone();
-        let Some(image) = image.filter(|_| self.told.get() != Told::Nothing) else {
+        let Some(image) = image.filter(|_| self.told.get() != KernelMappings::Nothing) else {
             return Ok(ban);
         };
         // A kernel that refuses mappings, and that got some only from the previous process, has no I/O under way.
-        let is_deaf = self.told.get() == Told::Before && self.is_vain.get();
+        let is_deaf = self.told.get() == KernelMappings::Before && self.is_vain.get();
         // If the caller drops this future, the revocation still happens at some time, so no mapping may be sent after
         // this.
-        self.told.set(Told::Recalled);
+        self.told.set(KernelMappings::Recalled);
         let mapper = image.mapper;
         let recalled = image.io.elsewhere(move || recall(&*mapper)).await;
         let recalled = recalled.unwrap_or_else(|error| Err(error.into()));
@@ -264,7 +264,7 @@ impl Direct {
                 Err(Failure::system(what, &error))
             }
         })?;
-        self.told.set(Told::Nothing);
+        self.told.set(KernelMappings::Nothing);
         self.missed.forgotten();
         self.due.set(true);
         Ok(ban)
@@ -284,7 +284,7 @@ impl Direct {
     pub(crate) fn leave(&self) {
         *self.image.borrow_mut() = None;
         self.end_era();
-        self.told.set(Told::Nothing);
+        self.told.set(KernelMappings::Nothing);
     }
 }
 

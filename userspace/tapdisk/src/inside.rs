@@ -5,7 +5,7 @@
 //! while the disk is paused they wait.
 
 use crate::server::Failed;
-use crate::tracer::Asked;
+use crate::tracer::TracedRequest;
 use crate::{Server, Session};
 use control::tapdisk::Call;
 use diskio::{Bytes, Data, Errno, SeenErrors};
@@ -15,7 +15,7 @@ use trace::{Flags, Operation};
 
 /// Operation of a request.
 #[derive(Clone, Debug)]
-pub(crate) enum Work {
+pub(crate) enum InternalWork {
     Read(Data),
     Write(Bytes),
     Flush,
@@ -25,8 +25,8 @@ pub(crate) enum Work {
 
 /// A request.
 #[derive(Clone, Debug)]
-pub(crate) struct Request {
-    pub(crate) work: Work,
+pub(crate) struct InternalRequest {
+    pub(crate) work: InternalWork,
     /// Bytes from the beginning of the disk.
     pub(crate) offset: u64,
     /// Bytes; those of the data, if there are any.
@@ -35,7 +35,7 @@ pub(crate) struct Request {
     pub(crate) fua: bool,
 }
 
-impl Request {
+impl InternalRequest {
     /// Executes it for `by`, as often as the disk was stopped because of it.
     pub(crate) async fn perform(&self, session: &Session, by: &SeenErrors) -> Result<(), Errno> {
         loop {
@@ -54,7 +54,7 @@ impl Request {
     /// Executes it once, on a server that is held.
     pub(crate) async fn execute(&self, server: &Rc<Server>, by: &SeenErrors) -> Result<(), Failed> {
         let _claim = match self.work {
-            Work::Flush => None,
+            InternalWork::Flush => None,
             _ => {
                 let claim = server.claim(self.offset, self.len, self.changes());
                 Some(claim.await)
@@ -66,7 +66,7 @@ impl Request {
 
     /// Executes it. Nothing that overlaps is in its way.
     async fn execute_alone(&self, server: &Rc<Server>, by: &SeenErrors) -> Result<(), Failed> {
-        if matches!(self.work, Work::Flush) {
+        if matches!(self.work, InternalWork::Flush) {
             return server.flush(by).await;
         }
         let (offset, len) = (self.offset, self.len);
@@ -77,11 +77,11 @@ impl Request {
         };
         let work = async {
             match &self.work {
-                Work::Read(data) => disk.read(offset, data.clone()).await,
-                Work::Write(data) => server.write(offset, data.clone(), how).await,
-                Work::Flush => Ok(()),
-                Work::Discard => server.discard(offset, len, how).await,
-                Work::WriteZeroes => server.write_zeroes(offset, len, how).await,
+                InternalWork::Read(data) => disk.read(offset, data.clone()).await,
+                InternalWork::Write(data) => server.write(offset, data.clone(), how).await,
+                InternalWork::Flush => Ok(()),
+                InternalWork::Discard => server.discard(offset, len, how).await,
+                InternalWork::WriteZeroes => server.write_zeroes(offset, len, how).await,
             }
         };
         match self.changes() {
@@ -92,7 +92,7 @@ impl Request {
 
     /// Refuses requests that are invalid for this disk.
     fn check(&self, server: &Server) -> Result<(), Errno> {
-        if matches!(self.work, Work::Flush) {
+        if matches!(self.work, InternalWork::Flush) {
             return Ok(());
         }
         if self.changes() && server.is_read_only() {
@@ -105,20 +105,20 @@ impl Request {
     fn changes(&self) -> bool {
         matches!(
             self.work,
-            Work::Write(_) | Work::Discard | Work::WriteZeroes
+            InternalWork::Write(_) | InternalWork::Discard | InternalWork::WriteZeroes
         )
     }
 
     /// Returns the request's entry in a trace.
-    fn asked(&self) -> Asked {
+    fn asked(&self) -> TracedRequest {
         let (operation, data) = match &self.work {
-            Work::Read(_) => (Operation::Read, None),
-            Work::Write(data) => (Operation::Write, Some(data.clone())),
-            Work::Flush => (Operation::Flush, None),
-            Work::Discard => (Operation::Discard, None),
-            Work::WriteZeroes => (Operation::Zeroes, None),
+            InternalWork::Read(_) => (Operation::Read, None),
+            InternalWork::Write(data) => (Operation::Write, Some(data.clone())),
+            InternalWork::Flush => (Operation::Flush, None),
+            InternalWork::Discard => (Operation::Discard, None),
+            InternalWork::WriteZeroes => (Operation::Zeroes, None),
         };
-        Asked {
+        TracedRequest {
             operation,
             offset: self.offset,
             len: self.len,
@@ -133,11 +133,11 @@ impl Request {
 
     pub(crate) fn call(&self) -> Call {
         match self.work {
-            Work::Read(_) => Call::Read,
-            Work::Write(_) => Call::Write,
-            Work::Flush => Call::Flush,
-            Work::Discard => Call::Discard,
-            Work::WriteZeroes => Call::Zeroes,
+            InternalWork::Read(_) => Call::Read,
+            InternalWork::Write(_) => Call::Write,
+            InternalWork::Flush => Call::Flush,
+            InternalWork::Discard => Call::Discard,
+            InternalWork::WriteZeroes => Call::Zeroes,
         }
     }
 }

@@ -37,7 +37,7 @@ mod twin;
 pub use direct::Direct;
 pub use lost::Lost;
 pub use needs::Needs;
-pub use ranges::Claim;
+pub use ranges::RangeClaim;
 pub use server::{Server, Terms};
 pub use session::Session;
 pub use throttle::Throttle;

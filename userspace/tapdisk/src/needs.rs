@@ -22,7 +22,7 @@ pub struct Given {
 
 /// Answer of the supervisor.
 #[derive(Debug)]
-enum Answer {
+enum SupervisorAnswer {
     Given(Given),
     Marks(Vec<Mark>),
     Changed(Changed),
@@ -30,23 +30,23 @@ enum Answer {
 
 /// Open question.
 #[derive(Debug)]
-struct Asked {
+struct OpenQuestion {
     need: Need,
-    answer: Option<Result<Answer, Failure>>,
+    answer: Option<Result<SupervisorAnswer, Failure>>,
     waker: Option<Waker>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct NeedState {
     last: u64,
-    asked: Vec<Asked>,
+    asked: Vec<OpenQuestion>,
     /// Supervisors that wait for needs.
     listening: Vec<Waker>,
 }
 
 /// Open questions of this process to the supervisor.
 #[derive(Debug, Default)]
-pub struct Needs(RefCell<State>);
+pub struct Needs(RefCell<NeedState>);
 
 impl Needs {
     /// Asks the supervisor for a file, and waits for the answer. A supervisor that starts during the wait gets the
@@ -56,7 +56,7 @@ impl Needs {
     /// The supervisor refuses, with its reason.
     pub async fn ask(&self, what: Needed) -> Result<Given, Failure> {
         match self.answer(what).await? {
-            Answer::Given(given) => Ok(given),
+            SupervisorAnswer::Given(given) => Ok(given),
             other => Err(something_else(&other)),
         }
     }
@@ -67,7 +67,7 @@ impl Needs {
     /// As [`ask`](Self::ask).
     pub(crate) async fn marks(&self) -> Result<Vec<Mark>, Failure> {
         match self.answer(Needed::Marks).await? {
-            Answer::Marks(marks) => Ok(marks),
+            SupervisorAnswer::Marks(marks) => Ok(marks),
             other => Err(something_else(&other)),
         }
     }
@@ -83,12 +83,12 @@ impl Needs {
         from: u64,
     ) -> Result<Changed, Failure> {
         match self.answer(Needed::Changed { mark, size, from }).await? {
-            Answer::Changed(changed) if changed.mark == mark => Ok(changed),
+            SupervisorAnswer::Changed(changed) if changed.mark == mark => Ok(changed),
             other => Err(something_else(&other)),
         }
     }
 
-    async fn answer(&self, what: Needed) -> Result<Answer, Failure> {
+    async fn answer(&self, what: Needed) -> Result<SupervisorAnswer, Failure> {
         let number = self.add(what);
         // If the caller stops waiting for the answer, the question is withdrawn.
         let _withdrawn = Withdraw(self, number);
@@ -99,7 +99,7 @@ impl Needs {
         let mut state = self.0.borrow_mut();
         state.last += 1;
         let number = state.last;
-        state.asked.push(Asked {
+        state.asked.push(OpenQuestion {
             need: Need { number, what },
             answer: None,
             waker: None,
@@ -110,7 +110,7 @@ impl Needs {
         number
     }
 
-    fn poll(&self, number: u64, waker: &Waker) -> Poll<Result<Answer, Failure>> {
+    fn poll(&self, number: u64, waker: &Waker) -> Poll<Result<SupervisorAnswer, Failure>> {
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
         match asked {
@@ -154,7 +154,7 @@ impl Needs {
     ) -> Result<(), Failure> {
         let missing = || Failure::invalid("the descriptor of what is provided is missing");
         let given = |fd: Option<OwnedFd>, lock| {
-            Ok::<_, Failure>(Answer::Given(Given {
+            Ok::<_, Failure>(SupervisorAnswer::Given(Given {
                 fd: fd.ok_or_else(missing)?,
                 lock,
                 backing,
@@ -164,8 +164,8 @@ impl Needs {
             Provided::Refused(failure) => Err(failure),
             Provided::Locked => Ok(given(fd, true)?),
             Provided::Shared => Ok(given(fd, false)?),
-            Provided::Marks(marks) => Ok(Answer::Marks(marks)),
-            Provided::Changed(changed) => Ok(Answer::Changed(changed)),
+            Provided::Marks(marks) => Ok(SupervisorAnswer::Marks(marks)),
+            Provided::Changed(changed) => Ok(SupervisorAnswer::Changed(changed)),
         };
         let mut state = self.0.borrow_mut();
         let asked = state.asked.iter_mut().find(|a| a.need.number == number);
@@ -180,7 +180,7 @@ impl Needs {
     }
 }
 
-fn something_else(answer: &Answer) -> Failure {
+fn something_else(answer: &SupervisorAnswer) -> Failure {
     Failure::invalid(format!("an answer to something else: {answer:?}"))
 }
 

@@ -34,7 +34,7 @@ impl Range {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct RangeEntry {
     /// Numbers requests in the order of their arrival.
     ticket: u64,
     range: Range,
@@ -42,25 +42,25 @@ struct Entry {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct RangeState {
     next: u64,
     /// By place; places are used again.
-    guest: Vec<Option<Entry>>,
+    guest: Vec<Option<RangeEntry>>,
     free: Vec<usize>,
-    clients: Vec<Entry>,
+    clients: Vec<RangeEntry>,
     /// Entries with a waker.
     waiting: usize,
 }
 
-impl State {
+impl RangeState {
     /// Something that came earlier is in the way.
     fn is_blocked(&self, source: Source, ticket: u64, range: &Range) -> bool {
-        let before = |entry: &Entry| entry.ticket < ticket && entry.range.conflicts(range);
+        let before = |entry: &RangeEntry| entry.ticket < ticket && entry.range.conflicts(range);
         self.clients.iter().any(before)
             || (source == Source::Client && self.guest.iter().flatten().any(before))
     }
 
-    fn entry(&mut self, source: Source, place: usize, ticket: u64) -> Option<&mut Entry> {
+    fn entry(&mut self, source: Source, place: usize, ticket: u64) -> Option<&mut RangeEntry> {
         match source {
             Source::Guest => self.guest.get_mut(place)?.as_mut(),
             Source::Client => self.clients.iter_mut().find(|entry| entry.ticket == ticket),
@@ -83,13 +83,13 @@ impl State {
 
 /// The parts that are worked on. Copies are the same thing.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Ranges(Rc<RefCell<State>>);
+pub(crate) struct Ranges(Rc<RefCell<RangeState>>);
 
 /// A part that is worked on, until this is dropped.
 #[derive(Debug)]
 #[must_use = "the range is held as long as this"]
-pub struct Claim {
-    state: Rc<RefCell<State>>,
+pub struct RangeClaim {
+    state: Rc<RefCell<RangeState>>,
     source: Source,
     place: usize,
     ticket: u64,
@@ -97,7 +97,7 @@ pub struct Claim {
 
 impl Ranges {
     /// Waits for everything that came earlier and is in the way.
-    pub(crate) async fn claim(&self, source: Source, range: Range) -> Claim {
+    pub(crate) async fn claim(&self, source: Source, range: Range) -> RangeClaim {
         let claim = self.enter(source, range);
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
@@ -115,11 +115,11 @@ impl Ranges {
     }
 
     /// Takes a place in the order.
-    fn enter(&self, source: Source, range: Range) -> Claim {
+    fn enter(&self, source: Source, range: Range) -> RangeClaim {
         let mut state = self.0.borrow_mut();
         let ticket = state.next;
         state.next += 1;
-        let entry = Entry {
+        let entry = RangeEntry {
             ticket,
             range,
             waker: None,
@@ -140,7 +140,7 @@ impl Ranges {
                 }
             },
         };
-        Claim {
+        RangeClaim {
             state: self.0.clone(),
             source,
             place,
@@ -149,7 +149,7 @@ impl Ranges {
     }
 }
 
-impl Drop for Claim {
+impl Drop for RangeClaim {
     fn drop(&mut self) {
         let mut state = self.state.borrow_mut();
         let left = match self.source {
@@ -172,13 +172,13 @@ impl Drop for Claim {
 
 #[cfg(test)]
 mod tests {
-    use super::{Claim, Range, Ranges, Source};
+    use super::{Range, RangeClaim, Ranges, Source};
     use proptest::prelude::*;
     use std::future::Future;
     use std::pin::Pin;
     use std::task::{Context, Poll, Waker};
 
-    type Waiting = Pin<Box<dyn Future<Output = Claim>>>;
+    type Waiting = Pin<Box<dyn Future<Output = RangeClaim>>>;
 
     fn ask(ranges: &Ranges, source: Source, from: u64, end: u64, writes: bool) -> Waiting {
         let ranges = ranges.clone();
@@ -186,7 +186,7 @@ mod tests {
         Box::pin(async move { ranges.claim(source, range).await })
     }
 
-    fn poll(waiting: &mut Waiting) -> Option<Claim> {
+    fn poll(waiting: &mut Waiting) -> Option<RangeClaim> {
         match waiting
             .as_mut()
             .poll(&mut Context::from_waker(Waker::noop()))
@@ -239,7 +239,7 @@ mod tests {
         ) {
             let ranges = Ranges::default();
             let mut waiting: Vec<(Range, Source, Waiting)> = Vec::new();
-            let mut held: Vec<(Range, Source, Claim)> = Vec::new();
+            let mut held: Vec<(Range, Source, RangeClaim)> = Vec::new();
             let mut wanted = wanted.into_iter();
             let mut picks = picks.into_iter();
             loop {

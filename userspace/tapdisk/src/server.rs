@@ -5,9 +5,9 @@ use crate::direct::Direct;
 use crate::link::Link;
 use crate::lost::Lost;
 use crate::notes::Notes;
-use crate::ranges::{Claim, Range, Ranges, Source};
+use crate::ranges::{Range, RangeClaim, Ranges, Source};
 use crate::throttle::{Throttle, Wanted};
-use crate::tracer::{Asked, Tracing};
+use crate::tracer::{TracedRequest, Tracing};
 use crate::twin::Twin;
 use crate::Troubles;
 use control::stats::{Counter, Stats};
@@ -197,11 +197,11 @@ impl Server {
 
     /// Waits until no other request is in the way of one that does not come from the guest, and holds later requests of
     /// the guest to this range back until the claim is dropped.
-    pub async fn claim(&self, offset: u64, len: u64, writes: bool) -> Claim {
+    pub async fn claim(&self, offset: u64, len: u64, writes: bool) -> RangeClaim {
         self.range(Source::Client, offset, len, writes).await
     }
 
-    async fn range(&self, source: Source, offset: u64, len: u64, writes: bool) -> Claim {
+    async fn range(&self, source: Source, offset: u64, len: u64, writes: bool) -> RangeClaim {
         let range = Range {
             from: offset,
             end: offset.saturating_add(len),
@@ -766,7 +766,7 @@ fn cost(kind: Kind, len: u64) -> Option<u64> {
 }
 
 /// A request of the guest that the trace records.
-fn asked(request: &Request) -> Asked {
+fn asked(request: &Request) -> TracedRequest {
     let (operation, writes) = match request.kind {
         Kind::Read => (Operation::Read, false),
         Kind::Write => (Operation::Write, true),
@@ -774,7 +774,7 @@ fn asked(request: &Request) -> Asked {
         Kind::Discard { .. } => (Operation::Discard, false),
         Kind::WriteZeroes => (Operation::Zeroes, false),
     };
-    Asked {
+    TracedRequest {
         operation,
         offset: request.offset,
         len: request.len,

@@ -630,7 +630,7 @@ impl Session {
             return;
         }
         match tap.mapper() {
-            Ok(Some(mapper)) => self.direct.offer(direct::Image {
+            Ok(Some(mapper)) => self.direct.offer(direct::PassthroughImage {
                 io: self.runtime.io.clone(),
                 mapper,
                 size,

@@ -21,7 +21,7 @@ use trace::{Flags, Operation, TraceEntry, Writer, BLOCK};
 
 /// Request to the disk.
 #[derive(Clone, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct TracedRequest {
     pub(crate) operation: Operation,
     /// Offset on the disk, in bytes.
     pub(crate) offset: u64,
@@ -107,7 +107,7 @@ impl Tracer {
     }
 
     /// Something is about to be done. Returns its number.
-    fn begin(&self, asked: &Asked) -> Option<u64> {
+    fn begin(&self, asked: &TracedRequest) -> Option<u64> {
         let entry = TraceEntry {
             operation: asked.operation,
             sector: asked.offset / BLOCK,
@@ -174,7 +174,7 @@ impl Tracing {
     /// Executes `work`, and records its request. An earlier request that overlaps it is over.
     pub(crate) async fn around(
         &self,
-        asked: impl FnOnce() -> Asked,
+        asked: impl FnOnce() -> TracedRequest,
         work: impl Future<Output = Result<(), Failed>>,
     ) -> Result<(), Failed> {
         let tracer = self.0.borrow().clone();

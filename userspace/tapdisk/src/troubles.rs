@@ -7,7 +7,7 @@ use std::future::poll_fn;
 use std::task::{Poll, Waker};
 
 #[derive(Debug, Default)]
-struct State {
+struct TroubleState {
     count: u64,
     /// The one that stopped the disk, or else the latest.
     last: Option<Trouble>,
@@ -24,7 +24,7 @@ pub(crate) fn wait(waiting: &mut Vec<Waker>, waker: &Waker) {
 
 /// I/O errors of this process.
 #[derive(Debug, Default)]
-pub struct Troubles(RefCell<State>);
+pub struct Troubles(RefCell<TroubleState>);
 
 impl Troubles {
     /// Something failed; the disk stops for it, or not.

@@ -8,7 +8,7 @@
 //! the guest discards it, and the kernel knows of that: it refuses places that were looked up before. It does not know
 //! of changes by other clients: they hold a [`Ban`](super::Ban), and places that were looked up before it are not sent.
 
-use super::{Direct, Image, Told};
+use super::{Direct, KernelMappings, PassthroughImage};
 use drivers::{Disk, Holder, MappedExtent};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -157,7 +157,7 @@ impl Direct {
         self.missed.is_looking.set(false);
     }
 
-    async fn tell_ahead(&self, image: &Image, disk: &Disk) -> io::Result<()> {
+    async fn tell_ahead(&self, image: &PassthroughImage, disk: &Disk) -> io::Result<()> {
         let era = self.era.get();
         let windows = self.missed.more(image.size);
         let told = self.tell_of(image, disk, windows).await?;
@@ -172,7 +172,7 @@ impl Direct {
     /// Sends the mappings of windows, and returns them.
     async fn tell_of(
         &self,
-        image: &Image,
+        image: &PassthroughImage,
         disk: &Disk,
         windows: Vec<Window>,
     ) -> io::Result<Vec<MappedExtent>> {
@@ -195,7 +195,7 @@ impl Direct {
             if self.era.get() != era || !self.may_tell() {
                 break;
             }
-            self.told.set(Told::Image);
+            self.told.set(KernelMappings::Image);
             for some in found.chunks(PLACES) {
                 let told = some.iter().map(|place| image.set(place, generation));
                 image.mapper.maps(&told.collect::<Vec<_>>())?;

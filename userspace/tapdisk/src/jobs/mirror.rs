@@ -3,7 +3,7 @@
 //! and the supervisor may serve the other one. If the other one is the backing image, only the image's own clusters are
 //! copied.
 
-use super::{failed, End, Piece, Worker, PIECE};
+use super::{failed, DiskPiece, WalkEnd, Worker, PIECE};
 use crate::twin::Twin;
 use crate::{Server, Session};
 use control::stats::Mirroring;
@@ -25,8 +25,8 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
     runtime.tasks.spawn(twin.clone().watch(runtime.io.clone()));
     session.runtime().clone().tasks.spawn(async move {
         match run(&worker, &twin).await {
-            Ok(End::Through) => {}
-            Ok(End::Stopped | End::Closed) => twin.end(Mirroring::Ended),
+            Ok(WalkEnd::Through) => {}
+            Ok(WalkEnd::Stopped | WalkEnd::Closed) => twin.end(Mirroring::Ended),
             Err(failure) => twin.end(Mirroring::Failed {
                 why: failure.message,
             }),
@@ -34,7 +34,7 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
     });
 }
 
-async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure> {
+async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<WalkEnd, Failure> {
     // CAST: it is small.
     let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
     let step = async |server: &Rc<Server>, at, left| {
@@ -54,12 +54,12 @@ async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<End, Failure>
         let work = twin.copy(disk, &buffer, at, len).await;
         // A mirror that has failed or was paused is over.
         match twin.is_active() {
-            true => Ok(Piece { len, work }),
+            true => Ok(DiskPiece { len, work }),
             false => Err(Failure::new(Code::State, "the mirror is over")),
         }
     };
     let end = worker.walk(step).await?;
-    if end == End::Through {
+    if end == WalkEnd::Through {
         twin.clear_rest(worker.size()).await;
         twin.is_same();
     }

@@ -70,14 +70,14 @@ impl<P> Job<P> {
 }
 
 /// A piece of the disk: how long it is, and how much work it was, in bytes.
-struct Piece {
+struct DiskPiece {
     len: u64,
     work: u64,
 }
 
 /// End of a walk over the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+enum WalkEnd {
     /// At the end of the disk.
     Through,
     /// The supervisor has ended it.
@@ -129,8 +129,8 @@ impl<P: Clone + 'static> Worker<P> {
     /// is that it has done.
     async fn walk(
         &self,
-        mut step: impl AsyncFnMut(&Rc<Server>, u64, u64) -> Result<Piece, Failure>,
-    ) -> Result<End, Failure> {
+        mut step: impl AsyncFnMut(&Rc<Server>, u64, u64) -> Result<DiskPiece, Failure>,
+    ) -> Result<WalkEnd, Failure> {
         let mut at = 0;
         loop {
             let start = Instant::now();
@@ -139,16 +139,16 @@ impl<P: Clone + 'static> Worker<P> {
                 self.rest(NOTICE).await?;
             }
             let Some(server) = self.session.running_from(self.image).await else {
-                return Ok(End::Closed);
+                return Ok(WalkEnd::Closed);
             };
             // Until it is dropped the image stays open.
             let hold = server.hold();
             let left = server.size().saturating_sub(at);
             if left == 0 {
-                return Ok(End::Through);
+                return Ok(WalkEnd::Through);
             }
             if self.is_to_end() {
-                return Ok(End::Stopped);
+                return Ok(WalkEnd::Stopped);
             }
             let piece = step(&server, at, left).await?;
             drop((hold, server));
@@ -165,14 +165,14 @@ impl<P: Clone + 'static> Worker<P> {
 
     /// Waits until `bytes`, whose work began at `start`, have taken their time at the job's rate. Returns an end if the
     /// job is to end.
-    async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<End>, Failure> {
+    async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<WalkEnd>, Failure> {
         loop {
             if self.is_to_end() {
-                return Ok(Some(End::Stopped));
+                return Ok(Some(WalkEnd::Stopped));
             }
             let rate = self.job().rate.get();
             if self.session.image() != self.image {
-                return Ok(Some(End::Closed));
+                return Ok(Some(WalkEnd::Closed));
             }
             let time = Duration::try_from_secs_f64(bytes as f64 / rate as f64);
             let left = time

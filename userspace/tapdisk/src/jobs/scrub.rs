@@ -3,8 +3,8 @@
 //!
 //! It reports errors to the supervisor and not to the guest, which continues.
 
-use super::{failed, piece, End, Piece, Worker, PIECE};
-use crate::inside::{Request, Work};
+use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
+use crate::inside::{InternalRequest, InternalWork};
 use crate::twin::first;
 use crate::{Server, Session};
 pub(crate) use control::stats::Scrub;
@@ -29,8 +29,8 @@ pub(crate) fn start(session: &Rc<Session>, rate: u64) {
     let worker = Worker::begin(session, |jobs| &jobs.scrub, progress);
     session.runtime().clone().tasks.spawn(async move {
         match run(&worker).await {
-            Ok(End::Through | End::Stopped) => {}
-            Ok(End::Closed) => {
+            Ok(WalkEnd::Through | WalkEnd::Stopped) => {}
+            Ok(WalkEnd::Closed) => {
                 diskio::say!(
                     "tapdisk: the scrub is not finished: its image is not served any more"
                 );
@@ -41,7 +41,7 @@ pub(crate) fn start(session: &Rc<Session>, rate: u64) {
     });
 }
 
-async fn run(worker: &Worker<Scrub>) -> Result<End, Failure> {
+async fn run(worker: &Worker<Scrub>) -> Result<WalkEnd, Failure> {
     // CAST: it is small.
     let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
     let step = async |server: &Rc<Server>, at, left| {
@@ -62,7 +62,7 @@ async fn look(
     buffer: &Data,
     at: u64,
     left: u64,
-) -> Piece {
+) -> DiskPiece {
     let len = piece(at, left);
     let failed = |len, error: Errno| {
         server.tell(Call::Read, at, len, error, false);
@@ -74,17 +74,17 @@ async fn look(
             // The content is unknown. The piece counts with its full length for the rate limit, because on a disk that
             // is gone all pieces fail at once.
             failed(len, error);
-            return Piece { len, work: len };
+            return DiskPiece { len, work: len };
         }
     };
     if extent.content == Content::Hole {
         let len = extent.len;
-        return Piece { len, work: 0 };
+        return DiskPiece { len, work: 0 };
     }
     let len = len.min(extent.len);
-    let request = Request {
+    let request = InternalRequest {
         // CAST: at most a piece.
-        work: Work::Read(buffer.part(0, len as usize)),
+        work: InternalWork::Read(buffer.part(0, len as usize)),
         offset: at,
         len,
         fua: false,
@@ -92,5 +92,5 @@ async fn look(
     if let Err(why) = request.execute(server, &SeenErrors::default()).await {
         failed(len, why.error);
     }
-    Piece { len, work: len }
+    DiskPiece { len, work: len }
 }

@@ -4,7 +4,7 @@
 //! Nothing is lost whenever it ends: copied data is the image's own, and the next stream finds the rest. A range is
 //! claimed for a copy as for a write of the guest, so neither overtakes the other.
 
-use super::{failed, piece, End, Piece, Worker, PIECE};
+use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
 use crate::twin::first;
 use crate::{Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
@@ -58,8 +58,8 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
         let tasks = session.runtime().clone().tasks;
         tasks.spawn(async move {
             let state = match run(&worker).await {
-                Ok(End::Through) => Streaming::Done,
-                Ok(End::Stopped | End::Closed) => Streaming::Ended,
+                Ok(WalkEnd::Through) => Streaming::Done,
+                Ok(WalkEnd::Stopped | WalkEnd::Closed) => Streaming::Ended,
                 Err(failure) => Streaming::Failed {
                     why: failure.message,
                 },
@@ -70,7 +70,7 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
     Ok(job.progress().clone().unwrap_or_default())
 }
 
-async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
+async fn run(worker: &Worker<Stream>) -> Result<WalkEnd, Failure> {
     // Earlier writes that could not be made durable are no errors of this job.
     let seen = worker.session.lost().newcomer();
     let serve = worker.session.serves();
@@ -83,7 +83,7 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
             // Another process may have changed the image during the pause, so passed ranges are checked again.
             was_paused |= worker.session.serves() != serve;
             if was_paused {
-                return Ok(Piece { len: left, work: 0 });
+                return Ok(DiskPiece { len: left, work: 0 });
             }
             let piece = copy(server, &buffer, at, left).await?;
             copied += piece.work;
@@ -95,9 +95,9 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
         };
         let end = worker.walk(step).await?;
         if was_paused {
-            return Ok(End::Closed);
+            return Ok(WalkEnd::Closed);
         }
-        if end != End::Through {
+        if end != WalkEnd::Through {
             return Ok(end);
         }
         // Nothing of an image becomes another one's again; should a format do so, it is found here.
@@ -108,7 +108,12 @@ async fn run(worker: &Worker<Stream>) -> Result<End, Failure> {
 }
 
 /// Copies the next piece, or passes over what need not be copied.
-async fn copy(server: &Rc<Server>, buffer: &Data, at: u64, left: u64) -> Result<Piece, Failure> {
+async fn copy(
+    server: &Rc<Server>,
+    buffer: &Data,
+    at: u64,
+    left: u64,
+) -> Result<DiskPiece, Failure> {
     let told = |call: Call, at, len: u64, error: Errno| {
         let len = len.min(PIECE);
         server.tell(call, at, len, error, false);
@@ -121,7 +126,7 @@ async fn copy(server: &Rc<Server>, buffer: &Data, at: u64, left: u64) -> Result<
     let part = missing(disk, at, left).await;
     let part = part.map_err(|error| told(Call::Read, at, left, error))?;
     if !part.is_missing {
-        return Ok(Piece {
+        return Ok(DiskPiece {
             len: part.len,
             work: 0,
         });
@@ -151,20 +156,20 @@ async fn copy(server: &Rc<Server>, buffer: &Data, at: u64, left: u64) -> Result<
         }
         done += part.len;
     }
-    Ok(Piece { len, work: copied })
+    Ok(DiskPiece { len, work: copied })
 }
 
 /// A part of the disk that is alike.
-struct Part {
+struct StreamPart {
     len: u64,
     /// The image shows it, and has it not itself. Zeroes it shows without another one, too.
     is_missing: bool,
 }
 
 /// Returns whether the beginning of a range is missing in the image.
-async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
+async fn missing(disk: &Disk, at: u64, len: u64) -> Result<StreamPart, Errno> {
     let own = first(disk.layer(at, len).await)?;
-    let here = |len| Part {
+    let here = |len| StreamPart {
         len,
         is_missing: false,
     };
@@ -181,7 +186,7 @@ async fn missing(disk: &Disk, at: u64, len: u64) -> Result<Part, Errno> {
             Content::Data | Content::Below => data += there.len,
         }
     }
-    Ok(Part {
+    Ok(StreamPart {
         len: data.min(end),
         is_missing: true,
     })
@@ -192,19 +197,19 @@ async fn stand_alone(
     worker: &Worker<Stream>,
     serve: u64,
     seen: &SeenErrors,
-) -> Result<End, Failure> {
+) -> Result<WalkEnd, Failure> {
     let Some(server) = worker.session.running_from(worker.image).await else {
-        return Ok(End::Closed);
+        return Ok(WalkEnd::Closed);
     };
     let _hold = server.hold();
     let _all = server.claim(0, u64::MAX, true).await;
     if worker.is_to_end() {
-        return Ok(End::Stopped);
+        return Ok(WalkEnd::Stopped);
     }
     if worker.session.serves() != serve {
-        return Ok(End::Closed);
+        return Ok(WalkEnd::Closed);
     }
     let flushed = server.flush(seen).await;
     flushed.map_err(|why| failed("cannot make the copied data durable", why.error))?;
-    server.disk().stand_alone().await.map(|()| End::Through)
+    server.disk().stand_alone().await.map(|()| WalkEnd::Through)
 }

@@ -3,7 +3,7 @@
 //!
 //! A mark has the name that QEMU gives to such things, so that its tools, and those made for it, find it.
 
-use super::wire::{self, Choice, Chunk, OptionReply, Request};
+use super::wire::{self, Choice, Chunk, ClientRequest, OptionReply};
 use super::{Client, MAX_EXTENTS};
 use crate::inside;
 use crate::session::Since;
@@ -49,19 +49,19 @@ fn may_mean_marks(asked: &wire::Contexts<'_>, is_list: bool) -> bool {
 }
 
 /// Reason why a client gets no answer about extents.
-struct Refused {
+struct RefusedContext {
     error: Errno,
     why: String,
 }
 
-impl From<Errno> for Refused {
+impl From<Errno> for RefusedContext {
     fn from(error: Errno) -> Self {
         let why = String::new();
         Self { error, why }
     }
 }
 
-impl From<Failure> for Refused {
+impl From<Failure> for RefusedContext {
     fn from(failure: Failure) -> Self {
         let error = match failure.code {
             Code::Invalid => Errno::INVAL,
@@ -108,7 +108,7 @@ impl Client {
     }
 
     /// Answers a question for extents: a chunk for each context, or one that says why not.
-    pub(super) async fn tell_extents(&self, request: &Request) -> Result<(), Errno> {
+    pub(super) async fn tell_extents(&self, request: &ClientRequest) -> Result<(), Errno> {
         let contexts = self.contexts.borrow().clone();
         let told = self.extents(request, &contexts).await;
         self.session.count_nbd();
@@ -122,7 +122,7 @@ impl Client {
                 }
                 Ok(())
             }
-            Err(Refused { error, why }) => {
+            Err(RefusedContext { error, why }) => {
                 let chunk = Chunk::Error(error, &why);
                 self.write(&wire::chunk(request.cookie, &chunk, true)).await
             }
@@ -132,9 +132,9 @@ impl Client {
     /// Lengths and states of extents, for each context.
     async fn extents(
         &self,
-        request: &Request,
+        request: &ClientRequest,
         contexts: &[Context],
-    ) -> Result<Vec<Vec<(u64, u32)>>, Refused> {
+    ) -> Result<Vec<Vec<(u64, u32)>>, RefusedContext> {
         let (offset, len) = (request.offset, request.len.into());
         let most = if request.one { 1 } else { MAX_EXTENTS };
         let mut all = Vec::new();

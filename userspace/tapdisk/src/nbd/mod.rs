@@ -10,7 +10,7 @@
 mod context;
 mod wire;
 
-use crate::inside::{self, Work};
+use crate::inside::{self, InternalWork};
 use crate::Session;
 use context::Context;
 use diskio::{Errno, Io, SeenErrors};
@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
-use wire::{Choice, Chunk, Command, Export, OptionReply, Request};
+use wire::{Choice, Chunk, ClientRequest, Export, NbdCommand, OptionReply};
 
 /// Options of one client at most, before it is served.
 const MAX_OPTIONS: u32 = 64;
@@ -168,20 +168,20 @@ impl Client {
         self.io().readable(&self.socket).await?;
         let request = wire::request(self.array().await?).ok_or(Errno::PROTO)?;
         let mut data = Vec::new();
-        if request.command == Command::Write {
+        if request.command == NbdCommand::Write {
             data.resize(request.len as usize, 0);
             self.read(&mut data).await?;
         }
-        if request.command == Command::Disconnect {
+        if request.command == NbdCommand::Disconnect {
             return Ok(false);
         }
-        if request.command == Command::BlockStatus && !self.contexts.borrow().is_empty() {
+        if request.command == NbdCommand::BlockStatus && !self.contexts.borrow().is_empty() {
             self.tell_extents(&request).await?;
             return Ok(true);
         }
         let result = self.perform(&request, &mut data).await;
         self.session.count_nbd();
-        let is_read = request.command == Command::Read;
+        let is_read = request.command == NbdCommand::Read;
         let head = match result {
             Ok(()) if is_read && self.has_chunks.get() => {
                 let (offset, len) = (request.offset, request.len);
@@ -200,26 +200,26 @@ impl Client {
     }
 
     /// Executes the disk's part of a request; `data` is the data of a write, or receives that of a read.
-    async fn perform(&self, request: &Request, data: &mut Vec<u8>) -> Result<(), Errno> {
-        if request.len == 0 && request.command != Command::Flush {
+    async fn perform(&self, request: &ClientRequest, data: &mut Vec<u8>) -> Result<(), Errno> {
+        if request.len == 0 && request.command != NbdCommand::Flush {
             return Err(Errno::INVAL);
         }
         let work = match request.command {
-            Command::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
-            Command::Read => Work::Read(self.io().buffer(request.len as usize)?),
-            Command::Write => {
+            NbdCommand::Read if request.len > wire::MAX_DATA => return Err(Errno::INVAL),
+            NbdCommand::Read => InternalWork::Read(self.io().buffer(request.len as usize)?),
+            NbdCommand::Write => {
                 let buffer = self.io().buffer(data.len())?;
                 buffer.write(0, data);
-                Work::Write(buffer.into())
+                InternalWork::Write(buffer.into())
             }
-            Command::Flush => Work::Flush,
-            Command::Trim => Work::Discard,
-            Command::WriteZeroes => Work::WriteZeroes,
-            Command::Disconnect | Command::BlockStatus | Command::Unknown => {
+            NbdCommand::Flush => InternalWork::Flush,
+            NbdCommand::Trim => InternalWork::Discard,
+            NbdCommand::WriteZeroes => InternalWork::WriteZeroes,
+            NbdCommand::Disconnect | NbdCommand::BlockStatus | NbdCommand::Unknown => {
                 return Err(Errno::INVAL)
             }
         };
-        let inside = inside::Request {
+        let inside = inside::InternalRequest {
             work,
             offset: request.offset,
             len: request.len.into(),
@@ -230,8 +230,8 @@ impl Client {
             &inside.work,
         ) {
             // A hint, which may be ignored.
-            (Err(Errno::OPNOTSUPP), Work::Discard) => {}
-            (Ok(()), Work::Read(buffer)) => *data = buffer.to_vec(),
+            (Err(Errno::OPNOTSUPP), InternalWork::Discard) => {}
+            (Ok(()), InternalWork::Read(buffer)) => *data = buffer.to_vec(),
             (result, _) => result?,
         }
         Ok(())

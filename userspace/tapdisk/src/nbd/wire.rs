@@ -204,7 +204,7 @@ impl Export {
 
 /// Command of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub(super) enum NbdCommand {
     Read,
     Write,
     Disconnect,
@@ -217,8 +217,8 @@ pub(super) enum Command {
 
 /// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Request {
-    pub(super) command: Command,
+pub(super) struct ClientRequest {
+    pub(super) command: NbdCommand,
     /// True if the change must be durable before the answer.
     pub(super) fua: bool,
     /// True if one extent is enough as an answer.
@@ -229,7 +229,7 @@ pub(super) struct Request {
 }
 
 /// A request; `None` if a client makes no sense.
-pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
+pub(super) fn request(bytes: [u8; REQUEST]) -> Option<ClientRequest> {
     let (magic, rest) = bytes.split_first_chunk::<4>()?;
     let (flags, rest) = rest.split_first_chunk::<2>()?;
     let (kind, rest) = rest.split_first_chunk::<2>()?;
@@ -240,21 +240,21 @@ pub(super) fn request(bytes: [u8; REQUEST]) -> Option<Request> {
         return None;
     }
     let command = match u16::from_be_bytes(*kind) {
-        command::READ => Command::Read,
-        command::WRITE => Command::Write,
-        command::DISCONNECT => Command::Disconnect,
-        command::FLUSH => Command::Flush,
-        command::TRIM => Command::Trim,
-        command::WRITE_ZEROES => Command::WriteZeroes,
-        command::BLOCK_STATUS => Command::BlockStatus,
-        _ => Command::Unknown,
+        command::READ => NbdCommand::Read,
+        command::WRITE => NbdCommand::Write,
+        command::DISCONNECT => NbdCommand::Disconnect,
+        command::FLUSH => NbdCommand::Flush,
+        command::TRIM => NbdCommand::Trim,
+        command::WRITE_ZEROES => NbdCommand::WriteZeroes,
+        command::BLOCK_STATUS => NbdCommand::BlockStatus,
+        _ => NbdCommand::Unknown,
     };
     let flags = CommandFlags::from_bits_retain(u16::from_be_bytes(*flags));
     let len = u32::from_be_bytes(*len);
-    if command == Command::Write && len > MAX_DATA {
+    if command == NbdCommand::Write && len > MAX_DATA {
         return None;
     }
-    Some(Request {
+    Some(ClientRequest {
         command,
         fua: flags.contains(CommandFlags::FUA),
         one: flags.contains(CommandFlags::REQ_ONE),
@@ -400,7 +400,7 @@ mod tests {
         bytes[24..].copy_from_slice(&MAX_DATA.to_be_bytes());
         assert_eq!(
             request(bytes).map(|request| request.command),
-            Some(Command::Write)
+            Some(NbdCommand::Write)
         );
         bytes[27] = 1;
         assert_eq!(request(bytes), None);

@@ -176,27 +176,27 @@ mod tests {
     }
 
     #[derive(Clone, Debug)]
-    enum Step {
+    enum ShareStep {
         /// A request, after a pause.
         Request(u64, u64),
         /// Another share, after a pause: the pause, its pace, its time, and the pace after that.
         Share(u64, u64, u64, u64),
     }
 
-    fn step() -> impl Strategy<Value = Step> {
+    fn step() -> impl Strategy<Value = ShareStep> {
         let pace = || 0..20_000_000_u64;
         let pause = || prop_oneof![3 => 0..50 * MS, 1 => 0..3 * SECOND];
         prop_oneof![
-            4 => (pause(), 1..2_000_000_u64).prop_map(|(pause, bytes)| Step::Request(pause, bytes)),
+            4 => (pause(), 1..2_000_000_u64).prop_map(|(pause, bytes)| ShareStep::Request(pause, bytes)),
             1 => (pause(), pace(), 0..3 * SECOND, pace())
-                .prop_map(|(pause, at_first, time, after)| Step::Share(pause, at_first, time, after)),
+                .prop_map(|(pause, at_first, time, after)| ShareStep::Share(pause, at_first, time, after)),
         ]
     }
 
     /// Bytes that the announced shares allow between two moments, in whole milliseconds.
-    struct Told(Vec<(u64, Share)>);
+    struct AllowedBytes(Vec<(u64, Share)>);
 
-    impl Told {
+    impl AllowedBytes {
         fn pace(&self, at: u64) -> u64 {
             let (_, share) = self
                 .0
@@ -223,11 +223,11 @@ mod tests {
             let whole = |ns: u64| ns.div_ceil(MS) * MS;
             let mut now = SECOND;
             let first = share(1_000_000, 2 * SECOND, 500_000, burst_s);
-            let (mut of, mut told) = (Allotment::new(first, now), Told(vec![(now, first)]));
+            let (mut of, mut told) = (Allotment::new(first, now), AllowedBytes(vec![(now, first)]));
             let mut passed: Vec<(u64, u64)> = Vec::new();
             for step in steps {
                 match step {
-                    Step::Request(pause, bytes) => {
+                    ShareStep::Request(pause, bytes) => {
                         now = whole(now + pause);
                         loop {
                             match of.wait(now).longest() {
@@ -239,7 +239,7 @@ mod tests {
                         of.take(now, bytes);
                         passed.push((now, bytes));
                     }
-                    Step::Share(pause, pace, time, after) => {
+                    ShareStep::Share(pause, pace, time, after) => {
                         now = whole(now + pause);
                         let last = told.0.last().expect("one").1.until;
                         let until = last.max(Duration::from_nanos(whole(now + time)));

@@ -201,13 +201,13 @@ fn give_to(channel: &mut Channel, files: usize, cached: bool) -> Vec<Needed> {
 }
 
 /// An image that is served, with that many files beside it.
-pub(crate) struct Served {
+pub(crate) struct ServedImage {
     pub(crate) path: PathBuf,
     pub(crate) driver: &'static str,
     pub(crate) files: usize,
 }
 
-impl Served {
+impl ServedImage {
     pub(crate) fn question(&self) -> Open {
         let target = format!("{}:{}", self.driver, self.path.display());
         Open {

@@ -2,7 +2,7 @@
 //! Backing images are read past dom0's page cache or through it: then disks with the same backing image share what was
 //! read.
 
-use crate::common::images::{answered, cached, holds, Folder, Served, SIZE};
+use crate::common::images::{answered, cached, holds, Folder, ServedImage, SIZE};
 use crate::common::Process;
 use control::tapdisk::{Engine, Open, Reply, Request};
 use ring::tap::shadow::Op;
@@ -26,7 +26,7 @@ impl Reads {
 }
 
 /// A process that does in its own thread all that it does.
-fn start(clone: &Served, fake: &FakeTap) -> (Process, Reads) {
+fn start(clone: &ServedImage, fake: &FakeTap) -> (Process, Reads) {
     let (tell, told) = mpsc::channel();
     let mut process = Process::start_with(fake, move |_| {
         let place = fs::read_link("/proc/thread-self").expect("a thread");
@@ -72,8 +72,8 @@ impl Clones {
         })
     }
 
-    fn served(&self, name: &str) -> Served {
-        Served {
+    fn served(&self, name: &str) -> ServedImage {
+        ServedImage {
             path: self.folder.path(name),
             driver: self.driver,
             files: 1,

@@ -3,7 +3,7 @@
 //! to it.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, give, holds, steps, Folder, Served, SIZE};
+use crate::common::images::{answered, file, give, holds, steps, Folder, ServedImage, SIZE};
 use crate::common::{Process, LIMIT};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Reply, Request};
@@ -39,7 +39,7 @@ fn until_same(process: &mut Process) -> Mirror {
 }
 
 /// Commits the served image to `below`, which has that many files itself.
-fn commit(process: &mut Process, below: &Served) -> Result<Reply, Failure> {
+fn commit(process: &mut Process, below: &ServedImage) -> Result<Reply, Failure> {
     let image = file(&below.path, true);
     let question = Request::Mirror {
         open: below.question(),
@@ -66,8 +66,8 @@ fn over(folder: &Folder, name: &str, option: &str, below: (&str, &str)) {
 /// A disk in `a.qcow2` over an image `base` of a format, over a raw one.
 struct Chain {
     folder: Folder,
-    top: Served,
-    below: Served,
+    top: ServedImage,
+    below: ServedImage,
     model: Vec<u8>,
 }
 
@@ -85,12 +85,12 @@ impl Chain {
         over(&folder, "a.qcow2", top, ("base", format));
         let driver = if format == "raw" { "aio" } else { "qcow2" };
         Some(Self {
-            top: Served {
+            top: ServedImage {
                 path: folder.path("a.qcow2"),
                 driver: "qcow2",
                 files: files + 1,
             },
-            below: Served {
+            below: ServedImage {
                 path: folder.path("base"),
                 driver,
                 files,
@@ -105,8 +105,8 @@ impl Chain {
 /// gets new writes, too. Returns the remaining steps, without deaths.
 fn commits_under_load<'a>(
     fake: &'a FakeTap,
-    top: &Served,
-    below: &Served,
+    top: &ServedImage,
+    below: &ServedImage,
     model: Vec<u8>,
 ) -> (Process, Guest<'a>, impl Iterator<Item = Step>) {
     let (mut process, _) = top.start(fake);
@@ -140,7 +140,7 @@ fn ends_a_snapshot(test: &str, format: &str, driver: &'static str) {
         return;
     };
     let (folder, below) = (chain.folder, chain.below);
-    let top = Served {
+    let top = ServedImage {
         driver,
         ..chain.top
     };
@@ -180,8 +180,8 @@ enum UnderVhd {
 }
 
 /// A VHD over another image, made as `tap-ctl snapshot` has it made.
-fn vhd_over(folder: &Folder, name: &str, below: &Served) -> Served {
-    let child = Served {
+fn vhd_over(folder: &Folder, name: &str, below: &ServedImage) -> ServedImage {
+    let child = ServedImage {
         path: folder.path(name),
         driver: "vhd",
         files: below.files + 1,
@@ -201,7 +201,7 @@ fn vhd_over(folder: &Folder, name: &str, below: &Served) -> Served {
 fn vhd_chain(test: &str, under: UnderVhd) -> Option<Chain> {
     let folder = Folder::new(test)?;
     let model = folder.raw("base.img", 5);
-    let raw = Served {
+    let raw = ServedImage {
         path: folder.path("base.img"),
         driver: "aio",
         files: 0,
@@ -213,7 +213,7 @@ fn vhd_chain(test: &str, under: UnderVhd) -> Option<Chain> {
             let options = "subformat=dynamic,force_size=on";
             let convert = ["convert", "-f", "raw", "-O", "vpc", "-o", options];
             folder.img(&[&convert[..], &["base.img", "base.vhd"]].concat());
-            Served {
+            ServedImage {
                 path: folder.path("base.vhd"),
                 driver: "vhd",
                 files: 0,
@@ -230,7 +230,7 @@ fn vhd_chain(test: &str, under: UnderVhd) -> Option<Chain> {
 }
 
 /// The image holds this disk: to QEMU, if that can read it, and to us.
-fn image_holds(folder: &Folder, image: &Served, model: &[u8]) {
+fn image_holds(folder: &Folder, image: &ServedImage, model: &[u8]) {
     let name = image.path.file_name().and_then(|name| name.to_str());
     let name = name.expect("a name");
     match (image.driver, image.files) {
@@ -332,12 +332,12 @@ fn vhd_is_committed_to_what_is_right_below_it() {
     };
     let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = chain.top.start(&fake);
-    let deeper = Served {
+    let deeper = ServedImage {
         path: chain.folder.path("base.img"),
         driver: "aio",
         files: 0,
     };
-    let as_raw = Served {
+    let as_raw = ServedImage {
         path: chain.below.path.clone(),
         ..deeper
     };
@@ -358,7 +358,7 @@ fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
         return;
     };
     let folder = chain.folder;
-    let root = Served {
+    let root = ServedImage {
         path: folder.path("root.vhd"),
         ..chain.below
     };
@@ -377,7 +377,7 @@ fn vhd_is_not_committed_to_what_a_name_of_another_leads_to() {
     let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = top.start(&fake);
     holds(&fake, &chain.model);
-    let deeper = Served { files: 0, ..root };
+    let deeper = ServedImage { files: 0, ..root };
     let failure = commit(&mut process, &deeper).expect_err("it is deeper");
     assert_eq!(failure.code, Code::Invalid, "{failure}");
     commit(&mut process, &base).expect("it is right below");
@@ -447,12 +447,12 @@ fn what_is_not_below_is_no_place_for_it() {
     folder.raw("other", 9);
     let fake = FakeTap::new(4).expect("a node");
     let (mut process, _) = top.start(&fake);
-    let other = Served {
+    let other = ServedImage {
         path: folder.path("other"),
         driver: "aio",
         files: 0,
     };
-    let as_qcow2 = Served {
+    let as_qcow2 = ServedImage {
         path: below.path.clone(),
         driver: "qcow2",
         files: 0,
@@ -487,7 +487,7 @@ fn one_with_smaller_clusters_is_refused() {
 }
 
 /// The process that serves an image over this one has this one locked: others may read it and may not write it.
-fn is_read_locked(below: &Served) {
+fn is_read_locked(below: &ServedImage) {
     let other = file(&below.path, true);
     let written = diskio::lock_whole(other.as_fd(), diskio::LockKind::Write);
     written.expect_err("the disk goes on from it");

@@ -23,7 +23,7 @@ use tapdev::fake::FakeTap;
 
 /// A device whose mappings the kernel gets.
 #[derive(Clone)]
-struct Device {
+struct MappedDevice {
     kernel: FakeTap,
     is_verbatim: bool,
     /// Size at first, and size after a resize.
@@ -44,7 +44,7 @@ struct Device {
     told: Arc<Mutex<Vec<MapOp>>>,
 }
 
-impl Device {
+impl MappedDevice {
     fn new(kernel: &FakeTap) -> Self {
         kernel.back(1);
         Self {
@@ -80,7 +80,7 @@ impl Device {
         }
     }
 
-    /// Makes a device whose discards do not end until [`Device::go_on`].
+    /// Makes a device whose discards do not end until [`MappedDevice::go_on`].
     fn slow(kernel: &FakeTap) -> Self {
         Self {
             goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
@@ -100,7 +100,7 @@ impl Device {
             let io = session.runtime().io.clone();
             io.start_helpers(1).unwrap();
             session.runtime().tasks.spawn(async move {
-                let disk = Disk::new(Served { device, io });
+                let disk = Disk::new(ServedDevice { device, io });
                 let shape = disk.activate().await.unwrap();
                 let mut open = Open::new("null:1M".parse().unwrap());
                 change(&mut open);
@@ -135,12 +135,12 @@ impl Device {
     }
 }
 
-struct Served {
-    device: Device,
+struct ServedDevice {
+    device: MappedDevice,
     io: Io,
 }
 
-impl Served {
+impl ServedDevice {
     fn note(&self) -> Result<(), Errno> {
         let mut told = self.device.told.lock().unwrap();
         if told.is_empty() {
@@ -150,7 +150,7 @@ impl Served {
     }
 }
 
-impl Driver for Served {
+impl Driver for ServedDevice {
     async fn activate(&self) -> Result<DiskInfo, Failure> {
         Ok(DiskInfo {
             discard: Some(512),
@@ -251,7 +251,7 @@ fn given_again() -> Vec<MapOp> {
 #[test]
 fn a_device_is_given_to_the_kernel_when_it_is_started() {
     let kernel = FakeTap::new(4).unwrap();
-    let process = Device::new(&kernel).serve(|_| ());
+    let process = MappedDevice::new(&kernel).serve(|_| ());
     assert_eq!(kernel.wait_for_map_ops(2), given());
     process.exit();
 }
@@ -259,7 +259,7 @@ fn a_device_is_given_to_the_kernel_when_it_is_started() {
 #[test]
 fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let process = device.serve(|open| open.read_only = true);
     let read = MapOp {
         flags: MAP_READ,
@@ -271,13 +271,13 @@ fn of_a_disk_that_is_only_read_the_kernel_only_reads() {
 
 #[test]
 fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
-    type Case = (bool, bool, u32);
-    const CASES: [Case; 3] = [(false, false, 1), (true, true, 1), (true, false, 2)];
+    type DirectCase = (bool, bool, u32);
+    const CASES: [DirectCase; 3] = [(false, false, 1), (true, true, 1), (true, false, 2)];
     for (is_verbatim, shared, backings) in CASES {
         let kernel = FakeTap::new(4).unwrap();
-        let device = Device {
+        let device = MappedDevice {
             is_verbatim,
-            ..Device::new(&kernel)
+            ..MappedDevice::new(&kernel)
         };
         kernel.back(backings);
         let process = device.serve(move |open| open.shared = shared);
@@ -295,7 +295,7 @@ fn what_is_no_device_or_not_the_disks_alone_is_not_given() {
 #[test]
 fn who_has_told_nothing_waits_for_the_kernel_too() {
     let kernel = FakeTap::new(4).unwrap();
-    let mut process = Device::in_parts(&kernel).serve(|_| ());
+    let mut process = MappedDevice::in_parts(&kernel).serve(|_| ());
     kernel.stick(true);
     thread::scope(|scope| {
         let pause = scope.spawn(|| process.ask(Request::Pause, None));
@@ -311,7 +311,7 @@ fn who_has_told_nothing_waits_for_the_kernel_too() {
 #[test]
 fn kernels_of_before_are_told_nothing() {
     let kernel = FakeTap::before_claims(4).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let process = device.serve(|_| ());
     assert_eq!(device.told(), []);
     process.exit();
@@ -321,7 +321,7 @@ fn kernels_of_before_are_told_nothing() {
 fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
     let kernel = FakeTap::new(4).unwrap();
     kernel.break_maps();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let mut process = device.serve(|_| ());
     assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), []);
@@ -332,7 +332,7 @@ fn a_kernel_that_fails_leaves_the_disk_to_the_process() {
 #[test]
 fn after_discards_it_is_told_once_more() {
     let kernel = FakeTap::new(8).unwrap();
-    let device = Device::slow(&kernel);
+    let device = MappedDevice::slow(&kernel);
     let process = device.serve(|_| ());
     assert_eq!(kernel.wait_for_map_ops(2), given());
     let discards: Vec<u16> = [Op::Discard, Op::Discard, Op::WriteZeroes, Op::Discard]
@@ -361,7 +361,7 @@ fn everything_is_taken_back_before_the_image_is_let_go_of() {
         Request::Exit,
     ] {
         let kernel = FakeTap::new(4).unwrap();
-        let device = Device::new(&kernel);
+        let device = MappedDevice::new(&kernel);
         let mut process = device.serve(|_| ());
         let given = kernel.wait_for_map_ops(2);
         let answer = process.ask(verb.clone(), None);
@@ -377,7 +377,7 @@ fn everything_is_taken_back_before_the_image_is_let_go_of() {
     }
 }
 
-/// Mappings of [`Device::in_parts`].
+/// Mappings of [`MappedDevice::in_parts`].
 fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
     let set = |flags, sector, offset| MapOp {
         op: MAP_SET,
@@ -396,7 +396,7 @@ fn told_in_parts(generation: u32, flags: u8) -> Vec<MapOp> {
 fn an_image_in_parts_is_told_where_something_was_asked() {
     for read_only in [false, true] {
         let kernel = FakeTap::new(4).unwrap();
-        let device = Device::in_parts(&kernel);
+        let device = MappedDevice::in_parts(&kernel);
         let mut process = device.serve(move |open| open.read_only = read_only);
         assert_eq!(device.request(Op::Flush), ResponseStatus::Okay);
         assert_eq!(kernel.map_ops(), []);
@@ -414,9 +414,9 @@ fn an_image_in_parts_is_told_where_something_was_asked() {
 #[test]
 fn an_image_in_parts_is_told_ahead() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device {
+    let device = MappedDevice {
         comes: false,
-        ..Device::in_parts(&kernel)
+        ..MappedDevice::in_parts(&kernel)
     };
     let folder = tempfile::tempdir().unwrap();
     let mut process = with_nbd(&device, &folder);
@@ -444,11 +444,11 @@ fn told_ahead(windows: u64, step: u64, expected: usize) -> Vec<MapOp> {
         at: number * step,
         writable: true,
     };
-    let device = Device {
+    let device = MappedDevice {
         first_size: windows << 21,
         places: Some((0..windows).map(place).collect()),
         comes: false,
-        ..Device::in_parts(&kernel)
+        ..MappedDevice::in_parts(&kernel)
     };
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(expected);
@@ -480,10 +480,10 @@ fn behind_a_write_all_is_told_that_may_be_written() {
             at: number << 22,
             writable: true,
         };
-        let device = Device {
+        let device = MappedDevice {
             first_size: 6 << 21,
             places: Some((0..6).map(place).collect()),
-            ..Device::in_parts(&kernel)
+            ..MappedDevice::in_parts(&kernel)
         };
         let mut process = device.serve(|_| ());
         assert_eq!(device.request(op), ResponseStatus::Okay);
@@ -508,13 +508,13 @@ fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
         at,
         writable: false,
     };
-    let device = Device {
+    let device = MappedDevice {
         places: Some(vec![
             place(0, Holder::Below(2), 4096),
             place(4096, Holder::Below(3), 4096),
             place(8192, Holder::Nothing, 0),
         ]),
-        ..Device::in_parts(&kernel)
+        ..MappedDevice::in_parts(&kernel)
     };
     kernel.back(1 | 1 << 2);
     let process = device.serve(|_| ());
@@ -540,9 +540,9 @@ fn what_is_below_the_image_and_what_is_nowhere_is_told_as_that() {
 #[test]
 fn what_was_found_before_a_ban_is_not_told_after_it() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device {
+    let device = MappedDevice {
         goes_on: Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()),
-        ..Device::in_parts(&kernel)
+        ..MappedDevice::in_parts(&kernel)
     };
     let folder = tempfile::tempdir().unwrap();
     let mut process = with_nbd(&device, &folder);
@@ -560,7 +560,7 @@ fn what_was_found_before_a_ban_is_not_told_after_it() {
 #[test]
 fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
     kernel.stick(true);
@@ -579,7 +579,7 @@ fn the_disk_is_served_while_the_kernel_still_uses_the_image() {
 }
 
 /// A process that serves NBD clients at this socket.
-fn with_nbd(device: &Device, folder: &tempfile::TempDir) -> Process {
+fn with_nbd(device: &MappedDevice, folder: &tempfile::TempDir) -> Process {
     let listener = UnixListener::bind(folder.path().join("nbd")).unwrap();
     let mut process = device.serve(|_| ());
     if device.is_verbatim {
@@ -604,7 +604,7 @@ fn served(client: &mut UnixStream) {
 #[test]
 fn the_kernel_does_nothing_while_there_are_nbd_clients() {
     let (kernel, folder) = (FakeTap::new(4).unwrap(), tempfile::tempdir().unwrap());
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let process = with_nbd(&device, &folder);
     assert_eq!(device.told(), given(), "nobody is there yet");
     let (mut first, mut second) = (client(&folder), client(&folder));
@@ -624,7 +624,7 @@ fn the_kernel_does_nothing_while_there_are_nbd_clients() {
 #[test]
 fn a_client_is_served_when_the_kernel_has_ended_its_own_io() {
     let (kernel, folder) = (FakeTap::new(4).unwrap(), tempfile::tempdir().unwrap());
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let mut process = with_nbd(&device, &folder);
     kernel.stick(true);
     let mut client = client(&folder);
@@ -654,9 +654,9 @@ fn another_size_is_told() {
         (SIZE, vec![]),
     ] {
         let kernel = FakeTap::new(4).unwrap();
-        let device = Device {
+        let device = MappedDevice {
             size,
-            ..Device::new(&kernel)
+            ..MappedDevice::new(&kernel)
         };
         let mut process = device.serve(|open| open.may_shrink = true);
         kernel.wait_for_map_ops(2);
@@ -670,7 +670,7 @@ fn another_size_is_told() {
 #[test]
 fn a_guest_that_is_not_suspended_keeps_the_kernel() {
     let kernel = FakeTap::new(16).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
     kernel.insist(true);
@@ -690,9 +690,9 @@ fn a_guest_that_is_not_suspended_keeps_the_kernel() {
 #[test]
 fn a_disk_that_stops_is_not_served_by_the_kernel_either() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device {
+    let device = MappedDevice {
         write_fails: true,
-        ..Device::new(&kernel)
+        ..MappedDevice::new(&kernel)
     };
     let process = device.serve(|open| open.on_error = OnError::Stop);
     kernel.wait_for_map_ops(2);
@@ -730,7 +730,7 @@ fn with_a_limit_the_kernel_does_nothing() {
 
 fn kernel_does_nothing_with(rules: Rules) {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let limited = Request::Set(rules);
     let mut process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);
@@ -745,7 +745,7 @@ fn kernel_does_nothing_with(rules: Rules) {
     process.exit();
     // Mappings of the previous process are revoked before a request is served.
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device::new(&kernel);
+    let device = MappedDevice::new(&kernel);
     let process = device.serve(move |open| (open.limits, open.share) = (rules.limits, rules.share));
     assert_eq!(device.request(Op::Discard), ResponseStatus::Okay);
     assert_eq!(device.told(), [recall()]);
@@ -756,9 +756,9 @@ fn kernel_does_nothing_with(rules: Rules) {
 #[test]
 fn who_has_lost_something_does_not_leave_flushes_to_the_kernel() {
     let kernel = FakeTap::new(4).unwrap();
-    let device = Device {
+    let device = MappedDevice {
         flush_fails: true,
-        ..Device::new(&kernel)
+        ..MappedDevice::new(&kernel)
     };
     let process = device.serve(|_| ());
     kernel.wait_for_map_ops(2);

@@ -19,13 +19,13 @@ use tapdev::fake::{FakeTap, SLOT};
 const SIZE: usize = 1 << 20;
 
 /// A server with an image that is the disk byte for byte.
-pub(crate) struct Server {
+pub(crate) struct ExportServer {
     child: Child,
     folder: tempfile::TempDir,
     more: Vec<String>,
 }
 
-impl Server {
+impl ExportServer {
     fn start() -> Self {
         Self::of(SIZE as u64)
     }
@@ -149,7 +149,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for ExportServer {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -199,7 +199,7 @@ fn serve(process: &mut Process, open: Open, socket: &Path) -> Result<Reply, cont
 
 #[test]
 fn export_is_served_and_its_server_may_be_replaced() {
-    let (fake, mut server) = (FakeTap::new(4).unwrap(), Server::start());
+    let (fake, mut server) = (FakeTap::new(4).unwrap(), ExportServer::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     let Ok(Reply::Disk(disk)) = reply else {
@@ -226,7 +226,7 @@ fn export_is_served_and_its_server_may_be_replaced() {
 
 #[test]
 fn export_that_its_server_does_not_have() {
-    let (fake, server) = (FakeTap::new(4).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(4).unwrap(), ExportServer::start());
     let mut process = Process::start(&fake);
     let failure = serve(&mut process, server.open("other"), &server.socket()).unwrap_err();
     assert_eq!(failure.code, Code::NotFound);
@@ -246,7 +246,7 @@ fn export_that_its_server_does_not_have() {
 /// The process serves it from within the sandbox, with descriptors that the supervisor has opened.
 #[test]
 fn export_is_reached_with_tls() {
-    let (fake, mut server) = (FakeTap::new(4).unwrap(), Server::encrypting());
+    let (fake, mut server) = (FakeTap::new(4).unwrap(), ExportServer::encrypting());
     let confine = |_: &_| {
         tapdisk::sandbox::confine(None).unwrap();
     };
@@ -320,7 +320,7 @@ fn is_round(image: &[u8], round: u8) -> bool {
 /// on a connection of its own.
 #[test]
 fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
-    let (fake, server) = (FakeTap::new(16).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(16).unwrap(), ExportServer::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -361,7 +361,7 @@ fn server_that_does_not_read_is_waited_for_by_who_closes_and_by_nobody_else() {
 /// Ranges that the server reports as holes are neither read nor copied.
 #[test]
 fn holes_of_an_export_are_not_read() {
-    let (fake, server) = (FakeTap::new(4).unwrap(), Server::start());
+    let (fake, server) = (FakeTap::new(4).unwrap(), ExportServer::start());
     let mut process = Process::start(&fake);
     let reply = serve(&mut process, server.open("disk"), &server.socket());
     assert!(matches!(reply, Ok(Reply::Disk(_))), "{reply:?}");
@@ -393,7 +393,7 @@ fn holes_of_an_export_are_not_read() {
 /// A process that dies leaves an error to the next one, which reports it to the guest: the storage has forgotten it.
 #[test]
 fn what_the_guest_is_owed_outlives_the_process() {
-    let (fake, server) = (FakeTap::new(4).unwrap(), Server::losing());
+    let (fake, server) = (FakeTap::new(4).unwrap(), ExportServer::losing());
     let memory = memfd_create("state", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&memory, 1 << 16).unwrap();
     let start = || {

@@ -3,7 +3,7 @@
 //! changes are there, and QEMU's tools find no fault.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, steps, Folder, Served, SEALED, SIZE};
+use crate::common::images::{answered, file, steps, Folder, ServedImage, SEALED, SIZE};
 use crate::common::Process;
 use control::tapdisk::{Open, Reply, Request};
 use control::{Code, Driver};
@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use tapdev::fake::FakeTap;
 
 /// A guest works on an image while its process is killed again and again.
-fn endure(folder: &Folder, served: &Served, format: &str, model: Vec<u8>) {
+fn endure(folder: &Folder, served: &ServedImage, format: &str, model: Vec<u8>) {
     let name = served.path.file_name().and_then(|name| name.to_str());
     let name = name.expect("a name");
     let fake = FakeTap::new(16).expect("a node");
@@ -74,7 +74,7 @@ fn qcow2_over_qcow2_over_raw() {
         "leaf.qcow2",
     ]);
     let mid = fs::read(folder.path("mid.qcow2")).expect("read");
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("leaf.qcow2"),
         driver: "qcow2",
         files: 2,
@@ -99,7 +99,7 @@ fn alone(test: &str, driver: &'static str, format: &str, options: &str, files: u
     }
     args.extend([name.as_str(), size.as_str()]);
     folder.img(&args);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path(&name),
         driver,
         files,
@@ -162,7 +162,7 @@ fn alone_with_key(test: &str, driver: &'static str, format: &str, options: &str)
         return;
     };
     folder.sealed(format, "a.img", options, SIZE);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("a.img"),
         driver,
         files: 1,
@@ -202,7 +202,7 @@ fn vhdx_is_only_read() {
     };
     let model = folder.raw("raw.img", 6);
     folder.img(&["convert", "-O", "vhdx", "-f", "raw", "raw.img", "a.vhdx"]);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("a.vhdx"),
         driver: "vhdx",
         files: 0,
@@ -241,7 +241,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     let fake = FakeTap::new(4).expect("a node");
     let mut process = Process::start(&fake);
     for driver in ["qcow2", "qcow", "vhd", "vhdx", "vmdk"] {
-        let served = Served {
+        let served = ServedImage {
             path: folder.path("raw.img"),
             driver,
             files: 0,
@@ -251,7 +251,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
         assert_eq!(failure.code, Code::Image, "{failure}");
     }
     // There is no supervisor, so the question has no answer.
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
         files: 0,
@@ -266,7 +266,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     assert_eq!(failure.code, Code::Unsupported);
     assert!(failure.message.contains("raw.img"), "{failure}");
     // A guest may store anything in a raw image, so no header is guessed from its content.
-    let old = Served {
+    let old = ServedImage {
         path: folder.path("old.qcow"),
         driver: "qcow",
         ..served
@@ -281,7 +281,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     let (reply, _) = old.ask(&mut process, Request::Open(null));
     assert_eq!(reply.expect_err("it has none").code, Code::Invalid);
     // Unless the configuration names the format.
-    let old = Served { files: 1, ..old };
+    let old = ServedImage { files: 1, ..old };
     let said = Open {
         parents: Some(Driver::Aio),
         ..old.question()
@@ -293,7 +293,7 @@ fn image_that_is_none_or_lacks_something_is_refused() {
     process.exit();
     let mut process = Process::start(&fake);
     // Nothing of all this holds the image.
-    let raw = Served {
+    let raw = ServedImage {
         path: folder.path("raw.img"),
         driver: "aio",
         files: 0,
@@ -313,7 +313,7 @@ fn image_and_parents_are_locked() {
     for name in ["a.qcow2", "b.qcow2"] {
         folder.img(&["create", "-f", "qcow2", "-b", "base.img", "-F", "raw", name]);
     }
-    let served = |name: &str, driver, files| Served {
+    let served = |name: &str, driver, files| ServedImage {
         path: folder.path(name),
         driver,
         files,
@@ -353,7 +353,7 @@ fn a_qcow2_disk_grows_below_its_guest() {
     let mut create = vec!["create", "-f", "qcow2", "-b", "base.img", "-F", "raw"];
     create.extend(["a.qcow2", &size]);
     folder.img(&create);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
         files: 1,
@@ -412,7 +412,7 @@ fn tables_take_no_more_memory_than_is_said() {
     folder.img(&["create", "-f", "qcow2", "-o", options, "a.qcow2", "128M"]);
     let mut used = Vec::new();
     for driver in ["qcow2", "cache=1M,qcow2"] {
-        let served = Served {
+        let served = ServedImage {
             path: folder.path("a.qcow2"),
             driver,
             files: 0,

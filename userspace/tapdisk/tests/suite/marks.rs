@@ -2,7 +2,7 @@
 //! NBD clients read where the disk has changed since its marks, by hand and with QEMU's tools.
 
 use super::nbd::{answer, any_chunk, chunk, client, option, send};
-use super::notes::{touched, Map, UNIT};
+use super::notes::{touched, MarkMemory, UNIT};
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, SIZE};
 use crate::common::watched::{Raw, Watched};
@@ -20,28 +20,28 @@ use tapdev::fake::FakeTap;
 /// A mark, whose name may be forgotten, and its map.
 struct Noted {
     name: Option<String>,
-    map: Map,
+    map: MarkMemory,
 }
 
 /// State of a supervisor: the marks, the oldest first, each numbered by its place.
 #[derive(Default)]
-struct Known {
+struct KnownMarks {
     all: Vec<Noted>,
     /// Number of questions about marks.
     asked: usize,
 }
 
 #[derive(Clone, Default)]
-struct Marks(Arc<Mutex<Known>>);
+struct Marks(Arc<Mutex<KnownMarks>>);
 
 impl Marks {
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownMarks> {
         self.0.lock().expect("nobody panics")
     }
 
     /// A mark is set.
     fn set(&self, name: &str, process: &mut Process) {
-        let map = Map::new();
+        let map = MarkMemory::new();
         map.given_to(process);
         let name = Some(name.to_owned());
         self.known().all.push(Noted { name, map });
@@ -97,7 +97,7 @@ impl Marks {
     }
 }
 
-impl Known {
+impl KnownMarks {
     fn units(&self, number: usize) -> Vec<u64> {
         let maps = self.all.iter().skip(number);
         let mut units: Vec<u64> = maps.flat_map(|noted| noted.map.units()).collect();

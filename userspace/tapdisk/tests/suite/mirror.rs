@@ -2,9 +2,9 @@
 //! A disk is copied to another image while its guest works, and switches to it.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::images::{answered, file, steps, Folder, ServedImage, SIZE};
 use crate::common::{Process, LIMIT};
-use crate::export::{give, Server};
+use crate::export::{give, ExportServer};
 use control::stats::{Mirror, Mirroring};
 use control::tapdisk::{Disk, Open, Reply, Request};
 use control::{Code, Failure};
@@ -52,7 +52,7 @@ fn begin(
     process.ask_with(Request::Mirror { open, rate, below }, image)
 }
 
-fn mirror(process: &mut Process, to: &Served, rate: u64) -> Result<Reply, Failure> {
+fn mirror(process: &mut Process, to: &ServedImage, rate: u64) -> Result<Reply, Failure> {
     let image = file(&to.path, true);
     begin(process, to.question(), image.as_fd(), rate)
 }
@@ -66,8 +66,8 @@ pub(crate) fn until_same(process: &mut Process) {
     until(process, is_same);
 }
 
-fn served(folder: &Folder, name: &str, driver: &'static str) -> Served {
-    Served {
+fn served(folder: &Folder, name: &str, driver: &'static str) -> ServedImage {
+    ServedImage {
         path: folder.path(name),
         driver,
         files: 0,
@@ -285,7 +285,7 @@ fn what_a_larger_image_held_behind_the_disks_end_is_not_seen() {
 }
 
 /// Has the disk copied to an export, to which the test makes the connection.
-fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
+fn mirror_to_server(process: &mut Process, server: &ExportServer, rate: u64) {
     let (open, below) = (server.open("disk"), false);
     let question = Request::Mirror { open, rate, below };
     let begun = process.ask_giving(question, &[], |channel| {
@@ -297,9 +297,9 @@ fn mirror_to_server(process: &mut Process, server: &Server, rate: u64) {
 /// A guest whose disk is a raw image in `folder`, and a server to which it can be copied.
 struct OverNetwork {
     folder: Folder,
-    from: Served,
+    from: ServedImage,
     model: Vec<u8>,
-    server: Server,
+    server: ExportServer,
     fake: FakeTap,
 }
 
@@ -310,7 +310,7 @@ impl OverNetwork {
             model: folder.raw("from", 5),
             from: served(&folder, "from", "aio"),
             folder,
-            server: Server::of(SIZE),
+            server: ExportServer::of(SIZE),
             fake: FakeTap::new(16).expect("a node"),
         })
     }

@@ -17,9 +17,9 @@ use tapdev::fake::FakeTap;
 pub(super) const UNIT: u64 = 4096;
 
 /// The memory of a mark, which outlives processes.
-pub(super) struct Map(OwnedFd);
+pub(super) struct MarkMemory(OwnedFd);
 
-impl Map {
+impl MarkMemory {
     pub(super) fn new() -> Self {
         let memory = memfd_create("map", MemfdFlags::CLOEXEC).expect("memory");
         ftruncate(&memory, SIZE.div_ceil(UNIT).div_ceil(8)).expect("truncate");
@@ -92,7 +92,7 @@ fn nothing_changes_that_is_not_noted() {
     let fake = FakeTap::new(16).expect("a node");
     let mut process = image.start(&fake, Watched::default());
     let mut guest = Guest::new(&fake, model, 8);
-    let maps = [Map::new(), Map::new()];
+    let maps = [MarkMemory::new(), MarkMemory::new()];
     let mut states: Vec<Vec<u8>> = Vec::new();
     let steps = steps();
     for (number, step) in steps.iter().enumerate() {
@@ -144,7 +144,7 @@ fn notes_end_and_are_refused_without_a_map() {
     folder.raw("a.img", 5);
     let image = Raw(folder.path("a.img"));
     let fake = FakeTap::new(16).expect("a node");
-    let map = Map::new();
+    let map = MarkMemory::new();
     let mut process = image.start(&fake, map.watched());
     answered(&fake, Op::Write, 8, &[7; 512]);
     assert_eq!(map.units(), [1]);
@@ -174,7 +174,7 @@ fn notes_end_and_are_refused_without_a_map() {
 /// The kernel would write without a note.
 #[test]
 fn the_kernel_writes_nothing_by_itself_meanwhile() {
-    let map = Map::new();
+    let map = MarkMemory::new();
     let end = |process: &mut Process| {
         let ended = process.ask(Request::Note { unit: None }, None);
         assert_eq!(ended, Ok(Reply::Done));

@@ -32,10 +32,10 @@ const SHAPE: DiskInfo = DiskInfo {
 
 /// Records its calls. No call ends before a test allows it.
 #[derive(Clone, Default)]
-struct Slow(Rc<State>);
+struct RecordingDriver(Rc<OrderState>);
 
 #[derive(Default)]
-struct State {
+struct OrderState {
     calls: RefCell<Vec<&'static str>>,
     /// Attributes of the writes that it got.
     seen: RefCell<Vec<Attributes>>,
@@ -48,7 +48,7 @@ struct State {
     waiting: RefCell<Vec<Waker>>,
 }
 
-impl Slow {
+impl RecordingDriver {
     async fn call(&self, what: &'static str) -> Result<(), Errno> {
         let number = {
             let mut calls = self.0.calls.borrow_mut();
@@ -83,7 +83,7 @@ impl Slow {
     }
 }
 
-impl Driver for Slow {
+impl Driver for RecordingDriver {
     async fn activate(&self) -> Result<DiskInfo, Failure> {
         Ok(DiskInfo {
             fua: self.0.heeds_fua.get(),
@@ -115,7 +115,7 @@ struct Lab {
     tap: Rc<Tap>,
     terms: Terms,
     server: Rc<Server>,
-    driver: Slow,
+    driver: RecordingDriver,
 }
 
 /// Returns an error policy, for a full storage and for other errors.
@@ -143,11 +143,11 @@ impl Lab {
     }
 
     fn with(terms: Terms) -> Self {
-        Self::on(FakeTap::new(8).unwrap(), Slow::default(), terms)
+        Self::on(FakeTap::new(8).unwrap(), RecordingDriver::default(), terms)
     }
 
     /// A process that serves this node with this driver.
-    fn on(fake: FakeTap, driver: Slow, terms: Terms) -> Self {
+    fn on(fake: FakeTap, driver: RecordingDriver, terms: Terms) -> Self {
         let runtime = Runtime::new();
         let tap = Rc::new(Tap::open(fake.open().unwrap()).unwrap());
         tap.describe(&Params {
@@ -172,7 +172,12 @@ impl Lab {
         }
     }
 
-    fn server(runtime: &Runtime, tap: &Rc<Tap>, driver: &Slow, terms: &Terms) -> Rc<Server> {
+    fn server(
+        runtime: &Runtime,
+        tap: &Rc<Tap>,
+        driver: &RecordingDriver,
+        terms: &Terms,
+    ) -> Rc<Server> {
         let disk = Disk::new(driver.clone());
         let its = disk.clone();
         let shape = runtime.block_on(async move { its.activate().await });
@@ -360,7 +365,7 @@ fn durable_write_without_room_is_tried_again() {
 
 #[test]
 fn driver_that_writes_durably_is_not_flushed() {
-    let driver = Slow::default();
+    let driver = RecordingDriver::default();
     driver.0.heeds_fua.set(true);
     let lab = Lab::on(FakeTap::new(8).unwrap(), driver, Terms::default());
     lab.write(true, true);

@@ -2,7 +2,7 @@
 //! A disk switches to a new image on top of its old one, which keeps the disk's content.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, holds, steps, Folder, Served, SIZE};
+use crate::common::images::{answered, file, holds, steps, Folder, ServedImage, SIZE};
 use control::tapdisk::{Disk, Needed, Reply, Request};
 use control::Code;
 use ring::response::ResponseStatus as Answer;
@@ -18,7 +18,7 @@ fn disk_goes_on_over_what_was_served() {
         return;
     };
     folder.raw("base.img", 3);
-    let base = Served {
+    let base = ServedImage {
         path: folder.path("base.img"),
         driver: "aio",
         files: 0,
@@ -34,7 +34,7 @@ fn disk_goes_on_over_what_was_served() {
     let waits = fake
         .send(Op::Write, 1, &[8; 512], false)
         .expect("a request");
-    let next = Served {
+    let next = ServedImage {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
         files: 1,
@@ -86,7 +86,7 @@ fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
         return;
     };
     let model = folder.raw("base.img", 5);
-    let mut served = Served {
+    let mut served = ServedImage {
         path: folder.path("base.img"),
         driver: "aio",
         files: 0,
@@ -100,7 +100,7 @@ fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
         for step in steps.by_ref().take(60) {
             guest.send(step);
         }
-        let child = Served {
+        let child = ServedImage {
             path: folder.path(&format!("{number}.{driver}")),
             driver,
             files: number + 1,
@@ -175,7 +175,7 @@ fn image_that_cannot_go_on_from_what_is_served_is_not_made() {
         return;
     };
     folder.raw("base.img", 1);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("base.img"),
         driver: "aio",
         files: 0,

@@ -3,7 +3,7 @@
 //! process.
 
 use crate::common::guest::{Guest, Step};
-use crate::common::images::{answered, file, steps, Folder, Served, SIZE};
+use crate::common::images::{answered, file, steps, Folder, ServedImage, SIZE};
 use crate::common::{give_or_refuse, Process, LIMIT};
 use control::stats::{Stream, Streaming};
 use control::tapdisk::{Call, Needed, Open, Provided, Reply, Request};
@@ -83,7 +83,7 @@ impl Base {
 }
 
 /// Makes a raw image, one over it with some data, and an empty one over both; returns the top one and the content.
-fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
+fn chain(folder: &Folder, options: &str, base: Base) -> (ServedImage, Vec<u8>) {
     let mut model = base.make(folder);
     let below = match base {
         Base::Full => SIZE,
@@ -96,7 +96,7 @@ fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
         ]);
     };
     create("mid.qcow2", "base.img", "raw", below);
-    let mid = Served {
+    let mid = ServedImage {
         path: folder.path("mid.qcow2"),
         driver: "qcow2",
         files: 1,
@@ -109,7 +109,7 @@ fn chain(folder: &Folder, options: &str, base: Base) -> (Served, Vec<u8>) {
     }
     process.exit();
     create("leaf.qcow2", "mid.qcow2", "qcow2", SIZE);
-    let leaf = Served {
+    let leaf = ServedImage {
         path: folder.path("leaf.qcow2"),
         driver: "qcow2",
         files: 2,
@@ -294,7 +294,7 @@ fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused(
     };
     folder.raw("base.img", 1);
     let fake = FakeTap::new(4).expect("a node");
-    let raw = Served {
+    let raw = ServedImage {
         path: folder.path("base.img"),
         driver: "aio",
         files: 0,
@@ -313,7 +313,7 @@ fn image_that_has_nothing_below_it_is_done_and_one_that_must_keep_it_is_refused(
     ];
     folder.img(&create);
     folder.img(&["snapshot", "-c", "kept", "a.qcow2"]);
-    let kept = Served {
+    let kept = ServedImage {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
         files: 1,
@@ -375,7 +375,7 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
         "create", "-f", "qcow2", "-b", "base.img", "-F", "raw", "a.qcow2",
     ];
     folder.img(&create);
-    let served = Served {
+    let served = ServedImage {
         path: folder.path("a.qcow2"),
         driver: "qcow2",
         files: 1,
@@ -425,15 +425,15 @@ fn what_cannot_be_read_ends_it_and_nothing_is_forgotten() {
 }
 
 /// A disk on top of another one, in blocks: a write of the guest takes as long as the test wants.
-struct Slow {
+struct SlowDisk {
     own: RefCell<Vec<Option<u8>>>,
-    state: Arc<State>,
+    state: Arc<SlowState>,
     /// Bytes of a cluster.
     unit: u32,
 }
 
 #[derive(Default)]
-struct State {
+struct SlowState {
     begun: AtomicBool,
     go_on: AtomicBool,
     looked: AtomicBool,
@@ -449,7 +449,7 @@ const SLOW_SIZE: u64 = 64 * BLOCK;
 /// Content of the whole backing image.
 const BELOW: u8 = 0xbb;
 
-impl Driver for Slow {
+impl Driver for SlowDisk {
     async fn activate(&self) -> Result<DiskInfo, Failure> {
         Ok(DiskInfo {
             size: SLOW_SIZE,
@@ -527,12 +527,12 @@ impl Driver for Slow {
 }
 
 /// A process that serves a slow disk, with these blocks of its own.
-fn slow(fake: &FakeTap, state: &Arc<State>, own: &[usize], unit: u32) -> Process {
+fn slow(fake: &FakeTap, state: &Arc<SlowState>, own: &[usize], unit: u32) -> Process {
     let mut blocks = vec![None; (SLOW_SIZE / BLOCK) as usize];
     for number in own {
         blocks[*number] = Some(0x22);
     }
-    let slow = Slow {
+    let slow = SlowDisk {
         own: RefCell::new(blocks),
         state: state.clone(),
         unit,
@@ -561,7 +561,7 @@ fn wait(flag: &AtomicBool) {
 #[test]
 fn a_write_of_the_guest_is_not_overtaken() {
     let fake = FakeTap::new(4).expect("a node");
-    let state = Arc::new(State::default());
+    let state = Arc::new(SlowState::default());
     let mut process = slow(&fake, &state, &[], 1);
     let block = [0x11; BLOCK as usize];
     let tag = fake.send(Op::Write, 8, &block, false).expect("a request");
@@ -589,7 +589,7 @@ fn a_write_of_the_guest_is_not_overtaken() {
 #[test]
 fn a_cluster_is_not_copied_while_the_guest_writes_a_part_of_it() {
     let fake = FakeTap::new(4).expect("a node");
-    let state = Arc::new(State::default());
+    let state = Arc::new(SlowState::default());
     // Two parts of one cluster are missing.
     let mut process = slow(&fake, &state, &[10], 64 * 4096);
     let block = [0x11; BLOCK as usize];
