@@ -11,7 +11,7 @@ use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{Peek, PeekNext, Record, Unread, Want};
 use crate::registry::Registry;
-use crate::state::{State, Whose};
+use crate::state::{DiskState, Whose};
 use crate::store::relative;
 use control::supervisor::{Doing, What, Which};
 use control::tapdisk;
@@ -222,7 +222,7 @@ async fn keep_state(disk: &Disk, process: &Process) {
         let known = process.known();
         let folder = format!("/proc/{}/fd", known.pid);
         let found = apart(Path::new(&folder), LIMIT, move || {
-            State::held_by(known, whose)
+            DiskState::held_by(known, whose)
         });
         match found.await {
             // By then the number may have been another process'.

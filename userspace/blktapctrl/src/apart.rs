@@ -19,15 +19,15 @@ const STACK: usize = 256 << 10;
 /// The queue for a path, with one caller at a time, so that a hung file system costs a thread for each path and not one
 /// for each attempt.
 #[derive(Clone)]
-struct Place {
+struct PathQueue {
     alone: Arc<Semaphore>,
     /// When the one who looks began.
     since: Instant,
 }
 
-static PLACES: Mutex<BTreeMap<PathBuf, Place>> = Mutex::new(BTreeMap::new());
+static PLACES: Mutex<BTreeMap<PathBuf, PathQueue>> = Mutex::new(BTreeMap::new());
 
-fn places() -> std::sync::MutexGuard<'static, BTreeMap<PathBuf, Place>> {
+fn places() -> std::sync::MutexGuard<'static, BTreeMap<PathBuf, PathQueue>> {
     PLACES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -80,7 +80,7 @@ pub fn let_go<T: Send + 'static>(value: T) {
 async fn enter(path: &Path, limit: Duration) -> Result<OwnedSemaphorePermit, Failure> {
     let alone = {
         let mut places = places();
-        let place = places.entry(path.into()).or_insert_with(|| Place {
+        let place = places.entry(path.into()).or_insert_with(|| PathQueue {
             alone: Arc::new(Semaphore::new(1)),
             since: Instant::now(),
         });
@@ -124,7 +124,7 @@ fn late(path: &Path) -> Failure {
 pub(crate) fn pretend_stuck(path: &Path) -> OwnedSemaphorePermit {
     let alone = Arc::new(Semaphore::new(1));
     let permit = alone.clone().try_acquire_owned();
-    let place = Place {
+    let place = PathQueue {
         alone,
         since: Instant::now() - LIMIT,
     };

@@ -5,9 +5,9 @@ use crate::backoff::Backoff;
 use crate::image::Image;
 use crate::log::About;
 use crate::process::Process;
-use crate::record::{Known, Record, Want};
-use crate::slow::Slow;
-use crate::state::State;
+use crate::record::{KnownProcess, Record, Want};
+use crate::slow::SlowRequest;
+use crate::state::DiskState;
 use crate::store;
 use crate::tally::Tally;
 use crate::tenure::Tenure;
@@ -51,9 +51,9 @@ pub struct Disk {
     /// The image that an unpause leads to, until it is served.
     pub next_image: RefCell<Option<Arc<Image>>>,
     /// Memory that each of its processes leaves to the next one.
-    pub state: RefCell<Option<State>>,
+    pub state: RefCell<Option<DiskState>>,
     /// Memory that processes leave to each other for the image that an unpause leads to.
-    pub next_state: RefCell<Option<State>>,
+    pub next_state: RefCell<Option<DiskState>>,
     /// Its process.
     pub process: RefCell<Option<Rc<Process>>>,
     /// The process that is to take the disk over from that.
@@ -69,7 +69,7 @@ pub struct Disk {
     /// That lease is not to be waited for any more.
     pub forgotten: Notify,
     /// The process that is listened to for a wish while the disk is inactive.
-    pub listened: Cell<Option<Known>>,
+    pub listened: Cell<Option<KnownProcess>>,
     /// The process has the node.
     pub attached: Cell<bool>,
     /// The disk that its process serves, while it does.
@@ -95,7 +95,7 @@ pub struct Disk {
     /// Requests answered when the watchdog saw that number first, and when that was.
     pub progress: Cell<(u64, Instant)>,
     /// The request that takes long.
-    pub slow: Slow,
+    pub slow: SlowRequest,
     /// The kernel's counts at the start of its process.
     pub tally: Tally,
     /// Its guest's requests wait for other disks, not for anything that its process does.
@@ -138,7 +138,7 @@ impl Disk {
             reviving: Cell::default(),
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
-            slow: Slow::default(),
+            slow: SlowRequest::default(),
             tally: Tally::default(),
             waits_for_others: Cell::default(),
             turn: Mutex::new(()),
@@ -360,7 +360,7 @@ impl Disk {
             restarts: record.restarts,
             doing: record.doing,
             unknown: None,
-            state_bytes: self.state.borrow().as_ref().map_or(0, State::size),
+            state_bytes: self.state.borrow().as_ref().map_or(0, DiskState::size),
             binary: self
                 .process
                 .borrow()

@@ -11,7 +11,7 @@
 
 mod places;
 
-use places::Places;
+use places::GroupPlaces;
 use rustix::fs::{getxattr, setxattr, XattrFlags};
 use rustix::io::Errno;
 use std::cell::Cell;
@@ -102,7 +102,7 @@ impl Template {
 /// The groups of guests.
 #[derive(Debug)]
 pub struct Groups {
-    places: Places,
+    places: GroupPlaces,
     /// The kernel's view of processes.
     proc: PathBuf,
     /// The log has a line that a group cannot be used.
@@ -120,7 +120,7 @@ impl Groups {
     /// Makes groups with another view of processes.
     #[must_use]
     pub fn seen_in(template: Option<Template>, file: &Path, proc: &Path) -> Option<Groups> {
-        let places = Places::open(template, file);
+        let places = GroupPlaces::open(template, file);
         (!places.all().is_empty()).then(|| Groups {
             places,
             proc: proc.into(),
@@ -306,14 +306,14 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     /// A tree of groups and of processes in files.
-    struct Host(PathBuf);
+    struct HostTree(PathBuf);
 
-    impl Host {
-        fn new(name: &str) -> Host {
+    impl HostTree {
+        fn new(name: &str) -> HostTree {
             let dir = std::env::temp_dir().join(format!("groups-{name}-{}", std::process::id()));
             fs::create_dir_all(dir.join("proc")).unwrap();
             fs::create_dir_all(dir.join("cgroup")).unwrap();
-            Host(dir)
+            HostTree(dir)
         }
 
         fn process(&self, pid: u32, name: &str, flags: u64) {
@@ -335,7 +335,7 @@ mod tests {
         }
     }
 
-    impl Drop for Host {
+    impl Drop for HostTree {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(&self.0);
         }
@@ -370,7 +370,7 @@ mod tests {
 
     #[test]
     fn threads_of_the_kernel_and_processes_are_placed_and_no_others() {
-        let host = Host::new("placed");
+        let host = HostTree::new("placed");
         let groups = host.groups();
         // Here are a program of another owner with such a name, another domain's thread, and a name with a bracket.
         host.process(10, "3.xvda-0", 0);
@@ -391,7 +391,7 @@ mod tests {
 
     #[test]
     fn what_was_there_is_not_removed() {
-        let host = Host::new("removed");
+        let host = HostTree::new("removed");
         let groups = host.groups();
         fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
         groups.place(&[(4, vec![1])]);
@@ -407,7 +407,7 @@ mod tests {
 
     #[test]
     fn group_of_an_earlier_supervisor_is_removed_like_ones_own() {
-        let host = Host::new("earlier");
+        let host = HostTree::new("earlier");
         let earlier = host.groups();
         fs::create_dir(host.0.join("cgroup/guest-4")).unwrap();
         earlier.place(&[(4, vec![1]), (5, vec![1]), (33, vec![2])]);
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn no_place_for_groups_has_none() {
-        let host = Host::new("none");
+        let host = HostTree::new("none");
         fs::remove_dir(host.0.join("cgroup")).unwrap();
         let groups = host.groups();
         groups.place(&[(5, vec![1])]);
@@ -432,7 +432,7 @@ mod tests {
     /// Systemd takes it from below a unit that is started anew.
     #[test]
     fn controller_that_was_taken_back_is_enabled_again() {
-        let host = Host::new("again");
+        let host = HostTree::new("again");
         let control = host.0.join("cgroup/cgroup.subtree_control");
         host.groups().place(&[(5, vec![1])]);
         fs::write(&control, "memory pids\n").unwrap();
@@ -447,7 +447,7 @@ mod tests {
     /// A process that is above the groups would have the kernel refuse the controller.
     #[test]
     fn controller_is_enabled_when_processes_are_where_they_belong() {
-        let host = Host::new("order");
+        let host = HostTree::new("order");
         let tree = host.0.join("cgroup");
         // The file keeps the last write.
         std::os::unix::fs::symlink("guest-5/cgroup.procs", tree.join("cgroup.subtree_control"))
@@ -458,7 +458,7 @@ mod tests {
 
     #[test]
     fn who_is_in_it_keeps_it() {
-        let host = Host::new("kept");
+        let host = HostTree::new("kept");
         let groups = host.groups();
         groups.place(&[(5, vec![1])]);
         assert!(!groups.remove(5));

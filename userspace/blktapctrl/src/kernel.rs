@@ -9,7 +9,7 @@ pub const IMAGE: u16 = 0;
 
 /// A node's own description.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Node {
+pub struct NodeInfo {
     /// Its number.
     pub minor: u32,
     /// The kernel's part of `tap-ctl list`.
@@ -54,7 +54,7 @@ pub trait Kernel {
     ///
     /// # Errors
     /// As the kernel says; that there is none is no error.
-    fn query(&self, from: u32) -> io::Result<Option<Node>>;
+    fn query(&self, from: u32) -> io::Result<Option<NodeInfo>>;
 
     /// Opens a node, without waiting.
     ///
@@ -97,7 +97,7 @@ pub trait Kernel {
 ///
 /// # Errors
 /// As [`Kernel::query`].
-pub fn node(kernel: &dyn Kernel, minor: u32) -> io::Result<Option<Node>> {
+pub fn node(kernel: &dyn Kernel, minor: u32) -> io::Result<Option<NodeInfo>> {
     Ok(kernel.query(minor)?.filter(|node| node.minor == minor))
 }
 

@@ -170,7 +170,7 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
         );
     }
     let records = Box::new(Files(folder.clone()));
-    let registry = Registry::new(folder, records, Box::new(nodes::Driver));
+    let registry = Registry::new(folder, records, Box::new(nodes::HostDriver));
     // It is set once.
     let _ = registry.limit.set(limit);
     let began = What::Began {

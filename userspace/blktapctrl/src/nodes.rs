@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The nodes of the running kernel.
 
-use crate::kernel::{Kernel, Make, Node};
+use crate::kernel::{Kernel, Make, NodeInfo};
 use control::stats::{Mapped, Missed};
 use control::supervisor::{self, Poison};
 use std::io;
@@ -13,9 +13,9 @@ use tapdev::control::{excuse, open_node, Control};
 /// The driver of this host. The control node is opened for each question, so that the driver can be
 /// loaded and unloaded while the supervisor runs.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Driver;
+pub struct HostDriver;
 
-impl Kernel for Driver {
+impl Kernel for HostDriver {
     fn create(&self, make: Make) -> io::Result<u32> {
         let create = CreateCommand {
             arena_kib: make.arena_kib,
@@ -30,7 +30,7 @@ impl Kernel for Driver {
         Control::open()?.destroy(minor)
     }
 
-    fn query(&self, from: u32) -> io::Result<Option<Node>> {
+    fn query(&self, from: u32) -> io::Result<Option<NodeInfo>> {
         match Control::open() {
             Ok(control) => control
                 .query(from)?
@@ -87,7 +87,7 @@ fn is_loaded() -> io::Result<bool> {
     Path::new("/sys/module/xen_blkback_rs").try_exists()
 }
 
-fn node(control: &Control, info: Info) -> io::Result<Node> {
+fn node(control: &Control, info: Info) -> io::Result<NodeInfo> {
     let mapped = match info.backings {
         0 => None,
         _ => match control.mapped(info.minor) {
@@ -104,7 +104,7 @@ fn node(control: &Control, info: Info) -> io::Result<Node> {
         abi::STATE_RECOVERING => "recovering",
         _ => "unknown",
     };
-    Ok(Node {
+    Ok(NodeInfo {
         minor: info.minor,
         status: supervisor::Kernel {
             state: state.into(),

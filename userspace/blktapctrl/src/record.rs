@@ -59,7 +59,7 @@ pub enum Inactive {
 
 /// A process that can be recognised: numbers of processes are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Known {
+pub struct KnownProcess {
     /// Its number.
     pub pid: u32,
     /// When it was started, in clock ticks since the host was.
@@ -139,7 +139,7 @@ pub struct Handoff {
     /// Program of the new process, if it is not the supervisor's default.
     pub program: Option<PathBuf>,
     /// The new process; nothing before the old one begins to release the disk.
-    pub process: Option<Known>,
+    pub process: Option<KnownProcess>,
 }
 
 /// A new image over the present one, to which a disk is to switch. Until it is served, it is a file that can be taken
@@ -308,7 +308,7 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<Traced>,
     /// Its process.
-    pub process: Option<Known>,
+    pub process: Option<KnownProcess>,
     /// Program of its processes, if it is not the supervisor's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
@@ -392,7 +392,7 @@ impl Record {
     }
 
     /// Completes a hand-off: the new process has the disk.
-    pub fn take_over(&mut self, process: Known) {
+    pub fn take_over(&mut self, process: KnownProcess) {
         if let Some(handoff) = self.handoff.take() {
             self.program = handoff.program;
         }
@@ -462,7 +462,7 @@ impl Record {
 
 #[cfg(test)]
 mod tests {
-    use super::{Known, Noted, Part, Record, Role, Traced, Want};
+    use super::{KnownProcess, Noted, Part, Record, Role, Traced, Want};
     use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
@@ -477,7 +477,7 @@ mod tests {
         record.mode = Mode::WriteShared;
         record.vbd = Some("backend/vbd/3/51712".into());
         record.want = Want::Served;
-        record.process = Some(Known {
+        record.process = Some(KnownProcess {
             pid: 12,
             started: 345,
         });

@@ -10,10 +10,10 @@ const LONG: Duration = Duration::from_secs(30);
 
 /// The reported slow request of a disk.
 #[derive(Debug, Default)]
-pub struct Slow(Cell<Option<Seen>>);
+pub struct SlowRequest(Cell<Option<ReportedRequest>>);
 
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct ReportedRequest {
     /// Process that has it.
     pid: u32,
     /// How old it was when it was looked at last.
@@ -33,19 +33,19 @@ pub(crate) enum News {
     Returned { pid: u32, age: Duration },
 }
 
-impl Slow {
+impl SlowRequest {
     /// Looks at what the kernel says of the oldest request, and who has it.
     pub(crate) fn look(&self, pid: Option<u32>, now: &Kernel) -> Vec<News> {
         let mut news = Vec::new();
         let age = Duration::from_nanos(now.oldest_ns);
-        if let Some(Seen {
+        if let Some(ReportedRequest {
             pid: its,
             age: was,
             committed,
         }) = self.0.get()
         {
             if pid == Some(its) && age >= was {
-                self.0.set(Some(Seen {
+                self.0.set(Some(ReportedRequest {
                     pid: its,
                     age,
                     committed: now.committed,
@@ -61,7 +61,7 @@ impl Slow {
         }
         if let Some(pid) = pid.filter(|_| age >= LONG) {
             let committed = now.committed;
-            self.0.set(Some(Seen {
+            self.0.set(Some(ReportedRequest {
                 pid,
                 age,
                 committed,
@@ -74,7 +74,7 @@ impl Slow {
 
 #[cfg(test)]
 mod tests {
-    use super::{News, Slow};
+    use super::{News, SlowRequest};
     use control::supervisor::Kernel;
     use std::time::Duration;
 
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn it_is_said_once_and_once_again_when_it_ends() {
-        let slow = Slow::default();
+        let slow = SlowRequest::default();
         let pid = 7;
         assert_eq!(slow.look(Some(pid), &at(29, 5)), []);
         let takes = |age| News::Takes { pid, age };
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_process_that_leaves_takes_its_request_along() {
-        let slow = Slow::default();
+        let slow = SlowRequest::default();
         let takes = |pid| News::Takes { pid, age: s(30) };
         let returned = |pid| News::Returned { pid, age: s(30) };
         assert_eq!(slow.look(Some(7), &at(30, 5)), [takes(7)]);

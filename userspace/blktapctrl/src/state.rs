@@ -6,7 +6,7 @@
 //! for what a successor would have to find out or count anew, and not for what only it knows.
 
 use crate::image::Identity;
-use crate::record::{Known, Next, Record};
+use crate::record::{KnownProcess, Next, Record};
 use control::{Code, Failure};
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
@@ -19,11 +19,11 @@ pub const LARGEST: u64 = 1 << 20;
 
 /// The memory of one disk.
 #[derive(Debug)]
-pub struct State {
+pub struct DiskState {
     memory: OwnedFd,
     size: u64,
     /// The last process that it was given to.
-    holder: Cell<Option<Known>>,
+    holder: Cell<Option<KnownProcess>>,
 }
 
 /// Seals: no process can change its size, or remove the seals, so a process that maps it cannot be made to fault, and
@@ -78,12 +78,12 @@ impl Whose {
     }
 }
 
-impl State {
+impl DiskState {
     /// Makes one of zeroes.
     ///
     /// # Errors
     /// It would be too large, or the system refuses to.
-    pub fn make(whose: Whose, size: u64) -> Result<State, Failure> {
+    pub fn make(whose: Whose, size: u64) -> Result<DiskState, Failure> {
         let minor = whose.minor;
         if size == 0 || size > LARGEST {
             return Err(Failure::invalid(format!(
@@ -103,7 +103,7 @@ impl State {
                 &error.into(),
             )
         })?;
-        Ok(State {
+        Ok(DiskState {
             memory,
             size,
             holder: Cell::default(),
@@ -115,7 +115,7 @@ impl State {
     ///
     /// # Errors
     /// It is not known whether there is one, or this program has not made it.
-    pub fn held_by(process: Known, whose: Whose) -> Result<Option<State>, Failure> {
+    pub fn held_by(process: KnownProcess, whose: Whose) -> Result<Option<DiskState>, Failure> {
         let (pid, minor) = (process.pid, whose.minor);
         let unseen = |error| {
             Failure::system(
@@ -133,7 +133,7 @@ impl State {
             let flags = OFlags::RDWR | OFlags::CLOEXEC;
             let memory = rustix::fs::open(&path, flags, Mode::empty());
             let memory = memory.map_err(|error| unseen(error.into()))?;
-            let state = State::of(memory, minor)?;
+            let state = DiskState::of(memory, minor)?;
             state.holder.set(Some(process));
             return Ok(Some(state));
         }
@@ -141,13 +141,13 @@ impl State {
     }
 
     /// Returns the state of a process, if it was made here.
-    fn of(memory: OwnedFd, minor: u32) -> Result<State, Failure> {
+    fn of(memory: OwnedFd, minor: u32) -> Result<DiskState, Failure> {
         let size = fstat(&memory)
             .ok()
             .and_then(|stat| u64::try_from(stat.st_size).ok());
         let sealed = fcntl_get_seals(&memory).is_ok_and(|found| found.contains(seals()));
         match size {
-            Some(size) if sealed && size <= LARGEST => Ok(State {
+            Some(size) if sealed && size <= LARGEST => Ok(DiskState {
                 memory,
                 size,
                 holder: Cell::default(),
@@ -165,10 +165,10 @@ impl State {
     /// # Errors
     /// It has one of another size, or the system refuses to make one.
     pub fn give(
-        place: &mut Option<State>,
+        place: &mut Option<DiskState>,
         whose: Whose,
         size: u64,
-        to: Known,
+        to: KnownProcess,
     ) -> Result<OwnedFd, Failure> {
         let state = match place {
             Some(state) if state.size == size => state,
@@ -181,7 +181,7 @@ impl State {
                     ),
                 ));
             }
-            place => place.insert(State::make(whose, size)?),
+            place => place.insert(DiskState::make(whose, size)?),
         };
         state.holder.set(Some(to));
         state.open()
@@ -208,7 +208,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::{Identity, Known, State, Whose, LARGEST};
+    use super::{DiskState, Identity, KnownProcess, Whose, LARGEST};
     use std::fs::File;
     use std::io::{Read, Write};
 
@@ -220,37 +220,37 @@ mod tests {
         }
     }
 
-    fn us() -> Known {
+    fn us() -> KnownProcess {
         let (pid, started) = (std::process::id(), 1);
-        Known { pid, started }
+        KnownProcess { pid, started }
     }
 
     #[test]
     fn a_process_has_one_state_and_the_next_may_want_another() {
         let mut place = None;
-        State::give(&mut place, whose(3), 512, us()).expect("the first");
-        State::give(&mut place, whose(3), 512, us()).expect("the same");
-        let failure = State::give(&mut place, whose(3), 4096, us()).expect_err("another");
+        DiskState::give(&mut place, whose(3), 512, us()).expect("the first");
+        DiskState::give(&mut place, whose(3), 512, us()).expect("the same");
+        let failure = DiskState::give(&mut place, whose(3), 4096, us()).expect_err("another");
         assert!(failure.message.contains("512 bytes"), "{failure}");
-        let next = Known { pid: 1, started: 2 };
+        let next = KnownProcess { pid: 1, started: 2 };
         // A failure to make memory takes nothing away.
-        assert!(State::give(&mut place, whose(3), LARGEST + 1, next).is_err());
-        assert_eq!(place.as_ref().map(State::size), Some(512));
-        State::give(&mut place, whose(3), 4096, next).expect("of its own");
-        assert!(State::give(&mut place, whose(3), 512, next).is_err());
-        assert_eq!(place.as_ref().map(State::size), Some(4096));
+        assert!(DiskState::give(&mut place, whose(3), LARGEST + 1, next).is_err());
+        assert_eq!(place.as_ref().map(DiskState::size), Some(512));
+        DiskState::give(&mut place, whose(3), 4096, next).expect("of its own");
+        assert!(DiskState::give(&mut place, whose(3), 512, next).is_err());
+        assert_eq!(place.as_ref().map(DiskState::size), Some(4096));
     }
 
-    fn file(state: &State) -> File {
+    fn file(state: &DiskState) -> File {
         File::from(state.open().expect("a descriptor"))
     }
 
     #[test]
     fn size_is_bounded_and_sealed() {
-        assert!(State::make(whose(3), 0).is_err());
-        let failure = State::make(whose(3), LARGEST + 1).expect_err("too large");
+        assert!(DiskState::make(whose(3), 0).is_err());
+        let failure = DiskState::make(whose(3), LARGEST + 1).expect_err("too large");
         assert!(failure.message.contains(&LARGEST.to_string()), "{failure}");
-        let state = State::make(whose(3), 4096).expect("a state");
+        let state = DiskState::make(whose(3), 4096).expect("a state");
         assert_eq!(state.size(), 4096);
         let mut file = file(&state);
         assert!(file.set_len(8192).is_err());
@@ -261,11 +261,11 @@ mod tests {
 
     #[test]
     fn is_found_at_the_process_that_holds_it() {
-        let none = State::held_by(us(), whose(4_000_000_001)).expect("descriptors");
+        let none = DiskState::held_by(us(), whose(4_000_000_001)).expect("descriptors");
         assert!(none.is_none());
-        let state = State::make(whose(4_000_000_002), 512).expect("a state");
+        let state = DiskState::make(whose(4_000_000_002), 512).expect("a state");
         file(&state).write_all(b"left").expect("write");
-        let found = State::held_by(us(), whose(4_000_000_002)).expect("descriptors");
+        let found = DiskState::held_by(us(), whose(4_000_000_002)).expect("descriptors");
         let mut text = [0; 4];
         let found = found.expect("the state");
         file(&found).read_exact(&mut text).expect("read");
@@ -275,16 +275,20 @@ mod tests {
             image: Some(Identity::Device { rdev: 2 }),
             ..whose(4_000_000_002)
         };
-        assert!(State::held_by(us(), other).expect("descriptors").is_none());
+        assert!(DiskState::held_by(us(), other)
+            .expect("descriptors")
+            .is_none());
         let other = Whose {
             born: Some(4),
             ..whose(4_000_000_002)
         };
-        assert!(State::held_by(us(), other).expect("descriptors").is_none());
+        assert!(DiskState::held_by(us(), other)
+            .expect("descriptors")
+            .is_none());
         // Memory of that name from another program is not sealed.
         let name = whose(4_000_000_003).name();
         let other = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC);
         let _other = other.expect("memory");
-        assert!(State::held_by(us(), whose(4_000_000_003)).is_err());
+        assert!(DiskState::held_by(us(), whose(4_000_000_003)).is_err());
     }
 }

@@ -4,7 +4,7 @@
 use crate::host::block::Block;
 use crate::host::task::Task;
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::Disk;
+use crate::look::SampledDisk;
 use control::stats::{Histogram, Stats};
 use serde::Serialize;
 use std::time::Duration;
@@ -75,7 +75,11 @@ pub(crate) struct Figures {
 
 impl Figures {
     /// Of a disk between two looks; nothing without an interval.
-    pub(crate) fn between(before: &Disk, now: &Disk, elapsed: Duration) -> Option<Figures> {
+    pub(crate) fn between(
+        before: &SampledDisk,
+        now: &SampledDisk,
+        elapsed: Duration,
+    ) -> Option<Figures> {
         let seconds = elapsed.as_secs_f64();
         if seconds <= 0.0 {
             return None;
@@ -92,7 +96,7 @@ impl Figures {
     }
 
     /// Adds the driver's counters.
-    fn add_counters(&mut self, before: &Disk, now: &Disk) {
+    fn add_counters(&mut self, before: &SampledDisk, now: &SampledDisk) {
         let (Some(old), Some(new)) = (&before.vbd, &now.vbd) else {
             return;
         };
@@ -140,7 +144,7 @@ impl Figures {
     }
 
     /// Adds the process' counters, which have the finished requests and their times.
-    fn add_stats(&mut self, before: &Disk, now: &Disk) {
+    fn add_stats(&mut self, before: &SampledDisk, now: &SampledDisk) {
         let Some((old, new)) = stats(before, now) else {
             return;
         };
@@ -166,7 +170,7 @@ impl Figures {
         }
     }
 
-    fn add_threads(&mut self, before: &Disk, now: &Disk) {
+    fn add_threads(&mut self, before: &SampledDisk, now: &SampledDisk) {
         let seconds = self.seconds;
         // Running and waiting time of each thread.
         let parts = |before: &[Task], now: &[Task]| -> Vec<(f64, f64)> {
@@ -215,13 +219,13 @@ fn mean_ms(before: Option<&Block>, now: Option<&Block>) -> Option<f64> {
 }
 
 /// The kernel serves the disk without its process.
-fn by_kernel(disk: &Disk) -> bool {
+fn by_kernel(disk: &SampledDisk) -> bool {
     let kernel = disk.tap.as_ref().and_then(|tap| tap.row.kernel.as_ref());
     kernel.is_some_and(|kernel| kernel.by_itself().is_some())
 }
 
 /// Returns the counters of both looks, if they are of one process.
-fn stats<'a>(before: &'a Disk, now: &'a Disk) -> Option<(&'a Stats, &'a Stats)> {
+fn stats<'a>(before: &'a SampledDisk, now: &'a SampledDisk) -> Option<(&'a Stats, &'a Stats)> {
     let (old, new) = (before.tap.as_ref()?, now.tap.as_ref()?);
     let is_same = old.row.pid == new.row.pid;
     is_same.then_some(())?;

@@ -53,7 +53,7 @@ pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror, below: bool) -> Result<(), 
 }
 
 /// How far a job is.
-enum State {
+enum JobState {
     /// Where on the disk, and how many bytes were copied.
     Runs(u64, u64),
     Done,
@@ -61,19 +61,19 @@ enum State {
     Failed(String),
 }
 
-fn state(reply: &Reply) -> Result<State, Failure> {
+fn state(reply: &Reply) -> Result<JobState, Failure> {
     Ok(match reply {
         Reply::Stream(stream) => match &stream.state {
-            Streaming::Running => State::Runs(stream.offset, stream.copied),
-            Streaming::Done => State::Done,
-            Streaming::Ended => State::Ended,
-            Streaming::Failed { why } => State::Failed(why.clone()),
+            Streaming::Running => JobState::Runs(stream.offset, stream.copied),
+            Streaming::Done => JobState::Done,
+            Streaming::Ended => JobState::Ended,
+            Streaming::Failed { why } => JobState::Failed(why.clone()),
         },
         Reply::Mirror(mirror) => match &mirror.state {
-            Mirroring::Copying | Mirroring::Same => State::Runs(mirror.offset, mirror.copied),
-            Mirroring::Complete => State::Done,
-            Mirroring::Ended => State::Ended,
-            Mirroring::Failed { why } => State::Failed(why.clone()),
+            Mirroring::Copying | Mirroring::Same => JobState::Runs(mirror.offset, mirror.copied),
+            Mirroring::Complete => JobState::Done,
+            Mirroring::Ended => JobState::Ended,
+            Mirroring::Failed { why } => JobState::Failed(why.clone()),
         },
         other => {
             let what = format!("an answer to something else: {other:?}");
@@ -107,7 +107,7 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
         _ => false,
     };
     if let Some(again) = again {
-        while let State::Runs(offset, copied) = state(&reply)? {
+        while let JobState::Runs(offset, copied) = state(&reply)? {
             progress(cli, offset, copied)?;
             std::thread::sleep(STEP);
             reply = ask(cli, &again)?;
@@ -115,8 +115,10 @@ fn run(cli: &Cli, first: &Request, again: Option<Request>) -> Result<(), Error> 
     }
     // How the last one has ended says nothing of who only asks for that.
     let failure = match state(&reply)? {
-        State::Failed(why) if begins => Some(Failure::new(Code::System, why)),
-        State::Ended if waits => Some(Failure::new(Code::State, "it was ended before it was done")),
+        JobState::Failed(why) if begins => Some(Failure::new(Code::System, why)),
+        JobState::Ended if waits => {
+            Some(Failure::new(Code::State, "it was ended before it was done"))
+        }
         _ => None,
     };
     match failure {

@@ -44,7 +44,7 @@ pub(crate) type Id<'a> = (Option<&'a str>, Option<u32>, Kind);
 
 /// A disk.
 #[derive(Clone, Debug)]
-pub(crate) struct Disk {
+pub(crate) struct SampledDisk {
     /// Its server.
     pub(crate) kind: Kind,
     /// The guest's disk; nothing if no guest has it.
@@ -59,7 +59,7 @@ pub(crate) struct Disk {
     pub(crate) process: Vec<Task>,
 }
 
-impl Disk {
+impl SampledDisk {
     /// The guest's number.
     pub(crate) fn guest(&self) -> Option<u32> {
         let told = || self.told_path()?.split('/').nth_back(1)?.parse().ok();
@@ -92,7 +92,7 @@ impl Disk {
     }
 
     /// Finds this disk in an earlier look.
-    pub(crate) fn among<'a>(&self, before: &'a [Disk]) -> Option<&'a Disk> {
+    pub(crate) fn among<'a>(&self, before: &'a [SampledDisk]) -> Option<&'a SampledDisk> {
         before.iter().find(|disk| disk.id() == self.id())
     }
 }
@@ -112,7 +112,7 @@ pub(crate) struct Look {
     /// When.
     pub(crate) at: Instant,
     /// The disks, by guests.
-    pub(crate) disks: Vec<Disk>,
+    pub(crate) disks: Vec<SampledDisk>,
     /// Whether blktapctrl answers.
     pub(crate) supervisor: Supervisor,
     /// It should: our driver serves, or is to.
@@ -202,7 +202,13 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
     }
 }
 
-fn disk(host: &Host, kind: Kind, vbd: Option<Vbd>, tap: Option<TopRow>, threads: &[Task]) -> Disk {
+fn disk(
+    host: &Host,
+    kind: Kind,
+    vbd: Option<Vbd>,
+    tap: Option<TopRow>,
+    threads: &[Task],
+) -> SampledDisk {
     let number = vbd.as_ref().and_then(|vbd| vbd.device);
     let block = number.filter(|_| kind == Kind::Phy);
     let name = vbd
@@ -213,7 +219,7 @@ fn disk(host: &Host, kind: Kind, vbd: Option<Vbd>, tap: Option<TopRow>, threads:
             .is_some_and(|name| task.name.starts_with(name))
     };
     let pid = tap.as_ref().and_then(|tap| tap.row.pid);
-    Disk {
+    SampledDisk {
         kind,
         block: block.and_then(|number| Block::read(host, number)),
         queues: threads.iter().filter(is_its).cloned().collect(),

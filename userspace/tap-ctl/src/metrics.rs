@@ -13,7 +13,7 @@ mod times;
 use crate::figures::counters;
 use crate::host::block::Block;
 use crate::host::vbd::Vbd;
-use crate::look::{Disk, Kind, Look, Supervisor};
+use crate::look::{Kind, Look, SampledDisk, Supervisor};
 use crate::status::{Line, Report, Watch};
 use crate::{cli, Cli, Error};
 use control::stats::Stats;
@@ -81,7 +81,7 @@ fn text(look: &Look, report: &Report) -> String {
         });
     }
     for (family, value) in KERNEL {
-        let kernel = |disk: &Disk| disk.tap.as_ref()?.row.kernel.clone();
+        let kernel = |disk: &SampledDisk| disk.tap.as_ref()?.row.kernel.clone();
         disks(&mut text, *family, look, |disk| Some(value(&kernel(disk)?)));
     }
     missed(&mut text, look);
@@ -178,7 +178,7 @@ fn servers(text: &mut Text, look: &Look) {
 }
 
 /// Returns the server that executes the requests of a disk, if that is known.
-fn server(disk: &Disk) -> Option<&'static str> {
+fn server(disk: &SampledDisk) -> Option<&'static str> {
     let Some(tap) = &disk.tap else {
         return (disk.kind == Kind::Phy).then_some("kernel");
     };
@@ -193,7 +193,7 @@ fn server(disk: &Disk) -> Option<&'static str> {
 }
 
 /// Returns the labels of a disk in all metrics.
-fn labels(disk: &Disk) -> Labels {
+fn labels(disk: &SampledDisk) -> Labels {
     Labels::default()
         .with("guest", disk.guest().map(|guest| guest.to_string()))
         .with("vdev", disk.vdev())
@@ -202,7 +202,12 @@ fn labels(disk: &Disk) -> Labels {
 }
 
 /// A family with one sample for each disk that has a value.
-fn disks(text: &mut Text, family: Family, look: &Look, value: impl Fn(&Disk) -> Option<f64>) {
+fn disks(
+    text: &mut Text,
+    family: Family,
+    look: &Look,
+    value: impl Fn(&SampledDisk) -> Option<f64>,
+) {
     text.family(family);
     for disk in &look.disks {
         if let Some(value) = value(disk) {
@@ -396,7 +401,7 @@ const KERNEL: Table<Kernel> = &[
 
 /// Adds the requests that the kernel leaves to the process of a disk with passthrough.
 fn missed(text: &mut Text, look: &Look) {
-    let mapped = |disk: &Disk| disk.tap.as_ref()?.row.kernel.as_ref()?.by_itself()?.mapped;
+    let mapped = |disk: &SampledDisk| disk.tap.as_ref()?.row.kernel.as_ref()?.by_itself()?.mapped;
     text.family((
         "xen_tap_missed_total",
         "counter",
@@ -424,7 +429,7 @@ fn missed(text: &mut Text, look: &Look) {
 /// Adds the counters of a tap disk's process, and those of processes.
 fn process(text: &mut Text, look: &Look) {
     let taps = || look.disks.iter().filter(|disk| disk.kind == Kind::Tap);
-    let row = |disk: &Disk| disk.tap.clone().map(|tap| tap.row);
+    let row = |disk: &SampledDisk| disk.tap.clone().map(|tap| tap.row);
     disks(
         text,
         (
@@ -445,7 +450,7 @@ fn process(text: &mut Text, look: &Look) {
         look,
         |disk| Some(disk.tap.as_ref()?.resident? as f64),
     );
-    let stats = |disk: &Disk| disk.tap.as_ref()?.stats.clone();
+    let stats = |disk: &SampledDisk| disk.tap.as_ref()?.stats.clone();
     disks(
         text,
         (
@@ -491,7 +496,7 @@ fn process(text: &mut Text, look: &Look) {
 }
 
 /// Returns the counters of a disk's process, by the kind of request.
-fn of_process(disk: &Disk) -> Vec<(Labels, &'static str, &control::stats::Counter)> {
+fn of_process(disk: &SampledDisk) -> Vec<(Labels, &'static str, &control::stats::Counter)> {
     const NAMES: [&str; 5] = ["read", "write", "flush", "discard", "zeroes"];
     let stats: Option<&Stats> = disk.tap.as_ref().and_then(|tap| tap.stats.as_deref());
     let counters = stats.map(counters).into_iter().flatten();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Finds the images that other backends use, from xenstore.
 
-use super::sharing::{Machines, User};
+use super::sharing::{ImageUser, Machines};
 use super::views::{device_number, identity, GLANCE};
 use crate::apart::apart;
 use crate::image::Identity;
@@ -13,11 +13,14 @@ use std::path::Path;
 /// The kinds of backends that are queried, and the key that names the image of one. A disk of `vbd` is in use when its
 /// script has found a device for it, and not before: else two that begin at once would refuse each other. QEMU has no
 /// script. Tap disks, of `vbd3` as well, are known without asking.
-const KINDS: &[(&str, Key)] = &[("vbd", Key::PhysicalDevice), ("qdisk", Key::Params)];
+const KINDS: &[(&str, BackendKey)] = &[
+    ("vbd", BackendKey::PhysicalDevice),
+    ("qdisk", BackendKey::Params),
+];
 
 /// A key of a backend's directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Key {
+enum BackendKey {
     /// `physical-device`, a number.
     PhysicalDevice,
     /// `params`, a path with formats in front.
@@ -51,7 +54,7 @@ pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<Mach
 ///
 /// # Errors
 /// Xenstore does not answer.
-pub(super) async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<Vec<User>> {
+pub(super) async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<Vec<ImageUser>> {
     let mut all = Vec::new();
     for (kind, key) in KINDS {
         for domain in store.list(&format!("backend/{kind}")).await? {
@@ -69,7 +72,7 @@ pub(super) async fn backends(store: &dyn Store, ours: &[String]) -> io::Result<V
         .iter()
         .map(|(domain, directory, key)| backend(store, domain, directory, *key));
     let users = futures::future::join_all(users).await;
-    let users: io::Result<Vec<Option<User>>> = users.into_iter().collect();
+    let users: io::Result<Vec<Option<ImageUser>>> = users.into_iter().collect();
     Ok(users?.into_iter().flatten().collect())
 }
 
@@ -78,16 +81,16 @@ async fn backend(
     store: &dyn Store,
     domain: &str,
     directory: &str,
-    key: Key,
-) -> io::Result<Option<User>> {
+    key: BackendKey,
+) -> io::Result<Option<ImageUser>> {
     let read = |name: &str| format!("{directory}/{name}");
     let image = match key {
-        Key::PhysicalDevice => {
+        BackendKey::PhysicalDevice => {
             let number = store.read(&read("physical-device")).await?;
             let rdev = number.as_deref().and_then(|text| device_number(text, 16));
             rdev.map(|rdev| Identity::Device { rdev })
         }
-        Key::Params => {
+        BackendKey::Params => {
             let params = store.read(&read("params")).await?;
             match params.as_deref().and_then(path_of).map(Path::to_path_buf) {
                 // An image that does not answer is not one that does.
@@ -107,7 +110,7 @@ async fn backend(
     if machines.is_empty() && domain != "0" {
         return Ok(None);
     }
-    Ok(Some(User {
+    Ok(Some(ImageUser {
         name: format!("the disk {directory}"),
         images: vec![image],
         // A mode that is unknown counts as writing.

@@ -2,7 +2,7 @@
 //! Loop devices, which make one more image of a file. A hung file system is only looked at if the image itself is on
 //! it.
 
-use super::mounts::Table;
+use super::mounts::MountTable;
 use super::views::{identity, number_in, Views, GLANCE};
 use crate::apart::apart;
 use crate::image::{Identity, Image};
@@ -45,7 +45,7 @@ fn loops(views: &Views) -> io::Result<Vec<Loop>> {
 /// The system does not show whether a loop device stands on the image.
 pub(super) async fn same(
     views: &Views,
-    table: &Table,
+    table: &MountTable,
     image: &Arc<Image>,
 ) -> Result<Vec<Identity>, Failure> {
     let ours = image.identity();
@@ -85,7 +85,7 @@ fn unanswered(device: &Loop, failure: &Failure) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::{loops, same};
-    use crate::admission::mounts::Table;
+    use crate::admission::mounts::MountTable;
     use crate::admission::views::pretended::{device, views};
     use crate::admission::views::Views;
     use crate::image::{Identity, Image};
@@ -123,7 +123,7 @@ mod tests {
         let file = &loops(&views).expect("loops")[0].file;
         assert_eq!(file, &path);
         let image = Arc::new(Image::find(&path).expect("an image"));
-        let table = Table::read(&Views::default()).expect("mounts");
+        let table = MountTable::read(&Views::default()).expect("mounts");
         let both = [
             image.identity(),
             Identity::Device {
@@ -148,7 +148,7 @@ mod tests {
             let text = format!(
                 "{number} 1 8:1 / / rw - ext4 /dev/x rw\n99 1 {dead} / /dead rw - nfs host:/srv rw\n"
             );
-            Table::parse(&text)
+            MountTable::parse(&text)
         };
         let elsewhere = block_on(same(&views, &mounts("0:50"), &image));
         assert_eq!(elsewhere, Ok(vec![image.identity()]));

@@ -23,9 +23,9 @@ use control::supervisor::{Check, Mode};
 use control::tapdisk::Open;
 use control::{Code, Failure, LeaseKind, SaidRules};
 pub(crate) use files::check_files;
-use mounts::Table;
+use mounts::MountTable;
 pub(crate) use sharing::Beside;
-use sharing::{Machines, Mount, User};
+use sharing::{ImageUser, Machines, Mount};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
@@ -34,11 +34,11 @@ use std::sync::Arc;
 use views::Views;
 
 /// The users of an image that were found outside of the supervisor.
-struct Seen {
+struct FoundUsers {
     /// All that the image is: itself, loop devices on it, the file below it.
     images: Vec<Identity>,
     /// Other backends.
-    backends: Vec<User>,
+    backends: Vec<ImageUser>,
     /// The virtual machines of who asks.
     machines: Machines,
     mounts: Vec<Mount>,
@@ -292,8 +292,8 @@ impl Admission {
     }
 
     /// The users of images among our own disks. A disk that goes from one image to another uses both.
-    fn users(&self, except: Option<u32>, machines: &BTreeMap<String, Machines>) -> Vec<User> {
-        let user = |minor: u32, images: Vec<Identity>, mode, vbd: Option<&String>| User {
+    fn users(&self, except: Option<u32>, machines: &BTreeMap<String, Machines>) -> Vec<ImageUser> {
+        let user = |minor: u32, images: Vec<Identity>, mode, vbd: Option<&String>| ImageUser {
             name: match vbd {
                 Some(vbd) => format!("tap disk {minor} of {vbd}"),
                 None => format!("tap disk {minor}"),
@@ -339,10 +339,10 @@ impl Admission {
     }
 
     /// Looks who uses an image outside of the supervisor.
-    async fn look(&self, image: &Arc<Image>, vbd: Option<&str>) -> Result<Seen, Failure> {
+    async fn look(&self, image: &Arc<Image>, vbd: Option<&str>) -> Result<FoundUsers, Failure> {
         if image.is_export() {
             // Other clients of an export are its server's affair.
-            return Ok(Seen {
+            return Ok(FoundUsers {
                 images: vec![image.identity()],
                 backends: Vec::new(),
                 machines: self.machines(vbd).await.map_err(unseen)?,
@@ -352,7 +352,7 @@ impl Admission {
             });
         }
         let views = &self.views;
-        let table = Table::read(views).map_err(unseen)?;
+        let table = MountTable::read(views).map_err(unseen)?;
         let images = loops::same(views, &table, image).await?;
         let backends = match self.registry.store() {
             Some(store) => {
@@ -367,7 +367,7 @@ impl Admission {
         };
         let claimed = image.clone();
         let path = image.path().to_path_buf();
-        Ok(Seen {
+        Ok(FoundUsers {
             machines: self.machines(vbd).await.map_err(unseen)?,
             mounts: table.devices(views),
             claims: claims::claims(views, &images).map_err(unseen)?,
@@ -397,8 +397,8 @@ fn decide(
     image: &Image,
     mode: Mode,
     domain: Option<&str>,
-    ours: &[User],
-    seen: &Seen,
+    ours: &[ImageUser],
+    seen: &FoundUsers,
 ) -> Result<Beside, Failure> {
     let beside = sharing::beside(&seen.images, mode, domain, &seen.machines, ours);
     let others = [ours, seen.backends.as_slice()].concat();

@@ -21,19 +21,19 @@ struct Mounted {
 
 /// The kernel's list of mounts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Table(Vec<Mounted>);
+pub(super) struct MountTable(Vec<Mounted>);
 
-impl Table {
+impl MountTable {
     /// Reads the mounts of dom0.
     ///
     /// # Errors
     /// The list of mounts cannot be read.
-    pub(super) fn read(views: &Views) -> io::Result<Table> {
+    pub(super) fn read(views: &Views) -> io::Result<MountTable> {
         let text = fs::read(views.proc.join("self/mountinfo"))?;
-        Ok(Table::parse(&String::from_utf8_lossy(&text)))
+        Ok(MountTable::parse(&String::from_utf8_lossy(&text)))
     }
 
-    pub(super) fn parse(text: &str) -> Table {
+    pub(super) fn parse(text: &str) -> MountTable {
         let one = |line: &str| {
             let (front, back) = line.split_once(" - ")?;
             let mut words = front.split(' ');
@@ -50,7 +50,7 @@ impl Table {
                 source,
             })
         };
-        Table(text.lines().filter_map(one).collect())
+        MountTable(text.lines().filter_map(one).collect())
     }
 
     /// Returns the mounts of block devices. A btrfs has a device number of its own, which is no block device's: the
@@ -109,7 +109,7 @@ fn members(views: &Views, rdev: u64) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::Table;
+    use super::MountTable;
     use crate::admission::views::pretended::{some_block_device, views};
     use rustix::fs::makedev;
     use std::fs;
@@ -119,7 +119,7 @@ mod tests {
         let text = "36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw\n\
                     37 35 8:17 / /srv ro,relatime - ext4 /dev/sdb1 rw\nbad\n";
         let (dir, views) = views("mounts");
-        let mounts = Table::parse(text).devices(&views);
+        let mounts = MountTable::parse(text).devices(&views);
         assert_eq!(mounts.len(), 2);
         assert_eq!(mounts[0].rdev, makedev(98, 0));
         assert_eq!(mounts[0].place, "/mnt 2");
@@ -145,7 +145,7 @@ mod tests {
             fs::create_dir_all(&place).expect("folders");
             fs::write(place.join("dev"), number).expect("write");
         }
-        let mounts = Table::parse(&text).devices(&views);
+        let mounts = MountTable::parse(&text).devices(&views);
         for wanted in [rdev, makedev(9, 77)] {
             assert!(
                 mounts

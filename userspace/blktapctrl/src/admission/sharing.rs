@@ -22,7 +22,7 @@ pub type Machines = BTreeSet<String>;
 
 /// Someone who uses an image.
 #[derive(Clone, Debug)]
-pub struct User {
+pub struct ImageUser {
     /// Name of the user, for a message.
     pub name: String,
     /// Images that it uses; a loop device counts as the file below it too.
@@ -56,7 +56,7 @@ pub fn check(
     images: &[Identity],
     mode: Mode,
     machines: &Machines,
-    others: &[User],
+    others: &[ImageUser],
     mounts: &[Mount],
 ) -> Result<(), String> {
     if mode.is_shared() {
@@ -117,7 +117,7 @@ pub fn check_promised(mode: Mode, promised: bool) -> Result<(), String> {
 
 /// Some user or mount is known that uses the image.
 #[must_use]
-pub fn is_used(images: &[Identity], others: &[User], mounts: &[Mount]) -> bool {
+pub fn is_used(images: &[Identity], others: &[ImageUser], mounts: &[Mount]) -> bool {
     let mounted = |mount: &Mount| images.contains(&Identity::Device { rdev: mount.rdev });
     mounts.iter().any(mounted)
         || others
@@ -144,14 +144,14 @@ pub fn beside(
     mode: Mode,
     domain: Option<&str>,
     machines: &Machines,
-    others: &[User],
+    others: &[ImageUser],
 ) -> Beside {
-    let at_once = |user: &&User| {
+    let at_once = |user: &&ImageUser| {
         user.images.iter().any(|image| images.contains(image))
             && (!mode.is_read_only() || !user.mode.is_read_only())
     };
     // A stub domain belongs to a machine of its own as well.
-    let moves = |user: &User| {
+    let moves = |user: &ImageUser| {
         !machines.is_empty()
             && user.machines == *machines
             && user.domain.as_deref() != domain
@@ -172,7 +172,8 @@ pub fn beside(
 #[cfg(test)]
 mod tests {
     use super::{
-        beside, check, check_claims, check_promised, Beside, Identity, Machines, Mode, Mount, User,
+        beside, check, check_claims, check_promised, Beside, Identity, ImageUser, Machines, Mode,
+        Mount,
     };
 
     const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
@@ -186,8 +187,8 @@ mod tests {
         names.iter().map(|&name| name.to_owned()).collect()
     }
 
-    fn user(text: &str, vm: &[&str]) -> User {
-        User {
+    fn user(text: &str, vm: &[&str]) -> ImageUser {
+        ImageUser {
             name: "guest 3".into(),
             images: vec![IMAGE],
             mode: mode(text),

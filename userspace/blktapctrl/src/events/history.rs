@@ -31,26 +31,26 @@ const HEAD: usize = 9;
 
 /// The file.
 #[derive(Debug)]
-pub(super) struct History {
+pub(super) struct EventHistory {
     path: PathBuf,
     file: File,
     /// Where the next line begins.
     at: u64,
 }
 
-impl History {
+impl EventHistory {
     /// Opens the file, or makes it. With it comes what is kept there, the oldest first.
     ///
     /// # Errors
     /// It cannot be used. There is none then: who comes next must not take the numbers in it for ours.
-    pub(super) fn open(path: &Path) -> io::Result<(History, Vec<Event>)> {
-        History::try_open(path).inspect_err(|_| {
+    pub(super) fn open(path: &Path) -> io::Result<(EventHistory, Vec<Event>)> {
+        EventHistory::try_open(path).inspect_err(|_| {
             // If that fails, too, whoever comes next finds the same.
             let _ = folder::remove(path);
         })
     }
 
-    fn try_open(path: &Path) -> io::Result<(History, Vec<Event>)> {
+    fn try_open(path: &Path) -> io::Result<(EventHistory, Vec<Event>)> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
@@ -67,7 +67,7 @@ impl History {
         fallocate(&file, FallocateFlags::empty(), 0, SIZE)?;
         let (events, at) = read(&bytes);
         let path = path.into();
-        Ok((History { path, file, at }, events))
+        Ok((EventHistory { path, file, at }, events))
     }
 
     /// Writes an event down.
@@ -138,21 +138,21 @@ fn read(bytes: &[u8]) -> (Vec<Event>, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::{line, read, History, SIZE};
+    use super::{line, read, EventHistory, SIZE};
     use control::supervisor::{Event, What};
     use std::fs;
     use std::os::unix::fs::symlink;
     use std::path::{Path, PathBuf};
 
     /// A folder that goes with its test.
-    struct Folder(PathBuf);
+    struct HistoryFolder(PathBuf);
 
-    impl Folder {
-        fn new(name: &str) -> Folder {
+    impl HistoryFolder {
+        fn new(name: &str) -> HistoryFolder {
             let name = format!("history-{}-{name}", std::process::id());
             let folder = std::env::temp_dir().join(name);
             fs::create_dir_all(&folder).expect("a folder");
-            Folder(folder)
+            HistoryFolder(folder)
         }
 
         fn file(&self) -> PathBuf {
@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    impl Drop for Folder {
+    impl Drop for HistoryFolder {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(&self.0);
         }
@@ -179,15 +179,15 @@ mod tests {
         }
     }
 
-    fn open(path: &Path) -> (History, Vec<u64>) {
-        let (history, events) = History::open(path).expect("a history");
+    fn open(path: &Path) -> (EventHistory, Vec<u64>) {
+        let (history, events) = EventHistory::open(path).expect("a history");
         for found in &events {
             assert_eq!(*found, event(found.number), "it is as it was written");
         }
         (history, events.iter().map(|event| event.number).collect())
     }
 
-    fn write(history: &mut History, numbers: impl IntoIterator<Item = u64>) {
+    fn write(history: &mut EventHistory, numbers: impl IntoIterator<Item = u64>) {
         for number in numbers {
             history.add(&event(number)).expect("room");
         }
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn who_comes_next_finds_the_newest_whenever_the_last_one_ended() {
-        let folder = Folder::new("ring");
+        let folder = HistoryFolder::new("ring");
         let mut last = 0;
         // Each writes some; all together many times what has room.
         for some in [1, 2, 900, 40, 3000, 1, 7, 5000] {
@@ -266,7 +266,7 @@ mod tests {
     /// ones.
     #[test]
     fn nothing_is_kept_that_is_older_than_what_was_written_over() {
-        let folder = Folder::new("wrap");
+        let folder = HistoryFolder::new("wrap");
         let (mut history, _) = open(&folder.file());
         let mut number = 0;
         while number < 8000 || history.at < SIZE - 5000 {
@@ -281,7 +281,7 @@ mod tests {
         };
         history.add(&long).expect("room");
         assert!(history.at < 11_000, "it is at the beginning");
-        let (_, found) = History::open(&folder.file()).expect("a history");
+        let (_, found) = EventHistory::open(&folder.file()).expect("a history");
         let numbers: Vec<u64> = found.iter().map(|event| event.number).collect();
         let first = numbers.first().copied().unwrap_or(0);
         assert_eq!(numbers, (first..=number + 1).collect::<Vec<u64>>());
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn what_is_no_history_is_none() {
-        let folder = Folder::new("foreign");
+        let folder = HistoryFolder::new("foreign");
         let size = SIZE as usize;
         for (fill, length) in [
             (0, 0),
@@ -308,18 +308,18 @@ mod tests {
         let elsewhere = folder.0.join("elsewhere");
         fs::write(&elsewhere, "precious").expect("written");
         symlink(&elsewhere, folder.file()).expect("a link");
-        History::open(&folder.file()).expect_err("a link");
+        EventHistory::open(&folder.file()).expect_err("a link");
         assert_eq!(fs::read(&elsewhere).expect("bytes"), b"precious");
         // The link is gone, so the next one can begin.
         assert_eq!(open(&folder.file()).1, [0; 0]);
         fs::remove_file(folder.file()).expect("removed");
         fs::create_dir(folder.file()).expect("a folder");
-        History::open(&folder.file()).expect_err("a folder");
+        EventHistory::open(&folder.file()).expect_err("a folder");
     }
 
     #[test]
     fn of_an_event_that_is_too_long_the_number_stays() {
-        let folder = Folder::new("long");
+        let folder = HistoryFolder::new("long");
         let (mut history, _) = open(&folder.file());
         write(&mut history, [1]);
         let mut long = event(2);
@@ -329,10 +329,10 @@ mod tests {
             retry_ms: 1,
         };
         history.add(&long).expect("nothing to do");
-        let (mut history, found) = History::open(&folder.file()).expect("a history");
+        let (mut history, found) = EventHistory::open(&folder.file()).expect("a history");
         assert_eq!((found[1].number, &found[1].what), (2, &What::Other));
         write(&mut history, [3]);
-        let (_, found) = History::open(&folder.file()).expect("a history");
+        let (_, found) = EventHistory::open(&folder.file()).expect("a history");
         assert_eq!((found.len(), &found[2]), (3, &event(3)));
     }
 }

@@ -7,7 +7,7 @@ mod log;
 use crate::disk::Disks;
 use crate::log::{tell, About};
 use control::supervisor::{Event, What};
-use history::History;
+use history::EventHistory;
 use rustix::rand::{getrandom, GetRandomFlags};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -28,7 +28,7 @@ pub struct Events {
     kept: RefCell<VecDeque<Event>>,
     last: watch::Sender<u64>,
     /// The file in which the next supervisor finds the events. Nothing if it cannot be used.
-    history: RefCell<Option<History>>,
+    history: RefCell<Option<EventHistory>>,
     /// Number of events that a reader missed, because they were no longer kept.
     lost: Cell<u64>,
     /// Traces that have ended by themselves.
@@ -40,7 +40,7 @@ impl Events {
     /// if the file cannot be used, events end with this supervisor, and the next one begins a new series.
     #[must_use]
     pub fn new(disks: Rc<Disks>, path: Option<&Path>) -> Events {
-        let (history, kept) = match path.map(|path| (path, History::open(path))) {
+        let (history, kept) = match path.map(|path| (path, EventHistory::open(path))) {
             Some((_, Ok((history, kept)))) => (Some(history), kept),
             Some((path, Err(error))) => {
                 tell!(

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The places of groups, which the next supervisor has to know: nothing else tells it of them.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(super) struct GroupPlaces {
     /// Where a guest gets its group that has none.
     template: Option<Template>,
     /// That, and those of earlier supervisors.
@@ -22,9 +22,9 @@ pub(super) struct Places {
     file: Option<PathBuf>,
 }
 
-impl Places {
+impl GroupPlaces {
     /// Those that `file` tells of, and `template`.
-    pub(super) fn open(template: Option<Template>, file: &Path) -> Places {
+    pub(super) fn open(template: Option<Template>, file: &Path) -> GroupPlaces {
         let (known, is_read) = match read(file) {
             Ok(known) => (known, true),
             Err(error) => {
@@ -36,7 +36,7 @@ impl Places {
                 (Vec::new(), false)
             }
         };
-        let mut places = Places {
+        let mut places = GroupPlaces {
             template,
             all: RefCell::default(),
             strange: Vec::new(),
@@ -135,17 +135,17 @@ fn read(file: &Path) -> io::Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Places, Template};
+    use super::{GroupPlaces, Template};
     use std::fs;
     use std::path::{Path, PathBuf};
 
-    struct Folder(PathBuf);
+    struct PlacesFolder(PathBuf);
 
-    impl Folder {
-        fn new(name: &str) -> Folder {
+    impl PlacesFolder {
+        fn new(name: &str) -> PlacesFolder {
             let dir = std::env::temp_dir().join(format!("places-{name}-{}", std::process::id()));
             fs::create_dir_all(&dir).unwrap();
-            Folder(dir)
+            PlacesFolder(dir)
         }
 
         fn place(&self, name: &str) -> Template {
@@ -158,7 +158,7 @@ mod tests {
         }
     }
 
-    impl Drop for Folder {
+    impl Drop for PlacesFolder {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(&self.0);
         }
@@ -170,32 +170,32 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_not_replaced() {
-        let folder = Folder::new("strange");
+        let folder = PlacesFolder::new("strange");
         fs::write(folder.file(), "{\"a newer\": \"form\"}").unwrap();
-        let places = Places::open(Some(folder.place("a")), &folder.file());
+        let places = GroupPlaces::open(Some(folder.place("a")), &folder.file());
         assert_eq!(places.all(), [folder.place("a")], "groups are made");
         assert_eq!(text(&folder.file()), "{\"a newer\": \"form\"}");
         fs::write(folder.file(), "[\"somewhere\"]").unwrap();
-        let places = Places::open(Some(folder.place("a")), &folder.file());
+        let places = GroupPlaces::open(Some(folder.place("a")), &folder.file());
         assert_eq!(places.all(), [folder.place("a")]);
         let both = format!("[\"{}\",\"somewhere\"]", folder.place("a"));
         assert_eq!(text(&folder.file()), both);
-        assert!(Places::open(None, &folder.file()).all().is_empty());
+        assert!(GroupPlaces::open(None, &folder.file()).all().is_empty());
         assert_eq!(text(&folder.file()), "[\"somewhere\"]");
     }
 
     #[test]
     fn place_that_cannot_be_looked_at_is_kept() {
-        let folder = Folder::new("hidden");
+        let folder = PlacesFolder::new("hidden");
         // It is no folder, so the groups in it are unknown.
         fs::write(folder.0.join("a"), "").unwrap();
-        drop(Places::open(Some(folder.place("a")), &folder.file()));
-        let places = Places::open(Some(folder.place("b")), &folder.file());
+        drop(GroupPlaces::open(Some(folder.place("a")), &folder.file()));
+        let places = GroupPlaces::open(Some(folder.place("b")), &folder.file());
         assert_eq!(places.all(), [folder.place("a"), folder.place("b")]);
         fs::remove_file(folder.0.join("a")).unwrap();
         places.forget_unused();
         assert_eq!(places.all(), [folder.place("b")]);
-        assert!(Places::open(None, &folder.file()).all().is_empty());
+        assert!(GroupPlaces::open(None, &folder.file()).all().is_empty());
         assert!(!folder.file().exists());
     }
 }

@@ -261,7 +261,7 @@ impl Lifecycle {
 }
 
 /// Why the kernel does not let go of a node, in words.
-fn busy(node: &kernel::Node, image: &str) -> String {
+fn busy(node: &kernel::NodeInfo, image: &str) -> String {
     if let Some((domain, device)) = node.bound {
         return format!(
             "the device {device} of domain {domain} uses it; detach it with xl block-detach {domain} {device}"

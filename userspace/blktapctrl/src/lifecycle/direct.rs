@@ -11,7 +11,7 @@ use super::Lifecycle;
 use crate::apart::{apart, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Image, Opened};
-use crate::kernel::{self, Node, IMAGE};
+use crate::kernel::{self, NodeInfo, IMAGE};
 use control::supervisor::What;
 use control::tapdisk::Open;
 use control::{Code, Failure, LeaseKind};
@@ -64,7 +64,7 @@ impl Lifecycle {
 
     /// Whether the kernel may have the image: no other disk may write it, no lease may end with the process, and
     /// neither the target nor the supervisor's option may forbid it.
-    pub(super) fn is_for_kernel(&self, node: &Node, open: &Open) -> bool {
+    pub(super) fn is_for_kernel(&self, node: &NodeInfo, open: &Open) -> bool {
         let target = &open.target;
         node.has_maps
             && *target.lease() == LeaseKind::Lock
@@ -185,7 +185,7 @@ impl Lifecycle {
         until(limit, removed, late).await
     }
 
-    pub(super) fn node_of(&self, disk: &Disk) -> Result<Option<Node>, Failure> {
+    pub(super) fn node_of(&self, disk: &Disk) -> Result<Option<NodeInfo>, Failure> {
         kernel::node(&*self.registry.kernel, disk.minor)
             .map_err(|error| Failure::system("cannot ask the kernel", &error))
     }

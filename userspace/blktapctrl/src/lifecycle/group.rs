@@ -8,7 +8,7 @@ use crate::disk::Disk;
 use crate::link::{unexpected, Link, EVER};
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::quota::Group;
+use crate::quota::QuotaGroup;
 use control::supervisor::{self, GroupChanges};
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure, GroupName, Limits, Pace, Share, Used};
@@ -72,7 +72,7 @@ async fn follow(lifecycle: &Lifecycle, process: &Process) -> Result<Infallible, 
 /// Tells a process its share, and what it has done; nothing if it is not in the group yet, or not any more.
 async fn tell_share(
     link: &mut Link,
-    group: &Group,
+    group: &QuotaGroup,
     minor: u32,
     pid: u32,
 ) -> Result<Option<Used>, Failure> {
@@ -114,14 +114,14 @@ impl Lifecycle {
     }
 
     /// The group of a disk, if the disk is in a group that exists.
-    fn group(&self, disk: &Disk) -> Option<Rc<Group>> {
+    fn group(&self, disk: &Disk) -> Option<Rc<QuotaGroup>> {
         let name = disk.record.borrow().policy.group.clone()?;
         let group = self.quota.get(&name).ok()?;
         group.keep(&self.members(&name));
         Some(group)
     }
 
-    fn group_of(&self, process: &Process) -> Option<(Rc<Disk>, Rc<Group>)> {
+    fn group_of(&self, process: &Process) -> Option<(Rc<Disk>, Rc<QuotaGroup>)> {
         let disk = self.registry.of_process(process)?;
         let group = self.group(&disk)?;
         Some((disk, group))

@@ -22,7 +22,7 @@ use crate::disk::Disk;
 use crate::link::Link;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::{image_of, is_one_lease, leased, Hold, Known, Record};
+use crate::record::{image_of, is_one_lease, leased, Hold, KnownProcess, Record};
 use crate::tenure::Tenure;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
@@ -144,7 +144,7 @@ impl Lifecycle {
         let token = claim.token();
         self.registry
             .change(disk, |record| record.take_lease(token, target))?;
-        let asked = Arc::new(Asked::default());
+        let asked = Arc::new(LeaseRequested::default());
         let taken = self.reserve(target, before, claim, &asked).await;
         let (lease, grant) = match taken {
             Ok(taken) => taken,
@@ -194,7 +194,7 @@ impl Lifecycle {
         target: &Target,
         before: Option<Hold>,
         claim: LeaseClaim,
-        asked: &Arc<Asked>,
+        asked: &Arc<LeaseRequested>,
     ) -> Result<(Box<dyn Lease>, Grant), Failure> {
         let image = image_of(target).to_owned();
         let (kind, place) = (target.lease().clone(), image.clone());
@@ -277,9 +277,9 @@ impl Lifecycle {
 /// Whether the storage has got a request for a lease. A thread whose file system hangs may come to that when it is not
 /// waited for any more: then it does not ask.
 #[derive(Debug, Default)]
-struct Asked(OnceLock<bool>);
+struct LeaseRequested(OnceLock<bool>);
 
-impl Asked {
+impl LeaseRequested {
     /// Marks that the request to the storage is about to begin.
     fn begin(&self) -> Result<(), Failure> {
         match self.0.get_or_init(|| true) {
@@ -309,7 +309,7 @@ fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
 async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedReceiver<News>) {
     let mut rate = Rate::new();
     // Their own: the others may be busy with a long question.
-    let mut links: Vec<(Known, Link)> = Vec::new();
+    let mut links: Vec<(KnownProcess, Link)> = Vec::new();
     while let Some(told) = news.recv().await {
         let until = match &told {
             News::Kept(until) => *until,
@@ -377,7 +377,7 @@ fn served_by(disk: &Disk) -> Vec<Rc<Process>> {
 /// Tells a process until when it may do I/O, over its own link, which is kept.
 async fn tell(
     process: &Process,
-    links: &mut Vec<(Known, Link)>,
+    links: &mut Vec<(KnownProcess, Link)>,
     until: Duration,
 ) -> Result<Link, Failure> {
     let place = links.iter().position(|(of, _)| *of == process.known());

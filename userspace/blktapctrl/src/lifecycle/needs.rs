@@ -10,7 +10,7 @@ use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Role;
 use crate::registry::Registry;
-use crate::state::{State, Whose};
+use crate::state::{DiskState, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure, Target, TlsFile};
@@ -349,6 +349,6 @@ fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided),
         Some(next) => (&disk.next_state, Whose::next(disk.minor, next)),
         None => (&disk.state, Whose::served(&record)),
     };
-    let fd = State::give(&mut place.borrow_mut(), whose, size, process.known())?;
+    let fd = DiskState::give(&mut place.borrow_mut(), whose, size, process.known())?;
     Ok((Given::State(fd), Provided::Shared))
 }

@@ -19,13 +19,13 @@ const EACH: Duration = Duration::from_secs(6);
 /// Remaining lines of each disk, and of all lines without a disk together.
 #[derive(Debug, Default)]
 pub struct Limit {
-    shares: Mutex<BTreeMap<(Option<u32>, Kind), Share>>,
+    shares: Mutex<BTreeMap<(Option<u32>, LineClass), LineShare>>,
     suppressed: AtomicU64,
 }
 
 /// Class of a line, with a share of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum LineClass {
     /// Expected events.
     Usual,
     /// Warnings and errors.
@@ -34,20 +34,20 @@ enum Kind {
     Said,
 }
 
-impl Kind {
-    const ALL: [Kind; 3] = [Kind::Usual, Kind::Trouble, Kind::Said];
+impl LineClass {
+    const ALL: [LineClass; 3] = [LineClass::Usual, LineClass::Trouble, LineClass::Said];
 
-    fn of(line: &Metadata<'_>) -> Kind {
+    fn of(line: &Metadata<'_>) -> LineClass {
         match (line.fields().field("said"), *line.level() <= Level::WARN) {
-            (Some(_), _) => Kind::Said,
-            (None, true) => Kind::Trouble,
-            (None, false) => Kind::Usual,
+            (Some(_), _) => LineClass::Said,
+            (None, true) => LineClass::Trouble,
+            (None, false) => LineClass::Usual,
         }
     }
 }
 
 #[derive(Debug)]
-struct Share {
+struct LineShare {
     /// Lines that may be printed at `since`.
     left: u32,
     since: Instant,
@@ -55,9 +55,9 @@ struct Share {
     suppressed: u64,
 }
 
-impl Share {
-    fn new(now: Instant) -> Share {
-        Share {
+impl LineShare {
+    fn new(now: Instant) -> LineShare {
+        LineShare {
             left: BURST,
             since: now,
             suppressed: 0,
@@ -96,11 +96,11 @@ impl Limit {
     }
 
     /// Whether a line about a disk may be printed. If not, it is counted.
-    fn admits(&self, minor: Option<u32>, kind: Kind, now: Instant) -> bool {
+    fn admits(&self, minor: Option<u32>, kind: LineClass, now: Instant) -> bool {
         let mut shares = self.shares();
         let share = shares
             .entry((minor, kind))
-            .or_insert_with(|| Share::new(now));
+            .or_insert_with(|| LineShare::new(now));
         let is_admitted = share.take(now);
         if !is_admitted {
             share.suppressed = share.suppressed.saturating_add(1);
@@ -131,7 +131,7 @@ impl Limit {
     /// since the last report.
     pub fn gone(&self, minor: u32) -> u64 {
         let mut shares = self.shares();
-        let of_it = Kind::ALL.map(|kind| shares.remove(&(Some(minor), kind)));
+        let of_it = LineClass::ALL.map(|kind| shares.remove(&(Some(minor), kind)));
         of_it
             .into_iter()
             .flatten()
@@ -139,7 +139,7 @@ impl Limit {
             .sum()
     }
 
-    fn shares(&self) -> MutexGuard<'_, BTreeMap<(Option<u32>, Kind), Share>> {
+    fn shares(&self) -> MutexGuard<'_, BTreeMap<(Option<u32>, LineClass), LineShare>> {
         // The state that a panic has left is as good as any.
         self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,7 +158,7 @@ impl<S: Subscriber> Layer<S> for Gate {
         let tells = event.metadata().fields().field("suppressed").is_some();
         let mut minor = Minor(None);
         event.record(&mut minor);
-        let kind = Kind::of(event.metadata());
+        let kind = LineClass::of(event.metadata());
         tells || self.0.admits(minor.0, kind, Instant::now())
     }
 }
@@ -178,13 +178,13 @@ impl Visit for Minor {
 
 #[cfg(test)]
 mod tests {
-    use super::{Kind, Limit, BURST, EACH};
+    use super::{Limit, LineClass, BURST, EACH};
     use std::collections::BTreeMap;
     use std::time::{Duration, Instant};
 
     /// A disk's lines that nothing is wrong with.
     fn admits(limit: &Limit, minor: u32, now: Instant) -> bool {
-        limit.admits(Some(minor), Kind::Usual, now)
+        limit.admits(Some(minor), LineClass::Usual, now)
     }
 
     #[test]
@@ -193,7 +193,7 @@ mod tests {
         let now = Instant::now();
         let admitted = (0..1000).filter(|_| admits(&limit, 3, now)).count();
         assert_eq!(admitted, BURST as usize);
-        assert!(admits(&limit, 4, now) && limit.admits(None, Kind::Usual, now));
+        assert!(admits(&limit, 4, now) && limit.admits(None, LineClass::Usual, now));
         assert_eq!(limit.suppressed(), 1000 - u64::from(BURST));
     }
 
@@ -234,8 +234,8 @@ mod tests {
         let limit = Limit::default();
         let now = Instant::now();
         while admits(&limit, 3, now) {}
-        while limit.admits(Some(3), Kind::Said, now) {}
-        let warns = |_: &u32| limit.admits(Some(3), Kind::Trouble, now);
+        while limit.admits(Some(3), LineClass::Said, now) {}
+        let warns = |_: &u32| limit.admits(Some(3), LineClass::Trouble, now);
         assert_eq!((0..BURST + 2).filter(warns).count(), BURST as usize);
         // One usual line, one of a process's output, and two warnings.
         assert_eq!(limit.left_out(now, true), BTreeMap::from([(Some(3), 4)]));

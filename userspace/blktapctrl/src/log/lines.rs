@@ -21,16 +21,16 @@ pub(super) enum Form {
 
 /// A line.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct LogLine {
     level: Level,
     message: String,
     /// Fields of the journal, with their whole names.
     fields: Vec<(String, String)>,
 }
 
-impl Line {
-    fn new(level: Level) -> Line {
-        Line {
+impl LogLine {
+    fn new(level: Level) -> LogLine {
+        LogLine {
             level,
             message: String::new(),
             fields: Vec::new(),
@@ -38,9 +38,9 @@ impl Line {
     }
 
     /// The line of an event.
-    pub(super) fn of(event: &Event<'_>) -> Line {
+    pub(super) fn of(event: &Event<'_>) -> LogLine {
         let place = event.metadata();
-        let mut line = Line::new(*place.level());
+        let mut line = LogLine::new(*place.level());
         let mut add = |name: &str, value: String| line.fields.push((name.into(), value));
         add("TARGET", place.target().into());
         if let (Some(file), Some(number)) = (place.file(), place.line()) {
@@ -52,8 +52,8 @@ impl Line {
     }
 
     /// The line that says that lines are missing.
-    pub(super) fn lost(count: u64) -> Line {
-        let mut line = Line::new(Level::WARN);
+    pub(super) fn lost(count: u64) -> LogLine {
+        let mut line = LogLine::new(Level::WARN);
         line.message = format!(
             "{count} lines were left out of the log, because its reader did not take them; `tap-ctl events --after 0` has what happened"
         );
@@ -115,7 +115,7 @@ fn cut(text: &str) -> &str {
     &text[..end]
 }
 
-impl Visit for Line {
+impl Visit for LogLine {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.add(field, value);
     }
@@ -130,12 +130,12 @@ impl Visit for Line {
 
 #[cfg(test)]
 mod tests {
-    use super::{cut, Form, Line, MOST};
+    use super::{cut, Form, LogLine, MOST};
     use tracing::Level;
 
     #[test]
     fn a_text_has_one_line_and_a_journal_has_fields() {
-        let line = Line::lost(7);
+        let line = LogLine::lost(7);
         let text = String::from_utf8(line.encoded(Form::Text)).expect("text");
         assert!(text.starts_with(" WARN 7 lines were left out"), "{text}");
         assert_eq!(text.matches('\n').count(), 1);
@@ -143,7 +143,7 @@ mod tests {
         let field = b"BLKTAP_SUPPRESSED\n\x01\0\0\0\0\0\0\x007\n";
         assert!(bytes.windows(field.len()).any(|at| at == field));
         assert!(bytes.starts_with(b"PRIORITY\n\x01\0\0\0\0\0\0\x004\n"));
-        assert_eq!(Line::new(Level::TRACE).encoded(Form::Text), b"TRACE \n");
+        assert_eq!(LogLine::new(Level::TRACE).encoded(Form::Text), b"TRACE \n");
     }
 
     #[test]

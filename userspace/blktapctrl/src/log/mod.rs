@@ -17,8 +17,8 @@ pub use about::About;
 pub use limit::Limit;
 
 use journal::Journal;
-use lines::{Form, Line};
-use queue::{Item, Queue};
+use lines::{Form, LogLine};
+use queue::{Item, LineQueue};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,7 +76,7 @@ const STACK: usize = 256 << 10;
 pub struct Log {
     /// Limit of each disk.
     pub limit: Arc<Limit>,
-    queue: Arc<Queue>,
+    queue: Arc<LineQueue>,
 }
 
 impl Drop for Log {
@@ -120,7 +120,7 @@ pub fn start(verbose: bool) -> io::Result<Log> {
         false => LevelFilter::INFO,
     };
     let limit = Arc::new(Limit::default());
-    let queue = Arc::<Queue>::default();
+    let queue = Arc::<LineQueue>::default();
     let (reader, refused) = match journal::is_our_reader().then(Journal::find) {
         Some(Ok(journal)) => (Reader::Journal(journal), None),
         Some(Err(error)) => (Reader::Stderr, Some(error)),
@@ -157,7 +157,7 @@ pub fn start(verbose: bool) -> io::Result<Log> {
 
 /// Gives the next line to the reader, and tells it of those that are missing before.
 fn give_next(
-    queue: &Queue,
+    queue: &LineQueue,
     limit: &Limit,
     form: Form,
     missing: &mut u64,
@@ -168,7 +168,7 @@ fn give_next(
         *missing = missing.saturating_add(*count);
     }
     // Their number is kept until the reader takes it.
-    if *missing > 0 && write(&Line::lost(*missing).encoded(form)).is_ok() {
+    if *missing > 0 && write(&LogLine::lost(*missing).encoded(form)).is_ok() {
         *missing = 0;
     }
     if let Item::Line(line) = item {
@@ -182,14 +182,14 @@ fn give_next(
 
 /// The part of a subscriber that hands lines to the thread that writes them.
 struct Writer {
-    queue: Arc<Queue>,
+    queue: Arc<LineQueue>,
     limit: Arc<Limit>,
     form: Form,
 }
 
 impl<S: Subscriber> Layer<S> for Writer {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
-        if !self.queue.put(Line::of(event).encoded(self.form)) {
+        if !self.queue.put(LogLine::of(event).encoded(self.form)) {
             self.limit.lose();
         }
     }
@@ -197,13 +197,13 @@ impl<S: Subscriber> Layer<S> for Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::{give_next, Form, Limit, Queue};
+    use super::{give_next, Form, Limit, LineQueue};
     use std::cell::RefCell;
     use std::io;
 
     #[test]
     fn lines_that_the_reader_refuses_are_counted_and_told_when_it_takes_one() {
-        let (queue, limit) = (Queue::default(), Limit::default());
+        let (queue, limit) = (LineQueue::default(), Limit::default());
         let (mut missing, taken) = (0, RefCell::new(Vec::new()));
         for line in ["1\n", "2\n", "3\n"] {
             assert!(queue.put(line.into()));

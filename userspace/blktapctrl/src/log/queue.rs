@@ -11,13 +11,13 @@ const MOST: usize = 1 << 20;
 
 /// Lines that wait, in order.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    held: Mutex<Held>,
+pub(super) struct LineQueue {
+    held: Mutex<HeldLines>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct HeldLines {
     items: VecDeque<Item>,
     /// Bytes of the lines in `items`.
     bytes: usize,
@@ -34,7 +34,7 @@ pub(super) enum Item {
     Lost(u64),
 }
 
-impl Queue {
+impl LineQueue {
     /// Adds a line and returns at once. Returns false if there is no room for it.
     pub(super) fn put(&self, line: Vec<u8>) -> bool {
         let mut held = self.held();
@@ -79,7 +79,7 @@ impl Queue {
 
     /// Waits until the queue is empty and no item is being printed, for at most `limit`. Returns whether it is.
     pub(super) fn is_empty_within(&self, limit: Duration) -> bool {
-        let is_busy = |held: &mut Held| held.writes || !held.items.is_empty();
+        let is_busy = |held: &mut HeldLines| held.writes || !held.items.is_empty();
         let waited = self
             .changed
             .wait_timeout_while(self.held(), limit, is_busy)
@@ -87,19 +87,19 @@ impl Queue {
         !waited.1.timed_out()
     }
 
-    fn held(&self) -> MutexGuard<'_, Held> {
+    fn held(&self) -> MutexGuard<'_, HeldLines> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Item, Queue, MOST};
+    use super::{Item, LineQueue, MOST};
     use std::time::Duration;
 
     #[test]
     fn lines_without_room_are_counted_where_they_are_missing() {
-        let queue = Queue::default();
+        let queue = LineQueue::default();
         let half = || vec![b'x'; MOST / 2];
         assert!(queue.put(half()) && queue.put(half()));
         assert!(!queue.put(b"lost".to_vec()) && !queue.put(b"lost".to_vec()));

@@ -11,7 +11,7 @@ mod system;
 use crate::folder;
 use crate::link::Link;
 use crate::log::{tell, About};
-use crate::record::Known;
+use crate::record::KnownProcess;
 use control::supervisor::Binary;
 use control::Failure;
 pub use output::Output;
@@ -40,7 +40,7 @@ pub(crate) const OPEN: Duration = Duration::from_secs(60).saturating_add(SETTLE)
 /// A process.
 #[derive(Debug)]
 pub struct Process {
-    known: Known,
+    known: KnownProcess,
     since: Instant,
     /// Readable when the process has ended. It is no pipe; what is used of that type is that it
     /// waits for a descriptor to be readable.
@@ -79,7 +79,7 @@ impl Process {
 
     /// How to recognise it.
     #[must_use]
-    pub fn known(&self) -> Known {
+    pub fn known(&self) -> KnownProcess {
         self.known
     }
 

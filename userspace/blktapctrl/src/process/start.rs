@@ -6,7 +6,7 @@ use super::{output, starter, tidy, Output, Process};
 use crate::folder::{self, Folder};
 use crate::link::{unexpected, Link};
 use crate::log::{tell, About};
-use crate::record::Known;
+use crate::record::KnownProcess;
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
@@ -78,7 +78,7 @@ impl Process {
     ///
     /// # Errors
     /// It is not known whether it is gone.
-    pub fn adopt(known: Known, socket: &Path) -> Result<Option<Process>, Failure> {
+    pub fn adopt(known: KnownProcess, socket: &Path) -> Result<Option<Process>, Failure> {
         let pidfd = match open_pid(known.pid) {
             Ok(pidfd) => pidfd,
             Err(error) if is_gone(&error) => return Ok(None),
@@ -116,12 +116,12 @@ impl Process {
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
         // It lives: its number has not become another process' since.
         introduced(&mut link, limit).await?;
-        let process = Process::meet(Known { pid, started }, pidfd, socket)?;
+        let process = Process::meet(KnownProcess { pid, started }, pidfd, socket)?;
         *process.link.lock().await = Some(link);
         Ok(Some(process))
     }
 
-    fn meet(known: Known, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
+    fn meet(known: KnownProcess, pidfd: OwnedFd, socket: &Path) -> Result<Process, Failure> {
         let pidfd = pipe::Receiver::from_owned_fd_unchecked(pidfd)
             .map_err(|error| unwatched(known.pid, &error))?;
         Ok(Process {
@@ -142,7 +142,7 @@ impl Process {
     fn meet_child(pid: u32, socket: &Path) -> Result<Process, Failure> {
         let pidfd = open_pid(pid).map_err(|error| unwatched(pid, &error))?;
         let started = started(pid).map_err(|error| unwatched(pid, &error))?;
-        Process::meet(Known { pid, started }, pidfd, socket)
+        Process::meet(KnownProcess { pid, started }, pidfd, socket)
     }
 }
 
@@ -208,7 +208,7 @@ fn unwatched(pid: u32, error: &io::Error) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::{started, Process};
-    use crate::record::Known;
+    use crate::record::KnownProcess;
     use std::path::Path;
 
     #[test]
@@ -221,7 +221,7 @@ mod tests {
                 .expect("a runtime");
             let _inside = runtime.enter();
             let socket = Path::new("/nonexistent/socket");
-            Process::adopt(Known { pid, started }, socket).expect("it can be said")
+            Process::adopt(KnownProcess { pid, started }, socket).expect("it can be said")
         };
         let ours = started(pid).expect("we run");
         assert!(adopt(pid, ours - 1).is_none());

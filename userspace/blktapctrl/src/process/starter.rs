@@ -18,17 +18,17 @@ const PASSWD: &str = "/etc/passwd";
 /// Bytes of the stack of a thread.
 const STACK: usize = 256 << 10;
 
-type Work = Box<dyn FnOnce() -> Result<Started, Failure> + Send>;
+type StartWork = Box<dyn FnOnce() -> Result<Started, Failure> + Send>;
 
 /// A program to be started.
-struct Job {
-    work: Work,
+struct StartJob {
+    work: StartWork,
     answer: oneshot::Sender<Result<Started, Failure>>,
 }
 
 thread_local! {
     /// The thread of each program. It lives as long as this one, as a process may die with the thread that started it.
-    static THREADS: RefCell<BTreeMap<PathBuf, mpsc::Sender<Job>>> = const { RefCell::new(BTreeMap::new()) };
+    static THREADS: RefCell<BTreeMap<PathBuf, mpsc::Sender<StartJob>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
 /// A child that is killed if it is not taken, because its caller waits no more.
@@ -59,9 +59,9 @@ pub(super) async fn start(program: &Program, command: Command) -> Result<Child, 
 }
 
 /// Does the work on the thread of a program, and waits for it for at most `limit`.
-async fn within(program: &Path, limit: Duration, work: Work) -> Result<Started, Failure> {
+async fn within(program: &Path, limit: Duration, work: StartWork) -> Result<Started, Failure> {
     let (answer, started) = oneshot::channel();
-    hand_over(program, Job { work, answer })?;
+    hand_over(program, StartJob { work, answer })?;
     match tokio::time::timeout(limit, started).await {
         Ok(Ok(started)) => started,
         // A thread that has panicked does not answer either.
@@ -78,7 +78,7 @@ fn late(program: &Path) -> Failure {
 }
 
 /// Gives a job to the thread of its program.
-fn hand_over(program: &Path, job: Job) -> Result<(), Failure> {
+fn hand_over(program: &Path, job: StartJob) -> Result<(), Failure> {
     THREADS.with_borrow_mut(|threads| {
         let mut job = job;
         if let Some(thread) = threads.get(program) {
@@ -102,7 +102,7 @@ fn hand_over(program: &Path, job: Job) -> Result<(), Failure> {
 }
 
 /// Starts one after another, as long as there may be more.
-fn start_all(jobs: &mpsc::Receiver<Job>) {
+fn start_all(jobs: &mpsc::Receiver<StartJob>) {
     while let Ok(job) = jobs.recv() {
         // Its caller may wait no more.
         if !job.answer.is_closed() {

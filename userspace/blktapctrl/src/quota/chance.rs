@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-pub(super) struct Chance(pub(super) u64);
+pub(super) struct QuotaRng(pub(super) u64);
 
-impl Chance {
+impl QuotaRng {
     pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.0 = self
             .0

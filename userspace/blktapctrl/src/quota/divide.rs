@@ -31,7 +31,7 @@ pub(super) fn divide(total: u64, wants: &[u64]) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::chance::Chance;
+    use super::super::chance::QuotaRng;
     use super::{divide, ALL, IDLE};
 
     #[test]
@@ -49,7 +49,7 @@ mod tests {
 
     #[test]
     fn no_division_is_unfair_or_wasteful() {
-        let mut chance = Chance(7);
+        let mut chance = QuotaRng(7);
         for _ in 0..20_000 {
             let total = chance.below(1 << 20) + 64;
             let count = chance.below(12) + 1;

@@ -38,15 +38,15 @@ struct Written {
 
 /// A group.
 #[derive(Debug)]
-pub struct Group {
+pub struct QuotaGroup {
     ledger: RefCell<Ledger>,
     /// Grows when all its disks are to be looked at.
     wakes: watch::Sender<u64>,
 }
 
-impl Group {
-    fn new(limits: Limits) -> Rc<Group> {
-        Rc::new(Group {
+impl QuotaGroup {
+    fn new(limits: Limits) -> Rc<QuotaGroup> {
+        Rc::new(QuotaGroup {
             ledger: RefCell::new(Ledger::new(limits)),
             wakes: watch::Sender::new(0),
         })
@@ -106,7 +106,7 @@ impl Group {
 #[derive(Debug)]
 pub struct Quota {
     folder: Folder,
-    groups: RefCell<BTreeMap<GroupName, Rc<Group>>>,
+    groups: RefCell<BTreeMap<GroupName, Rc<QuotaGroup>>>,
     /// Grows when disks come into groups, or leave them.
     changes: watch::Sender<u64>,
     started: Duration,
@@ -151,7 +151,7 @@ impl Quota {
     ///
     /// # Errors
     /// There is none.
-    pub fn get(&self, name: &GroupName) -> Result<Rc<Group>, Failure> {
+    pub fn get(&self, name: &GroupName) -> Result<Rc<QuotaGroup>, Failure> {
         self.groups.borrow().get(name).cloned().ok_or_else(|| {
             let why =
                 format!("there is no group {name}: make it: `tap-ctl group set {name} --bps 100M`");
@@ -226,7 +226,7 @@ impl Quota {
             }
             None => {
                 let mut groups = self.groups.borrow_mut();
-                groups.insert(name.clone(), Group::new(limits));
+                groups.insert(name.clone(), QuotaGroup::new(limits));
                 // Disks may have been in it before it was there.
                 self.changed();
             }
@@ -302,13 +302,13 @@ fn write(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
 }
 
 /// Reads the record of a group. One that is not understood is logged, and left where it is.
-fn read(path: &Path) -> Option<(GroupName, Rc<Group>)> {
+fn read(path: &Path) -> Option<(GroupName, Rc<QuotaGroup>)> {
     let understood = fs::read(path).and_then(|text| {
         let written: Written = serde_json::from_slice(&text)?;
         Ok(written)
     });
     match understood {
-        Ok(written) => Some((written.name, Group::new(written.limits))),
+        Ok(written) => Some((written.name, QuotaGroup::new(written.limits))),
         Err(error) => {
             tell!(
                 error,

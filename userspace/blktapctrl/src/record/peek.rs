@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Records that are not understood: the parts of them that are, so that no other disk gets their files.
 
-use super::{Known, Leased, Next, Part, Role};
+use super::{KnownProcess, Leased, Next, Part, Role};
 use crate::image::Identity;
 use control::supervisor::{Mode, Policy};
 use control::tapdisk::Open;
@@ -41,7 +41,7 @@ pub struct Peek {
     /// As in a record.
     pub vbd: Option<String>,
     /// As in a record.
-    pub process: Option<Known>,
+    pub process: Option<KnownProcess>,
     /// As in a record.
     pub lease: Option<String>,
     /// As in a record.

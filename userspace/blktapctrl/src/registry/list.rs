@@ -3,7 +3,7 @@
 
 use super::unknown::Unknown;
 use super::Registry;
-use crate::kernel::Node;
+use crate::kernel::NodeInfo;
 use control::supervisor::{Filter, Row};
 use control::tapdisk::State;
 use control::Failure;
@@ -54,7 +54,7 @@ impl Registry {
         Ok(rows.into_values().chain(idle).filter(fits).collect())
     }
 
-    fn node_from(&self, from: u32) -> Result<Option<Node>, Failure> {
+    fn node_from(&self, from: u32) -> Result<Option<NodeInfo>, Failure> {
         self.kernel
             .query(from)
             .map_err(|error| Failure::system("cannot ask the kernel for its tap disks", &error))

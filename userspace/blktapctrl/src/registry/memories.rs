@@ -70,7 +70,7 @@ impl Drop for Reading {
 }
 
 /// A user of memory.
-struct User {
+struct MemoryUser {
     /// Name of the user, for a message.
     name: String,
     /// Bytes of it, if that is known.
@@ -226,14 +226,14 @@ impl Registry {
     }
 
     /// Returns the users of memory of this name, or of this file, under any name.
-    fn users_of_memory(&self, name: &MemoryName, image: Option<&Image>) -> Vec<User> {
+    fn users_of_memory(&self, name: &MemoryName, image: Option<&Image>) -> Vec<MemoryUser> {
         let file = image.map(Image::identity);
         let mut users = Vec::new();
         let mut look = |who: &str, target: Option<&Target>, identity: Option<Identity>| {
             let said = target.filter(|target| target.name() == Some(name));
             if said.is_some() || (file.is_some() && identity == file) {
                 let (name, size) = (who.to_owned(), said.and_then(Target::size));
-                users.push(User { name, size });
+                users.push(MemoryUser { name, size });
             }
         };
         for disk in self.all() {
@@ -256,7 +256,7 @@ impl Registry {
         let pinned = self.memories.pinned.borrow();
         for (_, size) in pinned.iter().filter(|(pinned, _)| pinned == name) {
             let (name, size) = ("a disk that is being made".to_owned(), Some(*size));
-            users.push(User { name, size });
+            users.push(MemoryUser { name, size });
         }
         users
     }

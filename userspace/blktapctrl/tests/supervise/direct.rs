@@ -381,7 +381,7 @@ fn another_image_takes_the_place_of_the_one_that_the_kernel_has() {
         let minor = bed.made(bed.create("a.dev")).await;
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         // As if an earlier supervisor had not come so far as to take it away.
-        let stays = super::fake::Backing {
+        let stays = super::fake::FakeBacking {
             ino: 1,
             writable: true,
             busy: 3,

@@ -7,7 +7,7 @@ mod process;
 mod served;
 mod store;
 
-pub(crate) use kernel::{Backing, FakeKernel, FakeRecords};
+pub(crate) use kernel::{FakeBacking, FakeKernel, FakeRecords};
 pub(crate) use process::{program, run};
 use std::io;
 use std::path::Path;

@@ -23,9 +23,9 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 /// A line: its fields, the message among them.
 #[derive(Clone, Default)]
-pub(crate) struct Line(BTreeMap<&'static str, String>);
+pub(crate) struct ParsedLine(BTreeMap<&'static str, String>);
 
-impl Line {
+impl ParsedLine {
     pub(crate) fn get(&self, name: &str) -> &str {
         self.0.get(name).map_or("", String::as_str)
     }
@@ -38,7 +38,7 @@ impl Line {
     }
 }
 
-impl Visit for Line {
+impl Visit for ParsedLine {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.0.insert(field.name(), value.into());
     }
@@ -50,11 +50,11 @@ impl Visit for Line {
 
 /// Keeps the lines of the log.
 #[derive(Clone, Default)]
-pub(crate) struct Lines(Arc<Mutex<Vec<Line>>>);
+pub(crate) struct Lines(Arc<Mutex<Vec<ParsedLine>>>);
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
-        let mut line = Line::default();
+        let mut line = ParsedLine::default();
         event.record(&mut line);
         self.0.lock().expect("no panic").push(line);
     }
@@ -71,13 +71,13 @@ impl Lines {
     }
 
     /// Those whose message has these words.
-    pub(crate) fn with(&self, words: &str) -> Vec<Line> {
+    pub(crate) fn with(&self, words: &str) -> Vec<ParsedLine> {
         let lines = self.0.lock().expect("no panic");
-        let have = |line: &&Line| line.get("message").contains(words);
+        let have = |line: &&ParsedLine| line.get("message").contains(words);
         lines.iter().filter(have).cloned().collect()
     }
 
-    pub(crate) fn one_with(&self, words: &str) -> Line {
+    pub(crate) fn one_with(&self, words: &str) -> ParsedLine {
         let mut lines = self.with(words);
         assert_eq!(lines.len(), 1, "{words}");
         lines.remove(0)

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, Bed, Succession};
 use super::handoff::handed;
-use super::log::{guests_disk, limited, of_a_guest, Line, Lines};
+use super::log::{guests_disk, limited, of_a_guest, Lines, ParsedLine};
 use super::needs::refused;
 use blktapctrl::{adopt, watchdog};
 use std::fs::File;
@@ -44,7 +44,7 @@ async fn process(bed: &Bed, minor: u32) -> u32 {
 }
 
 /// Waits for a line with these words.
-async fn heard(lines: &Lines, words: &str) -> Line {
+async fn heard(lines: &Lines, words: &str) -> ParsedLine {
     until(words, || async { lines.with(words).pop() }).await
 }
 

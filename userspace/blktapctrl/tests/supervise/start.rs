@@ -13,9 +13,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// A supervisor that does not outlive its test.
-struct Supervisor(Child);
+struct StartedSupervisor(Child);
 
-impl Drop for Supervisor {
+impl Drop for StartedSupervisor {
     fn drop(&mut self) {
         // It may have ended, as it should.
         let _ = self.0.kill();
@@ -23,7 +23,7 @@ impl Drop for Supervisor {
     }
 }
 
-fn supervisor(listener: &UnixListener, folder: &Path) -> Supervisor {
+fn supervisor(listener: &UnixListener, folder: &Path) -> StartedSupervisor {
     let mut command = command(&["--tapdisk", "/bin/false"]);
     command.arg("--folder").arg(folder);
     started(command, listener)
@@ -39,13 +39,13 @@ fn command(args: &[&str]) -> Command {
     command
 }
 
-fn started(mut command: Command, listener: &UnixListener) -> Supervisor {
+fn started(mut command: Command, listener: &UnixListener) -> StartedSupervisor {
     let socket = OwnedFd::from(listener.try_clone().expect("a copy"));
     let child = command
         .stdin(Stdio::from(socket))
         .stderr(Stdio::null())
         .spawn();
-    Supervisor(child.expect("blktapctrl"))
+    StartedSupervisor(child.expect("blktapctrl"))
 }
 
 /// Run by root, it has mounted the folders of disks of memory, which outlive it.

@@ -17,10 +17,10 @@ const LINES: usize = 600;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A folder with records that the supervisor complains of.
-struct Bed(PathBuf);
+struct RecordFolder(PathBuf);
 
-impl Bed {
-    fn new(name: &str) -> Bed {
+impl RecordFolder {
+    fn new(name: &str) -> RecordFolder {
         let name = format!("supervise-{}-{name}", std::process::id());
         let dir = std::env::temp_dir().join(name);
         let disks = dir.join("folder/disks");
@@ -28,11 +28,11 @@ impl Bed {
         for minor in 0..LINES {
             fs::write(disks.join(format!("{minor}.json")), "{").expect("a record");
         }
-        Bed(dir)
+        RecordFolder(dir)
     }
 }
 
-impl Drop for Bed {
+impl Drop for RecordFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -62,7 +62,7 @@ fn complaints(text: &[u8]) -> usize {
 
 #[test]
 fn a_journal_that_does_not_read_stops_nothing_and_gets_every_line_later() {
-    let bed = Bed::new("stopped-journal");
+    let bed = RecordFolder::new("stopped-journal");
     let journal = UnixDatagram::bind(bed.0.join("socket")).expect("a socket");
     let stderr = File::create(bed.0.join("stderr")).expect("a file");
     let Some(mut child) = program(&bed.0, stderr, true) else {
@@ -82,7 +82,7 @@ fn a_journal_that_does_not_read_stops_nothing_and_gets_every_line_later() {
 
 #[test]
 fn a_pipe_that_is_full_stops_nothing_and_gets_every_line_later() {
-    let bed = Bed::new("stopped-pipe");
+    let bed = RecordFolder::new("stopped-pipe");
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
     rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("one page");
     let Some(mut child) = program(&bed.0, File::from(writer), false) else {

@@ -122,7 +122,7 @@ pub(super) fn look(host: &Host, list: impl Fn(&Path) -> Listed) -> Vec<Finding> 
             return vec![warn(ABOUT, what, remedy)];
         }
     };
-    let image = Image {
+    let image = InitramfsImage {
         name,
         path,
         again: maker.again(&release),
@@ -184,7 +184,7 @@ fn is_module(path: &str, name: &str) -> bool {
 }
 
 /// An initramfs.
-struct Image {
+struct InitramfsImage {
     name: String,
     path: PathBuf,
     release: String,
@@ -193,7 +193,7 @@ struct Image {
     again: String,
 }
 
-impl Image {
+impl InitramfsImage {
     /// Returns the problem with the driver that is loaded from it.
     fn loads(&self, host: &Host) -> Option<Finding> {
         let (wanted, name, again) = (decided(host), &self.name, &self.again);

@@ -4,7 +4,7 @@
 use super::exposition::Text;
 use super::{disks, labels, Family};
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::{Disk, Look};
+use crate::look::{Look, SampledDisk};
 use std::time::Duration;
 
 /// The value that a family has of a disk, if the driver counts that.
@@ -107,7 +107,7 @@ pub(super) fn tell(text: &mut Text, look: &Look) {
 }
 
 /// Each disk with each operation.
-fn pairs(look: &Look) -> impl Iterator<Item = (&Disk, Operation)> {
+fn pairs(look: &Look) -> impl Iterator<Item = (&SampledDisk, Operation)> {
     let each = |disk| Operation::ALL.into_iter().map(move |it| (disk, it));
     look.disks.iter().flat_map(each)
 }

@@ -2,7 +2,7 @@
 //! Disks that tests make.
 
 use crate::host::vbd::{Number, Vbd};
-use crate::look::{Disk, Kind};
+use crate::look::{Kind, SampledDisk};
 use control::stats::Stats;
 use control::supervisor::{Kernel, Mode, Row, TopRow};
 use control::tapdisk::State;
@@ -48,8 +48,8 @@ fn vbd(path: &str, vdev: &str) -> Vbd {
 }
 
 /// A guest's disk that a process serves, and that is well.
-pub(crate) fn tap(minor: u32) -> Disk {
-    Disk {
+pub(crate) fn tap(minor: u32) -> SampledDisk {
+    SampledDisk {
         kind: Kind::Tap,
         vbd: Some(vbd("backend/vbd/3/51728", "xvdb")),
         block: None,
@@ -60,8 +60,8 @@ pub(crate) fn tap(minor: u32) -> Disk {
 }
 
 /// A guest's disk that the kernel serves, and that is well.
-pub(crate) fn phy() -> Disk {
-    Disk {
+pub(crate) fn phy() -> SampledDisk {
+    SampledDisk {
         kind: Kind::Phy,
         vbd: Some(vbd("backend/vbd/3/51712", "xvda")),
         block: Some(Default::default()),
@@ -72,13 +72,13 @@ pub(crate) fn phy() -> Disk {
 }
 
 /// Returns the counters of the disk's process.
-pub(crate) fn stats(disk: &mut Disk) -> &mut Stats {
+pub(crate) fn stats(disk: &mut SampledDisk) -> &mut Stats {
     let tap = disk.tap.as_mut().expect("a tap disk");
     tap.stats.get_or_insert_default()
 }
 
 /// Returns the kernel's status of the disk.
-pub(crate) fn kernel(disk: &mut Disk) -> &mut Kernel {
+pub(crate) fn kernel(disk: &mut SampledDisk) -> &mut Kernel {
     let tap = disk.tap.as_mut().expect("a tap disk");
     tap.row.kernel.get_or_insert_default()
 }

@@ -10,7 +10,7 @@ pub(crate) mod verdict;
 
 use crate::figures::Figures;
 use crate::host::{Host, Unread};
-use crate::look::{look, Disk, Kind, Look, Supervisor};
+use crate::look::{look, Kind, Look, SampledDisk, Supervisor};
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
 use serde::Serialize;
@@ -143,7 +143,7 @@ pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
 }
 
 /// Returns the verdict on a disk of the second look.
-pub(crate) fn line(disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Line {
+pub(crate) fn line(disk: &SampledDisk, before: &Look, now: &Look, limits: Limits) -> Line {
     let old = disk.among(&before.disks).unwrap_or(disk);
     let elapsed = now.at.saturating_duration_since(before.at);
     let around = Surroundings {
@@ -174,7 +174,7 @@ pub(crate) fn line(disk: &Disk, before: &Look, now: &Look, limits: Limits) -> Li
 }
 
 /// The memory of all disks of a disk's guest.
-fn guest_kib(look: &Look, disk: &Disk) -> u64 {
+fn guest_kib(look: &Look, disk: &SampledDisk) -> u64 {
     let guest = disk.guest();
     let its = look.disks.iter().filter(|other| other.guest() == guest);
     its.filter_map(|other| Some(other.vbd.as_ref()?.counter("memory_kib")))

@@ -10,11 +10,11 @@ use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::{milliseconds, Await, Figures};
 use crate::host::block::Block;
 use crate::host::vbd::{Number, Operation, Vbd};
-use crate::look::Disk;
+use crate::look::SampledDisk;
 use std::time::Duration;
 
 /// Judges a disk by two looks at it.
-pub(crate) fn judge(before: &Disk, now: &Disk, around: &Surroundings) -> Verdict {
+pub(crate) fn judge(before: &SampledDisk, now: &SampledDisk, around: &Surroundings) -> Verdict {
     let Some(vbd) = &now.vbd else {
         return Verdict::new(State::Unknown, "it is on no bus");
     };
@@ -50,7 +50,7 @@ pub(crate) enum Stall {
 
 /// Returns the device or queue that answered nothing between two looks. The lowest device of those that stand on each
 /// other is the one that has the requests.
-pub(crate) fn stall(before: &Disk, now: &Disk) -> Option<Stall> {
+pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
     let of_block = || {
         let (old, new) = (before.block.as_ref()?.stack(), now.block.as_ref()?.stack());
         let pairs = new.into_iter().rev().filter_map(|block| {
@@ -83,7 +83,7 @@ fn stalled(old: &Block, new: &Block) -> Option<Stall> {
 }
 
 /// A thread that has slept all the time where nothing but the end of I/O wakes it.
-fn sleeper(before: &Disk, now: &Disk) -> Option<Stall> {
+fn sleeper(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
     now.queues.iter().find_map(|task| {
         let old = task.among(&before.queues)?;
         let has_slept = (old.state, task.state) == ('D', 'D') && old.turns == task.turns;
@@ -98,12 +98,12 @@ fn sleeper(before: &Disk, now: &Disk) -> Option<Stall> {
 }
 
 /// For how long the disk has answered nothing of what its storage has, if that is too long.
-pub(crate) fn oldest(now: &Disk, hung: Duration) -> Option<Duration> {
+pub(crate) fn oldest(now: &SampledDisk, hung: Duration) -> Option<Duration> {
     let oldest = now.vbd.as_ref()?.oldest()?;
     (oldest >= hung).then_some(oldest)
 }
 
-fn hung(before: &Disk, now: &Disk, around: &Surroundings) -> Option<Verdict> {
+fn hung(before: &SampledDisk, now: &SampledDisk, around: &Surroundings) -> Option<Verdict> {
     let stall = stall(before, now);
     if let Some(oldest) = oldest(now, around.limits.hung) {
         let hung = match &stall {
@@ -118,7 +118,7 @@ fn hung(before: &Disk, now: &Disk, around: &Surroundings) -> Option<Verdict> {
 }
 
 /// A disk that has an old request, and others that are answered.
-fn unanswered(now: &Disk) -> Verdict {
+fn unanswered(now: &SampledDisk) -> Verdict {
     let requests = now.vbd.as_ref().and_then(Vbd::in_flight).unwrap_or(1);
     let label = now.block.as_ref().map_or("its device".into(), Block::label);
     let why = format!("it has {requests} requests, and {label} does not answer the oldest one");
@@ -129,7 +129,7 @@ fn unanswered(now: &Disk) -> Verdict {
 
 /// A disk whose device was taken away: the driver still has it open, and the kernel knows it no more. That it cannot be
 /// read alone says nothing: its requests must fail as well.
-fn gone(now: &Disk, figures: &Figures) -> Option<Verdict> {
+fn gone(now: &SampledDisk, figures: &Figures) -> Option<Verdict> {
     let fails = figures.errors > 0;
     let vbd = now.vbd.as_ref().filter(|vbd| vbd.is_connected() && fails)?;
     let Number(major, minor) = vbd.device.filter(|_| now.block.is_none())?;
@@ -234,8 +234,8 @@ fn place(old: &Block, new: &Block, slow: &Slow) -> Option<(String, String)> {
 
 /// Requests are slow, and a device below has most of their time.
 fn slow_storage(
-    before: &Disk,
-    now: &Disk,
+    before: &SampledDisk,
+    now: &SampledDisk,
     figures: &Figures,
     around: &Surroundings,
 ) -> Option<Verdict> {
@@ -261,7 +261,7 @@ fn slow_to_answer(figures: &Figures, around: &Surroundings) -> Option<Verdict> {
 }
 
 /// A disk with which nothing is wrong.
-fn at_rest(vbd: &Vbd, now: &Disk, figures: &Figures) -> Verdict {
+fn at_rest(vbd: &Vbd, now: &SampledDisk, figures: &Figures) -> Verdict {
     if !vbd.is_connected() {
         let state = vbd.state.as_deref().unwrap_or("not known");
         return Verdict::new(State::NotConnected, format!("its state is {state}"));

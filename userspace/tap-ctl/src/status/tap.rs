@@ -5,15 +5,15 @@ use super::phy;
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
 use crate::figures::Figures;
 use crate::host::task::Task;
-use crate::look::{Disk, Supervisor};
+use crate::look::{SampledDisk, Supervisor};
 use control::supervisor::{Doing, Kernel, TopRow};
 use control::{tapdisk, Limits};
 use std::time::Duration;
 
 /// Judges a disk by two looks at it.
 pub(crate) fn judge(
-    before: &Disk,
-    now: &Disk,
+    before: &SampledDisk,
+    now: &SampledDisk,
     around: &Surroundings,
     supervisor: &Supervisor,
 ) -> Verdict {
@@ -42,7 +42,7 @@ pub(crate) fn judge(
 }
 
 /// Of which blktapctrl says nothing, and the driver that it hangs.
-fn hung_untold(now: &Disk, around: &Surroundings) -> Option<Verdict> {
+fn hung_untold(now: &SampledDisk, around: &Surroundings) -> Option<Verdict> {
     let oldest = phy::oldest(now, around.limits.hung)?;
     let why =
         "its process or the storage of that does not answer, and blktapctrl says nothing of it";
@@ -130,8 +130,8 @@ fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
 }
 
 fn running(
-    before: &Disk,
-    now: &Disk,
+    before: &SampledDisk,
+    now: &SampledDisk,
     tap: &TopRow,
     kernel: &Kernel,
     around: &Surroundings,
@@ -148,8 +148,8 @@ fn running(
 }
 
 fn hung(
-    before: &Disk,
-    now: &Disk,
+    before: &SampledDisk,
+    now: &SampledDisk,
     tap: &TopRow,
     kernel: &Kernel,
     around: &Surroundings,
@@ -175,7 +175,7 @@ fn hung(
 
 /// Returns the verdict on a disk whose requests hang in the kernel (passthrough).
 fn kernel_hangs(
-    now: &Disk,
+    now: &SampledDisk,
     tap: &TopRow,
     kernel: &Kernel,
     around: &Surroundings,
@@ -199,8 +199,8 @@ fn image(tap: &TopRow) -> String {
 }
 
 /// Requests wait at both looks, and the process of the disk took none between them.
-pub(super) fn takes_nothing(before: &Disk, now: &Disk) -> bool {
-    let kernel = |disk: &Disk| {
+pub(super) fn takes_nothing(before: &SampledDisk, now: &SampledDisk) -> bool {
+    let kernel = |disk: &SampledDisk| {
         let row = &disk.tap.as_ref()?.row;
         let is_running = row.state == Some(tapdisk::State::Running);
         row.kernel.clone().filter(|_| is_running)
@@ -213,7 +213,7 @@ pub(super) fn takes_nothing(before: &Disk, now: &Disk) -> bool {
 }
 
 /// Whether the process itself hangs, or what it waits for.
-fn who_hangs(now: &Disk, tap: &TopRow, kernel: &Kernel) -> Verdict {
+fn who_hangs(now: &SampledDisk, tap: &TopRow, kernel: &Kernel) -> Verdict {
     let hung = |cause, why: String, remedy: String| {
         Verdict::new(State::Hung, why).because(cause).remedy(remedy)
     };
@@ -287,28 +287,33 @@ fn poisoned(kernel: &Kernel) -> Option<Verdict> {
 }
 
 /// How much its guest may do.
-fn limits(disk: &Disk) -> Option<Limits> {
+fn limits(disk: &SampledDisk) -> Option<Limits> {
     disk.tap.as_ref()?.stats.as_ref()?.limits
 }
 
 /// Requests that waited for that.
-fn held(disk: &Disk) -> u64 {
+fn held(disk: &SampledDisk) -> u64 {
     let stats = disk.tap.as_ref().and_then(|tap| tap.stats.as_ref());
     stats.map_or(0, |stats| stats.held)
 }
 
-fn minor(disk: &Disk) -> u32 {
+fn minor(disk: &SampledDisk) -> u32 {
     let row = disk.tap.as_ref().map(|tap| &tap.row);
     row.and_then(|row| row.minor).unwrap_or(0)
 }
 
 /// Something was answered since.
-fn goes_on(before: &Disk, now: &Kernel) -> bool {
+fn goes_on(before: &SampledDisk, now: &Kernel) -> bool {
     let old = before.tap.as_ref().and_then(|tap| tap.row.kernel.as_ref());
     old.is_some_and(|old| old.committed != now.committed)
 }
 
-fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> Option<Verdict> {
+fn slow(
+    before: &SampledDisk,
+    now: &SampledDisk,
+    figures: &Figures,
+    around: &Surroundings,
+) -> Option<Verdict> {
     let half = Duration::from_micros(figures.half_above_us?);
     if half < around.limits.slow {
         return None;
@@ -346,7 +351,7 @@ fn slow(before: &Disk, now: &Disk, figures: &Figures, around: &Surroundings) -> 
     Some(slow.remedy(format!("see with iostat -x to the storage of {image}")))
 }
 
-fn at_rest(now: &Disk, figures: &Figures) -> Verdict {
+fn at_rest(now: &SampledDisk, figures: &Figures) -> Verdict {
     match &now.vbd {
         Some(vbd) if !vbd.is_connected() => {
             let state = vbd.state.as_deref().unwrap_or("not known");

@@ -5,7 +5,7 @@ use super::verdict::{Cause, Limits, Oldest, State};
 use super::{fake, is_suspect, report, show, Report};
 use crate::host::made::{block, phy, Made};
 use crate::host::task::Task;
-use crate::look::{gather, Disk, Look, Supervisor};
+use crate::look::{gather, Look, SampledDisk, Supervisor};
 use control::supervisor::{Kernel, TopRow};
 use control::tapdisk;
 use std::time::Duration;
@@ -425,7 +425,7 @@ fn what_cannot_be_read_is_said_and_ends_nothing() {
 }
 
 /// Returns the report on a tap disk after `change`, seen again after so many seconds.
-fn of_tap(seconds: u64, change: impl Fn(&mut Disk)) -> Report {
+fn of_tap(seconds: u64, change: impl Fn(&mut SampledDisk)) -> Report {
     let mut before = look(&Made::new());
     before.unread.clear();
     let mut disk = fake::tap(0);
@@ -434,12 +434,12 @@ fn of_tap(seconds: u64, change: impl Fn(&mut Disk)) -> Report {
     after(seconds, &before, &before)
 }
 
-fn row(disk: &mut Disk) -> &mut TopRow {
+fn row(disk: &mut SampledDisk) -> &mut TopRow {
     disk.tap.as_mut().expect("a tap disk")
 }
 
 /// The disk's process has a request for 95 s.
-fn has_a_request(disk: &mut Disk) {
+fn has_a_request(disk: &mut SampledDisk) {
     *fake::kernel(disk) = Kernel {
         state: "live".into(),
         delivered: 4,
@@ -510,7 +510,7 @@ fn what_the_kernel_does_by_itself_is_told_and_may_hang() {
 
 #[test]
 fn a_process_that_takes_nothing_hangs() {
-    let waits = |disk: &mut Disk| fake::kernel(disk).waiting = 9;
+    let waits = |disk: &mut SampledDisk| fake::kernel(disk).waiting = 9;
     assert_eq!(said(&of_tap(1, waits)).0, State::Ok);
     assert_eq!(
         said(&of_tap(5, waits)),
@@ -520,7 +520,7 @@ fn a_process_that_takes_nothing_hangs() {
 
 #[test]
 fn states_of_a_disk_without_work() {
-    type Change = fn(&mut Disk);
+    type Change = fn(&mut SampledDisk);
     let cases: [(Change, State, u8); 8] = [
         (|_| (), State::Ok, 0),
         (

@@ -4,7 +4,7 @@
 use super::picture::Row;
 use crate::figures::Figures;
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::{Disk, Kind};
+use crate::look::{Kind, SampledDisk};
 use std::cmp::Ordering;
 use std::fmt;
 
@@ -253,13 +253,13 @@ fn awaited(row: &Row<'_>, operation: Operation) -> Cell {
     Cell::figure(one.map(|one| one.mean_ms))
 }
 
-fn kernel(disk: &Disk) -> Option<&control::supervisor::Kernel> {
+fn kernel(disk: &SampledDisk) -> Option<&control::supervisor::Kernel> {
     disk.tap.as_ref()?.row.kernel.as_ref()
 }
 
 /// Returns the requests that its process has; of a disk of the kernel the driver's count, or else that of its block
 /// device, for all of its users.
-fn busy(disk: &Disk) -> Option<u64> {
+fn busy(disk: &SampledDisk) -> Option<u64> {
     match disk.kind {
         Kind::Tap => kernel(disk).map(|kernel| kernel.delivered.into()),
         Kind::Phy => {
@@ -270,7 +270,7 @@ fn busy(disk: &Disk) -> Option<u64> {
 }
 
 /// Returns the state that its process reports, or else the kernel's.
-fn state(disk: &Disk) -> Cell {
+fn state(disk: &SampledDisk) -> Cell {
     let tap = disk.tap.as_ref().map(|tap| &tap.row);
     match tap.map(|row| (&row.unknown, row.state, &row.kernel)) {
         Some((Some(_), _, _)) => Cell::Word("unknown".into()),
@@ -285,14 +285,14 @@ fn state(disk: &Disk) -> Cell {
 }
 
 /// Memory of its process, or of the driver where there is none.
-fn memory_kib(disk: &Disk) -> Option<u64> {
+fn memory_kib(disk: &SampledDisk) -> Option<u64> {
     let resident = disk.tap.as_ref().and_then(|tap| tap.resident);
     let kernel = || disk.vbd.as_ref()?.counted("memory_kib");
     resident.map(|bytes| bytes >> 10).or_else(kernel)
 }
 
 /// Returns the image or device from which it is served.
-pub(super) fn target(disk: &Disk) -> Option<String> {
+pub(super) fn target(disk: &SampledDisk) -> Option<String> {
     let image = disk
         .tap
         .as_ref()

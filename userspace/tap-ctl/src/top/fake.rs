@@ -2,11 +2,11 @@
 //! Looks that tests make.
 
 use crate::host::made::Made;
-use crate::look::{gather, Disk, Look, Supervisor};
+use crate::look::{gather, Look, SampledDisk, Supervisor};
 use std::time::Duration;
 
 /// Returns a look so many seconds after another one.
-pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<Disk>) -> Look {
+pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<SampledDisk>) -> Look {
     let mut look = gather(&Made::new().host(), Vec::new(), Supervisor::Answers);
     look.unread.clear();
     if let Some(before) = before {
@@ -16,7 +16,7 @@ pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<Disk>) -> Loo
 }
 
 /// A disk of which the driver has counted so much.
-pub(super) fn counted(mut disk: Disk, name: &str, value: u64) -> Disk {
+pub(super) fn counted(mut disk: SampledDisk, name: &str, value: u64) -> SampledDisk {
     let vbd = disk.vbd.as_mut().expect("a guest's disk");
     vbd.counters.insert(name.into(), value);
     disk

@@ -2,7 +2,7 @@
 //! Work of all disks between two looks.
 
 use crate::figures::Figures;
-use crate::look::{Disk, Look, Supervisor};
+use crate::look::{Look, SampledDisk, Supervisor};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(super) struct Picture {
 /// A disk, and what it did since the last picture.
 #[derive(Clone, Copy)]
 pub(super) struct Row<'a> {
-    pub(super) disk: &'a Disk,
+    pub(super) disk: &'a SampledDisk,
     /// Nothing in the first picture that has the disk, or another process of it.
     pub(super) figures: Option<&'a Figures>,
 }
@@ -28,10 +28,10 @@ pub(super) struct Row<'a> {
 impl Picture {
     /// Makes a picture of a look, with the figures since `before`, if that is given.
     pub(super) fn new(before: Option<&Look>, now: Rc<Look>) -> Picture {
-        let figures = |disk: &Disk| {
+        let figures = |disk: &SampledDisk| {
             let before = before?;
             let old = disk.among(&before.disks)?;
-            let pid = |disk: &Disk| disk.tap.as_ref().map(|tap| tap.row.pid);
+            let pid = |disk: &SampledDisk| disk.tap.as_ref().map(|tap| tap.row.pid);
             (pid(old) == pid(disk)).then_some(())?;
             Figures::between(old, disk, now.at.saturating_duration_since(before.at))
         };

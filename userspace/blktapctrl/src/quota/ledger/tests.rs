@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Groups of processes that are late, hang, die and are replaced, beside supervisors that end: second by second.
 
-use super::super::chance::Chance;
+use super::super::chance::QuotaRng;
 use super::{Ledger, SETTLED, SILENT};
 use control::{Limits, Pace, Share, Used};
 use std::time::Duration;
@@ -24,7 +24,7 @@ struct Post {
 }
 
 /// A disk, and its process.
-struct Disk {
+struct LedgerDisk {
     minor: u32,
     pid: u32,
     asks: u64,
@@ -39,7 +39,7 @@ struct Disk {
     ended: Vec<(u32, Duration)>,
 }
 
-impl Disk {
+impl LedgerDisk {
     /// Bytes that its process may do in a second now.
     fn pace(&self, now: Duration) -> u64 {
         let pace = |share: Share| share.pace_at(now).bytes.expect("a pace");
@@ -65,30 +65,30 @@ impl Disk {
 }
 
 /// A host.
-struct Host {
+struct LedgerHost {
     ledger: Ledger,
-    disks: Vec<Disk>,
+    disks: Vec<LedgerDisk>,
     now: Duration,
     /// The supervisor says nothing before that.
     begins: Duration,
-    chance: Chance,
+    chance: QuotaRng,
     /// Longest delay of a message.
     late: u64,
     pids: u32,
 }
 
-impl Host {
-    fn new(count: u32, late: u64, seed: u64) -> Host {
+impl LedgerHost {
+    fn new(count: u32, late: u64, seed: u64) -> LedgerHost {
         let limits = Limits {
             bytes: ALL,
             ..Limits::default()
         };
-        let mut host = Host {
+        let mut host = LedgerHost {
             ledger: Ledger::new(limits),
             disks: Vec::new(),
             now: Duration::from_secs(100),
             begins: Duration::ZERO,
-            chance: Chance(seed),
+            chance: QuotaRng(seed),
             late,
             pids: 0,
         };
@@ -99,7 +99,7 @@ impl Host {
     }
 
     fn add(&mut self, minor: u32) {
-        self.disks.push(Disk {
+        self.disks.push(LedgerDisk {
             minor,
             pid: 0,
             asks: NOTHING,
@@ -116,7 +116,7 @@ impl Host {
     }
 
     fn members(&self) -> Vec<(u32, Limits)> {
-        let member = |disk: &Disk| (disk.minor, Limits::default());
+        let member = |disk: &LedgerDisk| (disk.minor, Limits::default());
         self.disks.iter().map(member).collect()
     }
 
@@ -213,7 +213,7 @@ impl Host {
             self.tell(index);
         }
         // A disk that has just resumed has the pace that it has without a supervisor.
-        let counts = |disk: &&Disk| disk.hung + SECOND < self.now;
+        let counts = |disk: &&LedgerDisk| disk.hung + SECOND < self.now;
         let paces = self
             .disks
             .iter()
@@ -233,7 +233,7 @@ impl Host {
     /// and they have it at the same time.
     fn is_agreed(&self) -> bool {
         let equal = ALL / self.disks.len() as u64;
-        let agrees = |disk: &Disk| {
+        let agrees = |disk: &LedgerDisk| {
             let is_known =
                 |share: Share| share.after.bytes == Some(equal) && self.now + SECOND < share.until;
             disk.hung + SECOND * 5 < self.now && disk.believes.is_some_and(is_known)
@@ -267,7 +267,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn disks_never_have_more_than_their_group() {
     for seed in 0..60 {
         let count = 1 + u32::try_from(seed % 7).expect("small");
-        let mut host = Host::new(count, [0, 50, 300][seed as usize % 3], seed);
+        let mut host = LedgerHost::new(count, [0, 50, 300][seed as usize % 3], seed);
         for _ in 0..4000 {
             host.tick();
             let index = usize::try_from(host.chance.below(host.disks.len() as u64)).expect("small");
@@ -287,7 +287,7 @@ fn disks_never_have_more_than_their_group() {
 
 #[test]
 fn what_some_do_not_want_others_have_within_a_second() {
-    let mut host = Host::new(10, 10, 1);
+    let mut host = LedgerHost::new(10, 10, 1);
     host.run(SECOND * 5);
     host.disks[3].asks = MUCH;
     host.run(SECOND);
@@ -314,7 +314,7 @@ fn what_some_do_not_want_others_have_within_a_second() {
 
 #[test]
 fn nobody_starves_whatever_others_ask_for() {
-    let mut host = Host::new(20, 50, 2);
+    let mut host = LedgerHost::new(20, 50, 2);
     for disk in &mut host.disks {
         disk.asks = MUCH;
     }
@@ -326,7 +326,7 @@ fn nobody_starves_whatever_others_ask_for() {
 
 #[test]
 fn who_hangs_leaves_what_it_had_to_others() {
-    let mut host = Host::new(2, 10, 3);
+    let mut host = LedgerHost::new(2, 10, 3);
     for disk in &mut host.disks {
         disk.asks = MUCH;
     }
@@ -345,7 +345,7 @@ fn who_hangs_leaves_what_it_had_to_others() {
 
 #[test]
 fn a_process_that_died_has_no_part() {
-    let mut host = Host::new(2, 10, 4);
+    let mut host = LedgerHost::new(2, 10, 4);
     for disk in &mut host.disks {
         disk.asks = MUCH;
     }
@@ -362,7 +362,7 @@ fn a_process_that_died_has_no_part() {
 /// Without a supervisor all have an equal part, and the next one continues from there.
 #[test]
 fn without_a_supervisor_all_have_an_equal_part() {
-    let mut host = Host::new(4, 10, 5);
+    let mut host = LedgerHost::new(4, 10, 5);
     host.disks[0].asks = MUCH;
     host.run(SECOND * 3);
     assert!(host.disks[0].pace(host.now) > ALL / 100 * 96);
@@ -382,7 +382,7 @@ fn without_a_supervisor_all_have_an_equal_part() {
 
 #[test]
 fn group_in_which_nobody_does_anything_is_left_alone() {
-    let mut host = Host::new(3, 10, 6);
+    let mut host = LedgerHost::new(3, 10, 6);
     host.disks[0].asks = MUCH;
     host.run(SECOND * 3);
     assert!(!host.ledger.is_quiet(host.now));

@@ -2,7 +2,7 @@
 //! A kernel whose nodes are sockets, and supervisors that end at any of the steps that others can see.
 
 use super::note;
-use blktapctrl::kernel::{Kernel, Make, Node, IMAGE};
+use blktapctrl::kernel::{Kernel, Make, NodeInfo, IMAGE};
 use blktapctrl::record::{Files, Record, Records, Unread};
 use control::supervisor;
 use rustix::fs::{fcntl_getfl, OFlags};
@@ -27,7 +27,7 @@ pub(crate) struct FakeNode {
     pub(crate) failed_flushes: u32,
     pub(crate) committed: u64,
     pub(crate) make: Make,
-    pub(crate) backing: Option<Backing>,
+    pub(crate) backing: Option<FakeBacking>,
     /// Its open file description, with the locks of that.
     pub(crate) described: Option<OwnedFd>,
     /// Files below the image, by their numbers.
@@ -38,7 +38,7 @@ pub(crate) struct FakeNode {
 
 /// A backing from which a disk may be served without a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Backing {
+pub(crate) struct FakeBacking {
     pub(crate) ino: u64,
     pub(crate) writable: bool,
     /// How often its I/O is not over when it is to be taken away.
@@ -139,7 +139,7 @@ impl Kernel for FakeKernel {
         self.crash.around(|| self.take_away(minor))
     }
 
-    fn query(&self, from: u32) -> io::Result<Option<Node>> {
+    fn query(&self, from: u32) -> io::Result<Option<NodeInfo>> {
         self.queries.set(self.queries.get() + 1);
         if let Some(error) = self.mute.get() {
             return Err(error.into());
@@ -223,7 +223,7 @@ impl FakeKernel {
             None => {
                 let busy = 0;
                 node.described = Some(image.try_clone_to_owned()?);
-                node.backing = Some(Backing {
+                node.backing = Some(FakeBacking {
                     ino,
                     writable,
                     busy,
@@ -286,9 +286,9 @@ impl FakeKernel {
         Ok(())
     }
 
-    fn describe(&self, from: u32) -> io::Result<Option<Node>> {
+    fn describe(&self, from: u32) -> io::Result<Option<NodeInfo>> {
         let nodes = self.nodes.borrow();
-        Ok(nodes.range(from..).next().map(|(minor, node)| Node {
+        Ok(nodes.range(from..).next().map(|(minor, node)| NodeInfo {
             minor: *minor,
             status: supervisor::Kernel {
                 state: match (node.is_open(), node.fencing) {

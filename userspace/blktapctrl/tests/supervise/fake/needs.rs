@@ -11,23 +11,23 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Condvar, Mutex};
 
-type Answer = (Provided, Vec<OwnedFd>);
+type NeedAnswer = (Provided, Vec<OwnedFd>);
 
 /// Its requests to its supervisor.
 #[derive(Default)]
-pub(super) struct Needs {
-    asked: Mutex<Asked>,
+pub(super) struct FakeNeeds {
+    asked: Mutex<NeedQuestion>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Asked {
+struct NeedQuestion {
     open: Vec<Need>,
-    answered: Vec<(u64, Answer)>,
+    answered: Vec<(u64, NeedAnswer)>,
     last: u64,
 }
 
-impl Needs {
+impl FakeNeeds {
     /// Asks for everything that a file lists, one line each, and notes what came.
     pub(super) fn ask_all(&self, dir: &Path, list: &str) -> Result<(), Failure> {
         let text = std::fs::read_to_string(dir.join(list)).unwrap_or_default();
@@ -50,7 +50,7 @@ impl Needs {
         Ok(())
     }
 
-    pub(super) fn ask(&self, what: Needed) -> Answer {
+    pub(super) fn ask(&self, what: Needed) -> NeedAnswer {
         let mut state = self.asked.lock().expect("nobody panics");
         state.last += 1;
         let number = state.last;

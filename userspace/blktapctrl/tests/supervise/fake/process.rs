@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process that answers a supervisor as files beside it say.
 
-use super::needs::Needs;
+use super::needs::FakeNeeds;
 use super::note;
-use super::served::Served;
+use super::served::ServedProcess;
 use control::tapdisk::{Reply, Request, Troubles};
 use control::Channel;
 use std::io;
@@ -57,8 +57,8 @@ pub(crate) fn run(dir: &Path) {
     let listener = io::stdin().as_fd().try_clone_to_owned().expect("stdin");
     let listener = UnixListener::from(listener);
     // The supervisor may change; the served disk stays.
-    let served = Arc::new(Mutex::new(Served::default()));
-    let needs = Arc::new(Needs::default());
+    let served = Arc::new(Mutex::new(ServedProcess::default()));
+    let needs = Arc::new(FakeNeeds::default());
     loop {
         let (stream, _) = listener.accept().expect("a supervisor");
         let (dir, served, needs) = (dir.to_path_buf(), served.clone(), needs.clone());
@@ -67,7 +67,7 @@ pub(crate) fn run(dir: &Path) {
 }
 
 /// Answers a supervisor. There may be two: one that has ended, and the next.
-fn converse(dir: &Path, mut channel: Channel, served: &Mutex<Served>, needs: &Needs) {
+fn converse(dir: &Path, mut channel: Channel, served: &Mutex<ServedProcess>, needs: &FakeNeeds) {
     while let Ok(Some((question, fds))) = channel.receive::<Request>() {
         let exit = question.body == Request::Exit;
         let answer = match question.body {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk of the process that fakes a tapdisk.
 
-use super::needs::{given, text, Needs};
+use super::needs::{given, text, FakeNeeds};
 use super::process::wait_while;
 use super::{note, put};
 use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};
@@ -22,7 +22,7 @@ const STAMP: Stamp = Stamp {
 };
 
 #[derive(Default)]
-pub(super) struct Served {
+pub(super) struct ServedProcess {
     pub(super) node: Option<(u32, OwnedFd)>,
     open: Option<(Open, Option<OwnedFd>)>,
     paused: bool,
@@ -50,13 +50,13 @@ fn says(dir: &Path, job: &str) -> String {
     std::fs::read_to_string(dir.join(job)).unwrap_or_default()
 }
 
-impl Served {
+impl ServedProcess {
     pub(super) fn answer(
         &mut self,
         dir: &Path,
         question: Request,
         mut fds: Vec<OwnedFd>,
-        needs: &Needs,
+        needs: &FakeNeeds,
     ) -> Result<Reply, Failure> {
         match question {
             Request::Attach => {
@@ -181,7 +181,7 @@ impl Served {
             Request::Close => {
                 note(dir, "close");
                 wait_while(&dir.join("held"));
-                *self = Served::default();
+                *self = ServedProcess::default();
                 match std::fs::read_to_string(dir.join("lost")) {
                     Ok(why) => Err(Failure::new(Code::System, why)),
                     Err(_) => Ok(Reply::Done),
@@ -377,7 +377,7 @@ impl Served {
         word: &str,
         mut open: Open,
         mut fds: Vec<OwnedFd>,
-        needs: &Needs,
+        needs: &FakeNeeds,
     ) -> Result<Reply, Failure> {
         let has = |name: &str| {
             let child = format!("{name}-child");

@@ -11,13 +11,13 @@ use std::rc::Rc;
 use tokio::sync::mpsc;
 
 /// A path, and the receiver of its changes.
-type Watch = (String, mpsc::UnboundedSender<String>);
+type PathWatch = (String, mpsc::UnboundedSender<String>);
 
 /// Keys and watches.
 #[derive(Clone, Default)]
 pub(crate) struct FakeStore {
     keys: Rc<RefCell<BTreeMap<String, String>>>,
-    watches: Rc<RefCell<Vec<Watch>>>,
+    watches: Rc<RefCell<Vec<PathWatch>>>,
     /// Prefix of the paths that cannot be read.
     hidden: Rc<RefCell<Option<String>>>,
     /// How often that was tried.

@@ -4,7 +4,7 @@
 use super::looks::Looks;
 use super::view::Known;
 use crate::host::task::Task;
-use crate::look::Disk;
+use crate::look::SampledDisk;
 use crate::show::{by_itself, stats};
 use crate::status::{self, named};
 use crate::top::columns::COLUMNS;
@@ -79,7 +79,7 @@ fn figures(row: &Row<'_>) -> Vec<Line<'static>> {
 }
 
 /// Returns the driver's counters.
-fn counters(disk: &Disk) -> Vec<Line<'static>> {
+fn counters(disk: &SampledDisk) -> Vec<Line<'static>> {
     let Some(vbd) = &disk.vbd else {
         return vec![title("no guest has it")];
     };
@@ -91,7 +91,7 @@ fn counters(disk: &Disk) -> Vec<Line<'static>> {
 }
 
 /// Returns its process' counters.
-fn process(disk: &Disk) -> Vec<Line<'static>> {
+fn process(disk: &SampledDisk) -> Vec<Line<'static>> {
     let Some(counted) = disk.tap.as_ref().and_then(|tap| tap.stats.as_deref()) else {
         return Vec::new();
     };
@@ -102,7 +102,7 @@ fn process(disk: &Disk) -> Vec<Line<'static>> {
 }
 
 /// The threads that serve it, and the block devices that it stands on.
-fn below(disk: &Disk) -> Vec<Line<'static>> {
+fn below(disk: &SampledDisk) -> Vec<Line<'static>> {
     let threads: Vec<&Task> = disk.queues.iter().chain(&disk.process).collect();
     let mut lines = Vec::new();
     if !threads.is_empty() {

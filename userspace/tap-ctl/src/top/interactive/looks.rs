@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Past looks, and the time of the next one. A look may take any time, and the earlier ones stay until it ends.
 
-use crate::look::{Disk, Look};
+use crate::look::{Look, SampledDisk};
 use crate::status::verdict::Limits;
 use crate::status::{self, Line};
 use crate::top::picture::Picture;
@@ -75,7 +75,7 @@ impl Looks {
     }
 
     /// Returns the verdict of `tap-ctl status` on a disk of the picture; nothing after a single look.
-    pub(super) fn verdict(&self, disk: &Disk) -> Option<Line> {
+    pub(super) fn verdict(&self, disk: &SampledDisk) -> Option<Line> {
         let (first, last) = (self.seen.front()?, self.seen.back()?);
         (!Rc::ptr_eq(first, last)).then(|| status::line(disk, first, last, self.limits))
     }

@@ -4,7 +4,7 @@
 use super::draw::draw;
 use super::threads::Event;
 use super::{App, End};
-use crate::look::{Disk, Look, Supervisor};
+use crate::look::{Look, SampledDisk, Supervisor};
 use crate::status::fake;
 use crate::top::fake::{counted, look};
 use ratatui::backend::TestBackend;
@@ -37,9 +37,9 @@ impl Shown {
     }
 
     /// With two pictures, the second one of these disks, each of which has read so much more.
-    fn with(width: u16, height: u16, disks: Vec<(Disk, u64)>) -> Shown {
+    fn with(width: u16, height: u16, disks: Vec<(SampledDisk, u64)>) -> Shown {
         let mut shown = Shown::new(width, height);
-        let reads = |disk: &Disk, count| counted(disk.clone(), "rd_req", count);
+        let reads = |disk: &SampledDisk, count| counted(disk.clone(), "rd_req", count);
         let before = disks.iter().map(|(disk, _)| reads(disk, 0)).collect();
         shown.look(before);
         shown.now += 2 * SECOND;
@@ -53,7 +53,7 @@ impl Shown {
     }
 
     /// A look that comes at once.
-    fn look(&mut self, disks: Vec<Disk>) {
+    fn look(&mut self, disks: Vec<SampledDisk>) {
         assert!(self.app.begins_look(self.now), "it is not time to look");
         let mut look = look(0, None, disks);
         look.at = self.now;
@@ -143,7 +143,7 @@ impl Shown {
 }
 
 /// A disk of the kernel's of this guest, on this device.
-fn disk(guest: u32, device: &str) -> Disk {
+fn disk(guest: u32, device: &str) -> SampledDisk {
     let mut disk = fake::phy();
     if let Some(vbd) = &mut disk.vbd {
         vbd.guest = guest;
@@ -155,7 +155,7 @@ fn disk(guest: u32, device: &str) -> Disk {
     disk
 }
 
-fn three() -> Vec<(Disk, u64)> {
+fn three() -> Vec<(SampledDisk, u64)> {
     vec![
         (disk(1, "sda"), 100),
         (disk(2, "sdb"), 300),

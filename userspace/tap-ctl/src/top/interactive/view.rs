@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! State that keys change: the order and the choice of rows, the selected one, the page over the table.
 
-use crate::look::{Disk, Id, Kind};
+use crate::look::{Id, Kind, SampledDisk};
 use crate::top::columns::target;
 use crate::top::order::{By, Order};
 use crate::top::picture::{Picture, Row};
@@ -38,7 +38,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    fn of(disk: &Disk) -> Known {
+    fn of(disk: &SampledDisk) -> Known {
         let (path, minor, kind) = disk.id();
         Known {
             path: path.map(str::to_owned),
@@ -48,7 +48,7 @@ impl Known {
     }
 
     /// Whether it is this one.
-    pub(super) fn is(&self, disk: &Disk) -> bool {
+    pub(super) fn is(&self, disk: &SampledDisk) -> bool {
         let its: Id<'_> = (self.path.as_deref(), self.minor, self.kind);
         its == disk.id()
     }
@@ -142,7 +142,7 @@ impl View {
         rows
     }
 
-    fn is_chosen(&self, disk: &Disk) -> bool {
+    fn is_chosen(&self, disk: &SampledDisk) -> bool {
         let is_its_guest = || {
             disk.guest()
                 .is_some_and(|guest| self.filter == guest.to_string())
