@@ -139,7 +139,8 @@ pub(crate) struct QueuePart<B> {
     pub(crate) rest: u16,
     /// Memory that it takes always, in KiB.
     pub(crate) memory_kib: u64,
-    /// Requests in flight at most, and so the number of tags: from 1 to the [depth](QueueNeeds::depth) that the queue needs.
+    /// Requests in flight at most, and so the number of tags: from 1 to the [depth](QueueNeeds::depth) that the queue
+    /// needs.
     pub(crate) depth: u16,
 }
 

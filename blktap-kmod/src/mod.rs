@@ -54,8 +54,8 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    /// Makes the control node. The caller must have made a [`TapTable`] and have finished every step that may fail, because
-    /// a module that cannot be loaded is removed even if a process has opened one of its nodes. May sleep.
+    /// Makes the control node. The caller must have made a [`TapTable`] and have finished every step that may fail,
+    /// because a module that cannot be loaded is removed even if a process has opened one of its nodes. May sleep.
     pub(crate) fn new() -> Result<Self> {
         let class = Class::new(c"xentap")?;
         let nodes = Region::register::<node::NodeOpener>(c"xentap", registry::MINORS)?;

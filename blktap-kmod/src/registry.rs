@@ -44,8 +44,8 @@ static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 pub(super) struct Registry(());
 
 impl Registry {
-    /// Makes the table, in which no disk is found before there are [`DiskTable`]. Succeeds once in the life of the module:
-    /// `EBUSY` after that. May sleep.
+    /// Makes the table, in which no disk is found before there is a [`DiskTable`]. Succeeds once in the life of the
+    /// module: `EBUSY` after that. May sleep.
     pub(super) fn new() -> Result<Self> {
         if INITIALISED.xchg(true, Full) {
             return Err(EBUSY);

@@ -2,10 +2,10 @@
 
 //! Simulation of the data paths against fakes.
 //!
-//! A [`world::EngineWorld`] joins the real engine with a fake ring, grant table, disk and frontend, all of which live in one
-//! [`machine::Machine`] and follow one seeded schedule. Every fake checks the contract of its port as it is used;
-//! [`history`] checks what the guest sees. Violations are collected as sentences in [`machine::Machine::problems`], so
-//! that tests can show that planted faults are found.
+//! A [`world::EngineWorld`] joins the real engine with a fake ring, grant table, disk and frontend, all of which live
+//! in one [`machine::Machine`] and follow one seeded schedule. Every fake checks the contract of its port as it is
+//! used; [`history`] checks what the guest sees. Violations are collected as sentences in
+//! [`machine::Machine::problems`], so that tests can show that planted faults are found.
 
 #![forbid(unsafe_code)]
 

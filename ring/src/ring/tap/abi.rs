@@ -35,9 +35,9 @@
 //!
 //! The process that opens it may query it ([`Info`]), describe the disk ([`ioctl::SET_PARAMS`]), say what it can do
 //! ([`ioctl::CLAIM`]), and start it. From then on requests are *delivered*: the kernel writes a [`Desc`] and its
-//! [`TapSegment`]s at the request's tag into the descriptor area, which the process can only read, and hands out the tag.
-//! Data is in the arena. The process *commits* the request with a [`Completion`] that names the tag and the generation
-//! of its delivery.
+//! [`TapSegment`]s at the request's tag into the descriptor area, which the process can only read, and hands out the
+//! tag. Data is in the arena. The process *commits* the request with a [`Completion`] that names the tag and the
+//! generation of its delivery.
 //!
 //! There are three ways to do that, which may be mixed: `poll` and `read` (which yields tags as
 //! `u16`, and sleeps unless the node is non-blocking) with [`ioctl::EXCHANGE`]; that ioctl alone;

@@ -13,8 +13,8 @@
 //! - A lookup that predates a change of the range is refused: each change has a generation, and the process names with
 //!   each extent the generation that it knew ([`ExtentMap::set`]).
 //! - A write that the process executes may move the data (copy on write), and a discard may do anything. Both change
-//!   the range twice: when the process gets the request and when it answers ([`ExtentMap::written`], [`ExtentMap::recall`]),
-//!   because a lookup in between may see the old or the new place.
+//!   the range twice: when the process gets the request and when it answers ([`ExtentMap::written`],
+//!   [`ExtentMap::recall`]), because a lookup in between may see the old or the new place.
 //! - Any extent may be forgotten at any time. So the map needs no more memory than the caller gave it, forgets extents
 //!   where that is easier, and no call fails for lack of memory.
 //!

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The lease that is a persistent reservation of SCSI or NVMe: the storage itself refuses the writes of all others.
 //!
-//! The holder registers a [key](key::ReservationKey) and reserves Write Exclusive, so that others may read. For a disk that one
-//! path leads to it is that: only the holder writes, and another registered host does not. Of a map of dm-multipath it
-//! is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all paths of the
-//! host, which are all registered. There no other host may be registered, so a host that does not get the reservation
-//! does not stay registered.
+//! The holder registers a [key](key::ReservationKey) and reserves Write Exclusive, so that others may read. For a disk
+//! that one path leads to it is that: only the holder writes, and another registered host does not. Of a map of
+//! dm-multipath it is Write Exclusive - Registrants Only, because a reservation is one path's, and writes go over all
+//! paths of the host, which are all registered. There no other host may be registered, so a host that does not get the
+//! reservation does not stay registered.
 //!
 //! | rule (`rules.rs`) | without it |
 //! |---|---|

@@ -110,7 +110,8 @@ impl DaemonState {
         Ok(state)
     }
 
-    /// The name that a host has given itself, from the answer to [`SanlockCommand::HostStatus`](wire::SanlockCommand::HostStatus).
+    /// The name that a host has given itself, from the answer to
+    /// [`SanlockCommand::HostStatus`](wire::SanlockCommand::HostStatus).
     pub(super) fn host_name(told: &[u8], host_id: u64) -> Result<Option<String>, String> {
         let mut rest = told;
         while !rest.is_empty() {

@@ -348,8 +348,8 @@ impl Inflight<'_> {
             }
         } else {
             let first = self.record.first_bio();
-            // SAFETY: The record's bio and its vectors are ours from `BioDisk::begin`, which has taken the record, until
-            // submission; the device is valid for that time, or there is none.
+            // SAFETY: The record's bio and its vectors are ours from `BioDisk::begin`, which has taken the record,
+            // until submission; the device is valid for that time, or there is none.
             unsafe {
                 bindings::bio_init(
                     first,

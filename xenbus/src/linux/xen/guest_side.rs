@@ -4,9 +4,9 @@
 //! is stuck in the block layer.
 //!
 //! The thread alone uses them, without a lock. While it is in the block layer, where it may sleep for as long as a
-//! device hangs, it does not use them: it puts them aside ([`GuestMapping::away`]), and another thread may give them back then
-//! ([`Taker::take`]). If the queue's thread is not away, it gives them back itself before it goes away again, or as
-//! soon as it has seen the command to stop.
+//! device hangs, it does not use them: it puts them aside ([`GuestMapping::away`]), and another thread may give them
+//! back then ([`Taker::take`]). If the queue's thread is not away, it gives them back itself before it goes away again,
+//! or as soon as it has seen the command to stop.
 
 use super::evtchn::{Activity, EventChannel};
 use super::ring_map::RingMap;
