@@ -42,3 +42,4 @@ mod layout;
 mod props;
 mod seeded;
 mod tap;
+mod types;
