@@ -175,7 +175,8 @@ fn last_times(file: &Path) -> BTreeMap<String, f64> {
     serde_json::from_str(&text).unwrap_or_default()
 }
 
-fn last_time(kind: StepKind, name: &str) -> Option<f64> {
+/// Returns the seconds that a step took when it ran last, on this machine.
+pub(crate) fn last_time(kind: StepKind, name: &str) -> Option<f64> {
     let file = history().ok()?;
     last_times(&file).get(&key(kind, name)).copied()
 }

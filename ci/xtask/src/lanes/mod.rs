@@ -5,6 +5,7 @@ mod build;
 pub(crate) mod e2e;
 mod host;
 mod nightly;
+mod programs;
 
 use crate::kernel::Dom0Kernel;
 use crate::steps::{self, StepKind};
