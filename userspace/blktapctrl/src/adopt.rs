@@ -412,8 +412,10 @@ pub async fn unknown(lifecycle: &Rc<Lifecycle>, minor: u32) -> Result<(), Failur
 pub async fn to_end(lifecycle: &Rc<Lifecycle>, which: &Which) -> Result<(), Failure> {
     let vbd = which.vbd.as_deref().map(relative);
     let left = lifecycle.registry.left_alone();
-    let named = left.iter().find(|disk| {
-        which.minor == Some(disk.minor) || vbd.is_some() && disk.peek.vbd.as_deref() == vbd
+    let is_named = which.minor.is_some() || vbd.is_some();
+    let named = left.iter().filter(|_| is_named).find(|disk| {
+        which.minor.is_none_or(|minor| minor == disk.minor)
+            && vbd.is_none_or(|vbd| disk.peek.vbd.as_deref() == Some(vbd))
     });
     match named {
         Some(disk) => unknown(lifecycle, disk.minor).await,

@@ -5,7 +5,7 @@ use crate::adopt;
 use crate::lifecycle::create::Made;
 use crate::lifecycle::Lifecycle;
 use crate::process::{OPEN, SOON};
-use control::supervisor::{Filter, Reply, Request, Row, TopRow};
+use control::supervisor::{Filter, Reply, Request, Row, TopRow, Which};
 use control::tapdisk;
 use control::Failure;
 use std::rc::Rc;
@@ -194,9 +194,17 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             Ok(Reply::Stats(stats))
         }
         Request::Create(create) => lifecycle.create(*create).await.map(created),
-        Request::Destroy { which, timeout_s } => {
+        Request::Destroy {
+            which,
+            timeout_s,
+            of,
+        } => {
+            let is_toolstack = which.vbd.is_some() && of.is_none();
+            let vbd = of.or(which.vbd);
+            let which = Which { vbd, ..which };
             adopt::to_end(lifecycle, &which).await?;
-            lifecycle.end(&which, timeout_s).await.map(done)
+            let ended = lifecycle.end(&which, timeout_s, is_toolstack).await;
+            ended.map(done)
         }
         Request::Park { timeout_s } => {
             let minors = lifecycle.park(limit(timeout_s)).await?;

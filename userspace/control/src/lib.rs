@@ -67,7 +67,7 @@ pub use target::{
 };
 pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};
-pub use vdev::vdev;
+pub use vdev::{is_vdev, vdev};
 
 /// Version of the protocol. A peer that speaks another one is refused with
 /// [`Code::Version`].

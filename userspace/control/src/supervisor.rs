@@ -468,6 +468,11 @@ pub enum Request {
         /// Seconds to wait; 0 for the default. The operation continues afterwards.
         #[serde(default)]
         timeout_s: u32,
+        /// The backend's directory in xenstore for which the disk was made, if the caller looked the disk up by it: a
+        /// disk of another directory stays. A directory in `which` means a toolstack, which knows whether a guest uses
+        /// the disk; this one does not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        of: Option<String>,
     },
     /// Has all disks let go of the kernel's module, so that it can be exchanged: [`Reply::Parked`]. None is attached to a
     /// guest then. If one cannot, all are served as before.

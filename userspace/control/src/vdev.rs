@@ -37,9 +37,40 @@ fn letters(number: u32) -> String {
     }
 }
 
+/// Whether a word has the form of a disk's name in its guest, such as `xvda` or `sdb1`, or of its number.
+pub fn is_vdev(word: &str) -> bool {
+    let is_number = !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
+    let mut prefixes = ["xvd", "sd", "hd"].into_iter();
+    let rest = prefixes.find_map(|prefix| word.strip_prefix(prefix));
+    let is_name = rest.is_some_and(|rest| {
+        let letters = rest.trim_end_matches(|c: char| c.is_ascii_digit());
+        (1..=4).contains(&letters.len()) && letters.bytes().all(|byte| byte.is_ascii_lowercase())
+    });
+    is_number || is_name
+}
+
 #[cfg(test)]
 mod tests {
-    use super::vdev;
+    use super::{is_vdev, vdev};
+
+    #[test]
+    fn words_with_the_form_of_a_name() {
+        for word in ["xvda", "xvdaa3", "sda1", "hdb", "51712"] {
+            assert!(is_vdev(word), "{word}");
+        }
+        for word in [
+            "",
+            "xvd",
+            "xvd1",
+            "sda.img",
+            "/dev/sda",
+            "web",
+            "xvda1b",
+            "sdatabase",
+        ] {
+            assert!(!is_vdev(word), "{word}");
+        }
+    }
 
     #[test]
     fn names_are_those_of_the_guest() {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line.
 
+mod disk;
+
 use crate::events::Events;
 use crate::group::GroupVerb;
 use crate::status::verdict::{HUNG_S, SLOW_MS};
@@ -8,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
 use control::{Driver, GroupName, InGroup, MarkName, Target};
+pub(crate) use disk::{Handoff, Mirror, Snapshot, Trace, Which};
 use manual::Generated;
 use std::path::PathBuf;
 
@@ -88,27 +91,38 @@ format:
   direct=no,aio:/srv/a.img
   direct=yes,qcow2:/srv/a.qcow2
 
+A disk is named as its owner does, by its guest and its name there: GUEST [VDEV], as in web xvda. GUEST is the guest's
+name or number (xl list), VDEV the name of the configuration, such as xvda, or its number; it may be left out if the guest
+has one tap disk. The node's number (-m MINOR) and the directory in xenstore (--vbd PATH) name it as well. A word that a
+verb takes beside that, such as the target of mirror, is the last one.
+
 Examples:
-  tap-ctl create -a aio:/srv/a.img      # a disk; prints its minor, its process and its size
   tap-ctl list                          # what there is
-  tap-ctl pause -m 0                    # the guest waits, the image is closed
-  tap-ctl unpause -m 0 -a aio:/srv/b.img
+  tap-ctl pause web xvda                # the guest waits, the image is closed
+  tap-ctl unpause web xvda -a aio:/srv/b.img
   tap-ctl status                        # state of every disk, its cause, and the remedy
   tap-ctl top                           # the work of all disks, again and again
-  tap-ctl set -m 0 --bps 20M --iops 500 # no more than that in a second
+  tap-ctl set web xvda --bps 20M --iops 500 # no more than that in a second
   tap-ctl group set customer-7 --bps 100M # no more than that for all disks that are in it:
-  tap-ctl set -m 0 --group customer-7   # or group=customer-7, before the driver of a target
+  tap-ctl set web xvda --group customer-7 # or group=customer-7, before the driver of a target
   tap-ctl events                        # what happens
-  tap-ctl snapshot 0 /srv/b.qcow2       # new writes go there; the present image is frozen
-  tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2   # both at one instant
-  tap-ctl stream -m 0 --wait            # copies the frozen image into the new one
-  tap-ctl commit -m 0 aio:/srv/a.img --wait   # or merges the new one into the frozen one
-  tap-ctl mirror -m 0 aio:/dev/vg/b --wait   # copies the disk there, and serves it from there
+  tap-ctl resize web xvda --size 20G    # makes it larger
+  tap-ctl snapshot web xvda /srv/b.qcow2   # new writes go there; the present image is frozen
+  tap-ctl snapshot web xvda /srv/b.qcow2 web xvdb /srv/d.qcow2   # both at one instant
+  tap-ctl stream web xvda --wait        # copies the frozen image into the new one
+  tap-ctl commit web xvda aio:/srv/a.img --wait   # or merges the new one into the frozen one
+  tap-ctl mirror web xvda aio:/dev/vg/b --wait   # copies the disk there, and serves it from there
+  tap-ctl trace web xvda --to /dev/shm/web   # writes down what the guest asks for
+  tap-ctl handoff web xvda              # a new process for the disk
   tap-ctl handoff --all                 # after an upgrade: new processes for all disks
+  tap-ctl create -a aio:/srv/a.img      # a disk without a guest; prints its minor, its process and its size
+  tap-ctl stats -m 0                    # such a disk by its minor
   tap-ctl destroy -m 0
   tap-ctl lease show /srv/a.img         # which host has it
   tap-ctl lease break /srv/a.img --holder-is-dead 7
   tap-ctl lease break /dev/mapper/lun7 --holder-is-dead 0x3fa2c00107abcdef
+
+For trace, handoff and snapshot a number alone is still that of a node, as before; the next release takes it for a guest.
 
 A guest's disk is made by xl, not by hand:
   disk = [ 'script=block-tap-rs,vdev=xvda,target=aio:/srv/a.img' ]
@@ -156,6 +170,7 @@ pub(crate) enum Verb {
     /// The new process is started and looks at the image while the old one serves. Then the old one finishes what it
     /// has, the new one takes the disk, and the old one ends when that serves. The guest waits in between, and sees no
     /// error. If the new process fails at anything, the old one continues to serve the disk.
+    #[command(after_help = HANDOFF)]
     Handoff(Handoff),
     /// Switch a disk to a new image over the present one, which keeps the content of that moment
     ///
@@ -173,6 +188,7 @@ pub(crate) enum Verb {
     /// image before all have released their old ones, and if one cannot, all are served as before.
     ///
     /// Not for disks with the mode r, r! or w!, or with a lease.
+    #[command(override_usage = SNAPSHOT_USAGE, after_help = SNAPSHOT)]
     Snapshot(Snapshot),
     /// Make a disk larger, or read its image's size again, while its guest works
     Resize(Resize),
@@ -222,6 +238,10 @@ pub(crate) enum Verb {
     /// switches to the new one; the old one keeps the disk's content of that moment, and is marked as read-only (chmod
     /// a-w). Then the disk's configuration must name the new one. If something goes wrong, the disk stays with the
     /// image that it has, and its guest does not notice. When the disk's process is replaced, copying begins anew.
+    #[command(
+        override_usage = "tap-ctl mirror [OPTIONS] GUEST [VDEV] TARGET\n       tap-ctl mirror [OPTIONS] -m MINOR TARGET",
+        after_help = MIRROR
+    )]
     Mirror(Mirror),
     /// Copy the blocks of a disk's image into its backing image while its guest works, and then serve it from that one
     ///
@@ -232,6 +252,10 @@ pub(crate) enum Verb {
     /// that it has, and its guest does not notice; what is below keeps its mark as read-only then, and is of use only
     /// below it. When the disk's process is replaced, it begins anew. For VHD, and for qcow2 without internal
     /// snapshots, over an image of any format that is as large and has no larger clusters.
+    #[command(
+        override_usage = "tap-ctl commit [OPTIONS] GUEST [VDEV] TARGET\n       tap-ctl commit [OPTIONS] -m MINOR TARGET",
+        after_help = COMMIT
+    )]
     Commit(Mirror),
     /// Track which blocks a guest writes from a moment on, and list the changed ones, for incremental backups
     ///
@@ -272,6 +296,7 @@ pub(crate) enum Verb {
     /// memory (/dev/shm), and not the storage of the disk.
     ///
     /// Without --to and --end it says what is on.
+    #[command(after_help = TRACE)]
     Trace(Trace),
     /// Show the counters of a disk since it was made, or since its process and blktapctrl ended at once
     Stats(Which),
@@ -357,6 +382,45 @@ pub(crate) enum Verb {
         what: Generated,
     },
 }
+
+const SNAPSHOT_USAGE: &str = "\
+tap-ctl snapshot [OPTIONS] GUEST [VDEV] NEW [GUEST [VDEV] NEW]...
+       tap-ctl snapshot [OPTIONS] -m MINOR [-m MINOR]... NEW...";
+
+const SNAPSHOT: &str = "\
+A number alone before NEW is still that of a node, as before; the next release takes it for a guest.
+
+Examples:
+  tap-ctl snapshot web xvda /srv/b.qcow2
+  tap-ctl snapshot web xvda /srv/b.qcow2 web xvdb /srv/d.qcow2
+  tap-ctl snapshot -m 0 -m 1 /srv/b.qcow2 /srv/d.qcow2";
+
+const MIRROR: &str = "\
+Examples:
+  tap-ctl mirror web xvda aio:/dev/vg/b --wait
+  tap-ctl mirror web qcow2:/srv/b.qcow2
+  tap-ctl mirror -m 0 aio:/dev/vg/b
+  tap-ctl mirror web xvda --cancel";
+
+const COMMIT: &str = "\
+Examples:
+  tap-ctl commit web xvda aio:/srv/a.img --wait
+  tap-ctl commit -m 0 aio:/srv/a.img
+  tap-ctl commit web xvda --show";
+
+const TRACE: &str = "\
+A number alone is still that of a node, as before; the next release takes it for a guest.
+
+Examples:
+  tap-ctl trace web xvda --to /dev/shm/web --data
+  tap-ctl trace web xvda --end";
+
+const HANDOFF: &str = "\
+A number alone is still that of a node, as before; the next release takes it for a guest.
+
+Examples:
+  tap-ctl handoff web xvda
+  tap-ctl handoff --all";
 
 /// The lease of an image: `lease=record`, `lease=reservation` or `lease=sanlock` of a target. This asks the storage or
 /// sanlock, not blktapctrl.
@@ -534,18 +598,6 @@ pub(crate) struct Allocate {
     pub(crate) policy: Policy,
 }
 
-/// A disk, by its node or its process.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = true)]
-pub(crate) struct Which {
-    /// Its process
-    #[arg(short, long)]
-    pub(crate) pid: Option<u32>,
-    /// Its node
-    #[arg(short, long)]
-    pub(crate) minor: Option<u32>,
-}
-
 /// Making a disk larger.
 #[derive(Debug, Args)]
 pub(crate) struct Resize {
@@ -586,28 +638,6 @@ pub(crate) struct Stream {
     pub(crate) show: bool,
 }
 
-/// Copying a disk.
-#[derive(Debug, Args)]
-pub(crate) struct Mirror {
-    #[command(flatten)]
-    pub(crate) which: Which,
-    /// Image to which the disk switches, such as qcow2:/srv/b.qcow2; for commit the one below
-    #[arg(required_unless_present_any = ["cancel", "show"])]
-    pub(crate) target: Option<Target>,
-    /// At most so many MiB in a second
-    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) rate: u32,
-    /// Begin it, and wait until it is over: the exit status says whether it was done
-    #[arg(long)]
-    pub(crate) wait: bool,
-    /// End the one that runs
-    #[arg(long, conflicts_with_all = ["wait", "rate", "target"])]
-    pub(crate) cancel: bool,
-    /// Say how far it is, or how the last one has ended, and change nothing
-    #[arg(long, conflicts_with_all = ["wait", "rate", "target", "cancel"])]
-    pub(crate) show: bool,
-}
-
 /// Marks, and changes since one.
 #[derive(Debug, Args)]
 pub(crate) struct Dirty {
@@ -622,40 +652,6 @@ pub(crate) struct Dirty {
     /// Take a mark away. Removing the last one ends the tracking
     #[arg(long, value_name = "NAME")]
     pub(crate) forget: Option<MarkName>,
-}
-
-/// Settings of a trace.
-#[derive(Debug, Args)]
-pub(crate) struct Trace {
-    /// Minor number of the disk
-    pub(crate) minor: u32,
-    /// Begin, in this file, where nothing may be
-    #[arg(long, value_name = "FILE", conflicts_with = "end")]
-    pub(crate) to: Option<PathBuf>,
-    /// Store the data of writes, too: then the writes can be replayed
-    #[arg(long, requires = "to")]
-    pub(crate) data: bool,
-    /// Bytes of the file, 16M to 64G
-    #[arg(long, default_value = "64M", requires = "to", value_parser = control::typed_size)]
-    pub(crate) size: u64,
-    /// End
-    #[arg(long)]
-    pub(crate) end: bool,
-}
-
-/// A disk, also by what it was made for.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = true)]
-pub(crate) struct Named {
-    /// Its process
-    #[arg(short, long)]
-    pub(crate) pid: Option<u32>,
-    /// Its node
-    #[arg(short, long)]
-    pub(crate) minor: Option<u32>,
-    /// The backend's directory in xenstore for which it was made
-    #[arg(long, value_name = "PATH")]
-    pub(crate) vbd: Option<String>,
 }
 
 /// A process and a node.
@@ -769,50 +765,6 @@ pub(crate) struct Unpause {
     pub(crate) files: Vec<PathBuf>,
 }
 
-/// A disk, or all of them, for new processes.
-#[derive(Debug, Args)]
-#[group(id = "disks", required = true, multiple = true)]
-pub(crate) struct Handoff {
-    /// Minor number of the disk
-    #[arg(group = "disks", value_name = "MINOR", conflicts_with_all = ["minor", "pid", "all"])]
-    pub(crate) disk: Option<u32>,
-    /// Number of the disk
-    #[arg(short, long, group = "disks", conflicts_with = "all")]
-    pub(crate) minor: Option<u32>,
-    /// Its process
-    #[arg(short, long, group = "disks", conflicts_with = "all")]
-    pub(crate) pid: Option<u32>,
-    /// All disks that are served; those that fail are named, and stay with the process that they have
-    #[arg(long, group = "disks", value_name = "PROGRAM", conflicts_with = "to")]
-    pub(crate) all: Option<Option<PathBuf>>,
-    /// The tapdisk to run from now on, and whenever the disk's process is replaced; what blktapctrl starts
-    /// by default if not said
-    #[arg(long, value_name = "PROGRAM")]
-    pub(crate) to: Option<PathBuf>,
-    /// Disks that are handed over at once
-    #[arg(short, long, default_value_t = 4, requires = "all", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(crate) jobs: u32,
-    /// Seconds that the new process gets for each of its steps
-    #[arg(short, long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) timeout: u32,
-}
-
-/// A disk that switches to a new image.
-#[derive(Debug, Args)]
-pub(crate) struct Snapshot {
-    /// Minor number of the disk
-    pub(crate) minor: u32,
-    /// Where the new image is to be, best in the folder of the one that the disk has; nothing may be there
-    #[arg(value_name = "NEW")]
-    pub(crate) image: PathBuf,
-    /// More disks of the same instant, each as its minor number and its new image
-    #[arg(value_name = "MINOR NEW")]
-    pub(crate) others: Vec<PathBuf>,
-    /// Format of the new images; a VHD only over a VHD or a raw image
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) format: OverlayFormat,
-}
-
 /// Formats that can have a backing image while that is served.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(crate) enum OverlayFormat {
@@ -836,7 +788,7 @@ impl std::fmt::Display for OverlayFormat {
 #[derive(Debug, Args)]
 pub(crate) struct Destroy {
     #[command(flatten)]
-    pub(crate) which: Named,
+    pub(crate) which: Which,
     /// Seconds to wait; the disk goes all the same when nothing holds it any more
     #[arg(short, long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: u32,

@@ -4,6 +4,7 @@
 
 mod cli;
 mod dirty;
+mod disks;
 mod doctor;
 mod events;
 mod figures;
@@ -36,7 +37,10 @@ use std::time::{Duration, Instant};
 const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), tapimg(8), block-tap-rs(8)";
 
 fn main() -> ExitCode {
-    let cli = help::parse();
+    let mut cli = help::parse();
+    if let Err(error) = disks::resolve(&mut cli) {
+        return end(&cli, Err(error));
+    }
     let result = match &cli.verb {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Doctor => return end(&cli, doctor::run(&cli)),
@@ -291,11 +295,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             files: unpause.files.clone(),
         },
         Verb::Handoff(handoff) => Request::Handoff {
-            which: Which {
-                minor: handoff.minor.or(handoff.disk),
-                pid: handoff.pid,
-                vbd: None,
-            },
+            which: named(&handoff.which),
             program: handoff.to.clone(),
             timeout_s: handoff.timeout,
         },
@@ -323,14 +323,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Trace(asked) => trace::request(asked)?,
         Verb::Stats(which) => Request::Stats(named(which)),
         Verb::Create(create) => Request::Create(Box::new(self::create(create)?)),
-        Verb::Destroy(end) => Request::Destroy {
-            which: Which {
-                minor: end.which.minor,
-                pid: end.which.pid,
-                vbd: end.which.vbd.clone(),
-            },
-            timeout_s: end.timeout,
-        },
+        Verb::Destroy(end) => destroy(end),
         Verb::Check(check) => Request::Check(supervisor::Check {
             target: target(&check.target, check.vbd.as_deref())?,
             mode: check.mode,
@@ -355,26 +348,29 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
 
 /// One disk, or several at one instant.
 fn snapshot(asked: &cli::Snapshot) -> Result<Request, Failure> {
-    let which = |minor| Which {
-        minor: Some(minor),
-        ..Which::default()
-    };
-    let first = (which(asked.minor), new_image(&asked.image, asked.format)?);
-    if asked.others.is_empty() {
-        let (which, target) = first;
-        return Ok(Request::Snapshot { which, target });
+    let each = asked.disks.iter();
+    let disks = each.map(|(which, image)| Ok((named(which), new_image(image, asked.format)?)));
+    let mut disks = disks.collect::<Result<Vec<_>, Failure>>()?;
+    Ok(match disks.pop() {
+        Some((which, target)) if disks.is_empty() => Request::Snapshot { which, target },
+        last => {
+            disks.extend(last);
+            Request::Snapshots { disks }
+        }
+    })
+}
+
+/// A directory alone is a toolstack's word, which knows whether a guest uses the disk. Beside a number it says for which
+/// disk that number was found.
+fn destroy(end: &cli::Destroy) -> Request {
+    let mut which = named(&end.which);
+    let is_found = which.minor.is_some() || which.pid.is_some();
+    let of = is_found.then(|| which.vbd.take()).flatten();
+    Request::Destroy {
+        which,
+        timeout_s: end.timeout,
+        of,
     }
-    let mut disks = vec![first];
-    for pair in asked.others.chunks(2) {
-        let minor = pair.first().and_then(|text| text.to_str()?.parse().ok());
-        let (Some(minor), Some(image)) = (minor, pair.get(1)) else {
-            return Err(Failure::invalid(
-                "name each disk with its new image: `tap-ctl snapshot 0 /srv/b.qcow2 1 /srv/d.qcow2`",
-            ));
-        };
-        disks.push((which(minor), new_image(image, asked.format)?));
-    }
-    Ok(Request::Snapshots { disks })
 }
 
 fn new_image(image: &std::path::Path, format: cli::OverlayFormat) -> Result<Target, Failure> {
@@ -391,7 +387,7 @@ fn named(which: &cli::Which) -> Which {
     Which {
         minor: which.minor,
         pid: which.pid,
-        vbd: None,
+        vbd: which.vbd.clone(),
     }
 }
 
@@ -484,7 +480,9 @@ mod tests {
     use control::Code;
 
     fn parse(line: &str) -> Result<Request, Code> {
-        let cli = Cli::try_parse_from(line.split(' ')).map_err(|_| Code::Other)?;
+        let mut cli = Cli::try_parse_from(line.split(' ')).map_err(|_| Code::Other)?;
+        let settled = cli.verb.settle();
+        settled.map_err(|failure| failure.code)?;
         request(&cli.verb).map_err(|failure| failure.code)
     }
 
@@ -495,7 +493,17 @@ mod tests {
 
     #[test]
     fn commands_that_are_recommended_can_be_typed() {
-        recommended::check_program::<Cli>("tap-ctl");
+        let description = Cli::command();
+        let verbs = description.get_subcommands().map(clap::Command::get_name);
+        let verbs: Vec<&str> = verbs.collect();
+        recommended::check("tap-ctl", &verbs, |words| {
+            recommended::parse::<Cli>(words)?;
+            match Cli::try_parse_from(words) {
+                Ok(mut cli) => cli.verb.settle().map_err(|why| why.to_string()),
+                // A question for help.
+                Err(_) => Ok(()),
+            }
+        });
     }
 
     #[test]

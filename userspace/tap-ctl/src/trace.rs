@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl trace`: traces of a guest's requests.
 
-use crate::cli;
 use crate::time::utc;
-use control::supervisor::{Request, Which};
+use crate::{cli, named};
+use control::supervisor::Request;
 use control::{Failure, TraceTo, Tracing};
 
 pub(crate) fn request(asked: &cli::Trace) -> Result<Request, Failure> {
-    let which = Which {
-        minor: Some(asked.minor),
-        ..Which::default()
-    };
+    let which = named(&asked.which);
     if asked.end {
         return Ok(Request::EndTrace(which));
     }

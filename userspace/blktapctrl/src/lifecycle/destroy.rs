@@ -217,17 +217,22 @@ impl Lifecycle {
         self.destroy(&disk).await
     }
 
-    /// Removes a disk by name, unless a guest uses it. A limit of 0 is the usual one.
+    /// Removes a disk by name. A toolstack knows whether a guest uses it; for another caller it stays then. A limit of 0
+    /// is the usual one.
     ///
     /// # Errors
     /// A guest uses it, or it takes longer.
-    pub async fn end(self: &Rc<Self>, which: &Which, timeout_s: u32) -> Result<(), Failure> {
+    pub async fn end(
+        self: &Rc<Self>,
+        which: &Which,
+        timeout_s: u32,
+        is_toolstack: bool,
+    ) -> Result<(), Failure> {
         let disk = match self.registry.find(which) {
             Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
             disk => disk?,
         };
-        // A toolstack names the directory, and knows what it does. A person may not.
-        if which.vbd.is_none() && disk.fate() == Fate::Stays {
+        if !is_toolstack && disk.fate() == Fate::Stays {
             let node = kernel::node(&*self.registry.kernel, disk.minor)
                 .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
             if let Some((domain, device)) = node.and_then(|node| node.bound) {

@@ -102,6 +102,7 @@ impl Bed {
             .ask(Request::Destroy {
                 which,
                 timeout_s: 0,
+                of: None,
             })
             .await;
         assert_eq!(reply, Ok(Reply::Done));

@@ -42,6 +42,7 @@ fn a_dead_process_is_replaced_at_once() {
             .ask(Request::Destroy {
                 which,
                 timeout_s: 0,
+                of: None,
             })
             .await;
         assert_eq!(reply, Ok(Reply::Done));

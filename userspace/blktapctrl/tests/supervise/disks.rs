@@ -452,6 +452,7 @@ fn questions_over_the_socket() {
             let destroy = Request::Destroy {
                 which: which(0),
                 timeout_s: 0,
+                of: None,
             };
             let reply: Reply = other.ask(destroy, &[]).expect("an end");
             assert_eq!(reply, Reply::Done);

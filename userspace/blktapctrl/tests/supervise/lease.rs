@@ -256,6 +256,7 @@ fn a_lease_that_cannot_be_given_up_is_given_up_later() {
         let destroy = || Request::Destroy {
             which: which(minor),
             timeout_s: 1,
+            of: None,
         };
         let held = bed.ask(destroy()).await.expect_err("it is held");
         assert_eq!(held.code, Code::Busy);
@@ -284,6 +285,7 @@ fn a_lease_that_will_never_be_given_up_can_be_forgotten() {
         let destroy = Request::Destroy {
             which: which(minor),
             timeout_s: 1,
+            of: None,
         };
         bed.ask(destroy).await.expect_err("it is held");
         assert_eq!(bed.ask(forget()).await, Ok(Reply::Done));

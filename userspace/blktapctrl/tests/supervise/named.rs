@@ -533,6 +533,7 @@ fn end_of_a_disk_leaves_the_memory_of_others_at_each_step() {
         |_| Request::Destroy {
             which: which(0),
             timeout_s: 0,
+            of: None,
         },
         |rows, _| {
             assert!(place.borrow().exists(), "taken away: {rows:?}");

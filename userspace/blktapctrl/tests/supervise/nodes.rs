@@ -21,6 +21,7 @@ fn a_disk_whose_io_is_not_over_is_not_gone() {
         let destroy = || Request::Destroy {
             which: which(minor),
             timeout_s: 1,
+            of: None,
         };
         let failure = bed.ask(destroy()).await.expect_err("it is fenced");
         assert_eq!(failure.code, Code::Busy);

@@ -2,6 +2,7 @@
 //! Other users of an image.
 
 use super::bed::{test, which, Bed};
+use super::log;
 use super::steps::{pause, unpause};
 use control::supervisor::{Check, Create, Mode, Reply, Request};
 use control::tapdisk::{Open, State};
@@ -193,6 +194,7 @@ fn a_person_does_not_take_a_disk_from_a_guest() {
         let destroy = Request::Destroy {
             which: which(minor),
             timeout_s: 0,
+            of: None,
         };
         let failure = bed.ask(destroy).await.expect_err("in use");
         assert!(
@@ -200,6 +202,41 @@ fn a_person_does_not_take_a_disk_from_a_guest() {
             "{failure}"
         );
         assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        bind(None);
+    });
+}
+
+/// A guest that was booted again between the look at its name and the request has another directory.
+#[test]
+fn a_disk_of_another_directory_than_the_named_one_stays() {
+    test("named-of", |bed| async move {
+        // For backend/vbd/3/51728.
+        let minor = log::of_a_guest(&bed).await;
+        let bind = |to| {
+            let mut nodes = bed.kernel.nodes.borrow_mut();
+            nodes.get_mut(&minor).expect("the node").bound = to;
+        };
+        bind(Some((3, 51728)));
+        let destroy = |of: &str| Request::Destroy {
+            which: which(minor),
+            timeout_s: 0,
+            of: Some(of.into()),
+        };
+        let gone = bed.ask(destroy("backend/vbd/2/51728")).await;
+        assert_eq!(gone, Ok(Reply::Done), "the named disk does not exist");
+        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        // The directory is not a toolstack's word here.
+        let used = bed.ask(destroy("backend/vbd/3/51728")).await;
+        assert_eq!(used.map_err(|failure| failure.code), Err(Code::Busy));
+        let pause = Request::Pause {
+            which: control::supervisor::Which {
+                vbd: Some("backend/vbd/2/51728".into()),
+                ..which(minor)
+            },
+            timeout_s: 1,
+        };
+        let other = bed.ask(pause).await;
+        assert_eq!(other.map_err(|failure| failure.code), Err(Code::NotFound));
         bind(None);
     });
 }

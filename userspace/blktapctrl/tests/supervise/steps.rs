@@ -200,6 +200,7 @@ fn a_destroy_is_finished_by_the_next_supervisor() {
         |_| Request::Destroy {
             which: which(0),
             timeout_s: 0,
+            of: None,
         },
         |rows, pid| rows.is_empty() || (one(rows).pid == pid && one(rows).state.is_some()),
     );
@@ -214,6 +215,7 @@ fn a_lease_is_given_up_by_the_next_supervisor() {
     let destroy = || Request::Destroy {
         which: which(0),
         timeout_s: 0,
+        of: None,
     };
     let any = |_: &[Row], _: Option<u32>| true;
     let none = |_: &Path| Vec::new();

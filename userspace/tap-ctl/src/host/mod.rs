@@ -6,6 +6,7 @@
 pub(crate) mod block;
 pub(crate) mod task;
 pub(crate) mod vbd;
+pub(crate) mod xenstore;
 
 use serde::Serialize;
 use std::cell::RefCell;
@@ -13,6 +14,8 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
 /// A file that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,6 +31,8 @@ pub(crate) struct Unread {
 pub(crate) struct Host {
     root: PathBuf,
     unread: RefCell<Vec<Unread>>,
+    /// True while a thread asks xenstore for names of guests.
+    asks_names: Arc<AtomicBool>,
 }
 
 impl Host {
@@ -36,6 +41,7 @@ impl Host {
         Host {
             root: root.into(),
             unread: RefCell::default(),
+            asks_names: Arc::default(),
         }
     }
 
