@@ -362,9 +362,9 @@ pub(crate) enum Verb {
     /// the figures since the last picture
     ///
     /// On a terminal keys are heard: arrows, j, k, PgUp and PgDn select a disk, Enter or d shows all figures of it and
-    /// what status says of it, / chooses disks of a guest or with a text in their target, < and > or the letter of a
-    /// column sort by another one, r turns the order round, + and - change the interval, space keeps the picture, ?
-    /// tells all keys, and q, Esc or Ctrl-C quit. Columns that do not fit into a line are left out. A picture that is
+    /// what status says of it, / chooses disks of a guest, by its number or a part of its name, or with a text in their
+    /// target, < and > or the letter of a column sort by another one, r turns the order round, + and - change the
+    /// interval, space keeps the picture, ? tells all keys, and q, Esc or Ctrl-C quit. Columns that do not fit into a line are left out. A picture that is
     /// older than it should be says so: blktapctrl, or the kernel because of storage, has not answered. Through a pipe,
     /// with -n and with --json, and where TERM is dumb, pictures are printed one after the other, with all columns.
     ///
@@ -461,6 +461,12 @@ fn number(text: &str) -> Result<u64, String> {
 /// Filter for the list: disks must match every given option.
 #[derive(Debug, Args)]
 pub(crate) struct List {
+    /// Of this guest: its name or its number, as in xl list
+    #[arg(value_name = "GUEST")]
+    pub(crate) guest: Option<String>,
+    /// With this name in the guest, such as xvda, or this number
+    #[arg(value_name = "VDEV", requires = "guest")]
+    pub(crate) vdev: Option<String>,
     /// Of this process
     #[arg(short, long)]
     pub(crate) pid: Option<u32>,

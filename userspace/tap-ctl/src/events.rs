@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tap-ctl events`: what happens to disks.
 
+use crate::host::xenstore::GuestNames;
+use crate::host::Host;
 use crate::{connect, patience, print, say, show, Cli, Error};
 use clap::Args;
 use control::supervisor::{Event, Reply, Request, What};
@@ -31,10 +33,12 @@ pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
     let after = events.after.unwrap_or(0);
     let series = events.series;
     let _: Reply = channel.ask(Request::Subscribe { after, series }, &[])?;
-    while let Some((event, _)) = channel.receive::<Event>()? {
+    let host = Host::at(&cli.root);
+    while let Some((mut event, _)) = channel.receive::<Event>()? {
         if u128::from(event.body.at_ms) < since {
             continue;
         }
+        name_guest(&host, &mut event.body);
         if cli.json {
             print(&event.body)?;
         } else if event.body.what != What::Other {
@@ -42,4 +46,36 @@ pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
         }
     }
     Err(Failure::new(Code::Gone, "blktapctrl has ended").into())
+}
+
+/// Adds the guest's name, which blktapctrl learns after a disk was made.
+fn name_guest(host: &Host, event: &mut Event) {
+    let (Some(guest), None) = (event.guest, &event.guest_name) else {
+        return;
+    };
+    let names = GuestNames::read(host, [guest]);
+    event.guest_name = names.get(guest).map(str::to_owned);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name_guest;
+    use crate::host::made::Made;
+    use crate::host::xenstore;
+    use control::supervisor::Event;
+
+    #[test]
+    fn a_name_that_the_supervisor_did_not_know_yet_is_added() {
+        let made = Made::new();
+        xenstore::fake::serve(&made, &[(3, "web")]);
+        let text = r#"{"number":1,"at_ms":0,"minor":0,"guest":3,"what":{"event":"paused"}}"#;
+        let mut event: Event = serde_json::from_str(text).expect("an event");
+        name_guest(&made.host(), &mut event);
+        assert_eq!(event.guest_name.as_deref(), Some("web"));
+        // One of an older supervisor has no guest.
+        let text = r#"{"number":1,"at_ms":0,"minor":0,"what":{"event":"paused"}}"#;
+        let mut event: Event = serde_json::from_str(text).expect("an event");
+        name_guest(&made.host(), &mut event);
+        assert_eq!((event.guest, event.guest_name), (None, None));
+    }
 }

@@ -6,6 +6,7 @@ use crate::doctor;
 use crate::host::block::Block;
 use crate::host::task::{self, Task};
 use crate::host::vbd::{self, Vbd};
+use crate::host::xenstore::GuestNames;
 use crate::host::{Host, Memory, Processors, Unread};
 use control::supervisor::{Counted, Group, Reply, Request, TopRow};
 use control::{Channel, Code, Failure};
@@ -49,6 +50,11 @@ pub(crate) struct SampledDisk {
     pub(crate) kind: Kind,
     /// The guest's disk; nothing if no guest has it.
     pub(crate) vbd: Option<Vbd>,
+    /// The guest's name, if xenstore tells it.
+    pub(crate) guest_name: Option<String>,
+    /// The word by which a command line names the guest: its name, or its number if the name is unknown or another
+    /// guest has the same.
+    pub(crate) guest_word: Option<String>,
     /// The block device from which it is served, if it is one.
     pub(crate) block: Option<Block>,
     /// The threads of its queues.
@@ -79,6 +85,13 @@ impl SampledDisk {
     /// The number of its node.
     pub(crate) fn minor(&self) -> Option<u32> {
         self.tap.as_ref()?.row.minor
+    }
+
+    /// Notes what its guest is called.
+    pub(crate) fn name_guest(&mut self, names: &GuestNames) {
+        let guest = self.guest();
+        self.guest_name = guest.and_then(|guest| names.get(guest).map(str::to_owned));
+        self.guest_word = guest.map(|guest| names.typed(guest));
     }
 
     fn told_path(&self) -> Option<&str> {
@@ -189,6 +202,8 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
     }
     let alone = rows.into_iter().flatten();
     disks.extend(alone.map(|tap| disk(host, Kind::Tap, None, Some(tap), &threads)));
+    let names = GuestNames::read(host, disks.iter().filter_map(SampledDisk::guest));
+    disks.iter_mut().for_each(|disk| disk.name_guest(&names));
     Look {
         at: Instant::now(),
         disks,
@@ -224,6 +239,8 @@ fn disk(
         block: block.and_then(|number| Block::read(host, number)),
         queues: threads.iter().filter(is_its).cloned().collect(),
         process: pid.map_or_else(Vec::new, |pid| Task::of_process(host, pid)),
+        guest_name: None,
+        guest_word: None,
         vbd,
         tap,
     }
@@ -233,6 +250,7 @@ fn disk(
 mod tests {
     use super::{gather, Kind, Supervisor};
     use crate::host::made::{block, phy, Made};
+    use crate::host::xenstore;
     use crate::status::fake;
 
     #[test]
@@ -246,6 +264,7 @@ mod tests {
         made.file("/sys/class/xentap/xentap!1/dev", "240:2\n");
         made.file("/proc/9/comm", "3.xvda-0\n");
         made.file("/proc/9/stat", "9 (3.xvda-0) S 2 0\n");
+        xenstore::fake::serve(&made, &[(3, "web"), (4, "db")]);
         let mut served = fake::row(0);
         served.row.vbd = Some("backend/vbd/3/51728".into());
         let mut early = fake::row(5);
@@ -274,5 +293,8 @@ mod tests {
             Some("sdb")
         );
         assert!(look.disks[1].block.is_none());
+        let words = look.disks.iter().map(|disk| disk.guest_word.as_deref());
+        assert!(words.eq([Some("web"), Some("web"), Some("db"), Some("7")]));
+        assert_eq!(look.disks[3].guest_name, None);
     }
 }

@@ -14,6 +14,7 @@ mod help;
 mod host;
 mod jobs;
 mod lease;
+mod list;
 mod look;
 mod metrics;
 mod program;
@@ -26,10 +27,10 @@ mod trace;
 
 use clap::CommandFactory;
 use cli::{Cli, Image, Verb};
-use control::supervisor::{self, Allocate, Create, Filter, Hung, Mode, Reply, Request, Which};
+use control::supervisor::{self, Allocate, Create, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
 use control::{shown, shown_json, shown_lines, Channel, Code, Failure, Limits, Target};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Generate { what } => {
             manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
         }
+        Verb::List(asked) => list::run(&cli, asked),
         Verb::Metrics(asked) => metrics::run(&cli, asked),
         Verb::Top(asked) => top::run(&cli, asked),
         Verb::Events(asked) => events::follow(&cli, asked),
@@ -249,8 +251,6 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
         (Verb::Group { verb }, Reply::Groups { groups }) => {
             group::show(groups, matches!(verb, group::GroupVerb::Show { .. }))
         }
-        // Programs read the lines through a pipe, such as Xen's scripts.
-        (_, Reply::Disks { disks }) if io::stdout().is_terminal() => show::table(disks),
         (_, reply) => show::reply(reply),
     };
     Ok(say(&text)?)
@@ -258,12 +258,6 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
 
 fn request(verb: &Verb) -> Result<Request, Failure> {
     Ok(match verb {
-        Verb::List(list) => Request::List(Filter {
-            pid: list.pid,
-            minor: list.minor,
-            driver: list.driver,
-            file: list.file.clone(),
-        }),
         Verb::Allocate(node) => Request::Allocate(allocate(node)),
         Verb::Free { minor } => Request::Free { minor: *minor },
         Verb::Spawn => Request::Spawn,
@@ -337,6 +331,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         Verb::Forget { minor } => Request::Forget { minor: *minor },
         Verb::Status(_)
         | Verb::Doctor
+        | Verb::List(_)
         | Verb::Report(_)
         | Verb::Metrics(_)
         | Verb::Top(_)

@@ -19,6 +19,7 @@ use crate::{cli, Cli, Error};
 use control::stats::Stats;
 use control::supervisor::Kernel;
 use exposition::{Labels, Text};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
@@ -69,6 +70,7 @@ fn text(look: &Look, report: &Report) -> String {
     groups::tell(&mut text, look);
     verdicts(&mut text, report);
     servers(&mut text, look);
+    guests(&mut text, look);
     for (family, value) in DRIVER {
         disks(&mut text, *family, look, |disk| {
             Some(value(disk.vbd.as_ref()?))
@@ -134,7 +136,7 @@ fn verdicts(text: &mut Text, report: &Report) {
     let of = |line: &Line| {
         let number = |number: Option<u32>| number.map(|number| number.to_string());
         Labels::default()
-            .with("guest", number(line.guest))
+            .with("guest", line.guest_word.clone())
             .with("vdev", line.vdev.clone())
             .with("kind", Some(line.kind.name().into()))
             .with("minor", number(line.minor))
@@ -177,6 +179,17 @@ fn servers(text: &mut Text, look: &Look) {
     }
 }
 
+/// Adds the number of each guest, which is another one after each boot, unlike its name in the labels of its disks.
+fn guests(text: &mut Text, look: &Look) {
+    text.family(("xen_guest_domid", "gauge", "Number of the guest's domain."));
+    let number = |disk: &SampledDisk| Some((disk.guest_word.clone()?, disk.guest()?));
+    let guests: BTreeMap<String, u32> = look.disks.iter().filter_map(number).collect();
+    for (word, number) in guests {
+        let labels = Labels::default().with("guest", Some(word));
+        text.sample(&labels, f64::from(number));
+    }
+}
+
 /// Returns the server that executes the requests of a disk, if that is known.
 fn server(disk: &SampledDisk) -> Option<&'static str> {
     let Some(tap) = &disk.tap else {
@@ -195,7 +208,7 @@ fn server(disk: &SampledDisk) -> Option<&'static str> {
 /// Returns the labels of a disk in all metrics.
 fn labels(disk: &SampledDisk) -> Labels {
     Labels::default()
-        .with("guest", disk.guest().map(|guest| guest.to_string()))
+        .with("guest", disk.guest_word.clone())
         .with("vdev", disk.vdev())
         .with("kind", Some(disk.kind.name().into()))
         .with("minor", disk.minor().map(|minor| minor.to_string()))

@@ -3,10 +3,11 @@
 
 use crate::dirty;
 use crate::group;
+use crate::list::ListedDisk;
 use crate::time::utc;
 use crate::trace;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
-use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Row, Snapshot, What};
+use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Snapshot, What};
 use control::tapdisk::{Disk, OnError};
 use std::fmt::Write;
 
@@ -32,10 +33,9 @@ pub(crate) fn reply(reply: &Reply) -> String {
         Reply::Changed(changed) => changed.extents.iter().map(dirty::line).collect(),
         Reply::Parked { minors } => minors.iter().map(|minor| format!("{minor}\n")).collect(),
         Reply::Trace { trace } => trace::show(trace.as_ref()),
-        Reply::Disks { disks } => disks.iter().map(row).collect(),
         Reply::Stats(stats) => self::stats(stats),
-        // Only `top` asks for it.
-        Reply::Top { rows, .. } => rows.iter().map(|top| row(&top.row)).collect(),
+        // `list` and `top`, which ask for these, show them with the guests.
+        Reply::Disks { .. } | Reply::Top { .. } => String::new(),
     }
 }
 
@@ -96,7 +96,8 @@ fn told(taken: &Snapshot) -> String {
 }
 
 /// A line as tap-ctl has always printed it: words `name=value`.
-fn row(row: &Row) -> String {
+pub(crate) fn row(disk: &ListedDisk) -> String {
+    let row = &disk.row;
     let mut line = String::new();
     let mut add = |name: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -138,22 +139,44 @@ fn row(row: &Row) -> String {
         add("program", Some(binary.path.display().to_string()));
         add("replaced", binary.replaced.then(|| "yes".into()));
     }
+    add("vdev", disk.vdev.clone());
+    add("guest", disk.guest_word.as_deref().map(quoted));
     // Last, because it is a sentence.
     add("unknown", row.unknown.clone());
     line + "\n"
 }
 
+/// A guest's name may be anything. One that would be several words, or end a line, stands between quotes.
+fn quoted(name: &str) -> String {
+    let is_plain = |c: char| !c.is_whitespace() && !c.is_control() && !"\"\\".contains(c);
+    match !name.is_empty() && name.chars().all(is_plain) {
+        true => name.to_owned(),
+        false => format!("{name:?}"),
+    }
+}
+
 /// Returns a list for people: a table with the columns that they need first. All of it is in JSON, and in the lines.
-pub(crate) fn table(rows: &[Row]) -> String {
+pub(crate) fn table(disks: &[ListedDisk]) -> String {
     let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
-    let mut text =
-        "MINOR     PID STATE     KERNEL     WAIT  BUSY RESTARTS MODE VBD                     TARGET\n".to_owned();
-    for row in rows {
+    let words = disks.iter().filter_map(|disk| disk.guest_word.as_deref());
+    let width = words
+        .map(|word| word.chars().count())
+        .max()
+        .unwrap_or(0)
+        .max(5);
+    let mut text = format!(
+        "{:width$} VDEV     MINOR     PID STATE     KERNEL     WAIT  BUSY RESTARTS MODE TARGET\n",
+        "GUEST"
+    );
+    for disk in disks {
+        let row = &disk.row;
         let state = row.state.map(|state| format!("{state:?}").to_lowercase());
         let kernel = row.kernel.as_ref();
         let _ = writeln!(
             text,
-            "{:>5} {:>7} {:9} {:10} {:>4} {:>5} {:>8} {:4} {:23} {}",
+            "{:width$} {:8} {:>5} {:>7} {:9} {:10} {:>4} {:>5} {:>8} {:4} {}",
+            disk.guest_word.as_deref().unwrap_or("-"),
+            disk.vdev.as_deref().unwrap_or("-"),
             number(row.minor),
             number(row.pid),
             state.as_deref().unwrap_or("none"),
@@ -162,7 +185,6 @@ pub(crate) fn table(rows: &[Row]) -> String {
             number(kernel.map(|kernel| kernel.delivered)),
             row.restarts,
             row.mode.map_or("-".into(), |mode| mode.to_string()),
-            row.vbd.as_deref().unwrap_or("-"),
             row.target.as_ref().map_or("-".into(), ToString::to_string),
         );
         if let Some(direct) = kernel.and_then(|kernel| kernel.by_itself()) {
@@ -396,7 +418,11 @@ pub(crate) fn event(event: &Event) -> String {
         What::Other => "something that a newer tap-ctl knows".into(),
     };
     let at = utc(event.at_ms);
-    format!("{at} {:>4} {disk}: {what}", event.number)
+    let number = event.guest.map(|guest| guest.to_string());
+    let guest = event.guest_name.clone().or(number);
+    let names = [guest, event.vdev.clone()].into_iter().flatten();
+    let names: String = names.map(|name| name + " ").collect();
+    format!("{at} {:>4} {names}{disk}: {what}", event.number)
 }
 
 /// Returns the description of an error on an image.
@@ -430,10 +456,16 @@ fn trouble(what: &What) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{row, stats, table};
+    use super::{event, quoted, row, stats, table};
+    use crate::host::xenstore::GuestNames;
+    use crate::list::{self, ListedDisk};
     use control::stats::{Direct, Mapped, Missed, Stats};
-    use control::supervisor::{Kernel, Mode, Row};
+    use control::supervisor::{Event, Kernel, Mode, Row, What};
     use control::tapdisk::State;
+
+    fn listed(row: Row) -> ListedDisk {
+        list::listed(row, &GuestNames::default())
+    }
 
     fn sample() -> Row {
         Row {
@@ -464,7 +496,7 @@ mod tests {
     #[test]
     fn a_line_of_the_list() {
         assert_eq!(
-            row(&sample()),
+            row(&listed(sample())),
             "pid=312 minor=4 state=running args=aio:/srv/a.img mode=w kernel=live waiting=1 delivered=2 memory_kib=2300 restarts=0\n"
         );
     }
@@ -478,10 +510,10 @@ mod tests {
             executing: 3,
             ..Kernel::default()
         });
-        let line = row(&direct);
+        let line = row(&listed(direct.clone()));
         assert!(line.contains(" direct=4711 executing=3 "), "{line}");
         let said = "direct: the kernel has served 4711 requests by itself, and serves 3 now";
-        let text = table(&[sample(), direct.clone()]);
+        let text = table(&[sample(), direct.clone()].map(listed));
         assert_eq!(text.matches("direct").count(), 1, "{text}");
         assert!(text.contains(said), "{text}");
         let mut counted = Stats::default();
@@ -512,14 +544,45 @@ mod tests {
     }
 
     #[test]
+    fn a_name_of_several_words_is_one_word() {
+        for (name, shown) in [("web", "web"), ("a b", r#""a b""#), ("a\nb", r#""a\nb""#)] {
+            assert_eq!(quoted(name), shown);
+        }
+    }
+
+    #[test]
+    fn an_event_names_the_guest_before_the_disk() {
+        let mut one = Event {
+            number: 7,
+            series: 1,
+            at_ms: 0,
+            minor: Some(4),
+            guest: Some(3),
+            guest_name: Some("web".into()),
+            vdev: Some("xvda".into()),
+            what: What::Paused,
+        };
+        let text = event(&one);
+        assert!(text.ends_with("   7 web xvda disk 4: paused"), "{text}");
+        one.guest_name = None;
+        let text = event(&one);
+        assert!(text.ends_with("   7 3 xvda disk 4: paused"), "{text}");
+        (one.guest, one.vdev) = (None, None);
+        let text = event(&one);
+        assert!(text.ends_with("   7 disk 4: paused"), "{text}");
+    }
+
+    #[test]
     fn a_table_has_a_line_for_each_disk() {
         let mut unknown = sample();
         unknown.unknown = Some("it is of a newer one".into());
-        let text = table(&[sample(), unknown]);
+        let text = table(&[sample(), unknown].map(listed));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4, "{text}");
         let words: Vec<&str> = lines[1].split_whitespace().collect();
         let expected = [
+            "-",
+            "-",
             "4",
             "312",
             "running",
@@ -528,7 +591,6 @@ mod tests {
             "2",
             "0",
             "w",
-            "-",
             "aio:/srv/a.img",
         ];
         assert_eq!(words, expected);

@@ -222,7 +222,7 @@ fn a_number_of_pictures_is_plain_on_a_terminal_too() {
     let child = terminal.run(root.path(), &["-n", "1"]);
     assert!(terminal.ends(child).success(), "{:?}", terminal.text);
     assert!(
-        terminal.text.contains("    3 xvda     phy "),
+        terminal.text.contains("3            xvda     phy "),
         "{:?}",
         terminal.text
     );

@@ -7,7 +7,7 @@ use super::tap::attach_dom0;
 use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
 use crate::guest::AttachedVbd;
-use crate::{sh, tap};
+use crate::{sh, tap, xs};
 use anyhow::{ensure, Context as _, Result};
 use dom0::kmsg::Kmsg;
 use serde_json::Value;
@@ -74,6 +74,11 @@ pub(super) fn of<'a>(said: &'a Value, vdev: &str) -> Result<&'a Value> {
         .iter()
         .find(|disk| disk["guest"] == 0 && disk["vdev"] == vdev);
     disk.with_context(|| format!("no {vdev} of dom0 in {said}"))
+}
+
+/// Returns the label `guest` of the disks of dom0 in metrics: its name, or its number where xenstore has no name.
+pub(super) fn own_label() -> Result<String> {
+    Ok(xs::read("/local/domain/0/name")?.unwrap_or_else(|| "0".into()))
 }
 
 /// Starts a write to a disk that hangs: it ends when the disk is resumed.
@@ -228,13 +233,15 @@ fn status(context: &mut Context) -> Result<()> {
         "the disk beside it is said to hang: {well}"
     );
     let metrics = tap::ctl(&["metrics", "--hung", HUNG])?;
+    let guest = own_label()?;
     for line in [
-        r#"xen_disk_severity{guest="0",vdev="xvdk",kind="phy"} 2"#.to_owned(),
-        r#"xen_disk_storage_suspended{guest="0",vdev="xvdk",kind="phy"} 1"#.to_owned(),
+        format!(r#"xen_disk_severity{{guest="{guest}",vdev="xvdk",kind="phy"}} 2"#),
+        format!(r#"xen_disk_storage_suspended{{guest="{guest}",vdev="xvdk",kind="phy"}} 1"#),
         format!(
-            r#"xen_tap_delivered{{guest="0",vdev="xvdj",kind="tap",minor="{}"}} 0"#,
+            r#"xen_tap_delivered{{guest="{guest}",vdev="xvdj",kind="tap",minor="{}"}} 0"#,
             served.minor
         ),
+        format!(r#"xen_guest_domid{{guest="{guest}"}} 0"#),
         "xen_disk_supervisor_up 1".to_owned(),
     ] {
         ensure!(

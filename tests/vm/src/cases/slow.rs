@@ -4,7 +4,7 @@
 use super::basic::{attach_own, detach_own};
 use super::formats::qemu_img;
 use super::memory::Parameter;
-use super::ops::{of, said, storage, HUNG, LIMIT, SECTORS, SLOW};
+use super::ops::{of, own_label, said, storage, HUNG, LIMIT, SECTORS, SLOW};
 use super::tap::{attach_dom0, image};
 use super::{Case, Context, SharedGuest};
 use crate::backing::{delayed, linear};
@@ -109,7 +109,8 @@ fn named(slow: &str, wanted: i32, state: &str, cause: &str) -> Result<Value> {
 /// The metrics have the same verdict on xvdk; returns them.
 fn measured(slow: &str, kind: &str, state: &str, cause: &str) -> Result<String> {
     let metrics = tap::ctl(&["metrics", "--hung", HUNG, "--slow", slow])?;
-    let start = format!(r#"xen_disk_verdict{{guest="0",vdev="xvdk",kind="{kind}","#);
+    let guest = own_label()?;
+    let start = format!(r#"xen_disk_verdict{{guest="{guest}",vdev="xvdk",kind="{kind}","#);
     // Between them the minor of a tap disk.
     let end = format!(r#"verdict="{state}",cause="{cause}"}} 1"#);
     ensure!(
@@ -179,12 +180,15 @@ fn slow(context: &mut Context) -> Result<()> {
     let ms = write_ms()?;
     ensure!(ms >= 300.0, "writes that are held for 300 ms took {ms}");
     let metrics = measured(SLOW, "phy", "slow", "storage")?;
+    let guest = own_label()?;
     for start in [
-        r#"xen_disk_in_flight{guest="0",vdev="xvdk",kind="phy"} "#,
-        r#"xen_disk_time_seconds_total{guest="0",vdev="xvdk",kind="phy",operation="write"} "#,
+        format!(r#"xen_disk_in_flight{{guest="{guest}",vdev="xvdk",kind="phy"}} "#),
+        format!(
+            r#"xen_disk_time_seconds_total{{guest="{guest}",vdev="xvdk",kind="phy",operation="write"}} "#
+        ),
     ] {
         ensure!(
-            metrics.lines().any(|line| line.starts_with(start)),
+            metrics.lines().any(|line| line.starts_with(&start)),
             "`{start}` is not in {metrics}"
         );
     }

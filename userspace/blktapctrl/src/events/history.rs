@@ -78,7 +78,14 @@ impl EventHistory {
         let mut line = line(event)?;
         if line.len() > LONGEST {
             let what = What::Other;
-            line = self::line(&Event { what, ..*event })?;
+            let guest_name = None;
+            let vdev = None;
+            line = self::line(&Event {
+                guest_name,
+                vdev,
+                what,
+                ..*event
+            })?;
         }
         let length = line.len() as u64;
         if self.at.saturating_add(length) > SIZE {
@@ -172,6 +179,9 @@ mod tests {
             series: 77,
             at_ms: number,
             minor: Some(3),
+            guest: None,
+            guest_name: None,
+            vdev: None,
             what: What::Failed {
                 message: "x".repeat(number as usize % 50),
                 retry_ms: 1,

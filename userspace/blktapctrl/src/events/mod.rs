@@ -78,6 +78,9 @@ impl Events {
             series: self.series,
             at_ms: now(),
             minor,
+            guest: about.domid,
+            guest_name: about.guest.clone(),
+            vdev: about.vdev.clone(),
             what,
         };
         // The file has the event before any reader does: its number is not given out again.
@@ -176,6 +179,9 @@ impl Events {
             series: self.series,
             at_ms: now(),
             minor: None,
+            guest: None,
+            guest_name: None,
+            vdev: None,
             what: What::Renumbered,
         });
         events.insert(0, told(&first, What::Renumbered));
@@ -196,6 +202,9 @@ fn told(event: &Event, what: What) -> Event {
     Event {
         number: event.number.saturating_sub(1),
         minor: None,
+        guest: None,
+        guest_name: None,
+        vdev: None,
         what,
         ..event.clone()
     }

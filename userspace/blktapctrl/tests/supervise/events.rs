@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Events outlive the supervisor, and who listens learns what it has missed.
 
-use super::bed::{block_on, Bed, Succession};
+use super::bed::{block_on, test, Bed, Succession};
+use super::log;
+use super::steps::pause;
 use blktapctrl::{adopt, server};
 use control::supervisor::{Event, Reply, Request, What};
 use control::Channel;
@@ -35,6 +37,20 @@ async fn heard(bed: &Rc<Bed>, after: u64, series: Option<u32>, count: usize) -> 
 
 fn numbers(events: &[Event]) -> Vec<u64> {
     events.iter().map(|event| event.number).collect()
+}
+
+#[test]
+fn an_event_names_the_guest_of_its_disk() {
+    test("event-guest", |bed| async move {
+        log::of_a_guest(&bed).await;
+        bed.ask(pause(0)).await.expect("paused");
+        let events = bed.registry().events.after(0);
+        let paused = events.iter().find(|event| event.what == What::Paused);
+        let paused = paused.expect("an event");
+        let named = (paused.guest, paused.guest_name.as_deref());
+        assert_eq!(named, (Some(3), Some("web")));
+        assert_eq!(paused.vdev.as_deref(), Some("xvdb"));
+    });
 }
 
 #[test]

@@ -21,6 +21,15 @@ pub struct Event {
     pub at_ms: u64,
     /// The disk.
     pub minor: Option<u32>,
+    /// Number of the guest that had the disk at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<u32>,
+    /// Name of that guest, if the supervisor knew it by then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_name: Option<String>,
+    /// Name of the disk in that guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vdev: Option<String>,
     /// Kind of the event, with its details.
     pub what: What,
 }

@@ -74,6 +74,22 @@ impl GuestNames {
     pub(crate) fn get(&self, guest: u32) -> Option<&str> {
         self.names.get(&guest).map(String::as_str)
     }
+
+    /// Returns the name of a guest that no other guest has.
+    pub(crate) fn unique(&self, guest: u32) -> Option<&str> {
+        let name = self.get(guest)?;
+        let others = self.names.values().filter(|other| *other == name);
+        (others.count() == 1).then_some(name)
+    }
+
+    /// Returns the word by which a command line names a guest: its name if that says which one, else its number.
+    pub(crate) fn typed(&self, guest: u32) -> String {
+        // A name of digits alone would be taken for a number.
+        let name = self
+            .unique(guest)
+            .filter(|name| name.parse::<u32>().is_err());
+        name.map_or_else(|| guest.to_string(), str::to_owned)
+    }
 }
 
 #[cfg(test)]
@@ -244,8 +260,11 @@ mod tests {
         fake::serve(&made, &[(0, "Domain-0"), (3, "web"), (4, "web"), (5, "7")]);
         let names = GuestNames::read(&made.host(), [0, 3, 4, 5, 9]);
         assert_eq!((names.get(3), names.get(9)), (Some("web"), None));
+        assert_eq!((names.unique(0), names.unique(3)), (Some("Domain-0"), None));
         let why = names.why.as_deref().unwrap_or_default();
         assert!(why.contains("domain 9: ENOENT"), "{why}");
+        let typed = [0, 3, 5, 9].map(|guest| names.typed(guest));
+        assert_eq!(typed, ["Domain-0", "3", "5", "9"]);
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub(crate) fn tap(minor: u32) -> SampledDisk {
     SampledDisk {
         kind: Kind::Tap,
         vbd: Some(vbd("backend/vbd/3/51728", "xvdb")),
+        guest_name: None,
+        guest_word: Some("3".into()),
         block: None,
         queues: Vec::new(),
         tap: Some(row(minor)),
@@ -64,6 +66,8 @@ pub(crate) fn phy() -> SampledDisk {
     SampledDisk {
         kind: Kind::Phy,
         vbd: Some(vbd("backend/vbd/3/51712", "xvda")),
+        guest_name: None,
+        guest_word: Some("3".into()),
         block: Some(Default::default()),
         queues: Vec::new(),
         tap: None,

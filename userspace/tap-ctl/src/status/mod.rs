@@ -31,6 +31,11 @@ const NOT_KNOWN: [&str; 1] = [
 pub(crate) struct Line {
     /// The guest's number.
     pub(crate) guest: Option<u32>,
+    /// The guest's name, if xenstore tells it.
+    pub(crate) guest_name: Option<String>,
+    /// The word by which a command line names the guest.
+    #[serde(skip)]
+    pub(crate) guest_word: Option<String>,
     /// Its name in the guest.
     pub(crate) vdev: Option<String>,
     /// Its server.
@@ -161,6 +166,8 @@ pub(crate) fn line(disk: &SampledDisk, before: &Look, now: &Look, limits: Limits
     let target = row.and_then(|row| row.target.as_ref().map(ToString::to_string));
     Line {
         guest: disk.guest(),
+        guest_name: disk.guest_name.clone(),
+        guest_word: disk.guest_word.clone(),
         vdev: disk.vdev(),
         kind: disk.kind,
         minor: disk.minor(),

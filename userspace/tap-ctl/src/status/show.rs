@@ -9,11 +9,23 @@ use std::collections::BTreeMap;
 /// One line for each disk, what to do below it, and the sum of all.
 pub(crate) fn text(report: &Report, extended: bool) -> String {
     let mut text = String::new();
+    let words = report
+        .disks
+        .iter()
+        .filter_map(|disk| disk.guest_word.as_deref());
+    let width = words
+        .map(|word| word.chars().count())
+        .max()
+        .unwrap_or(0)
+        .max(5);
     if !report.disks.is_empty() {
-        text += "GUEST VDEV     KIND MINOR VERDICT             CAUSE         WHAT\n";
+        text += &format!(
+            "{:width$} VDEV     KIND MINOR VERDICT             CAUSE         WHAT\n",
+            "GUEST"
+        );
     }
     for disk in &report.disks {
-        text += &line(disk);
+        text += &line(disk, width);
         if let Some(remedy) = &disk.verdict.remedy {
             text += &format!("      do: {remedy}\n");
         }
@@ -33,7 +45,7 @@ pub(crate) fn text(report: &Report, extended: bool) -> String {
     text
 }
 
-fn line(disk: &Line) -> String {
+fn line(disk: &Line, width: usize) -> String {
     let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
     let image = disk.image.as_deref().unwrap_or("-");
     let what = match disk.verdict.why.as_str() {
@@ -41,8 +53,8 @@ fn line(disk: &Line) -> String {
         why => format!("{why} [{image}]"),
     };
     format!(
-        "{:>5} {:8} {:4} {:>5} {:19} {:13} {what}\n",
-        number(disk.guest),
+        "{:width$} {:8} {:4} {:>5} {:19} {:13} {what}\n",
+        disk.guest_word.as_deref().unwrap_or("-"),
         disk.vdev.as_deref().unwrap_or("-"),
         disk.kind.name(),
         number(disk.minor),

@@ -39,7 +39,11 @@ impl Cell {
         match (self, other) {
             (Cell::Count(one), Cell::Count(two)) => one.cmp(two),
             (Cell::Figure(one), Cell::Figure(two)) => one.total_cmp(two),
-            (Cell::Word(one), Cell::Word(two)) => one.cmp(two),
+            // A guest without a name has its number there.
+            (Cell::Word(one), Cell::Word(two)) => match (one.parse::<u64>(), two.parse()) {
+                (Ok(one), Ok(two)) => one.cmp(&two),
+                _ => one.cmp(two),
+            },
             _ => Ordering::Equal,
         }
     }
@@ -132,8 +136,8 @@ const COUNT: usize = 19;
 
 /// All of them, in their order.
 pub(super) static COLUMNS: [Column; COUNT] = [
-    right('G', "GUEST", "the guest's number", 5, |row| {
-        Cell::count(row.disk.guest())
+    left('G', "GUEST", "the guest's name or number", 12, |row| {
+        Cell::word(row.disk.guest_word.clone())
     }),
     left('V', "VDEV", "the disk's name in the guest", 8, |row| {
         Cell::word(row.disk.vdev())
@@ -320,7 +324,7 @@ mod tests {
             assert!(left.iter().any(|column| column.title == "PID"), "{width}");
             let needs: u16 = left.iter().map(|column| column.least_width() + 1).sum();
             assert!(left.len() == 1 || needs - 1 <= width, "{width}");
-            assert!(width < 160 || left.len() == COLUMNS.len(), "{width}");
+            assert!(width < 168 || left.len() == COLUMNS.len(), "{width}");
         }
     }
 }

@@ -88,6 +88,7 @@ struct Shown<'a> {
 #[derive(Serialize)]
 struct ShownDisk<'a> {
     guest: Option<u32>,
+    guest_name: Option<&'a str>,
     vdev: Option<String>,
     kind: Kind,
     minor: Option<u32>,
@@ -98,6 +99,7 @@ impl<'a> Shown<'a> {
     fn of(picture: &'a Picture) -> Shown<'a> {
         let shown = |row: Row<'a>| ShownDisk {
             guest: row.disk.guest(),
+            guest_name: row.disk.guest_name.as_deref(),
             vdev: row.disk.vdev(),
             kind: row.disk.kind,
             minor: row.disk.minor(),
@@ -169,8 +171,8 @@ mod tests {
         let now = look(0, None, vec![fake::phy()]);
         let text = text(&Picture::new(None, Rc::new(now)));
         let expected = "\
-GUEST VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s  WAIT  BUSY  DISKms    RDms    WRms    FLms    99%us  MEM KiB TARGET
-    3 xvda     phy      -       - connected        -        -        -        -     -     0       -       -       -       -        -        - \n";
+GUEST        VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s  WAIT  BUSY  DISKms    RDms    WRms    FLms    99%us  MEM KiB TARGET
+3            xvda     phy      -       - connected        -        -        -        -     -     0       -       -       -       -        -        - \n";
         assert_eq!(text, expected);
     }
 

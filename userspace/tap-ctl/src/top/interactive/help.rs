@@ -24,7 +24,7 @@ const KEYS: [(&str, &str); 12] = [
     ("r", "turn the order round"),
     (
         "/",
-        "show only disks of a guest, by its number, or with a text in their target",
+        "show only disks of a guest, by its number or a part of its name, or with a text in their target",
     ),
     ("", "Enter keeps that, Esc shows all disks again"),
     ("+, -", "look less often, or more often, by a second"),

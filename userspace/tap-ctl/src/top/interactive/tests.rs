@@ -4,6 +4,7 @@
 use super::draw::draw;
 use super::threads::Event;
 use super::{App, End};
+use crate::host::xenstore::GuestNames;
 use crate::look::{Look, SampledDisk, Supervisor};
 use crate::status::fake;
 use crate::top::fake::{counted, look};
@@ -152,6 +153,7 @@ fn disk(guest: u32, device: &str) -> SampledDisk {
     if let Some(block) = &mut disk.block {
         block.name = device.into();
     }
+    disk.name_guest(&GuestNames::default());
     disk
 }
 

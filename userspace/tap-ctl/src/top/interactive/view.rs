@@ -96,7 +96,7 @@ impl Motion {
 pub(super) struct View {
     pub(super) place: Place,
     pub(super) order: Order,
-    /// Only disks of this guest, or with this in their target.
+    /// Only disks of the guest with this number, or with this in the guest's name or in their target.
     pub(super) filter: String,
     /// Whether keys are the filter's.
     pub(super) is_typing: bool,
@@ -143,14 +143,18 @@ impl View {
     }
 
     fn is_chosen(&self, disk: &SampledDisk) -> bool {
-        let is_its_guest = || {
+        let wanted = self.filter.to_lowercase();
+        let has_number = || {
             disk.guest()
                 .is_some_and(|guest| self.filter == guest.to_string())
         };
-        let wanted = self.filter.to_lowercase();
+        let has_name = || {
+            let name = disk.guest_name.as_ref();
+            name.is_some_and(|name| name.to_lowercase().contains(&wanted))
+        };
         let is_its_target =
             || target(disk).is_some_and(|target| target.to_lowercase().contains(&wanted));
-        self.filter.is_empty() || is_its_guest() || is_its_target()
+        self.filter.is_empty() || has_number() || has_name() || is_its_target()
     }
 
     /// Rows that a page shows, and the selected one of all. If that has gone, the one in its place is selected.
