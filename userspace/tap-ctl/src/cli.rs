@@ -840,6 +840,15 @@ pub(crate) struct Check {
 #[derive(Debug, Args)]
 #[command(after_help = STATUS)]
 pub(crate) struct Status {
+    /// Only the disks of this guest: its name or its number, as in xl list
+    #[arg(value_name = "GUEST")]
+    pub(crate) guest: Option<String>,
+    /// Only the disk with this name in the guest, such as xvda, or this number
+    #[arg(value_name = "VDEV", requires = "guest")]
+    pub(crate) vdev: Option<String>,
+    /// Only disks that are not well: those whose verdict has an exit status other than 0
+    #[arg(long)]
+    pub(crate) sick: bool,
     /// Show the figures behind each verdict, and what no counter tells
     #[arg(short = 'x', long)]
     pub(crate) extended: bool,
@@ -882,6 +891,11 @@ pub(crate) struct Watch {
 }
 
 const STATUS: &str = "\
+The worst disks come first. The exit status is that of all disks, or of those that GUEST and VDEV name, also with --sick:
+  tap-ctl status web                    # the disks of a guest
+  tap-ctl status web xvda -x            # one disk, with its figures
+  tap-ctl status --sick                 # what needs attention
+
 Verdicts, with the exit status of the worst one:
   0  ok, not-connected (the guest does not use it yet, or any more), closed, inactive
   1  slow, failing, paused, unknown; or a file could not be read, or blktapctrl does not answer where this driver serves or

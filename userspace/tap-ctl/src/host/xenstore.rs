@@ -70,6 +70,14 @@ impl GuestNames {
         }
     }
 
+    /// The names that an earlier question got.
+    pub(crate) fn of(names: impl IntoIterator<Item = (u32, String)>) -> GuestNames {
+        GuestNames {
+            names: names.into_iter().collect(),
+            why: None,
+        }
+    }
+
     /// Returns the name of a guest.
     pub(crate) fn get(&self, guest: u32) -> Option<&str> {
         self.names.get(&guest).map(String::as_str)
@@ -95,11 +103,7 @@ impl GuestNames {
 #[cfg(test)]
 impl<const COUNT: usize> From<[(u32, &str); COUNT]> for GuestNames {
     fn from(names: [(u32, &str); COUNT]) -> GuestNames {
-        let names = names.into_iter();
-        GuestNames {
-            names: names.map(|(guest, name)| (guest, name.into())).collect(),
-            why: None,
-        }
+        GuestNames::of(names.map(|(guest, name)| (guest, name.into())))
     }
 }
 

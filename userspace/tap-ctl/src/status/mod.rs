@@ -8,12 +8,16 @@ mod show;
 mod tap;
 pub(crate) mod verdict;
 
+use crate::disks::{self, TypedLine};
 use crate::figures::Figures;
+use crate::host::xenstore::GuestNames;
 use crate::host::{Host, Unread};
 use crate::look::{look, Kind, Look, SampledDisk, Supervisor};
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
+use control::{Code, Failure};
 use serde::Serialize;
+use std::cmp::Reverse;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -62,8 +66,14 @@ pub(crate) struct Line {
 pub(crate) struct Report {
     /// The worst of all severities, which is the exit code.
     pub(crate) severity: u8,
-    /// One for each disk.
+    /// One for each disk, the worst first.
     pub(crate) disks: Vec<Line>,
+    /// Number of disks that are well and left out.
+    #[serde(skip)]
+    pub(crate) hidden: usize,
+    /// Severity of what is missing for all disks.
+    #[serde(skip)]
+    pub(crate) of_host: u8,
     /// Why blktapctrl does not answer, if it does not.
     pub(crate) supervisor: Option<String>,
     /// Files that could not be read.
@@ -126,24 +136,67 @@ fn is_suspect(before: &Look, now: &Look, hung: Duration) -> bool {
 
 /// Returns the verdicts on all disks.
 pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
-    let disks: Vec<Line> = now
+    let mut disks: Vec<Line> = now
         .disks
         .iter()
         .map(|disk| line(disk, before, now, limits))
         .collect();
-    let worst = disks.iter().map(|line| line.severity).max().unwrap_or(0);
+    // Those that are as bad stay in the order of guests.
+    disks.sort_by_key(|line| Reverse(line.severity));
+    let worst = worst(&disks);
     let unread: Vec<Unread> = now.unread.clone();
     let supervisor = match &now.supervisor {
         Supervisor::Silent(why) => Some(why.clone()),
         Supervisor::Answers => None,
     };
     let is_missed = supervisor.is_some() && now.is_supervised;
+    let of_host = u8::from(is_missed || !unread.is_empty());
     Report {
-        severity: worst.max(u8::from(is_missed || !unread.is_empty())),
+        severity: worst.max(of_host),
+        hidden: 0,
+        of_host,
         disks,
         supervisor,
         unread,
         not_known: NOT_KNOWN,
+    }
+}
+
+fn worst(disks: &[Line]) -> u8 {
+    disks.iter().map(|line| line.severity).max().unwrap_or(0)
+}
+
+impl Report {
+    /// Leaves the disks that a command line names. The severity is theirs then; disks that are well and left out count.
+    ///
+    /// # Errors
+    /// There are none of that name, or several guests have it.
+    fn choose(&mut self, asked: &cli::Status, line: &TypedLine) -> Result<(), Failure> {
+        if let Some(name) = &asked.guest {
+            let named = self.disks.iter();
+            let named = named.filter_map(|disk| Some((disk.guest?, disk.guest_name.clone()?)));
+            let names = GuestNames::of(named);
+            let guests: Vec<u32> = self.disks.iter().filter_map(|disk| disk.guest).collect();
+            let guest = disks::guest(name, &guests, &names, line)?;
+            self.disks.retain(|disk| disk.guest == Some(guest));
+        }
+        if let (Some(vdev), Some(name)) = (&asked.vdev, &asked.guest) {
+            // A number becomes the name, as the disks have it.
+            let wanted = vdev.parse().map_or_else(|_| vdev.clone(), control::vdev);
+            let is_its = |disk: &Line| disk.vdev.as_deref() == Some(wanted.as_str());
+            if !self.disks.iter().any(is_its) {
+                let why = format!("guest {name} has no disk {vdev}: see `tap-ctl status {name}`");
+                return Err(Failure::new(Code::NotFound, why));
+            }
+            self.disks.retain(is_its);
+        }
+        self.severity = worst(&self.disks).max(self.of_host);
+        if asked.sick {
+            let all = self.disks.len();
+            self.disks.retain(|disk| disk.severity > 0);
+            self.hidden = all - self.disks.len();
+        }
+        Ok(())
     }
 }
 
@@ -192,7 +245,8 @@ fn guest_kib(look: &Look, disk: &SampledDisk) -> u64 {
 pub(crate) fn run(cli: &Cli, asked: &cli::Status) -> Result<ExitCode, Error> {
     let watch = Watch::new(cli, &asked.watch);
     let (before, now) = watch.looks();
-    let report = watch.report(&before, &now);
+    let mut report = watch.report(&before, &now);
+    report.choose(asked, &TypedLine::own())?;
     if cli.json {
         print(&report)?;
     } else {

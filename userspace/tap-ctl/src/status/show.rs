@@ -146,8 +146,13 @@ fn ending(report: &Report) -> String {
         1 => "1 disk".to_owned(),
         count => format!("{count} disks"),
     };
+    let hidden = match report.hidden {
+        0 => String::new(),
+        1 => "; 1 that is well is not shown".to_owned(),
+        hidden => format!("; {hidden} that are well are not shown"),
+    };
     match states.is_empty() {
-        true => format!("{text}{disks}\n"),
-        false => format!("{text}{disks}: {}\n", states.join(", ")),
+        true => format!("{text}{disks}{hidden}\n"),
+        false => format!("{text}{disks}: {}{hidden}\n", states.join(", ")),
     }
 }

@@ -411,9 +411,9 @@ fn what_cannot_be_read_is_said_and_ends_nothing() {
     let before = look(&made);
     let report = after(1, &before, &before);
     assert_eq!(report.disks.len(), 2);
-    assert_eq!(said(&report), (State::Ok, None, 1), "{report:?}");
-    // Of the other one the block device is not there.
-    assert_eq!(report.disks[1].verdict.state, State::Unknown);
+    // The worst one is first: its block device is not there.
+    assert_eq!(said(&report), (State::Unknown, None, 1), "{report:?}");
+    assert_eq!(report.disks[1].verdict.state, State::Ok);
     let text = show::text(&report, true);
     assert!(
         text.contains("cannot read") && text.contains("statistics/rd_req"),
@@ -629,4 +629,78 @@ fn a_supervisor_that_is_missed_is_something_to_look_at() {
     made.file("/etc/modprobe.d/xen-blkback-rs.conf", "");
     assert_eq!(severity(&made, silent()), 1);
     assert_eq!(severity(&made, Supervisor::Answers), 0);
+}
+
+/// Disks of guests web (3) and db (4): one of each hangs or waits, and one is well.
+fn mixed() -> Report {
+    let mut disks = vec![fake::phy(), fake::tap(0), fake::phy(), fake::tap(1)];
+    for (disk, guest) in disks.iter_mut().zip([3, 3, 4, 4]) {
+        if let Some(vbd) = &mut disk.vbd {
+            vbd.guest = guest;
+        }
+        disk.name_guest(&[(3, "web"), (4, "db")].into());
+    }
+    if let Some(vbd) = &mut disks[1].vbd {
+        vbd.driver = None;
+    }
+    if let Some(tap) = &mut disks[3].tap {
+        tap.row.state = Some(tapdisk::State::Paused);
+    }
+    let mut look = look(&made());
+    look.disks = disks;
+    report(&look, &look, LIMITS)
+}
+
+fn chosen(line: &str) -> Result<Report, control::Failure> {
+    use clap::Parser;
+    let cli = crate::Cli::try_parse_from(line.split(' ')).expect(line);
+    let crate::cli::Verb::Status(asked) = &cli.verb else {
+        panic!("{line}");
+    };
+    let mut report = mixed();
+    let line = crate::disks::TypedLine::of([]);
+    report.choose(asked, &line).map(|()| report)
+}
+
+#[test]
+fn the_worst_disk_comes_first_with_the_name_of_its_guest() {
+    let report = chosen("tap-ctl status").expect("all");
+    let severities = report.disks.iter().map(|disk| disk.severity);
+    assert!(severities.eq([2, 1, 0, 0]), "{report:?}");
+    let text = show::text(&report, false);
+    assert!(text.contains("\nweb   xvdb     tap  "), "{text}");
+    let json = serde_json::to_value(&report).expect("json");
+    let first = &json["disks"][0];
+    assert_eq!(
+        (&first["guest"], &first["guest_name"]),
+        (&3.into(), &"web".into())
+    );
+}
+
+#[test]
+fn a_guest_and_a_disk_are_chosen_with_their_own_severity() {
+    for (line, disks, severity) in [
+        ("tap-ctl status web", 2, 2),
+        ("tap-ctl status 4", 2, 1),
+        ("tap-ctl status web xvda", 1, 0),
+        ("tap-ctl status db 51728", 1, 1),
+        ("tap-ctl status --sick", 2, 2),
+        ("tap-ctl status web xvda --sick", 0, 0),
+    ] {
+        let report = chosen(line).expect(line);
+        assert_eq!(
+            (report.disks.len(), report.severity),
+            (disks, severity),
+            "{line}"
+        );
+    }
+    let sick = show::text(&chosen("tap-ctl status --sick").expect("two"), false);
+    assert!(
+        sick.ends_with("; 2 that are well are not shown\n"),
+        "{sick}"
+    );
+    for line in ["tap-ctl status mail", "tap-ctl status web xvdz"] {
+        let code = chosen(line).map_err(|failure| failure.code);
+        assert_eq!(code.err(), Some(control::Code::NotFound), "{line}");
+    }
 }
