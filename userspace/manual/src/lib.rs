@@ -35,8 +35,17 @@ pub fn write(
     let name = command.get_name().to_string();
     // It panics when it cannot write, so it does not get a pipe.
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut command, name, &mut text);
+    clap_complete::generate(shell, &mut command, &name, &mut text);
+    if what == Generated::Bash {
+        text = sound(&name, &String::from_utf8_lossy(&text)).into_bytes();
+    }
     out.write_all(&text)
+}
+
+/// Mends a script for bash. clap_complete spells a hyphen in the program's name in two ways, so that its script finds no
+/// verb of such a program and completes nothing behind one.
+fn sound(name: &str, script: &str) -> String {
+    script.replace(&name.replace('-', "__subcmd__"), &name.replace('-', "__"))
 }
 
 /// A page of section 8, with a section for each verb.
@@ -109,6 +118,20 @@ mod tests {
             assert!(page.contains(part), "{part}: {page}");
         }
         assert!(!page.contains("GENERATE"), "{page}");
+    }
+
+    #[test]
+    fn bash_finds_the_verbs_of_a_program_with_a_hyphen() {
+        let mut text = Vec::new();
+        let program = Command::new("hand-saw").subcommand(Command::new("cut"));
+        write(program, Generated::Bash, "", &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        for line in [
+            "cmd=\"hand__saw__subcmd__cut\"",
+            "hand__saw__subcmd__cut)",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
     }
 
     #[test]

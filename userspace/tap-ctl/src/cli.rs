@@ -375,6 +375,13 @@ pub(crate) enum Verb {
     Top(Top),
     /// Print what happens, from now on
     Events(Events),
+    /// Print the guests and disks that may follow, for completion
+    #[command(hide = true)]
+    Complete {
+        /// Words after the verb
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        words: Vec<String>,
+    },
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {

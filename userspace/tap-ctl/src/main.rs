@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod completion;
 mod dirty;
 mod disks;
 mod doctor;
@@ -25,7 +26,6 @@ mod time;
 mod top;
 mod trace;
 
-use clap::CommandFactory;
 use cli::{Cli, Image, Verb};
 use control::supervisor::{self, Allocate, Create, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
@@ -45,9 +45,10 @@ fn main() -> ExitCode {
     let result = match &cli.verb {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Doctor => return end(&cli, doctor::run(&cli)),
-        Verb::Generate { what } => {
-            manual::write(Cli::command(), *what, SEE_ALSO, &mut io::stdout()).map_err(Error::Output)
-        }
+        Verb::Generate { what } => completion::script(*what, SEE_ALSO)
+            .and_then(|text| io::stdout().write_all(text.as_bytes()))
+            .map_err(Error::Output),
+        Verb::Complete { words } => completion::complete(&cli, words).map_err(Error::Output),
         Verb::List(asked) => list::run(&cli, asked),
         Verb::Metrics(asked) => metrics::run(&cli, asked),
         Verb::Top(asked) => top::run(&cli, asked),
@@ -337,6 +338,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         | Verb::Top(_)
         | Verb::Events(_)
         | Verb::Lease { .. }
+        | Verb::Complete { .. }
         | Verb::Generate { .. } => Request::Top,
     })
 }
