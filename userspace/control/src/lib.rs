@@ -32,6 +32,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod amount;
 mod changed;
 mod channel;
 mod export;
@@ -40,6 +41,7 @@ mod group;
 pub mod installed;
 mod lease;
 mod limits;
+mod near;
 mod secret;
 mod shown;
 pub mod socket;
@@ -53,6 +55,7 @@ mod trace;
 mod vdev;
 pub mod wire;
 
+pub use amount::{size, typed_mib, typed_rate, typed_size, NewSize};
 pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
 pub use export::{Export, Listener};
@@ -60,11 +63,10 @@ pub use failure::{Code, Failure};
 pub use group::{GroupName, InGroup, Pace, Share, Used, MILLI};
 pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
+pub use near::is_near;
 pub use secret::{open_named, Secrecy};
 pub use shown::{shown, shown_json, shown_lines};
-pub use target::{
-    size, typed_rate, typed_size, yes_or_no, Below, Driver, MemoryName, SaidRules, Target,
-};
+pub use target::{yes_or_no, Below, Driver, MemoryName, SaidRules, Target};
 pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};
 pub use vdev::{is_vdev, vdev};

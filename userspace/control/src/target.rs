@@ -507,7 +507,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
     } else if driver == Driver::Cow {
         Argument::Below(below(argument)?)
     } else {
-        Argument::Size(size(argument).ok_or_else(|| {
+        Argument::Size(crate::size(argument).ok_or_else(|| {
             Failure::invalid(format!(
                 "{driver}:{argument:?} has no size: say how many bytes, a multiple of 512, such as {driver}:64M"
             ))
@@ -552,19 +552,6 @@ fn below(argument: &str) -> Result<Below, Failure> {
     }
 }
 
-/// Parses bytes in a second, as a user types them; 0 for no limit.
-///
-/// # Errors
-/// Explains the syntax.
-pub fn typed_rate(text: &str) -> Result<u64, String> {
-    match text {
-        "0" => Ok(0),
-        _ => size(text).ok_or_else(|| {
-            "write a number of bytes in a second that are whole sectors of 512, such as 20M".into()
-        }),
-    }
-}
-
 /// The value of an option that is `yes` or `no`.
 ///
 /// # Errors
@@ -575,33 +562,6 @@ pub fn yes_or_no(text: &str) -> Result<bool, Failure> {
         "no" => Ok(false),
         _ => Err(Failure::invalid(format!("'{text}' is neither yes nor no"))),
     }
-}
-
-/// Parses the size of a disk, as a user types it.
-///
-/// # Errors
-/// Explains the syntax.
-pub fn typed_size(text: &str) -> Result<u64, String> {
-    size(text).ok_or_else(|| {
-        "write a number of bytes that are whole sectors of 512, such as 10G, 64M or 64K".into()
-    })
-}
-
-/// The size of a disk, such as `64M`: a number of bytes with an optional K, M, G or T that are whole
-/// sectors, more than none.
-pub fn size(text: &str) -> Option<u64> {
-    let (digits, shift) = match text.char_indices().next_back()? {
-        (at, 'K' | 'k') => (&text[..at], 10),
-        (at, 'M' | 'm') => (&text[..at], 20),
-        (at, 'G' | 'g') => (&text[..at], 30),
-        (at, 'T' | 't') => (&text[..at], 40),
-        _ => (text, 0),
-    };
-    if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let bytes = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
-    (bytes > 0 && bytes % 512 == 0 && i64::try_from(bytes).is_ok()).then_some(bytes)
 }
 
 impl fmt::Display for Target {
@@ -673,6 +633,26 @@ mod tests {
     use super::{Driver, Target};
     use crate::TlsFile;
     use std::path::Path;
+
+    #[test]
+    fn a_word_with_a_slip_is_told_with_the_one_that_is_meant() {
+        let why = |text: &str| match text.parse::<Target>() {
+            Err(failure) => failure.message,
+            Ok(target) => panic!("{target}"),
+        };
+        let slip = why("bsp=20M,aio:/srv/a.img");
+        assert!(
+            slip.contains("has bsp= before the driver") && slip.contains("bps=?"),
+            "{slip}"
+        );
+        let other = why("colour=red,aio:/srv/a.img");
+        assert!(
+            other.contains("colour=") && !other.contains("do you mean"),
+            "{other}"
+        );
+        assert!(why("iso:/srv/a=b,c.img").contains("there is no driver 'iso'"));
+        assert!("aio:/srv/a=b,c.img".parse::<Target>().is_ok());
+    }
 
     #[test]
     fn the_ways_to_write_a_target() {

@@ -2,7 +2,8 @@
 //! Manual page and shell completions, made from the description of a command line, so that they agree with `--help`.
 #![forbid(unsafe_code)]
 
-use clap::{Command, ValueEnum};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgMatches, Command, Error, ValueEnum};
 use clap_complete::Shell;
 use std::io::{self, Write};
 
@@ -40,6 +41,36 @@ pub fn write(
         text = sound(&name, &String::from_utf8_lossy(&text)).into_bytes();
     }
     out.write_all(&text)
+}
+
+/// Parses the command line of this process. Ends it for `--help`, `--version` and a wrong command line, as clap does.
+pub fn matches(mut command: Command) -> ArgMatches {
+    let parsed = command.try_get_matches_from_mut(std::env::args_os());
+    parsed.unwrap_or_else(|error| explained(error).exit())
+}
+
+/// Says the form of a number to a user who typed something else: the words of the parser name none.
+pub fn explained(error: Error) -> Error {
+    let why = std::error::Error::source(&error).map(ToString::to_string);
+    let form = match why.as_deref() {
+        Some("invalid digit found in string" | "cannot parse integer from empty string") => {
+            "write a whole number, such as 5"
+        }
+        Some("number too large to fit in target type") => "the number is too large",
+        _ => return error,
+    };
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.clone(),
+        _ => String::new(),
+    };
+    let (option, value) = (
+        text(ContextKind::InvalidArg),
+        text(ContextKind::InvalidValue),
+    );
+    Error::raw(
+        ErrorKind::ValueValidation,
+        format!("invalid value '{value}' for '{option}': {form}\n\nFor more information, try '--help'.\n"),
+    )
 }
 
 /// Mends a script for bash. clap_complete spells a hyphen in the program's name in two ways, so that its script finds no
@@ -95,8 +126,8 @@ fn notes(man: &clap_mangen::Man) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{page, write, Generated};
-    use clap::Command;
+    use super::{explained, page, write, Generated};
+    use clap::{value_parser, Arg, Command};
 
     fn command() -> Command {
         let cut = Command::new("cut").after_help("Examples:\n  saw cut x");
@@ -121,15 +152,30 @@ mod tests {
     }
 
     #[test]
+    fn a_number_that_is_none_is_told_with_its_option_and_form() {
+        let minor = Arg::new("minor")
+            .short('m')
+            .value_parser(value_parser!(u32));
+        for (value, form) in [
+            ("x", "write a whole number"),
+            ("99999999999999999999", "too large"),
+        ] {
+            let command = Command::new("saw").arg(minor.clone());
+            let error = command.try_get_matches_from(["saw", "-m", value]);
+            let text = explained(error.unwrap_err()).to_string();
+            for words in [value, "-m <minor>", form] {
+                assert!(text.contains(words), "{words}: {text}");
+            }
+        }
+    }
+
+    #[test]
     fn bash_finds_the_verbs_of_a_program_with_a_hyphen() {
         let mut text = Vec::new();
         let program = Command::new("hand-saw").subcommand(Command::new("cut"));
         write(program, Generated::Bash, "", &mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
-        for line in [
-            "cmd=\"hand__saw__subcmd__cut\"",
-            "hand__saw__subcmd__cut)",
-        ] {
+        for line in ["cmd=\"hand__saw__subcmd__cut\"", "hand__saw__subcmd__cut)"] {
             assert!(text.contains(line), "{line}: {text}");
         }
     }

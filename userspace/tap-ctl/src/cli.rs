@@ -9,7 +9,7 @@ use crate::status::verdict::{HUNG_S, SLOW_MS};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
-use control::{Driver, GroupName, InGroup, MarkName, Target};
+use control::{Driver, GroupName, InGroup, MarkName, NewSize, Target};
 pub(crate) use disk::{Handoff, Mirror, Snapshot, Trace, Which};
 use manual::Generated;
 use std::path::PathBuf;
@@ -605,7 +605,7 @@ pub(crate) struct Allocate {
     #[arg(short, long)]
     pub(crate) minor: Option<u32>,
     /// MiB of memory shared with the process, at most 64; 0 for the default
-    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=64))]
+    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = arena_mib)]
     pub(crate) arena: u32,
     #[command(flatten)]
     pub(crate) policy: Policy,
@@ -616,10 +616,26 @@ pub(crate) struct Allocate {
 pub(crate) struct Resize {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Make the image so large first, such as 20G: a raw file, LUKS, whose new part reads as anything, or qcow2. Without
+    /// Make the image so large first, such as 20G, or +5G for 5 GiB more than it has: a raw file, LUKS, whose new part reads as anything, or qcow2. Without
     /// it the image has grown by other means, such as lvresize
-    #[arg(long, value_parser = control::typed_size)]
-    pub(crate) size: Option<u64>,
+    #[arg(long, value_name = "SIZE|+MORE")]
+    pub(crate) size: Option<NewSize>,
+}
+
+/// Parses MiB, at least one.
+fn some_mib(text: &str) -> Result<u32, String> {
+    match control::typed_mib(text)? {
+        0 => Err("write at least 1 MiB".into()),
+        mib => Ok(mib),
+    }
+}
+
+/// Parses MiB of memory, at most 64.
+fn arena_mib(text: &str) -> Result<u32, String> {
+    match control::typed_mib(text)? {
+        mib @ 0..=64 => Ok(mib),
+        mib => Err(format!("{mib} MiB are too many: write at most 64")),
+    }
 }
 
 /// Reading all of a disk.
@@ -627,8 +643,9 @@ pub(crate) struct Resize {
 pub(crate) struct Scrub {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// At most so many MiB in a second; 0 ends one that runs, another number changes its rate
-    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    /// At most so many MiB in a second, or another amount with its suffix, such as 1.5G; 0 ends one that runs, another
+    /// number changes its rate
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = control::typed_mib)]
     pub(crate) rate: u32,
 }
 
@@ -637,8 +654,9 @@ pub(crate) struct Scrub {
 pub(crate) struct Stream {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// At most so many MiB in a second; another number changes the rate of one that runs
-    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    /// At most so many MiB in a second, or another amount with its suffix, such as 1.5G; another number changes the rate
+    /// of one that runs
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = some_mib)]
     pub(crate) rate: u32,
     /// Begin it, and wait until it is over: the exit status says whether it was done
     #[arg(long)]
@@ -898,7 +916,8 @@ pub(crate) struct Watch {
 }
 
 const STATUS: &str = "\
-The worst disks come first. The exit status is that of all disks, or of those that GUEST and VDEV name, also with --sick:
+The worst disks come first. The exit status is that of all disks, or of those that GUEST and VDEV name, also with --sick;
+it is 4 if there is no such guest or disk:
   tap-ctl status web                    # the disks of a guest
   tap-ctl status web xvda -x            # one disk, with its figures
   tap-ctl status --sick                 # what needs attention

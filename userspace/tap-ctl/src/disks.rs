@@ -92,7 +92,7 @@ fn unknown(name: &str, guests: &[u32], names: &GuestNames) -> Failure {
     let mut near: Vec<&str> = guests
         .iter()
         .filter_map(|guest| names.get(*guest))
-        .filter(|other| is_near(name, other))
+        .filter(|other| control::is_near(name, other))
         .collect();
     near.sort_unstable();
     near.dedup();
@@ -152,33 +152,6 @@ fn list(words: &[String]) -> String {
         [one] => one.clone(),
         [first @ .., last] => format!("{} and {last}", first.join(", ")),
     }
-}
-
-/// Whether a name may be another one with a slip: two letters at most differ, or it is a part of it.
-fn is_near(name: &str, other: &str) -> bool {
-    let (name, other) = (name.to_lowercase(), other.to_lowercase());
-    let is_part = name.chars().count() > 1 && other.contains(&name);
-    is_part || distance(&name, &other) <= 2.min(other.chars().count().saturating_sub(1))
-}
-
-/// Number of letters to insert, remove or exchange to make one word from another.
-fn distance(from: &str, to: &str) -> usize {
-    let to: Vec<char> = to.chars().collect();
-    let mut costs: Vec<usize> = (0..=to.len()).collect();
-    for (row, letter) in from.chars().enumerate() {
-        let mut corner = row;
-        let mut left = row + 1;
-        for (cost, other) in costs.iter_mut().skip(1).zip(&to) {
-            let replaced = corner + usize::from(letter != *other);
-            corner = *cost;
-            left = replaced.min(left + 1).min(corner + 1);
-            *cost = left;
-        }
-        if let Some(first) = costs.first_mut() {
-            *first = row + 1;
-        }
-    }
-    costs.last().copied().unwrap_or(0)
 }
 
 /// The command line as the user typed it, to show how it is meant.

@@ -37,7 +37,7 @@ const WIDTH: usize = 100;
 
 /// Parses the command line of this process. Ends it for `--help`, `--version` and a wrong command line, as clap does.
 pub(crate) fn parse() -> Cli {
-    let matches = command().get_matches();
+    let matches = manual::matches(command());
     Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 

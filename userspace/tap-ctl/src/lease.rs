@@ -3,7 +3,7 @@
 //! administrators need it when hosts are dead.
 
 use crate::cli::LeaseVerb;
-use control::{Failure, LeaseKind, Target};
+use control::{Code, Failure, LeaseKind, Target};
 use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, View};
 use serde_json::{json, Value};
 use std::path::Path;
@@ -21,8 +21,19 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
             holder_is_dead,
         } => {
             let mut lease = find(image)?;
+            let view = lease.inspect();
+            if matches!(
+                &view,
+                Ok(View::Free {
+                    generation: 0,
+                    last: None
+                })
+            ) {
+                let why = format!("no host has a lease of {image}, so there is none to break");
+                return Err(Failure::new(Code::NotFound, why));
+            }
             if lease.watches() {
-                eprintln!("tap-ctl: watching for 13 seconds whether the holder is silent");
+                crate::complain("watching for 13 seconds whether the holder is silent");
             }
             let generation = *holder_is_dead;
             let broken = lease.break_off(HolderIsDead { generation })?;
@@ -133,6 +144,9 @@ mod tests {
         let target = format!("lease=record,aio:{}", image.display());
         let show = verb(&format!("tap-ctl lease show {target}"));
         assert_eq!(run(&show).unwrap().0, "state=free generation=0\n");
+        let never = verb(&format!("tap-ctl lease break {target} --holder-is-dead 1"));
+        let refused = run(&never).unwrap_err();
+        assert_eq!(refused.code, Code::NotFound, "{refused}");
         let mut claim = LeaseClaim::new("guest 3, xvda").unwrap();
         claim.host.name = "alpha".into();
         let kind = "record".parse().unwrap();

@@ -161,15 +161,24 @@ fn rows(socket: &Path) -> Result<Said, Failure> {
 
 /// Looks at everything.
 pub(crate) fn look(host: &Host, socket: &Path) -> Look {
-    let ((rows, counted, groups), supervisor) = match rows(socket) {
-        Ok(said) => (said, Supervisor::Answers),
-        Err(failure) => (Default::default(), Supervisor::Silent(reason(&failure))),
+    let ((rows, counted, groups), (supervisor, is_denied)) = match rows(socket) {
+        Ok(said) => (said, (Supervisor::Answers, false)),
+        Err(failure) => (Default::default(), silent(&failure)),
     };
+    let look = gather(host, rows, supervisor);
     Look {
         counted,
         groups,
-        ..gather(host, rows, supervisor)
+        is_supervised: look.is_supervised || is_denied,
+        ..look
     }
+}
+
+/// Returns why nothing is known, and whether there is a supervisor that does not tell this user: then what it would say
+/// may be bad.
+fn silent(failure: &Failure) -> (Supervisor, bool) {
+    let is_denied = failure.code == Code::Denied;
+    (Supervisor::Silent(reason(failure)), is_denied)
 }
 
 fn reason(failure: &Failure) -> String {
@@ -248,10 +257,24 @@ fn disk(
 
 #[cfg(test)]
 mod tests {
-    use super::{gather, Kind, Supervisor};
+    use super::{gather, silent, Kind, Supervisor};
     use crate::host::made::{block, phy, Made};
     use crate::host::xenstore;
     use crate::status::fake;
+    use control::{Code, Failure};
+
+    /// A user without rights learns nothing of tap disks, which does not mean that they are well.
+    #[test]
+    fn a_supervisor_that_tells_a_user_nothing_counts() {
+        for (code, counts) in [(Code::Denied, true), (Code::NotFound, false)] {
+            let (supervisor, is_there) = silent(&Failure::new(code, "no"));
+            assert_eq!(is_there, counts, "{code:?}");
+            let Supervisor::Silent(why) = supervisor else {
+                panic!("it answers");
+            };
+            assert_eq!(why.contains("be root"), counts, "{why}");
+        }
+    }
 
     #[test]
     fn a_disk_is_known_by_its_directory_and_once() {

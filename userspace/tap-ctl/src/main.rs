@@ -20,6 +20,7 @@ mod look;
 mod metrics;
 mod program;
 mod report;
+mod resize;
 mod show;
 mod status;
 mod time;
@@ -39,7 +40,7 @@ const SEE_ALSO: &str = "blktapctrl(8), tapdisk(8), tapimg(8), block-tap-rs(8)";
 
 fn main() -> ExitCode {
     let mut cli = help::parse();
-    if let Err(error) = disks::resolve(&mut cli) {
+    if let Err(error) = disks::resolve(&mut cli).and_then(|()| count(&mut cli)) {
         return end(&cli, Err(error));
     }
     let result = match &cli.verb {
@@ -63,6 +64,18 @@ fn main() -> ExitCode {
         verb => once(&cli, verb),
     };
     end(&cli, result.map(|()| ExitCode::SUCCESS))
+}
+
+/// Replaces what the command line counts from the present state of a disk.
+fn count(cli: &mut Cli) -> Result<(), Error> {
+    let Verb::Resize(asked) = &cli.verb else {
+        return Ok(());
+    };
+    let size = resize::settle(cli, asked)?;
+    if let (Verb::Resize(asked), Some(size)) = (&mut cli.verb, size) {
+        asked.size = Some(control::NewSize::Bytes(size));
+    }
+    Ok(())
 }
 
 /// The exit code, and why it is that one.
@@ -96,7 +109,7 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
 fn tell_programs(cli: &Cli, failure: &Failure) {
     if cli.json {
         let error = serde_json::json!({ "error": failure }).to_string();
-        println!("{}", shown_json(&error));
+        let _ = writeln!(io::stdout(), "{}", shown_json(&error));
     }
 }
 
@@ -152,7 +165,10 @@ fn connect(cli: &Cli, limit: Instant) -> Result<Channel, Error> {
             return Err(Error::Silent(failure));
         }
         if !std::mem::replace(&mut told, true) {
-            complain(&format!("{failure}: waiting for blktapctrl"));
+            let seconds = cli.patience;
+            complain(&format!(
+                "{failure}: waiting up to {seconds} s for blktapctrl (--patience)"
+            ));
         }
         std::thread::sleep(AGAIN);
     }
@@ -225,9 +241,9 @@ fn say(text: &str) -> io::Result<()> {
     io::stdout().write_all(shown_lines(text).as_bytes())
 }
 
-/// Says what is wrong.
+/// Says what is wrong. A reader that has gone, as in `tap-ctl report 2>&1 | head`, is no reason to end.
 fn complain(text: &str) {
-    eprintln!("tap-ctl: {}", shown(text));
+    let _ = writeln!(io::stderr(), "tap-ctl: {}", shown(text));
 }
 
 /// Without the supervisor.
@@ -295,7 +311,7 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
             timeout_s: handoff.timeout,
         },
         Verb::Snapshot(snapshot) => self::snapshot(snapshot)?,
-        Verb::Resize(resize) => match resize.size {
+        Verb::Resize(resize) => match resize.size.and_then(|size| size.of(0)) {
             Some(size) => Request::Grow {
                 which: named(&resize.which),
                 size,

@@ -124,7 +124,7 @@ struct Parts {
 impl Parts {
     fn add(&mut self, title: &str, look: impl FnOnce() -> String) {
         if self.tells {
-            eprintln!("tap-ctl: {title}");
+            crate::complain(title);
         }
         // Writing to a string cannot fail.
         let _ = write!(self.to, "\n== {title}\n{}\n", look().trim_end());

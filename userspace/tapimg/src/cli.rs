@@ -271,8 +271,9 @@ A disk with a backing image shows nothing of that behind its old end.")]
 pub(crate) struct Resize {
     /// The image, KIND:PATH
     pub(crate) image: Named,
-    /// Size of the disk from now on, such as 10G
-    pub(crate) size: Size,
+    /// Size of the disk from now on, such as 10G, or +1G for 1 GiB more than it has
+    #[arg(value_name = "SIZE|+MORE")]
+    pub(crate) size: control::NewSize,
     /// It may become smaller
     #[arg(long)]
     pub(crate) shrink: bool,

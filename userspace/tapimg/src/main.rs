@@ -25,7 +25,7 @@ mod stop;
 mod target;
 mod walk;
 
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches};
 use cli::{Cli, Verb};
 use control::{shown, shown_json, shown_lines, Code, Failure};
 use diskio::Runtime;
@@ -75,7 +75,8 @@ fn main() -> ExitCode {
     {
         return done;
     }
-    let cli = Cli::parse();
+    let matches = manual::matches(Cli::command());
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let json = cli.json;
     match run(cli) {
         Ok(VerbOutcome::Good) => ExitCode::SUCCESS,
@@ -83,15 +84,15 @@ fn main() -> ExitCode {
         // Such as `tapimg map ... | head`.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Error::Output(error)) => {
-            eprintln!("tapimg: cannot write: {error}");
+            let _ = writeln!(io::stderr(), "tapimg: cannot write: {error}");
             ExitCode::from(6)
         }
         Err(Error::Failed(failure)) => {
             if json {
                 let error = serde_json::json!({ "error": failure }).to_string();
-                println!("{}", shown_json(&error));
+                let _ = writeln!(io::stdout(), "{}", shown_json(&error));
             }
-            eprintln!("tapimg: {}", shown(&failure.to_string()));
+            let _ = writeln!(io::stderr(), "tapimg: {}", shown(&failure.to_string()));
             ExitCode::from(status(failure.code))
         }
     }

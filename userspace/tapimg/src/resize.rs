@@ -55,12 +55,7 @@ impl ResizeResult {
 
 /// Changes the size.
 pub(crate) async fn resize(opener: &ImageOpener, args: &Resize) -> Result<ResizeResult, Failure> {
-    let (image, size) = (&args.image, args.size.0);
-    if size == 0 {
-        return Err(Failure::invalid(format!(
-            "{image}: a disk has at least one sector: give another size"
-        )));
-    }
+    let image = &args.image;
     let file = opener.file(&image.path, Use::Write).await?;
     let old_size = match image.kind {
         Below::Raw => file
@@ -71,8 +66,18 @@ pub(crate) async fn resize(opener: &ImageOpener, args: &Resize) -> Result<Resize
             needs.map_err(|failure| image.said(failure))?.size
         }
     };
+    let size = args.size.of(old_size).ok_or_else(|| {
+        Failure::invalid(format!(
+            "{image}: no disk can be that large: give another size"
+        ))
+    })?;
+    if size == 0 {
+        return Err(Failure::invalid(format!(
+            "{image}: a disk has at least one sector: give another size"
+        )));
+    }
     let lost = match size < old_size {
-        true => shrink(opener, args, &file, old_size).await?,
+        true => shrink(opener, args, &file, old_size, size).await?,
         false => {
             grow(opener, image, &file, old_size, size).await?;
             0
@@ -199,8 +204,9 @@ async fn shrink(
     args: &Resize,
     file: &File,
     old_size: u64,
+    size: u64,
 ) -> Result<u64, Failure> {
-    let (image, size) = (&args.image, args.size.0);
+    let image = &args.image;
     if !args.shrink {
         return Err(Failure::invalid(format!(
             "{image} has {old_size} bytes, and {size} are fewer: say --shrink if that is meant"

@@ -64,6 +64,7 @@ impl Target {
         }
         let image = image.clone();
         if !is_there {
+            refuse_devices(path)?;
             let (file, unfinished) = unfinished(opener, path).await?;
             let place = Place::File {
                 unfinished,
@@ -211,6 +212,25 @@ impl Drop for Target {
                 eprintln!("tapimg: cannot remove {}: {error}", unfinished.display());
             }
         }
+    }
+}
+
+/// A name below /dev is that of a device, and a file there would fill the host's memory; /dev/shm is for files.
+fn refuse_devices(path: &Path) -> Result<(), Failure> {
+    let folder = path
+        .parent()
+        .and_then(|folder| fs::canonicalize(folder).ok());
+    let is_of_devices =
+        folder.is_some_and(|folder| folder.starts_with("/dev") && !folder.starts_with("/dev/shm"));
+    match is_of_devices {
+        true => Err(Failure::new(
+            Code::NotFound,
+            format!(
+                "there is no device {}: make or attach it first",
+                path.display()
+            ),
+        )),
+        false => Ok(()),
     }
 }
 

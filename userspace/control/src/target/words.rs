@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Words of a target before its driver, each with a value, in any order.
 
-use super::{typed_rate, typed_size, yes_or_no, MemoryName, OfDisk, SaidRules, Target};
+use super::{yes_or_no, MemoryName, OfDisk, SaidRules, Target};
+use crate::amount::{typed_rate, typed_size};
+use crate::near::is_near;
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
 use std::path::PathBuf;
@@ -37,6 +39,9 @@ impl Words {
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) || SaidRules::knows(name) => {
                     (name, behind)
+                }
+                Some((name, behind)) if is_word(name) && behind.contains(',') => {
+                    return Err(unknown(text, name));
                 }
                 _ => return Ok(rest),
             };
@@ -103,6 +108,43 @@ impl Words {
             ..target
         })
     }
+}
+
+/// All words.
+const NAMES: [&str; 19] = [
+    "lease",
+    "direct",
+    "bps",
+    "iops",
+    "group",
+    "room",
+    "cache",
+    "below",
+    "key",
+    "name",
+    "shared",
+    "tls-ca",
+    "tls-cert",
+    "tls-key",
+    "on-no-space",
+    "on-error",
+    "fail-after",
+    "hung-after",
+    "hung",
+];
+
+/// Whether a text has the form of a word, and is no path or driver.
+fn is_word(name: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_lowercase() || byte == b'-';
+    !name.is_empty() && name.bytes().all(is_letter)
+}
+
+fn unknown(text: &str, name: &str) -> Failure {
+    let near = NAMES.into_iter().find(|other| is_near(name, other));
+    let meant = near.map_or(String::new(), |near| format!(": do you mean {near}=?"));
+    Failure::invalid(format!(
+        "{text:?} has {name}= before the driver, which is no option of a target{meant}"
+    ))
 }
 
 /// Returns the target with a word applied, if it was given.

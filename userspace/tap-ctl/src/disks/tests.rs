@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-use super::{distance, find, put, resolve, GuestDisk, TypedLine, Wanted};
+use super::{find, put, resolve, GuestDisk, TypedLine, Wanted};
 use crate::cli::Cli;
 use crate::host::made::Made;
 use crate::host::xenstore::{self, GuestNames};
@@ -118,13 +118,6 @@ fn a_request_has_the_node_and_the_directory_that_were_found() {
         let its = (which.minor, which.vbd.as_deref());
         assert_eq!(its, (Some(minor), Some(vbd)), "{text}");
         assert_eq!(which.guest, None);
-    }
-}
-
-#[test]
-fn words_with_a_slip_are_near() {
-    for (from, to, letters) in [("", "ab", 2), ("web", "wbe", 2), ("web1", "web2", 1)] {
-        assert_eq!(distance(from, to), letters, "{from} {to}");
     }
 }
 

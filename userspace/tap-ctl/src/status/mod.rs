@@ -177,7 +177,8 @@ impl Report {
             let named = named.filter_map(|disk| Some((disk.guest?, disk.guest_name.clone()?)));
             let names = GuestNames::of(named);
             let guests: Vec<u32> = self.disks.iter().filter_map(|disk| disk.guest).collect();
-            let guest = disks::guest(name, &guests, &names, line)?;
+            let guest = disks::guest(name, &guests, &names, line);
+            let guest = guest.map_err(|failure| self.without_supervisor(failure))?;
             self.disks.retain(|disk| disk.guest == Some(guest));
         }
         if let (Some(vdev), Some(name)) = (&asked.vdev, &asked.guest) {
@@ -197,6 +198,16 @@ impl Report {
             self.hidden = all - self.disks.len();
         }
         Ok(())
+    }
+
+    /// Adds to a failure that not all disks are known, if that is so.
+    fn without_supervisor(&self, failure: Failure) -> Failure {
+        let Some(why) = &self.supervisor else {
+            return failure;
+        };
+        let message =
+            format!("{failure} blktapctrl does not answer, so tap disks are not known: {why}");
+        Failure { message, ..failure }
     }
 }
 

@@ -699,6 +699,13 @@ fn a_guest_and_a_disk_are_chosen_with_their_own_severity() {
         sick.ends_with("; 2 that are well are not shown\n"),
         "{sick}"
     );
+    let mut silent = mixed();
+    silent.supervisor = Some("no socket".into());
+    let failure = silent.without_supervisor(control::Failure::invalid("no such guest."));
+    assert!(
+        failure.message.ends_with("not known: no socket"),
+        "{failure}"
+    );
     for line in ["tap-ctl status mail", "tap-ctl status web xvdz"] {
         let code = chosen(line).map_err(|failure| failure.code);
         assert_eq!(code.err(), Some(control::Code::NotFound), "{line}");

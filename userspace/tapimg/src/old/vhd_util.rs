@@ -319,7 +319,7 @@ async fn grow(
     }
     let resize = cli::Resize {
         image,
-        size,
+        size: control::NewSize::Bytes(size.0),
         shrink: false,
         lose_data: false,
     };

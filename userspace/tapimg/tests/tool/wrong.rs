@@ -83,6 +83,34 @@ fn what_is_not_there_is_named() {
     assert_eq!(json["error"]["code"], "not-found", "{json}");
 }
 
+/// A file below /dev would be in memory, and fill it.
+#[test]
+fn no_file_is_made_in_place_of_a_device() {
+    let bench = Bench::new();
+    bench.sparse("a", 1 << 20, &[(0, 1 << 20)], 1);
+    for line in [
+        "convert aio:a aio:/dev/xentap-none",
+        "create aio:/dev/xentap-none 1M",
+    ] {
+        let said = bench.bad(4, line);
+        assert!(said.contains("no device /dev/xentap-none"), "{said}");
+    }
+    assert!(!std::path::Path::new("/dev/xentap-none.unfinished").exists());
+}
+
+#[test]
+fn a_size_may_be_an_amount() {
+    let bench = Bench::new();
+    bench.good("create aio:a 1.5MiB");
+    let done = bench.json("resize aio:a +1M");
+    assert_eq!(
+        (&done["old_size"], &done["size"]),
+        (&(3 << 19).into(), &(5 << 19).into())
+    );
+    let said = bench.bad(2, "create aio:b 64MB");
+    assert!(said.contains("such as 10G"), "{said}");
+}
+
 #[test]
 fn an_image_of_another_kind_is_refused() {
     let bench = Bench::new();

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `tap-ctl` as a shell runs it, on a host without a supervisor.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// The program, with an empty folder in place of the host's files.
+fn program(root: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tap-ctl"));
+    command
+        .arg("--root")
+        .arg(root)
+        .args(["--socket", "/nowhere/control.sock"]);
+    command
+}
+
+fn run(words: &[&str]) -> (Output, String) {
+    let root = tempfile::tempdir().expect("a folder");
+    let output = program(root.path()).args(words).output().expect("started");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output, errors)
+}
+
+#[test]
+fn a_command_without_a_supervisor_says_how_long_it_waits() {
+    let (output, errors) = run(&["--patience", "1", "list"]);
+    assert_eq!(output.status.code(), Some(5), "{errors}");
+    assert!(
+        errors.contains("waiting up to 1 s for blktapctrl"),
+        "{errors}"
+    );
+    assert!(errors.contains("is blktapctrl running?"), "{errors}");
+}
+
+#[test]
+fn a_word_in_place_of_a_number_is_told_with_its_option() {
+    let (output, errors) = run(&["pause", "-m", "xvda"]);
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    for words in ["'xvda'", "--minor <MINOR>", "write a whole number"] {
+        assert!(errors.contains(words), "{words}: {errors}");
+    }
+}
+
+/// As `tap-ctl report 2>&1 | head -0`.
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let root = tempfile::tempdir().expect("a folder");
+    let mut child = program(root.path())
+        .args(["report", "--hung", "1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    drop((child.stdout.take(), child.stderr.take()));
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.code(), Some(0), "{status}");
+}
+
+#[test]
+fn completion_is_silent_without_a_supervisor() {
+    let (output, errors) = run(&["complete", "web"]);
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{errors}"
+    );
+    assert_eq!(errors, "");
+}
