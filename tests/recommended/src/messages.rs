@@ -90,7 +90,7 @@ fn skip_item(tokens: &mut impl Iterator<Item = TokenTree>) {
 }
 
 /// Returns the commands in a message: those between backticks, the message itself if it is one, and in a text of several
-/// lines those at the beginning of a line, as in examples.
+/// lines those at the beginning of a line, as in examples. A synopsis, which has brackets, is none.
 fn in_message(program: &str, verbs: &[&str], place: &str, message: &str) -> Vec<Recommended> {
     let quoted = message.split('`').skip(1).step_by(2);
     // A line of an example is indented, and may have a comment.
@@ -105,7 +105,7 @@ fn in_message(program: &str, verbs: &[&str], place: &str, message: &str) -> Vec<
         text.strip_prefix(program)
             .is_some_and(|rest| rest.starts_with(' '))
     };
-    let examples = examples.filter(|line| !line.contains('`'));
+    let examples = examples.filter(|line| !line.contains(['`', '[']));
     let whole = is_command(program, verbs, message).then_some(message);
     let all = quoted.chain(examples).filter(of_program).chain(whole);
     all.map(|text| Recommended {
@@ -190,6 +190,7 @@ mod tests {
         );
         assert_eq!(words("saw cut -m 3"), ["saw cut -m 3"]);
         assert!(words("saw teeth").is_empty() && words("saw cut [OPTIONS]").is_empty());
+        assert!(words("saw cut [OPTIONS] BOARD\n    saw cut [OPTIONS] -m 3").is_empty());
     }
 
     #[test]
