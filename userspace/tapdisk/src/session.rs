@@ -28,6 +28,7 @@ use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
 use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
+use drivers::nbd::Settle;
 use drivers::{DiskInfo, Fence};
 use inactive::Inactive;
 use marks::Marks;
@@ -90,6 +91,8 @@ pub struct Session {
     waiting: RefCell<Vec<Waker>>,
     /// There is an NBD server.
     has_nbd: Cell<bool>,
+    /// Limits of [exports](Self::set_exports), if they are not the usual ones.
+    exports: Cell<Option<(Settle, usize)>>,
     ended: Cell<bool>,
     /// The image is another host's after that.
     deadline: RefCell<Option<Deadline>>,
@@ -168,9 +171,15 @@ impl Session {
             serves: Cell::new(0),
             waiting: RefCell::default(),
             has_nbd: Cell::new(false),
+            exports: Cell::default(),
             ended: Cell::new(false),
             deadline: RefCell::default(),
         })
+    }
+
+    /// Opens exports with these limits from now on, see [`drivers::nbd::Options`]: for tests.
+    pub fn set_exports(&self, settle: Settle, unflushed: usize) {
+        self.exports.set(Some((settle, unflushed)));
     }
 
     /// The runtime that everything is done by.

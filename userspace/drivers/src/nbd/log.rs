@@ -5,8 +5,6 @@ use super::connection::NbdRequest;
 use diskio::Bytes;
 use std::collections::VecDeque;
 
-/// Bytes of data after which the log is flushed, even if the guest does not flush.
-pub(super) const MOST: usize = 16 << 20;
 /// Bytes that a request counts beside its data.
 const HEAD: usize = 128;
 
@@ -53,11 +51,6 @@ impl RequestLog {
             self.bytes -= held(&request);
             self.before += 1;
         }
-    }
-
-    /// Returns true if it is time to flush.
-    pub(super) fn is_full(&self) -> bool {
-        self.bytes > MOST
     }
 
     /// Returns the requests to execute again, in order.

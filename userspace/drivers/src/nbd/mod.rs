@@ -21,7 +21,7 @@ use control::{Code, Failure};
 use diskio::{of_earlier, Barrier, Bytes, Data, Errno, Gate, Runtime};
 use handshake::{About, RefusedExport, Talk};
 use log::RequestLog;
-pub use options::{Options, Settle};
+pub use options::{Options, Settle, PAUSES, UNFLUSHED};
 use proto::{command, CommandFlags, Transmission};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -34,8 +34,6 @@ use wire::Wire;
 
 /// Time limit of a handshake.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Time between attempts to connect, the first and the longest one.
-const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 /// Bytes of a request at most, whatever the server takes.
 const TRANSFER: u32 = 4 << 20;
 /// Bytes that are zeroed or discarded at once: servers may take long for it.
@@ -127,7 +125,7 @@ impl<C: Connect> Nbd<C> {
     /// An export that is reached by `connector`.
     pub fn new(runtime: &Runtime, connector: C, options: Options) -> Self {
         // A flush frees all memory of the log.
-        runtime.io.keep_buffers(log::MOST);
+        runtime.io.keep_buffers(options.unflushed);
         Self {
             runtime: runtime.clone(),
             connector,
@@ -296,7 +294,7 @@ impl<C: Connect> Nbd<C> {
 
     /// Waits before the next attempt, longer each time until the server has answered a request.
     async fn rest(&self) -> Result<(), Errno> {
-        let [first, longest] = PAUSES;
+        let [first, longest] = self.options.settle.pauses;
         let pause = self.pause.get();
         self.pause.set((pause * 2).clamp(first, longest));
         match pause {
@@ -383,20 +381,41 @@ impl<C: Connect> Nbd<C> {
             request.flags |= CommandFlags::FUA;
         }
         // A log that cannot be flushed must not grow.
-        if self.log.borrow().is_full() {
+        let unflushed = self.log.borrow().bytes();
+        if unflushed > self.options.unflushed {
             let flushed = self.flushes.settle(async || self.flush_log().await).await;
             flushed.map_err(of_earlier)?;
         }
+        let lost = self.flushes.lost();
         let done = self.perform(&request, None).await;
         done.map_err(|error| match is_durable {
             // The server may implement FUA as a flush.
             true => of_earlier(error),
             false => error,
         })?;
+        // A flush that failed meanwhile may have lost the data, before the server made it durable for this request.
+        if is_durable && self.flushes.lost() != lost {
+            return Err(Errno::IO);
+        }
         if self.can(Transmission::SEND_FLUSH) {
             self.log.borrow_mut().note(&request, is_durable);
         }
         Ok(())
+    }
+
+    /// Makes the changes durable that an earlier process has made: the log of this one does not have them, so a server
+    /// that dies later may lose them, and no flush would fail. If they may be lost already, the next flush fails.
+    async fn make_durable(&self, connection: &NbdConnection) {
+        if !self.options.writable || !self.can(Transmission::SEND_FLUSH) {
+            return;
+        }
+        let flush = NbdRequest::plain(command::FLUSH, 0, 0);
+        match connection.call(&flush, None).await {
+            Ok(_) => {}
+            Err(Unanswered::Failed(error)) => self.flushes.lose(error),
+            // The server that comes next may not have them any more.
+            Err(Unanswered::Lost) => self.flushes.lose(Errno::IO),
+        }
     }
 
     /// Flushes the answered requests on the server, and drops them from the log.
@@ -443,7 +462,8 @@ impl<C: Connect> Driver for Nbd<C> {
         let connection = self.connect().await?;
         let about = *connection.about();
         self.about.get_or_init(|| about);
-        self.connection.replace(Some(connection));
+        self.connection.replace(Some(connection.clone()));
+        self.make_durable(&connection).await;
         let block = block(&about);
         let best = match about.best.is_power_of_two() {
             true => about.best.clamp(block, MAX_BLOCK),

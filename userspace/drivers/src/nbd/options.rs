@@ -3,11 +3,15 @@
 
 use std::time::Duration;
 
+/// Bytes of answered changes that the driver keeps in memory at most.
+pub const UNFLUSHED: usize = 16 << 20;
 /// Time in which a server that has closed its connection may still execute requests from it.
 const CLOSED: Duration = Duration::from_secs(10);
 /// Time in which a server may still execute requests from a connection that was given up: they may still be on their
 /// way.
 const GIVEN_UP: Duration = Duration::from_millis(crate::driver::SETTLE_MS as u64);
+/// Time between attempts to connect, the first and the longest one.
+pub const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
 
 /// Options of an export.
 #[derive(Clone, Debug)]
@@ -21,17 +25,22 @@ pub struct Options {
     /// Name or address that the server's certificate must have. The client sends nothing to a server without that
     /// proof; without a name here, the connection is not encrypted.
     pub tls: Option<String>,
-    /// Time to wait for changes that may be executed late: for tests.
+    /// Times to wait before a lost connection is replaced: for tests.
     pub settle: Settle,
+    /// Bytes of answered changes after which the driver flushes, even if the guest does not: for tests, less than
+    /// [`UNFLUSHED`].
+    pub unflushed: usize,
 }
 
-/// Time until a lost connection is replaced, if the fate of a change is unknown.
+/// Times until a lost connection is replaced.
 #[derive(Clone, Copy, Debug)]
 pub struct Settle {
-    /// After the server has closed it.
+    /// After the server has closed it, if the fate of a change is unknown.
     pub closed: Duration,
-    /// After this client has given it up.
+    /// After this client has given it up, if the fate of a change is unknown.
     pub given_up: Duration,
+    /// Between two attempts, the first time and the longest time.
+    pub pauses: [Duration; 2],
 }
 
 impl Settle {
@@ -40,6 +49,7 @@ impl Settle {
         Self {
             closed: GIVEN_UP,
             given_up: GIVEN_UP,
+            pauses: PAUSES,
         }
     }
 }
@@ -49,6 +59,7 @@ impl Default for Settle {
         Self {
             closed: CLOSED,
             given_up: GIVEN_UP,
+            pauses: PAUSES,
         }
     }
 }

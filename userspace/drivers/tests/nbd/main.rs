@@ -9,7 +9,7 @@ mod tls;
 use control::Failure;
 use diskio::{Data, Errno, Runtime};
 use drivers::nbd::proto::{self, chunk, command, option_reply, Transmission};
-use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle};
+use drivers::nbd::{Connect, Credentials, Nbd, Options, Settle, PAUSES, UNFLUSHED};
 use drivers::{Attributes, Content, Disk, DiskInfo};
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use secure::How;
@@ -33,12 +33,14 @@ const DURABLE: Attributes = Attributes { fua: true, ..PLAIN };
 const SETTLE: Settle = Settle {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 3),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 4),
+    pauses: PAUSES,
 };
 
 /// Times to settle on a machine that is busy with something else.
 const PATIENT: Settle = Settle {
     closed: Duration::from_millis(LATE.as_millis() as u64 * 12),
     given_up: Duration::from_millis(LATE.as_millis() as u64 * 12),
+    pauses: PAUSES,
 };
 
 struct Socket {
@@ -81,6 +83,7 @@ impl ExportHarness {
             writable,
             tls: host,
             settle,
+            unflushed: UNFLUSHED,
         };
         let socket = Socket {
             path: path.into(),
@@ -277,8 +280,28 @@ fn late_write_is_found_where_nobody_waits() {
     let none = Settle {
         closed: Duration::ZERO,
         given_up: Duration::ZERO,
+        pauses: PAUSES,
     };
     assert_eq!(late_write(none, true), [1; 512]);
+}
+
+/// The next process does not know of it, and could not repeat it.
+#[test]
+fn write_of_an_earlier_process_is_durable_before_the_next_one_serves() {
+    let (_folder, server, bed) = served(ServerKind::new(SIZE), SETTLE);
+    bed.write(0, &[1; 512], PLAIN).unwrap();
+    drop(bed);
+    assert_eq!(server.state().durable[..512], [0; 512]);
+    let looks = ExportHarness::new(server.path(), SETTLE, false);
+    assert_eq!(server.state().durable[..512], [0; 512]);
+    drop(looks);
+    let next = ExportHarness::new(server.path(), SETTLE, true);
+    assert_eq!(server.state().durable[..512], [1; 512]);
+    // The next flush reports that such a write is lost.
+    drop(next);
+    server.state().fails = Some((command::FLUSH, 5));
+    let next = ExportHarness::new(server.path(), SETTLE, true);
+    assert_eq!((next.flush(), next.flush()), (Err(Errno::IO), Ok(())));
 }
 
 /// A request that is sent again comes before a write that is newer and already durable.

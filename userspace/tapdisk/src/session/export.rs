@@ -29,15 +29,20 @@ impl Parts<'_> {
             needs: self.session.needs.clone(),
             target: open.target.clone(),
         };
+        let (settle, unflushed) = self.session.exports.get().unwrap_or_else(|| {
+            let settle = match export.socket() {
+                Some(_) => nbd::Settle::default(),
+                None => nbd::Settle::network(),
+            };
+            (settle, nbd::UNFLUSHED)
+        });
         let options = nbd::Options {
             export: export.name().to_owned(),
             name: export.to_string(),
             writable: !open.read_only && !self.looks,
             tls: must_prove(&open.target)?,
-            settle: match export.socket() {
-                Some(_) => nbd::Settle::default(),
-                None => nbd::Settle::network(),
-            },
+            settle,
+            unflushed,
         };
         let disk = Nbd::new(&self.session.runtime, server, options);
         drivers::activate(Disk::new(disk), open).await

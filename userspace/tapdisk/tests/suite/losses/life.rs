@@ -2,18 +2,20 @@
 //! The lives of processes that serve one disk after the other: pauses, suspends, hand-offs and deaths.
 
 use super::guest::Guest;
-use super::storage::{memory, reopen, Volatile};
-use super::subject::{Subject, SECRET};
+use super::images::{DiskImages, StoredImage};
+use super::server::connect;
+use super::storage::{memory, reopen};
+use super::subject::SECRET;
 use control::tapdisk::{Needed, Provided, Reply, Request, State, Status};
 use control::{Code, Failure};
 use diskio::Runtime;
+use drivers::nbd::Settle;
 use ring::tap::shadow::Op;
 use std::cell::RefCell;
-use std::fs::File;
 use std::future::poll_fn;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::Duration;
 use tapdev::fake::FakeTap;
 use tapdev::Tap;
 use tapdisk::Session;
@@ -26,26 +28,30 @@ const STEPS: u64 = 120;
 const SETTLED: u32 = 64;
 /// Turns that nothing takes.
 const FOREVER: u32 = 2_000_000;
+/// Bytes after which the driver of an export flushes by itself: two or three requests.
+const UNFLUSHED: usize = 12 << 10;
+/// The server of a test executes nothing late, and is back at once.
+const AT_ONCE: Settle = Settle {
+    closed: Duration::ZERO,
+    given_up: Duration::ZERO,
+    pauses: [Duration::ZERO; 2],
+};
 
 /// The disk, from process to process.
 #[derive(Clone)]
 pub(super) struct Life(Rc<Inner>);
 
 struct Inner {
-    subject: Subject,
     fake: FakeTap,
-    storage: Volatile,
-    base: File,
+    images: Rc<DiskImages>,
     guest: Rc<RefCell<Guest>>,
-    /// Memory that each process leaves to the next one.
-    kept: RefCell<Option<File>>,
     /// How the life ended.
     end: RefCell<Option<End>>,
 }
 
 /// How a life ends.
 #[derive(Debug)]
-enum End {
+pub(super) enum End {
     /// The process is killed.
     Death,
     /// It has let go of the disk.
@@ -57,7 +63,7 @@ enum End {
 }
 
 /// Others run.
-async fn turns(count: u32) {
+pub(super) async fn turns(count: u32) {
     for _ in 0..count {
         let mut is_over = false;
         poll_fn(|cx| {
@@ -72,22 +78,21 @@ async fn turns(count: u32) {
 }
 
 impl Life {
-    pub(super) fn new(
-        subject: Subject,
-        fake: &FakeTap,
-        storage: &Volatile,
-        base: &File,
-        guest: &Rc<RefCell<Guest>>,
-    ) -> Self {
+    pub(super) fn new(fake: &FakeTap, images: &Rc<DiskImages>, guest: &Rc<RefCell<Guest>>) -> Self {
         Self(Rc::new(Inner {
-            subject,
             fake: fake.clone(),
-            storage: storage.clone(),
-            base: base.try_clone().expect("a descriptor"),
+            images: images.clone(),
             guest: guest.clone(),
-            kept: RefCell::default(),
             end: RefCell::default(),
         }))
+    }
+
+    pub(super) fn images(&self) -> &Rc<DiskImages> {
+        &self.0.images
+    }
+
+    fn served(&self) -> StoredImage {
+        self.0.images.served()
     }
 
     /// One process, from its start to its end. Says how all ended, if that was the last one.
@@ -96,7 +101,8 @@ impl Life {
         let session = Session::new(&runtime);
         let tap = Tap::open(self.0.fake.open().expect("a node")).expect("a node");
         session.attach(tap).expect("a node");
-        self.0.storage.serve(&runtime.io);
+        session.set_exports(AT_ONCE, UNFLUSHED);
+        self.0.images.attend(&runtime.io);
         let (life, its) = (self.clone(), session.clone());
         runtime
             .tasks
@@ -114,7 +120,7 @@ impl Life {
         let end = self.0.end.take().expect("an end");
         self.0.guest.borrow_mut().note(format!("{end:?}"));
         if matches!(end, End::Death) {
-            self.0.storage.die();
+            self.0.images.die();
         }
         // The death of a process takes everything along.
         runtime.tasks.clear();
@@ -127,7 +133,7 @@ impl Life {
         self.0.fake.fence();
         // Memory may be short at any time.
         if self.0.guest.borrow_mut().chance.one_in(2) {
-            self.0.storage.evict();
+            self.0.images.evict();
         }
         match end {
             End::Death | End::HandOff => None,
@@ -147,8 +153,16 @@ impl Life {
             for need in needs {
                 known = known.max(need.number);
                 let (provided, fd) = match need.what {
-                    Needed::State { size } => (Provided::Shared, Some(self.kept(size))),
-                    Needed::Parent { .. } => (Provided::Locked, Some(reopen(&self.0.base, false))),
+                    Needed::State { size } => (Provided::Shared, Some(self.served().kept(size))),
+                    Needed::Parent { .. } => {
+                        let base = reopen(&self.0.images.base, false);
+                        (Provided::Locked, Some(base))
+                    }
+                    Needed::Server { .. } => {
+                        let exported = self.0.images.exported().expect("an export");
+                        let connection = connect(session.runtime(), &exported.storage);
+                        (Provided::Shared, Some(connection))
+                    }
                     Needed::Key { .. } => (Provided::Shared, Some(reopen(memory(SECRET), false))),
                     _ => {
                         let why = Failure::new(Code::Denied, "it is not for a test");
@@ -166,17 +180,7 @@ impl Life {
         }
     }
 
-    fn kept(&self, size: u64) -> OwnedFd {
-        let mut kept = self.0.kept.borrow_mut();
-        let file = kept.get_or_insert_with(|| {
-            let file = memory(&[]);
-            file.set_len(size).expect("memory");
-            file
-        });
-        reopen(file, true)
-    }
-
-    fn guest(&self) -> std::cell::RefMut<'_, Guest> {
+    pub(super) fn guest(&self) -> std::cell::RefMut<'_, Guest> {
         self.0.guest.borrow_mut()
     }
 
@@ -186,17 +190,17 @@ impl Life {
         session: &Rc<Session>,
         how: impl Fn(control::tapdisk::Open) -> Request,
     ) -> Result<(), String> {
-        self.0.storage.fail(false);
+        let image = self.served();
+        image.storage.fail(false);
         let mut opened = Ok(Reply::Done);
         for fails in [true, false] {
-            let question = how(self.0.subject.open());
-            let image = self.0.storage.descriptor();
-            self.0.storage.open(fails);
-            opened = session.handle(question, vec![image]).await;
-            self.0.storage.open(false);
+            let question = how(image.subject.open());
+            image.storage.open(fails);
+            opened = session.handle(question, image.descriptors()).await;
+            image.storage.open(false);
             if let Ok(Reply::Disk(_)) = opened {
                 let fails = !self.guest().chance.one_in(4);
-                self.0.storage.fail(fails);
+                image.storage.fail(fails);
                 self.guest().begins_again();
                 return Ok(());
             }
@@ -206,7 +210,7 @@ impl Life {
     }
 
     /// Takes answers, and has the power lost after a flush that succeeded.
-    fn collect(&self) -> Result<(), String> {
+    pub(super) fn collect(&self) -> Result<(), String> {
         let has_flushed = self.guest().collect();
         if has_flushed && self.guest().chance.one_in(2) {
             return self.check();
@@ -214,9 +218,8 @@ impl Life {
         Ok(())
     }
 
-    fn check(&self) -> Result<(), String> {
-        let Inner { storage, base, .. } = &*self.0;
-        self.0.guest.borrow().check(storage, base)
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.0.guest.borrow().check(&self.0.images)
     }
 
     /// Waits until no more than so many requests are under way.
@@ -239,14 +242,14 @@ impl Life {
     }
 
     /// A pause, or the like, that began then has ended. One that succeeds promises as much as a flush, unless the guest is
-    /// owed an error that was met before.
+    /// owed an error that was met before. Returns true if it is.
     async fn paused(
         &self,
         session: &Rc<Session>,
         begun: u64,
         what: &str,
         done: &Result<Reply, Failure>,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
         let owes = self.status(session).await?.owes;
         // A flush that was answered meanwhile may have reported something.
         self.collect()?;
@@ -256,20 +259,26 @@ impl Life {
             self.check()
                 .map_err(|broken| format!("after the {what}, {broken}"))?;
         }
-        Ok(())
+        Ok(owes)
     }
 
-    async fn pause(&self, session: &Rc<Session>) -> Result<(), String> {
+    /// Pauses the disk for a moment, or until another process has it.
+    async fn pause(&self, session: &Rc<Session>) -> Result<Option<End>, String> {
         let begun = self.guest().now();
         let done = session.handle(Request::Pause, Vec::new()).await;
-        self.paused(session, begun, "pause", &done).await?;
-        self.open(session, Request::Unpause).await
+        let owes = self.paused(session, begun, "pause", &done).await?;
+        let end = self.switch(session, owes).await?;
+        if end.is_none() {
+            self.open(session, Request::Unpause).await?;
+        }
+        Ok(end)
     }
 
     async fn suspend(&self, session: &Rc<Session>) -> Result<(), String> {
         let begun = self.guest().now();
         let done = session.handle(Request::Inactivate, Vec::new()).await;
         self.paused(session, begun, "suspend", &done).await?;
+        self.end_copy(session);
         let state = self.status(session).await?.state;
         if state != State::Inactive {
             return Err(format!("the disk is not inactive: {state:?}"));
@@ -284,6 +293,7 @@ impl Life {
         let begun = self.guest().now();
         let done = session.handle(Request::Close, Vec::new()).await;
         self.paused(session, begun, "hand-off", &done).await?;
+        self.end_copy(session);
         Ok(End::HandOff)
     }
 
@@ -292,14 +302,52 @@ impl Life {
         self.until(0).await?;
         self.guest().send(Op::Flush);
         self.until(0).await?;
-        let (errors, failed) = (self.0.storage.errors(), self.guest().failed);
+        let storage = self.served().storage;
+        let (errors, failed) = (storage.errors(), self.guest().failed);
         self.guest().send(Op::Flush);
         self.until(0).await?;
-        let fails_anew = self.0.storage.errors() > errors;
+        let fails_anew = storage.errors() > errors;
         match self.guest().failed > failed && !fails_anew {
             true => Err("a flush fails for what another one has reported".into()),
             false => Ok(()),
         }
+    }
+
+    /// One event, after which the process may have let go of the disk.
+    async fn step(&self, session: &Rc<Session>) -> Result<Option<End>, String> {
+        let kinds = match self.served().subject.moves {
+            true => 108,
+            false => 100,
+        };
+        let kind = self.guest().chance.below(kinds);
+        match kind {
+            0..50 => self.guest().send(Op::Write),
+            50..55 => self.guest().send(Op::WriteZeroes),
+            55..59 => self.guest().send(Op::Discard),
+            59..76 => self.guest().send(Op::Flush),
+            76..92 => {
+                let count = 1 + self.guest().chance.below(8);
+                for _ in 0..count {
+                    turns(1).await;
+                    self.collect()?;
+                }
+            }
+            92..95 => self.owes_once().await?,
+            95..97 => return self.pause(session).await,
+            97..99 => self.suspend(session).await?,
+            99 => {
+                let fails = !self.guest().chance.one_in(3);
+                self.served().storage.fail(fails);
+            }
+            100..104 => self.mirror(session).await,
+            // A copy then reads only what the storage has.
+            104..106 => self.images().evict(),
+            _ => {
+                self.until_same(session).await?;
+                return self.pause(session).await;
+            }
+        }
+        Ok(None)
     }
 
     /// Events while this process has the disk.
@@ -311,33 +359,15 @@ impl Life {
         };
         for _ in 0..steps {
             self.collect()?;
-            let step = self.guest().chance.below(100);
-            match step {
-                0..50 => self.guest().send(Op::Write),
-                50..55 => self.guest().send(Op::WriteZeroes),
-                55..59 => self.guest().send(Op::Discard),
-                59..76 => self.guest().send(Op::Flush),
-                76..92 => {
-                    let count = 1 + self.guest().chance.below(8);
-                    for _ in 0..count {
-                        turns(1).await;
-                        self.collect()?;
-                    }
-                }
-                92..95 => self.owes_once().await?,
-                95..97 => self.pause(session).await?,
-                97..99 => self.suspend(session).await?,
-                _ => {
-                    let fails = !self.guest().chance.one_in(3);
-                    self.0.storage.fail(fails);
-                }
+            if let Some(end) = self.step(session).await? {
+                return Ok(end);
             }
             if self.0.guest.borrow().under_way() >= DEPTH {
                 self.until(DEPTH / 2).await?;
             }
         }
         if is_last {
-            self.0.storage.fail(false);
+            self.served().storage.fail(false);
             self.owes_once().await?;
             self.check()?;
             return Ok(End::All);
@@ -347,16 +377,17 @@ impl Life {
         }
         // An error that the storage has reported, and the process has not learned of yet, is lost with it.
         // An owed one is reported by a flush that is under way; so the process lives until there was none for a while.
-        self.0.storage.fail(false);
+        let storage = self.served().storage;
+        storage.fail(false);
         loop {
-            let errors = self.0.storage.errors();
+            let errors = storage.errors();
             turns(SETTLED).await;
-            if self.0.storage.errors() == errors {
+            if storage.errors() == errors {
                 break;
             }
         }
         // From here on the storage reports nothing to it.
-        self.0.storage.die();
+        self.0.images.die();
         Ok(End::Death)
     }
 }

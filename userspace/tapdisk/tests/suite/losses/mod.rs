@@ -7,19 +7,25 @@
 //! acknowledgement. After flushes, pauses and hand-offs that succeeded, the power is lost, and the image of that moment
 //! must hold all that was promised.
 //!
+//! The storage of an export is behind a [`server`] that goes away at times. A disk that [moves](mirror) gets another image
+//! while its guest works.
+//!
 //! `SEEDS` is the number of schedules for each driver, `SEED` repeats those from one on.
 
 mod chance;
 mod guest;
+mod images;
 mod life;
+mod mirror;
+mod server;
 mod storage;
 mod subject;
 
 use chance::{seeds, Chance};
+use images::DiskImages;
 use life::Life;
 use std::cell::RefCell;
 use std::rc::Rc;
-use storage::Volatile;
 use subject::Subject;
 use tapdev::fake::FakeTap;
 
@@ -55,11 +61,10 @@ fn runs(subject: Subject, schedules: u64) {
 fn run(subject: Subject, seed: u64) -> (u64, u64) {
     let mut chance = Chance(seed);
     let fake = FakeTap::new(16).expect("a node");
-    let base = Subject::base();
-    let storage = Volatile::new(subject.image(), Chance(chance.next()));
+    let images = DiskImages::new(subject, Chance(chance.next()));
     let guest = guest::Guest::new(&fake, subject, Chance(chance.next()));
     let guest = Rc::new(RefCell::new(guest));
-    let life = Life::new(subject, &fake, &storage, &base, &guest);
+    let life = Life::new(&fake, &images, &guest);
     let ended = (0..LIVES).find_map(|number| life.live(number + 1 == LIVES));
     let guest = guest.borrow();
     if let Some(Err(what)) = ended {
@@ -116,4 +121,14 @@ fn luks() {
 #[test]
 fn cow_over_raw() {
     holds(subject::COW);
+}
+
+#[test]
+fn nbd() {
+    holds(subject::NBD);
+}
+
+#[test]
+fn mirror() {
+    holds(subject::MOVING);
 }

@@ -3,7 +3,7 @@
 //! one flush reports the error, and the next one succeeds although the sector is not durable.
 
 use super::chance::Chance;
-use diskio::{Errno, Io, Op, Opened, OperationFate};
+use diskio::{Errno, Op, Opened, OperationFate};
 use rustix::fs::{fstat, memfd_create, MemfdFlags};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -90,15 +90,7 @@ impl Volatile {
                 errors: 0,
             }),
         }));
-        let all = 0..storage.size().div_ceil(SECTOR as u64);
-        {
-            let mut state = storage.0.state.borrow_mut();
-            state.size = storage.size();
-            state.durable_size = state.size;
-            for sector in all {
-                state.write_back(&storage.0.file, sector);
-            }
-        }
+        storage.0.state.borrow_mut().settle(&storage.0.file);
         storage
     }
 
@@ -106,17 +98,27 @@ impl Volatile {
         reopen(&self.0.file, true)
     }
 
-    /// Has operations of this file decided here.
-    pub(super) fn serve(&self, io: &Io) {
-        let storage = self.clone();
+    /// A process begins to use it.
+    pub(super) fn revive(&self) {
         self.0.state.borrow_mut().is_dead = false;
-        io.decide_by(move |op| storage.decide(op));
-        let storage = self.clone();
-        io.forget_by(move |file| {
-            if storage.is(file) {
-                storage.evict();
-            }
-        });
+    }
+
+    /// True for one in so many calls, while operations fail.
+    pub(super) fn happens(&self, one_in: u64) -> bool {
+        let mut state = self.0.state.borrow_mut();
+        state.fails && state.chance.one_in(one_in)
+    }
+
+    /// The machine of the storage loses its power, and starts again.
+    pub(super) fn lose_power(&self) {
+        let left = self.cut();
+        let mut state = self.0.state.borrow_mut();
+        let size = left.metadata().expect("memory").len();
+        let mut bytes = vec![0; size as usize];
+        left.read_exact_at(&mut bytes, 0).expect("memory");
+        self.0.file.set_len(size).expect("memory");
+        self.0.file.write_all_at(&bytes, 0).expect("memory");
+        state.settle(&self.0.file);
     }
 
     /// From now on operations fail at times, or none does any more. A write-back that has failed is still reported.
@@ -186,7 +188,7 @@ impl Volatile {
         self.0.file.metadata().expect("memory").len()
     }
 
-    fn is(&self, file: &Opened) -> bool {
+    pub(super) fn is(&self, file: &Opened) -> bool {
         let (own, other) = (fstat(&self.0.file), fstat(file));
         let (own, other) = (own.expect("memory"), other.expect("a file"));
         (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino)
@@ -206,18 +208,8 @@ impl Volatile {
         state.size = size;
     }
 
-    fn decide(&self, op: &Op) -> OperationFate {
-        let file = match op {
-            Op::Read { file, .. }
-            | Op::Write { file, .. }
-            | Op::Sync { file }
-            | Op::Zero { file, .. }
-            | Op::Discard { file, .. } => file,
-            Op::Ready { .. } | Op::Command { .. } => return OperationFate::Execute,
-        };
-        if !self.is(file) {
-            return OperationFate::Execute;
-        }
+    /// Decides on an operation on this file.
+    pub(super) fn decide(&self, op: &Op) -> OperationFate {
         let mut state = self.0.state.borrow_mut();
         self.look_at_size(&mut state);
         if state.chance.one_in(DELAYS) {
@@ -276,6 +268,19 @@ impl Volatile {
 }
 
 impl State {
+    /// All that `file` holds is durable now.
+    fn settle(&mut self, file: &File) {
+        self.size = file.metadata().expect("memory").len();
+        self.durable_size = self.size;
+        self.durable.clear();
+        self.dirty.clear();
+        self.forgotten.clear();
+        self.owes = false;
+        for sector in 0..self.size.div_ceil(SECTOR as u64) {
+            self.write_back(file, sector);
+        }
+    }
+
     fn write(&mut self, offset: u64, len: u64) {
         let unit = SECTOR as u64;
         for sector in offset / unit..(offset + len).div_ceil(unit) {

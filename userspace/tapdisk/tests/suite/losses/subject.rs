@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The drivers, each with an image of its own.
 
+use super::chance::Chance;
 use super::guest::stamp;
 use super::storage::{memory, reopen};
 use control::tapdisk::{Engine, Open};
@@ -39,6 +40,8 @@ pub(super) struct Subject {
     pub(super) unit: u64,
     kind: Option<ImageFormat>,
     pub(super) below: Below,
+    /// The disk is copied to other images, and switched to them.
+    pub(super) moves: bool,
 }
 
 pub(super) const RAW: Subject = Subject {
@@ -48,6 +51,13 @@ pub(super) const RAW: Subject = Subject {
     unit: 4096,
     kind: None,
     below: Below::Nothing,
+    moves: false,
+};
+/// An export of a server, whose image is raw.
+pub(super) const NBD: Subject = Subject {
+    name: "nbd",
+    target: "nbd:unix:/server:exportname=disk",
+    ..RAW
 };
 pub(super) const QCOW2: Subject = Subject {
     name: "qcow2",
@@ -55,7 +65,7 @@ pub(super) const QCOW2: Subject = Subject {
     size: 1 << 20,
     unit: 4096,
     kind: Some(ImageFormat::Qcow2),
-    below: Below::Nothing,
+    ..RAW
 };
 pub(super) const QCOW2_OVER: Subject = Subject {
     name: "qcow2 over raw",
@@ -75,7 +85,7 @@ pub(super) const VHD: Subject = Subject {
     size: 8 << 20,
     unit: 2 << 20,
     kind: Some(ImageFormat::Vhd),
-    below: Below::Nothing,
+    ..RAW
 };
 pub(super) const VHD_OVER: Subject = Subject {
     name: "vhd over raw",
@@ -104,9 +114,46 @@ pub(super) const COW: Subject = Subject {
     unit: 64 << 10,
     kind: Some(ImageFormat::Qcow2),
     below: Below::Named,
+    ..RAW
+};
+/// A disk of a few pieces of a mirror, which moves between images.
+pub(super) const MOVING: Subject = Subject {
+    name: "raw image of a mirror",
+    size: 3 << 20,
+    unit: 512 << 10,
+    moves: true,
+    ..RAW
+};
+const MOVING_QCOW2: Subject = Subject {
+    name: "qcow2 image of a mirror",
+    target: QCOW2.target,
+    kind: QCOW2.kind,
+    ..MOVING
+};
+/// A disk stays on a server.
+const MOVED: Subject = Subject {
+    name: "export of a mirror",
+    target: NBD.target,
+    moves: false,
+    ..MOVING
 };
 
 impl Subject {
+    /// Returns true for an export of a server.
+    pub(super) fn is_export(&self) -> bool {
+        self.target == NBD.target
+    }
+
+    /// Returns an image that the disk may be copied to.
+    pub(super) fn copy(&self, chance: &mut Chance) -> Option<Subject> {
+        let copy = match chance.below(8) {
+            0 => MOVED,
+            1..5 => MOVING_QCOW2,
+            _ => MOVING,
+        };
+        self.moves.then_some(copy)
+    }
+
     /// The question that opens it.
     pub(super) fn open(&self) -> Open {
         Open {
