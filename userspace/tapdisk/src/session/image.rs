@@ -65,6 +65,12 @@ pub(super) fn forget_lost(file: &File) -> Result<(), Failure> {
     })
 }
 
+/// The failure for an image that the disk cannot be copied to, because a flush of it has failed.
+pub(super) fn may_be_lost(open: &Open, error: Errno) -> Failure {
+    let what = format!("earlier writes to {} may be lost", open.target);
+    Failure::system(what, &error.into())
+}
+
 impl Session {
     /// Checks that an image can be opened while another process serves it. It reads only the header of an image with
     /// tables, because the rest may be changing.
@@ -150,9 +156,35 @@ impl Session {
             session: self,
             open,
             looks: false,
+            is_other: false,
             backings: RefCell::default(),
         };
         parts.disk(file).await
+    }
+
+    /// The disk that the served one is copied to.
+    ///
+    /// # Errors
+    /// An earlier process may have lost writes to it. The guest is owed nothing for that.
+    pub(super) async fn other_disk(
+        &self,
+        open: &Open,
+        file: Option<File>,
+    ) -> Result<(Disk, DiskInfo), Failure> {
+        let parts = Parts {
+            session: self,
+            open,
+            looks: false,
+            is_other: true,
+            backings: RefCell::default(),
+        };
+        let (disk, shape) = parts.disk(file).await?;
+        if !disk.owes() {
+            return Ok((disk, shape));
+        }
+        // The failure says more than that of this.
+        let _closed = disk.close().await;
+        Err(may_be_lost(open, Errno::IO))
     }
 
     /// Creates an image on top of the served one, which does not change and stays in use.
@@ -207,6 +239,7 @@ impl Session {
             session: self,
             open,
             looks: true,
+            is_other: false,
             backings: RefCell::default(),
         };
         let (disk, shape) = parts.disk(file).await?;
@@ -223,6 +256,8 @@ pub(super) struct Parts<'s> {
     pub(super) open: &'s Open,
     /// True if another process may be using the image: this one neither locks nor changes it.
     pub(super) looks: bool,
+    /// True if it is an image that the disk is copied to, and not the one that is served.
+    pub(super) is_other: bool,
     /// The numbers by which the kernel knows files below.
     pub(super) backings: RefCell<BTreeMap<PathBuf, u16>>,
 }
@@ -300,7 +335,10 @@ impl formats::Files<File> for Parts<'_> {
         if writable {
             // The file has as many bytes of the disk as the image claims.
             keep_size(&mut file, &name)?;
-            self.session.make_durable(self.open, &file).await?;
+            match self.is_other {
+                true => self.session.make_other_durable(self.open, &file).await?,
+                false => self.session.make_durable(self.open, &file).await?,
+            }
         } else if locked.is_some() {
             let mut state = self.session.state.borrow_mut();
             state.parents.push((path.into(), file.clone()));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk is copied to another image, which then takes its place.
 
-use super::image::{below, flush_tables, forget_lost, kind};
+use super::image::{below, flush_tables, forget_lost, kind, may_be_lost};
 use super::Session;
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
@@ -72,7 +72,7 @@ impl Session {
         if let Some(file) = file.as_ref().filter(|_| !is_below && open.may_ask) {
             check_alone(&open, file).await?;
         }
-        let (disk, shape) = self.disk(&open, file).await?;
+        let (disk, shape) = self.other_disk(&open, file).await?;
         let may = self.may_follow(&open, &shape, server.size());
         let may = may.and_then(|()| match is_below && may_move(&open) && parts % disk.unit() != 0 {
             false => Ok(()),
@@ -98,15 +98,12 @@ impl Session {
     }
 
     /// As [`make_durable`](Self::make_durable), for the other image: the guest's writes are not lost by an error there.
-    async fn make_other_durable(&self, open: &Open, file: &File) -> Result<(), Failure> {
+    pub(super) async fn make_other_durable(&self, open: &Open, file: &File) -> Result<(), Failure> {
         let flushed = flush_tables(open, file).await;
         if flushed.is_err() || self.lost().is_owed() {
             forget_lost(file)?;
         }
-        flushed.map_err(|error| {
-            let what = format!("earlier writes to {} may be lost", open.target);
-            Failure::system(what, &error.into())
-        })
+        flushed.map_err(|error| may_be_lost(open, error))
     }
 
     /// Returns the length in bytes of the parts of the disk that the served image may hold separately; `None` if

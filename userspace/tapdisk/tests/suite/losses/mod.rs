@@ -13,6 +13,7 @@
 //! `SEEDS` is the number of schedules for each driver, `SEED` repeats those from one on.
 
 mod chance;
+mod extent;
 mod guest;
 mod images;
 mod life;
