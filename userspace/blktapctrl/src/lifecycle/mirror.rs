@@ -346,8 +346,12 @@ impl Lifecycle {
             return Err(lost.unwrap_or_else(|| Failure::new(Code::State, why)));
         }
         let image = unmark(mirror, image).await?;
-        // Data that the old image has lost is in the other one, and durable.
-        self.end_paused(disk).await?;
+        // The copy may have read old data where the old image has lost new data. The process that the guest learns of that
+        // from stays: another process gets other memory with another image.
+        let is_told = lost.is_none() && owes_nothing(disk).await.is_ok();
+        if is_told {
+            self.end_paused(disk).await?;
+        }
         let next = Next {
             open: mirror.open.clone(),
             identity: Some(image.identity()),

@@ -155,6 +155,26 @@ fn a_disk_goes_on_in_the_image_that_it_was_copied_to() {
     });
 }
 
+/// An error that was met when both images were closed reaches the guest from the process that met it.
+#[test]
+fn a_process_that_owes_its_guest_an_error_goes_on_in_the_copy() {
+    test("mirror-owes", |bed| async move {
+        two(&bed).await;
+        let pid = bed.row(0).await.pid;
+        fs::write(bed.dir.join("owes-closed"), "").expect("write");
+        says(&bed.dir, "same");
+        mirror(&bed, "b.img").await.expect("it begins");
+        assert_eq!(until_over(&bed).await, Mirroring::Complete);
+        let row = bed.row(0).await;
+        assert!(is_served_from(&row, "b.img"), "{row:?}");
+        assert_eq!(row.pid, pid);
+        assert!(is_marked(&bed.dir.join("a.img")));
+        fs::remove_file(bed.dir.join("owes-closed")).expect("remove");
+        bed.destroy(0).await;
+        bed.assert_nothing_left().await;
+    });
+}
+
 #[test]
 fn a_new_process_begins_anew_and_a_pause_is_no_end() {
     test("mirror-death", |bed| async move {
