@@ -3,7 +3,7 @@
 //! Time at which a delayed look is due.
 
 /// Time at which a look is due, in nanoseconds. A time that has passed is ignored, because that look has run or is
-/// about to.
+/// about to. The timer may also fire before its time, by a tick of the kernel's clock.
 #[derive(Clone, Copy, Debug)]
 pub struct Due(u64);
 
@@ -19,5 +19,11 @@ impl Due {
             self.0 = wanted;
         }
         is_sooner
+    }
+
+    /// Notes that the timer has fired, before the look. A look that is too early by a tick asks again, and the time
+    /// for which the timer was set, which has not passed yet, must not keep it from that.
+    pub fn fired(&mut self) {
+        *self = Self::NEVER;
     }
 }

@@ -300,6 +300,7 @@ impl WorkItem<LATER> for Vbd {
     type Pointer = Arc<Vbd>;
 
     fn run(this: Arc<Vbd>) {
+        this.due.lock().fired();
         this.kick();
     }
 }

@@ -18,6 +18,18 @@ fn a_later_look_is_brought_forward_and_an_earlier_one_stays() {
     assert!(due.wants(1_200, 5_000), "what has run is not due");
 }
 
+/// The kernel's timers count ticks: a timer may fire some milliseconds before the time that was asked for.
+#[test]
+fn a_timer_that_fires_early_is_set_again() {
+    let mut due = Due::NEVER;
+    assert!(due.wants(100, 200));
+    due.fired();
+    assert!(
+        due.wants(197, 200),
+        "the look was too early and is due again"
+    );
+}
+
 #[test]
 fn whoever_wants_a_look_gets_one_in_time() {
     for seed in 0..200 {
@@ -26,9 +38,11 @@ fn whoever_wants_a_look_gets_one_in_time() {
         let mut wanted: Vec<u64> = Vec::new();
         for _ in 0..200 {
             now += rng.below(50);
-            if timer.0.is_some_and(|at| at <= now) {
-                // The timer fires, and all callers that still wait ask again.
+            let early = rng.below(4);
+            if timer.0.is_some_and(|at| at <= now + early) {
+                // The timer fires, perhaps early, and all callers that still wait ask again.
                 timer.0 = None;
+                due.fired();
                 wanted.retain(|at| *at > now);
                 for at in &wanted {
                     if due.wants(now, *at) {
