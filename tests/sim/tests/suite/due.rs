@@ -18,7 +18,7 @@ fn a_later_look_is_brought_forward_and_an_earlier_one_stays() {
     assert!(due.wants(1_200, 5_000), "what has run is not due");
 }
 
-/// The kernel's timers count ticks: a timer may fire some milliseconds before the time that was asked for.
+/// The kernel's timers count ticks: a timer may fire some milliseconds before its time.
 #[test]
 fn a_timer_that_fires_early_is_set_again() {
     let mut due = Due::NEVER;
