@@ -131,10 +131,19 @@ pub(crate) fn find<'a>(
     if let [one] = fitting[..] {
         return Ok(one);
     }
-    let vdevs: Vec<String> = its.iter().map(|disk| control::vdev(disk.device)).collect();
+    Err(not_one(wanted, its.iter().map(|disk| disk.device), line))
+}
+
+/// The failure for words that name no disk, or more than one, of a guest with these disks.
+pub(crate) fn not_one(
+    wanted: Wanted<'_>,
+    devices: impl IntoIterator<Item = u32>,
+    line: &TypedLine,
+) -> Failure {
+    let vdevs: Vec<String> = devices.into_iter().map(control::vdev).collect();
     let example = line.with_vdev(wanted, vdevs.first().map_or("", String::as_str));
     let (has, name) = (list(&vdevs), wanted.guest);
-    Err(match wanted.vdev {
+    match wanted.vdev {
         Some(vdev) => Failure::new(
             Code::NotFound,
             format!("guest {name} has no tap disk {vdev}: it has {has}, as in `{example}`"),
@@ -142,7 +151,7 @@ pub(crate) fn find<'a>(
         None => Failure::invalid(format!(
             "guest {name} has the tap disks {has}: name one, as in `{example}`"
         )),
-    })
+    }
 }
 
 /// Words in a sentence.

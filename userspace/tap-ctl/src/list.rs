@@ -2,12 +2,12 @@
 //! `tap-ctl list`: the disks that blktapctrl knows, each with its guest.
 
 use crate::cli::{self, Cli};
-use crate::disks::{self, TypedLine};
+use crate::disks::{self, TypedLine, Wanted};
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;
 use crate::{ask, print, say, show, Error};
 use control::supervisor::{Filter, Reply, Request, Row};
-use control::{Code, Failure};
+use control::Failure;
 use serde::Serialize;
 use std::io::{self, IsTerminal};
 
@@ -76,21 +76,21 @@ fn chosen(
     };
     let guests: Vec<u32> = rows.iter().filter_map(|row| Some(parts(row)?.0)).collect();
     let guest = disks::guest(name, &guests, names, line)?;
-    rows.retain(|row| {
-        parts(row).is_some_and(|(its, device)| {
-            let vdev = asked.vdev.as_deref();
-            its == guest && vdev.is_none_or(|vdev| disks::is_called(device, vdev))
-        })
-    });
-    match (&asked.vdev, rows.is_empty()) {
-        (Some(vdev), true) => {
-            let why = format!(
-                "guest {name} has no tap disk {vdev}: `tap-ctl list` shows those that it has"
-            );
-            Err(Failure::new(Code::NotFound, why))
-        }
-        _ => Ok(rows),
+    rows.retain(|row| parts(row).is_some_and(|(its, _)| its == guest));
+    let Some(vdev) = asked.vdev.as_deref() else {
+        return Ok(rows);
+    };
+    let device = |row: &Row| parts(row).map(|(_, device)| device);
+    let is_called = |row: &Row| device(row).is_some_and(|device| disks::is_called(device, vdev));
+    if !rows.iter().any(is_called) {
+        let wanted = Wanted {
+            guest: name,
+            vdev: Some(vdev),
+        };
+        return Err(disks::not_one(wanted, rows.iter().filter_map(device), line));
     }
+    rows.retain(is_called);
+    Ok(rows)
 }
 
 /// Adds the guest to a disk.
