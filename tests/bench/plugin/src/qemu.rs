@@ -5,7 +5,7 @@
 //! at translation. For code that all processors run, such as the hypervisor's, it is the first one that ran it. So the
 //! plugin reads QEMU's own variable instead.
 
-use crate::blocks::{BlockEffects as Kind, Length, Turn};
+use crate::blocks::{BlockEffects, Length, Turn};
 use crate::places::{self, CountedBlocks, COUNTERS, FIXED, MARK};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fs::File;
@@ -206,7 +206,7 @@ extern "C" fn translated(_id: u64, block: *mut TranslationBlock) {
     if TURN.load(Relaxed).is_null() {
         find_processors();
     }
-    let kind = Kind::of(
+    let kind = BlockEffects::of(
         (0..count).map(|index| instruction(block, index)),
         places::NAMES.get(counter) != Some(&"xen"),
     );
@@ -299,7 +299,7 @@ fn add(count: &AtomicU64, more: u64) {
 
 /// Counts a block that is about to run.
 extern "C" fn executed(_fixed: c_uint, data: *mut c_void) {
-    let (counter, kind) = Kind::unpack(data.addr());
+    let (counter, kind) = BlockEffects::unpack(data.addr());
     let processor = processor();
     let (counts, others) = (&COUNTS[processor], &OTHERS[processor]);
     let before = NOW.load(Relaxed);

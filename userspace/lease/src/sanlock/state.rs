@@ -198,13 +198,15 @@ fn number(words: &str, name: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::{SanlkState as Head, OF_DAEMON, OF_LOCKSPACE, OF_RESOURCE};
+    use super::super::wire::{SanlkState, OF_DAEMON, OF_LOCKSPACE, OF_RESOURCE};
     use super::DaemonState;
     use zerocopy::IntoBytes;
 
     fn told(kind: u32, words: &str, behind: usize) -> Vec<u8> {
         let length = u32::try_from(words.len()).unwrap();
-        let mut bytes = Head::new(kind, "vms", 1, 0, length).as_bytes().to_vec();
+        let mut bytes = SanlkState::new(kind, "vms", 1, 0, length)
+            .as_bytes()
+            .to_vec();
         bytes.extend(words.as_bytes());
         bytes.resize(bytes.len() + behind, 0);
         bytes

@@ -2,7 +2,7 @@
 //! A guest that knows what its disk must hold.
 
 use proptest::prelude::*;
-use ring::response::ResponseStatus as Answer;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use std::collections::VecDeque;
 use tapdev::fake::{FakeTap, SLOT};
@@ -94,7 +94,7 @@ impl<'a> Guest<'a> {
         if let Some((tag, expected)) = self.sent.pop_front() {
             let len = expected.as_ref().map_or(0, Vec::len);
             let (status, bytes) = self.fake.answer(tag, len).unwrap();
-            assert_eq!(status, Answer::Okay);
+            assert_eq!(status, ResponseStatus::Okay);
             if let Some(expected) = expected {
                 assert!(bytes == expected, "a read gave something else");
             }

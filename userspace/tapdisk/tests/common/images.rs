@@ -11,7 +11,7 @@ use control::{Channel, Failure};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 use qemu::has_qemu;
-use ring::response::ResponseStatus as Answer;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -269,6 +269,6 @@ pub(crate) fn answered(fake: &FakeTap, op: Op, sector: u64, bytes: &[u8]) -> Vec
     let len = if op == Op::Read { bytes.len() } else { 0 };
     let tag = fake.send(op, sector, bytes, false).expect("a request");
     let (status, read) = fake.answer(tag, len).expect("an answer");
-    assert_eq!(status, Answer::Okay);
+    assert_eq!(status, ResponseStatus::Okay);
     read
 }

@@ -7,7 +7,7 @@ use crate::common::watched::{does_all_itself, give, Raw, Watched};
 use crate::common::{Image, Process};
 use control::tapdisk::{Engine, Reply, Request};
 use control::{Channel, Code};
-use ring::response::ResponseStatus as Answer;
+use ring::response::ResponseStatus;
 use ring::tap::shadow::Op;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -94,14 +94,14 @@ fn each_request_is_there_with_what_became_of_it() {
     trace(&mut process, &file);
     answered(&fake, Op::Read, 8, &[0; 1024]);
     let tag = fake.send(Op::Write, 16, &[7; 512], true).expect("sent");
-    assert_eq!(fake.answer(tag, 0).expect("answer").0, Answer::Okay);
+    assert_eq!(fake.answer(tag, 0).expect("answer").0, ResponseStatus::Okay);
     let behind = crate::common::images::SIZE / 512;
     let tag = fake.send(Op::Write, behind, &[7; 512], false);
     let (status, _) = fake.answer(tag.expect("sent"), 0).expect("answer");
-    assert_eq!(status, Answer::Error);
+    assert_eq!(status, ResponseStatus::Error);
     for op in [Op::WriteZeroes, Op::Discard] {
         let tag = fake.send_range(op, 24, 8).expect("sent");
-        assert_eq!(fake.answer(tag, 0).expect("answer").0, Answer::Okay);
+        assert_eq!(fake.answer(tag, 0).expect("answer").0, ResponseStatus::Okay);
     }
     answered(&fake, Op::Flush, 0, &[]);
     end(&mut process);
