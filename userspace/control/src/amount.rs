@@ -83,9 +83,9 @@ pub fn typed_mib(text: &str) -> Result<u32, String> {
 /// New size of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
-    /// So many bytes.
+    /// This number of bytes.
     Bytes(u64),
-    /// So many bytes more than it has.
+    /// The present size and this number of bytes.
     More(u64),
 }
 

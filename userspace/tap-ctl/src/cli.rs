@@ -643,7 +643,7 @@ fn arena_mib(text: &str) -> Result<u32, String> {
 pub(crate) struct Scrub {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// At most so many MiB in a second, or another amount with its suffix, such as 1.5G; 0 ends one that runs, another
+    /// Most MiB in a second, or another amount with its suffix, such as 1.5G; 0 ends one that runs, another
     /// number changes its rate
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = control::typed_mib)]
     pub(crate) rate: u32,
@@ -654,7 +654,7 @@ pub(crate) struct Scrub {
 pub(crate) struct Stream {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// At most so many MiB in a second, or another amount with its suffix, such as 1.5G; another number changes the rate
+    /// Most MiB in a second, or another amount with its suffix, such as 1.5G; another number changes the rate
     /// of one that runs
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = some_mib)]
     pub(crate) rate: u32,

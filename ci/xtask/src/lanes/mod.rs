@@ -50,8 +50,8 @@ const USUAL: &[Lane] = &[
 ];
 
 /// Runs the lanes, some of them concurrently, and returns their sums:
-/// - Compilers of the lanes Check and Build use the processors that the tests on the host leave idle: half of them,
-///   because those tests mostly wait for processes.
+/// - Compilers of the lanes Check and Build use what the tests on the host leave idle: those tests mostly wait for
+///   processes, although several of their programs run at once.
 /// - The bench, in a machine whose time is counted in instructions, uses the processors that the malicious guests leave
 ///   idle. Honest guests run alone, because QEMU kills one in four or five hardware virtualised guests while another
 ///   program wants the host's processors, and hardly any on a quiet host.

@@ -124,7 +124,7 @@ pub(crate) struct Mirror {
     /// The backend's directory in xenstore for which the disk was made
     #[arg(long, value_name = "PATH")]
     vbd: Option<String>,
-    /// At most so many MiB in a second, or another amount with its suffix, such as 1.5G
+    /// Most MiB in a second, or another amount with its suffix, such as 1.5G
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = super::some_mib)]
     pub(crate) rate: u32,
     /// Begin it, and wait until it is over: the exit status says whether it was done
