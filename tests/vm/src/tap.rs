@@ -303,10 +303,21 @@ impl EventLog {
         })
     }
 
-    /// Waits for an event of this name about a disk and returns its content.
+    /// Waits for an event of this name about a disk and returns its content. Events before it are not looked at again.
     pub(crate) fn wait_for(&self, name: &str, minor: u32, limit: Duration) -> Result<Value> {
+        let events = self.wait_for_all(&[(name, minor)], limit)?;
+        Ok(events.into_iter().next().unwrap_or_default())
+    }
+
+    /// Waits for one event of each name and disk, in any order, and returns their contents in the order in which they came.
+    pub(crate) fn wait_for_all(
+        &self,
+        wanted: &[(&str, u32)],
+        limit: Duration,
+    ) -> Result<Vec<Value>> {
         let (deadline, mut seen) = (Instant::now() + limit, Vec::new());
-        loop {
+        let (mut wanted, mut found) = (wanted.to_vec(), Vec::new());
+        while let Some((name, minor)) = wanted.first() {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(line) = self.lines.recv_timeout(left) else {
                 bail!(
@@ -318,12 +329,19 @@ impl EventLog {
             let is_new = event["at_ms"]
                 .as_u64()
                 .is_some_and(|at| u128::from(at) >= self.since_ms);
-            let about = event["minor"].as_u64() == Some(minor.into());
-            if is_new && about && event["what"]["event"].as_str() == Some(name) {
-                return Ok(event["what"].clone());
+            let is_it = |(name, minor): &(&str, u32)| {
+                event["minor"].as_u64() == Some((*minor).into())
+                    && event["what"]["event"].as_str() == Some(name)
+            };
+            match wanted.iter().position(is_it).filter(|_| is_new) {
+                Some(at) => {
+                    wanted.remove(at);
+                    found.push(event["what"].clone());
+                }
+                None => seen.push(line),
             }
-            seen.push(line);
         }
+        Ok(found)
     }
 }
 

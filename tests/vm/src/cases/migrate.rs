@@ -97,10 +97,9 @@ pub(super) fn moves_with(
     let load = start_load_with(guest, options)?;
     wait_progress(&source, 100)?;
     moved(context, needs, &load)?;
-    events.wait_for("inactive", source.minor, SOON)?;
     let guest = context.guest(needs)?;
     let there = ServedDisk::of(AttachedVbd::of(guest.domid, VDEV)?)?;
-    events.wait_for("active", there.minor, SOON)?;
+    changes_sides(&events, &source, &there)?;
     source.wait_gone()?;
     wait_progress(&there, 100)?;
     let told = end_load(guest, load)?;
@@ -216,10 +215,15 @@ fn s19_slow_writes(context: &mut Context) -> Result<()> {
     });
     moving.slow.let_go()?;
     moving.end(context, waits, |events, source, there| {
-        events.wait_for("inactive", source.minor, SOON)?;
-        events.wait_for("active", there.minor, SOON)?;
-        Ok(())
+        changes_sides(events, source, there)
     })
+}
+
+/// Waits until the source has let go of the image and the destination has taken it. The lock of the file orders the two;
+/// the supervisor hears of each from another process, so their events come in any order.
+fn changes_sides(events: &EventLog, source: &ServedDisk, there: &ServedDisk) -> Result<()> {
+    let both = [("inactive", source.minor), ("active", there.minor)];
+    events.wait_for_all(&both, SOON).map(drop)
 }
 
 /// Rounds of checkpoints.

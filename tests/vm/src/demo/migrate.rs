@@ -111,9 +111,10 @@ fn moves(
     let (before, begun) = (guest.domid, Instant::now());
     let guest = guest.migrate(&[job])?;
     let took = begun.elapsed();
-    events.wait_for("inactive", source.minor, LIMIT)?;
     let there = ServedDisk::of(AttachedVbd::of(guest.domid, "xvdb")?)?;
-    events.wait_for("active", there.minor, LIMIT)?;
+    // In any order: the supervisor hears of each from another process.
+    let both = [("inactive", source.minor), ("active", there.minor)];
+    events.wait_for_all(&both, LIMIT)?;
     source.wait_gone()?;
     wait_progress(&there, AT_WORK)?;
     report.say(&format!(
