@@ -16,6 +16,17 @@ pub const SECTOR_SIZE: u32 = 512;
 pub const SECTORS_PER_PAGE: u8 = 8;
 /// Bytes of the shared ring header in front of the slots.
 pub const RING_HEADER_SIZE: usize = 64;
+/// Returns how many words of 8 bytes of a slot of the 64-bit layout its request uses, from the first of them: fewer than the
+/// slot has for a read or write with few segments, as most are. More than a slot has for all other requests.
+#[inline]
+pub const fn used_words(first: u64) -> usize {
+    let [operation, segments, ..] = first.to_le_bytes();
+    match operation {
+        OP_READ | OP_WRITE if segments as usize <= MAX_DIRECT_SEGMENTS => 3 + segments as usize,
+        _ => usize::MAX,
+    }
+}
+
 /// Byte offset of `req_prod` in the header, written by the frontend.
 pub const REQ_PROD: usize = 0;
 /// Byte offset of `req_event` in the header, written by the backend.

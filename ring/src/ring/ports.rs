@@ -49,7 +49,8 @@ pub trait SharedRing {
     /// `RING_FINAL_CHECK_FOR_RESPONSES`.
     fn full_barrier(&self);
 
-    /// Copies the slot of `index` once into `slot`; the kernel's `RING_COPY_REQUEST`.
+    /// Copies the slot of `index` once into `slot`, or the part of it that its request uses
+    /// ([`used_words`](super::abi::used_words)); the kernel's `RING_COPY_REQUEST`.
     ///
     /// The implementation masks the index with the ring's size.
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]);

@@ -123,6 +123,25 @@ proptest! {
     }
 
     #[test]
+    fn words_that_a_request_does_not_use_change_nothing(raw in slots(), limits in limits()) {
+        let first = raw.bytes.first_chunk().map_or(0, |first| u64::from_le_bytes(*first));
+        let mut other = raw;
+        if raw.protocol == Protocol::Abi64 {
+            let unused = other.bytes.iter_mut().skip(abi::used_words(first).saturating_mul(8));
+            unused.for_each(|byte| *byte = !*byte);
+        }
+        let judged = |raw: &RawRequest| match raw.check(&limits) {
+            Ok(RingRequest::Direct(d)) => {
+                let segments: Vec<_> = d.segments().collect();
+                format!("{:?} {segments:?}", (d.id, d.operation, d.direction, d.ordering, d.sector))
+            }
+            other => format!("{other:?}"),
+        };
+        prop_assert_eq!(judged(&raw), judged(&other));
+        prop_assert_eq!(raw.plain(&limits).is_some(), other.plain(&limits).is_some());
+    }
+
+    #[test]
     fn descriptors_are_judged_as_the_oracle_judges_them(
         p in protocols(), op in 0..2u8, sector in 0..64u64,
         segs in vec(segs(), 1..40), short in 0..3u16, limits in limits(),

@@ -5,7 +5,7 @@
 use std::cell::Cell;
 
 use ring::abi::{
-    Protocol, MAX_SLOT_SIZE, REQ_EVENT, REQ_PROD, RING_HEADER_SIZE, RSP_EVENT, RSP_PROD,
+    used_words, Protocol, MAX_SLOT_SIZE, REQ_EVENT, REQ_PROD, RING_HEADER_SIZE, RSP_EVENT, RSP_PROD,
 };
 use ring::ports::SharedRing;
 
@@ -150,7 +150,17 @@ impl SharedRing for FakeRing {
         slot.fill(0xcc);
         let scribble = m.setup.scribble;
         let bytes = m.ring.slot(index);
-        slot[..bytes.len()].copy_from_slice(bytes);
+        let used = match bytes.len() {
+            MAX_SLOT_SIZE => {
+                let first = bytes.first_chunk().map(|first| u64::from_le_bytes(*first));
+                first
+                    .map_or(0, used_words)
+                    .saturating_mul(8)
+                    .min(MAX_SLOT_SIZE)
+            }
+            all => all,
+        };
+        slot[..used].copy_from_slice(&bytes[..used]);
         if scribble {
             // Another CPU of the guest changes everything right after the copy.
             bytes.iter_mut().for_each(|b| *b = !*b);

@@ -127,12 +127,19 @@ impl SharedRing for RingMap {
     fn copy_slot(&self, index: u32, slot: &mut [u8; MAX_SLOT_SIZE]) {
         let from = self.slot(index);
         if self.stride % 8 == 0 {
-            for (word, to) in slot.chunks_exact_mut(8).take(self.stride / 8).enumerate() {
+            let mut words = self.stride / 8;
+            for (word, to) in slot.chunks_exact_mut(8).enumerate() {
+                if word >= words {
+                    break;
+                }
                 // SAFETY: The word lies inside the slot, and slots of this stride are aligned to
                 // 8 bytes, as the header's size is a multiple of 8. Each word is read once;
                 // everything later uses the copy (XSA-155).
                 let value = unsafe { from.cast::<u64>().add(word).read_volatile() };
                 to.copy_from_slice(&value.to_ne_bytes());
+                if word == 0 {
+                    words = words.min(abi::used_words(value));
+                }
             }
         } else {
             for (word, to) in slot.chunks_exact_mut(4).take(self.stride / 4).enumerate() {
