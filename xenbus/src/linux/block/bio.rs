@@ -29,7 +29,10 @@ use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::error::to_result;
 use kernel::prelude::*;
-use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, ordering::Release, Atomic};
+use kernel::sync::atomic::{
+    ordering::{Acquire, Full, Relaxed, Release},
+    Atomic,
+};
 use kernel::sync::Arc;
 use kernel::types::Opaque;
 
@@ -106,12 +109,12 @@ const FIRST_VECS: u16 = 8;
 
 /// The part of an I/O that its bios share, and the first of them: most I/Os need no other.
 struct IoRecord {
-    /// Bios that have not completed, and one while the I/O is being built.
+    /// Bios that have not completed, with the one that is not submitted yet, or one while the I/O is being built.
     pending: Atomic<i32>,
     /// The first error as `blk_status_t`, or 0; 0 between two I/Os.
     status: Atomic<u32>,
-    /// Not 0 from the beginning of an I/O until its completion is reaped.
-    taken: Atomic<u32>,
+    /// Set from the beginning of an I/O until its completion is reaped. Only the thread that has the disk looks.
+    taken: Cell<bool>,
     tag: QueueTag,
     owner: *const BioDisk,
     /// Target of the I/O; `None` for the disk's own device. Belongs to the code that has taken the record, which does
@@ -145,10 +148,10 @@ pub(crate) struct BioDisk {
     busy: Atomic<i32>,
 }
 
-// SAFETY: Records are atomic, the bio set has its own locks, and the rest does not change.
+// SAFETY: What completions touch on other processors is atomic: a record's `pending` and `status`, and `done`, `wake_event`
+// and `busy`. All else of a record belongs to the one thread that has the disk, or to its bios. (It is not `Sync`: two
+// threads could begin I/O of one tag.)
 unsafe impl Send for BioDisk {}
-// SAFETY: As above.
-unsafe impl Sync for BioDisk {}
 
 impl BioDisk {
     /// Allocates the records of `tags` concurrent I/Os, which all go to `device` if there is one. Completions wake the
@@ -164,7 +167,7 @@ impl BioDisk {
             let record = IoRecord {
                 pending: Atomic::new(0),
                 status: Atomic::new(0),
-                taken: Atomic::new(0),
+                taken: Cell::new(false),
                 tag,
                 owner: core::ptr::null(),
                 storage: UnsafeCell::new(None),
@@ -248,7 +251,7 @@ impl BioDisk {
         most: Option<Most>,
     ) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
-        if record.taken.xchg(1, Full) != 0 {
+        if record.taken.replace(true) {
             return None;
         }
         // SAFETY: The record is ours, and no bio of it is left.
@@ -263,6 +266,7 @@ impl BioDisk {
             device,
             most,
             first_taken: Cell::new(false),
+            last: Cell::new(None),
         })
     }
 
@@ -287,7 +291,7 @@ impl BioDisk {
                     // SAFETY: Its bit was set, and it is ours until it is given back below.
                     let storage = unsafe { (*record.storage.get()).take() };
                     // Its bios are gone, and the last of them has seen to its bit.
-                    record.taken.store(0, Release);
+                    record.taken.set(false);
                     drop(storage);
                     done(record.tag, status);
                 }
@@ -301,7 +305,7 @@ impl PinnedDrop for BioDisk {
     fn drop(self: Pin<&mut Self>) {
         // The owner of the object has reaped everything; only the last instructions of an interrupt handler on another
         // CPU can remain, and this waits for them. It would also wait for I/O that is still in flight.
-        while self.busy.load(kernel::sync::atomic::ordering::Acquire) != 0 {
+        while self.busy.load(Acquire) != 0 {
             cond_resched();
         }
         // SAFETY: The set was initialised, and no bio of it is left.
@@ -322,6 +326,9 @@ pub(crate) struct Inflight<'a> {
     /// Limit of each of its bios, if that is less than a bio can have.
     most: Option<Most>,
     first_taken: Cell<bool>,
+    /// The last bio until another one is made: only then is it known whether it is the last of the I/O. Most I/Os have no
+    /// other, and then nothing is counted.
+    last: Cell<Option<NonNull<bindings::bio>>>,
 }
 
 impl Inflight<'_> {
@@ -335,6 +342,8 @@ impl Inflight<'_> {
     /// Makes a bio of this I/O with room for `vecs` ranges of memory. Sleeps when there is no memory until a bio
     /// of the reserve comes back; the first one of few ranges never does.
     fn bio(&self, operation: Operation, sector: u64, vecs: u16) -> Bio<'_> {
+        // Before the next one is allocated, which may have to wait for it.
+        self.submit_last_of_many();
         let raw = if vecs > FIRST_VECS || self.first_taken.replace(true) {
             // SAFETY: The device is valid while its record is taken, or there is none, and so is the set. An
             // allocation from a bio set that may sleep does not fail.
@@ -375,6 +384,31 @@ impl Inflight<'_> {
         }
     }
 
+    /// Submits the last bio, behind which others follow. May sleep.
+    fn submit_last_of_many(&self) {
+        if let Some(last) = self.last.take() {
+            self.record.pending.fetch_add(1, Relaxed);
+            // SAFETY: The bio is complete, is one of this I/O, and is submitted once.
+            unsafe { self.submit(last) };
+        }
+    }
+
+    /// Submits a bio of this I/O. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// The bio is complete, one of this I/O, and counted in its record. The caller does not use it any more.
+    unsafe fn submit(&self, bio: NonNull<bindings::bio>) {
+        if self.device.is_null() {
+            // SAFETY: The bio is complete and one of this set, and from here on it belongs to the call, which
+            // ends it if there is no file.
+            unsafe { call::submit(bio.as_ptr()) };
+        } else {
+            // SAFETY: The bio is complete, and from here on it belongs to the block layer.
+            unsafe { bindings::submit_bio(bio.as_ptr()) };
+        }
+    }
+
     /// Makes the whole I/O fail, whatever its bios do.
     fn fail(&self) {
         self.record.status.store(IO_ERROR, Relaxed);
@@ -388,7 +422,12 @@ pub(crate) const NOT_SUPPORTED: u32 = 1;
 
 impl Drop for Inflight<'_> {
     fn drop(&mut self) {
-        put(self.record);
+        match self.last.take() {
+            // The share of the record that building had is that of the last bio from now on.
+            // SAFETY: The bio is complete, is one of this I/O, and is submitted once.
+            Some(last) => unsafe { self.submit(last) },
+            None => put(self.record),
+        }
     }
 }
 
@@ -407,18 +446,11 @@ impl Bio<'_> {
         }
     }
 
-    /// Submits the bio, once. May sleep.
+    /// Submits the bio, once, at the latest when the I/O is complete. May sleep.
     fn submit(&mut self) {
         if let Some(raw) = self.raw.take() {
-            self.inflight.record.pending.fetch_add(1, Relaxed);
-            if self.inflight.device.is_null() {
-                // SAFETY: The bio is complete and one of this set, and from here on it belongs to the call, which
-                // ends it if there is no file.
-                unsafe { call::submit(raw.as_ptr()) };
-            } else {
-                // SAFETY: The bio is complete, and from here on it belongs to the block layer.
-                unsafe { bindings::submit_bio(raw.as_ptr()) };
-            }
+            self.inflight.submit_last_of_many();
+            self.inflight.last.set(Some(raw));
         }
     }
 }
@@ -471,7 +503,8 @@ unsafe fn free(bio: *mut bindings::bio, record: &IoRecord) {
 
 /// Gives back one share of a record; the last one reports the completion.
 fn put(record: &IoRecord) {
-    if record.pending.fetch_sub(1, Full) != 1 {
+    // No other thread can change the count while the only share is this one, so it need not be taken away.
+    if record.pending.load(Acquire) != 1 && record.pending.fetch_sub(1, Full) != 1 {
         return;
     }
     // SAFETY: The record is busy, so its owner waits in its drop at the latest.
