@@ -8,6 +8,8 @@
 //! publish <-- respond <-- copy out (or unmap) <---- complete <------+
 //! ```
 //!
+//! A request whose pages all stay mapped skips the steps in which nothing would be done for it (`quick`).
+//!
 //! A pass works in batches: all grant copies of a step are one hypercall, all submissions stand under one plug, all
 //! responses are published with at most one event. The engine belongs to one thread and holds no lock; it reaches its
 //! surroundings through three ports:
@@ -25,6 +27,7 @@ mod measure;
 mod parked;
 pub mod parts;
 pub mod pass;
+mod quick;
 mod requests;
 mod respond;
 mod rest;

@@ -8,6 +8,7 @@ use crate::engine::clock::PassClock;
 use crate::engine::latency::Latencies;
 use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
+use crate::engine::quick::Batch;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, TableShape};
 use crate::engine::stats::{Flight, Stats};
@@ -60,6 +61,8 @@ pub struct Engine<'a, R, G, B> {
     pub(super) limits: RequestLimits,
     /// A checked request for which there was no room.
     pub(super) parked: Option<Parked>,
+    /// Requests that the backend gets in the next step.
+    pub(super) batch: Batch,
     /// A barrier is being executed: no request may pass it.
     pub(super) barrier: bool,
     /// Stalled requests may find copy pages in the next pass.
@@ -99,6 +102,7 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
             config,
             limits,
             parked: None,
+            batch: Batch::default(),
             barrier: false,
             retry: false,
             closing: false,

@@ -18,7 +18,7 @@ use core::marker::PhantomData;
 
 use crate::engine::backend::IoKind;
 use crate::engine::segments::{Chain, Pool, Segments};
-use crate::ring::numbers::QueueTag;
+use crate::ring::numbers::{PageIndex, QueueTag};
 use crate::ring::response::{Response, ResponseStatus};
 
 /// The end of a list.
@@ -469,6 +469,27 @@ impl<'a> Requests<'a> {
             status: request.status,
         };
         release(&mut self.segments, request);
+        self.slots.append(&mut self.free, handle.put_down());
+        self.used = self.used.wrapping_sub(1);
+        response
+    }
+
+    /// As [`end`](Self::end), for a request of mapped pages; `each` gets them.
+    #[inline]
+    #[must_use]
+    pub(crate) fn end_mapped(
+        &mut self,
+        handle: Handle<Completed>,
+        each: impl FnMut(PageIndex),
+    ) -> Response {
+        let request = self.slots.of(&handle);
+        let response = Response {
+            id: request.id,
+            operation: request.operation,
+            status: request.status,
+        };
+        self.segments
+            .release_mapped(request.head, request.count, each);
         self.slots.append(&mut self.free, handle.put_down());
         self.used = self.used.wrapping_sub(1);
         response

@@ -16,8 +16,11 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         if self.requests.completed.is_empty() {
             return 0;
         }
+        let mut answered = self.answer_at_once();
+        if self.requests.completed.is_empty() {
+            return answered;
+        }
         let any_held = self.copy_out();
-        let mut answered: u32 = 0;
         while let Some(handle) = self.requests.pop_completed() {
             if any_held && self.requests.of(&handle).held {
                 self.requests.push_held(handle);

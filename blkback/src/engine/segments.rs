@@ -236,6 +236,19 @@ impl<'a> Segments<'a> {
         Some(self.entries.get(usize::from(index))?.segment?.gref())
     }
 
+    /// Puts a segment and its page into entry `index` of [`Pool::Map`] and returns the next entry of the chain.
+    #[inline]
+    pub(crate) fn fill_at(&mut self, index: u16, segment: GrantSegment, page: PageIndex) -> u16 {
+        match self.entries.get_mut(usize::from(index)) {
+            Some(entry) => {
+                entry.segment = Some(segment);
+                entry.page = page.number();
+                entry.next
+            }
+            None => END,
+        }
+    }
+
     /// Stores the page of an entry of [`Pool::Map`] and returns the next entry of the chain.
     pub(crate) fn put_at(&mut self, index: u16, page: PageIndex) -> u16 {
         match self.entries.get_mut(usize::from(index)) {
@@ -256,6 +269,31 @@ impl<'a> Segments<'a> {
                 ((page != END).then_some(PageIndex::new(page)), entry.next)
             }
             None => (None, END),
+        }
+    }
+
+    /// Gives a chain of [`Pool::Map`] back to its pool, and each page of its entries to `each`.
+    #[inline]
+    pub(crate) fn release_mapped(
+        &mut self,
+        head: u16,
+        count: u16,
+        mut each: impl FnMut(PageIndex),
+    ) {
+        let (mut at, mut last) = (head, END);
+        for _ in 0..count {
+            let Some(entry) = self.entries.get_mut(usize::from(at)) else {
+                return;
+            };
+            let page = core::mem::replace(&mut entry.page, END);
+            last = core::mem::replace(&mut at, entry.next);
+            if page != END {
+                each(PageIndex::new(page));
+            }
+        }
+        if let Some(entry) = self.entries.get_mut(usize::from(last)) {
+            entry.next = core::mem::replace(&mut self.map.head, head);
+            self.map.count = self.map.count.wrapping_add(count);
         }
     }
 

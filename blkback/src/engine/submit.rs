@@ -16,11 +16,11 @@ const DISCARD_CHUNK: u64 = 1 << 21;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn submit(&mut self) {
-        if self.requests.taken.is_empty() {
+        let mut batch = core::mem::take(&mut self.batch);
+        if batch.is_empty() && self.requests.taken.is_empty() {
             return;
         }
-        let now = self.clock.look(&self.backend);
-        let (mut first, mut count) = (None, 0_u16);
+        let now = batch.begin(|| self.clock.look(&self.backend));
         while let Some(handle) = self.requests.pop_taken() {
             let request = self.requests.of_mut(&handle);
             if request.status == ResponseStatus::Okay {
@@ -31,18 +31,16 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 }
                 let since = request.since;
                 self.note_pages(since, now);
-                let tag = self.requests.start(handle, now);
-                first = first.or(Some(tag));
-                count = count.wrapping_add(1);
+                batch.add(self.requests.start(handle, now));
             } else {
                 self.requests.push_completed(handle.fail());
             }
         }
-        let Some(first) = first else {
+        let Some(first) = batch.first() else {
             return;
         };
         let requests = &self.requests;
-        let batch = requests.from(first).filter_map(|tag| {
+        let ios = requests.from(first).filter_map(|tag| {
             let request = requests.get(tag)?;
             Some(Io {
                 tag,
@@ -56,7 +54,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 count: request.count,
             })
         });
-        self.backend.submit(count, batch);
+        self.backend.submit(batch.count(), ios);
     }
 }
 
@@ -70,7 +68,7 @@ impl PendingRequest {
     }
 }
 
-fn add(stats: &mut Stats, request: &PendingRequest) {
+pub(super) fn add(stats: &mut Stats, request: &PendingRequest) {
     let (requests, sectors) = match request.kind {
         IoKind::Read => (&mut stats.rd_req, &mut stats.rd_sect),
         IoKind::Write => (&mut stats.wr_req, &mut stats.wr_sect),

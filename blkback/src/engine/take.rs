@@ -108,6 +108,10 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         // A request that has failed has no pages to fill.
         if request.status == ResponseStatus::Okay {
             let mut at = request.head;
+            if request.pool == Pool::Map && self.is_quick() && self.find_pages(at, plain) {
+                self.start_at_once(handle);
+                return true;
+            }
             for segment in plain.segments() {
                 at = self.requests.segments.fill(at, segment);
             }

@@ -280,7 +280,7 @@ impl<'a, G: Grants> Transfers<'a, G> {
 
     /// Releases a page from a segment, or from the read of descriptors there, and queues its unmap if it is not kept.
     #[inline]
-    fn let_go(&mut self, page: PageIndex) {
+    pub(super) fn let_go(&mut self, page: PageIndex) {
         if let Some(handle) = self.mappings.release(page) {
             self.queue_unmap(page, handle);
         }

@@ -154,6 +154,9 @@ pub struct MachineSetup {
     pub fifo: bool,
     /// Accesses to the ring during which the rest of the machine makes progress, in a hundred.
     pub race: u64,
+    /// Passes before which measuring is switched on or off, in a hundred: while the engine measures, each request takes
+    /// all steps.
+    pub measures: u64,
     /// Requests of a random frontend that are hostile, in a hundred.
     pub hostile: u64,
     /// Ring accesses during which the guest breaks the rules of the ring, in a hundred.
@@ -222,6 +225,7 @@ impl Default for MachineSetup {
             gives_back: 0,
             fifo: false,
             race: 0,
+            measures: 0,
             hostile: 0,
             lawless: 0,
             scribble: false,

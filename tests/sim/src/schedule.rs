@@ -87,6 +87,7 @@ pub fn random_setup(rng: &mut Rng) -> MachineSetup {
         gives_back: 0,
         fifo: rng.percent(25),
         race: rng.pick(&[0u64, 5, 30]),
+        measures: rng.pick(&[0u64, 0, 3, 30]),
         hostile: rng.pick(&[0u64, 0, 20, 60]),
         lawless: rng.pick(&[0u64, 0, 0, 0, 1, 5]),
         scribble: rng.percent(30),

@@ -230,6 +230,7 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
 
     /// Makes one pass and its follow-up work, as the worker does.
     pub fn pass(&mut self) -> Pass {
+        self.measure();
         self.machine.borrow_mut().looks = 0;
         let pass = self.engine.pass();
         self.looks_rarely();
@@ -243,6 +244,16 @@ impl<'a, B: Backend> EngineWorld<'a, B> {
             self.must_not_spin();
         }
         pass
+    }
+
+    /// Switches measuring on or off now and then.
+    fn measure(&mut self) {
+        let mut m = self.machine.borrow_mut();
+        let percent = m.setup.measures;
+        if percent > 0 && m.rng.percent(percent) {
+            let is_on = self.engine.latencies().is_on();
+            self.engine.latencies().switch(!is_on);
+        }
     }
 
     /// Checks that the engine reads the clock rarely, because that costs time: at most five times a pass with latency

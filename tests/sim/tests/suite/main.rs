@@ -16,6 +16,7 @@ mod negative;
 mod offers;
 mod pages;
 mod patience;
+mod quick;
 mod random;
 mod shares;
 mod tap;
