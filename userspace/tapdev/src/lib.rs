@@ -9,12 +9,14 @@ mod command;
 pub mod control;
 #[cfg(feature = "fake")]
 pub mod fake;
+mod guestless;
 mod node;
 mod params;
 mod request;
 mod tap;
 
 pub use command::Command;
+pub use guestless::GuestlessNode;
 pub use node::{KernelNode, Mapper, Node};
 pub use params::records;
 pub use request::{Kind, Malformed, Request};
