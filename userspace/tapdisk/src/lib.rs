@@ -13,6 +13,7 @@
 // `eprintln!` panics if the reader of stderr is gone, `diskio::say!` does not.
 #![deny(clippy::print_stderr)]
 
+mod alone;
 mod bits;
 mod direct;
 mod inside;
@@ -34,6 +35,7 @@ mod tracer;
 mod troubles;
 mod twin;
 
+pub use alone::{check_alone, own_memory};
 pub use direct::Direct;
 pub use lost::Lost;
 pub use needs::Needs;

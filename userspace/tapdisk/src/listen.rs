@@ -63,15 +63,19 @@ async fn accept(io: &Io, listener: &Rc<OwnedFd>) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Answers on a connection until its end.
+/// Answers on a connection until its end, in a task of its own.
 pub fn connected(session: &Rc<Session>, socket: OwnedFd) {
     let session = session.clone();
-    let socket = Rc::new(socket);
     session.runtime().clone().tasks.spawn(async move {
-        if let Err(failure) = converse(&session, &socket).await {
-            diskio::say!("tapdisk: a connection is closed: {failure}");
-        }
+        until_end(&session, socket).await;
     });
+}
+
+/// Answers on a connection, whose descriptor does not block, until its end.
+pub async fn until_end(session: &Rc<Session>, socket: OwnedFd) {
+    if let Err(failure) = converse(session, &Rc::new(socket)).await {
+        diskio::say!("tapdisk: a connection is closed: {failure}");
+    }
 }
 
 async fn converse(session: &Rc<Session>, socket: &Rc<OwnedFd>) -> Result<(), Failure> {

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use control::tapdisk::{Engine, Open, Reply, Request};
 use control::{Driver, Target};
-use diskio::{Errno, Runtime};
-use rustix::fs::{memfd_create, MemfdFlags, OFlags};
+use diskio::Runtime;
+use rustix::fs::OFlags;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -236,26 +236,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
             .with_context(|| format!("cannot use descriptor {number} as the node"))?,
         (None, None) => anyhow::bail!("{target} needs a node to be served at: name it with --node"),
     };
-    anyhow::ensure!(
-        *target.lease() == control::LeaseKind::Lock,
-        "{target} has a lease, which only a supervisor keeps: let blktapctrl serve it"
-    );
-    anyhow::ensure!(
-        target.group().is_none(),
-        "{target} is in a group, whose limits only a supervisor divides: let blktapctrl serve it"
-    );
-    anyhow::ensure!(
-        target.rules() == control::SaidRules::default(),
-        "{target} says what is done when things go wrong, which a supervisor does: let blktapctrl serve it"
-    );
-    anyhow::ensure!(
-        target.name().is_none(),
-        "{target} is memory that several disks have, which only a supervisor keeps: let blktapctrl serve it, or leave name= away"
-    );
-    anyhow::ensure!(
-        !target.is_shared(),
-        "{target} says who else may have the image, which a supervisor decides: leave shared=yes away, and use --shared"
-    );
+    tapdisk::check_alone(target)?;
     let direct = target.driver().is_direct() && !args.buffered;
     let image = target.path().map(|path| {
         open(path, direct, args.read_only).with_context(|| {
@@ -268,7 +249,7 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         })
     });
     let image = match (target.driver(), target.size()) {
-        (Driver::Ram, Some(size)) => Some(memory(size).context("cannot make memory")),
+        (Driver::Ram, Some(size)) => Some(tapdisk::own_memory(size).context("cannot make memory")),
         _ => image,
     };
     let request = Open {
@@ -286,18 +267,6 @@ fn disk(args: &Args, target: &Target) -> Result<(OwnedFd, Open, Option<OwnedFd>)
         ..Open::new(target.clone())
     };
     Ok((node, request, image.transpose()?))
-}
-
-/// Creates memory that ends with this process, because no supervisor keeps it for the next one.
-fn memory(size: u64) -> std::io::Result<OwnedFd> {
-    let flags = MemfdFlags::CLOEXEC;
-    let memory = match memfd_create("ram", flags | MemfdFlags::NOEXEC_SEAL) {
-        // The kernel is older than 6.3.
-        Err(Errno::INVAL) => memfd_create("ram", flags)?,
-        memory => memory?,
-    };
-    rustix::fs::ftruncate(&memory, size)?;
-    Ok(memory)
 }
 
 fn open(path: &std::path::Path, direct: bool, read_only: bool) -> std::io::Result<OwnedFd> {

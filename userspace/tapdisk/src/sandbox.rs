@@ -108,13 +108,22 @@ pub fn prepare() -> io::Result<Vec<String>> {
             "the process is killed like any other when memory is short: {error}"
         ));
     }
+    forbid_dumps()?;
+    Ok(notes)
+}
+
+/// Forbids dumps of the process, which would have the content of disks and keys, and access by other processes of its
+/// user. [`prepare`] includes this.
+///
+/// # Errors
+/// The system refuses to.
+pub fn forbid_dumps() -> io::Result<()> {
     let none = Rlimit {
         current: Some(0),
         maximum: Some(0),
     };
     setrlimit(Resource::Core, none)?;
-    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    Ok(notes)
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// Removes all unneeded rights from the calling thread. A process must call it in each of its threads.

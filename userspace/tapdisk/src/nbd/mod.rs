@@ -19,7 +19,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wire::{Choice, Chunk, ClientRequest, Export, NbdCommand, OptionReply};
 
 /// Options of one client at most, before it is served.
@@ -39,8 +39,11 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
     let export: Rc<str> = export.into();
     // A copy for each client, and this one.
     let seats = Rc::new(());
+    let full = FullNote::default();
     crate::listen::accept_all(session, listener, move |session, socket| {
         if Rc::strong_count(&seats) > MAX_CLIENTS {
+            // The protocol has no word for that, so the client sees the end of its connection.
+            full.tell();
             return;
         }
         let seat = seats.clone();
@@ -62,6 +65,23 @@ pub fn listen(session: &Rc<Session>, listener: OwnedFd, export: String) -> io::R
             drop(seat);
         });
     })
+}
+
+/// Messages about clients that are turned away, which may come at any rate.
+#[derive(Default)]
+struct FullNote(Cell<Option<Instant>>);
+
+impl FullNote {
+    fn tell(&self) {
+        let last = self.0.get();
+        if last.is_some_and(|last| last.elapsed() < PATIENCE) {
+            return;
+        }
+        self.0.set(Some(Instant::now()));
+        diskio::say!(
+            "tapdisk: an NBD client is turned away, because {MAX_CLIENTS} are connected: let one of them end first"
+        );
+    }
 }
 
 /// A connection. An error ends it.
