@@ -60,7 +60,7 @@ pub(crate) async fn convert(
         let options = Options::new(to.path.display().to_string());
         let (new, its) = opener.disk_of(to, file.clone(), options).await?;
         if its.size > shape.size {
-            eprintln!(
+            diskio::say!(
                 "tapimg: {to} has {} bytes more than the disk: they stay as they are",
                 its.size - shape.size
             );
@@ -89,7 +89,7 @@ pub(crate) async fn convert(
         Ok(()) => {
             target.keep().await?;
             if let Some(text) = lost.and_then(|lost| lost.text(from)) {
-                eprintln!("tapimg: {text}");
+                diskio::say!("tapimg: {text}");
             }
             Ok(())
         }

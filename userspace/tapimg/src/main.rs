@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! tapimg: the images of tap disks.
 #![forbid(unsafe_code)]
+// These panic if the reader is gone; `diskio::say!` and `writeln!` do not.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 
 mod chain;
 mod check;

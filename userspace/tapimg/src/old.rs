@@ -14,6 +14,7 @@ use diskio::Runtime;
 use formats::Below;
 use std::ffi::OsStr;
 use std::future::Future;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -51,15 +52,25 @@ pub(crate) fn by_name(program: &OsStr) -> Option<ExitCode> {
         _ => return None,
     };
     Some(match done {
-        Ok(text) => {
-            print!("{}", shown_lines(&text));
-            ExitCode::SUCCESS
-        }
+        Ok(text) => match print(&shown_lines(&text)) {
+            // Such as `vhd-util scan ... | head`.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                diskio::say!("{name}: cannot write: {error}");
+                ExitCode::FAILURE
+            }
+            _ => ExitCode::SUCCESS,
+        },
         Err(failure) => {
-            eprintln!("{name}: {}", shown(&failure.to_string()));
+            diskio::say!("{name}: {}", shown(&failure.to_string()));
             ExitCode::from(number(failure.code))
         }
     })
+}
+
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 fn run<F: Future<Output = Result<String, Failure>> + 'static>(

@@ -21,7 +21,7 @@ impl Stop {
         let (io, wanted) = (runtime.io.clone(), stop.0.clone());
         runtime.tasks.spawn(async move {
             if let Err(error) = io.readable(&signals).await {
-                eprintln!("tapimg: cannot wait for signals: {error}");
+                diskio::say!("tapimg: cannot wait for signals: {error}");
                 return;
             }
             wanted.set(true);

@@ -209,7 +209,7 @@ impl Drop for Target {
     fn drop(&mut self) {
         if let Place::File { unfinished, .. } = &self.place {
             if let Err(error) = fs::remove_file(unfinished) {
-                eprintln!("tapimg: cannot remove {}: {error}", unfinished.display());
+                diskio::say!("tapimg: cannot remove {}: {error}", unfinished.display());
             }
         }
     }

@@ -6,7 +6,9 @@ use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -58,17 +60,36 @@ impl Bench {
         said
     }
 
-    /// Runs it under another name, whatever comes of it.
-    pub(crate) fn named(&self, name: &str, line: &str) -> ProgramOutput {
+    /// Returns the path of the program under another name.
+    fn link(&self, name: &str) -> PathBuf {
         let link = self.path(&format!(".bin-{name}")).join(name);
         if !link.exists() {
             fs::create_dir(link.parent().unwrap()).unwrap();
             std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tapimg"), &link).unwrap();
         }
+        link
+    }
+
+    /// Runs it under another name, whatever comes of it.
+    pub(crate) fn named(&self, name: &str, line: &str) -> ProgramOutput {
+        let link = self.link(name);
         let program = link.to_str().unwrap();
         let said = said(self.command(program, line).output().unwrap());
         assert!(!said.err.contains("panicked"), "{name} {line}: {said:?}");
         said
+    }
+
+    /// Runs it under another name, or its own, with output and messages that no process reads; returns its exit status.
+    pub(crate) fn unread(&self, name: &str, line: &str) -> Option<i32> {
+        let link = self.link(name);
+        let mut command = self.command(link.to_str().unwrap(), line);
+        let closed = || {
+            let (ours, its) = UnixStream::pair().unwrap();
+            drop(ours);
+            OwnedFd::from(its)
+        };
+        command.stdout(closed()).stderr(closed());
+        command.status().unwrap().code()
     }
 
     /// Runs tapimg, which must succeed, and returns what it prints.

@@ -33,6 +33,21 @@ fn chain(bench: &Bench) {
     }
 }
 
+/// As in `vhd-util scan ... | head` and `vhd-util ... 2>&1 | head`.
+#[test]
+fn a_reader_that_has_gone_is_no_panic() {
+    let bench = Bench::new();
+    chain(&bench);
+    // A panic is 101.
+    let answered = bench.unread("vhd-util", "query --debug -v -n c");
+    assert_eq!(answered, Some(0));
+    let refused = bench.unread("vhd-util", "query --debug -v -n none");
+    assert!(
+        refused.is_some_and(|status| !matches!(status, 0 | 101)),
+        "{refused:?}"
+    );
+}
+
 #[test]
 fn a_chain_is_made_and_asked_about() {
     let bench = Bench::new();
