@@ -72,6 +72,15 @@ impl Export {
         Ok(export)
     }
 
+    /// Returns the export with a name, which may be empty, of the server at a unix socket.
+    #[must_use]
+    pub fn at_socket(socket: PathBuf, name: String) -> Self {
+        Self {
+            listener: Listener::Unix(socket),
+            name,
+        }
+    }
+
     /// Where its server listens.
     #[must_use]
     pub fn listener(&self) -> &Listener {

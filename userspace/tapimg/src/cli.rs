@@ -3,12 +3,14 @@
 
 use crate::named::Named;
 use crate::replay::Point;
+use crate::serve::ServedTarget;
 use clap::{Args, Parser, Subcommand};
 use manual::Generated;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Make, convert, check, compare, resize, rebase and commit the images of tap disks, and replay what was done to them.
+/// Make, convert, check, compare, resize, rebase, commit and serve the images of tap disks, and replay what was done to
+/// them.
 ///
 /// An image is named KIND:PATH, as in the configuration of a guest. The kind is what you say, never what the
 /// file looks like: a guest writes what is in it.
@@ -56,6 +58,7 @@ Examples:
                                                     # c.qcow2 has a.qcow2 as its backing image
   tapimg commit qcow2:/srv/c.qcow2                  # c.qcow2 is merged into a.qcow2, which is the disk then
   tapimg rebase qcow2:/srv/c.qcow2 --no-parent      # c.qcow2 gets all content, and has no backing image
+  tapimg serve qcow2:/srv/a.qcow2 /run/a.sock       # to nbdinfo, qemu-img, nbdcopy and fio, until ctrl-C
   tapimg replay guest.trace aio:/srv/copy.img --to 120
                                                     # a guest's requests (tap-ctl trace), up to number 120
 
@@ -98,6 +101,15 @@ pub(crate) enum Verb {
     Snapshot(Snapshot),
     /// Replay a guest's requests on a copy of its disk, up to any moment; or list them
     Replay(Replay),
+    /// Serve a disk to NBD clients, such as nbdinfo, qemu-img, nbdcopy and fio, without Xen
+    Serve(Serve),
+    /// The process of serve that serves
+    #[command(hide = true)]
+    ServeConfined {
+        /// User to become
+        #[arg(long)]
+        user: Option<String>,
+    },
     /// Print a completion script or the manual page
     #[command(hide = true)]
     Generate {
@@ -360,4 +372,61 @@ pub(crate) struct Replay {
     /// Print the requests instead: number, seconds since the trace began, operation, and result
     #[arg(long)]
     pub(crate) list: bool,
+}
+
+/// Disk to serve.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Clients connect to nbd+unix:///?socket=SOCKET, the address that is printed when they can. Ctrl-C or SIGTERM ends it:
+it makes all writes durable first, and removes SOCKET. A second signal ends it at once.
+
+The disk is only read unless --write is there. These take writes in any case, because they end with the program:
+  ram:SIZE              memory
+  cow:KIND:PATH         an image that stays as it is, with all writes in memory
+  null:SIZE             zeroes, for measurements
+
+The program that reads the image is in a sandbox, as for a guest: it opens no file. Backing images are read if they are in
+the folder of the image, or if --allow names them or a folder above them.
+
+Up to 16 clients are served at once; further ones are turned away. Each has one request of at most 2 MiB under way at a
+time, so programs that want more open several connections (nbdcopy does, fio has numjobs=). Requests that overlap take
+effect in the order in which they come.
+
+Examples:
+  tapimg serve qcow2:/srv/a.qcow2 /run/a.sock
+  tapimg serve --write vhd:/srv/a.vhd /run/a.sock
+  tapimg serve cow:qcow2:/srv/a.qcow2 /run/a.sock
+  tapimg serve ram:1G /run/a.sock
+  tapimg serve --allow /srv/golden qcow2:/srv/web/a.qcow2 /run/a.sock
+and then, in another terminal:
+  nbdinfo --map 'nbd+unix:///?socket=/run/a.sock'
+  qemu-img compare -f raw 'nbd+unix:///?socket=/run/a.sock' /srv/copy.img
+  nbdcopy 'nbd+unix:///?socket=/run/a.sock' /srv/copy.img
+  fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/run/a.sock' --rw=randread --bs=4k --size=100M
+
+Exit status: 0 after a signal, if all writes are durable; 2 for a wrong command line, 3 if the image or SOCKET is
+in use, 4 if there is no such image, 6 if it failed for another reason.")]
+pub(crate) struct Serve {
+    /// The disk: KIND:PATH, or any target that a tap disk has
+    #[arg(value_name = "KIND:PATH")]
+    pub(crate) image: ServedTarget,
+    /// Unix socket to make, for this user only
+    pub(crate) socket: PathBuf,
+    /// Clients may write, and the image is changed
+    #[arg(short, long)]
+    pub(crate) write: bool,
+    /// File or folder outside of the image's own that it may name, as a backing image; may be repeated
+    #[arg(long, value_name = "PATH")]
+    pub(crate) allow: Vec<PathBuf>,
+    /// Name of the export; clients that name none get it, too
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) export: String,
+    /// User that the program which reads the image becomes, if root starts it: a name, or UID:GID
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
 }

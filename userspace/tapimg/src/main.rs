@@ -22,6 +22,7 @@ mod replay;
 mod resize;
 mod runs;
 mod salvage;
+mod serve;
 mod snapshot;
 mod stop;
 mod target;
@@ -115,6 +116,13 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
         manual::write(Cli::command(), what, SEE_ALSO, &mut io::stdout())?;
         return Ok(VerbOutcome::Good);
     }
+    if let Verb::ServeConfined { user } = &cli.verb {
+        serve::confined(user.as_deref())?;
+        return Ok(VerbOutcome::Good);
+    }
+    if let Verb::Serve(args) = &cli.verb {
+        return serve::serve(args, cli.parents.map(|kind| kind.0), cli.json);
+    }
     let runtime = Runtime::new();
     // Threads inherit what is blocked of signals, so this comes first.
     let stop = match cli.verb {
@@ -193,7 +201,8 @@ async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcom
             }
             true
         }
-        Verb::Generate { .. } => true,
+        // These have no image that this process works on.
+        Verb::Generate { .. } | Verb::Serve(_) | Verb::ServeConfined { .. } => true,
     };
     Ok(if good {
         VerbOutcome::Good
@@ -249,6 +258,8 @@ mod tests {
             "tapimg commit vhd:/b --progress",
             "tapimg replay /a.trace aio:/b --from 5 --to 2s",
             "tapimg replay /a.trace --list --json",
+            "tapimg serve --write --allow /b qcow2:a.qcow2 a.sock",
+            "tapimg serve cow:qcow2:/a a.sock --json --export a",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
@@ -263,6 +274,8 @@ mod tests {
             "tapimg resize aio:/a 10G --lose-data",
             "tapimg rebase qcow2:/a",
             "tapimg replay /a.trace",
+            "tapimg serve qcow2:/a",
+            "tapimg serve qcow3:/a a.sock",
             "tapimg replay /a.trace aio:/b --list",
             "tapimg replay /a.trace aio:/b --from yesterday",
             "tapimg rebase qcow2:/a --parent aio:/b --no-parent",

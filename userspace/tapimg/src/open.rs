@@ -96,37 +96,7 @@ impl ImageOpener {
 
     /// The file at `path`, locked.
     pub(crate) async fn file(&self, path: &Path, how: Use) -> Result<File, Failure> {
-        let tried = |error: &io::Error| {
-            Failure::system(format!("cannot open the image {}", path.display()), error)
-        };
-        let kind = fs::metadata(path).map_err(|error| tried(&error))?;
-        let kind = kind.file_type();
-        // Opening a pipe would wait for its other end.
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{} is neither a file nor a block device, so it cannot be an image",
-                    path.display()
-                ),
-            ));
-        }
-        let mut flags = OFlags::CLOEXEC;
-        if how == Use::Write && kind.is_block_device() {
-            // A device that the kernel itself uses, such as for a mounted file system, is refused.
-            flags |= OFlags::EXCL;
-        }
-        let file = direct(flags, |flags| {
-            fs::File::options()
-                .read(true)
-                .write(how == Use::Write)
-                .custom_flags(flags)
-                .open(path)
-        });
-        let file = match file {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(busy(path)),
-            file => file.map_err(|error| tried(&error))?,
-        };
+        let file = open_file(path, how, true)?;
         self.locked(file, path, how).await
     }
 
@@ -217,6 +187,46 @@ impl Files<File> for ImageOpener {
 
     fn raw(&self, file: File) -> Disk {
         Disk::new(Raw::new(file, false))
+    }
+}
+
+/// Opens the image at `path`, without a lock; if `is_direct`, past the page cache where that is possible.
+pub(crate) fn open_file(path: &Path, how: Use, is_direct: bool) -> Result<fs::File, Failure> {
+    let tried = |error: &io::Error| {
+        Failure::system(format!("cannot open the image {}", path.display()), error)
+    };
+    let kind = fs::metadata(path).map_err(|error| tried(&error))?;
+    let kind = kind.file_type();
+    // Opening a pipe would wait for its other end.
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Failure::new(
+            Code::Image,
+            format!(
+                "{} is neither a file nor a block device, so it cannot be an image",
+                path.display()
+            ),
+        ));
+    }
+    let mut flags = OFlags::CLOEXEC;
+    if how == Use::Write && kind.is_block_device() {
+        // A device that the kernel itself uses, such as for a mounted file system, is refused.
+        flags |= OFlags::EXCL;
+    }
+    let open = |flags| {
+        fs::File::options()
+            .read(true)
+            .write(how == Use::Write)
+            .custom_flags(flags)
+            .open(path)
+    };
+    // CAST: flags of open are an int.
+    let file = match is_direct {
+        true => direct(flags, open),
+        false => open(flags.bits() as i32),
+    };
+    match file {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(busy(path)),
+        file => file.map_err(|error| tried(&error)),
     }
 }
 

@@ -156,6 +156,19 @@ impl Bench {
             .unwrap()
     }
 
+    /// Begins to serve a disk.
+    pub(crate) fn serve(&self, line: &str) -> Child {
+        self.command(
+            env!("CARGO_BIN_EXE_tapimg"),
+            &format!("--json serve {line}"),
+        )
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+    }
+
     /// Begins tapimg and sends it a signal as soon as `is_time`. It must not be done by then.
     pub(crate) fn end(
         &self,

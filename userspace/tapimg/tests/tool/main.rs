@@ -2,6 +2,7 @@
 //! The program as a person uses it, with QEMU's tools as a second opinion in both directions.
 
 mod bench;
+mod client;
 mod commit;
 mod convert;
 mod create;
@@ -16,4 +17,5 @@ mod qemu;
 mod rebase;
 mod repair;
 mod resize;
+mod serve;
 mod wrong;
