@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The target from which a disk is served, in the syntax of a configuration: `aio:/srv/a.img`.
 
+mod driver;
 mod key;
 mod memory;
 mod rules;
@@ -9,6 +10,8 @@ mod words;
 
 use crate::text::as_text;
 use crate::{Export, Failure, GroupName, LeaseKind, Limits, Tls};
+use driver::ArgumentKind;
+pub use driver::Driver;
 pub use memory::MemoryName;
 pub use rules::SaidRules;
 use serde::{Deserialize, Serialize};
@@ -25,156 +28,6 @@ const LEAST_ROOM: u64 = 1 << 20;
 
 /// Permitted bytes of memory for tables: enough for requests to proceed, and no more than is of use.
 const CACHE: RangeInclusive<u64> = 1 << 20..=1 << 30;
-
-/// The drivers that tapdisk has. The format of an image is always said, never guessed from its
-/// content: the guest writes the content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Driver {
-    /// A raw file or block device, asynchronously and past the page cache.
-    Aio,
-    /// A raw file on a file system that can do neither: one call after the other.
-    Sync,
-    /// Memory; its content ends with the disk, or with the last one of its [name](MemoryName).
-    Ram,
-    /// Reads as zeroes and forgets writes, for measurements.
-    Null,
-    /// An image of the format qcow2.
-    Qcow2,
-    /// An image of the format qcow, which blktap and Xen's first tools made.
-    Qcow,
-    /// An image of the format VHD.
-    Vhd,
-    /// An image of the format VHDX, which is only read.
-    Vhdx,
-    /// An image of the format VMDK.
-    Vmdk,
-    /// A raw image, encrypted with LUKS.
-    Luks,
-    /// An export of an NBD server.
-    Nbd,
-    /// An image that stays as it is; what a guest writes is in memory, which ends with the disk.
-    Cow,
-}
-
-impl Driver {
-    /// All of them.
-    pub const ALL: [Self; 12] = [
-        Self::Aio,
-        Self::Sync,
-        Self::Qcow2,
-        Self::Qcow,
-        Self::Vhd,
-        Self::Vhdx,
-        Self::Vmdk,
-        Self::Luks,
-        Self::Nbd,
-        Self::Cow,
-        Self::Ram,
-        Self::Null,
-    ];
-
-    /// The name in a configuration.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Aio => "aio",
-            Self::Sync => "sync",
-            Self::Ram => "ram",
-            Self::Null => "null",
-            Self::Qcow2 => "qcow2",
-            Self::Qcow => "qcow",
-            Self::Vhd => "vhd",
-            Self::Vhdx => "vhdx",
-            Self::Vmdk => "vmdk",
-            Self::Luks => "luks",
-            Self::Nbd => "nbd",
-            Self::Cow => "cow",
-        }
-    }
-
-    /// True if the argument is the path of an image; otherwise it is a size, an [`Export`] or a [`Below`].
-    pub fn has_image(self) -> bool {
-        !matches!(self, Self::Ram | Self::Null | Self::Nbd | Self::Cow)
-    }
-
-    /// Whether the guest's writes are in memory that the supervisor keeps, and that ends with the disk, or with the
-    /// last of those that [have it by a name](Target::name).
-    pub fn has_memory(self) -> bool {
-        matches!(self, Self::Ram | Self::Cow)
-    }
-
-    /// The image is not the disk byte for byte, and one process writes it.
-    pub fn has_format(self) -> bool {
-        matches!(
-            self,
-            Self::Qcow2 | Self::Qcow | Self::Vhd | Self::Vhdx | Self::Vmdk | Self::Luks
-        )
-    }
-
-    /// It is made of tables, be they in an image or in memory.
-    pub fn has_tables(self) -> bool {
-        self.has_format() && self != Self::Luks || self == Self::Cow
-    }
-
-    /// Whether its writer keeps state of its own about it, which another writer would not see: tables, or data that an
-    /// export's server has not made durable yet.
-    pub fn has_one_writer(self) -> bool {
-        self.has_format() || matches!(self, Self::Cow | Self::Nbd)
-    }
-
-    /// Whether an image may have content in further files, which the disk writes too.
-    pub fn has_extents(self) -> bool {
-        matches!(self, Self::Qcow2 | Self::Vmdk)
-    }
-
-    /// The kernel may do I/O on the image without its process, as far as that lets it: past the page cache, as all of
-    /// that is.
-    pub fn may_map(self) -> bool {
-        self.is_direct() && !matches!(self, Self::Vhdx | Self::Luks)
-    }
-
-    /// I/O on the image goes past the page cache where its file system can do that.
-    pub fn is_direct(self) -> bool {
-        self.has_image() && self != Self::Sync
-    }
-}
-
-impl fmt::Display for Driver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Driver {
-    type Err = Failure;
-
-    fn from_str(name: &str) -> Result<Self, Failure> {
-        let name = match name {
-            // Names of a raw file or device in configurations of xl and of blktap, and QEMU's name of a VHD.
-            "file" | "raw" | "phy" => "aio",
-            "vpc" => "vhd",
-            // The address of a socket, see `Export`.
-            "nbd+unix" => "nbd",
-            "nbds" => {
-                return Err(Failure::invalid(
-                    "nbds: does not say whom to believe: write tls-ca=/etc/xentap/ca.pem,nbd://host/name with the \
-                     certificate of the authority that has signed the server's",
-                ))
-            }
-            name => name,
-        };
-        Self::ALL
-            .into_iter()
-            .find(|driver| driver.name() == name)
-            .ok_or_else(|| {
-                let known: Vec<&str> = Self::ALL.iter().map(|driver| driver.name()).collect();
-                Failure::invalid(format!(
-                    "there is no driver '{name}': use one of {}",
-                    known.join(", ")
-                ))
-            })
-    }
-}
 
 /// A driver and what it serves. Written `DRIVER:ARGUMENT`, with `tap:` in front if one likes: `aio:/srv/a.img`,
 /// `tap:aio:/srv/a.img`, `ram:64M`. Of an image that several hosts reach it can say first how they agree about who
@@ -494,24 +347,23 @@ impl Target {
 }
 
 fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
-    let argument = if driver.has_image() {
-        let path = PathBuf::from(argument);
-        if !path.is_absolute() || argument.contains('\0') {
-            return Err(Failure::invalid(format!(
-                "{driver}:{argument:?} names no image: its absolute path is needed, such as {driver}:/srv/a.img"
-            )));
+    let argument = match driver.argument() {
+        ArgumentKind::Image => {
+            let path = PathBuf::from(argument);
+            if !path.is_absolute() || argument.contains('\0') {
+                return Err(Failure::invalid(format!(
+                    "{driver}:{argument:?} names no image: its absolute path is needed, such as {driver}:/srv/a.img"
+                )));
+            }
+            Argument::Image(path)
         }
-        Argument::Image(path)
-    } else if driver == Driver::Nbd {
-        Argument::Export(Export::parse(argument)?)
-    } else if driver == Driver::Cow {
-        Argument::Below(below(argument)?)
-    } else {
-        Argument::Size(crate::size(argument).ok_or_else(|| {
+        ArgumentKind::Export => Argument::Export(Export::parse(argument)?),
+        ArgumentKind::Below => Argument::Below(below(argument)?),
+        ArgumentKind::Size => Argument::Size(crate::size(argument).ok_or_else(|| {
             Failure::invalid(format!(
                 "{driver}:{argument:?} has no size: say how many bytes, a multiple of 512, such as {driver}:64M"
             ))
-        })?)
+        })?),
     };
     Ok(Target {
         driver,
@@ -695,7 +547,7 @@ mod tests {
 
     #[test]
     fn names_of_drivers_are_read_as_they_are_written() {
-        for driver in Driver::ALL {
+        for &driver in Driver::ALL {
             assert_eq!(driver.name().parse(), Ok(driver));
             let text = serde_json::to_string(&driver).unwrap();
             assert_eq!(text, format!("\"{driver}\""));
@@ -801,7 +653,7 @@ mod tests {
 
     #[test]
     fn that_what_is_below_is_cached_is_said_before_the_driver() {
-        for driver in Driver::ALL {
+        for &driver in Driver::ALL {
             let argument = match driver {
                 Driver::Nbd => "//host/a",
                 Driver::Ram | Driver::Null => "512",

@@ -9,10 +9,16 @@ mod disk;
 mod driver;
 mod lock;
 pub mod nbd;
-mod null;
 mod open;
-mod ram;
-mod raw;
+
+macro_rules! modules {
+    ($($module:ident { $($rest:tt)* })*) => {
+        $(mod $module;)*
+    };
+}
+
+// The modules that the table of drivers names.
+control::driver_table!(modules);
 
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io, LockKind, LockPart};
@@ -21,6 +27,6 @@ pub use driver::{
 };
 pub use lock::{lock, lock_part};
 pub use null::Null;
-pub use open::{activate, file, image, missing, open, open_on};
+pub use open::{activate, create, file, image, missing, open, open_on};
 pub use ram::Ram;
 pub use raw::{set_size, Raw};

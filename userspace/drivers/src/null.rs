@@ -1,9 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `null`: nothing, to measure what everything else costs.
 
-use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use crate::open::size;
+use crate::{Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use control::tapdisk::Open;
 use control::Failure;
-use diskio::{Bytes, Data, Errno};
+use diskio::{Bytes, Data, Errno, File};
+
+/// Opens a disk of the size in its target.
+pub(crate) fn open(open: &Open, _: Option<File>) -> Result<Disk, Failure> {
+    Ok(Disk::new(Null::new(size(open)?)))
+}
+
+/// Makes nothing, because there is no image.
+pub(crate) async fn create(_: &File, _: u64) -> Result<(), Errno> {
+    Err(Errno::OPNOTSUPP)
+}
 
 /// A disk that reads as zeroes and discards writes.
 #[derive(Debug)]

@@ -1,59 +1,61 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Opening the disk that a request describes.
 
-use crate::{lock_part, Disk, DiskInfo, Null, Ram, Raw};
+use crate::{lock_part, Disk, DiskInfo};
 use control::tapdisk::Open;
 use control::{Code, Driver as Name, Failure};
-use diskio::{File, Io, LockKind, LockPart};
+use diskio::{Errno, File, Io, LockKind, LockPart};
 use std::io;
 use std::os::fd::OwnedFd;
+
+macro_rules! by_module {
+    ($($module:ident { $($(#[$doc:meta])* $name:ident $text:literal $traits:ident;)* })*) => {
+        /// Opens a disk by the module of its driver.
+        fn disk(open: &Open, file: Option<File>) -> Result<Disk, Failure> {
+            match open.target.driver() {
+                $($(Name::$name => crate::$module::open(open, file),)*)*
+            }
+        }
+
+        /// Makes an image of a driver: the disk has `size` bytes, which are whole blocks, and reads as zeroes. The file
+        /// is empty.
+        ///
+        /// # Errors
+        /// Those of the file; [`Errno::OPNOTSUPP`] if the driver has no images, or they are made by another crate.
+        pub async fn create(name: Name, file: &File, size: u64) -> Result<(), Errno> {
+            match name {
+                $($(Name::$name => crate::$module::create(file, size).await,)*)*
+            }
+        }
+    };
+}
+
+control::driver_table!(by_module);
 
 /// Opens the disk that `open` describes: locks the image, which waits a little for the I/O of a process that died, and
 /// only then reads it. It refuses drivers that [have a format](Name::has_format).
 pub async fn open(io: &Io, open: &Open, fd: Option<OwnedFd>) -> Result<(Disk, DiskInfo), Failure> {
-    let file = match (open.target.driver(), open.target.size()) {
-        (Name::Aio | Name::Sync, _) | (Name::Ram, Some(_)) => Some(image(io, open, fd).await?),
-        _ => None,
+    let driver = open.target.driver();
+    let file = match driver.has_image() || (driver.has_memory() && open.target.size().is_some()) {
+        true => Some(image(io, open, fd).await?),
+        false => None,
     };
     open_on(open, file).await
 }
 
 /// Opens a disk on an image that [is locked](image) already.
 pub async fn open_on(open: &Open, file: Option<File>) -> Result<(Disk, DiskInfo), Failure> {
-    let disk = match (open.target.driver(), open.target.size(), file) {
-        (Name::Aio | Name::Sync, _, Some(file)) => Disk::new(raw(open, file)?),
-        (Name::Ram, Some(size), Some(memory)) => Disk::new(Ram::new(memory, size)),
-        (Name::Null, Some(size), _) => Disk::new(Null::new(size)),
-        (Name::Aio | Name::Sync, _, None) | (Name::Ram, Some(_), None) => {
-            return Err(missing(open))
-        }
-        (Name::Nbd, _, _) => {
-            return Err(Failure::unsupported(
-                "an export is opened by who has a connection to its server: use tapdisk",
-            ))
-        }
-        (name @ (Name::Ram | Name::Null), None, _) => {
-            return Err(Failure::invalid(format!(
-                "the driver {name} needs a size, such as {name}:64M"
-            )))
-        }
-        (
-            name @ (Name::Cow
-            | Name::Qcow2
-            | Name::Qcow
-            | Name::Vhd
-            | Name::Vhdx
-            | Name::Vmdk
-            | Name::Luks),
-            _,
-            _,
-        ) => {
-            return Err(Failure::unsupported(format!(
-                "this program does not know the format {name}: use tapdisk"
-            )))
-        }
-    };
-    activate(disk, open).await
+    activate(disk(open, file)?, open).await
+}
+
+/// Returns the size in the target of a disk without an image.
+pub(crate) fn size(open: &Open) -> Result<u64, Failure> {
+    open.target.size().ok_or_else(|| {
+        let name = open.target.driver();
+        Failure::invalid(format!(
+            "the driver {name} needs a size, such as {name}:64M"
+        ))
+    })
 }
 
 /// Activates a disk; guests may discard only if `open` allows that.
@@ -63,31 +65,6 @@ pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, DiskInfo), Failu
         shape.discard = None;
     }
     Ok((disk, shape))
-}
-
-/// A file or device, locked, as a disk.
-fn raw(open: &Open, mut file: File) -> Result<Raw, Failure> {
-    let discard = open.discard && !open.read_only;
-    if open.read_only {
-        return Ok(Raw::new(file, discard));
-    }
-    if open.whole_blocks {
-        return Ok(Raw::new(file, discard).in_whole_blocks());
-    }
-    let buffered = file.keep_size().map_err(|error| {
-        Failure::system(
-            format!("cannot look at the image of {}", open.target),
-            &error,
-        )
-    })?;
-    if buffered {
-        diskio::say!(
-            "{} goes through dom0's page cache: its size is no whole number of its storage's blocks; \
-             make it one with truncate --size=%4096",
-            open.target
-        );
-    }
-    Ok(Raw::new(file, discard))
 }
 
 /// Returns the failure for an image whose descriptor is missing.

@@ -1,11 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ram`: sparse memory, which holds only the ranges that the guest has changed.
 
+use crate::open::size;
 use crate::raw::extents;
-use crate::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use crate::{missing, Attributes, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use control::tapdisk::Open;
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
+
+/// Opens a disk of the size in its target, in memory that came along.
+pub(crate) fn open(open: &Open, file: Option<File>) -> Result<Disk, Failure> {
+    let size = size(open)?;
+    let memory = file.ok_or_else(|| missing(open))?;
+    Ok(Disk::new(Ram::new(memory, size)))
+}
+
+/// Gives the memory its size.
+pub(crate) async fn create(memory: &File, size: u64) -> Result<(), Errno> {
+    memory.set_size(size).await
+}
 
 /// A disk in memory. The memory is a file that the supervisor keeps for the next process: it must hold all answered
 /// writes when this one is dead.

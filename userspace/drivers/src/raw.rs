@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `aio` and `sync`: the image is the disk, byte for byte.
 
-use crate::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use crate::{missing, Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
+use control::tapdisk::Open;
 use control::{Code, Failure};
 use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
 
@@ -14,6 +15,37 @@ const ZEROES: u64 = 256 << 20;
 
 /// Bytes of a logical block at most.
 const MAX_BLOCK: u32 = 4096;
+
+/// Opens a file or device, which is locked.
+pub(crate) fn open(open: &Open, file: Option<File>) -> Result<Disk, Failure> {
+    let mut file = file.ok_or_else(|| missing(open))?;
+    let discard = open.discard && !open.read_only;
+    if open.read_only {
+        return Ok(Disk::new(Raw::new(file, discard)));
+    }
+    if open.whole_blocks {
+        return Ok(Disk::new(Raw::new(file, discard).in_whole_blocks()));
+    }
+    let buffered = file.keep_size().map_err(|error| {
+        Failure::system(
+            format!("cannot look at the image of {}", open.target),
+            &error,
+        )
+    })?;
+    if buffered {
+        diskio::say!(
+            "{} goes through dom0's page cache: its size is no whole number of its storage's blocks; \
+             make it one with truncate --size=%4096",
+            open.target
+        );
+    }
+    Ok(Disk::new(Raw::new(file, discard)))
+}
+
+/// Makes a file as long as the disk.
+pub(crate) async fn create(file: &File, size: u64) -> Result<(), Errno> {
+    file.set_size(size).await
+}
 
 /// A raw file or block device.
 #[derive(Debug)]

@@ -2,15 +2,18 @@
 //! Each driver has the same effect on its image as the steps have on a vector of bytes in memory, also when requests
 //! run at the same time, and when each is executed twice.
 
+#[path = "model/example.rs"]
+mod example;
+
 use control::tapdisk::Open;
 use control::{Code, Driver as Name};
-use diskio::{Data, Engine, Errno, Runtime};
-use drivers::{open, Attributes, Content, Disk, DiskInfo, Extent};
+use diskio::{Data, Engine, Errno, File, Runtime};
+use drivers::{activate, create, open, Attributes, Content, Disk, DiskInfo, Extent};
 use proptest::prelude::*;
 use std::cell::RefCell;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -24,13 +27,58 @@ const PLAIN: Attributes = Attributes {
     sequence: None,
 };
 
-/// A driver and the engine that its image is used with.
-const DISKS: [(Name, Engine); 4] = [
-    (Name::Aio, Engine::Uring),
-    (Name::Aio, Engine::Aio),
-    (Name::Sync, Engine::Sync),
-    (Name::Ram, Engine::Sync),
-];
+/// Engines that the drivers are tried with.
+const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
+
+/// A driver that the model judges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judged {
+    /// One of the table.
+    Named(Name),
+    /// The example of the page about drivers.
+    Example,
+}
+
+impl Judged {
+    /// All drivers of this crate that keep writes, and the example.
+    fn all() -> Vec<Self> {
+        // `formats` has a model of its own, `tests/nbd` judges exports, and `null` forgets everything.
+        let is_elsewhere =
+            |name: &Name| name.has_format() || matches!(name, Name::Cow | Name::Nbd | Name::Null);
+        let names = Name::ALL.iter().copied().filter(|name| !is_elsewhere(name));
+        names.map(Self::Named).chain([Self::Example]).collect()
+    }
+
+    /// Makes a new disk of `SIZE` bytes.
+    fn disk(self, runtime: &Runtime) -> (Disk, DiskInfo, tempfile::NamedTempFile) {
+        let name = match self {
+            Self::Named(name) => name,
+            // Its image is used as one of these.
+            Self::Example => Name::Aio,
+        };
+        let file = image(name, 0);
+        let io = runtime.io.clone();
+        let (fd, what) = (descriptor(name, &file), request(name, &file));
+        let image = File::new(&io, fd).unwrap();
+        let opened = runtime.block_on(async move {
+            match self {
+                Self::Named(name) => create(name, &image, SIZE).await.unwrap(),
+                Self::Example => example::create(&image, SIZE).await.unwrap(),
+            }
+            match self {
+                Self::Named(_) => drivers::open_on(&what, Some(image)).await,
+                Self::Example => activate(example::open(&what, Some(image))?, &what).await,
+            }
+        });
+        let (disk, shape) = opened.unwrap().unwrap();
+        (disk, shape, file)
+    }
+
+    /// The image is the disk, byte for byte.
+    fn is_verbatim(self) -> bool {
+        matches!(self, Self::Named(Name::Aio | Name::Sync))
+    }
+}
 
 /// A folder on the file system of the build, which can do direct I/O.
 fn folder() -> PathBuf {
@@ -49,7 +97,7 @@ fn image(name: Name, size: u64) -> tempfile::NamedTempFile {
 }
 
 fn descriptor(name: Name, file: &tempfile::NamedTempFile) -> OwnedFd {
-    let flags = if name == Name::Aio { libc::O_DIRECT } else { 0 };
+    let flags = if name.is_direct() { libc::O_DIRECT } else { 0 };
     let mut options = fs::File::options();
     options.read(true).write(true).custom_flags(flags);
     let file = options.open(file.path());
@@ -173,19 +221,21 @@ proptest! {
     #[test]
     fn drivers_agree_with_memory(steps in prop::collection::vec(step(), 1..40), twice: bool) {
         let groups = groups(steps);
-        for (name, engine) in DISKS {
+        for (judged, engine) in Judged::all().into_iter().flat_map(|judged| ENGINES.map(|engine| (judged, engine))) {
             let runtime = Runtime::new();
             runtime.io.select(engine).unwrap();
-            let file = image(name, SIZE);
-            let (disk, shape) = try_open(&runtime, name, &file, request(name, &file)).unwrap();
+            let (disk, shape, file) = judged.disk(&runtime);
             prop_assert_eq!(shape.size, SIZE);
+            // Without the ability nothing becomes of a discard.
+            let is_possible = |step: &ModelStep| shape.discard.is_some() || !matches!(step, ModelStep::Discard(..));
             let mut model = vec![0; SIZE as usize];
             for group in &groups {
-                for step in group {
+                let group: Vec<_> = group.iter().filter(|step| is_possible(step)).collect();
+                for step in &group {
                     apply(&mut model, step);
                 }
                 let wrong = Rc::new(RefCell::new(None));
-                for step in group.clone() {
+                for step in group.into_iter().cloned() {
                     let (disk, wrong) = (disk.clone(), wrong.clone());
                     let expected = step.range().map(|(at, n)| model[(at * 512) as usize..][..(n * 512) as usize].to_vec());
                     runtime.tasks.spawn(async move {
@@ -198,16 +248,53 @@ proptest! {
                     });
                 }
                 runtime.finish().unwrap();
-                prop_assert!(wrong.borrow().is_none(), "{} with {:?}: {:?}", name, engine, wrong.borrow());
+                prop_assert!(wrong.borrow().is_none(), "{:?} with {:?}: {:?}", judged, engine, wrong.borrow());
             }
             let all = Data::zeroed(SIZE as usize).unwrap();
             let (reader, target) = (disk.clone(), all.clone());
             runtime.block_on(async move { reader.read(0, target).await }).unwrap().unwrap();
-            prop_assert!(all.to_vec() == model, "{} with {:?}", name, engine);
-            if name.has_image() {
-                prop_assert!(fs::read(file.path()).unwrap() == model, "{} with {:?}", name, engine);
+            prop_assert!(all.to_vec() == model, "{:?} with {:?}", judged, engine);
+            if judged.is_verbatim() {
+                prop_assert!(fs::read(file.path()).unwrap() == model, "{:?} with {:?}", judged, engine);
             }
         }
+    }
+}
+
+/// The page shows the driver that the model judges.
+#[test]
+fn the_page_shows_the_example() {
+    let page = include_str!("../../../docs/contributing/write-a-driver.md");
+    let file = include_str!("model/example.rs");
+    assert!(
+        page.contains(file),
+        "copy tests/model/example.rs into the page"
+    );
+}
+
+/// The maker of an image may write anything into its header.
+#[test]
+fn the_example_refuses_headers_that_cannot_be() {
+    for (at, bytes) in [
+        (0, &b"ELPMAXE1"[..]),
+        (8, &0_u64.to_le_bytes()[..]),
+        (8, &513_u64.to_le_bytes()[..]),
+        (8, &(SIZE + 512).to_le_bytes()[..]),
+        (8, &(u64::MAX - 511).to_le_bytes()[..]),
+    ] {
+        let runtime = Runtime::new();
+        let (disk, _, file) = Judged::Example.disk(&runtime);
+        drop(disk);
+        file.as_file().write_all_at(bytes, at).unwrap();
+        let what = request(Name::Aio, &file);
+        let image = File::new(&runtime.io, descriptor(Name::Aio, &file)).unwrap();
+        let opened = runtime
+            .block_on(async move { activate(example::open(&what, Some(image))?, &what).await });
+        assert_eq!(
+            opened.unwrap().unwrap_err().code,
+            Code::Image,
+            "{at} {bytes:?}"
+        );
     }
 }
 

@@ -2,15 +2,8 @@
 //! Encrypted images: a word before the driver names the file with the key.
 
 use super::Target;
-use crate::{Driver, Failure};
+use crate::Failure;
 use std::path::{Path, PathBuf};
-
-impl Driver {
-    /// Its images may be encrypted.
-    pub fn may_have_key(self) -> bool {
-        matches!(self, Self::Luks | Self::Qcow2)
-    }
-}
 
 impl Target {
     /// Returns the absolute path of the file with the key of the image; nothing if the target names none.

@@ -14,27 +14,24 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-/// The format of a driver's images, if they have one.
+/// The format of a driver's images, if they have one: that of the driver's name.
 pub(super) fn kind(driver: Driver) -> Option<ImageFormat> {
-    match driver {
-        // Its image is the memory.
-        Driver::Qcow2 | Driver::Cow => Some(ImageFormat::Qcow2),
-        Driver::Qcow => Some(ImageFormat::Qcow),
-        Driver::Vhd => Some(ImageFormat::Vhd),
-        Driver::Vhdx => Some(ImageFormat::Vhdx),
-        Driver::Vmdk => Some(ImageFormat::Vmdk),
-        Driver::Luks => Some(ImageFormat::Luks),
-        Driver::Aio | Driver::Sync | Driver::Ram | Driver::Null | Driver::Nbd => None,
+    // Its image is the memory.
+    if driver == Driver::Cow {
+        return Some(ImageFormat::Qcow2);
     }
+    let mut formats = ImageFormat::ALL.into_iter();
+    formats.find(|format| driver.has_format() && format.name() == driver.name())
 }
 
 /// Returns the type of a driver's images as backing images.
 pub(super) fn below(driver: Driver) -> Result<Below, Failure> {
-    match (kind(driver), driver.has_image()) {
-        (Some(kind), true) => Ok(Below::Format(kind)),
-        (None, true) => Ok(Below::Raw),
-        (_, false) => Err(Failure::invalid(format!(
-            "{driver} has no images, so none can be a parent: use aio for a raw one"
+    match kind(driver).filter(|_| driver.has_image()) {
+        Some(kind) => Ok(Below::Format(kind)),
+        // The image of another driver is not the disk byte for byte.
+        None if driver.has_image() && !driver.has_one_writer() => Ok(Below::Raw),
+        None => Err(Failure::invalid(format!(
+            "{driver} has no images that could be parents: use aio for a raw one"
         ))),
     }
 }
@@ -48,8 +45,10 @@ fn keep_size(file: &mut File, name: &str) -> Result<(), Failure> {
 
 /// Flushes a file of an image with tables.
 pub(super) async fn flush_tables(open: &Open, file: &File) -> Result<(), Errno> {
-    // Of the formats, LUKS has none that tapdisk writes.
-    let has_tables = kind(open.target.driver()).is_some_and(|kind| kind != ImageFormat::Luks);
+    let driver = open.target.driver();
+    // A driver with a header of its own may have more than that. LUKS has no tables that tapdisk writes.
+    let has_own = driver.has_image() && driver.has_one_writer() && driver != Driver::Luks;
+    let has_tables = driver.has_tables() || has_own;
     match has_tables && !open.read_only {
         true => file.flush().await,
         false => Ok(()),
@@ -352,5 +351,37 @@ impl formats::Files<File> for Parts<'_> {
 
     fn raw(&self, file: File) -> Disk {
         Disk::new(Raw::new(file, false))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{below, kind};
+    use control::Driver;
+    use formats::{Below, ImageFormat};
+
+    #[test]
+    fn each_format_has_a_driver_of_its_name() {
+        let has_one = |driver: &Driver| driver.has_format();
+        for &driver in Driver::ALL.iter().filter(|driver| has_one(driver)) {
+            let format = kind(driver).unwrap_or_else(|| panic!("{driver} has no format"));
+            assert_eq!(format.name(), driver.name());
+        }
+        let count = Driver::ALL.iter().filter(|driver| has_one(driver)).count();
+        assert_eq!(count, ImageFormat::ALL.len());
+        assert_eq!(kind(Driver::Cow), Some(ImageFormat::Qcow2));
+        assert_eq!(kind(Driver::Aio), None);
+    }
+
+    #[test]
+    fn only_images_that_are_the_disk_are_raw_ones() {
+        for &driver in Driver::ALL {
+            let found = below(driver);
+            match driver {
+                Driver::Aio | Driver::Sync => assert_eq!(found, Ok(Below::Raw)),
+                _ if driver.has_format() => assert_eq!(found.ok(), kind(driver).map(Below::Format)),
+                _ => assert!(found.is_err(), "{driver}"),
+            }
+        }
     }
 }
