@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Sizes and rates as users type them: `20M`, `20MiB`, `1.5G`, and `+1G` for more than there is.
+//! Sizes and rates as users type them: `20M`, `20MiB`, `1.5G`, and `+1G` for more than there is; and numbers of requests,
+//! `20k`, whose suffixes are of the decimal system.
 
 use std::str::FromStr;
 
@@ -64,6 +65,25 @@ pub fn typed_rate(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses requests in a second, as a user types them: `k` is a thousand, and `M` a million.
+///
+/// # Errors
+/// Explains the syntax.
+pub fn typed_requests(text: &str) -> Result<u32, String> {
+    let (number, unit) = match text.as_bytes().last() {
+        Some(b'k' | b'K') => (&text[..text.len() - 1], 1_000),
+        Some(b'm' | b'M') => (&text[..text.len() - 1], 1_000_000),
+        _ => (text, 1),
+    };
+    let is_number = number.bytes().all(|c| c.is_ascii_digit());
+    let number = number.parse::<u32>().ok().filter(|_| is_number);
+    number
+        .and_then(|number| number.checked_mul(unit))
+        .ok_or_else(|| {
+            "write a whole number of requests in a second, such as 500 or 20k (20,000)".into()
+        })
+}
+
 /// Parses MiB, as a user types them: a number alone is one of MiB.
 ///
 /// # Errors
@@ -113,7 +133,7 @@ impl FromStr for NewSize {
 
 #[cfg(test)]
 mod tests {
-    use super::{size, typed_mib, typed_rate, NewSize};
+    use super::{size, typed_mib, typed_rate, typed_requests, NewSize};
 
     #[test]
     fn sizes_have_suffixes_and_parts() {
@@ -151,6 +171,28 @@ mod tests {
         }
         assert_eq!(typed_rate("0"), Ok(0));
         assert_eq!(typed_rate("1.5M"), Ok(3 << 19));
+    }
+
+    #[test]
+    fn requests_are_counted_in_thousands() {
+        for (text, count) in [("0", 0), ("500", 500), ("20k", 20_000), ("1M", 1_000_000)] {
+            assert_eq!(typed_requests(text), Ok(count), "{text}");
+        }
+        for text in [
+            "",
+            "k",
+            "1.5k",
+            "-1",
+            "+5",
+            "5Ki",
+            "5G",
+            "4295M",
+            "4294967296",
+            "5é",
+        ] {
+            let why = typed_requests(text).expect_err(text);
+            assert!(why.contains("20k"), "{text}: {why}");
+        }
     }
 
     #[test]

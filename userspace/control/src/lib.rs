@@ -55,7 +55,7 @@ mod trace;
 mod vdev;
 pub mod wire;
 
-pub use amount::{size, typed_mib, typed_rate, typed_size, NewSize};
+pub use amount::{size, typed_mib, typed_rate, typed_requests, typed_size, NewSize};
 pub use changed::{Changed, Extent, Mark, MarkName, MAX_MARKS};
 pub use channel::Channel;
 pub use export::{Export, Listener};

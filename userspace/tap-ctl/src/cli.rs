@@ -512,8 +512,8 @@ pub(crate) struct Policy {
     /// Let the guest read and write no more bytes than this in a second, such as 20M; 0 for as many as there are
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = control::typed_rate)]
     pub(crate) bps: u64,
-    /// Execute no more of its requests than this in a second; 0 for as many as there are
-    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    /// Execute no more of its requests than this in a second, such as 500 or 20k; 0 for as many as there are
+    #[arg(long, value_name = "NUMBER", default_value = "0", value_parser = control::typed_requests)]
     pub(crate) iops: u32,
     /// After a rest, let it do at once what it may do in so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1)]
@@ -539,8 +539,8 @@ pub(crate) struct Changed {
     /// Let the guest read and write no more bytes than this in a second, such as 20M; 0 for as many as there are
     #[arg(long, value_name = "BYTES", value_parser = control::typed_rate)]
     pub(crate) bps: Option<u64>,
-    /// Execute no more of its requests than this in a second; 0 for as many as there are
-    #[arg(long, value_name = "NUMBER")]
+    /// Execute no more of its requests than this in a second, such as 500 or 20k; 0 for as many as there are
+    #[arg(long, value_name = "NUMBER", value_parser = control::typed_requests)]
     pub(crate) iops: Option<u32>,
     /// After a rest, let it do at once what it may do in so many seconds
     #[arg(long, value_name = "SECONDS")]

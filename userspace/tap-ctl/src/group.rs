@@ -37,8 +37,13 @@ pub(crate) struct Limits {
     /// Let its guests read and write no more bytes than this in a second, such as 100M; 0 for as many as there are
     #[arg(long, visible_alias = "bytes-per-second", value_name = "BYTES", value_parser = control::typed_rate)]
     bps: Option<u64>,
-    /// Execute no more of their requests than this in a second; 0 for as many as there are
-    #[arg(long, visible_alias = "requests-per-second", value_name = "NUMBER")]
+    /// Execute no more of their requests than this in a second, such as 500 or 20k; 0 for as many as there are
+    #[arg(
+        long,
+        visible_alias = "requests-per-second",
+        value_name = "NUMBER",
+        value_parser = control::typed_requests
+    )]
     iops: Option<u32>,
     /// After a rest, let each disk do at once what it may do in so many seconds
     #[arg(long, value_name = "SECONDS")]

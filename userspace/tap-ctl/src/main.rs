@@ -651,6 +651,11 @@ mod tests {
         };
         assert_eq!((its, changes.bytes), (name(), Some(20 << 20)));
         assert_eq!((changes.requests, changes.burst_s), (Some(500), Some(2)));
+        let line = "tap-ctl group set all.7 --iops 20k";
+        let Ok(Request::SetGroup { changes, .. }) = parse(line) else {
+            panic!("{line}");
+        };
+        assert_eq!(changes.requests, Some(20_000));
         let all = Request::Groups { name: None };
         assert_eq!(parse("tap-ctl group list"), Ok(all));
         let one = Request::Groups { name: Some(name()) };

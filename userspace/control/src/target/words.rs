@@ -2,7 +2,7 @@
 //! Words of a target before its driver, each with a value, in any order.
 
 use super::{yes_or_no, MemoryName, OfDisk, SaidRules, Target};
-use crate::amount::{typed_rate, typed_size};
+use crate::amount::{typed_rate, typed_requests, typed_size};
 use crate::near::is_near;
 use crate::tls::{named_file, Said};
 use crate::{Failure, GroupName, LeaseKind, Limits};
@@ -191,9 +191,5 @@ fn yes(text: &str) -> Result<(), Failure> {
 
 /// Parses requests in a second, as a user types them.
 fn count(text: &str) -> Result<u32, Failure> {
-    text.parse().map_err(|_| {
-        Failure::invalid(format!(
-            "iops={text}: write a number of requests, such as 500"
-        ))
-    })
+    typed_requests(text).map_err(|why| Failure::invalid(format!("iops={text}: {why}")))
 }
