@@ -87,6 +87,21 @@ impl SampledDisk {
         self.tap.as_ref()?.row.minor
     }
 
+    /// Returns the words by which a command names it: its guest and its name there, which stay after a reboot, or else
+    /// the number of its node. Nothing in the words means something to a shell.
+    pub(crate) fn words(&self) -> String {
+        let is_plain = |word: &String| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+            !word.starts_with('-') && word.chars().all(plain)
+        };
+        let guest = self.guest_word.clone().filter(is_plain);
+        match (guest, self.vdev().filter(is_plain), self.minor()) {
+            (Some(guest), Some(vdev), _) => format!("{guest} {vdev}"),
+            (_, _, Some(minor)) => format!("-m {minor}"),
+            _ => "-m MINOR".to_owned(),
+        }
+    }
+
     /// Notes what its guest is called.
     pub(crate) fn name_guest(&mut self, names: &GuestNames) {
         let guest = self.guest();

@@ -34,9 +34,9 @@ pub(crate) fn judge(
     let kernel = tap.row.kernel.clone().unwrap_or_default();
     match tap.row.state {
         None => without_process(tap, &kernel),
-        Some(tapdisk::State::Paused) => paused(tap, &kernel),
+        Some(tapdisk::State::Paused) => paused(now, &kernel),
         Some(tapdisk::State::Inactive) => inactive(&kernel),
-        Some(tapdisk::State::Idle | tapdisk::State::Attached) => closed(tap, &kernel),
+        Some(tapdisk::State::Idle | tapdisk::State::Attached) => closed(now, &kernel),
         Some(tapdisk::State::Running) => running(before, now, tap, &kernel, around),
     }
 }
@@ -90,13 +90,13 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
         .remedy("`tap-ctl events --after 0` says why the last one failed; the next attempt follows within 30 s")
 }
 
-fn paused(tap: &TopRow, kernel: &Kernel) -> Verdict {
-    let minor = tap.row.minor.unwrap_or(0);
+fn paused(disk: &SampledDisk, kernel: &Kernel) -> Verdict {
+    let disk = disk.words();
     let why = format!("{} requests wait", kernel.waiting);
     Verdict::new(State::Paused, why)
         .because(Cause::Administrator)
         .remedy(format!(
-            "`tap-ctl events --after 0` says whether an error of the image stopped it; then `tap-ctl unpause -m {minor}`"
+            "`tap-ctl events --after 0` says whether an error of the image stopped it; then `tap-ctl unpause {disk}`"
         ))
 }
 
@@ -116,8 +116,8 @@ fn inactive(kernel: &Kernel) -> Verdict {
         .remedy("`tap-ctl events --after 0` says who has the image, and what to do")
 }
 
-fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
-    let minor = tap.row.minor.unwrap_or(0);
+fn closed(disk: &SampledDisk, kernel: &Kernel) -> Verdict {
+    let disk = disk.words();
     match kernel.waiting {
         0 => Verdict::new(State::Closed, "no image is open"),
         waiting => Verdict::new(
@@ -125,7 +125,7 @@ fn closed(tap: &TopRow, kernel: &Kernel) -> Verdict {
             format!("no image is open, {waiting} requests wait"),
         )
         .because(Cause::Administrator)
-        .remedy(format!("`tap-ctl open -m {minor} -a TARGET`")),
+        .remedy(format!("`tap-ctl open {disk} -a TARGET`")),
     }
 }
 
@@ -297,11 +297,6 @@ fn held(disk: &SampledDisk) -> u64 {
     stats.map_or(0, |stats| stats.held)
 }
 
-fn minor(disk: &SampledDisk) -> u32 {
-    let row = disk.tap.as_ref().map(|tap| &tap.row);
-    row.and_then(|row| row.minor).unwrap_or(0)
-}
-
 /// Something was answered since.
 fn goes_on(before: &SampledDisk, now: &Kernel) -> bool {
     let old = before.tap.as_ref().and_then(|tap| tap.row.kernel.as_ref());
@@ -320,10 +315,10 @@ fn slow(
     }
     if let Some(limits) = limits(now).filter(|_| held(now) > held(before)) {
         let why = format!("its guest asks for more than it may have: {limits}");
-        let (slow, minor) = (Verdict::new(State::Slow, why), minor(now));
+        let (slow, disk) = (Verdict::new(State::Slow, why), now.words());
         let slow = slow.because(Cause::Administrator);
         return Some(slow.remedy(format!(
-            "`tap-ctl set -m {minor} --bps 0 --iops 0`, if it may have more"
+            "`tap-ctl set {disk} --bps 0 --iops 0`, if it may have more"
         )));
     }
     // One thread serves a disk, and others do what takes long. Their lack of processor time matters less.

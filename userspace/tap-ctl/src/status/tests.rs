@@ -518,6 +518,32 @@ fn a_process_that_takes_nothing_hangs() {
     );
 }
 
+/// The number of a node changes with each boot, and a guest's name does not.
+#[test]
+fn a_remedy_names_the_disk_by_its_guest() {
+    let remedy = |guest: &str, has_guest: bool| {
+        let mut disk = fake::tap(7);
+        row(&mut disk).row.state = Some(tapdisk::State::Paused);
+        if !has_guest {
+            (disk.vbd, row(&mut disk).row.vbd) = (None, None);
+        }
+        disk.name_guest(&[(3, guest)].into());
+        let mut look = look(&made());
+        look.disks = vec![disk];
+        let report = report(&look, &look, LIMITS);
+        report.disks[0].verdict.remedy.clone().expect("a remedy")
+    };
+    let said = remedy("web", true);
+    assert!(said.ends_with("`tap-ctl unpause web xvdb`"), "{said}");
+    // These could mean something to a shell, or to a command line.
+    for name in ["web one", "web`reboot`", "-m"] {
+        let said = remedy(name, true);
+        assert!(said.ends_with("`tap-ctl unpause -m 7`"), "{said}");
+    }
+    let said = remedy("web", false);
+    assert!(said.ends_with("`tap-ctl unpause -m 7`"), "{said}");
+}
+
 #[test]
 fn states_of_a_disk_without_work() {
     type Change = fn(&mut SampledDisk);
