@@ -5,6 +5,7 @@ mod driver;
 mod key;
 mod memory;
 mod rules;
+mod sector;
 mod shared;
 mod words;
 
@@ -41,7 +42,8 @@ const CACHE: RangeInclusive<u64> = 1 << 20..=1 << 30;
 /// network, that it is encrypted, and who has signed the certificate of its server:
 /// `tls-ca=/etc/xentap/ca.pem,nbd://host/a`. Of an image that is encrypted it says the file with the key:
 /// `key=/etc/xentap/a.key,luks:/srv/a.img`. Of memory that several disks are to have it says the name:
-/// `name=scratch,ram:64M`; and of a new disk that others may have the same at once, `shared=yes,aio:/srv/a.img`.
+/// `name=scratch,ram:64M`; and of a new disk that others may have the same at once, `shared=yes,aio:/srv/a.img`. The
+/// size of the guest's logical sectors, if it is not that of the image or its storage: `sector-size=512,aio:/dev/vg/a`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target {
@@ -66,6 +68,8 @@ pub struct Target {
     name: Option<Box<MemoryName>>,
     /// The `shared=yes` word: other disks may have it at once.
     shared: bool,
+    /// The `sector-size=` word: bytes of a logical sector.
+    sector: Option<u32>,
 }
 
 /// Words about a new disk rather than about its image.
@@ -378,6 +382,7 @@ fn parse(driver: Driver, argument: &str) -> Result<Target, Failure> {
         key: None,
         name: None,
         shared: false,
+        sector: None,
     })
 }
 
@@ -432,6 +437,9 @@ impl fmt::Display for Target {
         }
         if self.below_cached {
             f.write_str("below=cached,")?;
+        }
+        if let Some(size) = self.sector {
+            write!(f, "sector-size={size},")?;
         }
         if let Some(key) = &self.key {
             write!(f, "key={},", key.display())?;

@@ -4,7 +4,7 @@
 use crate::{
     Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder, MappedExtent,
 };
-use control::Failure;
+use control::{Code, Failure};
 use diskio::{of_earlier, Bytes, Data, Errno};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -113,6 +113,8 @@ pub struct Disk(Rc<DiskCore<dyn Any>>);
 struct DiskCore<D: ?Sized> {
     /// Properties that the driver reported.
     shape: Cell<Option<DiskInfo>>,
+    /// Bytes of a logical sector, if they are not those of the driver.
+    sector: Cell<Option<u32>>,
     /// The kernel has the image by this number.
     backing: Cell<Option<u16>>,
     driver: D,
@@ -129,6 +131,7 @@ impl Disk {
     pub fn new(driver: impl Driver) -> Self {
         Self(Rc::new(DiskCore {
             shape: Cell::new(None),
+            sector: Cell::new(None),
             backing: Cell::new(None),
             driver,
         }))
@@ -139,11 +142,44 @@ impl Disk {
         self.0.backing.set(backing);
     }
 
+    /// Gives the active disk logical sectors of `size` bytes, a power of two from 512 to 4096, and returns its new
+    /// properties, which it has after later activations, too. A part of a block of the storage is written by reading
+    /// and writing the whole block, during which this process writes no other part of that file.
+    ///
+    /// # Errors
+    /// The disk is not active, or is no whole number of such sectors.
+    pub fn set_sector(&self, size: u32) -> Result<DiskInfo, Failure> {
+        let shape = self.0.shape.get();
+        let shape = shape.ok_or_else(|| Failure::new(Code::State, "the disk is not active"))?;
+        self.0.sector.set(Some(size));
+        self.keep(shape)
+    }
+
     /// See [`Driver::activate`].
     pub async fn activate(&self) -> Result<DiskInfo, Failure> {
-        let shape = self.0.driver.activate().await?;
+        self.keep(self.0.driver.activate().await?)
+    }
+
+    /// Keeps the properties that the driver reported, with logical sectors of the size that was set.
+    fn keep(&self, its: DiskInfo) -> Result<DiskInfo, Failure> {
+        let sector = self.0.sector.get().unwrap_or(its.logical_block);
+        let shape = DiskInfo {
+            size: self.in_sectors(its.size)?,
+            logical_block: sector,
+            physical_block: its.physical_block.max(sector),
+            discard: its.discard.map(|unit| unit.max(sector)),
+            ..its
+        };
         self.0.shape.set(Some(shape));
         Ok(shape)
+    }
+
+    /// Returns the size in bytes, if it is whole sectors. Of those that a driver reports itself, it makes sure.
+    fn in_sectors(&self, size: u64) -> Result<u64, Failure> {
+        match self.0.sector.get() {
+            Some(sector) => in_sectors(size, sector),
+            None => Ok(size),
+        }
     }
 
     /// See [`Driver::fence`].
@@ -311,11 +347,12 @@ impl Disk {
 
     /// See [`Driver::resize`].
     pub async fn resize(&self) -> Result<u64, Failure> {
-        self.0.driver.resize().await
+        self.in_sectors(self.0.driver.resize().await?)
     }
 
     /// See [`Driver::grow`].
     pub async fn grow(&self, size: u64) -> Result<(), Failure> {
+        self.in_sectors(size)?;
         self.0.driver.grow(size).await
     }
 
@@ -343,6 +380,20 @@ impl Disk {
     /// See [`Driver::close`].
     pub async fn close(&self) -> Result<(), Errno> {
         self.0.driver.close().await
+    }
+}
+
+/// Returns the size in bytes of a disk, which is whole logical sectors.
+fn in_sectors(size: u64, sector: u32) -> Result<u64, Failure> {
+    match size % u64::from(sector.max(1)) {
+        0 => Ok(size),
+        _ => Err(Failure::new(
+            Code::Image,
+            format!(
+                "the disk has {size} bytes, which are no whole number of logical sectors of {sector}: give it a size \
+                 that is a multiple of them"
+            ),
+        )),
     }
 }
 

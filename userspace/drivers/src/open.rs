@@ -59,12 +59,42 @@ pub(crate) fn size(open: &Open) -> Result<u64, Failure> {
 }
 
 /// Activates a disk; guests may discard only if `open` allows that.
+///
+/// # Errors
+/// The disk cannot be activated, or not with logical sectors of the size that the target names.
 pub async fn activate(disk: Disk, open: &Open) -> Result<(Disk, DiskInfo), Failure> {
     let mut shape = disk.activate().await?;
+    if let Some(sector) = open.target.sector_size() {
+        let fits = check_sector(open, sector, shape.logical_block);
+        shape = match fits.and_then(|()| disk.set_sector(sector)) {
+            Ok(shape) => shape,
+            Err(failure) => {
+                // The failure says more than that of this.
+                let _closed = disk.close().await;
+                return Err(failure);
+            }
+        };
+    }
     if !open.discard || open.read_only {
         shape.discard = None;
     }
     Ok((disk, shape))
+}
+
+/// Refuses logical sectors that are smaller than a block of storage of which this process cannot write a part so that
+/// no other writer interferes.
+fn check_sector(open: &Open, sector: u32, block: u32) -> Result<(), Failure> {
+    let whose = match open.target.driver() {
+        _ if sector >= block => return Ok(()),
+        Name::Nbd => "its server",
+        _ if open.whole_blocks => "another host that writes it, too,",
+        _ => return Ok(()),
+    };
+    Err(Failure::unsupported(format!(
+        "{} has blocks of {block} bytes, and {whose} would overwrite what is beside a sector of {sector}: leave \
+         sector-size= away, or copy it to an image of its own: `tapimg convert IMAGE NEW`",
+        open.target
+    )))
 }
 
 /// Returns the failure for an image whose descriptor is missing.

@@ -125,3 +125,45 @@ fn only_what_goes_past_the_page_cache_is_the_image_verbatim() {
     assert!(Disk::new(raw).is_verbatim());
     assert!(!Disk::new(drivers::Null::new(8 * BLOCK as u64)).is_verbatim());
 }
+
+/// Storage with blocks of 4096 bytes, and a guest with sectors of 512: no write undoes another one in its block.
+#[test]
+fn sectors_that_are_smaller_than_a_block_are_written_each_for_itself() {
+    let runtime = Runtime::new();
+    let image = image(2 * BLOCK as u64);
+    let raw = Raw::new(file(&runtime, &image), false).in_whole_blocks();
+    let (disk, shape) = active(&runtime, raw);
+    assert_eq!(shape.unwrap().logical_block, 4096);
+    assert_eq!(disk.set_sector(512).unwrap().logical_block, 512);
+    for number in 0..16 {
+        let (disk, byte) = (disk.clone(), number as u8 + 1);
+        runtime.tasks.spawn(async move {
+            let data = Data::copied(&[byte; 512]).unwrap();
+            let how = Attributes::default();
+            disk.write(number * 512, data, how).await.unwrap();
+        });
+    }
+    runtime.finish().unwrap();
+    let mut bytes = vec![0; 2 * BLOCK];
+    image.read_exact_at(&mut bytes, 0).unwrap();
+    let expected: Vec<u8> = (1..=16).flat_map(|byte| [byte; 512]).collect();
+    assert!(bytes == expected, "a write of a sector is lost");
+}
+
+#[test]
+fn sectors_that_are_larger_than_the_storages_must_be_whole() {
+    let runtime = Runtime::new();
+    for (size, fits) in [(8 * BLOCK as u64, true), (8 * BLOCK as u64 + 512, false)] {
+        let image = image(size);
+        let raw = Raw::new(file(&runtime, &image), false);
+        let disk = active(&runtime, raw).0;
+        let set = disk.set_sector(4096);
+        assert_eq!(set.is_ok(), fits, "{set:?}");
+        let Ok(shape) = set else { continue };
+        assert_eq!((shape.logical_block, shape.size), (4096, size));
+        // They stay when another process has had the image.
+        let its = disk.clone();
+        let again = runtime.block_on(async move { its.activate().await });
+        assert_eq!(again.unwrap().unwrap().logical_block, 4096);
+    }
+}

@@ -6,6 +6,9 @@ use diskio::{Data, Errno};
 use drivers::{Content, Disk, Extent, Holder, MappedExtent};
 use std::cell::Cell;
 
+/// Bytes of a logical sector, unless an image or its storage has others.
+pub const SECTOR: u32 = 512;
+
 /// Maximum number of extents that one query returns.
 const EXTENTS: usize = 256;
 
@@ -14,6 +17,8 @@ const EXTENTS: usize = 256;
 pub(crate) struct Base {
     disk: Disk,
     size: Cell<u64>,
+    /// Bytes of a logical sector.
+    sector: Cell<u32>,
 }
 
 impl Base {
@@ -21,11 +26,14 @@ impl Base {
         Self {
             disk,
             size: Cell::new(0),
+            sector: Cell::new(SECTOR),
         }
     }
 
     pub(crate) async fn activate(&self) -> Result<(), Failure> {
-        self.size.set(self.disk.activate().await?.size);
+        let shape = self.disk.activate().await?;
+        self.size.set(shape.size);
+        self.sector.set(shape.logical_block);
         Ok(())
     }
 
@@ -88,6 +96,16 @@ impl Base {
             }]),
             there => self.disk.extents(offset, there).await,
         }
+    }
+}
+
+/// Returns the bytes of a logical sector of a disk of `size` bytes, in a format that does not store them: those of the
+/// backing disk, whose partition table counts in them. A disk that is no whole number of those has 512.
+pub(crate) fn sector(parent: Option<&Base>, size: u64) -> u32 {
+    let sector = parent.map_or(SECTOR, |parent| parent.sector.get());
+    match size % u64::from(sector.max(SECTOR)) {
+        0 => sector.max(SECTOR),
+        _ => SECTOR,
     }
 }
 

@@ -25,6 +25,7 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
+pub use base::SECTOR;
 pub use chain::{open_chain, resolve, Files, LAYERS};
 pub use needs::{ExtentFile, ImageNeeds, Parent};
 pub use open::{look, open, Below, ImageFormat, ImageParts, Options};

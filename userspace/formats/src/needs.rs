@@ -7,6 +7,8 @@
 pub struct ImageNeeds {
     /// Bytes of the disk.
     pub size: u64,
+    /// Bytes of a logical sector, if the image stores them; otherwise they are those of its parent, or 512.
+    pub sector: Option<u32>,
     /// Parent image; `None` if the image has none.
     pub parent: Option<Parent>,
     /// The files that hold the content, in the order of the disk; empty if the image does.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A new image with a backing image: how it names that, and how it is created.
 
+use crate::base::SECTOR;
 use crate::vhd::{self, ParentOf};
 use crate::{qcow2, vmdk, Below, ImageFormat, Storage};
 use control::{Code, Failure};
@@ -137,7 +138,8 @@ pub fn fits(kind: ImageFormat, below: Below) -> Result<(), Failure> {
     }
 }
 
-/// Makes an image of `size` bytes without content of its own in an empty file, and makes it durable.
+/// Makes an image of `size` bytes without content of its own in an empty file, with logical sectors of `sector` bytes,
+/// which are those of the backing disk, and makes it durable.
 ///
 /// # Errors
 /// The kind is not one for this, or the storage fails.
@@ -145,6 +147,7 @@ pub async fn overlay<S: Storage>(
     file: &S,
     kind: ImageFormat,
     size: u64,
+    sector: u32,
     base: &Base,
 ) -> Result<(), Failure> {
     fits(kind, base.kind)?;
@@ -153,6 +156,7 @@ pub async fn overlay<S: Storage>(
             let backing = Some(base.backing());
             let plan = qcow2::Qcow2Create {
                 backing,
+                sector: (sector != SECTOR).then_some(sector),
                 ..qcow2::Qcow2Create::new(size)
             };
             qcow2::create(file, &plan).await?;

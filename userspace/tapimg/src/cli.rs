@@ -130,6 +130,15 @@ impl FromStr for Size {
     }
 }
 
+/// Parses the bytes of a logical sector.
+fn sector_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4K" | "4k" => Ok(4096),
+        _ => Err("a guest's sectors have 512 or 4096 bytes".into()),
+    }
+}
+
 /// A kind of image.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ParentKind(pub(crate) formats::Below);
@@ -177,6 +186,9 @@ pub(crate) struct Layout {
     /// vhd: the disk can become as large as this while it is served
     #[arg(long, value_name = "SIZE", conflicts_with = "fixed")]
     pub(crate) reserve: Option<Size>,
+    /// Bytes of a logical sector that a guest sees, 512 or 4096: those of the copied disk or of the parent if not said
+    #[arg(long, value_name = "BYTES", value_parser = sector_size)]
+    pub(crate) sector_size: Option<u32>,
     /// With key=: milliseconds that a processor of this host takes to try a key; 2000 if not said
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub(crate) iter_time: Option<u64>,
@@ -204,6 +216,9 @@ pub(crate) struct CreateImage {
 /// Images to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
+A guest's partition table counts in logical sectors, so the new image keeps their size: a qcow2 image stores it, and a
+device has its own. Other images show 512 bytes, and a disk of other sectors is copied to them with --sector-size 512
+only; sector-size=4096, in front of such an image in the guest's configuration gives the guest its own.
 Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space.
 With --parent only the parts that differ from the parent are copied, so the parent need not be FROM's backing image.")]
 pub(crate) struct Convert {

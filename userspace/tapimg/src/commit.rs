@@ -6,6 +6,7 @@ use crate::cli::Commit;
 use crate::named::Named;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
+use crate::sector;
 use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
@@ -83,6 +84,8 @@ pub(crate) async fn commit(
         ..Options::new(image.path.display().to_string())
     };
     let (top, shape) = look.disk_of(image, file, options).await?;
+    let below = (&parent, its.logical_block);
+    sector::same((image, shape.logical_block), below)?;
     if shape.size < its.size {
         return Err(Failure::new(
             Code::Image,

@@ -9,6 +9,7 @@ use crate::open::{failed, ImageOpener};
 use crate::progress::Progress;
 use crate::runs::{runs, Run};
 use crate::salvage::Lost;
+use crate::sector::of_new;
 use crate::stop::Stop;
 use crate::target::Target;
 use crate::walk::{self, Piece, Side, Walk};
@@ -50,11 +51,13 @@ pub(crate) async fn convert(
         Some(parent) => Some(Parent::open(opener, parent, to).await?),
         None => None,
     };
+    let (its, below) = (Some(shape.logical_block), parent.as_ref());
+    let sector = of_new(opener, to, layout, shape.size, its, below).await?;
     let target = Target::begin(opener, to, args.force).await?;
     let progress = Progress::new(shape.size, args.progress);
     let work = async {
         let file = target.file();
-        make(file, to, shape.size, layout, parent.as_ref())
+        make(file, to, (shape.size, sector), layout, parent.as_ref())
             .await
             .map_err(|failure| to.said(failure))?;
         let options = Options::new(to.path.display().to_string());

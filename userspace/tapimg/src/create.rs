@@ -4,6 +4,7 @@
 use crate::cli::{CreateImage, Layout};
 use crate::named::Named;
 use crate::open::{identity, ImageOpener};
+use crate::sector::{of_new, stored};
 use crate::target::Target;
 use control::{Code, Failure};
 use diskio::File;
@@ -22,6 +23,8 @@ pub(crate) struct Parent {
     pub(crate) disk: Disk,
     /// Bytes of it.
     pub(crate) size: u64,
+    /// Bytes of a logical sector.
+    pub(crate) sector: u32,
 }
 
 /// Makes an image.
@@ -41,6 +44,7 @@ pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<(
             )))
         }
     };
+    let sector = of_new(opener, image, &args.layout, size, None, parent.as_ref()).await?;
     let target = Target::begin(opener, image, args.force).await?;
     if target.is_device() && image.kind == Below::Raw {
         return Err(Failure::invalid(format!(
@@ -48,7 +52,8 @@ pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<(
             image.path.display()
         )));
     }
-    match make(target.file(), image, size, &args.layout, parent.as_ref()).await {
+    let shape = (size, sector);
+    match make(target.file(), image, shape, &args.layout, parent.as_ref()).await {
         Ok(()) => target.keep().await,
         Err(failure) => Err(target.give_up(image.said(failure)).await),
     }
@@ -126,6 +131,7 @@ impl Parent {
             base: base.map_err(|failure| image.said(failure))?,
             disk,
             size: shape.size,
+            sector: shape.logical_block,
         })
     }
 }
@@ -144,11 +150,12 @@ pub(crate) fn apart(one: &Named, other: &Named) -> Result<(), Failure> {
     }
 }
 
-/// Makes the image that will have the name `image` in an empty file, or on a device.
+/// Makes the image that will have the name `image` in an empty file, or on a device, with a disk of that many bytes and
+/// bytes of a logical sector.
 pub(crate) async fn make(
     file: &File,
     image: &Named,
-    size: u64,
+    (size, sector): (u64, u32),
     layout: &Layout,
     parent: Option<&Parent>,
 ) -> Result<(), Failure> {
@@ -163,6 +170,7 @@ pub(crate) async fn make(
                 cluster: layout.cluster_size.map_or(64 << 10, |size| size.0),
                 extended: layout.subclusters,
                 backing: base.map(Base::backing),
+                sector: stored(sector, parent),
                 encryption: encryption(image, layout)?,
                 ..qcow2::Qcow2Create::new(size)
             };

@@ -8,7 +8,7 @@ use crate::open::{ImageOpener, DEEPEST};
 use crate::progress::bytes;
 use control::{shown, Code, Failure};
 use diskio::File;
-use formats::{look, luks, qcow2, vhdx, Below, ImageFormat, ImageNeeds, LAYERS};
+use formats::{look, luks, qcow2, vhdx, Below, ImageFormat, ImageNeeds, LAYERS, SECTOR};
 use serde::Serialize;
 use std::fmt::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -23,6 +23,9 @@ pub(crate) struct Facts {
     /// Bytes of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     size: Option<u64>,
+    /// Bytes of a logical sector.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sector_size: Option<u32>,
     /// Bytes of the file, and those that its file system has for it.
     file_size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,6 +112,7 @@ pub(crate) async fn info(opener: &ImageOpener, args: &Info) -> Result<Vec<Facts>
             "more than {LAYERS} images lie over each other: bring some of them together with `tapimg commit IMAGE` or `tapimg rebase IMAGE --no-parent`"
         ));
     }
+    inherit(&mut all);
     // Whether it can be served shows when it is opened with all that it needs.
     let is_closed = all[0].encryption.is_some() && args.image.key.is_none();
     if is_closed {
@@ -116,13 +120,26 @@ pub(crate) async fn info(opener: &ImageOpener, args: &Info) -> Result<Vec<Facts>
         all[0].notes.push(note.into());
     } else if all.iter().all(|facts| facts.problems.is_empty()) {
         match opener.disk(&args.image, None).await {
-            Ok(_) => {}
+            Ok((_, shape)) => all[0].sector_size = Some(shape.logical_block),
             // It may be in order when it is free.
             Err(failure) if failure.code == Code::Busy => return Err(failure),
             Err(failure) => all[0].problems.push(failure.message),
         }
     }
     Ok(all)
+}
+
+/// Images that store no size of sectors have that of the image below, as far as that was looked at.
+fn inherit(all: &mut [Facts]) {
+    let mut below = None;
+    for facts in all.iter_mut().rev() {
+        let usual = match facts.parent {
+            Some(_) => below,
+            None => facts.size.map(|_| SECTOR),
+        };
+        facts.sector_size = facts.sector_size.or(usual);
+        below = facts.sector_size;
+    }
 }
 
 /// Says what blktapctrl demands before it serves a disk with a backing image: that is a file in the folder of the disk's
@@ -180,6 +197,9 @@ impl Facts {
                 "size of the disk",
                 &format!("{} ({size} bytes)", bytes(size)),
             );
+        }
+        if let Some(size) = self.sector_size {
+            say("logical sectors", &format!("{size} bytes"));
         }
         let on_disk = match self.allocated {
             Some(allocated) => format!(
@@ -241,6 +261,7 @@ async fn one(opener: &ImageOpener, image: &Named) -> Result<(Facts, Option<Image
     }
     let Below::Format(kind) = image.kind else {
         facts.size = Some(facts.file_size);
+        facts.sector_size = Some(file.blocks().map_err(seeing)?.0);
         return Ok((facts, None));
     };
     let needs = match look(kind, &file).await {
@@ -251,6 +272,7 @@ async fn one(opener: &ImageOpener, image: &Named) -> Result<(Facts, Option<Image
         }
     };
     facts.size = Some(needs.size);
+    facts.sector_size = needs.sector;
     facts.extents = needs
         .extents
         .iter()

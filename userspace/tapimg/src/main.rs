@@ -22,6 +22,7 @@ mod replay;
 mod resize;
 mod runs;
 mod salvage;
+mod sector;
 mod serve;
 mod snapshot;
 mod stop;
@@ -247,6 +248,8 @@ mod tests {
             "tapimg --json info -U qcow2:/a",
             "tapimg create qcow2:/a 10G --cluster-size 128K",
             "tapimg create qcow2:/a --parent vhd:/b",
+            "tapimg create qcow2:/a 10G --sector-size 4096",
+            "tapimg convert vhdx:/a vhd:/b --sector-size 512",
             "tapimg convert vhd:/a qcow2:/b --parent aio:/c --progress",
             "tapimg check --repair qcow2:/a",
             "tapimg compare --strict aio:/a raw:/b",
@@ -269,6 +272,7 @@ mod tests {
             "tapimg info qcow3:/a",
             "tapimg create qcow2:/a 1X",
             "tapimg create qcow2:/a 513",
+            "tapimg create qcow2:/a 1G --sector-size 1024",
             "tapimg convert aio:/a",
             "tapimg map --parents png qcow:/a",
             "tapimg resize aio:/a 10G --lose-data",

@@ -8,6 +8,7 @@ use crate::named::Named;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
 use crate::runs::{runs, Run};
+use crate::sector;
 use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
@@ -70,14 +71,17 @@ pub(crate) async fn rebase(
     if kind == ImageFormat::Qcow2 {
         refuse_snapshots(image, &file).await?;
     }
-    let written = match args.name_only {
-        true => None,
-        false => Some(make_own(opener, stop, args, &file).await?),
+    let (written, sector) = match args.name_only {
+        true => (None, None),
+        false => {
+            let (written, sector) = make_own(opener, stop, args, &file).await?;
+            (Some(written), sector)
+        }
     };
     // Data that was copied from the old chain by now is durable.
     let named = match kind {
         ImageFormat::Vhd => name_in_vhd(opener, image, &file, parent).await,
-        _ => name_in_qcow2(image, &file, parent).await,
+        _ => name_in_qcow2(image, &file, parent, sector).await,
     };
     Ok(RebaseResult {
         image: image.to_string(),
@@ -105,17 +109,18 @@ fn can_be(args: &Rebase) -> Result<ImageFormat, Failure> {
     }
 }
 
-/// Says how the parent is named from now on.
+/// Says how the parent is named from now on, with the size of sectors that the header is to store.
 async fn name_in_qcow2(
     image: &Named,
     file: &File,
     parent: Option<&Named>,
+    sector: Option<u32>,
 ) -> Result<Option<String>, Failure> {
     let backing = match parent {
         Some(parent) => Some(backing(parent.kind, &parent.path, &image.path)?),
         None => None,
     };
-    qcow2::set_backing(file, backing.as_ref()).await?;
+    qcow2::set_backing(file, backing.as_ref(), sector).await?;
     Ok(backing.map(|backing| backing.name))
 }
 
@@ -152,13 +157,14 @@ async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
 }
 
 /// Writes into the image what it shows of the old chain and the new one does not have. Whenever that ends, the
-/// image holds the same disk. Says how many bytes.
+/// image holds the same disk. Returns how many bytes, and the size of sectors that its header has to store so that the
+/// disk keeps it.
 async fn make_own(
     opener: &ImageOpener,
     stop: &Stop,
     args: &Rebase,
     file: &File,
-) -> Result<u64, Failure> {
+) -> Result<(u64, Option<u32>), Failure> {
     let image = &args.image;
     let parent = match &args.parent {
         Some(parent) => Some(Parent::open(opener, parent, image).await?),
@@ -166,6 +172,14 @@ async fn make_own(
     };
     let options = Options::new(image.path.display().to_string());
     let (disk, shape) = opener.disk_of(image, file.clone(), options).await?;
+    let sector = shape.logical_block;
+    if let (Below::Format(ImageFormat::Vhd), Some(name), Some(parent)) =
+        (image.kind, &args.parent, &parent)
+    {
+        // It has the sectors of its parent.
+        sector::same((image, sector), (name, parent.sector))?;
+    }
+    let stored = sector::stored(sector, parent.as_ref());
     let progress = Progress::new(shape.size, args.progress);
     // Without a parent there is a hole in its place.
     let below = match (&args.parent, &parent) {
@@ -199,7 +213,7 @@ async fn make_own(
         &progress,
         "; the image keeps its old backing image, so begin again",
     )?;
-    Ok(own.written.get())
+    Ok((own.written.get(), stored))
 }
 
 impl Own<'_> {

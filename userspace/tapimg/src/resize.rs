@@ -108,7 +108,7 @@ async fn grow(
             .await
             .map_err(|failure| image.said(failure)),
         Below::Format(ImageFormat::Vhd) => {
-            refuse_longer_parent(opener, image, file, old_size).await?;
+            check_vhd(opener, image, file, old_size, size).await?;
             let grown = vhd::grow(file, size).await;
             grown.map_err(|failure| image.said(failure))
         }
@@ -172,12 +172,13 @@ async fn grow_qcow2(
     last.map_err(|error| failed("make durable", image, size, error))
 }
 
-/// A VHD has nothing by which it could hide what its parent has behind its own end.
-async fn refuse_longer_parent(
+/// A VHD has nothing by which it could hide what its parent has behind its own end, and it has its parent's sectors.
+async fn check_vhd(
     opener: &ImageOpener,
     image: &Named,
     file: &File,
     size: u64,
+    wanted: u64,
 ) -> Result<(), Failure> {
     let needs = look(ImageFormat::Vhd, file).await;
     let needs = needs.map_err(|failure| image.said(failure))?;
@@ -185,6 +186,12 @@ async fn refuse_longer_parent(
         return Ok(());
     };
     let (_, shape) = opener.disk(&parent, None).await?;
+    if wanted % u64::from(shape.logical_block) != 0 {
+        return Err(Failure::invalid(format!(
+            "{wanted} bytes are no whole number of logical sectors of {}, which {parent} has: give a multiple of them",
+            shape.logical_block
+        )));
+    }
     match shape.size > size {
         true => Err(Failure::new(
             Code::Image,

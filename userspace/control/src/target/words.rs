@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Words of a target before its driver, each with a value, in any order.
 
+use super::sector::sector_size;
 use super::{yes_or_no, MemoryName, OfDisk, SaidRules, Target};
 use crate::amount::{typed_rate, typed_requests, typed_size};
 use crate::near::is_near;
@@ -23,6 +24,7 @@ pub(super) struct Words {
     key: Option<PathBuf>,
     name: Option<MemoryName>,
     shared: Option<()>,
+    sector: Option<u32>,
     tls: Said,
 }
 
@@ -34,7 +36,7 @@ impl Words {
             let (name, behind) = match rest.split_once('=') {
                 Some((
                     name @ ("lease" | "direct" | "bps" | "iops" | "group" | "room" | "cache"
-                    | "below" | "key" | "name" | "shared"),
+                    | "below" | "key" | "name" | "shared" | "sector-size"),
                     behind,
                 )) => (name, behind),
                 Some((name, behind)) if Said::knows(name) || SaidRules::knows(name) => {
@@ -63,6 +65,7 @@ impl Words {
                     self.key.replace(file).is_some()
                 }
                 "name" => self.name.replace(value.parse()?).is_some(),
+                "sector-size" => self.sector.replace(sector_size(value)?).is_some(),
                 "shared" => self.shared.replace(yes(value)?).is_some(),
                 "iops" => self.requests.replace(count(value)?).is_some(),
                 name if Said::knows(name) => self.tls.take(name, value)?.is_some(),
@@ -86,6 +89,7 @@ impl Words {
         let target = with(target, self.cache, Target::with_cache)?;
         let target = with(target, self.below, |target, ()| target.with_cached_below())?;
         let target = with(target, self.key, Target::with_key)?;
+        let target = with(target, self.sector, Target::with_sector_size)?;
         let target = with(target, self.name, Target::with_name)?;
         let target = with(target, self.tls.whole()?, Target::with_tls)?;
         let limits = Limits {
@@ -111,7 +115,7 @@ impl Words {
 }
 
 /// All words.
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 20] = [
     "lease",
     "direct",
     "bps",
@@ -123,6 +127,7 @@ const NAMES: [&str; 19] = [
     "key",
     "name",
     "shared",
+    "sector-size",
     "tls-ca",
     "tls-cert",
     "tls-key",

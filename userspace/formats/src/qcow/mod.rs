@@ -236,7 +236,7 @@ impl<S: Storage> Qcow<S> {
         *self.active.borrow_mut() = Some(Rc::new(clusters));
         Ok(DiskInfo {
             size: header.size,
-            logical_block: 512,
+            logical_block: base::sector(self.parent.as_deref(), header.size),
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,

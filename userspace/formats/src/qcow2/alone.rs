@@ -4,6 +4,7 @@
 use super::header::AT_NAME;
 use super::image::Qcow2Image;
 use super::{header, Qcow2};
+use crate::base::SECTOR;
 use crate::field::refused;
 use crate::Storage;
 use control::{Code, Failure};
@@ -21,7 +22,19 @@ impl<S: Storage> Qcow2<S> {
                 "{name} is read-only, so it cannot drop its backing image: make it writable"
             )));
         }
-        match header(&self.file).await?.snapshots {
+        let header = header(&self.file).await?;
+        let inherited = self
+            .image
+            .borrow()
+            .as_ref()
+            .map_or(SECTOR, |image| image.sector());
+        if header.sector.is_none() && inherited != SECTOR {
+            return Err(refused(format!(
+                "{name} has sectors of {inherited} bytes because its backing image has, and its own header does not \
+                 store that: detach the disk and have it stored: `tapimg rebase IMAGE --parent BACKING`"
+            )));
+        }
+        match header.snapshots {
             0 => Ok(true),
             count => Err(refused(format!(
                 "{name} has {count} snapshots, which need the backing image: delete them with \

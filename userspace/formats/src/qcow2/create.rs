@@ -25,6 +25,9 @@ pub struct Qcow2Create {
     pub extended: bool,
     /// Compression that other programs will use for clusters.
     pub compression: Compression,
+    /// Bytes of a logical sector that the header stores, a power of two from 512 to 4096. Without it the disk has
+    /// those of its backing image, or 512.
+    pub sector: Option<u32>,
     /// The image below.
     pub backing: Option<BackingImage>,
     /// The name of a file for the data, and whether that is to be the disk, byte for byte.
@@ -43,6 +46,7 @@ impl Qcow2Create {
             refcount_bits: 16,
             extended: false,
             compression: Compression::Zlib,
+            sector: None,
             backing: None,
             data_file: None,
             encryption: None,
@@ -69,6 +73,11 @@ impl Qcow2Create {
         }
         if self.encryption.is_some() && self.data_file.is_some() {
             return Err(refused("an encrypted image cannot have a data file"));
+        }
+        if self.sector.is_some_and(|size| !header::is_sector(size)) {
+            return Err(refused(
+                "a logical sector has a power of two of bytes, from 512 to 4096",
+            ));
         }
         if !matches!(self.version, 2 | 3) {
             return Err(refused("versions are 2 and 3"));
@@ -258,10 +267,12 @@ fn extensions(plan: &Qcow2Create, layout: &ImageLayout, out: &mut Vec<u8>) {
     let at = layout.keys_at() * layout.geometry.cluster();
     let keys = [at, luks::PAYLOAD].map(u64::to_be_bytes).concat();
     let keys = plan.encryption.as_ref().map(|_| keys);
+    let sector = plan.sector.map(u32::to_be_bytes);
     let all = [
         (header::EXT_BACKING, format.map(String::as_bytes)),
         (header::EXT_DATA_FILE, data_file.map(String::as_bytes)),
         (header::EXT_CRYPT, keys.as_deref()),
+        (header::EXT_SECTOR, sector.as_ref().map(|bytes| &bytes[..])),
     ];
     for (kind, data) in all {
         let Some(data) = data else { continue };

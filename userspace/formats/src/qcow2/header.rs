@@ -37,6 +37,8 @@ pub(crate) const EXT_FEATURES: u32 = 0x6803_f857;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 pub(crate) const EXT_CRYPT: u32 = 0x0537_be77;
+/// Bytes of a logical sector, as 32 bits: of this program ("xbls"). Others keep it, and do not know it.
+pub(crate) const EXT_SECTOR: u32 = 0x7862_6c73;
 
 /// The method of encryption that is known.
 pub(crate) const LUKS: u32 = 2;
@@ -84,6 +86,8 @@ pub struct Qcow2Header {
     pub size: u64,
     /// The image below.
     pub backing: Option<BackingImage>,
+    /// Bytes of a logical sector, if the header stores them. Otherwise they are those of the backing image, or 512.
+    pub sector: Option<u32>,
     /// Name of the file with the data, if that is not in the image and the header says it.
     pub data_file: Option<String>,
     /// Compression of clusters.
@@ -156,6 +160,7 @@ impl Qcow2Header {
             version,
             size: be64_at(bytes, AT_SIZE)?,
             backing: None,
+            sector: None,
             data_file: None,
             compression: match kind {
                 1 => Compression::Zstd,
@@ -198,7 +203,14 @@ impl Qcow2Header {
         self.read_extensions(bytes, length)?;
         self.read_backing(bytes)?;
         self.check_crypt(method)?;
-        Ok(self)
+        match self.sector {
+            Some(sector) if self.size % u64::from(sector) != 0 => Err(refused(format!(
+                "the disk has {} bytes, which are no whole number of its sectors of {sector}: make it larger, to a \
+                 multiple of them, with qemu-img resize",
+                self.size
+            ))),
+            _ => Ok(self),
+        }
     }
 
     fn check_sizes(&self) -> Result<(), Failure> {
@@ -273,6 +285,7 @@ impl Qcow2Header {
                         place.ok_or_else(|| refused("the extension of bitmaps is too short"))?,
                     );
                 }
+                EXT_SECTOR => self.sector = Some(sector(data)?),
                 EXT_CRYPT => {
                     let place = be64_at(data, 0).zip(be64_at(data, 8));
                     let (at, len) = place
@@ -329,6 +342,22 @@ impl Qcow2Header {
         self.backing = (!name.is_empty()).then_some(BackingImage { name, format });
         Ok(())
     }
+}
+
+/// Understands the extension with the size of a sector.
+fn sector(data: &[u8]) -> Result<u32, Failure> {
+    let sector = be32_at(data, 0).filter(|size| is_sector(*size));
+    sector.ok_or_else(|| {
+        refused(
+            "the header's extension with the size of a logical sector has neither 512 nor 4096 nor what is in \
+             between: copy the image with qemu-img convert, which does not read it",
+        )
+    })
+}
+
+/// Whether a logical sector may have that many bytes.
+pub(crate) fn is_sector(size: u32) -> bool {
+    size.is_power_of_two() && (512..=4096).contains(&size)
 }
 
 fn encrypted(how: &str) -> Failure {

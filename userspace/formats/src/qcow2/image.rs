@@ -11,7 +11,7 @@ use super::header::{Compression, Crypt, Qcow2Header};
 use super::slices::{Slice, Slices};
 use super::users::Users;
 use crate::barrier::Barrier;
-use crate::base::Base;
+use crate::base::{self, Base};
 use crate::locks::Locks;
 use crate::metadata::Metadata;
 use crate::Storage;
@@ -34,6 +34,8 @@ pub(crate) struct Qcow2Image<S> {
     pub(crate) geometry: Geometry,
     pub(crate) compression: Compression,
     pub(crate) size: Cell<u64>,
+    /// Bytes of a logical sector, if the header stores them.
+    pub(crate) sector: Option<u32>,
     pub(crate) writable: bool,
     /// True if freed space is given back to the storage.
     pub(crate) discard: bool,
@@ -103,6 +105,12 @@ pub(crate) enum ByteRun {
 }
 
 impl<S: Storage> Qcow2Image<S> {
+    /// Returns the bytes of a logical sector: those of the header, or else of the backing image.
+    pub(crate) fn sector(&self) -> u32 {
+        let inherited = || base::sector(self.below().as_deref(), self.size.get());
+        self.sector.unwrap_or_else(inherited)
+    }
+
     /// Damage that was met: says what and where, not more often than a few times.
     pub(crate) fn damaged(&self, what: impl std::fmt::Display) -> Errno {
         let count = self.reported.get();

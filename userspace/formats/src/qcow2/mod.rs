@@ -111,6 +111,7 @@ pub async fn look<S: Storage>(file: &S) -> Result<ImageNeeds, Failure> {
     };
     Ok(ImageNeeds {
         size: header.size,
+        sector: header.sector,
         parent,
         extents,
     })
@@ -272,6 +273,7 @@ impl<S: Storage> Qcow2<S> {
             geometry,
             compression: header.compression,
             size: Cell::new(header.size),
+            sector: header.sector,
             writable: self.options.writable,
             discard: self.options.discard,
             file: self.file.clone(),
@@ -314,11 +316,12 @@ impl<S: Storage> Qcow2<S> {
             image.geometry.cluster() as u32,
             image.geometry.part() as u32,
         );
+        let logical_block = image.sector();
         DiskInfo {
             size: image.size.get(),
-            logical_block: 512,
+            logical_block,
             physical_block: 4096,
-            discard: self.options.discard.then_some(part.max(512)),
+            discard: self.options.discard.then_some(part.max(logical_block)),
             write_cache: true,
             fua: false,
             limits: DriverLimits {

@@ -2,15 +2,16 @@
 //! Changing the backing image in the header.
 
 use super::header::{
-    BackingImage, Extensions, Qcow2Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, RAW_EXTERNAL, V2,
-    V3,
+    BackingImage, Extensions, Qcow2Header, AT_HEADER_LEN, AT_NAME, EXT_BACKING, EXT_SECTOR,
+    RAW_EXTERNAL, V2, V3,
 };
 use crate::field::{be32, be64, failed, put, refused};
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::Bytes;
 
-/// Changes the backing image in the header, or removes it. It reads neither the content of the image nor the other
+/// Changes the backing image in the header, or removes it, and stores the bytes of a logical sector if `sector` has
+/// them. It reads neither the content of the image nor the other
 /// image. The image must not be in use.
 ///
 /// The new name is durable beside the old one before anything leads to it, and what leads there is one write,
@@ -18,6 +19,7 @@ use diskio::Bytes;
 pub async fn set_backing<S: Storage>(
     file: &S,
     backing: Option<&BackingImage>,
+    sector: Option<u32>,
 ) -> Result<(), Failure> {
     let reading = failed("cannot read the header");
     let begin = storage::bytes(file, 0, 512).await.map_err(reading)?;
@@ -30,7 +32,7 @@ pub async fn set_backing<S: Storage>(
             "the data file of the image is the disk, byte for byte, so nothing can be below it",
         ));
     }
-    let new = renamed(&old, header.version, backing)?;
+    let new = renamed(&old, header.version, backing, sector)?;
     // The new header must be readable, so it has to pass the checks for foreign images.
     if Qcow2Header::parse(&new.head)?.backing.as_ref() != backing {
         return Err(refused(
@@ -57,7 +59,12 @@ struct Renamed {
     name: Option<u64>,
 }
 
-fn renamed(old: &[u8], version: u32, backing: Option<&BackingImage>) -> Result<Renamed, Failure> {
+fn renamed(
+    old: &[u8],
+    version: u32,
+    backing: Option<&BackingImage>,
+    sector: Option<u32>,
+) -> Result<Renamed, Failure> {
     let length = match version >= 3 {
         // `Qcow2Header::parse` has checked this.
         true => (be32(old, AT_HEADER_LEN) as usize).max(V3),
@@ -70,9 +77,12 @@ fn renamed(old: &[u8], version: u32, backing: Option<&BackingImage>) -> Result<R
     let mut extensions = Extensions::of(old, length);
     for extension in extensions.by_ref() {
         let (kind, data) = extension?;
-        if kind != EXT_BACKING {
+        if kind != EXT_BACKING && !(kind == EXT_SECTOR && sector.is_some()) {
             push(&mut head, kind, data);
         }
+    }
+    if let Some(sector) = sector {
+        push(&mut head, EXT_SECTOR, &sector.to_be_bytes());
     }
     head.extend([0; 8]);
     let Some(backing) = backing else {

@@ -21,6 +21,13 @@ impl<S: Storage> Qcow2Image<S> {
                 self.name
             )));
         }
+        let sector = self.sector();
+        if size % u64::from(sector) != 0 {
+            return Err(refused(format!(
+                "{}: {size} bytes are no whole number of its sectors of {sector}: give a multiple of them",
+                self.name
+            )));
+        }
         let entries = self.geometry.l1_entries(size);
         if entries * 8 > MAX_L1 {
             return Err(refused(format!(

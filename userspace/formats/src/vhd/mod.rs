@@ -133,7 +133,7 @@ impl<S: Storage> Vhd<S> {
         *self.body.borrow_mut() = Some(body);
         Ok(DiskInfo {
             size,
-            logical_block: 512,
+            logical_block: base::sector(self.parent.as_deref(), size),
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,

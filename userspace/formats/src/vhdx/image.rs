@@ -51,6 +51,7 @@ pub async fn look<S: Storage>(storage: &S) -> Result<ImageNeeds, Failure> {
     let image = VhdxImage::read(storage).await?;
     Ok(ImageNeeds {
         size: image.metadata.size,
+        sector: Some(image.metadata.logical),
         parent: image.parent().await?,
         extents: Vec::new(),
     })

@@ -157,6 +157,7 @@ pub async fn look(image: &impl Storage) -> Result<ImageNeeds, Failure> {
     };
     Ok(ImageNeeds {
         size,
+        sector: None,
         parent,
         extents,
     })
@@ -342,7 +343,7 @@ impl<S: Storage> Vmdk<S> {
         *self.active.borrow_mut() = Some(Rc::new(active));
         Ok(DiskInfo {
             size,
-            logical_block: 512,
+            logical_block: base::sector(self.parent.as_deref(), size),
             physical_block: 4096,
             discard: Some(4096),
             write_cache: true,

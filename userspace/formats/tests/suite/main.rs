@@ -9,6 +9,7 @@ mod luks;
 mod moves;
 mod qcow;
 mod qcow2;
+mod sectors;
 mod size;
 mod vhd;
 mod vhdx;

@@ -5,6 +5,7 @@
 use super::image::{below, kind, Parts};
 use control::{Below, Code, Failure};
 use diskio::{Errno, File};
+use drivers::DiskInfo;
 use formats::{Base, Files, ImageFormat, Options};
 use std::path::Path;
 
@@ -31,13 +32,14 @@ impl Parts<'_> {
         let file = self.open(&image.path, false).await?;
         let kind_below = below(image.driver)?;
         let base = Base::of(kind_below, &image.path, &file, Path::new(MEMORY)).await?;
-        let size = self.size_of(image, file).await?;
-        formats::overlay(&memory, ImageFormat::Qcow2, size, &base).await?;
+        let shape = self.shape_of(image, file).await?;
+        let kind = ImageFormat::Qcow2;
+        formats::overlay(&memory, kind, shape.size, shape.logical_block, &base).await?;
         Ok(memory)
     }
 
-    /// Returns the bytes of the disk in an image, with all of its backing images.
-    async fn size_of(&self, image: &Below, file: File) -> Result<u64, Failure> {
+    /// Returns the properties of the disk in an image, with all of its backing images.
+    async fn shape_of(&self, image: &Below, file: File) -> Result<DiskInfo, Failure> {
         let disk = match kind(image.driver) {
             None => self.raw(file),
             Some(kind) => {
@@ -48,10 +50,10 @@ impl Parts<'_> {
                 formats::open_chain(kind, file, &image.path, options, self).await?
             }
         };
-        let size = disk.activate().await?.size;
+        let shape = disk.activate().await?;
         let closed = disk.close().await;
         closed.map_err(|error| Failure::system("cannot let go of the image", &error.into()))?;
-        Ok(size)
+        Ok(shape)
     }
 }
 

@@ -215,7 +215,17 @@ impl Session {
         // Only the sender knows this file, and it is not locked, because the lock would last until the sender has
         // closed its descriptor, too.
         let image = drivers::file(io, image, LockKind::Write, None, &name).await?;
-        formats::overlay(&image, kind, disk.size, &base).await?;
+        let sector = disk.logical_block;
+        let said = target.sector_size().or(open.target.sector_size());
+        // A VHD has the sectors of the image below.
+        if kind == ImageFormat::Vhd && said.is_some() && target.sector_size() != Some(sector) {
+            return Err(Failure::invalid(format!(
+                "{} has logical sectors of {sector} bytes by sector-size= in front of it, and a VHD stores no size of \
+                 sectors: use qcow2",
+                open.target
+            )));
+        }
+        formats::overlay(&image, kind, disk.size, sector, &base).await?;
         Ok(Reply::Done)
     }
 

@@ -217,8 +217,33 @@ impl Session {
             ));
         }
         let known = self.state.borrow().params;
+        if let Some(known) = known.filter(|known| known.logical_block != shape.logical_block) {
+            return Err(other_sectors(
+                &open.target,
+                shape.logical_block,
+                known.logical_block,
+            ));
+        }
         succeeds(open, known, &params(shape, open))
     }
+}
+
+/// Returns the failure of an image on which the guest would find no partitions at its next start, because their table
+/// counts in sectors of another size.
+fn other_sectors(target: &Target, its: u32, wanted: u32) -> Failure {
+    let store = match target.driver() {
+        Driver::Qcow2 => {
+            ", or make the image with `tapimg create --sector-size N`, which stores it"
+        }
+        _ => "",
+    };
+    Failure::new(
+        Code::Image,
+        format!(
+            "{target} has logical sectors of {its} bytes, and the disk of {wanted}, in which its guest's partition table \
+             counts: write sector-size={wanted}, in front of it, here and in the guest's configuration{store}"
+        ),
+    )
 }
 
 /// Checks that an image for whose key this process asks names no other file, because it would ask for that, too.

@@ -25,6 +25,7 @@ mod order;
 mod overlay;
 mod program;
 mod scrub;
+mod sectors;
 mod serve;
 mod stream;
 mod trace;

@@ -17,5 +17,6 @@ mod qemu;
 mod rebase;
 mod repair;
 mod resize;
+mod sectors;
 mod serve;
 mod wrong;

@@ -72,7 +72,7 @@ fn every_prefix_of_another_name_is_the_old_one_or_the_new_one() {
             for new in names() {
                 let file = MemoryImage::new(first.clone(), 1, false);
                 let (its, wanted) = (file.clone(), new.clone());
-                let work = async move { set_backing(&its, wanted.as_ref()).await };
+                let work = async move { set_backing(&its, wanted.as_ref(), None).await };
                 runtime.block_on(work).unwrap().unwrap();
                 let what = format!("version {version}, {cluster}: {old:?}, {new:?}");
                 let mut bytes = first.clone();
@@ -113,7 +113,7 @@ fn a_name_that_has_no_room_is_refused() {
     let before = file.bytes();
     let its = file.clone();
     let long = backing(&"z".repeat(400), Some("raw"));
-    let work = async move { set_backing(&its, long.as_ref()).await };
+    let work = async move { set_backing(&its, long.as_ref(), None).await };
     let failure = runtime.block_on(work).unwrap().unwrap_err();
     assert!(failure.message.contains("use a shorter one"), "{failure}");
     assert!(file.bytes() == before);

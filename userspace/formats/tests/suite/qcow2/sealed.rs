@@ -160,7 +160,7 @@ fn over(safe: &Safe, has_parent: bool) -> Vec<SparseContent> {
     };
     if has_parent {
         let file = world.file(0);
-        run(async move { set_backing(&file, Some(&backing)).await }).unwrap();
+        run(async move { set_backing(&file, Some(&backing), None).await }).unwrap();
     }
     world.files()
 }
