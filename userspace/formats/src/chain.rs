@@ -26,6 +26,12 @@ pub trait Files<S> {
         None
     }
 
+    /// Returns the paths at which the parent of the image at `child` may be, the best first: by default those that the
+    /// image names.
+    fn places(&self, names: &[String], child: &Path) -> Vec<Result<PathBuf, Failure>> {
+        names.iter().map(|name| resolve(name, child)).collect()
+    }
+
     /// The disk that a raw file is, which is only read.
     fn raw(&self, file: S) -> Disk;
 }
@@ -147,8 +153,8 @@ async fn below<S: Storage>(
         })?,
     };
     let mut failures: Vec<Failure> = Vec::new();
-    for name in &parent.names {
-        match try_name(name, what, parent, child, files).await {
+    for place in files.places(&parent.names, child) {
+        match try_place(place, what, parent, files).await {
             Ok(found) => return Ok(found),
             Err(failure) => failures.push(failure),
         }
@@ -159,39 +165,57 @@ async fn below<S: Storage>(
         true => Err(refused(
             "it has a parent and does not name it: the image is damaged",
         )),
+        false if code == Code::NotFound => Err(Failure::new(
+            code,
+            format!(
+                "{}: if the parent was moved, name its place: `tapimg rebase IMAGE --moved --parent PARENT`",
+                all.join("; ")
+            ),
+        )),
         false => Err(Failure::new(code, all.join("; "))),
     }
 }
 
-async fn try_name<S: Storage>(
-    name: &str,
+async fn try_place<S: Storage>(
+    place: Result<PathBuf, Failure>,
     what: Below,
     parent: &Parent,
-    child: &Path,
     files: &impl Files<S>,
 ) -> Result<Found<S>, Failure> {
-    let path = resolve(name, child)?;
+    let path = place?;
     let file = files.open(&path, false).await?;
     let Below::Format(kind) = what else {
         let disk = files.raw(file);
         disk.set_backing(files.backing(&path));
         return Ok(Found::Raw(disk));
     };
-    if let Some(wanted) = &parent.id {
-        let said = |failure| named(path.display(), failure);
-        let found = id(kind, &file).await.map_err(said)?;
-        let is_meant = |id: &String| found.as_ref() == Some(id);
-        if !std::iter::once(wanted)
-            .chain(&parent.other_id)
-            .any(is_meant)
-        {
-            return Err(refused(format!(
-                "{} is not the parent that is meant, {wanted}: it was changed or replaced",
-                path.display()
-            )));
-        }
-    }
+    is_meant(parent, kind, &file, &path).await?;
     Ok(Found::Image(kind, file, path))
+}
+
+/// Refuses an image that is not the parent that its child means, in formats in which that names the parent's content.
+///
+/// # Errors
+/// It has other content, or cannot be read.
+pub async fn is_meant<S: Storage>(
+    parent: &Parent,
+    kind: ImageFormat,
+    file: &S,
+    path: &Path,
+) -> Result<(), Failure> {
+    let Some(wanted) = &parent.id else {
+        return Ok(());
+    };
+    let said = |failure| named(path.display(), failure);
+    let found = id(kind, file).await.map_err(said)?;
+    let is_it = |id: &String| found.as_ref() == Some(id);
+    match std::iter::once(wanted).chain(&parent.other_id).any(is_it) {
+        true => Ok(()),
+        false => Err(refused(format!(
+            "{} is not the parent that is meant, {wanted}: it was changed or replaced",
+            path.display()
+        ))),
+    }
 }
 
 /// Resolves a name in the image at `image` to a path.

@@ -26,7 +26,7 @@ pub mod vhdx;
 pub mod vmdk;
 
 pub use base::SECTOR;
-pub use chain::{open_chain, resolve, Files, LAYERS};
+pub use chain::{is_meant, open_chain, resolve, Files, LAYERS};
 pub use needs::{ExtentFile, ImageNeeds, Parent};
 pub use open::{look, open, Below, ImageFormat, ImageParts, Options};
 pub use overlay::{backing, fits, overlay, random, Base};

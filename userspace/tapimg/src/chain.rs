@@ -4,7 +4,7 @@
 use crate::named::{parse_kind, Named};
 use crate::open::{identity, ImageOpener, Use, DEEPEST};
 use control::{Code, Failure};
-use formats::{look, qcow2, resolve, Below, ImageFormat, ImageNeeds};
+use formats::{look, qcow2, Below, Files, ImageFormat, ImageNeeds};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
@@ -14,11 +14,8 @@ pub(crate) fn below(opener: &ImageOpener, image: &Named, needs: &ImageNeeds) -> 
         Some(name) => parse_kind(name).ok()?,
         None => opener.parents?,
     };
-    let paths: Vec<_> = parent
-        .names
-        .iter()
-        .filter_map(|name| resolve(name, &image.path).ok())
-        .collect();
+    let places = opener.places(&parent.names, &image.path);
+    let paths: Vec<_> = places.into_iter().filter_map(Result::ok).collect();
     let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
     let path = there.or(paths.first())?.clone();
     Some(Named::plain(kind, path))

@@ -23,6 +23,9 @@ pub(crate) struct Cli {
     /// Kind of a parent whose child does not name it: qcow images never do, old qcow2 images may not
     #[arg(long, global = true, value_name = "KIND")]
     pub(crate) parents: Option<ParentKind>,
+    /// File that is the parent of an image and not where that says, or folder with such files; may be repeated
+    #[arg(long, global = true, value_name = "FILE|FOLDER")]
+    pub(crate) parent_at: Vec<PathBuf>,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -314,11 +317,12 @@ pub(crate) struct Resize {
 #[command(after_help = "\
 Data of the old backing chain that the new one does not have is copied into the image first. If that ends early, the
 image is as it was, but for space, and keeps its old backing image.
-With --unsafe only the name in the header changes: for an image below that was moved or converted. If that holds
-something else, so does the disk.
+With --moved only the name in the header changes: the backing image is the same in another place, and need not be found
+at the old one. A VHD and a VMDK know their backing image and refuse another one; of a qcow2 or qcow image you must know.
+With --unsafe it changes also to an image that was converted or replaced. If that holds something else, so does the disk.
 The backing image of a VHD is a VHD or a raw image, and the VHD must already have one.")]
 pub(crate) struct Rebase {
-    /// The image, qcow2:PATH or vhd:PATH
+    /// The image, qcow2:PATH or vhd:PATH, and with --moved or --unsafe also qcow:PATH or vmdk:PATH
     pub(crate) image: Named,
     /// New backing image, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE", required_unless_present = "no_parent")]
@@ -326,6 +330,9 @@ pub(crate) struct Rebase {
     /// Remove the backing image: the image gets all content
     #[arg(long, conflicts_with = "parent")]
     pub(crate) no_parent: bool,
+    /// Change the name only: the backing image was moved
+    #[arg(long, conflicts_with_all = ["no_parent", "name_only"])]
+    pub(crate) moved: bool,
     /// Change the name only, and compare nothing
     #[arg(long = "unsafe")]
     pub(crate) name_only: bool,

@@ -36,7 +36,9 @@ use diskio::Runtime;
 use open::{ImageOpener, Use};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::rc::Rc;
 use stop::Stop;
 
 /// Other manual pages.
@@ -134,11 +136,23 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
         Verb::Info(info) if info.unlocked => Use::Look,
         _ => Use::Read,
     };
-    let opener = ImageOpener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
+    let mut opener = ImageOpener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
+    opener.moved = moved(&cli.parent_at)?;
     let work = async move { verb(&cli, &opener, &stop).await };
     runtime
         .block_on(work)
         .map_err(|error| Failure::system("cannot wait for I/O", &error))?
+}
+
+/// The absolute paths of parents, which must be there.
+fn moved(paths: &[PathBuf]) -> Result<Rc<[PathBuf]>, Failure> {
+    let found = paths.iter().map(|path| {
+        let cannot = |error| Failure::system(format!("cannot find {}", path.display()), &error);
+        let path = std::path::absolute(path).map_err(cannot)?;
+        std::fs::metadata(&path).map_err(cannot).map(|_| path)
+    });
+    let found: Result<Vec<PathBuf>, Failure> = found.collect();
+    found.map(Rc::from)
 }
 
 async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcome, Error> {
@@ -257,6 +271,8 @@ mod tests {
             "tapimg resize aio:/a 10G --shrink --lose-data",
             "tapimg rebase qcow2:/a --parent vhd:/b --unsafe",
             "tapimg rebase qcow2:/a --no-parent --progress",
+            "tapimg rebase vmdk:/a --parent vmdk:/b --moved",
+            "tapimg convert vhdx:/a qcow2:/b --parent-at /srv/old --parent-at /srv/c.vhdx",
             "tapimg snapshot qcow2:/a vhd:/b",
             "tapimg commit vhd:/b --progress",
             "tapimg replay /a.trace aio:/b --from 5 --to 2s",
@@ -283,6 +299,8 @@ mod tests {
             "tapimg replay /a.trace aio:/b --list",
             "tapimg replay /a.trace aio:/b --from yesterday",
             "tapimg rebase qcow2:/a --parent aio:/b --no-parent",
+            "tapimg rebase qcow2:/a --parent aio:/b --moved --unsafe",
+            "tapimg rebase qcow2:/a --no-parent --moved",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

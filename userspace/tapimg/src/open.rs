@@ -5,12 +5,13 @@ use crate::named::Named;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, DiskInfo, Raw};
-use formats::{open_chain, Below, Files, ImageFormat, Options};
+use formats::{open_chain, resolve, Below, Files, ImageFormat, Options};
 use rustix::fs::OFlags;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Use of a file, which decides how it is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub(crate) struct ImageOpener {
     pub(crate) parents: Option<Below>,
     /// Images over each other at most.
     pub(crate) layers: usize,
+    /// Files and folders with parents that are not where their children say.
+    pub(crate) moved: Rc<[PathBuf]>,
 }
 
 /// Images over each other at most: more than a disk that is served may have, because what is too long for that is
@@ -91,6 +94,7 @@ impl ImageOpener {
             reading,
             parents,
             layers: DEEPEST,
+            moved: Rc::new([]),
         })
     }
 
@@ -185,6 +189,26 @@ impl Files<File> for ImageOpener {
         self.file(path, how).await
     }
 
+    fn places(&self, names: &[String], child: &Path) -> Vec<Result<PathBuf, Failure>> {
+        let is_named = |name: &str| names.iter().any(|other| file_name(other) == name);
+        let (mut all, mut others) = (Vec::new(), Vec::new());
+        for place in self.moved.iter() {
+            let name = place.file_name().and_then(|name| name.to_str());
+            if place.is_dir() {
+                let inside = names.iter().map(|name| place.join(file_name(name)));
+                all.extend(inside.filter(|path| path.exists()));
+            } else if name.is_some_and(is_named) {
+                all.push(place.clone());
+            } else if place != child {
+                // It was renamed, too, unless it is the parent of another image of the chain.
+                others.push(place.clone());
+            }
+        }
+        let named = names.iter().map(|name| resolve(name, child));
+        let all = all.into_iter().map(Ok).chain(named);
+        all.chain(others.into_iter().map(Ok)).collect()
+    }
+
     fn raw(&self, file: File) -> Disk {
         Disk::new(Raw::new(file, false))
     }
@@ -228,6 +252,11 @@ pub(crate) fn open_file(path: &Path, how: Use, is_direct: bool) -> Result<fs::Fi
         Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(busy(path)),
         file => file.map_err(|error| tried(&error)),
     }
+}
+
+/// The last part of a path, of Windows or of others.
+fn file_name(path: &str) -> &str {
+    path.rsplit(['/', '\\']).next().unwrap_or(path)
 }
 
 /// Opens past the page cache, or through it where that is not possible.

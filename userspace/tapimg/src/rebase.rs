@@ -4,7 +4,7 @@
 use crate::chain::{refuse_damage, refuse_loop};
 use crate::cli::Rebase;
 use crate::create::Parent;
-use crate::named::Named;
+use crate::named::{kind_name, parse_kind, Named};
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
 use crate::runs::{runs, Run};
@@ -14,7 +14,9 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
-use formats::{backing, fits, qcow2, vhd, Base, Below, ImageFormat, Options};
+use formats::{
+    backing, fits, is_meant, look, qcow, qcow2, vhd, vmdk, Base, Below, ImageFormat, Options,
+};
 use serde::Serialize;
 use std::cell::Cell;
 
@@ -64,14 +66,18 @@ pub(crate) async fn rebase(
     if let Some(parent) = parent {
         refuse_loop(opener, image, parent).await?;
     }
-    if !args.name_only {
+    let is_renamed = args.name_only || args.moved;
+    if !is_renamed {
         refuse_damage(opener, image).await?;
     }
     let file = opener.file(&image.path, Use::Write).await?;
-    if kind == ImageFormat::Qcow2 {
+    if let (true, Some(parent)) = (args.moved, parent) {
+        check_moved(opener, image, kind, &file, parent).await?;
+    } else if kind == ImageFormat::Qcow2 {
+        // The same image in another place has what they need.
         refuse_snapshots(image, &file).await?;
     }
-    let (written, sector) = match args.name_only {
+    let (written, sector) = match is_renamed {
         true => (None, None),
         false => {
             let (written, sector) = make_own(opener, stop, args, &file).await?;
@@ -80,7 +86,9 @@ pub(crate) async fn rebase(
     };
     // Data that was copied from the old chain by now is durable.
     let named = match kind {
-        ImageFormat::Vhd => name_in_vhd(opener, image, &file, parent).await,
+        ImageFormat::Vhd | ImageFormat::Vmdk | ImageFormat::Qcow => {
+            name_in_other(opener, image, kind, &file, parent).await
+        }
         _ => name_in_qcow2(image, &file, parent, sector).await,
     };
     Ok(RebaseResult {
@@ -98,6 +106,12 @@ fn can_be(args: &Rebase) -> Result<ImageFormat, Failure> {
         (Below::Format(ImageFormat::Vhd), Some(parent)) => {
             let fits = fits(ImageFormat::Vhd, parent.kind);
             fits.map(|()| ImageFormat::Vhd).map_err(|failure| image.said(failure))
+        }
+        (Below::Format(kind @ (ImageFormat::Qcow | ImageFormat::Vmdk)), Some(parent))
+            if args.moved || args.name_only =>
+        {
+            let fits = fits(kind, parent.kind);
+            fits.map(|()| kind).map_err(|failure| image.said(failure))
         }
         (Below::Format(ImageFormat::Vhd), None) => Err(Failure::invalid(format!(
             "{image}: a differencing VHD stays one: make a new image: `tapimg convert {image} NEW`"
@@ -124,9 +138,10 @@ async fn name_in_qcow2(
     Ok(backing.map(|backing| backing.name))
 }
 
-async fn name_in_vhd(
+async fn name_in_other(
     opener: &ImageOpener,
     image: &Named,
+    kind: ImageFormat,
     file: &File,
     parent: Option<&Named>,
 ) -> Result<Option<String>, Failure> {
@@ -135,8 +150,52 @@ async fn name_in_vhd(
     };
     let its = opener.file(&parent.path, opener.reading).await?;
     let base = Base::of(parent.kind, &parent.path, &its, &image.path).await?;
-    vhd::set_parent(file, &base.of_vhd()).await?;
+    match kind {
+        ImageFormat::Vmdk => {
+            let (name, id) = base.of_vmdk();
+            vmdk::set_parent(file, &name, id).await?;
+        }
+        ImageFormat::Qcow => qcow::set_parent(file, base.name()).await?,
+        _ => vhd::set_parent(file, &base.of_vhd()).await?,
+    }
     Ok(Some(base.name().to_owned()))
+}
+
+/// Refuses an image that is not the one that `image` has below it, in another place. It is not looked for in the old one.
+async fn check_moved(
+    opener: &ImageOpener,
+    image: &Named,
+    kind: ImageFormat,
+    file: &File,
+    parent: &Named,
+) -> Result<(), Failure> {
+    let needs = look(kind, file).await;
+    let needs = needs.map_err(|failure| image.said(failure))?;
+    let wrong = |why: String| Err(Failure::invalid(format!("{image}: {why}")));
+    let Some(its) = needs.parent else {
+        return wrong("it has no backing image that could have been moved".into());
+    };
+    let said = match &its.driver {
+        Some(name) => Some(parse_kind(name)?),
+        None => opener.parents,
+    };
+    if let Some(said) = said.filter(|said| *said != parent.kind) {
+        return wrong(format!(
+            "its backing image is one of the kind {}, and {parent} is another: say --unsafe if that is meant",
+            kind_name(said)
+        ));
+    }
+    let found = opener.file(&parent.path, opener.reading).await?;
+    match parent.kind {
+        Below::Raw => Ok(()),
+        Below::Format(kind) => {
+            look(kind, &found)
+                .await
+                .map_err(|failure| parent.said(failure))?;
+            let meant = is_meant(&its, kind, &found, &parent.path).await;
+            meant.map_err(|failure| image.said(failure))
+        }
+    }
 }
 
 /// Refuses an image with snapshots inside, because the parts that a snapshot has not allocated would be those of the

@@ -12,8 +12,8 @@ const XEN: &[u8; 4] = b"XEN\xfb";
 /// Offset of blktap's flags, and the flag of a first table in the format's own byte order.
 pub(crate) const XEN_FLAGS: u64 = 60;
 pub(crate) const XEN_BIG_ENDIAN: u32 = 2;
-/// Bytes of a name.
-const NAME: u32 = 1023;
+/// Bytes of a name at most.
+pub(crate) const NAME: u32 = 1023;
 /// Bytes of the first table, which is kept in memory.
 const FIRST: u64 = 16 << 20;
 

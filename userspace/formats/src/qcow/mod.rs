@@ -83,6 +83,31 @@ pub async fn look(storage: &impl Storage) -> Result<ImageNeeds, Failure> {
     Ok(needs)
 }
 
+/// Changes the name of the backing file in the header. The image must not be in use. The new name is durable behind all
+/// that there is before the header, which is one write of one sector, leads to it.
+///
+/// # Errors
+/// The image has no backing file, the name is too long, or the storage fails.
+pub async fn set_parent(storage: &impl Storage, name: &str) -> Result<(), Failure> {
+    let (header, length) = read_header(storage).await?;
+    if header.name.is_none() || name.is_empty() || name.len() > header::NAME as usize {
+        return Err(refused(
+            "the image has no backing file, or the new name is longer than 1023 bytes: make a new image",
+        ));
+    }
+    let work = async {
+        let at = length.next_multiple_of(1 << header.cluster_bits);
+        storage.write(at, Bytes::copied(name.as_bytes())?).await?;
+        storage.flush().await?;
+        let mut place = at.to_be_bytes().to_vec();
+        // CAST: at most 1023.
+        place.extend((name.len() as u32).to_be_bytes());
+        storage.write(8, Bytes::copied(&place)?).await?;
+        storage.flush().await
+    };
+    work.await.map_err(failed("cannot name the backing file"))
+}
+
 /// Properties of a new image.
 #[derive(Clone, Debug, Default)]
 pub struct QcowCreate {

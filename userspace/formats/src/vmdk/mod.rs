@@ -6,9 +6,11 @@
 
 mod create;
 mod descriptor;
+mod rename;
 mod sparse;
 
 pub use create::{create, plan, Form, NewFile, VmdkCreate};
+pub use rename::set_parent;
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base};

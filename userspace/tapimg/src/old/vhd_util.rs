@@ -226,6 +226,7 @@ pub(super) async fn verb(cli: &VhdUtilCli, opener: &ImageOpener) -> Result<Strin
                 image: image.vhd()?,
                 parent: Some(named(parent, *raw)?),
                 no_parent: false,
+                moved: false,
                 name_only: true,
                 progress: false,
             };

@@ -9,6 +9,7 @@ mod create;
 mod encrypted;
 mod footers;
 mod look;
+mod moved;
 mod mutations;
 mod old;
 mod others;
