@@ -22,8 +22,11 @@ pub(crate) const BLOCK: u32 = 2 << 20;
 const BLOCKS: std::ops::RangeInclusive<u32> = 64 << 10..=256 << 20;
 /// Blocks that a table may have: 16 MiB of it are kept in memory.
 pub(crate) const MOST_BLOCKS: u32 = 4 << 20;
-/// Bytes that a path may have.
+/// Bytes that a path may have, and its room.
 const PATH: u32 = 8192;
+const ROOM: u64 = 64 << 10;
+/// Largest offset of anything: larger files cannot be.
+const LAST: u64 = 1 << 62;
 
 /// Header with the places of all other structures.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,23 @@ pub(crate) struct Locator {
     /// Bytes of the path.
     pub(crate) len: u32,
     pub(crate) at: u64,
+}
+
+/// Room of a name of the parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NameRoom {
+    /// Number of the locator.
+    pub(crate) number: usize,
+    /// Offset and length in bytes.
+    pub(crate) at: u64,
+    pub(crate) len: u64,
+}
+
+impl NameRoom {
+    /// The first byte behind it.
+    pub(crate) fn end(&self) -> u64 {
+        self.at.saturating_add(self.len)
+    }
 }
 
 impl VhdHeader {
@@ -191,6 +211,46 @@ impl VhdHeader {
         items
     }
 
+    /// Returns the rooms of all names of the parent, also of those that are not read here.
+    ///
+    /// # Errors
+    /// A room is larger than any name, or behind the end of any file.
+    pub(crate) fn names(&self) -> Result<Vec<NameRoom>, Failure> {
+        let (begin, len, most) = LOCATORS;
+        let mut found = Vec::new();
+        for number in 0..most {
+            let at = begin + number * len;
+            let (code, space) = (be32(&self.bytes, at), be32(&self.bytes, at + 4));
+            let used = u64::from(be32(&self.bytes, at + 8));
+            if code == 0 || used == 0 {
+                continue;
+            }
+            let len = room(space).max(used).next_multiple_of(512);
+            let at = be64(&self.bytes, at + 16);
+            if len > ROOM || at > LAST {
+                return Err(refused(format!(
+                    "the VHD's locator {number} of its parent has a room of {len} bytes at {at}, which cannot be: convert it"
+                )));
+            }
+            found.push(NameRoom { number, at, len });
+        }
+        Ok(found)
+    }
+
+    /// Says where the names of the parent are, each by its number.
+    pub(crate) fn place_names(&mut self, places: &[(usize, u64)]) {
+        let (begin, len, _) = LOCATORS;
+        for (number, place) in places {
+            let at = begin + number * len + 16;
+            let old = be64(&self.bytes, at);
+            put(&mut self.bytes, at, &place.to_be_bytes());
+            let its = self.locators.iter_mut();
+            its.filter(|locator| locator.at == old)
+                .for_each(|locator| locator.at = *place);
+        }
+        self.seal();
+    }
+
     /// The first byte behind the table.
     pub(crate) fn table_end(&self) -> u64 {
         self.table.saturating_add(table_len(self.blocks))
@@ -202,6 +262,14 @@ pub(crate) fn table_len(blocks: u32) -> u64 {
     (u64::from(blocks) * 4).next_multiple_of(512)
 }
 
+/// Returns the bytes of a name's room. The specification counts sectors here, and programs that write images count bytes.
+fn room(space: u32) -> u64 {
+    match space {
+        0..512 => u64::from(space) * 512,
+        space => round_up(u64::from(space), 512).unwrap_or(u64::MAX),
+    }
+}
+
 fn locators(bytes: &[u8], length: u64) -> Result<Vec<Locator>, Failure> {
     let (begin, len, most) = LOCATORS;
     let mut found = Vec::new();
@@ -211,11 +279,7 @@ fn locators(bytes: &[u8], length: u64) -> Result<Vec<Locator>, Failure> {
         if code == 0 || locator::OTHERS.contains(&code) {
             continue;
         }
-        // The specification counts sectors here, and programs that write images count bytes.
-        let room = match space {
-            0..512 => u64::from(space) * 512,
-            space => round_up(u64::from(space), 512).unwrap_or(u64::MAX),
-        };
+        let room = room(space);
         let locator = Locator {
             code,
             room,

@@ -18,6 +18,7 @@ mod create;
 mod facts;
 mod fixed;
 mod footer;
+mod front;
 mod header;
 mod image;
 mod locator;

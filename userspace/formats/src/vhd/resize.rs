@@ -3,10 +3,11 @@
 
 use super::batmap;
 use super::footer::{self, Footer, VhdKind};
-use super::header::{table_len, VhdHeader, MOST_BLOCKS};
+use super::front;
+use super::header::{table_len, NameRoom, VhdHeader, MOST_BLOCKS};
 use super::image::VhdImage;
 use super::MOST;
-use crate::field::{failed, put};
+use crate::field::failed;
 use crate::storage;
 use crate::Storage;
 use control::Failure;
@@ -43,9 +44,7 @@ pub async fn grow(storage: &impl Storage, size: u64) -> Result<(), Failure> {
                 .await
                 .map_err(failed)?;
             if count > header.blocks {
-                move_table(storage, &footer, header, count)
-                    .await
-                    .map_err(failed)?;
+                extend_table(storage, &footer, header, count).await?;
             }
             say(storage, footer, size).await.map_err(failed)
         }
@@ -69,31 +68,74 @@ async fn fixed(storage: &impl Storage, mut footer: Footer, size: u64) -> Result<
     put_footers(storage, &footer).await
 }
 
-/// Puts a copy of the table that has `count` entries behind everything else.
-async fn move_table(
+/// Gives the table `count` entries where it is, with a new batmap behind it. The names of the parent and the first blocks
+/// go out of its way before: all metadata stay in front of the blocks, where blktap's programs want them.
+async fn extend_table(
     storage: &impl Storage,
     footer: &Footer,
     mut header: VhdHeader,
     count: u32,
-) -> Result<(), Errno> {
-    if storage.is_fixed() {
-        // There is no end to put it behind.
-        return Err(Errno::NOSPC);
+) -> Result<(), Failure> {
+    let map = header.table.saturating_add(table_len(count));
+    let behind = map
+        .saturating_add(batmap::HEADER as u64)
+        .saturating_add(batmap::map_len(count));
+    let names = header.names()?;
+    let (mut end, mut places) = (behind, Vec::new());
+    if names.iter().any(|name| name.at < behind) {
+        // Behind their old places, which must keep them until the header leads to the new ones.
+        let old = names.iter().map(NameRoom::end);
+        end = old.fold(behind, u64::max).next_multiple_of(512);
+        for name in names {
+            places.push((name, end));
+            end = end.saturating_add(name.len);
+        }
     }
-    // CAST: a table of at most 2^22 blocks.
-    let old = storage::bytes(storage, header.table, table_len(header.blocks) as usize).await?;
-    let mut bytes = super::create::empty_table(count);
-    put(&mut bytes, 0, &old[..header.blocks as usize * 4]);
-    let at = storage.size()?.next_multiple_of(4096);
-    let map = at + bytes.len() as u64;
-    bytes.extend(batmap::empty(map, count));
-    bytes.extend(footer.bytes());
-    storage.write(at, Bytes::copied(&bytes)?).await?;
+    front::clear(storage, footer, &header, end).await?;
+    let work = async {
+        move_names(storage, footer, &mut header, &places).await?;
+        // The first entry that the table does not have yet.
+        let at = header.table + u64::from(header.blocks) * 4;
+        let mut bytes = super::create::empty_table(count);
+        bytes.drain(..header.blocks as usize * 4);
+        bytes.extend(batmap::empty(map, count));
+        storage.write(at, Bytes::copied(&bytes)?).await?;
+        storage.flush().await?;
+        header.place_table(header.table, count);
+        put_header(storage, footer, &header).await
+    };
+    let done: Result<(), Errno> = work.await;
+    done.map_err(failed("cannot make the VHD's table larger"))
+}
+
+/// Copies the names of the parent to new places, and has the header lead there.
+async fn move_names(
+    storage: &impl Storage,
+    footer: &Footer,
+    header: &mut VhdHeader,
+    places: &[(NameRoom, u64)],
+) -> Result<(), Errno> {
+    if places.is_empty() {
+        return Ok(());
+    }
+    for (name, to) in places {
+        // CAST: a room is small.
+        let bytes = storage::bytes(storage, name.at, name.len as usize).await?;
+        storage.write(*to, Bytes::copied(&bytes)?).await?;
+    }
     storage.flush().await?;
-    header.place_table(at, count);
-    storage
-        .write(footer.header, Bytes::copied(header.bytes())?)
-        .await?;
+    let places: Vec<(usize, u64)> = places.iter().map(|(name, to)| (name.number, *to)).collect();
+    header.place_names(&places);
+    put_header(storage, footer, header).await
+}
+
+async fn put_header(
+    storage: &impl Storage,
+    footer: &Footer,
+    header: &VhdHeader,
+) -> Result<(), Errno> {
+    let bytes = Bytes::copied(header.bytes())?;
+    storage.write(footer.header, bytes).await?;
     storage.flush().await
 }
 

@@ -324,6 +324,7 @@ fn growing_can_be_interrupted_at_any_change() {
         (VhdKind::Fixed, 0),
         (VhdKind::Dynamic, 0),
         (VhdKind::Dynamic, 64 << 20),
+        (VhdKind::Differencing, 0),
     ] {
         let large = 2100_u64 << 20;
         let large = if reserve > 0 { reserve } else { large };
@@ -373,7 +374,38 @@ fn growing_can_be_interrupted_at_any_change() {
         }
         sizes.dedup();
         assert_eq!(sizes, [SIZE, large], "{kind:?}");
+        if kind != VhdKind::Fixed {
+            all_is_in_front(&mut files[0]);
+            let names = run(async move { look(&World::new(files).file(0)).await });
+            let parent = names.unwrap().1.parent.map(|parent| parent.names);
+            let expected = (kind == VhdKind::Differencing).then_some(["./base.vhd", "base.vhd"]);
+            assert_eq!(
+                parent,
+                expected.map(|names| names.map(String::from).to_vec())
+            );
+        }
     }
+}
+
+/// The rule of blktap's vhd-util: no block lies before the end of the table, the batmap and the names of the parent.
+fn all_is_in_front(file: &mut SparseContent) {
+    let mut bytes = vec![0; 64 << 10];
+    file.read(0, &mut bytes);
+    let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let long = |at: usize| (u64::from(word(at)) << 32 | u64::from(word(at + 4))) as usize;
+    let (table, count) = (long(512 + 16), word(512 + 28) as usize);
+    let batmap = table + (count * 4).next_multiple_of(512);
+    assert_eq!(&bytes[batmap..batmap + 8], b"tdbatmap");
+    let mut end = long(batmap + 8) + word(batmap + 16) as usize * 512;
+    for name in (0..8).map(|number| 512 + 576 + 24 * number) {
+        if word(name) != 0 {
+            assert!(long(name + 16) >= batmap + 1024, "a name in a table");
+            end = end.max(long(name + 16) + word(name + 4) as usize);
+        }
+    }
+    let places = (0..count).map(|block| word(table + block * 4));
+    let first = places.filter(|sector| *sector != u32::MAX).min().unwrap();
+    assert!(first as usize * 512 >= end, "{first} and {end}");
 }
 
 /// After an interruption at any point the image has the old parent or the new one, and its own content.
@@ -436,6 +468,7 @@ fn another_parent_is_named_at_once() {
             named(&["./b", "b"], None),
         ]
     );
+    all_is_in_front(&mut files[0]);
     let alone = World::new(image(make(VhdKind::Dynamic, SIZE, 0)));
     let storage = alone.file(0);
     let refused = run(async move {
