@@ -298,7 +298,8 @@ fn part(text: &str) -> Result<Option<ExtentLine>, Failure> {
             };
             ExtentBody::Flat { name, first }
         }
-        "SPARSE" => ExtentBody::Sparse {
+        // ESXi's have other names for other headers, which say what they are.
+        "SPARSE" | "VMFSSPARSE" | "SESPARSE" => ExtentBody::Sparse {
             name: name(rest).ok_or_else(wrong)?.0,
         },
         other => {

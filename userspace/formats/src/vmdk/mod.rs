@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized` to read.
+//! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized`, and the COWD and seSparse of ESXi's
+//! snapshots, to read.
 //!
 //! The sparse extents of a disk have one budget for their tables. A new grain is appended to its file. The image's
 //! `CID`, which shows others that the content has changed, is updated before the first change.
 
+mod active;
 mod create;
 mod descriptor;
+mod esxi;
+mod grains;
 mod rename;
 mod sparse;
 
@@ -19,15 +23,17 @@ use crate::field::{counters, failed, refused};
 use crate::storage;
 use crate::tail::Tail;
 use crate::{ExtentFile as NeededExtent, ImageNeeds, ImageParts, Options, Parent, Storage};
+use active::{Active, ExtentPart, Mark, PartContent};
 use control::Failure;
 use descriptor::{Descriptor, ExtentBody, NO_PARENT};
-use diskio::{Bytes, Data, Errno, Gate};
-use drivers::{Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
+use diskio::{Bytes, Data, Errno};
+use drivers::{Attributes, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
+use esxi::{EsxiGrains, EsxiHeader};
+use grains::ExtentGrains;
 use sparse::{Grains, SparseHeader, DIRECTORIES};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Sectors of a file at most: entries have 32 bits.
 const MOST: u64 = (u32::MAX as u64) * 512;
@@ -61,28 +67,6 @@ impl<S: Storage> VmdkFile<S> {
     }
 }
 
-#[derive(Debug)]
-struct Active<S> {
-    parts: Vec<ExtentPart<S>>,
-    size: u64,
-    cid: Mark,
-}
-
-/// A part of the disk, from a byte on.
-#[derive(Debug)]
-struct ExtentPart<S> {
-    begin: u64,
-    len: u64,
-    body: PartContent<S>,
-}
-
-#[derive(Debug)]
-enum PartContent<S> {
-    Flat(Rc<S>, u64),
-    Sparse(Box<Clusters<S, Grains>>),
-    Zero,
-}
-
 /// Memory for extents.
 #[derive(Debug)]
 struct ExtentMemory {
@@ -92,13 +76,18 @@ struct ExtentMemory {
     left: u64,
 }
 
-/// The number that changes when the content does.
-#[derive(Debug, Default)]
-struct Mark {
-    /// Offset and number of the digits of the `CID`, and its old value.
-    at: Option<(u64, usize, u32)>,
-    is_changed: Cell<bool>,
-    gate: Gate,
+impl ExtentMemory {
+    /// Takes the bytes of a directory, which stays in memory.
+    fn take(&mut self, bytes: u64) -> Result<(), Failure> {
+        let left = self.left.checked_sub(bytes);
+        self.left = left.ok_or_else(|| {
+            refused(format!(
+                "the directories of the VMDK's extents have more than {} MiB together: convert it",
+                DIRECTORIES >> 20
+            ))
+        })?;
+        Ok(())
+    }
 }
 
 /// The descriptor, where in the image it begins, and the header if the image is an extent itself.
@@ -232,24 +221,53 @@ impl<S: Storage> Vmdk<S> {
                 "the grains of the VMDK are compressed (streamOptimized), so it can be read only: serve it read-only, or convert it",
             ));
         }
-        if header.capacity.saturating_mul(512) < place.1 {
+        share.take(header.kept())?;
+        let grains = Grains::read(&**file, &header, share.cache).await?;
+        let grains = ExtentGrains::Vmware(grains);
+        self.clusters(image, grains, header.capacity, place).await
+    }
+
+    /// An extent of a snapshot of ESXi.
+    async fn esxi(
+        &self,
+        image: &VmdkFile<S>,
+        header: EsxiHeader,
+        place: (u64, u64),
+        share: &mut ExtentMemory,
+    ) -> Result<PartContent<S>, Failure> {
+        let may_write = self.options.may_write(&*image.file);
+        if may_write.map_err(failed("cannot use the image"))? {
+            return Err(refused(
+                "the VMDK is a snapshot of ESXi (COWD or seSparse), which can be read only: serve it read-only, convert it, \
+                 or put a qcow2 image over it",
+            ));
+        }
+        share.take(header.directory_len())?;
+        let capacity = header.capacity;
+        let grains = EsxiGrains::read(&*image.file, header, share.cache).await?;
+        let grains = ExtentGrains::Esxi(grains);
+        self.clusters(image, grains, capacity, place).await
+    }
+
+    /// The part of a disk that a map of `capacity` sectors has: where it begins and how many bytes it has.
+    async fn clusters(
+        &self,
+        image: &VmdkFile<S>,
+        grains: ExtentGrains,
+        capacity: u64,
+        place: (u64, u64),
+    ) -> Result<PartContent<S>, Failure> {
+        if capacity.saturating_mul(512) < place.1 {
             return Err(refused(format!(
-                "an extent of the VMDK has {} sectors and its line says {}",
-                header.capacity,
+                "an extent of the VMDK has {capacity} sectors and its line says {}",
                 place.1 / 512
             )));
         }
-        let left = share.left.checked_sub(header.kept());
-        share.left = left.ok_or_else(|| {
-            refused(format!(
-                "the directories of the VMDK's extents have more than {} MiB together: convert it",
-                DIRECTORIES >> 20
-            ))
-        })?;
+        let file = &image.file;
         let length = file.size().map_err(failed("cannot see the image's size"))?;
-        let grains = Grains::read(&**file, &header, share.cache).await?;
         let tail = Tail::new(length, MOST, image.barrier.clone());
         let clusters = Clusters::new(file.clone(), grains, place, tail, self.parent.clone());
+        let may_write = self.options.may_write(&**file);
         if may_write.map_err(failed("cannot use the image"))? {
             clusters.refuse_cut(length).await?;
         }
@@ -290,8 +308,14 @@ impl<S: Storage> Vmdk<S> {
                     let length = storage
                         .size()
                         .map_err(failed("cannot see the image's size"))?;
-                    let header = SparseHeader::read(storage, length).await?;
-                    self.sparse(file, header, (begin, len), &mut share).await?
+                    let place = (begin, len);
+                    match EsxiHeader::read(storage, length).await? {
+                        Some(header) => self.esxi(file, header, place, &mut share).await?,
+                        None => {
+                            let header = SparseHeader::read(storage, length).await?;
+                            self.sparse(file, header, place, &mut share).await?
+                        }
+                    }
                 }
                 ExtentBody::Zero => PartContent::Zero,
             };
@@ -337,10 +361,7 @@ impl<S: Storage> Vmdk<S> {
         let active = Active {
             parts,
             size,
-            cid: Mark {
-                at: place,
-                ..Mark::default()
-            },
+            cid: Mark::new(place),
         };
         *self.active.borrow_mut() = Some(Rc::new(active));
         Ok(DiskInfo {
@@ -394,89 +415,6 @@ fn flat<S: Storage>(file: &Rc<S>, first: u64, len: u64) -> Result<PartContent<S>
         _ => Err(refused(format!(
             "a flat extent of the VMDK has {length} bytes, which is not enough for {len} from sector {first} on: it is cut off"
         ))),
-    }
-}
-
-/// A piece of a range in one part of the disk: the part, where in it, where in the range, how long.
-type PartPiece<'a, S> = (&'a ExtentPart<S>, u64, u64, u64);
-
-impl Mark {
-    /// The image shows that its content is another one than before, or cannot.
-    fn is_said(&self) -> bool {
-        self.at.is_none() || self.is_changed.get()
-    }
-}
-
-impl<S: Storage> Active<S> {
-    /// The pieces of a range.
-    fn pieces(&self, offset: u64, len: u64) -> Result<Vec<PartPiece<'_, S>>, Errno> {
-        let end = offset.checked_add(len).filter(|end| *end <= self.size);
-        let end = end.ok_or(Errno::INVAL)?;
-        let mut found = Vec::new();
-        let mut at = offset;
-        let first = self
-            .parts
-            .partition_point(|part| part.begin + part.len <= offset);
-        for part in &self.parts[first.min(self.parts.len())..] {
-            if at >= end {
-                break;
-            }
-            let count = (part.begin + part.len - at).min(end - at);
-            if count > 0 {
-                found.push((part, at - part.begin, at - offset, count));
-            }
-            at += count;
-        }
-        match at == end {
-            true => Ok(found),
-            false => Err(Errno::INVAL),
-        }
-    }
-
-    /// Says that the content changes, before it does.
-    async fn mark(&self, image: &S) -> Result<(), Errno> {
-        let Some((at, digits, old)) = self.cid.at.filter(|_| !self.cid.is_changed.get()) else {
-            return Ok(());
-        };
-        let _pass = self.cid.gate.alone().await;
-        if self.cid.is_changed.get() {
-            return Ok(());
-        }
-        let time = SystemTime::now().duration_since(UNIX_EPOCH);
-        // CAST: any bits of it will do.
-        let time = time.map_or(0, |time| time.as_nanos() as u32);
-        // As many digits as there are: what follows them is the rest of the text.
-        let most = 0x7fff_ffff_u32.min(u32::MAX >> (32 - 4 * digits.clamp(1, 8)));
-        let mut cid = (old.wrapping_mul(0x9e37_79b9) ^ time) & most;
-        if cid == old {
-            cid = cid.wrapping_add(1) & most;
-        }
-        let text = format!("{cid:0digits$x}");
-        image.write(at, Bytes::copied(text.as_bytes())?).await?;
-        self.cid.is_changed.set(true);
-        Ok(())
-    }
-
-    /// Returns the content at the beginning of a range: with the backing images if `whole` is set, else of this image
-    /// alone.
-    async fn runs(&self, offset: u64, len: u64, whole: bool) -> Result<Vec<Extent>, Errno> {
-        let pieces = self.pieces(offset, len)?;
-        let (part, within, _, len) = pieces.first().ok_or(Errno::INVAL)?;
-        match &part.body {
-            PartContent::Flat(file, first) => {
-                let (len, is_data) = file.part(first + within, *len).await?;
-                let content = match is_data {
-                    true => Content::Data,
-                    false => Content::Hole,
-                };
-                Ok(vec![Extent { len, content }])
-            }
-            PartContent::Sparse(clusters) => clusters.extents(*within, *len, whole).await,
-            PartContent::Zero => Ok(vec![Extent {
-                len: *len,
-                content: Content::Hole,
-            }]),
-        }
     }
 }
 

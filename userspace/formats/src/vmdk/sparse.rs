@@ -26,8 +26,8 @@ const COMPRESSED: u32 = 1 << 16;
 const MARKERS: u32 = 1 << 17;
 /// The directory's place is in a header at the end.
 const AT_END: u64 = u64::MAX;
-/// Bytes of a directory that is kept in memory, and of all that a disk keeps whatever its cache may have.
-const DIRECTORY: u64 = 16 << 20;
+/// Bytes of a directory that is kept in memory at most, and of all that a disk keeps whatever its cache may have.
+pub(super) const DIRECTORY: u64 = 16 << 20;
 pub(crate) const DIRECTORIES: u64 = 64 << 20;
 /// Entries of a table in every image that is known.
 const ENTRIES: u32 = 512;

@@ -7,6 +7,7 @@ mod commit;
 mod convert;
 mod create;
 mod encrypted;
+mod esxi;
 mod footers;
 mod look;
 mod moved;
