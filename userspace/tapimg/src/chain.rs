@@ -56,6 +56,10 @@ pub(crate) async fn refuse_loop(
 /// Refuses a chain in which an image is damaged in a way that reads as zeroes: what lies behind the end of a
 /// qcow2 image does, so one that was cut off would be copied as if nothing were missing.
 pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result<(), Failure> {
+    if image.ova.is_some() {
+        // A VMDK without a parent.
+        return Ok(());
+    }
     let mut next = Some(image.clone());
     for _ in 0..DEEPEST {
         let Some(image) = next.take() else { break };

@@ -38,6 +38,7 @@ Kinds of images:
   vhd     fixed, dynamic, differencing (also: vpc)
   vhdx    fixed, dynamic, differencing; only read
   vmdk    sparse or flat; made with one sparse file
+  ova     a disk in an OVA, to convert, compare and map: ova:/srv/a.ova, or ova:/srv/a.ova/disk2.vmdk of several
   luks    raw, encrypted. The file with its key stands in front, as for an encrypted qcow2 image:
           key=/etc/xentap/a.key,luks:/srv/a.img. It must be yours, and others may not read it (chmod 600)
 

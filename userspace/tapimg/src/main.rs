@@ -16,6 +16,7 @@ mod map;
 mod named;
 mod old;
 mod open;
+mod ova;
 mod progress;
 mod rebase;
 mod replay;
@@ -33,6 +34,7 @@ use clap::{CommandFactory, FromArgMatches};
 use cli::{Cli, Verb};
 use control::{shown, shown_json, shown_lines, Code, Failure};
 use diskio::Runtime;
+use named::Named;
 use open::{ImageOpener, Use};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
@@ -155,7 +157,26 @@ fn moved(paths: &[PathBuf]) -> Result<Rc<[PathBuf]>, Failure> {
     found.map(Rc::from)
 }
 
+/// The images of a verb that cannot be disks in an OVA.
+fn no_ovas(verb: &Verb) -> Vec<&Named> {
+    match verb {
+        Verb::Info(args) => vec![&args.image],
+        Verb::Create(args) => args.layout.parent.iter().chain([&args.image]).collect(),
+        Verb::Convert(args) => args.layout.parent.iter().chain([&args.to]).collect(),
+        Verb::Check(args) => vec![&args.image],
+        Verb::Resize(args) => vec![&args.image],
+        Verb::Rebase(args) => args.parent.iter().chain([&args.image]).collect(),
+        Verb::Commit(args) => vec![&args.image],
+        Verb::Snapshot(args) => args.overlay.iter().chain([&args.image]).collect(),
+        Verb::Replay(args) => args.image.iter().collect(),
+        Verb::Compare(_) | Verb::Map(_) | Verb::Generate { .. } => Vec::new(),
+    }
+}
+
 async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcome, Error> {
+    no_ovas(&cli.verb)
+        .into_iter()
+        .try_for_each(Named::refuse_ova)?;
     let mut out = BufWriter::new(io::stdout());
     let good = match &cli.verb {
         Verb::Info(args) => {

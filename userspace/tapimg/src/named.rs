@@ -19,7 +19,13 @@ pub(crate) struct Named {
     pub(crate) path: PathBuf,
     /// The file with its key, if it is encrypted.
     pub(crate) key: Option<PathBuf>,
+    /// It is a disk in an OVA, which the path leads to.
+    pub(crate) ova: Option<OvaDisk>,
 }
+
+/// A disk in an OVA: its name there, if it is not the only one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OvaDisk(pub(crate) Option<String>);
 
 /// The name of a kind, as a configuration has it.
 pub(crate) fn kind_name(kind: Below) -> &'static str {
@@ -51,6 +57,35 @@ impl Named {
             kind,
             path,
             key: None,
+            ova: None,
+        }
+    }
+
+    /// A disk in an OVA, at the path of that or with its name behind it.
+    fn in_ova(path: PathBuf) -> Self {
+        let kind = Below::Format(ImageFormat::Vmdk);
+        let inside = path.parent().zip(path.file_name());
+        let (path, name) = match inside.filter(|(ova, _)| ova.is_file()) {
+            Some((ova, name)) => (ova.to_owned(), Some(name.to_string_lossy().into_owned())),
+            None => (path, None),
+        };
+        Self {
+            ova: Some(OvaDisk(name)),
+            ..Self::plain(kind, path)
+        }
+    }
+
+    /// Refuses a disk in an OVA, of which all is only read.
+    ///
+    /// # Errors
+    /// It is one.
+    pub(crate) fn refuse_ova(&self) -> Result<(), Failure> {
+        match self.ova {
+            None => Ok(()),
+            Some(_) => Err(Failure::invalid(format!(
+                "{self} is a disk in an OVA, which only convert, compare and map read: make an image of it: \
+                 `tapimg convert {self} qcow2:NEW`"
+            ))),
         }
     }
 
@@ -85,7 +120,11 @@ impl Named {
 
 impl fmt::Display for Named {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", kind_name(self.kind), self.path.display())
+        match &self.ova {
+            None => write!(f, "{}:{}", kind_name(self.kind), self.path.display()),
+            Some(OvaDisk(None)) => write!(f, "ova:{}", self.path.display()),
+            Some(OvaDisk(Some(name))) => write!(f, "ova:{}/{name}", self.path.display()),
+        }
     }
 }
 
@@ -105,7 +144,11 @@ impl FromStr for Named {
                     kinds()
                 ))
             })?;
-        let kind = parse_kind(kind)?;
+        let is_ova = kind == "ova";
+        let kind = match is_ova {
+            true => Below::Format(ImageFormat::Vmdk),
+            false => parse_kind(kind)?,
+        };
         if path.is_empty() || path.contains('\0') {
             return Err(Failure::invalid(format!(
                 "{text:?} names no file: write KIND:PATH, such as {}:/srv/a.img",
@@ -114,9 +157,15 @@ impl FromStr for Named {
         }
         let path = std::path::absolute(path)
             .map_err(|error| Failure::system(format!("cannot find {path:?}"), &error))?;
+        if is_ova && key.is_none() {
+            return Ok(Self::in_ova(path));
+        }
         let may_have = matches!(kind, Below::Format(ImageFormat::Luks | ImageFormat::Qcow2));
         match may_have || key.is_none() {
-            true => Ok(Self { kind, path, key }),
+            true => Ok(Self {
+                key,
+                ..Self::plain(kind, path)
+            }),
             false => Err(Failure::invalid(format!(
                 "{text:?} is no image that could be encrypted, which is luks: and qcow2:; leave key= away"
             ))),
@@ -156,6 +205,7 @@ mod tests {
             ("aio:/a", Below::Raw, "/a"),
             ("sync:/a", Below::Raw, "/a"),
             ("raw:/a", Below::Raw, "/a"),
+            ("ova:/a", Below::Format(ImageFormat::Vmdk), "/a"),
         ] {
             let named: Named = text.parse().unwrap();
             assert_eq!((named.kind, named.path.as_path()), (kind, Path::new(path)));
@@ -174,6 +224,8 @@ mod tests {
             "key=a",
             "key=,luks:/a",
             "key=a,vhd:/a",
+            "key=a,ova:/a",
+            "ova:",
             "key=a,aio:/a",
             "/a",
             "qcow2",

@@ -2,10 +2,12 @@
 //! From the name of an image to a disk, with all that lies below it, locked.
 
 use crate::named::Named;
+use crate::ova::ArchiveMember;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, DiskInfo, Raw};
-use formats::{open_chain, resolve, Below, Files, ImageFormat, Options};
+use formats::vmdk::Vmdk;
+use formats::{open_chain, resolve, Below, Files, ImageFormat, ImageParts, Options};
 use rustix::fs::OFlags;
 use std::fs;
 use std::io;
@@ -163,6 +165,11 @@ impl ImageOpener {
                     })?;
                 }
                 Disk::new(Raw::new(file, false))
+            }
+            Below::Format(_) if image.ova.is_some() => {
+                let name = image.ova.as_ref().and_then(|ova| ova.0.as_deref());
+                let member = ArchiveMember::find(image, &file, name).await?;
+                Disk::new(Vmdk::new(member, ImageParts::default(), options))
             }
             Below::Format(kind) => {
                 let options = Options {

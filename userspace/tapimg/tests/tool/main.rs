@@ -14,6 +14,7 @@ mod moved;
 mod mutations;
 mod old;
 mod others;
+mod ova;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;
