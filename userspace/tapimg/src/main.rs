@@ -169,7 +169,11 @@ fn no_ovas(verb: &Verb) -> Vec<&Named> {
         Verb::Commit(args) => vec![&args.image],
         Verb::Snapshot(args) => args.overlay.iter().chain([&args.image]).collect(),
         Verb::Replay(args) => args.image.iter().collect(),
-        Verb::Compare(_) | Verb::Map(_) | Verb::Generate { .. } => Vec::new(),
+        Verb::Compare(_)
+        | Verb::Map(_)
+        | Verb::Generate { .. }
+        | Verb::Serve(_)
+        | Verb::ServeConfined { .. } => Vec::new(),
     }
 }
 
