@@ -42,7 +42,7 @@ pub fn store_recovers(errno: i32) -> bool {
     errno != ENOENT
 }
 
-/// The failed connects of one device.
+/// Failed connects of one device, which decide when the next attempt is allowed.
 #[derive(Debug, Default)]
 pub struct Patience {
     refusals: u32,

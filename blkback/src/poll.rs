@@ -6,9 +6,9 @@
 //! task switches: more than serving a small request. A queue whose guest comes back soon therefore polls the ring for a
 //! while first, with the guest's events off.
 //!
-//! It polls for no longer than a sleep costs (`poll_us`), and only where that has paid off ([`Worth`]); for a process
-//! it polls wherever sleeps are short ([`Gathering`]). It stops polling when anything else could run on this CPU:
-//! another task, or, where dom0 shares its physical CPU, another domain ([`Rivals`]).
+//! A queue polls for no longer than a sleep costs (`poll_us`), and only where that has paid off ([`Worth`]); for a
+//! process it polls wherever sleeps are short ([`Gathering`]). It stops polling when anything else could run on this
+//! CPU: another task, or, where dom0 shares its physical CPU, another domain ([`Rivals`]).
 
 use crate::linux;
 use crate::params;

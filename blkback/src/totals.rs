@@ -2,8 +2,8 @@
 
 //! The statistics of a disk, as sysfs shows them.
 //!
-//! They belong to the device, not to a connection, so a read never meets a queue that is being freed, and the counters
-//! never go backwards.
+//! The statistics belong to the device, not to a connection, so a read never meets a queue that is being freed, and the
+//! counters never go backwards.
 
 use crate::engine::latency::{ROWS, STEPS};
 use crate::engine::{Flight, Latencies, Stats, Times};

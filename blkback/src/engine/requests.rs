@@ -525,7 +525,7 @@ impl<'a> Requests<'a> {
         self.slots.append(&mut self.completed, handle.put_down());
     }
 
-    /// Appends a request to those with a page that storage holds.
+    /// Appends a request to the list of requests with a page that the storage still holds.
     #[cold]
     pub(crate) fn push_held(&mut self, handle: Handle<Completed>) {
         self.slots.append(&mut self.held, handle.put_down());

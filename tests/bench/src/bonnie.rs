@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! bonnie++ on ext4.
 //!
-//! It runs in a control group with little memory, because the page cache could hold the whole file otherwise, and half
-//! of the columns would measure the cache. The writer may fill most of that memory before it must wait, and writeback
-//! begins early, because with the kernel's usual limits the writer sometimes sleeps for two seconds, whatever the disk.
+//! bonnie++ runs in a control group with little memory, because the page cache could hold the whole file otherwise, and
+//! half of the columns would measure the cache. The writer may fill most of that memory before it must wait, and
+//! writeback begins early, because with the kernel's usual limits the writer sometimes sleeps for two seconds, whatever
+//! the disk.
 
 use crate::jobs::BenchJob;
 use crate::mark::Marks;

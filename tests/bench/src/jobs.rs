@@ -52,9 +52,9 @@ pub(crate) enum Setting {
 /// A block device without a scheduler, as for NVMe, and without data: it neither looks up nor copies any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Medium {
-    /// It completes a request during submission.
+    /// The device completes a request during submission.
     AtOnce,
-    /// It completes a request by an interrupt after this number of microseconds.
+    /// The device completes a request by an interrupt after this number of microseconds.
     Interrupt(u32),
 }
 

@@ -2,7 +2,7 @@
 //! Measures backends of disks inside a Xen machine: runs in dom0, drives one guest, and writes its results as lines of
 //! JSON to the file named by REPORT (default: standard output).
 //!
-//! It judges nothing: `cargo xtask bench` computes medians, ratios and charts outside of the machine.
+//! This program judges nothing: `cargo xtask bench` computes medians, ratios and charts outside of the machine.
 
 mod backends;
 mod bonnie;

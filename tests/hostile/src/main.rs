@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! A malicious blkif frontend in user space.
 //!
-//! It runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: grants and event
-//! channels are between dom0 and itself. `run` executes numbered attacks, `fuzz` sends random requests that a seed
-//! repeats, `fuzz-tap` makes random calls as the process of a tap disk. After each, one oracle checks dom0: good
+//! The program runs in dom0, plays toolstack and frontend, and lets dom0's own backend serve its rings: grants and
+//! event channels are between dom0 and itself. `run` executes numbered attacks, `fuzz` sends random requests that a
+//! seed repeats, `fuzz-tap` makes random calls as the process of a tap disk. After each, one oracle checks dom0: good
 //! requests get right data, a neighbour's disk works, the kernel's log is short and calm, nothing is left behind.
 
 mod cases;

@@ -172,13 +172,14 @@ pub struct MachineSetup {
 /// Behaviour of the guest on every host.
 #[derive(Clone, Copy, Debug)]
 pub struct Habits {
-    /// It may migrate. So it reads nothing that is being written, because a repeated write may be executed again.
+    /// The guest may migrate. So it reads nothing that is being written, because a repeated write may be executed
+    /// again.
     pub travels: bool,
     /// Identifiers are indices of a table.
     pub small_ids: bool,
     /// Number of answered reads whose data it keeps in place.
     pub keeps_data: usize,
-    /// It copies data that it has read away from pages that stay granted.
+    /// The guest copies data that it has read away from pages that stay granted.
     pub bounces: bool,
 }
 

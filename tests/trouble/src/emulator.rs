@@ -4,12 +4,12 @@
 //! QEMU's emulation of AMD's virtualisation has two rare faults, which show mostly while other programs use the host's
 //! processors.
 //!
-//! It takes one #VMEXIT twice. The first time it saves the guest's state in its VMCB and loads the hypervisor's; the
-//! second time it saves the current state of the processor, which is the hypervisor's own state behind `VMRUN`, over
-//! the guest's. Xen reads a shutdown from that VMCB, reports "Triple fault" and dumps these values as the guest's
-//! registers: the selector of its own code, an address in its own text, its own stack, and in rax the operand of
-//! `VMRUN`, the physical address of the VMCB. No guest and no driver can cause such a dump, because a guest's code
-//! never runs with the hypervisor's selector at its addresses.
+//! The emulator takes one #VMEXIT twice. The first time it saves the guest's state in its VMCB and loads the
+//! hypervisor's; the second time it saves the current state of the processor, which is the hypervisor's own state
+//! behind `VMRUN`, over the guest's. Xen reads a shutdown from that VMCB, reports "Triple fault" and dumps these values
+//! as the guest's registers: the selector of its own code, an address in its own text, its own stack, and in rax the
+//! operand of `VMRUN`, the physical address of the VMCB. No guest and no driver can cause such a dump, because a
+//! guest's code never runs with the hypervisor's selector at its addresses.
 //!
 //! Or QEMU continues a guest without its nested page tables, so that its memory is gone. The guest faults at its next
 //! instruction, at the gate of that fault, at the gate of the double fault, and then dies. So `cr2` is the gate of the
@@ -46,9 +46,9 @@ const DUMP_LINES: usize = 24;
 /// Fault of the emulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EmulatorFault {
-    /// It took one #VMEXIT twice.
+    /// The emulator took one #VMEXIT twice.
     ExitTwice,
-    /// It ran the guest without its nested page tables.
+    /// The emulator ran the guest without its nested page tables.
     NoTables,
 }
 

@@ -26,9 +26,9 @@ use tokio::sync::{watch, Mutex, MutexGuard, Notify};
 /// How far the end of a disk has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fate {
-    /// It is to stay.
+    /// The disk is to stay.
     Stays,
-    /// It is being taken away: whoever works on it stops.
+    /// The disk is being removed: all work on it stops.
     Doomed,
     /// Nothing is left.
     Gone,
@@ -198,7 +198,7 @@ impl Disk {
         }
     }
 
-    /// It is not being taken away.
+    /// Returns an error if the disk is being removed.
     ///
     /// # Errors
     /// It is.

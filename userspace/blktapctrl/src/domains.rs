@@ -6,8 +6,8 @@
 //! same version. The answer may be outdated when it is used, so a caller that takes a running guest for suspended must
 //! do it no harm.
 //!
-//! It tells that to a domain that controls others. In a driver domain no guest is known to be suspended, and an image
-//! is released when its guest has ended.
+//! xenstored reports that to a domain that controls others. In a driver domain no guest is known to be suspended, and
+//! an image is released when its guest has ended.
 
 use crate::apart::{apart, LIMIT};
 use crate::store::Later;

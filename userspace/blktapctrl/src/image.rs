@@ -160,7 +160,7 @@ impl Image {
         })
     }
 
-    /// It is an export of a server.
+    /// Returns true if the disk is an export of a server.
     #[must_use]
     pub fn is_export(&self) -> bool {
         self.held.is_none()

@@ -29,9 +29,9 @@ use tokio::signal::unix::{signal, SignalKind};
 
 /// Supervises the processes that serve Xen's tap disks.
 ///
-/// It makes the disks that `tap-ctl` and the script `block-tap-rs` ask for, starts a `tapdisk` for each, replaces it at
-/// once if it dies, and takes the disk away when its guest lets go of it. The processes alone serve the guests: they
-/// continue when this program stops, and it takes them over when it starts again.
+/// blktapctrl makes the disks that `tap-ctl` and the script `block-tap-rs` ask for, starts a `tapdisk` for each,
+/// replaces it at once if it dies, and takes the disk away when its guest lets go of it. The processes alone serve the
+/// guests: they continue when this program stops, and it takes them over when it starts again.
 #[derive(Parser)]
 #[command(name = "blktapctrl", version)]
 struct Cli {
@@ -249,8 +249,8 @@ async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
     folder::remove(&path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// Says what is wrong with the settings. Disks that do not need it are served all the same, and it may come later, such as
-/// a folder of a file system on a network.
+/// Says what is wrong with the settings. Disks that do not need it are served all the same, and it may come later, such
+/// as a folder of a file system on a network.
 async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
     for folder in folders {
         let place = folder.clone();
@@ -271,8 +271,8 @@ async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
     }
 }
 
-/// One thread renews leases and replaces processes. It must not wait for swap, nor for the storage of the program's file,
-/// which may be on a disk that it supervises, or on one that hangs.
+/// One thread renews leases and replaces processes. It must not wait for swap, nor for the storage of the program's
+/// file, which may be on a disk that it supervises, or on one that hangs.
 fn lock_memory() {
     // All that there is now is brought into memory, the program too; what comes later when it is used, because most of a
     // stack never is.

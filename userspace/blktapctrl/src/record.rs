@@ -38,9 +38,9 @@ pub enum Want {
     /// Nothing: it is there, and perhaps a process is attached.
     #[default]
     Idle,
-    /// It is to be served: a process that dies is replaced.
+    /// The disk is to be served: a process that dies is replaced.
     Served,
-    /// It is to wait.
+    /// The disk is paused.
     Paused,
 }
 
@@ -72,7 +72,7 @@ pub struct KnownProcess {
 pub enum Role {
     /// A backing image of the one that is served.
     Parent,
-    /// It holds a part of the image.
+    /// The file holds a part of the image.
     Extent,
     /// A server listens there.
     Socket,
@@ -171,7 +171,7 @@ pub struct Mirrored {
     pub open: Open,
     /// Bytes in a second.
     pub rate: u64,
-    /// It is the image below the one that the disk has.
+    /// The target is the backing image of the disk's image.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub below: bool,
     /// Its mode had no write permission.
@@ -264,7 +264,7 @@ pub struct Record {
     pub policy: Policy,
     /// The backend's directory in xenstore, relative to the domain's.
     pub vbd: Option<String>,
-    /// It speaks NBD too.
+    /// The process serves NBD clients as well.
     pub nbd: bool,
     /// KiB of its node's arena; 0 for the default.
     #[serde(default, skip_serializing_if = "is_zero")]

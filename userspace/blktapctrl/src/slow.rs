@@ -27,7 +27,7 @@ struct ReportedRequest {
 pub(crate) enum News {
     /// The process has had one for so long.
     Takes { pid: u32, age: Duration },
-    /// It was answered.
+    /// The process answered the request.
     Answered { pid: u32, age: Duration },
     /// The process has not answered it, and has it no more.
     Returned { pid: u32, age: Duration },

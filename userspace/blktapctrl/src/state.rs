@@ -2,7 +2,7 @@
 //! The state of a disk: memory that one process leaves to the next. Its contents concern the processes only; the
 //! supervisor sees a number of bytes.
 //!
-//! It is held by the process and by the supervisor, and outlives either of the two, not both: so it is
+//! The memory is held by the process and by the supervisor, and outlives either of the two, not both: so it is
 //! for what a successor would have to find out or count anew, and not for what only it knows.
 
 use crate::image::Identity;

@@ -20,7 +20,7 @@ const PARTING: Duration = Duration::from_secs(1);
 pub struct Systemd {
     /// Where it listens: a path, or an abstract name after an `@`.
     socket: OsString,
-    /// It ends a supervisor that has said nothing for so long.
+    /// Time without a message after which systemd ends the supervisor.
     watchdog: Option<Duration>,
 }
 

@@ -19,15 +19,15 @@ pub enum Code {
     Exists,
     /// Another user has it.
     Busy,
-    /// It cannot be done in the state that the disk is in.
+    /// The disk is not in a state that allows this. that the disk is in.
     State,
     /// The image is refused: its size, its blocks, or that it changed.
     Image,
     /// The asker may not.
     Denied,
-    /// It is not implemented here.
+    /// This program does not implement the operation.
     Unsupported,
-    /// It took too long.
+    /// The operation took too long.
     Timeout,
     /// The connection or the process at its other end is gone.
     Gone,

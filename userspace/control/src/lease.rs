@@ -22,7 +22,8 @@ pub enum LeaseKind {
 }
 
 impl LeaseKind {
-    /// It is the host that has it: its disks are one to the storage, and the end of a supervisor changes nothing.
+    /// Returns true if the host has the lease: its disks are one to the storage, and the end of a supervisor changes
+    /// nothing.
     #[must_use]
     pub fn is_of_host(&self) -> bool {
         matches!(self, Self::Reservation | Self::Sanlock(_))

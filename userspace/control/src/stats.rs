@@ -75,10 +75,10 @@ pub struct Counter {
     pub latency: Histogram,
 }
 
-/// How far all data of a disk is read, to find what cannot be read.
+/// Progress of a scrub, which reads all data of a disk to find unreadable data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scrub {
-    /// It is not over.
+    /// The operation is not over.
     pub running: bool,
     /// Where on the disk it is, in bytes.
     pub offset: u64,
@@ -88,10 +88,10 @@ pub struct Scrub {
     pub errors: u64,
 }
 
-/// How far what an image shows of those below it is copied into it.
+/// Progress of a stream, which copies the data of the backing images into the image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stream {
-    /// Whether it is over.
+    /// State of the stream.
     pub state: Streaming,
     /// Where on the disk it is, in bytes.
     pub offset: u64,
@@ -103,24 +103,24 @@ pub struct Stream {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Streaming {
-    /// It is not over.
+    /// The operation is not over.
     #[default]
     Running,
-    /// The image needs no other one.
+    /// The image needs no backing image any more.
     Done,
-    /// A user ended it, or the image is not served any more.
+    /// A user ended the stream, or the image is no longer served.
     Ended,
-    /// It could not continue. The copied blocks stay allocated in the image.
+    /// The operation could not continue. The copied blocks stay allocated in the image.
     Failed {
         /// Reason of the failure.
         why: String,
     },
 }
 
-/// How far a disk is copied to another image.
+/// Progress of a mirror, which copies the disk to another image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mirror {
-    /// Whether it is over.
+    /// State of the mirror.
     pub state: Mirroring,
     /// Number of bytes from the start of the disk that are equal on both.
     pub offset: u64,
@@ -140,11 +140,11 @@ pub enum Mirroring {
     Copying,
     /// Both images are equal, and each write goes to both.
     Same,
-    /// Both are the same and durable, and neither is used; or the disk is served from the other one.
+    /// Both images are equal and durable, and neither is in use; or the disk is served from the other one.
     Complete,
-    /// It ended before that.
+    /// The operation ended before that.
     Ended,
-    /// The other image is of no use.
+    /// The copy is not usable.
     Failed {
         /// Reason of the failure.
         why: String,
@@ -180,16 +180,16 @@ impl Streaming {
 /// Work of the kernel for a disk beside its process (passthrough).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Direct {
-    /// Requests that it has executed so since the disk was made.
+    /// Requests that the kernel has executed by passthrough since the disk was made.
     pub executed: u64,
-    /// Requests that it executes so now.
+    /// Requests that the kernel is executing by passthrough.
     pub executing: u32,
     /// Counters of the mappings that the process has reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mapped: Option<Mapped>,
 }
 
-/// How the mappings serve a disk, since it was made. A driver of an earlier version does not count that.
+/// Counters of the mappings of a disk since it was made. A driver of an earlier version does not count that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Mapped {
@@ -197,33 +197,33 @@ pub struct Mapped {
     pub missed: Missed,
     /// Extents that there is room for now.
     pub room: u32,
-    /// Extents that were forgotten because others needed their place.
+    /// Mappings that were dropped because others needed their place.
     pub evicted: u64,
-    /// Extents that the process told and the kernel did not take.
+    /// Mappings that the process reported and the kernel did not take.
     pub refused: u64,
     /// Ranges that the process has taken back.
     pub recalled: u64,
 }
 
-/// Why the kernel has left requests to the process.
+/// Requests that the kernel left to the process, by the reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Missed {
-    /// It knew nothing of where they begin.
+    /// Requests whose beginning the kernel has no mapping for.
     pub unmapped: u64,
-    /// It knew nothing of a later part.
+    /// Requests of which the kernel has no mapping for a later part.
     pub partial: u64,
-    /// They write what it may only read.
+    /// Writes to ranges that the kernel may only read.
     pub read_only: u64,
-    /// They are not whole blocks of the image's storage.
+    /// Requests that are not whole blocks of the image's storage.
     pub unaligned: u64,
-    /// They are in too many pieces.
+    /// Requests whose ranges are in too many pieces.
     pub pieces: u64,
-    /// They are in several files.
+    /// Requests whose ranges are in several files.
     pub backings: u64,
-    /// Only a process executes what they ask for, or executes them again.
+    /// Requests of a kind that only a process executes, or that have to be executed again.
     pub never: u64,
-    /// They came by a queue that was connected before the disk had a backing.
+    /// Requests of a queue that was connected before the disk had a backing.
     pub queue: u64,
 }
 

@@ -122,25 +122,25 @@ impl Default for Policy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Doing {
-    /// It is made, and to be served.
+    /// The disk is being made.
     Create,
     /// Its image is opened.
     Open,
     /// Its image is closed.
     Close,
-    /// It is paused.
+    /// The disk is being paused.
     Pause,
-    /// It resumes after a pause, perhaps with another image.
+    /// The disk resumes after a pause, perhaps with another image.
     Unpause,
-    /// It passes from its process to another one.
+    /// The disk passes from its process to another one.
     Handoff,
-    /// It switches to a new image over the one that it had.
+    /// The disk switches to a new image over the one that it had.
     Snapshot,
-    /// It switches to an image to which it was copied.
+    /// The disk switches to an image to which it was copied.
     Mirror,
-    /// It has neither a process nor a node while the kernel's module is exchanged. A request ends this.
+    /// The disk has neither a process nor a node while the kernel's module is exchanged. A request ends this.
     Park,
-    /// It is taken away.
+    /// The disk is being removed.
     Destroy,
 }
 
@@ -321,7 +321,7 @@ pub enum Request {
         which: Which,
         /// Another image, or the same one.
         target: Option<Target>,
-        /// It may be smaller than the disk that the guest knows.
+        /// The image may be smaller than the disk that the guest knows.
         #[serde(default)]
         may_shrink: bool,
         /// As of [`Create::files`], instead of those that were named before; none leaves them.
@@ -474,8 +474,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         of: Option<String>,
     },
-    /// Has all disks let go of the kernel's module, so that it can be exchanged: [`Reply::Parked`]. None is attached to a
-    /// guest then. If one cannot, all are served as before.
+    /// Has all disks let go of the kernel's module, so that it can be exchanged: [`Reply::Parked`]. None is attached to
+    /// a guest then. If one cannot, all are served as before.
     Park {
         /// Seconds that a disk gets; 0 for the default.
         timeout_s: u32,
@@ -561,7 +561,7 @@ pub struct Allocate {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "kebab-case")]
 pub enum Reply {
-    /// It is done.
+    /// The request was executed and has no result.
     Done,
     /// The process that answers.
     Process(crate::tapdisk::Process),
@@ -612,20 +612,20 @@ pub enum Reply {
         /// One for each.
         disks: Vec<Row>,
     },
-    /// How far an image is that takes over what is below it.
+    /// Progress of a stream, which copies the data of the backing images into the image.
     Stream(Stream),
-    /// How far a disk is copied to another image.
+    /// Progress of a copy of the disk to another image.
     Mirror(Mirror),
-    /// The marks of a disk, the oldest first.
+    /// Dirty bitmaps of a disk, the oldest first.
     Marks {
         /// Each of them.
         marks: Vec<Mark>,
     },
-    /// Where a guest has written.
+    /// Ranges that a guest has written.
     Changed(Changed),
     /// The file that records the guest's requests.
     Trace {
-        /// Nothing if it is not.
+        /// The trace; nothing if no requests are recorded.
         trace: Option<Tracing>,
     },
     /// Counters of one disk.
@@ -654,7 +654,7 @@ pub struct HandedOff {
     pub to: u32,
     /// Program of that process.
     pub program: PathBuf,
-    /// The version that it says it has.
+    /// Version that the process reports.
     pub version: String,
     /// Microseconds without a process, in which the guest's requests waited.
     pub pause_us: u64,
@@ -710,7 +710,7 @@ pub struct Binary {
     pub path: PathBuf,
     /// Another file, or none, has that name by now.
     pub replaced: bool,
-    /// The version that the process says it has, once it has said so.
+    /// Version of the process, once it has reported it.
     pub version: Option<String>,
 }
 
@@ -735,13 +735,13 @@ pub struct Row {
     pub disk: Option<Disk>,
     /// How often its process was replaced.
     pub restarts: u32,
-    /// A verb that has begun and is not done.
+    /// Command that has begun and is not finished.
     #[serde(default)]
     pub doing: Option<Doing>,
-    /// Why the supervisor leaves it alone, if it does.
+    /// Reason why the supervisor ignores the disk, if it does.
     #[serde(default)]
     pub unknown: Option<String>,
-    /// Bytes that its processes leave to each other.
+    /// Size in bytes of the state that processes of the disk pass on to each other.
     #[serde(default)]
     pub state_bytes: u64,
     /// Program of its process.
@@ -771,7 +771,7 @@ pub struct Kernel {
     pub isolated: u32,
     /// Requests that failed because processes died of them.
     pub poisoned: u32,
-    /// The last of them.
+    /// The last request that failed for that reason.
     pub poison: Option<Poison>,
     /// Flushes that the kernel has executed without the process, and that failed.
     #[serde(default)]
@@ -780,9 +780,9 @@ pub struct Kernel {
     pub memory_kib: u32,
     /// Block devices that the kernel may use without the process.
     pub backings: u32,
-    /// Requests that the kernel has executed so since the disk was made.
+    /// Requests that the kernel has executed by passthrough since the disk was made.
     pub direct: u64,
-    /// Requests that it executes so now.
+    /// Requests that the kernel is executing by passthrough.
     pub executing: u32,
     /// How its mappings serve the disk.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -190,8 +190,8 @@ pub enum Request {
     /// From now on this is what the disk may do of what its group may. Of a disk in a group. Answered with
     /// [`Reply::Used`] at once, whatever else is being done.
     Share(Share),
-    /// Waits until more requests have come than these, as [`Used::came`] counts them. Answered with [`Reply::Done`]. On a
-    /// connection of its own: others are answered meanwhile.
+    /// Waits until more requests have come than these, as [`Used::came`] counts them. Answered with [`Reply::Done`]. On
+    /// a connection of its own: others are answered meanwhile.
     Busy {
         /// Requests that are known.
         came: u64,
@@ -246,8 +246,8 @@ pub enum Request {
         open: Open,
         /// Bytes in a second at most.
         rate: u64,
-        /// It is the backing image, and the blocks that it shows need no copy. The process has the further files of
-        /// that image already, and requests them once more.
+        /// The image is the backing image, and the blocks that it shows need no copy. The process has the further files
+        /// of that image already, and requests them once more.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         below: bool,
     },
@@ -313,13 +313,13 @@ pub enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// It has no node.
+    /// The process has no node.
     Idle,
-    /// It has a node and serves nothing yet.
+    /// The process has a node and serves nothing yet.
     Attached,
-    /// It serves.
+    /// The process serves the disk.
     Running,
-    /// It has a node and an image that was closed; requests wait.
+    /// The process has a node and an image that was closed; requests wait.
     Paused,
     /// The process is inactive, and reports when a request waits.
     Inactive,
@@ -340,7 +340,7 @@ pub struct Stamp {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "kebab-case")]
 pub enum Reply {
-    /// It is done.
+    /// The process did that.
     Done,
     /// The process.
     Process(Process),
@@ -479,13 +479,13 @@ impl Needed {
 pub enum Provided {
     /// The file comes along, and the process has to lock it, as it locks the image.
     Locked,
-    /// It comes along, and is not to be locked: it is no file, or it is shared.
+    /// The file comes with this and is not to be locked, because it is a device or shared.
     Shared,
     /// The answer to [`Needed::Marks`]. Nothing comes along.
     Marks(Vec<Mark>),
     /// The answer to [`Needed::Changed`]. Nothing comes along.
     Changed(Changed),
-    /// It is refused.
+    /// The supervisor refuses the file.
     Refused(Failure),
 }
 
@@ -554,16 +554,17 @@ pub struct Process {
     pub program: String,
     /// Version of the kernel's interface that it was made for.
     pub abi: u32,
-    /// It records writes in a map, if [`Open::notes`] asks for that. An older one does not know of that.
+    /// The process records writes in a map, if [`Open::notes`] asks for that. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub notes: bool,
-    /// It tells NBD clients of marks, and hears of those that are [gone](Request::Unmarked). An older one does neither.
+    /// The process tells NBD clients of marks, and hears of those that are [gone](Request::Unmarked). An older one does
+    /// neither.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub marks: bool,
-    /// It writes down what the guest asks for, if [`Open::trace`] says so. An older one does not know of that.
+    /// The process records the guest's requests if [`Open::trace`] says so. An older one does not know of that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub traces: bool,
-    /// It knows of [shares](Open::share). An older one does as much as it likes.
+    /// The process knows [shares](Open::share). An older one has no limit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shares: bool,
 }

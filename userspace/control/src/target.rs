@@ -64,7 +64,7 @@ pub struct Target {
     tls: Option<Tls>,
     /// The `key=` word: file with the key of an image.
     key: Option<Box<Path>>,
-    /// The name of memory, if it has one.
+    /// The `name=` word: name of the memory that several disks share.
     name: Option<Box<MemoryName>>,
     /// The `shared=yes` word: other disks may have it at once.
     shared: bool,

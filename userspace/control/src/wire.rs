@@ -39,9 +39,9 @@ fn is_zero(number: &usize) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome<T> {
-    /// It was done.
+    /// The request was executed.
     Ok(T),
-    /// It was not.
+    /// The request failed.
     Error(Failure),
 }
 

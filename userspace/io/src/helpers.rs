@@ -2,7 +2,7 @@
 //! Threads for work that would keep the one that serves requests: a call that may sleep and has no
 //! asynchronous form, or a long computation.
 //!
-//! They start before a sandbox closes, which must then be applied to each of them
+//! The threads start before a sandbox closes, which must then be applied to each of them
 //! ([`Io::on_helpers`](crate::Io::on_helpers)).
 
 use crate::{Errno, Io};

@@ -109,9 +109,9 @@ pub enum Engine {
 pub enum OperationFate {
     /// The system executes it now.
     Execute,
-    /// It fails, and the system does not learn of it.
+    /// The operation fails, and the system does not learn of it.
     Fail(Errno),
-    /// It stays under way, and the storage decides at the next [`Io::enter`].
+    /// The operation stays under way, and the storage decides at the next [`Io::enter`].
     Later,
 }
 

@@ -52,7 +52,7 @@ pub struct Reservation {
 pub enum StorageAnswer {
     /// The storage has executed it.
     Done,
-    /// It conflicts with a registration or a reservation.
+    /// The command conflicts with a registration or a reservation.
     Conflict,
 }
 

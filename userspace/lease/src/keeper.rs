@@ -76,7 +76,7 @@ impl Keeper {
         self.generation
     }
 
-    /// It was given up or lost.
+    /// Returns true if the lease was given up or lost.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)

@@ -22,10 +22,11 @@
 //!
 //! # Drivers
 //!
-//! [`Kind::Record`] is a small file beside the image ([`mod@record`] says by which rules, and what they
-//! rest on). [`Kind::Reservation`] is one of the storage itself ([`mod@reservation`]): its term has no end, because what
-//! a holder does that has lost it the storage refuses. [`Kind::Sanlock`] is a resource of sanlock ([`mod@sanlock`]). [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the
-//! file system's locks are between hosts.
+//! [`Kind::Record`] is a small file beside the image ([`mod@record`] says by which rules, and what they rest on).
+//! [`Kind::Reservation`] is one of the storage itself ([`mod@reservation`]): its term has no end, because what a holder
+//! does that has lost it the storage refuses. [`Kind::Sanlock`] is a resource of sanlock ([`mod@sanlock`]).
+//! [`Kind::Lock`] is the lock that every tapdisk takes on its image anyway: it is as good as the file system's locks
+//! are between hosts.
 #![forbid(unsafe_code)]
 
 mod complete;
@@ -66,7 +67,7 @@ pub struct Holder {
     pub generation: u64,
     /// Since when, in milliseconds since 1970 by the holder's clock: for people, and compared with nothing.
     pub since_ms: u64,
-    /// It is this very host, since the same boot.
+    /// The holder is this host, in the present boot.
     pub is_here: bool,
     /// The key under which the storage has it, if it has one. The generation is the same number.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,7 +92,7 @@ pub struct Owner {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum View {
-    /// It is free.
+    /// The image has no owner.
     Free {
         /// How often it was taken.
         generation: u64,
@@ -164,8 +165,8 @@ pub trait Lease: Send + fmt::Debug {
     /// It may still be this host's: try again. [`Gone`](control::Code::Gone): it was lost before.
     fn give_up(&mut self) -> Result<(), Failure>;
 
-    /// Lets go of what is left of a lease that is lost: its holder has stopped, and nothing of its I/O is under way. Until
-    /// then sanlock takes the host for one that writes, and has it reset.
+    /// Lets go of what is left of a lease that is lost: its holder has stopped, and nothing of its I/O is under way.
+    /// Until then sanlock takes the host for one that writes, and has it reset.
     ///
     /// # Errors
     /// It is not let go of: try again.

@@ -59,11 +59,11 @@ pub fn take_over<H: Host>(
 /// Result for the driver that is to serve no disk.
 #[derive(Debug)]
 pub enum Retired {
-    /// It is unloaded.
+    /// The driver is unloaded.
     Unloaded,
-    /// It serves disks.
+    /// The driver serves disks.
     Serves,
-    /// It serves none, and cannot be unloaded: its module is in use.
+    /// The driver serves none, and cannot be unloaded: its module is in use.
     Stays(io::Error),
 }
 

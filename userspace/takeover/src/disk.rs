@@ -99,7 +99,7 @@ impl Keys {
         self.front_state == CONNECTED || self.state == CONNECTED
     }
 
-    /// It is being taken away.
+    /// Returns true if the disk is being removed.
     pub(crate) fn is_going(&self) -> bool {
         !self.is_online || self.state == CLOSING || self.front_state == CLOSING
     }

@@ -59,9 +59,9 @@ pub struct Exchanged {
 pub enum Modules {
     /// The one that is loaded is the one that is installed.
     Same,
-    /// They differ, and a copy of the loaded one is there.
+    /// The modules differ, and a copy of the loaded one is there.
     WayBack,
-    /// They differ, and no copy of the loaded one is there: says where it would be.
+    /// The modules differ, and no copy of the loaded one is there: says where it would be.
     NoWayBack(String),
 }
 
@@ -379,7 +379,7 @@ fn begin<H: Host>(
     Ok(Some(keys))
 }
 
-/// It is served, as before.
+/// Checks that the disk is served as before.
 fn serves<H: Host>(
     host: &H,
     device: &BusDevice,

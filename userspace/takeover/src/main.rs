@@ -24,7 +24,8 @@ use takeover::{
 ///
 /// This changes who serves now. The driver after the next boot is the choice of xen-blkback-rs enable | disable.
 ///
-/// The commands to type are xen-blkback-rs takeover and xen-blkback-rs exchange, which run this program with their options.
+/// The commands to type are xen-blkback-rs takeover and xen-blkback-rs exchange, which run this program with their
+/// options.
 #[derive(Debug, Parser)]
 #[command(
     name = "xen-blkback-takeover",

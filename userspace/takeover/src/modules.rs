@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The module that is loaded and the one that is installed, and whether they are the same: by the build identifier, which the
-//! linker gives to each module, and which Linux shows of those that are loaded.
+//! The module that is loaded and the one that is installed, and whether they are the same: by the build identifier,
+//! which the linker gives to each module, and which Linux shows of those that are loaded.
 
 use crate::real::output;
 use std::fs;
@@ -25,7 +25,7 @@ fn folder(driver: BackendDriver) -> PathBuf {
     Path::new("/sys/module").join(driver.module().replace('-', "_"))
 }
 
-/// It is loaded, and through with that.
+/// Returns true if the module is loaded and initialized.
 pub(crate) fn is_loaded(driver: BackendDriver) -> io::Result<bool> {
     match fs::read_to_string(folder(driver).join("initstate")) {
         Ok(state) => Ok(state.trim() == "live"),

@@ -195,8 +195,8 @@ pub(crate) enum Verb {
     /// Change the rate limits and the error policy of a disk, while the guest works
     ///
     /// A guest that asks for more than it may waits; nothing fails by that. With a limit every request goes through the
-    /// disk's process: the kernel, which could execute many without the process, knows no limits. The settings stay until the disk is
-    /// destroyed. A disk of a guest's configuration has them there, before the driver:
+    /// disk's process: the kernel, which could execute many without the process, knows no limits. The settings stay
+    /// until the disk is destroyed. A disk of a guest's configuration has them there, before the driver:
     /// target=bps=20M,iops=500,on-error=stop,aio:/srv/a.img
     ///
     /// With --group a disk shares limits with others, beside its own: `tap-ctl group`.
@@ -280,9 +280,9 @@ pub(crate) enum Verb {
     Dirty(Dirty),
     /// Write down what the guest of a disk asks for, to see how what is on the disk came to be there
     ///
-    /// The file is a ring: it keeps its size, and the oldest requests are lost. Each request is there with its number, the
-    /// time since the trace began, what it asks for and where, and what became of it; with --data also what it writes. tapimg
-    /// replay lists them, and does them again on a copy of the disk: any part, up to any request.
+    /// The file is a ring: it keeps its size, and the oldest requests are lost. Each request is there with its number,
+    /// the time since the trace began, what it asks for and where, and what became of it; with --data also what it
+    /// writes. tapimg replay lists them, and does them again on a copy of the disk: any part, up to any request.
     ///
     /// A trace begins when no request is under way, outlives the disk's process and blktapctrl, and continues over
     /// hand-offs, pauses, snapshots, and moves to another image (mirror, commit). It ends with --end, with the disk,
@@ -308,8 +308,8 @@ pub(crate) enum Verb {
     Check(Check),
     /// Have all disks let go of the kernel's module, so that it can be exchanged: xen-blkback-rs exchange does that
     ///
-    /// No guest may be attached to one. Their processes end in order, and their nodes go; their images, their memory and
-    /// their numbers stay theirs. If one cannot, all are served as before. Disks that are to be made wait a while.
+    /// No guest may be attached to one. Their processes end in order, and their nodes go; their images, their memory
+    /// and their numbers stay theirs. If one cannot, all are served as before. Disks that are to be made wait a while.
     Park {
         /// Seconds that a disk gets
         #[arg(long, default_value_t = 5)]
@@ -343,8 +343,8 @@ pub(crate) enum Verb {
     /// The exit status is 0 if all is well, 1 if an administrator should look at a finding, 2 if disks cannot be
     /// served.
     ///
-    /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a driver that
-    /// it loads early, an earlier copy of the module, and settings that it lacks.
+    /// The initramfs of the running kernel is looked into with lsinitramfs or lsinitrd, where there is one: for a
+    /// driver that it loads early, an earlier copy of the module, and settings that it lacks.
     Doctor,
     /// Print the facts that are needed to find a fault of this host
     ///
@@ -364,14 +364,15 @@ pub(crate) enum Verb {
     /// On a terminal keys are heard: arrows, j, k, PgUp and PgDn select a disk, Enter or d shows all figures of it and
     /// what status says of it, / chooses disks of a guest, by its number or a part of its name, or with a text in their
     /// target, < and > or the letter of a column sort by another one, r turns the order round, + and - change the
-    /// interval, space keeps the picture, ? tells all keys, and q, Esc or Ctrl-C quit. Columns that do not fit into a line are left out. A picture that is
-    /// older than it should be says so: blktapctrl, or the kernel because of storage, has not answered. Through a pipe,
-    /// with -n and with --json, and where TERM is dumb, pictures are printed one after the other, with all columns.
+    /// interval, space keeps the picture, ? tells all keys, and q, Esc or Ctrl-C quit. Columns that do not fit into a
+    /// line are left out. A picture that is older than it should be says so: blktapctrl, or the kernel because of
+    /// storage, has not answered. Through a pipe, with -n and with --json, and where TERM is dumb, pictures are printed
+    /// one after the other, with all columns.
     ///
-    /// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them to
-    /// the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on the
-    /// block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us. WAIT is
-    /// what waits for its process, BUSY what that or, of a phy disk, the driver has.
+    /// RDms, WRms and FLms are the mean times of the guest's reads, writes and flushes, from when the driver gave them
+    /// to the storage or the process until their end; the wait for pages is not in them. DISKms is that of requests on
+    /// the block device of a phy disk, whoever they are from; of a tap disk 99 of 100 requests took less than 99%us.
+    /// WAIT is what waits for its process, BUSY what that or, of a phy disk, the driver has.
     Top(Top),
     /// Print what happens, from now on
     Events(Events),
@@ -442,8 +443,8 @@ pub(crate) enum LeaseVerb {
     /// Take it away from a holder whose host is dead, which no program can know, and leave it free
     ///
     /// A record is watched for 13 seconds: its holder must be silent. Of a reservation the storage first ends what its
-    /// holder has under way, and refuses from then on what it writes: should it live, its disk stops. A lease of sanlock's
-    /// is not broken: sanlock gives it to the next host once a watchdog has reset the dead one.
+    /// holder has under way, and refuses from then on what it writes: should it live, its disk stops. A lease of
+    /// sanlock's is not broken: sanlock gives it to the next host once a watchdog has reset the dead one.
     Break {
         /// A target, or the absolute path of an image
         image: String,
@@ -567,7 +568,7 @@ pub(crate) struct Changed {
 pub(crate) enum HungName {
     /// An event tells
     Report,
-    /// It is killed, and the next one executes what it had
+    /// blktapctrl kills the process, and the next one executes its requests
     Kill,
 }
 
@@ -616,8 +617,8 @@ pub(crate) struct Allocate {
 pub(crate) struct Resize {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Make the image so large first, such as 20G, or +5G for 5 GiB more than it has: a raw file, LUKS, whose new part reads as anything, or qcow2. Without
-    /// it the image has grown by other means, such as lvresize
+    /// Make the image so large first, such as 20G, or +5G for 5 GiB more than it has: a raw file, LUKS, whose new part
+    /// reads as anything, or qcow2. Without it the image has grown by other means, such as lvresize
     #[arg(long, value_name = "SIZE|+MORE")]
     pub(crate) size: Option<NewSize>,
 }
@@ -674,13 +675,14 @@ pub(crate) struct Stream {
 pub(crate) struct Dirty {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Set a mark: 1 to 64 letters, digits, dots, dashes and underscores. A disk has eight at most
+    /// Start a dirty bitmap with this name: 1 to 64 letters, digits, dots, dashes and underscores. A disk has eight at
+    /// most
     #[arg(long, value_name = "NAME", conflicts_with_all = ["since", "forget"])]
     pub(crate) mark: Option<MarkName>,
-    /// Say where the guest has written since this mark
+    /// Print the ranges that the guest has written since this dirty bitmap was started
     #[arg(long, value_name = "NAME", conflicts_with = "forget")]
     pub(crate) since: Option<MarkName>,
-    /// Take a mark away. Removing the last one ends the tracking
+    /// Remove a dirty bitmap. Removing the last one ends the tracking
     #[arg(long, value_name = "NAME")]
     pub(crate) forget: Option<MarkName>,
 }

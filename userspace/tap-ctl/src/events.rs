@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `tap-ctl events`: what happens to disks.
+//! `tap-ctl events`: prints events of disks as they happen.
 
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;

@@ -19,18 +19,22 @@ enum Fate {
     HandedOff(HandedOff),
     /// The process that served it still does.
     Kept { minor: u32, error: Failure },
-    /// It went while it was its turn.
+    /// The disk was removed before its turn was over.
     Gone { minor: u32 },
 }
 
 /// Results of all hand-offs.
 #[derive(Debug, Default, Serialize)]
 struct Summary {
+    /// Number of disks that have a new process.
     handed_off: usize,
+    /// Number of disks that keep their process, because the hand-off failed.
     kept: usize,
+    /// Number of disks that were removed before their turn was over.
     gone: usize,
     /// The longest time that a guest waited.
     longest_pause_us: u64,
+    /// Result for each disk.
     disks: Vec<Fate>,
 }
 

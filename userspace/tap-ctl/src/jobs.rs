@@ -52,7 +52,7 @@ pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror, below: bool) -> Result<(), 
     run(cli, &mirror_request(asked, below), which.map(again))
 }
 
-/// How far a job is.
+/// Progress of a job.
 enum JobState {
     /// Where on the disk, and how many bytes were copied.
     Runs(u64, u64),

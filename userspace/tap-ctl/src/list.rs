@@ -27,10 +27,12 @@ pub(crate) struct ListedDisk {
     pub(crate) guest_word: Option<String>,
 }
 
-/// The answer to programs, as blktapctrl gives it, with the guests.
+/// Answer of blktapctrl with the guests, for programs.
 #[derive(Serialize)]
 struct ListedDisks {
+    /// Always `disks`.
     is: &'static str,
+    /// The disks that fit the command line.
     disks: Vec<ListedDisk>,
 }
 

@@ -128,9 +128,9 @@ impl SampledDisk {
 /// Result of the question to blktapctrl.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Supervisor {
-    /// It answers.
+    /// blktapctrl answers.
     Answers,
-    /// It does not, for this reason.
+    /// blktapctrl does not answer, for this reason.
     Silent(String),
 }
 
@@ -143,7 +143,7 @@ pub(crate) struct Look {
     pub(crate) disks: Vec<SampledDisk>,
     /// Whether blktapctrl answers.
     pub(crate) supervisor: Supervisor,
-    /// It should: our driver serves, or is to.
+    /// blktapctrl should answer, because our driver serves, or is to.
     pub(crate) is_supervised: bool,
     /// Its counters of itself, if it sends them.
     pub(crate) counted: Option<Counted>,

@@ -121,7 +121,7 @@ enum Error {
     Failed(Failure),
     /// The supervisor says nothing.
     Silent(Failure),
-    /// It was done for some and not for others.
+    /// The command was executed for some disks and not for others.
     Some,
 }
 
@@ -373,8 +373,8 @@ fn snapshot(asked: &cli::Snapshot) -> Result<Request, Failure> {
     })
 }
 
-/// A directory alone is a toolstack's word, which knows whether a guest uses the disk. Beside a number it says for which
-/// disk that number was found.
+/// Returns the request to destroy a disk. A directory of xenstore alone names the disk, as a toolstack does that knows
+/// whether a guest uses it. Beside a number, the directory is the one for which the number was found.
 fn destroy(end: &cli::Destroy) -> Request {
     let mut which = named(&end.which);
     let is_found = which.minor.is_some() || which.pid.is_some();

@@ -58,7 +58,7 @@ pub struct Request {
     pub data: Option<Data>,
     /// All writes that were answered before must be durable first.
     pub preflush: bool,
-    /// It must be durable when it is committed.
+    /// The write must be durable when it is committed.
     pub fua: bool,
     /// An earlier process may have executed it already, in whole or in part.
     pub replay: bool,

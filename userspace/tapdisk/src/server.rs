@@ -467,8 +467,8 @@ impl Server {
     }
 
     /// The storage has refused something because it is reserved for another host. The guest learns nothing of it,
-    /// whatever it is to learn of failures: its requests wait until the disk has the lease again. Nothing was lost by it
-    /// either, because a disk with a reservation has nothing in the page cache.
+    /// whatever it is to learn of failures: its requests wait until the disk has the lease again. Nothing was lost by
+    /// it either, because a disk with a reservation has nothing in the page cache.
     pub(crate) fn is_lost_lease(&self, error: Errno) -> bool {
         self.terms.reserved && error == Errno::BADE
     }

@@ -263,11 +263,11 @@ impl Throttle {
 /// Fate of a request that waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
-    /// It is executed in its time.
+    /// The request is executed in its time.
     InTime,
-    /// It is executed at once: a task waits until no request is under way.
+    /// The request is executed at once: a task waits until no request is under way.
     Now,
-    /// It is cancelled here.
+    /// The request is cancelled here.
     NoMore,
 }
 

@@ -62,13 +62,18 @@ pub(crate) struct Findings {
     unreadable_at: Vec<u64>,
 }
 
-/// Repaired findings.
+/// Findings that were repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Repaired {
+    /// Number of `leaks`.
     leaks: u64,
+    /// Number of `unsafe_clusters`.
     unsafe_clusters: u64,
+    /// Number of `misplaced_refcounts`.
     misplaced_refcounts: u64,
+    /// Number of `shared_entries`.
     shared_entries: u64,
+    /// Number of `unmarked_entries`.
     unmarked_entries: u64,
 }
 

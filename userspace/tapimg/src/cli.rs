@@ -212,7 +212,7 @@ pub(crate) struct CreateImage {
     pub(crate) size: Option<Size>,
     #[command(flatten)]
     pub(crate) layout: Layout,
-    /// Replace what is there
+    /// Replace an existing file
     #[arg(long)]
     pub(crate) force: bool,
 }
@@ -305,7 +305,7 @@ pub(crate) struct Resize {
     /// Size of the disk from now on, such as 10G, or +1G for 1 GiB more than it has
     #[arg(value_name = "SIZE|+MORE")]
     pub(crate) size: control::NewSize,
-    /// It may become smaller
+    /// Lets the disk become smaller
     #[arg(long)]
     pub(crate) shrink: bool,
     /// With --shrink: cut off data, too

@@ -20,6 +20,7 @@ use std::fs;
 /// Result of a commit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct CommitResult {
+    /// The image, as the command line names it.
     image: String,
     /// The image below, which is the disk now.
     parent: String,

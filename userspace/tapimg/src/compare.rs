@@ -13,7 +13,7 @@ use std::cell::Cell;
 /// How two disks differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct DiskDifference {
-    /// They are the same.
+    /// The disks have the same content.
     identical: bool,
     /// The first byte that differs.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -18,7 +18,9 @@ use std::os::unix::fs::PermissionsExt;
 pub(crate) struct Facts {
     /// As it was named.
     image: String,
+    /// Format of the image.
     kind: String,
+    /// Path of the file or device.
     path: String,
     /// Bytes of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -28,21 +30,25 @@ pub(crate) struct Facts {
     sector_size: Option<u32>,
     /// Bytes of the file, and those that its file system has for it.
     file_size: u64,
+    /// Bytes that the file system has allocated for the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     allocated: Option<u64>,
+    /// The backing image.
     #[serde(skip_serializing_if = "Option::is_none")]
     parent: Option<ParentFacts>,
     /// Files with the content.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     extents: Vec<String>,
+    /// Properties of a qcow2 image.
     #[serde(skip_serializing_if = "Option::is_none")]
     qcow2: Option<Qcow2Facts>,
     /// How it is encrypted, and how many keys open it.
     #[serde(skip_serializing_if = "Option::is_none")]
     encryption: Option<String>,
+    /// Internal snapshots of a qcow2 image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotFacts>,
-    /// It, or one below it, cannot be served as it is, and why.
+    /// Reasons why the image, or one of its backing images, cannot be served as it is.
     problems: Vec<String>,
     /// Harmless facts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -53,29 +59,41 @@ pub(crate) struct Facts {
 struct ParentFacts {
     /// As the image names it.
     names: Vec<String>,
+    /// Format of the backing image, if the image names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<String>,
+    /// Identifier of the backing image, if the image's format has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
 struct Qcow2Facts {
+    /// Version of the format: 2 or 3.
     version: u32,
+    /// Bytes of a cluster.
     cluster_size: u64,
+    /// The image has extended L2 entries.
     subclusters: bool,
+    /// Method of compressed clusters.
     compression: &'static str,
+    /// The refcounts may be wrong.
     dirty: bool,
+    /// A program has marked the image as corrupt.
     corrupt: bool,
 }
 
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SnapshotFacts {
+    /// Identifier of the snapshot.
     id: String,
+    /// Name of the snapshot.
     name: String,
+    /// Bytes of the disk in the snapshot.
     size: u64,
     /// Seconds since 1970.
     seconds: u32,
+    /// Bytes of the virtual machine's state in the snapshot.
     memory: u64,
 }
 

@@ -22,7 +22,7 @@ pub(crate) enum Use {
     Read,
     /// No other program may use it.
     Write,
-    /// It is looked at whatever others do with it.
+    /// The image is only read, whatever other processes do with it.
     Look,
 }
 

@@ -23,6 +23,7 @@ use std::cell::Cell;
 /// Result of a rebase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct RebaseResult {
+    /// The image, as the command line names it.
     image: String,
     /// The image below from now on, as the header names it.
     #[serde(skip_serializing_if = "Option::is_none")]

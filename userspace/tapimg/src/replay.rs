@@ -24,13 +24,19 @@ use window::{ReplayOutcome, Window};
 /// Result of a replay.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct ReplayResult {
+    /// The image, as the command line names it.
     image: String,
-    /// Numbers of the first and the last request.
+    /// Number of the first request.
     from: u64,
+    /// Number of the last request.
     to: u64,
+    /// Replayed writes.
     writes: u64,
+    /// Replayed discards.
     discards: u64,
+    /// Replayed writes of zeroes.
     zeroes: u64,
+    /// Replayed flushes.
     flushes: u64,
     /// Bytes that the replay changed.
     written: u64,
@@ -176,8 +182,8 @@ async fn apply(
     Ok(())
 }
 
-/// Forgets a range. It may read as anything then; here it reads as zeroes, whatever the image is, so that each replay gives
-/// the same.
+/// Forgets a range. It may read as anything then; here it reads as zeroes, whatever the image is, so that each replay
+/// gives the same.
 async fn discard(disk: &Disk, offset: u64, len: u64) -> Result<(), Errno> {
     let how = Attributes::default();
     match disk.discard(offset, len, how).await {

@@ -18,8 +18,11 @@ use std::ops::Range;
 /// Result of a change of the size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct ResizeResult {
+    /// The image, as the command line names it.
     image: String,
+    /// Bytes of the disk before.
     old_size: u64,
+    /// Bytes of the disk now.
     size: u64,
     /// Bytes, but for zeroes, that were cut off.
     lost: u64,

@@ -14,7 +14,7 @@ const GAP: usize = 64 << 10;
 pub(crate) enum Run {
     /// Store its bytes.
     Data(Range<usize>),
-    /// It is to become zeroes.
+    /// The range is to become zeroes.
     Zero(Range<usize>),
 }
 

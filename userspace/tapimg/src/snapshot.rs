@@ -13,6 +13,7 @@ use std::fmt::Write;
 /// The new image, or the list.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct SnapshotAnswer {
+    /// The image, as the command line names it.
     image: String,
     /// The new image over it.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -39,7 +39,7 @@ enum Place {
     },
     /// A device, which has its name already.
     Device,
-    /// It was kept or taken away.
+    /// The new image was kept or removed.
     Done,
 }
 

@@ -202,13 +202,13 @@ impl fmt::Display for Operation {
 /// Flags of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
-    /// It must be durable when it is answered.
+    /// The write must be durable when it is answered.
     pub fua: bool,
     /// All writes that were answered before must be durable first.
     pub preflush: bool,
     /// An earlier process may have executed it already.
     pub replay: bool,
-    /// It is not of the guest, but of an NBD client.
+    /// The request is one of an NBD client, not of the guest.
     pub client: bool,
 }
 
@@ -267,7 +267,7 @@ pub enum What {
     },
     /// The disk is about to do this.
     Request(TraceEntry),
-    /// It is done.
+    /// The request is done.
     Done {
         /// 0, or the number of the error.
         errno: u32,
@@ -366,7 +366,8 @@ pub(crate) fn encode(place: RecordPlace, number: u64, time_ns: u64, what: &What,
     head.copy_from_slice(stored.as_bytes());
 }
 
-/// The record at a place of a segment, and where the next one is; nothing if there is none that is whole and makes sense.
+/// The record at a place of a segment, and where the next one is; nothing if there is none that is whole and makes
+/// sense.
 pub(crate) fn decode(place: RecordPlace, bytes: &[u8], at: usize) -> Option<(TraceRecord, usize)> {
     let begin = at.checked_add(RECORD)?;
     let head = bytes.get(at..begin)?;

@@ -363,7 +363,7 @@ pub const STATE_OPEN: u32 = 1;
 pub const STATE_LIVE: u32 = 2;
 /// The process is gone; its I/O may still be running.
 pub const STATE_FENCING: u32 = 3;
-/// The process is gone and its I/O is over; requests that it has left wait for the next one.
+/// The process has ended and its I/O is over; its unanswered requests wait for the next process.
 pub const STATE_RECOVERING: u32 = 4;
 
 /// Makes a disk.

@@ -53,9 +53,9 @@ fn zero<const N: usize, T: Copy + Default + PartialEq>(fields: [T; N]) -> Result
 /// Fate of a delivered request, as the process reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestOutcome {
-    /// It was executed, with this result for the guest.
+    /// The process executed the request, with this result for the guest.
     Finished(ResponseStatus),
-    /// It was not executed; the kernel delivers it again.
+    /// The process did not execute the request; the kernel delivers it again.
     Returned,
 }
 
@@ -163,7 +163,7 @@ pub enum Fence {
         /// Milliseconds, from 1 to [`abi::MAX_SETTLE_MS`].
         settle_ms: u32,
     },
-    /// It is not known.
+    /// The time is unknown.
     None,
 }
 

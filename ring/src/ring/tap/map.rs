@@ -91,9 +91,9 @@ pub enum Miss {
     ReadOnly = abi::MISS_READ_ONLY,
     /// A part is not whole blocks of its backing.
     Unaligned = abi::MISS_UNALIGNED,
-    /// It is in more pieces than there is room for.
+    /// The range is in more pieces than there is room for.
     Pieces = abi::MISS_PIECES,
-    /// It is not all in the same backing.
+    /// The range is in several backings.
     Backings = abi::MISS_BACKINGS,
     /// The map is not consulted: another operation, or a replay.
     Never = abi::MISS_NEVER,

@@ -99,7 +99,7 @@ pub struct PostedRequest {
     pub op: Op,
     /// Writes that were answered before must be durable before this is executed.
     pub preflush: bool,
-    /// It must be durable when it is done.
+    /// The write must be durable when it is done.
     pub fua: bool,
     /// First sector of 512 bytes; means nothing without sectors.
     pub sector: u64,

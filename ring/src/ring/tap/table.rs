@@ -26,7 +26,7 @@ pub enum TagState {
     Direct,
     /// The process has it.
     Delivered,
-    /// It has a result that its queue has not reaped.
+    /// The request has a result that its queue has not reaped.
     Done,
 }
 
@@ -85,7 +85,7 @@ pub(super) struct Suspicion {
     pub(super) in_last: bool,
     /// One of them had answered other requests: it was able to serve.
     pub(super) proven: bool,
-    /// It is delivered only while the process has nothing else.
+    /// The kernel delivers the request only while the process has nothing else.
     pub(super) isolated: bool,
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct BlockEffects {
     /// Instructions that copy, and their number of bytes.
     pub(crate) copying: u64,
     pub(crate) copied: u64,
-    /// It ends with a `pause` of a domain, which gives up the processor's turn.
+    /// The block ends with a `pause` of a domain, which gives up the processor's turn.
     pub(crate) pauses: bool,
 }
 

@@ -4,7 +4,7 @@
 //! polling for work. Whenever the machine executes the mark (a special form of `nop`), the plugin appends the counters
 //! to a file.
 //!
-//! It uses only the standard library, so that the Debian tree with QEMU can compile it with only a compiler.
+//! The plugin uses only the standard library, so that the Debian tree with QEMU can compile it with only a compiler.
 
 mod blocks;
 mod places;

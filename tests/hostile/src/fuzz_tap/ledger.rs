@@ -49,11 +49,11 @@ struct LedgerRequest {
 /// Answer of the process to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LedgerVerdict {
-    /// It has executed the request.
+    /// The process has executed the request.
     Right,
-    /// It failed the request, with this errno.
+    /// The process failed the request, with this errno.
     Failed(i32),
-    /// It claims to have executed the request.
+    /// The process claims to have executed the request.
     Lie,
 }
 

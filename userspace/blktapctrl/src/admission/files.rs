@@ -3,11 +3,11 @@
 //!
 //! A guest writes what a process reads, so a name alone proves nothing:
 //!
-//! - It is decided before anything is looked at: what may not be given is not even there for who asks.
+//! - The decision comes before any look at the file, so a process does not learn whether a refused file exists.
 //! - A new file is only given to a verb that opens an image, because an administrator or a toolstack calls that.
 //!   While a disk is served it gets what is on its record, and that must be the same file.
-//! - It is what the administrator named for the disk, as the image of `cow:` is, or is in a folder that he named, or in
-//!   one that the supervisor was started with (`--files`). A file to which the disk writes must be named for the disk
+//! - The file is one that the administrator named for the disk, such as the image of `cow:`, or is in a folder that the
+//!   administrator named, for the disk or for the supervisor (`--files`). A file to which the disk writes must be named for the disk
 //!   itself.
 //! - The image's own folder is not enough, because it may contain images of other guests. A file beside the image is
 //!   given if its mode has no write permission (`chmod a-w`, so it is no other guest's disk), and if its name shows
@@ -173,8 +173,8 @@ impl Admission {
         Ok(())
     }
 
-    /// It is in a folder for all disks. Each folder is checked separately: one that is missing or does not answer does
-    /// not delay the files of the others.
+    /// Returns true if the file is in a folder for all disks. Each folder is checked separately: one that is missing or
+    /// does not answer does not delay the files of the others.
     async fn is_in_a_folder(&self, place: &Path) -> bool {
         let asked = self.folders.iter().map(|folder| {
             let (place, folder) = (place.to_path_buf(), folder.clone());

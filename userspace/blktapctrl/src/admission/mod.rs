@@ -271,7 +271,7 @@ impl Admission {
         }
     }
 
-    /// A backend's directory has one disk.
+    /// Refuses a backend's directory in xenstore that another disk has already.
     fn check_single(&self, vbd: Option<&str>) -> Result<(), Failure> {
         let Some(vbd) = vbd else {
             return Ok(());

@@ -4,8 +4,8 @@
 //!
 //! A commit is a [mirror](super::mirror) to an image that shows most of the disk already. By the time that it is
 //! changed, the disk reads nothing of it that would change: the image above has a copy of everything that is put there.
-//! Whenever the commit ends, the disk has the same content in its image. The backing image is another disk from the first
-//! byte on, so no other disk may have it; its mode has no write permission until it becomes the disk.
+//! Whenever the commit ends, the disk has the same content in its image. The backing image is another disk from the
+//! first byte on, so no other disk may have it; its mode has no write permission until it becomes the disk.
 
 use super::key;
 use super::mirror::image_of;

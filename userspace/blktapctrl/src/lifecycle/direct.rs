@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The kernel serves a disk without its process whose image is the disk byte for byte, as far as that needs no decision: the
-//! disk's process says what it may do, and this which image that is.
+//! The kernel serves a disk without its process whose image is the disk byte for byte, as far as that needs no
+//! decision: the disk's process says what it may do, and this which image that is.
 //!
 //! The kernel gets the image before the process opens it, so that the process finds it, and loses it when the image is
 //! closed, so that the kernel writes it no more. In between the kernel keeps it, whatever becomes of processes: the

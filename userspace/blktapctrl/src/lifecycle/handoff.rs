@@ -405,7 +405,7 @@ pub(super) fn check_served(disk: &Disk) -> Result<(), Failure> {
     Err(Failure::new(Code::State, why))
 }
 
-/// It must be a program, named in a way that means the same to everybody.
+/// Refuses a file that is no program, and a path that is not absolute.
 async fn check_program(program: Option<&Path>) -> Result<(), Failure> {
     let Some(path) = program else {
         return Ok(());

@@ -11,8 +11,8 @@
 //! the record keeps that a disk has the reservation, and the supervisor pauses a disk that finds it lost: an
 //! administrator has to look before the disk resumes.
 //!
-//! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end of
-//! the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
+//! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end
+//! of the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
 
 use super::renew::AGAIN;
 use super::trouble::{pause_for_good, Rate};
@@ -33,8 +33,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc::{unbounded_channel, UnboundedReceiver};
 
-/// Time to wait for another host to give a lease up. A caller that wants the disk asks again. The rules wait longer for a
-/// record that this host had before it was booted, because each attempt begins to watch it anew.
+/// Time to wait for another host to give a lease up. A caller that wants the disk asks again. The rules wait longer for
+/// a record that this host had before it was booted, because each attempt begins to watch it anew.
 const WAIT: Duration = Duration::from_secs(5);
 
 impl Lifecycle {

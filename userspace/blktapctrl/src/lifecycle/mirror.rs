@@ -291,7 +291,8 @@ impl Lifecycle {
         }
     }
 
-    /// It leaves the record when nothing more is done to the other image; should that not be so, this comes again.
+    /// Removes the mirror from the record when the process does nothing more to the other image. On an error the caller
+    /// repeats this.
     async fn mirror_is_over(
         self: &Rc<Self>,
         disk: &Rc<Disk>,

@@ -37,7 +37,7 @@ struct Heard {
     messages: u64,
     refused: Rate,
     reconnected: Rate,
-    /// It has been given a connection to the server of its disk.
+    /// The process has a connection to the server of its disk.
     is_connected: bool,
 }
 

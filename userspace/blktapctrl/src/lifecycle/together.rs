@@ -103,7 +103,7 @@ impl Together {
         }
     }
 
-    /// It does not come, unless it has.
+    /// Records why a disk does not come, while the group waits for one.
     pub(super) fn fail(&self, why: &Failure) {
         if !self.served.borrow().is_empty() {
             self.failed.borrow_mut().get_or_insert_with(|| why.clone());

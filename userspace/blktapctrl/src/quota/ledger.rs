@@ -220,7 +220,7 @@ impl Ledger {
         self.limits = limits;
     }
 
-    /// The group has these disks, with limits of their own. True if it had others.
+    /// Sets the disks of the group, with their own limits. Returns true if a disk was added or removed.
     pub fn keep(&mut self, disks: &[(u32, Limits)]) -> bool {
         let before = self.members.len();
         self.members

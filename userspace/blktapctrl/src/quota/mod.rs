@@ -23,8 +23,8 @@ use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Bytes in a second that a disk must have if all of its group ask for as much as there is: the largest request must not
-/// take so long that its process seems to hang.
+/// Bytes in a second that a disk must have if all of its group ask for as much as there is: the largest request must
+/// not take so long that its process seems to hang.
 const LEAST_BYTES: u64 = 128 << 10;
 /// Smallest limit in requests per second of a disk.
 const LEAST_REQUESTS: u64 = 1;
@@ -64,7 +64,7 @@ impl QuotaGroup {
         self.wakes.subscribe()
     }
 
-    /// It has these disks, with limits of their own.
+    /// Sets the disks that the group has, with their own limits.
     pub fn keep(&self, disks: &[(u32, Limits)]) {
         if self.ledger.borrow_mut().keep(disks) {
             self.wake();
@@ -77,13 +77,13 @@ impl QuotaGroup {
         self.ledger.borrow_mut().share(minor, pid, now())
     }
 
-    /// It has heard that.
+    /// Records the answer of a process, with its disk's use of the limits.
     pub fn answered(&self, minor: u32, pid: u32, number: u64, used: Used) {
         let mut ledger = self.ledger.borrow_mut();
         ledger.answered(minor, pid, number, used, now());
     }
 
-    /// It was not in the group.
+    /// Records that a disk was not in the group.
     pub fn refused(&self, minor: u32, number: u64) {
         self.ledger.borrow_mut().refused(minor, number);
     }

@@ -18,7 +18,7 @@ pub enum Hold {
     Taking,
     /// This host has it.
     Held,
-    /// It is being given up: the image is closed, and no process opens it before that is done.
+    /// The lease is being given up: the image is closed, and no process opens it before that is done.
     Leaving,
 }
 
@@ -101,7 +101,8 @@ impl Record {
         }
     }
 
-    /// This host has a lease that is the host's, which no other disk of it may take too. A disk that finds it lost stops.
+    /// This host has a lease that is the host's, which no other disk of it may take too. A disk that finds it lost
+    /// stops.
     #[must_use]
     pub fn is_reserved(&self) -> bool {
         self.leases

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Memory with a name. It is as an image that the supervisor makes for the first disk that names it, of zeroes, and gives
-//! back with the last one: who may have it beside whom is decided as of an image.
+//! Memory with a name. It is as an image that the supervisor makes for the first disk that names it, of zeroes, and
+//! gives back with the last one: who may have it beside whom is decided as of an image.
 //!
-//! It is a disk's as long as that is on record. So there is nothing to count, and an interruption leaves at most unused
-//! memory, which is found when a disk ends, or by the next supervisor. Where it is not known what some disk has,
-//! nothing is given back and nothing is made anew.
+//! Memory belongs to a disk while the disk's record names it. So there is nothing to count, and an interruption leaves
+//! at most unused memory, which is found when a disk ends, or by the next supervisor. Where it is not known what some
+//! disk has, nothing is given back and nothing is made anew.
 
 use super::unknown::Unknown;
 use super::Registry;

@@ -118,7 +118,7 @@ impl Registry {
         self.unknown.borrow().values().cloned().collect()
     }
 
-    /// It is supervised, or left alone.
+    /// Returns true if the disk is supervised or ignored.
     pub fn knows(&self, minor: u32) -> bool {
         self.disks.borrow().contains_key(&minor) || self.unknown.borrow().contains_key(&minor)
     }

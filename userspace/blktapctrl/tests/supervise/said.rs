@@ -25,7 +25,7 @@ fn say(pid: u32, text: &str) {
     mouth(pid).write_all(text.as_bytes()).expect("room");
 }
 
-/// It says the same until there is no room for it. How many times that was.
+/// Writes the line until there is no room for it. Returns how often there was room.
 fn fill(pid: u32, line: &str) -> usize {
     let mut mouth = mouth(pid);
     let says = |()| match mouth.write_all(line.as_bytes()) {
@@ -91,7 +91,7 @@ fn what_a_process_says_that_cannot_serve_is_heard() {
     });
 }
 
-/// It has no socket any more by which it could be known.
+/// The process has no socket any more by which it could be known.
 #[test]
 fn what_a_process_says_that_has_handed_its_disk_over_is_about_that() {
     test("said-handoff", |bed| async move {

@@ -187,7 +187,7 @@ fn a_disk_that_waits_for_others_is_not_taken_for_hung() {
     });
 }
 
-/// It has failed to write something that the guest still has to hear of: no other process knows that.
+/// The process has failed to write something that the guest still has to hear of: no other process knows that.
 #[test]
 fn a_process_that_owes_its_guest_an_error_stays() {
     test("snapshot-owes", |bed| async move {

@@ -106,7 +106,7 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
     });
 }
 
-/// It stopped while there was no supervisor. Failures that were reported before are not reported again.
+/// The disk stopped while there was no supervisor. Failures that were reported before are not reported again.
 #[test]
 fn next_supervisor_pauses_what_has_stopped() {
     let host = Succession::new("stopped-alone");

@@ -13,8 +13,8 @@ use std::path::PathBuf;
 pub struct Event {
     /// Numbers events without a gap, from 1. The next supervisor continues the numbers.
     pub number: u64,
-    /// Random number of this row of event numbers; a new one when they begin anew, as after a boot. 0 of a supervisor whose
-    /// numbers end with it.
+    /// Random number of this row of event numbers; a new one when they begin anew, as after a boot. 0 of a supervisor
+    /// whose numbers end with it.
     #[serde(default)]
     pub series: u32,
     /// Milliseconds since 1970.
@@ -48,11 +48,11 @@ pub enum What {
         /// The process.
         pid: u32,
     },
-    /// A process ended that should not have.
+    /// A process ended unexpectedly.
     Died {
         /// The process.
         pid: u32,
-        /// How, in words.
+        /// How it ended, in words.
         how: String,
     },
     /// A process has had a request for too long.
@@ -61,7 +61,7 @@ pub enum What {
         pid: u32,
         /// Milliseconds since the oldest request was delivered.
         for_ms: u64,
-        /// It was killed for it.
+        /// The supervisor killed the process for that.
         killed: bool,
     },
     /// Processes died of a request again and again: the guest got an error for it.
@@ -91,23 +91,23 @@ pub enum What {
         /// Milliseconds until the next attempt.
         retry_ms: u64,
     },
-    /// Another process serves, by our wish.
+    /// A command handed the disk to another process.
     HandedOff(HandedOff),
-    /// A new process could not take a disk over: the one that had it serves on.
+    /// A new process could not take the disk over, so the former one keeps serving.
     Kept {
         /// The process that serves, if it lives.
         pid: Option<u32>,
-        /// Why the new one does not.
+        /// Reason why the new process does not serve.
         why: String,
     },
     /// A disk switched to a new image.
     Snapshot(Snapshot),
-    /// A disk could not: it is served from the image that it had.
+    /// A snapshot failed, so the disk keeps its image.
     SnapshotUndone {
         /// Reason of the failure.
         why: String,
     },
-    /// The image of a disk was to take over what is below it, and that is over.
+    /// A stream of the backing chain into the disk's image has ended.
     Streamed {
         /// The image.
         target: Target,
@@ -116,14 +116,14 @@ pub enum What {
     },
     /// A disk was copied to another image, and is served from that.
     Moved(Moved),
-    /// A disk was to be copied to another image, and that has ended before.
+    /// A copy of a disk to another image ended before the disk switched to that image.
     Mirrored {
         /// The image, which is of no use.
         target: Target,
         /// Result of the mirror.
         outcome: Mirroring,
     },
-    /// Where the guest has written since its marks is not known any more: they are gone.
+    /// The dirty bitmaps of a disk are lost, so the next backup has to be a full one.
     Unmarked {
         /// Reason of the loss.
         why: String,
@@ -145,7 +145,7 @@ pub enum What {
     Active,
     /// An inactive disk got a request, and does not get its image: the guest waits.
     Held {
-        /// Why, and what to do.
+        /// Reason, and what to do.
         why: String,
     },
     /// The size changed.
@@ -153,17 +153,17 @@ pub enum What {
         /// Bytes.
         size: u64,
     },
-    /// Something of the disk is not understood, and left alone.
+    /// A part of the disk's state is unreadable, so the supervisor ignores the disk.
     Unknown {
         /// Description of the problem, and the remedy.
         why: String,
     },
-    /// A process asked for something that it may not have.
+    /// A process requested a file that it may not have.
     Refused {
         /// Description of the problem, its reason, and the remedy.
         why: String,
     },
-    /// The kernel passes all requests to the disk's process.
+    /// The disk has no passthrough: the kernel passes all requests to the process.
     NotDirect {
         /// Reason of the problem.
         why: String,
@@ -182,9 +182,9 @@ pub enum What {
         /// Its process.
         pid: u32,
     },
-    /// Events are not kept any more that a subscriber does not know.
+    /// Events that the subscriber has not received are no longer stored.
     Lost {
-        /// How many.
+        /// Number of these events.
         count: u64,
     },
     /// The last known event of the subscriber is of another series: the numbers have begun anew, and earlier events are

@@ -54,6 +54,6 @@ pub struct Member {
     pub bytes: u64,
     /// Thousandths of requests in a second that it has done of late.
     pub milli_requests: u64,
-    /// It would do more if it had a larger part.
+    /// The disk would do more if it had a larger share.
     pub lacks: bool,
 }

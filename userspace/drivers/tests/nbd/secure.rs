@@ -28,7 +28,7 @@ pub(crate) struct Secure {
 pub(crate) enum How {
     /// The connection is encrypted.
     Well,
-    /// It answers STARTTLS with this, and continues without encryption.
+    /// The server answers STARTTLS with this, and continues without encryption.
     Refuses(u32),
     /// A machine on the way has put in an answer first.
     Early,

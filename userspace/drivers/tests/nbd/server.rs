@@ -51,23 +51,23 @@ impl ServerKind {
 pub(crate) enum ServerEnd {
     /// The request in hand is not executed.
     Before,
-    /// It is executed, and the client gets no answer.
+    /// The server executes the request, and the client gets no answer.
     After,
-    /// It is executed when the connection is long gone.
+    /// The server executes the request when the connection is long gone.
     Late,
-    /// It does not answer, and executes it some time after the client has given it up.
+    /// The server does not answer, and executes the request some time after the client has given it up.
     Stalled,
     /// Its machine loses power: what was not flushed is gone.
     Power,
-    /// It says something that makes no sense, see [`NbdServer::wrong`].
+    /// The server says something that makes no sense, see [`NbdServer::wrong`].
     Wrong,
-    /// It writes [`ExportState::wrong`] to the connection below the encryption.
+    /// The server writes [`ExportState::wrong`] to the connection below the encryption.
     Raw,
     /// And then it closes the connection.
     Cut,
     /// No end: it takes the begin of the request, and no more while a test [stops its ears](ExportState::ears).
     Deaf,
-    /// It takes the begin of the request, and closes the connection.
+    /// The server takes the begin of the request, and closes the connection.
     Half,
 }
 
@@ -88,7 +88,7 @@ pub(crate) struct ExportState {
     /// Times that a client has given it up.
     pub(crate) given_up: u32,
     pub(crate) kind: ServerKind,
-    /// It accepts no client.
+    /// The server accepts no client.
     pub(crate) is_away: bool,
     /// A test that holds this stops the server's ears.
     pub(crate) ears: Arc<Mutex<()>>,
@@ -169,7 +169,7 @@ impl NbdServer {
         self.state.lock().unwrap()
     }
 
-    /// It ends so with the request after `requests` others.
+    /// Ends the connection so with the request after `requests` others.
     pub(crate) fn ends(&self, requests: u32, end: ServerEnd) {
         self.state().ends = Some((requests, end));
     }

@@ -37,9 +37,9 @@ pub(super) enum Cell {
 pub(super) enum RecordState {
     Claimed,
     Held,
-    /// It was given up.
+    /// The last owner gave the lease up.
     Free,
-    /// It was broken, by whom the record names, and is free.
+    /// The administrator broke the lease, on the host that the record names; it is free.
     Broken,
 }
 
@@ -71,7 +71,7 @@ pub(super) struct LeaseRecord {
 }
 
 impl LeaseRecord {
-    /// It is of this very disk, of this boot.
+    /// Returns true if the record is of this disk and of this boot.
     pub(super) fn is_of(&self, claim: &LeaseClaim) -> bool {
         let (host, other) = (&self.who.host, &claim.host);
         self.who.token == claim.token && host.machine == other.machine && host.boot == other.boot
@@ -96,7 +96,7 @@ impl LeaseRecord {
 /// Why a cell is not understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Damage {
-    /// It is of this version.
+    /// The record has this unknown version.
     Version(u32),
     /// Foreign data.
     Foreign,

@@ -16,7 +16,7 @@
 //! | each heartbeat looks for a later generation first | a holder whose lease was broken keeps it |
 //! | breaking it watches for 12.5 s first | a holder that lives loses it, with I/O under way |
 //!
-//! They rest on this, and on nothing else:
+//! The rules rest on this, and on nothing else:
 //!
 //! - A sector of 512 bytes is read and written as a whole, and who reads it after a write has ended gets
 //!   that or something later. A write that failed may have been done, but is not done afterwards. One that has

@@ -66,9 +66,9 @@ impl RecordRules {
 pub(super) enum Refusal {
     /// Another host has it, or claims it.
     Busy(Box<LeaseRecord>),
-    /// It is to be broken, but this is not the holder that is meant.
+    /// The lease to break has this holder, not the one that was named.
     Other(Box<LeaseRecord>),
-    /// It is to be broken, but its holder lives.
+    /// The lease to break has a holder that lives.
     Lives(Box<LeaseRecord>),
     /// Another host has, or may have, a later generation; or the record is gone.
     Lost(Option<Box<LeaseRecord>>),
@@ -181,8 +181,8 @@ impl Party {
         area.claim().filter(|_| still < STALE)
     }
 
-    /// True if this host held the record and was booted since: nothing of that boot does I/O now. If another host has its
-    /// number, that host's heartbeats move the record.
+    /// True if this host held the record and was booted since: nothing of that boot does I/O now. If another host has
+    /// its number, that host's heartbeats move the record.
     fn is_own_of_earlier(&self, record: &LeaseRecord) -> bool {
         let (host, own) = (&record.who.host, &self.claim.host);
         let is_host = host.machine == own.machine && host.name == own.name;

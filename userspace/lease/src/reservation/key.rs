@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The key under which a host is registered: the eight bytes that the storage keeps of it, and shows to all.
 //!
-//! They are made of the host, its boot, how often the registrations had changed, and the disk:
+//! A key is made of the host, its boot, how often the registrations had changed, and the disk:
 //!
 //! ```text
 //! hhhhh bbb gg dddddd
@@ -49,17 +49,17 @@ impl ReservationKey {
         format!("id-{:05x}", self.0 >> 44)
     }
 
-    /// It is of this machine, in whichever boot.
+    /// Returns true if the key is of this machine, in any boot.
     pub(super) fn is_of_machine(self, host: &Host) -> bool {
         self.0 >> 44 == machine(host)
     }
 
-    /// It is of this machine since it was booted.
+    /// Returns true if the key is of this machine in its present boot.
     pub(super) fn is_of_boot(self, host: &Host) -> bool {
         self.0 >> 32 == machine(host) << 12 | boot(host)
     }
 
-    /// It is of this very disk.
+    /// Returns true if the key is of this disk.
     pub(super) fn is_of(self, claim: &LeaseClaim) -> bool {
         // The disk's part is of all but how often the registrations had changed.
         let own = ReservationKey::new(claim, 0);

@@ -15,14 +15,13 @@
 //! | after a release or a break it stays reserved, for an idle key, and the next holder preempts that | a host that has lost it and does not know yet writes when it is free, and that lands after the writes of the next holder |
 //! | it is given up when no I/O is under way | a write lands after those of the next holder, if the storage allows it to who reserves again |
 //!
-//! A reservation has no term, and its next holder need not wait for late writes: the storage refuses the I/O of a holder
-//! that has lost it. A heartbeat looks whether it is lost, so that the disk stops also if its guest only
-//! reads. Requests that the storage refuses in the meantime fail with EBADE, and the process stops at that error
-//! (`tapdisk`).
+//! A reservation has no term, and its next holder need not wait for late writes: the storage refuses the I/O of a
+//! holder that has lost it. A heartbeat looks whether it is lost, so that the disk stops also if its guest only reads.
+//! Requests that the storage refuses in the meantime fail with EBADE, and the process stops at that error (`tapdisk`).
 //!
-//! It rests on this: the storage keeps to SPC-5 (5.14) or to NVMe (Reservations), also when it loses its power; this
-//! host's kernel tells of each command whether it was done; and a host that was booted has nothing under way of what
-//! it asked for before, which the loss of its connection to the storage has ended.
+//! The lease rests on this: the storage keeps to SPC-5 (5.14) or to NVMe (Reservations), also when it loses its power;
+//! this host's kernel tells of each command whether it was done; and a host that was booted has nothing under way of
+//! what it asked for before, which the loss of its connection to the storage has ended.
 
 mod device;
 #[cfg(any(test, feature = "fake"))]
@@ -185,7 +184,7 @@ impl<S: ReservationStorage> Reserved<S> {
         )
     }
 
-    /// It is over when the storage says that it is not this disk's.
+    /// Explains a refusal, and ends the lease if this disk has lost it.
     fn ended(&mut self, refusal: Refusal) -> Failure {
         if matches!(refusal, Refusal::Lost(_)) {
             self.key = None;

@@ -54,15 +54,15 @@ impl ReservationRules {
 /// Why something was not done.
 #[derive(Debug)]
 pub(super) enum Refusal {
-    /// It is reserved for another host or disk.
+    /// The storage is reserved for another host or disk.
     Busy(Reservation),
     /// This host is registered already, for another disk, or by a program that is none of ours.
     Registered(Vec<u64>),
-    /// It is to be broken, but this is who has it.
+    /// The reservation to break has this holder, not the one that was named.
     Other(Option<Reservation>),
-    /// It is to be broken, but this host has it.
+    /// The reservation to break is this host's.
     Here(ReservationKey),
-    /// It is not this disk's any more.
+    /// The reservation is no longer this disk's.
     Lost(Option<Reservation>),
     /// A command failed.
     Failed(Failure),

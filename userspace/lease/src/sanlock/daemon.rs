@@ -26,7 +26,7 @@ const HOSTS: i32 = 4096;
 pub(super) enum Trouble {
     /// The request to the daemon failed.
     Failed(Failure),
-    /// It has answered with this number: that of an error of the system, or of `sanlock_rv.h`, below zero.
+    /// sanlock has answered with this number: that of an error of the system, or of `sanlock_rv.h`, below zero.
     Refused(i32),
 }
 

@@ -58,7 +58,7 @@ pub struct DaemonInfo {
     pub io_timeout: u64,
     /// For how many seconds its number was not renewed.
     pub age: u64,
-    /// It has a watchdog.
+    /// The host has a watchdog.
     pub has_watchdog: bool,
     /// Answer in place of the usual one.
     pub refusal: Option<i32>,

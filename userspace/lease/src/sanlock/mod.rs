@@ -24,8 +24,8 @@
 //! | there is a watchdog | no program ends the I/O of a host that others take for dead |
 //! | the image is not written through the page cache | the kernel writes dirty pages after its process is gone |
 //!
-//! They rest on what sanlock rests on: the storage of the lockspace and that of the image are lost to a host
-//! together or not at all, or the watchdog ends both; and all hosts have the same timeouts.
+//! Such leases rest on the assumptions of sanlock: the storage of the lockspace and that of the image are lost to a
+//! host together or not at all, or the watchdog ends both; and all hosts have the same timeouts.
 
 mod daemon;
 #[cfg(any(test, feature = "fake"))]
@@ -214,7 +214,7 @@ impl Sanlock {
         Ok(LostLease::Here(got, asked + Duration::from_secs(lasts)))
     }
 
-    /// It is this host's on storage, too.
+    /// Returns true if the resource is this host's on storage as well.
     fn is_owner(&self, got: &Got) -> Result<bool, Failure> {
         let owners = match self.daemon.owners(&self.resource) {
             Ok(owners) => owners,
@@ -242,7 +242,7 @@ impl Sanlock {
         }
     }
 
-    /// It is not this host's any more.
+    /// Ends the lease, because it is no longer this host's.
     fn ended(&mut self, why: &str) -> Failure {
         self.got = None;
         self.term.end();

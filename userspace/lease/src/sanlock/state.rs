@@ -45,7 +45,7 @@ pub(super) struct Space {
 pub(super) enum Phase {
     Joining,
     Joined,
-    /// It is lost, or is to be left.
+    /// The lockspace is lost, or is to be left.
     Ending,
 }
 
@@ -54,7 +54,7 @@ pub(super) enum Phase {
 pub(super) struct HeldResource {
     /// How often it was taken.
     pub(super) version: u64,
-    /// It is being given up, or is not had yet.
+    /// The resource is being given up, or not acquired yet.
     pub(super) is_passing: bool,
     /// The process that has it, or had it last.
     pub(super) pid: u32,

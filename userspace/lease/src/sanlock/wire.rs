@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Messages on the socket of sanlock's daemon: structures of C, in the byte order of the host.
 //!
-//! They are those of `sanlock_sock.h`, `sanlock.h` and `sanlock_resource.h`, which libsanlock and the daemon share. The
-//! daemon refuses another magic number and a later protocol.
+//! The structures are those of `sanlock_sock.h`, `sanlock.h` and `sanlock_resource.h`, which libsanlock and the daemon
+//! share. The daemon refuses another magic number and a later protocol.
 
 use control::SanlockResource;
 use zerocopy::FromZeros;
@@ -176,7 +176,7 @@ impl Resource {
         (resource, disk)
     }
 
-    /// It has these names.
+    /// Returns true if the resource has these names.
     pub(super) fn is(&self, of: &SanlockResource) -> bool {
         (self.lockspace, self.name) == (named(&of.lockspace), named(&of.name))
     }

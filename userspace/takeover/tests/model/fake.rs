@@ -27,9 +27,9 @@ pub(crate) struct FakeVbd {
 /// Fault of a call of the host that changes something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HostFault {
-    /// It fails, and nothing has happened.
+    /// The operation fails, and nothing has happened.
     Before,
-    /// It fails, and has happened.
+    /// The operation fails, and has happened.
     After,
     /// We end.
     Killed,
@@ -43,7 +43,7 @@ pub(crate) struct FakeHost {
     pub(crate) loaded: RefCell<Vec<BackendDriver>>,
     pub(crate) begun: RefCell<Option<Begun>>,
     pub(crate) refuses: Cell<Option<BackendDriver>>,
-    /// It serves with smaller requests than the other one.
+    /// The driver serves with smaller requests than the other one.
     pub(crate) is_small: Cell<Option<BackendDriver>>,
     /// The guest is destroyed when its first disk has no driver.
     pub(crate) vanishes: Cell<bool>,

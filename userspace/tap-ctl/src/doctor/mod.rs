@@ -96,6 +96,7 @@ fn bad(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) 
 struct Report {
     /// The worst of it.
     grade: Grade,
+    /// The findings, in the order of the checks.
     findings: Vec<Finding>,
 }
 

@@ -17,7 +17,7 @@ pub(crate) struct Block {
     pub(crate) name: String,
     /// Familiar name: the name of a mapped device, the file of a loop device.
     pub(crate) alias: Option<String>,
-    /// It is a device of device mapper that holds all I/O until it is resumed.
+    /// The device is one of device mapper that holds all I/O until it is resumed.
     pub(crate) is_suspended: bool,
     /// Requests that it has now.
     pub(crate) in_flight: u64,
@@ -52,7 +52,7 @@ impl Block {
         }
     }
 
-    /// It, and all below it.
+    /// Returns the device and all devices below it.
     pub(crate) fn stack(&self) -> Vec<&Block> {
         let below = self.below.iter().flat_map(Block::stack);
         std::iter::once(self).chain(below).collect()

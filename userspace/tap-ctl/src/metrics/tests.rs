@@ -277,7 +277,7 @@ fn the_dashboard_is_about_metrics_that_are_told() {
     }
 }
 
-/// It works with whatever Prometheus its reader has, and shows each panel.
+/// The dashboard works with whatever Prometheus its reader has, and shows each panel.
 #[test]
 fn the_dashboard_can_be_imported() {
     let dashboard: Value = serde_json::from_str(DASHBOARD).expect("it is JSON");

@@ -182,7 +182,7 @@ pub(crate) fn failing(figures: &Figures) -> Option<Verdict> {
 struct Slow {
     what: String,
     ms: f64,
-    /// They have ended, so that their device has counted them.
+    /// The requests have ended, so that their device has counted them.
     ended: bool,
 }
 

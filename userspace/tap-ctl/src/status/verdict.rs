@@ -11,7 +11,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum State {
-    /// It is served.
+    /// The disk is served.
     Ok,
     /// Its guest does not use it: it has not booted that far, or lets go of it.
     NotConnected,
@@ -19,7 +19,7 @@ pub(crate) enum State {
     Closed,
     /// Its guest is suspended, and its image is free.
     Inactive,
-    /// It cannot be judged.
+    /// The state of the disk is unknown.
     Unknown,
     /// Requests take long.
     Slow,
@@ -33,7 +33,7 @@ pub(crate) enum State {
     Fencing,
     /// Its guest waits, because the image cannot be had.
     Held,
-    /// It has no process.
+    /// The disk has no process.
     DeadProcess,
     /// The guest's disk has no driver.
     NoDriver,
@@ -110,7 +110,7 @@ impl Cause {
 pub(crate) enum Oldest {
     /// A number of seconds.
     Seconds(f64),
-    /// It was watched for so many seconds: when it began is not counted anywhere.
+    /// The request is older than this number of seconds; no counter shows when it began.
     AtLeast(f64),
 }
 

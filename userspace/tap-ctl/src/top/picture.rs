@@ -57,7 +57,7 @@ impl Picture {
         .collect()
     }
 
-    /// Why blktapctrl does not answer, if it does not.
+    /// Reason why blktapctrl does not answer; nothing if it answers.
     pub(super) fn silent(&self) -> Option<&str> {
         match &self.now.supervisor {
             Supervisor::Silent(why) => Some(why),

@@ -74,24 +74,32 @@ fn line(word: impl Fn(&Column) -> String) -> String {
 /// A picture, for programs.
 #[derive(Serialize)]
 struct Shown<'a> {
+    /// Always `top`.
     is: &'static str,
     /// Answers of blktapctrl about tap disks.
     rows: Vec<&'a TopRow>,
     /// All disks, the busiest one first.
     disks: Vec<ShownDisk<'a>>,
-    /// Why blktapctrl does not answer, if it does not.
+    /// Reason why blktapctrl does not answer; nothing if it answers.
     supervisor: Option<&'a str>,
     /// Files that could not be read.
     unread: &'a [Unread],
 }
 
+/// A disk in a picture.
 #[derive(Serialize)]
 struct ShownDisk<'a> {
+    /// The guest's number.
     guest: Option<u32>,
+    /// The guest's name, if xenstore has one.
     guest_name: Option<&'a str>,
+    /// Name of the disk in the guest.
     vdev: Option<String>,
+    /// Kind of the disk.
     kind: Kind,
+    /// Number of a tap disk's node.
     minor: Option<u32>,
+    /// Work since the last picture; nothing in the first one.
     figures: Option<&'a Figures>,
 }
 

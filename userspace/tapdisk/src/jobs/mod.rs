@@ -163,8 +163,8 @@ impl<P: Clone + 'static> Worker<P> {
         }
     }
 
-    /// Waits until `bytes`, whose work began at `start`, have taken their time at the job's rate. Returns an end if the
-    /// job is to end.
+    /// Waits until the job's rate allows `bytes` for the time since `start`. Returns early with the reason if the job
+    /// has to end.
     async fn keep_rate(&self, start: Instant, bytes: u64) -> Result<Option<WalkEnd>, Failure> {
         loop {
             if self.is_to_end() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads all of the disk that holds data, to find what cannot be read before the guest does.
 //!
-//! It reports errors to the supervisor and not to the guest, which continues.
+//! A scrub reports errors to the supervisor and not to the guest, which continues.
 
 use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
 use crate::inside::{InternalRequest, InternalWork};

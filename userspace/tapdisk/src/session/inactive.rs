@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An inactive disk, whose image belongs to another process for some time: its guest is suspended, or has not arrived.
 //!
-//! It has the node, and no access to the image. Its requests wait in the kernel, and the supervisor learns when one
-//! arrives: that means that the guest runs here and the image is needed again.
+//! The process has the node, and no access to the image. Its requests wait in the kernel, and the supervisor learns
+//! when one arrives: that means that the guest runs here and the image is needed again.
 
 use super::{no_node, Session};
 use crate::told::describe;

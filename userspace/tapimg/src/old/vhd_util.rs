@@ -87,7 +87,7 @@ enum VhdUtilVerb {
         /// The parent
         #[arg(short, value_name = "FILE")]
         parent: PathBuf,
-        /// It is raw
+        /// The parent is a raw image
         #[arg(short = 'm')]
         raw: bool,
     },

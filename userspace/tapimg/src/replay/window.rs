@@ -26,7 +26,7 @@ impl Point {
         ("s", 1_000_000_000),
     ];
 
-    /// It is this request, or a later one if so.
+    /// Returns true if the record is the bound of the window, or behind it.
     fn is_reached(self, record: &TraceRecord) -> bool {
         match self {
             Self::Number(number) => record.number >= number,
@@ -68,9 +68,9 @@ impl FromStr for Point {
 /// Result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReplayOutcome {
-    /// It was done.
+    /// The request was executed.
     Done,
-    /// It failed with this error.
+    /// The request failed with this error.
     Failed(u32),
     /// Unknown: it may or may not have been carried out.
     Unknown,

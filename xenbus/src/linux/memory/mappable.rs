@@ -2,8 +2,8 @@
 
 //! Pages without memory, at which a queue has guest pages mapped.
 //!
-//! They are allocated all at once when the first guest page is to be mapped, and freed when no page was mapped for a
-//! while, so an idle queue has none. Each of them costs the kernel 64 bytes, and addresses.
+//! The pages are allocated all at once when the first guest page is to be mapped, and freed when no page was mapped for
+//! a while, so an idle queue has none. Each of them costs the kernel 64 bytes, and addresses.
 //!
 //! Wraps `gnttab_alloc_pages` and `gnttab_free_pages` (include/xen/grant_table.h).
 

@@ -257,7 +257,7 @@ impl<S: DerefMut<Target = [LeafSlot]>, L: DerefMut<Target = [Leaf]>> Tree<S, L> 
         self.slots.get(..self.live).unwrap_or_default()
     }
 
-    /// Returns the slot that has a sector, if any has: the last one that does not begin behind it.
+    /// Returns the slot whose range has a sector, if any has: the last slot that begins at or before that sector.
     fn slot_of(&self, sector: u64) -> usize {
         let before = partition(self.directory(), |slot| slot.first <= sector);
         before.saturating_sub(1)

@@ -14,7 +14,7 @@
 //!
 //! Rules beside those of the shadow:
 //!
-//! - It is a request like any other: it waits for earlier ones that overlap it, and later ones wait for it, whether
+//! - A passthrough request is one like any other: it waits for earlier ones that overlap it, and later ones wait for it, whether
 //!   queues or the process execute them. But while the process has no request and none waits for it, requests that
 //!   queues execute do not wait for each other, as on a device without a process, because a guest expects no order
 //!   among overlapping requests in flight.

@@ -125,7 +125,7 @@ enum Class {
     Trusted,
     /// The next death makes it reach the limit.
     Suspect,
-    /// It has reached the limit, and it is undecided whether the process or the request is the reason.
+    /// The request has reached the limit, and it is undecided whether the process or the request is the reason.
     Undecided,
 }
 

@@ -122,9 +122,9 @@ pub(crate) struct FakeKernel {
     pub(crate) full: Rc<Cell<bool>>,
     /// Number of questions.
     pub(crate) queries: Rc<Cell<u32>>,
-    /// It is one that cannot serve a disk by itself.
+    /// The kernel cannot serve a disk without its process.
     pub(crate) is_old: Rc<Cell<bool>>,
-    /// It takes no images.
+    /// The kernel takes no images.
     pub(crate) refuses: Rc<Cell<bool>>,
     /// Where it writes down which images it got and lost, beside what processes write.
     pub(crate) dir: Rc<RefCell<PathBuf>>,

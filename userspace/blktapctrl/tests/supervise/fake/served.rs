@@ -26,14 +26,14 @@ pub(super) struct ServedProcess {
     pub(super) node: Option<(u32, OwnedFd)>,
     open: Option<(Open, Option<OwnedFd>)>,
     paused: bool,
-    /// It reports requests of its inactive disk.
+    /// The process reports requests of its inactive disk.
     pub(super) inactive: Option<Open>,
     nbd: Option<OwnedFd>,
     /// The rate of a stream.
     stream: Option<u64>,
     /// The image to which the disk is copied.
     twin: Option<OwnedFd>,
-    /// It was the same when both were closed.
+    /// The image was the same when both were closed.
     was_same: bool,
     /// Its share of its group.
     share: Option<Share>,

@@ -14,7 +14,7 @@ use std::time::Duration;
 pub(super) enum Mood {
     /// Now this, now that.
     Mixed,
-    /// They are often stopped for about as long as a break watches.
+    /// Hosts are often stopped for about as long as a break watches.
     Drowsy,
 }
 

@@ -85,7 +85,7 @@ struct Boot {
     world: ModelHost,
     party: Party,
     number: u8,
-    /// It is powered.
+    /// The host is powered.
     life: Rc<Var<bool>>,
     /// I/O on the image that is under way, of all its boots.
     under_way: Rc<Var<u32>>,

@@ -26,7 +26,7 @@ struct ReservationSetup {
     is_mistaken: bool,
     /// Something is reserved at all.
     has_lease: bool,
-    /// It is given up when no I/O is under way.
+    /// The reservation is given up when no I/O is under way.
     drains: bool,
     /// Disks of each machine that want the image.
     disks: u8,

@@ -40,7 +40,7 @@ fn number(bytes: &[u8], sector: u64) -> Option<u32> {
 enum Promise {
     /// Nothing yet: it was not acknowledged, or no flush that began later was answered.
     None,
-    /// It survives a loss of power.
+    /// The write survives a loss of power.
     Durable,
     /// The first flush that began later and was answered has failed.
     Reported,
@@ -304,8 +304,8 @@ impl Guest {
         }
     }
 
-    /// A flush has failed that was delivered in this turn. It has reported what was acknowledged before the process began
-    /// it, and the guest cannot tell exactly what that was.
+    /// A flush has failed that was delivered in this turn. It has reported what was acknowledged before the process
+    /// began it, and the guest cannot tell exactly what that was.
     fn report(&mut self, delivered: Option<u64>) {
         let last = delivered.map_or(u64::MAX, |turn| turn + ON_ITS_WAY);
         let told = self.sectors.values_mut().flatten();

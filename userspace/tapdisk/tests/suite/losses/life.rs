@@ -54,7 +54,7 @@ struct Inner {
 pub(super) enum End {
     /// The process is killed.
     Death,
-    /// It has let go of the disk.
+    /// The process has released the disk.
     HandOff,
     /// All of the schedule is over.
     All,
@@ -241,8 +241,8 @@ impl Life {
         }
     }
 
-    /// A pause, or the like, that began then has ended. One that succeeds promises as much as a flush, unless the guest is
-    /// owed an error that was met before. Returns true if it is.
+    /// A pause, or the like, that began then has ended. One that succeeds promises as much as a flush, unless the guest
+    /// is owed an error that was met before. Returns true if it is.
     async fn paused(
         &self,
         session: &Rc<Session>,
