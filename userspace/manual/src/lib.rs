@@ -73,13 +73,13 @@ pub fn explained(error: Error) -> Error {
     )
 }
 
-/// Mends a script for bash. clap_complete spells a hyphen in the program's name in two ways, so that its script finds no
-/// verb of such a program and completes nothing behind one.
+/// Mends a script for bash. clap_complete spells a hyphen in the program's name in two ways, so that its script finds
+/// no verb of such a program and completes nothing behind one.
 fn sound(name: &str, script: &str) -> String {
     script.replace(&name.replace('-', "__subcmd__"), &name.replace('-', "__"))
 }
 
-/// A page of section 8, with a section for each verb.
+/// Returns a page of section 8, with a section for each verb, and for each verb of a verb.
 pub fn page(mut command: Command, see_also: &str) -> io::Result<Vec<u8>> {
     command.build();
     let mut page = Vec::new();
@@ -89,17 +89,25 @@ pub fn page(mut command: Command, see_also: &str) -> io::Result<Vec<u8>> {
     man.render_synopsis_section(&mut page)?;
     man.render_description_section(&mut page)?;
     man.render_options_section(&mut page)?;
-    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
-        if verb.get_name() == "help" {
-            continue;
-        }
-        page.extend(format!(".SH \"{}\"\n", verb.get_name().to_uppercase()).bytes());
-        page.extend(section(verb)?.bytes());
-    }
+    verbs(&command, "", &mut page)?;
     page.extend(notes(&man)?.bytes());
     let see_also = see_also.replace('-', "\\-");
     page.extend(format!(".SH \"SEE ALSO\"\n{see_also}\n").bytes());
     Ok(page)
+}
+
+/// Writes a section for each verb of a command, and for each verb of those. `path` is the command's own verb.
+fn verbs(command: &Command, path: &str, page: &mut Vec<u8>) -> io::Result<()> {
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        if verb.get_name() == "help" {
+            continue;
+        }
+        let path = format!("{path} {}", verb.get_name());
+        page.extend(format!(".SH \"{}\"\n", path.trim_start().to_uppercase()).bytes());
+        page.extend(section(verb)?.bytes());
+        verbs(verb, &path, page)?;
+    }
+    Ok(())
 }
 
 /// Returns the section of a verb.
@@ -132,9 +140,13 @@ mod tests {
     fn command() -> Command {
         let cut = Command::new("cut").after_help("Examples:\n  saw cut x");
         let hidden = Command::new("generate").hide(true);
+        let set = Command::new("set")
+            .about("Sets the depth")
+            .arg(Arg::new("depth").long("depth"));
+        let limits = Command::new("limits").subcommand(set);
         Command::new("saw")
             .after_help("One:\n  two")
-            .subcommands([cut, hidden])
+            .subcommands([cut, hidden, limits])
     }
 
     #[test]
@@ -143,6 +155,9 @@ mod tests {
         for part in [
             ".SH \"CUT\"",
             ".SS NOTES\n.nf\nExamples:",
+            ".SH \"LIMITS SET\"",
+            "\\fBsaw limits set\\fR",
+            "Sets the depth",
             ".SH NOTES\n.nf\nOne:",
             "tap\\-ctl(8)",
         ] {
