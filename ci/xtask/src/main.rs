@@ -97,6 +97,13 @@ enum XtaskCommand {
         /// Lower the counts in ci/names.allow to the types that still share their name.
         #[arg(long, conflicts_with_all = ["sources", "message", "lower_prose"])]
         lower_names: bool,
+        /// Run only the checks of the files' texts, which compile nothing: sentences, pages, names, directions and
+        /// others.
+        #[arg(long, conflicts_with_all = ["sources", "message", "lower_prose", "lower_names"])]
+        texts: bool,
+        /// Write the parts of docs/reference that are made from the source.
+        #[arg(long, conflicts_with_all = ["sources", "message", "lower_prose", "lower_names", "texts"])]
+        write_reference: bool,
     },
     /// Build the kernel module and the programs; the last line is the path of the .ko.
     ///
@@ -163,6 +170,20 @@ fn run(task: XtaskCommand) -> anyhow::Result<ExitCode> {
         } => {
             println!("{}", check::names::lower()?.display());
             Ok(ExitCode::SUCCESS)
+        }
+        XtaskCommand::Check {
+            write_reference: true,
+            ..
+        } => {
+            for page in check::reference::write()? {
+                println!("{}", page.display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        XtaskCommand::Check { texts: true, .. } => {
+            let mut tally = tally::TestTally::default();
+            check::texts(&mut tally)?;
+            judged(&tally)
         }
         XtaskCommand::Check { sources: true, .. } => {
             let mut tally = tally::TestTally::default();

@@ -280,7 +280,7 @@ fn lock_memory() {
     let later = mlockall(MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
     if let Err(error) = now.and(later) {
         tracing::warn!(
-            "memory is not locked, so this program may have to wait for swap and for the storage of its own file              ({error}): let it lock memory without limit, as LimitMEMLOCK=infinity does"
+            "memory is not locked, so this program may have to wait for swap and for the storage of its own file ({error}): allow it to lock memory without limit, as LimitMEMLOCK=infinity in its unit does"
         );
     }
 }
@@ -300,5 +300,15 @@ fn lift_limits() {
         if let Err(error) = setrlimit(resource, limit) {
             tracing::debug!("cannot lift the limit {resource:?}: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+
+    #[test]
+    fn commands_that_are_recommended_can_be_typed() {
+        recommended::check_program::<Cli>("blktapctrl");
     }
 }

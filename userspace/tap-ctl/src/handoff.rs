@@ -15,12 +15,20 @@ use std::thread;
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Fate {
-    /// A new process serves it.
+    /// A new process serves the disk.
     HandedOff(HandedOff),
-    /// The process that served it still does.
-    Kept { minor: u32, error: Failure },
+    /// The former process still serves the disk.
+    Kept {
+        /// Number of the disk's node.
+        minor: u32,
+        /// Reason of the failure.
+        error: Failure,
+    },
     /// The disk was removed before its turn was over.
-    Gone { minor: u32 },
+    Gone {
+        /// Number of the disk's node.
+        minor: u32,
+    },
 }
 
 /// Results of all hand-offs.

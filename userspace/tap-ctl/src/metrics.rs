@@ -94,18 +94,24 @@ fn text(look: &Look, report: &Report) -> String {
 fn host(text: &mut Text, look: &Look, report: &Report) {
     let none = Labels::default();
     let answers = look.supervisor == Supervisor::Answers;
-    let mut one = |name, what, value: f64| {
-        text.family((name, "gauge", what));
+    let mut one = |family: Family, value: f64| {
+        text.family(family);
         text.sample(&none, value);
     };
     one(
-        "xen_disk_supervisor_up",
-        "1 if blktapctrl answers.",
+        (
+            "xen_disk_supervisor_up",
+            "gauge",
+            "1 if blktapctrl answers.",
+        ),
         f64::from(u8::from(answers)),
     );
     one(
-        "xen_disk_unread_files",
-        "Files of the kernel that could not be read.",
+        (
+            "xen_disk_unread_files",
+            "gauge",
+            "Files of the kernel that could not be read.",
+        ),
         report.unread.len() as f64,
     );
     let Some(memory) = look.memory else {
@@ -113,19 +119,28 @@ fn host(text: &mut Text, look: &Look, report: &Report) {
     };
     let bytes = |kib: u64| kib.saturating_mul(1024) as f64;
     one(
-        "xen_disk_memory_used_bytes",
-        "Memory of the driver for the disks of all guests, without the arenas of tap disks.",
+        (
+            "xen_disk_memory_used_bytes",
+            "gauge",
+            "Memory of the driver for the disks of all guests, without the arenas of tap disks.",
+        ),
         bytes(memory.used_kib),
     );
     one(
-        "xen_disk_memory_guest_limit_bytes",
-        "Limit of it for the disks of one guest.",
+        (
+            "xen_disk_memory_guest_limit_bytes",
+            "gauge",
+            "Limit of the driver's memory for the disks of one guest.",
+        ),
         bytes(memory.guest_kib),
     );
     if let Some(limit) = memory.host_kib {
         one(
-            "xen_disk_memory_limit_bytes",
-            "Limit of it for the disks of all guests.",
+            (
+                "xen_disk_memory_limit_bytes",
+                "gauge",
+                "Limit of the driver's memory for the disks of all guests.",
+            ),
             bytes(limit),
         );
     }
@@ -322,7 +337,7 @@ const BLOCK: Table<Block> = &[
         (
             "xen_disk_storage_seconds_total",
             "counter",
-            "Sum of their times.",
+            "Sum of the times of these requests.",
         ),
         |block| block.took_ms as f64 / 1000.0,
     ),
@@ -358,7 +373,7 @@ const KERNEL: Table<Kernel> = &[
         (
             "xen_tap_oldest_seconds",
             "gauge",
-            "How long its process has had the oldest of them.",
+            "Age of the oldest request that its process has not answered.",
         ),
         |kernel| kernel.oldest_ns as f64 / 1e9,
     ),
@@ -374,7 +389,7 @@ const KERNEL: Table<Kernel> = &[
         (
             "xen_tap_direct_total",
             "counter",
-            "Requests that the kernel has executed by itself, beside the process.",
+            "Requests that the kernel has executed by passthrough.",
         ),
         |kernel| kernel.direct as f64,
     ),
@@ -382,7 +397,7 @@ const KERNEL: Table<Kernel> = &[
         (
             "xen_tap_executing",
             "gauge",
-            "Requests that the kernel executes so now.",
+            "Requests that the kernel is executing by passthrough.",
         ),
         |kernel| f64::from(kernel.executing),
     ),
@@ -418,7 +433,7 @@ fn missed(text: &mut Text, look: &Look) {
     text.family((
         "xen_tap_missed_total",
         "counter",
-        "Requests that the kernel could not execute by itself, by the reason.",
+        "Requests of a disk with passthrough that the kernel left to the process, by the reason.",
     ));
     for disk in &look.disks {
         let reasons = mapped(disk).map(|mapped| mapped.missed.by_reason());
@@ -432,7 +447,7 @@ fn missed(text: &mut Text, look: &Look) {
         (
             "xen_tap_evicted_total",
             "counter",
-            "Extents that the kernel has forgotten for want of room.",
+            "Mappings that the kernel dropped because it had no room for them.",
         ),
         look,
         |disk| Some(mapped(disk)?.evicted as f64),
@@ -479,7 +494,7 @@ fn process(text: &mut Text, look: &Look) {
         (
             "xen_tap_held_seconds_total",
             "counter",
-            "How long those waited, added up.",
+            "Time for which requests waited because of the disk's limits, added up.",
         ),
         look,
         |disk| Some(stats(disk)?.held_ns as f64 / 1e9),

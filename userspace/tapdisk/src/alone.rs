@@ -28,13 +28,13 @@ pub fn check_alone(target: &Target) -> Result<(), Failure> {
     }
     if target.name().is_some() {
         return refuse(
-            "is memory that several disks have, which only a supervisor keeps: let blktapctrl serve it, or leave \
-             name= away",
+            "is memory that several disks have, which only a supervisor keeps: let blktapctrl serve it, or remove \
+             name=",
         );
     }
     if target.is_shared() {
         return refuse(
-            "says who else may have the image, which a supervisor decides: leave shared=yes away, and use --shared \
+            "says who else may have the image, which a supervisor decides: remove shared=yes, and use --shared \
              if this program has it",
         );
     }

@@ -297,3 +297,13 @@ fn end_by_signal(session: &Rc<Session>) -> std::io::Result<()> {
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Args;
+
+    #[test]
+    fn commands_that_are_recommended_can_be_typed() {
+        recommended::check_program::<Args>("tapdisk");
+    }
+}

@@ -12,6 +12,7 @@ pub(crate) mod names;
 mod pages;
 pub(crate) mod panics;
 pub(crate) mod prose;
+pub(crate) mod reference;
 mod source;
 pub(crate) mod subjects;
 mod unsafe_code;
@@ -48,6 +49,12 @@ pub(crate) fn sources(tally: &mut TestTally) -> Result<()> {
     Ok(())
 }
 
+/// Runs the checks of the files' texts alone, which take seconds.
+pub(crate) fn texts(tally: &mut TestTally) -> Result<()> {
+    of_text(tally, &source::all()?);
+    Ok(())
+}
+
 /// Runs the checks of the files' texts.
 fn of_text(tally: &mut TestTally, sources: &[Source]) {
     tally.check(
@@ -60,6 +67,7 @@ fn of_text(tally: &mut TestTally, sources: &[Source]) {
     tally.check("check.pages", pages::check(sources));
     tally.check("check.prose", prose::check(sources));
     tally.check("check.names", names::check(sources));
+    tally.check("check.reference", reference::check(sources));
     tally.check("check.commit-subjects", subjects::history(sources));
 }
 

@@ -25,6 +25,8 @@ struct Sentence {
     words: Vec<String>,
     /// The sentence is all of a documentation comment.
     alone: bool,
+    /// The sentence is the first one of its paragraph.
+    first: bool,
 }
 
 const PATTERNS: &[Pattern] = &[
@@ -84,12 +86,23 @@ const PATTERNS: &[Pattern] = &[
                 ])
         },
     },
+    Pattern {
+        number: "T16",
+        what: "a paragraph begins with It or They: name the subject",
+        fits: |sentence| {
+            sentence.first
+                && sentence.words.len() > 1
+                && ["It ", "They "]
+                    .iter()
+                    .any(|word| sentence.text.starts_with(word))
+        },
+    },
 ];
 
 const SAYING: &[&str] = &["told", "said", "asked", "noted", "wanted", "written"];
 
 impl Sentence {
-    fn new(text: &str, alone: bool) -> Sentence {
+    fn new(text: &str, alone: bool, first: bool) -> Sentence {
         let words = text.split_whitespace().map(|word| {
             let word = word.trim_matches(|c: char| !c.is_alphanumeric());
             word.to_lowercase()
@@ -98,13 +111,15 @@ impl Sentence {
             text: text.into(),
             words: words.filter(|word| !word.is_empty()).collect(),
             alone,
+            first,
         }
     }
 
+    /// Returns true if the first word is one of these. A word of code, as a field that is named `what`, is none.
     fn begins(&self, with: &[&str]) -> bool {
-        self.words
-            .first()
-            .is_some_and(|word| with.contains(&word.as_str()))
+        let is_code = self.text.starts_with('`');
+        let first = self.words.first().filter(|_| !is_code);
+        first.is_some_and(|word| with.contains(&word.as_str()))
     }
 
     fn asks(&self) -> bool {
@@ -186,7 +201,7 @@ fn found(source: &Source) -> Vec<(&'static Pattern, String)> {
 fn sentences(source: &Source) -> Vec<Sentence> {
     let paragraphs = if source.path.ends_with(".md") {
         markdown(&source.text)
-    } else if source.path.ends_with(".8") {
+    } else if source.path.ends_with(".8") || source.path.ends_with(".7") {
         manual(&source.text)
     } else if source.path.ends_with(".rs") {
         let mut paragraphs = comments(&source.text);
@@ -201,7 +216,8 @@ fn sentences(source: &Source) -> Vec<Sentence> {
     for paragraph in paragraphs {
         let parts = split(&paragraph);
         let alone = parts.len() == 1;
-        sentences.extend(parts.iter().map(|part| Sentence::new(part, alone)));
+        let parts = parts.iter().enumerate();
+        sentences.extend(parts.map(|(at, part)| Sentence::new(part, alone, at == 0)));
     }
     sentences
 }
@@ -369,6 +385,8 @@ mod tests {
             ("T7", "The disk goes on in the new image."),
             ("T10", "The same, for writes."),
             ("T14", "Why."),
+            ("T16", "It is paused."),
+            ("T16", "They are read."),
         ] {
             assert_eq!(
                 numbers("a.rs", &format!("/// {sentence}\n")),
@@ -386,6 +404,8 @@ mod tests {
             "/// The supervisor asks the kernel, then closes the disk.\n",
             "// Who reads a comment that is no documentation does not count.\n",
             "/// ```\n/// nobody\n/// ```\n",
+            "/// `what`\n",
+            "/// The disk waits. It resumes later.\n",
         ] {
             assert_eq!(numbers("a.rs", text), [""; 0], "{text}");
         }

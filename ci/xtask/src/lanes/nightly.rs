@@ -119,4 +119,18 @@ mod tests {
     fn each_part_is_scheduled() {
         assert_eq!(scheduled(), names());
     }
+
+    #[test]
+    fn each_part_is_explained() {
+        const GUIDE: &str = include_str!("../../../../CONTRIBUTING.md");
+        let (_, behind) = GUIDE.split_once("--lane nightly --only ").unwrap();
+        let line = behind.lines().next().unwrap();
+        let mut listed: Vec<&str> = line
+            .split(|c: char| c != '-' && !c.is_alphanumeric())
+            .collect();
+        listed.retain(|word| !word.is_empty());
+        for name in names() {
+            assert!(listed.contains(&name), "{name}: {line}");
+        }
+    }
 }

@@ -19,7 +19,7 @@ const GROUPS: Table<Group> = &[
         (
             "xen_disk_group_lacking_disks",
             "gauge",
-            "Disks of a group that would do more if the group might.",
+            "Disks of a group that would do more with a larger limit.",
         ),
         |group| group.members.iter().filter(|member| member.lacks).count() as f64,
     ),
@@ -27,7 +27,7 @@ const GROUPS: Table<Group> = &[
         (
             "xen_disk_group_limit_bytes_per_second",
             "gauge",
-            "Bytes that a group may read and write in a second; 0 for as many as there are.",
+            "Bytes that a group may read and write in a second; 0 without a limit.",
         ),
         |group| group.limits.bytes as f64,
     ),
@@ -35,7 +35,7 @@ const GROUPS: Table<Group> = &[
         (
             "xen_disk_group_limit_requests_per_second",
             "gauge",
-            "Requests that a group may have executed in a second; 0 for as many as there are.",
+            "Requests that a group may have executed in a second; 0 without a limit.",
         ),
         |group| f64::from(group.limits.requests),
     ),

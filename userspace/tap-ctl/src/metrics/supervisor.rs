@@ -19,7 +19,7 @@ const COUNTED: Table<Counted> = &[
         (
             "xen_disk_traces_failed_total",
             "counter",
-            "Traces of disks that have ended by themselves.",
+            "Traces of disks that ended without a command.",
         ),
         |counted| counted.traces_failed as f64,
     ),

@@ -24,7 +24,7 @@ const COUNTED: &[(Family, IfCounted)] = &[
         (
             "xen_disk_oldest_seconds",
             "gauge",
-            "For how long the storage, or the process, has had the oldest request that it has.",
+            "Age of the oldest request that the storage, or the process, has not answered.",
         ),
         |vbd| Some(vbd.oldest()?.as_secs_f64()),
     ),
@@ -32,7 +32,7 @@ const COUNTED: &[(Family, IfCounted)] = &[
         (
             "xen_disk_page_wait_seconds_total",
             "counter",
-            "For how long requests have waited for pages, added up over the queues.",
+            "Time for which requests waited for pages, added up over the queues.",
         ),
         |vbd| Some(vbd.page_wait()?.as_secs_f64()),
     ),
@@ -40,7 +40,7 @@ const COUNTED: &[(Family, IfCounted)] = &[
         (
             "xen_disk_pieces_total",
             "counter",
-            "Pieces beyond the first of requests that were done in several for want of pages.",
+            "Pieces beyond the first of requests that were split because pages were short.",
         ),
         |vbd| Some(vbd.counted("pieces")? as f64),
     ),
@@ -52,7 +52,7 @@ const COUNTED: &[(Family, IfCounted)] = &[
         (
             "xen_disk_ring_full_total",
             "counter",
-            "Passes that found a ring full: the guest could not ask for more.",
+            "Passes that found a ring full, so that the guest could queue no more.",
         ),
         |vbd| Some(vbd.counted("ring_full")? as f64),
     ),
@@ -75,7 +75,7 @@ const ENDED: [(Family, OfOperation); 2] = [
         (
             "xen_disk_completed_total",
             "counter",
-            "I/Os that the storage, or the process, has answered; a request that is done in pieces is several.",
+            "I/Os that the storage, or the process, has answered; a request that was split counts once for each piece.",
         ),
         |done, _| done as f64,
     ),
@@ -83,7 +83,7 @@ const ENDED: [(Family, OfOperation); 2] = [
         (
             "xen_disk_time_seconds_total",
             "counter",
-            "Sum of their times: divided by their number it is the mean.",
+            "Sum of the times of these I/Os: divided by xen_disk_completed_total it is the mean.",
         ),
         |_, took| took.as_secs_f64(),
     ),
