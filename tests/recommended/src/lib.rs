@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Commands that messages of the programs and pages of the manual recommend. Each program has a test that parses its own
-//! by its real command line, so that a reader can type what is printed.
+//! Commands that messages of the programs and pages of the manual recommend. Each program has a test that parses its
+//! own by its real command line, so that a reader can type what is printed. Running text between backticks counts as
+//! well, of pages, documentation comments and manual pages.
 //!
 //! A message has a command between backticks. `{…}` stands for a value that the message puts there, and a word in
 //! capitals, as `MINOR`, for one that only the reader knows.
@@ -8,6 +9,7 @@
 
 mod manual;
 mod messages;
+mod prose;
 
 use clap::Parser;
 use std::collections::BTreeSet;
@@ -65,14 +67,16 @@ fn place(path: &Path, line: usize) -> String {
     format!("{}:{line}", path.display())
 }
 
-/// Checks all commands of `program` that messages and the manual recommend. `parses` is its command line, and `verbs` are
-/// its subcommands.
+/// Checks all commands of `program` that messages, the manual and running text recommend. `parses` is its command line,
+/// and `verbs` are its subcommands, and those of them as `group set`: see [`verbs`].
 ///
 /// # Panics
 /// A command cannot be typed, a message has one without backticks, or none was found.
-pub fn check(program: &str, verbs: &[&str], parses: impl Fn(&[String]) -> Result<(), String>) {
-    let (mut all, mut wrong) = messages::all(program, verbs);
+pub fn check(program: &str, verbs: &[String], parses: impl Fn(&[String]) -> Result<(), String>) {
+    let words: Vec<&str> = verbs.iter().map(String::as_str).collect();
+    let (mut all, mut wrong) = messages::all(program, &words);
     all.extend(manual::all(program));
+    all.extend(prose::all(program, verbs));
     assert!(!all.is_empty(), "no command of {program} was found");
     wrong.extend(all.iter().filter_map(|command| refused(command, &parses)));
     assert!(
@@ -89,10 +93,18 @@ pub fn check(program: &str, verbs: &[&str], parses: impl Fn(&[String]) -> Result
 /// # Panics
 /// As there.
 pub fn check_program<P: Parser>(program: &str) {
-    let description = P::command();
-    let verbs = description.get_subcommands().map(clap::Command::get_name);
-    let verbs: Vec<&str> = verbs.collect();
-    check(program, &verbs, |words| parse::<P>(words));
+    check(program, &verbs(&P::command()), |words| parse::<P>(words));
+}
+
+/// Returns the verbs of a command line, and the verbs of a verb as `group set`.
+pub fn verbs(command: &clap::Command) -> Vec<String> {
+    let mut all = Vec::new();
+    for verb in command.get_subcommands() {
+        let name = verb.get_name();
+        all.push(name.to_string());
+        all.extend(verbs(verb).iter().map(|inner| format!("{name} {inner}")));
+    }
+    all
 }
 
 /// Parses a command line. A question for help is none that is wrong.
@@ -167,19 +179,20 @@ impl WordPart {
     }
 }
 
-/// Splits a word into text and placeholders: `{…}`, `$NAME`, `${…}`, `<…>`, and a word in capitals.
+/// Splits a word into text and placeholders: `{…}`, `$NAME`, `${…}`, `<…>`, `…`, and a word in capitals.
 fn pieces(word: &str) -> Vec<WordPart> {
     let is_capital = |c: char| c.is_ascii_uppercase();
     if word.len() > 1 && word.chars().all(|c| is_capital(c) || c == '_') || word.starts_with("$(") {
         return vec![WordPart::Name(word.into())];
     }
     let (mut pieces, mut rest) = (Vec::new(), word);
-    while let Some(begin) = rest.find(['{', '$', '<']) {
+    while let Some(begin) = rest.find(['{', '$', '<', '…']) {
         let behind = &rest[begin..];
         let bare = behind
             .strip_prefix('$')
             .filter(|name| !name.starts_with('{'));
         let end = match bare {
+            _ if behind.starts_with('…') => '…'.len_utf8(),
             Some(name) => {
                 1 + name
                     .find(|c: char| !c.is_alphanumeric() && c != '_')
@@ -221,6 +234,7 @@ mod tests {
         );
         assert_eq!(pieces("$old:/srv"), [name("$old"), text(":/srv")]);
         assert_eq!(pieces("${a}b"), [name("${a}"), text("b")]);
+        assert_eq!(pieces("vhd:…"), [text("vhd:"), name("…")]);
     }
 
     #[test]

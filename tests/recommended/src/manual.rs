@@ -5,7 +5,9 @@ use crate::{files, place, root, Recommended};
 use std::path::PathBuf;
 
 /// Words at which a shell ends a command.
-const ENDS: [&str; 10] = ["#", "|", "||", "&&", "&", ">", ">>", "<", "2>", "then"];
+const ENDS: [&str; 11] = [
+    "#", "|", "||", "&&", "&", ">", ">>", "<", "2>", "2>&1", "then",
+];
 
 /// Returns the commands of `program` on all pages.
 pub(crate) fn all(program: &str) -> Vec<Recommended> {
@@ -52,10 +54,10 @@ fn in_page(program: &str, text: &str) -> Vec<(usize, Vec<String>)> {
 }
 
 /// Returns the words of the first command of a line.
-fn command(line: &str) -> Vec<String> {
+pub(crate) fn command(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     for word in line.split_whitespace() {
-        if ENDS.contains(&word) || word.starts_with(['>', '<']) {
+        if ENDS.contains(&word) || word.starts_with(['>', '<']) && !word.ends_with('>') {
             break;
         }
         let ends = word.ends_with(';');

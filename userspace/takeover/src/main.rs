@@ -268,7 +268,7 @@ mod tests {
     /// `xen-blkback-rs` is a script that has verbs of its own, and runs this program for the others.
     #[test]
     fn commands_that_are_recommended_can_be_typed() {
-        let verbs = ["enable", "disable", "status", "takeover", "exchange"];
+        let verbs = ["enable", "disable", "status", "takeover", "exchange"].map(String::from);
         recommended::check("xen-blkback-rs", &verbs, |words| {
             let Some((verb, rest)) = words.get(1..).and_then(<[String]>::split_first) else {
                 return Err("a verb is missing".into());

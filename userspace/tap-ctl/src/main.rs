@@ -506,9 +506,7 @@ mod tests {
 
     #[test]
     fn commands_that_are_recommended_can_be_typed() {
-        let description = Cli::command();
-        let verbs = description.get_subcommands().map(clap::Command::get_name);
-        let verbs: Vec<&str> = verbs.collect();
+        let verbs = recommended::verbs(&Cli::command());
         recommended::check("tap-ctl", &verbs, |words| {
             recommended::parse::<Cli>(words)?;
             match Cli::try_parse_from(words) {
