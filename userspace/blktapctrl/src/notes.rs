@@ -46,7 +46,7 @@ fn bytes(size: u64, unit: u64) -> u64 {
 pub fn make(path: &Path, size: u64, unit: u64) -> Result<(), Failure> {
     if bytes(size, unit) > MOST {
         return Err(Failure::invalid(format!(
-            "a disk of {size} bytes has too many parts of {unit}: forget all of its marks, and the next one has larger parts"
+            "a disk of {size} bytes has too many blocks of {unit} bytes for a dirty bitmap: remove all of its bitmaps, and the next one has larger blocks"
         )));
     }
     let made = || -> io::Result<()> {
@@ -284,7 +284,10 @@ mod tests {
         let none = (folder.join("none"), size);
         assert!(look(&[none], size, UNIT, 0).is_err());
         let large = make(&folder.join("0.3.map"), u64::MAX, UNIT).expect_err("too large");
-        assert!(large.message.contains("forget all of its marks"), "{large}");
+        assert!(
+            large.message.contains("remove all of its bitmaps"),
+            "{large}"
+        );
         fs::remove_dir_all(folder).expect("remove");
     }
 

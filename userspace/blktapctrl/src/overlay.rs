@@ -102,7 +102,10 @@ pub(crate) fn mark(image: &Image) -> Result<bool, Failure> {
     let marked = mark();
     marked.map_err(|error| {
         let path = image.path().display();
-        Failure::system(format!("cannot mark {path} as read-only"), &error)
+        Failure::system(
+            format!("cannot remove the write permission of {path} (chmod a-w)"),
+            &error,
+        )
     })?;
     Ok(true)
 }

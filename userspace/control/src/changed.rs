@@ -32,7 +32,7 @@ impl FromStr for MarkName {
             return Ok(Self(text.into()));
         }
         Err(Failure::invalid(format!(
-            "{text:?} is no name of a mark: use 1 to {} letters, digits, dots, dashes and underscores",
+            "{text:?} is no name of a dirty bitmap: use 1 to {} letters, digits, dots, dashes and underscores",
             LONGEST_NAME
         )))
     }

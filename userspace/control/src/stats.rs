@@ -168,10 +168,10 @@ impl Streaming {
     /// Returns the meaning for an image, in words.
     pub fn told(&self, image: &Target) -> String {
         match self {
-            Self::Done => format!("{image} needs no image below it any more"),
-            Self::Failed { why } => format!("{image} needs the image below it as before: {why}"),
+            Self::Done => format!("{image} needs no backing image any more"),
+            Self::Failed { why } => format!("{image} still needs its backing image: {why}"),
             Self::Running | Self::Ended => {
-                format!("{image} needs the image below it as before: it is not served any more")
+                format!("{image} still needs its backing image, because it is not served any more")
             }
         }
     }

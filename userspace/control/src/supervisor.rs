@@ -696,9 +696,9 @@ impl Moved {
         let Self {
             from, to, marked, ..
         } = self;
-        let mark = if *marked { "" } else { " NOT" };
+        let mark = if *marked { "was" } else { "could NOT be" };
         format!(
-            "served from {to} now, which its configuration must name; {from} is what the disk was, and is{mark} marked as read-only"
+            "now served from {to}, which its configuration must name; {from} keeps the former content, and its write permission {mark} removed"
         )
     }
 }

@@ -149,7 +149,7 @@ impl Target {
     pub fn with_lease(self, lease: LeaseKind) -> Result<Self, Failure> {
         if lease != LeaseKind::Lock && !self.driver.has_image() {
             return Err(Failure::invalid(format!(
-                "{self} has no image that other hosts could reach: leave lease={lease} away"
+                "{self} has no image that other hosts could reach: remove lease={lease}"
             )));
         }
         if lease == LeaseKind::Reservation && self.driver != Driver::Aio {
@@ -181,7 +181,7 @@ impl Target {
         if !self.driver.may_map() {
             return Err(Failure::invalid(format!(
                 "{self} is nothing that the kernel could serve without a process, which is aio:, \
-                 qcow2:, qcow:, vhd: and vmdk:; leave direct= away"
+                 qcow2:, qcow:, vhd: and vmdk:; remove direct="
             )));
         }
         Ok(Self {
@@ -197,7 +197,7 @@ impl Target {
     pub fn with_room(self, room: u64) -> Result<Self, Failure> {
         if self.driver != Driver::Cow {
             return Err(Failure::invalid(format!(
-                "{self} does not keep writes over an image in memory: leave room= away"
+                "{self} does not keep writes over an image in memory: remove room="
             )));
         }
         if room < LEAST_ROOM {
@@ -223,7 +223,7 @@ impl Target {
     pub fn with_cache(self, cache: u64) -> Result<Self, Failure> {
         if !self.driver.has_tables() {
             return Err(Failure::invalid(format!(
-                "{self} has no tables that memory could keep: leave cache= away"
+                "{self} has no tables that memory could keep: remove cache="
             )));
         }
         if !CACHE.contains(&cache) {
@@ -250,7 +250,7 @@ impl Target {
     pub fn with_cached_below(self) -> Result<Self, Failure> {
         if !self.driver.has_tables() {
             return Err(Failure::invalid(format!(
-                "{self} has no image below it that the page cache could hold: leave below=cached away"
+                "{self} has no image below it that the page cache could hold: remove below=cached"
             )));
         }
         Ok(Self {
@@ -275,7 +275,7 @@ impl Target {
                 ..self
             }),
             Some(Some(_)) => Err(Failure::invalid(format!(
-                "{self} is reached by a socket of this host, which needs no encryption: leave tls-ca= and its like away"
+                "{self} is reached by a socket of this host, which needs no encryption: remove tls-ca= and the like"
             ))),
             None => Err(Failure::invalid(format!(
                 "{self} is no export of a server, to which a connection could be encrypted: leave tls-ca= and its \

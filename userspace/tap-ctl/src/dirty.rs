@@ -53,7 +53,7 @@ fn rest(cli: &Cli, asked: &cli::Dirty, mut all: Changed) -> Result<Changed, Erro
     while let (Some(from), Some(since)) = (all.next.take(), &asked.since) {
         match ask(cli, &since_from(named(&asked.which), since, from))? {
             Reply::Changed(more) if more.mark != all.mark => {
-                let why = format!("the mark {since} was set anew in the middle of this: ask again");
+                let why = format!("the dirty bitmap {since} was started again in the middle of this: repeat the command");
                 return Err(Failure::new(Code::State, why).into());
             }
             Reply::Changed(more) => {

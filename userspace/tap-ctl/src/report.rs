@@ -160,9 +160,10 @@ fn supervisor(parts: &mut Parts, socket: &Path) {
         parts.add(&format!("blktapctrl: statistics of disk {minor}"), || {
             told(ask(Request::Stats(which())))
         });
-        parts.add(&format!("blktapctrl: marks of disk {minor}"), || {
-            told(ask(Request::Marks(which())))
-        });
+        parts.add(
+            &format!("blktapctrl: dirty bitmaps of disk {minor}"),
+            || told(ask(Request::Marks(which()))),
+        );
     }
 }
 

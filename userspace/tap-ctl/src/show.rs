@@ -80,14 +80,16 @@ fn snapshot(taken: &Snapshot) -> String {
 fn told(taken: &Snapshot) -> String {
     let (target, parent) = (&taken.target, taken.parent.display());
     let mark = match taken.marked {
-        true => format!("{parent} is what the disk was, and marked as read-only (chmod a-w)."),
+        true => format!("{parent} keeps the content of the snapshot; its write permission was removed (chmod a-w)."),
         false => format!(
-            "{parent} is what the disk was, and could NOT be marked as read-only: ensure that no program writes it."
+            "{parent} keeps the content of the snapshot; its write permission could NOT be removed: ensure that no program writes it."
         ),
     };
     let beside = match taken.parent.parent() == target.path().and_then(|path| path.parent()) {
         true => String::new(),
-        false => format!(" It is in another folder: name it there too, with --files {parent}."),
+        false => format!(
+            " The old image is in another folder: name it there as well, with --files {parent}."
+        ),
     };
     format!(
         "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}. New writes of the guest are there only.{beside}\n",
@@ -373,7 +375,7 @@ pub(crate) fn event(event: &Event) -> String {
             for_ms,
             killed,
         } => {
-            let then = if *killed { "killed" } else { "left alone" };
+            let then = if *killed { "killed" } else { "not killed" };
             format!("tapdisk {pid} has not answered for {for_ms} ms, {then}")
         }
         What::Poisoned { request, count } => {
@@ -381,7 +383,7 @@ pub(crate) fn event(event: &Event) -> String {
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default();
-            format!("its processes die of a request, which failed: {request}; {count} so far")
+            format!("a request made its processes die, and failed: {request}; {count} so far")
         }
         What::Trouble { .. } => trouble(&event.what),
         What::Failed { message, retry_ms } => {
@@ -389,33 +391,37 @@ pub(crate) fn event(event: &Event) -> String {
         }
         What::HandedOff(handed) => format!("handed over: {}", handed_off(handed)),
         What::Kept { pid, why } => {
-            let pid = pid.map_or("nobody".into(), |pid| format!("tapdisk {pid}"));
+            let pid = pid.map_or("no process".into(), |pid| format!("tapdisk {pid}"));
             format!("not handed over, {pid} serves: {why}")
         }
         What::Snapshot(taken) => format!("switched to a new image: {}", snapshot(taken)),
-        What::SnapshotUndone { why } => format!("stays with the image that it has: {why}"),
+        What::SnapshotUndone { why } => format!("no snapshot was made, it keeps its image: {why}"),
         What::Streamed { target, outcome } => outcome.told(target),
         What::Moved(moved) => moved.told(),
         What::Mirrored { target, outcome } => outcome.told(target),
-        What::Unmarked { why } => format!("its marks are gone: {why}"),
+        What::Unmarked { why } => {
+            format!("its dirty bitmaps are lost, so the next backup has to be a full one: {why}")
+        }
         What::Untraced { path, why } => {
             format!("its trace in {} has ended: {why}", path.display())
         }
         What::Paused => "paused".into(),
         What::Unpaused => "resumed".into(),
-        What::Inactive => "has let go of its image: the guest is suspended".into(),
-        What::Active => "has its image and resumed".into(),
+        What::Inactive => "released its image, because the guest is suspended".into(),
+        What::Active => "opened its image again and resumed".into(),
         What::Held { why } => format!("holds its guest's requests: {why}"),
         What::Resized { size } => format!("has {size} bytes now"),
-        What::Unknown { why } => format!("left alone: {why}"),
+        What::Unknown { why } => format!("ignored: {why}"),
         What::Refused { why } => why.clone(),
-        What::NotDirect { why } => format!("not served by the kernel itself: {why}"),
+        What::NotDirect { why } => {
+            format!("no passthrough, the process serves all requests: {why}")
+        }
         What::Reconnected { path } => format!("connected to {} again", path.display()),
-        What::Destroyed => "gone".into(),
+        What::Destroyed => "destroyed".into(),
         What::Began { version, pid } => format!("blktapctrl {version} begins, as process {pid}"),
         What::Lost { count } => format!("{count} events were not kept"),
-        What::Renumbered => "the numbers begin anew: what happened before is not known".into(),
-        What::Other => "something that a newer tap-ctl knows".into(),
+        What::Renumbered => "the numbers begin anew, and earlier events are unknown".into(),
+        What::Other => "an event that only a newer tap-ctl knows".into(),
     };
     let at = utc(event.at_ms);
     let number = event.guest.map(|guest| guest.to_string());

@@ -335,7 +335,7 @@ impl Server {
             if !self.is_fetching() {
                 return Err(Failure::new(
                     Code::State,
-                    "the disk has stopped because I/O on its image failed: see to that, and unpause it",
+                    "the disk has stopped because I/O on its image failed: repair its storage, then `tap-ctl unpause -m MINOR`",
                 ));
             }
             if self.goes_on() {

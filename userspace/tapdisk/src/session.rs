@@ -333,7 +333,7 @@ impl Session {
                     scrub::start(self, rate);
                     Ok(Reply::Done)
                 }
-                _ => Err(Failure::new(Code::State, "the disk does not run")),
+                _ => Err(not_running()),
             },
             Request::Mirror { open, rate, below } => {
                 let _alone = self.gate.alone().await;
@@ -867,6 +867,14 @@ fn other_storage(open: &Open) -> Failure {
              disk and open it again",
             open.target
         ),
+    )
+}
+
+/// Error of a request that needs a disk that is being served.
+pub(crate) fn not_running() -> Failure {
+    Failure::new(
+        Code::State,
+        "the disk is paused, or has no open image: resume it with `tap-ctl unpause -m MINOR`",
     )
 }
 

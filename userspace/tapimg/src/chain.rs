@@ -79,7 +79,7 @@ pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result
             return Err(Failure::new(
                 Code::Image,
                 format!(
-                    "{image} is damaged: {} entries of its tables cannot be, perhaps because it was cut off; \
+                    "{image} is damaged: {} entries of its tables are invalid, perhaps because it was cut off; \
                      --damaged copies what there is, with zeroes in place of what is lost",
                     found.damaged
                 ),

@@ -167,7 +167,7 @@ impl FromStr for Named {
                 ..Self::plain(kind, path)
             }),
             false => Err(Failure::invalid(format!(
-                "{text:?} is no image that could be encrypted, which is luks: and qcow2:; leave key= away"
+                "{text:?} is no image that could be encrypted, which is luks: and qcow2:; remove key="
             ))),
         }
     }

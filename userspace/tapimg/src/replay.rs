@@ -107,7 +107,7 @@ fn refuse_marked(image: &Named) -> Result<(), Failure> {
     match data.permissions().readonly() {
         true => Err(Failure::new(
             Code::Denied,
-            format!("{image} is marked as read-only: replay onto a copy, after chmod u+w"),
+            format!("{image} has no write permission: replay onto a copy with it (chmod u+w)"),
         )),
         false => Ok(()),
     }

@@ -227,7 +227,7 @@ fn both_ran(context: &mut Context) -> Result<()> {
     let held = going.events.wait_for("held", going.source.minor, MOVE)?;
     let why = held["why"].as_str().unwrap_or_default();
     ensure!(
-        why.contains("went on with") && why.contains("tap-ctl unpause"),
+        why.contains("has continued with its image") && why.contains("tap-ctl unpause"),
         "the disk waits for another reason: {held}"
     );
     let answered = going.source.info()?.committed;

@@ -228,10 +228,10 @@ impl Admission {
             (true, _, _) => format!("it is {place}, which is the supervisor's own"),
             (false, true, _) => return Ok(()),
             (false, false, true) => format!(
-                "it is {place}, which is not named for this disk: if it may write that, name it with --files {place} when the disk is made or unpaused"
+                "it is {place}, which this disk may not write: to allow it, give --files {place} when the disk is made or unpaused"
             ),
             (false, false, false) => format!(
-                "it is {place}, which nobody named: if it may have that, name it with --files {place} when the disk is made or unpaused, or name its folder with --files when blktapctrl is started; a file beside the image may be had if all its write permissions are taken away: `chmod a-w {place}`"
+                "it is {place}, which --files does not name: to allow it, give --files {place} when the disk is made or unpaused, or start blktapctrl with --files and its folder; a file in the image's own folder is also allowed without write permissions: `chmod a-w {place}`"
             ),
         };
         Err(refused(disk, role, path, &why))

@@ -91,19 +91,19 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
     }
     if let Some(group) = open.target.group() {
         return Err(Failure::invalid(format!(
-            "{}: name the group when the disk is made, or later: `tap-ctl set -m MINOR --group {group}`; leave group={group} away",
+            "{}: name the group when the disk is made, or later: `tap-ctl set -m MINOR --group {group}`; remove group={group}",
             open.target
         )));
     }
     if open.target.rules() != SaidRules::default() {
         return Err(Failure::invalid(format!(
-            "{}: say what happens on errors when the disk is made, or later: `tap-ctl set -m MINOR --on-error stop`; leave on-error= and its like away",
+            "{}: say what happens on errors when the disk is made, or later: `tap-ctl set -m MINOR --on-error stop`; remove on-error= and the like",
             open.target
         )));
     }
     if open.target.is_shared() {
         return Err(Failure::invalid(format!(
-            "{}: set shared access to a disk when it is made, or with --mode w!; leave shared=yes away",
+            "{}: set shared access to a disk when it is made, or with --mode w!; remove shared=yes",
             open.target
         )));
     }

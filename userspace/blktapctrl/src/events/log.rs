@@ -106,7 +106,7 @@ pub(super) fn write(about: &About, what: &What) {
             tell!(
                 warn,
                 about,
-                "{disk}: stays with the image that it has: {why}"
+                "{disk}: no snapshot was made, it keeps its image: {why}"
             );
         }
         What::Streamed { target, outcome } => match outcome {
@@ -117,7 +117,11 @@ pub(super) fn write(about: &About, what: &What) {
         What::Mirrored { target, outcome } => {
             tell!(warn, about, "{disk}: {}", outcome.told(target));
         }
-        What::Unmarked { why } => tell!(warn, about, "{disk}: {why}: its marks are gone"),
+        What::Unmarked { why } => tell!(
+            warn,
+            about,
+            "{disk}: its dirty bitmaps are lost, so the next backup has to be a full one: {why}"
+        ),
         What::Untraced { path, why } => {
             tell!(
                 warn,
@@ -131,7 +135,7 @@ pub(super) fn write(about: &About, what: &What) {
             for_ms,
             killed,
         } => {
-            let then = if *killed { "killed" } else { "left alone" };
+            let then = if *killed { "killed" } else { "not killed" };
             tell!(
                 warn,
                 about,
@@ -143,7 +147,7 @@ pub(super) fn write(about: &About, what: &What) {
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default();
-            tell!(error, about, "{disk}: its processes die of a request ({request}): it failed, and the guest got the error; {count} so far"
+            tell!(error, about, "{disk}: a request made its processes die ({request}): the request failed, and the guest got the error; {count} so far"
             );
         }
         What::Created {
@@ -156,24 +160,24 @@ pub(super) fn write(about: &About, what: &What) {
         What::Inactive => tell!(
             info,
             about,
-            "{disk}: has let go of its image: the guest is suspended"
+            "{disk}: released its image, because the guest is suspended"
         ),
-        What::Active => tell!(info, about, "{disk}: has its image and resumed"),
+        What::Active => tell!(info, about, "{disk}: opened its image again and resumed"),
         What::Held { why } => tell!(error, about, "{disk}: the guest waits: {why}"),
         What::Resized { size } => tell!(info, about, "{disk}: now has {size} bytes"),
-        What::Unknown { why } => tell!(error, about, "{disk}: left alone: {why}"),
+        What::Unknown { why } => tell!(error, about, "{disk}: ignored: {why}"),
         What::Refused { why } => tell!(warn, about, "{why}"),
         What::NotDirect { why } => {
             tell!(
                 warn,
                 about,
-                "{disk}: its process serves it, and not the kernel by itself: {why}"
+                "{disk}: no passthrough, the process serves all requests: {why}"
             );
         }
         What::Reconnected { path } => {
             tell!(warn, about, "{disk}: connected to {} again", path.display())
         }
-        What::Destroyed => tell!(info, about, "{disk}: gone"),
+        What::Destroyed => tell!(info, about, "{disk}: destroyed"),
         // It says itself with which settings it begins.
         What::Began { .. } | What::Lost { .. } | What::Renumbered | What::Other => {}
     }

@@ -47,10 +47,10 @@ pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::invalid(format!(
-        "disk {} does not go on from {}: name the image below its own, as the snapshot named it; `tapimg info --chain \
-         IMAGE` of the disk's image shows it",
-        disk.minor,
-        image.path().display()
+        "{} is no backing image of disk {}: name one as the snapshot named it; `tapimg info --chain IMAGE` of the disk's \
+         image shows them",
+        image.path().display(),
+        disk.minor
     )))
 }
 

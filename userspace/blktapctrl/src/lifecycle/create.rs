@@ -51,7 +51,7 @@ impl Lifecycle {
         if let Some(said) = open.target.take_group() {
             if policy.group.as_ref().is_some_and(|other| *other != said) {
                 return Err(Failure::invalid(
-                    "two groups are named, in the target and beside it: leave one away",
+                    "two groups are named, in the target and beside it: remove one of them",
                 ));
             }
             policy.group = Some(said);

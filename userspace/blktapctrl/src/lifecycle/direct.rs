@@ -195,7 +195,7 @@ impl Lifecycle {
 pub(super) fn direct_fd<'o>(image: &Image, opened: &'o Opened) -> Result<BorrowedFd<'o>, Failure> {
     let fd = opened.fd().filter(|_| opened.direct);
     let path = image.path().display();
-    fd.ok_or_else(|| Failure::unsupported(format!("{path} has no direct I/O")))
+    fd.ok_or_else(|| Failure::unsupported(format!("the file system of {path} has no direct I/O")))
 }
 
 /// Locks the data of a file that the kernel is to get; false if another process has it locked.

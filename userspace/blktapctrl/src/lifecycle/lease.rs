@@ -240,7 +240,7 @@ impl Lifecycle {
             Some(other) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "the lease of {} is that of {}, which has not let go of it yet",
+                    "the lease of {} is that of {}, which has not released it yet",
                     image_of(target).display(),
                     other.name()
                 ),

@@ -72,7 +72,7 @@ impl Lifecycle {
                 let minor = disk.minor;
                 return Err(Failure::new(
                     Code::System,
-                    format!("it is not known whether disk {minor} has this mark, so it is none, set it again: {failure}"),
+                    format!("the dirty bitmap of disk {minor} may not have been started, so it is not used: start it again: {failure}"),
                 ));
             }
             Err(failure) => {
@@ -102,7 +102,7 @@ impl Lifecycle {
     pub(super) fn open_notes(&self, disk: &Disk) -> Result<OwnedFd, Failure> {
         let last = disk.record.borrow().marks.last().cloned();
         let last = last.ok_or_else(|| {
-            let why = format!("disk {} has no mark", disk.minor);
+            let why = format!("disk {} has no dirty bitmap", disk.minor);
             Failure::new(Code::NotFound, why)
         })?;
         notes::open(&self.map(disk, &last))
@@ -154,7 +154,7 @@ impl Lifecycle {
             tell!(
                 warn,
                 disk.about().failed(&failure),
-                "disk {}: its process does not know yet that a mark is gone: {failure}",
+                "disk {}: its process does not know yet that a dirty bitmap was removed: {failure}",
                 disk.minor
             );
         }
@@ -268,7 +268,10 @@ impl Lifecycle {
     ) -> Result<Changed, Failure> {
         loop {
             let found = numbered(disk, number).ok_or_else(|| {
-                let why = format!("disk {} has no mark {number} any more", disk.minor);
+                let why = format!(
+                    "disk {} no longer has the dirty bitmap {number}",
+                    disk.minor
+                );
                 Failure::new(Code::NotFound, why)
             })?;
             let maps = self.maps_since(disk, &found);
@@ -473,8 +476,8 @@ fn no_mark(disk: &Disk, name: &MarkName) -> Failure {
     Failure::new(
         Code::NotFound,
         format!(
-            "disk {0} has no mark {name}, so the changes since then are unknown: set a mark, and then copy all of it: \
-             `tap-ctl dirty -m {0} --mark {name}`",
+            "disk {0} has no dirty bitmap {name}, so the changes since then are unknown: start one, and then copy all of \
+             the disk: `tap-ctl dirty -m {0} --mark {name}`",
             disk.minor
         ),
     )

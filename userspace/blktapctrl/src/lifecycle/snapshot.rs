@@ -116,7 +116,7 @@ impl Lifecycle {
         }
         if target.key().is_some() {
             return Err(Failure::unsupported(format!(
-                "{target} would be a new image, and none is made that is encrypted: leave key= away"
+                "{target} would be a new image, and none is made that is encrypted: remove key="
             )));
         }
         key::must_stay_secret(&disk.open()?.target, "the new image")?;

@@ -291,7 +291,7 @@ impl Lifecycle {
             Some(other) => Err(Failure::new(
                 Code::Busy,
                 format!(
-                    "disk {} waits for {}, which has not let go of its export yet",
+                    "disk {} waits for {}, which has not released its export yet",
                     disk.minor,
                     other.name()
                 ),
@@ -344,7 +344,7 @@ impl Lifecycle {
         let has_it = |other: &&Rc<Disk>| other.record.borrow().inactive.is_none();
         let who = match rivals.iter().find(has_it) {
             Some(other) => format!(
-                "{} has it and has not let go: end its guest, or see why it is not suspended",
+                "{} has not released it: end its guest, or find out why it is not suspended",
                 other.name()
             ),
             None => failure.message,
@@ -365,7 +365,7 @@ pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
         Some(to) => Err(Failure::new(
             Code::Busy,
             format!(
-                "its image went on with {to}, so its guest's cached data is old: end the guest, or, if that disk has written nothing, resume it: `tap-ctl unpause -m {minor}`"
+                "{to} has continued with its image, so its guest's cached data is old: end the guest, or, if that disk has written nothing, resume this one: `tap-ctl unpause -m {minor}`"
             ),
         )),
     }

@@ -62,7 +62,7 @@ impl Together {
     /// Another one cannot be, or takes too long.
     pub(super) async fn arrive<'a>(&self, disk: &'a Disk) -> Result<Waits<'a>, Failure> {
         let waits = Waits::of(disk);
-        let what = "has not let go of its image";
+        let what = "has not released its image";
         self.wait(&self.served, disk.minor, LIMIT, what).await?;
         Ok(waits)
     }

@@ -245,7 +245,7 @@ impl Registry {
             }
         }
         for left in self.left_alone_or_forgotten() {
-            let who = format!("tap disk {}, which is left alone,", left.minor);
+            let who = format!("tap disk {}, which is ignored,", left.minor);
             let open = left.peek.open.as_ref().map(|open| &open.target);
             look(&who, open, left.peek.identity);
             if let Some(next) = &left.peek.next {

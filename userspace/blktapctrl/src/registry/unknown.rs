@@ -163,7 +163,7 @@ impl Registry {
             None => Ok(()),
             Some(unknown) => Err(Failure::new(
                 Code::Busy,
-                format!("disk {minor} is left alone: {}", unknown.why),
+                format!("disk {minor} is ignored: {}", unknown.why),
             )),
         }
     }
@@ -261,7 +261,7 @@ impl Registry {
         if !self.unknown.borrow().contains_key(&minor) {
             return Err(Failure::new(
                 Code::NotFound,
-                format!("disk {minor} is not one that is left alone: see `tap-ctl list`"),
+                format!("disk {minor} is not an ignored one (unknown= in `tap-ctl list`)"),
             ));
         }
         self.records.remove(minor).map_err(|error| {

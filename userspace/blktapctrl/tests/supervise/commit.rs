@@ -175,7 +175,7 @@ fn what_others_have_below_their_disks_stays() {
         mark(&secret);
         let wrong = asked(&bed, commit_to(&bed.dir, "secret")).await;
         let wrong = wrong.expect_err("it is not below");
-        assert!(wrong.message.contains("does not go on from"), "{wrong}");
+        assert!(wrong.message.contains("is no backing image of"), "{wrong}");
         assert!(is_marked(&secret));
         let itself = asked(&bed, commit_to(&bed.dir, "b.qcow2")).await;
         itself.expect_err("it is itself");

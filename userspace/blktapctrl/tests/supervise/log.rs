@@ -171,7 +171,7 @@ fn a_line_says_which_disk_of_which_guest_it_is_about() {
         left.assert_has(&[("answered", "5"), ("direct", "0")]);
         // The disk still has these fields when it goes.
         bed.destroy(minor).await;
-        let gone = lines.one_with("disk 0: gone");
+        let gone = lines.one_with("disk 0: destroyed");
         gone.assert_has(&[("event", "destroyed"), ("guest", "web"), ("vdev", "xvdb")]);
         assert_eq!(lines.with("has left it after").len(), 2);
     });
@@ -273,7 +273,7 @@ fn a_new_disk_does_not_pay_for_lines_of_the_one_that_had_its_number() {
         (0..1000).for_each(|number| refused(&bed, minor, format!("refused: {number}")));
         // Usual lines come all the same.
         bed.destroy(minor).await;
-        lines.one_with(&format!("disk {minor}: gone"));
+        lines.one_with(&format!("disk {minor}: destroyed"));
         let told = lines.one_with("were left out of the log");
         told.assert_has(&[("minor", &minor.to_string())]);
         assert_eq!(bed.made(bed.create("a.img")).await, minor, "its number");
@@ -369,7 +369,7 @@ fn the_journal_gets_fields_and_others_get_text() {
         };
         let (datagrams, text) = written(&dir, &journal, &mut child);
         let has = |part: &[u8]| datagrams.windows(part.len()).any(|at| at == part);
-        let is_text = text.contains("ERROR disk 7: left alone: ");
+        let is_text = text.contains("ERROR disk 7: ignored: ");
         let begins = format!("blktapctrl {} begins: ", env!("CARGO_PKG_VERSION"));
         assert_eq!(text.contains(&begins), !journal_reads_it, "{text}");
         assert_eq!(

@@ -176,7 +176,7 @@ fn what_nobody_named_is_refused_with_the_remedy() {
             ask(&bed, "ask", &[parent(path)]);
             let why = refused(&bed, with(&bed, "a.qcow2", &[&named])).await;
             assert!(why.contains(&path.display().to_string()), "{why}");
-            assert!(why.contains("name it with --files"), "{why}");
+            assert!(why.contains("give --files"), "{why}");
             let why =
                 move |what: &What| matches!(what, What::Refused { why: told } if *told == why);
             assert!(bed.events().iter().any(why));
@@ -741,7 +741,7 @@ fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
         for path in [&secret, &link, &folder.join("../elsewhere/secret")] {
             ask(&bed, "ask", &[parent(path)]);
             let why = refused(&bed, bed.create("a.qcow2")).await;
-            assert!(why.contains("nobody named"), "{why}");
+            assert!(why.contains("--files does not name"), "{why}");
         }
         bed.assert_nothing_left().await;
     });
@@ -839,7 +839,7 @@ fn a_chain_of_snapshots_is_what_was_served() {
         bed.destroy(0).await;
         // Another disk may not.
         let why = refused(&bed, bed.create("c.qcow2")).await;
-        assert!(why.contains("nobody named"), "{why}");
+        assert!(why.contains("--files does not name"), "{why}");
         bed.assert_nothing_left().await;
     });
 }

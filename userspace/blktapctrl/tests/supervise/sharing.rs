@@ -164,10 +164,7 @@ fn target_says_that_others_may_have_the_image() {
         bed.ask(pause(0)).await.expect("paused");
         let failure = bed.ask(unpause(Some(target("sync")))).await;
         let failure = failure.expect_err("too late");
-        assert!(
-            failure.message.contains("leave shared=yes away"),
-            "{failure}"
-        );
+        assert!(failure.message.contains("remove shared=yes"), "{failure}");
     });
 }
 

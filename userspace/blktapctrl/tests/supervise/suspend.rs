@@ -464,7 +464,7 @@ fn next_supervisor_knows_who_is_inactive() {
         moving.is(there, State::Running).await;
         moving.wish(source);
         bed.lifecycle.patience_for_images.set(Duration::ZERO);
-        moving.held("went on with").await;
+        moving.held("has continued with its image").await;
         bed.lifecycle.destroy_all(bed.registry().all()).await;
     });
 }

@@ -18,7 +18,7 @@ impl Target {
     pub fn with_key(self, key: PathBuf) -> Result<Self, Failure> {
         if !self.driver.may_have_key() {
             return Err(Failure::invalid(format!(
-                "{self} is no image that could be encrypted, which is luks: and qcow2:; leave key= away"
+                "{self} is no image that could be encrypted, which is luks: and qcow2:; remove key="
             )));
         }
         if self.direct == Some(true) {
@@ -63,13 +63,13 @@ mod tests {
         assert_ne!(target, "key=/other,luks:/a".parse().unwrap());
         assert_eq!("luks:/a".parse::<Target>().unwrap().key(), None);
         for (wrong, remedy) in [
-            ("key=/k,aio:/a", "leave key= away"),
+            ("key=/k,aio:/a", "remove key="),
             ("key=/k,vhd:/a", "luks: and qcow2:"),
-            ("key=/k,cow:qcow2:/a", "leave key= away"),
-            ("key=/k,nbd://host/a", "leave key= away"),
+            ("key=/k,cow:qcow2:/a", "remove key="),
+            ("key=/k,nbd://host/a", "remove key="),
             ("key=/k,direct=yes,qcow2:/a", "knows no keys"),
             ("direct=yes,key=/k,qcow2:/a", "knows no keys"),
-            ("direct=no,key=/k,luks:/a", "leave direct= away"),
+            ("direct=no,key=/k,luks:/a", "remove direct="),
             ("key=k,luks:/a", "absolute path"),
             ("key=,luks:/a", "absolute path"),
             ("key=/k\n,luks:/a", "absolute path"),

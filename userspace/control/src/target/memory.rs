@@ -45,7 +45,7 @@ impl Target {
     pub fn with_name(self, name: MemoryName) -> Result<Self, Failure> {
         if self.driver != Driver::Ram {
             return Err(Failure::invalid(format!(
-                "{self} is no memory that several disks could have, which is ram:; leave name= away"
+                "{self} is no memory that several disks could have, which is ram:; remove name="
             )));
         }
         Ok(Self {
@@ -87,15 +87,15 @@ mod tests {
         assert_eq!(private.name(), None);
         assert!(private.has_own_memory());
         for (wrong, remedy) in [
-            ("name=a,aio:/a", "leave name= away"),
-            ("name=a,cow:/a", "leave name= away"),
-            ("name=a,null:1M", "leave name= away"),
-            ("name=a,nbd://host/a", "leave name= away"),
+            ("name=a,aio:/a", "remove name="),
+            ("name=a,cow:/a", "remove name="),
+            ("name=a,null:1M", "remove name="),
+            ("name=a,nbd://host/a", "remove name="),
             ("name=a,name=a,ram:1M", "twice"),
             ("name=a,ram:", "has no size"),
             ("name=a", "ends after name="),
-            ("lease=record,name=a,ram:1M", "leave lease=record away"),
-            ("direct=yes,name=a,ram:1M", "leave direct= away"),
+            ("lease=record,name=a,ram:1M", "remove lease=record"),
+            ("direct=yes,name=a,ram:1M", "remove direct="),
             ("ram:1M,a", "has no size"),
         ] {
             let failure = wrong.parse::<Target>().unwrap_err();

@@ -74,7 +74,7 @@ impl Words {
             };
             if twice {
                 return Err(Failure::invalid(format!(
-                    "{text:?} says {name}= twice: leave one away"
+                    "{text:?} says {name}= twice: remove one of them"
                 )));
             }
             rest = target.strip_prefix("tap:").unwrap_or(target);
@@ -179,7 +179,7 @@ fn cached(text: &str) -> Result<(), Failure> {
     match text {
         "cached" => Ok(()),
         _ => Err(Failure::invalid(format!(
-            "below={text}: write below=cached, or leave it away, and what is below is read past the page cache"
+            "below={text}: write below=cached, or remove it, and what is below is read past the page cache"
         ))),
     }
 }
@@ -189,7 +189,7 @@ fn yes(text: &str) -> Result<(), Failure> {
     match text {
         "yes" => Ok(()),
         _ => Err(Failure::invalid(format!(
-            "shared={text}: write shared=yes, or leave it away, and the mode says who else may have the disk"
+            "shared={text}: write shared=yes, or remove it, and the mode says who else may have the disk"
         ))),
     }
 }

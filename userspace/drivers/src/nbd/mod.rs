@@ -212,7 +212,7 @@ impl<C: Connect> Nbd<C> {
         }
         if !about.smallest.is_power_of_two() || about.smallest > MAX_BLOCK {
             return image(format!(
-                "{name} transfers {} bytes at least, and a guest's blocks have 512 to {MAX_BLOCK}",
+                "{name} transfers at least {} bytes at a time, but blocks of a guest's disk have 512 to {MAX_BLOCK}: configure smaller blocks on the server",
                 about.smallest
             ));
         }

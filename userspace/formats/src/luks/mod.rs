@@ -112,7 +112,11 @@ async fn resize<S: Storage>(file: &S, size: u64, barrier: &Barrier<S>) -> Result
         ));
     }
     let end = header.payload.checked_add(size);
-    let end = end.ok_or_else(|| Failure::invalid(format!("no file has {size} bytes")))?;
+    let end = end.ok_or_else(|| {
+        Failure::invalid(format!(
+            "no file can have {size} bytes: give a smaller size"
+        ))
+    })?;
     let work = async {
         file.set_size(end).await?;
         barrier.settle().await

@@ -103,7 +103,7 @@ fn check_tables(tables: &[EntryTable]) -> Result<(), Failure> {
     places.sort_unstable();
     match places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
         Some(pair) => Err(refused(format!(
-            "the L1 tables of two snapshots overlap at byte {}: the image is damaged",
+            "the L1 tables of two snapshots overlap at byte {}: the image is damaged, restore it from a backup",
             pair[1].0
         ))),
         None => Ok(()),

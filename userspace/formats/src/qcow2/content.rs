@@ -28,7 +28,7 @@ impl<S: Storage> ClusterFile<S> {
             return match key {
                 None => Ok(Self::Plain(data.unwrap_or(file).clone())),
                 Some(_) => Err(Failure::invalid(
-                    "the image is not encrypted, and a key was named: leave key= away, or copy the image with qemu-img \
+                    "the image is not encrypted, and a key was named: remove key=, or copy the image with qemu-img \
                      convert into one that is",
                 )),
             };

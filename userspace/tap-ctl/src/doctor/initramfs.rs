@@ -255,7 +255,7 @@ impl InitramfsImage {
             Ok(false) => None,
             Ok(true) => {
                 let what = format!(
-                    "{name} was made before {} came there, so its xen-blkback-rs is an earlier one",
+                    "{name} is older than {}, so it contains an earlier xen-blkback-rs",
                     file.display()
                 );
                 Some(warn(ABOUT, what, &self.again))

@@ -5,11 +5,12 @@
 //! claimed for a copy as for a write of the guest, so neither overtakes the other.
 
 use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
+use crate::session::not_running;
 use crate::twin::first;
 use crate::{Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
 use control::tapdisk::Call;
-use control::{Code, Failure};
+use control::Failure;
 use diskio::{Bytes, Data, Errno, SeenErrors};
 use drivers::{Attributes, Content, Disk};
 use std::rc::Rc;
@@ -40,8 +41,7 @@ async fn begin(session: &Rc<Session>) -> Result<Stream, Failure> {
     // This does not wait for a disk that has stopped, because the session must be able to receive the request that
     // resumes it.
     let server = session.server().filter(|server| server.is_fetching());
-    let stopped = || Failure::new(Code::State, "the disk does not run");
-    let server = server.ok_or_else(stopped)?;
+    let server = server.ok_or_else(not_running)?;
     let _hold = server.hold();
     if !server.disk().goes_on().await? {
         return Ok(Stream {

@@ -90,7 +90,7 @@ impl Client {
         let mut meant = vec![Context::Allocation];
         if may_mean_marks(&asked, is_list) {
             let marks = self.session.since_marks().await.map_err(|failure| {
-                diskio::say!("tapdisk: an NBD client is not told of marks: {failure}");
+                diskio::say!("tapdisk: an NBD client gets no dirty bitmaps: {failure}");
                 Errno::IO
             })?;
             meant.extend(marks.into_iter().map(Context::Since));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The end of serving: for a while, or for good.
 
-use super::{inactive, Inner, Session};
+use super::{inactive, not_running, Inner, Session};
 use crate::Server;
 use control::tapdisk::Reply;
-use control::{Code, Failure};
+use control::Failure;
 use diskio::Errno;
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ impl Session {
             return Ok(Reply::Done);
         }
         let Some(server) = self.server() else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
+            return Err(not_running());
         };
         // The kernel would report success to a flush whose error this process has got.
         let _ban = self.direct.forbid().await?;

@@ -4,7 +4,7 @@
 //! The process has the node, and no access to the image. Its requests wait in the kernel, and the supervisor learns
 //! when one arrives: that means that the guest runs here and the image is needed again.
 
-use super::{no_node, Session};
+use super::{no_node, not_running, Session};
 use crate::told::describe;
 use crate::troubles::wait;
 use control::tapdisk::{Open, Reply, Stamp};
@@ -31,7 +31,7 @@ impl Session {
             return Ok(Reply::Inactive { stamp });
         }
         let Some(server) = self.state.borrow().server.clone() else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
+            return Err(not_running());
         };
         server.drain().await?;
         let disk = self.state.borrow().disk.clone();

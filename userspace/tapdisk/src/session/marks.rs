@@ -72,7 +72,7 @@ impl Since {
         let name = &self.name;
         Failure::new(
             Code::NotFound,
-            format!("it is not known what has changed since the mark {name}, so copy all of the disk: {why}"),
+            format!("the changes since the dirty bitmap {name} are unknown, so copy all of the disk: {why}"),
         )
     }
 }

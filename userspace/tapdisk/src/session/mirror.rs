@@ -2,7 +2,7 @@
 //! The disk is copied to another image, which then takes its place.
 
 use super::image::{below, flush_tables, forget_lost, kind, may_be_lost};
-use super::Session;
+use super::{not_running, Session};
 use crate::jobs::mirror;
 use crate::told::{params, succeeds};
 use crate::twin::{Twin, WriteLock};
@@ -32,7 +32,7 @@ impl Session {
     ) -> Result<Reply, Failure> {
         let server = self.server();
         let Some(server) = server.filter(|server| server.is_fetching()) else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
+            return Err(not_running());
         };
         if server.is_read_only() || open.read_only || rate == 0 {
             return Err(Failure::invalid(

@@ -29,7 +29,11 @@ impl Session {
         let given = match (unit, memory) {
             (Some(unit), Some(memory)) => Some((unit, memory)),
             (None, None) => None,
-            _ => return Err(Failure::invalid("notes are a descriptor and its unit")),
+            _ => {
+                return Err(Failure::invalid(
+                    "a dirty bitmap needs both its memory and its unit",
+                ))
+            }
         };
         let is_wanted = given.is_some();
         self.while_still(&self.noted, is_wanted, |server, open| {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A disk becomes larger while it is served.
 
-use super::Session;
+use super::{not_running, Session};
 use crate::told::described;
 use control::stats::Mirroring;
 use control::tapdisk::{self, Reply};
-use control::{Code, Failure};
+use control::Failure;
 use tapdev::Params;
 
 impl Session {
     /// Makes the image larger, and tells the guest.
     pub(super) async fn grow(&self, size: u64) -> Result<Reply, Failure> {
         let Some(server) = self.server() else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
+            return Err(not_running());
         };
         let old = server.size();
         if size < old {
@@ -39,10 +39,10 @@ impl Session {
         let (tap, server, params, disk) = {
             let state = self.state.borrow();
             let (Some(tap), Some(server)) = (&state.tap, &state.server) else {
-                return Err(Failure::new(Code::State, "the disk does not run"));
+                return Err(not_running());
             };
             let (Some(params), Some(disk)) = (state.params, state.disk.clone()) else {
-                return Err(Failure::new(Code::State, "the disk does not run"));
+                return Err(not_running());
             };
             (tap.clone(), server.clone(), params, disk)
         };

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Observers that must see all requests from a moment on begin when no request is under way.
 
-use super::Session;
+use super::{not_running, Session};
 use crate::direct::Ban;
 use crate::Server;
 use control::tapdisk::{Open, Reply};
-use control::{Code, Failure};
+use control::Failure;
 use std::cell::RefCell;
 
 impl Session {
@@ -26,7 +26,7 @@ impl Session {
     ) -> Result<Reply, Failure> {
         let server = self.server();
         let Some(server) = server.filter(|server| server.is_fetching()) else {
-            return Err(Failure::new(Code::State, "the disk does not run"));
+            return Err(not_running());
         };
         let ban = self.ban_if(is_wanted).await?;
         let all = server.claim(0, u64::MAX, true).await;

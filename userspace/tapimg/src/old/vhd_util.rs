@@ -312,7 +312,7 @@ async fn grow(
             return Err(image.said(Failure::new(
                 Code::Image,
                 format!(
-                    "its table has room for {} MiB: leave -f out, with the disk detached",
+                    "its table has room for {} MiB: detach the disk and leave -f out",
                     facts.most / MIB
                 ),
             )));

@@ -123,7 +123,7 @@ fn nothing_is_made_that_would_be_in_plain_text() {
             "would not be",
         ),
         ("commit key=key,qcow2:a.qcow2", "is encrypted"),
-        ("info key=key,aio:plain", "leave key= away"),
+        ("info key=key,aio:plain", "remove key="),
     ] {
         let said = bench.bad(2, line);
         assert!(said.contains(why), "{line}: {said}");

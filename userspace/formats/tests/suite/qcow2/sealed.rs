@@ -207,7 +207,7 @@ fn key_of_an_image_that_is_not_encrypted_is_refused() {
     run(async move { create(&file, &Qcow2Create::new(SIZE)).await }).unwrap();
     let disk = Disk::new(qcow2(world.file(0), None, Some(key())));
     let failure = run(async move { disk.activate().await }).expect_err("it opened");
-    assert!(failure.message.contains("leave key= away"), "{failure}");
+    assert!(failure.message.contains("remove key="), "{failure}");
 }
 
 #[test]
