@@ -130,7 +130,7 @@ fn open(args: &Serve, parents: Option<Below>) -> Result<Open, Failure> {
     let read_only = !(args.write || forgets);
     if !read_only && target.driver() == Driver::Vhdx {
         return Err(Failure::unsupported(format!(
-            "{target} can only be read: leave --write away, or serve cow:{target}, whose writes are in memory"
+            "{target} can only be read: remove --write, or serve cow:{target}, whose writes are in memory"
         )));
     }
     let parents = parents.map(|kind| crate::named::kind_name(kind).parse());
