@@ -45,8 +45,8 @@ async fn tables(
     Ok((blocks, batmap))
 }
 
-/// Moves all blocks that begin before the byte `end` behind all others. The image must not be in use. Whenever this ends,
-/// the image is whole and has the same content.
+/// Moves all blocks that begin before the byte `end` behind all others, and the footer at the image's end behind `end`.
+/// The image must not be in use. Whenever this ends, the image is whole and has the same content.
 ///
 /// # Errors
 /// The image is damaged, or has no room on its device.
@@ -66,7 +66,9 @@ pub(crate) async fn clear(
         .filter_map(|(at, _, block)| block.filter(|_| at < end).map(|block| (block, at)))
         .collect();
     if in_front.is_empty() {
-        return Ok(());
+        // Even so the footer at the end may be in the way.
+        let room = make_room(storage, footer, end).await;
+        return room.map_err(failed("cannot make the VHD longer"));
     }
     let mut items: Vec<Item> = blocks.items(len).collect();
     items.extend(header.items(footer));
@@ -100,7 +102,7 @@ pub(crate) async fn clear(
     moved.map_err(failed("cannot move the first blocks of the VHD"))
 }
 
-/// Makes the image long enough for blocks up to `end`, with a footer behind them before the old one is overwritten.
+/// Makes the image long enough for anything up to `end`, with a footer behind that before the old one is overwritten.
 async fn make_room(storage: &impl Storage, footer: &Footer, end: u64) -> Result<(), Errno> {
     let (length, len) = (storage.size()?, footer::LEN as u64);
     let needed = end.checked_add(len).ok_or(Errno::FBIG)?;
@@ -110,7 +112,10 @@ async fn make_room(storage: &impl Storage, footer: &Footer, end: u64) -> Result<
             false => Err(Errno::NOSPC),
         };
     }
-    let new = needed.max(length).checked_next_multiple_of(PAGE);
+    if needed <= length {
+        return Ok(());
+    }
+    let new = needed.checked_next_multiple_of(PAGE);
     let at = new.ok_or(Errno::FBIG)? - len;
     storage.write(at, Bytes::copied(footer.bytes())?).await?;
     storage.flush().await

@@ -16,7 +16,7 @@ use control::Code;
 use diskio::{Bytes, Data, Errno, Io, Runtime};
 use drivers::{Attributes, Disk};
 use formats::vhd::{
-    create, grow, id, look, set_parent, spelled, ParentOf, Vhd, VhdCreate, VhdKind,
+    create, footers, grow, id, look, set_parent, spelled, ParentOf, Vhd, VhdCreate, VhdKind,
 };
 use formats::{ImageParts, Options};
 use std::path::PathBuf;
@@ -384,6 +384,28 @@ fn growing_can_be_interrupted_at_any_change() {
                 expected.map(|names| names.map(String::from).to_vec())
             );
         }
+    }
+}
+
+/// In an image without blocks the footer at the end is behind the metadata, and in the way of more.
+#[test]
+fn an_image_without_blocks_keeps_its_footer() {
+    for kind in [VhdKind::Dynamic, VhdKind::Differencing] {
+        let world = World::new(image(make(kind, SIZE, 0)));
+        let (storage, disk) = (world.file(0), open(&world, kind));
+        run(async move {
+            if kind == VhdKind::Differencing {
+                for path in ["../other/a longer name.vhd", "b"] {
+                    let (path, id) = (path.into(), [8; 16]);
+                    let named = set_parent(&storage, &ParentOf { path, id }).await;
+                    named.unwrap();
+                    assert_eq!(footers(&storage).await, Ok(None), "{kind:?}");
+                }
+            }
+            grow(&storage, 2100 << 20).await.unwrap();
+            assert_eq!(footers(&storage).await, Ok(None), "{kind:?}");
+            assert_eq!(disk.activate().await.unwrap().size, 2100 << 20);
+        });
     }
 }
 
