@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// Opens files for one disk.
 #[derive(Debug)]
-pub(super) struct Broker {
+pub(super) struct FileBroker {
     open: Open,
     /// Folders of the image: where its name is, and where its file is. Files directly in them may be named by it.
     beside: Vec<PathBuf>,
@@ -22,7 +22,7 @@ pub(super) struct Broker {
     allowed: Vec<PathBuf>,
 }
 
-impl Broker {
+impl FileBroker {
     /// Prepares to open files for the disk of `open`, also those that `allowed` names or that are below them.
     pub(super) fn new(open: Open, allowed: &[PathBuf]) -> Result<Self, Failure> {
         let found = |path: &Path| {

@@ -9,7 +9,7 @@ mod socket;
 
 use crate::cli::Serve;
 use crate::{Error, VerbOutcome};
-use broker::Broker;
+use broker::FileBroker;
 use control::tapdisk::{Open, Reply, Request};
 use control::{shown_json, Code, Driver, Export, Failure};
 use formats::Below;
@@ -23,7 +23,7 @@ use tapdisk::sandbox::User;
 
 /// Message for a program as soon as clients can connect.
 #[derive(Debug, serde::Serialize)]
-struct Ready {
+struct ReadyMessage {
     /// Address for clients.
     uri: String,
     /// Bytes of the disk.
@@ -35,7 +35,7 @@ struct Ready {
     pid: u32,
 }
 
-impl Ready {
+impl ReadyMessage {
     fn text(&self, args: &Serve) -> String {
         format!(
             "serving {}{}, {} bytes, at {}\n",
@@ -64,7 +64,7 @@ pub(crate) fn serve(
     if let Some(user) = &args.user {
         User::find(user).map_err(|error| Failure::system("cannot use --user", &error))?;
     }
-    let broker = Broker::new(open.clone(), &args.allow)?;
+    let broker = FileBroker::new(open.clone(), &args.allow)?;
     let image = broker.image()?;
     let socket = ServerSocket::bind(&args.socket)?;
     let mut process = ServingProcess::start(signals, args.user.as_deref(), broker)?;
@@ -80,7 +80,7 @@ pub(crate) fn serve(
         reply => return Err(unexpected(&reply).into()),
     }
     process.serves();
-    let ready = Ready {
+    let ready = ReadyMessage {
         uri: Export::at_socket(socket.path().into(), args.export.clone()).to_string(),
         size: disk.size,
         block: disk.logical_block,
@@ -99,7 +99,7 @@ pub(crate) fn serve(
     Ok(VerbOutcome::Good)
 }
 
-fn say(ready: &Ready, args: &Serve, json: bool) -> io::Result<()> {
+fn say(ready: &ReadyMessage, args: &Serve, json: bool) -> io::Result<()> {
     let mut out = io::stdout();
     match json {
         true => {

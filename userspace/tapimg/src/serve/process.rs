@@ -2,7 +2,7 @@
 //! The process that serves: this program once more, in the sandbox of tapdisk, with a connection for orders as its
 //! standard input and one for its questions as its standard output.
 
-use super::broker::Broker;
+use super::broker::FileBroker;
 use control::tapdisk::{Reply, Request};
 use control::wire::{Envelope, Outcome};
 use control::{Channel, Code, Failure};
@@ -42,7 +42,7 @@ impl ServingProcess {
     pub(super) fn start(
         signals: OwnedFd,
         user: Option<&str>,
-        broker: Broker,
+        broker: FileBroker,
     ) -> Result<Self, Failure> {
         let failed = |error| Failure::system("cannot start the process that serves", &error);
         let (orders, its_orders) = UnixStream::pair().map_err(failed)?;

@@ -11,13 +11,13 @@ pub(crate) const NOT_PERMITTED: u32 = 1;
 pub(crate) const INVALID: u32 = 22;
 
 /// A connection.
-pub(crate) struct Client {
+pub(crate) struct RawClient {
     socket: UnixStream,
     size: u64,
     flags: u16,
 }
 
-impl Client {
+impl RawClient {
     /// Connects and reads nothing.
     pub(crate) fn unread(path: &Path) -> Self {
         let socket = UnixStream::connect(path).unwrap();
