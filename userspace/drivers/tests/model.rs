@@ -32,14 +32,14 @@ const ENGINES: [Engine; 3] = [Engine::Uring, Engine::Aio, Engine::Sync];
 
 /// A driver that the model judges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Judged {
+enum JudgedDriver {
     /// One of the table.
     Named(Name),
     /// The example of the page about drivers.
     Example,
 }
 
-impl Judged {
+impl JudgedDriver {
     /// All drivers of this crate that keep writes, and the example.
     fn all() -> Vec<Self> {
         // `formats` has a model of its own, `tests/nbd` judges exports, and `null` forgets everything.
@@ -221,7 +221,7 @@ proptest! {
     #[test]
     fn drivers_agree_with_memory(steps in prop::collection::vec(step(), 1..40), twice: bool) {
         let groups = groups(steps);
-        for (judged, engine) in Judged::all().into_iter().flat_map(|judged| ENGINES.map(|engine| (judged, engine))) {
+        for (judged, engine) in JudgedDriver::all().into_iter().flat_map(|judged| ENGINES.map(|engine| (judged, engine))) {
             let runtime = Runtime::new();
             runtime.io.select(engine).unwrap();
             let (disk, shape, file) = judged.disk(&runtime);
@@ -283,7 +283,7 @@ fn the_example_refuses_headers_that_cannot_be() {
         (8, &(u64::MAX - 511).to_le_bytes()[..]),
     ] {
         let runtime = Runtime::new();
-        let (disk, _, file) = Judged::Example.disk(&runtime);
+        let (disk, _, file) = JudgedDriver::Example.disk(&runtime);
         drop(disk);
         file.as_file().write_all_at(bytes, at).unwrap();
         let what = request(Name::Aio, &file);
