@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Programs of Xen's tools and of XCP-ng that this one is, too, under their names: it takes their options, and answers
-//! as they do.
+//! Programs of blktap whose options this program takes under their names, for scripts. XCP-ng's storage manager needs
+//! more than they have here.
 
 mod qcow;
 mod vhd_util;

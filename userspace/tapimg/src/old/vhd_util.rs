@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `vhd-util`, as the storage manager of XCP-ng and scripts call it.
+//! `vhd-util`, as scripts call it.
 
 use super::{mib, MIB};
 use crate::chain::below;
@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 /// Makes and changes VHDs, with the options of blktap's program of this name.
 ///
 /// Images are locked while they are used: what a guest is using is refused, where the other program relied on its
-/// caller. Journals are not needed: whenever the work ends, the image is whole.
+/// caller. Journals are not needed: whenever the work ends, the image is whole. XCP-ng's storage manager needs verbs and
+/// options that are missing here.
 #[derive(Debug, Parser)]
 #[command(name = "vhd-util", version)]
 pub(super) struct VhdUtilCli {
@@ -499,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_the_storage_manager_are_understood() {
+    fn lines_of_scripts_are_understood() {
         for line in [
             "create --debug -n /a.vhd -s 10240",
             "create --debug -n /a.vhd -s 10240 -S 2097152",

@@ -18,7 +18,7 @@ fn good(bench: &Bench, line: &str) -> String {
     said.out
 }
 
-/// A chain of three, as a storage manager makes it: `a` below `b` below `c`, each with something of its own; `want`
+/// A chain of three, as scripts of blktap make it: `a` below `b` below `c`, each with something of its own; `want`
 /// is what `c` shows.
 fn chain(bench: &Bench) {
     good(bench, "create --debug -n a -s 24");
