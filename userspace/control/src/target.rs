@@ -278,8 +278,8 @@ impl Target {
                 "{self} is reached by a socket of this host, which needs no encryption: remove tls-ca= and the like"
             ))),
             None => Err(Failure::invalid(format!(
-                "{self} is no export of a server, to which a connection could be encrypted: leave tls-ca= and its \
-                 like away"
+                "{self} is no export of a server, to which a connection could be encrypted: remove tls-ca= and \
+                 its like"
             ))),
         }
     }
@@ -675,7 +675,7 @@ mod tests {
                 true => assert!(said.unwrap().caches_below(), "{driver}"),
                 false => {
                     let failure = said.unwrap_err();
-                    assert!(failure.message.contains("leave below=cached"), "{failure}");
+                    assert!(failure.message.contains("remove below=cached"), "{failure}");
                 }
             }
         }
@@ -715,9 +715,9 @@ mod tests {
         assert_eq!((plain.tls(), plain.export()), (None, target.export()));
         assert_ne!(plain, target);
         for (wrong, remedy) in [
-            ("tls-ca=/a,aio:/a", "leave tls-ca="),
-            ("tls-ca=/a,cow:/a", "leave tls-ca="),
-            ("tls-ca=/a,nbd:unix:/run/s", "leave tls-ca="),
+            ("tls-ca=/a,aio:/a", "remove tls-ca="),
+            ("tls-ca=/a,cow:/a", "remove tls-ca="),
+            ("tls-ca=/a,nbd:unix:/run/s", "remove tls-ca="),
             ("tls-ca=a,nbd:host", "absolute path"),
             ("tls-ca=,nbd:host", "absolute path"),
             ("tls-ca=/a\n,nbd:host", "absolute path"),

@@ -85,7 +85,7 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
     }
     if open.target.limits().is_some() {
         return Err(Failure::invalid(format!(
-            "{}: give the limits when the disk is made, or later: `tap-ctl set -m MINOR --bps 20M`; leave bps= and iops= away",
+            "{}: give the limits when the disk is made, or later: `tap-ctl set -m MINOR --bps 20M`; remove bps= and iops=",
             open.target
         )));
     }

@@ -25,7 +25,7 @@ impl Target {
             }),
             false => Err(Failure::invalid(format!(
                 "sector-size={size}: a guest's sectors have 512 or 4096 bytes: write sector-size=512 or \
-                 sector-size=4096, or leave it away, and the image or its storage decides"
+                 sector-size=4096, or remove it, and the image or its storage decides"
             ))),
         }
     }

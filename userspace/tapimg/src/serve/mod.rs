@@ -122,7 +122,7 @@ fn open(args: &Serve, parents: Option<Below>) -> Result<Open, Failure> {
     }
     if target.limits().is_some() {
         return Err(Failure::unsupported(format!(
-            "{target} has limits, which hold for a guest and not for NBD clients: leave bps= and iops= away"
+            "{target} has limits, which hold for a guest and not for NBD clients: remove bps= and iops="
         )));
     }
     // Writes to these go to memory, which ends with the program.
