@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn commands_in_the_text_of_a_page_are_found_with_their_line() {
-        let page = "a `saw cut` b\nc `saw limits set`,\n\n`saw cut\n-m 3` and `saws x`\n```\n`saw no`\n```\n| `saw | a |\n| b` | `saw planted` |\n";
+        let page = "a `saw cut` b\nc `saw limits set`,\n\n`saw cut\n-m 3` and `saws x`\n```\n`saw no`\n```\n| `saw | a |\n| b | `saw planted` |\n";
         let found = in_paragraphs("saw", &verbs(), &in_page(page));
         assert_eq!(
             lines(found),

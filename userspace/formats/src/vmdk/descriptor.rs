@@ -496,7 +496,7 @@ mod tests {
             ("CID=00000001", "CID=x"),
             ("RW 1 ZERO", "RW x ZERO"),
             ("RW 1 ZERO", "RW 1"),
-            ("RW 1 ZERO", "RW 1 SESPARSE \"a\""),
+            ("RW 1 ZERO", "RW 1 STRANGE \"a\""),
             ("RW 1 ZERO", "RW 1 FLAT a 0"),
             ("RW 1 ZERO", "RW 1 FLAT \"a\" b"),
             ("RW 1 ZERO", "NOACCESS 1 ZERO"),

@@ -476,7 +476,7 @@ mod tests {
     fn an_earlier_copy_of_our_module_is_told() {
         let made = host();
         packed_at(&made, SystemTime::now() - Duration::from_secs(3600));
-        wrong(&made, &format!("{OURS}{SETTINGS}"), "an earlier one");
+        wrong(&made, &format!("{OURS}{SETTINGS}"), "contains an earlier");
         well_with(&made, &format!("{C}{SETTINGS}"));
         made.file("/lib/modules/7.2-amd64/modules.dep", "kernel/a.ko:\n");
         wrong(&made, OURS, "/lib/modules/7.2-amd64 has none");

@@ -233,7 +233,7 @@ impl Session {
 fn other_sectors(target: &Target, its: u32, wanted: u32) -> Failure {
     let store = match target.driver() {
         Driver::Qcow2 => {
-            ", or make the image with `tapimg create --sector-size N`, which stores it"
+            ", or make the image with `tapimg create IMAGE SIZE --sector-size 4096`, or 512, which it stores"
         }
         _ => "",
     };
