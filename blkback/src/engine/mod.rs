@@ -15,6 +15,7 @@
 //! surroundings through three ports:
 
 pub mod backend;
+mod batch;
 pub mod blocks;
 mod clock;
 mod complete;

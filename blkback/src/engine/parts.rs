@@ -3,12 +3,12 @@
 //! The parts of an engine. Each step of a pass is a file that works on it.
 
 use crate::engine::backend::Backend;
+use crate::engine::batch::Batch;
 use crate::engine::blocks::BlockGroup;
 use crate::engine::clock::PassClock;
 use crate::engine::latency::Latencies;
 use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
-use crate::engine::quick::Batch;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, TableShape};
 use crate::engine::stats::{Flight, Stats};

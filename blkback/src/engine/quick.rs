@@ -12,49 +12,9 @@ use crate::engine::requests::{Handle, PendingRequest, StageList, Taken};
 use crate::engine::segments::Pool;
 use crate::engine::submit::add;
 use crate::ring::grants::Grants;
-use crate::ring::numbers::QueueTag;
 use crate::ring::ports::SharedRing;
 use crate::ring::request::Plain;
 use crate::ring::response::ResponseStatus;
-
-/// Requests that the backend gets together. They are in the list of those that it has, one behind the other.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    first: Option<QueueTag>,
-    count: u16,
-    /// When the backend gets them, in nanoseconds, if one was added.
-    begun: u64,
-}
-
-impl Batch {
-    pub(super) fn is_empty(&self) -> bool {
-        self.first.is_none()
-    }
-
-    pub(super) fn first(&self) -> Option<QueueTag> {
-        self.first
-    }
-
-    pub(super) fn count(&self) -> u16 {
-        self.count
-    }
-
-    /// Returns the time of all its requests, for which only the first one looks at the clock.
-    #[inline]
-    pub(super) fn begin(&mut self, now: impl FnOnce() -> u64) -> u64 {
-        if self.is_empty() {
-            self.begun = now();
-        }
-        self.begun
-    }
-
-    /// Adds the request that was started last.
-    #[inline]
-    pub(super) fn add(&mut self, tag: QueueTag) {
-        self.first = self.first.or(Some(tag));
-        self.count = self.count.wrapping_add(1);
-    }
-}
 
 impl PendingRequest {
     /// Reports whether its answer is all that is left to do, provided that its pages stay mapped.

@@ -143,8 +143,8 @@ impl Disk {
     }
 
     /// Gives the active disk logical sectors of `size` bytes, a power of two from 512 to 4096, and returns its new
-    /// properties, which it has after later activations, too. A part of a block of the storage is written by reading
-    /// and writing the whole block, during which this process writes no other part of that file.
+    /// properties, which it has after later activations, too. To write a part of a block of the storage, this
+    /// process reads and writes the whole block, and writes no other part of that file meanwhile.
     ///
     /// # Errors
     /// The disk is not active, or is no whole number of such sectors.

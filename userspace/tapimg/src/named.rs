@@ -19,7 +19,7 @@ pub(crate) struct Named {
     pub(crate) path: PathBuf,
     /// The file with its key, if it is encrypted.
     pub(crate) key: Option<PathBuf>,
-    /// It is a disk in an OVA, which the path leads to.
+    /// The disk in an OVA that is meant, if the path leads to an OVA.
     pub(crate) ova: Option<OvaDisk>,
 }
 

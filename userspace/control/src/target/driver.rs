@@ -208,7 +208,7 @@ impl Driver {
         self.traits().has_format
     }
 
-    /// It is made of tables, be they in an image or in memory.
+    /// Reports whether the disk is made of tables, be they in an image or in memory.
     pub fn has_tables(self) -> bool {
         self.traits().has_tables
     }

@@ -10,8 +10,8 @@ use diskio::Bytes;
 
 /// Changes the name of the parent, and the identity of its content. The image must not be in use.
 ///
-/// The descriptor is written in place with one call, because a VMDK has no second place for it: it should be copied
-/// before, if the host may lose its power during that.
+/// Overwrites the descriptor with one call, because a VMDK has no second place for it: copy it first if the host may lose
+/// its power meanwhile.
 ///
 /// # Errors
 /// The image has no parent, there is no room for the name, or the storage fails.

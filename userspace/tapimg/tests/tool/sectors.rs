@@ -148,7 +148,7 @@ fn a_format_without_a_place_for_them_is_refused_unless_that_is_meant() {
     assert_eq!(sector(&bench, "qcow2:large"), 4096);
 }
 
-/// What another program wrote there is no size of a sector.
+/// A number of another program in the extension is no size of a sector.
 #[test]
 fn an_impossible_size_is_refused() {
     let bench = Bench::new();

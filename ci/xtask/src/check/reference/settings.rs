@@ -150,12 +150,15 @@ fn statistics(sources: &[Source]) -> Result<Vec<String>> {
 /// Complains of pages about targets that leave out a kind.
 fn kinds(sources: &[Source]) -> Result<Vec<String>> {
     let of_target = |source: &&Source| source.path.starts_with(TARGET);
-    let body = |source: &'_ Source| {
-        let (_, behind) = source.text.split_once("fn name(self) -> &'static str {")?;
-        Some(behind.split_once("}\n")?.0.to_string())
+    let table = |source: &'_ Source| {
+        let (_, behind) = source.text.split_once("macro_rules! driver_table {")?;
+        Some(behind.split_once("\n}\n")?.0.to_string())
     };
-    let names = sources.iter().filter(of_target).find_map(body);
-    let names = names.unwrap_or_default();
+    let table = sources.iter().filter(of_target).find_map(table);
+    let lines = table.iter().flat_map(|table| table.lines());
+    let lines: Vec<&str> = lines.map(str::trim).collect();
+    let names = lines.iter().filter(|line| !line.starts_with("//"));
+    let names: String = names.copied().collect();
     let kinds: Vec<&str> = names.split('"').skip(1).step_by(2).collect();
     ensure!(!kinds.is_empty(), "no kind of target is in {TARGET}");
     let mut complaints = Vec::new();
@@ -197,7 +200,7 @@ mod tests {
     const MANUAL: &str = ".Sh NAME\n.It Cm none\n.Sh PARAMETERS\n.It Cm queues Pq default 0\n.It Cm kept Pq default Y\n.It Cm used\n.It Cm most Pq default 256\n.Sh FILES\n";
     const FILES: &str = "| `mode` | w |\n| `statistics/reads`, `writes` | b |\n";
     const KINDS: &str =
-        "fn name(self) -> &'static str {\n match self {\n A => \"aio\",\n B => \"ram\", }\n}\n";
+        "macro_rules! driver_table {\n raw {\n /// No \"kind\".\n A \"aio\" RAW;\n }\n B \"ram\" MEMORY;\n}\n";
 
     fn sources(page: &str, files: &str, help: &str) -> Vec<Source> {
         let mut sources = vec![
