@@ -28,7 +28,7 @@ pub(crate) struct Facts {
     /// Bytes of a logical sector.
     #[serde(skip_serializing_if = "Option::is_none")]
     sector_size: Option<u32>,
-    /// Bytes of the file, and those that its file system has for it.
+    /// Bytes of the file.
     file_size: u64,
     /// Bytes that the file system has allocated for the file.
     #[serde(skip_serializing_if = "Option::is_none")]
