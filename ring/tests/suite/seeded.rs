@@ -143,8 +143,9 @@ fn random_processes_of_a_tap_disk_agree_with_the_model() {
     let in_parts = sum(|seen| seen.begun_in_parts);
     assert!(in_parts > 50, "{in_parts} requests in several parts");
     let beside = sum(|seen| seen.begun_beside);
+    // Fewer than others: with a bound of 50 a sound run failed once.
     assert!(
-        beside > 50,
+        beside > 20,
         "{beside} requests that overlap others that are executed"
     );
     let with_zeroes = sum(|seen| seen.begun_with_zeroes);
