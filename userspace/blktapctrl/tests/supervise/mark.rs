@@ -109,7 +109,7 @@ fn what_has_changed_since_each_mark_is_known() {
         assert!(marks(&bed, list()).await.expect("none").is_empty());
         let none = since(&bed, "a").await.expect_err("no mark");
         assert_eq!(none.code, Code::NotFound);
-        assert!(none.message.contains("copy all of it"), "{none}");
+        assert!(none.message.contains("copy all of the disk"), "{none}");
         assert_eq!(marks(&bed, mark("a")).await.expect("set"), ["a"]);
         let noted = format!("note {UNIT}");
         assert!(bed.log().contains(&noted), "{:?}", bed.log());
@@ -278,7 +278,7 @@ fn a_mark_that_no_process_knows_of_is_none() {
         // The supervisor does not know whether the process heard it, so it is none.
         fs::write(bed.dir.join("die-noting"), "").expect("write");
         let unknown = marks(&bed, mark("b")).await.expect_err("it died");
-        assert!(unknown.message.contains("set it again"), "{unknown}");
+        assert!(unknown.message.contains("start it again"), "{unknown}");
         assert_eq!(marks(&bed, list()).await.expect("one"), ["a"]);
         until("the next process", || async {
             let row = bed.row(0).await;

@@ -220,7 +220,7 @@ fn a_folder_for_all_disks_is_read_and_not_written() {
         let extent = Needed::Extent { path: path.clone() };
         ask(&bed, "ask", std::slice::from_ref(&extent));
         let why = refused(&bed, bed.create("a.qcow2")).await;
-        assert!(why.contains("named for this disk"), "{why}");
+        assert!(why.contains("when the disk is made or unpaused"), "{why}");
         let reader = Create {
             mode: Mode::Read,
             ..bed.create("a.qcow2")
@@ -493,10 +493,7 @@ fn a_server_is_connected_to_again() {
         let before = bed.log().len();
         ask(&bed, "ask", &[socket]);
         let why = refused(&bed, bed.create("b.qcow2")).await;
-        assert!(
-            why.contains("with --files when blktapctrl is started"),
-            "{why}"
-        );
+        assert!(why.contains("or start blktapctrl with --files"), "{why}");
         assert!(!bed
             .log()
             .iter()
@@ -730,7 +727,7 @@ fn a_parent_beside_the_image_is_given_if_nobody_may_write_it() {
         fixed(&path, 0o444);
         ask(&bed, "ask", &[Needed::Extent { path: path.clone() }]);
         let why = refused(&bed, bed.create("a.qcow2")).await;
-        assert!(why.contains("named for this disk"), "{why}");
+        assert!(why.contains("when the disk is made or unpaused"), "{why}");
         let folder = bed.dir.join("elsewhere");
         fs::create_dir_all(&folder).expect("a folder");
         let secret = folder.join("secret");
@@ -765,7 +762,7 @@ fn files_of_a_vmdk_are_known_by_their_names() {
         bed.destroy(minor).await;
         ask(&bed, "ask", &[extent(&bed.dir.join("a-db.vmdk"))]);
         let why = refused(&bed, bed.create("a.vmdk")).await;
-        assert!(why.contains("named for this disk"), "{why}");
+        assert!(why.contains("when the disk is made or unpaused"), "{why}");
         // A disk that is only read gets no more than that.
         ask(&bed, "ask", &[extent(&path), parent(&path)]);
         let reader = Create {

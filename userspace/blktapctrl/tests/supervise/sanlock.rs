@@ -73,7 +73,7 @@ fn a_lease_of_sanlock_is_the_hosts_while_the_image_is_open_and_no_longer() {
         let create = Request::Create(Box::new(leased(&bed, "b.dev")));
         let refused = bed.ask(create).await.expect_err("it is the first one's");
         assert_eq!(refused.code, Code::Busy);
-        assert!(refused.message.contains("not let go"), "{refused}");
+        assert!(refused.message.contains("not released it"), "{refused}");
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         assert_eq!(storage.owner(&resource()), None);
         other.take(Duration::ZERO).expect("it is free");

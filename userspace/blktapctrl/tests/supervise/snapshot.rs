@@ -325,7 +325,7 @@ fn what_is_there_and_what_cannot_go_on_is_refused() {
             };
             let failure = bed.ask(words).await.expect_err("it is of the disk");
             assert_eq!(failure.code, Code::Invalid, "{failure}");
-            assert!(failure.message.contains("leave "), "{failure}");
+            assert!(failure.message.contains("remove "), "{failure}");
             assert!(!dir.join("b.qcow2").exists());
         }
         // A snapshot that cannot be recorded does not begin.

@@ -275,7 +275,7 @@ fn unknown(socket: &mut UnixStream, mark: &str) {
     let len = usize::from(u16::from_be_bytes([content[4], content[5]]));
     let why = std::str::from_utf8(&content[6..]).expect("a text");
     assert_eq!(why.len(), len);
-    assert!(why.contains(&format!("the mark {mark}")), "{why}");
+    assert!(why.contains(&format!("the dirty bitmap {mark}")), "{why}");
     assert!(why.contains("copy all of the disk"), "{why}");
 }
 

@@ -161,7 +161,7 @@ fn memory_takes_writes_and_ends_with_the_program() {
     ] {
         let line = line.replace(
             "{}",
-            &bench.path("").display().to_string().trim_end_matches('/'),
+            bench.path("").display().to_string().trim_end_matches('/'),
         );
         let served = ServedDisk::new(&bench, &line);
         assert_eq!(served.ready["read_only"], false);
