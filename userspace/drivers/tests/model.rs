@@ -230,12 +230,12 @@ proptest! {
             let is_possible = |step: &ModelStep| shape.discard.is_some() || !matches!(step, ModelStep::Discard(..));
             let mut model = vec![0; SIZE as usize];
             for group in &groups {
-                let group: Vec<_> = group.iter().filter(|step| is_possible(step)).collect();
+                let group: Vec<_> = group.iter().filter(|step| is_possible(step)).cloned().collect();
                 for step in &group {
                     apply(&mut model, step);
                 }
                 let wrong = Rc::new(RefCell::new(None));
-                for step in group.into_iter().cloned() {
+                for step in group {
                     let (disk, wrong) = (disk.clone(), wrong.clone());
                     let expected = step.range().map(|(at, n)| model[(at * 512) as usize..][..(n * 512) as usize].to_vec());
                     runtime.tasks.spawn(async move {
