@@ -24,44 +24,36 @@ struct Block {
     name: &'static str,
     /// The page that has it.
     page: &'static str,
-    text: fn(&[Source]) -> Result<String>,
 }
 
 const BLOCKS: &[Block] = &[
     Block {
         name: "metrics",
         page: "docs/reference/metrics.md",
-        text: metrics::table,
     },
     Block {
         name: "events",
         page: "docs/reference/events.md",
-        text: |sources| shapes::of(sources, "events"),
     },
     Block {
         name: "disks",
         page: "docs/reference/json-disks.md",
-        text: |sources| shapes::of(sources, "disks"),
     },
     Block {
         name: "status",
         page: "docs/reference/json-status.md",
-        text: |sources| shapes::of(sources, "status"),
     },
     Block {
         name: "counters",
         page: "docs/reference/json-counters.md",
-        text: |sources| shapes::of(sources, "counters"),
     },
     Block {
         name: "answers",
         page: "docs/reference/json-answers.md",
-        text: |sources| shapes::of(sources, "answers"),
     },
     Block {
         name: "tools",
         page: "docs/reference/json-tools.md",
-        text: |sources| shapes::of(sources, "tools"),
     },
 ];
 
@@ -71,8 +63,7 @@ const END: &str = "<!-- end of generated -->";
 /// Complains of pages that do not agree with the source.
 pub(super) fn check(sources: &[Source]) -> Result<()> {
     let mut complaints = Vec::new();
-    for block in BLOCKS {
-        let text = (block.text)(sources)?;
+    for (block, text) in texts(sources)? {
         complaints.extend(block.complaint(sources, &text));
     }
     complaints.extend(unknown_blocks(sources));
@@ -86,9 +77,9 @@ pub(super) fn check(sources: &[Source]) -> Result<()> {
 pub(crate) fn write() -> Result<Vec<PathBuf>> {
     let sources = source::all()?;
     let mut written = Vec::new();
-    for block in BLOCKS {
+    for (block, text) in texts(&sources)? {
         let page = block.page_in(&sources)?;
-        let now = block.replaced(page, &(block.text)(&sources)?)?;
+        let now = block.replaced(page, &text)?;
         if now != page.text {
             let file = build::repository()?.join(block.page);
             fs::write(&file, now).with_context(|| format!("cannot write {}", file.display()))?;
@@ -96,6 +87,20 @@ pub(crate) fn write() -> Result<Vec<PathBuf>> {
         }
     }
     Ok(written)
+}
+
+/// Returns the blocks with their texts. The definitions of types are read once for all of them.
+fn texts(sources: &[Source]) -> Result<Vec<(&'static Block, String)>> {
+    let mut made = shapes::all(sources)?;
+    made.push(("metrics", metrics::table(sources)?));
+    let text = |block: &Block| {
+        let text = made.iter().find(|(name, _)| *name == block.name);
+        text.with_context(|| format!("nothing makes the block {}", block.name))
+    };
+    let texts = BLOCKS
+        .iter()
+        .map(|block| Ok((block, text(block)?.1.clone())));
+    texts.collect()
 }
 
 impl Block {
@@ -171,6 +176,16 @@ fn cells(line: &str) -> Option<Vec<&str>> {
     (!is_rule).then(|| row.split(" | ").map(str::trim).collect())
 }
 
+/// Returns the items of a section of a manual page that begin with a macro such as `.It Cm `, without it.
+fn items<'p>(page: &'p str, section: &str, mark: &'p str) -> impl Iterator<Item = &'p str> {
+    let behind = page.split_once(&format!("\n.Sh {section}\n"));
+    let section = behind.map_or("", |(_, behind)| behind);
+    let section = section.split("\n.Sh ").next().unwrap_or_default();
+    section
+        .lines()
+        .filter_map(move |line| line.strip_prefix(mark))
+}
+
 /// Makes a text fit into a cell of a table.
 fn in_cell(text: &str) -> String {
     text.replace('|', "\\|")
@@ -183,7 +198,6 @@ mod tests {
     const PLANTED: Block = Block {
         name: "planted",
         page: "docs/a.md",
-        text: |_| Ok("| b |".into()),
     };
 
     fn page(text: &str) -> [Source; 1] {

@@ -104,13 +104,7 @@ fn long_option(attrs: &[Attribute], field: &str) -> Result<Option<String>> {
 
 /// Returns the long options that the section OPTIONS of a page explains.
 fn listed(page: &str) -> BTreeSet<String> {
-    let behind = page.split_once("\n.Sh OPTIONS\n");
-    let section = behind.map_or("", |(_, behind)| behind);
-    let section = section.split("\n.Sh ").next().unwrap_or_default();
-    let items = section
-        .lines()
-        .filter_map(|line| line.strip_prefix(".It Fl "));
-    let words = items.flat_map(str::split_whitespace);
+    let words = super::items(page, "OPTIONS", ".It Fl ").flat_map(str::split_whitespace);
     let long = words.filter_map(|word| word.strip_prefix('-'));
     long.filter(|word| !word.is_empty())
         .map(String::from)

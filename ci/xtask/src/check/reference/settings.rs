@@ -66,15 +66,11 @@ fn in_table(page: &str) -> BTreeMap<String, String> {
 
 /// Returns the parameters of the manual page, with their defaults.
 fn in_manual(page: &str) -> BTreeMap<String, String> {
-    let behind = page.split_once("\n.Sh PARAMETERS\n");
-    let section = behind.map_or("", |(_, behind)| behind);
-    let section = section.split("\n.Sh ").next().unwrap_or_default();
-    let items = section
-        .lines()
-        .filter_map(|line| line.strip_prefix(".It Cm "));
-    let listed = items.map(|item| match item.split_once(" Pq default ") {
-        Some((name, default)) => (name.to_string(), default.to_string()),
-        None => (item.to_string(), "-".to_string()),
+    let listed = super::items(page, "PARAMETERS", ".It Cm ").map(|item| {
+        match item.split_once(" Pq default ") {
+            Some((name, default)) => (name.to_string(), default.to_string()),
+            None => (item.to_string(), "-".to_string()),
+        }
     });
     listed.collect()
 }

@@ -131,17 +131,17 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
     ),
 ];
 
-/// Returns the tables of a block.
-pub(super) fn of(sources: &[Source], block: &str) -> Result<String> {
-    tables(sources, PAGES, block)
+/// Returns the tables of each block, with its name.
+pub(super) fn all(sources: &[Source]) -> Result<Vec<(&'static str, String)>> {
+    tables(sources, PAGES)
 }
 
 fn tables(
     sources: &[Source],
-    pages: &[(&str, &'static str, &[PrintedType])],
-    block: &str,
-) -> Result<String> {
+    pages: &[(&'static str, &'static str, &[PrintedType])],
+) -> Result<Vec<(&'static str, String)>> {
     let definitions = Definitions::of(sources)?;
+    let mut blocks = Vec::new();
     let mut shown = ShownTypes::default();
     for (name, page, roots) in pages {
         let mut writer = PageWriter {
@@ -163,11 +163,9 @@ fn tables(
                 .table(definition)
                 .with_context(|| format!("{}: {}", definition.path, definition.name))?;
         }
-        if *name == block {
-            return Ok(writer.text);
-        }
+        blocks.push((*name, writer.text));
     }
-    bail!("no page has the block {block}")
+    Ok(blocks)
 }
 
 /// Types that a page has: the page, and the heading of the type.
@@ -432,7 +430,13 @@ mod tests {
             Source::of("userspace/saw/src/a.rs", a),
             Source::of("userspace/saw/src/b.rs", b),
         ];
-        tables(&sources, PLANTED, block)
+        block_of(&sources, block)
+    }
+
+    fn block_of(sources: &[Source], block: &str) -> Result<String> {
+        let blocks = tables(sources, PLANTED)?;
+        let found = blocks.into_iter().find(|(name, _)| *name == block);
+        Ok(found.context("there is no such block")?.1)
     }
 
     const A: &str = r#"
@@ -510,7 +514,7 @@ mod tests {
             Source::of("userspace/saw/src/c.rs", other),
             Source::of("userspace/other/src/a.rs", other),
         ];
-        let two = tables(&sources, PLANTED, "two").unwrap();
+        let two = block_of(&sources, "two").unwrap();
         assert!(two.contains("(one.md#board)"), "{two}");
         let unclear = b.replace("use crate::a::Board;", "");
         let sources = [
@@ -519,7 +523,7 @@ mod tests {
             &[Source::of("userspace/saw/src/b.rs", &unclear)],
         ]
         .concat();
-        let error = format!("{:#}", tables(&sources, PLANTED, "two").unwrap_err());
+        let error = format!("{:#}", block_of(&sources, "two").unwrap_err());
         assert!(error.contains("not clear which Board"), "{error}");
     }
 
