@@ -196,7 +196,7 @@ async fn try_place<S: Storage>(
 /// Refuses an image that is not the parent that its child means, in formats in which that names the parent's content.
 ///
 /// # Errors
-/// It has other content, or cannot be read.
+/// The image has other content, or cannot be read.
 pub async fn is_meant<S: Storage>(
     parent: &Parent,
     kind: ImageFormat,

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 /// Refuses a target with words that only a supervisor can keep.
 ///
 /// # Errors
-/// It has such words: the failure names them, and the remedy.
+/// The target has such words: the failure names them, and the remedy.
 pub fn check_alone(target: &Target) -> Result<(), Failure> {
     let refuse = |why: &str| Err(Failure::unsupported(format!("{target} {why}")));
     if *target.lease() != LeaseKind::Lock {

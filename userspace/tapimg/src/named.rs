@@ -78,7 +78,7 @@ impl Named {
     /// Refuses a disk in an OVA, of which all is only read.
     ///
     /// # Errors
-    /// It is one.
+    /// The image is such a disk.
     pub(crate) fn refuse_ova(&self) -> Result<(), Failure> {
         match self.ova {
             None => Ok(()),

@@ -47,7 +47,7 @@ pub(super) struct Mark {
 pub(super) type PartPiece<'a, S> = (&'a ExtentPart<S>, u64, u64, u64);
 
 impl Mark {
-    /// That of a descriptor with digits at this offset; without one the content changes silently.
+    /// Makes the mark of a descriptor whose digits are at this offset; without an offset the content changes silently.
     pub(super) fn new(at: Option<(u64, usize, u32)>) -> Self {
         Self {
             at,

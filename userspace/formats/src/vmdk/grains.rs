@@ -11,9 +11,9 @@ use diskio::Errno;
 /// A map.
 #[derive(Debug)]
 pub(crate) enum ExtentGrains {
-    /// That of VMware's programs for desktops, and of QEMU.
+    /// The map of an extent of VMware's programs for desktops, or of QEMU.
     Vmware(Grains),
-    /// That of a snapshot of ESXi, which is only read.
+    /// The map of a snapshot of ESXi, which is only read.
     Esxi(EsxiGrains),
 }
 
