@@ -59,34 +59,18 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     }
 
     /// Fills the chain from `head` with the segments of a request and the pages at which they are mapped already.
-    /// Returns false, and uses no page, if one is not.
+    /// Returns false if one is not; the chain then has some of the others.
     #[inline]
     pub(super) fn find_pages(&mut self, head: u16, plain: &Plain<'_>) -> bool {
         let segments = &mut self.requests.segments;
         let mut at = head;
         for segment in plain.segments() {
             let Some(page) = self.transfers.mappings.find(segment.gref()) else {
-                self.forget_pages(head, at);
                 return false;
             };
             at = segments.fill_at(at, segment, page);
         }
         true
-    }
-
-    /// Takes back the pages of the entries from `head` up to the one before `end`.
-    #[cold]
-    fn forget_pages(&mut self, head: u16, end: u16) {
-        let mut at = head;
-        while at != end {
-            let (page, next) = self.requests.segments.take_page(at);
-            // An entry before `end` has a page, so this ends.
-            let Some(page) = page else {
-                return;
-            };
-            self.transfers.let_go(page);
-            at = next;
-        }
     }
 
     /// Hands a request to the backend in the next step. Its segments have their pages.

@@ -462,16 +462,8 @@ impl<'a> Requests<'a> {
     #[inline]
     #[must_use]
     pub(crate) fn end(&mut self, handle: Handle<Completed>) -> Response {
-        let request = self.slots.of(&handle);
-        let response = Response {
-            id: request.id,
-            operation: request.operation,
-            status: request.status,
-        };
-        release(&mut self.segments, request);
-        self.slots.append(&mut self.free, handle.put_down());
-        self.used = self.used.wrapping_sub(1);
-        response
+        release(&mut self.segments, self.slots.of(&handle));
+        self.free(handle)
     }
 
     /// As [`end`](Self::end), for a request of mapped pages; `each` gets them.
@@ -483,13 +475,20 @@ impl<'a> Requests<'a> {
         each: impl FnMut(PageIndex),
     ) -> Response {
         let request = self.slots.of(&handle);
+        self.segments
+            .release_mapped(request.head, request.count, each);
+        self.free(handle)
+    }
+
+    /// Frees the number of a request without pages, and returns the answer for the guest.
+    #[inline]
+    fn free(&mut self, handle: Handle<Completed>) -> Response {
+        let request = self.slots.of(&handle);
         let response = Response {
             id: request.id,
             operation: request.operation,
             status: request.status,
         };
-        self.segments
-            .release_mapped(request.head, request.count, each);
         self.slots.append(&mut self.free, handle.put_down());
         self.used = self.used.wrapping_sub(1);
         response

@@ -291,10 +291,7 @@ impl<'a> Segments<'a> {
                 each(PageIndex::new(page));
             }
         }
-        if let Some(entry) = self.entries.get_mut(usize::from(last)) {
-            entry.next = core::mem::replace(&mut self.map.head, head);
-            self.map.count = self.map.count.wrapping_add(count);
-        }
+        put_in_front(self.entries, &mut self.map, (head, last), count);
     }
 
     /// Returns the pages of `count` entries of a chain of [`Pool::Map`], without those that have none.
@@ -427,6 +424,13 @@ fn release_listed(entries: &mut [SegmentEntry], free: &mut Free, head: u16, coun
         };
         last = entry.next;
     }
+    put_in_front(entries, free, (head, last), count);
+}
+
+/// Puts a chain of `count` entries, from the first to the last one, in front of those that are free.
+#[inline]
+fn put_in_front(entries: &mut [SegmentEntry], free: &mut Free, chain: (u16, u16), count: u16) {
+    let (head, last) = chain;
     if let Some(entry) = entries.get_mut(usize::from(last)) {
         entry.next = free.head;
         free.head = head;

@@ -108,9 +108,13 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         // A request that has failed has no pages to fill.
         if request.status == ResponseStatus::Okay {
             let mut at = request.head;
-            if request.pool == Pool::Map && self.is_quick() && self.find_pages(at, plain) {
-                self.start_at_once(handle);
-                return true;
+            if request.pool == Pool::Map && self.is_quick() {
+                if self.find_pages(at, plain) {
+                    self.start_at_once(handle);
+                    return true;
+                }
+                // All pages are looked for together later.
+                self.transfers.unmap(&mut self.requests, handle.tag());
             }
             for segment in plain.segments() {
                 at = self.requests.segments.fill(at, segment);
