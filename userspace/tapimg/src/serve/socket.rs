@@ -3,14 +3,17 @@
 
 use control::{Code, Failure};
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Rights of the socket: who may write to it may connect.
 const MODE: u32 = 0o600;
+/// A server greets, and a dead one is gone, within this time.
+const CLOSES: Duration = Duration::from_secs(2);
 
 /// A listening socket, which is removed when this is dropped.
 #[derive(Debug)]
@@ -87,17 +90,34 @@ fn remove_old(path: &Path) -> Result<(), Failure> {
             ),
         ));
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                return fs::remove_file(path).map_err(failed);
+            }
+            Err(error) => return Err(failed(error)),
+            Ok(client) if start.elapsed() < CLOSES && is_cut(&client).map_err(failed)? => {}
+            Ok(_) => return Err(Failure::new(
+                Code::Busy,
+                format!(
+                    "a server listens at {} already: connect to that, end it, or name another path",
+                    path.display()
+                ),
+            )),
         }
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Failure::new(
-            Code::Busy,
-            format!(
-                "a server listens at {} already: connect to that, end it, or name another path",
-                path.display()
-            ),
-        )),
+    }
+}
+
+/// Returns true if the server goes away instead of greeting. The kernel closes the socket of a dead process a moment
+/// after the process is gone, because its ring for I/O still has it.
+fn is_cut(mut client: &UnixStream) -> io::Result<bool> {
+    client.set_read_timeout(Some(CLOSES))?;
+    match client.read(&mut [0]) {
+        Ok(read) => Ok(read == 0),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(true),
+        // It is alive, if slow.
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
     }
 }
