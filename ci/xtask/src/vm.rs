@@ -49,6 +49,9 @@ pub(crate) struct VmArgs {
     /// Use this module in place of the one of the checkout.
     #[arg(long, value_name = "KO", conflicts_with = "stock")]
     module: Option<std::path::PathBuf>,
+    /// Name the folder of its logs, below `target/vm`. Two commands at once need two names.
+    #[arg(long, default_value = "vm", value_parser = folder_name)]
+    name: String,
     /// Kill the machine of a CMD after this many seconds.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -64,14 +67,14 @@ pub(crate) fn vm(args: &VmArgs) -> Result<ExitCode> {
     } else {
         once(&args.command.join(" "))
     };
-    let payload = payload::new("vm", &script)?;
+    let payload = payload::new(&args.name, &script)?;
     let kernel = match args.checked_kernel {
         true => Dom0Kernel::Checked,
         false => Dom0Kernel::Stock,
     };
     let machines = recipes::machines(kernel)?;
     fill(args, &payload, &machines)?;
-    let mut machine = Machine::new("vm");
+    let mut machine = Machine::new(&args.name);
     machine.smp = args.smp;
     machine.xen_args.clone_from(&args.xen_args);
     machine.dom0_args.clone_from(&args.dom0_args);
@@ -120,6 +123,15 @@ fn fill(args: &VmArgs, payload: &Path, machines: &Machines) -> Result<()> {
         payload::add_guest(payload, machines, &programs.join("vmtest"))?;
     }
     Ok(())
+}
+
+/// Reads the name of a folder.
+fn folder_name(text: &str) -> Result<String, String> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    match text.bytes().all(fits) && !text.is_empty() {
+        true => Ok(text.to_owned()),
+        false => Err("a name has letters, digits and hyphens".to_owned()),
+    }
 }
 
 fn interactive() -> String {
