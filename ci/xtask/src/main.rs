@@ -8,6 +8,7 @@ mod check;
 mod demo;
 mod gates;
 mod host;
+mod idle;
 mod install;
 mod kernel;
 mod ktap;

@@ -7,10 +7,12 @@ mod host;
 mod nightly;
 mod programs;
 
+use crate::idle;
 use crate::kernel::Dom0Kernel;
 use crate::steps::{self, StepKind};
 use crate::tally::TestTally;
 use anyhow::anyhow;
+use std::sync::mpsc::{channel, Receiver};
 use std::thread;
 use std::time::Instant;
 
@@ -49,54 +51,114 @@ const USUAL: &[Lane] = &[
     Lane::Bench,
 ];
 
-/// Runs the lanes, some of them concurrently, and returns their sums:
-/// - Compilers of the lanes Check and Build use what the tests on the host leave idle: those tests mostly wait for
-///   processes, although several of their programs run at once.
-/// - The bench, in a machine whose time is counted in instructions, uses the processors that the malicious guests leave
-///   idle. Honest guests run alone, because QEMU kills one in four or five hardware virtualised guests while another
-///   program wants the host's processors, and hardly any on a quiet host.
+/// Runs the lanes and returns their sums. Two rows of lanes go on at once:
+/// - The machines of honest guests, then those of malicious ones. QEMU kills one in four or five hardware virtualised
+///   guests while another program wants the host's processors, so the other row is idle beside the honest guests.
+/// - Compilers, then the bench, whose machine counts time in instructions, then the tests on the host, some of which have
+///   limits in real time.
 pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
+    let rows = LaneRows {
+        lanes: if lanes.is_empty() { USUAL } else { lanes },
+        only,
+        seed,
+        start: Instant::now(),
+    };
     let mut tally = TestTally::default();
-    let lanes = if lanes.is_empty() { USUAL } else { lanes };
-    let start = Instant::now();
-    if lanes.contains(&Lane::E2e) {
+    if rows.lanes.contains(&Lane::E2e) {
         // All artefacts at once is faster than each when it is first needed.
         if let Err(error) = crate::recipes::machines(Dom0Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
     }
-    let of = |wanted: &[Lane]| -> Vec<Lane> {
-        let lanes = lanes.iter().filter(|lane| wanted.contains(lane));
-        lanes.copied().collect()
-    };
-    let each = |lanes: Vec<Lane>| {
+    let (end, ended) = channel();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| rows.second(&{ ended }));
+        tally.join(rows.each(rows.first()));
+        drop(end);
+        tally.join(rows.each(&[Lane::Hostile, Lane::Nightly]));
+        match second.join() {
+            Ok(second) => tally.join(second),
+            Err(_) => tally.fail("lanes that run beside others", "their thread panicked"),
+        }
+    });
+    steps::took(
+        StepKind::Lane,
+        "all lanes",
+        rows.start.elapsed().as_secs_f64(),
+    );
+    tally
+}
+
+/// Lanes with honest guests, beside which nothing else may want the host's processors.
+const HONEST: &[Lane] = &[Lane::E2e, Lane::Debug];
+
+/// The lanes of a run.
+struct LaneRows<'a> {
+    lanes: &'a [Lane],
+    only: &'a str,
+    seed: Option<u64>,
+    start: Instant,
+}
+
+impl LaneRows<'_> {
+    fn wants(&self, lane: Lane) -> bool {
+        self.lanes.contains(&lane)
+    }
+
+    /// Returns true if honest guests run.
+    fn has_guests(&self) -> bool {
+        HONEST.iter().any(|lane| self.wants(*lane))
+    }
+
+    /// Returns the lanes that the row of compilers starts beside.
+    fn first(&self) -> &'static [Lane] {
+        match self.has_guests() {
+            true => HONEST,
+            false => &[Lane::Host],
+        }
+    }
+
+    /// Runs those of these lanes that are wanted, one after the other.
+    fn each(&self, lanes: &[Lane]) -> TestTally {
         let mut tally = TestTally::default();
-        for lane in lanes {
+        for &lane in lanes.iter().filter(|lane| self.wants(**lane)) {
             println!(
                 "== {lane:?}, {} s after the start",
-                start.elapsed().as_secs()
+                self.start.elapsed().as_secs()
             );
-            run_one(lane, only, seed, &mut tally);
+            run_one(lane, self.only, self.seed, &mut tally);
         }
         tally
-    };
-    let beside = |first: &[Lane], second: &[Lane]| -> TestTally {
-        thread::scope(|scope| {
-            let (first, second) = (of(first), of(second));
-            let second = scope.spawn(|| each(second));
-            let mut tally = each(first);
-            match second.join() {
-                Ok(second) => tally.join(second),
-                Err(_) => tally.fail("lanes that run beside others", "their thread panicked"),
-            }
+    }
+
+    /// Runs the row of compilers and of the host's tests. The sender of `honest` is dropped when no honest guest runs
+    /// any more.
+    fn second(&self, honest: &Receiver<()>) -> TestTally {
+        if !self.has_guests() {
+            return self.each(&[Lane::Build, Lane::Check, Lane::Bench]);
+        }
+        let mut tally = idle::leave_time(|| self.compilers()).unwrap_or_else(|error| {
+            let mut tally = TestTally::default();
+            tally.fail("idle compilers", &format!("{error:#}"));
             tally
-        })
-    };
-    tally.join(beside(&[Lane::Host], &[Lane::Check, Lane::Build]));
-    tally.join(each(of(&[Lane::E2e, Lane::Debug])));
-    tally.join(beside(&[Lane::Hostile, Lane::Nightly], &[Lane::Bench]));
-    steps::took(StepKind::Lane, "all lanes", start.elapsed().as_secs_f64());
-    tally
+        });
+        tally.join(self.each(&[Lane::Bench]));
+        // Nothing is sent, so it returns when the sender is dropped.
+        let _dropped = honest.recv();
+        tally.join(self.each(&[Lane::Host]));
+        tally
+    }
+
+    /// Runs the lanes that compile, and compiles for those that follow.
+    fn compilers(&self) -> TestTally {
+        let mut tally = self.each(&[Lane::Build, Lane::Check]);
+        if self.wants(Lane::Host) {
+            if let Err(error) = host::compile() {
+                tally.fail("the tests of the workspace", &format!("{error:#}"));
+            }
+        }
+        tally
+    }
 }
 
 fn run_one(lane: Lane, only: &str, seed: Option<u64>, tally: &mut TestTally) {
