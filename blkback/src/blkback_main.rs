@@ -23,10 +23,13 @@ mod linux;
 #[path = "../../blktap-kmod/src/mod.rs"]
 mod tap;
 
-mod away;
+mod advertise;
 mod backing;
+mod blocking_backend;
 mod bus;
 mod connect_error;
+#[allow(dead_code, unreachable_pub)]
+mod connect_retry;
 mod connection;
 mod disk;
 #[allow(dead_code, unreachable_pub)]
@@ -34,25 +37,22 @@ mod due;
 #[allow(dead_code, unreachable_pub)]
 mod engine;
 mod events;
+mod fault_injection;
 mod halt;
-mod keeper;
+mod idle_reclaim;
 mod mapping_room;
 mod memory;
-mod offer;
+#[allow(dead_code, unreachable_pub)]
+mod memory_quota;
 mod params;
-#[allow(dead_code, unreachable_pub)]
-mod patience;
 mod phy;
-mod planted;
 mod poll;
-mod queue;
 #[allow(dead_code, unreachable_pub)]
-mod shares;
+mod poll_estimator;
+mod queue;
 mod storage;
 mod totals;
 mod vbd;
-#[allow(dead_code, unreachable_pub)]
-mod worth;
 
 use kernel::prelude::*;
 use linux::debug::Debug;

@@ -2,7 +2,7 @@
 
 //! Reasons that a frontend could not be connected, in words for the administrator.
 
-use crate::patience::{is_shortage, store_recovers};
+use crate::connect_retry::{is_shortage, store_recovers};
 use crate::proto::frontend::{KeyError, KeyFault};
 use kernel::prelude::*;
 use kernel::str::CString;

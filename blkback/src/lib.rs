@@ -8,9 +8,9 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod connect_retry;
 pub mod due;
 pub mod engine;
-pub mod patience;
-pub mod shares;
-pub mod worth;
+pub mod memory_quota;
+pub mod poll_estimator;
 pub use ::ring;

@@ -6,6 +6,7 @@ use crate::backing::{BackingDisk, BlockLimits, Drain, QueueBackends, QueueNeeds,
 use crate::connect_error::ConnectError;
 use crate::engine::blocks::BLOCK;
 use crate::engine::{Backend, Io, IoKind, Slice};
+use crate::fault_injection;
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, BioDisk, Inflight, Operation, PagePiece};
 use crate::linux::memory::data::PageBacking;
@@ -13,7 +14,6 @@ use crate::linux::memory::page_blocks::{Effort, PageBlock};
 use crate::linux::monotonic_ns;
 use crate::memory::{queue_bytes, Lease};
 use crate::params::{self, PoolSizes};
-use crate::planted;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::ResponseStatus;
 use core::pin::Pin;
@@ -182,8 +182,8 @@ impl Backend for Phy {
 fn start(inflight: &Inflight<'_>, io: &Io<'_>) {
     match io.kind {
         // An I/O to which nothing is submitted is done at once.
-        IoKind::Flush if planted::EARLY_FLUSH => {}
-        IoKind::Write if planted::is_lost(io.sector) => {}
+        IoKind::Flush if fault_injection::EARLY_FLUSH => {}
+        IoKind::Write if fault_injection::is_lost(io.sector) => {}
         IoKind::Read => transfer(inflight, io, Operation::Read),
         IoKind::Write => transfer(inflight, io, write(false, false)),
         IoKind::PreFlushWrite => transfer(inflight, io, write(true, false)),

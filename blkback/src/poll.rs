@@ -6,13 +6,13 @@
 //! task switches: more than serving a small request. A queue whose guest comes back soon therefore polls the ring for a
 //! while first, with the guest's events off.
 //!
-//! A queue polls for no longer than a sleep costs (`poll_us`), and only where that has paid off ([`Worth`]); for a
+//! A queue polls for no longer than a sleep costs (`poll_us`), and only where that has paid off ([`PollEstimator`]); for a
 //! process it polls wherever sleeps are short ([`Gathering`]). It stops polling when anything else could run on this
 //! CPU: another task, or, where dom0 shares its physical CPU, another domain ([`Rivals`]).
 
 use crate::linux;
 use crate::params;
-use crate::worth::Worth;
+use crate::poll_estimator::PollEstimator;
 use kernel::processor::cpu_relax;
 
 /// Checks of the ring between two readings of the clock: a few microseconds.
@@ -174,8 +174,8 @@ impl Gathering {
 /// State of one queue's polling.
 #[derive(Debug)]
 pub(crate) struct Poller {
-    worth: Worth,
-    /// In place of `worth`, where a process executes the requests.
+    estimator: PollEstimator,
+    /// In place of `estimator`, where a process executes the requests.
     gathering: Gathering,
     gathers: bool,
     rivals: Rivals,
@@ -189,7 +189,7 @@ impl Poller {
     fn new() -> Self {
         let sleep = params::poll_nanoseconds();
         Self {
-            worth: Worth::new(sleep),
+            estimator: PollEstimator::new(sleep),
             gathering: Gathering {
                 now: 0,
                 most: sleep.saturating_mul(Self::FOR_PROCESS),
@@ -203,7 +203,7 @@ impl Poller {
     fn wait(&mut self, ready: impl FnMut() -> bool) -> bool {
         let limit = match self.gathers {
             true => self.gathering.now,
-            false => self.worth.begin(),
+            false => self.estimator.begin(),
         };
         if limit == 0 || self.rivals.are_left_alone() {
             return false;
@@ -218,11 +218,11 @@ impl Poller {
             }
         }
         match look {
-            PollResult::Ready => self.worth.looked(since(start), true),
-            PollResult::ReadyWhenBack => self.worth.is_free(),
-            PollResult::TimedOut => self.worth.looked(since(start), false),
-            PollResult::CpuWanted => self.worth.interrupted(),
-            PollResult::CpuShared => self.worth.is_harmful(),
+            PollResult::Ready => self.estimator.looked(since(start), true),
+            PollResult::ReadyWhenBack => self.estimator.is_free(),
+            PollResult::TimedOut => self.estimator.looked(since(start), false),
+            PollResult::CpuWanted => self.estimator.interrupted(),
+            PollResult::CpuShared => self.estimator.is_harmful(),
         }
         matches!(look, PollResult::Ready | PollResult::ReadyWhenBack)
     }
@@ -237,7 +237,7 @@ impl Poller {
         }
         // Where other domains share the CPU, only polling shows what polling costs.
         if !self.rivals.are_here() {
-            self.worth.slept(nanoseconds);
+            self.estimator.slept(nanoseconds);
         }
     }
 }
@@ -266,7 +266,7 @@ impl Pollers {
     /// Polls with `in_flight` requests in flight, as [`Poller::wait`] does.
     pub(crate) fn wait(&mut self, in_flight: u16, ready: impl FnMut() -> bool) -> bool {
         if let Some((in_flight, requests)) = self.asleep.take() {
-            self.of(in_flight).worth.served(requests);
+            self.of(in_flight).estimator.served(requests);
         }
         self.of(in_flight).wait(ready)
     }

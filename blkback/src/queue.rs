@@ -8,16 +8,16 @@
 //! still in flight keeps its pages until the disk lets go of them; those of the guest are among these
 //! only where requests are mapped instead of copied.
 
-use crate::away::{Away, AwayContext, Detached};
 use crate::backing::{Drain, QueueBackends, QueueNeeds, QueuePart};
+use crate::blocking_backend::{BlockingBackend, BlockingContext, Detached};
 use crate::connect_error::ConnectError;
 use crate::engine::{
-    Backend, BlockGroup, Config, Engine, EngineTables, Fetch, Grants, Latencies, Mapping, Pass,
-    PendingRequest, Rest, SegmentEntry, Stats, TableShape,
+    Backend, BlockGroup, Config, DetachedEngine, Engine, EngineTables, Fetch, Grants, Latencies,
+    Mapping, Pass, PendingRequest, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
 use crate::halt::Halts;
-use crate::keeper::Keeper;
+use crate::idle_reclaim::IdleReclaim;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
 use crate::linux::task::wake_event::WakeEvent;
@@ -25,7 +25,7 @@ use crate::linux::trace;
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::evtchn::{Activity, EventChannel};
 use crate::linux::xen::grant::GuestGrants;
-use crate::linux::xen::guest_side::{GuestMapping, Taker};
+use crate::linux::xen::guest_mapping::{GuestMapping, MappingRevoker};
 use crate::linux::xen::ring_map::RingMap;
 use crate::linux::{cond_resched, local_clock};
 use crate::mapping_room;
@@ -98,7 +98,7 @@ impl ThreadControl {
 /// A served queue. Dropping it waits for the end of its thread; tell it to end first.
 pub(crate) struct Queue {
     control: Arc<ThreadControl>,
-    guest: Taker,
+    guest: MappingRevoker,
     memory_kib: u64,
     _thread: Thread,
 }
@@ -156,7 +156,7 @@ fn not_mapped(error: Error) -> ConnectError {
 pub(crate) struct Prepared<D: QueueBackends> {
     server: QueueServer<D>,
     control: Arc<ThreadControl>,
-    guest: Taker,
+    guest: MappingRevoker,
     memory_kib: u64,
 }
 
@@ -341,7 +341,7 @@ impl<D: QueueBackends> QueueServer<D> {
         while control.command() == QueueCommand::Wait {
             control.wake_event.wait();
         }
-        let context = AwayContext {
+        let context = BlockingContext {
             guest: &guest,
             detached: &control.detached,
             begun: state.around.tally.begun(),
@@ -451,7 +451,7 @@ impl<D: QueueBackends> ServerState<D> {
         &'a mut self,
         ring: BackRing<()>,
         grants: &'a mut GuestGrants,
-        context: &'a AwayContext<'a>,
+        context: &'a BlockingContext<'a>,
     ) -> (QueueCommand, Left<'a, D>) {
         let guest = context.guest;
         let (ring, ()) = ring.replace(guest);
@@ -462,7 +462,7 @@ impl<D: QueueBackends> ServerState<D> {
         let mut engine = Engine::new(
             ring,
             grants,
-            Away {
+            BlockingBackend {
                 backend: &mut self.backend,
                 context,
             },
@@ -488,8 +488,12 @@ impl<D: QueueBackends> ServerState<D> {
     }
 }
 
-/// Rest of a queue that has let go of its guest.
-type Left<'a, D> = Rest<'a, &'a mut GuestGrants, Away<'a, &'a mut <D as QueueBackends>::Backend>>;
+/// Engine of a queue that has let go of its guest.
+type Left<'a, D> = DetachedEngine<
+    'a,
+    &'a mut GuestGrants,
+    BlockingBackend<'a, &'a mut <D as QueueBackends>::Backend>,
+>;
 
 /// The thread while the engine has the rest of its state.
 struct Serving<'a, D> {
@@ -513,7 +517,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut held: u64 = 0;
         let mut pollers = Pollers::new();
         let mut halts = Halts::new();
-        let mut keeper = Keeper::new(&self.around.tally);
+        let mut reclaim = IdleReclaim::new(&self.around.tally);
         loop {
             let command = self.around.control.command();
             // Before the pass: the guest may know of a new size already.
@@ -532,7 +536,7 @@ impl<D: QueueBackends> Serving<'_, D> {
             }
             let traced = self.guest.traced();
             traced.pass(pass.taken, pass.answered, pass.notify);
-            keeper.after_pass(engine);
+            reclaim.after_pass(engine);
             pollers.passed(pass.taken.max(pass.answered), engine.gathers());
             active |= pass.taken > 0;
             if pass.broken && !broken {
@@ -561,7 +565,7 @@ impl<D: QueueBackends> Serving<'_, D> {
                 // The thread may never sleep.
                 cond_resched();
             } else {
-                let borrows = keeper.before_sleep(engine, start);
+                let borrows = reclaim.before_sleep(engine, start);
                 self.show(engine);
                 self.sleep(pause, borrows || command != QueueCommand::Serve);
             }

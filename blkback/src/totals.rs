@@ -5,7 +5,7 @@
 //! The statistics belong to the device, not to a connection, so a read never meets a queue that is being freed, and the
 //! counters never go backwards.
 
-use crate::engine::latency::{ROWS, STEPS};
+use crate::engine::timing::latency::{ROWS, STEPS};
 use crate::engine::{Flight, Latencies, Stats, Times};
 use crate::linux::memory::vectors::{filled, push};
 use crate::linux::monotonic_ns;

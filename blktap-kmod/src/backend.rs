@@ -2,9 +2,9 @@
 
 //! The engine's backend over the shadow of a disk.
 
-use super::direct::{Executor, MappedAt};
 use super::disk::{DiskInner, QueueSignal, TapDisk, BATCH};
-use super::place::QueueSlice;
+use super::passthrough::{Executor, MappedAt};
+use super::queue_slice::QueueSlice;
 use crate::engine::segments::Segments;
 use crate::engine::{Backend, Io, IoKind};
 use crate::linux::memory::data::DataPages;
@@ -15,7 +15,7 @@ use crate::memory::Lease;
 use crate::ring::numbers::QueueTag;
 use crate::ring::response::ResponseStatus;
 use crate::ring::tap::abi::TapSegment;
-use crate::ring::tap::shadow::direct::RequestParts;
+use crate::ring::tap::shadow::passthrough::RequestParts;
 use crate::ring::tap::shadow::{Op, PostedRequest};
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Full, ordering::Relaxed, AtomicFlag};

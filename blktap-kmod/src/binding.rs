@@ -4,7 +4,7 @@
 
 use super::backend::TapQueue;
 use super::disk::TapDisk;
-use super::place::QueueSlice;
+use super::queue_slice::QueueSlice;
 use super::registry;
 use crate::backing::{
     Attachment, BackingDisk, BlockLimits, Drain, QueueBackends, QueueNeeds, QueuePart, TapStatus,

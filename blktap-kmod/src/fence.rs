@@ -12,10 +12,10 @@
 //! Without such a time its requests are not executed again (`FENCE_NONE`).
 
 use super::disk::TapDisk;
+use crate::fault_injection;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
 use crate::linux::task::workqueue;
-use crate::planted;
 use kernel::sync::Arc;
 use kernel::workqueue::{impl_has_delayed_work, WorkItem};
 
@@ -77,7 +77,7 @@ impl TapDisk {
                 // The fence of that process has ended, and a later one has its own work.
                 return true;
             }
-            if let Some(page) = referenced.filter(|_| !planted::NO_FENCE) {
+            if let Some(page) = referenced.filter(|_| !fault_injection::NO_FENCE) {
                 inner.fenced_pages = page;
                 return false;
             }

@@ -11,17 +11,17 @@
 
 mod areas;
 mod backend;
-mod backings;
+mod backing_files;
 mod binding;
 mod commands;
 mod control;
-mod direct;
 mod disk;
-mod exchange;
 mod fence;
 mod node;
-mod place;
+mod passthrough;
+mod queue_slice;
 mod registry;
+mod tag_exchange;
 
 use crate::bus::TapDisks;
 use crate::disk::AttachTap;

@@ -6,8 +6,8 @@
 
 #![cfg(loom)]
 
-#[path = "loom/direct.rs"]
-mod direct;
+#[path = "loom/passthrough.rs"]
+mod passthrough;
 #[path = "loom/tap.rs"]
 mod tap;
 #[path = "loom/wake.rs"]
@@ -18,8 +18,8 @@ use loom::sync::{Arc, Notify};
 use loom::thread;
 use ring::abi::MAX_SLOT_SIZE;
 use ring::index::BackRing;
-use ring::ports::SharedRing;
 use ring::response::{Response, ResponseStatus};
+use ring::shared_ring::SharedRing;
 
 /// Barriers of the backend that are left out, to show that the model finds the fault.
 #[derive(Clone, Copy, Default)]

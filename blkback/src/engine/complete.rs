@@ -3,11 +3,11 @@
 //! Complete: record what the backend has completed.
 
 use crate::engine::backend::Backend;
-use crate::engine::parts::Engine;
 use crate::engine::requests::{PendingRequest, Requests};
-use crate::engine::times::Times;
+use crate::engine::state::Engine;
+use crate::engine::timing::times::Times;
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
+use crate::ring::shared_ring::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn complete(&mut self) {

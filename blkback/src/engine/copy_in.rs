@@ -3,13 +3,13 @@
 //! Copy in: the data of new writes into our pages; and map the pages of large requests.
 
 use crate::engine::backend::Backend;
-use crate::engine::parts::Engine;
 use crate::engine::requests::{PendingRequest, StageList};
 use crate::engine::segments::Pool;
+use crate::engine::state::Engine;
 use crate::ring::grants::{CopyDirection, Grants};
 use crate::ring::numbers::QueueTag;
-use crate::ring::ports::SharedRing;
 use crate::ring::response::ResponseStatus;
+use crate::ring::shared_ring::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn copy_in(&mut self) {

@@ -7,12 +7,12 @@
 //! request waits, not the queue.
 
 use crate::engine::backend::Backend;
-use crate::engine::parts::Engine;
 use crate::engine::segments::Pool;
+use crate::engine::state::Engine;
 use crate::ring::grants::{CopyDirection, Grants};
-use crate::ring::ports::SharedRing;
+use crate::ring::shared_ring::SharedRing;
 
-/// A build that is never shipped answers before it unmaps, which happens with a later request (`planted.rs`).
+/// A build that is never shipped answers before it unmaps, which happens with a later request (`fault_injection.rs`).
 const UNMAPS_LATE: bool = cfg!(planted_faults);
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {

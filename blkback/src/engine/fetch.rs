@@ -6,13 +6,13 @@
 //! (`mappings`), they are read from it directly instead.
 
 use crate::engine::backend::Backend;
-use crate::engine::parts::Engine;
 use crate::engine::requests::Requests;
+use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
 use crate::ring::numbers::QueueTag;
-use crate::ring::ports::SharedRing;
 use crate::ring::request::{Indirect, RequestLimits};
 use crate::ring::response::ResponseStatus;
+use crate::ring::shared_ring::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(super) fn fetch(&mut self) {

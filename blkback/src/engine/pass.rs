@@ -3,9 +3,9 @@
 //! One pass over a ring: all steps in their order.
 
 use crate::engine::backend::Backend;
-use crate::engine::parts::Engine;
+use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
+use crate::ring::shared_ring::SharedRing;
 
 /// The result of a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,14 +7,14 @@
 //! engine measures how long requests spend in each step, all take the long way.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::parts::Engine;
 use crate::engine::requests::{Handle, PendingRequest, StageList, Taken};
 use crate::engine::segments::Pool;
+use crate::engine::state::Engine;
 use crate::engine::submit::add;
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
 use crate::ring::request::Plain;
 use crate::ring::response::ResponseStatus;
+use crate::ring::shared_ring::SharedRing;
 
 impl PendingRequest {
     /// Reports whether its answer is all that is left to do, provided that its pages stay mapped.

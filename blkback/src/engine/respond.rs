@@ -3,12 +3,12 @@
 //! Respond: answer completed requests, or begin their next piece.
 
 use crate::engine::backend::{Backend, IoKind};
-use crate::engine::parts::Engine;
 use crate::engine::requests::{Completed, Handle};
+use crate::engine::state::Engine;
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
 use crate::ring::request::Reject;
 use crate::ring::response::{Response, ResponseStatus};
+use crate::ring::shared_ring::SharedRing;
 
 impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     /// Answers all completed requests and returns their number.

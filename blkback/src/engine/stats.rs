@@ -5,7 +5,7 @@
 //! The first seven have the names and the meaning of the C driver's sysfs files. All are
 //! monotonic for the life of the queue.
 
-use crate::engine::times::Times;
+use crate::engine::timing::times::Times;
 
 /// Counters of one queue. Sectors are 512 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,12 +3,12 @@
 //! Submit: give the requests whose data is in place to the backend, as one batch.
 
 use crate::engine::backend::{Backend, Io, IoKind};
-use crate::engine::parts::Engine;
 use crate::engine::requests::PendingRequest;
+use crate::engine::state::Engine;
 use crate::engine::stats::Stats;
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
 use crate::ring::response::ResponseStatus;
+use crate::ring::shared_ring::SharedRing;
 
 /// Most sectors (512 bytes) of a discard that the backend gets at once: 1 GiB. A discard may cover the whole disk; in
 /// pieces it can be interleaved and torn down.

@@ -4,16 +4,16 @@
 
 use crate::engine::backend::{Backend, IoKind};
 use crate::engine::parked::{NoRoom, Parked};
-use crate::engine::parts::Engine;
 use crate::engine::requests::{Handle, PendingRequest, Taken};
 use crate::engine::segments::Pool;
+use crate::engine::state::Engine;
 use crate::ring::abi::{MAX_SLOT_SIZE, OP_DISCARD, OP_FLUSH_DISKCACHE};
 use crate::ring::grants::Grants;
-use crate::ring::ports::SharedRing;
 use crate::ring::request::{
     Direct, Direction, Discard, Indirect, Ordering, Plain, RawRequest, Reason, RingRequest,
 };
 use crate::ring::response::{Response, ResponseStatus};
+use crate::ring::shared_ring::SharedRing;
 
 /// A new read or write.
 struct Transfer {

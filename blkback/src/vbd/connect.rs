@@ -3,13 +3,13 @@
 //! Getting the disk, connecting the frontend to it, and what follows when its queues are through.
 
 use super::{Life, Next, Vbd, ASK_AGAIN, ERRAND};
+use crate::advertise::{Features, TAKEN_AWAY};
 use crate::connect_error::ConnectError;
 use crate::connection::Peer;
 use crate::disk::{self, DiskOpener, Name};
 use crate::linux::local_clock;
 use crate::linux::task::workqueue;
 use crate::linux::xen::claims::FrontendClaim;
-use crate::offer::{Features, TAKEN_AWAY};
 use crate::proto::state::XenbusState;
 use crate::storage::{Errand, JobOutcome, StorageJob};
 use kernel::prelude::*;
@@ -121,7 +121,7 @@ impl Vbd {
 
     /// Connects, or does the step before: the pause after a failure, getting the disk ready.
     pub(super) fn connect(self: &Arc<Self>, life: &mut Life) -> Next {
-        let pause = life.patience.left_ms(local_clock());
+        let pause = life.retry.left_ms(local_clock());
         if pause > 0 {
             self.kick_after(pause);
             return Next::Rest;
@@ -138,7 +138,7 @@ impl Vbd {
         }
         match self.try_connect(life) {
             Ok(()) => {
-                life.patience.connected();
+                life.retry.connected();
                 life.short_of = None;
                 life.state.set(XenbusState::Connected, true);
                 self.watch_for_late();

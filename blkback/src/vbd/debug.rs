@@ -3,7 +3,7 @@
 //! Files of a device in debugfs: its queues, and how long I/O takes, with the spans before and after it, while counting
 //! is on.
 
-use crate::engine::latency::{FIRST_STEP_NS, STEPS};
+use crate::engine::timing::latency::{FIRST_STEP_NS, STEPS};
 use crate::linux::debug;
 use crate::linux::xen::device::XenDevice;
 use crate::totals::Totals;

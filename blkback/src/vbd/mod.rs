@@ -11,18 +11,20 @@
 //! only leaves a note (`unbind`), and the work gives everything back (`part`).
 //!
 //! Here is what a device is, and what tells it that it is to look; `reconcile` looks and acts, `connect`
-//! gets the disk and the queues, `publish` says what came of it, `late` warns of requests that are not answered, `debug`
+//! gets the disk and the queues, `publish` says what came of it, `stall_watch` warns of requests that are not answered, `debug`
 //! shows what it counts.
 
 mod connect;
 mod debug;
-mod late;
 mod publish;
 mod reconcile;
+mod stall_watch;
 
 use self::debug::DebugFolder;
-use self::late::Late;
 use self::publish::OurState;
+use self::stall_watch::StallWatch;
+use crate::advertise::Offered;
+use crate::connect_retry::ConnectRetry;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, AttachedDisk};
 use crate::due::Due;
@@ -34,8 +36,6 @@ use crate::linux::xen::claims::{FrontendClaim, Waiter};
 use crate::linux::xen::device::XenDevice;
 use crate::linux::xen::driver::Attribute;
 use crate::linux::xen::watch::{InXenwatch, Subscription};
-use crate::offer::Offered;
-use crate::patience::Patience;
 use crate::proto::state::XenbusState;
 use crate::storage::Errand;
 use crate::totals::Totals;
@@ -142,12 +142,12 @@ struct Life {
     claim: Option<FrontendClaim>,
     connection: Option<Arc<Connection>>,
     /// State of the reports of unanswered requests.
-    late: Late,
+    stalls: StallWatch,
     draining: bool,
     /// The frontend's rings were refused, and it has not moved since.
     refused: bool,
     /// Time at which a connect may be tried after those that failed.
-    patience: Patience,
+    retry: ConnectRetry,
     /// The reported reason for which a connect is tried again and again.
     short_of: Option<&'static str>,
 }
@@ -166,10 +166,10 @@ impl Life {
         offer: None,
         claim: None,
         connection: None,
-        late: Late::NEW,
+        stalls: StallWatch::NEW,
         draining: false,
         refused: false,
-        patience: Patience::NEW,
+        retry: ConnectRetry::NEW,
         short_of: None,
     };
 }

@@ -3,10 +3,10 @@
 //! Notices to the toolstack and the frontend: states, errors, and changes of the disk.
 
 use super::{Life, Vbd, ASK_AGAIN};
+use crate::advertise;
 use crate::connect_error::ConnectError;
 use crate::disk;
 use crate::linux::local_clock;
-use crate::offer;
 use crate::proto::state::XenbusState;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Release};
@@ -38,7 +38,7 @@ impl OurState {
 impl Vbd {
     pub(super) fn publish(self: &Arc<Self>, life: &mut Life, state: XenbusState) {
         if state != life.state.now() {
-            let result = offer::publish_state(&self.device, life.state.now(), state);
+            let result = advertise::publish_state(&self.device, life.state.now(), state);
             self.published(life, state, result);
         }
     }
@@ -59,7 +59,7 @@ impl Vbd {
     /// before the frontend acts.
     pub(super) fn taken_away(&self, life: &mut Life) {
         // A state that cannot be read counts as Closing, because that is what the toolstack writes.
-        let there = offer::state(&self.device).unwrap_or(XenbusState::Closing);
+        let there = advertise::state(&self.device).unwrap_or(XenbusState::Closing);
         life.state.set(there, true);
         self.device.note_state(there);
         life.refused = true;
@@ -70,7 +70,7 @@ impl Vbd {
     pub(super) fn say(self: &Arc<Self>, life: &mut Life) -> bool {
         if !life.state.said {
             let state = life.state.now();
-            let result = offer::publish_state(&self.device, state, state);
+            let result = advertise::publish_state(&self.device, state, state);
             self.published(life, state, result);
         }
         life.state.said
@@ -93,12 +93,12 @@ impl Vbd {
             if life.short_of.replace(error.reason()) != Some(error.reason()) {
                 self.report_why(error);
             }
-            life.patience.ran_short(local_clock());
+            life.retry.ran_short(local_clock());
             return;
         }
         life.short_of = None;
         self.report_why(error);
-        life.patience.refused(local_clock());
+        life.retry.refused(local_clock());
         life.refused = true;
         self.publish(life, XenbusState::Closing);
     }
@@ -158,11 +158,11 @@ impl Vbd {
             return Some(pause);
         }
         let mut published = match status {
-            Some(now) if new_status => offer::publish_status(&self.device, now),
+            Some(now) if new_status => advertise::publish_status(&self.device, now),
             _ => Ok(()),
         };
         if resized {
-            let size = offer::publish_size(&self.device, sectors);
+            let size = advertise::publish_size(&self.device, sectors);
             published = published.and(size);
         }
         match published {

@@ -4,10 +4,10 @@
 //! state.
 
 use super::{Life, Next, Vbd, AGES, ASK_AGAIN, LATER, UNHEARD};
+use crate::advertise;
 use crate::disk;
 use crate::linux::task::workqueue;
 use crate::linux::xen::store;
-use crate::offer;
 use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, View, XenbusState};
 use crate::storage::StorageJob;
 use kernel::prelude::*;
@@ -155,9 +155,9 @@ impl Vbd {
                 let theirs = XenbusState::from_number(self.theirs.load(Acquire));
                 // The memory that was reserved for the last offer is for this one.
                 life.offer = None;
-                let offered = offer::publish_offer(&self.device, life.state.now(), theirs)
+                let offered = advertise::publish_offer(&self.device, life.state.now(), theirs)
                     .map(|offer| life.offer = Some(offer));
-                if offered == Err(offer::TAKEN_AWAY) {
+                if offered == Err(advertise::TAKEN_AWAY) {
                     self.taken_away(life);
                     return Next::Look;
                 }
@@ -207,7 +207,7 @@ impl Vbd {
         // Not by way of the bus, which writes nothing where it finds Closed or a state that the
         // toolstack has reset: only a write makes the watch fire in whose callback the device is
         // taken off the bus.
-        if let Err(error) = offer::touch_state(&self.device) {
+        if let Err(error) = advertise::touch_state(&self.device) {
             self.device.report(error, c"cannot write the state Closed");
             // Unless another write has done it in between.
             if self.gone.xchg(false, Full) {
@@ -237,7 +237,7 @@ impl Vbd {
             self.send(&mut life, StorageJob::Close(disk));
             return;
         }
-        if let Err(error) = offer::close_after_unbind(&self.device) {
+        if let Err(error) = advertise::close_after_unbind(&self.device) {
             self.device.report(error, c"cannot write the state Closed");
             self.kick_after(ASK_AGAIN);
             return;

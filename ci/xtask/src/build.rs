@@ -4,7 +4,7 @@
 use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::steps::{self, RunningStep, StepKind};
-use crate::{cache, recipes, run};
+use crate::{artifacts, cache, run};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -65,7 +65,7 @@ pub(crate) fn wasteful_module() -> Result<PathBuf> {
     planted("module-wasteful", "bench_wasteful")
 }
 
-/// Builds the module with faults that the tests must find (`blkback/src/planted.rs`).
+/// Builds the module with faults that the tests must find (`blkback/src/fault_injection.rs`).
 pub(crate) fn faulty_module() -> Result<PathBuf> {
     planted("module-faulty", "planted_faults")
 }
@@ -118,7 +118,7 @@ pub(crate) fn clippy_messages() -> Result<String> {
 /// Returns the folder for the objects of a build, which depend on the path of the checkout and on the tree that they
 /// are built against.
 fn objects(name: &str, source: &Path, kernel: Dom0Kernel) -> Result<PathBuf> {
-    let tree = recipes::kernel_tree(&recipes::build_root()?, kernel)?;
+    let tree = artifacts::kernel_tree(&artifacts::build_root()?, kernel)?;
     let key = cache::key(&[&source.to_string_lossy(), &tree.to_string_lossy()]);
     let objects = cache::dir()?.join(format!("{name}-{key}"));
     fs::create_dir_all(&objects)?;
@@ -127,9 +127,9 @@ fn objects(name: &str, source: &Path, kernel: Dom0Kernel) -> Result<PathBuf> {
 
 /// Returns the make that builds the module of `source` into `objects`.
 fn make(source: &Path, objects: &Path, kernel: Dom0Kernel) -> Result<Command> {
-    let build_root = recipes::build_root()?;
+    let build_root = artifacts::build_root()?;
     let root = Root::new(&build_root)
-        .bind_read_only(&recipes::kernel_tree(&build_root, kernel)?, "/mnt/a")
+        .bind_read_only(&artifacts::kernel_tree(&build_root, kernel)?, "/mnt/a")
         .bind_read_only(source, "/mnt/b")
         .bind(objects, "/mnt/c");
     let mut make = root.command("/mnt/a/kmake");

@@ -3,7 +3,7 @@
 
 use crate::kernel::Dom0Kernel;
 use crate::machine::Machine;
-use crate::{lanes, recipes, steps};
+use crate::{artifacts, lanes, steps};
 use anyhow::Result;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -46,7 +46,7 @@ pub(crate) fn tell(story: Story) -> Result<()> {
     machine.timeout = Duration::from_secs(900);
     eprintln!("booting Xen and dom0 in QEMU (about 30 s) ...");
     let mut told = false;
-    let outcome = machine.run(&recipes::machines(Dom0Kernel::Stock)?, &payload, |line| {
+    let outcome = machine.run(&artifacts::machines(Dom0Kernel::Stock)?, &payload, |line| {
         steps::printed();
         if line == TOLD {
             told = true;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Files that a package installs.
 
-use crate::{build, recipes, run};
+use crate::{artifacts, build, run};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -143,7 +143,7 @@ fn generated(program: &str) -> [(&'static str, String); 4] {
 
 /// Installs the module, and the programs of the folder `programs`, below `dir`, which stands for `/`.
 pub(crate) fn to(module: &Path, programs: Option<&Path>, dir: &Path) -> Result<()> {
-    let release = recipes::release(&recipes::build_root()?)?;
+    let release = artifacts::release(&artifacts::build_root()?)?;
     put(
         module,
         &dir.join(format!(

@@ -5,8 +5,8 @@
 //! writes to the device named by $REPORT; the consoles go to a log of their own, and a sign of a kernel fault in it
 //! fails the run whatever was reported.
 
+use crate::artifacts::Machines;
 use crate::kernel::Dom0Kernel;
-use crate::recipes::Machines;
 use crate::root::Root;
 use crate::steps::{RunningStep, StepKind};
 use crate::stolen::{StealWatch, Stolen};

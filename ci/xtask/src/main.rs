@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The project's commands: `cargo xtask --help`.
 
+mod artifacts;
 mod bench;
 mod build;
 mod cache;
 mod check;
 mod demo;
-mod gates;
 mod host;
 mod idle;
 mod install;
 mod kernel;
+mod kernel_abi_check;
 mod ktap;
 mod lanes;
 mod machine;
 mod package;
 mod payload;
-mod recipes;
+mod peer_machine;
 mod root;
 mod run;
-mod second;
 mod steps;
 mod stolen;
 mod tally;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Debian packages of the build: debhelper makes them from the staged files and `ci/packaging/debian`.
 
-pub(crate) mod again;
+pub(crate) mod checks;
 mod commit;
 mod copyright;
 mod debian;
 mod module_source;
-pub(crate) mod tried;
+pub(crate) mod reproducible;
 
 use crate::root::Root;
-use crate::{build, install, recipes, run};
+use crate::{artifacts, build, install, run};
 use anyhow::{ensure, Context, Result};
 use commit::Commit;
 use std::fs;
@@ -25,7 +25,7 @@ pub(crate) fn next(out: &Path) -> Result<Vec<PathBuf>> {
     let mut commit = Commit::checked_out()?;
     commit.version.push_str("+next");
     made("package-next", &commit, out, |staged| {
-        let release = recipes::release(&recipes::build_root()?)?;
+        let release = artifacts::release(&artifacts::build_root()?)?;
         let module = format!("usr/lib/modules/{release}/updates/xen-blkback-rs.ko");
         as_another_build(&staged.join(module))
     })
@@ -66,7 +66,7 @@ fn made(
     fs::create_dir_all(tree.join("debian"))?;
     module_source::to(&tree.join("staged"), &commit.version)?;
     debian::describe(&tree.join("debian"), commit)?;
-    let mut make = Root::new(&recipes::package_root()?)
+    let mut make = Root::new(&artifacts::package_root()?)
         .bind(&work, "/mnt/a")
         .script("cd /mnt/a/tree && debian/rules binary");
     make.env("SOURCE_DATE_EPOCH", &commit.seconds);
@@ -76,7 +76,7 @@ fn made(
 
 /// Makes a folder a source of packages for apt.
 pub(crate) fn index(packages: &Path) -> Result<()> {
-    let root = Root::new(&recipes::package_root()?).bind(packages, "/mnt/a");
+    let root = Root::new(&artifacts::package_root()?).bind(packages, "/mnt/a");
     let mut scan = root.script("cd /mnt/a && dpkg-scanpackages --multiversion . >Packages");
     run::logged(&mut scan, &packages.with_extension("log"))
 }

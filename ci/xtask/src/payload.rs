@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The folder that a test machine finds at /t.
 
-use crate::recipes::Machines;
+use crate::artifacts::Machines;
 use crate::root::Root;
 use crate::{build, install, run};
 use anyhow::{Context, Result};

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! `cargo xtask vm`: a dom0 to work in, with the files of a package.
 
+use crate::artifacts::Machines;
 use crate::kernel::Dom0Kernel;
 use crate::machine::{Dom0, Machine};
-use crate::recipes::Machines;
-use crate::{build, payload, recipes};
+use crate::{artifacts, build, payload};
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::ExitCode;
@@ -72,7 +72,7 @@ pub(crate) fn vm(args: &VmArgs) -> Result<ExitCode> {
         true => Dom0Kernel::Checked,
         false => Dom0Kernel::Stock,
     };
-    let machines = recipes::machines(kernel)?;
+    let machines = artifacts::machines(kernel)?;
     fill(args, &payload, &machines)?;
     let mut machine = Machine::new(&args.name);
     machine.smp = args.smp;

@@ -7,8 +7,8 @@
 //! shared page belong to the guest's memory and are never read back after attach.
 
 use crate::ring::abi::MAX_SLOT_SIZE;
-use crate::ring::ports::SharedRing;
 use crate::ring::response::Response;
+use crate::ring::shared_ring::SharedRing;
 
 /// The private side of a backend ring.
 ///

@@ -4,8 +4,8 @@
 
 use ring::abi::{RawRw32, RawRw64, MAX_SLOT_SIZE};
 use ring::index::BackRing;
-use ring::ports::SharedRing;
 use ring::request::RawRequest;
+use ring::shared_ring::SharedRing;
 use ring::tap::abi::{Completion, Desc};
 use ring::tap::shadow::Shadow;
 use ring::tap::table::TagEntry;

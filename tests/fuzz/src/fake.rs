@@ -5,7 +5,7 @@
 use std::cell::{Cell, RefCell};
 
 use ring::abi::MAX_SLOT_SIZE;
-use ring::ports::SharedRing;
+use ring::shared_ring::SharedRing;
 
 /// One access of the backend to shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

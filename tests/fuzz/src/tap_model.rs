@@ -11,7 +11,7 @@ use ring::tap::checked::{Commit, Fence};
 use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors};
 use ring::tap::map::tree::{Leaf, LeafSlot};
 use ring::tap::map::ExtentMap;
-use ring::tap::shadow::direct::{RequestPart, MAX_PARTS};
+use ring::tap::shadow::passthrough::{RequestPart, MAX_PARTS};
 use ring::tap::shadow::{Op, PostedRequest};
 
 /// Time at which requests arrive, in nanoseconds.

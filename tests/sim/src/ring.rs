@@ -7,7 +7,7 @@ use std::cell::Cell;
 use ring::abi::{
     used_words, Protocol, MAX_SLOT_SIZE, REQ_EVENT, REQ_PROD, RING_HEADER_SIZE, RSP_EVENT, RSP_PROD,
 };
-use ring::ports::SharedRing;
+use ring::shared_ring::SharedRing;
 
 use crate::machine::SharedMachine;
 

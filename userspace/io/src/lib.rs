@@ -25,16 +25,16 @@ mod exec;
 mod file;
 mod gate;
 mod helpers;
-mod inherited;
+mod inherited_fd;
 mod lock;
 mod losses;
 mod op;
 mod pool;
 mod region;
 pub mod reservation;
-mod say;
 mod signal;
 mod socket;
+mod stderr_log;
 mod sync;
 mod table;
 mod uring;
@@ -46,17 +46,17 @@ pub use deadline::Deadline;
 pub use exec::{Executor, Runtime};
 pub use file::{is_remote, of_earlier, Align, File};
 pub use gate::{Gate, Pass};
-pub use inherited::inherited;
+pub use inherited_fd::inherited;
 pub use lock::{lock_part, lock_whole, LockKind, LockPart, Opened};
 pub use losses::{Flushing, Losses, SeenErrors, Writing};
 #[cfg(feature = "fake")]
 pub use op::OperationFate;
 pub use op::{Engine, Io, Op, Pending};
 pub use region::{MappingAccess, Region};
-#[doc(hidden)]
-pub use say::say_line;
 pub use signal::signals;
 pub use socket::{receive_data, send_parts, MessagePart};
+#[doc(hidden)]
+pub use stderr_log::say_line;
 
 /// The number of an error, as the kernel says it.
 pub use rustix::io::Errno;

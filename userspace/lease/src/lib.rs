@@ -29,25 +29,25 @@
 //! are between hosts.
 #![forbid(unsafe_code)]
 
-mod complete;
-mod date;
+mod block_on;
 mod host;
-mod keeper;
+mod lease_term;
+mod location;
 mod lock;
-mod place;
 pub mod record;
+mod renewer;
 pub mod reservation;
 pub mod sanlock;
 #[cfg(test)]
 mod sim;
-mod term;
+mod timestamps;
 
 pub use control::LeaseKind as Kind;
-pub use date::date;
 pub use host::{Host, LeaseClaim, Token};
-pub use keeper::{Keeper, News};
-pub use place::{open, place, LeaseLocation};
-pub use term::{now, Term};
+pub use lease_term::{now, Term};
+pub use location::{open, place, LeaseLocation};
+pub use renewer::{Keeper, News};
+pub use timestamps::date;
 
 use control::Failure;
 use serde::Serialize;

@@ -6,7 +6,7 @@
 //! device, or a file system that two hosts have mounted by themselves, asks this host only.
 
 use crate::host::hex;
-use crate::term::Term;
+use crate::lease_term::Term;
 use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, View};
 use control::{Code, Failure};
 use diskio::{lock_whole, LockKind};

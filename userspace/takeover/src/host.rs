@@ -2,7 +2,7 @@
 //! Access to a host, behind a trait, so that tests need no Xen.
 
 use crate::disk::{BusDevice, OfferedLimits};
-use crate::exchange::Modules;
+use crate::module_exchange::Modules;
 use crate::rings::Head;
 use serde::{Deserialize, Serialize};
 use std::io;

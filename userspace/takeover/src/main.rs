@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 mod modules;
-mod real;
+mod xen_host;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use manual::Generated;
-use real::Real;
+use xen_host::XenHost;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -152,7 +152,7 @@ fn run_exchange(cli: &TakeoverCli, again: bool, no_way_back: bool) -> io::Result
         no_way_back,
         dry_run: cli.dry_run,
     };
-    let outcome = exchange(&Real::new()?, plan)?;
+    let outcome = exchange(&XenHost::new()?, plan)?;
     let would = cli.dry_run && outcome.left.is_empty() && outcome.why.is_none();
     if cli.json {
         println!("{}", serde_json::to_string(&outcome)?);
@@ -197,7 +197,7 @@ fn run(cli: &TakeoverCli) -> io::Result<bool> {
         patience,
         dry_run: cli.dry_run,
     };
-    let host = Real::new()?;
+    let host = XenHost::new()?;
     let outcomes = take_over(&host, plan, &cli.domain, |outcome| {
         show(outcome, plan, cli.json);
     })?;

@@ -2,7 +2,7 @@
 //! The module that is loaded and the one that is installed, and whether they are the same: by the build identifier,
 //! which the linker gives to each module, and which Linux shows of those that are loaded.
 
-use crate::real::output;
+use crate::xen_host::output;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};

@@ -4,9 +4,9 @@
 use super::collect::Collector;
 use super::result::{Results, WASTEFUL};
 use super::{counts, BenchArgs};
+use crate::artifacts::{self, Machines};
 use crate::kernel::Dom0Kernel;
 use crate::machine::Machine;
-use crate::recipes::{self, Machines};
 use crate::root::Root;
 use crate::{build, install, payload, run as process};
 use anyhow::{ensure, Context, Result};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// Boots the machine and collects the results.
 pub(super) fn measure(args: &BenchArgs) -> Result<Results> {
-    let machines = recipes::machines(Dom0Kernel::Stock)?;
+    let machines = artifacts::machines(Dom0Kernel::Stock)?;
     let mut machine = Machine::new("bench");
     machine.icount = true;
     machine.checks = false;

@@ -76,20 +76,20 @@ const LAYERED: &[(&str, &[&[&str]])] = &[
 ];
 
 const BLKBACK: &[&[&str]] = &[
-    &["due", "patience"],
+    &["due", "connect_retry"],
     &[
         "connect_error",
         "engine",
         "events",
         "mapping_room",
         "params",
-        "planted",
-        "shares",
-        "worth",
+        "fault_injection",
+        "memory_quota",
+        "poll_estimator",
     ],
     &["memory"],
     &["backing", "halt", "poll", "totals"],
-    &["away", "keeper", "offer", "phy"],
+    &["advertise", "blocking_backend", "idle_reclaim", "phy"],
     &["queue"],
     &["connection"],
     &["disk"],

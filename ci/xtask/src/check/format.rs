@@ -3,7 +3,7 @@
 
 use super::source::{self, Source};
 use crate::root::Root;
-use crate::{build, recipes};
+use crate::{artifacts, build};
 use anyhow::{bail, Context, Result};
 use std::process::Command;
 
@@ -11,7 +11,7 @@ pub(super) fn check(sources: &[Source]) -> Result<()> {
     let files: Vec<String> = source::rust(sources)
         .map(|source| format!("/mnt/b/{}", source.path))
         .collect();
-    let root = Root::new(&recipes::build_root()?).bind_read_only(&build::repository()?, "/mnt/b");
+    let root = Root::new(&artifacts::build_root()?).bind_read_only(&build::repository()?, "/mnt/b");
     let mut rustfmt = root.command("rustfmt");
     rustfmt.args(["--check", "--edition", "2021", "--color", "never"]);
     rustfmt.args(["--config-path", "/mnt/b"]);

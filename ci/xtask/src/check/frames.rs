@@ -5,7 +5,7 @@
 
 use crate::kernel::Dom0Kernel;
 use crate::root::Root;
-use crate::{recipes, run};
+use crate::{artifacts, run};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,10 +25,10 @@ pub(crate) fn check(module: &Path) -> Result<()> {
         .context("the module has a name")?
         .to_string_lossy();
     let file = format!("/mnt/c/{name}");
-    let build_root = recipes::build_root()?;
+    let build_root = artifacts::build_root()?;
     let root = Root::new(&build_root)
         .bind_read_only(
-            &recipes::kernel_tree(&build_root, Dom0Kernel::Stock)?,
+            &artifacts::kernel_tree(&build_root, Dom0Kernel::Stock)?,
             "/mnt/a",
         )
         .bind_read_only(folder, "/mnt/c");

@@ -3,7 +3,7 @@
 //! the compiler could not remove shows as an undefined symbol of the .ko.
 
 use crate::root::Root;
-use crate::{recipes, run};
+use crate::{artifacts, run};
 use anyhow::{Context, Result};
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub(crate) fn check(module: &Path) -> Result<()> {
         .context("the module has a name")?
         .to_string_lossy()
         .into_owned();
-    let root = Root::new(&recipes::build_root()?).bind_read_only(folder, "/mnt/c");
+    let root = Root::new(&artifacts::build_root()?).bind_read_only(folder, "/mnt/c");
     let mut nm = root.command("nm");
     let undefined = run::output(nm.args([
         "--undefined-only",

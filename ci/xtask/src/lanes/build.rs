@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! Builds of the module and the programs, and of packages.
 
-use crate::package::{self, again, tried};
+use crate::package::{self, checks, reproducible};
 use crate::tally::TestTally;
 use crate::{build, kernel, run};
 use anyhow::Result;
@@ -18,15 +18,15 @@ pub(super) fn tests(tally: &mut TestTally) -> Result<()> {
 type Holds = fn(&Path) -> Result<()>;
 
 const OF_PACKAGES: &[(&str, Holds)] = &[
-    ("package.lintian", tried::judged),
-    ("package.life", tried::live),
-    ("package.beside-xen", tried::beside_xen),
+    ("package.lintian", checks::judged),
+    ("package.life", checks::live),
+    ("package.beside-xen", checks::beside_xen),
 ];
 
 /// Checks that take minutes.
 const OF_PACKAGES_LONG: &[(&str, Holds)] = &[
-    ("package.dkms", tried::dkms),
-    ("package.made-again", again::made_again),
+    ("package.dkms", checks::dkms),
+    ("package.made-again", reproducible::made_again),
 ];
 
 /// Makes packages, and runs the long checks on them.

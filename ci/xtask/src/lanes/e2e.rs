@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The tests that run in a Xen machine: one boot, many tests.
 
+use crate::artifacts::Machines;
 use crate::build;
 use crate::kernel::Dom0Kernel;
 use crate::ktap;
 use crate::machine::{Dom0, Machine, MachineHost, RunOutcome};
-use crate::recipes::Machines;
 use crate::tally::TestTally;
-use crate::{package, payload, recipes, run, second};
+use crate::{artifacts, package, payload, peer_machine, run};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -143,7 +143,7 @@ pub(super) fn guests(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     for suite in GUESTS {
         let name = format!("guests-{suite}");
         let script = format!("exec /t/vmtest run --only '{CASES}'{}\n", words(seed));
-        let machines = recipes::with_guests_of(suite)?;
+        let machines = artifacts::with_guests_of(suite)?;
         let payload = everything(&name, &script, &machines)?;
         let outcome = report_on(tally, machine(&name), &machines, &payload, |_| ());
         consoles(tally, &name, outcome);
@@ -225,11 +225,11 @@ pub(super) fn hosts(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
         machine.host = Some(host);
         machine
     };
-    let machines = recipes::machines(Dom0Kernel::Stock)?;
+    let machines = artifacts::machines(Dom0Kernel::Stock)?;
     let second = host("hosts-second", MachineHost::Second);
     let (ended, end) = channel();
     let (outcome, second) = thread::scope(|scope| {
-        let second = scope.spawn(|| second::keep(&second, &machines, &payload, &{ end }));
+        let second = scope.spawn(|| peer_machine::keep(&second, &machines, &payload, &{ end }));
         let first = host("hosts", MachineHost::First);
         let outcome = report(tally, first, Dom0Kernel::Stock, &payload, |_| ());
         drop(ended);
@@ -281,7 +281,7 @@ pub(super) fn life(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
     // The name of the part comes from the kernel's command line.
     const SCRIPT: &str =
         "exec /t/vmtest life \"$(sed -n 's/.*\\blife=\\([a-z]*\\).*/\\1/p' /proc/cmdline)\"\n";
-    let machines = recipes::hosts()?;
+    let machines = artifacts::hosts()?;
     let payload = payload::new("life", SCRIPT)?;
     let repository = payload.join("repository");
     for made in [package::all, package::next] {
@@ -370,7 +370,7 @@ fn report(
     payload: &Path,
     on_line: impl FnMut(&str),
 ) -> Result<RunOutcome> {
-    let machines = recipes::machines(kernel)?;
+    let machines = artifacts::machines(kernel)?;
     report_on(tally, machine, &machines, payload, on_line)
 }
 
@@ -407,7 +407,7 @@ fn machine(name: &str) -> Machine {
 
 /// Makes a payload with the installed module for this kernel, the programs and a guest.
 pub(crate) fn with_everything(name: &str, script: &str, kernel: Dom0Kernel) -> Result<PathBuf> {
-    everything(name, script, &recipes::machines(kernel)?)
+    everything(name, script, &artifacts::machines(kernel)?)
 }
 
 /// Makes a payload for these machines with the installed module, the programs and a guest.

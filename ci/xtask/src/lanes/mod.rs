@@ -51,7 +51,7 @@ const USUAL: &[Lane] = &[
     Lane::Bench,
 ];
 
-/// Runs the lanes and returns their sums. Two rows of lanes go on at once:
+/// Runs the lanes and returns their sums, in two rows at once:
 /// - The machines of honest guests, then those of malicious ones. QEMU kills one in four or five hardware virtualised
 ///   guests while another program wants the host's processors, so the other row is idle beside the honest guests.
 /// - Compilers, then the bench, whose machine counts time in instructions, then the tests on the host, some of which have
@@ -66,7 +66,7 @@ pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
     let mut tally = TestTally::default();
     if rows.lanes.contains(&Lane::E2e) {
         // All artefacts at once is faster than each when it is first needed.
-        if let Err(error) = crate::recipes::machines(Dom0Kernel::Stock) {
+        if let Err(error) = crate::artifacts::machines(Dom0Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
     }
@@ -118,7 +118,7 @@ impl LaneRows<'_> {
         }
     }
 
-    /// Runs those of these lanes that are wanted, one after the other.
+    /// Runs the wanted ones of these lanes, one after the other.
     fn each(&self, lanes: &[Lane]) -> TestTally {
         let mut tally = TestTally::default();
         for &lane in lanes.iter().filter(|lane| self.wants(**lane)) {

@@ -3,7 +3,7 @@
 
 use super::commit::Commit;
 use super::copyright;
-use crate::{kernel, recipes};
+use crate::{artifacts, kernel};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
@@ -69,7 +69,7 @@ const DEBIAN: &[(&str, &str)] = &[
 /// Writes the folder `debian`.
 pub(super) fn describe(debian: &Path, commit: &Commit) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    let release = recipes::release(&recipes::build_root()?)?;
+    let release = artifacts::release(&artifacts::build_root()?)?;
     for (name, text) in DEBIAN {
         let place = debian.join(name.replace("@RELEASE@", &release));
         let text = filled(text, &release, commit);

@@ -36,10 +36,10 @@
 //! queue; so does [`Shadow::fail_waiting`] while a process is fenced; all others take constant time for each request
 //! that they name or release, and for each that enters the index over ranges, which happens once at most.
 
-pub mod direct;
 mod ending;
 mod isolation;
 mod order;
+pub mod passthrough;
 
 use core::ops::DerefMut;
 
@@ -50,9 +50,9 @@ use crate::ring::tap::checked::{Claimed, Commit, RequestOutcome};
 use crate::ring::tap::map::Miss;
 use crate::ring::tap::overlap::Overlap;
 use crate::ring::tap::table::{next, Link, ListNode, Suspicion, TagEntry, TagList, TagState};
-use direct::{Executed, MapLookup, NoMap};
 use ending::Settling;
 use isolation::Isolation;
+use passthrough::{Executed, MapLookup, NoMap};
 
 /// Maximum number of queues of one disk.
 pub const MAX_QUEUES: usize = 64;

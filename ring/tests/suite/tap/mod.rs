@@ -5,9 +5,9 @@
 mod arena;
 mod changes;
 mod checked;
-mod direct;
 mod isolation;
 mod layout;
 mod map;
 mod model;
+mod passthrough;
 mod shadow;

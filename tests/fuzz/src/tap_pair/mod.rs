@@ -2,7 +2,7 @@
 
 //! The shadow of a tap disk and its model: both get the same steps, and both are compared.
 
-mod direct;
+mod passthrough;
 mod process;
 mod seen;
 mod step;
@@ -18,7 +18,7 @@ use ring::tap::table::TagEntry;
 
 use crate::tap_model::{wire, For, Mappings, Model, Stage, Undone, VecMap, ARRIVED};
 use crate::tap_oracle;
-use direct::mappings;
+use passthrough::mappings;
 pub use seen::TapEvents;
 pub use step::{ShadowStep, OVER};
 

@@ -6,7 +6,7 @@ use ring::numbers::DiskTag;
 use ring::response::ResponseStatus;
 use ring::tap::abi::OP_READ;
 use ring::tap::extent::{DataExtent, ExtentAccess, Sectors, Source};
-use ring::tap::shadow::direct::{RequestPart, RequestParts, Start, MAX_PARTS};
+use ring::tap::shadow::passthrough::{RequestPart, RequestParts, Start, MAX_PARTS};
 use ring::tap::shadow::{Op, PostedRequest};
 
 use super::image::{BASE, FIRST, FOREIGN};

@@ -3,6 +3,7 @@
 
 mod causes;
 mod closing;
+mod connect_retry;
 mod due;
 mod given_back;
 mod held;
@@ -10,16 +11,15 @@ mod hostile;
 mod kept;
 mod mapped;
 mod mapped_negative;
+mod memory_quota;
 mod moves;
 mod moves_negative;
 mod negative;
 mod offers;
 mod pages;
-mod patience;
+mod poll_estimator;
 mod quick;
 mod random;
-mod shares;
 mod tap;
 mod tap_negative;
 mod times;
-mod worth;

@@ -3,7 +3,7 @@
 //! How many queues the disks of one guest are offered, so that all of them fit into its memory.
 
 use blkback::engine::{BlockGroup, Mapping, PendingRequest, SegmentEntry};
-use blkback::shares::{fit, Bounds, GuestLedger, HostLedger, Refusal};
+use blkback::memory_quota::{fit, Bounds, GuestLedger, HostLedger, Refusal};
 
 const MIB: u32 = 256;
 const DEFAULT: Bounds = Bounds {

@@ -5,7 +5,7 @@
 use super::basic::{attach_own, detach_own, verify_job, FIO};
 use super::direct::{attach_scattered, hits_all, mapped, scattered, PLACES};
 use super::hung::loop_device;
-use super::own::{self, OwnDisks};
+use super::self_attach::{self, OwnDisks};
 use super::tap::{image, DEVICE, VDEV};
 use super::{Case, Context, SharedGuest};
 use crate::console::GuestJob;
@@ -196,7 +196,7 @@ fn connect(context: &mut Context) -> Result<()> {
         let id = &disks.0[0];
         let backend = format!("/local/domain/0/backend/vbd/0/{id}");
         let connected = settled(&backend).with_context(|| {
-            let bound = Path::new(&own::sysfs(id)).join("driver").exists();
+            let bound = Path::new(&self_attach::sysfs(id)).join("driver").exists();
             format!("{percent} %; bound: {bound}")
         })?;
         let happened = failing.end(connected)?;

@@ -6,7 +6,7 @@ use super::basic::{compare, detach_own, verify_job, FIO};
 use super::faults::{endless, endless_load, wait_load};
 use super::lifecycle::own_guest;
 use super::memory::Parameter;
-use super::own::{self, OwnDisks};
+use super::self_attach::{self, OwnDisks};
 use super::{Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
 use crate::guest::{AttachedVbd, Guest};
@@ -181,7 +181,7 @@ pub(super) fn others_are_served(context: &mut Context, after: &str) -> Result<()
         let started = Instant::now();
         let disks = OwnDisks::connect(&other.path(), 1)?;
         disks.wait("4")?;
-        own::write(&disks.0[0], 1)?;
+        self_attach::write(&disks.0[0], 1)?;
         disks.disconnect()?;
         let took = started.elapsed();
         ensure!(

@@ -5,7 +5,7 @@
 use super::basic::{attach_own, compare, detach_own, verify_job, FIO};
 use super::faults::{endless_load, wait_load};
 use super::lifecycle::detach_used;
-use super::own::{self, OwnDisks};
+use super::self_attach::{self, OwnDisks};
 use super::{Case, Context, SharedGuest};
 use crate::guest::AttachedVbd;
 use crate::hotplug;
@@ -310,13 +310,14 @@ fn all_work(disks: &OwnDisks) -> Result<(u64, u64)> {
     disks.wait("4")?;
     dom0::udev::settle()?;
     for id in disks.0.first().into_iter().chain(disks.0.last()) {
-        own::write(id, 8)?;
+        self_attach::write(id, 8)?;
     }
     let (mut most, mut sum) = (0, 0);
     sh::wait_for("little memory of all disks", GIVES_BACK, || {
         (most, sum) = (0, 0);
         for id in &disks.0 {
-            let now: u64 = sh::get(format!("{}/statistics/memory_kib", own::sysfs(id)))?.parse()?;
+            let now: u64 =
+                sh::get(format!("{}/statistics/memory_kib", self_attach::sysfs(id)))?.parse()?;
             (most, sum) = (most.max(now), sum + now);
         }
         Ok(most > 0 && most <= IDLE_KIB * 2)
@@ -338,7 +339,7 @@ fn refused(context: &mut Context) -> Result<()> {
         for id in &disks.0 {
             let said = xs::read(&error_of(id))?;
             ensure!(said.is_none(), "a disk that connected still says {said:?}");
-            own::write(id, 4)?;
+            self_attach::write(id, 4)?;
         }
         Ok(())
     });

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The cases and what runs them.
 
-mod attempt;
 mod basic;
 mod beside;
 mod boot;
@@ -28,15 +27,16 @@ mod migrate;
 mod migrate_fails;
 mod mirror;
 mod ops;
-mod own;
 mod permission;
 mod planted;
-mod played;
 mod rebind;
 mod reservation;
 mod restart;
+mod retry;
 mod rings;
+mod scripted_process;
 mod selection;
+mod self_attach;
 mod slow;
 mod snapshot;
 mod takeover;
@@ -61,8 +61,8 @@ use crate::report::{CaseReport, CaseVerdict};
 use crate::tap::RunningSupervisor;
 use crate::{guest, peer, seed, sh, xs, TestedDriver};
 use anyhow::{bail, ensure, Context as _, Result};
-pub(crate) use attempt::outlive_emulator;
-use attempt::Attempt;
+pub(crate) use retry::outlive_emulator;
+use retry::Attempt;
 pub(crate) use selection::Selection;
 use std::fmt;
 use std::path::Path;
@@ -503,7 +503,7 @@ pub(crate) fn all() -> Vec<Case> {
         groups::cases(),
         insight::cases(),
         memory::cases(),
-        played::cases(),
+        scripted_process::cases(),
         tap::cases(),
         tap_host::cases(),
         beside::cases(),

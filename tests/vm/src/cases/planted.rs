@@ -3,7 +3,7 @@
 //! file holds if it fails for the reason that it names.
 //!
 //! Some are made here; the others are in a build of the module that is never shipped
-//! (`blkback/src/planted.rs`), under cases that the shipped one passes.
+//! (`blkback/src/fault_injection.rs`), under cases that the shipped one passes.
 
 use super::basic::{attach_own, fio_verify, flush};
 use super::death::{s05_late_write, NOT_FENCED};

@@ -3,7 +3,7 @@
 //! once.
 
 use super::hung::{bus, hangable, others_are_served, QUICK};
-use super::played;
+use super::scripted_process;
 use super::tap::{end_load, same, start_load_with, wait_progress, VDEV};
 use super::{Case, Context, SharedGuest};
 use crate::backing::{slow_writes, Dm};
@@ -167,9 +167,9 @@ fn direct(context: &mut Context) -> Result<()> {
 
 fn answers(context: &mut Context) -> Result<()> {
     sh::modprobe("xen-blkfront", &[])?;
-    let disk = played::played(context, 0)?;
+    let disk = scripted_process::played(context, 0)?;
     let first = disk.process()?;
-    let vbd = played::attach(context.pv()?, &disk, &first)?;
+    let vbd = scripted_process::attach(context.pv()?, &disk, &first)?;
     let mut last = Some(first);
     let state = format!("{}/state", vbd.backend);
     let rounds = [
@@ -178,11 +178,11 @@ fn answers(context: &mut Context) -> Result<()> {
     ];
     for (writes, dies) in rounds {
         let process = last.take().context("no process")?;
-        let mut held = played::deliver(context.pv()?, &process, &writes)?;
+        let mut held = scripted_process::deliver(context.pv()?, &process, &writes)?;
         // Its answer is where the first request was.
         let third = held.remove(2);
         process.serve(&[third.request])?;
-        played::succeeded(context.pv()?, third.job)?;
+        scripted_process::succeeded(context.pv()?, third.job)?;
         let process = (!dies).then_some(process);
         bus(context, &vbd, "unbind")?;
         let kept = is_kept(|| disk.info())?;
@@ -204,10 +204,10 @@ fn answers(context: &mut Context) -> Result<()> {
         let guest = context.pv()?;
         process.serve_while(|| {
             xs::wait_value(&state, "4", QUICK)?;
-            played::finish(guest, held)
+            scripted_process::finish(guest, held)
         })?;
         for (block, letter) in writes {
-            played::check_block(guest, &disk, &process, block, letter)?;
+            scripted_process::check_block(guest, &disk, &process, block, letter)?;
         }
         let info = disk.info()?;
         ensure!(
@@ -216,5 +216,5 @@ fn answers(context: &mut Context) -> Result<()> {
         );
         last = Some(process);
     }
-    played::detach(context.pv()?, &vbd, &last.context("no process")?)
+    scripted_process::detach(context.pv()?, &vbd, &last.context("no process")?)
 }

@@ -3,7 +3,7 @@
 
 use super::basic::{check_grown, compare, detach_own, verify_job, FIO};
 use super::permission::check_process;
-use super::played::history;
+use super::scripted_process::history;
 use super::{Case, Context, SharedGuest};
 use crate::backing::{self, Lvm};
 use crate::guest::{AttachedVbd, Guest};

@@ -3,7 +3,7 @@
 
 use super::layout::{Area, Cell, LeaseRecord, RecordState};
 use super::rules::{HeldLease, LeaseWorld, Party, RecordRules, Refusal};
-use crate::complete::complete;
+use crate::block_on::block_on;
 use crate::host::{Host as Name, LeaseClaim};
 use control::Failure;
 use std::cell::{Cell as Var, RefCell};
@@ -28,14 +28,14 @@ impl Still {
             area: RefCell::default(),
             beats,
         };
-        let taken = complete(holder.take(&world, Duration::ZERO));
+        let taken = block_on(holder.take(&world, Duration::ZERO));
         assert_eq!(taken.expect("it is free").generation, 1);
         world
     }
 
     fn take(&self, party: &Party) -> (Result<HeldLease, Refusal>, Duration) {
         let begun = self.now.get();
-        let taken = complete(party.take(self, WAIT));
+        let taken = block_on(party.take(self, WAIT));
         (taken, self.now.get() - begun)
     }
 }

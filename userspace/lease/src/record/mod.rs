@@ -39,7 +39,7 @@ mod booted;
 #[cfg(test)]
 mod model;
 
-use crate::complete::complete;
+use crate::block_on::block_on;
 use crate::host::hex;
 use crate::{place, Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
 use control::{Code, Failure, LeaseKind};
@@ -202,7 +202,7 @@ impl Recorded {
             host.name,
             record.who.disk,
             record.generation,
-            crate::date::date(record.since_ms)
+            crate::date(record.since_ms)
         )
     }
 
@@ -253,7 +253,7 @@ impl Lease for Recorded {
 
     fn take(&mut self, wait: Duration) -> Result<Grant, Failure> {
         self.make()?;
-        let taken = complete(self.party.take(self.store()?, wait));
+        let taken = block_on(self.party.take(self.store()?, wait));
         match taken {
             Ok(held) => Ok(self.granted(held)),
             Err(refusal) => Err(self.explain(refusal)),
@@ -261,14 +261,14 @@ impl Lease for Recorded {
     }
 
     fn resume(&mut self, generation: u64) -> Result<Grant, Failure> {
-        match complete(self.party.keep(self.store()?, generation)) {
+        match block_on(self.party.keep(self.store()?, generation)) {
             Ok(held) => Ok(self.granted(held)),
             Err(refusal) => Err(self.explain(refusal)),
         }
     }
 
     fn keep(&mut self) -> Result<(), Failure> {
-        match complete(self.party.keep(self.store()?, self.held()?)) {
+        match block_on(self.party.keep(self.store()?, self.held()?)) {
             Ok(held) => {
                 self.granted(held);
                 Ok(())
@@ -288,7 +288,7 @@ impl Lease for Recorded {
     fn give_up(&mut self) -> Result<(), Failure> {
         let generation = self.held()?;
         self.term.end();
-        match complete(self.party.give_up(self.store()?, generation)) {
+        match block_on(self.party.give_up(self.store()?, generation)) {
             Ok(()) => {
                 self.generation = None;
                 Ok(())
@@ -301,7 +301,7 @@ impl Lease for Recorded {
         if self.look()?.is_none() {
             return Ok(None);
         }
-        match complete(self.party.break_off(self.store()?, confirmed.generation)) {
+        match block_on(self.party.break_off(self.store()?, confirmed.generation)) {
             Ok(record) => Ok(record.map(|record| record.holder(&self.party.claim))),
             Err(refusal) => Err(self.explain(refusal)),
         }

@@ -32,7 +32,7 @@ mod rules;
 #[cfg(test)]
 mod model;
 
-use crate::complete::complete;
+use crate::block_on::block_on;
 use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
 use control::{Code, Failure};
 use device::ReservedDevice;
@@ -196,7 +196,7 @@ impl<S: ReservationStorage> Reserved<S> {
 
 impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
     fn inspect(&mut self) -> Result<View, Failure> {
-        let held = complete(async { Ok(self.storage.reservation().await?) });
+        let held = block_on(async { Ok(self.storage.reservation().await?) });
         match held {
             Ok(Some(held)) if !ReservationKey(held.key).is_of_nobody() => {
                 Ok(View::Held(self.holder(ReservationKey(held.key))))
@@ -210,14 +210,14 @@ impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
     }
 
     fn take(&mut self, wait: Duration) -> Result<Grant, Failure> {
-        match complete(self.party.take(&self.storage, wait)) {
+        match block_on(self.party.take(&self.storage, wait)) {
             Ok(key) => Ok(self.granted(key)),
             Err(refusal) => Err(self.explain(refusal)),
         }
     }
 
     fn resume(&mut self, _generation: u64) -> Result<Grant, Failure> {
-        match complete(self.party.resume(&self.storage)) {
+        match block_on(self.party.resume(&self.storage)) {
             Ok(key) => Ok(self.granted(key)),
             Err(refusal) => Err(self.explain(refusal)),
         }
@@ -225,7 +225,7 @@ impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
 
     fn keep(&mut self) -> Result<(), Failure> {
         let key = self.held()?;
-        complete(self.party.keep(&self.storage, key)).map_err(|refusal| self.ended(refusal))
+        block_on(self.party.keep(&self.storage, key)).map_err(|refusal| self.ended(refusal))
     }
 
     fn beat(&self) -> Option<Duration> {
@@ -235,7 +235,7 @@ impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
     fn give_up(&mut self) -> Result<(), Failure> {
         let key = self.held()?;
         self.term.end();
-        match complete(self.party.give_up(&self.storage, key)) {
+        match block_on(self.party.give_up(&self.storage, key)) {
             Ok(()) => {
                 self.key = None;
                 Ok(())
@@ -246,7 +246,7 @@ impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
 
     fn break_off(&mut self, confirmed: HolderIsDead) -> Result<Option<Holder>, Failure> {
         let dead = ReservationKey(confirmed.generation);
-        match complete(self.party.break_off(&self.storage, dead)) {
+        match block_on(self.party.break_off(&self.storage, dead)) {
             Ok(true) => Ok(Some(self.holder(dead))),
             Ok(false) => Ok(None),
             Err(refusal) => Err(self.explain(refusal)),

@@ -2,7 +2,7 @@
 //! After any failure, and any end: each disk has a driver, no guest stays paused, and no driver gets a ring on which
 //! something is half done.
 
-mod exchange;
+mod module_exchange;
 mod fake;
 
 use fake::{device, FakeHost, HostFault};

@@ -7,7 +7,7 @@ pub(crate) mod device;
 pub(crate) mod driver;
 pub(crate) mod evtchn;
 pub(crate) mod grant;
-pub(crate) mod guest_side;
+pub(crate) mod guest_mapping;
 pub(crate) mod ring_map;
 pub(crate) mod store;
 mod trial;

@@ -10,7 +10,7 @@ use crate::linux::barrier;
 use crate::linux::sys;
 use crate::proto::frontend::MAX_RING_PAGES;
 use crate::ring::abi::{self, Protocol, MAX_SLOT_SIZE};
-use crate::ring::ports::SharedRing;
+use crate::ring::shared_ring::SharedRing;
 use core::ptr::NonNull;
 use kernel::error::to_result;
 use kernel::prelude::*;

@@ -119,12 +119,12 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
             ),
             (
                 "`xen-blkback-rs takeover`",
-                "userspace/takeover/src/swap.rs",
+                "userspace/takeover/src/rebind.rs",
                 "SwapOutcome",
             ),
             (
                 "`xen-blkback-rs exchange`",
-                "userspace/takeover/src/exchange.rs",
+                "userspace/takeover/src/module_exchange.rs",
                 "Exchanged",
             ),
         ],

@@ -16,7 +16,7 @@
 
 use core::ops::DerefMut;
 
-use super::direct::MapLookup;
+use super::passthrough::MapLookup;
 use super::{Failed, Phase, Shadow};
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;

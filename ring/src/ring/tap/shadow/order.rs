@@ -9,7 +9,7 @@
 
 use core::ops::DerefMut;
 
-use super::direct::MapLookup;
+use super::passthrough::MapLookup;
 use super::Shadow;
 use crate::ring::numbers::DiskTag;
 use crate::ring::tap::abi;

@@ -4,7 +4,7 @@
 
 mod host;
 
-use super::complete;
+use super::block_on;
 use super::layout::{Area, Cell, LeaseRecord, RecordState};
 use super::rules::{patience, LeaseWorld, Party, RecordRules, Refusal, BEAT, CLAIM};
 use crate::host::{Host as Name, LeaseClaim};
@@ -475,7 +475,7 @@ fn holder_that_was_not_dead_is_found() {
                 ..RecordRules::ALL
             },
         };
-        let broken = complete(party.break_off(&world, 5));
+        let broken = block_on(party.break_off(&world, 5));
         match broken {
             Err(Refusal::Lives(record)) if looks_back => assert_eq!(record.who, holder.who),
             Ok(Some(_)) if !looks_back => {}
