@@ -247,7 +247,8 @@ fn pages(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(kernel::page::PAGE_SIZE)).unwrap_or(u32::MAX)
 }
 
-/// Pages that a queue with a ring of this order takes, if its frontend chooses what needs most.
+/// Returns the pages that a queue needs at most, whichever protocol its frontend chooses. `order` is the power of two of
+/// pages of its ring.
 pub(crate) fn queue_pages(order: u8) -> u32 {
     let slots = |protocol: Protocol| protocol.ring_size(order).unwrap_or(0);
     let slots = slots(Protocol::Abi32).max(slots(Protocol::Abi64));

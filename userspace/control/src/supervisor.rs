@@ -344,7 +344,7 @@ pub enum Request {
     Snapshot {
         /// The disk.
         which: Which,
-        /// The new image: what it is to be, and a path where nothing is.
+        /// Kind and path of the new image; no file may have that path.
         target: Target,
     },
     /// Takes snapshots of several disks at one instant: [`Reply::Snapshots`].

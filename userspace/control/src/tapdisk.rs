@@ -427,9 +427,9 @@ pub enum Needed {
         /// Target that is served, or is about to be.
         target: Target,
     },
-    /// Memory that the disk's next process gets too, of this many bytes: zeroes, or what the last process left. A
-    /// process that waits in vain for a while does without. Its size cannot change. Its contents concern the processes
-    /// only: a process that does not understand them takes them for zeroes.
+    /// Memory that outlives the process: zeroes at first, then the content that the disk's last process left. Its size
+    /// never changes. A process that gets no answer for a while works without it; one that does not understand the
+    /// content takes it for zeroes.
     State {
         /// Bytes.
         size: u64,

@@ -97,7 +97,9 @@ impl<S: Storage> Tail<S> {
         }
         match storage.set_size(next).await {
             Ok(()) => self.end.set(next),
-            Err(error) => diskio::say!("{name}: the image keeps the room at its end: {error}"),
+            Err(error) => diskio::say!(
+                "{name}: the unused space at the end of the file could not be freed: {error}"
+            ),
         }
     }
 }

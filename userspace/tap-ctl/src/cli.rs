@@ -750,7 +750,7 @@ impl From<EngineName> for Engine {
     }
 }
 
-/// An image for an existing disk.
+/// Arguments of `open`: a disk that exists, and the image to serve as it.
 #[derive(Debug, Args)]
 pub(crate) struct Open {
     #[command(flatten)]

@@ -157,7 +157,7 @@ fn counters(stats: &Stats) -> [&Counter; 5] {
     ]
 }
 
-/// Grows with everything that is counted.
+/// Returns the sum of all counters, which grows with each request.
 fn counted(stats: &Stats) -> u64 {
     let requests = counters(stats).map(|counter| counter.requests);
     requests

@@ -19,7 +19,7 @@ pub(crate) struct Named {
     pub(crate) path: PathBuf,
     /// The file with its key, if it is encrypted.
     pub(crate) key: Option<PathBuf>,
-    /// The disk in an OVA that is meant, if the path leads to an OVA.
+    /// The disk to use, if the path names an OVA.
     pub(crate) ova: Option<OvaDisk>,
 }
 

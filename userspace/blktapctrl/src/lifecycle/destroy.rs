@@ -100,8 +100,12 @@ impl Lifecycle {
     pub fn free_unknown(&self, minor: u32) -> Result<(), Failure> {
         let failed = |error| Failure::system(format!("cannot free the node {minor}"), &error);
         let node = kernel::node(&*self.registry.kernel, minor).map_err(failed)?;
-        let node =
-            node.ok_or_else(|| Failure::new(Code::NotFound, format!("there is no node {minor}")))?;
+        let node = node.ok_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                format!("node {minor} does not exist: see `tap-ctl list`"),
+            )
+        })?;
         match self.registry.kernel.destroy(minor) {
             Ok(()) => {
                 self.registry.events.add(Some(minor), What::Destroyed);

@@ -268,8 +268,8 @@ impl Lifecycle {
         }
     }
 
-    /// Has the new image served, which is on the record. If it is not, it leaves the record again, unless
-    /// something was answered from it.
+    /// Switches the disk to the new image, which its record names already. If that fails, the record names the old
+    /// image again, unless a request was answered from the new one.
     pub(super) async fn switch(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         let Some(next) = disk.record.borrow().next.clone() else {
             return Ok(());

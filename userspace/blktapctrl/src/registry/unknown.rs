@@ -175,7 +175,7 @@ impl Registry {
             .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
         let node = node.ok_or_else(|| {
             let message =
-                format!("there is no node {minor}: remove its record: `tap-ctl forget -m {minor}`");
+                format!("node {minor} does not exist any more; to remove its record: `tap-ctl forget -m {minor}`");
             Failure::new(Code::NotFound, message)
         })?;
         let (process, status) = self.ask_unknown(minor).await?.ok_or_else(|| {

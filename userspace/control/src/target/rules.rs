@@ -27,7 +27,7 @@ impl SaidRules {
         )
     }
 
-    /// Takes a word; says whether it was there before.
+    /// Reads the value of a word, and returns true if the word had one before.
     pub(super) fn take(&mut self, name: &str, value: &str) -> Result<bool, Failure> {
         Ok(match name {
             "on-no-space" => self.on_no_space.replace(on_error(name, value)?).is_some(),

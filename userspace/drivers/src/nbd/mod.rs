@@ -186,7 +186,7 @@ impl<C: Connect> Nbd<C> {
             return tls::refused(name, host, &fault);
         }
         let what = match (tls, wire.is_encrypted()) {
-            (None, _) => format!("the NBD server of {name} does not say what it serves"),
+            (None, _) => format!("the NBD server of {name} sends no size of its export"),
             (Some(_), false) => {
                 format!(
                     "the NBD server of {name} has not proved who it is: see its log, it may be too old for TLS 1.3"
@@ -194,7 +194,7 @@ impl<C: Connect> Nbd<C> {
             }
             // Its reason may be lost with the connection.
             (Some(_), true) => format!(
-                "the NBD server of {name} does not say what it serves: it may want a certificate of its client \
+                "the NBD server of {name} sends no size of its export: it may want a certificate of its client \
                  (tls-cert= and tls-key=), or another one"
             ),
         };

@@ -139,7 +139,7 @@ impl LuksHeader {
         let mut iterations = self.slots.iter().map(|slot| slot.iterations);
         if self.digest_iterations == 0 || iterations.any(|count| count == 0) {
             return Err(refused(
-                "a key slot is to be opened without work: the header of LUKS is damaged",
+                "a key slot has no iterations: the LUKS header is damaged",
             ));
         }
         match all > ROUNDS {
@@ -214,5 +214,5 @@ fn text(bytes: &[u8], at: usize) -> Result<&str, Failure> {
     let word = std::str::from_utf8(word)
         .ok()
         .filter(|word| word.len() < 32 && word.bytes().all(|byte| is_plain(&byte)));
-    word.ok_or_else(|| refused("a word in the header of LUKS is no text: it is damaged"))
+    word.ok_or_else(|| refused("a name in the LUKS header is not ASCII: the header is damaged"))
 }

@@ -451,7 +451,9 @@ impl<S: Storage> Active<S> {
         }
         let footer = self.footer.borrow().clone();
         if let Err(error) = self.room.trim(&*self.storage, &footer).await {
-            diskio::say!("{name}: the VHD keeps the room at its end: {error}");
+            diskio::say!(
+                "{name}: the unused space at the end of the VHD could not be freed: {error}"
+            );
         }
     }
 

@@ -61,7 +61,7 @@ impl Footer {
         }
         if be32(&bytes, 12) != VERSION {
             return Err(refused(format!(
-                "the VHD has version {:#x}, of which nothing is known",
+                "the VHD has version {:#x}, which this program does not support",
                 be32(&bytes, 12)
             )));
         }

@@ -86,7 +86,7 @@ impl VhdHeader {
         }
         if be32(&bytes, 24) != VERSION {
             return Err(refused(
-                "the VHD's header has a version of which nothing is known",
+                "the VHD's header has a version that this program does not support",
             ));
         }
         let (table, blocks, block) = (be64(&bytes, 16), be32(&bytes, 28), be32(&bytes, 32));

@@ -87,7 +87,7 @@ impl VhdxHeader {
     fn check(self) -> Result<Self, Failure> {
         if self.version != 1 {
             return Err(refused(format!(
-                "the VHDX has version {}, of which nothing is known: version 1 can be served",
+                "the VHDX has version {}, which this program does not support: version 1 can be served",
                 self.version
             )));
         }

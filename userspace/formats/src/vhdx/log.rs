@@ -70,7 +70,7 @@ pub(crate) async fn replay<S: Storage>(file: &S, header: &VhdxHeader) -> Result<
 fn check(header: &VhdxHeader, length: u64) -> Result<(), Failure> {
     if header.log_version != 0 {
         return Err(refused(format!(
-            "the VHDX was not closed, and its log has version {}, of which nothing is known: let the program that \
+            "the VHDX was not closed, and its log has version {}, which this program does not support: let the program that \
              wrote it open it once",
             header.log_version
         )));

@@ -161,7 +161,7 @@ impl Items {
         let Some((_, name)) = known else {
             if flags & REQUIRED != 0 {
                 return Err(refused(format!(
-                    "the VHDX needs its metadata item {guid} to be understood, of which nothing is known: convert it with the program that made it"
+                    "the VHDX requires its metadata item {guid}, which this program does not support: convert it with the program that made it"
                 )));
             }
             return Ok(());

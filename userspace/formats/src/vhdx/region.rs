@@ -77,7 +77,7 @@ impl Regions {
                 _ if le32(entry, 28) & REQUIRED == 0 => format!("region {guid}"),
                 _ => {
                     return Err(refused(format!(
-                        "the VHDX needs region {guid} to be understood, of which nothing is known: convert it with the program that made it"
+                        "the VHDX requires region {guid}, which this program does not support: convert it with the program that made it"
                     )))
                 }
             };

@@ -149,7 +149,7 @@ impl Descriptor {
         match name.trim() {
             "version" if !matches!(value, "1" | "2" | "3") => {
                 return Err(refused(format!(
-                    "the VMDK has version {value}, of which nothing is known"
+                    "the VMDK has version {value}, which this program does not support"
                 )))
             }
             "CID" => {
@@ -276,7 +276,7 @@ fn part(text: &str) -> Result<Option<ExtentLine>, Failure> {
         }
         _ if is_extent(sectors, kind) => {
             return Err(refused(format!(
-                "an extent of the VMDK has the access {access}, of which nothing is known: {text}"
+                "an extent of the VMDK has the access {access}, which this program does not support: {text}"
             )))
         }
         _ => return Ok(None),

@@ -78,7 +78,7 @@ impl EsxiHeader {
         let version = le32(bytes, 4);
         if version != 1 {
             return Err(refused(format!(
-                "a COWD extent of the VMDK has version {version}, of which nothing is known"
+                "a COWD extent of the VMDK has version {version}, which this program does not support"
             )));
         }
         let header = Self {
@@ -102,7 +102,7 @@ impl EsxiHeader {
         let known = [(1, SE_VERSION), (3, SE_GRAIN), (4, SE_TABLE), (5, 0)];
         if let Some((number, _)) = known.iter().find(|(number, value)| word(*number) != *value) {
             return Err(refused(format!(
-                "field {number} of a seSparse extent of the VMDK is {:#x}, of which nothing is known",
+                "field {number} of a seSparse extent of the VMDK is {:#x}, which this program does not support",
                 word(*number)
             )));
         }

@@ -89,7 +89,7 @@ impl SparseHeader {
         let version = le32(bytes, 4);
         if !(1..=3).contains(&version) {
             return Err(refused(format!(
-                "an extent of the VMDK has version {version}, of which nothing is known"
+                "an extent of the VMDK has version {version}, which this program does not support"
             )));
         }
         let header = Self {

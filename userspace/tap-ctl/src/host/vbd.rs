@@ -45,7 +45,7 @@ impl Operation {
         }
     }
 
-    /// As it is printed.
+    /// Returns the word that tap-ctl prints for it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Operation::Read => "read",
