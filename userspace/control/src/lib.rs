@@ -65,7 +65,7 @@ pub use lease::{LeaseKind, SanlockResource};
 pub use limits::Limits;
 pub use near::is_near;
 pub use secret::{open_named, Secrecy};
-pub use shown::{shown, shown_json, shown_lines};
+pub use shown::{json_line, shown, shown_json, shown_lines, JSON_VERSION};
 pub use target::{yes_or_no, Below, Driver, MemoryName, SaidRules, Target};
 pub use tls::{Tls, TlsFile};
 pub use trace::{TraceTo, Tracing};

@@ -7,13 +7,13 @@ mod xen_host;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use manual::Generated;
-use xen_host::XenHost;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 use takeover::{
     exchange, retire, take_over, BackendDriver, Exchange, Retired, SwapOutcome, SwapPlan,
 };
+use xen_host::XenHost;
 
 /// Have the other driver serve the disks of guests that run.
 ///
@@ -155,7 +155,7 @@ fn run_exchange(cli: &TakeoverCli, again: bool, no_way_back: bool) -> io::Result
     let outcome = exchange(&XenHost::new()?, plan)?;
     let would = cli.dry_run && outcome.left.is_empty() && outcome.why.is_none();
     if cli.json {
-        println!("{}", serde_json::to_string(&outcome)?);
+        println!("{}", control::json_line(&outcome)?);
         return Ok(outcome.is_done || would);
     }
     for left in &outcome.left {
@@ -230,7 +230,7 @@ fn run(cli: &TakeoverCli) -> io::Result<bool> {
 
 fn show(outcome: &SwapOutcome, plan: SwapPlan, json: bool) {
     if json {
-        match serde_json::to_string(outcome) {
+        match control::json_line(outcome) {
             Ok(line) => println!("{line}"),
             Err(error) => eprintln!("xen-blkback-takeover: {error}"),
         }

@@ -30,7 +30,7 @@ mod trace;
 use cli::{Cli, Image, Verb};
 use control::supervisor::{self, Allocate, Create, Hung, Mode, Reply, Request, Which};
 use control::tapdisk::Open;
-use control::{shown, shown_json, shown_lines, Channel, Code, Failure, Limits, Target};
+use control::{json_line, shown, shown_lines, Channel, Code, Failure, Limits, Target};
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -108,8 +108,10 @@ fn end(cli: &Cli, result: Result<ExitCode, Error>) -> ExitCode {
 
 fn tell_programs(cli: &Cli, failure: &Failure) {
     if cli.json {
-        let error = serde_json::json!({ "error": failure }).to_string();
-        let _ = writeln!(io::stdout(), "{}", shown_json(&error));
+        // The message on the standard error says it as well.
+        if let Ok(error) = json_line(&serde_json::json!({ "error": failure })) {
+            let _ = writeln!(io::stdout(), "{error}");
+        }
     }
 }
 
@@ -231,8 +233,8 @@ fn may_be_repeated(request: &Request) -> bool {
 }
 
 fn print(json: &impl serde::Serialize) -> Result<(), Error> {
-    let text = serde_json::to_string(json).map_err(io::Error::other)?;
-    Ok(writeln!(io::stdout(), "{}", shown_json(&text))?)
+    let text = json_line(json).map_err(io::Error::other)?;
+    Ok(writeln!(io::stdout(), "{text}")?)
 }
 
 /// Prints a text for a person. Names in it, such as one in the header of an image, may be anything: none acts on the

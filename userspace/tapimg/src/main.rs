@@ -32,7 +32,7 @@ mod walk;
 
 use clap::{CommandFactory, FromArgMatches};
 use cli::{Cli, Verb};
-use control::{shown, shown_json, shown_lines, Code, Failure};
+use control::{json_line, shown, shown_lines, Code, Failure};
 use diskio::Runtime;
 use named::Named;
 use open::{ImageOpener, Use};
@@ -97,8 +97,10 @@ fn main() -> ExitCode {
         }
         Err(Error::Failed(failure)) => {
             if json {
-                let error = serde_json::json!({ "error": failure }).to_string();
-                let _ = writeln!(io::stdout(), "{}", shown_json(&error));
+                // The message on the standard error says it as well.
+                if let Ok(error) = json_line(&serde_json::json!({ "error": failure })) {
+                    let _ = writeln!(io::stdout(), "{error}");
+                }
             }
             let _ = writeln!(io::stderr(), "tapimg: {}", shown(&failure.to_string()));
             ExitCode::from(status(failure.code))
@@ -255,8 +257,8 @@ async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcom
 fn print(cli: &Cli, out: &mut impl Write, json: &impl Serialize, text: &str) -> Result<(), Error> {
     match cli.json {
         true => {
-            let text = serde_json::to_string(json).map_err(io::Error::other)?;
-            writeln!(out, "{}", shown_json(&text))?;
+            let text = json_line(json).map_err(io::Error::other)?;
+            writeln!(out, "{text}")?;
         }
         // Names in an image, such as that of its parent, may be anything: none acts on the terminal.
         false => out.write_all(shown_lines(text).as_bytes())?,

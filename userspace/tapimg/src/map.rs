@@ -65,7 +65,8 @@ impl Rows<'_> {
                 let image = control::shown_json(&image);
                 write!(
                     self.out,
-                    "{{\"image\":{image},\"size\":{size},\"extents\":["
+                    "{{\"json_version\":{},\"image\":{image},\"size\":{size},\"extents\":[",
+                    control::JSON_VERSION
                 )?;
             }
             false => writeln!(self.out, "{:>18} {:>18} CONTENT", "OFFSET", "LENGTH")?,

@@ -209,7 +209,7 @@ pub(crate) fn list(args: &Replay, json: bool, out: &mut dyn Write) -> Result<(),
     if json {
         let (first, last) = window.has.unzip();
         let begin = json!({
-            "trace": args.trace, "minor": header.minor, "sectors": header.sectors, "started_ms": header.started_ms,
+            "json_version": control::JSON_VERSION, "trace": args.trace, "minor": header.minor, "sectors": header.sectors, "started_ms": header.started_ms,
             "data": header.data, "first": first, "last": last,
         });
         // The requests follow in the same object.

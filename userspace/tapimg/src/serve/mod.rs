@@ -11,7 +11,7 @@ use crate::cli::Serve;
 use crate::{Error, VerbOutcome};
 use broker::FileBroker;
 use control::tapdisk::{Open, Reply, Request};
-use control::{shown_json, Code, Driver, Export, Failure};
+use control::{json_line, Code, Driver, Export, Failure};
 use formats::Below;
 pub(crate) use process::confined;
 use process::{unexpected, ServingProcess};
@@ -103,8 +103,8 @@ fn say(ready: &ReadyMessage, args: &Serve, json: bool) -> io::Result<()> {
     let mut out = io::stdout();
     match json {
         true => {
-            let text = serde_json::to_string(ready).map_err(io::Error::other)?;
-            writeln!(out, "{}", shown_json(&text))?;
+            let text = json_line(ready).map_err(io::Error::other)?;
+            writeln!(out, "{text}")?;
         }
         false => out.write_all(control::shown_lines(&ready.text(args)).as_bytes())?,
     }

@@ -98,13 +98,15 @@ fn remove_old(path: &Path) -> Result<(), Failure> {
             }
             Err(error) => return Err(failed(error)),
             Ok(client) if start.elapsed() < CLOSES && is_cut(&client).map_err(failed)? => {}
-            Ok(_) => return Err(Failure::new(
-                Code::Busy,
-                format!(
+            Ok(_) => {
+                return Err(Failure::new(
+                    Code::Busy,
+                    format!(
                     "a server listens at {} already: connect to that, end it, or name another path",
                     path.display()
                 ),
-            )),
+                ))
+            }
         }
     }
 }
