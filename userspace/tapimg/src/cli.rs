@@ -208,8 +208,9 @@ A parent in the same folder is named without the folder, so both can be moved to
 pub(crate) struct CreateImage {
     /// The image, KIND:PATH
     pub(crate) image: Named,
-    /// Size of the disk, such as 10G; with --parent that of the parent if not said
-    pub(crate) size: Option<Size>,
+    /// Size of the disk, such as 10G or 1.5GiB; with --parent that of the parent if not said, or +1G for 1 GiB more
+    #[arg(value_name = "SIZE|+MORE")]
+    pub(crate) size: Option<control::NewSize>,
     #[command(flatten)]
     pub(crate) layout: Layout,
     /// Replace an existing file

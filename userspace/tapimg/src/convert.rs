@@ -4,6 +4,7 @@
 use crate::chain::refuse_damage;
 use crate::cli::Convert;
 use crate::create::{apart, check, make, Parent};
+use crate::made::{ConvertResult, MadeImage};
 use crate::named::Named;
 use crate::open::{failed, ImageOpener};
 use crate::progress::Progress;
@@ -37,7 +38,7 @@ pub(crate) async fn convert(
     opener: &ImageOpener,
     stop: &Stop,
     args: &Convert,
-) -> Result<(), Failure> {
+) -> Result<ConvertResult, Failure> {
     let (from, to, layout) = (&args.from, &args.to, &args.layout);
     apart(from, to)?;
     check(to, layout)?;
@@ -90,11 +91,17 @@ pub(crate) async fn convert(
     progress.end();
     match done {
         Ok(()) => {
-            target.keep().await?;
+            let file = target.keep().await?;
+            let lost = lost.as_deref();
             if let Some(text) = lost.and_then(|lost| lost.text(from)) {
                 diskio::say!("tapimg: {text}");
             }
-            Ok(())
+            Ok(ConvertResult {
+                from: from.to_string(),
+                made: MadeImage::new(to, shape.size, &file, layout.parent.as_ref())?,
+                lost: lost.map(Lost::bytes),
+                lost_at: lost.map(Lost::first).unwrap_or_default(),
+            })
         }
         Err(failure) => Err(target.give_up(failure).await),
     }

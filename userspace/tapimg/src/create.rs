@@ -2,11 +2,12 @@
 //! `tapimg create`: new images.
 
 use crate::cli::{CreateImage, Layout};
+use crate::made::MadeImage;
 use crate::named::Named;
 use crate::open::{identity, ImageOpener};
 use crate::sector::{of_new, stored};
 use crate::target::Target;
-use control::{Code, Failure};
+use control::{Code, Failure, NewSize};
 use diskio::File;
 use drivers::Disk;
 use formats::{fits, luks, qcow, qcow2, random, vhd, vmdk, Base, Below, ImageFormat, LAYERS};
@@ -28,22 +29,14 @@ pub(crate) struct Parent {
 }
 
 /// Makes an image.
-pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<(), Failure> {
+pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<MadeImage, Failure> {
     let image = &args.image;
     check(image, &args.layout)?;
     let parent = match &args.layout.parent {
         Some(parent) => Some(Parent::open(opener, parent, image).await?),
         None => None,
     };
-    let size = match (args.size, &parent) {
-        (Some(size), _) => size.0,
-        (None, Some(parent)) => parent.size,
-        (None, None) => {
-            return Err(Failure::invalid(format!(
-                "say how large {image} is to be, such as `tapimg create {image} 10G`"
-            )))
-        }
-    };
+    let size = size_of(args, parent.as_ref())?;
     let sector = of_new(opener, image, &args.layout, size, None, parent.as_ref()).await?;
     let target = Target::begin(opener, image, args.force).await?;
     if target.is_device() && image.kind == Below::Raw {
@@ -54,8 +47,28 @@ pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<(
     }
     let shape = (size, sector);
     match make(target.file(), image, shape, &args.layout, parent.as_ref()).await {
-        Ok(()) => target.keep().await,
+        Ok(()) => {
+            let file = target.keep().await?;
+            MadeImage::new(image, size, &file, args.layout.parent.as_ref())
+        }
         Err(failure) => Err(target.give_up(image.said(failure)).await),
+    }
+}
+
+/// Returns the bytes of the disk in a new image.
+fn size_of(args: &CreateImage, parent: Option<&Parent>) -> Result<u64, Failure> {
+    let image = &args.image;
+    match (args.size, parent) {
+        (None, Some(parent)) => Ok(parent.size),
+        (Some(NewSize::Bytes(size)), _) => Ok(size),
+        (Some(size), Some(parent)) => size.of(parent.size).ok_or_else(|| {
+            Failure::invalid(format!(
+                "{image}: no disk can be that large: give another size"
+            ))
+        }),
+        (None | Some(NewSize::More(_)), None) => Err(Failure::invalid(format!(
+            "say how large {image} is to be, such as `tapimg create {image} 10G`; +1G is for an image with --parent"
+        ))),
     }
 }
 

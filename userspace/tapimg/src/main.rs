@@ -12,6 +12,7 @@ mod compare;
 mod convert;
 mod create;
 mod info;
+mod made;
 mod map;
 mod named;
 mod old;
@@ -192,11 +193,13 @@ async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcom
             all.iter().all(info::Facts::is_good)
         }
         Verb::Create(args) => {
-            create::create(opener, args).await?;
+            let made = create::create(opener, args).await?;
+            print(cli, &mut out, &made, "")?;
             true
         }
         Verb::Convert(args) => {
-            convert::convert(opener, stop, args).await?;
+            let done = convert::convert(opener, stop, args).await?;
+            print(cli, &mut out, &done, "")?;
             true
         }
         Verb::Check(args) => {
@@ -291,6 +294,8 @@ mod tests {
             "tapimg create qcow2:/a --parent vhd:/b",
             "tapimg create qcow2:/a 10G --sector-size 4096",
             "tapimg convert vhdx:/a vhd:/b --sector-size 512",
+            "tapimg create qcow2:/a +1G --parent vhd:/b",
+            "tapimg create vhd:/a 1.5GiB --reserve 10MiB",
             "tapimg convert vhd:/a qcow2:/b --parent aio:/c --progress",
             "tapimg check --repair qcow2:/a",
             "tapimg compare --strict aio:/a raw:/b",

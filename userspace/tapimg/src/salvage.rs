@@ -88,16 +88,26 @@ impl Lost {
         Ok((data, bytes))
     }
 
+    /// Bytes that cannot be read.
+    pub(crate) fn bytes(&self) -> u64 {
+        *self.bytes.borrow()
+    }
+
+    /// The first lost ranges: the byte and the length in bytes of each.
+    pub(crate) fn first(&self) -> Vec<[u64; 2]> {
+        let ranges = self.ranges.borrow();
+        let listed = ranges.iter().take(LISTED);
+        listed.map(|(at, end)| [*at, end - at]).collect()
+    }
+
     /// Returns a description of the losses of an image; nothing if all of it could be read.
     pub(crate) fn text(&self, image: &Named) -> Option<String> {
         let (bytes, ranges) = (*self.bytes.borrow(), self.ranges.borrow());
         if bytes == 0 {
             return None;
         }
-        let listed = ranges.iter().take(LISTED);
-        let listed: Vec<_> = listed
-            .map(|(at, end)| format!("{at}+{}", end - at))
-            .collect();
+        let listed = self.first().into_iter();
+        let listed: Vec<_> = listed.map(|[at, len]| format!("{at}+{len}")).collect();
         let more = match ranges.len() - listed.len() {
             0 => String::new(),
             more => format!(" and {more} more"),

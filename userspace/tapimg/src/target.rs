@@ -136,8 +136,8 @@ impl Target {
         })
     }
 
-    /// The image is whole and durable, and from now on has its name.
-    pub(crate) async fn keep(mut self) -> Result<(), Failure> {
+    /// The image is whole and durable, and from now on has its name. Returns its file.
+    pub(crate) async fn keep(mut self) -> Result<File, Failure> {
         let image = self.image.clone();
         let failed = |error: io::Error| Failure::system(format!("cannot finish {image}"), &error);
         self.file
@@ -156,7 +156,7 @@ impl Target {
             folder.sync_all().map_err(failed)?;
         }
         self.place = Place::Done;
-        Ok(())
+        Ok(self.file.clone())
     }
 
     /// The image will not become whole: takes away what there is. Says why, and what is left.

@@ -89,12 +89,12 @@ impl Make {
         };
         let create = cli::CreateImage {
             image: named(&self.image, QCOW)?,
-            size: Some(mib(self.size)?),
+            size: Some(control::NewSize::Bytes(mib(self.size)?.0)),
             layout,
             force: true,
         };
         let made = create::create(opener, &create).await;
-        made.map(|()| String::new())
+        made.map(|_| String::new())
     }
 }
 
@@ -135,7 +135,7 @@ async fn copy(opener: &ImageOpener, from: Named, to: Named) -> Result<String, Fa
         progress: false,
     };
     let made = convert::convert(opener, &Stop::default(), &convert).await;
-    made.map(|()| String::new())
+    made.map(|_| String::new())
 }
 
 #[cfg(test)]

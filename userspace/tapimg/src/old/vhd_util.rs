@@ -293,12 +293,12 @@ async fn make(
 ) -> Result<String, Failure> {
     let create = cli::CreateImage {
         image,
-        size,
+        size: size.map(|size| control::NewSize::Bytes(size.0)),
         layout,
         force: true,
     };
     let made = create::create(opener, &create).await;
-    made.map(|()| String::new())
+    made.map(|_| String::new())
 }
 
 async fn grow(

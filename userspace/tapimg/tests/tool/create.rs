@@ -148,3 +148,70 @@ fn what_cannot_be_is_refused_before_anything_is_touched() {
     assert_eq!(bench.files(), ["base"]);
     bench.bad(4, "create qcow2:a --parent aio:none");
 }
+
+#[test]
+fn sizes_are_written_as_people_write_them() {
+    let bench = Bench::new();
+    for (text, bytes) in [("1.5G", 3 << 29), ("10MiB", 10 << 20), ("+10M", 0)] {
+        let made = bench.run(&format!("create qcow2:a {text} --force"));
+        match bytes {
+            0 => assert!(
+                made.status == Some(2) && made.err.contains("--parent"),
+                "{made:?}"
+            ),
+            _ => assert_eq!(bench.json("info qcow2:a")[0]["size"], bytes, "{text}"),
+        }
+    }
+    let made = bench.json("create qcow2:b +1.5M --parent qcow2:a");
+    assert_eq!(made["size"], (10 << 20) + (3 << 19), "{made}");
+    assert_eq!(
+        bench.json("info qcow2:b")[0]["size"],
+        made["size"],
+        "{made}"
+    );
+    bench.good("resize qcow2:b +512KiB");
+    assert_eq!(bench.json("info qcow2:b")[0]["size"], 12 << 20);
+}
+
+#[test]
+fn programs_learn_what_was_made() {
+    let bench = Bench::new();
+    bench.sparse("raw", SIZE, &[(0, 1 << 20)], 3);
+    let made = bench.json("create vhd:base 40M");
+    let path = bench.path("base").display().to_string();
+    assert_eq!(made["image"], format!("vhd:{path}"), "{made}");
+    assert_eq!(
+        (&made["kind"], &made["path"]),
+        (&"vhd".into(), &path.into())
+    );
+    assert_eq!(made["size"], SIZE, "{made}");
+    let done = bench.json("convert aio:raw qcow2:child --parent vhd:base");
+    assert_eq!(done["size"], SIZE, "{done}");
+    let names = ["from", "image", "parent"].map(|key| done[key].as_str().unwrap_or_default());
+    for (name, end) in names.into_iter().zip(["/raw", "/child", "/base"]) {
+        assert!(name.ends_with(end), "{done}");
+    }
+    assert_eq!(done["allocated"], bench.allocated("child"), "{done}");
+    assert_eq!(done["file_size"], bench.bytes("child").len(), "{done}");
+    assert_eq!(done["lost"], Value::Null, "{done}");
+    // A person reads the exit status.
+    assert_eq!(bench.good("convert aio:raw vhd:b"), "");
+    assert_eq!(bench.good("create qcow:c 1M"), "");
+}
+
+/// The answer has the ranges that --damaged leaves out, as stderr has them.
+#[test]
+fn programs_learn_what_was_lost() {
+    let bench = Bench::new();
+    bench.sparse("raw", SIZE, &[(0, 4 << 20)], 5);
+    bench.good("convert aio:raw qcow2:a");
+    let len = bench.bytes("a").len() as u64;
+    bench.shell(&format!("truncate -s {} a", len - (1 << 20)));
+    let done = bench.json("convert --damaged qcow2:a aio:b");
+    let lost = done["lost"].as_u64().expect("bytes that are lost");
+    assert!((1 << 20..2 << 20).contains(&lost), "{done}");
+    let listed = done["lost_at"].as_array().expect("ranges");
+    let sum: u64 = listed.iter().map(|range| range[1].as_u64().unwrap()).sum();
+    assert_eq!(sum, lost, "{done}");
+    assert_eq!(bench.json("convert --damaged aio:raw aio:c")["lost"], 0);
+}

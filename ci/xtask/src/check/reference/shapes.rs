@@ -83,6 +83,16 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
             ),
             ("`tapimg info`", "userspace/tapimg/src/info.rs", "Facts"),
             (
+                "`tapimg create`",
+                "userspace/tapimg/src/made.rs",
+                "MadeImage",
+            ),
+            (
+                "`tapimg convert`",
+                "userspace/tapimg/src/made.rs",
+                "ConvertResult",
+            ),
+            (
                 "`tapimg check`",
                 "userspace/tapimg/src/check.rs",
                 "Findings",
