@@ -21,6 +21,14 @@ pub trait Files<S> {
     /// The file at `path`, which is absolute, locked: for writing, as the image itself, or only to be read.
     async fn open(&self, path: &Path, writable: bool) -> Result<S, Failure>;
 
+    /// Returns the path of the data file that the qcow2 image at `image`, an absolute path, names.
+    ///
+    /// # Errors
+    /// The name leads to no file.
+    fn data_file(&self, name: &str, image: &Path) -> Result<PathBuf, Failure> {
+        resolve(name, image)
+    }
+
     /// The number by which the kernel knows the file at `path`, which was opened to be read.
     fn backing(&self, _path: &Path) -> Option<u16> {
         None
@@ -71,7 +79,11 @@ pub async fn open_chain<S: Storage>(
         let writable = options.writable && layers.is_empty();
         let mut extents = Vec::new();
         for extent in &needs.extents {
-            let place = resolve(&extent.name, &path).map_err(said)?;
+            let place = match kind {
+                ImageFormat::Qcow2 => files.data_file(&extent.name, &path),
+                _ => resolve(&extent.name, &path),
+            };
+            let place = place.map_err(said)?;
             let file = files.open(&place, writable && !extent.read_only).await;
             extents.push(file.map_err(said)?);
         }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The images that lie below one.
 
+use crate::follow::parents;
 use crate::named::{parse_kind, Named};
 use crate::open::{identity, ImageOpener, Use, DEEPEST};
 use control::{Code, Failure};
-use formats::{look, qcow2, Below, Files, ImageFormat, ImageNeeds};
+use formats::{look, qcow2, Below, ImageFormat, ImageNeeds};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
@@ -14,7 +15,7 @@ pub(crate) fn below(opener: &ImageOpener, image: &Named, needs: &ImageNeeds) -> 
         Some(name) => parse_kind(name).ok()?,
         None => opener.parents?,
     };
-    let places = opener.places(&parent.names, &image.path);
+    let places = parents(&opener.moved, &parent.names, &image.path);
     let paths: Vec<_> = places.into_iter().filter_map(Result::ok).collect();
     let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
     let path = there.or(paths.first())?.clone();

@@ -26,6 +26,9 @@ pub(crate) struct Cli {
     /// File that is the parent of an image and not where that says, or folder with such files; may be repeated
     #[arg(long, global = true, value_name = "FILE|FOLDER")]
     pub(crate) parent_at: Vec<PathBuf>,
+    /// As root, also open files that an image names and that its owner could not open
+    #[arg(long, global = true)]
+    pub(crate) follow: bool,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -69,6 +72,10 @@ Examples:
 An image is locked while it is used, as tapdisk does: no other program may use an image that is changed, and
 none may change an image that is read. To work on the image of a guest that runs: tap-ctl pause, and afterwards
 tap-ctl unpause. A file that was replaced (--force) is another one: name it again with unpause -a.
+
+An image names its backing image and data files. Root opens such a file only if the owner of the image could, or if
+it is beside the image and not writable (chmod a-w), as blktapctrl serves it; --follow opens all of them. An image that
+belongs to root may name any file.
 
 Under the names vhd-util, qcow-create, img2qcow and qcow2raw, as links, this program takes the options of
 blktap's: see vhd-util --help.

@@ -3,6 +3,7 @@
 
 use crate::chain::{below, refuse_damage};
 use crate::cli::Commit;
+use crate::follow::NamedFiles;
 use crate::named::Named;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
@@ -71,7 +72,9 @@ pub(crate) async fn commit(
     let mode = fs::metadata(&parent.path)
         .map_err(|error| Failure::system(format!("cannot look at {parent}"), &error))?
         .permissions();
-    let base = opener.file(&parent.path, Use::Write).await?;
+    let files = NamedFiles::of(opener, image, &file)?;
+    let base = files.file(&parent.path, true).await;
+    let base = base.map_err(|failure| image.said(failure))?;
     let options = Options::new(parent.path.display().to_string());
     let (base, its) = opener.disk_of(&parent, base, options).await?;
     // This program has locked the backing image already, and only its metadata is read.

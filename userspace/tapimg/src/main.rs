@@ -11,6 +11,7 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod follow;
 mod info;
 mod made;
 mod map;
@@ -129,6 +130,12 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
         return Ok(VerbOutcome::Good);
     }
     if let Verb::Serve(args) = &cli.verb {
+        if cli.follow || !cli.parent_at.is_empty() {
+            return Err(Failure::invalid(
+                "serve has no --follow and no --parent-at: name files that clients may read with --allow",
+            )
+            .into());
+        }
         return serve::serve(args, cli.parents.map(|kind| kind.0), cli.json);
     }
     let runtime = Runtime::new();
@@ -141,8 +148,12 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
         Verb::Info(info) if info.unlocked => Use::Look,
         _ => Use::Read,
     };
-    let mut opener = ImageOpener::start(&runtime, reading, cli.parents.map(|kind| kind.0))?;
-    opener.moved = moved(&cli.parent_at)?;
+    let parents = cli.parents.map(|kind| kind.0);
+    let opener = ImageOpener {
+        moved: moved(&cli.parent_at)?,
+        follow: cli.follow,
+        ..ImageOpener::start(&runtime, reading, parents)?
+    };
     let work = async move { verb(&cli, &opener, &stop).await };
     runtime
         .block_on(work)

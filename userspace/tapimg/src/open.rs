@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From the name of an image to a disk, with all that lies below it, locked.
 
+use crate::follow::NamedFiles;
 use crate::named::Named;
 use crate::ova::ArchiveMember;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, DiskInfo, Raw};
 use formats::vmdk::Vmdk;
-use formats::{open_chain, resolve, Below, Files, ImageFormat, ImageParts, Options};
+use formats::{open_chain, Below, ImageFormat, ImageParts, Options};
 use rustix::fs::OFlags;
 use std::fs;
 use std::io;
@@ -38,6 +39,8 @@ pub(crate) struct ImageOpener {
     pub(crate) layers: usize,
     /// Files and folders with parents that are not where their children say.
     pub(crate) moved: Rc<[PathBuf]>,
+    /// Files that images name are opened, whoever could read them.
+    pub(crate) follow: bool,
 }
 
 /// Images over each other at most: more than a disk that is served may have, because what is too long for that is
@@ -97,6 +100,7 @@ impl ImageOpener {
             parents,
             layers: DEEPEST,
             moved: Rc::new([]),
+            follow: false,
         })
     }
 
@@ -178,7 +182,8 @@ impl ImageOpener {
                     key: image.secret()?,
                     ..options
                 };
-                let chain = open_chain(kind, file, &image.path, options, self);
+                let files = NamedFiles::of(self, image, &file)?;
+                let chain = open_chain(kind, file, &image.path, options, &files);
                 chain
                     .await
                     .map_err(|failure| image.said(of_image(failure)))?
@@ -187,37 +192,6 @@ impl ImageOpener {
         let shape = disk.activate().await;
         let shape = shape.map_err(|failure| image.said(of_image(failure)))?;
         Ok((disk, shape))
-    }
-}
-
-impl Files<File> for ImageOpener {
-    async fn open(&self, path: &Path, writable: bool) -> Result<File, Failure> {
-        let how = if writable { Use::Write } else { self.reading };
-        self.file(path, how).await
-    }
-
-    fn places(&self, names: &[String], child: &Path) -> Vec<Result<PathBuf, Failure>> {
-        let is_named = |name: &str| names.iter().any(|other| file_name(other) == name);
-        let (mut all, mut others) = (Vec::new(), Vec::new());
-        for place in self.moved.iter() {
-            let name = place.file_name().and_then(|name| name.to_str());
-            if place.is_dir() {
-                let inside = names.iter().map(|name| place.join(file_name(name)));
-                all.extend(inside.filter(|path| path.exists()));
-            } else if name.is_some_and(is_named) {
-                all.push(place.clone());
-            } else if place != child {
-                // It was renamed, too, unless it is the parent of another image of the chain.
-                others.push(place.clone());
-            }
-        }
-        let named = names.iter().map(|name| resolve(name, child));
-        let all = all.into_iter().map(Ok).chain(named);
-        all.chain(others.into_iter().map(Ok)).collect()
-    }
-
-    fn raw(&self, file: File) -> Disk {
-        Disk::new(Raw::new(file, false))
     }
 }
 
@@ -259,11 +233,6 @@ pub(crate) fn open_file(path: &Path, how: Use, is_direct: bool) -> Result<fs::Fi
         Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(busy(path)),
         file => file.map_err(|error| tried(&error)),
     }
-}
-
-/// The last part of a path, of Windows or of others.
-fn file_name(path: &str) -> &str {
-    path.rsplit(['/', '\\']).next().unwrap_or(path)
 }
 
 /// Opens past the page cache, or through it where that is not possible.

@@ -3,6 +3,7 @@
 
 use crate::chain::below;
 use crate::cli::Resize;
+use crate::follow::{data_file, NamedFiles};
 use crate::named::Named;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
@@ -11,7 +12,7 @@ use crate::walk::{self, PIECE};
 use control::{Code, Failure};
 use diskio::File;
 use drivers::{Content, Disk, Driver};
-use formats::{look, luks, qcow2, resolve, vhd, Below, ImageFormat, ImageParts, Options};
+use formats::{look, luks, qcow2, vhd, Below, ImageFormat, ImageParts, Options};
 use serde::Serialize;
 use std::ops::Range;
 
@@ -160,8 +161,9 @@ async fn grow_qcow2(
         parts.parent = Some(opener.disk(&found, None).await?.0);
     }
     for extent in &needs.extents {
-        let path = resolve(&extent.name, &image.path)?;
-        parts.extents.push(opener.file(&path, Use::Write).await?);
+        let path = data_file(&extent.name, &image.path)?;
+        let files = NamedFiles::of(opener, image, file)?;
+        parts.extents.push(files.file(&path, true).await?);
     }
     let options = Options {
         key: image.secret()?,

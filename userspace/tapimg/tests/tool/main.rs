@@ -8,6 +8,7 @@ mod convert;
 mod create;
 mod encrypted;
 mod esxi;
+mod files;
 mod footers;
 mod look;
 mod moved;

@@ -242,6 +242,8 @@ fn what_cannot_be_served_is_refused_with_a_reason() {
         (2, "ram:1M", "<SOCKET>"),
         (6, "ram:1M a", "is no socket"),
         (4, "--allow none qcow2:a s", "cannot find none"),
+        (2, "--follow qcow2:a s", "--allow"),
+        (2, "--parent-at /tmp qcow2:a s", "--allow"),
         (4, "--user nobody-at-all ram:1M s", "there is no user"),
     ] {
         let said = bench.bad(status, &format!("serve {line}"));
