@@ -5,6 +5,7 @@ use crate::follow::parents;
 use crate::named::{parse_kind, Named};
 use crate::open::{identity, ImageOpener, Use, DEEPEST};
 use control::{Code, Failure};
+use diskio::File;
 use formats::{look, qcow2, Below, ImageFormat, ImageNeeds};
 use std::fs;
 
@@ -72,20 +73,24 @@ pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result
             .await
             .map_err(|failure| image.said(failure))?;
         next = below(opener, &image, &needs);
-        if kind != ImageFormat::Qcow2 {
-            continue;
-        }
-        let found = qcow2::check(&file, &image.path.display().to_string(), false).await?;
-        if found.damaged > 0 {
-            return Err(Failure::new(
-                Code::Image,
-                format!(
-                    "{image} is damaged: {} entries of its tables are invalid, perhaps because it was cut off; \
-                     --damaged copies what there is, with zeroes in place of what is lost",
-                    found.damaged
-                ),
-            ));
+        if kind == ImageFormat::Qcow2 {
+            refuse_damaged(&image, &file).await?;
         }
     }
     Ok(())
+}
+
+/// Refuses a qcow2 image that is damaged in that way.
+pub(crate) async fn refuse_damaged(image: &Named, file: &File) -> Result<(), Failure> {
+    let found = qcow2::check(file, &image.path.display().to_string(), false).await?;
+    match found.damaged {
+        0 => Ok(()),
+        count => Err(Failure::new(
+            Code::Image,
+            format!(
+                "{image} is damaged: {count} entries of its tables are invalid, perhaps because it was cut off; \
+                 copy what there is, with zeroes in place of what is lost: `tapimg convert --damaged {image} NEW`"
+            ),
+        )),
+    }
 }

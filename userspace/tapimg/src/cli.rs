@@ -304,8 +304,8 @@ pub(crate) struct Map {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Raw files, qcow2 and VHD become larger, by zeroes. A luks image becomes larger, too, by a part that reads as anything
-until the guest fills it. Only a raw file and a luks image become smaller, and of them only zeroes, and parts for which
-a luks image has no space, are cut off, but with --lose-data.
+until the guest fills it. Raw files, qcow2 and luks images become smaller with --shrink: only zeroes, and parts for
+which a luks image has no space, are cut off, but with --lose-data. A qcow2 image with snapshots inside keeps its size.
 A disk with a backing image shows nothing of that behind its old end.")]
 pub(crate) struct Resize {
     /// The image, KIND:PATH

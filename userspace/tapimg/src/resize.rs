@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `tapimg resize`: larger and smaller disks.
 
-use crate::chain::below;
+use crate::chain::{below, refuse_damaged};
 use crate::cli::Resize;
 use crate::follow::{data_file, NamedFiles};
 use crate::named::Named;
@@ -149,6 +149,35 @@ async fn grow_qcow2(
     file: &File,
     size: u64,
 ) -> Result<(), Failure> {
+    let disk = qcow2_of(opener, image, file).await?;
+    disk.activate().await?;
+    let grown = disk.grow(size).await;
+    let last = disk.inactivate().await;
+    grown?;
+    last.map_err(|error| failed("make durable", image, size, error))
+}
+
+/// Makes a qcow2 image smaller.
+async fn shrink_qcow2(
+    opener: &ImageOpener,
+    image: &Named,
+    file: &File,
+    size: u64,
+) -> Result<(), Failure> {
+    let disk = qcow2_of(opener, image, file).await?;
+    disk.activate().await?;
+    let cut = disk.shrink(size).await;
+    let last = disk.inactivate().await;
+    cut?;
+    last.map_err(|error| failed("make durable", image, size, error))
+}
+
+/// The driver of a qcow2 image, with its backing image and its data file.
+async fn qcow2_of(
+    opener: &ImageOpener,
+    image: &Named,
+    file: &File,
+) -> Result<qcow2::Qcow2<File>, Failure> {
     let needs = look(ImageFormat::Qcow2, file).await?;
     let mut parts = ImageParts::default();
     if let Some(parent) = &needs.parent {
@@ -169,12 +198,7 @@ async fn grow_qcow2(
         key: image.secret()?,
         ..Options::new(image.path.display().to_string())
     };
-    let disk = qcow2::Qcow2::new(file.clone(), parts, options);
-    disk.activate().await?;
-    let grown = disk.grow(size).await;
-    let last = disk.inactivate().await;
-    grown?;
-    last.map_err(|error| failed("make durable", image, size, error))
+    Ok(qcow2::Qcow2::new(file.clone(), parts, options))
 }
 
 /// A VHD has nothing by which it could hide what its parent has behind its own end, and it has its parent's sectors.
@@ -224,17 +248,27 @@ async fn shrink(
             "{image} has {old_size} bytes, and {size} are fewer: say --shrink if that is meant"
         )));
     }
-    if !matches!(image.kind, Below::Raw | Below::Format(ImageFormat::Luks)) {
+    if !matches!(
+        image.kind,
+        Below::Raw | Below::Format(ImageFormat::Luks | ImageFormat::Qcow2)
+    ) {
         return Err(Failure::invalid(format!(
-            "{image}: only a raw file and a luks image become smaller: convert it to aio, shrink that, \
-             and convert that back"
+            "{image}: only a raw file, a qcow2 and a luks image become smaller: convert it to qcow2, and shrink that"
         )));
     }
-    let options = Options::new(image.path.display().to_string());
+    let is_qcow2 = image.kind == Below::Format(ImageFormat::Qcow2);
+    if is_qcow2 {
+        refuse_damaged(image, file).await?;
+    }
+    let options = Options {
+        writable: false,
+        discard: false,
+        ..Options::new(image.path.display().to_string())
+    };
     let (disk, _) = opener.disk_of(image, file.clone(), options).await?;
     // The disk in an image of LUKS knows no holes: where its file has one, nothing was ever written.
     let (written, begin) = match image.kind {
-        Below::Raw => (disk.clone(), 0),
+        Below::Raw | Below::Format(ImageFormat::Qcow2) => (disk.clone(), 0),
         Below::Format(_) => {
             let begin = luks::header(file).await?.begin();
             let raw = Named::plain(Below::Raw, image.path.clone());
@@ -254,7 +288,14 @@ async fn shrink(
             ),
         ));
     }
-    set_size(image, file, size).await?;
+    // Its files are locked.
+    drop((disk, written));
+    match is_qcow2 {
+        true => shrink_qcow2(opener, image, file, size)
+            .await
+            .map_err(|failure| image.said(failure))?,
+        false => set_size(image, file, size).await?,
+    }
     Ok(lost)
 }
 

@@ -247,6 +247,27 @@ impl<S: Storage> Qcow2<S> {
         Ok(())
     }
 
+    /// Makes the disk in an active image smaller: `size` bytes, at least one sector of 512 bytes. Bytes behind that are
+    /// lost. There may be no other request. It is durable when this returns.
+    ///
+    /// # Errors
+    /// The size is no smaller one, the image has snapshots inside, or the storage fails.
+    pub async fn shrink(&self, size: u64) -> Result<(), Failure> {
+        let failed = |error: Errno| Failure::system("cannot make the disk smaller", &error.into());
+        let image = self.image().map_err(failed)?;
+        if header(&self.file).await?.snapshots > 0 {
+            return Err(refused(
+                "it has snapshots inside, whose disks are larger: delete them with qemu-img snapshot -d",
+            ));
+        }
+        image.shrink(size).await?;
+        if let Some(data) = self.data_file.as_ref().filter(|data| !data.is_fixed()) {
+            data.set_size(size).await.map_err(failed)?;
+            data.flush().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// Compares the refcounts of the image, which must be active and not in use, with the users of its clusters.
     pub async fn findings(&self) -> Result<Findings, Failure> {
         let failed = |error: Errno| Failure::system("cannot check the image", &error.into());
@@ -422,7 +443,17 @@ impl<S: Storage> Driver for Qcow2<S> {
                  with qemu-img amend -o compat=1.1",
             ));
         }
-        image.grow(size).await
+        image.grow(size).await?;
+        // A program that reads the data file alone finds all of the disk.
+        let failed =
+            |error: Errno| Failure::system("cannot make the data file larger", &error.into());
+        if let Some(data) = self.data_file.as_ref().filter(|data| !data.is_fixed()) {
+            if data.size().map_err(failed)? < size {
+                data.set_size(size).await.map_err(failed)?;
+                data.flush().await.map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     async fn goes_on(&self) -> Result<bool, Failure> {

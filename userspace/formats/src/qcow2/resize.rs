@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Larger disks.
+//! Larger and smaller disks.
 
+use super::entry::L2Entry;
 use super::header::{AT_L1_ENTRIES, AT_SIZE};
-use super::image::{EntryTable, Qcow2Image};
+use super::image::{EntryTable, Found, Qcow2Image};
 use crate::field::refused;
 use crate::Storage;
 use control::Failure;
@@ -21,13 +22,7 @@ impl<S: Storage> Qcow2Image<S> {
                 self.name
             )));
         }
-        let sector = self.sector();
-        if size % u64::from(sector) != 0 {
-            return Err(refused(format!(
-                "{}: {size} bytes are no whole number of its sectors of {sector}: give a multiple of them",
-                self.name
-            )));
-        }
+        self.check_sectors(size)?;
         let entries = self.geometry.l1_entries(size);
         if entries * 8 > MAX_L1 {
             return Err(refused(format!(
@@ -45,8 +40,108 @@ impl<S: Storage> Qcow2Image<S> {
         if entries > self.l1.get().entries {
             self.grow_l1(entries).await.map_err(failed)?;
         }
-        self.hide_below(old, size).await.map_err(failed)?;
+        self.clear_behind(old, size).await.map_err(failed)?;
         self.set_size(size).await.map_err(failed)
+    }
+
+    /// The disk has `size` bytes from now on, at least one sector, and what was behind them is lost. It is durable when
+    /// this returns. The image must have no snapshots inside.
+    pub(crate) async fn shrink(&self, size: u64) -> Result<(), Failure> {
+        let old = self.size.get();
+        if size % 512 != 0 || size == 0 || size > old {
+            return Err(refused(format!(
+                "{}: a disk of {old} bytes cannot be cut off at {size}: give whole sectors, and no more than there are",
+                self.name
+            )));
+        }
+        self.check_sectors(size)?;
+        let failed = |error: Errno| {
+            Failure::system(
+                format!("{}: cannot make the disk smaller", self.name),
+                &error.into(),
+            )
+        };
+        self.begin_writing().await.map_err(failed)?;
+        // First of all, so that a death leaves the old disk or the new one, perhaps with clusters behind its end.
+        self.set_size(size).await.map_err(failed)?;
+        // A program that makes it larger again may show the rest of the last cluster.
+        let cluster = self.geometry.cluster();
+        let end = size.next_multiple_of(cluster);
+        if end > size {
+            self.zero(size, end - size, false).await.map_err(failed)?;
+        }
+        self.drop_behind(end).await.map_err(failed)?;
+        self.flush().await.map_err(failed)?;
+        self.free().await;
+        Ok(())
+    }
+
+    /// Refuses a size in bytes that is no whole number of the disk's logical sectors.
+    fn check_sectors(&self, size: u64) -> Result<(), Failure> {
+        let sector = self.sector();
+        match size % u64::from(sector) {
+            0 => Ok(()),
+            _ => Err(refused(format!(
+                "{}: {size} bytes are no whole number of its sectors of {sector}: give a multiple of them",
+                self.name
+            ))),
+        }
+    }
+
+    /// Frees all clusters from byte `end` of the disk on, and their tables.
+    async fn drop_behind(&self, end: u64) -> Result<(), Errno> {
+        let (span, cluster, l1) = (self.geometry.span(), self.geometry.cluster(), self.l1.get());
+        let mut at = end;
+        while at / span < l1.entries {
+            let (slice, slot) = self.slot(l1, at / span).await?;
+            if self.table_at(slice.number(slot), "L2 table")?.is_none() {
+                at = (at / span + 1) * span;
+                continue;
+            }
+            let found = self.find_owned(at).await?;
+            let (count, old) = self.drop_entries(&found)?;
+            self.settle(&found).await?;
+            old.iter().for_each(|old| self.release_place(old));
+            self.bound_released().await?;
+            at += count * cluster;
+        }
+        // No byte of the disk leads to them any more.
+        for number in end.div_ceil(span)..l1.entries {
+            let (slice, slot) = self.slot(l1, number).await?;
+            if let Some(table) = self.table_at(slice.number(slot), "L2 table")? {
+                slice.set_number(slot, 0);
+                self.slices.settle(&slice).await?;
+                self.release(table / cluster, 1);
+                self.bound_released().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears the entries from the one that was found to the end of its slice. Returns their number, and those that led
+    /// somewhere.
+    fn drop_entries(&self, found: &Found) -> Result<(u64, Vec<L2Entry>), Errno> {
+        let (mut count, mut old) = (0, Vec::new());
+        while let Some(entry) = self.entry(found, count)? {
+            if entry != L2Entry::NONE {
+                self.set_entry(found, count, &L2Entry::NONE);
+                old.push(entry);
+            }
+            count += 1;
+        }
+        Ok((count, old))
+    }
+
+    /// Makes the bytes from `old`, the end of the disk, to `size` read as zeroes: the backing image may have something
+    /// there, and clusters of an earlier, larger disk.
+    async fn clear_behind(&self, old: u64, size: u64) -> Result<(), Errno> {
+        let mut at = old;
+        while at < size {
+            let some = (size - at).min(super::ZEROES);
+            self.zero(at, some, false).await?;
+            at += some;
+        }
+        Ok(())
     }
 
     /// Makes the content of the backing image that was behind the end of the disk read as zeroes.
