@@ -90,7 +90,7 @@ Exit status: 0 if it was done and nothing is wrong, 1 if images differ (compare)
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Show size, parent and snapshots of an image, and the problems of its files that keep it from being served
+    /// Show size, parent, snapshots and dirty bitmaps of an image, and the problems of its files that keep it from being served
     Info(Info),
     /// Make an image
     Create(CreateImage),

@@ -48,6 +48,9 @@ pub(crate) struct Facts {
     /// Internal snapshots of a qcow2 image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotFacts>,
+    /// Dirty bitmaps of QEMU that the image keeps.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<BitmapFacts>,
     /// Reasons why the image, or one of its backing images, cannot be served as it is.
     problems: Vec<String>,
     /// Harmless facts.
@@ -95,6 +98,18 @@ pub(crate) struct SnapshotFacts {
     seconds: u32,
     /// Bytes of the virtual machine's state in the snapshot.
     memory: u64,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct BitmapFacts {
+    /// Name of the bitmap.
+    name: String,
+    /// Bytes of the disk for which a bit stands.
+    granularity: u64,
+    /// Each write of the disk sets bits.
+    recording: bool,
+    /// The bitmap has all writes that it should have; otherwise it is void.
+    consistent: bool,
 }
 
 /// Looks at an image, and on request at all below it.
@@ -256,6 +271,9 @@ impl Facts {
         for one in &self.snapshots {
             say("snapshot", &one.text());
         }
+        for one in &self.bitmaps {
+            say("dirty bitmap", &one.text());
+        }
         for note in &self.notes {
             say("note", note);
         }
@@ -354,6 +372,11 @@ async fn add_qcow2(file: &File, facts: &mut Facts) -> Result<(), Failure> {
         facts.problems.push(problem.into());
     }
     facts.snapshots = snapshots(file).await?;
+    match qcow2::bitmaps(file).await {
+        Ok(all) => facts.bitmaps = all.into_iter().map(BitmapFacts::from).collect(),
+        // The disk can be served all the same.
+        Err(failure) => facts.notes.push(failure.message),
+    }
     Ok(())
 }
 
@@ -368,6 +391,29 @@ pub(crate) async fn snapshots(file: &File) -> Result<Vec<SnapshotFacts>, Failure
         memory: one.memory,
     };
     Ok(all.map(facts).collect())
+}
+
+impl From<qcow2::DiskBitmap> for BitmapFacts {
+    fn from(bitmap: qcow2::DiskBitmap) -> Self {
+        Self {
+            name: bitmap.name,
+            granularity: bitmap.granularity,
+            recording: bitmap.is_recording,
+            consistent: bitmap.is_consistent,
+        }
+    }
+}
+
+impl BitmapFacts {
+    fn text(&self) -> String {
+        let unit = bytes(self.granularity);
+        let state = match (self.consistent, self.recording) {
+            (true, true) => "records writes",
+            (true, false) => "is disabled",
+            (false, _) => "is void: it was not stored after the last write, so the next backup has to be a full one",
+        };
+        format!("{:?}, a bit for {unit}, {state}", self.name)
+    }
 }
 
 impl SnapshotFacts {

@@ -28,6 +28,8 @@ pub(crate) const CORRUPT: u64 = 1 << 1;
 pub(crate) const EXTERNAL: u64 = 1 << 2;
 pub(crate) const COMPRESSION: u64 = 1 << 3;
 pub(crate) const EXTENDED: u64 = 1 << 4;
+/// Autoclear feature: the bitmaps have all changes.
+pub(crate) const BITMAPS: u64 = 1;
 /// Autoclear feature: the data file is the disk, byte for byte.
 pub(crate) const RAW_EXTERNAL: u64 = 1 << 1;
 

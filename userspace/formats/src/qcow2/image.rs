@@ -8,6 +8,7 @@ use super::content::ClusterFile;
 use super::entry::{Broken, ClusterLocation, L2Entry, SubclusterSource, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Crypt, Qcow2Header};
+use super::notes::BitmapNotes;
 use super::slices::{Slice, Slices};
 use super::users::Users;
 use crate::barrier::Barrier;
@@ -48,8 +49,13 @@ pub(crate) struct Qcow2Image<S> {
     pub(crate) below: RefCell<Option<Rc<Base>>>,
     pub(crate) l1: Cell<EntryTable>,
     pub(crate) reftable: Cell<EntryTable>,
-    /// Autoclear features that the image still has.
+    /// Autoclear features that the header claims.
     pub(crate) autoclear: Cell<u64>,
+    /// The header claims none that a write would make wrong.
+    pub(crate) has_begun: Cell<bool>,
+    /// Place of the directory of bitmaps: its offset and its bytes.
+    pub(crate) bitmaps: Option<(u64, u64)>,
+    pub(crate) notes: BitmapNotes,
     pub(crate) slices: Slices<Metadata<S>>,
     pub(crate) barrier: Barrier<S>,
     pub(crate) allocator: Allocator,

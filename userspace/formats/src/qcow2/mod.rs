@@ -4,6 +4,7 @@
 mod ahead;
 mod alloc;
 mod alone;
+mod bitmap;
 mod census;
 mod check;
 mod compressed;
@@ -15,6 +16,7 @@ mod geometry;
 mod head;
 mod header;
 mod image;
+mod notes;
 mod places;
 mod read;
 mod rebuild;
@@ -27,6 +29,7 @@ mod users;
 mod write;
 mod zero;
 
+pub use bitmap::{bitmaps, DiskBitmap};
 pub use check::Findings;
 pub use create::{create, Qcow2Create};
 pub use facts::check;
@@ -303,7 +306,10 @@ impl<S: Storage> Qcow2<S> {
             below: RefCell::new(self.active_below().await?),
             l1: Cell::new(l1),
             reftable: Cell::new(reftable),
-            autoclear: Cell::new(header.autoclear & !header::RAW_EXTERNAL),
+            autoclear: Cell::new(header.autoclear),
+            has_begun: Cell::new(header.autoclear & !header::RAW_EXTERNAL == 0),
+            bitmaps: header.bitmaps,
+            notes: Default::default(),
             slices: Slices::new(metadata, geometry.slice(), budget / 8 * 7),
             barrier,
             allocator: Allocator::new(),
@@ -328,7 +334,14 @@ impl<S: Storage> Qcow2<S> {
         image.barrier.flush().await?;
         image.free().await;
         image.give_back().await;
-        image.barrier.flush().await
+        image.barrier.flush().await?;
+        if let Err(error) = image.end_notes().await {
+            diskio::say!(
+                "{}: its dirty bitmaps were not stored ({error}) and are void: the next backup has to be a full one",
+                image.name
+            );
+        }
+        Ok(())
     }
 
     fn shape(&self, image: &Qcow2Image<S>) -> DiskInfo {

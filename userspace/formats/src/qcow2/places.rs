@@ -15,8 +15,8 @@ impl<S: Storage> Qcow2Image<S> {
     pub(crate) async fn places(&self, guest: u64, len: u64) -> Result<Vec<MappedExtent>, Errno> {
         let _user = self.users.enter();
         let end = guest.saturating_add(len).min(self.size.get());
-        // The first write has to say that features which are not kept up to date are void.
-        let writable = self.writable && self.autoclear.get() == 0;
+        // The first write has to say that features which are not kept up to date are void, and bitmaps note each one.
+        let writable = self.writable && self.has_begun.get() && !self.notes.is_recording();
         let (mut places, mut at) = (Vec::new(), guest);
         while at < end {
             let (run, len, settled) = self.map_sure(at, end - at).await?;

@@ -41,7 +41,12 @@ impl<S: Storage> Qcow2Image<S> {
             self.grow_l1(entries).await.map_err(failed)?;
         }
         self.clear_behind(old, size).await.map_err(failed)?;
-        self.set_size(size).await.map_err(failed)
+        let are_void = self.suspend_notes(size).await.map_err(failed)?;
+        self.set_size(size).await.map_err(failed)?;
+        if are_void {
+            self.resume_notes().await;
+        }
+        Ok(())
     }
 
     /// The disk has `size` bytes from now on, at least one sector, and what was behind them is lost. It is durable when
@@ -63,7 +68,11 @@ impl<S: Storage> Qcow2Image<S> {
         };
         self.begin_writing().await.map_err(failed)?;
         // First of all, so that a death leaves the old disk or the new one, perhaps with clusters behind its end.
+        let are_void = self.suspend_notes(size).await.map_err(failed)?;
         self.set_size(size).await.map_err(failed)?;
+        if are_void {
+            self.resume_notes().await;
+        }
         // A program that makes it larger again may show the rest of the last cluster.
         let cluster = self.geometry.cluster();
         let end = size.next_multiple_of(cluster);
@@ -185,7 +194,7 @@ impl<S: Storage> Qcow2Image<S> {
     }
 
     /// Allocates `count` contiguous clusters: prepared clusters in other places are put aside.
-    async fn take_row(&self, count: u64) -> Result<u64, Errno> {
+    pub(super) async fn take_row(&self, count: u64) -> Result<u64, Errno> {
         /// Attempts: each is behind the last one, and the end of the file is one row.
         const ATTEMPTS: usize = 1024;
         let mut aside = Vec::new();

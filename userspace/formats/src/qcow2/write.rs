@@ -31,7 +31,7 @@ impl<S: Storage> Qcow2Image<S> {
     /// Writes all of `data`. When this returns, no death of this process undoes it.
     pub(crate) async fn write(&self, guest: u64, data: Bytes) -> Result<(), Errno> {
         let _user = self.users.enter();
-        self.begin_writing().await?;
+        self.begin_change(guest, data.len() as u64).await?;
         self.write_now(guest, data).await
     }
 
@@ -394,24 +394,33 @@ impl<S: Storage> Qcow2Image<S> {
     }
 
     /// Clears the autoclear features in the header before the first change: features that this driver does not know, or
-    /// does not update, such as bitmaps, would become wrong.
+    /// does not update, would become wrong.
     pub(crate) async fn begin_writing(&self) -> Result<(), Errno> {
         if !self.writable {
             return Err(Errno::ROFS);
         }
-        if self.autoclear.get() == 0 {
+        if self.has_begun.get() {
             return Ok(());
         }
         let _pass = self.beginning.alone().await;
-        if self.autoclear.get() == 0 {
+        if self.has_begun.get() {
             return Ok(());
         }
-        let (header, _) = self.slices.at(0).await?;
-        let kept = header.number(super::header::AT_AUTOCLEAR) & super::header::RAW_EXTERNAL;
-        self.change_header(super::header::AT_AUTOCLEAR, &kept.to_be_bytes())
-            .await?;
-        self.autoclear.set(0);
+        let kept = self.begin_notes(self.autoclear.get()).await;
+        if kept != self.autoclear.get() {
+            self.set_autoclear(kept).await?;
+        }
+        self.has_begun.set(true);
         Ok(())
+    }
+
+    /// Prepares for a change of a range of the disk.
+    pub(crate) async fn begin_change(&self, guest: u64, len: u64) -> Result<(), Errno> {
+        self.begin_writing().await?;
+        match self.notes.is_recording() {
+            true => self.note(guest, len).await,
+            false => Ok(()),
+        }
     }
 
     /// True if all of an entry's parts are alike.

@@ -14,7 +14,7 @@ impl<S: Storage> Qcow2Image<S> {
     /// A range reads as zeroes; with `hint` it may also stay as it is.
     pub(crate) async fn zero(&self, guest: u64, len: u64, hint: bool) -> Result<(), Errno> {
         let user = self.users.enter();
-        self.begin_writing().await?;
+        self.begin_change(guest, len).await?;
         let part = self.geometry.part();
         let end = guest + len;
         // The last subcluster may be cut by the end of the disk.

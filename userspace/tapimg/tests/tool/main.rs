@@ -2,6 +2,7 @@
 //! The program as a person uses it, with QEMU's tools as a second opinion in both directions.
 
 mod bench;
+mod bitmaps;
 mod client;
 mod commit;
 mod convert;

@@ -434,3 +434,155 @@ fn a_file_that_is_no_image_is_refused() {
             .is_err());
     }
 }
+
+/// A sound image of clusters of 4 KiB with a bitmap that records, a bit for a sector, and the places of its record and of
+/// its table.
+fn with_bitmap() -> (Vec<u8>, usize, usize) {
+    const CLUSTER: usize = 4096;
+    let mut bytes = sound(Qcow2Create {
+        cluster: CLUSTER as u64,
+        ..Qcow2Create::new(SIZE)
+    });
+    let word = |bytes: &[u8], at: usize| {
+        u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+    };
+    let long = |bytes: &[u8], at: usize| {
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
+    };
+    let mut at = word(&bytes, 100);
+    while word(&bytes, at) != 0 {
+        at += 8 + word(&bytes, at + 4).next_multiple_of(8);
+    }
+    let record = bytes.len().next_multiple_of(CLUSTER);
+    let table = record + CLUSTER;
+    let extension = [
+        &0x2385_2875_u32.to_be_bytes()[..],
+        &24_u32.to_be_bytes(),
+        &1_u32.to_be_bytes(),
+        &[0; 4],
+        &32_u64.to_be_bytes(),
+        &(record as u64).to_be_bytes(),
+    ]
+    .concat();
+    bytes[at..at + extension.len()].copy_from_slice(&extension);
+    // The bitmaps have all changes.
+    bytes[95] |= 1;
+    let block = long(&bytes, long(&bytes, 48));
+    for cluster in [record / CLUSTER, table / CLUSTER] {
+        bytes[block + 2 * cluster + 1] = 1;
+    }
+    bytes.resize(table + CLUSTER, 0);
+    let fields = [
+        &(table as u64).to_be_bytes()[..],
+        &1_u32.to_be_bytes(),
+        &2_u32.to_be_bytes(),
+        &[1, 9, 0, 1],
+        &[0; 4],
+        b"a",
+    ]
+    .concat();
+    bytes[record..record + fields.len()].copy_from_slice(&fields);
+    (bytes, record, table)
+}
+
+/// Writes to an image, and returns what it is then.
+fn written(bytes: Vec<u8>, at: u64, len: usize) -> Vec<u8> {
+    let memory = MemoryImage::new(bytes, 1, false);
+    let disk = Disk::new(Qcow2::new(
+        memory.clone(),
+        ImageParts::default(),
+        Options::new("noted"),
+    ));
+    let work = async move {
+        disk.activate().await.unwrap();
+        let data = Bytes::copied(&vec![9; len])?;
+        disk.write(at, data, Attributes::default()).await?;
+        disk.close().await
+    };
+    Runtime::new().block_on(work).unwrap().unwrap();
+    memory.bytes()
+}
+
+#[test]
+fn a_write_sets_the_bits_of_its_sectors() {
+    let (bytes, record, table) = with_bitmap();
+    let bytes = written(bytes, 512 * 11, 512 * 3);
+    let place = u64::from_be_bytes(bytes[table..table + 8].try_into().unwrap()) as usize;
+    let mut expected = vec![0; 4096];
+    expected[1] = 0b11_1000;
+    assert_eq!(bytes[place..place + 4096], expected);
+    // It is not in use any more, and the header says that it has all changes.
+    assert_eq!((bytes[record + 15], bytes[95] & 1), (2, 1));
+    // A table that says that all bits are set stays.
+    let (mut bytes, _, table) = with_bitmap();
+    bytes[table + 7] = 1;
+    let after = written(bytes, 0, 4096);
+    assert_eq!(after[table..table + 8], [0, 0, 0, 0, 0, 0, 0, 1]);
+}
+
+#[test]
+fn damaged_bitmaps_do_no_harm() {
+    let (sound, record, table) = with_bitmap();
+    let mut are_kept = 0;
+    for seed in seeds(300) {
+        let chance = MemoryRng::new(seed);
+        let mut bytes = sound.clone();
+        for _ in 0..1 + chance.below(3) {
+            let at = match chance.below(2) {
+                0 => record + chance.below(32) as usize,
+                _ => table + chance.below(8) as usize,
+            };
+            bytes[at] = match chance.below(3) {
+                0 => 0xff,
+                1 => bytes[at] ^ 1 << chance.below(8),
+                _ => chance.next() as u8,
+            };
+        }
+        let used = use_it(bytes.clone());
+        assert!(used <= 1 << 20, "seed {seed}: {used} bytes of metadata");
+        // A bitmap in data of the disk has the refcount of that: a check finds it, and no write can.
+        let entry = u64::from_be_bytes(bytes[table..table + 8].try_into().unwrap());
+        let its_table = u64::from_be_bytes(bytes[record..record + 8].try_into().unwrap());
+        let is_inside = |place: u64| place > 0 && place < sound.len() as u64;
+        if is_inside(entry & 0x00ff_ffff_ffff_fe00)
+            || its_table != table as u64 && is_inside(its_table)
+        {
+            continue;
+        }
+        // A write arrives, whatever the bitmap is, and nothing else changes on the disk.
+        let memory = MemoryImage::new(written(bytes, 512 * 40, 512), 1, false);
+        let disk = Disk::new(Qcow2::new(
+            memory.clone(),
+            ImageParts::default(),
+            Options::new("noted"),
+        ));
+        let read = async move {
+            disk.activate().await.unwrap();
+            read_all(&disk, SIZE).await
+        };
+        let now = Runtime::new().block_on(read).unwrap().unwrap();
+        let expected = content(&sound);
+        assert!(now[512 * 40..512 * 41] == [9; 512], "seed {seed}");
+        assert!(
+            now[..512 * 40] == expected[..512 * 40] && now[512 * 41..] == expected[512 * 41..],
+            "seed {seed}"
+        );
+        are_kept += u32::from(memory.bytes()[95] & 1);
+    }
+    assert!(are_kept > 0, "no bitmap was kept");
+}
+
+/// The disk in an image.
+fn content(bytes: &[u8]) -> Vec<u8> {
+    let memory = MemoryImage::new(bytes.to_vec(), 1, false);
+    let disk = Disk::new(Qcow2::new(
+        memory,
+        ImageParts::default(),
+        Options::new("sound"),
+    ));
+    let read = async move {
+        disk.activate().await.unwrap();
+        read_all(&disk, SIZE).await
+    };
+    Runtime::new().block_on(read).unwrap().unwrap()
+}
