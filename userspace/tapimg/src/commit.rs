@@ -214,7 +214,7 @@ impl Own<'_> {
         let end = at + len;
         while at < end {
             let len = (end - at).min(walk::PIECE);
-            let (data, _) = walk::read(self.io, image, top, at, len).await?;
+            let data = walk::read(self.io, image, top, at, len).await?;
             walk::write(parent, base, at, Bytes::from(data)).await?;
             self.written.set(self.written.get() + len);
             at += len;

@@ -4,7 +4,7 @@
 use crate::cli::Compare;
 use crate::open::ImageOpener;
 use crate::progress::Progress;
-use crate::runs::is_zero;
+use crate::runs::difference;
 use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use serde::Serialize;
@@ -68,10 +68,10 @@ pub(crate) async fn compare(
         for number in 0..2 {
             if data[number] {
                 let (image, disk) = (images[number], &disks[number]);
-                seen[number] = Some(walk::read(&opener.io, image, disk, offset, len).await?.1);
+                seen[number] = Some(walk::read(&opener.io, image, disk, offset, len).await?);
             }
         }
-        if let Some(at) = difference(seen[0].as_deref(), seen[1].as_deref()) {
+        if let Some(at) = difference(seen[0].as_ref(), seen[1].as_ref()) {
             let at = offset + at as u64;
             let before = first_ref.get().unwrap_or(u64::MAX);
             first_ref.set(Some(at.min(before)));
@@ -90,29 +90,4 @@ pub(crate) async fn compare(
         first_difference: first.get(),
         sizes,
     })
-}
-
-/// The first byte that differs; what is missing is zeroes.
-fn difference(one: Option<&[u8]>, other: Option<&[u8]>) -> Option<usize> {
-    match (one, other) {
-        (Some(one), Some(other)) if one == other => None,
-        (Some(one), Some(other)) => one.iter().zip(other).position(|(a, b)| a != b),
-        (Some(bytes), None) | (None, Some(bytes)) if is_zero(bytes) => None,
-        (Some(bytes), None) | (None, Some(bytes)) => bytes.iter().position(|byte| *byte != 0),
-        (None, None) => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::difference;
-
-    #[test]
-    fn holes_are_zeroes() {
-        assert_eq!(difference(None, None), None);
-        assert_eq!(difference(Some(&[0, 0]), None), None);
-        assert_eq!(difference(None, Some(&[0, 1])), Some(1));
-        assert_eq!(difference(Some(&[1, 2, 3]), Some(&[1, 2, 4])), Some(2));
-        assert_eq!(difference(Some(&[1, 2]), Some(&[1, 2])), None);
-    }
 }

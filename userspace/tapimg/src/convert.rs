@@ -140,7 +140,7 @@ impl Copy<'_> {
     }
 
     /// Reads a piece of what is copied.
-    async fn source(&self, offset: u64, len: u64) -> Result<(Data, Vec<u8>), Failure> {
+    async fn source(&self, offset: u64, len: u64) -> Result<Data, Failure> {
         let (from, disk) = &self.from;
         match (
             walk::read(self.io, from, disk, offset, len).await,
@@ -167,14 +167,15 @@ impl Copy<'_> {
         };
         let below = match &self.parent {
             Some((image, disk)) if is_below => {
-                Some(walk::read(self.io, image, disk, offset, len).await?.1)
+                Some(walk::read(self.io, image, disk, offset, len).await?)
             }
             _ => None,
         };
-        let Some((source, seen)) = source else {
+        let Some(source) = source else {
             // CAST: at most a piece.
-            let zeroes = vec![0; len as usize];
-            for run in runs(&zeroes, below.as_deref()) {
+            let zeroes = Data::zeroed(len as usize);
+            let zeroes = zeroes.map_err(|error| failed("write", to, offset, error))?;
+            for run in runs(&zeroes, below.as_ref()) {
                 if let Run::Zero(range) = run {
                     let at = offset + range.start as u64;
                     walk::zero(to, new, at, range.len() as u64).await?;
@@ -182,11 +183,12 @@ impl Copy<'_> {
             }
             return Ok(());
         };
-        let source = Bytes::from(source);
         if self.is_dirty {
-            return walk::write(to, new, offset, source).await;
+            return walk::write(to, new, offset, Bytes::from(source)).await;
         }
-        for run in runs(&seen, below.as_deref()) {
+        let runs = runs(&source, below.as_ref());
+        let source = Bytes::from(source);
+        for run in runs {
             match run {
                 Run::Data(range) => {
                     let at = offset + range.start as u64;

@@ -4,12 +4,13 @@
 use crate::follow::NamedFiles;
 use crate::named::Named;
 use crate::ova::ArchiveMember;
+use crate::walk::BUFFERS;
 use control::{Code, Failure};
 use diskio::{Engine, Errno, File, Io, LockKind, Runtime};
 use drivers::{lock, Disk, DiskInfo, Raw};
 use formats::vmdk::Vmdk;
 use formats::{open_chain, Below, ImageFormat, ImageParts, Options};
-use rustix::fs::OFlags;
+use rustix::fs::{fadvise, Advice, OFlags};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -93,6 +94,7 @@ impl ImageOpener {
         let io = runtime.io.clone();
         let starting = |error| Failure::system("cannot start", &error);
         io.start_helpers(HELPERS).map_err(starting)?;
+        io.keep_buffers(BUFFERS);
         select_engine(&io);
         Ok(Self {
             io,
@@ -106,7 +108,10 @@ impl ImageOpener {
 
     /// The file at `path`, locked.
     pub(crate) async fn file(&self, path: &Path, how: Use) -> Result<File, Failure> {
-        let file = open_file(path, how, true)?;
+        let file = match how {
+            Use::Write => open_file(path, how, true)?,
+            Use::Read | Use::Look => open_cached(path, how)?,
+        };
         self.locked(file, path, how).await
     }
 
@@ -235,6 +240,20 @@ pub(crate) fn open_file(path: &Path, how: Use, is_direct: bool) -> Result<fs::Fi
     }
 }
 
+/// Opens a file that is only read through the page cache, which may have it already, unless another host may write it. A
+/// device is read past the cache, because another host may have written it since this one has read it.
+fn open_cached(path: &Path, how: Use) -> Result<fs::File, Failure> {
+    let seeing = |error| Failure::system(format!("cannot see where {} is", path.display()), &error);
+    let file = open_file(path, how, false)?;
+    let is_file = file.metadata().map_err(seeing)?.is_file();
+    if !is_file || diskio::is_remote(&file).map_err(seeing)? {
+        return open_file(path, how, true);
+    }
+    // What is read once is not to drive out what others use. Not all file systems and kernels know that.
+    let _ = fadvise(&file, 0, None, Advice::NoReuse);
+    Ok(file)
+}
+
 /// Opens past the page cache, or through it where that is not possible.
 pub(crate) fn direct(
     flags: OFlags,
@@ -274,5 +293,30 @@ pub(crate) fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
         Ok(data) => Ok(Some((data.dev(), data.ino()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ImageOpener, Use};
+    use diskio::Runtime;
+
+    /// Reads may come from the page cache; writes must reach the storage.
+    #[test]
+    fn files_that_are_only_read_are_read_through_the_cache() {
+        let folder =
+            tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let runtime = Runtime::new();
+        let opener = ImageOpener::start(&runtime, Use::Read, None).unwrap();
+        let work = async move {
+            let written = opener.file(&path, Use::Write).await.unwrap();
+            let is_direct = written.is_direct().unwrap();
+            drop(written);
+            let read = opener.file(&path, Use::Read).await.unwrap();
+            (is_direct, read.is_direct().unwrap())
+        };
+        assert_eq!(runtime.block_on(work).unwrap(), (true, false));
     }
 }

@@ -12,7 +12,7 @@ use crate::sector;
 use crate::stop::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
-use diskio::{Bytes, File, Io};
+use diskio::{Bytes, Data, File, Io};
 use drivers::{Content, Disk};
 use formats::{
     backing, fits, is_meant, look, qcow, qcow2, vhd, vmdk, Base, Below, ImageFormat, Options,
@@ -299,22 +299,25 @@ impl Own<'_> {
     async fn part(&self, offset: u64, len: u64, data: [bool; 2]) -> Result<(), Failure> {
         let (image, disk) = &self.image;
         let [is_data, is_below] = data;
-        // CAST: at most a piece.
-        let zeroes = || vec![0; len as usize];
         let seen = match is_data {
-            true => walk::read(self.io, image, disk, offset, len).await?.1,
-            false => zeroes(),
+            true => walk::read(self.io, image, disk, offset, len).await?,
+            // CAST: at most a piece.
+            false => {
+                Data::zeroed(len as usize).map_err(|error| failed("write", image, offset, error))?
+            }
         };
         let (below, its) = &self.below;
         let below = match is_below {
-            true => Some(walk::read(self.io, below, its, offset, len).await?.1),
+            true => Some(walk::read(self.io, below, its, offset, len).await?),
             false => None,
         };
-        for run in runs(&seen, below.as_deref()) {
+        let runs = runs(&seen, below.as_ref());
+        let seen = Bytes::from(seen);
+        for run in runs {
             let range = match run {
                 Run::Data(range) => {
-                    self.write(offset + range.start as u64, &seen[range.clone()])
-                        .await?;
+                    let data = seen.part(range.start, range.len());
+                    walk::write(image, disk, offset + range.start as u64, data).await?;
                     range
                 }
                 Run::Zero(range) => {
@@ -328,12 +331,6 @@ impl Own<'_> {
         Ok(())
     }
 
-    async fn write(&self, at: u64, seen: &[u8]) -> Result<(), Failure> {
-        let (image, disk) = &self.image;
-        let data = Bytes::copied(seen).map_err(|error| failed("write", image, at, error))?;
-        walk::write(image, disk, at, data).await
-    }
-
     /// Zeroes of its own. Where the old chain has zeroes the driver need not do anything for a request for them, so
     /// this code writes them.
     async fn zero(&self, mut at: u64, len: u64) -> Result<(), Failure> {
@@ -344,7 +341,9 @@ impl Own<'_> {
             for extent in walk::layer(image, disk, at, end - at).await? {
                 if extent.content == Content::Below {
                     // CAST: at most a piece.
-                    self.write(at, &vec![0; extent.len as usize]).await?;
+                    let zeroes = Data::zeroed(extent.len as usize)
+                        .map_err(|error| failed("write", image, at, error))?;
+                    walk::write(image, disk, at, Bytes::from(zeroes)).await?;
                 }
                 at += extent.len;
             }

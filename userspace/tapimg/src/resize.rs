@@ -317,7 +317,7 @@ async fn data_behind(
             let stop = at + extent.len;
             while at < stop && extent.content == Content::Data {
                 let len = (stop - at).min(PIECE);
-                let seen = walk::read(&opener.io, image, disk, at, len).await?.1;
+                let seen = walk::read(&opener.io, image, disk, at, len).await?.to_vec();
                 for (number, block) in seen.chunks(BLOCK).enumerate() {
                     if !is_zero(block) {
                         lost += block.len() as u64;

@@ -65,7 +65,7 @@ impl Lost {
         disk: &Disk,
         offset: u64,
         len: u64,
-    ) -> Result<(Data, Vec<u8>), Failure> {
+    ) -> Result<Data, Failure> {
         let work = async {
             // CAST: at most a piece.
             let data = io.buffer(len as usize)?;
@@ -81,11 +81,8 @@ impl Lost {
             }
             Ok(data)
         };
-        let data = work
-            .await
-            .map_err(|error: Errno| Failure::system("cannot get memory", &error.into()))?;
-        let bytes = data.to_vec();
-        Ok((data, bytes))
+        work.await
+            .map_err(|error: Errno| Failure::system("cannot get memory", &error.into()))
     }
 
     /// Bytes that cannot be read.

@@ -15,9 +15,11 @@ use std::rc::Rc;
 
 /// Bytes of a piece that is read. Pieces end where a multiple of this does, so that no two of them share a
 /// cluster, but for the largest.
-pub(crate) const PIECE: u64 = 1 << 20;
+pub(crate) const PIECE: u64 = 512 << 10;
 /// Pieces under way: with two disks, twice as many bytes are in memory.
 const UNDER_WAY: usize = 16;
+/// Memory for them, which is used again and again.
+pub(crate) const BUFFERS: usize = 2 * UNDER_WAY * PIECE as usize;
 /// Bytes of a hole that are one piece, and for which extents are requested at once.
 const HOLE: u64 = 1 << 30;
 
@@ -176,25 +178,22 @@ impl<const N: usize> Walk<N> {
     }
 }
 
-/// The bytes of a piece, as they were read and as they can be looked at.
+/// Reads the bytes of a piece.
 pub(crate) async fn read(
     io: &Io,
     image: &Named,
     disk: &Disk,
     offset: u64,
     len: u64,
-) -> Result<(Data, Vec<u8>), Failure> {
+) -> Result<Data, Failure> {
     let work = async {
         // CAST: at most `PIECE`.
         let data = io.buffer(len as usize)?;
         disk.read(offset, data.clone()).await?;
         Ok(data)
     };
-    let data = work
-        .await
-        .map_err(|error| failed("read", image, offset, error))?;
-    let bytes = data.to_vec();
-    Ok((data, bytes))
+    work.await
+        .map_err(|error| failed("read", image, offset, error))
 }
 
 /// Writes bytes to a disk.
