@@ -9,6 +9,7 @@ mod base;
 mod bell;
 mod chain;
 mod clusters;
+mod deflate;
 mod field;
 mod locks;
 pub mod luks;

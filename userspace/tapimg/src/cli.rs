@@ -57,6 +57,8 @@ Examples:
                                                     # the copy is not encrypted
   tapimg convert qcow2:/srv/a.qcow2 key=/etc/xentap/a.key,qcow2:/srv/b.qcow2
                                                     # the copy is encrypted
+  tapimg convert aio:/srv/a.img qcow2:/srv/a.qcow2 --compress
+                                                    # to keep or to send: it takes less space
   tapimg compare vhd:/srv/a.vhd qcow2:/srv/a.qcow2  # do guests see the same?
   tapimg check --repair qcow2:/srv/a.qcow2
   tapimg map qcow2:/srv/a.qcow2                     # where there is data
@@ -225,6 +227,15 @@ pub(crate) struct CreateImage {
     pub(crate) force: bool,
 }
 
+/// Compression of a new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum CompressionMethod {
+    /// Deflate, which all programs read.
+    Zlib,
+    /// Zstandard, which QEMU reads since 5.1.
+    Zstd,
+}
+
 /// Images to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -232,6 +243,8 @@ A guest's partition table counts in logical sectors, so the new image keeps thei
 device has its own. Other images show 512 bytes, and a disk of other sectors is copied to them with --sector-size 512
 only; sector-size=4096, in front of such an image in the guest's configuration gives the guest its own.
 Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space.
+With --compress a VMDK becomes streamOptimized, as appliances (OVA) have it, which is only read. A guest can
+write to a compressed qcow2 image, and its new data there is not compressed.
 With --parent only the parts that differ from the parent are copied, so the parent need not be FROM's backing image.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it
@@ -240,6 +253,9 @@ pub(crate) struct Convert {
     pub(crate) to: Named,
     #[command(flatten)]
     pub(crate) layout: Layout,
+    /// qcow2, vmdk: compress the copy, which takes less space and longer; by zlib, or for qcow2 zstd
+    #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "zlib")]
+    pub(crate) compress: Option<CompressionMethod>,
     /// qcow2: read this snapshot, by its id or name
     #[arg(long, value_name = "SNAPSHOT")]
     pub(crate) snapshot: Option<String>,

@@ -7,6 +7,7 @@ use crate::create::{apart, check, make, Parent};
 use crate::made::{ConvertResult, MadeImage};
 use crate::named::Named;
 use crate::open::{failed, ImageOpener};
+use crate::packed;
 use crate::progress::Progress;
 use crate::runs::{runs, Run};
 use crate::salvage::Lost;
@@ -17,20 +18,30 @@ use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use diskio::{Bytes, Data, Errno, Io};
 use drivers::Disk;
+use formats::qcow2::Compression;
 use formats::{Below, ImageFormat, Options};
 use std::rc::Rc;
 
-/// Source and destination of a copy.
-struct Copy<'c> {
-    io: &'c Io,
+/// Source of a copy.
+pub(crate) struct Copy<'c> {
+    pub(crate) io: &'c Io,
     from: (&'c Named, Disk),
-    to: (&'c Named, Disk),
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    /// Bytes of a logical sector of the new disk.
+    pub(crate) sector: u32,
     /// Backing image of the new image.
-    parent: Option<(&'c Named, Disk)>,
-    /// Parts that the copy leaves out may not be zeroes.
-    is_dirty: bool,
+    pub(crate) parent: Option<(&'c Named, &'c Parent)>,
     /// Unreadable parts become zeroes, and are collected here.
     lost: Option<Rc<Lost>>,
+}
+
+/// Destination of a copy that is not compressed.
+struct PlainCopy<'c> {
+    from: &'c Copy<'c>,
+    to: (&'c Named, Disk),
+    /// Parts that the copy leaves out may not be zeroes.
+    is_dirty: bool,
 }
 
 /// Converts.
@@ -42,6 +53,7 @@ pub(crate) async fn convert(
     let (from, to, layout) = (&args.from, &args.to, &args.layout);
     apart(from, to)?;
     check(to, layout)?;
+    packed::check(args)?;
     let snapshot = args.snapshot.as_deref();
     let (disk, shape) = opener.disk(from, snapshot).await?;
     let lost = args.damaged.then(|| Rc::new(Lost::new(&shape)));
@@ -56,36 +68,20 @@ pub(crate) async fn convert(
     let sector = of_new(opener, to, layout, shape.size, its, below).await?;
     let target = Target::begin(opener, to, args.force).await?;
     let progress = Progress::new(shape.size, args.progress);
+    let copy = Copy {
+        io: &opener.io,
+        from: (from, disk),
+        size: shape.size,
+        sector,
+        parent: layout.parent.as_ref().zip(parent.as_ref()),
+        lost: lost.clone(),
+    };
     let work = async {
         let file = target.file();
-        make(file, to, (shape.size, sector), layout, parent.as_ref())
-            .await
-            .map_err(|failure| to.said(failure))?;
-        let options = Options::new(to.path.display().to_string());
-        let (new, its) = opener.disk_of(to, file.clone(), options).await?;
-        if its.size > shape.size {
-            diskio::say!(
-                "tapimg: {to} has {} bytes more than the disk: they stay as they are",
-                its.size - shape.size
-            );
+        match args.compress {
+            Some(how) => packed::copy(opener, args, how, &copy, file, stop, &progress).await,
+            None => plain(opener, args, &copy, &target, stop, &progress).await,
         }
-        let copy = Copy {
-            io: &opener.io,
-            from: (from, disk.clone()),
-            to: (to, new.clone()),
-            parent: layout
-                .parent
-                .as_ref()
-                .zip(parent.as_ref())
-                .map(|(image, parent)| (image, parent.disk.clone())),
-            is_dirty: starts_dirty(to, &target),
-            lost: lost.clone(),
-        };
-        let below = parent.as_ref().map_or(0, |parent| parent.size);
-        copy.all(shape.size, below, stop, &progress).await?;
-        let last = |error: Errno| failed("finish", to, shape.size, error);
-        new.flush().await.map_err(last)?;
-        new.inactivate().await.map_err(last)
     };
     let done = work.await;
     progress.end();
@@ -116,31 +112,62 @@ fn starts_dirty(image: &Named, target: &Target) -> bool {
     }
 }
 
+/// Copies into an image of any format.
+async fn plain(
+    opener: &ImageOpener,
+    args: &Convert,
+    copy: &Copy<'_>,
+    target: &Target,
+    stop: &Stop,
+    progress: &Progress,
+) -> Result<(), Failure> {
+    let (to, layout, file) = (&args.to, &args.layout, target.file());
+    let parent = copy.parent.map(|(_, parent)| parent);
+    let compression = Compression::Zlib;
+    let shape = (copy.size, copy.sector);
+    make(file, to, shape, layout, compression, parent)
+        .await
+        .map_err(|failure| to.said(failure))?;
+    let options = Options::new(to.path.display().to_string());
+    let (new, its) = opener.disk_of(to, file.clone(), options).await?;
+    if its.size > copy.size {
+        diskio::say!(
+            "tapimg: {to} has {} bytes more than the disk: they stay as they are",
+            its.size - copy.size
+        );
+    }
+    let all = PlainCopy {
+        from: copy,
+        to: (to, new.clone()),
+        is_dirty: starts_dirty(to, target),
+    };
+    let all = &all;
+    let each = move |piece: Piece<2>| async move {
+        all.piece(piece).await?;
+        progress.add(piece.len);
+        Ok(())
+    };
+    copy.walk().each(|| stop.is_wanted(), each).await?;
+    stop.check(progress, "")?;
+    let last = |error: Errno| failed("finish", to, copy.size, error);
+    new.flush().await.map_err(last)?;
+    new.inactivate().await.map_err(last)
+}
+
 impl Copy<'_> {
-    /// Copies `size` bytes; the disk below has `below`.
-    async fn all(
-        &self,
-        size: u64,
-        below: u64,
-        stop: &Stop,
-        progress: &Progress,
-    ) -> Result<(), Failure> {
-        let source = Side::new(self.from.0, &self.from.1, size).salvaged(self.lost.clone());
+    /// The disk and the one below the new image, side by side.
+    pub(crate) fn walk(&self) -> Walk<2> {
+        let source = Side::new(self.from.0, &self.from.1, self.size).salvaged(self.lost.clone());
         // Without a parent there is a hole in its place.
-        let (image, disk) = self.parent.as_ref().unwrap_or(&self.from);
-        let under = Side::new(image, disk, below);
-        let walk = Walk::new([source, under], size);
-        let each = move |piece: Piece<2>| async move {
-            self.piece(piece).await?;
-            progress.add(piece.len);
-            Ok(())
+        let under = match self.parent {
+            Some((image, parent)) => Side::new(image, &parent.disk, parent.size),
+            None => Side::new(self.from.0, &self.from.1, 0),
         };
-        walk.each(|| stop.is_wanted(), each).await?;
-        stop.check(progress, "")
+        Walk::new([source, under], self.size)
     }
 
     /// Reads a piece of what is copied.
-    async fn source(&self, offset: u64, len: u64) -> Result<Data, Failure> {
+    pub(crate) async fn source(&self, offset: u64, len: u64) -> Result<Data, Failure> {
         let (from, disk) = &self.from;
         match (
             walk::read(self.io, from, disk, offset, len).await,
@@ -150,7 +177,9 @@ impl Copy<'_> {
             (read, _) => read,
         }
     }
+}
 
+impl PlainCopy<'_> {
     async fn piece(&self, piece: Piece<2>) -> Result<(), Failure> {
         let Piece { offset, len, data } = piece;
         let [is_data, is_below] = data;
@@ -162,26 +191,17 @@ impl Copy<'_> {
             };
         }
         let source = match is_data {
-            true => Some(self.source(offset, len).await?),
-            false => None,
+            true => self.from.source(offset, len).await?,
+            // CAST: at most a piece.
+            false => {
+                Data::zeroed(len as usize).map_err(|error| failed("write", to, offset, error))?
+            }
         };
-        let below = match &self.parent {
-            Some((image, disk)) if is_below => {
-                Some(walk::read(self.io, image, disk, offset, len).await?)
+        let below = match self.from.parent {
+            Some((image, parent)) if is_below => {
+                Some(walk::read(self.from.io, image, &parent.disk, offset, len).await?)
             }
             _ => None,
-        };
-        let Some(source) = source else {
-            // CAST: at most a piece.
-            let zeroes = Data::zeroed(len as usize);
-            let zeroes = zeroes.map_err(|error| failed("write", to, offset, error))?;
-            for run in runs(&zeroes, below.as_ref()) {
-                if let Run::Zero(range) = run {
-                    let at = offset + range.start as u64;
-                    walk::zero(to, new, at, range.len() as u64).await?;
-                }
-            }
-            return Ok(());
         };
         if self.is_dirty {
             return walk::write(to, new, offset, Bytes::from(source)).await;

@@ -45,8 +45,16 @@ pub(crate) async fn create(opener: &ImageOpener, args: &CreateImage) -> Result<M
             image.path.display()
         )));
     }
-    let shape = (size, sector);
-    match make(target.file(), image, shape, &args.layout, parent.as_ref()).await {
+    let compression = qcow2::Compression::Zlib;
+    let made = make(
+        target.file(),
+        image,
+        (size, sector),
+        &args.layout,
+        compression,
+        parent.as_ref(),
+    );
+    match made.await {
         Ok(()) => {
             let file = target.keep().await?;
             MadeImage::new(image, size, &file, args.layout.parent.as_ref())
@@ -170,6 +178,7 @@ pub(crate) async fn make(
     image: &Named,
     (size, sector): (u64, u32),
     layout: &Layout,
+    compression: qcow2::Compression,
     parent: Option<&Parent>,
 ) -> Result<(), Failure> {
     let kind = match image.kind {
@@ -183,6 +192,7 @@ pub(crate) async fn make(
                 cluster: layout.cluster_size.map_or(64 << 10, |size| size.0),
                 extended: layout.subclusters,
                 backing: base.map(Base::backing),
+                compression,
                 sector: stored(sector, parent),
                 encryption: encryption(image, layout)?,
                 ..qcow2::Qcow2Create::new(size)
@@ -199,17 +209,23 @@ pub(crate) async fn make(
             let how = encryption(image, layout)?.ok_or_else(|| no_key(image))?;
             luks::create(file, size, &how).await
         }
-        ImageFormat::Vmdk => {
-            let what = vmdk::VmdkCreate {
-                form: vmdk::Form::MonolithicSparse,
-                size,
-                name: own_name(image)?,
-                parent: base.map(Base::of_vmdk),
-                cid: u32::from_ne_bytes(random()?) >> 1,
-            };
-            vmdk::create(file, &[], &what).await
-        }
+        ImageFormat::Vmdk => vmdk::create(file, &[], &of_vmdk(image, size, base)?).await,
     }
+}
+
+/// A VMDK in one file.
+pub(crate) fn of_vmdk(
+    image: &Named,
+    size: u64,
+    base: Option<&Base>,
+) -> Result<vmdk::VmdkCreate, Failure> {
+    Ok(vmdk::VmdkCreate {
+        form: vmdk::Form::MonolithicSparse,
+        size,
+        name: own_name(image)?,
+        parent: base.map(Base::of_vmdk),
+        cid: u32::from_ne_bytes(random()?) >> 1,
+    })
 }
 
 /// Refuses options that do not fit the encryption of an image.

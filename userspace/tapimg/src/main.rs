@@ -19,6 +19,7 @@ mod named;
 mod old;
 mod open;
 mod ova;
+mod packed;
 mod progress;
 mod rebase;
 mod replay;

@@ -53,6 +53,12 @@ impl Progress {
         }
     }
 
+    /// All bytes before that one are done.
+    pub(crate) fn reach(&self, at: u64) {
+        let at = at.min(self.all);
+        self.add(at.saturating_sub(self.done.get()));
+    }
+
     /// Percent.
     pub(crate) fn share(&self) -> u64 {
         // CAST: at most 100.

@@ -5,10 +5,34 @@ use super::header::Compression;
 use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
 use miniz_oxide::inflate::core::{decompress, DecompressorOxide};
 use miniz_oxide::inflate::TINFLStatus;
+use ruzstd::encoding::{compress_to_vec, CompressionLevel};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::Read;
 use std::rc::Rc;
+use std::thread;
+
+/// Returns a cluster compressed; `None` if it would not become smaller.
+pub fn pack(how: Compression, content: &[u8]) -> Option<Vec<u8>> {
+    match how {
+        Compression::Zlib => crate::deflate::raw(content),
+        Compression::Zstd => {
+            let packed = in_thread(|| compress_to_vec(content, CompressionLevel::Fastest))?;
+            (packed.len() < content.len()).then_some(packed)
+        }
+    }
+}
+
+/// Executes work that needs more stack than a helper thread has. `None` if there is no thread for it, so that the cluster
+/// stays as it is.
+fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
+    /// Bytes of the stack that the encoder may need.
+    const STACK: usize = 4 << 20;
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().stack_size(STACK);
+        builder.spawn_scoped(scope, work).ok()?.join().ok()
+    })
+}
 
 /// Returns the content of a compressed cluster; `None` if it is damaged. `packed` may have more bytes behind the
 /// cluster. Its memory is limited to one cluster and the decoder's own.

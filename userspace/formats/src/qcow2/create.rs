@@ -23,7 +23,7 @@ pub struct Qcow2Create {
     pub refcount_bits: u32,
     /// Subclusters.
     pub extended: bool,
-    /// Compression that other programs will use for clusters.
+    /// Compression of clusters that are compressed.
     pub compression: Compression,
     /// Bytes of a logical sector that the header stores, a power of two from 512 to 4096. Without it the disk has
     /// those of its backing image, or 512.

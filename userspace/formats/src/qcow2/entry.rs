@@ -118,11 +118,16 @@ impl L2Entry {
         })
     }
 
-    /// The words of a table for it. Compressed clusters are never written.
+    /// The words of a table for it.
     pub(crate) fn encode(&self, geometry: &Geometry) -> (u64, u64) {
         let word = match self.place {
             ClusterLocation::Host { at, owned } => at | if owned { COPIED } else { 0 },
-            ClusterLocation::Nowhere | ClusterLocation::Compressed { .. } => 0,
+            ClusterLocation::Nowhere => 0,
+            ClusterLocation::Compressed { at, len } => {
+                let bits = 62 - (geometry.cluster_bits - 8);
+                let sectors = (at % 512 + len).div_ceil(512);
+                return (COMPRESSED | sectors.saturating_sub(1) << bits | at, 0);
+            }
         };
         match geometry.extended {
             true => (word, u64::from(self.zero) << 32 | u64::from(self.alloc)),
@@ -168,6 +173,8 @@ mod tests {
             (1, 0, PLAIN),
             (0x50000, 0x0000_0100_0000_0001, extended),
             (0, 0xffff_ffff_0000_0000, extended),
+            (COMPRESSED | 3 << 54 | 0x12345, 0, PLAIN),
+            (COMPRESSED | 200 << 54 | 0x12200, 0, extended),
         ] {
             let entry = L2Entry::decode(word, bitmap, &geometry).unwrap();
             assert_eq!(entry.encode(&geometry), (word, bitmap), "{entry:?}");

@@ -9,6 +9,7 @@ use super::entry::{Broken, ClusterLocation, L2Entry, SubclusterSource, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Crypt, Qcow2Header};
 use super::notes::BitmapNotes;
+use super::pack::PackedEnd;
 use super::slices::{Slice, Slices};
 use super::users::Users;
 use crate::barrier::Barrier;
@@ -56,6 +57,8 @@ pub(crate) struct Qcow2Image<S> {
     /// Place of the directory of bitmaps: its offset and its bytes.
     pub(crate) bitmaps: Option<(u64, u64)>,
     pub(crate) notes: BitmapNotes,
+    /// Compressed clusters of a new image.
+    pub(crate) packed: PackedEnd,
     pub(crate) slices: Slices<Metadata<S>>,
     pub(crate) barrier: Barrier<S>,
     pub(crate) allocator: Allocator,

@@ -17,6 +17,7 @@ mod head;
 mod header;
 mod image;
 mod notes;
+mod pack;
 mod places;
 mod read;
 mod rebuild;
@@ -31,6 +32,7 @@ mod zero;
 
 pub use bitmap::{bitmaps, DiskBitmap};
 pub use check::Findings;
+pub use compressed::pack;
 pub use create::{create, Qcow2Create};
 pub use facts::check;
 pub use header::{BackingImage, Compression, Qcow2Header};
@@ -310,6 +312,7 @@ impl<S: Storage> Qcow2<S> {
             has_begun: Cell::new(header.autoclear & !header::RAW_EXTERNAL == 0),
             bitmaps: header.bitmaps,
             notes: Default::default(),
+            packed: Default::default(),
             slices: Slices::new(metadata, geometry.slice(), budget / 8 * 7),
             barrier,
             allocator: Allocator::new(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized`, and the COWD and seSparse of ESXi's
-//! snapshots, to read.
+//! VMDK: one file or several, flat or sparse, to read and to write; `streamOptimized` to read, and to write from its
+//! beginning to its end; the COWD and seSparse of ESXi's snapshots, to read.
 //!
 //! The sparse extents of a disk have one budget for their tables. A new grain is appended to its file. The image's
 //! `CID`, which shows others that the content has changed, is updated before the first change.
@@ -12,9 +12,11 @@ mod esxi;
 mod grains;
 mod rename;
 mod sparse;
+mod stream;
 
 pub use create::{create, plan, Form, NewFile, VmdkCreate};
 pub use rename::set_parent;
+pub use stream::{pack, VmdkStream, GRAIN};
 
 use crate::barrier::Barrier;
 use crate::base::{self, Base};

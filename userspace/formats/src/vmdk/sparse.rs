@@ -22,10 +22,10 @@ const SECTOR: u64 = 512;
 pub(crate) const NEWLINES: u32 = 1;
 pub(crate) const REDUNDANT: u32 = 2;
 const ZEROES: u32 = 4;
-const COMPRESSED: u32 = 1 << 16;
-const MARKERS: u32 = 1 << 17;
+pub(crate) const COMPRESSED: u32 = 1 << 16;
+pub(crate) const MARKERS: u32 = 1 << 17;
 /// The directory's place is in a header at the end.
-const AT_END: u64 = u64::MAX;
+pub(crate) const AT_END: u64 = u64::MAX;
 /// Bytes of a directory that is kept in memory at most, and of all that a disk keeps whatever its cache may have.
 pub(super) const DIRECTORY: u64 = 16 << 20;
 pub(crate) const DIRECTORIES: u64 = 64 << 20;

@@ -129,6 +129,7 @@ async fn copy(opener: &ImageOpener, from: Named, to: Named) -> Result<String, Fa
         from,
         to,
         layout: cli::Layout::default(),
+        compress: None,
         snapshot: None,
         damaged: false,
         force: true,

@@ -17,6 +17,7 @@ mod mutations;
 mod old;
 mod others;
 mod ova;
+mod packed;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;

@@ -70,12 +70,13 @@ fn a_copy_or_a_child_keeps_the_sectors_where_its_format_can_say_them() {
     assert_eq!(sector(&bench, "vhdx:a.vhdx"), 4096);
     bench.good("convert vhdx:a.vhdx qcow2:a.qcow2");
     bench.good("convert qcow2:a.qcow2 qcow2:b.qcow2");
+    bench.good("convert vhdx:a.vhdx qcow2:packed --compress");
     bench.good("create qcow2:child --parent vhdx:a.vhdx");
     bench.good("snapshot qcow2:a.qcow2 qcow2:snap");
     // QEMU's tools make children, and keep what they do not know in a header.
     bench.qemu("qemu-img create -f qcow2 -b b.qcow2 -F qcow2 theirs");
     bench.qemu("qemu-img amend -f qcow2 -o lazy_refcounts=on b.qcow2");
-    for name in ["a.qcow2", "b.qcow2", "child", "snap", "theirs"] {
+    for name in ["a.qcow2", "b.qcow2", "packed", "child", "snap", "theirs"] {
         assert_eq!(sector(&bench, &format!("qcow2:{name}")), 4096, "{name}");
         // QEMU does not open a VHDX with such sectors.
         if name != "child" {
@@ -119,6 +120,8 @@ fn a_format_without_a_place_for_them_is_refused_unless_that_is_meant() {
         let said = bench.bad(2, &format!("create {kind}:copy 8M --sector-size 4096"));
         assert!(said.contains("--sector-size 512"), "{kind}: {said}");
     }
+    let said = bench.bad(2, "convert vhdx:a.vhdx vmdk:copy --compress");
+    assert!(said.contains("--sector-size 512"), "{said}");
     // A raw file does not say which it has: its user does.
     bench.good("convert aio:raw qcow2:large --sector-size 4096");
     bench.good("convert vhdx:a.vhdx qcow2:small --sector-size 512");
