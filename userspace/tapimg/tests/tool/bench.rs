@@ -147,6 +147,13 @@ impl Bench {
         assert_eq!(said.status, Some(0), "{what}: {said:?}");
     }
 
+    /// Has qemu-io do something with an image that these options name.
+    pub(crate) fn qemu_io_plain(&self, opts: &str, what: &str) {
+        let mut command = self.command("qemu-io", "--image-opts -c");
+        let said = said(command.args([what, opts]).output().unwrap());
+        assert_eq!(said.status, Some(0), "{what}: {said:?}");
+    }
+
     /// Begins tapimg.
     pub(crate) fn start(&self, line: &str) -> Child {
         self.command(env!("CARGO_BIN_EXE_tapimg"), line)

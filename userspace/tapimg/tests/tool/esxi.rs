@@ -32,10 +32,10 @@ fn apply(model: &mut [u8], grains: &[Grain], len: usize) {
 }
 
 /// A COWD file with these grains of a sector.
-fn cowd(grains: &[Grain]) -> Vec<u8> {
-    let tables = SECTORS.div_ceil(ENTRIES);
+fn cowd(sectors: usize, grains: &[Grain]) -> Vec<u8> {
+    let tables = sectors.div_ceil(ENTRIES);
     let mut bytes = vec![0; 2048];
-    let words = [1, 3, SECTORS as u32, 1, 4, tables as u32];
+    let words = [1, 3, sectors as u32, 1, 4, tables as u32];
     put(&mut bytes, 0, b"COWD");
     for (number, word) in words.into_iter().enumerate() {
         put(&mut bytes, 4 + number * 4, &word.to_le_bytes());
@@ -58,13 +58,13 @@ fn cowd(grains: &[Grain]) -> Vec<u8> {
 }
 
 /// A seSparse file with these grains of 4 KiB.
-fn se_sparse(grains: &[Grain]) -> Vec<u8> {
+fn se_sparse(sectors: usize, grains: &[Grain]) -> Vec<u8> {
     let (directory, tables, first) = (8, 16, 16 + 64 * 3);
     let mut bytes = Vec::new();
     let words: [(usize, u64); 14] = [
         (0, 0xcafe_babe),
         (1, 0x2_0000_0001),
-        (2, SECTORS as u64),
+        (2, sectors as u64),
         (3, 8),
         (4, 64),
         (10, 1),
@@ -107,11 +107,29 @@ fn se_sparse(grains: &[Grain]) -> Vec<u8> {
     bytes
 }
 
+/// Makes `raw`, a disk of that many bytes, and `image`, a snapshot of ESXi with that content.
+pub(crate) fn snapshot(bench: &Bench, size: u64, is_cowd: bool) {
+    let sectors = size as usize / SECTOR;
+    let grains = [(0, Some(1)), (500, Some(2)), (sectors / 8 - 1, Some(3))];
+    let (kind, len, delta) = match is_cowd {
+        true => (("vmfsSparse", "VMFSSPARSE"), SECTOR, cowd(sectors, &grains)),
+        false => (("seSparse", "SESPARSE"), 4096, se_sparse(sectors, &grains)),
+    };
+    chain(bench, sectors, kind, (&grains, len), &delta);
+    bench.shell("mv model raw && mv top.vmdk image");
+}
+
 /// Makes `model`, the disk, and `top.vmdk` over `base.vmdk` with its content in `delta.vmdk`.
-fn chain(bench: &Bench, kind: (&str, &str), grains: &[Grain], len: usize, delta: &[u8]) {
+fn chain(
+    bench: &Bench,
+    sectors: usize,
+    kind: (&str, &str),
+    (grains, len): (&[Grain], usize),
+    delta: &[u8],
+) {
     bench.sparse(
         "raw",
-        (SECTORS * SECTOR) as u64,
+        (sectors * SECTOR) as u64,
         &[(0, 70_000), (3 << 20, 500_000)],
         7,
     );
@@ -125,7 +143,7 @@ fn chain(bench: &Bench, kind: (&str, &str), grains: &[Grain], len: usize, delta:
     let cid = &text.split("\nCID=").nth(1).unwrap()[..8];
     let text = format!(
         "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=fffffffe\nparentCID={cid}\nisNativeSnapshot=\"no\"\n\
-         createType=\"{}\"\nparentFileNameHint=\"base.vmdk\"\n# Extent description\nRW {SECTORS} {} \"delta.vmdk\"\n",
+         createType=\"{}\"\nparentFileNameHint=\"base.vmdk\"\n# Extent description\nRW {sectors} {} \"delta.vmdk\"\n",
         kind.0, kind.1
     );
     std::fs::write(bench.path("top.vmdk"), text).unwrap();
@@ -152,12 +170,17 @@ fn snapshots_of_esxi_are_read() {
             ("vmfsSparse", "VMFSSPARSE"),
             &sectors,
             SECTOR,
-            cowd(&sectors),
+            cowd(SECTORS, &sectors),
         ),
-        (("seSparse", "SESPARSE"), &grains, 4096, se_sparse(&grains)),
+        (
+            ("seSparse", "SESPARSE"),
+            &grains,
+            4096,
+            se_sparse(SECTORS, &grains),
+        ),
     ] {
         let bench = Bench::new();
-        chain(&bench, kind, grains, len, &delta);
+        chain(&bench, SECTORS, kind, (grains, len), &delta);
         bench.good("compare --strict aio:model vmdk:top.vmdk");
         bench.good("convert vmdk:top.vmdk qcow2:copy");
         bench.good("compare --strict aio:model qcow2:copy");
@@ -176,11 +199,11 @@ fn damaged_snapshots_of_esxi_are_refused() {
     let sectors = [(0, Some(1)), (5000, Some(2))];
     let grains = [(0, Some(1)), (800, Some(2))];
     for (kind, delta) in [
-        (("vmfsSparse", "VMFSSPARSE"), cowd(&sectors)),
-        (("seSparse", "SESPARSE"), se_sparse(&grains)),
+        (("vmfsSparse", "VMFSSPARSE"), cowd(SECTORS, &sectors)),
+        (("seSparse", "SESPARSE"), se_sparse(SECTORS, &grains)),
     ] {
         let bench = Bench::new();
-        chain(&bench, kind, &[], 1, &delta);
+        chain(&bench, SECTORS, kind, (&[], 1), &delta);
         bench.good("convert vmdk:top.vmdk aio:copy");
         for at in [
             4, 12, 16, 20, 24, 32, 40, 80, 128, 136, 144, 152, 192, 512, 536, 2048, 4096,
@@ -203,10 +226,10 @@ fn damaged_snapshots_of_esxi_are_refused() {
     let bench = Bench::new();
     chain(
         &bench,
+        SECTORS,
         ("seSparse", "SESPARSE"),
-        &[],
-        1,
-        &se_sparse(&grains),
+        (&[], 1),
+        &se_sparse(SECTORS, &grains),
     );
     bench.poke("delta.vmdk", 512 + 24, &[1]);
     let said = bench.bad(6, "convert vmdk:top.vmdk aio:copy");

@@ -12,6 +12,7 @@ mod esxi;
 mod files;
 mod footers;
 mod look;
+mod matrix;
 mod moved;
 mod mutations;
 mod old;
