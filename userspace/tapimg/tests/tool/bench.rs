@@ -2,6 +2,7 @@
 //! Folders with images, and the programs that are run in them.
 
 pub(crate) use crate::qemu::has_qemu;
+use rustix::fs::{fcntl_lock, FlockOperation};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
 use std::fs::{self, File};
@@ -11,6 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// A folder on the file system of the build, which is gone afterwards.
 pub(crate) struct Bench(tempfile::TempDir);
@@ -192,7 +194,27 @@ impl Bench {
             std::thread::yield_now();
         }
         kill_process(Pid::from_child(&child), signal).unwrap();
-        said(child.wait_with_output().unwrap())
+        let said = said(child.wait_with_output().unwrap());
+        self.wait_for_locks();
+        said
+    }
+
+    /// Waits until no program has a lock on a file here: the kernel may end the I/O of a killed one, and release its files,
+    /// after its parent has been informed.
+    fn wait_for_locks(&self) {
+        const LIMIT: Duration = Duration::from_secs(120);
+        let begin = Instant::now();
+        for name in self.files() {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .open(self.path(&name));
+            let file = file.unwrap();
+            while fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                assert!(begin.elapsed() < LIMIT, "{name} is still locked");
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Begins tapimg and kills it when the file system has so many bytes for a file.
