@@ -53,7 +53,7 @@ pub(crate) struct Allocator {
     run: Cell<u64>,
     waiting: RefCell<VecDeque<Release>>,
     /// Serialises changes of refcounts.
-    gate: Gate,
+    pub(super) gate: Gate,
     pub(crate) prepared: Cell<u64>,
     pub(crate) freed: Cell<u64>,
 }
@@ -247,7 +247,7 @@ impl<S: Storage> Qcow2Image<S> {
     }
 
     /// The first cluster that can never be one of the image: those of a device are all there.
-    fn limit(&self) -> Result<u64, Errno> {
+    pub(super) fn limit(&self) -> Result<u64, Errno> {
         let end = match self.file.is_fixed() {
             true => self.file.size()?.min(MAX_OFFSET),
             false => MAX_OFFSET,

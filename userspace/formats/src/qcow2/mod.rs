@@ -24,6 +24,7 @@ mod rebuild;
 mod refcounts;
 mod rename;
 mod resize;
+mod row;
 mod slices;
 mod snapshot;
 mod users;

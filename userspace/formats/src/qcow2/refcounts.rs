@@ -184,7 +184,7 @@ impl<S: Storage> Qcow2Image<S> {
     }
 
     /// The first `count` refcounts of a fresh block become one.
-    async fn fill_block(&self, at: u64, count: u64) -> Result<(), Errno> {
+    pub(super) async fn fill_block(&self, at: u64, count: u64) -> Result<(), Errno> {
         let order = self.geometry.refcount_order;
         let in_slice = (self.slices.slice_len() * 8) >> order;
         let mut done = 0;
@@ -205,7 +205,7 @@ impl<S: Storage> Qcow2Image<S> {
 
     /// Makes a larger refcount table behind everything that the old one is for, with blocks that count
     /// themselves and it.
-    async fn make_reftable(&self, wanted: u64) -> Result<(), Errno> {
+    pub(super) async fn make_reftable(&self, wanted: u64) -> Result<(), Errno> {
         let (cluster, entries) = (self.geometry.cluster(), self.geometry.block_entries());
         let old = self.reftable.get();
         let per_cluster = cluster / 8;

@@ -193,26 +193,6 @@ impl<S: Storage> Qcow2Image<S> {
         Ok(())
     }
 
-    /// Allocates `count` contiguous clusters: prepared clusters in other places are put aside.
-    pub(super) async fn take_row(&self, count: u64) -> Result<u64, Errno> {
-        /// Attempts: each is behind the last one, and the end of the file is one row.
-        const ATTEMPTS: usize = 1024;
-        let mut aside = Vec::new();
-        let mut found = Err(Errno::NOSPC);
-        for _ in 0..ATTEMPTS {
-            let row = self.take_run(count).await?;
-            if row.count == count {
-                found = Ok(row.first);
-                break;
-            }
-            aside.push(row);
-        }
-        for row in aside {
-            self.release(row.first, row.count);
-        }
-        found
-    }
-
     async fn set_size(&self, size: u64) -> Result<(), Errno> {
         self.change_header(AT_SIZE, &size.to_be_bytes()).await?;
         self.size.set(size);

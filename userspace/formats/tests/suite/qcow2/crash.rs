@@ -359,6 +359,55 @@ fn every_prefix_of_the_writes_is_an_image_that_shows_what_it_must() {
     }
 }
 
+/// The L1 table gets more clusters than a refcount block counts, and than the blocks count that one counts.
+#[test]
+fn every_prefix_of_a_large_growth_is_the_same_disk() {
+    let has_qemu = has_qemu("every_prefix_of_a_large_growth_is_the_same_disk");
+    for (refcount_bits, size) in [(16, 1 << 30), (64, 9 << 30)] {
+        let case = CrashCase {
+            name: "a large growth",
+            plan: Qcow2Create {
+                cluster: 512,
+                refcount_bits,
+                ..Qcow2Create::new(SIZE)
+            },
+            below: true,
+        };
+        let runtime = Runtime::new();
+        let base = fresh(&runtime, &case);
+        let expected = content(&runtime, &case, base.clone());
+        let memory = MemoryImage::new(base.clone(), 1, true);
+        let disk = opened(&runtime, &memory, &case, true);
+        let work = async move {
+            disk.grow(size).await.unwrap();
+            disk.close().await.unwrap();
+        };
+        runtime.block_on(work).unwrap();
+        let (log, chance) = (memory.log(), MemoryRng::new(1));
+        let mut bytes = base.clone();
+        for now in 0..=log.len() {
+            if now % 3 == 0 || now == log.len() {
+                assert_eq!(content(&runtime, &case, bytes.clone()), expected, "{now}");
+                let cut = cut(&base, &log[..now], &chance);
+                assert_eq!(content(&runtime, &case, cut.clone()), expected, "{now}");
+                if has_qemu && now % 33 == 0 {
+                    check(&cut, &case, true, &format!("at {now}"));
+                }
+            }
+            if let Some(event) = log.get(now) {
+                apply(&mut bytes, event);
+            }
+        }
+        assert_eq!(bytes, memory.bytes());
+        if has_qemu {
+            check(&bytes, &case, false, "closed");
+        }
+        let disk = checked(&runtime, &case, bytes);
+        let shape = runtime.block_on(async move { disk.activate().await });
+        assert_eq!(shape.unwrap().unwrap().size, size);
+    }
+}
+
 /// The test repeats writes that fail; all others must be there. A failed write may have taken effect or not, also in a
 /// place that a table was to get.
 #[test]
@@ -375,8 +424,8 @@ fn a_disk_without_room_loses_nothing() {
             let now = move || log.now();
             let mut history = exercise(&runtime, &disk, SECTORS, 30, &chance, now.clone());
             // Its L1 table has to go somewhere else for this.
-            for spans in 1..4 {
-                let (its, size) = (disk.clone(), SIZE + spans * (64 << 20));
+            for more in [64 << 20, 128 << 20, 1 << 30] {
+                let (its, size) = (disk.clone(), SIZE + more);
                 let grown = runtime.block_on(async move { its.grow(size).await });
                 larger[usize::from(grown.unwrap().is_ok())] += 1;
                 let more = exercise(&runtime, &disk, SECTORS, 10, &chance, now.clone());

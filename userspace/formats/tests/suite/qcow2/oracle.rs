@@ -623,6 +623,10 @@ fn a_disk_grows() {
         ("compat=1.1", false, 40 << 30),
         ("cluster_size=512", false, 64 << 20),
         ("cluster_size=512,refcount_bits=64", true, 9 << 20),
+        // The L1 table has more clusters than a refcount block counts, and than the blocks count that one counts.
+        ("cluster_size=512", true, 1 << 30),
+        ("cluster_size=512,refcount_bits=64", false, 9 << 30),
+        ("cluster_size=4096", false, 3 << 40),
         ("compat=0.10", true, 1 << 40),
         ("extended_l2=on", true, 5 << 20),
     ] {
