@@ -11,7 +11,7 @@ use formats::Storage;
 use ring::tap::extent::{BackingNumber, DataExtent, ExtentAccess, Sectors, Source};
 use ring::tap::map::tree::{Leaf, LeafSlot};
 use ring::tap::map::{ExtentMap, MapBacking};
-use ring::tap::shadow::direct::MAX_PARTS;
+use ring::tap::shadow::passthrough::MAX_PARTS;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
