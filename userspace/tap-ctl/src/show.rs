@@ -579,6 +579,25 @@ mod tests {
     }
 
     #[test]
+    fn the_guide_to_migration_waits_for_the_words_of_the_event() {
+        let released = Event {
+            number: 7,
+            series: 1,
+            at_ms: 0,
+            minor: Some(4),
+            guest: Some(3),
+            guest_name: Some("web".into()),
+            vdev: Some("xvda".into()),
+            what: What::Inactive,
+        };
+        let words = ": released its image";
+        let text = event(&released);
+        assert!(text.contains(&format!("disk 4{words}")), "{text}");
+        let page = include_str!("../../../docs/guide/migrate-without-shared-storage.md");
+        assert!(page.contains(&format!("\"disk $minor{words}\"")));
+    }
+
+    #[test]
     fn a_table_has_a_line_for_each_disk() {
         let mut unknown = sample();
         unknown.unknown = Some("it is of a newer one".into());
