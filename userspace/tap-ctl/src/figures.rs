@@ -127,12 +127,12 @@ impl Figures {
         self.awaits = all
             .filter_map(|operation| Await::between(operation, old, new))
             .collect();
-        // The average number of requests under way is their total time in a second.
+        // The average number of requests under way is their total time in a second. A sum of no numbers would be -0.0.
         let took: f64 = self
             .awaits
             .iter()
             .map(|it| it.done as f64 * it.mean_ms)
-            .sum();
+            .fold(0.0, |sum, ms| sum + ms);
         let slots = new.counted("ring_slots").filter(|slots| *slots > 0);
         self.ring_used = slots.map(|slots| took / 1000.0 / self.seconds / slots as f64);
     }
@@ -184,7 +184,7 @@ impl Figures {
                 .collect()
         };
         let process = parts(&before.process, &now.process);
-        self.process_ran = process.iter().map(|(ran, _)| ran).sum();
+        self.process_ran = process.iter().fold(0.0, |sum, (ran, _)| sum + ran);
         for (ran, waited) in &process {
             let by_others = waited - (self.process_ran - ran);
             self.starved = self.starved.max(by_others);

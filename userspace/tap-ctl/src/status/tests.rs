@@ -253,6 +253,19 @@ fn rings_that_are_full_are_named_and_the_disk_is_well() {
 }
 
 #[test]
+fn the_figures_of_an_idle_disk_are_not_negative() {
+    let made = made();
+    keeps_time(&made);
+    counter(&made, "ring_slots", 64);
+    let before = look(&made);
+    let report = after(1, &before, &look(&made));
+    let text = show::text(&report, true);
+    assert!(text.contains("room in rings used 0 %"), "{text}");
+    let figures = report.disks[0].figures.as_ref().expect("two looks");
+    assert!(!figures.process_ran.is_sign_negative());
+}
+
+#[test]
 fn requests_that_wait_for_pages_are_named_with_the_limit_that_holds_them() {
     let made = made();
     let parameters = "/sys/module/xen_blkback_rs/parameters";

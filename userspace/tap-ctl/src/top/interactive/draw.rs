@@ -5,6 +5,7 @@
 use super::looks::Looks;
 use super::view::{Place, View};
 use super::{details, help, App};
+use crate::figures::Figures;
 use crate::host::Memory;
 use crate::top::columns::fitting;
 use crate::top::order::By;
@@ -120,14 +121,18 @@ fn host(picture: &Picture) -> String {
         return "figures come with the next picture".into();
     };
     let rows = picture.rows();
-    let figures = || rows.iter().filter_map(|row| row.figures);
+    let sum = |part: fn(&Figures) -> f64| {
+        let figures = rows.iter().filter_map(|row| row.figures);
+        // The sum of no numbers is -0.0, which a user would see.
+        figures.fold(0.0, |sum, one| sum + part(one))
+    };
     let mut text = format!(
         "in {:.1} s: {:.1} reads/s ({:.1} MiB/s), {:.1} writes/s ({:.1} MiB/s), stolen {:.0} %",
         interval.as_secs_f64(),
-        figures().map(|one| one.reads).sum::<f64>(),
-        figures().map(|one| one.read_bytes).sum::<f64>() / MIB,
-        figures().map(|one| one.writes).sum::<f64>(),
-        figures().map(|one| one.written_bytes).sum::<f64>() / MIB,
+        sum(|one| one.reads),
+        sum(|one| one.read_bytes) / MIB,
+        sum(|one| one.writes),
+        sum(|one| one.written_bytes) / MIB,
         stolen * 100.0,
     );
     if let Some(Memory {
