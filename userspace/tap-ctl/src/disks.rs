@@ -146,7 +146,10 @@ pub(crate) fn not_one(
     match wanted.vdev {
         Some(vdev) => Failure::new(
             Code::NotFound,
-            format!("guest {name} has no tap disk {vdev}: it has {has}, as in `{example}`"),
+            format!(
+                "guest {name} has no tap disk {vdev}: it has {has}, as in `{example}`; `tap-ctl status {name}` shows \
+                 its phy disks too"
+            ),
         ),
         None => Failure::invalid(format!(
             "guest {name} has the tap disks {has}: name one, as in `{example}`"

@@ -280,7 +280,7 @@ fn busy(path: &Path) -> Failure {
         Code::Busy,
         format!(
             "{} is in use: by a guest's disk (`tap-ctl list --file {0}` shows it; pause it), a child of it that is in \
-             use, or another program; try again when that has ended",
+             use, or another program; try again when that has ended (only `tapimg info -U IMAGE` looks at it before)",
             path.display()
         ),
     )

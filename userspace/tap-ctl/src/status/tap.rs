@@ -268,7 +268,7 @@ fn who_hangs(now: &SampledDisk, tap: &TopRow, kernel: &Kernel) -> Verdict {
 
 fn replace(tap: &TopRow) -> String {
     let pid = tap.row.pid.map_or("PID".into(), |pid| pid.to_string());
-    format!("`kill -9 {pid}`: blktapctrl replaces it, and nothing is lost (--kill-hung does that without you)")
+    format!("`kill -9 {pid}`: blktapctrl replaces it, and nothing is lost (hung=kill, in front of its target does that without you)")
 }
 
 fn poisoned(kernel: &Kernel) -> Option<Verdict> {
