@@ -68,6 +68,12 @@ impl From<io::Error> for RefusedDisk {
     }
 }
 
+/// Returns a disk's name in its guest, or its number there if xenstore does not have the name or cannot be read.
+pub(crate) fn vdev(host: &impl Host, device: &BusDevice) -> String {
+    let dev = host.read(&device.back("dev")).ok().flatten();
+    dev.unwrap_or_else(|| device.handle.to_string())
+}
+
 impl Keys {
     pub(crate) fn read(host: &impl Host, device: &BusDevice) -> Result<Keys, RefusedDisk> {
         let number = |path: &str, absent: u64| -> Result<u64, RefusedDisk> {

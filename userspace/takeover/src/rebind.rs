@@ -9,7 +9,7 @@
 //! After any failure, each disk is given back to the driver that it had, and the guest runs again. The attempt is
 //! remembered from its beginning, so that the next one puts right the parts that this one did not reach.
 
-use crate::disk::{BusDevice, Keys, RefusedDisk};
+use crate::disk::{self, BusDevice, Keys, RefusedDisk};
 use crate::host::{BackendDriver, Begun, Host};
 use serde::Serialize;
 use std::io;
@@ -84,7 +84,7 @@ pub(crate) fn guest<H: Host>(
     for device in devices {
         match look(host, plan.to, device) {
             Ok(keys) => ready.push((device, keys)),
-            Err(why) => outcome.leave(&device.handle.to_string(), why),
+            Err(why) => outcome.leave(&disk::vdev(host, device), why),
         }
     }
     if plan.dry_run || ready.is_empty() {

@@ -106,6 +106,8 @@ fn what_is_not_safe_is_refused_by_its_reason() {
             left.len() == 1 && left[0].why.contains(words),
             "{words}: {left:?}"
         );
+        // The names of the fake's disks have the number behind that.
+        assert!(left[0].disk.starts_with("xvd"), "{words}: {left:?}");
         assert_eq!(*fake.wrong.borrow(), [""; 0]);
     };
     refused(
