@@ -178,11 +178,11 @@ pub(crate) enum Verb {
     /// new one; later writes are in the new one only. The guest waits meanwhile, and sees no error. If the new image
     /// cannot be made or served, the disk is served from the old one as before, and nothing of the new one is left.
     ///
-    /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest is started
-    /// anew, or its disk is what it was at this moment. The old image is marked as read-only (chmod a-w), and
-    /// blktapctrl refuses to serve it for writing; other programs may not, and a block device cannot be marked. With
-    /// that mark, and in the same folder, the process of each disk that has the new image may open it; otherwise name
-    /// it with --files.
+    /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest reboots, also
+    /// in the copy that xl keeps (xl config-update GUEST FILE), or the guest ends there. The old image is marked as
+    /// read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may not, and a block device
+    /// cannot be marked. With that mark, and in the same folder, the process of each disk that has the new image may open
+    /// it; otherwise name it with --files.
     ///
     /// If several disks are named, such as those of a guest, all switch at one instant: none is served from its new
     /// image before all have released their old ones, and if one cannot, all are served as before.
@@ -305,6 +305,9 @@ pub(crate) enum Verb {
     /// Take a disk away, with its process and its node
     Destroy(Destroy),
     /// Say whether an image can be found and may be used; change nothing
+    ///
+    /// Its backing images are found and checked only when a disk is made: tapimg info --chain names those that would be
+    /// refused.
     Check(Check),
     /// Have all disks let go of the kernel's module, so that it can be exchanged: xen-blkback-rs exchange does that
     ///

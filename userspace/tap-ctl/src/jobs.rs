@@ -90,7 +90,7 @@ fn remedy(reply: &Reply) -> String {
             to: Some(target),
             ..
         }) => {
-            format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}.\n")
+            format!("CHANGE THE DISK'S CONFIGURATION: from now on it must name {target}, also in xl's copy: `xl config-update GUEST FILE`.\n")
         }
         _ => String::new(),
     }

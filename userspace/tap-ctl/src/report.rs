@@ -10,7 +10,7 @@ use crate::status::Watch;
 use crate::time::utc;
 use crate::{cli, doctor, Cli, Error};
 use control::supervisor::{Filter, Reply, Request, Which};
-use control::{shown_lines, Channel, Failure};
+use control::{shown_lines, Channel, Code, Failure};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
@@ -69,6 +69,11 @@ const PROGRAMS: &[&[&str]] = &[
 
 /// Writes it, and says what is looked at meanwhile.
 pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
+    // Before the work of a minute, not after it.
+    if let Some(path) = asked.output.as_ref().filter(|path| path.exists()) {
+        let why = format!("{} is there already: choose another name", path.display());
+        return Err(Failure::new(Code::Exists, why).into());
+    }
     let mut parts = Parts {
         to: String::from(HEAD),
         tells: true,

@@ -92,7 +92,7 @@ fn told(taken: &Snapshot) -> String {
         ),
     };
     format!(
-        "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}. New writes of the guest are there only.{beside}\n",
+        "{}\n{mark}\nCHANGE THE DISK'S CONFIGURATION: from now on it must name {target}, also in xl's copy: `xl config-update GUEST FILE`. New writes of the guest are there only.{beside}\n",
         snapshot(taken)
     )
 }

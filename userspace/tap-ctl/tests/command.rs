@@ -57,6 +57,18 @@ fn a_reader_that_goes_away_is_no_panic() {
 }
 
 #[test]
+fn a_report_into_a_file_that_is_there_is_refused_before_the_work() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let (output, errors) = run(&["report", "-o", file.path().to_str().expect("a name")]);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(
+        errors.contains("is there already: choose another name"),
+        "{errors}"
+    );
+    assert!(!errors.contains("tap-ctl doctor"), "{errors}");
+}
+
+#[test]
 fn completion_is_silent_without_a_supervisor() {
     let (output, errors) = run(&["complete", "web"]);
     assert!(
