@@ -2,6 +2,7 @@
 //! The command line.
 
 use crate::named::Named;
+use crate::part::DiskRanges;
 use crate::replay::Point;
 use crate::serve::ServedTarget;
 use clap::{Args, Parser, Subcommand};
@@ -29,6 +30,9 @@ pub(crate) struct Cli {
     /// As root, also open files that an image names and that its owner could not open
     #[arg(long, global = true)]
     pub(crate) follow: bool,
+    /// Die with this process, which started this one
+    #[arg(long, global = true, hide = true, value_name = "PID")]
+    pub(crate) die_with: Option<u32>,
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
@@ -236,6 +240,33 @@ pub(crate) enum CompressionMethod {
     Zstd,
 }
 
+/// A part of the work.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Part {
+    /// Read these ranges of the disk only: a file with an offset and a length in bytes on each line, as tap-ctl dirty
+    /// --since prints them. A copy has the rest from its parent (--parent)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) changed: Option<PathBuf>,
+    /// Most MiB in a second, or another amount with its suffix, such as 1.5G; as fast as possible if not said
+    #[arg(long, value_name = "MIB", value_parser = some_mib)]
+    pub(crate) rate: Option<u32>,
+}
+
+impl Part {
+    /// Reads the ranges.
+    pub(crate) fn ranges(&self) -> Result<Option<DiskRanges>, control::Failure> {
+        self.changed.as_deref().map(DiskRanges::read).transpose()
+    }
+}
+
+/// Parses MiB, at least one.
+fn some_mib(text: &str) -> Result<u32, String> {
+    match control::typed_mib(text)? {
+        0 => Err("write at least 1 MiB".into()),
+        mib => Ok(mib),
+    }
+}
+
 /// Images to copy.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -245,7 +276,8 @@ only; sector-size=4096, in front of such an image in the guest's configuration g
 Holes stay holes, and zeroes become holes, but in a luks image, which has none: it takes all its space.
 With --compress a VMDK becomes streamOptimized, as appliances (OVA) have it, which is only read. A guest can
 write to a compressed qcow2 image, and its new data there is not compressed.
-With --parent only the parts that differ from the parent are copied, so the parent need not be FROM's backing image.")]
+With --parent only the parts that differ from the parent are copied, so the parent need not be FROM's backing image;
+with --changed, too, all else is taken to be as the parent has it, and is not read.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it
     pub(crate) from: Named,
@@ -262,6 +294,8 @@ pub(crate) struct Convert {
     /// Copy what there is of an image that is damaged: what cannot be read becomes zeroes, and is listed
     #[arg(long)]
     pub(crate) damaged: bool,
+    #[command(flatten)]
+    pub(crate) part: Part,
     /// Replace what is there
     #[arg(long)]
     pub(crate) force: bool,
@@ -301,6 +335,8 @@ pub(crate) struct Compare {
     /// Sizes must be the same, too
     #[arg(long)]
     pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) part: Part,
     /// Tell on stderr how far it is, even if that is no terminal
     #[arg(long)]
     pub(crate) progress: bool,

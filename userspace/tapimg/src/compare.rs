@@ -3,6 +3,7 @@
 
 use crate::cli::Compare;
 use crate::open::ImageOpener;
+use crate::part::WorkPace;
 use crate::progress::Progress;
 use crate::runs::difference;
 use crate::walk::{self, Piece, Side, Walk};
@@ -46,6 +47,7 @@ pub(crate) async fn compare(
     args: &Compare,
 ) -> Result<DiskDifference, Failure> {
     let images = [&args.one, &args.other];
+    let ranges = args.part.ranges()?;
     let (one, its) = opener.disk(images[0], None).await?;
     let (other, others) = opener.disk(images[1], None).await?;
     let disks = [one, other];
@@ -58,10 +60,12 @@ pub(crate) async fn compare(
         });
     }
     let all = sizes[0].max(sizes[1]);
-    let progress = Progress::new(all, args.progress);
+    let len = ranges.as_ref().map_or(all, |ranges| ranges.bytes(all));
+    let progress = Progress::new(len, args.progress);
+    let pace = WorkPace::new(args.part.rate);
     let first = Cell::new(None);
     let side = |number: usize| Side::new(images[number], &disks[number], sizes[number]);
-    let (disks, progress_ref, first_ref) = (&disks, &progress, &first);
+    let (disks, progress_ref, first_ref, pace) = (&disks, &progress, &first, &pace);
     let work = move |piece: Piece<2>| async move {
         let Piece { offset, len, data } = piece;
         let mut seen = [None, None];
@@ -77,10 +81,14 @@ pub(crate) async fn compare(
             first_ref.set(Some(at.min(before)));
         }
         progress_ref.add(len);
-        Ok(())
+        match data.contains(&true) {
+            true => pace.pay(&opener.io, len).await,
+            false => Ok(()),
+        }
     };
     // Pieces before the difference are done or under way when it is found.
     let done = Walk::new([side(0), side(1)], all)
+        .within(ranges)
         .each(|| first.get().is_some(), work)
         .await;
     progress.end();

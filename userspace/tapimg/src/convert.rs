@@ -8,6 +8,7 @@ use crate::made::{ConvertResult, MadeImage};
 use crate::named::Named;
 use crate::open::{failed, ImageOpener};
 use crate::packed;
+use crate::part::{DiskRanges, WorkPace};
 use crate::progress::Progress;
 use crate::runs::{runs, Run};
 use crate::salvage::Lost;
@@ -34,6 +35,9 @@ pub(crate) struct Copy<'c> {
     pub(crate) parent: Option<(&'c Named, &'c Parent)>,
     /// Unreadable parts become zeroes, and are collected here.
     lost: Option<Rc<Lost>>,
+    /// The parts that may differ from the parent.
+    ranges: Option<DiskRanges>,
+    pace: WorkPace,
 }
 
 /// Destination of a copy that is not compressed.
@@ -54,6 +58,12 @@ pub(crate) async fn convert(
     apart(from, to)?;
     check(to, layout)?;
     packed::check(args)?;
+    let ranges = args.part.ranges()?;
+    if ranges.is_some() && layout.parent.is_none() {
+        return Err(Failure::invalid(
+            "--changed leaves the rest to the parent, and there is none: name it with --parent",
+        ));
+    }
     let snapshot = args.snapshot.as_deref();
     let (disk, shape) = opener.disk(from, snapshot).await?;
     let lost = args.damaged.then(|| Rc::new(Lost::new(&shape)));
@@ -67,7 +77,9 @@ pub(crate) async fn convert(
     let (its, below) = (Some(shape.logical_block), parent.as_ref());
     let sector = of_new(opener, to, layout, shape.size, its, below).await?;
     let target = Target::begin(opener, to, args.force).await?;
-    let progress = Progress::new(shape.size, args.progress);
+    let all = ranges.as_ref();
+    let all = all.map_or(shape.size, |ranges| ranges.bytes(shape.size));
+    let progress = Progress::new(all, args.progress);
     let copy = Copy {
         io: &opener.io,
         from: (from, disk),
@@ -75,6 +87,8 @@ pub(crate) async fn convert(
         sector,
         parent: layout.parent.as_ref().zip(parent.as_ref()),
         lost: lost.clone(),
+        ranges,
+        pace: WorkPace::new(args.part.rate),
     };
     let work = async {
         let file = target.file();
@@ -145,7 +159,8 @@ async fn plain(
     let each = move |piece: Piece<2>| async move {
         all.piece(piece).await?;
         progress.add(piece.len);
-        Ok(())
+        let has_data = piece.data[0];
+        all.from.pay(if has_data { piece.len } else { 0 }).await
     };
     copy.walk().each(|| stop.is_wanted(), each).await?;
     stop.check(progress, "")?;
@@ -163,7 +178,17 @@ impl Copy<'_> {
             Some((image, parent)) => Side::new(image, &parent.disk, parent.size),
             None => Side::new(self.from.0, &self.from.1, 0),
         };
-        Walk::new([source, under], self.size)
+        Walk::new([source, under], self.size).within(self.ranges.clone())
+    }
+
+    /// Waits after so many bytes were read, if the copy has a rate.
+    pub(crate) async fn pay(&self, bytes: u64) -> Result<(), Failure> {
+        self.pace.pay(self.io, bytes).await
+    }
+
+    /// True if only some ranges are copied.
+    pub(crate) fn is_partial(&self) -> bool {
+        self.ranges.is_some()
     }
 
     /// Reads a piece of what is copied.

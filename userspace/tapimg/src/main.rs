@@ -20,6 +20,7 @@ mod old;
 mod open;
 mod ova;
 mod packed;
+mod part;
 mod progress;
 mod rebase;
 mod replay;
@@ -138,6 +139,9 @@ fn run(cli: Cli) -> Result<VerbOutcome, Error> {
             .into());
         }
         return serve::serve(args, cli.parents.map(|kind| kind.0), cli.json);
+    }
+    if let Some(parent) = cli.die_with {
+        part::die_with(parent)?;
     }
     let runtime = Runtime::new();
     // Threads inherit what is blocked of signals, so this comes first.
@@ -309,6 +313,8 @@ mod tests {
             "tapimg create qcow2:/a +1G --parent vhd:/b",
             "tapimg create vhd:/a 1.5GiB --reserve 10MiB",
             "tapimg convert vhd:/a qcow2:/b --parent aio:/c --progress",
+            "tapimg convert vhd:/a qcow2:/b --parent aio:/c --changed /d --rate 20",
+            "tapimg compare vhd:/a qcow2:/b --changed /d --rate 1.5G",
             "tapimg check --repair qcow2:/a",
             "tapimg compare --strict aio:/a raw:/b",
             "tapimg map --layer --parents aio qcow:/a",
@@ -334,6 +340,7 @@ mod tests {
             "tapimg create qcow2:/a 513",
             "tapimg create qcow2:/a 1G --sector-size 1024",
             "tapimg convert aio:/a",
+            "tapimg convert aio:/a aio:/b --rate 0",
             "tapimg map --parents png qcow:/a",
             "tapimg resize aio:/a 10G --lose-data",
             "tapimg rebase qcow2:/a",

@@ -93,7 +93,11 @@ pub(crate) async fn copy(
         while let Some((at, found)) = packed.try_next().await? {
             let put = target.put(at, found).await;
             put.map_err(|error| failed("write", to, at, error))?;
-            progress.reach(at + unit);
+            match from.is_partial() {
+                true => progress.add(unit),
+                false => progress.reach(at + unit),
+            }
+            from.pay(unit).await?;
         }
         stop.check(progress, "")
     };

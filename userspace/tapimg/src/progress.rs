@@ -62,7 +62,7 @@ impl Progress {
     /// Percent.
     pub(crate) fn share(&self) -> u64 {
         // CAST: at most 100.
-        (u128::from(self.done.get()) * 100 / u128::from(self.all.max(1))) as u64
+        (u128::from(self.done.get().min(self.all)) * 100 / u128::from(self.all.max(1))) as u64
     }
 
     /// Nothing comes after this.

@@ -3,6 +3,7 @@
 
 use crate::named::Named;
 use crate::open::failed;
+use crate::part::DiskRanges;
 use crate::salvage::Lost;
 use control::Failure;
 use diskio::{Bytes, Data, Io};
@@ -51,6 +52,8 @@ pub(crate) struct Walk<const N: usize> {
     sides: [Side; N],
     at: u64,
     end: u64,
+    /// The walk leaves out what is in none of these.
+    ranges: Option<DiskRanges>,
 }
 
 impl Side {
@@ -109,15 +112,32 @@ impl Side {
 impl<const N: usize> Walk<N> {
     /// From 0 to `end`.
     pub(crate) fn new(sides: [Side; N], end: u64) -> Self {
-        Self { sides, at: 0, end }
+        Self {
+            sides,
+            at: 0,
+            end,
+            ranges: None,
+        }
+    }
+
+    /// Visits these ranges only, if there are some.
+    pub(crate) fn within(self, ranges: Option<DiskRanges>) -> Self {
+        Self { ranges, ..self }
     }
 
     /// The next piece; nothing at the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece<N>>, Failure> {
-        if self.at >= self.end {
+        let mut end = self.end;
+        if let Some(ranges) = &mut self.ranges {
+            let Some((from, to)) = ranges.next(self.at) else {
+                return Ok(None);
+            };
+            (self.at, end) = (from, to.min(end));
+        }
+        if self.at >= end {
             return Ok(None);
         }
-        let mut len = self.end - self.at;
+        let mut len = end - self.at;
         let mut data = [false; N];
         for (side, data) in self.sides.iter_mut().zip(&mut data) {
             let (left, is_data) = side.see(self.at).await?;

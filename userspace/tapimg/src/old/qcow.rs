@@ -132,6 +132,7 @@ async fn copy(opener: &ImageOpener, from: Named, to: Named) -> Result<String, Fa
         compress: None,
         snapshot: None,
         damaged: false,
+        part: cli::Part::default(),
         force: true,
         progress: false,
     };

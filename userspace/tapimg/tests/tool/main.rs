@@ -19,6 +19,7 @@ mod old;
 mod others;
 mod ova;
 mod packed;
+mod part;
 #[path = "../../../formats/tests/common/qemu.rs"]
 mod qemu;
 mod rebase;
