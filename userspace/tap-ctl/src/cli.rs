@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line.
 
+mod backup;
 mod disk;
 
 use crate::events::Events;
 use crate::group::GroupVerb;
 use crate::status::verdict::{HUNG_S, SLOW_MS};
+pub(crate) use backup::{Backup, BackupVerb, Restore};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::supervisor::{Hung, Mode};
 use control::tapdisk::{Engine, OnError};
@@ -278,6 +280,23 @@ pub(crate) enum Verb {
     ///
     /// Without --mark, --since or --forget it lists the marks of the disk. For disks with the mode w.
     Dirty(Dirty),
+    /// Back up disks of a guest while it works: all the first time, and the changes from then on
+    ///
+    /// The copy is of one instant, as after a power cut: a snapshot freezes the disks while tapimg copies them, and is
+    /// merged afterwards, so that the guest's configuration and its chain of images stay as they are. Each backup is a
+    /// qcow2 image over that of the backup before, with a manifest beside it that has its checksum. Both have their
+    /// names only when the copy was compared with the disk.
+    ///
+    /// A backup that is killed leaves the ones before as they are, and the next one undoes or finishes it first. If the
+    /// changes are not known, because the guest was started again, say, a full backup is taken. While a disk has
+    /// backups, a dirty bitmap tracks its changes, and every request goes through the disk's process.
+    ///
+    /// Not for disks with the mode r, r! or w!, with a lease, or that are encrypted.
+    Backup(Box<Backup>),
+    /// Make an image of a backup, after a check of all backups that it needs
+    ///
+    /// An image that a disk uses is refused: shut the guest down first, or make a new image.
+    Restore(Restore),
     /// Write down what the guest of a disk asks for, to see how what is on the disk came to be there
     ///
     /// The file is a ring: it keeps its size, and the oldest requests are lost. Each request is there with its number,

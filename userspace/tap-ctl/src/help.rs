@@ -17,7 +17,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
         "Work on a disk",
         &[
             "create", "destroy", "pause", "unpause", "resize", "snapshot", "stream", "commit",
-            "mirror", "dirty", "scrub", "trace", "handoff",
+            "mirror", "backup", "restore", "dirty", "scrub", "trace", "handoff",
         ],
     ),
     ("Limits", &["set", "group"]),

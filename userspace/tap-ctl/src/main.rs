@@ -2,6 +2,7 @@
 //! tap-ctl: the command line of tap disks.
 #![forbid(unsafe_code)]
 
+mod backup;
 mod cli;
 mod completion;
 mod dirty;
@@ -46,6 +47,8 @@ fn main() -> ExitCode {
     let result = match &cli.verb {
         Verb::Status(asked) => return end(&cli, status::run(&cli, asked)),
         Verb::Doctor => return end(&cli, doctor::run(&cli)),
+        Verb::Backup(asked) => return end(&cli, backup::run(&cli, asked)),
+        Verb::Restore(asked) => backup::restore(&cli, asked),
         Verb::Generate { what } => completion::script(*what, SEE_ALSO)
             .and_then(|text| io::stdout().write_all(text.as_bytes()))
             .map_err(Error::Output),
@@ -356,6 +359,8 @@ fn request(verb: &Verb) -> Result<Request, Failure> {
         | Verb::Top(_)
         | Verb::Events(_)
         | Verb::Lease { .. }
+        | Verb::Backup(_)
+        | Verb::Restore(_)
         | Verb::Complete { .. }
         | Verb::Generate { .. } => Request::Top,
     })

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The cases and what runs them.
 
+mod backup;
 mod basic;
 mod beside;
 mod boot;
@@ -520,6 +521,7 @@ pub(crate) fn all() -> Vec<Case> {
         permission::cases(),
         tap_life::cases(),
         direct::cases(),
+        backup::cases(),
         dirty::cases(),
         trace::cases(),
         boot::cases(),

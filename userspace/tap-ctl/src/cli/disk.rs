@@ -62,6 +62,7 @@ impl Verb {
             Verb::Snapshot(snapshot) => snapshot.settle(),
             Verb::Mirror(mirror) => mirror.settle("mirror"),
             Verb::Commit(mirror) => mirror.settle("commit"),
+            Verb::Backup(backup) => backup.settle(),
             Verb::Trace(trace) => {
                 trace.which.take_lone();
                 Ok(())
@@ -91,6 +92,7 @@ impl Verb {
             Verb::Dirty(dirty) => vec![&mut dirty.which],
             Verb::Trace(trace) => vec![&mut trace.which],
             Verb::Destroy(destroy) => vec![&mut destroy.which],
+            Verb::Backup(backup) => backup.disks.iter_mut().collect(),
             Verb::Snapshot(snapshot) => snapshot.disks.iter_mut().map(|(which, _)| which).collect(),
             _ => Vec::new(),
         }

@@ -55,6 +55,10 @@ const BLOCKS: &[Block] = &[
         name: "tools",
         page: "docs/reference/json-tools.md",
     },
+    Block {
+        name: "backups",
+        page: "docs/reference/json-backup.md",
+    },
 ];
 
 /// Mark at the end of each block.

@@ -139,6 +139,37 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
             ),
         ],
     ),
+    (
+        "backups",
+        "json-backup.md",
+        &[
+            (
+                "`tap-ctl backup`",
+                "userspace/tap-ctl/src/backup/mod.rs",
+                "BackupResult",
+            ),
+            (
+                "`tap-ctl backup list`",
+                "userspace/tap-ctl/src/backup/list.rs",
+                "BackupList",
+            ),
+            (
+                "`tap-ctl backup verify`",
+                "userspace/tap-ctl/src/backup/list.rs",
+                "VerifiedBackups",
+            ),
+            (
+                "`tap-ctl backup repair`",
+                "userspace/tap-ctl/src/backup/mod.rs",
+                "RepairResult",
+            ),
+            (
+                "`tap-ctl restore`",
+                "userspace/tap-ctl/src/backup/restore.rs",
+                "RestoreResult",
+            ),
+        ],
+    ),
 ];
 
 /// Returns the tables of each block, with its name.
