@@ -22,8 +22,8 @@ const SECTOR: u64 = 512;
 pub(crate) struct DiskRanges(VecDeque<(u64, u64)>);
 
 impl DiskRanges {
-    /// Reads the ranges of a file, one a line: offset and length in bytes, as `tap-ctl dirty
-    /// GUEST VDEV --since NAME` prints them.
+    /// Reads the ranges of a file, one a line, offset and length in bytes, as this prints them:
+    /// `tap-ctl dirty GUEST VDEV --since NAME`.
     ///
     /// # Errors
     /// The file cannot be read, or a line is no range behind the one before.

@@ -55,6 +55,7 @@ case "$fault" in
 "after $n") shift 2; "$REAL" --die-with $$ "$@"; kill -9 $PPID; exit 1;;
 "during $n") ( sleep 0.2; kill -9 $PPID ) & exec "$REAL" "$@" --rate 1;;
 "fail $n") exit 6;;
+"signal $n") kill -TERM $PPID;;
 esac
 exec "$REAL" "$@"
 "#;
@@ -309,6 +310,7 @@ fn a_copy_that_is_killed_or_fails_is_no_backup() {
     bed.back_up("");
     for fault in [
         "before 1", "during 1", "after 1", "before 2", "during 2", "after 2", "fail 1", "fail 2",
+        "signal 1", "signal 2",
     ] {
         let before = bed.list();
         fs::write(bed.path("at/fault"), fault).expect("write");
@@ -316,7 +318,7 @@ fn a_copy_that_is_killed_or_fails_is_no_backup() {
         assert!(!output.status.success(), "{fault}: {output:?}");
         fs::remove_file(bed.path("at/fault")).expect("remove");
         assert_eq!(bed.list(), before, "{fault}");
-        if fault.starts_with("fail") {
+        if fault.starts_with('f') || fault.starts_with('s') {
             assert_eq!(output.status.code(), Some(1));
             // The program itself has cleaned up.
             bed.assert_clean();
