@@ -56,7 +56,7 @@ impl DiskRanges {
         let (offset, length) = (words.next()?.ok()?, words.next()?.ok()?);
         let end = offset.checked_add(length)?;
         let last = self.0.back().map_or(0, |last| last.1);
-        let is_whole = offset.is_multiple_of(SECTOR) && length.is_multiple_of(SECTOR);
+        let is_whole = offset % SECTOR == 0 && length % SECTOR == 0;
         if words.next().is_some() || length == 0 || offset < last || !is_whole {
             return None;
         }
