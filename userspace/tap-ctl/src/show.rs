@@ -82,7 +82,7 @@ fn told(taken: &Snapshot) -> String {
     let mark = match taken.marked {
         true => format!("{parent} keeps the content of the snapshot; its write permission was removed (chmod a-w)."),
         false => format!(
-            "{parent} keeps the content of the snapshot; its write permission could NOT be removed: ensure that no program writes it."
+            "{parent} keeps the content of the snapshot; its write permission could NOT be removed: ensure that no program writes it, such as the guest after a reboot with the old configuration, whose newer writes would be lost."
         ),
     };
     let beside = match taken.parent.parent() == target.path().and_then(|path| path.parent()) {
