@@ -101,7 +101,7 @@ impl Lifecycle {
             None => Err(Failure::new(
                 Code::State,
                 format!(
-                    "disk {} does not take over what is below its image",
+                    "disk {} has no stream: `tap-ctl stream GUEST VDEV` begins one",
                     disk.minor
                 ),
             )),

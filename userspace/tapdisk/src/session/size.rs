@@ -18,7 +18,8 @@ impl Session {
         if size < old {
             return Err(Failure::invalid(format!(
                 "the disk has {old} bytes, and {size} are fewer: a disk that is served does not become smaller; \
-                 pause it, make the image smaller (`tapimg resize --shrink IMAGE {size}`), and unpause it: `tap-ctl unpause -m MINOR --shrink`"
+                 pause it, make the image smaller if it is a raw file or LUKS (`tapimg resize --shrink IMAGE {size}`), and \
+                 unpause it: `tap-ctl unpause -m MINOR --shrink`"
             )));
         }
         if server.is_read_only() {
