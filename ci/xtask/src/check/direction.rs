@@ -363,7 +363,13 @@ mod tests {
         let engine = "blkback/src/engine/pass.rs";
         assert_eq!(found(engine, "use crate::engine::slots::Slots;\n"), 0);
         assert_eq!(found(engine, "use crate::backing::Drain;\n"), 1);
-        assert_eq!(found("blkback/src/phy.rs", "use crate::offer::offer;\n"), 1);
+        assert_eq!(
+            found(
+                "blkback/src/phy.rs",
+                "use crate::advertise::publish_state;\n"
+            ),
+            1
+        );
         assert_eq!(found("blkback/src/nowhere.rs", ""), 1);
         let registry = "userspace/blktapctrl/src/registry/list.rs";
         assert_eq!(found(registry, "use crate::lifecycle::Lifecycle;\n"), 1);
