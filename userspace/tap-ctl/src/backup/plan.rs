@@ -192,20 +192,21 @@ fn check(row: &Row, tool: &CopyTool) -> Result<(Target, u64, u32), String> {
     if row.mode != Some(Mode::Write) {
         return Err(
             "its image may have other readers or writers (mode r, r! or w!), which would not see a snapshot: copy it \
-             inside of the guests, or with tapimg convert while none writes it"
+             inside of the guests, or with `tapimg convert IMAGE NEW` while none writes it"
                 .into(),
         );
     }
     if *target.lease() != LeaseKind::Lock {
         return Err(
-            "its lease is of the one image, so there are no snapshots: copy it with tapimg convert while it is paused"
+            "its lease is of the one image, so there are no snapshots: copy it with \
+             `tapimg convert IMAGE NEW` while it is paused"
                 .into(),
         );
     }
     if target.key().is_some() || target.driver() == Driver::Luks {
         return Err(
-            "it is encrypted, and a copy of a snapshot would be in plain text: copy it with tapimg convert, which takes \
-             keys, while it is paused"
+            "it is encrypted, and a copy of a snapshot would be in plain text: copy it with \
+             `tapimg convert IMAGE NEW`, which takes keys, while it is paused"
                 .into(),
         );
     }
