@@ -66,6 +66,19 @@ pub(super) fn repairs(tally: &mut TestTally, seed: Option<u64>) -> Result<()> {
     )
 }
 
+/// Measures how long conversions take, beside QEMU's.
+pub(super) fn conversions(tally: &mut TestTally, _seed: Option<u64>) -> Result<()> {
+    host::for_tests()?;
+    let mut tests = cargo_test();
+    tests.args(["--release", "-p", "tapimg", "--test", "tool"]);
+    programs::test(
+        tally,
+        "the speed of conversions",
+        &tests,
+        &["--ignored", "--nocapture", "speed"],
+    )
+}
+
 fn cargo_test() -> Command {
     let mut cargo = build::cargo();
     cargo.args(["test", "--locked"]);

@@ -39,6 +39,8 @@ const PARTS: &[(&str, LanePart)] = &[
     ("sanlock", LanePart::Own(host::sanlock)),
     // Images with a wrong word, and the data that their repair preserves.
     ("repairs", LanePart::Own(host::repairs)),
+    // Time and memory of conversions, beside those of QEMU.
+    ("conversions", LanePart::Own(host::conversions)),
     // Guests with other kernels than dom0's.
     ("guests", LanePart::Own(e2e::guests)),
     // The daemon of xenstore in C; all others have the one in OCaml.

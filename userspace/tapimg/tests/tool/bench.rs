@@ -42,7 +42,8 @@ impl Bench {
         self.0.path().join(name)
     }
 
-    fn command(&self, program: &str, line: &str) -> Command {
+    /// Prepares a program with the words of a line.
+    pub(crate) fn command(&self, program: &str, line: &str) -> Command {
         let mut command = Command::new(program);
         command
             .args(line.split_whitespace())

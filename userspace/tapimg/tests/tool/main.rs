@@ -27,4 +27,5 @@ mod repair;
 mod resize;
 mod sectors;
 mod serve;
+mod speed;
 mod wrong;
