@@ -2,8 +2,8 @@
 //! After any failure, and any end: each disk has a driver, no guest stays paused, and no driver gets a ring on which
 //! something is half done.
 
-mod module_exchange;
 mod fake;
+mod module_exchange;
 
 use fake::{device, FakeHost, HostFault};
 use takeover::{retire, BackendDriver, Retired};
