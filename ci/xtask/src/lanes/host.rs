@@ -7,26 +7,12 @@ use crate::{build, host};
 use anyhow::Result;
 use std::process::Command;
 
-/// Compiles most of the tests, before they are to run.
-pub(super) fn compile() -> Result<()> {
-    host::for_tests()?;
-    programs::compile(ALL, &workspace())
-}
-
-/// All tests but those of the documentation and the models.
-const ALL: &str = "the tests of the workspace";
-
-/// One selection of crates, because cargo would rebuild shared crates for another one.
-fn workspace() -> Command {
-    let mut all = cargo_test();
-    all.arg("--workspace");
-    all
-}
-
 pub(super) fn tests(tally: &mut TestTally) -> Result<()> {
     host::for_tests()?;
-    let mut all = workspace();
-    programs::test(tally, ALL, &all, &[])?;
+    // One selection of crates, because cargo would rebuild shared crates for another one.
+    let mut all = cargo_test();
+    all.arg("--workspace");
+    programs::test(tally, "the tests of the workspace", &all, &[])?;
     all.arg("--doc");
     programs::examples(tally, "the examples in the documentation", &all)?;
     // The models need another build of everything below them, so it has a folder of its own.

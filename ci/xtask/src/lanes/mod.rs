@@ -12,7 +12,6 @@ use crate::kernel::Dom0Kernel;
 use crate::steps::{self, StepKind};
 use crate::tally::TestTally;
 use anyhow::anyhow;
-use std::sync::mpsc::{channel, Receiver};
 use std::thread;
 use std::time::Instant;
 
@@ -51,77 +50,74 @@ const USUAL: &[Lane] = &[
     Lane::Bench,
 ];
 
-/// Runs the lanes and returns their sums, in two rows at once:
-/// - The machines of honest guests, then those of malicious ones. QEMU kills one in four or five hardware virtualised
-///   guests while another program wants the host's processors, so the other row is idle beside the honest guests.
-/// - Compilers, then the bench, whose machine counts time in instructions, then the tests on the host, some of which have
-///   limits in real time.
+/// Runs the lanes, some of them concurrently, and returns their sums:
+/// - First the tests on the host, some of which have limits in real time. They mostly wait for processes, and compilers
+///   use what they leave.
+/// - Then honest guests. QEMU kills one in four or five hardware virtualised guests while another program wants the host's
+///   processors, so the checks beside them, which compile the workspace once more, get only what is idle.
+/// - Then malicious guests, and beside them the bench, whose machine counts time in instructions.
 pub(crate) fn run(lanes: &[Lane], only: &str, seed: Option<u64>) -> TestTally {
-    let rows = LaneRows {
+    let wanted = WantedLanes {
         lanes: if lanes.is_empty() { USUAL } else { lanes },
         only,
         seed,
         start: Instant::now(),
     };
     let mut tally = TestTally::default();
-    if rows.lanes.contains(&Lane::E2e) {
+    if wanted.has(&[Lane::E2e]) {
         // All artefacts at once is faster than each when it is first needed.
         if let Err(error) = crate::artifacts::machines(Dom0Kernel::Stock) {
             tally.fail("the test machines", &format!("{error:#}"));
         }
     }
-    let (end, ended) = channel();
-    thread::scope(|scope| {
-        let second = scope.spawn(|| rows.second(&{ ended }));
-        tally.join(rows.each(rows.first()));
-        drop(end);
-        tally.join(rows.each(&[Lane::Hostile, Lane::Nightly]));
-        match second.join() {
-            Ok(second) => tally.join(second),
-            Err(_) => tally.fail("lanes that run beside others", "their thread panicked"),
-        }
-    });
-    steps::took(
-        StepKind::Lane,
-        "all lanes",
-        rows.start.elapsed().as_secs_f64(),
-    );
+    let has_guests = wanted.has(HONEST);
+    let compilers: &[Lane] = match has_guests {
+        true => &[Lane::Build],
+        false => &[Lane::Check, Lane::Build],
+    };
+    let both = |first: &[Lane], second: &(dyn Fn() -> TestTally + Sync)| {
+        thread::scope(|scope| {
+            let second = scope.spawn(second);
+            let mut tally = wanted.each(first);
+            match second.join() {
+                Ok(second) => tally.join(second),
+                Err(_) => tally.fail("lanes that run beside others", "their thread panicked"),
+            }
+            tally
+        })
+    };
+    tally.join(both(&[Lane::Host], &|| wanted.each(compilers)));
+    if has_guests {
+        tally.join(both(HONEST, &|| wanted.idle(&[Lane::Check])));
+    }
+    let malicious = &[Lane::Hostile, Lane::Nightly];
+    tally.join(both(malicious, &|| wanted.each(&[Lane::Bench])));
+    let seconds = wanted.start.elapsed().as_secs_f64();
+    steps::took(StepKind::Lane, "all lanes", seconds);
     tally
 }
 
-/// Lanes with honest guests, beside which nothing else may want the host's processors.
+/// Lanes with honest guests.
 const HONEST: &[Lane] = &[Lane::E2e, Lane::Debug];
 
 /// The lanes of a run.
-struct LaneRows<'a> {
+struct WantedLanes<'a> {
     lanes: &'a [Lane],
     only: &'a str,
     seed: Option<u64>,
     start: Instant,
 }
 
-impl LaneRows<'_> {
-    fn wants(&self, lane: Lane) -> bool {
-        self.lanes.contains(&lane)
+impl WantedLanes<'_> {
+    /// Returns true if the run has one of these lanes.
+    fn has(&self, lanes: &[Lane]) -> bool {
+        lanes.iter().any(|lane| self.lanes.contains(lane))
     }
 
-    /// Returns true if honest guests run.
-    fn has_guests(&self) -> bool {
-        HONEST.iter().any(|lane| self.wants(*lane))
-    }
-
-    /// Returns the lanes that the row of compilers starts beside.
-    fn first(&self) -> &'static [Lane] {
-        match self.has_guests() {
-            true => HONEST,
-            false => &[Lane::Host],
-        }
-    }
-
-    /// Runs the wanted ones of these lanes, one after the other.
+    /// Runs those of these lanes that the run has, one after the other.
     fn each(&self, lanes: &[Lane]) -> TestTally {
         let mut tally = TestTally::default();
-        for &lane in lanes.iter().filter(|lane| self.wants(**lane)) {
+        for &lane in lanes.iter().filter(|lane| self.has(&[**lane])) {
             println!(
                 "== {lane:?}, {} s after the start",
                 self.start.elapsed().as_secs()
@@ -131,33 +127,13 @@ impl LaneRows<'_> {
         tally
     }
 
-    /// Runs the row of compilers and of the host's tests. The sender of `honest` is dropped when no honest guest runs
-    /// any more.
-    fn second(&self, honest: &Receiver<()>) -> TestTally {
-        if !self.has_guests() {
-            return self.each(&[Lane::Build, Lane::Check, Lane::Bench]);
-        }
-        let mut tally = idle::leave_time(|| self.compilers()).unwrap_or_else(|error| {
+    /// Runs those of these lanes that the run has, while a processor has nothing else to do.
+    fn idle(&self, lanes: &[Lane]) -> TestTally {
+        idle::leave_time(|| self.each(lanes)).unwrap_or_else(|error| {
             let mut tally = TestTally::default();
-            tally.fail("idle compilers", &format!("{error:#}"));
+            tally.fail("idle lanes", &format!("{error:#}"));
             tally
-        });
-        tally.join(self.each(&[Lane::Bench]));
-        // Nothing is sent, so it returns when the sender is dropped.
-        let _dropped = honest.recv();
-        tally.join(self.each(&[Lane::Host]));
-        tally
-    }
-
-    /// Runs the lanes that compile, and compiles for those that follow.
-    fn compilers(&self) -> TestTally {
-        let mut tally = self.each(&[Lane::Build, Lane::Check]);
-        if self.wants(Lane::Host) {
-            if let Err(error) = host::compile() {
-                tally.fail("the tests of the workspace", &format!("{error:#}"));
-            }
-        }
-        tally
+        })
     }
 }
 

@@ -73,11 +73,6 @@ pub(super) fn test(
     Ok(())
 }
 
-/// Builds the programs that `cargo` names, so that [`test`] finds them built.
-pub(super) fn compile(what: &str, cargo: &Command) -> Result<()> {
-    programs(what, cargo).map(drop)
-}
-
 /// Runs the examples in documentation comments, which cargo compiles itself, and adds their counts.
 pub(super) fn examples(tally: &mut TestTally, what: &str, cargo: &Command) -> Result<()> {
     let mut command = Command::new(cargo.get_program());
