@@ -214,5 +214,5 @@ fn text(bytes: &[u8], at: usize) -> Result<&str, Failure> {
     let word = std::str::from_utf8(word)
         .ok()
         .filter(|word| word.len() < 32 && word.bytes().all(|byte| is_plain(&byte)));
-    word.ok_or_else(|| refused("a name in the LUKS header is not ASCII: the header is damaged"))
+    word.ok_or_else(|| refused("a name in the LUKS header is not printable ASCII that ends with a zero: the header is damaged"))
 }

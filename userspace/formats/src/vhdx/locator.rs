@@ -71,7 +71,7 @@ fn values(bytes: &[u8]) -> Result<BTreeMap<&'static str, String>, Failure> {
         let value = text(bytes, le32(entry, 4), le16(entry, 10)).and_then(decode);
         let value = value.ok_or_else(|| {
             refused(format!(
-                "the {key} in the VHDX's parent locator is not UTF-16: the locator is damaged"
+                "the {key} in the VHDX's parent locator is not UTF-16 without zeroes: the locator is damaged"
             ))
         })?;
         if found.insert(key, value).is_some() {

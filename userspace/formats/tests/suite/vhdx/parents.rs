@@ -297,7 +297,7 @@ fn parents_are_named_as_the_format_has_it() {
     for (wrong, why) in [
         (("parent_linkage", "{x}"), "twice"),
         (("parent_linkage2", "{x}"), "no GUID"),
-        (("relative_path", "a\0b"), "no text"),
+        (("relative_path", "a\0b"), "not UTF-16 without zeroes"),
     ] {
         let failure = look_at(&plan(&[wrong])).unwrap_err();
         assert!(failure.message.contains(why), "{failure}");
