@@ -3,7 +3,7 @@
 
 use crate::cli::{self, Cli};
 use crate::time::utc;
-use crate::{ask, named, print, Error};
+use crate::{ask, named, print, something_else, Error};
 use control::supervisor::{Reply, Request, Which};
 use control::{Changed, Code, Extent, Failure, Mark, MarkName};
 
@@ -64,11 +64,6 @@ fn rest(cli: &Cli, asked: &cli::Dirty, mut all: Changed) -> Result<Changed, Erro
         }
     }
     Ok(all)
-}
-
-fn something_else(reply: &Reply) -> Failure {
-    let what = format!("an answer to something else: {reply:?}");
-    Failure::new(Code::Other, what)
 }
 
 /// Marks as lines of words `name=value`.

@@ -2,7 +2,7 @@
 //! `tap-ctl stream`, `mirror` and `commit`: jobs on a whole disk while its guest works.
 
 use crate::cli::{self, Cli};
-use crate::{ask, named, print, show, Error};
+use crate::{ask, named, print, show, something_else, Error};
 use control::stats::{Mirror, Mirroring, Streaming};
 use control::supervisor::{MirrorTo, Reply, Request, Which};
 use control::{Code, Failure};
@@ -53,7 +53,7 @@ pub(crate) fn mirror(cli: &Cli, asked: &cli::Mirror, below: bool) -> Result<(), 
 }
 
 /// Progress of a job.
-enum JobState {
+pub(crate) enum JobState {
     /// Where on the disk, and how many bytes were copied.
     Runs(u64, u64),
     Done,
@@ -61,7 +61,9 @@ enum JobState {
     Failed(String),
 }
 
-fn state(reply: &Reply) -> Result<JobState, Failure> {
+/// # Errors
+/// The answer is not about a job.
+pub(crate) fn state(reply: &Reply) -> Result<JobState, Failure> {
     Ok(match reply {
         Reply::Stream(stream) => match &stream.state {
             Streaming::Running => JobState::Runs(stream.offset, stream.copied),
@@ -75,10 +77,7 @@ fn state(reply: &Reply) -> Result<JobState, Failure> {
             Mirroring::Ended => JobState::Ended,
             Mirroring::Failed { why } => JobState::Failed(why.clone()),
         },
-        other => {
-            let what = format!("an answer to something else: {other:?}");
-            return Err(Failure::new(Code::Other, what));
-        }
+        other => return Err(something_else(other)),
     })
 }
 

@@ -235,6 +235,12 @@ fn may_be_repeated(request: &Request) -> bool {
     }
 }
 
+/// The failure for an answer that does not belong to its request.
+fn something_else(reply: &Reply) -> Failure {
+    let what = format!("an answer to something else: {reply:?}");
+    Failure::new(Code::Other, what)
+}
+
 fn print(json: &impl serde::Serialize) -> Result<(), Error> {
     let text = json_line(json).map_err(io::Error::other)?;
     Ok(writeln!(io::stdout(), "{text}")?)

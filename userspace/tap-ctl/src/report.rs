@@ -7,7 +7,7 @@
 use crate::host::Host;
 use crate::program::{output, LIMIT};
 use crate::status::Watch;
-use crate::time::utc;
+use crate::time::{now_ms, utc};
 use crate::{cli, doctor, Cli, Error};
 use control::supervisor::{Filter, Reply, Request, Which};
 use control::{shown_lines, Channel, Code, Failure};
@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// How long blktapctrl may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -80,9 +80,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Report) -> Result<(), Error> {
     };
     let host = Host::at(&cli.root);
     parts.add("tap-ctl", || {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let ms = now.unwrap_or(Duration::ZERO).as_millis();
-        let now = utc(u64::try_from(ms).unwrap_or(u64::MAX));
+        let now = utc(now_ms());
         format!("tap-ctl {} at {now}", env!("CARGO_PKG_VERSION"))
     });
     parts.add("tap-ctl doctor", || doctor::told(cli));

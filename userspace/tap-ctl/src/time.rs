@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Points in time as people read them.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 /// Days of 400 years, after which the calendar repeats.
 const ERA: u64 = 146_097;
 /// Days from the first of March of the year 0 to the first of January 1970.
 const EPOCH: u64 = 719_468;
+
+/// Returns the milliseconds since 1970; 0 on a clock that is before that.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or(Duration::ZERO).as_millis();
+    u64::try_from(now).unwrap_or(u64::MAX)
+}
 
 /// Milliseconds since 1970 as RFC 3339 has them, in UTC.
 pub(crate) fn utc(ms: u64) -> String {

@@ -181,7 +181,7 @@ impl Copy<'_> {
         Walk::new([source, under], self.size).within(self.ranges.clone())
     }
 
-    /// Waits after so many bytes were read, if the copy has a rate.
+    /// Waits after a read of `bytes`, if the copy has a rate.
     pub(crate) async fn pay(&self, bytes: u64) -> Result<(), Failure> {
         self.pace.pay(self.io, bytes).await
     }

@@ -67,7 +67,7 @@ impl<'o> NamedFiles<'o> {
     /// Opens and locks the file at `path`, an absolute path that the image names.
     ///
     /// # Errors
-    /// It cannot be opened, is in use, or the image's owner could not open it.
+    /// The file cannot be opened, is in use, or is one that the image's owner could not open.
     pub(crate) async fn file(&self, path: &Path, writable: bool) -> Result<File, Failure> {
         let how = match writable {
             true => Use::Write,

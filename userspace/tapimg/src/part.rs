@@ -94,7 +94,7 @@ pub(crate) struct WorkPace {
 }
 
 impl WorkPace {
-    /// Of so many MiB in a second at most.
+    /// Allows `mib` MiB in a second; `None` is no limit.
     pub(crate) fn new(mib: Option<u32>) -> Self {
         Self {
             rate: mib.map(|mib| u64::from(mib) << 20),
@@ -121,7 +121,7 @@ impl WorkPace {
 /// was killed.
 ///
 /// # Errors
-/// That process has ended.
+/// The parent process has ended.
 pub(crate) fn die_with(parent: u32) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|error| Failure::system("cannot die with the parent process", &error.into()))?;

@@ -10,7 +10,7 @@ use super::manifest::{BackupManifest, ENDING, VERSION};
 use super::merge;
 use super::tool::CopyTool;
 use crate::cli::Cli;
-use crate::{ask, Error};
+use crate::{ask, something_else, Error};
 use control::supervisor::{Reply, Request, Which};
 use control::{Code, Failure, MarkName, Target};
 use serde::{Deserialize, Serialize};
@@ -153,7 +153,7 @@ fn forget(cli: &Cli, disk: &JournalDisk, mark: &MarkName) -> Result<(), Error> {
     for attempt in 1.. {
         let marks = match ask(cli, &Request::Marks(disk.which())) {
             Ok(Reply::Marks { marks }) => marks,
-            Ok(other) => return Err(super::something_else(&other).into()),
+            Ok(other) => return Err(something_else(&other).into()),
             // The disk is gone, and its bitmaps with it.
             Err(Error::Failed(failure)) if failure.code == Code::NotFound => return Ok(()),
             Err(error) => return Err(error),

@@ -69,7 +69,7 @@ impl BackupManifest {
 
     /// Whether it is of the same disk.
     fn is_with(&self, other: &Self) -> bool {
-        self.guest == other.guest && self.vdev == other.vdev
+        self.is_of(&other.guest, &other.vdev)
     }
 
     /// Whether it is of this disk.

@@ -8,8 +8,8 @@ use super::journal::{remove_overlay, JournalDisk};
 use super::tool::CopyTool;
 use crate::cli::Cli;
 use crate::host::Host;
+use crate::jobs::{self, JobState};
 use crate::{ask, Error};
-use control::stats::Mirroring;
 use control::supervisor::{Filter, MirrorTo, Reply, Request, Row};
 use control::{Code, Failure, Target};
 use std::fs;
@@ -164,14 +164,11 @@ fn commit(cli: &Cli, disk: &JournalDisk, row: &Row, rate: Option<u32>) -> Result
             which: which.clone(),
             to: None,
         };
-        let failure = match ask(cli, &state)? {
-            Reply::Mirror(mirror) => match mirror.state {
-                Mirroring::Copying | Mirroring::Same => None,
-                Mirroring::Complete => return Ok(()),
-                Mirroring::Ended => Some("another program has ended the merge".to_owned()),
-                Mirroring::Failed { why } => Some(why),
-            },
-            other => return Err(super::something_else(&other).into()),
+        let failure = match jobs::state(&ask(cli, &state)?)? {
+            JobState::Runs(..) => None,
+            JobState::Done => return Ok(()),
+            JobState::Ended => Some("another program has ended the merge".to_owned()),
+            JobState::Failed(why) => Some(why),
         };
         if let Some(why) = failure {
             let text = format!(

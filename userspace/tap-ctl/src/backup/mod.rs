@@ -16,7 +16,8 @@ mod restore;
 mod tool;
 
 use crate::cli::{Backup, BackupVerb, Cli};
-use crate::{ask, complain, print, say, Error};
+use crate::time::now_ms;
+use crate::{ask, complain, print, say, something_else, Error};
 use control::supervisor::{Reply, Request};
 use control::{Code, Extent, Failure, Target};
 use folder::{digest, BackupFolder};
@@ -156,7 +157,7 @@ fn copy_all(
     }
     tool.check()?;
     ask(cli, &freeze(journal)?)?;
-    let taken_ms = plan::now_ms();
+    let taken_ms = now_ms();
     let mut manifests = Vec::new();
     for plan in plans {
         let copied = copy(cli, tool, folder, plan)?;
@@ -298,9 +299,4 @@ fn tell(cli: &Cli, journal: BackupJournal) -> Result<(), Error> {
         text.push_str(&format!("removed {file}\n"));
     }
     Ok(say(&text)?)
-}
-
-pub(crate) fn something_else(reply: &Reply) -> Failure {
-    let what = format!("an answer to something else: {reply:?}");
-    Failure::new(Code::Other, what)
 }

@@ -5,13 +5,12 @@ use super::folder::BackupFolder;
 use super::journal::JournalDisk;
 use super::manifest::{chain, newest, BackupManifest};
 use super::merge::boot;
-use super::something_else;
 use super::tool::{image, CopyTool};
 use crate::cli::{Backup, Cli};
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;
-use crate::time::utc;
-use crate::{ask, disks, Error};
+use crate::time::{now_ms, utc};
+use crate::{ask, disks, something_else, Error};
 use control::supervisor::{Filter, Mode, Reply, Request, Row};
 use control::tapdisk::State;
 use control::{Code, Driver, Failure, LeaseKind, Mark, Target};
@@ -20,7 +19,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Increments behind a full backup at most, because a chain of images has at most 64.
 const LONGEST: usize = 60;
@@ -41,12 +39,6 @@ pub(super) struct DiskPlan {
     /// Reason why there is none.
     pub(super) why_full: Option<String>,
     pub(super) disk: JournalDisk,
-}
-
-pub(super) fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.unwrap_or(Duration::ZERO).as_millis();
-    u64::try_from(now).unwrap_or(u64::MAX)
 }
 
 /// Returns the identifier of a new backup: its time, and a random number.
