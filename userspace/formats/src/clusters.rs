@@ -7,9 +7,9 @@
 //! requests share that flush.
 
 use crate::base::{self, Base, ExtentRun};
+use crate::eof_alloc::Tail;
 use crate::field::{part, pieces, refused};
 use crate::locks::Locks;
-use crate::tail::Tail;
 use crate::{storage, Storage};
 use control::Failure;
 use diskio::{Bytes, Data, Errno};

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An active image: what all its requests share, and how they find a cluster.
 
-use super::ahead::Rows;
 use super::alloc::Allocator;
+use super::bitmap_upkeep::BitmapNotes;
 use super::compressed::Unpacked;
 use super::content::ClusterFile;
 use super::entry::{Broken, ClusterLocation, L2Entry, SubclusterSource, COPIED};
 use super::geometry::{Geometry, MAX_OFFSET};
 use super::header::{Compression, Crypt, Qcow2Header};
-use super::notes::BitmapNotes;
+use super::in_flight::Users;
 use super::pack::PackedEnd;
+use super::preallocation::Rows;
 use super::slices::{Slice, Slices};
-use super::users::Users;
 use crate::barrier::Barrier;
 use crate::base::{self, Base};
 use crate::locks::Locks;

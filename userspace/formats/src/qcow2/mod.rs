@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! qcow2, versions 2 and 3.
 
-mod ahead;
 mod alloc;
-mod alone;
 mod bitmap;
+mod bitmap_upkeep;
 mod census;
 mod check;
 mod compressed;
 mod content;
 mod create;
+mod drop_backing;
 mod entry;
 mod facts;
 mod geometry;
 mod head;
 mod header;
 mod image;
-mod notes;
+mod in_flight;
 mod pack;
 mod places;
+mod preallocation;
 mod read;
 mod rebuild;
 mod refcounts;
@@ -27,7 +28,6 @@ mod resize;
 mod row;
 mod slices;
 mod snapshot;
-mod users;
 mod write;
 mod zero;
 

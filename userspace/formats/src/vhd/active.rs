@@ -2,10 +2,10 @@
 //! The body of a VHD whose blocks are allocated on the first write.
 
 use super::batmap::Batmap;
+use super::block_alloc::{Room, PAGE};
 use super::blocks::{check, BlockTable, Item, UNUSED};
 use super::footer::Footer;
 use super::header::VhdHeader;
-use super::room::{Room, PAGE};
 use crate::base::{self, Base, ExtentRun};
 use crate::field::{counters, failed, part, pieces, refused};
 use crate::locks::Locks;

@@ -2,10 +2,10 @@
 //! Space in front of the blocks: blktap's programs refuse a VHD whose table or names of the parent lie behind one.
 
 use super::batmap::Batmap;
+use super::block_alloc::PAGE;
 use super::blocks::{self, BlockTable, Item, UNUSED};
 use super::footer::{self, Footer};
 use super::header::VhdHeader;
-use super::room::PAGE;
 use crate::field::failed;
 use crate::storage;
 use crate::Storage;

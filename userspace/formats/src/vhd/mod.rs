@@ -13,6 +13,7 @@
 
 mod active;
 mod batmap;
+mod block_alloc;
 mod blocks;
 mod create;
 mod facts;
@@ -24,7 +25,6 @@ mod image;
 mod locator;
 mod rename;
 mod resize;
-mod room;
 
 pub use create::{create, ParentOf, VhdCreate};
 pub use facts::{facts, hide, Facts};
@@ -149,7 +149,7 @@ impl<S: Storage> Vhd<S> {
 
     /// The storage of a fixed disk. The footer is right behind it, and must stay at the end of the file.
     fn fixed(&self, size: u64) -> Result<Rc<S>, Failure> {
-        if size % room::PAGE == 0 {
+        if size % block_alloc::PAGE == 0 {
             return Ok(self.storage.clone());
         }
         let storage = self.storage.keep_size();

@@ -6,9 +6,9 @@
 //! follows those of the blocks of its chunk. The table may have 512 MiB, so it is read in slices, within a budget.
 
 use super::image::VhdxImage;
+use super::log_overlay::Replayed;
 use super::metadata::Metadata;
 use super::region::Regions;
-use super::replayed::Replayed;
 use crate::field::{le64, pieces, refused};
 use crate::tables::{CachedTable, TableCache};
 use crate::Storage;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An entry of the log of a VHDX: a header with descriptors, and a sector of data for each that is no zeroes.
 
+use super::crc32c::said;
 use super::guid::Guid;
 use super::header::VhdxHeader;
-use super::replayed::SECTOR;
-use super::sum::said;
+use super::log_overlay::SECTOR;
 use crate::field::{le32, le64};
 
 /// Bytes of the header of an entry, and of a descriptor. A header has the room of two.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The beginning of a VHDX: its signature, and the two headers, of which one counts.
 
+use super::crc32c::is_right;
 use super::guid::Guid;
-use super::sum::is_right;
 use crate::field::{failed, le16, le32, le64, refused};
 use crate::{storage, Storage};
 use control::Failure;

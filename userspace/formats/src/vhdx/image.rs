@@ -4,9 +4,9 @@
 use super::header::VhdxHeader;
 use super::locator;
 use super::log;
+use super::log_overlay::Replayed;
 use super::metadata::Metadata;
 use super::region::Regions;
-use super::replayed::Replayed;
 use crate::field::failed;
 use crate::{ImageNeeds, Parent, Storage};
 use control::Failure;

@@ -5,10 +5,10 @@
 //! Each change is of a whole sector, or zeroes a range. The changes of the log are kept in memory ([`Overlay`]); the
 //! file does not change.
 
+use super::crc32c::Sum;
 use super::entry::{Descriptor, LogEntry, Sectors};
 use super::header::{VhdxHeader, HEADERS_END};
-use super::replayed::{Over, Overlay, MOST, SECTOR};
-use super::sum::Sum;
+use super::log_overlay::{Over, Overlay, MOST, SECTOR};
 use crate::field::{array, failed, le32, refused};
 use crate::{storage, Storage};
 use control::Failure;

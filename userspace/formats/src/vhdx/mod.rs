@@ -8,16 +8,16 @@
 //! the part of the block allocation table that a request needs.
 
 mod blocks;
+mod crc32c;
 mod entry;
 mod guid;
 mod header;
 mod image;
 mod locator;
 mod log;
+mod log_overlay;
 mod metadata;
 mod region;
-mod replayed;
-mod sum;
 
 pub use image::{id, look, unreplayed};
 

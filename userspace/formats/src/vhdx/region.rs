@@ -2,9 +2,9 @@
 //! Places of the block allocation table and the metadata of a VHDX: the table of regions, of which there are two
 //! copies.
 
+use super::crc32c::is_right;
 use super::guid::Guid;
 use super::header::{VhdxHeader, UNIT};
-use super::sum::is_right;
 use crate::field::{failed, le32, le64, refused};
 use crate::{storage, Storage};
 use control::Failure;

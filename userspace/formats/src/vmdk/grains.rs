@@ -4,7 +4,7 @@
 use super::esxi::EsxiGrains;
 use super::sparse::Grains;
 use crate::clusters::{ClusterMap, Found, Packed};
-use crate::tail::Tail;
+use crate::eof_alloc::Tail;
 use crate::Storage;
 use diskio::Errno;
 

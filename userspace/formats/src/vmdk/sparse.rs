@@ -3,11 +3,11 @@
 //! is there twice.
 
 use crate::clusters::{ClusterMap, Found, Packed, KEPT};
+use crate::eof_alloc::Tail;
 use crate::field::{failed, le16, le32, le64, put, refused};
 use crate::locks::Locks;
 use crate::storage;
 use crate::tables::{CachedTable, Pinned, TableCache};
-use crate::tail::Tail;
 use crate::Storage;
 use control::Failure;
 use diskio::Errno;
