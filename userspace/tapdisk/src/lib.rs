@@ -14,33 +14,33 @@
 #![deny(clippy::print_stderr)]
 
 mod alone;
-mod bits;
-mod direct;
-mod inside;
+mod bitmap;
+mod describe;
+mod dirty_bitmap;
+mod fd_broker;
+mod internal_request;
+mod io_errors;
 mod jobs;
-mod kept;
-mod link;
+mod kernel_link;
 pub mod listen;
-mod lost;
+mod mirror_target;
 pub mod nbd;
-mod needs;
-mod notes;
+mod passthrough;
 mod ranges;
 pub mod sandbox;
 mod server;
 mod session;
+mod stats_file;
 mod throttle;
-mod told;
 mod tracer;
-mod troubles;
-mod twin;
+mod writeback_errors;
 
 pub use alone::{check_alone, own_memory};
-pub use direct::Direct;
-pub use lost::Lost;
-pub use needs::Needs;
+pub use fd_broker::FdBroker;
+pub use io_errors::IoErrorLog;
+pub use passthrough::Direct;
 pub use ranges::RangeClaim;
 pub use server::{Server, Terms};
 pub use session::Session;
 pub use throttle::Throttle;
-pub use troubles::Troubles;
+pub use writeback_errors::WritebackErrors;

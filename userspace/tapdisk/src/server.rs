@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests of the kernel as calls of a driver.
 
-use crate::direct::Direct;
-use crate::link::Link;
-use crate::lost::Lost;
-use crate::notes::Notes;
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::kernel_link::KernelLink;
+use crate::mirror_target::MirrorTarget;
+use crate::passthrough::Direct;
 use crate::ranges::{Range, RangeClaim, Ranges, Source};
 use crate::throttle::{Throttle, Wanted};
 use crate::tracer::{TracedRequest, Tracing};
-use crate::twin::Twin;
-use crate::Troubles;
+use crate::writeback_errors::WritebackErrors;
+use crate::IoErrorLog;
 use control::stats::{Counter, Stats};
 use control::tapdisk::{Call, OnError, Rules, Trouble};
 use control::{Code, Failure};
@@ -39,9 +39,9 @@ pub struct Terms {
     /// Holds the guest's requests back.
     pub throttle: Rc<Throttle>,
     /// Record of the requests that failed.
-    pub troubles: Rc<Troubles>,
+    pub troubles: Rc<IoErrorLog>,
     /// Data that no flush made durable, and the clients that know of the loss.
-    pub lost: Rc<Lost>,
+    pub lost: Rc<WritebackErrors>,
     /// Passthrough: the part of the disk that the kernel may serve without this process.
     pub direct: Rc<Direct>,
 }
@@ -77,7 +77,7 @@ impl Failed {
 pub struct Server {
     runtime: Runtime,
     tap: Rc<Tap>,
-    link: Rc<Link>,
+    link: Rc<KernelLink>,
     disk: Disk,
     size: Cell<u64>,
     block: u32,
@@ -97,9 +97,9 @@ pub struct Server {
     /// Number of requests that had come when a drain began.
     drains: Cell<Option<u64>>,
     /// Other image that a mirror or a commit copies the disk to: writes of the disk go there as well.
-    twin: RefCell<Option<Rc<Twin>>>,
+    twin: RefCell<Option<Rc<MirrorTarget>>>,
     /// Dirty bitmap, which records the ranges of writes, if there is one.
-    notes: RefCell<Option<Rc<Notes>>>,
+    notes: RefCell<Option<Rc<DirtyBitmap>>>,
     /// Trace of the requests, if it is on.
     pub(crate) tracing: Tracing,
 }
@@ -125,7 +125,7 @@ impl Server {
         terms: Terms,
         stats: &Rc<RefCell<Stats>>,
     ) -> Rc<Self> {
-        let link = Link::new(runtime, tap);
+        let link = KernelLink::new(runtime, tap);
         Self::on_link(runtime, tap, link, disk, shape, terms, stats)
     }
 
@@ -133,7 +133,7 @@ impl Server {
     pub(crate) fn on_link(
         runtime: &Runtime,
         tap: &Rc<Tap>,
-        link: Rc<Link>,
+        link: Rc<KernelLink>,
         disk: Disk,
         shape: &DiskInfo,
         terms: Terms,
@@ -556,21 +556,21 @@ impl Server {
     }
 
     /// Returns the other image that a mirror or a commit copies the disk to, if there is one.
-    pub(crate) fn twin(&self) -> Option<Rc<Twin>> {
+    pub(crate) fn twin(&self) -> Option<Rc<MirrorTarget>> {
         self.twin.borrow().clone()
     }
 
-    pub(crate) fn set_twin(&self, twin: Option<Rc<Twin>>) {
+    pub(crate) fn set_twin(&self, twin: Option<Rc<MirrorTarget>>) {
         self.twin.replace(twin);
     }
 
     /// Sets or removes the dirty bitmap, which records writes from now on.
-    pub(crate) fn set_notes(&self, notes: Option<Rc<Notes>>) {
+    pub(crate) fn set_notes(&self, notes: Option<Rc<DirtyBitmap>>) {
         self.notes.replace(notes);
     }
 
     /// Returns the dirty bitmap, if there is one.
-    pub(crate) fn notes(&self) -> Option<Rc<Notes>> {
+    pub(crate) fn notes(&self) -> Option<Rc<DirtyBitmap>> {
         self.notes.borrow().clone()
     }
 
@@ -630,7 +630,7 @@ impl Server {
     /// again.
     async fn after(
         &self,
-        twin: &Twin,
+        twin: &MirrorTarget,
         done: Result<(), Errno>,
         offset: u64,
         len: u64,

@@ -3,36 +3,36 @@
 
 mod counts;
 mod cow;
-mod end;
+mod dirty_tracking;
 mod export;
+mod exported_bitmaps;
 mod image;
 mod inactive;
 mod key;
-mod marks;
 mod mirror;
-mod note;
+mod quiesce;
+mod shutdown;
 mod size;
-mod still;
 mod trace;
 
-use crate::direct::{self, Ban, Direct};
+use crate::describe::{describe, described, fence, node, params, succeeds};
+use crate::io_errors::wait;
 use crate::jobs::{scrub, stream, Jobs};
-use crate::kept::Kept;
-use crate::link::Link;
-use crate::lost::Lost;
-use crate::told::{describe, described, fence, node, params, succeeds};
+use crate::kernel_link::KernelLink;
+use crate::passthrough::{self, Ban, Direct};
+use crate::stats_file::PersistentStats;
 use crate::tracer::Ended;
-use crate::troubles::wait;
-use crate::{nbd, Needs, Server, Terms, Throttle, Troubles};
+use crate::writeback_errors::WritebackErrors;
+use crate::{nbd, FdBroker, IoErrorLog, Server, Terms, Throttle};
 use control::stats::Stats;
 use control::tapdisk::{self, Engine, Open, Process, Reply, Request, Rules, Stamp, State, Status};
 use control::{Code, Driver, Failure, LeaseKind, Limits, Target};
 use diskio::{Deadline, File, Gate, Runtime};
 use drivers::nbd::Settle;
 use drivers::{DiskInfo, Fence};
+use exported_bitmaps::Marks;
+pub(crate) use exported_bitmaps::Since;
 use inactive::Inactive;
-use marks::Marks;
-pub(crate) use marks::Since;
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -58,9 +58,9 @@ pub struct Session {
     gate: Gate,
     state: RefCell<Inner>,
     stats: Rc<RefCell<Stats>>,
-    troubles: Rc<Troubles>,
-    /// Lost writes. They survive a pause: their clients learn of them afterwards.
-    lost: Rc<Lost>,
+    troubles: Rc<IoErrorLog>,
+    /// WritebackErrors writes. They survive a pause: their clients learn of them afterwards.
+    lost: Rc<WritebackErrors>,
     /// Passthrough.
     direct: Rc<Direct>,
     /// Error policy and limits.
@@ -78,9 +78,9 @@ pub struct Session {
     /// Traces that have ended with an error.
     untraced: Rc<Ended>,
     /// Questions to the supervisor.
-    needs: Rc<Needs>,
+    needs: Rc<FdBroker>,
     /// Statistics for the next process.
-    kept: RefCell<Option<Rc<Kept>>>,
+    kept: RefCell<Option<Rc<PersistentStats>>>,
     jobs: Jobs,
     turns: Cell<u64>,
     /// Number of the image that is served: another one has another, also after a close.
@@ -124,7 +124,7 @@ struct Inner {
     /// Set if the disk is inactive: no image is served, and the supervisor learns when a request arrives.
     inactive: Option<Inactive>,
     /// The exchange with the kernel, once there was one.
-    link: Option<Rc<Link>>,
+    link: Option<Rc<KernelLink>>,
 }
 
 /// Identity of an image: the target, and the file that came with it.
@@ -187,7 +187,7 @@ impl Session {
         &self.runtime
     }
 
-    /// Serves until [`end`](Self::end).
+    /// Serves until [`shutdown`](Self::end).
     pub fn run(&self) -> io::Result<()> {
         while !self.ended.get() {
             self.turn()?;
@@ -453,7 +453,7 @@ impl Session {
         &self.direct
     }
 
-    pub(crate) fn lost(&self) -> &Lost {
+    pub(crate) fn lost(&self) -> &WritebackErrors {
         &self.lost
     }
 
@@ -639,7 +639,7 @@ impl Session {
             return;
         }
         match tap.mapper() {
-            Ok(Some(mapper)) => self.direct.offer(direct::PassthroughImage {
+            Ok(Some(mapper)) => self.direct.offer(passthrough::PassthroughImage {
                 io: self.runtime.io.clone(),
                 mapper,
                 size,
@@ -652,11 +652,11 @@ impl Session {
     }
 
     /// The exchange with the kernel.
-    fn link(&self, tap: &Rc<Tap>) -> Rc<Link> {
+    fn link(&self, tap: &Rc<Tap>) -> Rc<KernelLink> {
         let mut state = self.state.borrow_mut();
         let link = state
             .link
-            .get_or_insert_with(|| Link::new(&self.runtime, tap));
+            .get_or_insert_with(|| KernelLink::new(&self.runtime, tap));
         link.clone()
     }
 

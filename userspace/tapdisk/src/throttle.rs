@@ -6,14 +6,14 @@
 //! request pays for itself afterwards, and no sums are needed in between. A disk in a group has, beside its own limits,
 //! a [share](share) of the group's, which the supervisor adjusts again and again.
 
-mod share;
+mod group_share;
 
+use crate::io_errors;
 use crate::server::now_ns;
-use crate::troubles;
 use control::tapdisk::Rules;
 use control::{Code, Failure, Limits, Share, Used};
 use diskio::{Errno, Gate, Runtime};
-use share::Allotment;
+use group_share::Allotment;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
@@ -131,7 +131,7 @@ impl Throttle {
         poll_fn(|cx| match self.used.get().came > came {
             true => Poll::Ready(()),
             false => {
-                troubles::wait(&mut self.listening.borrow_mut(), cx.waker());
+                io_errors::wait(&mut self.listening.borrow_mut(), cx.waker());
                 Poll::Pending
             }
         })
@@ -248,7 +248,7 @@ impl Throttle {
         let before = self.changes.get();
         let changed = poll_fn(|cx| match self.changes.get() == before {
             true => {
-                troubles::wait(&mut self.waiting.borrow_mut(), cx.waker());
+                io_errors::wait(&mut self.waiting.borrow_mut(), cx.waker());
                 Poll::Pending
             }
             false => Poll::Ready(Ok(())),

@@ -5,8 +5,8 @@
 //! cache: so it outlives this process. Requests wait for the storage of the trace only if that cache is full. A trace
 //! that cannot be stored ends, and the disk is served without it.
 
+use crate::io_errors::wait;
 use crate::server::{now_ns, Failed};
-use crate::troubles::wait;
 use control::stats::Stats;
 use control::Failure;
 use diskio::{Bytes, Errno};
@@ -51,7 +51,7 @@ impl Ended {
         })
     }
 
-    /// Notes that one has ended.
+    /// DirtyBitmap that one has ended.
     pub(crate) fn tell(&self, why: String) {
         diskio::say!("tapdisk: the trace has ended: {why}");
         self.stats.borrow_mut().failed_traces += 1;

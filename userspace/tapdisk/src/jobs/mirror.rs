@@ -4,7 +4,7 @@
 //! copied.
 
 use super::{failed, DiskPiece, WalkEnd, Worker, PIECE};
-use crate::twin::Twin;
+use crate::mirror_target::MirrorTarget;
 use crate::{Server, Session};
 use control::stats::Mirroring;
 use control::{Code, Failure};
@@ -16,7 +16,7 @@ use std::rc::Rc;
 const HOLE: u64 = 64 << 20;
 
 /// Begins to make `twin` a copy of the disk, with `rate` bytes in a second.
-pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate: u64) {
+pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: MirrorTarget, rate: u64) {
     let twin = Rc::new(twin);
     server.set_twin(Some(twin.clone()));
     session.jobs().mirror.rate.set(rate);
@@ -34,7 +34,10 @@ pub(crate) fn begin(session: &Rc<Session>, server: &Rc<Server>, twin: Twin, rate
     });
 }
 
-async fn run(worker: &Worker<Rc<Twin>>, twin: &Rc<Twin>) -> Result<WalkEnd, Failure> {
+async fn run(
+    worker: &Worker<Rc<MirrorTarget>>,
+    twin: &Rc<MirrorTarget>,
+) -> Result<WalkEnd, Failure> {
     // CAST: it is small.
     let buffer = Data::zeroed(PIECE as usize).map_err(|error| failed("no memory", error))?;
     let step = async |server: &Rc<Server>, at, left| {

@@ -6,7 +6,7 @@ pub(crate) mod mirror;
 pub(crate) mod scrub;
 pub(crate) mod stream;
 
-use crate::twin::Twin;
+use crate::mirror_target::MirrorTarget;
 use crate::{Server, Session};
 use control::Failure;
 use diskio::Errno;
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use stream::Stream;
 
 /// Bytes that are worked on at once, and that others may have to wait for.
-const PIECE: u64 = crate::twin::PIECE;
+const PIECE: u64 = crate::mirror_target::PIECE;
 /// A change of the rate is noticed after this time.
 const NOTICE: Duration = Duration::from_millis(200);
 
@@ -28,7 +28,7 @@ const NOTICE: Duration = Duration::from_millis(200);
 pub(crate) struct Jobs {
     pub(crate) scrub: Job<Scrub>,
     pub(crate) stream: Job<Stream>,
-    pub(crate) mirror: Job<Rc<Twin>>,
+    pub(crate) mirror: Job<Rc<MirrorTarget>>,
 }
 
 /// A job, and how far it is. There may be none.

@@ -4,8 +4,8 @@
 //! A scrub reports errors to the supervisor and not to the guest, which continues.
 
 use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
-use crate::inside::{InternalRequest, InternalWork};
-use crate::twin::first;
+use crate::internal_request::{InternalRequest, InternalWork};
+use crate::mirror_target::first;
 use crate::{Server, Session};
 pub(crate) use control::stats::Scrub;
 use control::tapdisk::Call;

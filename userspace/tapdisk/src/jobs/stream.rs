@@ -5,8 +5,8 @@
 //! claimed for a copy as for a write of the guest, so neither overtakes the other.
 
 use super::{failed, piece, DiskPiece, WalkEnd, Worker, PIECE};
+use crate::mirror_target::first;
 use crate::session::not_running;
-use crate::twin::first;
 use crate::{Server, Session};
 pub(crate) use control::stats::{Stream, Streaming};
 use control::tapdisk::Call;

@@ -5,7 +5,7 @@
 
 use super::wire::{self, Choice, Chunk, ClientRequest, OptionReply};
 use super::{Client, MAX_EXTENTS};
-use crate::inside;
+use crate::internal_request;
 use crate::session::Since;
 use control::{Code, Failure};
 use diskio::Errno;
@@ -141,7 +141,7 @@ impl Client {
         for context in contexts {
             all.push(match context {
                 Context::Allocation => {
-                    let found = inside::extents(&self.session, offset, len, most).await?;
+                    let found = internal_request::extents(&self.session, offset, len, most).await?;
                     let state = |content| match content {
                         Content::Data | Content::Below => 0,
                         Content::Hole => STATE_HOLE | STATE_ZERO,

@@ -10,7 +10,7 @@
 mod context;
 mod wire;
 
-use crate::inside::{self, InternalWork};
+use crate::internal_request::{self, InternalWork};
 use crate::Session;
 use context::Context;
 use diskio::{Errno, Io, SeenErrors};
@@ -89,7 +89,7 @@ struct Client {
     session: Rc<Session>,
     socket: Rc<OwnedFd>,
     export: Rc<str>,
-    /// Lost writes that it knows of.
+    /// WritebackErrors writes that it knows of.
     lost: SeenErrors,
     /// Reads are answered with chunks.
     has_chunks: Cell<bool>,
@@ -239,7 +239,7 @@ impl Client {
                 return Err(Errno::INVAL)
             }
         };
-        let inside = inside::InternalRequest {
+        let inside = internal_request::InternalRequest {
             work,
             offset: request.offset,
             len: request.len.into(),

@@ -2,7 +2,7 @@
 //! Statistics: the session loads them at the beginning, and stores them for the next process again and again.
 
 use super::Session;
-use crate::kept::{self, Kept};
+use crate::stats_file::{self, PersistentStats};
 use control::stats::Stats;
 use control::tapdisk::Needed;
 use diskio::Errno;
@@ -17,10 +17,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 impl Session {
     /// Asks for the memory that survives this process, and continues the counts of an earlier one.
     pub(super) async fn find_kept(&self) {
-        let size = kept::SIZE;
+        let size = stats_file::SIZE;
         let ask = async { Ok(self.needs.ask(Needed::State { size }).await) };
         let found = match self.runtime.io.within(PATIENCE, ask).await {
-            Ok(Ok(given)) => Kept::new(given.fd).map_err(io::Error::from),
+            Ok(Ok(given)) => PersistentStats::new(given.fd).map_err(io::Error::from),
             Ok(Err(failure)) => Err(io::Error::other(failure)),
             Err(error) => Err(error.into()),
         };
@@ -60,7 +60,7 @@ impl Session {
         }
     }
 
-    fn keep_later(&self, kept: &Rc<Kept>, time: Duration) {
+    fn keep_later(&self, kept: &Rc<PersistentStats>, time: Duration) {
         if !kept.must_await() {
             return;
         }
@@ -76,7 +76,7 @@ impl Session {
 }
 
 /// Returns the function that stores the guest's pending error for the next process, at once.
-fn keeper(stats: Rc<RefCell<Stats>>, kept: Rc<Kept>) -> Box<dyn Fn(Option<Errno>)> {
+fn keeper(stats: Rc<RefCell<Stats>>, kept: Rc<PersistentStats>) -> Box<dyn Fn(Option<Errno>)> {
     Box::new(move |owed| {
         stats.borrow_mut().owed = owed.map(Errno::raw_os_error);
         if let Err(error) = kept.write(&stats.borrow()) {

@@ -3,7 +3,7 @@
 //! both ends.
 
 use super::image::Parts;
-use crate::Needs;
+use crate::FdBroker;
 use control::tapdisk::Needed;
 use control::{Export, Failure, Listener, Target, TlsFile};
 use drivers::nbd::{self, Credentials, Nbd};
@@ -63,7 +63,7 @@ fn must_prove(target: &Target) -> Result<Option<String>, Failure> {
 /// Factory of connections to a server, which the supervisor makes.
 #[derive(Debug)]
 struct Server {
-    needs: Rc<Needs>,
+    needs: Rc<FdBroker>,
     target: Target,
 }
 

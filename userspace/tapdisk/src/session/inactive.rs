@@ -5,8 +5,8 @@
 //! when one arrives: that means that the guest runs here and the image is needed again.
 
 use super::{no_node, not_running, Session};
-use crate::told::describe;
-use crate::troubles::wait;
+use crate::describe::describe;
+use crate::io_errors::wait;
 use control::tapdisk::{Open, Reply, Stamp};
 use control::{Code, Failure};
 use diskio::File;

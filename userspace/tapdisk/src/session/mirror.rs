@@ -3,9 +3,9 @@
 
 use super::image::{below, flush_tables, forget_lost, kind, may_be_lost};
 use super::{not_running, Session};
+use crate::describe::{params, succeeds};
 use crate::jobs::mirror;
-use crate::told::{params, succeeds};
-use crate::twin::{Twin, WriteLock};
+use crate::mirror_target::{MirrorTarget, WriteLock};
 use control::tapdisk::{Open, Reply};
 use control::{Code, Driver, Failure, Target};
 use diskio::{File, LockKind};
@@ -92,7 +92,7 @@ impl Session {
                 return Err(failure);
             }
         };
-        let twin = Twin::new(disk, shape.size, lock, is_below, ban);
+        let twin = MirrorTarget::new(disk, shape.size, lock, is_below, ban);
         mirror::begin(self, &server, twin, rate);
         Ok(Reply::Done)
     }

@@ -2,7 +2,7 @@
 //! A disk becomes larger while it is served.
 
 use super::{not_running, Session};
-use crate::told::described;
+use crate::describe::described;
 use control::stats::Mirroring;
 use control::tapdisk::{self, Reply};
 use control::Failure;

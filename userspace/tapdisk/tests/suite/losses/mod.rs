@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lost writes: random schedules of requests, of storage that fails, and of what becomes of the process, for each driver.
+//! WritebackErrors writes: random schedules of requests, of storage that fails, and of what becomes of the process, for each driver.
 //!
 //! The storage has a cache and forgets what it could not write back ([`storage`]). The guest knows what it was promised
 //! ([`guest`]), in both directions: a flush that succeeds says that everything acknowledged before it survives a loss of

@@ -142,7 +142,7 @@ impl Allotment {
         }
     }
 
-    /// Notes that a request of that many bytes begins.
+    /// DirtyBitmap that a request of that many bytes begins.
     pub(super) fn take(&mut self, now: u64, bytes: u64) {
         self.fill(now);
         let pace = self.pace(now);

@@ -7,8 +7,8 @@
 //! The guest waits for the other image only for a limited time. If its server is away or its storage hangs, the mirror
 //! fails, because an administrator can make another copy.
 
-use crate::direct::Ban;
-use crate::troubles::wait;
+use crate::io_errors::wait;
+use crate::passthrough::Ban;
 use control::stats::{Mirror, Mirroring};
 use diskio::{Bytes, Data, Errno, File, Io, LockKind};
 use drivers::{Attributes, Content, Disk, Extent};
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_secs(5);
 
 /// The other image, as long as there is one, and how far it is.
 #[derive(Debug)]
-pub(crate) struct Twin {
+pub(crate) struct MirrorTarget {
     disk: RefCell<Option<Disk>>,
     /// Bytes that it has; the disk has no more.
     size: u64,
@@ -52,7 +52,7 @@ pub(crate) struct Twin {
     lock: RefCell<Option<WriteLock>>,
 }
 
-impl Twin {
+impl MirrorTarget {
     pub(crate) fn new(
         disk: Disk,
         size: u64,
@@ -95,7 +95,7 @@ impl Twin {
         self.disk.borrow().is_some()
     }
 
-    /// Notes that all of it equals the disk.
+    /// DirtyBitmap that all of it equals the disk.
     pub(crate) fn is_same(&self) {
         if self.is_active() {
             self.told.borrow_mut().state = Mirroring::Same;
@@ -355,12 +355,12 @@ impl Drop for WriteLock {
 
 /// Request to the other image that is under way as long as this exists.
 struct Question<'a> {
-    twin: &'a Twin,
+    twin: &'a MirrorTarget,
     number: u64,
 }
 
 impl<'a> Question<'a> {
-    fn new(twin: &'a Twin) -> Self {
+    fn new(twin: &'a MirrorTarget) -> Self {
         let number = twin.questions.get();
         twin.questions.set(number + 1);
         twin.asked.borrow_mut().insert(number, Instant::now());

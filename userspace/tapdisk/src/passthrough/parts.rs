@@ -116,7 +116,7 @@ impl Missed {
 }
 
 impl Direct {
-    /// Notes a read or a write of the guest that this process has executed.
+    /// DirtyBitmap a read or a write of the guest that this process has executed.
     pub(crate) fn missed(&self, offset: u64, len: u64, writes: bool) {
         if self.missed.counts.get() && len > 0 && self.may_tell() {
             self.missed

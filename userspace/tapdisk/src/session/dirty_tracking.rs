@@ -2,7 +2,7 @@
 //! Keeping the dirty bitmap while a client needs it.
 
 use super::Session;
-use crate::notes::Notes;
+use crate::dirty_bitmap::DirtyBitmap;
 use control::tapdisk::{Needed, Open, Reply};
 use control::Failure;
 use std::os::fd::OwnedFd;
@@ -11,12 +11,12 @@ use std::rc::Rc;
 impl Session {
     /// Returns the dirty bitmap of the previous process. Without it the disk is not served, because changes that it
     /// misses would be missing in a backup.
-    pub(super) async fn find_notes(&self, open: &Open) -> Result<Option<Rc<Notes>>, Failure> {
+    pub(super) async fn find_notes(&self, open: &Open) -> Result<Option<Rc<DirtyBitmap>>, Failure> {
         let Some(unit) = open.notes else {
             return Ok(None);
         };
         let given = self.needs.ask(Needed::Notes).await?;
-        Ok(Some(Rc::new(Notes::new(given.fd, unit)?)))
+        Ok(Some(Rc::new(DirtyBitmap::new(given.fd, unit)?)))
     }
 
     /// Keeps the dirty bitmap in `memory` from now on, or not at all if there is none. Earlier requests are over then,
@@ -38,7 +38,7 @@ impl Session {
         let is_wanted = given.is_some();
         self.while_still(&self.noted, is_wanted, |server, open| {
             // It is read only now, because until now it may be the bitmap in use.
-            let notes = given.map(|(unit, memory)| Notes::new(memory, unit));
+            let notes = given.map(|(unit, memory)| DirtyBitmap::new(memory, unit));
             let notes = notes.transpose()?.map(Rc::new);
             open.notes = unit;
             server.set_notes(notes);

@@ -22,7 +22,7 @@ const VERSION: &str = "tapdisk-stats-1";
 
 /// The memory.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct PersistentStats {
     memory: OwnedFd,
     /// Number of the last text.
     number: Cell<u64>,
@@ -36,7 +36,7 @@ pub(crate) struct Kept {
 /// The numbers of texts are below this, so that they never run out, even if a hostile process left a high one.
 const NUMBERS: u64 = 1 << 62;
 
-impl Kept {
+impl PersistentStats {
     /// Takes the memory, and returns the statistics of an earlier process.
     pub(crate) fn new(memory: OwnedFd) -> Result<(Self, Option<Stats>), Errno> {
         let mut found = [None, None];
@@ -167,7 +167,7 @@ fn counted(stats: &Stats) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse, Kept, NUMBERS, PERIOD, PLACE, SIZE, VERSION};
+    use super::{parse, PersistentStats, NUMBERS, PERIOD, PLACE, SIZE, VERSION};
     use control::stats::Stats;
     use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
     use rustix::io::pwrite;
@@ -189,23 +189,23 @@ mod tests {
     #[test]
     fn the_latest_text_that_is_whole_counts() {
         let memory = memory();
-        let (kept, before) = Kept::new(memory.try_clone().unwrap()).unwrap();
+        let (kept, before) = PersistentStats::new(memory.try_clone().unwrap()).unwrap();
         assert_eq!(before, None);
         for nbd in 1..=3 {
             kept.write(&stats(nbd)).unwrap();
         }
-        let (kept, before) = Kept::new(memory.try_clone().unwrap()).unwrap();
+        let (kept, before) = PersistentStats::new(memory.try_clone().unwrap()).unwrap();
         assert_eq!(before, Some(stats(3)));
         kept.write(&stats(4)).unwrap();
         // The process was killed while it wrote that one: the middle is of an older text.
         pwrite(&memory, b"tapdisk-stats-1 9", 0).unwrap();
-        let (_, before) = Kept::new(memory).unwrap();
+        let (_, before) = PersistentStats::new(memory).unwrap();
         assert_eq!(before, Some(stats(3)));
     }
 
     #[test]
     fn is_due_when_something_is_new() {
-        let (kept, _) = Kept::new(memory()).unwrap();
+        let (kept, _) = PersistentStats::new(memory()).unwrap();
         assert_eq!(kept.is_due(&stats(0)), None);
         let soon = kept.is_due(&stats(1)).expect("something is new");
         assert!(soon <= PERIOD);
@@ -246,10 +246,10 @@ mod tests {
         let memory = memory();
         pwrite(&memory, &[0xff; PLACE], 0).unwrap();
         pwrite(&memory, b"tapdisk-stats-2 7 2\n{}\n7\n", PLACE as u64).unwrap();
-        let (kept, before) = Kept::new(memory.try_clone().unwrap()).unwrap();
+        let (kept, before) = PersistentStats::new(memory.try_clone().unwrap()).unwrap();
         assert_eq!(before, None);
         kept.write(&stats(1)).unwrap();
-        assert_eq!(Kept::new(memory).unwrap().1, Some(stats(1)));
+        assert_eq!(PersistentStats::new(memory).unwrap().1, Some(stats(1)));
         for text in [
             "",
             "\n",

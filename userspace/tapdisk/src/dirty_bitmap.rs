@@ -4,7 +4,7 @@
 //! A bit is set before the write of its unit, so even if this process dies, a unit without a bit has not changed. Most
 //! writes find their bits set, and only read the bitmap.
 
-use crate::bits::Bits;
+use crate::bitmap::Bitmap;
 use control::{Code, Failure};
 use diskio::Errno;
 use rustix::fs::fstat;
@@ -19,14 +19,14 @@ const LARGEST: u64 = 64 << 20;
 
 /// Dirty bitmap, in memory that survives the process.
 #[derive(Debug)]
-pub(crate) struct Notes {
+pub(crate) struct DirtyBitmap {
     memory: File,
     /// Copy of the memory. A write behind its end needs no bit, because the disk was smaller when the bitmap was
     /// created.
-    bits: RefCell<Bits>,
+    bits: RefCell<Bitmap>,
 }
 
-impl Notes {
+impl DirtyBitmap {
     /// Continues a bitmap of an earlier process. `unit` is in bytes.
     ///
     /// # Errors
@@ -53,7 +53,7 @@ impl Notes {
         read.map_err(|error| Failure::system(UNREAD, &error))?;
         Ok(Self {
             memory,
-            bits: RefCell::new(Bits::new(bits, unit)),
+            bits: RefCell::new(Bitmap::new(bits, unit)),
         })
     }
 
@@ -70,14 +70,14 @@ impl Notes {
     }
 
     /// Returns the bitmap.
-    pub(crate) fn bits(&self) -> Ref<'_, Bits> {
+    pub(crate) fn bits(&self) -> Ref<'_, Bitmap> {
         self.bits.borrow()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Notes;
+    use super::DirtyBitmap;
     use proptest::prelude::*;
     use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
     use rustix::io::pread;
@@ -91,16 +91,16 @@ mod tests {
         memory
     }
 
-    fn notes(memory: &OwnedFd) -> Notes {
-        Notes::new(memory.try_clone().expect("dup"), UNIT).expect("notes")
+    fn notes(memory: &OwnedFd) -> DirtyBitmap {
+        DirtyBitmap::new(memory.try_clone().expect("dup"), UNIT).expect("notes")
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
         for unit in [0, 1, 4097] {
-            assert!(Notes::new(memory(8), unit).is_err(), "{unit}");
+            assert!(DirtyBitmap::new(memory(8), unit).is_err(), "{unit}");
         }
-        assert!(Notes::new(memory(super::LARGEST + 1), UNIT).is_err());
+        assert!(DirtyBitmap::new(memory(super::LARGEST + 1), UNIT).is_err());
     }
 
     proptest! {

@@ -16,7 +16,7 @@ const TURNS: u32 = 3;
 
 /// Errors that the guest, and each other client, must learn of.
 #[derive(Default)]
-pub struct Lost {
+pub struct WritebackErrors {
     losses: Losses,
     guest: SeenErrors,
     /// Error that was handed on.
@@ -28,13 +28,13 @@ pub struct Lost {
     keep: RefCell<Option<Keep>>,
 }
 
-impl std::fmt::Debug for Lost {
+impl std::fmt::Debug for WritebackErrors {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.losses.fmt(f)
     }
 }
 
-impl Lost {
+impl WritebackErrors {
     /// Returns the errors that the guest knows of.
     pub(crate) fn guest(&self) -> &SeenErrors {
         &self.guest
@@ -142,7 +142,7 @@ impl Lost {
 
 #[cfg(test)]
 mod tests {
-    use super::{Lost, TURNS};
+    use super::{WritebackErrors, TURNS};
     use diskio::Errno;
     use std::cell::RefCell;
     use std::rc::Rc;
@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn what_the_guest_is_owed_is_handed_on_until_it_is_told() {
         let kept = Rc::new(RefCell::new(Vec::new()));
-        let (lost, its) = (Lost::default(), kept.clone());
+        let (lost, its) = (WritebackErrors::default(), kept.clone());
         lost.keep_by(None, Box::new(move |owed| its.borrow_mut().push(owed)));
         let turns = |count| (0..count).for_each(|_| lost.turn(false));
         let flush = |done| lost.end(lost.guest(), lost.begin(lost.guest()), done);
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn next_process_owes_what_the_one_before_left() {
-        let lost = Lost::default();
+        let lost = WritebackErrors::default();
         lost.keep_by(Some(Errno::NOSPC), Box::new(|_| ()));
         assert!(lost.is_owed());
         let flushing = lost.begin(lost.guest());

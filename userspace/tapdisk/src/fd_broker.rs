@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Asks the supervisor for files that this process cannot open: the supervisor decides, and sends a descriptor.
 
-use crate::troubles::wait;
+use crate::io_errors::wait;
 use control::tapdisk::{Need, Needed, Provided};
 use control::{Changed, Failure, Mark};
 use std::cell::RefCell;
@@ -46,9 +46,9 @@ struct NeedState {
 
 /// Open questions of this process to the supervisor.
 #[derive(Debug, Default)]
-pub struct Needs(RefCell<NeedState>);
+pub struct FdBroker(RefCell<NeedState>);
 
-impl Needs {
+impl FdBroker {
     /// Asks the supervisor for a file, and waits for the answer. A supervisor that starts during the wait gets the
     /// question, too.
     ///
@@ -185,7 +185,7 @@ fn something_else(answer: &SupervisorAnswer) -> Failure {
 }
 
 /// Withdraws a question when its caller stops waiting.
-struct Withdraw<'a>(&'a Needs, u64);
+struct Withdraw<'a>(&'a FdBroker, u64);
 
 impl Drop for Withdraw<'_> {
     fn drop(&mut self) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! NBD clients read where the disk has changed since its marks, by hand and with QEMU's tools.
 
+use super::dirty_bitmap::{touched, MarkMemory, UNIT};
 use super::nbd::{answer, any_chunk, chunk, client, option, send};
-use super::notes::{touched, MarkMemory, UNIT};
 use crate::common::guest::{Guest, Step};
 use crate::common::images::{answered, file, steps, Folder, SIZE};
 use crate::common::watched::{Raw, Watched};

@@ -3,13 +3,13 @@
 
 /// The bits of a disk, or of its beginning: units behind them count as set.
 #[derive(Debug)]
-pub(crate) struct Bits {
+pub(crate) struct Bitmap {
     bytes: Vec<u8>,
     /// Bytes of the disk that a bit stands for.
     unit: u64,
 }
 
-impl Bits {
+impl Bitmap {
     /// Makes a bitmap of these bytes, each bit of which covers `unit` bytes of the disk.
     pub(crate) fn new(bytes: Vec<u8>, unit: u64) -> Self {
         Self { bytes, unit }
@@ -76,11 +76,11 @@ fn within(index: u64, first: u64, last: u64) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use super::Bits;
+    use super::Bitmap;
 
     #[test]
     fn what_is_behind_the_end_is_set() {
-        let mut bits = Bits::new(vec![0, 0], 512);
+        let mut bits = Bitmap::new(vec![0, 0], 512);
         bits.add(9 * 512 + 511, 2);
         bits.add(15 * 512, 9 << 20);
         bits.add(0, 0);

@@ -182,14 +182,14 @@ impl Direct {
         }
     }
 
-    /// Notes that the kernel has dropped the mapping of a delivered request's range; this process sends one new mapping
+    /// DirtyBitmap that the kernel has dropped the mapping of a delivered request's range; this process sends one new mapping
     /// once all such requests are over.
     pub(crate) fn forgets(self: &Rc<Self>) -> Forgets {
         self.forgets.set(self.forgets.get() + 1);
         Forgets(self.clone())
     }
 
-    /// Notes that earlier answers are on their way: they reach the kernel before a mapping that the next turn sends.
+    /// DirtyBitmap that earlier answers are on their way: they reach the kernel before a mapping that the next turn sends.
     pub(crate) fn answered(&self) {
         if self.forgets.get() == 0 && self.due_later.take() {
             self.due.set(true);

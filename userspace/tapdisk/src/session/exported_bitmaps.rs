@@ -8,9 +8,9 @@
 //! error, never an empty answer.
 
 use super::Session;
-use crate::bits::Bits;
-use crate::inside;
-use crate::notes::Notes;
+use crate::bitmap::Bitmap;
+use crate::dirty_bitmap::DirtyBitmap;
+use crate::internal_request;
 use crate::Server;
 use control::{Code, Failure, Mark, MarkName};
 use std::cell::{Cell, RefCell};
@@ -32,7 +32,7 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    /// Notes that a mark may have changed or ended, so that the next question goes to the supervisor again.
+    /// DirtyBitmap that a mark may have changed or ended, so that the next question goes to the supervisor again.
     pub(super) fn look_again(&self) {
         self.changes.set(self.changes.get().wrapping_add(1));
     }
@@ -81,7 +81,7 @@ impl Since {
 #[derive(Debug)]
 struct Known {
     at: Moment,
-    bits: Bits,
+    bits: Bitmap,
 }
 
 /// Validity of that content: it is right as long as none of these fields changes, because only this process then
@@ -133,7 +133,7 @@ impl Session {
     ) -> Result<Vec<Part>, Failure> {
         loop {
             let server = self.running().await;
-            inside::check(&server, offset, len)
+            internal_request::check(&server, offset, len)
                 .map_err(|_| Failure::invalid("that is no range of whole blocks of the disk"))?;
             let notes = server.notes();
             let notes =
@@ -160,7 +160,12 @@ impl Session {
     }
 
     /// Asks the supervisor for the content of a mark.
-    async fn heard(&self, since: &Since, size: u64, notes: &Notes) -> Result<Bits, Failure> {
+    async fn heard(
+        &self,
+        since: &Since,
+        size: u64,
+        notes: &DirtyBitmap,
+    ) -> Result<Bitmap, Failure> {
         let mut bits = notes.bits().none_of();
         let mut from = 0;
         loop {
@@ -187,7 +192,7 @@ impl Session {
 }
 
 /// Returns the union of two bitmaps in a range.
-fn parts(one: &Bits, other: &Bits, offset: u64, len: u64, most: usize) -> Vec<Part> {
+fn parts(one: &Bitmap, other: &Bitmap, offset: u64, len: u64, most: usize) -> Vec<Part> {
     let (unit, end) = (one.unit(), offset + len);
     let mut parts: Vec<Part> = Vec::new();
     let mut at = offset;
@@ -211,12 +216,12 @@ fn parts(one: &Bits, other: &Bits, offset: u64, len: u64, most: usize) -> Vec<Pa
 
 #[cfg(test)]
 mod tests {
-    use super::{parts, Bits, Part};
+    use super::{parts, Bitmap, Part};
 
     #[test]
     fn parts_are_in_a_row() {
-        let one = Bits::new(vec![0b0000_0011], 1024);
-        let other = Bits::new(vec![0b0001_0110], 1024);
+        let one = Bitmap::new(vec![0b0000_0011], 1024);
+        let other = Bitmap::new(vec![0b0001_0110], 1024);
         let found = |offset, len, most| {
             let part = |part: Part| (part.len, part.is_changed);
             let parts = parts(&one, &other, offset, len, most);

@@ -64,7 +64,7 @@ impl Session {
         closed
     }
 
-    /// Notes that writes may be lost, which the guest learns with its next flush. If the reason is that another host
+    /// DirtyBitmap that writes may be lost, which the guest learns with its next flush. If the reason is that another host
     /// has the lease, that flush meets the error itself.
     fn lose(&self, server: &Server, error: Errno) {
         if !server.is_lost_lease(error) {

@@ -8,7 +8,7 @@
 //! A command that waits cannot be taken back. So a link lives as long as the node is held, also while
 //! nothing is served: the tags that this one command may still bring are returned to the kernel.
 
-use crate::troubles::wait;
+use crate::io_errors::wait;
 use diskio::{Errno, Io, Op, Pending, Runtime};
 use std::cell::{Cell, RefCell};
 use std::future::{poll_fn, Future};
@@ -26,7 +26,7 @@ const TURNS: u32 = 3;
 const BATCH: usize = 256;
 
 #[derive(Debug)]
-pub(crate) struct Link {
+pub(crate) struct KernelLink {
     runtime: Runtime,
     tap: Rc<Tap>,
     /// The exchange is by commands; decided when it starts.
@@ -53,7 +53,7 @@ pub(crate) struct Link {
     error: RefCell<Option<io::Error>>,
 }
 
-impl Link {
+impl KernelLink {
     pub(crate) fn new(runtime: &Runtime, tap: &Rc<Tap>) -> Rc<Self> {
         Rc::new(Self {
             runtime: runtime.clone(),
@@ -113,7 +113,7 @@ impl Link {
         .await;
     }
 
-    /// Notes that a client wants to use the disk.
+    /// DirtyBitmap that a client wants to use the disk.
     pub(crate) fn want(&self) {
         self.wanted.set(true);
         for waker in self.wishing.take() {
@@ -327,7 +327,7 @@ impl Link {
 
 #[cfg(test)]
 mod tests {
-    use super::Link;
+    use super::KernelLink;
     use diskio::Runtime;
     use ring::tap::shadow::Op;
     use std::rc::Rc;
@@ -355,7 +355,7 @@ mod tests {
         assert_eq!(tap.exchange(&[], &mut tags).unwrap(), 1);
 
         let runtime = Runtime::new();
-        let link = Link::new(&runtime, &tap);
+        let link = KernelLink::new(&runtime, &tap);
         link.arrived(tags.to_vec());
         assert!(!link.is_quiet(), "the kernel does not know yet");
         let mut none = Vec::new();

@@ -2,7 +2,7 @@
 //! Observers that must see all requests from a moment on begin when no request is under way.
 
 use super::{not_running, Session};
-use crate::direct::Ban;
+use crate::passthrough::Ban;
 use crate::Server;
 use control::tapdisk::{Open, Reply};
 use control::Failure;

@@ -24,9 +24,9 @@ pub(crate) fn wait(waiting: &mut Vec<Waker>, waker: &Waker) {
 
 /// I/O errors of this process.
 #[derive(Debug, Default)]
-pub struct Troubles(RefCell<TroubleState>);
+pub struct IoErrorLog(RefCell<TroubleState>);
 
-impl Troubles {
+impl IoErrorLog {
     /// Something failed; the disk stops for it, or not.
     pub(crate) fn add(&self, trouble: Trouble, stops: bool) {
         let mut state = self.0.borrow_mut();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lost writes are reported to each client that relies on them, also over a pause.
+//! WritebackErrors writes are reported to each client that relies on them, also over a pause.
 
 use crate::common::{Image, Process, SIZE};
 use control::tapdisk::{Engine, Open, Reply, Request, State};
