@@ -2,7 +2,7 @@
 //! The images that lie below one.
 
 use crate::follow::parents;
-use crate::named::{parse_kind, Named};
+use crate::image_spec::{parse_kind, ImageSpec};
 use crate::open::{identity, ImageOpener, Use, DEEPEST};
 use control::{Code, Failure};
 use diskio::File;
@@ -10,7 +10,11 @@ use formats::{look, qcow2, Below, ImageFormat, ImageNeeds};
 use std::fs;
 
 /// The image below, by the first of its names that leads somewhere.
-pub(crate) fn below(opener: &ImageOpener, image: &Named, needs: &ImageNeeds) -> Option<Named> {
+pub(crate) fn below(
+    opener: &ImageOpener,
+    image: &ImageSpec,
+    needs: &ImageNeeds,
+) -> Option<ImageSpec> {
     let parent = needs.parent.as_ref()?;
     let kind = match &parent.driver {
         Some(name) => parse_kind(name).ok()?,
@@ -20,16 +24,16 @@ pub(crate) fn below(opener: &ImageOpener, image: &Named, needs: &ImageNeeds) -> 
     let paths: Vec<_> = places.into_iter().filter_map(Result::ok).collect();
     let there = paths.iter().find(|path| fs::exists(path).unwrap_or(false));
     let path = there.or(paths.first())?.clone();
-    Some(Named::plain(kind, path))
+    Some(ImageSpec::plain(kind, path))
 }
 
 /// Refuses to put an image over itself, or over one that has it as a backing image.
 pub(crate) async fn refuse_loop(
     opener: &ImageOpener,
-    image: &Named,
-    parent: &Named,
+    image: &ImageSpec,
+    parent: &ImageSpec,
 ) -> Result<(), Failure> {
-    let of = |image: &Named| {
+    let of = |image: &ImageSpec| {
         identity(&image.path)
             .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))
     };
@@ -57,7 +61,7 @@ pub(crate) async fn refuse_loop(
 
 /// Refuses a chain in which an image is damaged in a way that reads as zeroes: what lies behind the end of a
 /// qcow2 image does, so one that was cut off would be copied as if nothing were missing.
-pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result<(), Failure> {
+pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &ImageSpec) -> Result<(), Failure> {
     if image.ova.is_some() {
         // A VMDK without a parent.
         return Ok(());
@@ -81,7 +85,7 @@ pub(crate) async fn refuse_damage(opener: &ImageOpener, image: &Named) -> Result
 }
 
 /// Refuses a qcow2 image that is damaged in that way.
-pub(crate) async fn refuse_damaged(image: &Named, file: &File) -> Result<(), Failure> {
+pub(crate) async fn refuse_damaged(image: &ImageSpec, file: &File) -> Result<(), Failure> {
     let found = qcow2::check(file, &image.path.display().to_string(), false).await?;
     match found.damaged {
         0 => Ok(()),

@@ -2,7 +2,7 @@
 //! `tapimg check`: whether an image is damaged.
 
 use crate::cli::Check;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{ImageOpener, Use};
 use crate::walk::PIECE;
 use control::{Code, Failure};
@@ -230,7 +230,7 @@ pub(crate) async fn check(opener: &ImageOpener, args: &Check) -> Result<Findings
 /// Compares refcounts with what is used.
 async fn refcounts(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     repair: bool,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
@@ -270,7 +270,7 @@ async fn refcounts(
 /// Looks at both footers of a VHD.
 async fn footers(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
@@ -282,7 +282,7 @@ async fn footers(
 /// Looks at all that leads to data, and perhaps at that.
 async fn walk(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     data: bool,
     findings: &mut Findings,
 ) -> Result<(), Failure> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::part::DiskRanges;
 use crate::replay::Point;
 use crate::serve::ServedTarget;
@@ -164,7 +164,7 @@ impl FromStr for ParentKind {
     type Err = control::Failure;
 
     fn from_str(text: &str) -> Result<Self, control::Failure> {
-        crate::named::parse_kind(text).map(ParentKind)
+        crate::image_spec::parse_kind(text).map(ParentKind)
     }
 }
 
@@ -176,7 +176,7 @@ backing image: it serves one in the same folder only after chmod a-w, and others
 Exit status: 0 if there is no problem, 1 if there is one.")]
 pub(crate) struct Info {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// All images below it, too
     #[arg(long)]
     pub(crate) chain: bool,
@@ -190,7 +190,7 @@ pub(crate) struct Info {
 pub(crate) struct Layout {
     /// Backing image, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE")]
-    pub(crate) parent: Option<Named>,
+    pub(crate) parent: Option<ImageSpec>,
     /// qcow2: bytes of a cluster, 512 to 2M; 64K if not said
     #[arg(long, value_name = "SIZE")]
     pub(crate) cluster_size: Option<Size>,
@@ -220,7 +220,7 @@ end too. A luks image reads as anything where it was not written yet.
 A parent in the same folder is named without the folder, so both can be moved together.")]
 pub(crate) struct CreateImage {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// Size of the disk, such as 10G or 1.5GiB; with --parent that of the parent if not said, or +1G for 1 GiB more
     #[arg(value_name = "SIZE|+MORE")]
     pub(crate) size: Option<control::NewSize>,
@@ -280,9 +280,9 @@ With --parent only the parts that differ from the parent are copied, so the pare
 with --changed, too, all else is taken to be as the parent has it, and is not read.")]
 pub(crate) struct Convert {
     /// The image to read, KIND:PATH, with all that lies below it
-    pub(crate) from: Named,
+    pub(crate) from: ImageSpec,
     /// The image to make, KIND:PATH
-    pub(crate) to: Named,
+    pub(crate) to: ImageSpec,
     #[command(flatten)]
     pub(crate) layout: Layout,
     /// qcow2, vmdk: compress the copy, which takes less space and longer; by zlib, or for qcow2 zstd
@@ -313,7 +313,7 @@ Others: headers, and all tables, which must lead into the file; there is nothing
 Exit status: 0 if nothing is wrong (lost clusters do no harm), or no longer is; 1 if there is damage.")]
 pub(crate) struct Check {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// Make right what can be made right
     #[arg(long)]
     pub(crate) repair: bool,
@@ -329,9 +329,9 @@ A disk that is longer by nothing but zeroes is the same, but with --strict.
 Exit status: 0 if they are the same, 1 if they differ.")]
 pub(crate) struct Compare {
     /// An image, KIND:PATH
-    pub(crate) one: Named,
+    pub(crate) one: ImageSpec,
     /// Another one
-    pub(crate) other: Named,
+    pub(crate) other: ImageSpec,
     /// Sizes must be the same, too
     #[arg(long)]
     pub(crate) strict: bool,
@@ -346,7 +346,7 @@ pub(crate) struct Compare {
 #[derive(Debug, Args)]
 pub(crate) struct Map {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// Show the parts that this image has allocated, and those where the one below shows through
     #[arg(long)]
     pub(crate) layer: bool,
@@ -361,7 +361,7 @@ which a luks image has no space, are cut off, but with --lose-data. A qcow2 imag
 A disk with a backing image shows nothing of that behind its old end.")]
 pub(crate) struct Resize {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// Size of the disk from now on, such as 10G, or +1G for 1 GiB more than it has
     #[arg(value_name = "SIZE|+MORE")]
     pub(crate) size: control::NewSize,
@@ -384,10 +384,10 @@ With --unsafe it changes also to an image that was converted or replaced. If tha
 The backing image of a VHD is a VHD or a raw image, and the VHD must already have one.")]
 pub(crate) struct Rebase {
     /// The image, qcow2:PATH or vhd:PATH, and with --moved or --unsafe also qcow:PATH or vmdk:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// New backing image, KIND:PATH, which must not change any more
     #[arg(long, value_name = "IMAGE", required_unless_present = "no_parent")]
-    pub(crate) parent: Option<Named>,
+    pub(crate) parent: Option<ImageSpec>,
     /// Remove the backing image: the image gets all content
     #[arg(long, conflicts_with = "parent")]
     pub(crate) no_parent: bool,
@@ -410,7 +410,7 @@ Other images over the image below have other content afterwards: rebase them fir
 If it ends early, the image is still the disk, but the one below alone is not what it was: begin again.")]
 pub(crate) struct Commit {
     /// The image, qcow2:PATH, qcow:PATH or vhd:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// Tell on stderr how far it is, even if that is no terminal
     #[arg(long)]
     pub(crate) progress: bool,
@@ -425,9 +425,9 @@ Snapshots inside of a qcow2 image are listed here and read by tapimg convert --s
 and deletes them.")]
 pub(crate) struct Snapshot {
     /// The image, KIND:PATH
-    pub(crate) image: Named,
+    pub(crate) image: ImageSpec,
     /// New image over it, KIND:PATH; without it the snapshots in IMAGE are listed
-    pub(crate) overlay: Option<Named>,
+    pub(crate) overlay: Option<ImageSpec>,
 }
 
 /// Requests to replay.
@@ -445,7 +445,7 @@ pub(crate) struct Replay {
     pub(crate) trace: PathBuf,
     /// The image to do it on, KIND:PATH
     #[arg(required_unless_present = "list", conflicts_with = "list")]
-    pub(crate) image: Option<Named>,
+    pub(crate) image: Option<ImageSpec>,
     /// The first request, by its number or by the time since the trace began, such as 1500ms
     #[arg(long, value_name = "NUMBER|TIME")]
     pub(crate) from: Option<Point>,

@@ -4,11 +4,11 @@
 use crate::chain::{below, refuse_damage};
 use crate::cli::Commit;
 use crate::follow::NamedFiles;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
 use crate::sector;
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, File, Io};
@@ -53,8 +53,8 @@ impl CommitResult {
 /// The parts that an image has allocated, and their destination.
 struct Own<'o> {
     io: &'o Io,
-    image: (&'o Named, Disk),
-    parent: (&'o Named, Disk),
+    image: (&'o ImageSpec, Disk),
+    parent: (&'o ImageSpec, Disk),
     written: Cell<u64>,
 }
 
@@ -125,7 +125,11 @@ pub(crate) async fn commit(
 }
 
 /// The image below, which must be one that may change below `image`.
-async fn parent_of(opener: &ImageOpener, image: &Named, file: &File) -> Result<Named, Failure> {
+async fn parent_of(
+    opener: &ImageOpener,
+    image: &ImageSpec,
+    file: &File,
+) -> Result<ImageSpec, Failure> {
     if image.key.is_some() {
         return Err(Failure::invalid(format!(
             "{image} is encrypted and what is below it is not: make a new image with qemu-img convert, which may be \

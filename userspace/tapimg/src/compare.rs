@@ -2,10 +2,10 @@
 //! `tapimg compare`: whether guests see the same.
 
 use crate::cli::Compare;
+use crate::dirty_runs::difference;
 use crate::open::ImageOpener;
 use crate::part::WorkPace;
 use crate::progress::Progress;
-use crate::runs::difference;
 use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
 use serde::Serialize;

@@ -4,16 +4,16 @@
 use crate::chain::refuse_damage;
 use crate::cli::Convert;
 use crate::create::{apart, check, make, Parent};
+use crate::dirty_runs::{runs, Run};
+use crate::image_spec::ImageSpec;
 use crate::made::{ConvertResult, MadeImage};
-use crate::named::Named;
 use crate::open::{failed, ImageOpener};
 use crate::packed;
 use crate::part::{DiskRanges, WorkPace};
 use crate::progress::Progress;
-use crate::runs::{runs, Run};
 use crate::salvage::Lost;
 use crate::sector::of_new;
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::target::Target;
 use crate::walk::{self, Piece, Side, Walk};
 use control::Failure;
@@ -26,13 +26,13 @@ use std::rc::Rc;
 /// Source of a copy.
 pub(crate) struct Copy<'c> {
     pub(crate) io: &'c Io,
-    from: (&'c Named, Disk),
+    from: (&'c ImageSpec, Disk),
     /// Bytes of the disk.
     pub(crate) size: u64,
     /// Bytes of a logical sector of the new disk.
     pub(crate) sector: u32,
     /// Backing image of the new image.
-    pub(crate) parent: Option<(&'c Named, &'c Parent)>,
+    pub(crate) parent: Option<(&'c ImageSpec, &'c Parent)>,
     /// Unreadable parts become zeroes, and are collected here.
     lost: Option<Rc<Lost>>,
     /// The parts that may differ from the parent.
@@ -43,7 +43,7 @@ pub(crate) struct Copy<'c> {
 /// Destination of a copy that is not compressed.
 struct PlainCopy<'c> {
     from: &'c Copy<'c>,
-    to: (&'c Named, Disk),
+    to: (&'c ImageSpec, Disk),
     /// Parts that the copy leaves out may not be zeroes.
     is_dirty: bool,
 }
@@ -119,7 +119,7 @@ pub(crate) async fn convert(
 
 /// Whether unused parts of a new image may differ from zeroes: the storage has old data there, or zeroes that are none
 /// once they are decrypted.
-fn starts_dirty(image: &Named, target: &Target) -> bool {
+fn starts_dirty(image: &ImageSpec, target: &Target) -> bool {
     match image.kind {
         Below::Raw => target.is_device(),
         Below::Format(kind) => kind == ImageFormat::Luks,

@@ -2,8 +2,8 @@
 //! `tapimg create`: new images.
 
 use crate::cli::{CreateImage, Layout};
+use crate::image_spec::ImageSpec;
 use crate::made::MadeImage;
-use crate::named::Named;
 use crate::open::{identity, ImageOpener};
 use crate::sector::{of_new, stored};
 use crate::target::Target;
@@ -81,7 +81,7 @@ fn size_of(args: &CreateImage, parent: Option<&Parent>) -> Result<u64, Failure> 
 }
 
 /// Refuses what a kind of image does not have, before anything is touched.
-pub(crate) fn check(image: &Named, layout: &Layout) -> Result<(), Failure> {
+pub(crate) fn check(image: &ImageSpec, layout: &Layout) -> Result<(), Failure> {
     let refuse = |what: &str, who: &str| {
         Err(Failure::invalid(format!(
             "{image}: {what}: leave that out, or use {who}"
@@ -131,8 +131,8 @@ impl Parent {
     /// Opens and locks what is to lie below `child`.
     pub(crate) async fn open(
         opener: &ImageOpener,
-        image: &Named,
-        child: &Named,
+        image: &ImageSpec,
+        child: &ImageSpec,
     ) -> Result<Self, Failure> {
         apart(image, child)?;
         if image.is_sealed() {
@@ -158,8 +158,8 @@ impl Parent {
 }
 
 /// Refuses two names of the same file.
-pub(crate) fn apart(one: &Named, other: &Named) -> Result<(), Failure> {
-    let of = |image: &Named| {
+pub(crate) fn apart(one: &ImageSpec, other: &ImageSpec) -> Result<(), Failure> {
+    let of = |image: &ImageSpec| {
         identity(&image.path)
             .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))
     };
@@ -175,7 +175,7 @@ pub(crate) fn apart(one: &Named, other: &Named) -> Result<(), Failure> {
 /// bytes of a logical sector.
 pub(crate) async fn make(
     file: &File,
-    image: &Named,
+    image: &ImageSpec,
     (size, sector): (u64, u32),
     layout: &Layout,
     compression: qcow2::Compression,
@@ -215,7 +215,7 @@ pub(crate) async fn make(
 
 /// A VMDK in one file.
 pub(crate) fn of_vmdk(
-    image: &Named,
+    image: &ImageSpec,
     size: u64,
     base: Option<&Base>,
 ) -> Result<vmdk::VmdkCreate, Failure> {
@@ -229,7 +229,7 @@ pub(crate) fn of_vmdk(
 }
 
 /// Refuses options that do not fit the encryption of an image.
-fn check_key(image: &Named, layout: &Layout) -> Result<(), Failure> {
+fn check_key(image: &ImageSpec, layout: &Layout) -> Result<(), Failure> {
     let refuse = |why: String| Err(Failure::invalid(format!("{image}: {why}")));
     match &image.key {
         None if image.is_sealed() => Err(no_key(image)),
@@ -255,14 +255,14 @@ fn check_key(image: &Named, layout: &Layout) -> Result<(), Failure> {
 }
 
 /// Returns the failure of an image that can only be made with a key.
-fn no_key(image: &Named) -> Failure {
+fn no_key(image: &ImageSpec) -> Failure {
     Failure::invalid(format!(
         "{image}: it is encrypted, and no key was named: write key=FILE,{image} with a file that has one"
     ))
 }
 
 /// How an image is encrypted; nothing if it is not.
-fn encryption(image: &Named, layout: &Layout) -> Result<Option<luks::Encryption>, Failure> {
+fn encryption(image: &ImageSpec, layout: &Layout) -> Result<Option<luks::Encryption>, Failure> {
     let key = image.secret()?;
     Ok(key.map(|key| luks::Encryption {
         key,
@@ -273,7 +273,7 @@ fn encryption(image: &Named, layout: &Layout) -> Result<Option<luks::Encryption>
 }
 
 /// Returns the failure of an image of a read-only kind.
-fn read_only(image: &Named) -> Failure {
+fn read_only(image: &ImageSpec) -> Failure {
     Failure::invalid(format!(
         "{image}: a VHDX is read and not made: make a qcow2 image or a VHD"
     ))
@@ -293,7 +293,7 @@ fn of_vhd(size: u64, layout: &Layout, base: Option<&Base>) -> Result<vhd::VhdCre
     })
 }
 
-async fn raw(file: &File, image: &Named, size: u64) -> Result<(), Failure> {
+async fn raw(file: &File, image: &ImageSpec, size: u64) -> Result<(), Failure> {
     let failed =
         |error: io::Error| Failure::system(format!("cannot make {image} of {size} bytes"), &error);
     if !file.is_device() {
@@ -310,7 +310,7 @@ async fn raw(file: &File, image: &Named, size: u64) -> Result<(), Failure> {
     }
 }
 
-fn own_name(image: &Named) -> Result<String, Failure> {
+fn own_name(image: &ImageSpec) -> Result<String, Failure> {
     let name = image.path.file_name().and_then(|name| name.to_str());
     let name = name.ok_or_else(|| {
         Failure::invalid(format!(

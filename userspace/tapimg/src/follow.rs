@@ -5,7 +5,7 @@
 //! get any file of the host by an image that names it. So root follows a name only to a file that the owner of the
 //! image could open, or to one that blktapctrl would serve below it, unless the command line says `--follow`.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{identity, ImageOpener, Use};
 use control::{Code, Failure};
 use diskio::File;
@@ -45,7 +45,11 @@ impl<'o> NamedFiles<'o> {
     ///
     /// # Errors
     /// The owner of the image cannot be determined.
-    pub(crate) fn of(opener: &'o ImageOpener, image: &Named, file: &File) -> Result<Self, Failure> {
+    pub(crate) fn of(
+        opener: &'o ImageOpener,
+        image: &ImageSpec,
+        file: &File,
+    ) -> Result<Self, Failure> {
         if opener.follow || !rustix::process::geteuid().is_root() {
             // The kernel checks what other users may open.
             return Ok(Self {

@@ -3,7 +3,7 @@
 
 use crate::chain::below;
 use crate::cli::Info;
-use crate::named::{kind_name, Named};
+use crate::image_spec::{kind_name, ImageSpec};
 use crate::open::{ImageOpener, DEEPEST};
 use crate::progress::bytes;
 use control::{shown, Code, Failure};
@@ -177,7 +177,7 @@ fn inherit(all: &mut [Facts]) {
 
 /// Says what blktapctrl demands before it serves a disk with a backing image: that is a file in the folder of the disk's
 /// image without write permissions, or it is named for the disk.
-fn not_beside(image: &Named, parent: &Named) -> Option<String> {
+fn not_beside(image: &ImageSpec, parent: &ImageSpec) -> Option<String> {
     // A file that is missing or cannot be looked at is a problem, which is told elsewhere.
     let (its, place) = (
         image.path.canonicalize().ok()?,
@@ -203,7 +203,7 @@ impl Facts {
         self.problems.is_empty()
     }
 
-    fn new(image: &Named) -> Self {
+    fn new(image: &ImageSpec) -> Self {
         Self {
             image: image.to_string(),
             kind: kind_name(image.kind).into(),
@@ -212,7 +212,7 @@ impl Facts {
         }
     }
 
-    fn missing(image: &Named, failure: Failure) -> Self {
+    fn missing(image: &ImageSpec, failure: Failure) -> Self {
         Self {
             problems: vec![failure.message],
             ..Self::new(image)
@@ -285,7 +285,10 @@ impl Facts {
 }
 
 /// One image. The facts include its faults.
-async fn one(opener: &ImageOpener, image: &Named) -> Result<(Facts, Option<ImageNeeds>), Failure> {
+async fn one(
+    opener: &ImageOpener,
+    image: &ImageSpec,
+) -> Result<(Facts, Option<ImageNeeds>), Failure> {
     let file = opener.file(&image.path, opener.reading).await?;
     let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);
     let mut facts = Facts {

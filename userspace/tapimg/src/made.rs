@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Results of the verbs that make an image, for programs.
 
-use crate::named::{kind_name, Named};
+use crate::image_spec::{kind_name, ImageSpec};
 use control::Failure;
 use diskio::File;
 use serde::Serialize;
@@ -46,10 +46,10 @@ pub(crate) struct ConvertResult {
 impl MadeImage {
     /// Describes an image that is whole and durable in `file`, with a disk of `size` bytes.
     pub(crate) fn new(
-        image: &Named,
+        image: &ImageSpec,
         size: u64,
         file: &File,
-        parent: Option<&Named>,
+        parent: Option<&ImageSpec>,
     ) -> Result<Self, Failure> {
         let seeing = |error| Failure::system(format!("cannot look at {image}"), &error);
         Ok(Self {
@@ -62,7 +62,7 @@ impl MadeImage {
                 true => None,
                 false => Some(file.allocated().map_err(seeing)?),
             },
-            parent: parent.map(Named::to_string),
+            parent: parent.map(ImageSpec::to_string),
         })
     }
 }

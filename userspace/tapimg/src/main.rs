@@ -9,14 +9,15 @@ mod check;
 mod cli;
 mod commit;
 mod compare;
+mod compat;
 mod convert;
 mod create;
+mod dirty_runs;
 mod follow;
+mod image_spec;
 mod info;
 mod made;
 mod map;
-mod named;
-mod old;
 mod open;
 mod ova;
 mod packed;
@@ -25,12 +26,11 @@ mod progress;
 mod rebase;
 mod replay;
 mod resize;
-mod runs;
 mod salvage;
 mod sector;
 mod serve;
+mod signals;
 mod snapshot;
-mod stop;
 mod target;
 mod walk;
 
@@ -38,14 +38,14 @@ use clap::{CommandFactory, FromArgMatches};
 use cli::{Cli, Verb};
 use control::{json_line, shown, shown_lines, Code, Failure};
 use diskio::Runtime;
-use named::Named;
+use image_spec::ImageSpec;
 use open::{ImageOpener, Use};
 use serde::Serialize;
+use signals::Stop;
 use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
-use stop::Stop;
 
 /// Other manual pages.
 const SEE_ALSO: &str = "tap-ctl(8), tapdisk(8), qemu-img(1)";
@@ -83,7 +83,7 @@ enum VerbOutcome {
 fn main() -> ExitCode {
     if let Some(done) = std::env::args_os()
         .next()
-        .and_then(|name| old::by_name(&name))
+        .and_then(|name| compat::by_name(&name))
     {
         return done;
     }
@@ -177,7 +177,7 @@ fn moved(paths: &[PathBuf]) -> Result<Rc<[PathBuf]>, Failure> {
 }
 
 /// The images of a verb that cannot be disks in an OVA.
-fn no_ovas(verb: &Verb) -> Vec<&Named> {
+fn no_ovas(verb: &Verb) -> Vec<&ImageSpec> {
     match verb {
         Verb::Info(args) => vec![&args.image],
         Verb::Create(args) => args.layout.parent.iter().chain([&args.image]).collect(),
@@ -199,7 +199,7 @@ fn no_ovas(verb: &Verb) -> Vec<&Named> {
 async fn verb(cli: &Cli, opener: &ImageOpener, stop: &Stop) -> Result<VerbOutcome, Error> {
     no_ovas(&cli.verb)
         .into_iter()
-        .try_for_each(Named::refuse_ova)?;
+        .try_for_each(ImageSpec::refuse_ova)?;
     let mut out = BufWriter::new(io::stdout());
     let good = match &cli.verb {
         Verb::Info(args) => {

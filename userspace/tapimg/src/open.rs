@@ -2,7 +2,7 @@
 //! From the name of an image to a disk, with all that lies below it, locked.
 
 use crate::follow::NamedFiles;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::ova::ArchiveMember;
 use crate::walk::BUFFERS;
 use control::{Code, Failure};
@@ -61,7 +61,7 @@ fn select_engine(io: &Io) {
 }
 
 /// An error of a disk.
-pub(crate) fn failed(what: &str, image: &Named, offset: u64, error: Errno) -> Failure {
+pub(crate) fn failed(what: &str, image: &ImageSpec, offset: u64, error: Errno) -> Failure {
     let remedy = match error {
         Errno::NOSPC | Errno::DQUOT => ": make room, then begin again",
         _ => "",
@@ -141,7 +141,7 @@ impl ImageOpener {
     /// An image as a disk that is only read, with all that lies below it.
     pub(crate) async fn disk(
         &self,
-        image: &Named,
+        image: &ImageSpec,
         snapshot: Option<&str>,
     ) -> Result<(Disk, DiskInfo), Failure> {
         let file = self.file(&image.path, self.reading).await?;
@@ -157,7 +157,7 @@ impl ImageOpener {
     /// The disk in a file that is open.
     pub(crate) async fn disk_of(
         &self,
-        image: &Named,
+        image: &ImageSpec,
         mut file: File,
         options: Options,
     ) -> Result<(Disk, DiskInfo), Failure> {

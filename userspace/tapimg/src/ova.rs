@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disks in an OVA: a tar file with a description of a machine and its VMDKs, each as a whole.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use control::{Code, Failure};
 use diskio::{Bytes, Data, Errno, File};
 use drivers::Fence;
@@ -27,7 +27,7 @@ impl ArchiveMember {
     /// # Errors
     /// There is none, or another number of them, or the file is no tar file.
     pub(crate) async fn find(
-        image: &Named,
+        image: &ImageSpec,
         file: &File,
         wanted: Option<&str>,
     ) -> Result<Self, Failure> {
@@ -53,7 +53,7 @@ impl ArchiveMember {
 }
 
 /// The files in a tar file.
-async fn members(image: &Named, file: &File) -> Result<Vec<ArchiveMember>, Failure> {
+async fn members(image: &ImageSpec, file: &File) -> Result<Vec<ArchiveMember>, Failure> {
     let wrong = |why: String| Failure::new(Code::Image, format!("{image}: {why}"));
     let length = file
         .size()

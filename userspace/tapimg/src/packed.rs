@@ -5,11 +5,11 @@
 use crate::cli::{CompressionMethod, Convert};
 use crate::convert::Copy;
 use crate::create::{make, of_vmdk};
-use crate::named::Named;
+use crate::dirty_runs::{difference, is_zero};
+use crate::image_spec::ImageSpec;
 use crate::open::{failed, ImageOpener};
 use crate::progress::Progress;
-use crate::runs::{difference, is_zero};
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::walk;
 use control::Failure;
 use diskio::{Bytes, Data, Errno, File};
@@ -142,7 +142,7 @@ fn clusters<'c>(
 /// Reads and compresses the cluster at a byte of the disk.
 async fn cluster(
     opener: &ImageOpener,
-    to: &Named,
+    to: &ImageSpec,
     how: Compression,
     from: &Copy<'_>,
     at: u64,

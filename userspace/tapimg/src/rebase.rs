@@ -4,12 +4,12 @@
 use crate::chain::{refuse_damage, refuse_loop};
 use crate::cli::Rebase;
 use crate::create::Parent;
-use crate::named::{kind_name, parse_kind, Named};
+use crate::dirty_runs::{runs, Run};
+use crate::image_spec::{kind_name, parse_kind, ImageSpec};
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::{bytes, Progress};
-use crate::runs::{runs, Run};
 use crate::sector;
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::walk::{self, Piece, Side, Walk};
 use control::{Code, Failure};
 use diskio::{Bytes, Data, File, Io};
@@ -50,8 +50,8 @@ impl RebaseResult {
 /// The content of the image as it is, and what will lie below it. The parts that differ become its own.
 struct Own<'o> {
     io: &'o Io,
-    image: (&'o Named, Disk),
-    below: (&'o Named, Disk),
+    image: (&'o ImageSpec, Disk),
+    below: (&'o ImageSpec, Disk),
     written: Cell<u64>,
 }
 
@@ -126,9 +126,9 @@ fn can_be(args: &Rebase) -> Result<ImageFormat, Failure> {
 
 /// Says how the parent is named from now on, with the size of sectors that the header is to store.
 async fn name_in_qcow2(
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
-    parent: Option<&Named>,
+    parent: Option<&ImageSpec>,
     sector: Option<u32>,
 ) -> Result<Option<String>, Failure> {
     let backing = match parent {
@@ -141,10 +141,10 @@ async fn name_in_qcow2(
 
 async fn name_in_other(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     kind: ImageFormat,
     file: &File,
-    parent: Option<&Named>,
+    parent: Option<&ImageSpec>,
 ) -> Result<Option<String>, Failure> {
     let Some(parent) = parent else {
         return Ok(None);
@@ -165,10 +165,10 @@ async fn name_in_other(
 /// Refuses an image that is not the one that `image` has below it, in another place. It is not looked for in the old one.
 async fn check_moved(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     kind: ImageFormat,
     file: &File,
-    parent: &Named,
+    parent: &ImageSpec,
 ) -> Result<(), Failure> {
     let needs = look(kind, file).await;
     let needs = needs.map_err(|failure| image.said(failure))?;
@@ -201,7 +201,7 @@ async fn check_moved(
 
 /// Refuses an image with snapshots inside, because the parts that a snapshot has not allocated would be those of the
 /// other image.
-async fn refuse_snapshots(image: &Named, file: &File) -> Result<(), Failure> {
+async fn refuse_snapshots(image: &ImageSpec, file: &File) -> Result<(), Failure> {
     let header = qcow2::header(file).await;
     let header = header.map_err(|failure| image.said(failure))?;
     match header.snapshots {

@@ -5,7 +5,7 @@ mod window;
 
 use crate::chain::refuse_damage;
 use crate::cli::Replay;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
 use crate::Error;
@@ -76,7 +76,7 @@ impl ReplayResult {
 pub(crate) async fn replay(
     opener: &ImageOpener,
     args: &Replay,
-    image: &Named,
+    image: &ImageSpec,
 ) -> Result<ReplayResult, Failure> {
     let window = Window::open(&args.trace, args.from, args.to)?;
     refuse_marked(image)?;
@@ -101,7 +101,7 @@ pub(crate) async fn replay(
 }
 
 /// Refuses an image without write permission, as a snapshot leaves it, because it is a backing image.
-fn refuse_marked(image: &Named) -> Result<(), Failure> {
+fn refuse_marked(image: &ImageSpec) -> Result<(), Failure> {
     let data = fs::metadata(&image.path)
         .map_err(|error| Failure::system(format!("cannot look at {image}"), &error))?;
     match data.permissions().readonly() {
@@ -115,7 +115,7 @@ fn refuse_marked(image: &Named) -> Result<(), Failure> {
 
 async fn all(
     window: &Window,
-    image: &Named,
+    image: &ImageSpec,
     disk: &Disk,
     done: &mut ReplayResult,
 ) -> Result<(), Failure> {

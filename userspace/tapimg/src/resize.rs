@@ -3,11 +3,11 @@
 
 use crate::chain::{below, refuse_damaged};
 use crate::cli::Resize;
+use crate::dirty_runs::is_zero;
 use crate::follow::{data_file, NamedFiles};
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{failed, ImageOpener, Use};
 use crate::progress::bytes;
-use crate::runs::is_zero;
 use crate::walk::{self, PIECE};
 use control::{Code, Failure};
 use diskio::File;
@@ -101,7 +101,7 @@ pub(crate) async fn resize(opener: &ImageOpener, args: &Resize) -> Result<Resize
 
 async fn grow(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
     old_size: u64,
     size: u64,
@@ -133,7 +133,7 @@ async fn grow(
 }
 
 /// Of an image that is as long as its disk, but for a header in front.
-async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> {
+async fn set_size(image: &ImageSpec, file: &File, size: u64) -> Result<(), Failure> {
     let changed = match image.kind {
         Below::Format(ImageFormat::Luks) => luks::set_size(file, size).await,
         _ => drivers::set_size(file, size).await,
@@ -145,7 +145,7 @@ async fn set_size(image: &Named, file: &File, size: u64) -> Result<(), Failure> 
 /// hidden.
 async fn grow_qcow2(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
     size: u64,
 ) -> Result<(), Failure> {
@@ -160,7 +160,7 @@ async fn grow_qcow2(
 /// Makes a qcow2 image smaller.
 async fn shrink_qcow2(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
     size: u64,
 ) -> Result<(), Failure> {
@@ -175,7 +175,7 @@ async fn shrink_qcow2(
 /// The driver of a qcow2 image, with its backing image and its data file.
 async fn qcow2_of(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
 ) -> Result<qcow2::Qcow2<File>, Failure> {
     let needs = look(ImageFormat::Qcow2, file).await?;
@@ -204,7 +204,7 @@ async fn qcow2_of(
 /// A VHD has nothing by which it could hide what its parent has behind its own end, and it has its parent's sectors.
 async fn check_vhd(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
     size: u64,
     wanted: u64,
@@ -271,7 +271,7 @@ async fn shrink(
         Below::Raw | Below::Format(ImageFormat::Qcow2) => (disk.clone(), 0),
         Below::Format(_) => {
             let begin = luks::header(file).await?.begin();
-            let raw = Named::plain(Below::Raw, image.path.clone());
+            let raw = ImageSpec::plain(Below::Raw, image.path.clone());
             let options = Options::new(image.path.display().to_string());
             (opener.disk_of(&raw, file.clone(), options).await?.0, begin)
         }
@@ -303,7 +303,7 @@ async fn shrink(
 /// any content says `written`, from the byte `begin` of it on.
 async fn data_behind(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     disk: &Disk,
     (written, begin): (&Disk, u64),
     range: Range<u64>,

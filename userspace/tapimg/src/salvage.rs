@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The parts of a damaged disk that cannot be read: they become zeroes in a copy, and are counted and listed.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use control::Failure;
 use diskio::{Data, Errno, Io};
 use drivers::{Disk, DiskInfo};
@@ -98,7 +98,7 @@ impl Lost {
     }
 
     /// Returns a description of the losses of an image; nothing if all of it could be read.
-    pub(crate) fn text(&self, image: &Named) -> Option<String> {
+    pub(crate) fn text(&self, image: &ImageSpec) -> Option<String> {
         let (bytes, ranges) = (*self.bytes.borrow(), self.ranges.borrow());
         if bytes == 0 {
             return None;

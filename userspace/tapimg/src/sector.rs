@@ -4,7 +4,7 @@
 
 use crate::cli::Layout;
 use crate::create::Parent;
-use crate::named::{kind_name, Named};
+use crate::image_spec::{kind_name, ImageSpec};
 use crate::open::{identity, ImageOpener, Use};
 use control::Failure;
 use formats::{Below, ImageFormat, SECTOR};
@@ -16,7 +16,7 @@ use formats::{Below, ImageFormat, SECTOR};
 /// The new image would show others, or the disk is no whole number of them.
 pub(crate) async fn of_new(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     layout: &Layout,
     size: u64,
     source: Option<u32>,
@@ -52,7 +52,7 @@ pub(crate) async fn of_new(
 }
 
 /// Returns the bytes of a logical sector of a raw image: those of the device, if it is one.
-async fn of_storage(opener: &ImageOpener, image: &Named) -> Result<u32, Failure> {
+async fn of_storage(opener: &ImageOpener, image: &ImageSpec) -> Result<u32, Failure> {
     let looking = |error| Failure::system(format!("cannot look at {image}"), &error);
     if identity(&image.path).map_err(looking)?.is_none() {
         return Ok(SECTOR);
@@ -69,8 +69,8 @@ pub(crate) fn stored(sector: u32, parent: Option<&Parent>) -> Option<u32> {
 
 /// Refuses to bring the disk of one image into another one that shows sectors of another size.
 pub(crate) fn same(
-    (image, sector): (&Named, u32),
-    (other, its): (&Named, u32),
+    (image, sector): (&ImageSpec, u32),
+    (other, its): (&ImageSpec, u32),
 ) -> Result<(), Failure> {
     match sector == its {
         true => Ok(()),

@@ -2,7 +2,7 @@
 //! Where a new image comes to be. A file has another name until it is whole, so that an interruption leaves no part of
 //! an image under its name; a file that it replaces is there until then.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{direct, identity, ImageOpener, Use};
 use control::{Code, Failure};
 use diskio::File;
@@ -23,7 +23,7 @@ const CLEARED: u64 = 1 << 20;
 /// An image that is being made.
 #[derive(Debug)]
 pub(crate) struct Target {
-    image: Named,
+    image: ImageSpec,
     file: File,
     place: Place,
 }
@@ -47,7 +47,7 @@ impl Target {
     /// Makes room for an image where there is none, or with `force` where there is one that is not in use.
     pub(crate) async fn begin(
         opener: &ImageOpener,
-        image: &Named,
+        image: &ImageSpec,
         force: bool,
     ) -> Result<Self, Failure> {
         let path = &image.path;

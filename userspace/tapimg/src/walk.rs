@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks from their beginning to their end, in pieces, several at once. Holes are not read.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::failed;
 use crate::part::DiskRanges;
 use crate::salvage::Lost;
@@ -27,7 +27,7 @@ const HOLE: u64 = 1 << 30;
 /// A disk that is walked over. It continues for ever, as a hole.
 #[derive(Debug)]
 pub(crate) struct Side {
-    image: Named,
+    image: ImageSpec,
     disk: Disk,
     size: u64,
     /// Extents from `at` on.
@@ -57,7 +57,7 @@ pub(crate) struct Walk<const N: usize> {
 }
 
 impl Side {
-    pub(crate) fn new(image: &Named, disk: &Disk, size: u64) -> Self {
+    pub(crate) fn new(image: &ImageSpec, disk: &Disk, size: u64) -> Self {
         Self {
             image: image.clone(),
             disk: disk.clone(),
@@ -201,7 +201,7 @@ impl<const N: usize> Walk<N> {
 /// Reads the bytes of a piece.
 pub(crate) async fn read(
     io: &Io,
-    image: &Named,
+    image: &ImageSpec,
     disk: &Disk,
     offset: u64,
     len: u64,
@@ -217,20 +217,25 @@ pub(crate) async fn read(
 }
 
 /// Writes bytes to a disk.
-pub(crate) async fn write(image: &Named, disk: &Disk, at: u64, data: Bytes) -> Result<(), Failure> {
+pub(crate) async fn write(
+    image: &ImageSpec,
+    disk: &Disk,
+    at: u64,
+    data: Bytes,
+) -> Result<(), Failure> {
     let done = disk.write(at, data, Attributes::default()).await;
     done.map_err(|error| failed("write", image, at, error))
 }
 
 /// Makes a range of a disk read as zeroes.
-pub(crate) async fn zero(image: &Named, disk: &Disk, at: u64, len: u64) -> Result<(), Failure> {
+pub(crate) async fn zero(image: &ImageSpec, disk: &Disk, at: u64, len: u64) -> Result<(), Failure> {
     let done = disk.write_zeroes(at, len, Attributes::default()).await;
     done.map_err(|error| failed("write zeroes to", image, at, error))
 }
 
 /// Returns the allocated parts of an image: at least one extent from a byte on, and nothing beyond `len`.
 pub(crate) async fn layer(
-    image: &Named,
+    image: &ImageSpec,
     disk: &Disk,
     at: u64,
     len: u64,

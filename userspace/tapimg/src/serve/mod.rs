@@ -133,7 +133,7 @@ fn open(args: &Serve, parents: Option<Below>) -> Result<Open, Failure> {
             "{target} can only be read: remove --write, or serve cow:{target}, whose writes are in memory"
         )));
     }
-    let parents = parents.map(|kind| crate::named::kind_name(kind).parse());
+    let parents = parents.map(|kind| crate::image_spec::kind_name(kind).parse());
     Ok(Open {
         read_only,
         may_ask: true,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks as they are named on the command line: an image as in other verbs, or any target of a tap disk.
 
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use control::{Failure, Target};
 use std::fmt;
 use std::str::FromStr;
@@ -28,7 +28,7 @@ impl FromStr for ServedTarget {
     fn from_str(text: &str) -> Result<Self, Failure> {
         let target = text.parse();
         // Other verbs take a path as the shell has it, and a target only an absolute one.
-        match (target, text.parse::<Named>()) {
+        match (target, text.parse::<ImageSpec>()) {
             (Err(_), Ok(named)) => {
                 let key = match &named.key {
                     Some(key) => format!(

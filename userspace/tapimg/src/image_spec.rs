@@ -12,7 +12,7 @@ use std::str::FromStr;
 /// Kind of an image, and its path. The command line names the kind, and this program never guesses it, because a guest
 /// controls the content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Named {
+pub(crate) struct ImageSpec {
     /// Raw, or which format.
     pub(crate) kind: Below,
     /// Absolute.
@@ -50,7 +50,7 @@ pub(crate) fn parse_kind(name: &str) -> Result<Below, Failure> {
     name.parse().map_err(unknown)
 }
 
-impl Named {
+impl ImageSpec {
     /// One that is not encrypted.
     pub(crate) fn plain(kind: Below, path: PathBuf) -> Self {
         Self {
@@ -118,7 +118,7 @@ impl Named {
     }
 }
 
-impl fmt::Display for Named {
+impl fmt::Display for ImageSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.ova {
             None => write!(f, "{}:{}", kind_name(self.kind), self.path.display()),
@@ -128,7 +128,7 @@ impl fmt::Display for Named {
     }
 }
 
-impl FromStr for Named {
+impl FromStr for ImageSpec {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
@@ -192,7 +192,7 @@ fn key_before(text: &str) -> Result<(Option<PathBuf>, &str), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::Named;
+    use super::ImageSpec;
     use formats::{Below, ImageFormat};
     use std::path::Path;
 
@@ -207,12 +207,12 @@ mod tests {
             ("raw:/a", Below::Raw, "/a"),
             ("ova:/a", Below::Format(ImageFormat::Vmdk), "/a"),
         ] {
-            let named: Named = text.parse().unwrap();
+            let named: ImageSpec = text.parse().unwrap();
             assert_eq!((named.kind, named.path.as_path()), (kind, Path::new(path)));
         }
-        let named: Named = "raw:a.img".parse().unwrap();
+        let named: ImageSpec = "raw:a.img".parse().unwrap();
         assert!(named.path.is_absolute() && named.path.ends_with("a.img"));
-        let named: Named = "tap:key=a=b.key,luks:/a,b".parse().unwrap();
+        let named: ImageSpec = "tap:key=a=b.key,luks:/a,b".parse().unwrap();
         assert_eq!(
             (named.kind, named.path.as_path()),
             (Below::Format(ImageFormat::Luks), Path::new("/a,b"))
@@ -234,7 +234,7 @@ mod tests {
             "./a:b",
             "aio:/a\0b",
         ] {
-            assert!(text.parse::<Named>().is_err(), "{text:?}");
+            assert!(text.parse::<ImageSpec>().is_err(), "{text:?}");
         }
     }
 }

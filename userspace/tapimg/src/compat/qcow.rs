@@ -3,9 +3,9 @@
 
 use super::{mib, named};
 use crate::cli;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::ImageOpener;
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::{convert, create};
 use clap::Parser;
 use control::Failure;
@@ -124,7 +124,7 @@ impl ToRaw {
     }
 }
 
-async fn copy(opener: &ImageOpener, from: Named, to: Named) -> Result<String, Failure> {
+async fn copy(opener: &ImageOpener, from: ImageSpec, to: ImageSpec) -> Result<String, Failure> {
     let convert = cli::Convert {
         from,
         to,

@@ -4,9 +4,9 @@
 use super::{mib, MIB};
 use crate::chain::below;
 use crate::cli;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{ImageOpener, Use, DEEPEST};
-use crate::stop::Stop;
+use crate::signals::Stop;
 use crate::{check, commit, create, rebase, resize};
 use clap::{Args, Parser, Subcommand};
 use control::{Code, Failure};
@@ -269,12 +269,12 @@ pub(super) async fn verb(cli: &VhdUtilCli, opener: &ImageOpener) -> Result<Strin
 }
 
 impl Name {
-    fn vhd(&self) -> Result<Named, Failure> {
+    fn vhd(&self) -> Result<ImageSpec, Failure> {
         named(&self.name, false)
     }
 }
 
-fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
+fn named(path: &Path, is_raw: bool) -> Result<ImageSpec, Failure> {
     super::named(
         path,
         match is_raw {
@@ -287,7 +287,7 @@ fn named(path: &Path, is_raw: bool) -> Result<Named, Failure> {
 /// Makes an image; an existing one is replaced, as with the other program, unless it is in use.
 async fn make(
     opener: &ImageOpener,
-    image: Named,
+    image: ImageSpec,
     size: Option<cli::Size>,
     layout: cli::Layout,
 ) -> Result<String, Failure> {
@@ -303,7 +303,7 @@ async fn make(
 
 async fn grow(
     opener: &ImageOpener,
-    image: Named,
+    image: ImageSpec,
     size: cli::Size,
     fast: bool,
 ) -> Result<String, Failure> {
@@ -330,7 +330,7 @@ async fn grow(
 }
 
 /// An image may be in use while it is looked at.
-async fn facts(opener: &ImageOpener, image: &Named) -> Result<(File, Facts), Failure> {
+async fn facts(opener: &ImageOpener, image: &ImageSpec) -> Result<(File, Facts), Failure> {
     let file = opener.file(&image.path, Use::Look).await?;
     let facts = vhd::facts(&file).await;
     Ok((file, facts.map_err(|failure| image.said(failure))?))
@@ -338,9 +338,9 @@ async fn facts(opener: &ImageOpener, image: &Named) -> Result<(File, Facts), Fai
 
 async fn parent(
     opener: &ImageOpener,
-    image: &Named,
+    image: &ImageSpec,
     file: &File,
-) -> Result<Option<Named>, Failure> {
+) -> Result<Option<ImageSpec>, Failure> {
     let needs: ImageNeeds = look(ImageFormat::Vhd, file)
         .await
         .map_err(|failure| image.said(failure))?;
@@ -358,13 +358,13 @@ async fn parent(
 }
 
 /// Where an image is, without links; as it was named if it is not there.
-fn real(image: &Named) -> String {
+fn real(image: &ImageSpec) -> String {
     let path = fs::canonicalize(&image.path);
     path.as_deref().unwrap_or(&image.path).display().to_string()
 }
 
 /// Images of a chain.
-async fn depth(opener: &ImageOpener, image: &Named) -> Result<usize, Failure> {
+async fn depth(opener: &ImageOpener, image: &ImageSpec) -> Result<usize, Failure> {
     let (mut count, mut next) = (0, Some(image.clone()));
     while let Some(at) = next.take() {
         count += 1;
@@ -414,7 +414,7 @@ impl Query {
     }
 }
 
-fn file_size(image: &Named, file: &File) -> Result<u64, Failure> {
+fn file_size(image: &ImageSpec, file: &File) -> Result<u64, Failure> {
     file.size()
         .map_err(|error| Failure::system(format!("cannot see the size of {image}"), &error))
 }

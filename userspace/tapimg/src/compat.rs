@@ -6,7 +6,7 @@ mod qcow;
 mod vhd_util;
 
 use crate::cli;
-use crate::named::Named;
+use crate::image_spec::ImageSpec;
 use crate::open::{ImageOpener, Use};
 use clap::Parser;
 use control::{shown, shown_lines, Code, Failure};
@@ -85,10 +85,10 @@ fn run<F: Future<Output = Result<String, Failure>> + 'static>(
 }
 
 /// An image of a kind that its program is for.
-fn named(path: &Path, kind: Below) -> Result<Named, Failure> {
+fn named(path: &Path, kind: Below) -> Result<ImageSpec, Failure> {
     let path = std::path::absolute(path)
         .map_err(|error| Failure::system(format!("cannot find {}", path.display()), &error))?;
-    Ok(Named::plain(kind, path))
+    Ok(ImageSpec::plain(kind, path))
 }
 
 /// A size of so many MiB.
