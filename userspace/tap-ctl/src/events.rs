@@ -3,7 +3,7 @@
 
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;
-use crate::{connect, patience, print, say, show, Cli, Error};
+use crate::{connect, format, patience, print, say, Cli, Error};
 use clap::Args;
 use control::supervisor::{Event, Reply, Request, What};
 use control::{shown, Code, Failure};
@@ -42,7 +42,7 @@ pub(crate) fn follow(cli: &Cli, events: &Events) -> Result<(), Error> {
         if cli.json {
             print(&event.body)?;
         } else if event.body.what != What::Other {
-            say(&format!("{}\n", shown(&show::event(&event.body))))?;
+            say(&format!("{}\n", shown(&format::event(&event.body))))?;
         }
     }
     Err(Failure::new(Code::Gone, "blktapctrl has ended").into())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All disks are handed to new processes, a few at once: progress, and what became of each.
 
-use crate::{ask, cli, complain, print, say, show, Cli, Error};
+use crate::{ask, cli, complain, format, print, say, Cli, Error};
 use control::supervisor::{Filter, HandedOff, Reply, Request, Row, Which};
 use control::tapdisk::State;
 use control::{Code, Failure};
@@ -135,7 +135,7 @@ fn one(cli: &Cli, asked: &cli::Handoff, minor: u32) -> Fate {
 /// Says what became of a disk, and how far it is.
 fn tell(fate: &Fate, number: usize, all: usize) -> io::Result<()> {
     match fate {
-        Fate::HandedOff(handed) => say(&format!("{number}/{all} {}\n", show::handed_off(handed))),
+        Fate::HandedOff(handed) => say(&format!("{number}/{all} {}\n", format::handed_off(handed))),
         Fate::Gone { minor } => say(&format!("{number}/{all} minor={minor} gone\n")),
         Fate::Kept { minor, error } => {
             complain(&format!("{number}/{all} minor={minor}: {error}"));

@@ -5,7 +5,7 @@ use crate::cli::{self, Cli};
 use crate::disks::{self, TypedLine, Wanted};
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;
-use crate::{ask, print, say, show, Error};
+use crate::{ask, format, print, say, Error};
 use control::supervisor::{Filter, Reply, Request, Row};
 use control::Failure;
 use serde::Serialize;
@@ -57,8 +57,8 @@ pub(crate) fn run(cli: &Cli, asked: &cli::List) -> Result<(), Error> {
     }
     // Programs read the lines through a pipe, such as Xen's scripts.
     Ok(say(&match io::stdout().is_terminal() {
-        true => show::table(&disks),
-        false => disks.iter().map(show::row).collect(),
+        true => format::table(&disks),
+        false => disks.iter().map(format::row).collect(),
     })?)
 }
 
@@ -113,8 +113,8 @@ mod tests {
     use super::{chosen, listed, ListedDisks};
     use crate::cli::{Cli, Verb};
     use crate::disks::TypedLine;
+    use crate::format;
     use crate::host::xenstore::GuestNames;
-    use crate::show;
     use crate::status::fake;
     use clap::Parser;
     use control::supervisor::Row;
@@ -163,15 +163,15 @@ mod tests {
     fn a_guest_is_named_in_json_in_a_line_and_in_the_table() {
         let names = GuestNames::from([(3, "web")]);
         let disks: Vec<_> = rows().into_iter().map(|row| listed(row, &names)).collect();
-        let line = show::row(&disks[1]);
+        let line = format::row(&disks[1]);
         assert!(
             line.ends_with(" vbd=backend/vbd/3/51728 vdev=xvdb guest=web\n"),
             "{line}"
         );
-        let unnamed = show::row(&disks[2]);
+        let unnamed = format::row(&disks[2]);
         assert!(unnamed.ends_with(" vdev=xvda guest=4\n"), "{unnamed}");
-        assert!(!show::row(&disks[3]).contains("guest="));
-        let text = show::table(&disks);
+        assert!(!format::row(&disks[3]).contains("guest="));
+        let text = format::table(&disks);
         assert!(text.contains("\nweb   xvdb         1 "), "{text}");
         let is = "disks";
         let json = serde_json::to_value(ListedDisks { is, disks }).expect("json");

@@ -9,7 +9,7 @@ mod dirty;
 mod disks;
 mod doctor;
 mod events;
-mod figures;
+mod format;
 mod group;
 mod handoff;
 mod help;
@@ -17,12 +17,12 @@ mod host;
 mod jobs;
 mod lease;
 mod list;
-mod look;
 mod metrics;
 mod program;
 mod report;
 mod resize;
-mod show;
+mod sample;
+mod sample_delta;
 mod status;
 mod time;
 mod top;
@@ -279,7 +279,7 @@ fn once(cli: &Cli, verb: &Verb) -> Result<(), Error> {
         (Verb::Group { verb }, Reply::Groups { groups }) => {
             group::show(groups, matches!(verb, group::GroupVerb::Show { .. }))
         }
-        (_, reply) => show::reply(reply),
+        (_, reply) => format::reply(reply),
     };
     Ok(say(&text)?)
 }

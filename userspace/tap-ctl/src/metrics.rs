@@ -10,10 +10,10 @@ mod groups;
 mod supervisor;
 mod times;
 
-use crate::figures::counters;
 use crate::host::block::Block;
 use crate::host::vbd::Vbd;
-use crate::look::{Kind, Look, SampledDisk, Supervisor};
+use crate::sample::{Kind, Look, SampledDisk, Supervisor};
+use crate::sample_delta::counters;
 use crate::status::{Line, Report, Watch};
 use crate::{cli, Cli, Error};
 use control::stats::Stats;

@@ -3,7 +3,7 @@
 
 use super::exposition::{Labels, Text};
 use super::Table;
-use crate::look::Look;
+use crate::sample::Look;
 use control::supervisor::Counted;
 
 const COUNTED: Table<Counted> = &[

@@ -3,7 +3,7 @@
 use super::exposition::{Labels, Text};
 use super::{replace, text};
 use crate::host::made::{block, phy, Made};
-use crate::look::{gather, Look, Supervisor};
+use crate::sample::{gather, Look, Supervisor};
 use crate::status::verdict::Limits;
 use crate::status::{fake, report};
 use control::supervisor::{Counted, Group};

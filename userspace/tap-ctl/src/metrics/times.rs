@@ -4,7 +4,7 @@
 use super::exposition::Text;
 use super::{disks, labels, Family};
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::{Look, SampledDisk};
+use crate::sample::{Look, SampledDisk};
 use std::time::Duration;
 
 /// The value that a family has of a disk, if the driver counts that.

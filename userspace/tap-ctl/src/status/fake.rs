@@ -2,7 +2,7 @@
 //! Disks that tests make.
 
 use crate::host::vbd::{Number, Vbd};
-use crate::look::{Kind, SampledDisk};
+use crate::sample::{Kind, SampledDisk};
 use control::stats::Stats;
 use control::supervisor::{Kernel, Mode, Row, TopRow};
 use control::tapdisk::State;

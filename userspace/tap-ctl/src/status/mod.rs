@@ -3,16 +3,16 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+mod format;
 mod phy;
-mod show;
 mod tap;
 pub(crate) mod verdict;
 
 use crate::disks::{self, TypedLine};
-use crate::figures::Figures;
 use crate::host::xenstore::GuestNames;
 use crate::host::{Host, Unread};
-use crate::look::{look, Kind, Look, SampledDisk, Supervisor};
+use crate::sample::{look, Kind, Look, SampledDisk, Supervisor};
+use crate::sample_delta::Figures;
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
 use control::{Code, Failure};
@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use verdict::{Limits, Surroundings, Verdict};
 
-pub(crate) use show::named;
+pub(crate) use format::named;
 
 /// Facts that no counter shows, so that users do not look for them in the verdicts.
 const NOT_KNOWN: [&str; 1] = [
@@ -261,7 +261,7 @@ pub(crate) fn run(cli: &Cli, asked: &cli::Status) -> Result<ExitCode, Error> {
     if cli.json {
         print(&report)?;
     } else {
-        crate::say(&show::text(&report, asked.extended))?;
+        crate::say(&format::text(&report, asked.extended))?;
     }
     Ok(ExitCode::from(report.severity))
 }

@@ -7,10 +7,10 @@
 //! devices alone to judge by.
 
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
-use crate::figures::{milliseconds, Await, Figures};
 use crate::host::block::Block;
 use crate::host::vbd::{Number, Operation, Vbd};
-use crate::look::SampledDisk;
+use crate::sample::SampledDisk;
+use crate::sample_delta::{milliseconds, Await, Figures};
 use std::time::Duration;
 
 /// Judges a disk by two looks at it.

@@ -3,9 +3,9 @@
 
 use super::phy;
 use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
-use crate::figures::Figures;
 use crate::host::task::Task;
-use crate::look::{SampledDisk, Supervisor};
+use crate::sample::{SampledDisk, Supervisor};
+use crate::sample_delta::Figures;
 use control::supervisor::{Doing, Kernel, TopRow};
 use control::{tapdisk, Limits};
 use std::time::Duration;

@@ -2,10 +2,10 @@
 //! Disks that are slow and hung in several ways, each made as the files that the kernel would show.
 
 use super::verdict::{Cause, Limits, Oldest, State};
-use super::{fake, is_suspect, report, show, Report};
+use super::{fake, format, is_suspect, report, Report};
 use crate::host::made::{block, phy, Made};
 use crate::host::task::Task;
-use crate::look::{gather, Look, SampledDisk, Supervisor};
+use crate::sample::{gather, Look, SampledDisk, Supervisor};
 use control::supervisor::{Kernel, TopRow};
 use control::tapdisk;
 use std::time::Duration;
@@ -67,7 +67,7 @@ fn a_disk_that_is_well_is_ok_and_so_is_an_idle_one() {
     block(&made, "8:16", "sdb", [200, 300, 2]);
     let busy = after(10, &before, &look(&made));
     assert_eq!(said(&busy), (State::Ok, None, 0), "{busy:?}");
-    let text = show::text(&busy, true);
+    let text = format::text(&busy, true);
     assert!(text.contains("storage ms 2.0"), "{text}");
     assert!(
         text.contains("not known: how long requests wait in the ring"),
@@ -132,7 +132,7 @@ fn the_operation_that_is_slow_is_named_with_the_device_that_has_the_time() {
         why,
         "writes took 500 ms on average (4 ended), 500 ms of that on sdb"
     );
-    let text = show::text(&report, true);
+    let text = format::text(&report, true);
     assert!(text.contains("read ms 2.0, write ms 500.0"), "{text}");
     // A device that says it was quick: the thread was late, if it had no processor.
     block(&made, "8:16", "sdb", [110, 110, 3]);
@@ -214,7 +214,7 @@ fn time_without_pages_and_pieces_are_named_and_a_full_ring_is_shown() {
     counter(&made, "ring_full", 5);
     let report = after(1, &before, &look(&made));
     assert_eq!(said(&report), (State::Ok, None, 0));
-    let text = show::text(&report, true);
+    let text = format::text(&report, true);
     assert!(text.contains("waiting for pages 2 %"), "{text}");
     assert!(text.contains("passes with a full ring 50 %"), "{text}");
     counter(&made, "pieces", 300);
@@ -239,12 +239,12 @@ fn rings_that_are_full_are_named_and_the_disk_is_well() {
     counter(&made, "wr_ns", 44_000 * MS);
     let report = after(1, &before, &look(&made));
     assert_eq!(said(&report), (State::Ok, None, 0));
-    let text = show::text(&report, true);
+    let text = format::text(&report, true);
     assert!(text.contains("room in rings used 69 %"), "{text}");
     counter(&made, "wr_ns", 46_000 * MS);
     let report = after(1, &before, &look(&made));
     assert_eq!(said(&report), (State::Ok, Some(Cause::Ring), 0));
-    let text = show::text(&report, false);
+    let text = format::text(&report, false);
     assert!(text.contains("72 % of the room in its rings"), "{text}");
     assert!(text.contains("max_ring_page_order"), "{text}");
     // The slow state has precedence.
@@ -259,7 +259,7 @@ fn the_figures_of_an_idle_disk_are_not_negative() {
     counter(&made, "ring_slots", 64);
     let before = look(&made);
     let report = after(1, &before, &look(&made));
-    let text = show::text(&report, true);
+    let text = format::text(&report, true);
     assert!(text.contains("room in rings used 0 %"), "{text}");
     let figures = report.disks[0].figures.as_ref().expect("two looks");
     assert!(!figures.process_ran.is_sign_negative());
@@ -325,7 +325,7 @@ fn a_suspended_device_is_named_after_it_was_watched_for_long_enough() {
     let verdict = &report.disks[0].verdict;
     assert_eq!(verdict.oldest, Some(Oldest::AtLeast(6.0)));
     assert_eq!(verdict.word(), "hung oldest>6s");
-    let text = show::text(&report, false);
+    let text = format::text(&report, false);
     assert!(text.contains("do: dmsetup resume vg-lv"), "{text}");
 }
 
@@ -427,14 +427,14 @@ fn what_cannot_be_read_is_said_and_ends_nothing() {
     // The worst one is first: its block device is not there.
     assert_eq!(said(&report), (State::Unknown, None, 1), "{report:?}");
     assert_eq!(report.disks[1].verdict.state, State::Ok);
-    let text = show::text(&report, true);
+    let text = format::text(&report, true);
     assert!(
         text.contains("cannot read") && text.contains("statistics/rd_req"),
         "{text}"
     );
     // A host without Xen has no disks, and the text says so.
     let nothing = look(&Made::new());
-    assert!(show::text(&after(1, &nothing, &nothing), false).contains("no disks\n"));
+    assert!(format::text(&after(1, &nothing, &nothing), false).contains("no disks\n"));
 }
 
 /// Returns the report on a tap disk after `change`, seen again after so many seconds.
@@ -508,7 +508,7 @@ fn what_the_kernel_does_by_itself_is_told_and_may_hang() {
     };
     let well = by_itself(MS);
     assert_eq!(said(&well), (State::Ok, None, 0));
-    let text = show::text(&well, false);
+    let text = format::text(&well, false);
     assert!(
         text.contains("direct: the kernel has served 4711"),
         "{text}"
@@ -706,7 +706,7 @@ fn the_worst_disk_comes_first_with_the_name_of_its_guest() {
     let report = chosen("tap-ctl status").expect("all");
     let severities = report.disks.iter().map(|disk| disk.severity);
     assert!(severities.eq([2, 1, 0, 0]), "{report:?}");
-    let text = show::text(&report, false);
+    let text = format::text(&report, false);
     assert!(text.contains("\nweb   xvdb     tap  "), "{text}");
     let json = serde_json::to_value(&report).expect("json");
     let first = &json["disks"][0];
@@ -733,7 +733,7 @@ fn a_guest_and_a_disk_are_chosen_with_their_own_severity() {
             "{line}"
         );
     }
-    let sick = show::text(&chosen("tap-ctl status --sick").expect("two"), false);
+    let sick = format::text(&chosen("tap-ctl status --sick").expect("two"), false);
     assert!(
         sick.ends_with("; 2 that are well are not shown\n"),
         "{sick}"

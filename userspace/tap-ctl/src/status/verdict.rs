@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Verdicts on disks, and their severity.
 
-use crate::figures::Figures;
 use crate::host::Memory;
+use crate::sample_delta::Figures;
 use serde::Serialize;
 use std::fmt;
 use std::time::Duration;

@@ -2,9 +2,9 @@
 //! The columns of a picture.
 
 use super::picture::Row;
-use crate::figures::Figures;
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::{Kind, SampledDisk};
+use crate::sample::{Kind, SampledDisk};
+use crate::sample_delta::Figures;
 use std::cmp::Ordering;
 use std::fmt;
 

@@ -2,7 +2,7 @@
 //! Looks that tests make.
 
 use crate::host::made::Made;
-use crate::look::{gather, Look, SampledDisk, Supervisor};
+use crate::sample::{gather, Look, SampledDisk, Supervisor};
 use std::time::Duration;
 
 /// Returns a look so many seconds after another one.

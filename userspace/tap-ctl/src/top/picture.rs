@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Work of all disks between two looks.
 
-use crate::figures::Figures;
-use crate::look::{Look, SampledDisk, Supervisor};
+use crate::sample::{Look, SampledDisk, Supervisor};
+use crate::sample_delta::Figures;
 use std::rc::Rc;
 use std::time::Duration;
 

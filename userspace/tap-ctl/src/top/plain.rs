@@ -4,9 +4,9 @@
 use super::columns::{Column, COLUMNS};
 use super::order::Order;
 use super::picture::{Picture, Row};
-use crate::figures::Figures;
 use crate::host::{Host, Unread};
-use crate::look::{look, Kind, Look};
+use crate::sample::{look, Kind, Look};
+use crate::sample_delta::Figures;
 use crate::{cli, print, Cli, Error};
 use control::supervisor::TopRow;
 use serde::Serialize;
@@ -127,7 +127,7 @@ impl<'a> Shown<'a> {
 #[cfg(test)]
 mod tests {
     use super::{rows, text, Shown};
-    use crate::look::Supervisor;
+    use crate::sample::Supervisor;
     use crate::status::fake;
     use crate::top::fake::{counted, look};
     use crate::top::picture::Picture;

@@ -3,9 +3,9 @@
 
 use super::looks::Looks;
 use super::view::Known;
+use crate::format::{by_itself, stats};
 use crate::host::task::Task;
-use crate::look::SampledDisk;
-use crate::show::{by_itself, stats};
+use crate::sample::SampledDisk;
 use crate::status::{self, named};
 use crate::top::columns::COLUMNS;
 use crate::top::picture::Row;

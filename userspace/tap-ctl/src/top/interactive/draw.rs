@@ -5,8 +5,8 @@
 use super::looks::Looks;
 use super::view::{Place, View};
 use super::{details, help, App};
-use crate::figures::Figures;
 use crate::host::Memory;
+use crate::sample_delta::Figures;
 use crate::top::columns::fitting;
 use crate::top::order::By;
 use crate::top::picture::{Picture, Row};

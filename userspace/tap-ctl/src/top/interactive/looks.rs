@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Past looks, and the time of the next one. A look may take any time, and the earlier ones stay until it ends.
 
-use crate::look::{Look, SampledDisk};
+use crate::sample::{Look, SampledDisk};
 use crate::status::verdict::Limits;
 use crate::status::{self, Line};
 use crate::top::picture::Picture;

@@ -5,7 +5,7 @@ use super::draw::draw;
 use super::threads::Event;
 use super::{App, End};
 use crate::host::xenstore::GuestNames;
-use crate::look::{Look, SampledDisk, Supervisor};
+use crate::sample::{Look, SampledDisk, Supervisor};
 use crate::status::fake;
 use crate::top::fake::{counted, look};
 use ratatui::backend::TestBackend;

@@ -3,7 +3,7 @@
 //! that shows waits for none of them.
 
 use crate::host::Host;
-use crate::look::{look, Look};
+use crate::sample::{look, Look};
 use ratatui::crossterm::{event, terminal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;

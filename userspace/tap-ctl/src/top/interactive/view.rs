@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! State that keys change: the order and the choice of rows, the selected one, the page over the table.
 
-use crate::look::{Id, Kind, SampledDisk};
+use crate::sample::{Id, Kind, SampledDisk};
 use crate::top::columns::target;
 use crate::top::order::{By, Order};
 use crate::top::picture::{Picture, Row};

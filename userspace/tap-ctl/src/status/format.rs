@@ -2,8 +2,8 @@
 //! Output of `tap-ctl status`.
 
 use super::{Line, Report};
-use crate::figures::Figures;
-use crate::show::by_itself;
+use crate::format::by_itself;
+use crate::sample_delta::Figures;
 use std::collections::BTreeMap;
 
 /// One line for each disk, what to do below it, and the sum of all.

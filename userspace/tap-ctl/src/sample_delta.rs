@@ -4,7 +4,7 @@
 use crate::host::block::Block;
 use crate::host::task::Task;
 use crate::host::vbd::{Operation, Vbd};
-use crate::look::SampledDisk;
+use crate::sample::SampledDisk;
 use control::stats::{Histogram, Stats};
 use serde::Serialize;
 use std::time::Duration;
