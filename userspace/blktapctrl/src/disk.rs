@@ -2,15 +2,15 @@
 //! One disk: its record, its image, its process.
 
 use crate::backoff::Backoff;
+use crate::held_lease::HeldLease;
 use crate::image::Image;
-use crate::log::About;
+use crate::log::LogContext;
 use crate::process::Process;
+use crate::process_stats::ProcessStats;
 use crate::record::{KnownProcess, Record, Want};
-use crate::slow::SlowRequest;
+use crate::slow_request::SlowRequest;
 use crate::state::DiskState;
 use crate::store;
-use crate::tally::Tally;
-use crate::tenure::Tenure;
 use control::stats::{Mirror, Stream};
 use control::supervisor::{Doing, Row};
 use control::tapdisk::{self, Open};
@@ -59,7 +59,7 @@ pub struct Disk {
     /// The process that is to take the disk over from that.
     pub successor: RefCell<Option<Rc<Process>>>,
     /// The lease of its image.
-    pub lease: RefCell<Option<Tenure>>,
+    pub lease: RefCell<Option<HeldLease>>,
     /// Xenstore does not have its directory: someone waits until the kernel has no guest on it either.
     pub unlisted: Cell<bool>,
     /// Someone tries to give leases up that the disk does not need.
@@ -97,7 +97,7 @@ pub struct Disk {
     /// The request that takes long.
     pub slow: SlowRequest,
     /// The kernel's counts at the start of its process.
-    pub tally: Tally,
+    pub tally: ProcessStats,
     /// Its guest's requests wait for other disks, not for anything that its process does.
     pub waits_for_others: Cell<bool>,
     turn: Mutex<()>,
@@ -139,7 +139,7 @@ impl Disk {
             hung: Cell::default(),
             progress: Cell::new((0, Instant::now())),
             slow: SlowRequest::default(),
-            tally: Tally::default(),
+            tally: ProcessStats::default(),
             waits_for_others: Cell::default(),
             turn: Mutex::new(()),
             ends_for: RefCell::default(),
@@ -150,8 +150,8 @@ impl Disk {
     /// Returns the log context of the disk. Fields of a record that is being changed are left out, because a log line
     /// is no reason to fail.
     #[must_use]
-    pub fn about(&self) -> About {
-        let mut about = About::disk(self.minor);
+    pub fn about(&self) -> LogContext {
+        let mut about = LogContext::disk(self.minor);
         if let Ok(record) = self.record.try_borrow() {
             if let Some(vbd) = &record.vbd {
                 about = about.at(vbd);

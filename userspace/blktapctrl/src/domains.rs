@@ -9,7 +9,7 @@
 //! xenstored reports that to a domain that controls others. In a driver domain no guest is known to be suspended, and
 //! an image is released when its guest has ended.
 
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::store::Later;
 use control::{Code, Failure};
 use std::collections::BTreeSet;
@@ -33,7 +33,7 @@ impl Domains for Xl {
             if !controls_others(fs::read_to_string(CAPABILITIES)) {
                 return Ok(BTreeSet::new());
             }
-            let listed = apart(Path::new("xl"), LIMIT, || {
+            let listed = blocking_io(Path::new("xl"), LIMIT, || {
                 let output = Command::new("xl").args(["list", "-v"]).output();
                 output.map_err(|error| Failure::system("cannot run xl list -v", &error))
             });

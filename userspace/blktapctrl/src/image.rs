@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The image of a disk: found once by its path, opened as often as processes need it.
 
-use crate::apart::{apart, let_go, LIMIT};
+use crate::blocking_io::{blocking_io, let_go, LIMIT};
 use control::tapdisk::Open;
 use control::{Code, Export, Failure};
 use rustix::fs::{statx, AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
@@ -326,7 +326,7 @@ fn not_a(path: &Path, what: &str) -> Failure {
 /// There is none, or the file system does not answer.
 pub async fn find(path: &Path) -> Result<Arc<Image>, Failure> {
     let place = path.to_path_buf();
-    let image = apart(path, LIMIT, move || Image::find(&place)).await?;
+    let image = blocking_io(path, LIMIT, move || Image::find(&place)).await?;
     Ok(Arc::new(image))
 }
 
@@ -340,7 +340,7 @@ pub async fn of(open: &Open) -> Result<Option<Arc<Image>>, Failure> {
         (None, Some(export)) => {
             let wanted = export.clone();
             let place = export.socket().unwrap_or(Path::new("/"));
-            let image = apart(place, LIMIT, move || Image::export(&wanted)).await?;
+            let image = blocking_io(place, LIMIT, move || Image::export(&wanted)).await?;
             Ok(Some(Arc::new(image)))
         }
         (None, None) => Ok(None),

@@ -2,7 +2,7 @@
 //! Supervises the processes that serve tap disks.
 
 use anyhow::{Context, Result};
-use blktapctrl::apart::{apart, LIMIT};
+use blktapctrl::blocking_io::{blocking_io, LIMIT};
 use blktapctrl::folder::Folder;
 use blktapctrl::groups::{Groups, Template};
 use blktapctrl::lifecycle::Lifecycle;
@@ -11,7 +11,7 @@ use blktapctrl::process::{user_of, Program};
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
 use blktapctrl::systemd::Systemd;
-use blktapctrl::{adopt, folder, memory, nodes, server, watch, watchdog};
+use blktapctrl::{folder, nodes, ram_files, recovery, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
 use control::Failure;
@@ -162,7 +162,7 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     let place = cli.folder.display();
     let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
-    if let Err(error) = memory::mount_folders(&folder) {
+    if let Err(error) = ram_files::mount_folders(&folder) {
         let place = folder.memory();
         tracing::warn!(
             "disks of memory are in {} itself, because nothing can be mounted there: {error}",
@@ -186,7 +186,7 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
         lifecycle.use_groups(groups);
     }
     // Before anything that may fail or hang: a process without a supervisor loses its lease within seconds.
-    adopt::disks(&lifecycle).await;
+    recovery::disks(&lifecycle).await;
     let (listener, given) = listener(&registry.folder.control())?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
@@ -254,7 +254,7 @@ async fn stop(cli: &Cli, lifecycle: &Rc<Lifecycle>, given: bool) -> Result<()> {
 async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
     for folder in folders {
         let place = folder.clone();
-        let found = apart(&folder, LIMIT, move || {
+        let found = blocking_io(&folder, LIMIT, move || {
             std::fs::canonicalize(&place).map_err(|error| {
                 Failure::system(format!("cannot use --files {}", place.display()), &error)
             })
@@ -264,7 +264,7 @@ async fn look_at_settings(folders: Vec<PathBuf>, user: Option<String>) {
         }
     }
     if let Some(name) = user {
-        let found = apart(Path::new("/etc/passwd"), LIMIT, move || user_of(&name));
+        let found = blocking_io(Path::new("/etc/passwd"), LIMIT, move || user_of(&name));
         if let Err(failure) = found.await {
             tracing::error!("no process of a disk can be started: {failure}");
         }

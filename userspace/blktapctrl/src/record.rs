@@ -179,7 +179,7 @@ pub struct Mirrored {
     pub marked: bool,
 }
 
-/// A moment (mark) from which on a [map](crate::notes) records the guest's writes, until the next one.
+/// A moment (mark) from which on a [map](crate::bitmap_files) records the guest's writes, until the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noted {
     /// Number of the map; a later map has a higher one.

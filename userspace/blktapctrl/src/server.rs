@@ -2,9 +2,9 @@
 //! The socket on which tap-ctl asks.
 
 use crate::lifecycle::Lifecycle;
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::registry::Registry;
-use crate::verbs;
+use crate::rpc_handlers;
 use control::socket;
 use control::supervisor::{Reply, Request};
 use control::wire::{encode, Decoder, Envelope, Outcome};
@@ -33,7 +33,7 @@ pub async fn serve(lifecycle: Rc<Lifecycle>, listener: UnixListener) {
                     if let Err(failure) = converse(&lifecycle, stream).await {
                         tell!(
                             debug,
-                            About::default().failed(&failure),
+                            LogContext::default().failed(&failure),
                             "a connection ended: {failure}"
                         );
                     }
@@ -44,7 +44,7 @@ pub async fn serve(lifecycle: Rc<Lifecycle>, listener: UnixListener) {
             Err(error) => {
                 tell!(
                     error,
-                    About::default().because(&error),
+                    LogContext::default().because(&error),
                     "cannot take a connection: {error}"
                 );
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
@@ -71,7 +71,7 @@ async fn converse(lifecycle: &Rc<Lifecycle>, stream: UnixStream) -> Result<(), F
                     return follow(&lifecycle.registry, &stream, (after, series)).await;
                 }
                 request => {
-                    let answer = verbs::answer(lifecycle, request).await;
+                    let answer = rpc_handlers::answer(lifecycle, request).await;
                     send(&stream, question.id, Outcome::from(answer)).await?;
                 }
             },

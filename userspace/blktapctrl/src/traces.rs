@@ -3,7 +3,7 @@
 
 use crate::folder;
 use crate::image::{Image, Opened};
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::record::Traced;
 use control::{Code, Failure, TraceTo};
 use rustix::fs::{fallocate, FallocateFlags};
@@ -54,7 +54,7 @@ pub fn make(to: &TraceTo, minor: u32, size: u64) -> Result<Traced, Failure> {
         if let Err(error) = folder::remove(path) {
             tell!(
                 error,
-                About::disk(minor).because(&error),
+                LogContext::disk(minor).because(&error),
                 "cannot remove {}: {error}",
                 path.display()
             );

@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::groups::Groups;
 use crate::kernel::{self, Kernel};
 use crate::lifecycle::Lifecycle;
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::registry::Registry;
 use crate::store::{self, Store, Xenstore};
 use control::supervisor::{Create, Policy, Which};
@@ -63,7 +63,7 @@ pub async fn keep(lifecycle: Rc<Lifecycle>, first: Option<Xenstore>) {
             Ok(()) => {
                 tell!(
                     warn,
-                    About::default(),
+                    LogContext::default(),
                     "the connection to xenstore has ended: connecting again"
                 );
                 told = false;
@@ -72,7 +72,7 @@ pub async fn keep(lifecycle: Rc<Lifecycle>, first: Option<Xenstore>) {
                 told = true;
                 tell!(
                     warn,
-                    About::default().because(&error),
+                    LogContext::default().because(&error),
                     "cannot use xenstore: {error}: trying again"
                 );
             }
@@ -93,7 +93,7 @@ pub async fn follow(lifecycle: &Rc<Lifecycle>, store: Rc<dyn Store>) -> io::Resu
         Ok(released) => released,
         // Disks are served all the same.
         Err(error) => {
-            tell!(error, About::default().because(&error), "it is not known when guests are suspended, so a guest that moves waits for the end of the domain that it leaves: {RELEASED} cannot be watched: {error}");
+            tell!(error, LogContext::default().because(&error), "it is not known when guests are suspended, so a guest that moves waits for the end of the domain that it leaves: {RELEASED} cannot be watched: {error}");
             Box::pin(futures::stream::pending())
         }
     };
@@ -236,7 +236,7 @@ async fn look(lifecycle: &Rc<Lifecycle>, store: &Rc<dyn Store>, directory: &str)
             if let Err(error) = offer_or_tell(&lifecycle, &*store, &directory).await {
                 tell!(
                     warn,
-                    About::default().at(&directory).because(&error),
+                    LogContext::default().at(&directory).because(&error),
                     "{directory}: xenstore does not answer: {error}"
                 );
             }
@@ -319,7 +319,7 @@ fn in_use(kernel: &dyn Kernel, minor: u32) -> Option<String> {
 
 /// Learns the name of the guest that disks belong to, for the log.
 async fn name_guest(disks: &[Rc<Disk>], store: &dyn Store, directory: &str) -> io::Result<()> {
-    let Some(domid) = About::default().at(directory).domid else {
+    let Some(domid) = LogContext::default().at(directory).domid else {
         return Ok(());
     };
     if disks.iter().all(|disk| disk.guest.borrow().is_some()) {
@@ -348,7 +348,7 @@ async fn offer_or_tell(
             let message = failure.message;
             tell!(
                 warn,
-                About::default().at(directory),
+                LogContext::default().at(directory),
                 "{directory}: {message}"
             );
             put(store, directory, "hotplug-error", &message).await?;

@@ -2,11 +2,11 @@
 //! Looks now and then whether processes answer, and at what the kernel did without them.
 
 use crate::disk::Disk;
-use crate::lifecycle::trouble;
-use crate::log::{self, tell, About};
+use crate::lifecycle::io_errors;
+use crate::log::{self, tell, LogContext};
 use crate::record::Want;
 use crate::registry::Registry;
-use crate::slow::News;
+use crate::slow_request::News;
 use control::supervisor::{Hung, Kernel, What};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -56,7 +56,7 @@ pub fn look(registry: &Registry, disk: &Disk) {
     let Some(status) = registry.status(disk) else {
         return;
     };
-    trouble::tell_of_kernel(registry, disk, &status);
+    io_errors::tell_of_kernel(registry, disk, &status);
     tell_slow(disk, &status);
     let policy = disk.record.borrow().policy.clone();
     let Ok(process) = disk.serving() else {
@@ -136,8 +136,8 @@ pub fn tell_left_out(registry: &Registry, is_end: bool) {
         let disk = minor.and_then(|minor| registry.get(minor));
         let about = match (disk, minor) {
             (Some(disk), _) => disk.about(),
-            (None, Some(minor)) => About::disk(minor),
-            (None, None) => About::default(),
+            (None, Some(minor)) => LogContext::disk(minor),
+            (None, None) => LogContext::default(),
         };
         log::tell_left_out(about, count);
     }

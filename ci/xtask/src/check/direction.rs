@@ -101,11 +101,18 @@ const BLKBACK: &[&[&str]] = &[
 const SUPERVISOR: &[&[&str]] = &[
     &["log"],
     &[
-        "apart", "backoff", "folder", "link", "slow", "store", "systemd", "tally",
+        "backoff",
+        "blocking_io",
+        "folder",
+        "process_stats",
+        "rpc_client",
+        "slow_request",
+        "store",
+        "systemd",
     ],
-    &["groups", "image", "notes", "quota"],
+    &["bitmap_files", "groups", "image", "quota"],
     &["kernel"],
-    &["domains", "memory", "nodes", "tenure"],
+    &["domains", "held_lease", "nodes", "ram_files"],
     &["overlay", "record"],
     &["traces"],
     &["process", "state"],
@@ -114,8 +121,8 @@ const SUPERVISOR: &[&[&str]] = &[
     &["registry"],
     &["admission"],
     &["lifecycle"],
-    &["adopt", "watch", "watchdog"],
-    &["verbs"],
+    &["recovery", "watch", "watchdog"],
+    &["rpc_handlers"],
     &["server"],
 ];
 

@@ -3,7 +3,7 @@
 
 use super::sharing::{ImageUser, Machines};
 use super::views::{device_number, identity, GLANCE};
-use crate::apart::apart;
+use crate::blocking_io::blocking_io;
 use crate::image::Identity;
 use crate::store::{is_hidden, Store};
 use control::supervisor::Mode;
@@ -94,7 +94,7 @@ async fn backend(
             let params = store.read(&read("params")).await?;
             match params.as_deref().and_then(path_of).map(Path::to_path_buf) {
                 // An image that does not answer is not one that does.
-                Some(path) => apart(&path.clone(), GLANCE, move || Ok(identity(&path)))
+                Some(path) => blocking_io(&path.clone(), GLANCE, move || Ok(identity(&path)))
                     .await
                     .unwrap_or_default(),
                 None => None,

@@ -17,10 +17,10 @@
 
 use super::views::GLANCE;
 use super::{Admission, Beside};
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::record::{parents, Part, Record, Role};
 use control::supervisor::{Doing, Mode};
 use control::tapdisk::Open;
@@ -116,7 +116,7 @@ impl Admission {
             self.check_new(disk, Role::Socket, path)?;
         }
         let place = path.to_path_buf();
-        let socket = apart(path, LIMIT, move || Image::socket(&place)).await?;
+        let socket = blocking_io(path, LIMIT, move || Image::socket(&place)).await?;
         let socket = Arc::new(socket);
         // A server that comes back makes a new socket, so its place is looked at each time.
         self.check_named(disk, Role::Socket, path, socket.clone())
@@ -180,7 +180,7 @@ impl Admission {
             let (place, folder) = (place.to_path_buf(), folder.clone());
             async move {
                 let again = folder.clone();
-                apart(&folder, GLANCE, move || Ok(is_below(&place, &again))).await
+                blocking_io(&folder, GLANCE, move || Ok(is_below(&place, &again))).await
             }
         });
         let mut asked: FuturesUnordered<_> = asked.collect();
@@ -190,7 +190,7 @@ impl Admission {
                 Ok(false) => {}
                 Err(failure) => tell!(
                     warn,
-                    About::default().failed(&failure),
+                    LogContext::default().failed(&failure),
                     "--files: {failure}"
                 ),
             }
@@ -214,7 +214,7 @@ impl Admission {
             None => image_of(disk),
         };
         let ours = self.registry.folder.root().to_path_buf();
-        let (place, is_ours, is_named) = apart(path, LIMIT, move || {
+        let (place, is_ours, is_named) = blocking_io(path, LIMIT, move || {
             let place = file.place()?;
             let is_ours = is_below(&place, &ours);
             let is_named = named.iter().any(|named| is_below(&place, named));

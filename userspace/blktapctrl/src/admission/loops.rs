@@ -4,7 +4,7 @@
 
 use super::mounts::MountTable;
 use super::views::{identity, number_in, Views, GLANCE};
-use crate::apart::apart;
+use crate::blocking_io::blocking_io;
 use crate::image::{Identity, Image};
 use control::{Code, Failure};
 use std::fs;
@@ -61,7 +61,7 @@ pub(super) async fn same(
             continue;
         }
         let file = above.file.clone();
-        let below = apart(&above.file, GLANCE, move || Ok(identity(&file))).await;
+        let below = blocking_io(&above.file, GLANCE, move || Ok(identity(&file))).await;
         let below = below.map_err(|failure| unanswered(&above, &failure))?;
         match below {
             Some(below) if below == ours => images.push(itself),
@@ -142,8 +142,8 @@ mod tests {
         let image = Arc::new(Image::find(&path).expect("an image"));
         loop_on(&views, 4, Path::new("/dead/b.img"));
         let number = image.mount().expect("a mount");
-        // `apart` believes that a call has hung there for long.
-        let stuck = crate::apart::pretend_stuck(Path::new("/dead/b.img"));
+        // `blocking_io` believes that a call has hung there for long.
+        let stuck = crate::blocking_io::pretend_stuck(Path::new("/dead/b.img"));
         let mounts = |dead: &str| {
             let text = format!(
                 "{number} 1 8:1 / / rw - ext4 /dev/x rw\n99 1 {dead} / /dead rw - nfs host:/srv rw\n"

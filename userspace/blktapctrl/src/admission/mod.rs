@@ -13,7 +13,7 @@ mod mounts;
 pub mod sharing;
 mod views;
 
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Identity, Image};
 use crate::record::{Part, Role};
@@ -371,7 +371,7 @@ impl Admission {
             machines: self.machines(vbd).await.map_err(unseen)?,
             mounts: table.devices(views),
             claims: claims::claims(views, &images).map_err(unseen)?,
-            promised: apart(&path, LIMIT, move || claimed.is_promised()).await?,
+            promised: blocking_io(&path, LIMIT, move || claimed.is_promised()).await?,
             images,
             backends,
         })

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Events as lines of the log.
 
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use control::stats::Streaming;
 use control::supervisor::What;
 use control::tapdisk::Call;
 
 /// Returns the log context of an event: fields of the event take precedence over the present state of the disk.
-pub(super) fn with(about: About, what: &What) -> About {
+pub(super) fn with(about: LogContext, what: &What) -> LogContext {
     let pid = match what {
         What::Died { pid, .. } | What::Hung { pid, .. } | What::Started { pid } => Some(*pid),
         What::Kept { pid, .. } => *pid,
@@ -18,7 +18,7 @@ pub(super) fn with(about: About, what: &What) -> About {
         What::Trouble { trouble, .. } => Some(trouble.errno),
         _ => None,
     };
-    About {
+    LogContext {
         pid: pid.or(about.pid),
         errno: errno.or(about.errno),
         event: name(what),
@@ -33,7 +33,7 @@ fn name(what: &What) -> Option<String> {
 }
 
 /// Writes a line about an event.
-pub(super) fn write(about: &About, what: &What) {
+pub(super) fn write(about: &LogContext, what: &What) {
     let disk = about
         .minor
         .map_or_else(|| "a process".to_owned(), |minor| format!("disk {minor}"));

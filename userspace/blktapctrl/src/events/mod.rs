@@ -5,7 +5,7 @@ mod history;
 mod log;
 
 use crate::disk::Disks;
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use control::supervisor::{Event, What};
 use history::EventHistory;
 use rustix::rand::{getrandom, GetRandomFlags};
@@ -45,7 +45,7 @@ impl Events {
             Some((path, Err(error))) => {
                 tell!(
                     warn,
-                    About::default().because(&error),
+                    LogContext::default().because(&error),
                     "events end with this supervisor: cannot use {}: {error}",
                     path.display()
                 );
@@ -101,7 +101,7 @@ impl Events {
         };
         tell!(
             error,
-            About::default().because(&error),
+            LogContext::default().because(&error),
             "events end with this supervisor, because it cannot store them: {error}"
         );
         if let Some(history) = place.take() {
@@ -110,15 +110,15 @@ impl Events {
     }
 
     /// Returns the log context of an event.
-    fn about(&self, minor: Option<u32>, what: &What, number: u64) -> About {
+    fn about(&self, minor: Option<u32>, what: &What, number: u64) -> LogContext {
         let disks = self.disks.try_borrow().ok();
         let disk = disks.and_then(|disks| disks.get(&minor?).cloned());
         let about = match (disk, minor) {
             (Some(disk), _) => disk.about(),
-            (None, Some(minor)) => About::disk(minor),
-            (None, None) => About::default(),
+            (None, Some(minor)) => LogContext::disk(minor),
+            (None, None) => LogContext::default(),
         };
-        About {
+        LogContext {
             number: Some(number),
             ..log::with(about, what)
         }

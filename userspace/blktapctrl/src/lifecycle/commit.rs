@@ -9,7 +9,7 @@
 
 use super::key;
 use super::mirror::image_of;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::log::tell;
@@ -63,7 +63,7 @@ pub(super) async fn unmark(mirror: &Mirrored, image: Arc<Image>) -> Result<Arc<I
         return Ok(image);
     }
     let (path, theirs) = (image.path().to_path_buf(), image.clone());
-    apart(&path, LIMIT, move || overlay::unmark(&theirs)).await?;
+    blocking_io(&path, LIMIT, move || overlay::unmark(&theirs)).await?;
     let found = image::find(&path).await?;
     match found.is(Some(image.identity()), image.born()) {
         true => Ok(found),
@@ -86,7 +86,7 @@ pub(super) async fn mark_again(disk: &Disk) {
     let marked = async {
         let image = image_of(&mirror, &part).await?;
         let path = image.path().to_path_buf();
-        apart(&path, LIMIT, move || overlay::mark(&image)).await
+        blocking_io(&path, LIMIT, move || overlay::mark(&image)).await
     };
     if let Err(failure) = marked.await {
         tell!(

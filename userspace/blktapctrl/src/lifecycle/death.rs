@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes are started, watched, and replaced when they have died.
 
-use super::{group, needs, output, trace, trouble, Lifecycle};
+use super::{fd_broker, group, io_errors, output, trace, Lifecycle};
 use crate::disk::{Disk, Fate};
 use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN, SOON};
@@ -56,8 +56,8 @@ impl Lifecycle {
 
     /// Watches a process until it has ended.
     pub fn watch(self: &Rc<Self>, process: Rc<Process>) {
-        tokio::task::spawn_local(trouble::watch(self.clone(), process.clone()));
-        tokio::task::spawn_local(needs::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(io_errors::watch(self.clone(), process.clone()));
+        tokio::task::spawn_local(fd_broker::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(trace::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(group::watch(self.clone(), process.clone()));
         tokio::task::spawn_local(meet(self.clone(), process.clone()));

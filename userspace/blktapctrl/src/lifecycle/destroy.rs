@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The end of a disk.
 
-use super::trouble::tell_of_kernel;
+use super::io_errors::tell_of_kernel;
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::folder;
 use crate::kernel;
-use crate::log::{tell, About};
-use crate::memory;
+use crate::log::{tell, LogContext};
 use crate::process::SOON;
+use crate::ram_files;
 use control::supervisor::{Doing, What, Which};
 use control::{Code, Failure};
 use std::io;
@@ -154,7 +154,7 @@ impl Lifecycle {
                 );
             }
         }
-        if let Err(error) = memory::remove(&self.registry.folder, disk.minor) {
+        if let Err(error) = ram_files::remove(&self.registry.folder, disk.minor) {
             tell!(
                 error,
                 disk.about().because(&error),
@@ -177,7 +177,7 @@ impl Lifecycle {
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
                 Err(error) => tell!(
                     error,
-                    About::disk(minor).because(&error),
+                    LogContext::disk(minor).because(&error),
                     "cannot take the node {minor} away: {error}"
                 ),
             }

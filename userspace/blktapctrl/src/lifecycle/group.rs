@@ -2,13 +2,13 @@
 //! Sends the processes of disks in a group their shares at intervals, each by a task of its own, so that one that does
 //! not answer delays no other. Processes get no messages while no guest of the group has requests.
 
-use super::trouble::until_end;
+use super::io_errors::until_end;
 use super::Lifecycle;
 use crate::disk::Disk;
-use crate::link::{unexpected, Link, EVER};
 use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::quota::QuotaGroup;
+use crate::rpc_client::{unexpected, RpcClient, EVER};
 use control::supervisor::{self, GroupChanges};
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure, GroupName, Limits, Pace, Share, Used};
@@ -32,7 +32,7 @@ pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
 
 async fn follow(lifecycle: &Lifecycle, process: &Process) -> Result<Infallible, Failure> {
     let mut changes = lifecycle.quota.changes();
-    let mut link: Option<Link> = None;
+    let mut link: Option<RpcClient> = None;
     loop {
         changes.borrow_and_update();
         let Some((disk, group)) = lifecycle.group_of(process) else {
@@ -71,7 +71,7 @@ async fn follow(lifecycle: &Lifecycle, process: &Process) -> Result<Infallible, 
 
 /// Tells a process its share, and what it has done; nothing if it is not in the group yet, or not any more.
 async fn tell_share(
-    link: &mut Link,
+    link: &mut RpcClient,
     group: &QuotaGroup,
     minor: u32,
     pid: u32,

@@ -13,12 +13,12 @@
 
 use super::serve::Given;
 use super::{of_a_process, Lifecycle};
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
-use crate::link::{unexpected, EVER};
 use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{Handoff, Want};
+use crate::rpc_client::{unexpected, EVER};
 use control::supervisor::{Doing, HandedOff, What};
 use control::tapdisk::{self, Open, Reply, Request, State};
 use control::{Code, Failure};
@@ -417,7 +417,7 @@ async fn check_program(program: Option<&Path>) -> Result<(), Failure> {
         )));
     }
     let place = path.to_path_buf();
-    let found = apart(path, LIMIT, move || {
+    let found = blocking_io(path, LIMIT, move || {
         fs::metadata(&place)
             .map_err(|error| Failure::system(format!("cannot use {}", place.display()), &error))
     });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Keys of images that are encrypted.
 
-use super::named;
+use super::credentials;
 use crate::image::Opened;
 use control::{Failure, Secrecy, Target};
 
@@ -10,7 +10,7 @@ use control::{Failure, Secrecy, Target};
 /// # Errors
 /// The target names none, there is none, or others may read it.
 pub(super) async fn open(target: &Target) -> Result<Opened, Failure> {
-    named::open(target, "key", target.key(), Secrecy::Secret).await
+    credentials::open(target, "key", target.key(), Secrecy::Secret).await
 }
 
 /// Refuses to put the guest's data of an encrypted image into an unencrypted one; only an explicit copy (mirror) may do

@@ -14,16 +14,16 @@
 //! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end
 //! of the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
 
-use super::renew::AGAIN;
-use super::trouble::{pause_for_good, Rate};
+use super::io_errors::{pause_for_good, Rate};
+use super::respawn::AGAIN;
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
-use crate::link::Link;
+use crate::held_lease::HeldLease;
 use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{image_of, is_one_lease, leased, Hold, KnownProcess, Record};
-use crate::tenure::Tenure;
+use crate::rpc_client::RpcClient;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, LeaseKind, Target};
@@ -85,10 +85,10 @@ impl Lifecycle {
     }
 
     /// The lease of a target, if it is kept. A lease that is being given up is given up first, and then taken anew.
-    async fn kept(&self, disk: &Disk, target: &Target) -> Result<Option<Tenure>, Failure> {
+    async fn kept(&self, disk: &Disk, target: &Target) -> Result<Option<HeldLease>, Failure> {
         let tenure = disk.lease.borrow().clone();
         let is_its =
-            |tenure: &Tenure| is_one_lease(&tenure.target, target) && !tenure.keeper.has_ended();
+            |tenure: &HeldLease| is_one_lease(&tenure.target, target) && !tenure.keeper.has_ended();
         let Some(tenure) = tenure.filter(is_its) else {
             return Ok(None);
         };
@@ -124,7 +124,7 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         target: &Target,
-    ) -> Result<Tenure, Failure> {
+    ) -> Result<HeldLease, Failure> {
         let (name, token, before) = {
             let record = disk.record.borrow();
             let name = match record.vbd.as_deref() {
@@ -167,7 +167,7 @@ impl Lifecycle {
         // The receiver may be gone after the lease was given up.
         let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
             .map_err(|error| Failure::system("cannot start a thread", &error))?;
-        let tenure = Tenure {
+        let tenure = HeldLease {
             keeper: Arc::new(keeper),
             target: target.clone(),
         };
@@ -200,7 +200,7 @@ impl Lifecycle {
         let (kind, place) = (target.lease().clone(), image.clone());
         let is_of_host = kind.is_of_host();
         let (how, asked) = (self.leases.borrow().clone(), asked.clone());
-        apart(&image, LIMIT, move || {
+        blocking_io(&image, LIMIT, move || {
             let mut lease = how(&kind, &place, claim)?;
             asked.begin()?;
             let resumed = before.map(|_| lease.resume(0));
@@ -309,7 +309,7 @@ fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
 async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedReceiver<News>) {
     let mut rate = Rate::new();
     // Their own: the others may be busy with a long question.
-    let mut links: Vec<(KnownProcess, Link)> = Vec::new();
+    let mut links: Vec<(KnownProcess, RpcClient)> = Vec::new();
     while let Some(told) = news.recv().await {
         let until = match &told {
             News::Kept(until) => *until,
@@ -377,9 +377,9 @@ fn served_by(disk: &Disk) -> Vec<Rc<Process>> {
 /// Tells a process until when it may do I/O, over its own link, which is kept.
 async fn tell(
     process: &Process,
-    links: &mut Vec<(KnownProcess, Link)>,
+    links: &mut Vec<(KnownProcess, RpcClient)>,
     until: Duration,
-) -> Result<Link, Failure> {
+) -> Result<RpcClient, Failure> {
     let place = links.iter().position(|(of, _)| *of == process.known());
     let mut link = match place {
         Some(place) => links.swap_remove(place).1,

@@ -9,15 +9,15 @@
 
 use super::commit::{check_below, check_top, mark_again, unmark};
 use super::handoff::check_served;
-use super::renew::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
+use super::respawn::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
 use crate::admission::{with_mode, Beside};
 use crate::disk::{Disk, Fate};
 use crate::image::{self, not_the_same, Image};
-use crate::link::EVER;
 use crate::log::tell;
 use crate::process::{Process, OPEN, SOON};
 use crate::record::{Mirrored, Next, Part, Role, Want};
+use crate::rpc_client::EVER;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
 use control::tapdisk::{Open, Request};

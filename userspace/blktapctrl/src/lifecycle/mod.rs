@@ -6,36 +6,36 @@
 //! from the record at the end. The next one that finds an unfinished verb, such as a new supervisor, finishes it. A
 //! verb that certainly cannot be finished is undone: the disk is as it was.
 
-mod below;
+mod backing_chain;
 mod commit;
 pub mod create;
+mod credentials;
 mod death;
 mod destroy;
-mod direct;
+mod dirty_bitmap;
+mod fd_broker;
 mod group;
 mod handoff;
+pub(crate) mod io_errors;
 mod key;
 mod lease;
-mod mark;
 mod mirror;
-mod named;
-mod needs;
 mod open;
 mod output;
 mod park;
+mod passthrough;
 mod pause;
+mod process_log;
 mod release;
-mod renew;
+mod respawn;
 mod serve;
 mod server;
 mod set;
 mod snapshot;
+mod snapshot_group;
 mod stream;
 mod suspend;
-mod together;
-mod totals;
 mod trace;
-pub(crate) mod trouble;
 
 use crate::admission::Admission;
 use crate::disk::Disk;

@@ -4,9 +4,9 @@
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
-use crate::link::unexpected;
 use crate::process::SOON;
 use crate::record::Want;
+use crate::rpc_client::unexpected;
 use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request, State};
 use control::{Code, Failure};

@@ -6,7 +6,7 @@
 //! guest sends requests in the meantime and that all are answered: the kernel's part of a disk is only its unanswered
 //! requests, so nothing is lost with the node.
 
-use super::direct::until;
+use super::passthrough::until;
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::kernel::Make;

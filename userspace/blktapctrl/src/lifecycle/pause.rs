@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Pauses and resumes a disk, perhaps with another image.
 
-use super::direct::until;
-use super::renew::owes_nothing;
+use super::passthrough::until;
+use super::respawn::owes_nothing;
 use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::image::not_the_same;
 use crate::log::tell;
-use crate::memory;
+use crate::ram_files;
 use crate::record::{Next, Want};
 use control::supervisor::{Doing, What};
 use control::tapdisk::{self, Open, Request, State};
@@ -328,7 +328,7 @@ impl Lifecycle {
             }
         };
         disk.next_image.replace(image.clone());
-        memory::prepare(&self.registry.folder, disk.minor, &next.open.target)?;
+        ram_files::prepare(&self.registry.folder, disk.minor, &next.open.target)?;
         let served = self.bring_up(disk, &next.open, image).await?;
         self.started(disk).await;
         Ok(served)

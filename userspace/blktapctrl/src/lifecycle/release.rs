@@ -5,9 +5,9 @@
 //! so a supervisor that ends on the way leaves that to the next one, and the supervisor asks again a storage that does
 //! not answer. A disk that is destroyed stays in the list until then.
 
-use super::direct::until;
+use super::passthrough::until;
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::kernel;
 use crate::log::tell;
@@ -84,7 +84,7 @@ impl Lifecycle {
         let keeper = tenure.as_ref().map(|tenure| tenure.keeper.clone());
         let given_up = match keeper.filter(|keeper| !keeper.has_ended()) {
             // Also if an earlier call has no answer yet: one after the other.
-            Some(keeper) => apart(image, LIMIT, move || keeper.give_up()).await,
+            Some(keeper) => blocking_io(image, LIMIT, move || keeper.give_up()).await,
             None => self.give_left_over_up(disk, target, image).await,
         };
         let given_up = match given_up {
@@ -122,7 +122,7 @@ impl Lifecycle {
         let claim = LeaseClaim::new("")?.again(&token)?;
         let (how, kind) = (self.leases.borrow().clone(), target.lease().clone());
         let its = image.to_owned();
-        apart(image, LIMIT, move || {
+        blocking_io(image, LIMIT, move || {
             let mut lease = how(&kind, &its, claim)?;
             match lease.resume(0) {
                 Ok(_) => lease.give_up(),

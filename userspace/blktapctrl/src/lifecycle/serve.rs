@@ -2,15 +2,15 @@
 //! A process is given a node and an image, and serves.
 
 use super::{suspend, Lifecycle};
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
 use crate::image::{not_the_same, Image, Opened};
 use crate::kernel;
-use crate::link::unexpected;
 use crate::log::tell;
-use crate::memory;
 use crate::process::{Process, SOON};
+use crate::ram_files;
+use crate::rpc_client::unexpected;
 use control::socket::listen_at;
 use control::supervisor::What;
 use control::tapdisk::{self, Open, Reply, Request, State, Status};
@@ -189,7 +189,7 @@ impl Lifecycle {
     /// # Errors
     /// The system refuses to.
     pub fn prepare_memory(&self, disk: &Disk) -> Result<(), Failure> {
-        memory::prepare(&self.registry.folder, disk.minor, &disk.open()?.target)
+        ram_files::prepare(&self.registry.folder, disk.minor, &disk.open()?.target)
     }
 
     /// The image of a disk, if its driver has one. A supervisor that was started anew finds it by its
@@ -267,7 +267,8 @@ impl Lifecycle {
             Some(image) => {
                 let direct = open.target.driver().is_direct();
                 let (again, write) = (image.clone(), !open.read_only);
-                let opened = apart(image.path(), LIMIT, move || again.open(write, direct)).await?;
+                let opened =
+                    blocking_io(image.path(), LIMIT, move || again.open(write, direct)).await?;
                 if !opened.direct && matches!(open.target.lease(), LeaseKind::Sanlock(_)) {
                     return Err(Failure::unsupported(format!(
                         "the file system of {} has no direct I/O, and the kernel writes its page cache when sanlock \
@@ -286,7 +287,7 @@ impl Lifecycle {
         };
         let folder = &self.registry.folder;
         let memory = match open.target.has_own_memory() {
-            true => Some(memory::open(
+            true => Some(ram_files::open(
                 folder,
                 disk.minor,
                 &open.target,

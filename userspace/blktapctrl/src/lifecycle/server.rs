@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Connections to servers, which processes cannot make themselves, and the files that prove who both ends are.
 
-use super::named;
-use crate::apart::{apart, LIMIT};
+use super::credentials;
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::image::{Image, Opened};
 use control::{Code, Export, Failure, Listener, Secrecy, Target, TlsFile};
 use rustix::io::ioctl_fionbio;
@@ -35,12 +35,12 @@ pub(super) async fn connect(export: Export, ours: &Path) -> Result<OwnedFd, Fail
     match export.listener().clone() {
         Listener::Unix(path) => {
             let (place, ours) = (path.clone(), ours.to_path_buf());
-            let socket = apart(&path, LIMIT, move || named(&place, &ours)).await?;
+            let socket = blocking_io(&path, LIMIT, move || named(&place, &ours)).await?;
             connect_to(Arc::new(socket), &path).await
         }
         Listener::Tcp { host, port } => {
             let place = PathBuf::from(export.to_string());
-            apart(&place, LIMIT, move || {
+            blocking_io(&place, LIMIT, move || {
                 connect_tcp(&host, port).map_err(|error| {
                     let what = format!(
                         "cannot connect to {export}: see whether its server runs, and whether this host reaches it"
@@ -63,7 +63,7 @@ pub(super) async fn credential(target: &Target, file: TlsFile) -> Result<Opened,
         TlsFile::Key => Secrecy::Secret,
         TlsFile::Authorities | TlsFile::Certificate => Secrecy::Public,
     };
-    named::open(target, file.word(), path, secrecy).await
+    credentials::open(target, file.word(), path, secrecy).await
 }
 
 /// The socket at a path, unless it is one of the supervisor's own: a disk that is served from another disk's NBD
@@ -114,7 +114,7 @@ fn prepared(stream: TcpStream) -> io::Result<OwnedFd> {
 /// accept is waited for, which only a call that blocks does.
 pub(super) async fn connect_to(socket: Arc<Image>, path: &Path) -> Result<OwnedFd, Failure> {
     let place = path.to_path_buf();
-    apart(path, LIMIT, move || {
+    blocking_io(path, LIMIT, move || {
         connect_within(&socket.again(), CONNECT).map_err(|error| {
             let what = format!(
                 "cannot connect to {}: see whether its server runs and accepts",

@@ -3,8 +3,8 @@
 
 use super::Lifecycle;
 use crate::disk::Disk;
-use crate::link::unexpected;
 use crate::process::SOON;
+use crate::rpc_client::unexpected;
 use control::supervisor::{Changes, Policy, Which};
 use control::tapdisk::{Reply, Request, Rules};
 use control::Failure;

@@ -14,18 +14,18 @@
 
 use super::handoff::check_served;
 use super::key;
-use super::renew::owes_nothing;
-use super::together::Together;
+use super::respawn::owes_nothing;
+use super::snapshot_group::SnapshotBarrier;
 use super::{of_a_process, Lifecycle};
 use crate::admission::with_mode;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
-use crate::link::EVER;
 use crate::log::tell;
 use crate::overlay;
 use crate::process::OPEN;
 use crate::record::{parents, Next, Overlay, Want};
+use crate::rpc_client::EVER;
 use control::supervisor::{Doing, Mode, Snapshot, What};
 use control::tapdisk::{Open, Request};
 use control::{Code, Driver, Failure, LeaseKind, Target};
@@ -58,7 +58,7 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         target: Target,
-        others: Option<&Together>,
+        others: Option<&SnapshotBarrier>,
     ) -> Result<Snapshot, Failure> {
         check_served(disk)?;
         self.check_image(disk, &target)?;
@@ -186,7 +186,7 @@ impl Lifecycle {
             return Err(Failure::invalid("there is no image"));
         };
         let theirs = path.clone();
-        let image = apart(&path, LIMIT, move || overlay::make(&theirs, &parent)).await?;
+        let image = blocking_io(&path, LIMIT, move || overlay::make(&theirs, &parent)).await?;
         let image = Arc::new(image);
         let made = Overlay {
             open,
@@ -217,7 +217,7 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         made: &Overlay,
-        others: Option<&Together>,
+        others: Option<&SnapshotBarrier>,
     ) -> Result<Snapshot, Failure> {
         owes_nothing(disk).await?;
         self.fill(disk, made).await?;
@@ -263,7 +263,7 @@ impl Lifecycle {
         let question = Request::Overlay { target };
         given.ask(&process, &question, OPEN).await?;
         match place(&made.open) {
-            Some(path) => apart(&path.clone(), LIMIT, move || overlay::keep(&path)).await,
+            Some(path) => blocking_io(&path.clone(), LIMIT, move || overlay::keep(&path)).await,
             None => Ok(()),
         }
     }
@@ -368,7 +368,7 @@ fn place(open: &Open) -> Option<PathBuf> {
 
 async fn mark(image: Arc<Image>) -> Result<bool, Failure> {
     let path = image.path().to_path_buf();
-    apart(&path, LIMIT, move || overlay::mark(&image)).await
+    blocking_io(&path, LIMIT, move || overlay::mark(&image)).await
 }
 
 /// Takes a file away that was made, and is not served. A file that stays does no harm.
@@ -377,7 +377,7 @@ async fn take_away(disk: &Disk, made: &Overlay) {
         return;
     };
     let (theirs, identity, born) = (path.clone(), made.identity, made.born);
-    let removed = apart(&path, LIMIT, move || {
+    let removed = blocking_io(&path, LIMIT, move || {
         overlay::remove(&theirs, identity, born)
     });
     if let Err(failure) = removed.await {

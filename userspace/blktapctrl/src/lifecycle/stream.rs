@@ -5,13 +5,13 @@
 //! The record has the request, and the supervisor repeats it to the disk's process at intervals: each process continues
 //! where another one has ended, and reports its progress in its answers.
 
-use super::renew::{is_just_served, says_nothing, AGAIN, STEP};
+use super::respawn::{is_just_served, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
-use crate::link::unexpected;
 use crate::log::tell;
 use crate::process::{Process, SOON};
 use crate::record::{parents, Mirrored, Streamed};
+use crate::rpc_client::unexpected;
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request};

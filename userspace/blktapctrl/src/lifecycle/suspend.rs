@@ -6,14 +6,14 @@
 //! guest that was not moved after all, which resumes with the same ring. The image's lock keeps all others out until
 //! then. A disk that cannot have the image holds its requests.
 
-use super::trouble::{until_end, Rate};
+use super::io_errors::{until_end, Rate};
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
 use crate::domains::Domains;
-use crate::link::{unexpected, EVER};
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::process::Process;
 use crate::record::{Inactive, Want};
+use crate::rpc_client::{unexpected, EVER};
 use control::supervisor::What;
 use control::tapdisk::{self, Reply, Request, Stamp, State};
 use control::{Code, Failure};
@@ -54,7 +54,7 @@ impl Lifecycle {
                 Err(failure) => {
                     if rate.is_due() {
                         rate.told();
-                        tell!(warn, About::default().failed(&failure), "it is not known whether guests are suspended, so their images stay in use: {failure}");
+                        tell!(warn, LogContext::default().failed(&failure), "it is not known whether guests are suspended, so their images stay in use: {failure}");
                     }
                     continue;
                 }

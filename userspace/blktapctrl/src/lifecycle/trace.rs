@@ -5,14 +5,14 @@
 //! there. A trace is for who looks for a mistake, and no disk fails for it: where it cannot be had it ends, with an
 //! event.
 
-use super::trouble::until_end;
+use super::io_errors::until_end;
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::Opened;
-use crate::link::{unexpected, EVER};
 use crate::log::tell;
 use crate::process::{Process, SOON};
+use crate::rpc_client::{unexpected, EVER};
 use crate::traces;
 use control::supervisor::What;
 use control::tapdisk::{Reply, Request, State};
@@ -97,10 +97,10 @@ impl Lifecycle {
         }
         let size = disk.serves.borrow().as_ref().map_or(0, |disk| disk.size);
         let (path, minor) = (to.path.clone(), disk.minor);
-        let traced = apart(&path, LIMIT, move || traces::make(&to, minor, size)).await?;
+        let traced = blocking_io(&path, LIMIT, move || traces::make(&to, minor, size)).await?;
         let begun = async {
             let (again, its) = (traced.clone(), traced.clone());
-            let file = apart(&path, LIMIT, move || traces::open(&again)).await?;
+            let file = blocking_io(&path, LIMIT, move || traces::open(&again)).await?;
             self.registry
                 .change(disk, |record| record.trace = Some(its))?;
             let question = Request::Trace { on: true };
@@ -111,7 +111,7 @@ impl Lifecycle {
             self.registry.change(disk, |record| record.trace = None)?;
             // It may have heard, and say so too late.
             self.tell_end(disk, &process).await;
-            let kept = apart(&path, LIMIT, move || traces::remove(&traced)).await;
+            let kept = blocking_io(&path, LIMIT, move || traces::remove(&traced)).await;
             if let Err(failure) = kept {
                 tell!(
                     error,
@@ -172,7 +172,7 @@ impl Lifecycle {
             Failure::new(Code::NotFound, why)
         })?;
         let path = traced.path.clone();
-        apart(&path, LIMIT, move || traces::open(&traced)).await
+        blocking_io(&path, LIMIT, move || traces::open(&traced)).await
     }
 
     /// To be called before a process is to open the image of a disk: one that does not know of traces writes none.

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The log: for the journal, with fields by which it can be searched, or else as text.
 //!
-//! A line says what it is about by [`About`], which becomes fields of the journal whose names begin with
+//! A line says what it is about by [`LogContext`], which becomes fields of the journal whose names begin with
 //! [`PREFIX`]. As text a line is its level and its message.
 //!
 //! A reader of the log may stop reading, as a journald does whose storage hangs. Lines wait for it in a queue of limited
 //! size, from which a thread of its own takes them; those that find no room are counted.
 
-mod about;
+mod context;
 mod journal;
 mod limit;
 mod lines;
 mod queue;
 
-pub use about::About;
+pub use context::LogContext;
 pub use limit::Limit;
 
 use journal::Journal;
@@ -31,11 +31,11 @@ use tracing_subscriber::Layer;
 /// Prefix of the names of our fields in the journal, before an underscore.
 pub const PREFIX: &str = "BLKTAP";
 
-/// Writes a line of the log: its level, what it is about (an [`About`]), and its text, perhaps after further
+/// Writes a line of the log: its level, what it is about (an [`LogContext`]), and its text, perhaps after further
 /// fields, as in the macros of `tracing`.
 macro_rules! tell {
     ($level:ident, $about:expr, $($text:tt)+) => {{
-        let about = $crate::log::About::from($about);
+        let about = $crate::log::LogContext::from($about);
         tracing::$level!(
             minor = about.minor,
             domid = about.domid,
@@ -53,7 +53,7 @@ macro_rules! tell {
 pub(crate) use tell;
 
 /// Says how many lines about a disk, or about none, the [`Limit`] has left out.
-pub fn tell_left_out(about: About, count: u64) {
+pub fn tell_left_out(about: LogContext, count: u64) {
     let of = about
         .minor
         .map_or("no disk".into(), |minor| format!("disk {minor}"));

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A tapdisk: its start or discovery (`start`), requests to it (`ask`), and its end (`end`).
 
-mod ask;
-mod end;
 mod output;
+mod requests;
+mod shutdown;
 mod start;
 mod starter;
 mod system;
 
 use crate::folder;
-use crate::link::Link;
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::record::KnownProcess;
+use crate::rpc_client::RpcClient;
 use control::supervisor::Binary;
 use control::Failure;
 pub use output::Output;
@@ -52,7 +52,7 @@ pub struct Process {
     /// The disk that its socket is or was named after.
     minor: Cell<Option<u32>>,
     /// Nothing before the first request, and after the connection has ended.
-    link: Mutex<Option<Link>>,
+    link: Mutex<Option<RpcClient>>,
     /// Its end is our wish.
     dismissed: Cell<bool>,
     /// The version that it says it has.
@@ -70,10 +70,10 @@ impl Process {
 
     /// Returns the log context of the process: also the disk that its socket is or was named after.
     #[must_use]
-    pub fn about(&self) -> About {
-        About {
+    pub fn about(&self) -> LogContext {
+        LogContext {
             minor: self.minor.get(),
-            ..About::process(self.pid())
+            ..LogContext::process(self.pid())
         }
     }
 
@@ -166,10 +166,10 @@ impl Process {
 
 fn tidy(socket: &Path) {
     if let Err(error) = folder::remove(socket) {
-        let about = About {
+        let about = LogContext {
             minor: minor_of(socket),
             errno: error.raw_os_error(),
-            ..About::default()
+            ..LogContext::default()
         };
         tell!(warn, about, "cannot remove {}: {error}", socket.display());
     }

@@ -4,9 +4,9 @@
 use super::system::{is_gone, minor_of, open_pid, started};
 use super::{output, starter, tidy, Output, Process};
 use crate::folder::{self, Folder};
-use crate::link::{unexpected, Link};
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::record::KnownProcess;
+use crate::rpc_client::{unexpected, RpcClient};
 use control::tapdisk::{Reply, Request};
 use control::{Code, Failure};
 use std::cell::{Cell, RefCell};
@@ -64,7 +64,7 @@ impl Process {
                 if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
                     tell!(
                         warn,
-                        About::process(child.id()).because(&error),
+                        LogContext::process(child.id()).because(&error),
                         "cannot end tapdisk {}: {error}",
                         child.id()
                     );
@@ -148,7 +148,7 @@ impl Process {
 
 /// The number of the process that answers. Only the kernel's word counts: a tapdisk that a guest has taken over would
 /// have root end any process.
-async fn introduced(link: &mut Link, limit: Duration) -> Result<u32, Failure> {
+async fn introduced(link: &mut RpcClient, limit: Duration) -> Result<u32, Failure> {
     let says = match link.ask(&Request::Ping, &[], limit).await? {
         Reply::Process(process) => process.pid,
         reply => return Err(unexpected(&reply)),
@@ -190,8 +190,8 @@ fn listen(socket: &Path) -> Result<UnixListener, Failure> {
 }
 
 /// A connection to who listens. Nothing if no process listens.
-async fn connect(socket: &Path) -> Result<Option<Link>, Failure> {
-    match Link::connect(socket).await {
+async fn connect(socket: &Path) -> Result<Option<RpcClient>, Failure> {
+    match RpcClient::connect(socket).await {
         Ok(link) => Ok(Some(link)),
         Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(Failure::system(

@@ -3,7 +3,7 @@
 
 use super::system::user_in;
 use super::Program;
-use crate::apart::LIMIT;
+use crate::blocking_io::LIMIT;
 use control::{Code, Failure};
 use std::cell::RefCell;
 use std::collections::BTreeMap;

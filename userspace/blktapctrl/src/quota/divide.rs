@@ -31,7 +31,7 @@ pub(super) fn divide(total: u64, wants: &[u64]) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::chance::QuotaRng;
+    use super::super::jitter::QuotaRng;
     use super::{divide, ALL, IDLE};
 
     #[test]

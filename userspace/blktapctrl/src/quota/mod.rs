@@ -2,13 +2,13 @@
 //! Groups of disks that share limits. The record of a group lasts until the group is removed, or the host boots again;
 //! the records of disks name their groups.
 
-#[cfg(test)]
-mod chance;
 mod divide;
+#[cfg(test)]
+mod jitter;
 pub mod ledger;
 
 use crate::folder::{self, Folder};
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use control::supervisor::{self, GroupChanges};
 use control::{Code, Failure, GroupName, Limits, Share, Used};
 use ledger::{Ledger, SETTLED};
@@ -131,7 +131,7 @@ impl Quota {
                 let place = folder.groups();
                 tell!(
                     error,
-                    About::default().because(&error),
+                    LogContext::default().because(&error),
                     "cannot read the groups in {}: {error}",
                     place.display()
                 );
@@ -312,7 +312,7 @@ fn read(path: &Path) -> Option<(GroupName, Rc<QuotaGroup>)> {
         Err(error) => {
             tell!(
                 error,
-                About::default().because(&error),
+                LogContext::default().because(&error),
                 "the group in {} is not there, because that cannot be understood: make it again: `tap-ctl group set NAME --bps 100M`: {error}",
                 path.display()
             );

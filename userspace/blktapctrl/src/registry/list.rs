@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Rows of a list of the disks.
 
-use super::unknown::Unknown;
+use super::unreadable_records::Unknown;
 use super::Registry;
 use crate::kernel::NodeInfo;
 use control::supervisor::{Filter, Row};

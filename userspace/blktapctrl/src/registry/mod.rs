@@ -2,29 +2,29 @@
 //! All disks: their records, the kernel's information about them, and the processes that wait for one.
 
 mod list;
-mod memories;
+mod named_memory;
 mod nodes;
-pub mod unknown;
+pub mod unreadable_records;
 
 use crate::disk::{Disk, Disks, Fate};
 use crate::events::Events;
 use crate::folder::Folder;
 use crate::kernel::{self, Kernel};
-use crate::log::{tell, tell_left_out, About, Limit};
+use crate::log::{tell, tell_left_out, Limit, LogContext};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
 use control::supervisor::{Counted, Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
-use memories::Memories;
+use named_memory::Memories;
 pub(crate) use nodes::unmade;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use unknown::Unknown;
+use unreadable_records::Unknown;
 
 /// The disks of this host.
 pub struct Registry {
@@ -93,7 +93,7 @@ impl Registry {
     }
 
     /// Returns the log context of a process: its disk, too, if it has or had one.
-    pub fn about(&self, process: &Process) -> About {
+    pub fn about(&self, process: &Process) -> LogContext {
         let about = process.about();
         let its = self.of_process(process);
         match its.or_else(|| about.minor.and_then(|minor| self.get(minor))) {

@@ -4,8 +4,8 @@
 use super::Registry;
 use crate::disk::Disk;
 use crate::kernel::{self, Make};
-use crate::log::{tell, About};
-use crate::memory;
+use crate::log::{tell, LogContext};
+use crate::ram_files;
 use crate::record::Record;
 use control::{Code, Failure};
 use std::io;
@@ -31,10 +31,10 @@ impl Registry {
                 return Err(Failure::new(Code::Exists, message));
             }
             // Memory that an earlier disk of that number may have left is not for this one.
-            if let Err(error) = memory::remove(&self.folder, record.minor) {
+            if let Err(error) = ram_files::remove(&self.folder, record.minor) {
                 tell!(
                     error,
-                    About::disk(record.minor).because(&error),
+                    LogContext::disk(record.minor).because(&error),
                     "cannot remove the memory of disk {}: {error}",
                     record.minor
                 );
@@ -58,7 +58,7 @@ impl Registry {
             if let Err(error) = self.records.remove(record.minor) {
                 tell!(
                     error,
-                    About::disk(record.minor).because(&error),
+                    LogContext::disk(record.minor).because(&error),
                     "cannot remove the record of disk {}: {error}",
                     record.minor
                 );

@@ -7,7 +7,7 @@ use blktapctrl::lifecycle::Lifecycle;
 use blktapctrl::process::Program;
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
-use blktapctrl::verbs;
+use blktapctrl::rpc_handlers;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
 use control::tapdisk::{Open, State};
 use control::{Failure, Target};
@@ -93,7 +93,7 @@ impl Bed {
     }
 
     pub(crate) async fn ask(&self, request: Request) -> Result<Reply, Failure> {
-        verbs::answer(&self.lifecycle, request).await
+        rpc_handlers::answer(&self.lifecycle, request).await
     }
 
     pub(crate) async fn destroy(&self, minor: u32) {

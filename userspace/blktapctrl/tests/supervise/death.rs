@@ -2,7 +2,7 @@
 //! Processes that die or hang, and supervisors that do.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
-use blktapctrl::{adopt, watchdog};
+use blktapctrl::{recovery, watchdog};
 use control::supervisor::{Hung, Reply, Request, What, Which};
 use control::tapdisk::{Call, State};
 use control::Code;
@@ -170,7 +170,7 @@ fn the_next_supervisor_takes_over() {
     kill(dies.expect("a process"));
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.state), (lives, Some(State::Running)));
         until("the dead one is replaced", || async {
@@ -266,7 +266,7 @@ fn flushes_that_failed_in_the_kernel_are_told_once() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(told(&bed, 4), [0; 0]);
         assert_eq!(told(&bed, 5), [0]);
         bed.destroy(0).await;

@@ -4,7 +4,7 @@
 use super::bed::{block_on, test, Bed, Succession};
 use super::log;
 use super::steps::pause;
-use blktapctrl::{adopt, server};
+use blktapctrl::{recovery, server};
 use control::supervisor::{Event, Reply, Request, What};
 use control::Channel;
 use std::fs;
@@ -69,7 +69,7 @@ fn the_next_supervisor_goes_on_with_the_numbers() {
     block_on(async { drop(host.bed()) });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let events = heard(&bed, known.number, Some(known.series), 1).await;
         assert!(matches!(events[0].what, What::Started { .. }));
         bed.destroy(0).await;
@@ -122,7 +122,7 @@ fn a_history_that_cannot_be_read_stops_nobody_and_is_told() {
     fs::write(&file, vec![b'x'; 100_000]).expect("written");
     let next = block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         for _ in 0..5 {
             bed.registry().events.add(Some(0), What::Paused);
         }
@@ -138,7 +138,7 @@ fn a_history_that_cannot_be_read_stops_nobody_and_is_told() {
     fs::create_dir(&file).expect("a folder");
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         bed.destroy(0).await;
         let events = bed.registry().events.since(next.number, Some(next.series));
         let what = |event: Option<&Event>| event.map(|event| event.what.clone());

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A kernel, a xenstore and a tapdisk that are none.
 
+mod fd_broker;
 mod kernel;
-mod needs;
 mod process;
 mod served;
 mod store;

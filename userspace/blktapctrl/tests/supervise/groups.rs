@@ -3,8 +3,8 @@
 
 use super::bed::{block_on, kill, test, until, Bed, Succession};
 use super::handoff::{handed, new_program, request};
-use blktapctrl::adopt;
 use blktapctrl::groups::Groups;
+use blktapctrl::recovery;
 use blktapctrl::watch;
 use std::fs;
 use std::path::Path;
@@ -200,7 +200,7 @@ fn a_supervisor_with_groups_finds_who_is_served_without() {
         bed.store
             .put("backend/vbd/3/51712", &[("frontend", "f"), ("state", "4")]);
         bed.store.put("backend/vbd/4/51712", &phy);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(follow_with(&bed, Some("cgroup")));
         is_in(&first, &pid).await;
         is_in(&second, "40").await;
@@ -236,7 +236,7 @@ fn guest_keeps_its_group_under_a_supervisor_that_makes_none() {
         let directory = "backend/vbd/3/51712";
         bed.store.put(directory, &[("frontend", "f")]);
         bed.store.put("backend/vbd/4/51712", &[("state", "4")]);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(follow_with(&bed, None), "some are left");
         bed.replaced(minor, kill).await;
         bed.store.put(directory, &[("tap-status", "live")]);
@@ -283,7 +283,7 @@ fn guest_keeps_its_group_where_it_is_and_new_ones_are_made_elsewhere() {
         let bed = host.bed();
         bed.store
             .put("backend/vbd/3/51712", &[("frontend", "f"), ("state", "4")]);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         follow_with(&bed, Some("other"));
         let minor = served(&bed, 5, "b.img").await;
         is_in(&new, &pid_of(&bed, minor).await).await;

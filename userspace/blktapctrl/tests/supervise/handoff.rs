@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, end, kill, test, until, which, Bed, Succession};
 use super::fake;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Binary, Doing, HandedOff, Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, Failure};
@@ -444,7 +444,7 @@ fn a_handoff_is_finished_or_undone_by_the_next_supervisor() {
         host.kernel.crash.happened.set(false);
         block_on(async {
             let bed = host.bed();
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             new += u32::from(settled(&bed, old, &format!("step {step}")).await);
             bed.lifecycle.destroy_all(bed.registry().all()).await;
             bed.assert_nothing_left().await;
@@ -535,7 +535,7 @@ fn a_death_after_that_of_the_supervisor_is_seen_to() {
         }
         block_on(async {
             let bed = host.bed();
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             settled(&bed, old, &format!("{stuck}, {dead}")).await;
             bed.lifecycle.destroy_all(bed.registry().all()).await;
             bed.assert_nothing_left().await;

@@ -2,8 +2,8 @@
 //! Keys of images that are encrypted: who gets one, and what is not done with such an image.
 
 use super::bed::{kill, test, until, which, Bed};
+use super::fd_broker::{ask, refused};
 use super::mirror::asked;
-use super::needs::{ask, refused};
 use control::supervisor::{Create, MirrorTo, Request};
 use control::tapdisk::Needed;
 use control::{Code, Failure, Target};

@@ -2,7 +2,7 @@
 //! Disks whose images several hosts reach.
 
 use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Failure, LeaseKind};
@@ -198,7 +198,7 @@ fn the_next_supervisor_goes_on_with_the_lease() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let disk = bed.registry().all().remove(0);
         until("the lease", || async {
             disk.lease.borrow().is_some().then_some(())
@@ -223,7 +223,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_lease_up() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert_eq!(generation(&mut *elsewhere(&bed)), None);
@@ -313,7 +313,7 @@ fn the_lease_of_an_older_supervisor_is_given_up() {
     fs::write(&path, record.to_string()).expect("write");
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         bed.destroy(0).await;
         assert_eq!(generation(&mut *elsewhere(&bed)), None);
     });

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, Reply, Request, What};
 use control::tapdisk::{Needed, State};
 use control::Code;
@@ -45,7 +45,7 @@ fn left_alone(name: &str, spoil: impl Fn(&str) -> Option<String>) {
     let before = fs::read_to_string(record(&two)).ok();
     block_on(async {
         let bed = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(is_alive(pid), "{name}: its process was ended");
         assert!(bed.kernel.nodes.borrow().contains_key(&0));
         let row = bed.row(0).await;
@@ -124,7 +124,7 @@ fn parts_of_a_disk_that_is_left_alone_are_not_free() {
     fs::write(record(&two), newer).expect("write");
     block_on(async {
         let bed = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(bed.row(0).await.unknown.is_some());
         let create = || Request::Create(Box::new(bed.create("part.img")));
         assert_eq!(
@@ -152,7 +152,7 @@ fn a_field_that_may_be_passed_over_is() {
     fs::write(record(&two), text).expect("write");
     block_on(async {
         let bed = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.state), (Some(pid), Some(State::Running)));
         let text = fs::read_to_string(record(&two)).expect("a record");
@@ -173,7 +173,7 @@ fn a_kernel_that_does_not_answer_does_not_end_a_disk() {
         two.kernel.mute.set(Some(error));
         block_on(async {
             let bed = two.bed();
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             assert!(is_alive(pid));
             assert!(bed.kernel.nodes.borrow().contains_key(&0));
             two.kernel.mute.set(None);
@@ -194,7 +194,7 @@ fn a_process_that_cannot_be_asked_is_not_ended() {
     fs::rename(&socket, two.dir.join("elsewhere")).expect("rename");
     block_on(async {
         let bed = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(is_alive(pid));
         assert_eq!(bed.row(0).await.pid, Some(pid));
         let told = |what: &What| matches!(what, What::Unknown { .. });
@@ -235,7 +235,7 @@ fn a_full_folder_refuses_a_verb_and_ends_nobody() {
         .await;
         let new = bed.row(minor).await.pid;
         let next = Bed::new(&bed.dir, &bed.kernel);
-        adopt::disks(&next.lifecycle).await;
+        recovery::disks(&next.lifecycle).await;
         assert_eq!(next.row(minor).await.pid, new);
         bed.kernel.full.set(false);
         bed.destroy(minor).await;
@@ -253,7 +253,7 @@ fn what_is_left_of_a_disk_is_forgotten_and_freed() {
     }));
     block_on(async {
         let bed = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let adopt = bed.ask(Request::Adopt { minor: 0 }).await;
         let failure = adopt.expect_err("nobody knows it");
         assert!(failure.message.contains("tap-ctl forget -m 0"), "{failure}");

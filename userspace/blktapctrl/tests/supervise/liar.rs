@@ -2,7 +2,7 @@
 //! A process that says it is another one.
 
 use super::bed::{test, until};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::What;
 use control::tapdisk::{Process, Reply, Request, State, Status};
 use control::Channel;
@@ -65,7 +65,7 @@ fn a_process_that_says_it_is_another_one_has_that_not_ended() {
                 std::thread::spawn(move || lie(stream, pid));
             }
         });
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let says = until("an event", || async {
             bed.registry()
                 .events

@@ -3,11 +3,11 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
-use super::needs::{ask, hello};
+use super::fd_broker::{ask, hello};
 use super::sharing::stubbed;
 use super::steps::{at_each_step, create, one, pause, unpause};
-use blktapctrl::adopt;
 use blktapctrl::record::Role;
+use blktapctrl::recovery;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Create, MirrorTo, Reply, Request, Row, What};
 use control::tapdisk::{Needed, Open, State};
@@ -363,7 +363,7 @@ fn the_next_supervisor_goes_on() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(now(&bed).await, Mirroring::Copying);
         says(&bed.dir, "same");
         assert_eq!(until_over(&bed).await, Mirroring::Complete);

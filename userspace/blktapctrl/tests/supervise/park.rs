@@ -2,8 +2,8 @@
 //! Disks release the kernel's module, and resume with the next one.
 
 use super::bed::{block_on, test, unpause, until, which, Bed, Succession};
-use blktapctrl::adopt;
 use blktapctrl::kernel::{Kernel, Make};
+use blktapctrl::recovery;
 use control::supervisor::{Doing, Reply, Request};
 use control::tapdisk::State;
 use control::{Code, Failure};
@@ -179,7 +179,7 @@ fn the_next_supervisor_knows_what_is_parked() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let row = bed.row(0).await;
         assert_eq!((row.pid, row.doing), (None, Some(Doing::Park)));
         bed.ask(Request::Unpark).await.expect("unparked");
@@ -245,7 +245,7 @@ fn goes_on_after(step: u32, again: bool) -> bool {
     host.kernel.crash.happened.set(false);
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         if again {
             assert_eq!(parked(&bed).await, [0, 1], "step {step}");
             assert_unloaded(&bed);
@@ -302,7 +302,7 @@ fn a_supervisor_that_ends_while_disks_wait_leaves_none_of_them_behind() {
         });
         block_on(async {
             let bed = host.bed();
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             let doing: Vec<_> = bed.rows().await.iter().map(|row| row.doing).collect();
             assert_eq!(doing, [Some(Doing::Park); 3], "whoever parked them asks");
             bed.fencing(1, false);

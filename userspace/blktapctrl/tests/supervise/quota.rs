@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{
     Changes, Check, Create, Group, GroupChanges, Mode, Policy, Reply, Request,
 };
@@ -274,7 +274,7 @@ fn groups_outlive_the_supervisor() {
     let before = fs::read(host.dir.join("share-0")).expect("a share");
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let group = show(&bed).await;
         assert_eq!((group.members.len(), group.limits.bytes), (2, ALL));
         // No process gets a new share before the one that it has ends.
@@ -321,7 +321,7 @@ fn a_group_that_is_lost_or_cannot_be_read_limits_all_the_same() {
     fs::write(&file, "{").expect("write");
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let failure = bed.ask(Request::Groups { name: Some(name()) }).await;
         assert_eq!(failure.expect_err("not there").code, Code::NotFound);
         bed.replaced(0, kill).await;

@@ -2,7 +2,7 @@
 //! Disks whose storage refuses the writes of all hosts but one.
 
 use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, MirrorTo, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind};
@@ -173,7 +173,7 @@ fn the_next_supervisor_goes_on_with_the_reservation() {
     block_on(async {
         let bed = host.bed();
         reach(&bed, &target);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let disk = bed.registry().all().remove(0);
         until("the lease", || async {
             disk.lease.borrow().is_some().then_some(())
@@ -203,7 +203,7 @@ fn what_was_lost_while_there_was_no_supervisor_is_not_taken_again() {
         block_on(async {
             let bed = host.bed();
             reach(&bed, &target);
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             wait_stopped(&bed).await;
             assert_eq!(key(&bed, &target), None);
             bed.destroy(0).await;
@@ -224,7 +224,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_reservation_up() {
     block_on(async {
         let bed = host.bed();
         reach(&bed, &target);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert!(is_nobodys(&bed, &target));

@@ -2,7 +2,7 @@
 //! Changes of a disk's policy while it is served.
 
 use super::bed::{block_on, kill, test, which, Bed, Succession};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Changes, Check, Create, Hung, Mode, Policy, Reply, Request};
 use control::tapdisk::{OnError, Open};
 use control::{Code, Failure, Target};
@@ -183,7 +183,7 @@ fn rules_outlive_the_supervisor() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         bed.replaced(0, kill).await;
         assert_eq!(given(&bed), "iops=100 burst=1s");
         bed.destroy(0).await;

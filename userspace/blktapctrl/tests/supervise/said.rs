@@ -2,10 +2,10 @@
 //! The output of processes is in the log, as lines about their disks.
 
 use super::bed::{block_on, kill, test, until, Bed, Succession};
+use super::fd_broker::refused;
 use super::handoff::handed;
 use super::log::{guests_disk, limited, of_a_guest, Lines, ParsedLine};
-use super::needs::refused;
-use blktapctrl::{adopt, watchdog};
+use blktapctrl::{recovery, watchdog};
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -123,7 +123,7 @@ fn what_a_process_says_waits_for_the_next_supervisor() {
     block_on(async {
         let bed = host.bed();
         let (lines, _kept) = Lines::kept(&Arc::default());
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let line = heard(&lines, "nobody listens").await;
         let target = format!("sync:{}", bed.dir.join("a.img").display());
         let pid_text = pid.to_string();

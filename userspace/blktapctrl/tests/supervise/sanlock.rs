@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use super::reservation::{pause, wait_stopped};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, MirrorTo, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind, SanlockResource};
@@ -158,7 +158,7 @@ fn the_next_supervisor_goes_on_with_the_lease_of_sanlock() {
     block_on(async {
         let bed = host.bed();
         reach(&bed, &here);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         let disk = bed.registry().all().remove(0);
         until("the lease", || async {
             disk.lease.borrow().is_some().then_some(())
@@ -189,7 +189,7 @@ fn what_sanlock_took_away_while_there_was_no_supervisor_is_not_taken_again() {
         block_on(async {
             let bed = host.bed();
             reach(&bed, &here);
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             wait_stopped(&bed).await;
             assert!(here.rejoin());
             assert_eq!(here.stays(&resource()), None);
@@ -213,7 +213,7 @@ fn a_disk_that_ends_before_it_was_taken_over_gives_its_lease_of_sanlock_up() {
     block_on(async {
         let bed = host.bed();
         reach(&bed, &here);
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         // No supervisor has asked for the lease yet.
         bed.destroy(0).await;
         assert_eq!(storage.owner(&resource()), None);

@@ -5,7 +5,7 @@
 use super::bed::{self, block_on, kill, test, until, which, Bed};
 use super::fake::{put, FakeKernel};
 use super::lease::holder_of;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Doing, Reply, Request, Row, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind, Target};
@@ -77,7 +77,7 @@ pub(crate) fn at_each_step(
         kernel.crash.happened.set(false);
         block_on(async {
             let bed = Bed::new(&dir, &kernel);
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             until(&format!("{name}: a good end after step {step}"), || async {
                 let rows = bed.rows().await;
                 let calm = rows.iter().all(|row| row.doing.is_none());

@@ -4,8 +4,8 @@
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
 use super::steps::{pause, unpause};
-use blktapctrl::adopt;
 use blktapctrl::record::Role;
+use blktapctrl::recovery;
 use control::stats::{Stream, Streaming};
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::State;
@@ -173,7 +173,7 @@ fn the_next_supervisor_goes_on() {
     });
     block_on(async {
         let bed: Rc<Bed> = two.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(
             stream(&bed, None).await.expect("runs").state,
             Streaming::Running

@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, unpause, until, which, Bed, Succession};
 use super::fake::FakeDomains;
 use super::lease::{elsewhere, generation};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind};
@@ -393,7 +393,9 @@ fn lease_of_an_inactive_disk_is_given_up_by_the_next_supervisor() {
         let bed = moving.bed.clone();
         let status = async || {
             let socket = bed.registry().folder.tapdisk(0);
-            let mut link = blktapctrl::link::Link::connect(&socket).await.ok()?;
+            let mut link = blktapctrl::rpc_client::RpcClient::connect(&socket)
+                .await
+                .ok()?;
             let status = link.ask(
                 &control::tapdisk::Request::Status,
                 &[],
@@ -408,7 +410,7 @@ fn lease_of_an_inactive_disk_is_given_up_by_the_next_supervisor() {
             (status().await? == State::Inactive).then_some(())
         })
         .await;
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         // The process may have more questions than this supervisor knows of.
         drop(moving.taken_by_another_host(pid).await);
         moving.is(0, State::Inactive).await;
@@ -449,7 +451,7 @@ fn next_supervisor_knows_who_is_inactive() {
     block_on(async {
         let moving = Moving::new(host.bed());
         let bed = moving.bed.clone();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         moving.is(source, State::Inactive).await;
         moving.is(there, State::Inactive).await;
         bed.replaced_in(there, State::Inactive, kill).await;
@@ -459,7 +461,7 @@ fn next_supervisor_knows_who_is_inactive() {
     block_on(async {
         let moving = Moving::new(host.bed());
         let bed = moving.bed.clone();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         moving.is(source, State::Inactive).await;
         moving.is(there, State::Running).await;
         moving.wish(source);

@@ -2,8 +2,8 @@
 //! Certificates and keys of an export that is encrypted.
 
 use super::bed::{test, Bed};
+use super::fd_broker::{ask, refused};
 use super::keys::{allow, assert_has_to_be_a_secret};
-use super::needs::{ask, refused};
 use control::supervisor::Create;
 use control::tapdisk::{Needed, Open};
 use control::{Target, TlsFile};

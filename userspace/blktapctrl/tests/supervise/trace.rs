@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
 use super::steps::{at_each_step, create, one, pause, unpause};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Failure, TraceTo, Tracing};
@@ -106,7 +106,7 @@ fn a_trace_outlives_processes_and_supervisors() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(is_on(&bed).await.as_ref(), Some(&path));
         bed.replaced(0, kill).await;
         assert_eq!(processes(&path), 5);

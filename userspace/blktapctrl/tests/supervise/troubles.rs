@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, test, until, which, Bed, Succession};
 use super::fake::put;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Reply, Request, What};
 use control::tapdisk::{Call, OnError, State, Trouble, Troubles};
 use std::fs;
@@ -119,14 +119,14 @@ fn next_supervisor_pauses_what_has_stopped() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         say(&bed.dir, 4, true);
         wait_paused(&bed, 0, 1).await;
         assert_eq!(told(bed.events()).len(), 1);
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(bed.row(0).await.state, Some(State::Paused));
         bed.lifecycle.destroy_all(bed.registry().all()).await;
         assert_eq!(told(bed.events()), [], "it is paused already");

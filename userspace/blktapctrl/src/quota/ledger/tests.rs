@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Groups of processes that are late, hang, die and are replaced, beside supervisors that end: second by second.
 
-use super::super::chance::QuotaRng;
+use super::super::jitter::QuotaRng;
 use super::{Ledger, SETTLED, SILENT};
 use control::{Limits, Pace, Share, Used};
 use std::time::Duration;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process that answers a supervisor as files beside it say.
 
-use super::needs::FakeNeeds;
+use super::fd_broker::FakeNeeds;
 use super::note;
 use super::served::ServedProcess;
 use control::tapdisk::{Reply, Request, Troubles};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disk of the process that fakes a tapdisk.
 
-use super::needs::{given, text, FakeNeeds};
+use super::fd_broker::{given, text, FakeNeeds};
 use super::process::wait_while;
 use super::{note, put};
 use control::stats::{Mirror, Mirroring, Stats, Stream, Streaming};

@@ -2,7 +2,7 @@
 //! Runs calls that may hang on threads of their own: a network file system may not answer, and no other work may wait
 //! for that.
 
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use control::{Code, Failure};
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
@@ -36,7 +36,7 @@ fn places() -> std::sync::MutexGuard<'static, BTreeMap<PathBuf, PathQueue>> {
 ///
 /// # Errors
 /// It does not answer, or what the work says.
-pub async fn apart<T: Send + 'static>(
+pub async fn blocking_io<T: Send + 'static>(
     path: &Path,
     limit: Duration,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
@@ -70,7 +70,7 @@ pub fn let_go<T: Send + 'static>(value: T) {
     if let Err(error) = thread.spawn(move || drop(ManuallyDrop::into_inner(value))) {
         tell!(
             error,
-            About::default().because(&error),
+            LogContext::default().because(&error),
             "cannot start a thread, so a file stays open: {error}"
         );
     }
@@ -134,7 +134,7 @@ pub(crate) fn pretend_stuck(path: &Path) -> OwnedSemaphorePermit {
 
 #[cfg(test)]
 mod tests {
-    use super::{apart, let_go, places};
+    use super::{blocking_io, let_go, places};
     use control::Code;
     use std::path::Path;
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -171,7 +171,7 @@ mod tests {
             let (begun, begins) = mpsc::channel::<()>();
             let threads = Arc::new(AtomicU32::new(0));
             let counted = threads.clone();
-            let first = apart(dead, short, move || {
+            let first = blocking_io(dead, short, move || {
                 counted.fetch_add(1, Ordering::SeqCst);
                 let _ = begun.send(());
                 let _ = silence.recv();
@@ -184,7 +184,7 @@ mod tests {
             let start = Instant::now();
             for _ in 0..100 {
                 let counted = threads.clone();
-                let again = apart(dead, short, move || {
+                let again = blocking_io(dead, short, move || {
                     counted.fetch_add(1, Ordering::SeqCst);
                     Ok(())
                 });
@@ -193,12 +193,12 @@ mod tests {
             }
             assert!(start.elapsed() < Duration::from_secs(2));
             assert_eq!(threads.load(Ordering::SeqCst), 1);
-            let other = apart(Path::new("/well/b.img"), patience, || Ok(7));
+            let other = blocking_io(Path::new("/well/b.img"), patience, || Ok(7));
             assert_eq!(other.await, Ok(7));
             // It answers at last.
             drop(answer);
             let limit = Instant::now() + patience;
-            while apart(dead, short, || Ok(())).await.is_err() {
+            while blocking_io(dead, short, || Ok(())).await.is_err() {
                 assert!(Instant::now() < limit, "it is usable again");
             }
             assert!(places().get(dead).is_none());

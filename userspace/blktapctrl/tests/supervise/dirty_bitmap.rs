@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed};
 use super::fake::{put, FakeKernel};
 use super::steps::{at_each_step, create, one, pause, unpause};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Mode, Reply, Request, What};
 use control::tapdisk::{Needed, Provided, State};
 use control::{Changed, Code, Extent, Failure, Mark, MarkName, MAX_MARKS};
@@ -386,7 +386,7 @@ fn what_an_older_mark_knows_is_not_lost_by_the_next_one() {
         kernel.crash.happened.set(false);
         block_on(async {
             let bed = Bed::new(&dir, &kernel);
-            adopt::disks(&bed.lifecycle).await;
+            recovery::disks(&bed.lifecycle).await;
             // The process notes in the map that it was given last, or in the one before.
             let heard = |line: &&String| line.starts_with("note ");
             let noted = bed.log().iter().filter(heard).count();

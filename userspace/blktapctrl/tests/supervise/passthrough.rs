@@ -86,7 +86,7 @@ fn child(bed: &Bed) -> Create {
     let what = Needed::Parent {
         path: below.clone(),
     };
-    super::needs::ask(bed, "ask", &[what]);
+    super::fd_broker::ask(bed, "ask", &[what]);
     let path = bed.dir.join("a.dev");
     let mut create = bed.create("a.dev");
     let target = format!("direct=yes,qcow2:{}", path.display());
@@ -537,7 +537,7 @@ fn the_next_supervisor_takes_the_image_from_the_kernel() {
     });
     super::bed::block_on(async {
         let bed = host.bed();
-        blktapctrl::adopt::disks(&bed.lifecycle).await;
+        blktapctrl::recovery::disks(&bed.lifecycle).await;
         assert!(is_backed(&bed, minor));
         assert_eq!(bed.ask(pause(minor)).await, Ok(Reply::Done));
         assert!(!is_backed(&bed, minor));

@@ -8,7 +8,7 @@
 //! because a lock of the process would be over while the kernel still writes.
 
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Image, Opened};
 use crate::kernel::{self, NodeInfo, IMAGE};
@@ -81,7 +81,7 @@ impl Lifecycle {
         image: &Arc<Image>,
     ) -> Result<(), Failure> {
         let (again, writable) = (image.clone(), !open.read_only);
-        let opened = apart(image.path(), LIMIT, move || again.open(writable, true)).await?;
+        let opened = blocking_io(image.path(), LIMIT, move || again.open(writable, true)).await?;
         let fd = direct_fd(image, &opened)?;
         let refused = |error: io::Error| not_taken(image, &error);
         let kernel = &self.registry.kernel;

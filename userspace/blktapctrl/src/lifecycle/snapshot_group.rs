@@ -27,7 +27,7 @@ const READY: Duration = Duration::from_secs(180);
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// The instant, and the moment before it in which all are ready for that.
-pub(super) struct Together {
+pub(super) struct SnapshotBarrier {
     /// Disks that are not ready.
     unready: RefCell<BTreeSet<u32>>,
     /// Disks that are still served.
@@ -37,7 +37,7 @@ pub(super) struct Together {
     changed: Notify,
 }
 
-impl Together {
+impl SnapshotBarrier {
     fn new(disks: impl Iterator<Item = u32>) -> Self {
         let all: BTreeSet<u32> = disks.collect();
         Self {
@@ -168,7 +168,7 @@ impl Lifecycle {
             let rest = "the others are served as before: name new images for all";
             return Err(of_no_instant(&before, Code::State, rest));
         }
-        let together = Together::new(wanted.iter().map(|(disk, _)| disk.minor));
+        let together = SnapshotBarrier::new(wanted.iter().map(|(disk, _)| disk.minor));
         let each = wanted.iter().zip(turns).map(|((disk, target), turn)| {
             let together = &together;
             async move {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// The kernel's counts at the start of a process.
 #[derive(Debug, Default)]
-pub struct Tally(Cell<Option<Began>>);
+pub struct ProcessStats(Cell<Option<Began>>);
 
 #[derive(Clone, Copy, Debug)]
 struct Began {
@@ -31,7 +31,7 @@ pub(crate) struct Totals {
     pub(crate) replayed: u64,
 }
 
-impl Tally {
+impl ProcessStats {
     /// A process serves from now on, or does so already.
     pub(crate) fn begin(&self, pid: u32, now: &Kernel) {
         if !self.is_of(pid) {
@@ -65,7 +65,7 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
-    use super::Tally;
+    use super::ProcessStats;
     use control::supervisor::Kernel;
 
     #[test]
@@ -75,7 +75,7 @@ mod tests {
             direct,
             ..Kernel::default()
         };
-        let tally = Tally::default();
+        let tally = ProcessStats::default();
         tally.begin(7, &at(100, 10));
         // A pause is no new beginning.
         tally.begin(7, &at(150, 10));

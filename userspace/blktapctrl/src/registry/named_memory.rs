@@ -6,12 +6,12 @@
 //! at most unused memory, which is found when a disk ends, or by the next supervisor. Where it is not known what some
 //! disk has, nothing is given back and nothing is made anew.
 
-use super::unknown::Unknown;
+use super::unreadable_records::Unknown;
 use super::Registry;
 use crate::folder;
 use crate::image::{self, Identity, Image};
-use crate::log::{tell, About};
-use crate::memory;
+use crate::log::{tell, LogContext};
+use crate::ram_files;
 use crate::record::Peek;
 use control::tapdisk::Open;
 use control::{Code, Failure, MemoryName, Target};
@@ -86,9 +86,9 @@ impl Registry {
         let Some(name) = open.target.name() else {
             return image::of(open).await;
         };
-        match memory::find_named(&self.folder, name)? {
+        match ram_files::find_named(&self.folder, name)? {
             Some(image) => Ok(Some(Arc::new(image))),
-            None => Err(memory::lost(&self.folder, name)),
+            None => Err(ram_files::lost(&self.folder, name)),
         }
     }
 
@@ -105,7 +105,7 @@ impl Registry {
             return Ok((self.image_of(open).await?, None));
         };
         if !self.is_memory_of_others(name, size)? {
-            memory::make_named(&self.folder, name, size)?;
+            ram_files::make_named(&self.folder, name, size)?;
         }
         let pin = (name.clone(), size);
         self.memories.pinned.borrow_mut().push(pin);
@@ -133,7 +133,7 @@ impl Registry {
     /// # Errors
     /// It has another size, is lost, or it is not known whether another disk has it.
     fn is_memory_of_others(&self, name: &MemoryName, size: u64) -> Result<bool, Failure> {
-        let image = memory::find_named(&self.folder, name)?;
+        let image = ram_files::find_named(&self.folder, name)?;
         let users = self.users_of_memory(name, image.as_ref());
         let other = users.iter().find_map(|user| {
             let its = user.size.filter(|its| *its != size)?;
@@ -152,7 +152,7 @@ impl Registry {
         match (image, users.first()) {
             (Some(_), Some(_)) => Ok(true),
             (None, Some(user)) => {
-                let lost = memory::lost(&self.folder, name);
+                let lost = ram_files::lost(&self.folder, name);
                 let why = format!("{lost}, such as {}", user.name);
                 Err(Failure::new(lost.code, why))
             }
@@ -172,12 +172,12 @@ impl Registry {
 
     /// Gives back memory that no disk has any more.
     pub fn give_memory_back(&self) {
-        let names = match memory::names(&self.folder) {
+        let names = match ram_files::names(&self.folder) {
             Ok(names) => names,
             Err(error) => {
                 tell!(
                     error,
-                    About::default().because(&error),
+                    LogContext::default().because(&error),
                     "cannot see in {} which memory has a name: {error}",
                     self.folder.memory().display()
                 );
@@ -191,7 +191,7 @@ impl Registry {
             if let Err(failure) = self.give_back(&name) {
                 tell!(
                     error,
-                    About::default().failed(&failure),
+                    LogContext::default().failed(&failure),
                     "the memory {name} is not given back: {failure}"
                 );
             }
@@ -199,7 +199,7 @@ impl Registry {
     }
 
     fn give_back(&self, name: &MemoryName) -> Result<(), Failure> {
-        let image = memory::find_named(&self.folder, name)?;
+        let image = ram_files::find_named(&self.folder, name)?;
         if !self.users_of_memory(name, image.as_ref()).is_empty() {
             return Ok(());
         }

@@ -3,9 +3,9 @@
 //! outlives every process, the supervisor's too, and goes with the disk, or with the host. Memory with a name is a file of
 //! all disks that say the name; which those are the registry knows.
 
+use crate::bitmap_files;
 use crate::folder::{self, Folder, NAMED};
 use crate::image::Image;
-use crate::notes;
 use control::{Code, Failure, MemoryName, Target};
 use rustix::mount::{mount, MountFlags};
 use std::ffi::CStr;
@@ -157,7 +157,7 @@ pub fn lost(folder: &Folder, name: &MemoryName) -> Failure {
 pub fn remove(folder: &Folder, minor: u32) -> io::Result<()> {
     folder::remove(&folder.memory_of(minor))?;
     folder::remove(&folder.written_of(minor))?;
-    notes::remove_all(folder, minor)
+    bitmap_files::remove_all(folder, minor)
 }
 
 fn place(folder: &Folder, minor: u32, target: &Target) -> PathBuf {

@@ -18,7 +18,7 @@ pub(crate) const EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// A connection to a tapdisk.
 #[derive(Debug)]
-pub struct Link {
+pub struct RpcClient {
     stream: UnixStream,
     decoder: Decoder,
     last: u64,
@@ -28,15 +28,15 @@ pub struct Link {
     sender: Option<u32>,
 }
 
-impl Link {
+impl RpcClient {
     /// Connects to the socket of a tapdisk.
     ///
     /// # Errors
     /// No process listens there.
-    pub async fn connect(path: &Path) -> io::Result<Link> {
+    pub async fn connect(path: &Path) -> io::Result<RpcClient> {
         let socket = UnixSocket::new_stream()?;
         set_socket_passcred(&socket, true)?;
-        Ok(Link {
+        Ok(RpcClient {
             stream: socket.connect(path).await?,
             decoder: Decoder::default(),
             last: 0,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests of tap-ctl: a request becomes a call, and its result an answer.
 
-use crate::adopt;
 use crate::lifecycle::create::Made;
 use crate::lifecycle::Lifecycle;
 use crate::process::{OPEN, SOON};
+use crate::recovery;
 use control::supervisor::{Filter, Reply, Request, Row, TopRow, Which};
 use control::tapdisk;
 use control::Failure;
@@ -202,7 +202,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let is_toolstack = which.vbd.is_some() && of.is_none();
             let vbd = of.or(which.vbd);
             let which = Which { vbd, ..which };
-            adopt::to_end(lifecycle, &which).await?;
+            recovery::to_end(lifecycle, &which).await?;
             let ended = lifecycle.end(&which, timeout_s, is_toolstack).await;
             ended.map(done)
         }
@@ -214,7 +214,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
             let minors = lifecycle.unpark().await?;
             Ok(Reply::Parked { minors })
         }
-        Request::Adopt { minor } => adopt::unknown(lifecycle, minor).await.map(done),
+        Request::Adopt { minor } => recovery::unknown(lifecycle, minor).await.map(done),
         Request::Forget { minor } if lifecycle.forget_lease(minor) => Ok(Reply::Done),
         Request::Forget { minor } => registry.forget(minor).map(done),
         Request::Check(check) => lifecycle.admission.check(check).await.map(done),

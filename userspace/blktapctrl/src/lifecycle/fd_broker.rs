@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes ask for what they cannot open themselves; what is decided is sent back.
 
-use super::trouble::{until_end, Rate};
+use super::io_errors::{until_end, Rate};
 use super::{key, server, Lifecycle};
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::Opened;
-use crate::link::{unexpected, Link, EVER};
 use crate::process::Process;
 use crate::record::Role;
 use crate::registry::Registry;
+use crate::rpc_client::{unexpected, RpcClient, EVER};
 use crate::state::{DiskState, Whose};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
@@ -161,7 +161,7 @@ impl Given {
 }
 
 async fn send(
-    link: &mut Link,
+    link: &mut RpcClient,
     number: u64,
     answer: Result<(Given, Provided), Failure>,
 ) -> Result<(), Failure> {
@@ -269,7 +269,7 @@ impl Lifecycle {
         };
         let write = !part.mode.is_read_only();
         let again = file.clone();
-        let opened = apart(path, LIMIT, move || again.open(write, direct)).await?;
+        let opened = blocking_io(path, LIMIT, move || again.open(write, direct)).await?;
         let provided = match part.locked {
             true => Provided::Locked,
             false => Provided::Shared,

@@ -2,7 +2,7 @@
 //! Files that the configuration of a disk names with a word, such as `key=` and `tls-ca=`. The supervisor opens them and
 //! does not look into them: they are read by the disk's process alone.
 
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::image::Opened;
 use control::{open_named, Code, Failure, Secrecy, Target};
 use std::path::Path;
@@ -24,7 +24,7 @@ pub(super) async fn open(
         )
     })?;
     let place = path.to_path_buf();
-    apart(path, LIMIT, move || {
+    blocking_io(path, LIMIT, move || {
         open_named(&place, word, secrecy).map(Opened::from)
     })
     .await

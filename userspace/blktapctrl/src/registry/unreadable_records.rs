@@ -3,11 +3,11 @@
 //! serves a disk without a record. They are left alone, shown and told about, until an administrator says what to do.
 
 use super::Registry;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::folder;
 use crate::image::{self, Identity};
 use crate::kernel;
-use crate::log::{tell, About};
+use crate::log::{tell, LogContext};
 use crate::process::{Process, SOON};
 use crate::record::{Peek, Record, Unread, Want};
 use control::supervisor::{Mode, Row, What};
@@ -80,7 +80,7 @@ impl Registry {
             if let Err(error) = folder::remove(&socket) {
                 tell!(
                     warn,
-                    About::disk(minor).because(&error),
+                    LogContext::disk(minor).because(&error),
                     "cannot remove {}: {error}",
                     socket.display()
                 );
@@ -196,7 +196,7 @@ impl Registry {
                 let (pid, identity) = (process.pid(), image.identity());
                 let place = image.path().to_path_buf();
                 let running = status.state == State::Running;
-                let holds = apart(&place, LIMIT, move || Ok(holds(pid, identity))).await?;
+                let holds = blocking_io(&place, LIMIT, move || Ok(holds(pid, identity))).await?;
                 // Of an export a process has a connection, which says nothing.
                 if running && !holds && !image.is_export() {
                     return Err(image::not_the_same(&image));

@@ -2,7 +2,7 @@
 //! Takes over the disks of an earlier supervisor, and the processes that serve them. An unreadable record is ignored
 //! (`unknown`): the supervisor ends no process because of a record that it could not read.
 
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
 use crate::kernel;
@@ -221,7 +221,7 @@ async fn keep_state(disk: &Disk, process: &Process) {
         let Some(whose) = whose else { continue };
         let known = process.known();
         let folder = format!("/proc/{}/fd", known.pid);
-        let found = apart(Path::new(&folder), LIMIT, move || {
+        let found = blocking_io(Path::new(&folder), LIMIT, move || {
             DiskState::held_by(known, whose)
         });
         match found.await {

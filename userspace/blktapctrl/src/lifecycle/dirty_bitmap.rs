@@ -2,7 +2,7 @@
 //! Dirty bitmaps: from named moments (marks) on, the disk records where its guest writes, so that repeated copies of
 //! the disk take only those blocks (incremental backup).
 //!
-//! Each mark has a [map](crate::notes) of the writes from then until the next one. The mark is on the record before the
+//! Each mark has a [map](crate::bitmap_files) of the writes from then until the next one. The mark is on the record before the
 //! disk's process starts to use its map, so that each later process uses it as well; it is set when the process
 //! confirms that, having finished its earlier requests. The changes since a mark are the union of all maps from that
 //! one on, those of marks that were never set included: so it does not matter which of them a process uses.
@@ -11,11 +11,11 @@
 
 use super::handoff::check_served;
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::bitmap_files;
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::folder;
 use crate::log::tell;
-use crate::notes;
 use crate::process::{Process, SOON};
 use crate::record::Noted;
 use control::supervisor::{Mode, What};
@@ -52,7 +52,7 @@ impl Lifecycle {
         let path = self.map(disk, &wanted);
         // The supervisor that created this map may have ended before the record had it.
         remove_map(disk, &path);
-        notes::make(&path, wanted.size, wanted.unit)?;
+        bitmap_files::make(&path, wanted.size, wanted.unit)?;
         let number = wanted.number;
         let added = self.registry.change(disk, |record| {
             // The callers that set those bitmaps have had an error, so they are none.
@@ -105,7 +105,7 @@ impl Lifecycle {
             let why = format!("disk {} has no dirty bitmap", disk.minor);
             Failure::new(Code::NotFound, why)
         })?;
-        notes::open(&self.map(disk, &last))
+        bitmap_files::open(&self.map(disk, &last))
     }
 
     /// Takes a mark away. Its map stays as long as an older mark needs it.
@@ -203,7 +203,7 @@ impl Lifecycle {
             if let Some(before) = place.checked_sub(1) {
                 let (theirs, into) = (from.clone(), self.map(disk, &marks[before]));
                 let place = into.clone();
-                apart(&place, LIMIT, move || notes::merge(&theirs, &into)).await?;
+                blocking_io(&place, LIMIT, move || bitmap_files::merge(&theirs, &into)).await?;
             }
             self.registry.change(disk, |record| {
                 record.marks.retain(|m| m.number != mark.number)
@@ -307,8 +307,8 @@ impl Lifecycle {
         from: u64,
     ) -> Result<Changed, Failure> {
         let (folder, unit) = (self.registry.folder.notes(), since.unit);
-        let look = move || notes::look(&maps, size, unit, from);
-        let (extents, next) = apart(&folder, LIMIT, look).await?;
+        let look = move || bitmap_files::look(&maps, size, unit, from);
+        let (extents, next) = blocking_io(&folder, LIMIT, look).await?;
         Ok(Changed {
             mark: since.number,
             size,
@@ -375,7 +375,7 @@ impl Lifecycle {
     }
 
     fn remove_maps(&self, disk: &Disk) {
-        if let Err(error) = notes::remove_all(&self.registry.folder, disk.minor) {
+        if let Err(error) = bitmap_files::remove_all(&self.registry.folder, disk.minor) {
             tell!(
                 error,
                 disk.about().because(&error),
@@ -452,7 +452,7 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
         name: Some(name),
         at_ms: now,
         size,
-        unit: last.map_or_else(|| notes::unit(size), |last| last.unit),
+        unit: last.map_or_else(|| bitmap_files::unit(size), |last| last.unit),
         is_set: false,
     })
 }

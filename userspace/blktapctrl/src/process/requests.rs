@@ -3,7 +3,7 @@
 
 use super::system::is_gone;
 use super::{Process, SOON};
-use crate::link::{unexpected, Link};
+use crate::rpc_client::{unexpected, RpcClient};
 use control::stats::Stats;
 use control::tapdisk::{self, Reply, Request, Status};
 use control::{Code, Failure};
@@ -15,9 +15,9 @@ impl Process {
     ///
     /// # Errors
     /// It does not listen any more.
-    pub async fn another_link(&self) -> Result<Link, Failure> {
+    pub async fn another_link(&self) -> Result<RpcClient, Failure> {
         let socket = self.socket.borrow().clone().unwrap_or_default();
-        Link::connect(&socket).await.map_err(|error| {
+        RpcClient::connect(&socket).await.map_err(|error| {
             let what = format!("cannot connect to {}", socket.display());
             match is_gone(&error) {
                 true => Failure::new(Code::Gone, format!("{what}: {error}")),
@@ -52,7 +52,7 @@ impl Process {
             Some(link) => link,
             None => {
                 let socket = self.socket.borrow().clone().unwrap_or_default();
-                Link::connect(&socket).await.map_err(|error| {
+                RpcClient::connect(&socket).await.map_err(|error| {
                     let what = format!("cannot ask tapdisk {}", self.pid());
                     Failure::new(Code::Gone, format!("{what}: {error}"))
                 })?

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// A lease that is held, and kept.
 #[derive(Clone, Debug)]
-pub struct Tenure {
+pub struct HeldLease {
     /// Renews the lease.
     pub keeper: Arc<Keeper>,
     /// The image, and the kind of its lease.

@@ -3,11 +3,11 @@
 
 use super::Lifecycle;
 use crate::disk::{Disk, Fate};
-use crate::link::{unexpected, Link, EVER};
 use crate::log::tell;
 use crate::process::Process;
 use crate::record::Want;
 use crate::registry::Registry;
+use crate::rpc_client::{unexpected, RpcClient, EVER};
 use control::supervisor::{Kernel, What};
 use control::tapdisk::{Call, Reply, Request, Trouble, Troubles};
 use control::{Code, Failure, LeaseKind};
@@ -134,7 +134,7 @@ fn is_served(registry: &Registry, process: &Process) -> bool {
         .is_some_and(|disk| disk.record.borrow().want != Want::Paused)
 }
 
-async fn ask(link: &mut Link, after: Option<u64>) -> Result<Troubles, Failure> {
+async fn ask(link: &mut RpcClient, after: Option<u64>) -> Result<Troubles, Failure> {
     match link.ask(&Request::Troubles { after }, &[], EVER).await? {
         Reply::Troubles(troubles) => Ok(troubles),
         reply => Err(unexpected(&reply)),

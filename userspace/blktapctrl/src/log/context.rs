@@ -6,7 +6,7 @@ use std::io;
 
 /// Context of a line of the log: its disk, guest, process and error. Each part that is known is a field of the journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct About {
+pub struct LogContext {
     /// The node of the disk.
     pub minor: Option<u32>,
     /// The guest that has it.
@@ -27,26 +27,26 @@ pub struct About {
     pub number: Option<u64>,
 }
 
-impl About {
+impl LogContext {
     /// A disk of which nothing else is known.
     #[must_use]
-    pub fn disk(minor: u32) -> About {
-        About {
+    pub fn disk(minor: u32) -> LogContext {
+        LogContext {
             minor: Some(minor),
-            ..About::default()
+            ..LogContext::default()
         }
     }
 
     /// A process without a disk.
     #[must_use]
-    pub fn process(pid: u32) -> About {
-        About::default().of(pid)
+    pub fn process(pid: u32) -> LogContext {
+        LogContext::default().of(pid)
     }
 
     /// Adds the process.
     #[must_use]
-    pub fn of(self, pid: u32) -> About {
-        About {
+    pub fn of(self, pid: u32) -> LogContext {
+        LogContext {
             pid: Some(pid),
             ..self
         }
@@ -54,8 +54,8 @@ impl About {
 
     /// Adds the error number of a failure.
     #[must_use]
-    pub fn failed(self, failure: &Failure) -> About {
-        About {
+    pub fn failed(self, failure: &Failure) -> LogContext {
+        LogContext {
             errno: failure.errno,
             ..self
         }
@@ -63,8 +63,8 @@ impl About {
 
     /// Adds the number of a system error.
     #[must_use]
-    pub fn because(self, error: &io::Error) -> About {
-        About {
+    pub fn because(self, error: &io::Error) -> LogContext {
+        LogContext {
             errno: error.raw_os_error(),
             ..self
         }
@@ -72,10 +72,10 @@ impl About {
 
     /// Adds the guest and the disk that a backend's directory in xenstore names.
     #[must_use]
-    pub fn at(self, vbd: &str) -> About {
+    pub fn at(self, vbd: &str) -> LogContext {
         let mut names = vbd.trim_end_matches('/').rsplit('/');
         let devid: Option<u32> = names.next().and_then(|name| name.parse().ok());
-        About {
+        LogContext {
             vdev: devid.map(control::vdev),
             domid: names.next().and_then(|name| name.parse().ok()),
             ..self
@@ -83,15 +83,15 @@ impl About {
     }
 }
 
-impl From<&About> for About {
-    fn from(about: &About) -> About {
+impl From<&LogContext> for LogContext {
+    fn from(about: &LogContext) -> LogContext {
         about.clone()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::About;
+    use super::LogContext;
 
     #[test]
     fn a_directory_names_guest_and_disk() {
@@ -106,7 +106,7 @@ mod tests {
             ("backend/vbd/x/7", None, Some("7")),
             ("", None, None),
         ] {
-            let about = About::disk(4).at(vbd);
+            let about = LogContext::disk(4).at(vbd);
             let found = (about.minor, about.domid, about.vdev.as_deref());
             assert_eq!(found, (Some(4), domid, vdev), "{vbd}");
         }

@@ -5,7 +5,7 @@ use super::bed::{self, block_on, end, kill, test, until, which, Bed, Succession}
 use super::left::is_alive;
 use super::sharing::stubbed;
 use super::steps::at_each_step;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Check, Create, MirrorTo, Mode, Reply, Request, What};
 use control::tapdisk::{Open, State};
 use control::{Code, Failure, Target};
@@ -287,7 +287,7 @@ fn memory_outlives_the_supervisor_and_all_processes() {
     pids.iter().copied().for_each(kill);
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         for minor in [0, 1] {
             until("the disk is served", || async {
                 let row = bed.row(minor).await;
@@ -322,7 +322,7 @@ fn left_alone(name: &str, lives: bool, spoil: impl Fn(&str) -> String, work: imp
     }
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert!(bed.row(0).await.unknown.is_some());
         bed.destroy(1).await;
         assert!(file(&bed.dir).exists(), "{name}: it was taken away");
@@ -384,7 +384,7 @@ fn disk_that_was_forgotten_keeps_its_memory_while_its_process_may_live() {
     spoil_record(&host, 0, "{");
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(bed.ask(Request::Forget { minor: 0 }).await, Ok(Reply::Done));
         assert!(file(&bed.dir).exists());
         let other = made(&bed, Mode::WriteShared, SCRATCH).await;
@@ -394,7 +394,7 @@ fn disk_that_was_forgotten_keeps_its_memory_while_its_process_may_live() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(bed.row(0).await.pid, Some(pid));
         assert_eq!(bed.ask(Request::Adopt { minor: 0 }).await, Ok(Reply::Done));
         bed.destroy(0).await;
@@ -430,7 +430,7 @@ fn memory_stays_while_records_are_being_read() {
             assert!(file(&bed.dir).exists(), "taken away too early");
             end(pid, Signal::CONT);
         };
-        futures::future::join(adopt::disks(&bed.lifecycle), ended).await;
+        futures::future::join(recovery::disks(&bed.lifecycle), ended).await;
         assert!(bed.row(1).await.unknown.is_some());
         assert_eq!(bed.ask(Request::Adopt { minor: 1 }).await, Ok(Reply::Done));
         bed.replaced(1, kill).await;
@@ -457,14 +457,14 @@ fn memory_of_nobody_is_found_by_the_next_supervisor() {
         let (disks, away) = (bed.dir.join("run/disks"), bed.dir.join("away"));
         fs::rename(&disks, &away).expect("rename");
         fs::write(&disks, "no folder").expect("write");
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         fs::remove_file(&disks).expect("remove");
         fs::rename(&away, &disks).expect("rename");
         assert!(file(&bed.dir).exists(), "it may be somebody's");
         let failure = refused(&bed, Mode::Write, SCRATCH).await;
         assert!(failure.message.contains("blktapctrl anew"), "{failure}");
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         bed.assert_nothing_left().await;
         leave_behind(&bed);
         made(&bed, Mode::Write, SCRATCH).await;
@@ -492,7 +492,7 @@ fn memory_that_is_lost_is_taken_for_zeroes_by_nobody() {
     block_on(async {
         has_ended(dies).await;
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         until("the failure", || async {
             let lost = |what: &What| matches!(what, What::Failed { message, .. } if message.contains("is lost"));
             bed.events().iter().any(lost).then_some(())

@@ -3,7 +3,7 @@
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, Mode, Request, What};
 use control::tapdisk::{Needed, Open};
 use control::{Code, Target};
@@ -650,7 +650,7 @@ fn state_of_an_image_is_not_that_of_the_next() {
     host.kernel.crash.happened.set(false);
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         until("the end of the unpause", || async {
             bed.row(0).await.doing.is_none().then_some(())
         })
@@ -685,7 +685,7 @@ fn state_outlives_a_process_and_a_supervisor() {
     });
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         assert_eq!(bed.row(0).await.state_bytes, 4096);
         bed.replaced(0, kill).await;
         let last = states(&bed).pop();

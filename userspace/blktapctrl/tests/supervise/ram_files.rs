@@ -2,7 +2,7 @@
 //! Disks of memory, whose content outlives every process.
 
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
-use blktapctrl::adopt;
+use blktapctrl::recovery;
 use control::supervisor::{Create, Request, What};
 use control::tapdisk::{Open, State};
 use std::fs;
@@ -98,7 +98,7 @@ fn content_outlives_the_supervisor_and_the_process_together() {
     kill(dies);
     block_on(async {
         let bed = host.bed();
-        adopt::disks(&bed.lifecycle).await;
+        recovery::disks(&bed.lifecycle).await;
         until("the disk is served", || async {
             let row = bed.row(0).await;
             (row.state == Some(State::Running) && row.pid != Some(dies)).then_some(())

@@ -4,7 +4,7 @@
 use super::Lifecycle;
 use crate::disk::Disk;
 use crate::log::tell;
-use crate::tally::Totals;
+use crate::process_stats::Totals;
 
 impl Lifecycle {
     /// The process of a disk serves it: from now on it is counted what it does.

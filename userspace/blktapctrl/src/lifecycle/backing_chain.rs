@@ -10,9 +10,9 @@
 //! the process does, and again with the image; it loses all of them with the image. A disk is served without that,
 //! too.
 
-use super::direct::{direct_fd, is_locked, lock_data, not_taken};
+use super::passthrough::{direct_fd, is_locked, lock_data, not_taken};
 use super::Lifecycle;
-use crate::apart::{apart, LIMIT};
+use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::kernel::IMAGE;
@@ -124,7 +124,7 @@ impl Lifecycle {
     /// Gives the kernel a file below the image, locked so that no other process writes it while the kernel may read it.
     async fn add_below(&self, disk: &Disk, number: u16, file: &Arc<Image>) -> Result<(), Failure> {
         let again = file.clone();
-        let opened = apart(file.path(), LIMIT, move || again.open(false, true)).await?;
+        let opened = blocking_io(file.path(), LIMIT, move || again.open(false, true)).await?;
         let fd = direct_fd(file, &opened)?;
         if !lock_data(file, fd, LockKind::Read)? {
             return Err(is_locked(file));
