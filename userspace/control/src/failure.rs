@@ -19,7 +19,7 @@ pub enum Code {
     Exists,
     /// Another user has it.
     Busy,
-    /// The disk is not in a state that allows this. that the disk is in.
+    /// The disk is not in a state that allows this.
     State,
     /// The image is refused: its size, its blocks, or that it changed.
     Image,

@@ -670,7 +670,8 @@ pub struct Snapshot {
     pub target: Target,
     /// Its backing image.
     pub parent: PathBuf,
-    /// The supervisor removed the write permission of that image (`chmod a-w`); it cannot for a device.
+    /// The supervisor has marked that image, so that no tap disk writes it: without write permission a file, by a record a
+    /// device.
     pub marked: bool,
     /// Microseconds without a process, in which the guest's requests waited. Nothing if that is not known, because an
     /// earlier request did it, or an earlier supervisor had begun.
@@ -684,7 +685,8 @@ pub struct Moved {
     pub from: Target,
     /// The one that it has. The configuration of the disk must name this one from now on.
     pub to: Target,
-    /// The supervisor removed the write permission of the old one (`chmod a-w`); it cannot for a device.
+    /// The supervisor has marked the old one, so that no tap disk writes it: without write permission a file, by a record a
+    /// device.
     pub marked: bool,
     /// Microseconds without a process, in which the guest's requests waited. Nothing if that is not known.
     pub pause_us: Option<u64>,
@@ -696,9 +698,9 @@ impl Moved {
         let Self {
             from, to, marked, ..
         } = self;
-        let mark = if *marked { "was" } else { "could NOT be" };
+        let mark = if *marked { "is" } else { "could NOT be" };
         format!(
-            "now served from {to}, which its configuration must name; {from} keeps the former content, and its write permission {mark} removed"
+            "now served from {to}, which its configuration must name; {from} keeps the former content, and {mark} marked, so that no tap disk writes it"
         )
     }
 }
