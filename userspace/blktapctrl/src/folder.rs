@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The folder of a running host, `/run/xentap`.
 
-use control::{GroupName, MemoryName};
+use control::{FrozenDevices, GroupName, MemoryName};
 use rustix::fs::{flock, FlockOperation};
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
@@ -15,15 +15,19 @@ pub const NAMED: &str = "named";
 #[derive(Clone, Debug)]
 pub struct Folder {
     root: PathBuf,
+    frozen: FrozenDevices,
 }
 
 impl Folder {
-    /// Makes what is missing of the folder.
+    /// Makes what is missing of the folder. `frozen` are records elsewhere, because they outlive a reboot of the host.
     ///
     /// # Errors
     /// The system refuses to.
-    pub fn make(root: &Path) -> io::Result<Folder> {
-        let folder = Folder { root: root.into() };
+    pub fn make(root: &Path, frozen: FrozenDevices) -> io::Result<Folder> {
+        let folder = Folder {
+            root: root.into(),
+            frozen,
+        };
         // QEMU, which may not be root, goes through to the sockets of NBD.
         for (name, mode) in [
             ("", 0o711),
@@ -67,6 +71,12 @@ impl Folder {
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The records of devices that no disk may write.
+    #[must_use]
+    pub fn frozen(&self) -> &FrozenDevices {
+        &self.frozen
     }
 
     /// The socket that tap-ctl connects to.

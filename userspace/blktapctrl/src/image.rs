@@ -166,6 +166,12 @@ impl Image {
         self.held.is_none()
     }
 
+    /// Returns true if it is a block device.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        matches!(self.identity, Identity::Device { .. })
+    }
+
     /// Returns its identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
@@ -249,7 +255,7 @@ impl Image {
     /// # Errors
     /// It cannot be opened.
     pub fn is_promised(&self) -> Result<bool, Failure> {
-        if !matches!(self.identity, Identity::Device { .. }) {
+        if !self.is_device() {
             return Ok(false);
         }
         let again = self.again();

@@ -14,7 +14,7 @@ use blktapctrl::systemd::Systemd;
 use blktapctrl::{folder, nodes, ram_files, recovery, server, watch, watchdog};
 use clap::Parser;
 use control::supervisor::What;
-use control::Failure;
+use control::{Failure, FrozenDevices};
 use rustix::mm::{mlockall, MlockAllFlags};
 use rustix::process::{getuid, setrlimit, Resource, Rlimit};
 use std::fs::Permissions;
@@ -160,7 +160,8 @@ async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
     lift_limits();
     lock_memory();
     let place = cli.folder.display();
-    let folder = Folder::make(&cli.folder).with_context(|| format!("cannot make {place}"))?;
+    let folder = Folder::make(&cli.folder, FrozenDevices::of_host())
+        .with_context(|| format!("cannot make {place}"))?;
     let _claim = folder.claim().map_err(anyhow::Error::msg)?;
     if let Err(error) = ram_files::mount_folders(&folder) {
         let place = folder.memory();

@@ -3,7 +3,8 @@
 //! nothing; the process writes it.
 
 use crate::image::{Identity, Image};
-use control::{Code, Failure};
+use crate::log::{tell, LogContext};
+use control::{Code, Failure, FrozenDevices};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{fchown, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -86,13 +87,22 @@ pub(crate) fn remove(
 }
 
 /// Removes the write permission of an image that is a backing image, because the image above is corrupt as soon as it
-/// changes. True if that was done; it is not for a device.
+/// changes. A device gets a record in its place, with the target `instead` that has the newer writes. True if that was
+/// done; it is not for an export.
 ///
 /// # Errors
 /// The system refuses to.
-pub(crate) fn mark(image: &Image) -> Result<bool, Failure> {
-    if !matches!(image.identity(), Identity::File { .. }) {
-        return Ok(false);
+pub(crate) fn freeze(
+    image: &Image,
+    records: &FrozenDevices,
+    instead: &str,
+) -> Result<bool, Failure> {
+    match image.identity() {
+        Identity::File { .. } => {}
+        Identity::Device { .. } => {
+            return records.add(image.path(), image.again().as_ref(), instead)
+        }
+        Identity::Export { .. } => return Ok(false),
     }
     let mark = || {
         let place = image.again();
@@ -110,11 +120,42 @@ pub(crate) fn mark(image: &Image) -> Result<bool, Failure> {
     Ok(true)
 }
 
-/// Takes the mark away again, for who owns the image.
+/// Returns whether the image is marked.
+///
+/// # Errors
+/// The records of devices cannot be read.
+pub(crate) fn is_frozen(image: &Image, records: &FrozenDevices) -> Result<bool, Failure> {
+    match image.identity() {
+        Identity::Device { .. } => {
+            let found = records.find(image.path(), image.again().as_ref(), drop)?;
+            Ok(found.is_some())
+        }
+        _ => Ok(image.is_unwritable()),
+    }
+}
+
+/// Refuses a device that a disk would write, and that is marked. A file says it itself when it is opened.
+///
+/// # Errors
+/// The device is marked, or its record cannot be read.
+pub(crate) fn check_not_frozen(image: &Image, records: &FrozenDevices) -> Result<(), Failure> {
+    let unread = |failure: Failure| {
+        tell!(warn, LogContext::default().failed(&failure), "{failure}");
+    };
+    match records.find(image.path(), image.again().as_ref(), unread)? {
+        None => Ok(()),
+        Some(record) => Err(record.refusal(image.path())),
+    }
+}
+
+/// Removes the mark again, because the image becomes a disk.
 ///
 /// # Errors
 /// The system refuses to.
-pub(crate) fn unmark(image: &Image) -> Result<(), Failure> {
+pub(crate) fn thaw(image: &Image, records: &FrozenDevices) -> Result<(), Failure> {
+    if matches!(image.identity(), Identity::Device { .. }) {
+        return records.remove(image.path(), image.again().as_ref());
+    }
     let unmark = || {
         let place = image.again();
         let rights = fs::metadata(&place)?.permissions().mode() | 0o200;
@@ -129,9 +170,9 @@ pub(crate) fn unmark(image: &Image) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::{keep, make, mark, remove, unmark};
+    use super::{freeze, is_frozen, keep, make, remove, thaw};
     use crate::image::Image;
-    use control::Code;
+    use control::{Code, FrozenDevices};
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
@@ -159,11 +200,14 @@ mod tests {
         remove(&new, Some(made.identity()), made.born()).expect("removed");
         assert!(!new.exists());
         remove(&new, Some(made.identity()), made.born()).expect("twice");
-        assert_eq!(mark(&parent), Ok(true));
+        let records = FrozenDevices::at(dir.join("frozen"));
+        assert_eq!(is_frozen(&parent, &records), Ok(false));
+        assert_eq!(freeze(&parent, &records, "qcow2:/srv/b.qcow2"), Ok(true));
         assert_eq!(rights(&old), 0o440);
-        assert!(parent.is_unwritable());
-        assert_eq!(unmark(&parent), Ok(()));
+        assert_eq!(is_frozen(&parent, &records), Ok(true));
+        assert_eq!(thaw(&parent, &records), Ok(()));
         assert_eq!(rights(&old), 0o640);
+        assert!(!records.folder().exists());
         fs::remove_dir_all(dir).expect("remove");
     }
 }

@@ -2,7 +2,10 @@
 //! A disk switches to a new image while its guest works, and the old one keeps its content.
 
 use super::formats::{check, of_guest};
-use super::tap::{end_load, full_image, image, start_load_with, wait_progress, DEVICE, VDEV};
+use super::hung::loop_device;
+use super::tap::{
+    end_load, forget_refused, full_image, image, start_load_with, wait_progress, DEVICE, VDEV,
+};
 use super::{Case, Context, SharedGuest};
 use crate::guest::Guest;
 use crate::sh;
@@ -29,7 +32,9 @@ pub(super) fn cases() -> Vec<Case> {
     let commit = Case::new("snapshot.commit", about, SharedGuest::Pv, commit).nightly();
     let about = "two disks of a guest at one instant, again and again: what was written to the second one is not newer than what was written to the first before";
     let group = Case::new("snapshot.group", about, SharedGuest::Pv, group).nightly();
-    let all = [load, stream, commit, group];
+    let about = "a device that became a backing image is refused to a configuration that was not changed, also after the supervisor has ended, until a commit into it";
+    let volume = Case::new("snapshot.volume", about, SharedGuest::Pv, volume).nightly();
+    let all = [load, stream, commit, group, volume];
     all.map(|case| case.supervised().no_leaks()).into()
 }
 
@@ -184,6 +189,59 @@ fn stream(context: &mut Context) -> Result<()> {
     ensure!(seen == found, "the guest read {seen}, QEMU reads {found}");
     fs::rename(&away, &base)?;
     context.note(&told)
+}
+
+/// A commit that writes next to nothing.
+const COMMIT: Duration = Duration::from_secs(60);
+
+fn volume(context: &mut Context) -> Result<()> {
+    let below = image(context, "a.img", SIZE)?;
+    let top = image(context, "s1.qcow2", 1)?;
+    fs::remove_file(&top)?;
+    let device = loop_device(context, &below, &["--direct-io=on"])?;
+    let old = tap::disk(&format!("aio:{device}"), VDEV, "w");
+    let guest = context.pv()?;
+    let disk = ServedDisk::attach(guest, &old)?;
+    mark(guest, 1)?;
+    snapshot(&disk, &top, &device)?;
+    mark(guest, 2)?;
+    disk.detach(guest)?;
+    // As xl does when the guest reboots.
+    let domain = guest.domid.to_string();
+    let refused = sh::status(&["xl", "block-attach", &domain, &old], COMMIT)?;
+    ensure!(
+        refused.rc != 0 && refused.text.contains(&top) && refused.text.contains("/frozen/"),
+        "the old configuration is not refused in clear words: {}",
+        sh::tail(&refused.text, 400)
+    );
+    forget_refused(&domain, VDEV)?;
+    ensure!(marked(&device)? == 1, "the volume was written");
+    let minor = tap::ctl(&[
+        "create",
+        "--minor-only",
+        "--files",
+        &device,
+        "-a",
+        &format!("qcow2:{top}"),
+    ])?;
+    let minor = minor.trim();
+    let target = format!("aio:{device}");
+    sh::run_for(
+        &["tap-ctl", "commit", "-m", minor, &target, "--wait"],
+        COMMIT,
+    )?;
+    sh::run_for(&["tap-ctl", "destroy", "-m", minor], COMMIT)?;
+    let guest = context.pv()?;
+    let disk = ServedDisk::attach(guest, &old)?;
+    let seen = guest.run(&format!(
+        "dd if={DEVICE} bs=4k skip={} count=1 iflag=direct 2>/dev/null | head -c 1",
+        MARK / 4096
+    ))?;
+    ensure!(
+        seen.trim() == "2",
+        "the guest reads {seen} after the commit"
+    );
+    disk.detach(guest)
 }
 
 /// MiB of a disk whose top image has so much data that a commit cannot end before the case interrupts it.

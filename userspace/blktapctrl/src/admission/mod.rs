@@ -16,6 +16,7 @@ mod views;
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Identity, Image};
+use crate::overlay;
 use crate::record::{Part, Role};
 use crate::registry::Registry;
 use crate::store::{directory, relative};
@@ -204,8 +205,28 @@ impl Admission {
             return Ok(());
         }
         let image = self.registry.image_that_would_be(&open).await?;
+        self.check_not_frozen(image.as_ref(), mode).await?;
         let work = |beside| beside_others(open, beside).map(drop);
         self.admit(image.as_ref(), mode, vbd, None, work).await
+    }
+
+    /// Refuses a device that a disk with this mode would write and that is the backing image of a newer one, also while
+    /// no disk has that. A file says it by its permissions.
+    ///
+    /// # Errors
+    /// The device is such a one, or it is not known whether it is.
+    pub async fn check_not_frozen(
+        &self,
+        image: Option<&Arc<Image>>,
+        mode: Mode,
+    ) -> Result<(), Failure> {
+        let Some(image) = image.filter(|image| image.is_device() && !mode.is_read_only()) else {
+            return Ok(());
+        };
+        let (image, records) = (image.clone(), self.registry.folder.frozen().clone());
+        let folder = records.folder().to_path_buf();
+        let look = move || overlay::check_not_frozen(&image, &records);
+        blocking_io(&folder, LIMIT, look).await
     }
 
     /// A disk of a backend's directory that is not there would stay for ever.

@@ -8,15 +8,10 @@
 //! first byte on, so no other disk may have it; its mode has no write permission until it becomes the disk.
 
 use super::key;
-use super::mirror::image_of;
-use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
-use crate::image::{self, Image};
-use crate::log::tell;
-use crate::overlay;
-use crate::record::{parents, Mirrored, Role};
+use crate::image::Image;
+use crate::record::parents;
 use control::{Code, Driver, Failure};
-use std::sync::Arc;
 
 /// Checks that the disk's image can be committed to its backing image.
 pub(super) fn check_top(disk: &Disk) -> Result<(), Failure> {
@@ -52,48 +47,4 @@ pub(super) fn check_below(disk: &Disk, image: &Image) -> Result<(), Failure> {
         image.path().display(),
         disk.minor
     )))
-}
-
-/// Gives the backing image write permission, because the disk is about to switch to it.
-///
-/// # Errors
-/// The system refuses to, or it is another one by now.
-pub(super) async fn unmark(mirror: &Mirrored, image: Arc<Image>) -> Result<Arc<Image>, Failure> {
-    if !mirror.marked {
-        return Ok(image);
-    }
-    let (path, theirs) = (image.path().to_path_buf(), image.clone());
-    blocking_io(&path, LIMIT, move || overlay::unmark(&theirs)).await?;
-    let found = image::find(&path).await?;
-    match found.is(Some(image.identity()), image.born()) {
-        true => Ok(found),
-        false => Err(image::not_the_same(&image)),
-    }
-}
-
-/// Removes the write permission of the backing image again, because it stays a backing image.
-pub(super) async fn mark_again(disk: &Disk) {
-    let (mirror, part) = {
-        let record = disk.record.borrow();
-        let mut parts = record.parts.iter();
-        let part = parts.find(|part| part.role == Role::Mirror).cloned();
-        let marked = record.mirror.as_ref().filter(|mirror| mirror.marked);
-        (marked.cloned(), part)
-    };
-    let (Some(mirror), Some(part)) = (mirror, part) else {
-        return;
-    };
-    let marked = async {
-        let image = image_of(&mirror, &part).await?;
-        let path = image.path().to_path_buf();
-        blocking_io(&path, LIMIT, move || overlay::mark(&image)).await
-    };
-    if let Err(failure) = marked.await {
-        tell!(
-            warn,
-            disk.about().failed(&failure),
-            "disk {}: {failure}",
-            disk.minor
-        );
-    }
 }

@@ -7,7 +7,7 @@
 //! what comes next, as after an unpause with another image. A supervisor that finds the disk before that serves it from
 //! the image that it had.
 
-use super::commit::{check_below, check_top, mark_again, unmark};
+use super::commit::{check_below, check_top};
 use super::handoff::check_served;
 use super::respawn::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
@@ -101,7 +101,12 @@ impl Lifecycle {
         }
         if mirror.below {
             check_below(disk, &image)?;
-            mirror.marked = image.is_unwritable();
+            mirror.marked = self.is_frozen(image.clone()).await?;
+        } else {
+            let admission = &self.admission;
+            admission
+                .check_not_frozen(Some(&image), Mode::Write)
+                .await?;
         }
         let part = Part {
             role: Role::Mirror,
@@ -346,7 +351,7 @@ impl Lifecycle {
             let why = "the other image was not the same when the disk was closed";
             return Err(lost.unwrap_or_else(|| Failure::new(Code::State, why)));
         }
-        let image = unmark(mirror, image).await?;
+        let image = self.thaw(mirror, image).await?;
         // The copy may have read old data where the old image has lost new data. The process that the guest learns of that
         // from stays: another process gets other memory with another image.
         let is_told = lost.is_none() && owes_nothing(disk).await.is_ok();
@@ -369,7 +374,7 @@ impl Lifecycle {
 
     /// Completes the switch to the other image, and removes the write permission of the old one.
     async fn moved(&self, disk: &Disk, pause: Option<Duration>) -> Result<(), Failure> {
-        let marked = self.mark_old(disk).await;
+        let marked = self.freeze_old(disk).await;
         let from = disk.open()?.target;
         self.take_next(disk);
         let mirror = disk.record.borrow_mut().mirror.take();
@@ -392,7 +397,7 @@ impl Lifecycle {
 
     /// The disk is served from the image that it has, and the other one is not its own any more.
     async fn stay(self: &Rc<Self>, disk: &Rc<Disk>, why: &Failure) -> Result<(), Failure> {
-        mark_again(disk).await;
+        self.freeze_again(disk).await;
         disk.drop_next();
         let outcome = Mirroring::Failed {
             why: why.message.clone(),

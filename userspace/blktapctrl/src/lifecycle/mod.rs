@@ -7,6 +7,7 @@
 //! verb that certainly cannot be finished is undone: the disk is as it was.
 
 mod backing_chain;
+
 mod commit;
 pub mod create;
 mod credentials;
@@ -14,6 +15,7 @@ mod death;
 mod destroy;
 mod dirty_bitmap;
 mod fd_broker;
+mod frozen;
 mod group;
 mod handoff;
 pub(crate) mod io_errors;

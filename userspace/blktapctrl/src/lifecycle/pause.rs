@@ -193,6 +193,8 @@ impl Lifecycle {
         open.may_shrink = may_shrink;
         let open = with_mode(open, mode)?;
         let (image, _pinned) = self.registry.image_for(&open).await?;
+        let admission = &self.admission;
+        admission.check_not_frozen(image.as_ref(), mode).await?;
         // Parts of the image that is served no more leave the record with it.
         if !disk.record.borrow().parts.is_empty() {
             disk.unless_doomed(self.end_paused(disk)).await?;

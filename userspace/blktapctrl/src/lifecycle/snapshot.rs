@@ -5,7 +5,7 @@
 //! its backing image is the present one, while it serves that. *Closed*: the process finishes what it has and makes it
 //! durable, and requests wait in the kernel. *Switched*: the new image is on the record, and a process is given it; its
 //! parent may be had because the disk was served from that. *Marked*: the supervisor removes the parent's write
-//! permission.
+//! permission, or makes a record of a device.
 //!
 //! A supervisor that ends when it has made the file, before the record has it, leaves the file empty. After that, until
 //! the record has the next image, the disk is that of the old image: a supervisor that finds it in between serves the
@@ -20,7 +20,7 @@ use super::{of_a_process, Lifecycle};
 use crate::admission::with_mode;
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
-use crate::image::{self, Image};
+use crate::image;
 use crate::log::tell;
 use crate::overlay;
 use crate::process::OPEN;
@@ -46,7 +46,7 @@ impl Lifecycle {
     ) -> Result<Snapshot, Failure> {
         let _turn = disk.turn().await?;
         self.finish_before(disk).await?;
-        match taken_before(disk, &target).await {
+        match self.taken_before(disk, &target).await {
             Some(taken) => Ok(taken),
             None => self.take_snapshot(disk, target, None).await,
         }
@@ -297,7 +297,7 @@ impl Lifecycle {
 
     /// Completes the switch to the new image, and removes the write permission of the one below it.
     async fn complete(&self, disk: &Disk, pause: Option<Duration>) -> Result<Snapshot, Failure> {
-        let marked = self.mark_old(disk).await;
+        let marked = self.freeze_old(disk).await;
         let parent = disk.open()?.target;
         self.take_next(disk);
         disk.record.borrow_mut().overlay = None;
@@ -313,25 +313,6 @@ impl Lifecycle {
         let what = What::Snapshot(taken.clone());
         self.registry.events.add(Some(disk.minor), what);
         Ok(taken)
-    }
-
-    /// Removes the write permission of the image that a disk had, so that no process writes it from now on. True if
-    /// that was done.
-    pub(super) async fn mark_old(&self, disk: &Disk) -> bool {
-        let marked = match self.image(disk).await {
-            Ok(Some(image)) => mark(image).await,
-            Ok(None) => Ok(false),
-            Err(failure) => Err(failure),
-        };
-        marked.unwrap_or_else(|failure| {
-            tell!(
-                warn,
-                disk.about().failed(&failure),
-                "disk {}: {failure}",
-                disk.minor
-            );
-            false
-        })
     }
 
     /// Takes the new image away that was made for a disk, unless that may have been served from it.
@@ -366,11 +347,6 @@ fn place(open: &Open) -> Option<PathBuf> {
     open.target.path().map(Path::to_owned)
 }
 
-async fn mark(image: Arc<Image>) -> Result<bool, Failure> {
-    let path = image.path().to_path_buf();
-    blocking_io(&path, LIMIT, move || overlay::mark(&image)).await
-}
-
 /// Takes a file away that was made, and is not served. A file that stays does no harm.
 async fn take_away(disk: &Disk, made: &Overlay) {
     let Some(path) = place(&made.open) else {
@@ -385,20 +361,26 @@ async fn take_away(disk: &Disk, made: &Overlay) {
     }
 }
 
-/// Returns the snapshot if the disk is served from the new image already, over its backing image.
-pub(super) async fn taken_before(disk: &Disk, target: &Target) -> Option<Snapshot> {
-    let parent = {
-        let record = disk.record.borrow();
-        record.open.as_ref().filter(|open| open.target == *target)?;
-        let parent = parents(&record.parts).next()?;
-        parent.path.clone()
-    };
-    let found = image::find(&parent).await;
-    Some(Snapshot {
-        minor: disk.minor,
-        target: target.clone(),
-        marked: found.is_ok_and(|image| image.is_unwritable()),
-        parent,
-        pause_us: None,
-    })
+impl Lifecycle {
+    /// Returns the snapshot if the disk is served from the new image already, over its backing image.
+    pub(super) async fn taken_before(&self, disk: &Disk, target: &Target) -> Option<Snapshot> {
+        let parent = {
+            let record = disk.record.borrow();
+            record.open.as_ref().filter(|open| open.target == *target)?;
+            let parent = parents(&record.parts).next()?;
+            parent.path.clone()
+        };
+        let marked = match image::find(&parent).await {
+            Ok(image) => self.is_frozen(image).await,
+            Err(failure) => Err(failure),
+        };
+        Some(Snapshot {
+            minor: disk.minor,
+            target: target.clone(),
+            // Without an answer the administrator learns the worse of the two.
+            marked: marked.unwrap_or(false),
+            parent,
+            pause_us: None,
+        })
+    }
 }

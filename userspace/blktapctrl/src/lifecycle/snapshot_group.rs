@@ -158,7 +158,7 @@ impl Lifecycle {
         }
         let before = wanted
             .iter()
-            .map(|(disk, target)| super::snapshot::taken_before(disk, target));
+            .map(|(disk, target)| self.taken_before(disk, target));
         let before: Vec<Snapshot> = join_all(before).await.into_iter().flatten().collect();
         if before.len() == wanted.len() {
             return Ok(before);

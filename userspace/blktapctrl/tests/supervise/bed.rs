@@ -10,7 +10,7 @@ use blktapctrl::registry::Registry;
 use blktapctrl::rpc_handlers;
 use control::supervisor::{Create, Filter, Mode, Policy, Reply, Request, Row, What, Which};
 use control::tapdisk::{Open, State};
-use control::{Failure, Target};
+use control::{Failure, FrozenDevices, Target};
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,8 @@ impl Bed {
             path: fake::program(dir),
             user: None,
         };
-        let folder = Folder::make(&dir.join("run")).expect("a folder");
+        let folder = Folder::make(&dir.join("run"), FrozenDevices::at(dir.join("frozen")))
+            .expect("a folder");
         let records = FakeRecords {
             files: Files(folder.clone()),
             crash: kernel.crash.clone(),

@@ -10,6 +10,7 @@ mod disks;
 mod events;
 mod fake;
 mod fd_broker;
+mod frozen;
 mod groups;
 mod handoff;
 mod keys;
