@@ -10,13 +10,14 @@ use crate::progress::{bytes, Progress};
 use crate::sector;
 use crate::signals::Stop;
 use crate::walk::{self, Piece, Side, Walk};
-use control::{Code, Failure};
+use control::{Code, Failure, FrozenDevices};
 use diskio::{Bytes, File, Io};
 use drivers::{Content, Disk};
 use formats::{look, qcow2, Below, ImageFormat, Options};
 use serde::Serialize;
 use std::cell::Cell;
 use std::fs;
+use std::path::PathBuf;
 
 /// Result of a commit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -29,6 +30,9 @@ pub(crate) struct CommitResult {
     written: u64,
     /// The image below is marked as one that is not written.
     marked: bool,
+    /// The record that marks a device: without it blktapctrl gives the device to a disk for writing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    record: Option<PathBuf>,
 }
 
 impl CommitResult {
@@ -39,9 +43,11 @@ impl CommitResult {
 
     pub(crate) fn text(&self) -> String {
         let Self { image, parent, .. } = self;
-        let mark = match self.marked {
-            true => ", after chmod u+w, if it is no longer a backing image",
-            false => "",
+        let end = "if it is no longer a backing image";
+        let mark = match (&self.record, self.marked) {
+            (Some(record), _) => format!(", after `rm {}`, {end}", record.display()),
+            (None, true) => format!(", after chmod u+w, {end}"),
+            (None, false) => String::new(),
         };
         format!(
             "{parent} got {} and holds the disk of {image}: name it in the configuration{mark}, and remove {image}\n",
@@ -72,6 +78,7 @@ pub(crate) async fn commit(
     let mode = fs::metadata(&parent.path)
         .map_err(|error| Failure::system(format!("cannot look at {parent}"), &error))?
         .permissions();
+    let record = FrozenDevices::of_host().find(&parent.path, &parent.path, drop)?;
     let files = NamedFiles::of(opener, image, &file)?;
     let base = files.file(&parent.path, true).await;
     let base = base.map_err(|failure| image.said(failure))?;
@@ -120,7 +127,8 @@ pub(crate) async fn commit(
         image: image.to_string(),
         parent: parent.to_string(),
         written: own.written.get(),
-        marked: mode.readonly(),
+        marked: mode.readonly() || record.is_some(),
+        record: record.map(|record| record.file),
     })
 }
 

@@ -4,7 +4,7 @@
 
 use crate::image_spec::ImageSpec;
 use crate::open::{direct, identity, ImageOpener, Use};
-use control::{Code, Failure};
+use control::{Code, Failure, FrozenDevices};
 use diskio::File;
 use formats::{Below, ImageFormat};
 use rustix::fs::{renameat_with, OFlags, RenameFlags, CWD};
@@ -75,6 +75,9 @@ impl Target {
         }
         let old = opener.file(path, Use::Write).await?;
         if old.is_device() {
+            if let Some(record) = FrozenDevices::of_host().find(path, path, drop)? {
+                return Err(record.refusal(path));
+            }
             if let Below::Format(kind @ (ImageFormat::Qcow | ImageFormat::Vmdk)) = image.kind {
                 return Err(Failure::invalid(format!(
                     "a {kind} image grows with its file, which {} is not: use aio, qcow2 or vhd there, or a file",
