@@ -182,9 +182,9 @@ pub(crate) enum Verb {
     ///
     /// THE CONFIGURATION OF THE DISK STILL NAMES THE OLD IMAGE: it must name the new one before the guest reboots, also
     /// in the copy that xl keeps (xl config-update GUEST FILE), or the guest ends there. The old image is marked as
-    /// read-only (chmod a-w), and blktapctrl refuses to serve it for writing; other programs may not, and a block device
-    /// cannot be marked. With that mark, and in the same folder, the process of each disk that has the new image may open
-    /// it; otherwise name it with --files.
+    /// read-only, and blktapctrl refuses to serve it for writing: a file by chmod a-w, a block device by a record in
+    /// /var/lib/xentap/frozen. Other programs, and phy disks, do not heed that. With that mark, and in the same folder, the
+    /// process of each disk that has the new image may open it; otherwise name it with --files, as any device.
     ///
     /// If several disks are named, such as those of a guest, all switch at one instant: none is served from its new
     /// image before all have released their old ones, and if one cannot, all are served as before.

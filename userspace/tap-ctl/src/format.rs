@@ -9,6 +9,7 @@ use crate::trace;
 use control::stats::{Counter, Direct, Mapped, Mirror, Mirroring, Stats, Stream, Streaming};
 use control::supervisor::{Event, HandedOff, Hung, Policy, Reply, Snapshot, What};
 use control::tapdisk::{Disk, OnError};
+use control::FrozenDevices;
 use std::fmt::Write;
 
 /// An answer as text; empty where there is nothing to say.
@@ -80,9 +81,9 @@ fn snapshot(taken: &Snapshot) -> String {
 fn told(taken: &Snapshot) -> String {
     let (target, parent) = (&taken.target, taken.parent.display());
     let mark = match taken.marked {
-        true => format!("{parent} keeps the content of the snapshot; its write permission was removed (chmod a-w)."),
+        true => format!("{parent} keeps the content of the snapshot, and no tap disk may write it: a file has no write permission (chmod a-w), a device a record in {}.", FrozenDevices::of_host().folder().display()),
         false => format!(
-            "{parent} keeps the content of the snapshot; its write permission could NOT be removed: ensure that no program writes it, such as the guest after a reboot with the old configuration, whose newer writes would be lost."
+            "{parent} keeps the content of the snapshot, but could NOT be marked: ensure that no program writes it, such as the guest after a reboot with the old configuration, whose newer writes would be lost."
         ),
     };
     let beside = match taken.parent.parent() == target.path().and_then(|path| path.parent()) {

@@ -11,7 +11,7 @@ use crate::host::Host;
 use crate::jobs::{self, JobState};
 use crate::{ask, Error};
 use control::supervisor::{Filter, MirrorTo, Reply, Request, Row};
-use control::{Code, Failure, Target};
+use control::{Code, Failure, FrozenDevices, Target};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -225,9 +225,7 @@ fn merge_unserved(tool: &CopyTool, disk: &JournalDisk) -> Result<(), Failure> {
             ))
         }
     }
-    if is_marked(own)? {
-        change_mode(own, |mode| mode | 0o200)?;
-    }
+    unmark(own)?;
     remove_overlay(disk)
 }
 
@@ -242,11 +240,26 @@ fn overlay_state(path: &Path) -> Result<OverlayState, Failure> {
     }
 }
 
-/// Whether blktapctrl has marked a file as one that is not written any more. A device cannot be marked.
+/// Whether blktapctrl has marked an image as one that is not written any more: a device by a record.
 fn is_marked(path: &Path) -> Result<bool, Failure> {
     let data = fs::metadata(path).map_err(|error| looked(path, &error))?;
-    let is_device = data.file_type().is_block_device();
-    Ok(!is_device && data.permissions().mode() & WRITABLE == 0)
+    if data.file_type().is_block_device() {
+        let record = FrozenDevices::of_host().find(path, path, drop)?;
+        return Ok(record.is_some());
+    }
+    Ok(data.permissions().mode() & WRITABLE == 0)
+}
+
+/// Allows writing an image again, which is the disk from now on.
+fn unmark(path: &Path) -> Result<(), Failure> {
+    if !is_marked(path)? {
+        return Ok(());
+    }
+    let data = fs::metadata(path).map_err(|error| looked(path, &error))?;
+    match data.file_type().is_block_device() {
+        true => FrozenDevices::of_host().remove(path, path),
+        false => change_mode(path, |mode| mode | 0o200),
+    }
 }
 
 fn change_mode(path: &Path, mode: impl Fn(u32) -> u32) -> Result<(), Failure> {
