@@ -71,7 +71,7 @@ enum Face {
     },
     /// Be the process of a tap disk; the attacks start it.
     #[command(hide = true)]
-    TapServe(tap::server::Orders),
+    TapServe(tap::server::ServerOrders),
     /// Make a tap disk, use it once, and leave it; for a test of its removal.
     #[command(hide = true)]
     TapLeave,

@@ -14,7 +14,7 @@ use std::time::Duration;
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// A device of device mapper that maps all of another one. Dropping it removes it.
-pub(crate) struct Stoppable {
+pub(crate) struct StoppableDevice {
     name: &'static str,
     gone: bool,
 }
@@ -26,12 +26,12 @@ pub(crate) struct Standstill {
     watch: Option<JoinHandle<Result<bool>>>,
 }
 
-impl Stoppable {
+impl StoppableDevice {
     /// Makes a device of this name over a disk, which no other program can open exclusively while it exists.
-    pub(crate) fn over(disk: &BackingDevice, name: &'static str) -> Result<Stoppable> {
+    pub(crate) fn over(disk: &BackingDevice, name: &'static str) -> Result<StoppableDevice> {
         let table = format!("0 {} linear {} 0", disk.sectors, disk.path().display());
         run(&["dmsetup", "create", name, "--table", &table])?;
-        let device = Stoppable { name, gone: false };
+        let device = StoppableDevice { name, gone: false };
         let path = device.path();
         wait::until(
             "the node of a device of device mapper",
@@ -109,7 +109,7 @@ impl Drop for Standstill {
     }
 }
 
-impl Drop for Stoppable {
+impl Drop for StoppableDevice {
     fn drop(&mut self) {
         if !self.gone {
             if let Err(error) = run(&["dmsetup", "remove", "--retry", self.name]) {

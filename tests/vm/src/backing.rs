@@ -194,20 +194,20 @@ impl Dm {
 ///
 /// A suspended device holds writes, too, but does not show that a write has arrived.
 #[derive(Clone)]
-pub(crate) struct Holding {
+pub(crate) struct HoldingDevice {
     device: Dm,
     /// The table without the delay.
     passing: String,
 }
 
-impl Holding {
+impl HoldingDevice {
     /// Creates the device over the first sectors (of 512 bytes) of `below`.
-    pub(crate) fn create(name: &str, below: &str, sectors: u64) -> Result<Holding> {
+    pub(crate) fn create(name: &str, below: &str, sectors: u64) -> Result<HoldingDevice> {
         // Milliseconds; longer than any case.
         const LONG: u32 = 3_600_000;
         sh::modprobe("dm-delay", &[])?;
         let table = format!("0 {sectors} delay {below} 0 0 {below} 0 {LONG}");
-        Ok(Holding {
+        Ok(HoldingDevice {
             device: Dm::create(name, &table)?,
             passing: linear(below, sectors),
         })

@@ -409,14 +409,14 @@ impl Guest {
     }
 
     /// Saves the guest to a file; the domain is gone afterwards.
-    pub(crate) fn save(mut self, path: &str) -> Result<Saved> {
+    pub(crate) fn save(mut self, path: &str) -> Result<SavedGuest> {
         sh::run_for(
             &["xl", "save", &self.domid.to_string(), path],
             Duration::from_secs(240),
         )?;
         self.keep_trouble();
         self.alive = false;
-        Ok(Saved {
+        Ok(SavedGuest {
             config: self.config.clone(),
             path: path.to_owned(),
             next_job: self.console.next_job(),
@@ -468,13 +468,13 @@ impl Drop for Guest {
 }
 
 /// A guest in a file.
-pub(crate) struct Saved {
+pub(crate) struct SavedGuest {
     config: Config,
     path: String,
     next_job: u64,
 }
 
-impl Saved {
+impl SavedGuest {
     /// Brings the guest back; `jobs` are commands that were running when it was saved.
     pub(crate) fn restore(self, jobs: &[GuestJob]) -> Result<Guest> {
         sh::run_for(&["xl", "restore", &self.path], Duration::from_secs(240))?;

@@ -7,7 +7,7 @@ use crate::image::Image;
 use crate::log::LogContext;
 use crate::process::Process;
 use crate::process_stats::ProcessStats;
-use crate::record::{KnownProcess, Record, Want};
+use crate::record::{DesiredState, KnownProcess, Record};
 use crate::slow_request::SlowRequest;
 use crate::state::DiskState;
 use crate::store;
@@ -25,7 +25,7 @@ use tokio::sync::{watch, Mutex, MutexGuard, Notify};
 
 /// How far the end of a disk has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fate {
+pub enum DiskFate {
     /// The disk is to stay.
     Stays,
     /// The disk is being removed: all work on it stops.
@@ -35,7 +35,7 @@ pub enum Fate {
 }
 
 /// Disks by their numbers.
-pub type Disks = RefCell<BTreeMap<u32, Rc<Disk>>>;
+pub type DiskTable = RefCell<BTreeMap<u32, Rc<Disk>>>;
 
 /// A disk.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ pub struct Disk {
     turn: Mutex<()>,
     /// Reason for its end, if no user asked for it.
     ends_for: RefCell<Option<Failure>>,
-    fate: watch::Sender<Fate>,
+    fate: watch::Sender<DiskFate>,
 }
 
 impl Disk {
@@ -143,7 +143,7 @@ impl Disk {
             waits_for_others: Cell::default(),
             turn: Mutex::new(()),
             ends_for: RefCell::default(),
-            fate: watch::Sender::new(Fate::Stays),
+            fate: watch::Sender::new(DiskFate::Stays),
         })
     }
 
@@ -193,7 +193,7 @@ impl Disk {
         let mut fate = self.fate.subscribe();
         tokio::select! {
             biased;
-            _ = fate.wait_for(|fate| *fate != Fate::Stays) => Err(self.doomed()),
+            _ = fate.wait_for(|fate| *fate != DiskFate::Stays) => Err(self.doomed()),
             result = work => result,
         }
     }
@@ -204,7 +204,7 @@ impl Disk {
     /// It is.
     pub fn stays(&self) -> Result<(), Failure> {
         match self.fate() {
-            Fate::Stays => Ok(()),
+            DiskFate::Stays => Ok(()),
             _ => Err(self.doomed()),
         }
     }
@@ -226,12 +226,12 @@ impl Disk {
 
     /// How far its end has come.
     #[must_use]
-    pub fn fate(&self) -> Fate {
+    pub fn fate(&self) -> DiskFate {
         *self.fate.borrow()
     }
 
     /// Its end has come further. True if it had not been so far.
-    pub fn advance(&self, to: Fate) -> bool {
+    pub fn advance(&self, to: DiskFate) -> bool {
         self.fate.send_if_modified(|fate| {
             let further = *fate < to;
             *fate = to.max(*fate);
@@ -245,7 +245,7 @@ impl Disk {
         let _ = self
             .fate
             .subscribe()
-            .wait_for(|fate| *fate == Fate::Gone)
+            .wait_for(|fate| *fate == DiskFate::Gone)
             .await;
     }
 
@@ -337,8 +337,8 @@ impl Disk {
         let record = self.record.borrow();
         Some(match (self.attached.get(), record.want) {
             (false, _) => tapdisk::State::Idle,
-            (true, Want::Served) if record.inactive.is_some() => tapdisk::State::Inactive,
-            (true, Want::Paused) => tapdisk::State::Paused,
+            (true, DesiredState::Served) if record.inactive.is_some() => tapdisk::State::Inactive,
+            (true, DesiredState::Paused) => tapdisk::State::Paused,
             (true, _) if self.serves.borrow().is_some() => tapdisk::State::Running,
             (true, _) => tapdisk::State::Attached,
         })

@@ -10,7 +10,7 @@
 //! an image is released when its guest has ended.
 
 use crate::blocking_io::{blocking_io, LIMIT};
-use crate::store::Later;
+use crate::store::LaterAnswer;
 use control::{Code, Failure};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,7 +20,7 @@ use std::{fs, io};
 /// The domains of the host. Behind a trait so that a test needs no Xen.
 pub trait Domains {
     /// Those that are suspended.
-    fn suspended(&self) -> Later<'_, Result<BTreeSet<u32>, Failure>>;
+    fn suspended(&self) -> LaterAnswer<'_, Result<BTreeSet<u32>, Failure>>;
 }
 
 /// Those of the running host.
@@ -28,7 +28,7 @@ pub trait Domains {
 pub struct Xl;
 
 impl Domains for Xl {
-    fn suspended(&self) -> Later<'_, Result<BTreeSet<u32>, Failure>> {
+    fn suspended(&self) -> LaterAnswer<'_, Result<BTreeSet<u32>, Failure>> {
         Box::pin(async {
             if !controls_others(fs::read_to_string(CAPABILITIES)) {
                 return Ok(BTreeSet::new());

@@ -6,7 +6,7 @@ use blktapctrl::blocking_io::{blocking_io, LIMIT};
 use blktapctrl::folder::Folder;
 use blktapctrl::groups::{Groups, Template};
 use blktapctrl::lifecycle::Lifecycle;
-use blktapctrl::log::{self, Limit};
+use blktapctrl::log::{self, LineLimit};
 use blktapctrl::process::{user_of, Program};
 use blktapctrl::record::Files;
 use blktapctrl::registry::Registry;
@@ -149,7 +149,7 @@ fn introduce(cli: &Cli) {
     );
 }
 
-async fn run(cli: &Cli, limit: Arc<Limit>) -> Result<()> {
+async fn run(cli: &Cli, limit: Arc<LineLimit>) -> Result<()> {
     introduce(cli);
     // Only root can start a process of another user: a test does not.
     let user = getuid().is_root().then(|| cli.user.clone());

@@ -20,7 +20,7 @@ struct Began {
 
 /// The kernel's counts of the time in which a process had the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Totals {
+pub(crate) struct KernelTotals {
     /// For how long it had it.
     pub(crate) lasted: Duration,
     /// Requests that it answered.
@@ -51,10 +51,10 @@ impl ProcessStats {
     }
 
     /// A process is about to leave, or has left: what it has done, once.
-    pub(crate) fn end(&self, pid: u32, now: &Kernel) -> Option<Totals> {
+    pub(crate) fn end(&self, pid: u32, now: &Kernel) -> Option<KernelTotals> {
         let began = self.0.get().filter(|began| began.pid == pid)?;
         self.0.set(None);
-        Some(Totals {
+        Some(KernelTotals {
             lasted: began.at.elapsed(),
             answered: now.committed.saturating_sub(began.answered),
             direct: now.direct.saturating_sub(began.direct),

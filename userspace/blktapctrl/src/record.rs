@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use files::{Files, Records};
 pub use leases::{image_of, is_one_lease, leased, Hold, Leased};
-pub use peek::{Peek, PeekNext, Unread};
+pub use peek::{PeekNext, RecordPeek, UnreadRecord};
 
 /// Version of the files. A program may misunderstand a file with a higher number; a field that may be ignored does not
 /// raise it.
@@ -34,7 +34,7 @@ const WITHOUT_PARTS: u32 = 1;
 /// State in which the supervisor is to keep a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Want {
+pub enum DesiredState {
     /// Nothing: it is there, and perhaps a process is attached.
     #[default]
     Idle,
@@ -47,7 +47,7 @@ pub enum Want {
 /// Why a disk that is to be served has no image for the time being.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Inactive {
+pub enum InactiveReason {
     /// Its guest has not arrived.
     Arriving,
     /// Its guest was suspended.
@@ -69,7 +69,7 @@ pub struct KnownProcess {
 /// Purpose of a file beside the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Role {
+pub enum PartRole {
     /// A backing image of the one that is served.
     Parent,
     /// The file holds a part of the image.
@@ -80,22 +80,22 @@ pub enum Role {
     Mirror,
 }
 
-impl std::fmt::Display for Role {
+impl std::fmt::Display for PartRole {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Role::Parent => "parent",
-            Role::Extent => "extent",
-            Role::Socket => "server",
-            Role::Mirror => "mirror",
+            PartRole::Parent => "parent",
+            PartRole::Extent => "extent",
+            PartRole::Socket => "server",
+            PartRole::Mirror => "mirror",
         })
     }
 }
 
 /// Something beside the image that the disk's process was given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Part {
+pub struct DiskPart {
     /// Purpose of the file.
-    pub role: Role,
+    pub role: PartRole,
     /// By which path it was named.
     pub path: PathBuf,
     /// Identity of the file; nothing for a socket.
@@ -109,22 +109,22 @@ pub struct Part {
     pub locked: bool,
 }
 
-impl Part {
+impl DiskPart {
     /// Whether it is a backing image.
     #[must_use]
     pub fn is_parent(&self) -> bool {
-        self.role == Role::Parent
+        self.role == PartRole::Parent
     }
 }
 
 /// Returns the backing images among the parts.
-pub fn parents(parts: &[Part]) -> impl Iterator<Item = &Part> {
+pub fn parents(parts: &[DiskPart]) -> impl Iterator<Item = &DiskPart> {
     parts.iter().filter(|part| part.is_parent())
 }
 
 /// A file below the image, as the kernel knows it: its place in the list says by which number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lent {
+pub struct LentFile {
     /// Identity of the file.
     pub identity: Identity,
     /// When it was made, as of an image.
@@ -135,7 +135,7 @@ pub struct Lent {
 /// A process that is to take a disk over from the one that serves it. Until it has, the disk's process is
 /// the old one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Handoff {
+pub struct PendingHandoff {
     /// Program of the new process, if it is not the supervisor's default.
     pub program: Option<PathBuf>,
     /// The new process; nothing before the old one begins to release the disk.
@@ -145,7 +145,7 @@ pub struct Handoff {
 /// A new image over the present one, to which a disk is to switch. Until it is served, it is a file that can be taken
 /// away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Overlay {
+pub struct PendingOverlay {
     /// Image to be served, with its options.
     pub open: Open,
     /// Identity of the file that was made for it.
@@ -157,7 +157,7 @@ pub struct Overlay {
 
 /// An image that is to take over what it shows of those below it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Streamed {
+pub struct PendingStream {
     /// Target that is served.
     pub target: Target,
     /// Bytes in a second.
@@ -166,7 +166,7 @@ pub struct Streamed {
 
 /// An image that a disk is copied to, which is one of its parts, and then served from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mirrored {
+pub struct PendingMirror {
     /// Image to which the disk is copied, with its options.
     pub open: Open,
     /// Bytes in a second.
@@ -181,7 +181,7 @@ pub struct Mirrored {
 
 /// A moment (mark) from which on a [map](crate::bitmap_files) records the guest's writes, until the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Noted {
+pub struct MarkRecord {
     /// Number of the map; a later map has a higher one.
     pub number: u64,
     /// Name of the mark; nothing if it was removed while an older mark still needs its map.
@@ -198,7 +198,7 @@ pub struct Noted {
 
 /// The [file](crate::traces) that records the requests of a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Traced {
+pub struct TraceRecord {
     /// Where it is.
     pub path: PathBuf,
     /// Identity of the file.
@@ -216,7 +216,7 @@ pub struct Traced {
 
 /// The image from which a disk is to be served after a pause. Until it is, the disk keeps what it had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Next {
+pub struct NextImage {
     /// Image to be served, with its options.
     pub open: Open,
     /// Identity of the image.
@@ -226,7 +226,7 @@ pub struct Next {
     pub born: Option<u64>,
     /// Other files that its process got for it.
     #[serde(default)]
-    pub parts: Vec<Part>,
+    pub parts: Vec<DiskPart>,
     /// Other files that it may get.
     #[serde(default)]
     pub files: Vec<PathBuf>,
@@ -251,13 +251,13 @@ pub struct Record {
     pub born: Option<u64>,
     /// Other files that its process got.
     #[serde(default)]
-    pub parts: Vec<Part>,
+    pub parts: Vec<DiskPart>,
     /// Other files that it may get, as the administrator has named them.
     #[serde(default)]
     pub files: Vec<PathBuf>,
     /// Files below its images that the kernel has had, or was to get. Nothing ever leaves this list.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub lent: Vec<Lent>,
+    pub lent: Vec<LentFile>,
     /// Sharing mode of the image.
     pub mode: Mode,
     /// Error policy, limits and group.
@@ -270,7 +270,7 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub arena_kib: u32,
     /// State in which the disk is to be.
-    pub want: Want,
+    pub want: DesiredState,
     /// Token of its leases: see [`Record::token`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lease: Option<String>,
@@ -282,7 +282,7 @@ pub struct Record {
     leases: Vec<Leased>,
     /// Another host or disk may use the image for now: a new process does not open it.
     #[serde(default)]
-    pub inactive: Option<Inactive>,
+    pub inactive: Option<InactiveReason>,
     /// The disk that has taken over the image. This one does not get it again.
     #[serde(default)]
     pub passed_on: Option<String>,
@@ -291,22 +291,22 @@ pub struct Record {
     pub doing: Option<Doing>,
     /// The image to which an unpause leads, if that is another one.
     #[serde(default)]
-    pub next: Option<Next>,
+    pub next: Option<NextImage>,
     /// The new image of a snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub overlay: Option<Overlay>,
+    pub overlay: Option<PendingOverlay>,
     /// The stream into its image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stream: Option<Streamed>,
+    pub stream: Option<PendingStream>,
     /// The image to which it is copied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mirror: Option<Mirrored>,
+    pub mirror: Option<PendingMirror>,
     /// Marks, from which on its guest's writes are recorded, the oldest first. Its process uses the last one's map.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub marks: Vec<Noted>,
+    pub marks: Vec<MarkRecord>,
     /// The trace of its guest's requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub trace: Option<Traced>,
+    pub trace: Option<TraceRecord>,
     /// Its process.
     pub process: Option<KnownProcess>,
     /// Program of its processes, if it is not the supervisor's default.
@@ -314,7 +314,7 @@ pub struct Record {
     pub program: Option<PathBuf>,
     /// The process that is to take it over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub handoff: Option<Handoff>,
+    pub handoff: Option<PendingHandoff>,
     /// How often the process was replaced.
     pub restarts: u32,
     /// Number of requests that failed because processes died of them, and that were reported.
@@ -337,7 +337,7 @@ fn is_zero(number: &u32) -> bool {
 impl Record {
     /// Returns the parts of the image that is served, or of the one that is about to replace it.
     #[must_use]
-    pub fn its_parts(&self) -> &[Part] {
+    pub fn its_parts(&self) -> &[DiskPart] {
         let next = self.next.as_ref();
         next.map_or(&self.parts, |next| &next.parts)
     }
@@ -359,7 +359,7 @@ impl Record {
             vbd: None,
             nbd: false,
             arena_kib: 0,
-            want: Want::Idle,
+            want: DesiredState::Idle,
             lease: None,
             reserved: false,
             leases: Vec::new(),
@@ -426,19 +426,19 @@ impl Record {
     ///
     /// # Errors
     /// The system refuses to, or it is none of this version.
-    pub fn read(path: &Path) -> Result<Record, Unread> {
+    pub fn read(path: &Path) -> Result<Record, UnreadRecord> {
         Record::parse(path, fs::read(path))
     }
 
-    fn parse(path: &Path, bytes: io::Result<Vec<u8>>) -> Result<Record, Unread> {
+    fn parse(path: &Path, bytes: io::Result<Vec<u8>>) -> Result<Record, UnreadRecord> {
         let named = || {
             let stem = path.file_stem()?.to_str()?;
             stem.parse::<u32>().ok()
         };
-        let unread = |why: String, value: Value| Unread {
+        let unread = |why: String, value: Value| UnreadRecord {
             minor: named(),
             why: format!("{} is not understood: {why}", path.display()),
-            peek: Box::new(Peek::of(&value)),
+            peek: Box::new(RecordPeek::of(&value)),
         };
         let bytes = bytes.map_err(|error| unread(error.to_string(), Value::Null))?;
         let value: Value = serde_json::from_slice(&bytes)
@@ -462,7 +462,7 @@ impl Record {
 
 #[cfg(test)]
 mod tests {
-    use super::{KnownProcess, Noted, Part, Record, Role, Traced, Want};
+    use super::{DesiredState, DiskPart, KnownProcess, MarkRecord, PartRole, Record, TraceRecord};
     use crate::image::Identity;
     use control::supervisor::{Mode, Policy};
     use control::tapdisk::Open;
@@ -476,7 +476,7 @@ mod tests {
         record.identity = Some(Identity::File { dev: 3, ino: 9 });
         record.mode = Mode::WriteShared;
         record.vbd = Some("backend/vbd/3/51712".into());
-        record.want = Want::Served;
+        record.want = DesiredState::Served;
         record.process = Some(KnownProcess {
             pid: 12,
             started: 345,
@@ -484,9 +484,9 @@ mod tests {
         record
     }
 
-    fn part(ino: u64) -> Part {
-        Part {
-            role: Role::Extent,
+    fn part(ino: u64) -> DiskPart {
+        DiskPart {
+            role: PartRole::Extent,
             path: "/srv/part.img".into(),
             identity: Some(Identity::File { dev: 3, ino }),
             born: None,
@@ -510,7 +510,7 @@ mod tests {
         record.write(&path).expect("write");
         assert_eq!(version(), 2);
         assert_eq!(Record::read(&path).expect("read"), record);
-        record.marks.push(Noted {
+        record.marks.push(MarkRecord {
             number: 1,
             name: "a".parse().ok(),
             at_ms: 5,
@@ -521,7 +521,7 @@ mod tests {
         record.write(&path).expect("write");
         assert_eq!(version(), 3);
         assert_eq!(Record::read(&path).expect("read"), record);
-        record.trace = Some(Traced {
+        record.trace = Some(TraceRecord {
             path: "/srv/t".into(),
             identity: Identity::File { dev: 3, ino: 10 },
             born: None,

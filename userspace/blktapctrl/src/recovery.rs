@@ -9,9 +9,9 @@ use crate::kernel;
 use crate::lifecycle::Lifecycle;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::{Peek, PeekNext, Record, Unread, Want};
+use crate::record::{DesiredState, PeekNext, Record, RecordPeek, UnreadRecord};
 use crate::registry::Registry;
-use crate::state::{DiskState, Whose};
+use crate::state::{DiskState, StateOwner};
 use crate::store::relative;
 use control::supervisor::{Doing, What, Which};
 use control::tapdisk;
@@ -25,7 +25,7 @@ pub async fn disks(lifecycle: &Rc<Lifecycle>) {
     let _reading = lifecycle.registry.reading();
     match lifecycle.registry.records.all() {
         Ok(records) => {
-            let one = |record: Result<Record, Unread>| async move {
+            let one = |record: Result<Record, UnreadRecord>| async move {
                 match record {
                     Ok(record) => disk(lifecycle, record).await,
                     Err(unread) => lifecycle.registry.leave_alone(unread).await,
@@ -56,7 +56,7 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
         Ok((process, successor)) => (process.map(Rc::new), successor.map(Rc::new)),
         // It may live.
         Err(failure) => {
-            let unread = Unread {
+            let unread = UnreadRecord {
                 minor: Some(minor),
                 why: format!("its process cannot be recognised: {failure}"),
                 peek: Box::new(peek(record)),
@@ -141,8 +141,8 @@ pub async fn disk(lifecycle: &Rc<Lifecycle>, mut record: Record) {
     }
 }
 
-fn peek(record: Record) -> Peek {
-    Peek {
+fn peek(record: Record) -> RecordPeek {
+    RecordPeek {
         lease: record.token().map(str::to_owned),
         reserved: record.is_reserved(),
         leases: record.leases().to_vec(),
@@ -210,8 +210,8 @@ async fn keep_state(disk: &Disk, process: &Process) {
     let (served, next) = {
         let record = disk.record.borrow();
         let next = record.next.as_ref();
-        let next = next.map(|next| Whose::next(disk.minor, next));
-        (Whose::served(&record), next)
+        let next = next.map(|next| StateOwner::next(disk.minor, next));
+        (StateOwner::served(&record), next)
     };
     let all = [
         (Some(served), &disk.state),
@@ -260,7 +260,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
     }
     let lives = disk.process.borrow().is_some();
     let serves = lives && is_as_it_should_be(lifecycle, disk, state);
-    if doing.is_none() && (want != Want::Served || serves) {
+    if doing.is_none() && (want != DesiredState::Served || serves) {
         return;
     }
     if doing.is_none() && !lives {
@@ -282,7 +282,8 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
                 .registry
                 .events
                 .add(Some(disk.minor), What::Failed { message, retry_ms });
-            let serves = disk.doing().is_none() && disk.record.borrow().want == Want::Served;
+            let serves =
+                disk.doing().is_none() && disk.record.borrow().want == DesiredState::Served;
             // A verb that waits for a dead process continues without it.
             if serves || disk.process.borrow().is_none() {
                 lifecycle.revive(&disk, Duration::ZERO).await;
@@ -295,7 +296,7 @@ fn go_on(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State, pid:
 fn is_as_it_should_be(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, state: tapdisk::State) -> bool {
     match state {
         tapdisk::State::Running => {
-            if disk.record.borrow().want == Want::Served {
+            if disk.record.borrow().want == DesiredState::Served {
                 lifecycle.became_active(disk);
             }
             true
@@ -379,13 +380,13 @@ async fn stray(
     }
     let minor = minor.or(status.node.map(|node| node.minor));
     let why = format!("it has no record; tapdisk {} has it", process.pid());
-    let unread = Unread {
+    let unread = UnreadRecord {
         minor,
         why,
-        peek: Box::new(Peek {
+        peek: Box::new(RecordPeek {
             open: status.open,
             process: Some(process.known()),
-            ..Peek::default()
+            ..RecordPeek::default()
         }),
     };
     lifecycle.registry.leave_alone(unread).await;

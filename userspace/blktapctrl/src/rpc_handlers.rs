@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests of tap-ctl: a request becomes a call, and its result an answer.
 
-use crate::lifecycle::create::Made;
+use crate::lifecycle::create::CreatedDisk;
 use crate::lifecycle::Lifecycle;
 use crate::process::{OPEN, SOON};
 use crate::recovery;
@@ -223,7 +223,7 @@ pub async fn answer(lifecycle: &Rc<Lifecycle>, request: Request) -> Result<Reply
     }
 }
 
-fn created(made: Made) -> Reply {
+fn created(made: CreatedDisk) -> Reply {
     let minor = made.minor;
     match made.served {
         Some((pid, disk)) => Reply::Created { minor, pid, disk },

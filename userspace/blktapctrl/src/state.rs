@@ -6,7 +6,7 @@
 //! for what a successor would have to find out or count anew, and not for what only it knows.
 
 use crate::image::Identity;
-use crate::record::{KnownProcess, Next, Record};
+use crate::record::{KnownProcess, NextImage, Record};
 use control::{Code, Failure};
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
@@ -34,7 +34,7 @@ fn seals() -> SealFlags {
 
 /// Owner of a state: another image of the same disk does not get it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Whose {
+pub struct StateOwner {
     /// The disk.
     pub minor: u32,
     /// Its image, if its driver has one.
@@ -43,11 +43,11 @@ pub struct Whose {
     pub born: Option<u64>,
 }
 
-impl Whose {
+impl StateOwner {
     /// Of what a disk is served from.
     #[must_use]
-    pub fn served(record: &Record) -> Whose {
-        Whose {
+    pub fn served(record: &Record) -> StateOwner {
+        StateOwner {
             minor: record.minor,
             image: record.identity,
             born: record.born,
@@ -56,8 +56,8 @@ impl Whose {
 
     /// Of what an unpause leads to.
     #[must_use]
-    pub fn next(minor: u32, next: &Next) -> Whose {
-        Whose {
+    pub fn next(minor: u32, next: &NextImage) -> StateOwner {
+        StateOwner {
             minor,
             image: next.identity,
             born: next.born,
@@ -83,7 +83,7 @@ impl DiskState {
     ///
     /// # Errors
     /// It would be too large, or the system refuses to.
-    pub fn make(whose: Whose, size: u64) -> Result<DiskState, Failure> {
+    pub fn make(whose: StateOwner, size: u64) -> Result<DiskState, Failure> {
         let minor = whose.minor;
         if size == 0 || size > LARGEST {
             return Err(Failure::invalid(format!(
@@ -115,7 +115,7 @@ impl DiskState {
     ///
     /// # Errors
     /// It is not known whether there is one, or this program has not made it.
-    pub fn held_by(process: KnownProcess, whose: Whose) -> Result<Option<DiskState>, Failure> {
+    pub fn held_by(process: KnownProcess, whose: StateOwner) -> Result<Option<DiskState>, Failure> {
         let (pid, minor) = (process.pid, whose.minor);
         let unseen = |error| {
             Failure::system(
@@ -166,7 +166,7 @@ impl DiskState {
     /// It has one of another size, or the system refuses to make one.
     pub fn give(
         place: &mut Option<DiskState>,
-        whose: Whose,
+        whose: StateOwner,
         size: u64,
         to: KnownProcess,
     ) -> Result<OwnedFd, Failure> {
@@ -208,12 +208,12 @@ impl DiskState {
 
 #[cfg(test)]
 mod tests {
-    use super::{DiskState, Identity, KnownProcess, Whose, LARGEST};
+    use super::{DiskState, Identity, KnownProcess, StateOwner, LARGEST};
     use std::fs::File;
     use std::io::{Read, Write};
 
-    fn whose(minor: u32) -> Whose {
-        Whose {
+    fn whose(minor: u32) -> StateOwner {
+        StateOwner {
             minor,
             image: Some(Identity::File { dev: 1, ino: 2 }),
             born: Some(3),
@@ -271,14 +271,14 @@ mod tests {
         file(&found).read_exact(&mut text).expect("read");
         assert_eq!((&text, found.size()), (b"left", 512));
         // Another image of the same disk has another one, or none.
-        let other = Whose {
+        let other = StateOwner {
             image: Some(Identity::Device { rdev: 2 }),
             ..whose(4_000_000_002)
         };
         assert!(DiskState::held_by(us(), other)
             .expect("descriptors")
             .is_none());
-        let other = Whose {
+        let other = StateOwner {
             born: Some(4),
             ..whose(4_000_000_002)
         };

@@ -10,22 +10,22 @@ use xenstore_rs::tokio::XsTokio;
 use xenstore_rs::{AsyncWatch, AsyncXs};
 
 /// Future of an answer.
-pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+pub type LaterAnswer<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 /// The paths at which something changed, until the connection ends.
 pub type Changes = Pin<Box<dyn Stream<Item = String>>>;
 
 /// A connection. Behind a trait so that a test needs no Xen.
 pub trait Store {
     /// The value of a key; nothing if there is no such key.
-    fn read<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Option<String>>>;
+    fn read<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Option<String>>>;
     /// The names below a key; none if there is no such key.
-    fn list<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Vec<String>>>;
+    fn list<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Vec<String>>>;
     /// Writes a key.
-    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> Later<'a, io::Result<()>>;
+    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> LaterAnswer<'a, io::Result<()>>;
     /// Removes a key and all below it; success if there is none.
-    fn remove<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<()>>;
+    fn remove<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<()>>;
     /// Tells about each change at or below a key, and once at first.
-    fn watch<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Changes>>;
+    fn watch<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Changes>>;
 }
 
 /// The store of the running host.
@@ -52,14 +52,14 @@ fn or_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 impl Store for Xenstore {
-    fn read<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Option<String>>> {
+    fn read<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Option<String>>> {
         Box::pin(async move {
             let value = or_none(AsyncXs::read(&self.0, path).await)?;
             Ok(value.map(|value| value.into()))
         })
     }
 
-    fn list<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Vec<String>>> {
+    fn list<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Vec<String>>> {
         Box::pin(async move {
             let names = or_none(AsyncXs::directory(&self.0, path).await)?;
             let names = names.unwrap_or_default().into_iter().map(String::from);
@@ -67,15 +67,15 @@ impl Store for Xenstore {
         })
     }
 
-    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> Later<'a, io::Result<()>> {
+    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> LaterAnswer<'a, io::Result<()>> {
         Box::pin(AsyncXs::write(&self.0, path, value))
     }
 
-    fn remove<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<()>> {
+    fn remove<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<()>> {
         Box::pin(async move { or_none(AsyncXs::rm(&self.0, path).await).map(drop) })
     }
 
-    fn watch<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Changes>> {
+    fn watch<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Changes>> {
         Box::pin(async move {
             let mut changes = self.0.watch(path).await?;
             // The library stops answering all callers while an event waits to be taken, so each one is taken at once,

@@ -4,7 +4,7 @@
 use crate::folder;
 use crate::image::{Image, Opened};
 use crate::log::{tell, LogContext};
-use crate::record::Traced;
+use crate::record::TraceRecord;
 use control::{Code, Failure, TraceTo};
 use rustix::fs::{fallocate, FallocateFlags};
 use rustix::io::Errno;
@@ -20,7 +20,7 @@ use trace::{TraceHeader, Writer, BLOCK};
 ///
 /// # Errors
 /// There is one already, or the system refuses to; nothing is left of it then.
-pub fn make(to: &TraceTo, minor: u32, size: u64) -> Result<Traced, Failure> {
+pub fn make(to: &TraceTo, minor: u32, size: u64) -> Result<TraceRecord, Failure> {
     let path = &to.path;
     let what = format!("cannot make the trace {}", path.display());
     let refused = |error: io::Error| {
@@ -36,11 +36,11 @@ pub fn make(to: &TraceTo, minor: u32, size: u64) -> Result<Traced, Failure> {
     let mut options = File::options();
     let options = options.read(true).write(true).create_new(true).mode(0o600);
     let file = options.open(path).map_err(refused)?;
-    let made = || -> Result<Traced, Failure> {
+    let made = || -> Result<TraceRecord, Failure> {
         reserve(&file, header.size()).map_err(refused)?;
         Writer::create(&file, &header).map_err(refused)?;
         let image = Image::find(path)?;
-        Ok(Traced {
+        Ok(TraceRecord {
             path: path.clone(),
             identity: image.identity(),
             born: image.born(),
@@ -95,7 +95,7 @@ fn header(to: &TraceTo, minor: u32, size: u64) -> Result<TraceHeader, Failure> {
 ///
 /// # Errors
 /// It is gone, or another file by now, or the system refuses to.
-pub fn open(traced: &Traced) -> Result<Opened, Failure> {
+pub fn open(traced: &TraceRecord) -> Result<Opened, Failure> {
     let image = Image::find(&traced.path)?;
     if !image.is(Some(traced.identity), traced.born) {
         return Err(Failure::new(
@@ -110,7 +110,7 @@ pub fn open(traced: &Traced) -> Result<Opened, Failure> {
 ///
 /// # Errors
 /// The system refuses to.
-pub fn remove(traced: &Traced) -> Result<(), Failure> {
+pub fn remove(traced: &TraceRecord) -> Result<(), Failure> {
     let path = &traced.path;
     folder::remove(path)
         .map_err(|error| Failure::system(format!("cannot remove {}", path.display()), &error))

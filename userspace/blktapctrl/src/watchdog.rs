@@ -4,7 +4,7 @@
 use crate::disk::Disk;
 use crate::lifecycle::io_errors;
 use crate::log::{self, tell, LogContext};
-use crate::record::Want;
+use crate::record::DesiredState;
 use crate::registry::Registry;
 use crate::slow_request::News;
 use control::supervisor::{Hung, Kernel, What};
@@ -35,7 +35,7 @@ fn idle_with_work(disk: &Disk, status: &Kernel, has_limits: bool) -> Duration {
         let record = disk.record.borrow();
         // Without its image it answers no request.
         let waits = status.waiting > 0 || (has_limits && status.delivered > 0);
-        record.want == Want::Served && record.inactive.is_none() && waits
+        record.want == DesiredState::Served && record.inactive.is_none() && waits
     };
     if works && answered == status.committed {
         return since.elapsed();

@@ -15,9 +15,9 @@ type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Tasks that were woken. Wakers may be called from anywhere.
 #[derive(Debug, Default)]
-struct Woken(Mutex<Vec<usize>>);
+struct WokenTasks(Mutex<Vec<usize>>);
 
-impl Woken {
+impl WokenTasks {
     fn list(&self) -> std::sync::MutexGuard<'_, Vec<usize>> {
         // A panic elsewhere leaves a list that is whole.
         self.0
@@ -31,7 +31,7 @@ impl Woken {
 struct TaskSlot {
     number: usize,
     queued: AtomicBool,
-    woken: Arc<Woken>,
+    woken: Arc<WokenTasks>,
 }
 
 impl Wake for TaskSlot {
@@ -60,7 +60,7 @@ struct Seat {
 
 #[derive(Default)]
 struct ExecutorState {
-    woken: Arc<Woken>,
+    woken: Arc<WokenTasks>,
     places: RefCell<Vec<Seat>>,
     free: RefCell<Vec<usize>>,
     tasks: Cell<usize>,

@@ -39,7 +39,7 @@ impl Gate {
     }
 
     async fn enter(&self, admit: impl Fn(usize) -> Option<usize>) -> Pass {
-        let ticket = Ticket::new(&self.0);
+        let ticket = GateTicket::new(&self.0);
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
             let is_first = state
@@ -69,12 +69,12 @@ impl Gate {
 }
 
 /// A place in the queue, which is left even if the future that waits is dropped.
-struct Ticket<'g> {
+struct GateTicket<'g> {
     state: &'g Rc<RefCell<GateState>>,
     number: u64,
 }
 
-impl<'g> Ticket<'g> {
+impl<'g> GateTicket<'g> {
     fn new(state: &'g Rc<RefCell<GateState>>) -> Self {
         let mut inner = state.borrow_mut();
         let number = inner.next_ticket;
@@ -84,7 +84,7 @@ impl<'g> Ticket<'g> {
     }
 }
 
-impl Drop for Ticket<'_> {
+impl Drop for GateTicket<'_> {
     fn drop(&mut self) {
         let mut state = self.state.borrow_mut();
         state.queue.retain(|(number, _)| *number != self.number);

@@ -112,9 +112,9 @@ impl Opened {
     }
 
     /// A copy for another thread, which may be at work with it when this is dropped.
-    pub(crate) fn lend(&self) -> Result<Lent, Errno> {
+    pub(crate) fn lend(&self) -> Result<LentFile, Errno> {
         let fd = self.fd.try_clone();
-        Ok(Lent {
+        Ok(LentFile {
             fd: fd.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?,
             _mark: self.lent.clone(),
         })
@@ -159,13 +159,13 @@ impl AsRawFd for Opened {
 
 /// An open file in another thread.
 #[derive(Debug)]
-pub(crate) struct Lent {
+pub(crate) struct LentFile {
     // Closed before it is not lent any more.
     fd: OwnedFd,
     _mark: Arc<()>,
 }
 
-impl AsFd for Lent {
+impl AsFd for LentFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

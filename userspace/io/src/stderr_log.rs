@@ -23,16 +23,16 @@ macro_rules! say {
 /// Implementation of `say!`.
 #[doc(hidden)]
 pub fn say_line(what: impl Display) {
-    static OURS: Voice = Voice::new();
+    static OURS: LineWriter = LineWriter::new();
     OURS.say(std::io::stderr(), what);
 }
 
 /// Writer of lines, with the number of lines that found no room and were not reported.
-struct Voice {
+struct LineWriter {
     lost: AtomicU64,
 }
 
-impl Voice {
+impl LineWriter {
     const fn new() -> Self {
         Self {
             lost: AtomicU64::new(0),
@@ -73,7 +73,7 @@ fn put(to: impl AsFd, mut line: String) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Voice, MOST};
+    use super::{LineWriter, MOST};
     use std::io::Read;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn what_nobody_reads_is_counted_and_waited_for_by_nobody() {
         let (mut reader, writer) = pipe();
-        let voice = Voice::new();
+        let voice = LineWriter::new();
         for number in 0..100_000 {
             voice.say(&writer, format_args!("line {number}"));
         }
@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn a_long_line_is_cut_between_characters() {
         let (mut reader, writer) = pipe();
-        let voice = Voice::new();
+        let voice = LineWriter::new();
         voice.say(&writer, "ä".repeat(MOST));
         voice.say(&writer, "the next one");
         let text = all(&mut reader);
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn nobody_who_could_read_is_no_end() {
-        let voice = Voice::new();
+        let voice = LineWriter::new();
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         voice.say(&ours, "to nobody");

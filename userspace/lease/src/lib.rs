@@ -3,16 +3,16 @@
 //!
 //! A [`Lease`] is opened without being taken ([`open`]), looked at ([`Lease::inspect`]), taken with a
 //! bounded wait ([`Lease::take`]), kept by a heartbeat ([`Lease::keep`]) and given up ([`Lease::give_up`]).
-//! Calls block, because storage does: they belong on a thread of their own, and a [`Keeper`] is one that
+//! Calls block, because storage does: they belong on a thread of their own, and a [`LeaseRenewer`] is one that
 //! does nothing but keep a lease.
 //!
 //! # Duties of the holder
 //!
 //! - **Ask [`Term::is_over`] before each I/O on the image**, reading included. When it is over, hold requests and do
-//!   not fail them: the storage may answer again, and the [`Keeper`] continues with its generation if no other host has
+//!   not fail them: the storage may answer again, and the [`LeaseRenewer`] continues with its generation if no other host has
 //!   taken the lease in the meantime. The term is a time of this host's own clock, so it ends without a message: also
 //!   when the keeper of the lease has died, or the host was stopped and resumes.
-//! - **Stop for good when the lease is lost** ([`News::Lost`]), because another host has a later generation. The disk
+//! - **Stop for good when the lease is lost** ([`RenewerNews::Lost`]), because another host has a later generation. The disk
 //!   is to be paused, and no new request is to reach the image.
 //! - **Give it up only when all of its I/O has ended and is durable**, because the next holder writes at once.
 //! - The keeper of the lease and the process that does I/O may be two: [`Term::until`] is a time that both know
@@ -46,7 +46,7 @@ pub use control::LeaseKind as Kind;
 pub use host::{Host, LeaseClaim, Token};
 pub use lease_term::{now, Term};
 pub use location::{open, place, LeaseLocation};
-pub use renewer::{Keeper, News};
+pub use renewer::{LeaseRenewer, RenewerNews};
 pub use timestamps::date;
 
 use control::Failure;
@@ -91,7 +91,7 @@ pub struct Owner {
 /// State of a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
-pub enum View {
+pub enum LeaseView {
     /// The image has no owner.
     Free {
         /// How often it was taken.
@@ -129,7 +129,7 @@ pub trait Lease: Send + fmt::Debug {
     ///
     /// # Errors
     /// It cannot be read, or was made by a program that is newer.
-    fn inspect(&mut self) -> Result<View, Failure>;
+    fn inspect(&mut self) -> Result<LeaseView, Failure>;
 
     /// Takes it; waits so long for who has it.
     ///

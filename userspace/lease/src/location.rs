@@ -2,7 +2,7 @@
 //! The kind of lease that an image has, and its place.
 
 use crate::lock::Lock;
-use crate::record::Recorded;
+use crate::record::RecordLease;
 use crate::{reservation, sanlock, Lease, LeaseClaim};
 use control::{Failure, LeaseKind};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,7 @@ pub fn open(kind: &LeaseKind, image: &Path, claim: LeaseClaim) -> Result<Box<dyn
     }
     match place.record {
         None => Ok(Box::new(Lock::open(&place.image, claim)?)),
-        Some(record) => Ok(Box::new(Recorded::open(&record, &place.image, claim)?)),
+        Some(record) => Ok(Box::new(RecordLease::open(&record, &place.image, claim)?)),
     }
 }
 

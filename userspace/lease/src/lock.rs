@@ -7,7 +7,7 @@
 
 use crate::host::hex;
 use crate::lease_term::Term;
-use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView};
 use control::{Code, Failure};
 use diskio::{lock_whole, LockKind};
 use rustix::fs::{Mode, OFlags};
@@ -97,16 +97,16 @@ impl Lock {
 }
 
 impl Lease for Lock {
-    fn inspect(&mut self) -> Result<View, Failure> {
+    fn inspect(&mut self) -> Result<LeaseView, Failure> {
         if self.held.is_some() {
-            return Ok(View::Held(self.holder(true)));
+            return Ok(LeaseView::Held(self.holder(true)));
         }
         Ok(match self.attempt()? {
-            Some(_) => View::Free {
+            Some(_) => LeaseView::Free {
                 generation: 0,
                 last: None,
             },
-            None => View::Held(self.holder(false)),
+            None => LeaseView::Held(self.holder(false)),
         })
     }
 
@@ -171,7 +171,7 @@ impl Lease for Lock {
 #[cfg(test)]
 mod tests {
     use super::Lock;
-    use crate::{HolderIsDead, Lease, LeaseClaim, View};
+    use crate::{HolderIsDead, Lease, LeaseClaim, LeaseView};
     use control::Code;
     use std::time::Duration;
 
@@ -184,8 +184,8 @@ mod tests {
         assert!(!term.is_over());
         let refused = second.take(Duration::ZERO).unwrap_err();
         assert_eq!(refused.code, Code::Busy);
-        assert!(matches!(second.inspect().unwrap(), View::Held(holder) if !holder.is_here));
-        assert!(matches!(first.inspect().unwrap(), View::Held(holder) if holder.is_here));
+        assert!(matches!(second.inspect().unwrap(), LeaseView::Held(holder) if !holder.is_here));
+        assert!(matches!(first.inspect().unwrap(), LeaseView::Held(holder) if holder.is_here));
         let lives = second
             .break_off(HolderIsDead { generation: 0 })
             .unwrap_err();
@@ -193,7 +193,7 @@ mod tests {
         first.give_up().unwrap();
         assert!(term.is_over());
         assert_eq!(first.keep().unwrap_err().code, Code::Gone);
-        assert!(matches!(second.inspect().unwrap(), View::Free { .. }));
+        assert!(matches!(second.inspect().unwrap(), LeaseView::Free { .. }));
         second.take(Duration::ZERO).unwrap();
         second.keep().unwrap();
         // A process that ends without a word has given it up.

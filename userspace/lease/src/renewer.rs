@@ -12,14 +12,14 @@ use std::time::Duration;
 const STACK: usize = 256 << 10;
 
 /// Order to the thread.
-enum Errand {
+enum RenewerOrder {
     GiveUp(Sender<Result<(), Failure>>),
     LeaveHeld,
 }
 
 /// News to the holder of a lease, from the thread that keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum RenewerNews {
     /// The term is longer now: until this time of [`now`](crate::now).
     Kept(Duration),
     /// A heartbeat failed; the next one follows before the term ends, or after.
@@ -31,14 +31,14 @@ pub enum News {
 /// Keeps a lease. Dropping it ends the heartbeats and leaves the lease held, as the death of the process
 /// would.
 #[derive(Debug)]
-pub struct Keeper {
-    errands: Sender<Errand>,
+pub struct LeaseRenewer {
+    errands: Sender<RenewerOrder>,
     term: Term,
     generation: u64,
     thread: Option<JoinHandle<Box<dyn Lease>>>,
 }
 
-impl Keeper {
+impl LeaseRenewer {
     /// Keeps a lease that was just taken or resumed, and tells what becomes of it. `tell` is called on the
     /// thread that keeps it, and must not wait for anything.
     ///
@@ -47,8 +47,8 @@ impl Keeper {
     pub fn start(
         lease: Box<dyn Lease>,
         grant: &Grant,
-        tell: impl FnMut(News) + Send + 'static,
-    ) -> io::Result<Keeper> {
+        tell: impl FnMut(RenewerNews) + Send + 'static,
+    ) -> io::Result<LeaseRenewer> {
         let (errands, queue) = channel();
         let term = grant.term.clone();
         let builder = thread::Builder::new().name("lease".into());
@@ -56,7 +56,7 @@ impl Keeper {
         let thread = builder
             .stack_size(STACK)
             .spawn(move || keep(lease, &its, &queue, tell))?;
-        Ok(Keeper {
+        Ok(LeaseRenewer {
             errands,
             term,
             generation: grant.generation,
@@ -96,16 +96,16 @@ impl Keeper {
             )
         };
         self.errands
-            .send(Errand::GiveUp(sender))
+            .send(RenewerOrder::GiveUp(sender))
             .map_err(|_| gone())?;
         answer.recv().map_err(|_| gone())?
     }
 }
 
-impl Drop for Keeper {
+impl Drop for LeaseRenewer {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.errands.send(Errand::LeaveHeld);
+        let _ = self.errands.send(RenewerOrder::LeaveHeld);
         // Not waited for: its storage may hang.
         drop(self.thread.take());
     }
@@ -114,8 +114,8 @@ impl Drop for Keeper {
 fn keep(
     mut lease: Box<dyn Lease>,
     term: &Term,
-    errands: &Receiver<Errand>,
-    mut tell: impl FnMut(News),
+    errands: &Receiver<RenewerOrder>,
+    mut tell: impl FnMut(RenewerNews),
 ) -> Box<dyn Lease> {
     loop {
         let errand = match lease.beat() {
@@ -123,7 +123,7 @@ fn keep(
             None => errands.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match errand {
-            Ok(Errand::GiveUp(answer)) => {
+            Ok(RenewerOrder::GiveUp(answer)) => {
                 let result = lease.give_up();
                 let is_over = match &result {
                     Ok(()) => true,
@@ -135,15 +135,15 @@ fn keep(
                     return lease;
                 }
             }
-            Ok(Errand::LeaveHeld) | Err(RecvTimeoutError::Disconnected) => return lease,
+            Ok(RenewerOrder::LeaveHeld) | Err(RecvTimeoutError::Disconnected) => return lease,
             Err(RecvTimeoutError::Timeout) => match lease.keep() {
-                Ok(()) => tell(News::Kept(term.until())),
+                Ok(()) => tell(RenewerNews::Kept(term.until())),
                 Err(failure) if failure.code == Code::Gone => {
                     term.end();
-                    tell(News::Lost(failure));
+                    tell(RenewerNews::Lost(failure));
                     return lease;
                 }
-                Err(failure) => tell(News::Missed(failure)),
+                Err(failure) => tell(RenewerNews::Missed(failure)),
             },
         }
     }

@@ -42,22 +42,22 @@ impl Dice {
 }
 
 /// Action at a time.
-type Happening = Box<dyn FnOnce()>;
+type SimEvent = Box<dyn FnOnce()>;
 
-struct Timed(Reverse<(Duration, u64)>, Happening);
+struct TimedEvent(Reverse<(Duration, u64)>, SimEvent);
 
-impl PartialEq for Timed {
+impl PartialEq for TimedEvent {
     fn eq(&self, other: &Self) -> bool {
         self.0 == other.0
     }
 }
-impl Eq for Timed {}
-impl PartialOrd for Timed {
+impl Eq for TimedEvent {}
+impl PartialOrd for TimedEvent {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
-impl Ord for Timed {
+impl Ord for TimedEvent {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.0.cmp(&other.0)
     }
@@ -70,7 +70,7 @@ type SimTask = Pin<Box<dyn Future<Output = ()>>>;
 pub(crate) struct Sim {
     time: Var<Duration>,
     count: Var<u64>,
-    queue: RefCell<BinaryHeap<Timed>>,
+    queue: RefCell<BinaryHeap<TimedEvent>>,
     tasks: RefCell<Vec<(Rc<Var<bool>>, SimTask)>>,
     new: RefCell<Vec<(Rc<Var<bool>>, SimTask)>>,
 }
@@ -84,7 +84,7 @@ impl Sim {
         let number = self.count.get();
         self.count.set(number + 1);
         let at = Reverse((self.time() + time, number));
-        self.queue.borrow_mut().push(Timed(at, Box::new(what)));
+        self.queue.borrow_mut().push(TimedEvent(at, Box::new(what)));
     }
 
     /// A task that does nothing any more when its life has ended.
@@ -124,7 +124,7 @@ impl Sim {
             }
             let next = self.queue.borrow_mut().pop();
             match next {
-                Some(Timed(Reverse((at, _)), what)) if at <= end => {
+                Some(TimedEvent(Reverse((at, _)), what)) if at <= end => {
                     self.time.set(at);
                     what();
                 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The disks of all guests, or of some, change their driver.
 
-use crate::disk::{BusDevice, Keys, RefusedDisk};
-use crate::host::{Begun, Host};
+use crate::disk::{BusDevice, DiskKeys, RefusedDisk};
+use crate::host::{BegunAttempt, Host};
 use crate::module_exchange;
 use crate::rebind::{self, SwapOutcome, SwapPlan};
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ pub fn take_over<H: Host>(
 
 /// Result for the driver that is to serve no disk.
 #[derive(Debug)]
-pub enum Retired {
+pub enum RetiredDriver {
     /// The driver is unloaded.
     Unloaded,
     /// The driver serves disks.
@@ -71,13 +71,13 @@ pub enum Retired {
 ///
 /// # Errors
 /// The drivers of the devices cannot be read, or a disk has no driver.
-pub fn retire<H: Host>(host: &H, plan: SwapPlan) -> io::Result<Retired> {
+pub fn retire<H: Host>(host: &H, plan: SwapPlan) -> io::Result<RetiredDriver> {
     let serves = |driver| Ok::<_, io::Error>(host.devices()?.iter().any(|(_, its)| *its == driver));
     if serves(Some(plan.from))? {
-        return Ok(Retired::Serves);
+        return Ok(RetiredDriver::Serves);
     }
     if let Err(error) = host.unload(plan.from) {
-        return Ok(Retired::Stays(error));
+        return Ok(RetiredDriver::Stays(error));
     }
     // One that came to it in between has none now.
     for (device, driver) in host.devices()? {
@@ -85,14 +85,14 @@ pub fn retire<H: Host>(host: &H, plan: SwapPlan) -> io::Result<Retired> {
             host.bind(plan.to, &device)?;
         }
     }
-    Ok(Retired::Unloaded)
+    Ok(RetiredDriver::Unloaded)
 }
 
 /// Gives disks that an earlier attempt has left without a driver to one, and unpauses the guest.
 ///
 /// # Errors
 /// That did not succeed; it stays remembered.
-pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
+pub fn put_right<H: Host>(host: &H, begun: &BegunAttempt) -> io::Result<()> {
     if begun.exchange {
         return module_exchange::put_right(host, begun);
     }
@@ -111,7 +111,7 @@ pub fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
             host.load(begun.from)?;
             loaded = true;
         }
-        let keys = Keys::read(host, &device).map_err(|why| failed(&device, why))?;
+        let keys = DiskKeys::read(host, &device).map_err(|why| failed(&device, why))?;
         // Loading it may have done that.
         if host.driver(&device)?.is_none() {
             rebind::give(host, begun.from, &device, &keys).map_err(|why| failed(&device, why))?;

@@ -43,7 +43,7 @@ impl BusDevice {
 
 /// Keys of a disk in xenstore, of both ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Keys {
+pub(crate) struct DiskKeys {
     front: String,
     /// Name of the disk in the guest, such as `xvda`.
     pub(crate) vdev: String,
@@ -74,8 +74,8 @@ pub(crate) fn vdev(host: &impl Host, device: &BusDevice) -> String {
     dev.unwrap_or_else(|| device.handle.to_string())
 }
 
-impl Keys {
-    pub(crate) fn read(host: &impl Host, device: &BusDevice) -> Result<Keys, RefusedDisk> {
+impl DiskKeys {
+    pub(crate) fn read(host: &impl Host, device: &BusDevice) -> Result<DiskKeys, RefusedDisk> {
         let number = |path: &str, absent: u64| -> Result<u64, RefusedDisk> {
             let Some(text) = host.read(path)? else {
                 return Ok(absent);
@@ -87,7 +87,7 @@ impl Keys {
         let front = host.read(&back("frontend"))?;
         let front = front.ok_or_else(|| RefusedDisk(format!("{} is missing", back("frontend"))))?;
         let dev = host.read(&back("dev"))?;
-        Ok(Keys {
+        Ok(DiskKeys {
             vdev: dev.unwrap_or_else(|| device.handle.to_string()),
             state: number(&back("state"), 0)?,
             front_state: number(&format!("{front}/state"), 0)?,
@@ -153,7 +153,7 @@ impl Keys {
     }
 
     /// The guest, which does not ask again, may send what it could send before.
-    pub(crate) fn offers_as_much(&self, before: &Keys) -> Result<(), RefusedDisk> {
+    pub(crate) fn offers_as_much(&self, before: &DiskKeys) -> Result<(), RefusedDisk> {
         let (now, was) = (self.segments, before.segments);
         match !before.is_connected() || now >= was {
             true => Ok(()),

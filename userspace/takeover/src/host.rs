@@ -3,7 +3,7 @@
 
 use crate::disk::{BusDevice, OfferedLimits};
 use crate::module_exchange::Modules;
-use crate::rings::Head;
+use crate::rings::RingHead;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::time::Duration;
@@ -53,7 +53,7 @@ impl BackendDriver {
 
 /// An attempt that has begun, and that the next one has to put right if this one does not finish.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Begun {
+pub struct BegunAttempt {
     /// Guests. Each is paused once more than it was, or about to be.
     pub guests: Vec<u16>,
     /// Their disks, by their names on the bus.
@@ -105,15 +105,15 @@ pub trait Host {
     /// Takes one of those back, or has done nothing if it fails.
     fn unpause(&self, domid: u16) -> io::Result<()>;
     /// The head of a ring of a guest.
-    fn ring(&self, domid: u16, reference: u32) -> io::Result<Head>;
+    fn ring(&self, domid: u16, reference: u32) -> io::Result<RingHead>;
     /// Takes a disk from its driver. It fails if that takes long; then it may happen later.
     fn unbind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()>;
     /// Gives a disk that has no driver to one.
     fn bind(&self, driver: BackendDriver, device: &BusDevice) -> io::Result<()>;
     /// Remembers what has begun, in place of what it remembered before.
-    fn remember(&self, begun: Option<&Begun>) -> io::Result<()>;
+    fn remember(&self, begun: Option<&BegunAttempt>) -> io::Result<()>;
     /// Returns the remembered attempt, also of a process that has ended since.
-    fn remembered(&self) -> io::Result<Option<Begun>>;
+    fn remembered(&self) -> io::Result<Option<BegunAttempt>>;
     /// Waits for a moment.
     fn sleep(&self, time: Duration);
     /// Time that only grows.

@@ -8,8 +8,8 @@ mod module_exchange;
 mod rebind;
 pub mod rings;
 
-pub use batch::{put_right, retire, take_over, Retired};
+pub use batch::{put_right, retire, take_over, RetiredDriver};
 pub use disk::{BusDevice, OfferedLimits, RefusedDisk};
-pub use host::{BackendDriver, Begun, Host};
-pub use module_exchange::{exchange, Exchange, Exchanged, Modules};
-pub use rebind::{Left, SwapOutcome, SwapPlan};
+pub use host::{BackendDriver, BegunAttempt, Host};
+pub use module_exchange::{exchange, Exchange, ExchangeResult, Modules};
+pub use rebind::{LeftDisk, SwapOutcome, SwapPlan};

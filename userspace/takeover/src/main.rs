@@ -11,7 +11,7 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 use takeover::{
-    exchange, retire, take_over, BackendDriver, Exchange, Retired, SwapOutcome, SwapPlan,
+    exchange, retire, take_over, BackendDriver, Exchange, RetiredDriver, SwapOutcome, SwapPlan,
 };
 use xen_host::XenHost;
 
@@ -207,12 +207,12 @@ fn run(cli: &TakeoverCli) -> io::Result<bool> {
     }
     let (from, to) = (plan.from.module(), to.module());
     let (is_retired, said) = match retire(&host, plan)? {
-        Retired::Unloaded => (true, format!("{to} serves all disks; {from} is unloaded")),
-        Retired::Serves => (
+        RetiredDriver::Unloaded => (true, format!("{to} serves all disks; {from} is unloaded")),
+        RetiredDriver::Serves => (
             false,
             format!("{from} serves a disk that came meanwhile: ask again"),
         ),
-        Retired::Stays(error) => (
+        RetiredDriver::Stays(error) => (
             false,
             format!(
                 "{to} serves all disks, and {from} is still loaded, so that new ones may get it: {error}; what uses it \

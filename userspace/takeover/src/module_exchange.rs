@@ -8,9 +8,9 @@
 //! After any failure, and whenever this ends, a module serves the disks and the guests run, at the latest after the
 //! next attempt. If the installed module is refused, that is the one that was there before, of which a copy was kept.
 
-use crate::disk::{BusDevice, Keys, RefusedDisk};
-use crate::host::{BackendDriver, Begun, Host};
-use crate::rebind::{self, Left};
+use crate::disk::{BusDevice, DiskKeys, RefusedDisk};
+use crate::host::{BackendDriver, BegunAttempt, Host};
+use crate::rebind::{self, LeftDisk};
 use serde::Serialize;
 use std::io;
 use std::time::Duration;
@@ -39,7 +39,7 @@ pub struct Exchange {
 
 /// Result of an exchange.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Exchanged {
+pub struct ExchangeResult {
     /// The installed module serves.
     pub is_done: bool,
     /// The module that was there before serves again, or still.
@@ -47,7 +47,7 @@ pub struct Exchanged {
     /// Disks that it serves, by the guests' names.
     pub disks: Vec<String>,
     /// Disks for which it would not be safe, or that are not served, and why.
-    pub left: Vec<Left>,
+    pub left: Vec<LeftDisk>,
     /// Why it was not done, if that is not about a disk.
     pub why: Option<String>,
     /// For how long guests were paused, in milliseconds; nothing if none was.
@@ -69,7 +69,7 @@ pub enum Modules {
 ///
 /// # Errors
 /// Nothing could be begun, or what an earlier attempt has left could not be put right.
-pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<Exchanged> {
+pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<ExchangeResult> {
     if let Some(begun) = host.remembered()? {
         if plan.dry_run {
             let why =
@@ -92,21 +92,21 @@ pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<Exchanged> {
     for device in &devices {
         match rebind::look(host, RS, device) {
             Ok(keys) => ready.push((device, keys)),
-            Err(why) => left.push(Left::new(&device.name, why)),
+            Err(why) => left.push(LeftDisk::new(&device.name, why)),
         }
     }
     if !left.is_empty() {
         return Ok(refused(left, None));
     }
     let disks = ready.iter().map(|(device, keys)| named(device, keys));
-    let mut outcome = Exchanged {
+    let mut outcome = ExchangeResult {
         disks: disks.collect(),
-        ..Exchanged::default()
+        ..ExchangeResult::default()
     };
     if plan.dry_run {
         return Ok(outcome);
     }
-    let mut begun = Begun {
+    let mut begun = BegunAttempt {
         guests: Vec::new(),
         disks: devices.iter().map(|device| device.name.clone()).collect(),
         from: RS,
@@ -123,17 +123,17 @@ pub fn exchange<H: Host>(host: &H, plan: Exchange) -> io::Result<Exchanged> {
 }
 
 /// State at the end.
-struct Restored {
+struct RestoredState {
     /// The installed module was refused, or does not serve what the one before has served.
     went_back: Option<String>,
     /// Disks without a driver.
-    left: Vec<Left>,
+    left: Vec<LeftDisk>,
     /// Guests that are still paused.
     paused: Vec<u16>,
 }
 
-impl Exchanged {
-    fn settle(&mut self, done: Result<(), RefusedDisk>, restored: io::Result<Restored>) {
+impl ExchangeResult {
+    fn settle(&mut self, done: Result<(), RefusedDisk>, restored: io::Result<RestoredState>) {
         let was_done = done.is_ok();
         let mut why: Vec<String> = done.err().map(|why| why.0).into_iter().collect();
         match restored {
@@ -155,16 +155,16 @@ impl Exchanged {
     }
 }
 
-fn refused(left: Vec<Left>, why: Option<String>) -> Exchanged {
-    Exchanged {
+fn refused(left: Vec<LeftDisk>, why: Option<String>) -> ExchangeResult {
+    ExchangeResult {
         is_as_before: true,
         left,
         why,
-        ..Exchanged::default()
+        ..ExchangeResult::default()
     }
 }
 
-fn named(device: &BusDevice, keys: &Keys) -> String {
+fn named(device: &BusDevice, keys: &DiskKeys) -> String {
     format!("{} of domain {}", keys.vdev, device.domid)
 }
 
@@ -185,7 +185,7 @@ fn is_needless<H: Host>(host: &H, plan: Exchange) -> io::Result<Option<String>> 
 /// Each once more than it was.
 fn pause_all<H: Host>(
     host: &H,
-    begun: &mut Begun,
+    begun: &mut BegunAttempt,
     devices: &[BusDevice],
 ) -> Result<(), RefusedDisk> {
     let mut guests: Vec<u16> = devices.iter().map(|device| device.domid).collect();
@@ -209,9 +209,9 @@ fn pause_all<H: Host>(
 fn with_pause<H: Host>(
     host: &H,
     plan: Exchange,
-    ready: &[(&BusDevice, Keys)],
+    ready: &[(&BusDevice, DiskKeys)],
 ) -> Result<(), RefusedDisk> {
-    let about = |device: &BusDevice, keys: &Keys, why: RefusedDisk| {
+    let about = |device: &BusDevice, keys: &DiskKeys, why: RefusedDisk| {
         RefusedDisk(format!("{}: {}", named(device, keys), why.0))
     };
     let until = host.now() + plan.patience;
@@ -254,7 +254,7 @@ fn again<H: Host>(host: &H, limit: Duration, act: impl Fn() -> io::Result<()>) -
 ///
 /// # Errors
 /// That did not succeed; it stays remembered.
-pub(crate) fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
+pub(crate) fn put_right<H: Host>(host: &H, begun: &BegunAttempt) -> io::Result<()> {
     let restored = restore(host, begun.clone(), &[])?;
     if let Some(left) = restored.left.first() {
         let (disk, why) = (&left.disk, &left.why);
@@ -276,9 +276,9 @@ pub(crate) fn put_right<H: Host>(host: &H, begun: &Begun) -> io::Result<()> {
 /// No module can be loaded.
 fn restore<H: Host>(
     host: &H,
-    mut begun: Begun,
-    ready: &[(&BusDevice, Keys)],
-) -> io::Result<Restored> {
+    mut begun: BegunAttempt,
+    ready: &[(&BusDevice, DiskKeys)],
+) -> io::Result<RestoredState> {
     let mut went_back = None;
     if !host.is_loaded(RS)? {
         if let Err(error) = host.load(RS) {
@@ -309,7 +309,7 @@ fn restore<H: Host>(
     let paused = begun.guests.clone();
     let is_whole = left.is_empty() && paused.is_empty();
     host.remember(Some(&begun).filter(|_| !is_whole))?;
-    Ok(Restored {
+    Ok(RestoredState {
         went_back,
         left,
         paused,
@@ -317,11 +317,14 @@ fn restore<H: Host>(
 }
 
 /// Resumes tap disks, and gives each disk without a driver its driver. Returns those that are not served.
-fn serve_all<H: Host>(host: &H, ready: &[(&BusDevice, Keys)]) -> io::Result<Vec<Left>> {
+fn serve_all<H: Host>(host: &H, ready: &[(&BusDevice, DiskKeys)]) -> io::Result<Vec<LeftDisk>> {
     let mut left = Vec::new();
     let unparked = unpark(host);
     if let Err(error) = &unparked {
-        left.push(Left::new("all tap disks", RefusedDisk(error.to_string())));
+        left.push(LeftDisk::new(
+            "all tap disks",
+            RefusedDisk(error.to_string()),
+        ));
     }
     left.extend(give_all(host, ready, unparked.is_ok(), |_| true)?);
     Ok(left)
@@ -330,10 +333,10 @@ fn serve_all<H: Host>(host: &H, ready: &[(&BusDevice, Keys)]) -> io::Result<Vec<
 /// Each disk that has no driver gets it, of those that are meant. Returns those that are not served, or not as before.
 fn give_all<H: Host>(
     host: &H,
-    ready: &[(&BusDevice, Keys)],
+    ready: &[(&BusDevice, DiskKeys)],
     unparked: bool,
     is_meant: impl Fn(&BusDevice) -> bool,
-) -> io::Result<Vec<Left>> {
+) -> io::Result<Vec<LeftDisk>> {
     let mut begun = Vec::new();
     for (device, driver) in host.devices()? {
         if driver.is_none() && is_meant(&device) {
@@ -346,7 +349,7 @@ fn give_all<H: Host>(
         let before = ready.iter().find(|(other, _)| **other == device);
         let served =
             keys.and_then(|keys| serves(host, &device, keys, before.map(|(_, keys)| keys)));
-        left.extend(served.err().map(|why| Left::new(&device.name, why)));
+        left.extend(served.err().map(|why| LeftDisk::new(&device.name, why)));
     }
     Ok(left)
 }
@@ -367,8 +370,8 @@ fn begin<H: Host>(
     host: &H,
     device: &BusDevice,
     unparked: bool,
-) -> Result<Option<Keys>, RefusedDisk> {
-    let keys = Keys::read(host, device)?;
+) -> Result<Option<DiskKeys>, RefusedDisk> {
+    let keys = DiskKeys::read(host, device)?;
     if keys.is_going() {
         return Ok(None);
     }
@@ -383,19 +386,19 @@ fn begin<H: Host>(
 fn serves<H: Host>(
     host: &H,
     device: &BusDevice,
-    keys: Option<Keys>,
-    before: Option<&Keys>,
+    keys: Option<DiskKeys>,
+    before: Option<&DiskKeys>,
 ) -> Result<(), RefusedDisk> {
     let Some(keys) = keys else { return Ok(()) };
     rebind::served(host, RS, device, &keys)?;
     match before {
-        Some(before) => Keys::read(host, device)?.offers_as_much(before),
+        Some(before) => DiskKeys::read(host, device)?.offers_as_much(before),
         None => Ok(()),
     }
 }
 
 /// The module that was there before takes the place of one that does not serve what that did. True if it is loaded.
-fn go_back<H: Host>(host: &H, ready: &[(&BusDevice, Keys)]) -> bool {
+fn go_back<H: Host>(host: &H, ready: &[(&BusDevice, DiskKeys)]) -> bool {
     if !host.has_other_copy() {
         return false;
     }

@@ -15,7 +15,7 @@ const ID: usize = 20;
 
 /// The module that modprobe would load.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Installed {
+pub(crate) struct InstalledModule {
     path: PathBuf,
     /// Parameters from the host's settings, in the syntax of insmod.
     pub(crate) parameters: Vec<String>,
@@ -35,7 +35,7 @@ pub(crate) fn is_loaded(driver: BackendDriver) -> io::Result<bool> {
 }
 
 /// Returns the module that modprobe would load, and its parameters.
-pub(crate) fn installed() -> io::Result<Installed> {
+pub(crate) fn installed() -> io::Result<InstalledModule> {
     let said = output(
         "modprobe",
         &["--ignore-install", "--show-depends", DRIVER.module()],
@@ -50,10 +50,10 @@ pub(crate) fn installed() -> io::Result<Installed> {
 }
 
 /// After all that it needs.
-fn last_of(said: &str) -> Option<Installed> {
+fn last_of(said: &str) -> Option<InstalledModule> {
     let mut words = said.lines().last()?.split_whitespace();
     (words.next()? == "insmod").then_some(())?;
-    Some(Installed {
+    Some(InstalledModule {
         path: words.next()?.into(),
         parameters: words.map(str::to_owned).collect(),
     })

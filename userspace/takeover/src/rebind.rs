@@ -9,8 +9,8 @@
 //! After any failure, each disk is given back to the driver that it had, and the guest runs again. The attempt is
 //! remembered from its beginning, so that the next one puts right the parts that this one did not reach.
 
-use crate::disk::{self, BusDevice, Keys, RefusedDisk};
-use crate::host::{BackendDriver, Begun, Host};
+use crate::disk::{self, BusDevice, DiskKeys, RefusedDisk};
+use crate::host::{BackendDriver, BegunAttempt, Host};
 use serde::Serialize;
 use std::io;
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub struct SwapOutcome {
     /// Disks that have the other driver now, by the guest's names.
     pub moved: Vec<String>,
     /// Disks that have not, and why.
-    pub left: Vec<Left>,
+    pub left: Vec<LeftDisk>,
     /// How long the guest was paused, in milliseconds; nothing if it was not.
     pub paused_ms: Option<u64>,
     /// The guest could not be unpaused, or a disk has no driver: the next attempt puts that right.
@@ -37,16 +37,16 @@ pub struct SwapOutcome {
 
 /// A disk that stays with the driver that it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Left {
+pub struct LeftDisk {
     /// By the guest's name.
     pub disk: String,
     /// Reason of the failure.
     pub why: String,
 }
 
-impl Left {
-    pub(crate) fn new(disk: &str, why: RefusedDisk) -> Left {
-        Left {
+impl LeftDisk {
+    pub(crate) fn new(disk: &str, why: RefusedDisk) -> LeftDisk {
+        LeftDisk {
             disk: disk.to_owned(),
             why: why.0,
         }
@@ -92,7 +92,7 @@ pub(crate) fn guest<H: Host>(
         outcome.moved = names.collect();
         return outcome;
     }
-    let begun = Begun {
+    let begun = BegunAttempt {
         guests: vec![domid],
         disks: ready
             .iter()
@@ -115,7 +115,7 @@ pub(crate) fn guest<H: Host>(
 fn with_pause<H: Host>(
     host: &H,
     plan: SwapPlan,
-    ready: &[(&BusDevice, Keys)],
+    ready: &[(&BusDevice, DiskKeys)],
     outcome: &mut SwapOutcome,
 ) {
     let (since, domid) = (host.now(), outcome.domid);
@@ -129,7 +129,7 @@ fn with_pause<H: Host>(
 }
 
 /// Forgets the attempt, unless a disk has no driver or the guest is paused.
-fn finish<H: Host>(host: &H, ready: &[(&BusDevice, Keys)], outcome: &mut SwapOutcome) {
+fn finish<H: Host>(host: &H, ready: &[(&BusDevice, DiskKeys)], outcome: &mut SwapOutcome) {
     // One that is not there any more needs no driver.
     let is_left = |device: &BusDevice| match host.devices() {
         Ok(all) => all.contains(&(device.clone(), None)),
@@ -147,8 +147,8 @@ fn finish<H: Host>(host: &H, ready: &[(&BusDevice, Keys)], outcome: &mut SwapOut
 
 impl SwapOutcome {
     /// Of a guest with which an earlier attempt was not through, which is only said.
-    pub(crate) fn cut_off(begun: &Begun) -> SwapOutcome {
-        let left = begun.disks.iter().map(|disk| Left {
+    pub(crate) fn cut_off(begun: &BegunAttempt) -> SwapOutcome {
+        let left = begun.disks.iter().map(|disk| LeftDisk {
             disk: disk.clone(),
             why: "an earlier attempt was not through with it: without --dry-run that is put right first".into(),
         });
@@ -161,14 +161,14 @@ impl SwapOutcome {
         }
     }
 
-    fn leave_all(&mut self, ready: &[(&BusDevice, Keys)], why: &str) {
+    fn leave_all(&mut self, ready: &[(&BusDevice, DiskKeys)], why: &str) {
         for (_, keys) in ready {
             self.leave(&keys.vdev, RefusedDisk(why.to_owned()));
         }
     }
 
     fn leave(&mut self, disk: &str, why: RefusedDisk) {
-        self.left.push(Left::new(disk, why));
+        self.left.push(LeftDisk::new(disk, why));
     }
 }
 
@@ -177,13 +177,13 @@ pub(crate) fn look<H: Host>(
     host: &H,
     to: BackendDriver,
     device: &BusDevice,
-) -> Result<Keys, RefusedDisk> {
+) -> Result<DiskKeys, RefusedDisk> {
     if device.domid == 0 {
         return Err(RefusedDisk(
             "domain 0 has it itself and cannot be paused: detach it, and attach it again afterwards".into(),
         ));
     }
-    let keys = Keys::read(host, device)?;
+    let keys = DiskKeys::read(host, device)?;
     keys.check(host.limits(to), to)?;
     Ok(keys)
 }
@@ -217,7 +217,7 @@ fn end_pause<H: Host>(host: &H, domid: u16, outcome: &mut SwapOutcome) {
 fn move_paused<H: Host>(
     host: &H,
     plan: SwapPlan,
-    ready: &[(&BusDevice, Keys)],
+    ready: &[(&BusDevice, DiskKeys)],
     outcome: &mut SwapOutcome,
 ) {
     let until = host.now() + plan.patience;
@@ -245,7 +245,7 @@ fn move_paused<H: Host>(
 pub(crate) fn drain<H: Host>(
     host: &H,
     device: &BusDevice,
-    keys: &Keys,
+    keys: &DiskKeys,
     until: Duration,
 ) -> Result<(), RefusedDisk> {
     if !keys.is_connected() {
@@ -282,7 +282,7 @@ pub(crate) fn take<H: Host>(
     host: &H,
     from: BackendDriver,
     device: &BusDevice,
-    keys: &Keys,
+    keys: &DiskKeys,
 ) -> Result<(), RefusedDisk> {
     if keys.is_connected() && !keys.keeps_grants {
         // The guest does not expect persistent grants, because the old driver did not offer them when it connected.
@@ -298,12 +298,12 @@ fn swap<H: Host>(
     host: &H,
     plan: SwapPlan,
     device: &BusDevice,
-    keys: &Keys,
+    keys: &DiskKeys,
 ) -> Result<(), RefusedDisk> {
     take(host, plan.from, device, keys)?;
     let taken = give(host, plan.to, device, keys).and_then(|()| {
         // It was not asked anything yet, and says only now what it takes.
-        Keys::read(host, device)?.offers_as_much(keys)
+        DiskKeys::read(host, device)?.offers_as_much(keys)
     });
     taken.or_else(|why| {
         if host.driver(device)? == Some(plan.to) {
@@ -326,7 +326,7 @@ pub(crate) fn give<H: Host>(
     host: &H,
     driver: BackendDriver,
     device: &BusDevice,
-    keys: &Keys,
+    keys: &DiskKeys,
 ) -> Result<(), RefusedDisk> {
     begin(host, driver, device)?;
     served(host, driver, device, keys)
@@ -351,7 +351,7 @@ pub(crate) fn served<H: Host>(
     host: &H,
     driver: BackendDriver,
     device: &BusDevice,
-    keys: &Keys,
+    keys: &DiskKeys,
 ) -> Result<(), RefusedDisk> {
     if !keys.is_connected() {
         return Ok(());

@@ -10,24 +10,24 @@ use std::path::Path;
 
 /// How far a ring is, as its shared page says: what a guest has written there may be anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct RingHead {
     /// Requests that the frontend has made known.
     pub requested: u32,
     /// Those that the backend has answered.
     pub answered: u32,
 }
 
-impl Head {
+impl RingHead {
     /// Whether all requests are answered, so that the next backend finds none that is half done.
     #[must_use]
     pub fn is_drained(self) -> bool {
         self.requested == self.answered
     }
 
-    fn of(page: &[u8; LEN]) -> Head {
+    fn of(page: &[u8; LEN]) -> RingHead {
         let number =
             |at: usize| u32::from_ne_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
-        Head {
+        RingHead {
             // `req_prod` and `rsp_prod` of `struct blkif_sring`; the two event indexes are of no interest.
             requested: number(0),
             answered: number(8),
@@ -40,13 +40,13 @@ const LEN: usize = 16;
 
 /// `IOCTL_GNTDEV_GRANT_COPY`: a number without direction, of `struct ioctl_gntdev_grant_copy`.
 const GRANT_COPY: libc::c_ulong =
-    (size_of::<Copies>() as libc::c_ulong) << 16 | (b'G' as libc::c_ulong) << 8 | 8;
+    (size_of::<GrantCopies>() as libc::c_ulong) << 16 | (b'G' as libc::c_ulong) << 8 | 8;
 /// The source is a page of a guest.
 const SOURCE_IS_GRANTED: u16 = 1;
 
 /// `struct ioctl_gntdev_grant_copy`.
 #[repr(C)]
-struct Copies {
+struct GrantCopies {
     count: u32,
     segments: *mut CopySegment,
 }
@@ -54,7 +54,7 @@ struct Copies {
 /// `struct gntdev_grant_copy_segment`, from a guest's page to our memory.
 #[repr(C)]
 struct CopySegment {
-    source: Granted,
+    source: GrantedPage,
     dest: *mut u8,
     len: u16,
     flags: u16,
@@ -63,13 +63,13 @@ struct CopySegment {
 
 /// The arm of `source` that names a guest's page.
 #[repr(C)]
-struct Granted {
+struct GrantedPage {
     reference: u32,
     offset: u16,
     domid: u16,
 }
 
-const _: () = assert!(size_of::<CopySegment>() == 24 && size_of::<Copies>() == 16);
+const _: () = assert!(size_of::<CopySegment>() == 24 && size_of::<GrantCopies>() == 16);
 
 /// Access to pages that guests have granted to this domain.
 #[derive(Debug)]
@@ -89,10 +89,10 @@ impl Grants {
     ///
     /// # Errors
     /// The hypervisor does not copy from there.
-    pub fn head(&self, domid: u16, reference: u32) -> io::Result<Head> {
+    pub fn head(&self, domid: u16, reference: u32) -> io::Result<RingHead> {
         let mut page = [0; LEN];
         let mut segment = CopySegment {
-            source: Granted {
+            source: GrantedPage {
                 reference,
                 offset: 0,
                 domid,
@@ -103,7 +103,7 @@ impl Grants {
             flags: SOURCE_IS_GRANTED,
             status: 0,
         };
-        let mut copies = Copies {
+        let mut copies = GrantCopies {
             count: 1,
             segments: &raw mut segment,
         };
@@ -115,7 +115,7 @@ impl Grants {
             return Err(io::Error::last_os_error());
         }
         match segment.status {
-            0 => Ok(Head::of(&page)),
+            0 => Ok(RingHead::of(&page)),
             status => Err(io::Error::other(format!(
                 "the hypervisor does not copy from the grant reference {reference} of domain {domid} (status {status})"
             ))),
@@ -125,7 +125,7 @@ impl Grants {
 
 #[cfg(test)]
 mod tests {
-    use super::{Head, GRANT_COPY, LEN};
+    use super::{RingHead, GRANT_COPY, LEN};
 
     #[test]
     fn head_is_where_the_header_has_it() {
@@ -133,7 +133,7 @@ mod tests {
         let mut page = [0xee; LEN];
         page[..4].copy_from_slice(&7_u32.to_ne_bytes());
         page[8..12].copy_from_slice(&5_u32.to_ne_bytes());
-        let head = Head::of(&page);
+        let head = RingHead::of(&page);
         assert_eq!((head.requested, head.answered), (7, 5));
         assert!(!head.is_drained());
     }

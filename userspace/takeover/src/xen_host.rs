@@ -13,8 +13,8 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
-use takeover::rings::{Grants, Head};
-use takeover::{BackendDriver, Begun, BusDevice, Host, Modules, OfferedLimits};
+use takeover::rings::{Grants, RingHead};
+use takeover::{BackendDriver, BegunAttempt, BusDevice, Host, Modules, OfferedLimits};
 use xenstore_rs::unix::XsUnix;
 use xenstore_rs::Xs;
 
@@ -267,7 +267,7 @@ impl Host for XenHost {
         run("xl", &["unpause", &domid.to_string()])
     }
 
-    fn ring(&self, domid: u16, reference: u32) -> io::Result<Head> {
+    fn ring(&self, domid: u16, reference: u32) -> io::Result<RingHead> {
         let mut grants = self.grants.borrow_mut();
         if grants.is_none() {
             run("modprobe", &["xen-gntdev"])?;
@@ -289,7 +289,7 @@ impl Host for XenHost {
         self.put(driver, "bind", device)
     }
 
-    fn remember(&self, begun: Option<&Begun>) -> io::Result<()> {
+    fn remember(&self, begun: Option<&BegunAttempt>) -> io::Result<()> {
         let Some(begun) = begun else {
             return or_none(fs::remove_file(&self.begun)).map(drop);
         };
@@ -298,7 +298,7 @@ impl Host for XenHost {
         fs::rename(part, &self.begun)
     }
 
-    fn remembered(&self) -> io::Result<Option<Begun>> {
+    fn remembered(&self) -> io::Result<Option<BegunAttempt>> {
         let Some(bytes) = or_none(fs::read(&self.begun))? else {
             return Ok(None);
         };

@@ -156,7 +156,7 @@ pub(crate) enum Verb {
     /// Start a process without a disk, and print its number
     Spawn,
     /// Give a node to a process without one
-    Attach(Both),
+    Attach(ProcessNode),
     /// Take the node from a process whose image is closed; the process ends
     Detach(Which),
     /// Open an image
@@ -711,7 +711,7 @@ pub(crate) struct Dirty {
 
 /// A process and a node.
 #[derive(Debug, Args)]
-pub(crate) struct Both {
+pub(crate) struct ProcessNode {
     /// The process
     #[arg(short, long)]
     pub(crate) pid: u32,

@@ -4,7 +4,7 @@
 
 use crate::cli::LeaseVerb;
 use control::{Code, Failure, LeaseKind, Target};
-use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, View};
+use lease::{date, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView};
 use serde_json::{json, Value};
 use std::path::Path;
 
@@ -24,7 +24,7 @@ pub(crate) fn run(verb: &LeaseVerb) -> Result<(String, Value), Failure> {
             let view = lease.inspect();
             if matches!(
                 &view,
-                Ok(View::Free {
+                Ok(LeaseView::Free {
                     generation: 0,
                     last: None
                 })
@@ -73,15 +73,15 @@ fn find(text: &str) -> Result<Box<dyn Lease>, Failure> {
 /// Returns the reservation in the storage of an image. Most have nothing, and cannot.
 fn reservation(image: &Path, claim: &LeaseClaim) -> Option<Box<dyn Lease>> {
     let mut lease = lease::open(&LeaseKind::Reservation, image, claim.clone()).ok()?;
-    let is_held = matches!(lease.inspect(), Ok(View::Held(_)));
+    let is_held = matches!(lease.inspect(), Ok(LeaseView::Held(_)));
     is_held.then_some(lease)
 }
 
-fn show(view: &View) -> String {
+fn show(view: &LeaseView) -> String {
     match view {
-        View::Held(who) => format!("state=held {}\n", holder(who)),
-        View::Claimed(who) => format!("state=claimed {}\n", holder(who)),
-        View::Free { generation, last } => {
+        LeaseView::Held(who) => format!("state=held {}\n", holder(who)),
+        LeaseView::Claimed(who) => format!("state=claimed {}\n", holder(who)),
+        LeaseView::Free { generation, last } => {
             let last = last.as_ref().map(|who| format!(" last-{}", holder(who)));
             format!(
                 "state=free generation={generation}{}\n",

@@ -12,7 +12,7 @@ mod times;
 
 use crate::host::block::Block;
 use crate::host::vbd::Vbd;
-use crate::sample::{Kind, Look, SampledDisk, Supervisor};
+use crate::sample::{HostSample, Kind, SampledDisk, Supervisor};
 use crate::sample_delta::counters;
 use crate::status::{Line, Report, Watch};
 use crate::{cli, Cli, Error};
@@ -27,10 +27,10 @@ use std::path::Path;
 const SECTOR: u64 = 512;
 
 /// A family of metrics: its name, its type, and what it is.
-type Family = (&'static str, &'static str, &'static str);
+type MetricFamily = (&'static str, &'static str, &'static str);
 
 /// Families, and the value that each has of a thing.
-type Table<T> = &'static [(Family, fn(&T) -> f64)];
+type Table<T> = &'static [(MetricFamily, fn(&T) -> f64)];
 
 /// Writes what all disks have counted to a file, or prints it.
 pub(crate) fn run(cli: &Cli, asked: &cli::Metrics) -> Result<(), Error> {
@@ -63,7 +63,7 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
 }
 
 /// The whole text.
-fn text(look: &Look, report: &Report) -> String {
+fn text(look: &HostSample, report: &Report) -> String {
     let mut text = Text::default();
     host(&mut text, look, report);
     supervisor::tell(&mut text, look);
@@ -91,10 +91,10 @@ fn text(look: &Look, report: &Report) -> String {
     text.done()
 }
 
-fn host(text: &mut Text, look: &Look, report: &Report) {
+fn host(text: &mut Text, look: &HostSample, report: &Report) {
     let none = Labels::default();
     let answers = look.supervisor == Supervisor::Answers;
-    let mut one = |family: Family, value: f64| {
+    let mut one = |family: MetricFamily, value: f64| {
         text.family(family);
         text.sample(&none, value);
     };
@@ -179,7 +179,7 @@ fn verdicts(text: &mut Text, report: &Report) {
 }
 
 /// Adds the server of each disk.
-fn servers(text: &mut Text, look: &Look) {
+fn servers(text: &mut Text, look: &HostSample) {
     text.family((
         "xen_disk_served",
         "gauge",
@@ -195,7 +195,7 @@ fn servers(text: &mut Text, look: &Look) {
 }
 
 /// Adds the number of each guest, which is another one after each boot, unlike its name in the labels of its disks.
-fn guests(text: &mut Text, look: &Look) {
+fn guests(text: &mut Text, look: &HostSample) {
     text.family(("xen_guest_domid", "gauge", "Number of the guest's domain."));
     let number = |disk: &SampledDisk| Some((disk.guest_word.clone()?, disk.guest()?));
     let guests: BTreeMap<String, u32> = look.disks.iter().filter_map(number).collect();
@@ -232,8 +232,8 @@ fn labels(disk: &SampledDisk) -> Labels {
 /// A family with one sample for each disk that has a value.
 fn disks(
     text: &mut Text,
-    family: Family,
-    look: &Look,
+    family: MetricFamily,
+    look: &HostSample,
     value: impl Fn(&SampledDisk) -> Option<f64>,
 ) {
     text.family(family);
@@ -428,7 +428,7 @@ const KERNEL: Table<Kernel> = &[
 ];
 
 /// Adds the requests that the kernel leaves to the process of a disk with passthrough.
-fn missed(text: &mut Text, look: &Look) {
+fn missed(text: &mut Text, look: &HostSample) {
     let mapped = |disk: &SampledDisk| disk.tap.as_ref()?.row.kernel.as_ref()?.by_itself()?.mapped;
     text.family((
         "xen_tap_missed_total",
@@ -455,7 +455,7 @@ fn missed(text: &mut Text, look: &Look) {
 }
 
 /// Adds the counters of a tap disk's process, and those of processes.
-fn process(text: &mut Text, look: &Look) {
+fn process(text: &mut Text, look: &HostSample) {
     let taps = || look.disks.iter().filter(|disk| disk.kind == Kind::Tap);
     let row = |disk: &SampledDisk| disk.tap.clone().map(|tap| tap.row);
     disks(

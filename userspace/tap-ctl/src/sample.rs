@@ -41,7 +41,7 @@ impl Kind {
 }
 
 /// Identity of a disk: its backend's directory, its node, and its server.
-pub(crate) type Id<'a> = (Option<&'a str>, Option<u32>, Kind);
+pub(crate) type DiskId<'a> = (Option<&'a str>, Option<u32>, Kind);
 
 /// A disk.
 #[derive(Clone, Debug)]
@@ -114,7 +114,7 @@ impl SampledDisk {
     }
 
     /// Returns its identity, which stays from look to look.
-    pub(crate) fn id(&self) -> Id<'_> {
+    pub(crate) fn id(&self) -> DiskId<'_> {
         let path = self.vbd.as_ref().map(|vbd| vbd.path.as_str());
         (path, self.minor(), self.kind)
     }
@@ -136,7 +136,7 @@ pub(crate) enum Supervisor {
 
 /// Everything at one moment.
 #[derive(Clone, Debug)]
-pub(crate) struct Look {
+pub(crate) struct HostSample {
     /// When.
     pub(crate) at: Instant,
     /// The disks, by guests.
@@ -158,10 +158,10 @@ pub(crate) struct Look {
 }
 
 /// The disks, and what it says beside them.
-type Said = (Vec<TopRow>, Option<Counted>, Vec<Group>);
+type SupervisorWords = (Vec<TopRow>, Option<Counted>, Vec<Group>);
 
 /// Asks blktapctrl for all disks, once: a failure is shown, not waited for.
-fn rows(socket: &Path) -> Result<Said, Failure> {
+fn rows(socket: &Path) -> Result<SupervisorWords, Failure> {
     let mut channel = Channel::connect(socket)?;
     channel.set_timeout(Some(PATIENCE))?;
     match channel.ask(Request::Top, &[])? {
@@ -175,13 +175,13 @@ fn rows(socket: &Path) -> Result<Said, Failure> {
 }
 
 /// Looks at everything.
-pub(crate) fn look(host: &Host, socket: &Path) -> Look {
+pub(crate) fn look(host: &Host, socket: &Path) -> HostSample {
     let ((rows, counted, groups), (supervisor, is_denied)) = match rows(socket) {
         Ok(said) => (said, (Supervisor::Answers, false)),
         Err(failure) => (Default::default(), silent(&failure)),
     };
     let look = gather(host, rows, supervisor);
-    Look {
+    HostSample {
         counted,
         groups,
         is_supervised: look.is_supervised || is_denied,
@@ -204,7 +204,7 @@ fn reason(failure: &Failure) -> String {
 }
 
 /// Looks at the host, with the answer of blktapctrl.
-pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> Look {
+pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> HostSample {
     let threads = task::queues(host);
     let nodes = vbd::process_nodes(host);
     let mut rows: Vec<Option<TopRow>> = rows.into_iter().map(Some).collect();
@@ -228,7 +228,7 @@ pub(crate) fn gather(host: &Host, rows: Vec<TopRow>, supervisor: Supervisor) -> 
     disks.extend(alone.map(|tap| disk(host, Kind::Tap, None, Some(tap), &threads)));
     let names = GuestNames::read(host, disks.iter().filter_map(SampledDisk::guest));
     disks.iter_mut().for_each(|disk| disk.name_guest(&names));
-    Look {
+    HostSample {
         at: Instant::now(),
         disks,
         supervisor,

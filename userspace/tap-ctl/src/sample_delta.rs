@@ -14,7 +14,7 @@ const SECTOR: u64 = 512;
 /// I/O of one operation that ended in an interval, as the driver counts it: the wait for its answer, without
 /// that for pages.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Await {
+pub(crate) struct EndedIo {
     /// Which one.
     pub(crate) operation: Operation,
     /// How many ended. A request that was done in pieces is several.
@@ -41,7 +41,7 @@ pub(crate) struct Figures {
     /// The mean time of requests on the block device, whoever they were from.
     pub(crate) storage_ms: Option<f64>,
     /// Mean times of finished requests, by operation; no entry for an operation without one, or without a count.
-    pub(crate) awaits: Vec<Await>,
+    pub(crate) awaits: Vec<EndedIo>,
     /// Requests that it has now, if that is counted.
     pub(crate) in_flight: Option<u64>,
     /// For how long its storage has had the oldest one, if that is counted.
@@ -125,7 +125,7 @@ impl Figures {
         self.page_wait = waited().map(|waited| waited.as_secs_f64() / self.seconds);
         let all = Operation::ALL.into_iter();
         self.awaits = all
-            .filter_map(|operation| Await::between(operation, old, new))
+            .filter_map(|operation| EndedIo::between(operation, old, new))
             .collect();
         // The average number of requests under way is their total time in a second. A sum of no numbers would be -0.0.
         let took: f64 = self
@@ -138,7 +138,7 @@ impl Figures {
     }
 
     /// Returns the finished requests of an operation, if there were some.
-    pub(crate) fn awaited(&self, operation: Operation) -> Option<Await> {
+    pub(crate) fn awaited(&self, operation: Operation) -> Option<EndedIo> {
         let mut all = self.awaits.iter();
         all.find(|one| one.operation == operation).copied()
     }
@@ -197,12 +197,12 @@ impl Figures {
     }
 }
 
-impl Await {
-    fn between(operation: Operation, old: &Vbd, new: &Vbd) -> Option<Await> {
+impl EndedIo {
+    fn between(operation: Operation, old: &Vbd, new: &Vbd) -> Option<EndedIo> {
         let ((before, earlier), (now, later)) = (old.took(operation)?, new.took(operation)?);
         let done = now.saturating_sub(before);
         let took = milliseconds(later.saturating_sub(earlier));
-        (done > 0).then(|| Await {
+        (done > 0).then(|| EndedIo {
             operation,
             done,
             mean_ms: took / done as f64,

@@ -54,13 +54,13 @@ pub(super) fn all() -> Vec<AttackCase> {
 }
 
 /// A device that never connects, because the backend refuses it again and again.
-struct Refusing<'a> {
+struct RefusingDevice<'a> {
     vbd: &'a VirtualDisk,
     shape: FrontendShape,
     queues: &'a [HonestRing],
 }
 
-impl Refusing<'_> {
+impl RefusingDevice<'_> {
     /// Publishes good keys, then the bad ones, and expects an error. `None` removes a key.
     fn refuse(&self, bad: &[(&str, Option<&[u8]>)]) -> Result<()> {
         let VirtualDisk { store, front, .. } = self.vbd;
@@ -134,7 +134,7 @@ fn h39_bad_keys(lab: &mut Lab) -> Result<()> {
 fn refuse_all(lab: &Lab, key: &str, values: &[Option<&[u8]>]) -> Result<()> {
     let vbd = lab.attach()?;
     let queues = session::queues(PLAIN)?;
-    let refusing = Refusing {
+    let refusing = RefusingDevice {
         vbd: &vbd,
         shape: PLAIN,
         queues: &queues,
@@ -170,7 +170,7 @@ fn h40_number_of_queues(lab: &mut Lab) -> Result<()> {
     let vbd = lab.attach()?;
     let queues = session::queues(PLAIN)?;
     let max = vbd.offered("multi-queue-max-queues")?.unwrap_or(1);
-    let refusing = Refusing {
+    let refusing = RefusingDevice {
         vbd: &vbd,
         shape: PLAIN,
         queues: &queues,
@@ -194,7 +194,7 @@ fn h41_ring_order(lab: &mut Lab) -> Result<()> {
     let max = vbd.offered("max-ring-page-order")?.unwrap_or(0);
     let more = (max + 1).to_string();
     {
-        let refusing = Refusing {
+        let refusing = RefusingDevice {
             vbd: &vbd,
             shape: PLAIN,
             queues: &queues,
@@ -247,7 +247,7 @@ fn h42_all_that_is_offered(lab: &mut Lab) -> Result<()> {
 
 fn h43_half_good_queues(lab: &mut Lab) -> Result<()> {
     let (vbd, shape, queues) = (lab.attach()?, WIDE, session::queues(WIDE)?);
-    let refusing = Refusing {
+    let refusing = RefusingDevice {
         vbd: &vbd,
         shape,
         queues: &queues,
@@ -262,7 +262,7 @@ fn h43_half_good_queues(lab: &mut Lab) -> Result<()> {
 
 fn h50_bad_ports(lab: &mut Lab) -> Result<()> {
     let (vbd, queues) = (lab.attach()?, session::queues(WIDE)?);
-    let refusing = Refusing {
+    let refusing = RefusingDevice {
         vbd: &vbd,
         shape: WIDE,
         queues: &queues,

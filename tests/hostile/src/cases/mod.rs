@@ -55,7 +55,7 @@ use case;
 
 /// Module parameters that matter for a group of attacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Meets {
+enum AttackParameters {
     /// All: the attacks are about the pages of requests, which the module copies or maps.
     Pages,
     /// The attacks are not about the pages of their requests.
@@ -65,31 +65,32 @@ enum Meets {
 }
 
 /// All attacks, in the order in which they run.
-fn groups() -> impl Iterator<Item = (Meets, AttackCase)> {
+fn groups() -> impl Iterator<Item = (AttackParameters, AttackCase)> {
     let groups = [
-        (Meets::Rings, indices::all()),
-        (Meets::Rings, requests::all()),
-        (Meets::Pages, data::all()),
-        (Meets::Pages, races::all()),
-        (Meets::Rings, ranges::all()),
-        (Meets::Rings, keys::all()),
-        (Meets::Rings, states::all()),
-        (Meets::Pages, closing::all()),
-        (Meets::Rings, events::all()),
-        (Meets::Tap, tap_calls::all()),
-        (Meets::Tap, tap_claims::all()),
-        (Meets::Tap, tap_life::all()),
-        (Meets::Tap, tap_maps::all()),
-        (Meets::Tap, tap_extents::all()),
-        (Meets::Tap, tap_recalls::all()),
-        (Meets::Tap, tap_unbound::all()),
-        (Meets::Tap, tap_spoiled::all()),
-        (Meets::Tap, tap_queues::all()),
-        (Meets::Tap, tap_uring::all()),
-        (Meets::Rings, planted::all()),
+        (AttackParameters::Rings, indices::all()),
+        (AttackParameters::Rings, requests::all()),
+        (AttackParameters::Pages, data::all()),
+        (AttackParameters::Pages, races::all()),
+        (AttackParameters::Rings, ranges::all()),
+        (AttackParameters::Rings, keys::all()),
+        (AttackParameters::Rings, states::all()),
+        (AttackParameters::Pages, closing::all()),
+        (AttackParameters::Rings, events::all()),
+        (AttackParameters::Tap, tap_calls::all()),
+        (AttackParameters::Tap, tap_claims::all()),
+        (AttackParameters::Tap, tap_life::all()),
+        (AttackParameters::Tap, tap_maps::all()),
+        (AttackParameters::Tap, tap_extents::all()),
+        (AttackParameters::Tap, tap_recalls::all()),
+        (AttackParameters::Tap, tap_unbound::all()),
+        (AttackParameters::Tap, tap_spoiled::all()),
+        (AttackParameters::Tap, tap_queues::all()),
+        (AttackParameters::Tap, tap_uring::all()),
+        (AttackParameters::Rings, planted::all()),
     ];
-    let each =
-        |(meets, cases): (Meets, Vec<AttackCase>)| cases.into_iter().map(move |case| (meets, case));
+    let each = |(meets, cases): (AttackParameters, Vec<AttackCase>)| {
+        cases.into_iter().map(move |case| (meets, case))
+    };
     groups.into_iter().flat_map(each)
 }
 
@@ -121,8 +122,8 @@ impl Selection {
             words.is_empty() || words.iter().any(|word| case.name.contains(word))
         };
         let wanted = groups().filter(|(meets, case)| {
-            (!self.phy || *meets != Meets::Tap)
-                && (!self.pages || *meets == Meets::Pages)
+            (!self.phy || *meets != AttackParameters::Tap)
+                && (!self.pages || *meets == AttackParameters::Pages)
                 && named(case)
         });
         let cases: Vec<AttackCase> = wanted.map(|(_, case)| case).collect();

@@ -6,7 +6,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::tap::scene::{serve_until, while_served, TapScene};
 use crate::tap::server::{answer, done};
-use crate::tap::{expect, FileMapping, Nowhere, TapDisk, TapNode, SECTORS};
+use crate::tap::{expect, FileMapping, TapDisk, TapNode, UnmappedAddresses, SECTORS};
 use crate::wire::{flush, rw, OKAY};
 use anyhow::{ensure, Result};
 use ring::abi::{OP_READ, OP_WRITE};
@@ -138,7 +138,7 @@ fn tap_false_completions(lab: &mut Lab) -> Result<()> {
 fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     let mut scene = TapScene::new(lab)?;
     let fault = [libc::EFAULT, libc::EINVAL];
-    for place in Nowhere::ALL {
+    for place in UnmappedAddresses::ALL {
         for number in [
             ioctl::INFO,
             ioctl::SET_PARAMS,
@@ -153,7 +153,9 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
             )?;
         }
         for len in [1, 64, 4096, 4097, u32::MAX] {
-            let commits = scene.node.exchange_at((place, len), (Nowhere::Null, 0));
+            let commits = scene
+                .node
+                .exchange_at((place, len), (UnmappedAddresses::Null, 0));
             expect("completions nowhere", commits, &fault)?;
             expect(
                 "records nowhere",
@@ -165,7 +167,7 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     let not_known = [libc::ENOTTY, libc::EINVAL];
     let unknown = scene
         .node
-        .call_nowhere(ioctl::EXCHANGE ^ 0x40, Nowhere::Null);
+        .call_nowhere(ioctl::EXCHANGE ^ 0x40, UnmappedAddresses::Null);
     expect("an unknown number", unknown, &not_known)?;
     let of_control = [
         ioctl::CREATE,
@@ -174,12 +176,12 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
         ioctl::MAPPED,
     ];
     for number in of_control {
-        let unknown = scene.node.call_nowhere(number, Nowhere::Null);
+        let unknown = scene.node.call_nowhere(number, UnmappedAddresses::Null);
         expect("a number of the control node", unknown, &not_known)?;
     }
     let control = crate::tap::control()?;
     for number in [ioctl::BACKING_ADD, ioctl::BACKING_REMOVE, ioctl::MAPPED] {
-        for place in Nowhere::ALL {
+        for place in UnmappedAddresses::ALL {
             let nowhere = crate::tap::call_nowhere(&control, number, place);
             expect("an argument nowhere", nowhere, &fault)?;
         }
@@ -191,8 +193,10 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     scene
         .disk
         .wait("requests that wait", |info| info.waiting == 8)?;
-    for place in Nowhere::ALL {
-        let tags = scene.node.exchange_at((Nowhere::Null, 0), (place, 8));
+    for place in UnmappedAddresses::ALL {
+        let tags = scene
+            .node
+            .exchange_at((UnmappedAddresses::Null, 0), (place, 8));
         expect("tags nowhere", tags, &fault)?;
     }
     let later = Completion {
@@ -206,9 +210,9 @@ fn tap_bad_arguments(lab: &mut Lab) -> Result<()> {
     )?;
     for number in [kept::HANDOFF, kept::SESSION_OVER] {
         let number = 0x7800 | number;
-        let later = scene.node.call_nowhere(number, Nowhere::Null);
+        let later = scene.node.call_nowhere(number, UnmappedAddresses::Null);
         expect("a number of later", later, &[libc::EOPNOTSUPP])?;
-        let later = crate::tap::call_nowhere(&control, number, Nowhere::Null);
+        let later = crate::tap::call_nowhere(&control, number, UnmappedAddresses::Null);
         expect("a number of later", later, &[libc::EOPNOTSUPP])?;
     }
     let mapping = [kept::PARAM_MAPPING, 16, 0, 0, 0, 0];

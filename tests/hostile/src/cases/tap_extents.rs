@@ -4,7 +4,7 @@
 use super::{case, tap_extents, AttackCase};
 use crate::lab::Lab;
 use crate::session::WIDE;
-use crate::tap::maps::{add, flush, recall, remove, set, Backed};
+use crate::tap::maps::{add, flush, recall, remove, set, BackedDisk};
 use crate::tap::scene::{while_served, TapScene};
 use crate::tap::server::DiskData;
 use crate::tap::{TapDisk, SECTORS};
@@ -39,7 +39,7 @@ fn within(backing: u16, op: MapOp) -> MapOp {
 }
 
 fn tap_extents_forbidden(lab: &mut Lab) -> Result<()> {
-    let backed = Backed::new(lab)?;
+    let backed = BackedDisk::new(lab)?;
     let (disk, node) = (&backed.scene.disk, &backed.scene.node);
     let device = lab.disk.open()?;
     add(disk, 1, &device, false)?;
@@ -93,7 +93,7 @@ fn tap_extents_forbidden(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_extents_aliased(lab: &mut Lab) -> Result<()> {
-    let mut backed = Backed::new(lab)?;
+    let mut backed = BackedDisk::new(lab)?;
     let scene = &mut backed.scene;
     let before = scene.node.maps(&[])?;
     let half = SECTORS / 2;

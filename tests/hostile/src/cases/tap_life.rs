@@ -6,7 +6,7 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, WIDE};
 use crate::tap::scene::wait_status;
-use crate::tap::server::{answer, DiskData, Manner, Pipe, TapServer};
+use crate::tap::server::{answer, DiskData, Pipe, ServerManner, TapServer};
 use crate::tap::{expect, query, TapDisk, TapNode};
 use crate::vbd::{state, Mode, VirtualDisk};
 use crate::wait;
@@ -96,7 +96,7 @@ impl LifeScene {
     fn new(lab: &Lab) -> Result<LifeScene> {
         let disk = TapDisk::make()?;
         let (store, pipe) = (DiskData::new()?, Pipe::new()?);
-        let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+        let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
         let session = lab.session_on_tap(&disk, WIDE)?;
         server.kill()?;
         Ok(LifeScene {
@@ -107,7 +107,7 @@ impl LifeScene {
         })
     }
 
-    fn serve(&self, manner: Manner) -> Result<TapServer> {
+    fn serve(&self, manner: ServerManner) -> Result<TapServer> {
         TapServer::start(&self.disk, &self.store, &self.pipe, manner)
     }
 
@@ -144,7 +144,7 @@ impl LifeScene {
 
     /// Serves honestly and tears everything down.
     fn finish(self) -> Result<()> {
-        let server = self.serve(Manner::Honest)?;
+        let server = self.serve(ServerManner::Honest)?;
         let LifeScene {
             mut session, disk, ..
         } = self;
@@ -164,7 +164,11 @@ fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
         let mark = round << 8;
         scene.send(24, mark)?;
         for _ in 0..rng.below(3) {
-            let manner = rng.pick(&[Manner::Honest, Manner::Hold, Manner::Silent]);
+            let manner = rng.pick(&[
+                ServerManner::Honest,
+                ServerManner::Hold,
+                ServerManner::Silent,
+            ]);
             let server = scene.serve(manner)?;
             // At a random moment of its work.
             let moment = Instant::now() + Duration::from_micros(rng.below(3000));
@@ -173,7 +177,7 @@ fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
             }
             server.kill()?;
         }
-        let server = scene.serve(Manner::Honest)?;
+        let server = scene.serve(ServerManner::Honest)?;
         scene
             .verify(24, mark)
             .with_context(|| format!("round {round}"))?;
@@ -184,7 +188,7 @@ fn tap_killed_again_and_again(lab: &mut Lab) -> Result<()> {
 
 fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
     let mut scene = LifeScene::new(lab)?;
-    for (manner, mark) in [(Manner::Hold, 0x1000), (Manner::Silent, 0x2000)] {
+    for (manner, mark) in [(ServerManner::Hold, 0x1000), (ServerManner::Silent, 0x2000)] {
         let before = scene.disk.info()?;
         let server = scene.serve(manner)?;
         scene.send(16, mark)?;
@@ -198,7 +202,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
         }
         wait_status(&scene.session, "recovering")?;
         ensure!(scene.session.is_silent()?, "answers without a process");
-        let server = scene.serve(Manner::Honest)?;
+        let server = scene.serve(ServerManner::Honest)?;
         scene.verify(16, mark)?;
         let after = scene.disk.info()?;
         ensure!(
@@ -214,7 +218,7 @@ fn tap_killed_before_and_after(lab: &mut Lab) -> Result<()> {
 
 fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     let mut scene = LifeScene::new(lab)?;
-    let server = scene.serve(Manner::Pin)?;
+    let server = scene.serve(ServerManner::Pin)?;
     scene.send(4, 0x77)?;
     scene
         .disk
@@ -243,7 +247,7 @@ fn tap_fenced_by_pins(lab: &mut Lab) -> Result<()> {
     scene.pipe.read.read_exact(&mut pages)?;
     let opened = sleeper.join().map_err(|_| anyhow::anyhow!("it died"))?;
     opened.context("after the pages were let go of")?;
-    let server = scene.serve(Manner::Honest)?;
+    let server = scene.serve(ServerManner::Honest)?;
     let flushed = scene.session.answers(5)?;
     ensure!(
         flushed.iter().all(|answer| answer.status == OKAY),
@@ -266,7 +270,7 @@ fn close_in_time(vbd: &VirtualDisk, what: &str) -> Result<()> {
 }
 
 fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
-    for manner in [None, Some(Manner::Hold), Some(Manner::Pin)] {
+    for manner in [None, Some(ServerManner::Hold), Some(ServerManner::Pin)] {
         let mut scene = LifeScene::new(lab)?;
         let server = manner.map(|manner| scene.serve(manner)).transpose()?;
         scene.send(8, 0)?;
@@ -290,7 +294,7 @@ fn tap_closed_in_every_state(lab: &mut Lab) -> Result<()> {
             ..
         } = scene;
         session.finish()?;
-        if manner == Some(Manner::Pin) {
+        if manner == Some(ServerManner::Pin) {
             // No process has it, but I/O of the last one could still reach the image.
             expect("an end while fenced", disk.try_destroy()?, &[libc::EBUSY])?;
         }
@@ -340,7 +344,7 @@ fn tap_orphans(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
-    for manner in [None, Some(Manner::Hold), Some(Manner::Silent)] {
+    for manner in [None, Some(ServerManner::Hold), Some(ServerManner::Silent)] {
         let mut scene = LifeScene::new(lab)?;
         let server = manner.map(|manner| scene.serve(manner)).transpose()?;
         scene.send(8, 0)?;
@@ -360,7 +364,7 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
             Some(server) => {
                 let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
                 server.kill()?;
-                let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+                let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
                 let queues = crate::session::queues(WIDE)?;
                 let mut session = Session::connect(vbd, crate::tap::SECTORS, WIDE, queues)?;
                 session.exercise(64, 5)?;
@@ -368,7 +372,7 @@ fn tap_destroyed_guest(lab: &mut Lab) -> Result<()> {
                 session
             }
             None => {
-                let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+                let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
                 let mut session = lab.session_on_tap(&disk, WIDE)?;
                 session.exercise(64, 5)?;
                 server.kill()?;
@@ -407,7 +411,7 @@ fn tap_bound_once(lab: &mut Lab) -> Result<()> {
         disk,
     } = scene;
     session.finish()?;
-    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
     let queues = crate::session::queues(WIDE)?;
     let mut session = Session::connect(other, crate::tap::SECTORS, WIDE, queues)
         .context("the second device after the first one let go")?;
@@ -447,7 +451,7 @@ fn tap_described_late(lab: &mut Lab) -> Result<()> {
         "it did not wait for the description"
     );
     drop(node);
-    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
     vbd.wait_back("Connected", &[state::CONNECTED])?;
     server.kill()?;
     vbd.close()?;
@@ -487,7 +491,7 @@ fn tap_read_only(lab: &mut Lab) -> Result<()> {
 const AFTER: u32 = 3;
 
 /// Returns a disk that fails requests after a while without a process, and its process.
-fn impatient(lab: &Lab, manner: Manner) -> Result<(LifeScene, TapServer)> {
+fn impatient(lab: &Lab, manner: ServerManner) -> Result<(LifeScene, TapServer)> {
     let (disk, store, pipe) = (TapDisk::make_as(AFTER)?, DiskData::new()?, Pipe::new()?);
     let server = TapServer::start(&disk, &store, &pipe, manner)?;
     let session = lab.session_on_tap(&disk, WIDE)?;
@@ -501,7 +505,7 @@ fn impatient(lab: &Lab, manner: Manner) -> Result<(LifeScene, TapServer)> {
 }
 
 fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
-    let (mut scene, server) = impatient(lab, Manner::Hold)?;
+    let (mut scene, server) = impatient(lab, ServerManner::Hold)?;
     scene.send(8, 0)?;
     scene.disk.wait("delivery", |info| info.delivered == 8)?;
     let start = Instant::now();
@@ -524,7 +528,7 @@ fn tap_fails_when_told_to(lab: &mut Lab) -> Result<()> {
 
 /// Requests of the dead process must not fail while its I/O may be running; requests that it never had may.
 fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
-    let (mut scene, server) = impatient(lab, Manner::Pin)?;
+    let (mut scene, server) = impatient(lab, ServerManner::Pin)?;
     scene.send(4, 0x77)?;
     scene.disk.wait("delivery", |info| info.delivered == 4)?;
     server.kill()?;
@@ -555,7 +559,7 @@ fn tap_fails_while_fenced(lab: &mut Lab) -> Result<()> {
 
 fn tap_stopped(lab: &mut Lab) -> Result<()> {
     let mut scene = LifeScene::new(lab)?;
-    let server = scene.serve(Manner::Honest)?;
+    let server = scene.serve(ServerManner::Honest)?;
     server.pause(true)?;
     scene.send(16, 0x600)?;
     scene
@@ -621,7 +625,7 @@ fn tap_opened_and_closed(lab: &mut Lab) -> Result<()> {
         rounds += 1;
     }
     ensure!(rounds > 20, "only {rounds} rounds");
-    let server = scene.serve(Manner::Honest)?;
+    let server = scene.serve(ServerManner::Honest)?;
     scene.verify(16, 0xabc00)?;
     let info = scene.disk.info()?;
     ensure!(info.state == STATE_LIVE && info.delivered == 0, "{info:?}");

@@ -5,7 +5,7 @@ use super::{case, tap_maps, AttackCase};
 use crate::lab::Lab;
 use crate::rng::Rng;
 use crate::session::WIDE;
-use crate::tap::maps::{add, flush, give_again, mapped, recall, remove, set, Backed};
+use crate::tap::maps::{add, flush, give_again, mapped, recall, remove, set, BackedDisk};
 use crate::tap::scene::{while_served, TapScene};
 use crate::tap::server::DiskData;
 use crate::tap::{expect, TapDisk, CLAIMS, SECTORS};
@@ -51,7 +51,7 @@ const INVALID: &[i32] = &[libc::EINVAL];
 const MALFORMED: &[i32] = &[libc::EINVAL, libc::EOPNOTSUPP];
 
 fn tap_maps_malformed(lab: &mut Lab) -> Result<()> {
-    let backed = Backed::new(lab)?;
+    let backed = BackedDisk::new(lab)?;
     let node = &backed.scene.node;
     let good = set(0, SECTORS, 0);
     let malformed = [
@@ -164,7 +164,7 @@ fn tap_maps_malformed(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_maps_refused(lab: &mut Lab) -> Result<()> {
-    let backed = Backed::new(lab)?;
+    let backed = BackedDisk::new(lab)?;
     let node = &backed.scene.node;
     let mut refused = node.maps(&[])?.refused;
     let mut is_refused = |what: &str, op: MapOp| -> Result<()> {

@@ -5,7 +5,7 @@ use super::{case, tap_queues, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{self, FrontendShape, Session, WIDE};
-use crate::tap::server::{DiskData, Manner, Pipe, TapServer};
+use crate::tap::server::{DiskData, Pipe, ServerManner, TapServer};
 use crate::tap::{query, TapDisk, TapNode, SECTORS};
 use crate::vbd::{state, Mode, VirtualDisk};
 use crate::wait;
@@ -55,7 +55,7 @@ fn wide(vbd: &VirtualDisk) -> Result<FrontendShape> {
 
 fn tap_many_queues(lab: &mut Lab) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
-    let mut server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let mut server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
     let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let shape = wide(&vbd)?;
     let mut session = Session::connect(vbd, SECTORS, shape, session::queues(shape)?)?;
@@ -74,7 +74,7 @@ fn tap_many_queues(lab: &mut Lab) -> Result<()> {
         }
         if round % 2 == 1 {
             server.kill()?;
-            server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+            server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
         }
         let mut came = 0;
         for queue in &mut session.queues {
@@ -92,7 +92,7 @@ fn tap_many_queues(lab: &mut Lab) -> Result<()> {
 
 fn tap_other_type(lab: &mut Lab) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
-    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
     let vbd = VirtualDisk::attach_as("vbd3", lab.devid(), disk.key(), Mode::ReadWrite)?;
     let mut session = Session::connect(vbd, SECTORS, WIDE, session::queues(WIDE)?)?;
     session.exercise(64, 3)?;
@@ -105,7 +105,7 @@ fn tap_other_type(lab: &mut Lab) -> Result<()> {
 
 fn tap_connected_half(lab: &mut Lab) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
-    let server = TapServer::start(&disk, &store, &pipe, Manner::Honest)?;
+    let server = TapServer::start(&disk, &store, &pipe, ServerManner::Honest)?;
     let vbd = VirtualDisk::attach_named(lab.devid(), disk.key(), Mode::ReadWrite)?;
     let shape = wide(&vbd)?;
     let last = shape.queues - 1;

@@ -5,11 +5,11 @@ use super::{case, tap_recalls, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{Session, PLAIN};
-use crate::standstill::{Standstill, Stoppable};
-use crate::tap::maps::{add, change, flush, give_again, mapped, recall, remove, set, Backed};
+use crate::standstill::{Standstill, StoppableDevice};
+use crate::tap::maps::{add, change, flush, give_again, mapped, recall, remove, set, BackedDisk};
 use crate::tap::scene::{while_served, TapScene};
-use crate::tap::server::{DiskData, Manner, Pipe, TapServer, UNDER_WAY};
-use crate::tap::signal::Interruptible;
+use crate::tap::server::{DiskData, Pipe, ServerManner, TapServer, UNDER_WAY};
+use crate::tap::signal::InterruptibleThread;
 use crate::tap::{expect, TapDisk, TapNode, CLAIMS, SECTORS};
 use crate::wait;
 use crate::wire::{rw, OKAY};
@@ -57,7 +57,7 @@ fn mark(page: usize) -> u32 {
 
 /// Stops the device after the guest has sent `UNDER_WAY` writes of a page, which the kernel is executing.
 pub(super) fn stop_under_writes(
-    device: &Stoppable,
+    device: &StoppableDevice,
     disk: &TapDisk,
     session: &mut Session,
 ) -> Result<Standstill> {
@@ -107,12 +107,12 @@ fn wait_recalls(disk: &TapDisk, count: u64) -> Result<()> {
 }
 
 fn tap_recall_killed(lab: &mut Lab) -> Result<()> {
-    let device = Stoppable::over(&lab.disk, NAME)?;
+    let device = StoppableDevice::over(&lab.disk, NAME)?;
     let disk = TapDisk::make()?;
     add(&disk, 0, &device.open()?, true)?;
     let mut pipe = Pipe::new()?;
     // The only file of the disk that it has is the node.
-    let server = TapServer::start(&disk, &DiskData::new()?, &pipe, Manner::Recall)?;
+    let server = TapServer::start(&disk, &DiskData::new()?, &pipe, ServerManner::Recall)?;
     let has_mapped = wait::readable(pipe.read.as_raw_fd(), ANSWER)?;
     ensure!(has_mapped, "the process maps nothing");
     pipe.read.read_exact(&mut [0])?;
@@ -202,9 +202,9 @@ fn next_process(scene: &mut TapScene, still: Standstill) -> Result<()> {
 }
 
 fn tap_recall_stands_still(lab: &mut Lab) -> Result<()> {
-    let device = Stoppable::over(&lab.disk, NAME)?;
+    let device = StoppableDevice::over(&lab.disk, NAME)?;
     let file = device.open()?;
-    let mut backed = Backed::by(lab, &lab.disk, &file)?;
+    let mut backed = BackedDisk::by(lab, &lab.disk, &file)?;
     backed.map_all()?;
     let usual = latency(lab)?;
     let scene = &mut backed.scene;
@@ -260,7 +260,7 @@ fn interrupted(node: &TapNode, disk: &TapDisk, recalled: u64) -> Result<()> {
     thread::scope(|scope| -> Result<()> {
         let (tell, told) = mpsc::channel();
         let sleeper = scope.spawn(move || -> Result<_> {
-            tell.send(Interruptible::this()?)?;
+            tell.send(InterruptibleThread::this()?)?;
             Ok(node.maps(&[recall(0, u64::MAX)]))
         });
         let thread = told.recv().context("a thread says nothing")?;
@@ -310,7 +310,7 @@ fn others_are_prompt(node: &TapNode, disk: &TapDisk) -> Result<()> {
 /// The descriptor of a dead process may have a living copy, and a node is closed only with the last copy. Until then no
 /// other process has it, so only the mappings and lookups of the earlier process are old.
 fn tap_maps_of_before(lab: &mut Lab) -> Result<()> {
-    let backed = Backed::new(lab)?;
+    let backed = BackedDisk::new(lab)?;
     backed.map_all()?;
     let TapScene {
         mut session,

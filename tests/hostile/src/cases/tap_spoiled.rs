@@ -6,8 +6,8 @@ use super::{case, tap_spoiled, AttackCase};
 use crate::filesystem::Filesystem;
 use crate::lab::Lab;
 use crate::session::Session;
-use crate::standstill::Stoppable;
-use crate::tap::maps::{flush, map, recall, scene_on, set, Backed};
+use crate::standstill::StoppableDevice;
+use crate::tap::maps::{flush, map, recall, scene_on, set, BackedDisk};
 use crate::tap::scene::TapScene;
 use crate::tap::server::{done, DiskData};
 use crate::tap::{FileMapping, TapNode, SECTORS};
@@ -79,7 +79,12 @@ fn scribble(arena: &FileMapping) {
 
 /// Sends as many writes or reads as there are pages while the device stands still, scribbles, and lets the device
 /// resume.
-fn scribble_under(device: &Stoppable, scene: &mut TapScene, op: u8, first: usize) -> Result<()> {
+fn scribble_under(
+    device: &StoppableDevice,
+    scene: &mut TapScene,
+    op: u8,
+    first: usize,
+) -> Result<()> {
     let still = device.stop()?;
     let requests = each_page(&scene.session, op, first);
     scene.session.spread(&requests)?;
@@ -97,10 +102,10 @@ fn scribble_under(device: &Stoppable, scene: &mut TapScene, op: u8, first: usize
 /// The process cannot change where the data of a request goes, because it can only read the descriptors. It can change
 /// the data itself, as it could if it executed the request.
 fn tap_arena_scribbled(lab: &mut Lab) -> Result<()> {
-    let device = Stoppable::over(&lab.disk, "hostile-scribbled")?;
-    let mut backed = Backed::by(lab, &lab.disk, &device.open()?)?;
+    let device = StoppableDevice::over(&lab.disk, "hostile-scribbled")?;
+    let mut backed = BackedDisk::by(lab, &lab.disk, &device.open()?)?;
     backed.map_all()?;
-    let mut neighbour = Backed::on(lab, &lab.coarse)?;
+    let mut neighbour = BackedDisk::on(lab, &lab.coarse)?;
     neighbour.map_all()?;
     let before = backed.scene.store.contents(lab.disk.sectors)?;
     let scene = &mut backed.scene;

@@ -6,8 +6,8 @@ use super::{case, tap_unbound, AttackCase};
 use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::{queues, WIDE};
-use crate::standstill::Stoppable;
-use crate::tap::maps::Backed;
+use crate::standstill::StoppableDevice;
+use crate::tap::maps::BackedDisk;
 use crate::tap::scene::{while_served, TapScene};
 use crate::tap::server::answer;
 use crate::vbd::state;
@@ -193,9 +193,9 @@ fn tap_unbound_closing(lab: &mut Lab) -> Result<()> {
 }
 
 fn tap_rebound_over_standstill(lab: &mut Lab) -> Result<()> {
-    let device = Stoppable::over(&lab.disk, "hostile-rebound")?;
+    let device = StoppableDevice::over(&lab.disk, "hostile-rebound")?;
     let file = device.open()?;
-    let mut backed = Backed::by(lab, &lab.disk, &file)?;
+    let mut backed = BackedDisk::by(lab, &lab.disk, &file)?;
     backed.map_all()?;
     let TapScene { session, disk, .. } = &mut backed.scene;
     let still = stop_under_writes(&device, disk, session)?;

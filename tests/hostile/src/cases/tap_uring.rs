@@ -6,9 +6,9 @@ use crate::lab::Lab;
 use crate::queue::ANSWER;
 use crate::session::WIDE;
 use crate::tap::scene::TapScene;
-use crate::tap::server::{answer, done, DiskData, Manner, Pipe, TapServer};
+use crate::tap::server::{answer, done, DiskData, Pipe, ServerManner, TapServer};
 use crate::tap::uring::{CommandMemory, Ring};
-use crate::tap::{Nowhere, TapDisk};
+use crate::tap::{TapDisk, UnmappedAddresses};
 use crate::wait;
 use crate::wire::{rw, OKAY};
 use anyhow::{bail, ensure, Context, Result};
@@ -55,14 +55,14 @@ fn result(ring: &mut Ring, id: u64) -> Result<i32> {
 }
 
 fn tap_ring_serves(lab: &mut Lab) -> Result<()> {
-    killed_again_and_again(lab, Manner::Ring)
+    killed_again_and_again(lab, ServerManner::Ring)
 }
 
 fn tap_rings_serve(lab: &mut Lab) -> Result<()> {
-    killed_again_and_again(lab, Manner::Rings)
+    killed_again_and_again(lab, ServerManner::Rings)
 }
 
-fn killed_again_and_again(lab: &mut Lab, manner: Manner) -> Result<()> {
+fn killed_again_and_again(lab: &mut Lab, manner: ServerManner) -> Result<()> {
     let (disk, store, pipe) = (TapDisk::make()?, DiskData::new()?, Pipe::new()?);
     let server = TapServer::start(&disk, &store, &pipe, manner)?;
     let mut session = lab.session_on_tap(&disk, WIDE)?;
@@ -132,7 +132,7 @@ fn tap_ring_commands(lab: &mut Lab) -> Result<()> {
         junk,
         &[-libc::EINVAL],
     )?;
-    for place in Nowhere::ALL {
+    for place in UnmappedAddresses::ALL {
         let junk = Buffer {
             addr: place.address(),
             ..good
@@ -250,7 +250,11 @@ fn either(rings: &mut [Ring]) -> Result<(u64, i32)> {
 fn tap_ring_faults(lab: &mut Lab) -> Result<()> {
     let mut scene = TapScene::new(lab)?;
     let mut ring = Ring::new()?;
-    for (id, place) in (20..).zip([Nowhere::Null, Nowhere::NonCanonical, Nowhere::Kernel]) {
+    for (id, place) in (20..).zip([
+        UnmappedAddresses::Null,
+        UnmappedAddresses::NonCanonical,
+        UnmappedAddresses::Kernel,
+    ]) {
         ring.exchange(
             &scene.node,
             &CommandMemory::with_tags_at(place.address()),

@@ -7,8 +7,8 @@ use crate::rng::Rng;
 use crate::tap::server::{done, DiskData};
 use crate::tap::uring::CommandMemory;
 use crate::tap::{
-    call, call_nowhere, control, expect, query, records, FileMapping, Nowhere, TapDisk, TapNode,
-    CLAIMS, SECTORS,
+    call, call_nowhere, control, expect, query, records, FileMapping, TapDisk, TapNode,
+    UnmappedAddresses, CLAIMS, SECTORS,
 };
 use crate::wait;
 use anyhow::{ensure, Context, Result};
@@ -239,9 +239,10 @@ fn false_arrays(process: &mut FuzzProcess, rng: &mut Rng) -> Result<()> {
         MAX_TAGS + 1,
         u32::MAX,
     ]);
-    let result = process
-        .node
-        .exchange_at((process.edge.address(start), claimed), (Nowhere::Kernel, 0));
+    let result = process.node.exchange_at(
+        (process.edge.address(start), claimed),
+        (UnmappedAddresses::Kernel, 0),
+    );
     if claimed > MAX_TAGS {
         return expect("too long an array", result, &[libc::EINVAL]);
     }
@@ -258,7 +259,10 @@ fn false_arrays(process: &mut FuzzProcess, rng: &mut Rng) -> Result<()> {
 fn tags_nowhere(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Result<()> {
     let len = rng.pick(&[1, 2, 32, 33, MAX_TAGS]);
     let before = process.node.ask()?;
-    let (none, place) = ((Nowhere::Null, 0), rng.pick(&Nowhere::ALL));
+    let (none, place) = (
+        (UnmappedAddresses::Null, 0),
+        rng.pick(&UnmappedAddresses::ALL),
+    );
     let start = 4096 - 2 * rng.below(4) as usize;
     let result = match rng.below(2) {
         0 => process.node.exchange_at(none, (place, len)),
@@ -285,7 +289,7 @@ fn tags_nowhere(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> Re
 }
 
 fn arguments_nowhere(process: &FuzzProcess, rng: &mut Rng) -> Result<()> {
-    let place = rng.pick(&Nowhere::ALL);
+    let place = rng.pick(&UnmappedAddresses::ALL);
     let number = rng.pick(&[
         ioctl::INFO,
         ioctl::SET_PARAMS,
@@ -321,7 +325,7 @@ fn unknown_number(file: &File, rng: &mut Rng) -> Result<()> {
     if KNOWN.contains(&number) {
         return Ok(());
     }
-    let result = call_nowhere(file, number, rng.pick(&Nowhere::ALL));
+    let result = call_nowhere(file, number, rng.pick(&UnmappedAddresses::ALL));
     let refused = match ioctl::is_kept(number) {
         true => libc::EOPNOTSUPP,
         false => libc::ENOTTY,
@@ -434,7 +438,7 @@ fn wrong_command(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> R
             (ioctl::EXCHANGE, Buffer { reserved, ..good }, INVALID)
         }
         _ => {
-            let addr = rng.pick(&Nowhere::ALL).address();
+            let addr = rng.pick(&UnmappedAddresses::ALL).address();
             (ioctl::EXCHANGE, Buffer { addr, ..good }, NOWHERE)
         }
     };
@@ -448,7 +452,7 @@ fn faulty_command(process: &mut FuzzProcess, ledger: &Ledger, rng: &mut Rng) -> 
     if !process.may_send() {
         return Ok(());
     }
-    let place = rng.pick(&Nowhere::ALL);
+    let place = rng.pick(&UnmappedAddresses::ALL);
     let payload = CommandMemory::with_tags_at(place.address()).payload();
     process.send_wrong((ioctl::EXCHANGE, payload), RESULTS, false, true, ledger)
 }
@@ -542,7 +546,7 @@ fn control_node(process: &FuzzProcess, rng: &mut Rng) -> Result<()> {
         }
         3 => {
             let number = rng.pick(&[ioctl::CREATE, ioctl::DESTROY, ioctl::QUERY]);
-            let result = call_nowhere(&file, number, rng.pick(&Nowhere::ALL));
+            let result = call_nowhere(&file, number, rng.pick(&UnmappedAddresses::ALL));
             expect("an argument nowhere", result, FAULT)
         }
         _ => unknown_number(&file, rng),

@@ -152,24 +152,24 @@ pub(crate) fn remove(disk: &TapDisk, number: u32) -> io::Result<()> {
 }
 
 /// A disk with a backing, its process in this program, which serves it from the same storage, and a frontend.
-pub(crate) struct Backed {
+pub(crate) struct BackedDisk {
     pub(crate) scene: TapScene,
     sectors: u64,
 }
 
-impl Backed {
-    pub(crate) fn new(lab: &Lab) -> Result<Backed> {
-        Backed::on(lab, &lab.disk)
+impl BackedDisk {
+    pub(crate) fn new(lab: &Lab) -> Result<BackedDisk> {
+        BackedDisk::on(lab, &lab.disk)
     }
 
     /// Returns such a disk with `device` as its backing.
-    pub(crate) fn on(lab: &Lab, device: &BackingDevice) -> Result<Backed> {
-        Backed::by(lab, device, &device.open()?)
+    pub(crate) fn on(lab: &Lab, device: &BackingDevice) -> Result<BackedDisk> {
+        BackedDisk::by(lab, device, &device.open()?)
     }
 
     /// Returns such a disk whose kernel uses the device through this file.
-    pub(crate) fn by(lab: &Lab, device: &BackingDevice, file: &File) -> Result<Backed> {
-        Ok(Backed {
+    pub(crate) fn by(lab: &Lab, device: &BackingDevice, file: &File) -> Result<BackedDisk> {
+        Ok(BackedDisk {
             scene: scene_on(lab, file, device.path())?,
             sectors: device.sectors,
         })

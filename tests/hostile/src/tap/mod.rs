@@ -12,4 +12,6 @@ pub(crate) mod uring;
 
 pub(crate) use disk::{control, leave, query, TapDisk, SECTORS};
 pub(crate) use map::FileMapping;
-pub(crate) use node::{call, call_nowhere, expect, records, Address, Nowhere, TapNode, CLAIMS};
+pub(crate) use node::{
+    call, call_nowhere, expect, records, Address, TapNode, UnmappedAddresses, CLAIMS,
+};

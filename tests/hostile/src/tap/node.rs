@@ -50,7 +50,7 @@ fn checked(result: i32) -> io::Result<i32> {
 }
 
 /// Sends an ioctl whose argument is at an invalid address.
-pub(crate) fn call_nowhere(file: &File, number: u32, place: Nowhere) -> io::Result<i32> {
+pub(crate) fn call_nowhere(file: &File, number: u32, place: UnmappedAddresses) -> io::Result<i32> {
     // SAFETY: This program has no memory at these places.
     checked(unsafe { libc::ioctl(file.as_raw_fd(), number.into(), place.address()) })
 }
@@ -77,15 +77,15 @@ impl<'a> Address<'a> {
     }
 }
 
-impl From<Nowhere> for Address<'_> {
-    fn from(place: Nowhere) -> Self {
+impl From<UnmappedAddresses> for Address<'_> {
+    fn from(place: UnmappedAddresses) -> Self {
         Address(place.address(), PhantomData)
     }
 }
 
 /// Addresses at which this process has no memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Nowhere {
+pub(crate) enum UnmappedAddresses {
     /// The first page is never mapped.
     Null,
     /// A non-canonical part of the address space.
@@ -96,20 +96,20 @@ pub(crate) enum Nowhere {
     End,
 }
 
-impl Nowhere {
-    pub(crate) const ALL: [Nowhere; 4] = [
-        Nowhere::Null,
-        Nowhere::NonCanonical,
-        Nowhere::Kernel,
-        Nowhere::End,
+impl UnmappedAddresses {
+    pub(crate) const ALL: [UnmappedAddresses; 4] = [
+        UnmappedAddresses::Null,
+        UnmappedAddresses::NonCanonical,
+        UnmappedAddresses::Kernel,
+        UnmappedAddresses::End,
     ];
 
     pub(crate) fn address(self) -> u64 {
         match self {
-            Nowhere::Null => 0x10,
-            Nowhere::NonCanonical => 0x8000_0000_0000_0000,
-            Nowhere::Kernel => 0xffff_8880_0000_0000,
-            Nowhere::End => u64::MAX - 7,
+            UnmappedAddresses::Null => 0x10,
+            UnmappedAddresses::NonCanonical => 0x8000_0000_0000_0000,
+            UnmappedAddresses::Kernel => 0xffff_8880_0000_0000,
+            UnmappedAddresses::End => u64::MAX - 7,
         }
     }
 }
@@ -206,7 +206,7 @@ impl TapNode {
     }
 
     /// Sends an ioctl whose argument is at an invalid address.
-    pub(crate) fn call_nowhere(&self, number: u32, place: Nowhere) -> io::Result<i32> {
+    pub(crate) fn call_nowhere(&self, number: u32, place: UnmappedAddresses) -> io::Result<i32> {
         call_nowhere(&self.file, number, place)
     }
 
@@ -233,7 +233,8 @@ impl TapNode {
 
     /// Starts delivery without a claim.
     pub(crate) fn start_unclaimed(&self) -> io::Result<()> {
-        self.call_nowhere(ioctl::START, Nowhere::Null).map(drop)
+        self.call_nowhere(ioctl::START, UnmappedAddresses::Null)
+            .map(drop)
     }
 
     /// Returns its current state.

@@ -21,12 +21,12 @@ use std::time::Duration;
 /// Threads of a process with several rings.
 const THREADS: usize = 4;
 
-/// Number of requests that the kernel is executing when `Manner::Recall` recalls everything.
+/// Number of requests that the kernel is executing when `ServerManner::Recall` recalls everything.
 pub(crate) const UNDER_WAY: u32 = 8;
 
 /// Behaviour of the process with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Manner {
+pub(crate) enum ServerManner {
     /// Executes and commits them.
     Honest,
     /// Takes them and does not answer.
@@ -46,7 +46,7 @@ pub(crate) enum Manner {
 
 /// The arguments of a process.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct Orders {
+pub(crate) struct ServerOrders {
     /// The node.
     #[arg(long)]
     node: PathBuf,
@@ -58,7 +58,7 @@ pub(crate) struct Orders {
     pipe: RawFd,
     /// Behaviour with requests.
     #[arg(long, value_enum)]
-    manner: Manner,
+    manner: ServerManner,
 }
 
 /// Data of a disk, in memory or on a device.
@@ -166,19 +166,19 @@ pub(crate) fn answer(node: &TapNode, store: &DiskData, tags: &[u16]) -> Result<(
 }
 
 /// The body of a process: serves until it is killed.
-pub(crate) fn run(orders: &Orders) -> Result<()> {
+pub(crate) fn run(orders: &ServerOrders) -> Result<()> {
     let node = TapNode::open(&orders.node)?;
     let store = DiskData(File::from(owned(orders.store)?));
     node.describe(SECTORS, abi::GEOMETRY_WRITE_CACHE)?;
-    if orders.manner == Manner::Pin {
+    if orders.manner == ServerManner::Pin {
         let count = node.arena().pin_into(orders.pipe, 2 * 4096)?;
         anyhow::ensure!(count == 2 * 4096, "only {count} bytes were pinned");
     }
     node.start()?;
-    if orders.manner == Manner::Ring {
+    if orders.manner == ServerManner::Ring {
         return serve_by_ring(&node, &store);
     }
-    if orders.manner == Manner::Rings {
+    if orders.manner == ServerManner::Rings {
         return std::thread::scope(|scope| {
             let (node, store) = (&node, &store);
             let threads: Vec<_> = (0..THREADS)
@@ -191,15 +191,19 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
             })
         });
     }
-    if orders.manner == Manner::Recall {
+    if orders.manner == ServerManner::Recall {
         return recall_under_way(&node, orders.pipe);
     }
     loop {
         let tags = node.read().context("a read of tags failed")?;
         match orders.manner {
-            Manner::Honest => answer(&node, &store, &tags)?,
-            Manner::Hold | Manner::Pin | Manner::Ring | Manner::Rings | Manner::Recall => {}
-            Manner::Silent => {
+            ServerManner::Honest => answer(&node, &store, &tags)?,
+            ServerManner::Hold
+            | ServerManner::Pin
+            | ServerManner::Ring
+            | ServerManner::Rings
+            | ServerManner::Recall => {}
+            ServerManner::Silent => {
                 for tag in tags {
                     store.execute(&node, &node.desc(tag)?)?;
                 }
@@ -273,7 +277,7 @@ impl TapServer {
         disk: &TapDisk,
         store: &DiskData,
         pipe: &Pipe,
-        manner: Manner,
+        manner: ServerManner,
     ) -> Result<TapServer> {
         // The kernel closes the node of a process that used io_uring some time after the end of the process.
         disk.wait("the end of the process before", |info| info.pid == 0)?;

@@ -6,13 +6,13 @@ use std::io;
 
 /// A thread whose system call a signal interrupts, without another effect.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Interruptible(libc::pid_t);
+pub(crate) struct InterruptibleThread(libc::pid_t);
 
 extern "C" fn nothing(_signal: i32) {}
 
-impl Interruptible {
+impl InterruptibleThread {
     /// The calling thread.
-    pub(crate) fn this() -> Result<Interruptible> {
+    pub(crate) fn this() -> Result<InterruptibleThread> {
         // SAFETY: All zeroes are a valid set of actions, and the handler does nothing at all. Without `SA_RESTART` the
         // kernel does not begin the call again.
         let result = unsafe {
@@ -24,7 +24,7 @@ impl Interruptible {
             bail!("a signal cannot be handled: {}", io::Error::last_os_error());
         }
         // SAFETY: It only returns a number.
-        Ok(Interruptible(unsafe { libc::gettid() }))
+        Ok(InterruptibleThread(unsafe { libc::gettid() }))
     }
 
     /// Sends it the signal, if it is still there.

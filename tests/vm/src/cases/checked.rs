@@ -88,7 +88,7 @@ pub(super) fn cases() -> Vec<Case> {
 static UNBOUND: AtomicUsize = AtomicUsize::new(0);
 
 /// Makes allocations of the module, and of functions that it calls, fail until this is dropped.
-struct Failing {
+struct FailingAllocations {
     /// Maximum number of failures of each kind.
     times: i32,
 }
@@ -100,12 +100,12 @@ const OBJECTS: &str = "/sys/kernel/debug/failslab";
 const PAGES: &str = "/sys/kernel/debug/fail_page_alloc";
 const KINDS: [&str; 2] = [OBJECTS, PAGES];
 
-impl Failing {
+impl FailingAllocations {
     /// Makes `percent` % of the allocations fail, at most `times` of each kind.
-    fn begin(percent: u32, times: i32) -> Result<Failing> {
+    fn begin(percent: u32, times: i32) -> Result<FailingAllocations> {
         let (start, end) = code("the module", |name| name.ends_with("[xen_blkback_rs]"))?;
         let spared = code(SPARED, |name| name == SPARED)?;
-        let failing = Failing { times };
+        let failing = FailingAllocations { times };
         for kind in KINDS {
             for (name, value) in [
                 ("verbose", "0".into()),
@@ -144,7 +144,7 @@ impl Failing {
     }
 }
 
-impl Drop for Failing {
+impl Drop for FailingAllocations {
     fn drop(&mut self) {
         for kind in KINDS {
             if let Err(error) = sh::put(format!("{kind}/probability"), "0") {
@@ -191,7 +191,7 @@ fn connect(context: &mut Context) -> Result<()> {
     let (mut failed, mut refused, mut again) = (0, 0, 0);
     for _ in 0..ATTEMPTS {
         let percent = rng.pick(&[1, 2, 3, 5, 10, 30, 100]);
-        let failing = Failing::begin(percent, 1)?;
+        let failing = FailingAllocations::begin(percent, 1)?;
         let disks = OwnDisks::connect(&device.path(), 1)?;
         let id = &disks.0[0];
         let backend = format!("/local/domain/0/backend/vbd/0/{id}");
@@ -267,7 +267,7 @@ fn reconnect(context: &mut Context) -> Result<()> {
         let guest = context.pv()?;
         close(guest, vbd)?;
         offer_again(guest, vbd)?;
-        let failing = Failing::begin(rng.pick(&[3, 10, 30, 100]), 1)?;
+        let failing = FailingAllocations::begin(rng.pick(&[3, 10, 30, 100]), 1)?;
         probe(guest, vbd)?;
         let connected = settled(&vbd.backend).with_context(|| vbd.describe())?;
         failed += u32::from(failing.end(connected)?);
@@ -345,7 +345,7 @@ fn load(context: &mut Context) -> Result<()> {
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::disk(&device, "xvda", "w")?)?;
     // Before it borrows the memory for its first requests.
-    let failing = Failing::begin(33, MANY)?;
+    let failing = FailingAllocations::begin(33, MANY)?;
     let job = guest.start(&verify_job("/dev/xvda", 16, 400, 512))?;
     goes_on(context, job, failing)?;
     context.pv()?.detach(&vbd)
@@ -358,14 +358,14 @@ fn tap_load(context: &mut Context) -> Result<()> {
     let job = context.pv()?.start(&verify_job(DEVICE, 16, 400, 512))?;
     let pid = disk.pid()?;
     // So few that a process comes through in the end.
-    let failing = Failing::begin(33, 20)?;
+    let failing = FailingAllocations::begin(33, 20)?;
     disk.signal(pid, libc::SIGKILL)?;
     goes_on(context, job, failing)?;
     disk.detach(context.pv()?)
 }
 
 /// Ends a guest's load, which must not have had an error although allocations failed.
-fn goes_on(context: &mut Context, job: GuestJob, failing: Failing) -> Result<()> {
+fn goes_on(context: &mut Context, job: GuestJob, failing: FailingAllocations) -> Result<()> {
     let done = context.pv()?.wait(job, FIO)?;
     let failed = failing.count()?;
     drop(failing);
@@ -380,7 +380,7 @@ fn map(context: &mut Context) -> Result<()> {
     let room = |disk: &ServedDisk| mapped(disk)?["room"].as_u64().context("no room is told");
     let before = room(&disk)?;
     let guest = context.pv()?;
-    let failing = Failing::begin(100, MANY)?;
+    let failing = FailingAllocations::begin(100, MANY)?;
     let written = guest.run_for(&scattered("--rw=randwrite"), FIO);
     let read = guest.run_for(&scattered("--rw=read"), FIO);
     drop(failing);

@@ -4,7 +4,7 @@
 use super::basic::{verify_job, FIO};
 use super::tap::{end_load, image, same, start_load, wait_progress, DEVICE, VDEV};
 use super::{Case, Context, SharedGuest};
-use crate::backing::{linear, Dm, Holding};
+use crate::backing::{linear, Dm, HoldingDevice};
 use crate::guest::{Config, Guest, GuestKind, COMMAND};
 use crate::hotplug;
 use crate::node::{ControlNode, OpenNode};
@@ -114,9 +114,9 @@ fn s01_idle(context: &mut Context) -> Result<()> {
 }
 
 /// A tapdisk of the case's own, which no supervisor knows.
-struct Lone(Child);
+struct LoneTapdisk(Child);
 
-impl Drop for Lone {
+impl Drop for LoneTapdisk {
     fn drop(&mut self) {
         // No process waits for it here: with a write under way it ends later.
         if let Err(error) = self.0.kill() {
@@ -125,8 +125,8 @@ impl Drop for Lone {
     }
 }
 
-impl Lone {
-    fn start(minor: u32, device: &str) -> Result<Lone> {
+impl LoneTapdisk {
+    fn start(minor: u32, device: &str) -> Result<LoneTapdisk> {
         let log = tap::log_of("lone-tapdisk")?;
         let child = Command::new(TAPDISK)
             .args([
@@ -138,7 +138,7 @@ impl Lone {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn();
-        Ok(Lone(
+        Ok(LoneTapdisk(
             child.context("cannot start tapdisk: is it installed?")?,
         ))
     }
@@ -179,9 +179,9 @@ const SLOW_SECTORS: u64 = 32768;
 pub(super) const NOT_FENCED: &str = "a write of a dead process is not fenced";
 
 /// Makes storage that holds writes until a case releases them.
-pub(super) fn holding(context: &mut Context) -> Result<Holding> {
+pub(super) fn holding(context: &mut Context) -> Result<HoldingDevice> {
     let below = context.null_blk(SLOW_MIB, &[])?;
-    let slow = Holding::create("vmtest-slow", &below.path(), SLOW_SECTORS)?;
+    let slow = HoldingDevice::create("vmtest-slow", &below.path(), SLOW_SECTORS)?;
     let theirs = slow.clone();
     context.at_end("remove vmtest-slow", move || theirs.remove());
     // This also runs after a failure, because a process with a write under way does not end.
@@ -194,7 +194,7 @@ pub(super) fn holding(context: &mut Context) -> Result<Holding> {
 /// that only the fence is between it and the late write.
 pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     let below = context.null_blk(SLOW_MIB, &[])?;
-    let old = Holding::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
+    let old = HoldingDevice::create("vmtest-old", &below.path(), SLOW_SECTORS)?;
     let theirs = old.clone();
     context.at_end("remove vmtest-old", move || theirs.remove());
     let new = Dm::create("vmtest-new", &linear(&below.path(), SLOW_SECTORS))?;
@@ -210,7 +210,7 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
     // This also runs after a failure, because a process with a write under way does not end.
     let theirs = old.clone();
     context.at_end("let the late write go", move || theirs.let_go());
-    let mut first = Lone::start(minor, &old.path())?;
+    let mut first = LoneTapdisk::start(minor, &old.path())?;
     first.wait_live(minor)?;
     let guest = context.pv()?;
     let vbd = guest.attach(&hotplug::played(minor, VDEV)?)?;
@@ -242,9 +242,9 @@ pub(super) fn s05_late_write(context: &mut Context) -> Result<()> {
 }
 
 /// A write of a dead process is under way.
-struct Late {
+struct LateWrite {
     /// The next process.
-    second: Lone,
+    second: LoneTapdisk,
     /// True if it had to wait.
     fenced: bool,
     /// The write, as the guest sees it.
@@ -252,7 +252,13 @@ struct Late {
 }
 
 /// Kills the process while a write of its is under way, and starts the next one.
-fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) -> Result<Late> {
+fn late_write(
+    guest: &Guest,
+    minor: u32,
+    first: &LoneTapdisk,
+    old: &HoldingDevice,
+    new: &Dm,
+) -> Result<LateWrite> {
     let control = ControlNode::open()?;
     let job = guest.start(&write(7, 'a'))?;
     // Not only at the process: a process that dies before it has passed the write on leaves nothing.
@@ -265,7 +271,7 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
     sh::wait_for("the end of the process", Duration::from_secs(20), || {
         Ok(state()? != STATE_LIVE)
     })?;
-    let second = Lone::start(minor, &new.path())?;
+    let second = LoneTapdisk::start(minor, &new.path())?;
     // The disk must stay fenced while the write is under way, which the case checks for two seconds.
     let begun = Instant::now();
     let mut fenced = state()? == STATE_FENCING;
@@ -278,7 +284,7 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
         fenced = state()? == STATE_FENCING;
     }
     let job = Some(job);
-    Ok(Late {
+    Ok(LateWrite {
         second,
         fenced,
         job,
@@ -288,7 +294,7 @@ fn late_write(guest: &Guest, minor: u32, first: &Lone, old: &Holding, new: &Dm) 
 /// The write is answered, and the guest writes something newer to the same block. Then it writes to another block,
 /// because the late write takes the content of its page when it happens, and the page may serve a third request by
 /// then.
-fn newer_write(guest: &Guest, minor: u32, late: &mut Late) -> Result<()> {
+fn newer_write(guest: &Guest, minor: u32, late: &mut LateWrite) -> Result<()> {
     late.second.wait_live(minor)?;
     if let Some(job) = late.job.take() {
         let done = guest.wait(job, COMMAND)?;
@@ -304,7 +310,7 @@ fn newer_write(guest: &Guest, minor: u32, late: &mut Late) -> Result<()> {
 
 fn s05_stuck_storage(context: &mut Context) -> Result<()> {
     let below = context.null_blk(SLOW_MIB, &[])?;
-    let disk = Holding::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
+    let disk = HoldingDevice::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
     let theirs = disk.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let image = image(context, "b.img", 16)?;
@@ -349,7 +355,7 @@ fn s05_stuck_storage(context: &mut Context) -> Result<()> {
 /// The guest is destroyed while a write of its process, which was killed, hangs in the storage.
 fn gone_means_fenced(context: &mut Context) -> Result<()> {
     let below = context.null_blk(SLOW_MIB, &[])?;
-    let stuck = Holding::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
+    let stuck = HoldingDevice::create("vmtest-stuck", &below.path(), SLOW_SECTORS)?;
     let theirs = stuck.clone();
     context.at_end("remove the mapped device", move || theirs.remove());
     let target = format!("aio:{}", stuck.path());

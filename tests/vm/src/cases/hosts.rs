@@ -95,14 +95,14 @@ fn working_guest() -> Result<(Guest, ServedDisk, [GuestJob; 2])> {
 }
 
 /// A guest on the second host.
-struct Away {
+struct AwayGuest {
     config: Config,
     console: Console,
 }
 
-impl Away {
+impl AwayGuest {
     /// Moves a guest there.
-    fn to(guest: Guest) -> Result<Away> {
+    fn to(guest: Guest) -> Result<AwayGuest> {
         let domid = guest.domid.to_string();
         sh::run_for(&["bash", "-c", &moving(&domid, PeerHost::Second)], MOVE)?;
         let (config, next) = guest.left();
@@ -117,7 +117,7 @@ impl Away {
         let stream: TcpStream = peer::connect(PeerHost::Second.address(), &bridge)?;
         let console = Console::over(OwnedFd::from(stream).into(), &log_path(&config.name), next)?;
         console.wait_agent(LIMIT)?;
-        Ok(Away { config, console })
+        Ok(AwayGuest { config, console })
     }
 
     /// Moves it back.
@@ -170,7 +170,7 @@ fn wait_progress_there() -> Result<()> {
 fn there_and_back(context: &mut Context) -> Result<()> {
     let (guest, disk, load) = working_guest()?;
     lease_is_here()?;
-    let away = Away::to(guest)?;
+    let away = AwayGuest::to(guest)?;
     disk.wait_gone()?;
     wait_progress_there()?;
     let theirs = holder()?;
@@ -230,7 +230,7 @@ const MARK: &str = "the last word";
 
 fn source_dies(context: &mut Context) -> Result<()> {
     let (guest, disk, _load) = working_guest()?;
-    let away = Away::to(guest)?;
+    let away = AwayGuest::to(guest)?;
     disk.wait_gone()?;
     wait_progress_there()?;
     away.run(&format!(

@@ -8,7 +8,7 @@ use super::tap::{
 use super::{Case, Context, SharedGuest};
 use crate::sh;
 use crate::tap::{self, ServedDisk};
-use ::lease::{Keeper, Kind, LeaseClaim, View};
+use ::lease::{Kind, LeaseClaim, LeaseRenewer, LeaseView};
 use anyhow::{ensure, Context as _, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -156,7 +156,7 @@ fn other_host(context: &mut Context) -> Result<()> {
         Ok(grant.is_ok())
     })?;
     let grant = grant?;
-    let keeper = Keeper::start(theirs, &grant, drop)?;
+    let keeper = LeaseRenewer::start(theirs, &grant, drop)?;
     let specification = tap::disk(&target(&image), VDEV, "w");
     let domid = context.pv()?.domid.to_string();
     let refused = sh::status(&["xl", "block-attach", &domid, &specification], LONG)?;
@@ -199,7 +199,7 @@ fn other_host(context: &mut Context) -> Result<()> {
     disk.detach(guest)?;
     let free = back.inspect()?;
     ensure!(
-        matches!(free, View::Free { .. }),
+        matches!(free, LeaseView::Free { .. }),
         "the lease is not free: {free:?}"
     );
     Ok(())

@@ -7,7 +7,7 @@ use super::memory::Parameter;
 use super::{load_driver, start_driver, Case, Context, SharedGuest};
 use crate::backing::{linear, Dm};
 use crate::console::GuestJob;
-use crate::guest::{AttachedVbd, Config, Guest, GuestKind, Saved, COMMAND, RUN_DIR};
+use crate::guest::{AttachedVbd, Config, Guest, GuestKind, SavedGuest, COMMAND, RUN_DIR};
 use crate::hotplug;
 use crate::leaks::Leaks;
 use crate::{sh, xs, TestedDriver};
@@ -173,7 +173,7 @@ fn saved_file(context: &mut Context, name: &str) -> String {
 }
 
 /// Saves the shared PV guest to a file that the case removes; there is room for one.
-pub(super) fn save(context: &mut Context, name: &str) -> Result<Saved> {
+pub(super) fn save(context: &mut Context, name: &str) -> Result<SavedGuest> {
     let file = saved_file(context, &format!("{name}.save"));
     context.take_pv()?.save(&file)
 }
@@ -511,22 +511,22 @@ fn rmmod_in_use(context: &mut Context) -> Result<()> {
 }
 
 /// A module that is not where it should be.
-struct Hidden {
+struct HiddenModule {
     file: String,
     driver: TestedDriver,
 }
 
-impl Hidden {
-    fn new(driver: TestedDriver) -> Result<Hidden> {
+impl HiddenModule {
+    fn new(driver: TestedDriver) -> Result<HiddenModule> {
         let file = sh::run(&["modinfo", "-n", driver.module()])?
             .trim()
             .to_string();
         sh::run(&["mv", &file, &format!("{file}.hidden")])?;
-        Ok(Hidden { file, driver })
+        Ok(HiddenModule { file, driver })
     }
 }
 
-impl Drop for Hidden {
+impl Drop for HiddenModule {
     fn drop(&mut self) {
         let back = sh::run(&["mv", &format!("{}.hidden", self.file), &self.file])
             .and_then(|_| load_driver(self.driver));
@@ -539,7 +539,7 @@ impl Drop for Hidden {
 fn falls_back(context: &mut Context) -> Result<()> {
     let driver = context.driver;
     sh::run(&["rmmod", driver.sys_module()])?;
-    let hidden = Hidden::new(driver)?;
+    let hidden = HiddenModule::new(driver)?;
     sh::modprobe(driver.other().module(), &[])?;
     ensure!(driver.other().is_loaded(), "there is no driver at all");
     ensure!(!driver.is_loaded(), "the module was found after all");

@@ -7,7 +7,7 @@ use super::tap::{
     end_load, image, same, slowest, start_load, start_load_with, wait_progress, DEVICE, VDEV,
 };
 use super::{Case, Context, SharedGuest};
-use crate::backing::Holding;
+use crate::backing::HoldingDevice;
 use crate::console::GuestJob;
 use crate::guest::{AttachedVbd, Guest, RUN_DIR};
 use crate::tap::{self, EventLog, ServedDisk};
@@ -132,7 +132,7 @@ const WRITES: &str = "fio --name=w --filename=/dev/xvdb --size=8m --bs=4k --dire
 
 /// A guest that moves while writes of it are on their way, which their storage holds.
 pub(super) struct SlowMove {
-    pub(super) slow: Holding,
+    pub(super) slow: HoldingDevice,
     pub(super) events: EventLog,
     pub(super) source: ServedDisk,
     job: GuestJob,

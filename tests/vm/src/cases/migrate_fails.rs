@@ -145,7 +145,7 @@ fn told_to_go(config: &str, meanwhile: &str) -> String {
 }
 
 /// A guest under load with its disk, and that it is on its way to a domain that will fail.
-fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> {
+fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<GoingGuest> {
     let disk = tap::disk(target, VDEV, "w");
     let events = EventLog::follow()?;
     let guest = Guest::create(Config::new("leaving", GuestKind::Pvh, 1))?;
@@ -163,7 +163,7 @@ fn going(context: &mut Context, target: &str, meanwhile: &str) -> Result<Going> 
     if let Err(error) = is_told {
         return Err(error.context(format!("xl said: {}", sh::tail(&receiver.fails()?, 600))));
     }
-    Ok(Going {
+    Ok(GoingGuest {
         guest,
         source,
         load,
@@ -183,7 +183,7 @@ fn arriving(guest: &Guest, disk: &str) -> Result<String> {
     Ok(config)
 }
 
-struct Going {
+struct GoingGuest {
     guest: Guest,
     source: ServedDisk,
     load: [crate::console::GuestJob; 2],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The packages are gone, and the host has booted since.
 
-use super::working::Working;
+use super::working::WorkingGuest;
 use super::{host, Chapter, LifeStory};
 use crate::TestedDriver;
 use anyhow::{ensure, Result};
@@ -16,7 +16,7 @@ pub(super) fn chapters() -> Vec<Chapter> {
 
 fn after(_: &mut LifeStory) -> Result<()> {
     host::is_up()?;
-    let working = Working::begin()?;
+    let working = WorkingGuest::begin()?;
     working.is_served_by(TestedDriver::C)?;
     ensure!(!TestedDriver::Rs.is_loaded(), "our module is loaded");
     working.end()

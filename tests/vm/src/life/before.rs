@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The host has Xen's own driver, and gets ours.
 
-use super::working::Working;
+use super::working::WorkingGuest;
 use super::{host, Chapter, LifeStory};
 use crate::{sh, TestedDriver};
 use anyhow::{ensure, Context, Result};
@@ -36,7 +36,7 @@ pub(super) fn chapters() -> Vec<Chapter> {
 
 fn before(story: &mut LifeStory) -> Result<()> {
     host::is_up()?;
-    let working = Working::begin()?;
+    let working = WorkingGuest::begin()?;
     working.is_served_by(TestedDriver::C)?;
     story.working = Some(working);
     Ok(())

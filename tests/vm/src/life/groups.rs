@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The control group that a guest has under systemd without being asked for.
 
-use super::working::Working;
+use super::working::WorkingGuest;
 use super::{host, LifeStory};
 use crate::{sh, tap};
 use anyhow::{ensure, Context, Result};
@@ -23,7 +23,7 @@ pub(super) struct GuestGroup {
 }
 
 impl GuestGroup {
-    pub(super) fn of(working: &Working) -> Result<GuestGroup> {
+    pub(super) fn of(working: &WorkingGuest) -> Result<GuestGroup> {
         let domid = working.guest.domid;
         Ok(GuestGroup {
             path: format!("/sys/fs/cgroup/system.slice/{UNIT}/guest-{domid}"),
@@ -117,7 +117,7 @@ pub(super) fn groups(story: &mut LifeStory) -> Result<()> {
 }
 
 /// Checks that the group has its processes and settings, and that the guest works.
-fn kept(working: &Working, group: &GuestGroup, process: u32) -> Result<()> {
+fn kept(working: &WorkingGuest, group: &GuestGroup, process: u32) -> Result<()> {
     ensure!(
         working.disk()?.pid()? == process,
         "the disk has another process"

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use std::process::ExitCode;
 use std::time::Instant;
-use working::Working;
+use working::WorkingGuest;
 
 /// Work in one boot.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -57,11 +57,11 @@ struct Chapter {
 /// State that passes from one chapter to the next.
 struct LifeStory {
     report: CaseReport,
-    working: Option<Working>,
+    working: Option<WorkingGuest>,
 }
 
 impl LifeStory {
-    fn working(&mut self) -> Result<&mut Working> {
+    fn working(&mut self) -> Result<&mut WorkingGuest> {
         self.working.as_mut().context("nobody works")
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The kernel demands that modules are signed, and ours is not.
 
-use super::working::Working;
+use super::working::WorkingGuest;
 use super::{host, Chapter, LifeStory};
 use crate::{sh, TestedDriver};
 use anyhow::{ensure, Result};
@@ -19,7 +19,7 @@ pub(super) fn chapters() -> Vec<Chapter> {
 
 fn refused(_: &mut LifeStory) -> Result<()> {
     host::is_up()?;
-    let working = Working::begin()?;
+    let working = WorkingGuest::begin()?;
     working.is_served_by(TestedDriver::C)?;
     ensure!(!TestedDriver::Rs.is_loaded(), "our module is loaded");
     let decided = sh::run(&["xen-blkback-rs", "status"])?;

@@ -2,7 +2,7 @@
 //! Ours serves, and its packages change below guests that work.
 
 use super::groups::{self, GuestGroup};
-use super::working::Working;
+use super::working::WorkingGuest;
 use super::{host, Chapter, LifeStory};
 use crate::cases::build_id;
 use crate::tap;
@@ -66,7 +66,7 @@ fn booted(story: &mut LifeStory) -> Result<()> {
         host::is_active("blktapctrl.service")?,
         "nobody supervises tap disks"
     );
-    let mut working = Working::begin()?;
+    let mut working = WorkingGuest::begin()?;
     working.is_served_by(TestedDriver::Rs)?;
     ensure!(!TestedDriver::C.is_loaded(), "the C driver is loaded, too");
     working.add_tap()?;

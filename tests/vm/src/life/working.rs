@@ -34,7 +34,7 @@ struct WorkingTap {
 }
 
 /// The guest, its disks, and its loads.
-pub(super) struct Working {
+pub(super) struct WorkingGuest {
     pub(super) guest: Guest,
     device: NullBlk,
     phy: AttachedVbd,
@@ -42,15 +42,15 @@ pub(super) struct Working {
     tap: Option<WorkingTap>,
 }
 
-impl Working {
+impl WorkingGuest {
     /// Starts a guest that works on a phy disk.
-    pub(super) fn begin() -> Result<Working> {
+    pub(super) fn begin() -> Result<WorkingGuest> {
         let device = NullBlk::create(DEVICE_MIB, &[])?;
         let guest = Guest::create(Config::new("life", GuestKind::Pv, 1))?;
         let phy = guest.attach(&format!("phy:{},xvda,w", device.path()))?;
         guest.run(&format!("rm -f {STOP}"))?;
         let job = guest.start(&work("xvda"))?;
-        let working = Working {
+        let working = WorkingGuest {
             guest,
             device,
             phy,

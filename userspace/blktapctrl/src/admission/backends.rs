@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Finds the images that other backends use, from xenstore.
 
-use super::sharing::{ImageUser, Machines};
+use super::sharing::{ImageUser, MachineSet};
 use super::views::{device_number, identity, GLANCE};
 use crate::blocking_io::blocking_io;
 use crate::image::Identity;
@@ -32,8 +32,8 @@ enum BackendKey {
 ///
 /// # Errors
 /// Xenstore does not answer.
-pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<Machines> {
-    let mut machines = Machines::new();
+pub(super) async fn machines(store: &dyn Store, domain: &str) -> io::Result<MachineSet> {
+    let mut machines = MachineSet::new();
     match store.read(&format!("/local/domain/{domain}/vm")).await {
         Err(error) if is_hidden(&error) => {
             machines.insert(format!("domain {domain}"));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Uses of devices by dom0's kernel itself: swap areas, parts of arrays and of volume groups.
 
-use super::views::{device_node, names, number_in, plain, Views};
+use super::views::{device_node, names, number_in, plain, KernelViews};
 use crate::image::Identity;
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 ///
 /// # Errors
 /// The kernel does not say.
-pub(super) fn claims(views: &Views, images: &[Identity]) -> io::Result<Vec<String>> {
+pub(super) fn claims(views: &KernelViews, images: &[Identity]) -> io::Result<Vec<String>> {
     let swaps = swaps(views)?;
     let mut claims = Vec::new();
     for image in images {
@@ -31,7 +31,7 @@ pub(super) fn claims(views: &Views, images: &[Identity]) -> io::Result<Vec<Strin
 }
 
 /// A device, its partitions, and the disk that it is a partition of, with their directories.
-fn parts(views: &Views, rdev: u64) -> Vec<(u64, PathBuf)> {
+fn parts(views: &KernelViews, rdev: u64) -> Vec<(u64, PathBuf)> {
     let place = views.device(rdev);
     let Ok(place) = fs::canonicalize(place) else {
         return Vec::new();
@@ -48,7 +48,7 @@ fn parts(views: &Views, rdev: u64) -> Vec<(u64, PathBuf)> {
 }
 
 /// A device as an administrator knows it.
-fn called(views: &Views, name: &str) -> String {
+fn called(views: &KernelViews, name: &str) -> String {
     match fs::read_to_string(views.sys.join("block").join(name).join("dm/name")) {
         Ok(known) => format!("/dev/mapper/{} ({name})", known.trim_end()),
         Err(_) => format!("/dev/{name}"),
@@ -56,7 +56,7 @@ fn called(views: &Views, name: &str) -> String {
 }
 
 /// The swap areas on devices. A swap file needs no check, because the kernel lets no process write it.
-fn swaps(views: &Views) -> io::Result<Vec<u64>> {
+fn swaps(views: &KernelViews) -> io::Result<Vec<u64>> {
     let text = match fs::read_to_string(views.proc.join("swaps")) {
         // A kernel without swap.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

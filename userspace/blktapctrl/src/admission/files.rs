@@ -16,12 +16,12 @@
 //! - The rules of sharing hold as for an image, and it counts as used from then on.
 
 use super::views::GLANCE;
-use super::{Admission, Beside};
+use super::{Admission, OtherUsers};
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Identity, Image};
 use crate::log::{tell, LogContext};
-use crate::record::{parents, Part, Record, Role};
+use crate::record::{parents, DiskPart, PartRole, Record};
 use control::supervisor::{Doing, Mode};
 use control::tapdisk::Open;
 use control::{Code, Failure};
@@ -45,9 +45,9 @@ impl Admission {
     pub async fn file(
         &self,
         disk: &Disk,
-        role: Role,
+        role: PartRole,
         path: &Path,
-    ) -> Result<(Arc<Image>, Part), Failure> {
+    ) -> Result<(Arc<Image>, DiskPart), Failure> {
         check_path(disk, role, path)?;
         check_driver(disk, role, path)?;
         let known = self.known(disk, role, path);
@@ -75,7 +75,7 @@ impl Admission {
         }
         let mode = mode(role, disk.record.borrow().mode);
         let vbd = disk.record.borrow().vbd.clone();
-        let part = Part {
+        let part = DiskPart {
             role,
             path: path.into(),
             identity: Some(image.identity()),
@@ -83,13 +83,13 @@ impl Admission {
             mode,
             locked: false,
         };
-        let work = |beside: Beside| {
-            if beside == Beside::Shared {
+        let work = |beside: OtherUsers| {
+            if beside == OtherUsers::Shared {
                 let why = "another disk uses it, and one of the two writes it: detach that";
                 return Err(refused(disk, role, path, why));
             }
             let locked = !mode.is_shared();
-            let part = Part { locked, ..part };
+            let part = DiskPart { locked, ..part };
             // The verb may be over by now, or be another one.
             self.check_new(disk, role, path)?;
             if (opened(disk), named(disk)) != asked_for {
@@ -110,22 +110,22 @@ impl Admission {
     /// # Errors
     /// As [`file`](Self::file).
     pub async fn socket(&self, disk: &Disk, path: &Path) -> Result<(Arc<Image>, bool), Failure> {
-        check_path(disk, Role::Socket, path)?;
-        let known = self.known(disk, Role::Socket, path).is_some();
+        check_path(disk, PartRole::Socket, path)?;
+        let known = self.known(disk, PartRole::Socket, path).is_some();
         if !known {
-            self.check_new(disk, Role::Socket, path)?;
+            self.check_new(disk, PartRole::Socket, path)?;
         }
         let place = path.to_path_buf();
         let socket = blocking_io(path, LIMIT, move || Image::socket(&place)).await?;
         let socket = Arc::new(socket);
         // A server that comes back makes a new socket, so its place is looked at each time.
-        self.check_named(disk, Role::Socket, path, socket.clone())
+        self.check_named(disk, PartRole::Socket, path, socket.clone())
             .await?;
         if !known {
             // The verb may be over by now.
-            self.check_new(disk, Role::Socket, path)?;
-            let part = Part {
-                role: Role::Socket,
+            self.check_new(disk, PartRole::Socket, path)?;
+            let part = DiskPart {
+                role: PartRole::Socket,
                 path: path.into(),
                 identity: None,
                 born: None,
@@ -138,7 +138,7 @@ impl Admission {
     }
 
     /// Returns the part of the disk's record for this path and role.
-    pub(crate) fn known(&self, disk: &Disk, role: Role, path: &Path) -> Option<Part> {
+    pub(crate) fn known(&self, disk: &Disk, role: PartRole, path: &Path) -> Option<DiskPart> {
         let record = disk.record.borrow();
         let mut parts = record.its_parts().iter();
         parts
@@ -146,14 +146,14 @@ impl Admission {
             .cloned()
     }
 
-    fn note_part(&self, disk: &Disk, part: Part) -> Result<(), Failure> {
+    fn note_part(&self, disk: &Disk, part: DiskPart) -> Result<(), Failure> {
         self.registry.change(disk, |record| match &mut record.next {
             Some(next) => next.parts.push(part),
             None => record.parts.push(part),
         })
     }
 
-    fn check_new(&self, disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+    fn check_new(&self, disk: &Disk, role: PartRole, path: &Path) -> Result<(), Failure> {
         let record = disk.record.borrow();
         let opens = match record.doing {
             Some(Doing::Create | Doing::Open | Doing::Unpause) => true,
@@ -203,11 +203,11 @@ impl Admission {
     async fn check_named(
         &self,
         disk: &Disk,
-        role: Role,
+        role: PartRole,
         path: &Path,
         file: Arc<Image>,
     ) -> Result<(), Failure> {
-        let writes = role == Role::Extent && !disk.record.borrow().mode.is_read_only();
+        let writes = role == PartRole::Extent && !disk.record.borrow().mode.is_read_only();
         let named = named(disk);
         let image = match below(disk) {
             Some(below) => Some(image::find(&below).await?),
@@ -245,10 +245,10 @@ fn is_below(place: &Path, folder: &Path) -> bool {
 
 /// Whether the file is a backing image that the disk had before: its last image, which an administrator named for it,
 /// or a backing image of that.
-fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
+fn goes_on(disk: &Disk, role: PartRole, file: &Image) -> bool {
     let record = disk.record.borrow();
-    let had = |part: &Part| file.is(part.identity, part.born);
-    role == Role::Parent
+    let had = |part: &DiskPart| file.is(part.identity, part.born);
+    role == PartRole::Parent
         && (file.is(record.identity, record.born) || parents(&record.parts).any(had))
 }
 
@@ -256,15 +256,15 @@ fn goes_on(disk: &Disk, role: Role, file: &Image) -> bool {
 /// or one that the image's own name leads to.
 fn is_beside(
     image: Option<&Image>,
-    role: Role,
+    role: PartRole,
     file: &Image,
     place: &Path,
 ) -> Result<bool, Failure> {
-    let Some(image) = image.filter(|_| role != Role::Socket) else {
+    let Some(image) = image.filter(|_| role != PartRole::Socket) else {
         return Ok(false);
     };
     let its = image.place()?;
-    let is_fixed = role == Role::Parent && file.is_unwritable();
+    let is_fixed = role == PartRole::Parent && file.is_unwritable();
     Ok(its.parent() == place.parent() && (is_fixed || is_extent_of(&its, place)))
 }
 
@@ -302,15 +302,15 @@ fn image_of(disk: &Disk) -> Option<Arc<Image>> {
 }
 
 /// Whether images of the disk's driver name such files at all.
-fn check_driver(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+fn check_driver(disk: &Disk, role: PartRole, path: &Path) -> Result<(), Failure> {
     let record = disk.record.borrow();
     let driver = opened_as(&record).map(|open| open.target.driver());
     let may = driver.is_some_and(|driver| match role {
-        Role::Parent => driver.has_tables(),
-        Role::Extent => driver.has_extents(),
-        Role::Socket => true,
+        PartRole::Parent => driver.has_tables(),
+        PartRole::Extent => driver.has_extents(),
+        PartRole::Socket => true,
         // No process asks for it.
-        Role::Mirror => false,
+        PartRole::Mirror => false,
     });
     match (may, driver) {
         (true, _) => Ok(()),
@@ -357,7 +357,7 @@ fn opened_as(record: &Record) -> Option<&Open> {
 
 /// Checks that a name from a process is a path that an image could have, before it is logged or opened, so that no
 /// process can write lines of its own into the log.
-fn check_path(disk: &Disk, role: Role, path: &Path) -> Result<(), Failure> {
+fn check_path(disk: &Disk, role: PartRole, path: &Path) -> Result<(), Failure> {
     let text = path.to_string_lossy();
     let why = match () {
         () if text.len() > LONGEST => format!("a path has {LONGEST} bytes at most"),
@@ -393,15 +393,15 @@ pub(crate) fn check_files(files: &[PathBuf]) -> Result<(), Failure> {
 }
 
 /// A parent is read; an extent is as the image is.
-fn mode(role: Role, disk: Mode) -> Mode {
+fn mode(role: PartRole, disk: Mode) -> Mode {
     match role {
-        Role::Parent if disk.is_shared() => Mode::ReadShared,
-        Role::Parent => Mode::Read,
-        Role::Extent | Role::Socket | Role::Mirror => disk,
+        PartRole::Parent if disk.is_shared() => Mode::ReadShared,
+        PartRole::Parent => Mode::Read,
+        PartRole::Extent | PartRole::Socket | PartRole::Mirror => disk,
     }
 }
 
-fn refused(disk: &Disk, role: Role, path: &Path, why: &str) -> Failure {
+fn refused(disk: &Disk, role: PartRole, path: &Path, why: &str) -> Failure {
     let message = format!(
         "disk {} may not have {} as its {role}: {why}",
         disk.minor,

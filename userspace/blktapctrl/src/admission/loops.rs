@@ -3,7 +3,7 @@
 //! it.
 
 use super::mounts::MountTable;
-use super::views::{identity, number_in, Views, GLANCE};
+use super::views::{identity, number_in, KernelViews, GLANCE};
 use crate::blocking_io::blocking_io;
 use crate::image::{Identity, Image};
 use control::{Code, Failure};
@@ -22,7 +22,7 @@ struct Loop {
 }
 
 /// All loop devices in use.
-fn loops(views: &Views) -> io::Result<Vec<Loop>> {
+fn loops(views: &KernelViews) -> io::Result<Vec<Loop>> {
     let one = |place: PathBuf| {
         let file = fs::read(place.join("loop/backing_file")).ok()?;
         let file = file.strip_suffix(b"\n").unwrap_or(&file);
@@ -44,7 +44,7 @@ fn loops(views: &Views) -> io::Result<Vec<Loop>> {
 /// # Errors
 /// The system does not show whether a loop device stands on the image.
 pub(super) async fn same(
-    views: &Views,
+    views: &KernelViews,
     table: &MountTable,
     image: &Arc<Image>,
 ) -> Result<Vec<Identity>, Failure> {
@@ -87,7 +87,7 @@ mod tests {
     use super::{loops, same};
     use crate::admission::mounts::MountTable;
     use crate::admission::views::pretended::{device, views};
-    use crate::admission::views::Views;
+    use crate::admission::views::KernelViews;
     use crate::image::{Identity, Image};
     use control::Code;
     use rustix::fs::makedev;
@@ -95,7 +95,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    fn loop_on(views: &Views, number: u32, file: &Path) {
+    fn loop_on(views: &KernelViews, number: u32, file: &Path) {
         let place = device(
             views,
             &format!("block/loop{number}"),
@@ -123,7 +123,7 @@ mod tests {
         let file = &loops(&views).expect("loops")[0].file;
         assert_eq!(file, &path);
         let image = Arc::new(Image::find(&path).expect("an image"));
-        let table = MountTable::read(&Views::default()).expect("mounts");
+        let table = MountTable::read(&KernelViews::default()).expect("mounts");
         let both = [
             image.identity(),
             Identity::Device {

@@ -17,7 +17,7 @@ use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{Identity, Image};
 use crate::overlay;
-use crate::record::{Part, Role};
+use crate::record::{DiskPart, PartRole};
 use crate::registry::Registry;
 use crate::store::{directory, relative};
 use control::supervisor::{Check, Mode};
@@ -25,14 +25,14 @@ use control::tapdisk::Open;
 use control::{Code, Failure, LeaseKind, SaidRules};
 pub(crate) use files::check_files;
 use mounts::MountTable;
-pub(crate) use sharing::Beside;
-use sharing::{ImageUser, Machines, Mount};
+pub(crate) use sharing::OtherUsers;
+use sharing::{DeviceMount, ImageUser, MachineSet};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use views::Views;
+use views::KernelViews;
 
 /// The users of an image that were found outside of the supervisor.
 struct FoundUsers {
@@ -41,8 +41,8 @@ struct FoundUsers {
     /// Other backends.
     backends: Vec<ImageUser>,
     /// The virtual machines of who asks.
-    machines: Machines,
-    mounts: Vec<Mount>,
+    machines: MachineSet,
+    mounts: Vec<DeviceMount>,
     /// Other uses of it by dom0's kernel.
     claims: Vec<String>,
     /// dom0's kernel has an exclusive claim on it, of an unknown holder.
@@ -52,7 +52,7 @@ struct FoundUsers {
 /// Decides which disks may use an image.
 pub struct Admission {
     registry: Rc<Registry>,
-    views: Views,
+    views: KernelViews,
     /// Where files beside the image of any disk may be, and sockets of servers.
     folders: Vec<PathBuf>,
 }
@@ -118,8 +118,8 @@ pub(crate) fn with_mode(mut open: Open, mode: Mode) -> Result<Open, Failure> {
 ///
 /// # Errors
 /// The driver cannot do that.
-pub(crate) fn beside_others(mut open: Open, beside: Beside) -> Result<Open, Failure> {
-    let shares = beside == Beside::Shared;
+pub(crate) fn beside_others(mut open: Open, beside: OtherUsers) -> Result<Open, Failure> {
+    let shares = beside == OtherUsers::Shared;
     if shares && open.target.driver().has_one_writer() {
         return Err(Failure::new(
             Code::Busy,
@@ -141,13 +141,13 @@ impl Admission {
     pub fn new(registry: Rc<Registry>, folders: Vec<PathBuf>) -> Admission {
         Admission {
             registry,
-            views: Views::default(),
+            views: KernelViews::default(),
             folders,
         }
     }
 
     /// Does `work` if no user of the image forbids it; the image counts as used when the work is done. `except` is a
-    /// disk that gives up what it used; without it the image is for a new disk. The work learns from [`Beside`] whether
+    /// disk that gives up what it used; without it the image is for a new disk. The work learns from [`OtherUsers`] whether
     /// another of our processes uses the image as well: then neither may lock it against the other, or one of the two
     /// is to release it.
     ///
@@ -159,13 +159,13 @@ impl Admission {
         mode: Mode,
         vbd: Option<&str>,
         except: Option<u32>,
-        work: impl FnOnce(Beside) -> Result<T, Failure>,
+        work: impl FnOnce(OtherUsers) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let seen = match image {
             Some(image) => Some((image, self.look(image, vbd).await?)),
             None => None,
         };
-        let mut machines: BTreeMap<String, Machines> = BTreeMap::new();
+        let mut machines: BTreeMap<String, MachineSet> = BTreeMap::new();
         // Directories that came in between belong to a machine, too.
         while let Some(new) = self.first_directory(|vbd| !machines.contains_key(vbd)) {
             let its = self.machines(Some(&new)).await.map_err(unseen)?;
@@ -179,12 +179,12 @@ impl Admission {
                 let ours = self.users(except, &machines);
                 let domain = vbd.and_then(domain_of);
                 let beside = decide(image, mode, domain, &ours, &seen)?;
-                if beside != Beside::Nobody {
+                if beside != OtherUsers::Nobody {
                     self.check_stays(image, &seen.images)?;
                 }
                 beside
             }
-            None => Beside::Nobody,
+            None => OtherUsers::Nobody,
         };
         work(beside)
     }
@@ -271,8 +271,9 @@ impl Admission {
         let leaves = |disk: &&Rc<Disk>| {
             let record = disk.record.borrow();
             let mut parts = record.parts.iter();
-            let goes_to = |part: &Part| {
-                part.role == Role::Mirror && part.identity.is_some_and(|its| images.contains(&its))
+            let goes_to = |part: &DiskPart| {
+                part.role == PartRole::Mirror
+                    && part.identity.is_some_and(|its| images.contains(&its))
             };
             let is_left = record.identity.is_some_and(|its| images.contains(&its));
             record.mirror.is_some() && (is_left || parts.any(goes_to))
@@ -313,7 +314,11 @@ impl Admission {
     }
 
     /// The users of images among our own disks. A disk that goes from one image to another uses both.
-    fn users(&self, except: Option<u32>, machines: &BTreeMap<String, Machines>) -> Vec<ImageUser> {
+    fn users(
+        &self,
+        except: Option<u32>,
+        machines: &BTreeMap<String, MachineSet>,
+    ) -> Vec<ImageUser> {
         let user = |minor: u32, images: Vec<Identity>, mode, vbd: Option<&String>| ImageUser {
             name: match vbd {
                 Some(vbd) => format!("tap disk {minor} of {vbd}"),
@@ -399,11 +404,11 @@ impl Admission {
     }
 
     /// The virtual machines of the guest of a backend's directory.
-    async fn machines(&self, vbd: Option<&str>) -> io::Result<Machines> {
+    async fn machines(&self, vbd: Option<&str>) -> io::Result<MachineSet> {
         let domain = vbd.and_then(domain_of);
         match (self.registry.store(), domain) {
             (Some(store), Some(domain)) => backends::machines(&*store, domain).await,
-            _ => Ok(Machines::new()),
+            _ => Ok(MachineSet::new()),
         }
     }
 }
@@ -420,7 +425,7 @@ fn decide(
     domain: Option<&str>,
     ours: &[ImageUser],
     seen: &FoundUsers,
-) -> Result<Beside, Failure> {
+) -> Result<OtherUsers, Failure> {
     let beside = sharing::beside(&seen.images, mode, domain, &seen.machines, ours);
     let others = [ours, seen.backends.as_slice()].concat();
     let free = sharing::check(&seen.images, mode, &seen.machines, &others, &seen.mounts)

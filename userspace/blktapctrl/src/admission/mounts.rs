@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Mounts of dom0.
 
-use super::sharing::Mount;
-use super::views::{device_node, device_number, number_in, plain, Views};
+use super::sharing::DeviceMount;
+use super::views::{device_node, device_number, number_in, plain, KernelViews};
 use crate::image::Image;
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// A line of the kernel's list of mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Mounted {
+struct MountLine {
     number: u64,
     /// The file system: its block device, or a number that stands for it.
     dev: u64,
@@ -21,14 +21,14 @@ struct Mounted {
 
 /// The kernel's list of mounts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct MountTable(Vec<Mounted>);
+pub(super) struct MountTable(Vec<MountLine>);
 
 impl MountTable {
     /// Reads the mounts of dom0.
     ///
     /// # Errors
     /// The list of mounts cannot be read.
-    pub(super) fn read(views: &Views) -> io::Result<MountTable> {
+    pub(super) fn read(views: &KernelViews) -> io::Result<MountTable> {
         let text = fs::read(views.proc.join("self/mountinfo"))?;
         Ok(MountTable::parse(&String::from_utf8_lossy(&text)))
     }
@@ -42,7 +42,7 @@ impl MountTable {
             let place = plain(words.nth(1)?);
             let write = words.next()?.split(',').any(|word| word == "rw");
             let source = plain(back.split(' ').nth(1)?);
-            Some(Mounted {
+            Some(MountLine {
                 number,
                 dev,
                 place,
@@ -56,7 +56,7 @@ impl MountTable {
     /// Returns the mounts of block devices. A btrfs has a device number of its own, which is no block device's: the
     /// source says what it is on, and all of its devices are below `/sys/fs/btrfs`.
     #[must_use]
-    pub(super) fn devices(&self, views: &Views) -> Vec<Mount> {
+    pub(super) fn devices(&self, views: &KernelViews) -> Vec<DeviceMount> {
         let mut mounts = Vec::new();
         for mounted in &self.0 {
             let mut devices = vec![mounted.dev];
@@ -66,7 +66,7 @@ impl MountTable {
             }
             devices.sort_unstable();
             devices.dedup();
-            mounts.extend(devices.into_iter().map(|rdev| Mount {
+            mounts.extend(devices.into_iter().map(|rdev| DeviceMount {
                 rdev,
                 place: mounted.place.display().to_string(),
                 write: mounted.write,
@@ -78,8 +78,8 @@ impl MountTable {
     /// The file system at a path, by its name alone: the file system is not asked.
     pub(super) fn at(&self, path: &Path) -> Option<u64> {
         // Of two mounts at one place the later one counts.
-        let depth = |mounted: &&Mounted| mounted.place.components().count();
-        let above = |mounted: &&Mounted| path.starts_with(&mounted.place);
+        let depth = |mounted: &&MountLine| mounted.place.components().count();
+        let above = |mounted: &&MountLine| path.starts_with(&mounted.place);
         self.0.iter().filter(above).max_by_key(depth).map(|m| m.dev)
     }
 
@@ -92,7 +92,7 @@ impl MountTable {
 }
 
 /// All devices of the btrfs that has one of them.
-fn members(views: &Views, rdev: u64) -> Vec<u64> {
+fn members(views: &KernelViews, rdev: u64) -> Vec<u64> {
     let Ok(systems) = fs::read_dir(views.sys.join("fs/btrfs")) else {
         return Vec::new();
     };

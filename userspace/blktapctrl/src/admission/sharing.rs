@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 
 /// The virtual machines that a user of an image belongs to: its own and, of a stub domain, the one
 /// that it serves. Empty for dom0's own tools.
-pub type Machines = BTreeSet<String>;
+pub type MachineSet = BTreeSet<String>;
 
 /// Someone who uses an image.
 #[derive(Clone, Debug)]
@@ -32,12 +32,12 @@ pub struct ImageUser {
     /// By which domain.
     pub domain: Option<String>,
     /// By whom.
-    pub machines: Machines,
+    pub machines: MachineSet,
 }
 
 /// A file system that is mounted from a block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
+pub struct DeviceMount {
     /// The block device's number.
     pub rdev: u64,
     /// Path of the mount.
@@ -55,9 +55,9 @@ pub struct Mount {
 pub fn check(
     images: &[Identity],
     mode: Mode,
-    machines: &Machines,
+    machines: &MachineSet,
     others: &[ImageUser],
-    mounts: &[Mount],
+    mounts: &[DeviceMount],
 ) -> Result<(), String> {
     if mode.is_shared() {
         return Ok(());
@@ -117,8 +117,8 @@ pub fn check_promised(mode: Mode, promised: bool) -> Result<(), String> {
 
 /// Some user or mount is known that uses the image.
 #[must_use]
-pub fn is_used(images: &[Identity], others: &[ImageUser], mounts: &[Mount]) -> bool {
-    let mounted = |mount: &Mount| images.contains(&Identity::Device { rdev: mount.rdev });
+pub fn is_used(images: &[Identity], others: &[ImageUser], mounts: &[DeviceMount]) -> bool {
+    let mounted = |mount: &DeviceMount| images.contains(&Identity::Device { rdev: mount.rdev });
     mounts.iter().any(mounted)
         || others
             .iter()
@@ -127,7 +127,7 @@ pub fn is_used(images: &[Identity], others: &[ImageUser], mounts: &[Mount]) -> b
 
 /// Other permitted users of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Beside {
+pub enum OtherUsers {
     /// None, or all of them read.
     Nobody,
     /// A migrating guest: another domain has the image for this virtual machine, and one of the two will resume. Each
@@ -143,9 +143,9 @@ pub fn beside(
     images: &[Identity],
     mode: Mode,
     domain: Option<&str>,
-    machines: &Machines,
+    machines: &MachineSet,
     others: &[ImageUser],
-) -> Beside {
+) -> OtherUsers {
     let at_once = |user: &&ImageUser| {
         user.images.iter().any(|image| images.contains(image))
             && (!mode.is_read_only() || !user.mode.is_read_only())
@@ -158,12 +158,12 @@ pub fn beside(
             && !user.mode.is_shared()
             && !mode.is_shared()
     };
-    let mut found = Beside::Nobody;
+    let mut found = OtherUsers::Nobody;
     for user in others.iter().filter(at_once) {
         match moves(user) {
-            true if found != Beside::Shared => found = Beside::Moving,
+            true if found != OtherUsers::Shared => found = OtherUsers::Moving,
             true => {}
-            false => found = Beside::Shared,
+            false => found = OtherUsers::Shared,
         }
     }
     found
@@ -172,8 +172,8 @@ pub fn beside(
 #[cfg(test)]
 mod tests {
     use super::{
-        beside, check, check_claims, check_promised, Beside, Identity, ImageUser, Machines, Mode,
-        Mount,
+        beside, check, check_claims, check_promised, DeviceMount, Identity, ImageUser, MachineSet,
+        Mode, OtherUsers,
     };
 
     const IMAGE: Identity = Identity::File { dev: 1, ino: 7 };
@@ -183,7 +183,7 @@ mod tests {
         text.parse().expect("a mode")
     }
 
-    fn machines(names: &[&str]) -> Machines {
+    fn machines(names: &[&str]) -> MachineSet {
         names.iter().map(|&name| name.to_owned()).collect()
     }
 
@@ -252,12 +252,12 @@ mod tests {
         ] {
             let (others, vm) = ([user(there, &["/vm/a"])], machines(&["/vm/a"]));
             let expected = match shared {
-                true => Beside::Shared,
-                false => Beside::Nobody,
+                true => OtherUsers::Shared,
+                false => OtherUsers::Nobody,
             };
             let found = |image| beside(&[image], mode(wanted), Some("3"), &vm, &others);
             assert_eq!(found(IMAGE), expected);
-            assert_eq!(found(DEVICE), Beside::Nobody);
+            assert_eq!(found(DEVICE), OtherUsers::Nobody);
         }
     }
 
@@ -268,24 +268,27 @@ mod tests {
             let others = [user(there, &["/vm/a"])];
             beside(&[IMAGE], mode(wanted), Some(domain), &machines(vm), &others)
         };
-        assert_eq!(found("w", "w", "4", &["/vm/a"]), Beside::Moving);
-        assert_eq!(found("r", "w", "4", &["/vm/a"]), Beside::Moving);
-        assert_eq!(found("r", "r", "4", &["/vm/a"]), Beside::Nobody);
-        assert_eq!(found("w!", "w!", "4", &["/vm/a"]), Beside::Shared);
-        assert_eq!(found("w", "w", "4", &["/vm/a", "/vm/stub"]), Beside::Shared);
-        assert_eq!(found("w", "w", "3", &["/vm/a"]), Beside::Shared);
+        assert_eq!(found("w", "w", "4", &["/vm/a"]), OtherUsers::Moving);
+        assert_eq!(found("r", "w", "4", &["/vm/a"]), OtherUsers::Moving);
+        assert_eq!(found("r", "r", "4", &["/vm/a"]), OtherUsers::Nobody);
+        assert_eq!(found("w!", "w!", "4", &["/vm/a"]), OtherUsers::Shared);
+        assert_eq!(
+            found("w", "w", "4", &["/vm/a", "/vm/stub"]),
+            OtherUsers::Shared
+        );
+        assert_eq!(found("w", "w", "3", &["/vm/a"]), OtherUsers::Shared);
         let both = [user("w", &["/vm/a"]), user("w", &["/vm/a", "/vm/stub"])];
         let vm = machines(&["/vm/a"]);
         assert_eq!(
             beside(&[IMAGE], mode("w"), Some("4"), &vm, &both),
-            Beside::Shared
+            OtherUsers::Shared
         );
     }
 
     #[test]
     fn a_mount_is_a_user() {
         let mount = |write| {
-            [Mount {
+            [DeviceMount {
                 rdev: 0x0701,
                 place: "/mnt".into(),
                 write,

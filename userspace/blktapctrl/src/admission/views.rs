@@ -11,23 +11,23 @@ use std::time::Duration;
 
 /// Where the kernel shows what it does.
 #[derive(Clone, Debug)]
-pub(super) struct Views {
+pub(super) struct KernelViews {
     /// `/proc`.
     pub(super) proc: PathBuf,
     /// `/sys`.
     pub(super) sys: PathBuf,
 }
 
-impl Default for Views {
+impl Default for KernelViews {
     fn default() -> Self {
-        Views {
+        KernelViews {
             proc: "/proc".into(),
             sys: "/sys".into(),
         }
     }
 }
 
-impl Views {
+impl KernelViews {
     /// The directory of a block device.
     pub(super) fn device(&self, rdev: u64) -> PathBuf {
         let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
@@ -102,15 +102,15 @@ pub(super) fn plain(text: &str) -> PathBuf {
 /// A kernel that is a folder, for the tests of who reads what it shows.
 #[cfg(test)]
 pub(super) mod pretended {
-    use super::Views;
+    use super::KernelViews;
     use std::fs;
     use std::os::unix::fs::{symlink, MetadataExt};
     use std::path::PathBuf;
 
     /// Views of a kernel that is a folder.
-    pub(crate) fn views(name: &str) -> (PathBuf, Views) {
+    pub(crate) fn views(name: &str) -> (PathBuf, KernelViews) {
         let dir = std::env::temp_dir().join(format!("users-{}-{name}", std::process::id()));
-        let views = Views {
+        let views = KernelViews {
             proc: dir.join("proc"),
             sys: dir.join("sys"),
         };
@@ -121,7 +121,7 @@ pub(super) mod pretended {
     }
 
     /// A device of that kernel.
-    pub(crate) fn device(views: &Views, place: &str, number: &str) -> PathBuf {
+    pub(crate) fn device(views: &KernelViews, place: &str, number: &str) -> PathBuf {
         let place = views.sys.join(place);
         fs::create_dir_all(place.join("holders")).expect("folders");
         fs::write(place.join("dev"), format!("{number}\n")).expect("write");

@@ -4,7 +4,7 @@
 mod history;
 mod log;
 
-use crate::disk::Disks;
+use crate::disk::DiskTable;
 use crate::log::{tell, LogContext};
 use control::supervisor::{Event, What};
 use history::EventHistory;
@@ -23,7 +23,7 @@ const KEPT: usize = 1024;
 #[derive(Debug)]
 pub struct Events {
     /// The disks that events are about.
-    disks: Rc<Disks>,
+    disks: Rc<DiskTable>,
     series: u32,
     kept: RefCell<VecDeque<Event>>,
     last: watch::Sender<u64>,
@@ -39,7 +39,7 @@ impl Events {
     /// The events of these disks that an earlier supervisor has left at a path, and those to come. Without a path, or
     /// if the file cannot be used, events end with this supervisor, and the next one begins a new series.
     #[must_use]
-    pub fn new(disks: Rc<Disks>, path: Option<&Path>) -> Events {
+    pub fn new(disks: Rc<DiskTable>, path: Option<&Path>) -> Events {
         let (history, kept) = match path.map(|path| (path, EventHistory::open(path))) {
             Some((_, Ok((history, kept)))) => (Some(history), kept),
             Some((path, Err(error))) => {

@@ -16,7 +16,7 @@ use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::kernel::IMAGE;
-use crate::record::{parents, Lent, Part};
+use crate::record::{parents, DiskPart, LentFile};
 use control::supervisor::What;
 use control::tapdisk::Open;
 use control::Failure;
@@ -35,7 +35,7 @@ impl Lifecycle {
         &self,
         disk: &Disk,
         open: &Open,
-        part: &Part,
+        part: &DiskPart,
         file: &Arc<Image>,
     ) -> Option<u16> {
         let lent = async {
@@ -66,7 +66,7 @@ impl Lifecycle {
         if is_written(disk) || !may_lend(open) {
             return;
         }
-        let all: Vec<Part> = parents(disk.record.borrow().its_parts()).cloned().collect();
+        let all: Vec<DiskPart> = parents(disk.record.borrow().its_parts()).cloned().collect();
         for part in all {
             let lent = async {
                 let Some(number) = self.number(disk, &part)? else {
@@ -95,15 +95,15 @@ impl Lifecycle {
         told.ok()
     }
 
-    fn number(&self, disk: &Disk, part: &Part) -> Result<Option<u16>, Failure> {
+    fn number(&self, disk: &Disk, part: &DiskPart) -> Result<Option<u16>, Failure> {
         let Some(identity) = part.identity.filter(|_| part.locked) else {
             return Ok(None);
         };
-        let lent = Lent {
+        let lent = LentFile {
             identity,
             born: part.born,
         };
-        let place = |all: &[Lent]| all.iter().position(|one| *one == lent);
+        let place = |all: &[LentFile]| all.iter().position(|one| *one == lent);
         let known = place(&disk.record.borrow().lent);
         let place = match known {
             Some(place) => place,

@@ -2,10 +2,10 @@
 //! A disk is made, and served for the first time.
 
 use super::Lifecycle;
-use crate::admission::{beside_others, check_files, with_mode, Beside};
-use crate::disk::{Disk, Fate};
+use crate::admission::{beside_others, check_files, with_mode, OtherUsers};
+use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
-use crate::record::{Inactive, Record};
+use crate::record::{InactiveReason, Record};
 use crate::store::relative;
 use control::supervisor::{Allocate, Create, Doing, What};
 use control::tapdisk;
@@ -13,7 +13,7 @@ use control::{Code, Failure};
 use std::rc::Rc;
 
 /// Answer to the creation of a disk.
-pub struct Made {
+pub struct CreatedDisk {
     /// Its number.
     pub minor: u32,
     /// The process and the disk that it serves; nothing if the caller did not wait for that.
@@ -25,7 +25,7 @@ impl Lifecycle {
     ///
     /// # Errors
     /// Its image is in use, or it cannot be served: nothing is left of it.
-    pub async fn create(self: &Rc<Self>, create: Create) -> Result<Made, Failure> {
+    pub async fn create(self: &Rc<Self>, create: Create) -> Result<CreatedDisk, Failure> {
         self.until_unparked().await?;
         let vbd = create.vbd.as_deref().map(relative).map(str::to_owned);
         if let Some(vbd) = &vbd {
@@ -80,7 +80,7 @@ impl Lifecycle {
         let target = Some(open.target.clone());
         let work = |beside| {
             record.open = Some(beside_others(open, beside)?);
-            record.inactive = (beside == Beside::Moving).then_some(Inactive::Arriving);
+            record.inactive = (beside == OtherUsers::Moving).then_some(InactiveReason::Arriving);
             self.registry
                 .make_node(record, create.minor, create.arena_kib)
         };
@@ -107,9 +107,9 @@ impl Lifecycle {
     }
 
     /// Serves a new disk; one that cannot be leaves nothing.
-    async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Made, Failure> {
+    async fn start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<CreatedDisk, Failure> {
         let started = self.try_to_start(disk).await;
-        if started.is_err() && disk.fate() != Fate::Stays {
+        if started.is_err() && disk.fate() != DiskFate::Stays {
             if let Err(also) = self.destroy(disk).await {
                 tell!(error, disk.about().failed(&also), "{also}");
             }
@@ -117,7 +117,7 @@ impl Lifecycle {
         started
     }
 
-    async fn try_to_start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<Made, Failure> {
+    async fn try_to_start(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<CreatedDisk, Failure> {
         let _turn = disk.turn().await?;
         if disk.doing() == Some(Doing::Create) {
             disk.unless_doomed(self.finish_open(disk)).await?;
@@ -158,20 +158,20 @@ impl Lifecycle {
 }
 
 /// Answer about a disk whose caller does not wait until it is served.
-fn begun(disk: &Disk) -> Made {
-    Made {
+fn begun(disk: &Disk) -> CreatedDisk {
+    CreatedDisk {
         minor: disk.minor,
         served: None,
     }
 }
 
-fn served(disk: &Disk) -> Result<Made, Failure> {
+fn served(disk: &Disk) -> Result<CreatedDisk, Failure> {
     let what = disk.serves.borrow().clone();
     let what = what.ok_or_else(|| {
         let message = format!("disk {} is not served at the moment", disk.minor);
         Failure::new(Code::State, message)
     })?;
-    Ok(Made {
+    Ok(CreatedDisk {
         minor: disk.minor,
         served: Some((disk.serving()?.pid(), what)),
     })

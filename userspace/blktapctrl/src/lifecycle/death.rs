@@ -2,10 +2,10 @@
 //! Processes are started, watched, and replaced when they have died.
 
 use super::{fd_broker, group, io_errors, output, trace, Lifecycle};
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
 use crate::process::{self, Process, Program, OPEN, SOON};
-use crate::record::Want;
+use crate::record::DesiredState;
 use control::supervisor::{Doing, What};
 use control::tapdisk::Request;
 use control::Failure;
@@ -143,7 +143,7 @@ impl Lifecycle {
                 }
                 continue;
             }
-            if disk.record.borrow().want != Want::Served {
+            if disk.record.borrow().want != DesiredState::Served {
                 return;
             }
             let Err(failure) = disk.unless_doomed(self.serve(disk)).await else {
@@ -154,7 +154,7 @@ impl Lifecycle {
                 return;
             };
             self.give_up_process(disk).await;
-            if disk.fate() != Fate::Stays {
+            if disk.fate() != DiskFate::Stays {
                 return;
             }
             pause = disk.backoff.borrow_mut().died(Duration::ZERO, false);

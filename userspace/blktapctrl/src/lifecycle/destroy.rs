@@ -3,7 +3,7 @@
 
 use super::io_errors::tell_of_kernel;
 use super::Lifecycle;
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::folder;
 use crate::kernel;
 use crate::log::{tell, LogContext};
@@ -23,7 +23,7 @@ const END: Duration = Duration::from_secs(20);
 impl Lifecycle {
     /// Takes a disk away, without waiting for it.
     pub fn destroy_later(self: &Rc<Self>, disk: &Rc<Disk>) {
-        if disk.advance(Fate::Doomed) {
+        if disk.advance(DiskFate::Doomed) {
             // The next supervisor continues it. If this change cannot be stored, the caller asks again.
             disk.record.borrow_mut().doing = Some(Doing::Destroy);
             self.registry.note(disk);
@@ -236,7 +236,7 @@ impl Lifecycle {
             Err(failure) if failure.code == Code::NotFound => return self.end_idle(which).await,
             disk => disk?,
         };
-        if !is_toolstack && disk.fate() == Fate::Stays {
+        if !is_toolstack && disk.fate() == DiskFate::Stays {
             let node = kernel::node(&*self.registry.kernel, disk.minor)
                 .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
             if let Some((domain, device)) = node.and_then(|node| node.bound) {

@@ -17,7 +17,7 @@ use crate::disk::Disk;
 use crate::folder;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::Noted;
+use crate::record::MarkRecord;
 use control::supervisor::{Mode, What};
 use control::tapdisk::{self, Request, State};
 use control::{Changed, Code, Failure, Mark, MarkName, MAX_MARKS};
@@ -94,7 +94,7 @@ impl Lifecycle {
     }
 
     /// The map of a mark.
-    fn map(&self, disk: &Disk, mark: &Noted) -> PathBuf {
+    fn map(&self, disk: &Disk, mark: &MarkRecord) -> PathBuf {
         self.registry.folder.notes_of(disk.minor, mark.number)
     }
 
@@ -118,7 +118,7 @@ impl Lifecycle {
         name: &MarkName,
     ) -> Result<Vec<Mark>, Failure> {
         let _turn = disk.turn().await?;
-        let named = |mark: &Noted| mark.name.as_ref() == Some(name);
+        let named = |mark: &MarkRecord| mark.name.as_ref() == Some(name);
         if !disk.record.borrow().marks.iter().any(named) {
             return Err(no_mark(disk, name));
         }
@@ -216,7 +216,7 @@ impl Lifecycle {
     #[must_use]
     pub fn marks(&self, disk: &Disk) -> Vec<Mark> {
         let record = disk.record.borrow();
-        let mark = |noted: &Noted| {
+        let mark = |noted: &MarkRecord| {
             Some(Mark {
                 name: noted.name.clone()?,
                 number: noted.number,
@@ -289,7 +289,7 @@ impl Lifecycle {
     }
 
     /// The map of a mark and all later ones, each with the bytes that the disk had when it was made.
-    fn maps_since(&self, disk: &Disk, since: &Noted) -> Vec<(PathBuf, u64)> {
+    fn maps_since(&self, disk: &Disk, since: &MarkRecord) -> Vec<(PathBuf, u64)> {
         let record = disk.record.borrow();
         let marks = record.marks.iter();
         let later = marks.filter(|mark| mark.number >= since.number);
@@ -301,7 +301,7 @@ impl Lifecycle {
     /// Reads the maps of a mark and of all later ones.
     async fn look(
         &self,
-        since: &Noted,
+        since: &MarkRecord,
         maps: Vec<(PathBuf, u64)>,
         size: u64,
         from: u64,
@@ -408,7 +408,7 @@ async fn have_noted(disk: &Disk, process: &Process, map: Option<OwnedFd>) -> Res
 }
 
 /// A mark that this disk may have.
-fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
+fn next_mark(disk: &Disk, name: MarkName) -> Result<MarkRecord, Failure> {
     if find(disk, &name).is_some() {
         return Err(Failure::new(
             Code::Exists,
@@ -446,7 +446,7 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
         Failure::new(Code::State, why)
     })?;
     let (last, now) = (record.marks.last(), now_ms());
-    Ok(Noted {
+    Ok(MarkRecord {
         // So a map never has the name of one that was lost.
         number: last.map_or(now, |last| now.max(last.number + 1)),
         name: Some(name),
@@ -458,14 +458,14 @@ fn next_mark(disk: &Disk, name: MarkName) -> Result<Noted, Failure> {
 }
 
 /// A mark that is set.
-fn find(disk: &Disk, name: &MarkName) -> Option<Noted> {
+fn find(disk: &Disk, name: &MarkName) -> Option<MarkRecord> {
     let record = disk.record.borrow();
     let mut marks = record.marks.iter().filter(|mark| mark.is_set);
     marks.find(|mark| mark.name.as_ref() == Some(name)).cloned()
 }
 
 /// Returns a mark by its number, if it is set and has a name.
-fn numbered(disk: &Disk, number: u64) -> Option<Noted> {
+fn numbered(disk: &Disk, number: u64) -> Option<MarkRecord> {
     let record = disk.record.borrow();
     let mut marks = record.marks.iter().filter(|mark| mark.is_set);
     let named = marks.find(|mark| mark.number == number && mark.name.is_some());

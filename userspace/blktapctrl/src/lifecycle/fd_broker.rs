@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes ask for what they cannot open themselves; what is decided is sent back.
 
-use super::io_errors::{until_end, Rate};
+use super::io_errors::{until_end, EventRate};
 use super::{key, server, Lifecycle};
 use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::image::Opened;
 use crate::process::Process;
-use crate::record::Role;
+use crate::record::PartRole;
 use crate::registry::Registry;
 use crate::rpc_client::{unexpected, RpcClient, EVER};
-use crate::state::{DiskState, Whose};
+use crate::state::{DiskState, StateOwner};
 use control::supervisor::What;
 use control::tapdisk::{Needed, Provided, Reply, Request};
 use control::{Code, Failure, Target, TlsFile};
@@ -27,26 +27,26 @@ const STEP: Duration = Duration::from_millis(10);
 
 /// Answers the needs of a process until it ends.
 pub(super) async fn watch(lifecycle: Rc<Lifecycle>, process: Rc<Process>) {
-    let mut heard = Heard::new();
+    let mut heard = OutputCounters::new();
     let listen = async || listen(&lifecycle, &process, &mut heard).await;
     until_end(&lifecycle, &process, "say what it needs", listen).await;
 }
 
 /// Counters of a process, over all connections to it.
-struct Heard {
+struct OutputCounters {
     messages: u64,
-    refused: Rate,
-    reconnected: Rate,
+    refused: EventRate,
+    reconnected: EventRate,
     /// The process has a connection to the server of its disk.
     is_connected: bool,
 }
 
-impl Heard {
-    fn new() -> Heard {
-        Heard {
+impl OutputCounters {
+    fn new() -> OutputCounters {
+        OutputCounters {
             messages: 0,
-            refused: Rate::new(),
-            reconnected: Rate::new(),
+            refused: EventRate::new(),
+            reconnected: EventRate::new(),
             is_connected: false,
         }
     }
@@ -100,7 +100,7 @@ impl Heard {
 async fn listen(
     lifecycle: &Lifecycle,
     process: &Process,
-    heard: &mut Heard,
+    heard: &mut OutputCounters,
 ) -> Result<Infallible, Failure> {
     let mut link = process.another_link().await?;
     // Needs that an earlier connection reported and that have no answer are reported again.
@@ -205,8 +205,8 @@ impl Lifecycle {
                 let file = self.open_trace(&disk).await?;
                 Ok((Given::File(file), Provided::Shared))
             }
-            Needed::Parent { path } => self.file(&disk, Role::Parent, path).await,
-            Needed::Extent { path } => self.file(&disk, Role::Extent, path).await,
+            Needed::Parent { path } => self.file(&disk, PartRole::Parent, path).await,
+            Needed::Extent { path } => self.file(&disk, PartRole::Extent, path).await,
             Needed::Socket { path } => self.connect(&disk, path).await,
             Needed::Server { target } => self.server(&disk, target).await,
             Needed::Credential { target, file } => credential(&disk, target, *file).await,
@@ -220,9 +220,9 @@ impl Lifecycle {
     /// The process still is that of a disk, on whose record is what it is to be given.
     fn still(&self, process: &Process, what: &Needed) -> Result<(), Failure> {
         let role = match what {
-            Needed::Parent { .. } => Some(Role::Parent),
-            Needed::Extent { .. } => Some(Role::Extent),
-            Needed::Socket { .. } => Some(Role::Socket),
+            Needed::Parent { .. } => Some(PartRole::Parent),
+            Needed::Extent { .. } => Some(PartRole::Extent),
+            Needed::Socket { .. } => Some(PartRole::Socket),
             Needed::Server { .. }
             | Needed::Credential { .. }
             | Needed::Key { .. }
@@ -258,13 +258,13 @@ impl Lifecycle {
     async fn file(
         &self,
         disk: &Disk,
-        role: Role,
+        role: PartRole,
         path: &Path,
     ) -> Result<(Given, Provided), Failure> {
         let (file, part) = self.admission.file(disk, role, path).await?;
         let open = self.leads_to(disk)?;
         let direct = match role {
-            Role::Parent => !open.target.caches_below(),
+            PartRole::Parent => !open.target.caches_below(),
             _ => open.target.driver().is_direct(),
         };
         let write = !part.mode.is_read_only();
@@ -275,7 +275,7 @@ impl Lifecycle {
             false => Provided::Shared,
         };
         let given = match role {
-            Role::Parent => Given::Parent(opened, self.lend(disk, &open, &part, &file).await),
+            PartRole::Parent => Given::Parent(opened, self.lend(disk, &open, &part, &file).await),
             _ => Given::File(opened),
         };
         Ok((given, provided))
@@ -346,8 +346,8 @@ fn serves(disk: &Disk, target: &Target) -> bool {
 fn state(disk: &Disk, process: &Process, size: u64) -> Result<(Given, Provided), Failure> {
     let record = disk.record.borrow();
     let (place, whose) = match &record.next {
-        Some(next) => (&disk.next_state, Whose::next(disk.minor, next)),
-        None => (&disk.state, Whose::served(&record)),
+        Some(next) => (&disk.next_state, StateOwner::next(disk.minor, next)),
+        None => (&disk.state, StateOwner::served(&record)),
     };
     let fd = DiskState::give(&mut place.borrow_mut(), whose, size, process.known())?;
     Ok((Given::State(fd), Provided::Shared))

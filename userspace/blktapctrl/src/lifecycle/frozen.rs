@@ -9,7 +9,7 @@ use crate::disk::Disk;
 use crate::image::{self, Image};
 use crate::log::tell;
 use crate::overlay;
-use crate::record::{Mirrored, Role};
+use crate::record::{PartRole, PendingMirror};
 use control::{Failure, FrozenDevices, Target};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,7 +77,7 @@ impl Lifecycle {
     /// The system refuses to, or the image is another one by now.
     pub(super) async fn thaw(
         &self,
-        mirror: &Mirrored,
+        mirror: &PendingMirror,
         image: Arc<Image>,
     ) -> Result<Arc<Image>, Failure> {
         if !mirror.marked {
@@ -96,7 +96,7 @@ impl Lifecycle {
         let (mirror, part) = {
             let record = disk.record.borrow();
             let mut parts = record.parts.iter();
-            let part = parts.find(|part| part.role == Role::Mirror).cloned();
+            let part = parts.find(|part| part.role == PartRole::Mirror).cloned();
             let marked = record.mirror.as_ref().filter(|mirror| mirror.marked);
             (marked.cloned(), part)
         };

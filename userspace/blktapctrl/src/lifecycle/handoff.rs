@@ -17,7 +17,7 @@ use crate::blocking_io::{blocking_io, LIMIT};
 use crate::disk::Disk;
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::{Handoff, Want};
+use crate::record::{DesiredState, PendingHandoff};
 use crate::rpc_client::{unexpected, EVER};
 use control::supervisor::{Doing, HandedOff, What};
 use control::tapdisk::{self, Open, Reply, Request, State};
@@ -30,7 +30,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// A new process that could serve a disk.
-struct Prepared {
+struct PreparedProcess {
     process: Rc<Process>,
     version: String,
     open: Open,
@@ -85,7 +85,7 @@ impl Lifecycle {
         check_served(disk)?;
         self.registry.change(disk, |record| {
             record.doing = Some(Doing::Handoff);
-            record.handoff = Some(Handoff {
+            record.handoff = Some(PendingHandoff {
                 program: program.clone(),
                 process: None,
             });
@@ -156,7 +156,7 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         limit: Duration,
-    ) -> Result<Prepared, Failure> {
+    ) -> Result<PreparedProcess, Failure> {
         let program = disk
             .record
             .borrow()
@@ -176,7 +176,7 @@ impl Lifecycle {
         let fits = within(limit, &process, fits(disk, &process, &given, &open)).await;
         fits.map_err(|failure| at("the new process cannot open the image", failure))?;
         process.rename_socket(&self.registry.folder.successor(disk.minor))?;
-        Ok(Prepared {
+        Ok(PreparedProcess {
             process,
             version,
             open,
@@ -236,7 +236,7 @@ impl Lifecycle {
     async fn give(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        prepared: &Prepared,
+        prepared: &PreparedProcess,
     ) -> Result<tapdisk::Disk, Failure> {
         let process = &prepared.process;
         self.give_node(disk, process).await?;
@@ -296,7 +296,7 @@ impl Lifecycle {
         self.end_successor(disk).await;
         let served = self.serve_again(disk).await;
         disk.record.borrow_mut().handoff = None;
-        self.end_of_verb(disk, Want::Served);
+        self.end_of_verb(disk, DesiredState::Served);
         let pid = disk.serving().ok().map(|old| old.pid());
         let why = why.message.clone();
         self.registry
@@ -392,13 +392,13 @@ pub(super) fn check_served(disk: &Disk) -> Result<(), Failure> {
         (record.want, record.inactive.is_some())
     };
     let (want, remedy) = match want {
-        Want::Served if is_inactive => (
+        DesiredState::Served if is_inactive => (
             "is inactive",
             "wait until its guest, which is suspended or has not arrived, resumes",
         ),
-        Want::Served => return Ok(()),
-        Want::Paused => ("is paused", "unpause it first"),
-        Want::Idle => ("has no image", "detach its process and attach another one"),
+        DesiredState::Served => return Ok(()),
+        DesiredState::Paused => ("is paused", "unpause it first"),
+        DesiredState::Idle => ("has no image", "detach its process and attach another one"),
     };
     let minor = disk.minor;
     let why = format!("disk {minor} {want}, so no process serves it: {remedy}");

@@ -2,10 +2,10 @@
 //! Listens to what goes wrong on the images of disks, tells about it, and pauses those that stopped.
 
 use super::Lifecycle;
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
 use crate::process::Process;
-use crate::record::Want;
+use crate::record::DesiredState;
 use crate::registry::Registry;
 use crate::rpc_client::{unexpected, RpcClient, EVER};
 use control::supervisor::{Kernel, What};
@@ -27,15 +27,15 @@ const NOTHING: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_secs(120);
 
 /// Time at which the next event may be reported.
-pub(super) struct Rate {
+pub(super) struct EventRate {
     due: Instant,
     pause: Duration,
 }
 
-impl Rate {
+impl EventRate {
     /// From now on.
-    pub(super) fn new() -> Rate {
-        Rate {
+    pub(super) fn new() -> EventRate {
+        EventRate {
             due: Instant::now(),
             pause: FIRST,
         }
@@ -72,7 +72,7 @@ pub(super) async fn until_end(
     what: &str,
     mut listen: impl AsyncFnMut() -> Result<Infallible, Failure>,
 ) {
-    let mut rate = Rate::new();
+    let mut rate = EventRate::new();
     while !process.has_ended() {
         let Err(failure) = listen().await;
         if process.has_died(&failure).await {
@@ -99,7 +99,7 @@ async fn listen(
 ) -> Result<Infallible, Failure> {
     let registry = &lifecycle.registry;
     let mut link = process.another_link().await?;
-    let mut rate = Rate::new();
+    let mut rate = EventRate::new();
     loop {
         let mut told = ask(&mut link, *known).await?;
         while !(rate.is_due() || told.is_stopped && is_served(registry, process)) {
@@ -131,7 +131,7 @@ async fn listen(
 fn is_served(registry: &Registry, process: &Process) -> bool {
     registry
         .of_process(process)
-        .is_some_and(|disk| disk.record.borrow().want != Want::Paused)
+        .is_some_and(|disk| disk.record.borrow().want != DesiredState::Paused)
 }
 
 async fn ask(link: &mut RpcClient, after: Option<u64>) -> Result<Troubles, Failure> {
@@ -194,7 +194,7 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
 pub(super) fn pause_for_good(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) {
     let (lifecycle, disk) = (lifecycle.clone(), disk.clone());
     tokio::task::spawn_local(async move {
-        while disk.fate() == Fate::Stays && disk.record.borrow().want == Want::Served {
+        while disk.fate() == DiskFate::Stays && disk.record.borrow().want == DesiredState::Served {
             match lifecycle.pause(&disk, PAUSE).await {
                 Ok(()) => return,
                 Err(failure) => tracing::warn!("disk {} is not paused: {failure}", disk.minor),
@@ -206,7 +206,7 @@ pub(super) fn pause_for_good(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>) {
 
 /// Makes a disk that serves nothing any more one that is paused, so that it can be unpaused.
 async fn pause(lifecycle: &Rc<Lifecycle>, disk: &Rc<Disk>, process: &Process) {
-    while !process.has_ended() && disk.record.borrow().want != Want::Paused {
+    while !process.has_ended() && disk.record.borrow().want != DesiredState::Paused {
         match lifecycle.pause(disk, PAUSE).await {
             Ok(_) => return,
             Err(failure) => tell!(

@@ -14,7 +14,7 @@
 //! A resource of sanlock is the host's as a reservation is, and has a term. Where it is lost, sanlock waits for the end
 //! of the disk's I/O, and has the host reset if that takes too long: so it is let go of when nothing is under way.
 
-use super::io_errors::{pause_for_good, Rate};
+use super::io_errors::{pause_for_good, EventRate};
 use super::respawn::AGAIN;
 use super::Lifecycle;
 use crate::blocking_io::{blocking_io, LIMIT};
@@ -27,7 +27,7 @@ use crate::rpc_client::RpcClient;
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, LeaseKind, Target};
-use lease::{Grant, Keeper, Lease, LeaseClaim, News};
+use lease::{Grant, Lease, LeaseClaim, LeaseRenewer, RenewerNews};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -165,7 +165,7 @@ impl Lifecycle {
             .change(disk, |record| record.set_hold(target, Hold::Held))?;
         let (sender, news) = unbounded_channel();
         // The receiver may be gone after the lease was given up.
-        let keeper = Keeper::start(lease, &grant, move |told| drop(sender.send(told)))
+        let keeper = LeaseRenewer::start(lease, &grant, move |told| drop(sender.send(told)))
             .map_err(|error| Failure::system("cannot start a thread", &error))?;
         let tenure = HeldLease {
             keeper: Arc::new(keeper),
@@ -306,14 +306,18 @@ fn is_one_resource(one: &LeaseKind, other: &LeaseKind) -> bool {
 }
 
 /// Passes on what becomes of a lease, until it is given up or lost.
-async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedReceiver<News>) {
-    let mut rate = Rate::new();
+async fn follow(
+    lifecycle: Rc<Lifecycle>,
+    disk: Rc<Disk>,
+    mut news: UnboundedReceiver<RenewerNews>,
+) {
+    let mut rate = EventRate::new();
     // Their own: the others may be busy with a long question.
     let mut links: Vec<(KnownProcess, RpcClient)> = Vec::new();
     while let Some(told) = news.recv().await {
         let until = match &told {
-            News::Kept(until) => *until,
-            News::Missed(failure) => {
+            RenewerNews::Kept(until) => *until,
+            RenewerNews::Missed(failure) => {
                 if rate.is_due() {
                     rate.told();
                     tell!(
@@ -326,7 +330,7 @@ async fn follow(lifecycle: Rc<Lifecycle>, disk: Rc<Disk>, mut news: UnboundedRec
                 continue;
             }
             // The lease has been over since another host got it.
-            News::Lost(failure) => {
+            RenewerNews::Lost(failure) => {
                 tell!(
                     error,
                     disk.about().failed(failure),

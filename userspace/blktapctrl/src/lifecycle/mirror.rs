@@ -11,12 +11,12 @@ use super::commit::{check_below, check_top};
 use super::handoff::check_served;
 use super::respawn::{is_just_served, owes_nothing, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
-use crate::admission::{with_mode, Beside};
-use crate::disk::{Disk, Fate};
+use crate::admission::{with_mode, OtherUsers};
+use crate::disk::{Disk, DiskFate};
 use crate::image::{self, not_the_same, Image};
 use crate::log::tell;
 use crate::process::{Process, OPEN, SOON};
-use crate::record::{Mirrored, Next, Part, Role, Want};
+use crate::record::{DesiredState, DiskPart, NextImage, PartRole, PendingMirror};
 use crate::rpc_client::EVER;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Doing, MirrorTo, Mode, Moved, What};
@@ -59,7 +59,7 @@ impl Lifecycle {
         if below {
             check_top(disk)?;
         }
-        let mut mirror = Mirrored {
+        let mut mirror = PendingMirror {
             open: with_mode(
                 Open {
                     target,
@@ -88,7 +88,11 @@ impl Lifecycle {
     }
 
     /// Makes the other image a part of the disk, which no other disk uses.
-    async fn take_beside(&self, disk: &Disk, mirror: &mut Mirrored) -> Result<Arc<Image>, Failure> {
+    async fn take_beside(
+        &self,
+        disk: &Disk,
+        mirror: &mut PendingMirror,
+    ) -> Result<Arc<Image>, Failure> {
         let image = image::of(&mirror.open).await?.ok_or_else(|| {
             Failure::invalid(format!(
                 "{} is no image that a disk could be copied to: make one: `tapimg create IMAGE SIZE`",
@@ -108,8 +112,8 @@ impl Lifecycle {
                 .check_not_frozen(Some(&image), Mode::Write)
                 .await?;
         }
-        let part = Part {
-            role: Role::Mirror,
+        let part = DiskPart {
+            role: PartRole::Mirror,
             path: image.path().into(),
             identity: Some(image.identity()),
             born: image.born(),
@@ -117,7 +121,7 @@ impl Lifecycle {
             locked: true,
         };
         let work = |beside| {
-            if beside == Beside::Shared {
+            if beside == OtherUsers::Shared {
                 let why = format!("{} is used by another disk, too", mirror.open.target);
                 return Err(Failure::new(Code::Busy, why));
             }
@@ -138,7 +142,7 @@ impl Lifecycle {
         &self,
         disk: &Disk,
         process: &Process,
-        mirror: &Mirrored,
+        mirror: &PendingMirror,
         image: Arc<Image>,
     ) -> Result<(), Failure> {
         if mirror.below {
@@ -162,7 +166,7 @@ impl Lifecycle {
     async fn let_mirror_go(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<(), Failure> {
         self.renew(disk, |record| {
             record.mirror = None;
-            record.parts.retain(|part| part.role != Role::Mirror);
+            record.parts.retain(|part| part.role != PartRole::Mirror);
         })
         .await
     }
@@ -213,7 +217,7 @@ impl Lifecycle {
         }
         let (lifecycle, disk) = (self.clone(), disk.clone());
         tokio::task::spawn_local(async move {
-            while disk.fate() == Fate::Stays && disk.record.borrow().mirror.is_some() {
+            while disk.fate() == DiskFate::Stays && disk.record.borrow().mirror.is_some() {
                 let looked = disk.unless_doomed(lifecycle.look_at_mirror(&disk)).await;
                 let pause = match looked {
                     Ok(()) => STEP,
@@ -239,7 +243,7 @@ impl Lifecycle {
         let (mirror, part) = {
             let record = disk.record.borrow();
             let mut parts = record.parts.iter();
-            let part = parts.find(|part| part.role == Role::Mirror).cloned();
+            let part = parts.find(|part| part.role == PartRole::Mirror).cloned();
             (record.mirror.clone(), part)
         };
         let Some(mirror) = mirror.filter(|_| is_just_served(disk)) else {
@@ -279,8 +283,8 @@ impl Lifecycle {
         self: &Rc<Self>,
         disk: &Rc<Disk>,
         process: &Process,
-        mirror: &Mirrored,
-        part: &Part,
+        mirror: &PendingMirror,
+        part: &DiskPart,
     ) -> Result<(), Failure> {
         let begun = async {
             let image = image_of(mirror, part).await?;
@@ -318,8 +322,8 @@ impl Lifecycle {
     async fn move_to(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        mirror: &Mirrored,
-        part: &Part,
+        mirror: &PendingMirror,
+        part: &DiskPart,
     ) -> Result<(), Failure> {
         let image = image_of(mirror, part).await?;
         owes_nothing(disk).await?;
@@ -342,7 +346,7 @@ impl Lifecycle {
     async fn close_both(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        mirror: &Mirrored,
+        mirror: &PendingMirror,
         image: Arc<Image>,
     ) -> Result<(), Failure> {
         let lost = self.close_image(disk, EVER).await?;
@@ -358,7 +362,7 @@ impl Lifecycle {
         if is_told {
             self.end_paused(disk).await?;
         }
-        let next = Next {
+        let next = NextImage {
             open: mirror.open.clone(),
             identity: Some(image.identity()),
             born: image.born(),
@@ -378,7 +382,7 @@ impl Lifecycle {
         let from = disk.open()?.target;
         self.take_next(disk);
         let mirror = disk.record.borrow_mut().mirror.take();
-        self.end_of_verb(disk, Want::Served);
+        self.end_of_verb(disk, DesiredState::Served);
         if let Some(mirror) = mirror {
             let told = disk.mirrored.borrow().clone().unwrap_or_default();
             tell(disk, &mirror, told);
@@ -404,7 +408,7 @@ impl Lifecycle {
         };
         // Whichever image is served now, the disk gets a new process afterwards.
         let told = self.mirror_is_over(disk, outcome).await;
-        self.end_of_verb(disk, Want::Served);
+        self.end_of_verb(disk, DesiredState::Served);
         told
     }
 
@@ -443,7 +447,10 @@ impl Lifecycle {
 }
 
 /// The other image, which is the one that it was.
-pub(super) async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image>, Failure> {
+pub(super) async fn image_of(
+    mirror: &PendingMirror,
+    part: &DiskPart,
+) -> Result<Arc<Image>, Failure> {
     let image = image::of(&mirror.open).await?;
     let image = image.ok_or_else(|| Failure::invalid("there is no image"))?;
     match image.is(part.identity, part.born) {
@@ -453,7 +460,7 @@ pub(super) async fn image_of(mirror: &Mirrored, part: &Part) -> Result<Arc<Image
 }
 
 /// How far it is.
-fn tell(disk: &Disk, mirror: &Mirrored, now: Mirror) {
+fn tell(disk: &Disk, mirror: &PendingMirror, now: Mirror) {
     disk.mirrored.replace(Some(Mirror {
         to: Some(mirror.open.target.clone()),
         ..now

@@ -45,7 +45,7 @@ use crate::domains::{Domains, Xl};
 use crate::groups::Groups;
 use crate::process::{Process, Program, OPEN, SOON};
 use crate::quota::Quota;
-use crate::record::Want;
+use crate::record::DesiredState;
 use crate::registry::Registry;
 use ::lease::{Lease, LeaseClaim};
 use control::supervisor::Doing;
@@ -209,7 +209,7 @@ impl Lifecycle {
 
     /// Removes the finished verb from the record. If the record cannot be changed, the next supervisor repeats the
     /// verb.
-    fn end_of_verb(&self, disk: &Disk, want: Want) {
+    fn end_of_verb(&self, disk: &Disk, want: DesiredState) {
         {
             let mut record = disk.record.borrow_mut();
             record.doing = None;

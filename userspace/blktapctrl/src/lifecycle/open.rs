@@ -5,7 +5,7 @@ use super::Lifecycle;
 use crate::admission::{beside_others, check_files, with_mode};
 use crate::disk::Disk;
 use crate::process::SOON;
-use crate::record::Want;
+use crate::record::DesiredState;
 use crate::rpc_client::unexpected;
 use control::supervisor::{Doing, Mode, What, Which};
 use control::tapdisk::{self, Open, Reply, Request, State};
@@ -30,7 +30,7 @@ impl Lifecycle {
         let _turn = disk.turn().await?;
         let patience = self.patience.get();
         self.make_way(disk, Doing::Open, patience).await?;
-        if disk.record.borrow().want != Want::Idle {
+        if disk.record.borrow().want != DesiredState::Idle {
             return Err(Failure::new(
                 Code::State,
                 format!(
@@ -77,7 +77,7 @@ impl Lifecycle {
         };
         match served {
             Ok(what) => {
-                self.end_of_verb(disk, Want::Served);
+                self.end_of_verb(disk, DesiredState::Served);
                 Ok(what)
             }
             Err(failure) => {
@@ -108,7 +108,7 @@ impl Lifecycle {
         disk.image.replace(None);
         disk.drop_next();
         disk.serves.replace(None);
-        self.end_of_verb(disk, Want::Idle);
+        self.end_of_verb(disk, DesiredState::Idle);
     }
 
     /// Closes the image of a disk.
@@ -253,7 +253,7 @@ impl Lifecycle {
     pub async fn detach(&self, which: &Which) -> Result<(), Failure> {
         let disk = self.registry.find(which)?;
         let _turn = disk.turn().await?;
-        if disk.record.borrow().want != Want::Idle {
+        if disk.record.borrow().want != DesiredState::Idle {
             return Err(Failure::new(
                 Code::State,
                 format!("disk {} is open: close it first", disk.minor),

@@ -8,10 +8,10 @@
 
 use super::passthrough::until;
 use super::Lifecycle;
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::kernel::Make;
 use crate::log::tell;
-use crate::record::Want;
+use crate::record::DesiredState;
 use control::supervisor::Doing;
 use control::{Code, Failure};
 use std::io;
@@ -51,8 +51,8 @@ impl Lifecycle {
         let disks = self.registry.all();
         let parks = disks.iter().map(|disk| async {
             match disk.fate() {
-                Fate::Stays => self.park_one(disk, limit).await,
-                Fate::Doomed | Fate::Gone => self.destroy_within(disk, limit).await,
+                DiskFate::Stays => self.park_one(disk, limit).await,
+                DiskFate::Doomed | DiskFate::Gone => self.destroy_within(disk, limit).await,
             }
         });
         // At once: guests wait for the slowest alone.
@@ -167,7 +167,7 @@ impl Lifecycle {
 
     /// Serves a disk that has a node again, and waits for that, but for no storage that hangs.
     async fn served_soon(self: &Rc<Self>, disk: &Rc<Disk>) {
-        if disk.record.borrow().want != Want::Served {
+        if disk.record.borrow().want != DesiredState::Served {
             return;
         }
         let (lifecycle, again) = (self.clone(), disk.clone());

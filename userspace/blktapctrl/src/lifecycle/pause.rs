@@ -9,7 +9,7 @@ use crate::disk::Disk;
 use crate::image::not_the_same;
 use crate::log::tell;
 use crate::ram_files;
-use crate::record::{Next, Want};
+use crate::record::{DesiredState, NextImage};
 use control::supervisor::{Doing, What};
 use control::tapdisk::{self, Open, Request, State};
 use control::{Code, Failure, Target};
@@ -35,8 +35,8 @@ impl Lifecycle {
             (record.want, record.doing)
         };
         match (want, doing) {
-            (Want::Paused, None) => return Ok(()),
-            (Want::Idle, None) => disk.open().map(drop)?,
+            (DesiredState::Paused, None) => return Ok(()),
+            (DesiredState::Idle, None) => disk.open().map(drop)?,
             _ => {}
         }
         // From now on a process that dies is not replaced: nothing is to be served.
@@ -56,7 +56,7 @@ impl Lifecycle {
             let mut record = disk.record.borrow_mut();
             (record.inactive, record.passed_on) = (None, None);
         }
-        self.end_of_verb(disk, Want::Paused);
+        self.end_of_verb(disk, DesiredState::Paused);
         self.registry.events.add(Some(disk.minor), What::Paused);
         lost.map_or(Ok(()), Err)
     }
@@ -146,7 +146,7 @@ impl Lifecycle {
             self.lose_marks(disk, others)?;
             return self.take_anyway(disk).await;
         }
-        if disk.record.borrow().want != Want::Paused {
+        if disk.record.borrow().want != DesiredState::Paused {
             return Err(Failure::new(
                 Code::State,
                 format!("disk {} is not paused", disk.minor),
@@ -201,7 +201,7 @@ impl Lifecycle {
         }
         let committed = self.registry.executed(disk)?;
         let work = |beside| {
-            let next = Next {
+            let next = NextImage {
                 open: beside_others(open, beside)?,
                 identity: image.as_ref().map(|image| image.identity()),
                 born: image.as_ref().and_then(|image| image.born()),
@@ -234,7 +234,7 @@ impl Lifecycle {
             Ok(what) => {
                 self.take_next(disk);
                 disk.allow_shrinking(false);
-                self.end_of_verb(disk, Want::Served);
+                self.end_of_verb(disk, DesiredState::Served);
                 self.registry.events.add(Some(disk.minor), What::Unpaused);
                 Ok(what)
             }
@@ -247,7 +247,7 @@ impl Lifecycle {
     async fn end_unpause(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        next: Option<Next>,
+        next: Option<NextImage>,
         failure: Failure,
     ) -> Result<tapdisk::Disk, Failure> {
         if let Ok(process) = disk.serving() {
@@ -287,7 +287,7 @@ impl Lifecycle {
             // Writes of the guest since then are in the new image.
             self.take_next(disk);
             disk.allow_shrinking(false);
-            self.end_of_verb(disk, Want::Served);
+            self.end_of_verb(disk, DesiredState::Served);
             self.registry.events.add(Some(disk.minor), What::Unpaused);
             self.revive_later(disk);
         } else {
@@ -295,7 +295,7 @@ impl Lifecycle {
             disk.drop_next();
             disk.allow_shrinking(false);
             self.give_lease_up(disk).await;
-            self.end_of_verb(disk, Want::Paused);
+            self.end_of_verb(disk, DesiredState::Paused);
         }
         Err(failure)
     }
@@ -305,7 +305,7 @@ impl Lifecycle {
     pub(super) async fn was_served(
         &self,
         disk: &Disk,
-        next: &Next,
+        next: &NextImage,
         limit: Duration,
     ) -> Result<bool, Failure> {
         self.take_from_kernel(disk, limit).await?;
@@ -316,7 +316,7 @@ impl Lifecycle {
     pub(super) async fn serve_next(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        next: &Next,
+        next: &NextImage,
     ) -> Result<tapdisk::Disk, Failure> {
         let known = disk.next_image.borrow().clone();
         let image = match known {

@@ -4,7 +4,7 @@
 use super::Lifecycle;
 use crate::disk::Disk;
 use crate::log::tell;
-use crate::process_stats::Totals;
+use crate::process_stats::KernelTotals;
 
 impl Lifecycle {
     /// The process of a disk serves it: from now on it is counted what it does.
@@ -25,7 +25,7 @@ impl Lifecycle {
         let Some(totals) = now.and_then(|now| disk.tally.end(pid, &now)) else {
             return;
         };
-        let Totals {
+        let KernelTotals {
             lasted,
             answered,
             direct,

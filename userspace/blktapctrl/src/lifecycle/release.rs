@@ -12,7 +12,7 @@ use crate::disk::Disk;
 use crate::kernel;
 use crate::log::tell;
 use crate::process::SOON;
-use crate::record::{image_of, is_one_lease, leased, Hold, Leased, Want};
+use crate::record::{image_of, is_one_lease, leased, DesiredState, Hold, Leased};
 use control::supervisor::What;
 use control::tapdisk::{Open, Request};
 use control::{Code, Failure, Target};
@@ -207,7 +207,7 @@ impl Lifecycle {
         if doing.is_some() {
             return Ok(false);
         }
-        if want == Want::Served && !is_inactive {
+        if want == DesiredState::Served && !is_inactive {
             let open = disk.open()?;
             self.give_others_up(disk, Some(&open)).await?;
             return Ok(true);

@@ -4,7 +4,7 @@
 
 use super::Lifecycle;
 use crate::disk::Disk;
-use crate::record::{Record, Want};
+use crate::record::{DesiredState, Record};
 use control::{Code, Failure};
 use std::rc::Rc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ const PAUSE: Duration = Duration::from_secs(30);
 /// The disk is served, and nothing has begun with it.
 pub(super) fn is_just_served(disk: &Disk) -> bool {
     let record = disk.record.borrow();
-    record.want == Want::Served && record.inactive.is_none() && record.doing.is_none()
+    record.want == DesiredState::Served && record.inactive.is_none() && record.doing.is_none()
 }
 
 /// Whether the failure shows nothing about the images: the process has ended, was paused, or is slow.
@@ -43,7 +43,7 @@ impl Lifecycle {
             Err(failure) => Err(failure),
         };
         // Whether the record was changed or not.
-        if disk.record.borrow().want == Want::Served {
+        if disk.record.borrow().want == DesiredState::Served {
             let served = self.serve_again(disk).await;
             self.or_revive(disk, served).await;
         }

@@ -24,7 +24,7 @@ use crate::image;
 use crate::log::tell;
 use crate::overlay;
 use crate::process::OPEN;
-use crate::record::{parents, Next, Overlay, Want};
+use crate::record::{parents, DesiredState, NextImage, PendingOverlay};
 use crate::rpc_client::EVER;
 use control::supervisor::{Doing, Mode, Snapshot, What};
 use control::tapdisk::{Open, Request};
@@ -174,7 +174,7 @@ impl Lifecycle {
     }
 
     /// Makes the new file, and writes down that it is to be served.
-    async fn begin_snapshot(&self, disk: &Disk, target: Target) -> Result<Overlay, Failure> {
+    async fn begin_snapshot(&self, disk: &Disk, target: Target) -> Result<PendingOverlay, Failure> {
         let open = Open {
             target,
             // No other disk has it.
@@ -188,7 +188,7 @@ impl Lifecycle {
         let theirs = path.clone();
         let image = blocking_io(&path, LIMIT, move || overlay::make(&theirs, &parent)).await?;
         let image = Arc::new(image);
-        let made = Overlay {
+        let made = PendingOverlay {
             open,
             identity: Some(image.identity()),
             born: image.born(),
@@ -216,7 +216,7 @@ impl Lifecycle {
     async fn go_on_in(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        made: &Overlay,
+        made: &PendingOverlay,
         others: Option<&SnapshotBarrier>,
     ) -> Result<Snapshot, Failure> {
         owes_nothing(disk).await?;
@@ -240,7 +240,7 @@ impl Lifecycle {
         if !disk.record.borrow().parts.is_empty() || disk.serving().is_err() {
             self.end_paused(disk).await?;
         }
-        let next = Next {
+        let next = NextImage {
             open: made.open.clone(),
             identity: made.identity,
             born: made.born,
@@ -255,7 +255,7 @@ impl Lifecycle {
     }
 
     /// Makes the process that serves the image write into the new one that this is its backing image.
-    async fn fill(&self, disk: &Disk, made: &Overlay) -> Result<(), Failure> {
+    async fn fill(&self, disk: &Disk, made: &PendingOverlay) -> Result<(), Failure> {
         let process = disk.serving()?;
         let image = disk.next_image.borrow().clone();
         let given = self.given(disk, &made.open, image).await?;
@@ -301,7 +301,7 @@ impl Lifecycle {
         let parent = disk.open()?.target;
         self.take_next(disk);
         disk.record.borrow_mut().overlay = None;
-        self.end_of_verb(disk, Want::Served);
+        self.end_of_verb(disk, DesiredState::Served);
         let micros = |pause: Duration| pause.as_micros().try_into().unwrap_or(u64::MAX);
         let taken = Snapshot {
             minor: disk.minor,
@@ -334,7 +334,7 @@ impl Lifecycle {
         let served = self.serve_again(disk).await;
         disk.drop_next();
         self.take_unserved_away(disk).await;
-        self.end_of_verb(disk, Want::Served);
+        self.end_of_verb(disk, DesiredState::Served);
         let why = why.message.clone();
         let what = What::SnapshotUndone { why };
         self.registry.events.add(Some(disk.minor), what);
@@ -348,7 +348,7 @@ fn place(open: &Open) -> Option<PathBuf> {
 }
 
 /// Takes a file away that was made, and is not served. A file that stays does no harm.
-async fn take_away(disk: &Disk, made: &Overlay) {
+async fn take_away(disk: &Disk, made: &PendingOverlay) {
     let Some(path) = place(&made.open) else {
         return;
     };

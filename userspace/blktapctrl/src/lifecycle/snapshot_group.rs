@@ -60,8 +60,8 @@ impl SnapshotBarrier {
     ///
     /// # Errors
     /// Another one cannot be, or takes too long.
-    pub(super) async fn arrive<'a>(&self, disk: &'a Disk) -> Result<Waits<'a>, Failure> {
-        let waits = Waits::of(disk);
+    pub(super) async fn arrive<'a>(&self, disk: &'a Disk) -> Result<BarrierWait<'a>, Failure> {
+        let waits = BarrierWait::of(disk);
         let what = "has not released its image";
         self.wait(&self.served, disk.minor, LIMIT, what).await?;
         Ok(waits)
@@ -114,16 +114,16 @@ impl SnapshotBarrier {
 
 /// As long as this is there a disk waits for others, or is not served again after that, and its process is not to be
 /// blamed for it.
-pub(super) struct Waits<'a>(&'a Disk);
+pub(super) struct BarrierWait<'a>(&'a Disk);
 
-impl<'a> Waits<'a> {
+impl<'a> BarrierWait<'a> {
     fn of(disk: &'a Disk) -> Self {
         disk.waits_for_others.set(true);
         Self(disk)
     }
 }
 
-impl Drop for Waits<'_> {
+impl Drop for BarrierWait<'_> {
     fn drop(&mut self) {
         self.0.waits_for_others.set(false);
         let (answered, _) = self.0.progress.get();

@@ -7,10 +7,10 @@
 
 use super::respawn::{is_just_served, says_nothing, AGAIN, STEP};
 use super::Lifecycle;
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::log::tell;
 use crate::process::{Process, SOON};
-use crate::record::{parents, Mirrored, Streamed};
+use crate::record::{parents, PendingMirror, PendingStream};
 use crate::rpc_client::unexpected;
 use control::stats::{Stream, Streaming};
 use control::supervisor::What;
@@ -36,7 +36,7 @@ impl Lifecycle {
                  the disk ends"
             )));
         }
-        let commits = |mirror: &Mirrored| mirror.below;
+        let commits = |mirror: &PendingMirror| mirror.below;
         if disk.record.borrow().mirror.as_ref().is_some_and(commits) {
             return Err(Failure::new(
                 Code::State,
@@ -47,7 +47,7 @@ impl Lifecycle {
             ));
         }
         let before = disk.record.borrow().stream.clone();
-        let wanted = Streamed { target, rate };
+        let wanted = PendingStream { target, rate };
         self.registry
             .change(disk, |record| record.stream = Some(wanted.clone()))?;
         match ask(&process, rate, true).await {
@@ -115,7 +115,7 @@ impl Lifecycle {
         }
         let (lifecycle, disk) = (self.clone(), disk.clone());
         tokio::task::spawn_local(async move {
-            while disk.fate() == Fate::Stays {
+            while disk.fate() == DiskFate::Stays {
                 let Some(wanted) = disk.record.borrow().stream.clone() else {
                     break;
                 };
@@ -143,7 +143,7 @@ impl Lifecycle {
     async fn note_outcome(
         self: &Rc<Self>,
         disk: &Rc<Disk>,
-        wanted: &Streamed,
+        wanted: &PendingStream,
         outcome: Streaming,
     ) -> Result<(), Failure> {
         let _turn = disk.turn().await?;
@@ -173,7 +173,7 @@ impl Lifecycle {
 }
 
 /// Records the progress, if the stream is still requested. The end is reported when all of the stream is done.
-fn note(disk: &Disk, wanted: &Streamed, stream: &Stream) {
+fn note(disk: &Disk, wanted: &PendingStream, stream: &Stream) {
     if disk.record.borrow().stream.as_ref() == Some(wanted) {
         disk.streamed.replace(Some(Stream {
             state: Streaming::Running,
@@ -183,7 +183,7 @@ fn note(disk: &Disk, wanted: &Streamed, stream: &Stream) {
 }
 
 /// Whether the disk has the image for which the stream was requested.
-fn serves(disk: &Disk, wanted: &Streamed) -> bool {
+fn serves(disk: &Disk, wanted: &PendingStream) -> bool {
     let record = disk.record.borrow();
     record
         .open
@@ -192,7 +192,7 @@ fn serves(disk: &Disk, wanted: &Streamed) -> bool {
 }
 
 /// Asks for a stream, and says how it has ended, if it has.
-async fn look(disk: &Disk, wanted: &Streamed) -> Option<Streaming> {
+async fn look(disk: &Disk, wanted: &PendingStream) -> Option<Streaming> {
     if !serves(disk, wanted) {
         return Some(Streaming::Ended);
     }

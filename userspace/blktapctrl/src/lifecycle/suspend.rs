@@ -6,13 +6,13 @@
 //! guest that was not moved after all, which resumes with the same ring. The image's lock keeps all others out until
 //! then. A disk that cannot have the image holds its requests.
 
-use super::io_errors::{until_end, Rate};
+use super::io_errors::{until_end, EventRate};
 use super::Lifecycle;
-use crate::disk::{Disk, Fate};
+use crate::disk::{Disk, DiskFate};
 use crate::domains::Domains;
 use crate::log::{tell, LogContext};
 use crate::process::Process;
-use crate::record::{Inactive, Want};
+use crate::record::{DesiredState, InactiveReason};
 use crate::rpc_client::{unexpected, EVER};
 use control::supervisor::What;
 use control::tapdisk::{self, Reply, Request, Stamp, State};
@@ -40,7 +40,7 @@ impl Lifecycle {
 
     /// Lets go of the images of guests that are suspended, for ever.
     pub async fn watch_suspended(self: Rc<Self>) {
-        let mut rate = Rate::new();
+        let mut rate = EventRate::new();
         loop {
             self.released.notified().await;
             let all = self.registry.all();
@@ -91,7 +91,7 @@ impl Lifecycle {
         };
         self.await_wish(disk, &process);
         // Written down first: who replaces a process that dies on the way must not take the image again.
-        let inactive = Some(Inactive::Suspended { stamp: None });
+        let inactive = Some(InactiveReason::Suspended { stamp: None });
         self.registry
             .change(disk, |record| record.inactive = inactive)?;
         disk.unless_doomed(self.finish_inactivate(disk, &process))
@@ -135,7 +135,7 @@ impl Lifecycle {
     ) -> Result<(), Failure> {
         self.take_from_kernel(disk, DRAIN).await?;
         self.give_lease_up(disk).await;
-        disk.record.borrow_mut().inactive = Some(Inactive::Suspended { stamp });
+        disk.record.borrow_mut().inactive = Some(InactiveReason::Suspended { stamp });
         self.registry.note(disk);
         self.registry.events.add(Some(disk.minor), What::Inactive);
         Ok(())
@@ -143,7 +143,7 @@ impl Lifecycle {
 
     /// Records that a disk is inactive because its process reports that, whatever the record has.
     pub(crate) fn found_inactive(self: &Rc<Self>, disk: &Rc<Disk>) {
-        let suspended = Inactive::Suspended { stamp: None };
+        let suspended = InactiveReason::Suspended { stamp: None };
         disk.record.borrow_mut().inactive.get_or_insert(suspended);
         self.registry.note(disk);
         let process = disk.process.borrow().clone();
@@ -175,7 +175,7 @@ impl Lifecycle {
     /// Gets a disk its image, as often as it takes.
     async fn give_back(self: &Rc<Self>, disk: &Rc<Disk>, process: &Process) {
         let (since, mut told) = (Instant::now(), false);
-        while !process.has_ended() && disk.fate() == Fate::Stays {
+        while !process.has_ended() && disk.fate() == DiskFate::Stays {
             let Err(failure) = self.activate(disk).await else {
                 return;
             };
@@ -198,7 +198,7 @@ impl Lifecycle {
             (record.inactive.is_some(), record.want, record.doing)
         };
         // An administrator has paused it, or it runs already.
-        if !is_inactive || want != Want::Served || doing.is_some() {
+        if !is_inactive || want != DesiredState::Served || doing.is_some() {
             return Ok(());
         }
         disk.unless_doomed(self.take(disk)).await.map(drop)
@@ -211,7 +211,7 @@ impl Lifecycle {
         disk: &Rc<Disk>,
     ) -> Result<tapdisk::Disk, Failure> {
         self.registry.change(disk, |record| {
-            record.inactive = Some(Inactive::Suspended { stamp: None });
+            record.inactive = Some(InactiveReason::Suspended { stamp: None });
             record.passed_on = None;
         })?;
         disk.unless_doomed(self.take(disk)).await
@@ -226,7 +226,7 @@ impl Lifecycle {
             self.check_rivals_rest(disk)?;
         }
         let stamp = match disk.record.borrow().inactive {
-            Some(Inactive::Suspended { stamp }) => stamp,
+            Some(InactiveReason::Suspended { stamp }) => stamp,
             _ => None,
         };
         if stamp.is_none() {
@@ -283,7 +283,7 @@ impl Lifecycle {
         let reads = |disk: &Disk| disk.record.borrow().mode.is_read_only();
         let is_active = |other: &Rc<Disk>| {
             let record = other.record.borrow();
-            record.inactive.is_none() && record.want == Want::Served
+            record.inactive.is_none() && record.want == DesiredState::Served
         };
         let is_in_the_way = |other: &Rc<Disk>| is_active(other) && !(reads(other) && reads(disk));
         match self.rivals(disk).into_iter().find(is_in_the_way) {
@@ -307,7 +307,7 @@ impl Lifecycle {
             record.inactive.take()
         };
         self.registry.note(disk);
-        if matches!(was, Some(Inactive::Arriving)) {
+        if matches!(was, Some(InactiveReason::Arriving)) {
             for other in self.rivals(disk) {
                 other.record.borrow_mut().passed_on = Some(disk.name());
                 self.registry.note(&other);
@@ -373,5 +373,5 @@ pub(super) fn check_not_passed_on(disk: &Disk) -> Result<(), Failure> {
 
 fn is_active(disk: &Disk) -> bool {
     let record = disk.record.borrow();
-    record.want == Want::Served && record.doing.is_none() && record.inactive.is_none()
+    record.want == DesiredState::Served && record.doing.is_none() && record.inactive.is_none()
 }

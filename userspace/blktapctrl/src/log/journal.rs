@@ -10,14 +10,14 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// The socket of systemd-journald.
 #[derive(Debug)]
-pub(super) struct Journal(UnixDatagram);
+pub(super) struct JournalSocket(UnixDatagram);
 
-impl Journal {
+impl JournalSocket {
     /// Finds it, and waits for nothing.
     ///
     /// # Errors
     /// Nothing listens there.
-    pub(super) fn find() -> io::Result<Journal> {
+    pub(super) fn find() -> io::Result<JournalSocket> {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
         match socket.send_to(&[], SOCKET) {
@@ -27,7 +27,7 @@ impl Journal {
             sent => drop(sent?),
         }
         socket.set_nonblocking(false)?;
-        Ok(Journal(socket))
+        Ok(JournalSocket(socket))
     }
 
     /// Sends a line. Waits for room in the queue of its socket.

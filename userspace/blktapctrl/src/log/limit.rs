@@ -18,7 +18,7 @@ const EACH: Duration = Duration::from_secs(6);
 
 /// Remaining lines of each disk, and of all lines without a disk together.
 #[derive(Debug, Default)]
-pub struct Limit {
+pub struct LineLimit {
     shares: Mutex<BTreeMap<(Option<u32>, LineClass), LineShare>>,
     suppressed: AtomicU64,
 }
@@ -83,7 +83,7 @@ impl LineShare {
     }
 }
 
-impl Limit {
+impl LineLimit {
     /// How many lines were left out.
     #[must_use]
     pub fn suppressed(&self) -> u64 {
@@ -150,7 +150,7 @@ impl Limit {
     }
 }
 
-struct Gate(Arc<Limit>);
+struct Gate(Arc<LineLimit>);
 
 impl<S: Subscriber> Layer<S> for Gate {
     fn event_enabled(&self, event: &Event<'_>, _context: Context<'_, S>) -> bool {
@@ -178,18 +178,18 @@ impl Visit for Minor {
 
 #[cfg(test)]
 mod tests {
-    use super::{Limit, LineClass, BURST, EACH};
+    use super::{LineClass, LineLimit, BURST, EACH};
     use std::collections::BTreeMap;
     use std::time::{Duration, Instant};
 
     /// A disk's lines that nothing is wrong with.
-    fn admits(limit: &Limit, minor: u32, now: Instant) -> bool {
+    fn admits(limit: &LineLimit, minor: u32, now: Instant) -> bool {
         limit.admits(Some(minor), LineClass::Usual, now)
     }
 
     #[test]
     fn one_disk_does_not_take_the_lines_of_another() {
-        let limit = Limit::default();
+        let limit = LineLimit::default();
         let now = Instant::now();
         let admitted = (0..1000).filter(|_| admits(&limit, 3, now)).count();
         assert_eq!(admitted, BURST as usize);
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_was_left_out_is_told_once_when_there_is_room() {
-        let limit = Limit::default();
+        let limit = LineLimit::default();
         let now = Instant::now();
         for _ in 0..BURST + 7 {
             admits(&limit, 3, now);
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_disk_that_is_quiet_gets_all_its_lines_again_and_no_more() {
-        let limit = Limit::default();
+        let limit = LineLimit::default();
         let now = Instant::now();
         while admits(&limit, 3, now) {}
         let _ = limit.left_out(now, true);
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn what_is_usual_or_said_by_a_process_takes_no_room_from_warnings() {
-        let limit = Limit::default();
+        let limit = LineLimit::default();
         let now = Instant::now();
         while admits(&limit, 3, now) {}
         while limit.admits(Some(3), LineClass::Said, now) {}
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_disk_does_not_pay_for_the_one_that_had_its_number() {
-        let limit = Limit::default();
+        let limit = LineLimit::default();
         let now = Instant::now();
         while admits(&limit, 3, now) {}
         assert_eq!(limit.gone(3), 1);

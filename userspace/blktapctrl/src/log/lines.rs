@@ -12,7 +12,7 @@ const MOST: usize = 16 << 10;
 
 /// Format of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum LineFormat {
     /// Fields in the native protocol of systemd-journald.
     Journal,
     /// The level and the message, and the end of the line.
@@ -74,10 +74,10 @@ impl LogLine {
     }
 
     /// The bytes of it.
-    pub(super) fn encoded(&self, form: Form) -> Vec<u8> {
+    pub(super) fn encoded(&self, form: LineFormat) -> Vec<u8> {
         match form {
-            Form::Text => format!("{:>5} {}\n", self.level, self.message).into_bytes(),
-            Form::Journal => {
+            LineFormat::Text => format!("{:>5} {}\n", self.level, self.message).into_bytes(),
+            LineFormat::Journal => {
                 let mut bytes = Vec::with_capacity(512);
                 let priority = match self.level {
                     Level::ERROR => "3",
@@ -130,20 +130,23 @@ impl Visit for LogLine {
 
 #[cfg(test)]
 mod tests {
-    use super::{cut, Form, LogLine, MOST};
+    use super::{cut, LineFormat, LogLine, MOST};
     use tracing::Level;
 
     #[test]
     fn a_text_has_one_line_and_a_journal_has_fields() {
         let line = LogLine::lost(7);
-        let text = String::from_utf8(line.encoded(Form::Text)).expect("text");
+        let text = String::from_utf8(line.encoded(LineFormat::Text)).expect("text");
         assert!(text.starts_with(" WARN 7 lines were left out"), "{text}");
         assert_eq!(text.matches('\n').count(), 1);
-        let bytes = line.encoded(Form::Journal);
+        let bytes = line.encoded(LineFormat::Journal);
         let field = b"BLKTAP_SUPPRESSED\n\x01\0\0\0\0\0\0\x007\n";
         assert!(bytes.windows(field.len()).any(|at| at == field));
         assert!(bytes.starts_with(b"PRIORITY\n\x01\0\0\0\0\0\0\x004\n"));
-        assert_eq!(LogLine::new(Level::TRACE).encoded(Form::Text), b"TRACE \n");
+        assert_eq!(
+            LogLine::new(Level::TRACE).encoded(LineFormat::Text),
+            b"TRACE \n"
+        );
     }
 
     #[test]

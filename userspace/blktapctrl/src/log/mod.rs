@@ -14,11 +14,11 @@ mod lines;
 mod queue;
 
 pub use context::LogContext;
-pub use limit::Limit;
+pub use limit::LineLimit;
 
-use journal::Journal;
-use lines::{Form, LogLine};
-use queue::{Item, LineQueue};
+use journal::JournalSocket;
+use lines::{LineFormat, LogLine};
+use queue::{LineQueue, QueueItem};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,7 +52,7 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// Says how many lines about a disk, or about none, the [`Limit`] has left out.
+/// Says how many lines about a disk, or about none, the [`LineLimit`] has left out.
 pub fn tell_left_out(about: LogContext, count: u64) {
     let of = about
         .minor
@@ -75,7 +75,7 @@ const STACK: usize = 256 << 10;
 #[derive(Debug)]
 pub struct Log {
     /// Limit of each disk.
-    pub limit: Arc<Limit>,
+    pub limit: Arc<LineLimit>,
     queue: Arc<LineQueue>,
 }
 
@@ -89,15 +89,15 @@ impl Drop for Log {
 
 /// Destination of the lines.
 enum Reader {
-    Journal(Journal),
+    Journal(JournalSocket),
     Stderr,
 }
 
 impl Reader {
-    fn form(&self) -> Form {
+    fn form(&self) -> LineFormat {
         match self {
-            Reader::Journal(_) => Form::Journal,
-            Reader::Stderr => Form::Text,
+            Reader::Journal(_) => LineFormat::Journal,
+            Reader::Stderr => LineFormat::Text,
         }
     }
 
@@ -119,9 +119,9 @@ pub fn start(verbose: bool) -> io::Result<Log> {
         true => LevelFilter::DEBUG,
         false => LevelFilter::INFO,
     };
-    let limit = Arc::new(Limit::default());
+    let limit = Arc::new(LineLimit::default());
     let queue = Arc::<LineQueue>::default();
-    let (reader, refused) = match journal::is_our_reader().then(Journal::find) {
+    let (reader, refused) = match journal::is_our_reader().then(JournalSocket::find) {
         Some(Ok(journal)) => (Reader::Journal(journal), None),
         Some(Err(error)) => (Reader::Stderr, Some(error)),
         None => (Reader::Stderr, None),
@@ -158,20 +158,20 @@ pub fn start(verbose: bool) -> io::Result<Log> {
 /// Gives the next line to the reader, and tells it of those that are missing before.
 fn give_next(
     queue: &LineQueue,
-    limit: &Limit,
-    form: Form,
+    limit: &LineLimit,
+    form: LineFormat,
     missing: &mut u64,
     write: impl Fn(&[u8]) -> io::Result<()>,
 ) {
     let item = queue.take();
-    if let Item::Lost(count) = &item {
+    if let QueueItem::Lost(count) = &item {
         *missing = missing.saturating_add(*count);
     }
     // Their number is kept until the reader takes it.
     if *missing > 0 && write(&LogLine::lost(*missing).encoded(form)).is_ok() {
         *missing = 0;
     }
-    if let Item::Line(line) = item {
+    if let QueueItem::Line(line) = item {
         if write(&line).is_err() {
             limit.lose();
             *missing = missing.saturating_add(1);
@@ -183,8 +183,8 @@ fn give_next(
 /// The part of a subscriber that hands lines to the thread that writes them.
 struct Writer {
     queue: Arc<LineQueue>,
-    limit: Arc<Limit>,
-    form: Form,
+    limit: Arc<LineLimit>,
+    form: LineFormat,
 }
 
 impl<S: Subscriber> Layer<S> for Writer {
@@ -197,24 +197,24 @@ impl<S: Subscriber> Layer<S> for Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::{give_next, Form, Limit, LineQueue};
+    use super::{give_next, LineFormat, LineLimit, LineQueue};
     use std::cell::RefCell;
     use std::io;
 
     #[test]
     fn lines_that_the_reader_refuses_are_counted_and_told_when_it_takes_one() {
-        let (queue, limit) = (LineQueue::default(), Limit::default());
+        let (queue, limit) = (LineQueue::default(), LineLimit::default());
         let (mut missing, taken) = (0, RefCell::new(Vec::new()));
         for line in ["1\n", "2\n", "3\n"] {
             assert!(queue.put(line.into()));
         }
         for _ in 0..2 {
-            give_next(&queue, &limit, Form::Text, &mut missing, |_| {
+            give_next(&queue, &limit, LineFormat::Text, &mut missing, |_| {
                 Err(io::ErrorKind::BrokenPipe.into())
             });
         }
         assert_eq!((missing, limit.suppressed()), (2, 2));
-        give_next(&queue, &limit, Form::Text, &mut missing, |line| {
+        give_next(&queue, &limit, LineFormat::Text, &mut missing, |line| {
             taken.borrow_mut().extend_from_slice(line);
             Ok(())
         });

@@ -18,7 +18,7 @@ pub(super) struct LineQueue {
 
 #[derive(Debug, Default)]
 struct HeldLines {
-    items: VecDeque<Item>,
+    items: VecDeque<QueueItem>,
     /// Bytes of the lines in `items`.
     bytes: usize,
     /// An item was taken and is not written yet.
@@ -27,7 +27,7 @@ struct HeldLines {
 
 /// An entry of the queue.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Item {
+pub(super) enum QueueItem {
     /// A line, as its reader wants it.
     Line(Vec<u8>),
     /// Number of lines for which there was no room here.
@@ -43,10 +43,10 @@ impl LineQueue {
         match held.items.back_mut() {
             _ if has_room => {
                 held.bytes = bytes;
-                held.items.push_back(Item::Line(line));
+                held.items.push_back(QueueItem::Line(line));
             }
-            Some(Item::Lost(count)) => *count = count.saturating_add(1),
-            _ => held.items.push_back(Item::Lost(1)),
+            Some(QueueItem::Lost(count)) => *count = count.saturating_add(1),
+            _ => held.items.push_back(QueueItem::Lost(1)),
         }
         drop(held);
         self.changed.notify_all();
@@ -54,11 +54,11 @@ impl LineQueue {
     }
 
     /// Waits for the next item. The caller says by [`written`](Self::written) when it is done with it.
-    pub(super) fn take(&self) -> Item {
+    pub(super) fn take(&self) -> QueueItem {
         let mut held = self.held();
         loop {
             if let Some(item) = held.items.pop_front() {
-                if let Item::Line(line) = &item {
+                if let QueueItem::Line(line) = &item {
                     held.bytes = held.bytes.saturating_sub(line.len());
                 }
                 held.writes = true;
@@ -94,7 +94,7 @@ impl LineQueue {
 
 #[cfg(test)]
 mod tests {
-    use super::{Item, LineQueue, MOST};
+    use super::{LineQueue, QueueItem, MOST};
     use std::time::Duration;
 
     #[test]
@@ -103,11 +103,11 @@ mod tests {
         let half = || vec![b'x'; MOST / 2];
         assert!(queue.put(half()) && queue.put(half()));
         assert!(!queue.put(b"lost".to_vec()) && !queue.put(b"lost".to_vec()));
-        assert_eq!(queue.take(), Item::Line(half()));
+        assert_eq!(queue.take(), QueueItem::Line(half()));
         assert!(queue.put(b"after".to_vec()));
-        assert_eq!(queue.take(), Item::Line(half()));
-        assert_eq!(queue.take(), Item::Lost(2));
-        assert_eq!(queue.take(), Item::Line(b"after".to_vec()));
+        assert_eq!(queue.take(), QueueItem::Line(half()));
+        assert_eq!(queue.take(), QueueItem::Lost(2));
+        assert_eq!(queue.take(), QueueItem::Line(b"after".to_vec()));
         assert!(!queue.is_empty_within(Duration::ZERO), "it is not written");
         queue.written();
         assert!(queue.is_empty_within(Duration::ZERO));

@@ -50,7 +50,7 @@ impl Process {
             // It has a session of its own as soon as it runs: no process group here, a leader of
             // which cannot have one.
             .current_dir("/");
-        let mut left = Left(Some(socket));
+        let mut left = LeftSocket(Some(socket));
         let mut child = starter::start(program, command).await?;
         match Process::meet_child(child.id(), socket) {
             Ok(process) => {
@@ -163,9 +163,9 @@ async fn introduced(link: &mut RpcClient, limit: Duration) -> Result<u32, Failur
 }
 
 /// The socket of a process that may not come to be: its start fails, or its caller waits no more.
-struct Left<'a>(Option<&'a Path>);
+struct LeftSocket<'a>(Option<&'a Path>);
 
-impl Drop for Left<'_> {
+impl Drop for LeftSocket<'_> {
     fn drop(&mut self) {
         if let Some(socket) = self.0 {
             tidy(socket);

@@ -18,12 +18,12 @@ const PASSWD: &str = "/etc/passwd";
 /// Bytes of the stack of a thread.
 const STACK: usize = 256 << 10;
 
-type StartWork = Box<dyn FnOnce() -> Result<Started, Failure> + Send>;
+type StartWork = Box<dyn FnOnce() -> Result<StartedChild, Failure> + Send>;
 
 /// A program to be started.
 struct StartJob {
     work: StartWork,
-    answer: oneshot::Sender<Result<Started, Failure>>,
+    answer: oneshot::Sender<Result<StartedChild, Failure>>,
 }
 
 thread_local! {
@@ -33,9 +33,9 @@ thread_local! {
 
 /// A child that is killed if it is not taken, because its caller waits no more.
 #[derive(Debug)]
-struct Started(Option<Child>);
+struct StartedChild(Option<Child>);
 
-impl Drop for Started {
+impl Drop for StartedChild {
     fn drop(&mut self) {
         let Some(mut child) = self.0.take() else {
             return;
@@ -59,7 +59,7 @@ pub(super) async fn start(program: &Program, command: Command) -> Result<Child, 
 }
 
 /// Does the work on the thread of a program, and waits for it for at most `limit`.
-async fn within(program: &Path, limit: Duration, work: StartWork) -> Result<Started, Failure> {
+async fn within(program: &Path, limit: Duration, work: StartWork) -> Result<StartedChild, Failure> {
     let (answer, started) = oneshot::channel();
     hand_over(program, StartJob { work, answer })?;
     match tokio::time::timeout(limit, started).await {
@@ -112,7 +112,7 @@ fn start_all(jobs: &mpsc::Receiver<StartJob>) {
     }
 }
 
-fn start_now(mut command: Command, user: Option<&str>) -> Result<Started, Failure> {
+fn start_now(mut command: Command, user: Option<&str>) -> Result<StartedChild, Failure> {
     if let Some(name) = user {
         let (uid, gid) = user_of(name)?;
         // It becomes that user by itself, after it has locked its memory.
@@ -123,7 +123,7 @@ fn start_now(mut command: Command, user: Option<&str>) -> Result<Started, Failur
         let what = format!("cannot start {path}: install it, or name it with --tapdisk");
         Failure::system(what, &error)
     })?;
-    Ok(Started(Some(child)))
+    Ok(StartedChild(Some(child)))
 }
 
 /// User and group of the processes of disks.
@@ -149,7 +149,7 @@ pub fn user_of(name: &str) -> Result<(u32, u32), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::{user_of, within, Started};
+    use super::{user_of, within, StartedChild};
     use control::Code;
     use rustix::process::{pidfd_open, Pid, PidfdFlags};
     use std::path::Path;
@@ -174,12 +174,12 @@ mod tests {
                 let pid = Pid::from_child(&child);
                 let _ = began.send(pidfd_open(pid, PidfdFlags::empty()).expect("a pidfd"));
                 let _ = silence.recv();
-                Ok(Started(Some(child)))
+                Ok(StartedChild(Some(child)))
             });
             let short = Duration::from_millis(50);
             let failure = within(dead, short, hangs).await.expect_err("no answer");
             assert_eq!(failure.code, Code::Timeout);
-            let fine = || Box::new(|| Ok(Started(None)));
+            let fine = || Box::new(|| Ok(StartedChild(None)));
             let failure = within(dead, short, fine()).await.expect_err("it waits");
             assert!(failure.message.contains("/dead/tapdisk"), "{failure}");
             let other = Path::new("/well/tapdisk");

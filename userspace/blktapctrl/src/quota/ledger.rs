@@ -38,32 +38,32 @@ const SOON: Duration = Duration::from_millis(50);
 
 /// A limited quantity.
 #[derive(Clone, Copy)]
-enum Thing {
+enum LimitedQuantity {
     Bytes,
     Requests,
 }
 
-impl Thing {
-    const BOTH: [Thing; 2] = [Thing::Bytes, Thing::Requests];
+impl LimitedQuantity {
+    const BOTH: [LimitedQuantity; 2] = [LimitedQuantity::Bytes, LimitedQuantity::Requests];
 
     fn of(self, pace: &Pace) -> Option<u64> {
         match self {
-            Thing::Bytes => pace.bytes,
-            Thing::Requests => pace.milli_requests,
+            LimitedQuantity::Bytes => pace.bytes,
+            LimitedQuantity::Requests => pace.milli_requests,
         }
     }
 
     fn put(self, pace: &mut Pace, value: Option<u64>) {
         match self {
-            Thing::Bytes => pace.bytes = value,
-            Thing::Requests => pace.milli_requests = value,
+            LimitedQuantity::Bytes => pace.bytes = value,
+            LimitedQuantity::Requests => pace.milli_requests = value,
         }
     }
 }
 
 /// A share that a process was given.
 #[derive(Clone, Copy, Debug)]
-struct Promise {
+struct SharePromise {
     pid: u32,
     number: u64,
     pace: Pace,
@@ -86,7 +86,7 @@ struct Sample {
 struct Member {
     /// Its own limits.
     own: Limits,
-    promises: Vec<Promise>,
+    promises: Vec<SharePromise>,
     /// Of the process that told them, the oldest first.
     samples: VecDeque<Sample>,
     of: Option<u32>,
@@ -96,8 +96,8 @@ struct Member {
 
 impl Member {
     /// The most that its process may believe to have from now on.
-    fn held(&self, thing: Thing, now: Duration, equal: u64) -> u64 {
-        let believed = |promise: &Promise| {
+    fn held(&self, thing: LimitedQuantity, now: Duration, equal: u64) -> u64 {
+        let believed = |promise: &SharePromise| {
             let after = promise.after.map_or(Some(equal), |after| thing.of(&after));
             let has = match now < promise.until {
                 true => thing.of(&promise.pace),
@@ -105,7 +105,7 @@ impl Member {
             };
             has.unwrap_or(0)
         };
-        let is_late = |promise: &Promise| !promise.is_heard && now >= promise.from + SILENT;
+        let is_late = |promise: &SharePromise| !promise.is_heard && now >= promise.from + SILENT;
         let is_silent = |pid: u32| {
             let mut its = self.promises.iter().filter(|promise| promise.pid == pid);
             its.any(is_late)
@@ -138,17 +138,17 @@ impl Member {
         }
     }
 
-    fn lacks(&self, thing: Thing, now: Duration) -> bool {
+    fn lacks(&self, thing: LimitedQuantity, now: Duration) -> bool {
         let last = self.samples.iter().rev().take(2);
         let mut recent = last.filter(|sample| now <= sample.at + LATE);
         recent.any(|sample| match thing {
-            Thing::Bytes => sample.used.lacks_bytes,
-            Thing::Requests => sample.used.lacks_requests,
+            LimitedQuantity::Bytes => sample.used.lacks_bytes,
+            LimitedQuantity::Requests => sample.used.lacks_requests,
         })
     }
 
     /// Returns its demand in a second.
-    fn wants(&self, thing: Thing, now: Duration) -> u64 {
+    fn wants(&self, thing: LimitedQuantity, now: Duration) -> u64 {
         let own = thing.of(&Pace::of(&self.own)).unwrap_or(ALL);
         if self.lacks(thing, now) {
             return own;
@@ -237,7 +237,7 @@ impl Ledger {
     pub fn adopt(&mut self, minor: u32, pid: u32, until: Duration) {
         let all = Pace::of(&self.limits);
         if let Some(member) = self.members.get_mut(&minor) {
-            member.promises.push(Promise {
+            member.promises.push(SharePromise {
                 pid,
                 number: 0,
                 pace: all,
@@ -260,7 +260,7 @@ impl Ledger {
     }
 
     /// Returns the part that a disk should have.
-    fn target(&self, minor: u32, thing: Thing, now: Duration) -> Option<u64> {
+    fn target(&self, minor: u32, thing: LimitedQuantity, now: Duration) -> Option<u64> {
         let all = thing.of(&Pace::of(&self.limits))?;
         let wants: Vec<u64> = self
             .members
@@ -275,7 +275,7 @@ impl Ledger {
     }
 
     /// Returns the part that the others leave now.
-    fn left(&self, minor: u32, thing: Thing, now: Duration) -> u64 {
+    fn left(&self, minor: u32, thing: LimitedQuantity, now: Duration) -> u64 {
         let all = thing.of(&Pace::of(&self.limits)).unwrap_or(0);
         let equal = thing.of(&self.equal()).unwrap_or(0);
         let others = self.members.iter().filter(|(known, _)| **known != minor);
@@ -286,7 +286,7 @@ impl Ledger {
     /// Returns the next share of a process, and the number by which it is [answered](Self::answered).
     pub fn share(&mut self, minor: u32, pid: u32, now: Duration) -> (u64, Share) {
         let mut pace = Pace::default();
-        for thing in Thing::BOTH {
+        for thing in LimitedQuantity::BOTH {
             let target = self.target(minor, thing, now);
             let part = target.map(|target| target.min(self.left(minor, thing, now)));
             thing.put(&mut pace, part);
@@ -295,7 +295,7 @@ impl Ledger {
         self.last += 1;
         let number = self.last;
         let until = now + TERM;
-        let promise = Promise {
+        let promise = SharePromise {
             pid,
             number,
             pace,
@@ -357,15 +357,15 @@ impl Ledger {
     /// When to look at a disk again.
     #[must_use]
     pub fn pause(&self, minor: u32, now: Duration) -> Duration {
-        let has = |thing: Thing| {
+        let has = |thing: LimitedQuantity| {
             let promise = self.members.get(&minor)?.promises.last()?;
             thing.of(&promise.pace)
         };
-        let waits = |thing: &Thing| match (has(*thing), self.target(minor, *thing, now)) {
+        let waits = |thing: &LimitedQuantity| match (has(*thing), self.target(minor, *thing, now)) {
             (Some(has), Some(target)) => has < target - target / 16,
             _ => false,
         };
-        match Thing::BOTH.iter().any(waits) {
+        match LimitedQuantity::BOTH.iter().any(waits) {
             true => SOON,
             false => STEP,
         }
@@ -379,7 +379,7 @@ impl Ledger {
             let rests = member.active.is_none_or(|active| active + QUIET < now);
             let has_no_more = member.promises.iter().all(|promise| {
                 promise.after == Some(equal)
-                    && Thing::BOTH
+                    && LimitedQuantity::BOTH
                         .iter()
                         .all(|thing| thing.of(&promise.pace) <= thing.of(&equal))
             });
@@ -401,7 +401,9 @@ impl Ledger {
                 pace,
                 bytes: does.bytes.unwrap_or(0),
                 milli_requests: does.milli_requests.unwrap_or(0),
-                lacks: Thing::BOTH.iter().any(|thing| member.lacks(*thing, now)),
+                lacks: LimitedQuantity::BOTH
+                    .iter()
+                    .any(|thing| member.lacks(*thing, now)),
             }
         };
         supervisor::Group {

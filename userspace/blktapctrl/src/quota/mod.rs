@@ -31,7 +31,7 @@ const LEAST_REQUESTS: u64 = 1;
 
 /// A file with a group.
 #[derive(Debug, Serialize, Deserialize)]
-struct Written {
+struct GroupFile {
     name: GroupName,
     limits: Limits,
 }
@@ -296,7 +296,7 @@ fn fits(name: &GroupName, limits: Limits, disks: usize) -> Result<(), Failure> {
 
 fn write(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
     let name = name.clone();
-    let mut text = serde_json::to_vec_pretty(&Written { name, limits })?;
+    let mut text = serde_json::to_vec_pretty(&GroupFile { name, limits })?;
     text.push(b'\n');
     folder::replace(path, &text)
 }
@@ -304,7 +304,7 @@ fn write(path: &Path, name: &GroupName, limits: Limits) -> io::Result<()> {
 /// Reads the record of a group. One that is not understood is logged, and left where it is.
 fn read(path: &Path) -> Option<(GroupName, Rc<QuotaGroup>)> {
     let understood = fs::read(path).and_then(|text| {
-        let written: Written = serde_json::from_slice(&text)?;
+        let written: GroupFile = serde_json::from_slice(&text)?;
         Ok(written)
     });
     match understood {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where records are.
 
-use super::{Record, Unread};
+use super::{Record, UnreadRecord};
 use crate::folder::{self, Folder};
 use std::io;
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ pub trait Records {
     ///
     /// # Errors
     /// The folder with the records cannot be read.
-    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>>;
+    fn all(&self) -> io::Result<Vec<Result<Record, UnreadRecord>>>;
 }
 
 /// Records as files of the folder.
@@ -40,7 +40,7 @@ impl Records for Files {
         folder::remove(&self.0.disk(minor))
     }
 
-    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>> {
+    fn all(&self) -> io::Result<Vec<Result<Record, UnreadRecord>>> {
         let files = folder::files(&self.0.disks(), "json")?;
         Ok(files
             .iter()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Records that are not understood: the parts of them that are, so that no other disk gets their files.
 
-use super::{KnownProcess, Leased, Next, Part, Role};
+use super::{DiskPart, KnownProcess, Leased, NextImage, PartRole};
 use crate::image::Identity;
 use control::supervisor::{Mode, Policy};
 use control::tapdisk::Open;
@@ -11,25 +11,25 @@ use std::path::PathBuf;
 
 /// A record that is not understood.
 #[derive(Clone, Debug)]
-pub struct Unread {
+pub struct UnreadRecord {
     /// The disk that its name says.
     pub minor: Option<u32>,
     /// Reason for which it is not understood.
     pub why: String,
     /// The understood part of it.
-    pub peek: Box<Peek>,
+    pub peek: Box<RecordPeek>,
 }
 
 /// The understood part of a record that as a whole is not.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct Peek {
+pub struct RecordPeek {
     /// As in a record.
     pub open: Option<Open>,
     /// As in a record.
     pub identity: Option<Identity>,
     /// As in a record; of what is not understood, what it is.
-    pub parts: Vec<Part>,
+    pub parts: Vec<DiskPart>,
     /// As in a record.
     pub files: Vec<PathBuf>,
     /// As in a record, and what its image is though the rest is not understood.
@@ -59,13 +59,13 @@ pub struct PeekNext {
     /// As in a record.
     pub identity: Option<Identity>,
     /// As in a record.
-    pub parts: Vec<Part>,
+    pub parts: Vec<DiskPart>,
     /// As in a record.
     pub files: Vec<PathBuf>,
 }
 
-impl From<Next> for PeekNext {
-    fn from(next: Next) -> PeekNext {
+impl From<NextImage> for PeekNext {
+    fn from(next: NextImage) -> PeekNext {
         PeekNext {
             open: Some(next.open),
             identity: next.identity,
@@ -77,10 +77,10 @@ impl From<Next> for PeekNext {
 
 /// The parts that a record or what it leads to says. A part that is not understood counts as writable, and no other
 /// disk gets it.
-fn parts(value: &Value) -> Vec<Part> {
+fn parts(value: &Value) -> Vec<DiskPart> {
     let part = |value: &Value| {
-        let unknown = || Part {
-            role: Role::Extent,
+        let unknown = || DiskPart {
+            role: PartRole::Extent,
             path: PathBuf::new(),
             identity: value
                 .get("identity")
@@ -95,18 +95,18 @@ fn parts(value: &Value) -> Vec<Part> {
     all.into_iter().flatten().map(part).collect()
 }
 
-impl Peek {
+impl RecordPeek {
     /// All that its process may have beside the image.
-    pub fn all_parts(&self) -> impl Iterator<Item = &Part> {
+    pub fn all_parts(&self) -> impl Iterator<Item = &DiskPart> {
         let next = self.next.iter().flat_map(|next| &next.parts);
         self.parts.iter().chain(next)
     }
 
-    pub(super) fn of(value: &Value) -> Peek {
+    pub(super) fn of(value: &Value) -> RecordPeek {
         fn field<T: serde::de::DeserializeOwned>(value: &Value, name: &str) -> Option<T> {
             serde_json::from_value(value.get(name)?.clone()).ok()
         }
-        Peek {
+        RecordPeek {
             open: field(value, "open"),
             identity: field(value, "identity"),
             parts: parts(value),

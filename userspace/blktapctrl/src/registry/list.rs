@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Rows of a list of the disks.
 
-use super::unreadable_records::Unknown;
+use super::unreadable_records::IgnoredDisk;
 use super::Registry;
 use crate::kernel::NodeInfo;
 use control::supervisor::{Filter, Row};
@@ -19,7 +19,7 @@ impl Registry {
         let mut from = 0;
         while let Some(node) = self.node_from(from)? {
             let known = self.disks.borrow().get(&node.minor).map(|disk| disk.row());
-            let unknown = || self.unknown.borrow().get(&node.minor).map(Unknown::row);
+            let unknown = || self.unknown.borrow().get(&node.minor).map(IgnoredDisk::row);
             let mut row = known.or_else(unknown).unwrap_or_else(|| Row {
                 unknown: Some("it has no record".into()),
                 ..empty_row(Some(node.minor), None)

@@ -6,25 +6,25 @@ mod named_memory;
 mod nodes;
 pub mod unreadable_records;
 
-use crate::disk::{Disk, Disks, Fate};
+use crate::disk::{Disk, DiskFate, DiskTable};
 use crate::events::Events;
 use crate::folder::Folder;
 use crate::kernel::{self, Kernel};
-use crate::log::{tell, tell_left_out, Limit, LogContext};
+use crate::log::{tell, tell_left_out, LineLimit, LogContext};
 use crate::process::Process;
 use crate::record::{Record, Records};
 use crate::store::{relative, Store};
 use control::supervisor::{Counted, Doing, Mode, What, Which};
 use control::tapdisk::Open;
 use control::{Code, Failure};
-use named_memory::Memories;
+use named_memory::NamedMemories;
 pub(crate) use nodes::unmade;
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use unreadable_records::Unknown;
+use unreadable_records::IgnoredDisk;
 
 /// The disks of this host.
 pub struct Registry {
@@ -37,20 +37,20 @@ pub struct Registry {
     /// Events.
     pub events: Events,
     /// Limit of the log.
-    pub limit: OnceCell<Arc<Limit>>,
+    pub limit: OnceCell<Arc<LineLimit>>,
     store: RefCell<Option<Rc<dyn Store>>>,
-    disks: Rc<Disks>,
-    unknown: RefCell<BTreeMap<u32, Unknown>>,
+    disks: Rc<DiskTable>,
+    unknown: RefCell<BTreeMap<u32, IgnoredDisk>>,
     /// Processes without a disk.
     idle: RefCell<BTreeMap<u32, Rc<Process>>>,
-    memories: Memories,
+    memories: NamedMemories,
 }
 
 impl Registry {
     /// A registry without disks.
     #[must_use]
     pub fn new(folder: Folder, records: Box<dyn Records>, kernel: Box<dyn Kernel>) -> Rc<Registry> {
-        let disks = Rc::<Disks>::default();
+        let disks = Rc::<DiskTable>::default();
         Rc::new(Registry {
             events: Events::new(disks.clone(), Some(&folder.events())),
             folder,
@@ -61,7 +61,7 @@ impl Registry {
             disks,
             unknown: RefCell::default(),
             idle: RefCell::default(),
-            memories: Memories::default(),
+            memories: NamedMemories::default(),
         })
     }
 
@@ -126,7 +126,7 @@ impl Registry {
                 disk.minor
             );
         }
-        disk.advance(Fate::Gone);
+        disk.advance(DiskFate::Gone);
         // It says which one it was.
         self.events.add(Some(disk.minor), What::Destroyed);
         self.disks.borrow_mut().remove(&disk.minor);
@@ -194,7 +194,7 @@ impl Registry {
     /// Updates the record of a disk. A failure is an event only: the disk continues, and the next supervisor finds out
     /// by its process.
     pub fn note(&self, disk: &Disk) {
-        if disk.fate() == Fate::Gone {
+        if disk.fate() == DiskFate::Gone {
             return;
         }
         let written = self.records.write(&disk.record.borrow());
@@ -209,13 +209,13 @@ impl Registry {
     /// # Errors
     /// The record cannot be stored, or the disk is gone.
     pub fn change(&self, disk: &Disk, change: impl FnOnce(&mut Record)) -> Result<(), Failure> {
-        if disk.fate() == Fate::Gone {
+        if disk.fate() == DiskFate::Gone {
             let message = format!("disk {} is gone", disk.minor);
             return Err(Failure::new(Code::NotFound, message));
         }
         let mut record = disk.record.borrow().clone();
         change(&mut record);
-        if disk.fate() != Fate::Stays {
+        if disk.fate() != DiskFate::Stays {
             // The next supervisor continues its end, whatever verb has begun.
             record.doing = Some(Doing::Destroy);
         }
@@ -275,7 +275,7 @@ impl Registry {
         let mut stay = self
             .all()
             .into_iter()
-            .filter(|disk| disk.fate() == Fate::Stays);
+            .filter(|disk| disk.fate() == DiskFate::Stays);
         stay.find(|disk| {
             let record = disk.record.borrow();
             let same = record.open.as_ref().map(|open| &open.target) == Some(&open.target);

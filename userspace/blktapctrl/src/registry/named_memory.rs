@@ -6,13 +6,13 @@
 //! at most unused memory, which is found when a disk ends, or by the next supervisor. Where it is not known what some
 //! disk has, nothing is given back and nothing is made anew.
 
-use super::unreadable_records::Unknown;
+use super::unreadable_records::IgnoredDisk;
 use super::Registry;
 use crate::folder;
 use crate::image::{self, Identity, Image};
 use crate::log::{tell, LogContext};
 use crate::ram_files;
-use crate::record::Peek;
+use crate::record::RecordPeek;
 use control::tapdisk::Open;
 use control::{Code, Failure, MemoryName, Target};
 use std::cell::{Cell, RefCell};
@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 /// State of named memory beside the records.
 #[derive(Default)]
-pub(super) struct Memories {
+pub(super) struct NamedMemories {
     /// Memory that running verbs are about to use.
     pinned: RefCell<Vec<(MemoryName, u64)>>,
     /// How many times records are being read at the moment.
@@ -29,17 +29,17 @@ pub(super) struct Memories {
     /// There are disks, or processes, of which nothing is known.
     incomplete: Cell<bool>,
     /// Disks whose records were removed, and which processes may still serve.
-    forgotten: RefCell<Vec<Unknown>>,
+    forgotten: RefCell<Vec<IgnoredDisk>>,
 }
 
 /// Memory that a disk is about to have: it is not given back meanwhile.
-pub struct Pinned {
+pub struct PinnedMemory {
     registry: Rc<Registry>,
     name: MemoryName,
     size: u64,
 }
 
-impl Drop for Pinned {
+impl Drop for PinnedMemory {
     fn drop(&mut self) {
         {
             let mut pinned = self.registry.memories.pinned.borrow_mut();
@@ -57,9 +57,9 @@ impl Drop for Pinned {
 }
 
 /// Records are being read: of some disks it is not known yet what they have.
-pub struct Reading(Rc<Registry>);
+pub struct RecordReading(Rc<Registry>);
 
-impl Drop for Reading {
+impl Drop for RecordReading {
     fn drop(&mut self) {
         let left = self.0.memories.reading.get().saturating_sub(1);
         self.0.memories.reading.set(left);
@@ -100,7 +100,7 @@ impl Registry {
     pub async fn image_for(
         self: &Rc<Self>,
         open: &Open,
-    ) -> Result<(Option<Arc<Image>>, Option<Pinned>), Failure> {
+    ) -> Result<(Option<Arc<Image>>, Option<PinnedMemory>), Failure> {
         let Some((name, size)) = named(&open.target) else {
             return Ok((self.image_of(open).await?, None));
         };
@@ -109,7 +109,7 @@ impl Registry {
         }
         let pin = (name.clone(), size);
         self.memories.pinned.borrow_mut().push(pin);
-        let pinned = Pinned {
+        let pinned = PinnedMemory {
             registry: self.clone(),
             name: name.clone(),
             size,
@@ -209,10 +209,10 @@ impl Registry {
     }
 
     /// Records are being read from now on, until what is returned is dropped.
-    pub fn reading(self: &Rc<Self>) -> Reading {
+    pub fn reading(self: &Rc<Self>) -> RecordReading {
         let reading = self.memories.reading.get().saturating_add(1);
         self.memories.reading.set(reading);
-        Reading(self.clone())
+        RecordReading(self.clone())
     }
 
     /// There are disks or processes of which nothing can be known.
@@ -221,7 +221,7 @@ impl Registry {
     }
 
     /// Keeps a disk whose record was removed, and which a process may still serve.
-    pub(super) fn forgotten(&self, disk: Unknown) {
+    pub(super) fn forgotten(&self, disk: IgnoredDisk) {
         self.memories.forgotten.borrow_mut().push(disk);
     }
 
@@ -261,7 +261,7 @@ impl Registry {
         users
     }
 
-    fn left_alone_or_forgotten(&self) -> Vec<Unknown> {
+    fn left_alone_or_forgotten(&self) -> Vec<IgnoredDisk> {
         let mut all = self.left_alone();
         all.extend(self.memories.forgotten.borrow().iter().cloned());
         all
@@ -293,7 +293,7 @@ fn named(target: &Target) -> Option<(&MemoryName, u64)> {
 }
 
 /// Whether an ignored disk has, or is to have, an image that is not known.
-fn has_unknown(peek: &Peek) -> bool {
+fn has_unknown(peek: &RecordPeek) -> bool {
     let next = peek.next.as_ref();
     (peek.open.is_none() && peek.identity.is_none())
         || next.is_some_and(|next| next.open.is_none() && next.identity.is_none())

@@ -9,7 +9,7 @@ use crate::image::{self, Identity};
 use crate::kernel;
 use crate::log::{tell, LogContext};
 use crate::process::{Process, SOON};
-use crate::record::{Peek, Record, Unread, Want};
+use crate::record::{DesiredState, Record, RecordPeek, UnreadRecord};
 use control::supervisor::{Mode, Row, What};
 use control::tapdisk::{State, Status};
 use control::{Code, Failure};
@@ -19,18 +19,18 @@ use std::path::Path;
 
 /// A disk that is left alone.
 #[derive(Clone, Debug)]
-pub struct Unknown {
+pub struct IgnoredDisk {
     /// Its node.
     pub minor: u32,
     /// Reason for which it is not understood.
     pub why: String,
     /// The known part of it.
-    pub peek: Peek,
+    pub peek: RecordPeek,
     /// A process may serve it.
     pub may_be_served: bool,
 }
 
-impl Unknown {
+impl IgnoredDisk {
     /// Returns its row of a list.
     #[must_use]
     pub fn row(&self) -> Row {
@@ -56,7 +56,7 @@ impl Unknown {
 impl Registry {
     /// A record is not understood. The supervisor asks its process about it, because other disks must not get its
     /// image.
-    pub async fn leave_alone(&self, unread: Unread) {
+    pub async fn leave_alone(&self, unread: UnreadRecord) {
         let Some(minor) = unread.minor else {
             self.knows_not_all();
             self.events.add(None, What::Unknown { why: unread.why });
@@ -66,7 +66,7 @@ impl Registry {
             "{}; it is served on, but its process is not replaced: take it over (`tap-ctl adopt -m {minor}`), or remove its record (`tap-ctl forget -m {minor}`)",
             unread.why
         );
-        let mut unknown = Unknown {
+        let mut unknown = IgnoredDisk {
             minor,
             why: why.clone(),
             peek: *unread.peek,
@@ -114,7 +114,7 @@ impl Registry {
     }
 
     /// All disks that are left alone.
-    pub fn left_alone(&self) -> Vec<Unknown> {
+    pub fn left_alone(&self) -> Vec<IgnoredDisk> {
         self.unknown.borrow().values().cloned().collect()
     }
 
@@ -170,7 +170,7 @@ impl Registry {
 
     /// Makes the record of a disk anew, of what is left of the old one and what its process and the
     /// kernel say.
-    async fn make_record(&self, minor: u32, peek: Peek) -> Result<Record, Failure> {
+    async fn make_record(&self, minor: u32, peek: RecordPeek) -> Result<Record, Failure> {
         let node = kernel::node(&*self.kernel, minor)
             .map_err(|error| Failure::system("cannot ask the kernel", &error))?;
         let node = node.ok_or_else(|| {
@@ -206,9 +206,9 @@ impl Registry {
             record.mode = peek.mode.unwrap_or(mode_of(open.read_only, open.shared));
             record.open = Some(open);
             record.want = match status.state {
-                State::Running | State::Inactive => Want::Served,
-                State::Paused => Want::Paused,
-                State::Attached | State::Idle => Want::Idle,
+                State::Running | State::Inactive => DesiredState::Served,
+                State::Paused => DesiredState::Paused,
+                State::Attached | State::Idle => DesiredState::Idle,
             };
         }
         record.files = peek.files;

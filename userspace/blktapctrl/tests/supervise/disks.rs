@@ -3,7 +3,7 @@
 
 use super::bed::{kill, test, until, which};
 use super::fake::{put, FakeStore};
-use blktapctrl::disk::Fate;
+use blktapctrl::disk::DiskFate;
 use blktapctrl::{server, watch};
 use control::supervisor::{Allocate, Mode, Reply, Request, What, Which};
 use control::tapdisk::State;
@@ -237,10 +237,10 @@ fn a_disk_that_the_kernel_serves_a_guest_from_outlives_its_directory() {
             let before = bed.kernel.queries.get();
             until("looks at the kernel", || async {
                 let has_looked = bed.kernel.queries.get() >= before + 3;
-                (has_looked || disk.fate() != Fate::Stays).then_some(())
+                (has_looked || disk.fate() != DiskFate::Stays).then_some(())
             })
             .await;
-            assert_eq!(disk.fate(), Fate::Stays, "a guest runs on it");
+            assert_eq!(disk.fate(), DiskFate::Stays, "a guest runs on it");
         };
         bind(Some((3, 51712)));
         bed.store.drop("backend/vbd/3");

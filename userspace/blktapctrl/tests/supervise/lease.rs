@@ -6,7 +6,7 @@ use blktapctrl::recovery;
 use control::supervisor::{Create, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, Failure, LeaseKind};
-use lease::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, View};
+use lease::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -42,7 +42,7 @@ pub(crate) fn holder_of(bed: &Bed, image: &str) -> Option<String> {
     }
     let lease = lease::open(&LeaseKind::Record(None), &image, claim);
     match lease.expect("a lease").inspect().expect("a lease") {
-        View::Held(holder) => Some(holder.disk),
+        LeaseView::Held(holder) => Some(holder.disk),
         _ => None,
     }
 }
@@ -52,7 +52,7 @@ pub(crate) fn holder_of(bed: &Bed, image: &str) -> Option<String> {
 struct Stuck(Box<dyn Lease>, Arc<AtomicBool>);
 
 impl Lease for Stuck {
-    fn inspect(&mut self) -> Result<View, Failure> {
+    fn inspect(&mut self) -> Result<LeaseView, Failure> {
         self.0.inspect()
     }
 
@@ -98,7 +98,7 @@ fn breakable(bed: &Bed) -> Arc<AtomicBool> {
 
 pub(crate) fn generation(lease: &mut dyn Lease) -> Option<u64> {
     match lease.inspect().expect("a lease") {
-        View::Held(holder) => Some(holder.generation),
+        LeaseView::Held(holder) => Some(holder.generation),
         _ => None,
     }
 }

@@ -2,7 +2,7 @@
 //! Lines of the log: their content, their fields, and their number.
 
 use super::bed::{kill, test, until, Bed};
-use blktapctrl::log::Limit;
+use blktapctrl::log::LineLimit;
 use blktapctrl::{watch, watchdog};
 use control::supervisor::{Counted, Reply, Request, What};
 use std::collections::BTreeMap;
@@ -62,7 +62,7 @@ impl<S: Subscriber> Layer<S> for Lines {
 
 impl Lines {
     /// Of what this thread does, as far as there is room for it.
-    pub(crate) fn kept(limit: &Arc<Limit>) -> (Lines, DefaultGuard) {
+    pub(crate) fn kept(limit: &Arc<LineLimit>) -> (Lines, DefaultGuard) {
         let lines = Lines::default();
         let all = tracing_subscriber::registry()
             .with(lines.clone())
@@ -85,8 +85,8 @@ impl Lines {
 }
 
 /// Collects the log of the supervisor of `bed` from now on, within the limits of its disks.
-pub(crate) fn limited(bed: &Bed) -> (Arc<Limit>, Lines, DefaultGuard) {
-    let limit = Arc::<Limit>::default();
+pub(crate) fn limited(bed: &Bed) -> (Arc<LineLimit>, Lines, DefaultGuard) {
+    let limit = Arc::<LineLimit>::default();
     let (lines, kept) = Lines::kept(&limit);
     bed.registry().limit.set(limit.clone()).expect("once");
     (limit, lines, kept)

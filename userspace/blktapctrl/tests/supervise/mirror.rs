@@ -6,7 +6,7 @@ use super::fake::put;
 use super::fd_broker::{ask, hello};
 use super::sharing::stubbed;
 use super::steps::{at_each_step, create, one, pause, unpause};
-use blktapctrl::record::Role;
+use blktapctrl::record::PartRole;
 use blktapctrl::recovery;
 use control::stats::{Mirror, Mirroring};
 use control::supervisor::{Create, MirrorTo, Reply, Request, Row, What};
@@ -74,7 +74,10 @@ pub(crate) fn is_served_from(row: &Row, name: &str) -> bool {
 fn has_part(bed: &Bed) -> bool {
     let disk = bed.registry().get(0).expect("a disk");
     let record = disk.record.borrow();
-    let has = record.parts.iter().any(|part| part.role == Role::Mirror);
+    let has = record
+        .parts
+        .iter()
+        .any(|part| part.role == PartRole::Mirror);
     assert_eq!(has, record.mirror.is_some());
     has
 }

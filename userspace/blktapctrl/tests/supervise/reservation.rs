@@ -7,7 +7,7 @@ use control::supervisor::{Create, MirrorTo, Mode, Reply, Request, What};
 use control::tapdisk::State;
 use control::{Code, LeaseKind};
 use lease::reservation::fake::ScsiTarget;
-use lease::{HolderIsDead, Lease, LeaseClaim, View};
+use lease::{HolderIsDead, Lease, LeaseClaim, LeaseView};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ fn elsewhere(bed: &Bed, target: &ScsiTarget) -> Box<dyn Lease> {
 /// The key of the disk that has it reserved, in the eyes of another host.
 fn key(bed: &Bed, target: &ScsiTarget) -> Option<u64> {
     match elsewhere(bed, target).inspect().expect("a lease") {
-        View::Held(holder) => Some(holder.generation),
+        LeaseView::Held(holder) => Some(holder.generation),
         _ => None,
     }
 }

@@ -4,7 +4,7 @@
 use super::bed::{block_on, kill, test, until, which, Bed, Succession};
 use super::fake::put;
 use super::steps::{pause, unpause};
-use blktapctrl::record::Role;
+use blktapctrl::record::PartRole;
 use blktapctrl::recovery;
 use control::stats::{Stream, Streaming};
 use control::supervisor::{Reply, Request, What};
@@ -40,7 +40,10 @@ async fn snapshot(bed: &Bed, target: &Target) {
 fn parents(bed: &Bed) -> usize {
     let disk = bed.registry().get(0).expect("a disk");
     let record = disk.record.borrow();
-    let parents = record.parts.iter().filter(|part| part.role == Role::Parent);
+    let parents = record
+        .parts
+        .iter()
+        .filter(|part| part.role == PartRole::Parent);
     parents.count()
 }
 

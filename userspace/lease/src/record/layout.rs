@@ -95,7 +95,7 @@ impl LeaseRecord {
 
 /// Why a cell is not understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Damage {
+pub(super) enum CellDamage {
     /// The record has this unknown version.
     Version(u32),
     /// Foreign data.
@@ -123,14 +123,14 @@ pub(super) fn place(generation: u64, cell: Cell) -> usize {
 }
 
 impl Area {
-    pub(super) fn read(bytes: &[u8]) -> Result<Area, Damage> {
+    pub(super) fn read(bytes: &[u8]) -> Result<Area, CellDamage> {
         let cells = bytes.chunks_exact(CELL).enumerate();
         let cells: Vec<_> = cells
             .map(|(at, bytes)| decode(&bytes[..RECORD], at))
             .collect::<Result<_, _>>()?;
         match cells.len() == 2 * GENERATIONS {
             true => Ok(Area { cells }),
-            false => Err(Damage::Foreign),
+            false => Err(CellDamage::Foreign),
         }
     }
 
@@ -218,16 +218,16 @@ pub(super) fn encode(record: &LeaseRecord) -> [u8; RECORD] {
     bytes
 }
 
-fn decode(bytes: &[u8], at: usize) -> Result<Option<LeaseRecord>, Damage> {
+fn decode(bytes: &[u8], at: usize) -> Result<Option<LeaseRecord>, CellDamage> {
     if bytes.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
-    let stored = Stored::read_from_bytes(bytes).map_err(|_| Damage::Foreign)?;
+    let stored = Stored::read_from_bytes(bytes).map_err(|_| CellDamage::Foreign)?;
     if stored.magic != MAGIC {
-        return Err(Damage::Foreign);
+        return Err(CellDamage::Foreign);
     }
     if stored.version.get() != VERSION {
-        return Err(Damage::Version(stored.version.get()));
+        return Err(CellDamage::Version(stored.version.get()));
     }
     let cell = match at % 2 {
         0 => Cell::Claim,
@@ -243,7 +243,7 @@ fn decode(bytes: &[u8], at: usize) -> Result<Option<LeaseRecord>, Damage> {
         Some(state) if stored.checksum.get() == sum(bytes) && place(generation, cell) == at => {
             state
         }
-        _ => return Err(Damage::Foreign),
+        _ => return Err(CellDamage::Foreign),
     };
     Ok(Some(LeaseRecord {
         state,
@@ -290,7 +290,9 @@ fn name(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{encode, place, Area, Cell, Damage, LeaseRecord, RecordState, CELL, RECORD, SIZE};
+    use super::{
+        encode, place, Area, Cell, CellDamage, LeaseRecord, RecordState, CELL, RECORD, SIZE,
+    };
     use crate::host::{Host, LeaseClaim};
 
     fn record(generation: u64, state: RecordState) -> LeaseRecord {
@@ -370,13 +372,13 @@ mod tests {
         }
         let mut newer = good.clone();
         newer[at + 8] = 2;
-        assert_eq!(Area::read(&newer), Err(Damage::Version(2)));
+        assert_eq!(Area::read(&newer), Err(CellDamage::Version(2)));
         // In a cell that is not its own: of another generation, and of the other kind.
         let mut moved = vec![0; SIZE];
         moved[..RECORD].copy_from_slice(&good[at..at + RECORD]);
-        assert_eq!(Area::read(&moved), Err(Damage::Foreign));
+        assert_eq!(Area::read(&moved), Err(CellDamage::Foreign));
         let wrong = file(&[(Cell::Claim, record(5, RecordState::Held))]);
-        assert_eq!(Area::read(&wrong), Err(Damage::Foreign));
-        assert_eq!(Area::read(&good[..SIZE - 1]), Err(Damage::Foreign));
+        assert_eq!(Area::read(&wrong), Err(CellDamage::Foreign));
+        assert_eq!(Area::read(&good[..SIZE - 1]), Err(CellDamage::Foreign));
     }
 }

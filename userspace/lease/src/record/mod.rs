@@ -41,7 +41,7 @@ mod model;
 
 use crate::block_on::block_on;
 use crate::host::hex;
-use crate::{place, Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
+use crate::{place, Grant, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView, Term};
 use control::{Code, Failure, LeaseKind};
 use layout::{Area, LeaseRecord, RecordState};
 use rules::{Party, RecordRules, Refusal, BEAT};
@@ -51,7 +51,7 @@ use store::LeaseStore;
 
 /// A lease in a record.
 #[derive(Debug)]
-pub(crate) struct Recorded {
+pub(crate) struct RecordLease {
     path: PathBuf,
     image: PathBuf,
     party: Party,
@@ -61,10 +61,14 @@ pub(crate) struct Recorded {
     term: Term,
 }
 
-impl Recorded {
+impl RecordLease {
     /// The lease of `image` in the file at `path`, which need not be there yet.
-    pub(crate) fn open(path: &Path, image: &Path, claim: LeaseClaim) -> Result<Recorded, Failure> {
-        Ok(Recorded {
+    pub(crate) fn open(
+        path: &Path,
+        image: &Path,
+        claim: LeaseClaim,
+    ) -> Result<RecordLease, Failure> {
+        Ok(RecordLease {
             path: path.into(),
             image: image.into(),
             store: LeaseStore::open(path)?,
@@ -234,17 +238,19 @@ impl Recorded {
     }
 }
 
-impl Lease for Recorded {
-    fn inspect(&mut self) -> Result<View, Failure> {
+impl Lease for RecordLease {
+    fn inspect(&mut self) -> Result<LeaseView, Failure> {
         let area = match self.look()? {
             Some(store) => store.read()?,
             None => Area::default(),
         };
         let holder = |record: &LeaseRecord| record.holder(&self.party.claim);
         Ok(match (area.settled(), area.claim()) {
-            (Some(record), _) if record.state == RecordState::Held => View::Held(holder(record)),
-            (_, Some(record)) => View::Claimed(holder(record)),
-            (last, None) => View::Free {
+            (Some(record), _) if record.state == RecordState::Held => {
+                LeaseView::Held(holder(record))
+            }
+            (_, Some(record)) => LeaseView::Claimed(holder(record)),
+            (last, None) => LeaseView::Free {
                 generation: area.generation(),
                 last: last.map(holder),
             },

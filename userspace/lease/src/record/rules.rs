@@ -145,8 +145,8 @@ impl Party {
             let still = watch.look(world.now(), &area);
             let Some(record) = self.in_the_way(&area, still) else {
                 match self.seize(world, &area, read_at, RecordState::Held).await? {
-                    Seized::Held(held) => return Ok(held),
-                    Seized::Slow | Seized::Lost => {}
+                    SeizedLease::Held(held) => return Ok(held),
+                    SeizedLease::Slow | SeizedLease::Lost => {}
                 }
                 world.sleep(POLL).await;
                 continue;
@@ -196,12 +196,12 @@ impl Party {
         base: &Area,
         read_at: Duration,
         state: RecordState,
-    ) -> Result<Seized, Refusal> {
+    ) -> Result<SeizedLease, Refusal> {
         let generation = base.generation().saturating_add(1);
         let claim = self.record(world, generation, RecordState::Claimed, 0);
         world.write(Cell::Claim, &claim).await?;
         if self.is_late(world, read_at) {
-            return Ok(Seized::Slow);
+            return Ok(SeizedLease::Slow);
         }
         // Any other host that read the old state, and whose claim counts, has stored its claim after this sleep.
         world.sleep(patience(CLAIM)).await;
@@ -211,19 +211,19 @@ impl Party {
             && again.at(generation, Cell::Hold).is_none()
             && again.at(generation, Cell::Claim) == Some(&claim);
         if self.rules.reads_again && !is_ours {
-            return Ok(Seized::Lost);
+            return Ok(SeizedLease::Lost);
         }
         // A holder who was taken for dead, or a claim that was late and counted all the same.
         if self.rules.looks_back && again.settled() != base.settled() {
-            return Ok(Seized::Lost);
+            return Ok(SeizedLease::Lost);
         }
         let hold = self.record(world, generation, state, 1);
         world.write(Cell::Hold, &hold).await?;
         if self.is_late(world, again_at) {
             // No other host can have this generation, but perhaps a later one: the next look shows that.
-            return Ok(Seized::Slow);
+            return Ok(SeizedLease::Slow);
         }
-        Ok(Seized::Held(HeldLease {
+        Ok(SeizedLease::Held(HeldLease {
             generation,
             until: again_at + LEASE,
         }))
@@ -241,8 +241,8 @@ impl Party {
         if self.rules.knows_generations && area.claim().is_some() {
             // Another host takes this holder for dead, or has not seen it. The host with the last claim has it.
             return match self.seize(world, &area, read_at, RecordState::Held).await? {
-                Seized::Held(held) => Ok(held),
-                Seized::Slow | Seized::Lost => Err(Refusal::Slow),
+                SeizedLease::Held(held) => Ok(held),
+                SeizedLease::Slow | SeizedLease::Lost => Err(Refusal::Slow),
             };
         }
         let generation = own.generation;
@@ -317,9 +317,9 @@ impl Party {
                     .seize(world, &area, read_at, RecordState::Broken)
                     .await?
                 {
-                    Seized::Held(_) => Ok(Some(record)),
-                    Seized::Slow => Err(Refusal::Slow),
-                    Seized::Lost => Err(Refusal::Lives(Box::new(record))),
+                    SeizedLease::Held(_) => Ok(Some(record)),
+                    SeizedLease::Slow => Err(Refusal::Slow),
+                    SeizedLease::Lost => Err(Refusal::Lives(Box::new(record))),
                 };
             }
             world.sleep(POLL).await;
@@ -372,7 +372,7 @@ impl Party {
 }
 
 /// Result of a claim.
-enum Seized {
+enum SeizedLease {
     Held(HeldLease),
     /// Another host got it.
     Lost,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The file of a lease: read and written past the page cache, and durable when a write returns.
 
-use super::layout::{encode, place, Area, Cell, Damage, LeaseRecord, CELL, SIZE};
+use super::layout::{encode, place, Area, Cell, CellDamage, LeaseRecord, CELL, SIZE};
 use super::rules::LeaseWorld;
 use control::{Code, Failure};
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags};
@@ -98,7 +98,7 @@ impl LeaseStore {
             let got = rustix::io::pread(&self.fd, &mut bytes[done..], done as u64)
                 .map_err(|error| cannot("read", &self.path, error))?;
             if got == 0 {
-                return Err(self.damaged(Damage::Foreign));
+                return Err(self.damaged(CellDamage::Foreign));
             }
             done += got;
         }
@@ -124,17 +124,17 @@ impl LeaseStore {
         format!("cannot {what} the lease {}", self.path.display())
     }
 
-    fn damaged(&self, damage: Damage) -> Failure {
+    fn damaged(&self, damage: CellDamage) -> Failure {
         let path = self.path.display();
         match damage {
-            Damage::Version(version) => Failure::new(
+            CellDamage::Version(version) => Failure::new(
                 Code::Version,
                 format!(
                     "the lease {path} is of version {version}, which this program does not know: install on \
                      this host what the holder's host has"
                 ),
             ),
-            Damage::Foreign => Failure::new(
+            CellDamage::Foreign => Failure::new(
                 Code::Image,
                 format!(
                     "{path} is no lease, or is damaged: if no host has its image open, remove it (write \

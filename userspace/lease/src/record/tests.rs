@@ -2,8 +2,8 @@
 //! Leases in real files.
 
 use super::layout::{encode, place, Cell, LeaseRecord, RecordState, CELL, SIZE};
-use super::Recorded;
-use crate::{HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
+use super::RecordLease;
+use crate::{HolderIsDead, Lease, LeaseClaim, LeaseRenewer, LeaseView, RenewerNews};
 use control::Code;
 use std::fs;
 use std::path::PathBuf;
@@ -29,12 +29,12 @@ impl SharedImage {
         }
     }
 
-    fn host(&self, name: &str, number: u8) -> Recorded {
+    fn host(&self, name: &str, number: u8) -> RecordLease {
         let mut claim = LeaseClaim::new(format!("guest {number}, xvda")).unwrap();
         claim.host.name = name.into();
         claim.host.machine = [number; 16];
         claim.host.boot = [number; 16];
-        Recorded::open(&self.lease, &self.image, claim).unwrap()
+        RecordLease::open(&self.lease, &self.image, claim).unwrap()
     }
 
     fn write(&self, cell: Cell, record: &LeaseRecord) {
@@ -52,7 +52,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
     let (mut a, mut b) = (shared.host("a", 1), shared.host("b", 2));
     assert!(matches!(
         b.inspect().unwrap(),
-        View::Free { generation: 0, .. }
+        LeaseView::Free { generation: 0, .. }
     ));
     assert!(!shared.lease.exists(), "looking makes nothing");
     let grant = a.take(Duration::ZERO).unwrap();
@@ -60,7 +60,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
     assert!(!grant.term.is_over());
     assert_eq!(fs::metadata(&shared.lease).unwrap().len(), SIZE as u64);
     match b.inspect().unwrap() {
-        View::Held(holder) => {
+        LeaseView::Held(holder) => {
             assert_eq!((holder.host.as_str(), holder.generation), ("a", 1));
             assert_eq!(holder.disk, "guest 1, xvda");
             assert!(!holder.is_here);
@@ -89,7 +89,7 @@ fn the_next_process_of_a_disk_goes_on_and_another_disk_does_not() {
     first.take(Duration::ZERO).unwrap();
     let claim = first.party.claim.clone();
     drop(first);
-    let mut next = Recorded::open(&shared.lease, &shared.image, claim).unwrap();
+    let mut next = RecordLease::open(&shared.lease, &shared.image, claim).unwrap();
     assert_eq!(next.resume(1).unwrap().generation, 1);
     assert_eq!(next.resume(7).unwrap_err().code, Code::Gone);
     let mut other = shared.host("a", 1);
@@ -129,7 +129,7 @@ fn a_break_while_the_holder_lives_is_refused() {
     let shared = SharedImage::new();
     let (mut a, mut b) = (shared.host("a", 1), shared.host("b", 2));
     let grant = a.take(Duration::ZERO).unwrap();
-    let keeper = Keeper::start(Box::new(a), &grant, |_| ()).unwrap();
+    let keeper = LeaseRenewer::start(Box::new(a), &grant, |_| ()).unwrap();
     let refused = b.break_off(HolderIsDead { generation: 7 }).unwrap_err();
     assert!(refused.message.contains("not the holder"), "{refused}");
     let refused = b.break_off(HolderIsDead { generation: 1 }).unwrap_err();
@@ -151,7 +151,7 @@ fn who_keeps_a_lease_learns_that_it_was_lost() {
     let b = shared.host("b", 2);
     let (sender, news) = channel();
     let keeper =
-        Keeper::start(Box::new(a), &grant, move |told| sender.send(told).unwrap()).unwrap();
+        LeaseRenewer::start(Box::new(a), &grant, move |told| sender.send(told).unwrap()).unwrap();
     // As if it had been broken and taken by another host.
     let store = b.store.as_ref().unwrap();
     let mut record = store.read().unwrap().settled().unwrap().clone();
@@ -159,7 +159,7 @@ fn who_keeps_a_lease_learns_that_it_was_lost() {
     (record.state, record.generation) = (RecordState::Held, 2);
     shared.write(Cell::Hold, &record);
     match news.recv().unwrap() {
-        News::Lost(failure) => assert!(failure.message.contains("host b"), "{failure}"),
+        RenewerNews::Lost(failure) => assert!(failure.message.contains("host b"), "{failure}"),
         news => panic!("{news:?}"),
     }
     assert!(grant.term.is_over());

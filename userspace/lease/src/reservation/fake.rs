@@ -2,7 +2,7 @@
 //! A storage with reservations in memory, which several hosts reach, as SPC-5 and NVMe say what one does.
 
 use super::rules::ReservationStorage;
-use super::Reserved;
+use super::ReservationLease;
 use crate::{Lease, LeaseClaim};
 use control::Failure;
 use diskio::reservation::{Reservation, ReservationKind, StorageAnswer};
@@ -58,7 +58,7 @@ impl ScsiTarget {
             target: self.clone(),
             initiator,
         };
-        Box::new(Reserved::new(image, storage, claim))
+        Box::new(ReservationLease::new(image, storage, claim))
     }
 
     /// Makes `new` the key of an initiator that is registered as `old`.

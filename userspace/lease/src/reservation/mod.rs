@@ -33,7 +33,7 @@ mod rules;
 mod model;
 
 use crate::block_on::block_on;
-use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, Term, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView, Term};
 use control::{Code, Failure};
 use device::ReservedDevice;
 use diskio::reservation::Reservation;
@@ -48,7 +48,7 @@ const BEAT: Duration = Duration::from_secs(2);
 
 /// A lease that is a reservation.
 #[derive(Debug)]
-pub(crate) struct Reserved<S> {
+pub(crate) struct ReservationLease<S> {
     image: PathBuf,
     party: Party,
     storage: S,
@@ -58,16 +58,16 @@ pub(crate) struct Reserved<S> {
 
 /// The reservation of the device at `image`.
 pub(crate) fn open(image: &Path, claim: LeaseClaim) -> Result<Box<dyn Lease>, Failure> {
-    Ok(Box::new(Reserved::new(
+    Ok(Box::new(ReservationLease::new(
         image,
         ReservedDevice::open(image)?,
         claim,
     )))
 }
 
-impl<S: ReservationStorage> Reserved<S> {
-    fn new(image: &Path, storage: S, claim: LeaseClaim) -> Reserved<S> {
-        Reserved {
+impl<S: ReservationStorage> ReservationLease<S> {
+    fn new(image: &Path, storage: S, claim: LeaseClaim) -> ReservationLease<S> {
+        ReservationLease {
             image: image.into(),
             party: Party {
                 claim,
@@ -194,14 +194,14 @@ impl<S: ReservationStorage> Reserved<S> {
     }
 }
 
-impl<S: ReservationStorage + Send + fmt::Debug> Lease for Reserved<S> {
-    fn inspect(&mut self) -> Result<View, Failure> {
+impl<S: ReservationStorage + Send + fmt::Debug> Lease for ReservationLease<S> {
+    fn inspect(&mut self) -> Result<LeaseView, Failure> {
         let held = block_on(async { Ok(self.storage.reservation().await?) });
         match held {
             Ok(Some(held)) if !ReservationKey(held.key).is_of_nobody() => {
-                Ok(View::Held(self.holder(ReservationKey(held.key))))
+                Ok(LeaseView::Held(self.holder(ReservationKey(held.key))))
             }
-            Ok(_) => Ok(View::Free {
+            Ok(_) => Ok(LeaseView::Free {
                 generation: 0,
                 last: None,
             }),

@@ -3,7 +3,7 @@
 
 use super::fake::ScsiTarget;
 use super::key::ReservationKey;
-use crate::{HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
+use crate::{HolderIsDead, Lease, LeaseClaim, LeaseRenewer, LeaseView, RenewerNews};
 use control::Code;
 use diskio::reservation::{ReservationKind, StorageAnswer};
 use std::path::Path;
@@ -24,7 +24,7 @@ fn lease(target: &ScsiTarget, initiator: u8, claim: LeaseClaim) -> Box<dyn Lease
 
 fn key(lease: &mut dyn Lease) -> Option<u64> {
     match lease.inspect().unwrap() {
-        View::Held(holder) => Some(holder.generation),
+        LeaseView::Held(holder) => Some(holder.generation),
         _ => None,
     }
 }
@@ -158,17 +158,17 @@ fn who_keeps_a_reservation_learns_that_it_was_lost() {
     let mut a = lease(&target, 1, claim("a", 1, 1));
     let grant = a.take(Duration::ZERO).unwrap();
     let (sender, news) = channel();
-    let keeper = Keeper::start(a, &grant, move |told| sender.send(told).unwrap()).unwrap();
-    assert!(matches!(news.recv().unwrap(), News::Kept(_)));
+    let keeper = LeaseRenewer::start(a, &grant, move |told| sender.send(told).unwrap()).unwrap();
+    assert!(matches!(news.recv().unwrap(), RenewerNews::Kept(_)));
     let mut b = lease(&target, 2, claim("b", 2, 2));
     let generation = grant.generation;
     b.break_off(HolderIsDead { generation }).unwrap().unwrap();
     b.take(Duration::ZERO).unwrap();
     let lost = loop {
         match news.recv().unwrap() {
-            News::Lost(failure) => break failure,
-            News::Kept(_) => {}
-            News::Missed(failure) => panic!("{failure}"),
+            RenewerNews::Lost(failure) => break failure,
+            RenewerNews::Kept(_) => {}
+            RenewerNews::Missed(failure) => panic!("{failure}"),
         }
     };
     assert!(lost.message.contains("host id-"), "{lost}");

@@ -38,7 +38,7 @@ impl From<Failure> for Trouble {
 
 /// Hosts that have a resource, as the storage says.
 #[derive(Debug)]
-pub(super) struct Owners {
+pub(super) struct ResourceOwners {
     /// How often it was taken.
     pub(super) version: u64,
     /// One, unless it is shared.
@@ -121,7 +121,7 @@ impl Daemon {
     }
 
     /// Reads from storage who has a resource.
-    pub(super) fn owners(&self, of: &SanlockResource) -> Result<Owners, Trouble> {
+    pub(super) fn owners(&self, of: &SanlockResource) -> Result<ResourceOwners, Trouble> {
         let mut connection = self.connect(STORAGE)?;
         let (resource, disk) = Resource::new(of, 0);
         let behind = size_of::<Resource>() + size_of::<SanlkDisk>();
@@ -130,7 +130,7 @@ impl Daemon {
         let count = connection.result(SanlockCommand::ReadOwners)?.data2;
         let resource: Resource = connection.read()?;
         let hosts = connection.hosts(count)?;
-        Ok(Owners {
+        Ok(ResourceOwners {
             version: resource.version,
             hosts,
         })

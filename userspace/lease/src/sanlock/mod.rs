@@ -34,11 +34,11 @@ mod refusal;
 mod state;
 mod wire;
 
-use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, Owner, Term, View};
+use crate::{Grant, Holder, HolderIsDead, Lease, LeaseClaim, LeaseView, Owner, Term};
 use control::{Code, Failure, SanlockResource};
 use daemon::{Daemon, Trouble};
 use rustix::time::{clock_gettime, ClockId};
-use state::{DaemonState, HeldResource, Phase, Space};
+use state::{DaemonState, HeldResource, JoinedLockspace, Phase};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -64,13 +64,13 @@ pub(crate) struct Sanlock {
     daemon: Daemon,
     /// A watchdog is required; without one this host is not fenced, which is for tests only.
     needs_watchdog: bool,
-    got: Option<Got>,
+    got: Option<TakenResource>,
     term: Term,
 }
 
 /// Identity of a resource that was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Got {
+struct TakenResource {
     host_id: u64,
     generation: u64,
     version: u64,
@@ -80,7 +80,7 @@ struct Got {
 
 /// A lease that is not this host's any more, and why.
 enum LostLease {
-    Here(Got, Duration),
+    Here(TakenResource, Duration),
     Lost(String),
 }
 
@@ -103,7 +103,7 @@ impl Sanlock {
     }
 
     /// The lockspace, if something may be taken there.
-    fn joined<'s>(&self, state: &'s DaemonState) -> Result<&'s Space, Failure> {
+    fn joined<'s>(&self, state: &'s DaemonState) -> Result<&'s JoinedLockspace, Failure> {
         let name = &self.resource.lockspace;
         let refuse = |why: String| Err(Failure::new(Code::State, why));
         let space = match state.space(name) {
@@ -172,7 +172,7 @@ impl Sanlock {
     }
 
     /// Looks whether it is this host's, and until when. `before` is what it was.
-    fn look(&self, before: Option<Got>) -> Result<LostLease, Failure> {
+    fn look(&self, before: Option<TakenResource>) -> Result<LostLease, Failure> {
         let asked = crate::now();
         let state = self.daemon.state()?;
         let name = &self.resource.lockspace;
@@ -192,14 +192,14 @@ impl Sanlock {
             return Ok(LostLease::Lost(why));
         };
         let slept = slept();
-        let got = Got {
+        let got = TakenResource {
             host_id: space.host_id,
             generation: space.generation,
             version: held.version,
             slept,
         };
         if let Some(before) = before {
-            let since = Got { slept, ..before };
+            let since = TakenResource { slept, ..before };
             if got != since {
                 let why = format!("this host has joined the lockspace {name} or taken it anew");
                 return Ok(LostLease::Lost(why));
@@ -215,7 +215,7 @@ impl Sanlock {
     }
 
     /// Returns true if the resource is this host's on storage as well.
-    fn is_owner(&self, got: &Got) -> Result<bool, Failure> {
+    fn is_owner(&self, got: &TakenResource) -> Result<bool, Failure> {
         let owners = match self.daemon.owners(&self.resource) {
             Ok(owners) => owners,
             Err(trouble) => return Err(self.explained(trouble)),
@@ -226,7 +226,7 @@ impl Sanlock {
         Ok(owners.version == got.version && owners.hosts.iter().any(is_ours))
     }
 
-    fn granted(&mut self, got: Got, until: Duration) -> Grant {
+    fn granted(&mut self, got: TakenResource, until: Duration) -> Grant {
         self.got = Some(got);
         self.term.set(until);
         Grant {
@@ -324,10 +324,10 @@ impl Sanlock {
 }
 
 impl Lease for Sanlock {
-    fn inspect(&mut self) -> Result<View, Failure> {
+    fn inspect(&mut self) -> Result<LeaseView, Failure> {
         Ok(match self.holder()? {
-            Ok(holder) => View::Held(holder),
-            Err(generation) => View::Free {
+            Ok(holder) => LeaseView::Held(holder),
+            Err(generation) => LeaseView::Free {
                 generation,
                 last: None,
             },

@@ -5,7 +5,7 @@
 use super::daemon::Daemon;
 use super::state::Phase;
 use super::Sanlock;
-use crate::{now, Lease, LeaseClaim, View};
+use crate::{now, Lease, LeaseClaim, LeaseView};
 use control::{Code, SanlockResource};
 use std::fs::{self, File};
 use std::io::Read;
@@ -187,7 +187,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
     let (mut a, mut b) = (bed.lease(&alpha), bed.lease(&beta));
     assert!(matches!(
         a.inspect().unwrap(),
-        View::Free { generation: 0, .. }
+        LeaseView::Free { generation: 0, .. }
     ));
     let grant = a.take(Duration::ZERO).unwrap();
     let most = Duration::from_secs(6 * TIMEOUT);
@@ -207,7 +207,7 @@ fn sanlock_gives_it_to_one_host_and_to_no_other_until_its_io_is_over() {
     next.keep().unwrap();
     next.give_up().unwrap();
     assert!(
-        matches!(next.inspect().unwrap(), View::Free { generation, .. } if generation == grant.generation)
+        matches!(next.inspect().unwrap(), LeaseView::Free { generation, .. } if generation == grant.generation)
     );
     let taken = b.take(Duration::ZERO).unwrap();
     assert!(taken.generation > grant.generation);

@@ -20,13 +20,13 @@ pub(super) struct DaemonState {
     pub(super) has_watchdog: bool,
     /// After so many seconds.
     pub(super) fires_after: u64,
-    pub(super) spaces: Vec<Space>,
+    pub(super) spaces: Vec<JoinedLockspace>,
     resources: Vec<(Resource, HeldResource)>,
 }
 
 /// A lockspace that this host has joined.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Space {
+pub(super) struct JoinedLockspace {
     pub(super) name: String,
     pub(super) host_id: u64,
     /// How often a host has joined under this number.
@@ -62,7 +62,7 @@ pub(super) struct HeldResource {
     pub(super) is_orphan: bool,
 }
 
-impl Space {
+impl JoinedLockspace {
     /// For how long after a renewal sanlock takes the number for the host's, in seconds.
     pub(super) fn lasts(&self) -> u64 {
         self.io_timeout.saturating_mul(8)
@@ -125,7 +125,7 @@ impl DaemonState {
     }
 
     /// A lockspace, if the host has anything to do with it.
-    pub(super) fn space(&self, name: &str) -> Option<&Space> {
+    pub(super) fn space(&self, name: &str) -> Option<&JoinedLockspace> {
         self.spaces.iter().find(|space| space.name == name)
     }
 
@@ -136,14 +136,14 @@ impl DaemonState {
     }
 }
 
-fn space(head: &wire::SanlkState, words: &str) -> Result<Space, String> {
+fn space(head: &wire::SanlkState, words: &str) -> Result<JoinedLockspace, String> {
     let is_lost = number(words, "killing_pids")? != 0 || number(words, "space_dead")? != 0;
     let phase = match word(words, "list") {
         Some("add") => Phase::Joining,
         Some("spaces") if !is_lost => Phase::Joined,
         _ => Phase::Ending,
     };
-    Ok(Space {
+    Ok(JoinedLockspace {
         name: head.name(),
         host_id: head.long,
         generation: number(words, "host_generation")?,

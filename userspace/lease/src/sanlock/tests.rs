@@ -3,7 +3,7 @@
 
 use super::fake::{LockspaceStorage, SanlockNode};
 use super::slept;
-use crate::{now, HolderIsDead, Keeper, Lease, LeaseClaim, News, View};
+use crate::{now, HolderIsDead, Lease, LeaseClaim, LeaseRenewer, LeaseView, RenewerNews};
 use control::{Code, LeaseKind, SanlockResource};
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -41,7 +41,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
     let (mut a, mut b) = (lease(&alpha), lease(&beta));
     assert!(matches!(
         a.inspect().unwrap(),
-        View::Free { generation: 0, .. }
+        LeaseView::Free { generation: 0, .. }
     ));
     let grant = a.take(Duration::ZERO).unwrap();
     assert_eq!(grant.generation, 1);
@@ -56,7 +56,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
     ] {
         assert!(refused.message.contains(word), "{refused}");
     }
-    let View::Held(holder) = b.inspect().unwrap() else {
+    let LeaseView::Held(holder) = b.inspect().unwrap() else {
         panic!("it is held");
     };
     let owner = holder.sanlock.unwrap();
@@ -66,7 +66,7 @@ fn one_host_has_it_and_the_other_gets_it_afterwards() {
     );
     assert!(!holder.is_here && holder.since_ms > 0 && holder.host == "alpha");
     assert!(
-        matches!(a.inspect().unwrap(), View::Held(holder) if holder.is_here && holder.host == "here")
+        matches!(a.inspect().unwrap(), LeaseView::Held(holder) if holder.is_here && holder.host == "here")
     );
     a.keep().unwrap();
     a.give_up().unwrap();
@@ -126,8 +126,8 @@ fn what_is_lost_is_let_go_of_when_its_writer_has_ended() {
     let grant = a.take(Duration::ZERO).unwrap();
     let (sender, news) = channel();
     alpha.change(|told| told.is_ending = true);
-    let keeper = Keeper::start(a, &grant, move |told| sender.send(told).unwrap()).unwrap();
-    let Ok(News::Lost(lost)) = news.recv() else {
+    let keeper = LeaseRenewer::start(a, &grant, move |told| sender.send(told).unwrap()).unwrap();
+    let Ok(RenewerNews::Lost(lost)) = news.recv() else {
         panic!("it is lost");
     };
     for word in [

@@ -5,9 +5,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
-use takeover::rings::Head;
+use takeover::rings::RingHead;
 use takeover::{
-    take_over, BackendDriver, Begun, BusDevice, Host, Modules, OfferedLimits, SwapOutcome, SwapPlan,
+    take_over, BackendDriver, BegunAttempt, BusDevice, Host, Modules, OfferedLimits, SwapOutcome,
+    SwapPlan,
 };
 
 /// How long our module takes to give back what it has of a disk, of which the bus waits for nothing.
@@ -19,7 +20,7 @@ pub(crate) struct FakeVbd {
     /// The backend has announced persistent grants when the guest connected.
     pub(crate) is_told: bool,
     /// Indexes of its rings.
-    pub(crate) rings: Vec<Head>,
+    pub(crate) rings: Vec<RingHead>,
     /// Its storage does not answer.
     pub(crate) hangs: bool,
 }
@@ -41,7 +42,7 @@ pub(crate) struct FakeHost {
     pub(crate) keys: RefCell<BTreeMap<String, String>>,
     pub(crate) paused: RefCell<BTreeMap<u16, i32>>,
     pub(crate) loaded: RefCell<Vec<BackendDriver>>,
-    pub(crate) begun: RefCell<Option<Begun>>,
+    pub(crate) begun: RefCell<Option<BegunAttempt>>,
     pub(crate) refuses: Cell<Option<BackendDriver>>,
     /// The driver serves with smaller requests than the other one.
     pub(crate) is_small: Cell<Option<BackendDriver>>,
@@ -103,7 +104,7 @@ impl FakeHost {
     pub(crate) fn add(&self, from: BackendDriver, domid: u16, handle: u32, queues: u32) {
         let device = device(domid, handle);
         let front = format!("/local/domain/{domid}/device/vbd/{handle}");
-        let head = |_| Head {
+        let head = |_| RingHead {
             requested: 40,
             answered: 30,
         };
@@ -447,7 +448,7 @@ impl Host for FakeHost {
         })
     }
 
-    fn ring(&self, domid: u16, reference: u32) -> io::Result<Head> {
+    fn ring(&self, domid: u16, reference: u32) -> io::Result<RingHead> {
         self.live();
         self.alive()?;
         let vbds = self.vbds.borrow();
@@ -523,14 +524,14 @@ impl Host for FakeHost {
         })
     }
 
-    fn remember(&self, begun: Option<&Begun>) -> io::Result<()> {
+    fn remember(&self, begun: Option<&BegunAttempt>) -> io::Result<()> {
         self.call(|| {
             *self.begun.borrow_mut() = begun.cloned();
             Ok(())
         })
     }
 
-    fn remembered(&self) -> io::Result<Option<Begun>> {
+    fn remembered(&self) -> io::Result<Option<BegunAttempt>> {
         self.alive()?;
         Ok(self.begun.borrow().clone())
     }

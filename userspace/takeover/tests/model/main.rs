@@ -6,7 +6,7 @@ mod fake;
 mod module_exchange;
 
 use fake::{device, FakeHost, HostFault};
-use takeover::{retire, BackendDriver, Retired};
+use takeover::{retire, BackendDriver, RetiredDriver};
 
 fn both(test: impl Fn(BackendDriver)) {
     BackendDriver::ALL.into_iter().for_each(test);
@@ -27,9 +27,9 @@ fn all_disks_go_to_the_other_driver_which_alone_stays() {
         // Another program still uses it.
         fake.fault.set(Some((fake.calls.get(), HostFault::Before)));
         let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Stays(_)), "{retired:?}");
+        assert!(matches!(retired, RetiredDriver::Stays(_)), "{retired:?}");
         let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Unloaded), "{retired:?}");
+        assert!(matches!(retired, RetiredDriver::Unloaded), "{retired:?}");
         assert_eq!(*fake.loaded.borrow(), [to]);
     });
 }
@@ -52,7 +52,7 @@ fn storage_that_does_not_answer_keeps_its_disk_where_it_is() {
         assert_eq!(fake.served_by(to), 3);
         fake.assert_sound("after all");
         let retired = retire(&fake, fake.plan(to)).unwrap();
-        assert!(matches!(retired, Retired::Serves), "{retired:?}");
+        assert!(matches!(retired, RetiredDriver::Serves), "{retired:?}");
         assert_eq!(fake.loaded.borrow().len(), 2);
     });
 }

@@ -4,7 +4,7 @@
 use super::fake::{device, FakeHost, HostFault, Version};
 use std::io;
 use std::time::Duration;
-use takeover::{exchange, BackendDriver, Exchange, Exchanged};
+use takeover::{exchange, BackendDriver, Exchange, ExchangeResult};
 
 const PLAN: Exchange = Exchange {
     patience: Duration::from_millis(300),
@@ -24,7 +24,7 @@ fn upgraded() -> FakeHost {
     fake
 }
 
-fn run(fake: &FakeHost) -> io::Result<Exchanged> {
+fn run(fake: &FakeHost) -> io::Result<ExchangeResult> {
     exchange(fake, PLAN)
 }
 

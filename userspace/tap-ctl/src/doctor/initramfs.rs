@@ -56,7 +56,7 @@ impl Maker {
 
 /// Contents of an initramfs, or the reason why they are unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Listed {
+pub(super) enum ListedFiles {
     /// The program for this initramfs says so.
     By(Maker, String),
     /// No program can look into it.
@@ -66,29 +66,29 @@ pub(super) enum Listed {
 }
 
 /// Asks a program of this host.
-pub(super) fn list(image: &Path) -> Listed {
+pub(super) fn list(image: &Path) -> ListedFiles {
     let asked = |maker: Maker| asked(maker, maker.lister(), image, LIMIT);
     Maker::ALL
         .into_iter()
         .find_map(asked)
-        .unwrap_or(Listed::Nobody)
+        .unwrap_or(ListedFiles::Nobody)
 }
 
 /// Returns the output of a program; nothing if the program is not installed.
-fn asked(maker: Maker, lister: &str, image: &Path, limit: Duration) -> Option<Listed> {
+fn asked(maker: Maker, lister: &str, image: &Path, limit: Duration) -> Option<ListedFiles> {
     // As timeout(1) says it.
     const LASTED: i32 = 124;
     const NOT_THERE: i32 = 127;
     let said = match output(&[lister.as_ref(), image.as_os_str()], limit) {
         Ok(said) => said,
-        Err(error) => return Some(Listed::Failed(format!("cannot run {lister}: {error}"))),
+        Err(error) => return Some(ListedFiles::Failed(format!("cannot run {lister}: {error}"))),
     };
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     Some(match said.status.code() {
-        Some(0) => Listed::By(maker, text(&said.stdout)),
+        Some(0) => ListedFiles::By(maker, text(&said.stdout)),
         Some(NOT_THERE) => return None,
-        Some(LASTED) => Listed::Failed(format!("{lister} did not come to an end")),
-        _ => Listed::Failed(format!(
+        Some(LASTED) => ListedFiles::Failed(format!("{lister} did not come to an end")),
+        _ => ListedFiles::Failed(format!(
             "{lister} has failed ({}): {}",
             said.status,
             text(&said.stderr)
@@ -97,7 +97,7 @@ fn asked(maker: Maker, lister: &str, image: &Path, limit: Duration) -> Option<Li
 }
 
 /// Checks the initramfs of the running kernel.
-pub(super) fn look(host: &Host, list: impl Fn(&Path) -> Listed) -> Vec<Finding> {
+pub(super) fn look(host: &Host, list: impl Fn(&Path) -> ListedFiles) -> Vec<Finding> {
     // The check of the kernel reports an unreadable release.
     let Some(release) = release(host) else {
         return Vec::new();
@@ -110,13 +110,13 @@ pub(super) fn look(host: &Host, list: impl Fn(&Path) -> Listed) -> Vec<Finding> 
     };
     let path = host.path(&name);
     let (maker, listing) = match list(&path) {
-        Listed::By(maker, listing) => (maker, listing),
-        Listed::Nobody => {
+        ListedFiles::By(maker, listing) => (maker, listing),
+        ListedFiles::Nobody => {
             let what =
                 format!("{name} was not looked into: there is neither lsinitramfs nor lsinitrd");
             return vec![ok(ABOUT, what)];
         }
-        Listed::Failed(why) => {
+        ListedFiles::Failed(why) => {
             let what = format!("{name} was not looked into: {why}");
             let remedy = "be root, and try that program by hand";
             return vec![warn(ABOUT, what, remedy)];
@@ -325,8 +325,8 @@ fn lines(host: &Host, path: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::well;
-    use super::{asked, look, Content, Finding, Listed, Maker};
-    use crate::doctor::Grade;
+    use super::{asked, look, Content, Finding, ListedFiles, Maker};
+    use crate::doctor::FindingGrade;
     use crate::host::made::Made;
     use std::fs::{remove_file, File};
     use std::time::{Duration, SystemTime};
@@ -357,7 +357,7 @@ mod tests {
     fn found(made: &Made, listing: &str) -> Vec<Finding> {
         look(&made.host(), |image| {
             assert_eq!(image, made.host().path(IMAGE));
-            Listed::By(Maker::InitramfsTools, listing.into())
+            ListedFiles::By(Maker::InitramfsTools, listing.into())
         })
     }
 
@@ -367,7 +367,7 @@ mod tests {
         let found = found(made, listing);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].what.contains(what), "{found:?}");
-        assert_eq!(found[0].grade, Grade::Warn, "{found:?}");
+        assert_eq!(found[0].grade, FindingGrade::Warn, "{found:?}");
         let remedy = found[0].remedy.as_deref().unwrap_or_default();
         assert!(
             remedy.ends_with("update-initramfs -u -k 7.2-amd64"),
@@ -378,7 +378,10 @@ mod tests {
     #[track_caller]
     fn well_with(made: &Made, listing: &str) {
         let found = found(made, listing);
-        assert!(found.iter().all(|one| one.grade == Grade::Ok), "{found:?}");
+        assert!(
+            found.iter().all(|one| one.grade == FindingGrade::Ok),
+            "{found:?}"
+        );
         assert_eq!(found.len(), 1, "{found:?}");
     }
 
@@ -484,25 +487,25 @@ mod tests {
 
     #[test]
     fn what_is_not_looked_into_is_told() {
-        let one = |made: &Made, listed: Listed| {
+        let one = |made: &Made, listed: ListedFiles| {
             let mut found = look(&made.host(), |_| listed.clone());
             assert_eq!(found.len(), 1);
             found.remove(0)
         };
         let made = host();
-        let nobody = one(&made, Listed::Nobody);
+        let nobody = one(&made, ListedFiles::Nobody);
         assert!(nobody
             .what
             .contains("was not looked into: there is neither"));
-        assert_eq!(nobody.grade, Grade::Ok);
-        let failed = one(&made, Listed::Failed("no such luck".into()));
+        assert_eq!(nobody.grade, FindingGrade::Ok);
+        let failed = one(&made, ListedFiles::Failed("no such luck".into()));
         assert!(failed.what.ends_with("was not looked into: no such luck"));
-        assert_eq!(failed.grade, Grade::Warn);
+        assert_eq!(failed.grade, FindingGrade::Warn);
         remove_file(made.host().path(IMAGE)).expect("removed");
-        let none = one(&made, Listed::Nobody);
+        let none = one(&made, ListedFiles::Nobody);
         assert_eq!(none.what, "/boot has none for 7.2-amd64");
         made.file("/boot/initramfs-7.2-amd64.img", "");
-        let dracut = one(&made, Listed::By(Maker::Dracut, C.into()));
+        let dracut = one(&made, ListedFiles::By(Maker::Dracut, C.into()));
         assert_eq!(dracut.remedy.as_deref(), Some("dracut -f --kver 7.2-amd64"));
     }
 
@@ -514,11 +517,11 @@ mod tests {
         let image = made.host().path("/image");
         let ask = |program, image, limit| asked(Maker::Dracut, program, image, limit);
         let long = Duration::from_secs(60);
-        let expected = Some(Listed::By(Maker::Dracut, C.trim().into()));
+        let expected = Some(ListedFiles::By(Maker::Dracut, C.trim().into()));
         assert_eq!(ask("cat", &image, long), expected);
         assert_eq!(ask("no-such-program-here", &image, long), None);
         let nowhere = made.host().path("/nowhere");
-        let Some(Listed::Failed(why)) = ask("cat", &nowhere, long) else {
+        let Some(ListedFiles::Failed(why)) = ask("cat", &nowhere, long) else {
             panic!("there is no such file");
         };
         assert!(
@@ -529,7 +532,7 @@ mod tests {
         let hung = ask("sleep", "infinity".as_ref(), Duration::from_millis(1));
         assert_eq!(
             hung,
-            Some(Listed::Failed("sleep did not come to an end".into()))
+            Some(ListedFiles::Failed("sleep did not come to an end".into()))
         );
     }
 }

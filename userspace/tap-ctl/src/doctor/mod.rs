@@ -13,7 +13,7 @@ use crate::{print, Cli, Error};
 use control::supervisor::{Reply, Request};
 use control::{Channel, Failure};
 pub(crate) use driver::is_ours;
-use initramfs::Listed;
+use initramfs::ListedFiles;
 use serde::Serialize;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -24,7 +24,7 @@ use std::time::Duration;
 /// How good something is; the number is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Grade {
+enum FindingGrade {
     /// As it should be.
     Ok,
     /// An administrator should look at it.
@@ -33,20 +33,20 @@ enum Grade {
     Bad,
 }
 
-impl Grade {
+impl FindingGrade {
     fn name(self) -> &'static str {
         match self {
-            Grade::Ok => "ok",
-            Grade::Warn => "warn",
-            Grade::Bad => "bad",
+            FindingGrade::Ok => "ok",
+            FindingGrade::Warn => "warn",
+            FindingGrade::Bad => "bad",
         }
     }
 
     fn exit_code(self) -> u8 {
         match self {
-            Grade::Ok => 0,
-            Grade::Warn => 1,
-            Grade::Bad => 2,
+            FindingGrade::Ok => 0,
+            FindingGrade::Warn => 1,
+            FindingGrade::Bad => 2,
         }
     }
 }
@@ -57,7 +57,7 @@ struct Finding {
     /// Subject of the check.
     about: &'static str,
     /// How good it is.
-    grade: Grade,
+    grade: FindingGrade,
     /// Description of the finding.
     what: String,
     /// Remedy.
@@ -68,7 +68,7 @@ struct Finding {
 fn ok(about: &'static str, what: impl Into<String>) -> Finding {
     Finding {
         about,
-        grade: Grade::Ok,
+        grade: FindingGrade::Ok,
         what: what.into(),
         remedy: None,
     }
@@ -77,7 +77,7 @@ fn ok(about: &'static str, what: impl Into<String>) -> Finding {
 /// Makes a finding at which an administrator should look.
 fn warn(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
-        grade: Grade::Warn,
+        grade: FindingGrade::Warn,
         remedy: Some(remedy.into()),
         ..ok(about, what)
     }
@@ -86,7 +86,7 @@ fn warn(about: &'static str, what: impl Into<String>, remedy: impl Into<String>)
 /// Makes a finding with which disks cannot be served.
 fn bad(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
-        grade: Grade::Bad,
+        grade: FindingGrade::Bad,
         ..warn(about, what, remedy)
     }
 }
@@ -95,7 +95,7 @@ fn bad(about: &'static str, what: impl Into<String>, remedy: impl Into<String>) 
 #[derive(Debug, Serialize)]
 struct Report {
     /// The worst of it.
-    grade: Grade,
+    grade: FindingGrade,
     /// The findings, in the order of the checks.
     findings: Vec<Finding>,
 }
@@ -134,7 +134,7 @@ fn ask(socket: &Path) -> Result<String, Failure> {
 fn report(
     host: &Host,
     supervisor: impl FnOnce() -> Result<String, Failure>,
-    list: impl Fn(&Path) -> Listed,
+    list: impl Fn(&Path) -> ListedFiles,
 ) -> Report {
     let mut findings = system::xen(host);
     findings.extend(driver::all(host));
@@ -160,7 +160,7 @@ fn report(
     }));
     let grades = findings.iter().map(|finding| finding.grade);
     Report {
-        grade: grades.max().unwrap_or(Grade::Ok),
+        grade: grades.max().unwrap_or(FindingGrade::Ok),
         findings,
     }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Hosts that lack something, each made as files.
 
-use super::initramfs::Listed;
-use super::{report, text, Finding, Grade, Report};
+use super::initramfs::ListedFiles;
+use super::{report, text, Finding, FindingGrade, Report};
 use crate::host::made::{phy, Made};
 use control::installed::{SUPERVISOR, TAPDISK};
 use control::{Code, Failure};
@@ -73,8 +73,8 @@ fn answer() -> Result<String, Failure> {
 }
 
 /// No program says what is in an initramfs.
-fn nobody(_: &Path) -> Listed {
-    Listed::Nobody
+fn nobody(_: &Path) -> ListedFiles {
+    ListedFiles::Nobody
 }
 
 fn seen(made: &Made) -> Report {
@@ -84,14 +84,18 @@ fn seen(made: &Made) -> Report {
 /// Returns the findings that are not as they should be.
 fn trouble(report: &Report) -> Vec<&Finding> {
     let all = report.findings.iter();
-    all.filter(|finding| finding.grade != Grade::Ok).collect()
+    all.filter(|finding| finding.grade != FindingGrade::Ok)
+        .collect()
 }
 
 #[test]
 fn a_host_that_is_well_has_nothing_to_do() {
     let report = seen(&well());
     assert_eq!(trouble(&report), Vec::<&Finding>::new());
-    assert_eq!((report.grade, report.grade.exit_code()), (Grade::Ok, 0));
+    assert_eq!(
+        (report.grade, report.grade.exit_code()),
+        (FindingGrade::Ok, 0)
+    );
     let text = text(&report);
     assert!(text.contains("ok    xen: Xen 4.20.0\n"), "{text}");
 }
@@ -108,61 +112,65 @@ fn what_is_missing_is_named_with_a_remedy() {
         };
         removed.expect("removed");
     };
-    let gone: [(&str, Grade, &str); 9] = [
-        ("/proc/xen", Grade::Warn, "mount -t xenfs"),
-        ("/dev/xen/xenbus", Grade::Bad, "xenstored"),
-        ("/sys/hypervisor/properties", Grade::Warn, "xen_caps"),
+    let gone: [(&str, FindingGrade, &str); 9] = [
+        ("/proc/xen", FindingGrade::Warn, "mount -t xenfs"),
+        ("/dev/xen/xenbus", FindingGrade::Bad, "xenstored"),
+        ("/sys/hypervisor/properties", FindingGrade::Warn, "xen_caps"),
         (
             "/sys/module/xen_blkback_rs",
-            Grade::Warn,
+            FindingGrade::Warn,
             "modprobe xen-blkback-rs",
         ),
-        ("/lib/modules", Grade::Warn, "depmod"),
-        (TAPDISK, Grade::Bad, "xen-blkback-rs again"),
-        ("/etc/xen/scripts/block", Grade::Bad, "Xen's tools"),
-        ("/dev/xentap", Grade::Bad, "udevadm"),
-        ("/run/xentap/disks", Grade::Bad, "systemd-tmpfiles"),
+        ("/lib/modules", FindingGrade::Warn, "depmod"),
+        (TAPDISK, FindingGrade::Bad, "xen-blkback-rs again"),
+        ("/etc/xen/scripts/block", FindingGrade::Bad, "Xen's tools"),
+        ("/dev/xentap", FindingGrade::Bad, "udevadm"),
+        ("/run/xentap/disks", FindingGrade::Bad, "systemd-tmpfiles"),
     ];
     for (path, grade, remedy) in gone {
         let made = well();
         remove(&made, path);
         expect(&made, grade, remedy, path);
     }
-    let broken: [(Break, Grade, &str); 8] = [
+    let broken: [(Break, FindingGrade, &str); 8] = [
         (
             |made| made.file("/etc/passwd", "root:x:0:0\n"),
-            Grade::Bad,
+            FindingGrade::Bad,
             "systemd-sysusers",
         ),
         (
             |made| made.file("/etc/passwd", "xentap:x:0:0\n"),
-            Grade::Bad,
+            FindingGrade::Bad,
             "number of its own",
         ),
         (
             |made| mode(made, "/run/xentap/disks", 0o755),
-            Grade::Bad,
+            FindingGrade::Bad,
             "systemd-tmpfiles",
         ),
-        (|made| mode(made, TAPDISK, 0o644), Grade::Bad, "chmod 755"),
+        (
+            |made| mode(made, TAPDISK, 0o644),
+            FindingGrade::Bad,
+            "chmod 755",
+        ),
         (
             |made| made.file("/etc/modprobe.d/x.conf", "blacklist xen_blkback_rs\n"),
-            Grade::Bad,
+            FindingGrade::Bad,
             "remove that line",
         ),
         (
             |made| made.link("/etc/xen/scripts/block", "block-or-tap"),
-            Grade::Bad,
+            FindingGrade::Bad,
             "xen-blkback-rs again",
         ),
         (
             |made| made.file("/sys/bus/xen-backend/devices/vbd-3-51712/state", "InitWait"),
-            Grade::Bad,
+            FindingGrade::Bad,
             "modprobe xen-blkback",
         ),
         (
             |made| made.unreadable("/etc/modprobe.d/y.conf"),
-            Grade::Warn,
+            FindingGrade::Warn,
             "be root",
         ),
     ];
@@ -173,7 +181,7 @@ fn what_is_missing_is_named_with_a_remedy() {
     }
 }
 
-fn expect(made: &Made, grade: Grade, remedy: &str, case: &str) {
+fn expect(made: &Made, grade: FindingGrade, remedy: &str, case: &str) {
     let report = seen(made);
     let trouble = trouble(&report);
     assert_eq!(trouble.len(), 1, "{case}: {trouble:?}");
@@ -191,7 +199,7 @@ fn in_a_driver_domain_somebody_runs_the_scripts() {
     made.file("/proc/7/cmdline", "less\0devd\0")
         .file("/proc/8/cmdline", "xl\0create\0devd\0")
         .file("/proc/9/cmdline", "");
-    expect(&made, Grade::Warn, REMEDY, "nobody does");
+    expect(&made, FindingGrade::Warn, REMEDY, "nobody does");
     made.file("/proc/10/cmdline", "/usr/lib/xen-4.20/bin/xl\0devd\0-F\0");
     assert_eq!(trouble(&seen(&made)), Vec::<&Finding>::new());
     // In dom0 xl does by itself.
@@ -206,7 +214,7 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
     made.file("/sys/module/xen_blkback/refcnt", "1\n");
     expect(
         &made,
-        Grade::Warn,
+        FindingGrade::Warn,
         "`xen-blkback-rs takeover`, while guests work",
         "C is loaded",
     );
@@ -220,7 +228,7 @@ fn the_driver_that_is_decided_for_is_the_one_that_serves() {
     made.link("/etc/modprobe.d/xen-blkback-rs.conf", "/nowhere");
     expect(
         &made,
-        Grade::Bad,
+        FindingGrade::Bad,
         "xen-blkback-rs enable",
         "a link to nowhere",
     );
@@ -248,16 +256,16 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
         (
             lockdown,
             unsigned,
-            Grade::Bad,
+            FindingGrade::Bad,
             "is not signed: the C driver serves instead",
         ),
-        (enforced, unsigned, Grade::Bad, "module.sig_enforce"),
-        (enforced, "", Grade::Bad, "is not signed"),
+        (enforced, unsigned, FindingGrade::Bad, "module.sig_enforce"),
+        (enforced, "", FindingGrade::Bad, "is not signed"),
         // Whether the kernel knows the key only it can tell.
         (
             lockdown,
             signed,
-            Grade::Warn,
+            FindingGrade::Warn,
             "xen-blkback-rs is not loaded",
         ),
     ] {
@@ -299,9 +307,9 @@ fn a_kernel_that_demands_a_signature_is_told_of_a_module_without_one() {
 fn the_initramfs_is_looked_into() {
     let made = well();
     made.file("/boot/initrd.img-7.2-amd64", "packed");
-    let list = |_: &Path| Listed::Failed("no such luck".into());
+    let list = |_: &Path| ListedFiles::Failed("no such luck".into());
     let report = report(&made.host(), answer, list);
-    assert_eq!(report.grade, Grade::Warn);
+    assert_eq!(report.grade, FindingGrade::Warn);
     let what = &trouble(&report)[0].what;
     assert!(what.contains("no such luck"), "{what}");
 }
@@ -310,15 +318,18 @@ fn the_initramfs_is_looked_into() {
 fn a_supervisor_that_is_silent_or_old_is_named() {
     let made = well();
     let silent = || Err(Failure::new(Code::Gone, "no such file"));
-    assert_eq!(report(&made.host(), silent, nobody).grade, Grade::Bad);
+    assert_eq!(
+        report(&made.host(), silent, nobody).grade,
+        FindingGrade::Bad
+    );
     let old = || Ok("blktapctrl 0.0.1".to_owned());
-    assert_eq!(report(&made.host(), old, nobody).grade, Grade::Warn);
+    assert_eq!(report(&made.host(), old, nobody).grade, FindingGrade::Warn);
 }
 
 #[test]
 fn a_host_without_xen_is_told_so_and_no_panic() {
     let report = seen(&Made::new());
-    assert_eq!(report.grade, Grade::Bad);
+    assert_eq!(report.grade, FindingGrade::Bad);
     assert!(report.findings[0].what.contains("does not run on Xen"));
     let json = serde_json::to_value(&report).expect("json");
     assert_eq!(

@@ -45,7 +45,7 @@ impl GuestNames {
         if guests.is_empty() {
             return told;
         }
-        let Some(turn) = Turn::take(&host.asks_names) else {
+        let Some(turn) = QueryTurn::take(&host.asks_names) else {
             told.why = Some("xenstore has not answered the last question yet".into());
             return told;
         };
@@ -108,16 +108,16 @@ impl<const COUNT: usize> From<[(u32, &str); COUNT]> for GuestNames {
 }
 
 /// The right to ask, which one thread has: a xenstore that hangs does not get a thread for each picture of `top`.
-struct Turn(Arc<AtomicBool>);
+struct QueryTurn(Arc<AtomicBool>);
 
-impl Turn {
-    fn take(taken: &Arc<AtomicBool>) -> Option<Turn> {
+impl QueryTurn {
+    fn take(taken: &Arc<AtomicBool>) -> Option<QueryTurn> {
         let was = taken.swap(true, Ordering::AcqRel);
-        (!was).then(|| Turn(taken.clone()))
+        (!was).then(|| QueryTurn(taken.clone()))
     }
 }
 
-impl Drop for Turn {
+impl Drop for QueryTurn {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }

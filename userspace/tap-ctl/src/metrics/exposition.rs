@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The text format of Prometheus, version 0.0.4.
 
-use super::Family;
+use super::MetricFamily;
 use control::stats::{Histogram, CLASSES};
 use std::fmt::Write;
 
@@ -39,7 +39,7 @@ pub(super) struct Text {
 
 impl Text {
     /// Samples of this family follow.
-    pub(super) fn family(&mut self, (name, kind, what): Family) {
+    pub(super) fn family(&mut self, (name, kind, what): MetricFamily) {
         self.name = name;
         self.heading = format!("# HELP {name} {what}\n# TYPE {name} {kind}\n");
     }

@@ -3,7 +3,7 @@
 
 use super::exposition::{Labels, Text};
 use super::Table;
-use crate::sample::Look;
+use crate::sample::HostSample;
 use control::supervisor::Group;
 
 const GROUPS: Table<Group> = &[
@@ -58,7 +58,7 @@ const GROUPS: Table<Group> = &[
 ];
 
 /// Tells of them, if there are any.
-pub(super) fn tell(text: &mut Text, look: &Look) {
+pub(super) fn tell(text: &mut Text, look: &HostSample) {
     if look.groups.is_empty() {
         return;
     }

@@ -3,7 +3,7 @@
 
 use super::exposition::{Labels, Text};
 use super::Table;
-use crate::sample::Look;
+use crate::sample::HostSample;
 use control::supervisor::Counted;
 
 const COUNTED: Table<Counted> = &[
@@ -34,7 +34,7 @@ const COUNTED: Table<Counted> = &[
 ];
 
 /// Adds the counters, if blktapctrl sent them.
-pub(super) fn tell(text: &mut Text, look: &Look) {
+pub(super) fn tell(text: &mut Text, look: &HostSample) {
     let Some(counted) = &look.counted else {
         return;
     };

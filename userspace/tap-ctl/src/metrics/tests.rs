@@ -3,7 +3,7 @@
 use super::exposition::{Labels, Text};
 use super::{replace, text};
 use crate::host::made::{block, phy, Made};
-use crate::sample::{gather, Look, Supervisor};
+use crate::sample::{gather, HostSample, Supervisor};
 use crate::status::verdict::Limits;
 use crate::status::{fake, report};
 use control::supervisor::{Counted, Group};
@@ -15,7 +15,7 @@ const ALERTS: &str = include_str!("../../../../ci/packaging/xentap-alerts.yml");
 const DASHBOARD: &str = include_str!("../../../../ci/packaging/xentap-dashboard.json");
 
 /// A host with a disk of each kind.
-fn both() -> Look {
+fn both() -> HostSample {
     let made = Made::new();
     block(&made, "8:16", "sdb", [100, 2500, 3]);
     phy(&made, "vbd-3-51712", "8:10");
@@ -60,7 +60,7 @@ fn both() -> Look {
 }
 
 /// Returns a look at disks where the kernel may serve the tap disk, and the process has had two requests of it.
-fn direct() -> Look {
+fn direct() -> HostSample {
     let mut look = both();
     let kernel = fake::kernel(look.disks.last_mut().expect("the tap disk"));
     kernel.backings = 1;
@@ -69,7 +69,7 @@ fn direct() -> Look {
     look
 }
 
-fn metrics(look: &Look) -> String {
+fn metrics(look: &HostSample) -> String {
     let limits = Limits {
         slow: Duration::from_millis(100),
         hung: Duration::from_secs(5),
@@ -183,7 +183,7 @@ fn the_text_is_well_formed() {
 
 #[test]
 fn who_serves_is_told() {
-    let served = |look: &Look, by: &str| {
+    let served = |look: &HostSample, by: &str| {
         let start = format!(
             r#"xen_disk_served{{guest="3",vdev="xvdb",kind="tap",minor="0",driver="xen-blkback-rs",by="{by}"}} 1"#
         );

@@ -2,16 +2,16 @@
 //! The driver's times of requests and of their waits, for phy and tap disks.
 
 use super::exposition::Text;
-use super::{disks, labels, Family};
+use super::{disks, labels, MetricFamily};
 use crate::host::vbd::{Operation, Vbd};
-use crate::sample::{Look, SampledDisk};
+use crate::sample::{HostSample, SampledDisk};
 use std::time::Duration;
 
 /// The value that a family has of a disk, if the driver counts that.
 type IfCounted = fn(&Vbd) -> Option<f64>;
 
 /// Families of disks.
-const COUNTED: &[(Family, IfCounted)] = &[
+const COUNTED: &[(MetricFamily, IfCounted)] = &[
     (
         (
             "xen_disk_in_flight",
@@ -70,7 +70,7 @@ const COUNTED: &[(Family, IfCounted)] = &[
 type OfOperation = fn(u64, Duration) -> f64;
 
 /// Families of operations: what has ended, and what that took.
-const ENDED: [(Family, OfOperation); 2] = [
+const ENDED: [(MetricFamily, OfOperation); 2] = [
     (
         (
             "xen_disk_completed_total",
@@ -90,7 +90,7 @@ const ENDED: [(Family, OfOperation); 2] = [
 ];
 
 /// Tells all of it.
-pub(super) fn tell(text: &mut Text, look: &Look) {
+pub(super) fn tell(text: &mut Text, look: &HostSample) {
     for (family, value) in COUNTED {
         disks(text, *family, look, |disk| value(disk.vbd.as_ref()?));
     }
@@ -107,7 +107,7 @@ pub(super) fn tell(text: &mut Text, look: &Look) {
 }
 
 /// Each disk with each operation.
-fn pairs(look: &Look) -> impl Iterator<Item = (&SampledDisk, Operation)> {
+fn pairs(look: &HostSample) -> impl Iterator<Item = (&SampledDisk, Operation)> {
     let each = |disk| Operation::ALL.into_iter().map(move |it| (disk, it));
     look.disks.iter().flat_map(each)
 }

@@ -11,7 +11,7 @@ pub(crate) mod verdict;
 use crate::disks::{self, TypedLine};
 use crate::host::xenstore::GuestNames;
 use crate::host::{Host, Unread};
-use crate::sample::{look, Kind, Look, SampledDisk, Supervisor};
+use crate::sample::{look, HostSample, Kind, SampledDisk, Supervisor};
 use crate::sample_delta::Figures;
 use crate::{cli, print, Cli, Error};
 use control::stats::Direct;
@@ -105,7 +105,7 @@ impl Watch {
     }
 
     /// Looks twice. Where something answers nothing, it looks on until that may be called hung.
-    pub(crate) fn looks(&self) -> (Look, Look) {
+    pub(crate) fn looks(&self) -> (HostSample, HostSample) {
         let before = look(&self.host, &self.socket);
         loop {
             std::thread::sleep(self.interval);
@@ -118,13 +118,13 @@ impl Watch {
     }
 
     /// Returns the verdicts on all disks from two looks at them.
-    pub(crate) fn report(&self, before: &Look, now: &Look) -> Report {
+    pub(crate) fn report(&self, before: &HostSample, now: &HostSample) -> Report {
         report(before, now, self.limits)
     }
 }
 
 /// A disk may be hung, and was not watched for long enough to say so.
-fn is_suspect(before: &Look, now: &Look, hung: Duration) -> bool {
+fn is_suspect(before: &HostSample, now: &HostSample, hung: Duration) -> bool {
     now.disks.iter().any(|disk| {
         let before = disk.among(&before.disks);
         before.is_some_and(|before| match disk.kind {
@@ -135,7 +135,7 @@ fn is_suspect(before: &Look, now: &Look, hung: Duration) -> bool {
 }
 
 /// Returns the verdicts on all disks.
-pub(crate) fn report(before: &Look, now: &Look, limits: Limits) -> Report {
+pub(crate) fn report(before: &HostSample, now: &HostSample, limits: Limits) -> Report {
     let mut disks: Vec<Line> = now
         .disks
         .iter()
@@ -212,7 +212,12 @@ impl Report {
 }
 
 /// Returns the verdict on a disk of the second look.
-pub(crate) fn line(disk: &SampledDisk, before: &Look, now: &Look, limits: Limits) -> Line {
+pub(crate) fn line(
+    disk: &SampledDisk,
+    before: &HostSample,
+    now: &HostSample,
+    limits: Limits,
+) -> Line {
     let old = disk.among(&before.disks).unwrap_or(disk);
     let elapsed = now.at.saturating_duration_since(before.at);
     let around = Surroundings {
@@ -245,7 +250,7 @@ pub(crate) fn line(disk: &SampledDisk, before: &Look, now: &Look, limits: Limits
 }
 
 /// The memory of all disks of a disk's guest.
-fn guest_kib(look: &Look, disk: &SampledDisk) -> u64 {
+fn guest_kib(look: &HostSample, disk: &SampledDisk) -> u64 {
     let guest = disk.guest();
     let its = look.disks.iter().filter(|other| other.guest() == guest);
     its.filter_map(|other| Some(other.vbd.as_ref()?.counter("memory_kib")))

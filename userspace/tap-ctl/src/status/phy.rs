@@ -6,11 +6,11 @@
 //! in the block layer publishes no more, so the threads are watched. A driver that counts no times leaves the block
 //! devices alone to judge by.
 
-use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
+use super::verdict::{well, Cause, OldestRequest, State, Surroundings, Verdict};
 use crate::host::block::Block;
 use crate::host::vbd::{Number, Operation, Vbd};
 use crate::sample::SampledDisk;
-use crate::sample_delta::{milliseconds, Await, Figures};
+use crate::sample_delta::{milliseconds, EndedIo, Figures};
 use std::time::Duration;
 
 /// Judges a disk by two looks at it.
@@ -39,7 +39,7 @@ pub(crate) fn without_driver(vbd: &Vbd) -> Verdict {
 }
 
 /// A device or queue that has requests and answers none.
-pub(crate) enum Stall {
+pub(crate) enum StalledPart {
     /// A mapped device that is suspended, by the name that dmsetup knows.
     Suspended { label: String, name: String },
     /// A device, with so many requests.
@@ -50,7 +50,7 @@ pub(crate) enum Stall {
 
 /// Returns the device or queue that answered nothing between two looks. The lowest device of those that stand on each
 /// other is the one that has the requests.
-pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
+pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<StalledPart> {
     let of_block = || {
         let (old, new) = (before.block.as_ref()?.stack(), now.block.as_ref()?.stack());
         let pairs = new.into_iter().rev().filter_map(|block| {
@@ -58,10 +58,10 @@ pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
             stalled(old, block)
         });
         // A suspended device keeps the devices below it idle, and those above it waiting.
-        let mut pairs: Vec<Stall> = pairs.collect();
+        let mut pairs: Vec<StalledPart> = pairs.collect();
         let suspended = pairs
             .iter()
-            .position(|it| matches!(it, Stall::Suspended { .. }));
+            .position(|it| matches!(it, StalledPart::Suspended { .. }));
         let place = suspended.unwrap_or(0);
         (place < pairs.len()).then(|| pairs.swap_remove(place))
     };
@@ -71,23 +71,23 @@ pub(crate) fn stall(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
     device.or_else(|| sleeper(before, now))
 }
 
-fn stalled(old: &Block, new: &Block) -> Option<Stall> {
+fn stalled(old: &Block, new: &Block) -> Option<StalledPart> {
     let label = new.label();
     if old.is_suspended && new.is_suspended {
         let name = new.alias.clone().unwrap_or_else(|| new.name.clone());
-        return Some(Stall::Suspended { label, name });
+        return Some(StalledPart::Suspended { label, name });
     }
     let requests = old.in_flight.min(new.in_flight);
     let is_silent = requests > 0 && old.done == new.done;
-    is_silent.then_some(Stall::Silent { label, requests })
+    is_silent.then_some(StalledPart::Silent { label, requests })
 }
 
 /// A thread that has slept all the time where nothing but the end of I/O wakes it.
-fn sleeper(before: &SampledDisk, now: &SampledDisk) -> Option<Stall> {
+fn sleeper(before: &SampledDisk, now: &SampledDisk) -> Option<StalledPart> {
     now.queues.iter().find_map(|task| {
         let old = task.among(&before.queues)?;
         let has_slept = (old.state, task.state) == ('D', 'D') && old.turns == task.turns;
-        has_slept.then(|| Stall::Asleep {
+        has_slept.then(|| StalledPart::Asleep {
             thread: task.name.clone(),
             place: task
                 .sleeps_in
@@ -110,11 +110,11 @@ fn hung(before: &SampledDisk, now: &SampledDisk, around: &Surroundings) -> Optio
             Some(stall) => stalled_by(stall),
             None => unanswered(now),
         };
-        return Some(hung.since(Oldest::Seconds(oldest.as_secs_f64())));
+        return Some(hung.since(OldestRequest::Seconds(oldest.as_secs_f64())));
     }
     let watched = around.elapsed >= around.limits.hung;
     let hung = stalled_by(stall.as_ref().filter(|_| watched)?);
-    Some(hung.since(Oldest::AtLeast(around.elapsed.as_secs_f64())))
+    Some(hung.since(OldestRequest::AtLeast(around.elapsed.as_secs_f64())))
 }
 
 /// A disk that has an old request, and others that are answered.
@@ -143,17 +143,17 @@ fn see_to(label: &str) -> String {
 }
 
 /// Returns the verdict on a disk that waits for this.
-fn stalled_by(stall: &Stall) -> Verdict {
+fn stalled_by(stall: &StalledPart) -> Verdict {
     let (why, remedy) = match stall {
-        Stall::Suspended { label, name } => (
+        StalledPart::Suspended { label, name } => (
             format!("the device {label} is suspended, so all of its requests wait"),
             format!("dmsetup resume {name}, unless another program is about to do that"),
         ),
-        Stall::Silent { label, requests } => (
+        StalledPart::Silent { label, requests } => (
             format!("the device {label} has {requests} requests and answered none"),
             see_to(label),
         ),
-        Stall::Asleep { thread, place } => (
+        StalledPart::Asleep { thread, place } => (
             format!("the thread {thread} sleeps in {place} until the storage answers"),
             "see to the storage: its kernel messages (dmesg), its paths, its network".into(),
         ),
@@ -179,7 +179,7 @@ pub(crate) fn failing(figures: &Figures) -> Option<Verdict> {
 }
 
 /// The slow part, in words, and its time in milliseconds.
-struct Slow {
+struct SlowPart {
     what: String,
     ms: f64,
     /// The requests have ended, so that their device has counted them.
@@ -187,37 +187,37 @@ struct Slow {
 }
 
 /// The slowest operation, if it is slow. A discard may take its time: it is as long as the guest makes it.
-fn slowest(figures: &Figures, slow: Duration) -> Option<Slow> {
+fn slowest(figures: &Figures, slow: Duration) -> Option<SlowPart> {
     let operations = [Operation::Read, Operation::Write, Operation::Flush];
     let awaits = operations.into_iter().filter_map(|it| figures.awaited(it));
     let slowest = awaits.max_by(|one, other| one.mean_ms.total_cmp(&other.mean_ms));
-    let of_ended = |it: Await| {
+    let of_ended = |it: EndedIo| {
         let (done, operation, ms) = (it.done, it.operation.plural(), it.mean_ms);
         let what = format!("{operation} took {ms:.0} ms on average ({done} ended)");
         let ended = true;
-        Slow { what, ms, ended }
+        SlowPart { what, ms, ended }
     };
     // Where nothing ended, what is under way says how long it takes at least.
     let under_way = || {
         let ms = figures.oldest_ms.filter(|_| figures.awaits.is_empty())?;
         let what = format!("no request ended, and the oldest has taken {ms:.0} ms");
         let ended = false;
-        Some(Slow { what, ms, ended })
+        Some(SlowPart { what, ms, ended })
     };
     let found = slowest.map(of_ended).or_else(under_way)?;
     (found.ms >= milliseconds(slow)).then_some(found)
 }
 
 /// The device itself, for a driver that counts no times.
-fn slow_device(old: &Block, new: &Block, slow: Duration) -> Option<Slow> {
+fn slow_device(old: &Block, new: &Block, slow: Duration) -> Option<SlowPart> {
     let (ms, count) = new.mean_ms(old)?;
     let what = format!("requests took {ms:.0} ms on average ({count} ended)");
     let ended = true;
-    (ms >= milliseconds(slow)).then_some(Slow { what, ms, ended })
+    (ms >= milliseconds(slow)).then_some(SlowPart { what, ms, ended })
 }
 
 /// The lowest device that takes most of this time, and in words how much.
-fn place(old: &Block, new: &Block, slow: &Slow) -> Option<(String, String)> {
+fn place(old: &Block, new: &Block, slow: &SlowPart) -> Option<(String, String)> {
     let old = old.stack();
     new.stack().into_iter().rev().find_map(|block| {
         let old = old.iter().find(|old| old.name == block.name)?;
@@ -254,7 +254,7 @@ fn slow_storage(
 
 /// Requests are slow, no device below counts so much time, and no processor is short.
 fn slow_to_answer(figures: &Figures, around: &Surroundings) -> Option<Verdict> {
-    let Slow { what, .. } = slowest(figures, around.limits.slow)?;
+    let SlowPart { what, .. } = slowest(figures, around.limits.slow)?;
     let why = format!("{what}, which no block device below it counts");
     let slow = Verdict::new(State::Slow, why).because(Cause::Storage);
     Some(slow.remedy("see to its storage, and with `tap-ctl status -x` whether its thread runs"))

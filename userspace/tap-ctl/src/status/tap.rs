@@ -2,7 +2,7 @@
 //! Verdict on a disk that a process serves.
 
 use super::phy;
-use super::verdict::{well, Cause, Oldest, State, Surroundings, Verdict};
+use super::verdict::{well, Cause, OldestRequest, State, Surroundings, Verdict};
 use crate::host::task::Task;
 use crate::sample::{SampledDisk, Supervisor};
 use crate::sample_delta::Figures;
@@ -47,7 +47,7 @@ fn hung_untold(now: &SampledDisk, around: &Surroundings) -> Option<Verdict> {
     let why =
         "its process or the storage of that does not answer, and blktapctrl says nothing of it";
     let hung = Verdict::new(State::Hung, why).because(Cause::Process);
-    let hung = hung.since(Oldest::Seconds(oldest.as_secs_f64()));
+    let hung = hung.since(OldestRequest::Seconds(oldest.as_secs_f64()));
     Some(hung.remedy("systemctl start blktapctrl: it replaces a process that has died"))
 }
 
@@ -159,7 +159,7 @@ fn hung(
     let is_held = limits(now).is_some() && goes_on(before, kernel);
     if kernel.delivered > 0 && oldest >= around.limits.hung && !is_held {
         let verdict = who_hangs(now, tap, kernel);
-        return Some(verdict.since(Oldest::Seconds(oldest.as_secs_f64())));
+        return Some(verdict.since(OldestRequest::Seconds(oldest.as_secs_f64())));
     }
     let is_stuck = takes_nothing(before, now) && around.elapsed >= around.limits.hung;
     is_stuck.then(|| {
@@ -169,7 +169,8 @@ fn hung(
         );
         let seconds = around.elapsed.as_secs_f64();
         let hung = Verdict::new(State::Hung, why).because(Cause::Process);
-        hung.since(Oldest::AtLeast(seconds)).remedy(replace(tap))
+        hung.since(OldestRequest::AtLeast(seconds))
+            .remedy(replace(tap))
     })
 }
 
@@ -188,7 +189,7 @@ fn kernel_hangs(
         direct.executing
     );
     let hung = Verdict::new(State::Hung, why).because(Cause::Storage);
-    let hung = hung.since(Oldest::Seconds(oldest.as_secs_f64()));
+    let hung = hung.since(OldestRequest::Seconds(oldest.as_secs_f64()));
     Some(hung.remedy(format!("see to the storage of {image}")))
 }
 

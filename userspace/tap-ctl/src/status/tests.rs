@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks that are slow and hung in several ways, each made as the files that the kernel would show.
 
-use super::verdict::{Cause, Limits, Oldest, State};
+use super::verdict::{Cause, Limits, OldestRequest, State};
 use super::{fake, format, is_suspect, report, Report};
 use crate::host::made::{block, phy, Made};
 use crate::host::task::Task;
-use crate::sample::{gather, Look, SampledDisk, Supervisor};
+use crate::sample::{gather, HostSample, SampledDisk, Supervisor};
 use control::supervisor::{Kernel, TopRow};
 use control::tapdisk;
 use std::time::Duration;
@@ -26,12 +26,12 @@ fn made() -> Made {
     made
 }
 
-fn look(made: &Made) -> Look {
+fn look(made: &Made) -> HostSample {
     gather(&made.host(), Vec::new(), Supervisor::Answers)
 }
 
 /// Returns the report for `now`, seen so many seconds after `before`.
-fn after(seconds: u64, before: &Look, now: &Look) -> Report {
+fn after(seconds: u64, before: &HostSample, now: &HostSample) -> Report {
     let mut now = now.clone();
     now.at = before.at + Duration::from_secs(seconds);
     report(before, &now, LIMITS)
@@ -323,7 +323,7 @@ fn a_suspended_device_is_named_after_it_was_watched_for_long_enough() {
     let report = after(6, &before, &before);
     assert_eq!(said(&report), (State::Hung, Some(Cause::Storage), 2));
     let verdict = &report.disks[0].verdict;
-    assert_eq!(verdict.oldest, Some(Oldest::AtLeast(6.0)));
+    assert_eq!(verdict.oldest, Some(OldestRequest::AtLeast(6.0)));
     assert_eq!(verdict.word(), "hung oldest>6s");
     let text = format::text(&report, false);
     assert!(text.contains("do: dmsetup resume vg-lv"), "{text}");

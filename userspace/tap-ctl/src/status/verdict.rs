@@ -107,18 +107,18 @@ impl Cause {
 /// For how long the oldest request has waited.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Oldest {
+pub(crate) enum OldestRequest {
     /// A number of seconds.
     Seconds(f64),
     /// The request is older than this number of seconds; no counter shows when it began.
     AtLeast(f64),
 }
 
-impl fmt::Display for Oldest {
+impl fmt::Display for OldestRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Oldest::Seconds(seconds) => write!(f, "oldest={seconds:.0}s"),
-            Oldest::AtLeast(seconds) => write!(f, "oldest>{seconds:.0}s"),
+            OldestRequest::Seconds(seconds) => write!(f, "oldest={seconds:.0}s"),
+            OldestRequest::AtLeast(seconds) => write!(f, "oldest>{seconds:.0}s"),
         }
     }
 }
@@ -129,7 +129,7 @@ pub(crate) struct Verdict {
     /// How it is.
     pub(crate) state: State,
     /// For how long, if it is hung.
-    pub(crate) oldest: Option<Oldest>,
+    pub(crate) oldest: Option<OldestRequest>,
     /// Part in which the time is spent, if that is known.
     pub(crate) cause: Option<Cause>,
     /// Observation; empty if it adds nothing.
@@ -157,7 +157,7 @@ impl Verdict {
     }
 
     /// Adds the age of the oldest request.
-    pub(crate) fn since(self, oldest: Oldest) -> Verdict {
+    pub(crate) fn since(self, oldest: OldestRequest) -> Verdict {
         let oldest = Some(oldest);
         Verdict { oldest, ..self }
     }

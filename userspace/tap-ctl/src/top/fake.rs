@@ -2,17 +2,21 @@
 //! Looks that tests make.
 
 use crate::host::made::Made;
-use crate::sample::{gather, Look, SampledDisk, Supervisor};
+use crate::sample::{gather, HostSample, SampledDisk, Supervisor};
 use std::time::Duration;
 
 /// Returns a look so many seconds after another one.
-pub(super) fn look(seconds: u64, before: Option<&Look>, disks: Vec<SampledDisk>) -> Look {
+pub(super) fn look(
+    seconds: u64,
+    before: Option<&HostSample>,
+    disks: Vec<SampledDisk>,
+) -> HostSample {
     let mut look = gather(&Made::new().host(), Vec::new(), Supervisor::Answers);
     look.unread.clear();
     if let Some(before) = before {
         look.at = before.at + Duration::from_secs(seconds);
     }
-    Look { disks, ..look }
+    HostSample { disks, ..look }
 }
 
 /// A disk of which the driver has counted so much.

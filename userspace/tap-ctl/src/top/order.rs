@@ -7,25 +7,25 @@ use std::cmp::Ordering;
 
 /// How rows are sorted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Order {
-    pub(super) by: By,
+pub(super) struct SortOrder {
+    pub(super) by: SortKey,
     /// Whether what is first otherwise is last.
     pub(super) is_reversed: bool,
 }
 
 /// Criterion by which rows are sorted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum By {
+pub(super) enum SortKey {
     /// Reads and writes in a second.
     Load,
     /// The column of this key.
     Column(char),
 }
 
-impl Order {
+impl SortOrder {
     /// The busiest one first.
-    pub(super) const BUSIEST: Order = Order {
-        by: By::Load,
+    pub(super) const BUSIEST: SortOrder = SortOrder {
+        by: SortKey::Load,
         is_reversed: false,
     };
 
@@ -54,24 +54,24 @@ impl Order {
     }
 }
 
-impl By {
+impl SortKey {
     /// The key for reads and writes in a second.
     pub(super) const LOAD_KEY: char = 'A';
 
     /// Returns the criterion of a key.
-    pub(super) fn of(key: char) -> Option<By> {
+    pub(super) fn of(key: char) -> Option<SortKey> {
         let is_column = COLUMNS.iter().any(|column| column.key == key);
         match key {
-            Self::LOAD_KEY => Some(By::Load),
-            key => is_column.then_some(By::Column(key)),
+            Self::LOAD_KEY => Some(SortKey::Load),
+            key => is_column.then_some(SortKey::Column(key)),
         }
     }
 
     /// Returns the criterion beside it, to the right or to the left, as the columns stand: the load is before the first
     /// one.
-    pub(super) fn beside(self, is_right: bool) -> By {
-        let columns = COLUMNS.iter().map(|column| By::Column(column.key));
-        let all: Vec<By> = std::iter::once(By::Load).chain(columns).collect();
+    pub(super) fn beside(self, is_right: bool) -> SortKey {
+        let columns = COLUMNS.iter().map(|column| SortKey::Column(column.key));
+        let all: Vec<SortKey> = std::iter::once(SortKey::Load).chain(columns).collect();
         let place = all.iter().position(|by| *by == self).unwrap_or(0);
         let next = match is_right {
             true => place + 1,
@@ -83,14 +83,14 @@ impl By {
     /// Whether rows are sorted by what stands in a column.
     pub(super) fn is(self, column: &Column) -> bool {
         match self {
-            By::Load => matches!(column.title, "READ/s" | "WRITE/s"),
-            By::Column(_) => self.is_alone(column),
+            SortKey::Load => matches!(column.title, "READ/s" | "WRITE/s"),
+            SortKey::Column(_) => self.is_alone(column),
         }
     }
 
     /// Whether rows are sorted by what stands in a column, and by nothing else.
     fn is_alone(self, column: &Column) -> bool {
-        self == By::Column(column.key)
+        self == SortKey::Column(column.key)
     }
 
     /// Returns its name, for the picture.
@@ -123,7 +123,7 @@ const NAMES: [&str; 7] = ["GUEST", "VDEV", "KIND", "MINOR", "PID", "STATE", "TAR
 
 #[cfg(test)]
 mod tests {
-    use super::{By, NAMES};
+    use super::{SortKey, NAMES};
     use crate::top::columns::COLUMNS;
     use std::collections::BTreeSet;
 
@@ -131,9 +131,12 @@ mod tests {
     fn every_column_has_a_key_of_its_own() {
         let keys: BTreeSet<char> = COLUMNS.iter().map(|column| column.key).collect();
         assert_eq!(keys.len(), COLUMNS.len());
-        assert!(!keys.contains(&By::LOAD_KEY));
+        assert!(!keys.contains(&SortKey::LOAD_KEY));
         assert!(keys.iter().all(char::is_ascii_uppercase), "{keys:?}");
-        assert_eq!((By::of('x'), By::of('T')), (None, Some(By::Column('T'))));
+        assert_eq!(
+            (SortKey::of('x'), SortKey::of('T')),
+            (None, Some(SortKey::Column('T')))
+        );
     }
 
     #[test]
@@ -144,11 +147,11 @@ mod tests {
 
     #[test]
     fn what_is_beside_leads_round() {
-        let mut by = By::Load;
+        let mut by = SortKey::Load;
         for _ in 0..=COLUMNS.len() {
             assert_eq!(by.beside(true).beside(false), by);
             by = by.beside(true);
         }
-        assert_eq!(by, By::Load);
+        assert_eq!(by, SortKey::Load);
     }
 }

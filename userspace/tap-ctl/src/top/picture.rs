@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Work of all disks between two looks.
 
-use crate::sample::{Look, SampledDisk, Supervisor};
+use crate::sample::{HostSample, SampledDisk, Supervisor};
 use crate::sample_delta::Figures;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// All disks at one moment, and what they did since the look before.
-pub(super) struct Picture {
+pub(super) struct DiskPicture {
     /// The moment.
-    pub(super) now: Rc<Look>,
+    pub(super) now: Rc<HostSample>,
     /// How long before that the other look was, and the part of this time that other domains had the processors,
     /// of 1.
     pub(super) since: Option<(Duration, f64)>,
@@ -25,9 +25,9 @@ pub(super) struct Row<'a> {
     pub(super) figures: Option<&'a Figures>,
 }
 
-impl Picture {
+impl DiskPicture {
     /// Makes a picture of a look, with the figures since `before`, if that is given.
-    pub(super) fn new(before: Option<&Look>, now: Rc<Look>) -> Picture {
+    pub(super) fn new(before: Option<&HostSample>, now: Rc<HostSample>) -> DiskPicture {
         let figures = |disk: &SampledDisk| {
             let before = before?;
             let old = disk.among(&before.disks)?;
@@ -40,7 +40,7 @@ impl Picture {
             let elapsed = now.at.saturating_duration_since(before.at);
             (elapsed, now.processors.stolen_since(&before.processors))
         });
-        Picture {
+        DiskPicture {
             figures,
             since,
             now,

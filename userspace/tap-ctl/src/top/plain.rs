@@ -2,10 +2,10 @@
 //! Pictures as text and for programs, one after the other.
 
 use super::columns::{Column, COLUMNS};
-use super::order::Order;
-use super::picture::{Picture, Row};
+use super::order::SortOrder;
+use super::picture::{DiskPicture, Row};
 use crate::host::{Host, Unread};
-use crate::sample::{look, Kind, Look};
+use crate::sample::{look, HostSample, Kind};
 use crate::sample_delta::Figures;
 use crate::{cli, print, Cli, Error};
 use control::supervisor::TopRow;
@@ -17,12 +17,12 @@ use std::time::Duration;
 /// Prints as many pictures as the command line asks for.
 pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
     let host = Host::at(&cli.root);
-    let mut before: Option<Rc<Look>> = None;
+    let mut before: Option<Rc<HostSample>> = None;
     let mut left = asked.iterations;
     let period = Duration::from_secs(asked.delay.into());
     loop {
         let now = Rc::new(look(&host, &cli.socket));
-        let picture = Picture::new(before.as_deref(), now.clone());
+        let picture = DiskPicture::new(before.as_deref(), now.clone());
         if cli.json {
             print(&Shown::of(&picture))?;
         } else {
@@ -48,13 +48,13 @@ pub(super) fn run(cli: &Cli, asked: &cli::Top) -> Result<(), Error> {
 }
 
 /// The disks, the busiest one first; those that do the same stay in the order of guests.
-fn rows(picture: &Picture) -> Vec<Row<'_>> {
+fn rows(picture: &DiskPicture) -> Vec<Row<'_>> {
     let mut rows = picture.rows();
-    Order::BUSIEST.sort(&mut rows);
+    SortOrder::BUSIEST.sort(&mut rows);
     rows
 }
 
-fn text(picture: &Picture) -> String {
+fn text(picture: &DiskPicture) -> String {
     let mut text = line(|column| column.padded(column.title));
     for row in rows(picture) {
         text += &line(|column| column.padded((column.cell)(&row)));
@@ -104,7 +104,7 @@ struct ShownDisk<'a> {
 }
 
 impl<'a> Shown<'a> {
-    fn of(picture: &'a Picture) -> Shown<'a> {
+    fn of(picture: &'a DiskPicture) -> Shown<'a> {
         let shown = |row: Row<'a>| ShownDisk {
             guest: row.disk.guest(),
             guest_name: row.disk.guest_name.as_deref(),
@@ -130,7 +130,7 @@ mod tests {
     use crate::sample::Supervisor;
     use crate::status::fake;
     use crate::top::fake::{counted, look};
-    use crate::top::picture::Picture;
+    use crate::top::picture::DiskPicture;
     use std::rc::Rc;
 
     #[test]
@@ -150,7 +150,7 @@ mod tests {
             fake::stats(&mut tap).read.latency.add(1_000_000);
         }
         let now = look(2, Some(&before), vec![phy, tap]);
-        let picture = Picture::new(Some(&before), Rc::new(now));
+        let picture = DiskPicture::new(Some(&before), Rc::new(now));
         let text = text(&picture);
         let lines: Vec<Vec<&str>> = text
             .lines()
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn a_line_is_as_it_was_always() {
         let now = look(0, None, vec![fake::phy()]);
-        let text = text(&Picture::new(None, Rc::new(now)));
+        let text = text(&DiskPicture::new(None, Rc::new(now)));
         let expected = "\
 GUEST        VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   wMiB/s  WAIT  BUSY  DISKms    RDms    WRms    FLms    99%us  MEM KiB TARGET
 3            xvda     phy      -       - connected        -        -        -        -     -     0       -       -       -       -        -        - \n";
@@ -187,7 +187,7 @@ GUEST        VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   
     #[test]
     fn another_process_and_the_first_picture_have_no_figures() {
         let before = Rc::new(look(0, None, vec![fake::tap(0)]));
-        let first = Picture::new(None, before.clone());
+        let first = DiskPicture::new(None, before.clone());
         assert!(rows(&first)[0].figures.is_none());
         let mut tap = fake::tap(0);
         if let Some(tap) = &mut tap.tap {
@@ -195,7 +195,7 @@ GUEST        VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   
         }
         fake::stats(&mut tap).read.requests = 20;
         let now = look(2, Some(&before), vec![tap]);
-        let picture = Picture::new(Some(&before), Rc::new(now));
+        let picture = DiskPicture::new(Some(&before), Rc::new(now));
         assert!(rows(&picture)[0].figures.is_none());
     }
 
@@ -203,7 +203,7 @@ GUEST        VDEV     KIND MINOR     PID STATE       READ/s  WRITE/s   rMiB/s   
     fn disks_of_the_kernel_are_shown_without_a_supervisor() {
         let mut now = look(0, None, vec![fake::phy()]);
         now.supervisor = Supervisor::Silent("no such file".into());
-        let picture = Picture::new(None, Rc::new(now));
+        let picture = DiskPicture::new(None, Rc::new(now));
         let text = text(&picture);
         assert!(
             text.contains("xvda     phy") && text.contains("no such file"),

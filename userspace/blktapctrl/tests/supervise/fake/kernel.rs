@@ -3,7 +3,7 @@
 
 use super::note;
 use blktapctrl::kernel::{Kernel, Make, NodeInfo, IMAGE};
-use blktapctrl::record::{Files, Record, Records, Unread};
+use blktapctrl::record::{Files, Record, Records, UnreadRecord};
 use control::supervisor;
 use rustix::fs::{fcntl_getfl, OFlags};
 use std::cell::{Cell, RefCell};
@@ -104,7 +104,7 @@ impl Records for FakeRecords {
         self.crash.around(|| self.files.remove(minor))
     }
 
-    fn all(&self) -> io::Result<Vec<Result<Record, Unread>>> {
+    fn all(&self) -> io::Result<Vec<Result<Record, UnreadRecord>>> {
         self.files.all()
     }
 }

@@ -2,7 +2,7 @@
 //! A xenstore in memory, and guests that are suspended when a test says so.
 
 use blktapctrl::domains::Domains;
-use blktapctrl::store::{Changes, Later, Store};
+use blktapctrl::store::{Changes, LaterAnswer, Store};
 use control::Failure;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,7 +79,7 @@ impl FakeStore {
 }
 
 impl Store for FakeStore {
-    fn read<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Option<String>>> {
+    fn read<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Option<String>>> {
         Box::pin(async move {
             match &*self.hidden.borrow() {
                 Some(begin) if path.starts_with(begin) => {
@@ -91,7 +91,7 @@ impl Store for FakeStore {
         })
     }
 
-    fn list<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Vec<String>>> {
+    fn list<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Vec<String>>> {
         Box::pin(async move {
             let below = format!("{path}/");
             let keys = self.keys.borrow();
@@ -104,7 +104,7 @@ impl Store for FakeStore {
         })
     }
 
-    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> Later<'a, io::Result<()>> {
+    fn write<'a>(&'a self, path: &'a str, value: &'a str) -> LaterAnswer<'a, io::Result<()>> {
         Box::pin(async move {
             self.keys.borrow_mut().insert(path.into(), value.into());
             self.tell(path);
@@ -112,14 +112,14 @@ impl Store for FakeStore {
         })
     }
 
-    fn remove<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<()>> {
+    fn remove<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<()>> {
         Box::pin(async move {
             self.drop(path);
             Ok(())
         })
     }
 
-    fn watch<'a>(&'a self, path: &'a str) -> Later<'a, io::Result<Changes>> {
+    fn watch<'a>(&'a self, path: &'a str) -> LaterAnswer<'a, io::Result<Changes>> {
         Box::pin(async move {
             let (sender, mut receiver) = mpsc::unbounded_channel();
             sender.send(path.to_owned()).expect("we have the other end");
@@ -135,7 +135,7 @@ impl Store for FakeStore {
 pub(crate) struct FakeDomains(pub(crate) Rc<RefCell<BTreeSet<u32>>>);
 
 impl Domains for FakeDomains {
-    fn suspended(&self) -> Later<'_, Result<BTreeSet<u32>, Failure>> {
+    fn suspended(&self) -> LaterAnswer<'_, Result<BTreeSet<u32>, Failure>> {
         Box::pin(async { Ok(self.0.borrow().clone()) })
     }
 }

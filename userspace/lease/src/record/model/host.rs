@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// Behaviour of hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mood {
+pub(super) enum HostMood {
     /// Now this, now that.
     Mixed,
     /// Hosts are often stopped for about as long as a break watches.
@@ -24,7 +24,7 @@ pub(super) struct ModelHost {
     pub(super) sim: Rc<Sim>,
     pub(super) dice: Rc<Dice>,
     pub(super) store: Rc<RefCell<Area>>,
-    pub(super) mood: Mood,
+    pub(super) mood: HostMood,
     /// Thousandths of a second that its clock counts in a second, and where it began.
     pub(super) rate: u32,
     pub(super) begin: Duration,
@@ -33,7 +33,7 @@ pub(super) struct ModelHost {
 impl ModelHost {
     /// A host may be stopped at any step.
     async fn pause(&self) {
-        let is_drowsy = self.mood == Mood::Drowsy;
+        let is_drowsy = self.mood == HostMood::Drowsy;
         if !self.dice.once_in(if is_drowsy { 10 } else { 60 }) {
             return;
         }

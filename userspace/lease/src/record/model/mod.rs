@@ -10,7 +10,7 @@ use super::rules::{patience, LeaseWorld, Party, RecordRules, Refusal, BEAT, CLAI
 use crate::host::{Host as Name, LeaseClaim};
 use crate::sim::{latency, Dice, Sim};
 use control::Failure;
-use host::{ModelHost, Mood};
+use host::{HostMood, ModelHost};
 use std::cell::{Cell as Var, RefCell};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::rc::Rc;
@@ -29,7 +29,7 @@ enum Operator {
 #[derive(Clone, Copy, Debug)]
 struct RecordSetup {
     operator: Operator,
-    mood: Mood,
+    mood: HostMood,
     rules: RecordRules,
     /// A holder looks at its clock before it writes.
     has_deadline: bool,
@@ -43,7 +43,7 @@ impl RecordSetup {
     fn of(operator: Operator) -> Self {
         Self {
             operator,
-            mood: Mood::Mixed,
+            mood: HostMood::Mixed,
             rules: RecordRules::ALL,
             has_deadline: true,
             has_lease: true,
@@ -332,7 +332,7 @@ fn nothing_goes_wrong(operator: Operator) {
     for seed in first..first + SCHEDULES {
         let mut setup = RecordSetup::of(operator);
         if seed % 4 == 0 {
-            setup.mood = Mood::Drowsy;
+            setup.mood = HostMood::Drowsy;
         }
         let (image, wrong) = run(setup, seed);
         assert_eq!(wrong, None, "seed {seed}");

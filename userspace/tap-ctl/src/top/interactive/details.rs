@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All that is known of one disk.
 
-use super::looks::Looks;
+use super::looks::SampleHistory;
 use super::view::Known;
 use crate::format::{by_itself, stats};
 use crate::host::task::Task;
@@ -13,7 +13,7 @@ use ratatui::style::Modifier;
 use ratatui::text::Line;
 
 /// Returns the details of a disk of the picture.
-pub(super) fn lines(known: &Known, looks: &Looks) -> Vec<Line<'static>> {
+pub(super) fn lines(known: &Known, looks: &SampleHistory) -> Vec<Line<'static>> {
     let rows = looks.picture().map(|picture| picture.rows());
     let row = rows.iter().flatten().find(|row| known.is(row.disk));
     let Some(row) = row else {

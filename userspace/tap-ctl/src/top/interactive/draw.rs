@@ -2,14 +2,14 @@
 //! How it looks: some lines about the host, the table or what is open over it, and a line about keys. Where there is
 //! little room the table is what stays.
 
-use super::looks::Looks;
+use super::looks::SampleHistory;
 use super::view::{Place, View};
 use super::{details, help, App};
 use crate::host::Memory;
 use crate::sample_delta::Figures;
 use crate::top::columns::fitting;
-use crate::top::order::By;
-use crate::top::picture::{Picture, Row};
+use crate::top::order::SortKey;
+use crate::top::picture::{DiskPicture, Row};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Modifier, Style};
 use ratatui::text::Line;
@@ -78,7 +78,7 @@ fn header(app: &App, now: Instant) -> Vec<Line<'static>> {
 }
 
 /// How old the picture is, if it is older than it should be.
-fn age(view: &View, looks: &Looks, now: Instant) -> Option<String> {
+fn age(view: &View, looks: &SampleHistory, now: Instant) -> Option<String> {
     let seconds = |time: Duration| time.as_secs();
     let age = looks.age(now).map(seconds);
     let old = age.map_or("there is no picture yet".into(), |age| {
@@ -94,7 +94,7 @@ fn age(view: &View, looks: &Looks, now: Instant) -> Option<String> {
 }
 
 /// The disks that are shown, and their order.
-fn chosen(view: &View, picture: &Picture) -> String {
+fn chosen(view: &View, picture: &DiskPicture) -> String {
     let first = match view.order.is_largest_first() {
         true => "largest",
         false => "smallest",
@@ -116,7 +116,7 @@ fn chosen(view: &View, picture: &Picture) -> String {
 }
 
 /// The figures of the host.
-fn host(picture: &Picture) -> String {
+fn host(picture: &DiskPicture) -> String {
     let Some((interval, stolen)) = picture.since else {
         return "figures come with the next picture".into();
     };
@@ -145,7 +145,7 @@ fn host(picture: &Picture) -> String {
     text
 }
 
-fn table(frame: &mut Frame<'_>, area: Rect, view: &mut View, looks: &Looks) {
+fn table(frame: &mut Frame<'_>, area: Rect, view: &mut View, looks: &SampleHistory) {
     let Some(picture) = looks.picture() else {
         return;
     };
@@ -161,7 +161,7 @@ fn table(frame: &mut Frame<'_>, area: Rect, view: &mut View, looks: &Looks) {
         return;
     }
     let by = view.order.by;
-    let columns = fitting(area.width, |column| by == By::Column(column.key));
+    let columns = fitting(area.width, |column| by == SortKey::Column(column.key));
     let titles = columns.iter().map(|column| {
         let style = match by.is(column) {
             true => Modifier::BOLD | Modifier::REVERSED,

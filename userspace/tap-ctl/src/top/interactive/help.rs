@@ -2,7 +2,7 @@
 //! Help on keys and columns.
 
 use crate::top::columns::COLUMNS;
-use crate::top::order::By;
+use crate::top::order::SortKey;
 use ratatui::style::Modifier;
 use ratatui::text::Line;
 
@@ -40,7 +40,7 @@ pub(super) fn lines() -> Vec<Line<'static>> {
     let mut lines = vec![title("keys")];
     lines.extend(KEYS.iter().map(|(key, what)| line(key, what)));
     lines.push(title("columns"));
-    let load = format!("{} READ/s + WRITE/s", By::LOAD_KEY);
+    let load = format!("{} READ/s + WRITE/s", SortKey::LOAD_KEY);
     lines.push(line(&load, "the busiest disk first"));
     lines.extend(
         COLUMNS

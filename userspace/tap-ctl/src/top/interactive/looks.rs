@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Past looks, and the time of the next one. A look may take any time, and the earlier ones stay until it ends.
 
-use crate::sample::{Look, SampledDisk};
+use crate::sample::{HostSample, SampledDisk};
 use crate::status::verdict::Limits;
 use crate::status::{self, Line};
-use crate::top::picture::Picture;
+use crate::top::picture::DiskPicture;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -14,17 +14,17 @@ const LONG: Duration = Duration::from_secs(2);
 
 /// Past looks.
 #[derive(Default)]
-pub(super) struct Looks {
+pub(super) struct SampleHistory {
     /// The last ones, the newest at the end: as many as a verdict is made of.
-    seen: VecDeque<Rc<Look>>,
+    seen: VecDeque<Rc<HostSample>>,
     /// The picture that is shown.
-    picture: Option<Picture>,
+    picture: Option<DiskPicture>,
     /// Since when a look is under way.
     begun: Option<Instant>,
     limits: Limits,
 }
 
-impl Looks {
+impl SampleHistory {
     /// How long it is until the next look; nothing while one is under way.
     pub(super) fn next_in(&self, now: Instant, interval: Duration) -> Option<Duration> {
         if self.begun.is_some() {
@@ -40,17 +40,18 @@ impl Looks {
     }
 
     /// A look has come to its end. A look whose picture is not needed any more is dropped.
-    pub(super) fn end(&mut self, look: Look, is_wanted: bool) {
+    pub(super) fn end(&mut self, look: HostSample, is_wanted: bool) {
         self.begun = None;
         if !is_wanted {
             return;
         }
         let look = Rc::new(look);
         let before = self.seen.back().map(Rc::as_ref);
-        self.picture = Some(Picture::new(before, look.clone()));
+        self.picture = Some(DiskPicture::new(before, look.clone()));
         // The first one that is left is as old as it takes to call a disk hung, or the oldest that there is.
-        let is_old =
-            |other: &Rc<Look>| look.at.saturating_duration_since(other.at) >= self.limits.hung;
+        let is_old = |other: &Rc<HostSample>| {
+            look.at.saturating_duration_since(other.at) >= self.limits.hung
+        };
         while self.seen.get(1).is_some_and(is_old) {
             self.seen.pop_front();
         }
@@ -58,7 +59,7 @@ impl Looks {
     }
 
     /// Returns the picture that is shown.
-    pub(super) fn picture(&self) -> Option<&Picture> {
+    pub(super) fn picture(&self) -> Option<&DiskPicture> {
         self.picture.as_ref()
     }
 

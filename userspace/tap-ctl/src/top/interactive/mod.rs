@@ -15,7 +15,7 @@ mod view;
 
 use crate::{cli, Cli, Error};
 use control::{Code, Failure};
-use looks::Looks;
+use looks::SampleHistory;
 use ratatui::crossterm::event;
 use ratatui::DefaultTerminal;
 use signal_hook::low_level::emulate_default_handler;
@@ -104,14 +104,14 @@ fn ended(thread: &str, why: &str) -> Error {
 /// All that is shown.
 struct App {
     view: View,
-    looks: Looks,
+    looks: SampleHistory,
 }
 
 impl App {
     fn new(interval: Duration) -> App {
         App {
             view: View::new(interval),
-            looks: Looks::default(),
+            looks: SampleHistory::default(),
         }
     }
 

@@ -5,7 +5,7 @@ use super::draw::draw;
 use super::threads::Event;
 use super::{App, End};
 use crate::host::xenstore::GuestNames;
-use crate::sample::{Look, SampledDisk, Supervisor};
+use crate::sample::{HostSample, SampledDisk, Supervisor};
 use crate::status::fake;
 use crate::top::fake::{counted, look};
 use ratatui::backend::TestBackend;
@@ -23,7 +23,7 @@ struct Shown {
     app: App,
     terminal: Terminal<TestBackend>,
     now: Instant,
-    last: Option<Look>,
+    last: Option<HostSample>,
 }
 
 impl Shown {
@@ -486,7 +486,7 @@ fn a_pause_keeps_the_picture() {
     // The answer to a question from before the pause arrives during it.
     let late = shown.last.clone().expect("a look");
     let now = shown.now;
-    let mut empty = Look { at: now, ..late };
+    let mut empty = HostSample { at: now, ..late };
     empty.disks.clear();
     shown.event(Event::Look(Box::new(empty)));
     shown.now += 5 * SECOND;

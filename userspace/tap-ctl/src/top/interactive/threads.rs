@@ -3,7 +3,7 @@
 //! that shows waits for none of them.
 
 use crate::host::Host;
-use crate::sample::{look, Look};
+use crate::sample::{look, HostSample};
 use ratatui::crossterm::{event, terminal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -18,7 +18,7 @@ pub(super) enum Event {
     /// A key, or another size.
     Terminal(event::Event),
     /// A look has come to its end.
-    Look(Box<Look>),
+    Look(Box<HostSample>),
     /// A signal that ends the program.
     Signal(i32),
     /// A thread has ended, which happens only after a fault.
@@ -78,7 +78,7 @@ fn start(
     to: &Sender<Event>,
     work: impl FnOnce(&Sender<Event>) -> io::Result<()> + Send + 'static,
 ) -> io::Result<()> {
-    let mut last = Last {
+    let mut last = LastAct {
         to: to.clone(),
         thread,
         why: "it has panicked".into(),
@@ -92,13 +92,13 @@ fn start(
 }
 
 /// The last thing that a thread does.
-struct Last {
+struct LastAct {
     to: Sender<Event>,
     thread: &'static str,
     why: String,
 }
 
-impl Last {
+impl LastAct {
     fn because(&mut self, result: io::Result<()>) {
         self.why = match result {
             Ok(()) => "there is nothing to do any more".into(),
@@ -107,7 +107,7 @@ impl Last {
     }
 }
 
-impl Drop for Last {
+impl Drop for LastAct {
     fn drop(&mut self) {
         let why = std::mem::take(&mut self.why);
         let thread = self.thread;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! State that keys change: the order and the choice of rows, the selected one, the page over the table.
 
-use crate::sample::{Id, Kind, SampledDisk};
+use crate::sample::{DiskId, Kind, SampledDisk};
 use crate::top::columns::target;
-use crate::top::order::{By, Order};
-use crate::top::picture::{Picture, Row};
+use crate::top::order::{SortKey, SortOrder};
+use crate::top::picture::{DiskPicture, Row};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use std::ops::Range;
 use std::time::Duration;
@@ -49,14 +49,14 @@ impl Known {
 
     /// Whether it is this one.
     pub(super) fn is(&self, disk: &SampledDisk) -> bool {
-        let its: Id<'_> = (self.path.as_deref(), self.minor, self.kind);
+        let its: DiskId<'_> = (self.path.as_deref(), self.minor, self.kind);
         its == disk.id()
     }
 }
 
 /// A way through rows or lines.
 #[derive(Clone, Copy)]
-enum Motion {
+enum CursorMotion {
     Up,
     Down,
     PageUp,
@@ -65,15 +65,15 @@ enum Motion {
     Last,
 }
 
-impl Motion {
-    fn of(code: KeyCode) -> Option<Motion> {
+impl CursorMotion {
+    fn of(code: KeyCode) -> Option<CursorMotion> {
         Some(match code {
-            KeyCode::Up | KeyCode::Char('k') => Motion::Up,
-            KeyCode::Down | KeyCode::Char('j') => Motion::Down,
-            KeyCode::PageUp => Motion::PageUp,
-            KeyCode::PageDown => Motion::PageDown,
-            KeyCode::Home | KeyCode::Char('g') => Motion::First,
-            KeyCode::End => Motion::Last,
+            KeyCode::Up | KeyCode::Char('k') => CursorMotion::Up,
+            KeyCode::Down | KeyCode::Char('j') => CursorMotion::Down,
+            KeyCode::PageUp => CursorMotion::PageUp,
+            KeyCode::PageDown => CursorMotion::PageDown,
+            KeyCode::Home | KeyCode::Char('g') => CursorMotion::First,
+            KeyCode::End => CursorMotion::Last,
             _ => return None,
         })
     }
@@ -81,12 +81,12 @@ impl Motion {
     /// Where it leads from a place, of so many, of which a page shows so many.
     fn from(self, at: usize, page: usize, length: usize) -> usize {
         let to = match self {
-            Motion::Up => at.saturating_sub(1),
-            Motion::Down => at + 1,
-            Motion::PageUp => at.saturating_sub(page.max(1)),
-            Motion::PageDown => at + page.max(1),
-            Motion::First => 0,
-            Motion::Last => length,
+            CursorMotion::Up => at.saturating_sub(1),
+            CursorMotion::Down => at + 1,
+            CursorMotion::PageUp => at.saturating_sub(page.max(1)),
+            CursorMotion::PageDown => at + page.max(1),
+            CursorMotion::First => 0,
+            CursorMotion::Last => length,
         };
         to.min(length.saturating_sub(1))
     }
@@ -95,7 +95,7 @@ impl Motion {
 /// The user's choices.
 pub(super) struct View {
     pub(super) place: Place,
-    pub(super) order: Order,
+    pub(super) order: SortOrder,
     /// Only disks of the guest with this number, or with this in the guest's name or in their target.
     pub(super) filter: String,
     /// Whether keys are the filter's.
@@ -120,7 +120,7 @@ impl View {
     pub(super) fn new(interval: Duration) -> View {
         View {
             place: Place::Table,
-            order: Order::BUSIEST,
+            order: SortOrder::BUSIEST,
             filter: String::new(),
             is_typing: false,
             is_paused: false,
@@ -135,7 +135,7 @@ impl View {
     }
 
     /// The rows that were chosen, in the order that was chosen.
-    pub(super) fn rows<'a>(&self, picture: &'a Picture) -> Vec<Row<'a>> {
+    pub(super) fn rows<'a>(&self, picture: &'a DiskPicture) -> Vec<Row<'a>> {
         let mut rows = picture.rows();
         rows.retain(|row| self.is_chosen(row.disk));
         self.order.sort(&mut rows);
@@ -186,7 +186,7 @@ impl View {
     }
 
     /// A key was pressed.
-    pub(super) fn key(&mut self, key: KeyEvent, picture: Option<&Picture>) -> Step {
+    pub(super) fn key(&mut self, key: KeyEvent, picture: Option<&DiskPicture>) -> Step {
         if key.is_release() {
             return Step::On;
         }
@@ -210,7 +210,7 @@ impl View {
                 let shorter = self.interval.saturating_sub(Duration::from_secs(1));
                 self.interval = shorter.max(Duration::from_secs(1));
             }
-            code => match Motion::of(code) {
+            code => match CursorMotion::of(code) {
                 Some(motion) => self.go(motion, picture),
                 None if self.place == Place::Table => self.in_table(code, picture),
                 None => {}
@@ -250,7 +250,7 @@ impl View {
         }
     }
 
-    fn in_table(&mut self, code: KeyCode, picture: Option<&Picture>) {
+    fn in_table(&mut self, code: KeyCode, picture: Option<&DiskPicture>) {
         match code {
             KeyCode::Enter | KeyCode::Char('d') => {
                 let rows = picture.map(|picture| self.rows(picture));
@@ -266,7 +266,7 @@ impl View {
             KeyCode::Left | KeyCode::Char('<') => self.sort(self.order.by.beside(false)),
             KeyCode::Right | KeyCode::Char('>') => self.sort(self.order.by.beside(true)),
             KeyCode::Char(letter) => {
-                if let Some(by) = By::of(letter) {
+                if let Some(by) = SortKey::of(letter) {
                     self.sort(by);
                 }
             }
@@ -274,14 +274,14 @@ impl View {
         }
     }
 
-    fn sort(&mut self, by: By) {
-        self.order = Order {
+    fn sort(&mut self, by: SortKey) {
+        self.order = SortOrder {
             by,
             is_reversed: false,
         };
     }
 
-    fn go(&mut self, motion: Motion, picture: Option<&Picture>) {
+    fn go(&mut self, motion: CursorMotion, picture: Option<&DiskPicture>) {
         if self.place != Place::Table {
             self.line = motion.from(self.line, self.page, self.lines);
             return;
