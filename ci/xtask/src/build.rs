@@ -22,7 +22,7 @@ pub(crate) fn repository() -> Result<PathBuf> {
 
 /// Result of a build.
 #[derive(Debug)]
-pub(crate) struct Built {
+pub(crate) struct BuildResult {
     /// The module.
     pub(crate) module: PathBuf,
     /// The folder with the programs.
@@ -32,9 +32,9 @@ pub(crate) struct Built {
 }
 
 /// Builds everything.
-pub(crate) fn all() -> Result<Built> {
+pub(crate) fn all() -> Result<BuildResult> {
     let debuggable = debuggable()?;
-    Ok(Built {
+    Ok(BuildResult {
         programs: stripped(&debuggable)?,
         debuggable,
         module: module()?,
@@ -231,7 +231,7 @@ pub(crate) fn cargo() -> Command {
 }
 
 /// Copies the results of a build into `dir`: the module and the programs.
-pub(crate) fn copy_to(built: &Built, dir: &Path) -> Result<()> {
+pub(crate) fn copy_to(built: &BuildResult, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
     fs::copy(&built.module, dir.join("xen-blkback-rs.ko"))?;
     for program in program_files(&built.programs)? {

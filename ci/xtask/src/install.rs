@@ -33,7 +33,7 @@ pub(crate) const PROGRAMS: &[Program] = &[
 ];
 
 /// A file of ci/packaging.
-struct Packaged {
+struct PackagedFile {
     /// Path after the installation.
     place: &'static str,
     text: &'static str,
@@ -49,7 +49,7 @@ macro_rules! packaged {
         packaged!($place, $name, true)
     };
     ($place:literal, $name:literal, $executable:literal) => {
-        Packaged {
+        PackagedFile {
             place: $place,
             text: include_str!(concat!("../../packaging/", $name)),
             executable: $executable,
@@ -58,7 +58,7 @@ macro_rules! packaged {
 }
 
 /// Files that belong to the module.
-const WITH_MODULE: &[Packaged] = &[
+const WITH_MODULE: &[PackagedFile] = &[
     packaged!(
         "usr/lib/modprobe.d/xen-blkback-rs.conf",
         "xen-blkback-rs.conf"
@@ -67,7 +67,7 @@ const WITH_MODULE: &[Packaged] = &[
 ];
 
 /// Files with which a package selects the driver: there the settings are not in their place at once.
-const WITH_PACKAGE: &[Packaged] = &[
+const WITH_PACKAGE: &[PackagedFile] = &[
     packaged!("usr/sbin/xen-blkback-rs", "xen-blkback-rs", x),
     packaged!("usr/share/man/man8/xen-blkback-rs.8", "xen-blkback-rs.8"),
 ];
@@ -75,7 +75,7 @@ const WITH_PACKAGE: &[Packaged] = &[
 const SETTINGS: &str = "usr/share/xen-blkback-rs/modprobe.conf";
 
 /// Files that belong to the programs.
-const WITH_PROGRAMS: &[Packaged] = &[
+const WITH_PROGRAMS: &[PackagedFile] = &[
     packaged!("etc/xen/scripts/block-tap-rs", "block-tap-rs", x),
     packaged!("etc/xen/scripts/block-or-tap", "block-or-tap", x),
     packaged!("etc/default/xentap", "xentap.default"),
@@ -191,7 +191,7 @@ fn add_programs(programs: &[PathBuf], dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_all(files: &[Packaged], dir: &Path) -> Result<()> {
+fn write_all(files: &[PackagedFile], dir: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     for file in files {
         let place = dir.join(file.place);
@@ -219,10 +219,11 @@ fn put(file: &Path, place: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::{
-        generated, Packaged, PROGRAMS, SETTINGS, TELLING, WITH_MODULE, WITH_PACKAGE, WITH_PROGRAMS,
+        generated, PackagedFile, PROGRAMS, SETTINGS, TELLING, WITH_MODULE, WITH_PACKAGE,
+        WITH_PROGRAMS,
     };
 
-    fn file(ending: &str) -> &'static Packaged {
+    fn file(ending: &str) -> &'static PackagedFile {
         let mut all = WITH_MODULE.iter().chain(WITH_PROGRAMS);
         all.find(|file| file.place.ends_with(ending))
             .expect("it is installed")

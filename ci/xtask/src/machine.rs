@@ -9,7 +9,7 @@ use crate::artifacts::Machines;
 use crate::kernel::Dom0Kernel;
 use crate::root::Root;
 use crate::steps::{RunningStep, StepKind};
-use crate::stolen::{StealWatch, Stolen};
+use crate::stolen::{StealWatch, StolenTime};
 use crate::{build, cache, run};
 use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::Flock;
@@ -179,7 +179,7 @@ struct MachineRun {
     killed: Option<Duration>,
     /// How QEMU failed, or was killed.
     failure: Option<String>,
-    stolen: Stolen,
+    stolen: StolenTime,
 }
 
 impl MachineRun {

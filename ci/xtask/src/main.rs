@@ -169,7 +169,9 @@ fn run(task: XtaskCommand) -> anyhow::Result<ExitCode> {
         XtaskCommand::Check {
             lower_names: true, ..
         } => {
-            println!("{}", check::names::lower()?.display());
+            for list in check::names::lower()? {
+                println!("{}", list.display());
+            }
             Ok(ExitCode::SUCCESS)
         }
         XtaskCommand::Check {

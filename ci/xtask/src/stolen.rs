@@ -37,7 +37,7 @@ pub(crate) struct StealWatch {
 
 /// Waits of a machine's threads, by the length of its console log.
 #[derive(Debug, Default)]
-pub(crate) struct Stolen(Vec<StealSample>);
+pub(crate) struct StolenTime(Vec<StealSample>);
 
 impl StealWatch {
     /// Starts to sample the process `pid`, whose console log is `console`.
@@ -62,14 +62,14 @@ impl StealWatch {
     }
 
     /// Ends the watch.
-    pub(crate) fn stop(self) -> Stolen {
+    pub(crate) fn stop(self) -> StolenTime {
         drop(self.end);
         // Without samples every report counts, as on an idle host.
-        Stolen(self.thread.join().unwrap_or_default())
+        StolenTime(self.thread.join().unwrap_or_default())
     }
 }
 
-impl Stolen {
+impl StolenTime {
     /// Returns true if the host explains the stall that is reported `offset` bytes into the console.
     fn explains(&self, offset: u64) -> bool {
         let until = self.0.partition_point(|look| look.console <= offset);
@@ -161,12 +161,12 @@ mod tests {
                          [   60.1] Call Trace:\n[   60.1]  <TASK>\n[   60.1]  do_idle+0x1/0x2\n[   60.1]  </TASK>\n";
 
     /// Returns a sample a second, with these milliseconds of waiting, while the console grew by ten bytes each.
-    fn looks(waits: &[u64]) -> Stolen {
+    fn looks(waits: &[u64]) -> StolenTime {
         let looks = waits.iter().zip(1..).map(|(&wait, number)| StealSample {
             console: number * 10,
             waited: Duration::from_millis(wait),
         });
-        Stolen(looks.collect())
+        StolenTime(looks.collect())
     }
 
     #[test]

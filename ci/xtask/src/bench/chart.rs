@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as a picture: for each job the speed of each backend, and the cost of an I/O by place.
 
-use super::counts::{Whose, PLACES, TOTAL};
-use super::result::{Named, ResultRow, Results, CONTROL, IO, OURS};
+use super::counts::{PlaceOwner, PLACES, TOTAL};
+use super::result::{ResultRow, Results, TitledName, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 const WIDTH: u32 = 1240;
@@ -33,7 +33,7 @@ pub(crate) fn chart(results: &Results) -> String {
         .filter(|backend| backend.name != CONTROL)
         .collect();
     // Some jobs have no speed, or run only on some backends.
-    let jobs: Vec<(&Named, Vec<(&str, &ResultRow)>)> = results
+    let jobs: Vec<(&TitledName, Vec<(&str, &ResultRow)>)> = results
         .jobs
         .iter()
         .map(|job| {
@@ -76,7 +76,10 @@ fn legend(svg: &mut String) {
     let mut x = 24;
     text(svg, (x, 82), "12", "#444", "Where instructions are spent:");
     x += 190;
-    for place in PLACES.iter().filter(|place| place.whose != Whose::Both) {
+    for place in PLACES
+        .iter()
+        .filter(|place| place.whose != PlaceOwner::Both)
+    {
         let words = place.head;
         let _ = writeln!(
             svg,

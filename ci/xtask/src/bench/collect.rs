@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The lines that the measuring program reports, put together with the counters of the plugin.
 
-use super::counts::{self, Counters, Modules, PlaceCounts, There};
+use super::counts::{self, Counters, MachineAddresses, Modules, PlaceCounts};
 use super::modelled::{self, MODELLED};
-use super::result::{Figure, Named, ResultRow, Results, VERSION};
+use super::result::{Figure, ResultRow, Results, TitledName, VERSION};
 use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -18,8 +18,8 @@ struct PlanLine {
     versions: BTreeMap<String, String>,
     rounds: u32,
     dom0_processors: u32,
-    backends: Vec<Named>,
-    jobs: Vec<Named>,
+    backends: Vec<TitledName>,
+    jobs: Vec<TitledName>,
 }
 
 /// Interrupts of disks and context switches in one domain.
@@ -72,8 +72,8 @@ enum ReportLine {
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
     plan: Option<PlanLine>,
-    there: Rc<There>,
-    samples: Vec<(Sample, Rc<There>)>,
+    there: Rc<MachineAddresses>,
+    samples: Vec<(Sample, Rc<MachineAddresses>)>,
     failed: Option<String>,
     done: bool,
     news: Option<String>,
@@ -85,7 +85,7 @@ impl Collector {
         match serde_json::from_str(line) {
             Ok(ReportLine::Plan(plan)) => self.plan = Some(plan),
             Ok(ReportLine::Modules { modules }) => {
-                self.there = Rc::new(There {
+                self.there = Rc::new(MachineAddresses {
                     dom0_processors: self.plan.as_ref().map_or(1, |plan| plan.dom0_processors),
                     modules: addresses(&modules),
                     functions: Modules::new(),
@@ -94,7 +94,7 @@ impl Collector {
             Ok(ReportLine::Functions { functions }) => {
                 let there = (*self.there).clone();
                 let functions = addresses(&functions);
-                self.there = Rc::new(There { functions, ..there });
+                self.there = Rc::new(MachineAddresses { functions, ..there });
             }
             Ok(ReportLine::Sample { sample }) => {
                 self.news = Some(format!(
@@ -141,7 +141,7 @@ impl Collector {
         let mut rows = Vec::new();
         for job in &plan.jobs {
             for backend in &plan.backends {
-                let samples: Vec<&(Sample, Rc<There>)> = self
+                let samples: Vec<&(Sample, Rc<MachineAddresses>)> = self
                     .samples
                     .iter()
                     .filter(|(sample, _)| sample.job == job.name && sample.backend == backend.name)
@@ -213,9 +213,9 @@ impl Columns {
 }
 
 fn row(
-    backend: &Named,
-    job: &Named,
-    samples: &[&(Sample, Rc<There>)],
+    backend: &TitledName,
+    job: &TitledName,
+    samples: &[&(Sample, Rc<MachineAddresses>)],
     marks: &[Counters],
 ) -> Result<ResultRow> {
     let (mut instructions, mut per_io) = (Columns::default(), Columns::default());

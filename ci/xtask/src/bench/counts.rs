@@ -12,7 +12,7 @@ pub(crate) type Modules = BTreeMap<u64, String>;
 
 /// Addresses in the machine.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct There {
+pub(crate) struct MachineAddresses {
     /// Number of dom0's processors; those of the guest follow them.
     pub(crate) dom0_processors: u32,
     /// The modules of dom0.
@@ -26,7 +26,7 @@ pub(crate) type PlaceCounts = BTreeMap<String, f64>;
 
 /// Owner of the processor of a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Whose {
+pub(crate) enum PlaceOwner {
     Dom0,
     Guest,
     /// dom0 and the guest share one.
@@ -39,7 +39,7 @@ pub(crate) struct CodePlace {
     pub(crate) name: &'static str,
     /// The head of its column.
     pub(crate) head: &'static str,
-    pub(crate) whose: Whose,
+    pub(crate) whose: PlaceOwner,
     /// Its colour in pictures.
     pub(crate) colour: &'static str,
 }
@@ -47,7 +47,7 @@ pub(crate) struct CodePlace {
 const fn place(
     name: &'static str,
     head: &'static str,
-    whose: Whose,
+    whose: PlaceOwner,
     colour: &'static str,
 ) -> CodePlace {
     CodePlace {
@@ -58,7 +58,7 @@ const fn place(
     }
 }
 
-use Whose::{Both, Dom0, Guest};
+use PlaceOwner::{Both, Dom0, Guest};
 
 /// The places, in the order of the table. Polling is the time for which dom0's kernel and its modules occupy their
 /// processor with it.
@@ -93,7 +93,7 @@ const WORD: f64 = 8.0;
 
 /// Returns the sums of places that have columns of their own.
 pub(crate) fn sums(places: &PlaceCounts) -> PlaceCounts {
-    let of = |wanted: &dyn Fn(Whose) -> bool| -> f64 {
+    let of = |wanted: &dyn Fn(PlaceOwner) -> bool| -> f64 {
         let there = PLACES.iter().filter(|place| wanted(place.whose));
         there.filter_map(|place| places.get(place.name)).sum()
     };
@@ -141,7 +141,7 @@ pub(crate) const SLEEPS: &str = "sleeps of dom0's processor";
 pub(crate) fn turns_between(
     first: &Counters,
     last: &Counters,
-    there: &There,
+    there: &MachineAddresses,
     shared: bool,
 ) -> PlaceCounts {
     let mut found = PlaceCounts::new();
@@ -208,7 +208,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Counters>> {
 pub(crate) fn between(
     first: &Counters,
     last: &Counters,
-    there: &There,
+    there: &MachineAddresses,
     shared: bool,
 ) -> PlaceCounts {
     let here = |place: &&CodePlace| (place.whose == Both) == shared;
@@ -242,7 +242,7 @@ pub(crate) fn between(
 }
 
 /// Returns the place of an address or name.
-fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
+fn of_place(of_dom0: bool, raw: &str, there: &MachineAddresses) -> &'static str {
     match (of_dom0, raw) {
         (true, "xen") => "Xen, dom0's processor",
         (false, "xen") => "Xen, guest's processor",
@@ -258,7 +258,11 @@ fn of_place(of_dom0: bool, raw: &str, there: &There) -> &'static str {
 }
 
 /// Returns the instructions between two marks in each function of the drivers, if blocks were counted.
-pub(crate) fn functions_between(first: &Counters, last: &Counters, there: &There) -> PlaceCounts {
+pub(crate) fn functions_between(
+    first: &Counters,
+    last: &Counters,
+    there: &MachineAddresses,
+) -> PlaceCounts {
     let mut found = PlaceCounts::new();
     for ((processor, raw), value) in last {
         if of_place(*processor < there.dom0_processors, raw, there) != "backend module" {
@@ -295,8 +299,8 @@ mod tests {
         0 ffffffffc0002000 7\n2 kernel 4\n1 ffffffffc0009000 1\n0 copied 88\n0 copying 99\n2 copied 16\n\
         0 polled 6\n2 polled 9\n";
 
-    fn there() -> There {
-        There {
+    fn there() -> MachineAddresses {
+        MachineAddresses {
             dom0_processors: 2,
             modules: [
                 (0xffff_ffff_c000_1000, "xen_blkback".to_string()),
@@ -368,7 +372,7 @@ mod tests {
     fn blocks_belong_to_functions() {
         let text = "mark 0\n0 ffffffffc0001010 1\nmark 1\n0 ffffffffc0001010 4\n0 ffffffffc0001030 5\n0 xen 9\n";
         let marks = parse(text).unwrap();
-        let there = There {
+        let there = MachineAddresses {
             dom0_processors: 1,
             modules: [(0xffff_ffff_c000_1000, "xen_blkback_rs".to_string())].into(),
             functions: [

@@ -3,7 +3,7 @@
 //! of the C driver's.
 
 use super::chart::{begin, text, OURS_COLOUR};
-use super::result::{Named, Results, OURS};
+use super::result::{Results, TitledName, OURS};
 use std::fmt::Write;
 
 const WIDTH: u32 = 1000;
@@ -26,7 +26,7 @@ const SHOWN: [(&str, &str); 5] = [
 /// Returns the picture.
 pub(crate) fn overview(results: &Results) -> String {
     let reference = SHOWN[0].0;
-    let jobs: Vec<&Named> = results
+    let jobs: Vec<&TitledName> = results
         .jobs
         .iter()
         .filter(|job| results.ratio(OURS, reference, &job.name).is_some())
@@ -84,7 +84,7 @@ fn axis(svg: &mut String, bottom: u32) {
 }
 
 /// Draws the line of one job, this driver last.
-fn row(svg: &mut String, results: &Results, job: &Named, y: u32) {
+fn row(svg: &mut String, results: &Results, job: &TitledName, y: u32) {
     let middle = y + 8;
     let _ = writeln!(
         svg,

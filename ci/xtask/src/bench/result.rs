@@ -38,16 +38,16 @@ pub(crate) struct Results {
     /// Number of measurements of each backend.
     pub(crate) rounds: u32,
     /// The backends, in the order of the table.
-    pub(crate) backends: Vec<Named>,
+    pub(crate) backends: Vec<TitledName>,
     /// The jobs, in the order of the table.
-    pub(crate) jobs: Vec<Named>,
+    pub(crate) jobs: Vec<TitledName>,
     /// One row for each job and backend that were measured together.
     pub(crate) rows: Vec<ResultRow>,
 }
 
 /// Something with a short name and a title.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Named {
+pub(crate) struct TitledName {
     /// The short name.
     pub(crate) name: String,
     /// The title.
@@ -204,7 +204,7 @@ pub(super) mod tests {
 
     /// Returns results with one job and these medians.
     pub(crate) fn results(rows: &[(&str, f64)]) -> Results {
-        let named = |name: &str| Named {
+        let named = |name: &str| TitledName {
             name: name.into(),
             title: format!("the {name} & more"),
             unit: io(),

@@ -3,7 +3,7 @@
 
 use super::counts::{DOM0, TOTAL};
 use super::modelled::MODELLED;
-use super::result::{Named, Results, C, IO, OURS, QDISK};
+use super::result::{Results, TitledName, C, IO, OURS, QDISK};
 use std::fmt::Write;
 
 /// Backends of each column. A column of several shows the lowest cost among them.
@@ -57,7 +57,7 @@ pub(crate) fn summary(results: &Results) -> String {
     text
 }
 
-fn line(text: &mut String, results: &Results, job: &Named, shown: &[(&[&str], &str)]) {
+fn line(text: &mut String, results: &Results, job: &TitledName, shown: &[(&[&str], &str)]) {
     let unit = match job.unit.as_str() {
         IO => String::new(),
         unit => format!(" ({unit})"),

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 //! The results as text.
 
-use super::counts::{CodePlace, Whose::Dom0, DOM0, PLACES, SLEEPS, TOTAL};
+use super::counts::{CodePlace, PlaceOwner::Dom0, DOM0, PLACES, SLEEPS, TOTAL};
 use super::modelled::MODELLED;
-use super::result::{Named, ResultRow, Results, C, CONTROL, IO, OURS};
+use super::result::{ResultRow, Results, TitledName, C, CONTROL, IO, OURS};
 use std::fmt::Write;
 
 /// Returns all tables: one for each job, then the summary.
@@ -129,7 +129,7 @@ fn functions(text: &mut String, results: &Results) {
 }
 
 /// Returns the columns of a job: its places, with the sums of dom0's processor and of everything behind those.
-fn places(results: &Results, job: &Named) -> Vec<(&'static str, &'static str)> {
+fn places(results: &Results, job: &TitledName) -> Vec<(&'static str, &'static str)> {
     let rows: Vec<&ResultRow> = results
         .rows
         .iter()

@@ -16,7 +16,7 @@ const TREES: &[(&str, &str)] = &[
 ];
 
 /// Files that each file uses, with the lines.
-type Uses = BTreeMap<String, BTreeSet<String>>;
+type FileUses = BTreeMap<String, BTreeSet<String>>;
 
 pub(super) fn check(sources: &[Source]) -> Result<()> {
     super::none(complaints(sources))
@@ -24,7 +24,7 @@ pub(super) fn check(sources: &[Source]) -> Result<()> {
 
 fn complaints(sources: &[Source]) -> Vec<String> {
     let uses = uses(sources);
-    let reach: Uses = uses
+    let reach: FileUses = uses
         .keys()
         .map(|file| (file.clone(), reachable(&uses, file)))
         .collect();
@@ -47,7 +47,7 @@ fn complaints(sources: &[Source]) -> Vec<String> {
 }
 
 /// Returns the files that a file uses directly or indirectly.
-fn reachable(uses: &Uses, from: &str) -> BTreeSet<String> {
+fn reachable(uses: &FileUses, from: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut left = vec![from];
     while let Some(file) = left.pop() {
@@ -60,9 +60,9 @@ fn reachable(uses: &Uses, from: &str) -> BTreeSet<String> {
     found
 }
 
-fn uses(sources: &[Source]) -> Uses {
+fn uses(sources: &[Source]) -> FileUses {
     let paths: BTreeSet<&str> = sources.iter().map(|source| source.path.as_str()).collect();
-    let mut uses = Uses::new();
+    let mut uses = FileUses::new();
     for source in source::rust(sources) {
         let Some((_, tree)) = TREES
             .iter()

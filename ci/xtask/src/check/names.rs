@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-//! Names of types: how many types of the workspace share a name is counted, and a count may only fall.
+//! Names of types: how many types of the workspace share a name is counted, and how many names of each crate have one
+//! word. Counts may only fall.
 //!
 //! A name of one word such as `State` says nothing where it is used, and a search for it finds every other type of that
-//! name. `docs/contributing/style.md` has the rule, `ci/names.allow` the names that still break it.
+//! name. `docs/contributing/style.md` has the rule, `ci/names.allow` the names that still break it, and
+//! `ci/one-word-names.allow` the number of each crate's types that do.
 
 use super::allowed::{AllowedCounts, AllowedList};
 use super::source::{self, Source};
@@ -24,19 +26,90 @@ const ALLOWED: AllowedList = AllowedList {
     most: MOST,
 };
 
+/// Types of a crate that may have a name of one word: those of its main concepts.
+const MOST_OF_ONE_WORD: usize = 3;
+
+/// Crates with more types than that whose names have one word, which may only become fewer.
+const ALLOWED_OF_ONE_WORD: AllowedList = AllowedList {
+    path: "ci/one-word-names.allow",
+    header: "# Types of each crate whose names have one word, where these are more than three. A count may only fall:\n\
+             # `cargo xtask check --lower-names` writes the lower ones.\n",
+    most: MOST_OF_ONE_WORD,
+};
+
 /// Files that define each name: a file twice if it defines the name twice.
 type Definitions<'s> = BTreeMap<String, Vec<&'s str>>;
 
 /// Complains of names of more types than are allowed, and of counts that are too high.
 pub(super) fn check(sources: &[Source]) -> Result<()> {
-    super::none(complaints(&definitions(sources), &ALLOWED.of(sources)))
+    let definitions = definitions(sources);
+    let of_one_word = of_one_word(&definitions);
+    let mut found = complaints(&definitions, &ALLOWED.of(sources));
+    found.extend(complaints_of_words(
+        &of_one_word,
+        &ALLOWED_OF_ONE_WORD.of(sources),
+    ));
+    super::none(found)
 }
 
 /// Writes lower counts where fewer types have the name; never a higher one.
-pub(crate) fn lower() -> Result<PathBuf> {
+pub(crate) fn lower() -> Result<[PathBuf; 2]> {
     let sources = source::all()?;
     let definitions = definitions(&sources);
-    ALLOWED.lower(|name| types(&definitions, name))
+    let of_one_word = of_one_word(&definitions);
+    let count = |area: &str| of_one_word.get(area).map_or(0, Vec::len);
+    Ok([
+        ALLOWED.lower(|name| types(&definitions, name))?,
+        ALLOWED_OF_ONE_WORD.lower(count)?,
+    ])
+}
+
+/// Returns the folder of the crate, or of the part of the module, that a file belongs to.
+fn area(path: &str) -> &str {
+    let within = ["ci/", "tests/", "userspace/"];
+    let begin = within.iter().find(|folder| path.starts_with(**folder));
+    let begin = begin.map_or(0, |folder| folder.len());
+    let rest = path.get(begin..).unwrap_or_default();
+    let end = rest.find('/').unwrap_or(rest.len());
+    path.get(..begin + end).unwrap_or(path)
+}
+
+/// Returns the types of each crate whose names have one word.
+fn of_one_word<'d>(definitions: &'d Definitions<'_>) -> BTreeMap<&'d str, Vec<&'d str>> {
+    let mut found: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (name, files) in definitions {
+        let capitals = name.chars().filter(char::is_ascii_uppercase).count();
+        for file in files.iter().filter(|_| capitals == 1) {
+            found.entry(area(file)).or_default().push(name);
+        }
+    }
+    found
+}
+
+/// Complains of crates with more names of one word than are allowed, and of counts that are too high.
+fn complaints_of_words(found: &BTreeMap<&str, Vec<&str>>, allowed: &AllowedCounts) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (area, names) in found {
+        let most = allowed.get(*area).copied().unwrap_or(MOST_OF_ONE_WORD);
+        if names.len() > most {
+            complaints.push(format!(
+                "{area}: {} types have names of one word, {most} may; give the new one a noun of two words. They are: {}",
+                names.len(),
+                names.join(" ")
+            ));
+        }
+    }
+    for (area, most) in allowed {
+        let count = found.get(area.as_str()).map_or(0, Vec::len);
+        if count < *most {
+            complaints.push(format!(
+                "{area}: {count} names of one word are left of {most}; run: cargo xtask check --lower-names"
+            ));
+        }
+    }
+    let all: usize = found.values().map(Vec::len).sum();
+    println!("        names: {all} types have names of one word");
+    complaints
 }
 
 /// Returns the number of types that have this name.
@@ -181,6 +254,31 @@ mod tests {
         ] {
             assert_eq!(names(text), [""; 0], "{text}");
         }
+    }
+
+    #[test]
+    fn a_fourth_name_of_one_word_in_a_crate_is_refused() {
+        let of = |path: &str, text: &str| Source::of(path, text);
+        let three = "struct A; struct OwnName; enum B { C(u8) } trait Cd { type Item; }";
+        let mut sources = vec![
+            of("userspace/a/src/lib.rs", three),
+            of("userspace/b/src/lib.rs", "struct Other;"),
+            of("ring/src/lib.rs", "struct Ring;"),
+        ];
+        let complain = |sources: &[Source], allowed: &AllowedCounts| {
+            complaints_of_words(&of_one_word(&definitions(sources)), allowed)
+        };
+        assert_eq!(complain(&sources, &BTreeMap::new()), [""; 0]);
+        sources.push(of("userspace/a/tests/suite/main.rs", "struct Planted;"));
+        let said = complain(&sources, &BTreeMap::new());
+        assert!(
+            matches!(&said[..], [said] if said.starts_with("userspace/a: 4 types") && said.ends_with("A B Cd Planted")),
+            "{said:?}"
+        );
+        let four = BTreeMap::from([("userspace/a".to_string(), 4)]);
+        assert_eq!(complain(&sources, &four), [""; 0]);
+        let five = BTreeMap::from([("userspace/a".to_string(), 5)]);
+        assert!(complain(&sources, &five)[0].contains("--lower-names"));
     }
 
     #[test]

@@ -69,7 +69,7 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
                 "userspace/tap-ctl/src/handoff.rs",
                 "Summary",
             ),
-            ("`tap-ctl lease show`", "userspace/lease/src/lib.rs", "View"),
+            ("`tap-ctl lease show`", "userspace/lease/src/lib.rs", "LeaseView"),
         ],
     ),
     (
@@ -135,7 +135,7 @@ const PAGES: &[(&str, &str, &[PrintedType])] = &[
             (
                 "`xen-blkback-rs exchange`",
                 "userspace/takeover/src/module_exchange.rs",
-                "Exchanged",
+                "ExchangeResult",
             ),
         ],
     ),
