@@ -38,7 +38,7 @@ pub(super) fn all() -> Vec<AttackCase> {
         ),
         case!(
             closing::h53_lets_go_late,
-            "a frontend refuses for 30 seconds to close its disk, is served, and lets go"
+            "a frontend refuses for 12 seconds to close its disk, is served, and lets go"
         ),
     ]
 }
@@ -197,8 +197,9 @@ fn h51_statistics_during_connects(lab: &mut Lab) -> Result<()> {
     })
 }
 
-/// Time for which a frontend refuses to close. libxl waits for 10 seconds before it gives up.
-const REFUSES: Duration = Duration::from_secs(30);
+/// Time for which a frontend refuses to close. libxl waits for 10 seconds before it gives up, so a backend that gives
+/// up with it is found.
+const REFUSES: Duration = Duration::from_secs(12);
 
 fn h53_lets_go_late(lab: &mut Lab) -> Result<()> {
     let mut session = lab.session()?;
@@ -223,7 +224,7 @@ fn h53_lets_go_late(lab: &mut Lab) -> Result<()> {
             "the device went below a connected frontend"
         );
     }
-    ensure!(seed > 30, "only {seed} rounds of requests in {REFUSES:?}");
+    ensure!(seed > 12, "only {seed} rounds of requests in {REFUSES:?}");
     session.finish()
 }
 
