@@ -106,7 +106,7 @@ fn back_up(cli: &Cli, asked: &Backup) -> Result<(), Error> {
         complain(told(&repaired).trim_end());
     }
     let all = BackupFolder::manifests(&folder.path)?;
-    let plans = plan::plan(cli, asked, &tool, &folder, &all)?;
+    let plans = plan::plan(cli, asked, &folder, &all)?;
     for plan in &plans {
         if let Some(why) = &plan.why_full {
             complain(&format!("{} {}: full backup: {why}", plan.guest, plan.vdev));

@@ -5,7 +5,7 @@ use super::folder::BackupFolder;
 use super::journal::JournalDisk;
 use super::manifest::{chain, newest, BackupManifest};
 use super::merge::boot;
-use super::tool::{image, CopyTool};
+use super::tool::image;
 use crate::cli::{Backup, Cli};
 use crate::host::xenstore::GuestNames;
 use crate::host::Host;
@@ -22,8 +22,6 @@ use std::path::{Path, PathBuf};
 
 /// Increments behind a full backup at most, because a chain of images has at most 64.
 const LONGEST: usize = 60;
-/// Bytes of the largest clusters of an image into which a qcow2 snapshot can be merged while it is served.
-const CLUSTER: u64 = 64 << 10;
 
 /// Plan for one disk.
 #[derive(Debug)]
@@ -58,7 +56,6 @@ fn new_id() -> Result<String, Failure> {
 pub(super) fn plan(
     cli: &Cli,
     asked: &Backup,
-    tool: &CopyTool,
     folder: &BackupFolder,
     all: &[BackupManifest],
 ) -> Result<Vec<DiskPlan>, Error> {
@@ -88,7 +85,7 @@ pub(super) fn plan(
             );
         }
         let name = names.typed(guest);
-        let place = (asked, tool, folder);
+        let place = (asked, folder);
         plans.push(plan_one(cli, place, all, row, (&id, &name, &vdev))?);
     }
     Ok(plans)
@@ -96,13 +93,13 @@ pub(super) fn plan(
 
 fn plan_one(
     cli: &Cli,
-    (asked, tool, folder): (&Backup, &CopyTool, &BackupFolder),
+    (asked, folder): (&Backup, &BackupFolder),
     all: &[BackupManifest],
     row: &Row,
     (id, guest, vdev): (&str, &str, &str),
 ) -> Result<DiskPlan, Error> {
     let about = |why: String| Failure::unsupported(format!("{guest} {vdev} has no backup: {why}"));
-    let (target, size, sector_size) = check(row, tool).map_err(about)?;
+    let (target, size, sector_size) = check(row).map_err(about)?;
     let last = newest(all, guest, vdev);
     let disk = JournalDisk {
         minor: row.minor.unwrap_or_default(),
@@ -176,7 +173,7 @@ fn continued(
 
 /// Refuses a disk that cannot be frozen while it is served, or not be merged afterwards. Returns its target, bytes, and
 /// bytes of a logical sector.
-fn check(row: &Row, tool: &CopyTool) -> Result<(Target, u64, u32), String> {
+fn check(row: &Row) -> Result<(Target, u64, u32), String> {
     let target = row
         .target
         .clone()
@@ -202,22 +199,12 @@ fn check(row: &Row, tool: &CopyTool) -> Result<(Target, u64, u32), String> {
                 .into(),
         );
     }
-    let path = target.path().filter(|_| target.below().is_none());
-    let path =
-        path.ok_or("it has no image that could be frozen (ram:, null:, cow: or an export)")?;
+    if target.path().is_none() || target.below().is_some() {
+        return Err("it has no image that could be frozen (ram:, null:, cow: or an export)".into());
+    }
     image(&target).map_err(|failure| failure.message)?;
     if row.state != Some(State::Running) || row.doing.is_some() {
         return Err("it is not served at the moment: `tap-ctl status` says why".into());
-    }
-    if target.driver() == Driver::Qcow2 {
-        let cluster = tool.cluster(path).map_err(|failure| failure.message)?;
-        if cluster > CLUSTER {
-            return Err(format!(
-                "its clusters of {cluster} bytes are larger than those of a snapshot, which could not be merged again: copy \
-                 it to an image with clusters of 64K: `tap-ctl mirror -m {} IMAGE`",
-                row.minor.unwrap_or_default()
-            ));
-        }
     }
     let disk = row.disk.as_ref().ok_or("its size is not known yet")?;
     Ok((target.clone(), disk.size, disk.logical_block))

@@ -108,27 +108,6 @@ impl CopyTool {
         }
     }
 
-    /// Returns the bytes of the clusters of a qcow2 image that may be in use.
-    pub(crate) fn cluster(&self, path: &Path) -> Result<u64, Failure> {
-        let mut image = OsString::from("qcow2:");
-        image.push(path);
-        let output = Command::new(&self.program)
-            .args(["--json", "info", "-U"])
-            .arg(image)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(|error| self.failed(&error))?;
-        let facts: Option<serde_json::Value> = serde_json::from_slice(&output.stdout).ok();
-        let cluster = facts.and_then(|facts| facts[0]["qcow2"]["cluster_size"].as_u64());
-        cluster.ok_or_else(|| {
-            Failure::new(
-                Code::Image,
-                format!("tapimg cannot tell the clusters of {}", path.display()),
-            )
-        })
-    }
-
     fn failed(&self, error: &io::Error) -> Failure {
         Failure::system(format!("cannot run {}", self.program.display()), error)
     }
