@@ -360,6 +360,7 @@ impl Disk {
             restarts: record.restarts,
             doing: record.doing,
             unknown: None,
+            stopped: record.stopped.clone(),
             state_bytes: self.state.borrow().as_ref().map_or(0, DiskState::size),
             binary: self
                 .process

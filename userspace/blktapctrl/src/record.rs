@@ -323,6 +323,9 @@ pub struct Record {
     /// Number of failed flushes in the kernel that were reported.
     #[serde(default)]
     pub failed_flushes: u32,
+    /// Error of the image that stopped the disk, until it is served again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
     /// Fields of a newer supervisor, which finds them again.
     #[serde(flatten)]
     other: Map<String, Value>,
@@ -378,6 +381,7 @@ impl Record {
             restarts: 0,
             poisoned: 0,
             failed_flushes: 0,
+            stopped: None,
             other: Map::new(),
         }
     }

@@ -743,6 +743,9 @@ pub struct Row {
     /// Reason why the supervisor ignores the disk, if it does.
     #[serde(default)]
     pub unknown: Option<String>,
+    /// Error of the image that stopped the disk, which is paused until an administrator resumes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
     /// Size in bytes of the state that processes of the disk pass on to each other.
     #[serde(default)]
     pub state_bytes: u64,

@@ -953,13 +953,14 @@ Verdicts, with the exit status of the worst one:
   2  hung, dead-process, fencing, held, no-driver
 
 Causes are shown where there are counters:
-  storage        requests take long, or an old one is not answered; the lowest device that has the time is named
+  storage        requests take long, or an old one is not answered; the lowest device that has the time is named; or an
+                 error of the image has stopped the disk
   process        the tapdisk hangs, has died, or uses a whole processor
   page-pool      requests wait for the driver's memory, or are done in pieces; the limit that is reached is named
   ring           the guest's rings were full most of the time; the disk is ok for all that is known here
   host-cpu       the thread that serves the disk, or all of this domain, waits for a processor
   guest          the guest's requests are malformed
-  administrator  the administrator has paused it, or an error of the image has
+  administrator  the administrator has paused it
 There is no count of the time for which requests wait in the ring, or in the guest for room there, so no disk is called
 slow for that; -x shows how full the rings were. A disk of the C driver, which counts no times, is judged by its
 block device, which others may use as well.";

@@ -494,6 +494,7 @@ mod tests {
             restarts: 0,
             doing: None,
             unknown: None,
+            stopped: None,
             state_bytes: 0,
             binary: None,
         }

@@ -180,6 +180,10 @@ fn add(registry: &Registry, disk: &Disk, trouble: Trouble, more: u64, stopped: b
         }
         false => std::io::Error::from_raw_os_error(trouble.errno).to_string(),
     };
+    if stopped {
+        disk.record.borrow_mut().stopped = Some(error.clone());
+        registry.note(disk);
+    }
     let what = What::Trouble {
         trouble,
         target,

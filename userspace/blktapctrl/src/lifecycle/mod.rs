@@ -214,6 +214,9 @@ impl Lifecycle {
             let mut record = disk.record.borrow_mut();
             record.doing = None;
             record.want = want;
+            if want == DesiredState::Served {
+                record.stopped = None;
+            }
         }
         self.registry.note(disk);
         // The verb may have left memory that has no user now.

@@ -74,6 +74,7 @@ fn empty_row(minor: Option<u32>, pid: Option<u32>) -> Row {
         restarts: 0,
         doing: None,
         unknown: None,
+        stopped: None,
         state_bytes: 0,
         binary: None,
     }

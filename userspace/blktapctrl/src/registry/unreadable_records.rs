@@ -47,6 +47,7 @@ impl IgnoredDisk {
             restarts: 0,
             doing: None,
             unknown: Some(self.why.clone()),
+            stopped: None,
             state_bytes: 0,
             binary: None,
         }

@@ -90,6 +90,7 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
         say(&bed.dir, 1, true);
         wait_paused(&bed, minor, 1).await;
         assert_eq!(told(bed.events()), [(0, true)]);
+        assert!(bed.row(minor).await.stopped.is_some());
         say(&bed.dir, 1, false);
         let unpause = || Request::Unpause {
             which: which(minor),
@@ -98,7 +99,8 @@ fn disk_that_stopped_is_paused_and_goes_on_when_it_is_told_to() {
             files: Vec::new(),
         };
         assert!(matches!(bed.ask(unpause()).await, Ok(Reply::Opened(_))));
-        assert_eq!(bed.row(minor).await.state, Some(State::Running));
+        let row = bed.row(minor).await;
+        assert_eq!((row.state, row.stopped), (Some(State::Running), None));
         // There was not enough room after all.
         say(&bed.dir, 2, true);
         wait_paused(&bed, minor, 2).await;
@@ -127,7 +129,9 @@ fn next_supervisor_pauses_what_has_stopped() {
     block_on(async {
         let bed = host.bed();
         recovery::disks(&bed.lifecycle).await;
-        assert_eq!(bed.row(0).await.state, Some(State::Paused));
+        let row = bed.row(0).await;
+        assert_eq!(row.state, Some(State::Paused));
+        assert!(row.stopped.is_some(), "why it stopped is forgotten");
         bed.lifecycle.destroy_all(bed.registry().all()).await;
         assert_eq!(told(bed.events()), [], "it is paused already");
     });

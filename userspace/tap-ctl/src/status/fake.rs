@@ -25,6 +25,7 @@ pub(crate) fn row(minor: u32) -> TopRow {
         restarts: 0,
         doing: None,
         unknown: None,
+        stopped: None,
         state_bytes: 0,
         binary: None,
     };

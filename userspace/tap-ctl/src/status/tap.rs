@@ -34,7 +34,7 @@ pub(crate) fn judge(
     let kernel = tap.row.kernel.clone().unwrap_or_default();
     match tap.row.state {
         None => without_process(tap, &kernel),
-        Some(tapdisk::State::Paused) => paused(now, &kernel),
+        Some(tapdisk::State::Paused) => paused(now, tap, &kernel),
         Some(tapdisk::State::Inactive) => inactive(&kernel),
         Some(tapdisk::State::Idle | tapdisk::State::Attached) => closed(now, &kernel),
         Some(tapdisk::State::Running) => running(before, now, tap, &kernel, around),
@@ -90,13 +90,22 @@ fn without_process(tap: &TopRow, kernel: &Kernel) -> Verdict {
         .remedy("`tap-ctl events --after 0` says why the last one failed; the next attempt follows within 30 s")
 }
 
-fn paused(disk: &SampledDisk, kernel: &Kernel) -> Verdict {
+fn paused(disk: &SampledDisk, tap: &TopRow, kernel: &Kernel) -> Verdict {
     let disk = disk.words();
     let why = format!("{} requests wait", kernel.waiting);
+    if let Some(error) = &tap.row.stopped {
+        let why = format!("an error of its image has stopped it ({error}), and {why}");
+        return Verdict::new(State::Paused, why)
+            .because(Cause::Storage)
+            .remedy(format!(
+                "see to the storage of {}, then `tap-ctl unpause {disk}`",
+                image(tap)
+            ));
+    }
     Verdict::new(State::Paused, why)
         .because(Cause::Administrator)
         .remedy(format!(
-            "`tap-ctl events --after 0` says whether an error of the image stopped it; then `tap-ctl unpause {disk}`"
+            "`tap-ctl events --after 0` says since when; then `tap-ctl unpause {disk}`"
         ))
 }
 

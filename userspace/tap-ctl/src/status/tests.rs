@@ -558,6 +558,27 @@ fn a_remedy_names_the_disk_by_its_guest() {
 }
 
 #[test]
+fn a_disk_that_an_error_of_its_image_stopped_is_the_storages_matter() {
+    let mut disk = fake::tap(7);
+    let tap = &mut row(&mut disk).row;
+    tap.state = Some(tapdisk::State::Paused);
+    tap.stopped = Some("No space left on device".into());
+    let mut look = look(&made());
+    look.disks = vec![disk];
+    let verdict = &report(&look, &look, LIMITS).disks[0].verdict;
+    assert_eq!(
+        (verdict.state, verdict.cause),
+        (State::Paused, Some(Cause::Storage))
+    );
+    assert!(
+        verdict.why.contains("No space left on device"),
+        "{verdict:?}"
+    );
+    let remedy = verdict.remedy.as_deref().unwrap_or_default();
+    assert!(remedy.contains("`tap-ctl unpause "), "{remedy}");
+}
+
+#[test]
 fn states_of_a_disk_without_work() {
     type Change = fn(&mut SampledDisk);
     let cases: [(Change, State, u8); 8] = [

@@ -107,6 +107,7 @@ impl FakeDisk {
             restarts: 0,
             doing: None,
             unknown: None,
+            stopped: None,
             state_bytes: 0,
             binary: None,
         }
