@@ -2,7 +2,8 @@
 //! A disk, whatever its driver.
 
 use crate::{
-    Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder, MappedExtent,
+    Attributes, Content, DirtyExtent, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder,
+    MappedExtent,
 };
 use control::{Code, Failure};
 use diskio::{of_earlier, Bytes, Data, Errno};
@@ -29,6 +30,14 @@ trait Any {
     fn write_zeroes(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
     fn extents(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
     fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno>;
+    fn bitmaps(&self) -> Later<'_, Vec<String>, Failure>;
+    fn dirty<'a>(
+        &'a self,
+        bitmap: &'a str,
+        offset: u64,
+        len: u64,
+        most: usize,
+    ) -> Later<'a, Vec<DirtyExtent>, Failure>;
     fn passed(&self, offset: u64, len: u64) -> Option<Disk>;
     fn inactivate(&self) -> Later<'_, (), Errno>;
     fn resize(&self) -> Later<'_, u64, Failure>;
@@ -78,6 +87,18 @@ impl<D: Driver> Any for D {
     }
     fn layer(&self, offset: u64, len: u64) -> Later<'_, Vec<Extent>, Errno> {
         Box::pin(Driver::layer(self, offset, len))
+    }
+    fn bitmaps(&self) -> Later<'_, Vec<String>, Failure> {
+        Box::pin(Driver::bitmaps(self))
+    }
+    fn dirty<'a>(
+        &'a self,
+        bitmap: &'a str,
+        offset: u64,
+        len: u64,
+        most: usize,
+    ) -> Later<'a, Vec<DirtyExtent>, Failure> {
+        Box::pin(Driver::dirty(self, bitmap, offset, len, most))
     }
     fn passed(&self, offset: u64, len: u64) -> Option<Disk> {
         Driver::passed(self, offset, len)
@@ -331,8 +352,53 @@ impl Disk {
     }
 
     fn whole(&self, found: Vec<Extent>, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+        whole(&found, offset, len, self.block()).ok_or(Errno::IO)
+    }
+
+    /// Returns the bytes of a logical block; 1 before the disk is active.
+    fn block(&self) -> u64 {
         let block = self.0.shape.get().map_or(1, |shape| shape.logical_block);
-        whole(&found, offset, len, block.max(1).into()).ok_or(Errno::IO)
+        block.max(1).into()
+    }
+
+    /// See [`Driver::bitmaps`].
+    pub async fn bitmaps(&self) -> Result<Vec<String>, Failure> {
+        self.0.driver.bitmaps().await
+    }
+
+    /// See [`Driver::dirty`]. All extents are inside of the range, which is whole logical blocks, and end at the end of
+    /// such a block: a block that is partly dirty is dirty.
+    pub async fn dirty(
+        &self,
+        bitmap: &str,
+        offset: u64,
+        len: u64,
+        most: usize,
+    ) -> Result<Vec<DirtyExtent>, Failure> {
+        const SECTOR: u64 = 512;
+        let block = self.block();
+        // So many sectors are at least one block. CAST: a block has few sectors.
+        let enough = most.saturating_mul(block.div_ceil(SECTOR) as usize);
+        let found = self.0.driver.dirty(bitmap, offset, len, enough).await?;
+        let content = |is_dirty| {
+            if is_dirty {
+                Content::Data
+            } else {
+                Content::Hole
+            }
+        };
+        let parts = found.iter().map(|part| Extent {
+            len: part.len,
+            content: content(part.is_dirty),
+        });
+        let parts: Vec<Extent> = parts.collect();
+        let whole = whole(&parts, offset, len, block)
+            .ok_or_else(|| Failure::system("the dirty bitmap", &Errno::IO.into()))?;
+        let extents = whole.into_iter().take(most).map(|part| DirtyExtent {
+            len: part.len,
+            is_dirty: part.content == Content::Data,
+        });
+        Ok(extents.collect())
     }
 
     /// See [`Driver::passed`].

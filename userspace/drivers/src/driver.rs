@@ -2,7 +2,7 @@
 //! Interface of a driver.
 
 use crate::Disk;
-use control::Failure;
+use control::{Code, Failure};
 use diskio::{is_remote, Bytes, Data, Errno, File};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -120,6 +120,15 @@ pub enum Content {
     Hole,
     /// Content of the backing image. Only [`Driver::layer`] returns this.
     Below,
+}
+
+/// A part of the disk in a dirty bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyExtent {
+    /// Bytes, not 0.
+    pub len: u64,
+    /// True if a write may have changed it since the bitmap is there.
+    pub is_dirty: bool,
 }
 
 /// Location of a part of a disk.
@@ -252,6 +261,33 @@ pub trait Driver: 'static {
     /// [`Content::Below`] where it has none. For operations on one image of a chain.
     async fn layer(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         self.extents(offset, len).await
+    }
+
+    /// Returns the names of the dirty bitmaps that the image itself stores and that can be relied on, each once.
+    ///
+    /// # Errors
+    /// The image does not say, because it is damaged.
+    async fn bitmaps(&self) -> Result<Vec<String>, Failure> {
+        Ok(Vec::new())
+    }
+
+    /// Returns the parts of a range in a dirty bitmap of the image: contiguous from `offset` on, at least one and at
+    /// most `most`, which need not reach the end of the range. Their ends are multiples of 512 bytes. They cover all
+    /// writes that ended before this call.
+    ///
+    /// # Errors
+    /// The image has no such bitmap, or it cannot be relied on. Nothing is known about any part then.
+    async fn dirty(
+        &self,
+        bitmap: &str,
+        _offset: u64,
+        _len: u64,
+        _most: usize,
+    ) -> Result<Vec<DirtyExtent>, Failure> {
+        Err(Failure::new(
+            Code::NotFound,
+            format!("the image has no dirty bitmap {bitmap:?}"),
+        ))
     }
 
     /// Returns the backing disk that has all of a range, at the same offset, if that is known without a read of the

@@ -23,7 +23,8 @@ control::driver_table!(modules);
 pub use disk::Disk;
 pub use diskio::{Bytes, Data, Errno, File, Io, LockKind, LockPart};
 pub use driver::{
-    Attributes, Content, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder, MappedExtent,
+    Attributes, Content, DirtyExtent, DiskInfo, Driver, DriverLimits, Extent, Fence, Holder,
+    MappedExtent,
 };
 pub use lock::{lock, lock_part};
 pub use null::Null;

@@ -31,7 +31,7 @@ use diskio::{Deadline, File, Gate, Runtime};
 use drivers::nbd::Settle;
 use drivers::{DiskInfo, Fence};
 use exported_bitmaps::Marks;
-pub(crate) use exported_bitmaps::Since;
+pub(crate) use exported_bitmaps::{Since, StoredBitmap};
 use inactive::Inactive;
 use rustix::fs::fstat;
 use std::cell::{Cell, RefCell};

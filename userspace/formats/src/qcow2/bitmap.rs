@@ -19,6 +19,8 @@ pub(super) const AT_FLAGS: u64 = 12;
 pub(super) const IN_USE: u32 = 1;
 const AUTO: u32 = 1 << 1;
 const EXTRA_IS_FINE: u32 = 1 << 2;
+/// Bytes of a name at most, as QEMU has it.
+const LONGEST_NAME: usize = 1023;
 /// The only type: a bit for each granule that a write has touched.
 const TRACKING: u8 = 1;
 /// Bytes of a granule, as powers of two.
@@ -49,7 +51,7 @@ pub(super) struct BitmapRecord {
     pub(super) flags: u32,
     /// A granule has `1 << shift` bytes.
     pub(super) shift: u32,
-    name: String,
+    name: Vec<u8>,
 }
 
 impl BitmapRecord {
@@ -61,6 +63,13 @@ impl BitmapRecord {
     /// Returns true if its bits were stored by the program that wrote the disk last.
     pub(super) fn is_consistent(&self) -> bool {
         self.flags & IN_USE == 0
+    }
+
+    /// Returns the name by which programs find the bitmap; `None` if it is none that QEMU could give.
+    pub(super) fn name(&self) -> Option<&str> {
+        let is_possible = (1..=LONGEST_NAME).contains(&self.name.len());
+        let name = is_possible.then_some(&self.name)?;
+        std::str::from_utf8(name).ok()
     }
 
     /// Returns the entries of the table of a bitmap for `size` bytes.
@@ -128,7 +137,7 @@ fn record(
             table,
             flags,
             shift: u32::from(shift),
-            name: String::from_utf8_lossy(name).into_owned(),
+            name: name.to_vec(),
         };
         (record, (name_at + name_len).next_multiple_of(8))
     })
@@ -150,7 +159,7 @@ pub async fn bitmaps<S: Storage>(file: &S) -> Result<Vec<DiskBitmap>, Failure> {
         granularity: 1 << record.shift,
         is_recording: record.is_recording(),
         is_consistent: is_kept && record.is_consistent(),
-        name: record.name,
+        name: String::from_utf8_lossy(&record.name).into_owned(),
     });
     Ok(each.collect())
 }

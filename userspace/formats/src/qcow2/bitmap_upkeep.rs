@@ -24,7 +24,7 @@ const UNSTORED: u32 = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct BitmapNotes {
     /// All bitmaps of the image, if they are kept right.
-    kept: RefCell<Rc<Vec<BitmapRecord>>>,
+    pub(super) kept: RefCell<Rc<Vec<BitmapRecord>>>,
     /// Slices that got bits since all were stored.
     unstored: Cell<u32>,
     /// A table gets a cluster.

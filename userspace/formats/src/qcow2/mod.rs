@@ -3,6 +3,7 @@
 
 mod alloc;
 mod bitmap;
+mod bitmap_reader;
 mod bitmap_upkeep;
 mod census;
 mod check;
@@ -50,7 +51,9 @@ use compressed::Unpacked;
 use content::ClusterFile;
 use control::Failure;
 use diskio::{Bytes, Data, Errno};
-use drivers::{Attributes, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent};
+use drivers::{
+    Attributes, DirtyExtent, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence, MappedExtent,
+};
 use header::{CORRUPT, DIRTY};
 use image::{ByteRun, Qcow2Image};
 use slices::Slices;
@@ -146,6 +149,15 @@ impl<S: Storage> Qcow2<S> {
 
     fn image(&self) -> Result<Rc<Qcow2Image<S>>, Errno> {
         self.image.borrow().clone().ok_or(Errno::BADFD)
+    }
+
+    /// Returns the image for an answer about it.
+    fn described(&self) -> Result<Rc<Qcow2Image<S>>, Failure> {
+        let failed = |error: Errno| {
+            let what = format!("{}: the image is not open", self.options.name);
+            Failure::system(what, &error.into())
+        };
+        self.image().map_err(failed)
     }
 
     /// Refuses images that cannot be served.
@@ -311,7 +323,8 @@ impl<S: Storage> Qcow2<S> {
             reftable: Cell::new(reftable),
             autoclear: Cell::new(header.autoclear),
             has_begun: Cell::new(header.autoclear & !header::RAW_EXTERNAL == 0),
-            bitmaps: header.bitmaps,
+            // Those of the disk, which a snapshot is not.
+            bitmaps: header.bitmaps.filter(|_| self.options.snapshot.is_none()),
             notes: Default::default(),
             packed: Default::default(),
             slices: Slices::new(metadata, geometry.slice(), budget / 8 * 7),
@@ -438,15 +451,29 @@ impl<S: Storage> Driver for Qcow2<S> {
         self.image()?.extents(offset, len, false).await
     }
 
+    async fn bitmaps(&self) -> Result<Vec<String>, Failure> {
+        let bitmaps = self.described()?.bitmap_names().await;
+        bitmaps.map_err(|failure| self.options.named(failure))
+    }
+
+    async fn dirty(
+        &self,
+        bitmap: &str,
+        offset: u64,
+        len: u64,
+        most: usize,
+    ) -> Result<Vec<DirtyExtent>, Failure> {
+        let range = offset..offset.saturating_add(len);
+        let extents = self.described()?.dirty_extents(bitmap, range, most).await;
+        extents.map_err(|failure| self.options.named(failure))
+    }
+
     fn passed(&self, offset: u64, len: u64) -> Option<Disk> {
         self.image.borrow().as_ref()?.passed(offset, len)
     }
 
     async fn resize(&self) -> Result<u64, Failure> {
-        let image = self
-            .image()
-            .map_err(|error| Failure::system("cannot see the size", &error.into()))?;
-        Ok(image.size.get())
+        Ok(self.described()?.size.get())
     }
 
     async fn grow(&self, size: u64) -> Result<(), Failure> {

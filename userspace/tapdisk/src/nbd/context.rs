@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Metadata contexts of an NBD client: holes, and ranges that the guest has changed since a mark (a dirty bitmap).
+//! Metadata contexts of an NBD client: holes, ranges that the guest has changed since a mark (a dirty bitmap), and the
+//! dirty bitmaps that the image stores.
 //!
-//! A mark has the name that QEMU gives to such things, so that its tools, and those made for it, find it.
+//! Both kinds of bitmaps have the names that QEMU gives to them, so that its tools, and those made for it, find them. A
+//! mark hides a bitmap of the image with the same name, because the administrator has set it for this disk.
 
 use super::wire::{self, Choice, Chunk, ClientRequest, OptionReply};
 use super::{Client, MAX_EXTENTS};
 use crate::internal_request;
-use crate::session::Since;
+use crate::session::{Since, StoredBitmap};
 use control::{Code, Failure};
 use diskio::Errno;
 use drivers::nbd::proto::{ALLOCATION, DIRTY, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
-use drivers::Content;
+use drivers::{Content, DirtyExtent};
+use std::collections::HashSet;
 use std::rc::Rc;
 
 /// Characters of a text that says why something failed, at most: the protocol has 4096 bytes for it.
@@ -23,6 +26,8 @@ pub(super) enum Context {
     Allocation,
     /// Ranges that have changed since a mark.
     Since(Rc<Since>),
+    /// Dirty bitmap that the image stores.
+    Stored(Rc<StoredBitmap>),
 }
 
 impl Context {
@@ -30,6 +35,7 @@ impl Context {
         match self {
             Self::Allocation => ALLOCATION.to_vec(),
             Self::Since(since) => [DIRTY, since.name().to_string().as_bytes()].concat(),
+            Self::Stored(stored) => [DIRTY, stored.name().as_bytes()].concat(),
         }
     }
 
@@ -42,10 +48,29 @@ impl Context {
     }
 }
 
-/// A client may mean marks.
-fn may_mean_marks(asked: &wire::Contexts<'_>, is_list: bool) -> bool {
-    let of_marks = |query: &&[u8]| query.starts_with(DIRTY) || DIRTY.starts_with(query);
-    (is_list && asked.queries.is_empty()) || asked.queries.iter().any(of_marks)
+/// A client may mean dirty bitmaps.
+fn may_mean_bitmaps(asked: &wire::Contexts<'_>, is_list: bool) -> bool {
+    let of_bitmaps = |query: &&[u8]| query.starts_with(DIRTY) || DIRTY.starts_with(query);
+    (is_list && asked.queries.is_empty()) || asked.queries.iter().any(of_bitmaps)
+}
+
+/// Text of a failure, for a client.
+fn text(failure: &Failure) -> String {
+    failure.message.chars().take(LONGEST).collect()
+}
+
+/// Lengths and states of extents of a dirty bitmap.
+fn states(found: Vec<DirtyExtent>) -> Vec<(u64, u32)> {
+    let state = |is_dirty| if is_dirty { STATE_DIRTY } else { 0 };
+    let found = found.into_iter();
+    found.map(|part| (part.len, state(part.is_dirty))).collect()
+}
+
+/// Contexts that a client may mean.
+struct OfferedContexts {
+    contexts: Vec<Context>,
+    /// Reason why the bitmaps that the image stores are not among them.
+    missing: Option<Failure>,
 }
 
 /// Reason why a client gets no answer about extents.
@@ -67,7 +92,7 @@ impl From<Failure> for RefusedContext {
             Code::Invalid => Errno::INVAL,
             _ => Errno::IO,
         };
-        let why = failure.message.chars().take(LONGEST).collect();
+        let why = text(&failure);
         Self { error, why }
     }
 }
@@ -87,24 +112,61 @@ impl Client {
         if !self.is_ours(asked.export) {
             return self.answer(choice, OptionReply::UnknownExport, &[]).await;
         }
-        let mut meant = vec![Context::Allocation];
-        if may_mean_marks(&asked, is_list) {
-            let marks = self.session.since_marks().await.map_err(|failure| {
-                diskio::say!("tapdisk: an NBD client gets no dirty bitmaps: {failure}");
-                Errno::IO
-            })?;
-            meant.extend(marks.into_iter().map(Context::Since));
+        let OfferedContexts {
+            mut contexts,
+            missing,
+        } = match self.offered(&asked, is_list).await {
+            Ok(offered) => offered,
+            Err(failure) => return self.refuse(choice, &failure).await,
+        };
+        contexts.retain(|context| context.is_meant(&asked, is_list));
+        if let Some(failure) = missing.as_ref().filter(|_| !is_list) {
+            return self.refuse(choice, failure).await;
         }
-        meant.retain(|context| context.is_meant(&asked, is_list));
-        for (number, context) in (1..).zip(&meant) {
+        for (number, context) in (1..).zip(&contexts) {
             let context = wire::context(number, &context.name());
             self.answer(choice, OptionReply::MetaContext, &context)
                 .await?;
         }
+        if let Some(failure) = &missing {
+            return self.refuse(choice, failure).await;
+        }
         if !is_list {
-            self.contexts.replace(meant);
+            self.contexts.replace(contexts);
         }
         self.answer(choice, OptionReply::Ack, &[]).await
+    }
+
+    async fn refuse(&self, choice: Choice, failure: &Failure) -> Result<bool, Errno> {
+        let why = text(failure);
+        self.answer(choice, OptionReply::Policy, why.as_bytes())
+            .await
+    }
+
+    /// Returns the contexts that a client may mean. Damage of the image's bitmaps keeps no client from the marks.
+    async fn offered(
+        &self,
+        asked: &wire::Contexts<'_>,
+        is_list: bool,
+    ) -> Result<OfferedContexts, Failure> {
+        let mut contexts = vec![Context::Allocation];
+        let mut missing = None;
+        if may_mean_bitmaps(asked, is_list) {
+            let marks = self.session.since_marks().await?;
+            contexts.extend(marks.into_iter().map(Context::Since));
+            let names: HashSet<Vec<u8>> = contexts.iter().map(Context::name).collect();
+            let is_known = |query: &&[u8]| !query.starts_with(DIRTY) || names.contains(*query);
+            if is_list || !asked.queries.iter().all(is_known) {
+                match self.session.stored_bitmaps().await {
+                    Ok(stored) => {
+                        let stored = stored.into_iter().map(Rc::new).map(Context::Stored);
+                        contexts.extend(stored.filter(|one| !names.contains(&one.name())));
+                    }
+                    Err(failure) => missing = Some(failure),
+                }
+            }
+        }
+        Ok(OfferedContexts { contexts, missing })
     }
 
     /// Answers a question for extents: a chunk for each context, or one that says why not.
@@ -150,12 +212,10 @@ impl Client {
                     found.map(|part| (part.len, state(part.content))).collect()
                 }
                 Context::Since(since) => {
-                    let found = self.session.changed(since, offset, len, most).await?;
-                    let state = |is_changed| if is_changed { STATE_DIRTY } else { 0 };
-                    let found = found.into_iter();
-                    found
-                        .map(|part| (part.len, state(part.is_changed)))
-                        .collect()
+                    states(self.session.changed(since, offset, len, most).await?)
+                }
+                Context::Stored(stored) => {
+                    states(self.session.dirty(stored, offset, len, most).await?)
                 }
             });
         }

@@ -138,6 +138,7 @@ pub(super) enum OptionReply {
     Info,
     MetaContext,
     Unsupported,
+    Policy,
     Invalid,
     UnknownExport,
 }
@@ -150,6 +151,7 @@ pub(super) fn option_reply(choice: Choice, reply: OptionReply, data: &[u8]) -> V
         OptionReply::Info => option_reply::INFO,
         OptionReply::MetaContext => option_reply::META_CONTEXT,
         OptionReply::Unsupported => option_reply::UNSUPPORTED,
+        OptionReply::Policy => option_reply::POLICY,
         OptionReply::Invalid => option_reply::INVALID,
         OptionReply::UnknownExport => option_reply::UNKNOWN_EXPORT,
     };

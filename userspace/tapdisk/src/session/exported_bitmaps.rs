@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Marks (dirty bitmaps) for NBD clients: the ranges that the guest has changed since each mark.
+//! Dirty bitmaps for NBD clients: the ranges that the guest has changed since each mark, and the bitmaps that the image
+//! itself stores.
 //!
 //! The supervisor has the content of the marks. This process asks it for their content once, and adds the bits of its
 //! own dirty bitmap: so an answer to a client covers all writes that were answered before its question, and a thousand
 //! questions of clients cost the supervisor one. It asks again after each event that may have ended a mark, and by the
 //! mark's number, so that a later mark of the same name is not confused with it. If a mark is gone, the client gets an
 //! error, never an empty answer.
+//!
+//! The driver knows the bitmaps of the image. Another program may change them while the disk is paused, so a client
+//! reads them only until the image is opened again.
 
 use super::Session;
 use crate::bitmap::Bitmap;
@@ -13,6 +17,7 @@ use crate::dirty_bitmap::DirtyBitmap;
 use crate::internal_request;
 use crate::Server;
 use control::{Code, Failure, Mark, MarkName};
+use drivers::DirtyExtent;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
@@ -93,13 +98,19 @@ struct Moment {
     size: u64,
 }
 
-/// A part of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
-    /// Bytes, not 0.
-    pub(crate) len: u64,
-    /// The guest may have changed it.
-    pub(crate) is_changed: bool,
+/// A dirty bitmap that the image stores.
+#[derive(Debug)]
+pub(crate) struct StoredBitmap {
+    name: String,
+    /// Number of the opening of the image.
+    serve: u64,
+}
+
+impl StoredBitmap {
+    /// Returns its name in the image.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 impl Session {
@@ -119,7 +130,7 @@ impl Session {
             .collect())
     }
 
-    /// Returns up to `most` contiguous parts, which need not reach the end of the range. They cover all writes since a
+    /// Returns up to `most` contiguous extents, which need not reach the end of the range. They cover all writes since a
     /// mark that were answered before this call.
     ///
     /// # Errors
@@ -130,11 +141,10 @@ impl Session {
         offset: u64,
         len: u64,
         most: usize,
-    ) -> Result<Vec<Part>, Failure> {
+    ) -> Result<Vec<DirtyExtent>, Failure> {
         loop {
             let server = self.running().await;
-            internal_request::check(&server, offset, len)
-                .map_err(|_| Failure::invalid("that is no range of whole blocks of the disk"))?;
+            check_range(&server, offset, len)?;
             let notes = server.notes();
             let notes =
                 notes.ok_or_else(|| since.unknown("the disk has no dirty bitmap any more"))?;
@@ -149,6 +159,46 @@ impl Session {
             let bits = bits.map_err(|failure| since.unknown(failure))?;
             since.known.replace(Some(Known { at: now, bits }));
         }
+    }
+
+    /// Returns the dirty bitmaps that the image stores and that can be relied on.
+    ///
+    /// # Errors
+    /// The image does not say.
+    pub(crate) async fn stored_bitmaps(&self) -> Result<Vec<StoredBitmap>, Failure> {
+        let server = self.running().await;
+        let _hold = server.hold();
+        let serve = self.serves();
+        let names = server.disk().bitmaps().await?;
+        let stored = |name| StoredBitmap { name, serve };
+        Ok(names.into_iter().map(stored).collect())
+    }
+
+    /// Returns up to `most` contiguous extents, which need not reach the end of the range. They cover all writes that
+    /// were answered before this call.
+    ///
+    /// # Errors
+    /// The range is outside of the disk or not a whole number of its blocks, or the bitmap cannot be relied on.
+    pub(crate) async fn dirty(
+        &self,
+        stored: &StoredBitmap,
+        offset: u64,
+        len: u64,
+        most: usize,
+    ) -> Result<Vec<DirtyExtent>, Failure> {
+        let server = self.running().await;
+        let _hold = server.hold();
+        check_range(&server, offset, len)?;
+        if self.serves() != stored.serve {
+            return Err(Failure::new(
+                Code::State,
+                format!(
+                    "the image was opened again, and its dirty bitmap {:?} may be another one by now: connect again",
+                    stored.name
+                ),
+            ));
+        }
+        server.disk().dirty(&stored.name, offset, len, most).await
     }
 
     fn moment(&self, server: &Server) -> Moment {
@@ -191,22 +241,27 @@ impl Session {
     }
 }
 
+fn check_range(server: &Server, offset: u64, len: u64) -> Result<(), Failure> {
+    internal_request::check(server, offset, len)
+        .map_err(|_| Failure::invalid("that is no range of whole blocks of the disk"))
+}
+
 /// Returns the union of two bitmaps in a range.
-fn parts(one: &Bitmap, other: &Bitmap, offset: u64, len: u64, most: usize) -> Vec<Part> {
+fn parts(one: &Bitmap, other: &Bitmap, offset: u64, len: u64, most: usize) -> Vec<DirtyExtent> {
     let (unit, end) = (one.unit(), offset + len);
-    let mut parts: Vec<Part> = Vec::new();
+    let mut parts: Vec<DirtyExtent> = Vec::new();
     let mut at = offset;
     while at < end {
         let number = at / unit;
         let next = (number + 1).saturating_mul(unit).min(end);
-        let is_changed = one.has(number) || other.has(number);
+        let is_dirty = one.has(number) || other.has(number);
         let count = parts.len();
         match parts.last_mut() {
-            Some(last) if last.is_changed == is_changed => last.len += next - at,
+            Some(last) if last.is_dirty == is_dirty => last.len += next - at,
             _ if count == most => break,
-            _ => parts.push(Part {
+            _ => parts.push(DirtyExtent {
                 len: next - at,
-                is_changed,
+                is_dirty,
             }),
         }
         at = next;
@@ -216,14 +271,14 @@ fn parts(one: &Bitmap, other: &Bitmap, offset: u64, len: u64, most: usize) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use super::{parts, Bitmap, Part};
+    use super::{parts, Bitmap, DirtyExtent};
 
     #[test]
     fn parts_are_in_a_row() {
         let one = Bitmap::new(vec![0b0000_0011], 1024);
         let other = Bitmap::new(vec![0b0001_0110], 1024);
         let found = |offset, len, most| {
-            let part = |part: Part| (part.len, part.is_changed);
+            let part = |part: DirtyExtent| (part.len, part.is_dirty);
             let parts = parts(&one, &other, offset, len, most);
             parts.into_iter().map(part).collect::<Vec<_>>()
         };

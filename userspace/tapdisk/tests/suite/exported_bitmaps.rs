@@ -163,12 +163,24 @@ impl KnownMarks {
 
 /// A process that serves an image, also to NBD clients at a socket in a folder.
 fn serving(image: &Raw, fake: &FakeTap, marks: &Marks, folder: &Path) -> (Process, JoinHandle<()>) {
+    let open = image.open(&Watched::default());
+    serving_as(open, image, fake, marks, folder)
+}
+
+/// A process that serves an image as `open` says, also to NBD clients.
+fn serving_as(
+    open: Open,
+    image: &Raw,
+    fake: &FakeTap,
+    marks: &Marks,
+    folder: &Path,
+) -> (Process, JoinHandle<()>) {
     let mut process = Process::start(fake);
     let supervisor = marks.supervise(&mut process);
     let noted = !marks.known().all.is_empty();
     let question = Request::Open(Open {
         notes: noted.then_some(UNIT),
-        ..image.open(&Watched::default())
+        ..open
     });
     let opened = process.ask_with(question, file(&image.0, true).as_fd());
     assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
@@ -407,6 +419,72 @@ fn client_never_takes_a_mark_that_is_gone_for_nothing_changed() {
     let end = process.ask(Request::Note { unit: None }, None);
     assert_eq!(end, Ok(Reply::Done));
     unknown(&mut third, "c");
+    process.exit();
+    supervisor.join().expect("no panic");
+}
+
+/// A client reads the bitmaps of the image beside the marks, until the image is opened again. A mark hides the one that
+/// has its name.
+#[test]
+fn bitmaps_of_the_image_are_beside_the_marks() {
+    let Some(folder) = Folder::new("bitmaps_of_the_image_are_beside_the_marks") else {
+        return;
+    };
+    let size = SIZE.to_string();
+    folder.img(&["create", "-q", "-f", "qcow2", "a.qcow2", &size]);
+    for bitmap in ["a", "b"] {
+        let granule = UNIT.to_string();
+        let add = ["bitmap", "--add", "-g", &granule, "-f", "qcow2", "a.qcow2"];
+        folder.img(&[&add[..], &[bitmap]].concat());
+    }
+    let (raw, fake) = (
+        Raw(folder.path("a.qcow2")),
+        FakeTap::new(16).expect("a node"),
+    );
+    let (marks, place) = (Marks::default(), folder.path(""));
+    let target = format!("qcow2:{}", raw.0.display());
+    let open = Open {
+        may_ask: true,
+        ..Open::new(target.parse().expect("a target"))
+    };
+    let (mut process, supervisor) = serving_as(open.clone(), &raw, &fake, &marks, &place);
+    let (a, b) = (name("a"), name("b"));
+    let all = [(1, a.clone()), (2, b.clone())];
+    let mut socket = knowing_chunks(&place);
+    assert_eq!(meant(&mut socket, LIST, &["qemu:"]), all);
+    let mut both = [told_of(&place, &[&a]), told_of(&place, &[&b])];
+    write(&fake, 3);
+    for stored in &mut both {
+        assert_eq!(dirty(stored), [3]);
+    }
+    marks.set("a", &mut process);
+    assert_eq!(meant(&mut socket, LIST, &["qemu:"]), all);
+    let mut mark = told_of(&place, &[&a]);
+    write(&fake, 5);
+    assert_eq!(dirty(&mut mark), [5]);
+    for stored in &mut both {
+        assert_eq!(dirty(stored), [3, 5]);
+    }
+    send(&mut both[1], 7, SIZE - 512, 1024, b"");
+    assert_eq!(chunk(&mut both[1]).1[..4], [0, 0, 0, 22], "no such range");
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    // While the disk is paused, another program may reset the bitmaps.
+    folder.img(&["bitmap", "--clear", "-f", "qcow2", "a.qcow2", "b"]);
+    let question = Request::Unpause(Open {
+        notes: Some(UNIT),
+        ..open
+    });
+    let opened = process.ask_with(question, file(&raw.0, true).as_fd());
+    assert!(matches!(opened, Ok(Reply::Disk(_))), "{opened:?}");
+    assert_eq!(dirty(&mut mark), [5]);
+    for stored in &mut both {
+        send(stored, 7, 0, SIZE as u32, b"");
+        let (kind, content) = chunk(stored);
+        assert_eq!((kind, &content[..4]), (1 << 15 | 1, &[0, 0, 0, 5][..]));
+        let why = std::str::from_utf8(&content[6..]).expect("a text");
+        assert!(why.contains("connect again"), "{why}");
+    }
+    assert!(dirty(&mut told_of(&place, &[&b])).is_empty());
     process.exit();
     supervisor.join().expect("no panic");
 }

@@ -28,4 +28,5 @@ mod resize;
 mod sectors;
 mod serve;
 mod speed;
+mod stored_bitmaps;
 mod wrong;

@@ -16,15 +16,15 @@ const SIZE: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A served disk, which ends with its test.
-struct ServedDisk {
+pub(crate) struct ServedDisk {
     child: Child,
     ready: Value,
     /// Number of the process that serves.
-    pid: Pid,
+    pub(crate) pid: Pid,
 }
 
 impl ServedDisk {
-    fn new(bench: &Bench, line: &str) -> Self {
+    pub(crate) fn new(bench: &Bench, line: &str) -> Self {
         let mut child = bench.serve(line);
         let mut first = String::new();
         let out = child.stdout.take().unwrap();
@@ -36,7 +36,7 @@ impl ServedDisk {
         Self { child, ready, pid }
     }
 
-    fn uri(&self) -> &str {
+    pub(crate) fn uri(&self) -> &str {
         self.ready["uri"].as_str().unwrap()
     }
 
@@ -45,7 +45,7 @@ impl ServedDisk {
     }
 
     /// Ends it with a signal, and returns its exit status.
-    fn end(mut self, signal: Signal) -> Option<i32> {
+    pub(crate) fn end(mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);
         self.child.wait().unwrap().code()
     }
