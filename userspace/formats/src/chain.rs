@@ -88,7 +88,10 @@ pub async fn open_chain<S: Storage>(
             extents.push(file.map_err(said)?);
         }
         let found = match &needs.parent {
-            Some(parent) => Some(below(parent, &path, &options, files).await.map_err(said)?),
+            Some(parent) => {
+                let found = below(kind, parent, &path, &options, files).await;
+                Some(found.map_err(said)?)
+            }
             None => None,
         };
         layers.push(Layer {
@@ -145,9 +148,10 @@ fn of_layer(options: &Options, path: &Path, depth: usize) -> Options {
     }
 }
 
-/// Finds the backing image of the image at `child`. If the header has several names, the first one that leads to the
-/// expected content counts; if none does, the failure lists the failures of all.
+/// Finds the backing image of the image of this kind at `child`. If the header has several names, the first one that leads
+/// to the expected content counts; if none does, the failure lists the failures of all.
 async fn below<S: Storage>(
+    kind: ImageFormat,
     parent: &Parent,
     child: &Path,
     options: &Options,
@@ -180,11 +184,22 @@ async fn below<S: Storage>(
         false if code == Code::NotFound => Err(Failure::new(
             code,
             format!(
-                "{}: if the parent was moved, name its place: `tapimg rebase IMAGE --moved --parent PARENT`",
-                all.join("; ")
+                "{}: if the parent was moved, {}",
+                all.join("; "),
+                moved(kind)
             ),
         )),
         false => Err(Failure::new(code, all.join("; "))),
+    }
+}
+
+/// Says what to do about an image of this kind whose parent is in another place.
+fn moved(kind: ImageFormat) -> &'static str {
+    match kind {
+        ImageFormat::Vhdx => {
+            "move it back, because a VHDX is never changed, or make a new image: `tapimg convert IMAGE NEW --parent-at PARENT`"
+        }
+        _ => "name its place: `tapimg rebase IMAGE --moved --parent PARENT`",
     }
 }
 

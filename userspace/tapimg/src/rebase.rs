@@ -117,6 +117,15 @@ fn can_be(args: &Rebase) -> Result<ImageFormat, Failure> {
         (Below::Format(ImageFormat::Vhd), None) => Err(Failure::invalid(format!(
             "{image}: a differencing VHD stays one: make a new image: `tapimg convert {image} NEW`"
         ))),
+        (Below::Format(ImageFormat::Vhdx), Some(parent)) if args.moved => {
+            Err(Failure::invalid(format!(
+                "{image}: a VHDX is never changed, so it keeps the old place of its parent: name the new one each time \
+                 (`tapimg info {image} --parent-at {}`), move the parent back, or make a new image: \
+                 `tapimg convert {image} NEW --parent-at {}`",
+                parent.path.display(),
+                parent.path.display()
+            )))
+        }
         _ => Err(Failure::invalid(format!(
             "{image}: only qcow2 images and VHDs are put over other ones where they are: make a new image: \
              `tapimg convert {image} NEW --parent OTHER`"

@@ -2,6 +2,7 @@
 //! Parents that are in another place than their children say, as after a move to another host.
 
 use crate::bench::{has_qemu, qemu_name, Bench};
+use crate::sectors::guid;
 
 const SIZE: u64 = 8 << 20;
 
@@ -133,4 +134,89 @@ fn another_image_is_not_the_parent() {
     assert!(said.contains("kind qcow2"), "{said}");
     let said = bench.bad(2, "rebase qcow2:new/base --moved --parent aio:raw");
     assert!(said.contains("no backing image"), "{said}");
+}
+
+/// Makes the VHDX `name`, which has no content of its own, a child of `parent`, to which `path` leads.
+fn make_child(bench: &Bench, name: &str, parent: &str, path: &str) {
+    let head = bench.bytes(parent);
+    let header = [64 << 10, 128 << 10]
+        .into_iter()
+        .max_by_key(|at| u64::from_le_bytes(head[at + 8..at + 16].try_into().unwrap()));
+    let at = header.unwrap() + 32;
+    let mut id: [u8; 16] = head[at..at + 16].try_into().unwrap();
+    id[..4].reverse();
+    id[4..6].reverse();
+    id[6..8].reverse();
+    let hex = format!("{:032x}", u128::from_be_bytes(id));
+    let (a, b, c, d) = (&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20]);
+    let linkage = format!("{{{a}-{b}-{c}-{d}-{}}}", &hex[20..]);
+    let utf16 =
+        |text: &str| -> Vec<u8> { text.encode_utf16().flat_map(u16::to_le_bytes).collect() };
+    let mut locator = guid("B04AEFB7-D19E-4A81-B789-25B8E9445913").to_vec();
+    locator.extend([0, 0, 2, 0]);
+    let mut texts = Vec::new();
+    for (key, value) in [
+        ("parent_linkage", linkage.as_str()),
+        ("relative_path", path),
+    ] {
+        let (key, value) = (utf16(key), utf16(value));
+        let at = 44 + texts.len() as u32;
+        locator.extend(at.to_le_bytes());
+        locator.extend((at + key.len() as u32).to_le_bytes());
+        locator.extend((key.len() as u16).to_le_bytes());
+        locator.extend((value.len() as u16).to_le_bytes());
+        texts.extend([key, value].concat());
+    }
+    locator.extend(texts);
+    let bytes = bench.bytes(name);
+    let is_table = |at: &usize| bytes[*at..].starts_with(b"metadata");
+    let table = (0..bytes.len()).step_by(1 << 20).find(is_table).unwrap();
+    let count = bytes[table + 10];
+    let entries = bytes[table + 32..].chunks_exact(32).take(count.into());
+    let parameters = guid("CAA16737-FA36-4D43-B3B6-33F0AA44E76B");
+    let entry = entries.into_iter().find(|entry| entry[..16] == parameters);
+    let item = u32::from_le_bytes(entry.unwrap()[16..20].try_into().unwrap());
+    bench.poke(name, table as u64 + u64::from(item) + 4, &[2]);
+    let place = 512_u32 << 10;
+    let mut entry = guid("A8D35F2D-B30B-454D-ABF7-D3D84834AB0C").to_vec();
+    entry.extend(place.to_le_bytes());
+    entry.extend((locator.len() as u32).to_le_bytes());
+    entry.extend(4_u32.to_le_bytes());
+    bench.poke(name, (table + 32 + 32 * usize::from(count)) as u64, &entry);
+    bench.poke(name, table as u64 + 10, &[count + 1]);
+    bench.poke(name, table as u64 + u64::from(place), &locator);
+}
+
+/// A VHDX is never changed, so its parent is named anew each time; messages recommend nothing else.
+#[test]
+fn the_moved_parent_of_a_vhdx_is_named_each_time() {
+    if !has_qemu("the_moved_parent_of_a_vhdx_is_named_each_time") {
+        return;
+    }
+    let bench = Bench::new();
+    for folder in ["old", "new", "vm"] {
+        std::fs::create_dir(bench.path(folder)).unwrap();
+    }
+    bench.sparse("raw", SIZE, &[(0, 70_000), (5 << 20, 300_000)], 1);
+    bench.qemu("qemu-img convert -f raw -O vhdx raw old/base.vhdx");
+    bench.qemu(&format!(
+        "qemu-img create -q -f vhdx -o block_size=1M,block_state_zero=off vm/top.vhdx {SIZE}"
+    ));
+    make_child(&bench, "vm/top.vhdx", "old/base.vhdx", "..\\old\\base.vhdx");
+    bench.good("compare --strict aio:raw vhdx:vm/top.vhdx");
+    std::fs::rename(bench.path("old/base.vhdx"), bench.path("new/base.vhdx")).unwrap();
+    let said = bench.bad(4, "convert vhdx:vm/top.vhdx aio:copy");
+    assert!(said.contains("--parent-at PARENT"), "{said}");
+    assert!(!said.contains("--moved"), "{said}");
+    let before = bench.bytes("vm/top.vhdx");
+    let line = "rebase vhdx:vm/top.vhdx --moved --parent vhdx:new/base.vhdx";
+    let said = bench.bad(2, line);
+    assert!(said.contains("--parent-at"), "{said}");
+    assert!(bench.bytes("vm/top.vhdx") == before);
+    for place in ["new", "new/base.vhdx"] {
+        let line = format!("compare --strict aio:raw vhdx:vm/top.vhdx --parent-at {place}");
+        bench.good(&line);
+    }
+    bench.good("convert vhdx:vm/top.vhdx qcow2:whole --parent-at new/base.vhdx");
+    bench.good("compare --strict aio:raw qcow2:whole");
 }

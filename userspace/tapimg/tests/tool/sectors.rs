@@ -7,7 +7,7 @@ use serde_json::json;
 const SIZE: u64 = 8 << 20;
 
 /// A GUID as it is in a VHDX.
-fn guid(text: &str) -> [u8; 16] {
+pub(crate) fn guid(text: &str) -> [u8; 16] {
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     let mut bytes = u128::from_str_radix(&digits, 16).unwrap().to_be_bytes();
     bytes[..4].reverse();
