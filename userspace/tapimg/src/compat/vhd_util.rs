@@ -251,7 +251,11 @@ pub(super) async fn verb(cli: &VhdUtilCli, opener: &ImageOpener) -> Result<Strin
             }
             match found.is_good() {
                 true => Ok(format!("{name} is valid\n")),
-                false => Err(Failure::new(Code::Image, found.text().trim().to_owned())),
+                // A message is one line.
+                false => {
+                    let said = found.text().trim().replace('\n', "; ");
+                    Err(Failure::new(Code::Image, said))
+                }
             }
         }
         VhdUtilVerb::Coalesce {

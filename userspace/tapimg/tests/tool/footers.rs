@@ -44,6 +44,8 @@ fn a_footer_that_is_damaged_or_missing_is_told() {
         assert_eq!(found["sound"], false, "{found}");
         let said = bench.named("vhd-util", "check -n a");
         assert_ne!(said.status, Some(0), "{said:?}");
+        assert!(said.err.contains(why), "{said:?}");
+        assert!(!said.err.contains("\\n"), "{said:?}");
         let said = bench.named("vhd-util", "check -i -n a");
         assert_eq!(said.status, Some(0), "{said:?}");
         // The other one is enough.
