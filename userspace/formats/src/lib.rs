@@ -30,5 +30,5 @@ pub use base::SECTOR;
 pub use chain::{is_meant, open_chain, resolve, Files, LAYERS};
 pub use needs::{ExtentFile, ImageNeeds, Parent};
 pub use open::{look, open, Below, ImageFormat, ImageParts, Options};
-pub use overlay::{backing, fits, overlay, random, Base};
+pub use overlay::{backing, fits, overlay, random, Base, OverlayPlan};
 pub use storage::Storage;

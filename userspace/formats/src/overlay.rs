@@ -138,26 +138,43 @@ pub fn fits(kind: ImageFormat, below: Below) -> Result<(), Failure> {
     }
 }
 
-/// Makes an image of `size` bytes without content of its own in an empty file, with logical sectors of `sector` bytes,
-/// which are those of the backing disk, and makes it durable.
+/// Properties of a new image over another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OverlayPlan {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of a logical sector, which are those of the backing disk.
+    pub sector: u32,
+    /// Bytes of a cluster of the image below, if a commit into it must work while the guest does: of a smaller one a
+    /// commit writes a part of a cluster there, and the rest may move. 1 if that does not matter.
+    pub unit: u64,
+}
+
+/// Makes an image without content of its own in an empty file, and makes it durable.
 ///
 /// # Errors
 /// The kind is not one for this, or the storage fails.
 pub async fn overlay<S: Storage>(
     file: &S,
     kind: ImageFormat,
-    size: u64,
-    sector: u32,
+    plan: OverlayPlan,
     base: &Base,
 ) -> Result<(), Failure> {
+    let OverlayPlan { size, sector, unit } = plan;
     fits(kind, base.kind)?;
     match kind {
         ImageFormat::Qcow2 => {
             let backing = Some(base.backing());
+            let usual = qcow2::Qcow2Create::new(size);
             let plan = qcow2::Qcow2Create {
                 backing,
                 sector: (sector != SECTOR).then_some(sector),
-                ..qcow2::Qcow2Create::new(size)
+                cluster: match base.kind {
+                    Below::Format(ImageFormat::Qcow2) => usual.cluster.max(unit),
+                    // Other images have blocks of another kind, or no larger clusters.
+                    _ => usual.cluster,
+                },
+                ..usual
             };
             qcow2::create(file, &plan).await?;
         }

@@ -6,7 +6,7 @@ use super::image::{below, kind, Parts};
 use control::{Below, Code, Failure};
 use diskio::{Errno, File};
 use drivers::DiskInfo;
-use formats::{Base, Files, ImageFormat, Options};
+use formats::{Base, Files, ImageFormat, Options, OverlayPlan};
 use std::path::Path;
 
 /// Path of the memory in place of a file's name.
@@ -34,7 +34,13 @@ impl Parts<'_> {
         let base = Base::of(kind_below, &image.path, &file, Path::new(MEMORY)).await?;
         let shape = self.shape_of(image, file).await?;
         let kind = ImageFormat::Qcow2;
-        formats::overlay(&memory, kind, shape.size, shape.logical_block, &base).await?;
+        let plan = OverlayPlan {
+            size: shape.size,
+            sector: shape.logical_block,
+            // Nothing is committed from memory, of which small clusters take less.
+            unit: 1,
+        };
+        formats::overlay(&memory, kind, plan, &base).await?;
         Ok(memory)
     }
 

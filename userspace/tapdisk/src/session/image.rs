@@ -8,7 +8,7 @@ use control::tapdisk::{Needed, Open, Reply, State};
 use control::{Code, Driver, Failure, Target};
 use diskio::{Errno, File, LockKind, LockPart};
 use drivers::{Disk, DiskInfo, Fence, Raw};
-use formats::{Base, Below, ImageFormat, Options};
+use formats::{Base, Below, ImageFormat, Options, OverlayPlan};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -193,11 +193,12 @@ impl Session {
         image: Option<OwnedFd>,
     ) -> Result<Reply, Failure> {
         let io = &self.runtime.io;
-        let (open, disk, served) = {
+        let (open, disk, unit, served) = {
             let state = self.state.borrow();
             match (&state.open, &state.disk, &state.server, &state.file) {
-                (Some(open), Some(disk), Some(_), Some(served)) => {
-                    (open.clone(), disk.clone(), served.clone())
+                (Some(open), Some(disk), Some(server), Some(served)) => {
+                    let unit = server.disk().unit();
+                    (open.clone(), disk.clone(), unit, served.clone())
                 }
                 _ => return Err(Failure::new(Code::State, "no image is served")),
             }
@@ -225,7 +226,12 @@ impl Session {
                 open.target
             )));
         }
-        formats::overlay(&image, kind, disk.size, sector, &base).await?;
+        let plan = OverlayPlan {
+            size: disk.size,
+            sector,
+            unit,
+        };
+        formats::overlay(&image, kind, plan, &base).await?;
         Ok(Reply::Done)
     }
 

@@ -486,6 +486,45 @@ fn one_with_smaller_clusters_is_refused() {
     }
 }
 
+/// A snapshot of a disk with large clusters gets clusters as large, so that it ends while the guest works.
+#[test]
+fn a_snapshot_over_large_clusters_ends() {
+    let Some(folder) = Folder::new("a_snapshot_over_large_clusters_ends") else {
+        return;
+    };
+    let model = folder.raw("root.img", 5);
+    over(&folder, "base", "cluster_size=2M", ("root.img", "raw"));
+    let (below, top) = (
+        ServedImage {
+            path: folder.path("base"),
+            driver: "qcow2",
+            files: 1,
+        },
+        ServedImage {
+            path: folder.path("a.qcow2"),
+            driver: "qcow2",
+            files: 2,
+        },
+    );
+    let fake = FakeTap::new(16).expect("a node");
+    let (mut process, _) = below.start(&fake);
+    fs::File::create_new(&top.path).expect("a new file");
+    let question = Request::Overlay {
+        target: top.question().target,
+    };
+    let made = process.ask_with(question, file(&top.path, true).as_fd());
+    assert_eq!(made, Ok(Reply::Done));
+    process.exit();
+    let (mut process, mut guest, _) = commits_under_load(&fake, &top, &below, model);
+    guest.finish();
+    assert_eq!(process.ask(Request::Pause, None), Ok(Reply::Done));
+    let last = told(&mut process).expect("a commit");
+    assert_eq!(last.state, Mirroring::Complete, "{last:?}");
+    process.exit();
+    folder.check("qcow2", "base", true);
+    assert!(folder.content("qcow2", "base") == guest.model);
+}
+
 /// The process that serves an image over this one has this one locked: others may read it and may not write it.
 fn is_read_locked(below: &ServedImage) {
     let other = file(&below.path, true);
