@@ -102,6 +102,27 @@ impl Folder {
         fs::read(self.path("content.raw")).expect("read")
     }
 
+    /// Makes an image of a format without content, of `SIZE` bytes.
+    pub(crate) fn empty(&self, format: &str, name: &str) {
+        let create = ["create", "-f", format];
+        // The size as it is, not as a number of cylinders.
+        let options: &[&str] = match format {
+            "vpc" => &["-o", "force_size=on"],
+            _ => &[],
+        };
+        self.img(&[&create, options, &[name, &SIZE.to_string()]].concat());
+    }
+
+    /// Makes an image of a format with the content of a raw one.
+    pub(crate) fn copy(&self, from: &str, format: &str, name: &str) {
+        let convert = ["convert", "-f", "raw", "-O", format];
+        let options: &[&str] = match format {
+            "vpc" => &["-o", "force_size=on"],
+            _ => &[],
+        };
+        self.img(&[&convert, options, &[from, name]].concat());
+    }
+
     /// Makes an encrypted image, with a key that takes that many milliseconds, and the other options behind that.
     pub(crate) fn sealed(&self, format: &str, name: &str, options: &str, size: u64) {
         fs::write(self.path("key"), KEY).expect("write");

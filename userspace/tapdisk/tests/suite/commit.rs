@@ -76,6 +76,11 @@ impl Chain {
         let folder = Folder::new(test)?;
         let (model, files) = match format {
             "raw" => (folder.raw("base", 5), 0),
+            "qcow" | "vmdk" => {
+                let model = folder.raw("root.img", 5);
+                folder.copy("root.img", format, "base");
+                (model, 0)
+            }
             _ => {
                 let model = folder.raw("root.img", 5);
                 over(&folder, "base", "cluster_size=4k", ("root.img", "raw"));
@@ -83,7 +88,12 @@ impl Chain {
             }
         };
         over(&folder, "a.qcow2", top, ("base", format));
-        let driver = if format == "raw" { "aio" } else { "qcow2" };
+        let driver = match format {
+            "raw" => "aio",
+            "qcow" => "qcow",
+            "vmdk" => "vmdk",
+            _ => "qcow2",
+        };
         Some(Self {
             top: ServedImage {
                 path: folder.path("a.qcow2"),
@@ -394,6 +404,13 @@ fn snapshot_over_a_raw_image_ends_in_that() {
 #[test]
 fn snapshot_in_a_chain_ends_in_the_image_below() {
     ends_a_snapshot("snapshot_in_a_chain", "qcow2", "qcow2");
+}
+
+#[test]
+fn snapshot_over_another_format_ends_in_that() {
+    for format in ["qcow", "vmdk"] {
+        ends_a_snapshot("snapshot_over_another_format", format, "qcow2");
+    }
 }
 
 /// Data that goes there past the page cache must be visible through it.

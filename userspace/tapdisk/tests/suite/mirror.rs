@@ -80,17 +80,16 @@ fn moves(test: &str, from: (&'static str, &str), to: (&'static str, &str)) {
     let Some(folder) = Folder::new(test) else {
         return;
     };
-    let size = SIZE.to_string();
     let model = match from.0 {
         "aio" => folder.raw("from", 5),
         _ => {
-            folder.img(&["create", "-f", from.1, "from", &size]);
+            folder.empty(from.1, "from");
             vec![0; SIZE as usize]
         }
     };
     match to.0 {
         "aio" => drop(folder.raw("to", 77)),
-        _ => drop(folder.img(&["create", "-f", to.1, "to", &size])),
+        _ => folder.empty(to.1, "to"),
     }
     let (from, to) = (
         (served(&folder, "from", from.0), from.1),
@@ -158,6 +157,21 @@ fn qcow2_image_becomes_a_raw_image_that_held_something() {
 #[test]
 fn raw_image_becomes_a_vmdk() {
     moves("raw_becomes_vmdk", ("aio", "raw"), ("vmdk", "vmdk"));
+}
+
+#[test]
+fn qcow_image_becomes_a_vhd() {
+    moves("qcow_becomes_vhd", ("qcow", "qcow"), ("vhd", "vpc"));
+}
+
+#[test]
+fn vhd_becomes_a_qcow_image() {
+    moves("vhd_becomes_qcow", ("vhd", "vpc"), ("qcow", "qcow"));
+}
+
+#[test]
+fn vmdk_becomes_a_qcow2_image() {
+    moves("vmdk_becomes_qcow2", ("vmdk", "vmdk"), ("qcow2", "qcow2"));
 }
 
 #[test]

@@ -79,16 +79,23 @@ fn disk_goes_on_over_what_was_served() {
     assert!(fs::read(folder.path("base.img")).expect("read") == before);
 }
 
-/// A guest works on a raw image, and switches to new images, each on top of the last one, that the process makes during
+/// A guest works on an image, and switches to new images, each on top of the last one, that the process makes during
 /// that: with requests under way, and deaths of the process in between.
-fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
+fn goes_on(test: &str, base: (&'static str, &str), chain: &[(&'static str, &str)]) {
     let Some(folder) = Folder::new(test) else {
         return;
     };
     let model = folder.raw("base.img", 5);
+    let name = match base.0 {
+        "aio" => "base.img",
+        _ => "base",
+    };
+    if base.0 != "aio" {
+        folder.copy("base.img", base.1, name);
+    }
     let mut served = ServedImage {
-        path: folder.path("base.img"),
-        driver: "aio",
+        path: folder.path(name),
+        driver: base.0,
         files: 0,
     };
     let fake = FakeTap::new(16).expect("a node");
@@ -121,7 +128,8 @@ fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
         let complete = (number % 2 == 0).then(|| guest.model.clone());
         left.push((served.path.clone(), fs::read(&served.path).expect("read")));
         if let (0, Some(complete)) = (number, &complete) {
-            assert!(left[0].1 == *complete, "the parent is not what was written");
+            let content = folder.content(base.1, name);
+            assert!(content == *complete, "the parent is not what was written");
         }
         let (reply, asked) = child.ask(&mut process, Request::Unpause(child.question()));
         assert!(
@@ -157,16 +165,25 @@ fn goes_on(test: &str, chain: &[(&'static str, &str)]) {
     assert_eq!((info.refused, fake.malformed(), info.delivered), (0, 0, 0));
 }
 
+const RAW: (&str, &str) = ("aio", "raw");
+
 #[test]
 fn disk_goes_on_in_images_that_its_process_makes() {
     let qcow2 = ("qcow2", "qcow2");
-    goes_on("disk_goes_on_in_images", &[qcow2, qcow2, qcow2]);
+    goes_on("disk_goes_on_in_images", RAW, &[qcow2, qcow2, qcow2]);
+}
+
+#[test]
+fn disk_in_an_image_of_another_format_goes_on_in_a_qcow2_image() {
+    for base in [("qcow", "qcow"), ("vhd", "vpc"), ("vmdk", "vmdk")] {
+        goes_on("disk_of_another_format", base, &[("qcow2", "qcow2")]);
+    }
 }
 
 #[test]
 fn disk_goes_on_in_vhds_that_its_process_makes() {
     let vhd = ("vhd", "vpc");
-    goes_on("disk_goes_on_in_vhds", &[vhd, vhd]);
+    goes_on("disk_goes_on_in_vhds", RAW, &[vhd, vhd]);
 }
 
 #[test]
