@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// A served disk, which ends with its test.
 pub(crate) struct ServedDisk {
     child: Child,
-    ready: Value,
+    pub(crate) ready: Value,
     /// Number of the process that serves.
     pub(crate) pid: Pid,
 }

@@ -51,9 +51,14 @@ fn map_of_qemu(bench: &Bench, name: &str, bitmap: &str) -> Vec<(u64, u64, bool)>
 
 /// Returns the granules of a map that are dirty.
 fn granules(map: &[(u64, u64, bool)]) -> BTreeSet<u64> {
+    dirty_units(map, GRANULE)
+}
+
+/// Returns the parts of `unit` bytes of which something is dirty.
+fn dirty_units(map: &[(u64, u64, bool)], unit: u64) -> BTreeSet<u64> {
     let dirty = map.iter().filter(|(_, _, is_dirty)| *is_dirty);
     dirty
-        .flat_map(|(at, len, _)| at / GRANULE..(at + len).div_ceil(GRANULE))
+        .flat_map(|(at, len, _)| at / unit..(at + len).div_ceil(unit))
         .collect()
 }
 
@@ -142,6 +147,25 @@ fn a_client_sees_the_bitmaps_that_qemu_shows() {
         }
         assert_eq!(served.end(Signal::TERM), Some(0));
     }
+}
+
+/// A bit may stand for a part of a sector of the disk, and a sector of which a part is dirty is dirty.
+#[test]
+fn a_client_of_large_sectors_sees_whole_ones() {
+    if !has_qemu("a_client_of_large_sectors_sees_whole_ones") {
+        return;
+    }
+    let bench = Bench::new();
+    image(&bench, "", 11);
+    let expected = dirty_units(&map_of_qemu(&bench, "a", "fine"), 4096);
+    let target = format!("sector-size=4096,qcow2:{}", bench.path("a").display());
+    let served = ServedDisk::new(&bench, &format!("{target} s"));
+    assert_eq!(served.ready["block"], 4096);
+    let found = map(&bench, "s", "fine");
+    let is_whole = |(at, len, _): &(u64, u64, bool)| at % 4096 == 0 && len % 4096 == 0;
+    assert!(found.iter().all(is_whole), "{found:?}");
+    assert_eq!(dirty_units(&found, 4096), expected);
+    assert_eq!(served.end(Signal::TERM), Some(0));
 }
 
 #[test]
