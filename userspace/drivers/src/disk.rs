@@ -6,7 +6,7 @@ use crate::{
     MappedExtent,
 };
 use control::{Code, Failure};
-use diskio::{of_earlier, Bytes, Data, Errno};
+use diskio::{of_earlier, Bytes, Data, Errno, Pending};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -24,6 +24,8 @@ trait Any {
     fn places(&self, offset: u64, len: u64) -> Later<'_, Vec<MappedExtent>, Errno>;
     fn read(&self, offset: u64, data: Data) -> Later<'_, (), Errno>;
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno>;
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending>;
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending>;
     fn flush(&self) -> Later<'_, (), Errno>;
     fn owes(&self) -> bool;
     fn discard(&self, offset: u64, len: u64, how: Attributes) -> Later<'_, (), Errno>;
@@ -69,6 +71,12 @@ impl<D: Driver> Any for D {
     }
     fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Later<'_, (), Errno> {
         Box::pin(Driver::write(self, offset, data, how))
+    }
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+        Driver::begin_read(self, offset, data)
+    }
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+        Driver::begin_write(self, offset, data)
     }
     fn flush(&self) -> Later<'_, (), Errno> {
         Box::pin(Driver::flush(self))
@@ -278,6 +286,24 @@ impl Disk {
             self.0.driver.write(offset + at, part, how).await?;
         }
         self.settle(how).await
+    }
+
+    /// See [`Driver::begin_read`].
+    pub fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+        self.is_one_piece(data.len())
+            .then(|| self.0.driver.begin_read(offset, data))?
+    }
+
+    /// See [`Driver::begin_write`].
+    pub fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+        self.is_one_piece(data.len())
+            .then(|| self.0.driver.begin_write(offset, data))?
+    }
+
+    /// Returns true if the driver takes a transfer of `len` bytes whole.
+    fn is_one_piece(&self, len: usize) -> bool {
+        let shape = self.0.shape.get();
+        shape.is_some_and(|shape| len as u64 <= shape.limits.transfer)
     }
 
     /// See [`Driver::flush`].

@@ -3,7 +3,7 @@
 
 use crate::Disk;
 use control::{Code, Failure};
-use diskio::{is_remote, Bytes, Data, Errno, File};
+use diskio::{is_remote, Bytes, Data, Errno, File, Pending};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
@@ -215,6 +215,17 @@ pub trait Driver: 'static {
 
     /// Writes all of `data`. When this returns, the death of this process must not undo it.
     async fn write(&self, offset: u64, data: Bytes, how: Attributes) -> Result<(), Errno>;
+
+    /// Queues a read whose place is known and that is one operation; `None` if [`read`](Self::read) has to do more. The
+    /// result is that of the system call: fewer bytes, or an interrupted call, mean that `read` has to do it.
+    fn begin_read(&self, _offset: u64, _data: &Data) -> Option<Pending> {
+        None
+    }
+
+    /// Queues a write that need not be durable, as [`begin_read`](Self::begin_read) does a read.
+    fn begin_write(&self, _offset: u64, _data: &Bytes) -> Option<Pending> {
+        None
+    }
 
     /// Makes all earlier writes durable: they must survive a power cut.
     ///

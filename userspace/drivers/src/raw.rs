@@ -4,7 +4,7 @@
 use crate::{missing, Attributes, Content, Disk, DiskInfo, Driver, DriverLimits, Extent, Fence};
 use control::tapdisk::Open;
 use control::{Code, Failure};
-use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File};
+use diskio::{of_earlier, Barrier, Bytes, Data, Errno, File, Pending};
 
 /// Bytes of a hole that file systems can make.
 const HOLE: u32 = 4096;
@@ -191,6 +191,14 @@ impl Driver for Raw {
             }
             false => self.file.write(offset, data).await,
         }
+    }
+
+    fn begin_read(&self, offset: u64, data: &Data) -> Option<Pending> {
+        self.file.begin_read(offset, data)
+    }
+
+    fn begin_write(&self, offset: u64, data: &Bytes) -> Option<Pending> {
+        self.file.begin_write(offset, data)
     }
 
     async fn flush(&self) -> Result<(), Errno> {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! An image: transfers of any length at any offset, whatever the file asks for.
 
+mod queued;
+
 use crate::{Bytes, Data, Errno, Gate, Io, LockKind, LockPart, Op, Opened};
 use rustix::fs::{
     fcntl_getfl, fcntl_setfl, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget, seek, statx,

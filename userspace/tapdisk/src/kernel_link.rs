@@ -253,12 +253,15 @@ impl KernelLink {
         loop {
             let fetch = self.fetching.get() && self.waiting.borrow().is_none();
             if done.is_empty() && !fetch {
+                // For its memory. Nothing was added meanwhile.
+                self.done.replace(done);
                 return Ok(());
             }
             let spare = self.spare.borrow_mut().pop();
             let command = spare.map_or_else(Command::new, Ok)?;
-            let batch: Vec<Completion> = done.drain(..done.len().min(Command::COMMITS)).collect();
-            let op = command.prepare(self.tap.fd(), &batch, fetch);
+            let count = done.len().min(Command::COMMITS);
+            let op = command.prepare(self.tap.fd(), &done[..count], fetch);
+            done.drain(..count);
             let pending = self.io().submit(op);
             let link = self.clone();
             if fetch {

@@ -114,8 +114,13 @@ impl Ranges {
         claim
     }
 
-    /// Takes a place in the order.
-    fn enter(&self, source: Source, range: Range) -> RangeClaim {
+    /// Returns true if a request of the guest would wait for nothing.
+    pub(crate) fn is_free_for_guest(&self) -> bool {
+        self.0.borrow().clients.is_empty()
+    }
+
+    /// Takes a place in the order, without waiting.
+    pub(crate) fn enter(&self, source: Source, range: Range) -> RangeClaim {
         let mut state = self.0.borrow_mut();
         let ticket = state.next;
         state.next += 1;

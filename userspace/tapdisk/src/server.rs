@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests of the kernel as calls of a driver.
 
+mod quick;
+
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::kernel_link::KernelLink;
 use crate::mirror_target::MirrorTarget;
@@ -278,6 +280,13 @@ impl Server {
     /// Serves a request in a task of its own.
     fn begin(self: &Rc<Self>, request: Request) {
         let hold = self.hold();
+        if let Some(io) = self.begin_quick(&request) {
+            self.runtime.tasks.spawn(async move {
+                let server = &hold.0;
+                server.link.commit(server.serve_quick(&request, io).await);
+            });
+            return;
+        }
         let forgets = match request.kind {
             Kind::Discard { .. } | Kind::WriteZeroes => Some(self.terms.direct.forgets()),
             Kind::Read | Kind::Write | Kind::Flush => None,
@@ -392,29 +401,33 @@ impl Server {
 
     /// Executes a request; returns its completion.
     async fn serve(&self, request: &Request) -> Completion {
-        let mut result = self.check(request);
-        if let Err(error) = result {
+        if let Err(error) = self.check(request) {
             let refused = async { Err(Failed::alone(error)) };
             let told = self.tracing.around(|| asked(request), refused).await;
-            result = told.map_err(|failed| failed.error);
+            let result = told.map_err(|failed| failed.error);
+            self.count(request, result);
+            return request.done(result);
         }
-        if result.is_ok() && !self.may_begin(request).await {
+        if !self.may_begin(request).await {
             return request.returned();
         }
-        if result.is_ok() {
-            let executed = self.execute(request).await;
-            result = executed.map_err(|failed| failed.error);
-            if let Err(failed) = executed {
-                let what = match request.kind {
-                    Kind::Read => Call::Read,
-                    Kind::Write => Call::Write,
-                    Kind::Flush => Call::Flush,
-                    Kind::Discard { .. } => Call::Discard,
-                    Kind::WriteZeroes => Call::Zeroes,
-                };
-                if self.failed(what, request.offset, request.len, failed) {
-                    return request.returned();
-                }
+        let executed = self.execute(request).await;
+        self.complete(request, executed)
+    }
+
+    /// Returns the completion of a request that was executed, with this result.
+    fn complete(&self, request: &Request, executed: Result<(), Failed>) -> Completion {
+        let result = executed.map_err(|failed| failed.error);
+        if let Err(failed) = executed {
+            let what = match request.kind {
+                Kind::Read => Call::Read,
+                Kind::Write => Call::Write,
+                Kind::Flush => Call::Flush,
+                Kind::Discard { .. } => Call::Discard,
+                Kind::WriteZeroes => Call::Zeroes,
+            };
+            if self.failed(what, request.offset, request.len, failed) {
+                return request.returned();
             }
         }
         let writes = request.kind == Kind::Write;

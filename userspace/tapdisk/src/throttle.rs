@@ -81,6 +81,11 @@ impl Throttle {
         rules.limits.any() || rules.share.is_some()
     }
 
+    /// Returns true if requests pass at once, and without being counted.
+    pub(crate) fn is_open(&self) -> bool {
+        self.share.get().is_none() && !self.limits.get().any()
+    }
+
     /// From now on there are these.
     pub(crate) fn set(&self, rules: &Rules) {
         if self.limits.get() != rules.limits {
@@ -319,6 +324,21 @@ mod tests {
             },
             ..Rules::default()
         }
+    }
+
+    #[test]
+    fn only_a_disk_without_limits_and_group_is_open() {
+        let throttle = Throttle::default();
+        assert!(throttle.is_open());
+        throttle.set(&limits(10));
+        assert!(!throttle.is_open());
+        throttle.set(&Rules {
+            share: Some(share(10)),
+            ..Rules::default()
+        });
+        assert!(!throttle.is_open());
+        throttle.set(&Rules::default());
+        assert!(throttle.is_open());
     }
 
     /// Returns a share of that many requests in a second, for an hour.

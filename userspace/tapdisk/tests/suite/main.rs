@@ -23,6 +23,7 @@ mod order;
 mod overlay;
 mod passthrough;
 mod program;
+mod quick;
 mod scrub;
 mod sectors;
 mod serve;
