@@ -10,7 +10,7 @@ use crate::memory_quota;
 use crate::params;
 use crate::proto::frontend::Offer;
 use crate::proto::publish::{self, Present, PublishedKey, Values};
-use crate::proto::state::{Online, Publishing, XenbusState};
+use crate::proto::state::{OnlineWish, Publishing, XenbusState};
 use crate::ring::request::RequestLimits;
 use kernel::prelude::*;
 
@@ -333,9 +333,9 @@ impl publish::Transaction for InDirectory<'_> {
         }
     }
 
-    fn online(&self) -> Result<Online> {
+    fn online(&self) -> Result<OnlineWish> {
         let number = self.transaction.read_number(self.dir, c"online")?;
-        Ok(Online::of(number))
+        Ok(OnlineWish::of(number))
     }
 
     fn set_state(&self, state: XenbusState) -> Result {

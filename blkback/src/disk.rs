@@ -59,7 +59,7 @@ pub(crate) struct AttachedDisk {
 const PAUSE_NS: u64 = 100_000_000;
 
 /// Reason that the disk that the script names cannot be opened.
-pub(crate) struct Bad {
+pub(crate) struct NameError {
     pub(crate) name: Name,
     pub(crate) error: Error,
     pub(crate) text: Result<CString>,
@@ -68,7 +68,7 @@ pub(crate) struct Bad {
     pub(crate) passes: bool,
 }
 
-impl Bad {
+impl NameError {
     fn new(name: Name, error: Error, text: kernel::fmt::Arguments<'_>) -> Self {
         Self {
             name,
@@ -89,20 +89,20 @@ impl Bad {
 
 impl AttachedDisk {
     /// Opens the disk of this name. May sleep for as long as its storage does not answer.
-    pub(crate) fn open(opener: &DiskOpener, name: Name) -> Result<Self, Bad> {
+    pub(crate) fn open(opener: &DiskOpener, name: Name) -> Result<Self, NameError> {
         let device = &*opener.device;
         let mut mode = [0; 8];
         let len = store::read(device.nodename(), c"mode", &mut mode)
-            .map_err(|error| Bad::unread(name, error, fmt!("the key mode cannot be read")))?
-            .ok_or_else(|| Bad::new(name, ENOENT, fmt!("the key mode is missing")))?;
+            .map_err(|error| NameError::unread(name, error, fmt!("the key mode cannot be read")))?
+            .ok_or_else(|| NameError::new(name, ENOENT, fmt!("the key mode is missing")))?;
         let writable = mode.get(..len).unwrap_or(&mode).contains(&b'w');
         let backing = match name {
             Name::Nonsense => {
-                return Err(Bad::new(name, EINVAL, fmt!("no disk is named")));
+                return Err(NameError::new(name, EINVAL, fmt!("no disk is named")));
             }
             Name::Block(major, minor) => open_block(major, minor, writable).map_err(|error| {
                 let text = fmt!("the device that physical-device names cannot be opened");
-                Bad::new(name, error, text)
+                NameError::new(name, error, text)
             })?,
             Name::Tap(minor) => {
                 let attachment = Attachment {
@@ -145,10 +145,10 @@ fn open_block(major: u32, minor: u32, writable: bool) -> Result<Arc<dyn Connect>
     Ok(disk)
 }
 
-fn unavailable(to: &XenDevice, minor: u32, why: &Unavailable) -> Bad {
+fn unavailable(to: &XenDevice, minor: u32, why: &Unavailable) -> NameError {
     let name = Name::Tap(minor);
     match why {
-        Unavailable::Missing => Bad::new(
+        Unavailable::Missing => NameError::new(
             name,
             ENOENT,
             fmt!("there is no tap disk {minor}: tap-minor names one before it is made"),
@@ -157,16 +157,16 @@ fn unavailable(to: &XenDevice, minor: u32, why: &Unavailable) -> Bad {
         Unavailable::Attached { domain, device }
             if (*domain, *device) == (to.otherend_id(), to.number()) =>
         {
-            Bad {
+            NameError {
                 passes: true,
-                ..Bad::new(
+                ..NameError::new(
                     name,
                     EBUSY,
                     fmt!("tap disk {minor} has I/O under way of an earlier connection of this device"),
                 )
             }
         }
-        Unavailable::Attached { domain, device } => Bad::new(
+        Unavailable::Attached { domain, device } => NameError::new(
             name,
             EBUSY,
             fmt!(
@@ -174,7 +174,7 @@ fn unavailable(to: &XenDevice, minor: u32, why: &Unavailable) -> Bad {
             ),
         ),
         Unavailable::Failed(error) => {
-            Bad::new(name, *error, fmt!("tap disk {minor} cannot be bound"))
+            NameError::new(name, *error, fmt!("tap disk {minor} cannot be bound"))
         }
     }
 }
@@ -198,8 +198,8 @@ pub(crate) fn is_ours(device: &XenDevice) -> Result<bool> {
 }
 
 /// Returns the disk that the script names; `None` if it has named none. May sleep.
-pub(crate) fn named(device: &XenDevice) -> Result<Option<Name>, Bad> {
-    let nonsense = |text| Bad::new(Name::Nonsense, EINVAL, text);
+pub(crate) fn named(device: &XenDevice) -> Result<Option<Name>, NameError> {
+    let nonsense = |text| NameError::new(Name::Nonsense, EINVAL, text);
     let mut value = [0; 32];
     if let Some(value) = naming(device, TAP_KEY, &mut value)? {
         let minor =
@@ -219,10 +219,10 @@ fn naming<'value>(
     device: &XenDevice,
     key: &CStr,
     value: &'value mut [u8],
-) -> Result<Option<&'value [u8]>, Bad> {
+) -> Result<Option<&'value [u8]>, NameError> {
     let len = store::read(device.nodename(), key, value).map_err(|error| {
         let text = fmt!("the key that names the disk cannot be read");
-        Bad::unread(Name::Nonsense, error, text)
+        NameError::unread(Name::Nonsense, error, text)
     })?;
     Ok(len.map(|len| value.get(..len).unwrap_or_default()))
 }

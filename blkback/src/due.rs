@@ -5,9 +5,9 @@
 /// Time at which a look is due, in nanoseconds. A time that has passed is ignored, because that look has run or is
 /// about to. The timer may also fire before its time, by a tick of the kernel's clock.
 #[derive(Clone, Copy, Debug)]
-pub struct Due(u64);
+pub struct DueTime(u64);
 
-impl Due {
+impl DueTime {
     /// No look is due.
     pub const NEVER: Self = Self(0);
 

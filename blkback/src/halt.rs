@@ -21,14 +21,14 @@ const LONGEST: u64 = 2;
 
 /// How long one queue waits.
 #[derive(Debug)]
-pub(crate) struct Halts {
+pub(crate) struct HaltEstimator {
     /// Longest mean for which a queue halts, in nanoseconds; 0 for never.
     most: u64,
     /// Mean length of the last waits, in nanoseconds.
     mean: u64,
 }
 
-impl Halts {
+impl HaltEstimator {
     /// Makes the state of a queue that has not waited yet, and sleeps first.
     pub(crate) fn new() -> Self {
         let most = params::halt_nanoseconds();

@@ -11,7 +11,7 @@ use crate::engine::{BlockGroup, Mapping, PendingRequest, SegmentEntry};
 use crate::linux::block::bio::BioDisk;
 use crate::linux::bounds;
 use crate::linux::memory::data::DataPages;
-use crate::linux::memory::page_blocks::{Effort, PageBlock, PAGES};
+use crate::linux::memory::page_blocks::{AllocEffort, PageBlock, PAGES};
 use crate::linux::memory::pool::Pool;
 use crate::linux::memory::shrinker::{Shrink, Shrinker};
 use crate::linux::monotonic_ns;
@@ -46,13 +46,13 @@ static CLAIMED: AtomicFlag = AtomicFlag::new(false);
 static INITIALISED: AtomicFlag = AtomicFlag::new(false);
 
 /// The books of the host.
-struct Books {
+struct HostBooks {
     host: HostLedger,
     /// Guests that have queues or an offer, and for each the number of users of its books.
     guests: RBTree<u16, (GuestLedger, u32)>,
 }
 
-impl Books {
+impl HostBooks {
     /// Does something with the books of a guest that has a user of them.
     fn with<T>(
         &mut self,
@@ -70,7 +70,7 @@ impl Books {
 #[pin_data]
 struct HostMemory {
     #[pin]
-    books: SpinLock<Books>,
+    books: SpinLock<HostBooks>,
     #[pin]
     pool: Pool,
     /// Changes when queues are to look whether they owe something.
@@ -115,7 +115,7 @@ impl DiskMemory {
         let store = Arc::pin_init(
             pin_init!(HostMemory {
                 books <- new_spinlock!(
-                    Books { host: HostLedger::default(), guests: RBTree::new() },
+                    HostBooks { host: HostLedger::default(), guests: RBTree::new() },
                     "HostMemory::books"
                 ),
                 pool <- Pool::new(),
@@ -193,7 +193,7 @@ impl WorkItem for HostMemory {
 
     fn run(this: Arc<HostMemory>) {
         while this.pool.len() < READY {
-            match PageBlock::new(Effort::Light) {
+            match PageBlock::new(AllocEffort::Light) {
                 Ok(block) => this.pool.give(block, READY),
                 Err(_) => {
                     let later = monotonic_ns().saturating_add(PAUSE_NS);

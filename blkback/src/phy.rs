@@ -10,7 +10,7 @@ use crate::fault_injection;
 use crate::linux::block::bdev::BlockDevice;
 use crate::linux::block::bio::{self, BioDisk, Inflight, Operation, PagePiece};
 use crate::linux::memory::data::PageBacking;
-use crate::linux::memory::page_blocks::{Effort, PageBlock};
+use crate::linux::memory::page_blocks::{AllocEffort, PageBlock};
 use crate::linux::monotonic_ns;
 use crate::memory::{queue_bytes, Lease};
 use crate::params::{self, PoolSizes};
@@ -107,7 +107,7 @@ impl QueueMemory {
     fn new(lease: Lease, sizes: &PoolSizes) -> Result<Self> {
         let mut backing = PageBacking::new(lease.domain(), sizes.copy, sizes.map)?;
         for index in 0..sizes.own / BLOCK {
-            let block = PageBlock::new(Effort::Full)?;
+            let block = PageBlock::new(AllocEffort::Full)?;
             backing.attach(index, block).map_err(|_| EINVAL)?;
         }
         Ok(Self { backing, lease })

@@ -16,7 +16,7 @@ use crate::engine::{
     Mapping, Pass, PendingRequest, SegmentEntry, Stats, TableShape,
 };
 use crate::events::DeviceEvents;
-use crate::halt::Halts;
+use crate::halt::HaltEstimator;
 use crate::idle_reclaim::IdleReclaim;
 use crate::linux::memory::vectors::filled;
 use crate::linux::task::kthread::{Runner, Thread};
@@ -516,7 +516,7 @@ impl<D: QueueBackends> Serving<'_, D> {
         let mut draining = None;
         let mut held: u64 = 0;
         let mut pollers = Pollers::new();
-        let mut halts = Halts::new();
+        let mut halts = HaltEstimator::new();
         let mut reclaim = IdleReclaim::new(&self.around.tally);
         loop {
             let command = self.around.control.command();

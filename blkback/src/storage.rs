@@ -8,7 +8,7 @@
 
 use crate::connect_error::ConnectError;
 use crate::connection::Connect;
-use crate::disk::{AttachedDisk, Bad, DiskOpener, Name};
+use crate::disk::{AttachedDisk, DiskOpener, Name, NameError};
 use kernel::sync::Arc;
 
 /// Work for the storage.
@@ -24,7 +24,7 @@ pub(crate) enum StorageJob {
 /// Result of a job.
 pub(crate) enum JobOutcome {
     /// Result of opening the disk.
-    Opened(Result<AttachedDisk, Bad>),
+    Opened(Result<AttachedDisk, NameError>),
     /// Result of getting the disk ready for a connect.
     Prepared(Result<(), ConnectError>),
     /// The disk is closed.

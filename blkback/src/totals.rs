@@ -6,7 +6,7 @@
 //! counters never go backwards.
 
 use crate::engine::timing::latency::{ROWS, STEPS};
-use crate::engine::{Flight, Latencies, Stats, Times};
+use crate::engine::{Latencies, QueueLoad, Stats, Times};
 use crate::linux::memory::vectors::{filled, push};
 use crate::linux::monotonic_ns;
 use kernel::prelude::*;
@@ -320,7 +320,7 @@ impl QueueTally {
 
     /// Shows the queue's present counters and state.
     #[inline]
-    pub(crate) fn show(&self, stats: &Stats, flight: Flight) {
+    pub(crate) fn show(&self, stats: &Stats, flight: QueueLoad) {
         let shown = &*self.counters;
         for (counter, now) in shown.counters.iter().zip(values(stats)) {
             counter.store(now, Relaxed);

@@ -19,7 +19,7 @@ const DESC_SIZE: u32 = size_of::<Desc>() as u32;
 const SEGMENT_SIZE: u32 = size_of::<TapSegment>() as u32;
 
 /// The memory of a disk.
-pub(crate) struct Areas {
+pub(crate) struct DiskAreas {
     /// Data.
     arena: Arc<Pages>,
     /// Descriptors, then segments.
@@ -28,7 +28,7 @@ pub(crate) struct Areas {
     segments_offset: u32,
 }
 
-impl Areas {
+impl DiskAreas {
     /// Allocates the memory for an arena of at least `arena_kib` KiB, or of the usual size. May sleep.
     pub(crate) fn new(arena_kib: Option<u32>) -> Result<Self> {
         let pages = arena::pages(arena_kib, params::max_queues());

@@ -34,7 +34,7 @@ pub(crate) struct TapQueue {
     share: Arc<QueueSignal>,
     place: QueueSlice,
     /// Requests to be posted; has room for a batch.
-    ready: KVec<Ready>,
+    ready: KVec<ReadyRequest>,
     /// Places of the request that was begun last. In an allocation of its own, because the queue would otherwise be too
     /// large to be moved.
     parts: KBox<RequestParts>,
@@ -43,7 +43,7 @@ pub(crate) struct TapQueue {
 }
 
 /// A request that is to be posted.
-struct Ready {
+struct ReadyRequest {
     tag: QueueTag,
     request: PostedRequest,
     /// Place of its data, if that is in pages of the guest.
@@ -198,7 +198,7 @@ impl Backend for TapQueue {
                 reject(&mut self.rejected, io.tag);
                 continue;
             };
-            let ready = Ready {
+            let ready = ReadyRequest {
                 tag: io.tag,
                 request,
                 mapped: io.is_mapped().then_some(MappedAt {

@@ -2,7 +2,7 @@
 
 //! A disk that a process serves.
 
-use super::areas::Areas;
+use super::areas::DiskAreas;
 use super::commands::Commands;
 use crate::backing::Attachment;
 use crate::events::DeviceEvents;
@@ -36,7 +36,7 @@ pub(crate) struct TapDisk {
     pub(crate) minor: u32,
     /// Its device number, as `dev_t`.
     pub(crate) number: u32,
-    pub(crate) areas: Areas,
+    pub(crate) areas: DiskAreas,
     /// Nanoseconds for which requests wait for a process before they fail; 0 for no limit.
     fail_after_ns: u64,
     /// Time at which they fail, by [`monotonic_ns`]; 0 if a process serves the disk.
@@ -57,14 +57,14 @@ pub(crate) struct TapDisk {
 /// The map of a disk, from its first backing on.
 pub(super) type DiskMap = Option<KBox<ExtentMap<KVVec<LeafSlot>, KVVec<Leaf>>>>;
 /// The devices and files behind a disk, by their numbers.
-pub(super) type Backings = [Option<DiskStorage>; abi::MAX_BACKINGS as usize];
+pub(super) type BackingTable = [Option<DiskStorage>; abi::MAX_BACKINGS as usize];
 
 /// State under the lock of a disk. This lock is a leaf: the module takes no other lock under it, and does not sleep
 /// under it.
 pub(crate) struct DiskInner {
     pub(super) shadow: Shadow<KVVec<TagEntry>, DiskMap>,
     /// Backings that the map has, and those that it has lost while a request is executed in them.
-    pub(super) backings: Backings,
+    pub(super) backings: BackingTable,
     /// Number of `MAP_SET`s that were refused.
     pub(super) sets_refused: u64,
     /// Number of `MAP_RECALL`s.
@@ -118,7 +118,7 @@ impl TapDisk {
     // A function of its own, so that it and its caller have small stack frames: the disk is made on the stack.
     #[inline(never)]
     pub(crate) fn new(minor: u32, number: u32, new: &NewDisk) -> Result<Arc<Self>> {
-        let areas = Areas::new(new.arena_kib)?;
+        let areas = DiskAreas::new(new.arena_kib)?;
         let tags = usize::from(areas.tags());
         let mut entries = KVVec::with_capacity(tags, GFP_KERNEL)?;
         for _ in 0..tags {

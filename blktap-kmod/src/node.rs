@@ -8,7 +8,7 @@ use super::registry;
 use crate::linux::char::chardev::{
     current_process, user_memory, CharDevice, NewMapping, Waiter, READABLE,
 };
-use crate::linux::char::uring::{CommandOutcome, Identity, Issued, Parked, Woken};
+use crate::linux::char::uring::{CommandOutcome, Identity, IssuedCommand, Parked, Woken};
 use crate::linux::versions::not_supported;
 use crate::ring::tap::abi::{self, ioctl, Buffer, Claims, Exchange, Info, Maps};
 use crate::ring::tap::checked::{Arrays, Malformed, UserArray};
@@ -313,7 +313,7 @@ impl CharDevice for NodeOpener {
         }
     }
 
-    fn uring_command(&self, command: Issued<'_>) -> CommandOutcome {
+    fn uring_command(&self, command: IssuedCommand<'_>) -> CommandOutcome {
         if command.number() != ioctl::EXCHANGE {
             return CommandOutcome::refused();
         }

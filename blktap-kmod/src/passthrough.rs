@@ -11,7 +11,7 @@
 //! copied. No process ever sees such a request: if the queue cannot begin it, or it fails, the queue gives it back to
 //! the engine, which brings the data to the arena.
 
-use super::disk::{Backings, DiskInner, TapDisk, BATCH};
+use super::disk::{BackingTable, DiskInner, TapDisk, BATCH};
 use super::queue_slice::QueueSlice;
 use crate::engine::segments::Segments;
 use crate::linux::block::bio::{self, Inflight, Operation, PagePiece};
@@ -124,7 +124,7 @@ impl Executor {
     /// Takes a request that the shadow has given to the queue; at most [`BATCH`] of them before [`start`](Self::start).
     pub(super) fn take(
         &mut self,
-        backings: &Backings,
+        backings: &BackingTable,
         tag: QueueTag,
         start: Start,
         parts: &[RequestPart],

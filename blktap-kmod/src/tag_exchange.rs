@@ -17,14 +17,14 @@ use kernel::uaccess::UserSliceWriter;
 use zerocopy::IntoBytes;
 
 /// Requests that were handed out, and that the process does not know of yet.
-struct Handed {
+struct HandedTags {
     /// As the process reads them.
     tags: [u16; BATCH],
     generations: [u32; BATCH],
     count: usize,
 }
 
-impl Handed {
+impl HandedTags {
     const EMPTY: Self = Self {
         tags: [0; BATCH],
         generations: [0; BATCH],
@@ -104,7 +104,7 @@ impl TapDisk {
         let room = to.len() / size_of::<u16>();
         let mut fetched = 0usize;
         while fetched < room {
-            let mut handed = Handed::EMPTY;
+            let mut handed = HandedTags::EMPTY;
             let more = {
                 let now = monotonic_ns();
                 let mut inner = self.inner.lock();
@@ -130,7 +130,7 @@ impl TapDisk {
         Ok(fetched)
     }
 
-    fn take_back(&self, epoch: u64, handed: &Handed) {
+    fn take_back(&self, epoch: u64, handed: &HandedTags) {
         let mut released = false;
         let mut inner = self.inner.lock();
         for (tag, generation) in handed.tags().iter().zip(handed.generations) {

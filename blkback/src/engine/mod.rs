@@ -46,7 +46,7 @@ pub use pass::Pass;
 pub use requests::PendingRequest;
 pub use segments::{SegmentEntry, Slice, TableShape};
 pub use state::{Config, Engine, EngineTables};
-pub use stats::{Flight, Stats};
+pub use stats::{QueueLoad, Stats};
 pub use timing::latency::Latencies;
 pub use timing::times::Times;
 pub use transfers::Fetch;

@@ -9,7 +9,7 @@ use crate::engine::mappings::{Mapping, Mappings};
 use crate::engine::parked::Parked;
 use crate::engine::requests::{PendingRequest, Requests};
 use crate::engine::segments::{SegmentEntry, Segments, TableShape};
-use crate::engine::stats::{Flight, Stats};
+use crate::engine::stats::{QueueLoad, Stats};
 use crate::engine::timing::clock::PassClock;
 use crate::engine::timing::latency::Latencies;
 use crate::engine::transfers::{Fetch, Transfers};
@@ -131,8 +131,8 @@ impl<'a, R: SharedRing, G: Grants, B: Backend> Engine<'a, R, G, B> {
     }
 
     /// Returns the queue's state at this moment.
-    pub fn flight(&self) -> Flight {
-        Flight {
+    pub fn flight(&self) -> QueueLoad {
+        QueueLoad {
             requests: self.in_flight(),
             oldest: self.requests.oldest_start(),
             kept: self.kept(),

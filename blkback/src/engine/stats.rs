@@ -46,7 +46,7 @@ pub struct Stats {
 
 /// State of a queue at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flight {
+pub struct QueueLoad {
     /// Requests that are taken and not answered.
     pub requests: u16,
     /// When the backend got the oldest request that it has, in nanoseconds.

@@ -27,7 +27,7 @@ use crate::advertise::Offered;
 use crate::connect_retry::ConnectRetry;
 use crate::connection::Connection;
 use crate::disk::{self, AttachTap, AttachedDisk};
-use crate::due::Due;
+use crate::due::DueTime;
 use crate::events::DeviceEvents;
 use crate::linux::module::ModuleReference;
 use crate::linux::monotonic_ns;
@@ -88,7 +88,7 @@ pub(crate) struct Vbd {
     hold: Mutex<Hold>,
     /// Time at which `later` runs.
     #[pin]
-    due: SpinLock<Due>,
+    due: SpinLock<DueTime>,
     #[pin]
     look: Work<Vbd, LOOK>,
     #[pin]
@@ -202,7 +202,7 @@ impl Vbd {
                 unbound: AtomicFlag::new(false),
                 life <- new_mutex!(Life::NEW, "Vbd::life"),
                 hold <- new_mutex!(Hold { subscription: None, debug: None, module: None }, "Vbd::hold"),
-                due <- new_spinlock!(Due::NEVER, "Vbd::due"),
+                due <- new_spinlock!(DueTime::NEVER, "Vbd::due"),
                 look <- new_work!("Vbd::look"),
                 later <- new_delayed_work!("Vbd::later"),
                 errand <- new_work!("Vbd::errand"),

@@ -103,7 +103,7 @@ impl Vbd {
         self.publish(life, XenbusState::Closing);
     }
 
-    pub(super) fn disk_is_bad(self: &Arc<Self>, life: &mut Life, bad: &disk::Bad) {
+    pub(super) fn disk_is_bad(self: &Arc<Self>, life: &mut Life, bad: &disk::NameError) {
         let is_known = life.bad_disk == Some(bad.name) && !bad.passes;
         if is_known || life.leaving || self.unbound.load(Acquire) {
             return;

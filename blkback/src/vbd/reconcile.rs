@@ -8,7 +8,9 @@ use crate::advertise;
 use crate::disk;
 use crate::linux::task::workqueue;
 use crate::linux::xen::store;
-use crate::proto::state::{ending, step_asking, Action, Ending, Online, Rings, View, XenbusState};
+use crate::proto::state::{
+    ending, step_asking, Action, Ending, OnlineWish, Rings, View, XenbusState,
+};
 use crate::storage::StorageJob;
 use kernel::prelude::*;
 use kernel::sync::atomic::{ordering::Acquire, ordering::Full, ordering::Release};
@@ -112,7 +114,7 @@ impl Vbd {
                 XenbusState::Unknown => self.frontend_state()?,
                 known => known,
             },
-            online: Online::Yes,
+            online: OnlineWish::Yes,
             disk: life.disk.is_some(),
             ready: life
                 .disk
@@ -129,8 +131,8 @@ impl Vbd {
     }
 
     /// Reads whether the toolstack keeps the device online.
-    fn online(&self) -> Result<Online> {
-        store::read_number(self.device.nodename(), c"online").map(Online::of)
+    fn online(&self) -> Result<OnlineWish> {
+        store::read_number(self.device.nodename(), c"online").map(OnlineWish::of)
     }
 
     /// Reads the frontend's state; a node that is gone or hidden from us, or that holds no state, is Unknown. Any other

@@ -7,7 +7,7 @@
 //! reads all other keys after it has seen the state. A key is not written while its absence means
 //! its value.
 
-use super::state::{publishing, Online, Publishing, XenbusState};
+use super::state::{publishing, OnlineWish, Publishing, XenbusState};
 use super::text::without_nul;
 
 /// Keys of the backend's directory that the backend writes.
@@ -201,7 +201,7 @@ pub trait Transaction {
     /// # Errors
     ///
     /// Xenstore does not answer.
-    fn online(&self) -> Result<Online, Self::Error>;
+    fn online(&self) -> Result<OnlineWish, Self::Error>;
 
     /// Writes the state.
     ///
@@ -245,7 +245,7 @@ pub fn publish<S: BackendStore>(
         // Only what is about to be served is held against it.
         let online = match now {
             XenbusState::Connected => t.online()?,
-            _ => Online::Unsaid,
+            _ => OnlineWish::Unsaid,
         };
         let result = publishing(before, there, online, now);
         if result == Publishing::Written {

@@ -97,7 +97,7 @@ pub fn ending(theirs: XenbusState, unbound: bool) -> Ending {
 
 /// Wish of the toolstack to keep a device (the key `online`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Online {
+pub enum OnlineWish {
     /// The device stays.
     Yes,
     /// The toolstack is taking the device away: the driver connects no frontend any more.
@@ -107,18 +107,18 @@ pub enum Online {
     Unsaid,
 }
 
-impl Online {
+impl OnlineWish {
     /// Returns the meaning of a key of this number.
     pub fn of(number: Option<u32>) -> Self {
         match number {
-            Some(0) => Online::No,
-            Some(_) => Online::Yes,
-            None => Online::Unsaid,
+            Some(0) => OnlineWish::No,
+            Some(_) => OnlineWish::Yes,
+            None => OnlineWish::Unsaid,
         }
     }
 
     /// Every answer.
-    pub const ALL: [Online; 3] = [Online::Yes, Online::No, Online::Unsaid];
+    pub const ALL: [OnlineWish; 3] = [OnlineWish::Yes, OnlineWish::No, OnlineWish::Unsaid];
 }
 
 /// Present state of a device.
@@ -129,7 +129,7 @@ pub struct View {
     /// The state that the frontend's directory holds now.
     pub theirs: XenbusState,
     /// Wish of the toolstack.
-    pub online: Online,
+    pub online: OnlineWish,
     /// The disk is open.
     pub disk: bool,
     /// The disk can be connected to: its provider has described it, and no queue or request of an earlier connection is
@@ -191,8 +191,8 @@ pub fn step(view: &View) -> Action {
         XenbusState::Initialised | XenbusState::Connected => match view.ours {
             XenbusState::Connected if served => Action::Wait,
             // The toolstack is taking the device away: the frontend must see us close.
-            _ if view.online == Online::No && closing => Action::Wait,
-            _ if view.online == Online::No => Action::StartClosing,
+            _ if view.online == OnlineWish::No && closing => Action::Wait,
+            _ if view.online == OnlineWish::No => Action::StartClosing,
             XenbusState::Initialising | XenbusState::Unknown => Action::Offer,
             _ if view.refused || !view.disk => Action::Wait,
             _ if served => Action::Disconnect,
@@ -203,7 +203,7 @@ pub fn step(view: &View) -> Action {
         XenbusState::Closing => Action::StartClosing,
         XenbusState::Closed if !closing => Action::StartClosing,
         XenbusState::Closed if served => Action::Disconnect,
-        XenbusState::Closed if view.online != Online::Yes => Action::Leave,
+        XenbusState::Closed if view.online != OnlineWish::Yes => Action::Leave,
         XenbusState::Closed if view.ours == XenbusState::Closing => Action::Close,
         XenbusState::Closed => Action::Wait,
         XenbusState::InitWait | XenbusState::Reconfiguring | XenbusState::Reconfigured
@@ -223,10 +223,16 @@ pub fn step(view: &View) -> Action {
 /// # Errors
 ///
 /// The error of `online`, if it was called.
-pub fn step_asking<E>(view: View, online: impl FnOnce() -> Result<Online, E>) -> Result<Action, E> {
+pub fn step_asking<E>(
+    view: View,
+    online: impl FnOnce() -> Result<OnlineWish, E>,
+) -> Result<Action, E> {
     let with = |online| step(&View { online, ..view });
-    let action = with(Online::Yes);
-    if Online::ALL.into_iter().all(|other| with(other) == action) {
+    let action = with(OnlineWish::Yes);
+    if OnlineWish::ALL
+        .into_iter()
+        .all(|other| with(other) == action)
+    {
         return Ok(action);
     }
     online().map(with)
@@ -251,7 +257,7 @@ pub enum Publishing {
 pub fn publishing(
     before: XenbusState,
     there: XenbusState,
-    online: Online,
+    online: OnlineWish,
     now: XenbusState,
 ) -> Publishing {
     let closes = |state| matches!(state, XenbusState::Closing | XenbusState::Closed);
@@ -259,7 +265,7 @@ pub fn publishing(
         (XenbusState::Initialising, _) if before != XenbusState::Initialising => Publishing::Gone,
         (XenbusState::Closing, _) if !closes(before) && !closes(now) => Publishing::TakenAway,
         // Closing and Closed may be our own.
-        (_, XenbusState::Connected) if online == Online::No => Publishing::TakenAway,
+        (_, XenbusState::Connected) if online == OnlineWish::No => Publishing::TakenAway,
         _ => Publishing::Written,
     }
 }
@@ -271,7 +277,9 @@ fn start_again(view: &View) -> Action {
         XenbusState::Closing | XenbusState::Closed if view.rings == Rings::Served => {
             Action::Disconnect
         }
-        XenbusState::Closing | XenbusState::Closed if view.online != Online::Yes => Action::Leave,
+        XenbusState::Closing | XenbusState::Closed if view.online != OnlineWish::Yes => {
+            Action::Leave
+        }
         // Closing may stand for a disk that cannot be opened. The toolstack must see that until there is one; a
         // frontend that writes its details after that is connected nevertheless.
         XenbusState::Closing if !view.disk => Action::Wait,

@@ -4,7 +4,7 @@
 //! checks at each step what a guest or a toolstack may see of it.
 
 use xenbus::proto::state::{
-    publishing, step, Action, Online, Publishing, Rings, View, XenbusState,
+    publishing, step, Action, OnlineWish, Publishing, Rings, View, XenbusState,
 };
 
 /// The steps that the driver's work takes before it queues itself again; coming to rest must never
@@ -40,7 +40,7 @@ impl DeviceWorld {
         Self::looking_like(View {
             ours: XenbusState::Initialising,
             theirs: XenbusState::Initialising,
-            online: Online::Yes,
+            online: OnlineWish::Yes,
             disk: false,
             ready: true,
             rings: Rings::None,
@@ -72,13 +72,13 @@ impl DeviceWorld {
     }
 
     /// The toolstack wants the device to stay, or not.
-    pub(crate) fn set_online(&mut self, online: Online) {
+    pub(crate) fn set_online(&mut self, online: OnlineWish) {
         self.view.online = online;
     }
 
     /// The toolstack takes the device away: it writes our state, too.
     pub(crate) fn detach(&mut self) {
-        self.set_online(Online::No);
+        self.set_online(OnlineWish::No);
         self.there = XenbusState::Closing;
     }
 
@@ -235,7 +235,7 @@ impl DeviceWorld {
             rings,
             refused,
         } = self.view;
-        let closed_or_left = if online == Online::Yes {
+        let closed_or_left = if online == OnlineWish::Yes {
             !self.left && ours == XenbusState::Closed && rings == Rings::None
         } else {
             self.left
@@ -243,18 +243,18 @@ impl DeviceWorld {
         let good = match theirs {
             XenbusState::Unknown => self.left,
             XenbusState::Closed => closed_or_left,
-            XenbusState::Initialising if disk && online == Online::Yes => {
+            XenbusState::Initialising if disk && online == OnlineWish::Yes => {
                 ours == XenbusState::InitWait
             }
             // Closing stands for a disk that cannot be opened.
             XenbusState::Initialising => {
                 self.left
                     || matches!(ours, XenbusState::InitWait | XenbusState::Closing) && !disk
-                    || online != Online::Yes
+                    || online != OnlineWish::Yes
             }
             // A device that the toolstack is taking away is not connected any more; one that is
             // connected waits for its frontend.
-            XenbusState::Initialised | XenbusState::Connected if online == Online::No => {
+            XenbusState::Initialised | XenbusState::Connected if online == OnlineWish::No => {
                 matches!(
                     ours,
                     XenbusState::Connected | XenbusState::Closing | XenbusState::Closed

@@ -5,7 +5,7 @@
 use crate::machine::DeviceWorld;
 use std::collections::HashSet;
 use xenbus::proto::state::{
-    ending, step, step_asking, Action, Ending, Online, Rings, View, XenbusState,
+    ending, step, step_asking, Action, Ending, OnlineWish, Rings, View, XenbusState,
 };
 
 const BOTH: [bool; 2] = [false, true];
@@ -16,7 +16,7 @@ fn every_view() -> Vec<View> {
     for ours in XenbusState::ALL {
         for theirs in XenbusState::ALL {
             for rings in RINGS {
-                for online in Online::ALL {
+                for online in OnlineWish::ALL {
                     for bits in 0..8 {
                         views.push(View {
                             ours,
@@ -87,7 +87,7 @@ fn a_frontend_that_wants_to_be_connected_is_served() {
             start.theirs,
             XenbusState::Initialised | XenbusState::Connected
         );
-        if wants && start.disk && start.ready && !start.refused && start.online != Online::No {
+        if wants && start.disk && start.ready && !start.refused && start.online != OnlineWish::No {
             let mut view = start;
             for _ in 0..8 {
                 obey(&mut view, true);
@@ -108,7 +108,7 @@ fn a_device_that_is_taken_away_is_not_connected_but_closed() {
             start.theirs,
             XenbusState::Initialised | XenbusState::Connected
         );
-        if wants && start.online == Online::No && start.rings == Rings::None {
+        if wants && start.online == OnlineWish::No && start.rings == Rings::None {
             let mut view = start;
             for _ in 0..8 {
                 assert_ne!(step(&view), Action::Connect, "{start:?}");
@@ -180,7 +180,7 @@ fn successors(world: &DeviceWorld) -> Vec<DeviceWorld> {
     for state in XenbusState::ALL {
         after(&|world| world.write(state));
     }
-    for online in Online::ALL {
+    for online in OnlineWish::ALL {
         after(&|world| world.set_online(online));
     }
     for on in BOTH {
@@ -194,7 +194,7 @@ fn successors(world: &DeviceWorld) -> Vec<DeviceWorld> {
     next
 }
 
-fn key(world: &DeviceWorld) -> (u32, u32, Online, [bool; 6], u8) {
+fn key(world: &DeviceWorld) -> (u32, u32, OnlineWish, [bool; 6], u8) {
     let view = &world.view;
     let rings = match view.rings {
         Rings::None => 0,

@@ -5,7 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use xenbus::proto::publish::{self, publish, Present, PublishedKey, Values};
-use xenbus::proto::state::{Online, Publishing, XenbusState};
+use xenbus::proto::state::{OnlineWish, Publishing, XenbusState};
 
 /// Keys that libxl makes for a disk of a driver domain, its directory among them, and those of the hotplug script.
 const TOOLSTACK: usize = 18;
@@ -213,9 +213,9 @@ impl publish::Transaction for Within<'_> {
         Ok(text.map(|text| XenbusState::from_number(text.parse().unwrap())))
     }
 
-    fn online(&self) -> Result<Online, ()> {
+    fn online(&self) -> Result<OnlineWish, ()> {
         let text = self.read("online");
-        Ok(Online::of(text.map(|text| text.parse().unwrap())))
+        Ok(OnlineWish::of(text.map(|text| text.parse().unwrap())))
     }
 
     fn set_state(&self, state: XenbusState) -> Result<(), ()> {

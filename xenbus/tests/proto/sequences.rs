@@ -3,7 +3,7 @@
 //! Sequences of frontends and toolstacks in use, step by step, and the states that they see.
 
 use crate::machine::DeviceWorld;
-use xenbus::proto::state::{Online, Rings, XenbusState};
+use xenbus::proto::state::{OnlineWish, Rings, XenbusState};
 use XenbusState::{
     Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring,
     Unknown,
@@ -81,7 +81,7 @@ fn bad_physical_device_is_detached_without_the_guest() {
     let mut world = DeviceWorld::new();
     world.settle();
     world.disk_is_bad();
-    world.set_online(Online::No);
+    world.set_online(OnlineWish::No);
     world.settle();
     assert!(world.left);
     assert_eq!(world.published, [InitWait, Closing, Closed]);
@@ -92,7 +92,7 @@ fn detach_by_the_toolstack() {
     for first in [Closing, Closed] {
         let mut world = connected();
         // The toolstack also writes 5 into our own state, which is not what we published.
-        world.set_online(Online::No);
+        world.set_online(OnlineWish::No);
         world.settle();
         assert_eq!(world.view.rings, Rings::Served, "the guest decides when");
         let mut seen = sees(&mut world, first);
@@ -204,7 +204,7 @@ fn new_kernel_after_kexec() {
 #[test]
 fn destroyed_in_each_state() {
     for theirs in XenbusState::ALL {
-        for online in Online::ALL {
+        for online in OnlineWish::ALL {
             let mut world = connected();
             sees(&mut world, theirs);
             world.set_online(online);
@@ -348,7 +348,7 @@ fn toggling_costs_a_bounded_number_of_steps() {
 #[test]
 fn a_device_without_online_connects_and_leaves_when_it_is_closed() {
     let mut world = DeviceWorld::new();
-    world.set_online(Online::Unsaid);
+    world.set_online(OnlineWish::Unsaid);
     world.disk_comes();
     world.settle();
     assert_eq!(sees(&mut world, Initialised), [Connected]);

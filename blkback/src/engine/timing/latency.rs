@@ -9,7 +9,7 @@ use crate::engine::timing::spans::Spans;
 pub const OPERATIONS: usize = 4;
 /// Spans of a request's life outside its I/O. Their histograms are behind those of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Span {
+pub enum LatencySpan {
     /// In the ring, until it is taken; an upper bound, because the frontend does not say when it put the request there.
     Ring,
     /// From being taken until the backend gets it: it waits for pages, and its data is brought in.
@@ -68,11 +68,11 @@ impl Latencies {
     }
 
     /// Counts `requests` requests that each spent `ns` nanoseconds in a span.
-    pub(in crate::engine) fn add_span(&mut self, span: Span, ns: u64, requests: u32) {
+    pub(in crate::engine) fn add_span(&mut self, span: LatencySpan, ns: u64, requests: u32) {
         let row = match span {
-            Span::Ring => OPERATIONS,
-            Span::Pages => OPERATIONS + 1,
-            Span::Answer => OPERATIONS + 2,
+            LatencySpan::Ring => OPERATIONS,
+            LatencySpan::Pages => OPERATIONS + 1,
+            LatencySpan::Answer => OPERATIONS + 2,
         };
         self.count(row, ns, requests);
     }
@@ -118,7 +118,7 @@ mod tests {
         }
         let sums = latencies.counts().map(|counts| counts[3]);
         assert_eq!(sums, [1, 1, 2, 0, 0, 0, 0]);
-        latencies.add_span(Span::Answer, 5000, 7);
+        latencies.add_span(LatencySpan::Answer, 5000, 7);
         assert_eq!(latencies.counts()[ROWS - 1][3], 7);
     }
 }

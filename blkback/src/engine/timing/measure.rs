@@ -8,7 +8,7 @@
 
 use crate::engine::backend::Backend;
 use crate::engine::state::Engine;
-use crate::engine::timing::latency::Span;
+use crate::engine::timing::latency::LatencySpan;
 use crate::engine::timing::spans::Spans;
 use crate::ring::grants::Grants;
 use crate::ring::shared_ring::SharedRing;
@@ -27,7 +27,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
         let Spans { empty, taken, .. } = self.latencies.spans;
         if taken != 0 && empty != 0 {
             let waited = taken.saturating_sub(empty);
-            self.latencies.add_span(Span::Ring, waited, count);
+            self.latencies.add_span(LatencySpan::Ring, waited, count);
         }
         self.latencies.spans.empty = taken;
     }
@@ -51,7 +51,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
     pub(in crate::engine) fn note_pages(&mut self, since: u64, now: u64) {
         if self.latencies.is_on() && since != 0 {
             let took = now.saturating_sub(since);
-            self.latencies.add_span(Span::Pages, took, 1);
+            self.latencies.add_span(LatencySpan::Pages, took, 1);
         }
     }
 
@@ -75,7 +75,7 @@ impl<R: SharedRing, G: Grants, B: Backend> Engine<'_, R, G, B> {
                 .backend
                 .now()
                 .saturating_sub(self.latencies.spans.held_since);
-            self.latencies.add_span(Span::Answer, held, count);
+            self.latencies.add_span(LatencySpan::Answer, held, count);
         }
     }
 }

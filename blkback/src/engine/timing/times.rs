@@ -6,7 +6,7 @@ use crate::engine::backend::IoKind;
 
 /// I/O of one operation that has ended. A request that is done in pieces is several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Took {
+pub struct IoTime {
     /// Number of I/Os.
     pub done: u64,
     /// Sum of the nanoseconds for which the backend had them.
@@ -17,13 +17,13 @@ pub struct Took {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
     /// Reads.
-    pub read: Took,
+    pub read: IoTime,
     /// Writes.
-    pub write: Took,
+    pub write: IoTime,
     /// Flushes, barriers, and writes with a flush before them.
-    pub flush: Took,
+    pub flush: IoTime,
     /// Discards.
-    pub discard: Took,
+    pub discard: IoTime,
 }
 
 impl Times {

@@ -2,7 +2,7 @@
 
 //! A delayed check runs when the first of its callers needs it.
 
-use blkback::due::Due;
+use blkback::due::DueTime;
 use sim::rng::Rng;
 
 /// A timer, as the kernel's work queue has one.
@@ -11,7 +11,7 @@ struct Timer(Option<u64>);
 
 #[test]
 fn a_later_look_is_brought_forward_and_an_earlier_one_stays() {
-    let mut due = Due::NEVER;
+    let mut due = DueTime::NEVER;
     assert!(due.wants(100, 30_100));
     assert!(due.wants(200, 1_200), "half a minute is too late");
     assert!(!due.wants(300, 5_000), "what is due before that stays");
@@ -21,7 +21,7 @@ fn a_later_look_is_brought_forward_and_an_earlier_one_stays() {
 /// The kernel's timers count ticks: a timer may fire some milliseconds before its time.
 #[test]
 fn a_timer_that_fires_early_is_set_again() {
-    let mut due = Due::NEVER;
+    let mut due = DueTime::NEVER;
     assert!(due.wants(100, 200));
     due.fired();
     assert!(
@@ -34,7 +34,7 @@ fn a_timer_that_fires_early_is_set_again() {
 fn whoever_wants_a_look_gets_one_in_time() {
     for seed in 0..200 {
         let mut rng = Rng::new(seed);
-        let (mut due, mut timer, mut now) = (Due::NEVER, Timer::default(), 1);
+        let (mut due, mut timer, mut now) = (DueTime::NEVER, Timer::default(), 1);
         let mut wanted: Vec<u64> = Vec::new();
         for _ in 0..200 {
             now += rng.below(50);

@@ -13,7 +13,7 @@ mod call;
 mod transfer;
 
 use super::bdev::BlockDevice;
-use super::file::Most;
+use super::file::TransferLimits;
 use super::storage::DiskStorage;
 use crate::linux::cond_resched;
 use crate::linux::memory::data::DataPages;
@@ -21,7 +21,7 @@ use crate::linux::memory::vectors::push;
 use crate::linux::sys;
 use crate::linux::task::wake_event::WakeEvent;
 use crate::ring::numbers::QueueTag;
-use call::Framed;
+use call::FramedBio;
 use core::cell::{Cell, UnsafeCell};
 use core::mem::offset_of;
 use core::pin::Pin;
@@ -122,7 +122,7 @@ struct IoRecord {
     storage: UnsafeCell<Option<DiskStorage>>,
     /// Belongs to the code that builds the I/O, and from submission to completion to the block layer or the file
     /// system.
-    first: Opaque<Framed>,
+    first: Opaque<FramedBio>,
     vecs: Opaque<[bindings::bio_vec; FIRST_VECS as usize]>,
 }
 
@@ -195,7 +195,7 @@ impl BioDisk {
                         bindings::bioset_init(
                             slot,
                             RESERVE,
-                            offset_of!(Framed, bio) as u32,
+                            offset_of!(FramedBio, bio) as u32,
                             bindings::BIOSET_NEED_BVECS as i32,
                         )
                     })
@@ -218,7 +218,7 @@ impl BioDisk {
     pub(crate) const fn bytes(tags: u16) -> usize {
         let records = (tags as usize).saturating_mul(size_of::<IoRecord>());
         let vecs = (MAX_VECS as usize).saturating_mul(size_of::<bindings::bio_vec>());
-        let bio = vecs.saturating_add(size_of::<Framed>());
+        let bio = vecs.saturating_add(size_of::<FramedBio>());
         records.saturating_add((RESERVE as usize).saturating_mul(bio))
     }
 
@@ -248,7 +248,7 @@ impl BioDisk {
         tag: QueueTag,
         storage: Option<DiskStorage>,
         device: *mut bindings::block_device,
-        most: Option<Most>,
+        most: Option<TransferLimits>,
     ) -> Option<Inflight<'_>> {
         let record = self.records.get(tag.index())?;
         if record.taken.replace(true) {
@@ -324,7 +324,7 @@ pub(crate) struct Inflight<'a> {
     record: &'a IoRecord,
     device: *mut bindings::block_device,
     /// Limit of each of its bios, if that is less than a bio can have.
-    most: Option<Most>,
+    most: Option<TransferLimits>,
     first_taken: Cell<bool>,
     /// The last bio until another one is made: only then is it known whether it is the last of the I/O. Most I/Os have no
     /// other, and then nothing is counted.

@@ -27,14 +27,14 @@ pub(crate) struct ImageFile {
     queue: OwnQueue,
     file: ARef<File>,
     block: u32,
-    most: Option<Most>,
+    most: Option<TransferLimits>,
     can_refuse_to_wait: bool,
     writable: bool,
 }
 
 /// Limits of one transfer.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Most {
+pub(super) struct TransferLimits {
     /// Ranges of memory.
     pub(super) ranges: u16,
     /// Bytes.
@@ -67,7 +67,7 @@ impl ImageFile {
             block: limits.block / 512,
             most: match (limits.segments, limits.sectors) {
                 (0, _) | (_, 0) => None,
-                (ranges, sectors) => Some(Most {
+                (ranges, sectors) => Some(TransferLimits {
                     ranges,
                     bytes: sectors.saturating_mul(512),
                 }),
@@ -103,7 +103,7 @@ impl ImageFile {
 
     /// Returns the device's limits for one transfer, if it has any. A larger transfer would have to be divided, but a
     /// device with the order not to wait does not divide: the whole transfer would fail.
-    pub(super) fn most(&self) -> Option<Most> {
+    pub(super) fn most(&self) -> Option<TransferLimits> {
         self.most
     }
 

@@ -60,7 +60,7 @@ pub(crate) trait CharDevice: Sized + Send + Sync + 'static {
     }
 
     /// Takes a command of io_uring.
-    fn uring_command(&self, _command: uring::Issued<'_>) -> uring::CommandOutcome {
+    fn uring_command(&self, _command: uring::IssuedCommand<'_>) -> uring::CommandOutcome {
         uring::CommandOutcome::refused()
     }
 

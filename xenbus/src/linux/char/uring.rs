@@ -2,7 +2,7 @@
 
 //! Commands that a process sends to a character device through io_uring.
 //!
-//! A command is a value that is passed on: [`Issued`] when the process has just sent it, [`Parked`] while it waits for
+//! A command is a value that is passed on: [`IssuedCommand`] when the process has just sent it, [`Parked`] while it waits for
 //! something, [`Woken`] when that has come. Each of these values is consumed by an answer or turned into the next one,
 //! so that no command is answered twice.
 //!
@@ -29,12 +29,12 @@ const CANCELLED: c_int = -(bindings::ECANCELED as c_int);
 const NOT_SUPPORTED: c_int = -(bindings::EOPNOTSUPP as c_int);
 
 /// Data of a driver in a parked command.
-pub(crate) type Note = [u64; 2];
+pub(crate) type CommandNote = [u64; 2];
 
 /// Kind of the kernel's call with a command.
 pub(in crate::linux) enum Call<'a> {
     /// The process has just sent it.
-    Issue(Issued<'a>),
+    Issue(IssuedCommand<'a>),
     /// The command must end.
     Cancel(Cancelled<'a>),
 }
@@ -59,7 +59,7 @@ impl Call<'_> {
                 _call: PhantomData,
             }));
         }
-        Some(Self::Issue(Issued {
+        Some(Self::Issue(IssuedCommand {
             command,
             flags,
             woken,
@@ -69,7 +69,7 @@ impl Call<'_> {
 }
 
 /// A command that the process has just sent.
-pub(crate) struct Issued<'a> {
+pub(crate) struct IssuedCommand<'a> {
     command: NonNull<sys::UringCmd>,
     flags: c_uint,
     woken: sys::TaskWorkFn,
@@ -98,7 +98,7 @@ impl Cancelled<'_> {
     }
 }
 
-/// Result of handling an [`Issued`] command.
+/// Result of handling an [`IssuedCommand`] command.
 #[must_use]
 pub(crate) struct CommandOutcome(c_int);
 
@@ -114,7 +114,7 @@ impl CommandOutcome {
     }
 }
 
-impl Issued<'_> {
+impl IssuedCommand<'_> {
     /// Returns the number of the command.
     pub(crate) fn number(&self) -> u32 {
         // SAFETY: The command is valid, and this field does not change.
@@ -148,7 +148,7 @@ impl Issued<'_> {
     /// Turns the command into one that can wait, and returns it together with the outcome.
     ///
     /// From here on it can be cancelled; a cancellation that does not find it parked is repeated.
-    pub(crate) fn park(self, note: Note) -> (Parked, CommandOutcome) {
+    pub(crate) fn park(self, note: CommandNote) -> (Parked, CommandOutcome) {
         let command = self.command.as_ptr();
         // SAFETY: The command is valid, and these bytes are the driver's.
         unsafe { (*command).pdu = note };
@@ -229,7 +229,7 @@ impl Woken {
     }
 
     /// Returns the driver's data of the parked command.
-    pub(crate) fn note(&self) -> Note {
+    pub(crate) fn note(&self) -> CommandNote {
         // SAFETY: The command is valid, and these bytes are the driver's.
         unsafe { (*self.command.as_ptr()).pdu }
     }

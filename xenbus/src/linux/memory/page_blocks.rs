@@ -84,14 +84,14 @@ pub(in crate::linux) fn alloc_run(
 
 /// Effort that an allocation may take to get memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Effort {
+pub(crate) enum AllocEffort {
     /// Any effort, for a frontend that connects.
     Full,
     /// Only without starting I/O, waiting for it, or reporting a failure.
     Light,
 }
 
-impl Effort {
+impl AllocEffort {
     fn flags(self) -> u32 {
         const RECLAIM: u32 =
             1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
@@ -117,10 +117,12 @@ pub(crate) struct PageBlock {
 
 impl PageBlock {
     /// Allocates a block of zeroed pages. May sleep.
-    pub(crate) fn new(effort: Effort) -> Result<KBox<Self>> {
+    pub(crate) fn new(effort: AllocEffort) -> Result<KBox<Self>> {
         let light = match effort {
-            Effort::Full => GFP_KERNEL,
-            Effort::Light => kernel::alloc::flags::GFP_NOWAIT | kernel::alloc::flags::__GFP_NOWARN,
+            AllocEffort::Full => GFP_KERNEL,
+            AllocEffort::Light => {
+                kernel::alloc::flags::GFP_NOWAIT | kernel::alloc::flags::__GFP_NOWARN
+            }
         };
         let mut block = KBox::new(
             Self {

@@ -28,7 +28,7 @@ struct Call {
 
 /// A bio with its call.
 #[repr(C)]
-pub(super) struct Framed {
+pub(super) struct FramedBio {
     call: Call,
     pub(super) bio: bindings::bio,
 }
@@ -48,18 +48,18 @@ enum CallKind {
 /// Its bio was given to [`submit`] and has not ended: its I/O is not reaped, so the record and its storage,
 /// which is a file if there is one, are valid.
 #[derive(Clone, Copy)]
-struct Started(*mut Framed);
+struct Started(*mut FramedBio);
 
 /// Calls the file system of a bio's file instead of submitting it. The bio ends as if it had been submitted.
 /// May sleep for memory.
 ///
 /// # Safety
 ///
-/// The bio is one of a set whose bios have a [`Framed`] around them, or a record's first one. It is complete, belongs
+/// The bio is one of a set whose bios have a [`FramedBio`] around them, or a record's first one. It is complete, belongs
 /// to the caller, and its record's storage is a file, or there is none: then the bio fails.
 pub(super) unsafe fn submit(bio: *mut bindings::bio) {
     // SAFETY: By the requirement.
-    let framed = unsafe { bio.byte_sub(offset_of!(Framed, bio)) }.cast::<Framed>();
+    let framed = unsafe { bio.byte_sub(offset_of!(FramedBio, bio)) }.cast::<FramedBio>();
     // INVARIANT: By the requirement.
     let started = Started(framed);
     let Some(file) = started.file() else {
@@ -249,9 +249,9 @@ extern "C" fn complete(iocb: *mut bindings::kiocb, result: c_long) {
 
 /// Makes a call that may wait.
 extern "C" fn work(work: *mut bindings::work_struct) {
-    let at = offset_of!(Framed, call).wrapping_add(offset_of!(Call, work));
+    let at = offset_of!(FramedBio, call).wrapping_add(offset_of!(Call, work));
     // SAFETY: The work lies there in a call.
-    let framed = unsafe { work.byte_sub(at) }.cast::<Framed>();
+    let framed = unsafe { work.byte_sub(at) }.cast::<FramedBio>();
     // INVARIANT: It was queued by `Started::later`.
     let started = Started(framed);
     if started.kind() != Some(CallKind::Flush) {

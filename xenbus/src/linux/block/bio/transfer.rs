@@ -2,7 +2,7 @@
 
 //! Builds the bios of a transfer: as few, with as few ranges of memory, as the device accepts.
 
-use super::{Bio, BioDisk, Inflight, Most, Operation, FIRST_VECS};
+use super::{Bio, BioDisk, Inflight, Operation, TransferLimits, FIRST_VECS};
 use crate::linux::sys;
 use crate::ring::abi::PAGE_SIZE;
 use crate::ring::numbers::PageIndex;
@@ -290,7 +290,7 @@ impl Bio<'_> {
             let bio = &*raw.as_ptr();
             (bio.bi_vcnt, bio.bi_max_vecs, bio.bi_iter.bi_size)
         };
-        let is_enough = |most: &Most| {
+        let is_enough = |most: &TransferLimits| {
             // Each bio takes at least one range.
             ranges > 0 && (ranges >= most.ranges || bytes.saturating_add(len) > most.bytes)
         };
